@@ -1,0 +1,56 @@
+"""What a reader hands over: `Checkpoint`, a config with named weights that are views of an mmapped file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .config import ModelConfig, WeightType
+
+if TYPE_CHECKING:
+    from .tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One tensor of a checkpoint, not copied from its file.
+
+    `data` holds the payload in C order: float32 for "f32", uint16 bit patterns for "f16" and "bf16", int8 for "int8",
+    shaped like `shape` (rows, columns) or (length,). `scales` is the float32 vector of an "int8" weight: number i of
+    the flat payload has scale i // group. Views may be read-only and, in some files, unaligned.
+    """
+
+    shape: tuple[int, ...]
+    type: WeightType
+    data: np.ndarray
+    scales: np.ndarray | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes a step reads to use the whole weight."""
+        return self.data.nbytes + (self.scales.nbytes if self.scales is not None else 0)
+
+
+@dataclass
+class Checkpoint:
+    """A model file, opened: nothing of its weights is read yet."""
+
+    path: Path
+    format: str
+    """As `inspect` names it: "llama2.c v0", "llama2.c v1", "llama2.c v2", "KuiperLLama fp32", "KuiperLLama int8"."""
+    config: ModelConfig
+    weights: dict[str, Weight]
+    """Canonical name (see `ModelConfig.weight_shapes`) → weight."""
+    int8_activations: bool = False
+    """The format's own program multiplies int8 weights with int8 activations (llama2.c's runq)."""
+    bos_ends_text: bool = False
+    """Stories in this format end with BOS as well as with EOS."""
+    tokenizer: Tokenizer | None = None
+    chat_template: str | None = None
+    assumed: tuple[str, ...] = ()
+    """Names of the `ModelConfig` fields that the file does not state and nobody gave: their defaults stand."""
+    notes: list[str] = field(default_factory=list)
+    """What a user should know about how the file was understood, a sentence each."""

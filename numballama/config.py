@@ -1,0 +1,143 @@
+"""The vocabulary that every other module shares: `ModelConfig`, its named shapes, and `WeightType`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .errors import Error
+
+INTERLEAVED, HALF_SPLIT = "interleaved", "half"
+"""RoPE rotates pairs of dimensions: (2i, 2i+1), or (i, i + head_dim/2)."""
+
+_PAIRING_NAMES = {
+    "interleaved": INTERLEAVED,
+    "half": HALF_SPLIT,
+    "half-split": HALF_SPLIT,
+    "half_split": HALF_SPLIT,
+}
+
+
+@dataclass(frozen=True)
+class WeightType:
+    """How the numbers of a weight are stored.
+
+    `name` is one of "f32", "f16", "bf16" (16-bit patterns), "int8" (a payload of int8 and one float32 scale for every
+    `group` consecutive numbers of the flat tensor; the last group may be short). `group` is 0 for plain types.
+    """
+
+    name: str
+    group: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.group}" if self.group else self.name
+
+    def nbytes(self, numel: int) -> int:
+        """Bytes that `numel` numbers of this type take, scales included."""
+        if self.name == "int8":
+            return numel + 4 * (-(-numel // self.group))
+        return numel * {"f32": 4, "f16": 2, "bf16": 2}[self.name]
+
+
+F32 = WeightType("f32")
+F16 = WeightType("f16")
+BF16 = WeightType("bf16")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The numbers that define a model of the Llama family. Raises `Error` when they cannot belong together."""
+
+    dim: int
+    hidden_dim: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    vocab_size: int
+    context: int
+    """The longest sequence, in tokens, that the model was made for (max_seq_len)."""
+    head_dim: int = 0
+    """0 means dim / n_heads."""
+    norm_eps: float = 1e-5
+    rope_theta: float = 10000.0
+    rope_pairing: str = INTERLEAVED
+    tied_embeddings: bool = True
+    """The classifier is the embedding table."""
+    qkv_bias: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "context"):
+            if (value := getattr(self, name)) <= 0:
+                raise Error(f"ModelConfig.{name} must be positive, found {value}")
+        if self.head_dim == 0:
+            if self.dim % self.n_heads:
+                raise Error(f"ModelConfig.dim {self.dim} is not a multiple of n_heads {self.n_heads}")
+            object.__setattr__(self, "head_dim", self.dim // self.n_heads)
+        if self.head_dim <= 0 or self.head_dim % 2:
+            raise Error(f"ModelConfig.head_dim must be even and positive (RoPE turns pairs), found {self.head_dim}")
+        if self.n_heads % self.n_kv_heads:
+            raise Error(f"ModelConfig.n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
+        if self.rope_pairing not in _PAIRING_NAMES:
+            raise Error(f"rope_pairing must be one of {sorted(_PAIRING_NAMES)}, found {self.rope_pairing!r}")
+        object.__setattr__(self, "rope_pairing", _PAIRING_NAMES[self.rope_pairing])
+        if not 0 < self.rope_theta < float("inf"):
+            raise Error(f"rope_theta must be positive and finite, found {self.rope_theta}")
+        if not 0 <= self.norm_eps < float("inf"):
+            raise Error(f"norm_eps must be finite and not negative, found {self.norm_eps}")
+
+    @property
+    def q_dim(self) -> int:
+        """Width of the queries of all heads: n_heads · head_dim."""
+        return self.n_heads * self.head_dim
+
+    @property
+    def kv_dim(self) -> int:
+        """Width of the keys (or values) of all key/value heads: n_kv_heads · head_dim."""
+        return self.n_kv_heads * self.head_dim
+
+    def layer_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name → shape (rows, columns) of the weights of one layer, biases last."""
+        shapes: dict[str, tuple[int, ...]] = {
+            "attn_norm": (self.dim,),
+            "wq": (self.q_dim, self.dim),
+            "wk": (self.kv_dim, self.dim),
+            "wv": (self.kv_dim, self.dim),
+            "wo": (self.dim, self.q_dim),
+            "ffn_norm": (self.dim,),
+            "w1": (self.hidden_dim, self.dim),
+            "w2": (self.dim, self.hidden_dim),
+            "w3": (self.hidden_dim, self.dim),
+        }
+        if self.qkv_bias:
+            shapes |= {"bq": (self.q_dim,), "bk": (self.kv_dim,), "bv": (self.kv_dim,)}
+        return shapes
+
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name → shape of every weight: "tok_embeddings", "layers.0.wq", …, "norm", and "output" if not tied."""
+        shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (self.vocab_size, self.dim)}
+        for layer in range(self.n_layers):
+            shapes |= {f"layers.{layer}.{name}": shape for name, shape in self.layer_shapes().items()}
+        shapes["norm"] = (self.dim,)
+        if not self.tied_embeddings:
+            shapes["output"] = (self.vocab_size, self.dim)
+        return shapes
+
+    def with_overrides(
+        self, rope_pairing: str | None = None, rope_theta: float | None = None, norm_eps: float | None = None
+    ) -> ModelConfig:
+        """A copy in which what is not None replaces what the file says or leaves out."""
+        given = {"rope_pairing": rope_pairing, "rope_theta": rope_theta, "norm_eps": norm_eps}
+        return replace(self, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+
+
+NAMED_SHAPES: dict[str, ModelConfig] = {
+    "stories260K": ModelConfig(64, 172, 5, 8, 4, 512, 512),
+    "stories15M": ModelConfig(288, 768, 6, 6, 6, 32000, 256),
+    "stories42M": ModelConfig(512, 1376, 8, 8, 8, 32000, 1024),
+    "stories110M": ModelConfig(768, 2048, 12, 12, 12, 32000, 1024),
+    "TinyLlama-1.1B": ModelConfig(2048, 5632, 22, 32, 4, 32000, 2048, tied_embeddings=False),
+    "Llama-2-7B": ModelConfig(4096, 11008, 32, 32, 32, 32000, 4096, tied_embeddings=False),
+    "Llama-3.2-1B": ModelConfig(
+        2048, 8192, 16, 32, 8, 128256, 131072, rope_theta=500000.0, rope_pairing=HALF_SPLIT
+    ),
+}
+"""Shapes that benchmarks and tests build random models of."""

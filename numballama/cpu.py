@@ -1,0 +1,284 @@
+"""The CPU backend: a plan becomes a table of integers, and one compiled function walks it with all workers at once.
+
+A row of the table is a step: the kernel's address, the most tokens it handles, then its operands as addresses, extents and
+numbers. All workers walk the whole table and wait for each other after each step, 0.1-0.3 us a step; starting workers anew
+for each would cost ten times that. No Python runs between steps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numba
+import numpy as np
+from numba import get_num_threads, prange, set_num_threads, types
+
+from . import kernels_cpu  # noqa: F401  (fills the registry)
+from .checkpoint import Weight
+from .errors import DeviceError, Error
+from .graph import fuse
+from .ir import DTYPES, Graph, Value
+from .jit import compile_step, device, jit
+from .lowlevel_cpu import address_of, atomic_add, atomic_load, call_step, pause, yield_core
+from .plan import ALIGNMENT, Plan, Step, lower
+from .sampler import Sampler, sample
+
+ROSTER, ARRIVED, PARTS, STATUS = 0, 8, 16, 24
+"""Elements of the int64 array by which workers agree, each in a cache line of its own."""
+CLOSED = 1 << 32
+SPINS = 2000
+"""Rounds a worker waits at full attention (some 50 us) before it begins to let others have the core."""
+PATIENCE = 20000
+"""Rounds of yielding, at least some ms, after which a region starts without the workers that did not come."""
+
+ADDRESS, ROWS, OPERANDS = 0, 1, 2
+"""Columns of the step table."""
+
+
+@device
+def wait(sync, index, least):
+    """Until sync[index] >= least: spin, then yield, so that more workers than cores still finish."""
+    rounds = 0
+    while atomic_load(sync, index) < least:
+        rounds += 1
+        if rounds < SPINS:
+            pause()
+        else:
+            yield_core()
+
+
+@device
+def muster(worker, workers, sync):
+    """(part, parts) of this worker, once it is clear how many there are; (-1, 0) for one that comes too late.
+
+    A threading layer may run fewer threads than asked for (OMP_THREAD_LIMIT), one after the other. Waiting for all would
+    then last for ever, so the first worker closes the roster after a while and the region goes on with those present.
+    """
+    ticket = atomic_add(sync, ROSTER, 1)
+    if ticket >= CLOSED:
+        return -1, 0
+    if ticket == 0:
+        rounds = 0
+        while atomic_load(sync, ROSTER) < workers and rounds < SPINS + PATIENCE:
+            rounds += 1
+            if rounds < SPINS:
+                pause()
+            else:
+                yield_core()
+        atomic_add(sync, PARTS, atomic_add(sync, ROSTER, CLOSED))
+    wait(sync, PARTS, 1)
+    parts = atomic_load(sync, PARTS)
+    return (worker if parts == workers else ticket), parts
+
+
+@device
+def march(table, begin, end, tokens, part, parts, sync):
+    """All steps [begin, end), as one of `parts` workers."""
+    for step in range(begin, end):
+        count = min(tokens, table[step, ROWS])
+        operands = address_of(table, step * table.shape[1] + OPERANDS)
+        code = call_step(table[step, ADDRESS], operands, part, parts, count)
+        if code != 0:
+            atomic_add(sync, STATUS, 1)
+        if parts > 1:
+            atomic_add(sync, ARRIVED, 1)
+            wait(sync, ARRIVED, (step - begin + 1) * parts)
+
+
+@jit(parallel=True)
+def walk(table, begin, end, tokens, workers, sync):
+    """Run steps [begin, end) of a table for `tokens` tokens; returns how many kernels failed."""
+    sync[:] = 0
+    if workers == 1:
+        march(table, begin, end, tokens, 0, 1, sync)
+    else:
+        for worker in prange(workers):
+            part, parts = muster(np.int64(worker), workers, sync)
+            if part >= 0:
+                march(table, begin, end, tokens, part, parts, sync)
+    return sync[STATUS]
+
+
+@jit
+def walk_and_sample(table, begin, end, tokens, workers, sync, logits, settings, recent, counts, state, ids):
+    """`walk`, then the next token by `sampler.sample`; -2 if a kernel failed."""
+    if walk(table, begin, end, tokens, workers, sync) != 0:
+        return -2
+    return sample(logits, settings, recent, counts, state, ids)
+
+
+_region = threading.Lock()
+"""One parallel region at a time in a process: Numba's workqueue layer aborts on two, OpenMP would share the cores out badly."""
+
+
+@contextlib.contextmanager
+def _threads(workers: int) -> Iterator[None]:
+    """Numba's own number of threads, which belongs to the calling Python thread, set and put back."""
+    before = get_num_threads()
+    if before == workers:
+        yield
+        return
+    set_num_threads(workers)
+    try:
+        yield
+    finally:
+        set_num_threads(before)
+
+
+class CpuProgram:
+    """A plan bound to memory: write `inputs`, call `run`, read `value`."""
+
+    def __init__(self, plan: Plan, table: np.ndarray, values: Mapping[str, np.ndarray], arena: np.ndarray, keep: Any) -> None:
+        self.plan, self.table, self.arena = plan, table, arena
+        self._values, self._keep = values, keep
+        self._sync = np.zeros(32, np.int64)
+        self._pid = os.getpid()
+        self.inputs = {v.name: values[v.name] for v in plan.graph.values.values() if v.kind == "input"}
+        self.entries = 0
+        """How often compiled code was entered."""
+
+    def value(self, name: str) -> np.ndarray:
+        """The memory of a value, as an array of its shape; what it holds outside its lifetime belongs to others."""
+        return self._values[name]
+
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: Sampler | None = None) -> int:
+        """Run steps [begin, end) for the first `tokens` tokens of the inputs: one call into compiled code.
+
+        With a sampler the next token is drawn from the logits in the same call and returned. Raises `Error` when a kernel
+        failed or the logits are not numbers, `DeviceError` in a forked child.
+        """
+        if os.getpid() != self._pid:
+            raise DeviceError(
+                "this process was forked after the model was compiled, and its worker threads did not survive that; "
+                "use multiprocessing's 'spawn' method and compile the model in the child"
+            )
+        end = len(self.plan.steps) if end is None else end
+        workers = self.plan.workers
+        with _region, _threads(workers):
+            self.entries += 1
+            if sampler is None:
+                token = -2 if walk(self.table, begin, end, tokens, workers, self._sync) else 0
+            else:
+                logits = self._values["logits"][0]
+                operands = sampler.operands
+                token = walk_and_sample(self.table, begin, end, tokens, workers, self._sync, logits, *operands)
+        if token < 0:
+            raise Error("a kernel failed" if token == -2 else "the logits are not numbers: the weights may be damaged")
+        return int(token)
+
+
+class CpuBackend:
+    """Weights and KV cache on the CPU. `threads` is how many workers share a step; at most Numba's own number."""
+
+    name = "cpu"
+
+    def __init__(self, weights: Mapping[str, Weight], threads: int | None = None) -> None:
+        limit = numba.config.NUMBA_NUM_THREADS
+        if threads is not None and threads < 1:
+            raise Error(f"threads must be at least 1, found {threads}")
+        self.weights = weights
+        self.workers = min(threads or limit, limit)
+        self.notes: list[str] = []
+        if threads is not None and threads > limit:
+            self.notes.append(f"{threads} threads asked for, {limit} used: set NUMBA_NUM_THREADS before Numba starts")
+        self.states: dict[str, np.ndarray] = {}
+
+    def program(
+        self, graph: Graph, fusions: bool | Sequence[str] = True, progress: Callable[[str, int, int], None] | None = None
+    ) -> CpuProgram:
+        """Fuse, lower, compile and bind a graph. `progress(kernel, done, total)` is called before each kernel is compiled."""
+        plan = lower(fuse(graph, self.name, fusions), self.name, self.workers)
+        arena = _aligned_zeros(plan.arena_bytes)
+        values: dict[str, np.ndarray] = {}
+        for name, place in plan.placements.items():
+            value = plan.graph.values.get(name) or next(
+                v for step in plan.steps for v in step.scratch if v.name == name
+            )
+            memory = arena[place.offset : place.offset + place.nbytes]
+            values[name] = memory.view(DTYPES[value.dtype]).reshape(value.shape)
+        for value in plan.graph.values.values():
+            if value.kind == "state" and value.alias is None and value.name not in self.states:
+                self.states[value.name] = _aligned_zeros(value.nbytes).view(DTYPES[value.dtype]).reshape(value.shape)
+            if value.kind == "state":
+                values[value.name] = self.states[plan.graph.root(value.name)]
+            elif value.kind == "constant":
+                values[value.name] = np.array(plan.graph.constants[value.name], np.float32)
+        return self._bind(plan, values, arena, progress)
+
+    def _bind(
+        self,
+        plan: Plan,
+        values: Mapping[str, np.ndarray],
+        arena: np.ndarray,
+        progress: Callable[[str, int, int], None] | None,
+    ) -> CpuProgram:
+        bound = [self._operands(plan, step, values) for step in plan.steps]
+        wanted = dict.fromkeys((step.kernel.function, tuple(kinds)) for step, (kinds, _) in zip(plan.steps, bound, strict=True))
+        compiled: dict[Any, Any] = {}
+        for done, (function, kinds) in enumerate(wanted):
+            if progress:
+                progress(function.__name__, done, len(wanted))
+            compiled[function, kinds] = compile_step(function, list(kinds))
+        table = np.zeros((len(bound), OPERANDS + max(len(slots) for _, slots in bound)), np.int64)
+        for row, step, (kinds, slots) in zip(table, plan.steps, bound, strict=True):
+            row[ADDRESS], row[ROWS] = compiled[step.kernel.function, tuple(kinds)].address, step.rows
+            row[OPERANDS : OPERANDS + len(slots)] = slots
+        return CpuProgram(plan, table, values, arena, (compiled, self.weights))
+
+    def _operands(self, plan: Plan, step: Step, values: Mapping[str, np.ndarray]) -> tuple[list[Any], list[int]]:
+        """Numba types and table slots of a step's operands: inputs, outputs, then attributes and scratch by name."""
+        graph, kinds, slots = plan.graph, [], []
+        for value in graph.operands(step.op.inputs):
+            kind, numbers = _weight_operand(self.weights[value.name]) if value.kind == "weight" else _operand(value, values)
+            kinds.append(kind)
+            slots += numbers
+        # an updated state is the memory of an input: the kernel has it already
+        results = [value for value in graph.operands(step.op.outputs) if value.alias is None]
+        named = dict(zip(step.kernel.scratch, step.scratch, strict=True))
+        for name in step.kernel.parameters[3 + len(kinds) + len(results) :]:
+            if name not in named and name not in step.op.attrs:
+                raise Error(f"kernel {step.kernel.name} wants {name}, which {step.op.kind} does not have")
+            results.append(named.get(name) or step.op.attrs[name])
+        for result in results:
+            if isinstance(result, Value):
+                kind, numbers = _operand(result, values)
+            elif isinstance(result, float):
+                kind, numbers = types.float64, [struct.unpack("<q", struct.pack("<d", result))[0]]
+            else:
+                kind, numbers = types.int64, [int(result)]
+            kinds.append(kind)
+            slots += numbers
+        return kinds, slots
+
+
+_ELEMENTS = {"f32": types.float32, "f16": types.uint16, "bf16": types.int16, "i8": types.int8, "i32": types.int32}
+"""How kernels see each type; signedness tells the two 16-bit formats apart (see `lowlevel_cpu.as_f32`)."""
+
+
+def _array_operand(dtype: str, array: np.ndarray) -> tuple[Any, list[int]]:
+    if not array.flags.c_contiguous:
+        raise Error(f"an operand of shape {array.shape} is not contiguous")
+    return types.Array(_ELEMENTS[dtype], array.ndim, "C"), [array.ctypes.data, *array.shape]
+
+
+def _operand(value: Value, values: Mapping[str, np.ndarray]) -> tuple[Any, list[int]]:
+    return _array_operand(value.dtype, values[value.name])
+
+
+def _weight_operand(weight: Weight) -> tuple[Any, list[int]]:
+    if weight.scales is None:
+        return _array_operand(weight.type.name, weight.data)
+    payload, slots = _array_operand("i8", weight.data)
+    scales, scale_slots = _array_operand("f32", weight.scales)
+    return types.Tuple((payload, scales, types.int64)), [*slots, *scale_slots, weight.type.group]
+
+
+def _aligned_zeros(nbytes: int) -> np.ndarray:
+    memory = np.zeros(nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    return memory[start : start + nbytes]

@@ -1,0 +1,47 @@
+"""The errors numballama raises on purpose. Each message says what was expected, what was found and what to do."""
+
+from __future__ import annotations
+
+from os import PathLike
+
+
+class Error(Exception):
+    """Base of every error that numballama raises on purpose."""
+
+
+class FormatError(Error):
+    """A file is damaged, truncated or not what it claims to be.
+
+    Attributes: `path`, `where` (a byte offset or a tensor's name), `expected`, `found`; any may be None.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | PathLike[str] | None = None,
+        where: int | str | None = None,
+        expected: object = None,
+        found: object = None,
+    ) -> None:
+        self.path, self.where, self.expected, self.found = path, where, expected, found
+        parts = [f"{path}: {message}" if path is not None else message]
+        if where is not None:
+            parts.append(f"at byte {where:,}" if isinstance(where, int) else f"at {where}")
+        if expected is not None:
+            parts.append(f"expected {expected}")
+        if found is not None:
+            parts.append(f"found {found}")
+        super().__init__("; ".join(parts))
+
+
+class UnsupportedError(Error):
+    """The request is understood, but this version cannot do it; the message lists what it can."""
+
+
+class DeviceError(Error):
+    """The device asked for cannot be used here; the message says what was looked for."""
+
+
+class ContextError(Error):
+    """A prompt does not fit the model's context."""

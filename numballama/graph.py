@@ -1,0 +1,261 @@
+"""`ModelConfig` → `Graph` → fused `Graph`: the model, declared once, and the passes that join its ops.
+
+`build` reads like the model: one function, top to bottom. A pass replaces groups of ops by one op that a backend has a
+kernel for; each can be left out, and the logits stay the same. `plan.py` lowers the result.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from . import registry
+from .config import INTERLEAVED, ModelConfig, WeightType
+from .errors import Error
+from .ir import DTYPES, Graph, Op, Value
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """Where keys and values lie: for each layer two arrays [sequences, n_kv_heads, context, head_dim].
+
+    All positions of one head lie together, so that attention reads memory in one stream.
+    """
+
+    n_layers: int
+    sequences: int
+    n_kv_heads: int
+    context: int
+    head_dim: int
+    dtype: str = "f32"
+
+    @classmethod
+    def of(cls, config: ModelConfig, context: int, dtype: str = "f32", sequences: int = 1) -> KVLayout:
+        return cls(config.n_layers, sequences, config.n_kv_heads, context, config.head_dim, dtype)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of the keys, or of the values, of one layer."""
+        return (self.sequences, self.n_kv_heads, self.context, self.head_dim)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the whole cache."""
+        return 2 * self.n_layers * math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
+def rope_frequencies(config: ModelConfig) -> list[float]:
+    """Radians a position that each pair of dimensions turns: theta^(-2i / head_dim) (Su et al., RoFormer, 2021)."""
+    return [config.rope_theta ** (-2 * i / config.head_dim) for i in range(config.head_dim // 2)]
+
+
+def build(
+    config: ModelConfig,
+    types: Mapping[str, WeightType],
+    kv: KVLayout,
+    tokens: int = 1,
+    logits: str = "last",
+    int8_activations: bool = False,
+) -> Graph:
+    """The graph of a Llama for up to `tokens` tokens a run.
+
+    `types` maps each name of `config.weight_shapes()` to its type. `logits` is "last" (logits[1, vocab] of the run's last
+    token, and `next`[1], its argmax) or "all" (logits[tokens, vocab]). With `int8_activations` the input of every int8 weight is
+    quantised first, in the weight's groups.
+    """
+    graph = Graph(f"llama, {tokens} token{'s' if tokens > 1 else ''}")
+    shapes = config.weight_shapes()
+
+    def weight(name: str) -> Value:
+        return graph.weight(name, shapes[name], types[name].name)
+
+    quantized: dict[str, tuple[Value, Value]] = {}
+
+    def linear(x: Value, name: str, out: str) -> Value:
+        if not (int8_activations and types[name].name == "int8"):
+            return graph.add("linear", x, weight(name), out=out)
+        if x.name not in quantized:
+            names = (f"{x.name}_q", f"{x.name}_scale")
+            quantized[x.name] = graph.add("quantize", x, out=names, group=types[name].group)
+        return graph.add("linear", *quantized[x.name], weight(name), out=out)
+
+    ids = graph.input("ids", (tokens,), "i32")
+    positions = graph.input("positions", (tokens,), "i32")
+    sequences = graph.input("sequences", (tokens,), "i32")
+    angles = graph.add("rope_angles", positions, graph.constant("rope_frequencies", rope_frequencies(config)), out="angles")
+    interleaved = int(config.rope_pairing == INTERLEAVED)
+
+    x = graph.add("embedding", ids, weight("tok_embeddings"), out="x")
+    for layer in range(config.n_layers):
+        p = f"layers.{layer}."
+
+        def project(h: Value, which: str, p: str = p) -> Value:
+            y = linear(h, f"{p}w{which}", f"{p}{which}")
+            return graph.add("bias", y, weight(f"{p}b{which}"), out=f"{p}{which}_biased") if config.qkv_bias else y
+
+        def rope(y: Value) -> Value:
+            return graph.add("rope", y, angles, out=f"{y.name}_rope", head_dim=config.head_dim, interleaved=interleaved)
+
+        h = graph.add("rmsnorm", x, weight(f"{p}attn_norm"), out=f"{p}attn_in", eps=config.norm_eps)
+        q, k, v = project(h, "q"), project(h, "k"), project(h, "v")
+        q, k = rope(q), rope(k)
+        k_cache, v_cache = (graph.state(f"{p}{name}_cache", kv.shape, kv.dtype) for name in "kv")
+        k_cache = graph.add("kv_write", k, k_cache, positions, sequences, out=f"{p}k_cache'")
+        v_cache = graph.add("kv_write", v, v_cache, positions, sequences, out=f"{p}v_cache'")
+        scores = graph.add("attention_scores", q, k_cache, positions, sequences, out=f"{p}scores")
+        weights = graph.add("softmax", scores, out=f"{p}probabilities")
+        h = graph.add("attention_values", weights, v_cache, positions, sequences, out=f"{p}attn_out")
+        x = graph.add("add", x, linear(h, f"{p}wo", f"{p}attn_projected"), out=f"{p}x_mid")
+
+        h = graph.add("rmsnorm", x, weight(f"{p}ffn_norm"), out=f"{p}ffn_in", eps=config.norm_eps)
+        h = graph.add("swiglu", linear(h, f"{p}w1", f"{p}gate"), linear(h, f"{p}w3", f"{p}up"), out=f"{p}ffn_hidden")
+        x = graph.add("add", x, linear(h, f"{p}w2", f"{p}ffn_projected"), out=f"{p}x_out")
+
+    if logits == "last" and tokens > 1:
+        x = graph.add("last", x, out="x_last")
+    x = graph.add("rmsnorm", x, weight("norm"), out="final", eps=config.norm_eps)
+    result = linear(x, "tok_embeddings" if config.tied_embeddings else "output", "logits")
+    graph.outputs = [result.name]
+    if logits == "last":
+        graph.outputs.append(graph.add("argmax", result, out="next").name)
+    return graph
+
+
+# Fusion passes: each finds groups of ops, in graph order, that one kernel can do.
+
+Groups = Iterable[tuple[str, list[Op]]]
+
+
+def _producers(graph: Graph) -> dict[str, Op]:
+    return {name: op for op in graph.ops for name in op.outputs}
+
+
+def _only_reader(graph: Graph, readers: Mapping[str, list[Op]], op: Op, kind: str) -> Op | None:
+    """The op of this kind that alone reads all that `op` computes, if there is one."""
+    users = {id(user): user for name in op.outputs for user in readers[name]}
+    if len(users) != 1 or any(name in graph.outputs for name in op.outputs):
+        return None
+    (user,) = users.values()
+    return user if user.kind == kind else None
+
+
+def _attention(graph: Graph) -> Groups:
+    """Scores, softmax and the weighted sum: scores stay in a worker's scratch instead of the arena."""
+    readers = graph.consumers()
+    for op in graph.ops:
+        if op.kind == "attention_scores":
+            softmax = _only_reader(graph, readers, op, "softmax")
+            values = softmax and _only_reader(graph, readers, softmax, "attention_values")
+            if softmax and values and op.inputs[2:] == values.inputs[2:]:
+                yield "attention", [op, softmax, values]
+
+
+def _qkv(graph: Graph) -> Groups:
+    """Three linears of one input: one step instead of three."""
+    for users in graph.consumers().values():
+        linears = [op for op in users if op.kind == "linear"]
+        if len(linears) == 3 and len({op.inputs[:-1] for op in linears}) == 1:
+            yield "qkv", linears
+
+
+def _gate_up(graph: Graph) -> Groups:
+    """The two linears of a feed-forward network and SwiGLU between them."""
+    made, readers = _producers(graph), graph.consumers()
+    for op in graph.ops:
+        if op.kind == "swiglu":
+            pair = [made.get(name) for name in op.inputs]
+            if (
+                all(p and p.kind == "linear" and _only_reader(graph, readers, p, "swiglu") is op for p in pair)
+                and len({p.inputs[:-1] for p in pair if p}) == 1
+            ):
+                yield "gate_up", [*(p for p in pair if p), op]
+
+
+def _residual(graph: Graph) -> Groups:
+    """A linear whose result is added to the residual stream."""
+    readers = graph.consumers()
+    for op in graph.ops:
+        if op.kind == "linear" and (add := _only_reader(graph, readers, op, "add")) and add.inputs[1] == op.outputs[0]:
+            yield "linear_add", [op, add]
+
+
+def _rope_kv(graph: Graph) -> Groups:
+    """RoPE of queries and keys, and both writes to the KV cache."""
+    made, place = _producers(graph), {id(op): index for index, op in enumerate(graph.ops)}
+    for op in graph.ops:
+        if op.kind in ("attention", "attention_scores"):
+            write_k, rope_q = made[op.inputs[1]], made[op.inputs[0]]
+            rope_k = made.get(write_k.inputs[0])
+            after = graph.ops[place[id(write_k)] + 1]
+            kinds = [part.kind if part else "" for part in (rope_q, rope_k, write_k, after)]
+            if rope_k and kinds == ["rope", "rope", "kv_write", "kv_write"]:
+                yield "rope_kv_write", [rope_q, rope_k, write_k, after]
+
+
+def _norm(graph: Graph) -> Groups:
+    """A norm into the linear step that reads it: every worker normalises for itself, which is cheaper than waiting."""
+    readers = graph.consumers()
+    for op in graph.ops:
+        if op.kind == "rmsnorm":
+            for kind in ("linear", "qkv", "gate_up"):
+                if user := _only_reader(graph, readers, op, kind):
+                    yield f"norm_{kind}", [op, user]
+
+
+FUSIONS: dict[str, Callable[[Graph], Groups]] = {
+    "attention": _attention,
+    "qkv": _qkv,
+    "gate_up": _gate_up,
+    "residual": _residual,
+    "rope_kv": _rope_kv,
+    "norm": _norm,
+}
+"""The passes, in the order in which they run."""
+
+
+def operand_types(graph: Graph, inputs: Iterable[str]) -> list[str]:
+    """The types by which the registry knows an op's kernel."""
+    return [graph.values[name].dtype for name in inputs]
+
+
+def fuse(graph: Graph, backend: str, passes: bool | Sequence[str] = True) -> Graph:
+    """Run fusion passes: all (True), none (False) or those named. A group that `backend` has no kernel for is left alone.
+
+    Raises `Error` for a pass that does not exist.
+    """
+    names = list(FUSIONS) if passes is True else list(passes or ())
+    if unknown := set(names) - set(FUSIONS):
+        raise Error(f"unknown fusion {', '.join(sorted(unknown))}; there are {', '.join(FUSIONS)}")
+    for name in (n for n in FUSIONS if n in names):
+        graph = _join(graph, list(FUSIONS[name](graph)), backend)
+    return graph
+
+
+def _join(graph: Graph, groups: list[tuple[str, list[Op]]], backend: str) -> Graph:
+    """Replace each group by one op, at the place of its last member."""
+    readers = graph.consumers()
+    place = {id(op): index for index, op in enumerate(graph.ops)}
+    replaced: dict[int, Op | None] = {}
+    for kind, group in groups:
+        members = {id(op) for op in group}
+        inside = {name for op in group for name in op.outputs}
+        inputs = tuple(dict.fromkeys(name for op in group for name in op.inputs if name not in inside))
+        outputs = tuple(
+            name
+            for op in group
+            for name in op.outputs
+            if name in graph.outputs or any(id(reader) not in members for reader in readers[name])
+        )
+        if not registry.has(kind, backend, operand_types(graph, inputs)) or members & replaced.keys():
+            continue
+        attrs: dict[str, Any] = {}
+        body: list[Op] = []
+        for op in group:
+            attrs |= op.attrs
+            body += op.body or [op]
+        replaced |= dict.fromkeys(members)
+        replaced[max(members, key=place.__getitem__)] = Op(kind, inputs, outputs, attrs, tuple(body))
+    ops = [replaced.get(id(op), op) for op in graph.ops]
+    return graph.replace_ops([op for op in ops if op is not None])

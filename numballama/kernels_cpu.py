@@ -1,0 +1,618 @@
+"""Every operator on the CPU: arrays and scalars in, arrays out.
+
+A kernel does part `part` of `parts` of its op for the first `tokens` tokens; all parts together do the whole, and they run
+at once, so each writes its own share and reads nothing that another part of the same step writes. After the inputs and
+outputs come the op's attributes and scratch arrays, by name. Shapes: T tokens at most, D the model's width, K and N a
+weight's columns and rows, S sequences, C the cache's length.
+
+What a weight is: float32[N, K]; uint16[N, K] for float16; int16[N, K] for bfloat16; or (int8[N, K], float32 scales, group),
+number i of the flat payload having scale i // group. `row_dot` and `decode_rows` are the only functions that tell them apart:
+a new weight type is one more branch in each.
+
+Decoding reads every weight once and little else: the floor of a token is the bytes of the weights over the machine's
+bandwidth. A prompt's chunk reuses each row for all its tokens: tiles of 4 rows x 4 tokens keep 16 sums in registers.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+from numba import types
+from numba.extending import overload
+
+from .jit import FAST_MATH, device
+from .lowlevel_cpu import as_f32, f32_to
+from .registry import kernel
+
+LINEAR = ("f32", "f16", "bf16", "int8")
+CACHE = ("f32", "f16", "bf16")
+TILE = 4
+_OPTIONS = {"fastmath": FAST_MATH, "error_model": "numpy"}
+
+
+@device
+def share(n, part, parts, grain):
+    """[begin, end) of n items that `part` of `parts` does, in whole grains."""
+    grains = (n + grain - 1) // grain
+    begin, end = grains * part // parts * grain, grains * (part + 1) // parts * grain
+    return min(begin, n), min(end, n)
+
+
+# Weights: the product of one row, and rows as float32.
+
+
+def row_dot(weight: Any, row: int, x: Any, t: int) -> Any:
+    """weight[row] · x[t], a float32. x is float32[T, K], or (int8[T, K], float32 scales[T, G]) with the weight's groups."""
+
+
+@overload(row_dot, jit_options=_OPTIONS)
+def _row_dot(weight, row, x, t):
+    if not isinstance(weight, types.BaseTuple):
+        return _dot_plain
+    return _dot_int8_int8 if isinstance(x, types.BaseTuple) else _dot_int8
+
+
+def _dot_plain(weight, row, x, t):
+    total = np.float32(0)
+    for k in range(weight.shape[1]):
+        total += as_f32(weight[row, k]) * x[t, k]
+    return total
+
+
+def _dot_int8(weight, row, x, t):
+    payload, scales, group = weight
+    n = payload.shape[1]
+    total = np.float32(0)
+    if group == 64 and n % 64 == 0:  # a length the compiler knows becomes straight vector code
+        for g in range(n // 64):
+            part = np.float32(0)
+            for k in range(g * 64, g * 64 + 64):
+                part += np.float32(payload[row, k]) * x[t, k]
+            total += part * scales[row * (n // 64) + g]
+        return total
+    start = row * n
+    k = 0
+    while k < n:  # groups run over the flat payload and may begin inside a row
+        g = (start + k) // group
+        end = min(n, (g + 1) * group - start)
+        part = np.float32(0)
+        for j in range(k, end):
+            part += np.float32(payload[row, j]) * x[t, j]
+        total += part * scales[g]
+        k = end
+    return total
+
+
+def _dot_int8_int8(weight, row, x, t):
+    payload, scales, group = weight
+    xq, xs = x
+    n = payload.shape[1]
+    total = np.float32(0)
+    if group == 64 and n % 64 == 0:
+        for g in range(n // 64):
+            part = np.int32(0)
+            for k in range(g * 64, g * 64 + 64):
+                part += np.int32(payload[row, k]) * np.int32(xq[t, k])
+            total += np.float32(part) * (scales[row * (n // 64) + g] * xs[t, g])
+        return total
+    start = row * n
+    k = 0
+    while k < n:  # both scales are constant up to the nearer end of the weight's and the input's group
+        g = (start + k) // group
+        end = min(n, (g + 1) * group - start, (k // group + 1) * group)
+        part = np.int32(0)
+        for j in range(k, end):
+            part += np.int32(payload[row, j]) * np.int32(xq[t, j])
+        total += np.float32(part) * (scales[g] * xs[t, k // group])
+        k = end
+    return total
+
+
+def decode_rows(weight: Any, row: int, count: int, buffer: Any) -> Any:
+    """(array, first): float32 rows [row, row + count) of a weight are array[first : first + count].
+
+    A float32 weight is that array itself; other types are written to `buffer`[>= count, K].
+    """
+
+
+@overload(decode_rows, jit_options=_OPTIONS)
+def _decode_rows(weight, row, count, buffer):
+    if isinstance(weight, types.BaseTuple):
+        return _decode_int8
+    return _decode_float32 if weight.dtype == types.float32 else _decode_half
+
+
+def _decode_float32(weight, row, count, buffer):
+    return weight, row
+
+
+def _decode_half(weight, row, count, buffer):
+    for r in range(count):
+        for k in range(weight.shape[1]):
+            buffer[r, k] = as_f32(weight[row + r, k])
+    return buffer, 0
+
+
+def _decode_int8(weight, row, count, buffer):
+    payload, scales, group = weight
+    n = payload.shape[1]
+    for r in range(count):
+        start = (row + r) * n
+        k = 0
+        while k < n:
+            g = (start + k) // group
+            end = min(n, (g + 1) * group - start)
+            for j in range(k, end):
+                buffer[r, j] = np.float32(payload[row + r, j]) * scales[g]
+            k = end
+    return buffer, 0
+
+
+@device
+def tile(w, r0, r1, r2, r3, x, t0, t1, t2, t3):
+    """The 16 products of four rows of w[:, K] with four rows of x[:, K]."""
+    zero = np.float32(0)
+    a0, a1, a2, a3, b0, b1, b2, b3 = zero, zero, zero, zero, zero, zero, zero, zero
+    c0, c1, c2, c3, d0, d1, d2, d3 = zero, zero, zero, zero, zero, zero, zero, zero
+    for k in range(w.shape[1]):
+        w0, w1, w2, w3 = w[r0, k], w[r1, k], w[r2, k], w[r3, k]
+        x0, x1, x2, x3 = x[t0, k], x[t1, k], x[t2, k], x[t3, k]
+        a0 += w0 * x0
+        a1 += w1 * x0
+        a2 += w2 * x0
+        a3 += w3 * x0
+        b0 += w0 * x1
+        b1 += w1 * x1
+        b2 += w2 * x1
+        b3 += w3 * x1
+        c0 += w0 * x2
+        c1 += w1 * x2
+        c2 += w2 * x2
+        c3 += w3 * x2
+        d0 += w0 * x3
+        d1 += w1 * x3
+        d2 += w2 * x3
+        d3 += w3 * x3
+    return (a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3), (d0, d1, d2, d3)
+
+
+@device
+def multiply(weight, x, out, begin, end, tokens, buffer):
+    """out[t, r] = weight[r] · x[t] for rows [begin, end) and all tokens."""
+    if tokens < TILE:
+        for r in range(begin, end):
+            for t in range(tokens):
+                out[t, r] = row_dot(weight, r, x, t)
+        return
+    for r in range(begin, end, TILE):
+        w, f = decode_rows(weight, r, min(TILE, end - r), buffer)
+        # past the end the last row and token are done again: the same numbers to the same place, and no remainder loops
+        r1, r2, r3 = min(r + 1, end - 1), min(r + 2, end - 1), min(r + 3, end - 1)
+        f1, f2, f3 = f + r1 - r, f + r2 - r, f + r3 - r
+        for t in range(0, tokens, TILE):
+            t1, t2, t3 = min(t + 1, tokens - 1), min(t + 2, tokens - 1), min(t + 3, tokens - 1)
+            a, b, c, d = tile(w, f, f1, f2, f3, x, t, t1, t2, t3)
+            out[t, r], out[t, r1], out[t, r2], out[t, r3] = a
+            out[t1, r], out[t1, r1], out[t1, r2], out[t1, r3] = b
+            out[t2, r], out[t2, r1], out[t2, r2], out[t2, r3] = c
+            out[t3, r], out[t3, r1], out[t3, r2], out[t3, r3] = d
+
+
+@device
+def multiply_int8(weight, xq, xs, out, begin, end, tokens):
+    """out[t, r] = weight[r] · (xq[t] · xs[t]): a row stays in the nearest cache for all tokens."""
+    x = (xq, xs)
+    for r in range(begin, end):
+        for t in range(tokens):
+            out[t, r] = row_dot(weight, r, x, t)
+
+
+@device
+def normalise(x, weight, eps, out, t):
+    """out[t] = x[t] / sqrt(mean(x[t]²) + eps) · weight (Zhang and Sennrich, RMSNorm, 2019)."""
+    n = x.shape[1]
+    squares = np.float32(0)
+    for k in range(n):
+        squares += x[t, k] * x[t, k]
+    scale = np.float32(1 / math.sqrt(squares / n + eps))
+    for k in range(n):
+        out[t, k] = x[t, k] * scale * weight[k]
+
+
+@device
+def silu_times(gate, up, begin, end, tokens, out):
+    """out = gate · sigmoid(gate) · up in columns [begin, end) (Shazeer, GLU Variants, 2020)."""
+    one = np.float32(1)
+    for t in range(tokens):
+        for r in range(begin, end):
+            out[t, r] = gate[t, r] / (one + math.exp(-gate[t, r])) * up[t, r]
+
+
+# Kernels of the ops as the graph declares them.
+
+
+@kernel("embedding", "cpu", "i32", LINEAR)
+def embedding(part, parts, tokens, ids, table, out):
+    begin, end = share(tokens, part, parts, 1)
+    for t in range(begin, end):
+        rows, first = decode_rows(table, ids[t], 1, out[t : t + 1])
+        for k in range(out.shape[1]):
+            out[t, k] = rows[first, k]
+
+
+@kernel("rope_angles", "cpu", "i32", "f32")
+def rope_angles(part, parts, tokens, positions, frequencies, out):
+    """In float64: at position 100,000 a float32 angle would be off by 0.004."""
+    pairs = frequencies.shape[0]
+    begin, end = share(tokens, part, parts, 1)
+    for t in range(begin, end):
+        for i in range(pairs):
+            angle = float(positions[t]) * frequencies[i]
+            out[t, i] = math.cos(angle)
+            out[t, pairs + i] = math.sin(angle)
+
+
+@kernel("rmsnorm", "cpu", "f32", "f32")
+def rmsnorm(part, parts, tokens, x, weight, out, eps):
+    begin, end = share(tokens, part, parts, 1)
+    for t in range(begin, end):
+        normalise(x, weight, eps, out, t)
+
+
+@kernel("quantize", "cpu", "f32")
+def quantize(part, parts, tokens, x, out, scales, group):
+    """Scale max|x| / 127 for each group, numbers rounded half away from zero, as llama2.c's runq does."""
+    n = x.shape[1]
+    begin, end = share(tokens * scales.shape[1], part, parts, 1)
+    for unit in range(begin, end):
+        t, g = divmod(unit, scales.shape[1])
+        first, last = g * group, min(n, (g + 1) * group)
+        largest = np.float32(0)
+        for k in range(first, last):
+            largest = max(largest, abs(x[t, k]))
+        scale = largest / np.float32(127)
+        scales[t, g] = scale
+        for k in range(first, last):
+            ratio = x[t, k] / scale if scale > 0 else np.float32(0)
+            out[t, k] = np.int8(math.floor(abs(ratio) + np.float32(0.5)) * (1 if ratio >= 0 else -1))
+
+
+@device
+def project(weight, x, out, part, parts, tokens, rows):
+    """This part's share of a linear layer; returns the columns of `out` that it wrote."""
+    begin, end = share(out.shape[1], part, parts, TILE)
+    multiply(weight, x, out, begin, end, tokens, rows[part])
+    return begin, end
+
+
+@device
+def project_int8(weight, xq, xs, out, part, parts, tokens):
+    """The same with int8 activations."""
+    begin, end = share(out.shape[1], part, parts, TILE)
+    multiply_int8(weight, xq, xs, out, begin, end, tokens)
+    return begin, end
+
+
+@kernel("linear", "cpu", "f32", LINEAR, rows=lambda x, w, workers: (workers, TILE, w[1]))
+def linear(part, parts, tokens, x, weight, out, rows):
+    project(weight, x, out, part, parts, tokens, rows)
+
+
+@kernel("linear", "cpu", "i8", "f32", "int8")
+def linear_int8(part, parts, tokens, xq, xs, weight, out):
+    project_int8(weight, xq, xs, out, part, parts, tokens)
+
+
+@kernel("bias", "cpu", "f32", "f32")
+def bias(part, parts, tokens, x, weight, out):
+    begin, end = share(out.shape[1], part, parts, 16)
+    for t in range(tokens):
+        for k in range(begin, end):
+            out[t, k] = x[t, k] + weight[k]
+
+
+@device
+def turn(x, angles, interleaved, out):
+    """RoPE of one head: pair i of x turned by the angle whose cosine is angles[i] and whose sine is angles[pairs + i]."""
+    pairs = x.shape[0] // 2
+    for i in range(pairs):
+        a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + pairs)
+        cos, sin = angles[i], angles[pairs + i]
+        out[a] = f32_to(out[a], x[a] * cos - x[b] * sin)
+        out[b] = f32_to(out[b], x[a] * sin + x[b] * cos)
+
+
+@kernel("rope", "cpu", "f32", "f32")
+def rope(part, parts, tokens, x, angles, out, head_dim, interleaved):
+    heads = x.shape[1] // head_dim
+    begin, end = share(tokens * heads, part, parts, 1)
+    for unit in range(begin, end):
+        t, h = divmod(unit, heads)
+        d = h * head_dim
+        turn(x[t, d : d + head_dim], angles[t], interleaved, out[t, d : d + head_dim])
+
+
+@kernel("kv_write", "cpu", "f32", CACHE, "i32", "i32")
+def kv_write(part, parts, tokens, x, cache, positions, sequences):
+    heads, head_dim = cache.shape[1], cache.shape[3]
+    begin, end = share(tokens * heads, part, parts, 1)
+    for unit in range(begin, end):
+        t, h = divmod(unit, heads)
+        row = cache[sequences[t], h, positions[t]]
+        for d in range(head_dim):
+            row[d] = f32_to(row[d], x[t, h * head_dim + d])
+
+
+@device
+def score(q, cache, length, scale, scores):
+    """scores[p] = q · cache[p] · scale for positions p < length, of one head."""
+    for p in range(length):
+        total = np.float32(0)
+        for d in range(q.shape[0]):
+            total += q[d] * as_f32(cache[p, d])
+        scores[p] = total * scale
+
+
+@device
+def softmax_in_place(x, length):
+    """exp(x) / sum(exp(x)) of the first `length` numbers, shifted by their maximum so that no exponential overflows."""
+    largest = np.float32(-np.inf)
+    for i in range(length):
+        largest = max(largest, x[i])
+    total = np.float32(0)
+    for i in range(length):
+        x[i] = math.exp(x[i] - largest)
+        total += x[i]
+    for i in range(length):
+        x[i] /= total
+
+
+@device
+def weigh(weights, cache, length, out):
+    """out = sum over positions p < length of weights[p] · cache[p], of one head."""
+    for d in range(out.shape[0]):
+        out[d] = 0
+    p = 0
+    while p + 4 <= length:  # four positions a pass: a quarter of the loads and stores of `out`
+        w0, w1, w2, w3 = weights[p], weights[p + 1], weights[p + 2], weights[p + 3]
+        for d in range(out.shape[0]):
+            out[d] += (w0 * as_f32(cache[p, d]) + w1 * as_f32(cache[p + 1, d])) + (
+                w2 * as_f32(cache[p + 2, d]) + w3 * as_f32(cache[p + 3, d])
+            )
+        p += 4
+    for rest in range(p, length):
+        for d in range(out.shape[0]):
+            out[d] += weights[rest] * as_f32(cache[rest, d])
+
+
+@kernel("attention_scores", "cpu", "f32", CACHE, "i32", "i32")
+def attention_scores(part, parts, tokens, q, k_cache, positions, sequences, out):
+    head_dim, heads = k_cache.shape[3], out.shape[1]
+    shared = heads // k_cache.shape[1]
+    begin, end = share(tokens * heads, part, parts, 1)
+    for unit in range(begin, end):
+        t, h = divmod(unit, heads)
+        length = positions[t] + 1
+        keys = k_cache[sequences[t], h // shared]
+        score(q[t, h * head_dim : (h + 1) * head_dim], keys, length, np.float32(1 / math.sqrt(head_dim)), out[t, h])
+        out[t, h, length:] = -np.inf
+
+
+@kernel("softmax", "cpu", "f32")
+def softmax(part, parts, tokens, x, out):
+    begin, end = share(tokens * x.shape[1], part, parts, 1)
+    for unit in range(begin, end):
+        t, h = divmod(unit, x.shape[1])
+        for i in range(x.shape[2]):
+            out[t, h, i] = x[t, h, i]
+        softmax_in_place(out[t, h], x.shape[2])
+
+
+@kernel("attention_values", "cpu", "f32", CACHE, "i32", "i32")
+def attention_values(part, parts, tokens, weights, v_cache, positions, sequences, out):
+    head_dim, heads = v_cache.shape[3], weights.shape[1]
+    shared = heads // v_cache.shape[1]
+    begin, end = share(tokens * heads, part, parts, 1)
+    for unit in range(begin, end):
+        t, h = divmod(unit, heads)
+        values = v_cache[sequences[t], h // shared]
+        weigh(weights[t, h], values, positions[t] + 1, out[t, h * head_dim : (h + 1) * head_dim])
+
+
+@kernel("swiglu", "cpu", "f32", "f32")
+def swiglu(part, parts, tokens, gate, up, out):
+    begin, end = share(out.shape[1], part, parts, 16)
+    silu_times(gate, up, begin, end, tokens, out)
+
+
+@kernel("add", "cpu", "f32", "f32")
+def add(part, parts, tokens, a, b, out):
+    begin, end = share(out.shape[1], part, parts, 16)
+    for t in range(tokens):
+        for k in range(begin, end):
+            out[t, k] = a[t, k] + b[t, k]
+
+
+@kernel("last", "cpu", "f32")
+def last(part, parts, tokens, x, out):
+    begin, end = share(out.shape[1], part, parts, 16)
+    for k in range(begin, end):
+        out[0, k] = x[tokens - 1, k]
+
+
+@kernel("argmax", "cpu", "f32")
+def argmax(part, parts, tokens, x, out):
+    """The first index of each row's largest number; -1 for a row with a NaN.
+
+    Floats are compared as integers that sort like them, for which the compiler has a vector maximum whatever NaN means.
+    """
+    begin, end = share(tokens, part, parts, 1)
+    for t in range(begin, end):
+        bits = x[t].view(np.int32)
+        largest = np.int32(-0x80000000)
+        for i in range(bits.shape[0]):
+            largest = max(largest, bits[i] ^ ((bits[i] >> 31) & 0x7FFFFFFF))
+        index = 0
+        while bits[index] ^ ((bits[index] >> 31) & 0x7FFFFFFF) != largest:
+            index += 1
+        out[t] = -1 if math.isnan(x[t, index]) else index
+
+
+# Kernels of the ops that the fusion passes build.
+
+
+@device
+def add_columns(residual, out, begin, end, tokens):
+    """out += residual in columns [begin, end)."""
+    for t in range(tokens):
+        for r in range(begin, end):
+            out[t, r] += residual[t, r]
+
+
+@kernel("linear_add", "cpu", "f32", LINEAR, "f32", rows=lambda x, w, residual, workers: (workers, TILE, w[1]))
+def linear_add(part, parts, tokens, x, weight, residual, out, rows):
+    begin, end = project(weight, x, out, part, parts, tokens, rows)
+    add_columns(residual, out, begin, end, tokens)
+
+
+@kernel("linear_add", "cpu", "i8", "f32", "int8", "f32")
+def linear_add_int8(part, parts, tokens, xq, xs, weight, residual, out):
+    begin, end = project_int8(weight, xq, xs, out, part, parts, tokens)
+    add_columns(residual, out, begin, end, tokens)
+
+
+@kernel("qkv", "cpu", "f32", LINEAR, LINEAR, LINEAR, rows=lambda x, q, k, v, workers: (workers, TILE, q[1]))
+def qkv(part, parts, tokens, x, wq, wk, wv, q, k, v, rows):
+    project(wq, x, q, part, parts, tokens, rows)
+    project(wk, x, k, part, parts, tokens, rows)
+    project(wv, x, v, part, parts, tokens, rows)
+
+
+@kernel("qkv", "cpu", "i8", "f32", "int8", "int8", "int8")
+def qkv_int8(part, parts, tokens, xq, xs, wq, wk, wv, q, k, v):
+    project_int8(wq, xq, xs, q, part, parts, tokens)
+    project_int8(wk, xq, xs, k, part, parts, tokens)
+    project_int8(wv, xq, xs, v, part, parts, tokens)
+
+
+@kernel(
+    "gate_up",
+    "cpu",
+    "f32",
+    LINEAR,
+    LINEAR,
+    up=lambda x, w1, w3, workers: (x[0], w3[0]),
+    rows=lambda x, w1, w3, workers: (workers, TILE, w1[1]),
+)
+def gate_up(part, parts, tokens, x, w1, w3, out, up, rows):
+    begin, end = project(w1, x, out, part, parts, tokens, rows)
+    project(w3, x, up, part, parts, tokens, rows)
+    silu_times(out, up, begin, end, tokens, out)
+
+
+@kernel("gate_up", "cpu", "i8", "f32", "int8", "int8", up=lambda x, xs, w1, w3, workers: (x[0], w3[0]))
+def gate_up_int8(part, parts, tokens, xq, xs, w1, w3, out, up):
+    begin, end = project_int8(w1, xq, xs, out, part, parts, tokens)
+    project_int8(w3, xq, xs, up, part, parts, tokens)
+    silu_times(out, up, begin, end, tokens, out)
+
+
+@device
+def normalise_all(x, weight, eps, out, tokens):
+    """Every worker normalises for itself, into its own part of the scratch: less work than waiting for another's."""
+    for t in range(tokens):
+        normalise(x, weight, eps, out, t)
+
+
+@kernel(
+    "norm_linear",
+    "cpu",
+    "f32",
+    "f32",
+    LINEAR,
+    h=lambda x, norm, w, workers: (workers, *x),
+    rows=lambda x, norm, w, workers: (workers, TILE, w[1]),
+)
+def norm_linear(part, parts, tokens, x, norm, weight, out, eps, h, rows):
+    normalise_all(x, norm, eps, h[part], tokens)
+    project(weight, h[part], out, part, parts, tokens, rows)
+
+
+@kernel(
+    "norm_qkv",
+    "cpu",
+    "f32",
+    "f32",
+    LINEAR,
+    LINEAR,
+    LINEAR,
+    h=lambda x, norm, q, k, v, workers: (workers, *x),
+    rows=lambda x, norm, q, k, v, workers: (workers, TILE, q[1]),
+)
+def norm_qkv(part, parts, tokens, x, norm, wq, wk, wv, q, k, v, eps, h, rows):
+    normalise_all(x, norm, eps, h[part], tokens)
+    project(wq, h[part], q, part, parts, tokens, rows)
+    project(wk, h[part], k, part, parts, tokens, rows)
+    project(wv, h[part], v, part, parts, tokens, rows)
+
+
+@kernel(
+    "norm_gate_up",
+    "cpu",
+    "f32",
+    "f32",
+    LINEAR,
+    LINEAR,
+    h=lambda x, norm, w1, w3, workers: (workers, *x),
+    up=lambda x, norm, w1, w3, workers: (x[0], w3[0]),
+    rows=lambda x, norm, w1, w3, workers: (workers, TILE, w1[1]),
+)
+def norm_gate_up(part, parts, tokens, x, norm, w1, w3, out, eps, h, up, rows):
+    normalise_all(x, norm, eps, h[part], tokens)
+    begin, end = project(w1, h[part], out, part, parts, tokens, rows)
+    project(w3, h[part], up, part, parts, tokens, rows)
+    silu_times(out, up, begin, end, tokens, out)
+
+
+@kernel("rope_kv_write", "cpu", "f32", "f32", "f32", CACHE, "i32", "i32", "f32", CACHE)
+def rope_kv_write(
+    part, parts, tokens, q, angles, k, k_cache, positions, sequences, v, v_cache, out, head_dim, interleaved
+):
+    """Queries are turned into `out`; keys are turned straight into the cache, and values copied."""
+    heads, kv_heads = q.shape[1] // head_dim, k_cache.shape[1]
+    begin, end = share(tokens * heads, part, parts, 1)
+    for unit in range(begin, end):
+        t, h = divmod(unit, heads)
+        d = h * head_dim
+        turn(q[t, d : d + head_dim], angles[t], interleaved, out[t, d : d + head_dim])
+        if h < kv_heads:
+            turn(k[t, d : d + head_dim], angles[t], interleaved, k_cache[sequences[t], h, positions[t]])
+            row = v_cache[sequences[t], h, positions[t]]
+            for i in range(head_dim):
+                row[i] = f32_to(row[i], v[t, d + i])
+
+
+@kernel(
+    "attention",
+    "cpu",
+    "f32",
+    CACHE,
+    "i32",
+    "i32",
+    CACHE,
+    scores=lambda q, k_cache, positions, sequences, v_cache, workers: (workers, k_cache[2]),
+)
+def attention(part, parts, tokens, q, k_cache, positions, sequences, v_cache, out, scores):
+    """A head of a token at a time; later tokens see more positions, so units are dealt out like cards."""
+    head_dim = k_cache.shape[3]
+    heads = q.shape[1] // head_dim
+    shared = heads // k_cache.shape[1]
+    scale = np.float32(1 / math.sqrt(head_dim))
+    for unit in range(part, tokens * heads, parts):
+        t, h = divmod(unit, heads)
+        s, d, length = sequences[t], h * head_dim, positions[t] + 1
+        score(q[t, d : d + head_dim], k_cache[s, h // shared], length, scale, scores[part])
+        softmax_in_place(scores[part], length)
+        weigh(scores[part], v_cache[s, h // shared], length, out[t, d : d + head_dim])
