@@ -1,0 +1,111 @@
+"""numballama: LLaMA inference compiled from Python.
+
+    import numballama
+
+    model = numballama.compile("stories15M.bin", tokenizer="tokenizer.model")
+    print(model.generate("Once upon a time", temperature=0))
+
+Importing this package is cheap: Numba is imported when a model is compiled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from os import PathLike
+from typing import TYPE_CHECKING, Any
+
+from .errors import ContextError, DeviceError, Error, FormatError, UnsupportedError
+
+if TYPE_CHECKING:
+    from .inspection import Inspection
+    from .model import Interrupted, Model, Piece
+    from .tokenizer import Tokenizer
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ContextError",
+    "DeviceError",
+    "Error",
+    "FormatError",
+    "Interrupted",
+    "Model",
+    "Piece",
+    "UnsupportedError",
+    "__version__",
+    "compile",
+    "inspect",
+    "load_tokenizer",
+]
+
+
+def compile(
+    model_path: str | PathLike[str] | None,
+    tokenizer: str | PathLike[str] | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+    context: int | None = None,
+    kv_dtype: str | None = None,
+    threads: int | None = None,
+    rope_pairing: str | None = None,
+    rope_theta: float | None = None,
+    norm_eps: float | None = None,
+    fusions: bool | Sequence[str] = True,
+) -> Model:
+    """Open a model file, compile it for a device and return it ready to generate.
+
+    Parameters
+    ----------
+    model_path: a model file. Its format is recognised by content.
+    tokenizer: path of a tokenizer, when the model file carries none. Without one, `logits` works and text methods raise.
+    device: "cpu", "reference" (NumPy: slow, the oracle) or "auto", which takes the fastest there is and says which.
+    dtype: None keeps the file's types; "f32", "f16", "bf16" or "int8" converts the linear weights.
+    context: length of the KV cache in tokens; default the model's own, at most 4096.
+    kv_dtype: type of the KV cache, "f32" (default), "f16" or "bf16".
+    threads: CPU workers; default all that this process may use.
+    rope_pairing: "interleaved" or "half"; with `rope_theta` and `norm_eps`, replaces what a file says or leaves out.
+    fusions: which passes of `graph.FUSIONS` join ops: all (True), none (False) or those named. The logits stay the same.
+
+    Raises `FormatError` for a damaged file, `UnsupportedError` for what this version cannot do, `DeviceError` for a device
+    that is not there, `Error` for arguments that make no sense.
+    """
+    from .model import Model
+
+    return Model(
+        model_path,
+        tokenizer,
+        device=device,
+        dtype=dtype,
+        context=context,
+        kv_dtype=kv_dtype,
+        threads=threads,
+        rope_pairing=rope_pairing,
+        rope_theta=rope_theta,
+        norm_eps=norm_eps,
+        fusions=fusions,
+    )
+
+
+def inspect(path: str | PathLike[str], tokenizer: str | PathLike[str] | None = None) -> Inspection:
+    """What a model file holds: config, tensors, graph, plan and a memory estimate. No weights are read.
+
+    Prints as a report. Raises `FormatError` or `UnsupportedError` as `compile` does.
+    """
+    from .inspection import Inspection
+
+    return Inspection(path, tokenizer)
+
+
+def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
+    """The tokenizer of a sentencepiece `.model` or a llama2.c `.bin` file. Raises `FormatError` for anything else."""
+    from .tokenizer import load_tokenizer
+
+    return load_tokenizer(path)
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Model", "Piece", "Interrupted"):
+        from . import model
+
+        return getattr(model, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

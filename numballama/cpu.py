@@ -133,12 +133,15 @@ def _threads(workers: int) -> Iterator[None]:
 class CpuProgram:
     """A plan bound to memory: write `inputs`, call `run`, read `value`."""
 
-    def __init__(self, plan: Plan, table: np.ndarray, values: Mapping[str, np.ndarray], arena: np.ndarray, keep: Any) -> None:
+    def __init__(
+        self, plan: Plan, table: np.ndarray, values: Mapping[str, np.ndarray], arena: np.ndarray, keep: Any
+    ) -> None:
         self.plan, self.table, self.arena = plan, table, arena
         self._values, self._keep = values, keep
         self._sync = np.zeros(32, np.int64)
         self._pid = os.getpid()
         self.inputs = {v.name: values[v.name] for v in plan.graph.values.values() if v.kind == "input"}
+        self.head = plan.head
         self.entries = 0
         """How often compiled code was entered."""
 
@@ -157,7 +160,9 @@ class CpuProgram:
                 "this process was forked after the model was compiled, and its worker threads did not survive that; "
                 "use multiprocessing's 'spawn' method and compile the model in the child"
             )
-        end = len(self.plan.steps) if end is None else end
+        if end is None:
+            # the graph's argmax is for greedy choice; a sampler makes its own
+            end = len(self.plan.steps) - (sampler is not None and self.plan.steps[-1].op.kind == "argmax")
         workers = self.plan.workers
         with _region, _threads(workers):
             self.entries += 1
@@ -189,7 +194,10 @@ class CpuBackend:
         self.states: dict[str, np.ndarray] = {}
 
     def program(
-        self, graph: Graph, fusions: bool | Sequence[str] = True, progress: Callable[[str, int, int], None] | None = None
+        self,
+        graph: Graph,
+        fusions: bool | Sequence[str] = True,
+        progress: Callable[[str, int, int], None] | None = None,
     ) -> CpuProgram:
         """Fuse, lower, compile and bind a graph. `progress(kernel, done, total)` is called before each kernel is compiled."""
         plan = lower(fuse(graph, self.name, fusions), self.name, self.workers)
@@ -210,6 +218,13 @@ class CpuBackend:
                 values[value.name] = np.array(plan.graph.constants[value.name], np.float32)
         return self._bind(plan, values, arena, progress)
 
+    def prepare(self, decode: CpuProgram, progress: Callable[[str, int, int], None] | None = None) -> None:
+        """Compile (or load) what walks the table and samples, and start the workers: the first token must not wait for it."""
+        if progress:
+            progress("walk", 0, 1)
+        decode.run(1, 0, 0)
+        decode.run(1, 0, 0, Sampler(decode.value("logits").shape[1], seed=0))
+
     def _bind(
         self,
         plan: Plan,
@@ -218,7 +233,9 @@ class CpuBackend:
         progress: Callable[[str, int, int], None] | None,
     ) -> CpuProgram:
         bound = [self._operands(plan, step, values) for step in plan.steps]
-        wanted = dict.fromkeys((step.kernel.function, tuple(kinds)) for step, (kinds, _) in zip(plan.steps, bound, strict=True))
+        wanted = dict.fromkeys(
+            (step.kernel.function, tuple(kinds)) for step, (kinds, _) in zip(plan.steps, bound, strict=True)
+        )
         compiled: dict[Any, Any] = {}
         for done, (function, kinds) in enumerate(wanted):
             if progress:
@@ -234,7 +251,9 @@ class CpuBackend:
         """Numba types and table slots of a step's operands: inputs, outputs, then attributes and scratch by name."""
         graph, kinds, slots = plan.graph, [], []
         for value in graph.operands(step.op.inputs):
-            kind, numbers = _weight_operand(self.weights[value.name]) if value.kind == "weight" else _operand(value, values)
+            kind, numbers = (
+                _weight_operand(self.weights[value.name]) if value.kind == "weight" else _operand(value, values)
+            )
             kinds.append(kind)
             slots += numbers
         # an updated state is the memory of an input: the kernel has it already

@@ -79,12 +79,14 @@ def build(
         if x.name not in quantized:
             names = (f"{x.name}_q", f"{x.name}_scale")
             quantized[x.name] = graph.add("quantize", x, out=names, group=types[name].group)
-        return graph.add("linear", *quantized[x.name], weight(name), out=out)
+        return graph.add("linear", *quantized[x.name], weight(name), out=out, group=types[name].group)
 
     ids = graph.input("ids", (tokens,), "i32")
     positions = graph.input("positions", (tokens,), "i32")
     sequences = graph.input("sequences", (tokens,), "i32")
-    angles = graph.add("rope_angles", positions, graph.constant("rope_frequencies", rope_frequencies(config)), out="angles")
+    angles = graph.add(
+        "rope_angles", positions, graph.constant("rope_frequencies", rope_frequencies(config)), out="angles"
+    )
     interleaved = int(config.rope_pairing == INTERLEAVED)
 
     x = graph.add("embedding", ids, weight("tok_embeddings"), out="x")

@@ -251,9 +251,13 @@ def _quantize(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]
 
 @rule("linear")
 def _linear(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]:
-    """x[T, K], weight[N, K] → x · weightᵀ; or x as quantised by `quantize`, with its scales: xq[T, K], xs[T, G], weight"""
+    """x[T, K], weight[N, K] → x · weightᵀ; or x as `quantize` made it, in groups: xq[T, K], xs[T, ceil(K / group)], weight"""
     x, weight = inputs[0], inputs[-1]
     _expect(len(inputs) == (3 if x.dtype == "i8" else 2), "wants (x, weight) or (xq, xs, weight)")
+    if x.dtype == "i8":
+        _expect(
+            inputs[1].shape == (x.shape[0], -(-x.shape[1] // attrs["group"])), "wants one scale for each group of x"
+        )
     _expect(len(weight.shape) == 2 and x.shape[1] == weight.shape[1], "x[T, K] must fit weight[N, K]")
     return [((x.shape[0], weight.shape[0]), "f32")]
 

@@ -31,7 +31,7 @@ from numba.np.arrayobj import make_array, populate_array
 FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
 """Sums may be reordered and multiply-adds fused; NaN and infinity keep their meaning (scores are masked with -inf)."""
 
-KERNEL_SOURCES = ("jit.py", "lowlevel_cpu.py", "kernels_cpu.py", "cpu.py", "sampler.py")
+KERNEL_SOURCES = ("jit.py", "lowlevel_cpu.py", "matmul_cpu.py", "kernels_cpu.py", "cpu.py", "sampler.py")
 """Every file of the package that has compiled code in it; a test keeps the list complete."""
 
 KEPT_CACHES = 4

@@ -4,209 +4,21 @@ A kernel does part `part` of `parts` of its op for the first `tokens` tokens; al
 at once, so each writes its own share and reads nothing that another part of the same step writes. After the inputs and
 outputs come the op's attributes and scratch arrays, by name. Shapes: T tokens at most, D the model's width, K and N a
 weight's columns and rows, S sequences, C the cache's length.
-
-What a weight is: float32[N, K]; uint16[N, K] for float16; int16[N, K] for bfloat16; or (int8[N, K], float32 scales, group),
-number i of the flat payload having scale i // group. `row_dot` and `decode_rows` are the only functions that tell them apart:
-a new weight type is one more branch in each.
-
-Decoding reads every weight once and little else: the floor of a token is the bytes of the weights over the machine's
-bandwidth. A prompt's chunk reuses each row for all its tokens: tiles of 4 rows x 4 tokens keep 16 sums in registers.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import numpy as np
-from numba import types
-from numba.extending import overload
 
-from .jit import FAST_MATH, device
+from .jit import device
 from .lowlevel_cpu import as_f32, f32_to
+from .matmul_cpu import TILE, decode_rows, project, project_int8, share
 from .registry import kernel
 
 LINEAR = ("f32", "f16", "bf16", "int8")
 CACHE = ("f32", "f16", "bf16")
-TILE = 4
-_OPTIONS = {"fastmath": FAST_MATH, "error_model": "numpy"}
-
-
-@device
-def share(n, part, parts, grain):
-    """[begin, end) of n items that `part` of `parts` does, in whole grains."""
-    grains = (n + grain - 1) // grain
-    begin, end = grains * part // parts * grain, grains * (part + 1) // parts * grain
-    return min(begin, n), min(end, n)
-
-
-# Weights: the product of one row, and rows as float32.
-
-
-def row_dot(weight: Any, row: int, x: Any, t: int) -> Any:
-    """weight[row] · x[t], a float32. x is float32[T, K], or (int8[T, K], float32 scales[T, G]) with the weight's groups."""
-
-
-@overload(row_dot, jit_options=_OPTIONS)
-def _row_dot(weight, row, x, t):
-    if not isinstance(weight, types.BaseTuple):
-        return _dot_plain
-    return _dot_int8_int8 if isinstance(x, types.BaseTuple) else _dot_int8
-
-
-def _dot_plain(weight, row, x, t):
-    total = np.float32(0)
-    for k in range(weight.shape[1]):
-        total += as_f32(weight[row, k]) * x[t, k]
-    return total
-
-
-def _dot_int8(weight, row, x, t):
-    payload, scales, group = weight
-    n = payload.shape[1]
-    total = np.float32(0)
-    if group == 64 and n % 64 == 0:  # a length the compiler knows becomes straight vector code
-        for g in range(n // 64):
-            part = np.float32(0)
-            for k in range(g * 64, g * 64 + 64):
-                part += np.float32(payload[row, k]) * x[t, k]
-            total += part * scales[row * (n // 64) + g]
-        return total
-    start = row * n
-    k = 0
-    while k < n:  # groups run over the flat payload and may begin inside a row
-        g = (start + k) // group
-        end = min(n, (g + 1) * group - start)
-        part = np.float32(0)
-        for j in range(k, end):
-            part += np.float32(payload[row, j]) * x[t, j]
-        total += part * scales[g]
-        k = end
-    return total
-
-
-def _dot_int8_int8(weight, row, x, t):
-    payload, scales, group = weight
-    xq, xs = x
-    n = payload.shape[1]
-    total = np.float32(0)
-    if group == 64 and n % 64 == 0:
-        for g in range(n // 64):
-            part = np.int32(0)
-            for k in range(g * 64, g * 64 + 64):
-                part += np.int32(payload[row, k]) * np.int32(xq[t, k])
-            total += np.float32(part) * (scales[row * (n // 64) + g] * xs[t, g])
-        return total
-    start = row * n
-    k = 0
-    while k < n:  # both scales are constant up to the nearer end of the weight's and the input's group
-        g = (start + k) // group
-        end = min(n, (g + 1) * group - start, (k // group + 1) * group)
-        part = np.int32(0)
-        for j in range(k, end):
-            part += np.int32(payload[row, j]) * np.int32(xq[t, j])
-        total += np.float32(part) * (scales[g] * xs[t, k // group])
-        k = end
-    return total
-
-
-def decode_rows(weight: Any, row: int, count: int, buffer: Any) -> Any:
-    """(array, first): float32 rows [row, row + count) of a weight are array[first : first + count].
-
-    A float32 weight is that array itself; other types are written to `buffer`[>= count, K].
-    """
-
-
-@overload(decode_rows, jit_options=_OPTIONS)
-def _decode_rows(weight, row, count, buffer):
-    if isinstance(weight, types.BaseTuple):
-        return _decode_int8
-    return _decode_float32 if weight.dtype == types.float32 else _decode_half
-
-
-def _decode_float32(weight, row, count, buffer):
-    return weight, row
-
-
-def _decode_half(weight, row, count, buffer):
-    for r in range(count):
-        for k in range(weight.shape[1]):
-            buffer[r, k] = as_f32(weight[row + r, k])
-    return buffer, 0
-
-
-def _decode_int8(weight, row, count, buffer):
-    payload, scales, group = weight
-    n = payload.shape[1]
-    for r in range(count):
-        start = (row + r) * n
-        k = 0
-        while k < n:
-            g = (start + k) // group
-            end = min(n, (g + 1) * group - start)
-            for j in range(k, end):
-                buffer[r, j] = np.float32(payload[row + r, j]) * scales[g]
-            k = end
-    return buffer, 0
-
-
-@device
-def tile(w, r0, r1, r2, r3, x, t0, t1, t2, t3):
-    """The 16 products of four rows of w[:, K] with four rows of x[:, K]."""
-    zero = np.float32(0)
-    a0, a1, a2, a3, b0, b1, b2, b3 = zero, zero, zero, zero, zero, zero, zero, zero
-    c0, c1, c2, c3, d0, d1, d2, d3 = zero, zero, zero, zero, zero, zero, zero, zero
-    for k in range(w.shape[1]):
-        w0, w1, w2, w3 = w[r0, k], w[r1, k], w[r2, k], w[r3, k]
-        x0, x1, x2, x3 = x[t0, k], x[t1, k], x[t2, k], x[t3, k]
-        a0 += w0 * x0
-        a1 += w1 * x0
-        a2 += w2 * x0
-        a3 += w3 * x0
-        b0 += w0 * x1
-        b1 += w1 * x1
-        b2 += w2 * x1
-        b3 += w3 * x1
-        c0 += w0 * x2
-        c1 += w1 * x2
-        c2 += w2 * x2
-        c3 += w3 * x2
-        d0 += w0 * x3
-        d1 += w1 * x3
-        d2 += w2 * x3
-        d3 += w3 * x3
-    return (a0, a1, a2, a3), (b0, b1, b2, b3), (c0, c1, c2, c3), (d0, d1, d2, d3)
-
-
-@device
-def multiply(weight, x, out, begin, end, tokens, buffer):
-    """out[t, r] = weight[r] · x[t] for rows [begin, end) and all tokens."""
-    if tokens < TILE:
-        for r in range(begin, end):
-            for t in range(tokens):
-                out[t, r] = row_dot(weight, r, x, t)
-        return
-    for r in range(begin, end, TILE):
-        w, f = decode_rows(weight, r, min(TILE, end - r), buffer)
-        # past the end the last row and token are done again: the same numbers to the same place, and no remainder loops
-        r1, r2, r3 = min(r + 1, end - 1), min(r + 2, end - 1), min(r + 3, end - 1)
-        f1, f2, f3 = f + r1 - r, f + r2 - r, f + r3 - r
-        for t in range(0, tokens, TILE):
-            t1, t2, t3 = min(t + 1, tokens - 1), min(t + 2, tokens - 1), min(t + 3, tokens - 1)
-            a, b, c, d = tile(w, f, f1, f2, f3, x, t, t1, t2, t3)
-            out[t, r], out[t, r1], out[t, r2], out[t, r3] = a
-            out[t1, r], out[t1, r1], out[t1, r2], out[t1, r3] = b
-            out[t2, r], out[t2, r1], out[t2, r2], out[t2, r3] = c
-            out[t3, r], out[t3, r1], out[t3, r2], out[t3, r3] = d
-
-
-@device
-def multiply_int8(weight, xq, xs, out, begin, end, tokens):
-    """out[t, r] = weight[r] · (xq[t] · xs[t]): a row stays in the nearest cache for all tokens."""
-    x = (xq, xs)
-    for r in range(begin, end):
-        for t in range(tokens):
-            out[t, r] = row_dot(weight, r, x, t)
 
 
 @device
@@ -277,22 +89,6 @@ def quantize(part, parts, tokens, x, out, scales, group):
         for k in range(first, last):
             ratio = x[t, k] / scale if scale > 0 else np.float32(0)
             out[t, k] = np.int8(math.floor(abs(ratio) + np.float32(0.5)) * (1 if ratio >= 0 else -1))
-
-
-@device
-def project(weight, x, out, part, parts, tokens, rows):
-    """This part's share of a linear layer; returns the columns of `out` that it wrote."""
-    begin, end = share(out.shape[1], part, parts, TILE)
-    multiply(weight, x, out, begin, end, tokens, rows[part])
-    return begin, end
-
-
-@device
-def project_int8(weight, xq, xs, out, part, parts, tokens):
-    """The same with int8 activations."""
-    begin, end = share(out.shape[1], part, parts, TILE)
-    multiply_int8(weight, xq, xs, out, begin, end, tokens)
-    return begin, end
 
 
 @kernel("linear", "cpu", "f32", LINEAR, rows=lambda x, w, workers: (workers, TILE, w[1]))

@@ -78,7 +78,9 @@ class Plan:
         return "\n".join(lines)
 
     def __repr__(self) -> str:
-        return f"<Plan of {self.graph.name} on {self.backend}: {len(self.steps)} steps, arena {self.arena_bytes:,} bytes>"
+        return (
+            f"<Plan of {self.graph.name} on {self.backend}: {len(self.steps)} steps, arena {self.arena_bytes:,} bytes>"
+        )
 
     def _repr_svg_(self) -> str:
         """The memory map, for a notebook: steps from left to right, arena offsets upwards, a rectangle a value."""
@@ -179,7 +181,11 @@ def verify_plan(plan: Plan) -> None:
             place = plan.placements.get(value.name)
             if place is None or not place.first <= index <= place.last:
                 raise Error(f"plan: {value.name} has no place in the arena in step {index} ({step.op.kind})")
-            if place.nbytes < value.nbytes or place.offset % ALIGNMENT or place.offset + place.nbytes > plan.arena_bytes:
+            if (
+                place.nbytes < value.nbytes
+                or place.offset % ALIGNMENT
+                or place.offset + place.nbytes > plan.arena_bytes
+            ):
                 raise Error(f"plan: {value} does not fit its place {place} in an arena of {plan.arena_bytes} bytes")
     by_offset = sorted(plan.placements.items(), key=lambda item: item[1].offset)
     for position, (name, place) in enumerate(by_offset):
@@ -188,4 +194,3 @@ def verify_plan(plan: Plan) -> None:
                 break
             if place.overlaps(other) and place.nbytes and other.nbytes:
                 raise Error(f"plan: {name} {place} and {other_name} {other} are alive at once and share bytes")
-

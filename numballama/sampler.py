@@ -230,6 +230,11 @@ class Sampler:
             self.counts[0] += 1
 
     @property
+    def is_argmax(self) -> bool:
+        """Whether these settings come down to the largest logit as it is."""
+        return bool(self.settings[0] == 0 and self.settings[4] == 1)
+
+    @property
     def operands(self) -> tuple[np.ndarray, ...]:
         """What `sample` takes after the logits."""
         return self.settings, self.recent, self.counts, self.state, self.ids

@@ -1,0 +1,39 @@
+"""How much memory there is, and how to say so."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+
+def available_bytes() -> int | None:
+    """Memory that a new allocation could use without swapping, or None where the system does not tell."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    try:
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (KeyError, ValueError):
+        return None
+
+
+def peak_bytes() -> int | None:
+    """The most memory this process has had resident, or None where the system does not tell."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def human(nbytes: float) -> str:
+    """Bytes as a person reads them: 58.0 MiB."""
+    size, unit = float(nbytes), "B"
+    for larger in ("KiB", "MiB", "GiB"):
+        if size < 1024:
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.0f} B" if unit == "B" else f"{size:.1f} {unit}"

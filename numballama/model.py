@@ -1,0 +1,357 @@
+"""`Model`: what `compile()` returns. It wires checkpoint, graph, backend and session together and streams text."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+import numpy as np
+
+from . import ir, loader, plan, progress, quant
+from .checkpoint import Checkpoint, Weight
+from .config import BF16, F16, F32, ModelConfig, WeightType
+from .errors import ContextError, DeviceError, Error, UnsupportedError
+from .graph import KVLayout, build
+from .memory import available_bytes, human
+from .sampler import Sampler
+from .session import Session
+from .text import StopFilter
+from .tokenizer import Tokenizer
+
+CHUNK = 64
+"""Tokens of a prompt that one run handles."""
+DEFAULT_CONTEXT = 4096
+TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "int8": WeightType("int8", quant.DEFAULT_GROUP)}
+KV_TYPES = ("f32", "f16", "bf16")
+
+
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during `generate`. `text` is what had been generated; the model can be used again at once."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"interrupted after {len(text)} characters")
+        self.text = text
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A token of a stream, with the text that became certain with it.
+
+    `finish_reason` is None but on the last piece: "eos" (the model ended), "stop" (a stop string), "length" (max_tokens) or
+    "context" (the KV cache is full).
+    """
+
+    text: str
+    token: int
+    tokens_per_second: float
+    """Of the tokens after the first: decoding, without the prompt. 0.0 on the first."""
+    finish_reason: str | None = None
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Model:
+    """A compiled model. Use `numballama.compile`; see there for the arguments.
+
+    Attributes: `config`, `tokenizer` (or None), `graph` (as declared, for one token), `device`, `context`, `kv` (the cache's
+    layout), `notes` (what was assumed or chosen, a sentence each).
+    """
+
+    def __init__(
+        self,
+        model_path: str | PathLike[str] | None,
+        tokenizer: str | PathLike[str] | None = None,
+        *,
+        device: str = "auto",
+        dtype: str | None = None,
+        context: int | None = None,
+        kv_dtype: str | None = None,
+        threads: int | None = None,
+        rope_pairing: str | None = None,
+        rope_theta: float | None = None,
+        norm_eps: float | None = None,
+        fusions: bool | Sequence[str] = True,
+    ) -> None:
+        if model_path is None:
+            raise UnsupportedError(
+                "no model ships inside this version of the package: pass the path of a llama2.c or KuiperLLama file, "
+                "such as stories15M.bin of karpathy/tinyllamas on the Hugging Face hub"
+            )
+        for name, value, known in (("dtype", dtype, (None, *TYPES)), ("kv_dtype", kv_dtype, (None, *KV_TYPES))):
+            if value not in known:
+                raise UnsupportedError(f"{name} {value!r} is not supported; there are {', '.join(map(str, known[1:]))}")
+        self.device = _choose_device(device)
+        self._checkpoint: Checkpoint = loader.open_checkpoint(
+            model_path, tokenizer, rope_pairing=rope_pairing, rope_theta=rope_theta, norm_eps=norm_eps
+        )
+        self.config: ModelConfig = self._checkpoint.config
+        self.tokenizer: Tokenizer | None = self._checkpoint.tokenizer
+        self.notes = list(self._checkpoint.notes)
+        if device == "auto":
+            self.notes.append(f"device {self.device}: this version has no other fast one")
+        self.context = _choose_context(self.config, context, self.notes)
+        self.kv = KVLayout.of(self.config, self.context, kv_dtype or "f32")
+        weight_bytes = sum(weight.nbytes for weight in self._checkpoint.weights.values())
+        progress.say(
+            f"{self._checkpoint.format}: {human(weight_bytes)} of weights mapped, "
+            f"{human(self.kv.nbytes)} KV cache for {self.context:,} tokens ({self.kv.dtype})"
+        )
+        require_memory(self.kv, model_path)
+
+        self._lock = threading.RLock()
+        self._stream: object = None
+        self._fusions = fusions
+        self._weights = self._convert(dtype)
+        self._backend: Any = _backend(self.device, self._weights, threads)
+        self._compile()
+        self.notes += self._backend.notes
+        for note in self.notes:
+            progress.say(note)
+
+    def _convert(self, dtype: str | None) -> Mapping[str, Weight]:
+        """The weights, those of linear layers in another type if asked for. A tied classifier takes the embedding along."""
+        weights = self._checkpoint.weights
+        if dtype is None:
+            return weights
+        target, converted = TYPES[dtype], dict(weights)
+        names = [
+            name
+            for name, weight in weights.items()
+            if len(weight.shape) == 2
+            and (name != "tok_embeddings" or self.config.tied_embeddings)
+            and weight.type.name != target.name
+        ]
+        with progress.bar(f"converting to {target}") as report:
+            for done, name in enumerate(names):
+                report(name, done, len(names))
+                converted[name] = quant.convert(weights[name], target)
+        return converted
+
+    def _build(self, tokens: int, logits: str) -> ir.Graph:
+        types = {name: weight.type for name, weight in self._weights.items()}
+        return build(self.config, types, self.kv, tokens, logits, self._checkpoint.int8_activations)
+
+    def _compile(self) -> None:
+        self.graph = self._build(1, "last")
+        with progress.bar("compiling kernels") as report:
+            decode = self._backend.program(self.graph, self._fusions, report)
+            prompt = self._backend.program(self._build(min(CHUNK, self.context), "last"), self._fusions, report)
+            self._backend.prepare(decode, report)
+        self._session: Session | None = Session(decode, prompt, self.context, self.config.vocab_size)
+        self._all_logits: Any = None
+
+    @property
+    def plan(self) -> plan.Plan:
+        """The decode plan: steps, kernels and memory map. Raises `Error` on the reference, which runs the graph itself."""
+        if self.device == "reference":
+            raise Error("the reference interprets the graph and has no plan; see model.graph")
+        found: plan.Plan = self._open()._decode.plan  # type: ignore[attr-defined]
+        return found
+
+    def _open(self) -> Session:
+        if self._session is None:
+            raise Error("this model is closed; compile it again")
+        return self._session
+
+    def close(self) -> None:
+        """Free the KV cache, the arenas and the mapping of the file now. The model cannot be used afterwards."""
+        with self._lock:
+            self._session = self._all_logits = self._backend = None
+            self._weights = {}
+            self._checkpoint.weights = {}
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        c = self.config
+        return f"<Model {self._checkpoint.path.name}: {c.n_layers} layers, dim {c.dim}, on {self.device}, context {self.context}>"
+
+    def logits(self, ids: Iterable[int]) -> np.ndarray:
+        """float32 [len(ids), vocab]: logits after each token, from an empty cache.
+
+        Raises `Error` for no ids or ids outside the vocabulary, `ContextError` for more than fit.
+        """
+        with self._lock:
+            session = self._open()
+            tokens = session.check(list(ids))
+            if self._all_logits is None:
+                graph = self._build(min(CHUNK, self.context), "all")
+                with progress.bar("compiling kernels") as report:
+                    self._all_logits = self._backend.program(graph, self._fusions, report)
+            self._stream = None
+            session.rewind()
+            out = np.empty((len(tokens), self.config.vocab_size), np.float32)
+            step = len(self._all_logits.inputs["ids"])
+            for start in range(0, len(tokens), step):
+                chunk = tokens[start : start + step]
+                session.feed(self._all_logits, chunk)
+                self._all_logits.run(len(chunk))
+                session.tokens.extend(chunk)
+                out[start : start + len(chunk)] = self._all_logits.value("logits")[: len(chunk)]
+            return out
+
+    def generate(
+        self,
+        prompt: str | None,
+        max_tokens: int = 256,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.0,
+        repeat_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> str:
+        """The continuation of a prompt, as text. `None` as the prompt starts from BOS alone.
+
+        `temperature=0` is greedy. Ends at EOS (llama2.c and KuiperLLama files: also at BOS), at a stop string, which is not
+        part of the text, at `max_tokens` or at the end of the context. Raises `ContextError` for a prompt that does not
+        fit, `Error` for an empty one or without a tokenizer, and `Interrupted`, with the text so far, on Ctrl-C.
+        """
+        text: list[str] = []
+        with self._lock:
+            try:
+                for piece in self.stream(
+                    prompt, max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed, stop
+                ):
+                    text.append(piece.text)
+            except KeyboardInterrupt:
+                raise Interrupted("".join(text)) from None
+        return "".join(text)
+
+    def stream(
+        self,
+        prompt: str | None,
+        max_tokens: int = 256,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.0,
+        repeat_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Iterator[Piece]:
+        """Like `generate`, a `Piece` a token, as soon as it is there. Arguments are checked at once, not at the first piece.
+
+        Text never ends in the middle of a character, and a stop string is never shown in part. Several streams of one model
+        may be read in turns or from several threads: each takes the KV cache over and recomputes what it needs.
+        """
+        session, tokenizer = self._open(), self._require_tokenizer()
+        if max_tokens < 0:
+            raise Error(f"max_tokens must not be negative, found {max_tokens}")
+        if prompt == "":
+            raise Error("the prompt is empty; None starts from the beginning-of-text token alone")
+        ids = session.check(tokenizer.encode(prompt or "", bos=True))
+        sampler = Sampler(self.config.vocab_size, temperature, top_k, top_p, min_p, repeat_penalty, seed)
+        sampler.remember(ids)
+        stops = StopFilter([stop] if isinstance(stop, str) else stop)
+        return self._pieces(ids, max_tokens, sampler, tokenizer, stops, at_start=prompt is None)
+
+    def _pieces(
+        self,
+        history: list[int],
+        max_tokens: int,
+        sampler: Sampler,
+        tokenizer: Tokenizer,
+        stops: StopFilter,
+        at_start: bool,
+    ) -> Iterator[Piece]:
+        stream, decoder = object(), tokenizer.decoder(at_start=at_start)
+        enders = {tokenizer.eos_id, tokenizer.bos_id if self._checkpoint.bos_ends_text else None}
+        started = 0.0
+        for index in range(max_tokens):
+            token = self._next(stream, history, sampler)
+            now = time.perf_counter()
+            started = started or now
+            speed = index / (now - started) if index else 0.0
+            reason = None
+            text = ""
+            if token in enders:
+                reason = "eos"
+            else:
+                text = stops.push(decoder.push(token))
+                if stops.stopped:
+                    reason = "stop"
+                elif index + 1 == max_tokens:
+                    reason = "length"
+                elif len(history) == self.context:
+                    reason = "context"
+            if reason in ("eos", "length", "context"):
+                text += stops.push(decoder.flush())
+                text += stops.flush()
+            yield Piece(text, token, speed, reason)
+            if reason is not None:
+                return
+            history.append(token)
+
+    def _next(self, stream: object, history: Sequence[int], sampler: Sampler) -> int:
+        """The token after `history`. Usually the cache holds all but its last; after another stream used it, less."""
+        with self._lock:
+            session = self._open()
+            if self._stream is not stream:
+                self._stream = stream
+                session.rewind()
+            known = len(session.tokens)
+            token = (
+                session.step(history[-1], sampler)
+                if known == len(history) - 1 and known
+                else session.prefill(history[known:], sampler)
+            )
+            assert token is not None
+            return token
+
+    def _require_tokenizer(self) -> Tokenizer:
+        if self.tokenizer is None:
+            raise Error(
+                f"{self._checkpoint.path.name} carries no tokenizer: pass its file to compile(…, tokenizer=…), "
+                "--tokenizer on the command line"
+            )
+        return self.tokenizer
+
+
+def _choose_device(device: str) -> str:
+    kind = device.partition(":")[0]
+    if kind == "cuda":
+        raise DeviceError(f"device {device!r}: this version of numballama has no CUDA backend; use 'cpu'")
+    if device not in ("auto", "cpu", "reference"):
+        raise DeviceError(f"unknown device {device!r}; there are 'cpu', 'reference' and 'auto'")
+    return "cpu" if device == "auto" else device
+
+
+def _choose_context(config: ModelConfig, context: int | None, notes: list[str]) -> int:
+    if context is None:
+        return min(config.context, DEFAULT_CONTEXT)
+    if context < 1:
+        raise Error(f"context must be at least 1 token, found {context}")
+    if context > config.context:
+        notes.append(f"context {context:,}: the model was made for {config.context:,}, later text may be poor")
+    return context
+
+
+def require_memory(kv: KVLayout, path: object) -> None:
+    """Raise `ContextError` if the KV cache cannot fit into the memory that is free."""
+    free = available_bytes()
+    if free is not None and kv.nbytes > free:
+        raise ContextError(
+            f"{path}: a KV cache for {kv.context:,} tokens takes {human(kv.nbytes)}, {human(free)} are free; "
+            "compile with a smaller context="
+        )
+
+
+def _backend(device: str, weights: Mapping[str, Weight], threads: int | None) -> Any:
+    if device == "reference":
+        from .reference import ReferenceBackend
+
+        return ReferenceBackend(weights, threads)
+    from .cpu import CpuBackend
+
+    return CpuBackend(weights, threads)

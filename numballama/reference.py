@@ -1,0 +1,219 @@
+"""The oracle: every op in NumPy, float32 values with float64 sums, straight from its definition.
+
+It interprets the graph as declared, without fusions, plan or arena, and keeps every value, so that a backend can be compared
+value by value. A backend is right when it agrees with this file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import quant
+from .checkpoint import Weight
+from .errors import Error
+from .ir import DTYPES, Graph, Op
+from .registry import find, kernel
+from .sampler import Sampler
+
+ANY = "*"
+F64_BUDGET = 1 << 30
+"""Bytes of weights that are kept as float64; beyond that they are converted anew for each use."""
+
+
+@kernel("embedding", "reference", ANY, ANY)
+def embedding(ids: np.ndarray, table: np.ndarray) -> np.ndarray:
+    return table[ids]
+
+
+@kernel("rope_angles", "reference", ANY, ANY)
+def rope_angles(positions: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
+    angles = positions[:, None].astype(np.float64) * frequencies
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+
+
+@kernel("rmsnorm", "reference", ANY, ANY)
+def rmsnorm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    x = x.astype(np.float64)
+    return x / np.sqrt((x * x).mean(axis=1, keepdims=True) + eps) * weight
+
+
+@kernel("quantize", "reference", ANY)
+def quantize(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
+    """In float32, as the definition is: which way a number is rounded must not depend on the precision of the check."""
+    rows = [quant.quantize_int8(row, group) for row in x]
+    return np.stack([q for q, _ in rows]), np.stack([s for _, s in rows])
+
+
+@kernel("linear", "reference", ANY, ANY)
+def linear(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return x.astype(np.float64) @ weight.astype(np.float64, copy=False).T
+
+
+@kernel("linear", "reference", "i8", ANY, ANY)
+def linear_int8(xq: np.ndarray, xs: np.ndarray, weight: np.ndarray, group: int) -> np.ndarray:
+    return linear(xq * np.repeat(xs.astype(np.float64), group, axis=1)[:, : xq.shape[1]], weight)
+
+
+@kernel("bias", "reference", ANY, ANY)
+def bias(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    return x.astype(np.float64) + weight
+
+
+@kernel("rope", "reference", ANY, ANY)
+def rope(x: np.ndarray, angles: np.ndarray, head_dim: int, interleaved: int) -> np.ndarray:
+    tokens, pairs = len(x), head_dim // 2
+    heads = x.reshape(tokens, -1, head_dim).astype(np.float64)
+    a, b = (slice(0, None, 2), slice(1, None, 2)) if interleaved else (slice(0, pairs), slice(pairs, None))
+    cos, sin = angles[:, None, :pairs], angles[:, None, pairs:]
+    out = np.empty_like(heads)
+    out[..., a] = heads[..., a] * cos - heads[..., b] * sin
+    out[..., b] = heads[..., a] * sin + heads[..., b] * cos
+    return out.reshape(x.shape)
+
+
+@kernel("kv_write", "reference", ANY, ANY, ANY, ANY)
+def kv_write(x: np.ndarray, cache: np.ndarray, positions: np.ndarray, sequences: np.ndarray) -> np.ndarray:
+    heads = x.reshape(len(x), cache.shape[1], cache.shape[3])
+    for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
+        cache[sequence, :, position] = heads[t]
+    return cache
+
+
+@kernel("attention_scores", "reference", ANY, ANY, ANY, ANY)
+def attention_scores(q: np.ndarray, k_cache: np.ndarray, positions: np.ndarray, sequences: np.ndarray) -> np.ndarray:
+    head_dim = k_cache.shape[3]
+    heads = q.reshape(len(q), -1, head_dim)
+    shared = heads.shape[1] // k_cache.shape[1]
+    out = np.full((*heads.shape[:2], k_cache.shape[2]), -np.inf)
+    for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
+        keys = np.repeat(k_cache[sequence, :, : position + 1], shared, axis=0).astype(np.float64)
+        out[t, :, : position + 1] = np.einsum("hd,hpd->hp", heads[t], keys) / np.sqrt(head_dim)
+    return out
+
+
+@kernel("softmax", "reference", ANY)
+def softmax(x: np.ndarray) -> np.ndarray:
+    powers = np.exp(x.astype(np.float64) - x.max(axis=-1, keepdims=True))
+    return powers / powers.sum(axis=-1, keepdims=True)
+
+
+@kernel("attention_values", "reference", ANY, ANY, ANY, ANY)
+def attention_values(
+    weights: np.ndarray, v_cache: np.ndarray, positions: np.ndarray, sequences: np.ndarray
+) -> np.ndarray:
+    shared = weights.shape[1] // v_cache.shape[1]
+    out = np.zeros((*weights.shape[:2], v_cache.shape[3]))
+    for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
+        values = np.repeat(v_cache[sequence, :, : position + 1], shared, axis=0).astype(np.float64)
+        out[t] = np.einsum("hp,hpd->hd", weights[t, :, : position + 1], values)
+    return out.reshape(len(weights), -1)
+
+
+@kernel("swiglu", "reference", ANY, ANY)
+def swiglu(gate: np.ndarray, up: np.ndarray) -> np.ndarray:
+    gate = gate.astype(np.float64)
+    with np.errstate(over="ignore"):
+        return gate / (1 + np.exp(-gate)) * up
+
+
+@kernel("add", "reference", ANY, ANY)
+def add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return a.astype(np.float64) + b
+
+
+@kernel("last", "reference", ANY)
+def last(x: np.ndarray) -> np.ndarray:
+    return x[-1:]
+
+
+@kernel("argmax", "reference", ANY)
+def argmax(x: np.ndarray) -> np.ndarray:
+    return np.where(np.isnan(x).any(axis=1), -1, np.nan_to_num(x).argmax(axis=1))
+
+
+class ReferenceProgram:
+    """A graph with its operands, run op by op: the interface of `cpu.CpuProgram`."""
+
+    def __init__(self, graph: Graph, backend: ReferenceBackend) -> None:
+        self.graph, self.backend = graph, backend
+        self.inputs = {v.name: np.zeros(v.shape, DTYPES[v.dtype]) for v in graph.values.values() if v.kind == "input"}
+        self.values: dict[str, np.ndarray] = {}
+        self.entries = 0
+        kinds = [op.kind for op in graph.ops]
+        self.head = kinds.index("last") if "last" in kinds else len(kinds)
+
+    def value(self, name: str) -> np.ndarray:
+        """What the last run computed, for its tokens only."""
+        return self.values[name]
+
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: Sampler | None = None) -> int:
+        """Interpret ops [begin, end) for the first `tokens` tokens of the inputs. With a sampler, also draw the next token."""
+        if begin == 0:
+            self.values = {name: array[:tokens] for name, array in self.inputs.items()}
+        for op in self.graph.ops[begin:end]:
+            self._compute(op)
+        if sampler is None:
+            return 0
+        if (token := sampler(self.values["logits"][0].copy())) < 0:
+            raise Error("the logits are not numbers: the weights may be damaged")
+        return token
+
+    def _compute(self, op: Op) -> None:
+        types = [self.graph.values[name].dtype for name in op.inputs]
+        attrs: Mapping[str, Any] = op.attrs
+        function = find(op.kind, self.backend.name, types).function
+        results = function(*(self._operand(name) for name in op.inputs), **attrs)
+        for name, result in zip(op.outputs, results if isinstance(results, tuple) else (results,), strict=True):
+            value = self.graph.values[name]
+            self.values[name] = result if value.alias else result.astype(DTYPES[value.dtype], copy=False)
+
+    def _operand(self, name: str) -> np.ndarray:
+        value = self.graph.values[name]
+        if value.kind == "weight":
+            return self.backend.weight(name)
+        if value.kind == "constant":
+            return np.array(self.graph.constants[name], np.float32)
+        if value.kind == "state":
+            root = self.graph.root(name)
+            # float16 and bfloat16 caches are kept as float32: the reference is what they approximate
+            return self.backend.states.setdefault(root, np.zeros(value.shape, np.float32))
+        return self.values[name]
+
+
+class ReferenceBackend:
+    """Weights and KV cache of the reference."""
+
+    name = "reference"
+    workers = 1
+
+    def __init__(self, weights: Mapping[str, Weight], threads: int | None = None) -> None:
+        self.weights = weights
+        self.states: dict[str, np.ndarray] = {}
+        self.notes: list[str] = []
+        self._converted: dict[str, np.ndarray] = {}
+        small = 8 * sum(int(np.prod(w.shape)) for w in weights.values()) <= F64_BUDGET
+        self._dtype = np.float64 if small else np.float32
+
+    def weight(self, name: str) -> np.ndarray:
+        """A weight as float64, or as float32 where all would not fit the budget."""
+        if name not in self._converted:
+            array = quant.dequantize(self.weights[name])
+            if self._dtype == np.float32:
+                return array
+            self._converted[name] = array.astype(np.float64)
+        return self._converted[name]
+
+    def prepare(self, decode: ReferenceProgram, progress: Callable[[str, int, int], None] | None = None) -> None:
+        """Nothing is compiled here."""
+
+    def program(
+        self,
+        graph: Graph,
+        fusions: bool | Sequence[str] = True,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> ReferenceProgram:
+        """Fusions are not for the reference: it runs the graph as it is declared."""
+        return ReferenceProgram(graph, self)

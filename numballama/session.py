@@ -1,0 +1,99 @@
+"""`Session`: a token history and the KV cache that goes with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from .errors import ContextError, Error
+from .sampler import Sampler
+
+
+class Program(Protocol):
+    """What a backend makes of a graph."""
+
+    inputs: dict[str, np.ndarray]
+    head: int
+
+    def value(self, name: str) -> np.ndarray: ...
+
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: Sampler | None = None) -> int: ...
+
+
+class Session:
+    """Tokens seen so far, in a KV cache that holds `context` of them.
+
+    `decode` is a program for one token, `prompt` one for a chunk of several. The history grows only after a run has ended,
+    so an interrupt between two steps leaves a session that can go on: the next run writes the same places again.
+    """
+
+    def __init__(self, decode: Program, prompt: Program, context: int, vocab_size: int, sequence: int = 0) -> None:
+        self.tokens: list[int] = []
+        self.context, self.vocab_size = context, vocab_size
+        self._decode, self._prompt, self._sequence = decode, prompt, sequence
+        self._last = decode
+        self._chunk = len(prompt.inputs["ids"])
+
+    @property
+    def logits(self) -> np.ndarray:
+        """float32 [vocab]: logits after the last token of the last run. A view that the next run overwrites."""
+        return self._last.value("logits")[0]
+
+    def check(self, ids: Sequence[int]) -> list[int]:
+        """The ids as a list of int. Raises `Error` for none, or for one outside the vocabulary, `ContextError` if too many."""
+        ids = [int(token) for token in ids]
+        if not ids:
+            raise Error("the prompt is empty: at least one token is needed to start from")
+        for index, token in enumerate(ids):
+            if not 0 <= token < self.vocab_size:
+                raise Error(f"token {index} of the prompt is {token}; the vocabulary has 0 to {self.vocab_size - 1}")
+        if len(ids) > self.context:
+            raise ContextError(
+                f"the prompt has {len(ids)} tokens and the context {self.context}; shorten it, or compile with context="
+            )
+        return ids
+
+    def rewind(self, length: int = 0) -> None:
+        """Forget all tokens after the first `length`; the cache keeps what belongs to those."""
+        del self.tokens[length:]
+
+    def prefill(self, ids: Sequence[int], sampler: Sampler | None = None) -> int | None:
+        """Append tokens, a chunk a run; logits are computed for the last one only. With a sampler, returns the next token."""
+        for start in range(0, len(ids), self._chunk):
+            chunk = ids[start : start + self._chunk]
+            last = start + len(chunk) == len(ids)
+            program = self._decode if len(ids) == 1 else self._prompt
+            if last:
+                return self._run(program, chunk, sampler)
+            self.feed(program, chunk)
+            program.run(len(chunk), 0, program.head)
+            self.tokens.extend(chunk)
+        return None
+
+    def step(self, token: int, sampler: Sampler | None = None) -> int | None:
+        """Append one token: one call into compiled code. With a sampler, returns the next token."""
+        return self._run(self._decode, (token,), sampler)
+
+    def feed(self, program: Program, ids: Sequence[int]) -> None:
+        """Write the inputs of a run that continues this session. Raises `ContextError` when the cache is full."""
+        start, count = len(self.tokens), len(ids)
+        if start + count > self.context:
+            raise ContextError(f"{start} tokens are in the context of {self.context}, {count} more do not fit")
+        program.inputs["ids"][:count] = ids
+        program.inputs["positions"][:count] = range(start, start + count)
+        program.inputs["sequences"][:count] = self._sequence
+
+    def _run(self, program: Program, ids: Sequence[int], sampler: Sampler | None) -> int | None:
+        self.feed(program, ids)
+        self._last = program
+        if sampler is None or sampler.is_argmax:
+            program.run(len(ids))  # the graph's own argmax is the greedy choice
+            token = int(program.value("next")[0])
+            if sampler is not None and token < 0:
+                raise Error("the logits are not numbers: the weights may be damaged")
+        else:
+            token = program.run(len(ids), sampler=sampler)
+        self.tokens.extend(ids)
+        return None if sampler is None else token
