@@ -57,17 +57,19 @@ def compile(
     Parameters
     ----------
     model_path: a model file. Its format is recognised by content.
-    tokenizer: path of a tokenizer, when the model file carries none. Without one, `logits` works and text methods raise.
+    tokenizer: path of a tokenizer, when the model file carries none. Without one, `logits` works and text methods
+    raise.
     device: "cpu", "reference" (NumPy: slow, the oracle) or "auto", which takes the fastest there is and says which.
     dtype: None keeps the file's types; "f32", "f16", "bf16" or "int8" converts the linear weights.
     context: length of the KV cache in tokens; default the model's own, at most 4096.
     kv_dtype: type of the KV cache, "f32" (default), "f16" or "bf16".
     threads: CPU workers; default all that this process may use.
     rope_pairing: "interleaved" or "half"; with `rope_theta` and `norm_eps`, replaces what a file says or leaves out.
-    fusions: which passes of `graph.FUSIONS` join ops: all (True), none (False) or those named. The logits stay the same.
+    fusions: which passes of `graph.FUSIONS` join ops: all (True), none (False) or those named. The logits stay the
+    same.
 
-    Raises `FormatError` for a damaged file, `UnsupportedError` for what this version cannot do, `DeviceError` for a device
-    that is not there, `Error` for arguments that make no sense.
+    Raises `FormatError` for a damaged file, `UnsupportedError` for what this version cannot do, `DeviceError` for a
+    device that is not there, `Error` for arguments that make no sense.
     """
     from .model import Model
 

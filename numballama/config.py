@@ -112,7 +112,7 @@ class ModelConfig:
         return shapes
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical name → shape of every weight: "tok_embeddings", "layers.0.wq", …, "norm", and "output" if not tied."""
+        """Canonical name → shape of every weight, "tok_embeddings" first; "output" only if it is not tied."""
         shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (self.vocab_size, self.dim)}
         for layer in range(self.n_layers):
             shapes |= {f"layers.{layer}.{name}": shape for name, shape in self.layer_shapes().items()}
@@ -136,8 +136,6 @@ NAMED_SHAPES: dict[str, ModelConfig] = {
     "stories110M": ModelConfig(768, 2048, 12, 12, 12, 32000, 1024),
     "TinyLlama-1.1B": ModelConfig(2048, 5632, 22, 32, 4, 32000, 2048, tied_embeddings=False),
     "Llama-2-7B": ModelConfig(4096, 11008, 32, 32, 32, 32000, 4096, tied_embeddings=False),
-    "Llama-3.2-1B": ModelConfig(
-        2048, 8192, 16, 32, 8, 128256, 131072, rope_theta=500000.0, rope_pairing=HALF_SPLIT
-    ),
+    "Llama-3.2-1B": ModelConfig(2048, 8192, 16, 32, 8, 128256, 131072, rope_theta=500000.0, rope_pairing=HALF_SPLIT),
 }
 """Shapes that benchmarks and tests build random models of."""

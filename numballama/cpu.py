@@ -1,8 +1,8 @@
 """The CPU backend: a plan becomes a table of integers, and one compiled function walks it with all workers at once.
 
-A row of the table is a step: the kernel's address, the most tokens it handles, then its operands as addresses, extents and
-numbers. All workers walk the whole table and wait for each other after each step, 0.1-0.3 us a step; starting workers anew
-for each would cost ten times that. No Python runs between steps.
+A row of the table is a step: the kernel's address, the most tokens it handles, then its operands as addresses,
+extents and numbers. All workers walk the whole table and wait for each other after each step, 0.1-0.3 us a step;
+starting workers anew for each would cost ten times that. No Python runs between steps.
 """
 
 from __future__ import annotations
@@ -56,8 +56,9 @@ def wait(sync, index, least):
 def muster(worker, workers, sync):
     """(part, parts) of this worker, once it is clear how many there are; (-1, 0) for one that comes too late.
 
-    A threading layer may run fewer threads than asked for (OMP_THREAD_LIMIT), one after the other. Waiting for all would
-    then last for ever, so the first worker closes the roster after a while and the region goes on with those present.
+    A threading layer may run fewer threads than asked for (OMP_THREAD_LIMIT), one after the other. Waiting for all
+    would then last for ever, so the first worker closes the roster after a while and the region goes on with those
+    present.
     """
     ticket = atomic_add(sync, ROSTER, 1)
     if ticket >= CLOSED:
@@ -113,7 +114,7 @@ def walk_and_sample(table, begin, end, tokens, workers, sync, logits, settings, 
 
 
 _region = threading.Lock()
-"""One parallel region at a time in a process: Numba's workqueue layer aborts on two, OpenMP would share the cores out badly."""
+"""One parallel region at a time: Numba's workqueue layer aborts on two, and OpenMP would share the cores out badly."""
 
 
 @contextlib.contextmanager
@@ -152,8 +153,8 @@ class CpuProgram:
     def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: Sampler | None = None) -> int:
         """Run steps [begin, end) for the first `tokens` tokens of the inputs: one call into compiled code.
 
-        With a sampler the next token is drawn from the logits in the same call and returned. Raises `Error` when a kernel
-        failed or the logits are not numbers, `DeviceError` in a forked child.
+        With a sampler the next token is drawn from the logits in the same call and returned. Raises `Error` when a
+        kernel failed or the logits are not numbers, `DeviceError` in a forked child.
         """
         if os.getpid() != self._pid:
             raise DeviceError(
@@ -199,7 +200,7 @@ class CpuBackend:
         fusions: bool | Sequence[str] = True,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> CpuProgram:
-        """Fuse, lower, compile and bind a graph. `progress(kernel, done, total)` is called before each kernel is compiled."""
+        """Fuse, lower, compile and bind a graph. `progress(kernel, done, total)` is called before each kernel."""
         plan = lower(fuse(graph, self.name, fusions), self.name, self.workers)
         arena = _aligned_zeros(plan.arena_bytes)
         values: dict[str, np.ndarray] = {}
@@ -219,7 +220,7 @@ class CpuBackend:
         return self._bind(plan, values, arena, progress)
 
     def prepare(self, decode: CpuProgram, progress: Callable[[str, int, int], None] | None = None) -> None:
-        """Compile (or load) what walks the table and samples, and start the workers: the first token must not wait for it."""
+        """Compile or load what walks and samples, and start the workers, so that the first token need not wait."""
         if progress:
             progress("walk", 0, 1)
         decode.run(1, 0, 0)
@@ -249,7 +250,9 @@ class CpuBackend:
 
     def _operands(self, plan: Plan, step: Step, values: Mapping[str, np.ndarray]) -> tuple[list[Any], list[int]]:
         """Numba types and table slots of a step's operands: inputs, outputs, then attributes and scratch by name."""
-        graph, kinds, slots = plan.graph, [], []
+        graph = plan.graph
+        kinds: list[Any] = []
+        slots: list[int] = []
         for value in graph.operands(step.op.inputs):
             kind, numbers = (
                 _weight_operand(self.weights[value.name]) if value.kind == "weight" else _operand(value, values)

@@ -61,9 +61,9 @@ def build(
 ) -> Graph:
     """The graph of a Llama for up to `tokens` tokens a run.
 
-    `types` maps each name of `config.weight_shapes()` to its type. `logits` is "last" (logits[1, vocab] of the run's last
-    token, and `next`[1], its argmax) or "all" (logits[tokens, vocab]). With `int8_activations` the input of every int8 weight is
-    quantised first, in the weight's groups.
+    `types` maps each name of `config.weight_shapes()` to its type. `logits` is "last" (logits[1, vocab] of the run's
+    last token, and `next`[1], its argmax) or "all" (logits[tokens, vocab]). With `int8_activations` the input of
+    every int8 weight is quantised first, in the weight's groups.
     """
     graph = Graph(f"llama, {tokens} token{'s' if tokens > 1 else ''}")
     shapes = config.weight_shapes()
@@ -223,7 +223,8 @@ def operand_types(graph: Graph, inputs: Iterable[str]) -> list[str]:
 
 
 def fuse(graph: Graph, backend: str, passes: bool | Sequence[str] = True) -> Graph:
-    """Run fusion passes: all (True), none (False) or those named. A group that `backend` has no kernel for is left alone.
+    """Run fusion passes: all (True), none (False) or those named. A group that `backend` has no kernel for is left
+    alone.
 
     Raises `Error` for a pass that does not exist.
     """

@@ -4,9 +4,9 @@ A `Graph` is a list of ops in single assignment form. Every shape and type is kn
 in `RULES` computes them from its inputs. Nothing here knows of a device, a file or a llama. A fused op keeps the ops
 it replaced in `body`: they are its meaning, and its shapes follow from them.
 
-Values are of five kinds: "input" (written by the caller before a run), "weight", "constant" (numbers the graph carries),
-"state" (outlives a run: the KV cache) and "temp" (computed by an op). An op that updates a state gives it a new name that
-stands for the same memory (`Value.alias`), so that the order of writes and reads is in the data flow.
+Values are of five kinds: "input" (written by the caller before a run), "weight", "constant" (numbers the graph
+carries), "state" (outlives a run: the KV cache) and "temp" (computed by an op). An op that updates a state gives it a
+new name that stands for the same memory (`Value.alias`), so that the order of writes and reads is in the data flow.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Value:
 
 @dataclass(frozen=True)
 class Op:
-    """One computation: `kind` names its rule, inputs and outputs are values' names, `body` is what a fused op replaced."""
+    """One computation, named by `kind`, over values' names. `body` is what a fused op replaced."""
 
     kind: str
     inputs: tuple[str, ...]
@@ -119,7 +119,8 @@ class Graph:
     def add(self, kind: str, *inputs: Value, out: str | Sequence[str], **attrs: Any) -> Any:
         """Append an op; the types and shapes of its outputs follow from its rule.
 
-        Returns its output `Value`, or a tuple when `out` is a sequence. Raises `Error` when the rule refuses the inputs.
+        Returns its output `Value`, or a tuple when `out` is a sequence. Raises `Error` when the rule refuses the
+        inputs.
         """
         names = (out,) if isinstance(out, str) else tuple(out)
         op = Op(kind, tuple(value.name for value in inputs), names, attrs)
@@ -251,7 +252,7 @@ def _quantize(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]
 
 @rule("linear")
 def _linear(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]:
-    """x[T, K], weight[N, K] → x · weightᵀ; or x as `quantize` made it, in groups: xq[T, K], xs[T, ceil(K / group)], weight"""
+    """x[T, K], weight[N, K] → x · weightᵀ; or, quantised in groups, xq[T, K], xs[T, ceil(K / group)], weight"""
     x, weight = inputs[0], inputs[-1]
     _expect(len(inputs) == (3 if x.dtype == "i8" else 2), "wants (x, weight) or (xq, xs, weight)")
     if x.dtype == "i8":
@@ -290,7 +291,7 @@ def _kv_write(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]
 
 @rule("attention_scores")
 def _attention_scores(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]:
-    """q[T, heads · head_dim], k cache, positions, sequences → q · k / sqrt(head_dim), -inf after the position, [T, heads, C]"""
+    """q[T, heads · head_dim], k cache, positions, sequences → q · k / sqrt(head_dim), -inf beyond, [T, heads, C]"""
     q, cache = inputs[:2]
     heads, rest = divmod(q.shape[1], cache.shape[3])
     _expect(rest == 0 and heads % cache.shape[1] == 0, "q's heads must be a multiple of the cache's")
@@ -305,7 +306,7 @@ def _softmax(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]:
 
 @rule("attention_values")
 def _attention_values(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]:
-    """probabilities[T, heads, C], v cache, positions, sequences → their weighted sum of values, [T, heads · head_dim]"""
+    """probabilities[T, heads, C], v cache, positions, sequences → weighted sum of values, [T, heads · head_dim]"""
     weights, cache = inputs[:2]
     _expect(weights.shape[2] == cache.shape[2], "probabilities must cover the cache")
     return [((weights.shape[0], weights.shape[1] * cache.shape[3]), "f32")]

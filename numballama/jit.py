@@ -1,9 +1,11 @@
-"""How this package compiles with Numba: the options, the cache that is never stale, and the calling convention of a step.
+"""How this package compiles with Numba: the options, the cache that is never stale, and the calling convention of a
+step.
 
-A *step function* is an `@njit`-style function of arrays and scalars, compiled so that it can be called by address with four
-integers: `code = f(operands, part, parts, tokens)`. `operands` is the address of a row of int64 slots; a small wrapper, made
-here in LLVM and cached with the function, turns them into the function's arrays. So a plan is a table of integers, and
-adding an operator means writing one function.
+A *step function* is an `@njit`-style function of arrays and scalars, compiled so that it can be called by address
+with four
+integers: `code = f(operands, part, parts, tokens)`. `operands` is the address of a row of int64 slots; a small
+wrapper, made here in LLVM and cached with the function, turns them into the function's arrays. So a plan is a table
+of integers, and adding an operator means writing one function.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from numba.np.arrayobj import make_array, populate_array
 FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
 """Sums may be reordered and multiply-adds fused; NaN and infinity keep their meaning (scores are masked with -inf)."""
 
-KERNEL_SOURCES = ("jit.py", "lowlevel_cpu.py", "matmul_cpu.py", "kernels_cpu.py", "cpu.py", "sampler.py")
+KERNEL_SOURCES = ("jit.py", "lowlevel_cpu.py", "matmul_cpu.py", "kernels_cpu.py", "cpu.py", "sampler.py", "bench.py")
 """Every file of the package that has compiled code in it; a test keeps the list complete."""
 
 KEPT_CACHES = 4
@@ -40,11 +42,13 @@ KEPT_CACHES = 4
 
 @lru_cache(maxsize=1)
 def cache_directory() -> Path:
-    """Where compiled kernels are kept: one folder for each version of the kernels' sources, of Numba and of the package.
+    """Where compiled kernels are kept: one folder for each version of the kernels' sources, of Numba and of the
+    package.
 
     Numba itself looks only at the file of the function that it caches, so an edited helper elsewhere would go unseen.
-    The base is $NUMBALLAMA_CACHE, else Numba's own setting, else $XDG_CACHE_HOME/numballama, else ~/.cache/numballama; a
-    folder that cannot be written is replaced by one of this process, below the system's temporary folder.
+    The base is $NUMBALLAMA_CACHE, else Numba's own setting, else $XDG_CACHE_HOME/numballama, else
+    ~/.cache/numballama; a folder that cannot be written is replaced by one of this process, below the system's
+    temporary folder.
     """
     from . import __version__
 
@@ -169,8 +173,8 @@ class _StepCompiler(CompilerBase):  # type: ignore[misc]
 def compile_step(function: Callable[..., Any], operands: list[Any]) -> Any:
     """Compile (or load from the cache) a kernel for these Numba types of its operands.
 
-    The function's first three parameters are part, parts and tokens. The result has `address` and `cache_hits`; the code
-    lives as long as it does. A function typed into a notebook is compiled, but not cached: it has no file.
+    The function's first three parameters are part, parts and tokens. The result has `address` and `cache_hits`; the
+    code lives as long as it does. A function typed into a notebook is compiled, but not cached: it has no file.
     """
     signature = types.void(types.int64, types.int64, types.int64, *operands)
     with _our_cache():

@@ -1,9 +1,9 @@
 """Every operator on the CPU: arrays and scalars in, arrays out.
 
-A kernel does part `part` of `parts` of its op for the first `tokens` tokens; all parts together do the whole, and they run
-at once, so each writes its own share and reads nothing that another part of the same step writes. After the inputs and
-outputs come the op's attributes and scratch arrays, by name. Shapes: T tokens at most, D the model's width, K and N a
-weight's columns and rows, S sequences, C the cache's length.
+A kernel does part `part` of `parts` of its op for the first `tokens` tokens; all parts together do the whole, and
+they run at once, so each writes its own share and reads nothing that another part of the same step writes. After the
+inputs and outputs come the op's attributes and scratch arrays, by name. Shapes: T tokens at most, D the model's
+width, K and N a weight's columns and rows, S sequences, C the cache's length.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def bias(part, parts, tokens, x, weight, out):
 
 @device
 def turn(x, angles, interleaved, out):
-    """RoPE of one head: pair i of x turned by the angle whose cosine is angles[i] and whose sine is angles[pairs + i]."""
+    """RoPE of one head: pair i of x turned by the angle with cosine angles[i] and sine angles[pairs + i]."""
     pairs = x.shape[0] // 2
     for i in range(pairs):
         a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + pairs)

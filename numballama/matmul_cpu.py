@@ -1,8 +1,8 @@
 """Rows of a weight times rows of activations, for every type of weight: what nearly all time and all bytes go into.
 
-What a weight is: float32[N, K]; uint16[N, K] for float16; int16[N, K] for bfloat16; or (int8[N, K], float32 scales, group),
-number i of the flat payload having scale i // group. `row_dot` and `decode_rows` are the only functions that tell them apart:
-a new weight type is one more branch in each.
+What a weight is: float32[N, K]; uint16[N, K] for float16; int16[N, K] for bfloat16; or (int8[N, K], float32 scales,
+group), number i of the flat payload having scale i // group. `row_dot` and `decode_rows` are the only functions that
+tell them apart: a new weight type is one more branch in each.
 
 Decoding reads every weight once and little else: the floor of a token is the bytes of the weights over the machine's
 bandwidth. A prompt's chunk reuses each row for all its tokens: tiles of 4 rows x 4 tokens keep 16 sums in registers.
@@ -32,7 +32,7 @@ def share(n, part, parts, grain):
 
 
 def row_dot(weight: Any, row: int, x: Any, t: int) -> Any:
-    """weight[row] · x[t], a float32. x is float32[T, K], or (int8[T, K], float32 scales[T, G]) with the weight's groups."""
+    """weight[row] · x[t]. x is float32[T, K], or (int8[T, K], float32 scales[T, G]) with the weight's groups."""
 
 
 @overload(row_dot, jit_options=_OPTIONS)

@@ -41,8 +41,8 @@ class Interrupted(KeyboardInterrupt):
 class Piece:
     """A token of a stream, with the text that became certain with it.
 
-    `finish_reason` is None but on the last piece: "eos" (the model ended), "stop" (a stop string), "length" (max_tokens) or
-    "context" (the KV cache is full).
+    `finish_reason` is None but on the last piece: "eos" (the model ended), "stop" (a stop string), "length"
+    (max_tokens) or "context" (the KV cache is full).
     """
 
     text: str
@@ -58,8 +58,9 @@ class Piece:
 class Model:
     """A compiled model. Use `numballama.compile`; see there for the arguments.
 
-    Attributes: `config`, `tokenizer` (or None), `graph` (as declared, for one token), `device`, `context`, `kv` (the cache's
-    layout), `notes` (what was assumed or chosen, a sentence each).
+    Attributes: `path`, `config`, `tokenizer` (or None), `weights`, `graph` (as declared, for one token), `device`,
+    `threads`, `context`, `kv` (the cache's layout), `notes` (what was assumed or chosen, a sentence each), `load_s`
+    (seconds that compiling took).
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Model:
         norm_eps: float | None = None,
         fusions: bool | Sequence[str] = True,
     ) -> None:
+        started = time.perf_counter()
         if model_path is None:
             raise UnsupportedError(
                 "no model ships inside this version of the package: pass the path of a llama2.c or KuiperLLama file, "
@@ -89,6 +91,7 @@ class Model:
         self._checkpoint: Checkpoint = loader.open_checkpoint(
             model_path, tokenizer, rope_pairing=rope_pairing, rope_theta=rope_theta, norm_eps=norm_eps
         )
+        self.path = self._checkpoint.path
         self.config: ModelConfig = self._checkpoint.config
         self.tokenizer: Tokenizer | None = self._checkpoint.tokenizer
         self.notes = list(self._checkpoint.notes)
@@ -106,15 +109,17 @@ class Model:
         self._lock = threading.RLock()
         self._stream: object = None
         self._fusions = fusions
-        self._weights = self._convert(dtype)
-        self._backend: Any = _backend(self.device, self._weights, threads)
+        self.weights: Mapping[str, Weight] = self._convert(dtype)
+        self._backend: Any = _backend(self.device, self.weights, threads)
         self._compile()
         self.notes += self._backend.notes
         for note in self.notes:
             progress.say(note)
+        self.threads: int = self._backend.workers
+        self.load_s = time.perf_counter() - started
 
     def _convert(self, dtype: str | None) -> Mapping[str, Weight]:
-        """The weights, those of linear layers in another type if asked for. A tied classifier takes the embedding along."""
+        """The weights, those of linear layers converted if asked for; a tied classifier takes the embedding along."""
         weights = self._checkpoint.weights
         if dtype is None:
             return weights
@@ -133,13 +138,13 @@ class Model:
         return converted
 
     def _build(self, tokens: int, logits: str) -> ir.Graph:
-        types = {name: weight.type for name, weight in self._weights.items()}
+        types = {name: weight.type for name, weight in self.weights.items()}
         return build(self.config, types, self.kv, tokens, logits, self._checkpoint.int8_activations)
 
     def _compile(self) -> None:
         self.graph = self._build(1, "last")
         with progress.bar("compiling kernels") as report:
-            decode = self._backend.program(self.graph, self._fusions, report)
+            decode = self._decode = self._backend.program(self.graph, self._fusions, report)
             prompt = self._backend.program(self._build(min(CHUNK, self.context), "last"), self._fusions, report)
             self._backend.prepare(decode, report)
         self._session: Session | None = Session(decode, prompt, self.context, self.config.vocab_size)
@@ -147,13 +152,15 @@ class Model:
 
     @property
     def plan(self) -> plan.Plan:
-        """The decode plan: steps, kernels and memory map. Raises `Error` on the reference, which runs the graph itself."""
+        """The decode plan: steps, kernels, memory map. Raises `Error` on the reference, which has none."""
         if self.device == "reference":
             raise Error("the reference interprets the graph and has no plan; see model.graph")
-        found: plan.Plan = self._open()._decode.plan  # type: ignore[attr-defined]
+        found: plan.Plan = self._decode.plan
         return found
 
-    def _open(self) -> Session:
+    @property
+    def session(self) -> Session:
+        """The model's token history and KV cache. Raises `Error` once the model is closed."""
         if self._session is None:
             raise Error("this model is closed; compile it again")
         return self._session
@@ -161,8 +168,8 @@ class Model:
     def close(self) -> None:
         """Free the KV cache, the arenas and the mapping of the file now. The model cannot be used afterwards."""
         with self._lock:
-            self._session = self._all_logits = self._backend = None
-            self._weights = {}
+            self._session = self._decode = self._all_logits = self._backend = None
+            self.weights = {}
             self._checkpoint.weights = {}
 
     def __enter__(self) -> Model:
@@ -173,7 +180,7 @@ class Model:
 
     def __repr__(self) -> str:
         c = self.config
-        return f"<Model {self._checkpoint.path.name}: {c.n_layers} layers, dim {c.dim}, on {self.device}, context {self.context}>"
+        return f"<Model {self.path.name}: {c.n_layers} layers, dim {c.dim}, on {self.device}, context {self.context}>"
 
     def logits(self, ids: Iterable[int]) -> np.ndarray:
         """float32 [len(ids), vocab]: logits after each token, from an empty cache.
@@ -181,7 +188,7 @@ class Model:
         Raises `Error` for no ids or ids outside the vocabulary, `ContextError` for more than fit.
         """
         with self._lock:
-            session = self._open()
+            session = self.session
             tokens = session.check(list(ids))
             if self._all_logits is None:
                 graph = self._build(min(CHUNK, self.context), "all")
@@ -213,9 +220,10 @@ class Model:
     ) -> str:
         """The continuation of a prompt, as text. `None` as the prompt starts from BOS alone.
 
-        `temperature=0` is greedy. Ends at EOS (llama2.c and KuiperLLama files: also at BOS), at a stop string, which is not
-        part of the text, at `max_tokens` or at the end of the context. Raises `ContextError` for a prompt that does not
-        fit, `Error` for an empty one or without a tokenizer, and `Interrupted`, with the text so far, on Ctrl-C.
+        `temperature=0` is greedy. Ends at EOS (llama2.c and KuiperLLama files: also at BOS), at a stop string, which
+        is not part of the text, at `max_tokens` or at the end of the context. Raises `ContextError` for a prompt that
+        does not fit, `Error` for an empty one or without a tokenizer, and `Interrupted`, with the text so far, on
+        Ctrl-C.
         """
         text: list[str] = []
         with self._lock:
@@ -240,12 +248,13 @@ class Model:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
     ) -> Iterator[Piece]:
-        """Like `generate`, a `Piece` a token, as soon as it is there. Arguments are checked at once, not at the first piece.
+        """Like `generate`, a `Piece` a token, as soon as it is there. Arguments are checked at once, not at the first
+        piece.
 
-        Text never ends in the middle of a character, and a stop string is never shown in part. Several streams of one model
-        may be read in turns or from several threads: each takes the KV cache over and recomputes what it needs.
+        Text never ends in the middle of a character, and a stop string is never shown in part. Several streams of one
+        model may be read in turns or from several threads: each takes the KV cache over and recomputes what it needs.
         """
-        session, tokenizer = self._open(), self._require_tokenizer()
+        session, tokenizer = self.session, self._require_tokenizer()
         if max_tokens < 0:
             raise Error(f"max_tokens must not be negative, found {max_tokens}")
         if prompt == "":
@@ -296,7 +305,7 @@ class Model:
     def _next(self, stream: object, history: Sequence[int], sampler: Sampler) -> int:
         """The token after `history`. Usually the cache holds all but its last; after another stream used it, less."""
         with self._lock:
-            session = self._open()
+            session = self.session
             if self._stream is not stream:
                 self._stream = stream
                 session.rewind()
@@ -312,7 +321,7 @@ class Model:
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise Error(
-                f"{self._checkpoint.path.name} carries no tokenizer: pass its file to compile(…, tokenizer=…), "
+                f"{self.path.name} carries no tokenizer: pass its file to compile(…, tokenizer=…), "
                 "--tokenizer on the command line"
             )
         return self.tokenizer
@@ -327,9 +336,14 @@ def _choose_device(device: str) -> str:
     return "cpu" if device == "auto" else device
 
 
+def default_context(config: ModelConfig) -> int:
+    """Tokens of KV cache that a model gets unless told otherwise."""
+    return min(config.context, DEFAULT_CONTEXT)
+
+
 def _choose_context(config: ModelConfig, context: int | None, notes: list[str]) -> int:
     if context is None:
-        return min(config.context, DEFAULT_CONTEXT)
+        return default_context(config)
     if context < 1:
         raise Error(f"context must be at least 1 token, found {context}")
     if context > config.context:

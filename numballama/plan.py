@@ -1,4 +1,4 @@
-"""`Graph` → `Plan`: kernels chosen, lifetimes found, every value placed in one arena. Nothing is allocated after this."""
+"""`Graph` → `Plan`: kernels chosen, lifetimes found, every value placed in one arena."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ class Plan:
             lines.append(f"  {index:4} {step.kernel.name:{width}} ({', '.join(step.op.inputs)}) → {', '.join(places)}")
         saved = 1 - self.arena_bytes / max(1, self.unshared_bytes)
         lines.append(
-            f"  arena {self.arena_bytes:,} bytes; one buffer a value would take {self.unshared_bytes:,} ({saved:.0%} saved)"
+            f"  arena {self.arena_bytes:,} bytes; a buffer for each value: {self.unshared_bytes:,} ({saved:.0%} saved)"
         )
         return "\n".join(lines)
 
@@ -137,7 +137,8 @@ def _step(graph: Graph, op: Op, backend: str, workers: int) -> Step:
 def _lifetimes(graph: Graph, steps: Iterable[Step]) -> list[tuple[Value, int, int]]:
     """(value, first step, last step) of everything that lives in the arena.
 
-    Inputs are written before step 0, and stay: a caller rewrites only what changes. Outputs are read after the last step.
+    Inputs are written before step 0, and stay: a caller rewrites only what changes. Outputs are read after the last
+    step.
     """
     steps = list(steps)
     end = len(steps) - 1
@@ -153,8 +154,7 @@ def _lifetimes(graph: Graph, steps: Iterable[Step]) -> list[tuple[Value, int, in
 
 
 def _place(lifetimes: Iterable[tuple[Value, int, int]]) -> dict[str, Placement]:
-    """Offsets by first fit, largest values first (as in Pisarchyk and Lee, Efficient Memory Management for Deep Neural Net
-    Inference, 2020): near the lower bound on graphs as regular as these."""
+    """Offsets by first fit, largest values first (Pisarchyk and Lee, Efficient Memory Management, 2020)."""
     placed: dict[str, Placement] = {}
     order = sorted(lifetimes, key=lambda life: (-life[0].nbytes, life[1]))
     for value, first, last in order:

@@ -1,7 +1,7 @@
 """The oracle: every op in NumPy, float32 values with float64 sums, straight from its definition.
 
-It interprets the graph as declared, without fusions, plan or arena, and keeps every value, so that a backend can be compared
-value by value. A backend is right when it agrees with this file.
+It interprets the graph as declared, without fusions, plan or arena, and keeps every value, so that a backend can be
+compared value by value. A backend is right when it agrees with this file.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class ReferenceProgram:
         return self.values[name]
 
     def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: Sampler | None = None) -> int:
-        """Interpret ops [begin, end) for the first `tokens` tokens of the inputs. With a sampler, also draw the next token."""
+        """Interpret ops [begin, end) for the first `tokens` tokens; with a sampler, draw the next token."""
         if begin == 0:
             self.values = {name: array[:tokens] for name, array in self.inputs.items()}
         for op in self.graph.ops[begin:end]:

@@ -22,7 +22,7 @@ REPEAT_WINDOW = 64
 
 @jit
 def penalize(logits, recent, n_recent, penalty):
-    """Divide positive logits of recent tokens by `penalty`, multiply negative ones; once a token (Keskar et al., CTRL, 2019)."""
+    """Divide positive logits of recent tokens by `penalty`, multiply negative ones (Keskar et al., CTRL, 2019)."""
     for i in range(n_recent):
         token = recent[i]
         seen = False
@@ -193,8 +193,8 @@ def sample(logits, settings, recent, counts, state, ids):
 class Sampler:
     """The settings of one generation with the buffers that its sampling needs, made once.
 
-    `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 switch those off. The same `seed` gives
-    the same tokens on one machine; None draws one. Raises `Error` for a setting out of its range.
+    `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 switch those off. The same
+    `seed` gives the same tokens on one machine; None draws one. Raises `Error` for a setting out of its range.
     """
 
     def __init__(

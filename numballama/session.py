@@ -25,8 +25,9 @@ class Program(Protocol):
 class Session:
     """Tokens seen so far, in a KV cache that holds `context` of them.
 
-    `decode` is a program for one token, `prompt` one for a chunk of several. The history grows only after a run has ended,
-    so an interrupt between two steps leaves a session that can go on: the next run writes the same places again.
+    `decode` is a program for one token, `prompt` one for a chunk of several. The history grows only after a run has
+    ended, so an interrupt between two steps leaves a session that can go on: the next run writes the same places
+    again.
     """
 
     def __init__(self, decode: Program, prompt: Program, context: int, vocab_size: int, sequence: int = 0) -> None:
@@ -42,7 +43,7 @@ class Session:
         return self._last.value("logits")[0]
 
     def check(self, ids: Sequence[int]) -> list[int]:
-        """The ids as a list of int. Raises `Error` for none, or for one outside the vocabulary, `ContextError` if too many."""
+        """The ids, checked. Raises `Error` for none or one outside the vocabulary, `ContextError` for too many."""
         ids = [int(token) for token in ids]
         if not ids:
             raise Error("the prompt is empty: at least one token is needed to start from")
@@ -60,7 +61,7 @@ class Session:
         del self.tokens[length:]
 
     def prefill(self, ids: Sequence[int], sampler: Sampler | None = None) -> int | None:
-        """Append tokens, a chunk a run; logits are computed for the last one only. With a sampler, returns the next token."""
+        """Append tokens, a chunk a run; logits are computed for the last one only. Returns a sampler's choice."""
         for start in range(0, len(ids), self._chunk):
             chunk = ids[start : start + self._chunk]
             last = start + len(chunk) == len(ids)

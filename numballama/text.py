@@ -8,8 +8,8 @@ from collections.abc import Iterable
 class StopFilter:
     """Holds back text that may turn out to be the beginning of a stop string.
 
-    `push(text)` returns what is safe to show; `stopped` becomes True once a stop string has come, and what precedes it is
-    the end of the text. `flush()` returns what is still held back when the text ends otherwise.
+    `push(text)` returns what is safe to show; `stopped` becomes True once a stop string has come, and what precedes
+    it is the end of the text. `flush()` returns what is still held back when the text ends otherwise.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:

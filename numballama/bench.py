@@ -1,0 +1,171 @@
+"""How fast a model runs here, and which part of what this machine's memory could do that is."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from . import __version__, progress
+from .errors import ContextError
+from .ir import Graph, Shaped, Value, rule
+from .matmul_cpu import share
+from .memory import available_bytes, human, peak_bytes
+from .model import Model
+from .registry import kernel
+from .sampler import Sampler
+
+READ_BYTES = 1 << 30
+"""Memory that the bandwidth is measured on: more than any cache holds."""
+
+
+@rule("read")
+def _read(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]:
+    """x[n] and out of it one sum a part: [parts]"""
+    return [((attrs["parts"],), "f32")]
+
+
+@kernel("read", "cpu", "f32")
+def read(part, parts, tokens, x, out):
+    """Sum a share of x: every byte is loaded once, and nothing else happens."""
+    begin, end = share(x.shape[0], part, parts, 1024)
+    total = np.float32(0)
+    for i in range(begin, end):
+        total += x[i]
+    out[part] = total
+
+
+def measure_bandwidth(threads: int | None = None, repeats: int = 5) -> float:
+    """Bytes a second that `threads` workers read from main memory together: the median of several passes."""
+    from .cpu import CpuBackend
+
+    backend = CpuBackend({}, threads)
+    nbytes = min(READ_BYTES, (available_bytes() or READ_BYTES) // 4)
+    graph = Graph("read")
+    x = graph.state("x", (nbytes // 4,), "f32")
+    # `parts` outputs stand for the tokens of a plan: one row of work a worker
+    graph.outputs = [graph.add("read", x, out="sums", parts=backend.workers).name]
+    program = backend.program(graph)
+    backend.states["x"][:] = 1  # zero pages would all be one page, and in the cache
+    times = _times(lambda: program.run(backend.workers), repeats)
+    return nbytes / statistics.median(times)
+
+
+def _times(action: Callable[[], object], repeats: int) -> list[float]:
+    action()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return times
+
+
+def bytes_per_token(model: Model, position: float) -> int:
+    """Bytes a decoded token must read: weights (of an untied embedding one row) and the cache so far."""
+    total = 0.0
+    weights = model.weights
+    for name, weight in weights.items():
+        rows = weight.shape[0] if name == "tok_embeddings" and not model.config.tied_embeddings else 1
+        total += weight.nbytes / rows
+    return int(total + model.kv.nbytes * min(1.0, position / model.kv.context))
+
+
+def bench(model: Model, prompt_tokens: int = 128, tokens: int = 64, repeats: int = 5) -> dict[str, Any]:
+    """Medians of `repeats` runs: a prompt of random tokens, then greedy decoding.
+
+    Raises `ContextError` if prompt and answer do not fit the context. The keys ending in `_per_second`, `_s` and
+    `_bytes` say their units; `bandwidth_fraction` is the share of the measured memory bandwidth that decoding uses
+    (above 1 where the weights fit a cache), None on the reference.
+    """
+    if prompt_tokens < 1 or tokens < 1 or prompt_tokens + tokens > model.context:
+        raise ContextError(
+            f"{prompt_tokens} prompt tokens and {tokens} more need a context of {prompt_tokens + tokens}, "
+            f"it has {model.context}; pass a larger --context, or fewer --prompt-tokens and --tokens"
+        )
+    rng = np.random.default_rng(0)
+    prompt = rng.integers(3, model.config.vocab_size, prompt_tokens).tolist()
+    session, sampler = model.session, Sampler(model.config.vocab_size, temperature=0)
+    prefill_times: list[float] = []
+    decode_times: list[float] = []
+    with progress.bar("benchmark") as report:
+        for index in range(repeats + 1):
+            report("", index, repeats + 1)
+            session.rewind()
+            start = time.perf_counter()
+            token = session.prefill(prompt, sampler)
+            first = time.perf_counter()
+            for _ in range(tokens):
+                token = session.step(token or 0, sampler)
+            prefill_times.append(first - start)
+            decode_times.append(time.perf_counter() - first)
+    session.rewind()
+    prefill, decode = statistics.median(prefill_times[1:]), statistics.median(decode_times[1:])
+    peak = peak_bytes()
+    needed = bytes_per_token(model, prompt_tokens + tokens / 2)
+    rate = needed * tokens / decode
+    bandwidth = measure_bandwidth(model.threads) if model.device == "cpu" else None
+    return {
+        "model": str(model.path),
+        "device": model.device,
+        "threads": model.threads,
+        "types": sorted({str(weight.type) for weight in model.weights.values()}),
+        "prompt_tokens": prompt_tokens,
+        "tokens": tokens,
+        "repeats": repeats,
+        "prefill_tokens_per_second": prompt_tokens / prefill,
+        "decode_tokens_per_second": tokens / decode,
+        "time_to_first_token_s": prefill,
+        "load_s": model.load_s,
+        "peak_memory_bytes": peak,
+        "bytes_per_token": needed,
+        "bytes_per_second": rate,
+        "memory_bandwidth_bytes_per_second": bandwidth,
+        "bandwidth_fraction": rate / bandwidth if bandwidth else None,
+        "machine": machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured on."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "numballama": __version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def as_text(result: Mapping[str, Any]) -> str:
+    """The result for a person."""
+    fraction = result["bandwidth_fraction"]
+    lines = [
+        f"{result['model']} on {result['device']}, {result['threads']} threads, {', '.join(result['types'])}",
+        f"  prompt   {result['prefill_tokens_per_second']:10,.1f} tokens/s   ({result['prompt_tokens']} tokens)",
+        f"  decode   {result['decode_tokens_per_second']:10,.1f} tokens/s   ({result['tokens']} tokens, "
+        f"median of {result['repeats']})",
+        f"  first token after {result['time_to_first_token_s'] * 1000:.1f} ms; loaded in {result['load_s']:.2f} s",
+        f"  reads    {result['bytes_per_second'] / 1e9:10,.1f} GB/s",
+    ]
+    if fraction:
+        bandwidth = result["memory_bandwidth_bytes_per_second"] / 1e9
+        lines[-1] += f"       ({fraction:.0%} of the {bandwidth:.1f} GB/s that memory gives)"
+    if result["peak_memory_bytes"]:
+        lines.append(f"  peak memory {human(result['peak_memory_bytes'])}")
+    return "\n".join(lines)

@@ -1,0 +1,202 @@
+"""The command line: `numballama story | generate | inspect | bench`. Text goes to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+from . import __version__, progress
+from .errors import Error
+
+if TYPE_CHECKING:
+    from .model import Model, Piece
+
+FAILED, INTERRUPTED, BROKEN_PIPE = 1, 130, 141
+"""Exit codes: an error of ours; Ctrl-C and a closed pipe as shells report them. argparse ends with 2 on wrong usage."""
+
+NO_MODEL = (
+    "numballama story: no story model ships inside this version; pass one with --model, "
+    "such as stories15M.bin from karpathy/tinyllamas on the Hugging Face hub, and its tokenizer with --tokenizer"
+)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    main = argparse.ArgumentParser(
+        prog="numballama",
+        description="LLaMA inference compiled from Python.",
+        epilog="numballama COMMAND --help explains a command. Text goes to stdout, notes and progress to stderr.",
+    )
+    main.add_argument("--version", action="version", version=f"numballama {__version__}")
+    commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    story = commands.add_parser(
+        "story", help="tell a story", description="Tell a story, from an opening or from nothing."
+    )
+    story.add_argument("prompt", nargs="?", help="the story's opening; without one the model begins itself")
+    story.add_argument("--model", metavar="FILE", help="the model file")
+    _model_options(story)
+    _sampling_options(story)
+    story.add_argument("--length", type=int, default=256, metavar="N", help="at most this many tokens (default 256)")
+    story.set_defaults(run=_story)
+
+    generate = commands.add_parser(
+        "generate",
+        help="continue a prompt",
+        description="Continue a prompt; prints the continuation only.",
+        epilog='example: numballama generate llama2_7b.bin --tokenizer tokenizer.model "The sky is"',
+    )
+    generate.add_argument("model", help="the model file")
+    generate.add_argument("prompt", help="the text to continue; - reads it from stdin")
+    _model_options(generate)
+    _sampling_options(generate)
+    generate.add_argument("--max-tokens", type=int, default=256, metavar="N", help="at most this many (default 256)")
+    generate.add_argument(
+        "--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable"
+    )
+    generate.set_defaults(run=_generate)
+
+    inspect = commands.add_parser(
+        "inspect",
+        help="show what a model file holds",
+        description="Config, memory, tensors, graph and plan of a model file. No weights are read.",
+    )
+    inspect.add_argument("model", help="the model file")
+    inspect.add_argument("--tokenizer", metavar="FILE", help="sentencepiece .model or llama2.c .bin")
+    inspect.add_argument("--full", action="store_true", help="every layer, not only the first")
+    inspect.add_argument("--json", action="store_true", help="one JSON object instead of a report")
+    inspect.set_defaults(run=_inspect)
+
+    bench = commands.add_parser(
+        "bench",
+        help="measure speed and memory",
+        description="Prefill and decode speed, the share of this machine's memory bandwidth, time and memory.",
+    )
+    bench.add_argument("model", help="the model file")
+    _model_options(bench)
+    bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="length of the prompt (default 128)")
+    bench.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to decode (default 64)")
+    bench.add_argument("--repeats", type=int, default=5, metavar="N", help="runs to take the median of (default 5)")
+    bench.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    bench.set_defaults(run=_bench)
+    return main
+
+
+def _model_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("model")
+    group.add_argument("--tokenizer", metavar="FILE", help="sentencepiece .model or llama2.c .bin")
+    group.add_argument("--device", default="auto", help="auto (default), cpu, or reference (NumPy, slow)")
+    group.add_argument(
+        "--dtype", help="convert the linear weights: f32, f16, bf16 or int8 (default: as the file has them)"
+    )
+    group.add_argument(
+        "--context", type=int, metavar="N", help="length of the KV cache in tokens (default: the model's)"
+    )
+    group.add_argument("--kv-dtype", help="type of the KV cache: f32 (default), f16 or bf16")
+    group.add_argument("--threads", type=int, metavar="N", help="CPU workers (default: all)")
+    group.add_argument("--rope-pairing", help="interleaved or half, where the file does not say")
+    group.add_argument("--rope-theta", type=float, metavar="X", help="RoPE's base, where the file does not say")
+    group.add_argument("--norm-eps", type=float, metavar="X", help="epsilon of the norms, where the file does not say")
+    group.add_argument("--quiet", action="store_true", help="no notes and no progress on stderr")
+
+
+def _sampling_options(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("sampling")
+    group.add_argument("--temperature", type=float, default=0.8, metavar="X", help="0 is greedy (default 0.8)")
+    group.add_argument(
+        "--top-k", type=int, default=40, metavar="N", help="choose among the N likeliest; 0 off (default 40)"
+    )
+    group.add_argument(
+        "--top-p", type=float, default=0.95, metavar="X", help="among the likeliest that sum to X (0.95)"
+    )
+    group.add_argument(
+        "--min-p", type=float, default=0.0, metavar="X", help="drop what is X times less likely than the best"
+    )
+    group.add_argument("--repeat-penalty", type=float, default=1.0, metavar="X", help="above 1 avoids recent tokens")
+    group.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text")
+
+
+def _load(arguments: argparse.Namespace) -> Model:
+    from . import compile
+
+    names = ("tokenizer", "device", "dtype", "context", "kv_dtype", "threads", "rope_pairing", "rope_theta", "norm_eps")
+    return compile(arguments.model, **{name: getattr(arguments, name) for name in names})
+
+
+def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {n: getattr(arguments, n) for n in ("temperature", "top_k", "top_p", "min_p", "repeat_penalty", "seed")}
+
+
+def _show(pieces: Iterable[Piece], out: TextIO) -> None:
+    """Print pieces as they come, then on a terminal how fast that was. Ctrl-C keeps what is there."""
+    count, started, last = 0, time.perf_counter(), None
+    try:
+        for last in pieces:
+            count += 1
+            out.write(last.text)
+            out.flush()
+    finally:
+        out.write("\n")
+        out.flush()
+        if last is not None and count > 1:
+            seconds = time.perf_counter() - started
+            progress.say(f"\n{count} tokens in {seconds:.2f} s, {last.tokens_per_second:,.0f} tokens/s")
+
+
+def _story(arguments: argparse.Namespace) -> None:
+    if arguments.model is None:
+        raise Error(NO_MODEL)
+    with _load(arguments) as model:
+        pieces = model.stream(arguments.prompt, max_tokens=arguments.length, **_sampling(arguments))
+        sys.stdout.write(arguments.prompt or "")
+        _show(pieces, sys.stdout)
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    with _load(arguments) as model:
+        options = {**_sampling(arguments), "max_tokens": arguments.max_tokens, "stop": arguments.stop}
+        _show(model.stream(prompt, **options), sys.stdout)
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    from . import inspect
+
+    found = inspect(arguments.model, arguments.tokenizer)
+    print(json.dumps(found.to_dict(), indent=2) if arguments.json else found.report(arguments.full))
+
+
+def _bench(arguments: argparse.Namespace) -> None:
+    with _load(arguments) as model:
+        from .bench import as_text, bench
+
+        result = bench(model, arguments.prompt_tokens, arguments.tokens, arguments.repeats)
+    print(json.dumps(result, indent=2) if arguments.json else as_text(result))
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    parsed = parser().parse_args(arguments)
+    progress.quiet = getattr(parsed, "quiet", False)
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(
+            errors="replace"
+        )  # a terminal that lacks a character shows another, and the story goes on
+    command: Callable[[argparse.Namespace], None] = parsed.run
+    try:
+        command(parsed)
+    except Error as error:
+        print(f"numballama: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it exits
+        return BROKEN_PIPE
+    return 0

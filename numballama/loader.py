@@ -1,0 +1,96 @@
+"""Open a model file: recognise its format by content, hand over to that format's reader, and fit a tokenizer to it."""
+
+from __future__ import annotations
+
+import os
+from os import PathLike
+
+from .checkpoint import Checkpoint
+from .errors import Error, FormatError, UnsupportedError
+from .files import MappedFile, expand, map_file
+from .formats import kuiper, llama2c
+from .tokenizer import Tokenizer, load_tokenizer
+
+SUPPORTED = "llama2.c v0, v1 and v2, KuiperLLama fp32 and int8"
+
+# Long enough that no llama2.c v0 header begins so: its first four bytes are the model's dim.
+_FOREIGN = {
+    b"GGUF": "a GGUF file",
+    b"PK\x03\x04": "a zip archive, as PyTorch checkpoints are",
+    b"\x80\x02\x8a\x0a": "a pickle, as old PyTorch checkpoints are",
+    b"\x80\x02}q": "a pickle",
+    b"\x80\x04\x95": "a pickle",
+    b"\x89HDF": "an HDF5 file",
+}
+_PADDING = 8, 256  # a vocabulary is padded to a multiple of at least the first, by less than the second
+
+
+def open_checkpoint(
+    path: str | PathLike[str],
+    tokenizer: str | PathLike[str] | None = None,
+    *,
+    rope_pairing: str | None = None,
+    rope_theta: float | None = None,
+    norm_eps: float | None = None,
+) -> Checkpoint:
+    """Open the model file at `path`, and its tokenizer when the path of one is given; no weight is read.
+
+    `rope_pairing` ("interleaved" or "half"), `rope_theta` and `norm_eps` override what the file says or leaves out;
+    what then still is assumed stands in `Checkpoint.notes`. Raises `FormatError` for damaged files, `UnsupportedError`
+    for formats that are known but not read yet, and `Error` when a file cannot be opened, an override makes no sense
+    or the tokenizer belongs to a model of another vocabulary.
+    """
+    opened = _read(path)
+    given = {"rope_pairing": rope_pairing, "rope_theta": rope_theta, "norm_eps": norm_eps}
+    opened.config = opened.config.with_overrides(rope_pairing, rope_theta, norm_eps)
+    opened.assumed = tuple(name for name in opened.assumed if given[name] is None)
+    if opened.assumed:
+        values = ", ".join(f"{name}={getattr(opened.config, name)!r}" for name in opened.assumed)
+        opened.notes.append(f"{opened.format} files do not say {values}: assumed")
+    if tokenizer is not None:
+        opened.tokenizer = load_tokenizer(tokenizer)
+        _require_fit(opened, opened.tokenizer, tokenizer)
+    return opened
+
+
+open = open_checkpoint
+"""The name by which DESIGN.md calls it: `loader.open`."""
+
+
+def _read(path: str | PathLike[str]) -> Checkpoint:
+    directory = expand(path)
+    if os.path.isdir(directory):
+        if any(directory.glob("*.safetensors")) or os.path.exists(directory / "config.json"):
+            raise UnsupportedError(f"{path}: a Hugging Face directory is not read yet; supported are {SUPPORTED}")
+        raise FormatError(f"is a directory without a model; supported are {SUPPORTED}", path=path)
+    file = map_file(path)
+    if file.data[: len(llama2c.MAGIC)] == llama2c.MAGIC:
+        return llama2c.read(file)
+    if foreign := _foreign(file):
+        raise UnsupportedError(f"{path}: {foreign}, which is not read yet; supported are {SUPPORTED}")
+    return kuiper.read(file)
+
+
+def _foreign(file: MappedFile) -> str | None:
+    """What the file is, if its first bytes are those of a known format that is not read."""
+    head = file.data[:9]
+    for magic, kind in _FOREIGN.items():
+        if head.startswith(magic):
+            return kind
+    if head[8:] == b"{" and int.from_bytes(head[:8], "little") < file.size:
+        return "a safetensors file"
+    return None
+
+
+def _require_fit(opened: Checkpoint, tokenizer: Tokenizer, path: str | PathLike[str]) -> None:
+    """Raise `Error` unless the model's vocabulary is the tokenizer's, as it is or padded for the hardware's sake."""
+    model, own = opened.config.vocab_size, tokenizer.vocab_size
+    if model == own:
+        return
+    multiple, most = _PADDING
+    if model % multiple or not own < model < own + most:
+        raise Error(
+            f"{path}: a tokenizer of {own:,} tokens does not belong to a model of {model:,}; "
+            f"give the one that {opened.path} was made with"
+        )
+    opened.notes.append(f"the last {model - own} of the model's {model:,} tokens are padding, unknown to the tokenizer")

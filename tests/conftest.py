@@ -1,0 +1,73 @@
+"""What several test files share: random models of any shape, and the real models beside the repository."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+
+from numballama.checkpoint import Checkpoint, Weight
+from numballama.config import F32, ModelConfig
+from numballama.formats import WRITERS
+
+settings.register_profile(
+    "numballama", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
+settings.load_profile("numballama")
+
+SMALL = ModelConfig(24, 10, 2, 6, 2, 11, 7, tied_embeddings=False)
+
+MODELS = Path(
+    os.environ.get("NUMBALLAMA_TEST_MODELS", Path(__file__).resolve().parents[1] / ".." / "shared" / "models")
+).resolve()
+
+
+@pytest.fixture(scope="session")
+def models() -> Path:
+    """The folder of real models; skips the test where it is absent."""
+    if not (MODELS / "stories260K.bin").exists():
+        pytest.skip(f"no real models in {MODELS} (set NUMBALLAMA_TEST_MODELS)")
+    return MODELS
+
+
+def random_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:
+    """A checkpoint of that shape, all float32: norms near 1 and rows of about unit length keep activations near 1."""
+    rng = np.random.default_rng(seed)
+
+    def weight(name: str, shape: tuple[int, ...]) -> Weight:
+        values = rng.standard_normal(shape, dtype=np.float32)
+        values *= np.float32(shape[-1] ** -0.5 if len(shape) == 2 else 0.1)
+        return Weight(shape, F32, values + np.float32(name.endswith("norm")))
+
+    weights = {name: weight(name, shape) for name, shape in config.weight_shapes().items()}
+    return Checkpoint(path=Path("random"), format="random", config=config, weights=weights)
+
+
+def save(folder: Path, name: str, config: ModelConfig = SMALL, seed: int = 0) -> tuple[Path, Checkpoint]:
+    """Write a random model of that shape in a format of `WRITERS`; returns the file and what was written."""
+    source = random_checkpoint(config, seed)
+    path = folder / f"{name}.bin"
+    WRITERS[name](path, config, source.weights)
+    return path, source
+
+
+@st.composite
+def configs(draw: st.DrawFn, biases: bool = False) -> ModelConfig:
+    """Small shapes of every kind: one head or many, 1 to 8 queries a key, odd sizes, tied or not, biases if asked."""
+    n_kv_heads = draw(st.integers(1, 3))
+    n_heads = n_kv_heads * draw(st.integers(1, 8))
+    return ModelConfig(
+        dim=n_heads * 2 * draw(st.integers(1, 4)),
+        hidden_dim=draw(st.integers(1, 40)),
+        n_layers=draw(st.integers(1, 3)),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        vocab_size=draw(st.integers(1, 50)),
+        context=draw(st.integers(1, 30)),
+        tied_embeddings=draw(st.booleans()),
+        qkv_bias=biases and draw(st.booleans()),
+    )

@@ -1,0 +1,155 @@
+"""Opening model files: recognised by content, overridden by the caller, and never a hang or a foreign exception."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import random_checkpoint
+
+from numballama import loader
+from numballama.config import ModelConfig
+from numballama.errors import Error, FormatError, UnsupportedError
+from numballama.formats import WRITERS
+from numballama.loader import open_checkpoint
+from numballama.tokenizer import Llama2cTokenizer
+
+SMALL = ModelConfig(16, 12, 1, 4, 2, 264, 8)
+
+
+def write_tokenizer(path: Path, vocab_size: int) -> Path:
+    """A tokenizer.bin of that many tokens: the fixed 259, then pieces of their own."""
+    pieces = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % byte for byte in range(256))]
+    pieces += [b"piece%d" % index for index in range(vocab_size - len(pieces))]
+    entries = b"".join(struct.pack("<fi", 0, len(piece)) + piece for piece in pieces)
+    path.write_bytes(struct.pack("<i", max(map(len, pieces))) + entries)
+    return path
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "model.bin"
+    WRITERS["llama2c-v0"](path, SMALL, random_checkpoint(SMALL).weights)
+    return path
+
+
+def test_overrides_replace_and_the_rest_is_noted(model: Path) -> None:
+    assert loader.open is open_checkpoint
+    opened = open_checkpoint(model)
+    assert opened.assumed == ("rope_pairing", "rope_theta", "norm_eps")
+    assert "rope_pairing='interleaved', rope_theta=10000.0, norm_eps=1e-05" in opened.notes[-1]
+    opened = open_checkpoint(model, rope_pairing="half-split", rope_theta=5e5)
+    assert (opened.config.rope_pairing, opened.config.rope_theta) == ("half", 5e5)
+    assert opened.assumed == ("norm_eps",) and "norm_eps=1e-05" in opened.notes[-1] and "theta" not in opened.notes[-1]
+    assert open_checkpoint(model, rope_pairing="half", rope_theta=1e6, norm_eps=1e-6).notes == []
+
+
+@pytest.mark.parametrize(
+    "override", [{"rope_pairing": "diagonal"}, {"rope_theta": 0.0}, {"rope_theta": float("nan")}, {"norm_eps": -1.0}]
+)
+def test_senseless_overrides(model: Path, override: dict[str, Any]) -> None:
+    with pytest.raises(Error):
+        open_checkpoint(model, **override)
+
+
+@pytest.mark.parametrize(("vocab_size", "fits"), [(264, True), (263, True), (259, True), (265, False), (300, False)])
+def test_tokenizer_must_fit(model: Path, tmp_path: Path, vocab_size: int, fits: bool) -> None:
+    path = write_tokenizer(tmp_path / "t.bin", vocab_size)
+    if not fits:
+        with pytest.raises(Error, match=f"{vocab_size} tokens does not belong to a model of 264"):
+            open_checkpoint(model, path)
+        return
+    opened = open_checkpoint(model, path)
+    assert isinstance(opened.tokenizer, Llama2cTokenizer)
+    assert any("padding" in note for note in opened.notes) == (vocab_size != 264)
+
+
+def test_padding_has_limits(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "t.bin", 259)
+    for vocab_size, fits in ((512, True), (261, False), (520, False)):
+        config = ModelConfig(16, 12, 1, 4, 2, vocab_size, 8)
+        path = tmp_path / f"{vocab_size}.bin"
+        WRITERS["llama2c-v1"](path, config, random_checkpoint(config).weights)
+        if fits:
+            open_checkpoint(path, tokenizer)
+        else:
+            with pytest.raises(Error, match="does not belong"):
+                open_checkpoint(path, tokenizer)
+
+
+def test_real_models_with_their_tokenizers_and_with_the_wrong_ones(models: Path) -> None:
+    for name, right, wrong in (
+        ("stories260K", ("tok512.model", "tok512.bin"), "llama2_tokenizer.model"),
+        ("stories15M", ("llama2_tokenizer.model", "tokenizer_llama2.bin"), "tok512.bin"),
+    ):
+        for tokenizer in right:
+            opened = open_checkpoint(models / f"{name}.bin", models / tokenizer)
+            assert opened.tokenizer is not None and opened.tokenizer.vocab_size == opened.config.vocab_size
+        with pytest.raises(Error, match="does not belong"):
+            open_checkpoint(models / f"{name}.bin", models / wrong)
+
+
+def test_home_expands(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(model.parent))
+    assert open_checkpoint("~/model.bin").path == model
+    with pytest.raises(Error):
+        open_checkpoint("~no-such-user-here/model.bin")
+
+
+@pytest.mark.parametrize(
+    ("head", "kind"),
+    [
+        (b"GGUF\3\0\0\0", "GGUF"),
+        (b"PK\3\4", "zip"),
+        (b"\x80\2\x8a\x0al\xfc", "pickle"),
+        (pickle.dumps({"a": 1}, protocol=2), "pickle"),
+        (pickle.dumps({"a": 1}, protocol=4), "pickle"),
+        (b"\x89HDF\r\n", "HDF5"),
+        ((40).to_bytes(8, "little") + b'{"a":{}}', "safetensors"),
+    ],
+)
+def test_known_foreign_formats_are_named(tmp_path: Path, head: bytes, kind: str) -> None:
+    path = tmp_path / "foreign"
+    path.write_bytes(head.ljust(100, b" "))
+    with pytest.raises(UnsupportedError, match=f"{kind}.*supported are llama2.c v0, v1 and v2, KuiperLLama"):
+        open_checkpoint(path)
+
+
+def test_a_dim_of_640_is_no_pickle(tmp_path: Path) -> None:
+    config = ModelConfig(640, 1, 1, 320, 1, 4, 1)  # its header begins with 80 02, as pickles do
+    WRITERS["llama2c-v0"](tmp_path / "m", config, random_checkpoint(config).weights)
+    assert open_checkpoint(tmp_path / "m").config == config
+
+
+def test_directories(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match="directory without a model"):
+        open_checkpoint(tmp_path)
+    (tmp_path / "model.safetensors").touch()
+    with pytest.raises(UnsupportedError, match="Hugging Face"):
+        open_checkpoint(tmp_path)
+
+
+def test_what_cannot_be_opened(tmp_path: Path) -> None:
+    empty, fifo = tmp_path / "empty", tmp_path / "fifo"
+    empty.touch()
+    os.mkfifo(fifo)
+    with pytest.raises(FormatError, match="empty"):
+        open_checkpoint(empty)
+    with pytest.raises(Error, match="FIFO"):
+        open_checkpoint(fifo)
+    with pytest.raises(Error, match="special file"):
+        open_checkpoint("/dev/zero")
+    for path in (tmp_path / "missing", tmp_path / "empty" / "below", "nul\0byte", "x" * 5000):
+        with pytest.raises(Error):
+            open_checkpoint(path)
+
+
+@pytest.mark.skipif(not hasattr(os, "getuid") or os.getuid() == 0, reason="root reads everything")
+def test_unreadable(model: Path) -> None:
+    model.chmod(0)
+    with pytest.raises(Error, match="cannot be opened"):
+        open_checkpoint(model)

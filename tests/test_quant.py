@@ -1,0 +1,169 @@
+"""Conversions between weight types against their definitions, number by number."""
+
+from __future__ import annotations
+
+import math
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from numballama import quant
+from numballama.checkpoint import Weight
+from numballama.config import BF16, F16, F32, WeightType
+from numballama.errors import Error, UnsupportedError
+
+BITS16 = np.arange(1 << 16, dtype=np.uint16)
+finite = st.floats(width=32, allow_nan=False, allow_infinity=False)
+arrays = hnp.arrays(np.float32, st.integers(1, 70), elements=finite)
+
+
+def round_half_away(value: float) -> int:
+    """C's roundf."""
+    return int(math.copysign(math.floor(abs(value) + 0.5), value))  # exact: a float32 plus 0.5 fits a float64
+
+
+@given(arrays, st.integers(1, 80))
+def test_int8_is_max_over_127_and_roundf(values: np.ndarray, group: int) -> None:
+    payload, scales = quant.quantize_int8(values, group)
+    assert payload.dtype == np.int8 and scales.dtype == np.float32
+    assert scales.shape == (-(-values.size // group),)
+    for g, scale in enumerate(scales):
+        numbers = values[g * group : (g + 1) * group]
+        assert scale == np.abs(numbers).max() / np.float32(127)
+        for number, got in zip(numbers, payload[g * group :], strict=False):
+            with np.errstate(over="ignore"):
+                expected = round_half_away(float(number / scale)) if scale else 0
+            assert got == max(-127, min(127, expected))
+
+
+def test_int8_rounds_ties_away_from_zero_and_just_below_ties_down() -> None:
+    below = np.nextafter(np.float32(0.5), np.float32(0))
+    payload, scales = quant.quantize_int8(np.array([127, 0.5, -0.5, 1.5, -2.5, below, -below], np.float32), 7)
+    assert scales == 1
+    assert payload.tolist() == [127, 1, -1, 2, -3, 0, 0]
+
+
+def test_int8_group_of_zeros_has_scale_zero() -> None:
+    payload, scales = quant.quantize_int8(np.array([0, -0.0, 0, 5], np.float32), 3)
+    assert payload.tolist() == [0, 0, 0, 127]
+    assert scales[0] == 0
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_int8_refuses_what_it_cannot_express(bad: float) -> None:
+    with pytest.raises(Error, match="NaN or infinity"):
+        quant.quantize_int8(np.array([1, bad, 2], np.float32), 2)
+
+
+@given(
+    hnp.arrays(np.float32, st.integers(1, 70), elements=st.floats(-(2.0**126), 2.0**126, width=32)), st.integers(1, 80)
+)
+def test_int8_comes_back_within_half_a_step(values: np.ndarray, group: int) -> None:
+    weight = quant.convert(Weight(values.shape, F32, values), WeightType("int8", group))
+    back = quant.dequantize(weight).astype(np.float64)
+    assert weight.scales is not None
+    steps = np.repeat(weight.scales.astype(np.float64), group)[: values.size]
+    # Below the normal range a scale itself is off by up to half of the smallest subnormal, 127 times.
+    assert np.all(np.abs(back - values) <= steps * 0.5001 + 127 * 2.0**-149)
+
+
+def test_every_f16_and_bf16_pattern_decodes_and_comes_back() -> None:
+    halves = quant.from_f16(BITS16)
+    np.testing.assert_array_equal(halves, BITS16.view(np.float16).astype(np.float32))
+    brains = quant.from_bf16(BITS16)
+    np.testing.assert_array_equal(brains.view(np.uint32), BITS16.astype(np.uint32) << 16)
+    for values, back in ((halves, quant.to_f16(halves)), (brains, quant.to_bf16(brains))):
+        numbers = ~np.isnan(values)
+        np.testing.assert_array_equal(back[numbers], BITS16[numbers])
+    assert np.isnan(quant.from_f16(quant.to_f16(halves))[np.isnan(halves)]).all()
+    assert np.isnan(quant.from_bf16(quant.to_bf16(brains))[np.isnan(brains)]).all()
+
+
+@given(hnp.arrays(np.uint32, 50))
+def test_bf16_takes_the_nearest_and_of_two_the_even(patterns: np.ndarray) -> None:
+    values = patterns.view(np.float32)
+    for value, pattern, got in zip(
+        values.astype(np.float64), patterns.tolist(), quant.to_bf16(values).tolist(), strict=True
+    ):
+        if np.isnan(value):
+            assert np.isnan(quant.from_bf16(np.array([got], np.uint16)))[0]
+            continue
+        down = pattern >> 16
+        up = down + 1
+        lower, upper = quant.from_bf16(np.array([down, up], np.uint16)).astype(np.float64)
+        if not np.isfinite(upper):  # infinity itself, or a number beyond the largest: it stays finite
+            assert got == down
+        elif abs(value - lower) == abs(value - upper):
+            assert got == (down if down % 2 == 0 else up)
+        else:
+            assert got == (down if abs(value - lower) < abs(value - upper) else up)
+
+
+@given(hnp.arrays(np.float32, 50, elements=st.floats(width=32)))
+def test_f16_is_numpys_and_finite_stays_finite(values: np.ndarray) -> None:
+    got = quant.to_f16(values).view(np.float16)
+    with np.errstate(over="ignore"):
+        expected = values.astype(np.float16)
+    saturated = np.isinf(expected) & np.isfinite(values)
+    expected[saturated] = np.copysign(np.float16(65504), values[saturated])
+    np.testing.assert_array_equal(got, expected)
+
+
+@settings(max_examples=40)
+@given(
+    values=hnp.arrays(np.float32, hnp.array_shapes(min_dims=2, max_dims=2, max_side=12), elements=finite),
+    source=st.sampled_from([F32, F16, BF16, WeightType("int8", 5), WeightType("int8", 64)]),
+    target=st.sampled_from([F32, F16, BF16, WeightType("int8", 3), WeightType("int8", 64)]),
+)
+def test_chunks_do_not_show(values: np.ndarray, source: WeightType, target: WeightType) -> None:
+    weight = quant.convert(Weight(values.shape, F32, values), source)
+    whole = quant.convert(weight, target)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(quant, "_CHUNK", 7)
+        pieces = quant.convert(weight, target)
+    assert whole.shape == pieces.shape == whole.data.shape == values.shape
+    np.testing.assert_array_equal(whole.data, pieces.data)
+    np.testing.assert_array_equal(whole.scales, pieces.scales)
+    # Through float32, whatever the two types are.
+    direct = quant.convert(Weight(values.shape, F32, quant.dequantize(weight)), target)
+    np.testing.assert_array_equal(whole.data, direct.data)
+    assert whole.nbytes == target.nbytes(values.size)
+
+
+def test_same_type_is_not_copied() -> None:
+    weight = Weight((4,), F32, np.ones(4, np.float32))
+    assert quant.convert(weight, F32) is weight
+    assert quant.dequantize(weight) is weight.data
+
+
+def test_readonly_unaligned_views_convert() -> None:
+    raw = b"x" + np.arange(10, dtype="<f4").tobytes()
+    values = np.frombuffer(raw, "<f4", 10, 1)
+    for target in (F16, BF16, WeightType("int8", 4)):
+        assert quant.dequantize(quant.convert(Weight((10,), F32, values), target))[9] == 9
+
+
+@pytest.mark.parametrize("target", [F16, BF16, WeightType("int8", 64), F32])
+def test_memory_is_the_result_and_a_few_megabytes(target: WeightType) -> None:
+    weight = Weight((2000, 2000), F32, np.ones((2000, 2000), np.float32))
+    if target is F32:
+        weight = quant.convert(weight, WeightType("int8", 64))
+    tracemalloc.start()
+    result = quant.convert(weight, target)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < result.nbytes + 8e6
+
+
+def test_impossible_types_are_refused() -> None:
+    weight = Weight((4,), F32, np.ones(4, np.float32))
+    with pytest.raises(Error, match="group size of 0"):
+        quant.convert(weight, WeightType("int8", 0))
+    with pytest.raises(UnsupportedError, match="'q4_0'"):
+        quant.convert(weight, WeightType("q4_0"))
+    with pytest.raises(UnsupportedError, match="q4_0"):
+        quant.convert(Weight((4,), WeightType("q4_0"), np.ones(4, np.int8)), F32)
