@@ -235,7 +235,7 @@ class CpuBackend:
     ) -> CpuProgram:
         bound = [self._operands(plan, step, values) for step in plan.steps]
         wanted = dict.fromkeys(
-            (step.kernel.function, tuple(kinds)) for step, (kinds, _) in zip(plan.steps, bound, strict=True)
+            (step.kernel.function, kinds) for step, (kinds, _) in zip(plan.steps, bound, strict=True)
         )
         compiled: dict[Any, Any] = {}
         for done, (function, kinds) in enumerate(wanted):
@@ -244,11 +244,11 @@ class CpuBackend:
             compiled[function, kinds] = compile_step(function, list(kinds))
         table = np.zeros((len(bound), OPERANDS + max(len(slots) for _, slots in bound)), np.int64)
         for row, step, (kinds, slots) in zip(table, plan.steps, bound, strict=True):
-            row[ADDRESS], row[ROWS] = compiled[step.kernel.function, tuple(kinds)].address, step.rows
+            row[ADDRESS], row[ROWS] = compiled[step.kernel.function, kinds].address, step.rows
             row[OPERANDS : OPERANDS + len(slots)] = slots
         return CpuProgram(plan, table, values, arena, (compiled, self.weights))
 
-    def _operands(self, plan: Plan, step: Step, values: Mapping[str, np.ndarray]) -> tuple[list[Any], list[int]]:
+    def _operands(self, plan: Plan, step: Step, values: Mapping[str, np.ndarray]) -> tuple[tuple[Any, ...], list[int]]:
         """Numba types and table slots of a step's operands: inputs, outputs, then attributes and scratch by name."""
         graph = plan.graph
         kinds: list[Any] = []
@@ -275,7 +275,7 @@ class CpuBackend:
                 kind, numbers = types.int64, [int(result)]
             kinds.append(kind)
             slots += numbers
-        return kinds, slots
+        return tuple(kinds), slots
 
 
 _ELEMENTS = {"f32": types.float32, "f16": types.uint16, "bf16": types.int16, "i8": types.int8, "i32": types.int32}

@@ -237,28 +237,30 @@ def fuse(graph: Graph, backend: str, passes: bool | Sequence[str] = True) -> Gra
 
 
 def _join(graph: Graph, groups: list[tuple[str, list[Op]]], backend: str) -> Graph:
-    """Replace each group by one op, at the place of its last member."""
+    """Replace each group by one op: at the place of its last member, or of its first if another op reads a result before."""
     readers = graph.consumers()
     place = {id(op): index for index, op in enumerate(graph.ops)}
+    made = {name: index for index, op in enumerate(graph.ops) for name in op.outputs}
     replaced: dict[int, Op | None] = {}
     for kind, group in groups:
         members = {id(op) for op in group}
         inside = {name for op in group for name in op.outputs}
         inputs = tuple(dict.fromkeys(name for op in group for name in op.inputs if name not in inside))
-        outputs = tuple(
-            name
-            for op in group
-            for name in op.outputs
-            if name in graph.outputs or any(id(reader) not in members for reader in readers[name])
-        )
+        outside = {name: [op for op in readers[name] if id(op) not in members] for op in group for name in op.outputs}
+        outputs = tuple(name for name, users in outside.items() if users or name in graph.outputs)
         if not registry.has(kind, backend, operand_types(graph, inputs)) or members & replaced.keys():
             continue
+        first, *_, last = sorted(members, key=place.__getitem__)
+        if any(place[id(op)] < place[last] for users in outside.values() for op in users):
+            if any(made.get(name, -1) > place[first] for name in inputs):
+                continue
+            last = first
         attrs: dict[str, Any] = {}
         body: list[Op] = []
         for op in group:
             attrs |= op.attrs
             body += op.body or [op]
         replaced |= dict.fromkeys(members)
-        replaced[max(members, key=place.__getitem__)] = Op(kind, inputs, outputs, attrs, tuple(body))
+        replaced[last] = Op(kind, inputs, outputs, attrs, tuple(body))
     ops = [replaced.get(id(op), op) for op in graph.ops]
     return graph.replace_ops([op for op in ops if op is not None])

@@ -77,7 +77,8 @@ class Inspection:
 
         def shorten(text: str) -> list[str]:
             lines = text.splitlines()
-            return lines if full else [line for line in lines if not _LATER_LAYER.search(line)]
+            # what a line computes, or is about, stands behind its arrow, where it has one
+            return lines if full else [line for line in lines if not _LATER_LAYER.search(line.rpartition("→")[2])]
 
         rest = (
             "" if full or self.config.n_layers == 1 else f" (layers 1 to {self.config.n_layers - 1} are like layer 0)"

@@ -88,7 +88,9 @@ def quantize(part, parts, tokens, x, out, scales, group):
         scales[t, g] = scale
         for k in range(first, last):
             ratio = x[t, k] / scale if scale > 0 else np.float32(0)
-            out[t, k] = np.int8(math.floor(abs(ratio) + np.float32(0.5)) * (1 if ratio >= 0 else -1))
+            # only a scale so small that it was itself rounded coarsely can take a ratio beyond 127
+            rounded = min(math.floor(abs(ratio) + np.float32(0.5)), 127)
+            out[t, k] = np.int8(rounded * (1 if ratio >= 0 else -1))
 
 
 @kernel("linear", "cpu", "f32", LINEAR, rows=lambda x, w, workers: (workers, TILE, w[1]))
@@ -238,22 +240,31 @@ def last(part, parts, tokens, x, out):
         out[0, k] = x[tokens - 1, k]
 
 
+@device
+def sortable(bits):
+    """An int32 that sorts as the float32 with these bits does; both zeros are 0."""
+    sign = bits >> np.int32(31)
+    return ((bits & np.int32(0x7FFFFFFF)) ^ sign) - sign
+
+
 @kernel("argmax", "cpu", "f32")
 def argmax(part, parts, tokens, x, out):
     """The first index of each row's largest number; -1 for a row with a NaN.
 
-    Floats are compared as integers that sort like them, for which the compiler has a vector maximum whatever NaN means.
+    Floats are compared as integers that sort like them, for which the compiler has a vector maximum whatever NaN means. A NaN
+    is what has more than infinity's bits, whatever its sign: x86 makes those of inf - inf negative.
     """
     begin, end = share(tokens, part, parts, 1)
     for t in range(begin, end):
         bits = x[t].view(np.int32)
-        largest = np.int32(-0x80000000)
+        largest, magnitude = np.int32(-0x80000000), np.int32(0)
         for i in range(bits.shape[0]):
-            largest = max(largest, bits[i] ^ ((bits[i] >> 31) & 0x7FFFFFFF))
+            largest = max(largest, sortable(bits[i]))
+            magnitude = max(magnitude, bits[i] & np.int32(0x7FFFFFFF))
         index = 0
-        while bits[index] ^ ((bits[index] >> 31) & 0x7FFFFFFF) != largest:
+        while sortable(bits[index]) != largest:
             index += 1
-        out[t] = -1 if math.isnan(x[t, index]) else index
+        out[t] = -1 if magnitude > 0x7F800000 else index
 
 
 # Kernels of the ops that the fusion passes build.

@@ -131,7 +131,7 @@ def last(x: np.ndarray) -> np.ndarray:
 
 @kernel("argmax", "reference", ANY)
 def argmax(x: np.ndarray) -> np.ndarray:
-    return np.where(np.isnan(x).any(axis=1), -1, np.nan_to_num(x).argmax(axis=1))
+    return np.where(np.isnan(x).any(axis=1), -1, x.argmax(axis=1))
 
 
 class ReferenceProgram:

@@ -178,8 +178,12 @@ def sample(logits, settings, recent, counts, state, ids):
         token = greedy(logits)
     else:
         n = logits.shape[0]
-        for i in range(n):
+        broken = False
+        for i in range(n):  # the filters compare, and would just leave a NaN behind
             ids[i] = i
+            broken |= not logits[i] < np.inf
+        if broken:
+            return -1
         if top_k > 0:
             n = keep_top_k(logits, ids, n, top_k)
         n = keep_top_p(logits, ids, n, top_p)

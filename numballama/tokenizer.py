@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from enum import Enum
 from functools import cached_property
 from os import PathLike
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex
 
 from .errors import Error, FormatError, UnsupportedError
 from .files import MappedFile, map_file
@@ -72,7 +72,7 @@ class Tokenizer(ABC):
             ids += [control] if control is not None else self._encode_text(part)
         return ids
 
-    def decode(self, ids: Iterable[int]) -> str:
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Ids → text, without the leading space that encoding adds; bytes that are no UTF-8 become U+FFFD each."""
         decoder = self.decoder()
         return "".join([*map(decoder.push, ids), decoder.flush()])
@@ -81,26 +81,26 @@ class Tokenizer(ABC):
         """A `Decoder` for a stream of ids; `at_start` False when its text continues another, so that spaces stay."""
         return Decoder(self, self._strip if at_start else Strip.NONE)
 
-    def token_bytes(self, token: int) -> bytes:
+    def token_bytes(self, token: SupportsIndex) -> bytes:
         """The bytes of UTF-8 that a token contributes to text, its leading space included; control tokens have none."""
         return self.entry(token)[1]
 
-    def entry(self, token: int) -> tuple[Kind, bytes]:
+    def entry(self, token: SupportsIndex) -> tuple[Kind, bytes]:
         """The kind and the bytes of a token; looked up once, so that a vocabulary costs nothing until it is used."""
-        token = self._check(token)
-        if (entry := self._entries.get(token)) is None:
-            entry = self._entries[token] = self._read_entry(token)
+        checked = self._check(token)
+        if (entry := self._entries.get(checked)) is None:
+            entry = self._entries[checked] = self._read_entry(checked)
         return entry
 
-    def piece(self, token: int) -> str:
+    def piece(self, token: SupportsIndex) -> str:
         """A token as the vocabulary spells it, for display: "▁the", "<0x0A>", "<s>"."""
         return self._read_piece(self._check(token))
 
-    def _check(self, token: int) -> int:
-        token = operator.index(token)  # NumPy's integers too
-        if not 0 <= token < self.vocab_size:
-            raise Error(f"token id {token} is outside the vocabulary of {self.vocab_size:,}")
-        return token
+    def _check(self, token: SupportsIndex) -> int:
+        checked = operator.index(token)  # NumPy's integers become Python's
+        if not 0 <= checked < self.vocab_size:
+            raise Error(f"token id {checked} is outside the vocabulary of {self.vocab_size:,}")
+        return checked
 
     @cached_property
     def _control_pattern(self) -> re.Pattern[str]:
@@ -131,15 +131,12 @@ class Decoder:
         self._strip = strip
         self._utf8 = codecs.getincrementaldecoder("utf-8")(_REPLACE_BYTES)
 
-    def push(self, token: int) -> str:
+    def push(self, token: SupportsIndex) -> str:
         """The text that is complete with `token`: "" while a character's bytes are not all there."""
         kind, data = self._tokenizer.entry(token)
         if kind is Kind.BYTE:
             self._strip = Strip.NONE
             return self._utf8.decode(data)
-        before = self.flush()  # bytes of a character that any other token cuts short
-        if before:
-            self._strip = Strip.NONE
         if kind is Kind.TEXT and self._strip is not Strip.NONE:
             stripped = data.removeprefix(b" ")
             if stripped or (stripped != data and self._strip is Strip.ONE):
@@ -147,7 +144,7 @@ class Decoder:
             data = stripped
         elif data:
             self._strip = Strip.NONE
-        return before + self._utf8.decode(data, True)
+        return self._utf8.decode(data, True)  # True: any token that is no byte ends a character cut short
 
     def flush(self) -> str:
         """End the text: bytes held back, which no longer become a character, are given as U+FFFD each."""
@@ -257,7 +254,7 @@ class Llama2cTokenizer(Tokenizer):
         heapq.heapify(heap)
         while heap:
             _, left, right, left_id, right_id, merged = heapq.heappop(heap)
-            if ids[left] != left_id or ids[right] != right_id or after[left] != right:
+            if ids[left] != left_id or ids[right] != right_id:
                 continue  # an earlier merge took one of the two
             ids[left], ids[right] = merged, -1
             after[left] = following = after[right]

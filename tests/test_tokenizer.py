@@ -69,6 +69,24 @@ def llama2c_encode(pieces: Sequence[bytes], scores: Sequence[float], text: str) 
 
 # ---- encoding ----
 
+
+def test_scores_that_llama2c_never_beats_do_not_merge(tmp_path: Path) -> None:
+    pieces = [*FIXED, b" ", b"a", b"b", b"ab", b" a"]
+    for score, merges in ((-1e10, False), (-9.9e9, True), (float("nan"), False)):
+        path = write_bin(tmp_path / "t.bin", pieces, [*[0.0] * (len(FIXED) + 3), score, float("nan")])
+        assert load_tokenizer(path).encode("ab", bos=False) == ([259, 262] if merges else [259, 260, 261])
+
+
+def test_reserved_pieces_cannot_be_spelled(tmp_path: Path) -> None:
+    """Not even where every step on the way to them is a piece."""
+    reserved = ["<unk>", "\n<s>\n", "\n</s>\n", "<0x41>"]
+    steps = dict.fromkeys([*" <unk>\ns/0x41", *(text[:n] for text in reserved for n in range(2, len(text)))])
+    pieces = [*FIXED, *(step.encode() for step in steps)]
+    tokenizer = load_tokenizer(write_bin(tmp_path / "t.bin", pieces, [0.0] * len(pieces)))
+    for text in reserved:
+        assert min(tokenizer.encode(text, bos=False)) >= len(FIXED)
+
+
 few = st.text("ab ", max_size=5).map(str.encode)
 scores_with_ties = st.one_of(st.integers(-3, 0).map(float), st.sampled_from([float("nan"), -1e10, float("inf"), -1e9]))
 
@@ -196,6 +214,8 @@ def test_a_character_appears_with_its_last_byte(tokenizer: Tokenizer) -> None:
     assert [decoder.push(3 + byte) for byte in "🙂é".encode()] == ["", "", "", "🙂", "", "é"]
     assert decoder.push(3 + 0xF0) == "" and decoder.push(3 + 0x9F) == ""
     assert decoder.flush() == "\ufffd\ufffd"
+    # Any token that is no byte cuts a character short: what follows does not complete it.
+    assert [decoder.push(token) for token in (3 + 0xC3, 2, 3 + 0xA9)] == ["", "\ufffd", "\ufffd"]
 
 
 def test_the_first_space_goes_only_at_the_start(tokenizer: Tokenizer) -> None:

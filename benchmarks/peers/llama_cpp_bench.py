@@ -1,0 +1,61 @@
+"""Decode and prefill speed of llama.cpp, as one line of JSON. Run by the interpreter that has llama-cpp-python.
+
+python llama_cpp_bench.py MODEL.gguf THREADS PROMPT_TOKENS TOKENS
+
+Fixed tokens are fed through the low-level interface, so that no sampling and no text is in the time.
+"""
+
+import json
+import sys
+import time
+
+import llama_cpp
+
+path, threads, prompt_tokens, tokens = sys.argv[1], *map(int, sys.argv[2:5])
+
+silent = llama_cpp.llama_log_callback(lambda level, text, data: None)
+llama_cpp.llama_log_set(silent, None)
+llama_cpp.llama_backend_init()
+model_parameters = llama_cpp.llama_model_default_params()
+model_parameters.n_gpu_layers = 0
+model = llama_cpp.llama_model_load_from_file(path.encode(), model_parameters)
+parameters = llama_cpp.llama_context_default_params()
+parameters.n_ctx = parameters.n_batch = max(256, prompt_tokens + tokens)
+parameters.n_threads = parameters.n_threads_batch = threads
+context = llama_cpp.llama_init_from_model(model, parameters)
+memory = llama_cpp.llama_get_memory(context)
+batch = llama_cpp.llama_batch_init(prompt_tokens, 0, 1)
+
+
+def feed(count: int, position: int) -> None:
+    """Decode `count` tokens from `position` on, with logits for the last."""
+    batch.n_tokens = count
+    for i in range(count):
+        batch.token[i], batch.pos[i] = 7 + (position + i) % 400, position + i
+        batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, 0, i == count - 1
+    assert llama_cpp.llama_decode(context, batch) == 0
+    llama_cpp.llama_get_logits_ith(context, -1)  # waits for the result
+
+
+def once() -> tuple[float, float]:
+    """Seconds for the prompt and for the tokens after it."""
+    llama_cpp.llama_memory_clear(memory, True)
+    start = time.perf_counter()
+    feed(prompt_tokens, 0)
+    first = time.perf_counter()
+    for position in range(prompt_tokens, prompt_tokens + tokens):
+        feed(1, position)
+    return first - start, time.perf_counter() - first
+
+
+once()
+prefill, decode = once()
+print(
+    json.dumps(
+        {
+            "decode_tokens_per_second": tokens / decode,
+            "prefill_tokens_per_second": prompt_tokens / prefill,
+            "version": llama_cpp.__version__,
+        }
+    )
+)

@@ -1,0 +1,295 @@
+"""What the tests of kernels, models and the runtime share: programs whose parts run one after the other, poisoned memory,
+and what an op means: the reference's value with a bound on how far float32 arithmetic may be from it.
+
+The bounds are those of rounding-error analysis (Higham, Accuracy and Stability of Numerical Algorithms, ch. 3): a sum of n
+products in any order is off by at most n·U·sum|a·b|, and a fused op's bound is carried through the ops it replaced. So the
+tolerance of a comparison follows from its data; no number here is tuned to what a kernel happens to give.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+from numballama import cpu, quant
+from numballama.checkpoint import Weight
+from numballama.config import F32, WeightType
+from numballama.cpu import CpuBackend, CpuProgram
+from numballama.ir import Graph, Op
+from numballama.jit import compile_step
+from numballama.plan import Plan
+from numballama.reference import ReferenceBackend
+from numballama.registry import find
+
+U = 2.0**-24
+"""Half the distance from 1 to the next float32: the largest relative error of one rounding."""
+TINY = 2.0**-126
+"""The smallest normal float32: below it rounding errors are absolute, not relative."""
+
+Bounded = tuple[np.ndarray, np.ndarray]
+"""A value, and for each of its numbers how far another computation of it may be off."""
+
+
+# Programs
+
+
+@lru_cache(maxsize=None)
+def _compile_once(function: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
+    return compile_step(function, list(operands))
+
+
+def cpu_backend(weights: Mapping[str, Weight] | None = None, workers: int = 1) -> CpuBackend:
+    """A backend whose plans are for `workers` parts, which may be more than there are threads: see `run_parts`."""
+    backend = CpuBackend(weights or {})
+    backend.workers = workers
+    return backend
+
+
+def compiled(backend: CpuBackend, graph: Graph, fusions: bool | Sequence[str] = True) -> CpuProgram:
+    """`backend.program`, with each kernel compiled once in this process for the same operand types."""
+    with mock.patch.object(cpu, "compile_step", lambda function, operands: _compile_once(function, tuple(operands))):
+        return backend.program(graph, fusions)
+
+
+_STEP = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 4)
+
+
+def run_parts(program: CpuProgram, tokens: int, step: int, order: Sequence[int]) -> None:
+    """One step of a program, its parts one after the other in this order: they are independent, so any order will do."""
+    row = program.table[step]
+    function = _STEP(int(row[cpu.ADDRESS]))
+    for part in order:
+        assert function(row[cpu.OPERANDS :].ctypes.data, part, len(order), min(tokens, int(row[cpu.ROWS]))) == 0
+
+
+def as_weight(values: np.ndarray, kind: str = "f32", group: int = 0, misaligned: bool = False) -> Weight:
+    """A weight of these numbers; `misaligned` puts its bytes at an odd address and makes them read-only, as a file does."""
+    weight = quant.convert(Weight(values.shape, F32, values), WeightType(kind, group))
+    if not misaligned:
+        return weight
+    return Weight(weight.shape, weight.type, _odd(weight.data), None if weight.scales is None else _odd(weight.scales))
+
+
+def _odd(array: np.ndarray) -> np.ndarray:
+    memory = np.empty(array.nbytes + 1, np.uint8)
+    copy = memory[1:].view(array.dtype).reshape(array.shape)
+    copy[...] = array
+    copy.flags.writeable = False
+    return copy
+
+
+def poison(program: CpuProgram) -> None:
+    """Fill the arena and the KV cache with 0xFF: every float there is a NaN."""
+    program.arena[:] = 0xFF
+    for value in program.plan.graph.values.values():
+        if value.kind == "state":
+            program.value(value.name).view(np.uint8)[...] = 0xFF
+
+
+def poison_dead(program: CpuProgram, step: int) -> None:
+    """Fill with 0xFF what belongs to no value that was computed before `step` and is needed in it or later."""
+    dead = np.ones(program.arena.size, bool)
+    for name, place in program.plan.placements.items():
+        if name in program.inputs or place.first < step <= place.last:
+            dead[place.offset : place.offset + place.nbytes] = False
+    program.arena[dead] = 0xFF
+
+
+def stored(array: np.ndarray, dtype: str) -> np.ndarray:
+    """A copy of a value's memory as numbers: 16-bit formats become float32."""
+    if dtype == "f16":
+        return quant.from_f16(array)
+    return quant.from_bf16(array) if dtype == "bf16" else array.copy()
+
+
+def read(program: CpuProgram, name: str, tokens: int) -> np.ndarray:
+    """What a value holds now: of a temporary the rows of the run's tokens, of a state all."""
+    value = program.plan.graph.values[name]
+    array = program.value(name)
+    return stored(array if value.kind == "state" else array[: min(tokens, value.shape[0])], value.dtype)
+
+
+# What an op means
+
+
+def meaning(op: Op, operands: Mapping[str, np.ndarray], graph: Graph) -> dict[str, Bounded]:
+    """The outputs of an op, by the reference's kernels over its body, each with its bound."""
+    env: dict[str, Bounded] = {name: (array, np.zeros(array.shape)) for name, array in operands.items()}
+    for part in op.body or [op]:
+        arrays, errors = zip(*(env[name] for name in part.inputs), strict=True)
+        if part.kind == "kv_write":
+            arrays = (arrays[0], arrays[1].copy(), *arrays[2:])
+        types = ["i8" if array.dtype == np.int8 else "f32" for array in arrays]
+        result = find(part.kind, "reference", types).function(*arrays, **part.attrs)
+        results = result if isinstance(result, tuple) else (result,)
+        bounds = BOUNDS[part.kind](arrays, errors, results[0], part.attrs)
+        if part.kind == "kv_write":
+            bounds = _storage(bounds, results[0], graph.values[part.inputs[1]].dtype)
+        for name, value, bound in zip(part.outputs, results, bounds if len(results) > 1 else (bounds,), strict=True):
+            env[name] = (value, bound)
+    return {name: env[name] for name in op.outputs}
+
+
+Arrays = Sequence[np.ndarray]
+BOUNDS: dict[str, Callable[[Arrays, Arrays, np.ndarray, Mapping[str, Any]], Any]] = {}
+
+
+def bound(kind: str) -> Callable[[Any], Any]:
+    def register(function: Any) -> Any:
+        BOUNDS[kind] = function
+        return function
+
+    return register
+
+
+@bound("embedding")
+@bound("last")
+@bound("argmax")
+def _exact(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
+    return np.zeros(out.shape)
+
+
+@bound("rope_angles")
+def _angles(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
+    return np.full(out.shape, 2 * U)  # computed in float64, rounded once
+
+
+@bound("rmsnorm")
+def _rmsnorm(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
+    assert not e[0].any()  # first of every fused op that has it
+    return (x[0].shape[1] + 8) * U * np.abs(out) + TINY
+
+
+@bound("linear")
+def _linear(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
+    a, w = x[0].astype(np.float64), np.abs(x[-1].astype(np.float64))
+    n = a.shape[1]
+    if len(x) == 3:
+        a *= np.repeat(x[1].astype(np.float64), attrs["group"], axis=1)[:, :n]
+    return (n + 8) * U * (np.abs(a) @ w.T) + (1 + n * U) * e[0] @ w.T + n * TINY
+
+
+@bound("bias")
+@bound("add")
+def _sum(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
+    return e[0] + e[1] + U * (np.abs(out) + e[0] + e[1]) * (e[0] + e[1] > 0)  # exact operands: one correct rounding
+
+
+@bound("rope")
+def _rope(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
+    assert not e[0].any()
+    shape = (len(x[0]), -1, attrs["head_dim"] // 2, 2) if attrs["interleaved"] else (len(x[0]), -1, 2, attrs["head_dim"] // 2)
+    pairs = np.abs(x[0].reshape(shape).astype(np.float64)).sum(axis=3 if attrs["interleaved"] else 2, keepdims=True)
+    return 4 * U * np.broadcast_to(pairs, np.broadcast_shapes(pairs.shape, x[0].reshape(shape).shape)).reshape(out.shape) + TINY
+
+
+@bound("kv_write")
+def _kv_write(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
+    result = np.zeros(out.shape)
+    heads = e[0].reshape(len(x[0]), out.shape[1], out.shape[3])
+    for t, (sequence, position) in enumerate(zip(x[3], x[2], strict=True)):
+        result[sequence, :, position] = heads[t] + TINY * (e[0].any() > 0)
+    return result
+
+
+def _storage(error: np.ndarray, written: np.ndarray, dtype: str) -> np.ndarray:
+    """Rounding to the cache's type: half a unit in the last of 11 (float16) or 8 (bfloat16) places. Others' places: none."""
+    if dtype == "f32":
+        return error
+    rounding, least = (2.0**-11, 2.0**-25) if dtype == "f16" else (2.0**-8, 2.0**-134)
+    return error * (1 + rounding) + rounding * np.abs(np.nan_to_num(written)) + least
+
+
+@bound("attention_scores")
+def _scores(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
+    q, cache, positions, sequences = x[:4]
+    head_dim = cache.shape[3]
+    heads = np.abs(q.reshape(len(q), -1, head_dim).astype(np.float64))
+    result = np.zeros(out.shape)
+    for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
+        keys = np.abs(np.repeat(cache[sequence, :, : position + 1], heads.shape[1] // cache.shape[1], axis=0))
+        result[t, :, : position + 1] = (head_dim + 8) * U * np.einsum("hd,hpd->hp", heads[t], keys) / head_dim**0.5
+    return result + TINY
+
+
+@bound("softmax")
+def _softmax(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
+    largest = x[0].max(axis=-1, keepdims=True)
+    below = np.where(out > 0, largest - np.where(out > 0, x[0], 0), 0)  # the difference is rounded before the exponential
+    shift = 2 * e[0].max(axis=-1, keepdims=True) + 2 * U * below.max(axis=-1, keepdims=True)
+    return out * (np.expm1(shift) + (x[0].shape[-1] + 16) * U) + TINY
+
+
+@bound("attention_values")
+def _values(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
+    weights, cache, positions, sequences = x[:4]
+    result = np.zeros((len(weights), weights.shape[1], cache.shape[3]))
+    for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
+        n = position + 1
+        values = np.abs(np.repeat(cache[sequence, :, :n], weights.shape[1] // cache.shape[1], axis=0).astype(np.float64))
+        result[t] = np.einsum("hp,hpd->hd", (n + 8) * U * weights[t, :, :n] + e[0][t, :, :n], values)
+    return result.reshape(out.shape) + TINY
+
+
+@bound("swiglu")
+def _swiglu(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
+    gate, up = np.abs(x[0].astype(np.float64)), np.abs(x[1].astype(np.float64))
+    slope = 1.1 * e[0]  # |d silu| <= 1.0999
+    # below -88 the exponential overflows to infinity and the result to 0; it is at most 89 · exp(-88.7) < 2^-120
+    return slope * (up + e[1]) + np.minimum(gate, np.abs(gate)) * e[1] + 16 * U * np.abs(out) + 2.0**-120 * (1 + up)
+
+
+@bound("quantize")
+def _quantize(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """A division may become a product with a reciprocal: ratios within a few units of a half round either way."""
+    n, group = x[0].shape[1], attrs["group"]
+    largest = np.maximum.reduceat(np.abs(x[0].astype(np.float64)), np.arange(0, n, group), axis=1)
+    scale = np.repeat(largest / 127, group, axis=1)[:, :n]
+    ratio = np.abs(np.divide(x[0], scale, out=np.zeros(x[0].shape), where=scale > 0))
+    tie = np.abs(ratio - np.floor(ratio) - 0.5) <= 8 * U * ratio + U
+    return tie.astype(np.float64), 4 * U * largest / 127 + 2.0**-149
+
+
+def assert_within(got: np.ndarray, want: Bounded, what: str) -> None:
+    """Numbers as far from the reference's as their bound allows; infinities and NaNs exactly where it has them."""
+    value, error = want
+    assert got.shape == value.shape, f"{what}: shape {got.shape}, not {value.shape}"
+    with np.errstate(invalid="ignore"):
+        fine = (got == value) | (np.isnan(got) & np.isnan(value)) | (
+            np.abs(got - value.astype(np.float64)) <= error + U * np.abs(value)
+        )
+    if not fine.all():
+        at = tuple(np.argwhere(~fine)[0])
+        raise AssertionError(
+            f"{what}{list(map(int, at))}: {got[at]}, reference {value[at]}, allowed {error[at]}; {(~fine).sum()} numbers differ"
+        )
+
+
+def check_step(
+    program: CpuProgram, step: int, tokens: int, weights: ReferenceBackend, execute: Callable[[], object]
+) -> None:
+    """Run one step by `execute` and compare all that it wrote with its op's meaning on the operands as they stood before."""
+    graph, op = program.plan.graph, program.plan.steps[step].op
+    operands: dict[str, np.ndarray] = {}
+    for name in op.inputs:
+        kind = graph.values[name].kind
+        if kind == "weight":
+            operands[name] = weights.weight(name)
+        elif kind == "constant":
+            operands[name] = np.array(graph.constants[name], np.float32)
+        else:
+            operands[name] = read(program, name, tokens)
+    wanted = meaning(op, operands, graph)
+    execute()
+    for name, want in wanted.items():
+        assert_within(read(program, name, tokens), want, f"step {step} {op.kind}: {name}")
+
+
+def live_bytes(plan: Plan, step: int) -> int:
+    """Bytes of all values that some step at or after `step` still needs and that exist by then."""
+    return sum(place.nbytes for place in plan.placements.values() if place.first <= step <= place.last)
