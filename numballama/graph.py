@@ -237,7 +237,9 @@ def fuse(graph: Graph, backend: str, passes: bool | Sequence[str] = True) -> Gra
 
 
 def _join(graph: Graph, groups: list[tuple[str, list[Op]]], backend: str) -> Graph:
-    """Replace each group by one op: at the place of its last member, or of its first if another op reads a result before."""
+    """Replace each group by one op: at the place of its last member, or of its first if another op reads a result
+    before.
+    """
     readers = graph.consumers()
     place = {id(op): index for index, op in enumerate(graph.ops)}
     made = {name: index for index, op in enumerate(graph.ops) for name in op.outputs}

@@ -88,9 +88,7 @@ def quantize(part, parts, tokens, x, out, scales, group):
         scales[t, g] = scale
         for k in range(first, last):
             ratio = x[t, k] / scale if scale > 0 else np.float32(0)
-            # only a scale so small that it was itself rounded coarsely can take a ratio beyond 127
-            rounded = min(math.floor(abs(ratio) + np.float32(0.5)), 127)
-            out[t, k] = np.int8(rounded * (1 if ratio >= 0 else -1))
+            out[t, k] = np.int8(math.floor(abs(ratio) + np.float32(0.5)) * (1 if ratio >= 0 else -1))
 
 
 @kernel("linear", "cpu", "f32", LINEAR, rows=lambda x, w, workers: (workers, TILE, w[1]))
@@ -251,8 +249,8 @@ def sortable(bits):
 def argmax(part, parts, tokens, x, out):
     """The first index of each row's largest number; -1 for a row with a NaN.
 
-    Floats are compared as integers that sort like them, for which the compiler has a vector maximum whatever NaN means. A NaN
-    is what has more than infinity's bits, whatever its sign: x86 makes those of inf - inf negative.
+    Floats are compared as integers that sort like them, for which the compiler has a vector maximum whatever NaN
+    means. A NaN is what has more than infinity's bits, whatever its sign: x86 makes those of inf - inf negative.
     """
     begin, end = share(tokens, part, parts, 1)
     for t in range(begin, end):

@@ -14,6 +14,10 @@ from numba.np.arrayobj import make_array
 INT16, INT32, INT64, FLOAT = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
+def _element(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+    return builder.gep(make_array(kind)(context, builder, array).data, [index])
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def as_f32(typingctx: Any, number: Any) -> Any:
     """A stored number as float32. The array's type tells the format: uint16 holds float16, int16 holds bfloat16."""
@@ -50,8 +54,42 @@ def f32_to(typingctx: Any, like: Any, number: Any) -> Any:
     return like(like, types.float32), codegen
 
 
-def _element(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
-    return builder.gep(make_array(kind)(context, builder, array).data, [index])
+BLOCK = 32
+"""Numbers that `dot_block` multiplies at once."""
+
+
+def _load_block(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+    """BLOCK consecutive elements of an array's memory as one vector, wherever they lie."""
+    vector = ir.VectorType(context.get_data_type(kind.dtype), BLOCK)
+    return builder.load(builder.bitcast(_element(context, builder, kind, array, index), vector.as_pointer()), align=1)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def dot_block(typingctx: Any, weights: Any, i: Any, x: Any, j: Any) -> Any:
+    """Sum of the products of BLOCK int8 weights from flat index i with BLOCK numbers of x from flat index j.
+
+    x is float32 or int8, and so is the sum float32 or int32. Written as vectors, because LLVM unrolls a loop this
+    short into scalar code before it looks for vectors; which instructions become of it is LLVM's choice for the
+    machine it runs on.
+    """
+    exact = x.dtype == types.int8
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        element = INT32 if exact else FLOAT
+        vector = ir.VectorType(element, BLOCK)
+        w = _load_block(context, builder, sig.args[0], *args[:2])
+        v = _load_block(context, builder, sig.args[2], *args[2:])
+        if exact:
+            products = builder.mul(builder.sext(w, vector), builder.sext(v, vector))
+            kind, name, start = ir.FunctionType(INT32, [vector]), "llvm.vector.reduce.add.v32i32", []
+        else:
+            products = builder.fmul(builder.sitofp(w, vector), v)
+            kind, name = ir.FunctionType(FLOAT, [FLOAT, vector]), "llvm.vector.reduce.fadd.v32f32"
+            start = [ir.Constant(FLOAT, 0.0)]
+        reduce = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        return builder.call(reduce, [*start, products], fastmath=() if exact else ("reassoc", "contract", "nsz"))
+
+    return (types.int32 if exact else types.float32)(weights, types.int64, x, types.int64), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]

@@ -17,7 +17,7 @@ from numba import types
 from numba.extending import overload
 
 from .jit import FAST_MATH, device
-from .lowlevel_cpu import as_f32
+from .lowlevel_cpu import BLOCK, as_f32, dot_block
 
 TILE = 4
 _OPTIONS = {"fastmath": FAST_MATH, "error_model": "numpy"}
@@ -52,17 +52,11 @@ def _dot_plain(weight, row, x, t):
 def _dot_int8(weight, row, x, t):
     payload, scales, group = weight
     n = payload.shape[1]
-    total = np.float32(0)
-    if group == 64 and n % 64 == 0:  # a length the compiler knows becomes straight vector code
-        for g in range(n // 64):
-            part = np.float32(0)
-            for k in range(g * 64, g * 64 + 64):
-                part += np.float32(payload[row, k]) * x[t, k]
-            total += part * scales[row * (n // 64) + g]
-        return total
-    start = row * n
+    if n % BLOCK == 0 and group % BLOCK == 0:
+        return dot_blocks(payload, scales, group, row, x, t)
+    start, total = row * n, np.float32(0)
     k = 0
-    while k < n:  # groups run over the flat payload and may begin inside a row
+    while k < n:
         g = (start + k) // group
         end = min(n, (g + 1) * group - start)
         part = np.float32(0)
@@ -73,19 +67,28 @@ def _dot_int8(weight, row, x, t):
     return total
 
 
+@device
+def dot_blocks(payload, scales, group, row, x, t):
+    """A row whose groups, which run over the flat payload and may begin inside a row, consist of whole blocks."""
+    n = payload.shape[1]
+    start, total = row * n, np.float32(0)
+    g = start // group
+    border = (g + 1) * group - start
+    for k in range(0, n, BLOCK):
+        if k >= border:
+            g += 1
+            border += group
+        total += dot_block(payload, start + k, x, t * n + k) * scales[g]
+    return total
+
+
 def _dot_int8_int8(weight, row, x, t):
     payload, scales, group = weight
     xq, xs = x
     n = payload.shape[1]
-    total = np.float32(0)
-    if group == 64 and n % 64 == 0:
-        for g in range(n // 64):
-            part = np.int32(0)
-            for k in range(g * 64, g * 64 + 64):
-                part += np.int32(payload[row, k]) * np.int32(xq[t, k])
-            total += np.float32(part) * (scales[row * (n // 64) + g] * xs[t, g])
-        return total
-    start = row * n
+    if n % BLOCK == 0 and group % BLOCK == 0:
+        return dot_blocks_int8(payload, scales, group, row, xq, xs, t)
+    start, total = row * n, np.float32(0)
     k = 0
     while k < n:  # both scales are constant up to the nearer end of the weight's and the input's group
         g = (start + k) // group
@@ -95,6 +98,24 @@ def _dot_int8_int8(weight, row, x, t):
             part += np.int32(payload[row, j]) * np.int32(xq[t, j])
         total += np.float32(part) * (scales[g] * xs[t, k // group])
         k = end
+    return total
+
+
+@device
+def dot_blocks_int8(payload, scales, group, row, xq, xs, t):
+    """`dot_blocks` with an int8 input, whose groups begin at its row's start."""
+    n = payload.shape[1]
+    start, total = row * n, np.float32(0)
+    g, x_g = start // group, 0
+    border, x_border = (g + 1) * group - start, group
+    for k in range(0, n, BLOCK):
+        if k >= border:
+            g += 1
+            border += group
+        if k >= x_border:
+            x_g += 1
+            x_border += group
+        total += np.float32(dot_block(payload, start + k, xq, t * n + k)) * (scales[g] * xs[t, x_g])
     return total
 
 

@@ -25,7 +25,7 @@ from .tokenizer import Tokenizer
 CHUNK = 64
 """Tokens of a prompt that one run handles."""
 DEFAULT_CONTEXT = 4096
-TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "int8": WeightType("int8", quant.DEFAULT_GROUP)}
+TYPES = ("f32", "f16", "bf16", "int8")
 KV_TYPES = ("f32", "f16", "bf16")
 
 
@@ -123,18 +123,18 @@ class Model:
         weights = self._checkpoint.weights
         if dtype is None:
             return weights
-        target, converted = TYPES[dtype], dict(weights)
+        converted = dict(weights)
         names = [
             name
             for name, weight in weights.items()
             if len(weight.shape) == 2
             and (name != "tok_embeddings" or self.config.tied_embeddings)
-            and weight.type.name != target.name
+            and weight.type.name != dtype
         ]
-        with progress.bar(f"converting to {target}") as report:
+        with progress.bar(f"converting to {dtype}") as report:
             for done, name in enumerate(names):
                 report(name, done, len(names))
-                converted[name] = quant.convert(weights[name], target)
+                converted[name] = quant.convert(weights[name], _target(dtype, weights[name].shape[1]))
         return converted
 
     def _build(self, tokens: int, logits: str) -> ir.Graph:
@@ -325,6 +325,14 @@ class Model:
                 "--tokenizer on the command line"
             )
         return self.tokenizer
+
+
+def _target(dtype: str, columns: int) -> WeightType:
+    """The weight type that a dtype means for rows of this length: int8 groups that fill a row are faster."""
+    if dtype != "int8":
+        return {"f32": F32, "f16": F16, "bf16": BF16}[dtype]
+    groups = (quant.DEFAULT_GROUP, quant.DEFAULT_GROUP // 2)
+    return WeightType("int8", next((g for g in groups if columns % g == 0), quant.DEFAULT_GROUP))
 
 
 def _choose_device(device: str) -> str:

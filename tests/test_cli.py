@@ -81,9 +81,7 @@ def test_generate_stops_before_a_stop_string(model260k: tuple[str, str]) -> None
         (("inspect", "{tokenizer}"), "{tokenizer}"),
     ],
 )
-def test_errors_are_one_line_and_exit_with_1(
-    model260k: tuple[str, str], words: tuple[str, ...], expected: str
-) -> None:
+def test_errors_are_one_line_and_exit_with_1(model260k: tuple[str, str], words: tuple[str, ...], expected: str) -> None:
     names = {"model": model260k[0], "tokenizer": model260k[1]}
     done = run(*(word.format(**names) for word in words))
     assert done.returncode == 1, done.stderr

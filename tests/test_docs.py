@@ -1,4 +1,6 @@
-"""Every Python block of README and docs runs, in order, one namespace a page, beside real models where a page names them."""
+"""Every Python block of README and docs runs, in order, one namespace a page, beside real models where a page names
+them.
+"""
 
 import re
 import subprocess
@@ -17,7 +19,9 @@ def blocks(page: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
-def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+def test_blocks_run(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
     code = "\n".join(blocks(page))
     if "stories15M.bin" in code:
         models = request.getfixturevalue("models")
@@ -32,7 +36,12 @@ def test_there_are_blocks() -> None:
 
 
 def test_example_story(models: Path) -> None:
-    words = [ROOT / "examples" / "story.py", models / "stories15M.bin", models / "llama2_tokenizer.model", "Once upon a time"]
+    words = [
+        ROOT / "examples" / "story.py",
+        models / "stories15M.bin",
+        models / "llama2_tokenizer.model",
+        "Once upon a time",
+    ]
     done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.startswith("Once upon a time") and len(done.stdout) > 100
     assert "tokens/s" in done.stderr

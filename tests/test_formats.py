@@ -42,7 +42,8 @@ def test_float_formats_round_trip(tmp_path: Path, config: ModelConfig, name: str
     opened = open_checkpoint(path)
     assert opened.config == config
     assert opened.format == ("KuiperLLama fp32" if config.qkv_bias else FLOAT_FORMATS[name])
-    assert opened.bos_ends_text and not opened.int8_activations
+    assert opened.bos_ends_text
+    assert not opened.int8_activations
     assert list(opened.weights) == list(config.weight_shapes())
     for weight_name, weight in opened.weights.items():
         assert_same(weight, source.weights[weight_name])
@@ -57,7 +58,8 @@ def test_int8_formats_round_trip(tmp_path: Path, config: ModelConfig, name: str,
     source, path = random_checkpoint(config), tmp_path / "model.bin"
     WRITERS[name](path, config, source.weights, group_size=group)
     opened = open_checkpoint(path)
-    assert opened.config == config and opened.format == INT8_FORMATS[name]
+    assert opened.config == config
+    assert opened.format == INT8_FORMATS[name]
     assert opened.int8_activations == (name == "llama2c-v2")
     kept = {"llama2c-v2": (), "kuiper-int8": ("tok_embeddings",)}[name]
     for weight_name, weight in opened.weights.items():
@@ -128,7 +130,8 @@ def test_weights_are_readonly_views_of_the_mapping(tmp_path: Path, name: str) ->
     path.unlink()  # the mapping keeps the file
     for weight in opened.weights.values():
         for array in (weight.data, *([] if weight.scales is None else [weight.scales])):
-            assert not array.flags.writeable and not array.flags.owndata
+            assert not array.flags.writeable
+            assert not array.flags.owndata
             assert array.sum() == array.sum()
 
 
@@ -148,7 +151,8 @@ def test_kuiper_int8_tied_with_a_classifier_uses_it(tmp_path: Path) -> None:
     struct.pack_into("<i", data, 20, SMALL.vocab_size)  # a positive vocab_size: "tied"
     path.write_bytes(data)
     opened = open_checkpoint(path)
-    assert not opened.config.tied_embeddings and opened.weights["output"].type.name == "int8"
+    assert not opened.config.tied_embeddings
+    assert opened.weights["output"].type.name == "int8"
     assert any("classifier" in note for note in opened.notes)
 
 
@@ -200,9 +204,11 @@ def test_writers_refuse_weights_of_another_model(tmp_path: Path) -> None:
 def test_what_a_file_cannot_say_is_noted(tmp_path: Path) -> None:
     config = replace(SMALL, rope_theta=5e5, rope_pairing="half")
     notes = WRITERS["kuiper"](tmp_path / "x", config, random_checkpoint(config).weights)
-    assert len(notes) == 1 and "rope_pairing='half', rope_theta=500000.0:" in notes[0]
+    assert len(notes) == 1
+    assert "rope_pairing='half', rope_theta=500000.0:" in notes[0]
     notes = WRITERS["llama2c-v2"](tmp_path / "x", SMALL, random_checkpoint(SMALL).weights)
-    assert len(notes) == 1 and "straddle" in notes[0]
+    assert len(notes) == 1
+    assert "straddle" in notes[0]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
@@ -212,7 +218,8 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
     table = np.full(weights["output"].shape, math.nan, np.float32)  # the last tensor of a v2 file
     with pytest.raises(Error, match="NaN"):
         WRITERS["llama2c-v2"](path, SMALL, weights | {"output": Weight(table.shape, F32, table)})
-    assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_model_can_be_rewritten_in_place(tmp_path: Path) -> None:

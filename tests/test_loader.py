@@ -44,7 +44,9 @@ def test_overrides_replace_and_the_rest_is_noted(model: Path) -> None:
     assert "rope_pairing='interleaved', rope_theta=10000.0, norm_eps=1e-05" in opened.notes[-1]
     opened = open_checkpoint(model, rope_pairing="half-split", rope_theta=5e5)
     assert (opened.config.rope_pairing, opened.config.rope_theta) == ("half", 5e5)
-    assert opened.assumed == ("norm_eps",) and "norm_eps=1e-05" in opened.notes[-1] and "theta" not in opened.notes[-1]
+    assert opened.assumed == ("norm_eps",)
+    assert "norm_eps=1e-05" in opened.notes[-1]
+    assert "theta" not in opened.notes[-1]
     assert open_checkpoint(model, rope_pairing="half", rope_theta=1e6, norm_eps=1e-6).notes == []
 
 
@@ -88,7 +90,8 @@ def test_real_models_with_their_tokenizers_and_with_the_wrong_ones(models: Path)
     ):
         for tokenizer in right:
             opened = open_checkpoint(models / f"{name}.bin", models / tokenizer)
-            assert opened.tokenizer is not None and opened.tokenizer.vocab_size == opened.config.vocab_size
+            assert opened.tokenizer is not None
+            assert opened.tokenizer.vocab_size == opened.config.vocab_size
         with pytest.raises(Error, match="does not belong"):
             open_checkpoint(models / f"{name}.bin", models / wrong)
 

@@ -29,7 +29,8 @@ def round_half_away(value: float) -> int:
 @given(arrays, st.integers(1, 80))
 def test_int8_is_max_over_127_and_roundf(values: np.ndarray, group: int) -> None:
     payload, scales = quant.quantize_int8(values, group)
-    assert payload.dtype == np.int8 and scales.dtype == np.float32
+    assert payload.dtype == np.int8
+    assert scales.dtype == np.float32
     assert scales.shape == (-(-values.size // group),)
     for g, scale in enumerate(scales):
         numbers = values[g * group : (g + 1) * group]
@@ -85,11 +86,11 @@ def test_every_f16_and_bf16_pattern_decodes_and_comes_back() -> None:
 
 @given(hnp.arrays(np.uint16, 50), st.sampled_from([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF]))
 @example(np.array([0x7F80, 0xFF80, 0x7FFF, 0xFFFF], np.uint16), 1)  # NaNs at both ends of their range
+@np.errstate(invalid="ignore")  # signalling ones, on their way to float64
 def test_bf16_takes_the_nearest_and_of_two_the_even(high: np.ndarray, low: int) -> None:
     patterns = high.astype(np.uint32) << 16 | low
     values = patterns.view(np.float32)
-    with np.errstate(invalid="ignore"):  # signalling NaNs
-        exact = values.astype(np.float64)
+    exact = values.astype(np.float64)
     for value, pattern, got in zip(exact, patterns.tolist(), quant.to_bf16(values).tolist(), strict=True):
         if np.isnan(value):
             assert np.isnan(quant.from_bf16(np.array([got], np.uint16)))[0]

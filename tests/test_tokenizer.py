@@ -148,7 +148,8 @@ def test_long_prompts_are_quick(models: Path) -> None:
 
 def test_bos_is_the_callers_choice(tokenizer: Tokenizer) -> None:
     assert tokenizer.encode("hi") == [tokenizer.bos_id, *tokenizer.encode("hi", bos=False)]
-    assert tokenizer.encode("") == [1] and tokenizer.encode("", bos=False) == []
+    assert tokenizer.encode("") == [1]
+    assert tokenizer.encode("", bos=False) == []
     assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
 
 
@@ -212,7 +213,8 @@ def test_a_stream_is_the_text_in_whole_characters(tokenizer: Tokenizer, ids: lis
 def test_a_character_appears_with_its_last_byte(tokenizer: Tokenizer) -> None:
     decoder = tokenizer.decoder()
     assert [decoder.push(3 + byte) for byte in "🙂é".encode()] == ["", "", "", "🙂", "", "é"]
-    assert decoder.push(3 + 0xF0) == "" and decoder.push(3 + 0x9F) == ""
+    assert decoder.push(3 + 0xF0) == ""
+    assert decoder.push(3 + 0x9F) == ""
     assert decoder.flush() == "\ufffd\ufffd"
     # Any token that is no byte cuts a character short: what follows does not complete it.
     assert [decoder.push(token) for token in (3 + 0xC3, 2, 3 + 0xA9)] == ["", "\ufffd", "\ufffd"]
