@@ -57,10 +57,9 @@ def compile(
     Parameters
     ----------
     model_path: a model file. Its format is recognised by content.
-    tokenizer: path of a tokenizer, when the model file carries none. Without one, `logits` works and text methods
-    raise.
+    tokenizer: path of a tokenizer, when the model file carries none (GGUF files do). Without one, only `logits` works.
     device: "cpu", "reference" (NumPy: slow, the oracle) or "auto", which takes the fastest there is and says which.
-    dtype: None keeps the file's types; "f32", "f16", "bf16" or "int8" converts the linear weights.
+    dtype: None keeps the file's types; "f32", "f16", "bf16", "int8" or "q8_0" converts the linear weights.
     context: length of the KV cache in tokens; default the model's own, at most 4096.
     kv_dtype: type of the KV cache, "f32" (default), "f16" or "bf16".
     threads: CPU workers; default all that this process may use.
@@ -99,7 +98,10 @@ def inspect(path: str | PathLike[str], tokenizer: str | PathLike[str] | None = N
 
 
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
-    """The tokenizer of a sentencepiece `.model` or a llama2.c `.bin` file. Raises `FormatError` for anything else."""
+    """The tokenizer of a sentencepiece `.model`, a llama2.c `.bin` or a GGUF file, which may hold nothing else.
+
+    Raises `FormatError` for a damaged file or one of another kind, `UnsupportedError` for a kind not read yet.
+    """
     from .tokenizer import load_tokenizer
 
     return load_tokenizer(path)

@@ -7,53 +7,44 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from numba import prange
 
 from . import __version__, progress
+from .checks import whole_number
+from .cpu import parallel_region
 from .errors import ContextError
-from .ir import Graph, Shaped, Value, rule
+from .jit import jit
 from .matmul_cpu import share
 from .memory import available_bytes, human, peak_bytes
 from .model import Model
-from .registry import kernel
 from .sampler import Sampler
 
 READ_BYTES = 1 << 30
 """Memory that the bandwidth is measured on: more than any cache holds."""
 
 
-@rule("read")
-def _read(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]:
-    """x[n] and out of it one sum a part: [parts]"""
-    return [((attrs["parts"],), "f32")]
+@jit(parallel=True)
+def read_all(x, parts, sums):
+    """Sum x in `parts` shares at once: every byte is loaded once, and nothing else happens."""
+    for part in prange(parts):
+        begin, end = share(x.shape[0], part, parts, 1024)
+        total = np.float32(0)
+        for i in range(begin, end):
+            total += x[i]
+        sums[part] = total
 
 
-@kernel("read", "cpu", "f32")
-def read(part, parts, tokens, x, out):
-    """Sum a share of x: every byte is loaded once, and nothing else happens."""
-    begin, end = share(x.shape[0], part, parts, 1024)
-    total = np.float32(0)
-    for i in range(begin, end):
-        total += x[i]
-    out[part] = total
-
-
-def measure_bandwidth(threads: int | None = None, repeats: int = 5) -> float:
+def measure_bandwidth(threads: int, repeats: int = 5) -> float:
     """Bytes a second that `threads` workers read from main memory together: the median of several passes."""
-    from .cpu import CpuBackend
-
-    backend = CpuBackend({}, threads)
     nbytes = min(READ_BYTES, (available_bytes() or READ_BYTES) // 4)
-    graph = Graph("read")
-    x = graph.state("x", (nbytes // 4,), "f32")
-    # `parts` outputs stand for the tokens of a plan: one row of work a worker
-    graph.outputs = [graph.add("read", x, out="sums", parts=backend.workers).name]
-    program = backend.program(graph)
-    backend.states["x"][:] = 1  # zero pages would all be one page, and in the cache
-    times = _times(lambda: program.run(backend.workers), repeats)
+    x = np.ones(nbytes // 4, np.float32)  # not zeros: those pages would all be one, and in the cache
+    sums = np.zeros(threads, np.float32)
+    with parallel_region(threads):
+        times = _times(lambda: read_all(x, threads, sums), repeats)
     return nbytes / statistics.median(times)
 
 
@@ -84,17 +75,19 @@ def bench(model: Model, prompt_tokens: int = 128, tokens: int = 64, repeats: int
     `_bytes` say their units; `bandwidth_fraction` is the share of the measured memory bandwidth that decoding uses
     (above 1 where the weights fit a cache), None on the reference.
     """
-    if prompt_tokens < 1 or tokens < 1 or prompt_tokens + tokens > model.context:
+    prompt_tokens = whole_number("prompt_tokens", prompt_tokens, 1)
+    tokens, repeats = whole_number("tokens", tokens, 1), whole_number("repeats", repeats, 1)
+    if prompt_tokens + tokens > model.context:
         raise ContextError(
             f"{prompt_tokens} prompt tokens and {tokens} more need a context of {prompt_tokens + tokens}, "
             f"it has {model.context}; pass a larger --context, or fewer --prompt-tokens and --tokens"
         )
     rng = np.random.default_rng(0)
-    prompt = rng.integers(3, model.config.vocab_size, prompt_tokens).tolist()
+    prompt = rng.integers(0, model.config.vocab_size, prompt_tokens).tolist()
     session, sampler = model.session, Sampler(model.config.vocab_size, temperature=0)
     prefill_times: list[float] = []
     decode_times: list[float] = []
-    with progress.bar("benchmark") as report:
+    with model.lock, progress.bar("benchmark") as report:
         for index in range(repeats + 1):
             report("", index, repeats + 1)
             session.rewind()

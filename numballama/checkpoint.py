@@ -19,8 +19,9 @@ class Weight:
     """One tensor of a checkpoint, not copied from its file.
 
     `data` holds the payload in C order: float32 for "f32", uint16 bit patterns for "f16" and "bf16", int8 for "int8",
-    shaped like `shape` (rows, columns) or (length,). `scales` is the float32 vector of an "int8" weight: number i of
-    the flat payload has scale i // group. Views may be read-only and, in some files, unaligned.
+    shaped like `shape` (rows, columns) or (length,); for "q8_0" its bytes, uint8 (rows, columns / 32 · 34). `scales`
+    is the float32 vector of an "int8" weight: number i of the flat payload has scale i // group. Views may be
+    read-only and, in some files, unaligned.
     """
 
     shape: tuple[int, ...]
@@ -40,7 +41,8 @@ class Checkpoint:
 
     path: Path
     format: str
-    """As `inspect` names it: "llama2.c v0", "llama2.c v1", "llama2.c v2", "KuiperLLama fp32", "KuiperLLama int8"."""
+    """As `inspect` names it: "llama2.c v0", "llama2.c v1", "llama2.c v2", "KuiperLLama fp32", "KuiperLLama int8", or
+    "GGUF v3"."""
     config: ModelConfig
     weights: dict[str, Weight]
     """Canonical name (see `ModelConfig.weight_shapes`) → weight."""
@@ -48,9 +50,16 @@ class Checkpoint:
     """The format's own program multiplies int8 weights with int8 activations (llama2.c's runq)."""
     bos_ends_text: bool = False
     """Stories in this format end with BOS as well as with EOS."""
+    stop_ids: tuple[int, ...] = ()
+    """Ids that the file names as the end of a text or of a turn; the tokenizer's EOS ends a text anyway."""
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
     assumed: tuple[str, ...] = ()
     """Names of the `ModelConfig` fields that the file does not state and nobody gave: their defaults stand."""
     notes: list[str] = field(default_factory=list)
     """What a user should know about how the file was understood, a sentence each."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(weight.nbytes for weight in self.weights.values())

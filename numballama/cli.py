@@ -20,7 +20,7 @@ FAILED, INTERRUPTED, BROKEN_PIPE = 1, 130, 141
 """Exit codes: an error of ours; Ctrl-C and a closed pipe as shells report them. argparse ends with 2 on wrong usage."""
 
 NO_MODEL = (
-    "numballama story: no story model ships inside this version; pass one with --model, "
+    "no story model ships inside this version; pass one with --model, "
     "such as stories15M.bin from karpathy/tinyllamas on the Hugging Face hub, and its tokenizer with --tokenizer"
 )
 
@@ -67,7 +67,7 @@ def parser() -> argparse.ArgumentParser:
         description="Config, memory, tensors, graph and plan of a model file. No weights are read.",
     )
     inspect.add_argument("model", help="the model file")
-    inspect.add_argument("--tokenizer", metavar="FILE", help="sentencepiece .model or llama2.c .bin")
+    inspect.add_argument("--tokenizer", metavar="FILE", help="sentencepiece .model, llama2.c .bin or GGUF")
     inspect.add_argument("--full", action="store_true", help="every layer, not only the first")
     inspect.add_argument("--json", action="store_true", help="one JSON object instead of a report")
     inspect.set_defaults(run=_inspect)
@@ -89,10 +89,10 @@ def parser() -> argparse.ArgumentParser:
 
 def _model_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("model")
-    group.add_argument("--tokenizer", metavar="FILE", help="sentencepiece .model or llama2.c .bin")
+    group.add_argument("--tokenizer", metavar="FILE", help="sentencepiece .model, llama2.c .bin or GGUF")
     group.add_argument("--device", default="auto", help="auto (default), cpu, or reference (NumPy, slow)")
     group.add_argument(
-        "--dtype", help="convert the linear weights: f32, f16, bf16 or int8 (default: as the file has them)"
+        "--dtype", help="convert the linear weights: f32, f16, bf16, int8 or q8_0 (default: as the file has them)"
     )
     group.add_argument(
         "--context", type=int, metavar="N", help="length of the KV cache in tokens (default: the model's)"

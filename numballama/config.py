@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from .checks import real_number
 from .errors import Error
 
 INTERLEAVED, HALF_SPLIT = "interleaved", "half"
@@ -22,7 +23,8 @@ class WeightType:
     """How the numbers of a weight are stored.
 
     `name` is one of "f32", "f16", "bf16" (16-bit patterns), "int8" (a payload of int8 and one float32 scale for every
-    `group` consecutive numbers of the flat tensor; the last group may be short). `group` is 0 for plain types.
+    `group` consecutive numbers of the flat tensor; the last group may be short) and GGUF's "q8_0" (rows of blocks,
+    each a float16 scale and 32 int8). `group` is 0 but for int8.
     """
 
     name: str
@@ -35,12 +37,22 @@ class WeightType:
         """Bytes that `numel` numbers of this type take, scales included."""
         if self.name == "int8":
             return numel + 4 * (-(-numel // self.group))
+        if self.name == "q8_0":
+            return numel // Q8_0_BLOCK * Q8_0_BYTES
         return numel * {"f32": 4, "f16": 2, "bf16": 2}[self.name]
 
 
 F32 = WeightType("f32")
 F16 = WeightType("f16")
 BF16 = WeightType("bf16")
+Q8_0 = WeightType("q8_0")
+
+Q8_0_BLOCK, Q8_0_BYTES = 32, 34
+"""Numbers of a q8_0 block, and its bytes: a float16 scale, then an int8 for each. Rows are whole blocks."""
+
+
+DEFAULT_CONTEXT = 4096
+"""A model made for more gets this many tokens of KV cache unless told otherwise."""
 
 
 @dataclass(frozen=True)
@@ -76,13 +88,18 @@ class ModelConfig:
             raise Error(f"ModelConfig.head_dim must be even and positive (RoPE turns pairs), found {self.head_dim}")
         if self.n_heads % self.n_kv_heads:
             raise Error(f"ModelConfig.n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
-        if self.rope_pairing not in _PAIRING_NAMES:
+        if not isinstance(self.rope_pairing, str) or self.rope_pairing not in _PAIRING_NAMES:
             raise Error(f"rope_pairing must be one of {sorted(_PAIRING_NAMES)}, found {self.rope_pairing!r}")
         object.__setattr__(self, "rope_pairing", _PAIRING_NAMES[self.rope_pairing])
         if not 0 < self.rope_theta < float("inf"):
             raise Error(f"rope_theta must be positive and finite, found {self.rope_theta}")
         if not 0 <= self.norm_eps < float("inf"):
             raise Error(f"norm_eps must be finite and not negative, found {self.norm_eps}")
+
+    @property
+    def default_context(self) -> int:
+        """Tokens of KV cache that a model gets unless told otherwise."""
+        return min(self.context, DEFAULT_CONTEXT)
 
     @property
     def q_dim(self) -> int:
@@ -126,6 +143,9 @@ class ModelConfig:
     ) -> ModelConfig:
         """A copy in which what is not None replaces what the file says or leaves out."""
         given = {"rope_pairing": rope_pairing, "rope_theta": rope_theta, "norm_eps": norm_eps}
+        for name in ("rope_theta", "norm_eps"):
+            if given[name] is not None:
+                given[name] = real_number(name, given[name], 0, 1e30, "a number that is not negative")
         return replace(self, **{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
 
 

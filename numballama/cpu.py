@@ -14,12 +14,17 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+# A worker that has nothing to do sleeps soon: libgomp's own patience takes the core from whatever else is running, our
+# other worker included. Read when Numba starts its threads; a user's setting stands.
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+
 import numba
 import numpy as np
 from numba import get_num_threads, prange, set_num_threads, types
 
-from . import kernels_cpu  # noqa: F401  (fills the registry)
+from . import memory, progress
 from .checkpoint import Weight
+from .checks import whole_number
 from .errors import DeviceError, Error
 from .graph import fuse
 from .ir import DTYPES, Graph, Value
@@ -93,8 +98,9 @@ def march(table, begin, end, tokens, part, parts, sync):
 
 @jit(parallel=True)
 def walk(table, begin, end, tokens, workers, sync):
-    """Run steps [begin, end) of a table for `tokens` tokens; returns how many kernels failed."""
-    sync[:] = 0
+    """Run steps [begin, end) of a table for `tokens` tokens; returns how many parts of kernels failed."""
+    for i in range(sync.shape[0]):  # a slice would be a parallel region of its own
+        sync[i] = 0
     if workers == 1:
         march(table, begin, end, tokens, 0, 1, sync)
     else:
@@ -117,18 +123,33 @@ _region = threading.Lock()
 """One parallel region at a time: Numba's workqueue layer aborts on two, and OpenMP would share the cores out badly."""
 
 
+_used_by: set[int] = set()
+"""Processes, this one and those it was forked from, that have started workers."""
+
+
+def refuse_forked() -> None:
+    """Raise `DeviceError` in a child that was forked after workers had started: they did not survive it."""
+    if _used_by - {os.getpid()}:
+        raise DeviceError(
+            "this process was forked from one whose worker threads had started, and they did not survive that; "
+            "use multiprocessing's 'spawn' method"
+        )
+
+
 @contextlib.contextmanager
-def _threads(workers: int) -> Iterator[None]:
-    """Numba's own number of threads, which belongs to the calling Python thread, set and put back."""
-    before = get_num_threads()
-    if before == workers:
-        yield
-        return
-    set_num_threads(workers)
-    try:
-        yield
-    finally:
-        set_num_threads(before)
+def parallel_region(workers: int) -> Iterator[None]:
+    """The only parallel region of this process, with Numba's number of threads set, and put back afterwards."""
+    refuse_forked()
+    with _region:
+        _used_by.add(os.getpid())
+        before = get_num_threads()
+        if before != workers:
+            set_num_threads(workers)
+        try:
+            yield
+        finally:
+            if before != workers:
+                set_num_threads(before)
 
 
 class CpuProgram:
@@ -140,7 +161,8 @@ class CpuProgram:
         self.plan, self.table, self.arena = plan, table, arena
         self._values, self._keep = values, keep
         self._sync = np.zeros(32, np.int64)
-        self._pid = os.getpid()
+        self._workers = plan.workers
+        self._short_rosters = 0
         self.inputs = {v.name: values[v.name] for v in plan.graph.values.values() if v.kind == "input"}
         self.head = plan.head
         self.entries = 0
@@ -156,16 +178,15 @@ class CpuProgram:
         With a sampler the next token is drawn from the logits in the same call and returned. Raises `Error` when a
         kernel failed or the logits are not numbers, `DeviceError` in a forked child.
         """
-        if os.getpid() != self._pid:
-            raise DeviceError(
-                "this process was forked after the model was compiled, and its worker threads did not survive that; "
-                "use multiprocessing's 'spawn' method and compile the model in the child"
-            )
         if end is None:
             # the graph's argmax is for greedy choice; a sampler makes its own
             end = len(self.plan.steps) - (sampler is not None and self.plan.steps[-1].op.kind == "argmax")
-        workers = self.plan.workers
-        with _region, _threads(workers):
+        if not (1 <= tokens <= self.plan.tokens and 0 <= begin <= end <= len(self.plan.steps)):
+            raise Error(
+                f"cannot run {tokens} tokens of {self.plan.tokens}, steps {begin} to {end} of {len(self.table)}"
+            )
+        workers = self._workers
+        with parallel_region(workers):
             self.entries += 1
             if sampler is None:
                 token = -2 if walk(self.table, begin, end, tokens, workers, self._sync) else 0
@@ -173,9 +194,18 @@ class CpuProgram:
                 logits = self._values["logits"][0]
                 operands = sampler.operands
                 token = walk_and_sample(self.table, begin, end, tokens, workers, self._sync, logits, *operands)
+        if workers > 1:
+            self._learn(int(self._sync[PARTS]))
         if token < 0:
             raise Error("a kernel failed" if token == -2 else "the logits are not numbers: the weights may be damaged")
         return int(token)
+
+    def _learn(self, present: int) -> None:
+        """A threading layer that keeps giving fewer workers than asked for is not waited for again."""
+        self._short_rosters = self._short_rosters + 1 if present < self._workers else 0
+        if self._short_rosters == 3:
+            progress.say(f"only {present} of {self._workers} workers ever come: going on with {present}")
+            self._workers, self._short_rosters = present, 0
 
 
 class CpuBackend:
@@ -184,9 +214,9 @@ class CpuBackend:
     name = "cpu"
 
     def __init__(self, weights: Mapping[str, Weight], threads: int | None = None) -> None:
+        refuse_forked()
         limit = numba.config.NUMBA_NUM_THREADS
-        if threads is not None and threads < 1:
-            raise Error(f"threads must be at least 1, found {threads}")
+        threads = None if threads is None else whole_number("threads", threads, 1)
         self.weights = weights
         self.workers = min(threads or limit, limit)
         self.notes: list[str] = []
@@ -198,18 +228,18 @@ class CpuBackend:
         self,
         graph: Graph,
         fusions: bool | Sequence[str] = True,
-        progress: Callable[[str, int, int], None] | None = None,
+        report: Callable[[str, int, int], None] | None = None,
     ) -> CpuProgram:
-        """Fuse, lower, compile and bind a graph. `progress(kernel, done, total)` is called before each kernel."""
+        """Fuse, lower, compile and bind a graph. `report(kernel, done, total)` is called before each kernel."""
         plan = lower(fuse(graph, self.name, fusions), self.name, self.workers)
+        memory.require(plan.arena_bytes, f"the arena of {graph.name}")
         arena = _aligned_zeros(plan.arena_bytes)
         values: dict[str, np.ndarray] = {}
+        placed = plan.graph.values | {value.name: value for step in plan.steps for value in step.scratch}
         for name, place in plan.placements.items():
-            value = plan.graph.values.get(name) or next(
-                v for step in plan.steps for v in step.scratch if v.name == name
-            )
-            memory = arena[place.offset : place.offset + place.nbytes]
-            values[name] = memory.view(DTYPES[value.dtype]).reshape(value.shape)
+            value = placed[name]
+            place_bytes = arena[place.offset : place.offset + place.nbytes]
+            values[name] = place_bytes.view(DTYPES[value.dtype]).reshape(value.shape)
         for value in plan.graph.values.values():
             if value.kind == "state" and value.alias is None and value.name not in self.states:
                 self.states[value.name] = _aligned_zeros(value.nbytes).view(DTYPES[value.dtype]).reshape(value.shape)
@@ -217,12 +247,12 @@ class CpuBackend:
                 values[value.name] = self.states[plan.graph.root(value.name)]
             elif value.kind == "constant":
                 values[value.name] = np.array(plan.graph.constants[value.name], np.float32)
-        return self._bind(plan, values, arena, progress)
+        return self._bind(plan, values, arena, report)
 
-    def prepare(self, decode: CpuProgram, progress: Callable[[str, int, int], None] | None = None) -> None:
+    def prepare(self, decode: CpuProgram, report: Callable[[str, int, int], None] | None = None) -> None:
         """Compile or load what walks and samples, and start the workers, so that the first token need not wait."""
-        if progress:
-            progress("walk", 0, 1)
+        if report:
+            report("walk", 0, 1)
         decode.run(1, 0, 0)
         decode.run(1, 0, 0, Sampler(decode.value("logits").shape[1], seed=0))
 
@@ -231,7 +261,7 @@ class CpuBackend:
         plan: Plan,
         values: Mapping[str, np.ndarray],
         arena: np.ndarray,
-        progress: Callable[[str, int, int], None] | None,
+        report: Callable[[str, int, int], None] | None,
     ) -> CpuProgram:
         bound = [self._operands(plan, step, values) for step in plan.steps]
         wanted = dict.fromkeys(
@@ -239,14 +269,14 @@ class CpuBackend:
         )
         compiled: dict[Any, Any] = {}
         for done, (function, kinds) in enumerate(wanted):
-            if progress:
-                progress(function.__name__, done, len(wanted))
+            if report:
+                report(function.__name__, done, len(wanted))
             compiled[function, kinds] = compile_step(function, list(kinds))
         table = np.zeros((len(bound), OPERANDS + max(len(slots) for _, slots in bound)), np.int64)
         for row, step, (kinds, slots) in zip(table, plan.steps, bound, strict=True):
             row[ADDRESS], row[ROWS] = compiled[step.kernel.function, kinds].address, step.rows
             row[OPERANDS : OPERANDS + len(slots)] = slots
-        return CpuProgram(plan, table, values, arena, (compiled, self.weights))
+        return CpuProgram(plan, table, values, arena, (compiled, tuple(self.weights.values())))
 
     def _operands(self, plan: Plan, step: Step, values: Mapping[str, np.ndarray]) -> tuple[tuple[Any, ...], list[int]]:
         """Numba types and table slots of a step's operands: inputs, outputs, then attributes and scratch by name."""
@@ -278,8 +308,17 @@ class CpuBackend:
         return tuple(kinds), slots
 
 
-_ELEMENTS = {"f32": types.float32, "f16": types.uint16, "bf16": types.int16, "i8": types.int8, "i32": types.int32}
-"""How kernels see each type; signedness tells the two 16-bit formats apart (see `lowlevel_cpu.as_f32`)."""
+_ELEMENTS = {
+    "f32": types.float32,
+    "f16": types.uint16,
+    "bf16": types.int16,
+    "i8": types.int8,
+    "i32": types.int32,
+    "q8_0": types.uint8,
+}
+"""How kernels see each type; signedness tells the two 16-bit formats apart (see `lowlevel_cpu.as_f32`), and rows of
+bytes are q8_0 blocks.
+"""
 
 
 def _array_operand(dtype: str, array: np.ndarray) -> tuple[Any, list[int]]:

@@ -33,6 +33,7 @@ class KVLayout:
 
     @classmethod
     def of(cls, config: ModelConfig, context: int, dtype: str = "f32", sequences: int = 1) -> KVLayout:
+        """The layout for a model, in `context` tokens."""
         return cls(config.n_layers, sequences, config.n_kv_heads, context, config.head_dim, dtype)
 
     @property
@@ -71,15 +72,16 @@ def build(
     def weight(name: str) -> Value:
         return graph.weight(name, shapes[name], types[name].name)
 
-    quantized: dict[str, tuple[Value, Value]] = {}
+    quantized: dict[tuple[str, int], tuple[Value, Value]] = {}
 
     def linear(x: Value, name: str, out: str) -> Value:
         if not (int8_activations and types[name].name == "int8"):
             return graph.add("linear", x, weight(name), out=out)
-        if x.name not in quantized:
-            names = (f"{x.name}_q", f"{x.name}_scale")
-            quantized[x.name] = graph.add("quantize", x, out=names, group=types[name].group)
-        return graph.add("linear", *quantized[x.name], weight(name), out=out, group=types[name].group)
+        key = (x.name, group := types[name].group)
+        if key not in quantized:
+            names = (f"{x.name}_q{group}", f"{x.name}_scale{group}")
+            quantized[key] = graph.add("quantize", x, out=names, group=group)
+        return graph.add("linear", *quantized[key], weight(name), out=out, group=group)
 
     ids = graph.input("ids", (tokens,), "i32")
     positions = graph.input("positions", (tokens,), "i32")
@@ -188,12 +190,14 @@ def _rope_kv(graph: Graph) -> Groups:
     made, place = _producers(graph), {id(op): index for index, op in enumerate(graph.ops)}
     for op in graph.ops:
         if op.kind in ("attention", "attention_scores"):
-            write_k, rope_q = made[op.inputs[1]], made[op.inputs[0]]
-            rope_k = made.get(write_k.inputs[0])
-            after = graph.ops[place[id(write_k)] + 1]
-            kinds = [part.kind if part else "" for part in (rope_q, rope_k, write_k, after)]
-            if rope_k and kinds == ["rope", "rope", "kv_write", "kv_write"]:
-                yield "rope_kv_write", [rope_q, rope_k, write_k, after]
+            rope_q, write_k = made.get(op.inputs[0]), made.get(op.inputs[1])
+            rope_k = write_k and made.get(write_k.inputs[0])
+            if not (rope_q and rope_k and write_k):
+                continue
+            write_v = graph.ops[place[id(write_k)] + 1]
+            kinds = [part.kind for part in (rope_q, rope_k, write_k, write_v)]
+            if kinds == ["rope", "rope", "kv_write", "kv_write"] and write_k.inputs[2:] == write_v.inputs[2:]:
+                yield "rope_kv_write", [rope_q, rope_k, write_k, write_v]
 
 
 def _norm(graph: Graph) -> Groups:
@@ -228,7 +232,7 @@ def fuse(graph: Graph, backend: str, passes: bool | Sequence[str] = True) -> Gra
 
     Raises `Error` for a pass that does not exist.
     """
-    names = list(FUSIONS) if passes is True else list(passes or ())
+    names = list(FUSIONS) if passes is True else [passes] if isinstance(passes, str) else list(passes or ())
     if unknown := set(names) - set(FUSIONS):
         raise Error(f"unknown fusion {', '.join(sorted(unknown))}; there are {', '.join(FUSIONS)}")
     for name in (n for n in FUSIONS if n in names):

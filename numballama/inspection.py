@@ -13,7 +13,6 @@ from .config import ModelConfig
 from .graph import KVLayout, build, fuse
 from .ir import Graph
 from .memory import human
-from .model import default_context
 from .plan import Plan, lower
 
 _LATER_LAYER = re.compile(r"\blayers\.[1-9]")
@@ -32,15 +31,13 @@ class Inspection:
         self.config: ModelConfig = checkpoint.config
         self.tokenizer, self.notes = checkpoint.tokenizer, checkpoint.notes
         self.tensors = {name: (str(weight.type), weight.shape) for name, weight in checkpoint.weights.items()}
-        self.kv = KVLayout.of(self.config, default_context(self.config))
-        self._weight_bytes = sum(weight.nbytes for weight in checkpoint.weights.values())
+        self.kv = KVLayout.of(self.config, self.config.default_context)
+        self._weight_bytes = checkpoint.nbytes
         types = {name: weight.type for name, weight in checkpoint.weights.items()}
         self.graph: Graph = build(self.config, types, self.kv, int8_activations=checkpoint.int8_activations)
 
     @cached_property
     def plan(self) -> Plan:
-        from . import kernels_cpu  # noqa: F401  (fills the registry)
-
         return lower(fuse(self.graph, "cpu"), "cpu")
 
     @property

@@ -11,6 +11,7 @@ new name that stands for the same memory (`Value.alias`), so that the order of w
 
 from __future__ import annotations
 
+import html
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -136,6 +137,10 @@ class Graph:
                 readers[name].append(op)
         return readers
 
+    def first(self, kind: str) -> int:
+        """Index of the first op of this kind, or the number of ops if there is none."""
+        return next((index for index, op in enumerate(self.ops) if op.kind == kind), len(self.ops))
+
     def root(self, name: str) -> str:
         """The value whose memory `name` stands for: itself, or the state it updates."""
         alias = self.values[name].alias
@@ -163,6 +168,34 @@ class Graph:
             attrs = "".join(f" {name}={value}" for name, value in op.attrs.items())
             lines.append(f"  {index:4} {op.kind:{width}} ({', '.join(op.inputs)}){attrs} → {results}")
         return "\n".join([*lines, f"  outputs  {', '.join(self.outputs)}"])
+
+    def _repr_svg_(self) -> str:
+        """The graph, for a notebook: an op below the last of those it reads from, a line from each of them."""
+        depth: dict[str, int] = {}
+        spots: dict[str, tuple[int, int]] = {}
+        rows: dict[int, int] = {}
+        boxes, lines = [], []
+        for op in self.ops:
+            level = 1 + max((depth.get(name, -1) for name in op.inputs), default=-1)
+            x, y = rows.get(level, 0) * 250 + 10, level * 44 + 10
+            rows[level] = rows.get(level, 0) + 1
+            for name in dict.fromkeys(op.inputs):
+                if name in spots:
+                    from_x, from_y = spots[name]
+                    lines.append(f'<path d="M{from_x},{from_y} L{x + 115},{y}" stroke="#99a"/>')
+            for name in op.outputs:
+                depth[name], spots[name] = level, (x + 115, y + 28)
+            title = html.escape(str(op))
+            boxes.append(
+                f'<g><title>{title}</title><rect x="{x}" y="{y}" width="230" height="28" fill="#eef" stroke="#556"/>'
+                f'<text x="{x + 8}" y="{y + 18}"><tspan font-weight="bold">{html.escape(op.kind)}</tspan> '
+                f"{html.escape(op.outputs[0])}</text></g>"
+            )
+        width, height = max(rows.values(), default=1) * 250 + 10, len(rows) * 44 + 10
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif" '
+            f'font-size="11"><rect width="{width}" height="{height}" fill="#fff"/>{"".join(lines + boxes)}</svg>'
+        )
 
     def __repr__(self) -> str:
         return f"<Graph {self.name}: {len(self.ops)} ops, {len(self.values)} values>"

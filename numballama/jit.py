@@ -13,9 +13,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
+import re
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -30,10 +32,20 @@ from numba.core.lowering import Lower
 from numba.core.typed_passes import NativeLowering
 from numba.np.arrayobj import make_array, populate_array
 
-FAST_MATH = {"reassoc", "contract", "nsz", "arcp"}
-"""Sums may be reordered and multiply-adds fused; NaN and infinity keep their meaning (scores are masked with -inf)."""
+FAST_MATH = {"reassoc", "contract", "nsz"}
+"""Sums may be reordered and multiply-adds fused. Divisions stay exact (a quantised number must not depend on them), and
+NaN and infinity keep their meaning (scores are masked with -inf).
+"""
 
-KERNEL_SOURCES = ("jit.py", "lowlevel_cpu.py", "matmul_cpu.py", "kernels_cpu.py", "cpu.py", "sampler.py", "bench.py")
+KERNEL_SOURCES = (
+    "jit.py",
+    "lowlevel_cpu.py",
+    "matmul_cpu.py",
+    "kernels_cpu.py",
+    "cpu.py",
+    "sampler.py",
+    "bench.py",
+)
 """Every file of the package that has compiled code in it; a test keeps the list complete."""
 
 KEPT_CACHES = 4
@@ -62,6 +74,7 @@ def cache_directory() -> Path:
     directory = root / digest.hexdigest()[:16]
     try:
         directory.mkdir(parents=True, exist_ok=True)
+        (directory / _MARK).touch()
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError:
@@ -70,23 +83,33 @@ def cache_directory() -> Path:
     return directory
 
 
+_OUR_FOLDER = re.compile("[0-9a-f]{16}")
+_MARK = "numballama-kernels"
+"""A file by which a folder is known to be one of ours: nothing else is ever removed."""
+
+
 def _prune(root: Path, current: Path) -> None:
     """Remove all but the newest few caches, so that editing kernels does not fill the disk."""
     with contextlib.suppress(OSError):
         os.utime(current)
-        others = [p for p in root.iterdir() if len(p.name) == 16 and p.is_dir() and p != current]
+        ours = [p for p in root.iterdir() if _OUR_FOLDER.fullmatch(p.name) and (p / _MARK).is_file()]
+        others = [p for p in ours if p != current]
         for old in sorted(others, key=lambda p: p.stat().st_mtime)[:-KEPT_CACHES]:
             shutil.rmtree(old, ignore_errors=True)
 
 
+_setting = threading.RLock()
+
+
 @contextlib.contextmanager
 def _our_cache() -> Iterator[None]:
-    """Numba decides where a function is cached when it is decorated, by this setting."""
-    before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(cache_directory())
-    try:
-        yield
-    finally:
-        numba.config.CACHE_DIR = before
+    """Numba decides where a function is cached when it is decorated, by this setting of the whole process."""
+    with _setting:
+        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(cache_directory())
+        try:
+            yield
+        finally:
+            numba.config.CACHE_DIR = before
 
 
 def _has_source_file(function: Callable[..., Any]) -> bool:

@@ -17,7 +17,7 @@ from .lowlevel_cpu import as_f32, f32_to
 from .matmul_cpu import TILE, decode_rows, project, project_int8, share
 from .registry import kernel
 
-LINEAR = ("f32", "f16", "bf16", "int8")
+LINEAR = ("f32", "f16", "bf16", "int8", "q8_0")
 CACHE = ("f32", "f16", "bf16")
 
 

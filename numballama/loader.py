@@ -8,14 +8,14 @@ from os import PathLike
 from .checkpoint import Checkpoint
 from .errors import Error, FormatError, UnsupportedError
 from .files import MappedFile, expand, map_file
-from .formats import kuiper, llama2c
+from .formats import gguf, kuiper, llama2c
+from .gguf_header import MAGIC as GGUF_MAGIC
 from .tokenizer import Tokenizer, load_tokenizer
 
-SUPPORTED = "llama2.c v0, v1 and v2, KuiperLLama fp32 and int8"
+SUPPORTED = "llama2.c v0, v1 and v2, KuiperLLama fp32 and int8, GGUF"
 
 # Long enough that no llama2.c v0 header begins so: its first four bytes are the model's dim.
 _FOREIGN = {
-    b"GGUF": "a GGUF file",
     b"PK\x03\x04": "a zip archive, as PyTorch checkpoints are",
     b"\x80\x02\x8a\x0a": "a pickle, as old PyTorch checkpoints are",
     b"\x80\x02}q": "a pickle",
@@ -33,14 +33,14 @@ def open_checkpoint(
     rope_theta: float | None = None,
     norm_eps: float | None = None,
 ) -> Checkpoint:
-    """Open the model file at `path`, and its tokenizer when the path of one is given; no weight is read.
+    """Open the model file at `path`, with the tokenizer whose path is given, else the file's own; no weight is read.
 
     `rope_pairing` ("interleaved" or "half"), `rope_theta` and `norm_eps` override what the file says or leaves out;
     what then still is assumed stands in `Checkpoint.notes`. Raises `FormatError` for damaged files, `UnsupportedError`
     for formats that are known but not read yet, and `Error` when a file cannot be opened, an override makes no sense
     or the tokenizer belongs to a model of another vocabulary.
     """
-    opened = _read(path)
+    opened = _read(path, tokenizer is None)
     given = {"rope_pairing": rope_pairing, "rope_theta": rope_theta, "norm_eps": norm_eps}
     opened.config = opened.config.with_overrides(rope_pairing, rope_theta, norm_eps)
     opened.assumed = tuple(name for name in opened.assumed if given[name] is None)
@@ -49,6 +49,7 @@ def open_checkpoint(
         opened.notes.append(f"{opened.format} files do not say {values}: assumed")
     if tokenizer is not None:
         opened.tokenizer = load_tokenizer(tokenizer)
+    if opened.tokenizer is not None:
         _require_fit(opened, opened.tokenizer, tokenizer)
     return opened
 
@@ -57,7 +58,7 @@ open = open_checkpoint
 """The name by which DESIGN.md calls it: `loader.open`."""
 
 
-def _read(path: str | PathLike[str]) -> Checkpoint:
+def _read(path: str | PathLike[str], own_tokenizer: bool) -> Checkpoint:
     directory = expand(path)
     if os.path.isdir(directory):
         if any(directory.glob("*.safetensors")) or os.path.exists(directory / "config.json"):
@@ -66,6 +67,8 @@ def _read(path: str | PathLike[str]) -> Checkpoint:
     file = map_file(path)
     if file.data[: len(llama2c.MAGIC)] == llama2c.MAGIC:
         return llama2c.read(file)
+    if file.data[: len(GGUF_MAGIC)] == GGUF_MAGIC:
+        return gguf.read(file, own_tokenizer)
     if foreign := _foreign(file):
         raise UnsupportedError(f"{path}: {foreign}, which is not read yet; supported are {SUPPORTED}")
     return kuiper.read(file)
@@ -82,13 +85,20 @@ def _foreign(file: MappedFile) -> str | None:
     return None
 
 
-def _require_fit(opened: Checkpoint, tokenizer: Tokenizer, path: str | PathLike[str]) -> None:
-    """Raise `Error` unless the model's vocabulary is the tokenizer's, as it is or padded for the hardware's sake."""
+def _require_fit(opened: Checkpoint, tokenizer: Tokenizer, path: str | PathLike[str] | None) -> None:
+    """Raise `Error` unless the model's vocabulary is the tokenizer's, as it is or padded for the hardware's sake.
+
+    `path` is the tokenizer's; None means that the model's file holds it, so that it may be padded in any way.
+    """
     model, own = opened.config.vocab_size, tokenizer.vocab_size
     if model == own:
         return
+    if path is None and own > model:
+        raise FormatError(
+            "more tokens than embeddings", path=opened.path, expected=f"at most {model:,} tokens", found=f"{own:,}"
+        )
     multiple, most = _PADDING
-    if model % multiple or not own < model < own + most:
+    if path is not None and (model % multiple or not own < model < own + most):
         raise Error(
             f"{path}: a tokenizer of {own:,} tokens does not belong to a model of {model:,}; "
             f"give the one that {opened.path} was made with"

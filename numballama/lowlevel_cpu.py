@@ -68,9 +68,9 @@ def _load_block(context: Any, builder: Any, kind: Any, array: Any, index: Any) -
 def dot_block(typingctx: Any, weights: Any, i: Any, x: Any, j: Any) -> Any:
     """Sum of the products of BLOCK int8 weights from flat index i with BLOCK numbers of x from flat index j.
 
-    x is float32 or int8, and so is the sum float32 or int32. Written as vectors, because LLVM unrolls a loop this
-    short into scalar code before it looks for vectors; which instructions become of it is LLVM's choice for the
-    machine it runs on.
+    The weights may be bytes of another 8-bit type: they are taken as int8. x is float32 or int8, and so is the sum
+    float32 or int32. Written as vectors, because LLVM unrolls a loop this short into scalar code before it looks for
+    vectors; which instructions become of it is LLVM's choice for the machine it runs on.
     """
     exact = x.dtype == types.int8
 

@@ -1,8 +1,8 @@
 """Rows of a weight times rows of activations, for every type of weight: what nearly all time and all bytes go into.
 
-What a weight is: float32[N, K]; uint16[N, K] for float16; int16[N, K] for bfloat16; or (int8[N, K], float32 scales,
-group), number i of the flat payload having scale i // group. `row_dot` and `decode_rows` are the only functions that
-tell them apart: a new weight type is one more branch in each.
+What a weight is: float32[N, K]; uint16[N, K] for float16; int16[N, K] for bfloat16; uint8[N, K / 32 · 34] for q8_0; or
+(int8[N, K], float32 scales, group), number i of the flat payload having scale i // group. `row_dot` and `decode_rows`
+are the only functions that tell them apart: a new weight type is one more branch in each.
 
 Decoding reads every weight once and little else: the floor of a token is the bytes of the weights over the machine's
 bandwidth. A prompt's chunk reuses each row for all its tokens: tiles of 4 rows x 4 tokens keep 16 sums in registers.
@@ -20,6 +20,7 @@ from .jit import FAST_MATH, device
 from .lowlevel_cpu import BLOCK, as_f32, dot_block
 
 TILE = 4
+Q8_0_BYTES = 2 + BLOCK  # here and not imported: a cached kernel knows its constants only from the kernels' sources
 _OPTIONS = {"fastmath": FAST_MATH, "error_model": "numpy"}
 
 
@@ -38,7 +39,7 @@ def row_dot(weight: Any, row: int, x: Any, t: int) -> Any:
 @overload(row_dot, jit_options=_OPTIONS)
 def _row_dot(weight, row, x, t):
     if not isinstance(weight, types.BaseTuple):
-        return _dot_plain
+        return _dot_q8_0 if weight.dtype == types.uint8 else _dot_plain
     return _dot_int8_int8 if isinstance(x, types.BaseTuple) else _dot_int8
 
 
@@ -46,6 +47,21 @@ def _dot_plain(weight, row, x, t):
     total = np.float32(0)
     for k in range(weight.shape[1]):
         total += as_f32(weight[row, k]) * x[t, k]
+    return total
+
+
+@device
+def q8_0_scale(weight, row, block):
+    """The float16 at a block's start; two bytes, because blocks of 34 lie at any even address, or in odd files odd."""
+    at = block * Q8_0_BYTES
+    return as_f32(np.uint16(weight[row, at] | (np.uint16(weight[row, at + 1]) << np.uint16(8))))
+
+
+def _dot_q8_0(weight, row, x, t):
+    start, n, total = row * weight.shape[1], x.shape[1], np.float32(0)
+    for block in range(n // BLOCK):
+        part = dot_block(weight, start + block * Q8_0_BYTES + 2, x, t * n + block * BLOCK)
+        total += part * q8_0_scale(weight, row, block)
     return total
 
 
@@ -130,6 +146,8 @@ def decode_rows(weight: Any, row: int, count: int, buffer: Any) -> Any:
 def _decode_rows(weight, row, count, buffer):
     if isinstance(weight, types.BaseTuple):
         return _decode_int8
+    if weight.dtype == types.uint8:
+        return _decode_q8_0
     return _decode_float32 if weight.dtype == types.float32 else _decode_half
 
 
@@ -141,6 +159,15 @@ def _decode_half(weight, row, count, buffer):
     for r in range(count):
         for k in range(weight.shape[1]):
             buffer[r, k] = as_f32(weight[row + r, k])
+    return buffer, 0
+
+
+def _decode_q8_0(weight, row, count, buffer):
+    for r in range(count):
+        for block in range(buffer.shape[1] // BLOCK):
+            scale = q8_0_scale(weight, row + r, block)
+            for k in range(BLOCK):
+                buffer[r, block * BLOCK + k] = np.int8(weight[row + r, block * Q8_0_BYTES + 2 + k]) * scale
     return buffer, 0
 
 

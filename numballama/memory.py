@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+from .errors import ContextError
+
 
 def available_bytes() -> int | None:
     """Memory that a new allocation could use without swapping, or None where the system does not tell."""
@@ -27,6 +29,13 @@ def peak_bytes() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def require(nbytes: int, what: str) -> None:
+    """Raise `ContextError` if `nbytes` more memory is not to be had; `what` says for what."""
+    free = available_bytes()
+    if free is not None and nbytes > free:
+        raise ContextError(f"{what} takes {human(nbytes)}, {human(free)} are free; a smaller context= takes less")
 
 
 def human(nbytes: float) -> str:

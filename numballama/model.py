@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -11,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
-from . import ir, loader, plan, progress, quant
+from . import ir, loader, memory, plan, progress, quant
 from .checkpoint import Checkpoint, Weight
-from .config import BF16, F16, F32, ModelConfig, WeightType
-from .errors import ContextError, DeviceError, Error, UnsupportedError
+from .checks import strings, whole_number
+from .config import BF16, F16, F32, Q8_0, Q8_0_BLOCK, ModelConfig, WeightType
+from .errors import DeviceError, Error, UnsupportedError
 from .graph import KVLayout, build
-from .memory import available_bytes, human
+from .memory import human
 from .sampler import Sampler
 from .session import Session
 from .text import StopFilter
@@ -24,8 +26,7 @@ from .tokenizer import Tokenizer
 
 CHUNK = 64
 """Tokens of a prompt that one run handles."""
-DEFAULT_CONTEXT = 4096
-TYPES = ("f32", "f16", "bf16", "int8")
+TYPES = ("f32", "f16", "bf16", "int8", "q8_0")
 KV_TYPES = ("f32", "f16", "bf16")
 
 
@@ -81,8 +82,8 @@ class Model:
         started = time.perf_counter()
         if model_path is None:
             raise UnsupportedError(
-                "no model ships inside this version of the package: pass the path of a llama2.c or KuiperLLama file, "
-                "such as stories15M.bin of karpathy/tinyllamas on the Hugging Face hub"
+                "no model ships inside this version of the package: pass the path of a llama2.c, KuiperLLama or GGUF "
+                "file, such as stories15M.bin of karpathy/tinyllamas on the Hugging Face hub"
             )
         for name, value, known in (("dtype", dtype, (None, *TYPES)), ("kv_dtype", kv_dtype, (None, *KV_TYPES))):
             if value not in known:
@@ -99,14 +100,14 @@ class Model:
             self.notes.append(f"device {self.device}: this version has no other fast one")
         self.context = _choose_context(self.config, context, self.notes)
         self.kv = KVLayout.of(self.config, self.context, kv_dtype or "f32")
-        weight_bytes = sum(weight.nbytes for weight in self._checkpoint.weights.values())
         progress.say(
-            f"{self._checkpoint.format}: {human(weight_bytes)} of weights mapped, "
+            f"{self._checkpoint.format}: {human(self._checkpoint.nbytes)} of weights mapped, "
             f"{human(self.kv.nbytes)} KV cache for {self.context:,} tokens ({self.kv.dtype})"
         )
-        require_memory(self.kv, model_path)
+        memory.require(self.kv.nbytes, f"a KV cache for {self.context:,} tokens")
 
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
+        """Held while the session is in use."""
         self._stream: object = None
         self._fusions = fusions
         self.weights: Mapping[str, Weight] = self._convert(dtype)
@@ -131,10 +132,13 @@ class Model:
             and (name != "tok_embeddings" or self.config.tied_embeddings)
             and weight.type.name != dtype
         ]
+        targets = {name: _target(dtype, name, weights[name].shape[1]) for name in names}
+        size = sum(target.nbytes(math.prod(weights[name].shape)) for name, target in targets.items())
+        memory.require(size, f"a copy of the linear weights as {dtype}")
         with progress.bar(f"converting to {dtype}") as report:
             for done, name in enumerate(names):
                 report(name, done, len(names))
-                converted[name] = quant.convert(weights[name], _target(dtype, weights[name].shape[1]))
+                converted[name] = quant.convert(weights[name], targets[name])
         return converted
 
     def _build(self, tokens: int, logits: str) -> ir.Graph:
@@ -153,6 +157,7 @@ class Model:
     @property
     def plan(self) -> plan.Plan:
         """The decode plan: steps, kernels, memory map. Raises `Error` on the reference, which has none."""
+        _ = self.session  # a closed model has none
         if self.device == "reference":
             raise Error("the reference interprets the graph and has no plan; see model.graph")
         found: plan.Plan = self._decode.plan
@@ -167,7 +172,7 @@ class Model:
 
     def close(self) -> None:
         """Free the KV cache, the arenas and the mapping of the file now. The model cannot be used afterwards."""
-        with self._lock:
+        with self.lock:
             self._session = self._decode = self._all_logits = self._backend = None
             self.weights = {}
             self._checkpoint.weights = {}
@@ -187,9 +192,9 @@ class Model:
 
         Raises `Error` for no ids or ids outside the vocabulary, `ContextError` for more than fit.
         """
-        with self._lock:
+        with self.lock:
             session = self.session
-            tokens = session.check(list(ids))
+            tokens = session.check(ids)
             if self._all_logits is None:
                 graph = self._build(min(CHUNK, self.context), "all")
                 with progress.bar("compiling kernels") as report:
@@ -226,7 +231,7 @@ class Model:
         Ctrl-C.
         """
         text: list[str] = []
-        with self._lock:
+        with self.lock:
             try:
                 for piece in self.stream(
                     prompt, max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed, stop
@@ -255,14 +260,20 @@ class Model:
         model may be read in turns or from several threads: each takes the KV cache over and recomputes what it needs.
         """
         session, tokenizer = self.session, self._require_tokenizer()
-        if max_tokens < 0:
-            raise Error(f"max_tokens must not be negative, found {max_tokens}")
+        max_tokens = whole_number("max_tokens", max_tokens, 0)
+        stops = StopFilter(strings("stop", stop))
+        if not (prompt is None or isinstance(prompt, str)):
+            raise Error(f"the prompt must be a string or None, found {prompt!r}")
         if prompt == "":
             raise Error("the prompt is empty; None starts from the beginning-of-text token alone")
-        ids = session.check(tokenizer.encode(prompt or "", bos=True))
-        sampler = Sampler(self.config.vocab_size, temperature, top_k, top_p, min_p, repeat_penalty, seed)
+        ids = tokenizer.encode(prompt or "", bos=True)
+        if prompt is None and tokenizer.bos_id is not None:  # even where the vocabulary does not want it before a text
+            ids = [tokenizer.bos_id]
+        ids = session.check(ids)
+        # a vocabulary may be padded: tokens that the tokenizer does not know are not drawn
+        drawn = min(self.config.vocab_size, tokenizer.vocab_size)
+        sampler = Sampler(drawn, temperature, top_k, top_p, min_p, repeat_penalty, seed)
         sampler.remember(ids)
-        stops = StopFilter([stop] if isinstance(stop, str) else stop)
         return self._pieces(ids, max_tokens, sampler, tokenizer, stops, at_start=prompt is None)
 
     def _pieces(
@@ -275,7 +286,9 @@ class Model:
         at_start: bool,
     ) -> Iterator[Piece]:
         stream, decoder = object(), tokenizer.decoder(at_start=at_start)
-        enders = {tokenizer.eos_id, tokenizer.bos_id if self._checkpoint.bos_ends_text else None}
+        enders = {tokenizer.eos_id, *self._checkpoint.stop_ids}
+        if self._checkpoint.bos_ends_text:
+            enders.add(tokenizer.bos_id)
         started = 0.0
         for index in range(max_tokens):
             token = self._next(stream, history, sampler)
@@ -304,7 +317,7 @@ class Model:
 
     def _next(self, stream: object, history: Sequence[int], sampler: Sampler) -> int:
         """The token after `history`. Usually the cache holds all but its last; after another stream used it, less."""
-        with self._lock:
+        with self.lock:
             session = self.session
             if self._stream is not stream:
                 self._stream = stream
@@ -327,15 +340,25 @@ class Model:
         return self.tokenizer
 
 
-def _target(dtype: str, columns: int) -> WeightType:
-    """The weight type that a dtype means for rows of this length: int8 groups that fill a row are faster."""
+def _target(dtype: str, name: str, columns: int) -> WeightType:
+    """The weight type that a dtype means for rows of this length: int8 groups that fill a row are faster.
+
+    Raises `Error` where q8_0's blocks do not.
+    """
+    if dtype == "q8_0" and columns % Q8_0_BLOCK:
+        raise Error(
+            f"{name} cannot become q8_0: its rows of {columns} numbers are no whole number of blocks of {Q8_0_BLOCK}; "
+            "dtype='int8' takes any rows"
+        )
     if dtype != "int8":
-        return {"f32": F32, "f16": F16, "bf16": BF16}[dtype]
+        return {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}[dtype]
     groups = (quant.DEFAULT_GROUP, quant.DEFAULT_GROUP // 2)
     return WeightType("int8", next((g for g in groups if columns % g == 0), quant.DEFAULT_GROUP))
 
 
 def _choose_device(device: str) -> str:
+    if not isinstance(device, str):
+        raise DeviceError(f"device must be a string, found {device!r}")
     kind = device.partition(":")[0]
     if kind == "cuda":
         raise DeviceError(f"device {device!r}: this version of numballama has no CUDA backend; use 'cpu'")
@@ -344,29 +367,13 @@ def _choose_device(device: str) -> str:
     return "cpu" if device == "auto" else device
 
 
-def default_context(config: ModelConfig) -> int:
-    """Tokens of KV cache that a model gets unless told otherwise."""
-    return min(config.context, DEFAULT_CONTEXT)
-
-
 def _choose_context(config: ModelConfig, context: int | None, notes: list[str]) -> int:
     if context is None:
-        return default_context(config)
-    if context < 1:
-        raise Error(f"context must be at least 1 token, found {context}")
+        return config.default_context
+    context = whole_number("context", context, 1)
     if context > config.context:
         notes.append(f"context {context:,}: the model was made for {config.context:,}, later text may be poor")
     return context
-
-
-def require_memory(kv: KVLayout, path: object) -> None:
-    """Raise `ContextError` if the KV cache cannot fit into the memory that is free."""
-    free = available_bytes()
-    if free is not None and kv.nbytes > free:
-        raise ContextError(
-            f"{path}: a KV cache for {kv.context:,} tokens takes {human(kv.nbytes)}, {human(free)} are free; "
-            "compile with a smaller context="
-        )
 
 
 def _backend(device: str, weights: Mapping[str, Weight], threads: int | None) -> Any:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from html import escape
+from itertools import pairwise
 
 from . import registry
 from .errors import Error
@@ -58,8 +60,7 @@ class Plan:
     @property
     def head(self) -> int:
         """The first step that only the last token of a run needs: a chunk of a prompt before its last stops here."""
-        kinds = [step.op.kind for step in self.steps]
-        return kinds.index("last") if "last" in kinds else len(kinds)
+        return self.graph.first("last")
 
     def __str__(self) -> str:
         width = max(len(step.kernel.name) for step in self.steps)
@@ -95,7 +96,7 @@ class Plan:
             y = height - place.offset / self.arena_bytes * height - h
             parts.append(
                 f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" fill="hsl({index * 47 % 360},60%,70%)"'
-                f' stroke="#555" stroke-width="0.3"><title>{name}: {place.nbytes:,} bytes at {place.offset:,},'
+                f' stroke="#555" stroke-width="0.3"><title>{escape(name)}: {place.nbytes:,} bytes at {place.offset:,},'
                 f" steps {place.first}-{place.last}</title></rect>"
             )
         text = f"{steps} steps; arena {self.arena_bytes:,} bytes instead of {self.unshared_bytes:,}"
@@ -155,19 +156,20 @@ def _lifetimes(graph: Graph, steps: Iterable[Step]) -> list[tuple[Value, int, in
 
 def _place(lifetimes: Iterable[tuple[Value, int, int]]) -> dict[str, Placement]:
     """Offsets by first fit, largest values first (Pisarchyk and Lee, Efficient Memory Management, 2020)."""
+    lifetimes = list(lifetimes)
     placed: dict[str, Placement] = {}
-    order = sorted(lifetimes, key=lambda life: (-life[0].nbytes, life[1]))
-    for value, first, last in order:
-        candidate = Placement(0, value.nbytes, first, last)
-        neighbours = sorted((p for p in placed.values() if p.overlaps(candidate)), key=lambda p: p.offset)
+    alive: dict[int, dict[int, Placement]] = {}  # step → the values alive in it, by identity
+    for value, first, last in sorted(lifetimes, key=lambda life: (-life[0].nbytes, life[1])):
+        neighbours = {key: place for step in range(first, last + 1) for key, place in alive.get(step, {}).items()}
         offset = 0
-        for other in neighbours:
+        for other in sorted(neighbours.values(), key=lambda place: place.offset):
             if offset + _aligned(value.nbytes) <= other.offset:
                 break
             offset = max(offset, other.offset + _aligned(other.nbytes))
-        placed[value.name] = Placement(offset, value.nbytes, first, last)
-    names = [value.name for value, _, _ in lifetimes]
-    return {name: placed[name] for name in names}
+        place = placed[value.name] = Placement(offset, value.nbytes, first, last)
+        for step in range(first, last + 1):
+            alive.setdefault(step, {})[id(place)] = place
+    return {value.name: placed[value.name] for value, _, _ in lifetimes}
 
 
 def verify_plan(plan: Plan) -> None:
@@ -187,10 +189,13 @@ def verify_plan(plan: Plan) -> None:
                 or place.offset + place.nbytes > plan.arena_bytes
             ):
                 raise Error(f"plan: {value} does not fit its place {place} in an arena of {plan.arena_bytes} bytes")
-    by_offset = sorted(plan.placements.items(), key=lambda item: item[1].offset)
-    for position, (name, place) in enumerate(by_offset):
-        for other_name, other in by_offset[position + 1 :]:
-            if other.offset >= place.offset + place.nbytes:
-                break
-            if place.overlaps(other) and place.nbytes and other.nbytes:
-                raise Error(f"plan: {name} {place} and {other_name} {other} are alive at once and share bytes")
+    alive: dict[int, list[tuple[int, str]]] = {}
+    for name, place in plan.placements.items():
+        if place.nbytes:
+            for index in range(place.first, place.last + 1):
+                alive.setdefault(index, []).append((place.offset, name))
+    for index, living in alive.items():
+        for first, second in pairwise(name for _, name in sorted(living)):
+            below, above = plan.placements[first], plan.placements[second]
+            if below.offset + below.nbytes > above.offset:
+                raise Error(f"plan: in step {index} {first} {below} and {second} {above} are alive and share bytes")

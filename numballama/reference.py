@@ -142,8 +142,7 @@ class ReferenceProgram:
         self.inputs = {v.name: np.zeros(v.shape, DTYPES[v.dtype]) for v in graph.values.values() if v.kind == "input"}
         self.values: dict[str, np.ndarray] = {}
         self.entries = 0
-        kinds = [op.kind for op in graph.ops]
-        self.head = kinds.index("last") if "last" in kinds else len(kinds)
+        self.head = graph.first("last")
 
     def value(self, name: str) -> np.ndarray:
         """What the last run computed, for its tokens only."""
@@ -206,14 +205,14 @@ class ReferenceBackend:
             self._converted[name] = array.astype(np.float64)
         return self._converted[name]
 
-    def prepare(self, decode: ReferenceProgram, progress: Callable[[str, int, int], None] | None = None) -> None:
+    def prepare(self, decode: ReferenceProgram, report: Callable[[str, int, int], None] | None = None) -> None:
         """Nothing is compiled here."""
 
     def program(
         self,
         graph: Graph,
         fusions: bool | Sequence[str] = True,
-        progress: Callable[[str, int, int], None] | None = None,
+        report: Callable[[str, int, int], None] | None = None,
     ) -> ReferenceProgram:
         """Fusions are not for the reference: it runs the graph as it is declared."""
         return ReferenceProgram(graph, self)

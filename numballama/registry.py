@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -64,9 +65,19 @@ def kernel(op: str, backend: str, *types: Types, **scratch: Callable[..., tuple[
     return register
 
 
+_HOMES = {"cpu": "numballama.kernels_cpu", "reference": "numballama.reference"}
+"""The module that registers a backend's kernels when it is imported; it is, before the first question about them."""
+
+
+def _entries(op: str, backend: str) -> list[Kernel]:
+    if backend in _HOMES:
+        importlib.import_module(_HOMES[backend])
+    return _kernels.get((op, backend), [])
+
+
 def find(op: str, backend: str, types: Sequence[str]) -> Kernel:
     """The kernel for an op whose inputs have these types. Raises `UnsupportedError` naming what exists."""
-    entries = _kernels.get((op, backend), [])
+    entries = _entries(op, backend)
     for entry in entries:
         if entry.accepts(types):
             return entry
@@ -76,4 +87,4 @@ def find(op: str, backend: str, types: Sequence[str]) -> Kernel:
 
 def has(op: str, backend: str, types: Sequence[str]) -> bool:
     """Whether `find` would succeed. Fusion passes ask before they build an op that the backend lacks."""
-    return any(entry.accepts(types) for entry in _kernels.get((op, backend), []))
+    return any(entry.accepts(types) for entry in _entries(op, backend))

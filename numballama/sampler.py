@@ -13,11 +13,14 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from .checks import real_number, whole_number
 from .errors import Error
 from .jit import jit
 
 REPEAT_WINDOW = 64
 """How many of the latest tokens the repeat penalty looks at (llama.cpp's repeat_last_n)."""
+COLDEST = 1e-5
+"""A temperature below this is taken as 0: logits divided by it would overflow."""
 
 
 @jit
@@ -169,15 +172,16 @@ def greedy(logits):
 def sample(logits, settings, recent, counts, state, ids):
     """The next token by `settings` (temperature, top_k, top_p, min_p, repeat_penalty), or -1; remembers it in `recent`.
 
-    `logits` is changed. `counts[0]` is how many tokens were ever remembered; `recent` is a ring of the latest.
+    Only tokens below `len(ids)` are candidates: what a padded vocabulary has beyond them is never drawn. `logits` is
+    changed. `counts[0]` is how many tokens were ever remembered; `recent` is a ring of the latest.
     """
     temperature, top_k, top_p, min_p, penalty = settings[0], int(settings[1]), settings[2], settings[3], settings[4]
+    n = ids.shape[0]
     if penalty != 1:
         penalize(logits, recent, min(counts[0], recent.shape[0]), np.float32(penalty))
     if temperature == 0:
-        token = greedy(logits)
+        token = greedy(logits[:n])
     else:
-        n = logits.shape[0]
         broken = False
         for i in range(n):  # the filters compare, and would just leave a NaN behind
             ids[i] = i
@@ -189,6 +193,8 @@ def sample(logits, settings, recent, counts, state, ids):
         n = keep_top_p(logits, ids, n, top_p)
         n = keep_min_p(logits, ids, n, min_p)
         token = draw(logits, ids, n, temperature, state)
+    if token < 0:
+        return token
     recent[counts[0] % recent.shape[0]] = token
     counts[0] += 1
     return token
@@ -197,8 +203,9 @@ def sample(logits, settings, recent, counts, state, ids):
 class Sampler:
     """The settings of one generation with the buffers that its sampling needs, made once.
 
-    `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and `repeat_penalty` 1 switch those off. The same
-    `seed` gives the same tokens on one machine; None draws one. Raises `Error` for a setting out of its range.
+    `vocab_size` is how many tokens may be drawn. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and
+    `repeat_penalty` 1 switch those off. The same `seed` gives the same tokens on one machine; None draws one. Raises
+    `Error` for a setting out of its range.
     """
 
     def __init__(
@@ -211,25 +218,26 @@ class Sampler:
         repeat_penalty: float = 1.0,
         seed: int | None = None,
     ) -> None:
-        for name, value, good, want in (
-            ("temperature", temperature, 0 <= temperature < math.inf, "a number from 0 (greedy) up"),
-            ("top_k", top_k, top_k >= 0 and top_k == int(top_k), "a whole number from 0 (off) up"),
-            ("top_p", top_p, 0 < top_p <= 1, "above 0 and at most 1 (off)"),
-            ("min_p", min_p, 0 <= min_p <= 1, "between 0 (off) and 1"),
-            ("repeat_penalty", repeat_penalty, 0 < repeat_penalty < math.inf, "a positive number (1 is off)"),
-        ):
-            if not good:
-                raise Error(f"{name} must be {want}, found {value}")
-        self.settings = np.array([temperature, top_k, top_p, min_p, repeat_penalty], np.float64)
+        heat = real_number("temperature", temperature, 0, 1e6, "a number from 0 (greedy) up")
+        settings = (
+            heat if heat >= COLDEST else 0.0,
+            min(whole_number("top_k", top_k, 0), vocab_size),
+            real_number("top_p", top_p, 1e-9, 1, "above 0 and at most 1 (off)"),
+            real_number("min_p", min_p, 0, 1, "between 0 (off) and 1"),
+            real_number("repeat_penalty", repeat_penalty, 0.01, 100, "between 0.01 and 100 (1 is off)"),
+        )
+        self.settings = np.array(settings, np.float64)
         self.ids = np.zeros(vocab_size, np.int32)
         self.recent = np.zeros(REPEAT_WINDOW, np.int32)
         self.counts = np.zeros(1, np.int64)
-        number = int.from_bytes(os.urandom(8), "little") if seed is None else seed & (1 << 64) - 1
+        number = int.from_bytes(os.urandom(8), "little") if seed is None else whole_number("seed", seed) & (1 << 64) - 1
         self.state = np.array([number], np.uint64)
 
     def remember(self, tokens: Iterable[int]) -> None:
         """Let the repeat penalty see these tokens: a prompt."""
         for token in tokens:
+            if not 0 <= token < len(self.ids):
+                continue  # it is never drawn, so there is nothing to penalise
             self.recent[self.counts[0] % REPEAT_WINDOW] = token
             self.counts[0] += 1
 
@@ -245,4 +253,6 @@ class Sampler:
 
     def __call__(self, logits: np.ndarray) -> int:
         """The next token, or -1 if `logits` [vocab] hold a NaN. They are changed."""
+        if len(logits) < len(self.ids):
+            raise Error(f"this sampler draws from {len(self.ids):,} tokens, there are {len(logits):,} logits")
         return int(sample(logits, *self.operands))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Iterable, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
+from .checks import whole_number
 from .errors import ContextError, Error
 from .sampler import Sampler
 
@@ -42,9 +43,12 @@ class Session:
         """float32 [vocab]: logits after the last token of the last run. A view that the next run overwrites."""
         return self._last.value("logits")[0]
 
-    def check(self, ids: Sequence[int]) -> list[int]:
+    def check(self, ids: Iterable[Any]) -> list[int]:
         """The ids, checked. Raises `Error` for none or one outside the vocabulary, `ContextError` for too many."""
-        ids = [int(token) for token in ids]
+        try:
+            ids = [whole_number("a token", token) for token in ids]
+        except TypeError:
+            raise Error(f"token ids must be a sequence of whole numbers, found {ids!r}") from None
         if not ids:
             raise Error("the prompt is empty: at least one token is needed to start from")
         for index, token in enumerate(ids):
@@ -62,16 +66,14 @@ class Session:
 
     def prefill(self, ids: Sequence[int], sampler: Sampler | None = None) -> int | None:
         """Append tokens, a chunk a run; logits are computed for the last one only. Returns a sampler's choice."""
-        for start in range(0, len(ids), self._chunk):
-            chunk = ids[start : start + self._chunk]
-            last = start + len(chunk) == len(ids)
-            program = self._decode if len(ids) == 1 else self._prompt
-            if last:
-                return self._run(program, chunk, sampler)
-            self.feed(program, chunk)
-            program.run(len(chunk), 0, program.head)
+        if not ids:
+            raise Error("there is no token to append")
+        *whole, rest = (ids[start : start + self._chunk] for start in range(0, len(ids), self._chunk))
+        for chunk in whole:
+            self.feed(self._prompt, chunk)
+            self._prompt.run(len(chunk), 0, self._prompt.head)
             self.tokens.extend(chunk)
-        return None
+        return self._run(self._decode if len(rest) == 1 else self._prompt, rest, sampler)
 
     def step(self, token: int, sampler: Sampler | None = None) -> int | None:
         """Append one token: one call into compiled code. With a sampler, returns the next token."""
@@ -80,6 +82,8 @@ class Session:
     def feed(self, program: Program, ids: Sequence[int]) -> None:
         """Write the inputs of a run that continues this session. Raises `ContextError` when the cache is full."""
         start, count = len(self.tokens), len(ids)
+        if not all(0 <= token < self.vocab_size for token in ids):  # a kernel would read beside the embedding table
+            raise Error(f"a token is not in the vocabulary of {self.vocab_size:,}: {list(ids)}")
         if start + count > self.context:
             raise ContextError(f"{start} tokens are in the context of {self.context}, {count} more do not fit")
         program.inputs["ids"][:count] = ids
@@ -87,9 +91,11 @@ class Session:
         program.inputs["sequences"][:count] = self._sequence
 
     def _run(self, program: Program, ids: Sequence[int], sampler: Sampler | None) -> int | None:
+        if sampler is not None and len(sampler.ids) > self.vocab_size:
+            raise Error(f"the sampler draws from {len(sampler.ids):,} tokens, the vocabulary has {self.vocab_size:,}")
         self.feed(program, ids)
         self._last = program
-        if sampler is None or sampler.is_argmax:
+        if sampler is None or (sampler.is_argmax and len(sampler.ids) == self.vocab_size):
             program.run(len(ids))  # the graph's own argmax is the greedy choice
             token = int(program.value("next")[0])
             if sampler is not None and token < 0:

@@ -1,28 +1,31 @@
-"""What the tests of kernels, models and the runtime share: programs whose parts run one after the other, poisoned memory,
-and what an op means: the reference's value with a bound on how far float32 arithmetic may be from it.
+"""What the tests of kernels, models and the runtime share: programs whose parts run one after the other, poisoned
+memory, and what an op means: the reference's value with a bound on how far float32 arithmetic may be from it.
 
-The bounds are those of rounding-error analysis (Higham, Accuracy and Stability of Numerical Algorithms, ch. 3): a sum of n
-products in any order is off by at most n·U·sum|a·b|, and a fused op's bound is carried through the ops it replaced. So the
-tolerance of a comparison follows from its data; no number here is tuned to what a kernel happens to give.
+The bounds are those of rounding-error analysis (Higham, Accuracy and Stability of Numerical Algorithms, ch. 3): a sum
+of n products in any order is off by at most n·U·sum|a·b|, and a fused op's bound is carried through the ops it
+replaced. So the tolerance of a comparison follows from its data; no number here is tuned to what a kernel happens to
+give.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import numpy as np
 
+import numballama
 from numballama import cpu, quant
 from numballama.checkpoint import Weight
 from numballama.config import F32, WeightType
 from numballama.cpu import CpuBackend, CpuProgram
 from numballama.ir import Graph, Op
 from numballama.jit import compile_step
-from numballama.plan import Plan
+from numballama.model import Model
 from numballama.reference import ReferenceBackend
 from numballama.registry import find
 
@@ -38,7 +41,7 @@ Bounded = tuple[np.ndarray, np.ndarray]
 # Programs
 
 
-@lru_cache(maxsize=None)
+@cache
 def _compile_once(function: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
     return compile_step(function, list(operands))
 
@@ -60,7 +63,8 @@ _STEP = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 4)
 
 
 def run_parts(program: CpuProgram, tokens: int, step: int, order: Sequence[int]) -> None:
-    """One step of a program, its parts one after the other in this order: they are independent, so any order will do."""
+    """One step of a program, its parts one after the other in this order: they are independent, so any order will
+    do."""
     row = program.table[step]
     function = _STEP(int(row[cpu.ADDRESS]))
     for part in order:
@@ -68,7 +72,8 @@ def run_parts(program: CpuProgram, tokens: int, step: int, order: Sequence[int])
 
 
 def as_weight(values: np.ndarray, kind: str = "f32", group: int = 0, misaligned: bool = False) -> Weight:
-    """A weight of these numbers; `misaligned` puts its bytes at an odd address and makes them read-only, as a file does."""
+    """A weight of these numbers; `misaligned` puts its bytes at an odd address and makes them read-only, as a file
+    does."""
     weight = quant.convert(Weight(values.shape, F32, values), WeightType(kind, group))
     if not misaligned:
         return weight
@@ -91,13 +96,20 @@ def poison(program: CpuProgram) -> None:
             program.value(value.name).view(np.uint8)[...] = 0xFF
 
 
-def poison_dead(program: CpuProgram, step: int) -> None:
-    """Fill with 0xFF what belongs to no value that was computed before `step` and is needed in it or later."""
-    dead = np.ones(program.arena.size, bool)
+def poison_dead(program: CpuProgram, step: int) -> np.ndarray:
+    """Fill with 0xFF what belongs to no value that was computed before `step` and is needed in it or later.
+
+    Returns which bytes of the arena `step` may write: those of its results and of its scratch.
+    """
+    dead, own = np.ones(program.arena.size, bool), np.zeros(program.arena.size, bool)
     for name, place in program.plan.placements.items():
+        where = slice(place.offset, place.offset + place.nbytes)
         if name in program.inputs or place.first < step <= place.last:
-            dead[place.offset : place.offset + place.nbytes] = False
+            dead[where] = False
+        elif place.first == step:
+            own[where] = True
     program.arena[dead] = 0xFF
+    return own
 
 
 def stored(array: np.ndarray, dtype: str) -> np.ndarray:
@@ -112,6 +124,20 @@ def read(program: CpuProgram, name: str, tokens: int) -> np.ndarray:
     value = program.plan.graph.values[name]
     array = program.value(name)
     return stored(array if value.kind == "state" else array[: min(tokens, value.shape[0])], value.dtype)
+
+
+@lru_cache(maxsize=8)  # the reference keeps a float64 copy of all weights
+def shared_model(path: Path, tokenizer: Path | None = None, **options: Any) -> Model:
+    """A compiled model that all tests of a run share: nobody may close it."""
+    return numballama.compile(path, tokenizer, **options)
+
+
+TOKENIZERS = {"stories260K": "tok512.bin", "stories15M": "tokenizer_llama2.bin"}
+
+
+def story_model(models: Path, name: str, **options: Any) -> Model:
+    """`shared_model` of a real model of the folder, with its tokenizer."""
+    return shared_model(models / f"{name}.bin", models / TOKENIZERS[name], **options)
 
 
 # What an op means
@@ -183,9 +209,16 @@ def _sum(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.
 @bound("rope")
 def _rope(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
     assert not e[0].any()
-    shape = (len(x[0]), -1, attrs["head_dim"] // 2, 2) if attrs["interleaved"] else (len(x[0]), -1, 2, attrs["head_dim"] // 2)
+    shape = (
+        (len(x[0]), -1, attrs["head_dim"] // 2, 2)
+        if attrs["interleaved"]
+        else (len(x[0]), -1, 2, attrs["head_dim"] // 2)
+    )
     pairs = np.abs(x[0].reshape(shape).astype(np.float64)).sum(axis=3 if attrs["interleaved"] else 2, keepdims=True)
-    return 4 * U * np.broadcast_to(pairs, np.broadcast_shapes(pairs.shape, x[0].reshape(shape).shape)).reshape(out.shape) + TINY
+    return (
+        4 * U * np.broadcast_to(pairs, np.broadcast_shapes(pairs.shape, x[0].reshape(shape).shape)).reshape(out.shape)
+        + TINY
+    )
 
 
 @bound("kv_write")
@@ -198,7 +231,8 @@ def _kv_write(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -
 
 
 def _storage(error: np.ndarray, written: np.ndarray, dtype: str) -> np.ndarray:
-    """Rounding to the cache's type: half a unit in the last of 11 (float16) or 8 (bfloat16) places. Others' places: none."""
+    """Rounding to the cache's type: half a unit in the last of 11 (float16) or 8 (bfloat16) places. Others' places:
+    none."""
     if dtype == "f32":
         return error
     rounding, least = (2.0**-11, 2.0**-25) if dtype == "f16" else (2.0**-8, 2.0**-134)
@@ -220,7 +254,9 @@ def _scores(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> 
 @bound("softmax")
 def _softmax(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
     largest = x[0].max(axis=-1, keepdims=True)
-    below = np.where(out > 0, largest - np.where(out > 0, x[0], 0), 0)  # the difference is rounded before the exponential
+    below = np.where(
+        out > 0, largest - np.where(out > 0, x[0], 0), 0
+    )  # the difference is rounded before the exponential
     shift = 2 * e[0].max(axis=-1, keepdims=True) + 2 * U * below.max(axis=-1, keepdims=True)
     return out * (np.expm1(shift) + (x[0].shape[-1] + 16) * U) + TINY
 
@@ -231,7 +267,9 @@ def _values(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> 
     result = np.zeros((len(weights), weights.shape[1], cache.shape[3]))
     for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
         n = position + 1
-        values = np.abs(np.repeat(cache[sequence, :, :n], weights.shape[1] // cache.shape[1], axis=0).astype(np.float64))
+        values = np.abs(
+            np.repeat(cache[sequence, :, :n], weights.shape[1] // cache.shape[1], axis=0).astype(np.float64)
+        )
         result[t] = np.einsum("hp,hpd->hd", (n + 8) * U * weights[t, :, :n] + e[0][t, :, :n], values)
     return result.reshape(out.shape) + TINY
 
@@ -260,20 +298,24 @@ def assert_within(got: np.ndarray, want: Bounded, what: str) -> None:
     value, error = want
     assert got.shape == value.shape, f"{what}: shape {got.shape}, not {value.shape}"
     with np.errstate(invalid="ignore"):
-        fine = (got == value) | (np.isnan(got) & np.isnan(value)) | (
-            np.abs(got - value.astype(np.float64)) <= error + U * np.abs(value)
+        fine = (
+            (got == value)
+            | (np.isnan(got) & np.isnan(value))
+            | (np.abs(got - value.astype(np.float64)) <= error + U * np.abs(value))
         )
     if not fine.all():
         at = tuple(np.argwhere(~fine)[0])
         raise AssertionError(
-            f"{what}{list(map(int, at))}: {got[at]}, reference {value[at]}, allowed {error[at]}; {(~fine).sum()} numbers differ"
+            f"{what}{list(map(int, at))}: {got[at]}, reference {value[at]}, allowed {error[at]}; "
+            f"{(~fine).sum()} numbers differ"
         )
 
 
 def check_step(
     program: CpuProgram, step: int, tokens: int, weights: ReferenceBackend, execute: Callable[[], object]
 ) -> None:
-    """Run one step by `execute` and compare all that it wrote with its op's meaning on the operands as they stood before."""
+    """Run one step by `execute` and compare all that it wrote with its op's meaning on the operands as they stood
+    before."""
     graph, op = program.plan.graph, program.plan.steps[step].op
     operands: dict[str, np.ndarray] = {}
     for name in op.inputs:
@@ -288,8 +330,3 @@ def check_step(
     execute()
     for name, want in wanted.items():
         assert_within(read(program, name, tokens), want, f"step {step} {op.kind}: {name}")
-
-
-def live_bytes(plan: Plan, step: int) -> int:
-    """Bytes of all values that some step at or after `step` still needs and that exist by then."""
-    return sum(place.nbytes for place in plan.placements.values() if place.first <= step <= place.last)

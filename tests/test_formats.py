@@ -170,6 +170,8 @@ def test_real_v0_file_comes_back_to_the_byte_up_to_the_tables(models: Path, tmp_
 def test_writers_refuse_what_a_format_cannot_hold(tmp_path: Path) -> None:
     path = tmp_path / "model.bin"
     for name, write in WRITERS.items():
+        if name == "gguf":  # it can hold all of this
+            continue
         wide = replace(SMALL, head_dim=8)
         with pytest.raises(UnsupportedError, match="not 8"):
             write(path, wide, random_checkpoint(wide).weights)

@@ -40,7 +40,7 @@ def boundaries(plan: layout.Layout) -> Iterator[tuple[int, str]]:
             yield offset + tensor.numel, f"the scales of {tensor.name}"
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", CONFIG_AT)
 @pytest.mark.parametrize("tied", [True, False])
 def test_truncation_at_every_boundary_names_the_tensor(tmp_path: Path, name: str, tied: bool) -> None:
     config = replace(SMALL, tied_embeddings=tied, qkv_bias=name == "kuiper")
@@ -60,7 +60,7 @@ def test_truncation_at_every_boundary_names_the_tensor(tmp_path: Path, name: str
                 assert plan.locate(size) == begins
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", CONFIG_AT)
 def test_trailing_bytes_are_counted(tmp_path: Path, name: str) -> None:
     path, _ = save(tmp_path, name)
     size = path.stat().st_size
@@ -81,7 +81,7 @@ def test_candidates_are_listed_closest_first(tmp_path: Path) -> None:
     assert {entry.split(":")[0] for entry in listed[2:]} == {"llama2.c v0, tied", "KuiperLLama fp32, tied, with biases"}
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", CONFIG_AT)
 @pytest.mark.parametrize("field", layout.FIELDS)
 @pytest.mark.parametrize("value", [0, -1, 1, 1 << 16, (1 << 31) - 1, -(1 << 31)])
 def test_header_fields_that_cannot_be(tmp_path: Path, name: str, field: str, value: int) -> None:
@@ -103,7 +103,7 @@ def test_header_fields_that_cannot_be(tmp_path: Path, name: str, field: str, val
 @pytest.mark.parametrize(
     ("field", "value"), [("n_heads", 5), ("n_heads", 24), ("n_kv_heads", 4), ("n_kv_heads", 12), ("dim", 25)]
 )
-@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("name", CONFIG_AT)
 def test_header_fields_that_do_not_belong_together(tmp_path: Path, name: str, field: str, value: int) -> None:
     path, _ = save(tmp_path, name)
     data = bytearray(path.read_bytes())

@@ -106,7 +106,6 @@ def test_home_expands(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("head", "kind"),
     [
-        (b"GGUF\3\0\0\0", "GGUF"),
         (b"PK\3\4", "zip"),
         (b"\x80\2\x8a\x0al\xfc", "pickle"),
         (pickle.dumps({"a": 1}, protocol=2), "pickle"),

@@ -307,10 +307,9 @@ def test_hostile_lengths(tmp_path: Path) -> None:
 
 def test_other_tokenizer_files_are_named(tmp_path: Path, models: Path) -> None:
     path = tmp_path / "t"
-    for content, kind in ((b"GGUF\3\0\0\0", "GGUF"), (b'{\n  "version": "1.0"}', r"tokenizer\.json")):
-        path.write_bytes(content)
-        with pytest.raises(UnsupportedError, match=f"{kind}.*supported are"):
-            load_tokenizer(path)
+    path.write_bytes(b'{\n  "version": "1.0"}')
+    with pytest.raises(UnsupportedError, match=r"tokenizer\.json.*supported are"):
+        load_tokenizer(path)
     with pytest.raises(FormatError):
         load_tokenizer(models / "stories260K.bin")
     with pytest.raises(Error, match="no such file"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .gguf_writer import write_gguf
 from .kuiper import write_fp32, write_int8
 from .llama2c import write_v0, write_v1, write_v2
 
@@ -13,6 +14,7 @@ WRITERS: dict[str, Callable[..., list[str]]] = {
     "llama2c-v2": write_v2,
     "kuiper": write_fp32,
     "kuiper-int8": write_int8,
+    "gguf": write_gguf,
 }
-"""Name → `write(path, config, weights)`; the int8 formats take `group_size` as well. Each returns notes on what the
-format cannot hold."""
+"""Name → `write(path, config, weights)`; the int8 formats take `group_size` as well, GGUF a `tokenizer` and more. Each
+returns notes on what the format cannot hold."""

@@ -1,0 +1,204 @@
+"""Writing GGUF version 3, as llama.cpp reads it: weights in the type they have, a tokenizer and a few words beside."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping, Sequence
+from os import PathLike
+
+import numpy as np
+
+from ..checkpoint import Weight
+from ..config import F32, HALF_SPLIT, Q8_0, ModelConfig
+from ..errors import Error, UnsupportedError
+from ..files import replacing
+from ..gguf_header import DEFAULT_ALIGNMENT, MAGIC, TENSOR_TYPES, ValueType
+from ..quant import convert
+from ..tokenizer import Tokenizer, Vocabulary
+from .gguf import ARCHITECTURES, WEIGHT_TYPES, tensor_name
+
+_VERSION = 3
+_NUMBERS = {name: number for number, (name, *_) in TENSOR_TYPES.items()}
+_TYPES = {kind.name: name for name, (kind, _) in WEIGHT_TYPES.items()}
+_FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # llama.cpp's llama_ftype: what most of the file is
+_QUANTIZATION_VERSION = 2
+_NO_TOKEN = 0xFFFFFFFF
+_CODES = {ValueType.UINT32: "I", ValueType.FLOAT32: "f", ValueType.BOOL: "?"}
+
+Value = str | bool | int | float
+Entry = tuple[str, ValueType, Value | Sequence[bytes] | np.ndarray]
+
+
+def write_gguf(
+    path: str | PathLike[str],
+    config: ModelConfig,
+    weights: Mapping[str, Weight],
+    tokenizer: Tokenizer | None = None,
+    name: str | None = None,
+    chat_template: str | None = None,
+    metadata: Mapping[str, Value] | None = None,
+) -> list[str]:
+    """Write GGUF, whole or not at all; returns notes on what the format cannot hold.
+
+    Matrices are written in the type they have, f32, f16, bf16 or q8_0 (`quant.convert` makes them that), norms and
+    biases as f32. `name` is `general.name`; `metadata` are further keys with their values, such as
+    `{"general.license": "mit"}` (int: uint32, float: float32). Rows of q and k whose RoPE pairs are half-split are
+    permuted to interleaved ones, which the format implies. Raises `UnsupportedError` for other weight types or a
+    tokenizer that GGUF cannot express, `Error` when weights, config and tokenizer do not belong together.
+    """
+    expected = config.weight_shapes()
+    if wrong := expected.keys() ^ weights.keys():
+        raise Error(f"weights and config do not belong together: {', '.join(sorted(wrong))} in one but not the other")
+    for weight_name, shape in expected.items():
+        if weights[weight_name].shape != shape:
+            raise Error(f"weight {weight_name} has shape {weights[weight_name].shape}, its config says {shape}")
+        if weights[weight_name].type.name not in _TYPES:
+            raise UnsupportedError(
+                f"GGUF cannot hold {weight_name} as {weights[weight_name].type}; convert it to {', '.join(_TYPES)}"
+            )
+    tensors = [_Tensor(config, weight_name, weights[weight_name]) for weight_name in expected]
+    vocabulary = None if tokenizer is None else tokenizer.vocabulary()
+    if vocabulary is not None and len(vocabulary.pieces) > config.vocab_size:
+        raise Error(
+            f"a tokenizer of {len(vocabulary.pieces):,} tokens does not belong to a model of {config.vocab_size:,}"
+        )
+    entries = _entries(config, tensors, vocabulary, name, chat_template)
+    entries += [(key, _type_of(key, value), value) for key, value in (metadata or {}).items()]
+    if len({key for key, *_ in entries}) < len(entries):
+        raise Error(f"metadata repeats a key that is written anyway: {', '.join(metadata or {})}")
+    with replacing(path) as file:
+        head = bytearray(MAGIC + struct.pack("<IQQ", _VERSION, len(tensors), len(entries)))
+        for entry in entries:
+            head += _pack(*entry)
+        offset = 0
+        for tensor in tensors:
+            head += tensor.directory_entry(offset)
+            offset += tensor.nbytes + -tensor.nbytes % DEFAULT_ALIGNMENT
+        file.write(head + bytes(-len(head) % DEFAULT_ALIGNMENT))
+        for tensor in tensors:
+            file.write(np.ascontiguousarray(tensor.data()).data)
+            file.write(bytes(-tensor.nbytes % DEFAULT_ALIGNMENT))
+    return list(vocabulary.notes) if vocabulary is not None else []
+
+
+class _Tensor:
+    """A weight as the file holds it; nothing is copied before it is written."""
+
+    def __init__(self, config: ModelConfig, name: str, weight: Weight) -> None:
+        self.name, self.matrix = tensor_name(name), len(weight.shape) == 2
+        self._weight = weight
+        self.type = _TYPES[weight.type.name] if self.matrix else "F32"
+        self.shape = weight.shape
+        self.nbytes = weight.nbytes if self.matrix else 4 * weight.shape[0]
+        short = name.rpartition(".")[2]
+        self._heads = 0
+        if config.rope_pairing == HALF_SPLIT and short in ("wq", "bq", "wk", "bk"):
+            self._heads = config.n_heads if short in ("wq", "bq") else config.n_kv_heads
+
+    def directory_entry(self, offset: int) -> bytes:
+        dims = self.shape[::-1]
+        return _string(self.name.encode()) + struct.pack(
+            f"<I{len(dims)}QIQ", len(dims), *dims, _NUMBERS[self.type], offset
+        )
+
+    def data(self) -> np.ndarray:
+        rows = (self._weight if self.matrix else convert(self._weight, F32)).data
+        if not self._heads:
+            return rows
+        # dimension i of the first half and of the second become neighbours; a row moves whole, whatever its type
+        order = np.arange(len(rows)).reshape(self._heads, 2, -1).swapaxes(1, 2).reshape(-1)
+        return rows[order]
+
+
+def _entries(
+    config: ModelConfig,
+    tensors: Sequence[_Tensor],
+    vocabulary: Vocabulary | None,
+    name: str | None,
+    chat_template: str | None,
+) -> list[Entry]:
+    u32, f32, text = ValueType.UINT32, ValueType.FLOAT32, ValueType.STRING
+    (prefix,) = ARCHITECTURES
+    numbers = [tensor.type for tensor in tensors if tensor.matrix]
+    most = max(dict.fromkeys(numbers), key=lambda kind: sum(t.nbytes for t in tensors if t.type == kind))
+    entries: list[Entry] = [("general.architecture", text, prefix), ("general.type", text, "model")]
+    if name is not None:
+        entries.append(("general.name", text, name))
+    entries.append(("general.file_type", u32, _FILE_TYPES[most]))
+    if _TYPES[Q8_0.name] in numbers:
+        entries.append(("general.quantization_version", u32, _QUANTIZATION_VERSION))
+    entries += [
+        (f"{prefix}.vocab_size", u32, config.vocab_size),
+        (f"{prefix}.context_length", u32, config.context),
+        (f"{prefix}.embedding_length", u32, config.dim),
+        (f"{prefix}.block_count", u32, config.n_layers),
+        (f"{prefix}.feed_forward_length", u32, config.hidden_dim),
+        (f"{prefix}.rope.dimension_count", u32, config.head_dim),
+        (f"{prefix}.rope.freq_base", f32, config.rope_theta),
+        (f"{prefix}.attention.head_count", u32, config.n_heads),
+        (f"{prefix}.attention.head_count_kv", u32, config.n_kv_heads),
+        (f"{prefix}.attention.layer_norm_rms_epsilon", f32, config.norm_eps),
+    ]
+    if config.q_dim != config.dim:
+        entries += [(f"{prefix}.attention.{which}_length", u32, config.head_dim) for which in ("key", "value")]
+    if vocabulary is None:
+        entries.append(("tokenizer.ggml.model", text, "no_vocab"))
+    else:
+        entries += _vocabulary_entries(vocabulary)
+    if chat_template is not None:
+        entries.append(("tokenizer.chat_template", text, chat_template))
+    return entries
+
+
+def _vocabulary_entries(vocabulary: Vocabulary) -> list[Entry]:
+    u32, flag, text = ValueType.UINT32, ValueType.BOOL, ValueType.STRING
+    key = "tokenizer.ggml."
+    entries: list[Entry] = [
+        (f"{key}model", text, "llama"),
+        (f"{key}pre", text, "default"),
+        (f"{key}tokens", text, vocabulary.pieces),
+        (f"{key}scores", ValueType.FLOAT32, np.array(vocabulary.scores, "<f4")),
+        (f"{key}token_type", ValueType.INT32, np.array(vocabulary.types, "<i4")),
+    ]
+    for which, token in (
+        ("bos", vocabulary.bos_id),
+        ("eos", vocabulary.eos_id),
+        ("unknown", vocabulary.unknown_id),
+    ):
+        entries.append((f"{key}{which}_token_id", u32, _NO_TOKEN if token is None else token))
+    return [
+        *entries,
+        (f"{key}add_bos_token", flag, vocabulary.add_bos and vocabulary.bos_id is not None),
+        (f"{key}add_eos_token", flag, vocabulary.add_eos),
+        (f"{key}add_space_prefix", flag, vocabulary.add_space_prefix),
+    ]
+
+
+def _type_of(key: str, value: Value) -> ValueType:
+    for python, kind in (
+        (bool, ValueType.BOOL),
+        (str, ValueType.STRING),
+        (int, ValueType.UINT32),
+        (float, ValueType.FLOAT32),
+    ):
+        if isinstance(value, python):
+            return kind
+    raise Error(f"metadata {key} must be a str, bool, int or float, found {type(value).__name__}")
+
+
+def _string(data: bytes) -> bytes:
+    return struct.pack("<Q", len(data)) + data
+
+
+def _pack(key: str, kind: ValueType, value: Value | Sequence[bytes] | np.ndarray) -> bytes:
+    """A metadata entry; an array is what is neither a number nor a str."""
+    head = _string(key.encode())
+    if isinstance(value, str):
+        return head + struct.pack("<I", kind) + _string(value.encode())
+    if isinstance(value, (bool, int, float)):
+        try:
+            return head + struct.pack(f"<I{_CODES[kind]}", kind, value)
+        except (struct.error, OverflowError):
+            raise UnsupportedError(f"GGUF stores {key} as {kind.name}, too small for {value}") from None
+    items = value.tobytes() if isinstance(value, np.ndarray) else b"".join(map(_string, value))
+    return head + struct.pack("<IIQ", ValueType.ARRAY, kind, len(value)) + items

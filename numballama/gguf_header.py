@@ -1,0 +1,376 @@
+"""GGUF's container: the metadata and the tensor directory of a file that nobody vouches for.
+
+Every count, length and offset is compared with the file's size before it is believed, and a value is decoded when it
+is asked for: until then it is a place in the file. So opening costs what the directory costs, whatever a file claims.
+https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import pairwise
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import FormatError, UnsupportedError
+from .files import MappedFile
+
+MAGIC = b"GGUF"
+VERSIONS = (2, 3)
+DEFAULT_ALIGNMENT = 32
+"""Bytes; every tensor's offset is a multiple of `general.alignment`, which is this unless the file says otherwise."""
+
+MAX_ENTRIES, MAX_STRINGS, MAX_NAME, MAX_DIMS = 1 << 16, 1 << 22, 1 << 16, 4
+"""Metadata keys, and tensors; strings in all arrays together; bytes of a name. The first two bound memory and time by
+less than a large file's size would: today's largest vocabularies have 0.3 million tokens and 0.6 million merges."""
+
+
+class ValueType(IntEnum):
+    """Types of metadata values, as the format numbers them."""
+
+    UINT8, INT8, UINT16, INT16, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64, INT64, FLOAT64 = range(13)
+
+
+SCALARS: dict[ValueType, np.dtype[Any]] = {
+    ValueType.UINT8: np.dtype("<u1"),
+    ValueType.INT8: np.dtype("<i1"),
+    ValueType.UINT16: np.dtype("<u2"),
+    ValueType.INT16: np.dtype("<i2"),
+    ValueType.UINT32: np.dtype("<u4"),
+    ValueType.INT32: np.dtype("<i4"),
+    ValueType.FLOAT32: np.dtype("<f4"),
+    ValueType.BOOL: np.dtype("<u1"),
+    ValueType.UINT64: np.dtype("<u8"),
+    ValueType.INT64: np.dtype("<i8"),
+    ValueType.FLOAT64: np.dtype("<f8"),
+}
+
+TENSOR_TYPES = {
+    0: ("F32", 1, 4),
+    1: ("F16", 1, 2),
+    2: ("Q4_0", 32, 18),
+    3: ("Q4_1", 32, 20),
+    6: ("Q5_0", 32, 22),
+    7: ("Q5_1", 32, 24),
+    8: ("Q8_0", 32, 34),
+    9: ("Q8_1", 32, 40),
+    10: ("Q2_K", 256, 84),
+    11: ("Q3_K", 256, 110),
+    12: ("Q4_K", 256, 144),
+    13: ("Q5_K", 256, 176),
+    14: ("Q6_K", 256, 210),
+    15: ("Q8_K", 256, 292),
+    16: ("IQ2_XXS", 256, 66),
+    17: ("IQ2_XS", 256, 74),
+    18: ("IQ3_XXS", 256, 98),
+    19: ("IQ1_S", 256, 50),
+    20: ("IQ4_NL", 32, 18),
+    21: ("IQ3_S", 256, 110),
+    22: ("IQ2_S", 256, 82),
+    23: ("IQ4_XS", 256, 136),
+    24: ("I8", 1, 1),
+    25: ("I16", 1, 2),
+    26: ("I32", 1, 4),
+    27: ("I64", 1, 8),
+    28: ("F64", 1, 8),
+    29: ("IQ1_M", 256, 56),
+    30: ("BF16", 1, 2),
+    34: ("TQ1_0", 256, 54),
+    35: ("TQ2_0", 256, 66),
+    39: ("MXFP4", 32, 17),
+    40: ("NVFP4", 64, 36),
+    41: ("Q1_0", 128, 18),
+}
+"""Number of a tensor type → its name, how many numbers a block holds, and a block's bytes."""
+
+_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Field:
+    """Where a metadata value lies: `count` items of `type` from byte `offset`; a scalar is one item, no array."""
+
+    type: ValueType
+    offset: int
+    count: int = 1
+    array: bool = False
+
+    def __str__(self) -> str:
+        return f"an array of {self.count:,} {self.type.name}" if self.array else self.type.name
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor of the directory: numbers in C order with `shape`, outermost first, from byte `offset` of the file."""
+
+    name: str
+    type: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+class Header:
+    """Metadata and tensor directory of a GGUF file, checked. Values are reached by key, in the type asked for.
+
+    `fields` and `tensors` are in file order. Raises `FormatError` with the byte offset for a damaged file, and
+    `UnsupportedError` for other versions, big-endian files and unknown tensor types. The getters raise `FormatError`
+    naming the key when a value has another type.
+    """
+
+    def __init__(self, file: MappedFile) -> None:
+        self.path, self.size, self._data = file.path, file.size, file.data
+        self._at = 0
+        self._strings_left = MAX_STRINGS
+        self.fields: dict[str, Field] = {}
+        self.tensors: dict[str, TensorInfo] = {}
+        if self._data[:4] != MAGIC:
+            raise self._fault("not a GGUF file", 0, "GGUF", bytes(self._data[:4]))
+        self._at = 4
+        self.version = self._read(_U32, "the version")
+        if self.version not in VERSIONS:
+            swapped = int.from_bytes(self.version.to_bytes(4, "little"), "big") in VERSIONS
+            what = "a big-endian file" if swapped else f"version {self.version:,}"
+            raise UnsupportedError(f"{self.path}: GGUF, {what}; supported are versions 2 and 3, little-endian")
+        n_tensors = self._count("tensors", 24)  # a name's length, no dimension, type and offset
+        n_fields = self._count("metadata keys", 13)  # a name's length, type and a value of one byte
+        for _ in range(n_fields):
+            self._read_field()
+        self.alignment = self._read_alignment()
+        directory = [self._read_tensor() for _ in range(n_tensors)]
+        self.data_offset = -(-self._at // self.alignment) * self.alignment
+        for info, where in directory:
+            self._place(info, where)
+        self._require_apart()
+
+    # Metadata, decoded
+
+    def integer(self, key: str, default: int | None = None) -> int | None:
+        """The integer of a key, whatever its width; `default` when the key is missing."""
+        return self._get(
+            key, "an integer", lambda f: f.type in _INTEGERS and not f.array, lambda f: int(self._scalar(f)), default
+        )
+
+    def number(self, key: str, default: float | None = None) -> float | None:
+        """The number of a key. A float32 becomes the shortest decimal that it is the float32 of: 1e-5 stays 1e-5."""
+        wanted = (*_INTEGERS, ValueType.FLOAT32, ValueType.FLOAT64)
+        return self._get(
+            key, "a number", lambda f: f.type in wanted and not f.array, lambda f: float(str(self._scalar(f))), default
+        )
+
+    def flag(self, key: str, default: bool | None = None) -> bool | None:
+        """The truth value of a key."""
+
+        def decode(field: Field) -> bool:
+            value = int(self._scalar(field))
+            if value > 1:
+                raise self._fault(f"metadata key {key} is neither true nor false", field.offset, "0 or 1", value)
+            return bool(value)
+
+        return self._get(key, "true or false", lambda f: f.type is ValueType.BOOL and not f.array, decode, default)
+
+    def text(self, key: str, default: str | None = None) -> str | None:
+        """The string of a key."""
+
+        def decode(field: Field) -> str:
+            length = _U64.unpack_from(self._data, field.offset)[0]
+            return self._utf8(self._data[field.offset + 8 : field.offset + 8 + length], field.offset, key)
+
+        return self._get(key, "a string", lambda f: f.type is ValueType.STRING and not f.array, decode, default)
+
+    def numbers(self, key: str) -> npt.NDArray[Any] | None:
+        """The array of numbers of a key, as a view of the file in the file's own type; None when it is missing."""
+
+        def decode(field: Field) -> npt.NDArray[Any]:
+            return np.frombuffer(self._data, SCALARS[field.type], field.count, field.offset)
+
+        return self._get(key, "an array of numbers", lambda f: f.array and f.type in SCALARS, decode, None)
+
+    def strings(self, key: str) -> list[bytes] | None:
+        """The array of strings of a key, as bytes: pieces of a vocabulary need not be UTF-8. None when missing."""
+
+        def decode(field: Field) -> list[bytes]:
+            data, offset, unpack = self._data, field.offset, _U64.unpack_from
+            found = []
+            for _ in range(field.count):
+                end = offset + 8 + unpack(data, offset)[0]
+                found.append(data[offset + 8 : end])
+                offset = end
+            return found
+
+        return self._get(key, "an array of strings", lambda f: f.array and f.type is ValueType.STRING, decode, None)
+
+    def _get(
+        self, key: str, wanted: str, fits: Callable[[Field], bool], decode: Callable[[Field], T], default: T | None
+    ) -> T | None:
+        if (field := self.fields.get(key)) is None:
+            return default
+        if not fits(field):
+            raise self._fault(f"metadata key {key} has the wrong type", field.offset, wanted, field)
+        return decode(field)
+
+    def _scalar(self, field: Field) -> Any:
+        return np.frombuffer(self._data, SCALARS[field.type], 1, field.offset)[0]
+
+    # The file, read from front to back
+
+    def _fault(self, message: str, where: int | str, expected: object, found: object) -> FormatError:
+        return FormatError(message, path=self.path, where=where, expected=expected, found=found)
+
+    def _require(self, nbytes: int, what: str) -> None:
+        """Raise `FormatError` unless that many bytes follow."""
+        if nbytes > self.size - self._at:
+            left = self.size - self._at
+            raise self._fault(f"the file ends in {what}", self._at, f"{nbytes:,} bytes", f"{left:,}")
+
+    def _read(self, kind: struct.Struct, what: str) -> int:
+        self._require(kind.size, what)
+        value: int = kind.unpack_from(self._data, self._at)[0]
+        self._at += kind.size
+        return value
+
+    def _count(self, what: str, least: int) -> int:
+        """A number of entries, each of at least `least` bytes."""
+        where, count = self._at, self._read(_U64, f"the number of {what}")
+        limit = min((self.size - self._at) // least, MAX_ENTRIES)
+        if count > limit:
+            raise self._fault(f"too many {what} for this file", where, f"at most {limit:,}", f"{count:,}")
+        return count
+
+    def _name(self, what: str) -> str:
+        where, length = self._at, self._read(_U64, f"the length of {what}'s name")
+        if not 0 < length <= MAX_NAME:
+            raise self._fault(f"bad length of {what}'s name", where, f"1 to {MAX_NAME:,}", f"{length:,}")
+        self._require(length, f"{what}'s name")
+        self._at += length
+        return self._utf8(self._data[self._at - length : self._at], where + 8, f"{what}'s name")
+
+    def _utf8(self, data: bytes, where: int, what: str) -> str:
+        try:
+            return data.decode()
+        except UnicodeDecodeError as error:
+            raise self._fault(f"{what} is not UTF-8", where, "UTF-8", data[error.start : error.start + 4]) from None
+
+    def _value_type(self, key: str) -> ValueType:
+        where, number = self._at, self._read(_U32, f"the type of {key}")
+        try:
+            return ValueType(number)
+        except ValueError:
+            raise self._fault(f"metadata key {key} has an unknown type", where, "0 to 12", f"{number:,}") from None
+
+    def _read_field(self) -> None:
+        where, key = self._at, self._name("a metadata key")
+        if key in self.fields:
+            raise self._fault(f"metadata key {key} is there twice", where, "distinct keys", key)
+        kind, array, count = self._value_type(key), False, 1
+        if kind is ValueType.ARRAY:
+            array, where, kind = True, self._at, self._value_type(key)
+            if kind is ValueType.ARRAY:
+                raise self._fault(f"metadata key {key} is an array of arrays", where, "an array of values", "ARRAY")
+            count = self._read(_U64, f"the length of {key}")
+        self.fields[key] = Field(kind, self._at, count, array)
+        if kind is ValueType.STRING:
+            self._skip_strings(key, count)
+        else:
+            nbytes = count * SCALARS[kind].itemsize
+            self._require(nbytes, f"metadata key {key}")
+            self._at += nbytes
+
+    def _skip_strings(self, key: str, count: int) -> None:
+        self._require(8 * count, f"metadata key {key}")
+        if count > self._strings_left:
+            raise self._fault(
+                f"metadata key {key} has too many strings", self._at, f"at most {self._strings_left:,}", f"{count:,}"
+            )
+        self._strings_left -= count
+        data, unpack, last, at = self._data, _U64.unpack_from, self.size - 8, self._at
+        for _ in range(count):
+            if at > last:
+                break
+            self._at, at = at, at + 8 + unpack(data, at)[0]
+        else:
+            if at <= self.size:
+                self._at = at
+                return
+        raise self._fault(
+            f"the file ends in a string of metadata key {key}",
+            self._at,
+            f"{at - self._at:,} bytes and what follows them",
+            f"{self.size - self._at:,}",
+        )
+
+    def _read_alignment(self) -> int:
+        found = self.integer("general.alignment", DEFAULT_ALIGNMENT)
+        assert found is not None
+        if found <= 0 or found & (found - 1):
+            where = self.fields["general.alignment"].offset
+            raise self._fault("bad general.alignment", where, "a power of two", f"{found:,}")
+        return found
+
+    def _read_tensor(self) -> tuple[TensorInfo, int]:
+        """A directory entry, its offset still relative to the data, and where that offset stands."""
+        where, name = self._at, self._name("a tensor")
+        if name in self.tensors:
+            raise self._fault(f"tensor {name} is there twice", where, "distinct names", name)
+        where, n_dims = self._at, self._read(_U32, f"the dimensions of tensor {name}")
+        if n_dims > MAX_DIMS:
+            raise self._fault(f"tensor {name} has too many dimensions", where, f"at most {MAX_DIMS}", f"{n_dims:,}")
+        where, dims = self._at, [self._read(_U64, f"the dimensions of tensor {name}") for _ in range(n_dims)]
+        if 0 in dims:
+            raise self._fault(f"tensor {name} is empty", where, "positive dimensions", dims)
+        where, number = self._at, self._read(_U32, f"the type of tensor {name}")
+        if number not in TENSOR_TYPES:
+            known = ", ".join(kind for kind, *_ in TENSOR_TYPES.values())
+            raise UnsupportedError(
+                f"{self.path}: tensor {name} has type {number:,} (at byte {where:,}); known: {known}"
+            )
+        kind, block, block_bytes = TENSOR_TYPES[number]
+        if (columns := dims[0] if dims else 1) % block:
+            raise self._fault(f"a row of tensor {name} is no whole number of {kind} blocks", where, block, columns)
+        nbytes = math.prod(dims) // block * block_bytes
+        where, offset = self._at, self._read(_U64, f"the offset of tensor {name}")
+        if offset % self.alignment:
+            expected = f"a multiple of {self.alignment}"
+            raise self._fault(f"tensor {name} is not aligned", where, expected, f"offset {offset:,}")
+        info = self.tensors[name] = TensorInfo(name, kind, tuple(reversed(dims)), offset, nbytes)
+        return info, where
+
+    def _place(self, info: TensorInfo, where: int) -> None:
+        """Make the offset one of the file."""
+        start = self.data_offset + info.offset
+        if start + info.nbytes > self.size:
+            raise self._fault(
+                f"tensor {info.name}, {info.type} of shape {info.shape}, leaves the file",
+                where,
+                f"a file of {start + info.nbytes:,} bytes",
+                f"{self.size:,}",
+            )
+        self.tensors[info.name] = TensorInfo(info.name, info.type, info.shape, start, info.nbytes)
+
+    def _require_apart(self) -> None:
+        ordered = sorted(self.tensors.values(), key=lambda info: info.offset)
+        for before, after in pairwise(ordered):
+            if before.offset + before.nbytes > after.offset:
+                raise self._fault(
+                    f"tensors {before.name} and {after.name} overlap",
+                    f"tensor {after.name}",
+                    f"an offset from {before.offset + before.nbytes:,}",
+                    f"{after.offset:,}",
+                )
+
+
+_INTEGERS = tuple(kind for kind, dtype in SCALARS.items() if dtype.kind in "ui" and kind is not ValueType.BOOL)
+
+
+def require(value: T | None, header: Header, key: str) -> T:
+    """`value`, which the metadata key `key` must give. Raises `FormatError` when it is None."""
+    if value is None:
+        raise FormatError("a metadata key is missing", path=header.path, expected=key, found="no such key")
+    return value

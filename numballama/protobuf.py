@@ -1,0 +1,48 @@
+"""As much of the protobuf wire format as it takes to read a sentencepiece model: its Python interface hides the types
+of its pieces and how it normalises text.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+from .errors import FormatError
+
+_VARINT, _I64, _BYTES, _I32 = 0, 1, 2, 5
+
+
+def fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value) of every field of a message: an int, a float, or bytes, whatever the schema makes of these.
+
+    Raises `FormatError` for what is no message.
+    """
+    at = 0
+
+    def varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while shift < 70:
+            if at >= len(message):
+                break
+            byte = message[at]
+            at += 1
+            value |= (byte & 0x7F) << shift
+            if byte < 0x80:
+                return value
+            shift += 7
+        raise FormatError("a damaged protobuf message", where=at, expected="a varint", found="none")
+
+    while at < len(message):
+        number, wire = divmod(varint(), 8)
+        if wire == _VARINT:
+            yield number, varint()
+            continue
+        length = {_I64: 8, _I32: 4}.get(wire) or (varint() if wire == _BYTES else len(message))
+        if length > len(message) - at:
+            raise FormatError(
+                "a damaged protobuf message", where=at, expected=f"{length} bytes", found=len(message) - at
+            )
+        data, at = message[at : at + length], at + length
+        yield number, data if wire == _BYTES else struct.unpack("<f" if wire == _I32 else "<d", data)[0]

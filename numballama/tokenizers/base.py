@@ -1,0 +1,189 @@
+"""What every tokenizer is: text to ids and back, streams of ids to whole characters, a vocabulary to write."""
+
+from __future__ import annotations
+
+import codecs
+import operator
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from functools import cached_property
+from typing import SupportsIndex
+
+from ..errors import Error
+
+MAX_VOCAB = 1 << 20
+"""Tokens that a vocabulary may have: four times the largest that is known, and a bound on the memory one takes."""
+
+SPACE = "▁"  # stands for a space in the pieces of a vocabulary
+UNKNOWN_TEXT = " ⁇ ".encode()  # as sentencepiece shows it
+BYTE_PIECE = re.compile(rb"<0x([0-9A-F]{2})>")
+
+
+class Kind(Enum):
+    """What a token contributes to text: characters, one raw byte of UTF-8, nothing, or a mark for what was unknown."""
+
+    TEXT = "text"
+    BYTE = "byte"
+    CONTROL = "control"
+    UNKNOWN = "unknown"
+
+
+class Strip(Enum):
+    """Leading spaces that decoding takes away, because encoding put one there: none, the first, or every one."""
+
+    NONE = 0
+    ONE = 1
+    ALL = 2
+
+
+class PieceType(IntEnum):
+    """What a piece of a vocabulary is, as sentencepiece and GGUF number it."""
+
+    NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+
+
+@dataclass(frozen=True)
+class Vocabulary:
+    """A vocabulary in the terms of sentencepiece's BPE, which are those of GGUF's tokenizer "llama".
+
+    `pieces` spell a space as ▁, but for those that are user-defined. `add_bos`, `add_eos` and `add_space_prefix` say
+    what encoding adds to a text.
+    """
+
+    pieces: Sequence[bytes]
+    scores: Sequence[float]
+    types: Sequence[int]
+    """A `PieceType` each."""
+    bos_id: int | None
+    eos_id: int | None
+    unknown_id: int | None
+    add_bos: bool = True
+    add_eos: bool = False
+    add_space_prefix: bool = True
+    notes: tuple[str, ...] = ()
+    """In what the tokenizer that it was taken from is more than these terms can say, a sentence each."""
+
+
+class Tokenizer(ABC):
+    """Text ↔ ids of one vocabulary. Every method that takes an id raises `Error` for one outside the vocabulary."""
+
+    add_bos, add_eos = True, False
+    """Whether the vocabulary wants BOS before a text, and EOS after it."""
+
+    def __init__(self, vocab_size: int, bos_id: int | None, eos_id: int | None, strip: Strip) -> None:
+        self.vocab_size, self.bos_id, self.eos_id = vocab_size, bos_id, eos_id
+        self._strip = strip
+        self._entries: dict[int, tuple[Kind, bytes]] = {}
+
+    def encode(self, text: str, bos: bool = True, special: bool = False) -> list[int]:
+        """`text` → ids; if `bos`, with BOS first where the vocabulary wants it (and EOS last, which hardly one does).
+
+        Control tokens spelled out in `text` ("<s>", "</s>") stay text, unless `special`: then they become their ids,
+        and what stands between them is encoded as texts of their own. Raises `Error` when `text` holds a lone
+        surrogate, which no Unicode text does.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            found = f"U+{ord(text[error.start]):04X} at character {error.start}"
+            raise Error(f"the text is not valid Unicode: a lone surrogate, {found}") from None
+        ids = [self.bos_id] if bos and self.add_bos and self.bos_id is not None else []
+        for part in self._control_pattern.split(text) if special else [text]:
+            control = self._controls.get(part) if special else None
+            ids += [control] if control is not None else self._encode_text(part)
+        return [*ids, self.eos_id] if bos and self.add_eos and self.eos_id is not None else ids
+
+    def decode(self, ids: Iterable[SupportsIndex]) -> str:
+        """Ids → text, without the leading space that encoding adds; bytes that are no UTF-8 become U+FFFD each."""
+        decoder = self.decoder()
+        return "".join([*map(decoder.push, ids), decoder.flush()])
+
+    def decoder(self, at_start: bool = True) -> Decoder:
+        """A `Decoder` for a stream of ids; `at_start` False when its text continues another, so that spaces stay."""
+        return Decoder(self, self._strip if at_start else Strip.NONE)
+
+    def token_bytes(self, token: SupportsIndex) -> bytes:
+        """The bytes of UTF-8 that a token contributes to text, its leading space included; control tokens have none."""
+        return self.entry(token)[1]
+
+    def entry(self, token: SupportsIndex) -> tuple[Kind, bytes]:
+        """The kind and the bytes of a token; looked up once, so that a vocabulary costs nothing until it is used."""
+        checked = self._check(token)
+        if (entry := self._entries.get(checked)) is None:
+            entry = self._entries[checked] = self._read_entry(checked)
+        return entry
+
+    def piece(self, token: SupportsIndex) -> str:
+        """A token as the vocabulary spells it, for display: "▁the", "<0x0A>", "<s>"."""
+        return self._read_piece(self._check(token))
+
+    @abstractmethod
+    def vocabulary(self) -> Vocabulary:
+        """The vocabulary, to be written to a file. Raises `UnsupportedError` when these terms cannot express it."""
+
+    def _check(self, token: SupportsIndex) -> int:
+        checked = operator.index(token)  # NumPy's integers become Python's
+        if not 0 <= checked < self.vocab_size:
+            raise Error(f"token id {checked} is outside the vocabulary of {self.vocab_size:,}")
+        return checked
+
+    @cached_property
+    def _control_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self._controls, key=len, reverse=True)
+        return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else r"(?!)")
+
+    @property
+    @abstractmethod
+    def _controls(self) -> dict[str, int]:
+        """Spelling → id of the control tokens."""
+
+    @abstractmethod
+    def _encode_text(self, text: str) -> list[int]:
+        """Ids of valid Unicode text; none for the empty one."""
+
+    @abstractmethod
+    def _read_entry(self, token: int) -> tuple[Kind, bytes]: ...
+
+    @abstractmethod
+    def _read_piece(self, token: int) -> str: ...
+
+
+class Decoder:
+    """Ids one at a time → text that never ends inside a character."""
+
+    def __init__(self, tokenizer: Tokenizer, strip: Strip) -> None:
+        self._tokenizer = tokenizer
+        self._strip = strip
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(_REPLACE_BYTES)
+
+    def push(self, token: SupportsIndex) -> str:
+        """The text that is complete with `token`: "" while a character's bytes are not all there."""
+        kind, data = self._tokenizer.entry(token)
+        if kind is Kind.BYTE:
+            self._strip = Strip.NONE
+            return self._utf8.decode(data)
+        if kind is Kind.TEXT and self._strip is not Strip.NONE:
+            stripped = data.removeprefix(b" ")
+            if stripped or (stripped != data and self._strip is Strip.ONE):
+                self._strip = Strip.NONE
+            data = stripped
+        elif data:
+            self._strip = Strip.NONE
+        return self._utf8.decode(data, True)  # True: any token that is no byte ends a character cut short
+
+    def flush(self) -> str:
+        """End the text: bytes held back, which no longer become a character, are given as U+FFFD each."""
+        return self._utf8.decode(b"", True)
+
+
+def _replace_bytes(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    return "\ufffd" * (error.end - error.start), error.end
+
+
+# One U+FFFD a byte, as sentencepiece does; Python's own "replace" gives one for a whole truncated character.
+_REPLACE_BYTES = "numballama.replace-bytes"
+codecs.register_error(_REPLACE_BYTES, _replace_bytes)

@@ -1,0 +1,948 @@
+"""GGUF: what is written comes back, as the gguf package reads and writes it; nothing hostile gets beyond an Error."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import random
+import struct
+import time
+import tracemalloc
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from conftest import configs, random_checkpoint
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+import numballama
+from numballama import protobuf, quant
+from numballama.checkpoint import Weight
+from numballama.config import BF16, F16, F32, HALF_SPLIT, Q8_0, ModelConfig, WeightType
+from numballama.errors import Error, FormatError, UnsupportedError
+from numballama.files import map_file
+from numballama.formats import WRITERS
+from numballama.formats.gguf import tensor_name
+from numballama.formats.gguf_writer import write_gguf
+from numballama.gguf_header import TENSOR_TYPES, Header
+from numballama.loader import open_checkpoint
+from numballama.tokenizer import GgufTokenizer, PieceType, Tokenizer, Vocabulary, load_tokenizer
+
+CONFIG = ModelConfig(32, 64, 2, 4, 2, 300, 16, tied_embeddings=False)
+TYPES = {"F32": F32, "F16": F16, "BF16": BF16, "Q8_0": Q8_0}
+
+
+def weights_of(config: ModelConfig, kind: WeightType = F32, seed: int = 0) -> dict[str, Weight]:
+    weights = random_checkpoint(config, seed).weights
+    return {name: quant.convert(w, kind) if len(w.shape) == 2 else w for name, w in weights.items()}
+
+
+def letters(size: int) -> GgufTokenizer:
+    """Ids 0 to 2 unknown, BOS and EOS, all bytes, then the letters and made-up pieces."""
+    pieces = [b"<unk>", b"<s>", b"</s>", *(b"<0x%02X>" % byte for byte in range(256)), "▁".encode()]
+    pieces += [bytes([byte]) for byte in b"abcdefghijklmnopqrstuvwxyz"]
+    pieces += [b"piece%d" % index for index in range(size - len(pieces))]
+    types = [PieceType.UNKNOWN, *[PieceType.CONTROL] * 2, *[PieceType.BYTE] * 256]
+    types += [PieceType.NORMAL] * (size - len(types))
+    return GgufTokenizer(Vocabulary(pieces, [-float(token) for token in range(size)], types, 1, 2, 0))
+
+
+def save(path: Path, config: ModelConfig = CONFIG, kind: WeightType = F32, **more: Any) -> Path:
+    write_gguf(path, config, weights_of(config, kind), **more)
+    return path
+
+
+# ---- files by hand ----
+
+U32, F32_, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9
+
+
+def text(value: str | bytes) -> bytes:
+    data = value.encode() if isinstance(value, str) else value
+    return struct.pack("<Q", len(data)) + data
+
+
+def entry(key: str | bytes, kind: int, payload: bytes) -> bytes:
+    return text(key) + struct.pack("<I", kind) + payload
+
+
+def array(kind: int, count: int, payload: bytes = b"") -> bytes:
+    return struct.pack("<IQ", kind, count) + payload
+
+
+def tensor(name: str | bytes, dims: list[int], kind: int = 0, offset: int = 0) -> bytes:
+    return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
+
+
+def container(
+    entries: list[bytes], tensors: list[bytes], data: bytes = b"", version: int = 3, align: int = 32
+) -> bytes:
+    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(entries)) + b"".join(entries + tensors)
+    return head + bytes(-len(head) % align) + data
+
+
+def entries_of(data: bytes) -> dict[str, tuple[int, int]]:
+    """Key → where its whole metadata entry begins and ends, by a walk of this test's own."""
+    sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+    at, found = 24, {}
+
+    def skip_string(at: int) -> int:
+        return at + 8 + int(struct.unpack_from("<Q", data, at)[0])
+
+    for _ in range(struct.unpack_from("<Q", data, 16)[0]):
+        start, at = at, skip_string(at)
+        key = data[start + 8 : at].decode()
+        kind, items = struct.unpack_from("<I", data, at)[0], 1
+        at += 4
+        if kind == ARRAY:
+            kind, items = struct.unpack_from("<IQ", data, at)
+            at += 12
+        if kind == STRING:
+            for _ in range(items):
+                at = skip_string(at)
+        else:
+            at += items * sizes[kind]
+        found[key] = start, at
+    return found
+
+
+def edited(path: Path, changes: Mapping[str, bytes | None], drop: str = "", extra: tuple[bytes, ...] = ()) -> bytes:
+    """The file with metadata entries replaced, added or left out (None), without tensor `drop`, with `extra` ones."""
+    header, data = Header(map_file(path)), path.read_bytes()
+    entries: dict[str, bytes | None] = {key: data[start:end] for key, (start, end) in entries_of(data).items()}
+    kinds = {name: number for number, (name, *_) in TENSOR_TYPES.items()}
+    infos = [
+        tensor(t.name, list(t.shape[::-1]), kinds[t.type], t.offset - header.data_offset)
+        for t in header.tensors.values()
+        if t.name != drop
+    ]
+    kept = [value for value in (entries | dict(changes)).values() if value]
+    return container(kept, [*infos, *extra], data[header.data_offset :])
+
+
+# ---- round trips ----
+
+
+@settings(max_examples=40)
+@given(config=configs(biases=True), kind=st.sampled_from([F32, F16, BF16]), seed=st.integers(0, 99), data=st.data())
+def test_models_round_trip(tmp_path: Path, config: ModelConfig, kind: WeightType, seed: int, data: Any) -> None:
+    config = replace(
+        config,
+        head_dim=data.draw(st.sampled_from([config.head_dim, 2, 6])),
+        norm_eps=data.draw(st.sampled_from([1e-5, 1e-6, 0.0])),
+        rope_theta=data.draw(st.sampled_from([10000.0, 500000.0, 1e6])),
+    )
+    path, again = tmp_path / "model.gguf", tmp_path / "again.gguf"
+    weights = weights_of(config, kind, seed)
+    assert write_gguf(path, config, weights, name="a name") == []
+    opened = open_checkpoint(path)
+    assert opened.config == config
+    assert (opened.format, opened.tokenizer, opened.notes, opened.assumed) == ("GGUF v3", None, [], ())
+    assert not opened.bos_ends_text
+    assert list(opened.weights) == list(config.weight_shapes())
+    for name, weight in opened.weights.items():
+        assert (weight.shape, weight.type) == (weights[name].shape, weights[name].type)
+        np.testing.assert_array_equal(weight.data, weights[name].data)
+        assert not weight.data.flags.writeable
+        assert not weight.data.flags.owndata
+    write_gguf(again, opened.config, opened.weights, name="a name")
+    assert again.read_bytes() == path.read_bytes()
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_gguf_package_writes_the_same_file(tmp_path: Path, kind: str) -> None:
+    """Byte for byte: what a peer's own library makes of the same keys and tensors, in the same order."""
+    gguf = pytest.importorskip("gguf")
+    config, tokenizer = replace(CONFIG, head_dim=16), letters(300)
+    weights = weights_of(config, TYPES[kind])
+    ours, theirs = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
+    extra = {"general.license": "mit", "general.size_label": "tiny", "test.flag": True, "test.number": 0.5, "test.n": 7}
+    write_gguf(ours, config, weights, tokenizer=tokenizer, name="tiny", chat_template="{{x}}", metadata=extra)
+
+    w = gguf.GGUFWriter(theirs, "llama")
+    w.add_type("model")
+    w.add_name("tiny")
+    w.add_file_type({"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7}[kind])
+    if kind == "Q8_0":
+        w.add_quantization_version(2)
+    w.add_vocab_size(300)
+    w.add_context_length(16)
+    w.add_embedding_length(32)
+    w.add_block_count(2)
+    w.add_feed_forward_length(64)
+    w.add_rope_dimension_count(16)
+    w.add_rope_freq_base(10000.0)
+    w.add_head_count(4)
+    w.add_head_count_kv(2)
+    w.add_layer_norm_rms_eps(1e-5)
+    w.add_key_length(16)
+    w.add_value_length(16)
+    vocabulary = tokenizer.vocabulary()
+    w.add_tokenizer_model("llama")
+    w.add_tokenizer_pre("default")
+    w.add_token_list(vocabulary.pieces)
+    w.add_token_scores(vocabulary.scores)
+    w.add_token_types(vocabulary.types)
+    w.add_bos_token_id(1)
+    w.add_eos_token_id(2)
+    w.add_unk_token_id(0)
+    w.add_add_bos_token(True)
+    w.add_add_eos_token(False)
+    w.add_add_space_prefix(True)
+    w.add_chat_template("{{x}}")
+    w.add_license("mit")
+    w.add_size_label("tiny")
+    w.add_bool("test.flag", True)
+    w.add_float32("test.number", 0.5)
+    w.add_uint32("test.n", 7)
+    for name, weight in weights.items():
+        raw = gguf.GGMLQuantizationType[kind] if len(weight.shape) == 2 else None
+        data = weight.data.view(
+            {"F16": np.float16, "BF16": np.uint8}.get(kind, weight.data.dtype) if raw else np.float32
+        )
+        w.add_tensor(tensor_name(name), data, raw_dtype=raw)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_the_gguf_package_reads_what_we_write(tmp_path: Path, kind: str) -> None:
+    gguf = pytest.importorskip("gguf")
+    path = save(tmp_path / "m.gguf", kind=TYPES[kind], tokenizer=letters(300), name="tiny")
+    header, reader = Header(map_file(path)), gguf.GGUFReader(path)
+    theirs = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
+    assert list(theirs) == list(header.fields)
+    assert header.text("general.name") == theirs["general.name"].contents() == "tiny"
+    assert header.integer("llama.context_length") == theirs["llama.context_length"].contents() == 16
+    assert header.number("llama.attention.layer_norm_rms_epsilon") == 1e-5
+    assert header.flag("tokenizer.ggml.add_bos_token") is theirs["tokenizer.ggml.add_bos_token"].contents() is True
+    tokens = theirs["tokenizer.ggml.tokens"]
+    assert header.strings("tokenizer.ggml.tokens") == [bytes(tokens.parts[index]) for index in tokens.data]
+    for key in ("scores", "token_type"):
+        numbers = header.numbers(f"tokenizer.ggml.{key}")
+        assert numbers is not None
+        assert numbers.tolist() == theirs[f"tokenizer.ggml.{key}"].contents()
+    for ours, other in zip(header.tensors.values(), reader.tensors, strict=True):
+        assert (ours.name, ours.type, list(ours.shape[::-1])) == (other.name, other.tensor_type.name, list(other.shape))
+        assert (ours.offset, ours.nbytes) == (other.data_offset, other.n_bytes)
+    opened = open_checkpoint(path)
+    for name, weight in opened.weights.items():
+        their = next(t for t in reader.tensors if t.name == tensor_name(name))
+        wanted = gguf.quants.dequantize(their.data, their.tensor_type)
+        np.testing.assert_array_equal(quant.dequantize(weight), wanted.reshape(weight.shape))
+
+
+def test_types_are_ggmls() -> None:
+    gguf = pytest.importorskip("gguf")
+    assert {int(kind): (kind.name, *size) for kind, size in gguf.GGML_QUANT_SIZES.items()} == TENSOR_TYPES
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_half_split_models_are_permuted(tmp_path: Path, kind: str) -> None:
+    """To the last bit the permutation of llama.cpp's converter, and the same logits."""
+    config = replace(CONFIG, rope_pairing=HALF_SPLIT, qkv_bias=True)
+    weights = weights_of(config, TYPES[kind])
+    path = tmp_path / "m.gguf"
+    write_gguf(path, config, weights)
+    opened = open_checkpoint(path)
+    assert opened.config == replace(config, rope_pairing="interleaved")
+    for name, heads in (("wq", 4), ("wk", 2), ("bq", 4), ("bk", 2)):
+        numbers = weights[f"layers.1.{name}"].data
+        wanted = numbers.reshape(heads, 2, len(numbers) // heads // 2, *numbers.shape[1:]).swapaxes(1, 2)
+        np.testing.assert_array_equal(opened.weights[f"layers.1.{name}"].data, wanted.reshape(numbers.shape))
+    if kind == "F32":
+        WRITERS["kuiper"](tmp_path / "m.bin", config, weights)
+        half = numballama.compile(tmp_path / "m.bin", device="reference", rope_pairing="half", norm_eps=1e-5)
+        got = numballama.compile(path, device="reference").logits(range(10))
+        np.testing.assert_allclose(got, half.logits(range(10)), atol=1e-5)
+
+
+def test_narrow_norms_become_float32(tmp_path: Path) -> None:
+    """F16 and BF16 norms, which some converters write, and outer dimensions of 1."""
+    path = save(tmp_path / "m.gguf")
+    header, data = Header(map_file(path)), bytearray(path.read_bytes())
+    info = header.tensors["output_norm.weight"]
+    name = data.index(b"output_norm.weight")
+    kind_at = name + len("output_norm.weight") + 4 + 8
+    for number, kind in ((1, F16), (30, BF16)):
+        norm = random_checkpoint(CONFIG).weights["norm"]
+        narrow = quant.convert(norm, kind)
+        struct.pack_into("<I", data, kind_at, number)
+        data[info.offset : info.offset + 64] = narrow.data.tobytes()
+        path.write_bytes(data)
+        weight = open_checkpoint(path).weights["norm"]
+        assert weight.type == F32
+        np.testing.assert_array_equal(weight.data, quant.dequantize(narrow))
+    struct.pack_into("<I", data, kind_at, 8)
+    path.write_bytes(data)
+    with pytest.raises(UnsupportedError, match=r"output_norm\.weight has type Q8_0; supported are F32, F16, BF16$"):
+        open_checkpoint(path)
+
+
+def test_the_writer_refuses(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    with pytest.raises(UnsupportedError, match="cannot hold tok_embeddings as int8/32; convert it to f32"):
+        save(path, kind=WeightType("int8", 32))
+    with pytest.raises(Error, match="output in one but not the other"):
+        write_gguf(path, CONFIG, weights_of(replace(CONFIG, tied_embeddings=True)))
+    with pytest.raises(Error, match="wq has shape"):
+        write_gguf(path, replace(CONFIG, head_dim=4), weights_of(CONFIG))
+    with pytest.raises(Error, match=r"301 tokens does not belong to a model of 300"):
+        save(path, tokenizer=letters(301))
+    with pytest.raises(Error, match="repeats a key"):
+        save(path, metadata={"general.architecture": "gpt2"})
+    for value in (1 << 32, -1, 1e300):
+        with pytest.raises(UnsupportedError, match="too small"):
+            save(path, metadata={"a": value})
+    with pytest.raises(Error, match="found list"):
+        save(path, metadata={"a": [1]})  # type: ignore[dict-item]
+    with pytest.raises(UnsupportedError, match="rope"):
+        save(path, replace(CONFIG, rope_theta=1e300))
+    assert not list(tmp_path.iterdir())
+
+
+# ---- metadata that asks for more or less ----
+
+
+def u32(key: str, value: int) -> bytes:
+    return entry(key, U32, struct.pack("<I", value))
+
+
+def f32(key: str, value: float) -> bytes:
+    return entry(key, F32_, struct.pack("<f", value))
+
+
+SCALING = "llama.rope.scaling."
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        (
+            "general.architecture",
+            entry("general.architecture", STRING, text("qwen2")),
+            "architecture 'qwen2'; supported",
+        ),
+        ("general.type", entry("general.type", STRING, text("adapter")), "of type 'adapter'"),
+        ("split.count", entry("split.count", 2, struct.pack("<H", 3)), "one of 3 parts"),
+        (f"{SCALING}type", entry(f"{SCALING}type", STRING, text("yarn")), "'yarn'"),
+        (f"{SCALING}factor", f32(f"{SCALING}factor", 4.0), r"rope\.scaling\.factor is 4,"),
+        ("llama.rope.scale_linear", f32("llama.rope.scale_linear", 2.0), "scale_linear is 2"),
+        ("llama.expert_count", u32("llama.expert_count", 8), "expert_count is 8"),
+        ("llama.rope.dimension_count", u32("llama.rope.dimension_count", 4), "dimension_count is 4 and heads have 8"),
+        ("llama.attention.value_length", u32("llama.attention.value_length", 4), "value_length is 4"),
+        ("llama.attention.causal", entry("llama.attention.causal", BOOL, b"\0"), "causal"),
+    ],
+)
+def test_what_is_not_supported_is_named(tmp_path: Path, key: str, change: bytes, message: str) -> None:
+    path = save(tmp_path / "m.gguf")
+    path.write_bytes(edited(path, {key: change}))
+    with pytest.raises(UnsupportedError, match=message):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {f"{SCALING}type": entry(f"{SCALING}type", STRING, text("none"))},
+        {
+            f"{SCALING}type": entry(f"{SCALING}type", STRING, text("none")),
+            f"{SCALING}factor": f32(f"{SCALING}factor", 8.0),
+        },
+        {
+            f"{SCALING}type": entry(f"{SCALING}type", STRING, text("linear")),
+            f"{SCALING}factor": f32(f"{SCALING}factor", 1.0),
+        },
+        {"split.count": entry("split.count", 2, struct.pack("<H", 1))},
+        {"llama.vocab_size": None},
+        {"llama.rope.freq_base": None},
+        {"llama.rope.dimension_count": None},
+        {"general.type": None, "tokenizer.ggml.model": None},
+        {"llama.context_length": entry("llama.context_length", 10, struct.pack("<Q", 16))},
+        {"llama.attention.head_count_kv": entry("llama.attention.head_count_kv", 5, struct.pack("<i", 2))},
+        {
+            "llama.attention.layer_norm_rms_epsilon": entry(
+                "llama.attention.layer_norm_rms_epsilon", 12, struct.pack("<d", 1e-5)
+            )
+        },
+        {"x": entry("x", ARRAY, array(BOOL, 3, b"\0\1\0"))},
+    ],
+)
+def test_what_asks_for_nothing_is_accepted(tmp_path: Path, changes: dict[str, bytes | None]) -> None:
+    path = save(tmp_path / "m.gguf")
+    path.write_bytes(edited(path, changes))
+    assert open_checkpoint(path).config == CONFIG
+
+
+@pytest.mark.parametrize("alignment", [8, 32, 256])
+def test_other_alignments(tmp_path: Path, alignment: int) -> None:
+    gguf = pytest.importorskip("gguf")
+    path, other = save(tmp_path / "m.gguf"), tmp_path / "other.gguf"
+    w = gguf.GGUFWriter(other, "llama")
+    w.add_custom_alignment(alignment)
+    for field in gguf.GGUFReader(path).fields.values():
+        if not field.name.startswith(("GGUF.", "general.")):
+            w.add_key_value(field.name, field.contents(), field.types[0])
+    opened = open_checkpoint(path)
+    for name, weight in opened.weights.items():
+        w.add_tensor(tensor_name(name), weight.data)
+    w.write_header_to_file()
+    w.write_kv_data_to_file()
+    w.write_tensors_to_file()
+    w.close()
+    again = open_checkpoint(other)
+    assert again.config == opened.config
+    for name, weight in opened.weights.items():
+        np.testing.assert_array_equal(again.weights[name].data, weight.data)
+
+
+def test_version_2_and_other_versions(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.gguf")
+    data = bytearray(path.read_bytes())
+    for version, order, message in ((1, "<", "version 1"), (4, "<", "version 4"), (3, ">", "big-endian"), (2, "<", "")):
+        struct.pack_into(f"{order}I", data, 4, version)
+        path.write_bytes(data)
+        if message:
+            with pytest.raises(UnsupportedError, match=message):
+                open_checkpoint(path)
+    assert open_checkpoint(path).format == "GGUF v2"
+
+
+@pytest.mark.parametrize(
+    ("key", "change", "message"),
+    [
+        ("general.architecture", None, "expected general.architecture"),
+        ("llama.block_count", None, "expected llama.block_count"),
+        ("llama.block_count", u32("llama.block_count", 0), "bad llama.block_count.*at byte"),
+        ("llama.block_count", u32("llama.block_count", 3), r"blk\.2\.attn_norm\.weight"),
+        ("llama.block_count", u32("llama.block_count", 1 << 20), "expected 1 to 1,024"),
+        (
+            "llama.block_count",
+            entry("llama.block_count", STRING, text("two")),
+            "wrong type.*expected an integer; found STRING",
+        ),
+        ("llama.block_count", entry("llama.block_count", ARRAY, array(U32, 1, bytes(4))), "found an array of 1 UINT32"),
+        ("llama.context_length", u32("llama.context_length", 0xFFFFFFFF), "context_length"),
+        ("llama.feed_forward_length", u32("llama.feed_forward_length", 96), "wrong shape"),
+        ("llama.attention.head_count", u32("llama.attention.head_count", 5), "cannot be"),
+        ("llama.attention.head_count", u32("llama.attention.head_count", 33), "key_length"),
+        ("llama.attention.head_count_kv", u32("llama.attention.head_count_kv", 3), "multiple of n_kv_heads"),
+        ("llama.vocab_size", u32("llama.vocab_size", 299), "wrong shape"),
+        ("llama.rope.freq_base", f32("llama.rope.freq_base", float("nan")), "rope_theta"),
+        ("llama.rope.freq_base", f32("llama.rope.freq_base", 0.0), "rope_theta"),
+        ("llama.attention.layer_norm_rms_epsilon", None, "layer_norm_rms_epsilon"),
+        ("general.architecture", entry("general.architecture", STRING, text(b"\xff\xfe")), "not UTF-8"),
+        ("llama.attention.causal", entry("llama.attention.causal", BOOL, b"\2"), "neither true nor false"),
+    ],
+)
+def test_impossible_models(tmp_path: Path, key: str, change: bytes | None, message: str) -> None:
+    path = save(tmp_path / "m.gguf")
+    path.write_bytes(edited(path, {key: change}))
+    with pytest.raises(FormatError, match=message):
+        open_checkpoint(path)
+
+
+def test_tensors_too_few_and_too_many(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.gguf")
+    whole = path.read_bytes()
+    for name in ("token_embd.weight", "blk.1.ffn_up.weight", "output_norm.weight"):
+        path.write_bytes(whole)
+        path.write_bytes(edited(path, {}, drop=name))
+        with pytest.raises(FormatError, match=name.replace(".", r"\.")):
+            open_checkpoint(path)
+    path.write_bytes(whole)
+    path.write_bytes(edited(path, {}, drop="output.weight"))
+    assert open_checkpoint(path).config.tied_embeddings
+    path.write_bytes(whole)
+    header = Header(map_file(path))
+    offset = header.tensors["output.weight"].offset - header.data_offset
+    for name, message in (("rope_freqs.weight", "Llama 3.1"), ("blk.0.attn_output.bias", "has no place")):
+        path.write_bytes(whole)
+        path.write_bytes(edited(path, {}, drop="output.weight", extra=(tensor(name, [1], 0, offset),)))
+        with pytest.raises(UnsupportedError, match=message):
+            open_checkpoint(path)
+
+
+def test_unsupported_tensor_types_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    save(path)
+    data = bytearray(path.read_bytes())
+    at = data.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 16
+    for number, message in ((2, "has type Q4_0; supported are F32, F16, BF16, Q8_0$"), (4, "has type 4 .*known: F32")):
+        struct.pack_into("<I", data, at, number)
+        path.write_bytes(data)
+        with pytest.raises(UnsupportedError, match=rf"tensor blk\.0\.attn_q\.weight {message}"):
+            open_checkpoint(path)
+
+
+# ---- damage ----
+
+HOSTILE = {
+    "no GGUF": b"GGUX" + bytes(40),
+    "the magic alone": b"GGUF",
+    "half a count": b"GGUF" + struct.pack("<IQ", 3, 0) + b"\0\0",
+    "many tensors": b"GGUF" + struct.pack("<IQQ", 3, 1 << 62, 0) + bytes(100),
+    "many keys": b"GGUF" + struct.pack("<IQQ", 3, 0, (1 << 64) - 1) + bytes(100),
+    "more keys than bytes": b"GGUF" + struct.pack("<IQQ", 3, 0, 9) + bytes(100),
+    "an array of 2^40": container([entry("a", ARRAY, array(U32, 1 << 40))], [], bytes(100)),
+    "2^40 strings": container([entry("a", ARRAY, array(STRING, 1 << 40))], [], bytes(100)),
+    "2^61 numbers": container([entry("a", ARRAY, array(10, 1 << 61))], [], bytes(100)),
+    "arrays in arrays": container([entry("a", ARRAY, array(ARRAY, 1, array(U32, 1, bytes(4))))], []),
+    "a long string": container([entry("a", STRING, struct.pack("<Q", 1 << 63))], [], bytes(50)),
+    "a string of 2^64-1": container([entry("a", STRING, struct.pack("<Q", (1 << 64) - 1))], [], bytes(50)),
+    "strings that end early": container([entry("a", ARRAY, array(STRING, 2, text("b") + b"\1"))], [], align=1),
+    "a type of 13": container([entry("a", 13, bytes(8))], []),
+    "a type of 13 in an array": container([entry("a", ARRAY, array(13, 1, bytes(8)))], []),
+    "a key twice": container([u32("a", 1), u32("a", 1)], []),
+    "an empty key": container([u32("", 1)], []),
+    "a long key": b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 40) + bytes(50),
+    "a key that is no UTF-8": container([entry(b"\xff\xfe", U32, bytes(4))], []),
+    "alignment 0": container([u32("general.alignment", 0)], []),
+    "alignment 3": container([u32("general.alignment", 3)], []),
+    "alignment as text": container([entry("general.alignment", STRING, text("32"))], []),
+    "alignment 2^31": container([u32("general.alignment", 1 << 31)], [tensor("t", [1])], bytes(4)),
+    "a tensor twice": container([], [tensor("t", [1]), tensor("t", [1], offset=32)], bytes(64)),
+    "a tensor's name that is no UTF-8": container([], [tensor(b"\xc3", [1])], bytes(64)),
+    "five dimensions": container([], [tensor("t", [1] * 5)], bytes(64)),
+    "2^32-1 dimensions": container([], [text("t") + b"\xff" * 4 + bytes(50)], bytes(64)),
+    "no numbers": container([], [tensor("t", [4, 0])], bytes(64)),
+    "2^64 numbers and more": container([], [tensor("t", [1 << 63] * 4)], bytes(64)),
+    "blocks cut apart": container([], [tensor("t", [33], 8)], bytes(64)),
+    "off the grid": container([], [tensor("t", [1], offset=4)], bytes(64)),
+    "behind the end": container([], [tensor("t", [16], offset=32)], bytes(64)),
+    "far behind the end": container([], [tensor("t", [1], offset=1 << 63)], bytes(64)),
+    "one on another": container([], [tensor("t", [16]), tensor("u", [1], offset=32)], bytes(128)),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+@pytest.mark.parametrize("function", [open_checkpoint, load_tokenizer, numballama.inspect])
+def test_hostile_containers(tmp_path: Path, what: str, function: Callable[[Path], Any]) -> None:
+    path = tmp_path / "hostile.gguf"
+    path.write_bytes(HOSTILE[what])
+    tracemalloc.start()
+    started = time.perf_counter()
+    with pytest.raises(FormatError) as caught:
+        function(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
+    assert time.perf_counter() - started < 1
+    assert caught.value.path == path
+    if what != "no GGUF":
+        assert caught.value.where is not None or caught.value.expected is not None
+
+
+def test_many_strings_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    count = (1 << 22) + 1
+    path.write_bytes(container([entry("a", ARRAY, array(STRING, count, bytes(8 * count)))], []))
+    started = time.perf_counter()
+    with pytest.raises(FormatError, match="too many strings"):
+        open_checkpoint(path)
+    assert time.perf_counter() - started < 0.5
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    path = tmp_path_factory.mktemp("sample") / "m.gguf"
+    config = replace(CONFIG, n_layers=1, vocab_size=290)
+    save(path, config, Q8_0, tokenizer=letters(290), name="sample", chat_template="{{ x }}")
+    return path.read_bytes()
+
+
+def test_truncation_at_every_boundary(tmp_path: Path, sample: bytes) -> None:
+    path = tmp_path / "m.gguf"
+    path.write_bytes(sample)
+    header = Header(map_file(path))
+    places = {4, 8, 16, 24, header.data_offset, *(start for start, _ in entries_of(sample).values())}
+    places |= {field.offset for field in header.fields.values()}
+    for info in header.tensors.values():
+        at = sample.index(info.name.encode())
+        places |= {at - 8, at, at + len(info.name), at + len(info.name) + 4, info.offset, info.offset + info.nbytes}
+    path = tmp_path / "cut.gguf"
+    last = max(info.offset + info.nbytes for info in header.tensors.values())
+    for size in sorted({place + more for place in places for more in (-1, 0, 1)} & set(range(1, last))):
+        path.write_bytes(sample[:size])
+        with pytest.raises(FormatError):
+            open_checkpoint(path)
+
+
+def test_mutations_end_in_an_error_or_in_a_model(tmp_path: Path, sample: bytes) -> None:
+    """Bits, bytes, words of extreme values, cuts and moves, most of them in the directory; the same ones every time."""
+    rng = random.Random(4)
+    path = tmp_path / "m.gguf"
+    path.write_bytes(sample)
+    head = Header(map_file(path)).data_offset
+    vocabulary = sample.index(b"tokenizer.ggml.tokens")
+    extremes = [0, 1, 2, 3, 7, 8, 9, 13, 31, 32, 255, 1 << 15, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 63, (1 << 64) - 1]
+    opened = 0
+    started = time.perf_counter()
+    for _ in range(3000):
+        data = bytearray(sample)
+        for _ in range(rng.choice((1, 1, 1, 2, 5))):
+            at = rng.randrange(rng.choice((vocabulary, head, head, len(sample))))
+            match rng.randrange(5):
+                case 0:
+                    data[at] ^= 1 << rng.randrange(8)
+                case 1:
+                    data[at] = rng.randrange(256)
+                case 2:
+                    width = rng.choice((4, 8))
+                    data[at : at + width] = rng.choice(extremes).to_bytes(8, "little")[:width]
+                case 3:
+                    del data[at : at + rng.choice((1, 4, 8, 100))]
+                case 4:
+                    start = rng.randrange(head)
+                    data[at:at] = data[start : start + rng.choice((1, 4, 8, 60))]
+        path.unlink()  # the mapping of the last one may live on
+        path.write_bytes(data)
+        try:
+            checkpoint = open_checkpoint(path)
+        except Error:
+            continue
+        opened += 1
+        for weight in checkpoint.weights.values():
+            assert weight.data.nbytes == weight.type.nbytes(int(np.prod(weight.shape)))
+        if (tokenizer := checkpoint.tokenizer) is not None:
+            tokenizer.decode(range(tokenizer.vocab_size))
+            with contextlib.suppress(Error):  # a vocabulary may lack what a text needs
+                tokenizer.encode("Once upon a time 🙂\0 <s>", special=True)
+    assert 100 < opened < 2500
+    assert time.perf_counter() - started < 15
+
+
+def test_a_large_vocabulary_opens_quickly(tmp_path: Path) -> None:
+    """32,000 pieces: the header in a few milliseconds, and next to no memory until they are asked for."""
+    config = replace(CONFIG, vocab_size=32000)
+    path = save(tmp_path / "m.gguf", config, Q8_0, tokenizer=letters(32000))
+    times = []
+    for _ in range(5):
+        started = time.perf_counter()
+        Header(map_file(path))
+        times.append(time.perf_counter() - started)
+    assert min(times) < 0.05
+    tracemalloc.start()
+    header = Header(map_file(path))
+    assert tracemalloc.get_traced_memory()[1] < 200_000
+    assert len(header.strings("tokenizer.ggml.tokens") or []) == 32000
+    open_checkpoint(path)
+    assert tracemalloc.get_traced_memory()[1] < 16_000_000
+    tracemalloc.stop()
+
+
+# ---- tokenizers ----
+
+STORY = "Once upon a time, there was a little girl named Lily. She said: “I'd like a café crème!”\nThe end. 12 34  5\t6"
+
+
+STORY_BEGINS = "once upon a time there was a little girl who loved to play in the garden with her red ball"
+WORDS = STORY_BEGINS.split(" ")
+
+
+def trained(**options: Any) -> SentencePieceProcessor:
+    """A small sentencepiece model, trained as the story model's tokenizer is, unless `options` say otherwise."""
+    rng = random.Random(1)
+    lines = [
+        " ".join(rng.choices(WORDS, k=12)).capitalize() + rng.choice([".", "!", "?  Yes", " 12"]) for _ in range(300)
+    ]
+    out = io.BytesIO()
+    options = {
+        "vocab_size": 380,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "remove_extra_whitespaces": False,
+    } | options
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=out,
+        normalization_rule_name=options.pop("normalization_rule_name", "identity"),
+        minloglevel=2,
+        **options,
+    )
+    return SentencePieceProcessor(model_proto=out.getvalue())
+
+
+def through_gguf(folder: Path, processor: SentencePieceProcessor) -> tuple[Tokenizer, Tokenizer]:
+    """The processor's model by the library, and by ours after it went through a GGUF file."""
+    model, path = folder / "t.model", folder / "t.gguf"
+    model.write_bytes(processor.serialized_model_proto())
+    library = load_tokenizer(model)
+    config = replace(CONFIG, vocab_size=processor.vocab_size())
+    write_gguf(path, config, weights_of(config), tokenizer=library)
+    ours = open_checkpoint(path).tokenizer
+    assert ours is not None
+    assert isinstance(ours, GgufTokenizer)
+    assert ours.vocabulary() == replace(library.vocabulary(), notes=())
+    return library, ours
+
+
+@pytest.fixture(scope="module", params=["trained", "no prefix", "llama2"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Tokenizer]:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    if request.param == "llama2":
+        models: Path = request.getfixturevalue("models")
+        return through_gguf(folder, SentencePieceProcessor(str(models / "llama2_tokenizer.model")))
+    return through_gguf(folder, trained(add_dummy_prefix=request.param == "trained"))
+
+
+@settings(max_examples=200)
+@given(
+    text=st.one_of(
+        st.text(max_size=60),
+        st.text("aeoth ▁.,\n🙂é", max_size=80),
+        st.text(" ", max_size=70),
+        st.lists(st.sampled_from([*STORY.split(), " ", "  ", "<s>", "</s>", "<0x41>", "<unk>"])).map(" ".join),
+    )
+)
+def test_ids_and_text_are_sentencepieces(pair: tuple[Tokenizer, Tokenizer], text: str) -> None:
+    library, ours = pair
+    assert ours.encode(text) == library.encode(text)
+    assert ours.encode(text, special=True) == library.encode(text, special=True)
+    ids = ours.encode(text, bos=False)
+    assert ours.decode(ids) == library.decode(ids) == text.replace("▁", " ")
+
+
+def test_a_story_and_long_runs(pair: tuple[Tokenizer, Tokenizer]) -> None:
+    library, ours = pair
+    for text in (STORY, "a" * 5000, " " * 5000, "🙂" * 500, STORY * 20):
+        assert ours.encode(text) == library.encode(text)
+
+
+@settings(max_examples=100)
+@given(data=st.data())
+def test_any_ids_decode_as_sentencepieces(pair: tuple[Tokenizer, Tokenizer], data: Any) -> None:
+    library, ours = pair
+    ids = data.draw(st.lists(st.integers(0, ours.vocab_size - 1) | st.integers(0, 300), max_size=25))
+    assert ours.decode(ids) == library.decode(ids)
+
+
+def test_every_piece(pair: tuple[Tokenizer, Tokenizer]) -> None:
+    library, ours = pair
+    assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (library.bos_id, library.eos_id, library.vocab_size)
+    for token in range(ours.vocab_size):
+        assert ours.piece(token) == library.piece(token)
+        assert ours.entry(token) == library.entry(token)
+
+
+@given(text=st.text(st.characters(max_codepoint=0x300), max_size=30))
+def test_without_byte_fallback_the_unknown_is_one_token(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    library, ours = _no_bytes(tmp_path_factory)
+    assert ours.encode(text) == library.encode(text)
+
+
+_cached: dict[str, tuple[Tokenizer, Tokenizer]] = {}  # hypothesis calls a test many times
+
+
+def _no_bytes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Tokenizer]:
+    if not _cached:
+        _cached["no bytes"] = through_gguf(
+            tmp_path_factory.mktemp("bytes"), trained(byte_fallback=False, vocab_size=90)
+        )
+    return _cached["no bytes"]
+
+
+def varint(number: int) -> bytes:
+    return bytes([number]) if number < 128 else bytes([number & 127 | 128]) + varint(number >> 7)
+
+
+def with_unused(proto: bytes, chosen: Callable[[bytes], bool]) -> bytes:
+    """A sentencepiece model in which the normal pieces that are `chosen` are unused ones."""
+    out = b""
+    for number, value in protobuf.fields(proto):
+        if number == 1:
+            piece = dict(protobuf.fields(value))
+            if piece.get(3, 1) == 1 and chosen(piece[1]):
+                value += b"\x18" + bytes([PieceType.UNUSED])
+        out += varint(number << 3 | 2) + varint(len(value)) + value
+    return out
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_unused_pieces_are_taken_apart_again(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    proto = with_unused(trained().serialized_model_proto(), lambda piece: rng.random() < 0.4)
+    library, ours = through_gguf(tmp_path, SentencePieceProcessor(model_proto=proto))
+    assert PieceType.UNUSED in library.vocabulary().types
+    for _ in range(300):
+        words = rng.choices([*WORDS, "▁", "x"], k=5)
+        line = " ".join(words) + "".join(rng.choices("once upatimlgr ▁", k=20))
+        assert ours.encode(line) == library.encode(line)
+
+
+def test_pieces_of_the_users_own_come_first(tmp_path: Path) -> None:
+    """Longest first, and what stands between them is a text of its own: llama.cpp's rule, and its ids."""
+    library, ours = through_gguf(tmp_path, trained(user_defined_symbols=["<sep>", "<sep>x", "▁▁"], vocab_size=390))
+    sep, sepx, spaces = (next(t for t in range(390) if ours.piece(t) == p) for p in ("<sep>", "<sep>x", "  "))
+    once, red = ours.encode("once", bos=False), ours.encode("red", bos=False)
+    assert ours.encode("once<sep>red", bos=False) == [*once, sep, *red]
+    assert ours.encode("<sep>xred<sep>", bos=False) == [sepx, *red, sep]
+    assert ours.encode("once  red", bos=False) == [*once, spaces, *red]
+    assert ours.decode([*once, sep, spaces]) == "once<sep>  "
+    assert library.vocabulary().types[sep] == PieceType.USER_DEFINED
+    assert ours.encode("<s>red<sep></s>", bos=False, special=True) == [1, *red, sep, 2]
+
+
+def test_models_that_cannot_be_expressed(tmp_path: Path, models: Path) -> None:
+    for options, message in (
+        ({"model_type": "unigram", "vocab_size": 300}, "not BPE"),
+        ({"treat_whitespace_as_suffix": True}, "behind words"),
+    ):
+        path = tmp_path / "t.model"
+        path.write_bytes(trained(**options).serialized_model_proto())
+        with pytest.raises(UnsupportedError, match=message):
+            load_tokenizer(path).vocabulary()
+    config = replace(CONFIG, vocab_size=512)
+    tok512 = load_tokenizer(models / "tok512.model")
+    notes = write_gguf(tmp_path / "t.gguf", config, weights_of(config), tokenizer=tok512)
+    assert len(notes) == 1
+    assert "normalises" in notes[0]
+    ours = load_tokenizer(tmp_path / "t.gguf")
+    assert ours.encode(STORY.split("\n")[0]) == tok512.encode(STORY.split("\n")[0])
+
+
+def test_llama2c_tokenizers_are_written_alike(tmp_path: Path, models: Path) -> None:
+    """tokenizer.bin, the .model that it was made from, and what came out of a GGUF file: one vocabulary."""
+    model, binary = (load_tokenizer(models / name) for name in ("llama2_tokenizer.model", "tokenizer_llama2.bin"))
+    assert model.vocabulary() == binary.vocabulary()
+    path = save(tmp_path / "m.gguf", replace(CONFIG, vocab_size=32000), Q8_0, tokenizer=binary)
+    assert load_tokenizer(path).encode(STORY) == binary.encode(STORY)
+
+
+def vocabulary_only(**changes: bytes | None) -> bytes:
+    """A GGUF file without tensors, of a vocabulary of six; keys without their prefix."""
+    pieces = [b"<unk>", b"<s>", b"</s>", "▁".encode(), b"a", "▁a".encode()]
+    entries: dict[str, bytes | None] = {
+        "model": entry("tokenizer.ggml.model", STRING, text("llama")),
+        "tokens": entry("tokenizer.ggml.tokens", ARRAY, array(STRING, 6, b"".join(map(text, pieces)))),
+        "scores": entry("tokenizer.ggml.scores", ARRAY, array(F32_, 6, struct.pack("<6f", 0, 0, 0, -3, -2, -1))),
+        "token_type": entry("tokenizer.ggml.token_type", ARRAY, array(5, 6, struct.pack("<6i", 2, 3, 3, 1, 1, 1))),
+    } | changes
+    return container([value for value in entries.values() if value], [])
+
+
+def flag(name: str, value: bool) -> bytes:
+    return entry(f"tokenizer.ggml.{name}", BOOL, bytes([value]))
+
+
+def test_a_file_of_a_vocabulary_alone(tmp_path: Path) -> None:
+    path = tmp_path / "v.gguf"
+
+    def load(**changes: bytes | None) -> Tokenizer:
+        path.unlink(missing_ok=True)
+        path.write_bytes(vocabulary_only(**changes))
+        return load_tokenizer(path)
+
+    assert load().encode("aa") == [1, 5, 4]  # BOS 1 and the space are the defaults
+    assert (load().bos_id, load().eos_id) == (1, 2)
+    assert load().decode([1, 5, 4, 2]) == "aa"
+    assert load(x=flag("add_bos_token", False)).encode("aa") == [5, 4]
+    assert load(x=flag("add_eos_token", True)).encode("aa") == [1, 5, 4, 2]
+    assert load(x=flag("add_eos_token", True)).encode("aa", bos=False) == [5, 4]
+    assert load(x=flag("add_space_prefix", False)).encode("aa") == [1, 4, 4]
+    assert load(x=flag("add_space_prefix", False)).decode([1, 5, 4, 2]) == " aa"
+    assert load(token_type=None).encode("a<s>a", special=True) == [1, 5, 1, 5]
+    assert load(x=u32("tokenizer.ggml.eos_token_id", 4)).token_bytes(4) == b""  # EOS is never text, whatever its type
+    assert load(x=u32("tokenizer.ggml.bos_token_id", 0xFFFFFFFF)).encode("a") == [5]
+    assert load().encode("ab") == [1, 5, 0]
+    with pytest.raises(Error, match="no token for 'b', nor for unknown"):
+        load(x=u32("tokenizer.ggml.unknown_token_id", 99)).encode("ab")
+    with pytest.raises(FormatError, match=r"general\.architecture"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "kind", "message"),
+    [
+        ({"model": entry("tokenizer.ggml.model", STRING, text("gpt2"))}, UnsupportedError, "gpt2.*byte-level BPE"),
+        ({"model": entry("tokenizer.ggml.model", STRING, text("x"))}, UnsupportedError, "'x'"),
+        ({"model": None}, FormatError, "without a tokenizer"),
+        ({"model": u32("tokenizer.ggml.model", 1)}, FormatError, "wrong type"),
+        ({"tokens": None}, FormatError, "tokenizer.ggml.tokens; expected 1 to"),
+        ({"tokens": entry("tokenizer.ggml.tokens", ARRAY, array(STRING, 0))}, FormatError, "expected 1 to"),
+        ({"tokens": entry("tokenizer.ggml.tokens", ARRAY, array(U32, 1, bytes(4)))}, FormatError, "wrong type"),
+        ({"scores": None}, FormatError, "a score for each piece"),
+        ({"scores": entry("tokenizer.ggml.scores", ARRAY, array(F32_, 5, bytes(20)))}, FormatError, "found 5"),
+        ({"token_type": entry("tokenizer.ggml.token_type", ARRAY, array(5, 7, bytes(28)))}, FormatError, "found 7"),
+    ],
+)
+def test_damaged_vocabularies(
+    tmp_path: Path, changes: dict[str, bytes | None], kind: type[Error], message: str
+) -> None:
+    path = tmp_path / "v.gguf"
+    path.write_bytes(vocabulary_only(**changes))
+    with pytest.raises(kind, match=message):
+        load_tokenizer(path)
+
+
+def test_the_files_tokenizer_and_the_users(tmp_path: Path, models: Path) -> None:
+    config = replace(CONFIG, vocab_size=512)
+    path = save(tmp_path / "m.gguf", config, tokenizer=letters(300))
+    opened = open_checkpoint(path)
+    assert opened.tokenizer is not None
+    assert opened.tokenizer.vocab_size == 300
+    assert opened.stop_ids == (2,)
+    assert any("212" in note and "padding" in note for note in opened.notes)
+    other = open_checkpoint(path, models / "tok512.bin").tokenizer
+    assert other is not None
+    assert other.vocab_size == 512
+    gpt2 = entry("tokenizer.ggml.model", STRING, text("gpt2"))
+    path.write_bytes(edited(path, {"tokenizer.ggml.model": gpt2}))
+    opened = open_checkpoint(path)
+    assert opened.tokenizer is None
+    assert any("gpt2" in note for note in opened.notes)
+    assert open_checkpoint(path, models / "tok512.bin").notes == []
+    data = save(path, config, tokenizer=letters(300)).read_bytes()
+    tokens: dict[str, bytes | None] = {
+        key: data[start:end] for key, (start, end) in entries_of(data).items() if key.startswith("tokenizer.")
+    }
+    bare = save(tmp_path / "bare.gguf", replace(CONFIG, vocab_size=299))
+    bare.write_bytes(edited(bare, tokens))
+    with pytest.raises(FormatError, match="more tokens than embeddings"):
+        open_checkpoint(bare)
+
+
+# ---- end to end ----
+
+
+def test_eos_ends_the_text(tmp_path: Path) -> None:
+    """Whatever token the file names, of the end of a text or of a turn; BOS does not end it."""
+    path = save(
+        tmp_path / "m.gguf", replace(CONFIG, tied_embeddings=True), tokenizer=letters(300), chat_template="{{x}}"
+    )
+    with numballama.compile(path, threads=1) as model:
+        assert model.tokenizer is not None
+        first = [piece.token for piece in model.stream("abc", temperature=0, max_tokens=5)]
+    assert open_checkpoint(path).chat_template == "{{x}}"
+    for key in ("eos", "eot"):
+        end = next(token for token in first if token > 2)
+        full = f"tokenizer.ggml.{key}_token_id"
+        other = path.with_suffix(f".{key}.gguf")
+        other.write_bytes(edited(path, {full: u32(full, end)}))
+        with numballama.compile(other, threads=1) as model:
+            pieces = list(model.stream("abc", temperature=0, max_tokens=5))
+            assert [piece.token for piece in pieces] == first[: first.index(end) + 1]
+            assert pieces[-1].finish_reason == "eos"
+    report = str(numballama.inspect(save(tmp_path / "q.gguf", kind=Q8_0, tokenizer=letters(300))))
+    assert "GGUF v3" in report
+    assert "q8_0" in report
+    assert "300 tokens" in report
+
+
+def test_a_story_from_gguf_is_the_story(tmp_path: Path, models: Path) -> None:
+    """stories260K through GGUF gives the tokens that llama2.c's file gives."""
+    source = open_checkpoint(models / "stories260K.bin")
+    path = tmp_path / "m.gguf"
+    write_gguf(path, source.config, source.weights, tokenizer=load_tokenizer(models / "tok512.bin"))
+    with numballama.compile(path) as model:
+        got = [piece.token for piece in model.stream("Once upon a time", temperature=0, max_tokens=60)]
+    with numballama.compile(models / "stories260K.bin", models / "tok512.bin") as model:
+        assert got == [piece.token for piece in model.stream("Once upon a time", temperature=0, max_tokens=60)]
