@@ -1,6 +1,7 @@
 """Tell a story, printing each piece of text as soon as it is there.
 
-python examples/story.py stories15M.bin tokenizer.model "Once upon a time"
+python examples/story.py "Once upon a time"                      (the model inside the package)
+python examples/story.py "Once upon a time" stories15M.bin tokenizer.model
 """
 
 import sys
@@ -9,14 +10,11 @@ import numballama
 
 
 def main() -> None:
-    if len(sys.argv) < 3:
-        sys.exit(__doc__)
-    model_path, tokenizer, *opening = sys.argv[1:]
-    prompt = " ".join(opening) or None
+    opening, model_path, tokenizer = [*sys.argv[1:], None, None, None][:3]
     with numballama.compile(model_path, tokenizer=tokenizer) as model:
-        print(prompt or "", end="")
+        print(opening or "", end="")
         piece = None
-        for piece in model.stream(prompt, temperature=0.8, max_tokens=256):
+        for piece in model.stream(opening, temperature=0.8, max_tokens=400):
             print(piece.text, end="", flush=True)
         print()
         if piece is not None:

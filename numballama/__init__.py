@@ -2,7 +2,7 @@
 
     import numballama
 
-    model = numballama.compile("stories15M.bin", tokenizer="tokenizer.model")
+    model = numballama.compile(None)  # the story model inside this package, or a path
     print(model.generate("Once upon a time", temperature=0))
 
 Importing this package is cheap: Numba is imported when a model is compiled.
@@ -56,7 +56,7 @@ def compile(
 
     Parameters
     ----------
-    model_path: a model file. Its format is recognised by content.
+    model_path: a model file, its format recognised by content; None for the small story model inside this package.
     tokenizer: path of a tokenizer, when the model file carries none (GGUF files do). Without one, only `logits` works.
     device: "cpu", "reference" (NumPy: slow, the oracle) or "auto", which takes the fastest there is and says which.
     dtype: None keeps the file's types; "f32", "f16", "bf16", "int8" or "q8_0" converts the linear weights.
@@ -87,7 +87,7 @@ def compile(
     )
 
 
-def inspect(path: str | PathLike[str], tokenizer: str | PathLike[str] | None = None) -> Inspection:
+def inspect(path: str | PathLike[str] | None, tokenizer: str | PathLike[str] | None = None) -> Inspection:
     """What a model file holds: config, tensors, graph, plan and a memory estimate. No weights are read.
 
     Prints as a report. Raises `FormatError` or `UnsupportedError` as `compile` does.

@@ -19,10 +19,15 @@ if TYPE_CHECKING:
 FAILED, INTERRUPTED, BROKEN_PIPE = 1, 130, 141
 """Exit codes: an error of ours; Ctrl-C and a closed pipe as shells report them. argparse ends with 2 on wrong usage."""
 
-NO_MODEL = (
-    "no story model ships inside this version; pass one with --model, "
-    "such as stories15M.bin from karpathy/tinyllamas on the Hugging Face hub, and its tokenizer with --tokenizer"
-)
+OPENINGS = {
+    "once": "Once upon a time, there was a",
+    "dragon": "Once there was a shy dragon who lived near the forest.",
+    "rain": "It was a rainy day and Tom wanted to",
+    "box": "One day, Mia found a little box in the garden.",
+    "friends": "A frog and a mouse were best friends.",
+    "moon": "Every night, the little owl looked at the moon.",
+}
+"""What `story --opening` offers."""
 
 
 def parser() -> argparse.ArgumentParser:
@@ -39,10 +44,11 @@ def parser() -> argparse.ArgumentParser:
         "story", help="tell a story", description="Tell a story, from an opening or from nothing."
     )
     story.add_argument("prompt", nargs="?", help="the story's opening; without one the model begins itself")
-    story.add_argument("--model", metavar="FILE", help="the model file")
+    story.add_argument("--opening", choices=OPENINGS, help="begin with one of these instead")
+    story.add_argument("--model", metavar="FILE", help="a model file (default: the story model inside this package)")
     _model_options(story)
     _sampling_options(story)
-    story.add_argument("--length", type=int, default=256, metavar="N", help="at most this many tokens (default 256)")
+    story.add_argument("--length", type=int, default=400, metavar="N", help="at most this many tokens (default 400)")
     story.set_defaults(run=_story)
 
     generate = commands.add_parser(
@@ -66,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         help="show what a model file holds",
         description="Config, memory, tensors, graph and plan of a model file. No weights are read.",
     )
-    inspect.add_argument("model", help="the model file")
+    inspect.add_argument("model", nargs="?", help="a model file (default: the story model inside this package)")
     inspect.add_argument("--tokenizer", metavar="FILE", help="sentencepiece .model, llama2.c .bin or GGUF")
     inspect.add_argument("--full", action="store_true", help="every layer, not only the first")
     inspect.add_argument("--json", action="store_true", help="one JSON object instead of a report")
@@ -77,7 +83,7 @@ def parser() -> argparse.ArgumentParser:
         help="measure speed and memory",
         description="Prefill and decode speed, the share of this machine's memory bandwidth, time and memory.",
     )
-    bench.add_argument("model", help="the model file")
+    bench.add_argument("model", nargs="?", help="a model file (default: the story model inside this package)")
     _model_options(bench)
     bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="length of the prompt (default 128)")
     bench.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to decode (default 64)")
@@ -149,11 +155,10 @@ def _show(pieces: Iterable[Piece], out: TextIO) -> None:
 
 
 def _story(arguments: argparse.Namespace) -> None:
-    if arguments.model is None:
-        raise Error(NO_MODEL)
+    opening = OPENINGS[arguments.opening] if arguments.opening else arguments.prompt
     with _load(arguments) as model:
-        pieces = model.stream(arguments.prompt, max_tokens=arguments.length, **_sampling(arguments))
-        sys.stdout.write(arguments.prompt or "")
+        pieces = model.stream(opening, max_tokens=arguments.length, **_sampling(arguments))
+        sys.stdout.write(opening or "")
         _show(pieces, sys.stdout)
 
 

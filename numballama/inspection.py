@@ -25,7 +25,7 @@ class Inspection:
     `plan` (the same fused and lowered for the CPU, one worker), `memory` (bytes of weights, KV cache and arena).
     """
 
-    def __init__(self, path: str | PathLike[str], tokenizer: str | PathLike[str] | None = None) -> None:
+    def __init__(self, path: str | PathLike[str] | None, tokenizer: str | PathLike[str] | None = None) -> None:
         checkpoint = loader.open_checkpoint(path, tokenizer)
         self.path, self.format = checkpoint.path, checkpoint.format
         self.config: ModelConfig = checkpoint.config

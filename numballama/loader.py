@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from os import PathLike
+from pathlib import Path
 
 from .checkpoint import Checkpoint
 from .errors import Error, FormatError, UnsupportedError
@@ -25,8 +26,12 @@ _FOREIGN = {
 _PADDING = 8, 256  # a vocabulary is padded to a multiple of at least the first, by less than the second
 
 
+STORY_MODEL = Path(__file__).with_name("story.gguf")
+"""The model inside this package: short stories in 5.5 million parameters, made by training/ of this project."""
+
+
 def open_checkpoint(
-    path: str | PathLike[str],
+    path: str | PathLike[str] | None,
     tokenizer: str | PathLike[str] | None = None,
     *,
     rope_pairing: str | None = None,
@@ -35,12 +40,13 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open the model file at `path`, with the tokenizer whose path is given, else the file's own; no weight is read.
 
+    Without a path it is the story model of this package.
     `rope_pairing` ("interleaved" or "half"), `rope_theta` and `norm_eps` override what the file says or leaves out;
     what then still is assumed stands in `Checkpoint.notes`. Raises `FormatError` for damaged files, `UnsupportedError`
     for formats that are known but not read yet, and `Error` when a file cannot be opened, an override makes no sense
     or the tokenizer belongs to a model of another vocabulary.
     """
-    opened = _read(path, tokenizer is None)
+    opened = _read(STORY_MODEL if path is None else path, tokenizer is None)
     given = {"rope_pairing": rope_pairing, "rope_theta": rope_theta, "norm_eps": norm_eps}
     opened.config = opened.config.with_overrides(rope_pairing, rope_theta, norm_eps)
     opened.assumed = tuple(name for name in opened.assumed if given[name] is None)

@@ -80,11 +80,6 @@ class Model:
         fusions: bool | Sequence[str] = True,
     ) -> None:
         started = time.perf_counter()
-        if model_path is None:
-            raise UnsupportedError(
-                "no model ships inside this version of the package: pass the path of a llama2.c, KuiperLLama or GGUF "
-                "file, such as stories15M.bin of karpathy/tinyllamas on the Hugging Face hub"
-            )
         for name, value, known in (("dtype", dtype, (None, *TYPES)), ("kv_dtype", kv_dtype, (None, *KV_TYPES))):
             if value not in known:
                 raise UnsupportedError(f"{name} {value!r} is not supported; there are {', '.join(map(str, known[1:]))}")

@@ -46,10 +46,14 @@ def test_story_prints_its_opening_and_follows_the_seed(story15m: tuple[str, ...]
     assert first.startswith("A dog") and first == second != other
 
 
-def test_story_without_a_model_says_how_to_get_one() -> None:
-    done = run("story")
-    assert done.returncode == 1 and done.stdout == ""
-    assert "--model" in done.stderr and "stories15M.bin" in done.stderr and len(done.stderr.splitlines()) == 1
+def test_the_package_tells_a_story_by_itself(tmp_path: Path) -> None:
+    done = run("story", "--seed", 1, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith("Once upon a time") and len(done.stdout) > 200
+    assert done.stdout == run("story", "--seed", 1, cwd=tmp_path).stdout
+    assert run("story", "--opening", "rain", "--length", 9, cwd=tmp_path).stdout.startswith(
+        "It was a rainy day and Tom"
+    )
+    assert run("story", "--opening", "snow").returncode == 2
 
 
 def test_generate_prints_the_continuation_only(model260k: tuple[str, str]) -> None:

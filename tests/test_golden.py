@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from support import TOKENIZERS, shared_model, story_model
 
+import numballama
 from numballama import loader
 from numballama.formats import WRITERS
 from numballama.model import Model
@@ -60,6 +61,25 @@ def test_first_logits_of_stories15M(models: Path) -> None:
     fast, oracle = (story_model(models, "stories15M", device=device).logits([1]) for device in ("cpu", "reference"))
     assert fast.shape == (1, 32000) and fast.dtype == np.float32
     assert np.abs(fast - oracle).max() <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", [None, "f32"])
+def test_the_packaged_model_equals_the_reference(dtype: str | None) -> None:
+    """200 greedy tokens and their logits of the story model inside the package, in Q8_0 as it is and in float32."""
+    with (
+        numballama.compile(None, dtype=dtype, device="cpu") as model,
+        numballama.compile(None, dtype=dtype, device="reference") as reference,
+    ):
+        tokens = greedy(model)
+        assert tokens == greedy(reference)
+        assert np.abs(model.logits(tokens) - reference.logits(tokens)).max() < 2e-4
+
+
+def test_the_packaged_model_in_llama_cpp() -> None:
+    """llama.cpp tells the same story from the same file's weights as float32 (golden/README.md)."""
+    expected = (GOLDEN / "llama_cpp_story_f32.txt").read_text(encoding="utf-8")
+    with numballama.compile(None, dtype="f32", device="cpu") as model:
+        assert model.generate("Once upon a time", temperature=0, max_tokens=200) == expected
 
 
 @pytest.mark.parametrize("options", [{"fusions": False}, {"threads": 1}, {"fusions": ["attention"], "context": 220}])

@@ -3,7 +3,7 @@
 python export.py OUT TOKENS STORIES        (the folders of train.py, tokenise.py and sample.py; needs numballama
 installed)
 
-Writes the Q8_0 GGUF into the package, and the figures, the loss curve and five stories beside this file, in card/.
+Writes the Q8_0 GGUF into the package, and the figures and the loss curve beside this file, in card/.
 """
 
 from __future__ import annotations
@@ -76,11 +76,10 @@ def main() -> None:
         in_float = bits_per_byte(model, texts)
     with numballama.compile(TARGET) as model:
         in_q8_0 = bits_per_byte(model, texts)
-        stories = [model.generate(None, temperature=0.8, seed=seed, max_tokens=500) for seed in range(1, 6)]
+
     curve = figures.pop("curve")
     figures |= {"float_bits_per_byte": in_float, "q8_0_bits_per_byte": in_q8_0, "file_bytes": TARGET.stat().st_size}
     (card / "figures.json").write_text(json.dumps(figures, indent=1) + "\n")
-    (card / "stories.md").write_text("\n\n---\n\n".join(story.strip() for story in stories) + "\n")
     plot = Figure(figsize=(7, 3.5), layout="constrained")
     axes = plot.subplots()
     axes.plot(*zip(*curve, strict=True), linewidth=0.8)
