@@ -61,7 +61,7 @@ def llama2c(options: argparse.Namespace) -> dict[str, Any]:
 def llama_cpp(options: argparse.Namespace) -> dict[str, Any]:
     """llama.cpp, by its own interpreter."""
     interpreter, gguf = options.llama_cpp
-    words = (gguf, options.threads, options.prompt_tokens, options.tokens)
+    words = (gguf, options.threads, options.prompt_tokens, options.tokens, *(["--no-repack"] * options.no_repack))
     return json.loads(command(interpreter, HERE / "peers" / "llama_cpp_bench.py", *words))
 
 
@@ -114,6 +114,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokenizer-bin", help="the tokenizer as llama2.c reads it")
     parser.add_argument("--llama2c", metavar="RUN")
     parser.add_argument("--llama-cpp", nargs=2, metavar=("PYTHON", "GGUF"))
+    parser.add_argument("--no-repack", action="store_true", help="keep llama.cpp from repacking weights (AMX crashes)")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompt-tokens", type=int, default=128)

@@ -1,23 +1,19 @@
 """Record a real terminal session as docs/session.svg, the picture of the README.
 
-python docs/record_session.py ../shared/models        (a folder with stories15M.bin and llama2_tokenizer.model)
+python docs/record_session.py        (where the command numballama is on the PATH)
 """
 
 import io
 import os
 import pty
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-COMMANDS = (
-    "numballama story --model stories15M.bin --tokenizer tokenizer.model --seed 7",
-    "numballama bench stories15M.bin --threads 2",
-)
+COMMANDS = ("numballama story --seed 7", "numballama bench --threads 2")
 
 
 def on_a_terminal(command: str, folder: Path) -> str:
@@ -38,11 +34,8 @@ def on_a_terminal(command: str, folder: Path) -> str:
 
 
 def main() -> None:
-    models = Path(sys.argv[1]).resolve()
     console = Console(record=True, width=100, file=io.StringIO())
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "stories15M.bin").symlink_to(models / "stories15M.bin")
-        (Path(folder) / "tokenizer.model").symlink_to(models / "llama2_tokenizer.model")
         for command in COMMANDS:
             on_a_terminal(command, Path(folder))  # the first run compiles; the picture shows the second
             console.print(Text(f"$ {command}", style="bold"))

@@ -105,7 +105,7 @@ def bench(model: Model, prompt_tokens: int = 128, tokens: int = 64, repeats: int
     rate = needed * tokens / decode
     bandwidth = measure_bandwidth(model.threads) if model.device == "cpu" else None
     return {
-        "model": str(model.path),
+        "model": model.path.name,
         "device": model.device,
         "threads": model.threads,
         "types": sorted({str(weight.type) for weight in model.weights.values()}),

@@ -8,6 +8,7 @@ from typing import Any
 
 from llvmlite import ir
 from numba import types
+from numba.core import cgutils
 from numba.extending import intrinsic
 from numba.np.arrayobj import make_array
 
@@ -55,7 +56,7 @@ def f32_to(typingctx: Any, like: Any, number: Any) -> Any:
 
 
 BLOCK = 32
-"""Numbers that `dot_block` multiplies at once."""
+"""Numbers that the products below take at once."""
 
 
 def _load_block(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
@@ -64,32 +65,105 @@ def _load_block(context: Any, builder: Any, kind: Any, array: Any, index: Any) -
     return builder.load(builder.bitcast(_element(context, builder, kind, array, index), vector.as_pointer()), align=1)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def dot_block(typingctx: Any, weights: Any, i: Any, x: Any, j: Any) -> Any:
-    """Sum of the products of BLOCK int8 weights from flat index i with BLOCK numbers of x from flat index j.
+def _reduce(builder: Any, vector: Any) -> Any:
+    """The sum of a vector's lanes, in whatever order is fast."""
+    flags: tuple[str, ...] = ()
+    if vector.type.element == INT32:
+        name, arguments = f"llvm.vector.reduce.add.v{BLOCK}i32", [vector]
+    else:
+        name, arguments = f"llvm.vector.reduce.fadd.v{BLOCK}f32", [ir.Constant(FLOAT, 0.0), vector]
+        flags = ("reassoc", "contract", "nsz")
+    kind = ir.FunctionType(vector.type.element, [argument.type for argument in arguments])
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    return builder.call(function, arguments, fastmath=flags)
 
-    The weights may be bytes of another 8-bit type: they are taken as int8. x is float32 or int8, and so is the sum
-    float32 or int32. Written as vectors, because LLVM unrolls a loop this short into scalar code before it looks for
-    vectors; which instructions become of it is LLVM's choice for the machine it runs on.
+
+@intrinsic  # type: ignore[untyped-decorator]
+def dot_block_int8(typingctx: Any, weights: Any, i: Any, x: Any, j: Any) -> Any:
+    """Sum of the products of BLOCK int8 weights from flat index i with BLOCK int8 numbers of x from j, an int32.
+
+    Written as vectors, because LLVM unrolls a loop this short into scalar code before it looks for vectors; which
+    instructions become of it is LLVM's choice for the machine it runs on.
     """
-    exact = x.dtype == types.int8
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        element = INT32 if exact else FLOAT
-        vector = ir.VectorType(element, BLOCK)
+        vector = ir.VectorType(INT32, BLOCK)
         w = _load_block(context, builder, sig.args[0], *args[:2])
         v = _load_block(context, builder, sig.args[2], *args[2:])
-        if exact:
-            products = builder.mul(builder.sext(w, vector), builder.sext(v, vector))
-            kind, name, start = ir.FunctionType(INT32, [vector]), "llvm.vector.reduce.add.v32i32", []
-        else:
-            products = builder.fmul(builder.sitofp(w, vector), v)
-            kind, name = ir.FunctionType(FLOAT, [FLOAT, vector]), "llvm.vector.reduce.fadd.v32f32"
-            start = [ir.Constant(FLOAT, 0.0)]
-        reduce = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        return builder.call(reduce, [*start, products], fastmath=() if exact else ("reassoc", "contract", "nsz"))
+        return _reduce(builder, builder.mul(builder.sext(w, vector), builder.sext(v, vector)))
 
-    return (types.int32 if exact else types.float32)(weights, types.int64, x, types.int64), codegen
+    return types.int32(weights, types.int64, x, types.int64), codegen
+
+
+def _scaled_dot(builder: Any, blocks: Any, load: Any) -> Any:
+    """Sum over blocks of scale · (w · x), where load(index of a block) → (w int8 vector, x float32 vector, scale).
+
+    The sums stay in vector registers from the first block to the last: adding up lanes after each would cost more than
+    the products.
+    """
+    vector = ir.VectorType(FLOAT, BLOCK)
+    sums = cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * BLOCK))
+    builder.store(ir.Constant(vector, [0.0] * BLOCK), sums)
+    with cgutils.for_range(builder, blocks) as loop:
+        w, x, scale = load(loop.index)
+        one = builder.insert_element(ir.Constant(vector, ir.Undefined), scale, ir.Constant(INT32, 0))
+        scales = builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(INT32, BLOCK), [0] * BLOCK))
+        weights = builder.fmul(builder.sitofp(w, vector), scales, flags=("contract",))
+        products = builder.fmul(weights, x, flags=("contract",))
+        builder.store(builder.fadd(builder.load(sums), products, flags=("contract",)), sums)
+    return _reduce(builder, builder.load(sums))
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def dot_q8_0(typingctx: Any, weights: Any, i: Any, x: Any, j: Any, blocks: Any) -> Any:
+    """Product of `blocks` q8_0 blocks (a float16 scale, BLOCK int8) from flat byte i with float32 x from index j."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        array, start, other, first, count = args
+
+        def load(block: Any) -> tuple[Any, Any, Any]:
+            at = builder.add(start, builder.mul(block, ir.Constant(INT64, 2 + BLOCK)))
+            pointer = builder.bitcast(_element(context, builder, sig.args[0], array, at), ir.HalfType().as_pointer())
+            scale = builder.fpext(builder.load(pointer, align=1), FLOAT)
+            w = _load_block(context, builder, sig.args[0], array, builder.add(at, ir.Constant(INT64, 2)))
+            j = builder.add(first, builder.mul(block, ir.Constant(INT64, BLOCK)))
+            return w, _load_block(context, builder, sig.args[2], other, j), scale
+
+        return _scaled_dot(builder, count, load)
+
+    return types.float32(weights, types.int64, x, types.int64, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def dot_int8(
+    typingctx: Any, weights: Any, i: Any, scales: Any, g: Any, left: Any, period: Any, x: Any, j: Any, blocks: Any
+) -> Any:
+    """Product of `blocks` blocks of int8 weights from flat index i with float32 x from index j.
+
+    The first `left` blocks have scale g, then every `period` blocks the next one.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        array, start, factors, group, remaining, every, other, first, count = args
+        current = cgutils.alloca_once_value(builder, group)
+        until = cgutils.alloca_once_value(builder, remaining)
+        builder.store(group, current)
+        builder.store(remaining, until)
+        one = ir.Constant(INT64, 1)
+
+        def load(block: Any) -> tuple[Any, Any, Any]:
+            over = builder.icmp_signed("==", builder.load(until), ir.Constant(INT64, 0))
+            builder.store(builder.add(builder.load(current), builder.zext(over, INT64)), current)
+            builder.store(builder.sub(builder.select(over, every, builder.load(until)), one), until)
+            scale = builder.load(_element(context, builder, sig.args[2], factors, builder.load(current)), align=1)
+            offset = builder.mul(block, ir.Constant(INT64, BLOCK))
+            w = _load_block(context, builder, sig.args[0], array, builder.add(start, offset))
+            return w, _load_block(context, builder, sig.args[6], other, builder.add(first, offset)), scale
+
+        return _scaled_dot(builder, count, load)
+
+    index = types.int64
+    return types.float32(weights, index, scales, index, index, index, x, index, index), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]

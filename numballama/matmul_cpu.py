@@ -17,7 +17,7 @@ from numba import types
 from numba.extending import overload
 
 from .jit import FAST_MATH, device
-from .lowlevel_cpu import BLOCK, as_f32, dot_block
+from .lowlevel_cpu import BLOCK, as_f32, dot_block_int8, dot_int8, dot_q8_0
 
 TILE = 4
 Q8_0_BYTES = 2 + BLOCK  # here and not imported: a cached kernel knows its constants only from the kernels' sources
@@ -58,18 +58,20 @@ def q8_0_scale(weight, row, block):
 
 
 def _dot_q8_0(weight, row, x, t):
-    start, n, total = row * weight.shape[1], x.shape[1], np.float32(0)
-    for block in range(n // BLOCK):
-        part = dot_block(weight, start + block * Q8_0_BYTES + 2, x, t * n + block * BLOCK)
-        total += part * q8_0_scale(weight, row, block)
-    return total
+    n = x.shape[1]
+    return dot_q8_0(weight, row * weight.shape[1], x, t * n, n // BLOCK)
 
 
 def _dot_int8(weight, row, x, t):
     payload, scales, group = weight
     n = payload.shape[1]
     if n % BLOCK == 0 and group % BLOCK == 0:
-        return dot_blocks(payload, scales, group, row, x, t)
+        # groups run over the flat payload and may begin inside a row, but they consist of whole blocks
+        first = row * n // BLOCK
+        period = group // BLOCK
+        return dot_int8(
+            payload, row * n, scales, first // period, period - first % period, period, x, t * n, n // BLOCK
+        )
     start, total = row * n, np.float32(0)
     k = 0
     while k < n:
@@ -80,21 +82,6 @@ def _dot_int8(weight, row, x, t):
             part += np.float32(payload[row, j]) * x[t, j]
         total += part * scales[g]
         k = end
-    return total
-
-
-@device
-def dot_blocks(payload, scales, group, row, x, t):
-    """A row whose groups, which run over the flat payload and may begin inside a row, consist of whole blocks."""
-    n = payload.shape[1]
-    start, total = row * n, np.float32(0)
-    g = start // group
-    border = (g + 1) * group - start
-    for k in range(0, n, BLOCK):
-        if k >= border:
-            g += 1
-            border += group
-        total += dot_block(payload, start + k, x, t * n + k) * scales[g]
     return total
 
 
@@ -119,7 +106,7 @@ def _dot_int8_int8(weight, row, x, t):
 
 @device
 def dot_blocks_int8(payload, scales, group, row, xq, xs, t):
-    """`dot_blocks` with an int8 input, whose groups begin at its row's start."""
+    """A row whose groups consist of whole blocks, as do those of its int8 input, which begin at that row's start."""
     n = payload.shape[1]
     start, total = row * n, np.float32(0)
     g, x_g = start // group, 0
@@ -131,7 +118,7 @@ def dot_blocks_int8(payload, scales, group, row, xq, xs, t):
         if k >= x_border:
             x_g += 1
             x_border += group
-        total += np.float32(dot_block(payload, start + k, xq, t * n + k)) * (scales[g] * xs[t, x_g])
+        total += np.float32(dot_block_int8(payload, start + k, xq, t * n + k)) * (scales[g] * xs[t, x_g])
     return total
 
 

@@ -18,6 +18,7 @@ llama_cpp.llama_log_set(silent, None)
 llama_cpp.llama_backend_init()
 model_parameters = llama_cpp.llama_model_default_params()
 model_parameters.n_gpu_layers = 0
+model_parameters.use_extra_bufts = "--no-repack" not in sys.argv  # repacking Q8_0 for AMX crashes small models
 model = llama_cpp.llama_model_load_from_file(path.encode(), model_parameters)
 parameters = llama_cpp.llama_context_default_params()
 parameters.n_ctx = parameters.n_batch = max(256, prompt_tokens + tokens)
