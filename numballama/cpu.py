@@ -29,11 +29,22 @@ from .errors import DeviceError, Error
 from .graph import fuse
 from .ir import DTYPES, Graph, Value
 from .jit import compile_step, device, jit
-from .lowlevel_cpu import address_of, atomic_add, atomic_load, call_step, pause, yield_core
+from .lowlevel_cpu import (
+    atomic_add,
+    atomic_load,
+    call_step,
+    f32_at,
+    f64_at,
+    i32_at,
+    i64_at,
+    pause,
+    u64_at,
+    yield_core,
+)
 from .plan import ALIGNMENT, Plan, Step, lower
-from .sampler import Sampler, sample
+from .sampler import REPEAT_WINDOW, SETTINGS, Sampler, sample
 
-ROSTER, ARRIVED, PARTS, STATUS = 0, 8, 16, 24
+ROSTER, ARRIVED, PARTS, STATUS, SYNC = 0, 8, 16, 24, 32
 """Elements of the int64 array by which workers agree, each in a cache line of its own."""
 CLOSED = 1 << 32
 SPINS = 2000
@@ -83,12 +94,11 @@ def muster(worker, workers, sync):
 
 
 @device
-def march(table, begin, end, tokens, part, parts, sync):
+def march(table, stride, begin, end, tokens, part, parts, sync):
     """All steps [begin, end), as one of `parts` workers."""
     for step in range(begin, end):
-        count = min(tokens, table[step, ROWS])
-        operands = address_of(table, step * table.shape[1] + OPERANDS)
-        code = call_step(table[step, ADDRESS], operands, part, parts, count)
+        row = i64_at(table + step * stride, OPERANDS)
+        code = call_step(row[ADDRESS], table + step * stride + 8 * OPERANDS, part, parts, min(tokens, row[ROWS]))
         if code != 0:
             atomic_add(sync, STATUS, 1)
         if parts > 1:
@@ -97,26 +107,40 @@ def march(table, begin, end, tokens, part, parts, sync):
 
 
 @jit(parallel=True)
-def walk(table, begin, end, tokens, workers, sync):
-    """Run steps [begin, end) of a table for `tokens` tokens; returns how many parts of kernels failed."""
+def walk(table, stride, begin, end, tokens, workers, agreed):
+    """Run steps [begin, end) of a table for `tokens` tokens; returns how many parts of kernels failed.
+
+    `table` and `agreed` (SYNC int64) are addresses and `stride` is a row's bytes: for an array Numba would allocate a
+    record at each call.
+    """
+    sync = i64_at(agreed, SYNC)
     for i in range(sync.shape[0]):  # a slice would be a parallel region of its own
         sync[i] = 0
     if workers == 1:
-        march(table, begin, end, tokens, 0, 1, sync)
+        march(table, stride, begin, end, tokens, 0, 1, sync)
     else:
         for worker in prange(workers):
             part, parts = muster(np.int64(worker), workers, sync)
             if part >= 0:
-                march(table, begin, end, tokens, part, parts, sync)
+                march(table, stride, begin, end, tokens, part, parts, sync)
     return sync[STATUS]
 
 
 @jit
-def walk_and_sample(table, begin, end, tokens, workers, sync, logits, settings, recent, counts, state, ids):
-    """`walk`, then the next token by `sampler.sample`; -2 if a kernel failed."""
-    if walk(table, begin, end, tokens, workers, sync) != 0:
+def walk_and_sample(
+    table, stride, begin, end, tokens, workers, agreed, logits, vocab_size, settings, recent, counts, state, ids, drawn
+):
+    """`walk`, then the next token by `sampler.sample`, whose arrays come as addresses; -2 if a kernel failed."""
+    if walk(table, stride, begin, end, tokens, workers, agreed) != 0:
         return -2
-    return sample(logits, settings, recent, counts, state, ids)
+    return sample(
+        f32_at(logits, vocab_size),
+        f64_at(settings, SETTINGS),
+        i32_at(recent, REPEAT_WINDOW),
+        i64_at(counts, 1),
+        u64_at(state, 1),
+        i32_at(ids, drawn),
+    )
 
 
 _region = threading.Lock()
@@ -160,7 +184,11 @@ class CpuProgram:
     ) -> None:
         self.plan, self.table, self.arena = plan, table, arena
         self._values, self._keep = values, keep
-        self._sync = np.zeros(32, np.int64)
+        self._sync = np.zeros(SYNC, np.int64)
+        self._addresses = table.ctypes.data, table.strides[0]
+        self._agreed = self._sync.ctypes.data
+        logits = values.get("logits", table)
+        self._logits = logits.ctypes.data, logits.shape[-1]
         self._workers = plan.workers
         self._short_rosters = 0
         self.inputs = {v.name: values[v.name] for v in plan.graph.values.values() if v.kind == "input"}
@@ -189,11 +217,10 @@ class CpuProgram:
         with parallel_region(workers):
             self.entries += 1
             if sampler is None:
-                token = -2 if walk(self.table, begin, end, tokens, workers, self._sync) else 0
+                token = -2 if walk(*self._addresses, begin, end, tokens, workers, self._agreed) else 0
             else:
-                logits = self._values["logits"][0]
-                operands = sampler.operands
-                token = walk_and_sample(self.table, begin, end, tokens, workers, self._sync, logits, *operands)
+                sampling = (*self._logits, *sampler.addresses)
+                token = walk_and_sample(*self._addresses, begin, end, tokens, workers, self._agreed, *sampling)
         if workers > 1:
             self._learn(int(self._sync[PARTS]))
         if token < 0:

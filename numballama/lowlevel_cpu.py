@@ -10,7 +10,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
-from numba.np.arrayobj import make_array
+from numba.np.arrayobj import make_array, populate_array
 
 INT16, INT32, INT64, FLOAT = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
@@ -198,14 +198,27 @@ def call_step(typingctx: Any, address: Any, operands: Any, part: Any, parts: Any
     return types.int64(*[types.int64] * 5), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def address_of(typingctx: Any, array: Any, index: Any) -> Any:
-    """Address of element `index` of a flat array's memory."""
+def _array_at(dtype: Any) -> Any:
+    """An intrinsic (address, length) → the flat array of `dtype` that lies there, which it does not own."""
 
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.ptrtoint(_element(context, builder, sig.args[0], *args), INT64)
+    @intrinsic  # type: ignore[untyped-decorator]
+    def array_at(typingctx: Any, address: Any, length: Any) -> Any:
+        kind = types.Array(dtype, 1, "C")
 
-    return types.int64(array, types.int64), codegen
+        def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+            array = make_array(kind)(context, builder)
+            item = ir.Constant(INT64, context.get_abi_sizeof(context.get_data_type(dtype)))
+            data = builder.inttoptr(args[0], array.data.type)
+            populate_array(array, data=data, shape=[args[1]], strides=[item], itemsize=item, meminfo=None)
+            return array._getvalue()
+
+        return kind(types.int64, types.int64), codegen
+
+    return array_at
+
+
+f32_at, f64_at = _array_at(types.float32), _array_at(types.float64)
+i32_at, i64_at, u64_at = _array_at(types.int32), _array_at(types.int64), _array_at(types.uint64)
 
 
 def _call_void(builder: Any, name: str, result: Any) -> None:

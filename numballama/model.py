@@ -92,7 +92,7 @@ class Model:
         self.tokenizer: Tokenizer | None = self._checkpoint.tokenizer
         self.notes = list(self._checkpoint.notes)
         if device == "auto":
-            self.notes.append(f"device {self.device}: this version has no other fast one")
+            self.notes.append(f"device {self.device}, the only fast one in this version")
         self.context = _choose_context(self.config, context, self.notes)
         self.kv = KVLayout.of(self.config, self.context, kv_dtype or "f32")
         progress.say(

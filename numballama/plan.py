@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from colorsys import hls_to_rgb
 from dataclasses import dataclass
 from html import escape
 from itertools import pairwise
@@ -95,13 +96,19 @@ class Plan:
             h = max(1.0, place.nbytes / self.arena_bytes * height)
             y = height - place.offset / self.arena_bytes * height - h
             parts.append(
-                f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" fill="hsl({index * 47 % 360},60%,70%)"'
+                f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" fill="{_colour(index)}"'
                 f' stroke="#555" stroke-width="0.3"><title>{escape(name)}: {place.nbytes:,} bytes at {place.offset:,},'
                 f" steps {place.first}-{place.last}</title></rect>"
             )
         text = f"{steps} steps; arena {self.arena_bytes:,} bytes instead of {self.unshared_bytes:,}"
         parts.append(f'<text x="4" y="{height + 17}" font-size="13">{text}</text></svg>')
         return "".join(parts)
+
+
+def _colour(index: int) -> str:
+    """Light colours, neighbours far apart."""
+    red, green, blue = (int(255 * part) for part in hls_to_rgb(index * 0.13 % 1, 0.72, 0.6))
+    return f"#{red:02x}{green:02x}{blue:02x}"
 
 
 def _aligned(nbytes: int) -> int:

@@ -19,6 +19,8 @@ from .jit import jit
 
 REPEAT_WINDOW = 64
 """How many of the latest tokens the repeat penalty looks at (llama.cpp's repeat_last_n)."""
+SETTINGS = 5
+"""Numbers in `Sampler.settings`."""
 COLDEST = 1e-5
 """A temperature below this is taken as 0: logits divided by it would overflow."""
 
@@ -232,6 +234,8 @@ class Sampler:
         self.counts = np.zeros(1, np.int64)
         number = int.from_bytes(os.urandom(8), "little") if seed is None else whole_number("seed", seed) & (1 << 64) - 1
         self.state = np.array([number], np.uint64)
+        self.addresses = (*(array.ctypes.data for array in self.operands), len(self.ids))
+        """What `cpu.walk_and_sample` takes: the operands' addresses, and how many tokens may be drawn."""
 
     def remember(self, tokens: Iterable[int]) -> None:
         """Let the repeat penalty see these tokens: a prompt."""

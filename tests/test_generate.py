@@ -328,9 +328,10 @@ def test_arguments_that_are_refused(file: Path, options: dict[str, Any], error: 
         numballama.compile(file, **{"device": "cpu", **options})
 
 
-def test_no_path_is_refused_with_advice() -> None:
-    with pytest.raises(UnsupportedError, match="pass the path"):
-        numballama.compile(None)
+def test_no_path_is_the_story_model_of_the_package() -> None:
+    with numballama.compile(None, device="cpu") as model:
+        assert model.path.name == "story.gguf"
+        assert model.generate("Once upon a time", max_tokens=8, temperature=0).startswith(", there was a")
 
 
 # What can be chosen

@@ -26,7 +26,7 @@ import numballama
 from numballama import jit
 from numballama.config import ModelConfig
 from numballama.model import Model
-from numballama.sampler import Sampler
+from numballama.sampler import Sampler, greedy
 
 PACKAGE = Path(numballama.__file__).parent
 SMALL = ModelConfig(32, 64, 2, 4, 2, 120, 40)
@@ -97,19 +97,19 @@ def test_a_prompt_is_one_entry_a_chunk(wide: Model) -> None:
 
 @SAMPLERS
 def test_compiled_code_allocates_nothing(wide: Model, settings: dict[str, Any]) -> None:
-    """Numba itself makes a record of 56 bytes of each array that is handed over, and drops it on return: table, sync,
-    and with a sampler logits and its five. That is all there is, whatever the model's size."""
+    """Not even the record that Numba makes of an array that is handed over: what goes in are addresses."""
     loop = decode(wide, settings, 50)
-    arrays = 2 if Sampler(10, **settings).is_argmax else 8
     nrt.memsys_enable_stats()
     try:
         before = rtsys.get_allocation_stats()
         loop()
         after = rtsys.get_allocation_stats()
+        greedy(np.zeros(4, np.float32))
+        counted = rtsys.get_allocation_stats()
     finally:
         nrt.memsys_disable_stats()
-    assert after.alloc - before.alloc == 50 * arrays
-    assert after.free - before.free == 50 * arrays
+    assert after == before
+    assert counted.alloc > after.alloc, "the counter counts"
 
 
 @SAMPLERS
@@ -246,7 +246,7 @@ EDITS = [
         "        return builder.fmul(bits, ir.Constant(FLOAT, 1.5))\n",
         "logits",
     ),
-    ("cpu.py", "min(tokens, table[step, ROWS])", "min(tokens, table[step, ROWS]) * (step != begin)", "logits"),
+    ("cpu.py", "min(tokens, row[ROWS])", "min(tokens, row[ROWS]) * (step != begin)", "logits"),
     ("sampler.py", "token = draw(logits, ids, n, temperature, state)", "token = ids[n - 1]", "tokens"),
 ]
 
