@@ -156,7 +156,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 r["memory_bandwidth_bytes_per_second"] for r in rounds["numballama"][1:]
             ),
             "machine": rounds["numballama"][0]["machine"],
-            "commit": command("git", "-C", HERE, "rev-parse", "--short", "HEAD").strip(),
+            "commit": command("git", "-C", HERE, "describe", "--always", "--dirty").strip(),
             "all": rounds,
         }
     with tempfile.TemporaryDirectory() as empty:

@@ -84,10 +84,10 @@ def bench(model: Model, prompt_tokens: int = 128, tokens: int = 64, repeats: int
         )
     rng = np.random.default_rng(0)
     prompt = rng.integers(0, model.config.vocab_size, prompt_tokens).tolist()
-    session, sampler = model.session, Sampler(model.config.vocab_size, temperature=0)
+    sampler = Sampler(model.config.vocab_size, temperature=0)
     prefill_times: list[float] = []
     decode_times: list[float] = []
-    with model.lock, progress.bar("benchmark") as report:
+    with model.using(), progress.bar("benchmark") as report, model.fresh_session() as session:
         for index in range(repeats + 1):
             report("", index, repeats + 1)
             session.rewind()
@@ -98,7 +98,6 @@ def bench(model: Model, prompt_tokens: int = 128, tokens: int = 64, repeats: int
                 token = session.step(token or 0, sampler)
             prefill_times.append(first - start)
             decode_times.append(time.perf_counter() - first)
-    session.rewind()
     prefill, decode = statistics.median(prefill_times[1:]), statistics.median(decode_times[1:])
     peak = peak_bytes()
     needed = bytes_per_token(model, prompt_tokens + tokens / 2)
@@ -130,7 +129,7 @@ def machine() -> dict[str, Any]:
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
-        "system": platform.platform(),
+        "system": " ".join((platform.system(), platform.machine(), *platform.libc_ver())).strip(),
         "python": platform.python_version(),
         "numballama": __version__,
         "date": datetime.date.today().isoformat(),

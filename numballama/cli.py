@@ -43,8 +43,9 @@ def parser() -> argparse.ArgumentParser:
     story = commands.add_parser(
         "story", help="tell a story", description="Tell a story, from an opening or from nothing."
     )
-    story.add_argument("prompt", nargs="?", help="the story's opening; without one the model begins itself")
-    story.add_argument("--opening", choices=OPENINGS, help="begin with one of these instead")
+    opening = story.add_mutually_exclusive_group()
+    opening.add_argument("prompt", nargs="?", help="the story's opening; without one the model begins itself")
+    opening.add_argument("--opening", choices=OPENINGS, help="begin with one of these instead")
     story.add_argument("--model", metavar="FILE", help="a model file (default: the story model inside this package)")
     _model_options(story)
     _sampling_options(story)

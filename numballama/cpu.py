@@ -52,6 +52,9 @@ SPINS = 2000
 PATIENCE = 20000
 """Rounds of yielding, at least some ms, after which a region starts without the workers that did not come."""
 
+ASK_AGAIN = 500
+"""Runs after which a program that had to do with fewer workers asks for all of them again."""
+
 ADDRESS, ROWS, OPERANDS = 0, 1, 2
 """Columns of the step table."""
 
@@ -147,6 +150,14 @@ _region = threading.Lock()
 """One parallel region at a time: Numba's workqueue layer aborts on two, and OpenMP would share the cores out badly."""
 
 
+def _new_lock() -> None:
+    global _region
+    _region = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)  # a thread that held it is not in the child to let it go
+
 _used_by: set[int] = set()
 """Processes, this one and those it was forked from, that have started workers."""
 
@@ -221,18 +232,20 @@ class CpuProgram:
             else:
                 sampling = (*self._logits, *sampler.addresses)
                 token = walk_and_sample(*self._addresses, begin, end, tokens, workers, self._agreed, *sampling)
-        if workers > 1:
-            self._learn(int(self._sync[PARTS]))
+        if self.plan.workers > 1:
+            self._learn(int(self._sync[PARTS]) if workers > 1 else 1)
         if token < 0:
             raise Error("a kernel failed" if token == -2 else "the logits are not numbers: the weights may be damaged")
         return int(token)
 
     def _learn(self, present: int) -> None:
-        """A threading layer that keeps giving fewer workers than asked for is not waited for again."""
+        """A threading layer that keeps giving fewer workers than asked for is not waited for, but asked again later."""
         self._short_rosters = self._short_rosters + 1 if present < self._workers else 0
         if self._short_rosters == 3:
-            progress.say(f"only {present} of {self._workers} workers ever come: going on with {present}")
+            progress.log.info("only %d of %d workers come: going on with %d", present, self._workers, present)
             self._workers, self._short_rosters = present, 0
+        if self._workers < self.plan.workers and self.entries % ASK_AGAIN == 0:
+            self._workers = self.plan.workers
 
 
 class CpuBackend:
@@ -259,7 +272,7 @@ class CpuBackend:
     ) -> CpuProgram:
         """Fuse, lower, compile and bind a graph. `report(kernel, done, total)` is called before each kernel."""
         plan = lower(fuse(graph, self.name, fusions), self.name, self.workers)
-        memory.require(plan.arena_bytes, f"the arena of {graph.name}")
+        memory.require(plan.arena_bytes, f"the arena of {graph.name}", memory.SHORTER)
         arena = _aligned_zeros(plan.arena_bytes)
         values: dict[str, np.ndarray] = {}
         placed = plan.graph.values | {value.name: value for step in plan.steps for value in step.scratch}

@@ -89,5 +89,7 @@ def expand(path: str | os.PathLike[str]) -> Path:
     """`path` with a leading `~` or `~user` expanded; raises `Error` when there is no such home."""
     try:
         return Path(path).expanduser()
+    except TypeError:
+        raise Error(f"a path must be a string or a Path, found {path!r}") from None
     except RuntimeError as error:
         raise Error(f"{path}: {error}") from error

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import registry
+from .checks import strings
 from .config import INTERLEAVED, ModelConfig, WeightType
 from .errors import Error
 from .ir import DTYPES, Graph, Op, Value
@@ -232,7 +233,7 @@ def fuse(graph: Graph, backend: str, passes: bool | Sequence[str] = True) -> Gra
 
     Raises `Error` for a pass that does not exist.
     """
-    names = list(FUSIONS) if passes is True else [passes] if isinstance(passes, str) else list(passes or ())
+    names = list(FUSIONS) if passes is True else strings("fusions", passes or ())
     if unknown := set(names) - set(FUSIONS):
         raise Error(f"unknown fusion {', '.join(sorted(unknown))}; there are {', '.join(FUSIONS)}")
     for name in (n for n in FUSIONS if n in names):

@@ -101,6 +101,15 @@ def _prune(root: Path, current: Path) -> None:
 _setting = threading.RLock()
 
 
+def _new_lock() -> None:
+    global _setting
+    _setting = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_new_lock)  # a thread that held it is not in the child to let it go
+
+
 @contextlib.contextmanager
 def _our_cache() -> Iterator[None]:
     """Numba decides where a function is cached when it is decorated, by this setting of the whole process."""
@@ -128,6 +137,11 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
 def device(function: Callable[..., Any]) -> Any:
     """A helper that kernels call: compiled into each of them, hence not cached by itself."""
     return numba.njit(fastmath=FAST_MATH, error_model="numpy", nogil=True)(function)
+
+
+def exact_device(function: Callable[..., Any]) -> Any:
+    """A helper like `device` whose arithmetic is done as it is written."""
+    return numba.njit(error_model="numpy", nogil=True)(function)
 
 
 class _StepLower(Lower):  # type: ignore[misc]

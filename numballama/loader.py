@@ -61,7 +61,7 @@ def open_checkpoint(
 
 
 open = open_checkpoint
-"""The name by which DESIGN.md calls it: `loader.open`."""
+"""`loader.open`, the short name."""
 
 
 def _read(path: str | PathLike[str], own_tokenizer: bool) -> Checkpoint:

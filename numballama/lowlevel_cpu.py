@@ -6,6 +6,8 @@ import os
 import platform
 from typing import Any
 
+import llvmlite.binding as llvm
+import numba
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -15,8 +17,69 @@ from numba.np.arrayobj import make_array, populate_array
 INT16, INT32, INT64, FLOAT = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 
 
+@intrinsic  # type: ignore[untyped-decorator]
+def power_of_two(typingctx: Any, n: Any) -> Any:
+    """2^n as float32, for int32 n from -126 to 127: the exponent's bits, put in place."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        biased = builder.add(args[0], ir.Constant(INT32, 127))
+        return builder.bitcast(builder.shl(biased, ir.Constant(INT32, 23)), FLOAT)
+
+    return types.float32(types.int32), codegen
+
+
 def _element(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
     return builder.gep(make_array(kind)(context, builder, array).data, [index])
+
+
+def _features() -> dict[str, bool]:
+    """What the CPU that code is made for can do: this one, unless Numba was told of another."""
+    told = numba.config.CPU_FEATURES
+    if told is None and numba.config.CPU_NAME is None:
+        return dict(llvm.get_host_cpu_features())
+    return {word[1:]: word[0] == "+" for word in (told or "").split(",") if word}
+
+
+def _converts_half() -> bool:
+    """Whether the CPU converts float16 itself: else LLVM would call a function of a C library that is not there."""
+    return platform.machine() not in ("x86_64", "AMD64") or _features().get("f16c", False)
+
+
+def _const(number: int) -> Any:
+    return ir.Constant(INT32, number)
+
+
+def _half_to_float(builder: Any, bits: Any) -> Any:
+    """The 16 bits of a float16 as float32, exactly."""
+    if _converts_half():
+        return builder.fpext(builder.bitcast(bits, ir.HalfType()), FLOAT)
+    wide = builder.zext(bits, INT32)
+    magnitude = builder.shl(builder.and_(wide, _const(0x7FFF)), _const(13))
+    # exponent and mantissa are in place, but the exponent counts from 15 instead of 127; subnormals come out right too
+    scaled = builder.bitcast(builder.fmul(builder.bitcast(magnitude, FLOAT), ir.Constant(FLOAT, 2.0**112)), INT32)
+    special = builder.icmp_unsigned(">=", magnitude, _const(0x7C00 << 13))
+    scaled = builder.select(special, builder.or_(magnitude, _const(0x7F800000)), scaled)
+    sign = builder.shl(builder.and_(wide, _const(0x8000)), _const(16))
+    return builder.bitcast(builder.or_(scaled, sign), FLOAT)
+
+
+def _float_to_half(builder: Any, value: Any) -> Any:
+    """The 16 bits of the float16 nearest to a float32, ties to even."""
+    if _converts_half():
+        return builder.bitcast(builder.fptrunc(value, ir.HalfType()), INT16)
+    bits = builder.bitcast(value, INT32)
+    magnitude = builder.and_(bits, _const(0x7FFFFFFF))
+    odd = builder.and_(builder.lshr(magnitude, _const(13)), _const(1))
+    rounded = builder.lshr(builder.add(magnitude, builder.add(odd, _const(0xFFF))), _const(13))
+    normal = builder.sub(rounded, _const(112 << 10))
+    # added to a half, a number this small is rounded to multiples of 2^-24, which is what a subnormal float16 counts
+    tiny = builder.fadd(builder.bitcast(magnitude, FLOAT), ir.Constant(FLOAT, 0.5))
+    subnormal = builder.sub(builder.bitcast(tiny, INT32), _const(0x3F000000))
+    half = builder.select(builder.icmp_unsigned("<", magnitude, _const(0x38800000)), subnormal, normal)
+    half = builder.select(builder.icmp_unsigned(">=", magnitude, _const(0x477FF000)), _const(0x7C00), half)
+    half = builder.select(builder.icmp_unsigned(">", magnitude, _const(0x7F800000)), _const(0x7E00), half)
+    sign = builder.and_(builder.lshr(bits, _const(16)), _const(0x8000))
+    return builder.trunc(builder.or_(half, sign), INT16)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -26,7 +89,7 @@ def as_f32(typingctx: Any, number: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         (bits,) = args
         if number == types.uint16:
-            return builder.fpext(builder.bitcast(bits, ir.HalfType()), FLOAT)
+            return _half_to_float(builder, bits)
         if number == types.int16:
             return builder.bitcast(builder.shl(builder.zext(bits, INT32), ir.Constant(INT32, 16)), FLOAT)
         return bits
@@ -41,7 +104,7 @@ def f32_to(typingctx: Any, like: Any, number: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         _, value = args
         if like == types.uint16:
-            return builder.bitcast(builder.fptrunc(value, ir.HalfType()), INT16)
+            return _float_to_half(builder, value)
         if like == types.int16:
             # round to nearest even: add half of the last kept place, less one where that place is even
             bits = builder.bitcast(value, INT32)
@@ -69,9 +132,9 @@ def _reduce(builder: Any, vector: Any) -> Any:
     """The sum of a vector's lanes, in whatever order is fast."""
     flags: tuple[str, ...] = ()
     if vector.type.element == INT32:
-        name, arguments = f"llvm.vector.reduce.add.v{BLOCK}i32", [vector]
+        name, arguments = f"llvm.vector.reduce.add.v{vector.type.count}i32", [vector]
     else:
-        name, arguments = f"llvm.vector.reduce.fadd.v{BLOCK}f32", [ir.Constant(FLOAT, 0.0), vector]
+        name, arguments = f"llvm.vector.reduce.fadd.v{vector.type.count}f32", [ir.Constant(FLOAT, 0.0), vector]
         flags = ("reassoc", "contract", "nsz")
     kind = ir.FunctionType(vector.type.element, [argument.type for argument in arguments])
     function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
@@ -123,8 +186,8 @@ def dot_q8_0(typingctx: Any, weights: Any, i: Any, x: Any, j: Any, blocks: Any) 
 
         def load(block: Any) -> tuple[Any, Any, Any]:
             at = builder.add(start, builder.mul(block, ir.Constant(INT64, 2 + BLOCK)))
-            pointer = builder.bitcast(_element(context, builder, sig.args[0], array, at), ir.HalfType().as_pointer())
-            scale = builder.fpext(builder.load(pointer, align=1), FLOAT)
+            pointer = builder.bitcast(_element(context, builder, sig.args[0], array, at), INT16.as_pointer())
+            scale = _half_to_float(builder, builder.load(pointer, align=1))
             w = _load_block(context, builder, sig.args[0], array, builder.add(at, ir.Constant(INT64, 2)))
             j = builder.add(first, builder.mul(block, ir.Constant(INT64, BLOCK)))
             return w, _load_block(context, builder, sig.args[2], other, j), scale
@@ -164,6 +227,69 @@ def dot_int8(
 
     index = types.int64
     return types.float32(weights, index, scales, index, index, index, x, index, index), codegen
+
+
+def _lanes() -> int:
+    """Float32 numbers in a register of the widest kind that there are enough of for 16 sums."""
+    features = _features()
+    return 16 if features.get("avx512f") else 8 if features.get("avx") else 4
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def tile(
+    typingctx: Any, w: Any, r0: Any, r1: Any, r2: Any, r3: Any, x: Any, t0: Any, t1: Any, t2: Any, t3: Any, n: Any
+) -> Any:
+    """The 16 products of four rows of float32 w[:, n] and four of x[:, n], as four tuples, one for each row of x.
+
+    Eight loads feed 16 multiply-adds, and the sums stay in registers. Written as vectors because LLVM on its own keeps
+    to 256 bits on machines that have 512.
+    """
+    width = _lanes()
+    result = types.UniTuple(types.UniTuple(types.float32, 4), 4)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        weights, rows, inputs, tokens, length = args[0], args[1:5], args[5], args[6:10], args[10]
+        vector = ir.VectorType(FLOAT, width)
+
+        def starts(kind: Any, array: Any, indices: Any) -> list[Any]:
+            return [_element(context, builder, kind, array, builder.mul(index, length)) for index in indices]
+
+        def zeros(kind: Any, value: Any) -> list[Any]:
+            sums = [cgutils.alloca_once_value(builder, ir.Constant(kind, value)) for _ in range(16)]
+            for place in sums:
+                builder.store(ir.Constant(kind, value), place)
+            return sums
+
+        def accumulate(sums: list[Any], ours: list[Any], theirs: list[Any]) -> None:
+            for index, place in enumerate(sums):
+                product = builder.fmul(theirs[index // 4], ours[index % 4], flags=("contract",))
+                builder.store(builder.fadd(builder.load(place), product, flags=("contract",)), place)
+
+        w_starts = starts(sig.args[0], weights, rows)
+        x_starts = starts(sig.args[5], inputs, tokens)
+        sums, rest = zeros(vector, [0.0] * width), zeros(FLOAT, 0.0)
+        whole = builder.mul(builder.udiv(length, ir.Constant(INT64, width)), ir.Constant(INT64, width))
+        with cgutils.for_range_slice(builder, ir.Constant(INT64, 0), whole, ir.Constant(INT64, width)) as (k, _):
+            ours, theirs = (
+                [
+                    builder.load(builder.bitcast(builder.gep(start, [k]), vector.as_pointer()), align=4)
+                    for start in places
+                ]
+                for places in (w_starts, x_starts)
+            )
+            accumulate(sums, ours, theirs)
+        with cgutils.for_range_slice(builder, whole, length, ir.Constant(INT64, 1)) as (k, _):
+            ours, theirs = ([builder.load(builder.gep(s, [k])) for s in places] for places in (w_starts, x_starts))
+            accumulate(rest, ours, theirs)
+        totals = [
+            builder.fadd(_reduce(builder, builder.load(many)), builder.load(few))
+            for many, few in zip(sums, rest, strict=True)
+        ]
+        parts = [context.make_tuple(builder, result.dtype, totals[t * 4 : t * 4 + 4]) for t in range(4)]
+        return context.make_tuple(builder, result, parts)
+
+    index = types.int64
+    return result(w, index, index, index, index, x, index, index, index, index, index), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]

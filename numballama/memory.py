@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from .errors import ContextError
+from .errors import Error
 
 
 def available_bytes() -> int | None:
@@ -31,11 +31,14 @@ def peak_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def require(nbytes: int, what: str) -> None:
-    """Raise `ContextError` if `nbytes` more memory is not to be had; `what` says for what."""
+SHORTER = "a smaller context= takes less"
+
+
+def require(nbytes: int, what: str, advice: str) -> None:
+    """Raise `Error` if `nbytes` more memory is not to be had: `what` says for what, `advice` what to do."""
     free = available_bytes()
     if free is not None and nbytes > free:
-        raise ContextError(f"{what} takes {human(nbytes)}, {human(free)} are free; a smaller context= takes less")
+        raise Error(f"{what} takes {human(nbytes)}, {human(free)} are free; {advice}")
 
 
 def human(nbytes: float) -> str:

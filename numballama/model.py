@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import os
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -99,10 +101,9 @@ class Model:
             f"{self._checkpoint.format}: {human(self._checkpoint.nbytes)} of weights mapped, "
             f"{human(self.kv.nbytes)} KV cache for {self.context:,} tokens ({self.kv.dtype})"
         )
-        memory.require(self.kv.nbytes, f"a KV cache for {self.context:,} tokens")
+        memory.require(self.kv.nbytes, f"a KV cache for {self.context:,} tokens", memory.SHORTER)
 
-        self.lock = threading.RLock()
-        """Held while the session is in use."""
+        self._lock, self._pid = threading.RLock(), os.getpid()
         self._stream: object = None
         self._fusions = fusions
         self.weights: Mapping[str, Weight] = self._convert(dtype)
@@ -129,7 +130,7 @@ class Model:
         ]
         targets = {name: _target(dtype, name, weights[name].shape[1]) for name in names}
         size = sum(target.nbytes(math.prod(weights[name].shape)) for name, target in targets.items())
-        memory.require(size, f"a copy of the linear weights as {dtype}")
+        memory.require(size, f"a copy of the linear weights as {dtype}", "leave dtype= out to use the file's own types")
         with progress.bar(f"converting to {dtype}") as report:
             for done, name in enumerate(names):
                 report(name, done, len(names))
@@ -165,9 +166,30 @@ class Model:
             raise Error("this model is closed; compile it again")
         return self._session
 
+    @contextlib.contextmanager
+    def using(self) -> Iterator[None]:
+        """Have the session for oneself. Raises `DeviceError` in a forked child: a lost thread may hold the lock."""
+        if os.getpid() != self._pid:
+            raise DeviceError(
+                "this process was forked from the one that compiled the model, and its worker threads did not survive "
+                "that; use multiprocessing's 'spawn' method and compile the model in the child"
+            )
+        with self._lock:
+            yield
+
+    @contextlib.contextmanager
+    def fresh_session(self) -> Iterator[Session]:
+        """The session, empty, and emptied again: streams that were under way recompute what they need."""
+        session, self._stream = self.session, None
+        session.rewind()
+        try:
+            yield session
+        finally:
+            session.rewind()
+
     def close(self) -> None:
         """Free the KV cache, the arenas and the mapping of the file now. The model cannot be used afterwards."""
-        with self.lock:
+        with self.using():
             self._session = self._decode = self._all_logits = self._backend = None
             self.weights = {}
             self._checkpoint.weights = {}
@@ -187,23 +209,22 @@ class Model:
 
         Raises `Error` for no ids or ids outside the vocabulary, `ContextError` for more than fit.
         """
-        with self.lock:
+        with self.using():
             session = self.session
             tokens = session.check(ids)
             if self._all_logits is None:
                 graph = self._build(min(CHUNK, self.context), "all")
                 with progress.bar("compiling kernels") as report:
                     self._all_logits = self._backend.program(graph, self._fusions, report)
-            self._stream = None
-            session.rewind()
             out = np.empty((len(tokens), self.config.vocab_size), np.float32)
             step = len(self._all_logits.inputs["ids"])
-            for start in range(0, len(tokens), step):
-                chunk = tokens[start : start + step]
-                session.feed(self._all_logits, chunk)
-                self._all_logits.run(len(chunk))
-                session.tokens.extend(chunk)
-                out[start : start + len(chunk)] = self._all_logits.value("logits")[: len(chunk)]
+            with self.fresh_session():
+                for start in range(0, len(tokens), step):
+                    chunk = tokens[start : start + step]
+                    session.feed(self._all_logits, chunk)
+                    self._all_logits.run(len(chunk))
+                    session.tokens.extend(chunk)
+                    out[start : start + len(chunk)] = self._all_logits.value("logits")[: len(chunk)]
             return out
 
     def generate(
@@ -226,7 +247,7 @@ class Model:
         Ctrl-C.
         """
         text: list[str] = []
-        with self.lock:
+        with self.using():
             try:
                 for piece in self.stream(
                     prompt, max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed, stop
@@ -312,7 +333,7 @@ class Model:
 
     def _next(self, stream: object, history: Sequence[int], sampler: Sampler) -> int:
         """The token after `history`. Usually the cache holds all but its last; after another stream used it, less."""
-        with self.lock:
+        with self.using():
             session = self.session
             if self._stream is not stream:
                 self._stream = stream

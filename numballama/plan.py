@@ -36,10 +36,6 @@ class Placement:
     first: int
     last: int
 
-    def overlaps(self, other: Placement) -> bool:
-        """Whether both are alive in some step."""
-        return self.first <= other.last and other.first <= self.last
-
 
 @dataclass(frozen=True)
 class Plan:

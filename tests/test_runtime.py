@@ -475,3 +475,80 @@ if __name__ == "__main__":
     assert found.returncode == 0, found.stderr[-4000:]
     for logits in json.loads(found.stdout.splitlines()[-1]):
         check(logits, wanted)
+
+
+HALVES = """
+import json
+import numba, numpy as np
+from numballama.lowlevel_cpu import as_f32, f32_to
+
+@numba.njit
+def decode(bits, out):
+    for i in range(len(bits)):
+        out[i] = as_f32(bits[i])
+
+@numba.njit
+def encode(numbers, out):
+    for i in range(len(numbers)):
+        out[i] = f32_to(out[i], numbers[i])
+
+np.seterr(all="ignore")
+bits = np.arange(65536, dtype=np.uint16)
+exact, decoded = bits.view(np.float16).astype(np.float32), np.empty(65536, np.float32)
+decode(bits, decoded)
+drawn = np.random.default_rng(0).integers(0, 1 << 32, 200_000, dtype=np.uint64).astype(np.uint32).view(np.float32)
+numbers = np.concatenate([drawn, exact, (exact[:-1] + exact[1:]) / 2, np.float32([65519.99, 65520, 2**-25, -0.0])])
+encoded = np.empty(len(numbers), np.uint16)
+encode(numbers, encoded)
+same = lambda a, b: bool(((a == b) | (np.isnan(a) & np.isnan(b))).all())
+signs = bool((np.signbit(decoded) == np.signbit(exact))[~np.isnan(exact)].all())
+print(json.dumps([same(decoded, exact), same(encoded.view(np.float16), numbers.astype(np.float16)), signs]))
+"""
+
+
+@pytest.mark.parametrize("generic", [False, True])
+def test_float16_is_converted_with_and_without_the_cpu(generic: bool) -> None:
+    """A CPU without such instructions (or a user who has Numba compile for any) gets them in integer arithmetic."""
+    plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""} if generic else {}
+    assert run_python(HALVES, **plain) == [True, True, True]
+
+
+def test_any_cpu_tells_the_story(tmp_path: Path) -> None:
+    code = "import json, numballama; m = numballama.compile(None, kv_dtype='f16', threads=1)\n"
+    code += "print(json.dumps(m.generate('Once upon a time', max_tokens=5, temperature=0)))"
+    plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBALLAMA_CACHE": str(tmp_path)}
+    assert run_python(code, **plain) == ", there was a little"
+
+
+FORKED = """
+import json, os, threading
+import numballama
+from numballama import DeviceError
+
+model = numballama.compile(None, threads=1)
+held, done = threading.Event(), threading.Event()
+
+def hold():
+    with model.using():  # as in the middle of a token
+        held.set()
+        done.wait()
+
+thread = threading.Thread(target=hold)
+thread.start()
+held.wait()
+pid = os.fork()
+if pid == 0:
+    try:
+        model.generate("Once", max_tokens=2)
+    except DeviceError:
+        os._exit(7)
+    os._exit(8)
+done.set()
+thread.join()
+print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_forked_while_a_lock_is_held_gets_an_error() -> None:
+    assert run_python(FORKED) == 7

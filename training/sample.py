@@ -243,12 +243,14 @@ def main() -> None:
     with ProcessPoolExecutor(WORKERS, mp_context=multiprocessing.get_context("spawn")) as pool:
         for index in range(options.batches):
             # batch 0 is held out; its seed is used for nothing else
+            path = options.out / ("held-out.txt" if index == 0 else f"stories-{index:03}.txt")
+            if path.exists():
+                continue  # told by an earlier run
             seed = options.seed * 1_000_003 + index
             torch.manual_seed(seed)
             openings = index % 10 == 9
             prompts = prompts_for(options.batch, tokenizer, random.Random(seed), device) if openings else None
             rows = teller.tell(prompts).to(torch.int32).cpu().numpy()
-            path = options.out / ("held-out.txt" if index == 0 else f"stories-{index:03}.txt")
             jobs.append(pool.submit(write_finished, rows, options.tokenizer, path))
             told += options.batch
             seconds = time.time() - started

@@ -190,7 +190,9 @@ def main() -> None:
         "tokens_unique": len(tokens),
         "seconds": time.time() - started,
         "shape": vars(STUDENT),
-        "options": {name: str(value) for name, value in vars(options).items()},
+        "options": {
+            name: value.name if isinstance(value, Path) else str(value) for name, value in vars(options).items()
+        },
         "curve": curve,
     }
     (options.out / "figures.json").write_text(json.dumps(figures))
