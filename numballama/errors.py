@@ -44,4 +44,4 @@ class DeviceError(Error):
 
 
 class ContextError(Error):
-    """A prompt does not fit the model's context."""
+    """A prompt does not fit the context, or the KV cache of a context does not fit the memory."""

@@ -34,11 +34,11 @@ def peak_bytes() -> int | None:
 SHORTER = "a smaller context= takes less"
 
 
-def require(nbytes: int, what: str, advice: str) -> None:
-    """Raise `Error` if `nbytes` more memory is not to be had: `what` says for what, `advice` what to do."""
+def require(nbytes: int, what: str, advice: str, error: type[Error] = Error) -> None:
+    """Raise `error` if `nbytes` more memory is not to be had: `what` says for what, `advice` what to do."""
     free = available_bytes()
     if free is not None and nbytes > free:
-        raise Error(f"{what} takes {human(nbytes)}, {human(free)} are free; {advice}")
+        raise error(f"{what} takes {human(nbytes)}, {human(free)} are free; {advice}")
 
 
 def human(nbytes: float) -> str:

@@ -18,7 +18,7 @@ from . import ir, loader, memory, plan, progress, quant
 from .checkpoint import Checkpoint, Weight
 from .checks import strings, whole_number
 from .config import BF16, F16, F32, Q8_0, Q8_0_BLOCK, ModelConfig, WeightType
-from .errors import DeviceError, Error, UnsupportedError
+from .errors import ContextError, DeviceError, Error, UnsupportedError
 from .graph import KVLayout, build
 from .memory import human
 from .sampler import Sampler
@@ -101,7 +101,7 @@ class Model:
             f"{self._checkpoint.format}: {human(self._checkpoint.nbytes)} of weights mapped, "
             f"{human(self.kv.nbytes)} KV cache for {self.context:,} tokens ({self.kv.dtype})"
         )
-        memory.require(self.kv.nbytes, f"a KV cache for {self.context:,} tokens", memory.SHORTER)
+        memory.require(self.kv.nbytes, f"a KV cache for {self.context:,} tokens", memory.SHORTER, ContextError)
 
         self._lock, self._pid = threading.RLock(), os.getpid()
         self._stream: object = None

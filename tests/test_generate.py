@@ -533,6 +533,19 @@ def test_damaged_weights_are_an_error_and_not_a_token(tmp_path: Path, tokenizer:
                     model.generate("ab", max_tokens=3, **settings)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("damage", [float("nan"), float("inf"), 1e38])
+def test_damaged_weights_show_through_int8_activations(tmp_path: Path, tokenizer: Path, damage: float) -> None:
+    """int8 has no NaN: the scales carry it to the logits."""
+    path, _ = save(tmp_path, "llama2c-v2", TINY)
+    data = bytearray(path.read_bytes())
+    data[256 + 4 : 256 + 8] = struct.pack("<f", damage)  # second number of the first norm
+    path.write_bytes(data)
+    with numballama.compile(path, tokenizer, device="cpu") as model:
+        for settings in ({"temperature": 0}, {"seed": 1}):
+            with pytest.raises(Error, match="not numbers"):
+                model.generate("ab", max_tokens=3, **settings)  # type: ignore[arg-type]
+
+
 # Real models
 
 
