@@ -59,12 +59,16 @@ def exp(x):
 
 
 @device
-def silu_times(gate, up, begin, end, tokens, out):
-    """out = gate · sigmoid(gate) · up in columns [begin, end) (Shazeer, GLU Variants, 2020)."""
+def silu_times(gate, out, begin, end, tokens):
+    """out · gate · sigmoid(gate), into `out`, which holds `up`, in columns [begin, end) (Shazeer, GLU Variants, 2020).
+
+    Over slices, counted from 0: an index that might be negative, for all that Numba knows, keeps LLVM from vectors.
+    """
     one = np.float32(1)
     for t in range(tokens):
-        for r in range(begin, end):
-            out[t, r] = gate[t, r] / (one + exp(-gate[t, r])) * up[t, r]
+        g, o = gate[t, begin:end], out[t, begin:end]
+        for k in range(g.shape[0]):
+            o[k] *= g[k] / (one + exp(-g[k]))
 
 
 # Kernels of the ops as the graph declares them.
@@ -104,16 +108,17 @@ def quantize(part, parts, tokens, x, out, scales, group):
     for unit in range(begin, end):
         t, g = divmod(unit, scales.shape[1])
         first, last = g * group, min(n, (g + 1) * group)
+        numbers, into = x[t, first:last], out[t, first:last]
         largest, broken = np.float32(0), False
-        for k in range(first, last):
-            largest = max(largest, abs(x[t, k]))
-            broken |= not abs(x[t, k]) < np.float32(np.inf)
+        for k in range(numbers.shape[0]):
+            largest = max(largest, abs(numbers[k]))
+            broken |= not abs(numbers[k]) < np.float32(np.inf)
         # a NaN must show in the logits, and int8 has none: its group's scale carries it
         scale = np.float32(np.nan) if broken else largest / np.float32(127)
         scales[t, g] = scale
-        for k in range(first, last):
-            ratio = x[t, k] / scale if scale > 0 else np.float32(0)
-            out[t, k] = np.int8(math.floor(abs(ratio) + np.float32(0.5)) * (1 if ratio >= 0 else -1))
+        for k in range(numbers.shape[0]):
+            ratio = numbers[k] / scale if scale > 0 else np.float32(0)
+            into[k] = np.int8(math.floor(abs(ratio) + np.float32(0.5)) * (1 if ratio >= 0 else -1))
 
 
 @kernel("linear", "cpu", "f32", LINEAR, rows=lambda x, w, workers: (workers, TILE, w[1]))
@@ -245,7 +250,10 @@ def attention_values(part, parts, tokens, weights, v_cache, positions, sequences
 @kernel("swiglu", "cpu", "f32", "f32")
 def swiglu(part, parts, tokens, gate, up, out):
     begin, end = share(out.shape[1], part, parts, 16)
-    silu_times(gate, up, begin, end, tokens, out)
+    for t in range(tokens):
+        for k in range(begin, end):
+            out[t, k] = up[t, k]
+    silu_times(gate, out, begin, end, tokens)
 
 
 @kernel("add", "cpu", "f32", "f32")
@@ -297,8 +305,9 @@ def argmax(part, parts, tokens, x, out):
 def add_columns(residual, out, begin, end, tokens):
     """out += residual in columns [begin, end)."""
     for t in range(tokens):
-        for r in range(begin, end):
-            out[t, r] += residual[t, r]
+        o, x = out[t, begin:end], residual[t, begin:end]
+        for k in range(o.shape[0]):
+            o[k] += x[k]
 
 
 @kernel("linear_add", "cpu", "f32", LINEAR, "f32", rows=lambda x, w, residual, workers: (workers, TILE, w[1]))
@@ -333,20 +342,20 @@ def qkv_int8(part, parts, tokens, xq, xs, wq, wk, wv, q, k, v):
     "f32",
     LINEAR,
     LINEAR,
-    up=lambda x, w1, w3, workers: (x[0], w3[0]),
+    gate=lambda x, w1, w3, workers: (x[0], w1[0]),
     rows=lambda x, w1, w3, workers: (workers, TILE, w1[1]),
 )
-def gate_up(part, parts, tokens, x, w1, w3, out, up, rows):
-    begin, end = project(w1, x, out, part, parts, tokens, rows)
-    project(w3, x, up, part, parts, tokens, rows)
-    silu_times(out, up, begin, end, tokens, out)
+def gate_up(part, parts, tokens, x, w1, w3, out, gate, rows):
+    begin, end = project(w1, x, gate, part, parts, tokens, rows)
+    project(w3, x, out, part, parts, tokens, rows)
+    silu_times(gate, out, begin, end, tokens)
 
 
-@kernel("gate_up", "cpu", "i8", "f32", "int8", "int8", up=lambda x, xs, w1, w3, workers: (x[0], w3[0]))
-def gate_up_int8(part, parts, tokens, xq, xs, w1, w3, out, up):
-    begin, end = project_int8(w1, xq, xs, out, part, parts, tokens)
-    project_int8(w3, xq, xs, up, part, parts, tokens)
-    silu_times(out, up, begin, end, tokens, out)
+@kernel("gate_up", "cpu", "i8", "f32", "int8", "int8", gate=lambda x, xs, w1, w3, workers: (x[0], w1[0]))
+def gate_up_int8(part, parts, tokens, xq, xs, w1, w3, out, gate):
+    begin, end = project_int8(w1, xq, xs, gate, part, parts, tokens)
+    project_int8(w3, xq, xs, out, part, parts, tokens)
+    silu_times(gate, out, begin, end, tokens)
 
 
 @device
@@ -396,14 +405,14 @@ def norm_qkv(part, parts, tokens, x, norm, wq, wk, wv, q, k, v, eps, h, rows):
     LINEAR,
     LINEAR,
     h=lambda x, norm, w1, w3, workers: (workers, *x),
-    up=lambda x, norm, w1, w3, workers: (x[0], w3[0]),
+    gate=lambda x, norm, w1, w3, workers: (x[0], w1[0]),
     rows=lambda x, norm, w1, w3, workers: (workers, TILE, w1[1]),
 )
-def norm_gate_up(part, parts, tokens, x, norm, w1, w3, out, eps, h, up, rows):
+def norm_gate_up(part, parts, tokens, x, norm, w1, w3, out, eps, h, gate, rows):
     normalise_all(x, norm, eps, h[part], tokens)
-    begin, end = project(w1, h[part], out, part, parts, tokens, rows)
-    project(w3, h[part], up, part, parts, tokens, rows)
-    silu_times(out, up, begin, end, tokens, out)
+    begin, end = project(w1, h[part], gate, part, parts, tokens, rows)
+    project(w3, h[part], out, part, parts, tokens, rows)
+    silu_times(gate, out, begin, end, tokens)
 
 
 @kernel("rope_kv_write", "cpu", "f32", "f32", "f32", CACHE, "i32", "i32", "f32", CACHE)

@@ -160,8 +160,9 @@ def _decode_int8(weight, row, count, buffer):
         while k < n:
             g = (start + k) // group
             end = min(n, (g + 1) * group - start)
-            for j in range(k, end):
-                buffer[r, j] = np.float32(payload[row + r, j]) * scales[g]
+            numbers, into = payload[row + r, k:end], buffer[r, k:end]
+            for j in range(numbers.shape[0]):
+                into[j] = np.float32(numbers[j]) * scales[g]
             k = end
 
 
