@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import random
 import struct
 import time
 import tracemalloc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,13 +15,31 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import configs, random_checkpoint
+from gguf_support import (
+    ARRAY,
+    BOOL,
+    CONFIG,
+    STRING,
+    TYPES,
+    U32,
+    array,
+    container,
+    edited,
+    entries_of,
+    entry,
+    f32,
+    letters,
+    save,
+    tensor,
+    text,
+    u32,
+    weights_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 import numballama
-from numballama import protobuf, quant
-from numballama.checkpoint import Weight
+from numballama import quant
 from numballama.config import BF16, F16, F32, HALF_SPLIT, Q8_0, ModelConfig, WeightType
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.files import map_file
@@ -31,99 +48,7 @@ from numballama.formats.gguf import tensor_name
 from numballama.formats.gguf_writer import write_gguf
 from numballama.gguf_header import TENSOR_TYPES, Header
 from numballama.loader import open_checkpoint
-from numballama.tokenizer import GgufTokenizer, PieceType, Tokenizer, Vocabulary, load_tokenizer
-
-CONFIG = ModelConfig(32, 64, 2, 4, 2, 300, 16, tied_embeddings=False)
-TYPES = {"F32": F32, "F16": F16, "BF16": BF16, "Q8_0": Q8_0}
-
-
-def weights_of(config: ModelConfig, kind: WeightType = F32, seed: int = 0) -> dict[str, Weight]:
-    weights = random_checkpoint(config, seed).weights
-    return {name: quant.convert(w, kind) if len(w.shape) == 2 else w for name, w in weights.items()}
-
-
-def letters(size: int) -> GgufTokenizer:
-    """Ids 0 to 2 unknown, BOS and EOS, all bytes, then the letters and made-up pieces."""
-    pieces = [b"<unk>", b"<s>", b"</s>", *(b"<0x%02X>" % byte for byte in range(256)), "▁".encode()]
-    pieces += [bytes([byte]) for byte in b"abcdefghijklmnopqrstuvwxyz"]
-    pieces += [b"piece%d" % index for index in range(size - len(pieces))]
-    types = [PieceType.UNKNOWN, *[PieceType.CONTROL] * 2, *[PieceType.BYTE] * 256]
-    types += [PieceType.NORMAL] * (size - len(types))
-    return GgufTokenizer(Vocabulary(pieces, [-float(token) for token in range(size)], types, 1, 2, 0))
-
-
-def save(path: Path, config: ModelConfig = CONFIG, kind: WeightType = F32, **more: Any) -> Path:
-    write_gguf(path, config, weights_of(config, kind), **more)
-    return path
-
-
-# ---- files by hand ----
-
-U32, F32_, BOOL, STRING, ARRAY = 4, 6, 7, 8, 9
-
-
-def text(value: str | bytes) -> bytes:
-    data = value.encode() if isinstance(value, str) else value
-    return struct.pack("<Q", len(data)) + data
-
-
-def entry(key: str | bytes, kind: int, payload: bytes) -> bytes:
-    return text(key) + struct.pack("<I", kind) + payload
-
-
-def array(kind: int, count: int, payload: bytes = b"") -> bytes:
-    return struct.pack("<IQ", kind, count) + payload
-
-
-def tensor(name: str | bytes, dims: list[int], kind: int = 0, offset: int = 0) -> bytes:
-    return text(name) + struct.pack(f"<I{len(dims)}QIQ", len(dims), *dims, kind, offset)
-
-
-def container(
-    entries: list[bytes], tensors: list[bytes], data: bytes = b"", version: int = 3, align: int = 32
-) -> bytes:
-    head = b"GGUF" + struct.pack("<IQQ", version, len(tensors), len(entries)) + b"".join(entries + tensors)
-    return head + bytes(-len(head) % align) + data
-
-
-def entries_of(data: bytes) -> dict[str, tuple[int, int]]:
-    """Key → where its whole metadata entry begins and ends, by a walk of this test's own."""
-    sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
-    at, found = 24, {}
-
-    def skip_string(at: int) -> int:
-        return at + 8 + int(struct.unpack_from("<Q", data, at)[0])
-
-    for _ in range(struct.unpack_from("<Q", data, 16)[0]):
-        start, at = at, skip_string(at)
-        key = data[start + 8 : at].decode()
-        kind, items = struct.unpack_from("<I", data, at)[0], 1
-        at += 4
-        if kind == ARRAY:
-            kind, items = struct.unpack_from("<IQ", data, at)
-            at += 12
-        if kind == STRING:
-            for _ in range(items):
-                at = skip_string(at)
-        else:
-            at += items * sizes[kind]
-        found[key] = start, at
-    return found
-
-
-def edited(path: Path, changes: Mapping[str, bytes | None], drop: str = "", extra: tuple[bytes, ...] = ()) -> bytes:
-    """The file with metadata entries replaced, added or left out (None), without tensor `drop`, with `extra` ones."""
-    header, data = Header(map_file(path)), path.read_bytes()
-    entries: dict[str, bytes | None] = {key: data[start:end] for key, (start, end) in entries_of(data).items()}
-    kinds = {name: number for number, (name, *_) in TENSOR_TYPES.items()}
-    infos = [
-        tensor(t.name, list(t.shape[::-1]), kinds[t.type], t.offset - header.data_offset)
-        for t in header.tensors.values()
-        if t.name != drop
-    ]
-    kept = [value for value in (entries | dict(changes)).values() if value]
-    return container(kept, [*infos, *extra], data[header.data_offset :])
-
+from numballama.tokenizer import load_tokenizer
 
 # ---- round trips ----
 
@@ -310,14 +235,6 @@ def test_the_writer_refuses(tmp_path: Path) -> None:
 
 
 # ---- metadata that asks for more or less ----
-
-
-def u32(key: str, value: int) -> bytes:
-    return entry(key, U32, struct.pack("<I", value))
-
-
-def f32(key: str, value: float) -> bytes:
-    return entry(key, F32_, struct.pack("<f", value))
 
 
 SCALING = "llama.rope.scaling."
@@ -637,312 +554,3 @@ def test_a_large_vocabulary_opens_quickly(tmp_path: Path) -> None:
     open_checkpoint(path)
     assert tracemalloc.get_traced_memory()[1] < 16_000_000
     tracemalloc.stop()
-
-
-# ---- tokenizers ----
-
-STORY = "Once upon a time, there was a little girl named Lily. She said: “I'd like a café crème!”\nThe end. 12 34  5\t6"
-
-
-STORY_BEGINS = "once upon a time there was a little girl who loved to play in the garden with her red ball"
-WORDS = STORY_BEGINS.split(" ")
-
-
-def trained(**options: Any) -> SentencePieceProcessor:
-    """A small sentencepiece model, trained as the story model's tokenizer is, unless `options` say otherwise."""
-    rng = random.Random(1)
-    lines = [
-        " ".join(rng.choices(WORDS, k=12)).capitalize() + rng.choice([".", "!", "?  Yes", " 12"]) for _ in range(300)
-    ]
-    out = io.BytesIO()
-    options = {
-        "vocab_size": 380,
-        "model_type": "bpe",
-        "byte_fallback": True,
-        "remove_extra_whitespaces": False,
-    } | options
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=out,
-        normalization_rule_name=options.pop("normalization_rule_name", "identity"),
-        minloglevel=2,
-        **options,
-    )
-    return SentencePieceProcessor(model_proto=out.getvalue())
-
-
-def through_gguf(folder: Path, processor: SentencePieceProcessor) -> tuple[Tokenizer, Tokenizer]:
-    """The processor's model by the library, and by ours after it went through a GGUF file."""
-    model, path = folder / "t.model", folder / "t.gguf"
-    model.write_bytes(processor.serialized_model_proto())
-    library = load_tokenizer(model)
-    config = replace(CONFIG, vocab_size=processor.vocab_size())
-    write_gguf(path, config, weights_of(config), tokenizer=library)
-    ours = open_checkpoint(path).tokenizer
-    assert ours is not None
-    assert isinstance(ours, GgufTokenizer)
-    assert ours.vocabulary() == replace(library.vocabulary(), notes=())
-    return library, ours
-
-
-@pytest.fixture(scope="module", params=["trained", "no prefix", "llama2"])
-def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Tokenizer]:
-    folder = tmp_path_factory.mktemp("tokenizer")
-    if request.param == "llama2":
-        models: Path = request.getfixturevalue("models")
-        return through_gguf(folder, SentencePieceProcessor(str(models / "llama2_tokenizer.model")))
-    return through_gguf(folder, trained(add_dummy_prefix=request.param == "trained"))
-
-
-@settings(max_examples=200)
-@given(
-    text=st.one_of(
-        st.text(max_size=60),
-        st.text("aeoth ▁.,\n🙂é", max_size=80),
-        st.text(" ", max_size=70),
-        st.lists(st.sampled_from([*STORY.split(), " ", "  ", "<s>", "</s>", "<0x41>", "<unk>"])).map(" ".join),
-    )
-)
-def test_ids_and_text_are_sentencepieces(pair: tuple[Tokenizer, Tokenizer], text: str) -> None:
-    library, ours = pair
-    assert ours.encode(text) == library.encode(text)
-    assert ours.encode(text, special=True) == library.encode(text, special=True)
-    ids = ours.encode(text, bos=False)
-    assert ours.decode(ids) == library.decode(ids) == text.replace("▁", " ")
-
-
-def test_a_story_and_long_runs(pair: tuple[Tokenizer, Tokenizer]) -> None:
-    library, ours = pair
-    for text in (STORY, "a" * 5000, " " * 5000, "🙂" * 500, STORY * 20):
-        assert ours.encode(text) == library.encode(text)
-
-
-@settings(max_examples=100)
-@given(data=st.data())
-def test_any_ids_decode_as_sentencepieces(pair: tuple[Tokenizer, Tokenizer], data: Any) -> None:
-    library, ours = pair
-    ids = data.draw(st.lists(st.integers(0, ours.vocab_size - 1) | st.integers(0, 300), max_size=25))
-    assert ours.decode(ids) == library.decode(ids)
-
-
-def test_every_piece(pair: tuple[Tokenizer, Tokenizer]) -> None:
-    library, ours = pair
-    assert (ours.bos_id, ours.eos_id, ours.vocab_size) == (library.bos_id, library.eos_id, library.vocab_size)
-    for token in range(ours.vocab_size):
-        assert ours.piece(token) == library.piece(token)
-        assert ours.entry(token) == library.entry(token)
-
-
-@given(text=st.text(st.characters(max_codepoint=0x300), max_size=30))
-def test_without_byte_fallback_the_unknown_is_one_token(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
-    library, ours = _no_bytes(tmp_path_factory)
-    assert ours.encode(text) == library.encode(text)
-
-
-_cached: dict[str, tuple[Tokenizer, Tokenizer]] = {}  # hypothesis calls a test many times
-
-
-def _no_bytes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Tokenizer]:
-    if not _cached:
-        _cached["no bytes"] = through_gguf(
-            tmp_path_factory.mktemp("bytes"), trained(byte_fallback=False, vocab_size=90)
-        )
-    return _cached["no bytes"]
-
-
-def varint(number: int) -> bytes:
-    return bytes([number]) if number < 128 else bytes([number & 127 | 128]) + varint(number >> 7)
-
-
-def with_unused(proto: bytes, chosen: Callable[[bytes], bool]) -> bytes:
-    """A sentencepiece model in which the normal pieces that are `chosen` are unused ones."""
-    out = b""
-    for number, value in protobuf.fields(proto):
-        if number == 1:
-            piece = dict(protobuf.fields(value))
-            if piece.get(3, 1) == 1 and chosen(piece[1]):
-                value += b"\x18" + bytes([PieceType.UNUSED])
-        out += varint(number << 3 | 2) + varint(len(value)) + value
-    return out
-
-
-@pytest.mark.parametrize("seed", range(4))
-def test_unused_pieces_are_taken_apart_again(tmp_path: Path, seed: int) -> None:
-    rng = random.Random(seed)
-    proto = with_unused(trained().serialized_model_proto(), lambda piece: rng.random() < 0.4)
-    library, ours = through_gguf(tmp_path, SentencePieceProcessor(model_proto=proto))
-    assert PieceType.UNUSED in library.vocabulary().types
-    for _ in range(300):
-        words = rng.choices([*WORDS, "▁", "x"], k=5)
-        line = " ".join(words) + "".join(rng.choices("once upatimlgr ▁", k=20))
-        assert ours.encode(line) == library.encode(line)
-
-
-def test_pieces_of_the_users_own_come_first(tmp_path: Path) -> None:
-    """Longest first, and what stands between them is a text of its own: llama.cpp's rule, and its ids."""
-    library, ours = through_gguf(tmp_path, trained(user_defined_symbols=["<sep>", "<sep>x", "▁▁"], vocab_size=390))
-    sep, sepx, spaces = (next(t for t in range(390) if ours.piece(t) == p) for p in ("<sep>", "<sep>x", "  "))
-    once, red = ours.encode("once", bos=False), ours.encode("red", bos=False)
-    assert ours.encode("once<sep>red", bos=False) == [*once, sep, *red]
-    assert ours.encode("<sep>xred<sep>", bos=False) == [sepx, *red, sep]
-    assert ours.encode("once  red", bos=False) == [*once, spaces, *red]
-    assert ours.decode([*once, sep, spaces]) == "once<sep>  "
-    assert library.vocabulary().types[sep] == PieceType.USER_DEFINED
-    assert ours.encode("<s>red<sep></s>", bos=False, special=True) == [1, *red, sep, 2]
-
-
-def test_models_that_cannot_be_expressed(tmp_path: Path, models: Path) -> None:
-    for options, message in (
-        ({"model_type": "unigram", "vocab_size": 300}, "not BPE"),
-        ({"treat_whitespace_as_suffix": True}, "behind words"),
-    ):
-        path = tmp_path / "t.model"
-        path.write_bytes(trained(**options).serialized_model_proto())
-        with pytest.raises(UnsupportedError, match=message):
-            load_tokenizer(path).vocabulary()
-    config = replace(CONFIG, vocab_size=512)
-    tok512 = load_tokenizer(models / "tok512.model")
-    notes = write_gguf(tmp_path / "t.gguf", config, weights_of(config), tokenizer=tok512)
-    assert len(notes) == 1
-    assert "normalises" in notes[0]
-    ours = load_tokenizer(tmp_path / "t.gguf")
-    assert ours.encode(STORY.split("\n")[0]) == tok512.encode(STORY.split("\n")[0])
-
-
-def test_llama2c_tokenizers_are_written_alike(tmp_path: Path, models: Path) -> None:
-    """tokenizer.bin, the .model that it was made from, and what came out of a GGUF file: one vocabulary."""
-    model, binary = (load_tokenizer(models / name) for name in ("llama2_tokenizer.model", "tokenizer_llama2.bin"))
-    assert model.vocabulary() == binary.vocabulary()
-    path = save(tmp_path / "m.gguf", replace(CONFIG, vocab_size=32000), Q8_0, tokenizer=binary)
-    assert load_tokenizer(path).encode(STORY) == binary.encode(STORY)
-
-
-def vocabulary_only(**changes: bytes | None) -> bytes:
-    """A GGUF file without tensors, of a vocabulary of six; keys without their prefix."""
-    pieces = [b"<unk>", b"<s>", b"</s>", "▁".encode(), b"a", "▁a".encode()]
-    entries: dict[str, bytes | None] = {
-        "model": entry("tokenizer.ggml.model", STRING, text("llama")),
-        "tokens": entry("tokenizer.ggml.tokens", ARRAY, array(STRING, 6, b"".join(map(text, pieces)))),
-        "scores": entry("tokenizer.ggml.scores", ARRAY, array(F32_, 6, struct.pack("<6f", 0, 0, 0, -3, -2, -1))),
-        "token_type": entry("tokenizer.ggml.token_type", ARRAY, array(5, 6, struct.pack("<6i", 2, 3, 3, 1, 1, 1))),
-    } | changes
-    return container([value for value in entries.values() if value], [])
-
-
-def flag(name: str, value: bool) -> bytes:
-    return entry(f"tokenizer.ggml.{name}", BOOL, bytes([value]))
-
-
-def test_a_file_of_a_vocabulary_alone(tmp_path: Path) -> None:
-    path = tmp_path / "v.gguf"
-
-    def load(**changes: bytes | None) -> Tokenizer:
-        path.unlink(missing_ok=True)
-        path.write_bytes(vocabulary_only(**changes))
-        return load_tokenizer(path)
-
-    assert load().encode("aa") == [1, 5, 4]  # BOS 1 and the space are the defaults
-    assert (load().bos_id, load().eos_id) == (1, 2)
-    assert load().decode([1, 5, 4, 2]) == "aa"
-    assert load(x=flag("add_bos_token", False)).encode("aa") == [5, 4]
-    assert load(x=flag("add_eos_token", True)).encode("aa") == [1, 5, 4, 2]
-    assert load(x=flag("add_eos_token", True)).encode("aa", bos=False) == [5, 4]
-    assert load(x=flag("add_space_prefix", False)).encode("aa") == [1, 4, 4]
-    assert load(x=flag("add_space_prefix", False)).decode([1, 5, 4, 2]) == " aa"
-    assert load(token_type=None).encode("a<s>a", special=True) == [1, 5, 1, 5]
-    assert load(x=u32("tokenizer.ggml.eos_token_id", 4)).token_bytes(4) == b""  # EOS is never text, whatever its type
-    assert load(x=u32("tokenizer.ggml.bos_token_id", 0xFFFFFFFF)).encode("a") == [5]
-    assert load().encode("ab") == [1, 5, 0]
-    with pytest.raises(Error, match="no token for 'b', nor for unknown"):
-        load(x=u32("tokenizer.ggml.unknown_token_id", 99)).encode("ab")
-    with pytest.raises(FormatError, match=r"general\.architecture"):
-        open_checkpoint(path)
-
-
-@pytest.mark.parametrize(
-    ("changes", "kind", "message"),
-    [
-        ({"model": entry("tokenizer.ggml.model", STRING, text("gpt2"))}, UnsupportedError, "gpt2.*byte-level BPE"),
-        ({"model": entry("tokenizer.ggml.model", STRING, text("x"))}, UnsupportedError, "'x'"),
-        ({"model": None}, FormatError, "without a tokenizer"),
-        ({"model": u32("tokenizer.ggml.model", 1)}, FormatError, "wrong type"),
-        ({"tokens": None}, FormatError, "tokenizer.ggml.tokens; expected 1 to"),
-        ({"tokens": entry("tokenizer.ggml.tokens", ARRAY, array(STRING, 0))}, FormatError, "expected 1 to"),
-        ({"tokens": entry("tokenizer.ggml.tokens", ARRAY, array(U32, 1, bytes(4)))}, FormatError, "wrong type"),
-        ({"scores": None}, FormatError, "a score for each piece"),
-        ({"scores": entry("tokenizer.ggml.scores", ARRAY, array(F32_, 5, bytes(20)))}, FormatError, "found 5"),
-        ({"token_type": entry("tokenizer.ggml.token_type", ARRAY, array(5, 7, bytes(28)))}, FormatError, "found 7"),
-    ],
-)
-def test_damaged_vocabularies(
-    tmp_path: Path, changes: dict[str, bytes | None], kind: type[Error], message: str
-) -> None:
-    path = tmp_path / "v.gguf"
-    path.write_bytes(vocabulary_only(**changes))
-    with pytest.raises(kind, match=message):
-        load_tokenizer(path)
-
-
-def test_the_files_tokenizer_and_the_users(tmp_path: Path, models: Path) -> None:
-    config = replace(CONFIG, vocab_size=512)
-    path = save(tmp_path / "m.gguf", config, tokenizer=letters(300))
-    opened = open_checkpoint(path)
-    assert opened.tokenizer is not None
-    assert opened.tokenizer.vocab_size == 300
-    assert opened.stop_ids == (2,)
-    assert any("212" in note and "padding" in note for note in opened.notes)
-    other = open_checkpoint(path, models / "tok512.bin").tokenizer
-    assert other is not None
-    assert other.vocab_size == 512
-    gpt2 = entry("tokenizer.ggml.model", STRING, text("gpt2"))
-    path.write_bytes(edited(path, {"tokenizer.ggml.model": gpt2}))
-    opened = open_checkpoint(path)
-    assert opened.tokenizer is None
-    assert any("gpt2" in note for note in opened.notes)
-    assert open_checkpoint(path, models / "tok512.bin").notes == []
-    data = save(path, config, tokenizer=letters(300)).read_bytes()
-    tokens: dict[str, bytes | None] = {
-        key: data[start:end] for key, (start, end) in entries_of(data).items() if key.startswith("tokenizer.")
-    }
-    bare = save(tmp_path / "bare.gguf", replace(CONFIG, vocab_size=299))
-    bare.write_bytes(edited(bare, tokens))
-    with pytest.raises(FormatError, match="more tokens than embeddings"):
-        open_checkpoint(bare)
-
-
-# ---- end to end ----
-
-
-def test_eos_ends_the_text(tmp_path: Path) -> None:
-    """Whatever token the file names, of the end of a text or of a turn; BOS does not end it."""
-    path = save(
-        tmp_path / "m.gguf", replace(CONFIG, tied_embeddings=True), tokenizer=letters(300), chat_template="{{x}}"
-    )
-    with numballama.compile(path, threads=1) as model:
-        assert model.tokenizer is not None
-        first = [piece.token for piece in model.stream("abc", temperature=0, max_tokens=5)]
-    assert open_checkpoint(path).chat_template == "{{x}}"
-    for key in ("eos", "eot"):
-        end = next(token for token in first if token > 2)
-        full = f"tokenizer.ggml.{key}_token_id"
-        other = path.with_suffix(f".{key}.gguf")
-        other.write_bytes(edited(path, {full: u32(full, end)}))
-        with numballama.compile(other, threads=1) as model:
-            pieces = list(model.stream("abc", temperature=0, max_tokens=5))
-            assert [piece.token for piece in pieces] == first[: first.index(end) + 1]
-            assert pieces[-1].finish_reason == "eos"
-    report = str(numballama.inspect(save(tmp_path / "q.gguf", kind=Q8_0, tokenizer=letters(300))))
-    assert "GGUF v3" in report
-    assert "q8_0" in report
-    assert "300 tokens" in report
-
-
-def test_a_story_from_gguf_is_the_story(tmp_path: Path, models: Path) -> None:
-    """stories260K through GGUF gives the tokens that llama2.c's file gives."""
-    source = open_checkpoint(models / "stories260K.bin")
-    path = tmp_path / "m.gguf"
-    write_gguf(path, source.config, source.weights, tokenizer=load_tokenizer(models / "tok512.bin"))
-    with numballama.compile(path) as model:
-        got = [piece.token for piece in model.stream("Once upon a time", temperature=0, max_tokens=60)]
-    with numballama.compile(models / "stories260K.bin", models / "tok512.bin") as model:
-        assert got == [piece.token for piece in model.stream("Once upon a time", temperature=0, max_tokens=60)]
