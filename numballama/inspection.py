@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from functools import cached_property
 from os import PathLike
@@ -43,13 +44,7 @@ class Inspection:
     @property
     def parameters(self) -> int:
         """How many numbers the weights are."""
-        total = 0
-        for _, shape in self.tensors.values():
-            count = 1
-            for extent in shape:
-                count *= extent
-            total += count
-        return total
+        return sum(math.prod(shape) for _, shape in self.tensors.values())
 
     @cached_property
     def memory(self) -> dict[str, int]:
