@@ -25,7 +25,7 @@ from numba import get_num_threads, prange, set_num_threads, types
 from . import memory, progress
 from .checkpoint import Weight
 from .checks import whole_number
-from .errors import DeviceError, Error
+from .errors import FORKED, NOT_NUMBERS, DeviceError, Error
 from .graph import fuse
 from .ir import DTYPES, Graph, Value
 from .jit import compile_step, device, jit
@@ -165,10 +165,7 @@ _used_by: set[int] = set()
 def refuse_forked() -> None:
     """Raise `DeviceError` in a child that was forked after workers had started: they did not survive it."""
     if _used_by - {os.getpid()}:
-        raise DeviceError(
-            "this process was forked from one whose worker threads had started, and they did not survive that; "
-            "use multiprocessing's 'spawn' method"
-        )
+        raise DeviceError(FORKED)
 
 
 @contextlib.contextmanager
@@ -235,7 +232,7 @@ class CpuProgram:
         if self.plan.workers > 1:
             self._learn(int(self._sync[PARTS]) if workers > 1 else 1)
         if token < 0:
-            raise Error("a kernel failed" if token == -2 else "the logits are not numbers: the weights may be damaged")
+            raise Error("a kernel failed" if token == -2 else NOT_NUMBERS)
         return int(token)
 
     def _learn(self, present: int) -> None:

@@ -45,3 +45,11 @@ class DeviceError(Error):
 
 class ContextError(Error):
     """A prompt does not fit the context, or the KV cache of a context does not fit the memory."""
+
+
+FORKED = (
+    "this process was forked from one whose worker threads had started, and they did not survive that; "
+    "use multiprocessing's 'spawn' method and compile the model in the child"
+)
+NOT_NUMBERS = "the logits are not numbers: the weights may be damaged"
+"""What several modules say in the same words."""

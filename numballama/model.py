@@ -18,7 +18,7 @@ from . import ir, loader, memory, plan, progress, quant
 from .checkpoint import Checkpoint, Weight
 from .checks import strings, whole_number
 from .config import BF16, F16, F32, Q8_0, Q8_0_BLOCK, ModelConfig, WeightType
-from .errors import ContextError, DeviceError, Error, UnsupportedError
+from .errors import FORKED, ContextError, DeviceError, Error, UnsupportedError
 from .graph import KVLayout, build
 from .memory import human
 from .sampler import Sampler
@@ -170,10 +170,7 @@ class Model:
     def using(self) -> Iterator[None]:
         """Have the session for oneself. Raises `DeviceError` in a forked child: a lost thread may hold the lock."""
         if os.getpid() != self._pid:
-            raise DeviceError(
-                "this process was forked from the one that compiled the model, and its worker threads did not survive "
-                "that; use multiprocessing's 'spawn' method and compile the model in the child"
-            )
+            raise DeviceError(FORKED)
         with self._lock:
             yield
 

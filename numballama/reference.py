@@ -13,7 +13,7 @@ import numpy as np
 
 from . import quant
 from .checkpoint import Weight
-from .errors import Error
+from .errors import NOT_NUMBERS, Error
 from .ir import DTYPES, Graph, Op
 from .registry import find, kernel
 from .sampler import Sampler
@@ -157,7 +157,7 @@ class ReferenceProgram:
         if sampler is None:
             return 0
         if (token := sampler(self.values["logits"][0].copy())) < 0:
-            raise Error("the logits are not numbers: the weights may be damaged")
+            raise Error(NOT_NUMBERS)
         return token
 
     def _compute(self, op: Op) -> None:

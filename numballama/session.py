@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .checks import whole_number
-from .errors import ContextError, Error
+from .errors import NOT_NUMBERS, ContextError, Error
 from .sampler import Sampler
 
 
@@ -99,7 +99,7 @@ class Session:
             program.run(len(ids))  # the graph's own argmax is the greedy choice
             token = int(program.value("next")[0])
             if sampler is not None and token < 0:
-                raise Error("the logits are not numbers: the weights may be damaged")
+                raise Error(NOT_NUMBERS)
         else:
             token = program.run(len(ids), sampler=sampler)
         self.tokens.extend(ids)
