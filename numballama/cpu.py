@@ -211,9 +211,13 @@ class CpuProgram:
     def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: Sampler | None = None) -> int:
         """Run steps [begin, end) for the first `tokens` tokens of the inputs: one call into compiled code.
 
-        With a sampler the next token is drawn from the logits in the same call and returned. Raises `Error` when a
-        kernel failed or the logits are not numbers, `DeviceError` in a forked child.
+        With a sampler the next token is returned: drawn from the logits in the same call, or the graph's own argmax
+        where that is what the sampler's settings come down to. Raises `Error` when a kernel failed or the logits are
+        not numbers, `DeviceError` in a forked child.
         """
+        greedy = sampler is not None and sampler.is_argmax and len(sampler.ids) == self._logits[1]
+        if greedy:
+            sampler = None
         if end is None:
             # the graph's argmax is for greedy choice; a sampler makes its own
             end = len(self.plan.steps) - (sampler is not None and self.plan.steps[-1].op.kind == "argmax")
@@ -231,6 +235,8 @@ class CpuProgram:
                 token = walk_and_sample(*self._addresses, begin, end, tokens, workers, self._agreed, *sampling)
         if self.plan.workers > 1:
             self._learn(int(self._sync[PARTS]) if workers > 1 else 1)
+        if token == 0 and greedy:
+            token = self._values["next"][0]
         if token < 0:
             raise Error("a kernel failed" if token == -2 else NOT_NUMBERS)
         return int(token)
