@@ -17,7 +17,7 @@ import numpy as np
 from . import ir, loader, memory, plan, progress, quant
 from .checkpoint import Checkpoint, Weight
 from .checks import strings, whole_number
-from .config import BF16, F16, F32, Q8_0, Q8_0_BLOCK, ModelConfig, WeightType
+from .config import BF16, BLOCKS, F16, F32, Q4_0, Q8_0, ModelConfig, WeightType
 from .errors import FORKED, ContextError, DeviceError, Error, UnsupportedError
 from .graph import KVLayout, build
 from .memory import human
@@ -28,7 +28,7 @@ from .tokenizer import Tokenizer
 
 CHUNK = 64
 """Tokens of a prompt that one run handles."""
-TYPES = ("f32", "f16", "bf16", "int8", "q8_0")
+TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")
 KV_TYPES = ("f32", "f16", "bf16")
 
 
@@ -356,15 +356,15 @@ class Model:
 def _target(dtype: str, name: str, columns: int) -> WeightType:
     """The weight type that a dtype means for rows of this length: int8 groups that fill a row are faster.
 
-    Raises `Error` where q8_0's blocks do not.
+    Raises `Error` where blocks do not.
     """
-    if dtype == "q8_0" and columns % Q8_0_BLOCK:
+    if dtype in BLOCKS and columns % (block := BLOCKS[dtype][0]):
         raise Error(
-            f"{name} cannot become q8_0: its rows of {columns} numbers are no whole number of blocks of {Q8_0_BLOCK}; "
+            f"{name} cannot become {dtype}: its rows of {columns} numbers are no whole number of blocks of {block}; "
             "dtype='int8' takes any rows"
         )
     if dtype != "int8":
-        return {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}[dtype]
+        return {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0, "q4_0": Q4_0}[dtype]
     groups = (quant.DEFAULT_GROUP, quant.DEFAULT_GROUP // 2)
     return WeightType("int8", next((g for g in groups if columns % g == 0), quant.DEFAULT_GROUP))
 

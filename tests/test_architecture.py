@@ -20,7 +20,7 @@ ORDER = [
     # vocabulary
     "errors", "checks", "config", "registry", "memory", "progress",
     # file → Checkpoint
-    "checkpoint", "quant", "files", "gguf_header", "protobuf",
+    "checkpoint", "quant_blocks", "quant", "files", "gguf_header", "protobuf",
     "tokenizers", "tokenizers.base", "tokenizers.library", "tokenizers.scored", "tokenizer",
     "formats.layout", "formats.llama2c", "formats.kuiper", "formats.gguf", "formats.gguf_writer", "formats", "loader",
     # Checkpoint → Graph → Plan
