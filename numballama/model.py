@@ -17,7 +17,7 @@ import numpy as np
 from . import ir, loader, memory, plan, progress, quant
 from .checkpoint import Checkpoint, Weight
 from .checks import strings, whole_number
-from .config import BF16, BLOCKS, F16, F32, Q4_0, Q8_0, ModelConfig, WeightType
+from .config import BF16, BLOCKS, F16, F32, Q4_0, Q8_0, RUNS_AS, ModelConfig, WeightType
 from .errors import FORKED, ContextError, DeviceError, Error, UnsupportedError
 from .graph import KVLayout, build
 from .memory import human
@@ -116,25 +116,31 @@ class Model:
         self.load_s = time.perf_counter() - started
 
     def _convert(self, dtype: str | None) -> Mapping[str, Weight]:
-        """The weights, those of linear layers converted if asked for; a tied classifier takes the embedding along."""
+        """The weights, those of linear layers converted if asked for; a tied classifier takes the embedding along.
+
+        What has a type that no backend has kernels for is converted in any case.
+        """
         weights = self._checkpoint.weights
-        if dtype is None:
+        targets = {name: RUNS_AS[kind] for name, weight in weights.items() if (kind := weight.type.name) in RUNS_AS}
+        if dtype is not None:
+            targets |= {
+                name: _target(dtype, name, weight.shape[1])
+                for name, weight in weights.items()
+                if len(weight.shape) == 2
+                and (name != "tok_embeddings" or self.config.tied_embeddings)
+                and weight.type.name != dtype
+            }
+        if not targets:
             return weights
         converted = dict(weights)
-        names = [
-            name
-            for name, weight in weights.items()
-            if len(weight.shape) == 2
-            and (name != "tok_embeddings" or self.config.tied_embeddings)
-            and weight.type.name != dtype
-        ]
-        targets = {name: _target(dtype, name, weights[name].shape[1]) for name in names}
+        what = dtype or ", ".join(dict.fromkeys(target.name for target in targets.values()))
+        hint = "leave dtype= out to use the file's own types" if dtype else "use a file of another quantisation"
         size = sum(target.nbytes(math.prod(weights[name].shape)) for name, target in targets.items())
-        memory.require(size, f"a copy of the linear weights as {dtype}", "leave dtype= out to use the file's own types")
-        with progress.bar(f"converting to {dtype}") as report:
-            for done, name in enumerate(names):
-                report(name, done, len(names))
-                converted[name] = quant.convert(weights[name], targets[name])
+        memory.require(size, f"a copy of the linear weights as {what}", hint)
+        with progress.bar(f"converting to {what}") as report:
+            for done, (name, target) in enumerate(targets.items()):
+                report(name, done, len(targets))
+                converted[name] = quant.convert(weights[name], target)
         return converted
 
     def _build(self, tokens: int, logits: str) -> ir.Graph:

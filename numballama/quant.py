@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,9 @@ from .quant_blocks import encode_f16, largest, round_half_away, saturate
 DEFAULT_GROUP = 64
 """Numbers that share a scale in an int8 weight, unless the caller or the file says otherwise."""
 
+EXACT = frozenset(quant_blocks.REPACKERS)
+"""(type, another) for block types that `convert` turns into another without changing a number."""
+
 _STORAGE: dict[str, type[np.generic]] = {"f32": np.float32, "f16": np.uint16, "bf16": np.uint16, "int8": np.int8}
 _STORAGE |= dict.fromkeys(quant_blocks.ENCODERS, np.uint8)
 _CHUNK = 1 << 18  # numbers in flight: 1 MB as float32, so a chunk and its temporaries stay in the L2 cache
@@ -25,13 +29,16 @@ _CHUNK = 1 << 18  # numbers in flight: 1 MB as float32, so a chunk and its tempo
 def convert(weight: Weight, target: WeightType) -> Weight:
     """`weight` in another type; `weight` itself, not a copy, when it has that type already.
 
-    Every conversion goes through float32 and rounds to the nearest: ties away from zero for int8 and q8_0 (C's
+    q5_0 becomes q8_0 and q3_k becomes q6_k as it is, for these hold the same numbers. Every other conversion goes
+    through float32 and rounds to the nearest: ties away from zero for int8 and q8_0 (C's
     roundf), to even for f16 and bf16, upwards for q4_0 and q4_1. Finite numbers stay finite: what lies beyond the
     range of f16 or bf16 becomes the largest number of that type. Raises `Error` for a group size below 1, for rows that
     are no whole blocks, and for NaN or infinity that shall become int8 or blocks.
     """
     if weight.type == target:
         return weight
+    if repack := quant_blocks.REPACKERS.get((weight.type.name, target.name)):
+        return _repack(weight, target, repack)
     if target.name not in _STORAGE:
         raise UnsupportedError(f"weight type {target.name!r} is not one of {', '.join(_STORAGE)}")
     if target.name == "int8" and target.group < 1:
@@ -57,6 +64,16 @@ def convert(weight: Weight, target: WeightType) -> Weight:
                 data[start:stop] = _ENCODERS[target.name](values)
     shape = (*weight.shape[:-1], -1) if blocks else weight.shape
     return Weight(weight.shape, target, data.reshape(shape), scales)
+
+
+def _repack(weight: Weight, target: WeightType, repack: Callable[[quant_blocks.Bytes], quant_blocks.Bytes]) -> Weight:
+    (numbers, old_bytes), (_, new_bytes) = BLOCKS[weight.type.name], BLOCKS[target.name]
+    old = weight.data.reshape(-1, old_bytes)
+    new = np.empty((len(old), new_bytes), np.uint8)
+    step = max(_CHUNK // numbers, 1)
+    for start in range(0, len(old), step):
+        new[start : start + step] = repack(old[start : start + step])
+    return Weight(weight.shape, target, new.reshape(*weight.shape[:-1], -1))
 
 
 def dequantize(weight: Weight) -> npt.NDArray[np.float32]:

@@ -13,7 +13,6 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from .config import BLOCKS
 from .errors import Error
 
 Bytes = npt.NDArray[np.uint8]
@@ -77,7 +76,106 @@ def _q4_1(blocks: Bytes) -> Floats:
     return _half(blocks, 0) * _fields(blocks[:, 4:], 4, 16) + _half(blocks, 2)
 
 
-DECODERS: dict[str, Callable[[Bytes], Floats]] = {"q8_0": _q8_0, "q4_0": _q4_0, "q4_1": _q4_1}
+def _q5_0_integers(blocks: Bytes) -> npt.NDArray[np.int8]:
+    fifth = _fields(blocks[:, 2:6], 1, 1)
+    return (_fields(blocks[:, 6:], 4, 16) | fifth << 4).view(np.int8) - np.int8(16)
+
+
+def _q5_0(blocks: Bytes) -> Floats:
+    return _half(blocks, 0) * _q5_0_integers(blocks)
+
+
+def _q5_1(blocks: Bytes) -> Floats:
+    fifth = _fields(blocks[:, 4:8], 1, 1)
+    return _half(blocks, 0) * (_fields(blocks[:, 8:], 4, 16) | fifth << 4) + _half(blocks, 2)
+
+
+def _scaled(scales: Floats, numbers: npt.NDArray[np.integer], least: Floats | None = None) -> Floats:
+    """scales · numbers - least, with a scale for each equal run of a block's numbers."""
+    runs = scales[:, :, None] * numbers.reshape(*scales.shape, -1).astype(np.float32)
+    if least is not None:
+        runs -= least[:, :, None]
+    return runs.reshape(numbers.shape)
+
+
+def _q2_k(blocks: Bytes) -> Floats:
+    scales = _half(blocks, 80) * (blocks[:, :16] & 15)
+    return _scaled(scales, _fields(blocks[:, 16:80], 2, 32), _half(blocks, 82) * (blocks[:, :16] >> 4))
+
+
+def _q3_k_integers(blocks: Bytes) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int8]]:
+    """16 scales and 256 numbers."""
+    scales = _fields(blocks[:, 96:104], 4, 8) | _fields(blocks[:, 104:108], 2, 4) << 4
+    numbers = _fields(blocks[:, 32:96], 2, 32) | _fields(blocks[:, :32], 1, 32) << 2
+    return scales.view(np.int8) - np.int8(32), numbers.view(np.int8) - np.int8(4)
+
+
+def _q3_k(blocks: Bytes) -> Floats:
+    scales, numbers = _q3_k_integers(blocks)
+    return _scaled(_half(blocks, 108) * scales, numbers)
+
+
+def _six_bits(packed: Bytes) -> tuple[Bytes, Bytes]:
+    """The eight scales and the eight least numbers of 6 bits that q4_k and q5_k keep in 12 bytes."""
+    first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
+    return (
+        np.hstack([first & 63, third & 15 | (first >> 2) & 48]),
+        np.hstack([second & 63, third >> 4 | (second >> 2) & 48]),
+    )
+
+
+def _q4_k(blocks: Bytes) -> Floats:
+    scales, least = _six_bits(blocks[:, 4:16])
+    return _scaled(_half(blocks, 0) * scales, _fields(blocks[:, 16:], 4, 32), _half(blocks, 2) * least)
+
+
+def _q5_k(blocks: Bytes) -> Floats:
+    scales, least = _six_bits(blocks[:, 4:16])
+    numbers = _fields(blocks[:, 48:], 4, 32) | _fields(blocks[:, 16:48], 1, 32) << 4
+    return _scaled(_half(blocks, 0) * scales, numbers, _half(blocks, 2) * least)
+
+
+def _q6_k(blocks: Bytes) -> Floats:
+    numbers = _fields(blocks[:, :128], 4, 64) | _fields(blocks[:, 128:192], 2, 32) << 4
+    return _scaled(_half(blocks, 208) * blocks[:, 192:208].view(np.int8), numbers.view(np.int8) - np.int8(32))
+
+
+DECODERS: dict[str, Callable[[Bytes], Floats]] = {
+    "q8_0": _q8_0,
+    "q4_0": _q4_0,
+    "q4_1": _q4_1,
+    "q5_0": _q5_0,
+    "q5_1": _q5_1,
+    "q2_k": _q2_k,
+    "q3_k": _q3_k,
+    "q4_k": _q4_k,
+    "q5_k": _q5_k,
+    "q6_k": _q6_k,
+}
+
+
+# The same numbers in another type
+
+
+def _q5_0_to_q8_0(blocks: Bytes) -> Bytes:
+    return np.hstack([blocks[:, :2], _q5_0_integers(blocks).view(np.uint8)])
+
+
+def _q3_k_to_q6_k(blocks: Bytes) -> Bytes:
+    scales, numbers = _q3_k_integers(blocks)
+    fields = (numbers + np.int8(32)).view(np.uint8)
+    nibbles = (fields & 15).reshape(-1, 2, 2, 64)
+    pairs = (fields >> 4).reshape(-1, 2, 4, 32) << np.array([0, 2, 4, 6], np.uint8)[:, None]
+    low = (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).reshape(-1, 128)
+    high = np.bitwise_or.reduce(pairs, axis=2).reshape(-1, 64)
+    return np.hstack([low, high, scales.view(np.uint8), blocks[:, 108:]])
+
+
+REPACKERS: dict[tuple[str, str], Callable[[Bytes], Bytes]] = {
+    ("q5_0", "q8_0"): _q5_0_to_q8_0,
+    ("q3_k", "q6_k"): _q3_k_to_q6_k,
+}
+"""(type, another that holds every number it can hold) → blocks of the one to blocks of the other, exactly."""
 
 
 # Writing
@@ -127,7 +225,6 @@ ENCODERS: dict[str, Callable[[Floats, Bytes], None]] = {
     "q4_0": _encode_q4_0,
     "q4_1": _encode_q4_1,
 }
-assert ENCODERS.keys() <= DECODERS.keys() <= BLOCKS.keys()
 
 
 def largest(rows: Floats) -> Floats:

@@ -95,3 +95,23 @@ def test_what_is_finite_stays_finite_and_the_rest_is_refused(name: str, most: fl
             encoded(name, values)
     with pytest.raises(Error, match="rows of 33 numbers"):
         encoded(name, np.ones((32, 33), np.float32))
+
+
+@pytest.mark.parametrize(("old", "new"), sorted(quant_blocks.REPACKERS))
+@given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 3), count=st.integers(1, 4))
+def test_repacked_blocks_hold_the_same_numbers(old: str, new: str, seed: int, rows: int, count: int) -> None:
+    """To the bit, by the gguf package's reading of both; several chunks."""
+    quants, kind = peer(new)
+    numbers, nbytes = BLOCKS[old]
+    stored = np.random.default_rng(seed).integers(0, 256, (rows, count * nbytes), np.uint8)
+    weight = Weight((rows, count * numbers), WeightType(old), stored)
+    with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
+        patch.setattr(quant, "_CHUNK", 2 * numbers)
+        again = quant.convert(weight, WeightType(new))
+        want = quant.dequantize(weight)
+        got = quants.dequantize(again.data, kind)
+    assert again.type.nbytes(rows * count * numbers) == again.nbytes
+    assert (old, new) in quant.EXACT
+    nan = np.isnan(want)
+    np.testing.assert_array_equal(np.isnan(got), nan)
+    np.testing.assert_array_equal(got.view(np.uint32)[~nan], want.view(np.uint32)[~nan])
