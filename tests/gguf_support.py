@@ -146,3 +146,27 @@ def u32(key: str, value: int) -> bytes:
 
 def f32(key: str, value: float) -> bytes:
     return entry(key, F32_, struct.pack("<f", value))
+
+
+def split(path: Path, parts: int, stem: str = "model") -> list[Path]:
+    """Write the tensors of a file into `parts` files beside it, as gguf-split does: metadata in the first."""
+    header, data = Header(map_file(path)), path.read_bytes()
+    entries = [data[start:end] for start, end in entries_of(data).values()]
+    kinds = {name: number for number, (name, *_) in TENSOR_TYPES.items()}
+    tensors = list(header.tensors.values())
+    paths = []
+    for index in range(parts):
+        own = tensors[index * len(tensors) // parts : (index + 1) * len(tensors) // parts]
+        numbers = [
+            entry("split.no", 2, struct.pack("<H", index)),
+            entry("split.count", 2, struct.pack("<H", parts)),
+            entry("split.tensors.count", 5, struct.pack("<i", len(tensors))),
+        ]
+        infos, payload = [], b""
+        for info in own:
+            infos.append(tensor(info.name, list(info.shape[::-1]), kinds[info.type], len(payload)))
+            payload += data[info.offset : info.offset + info.nbytes]
+            payload += bytes(-len(payload) % 32)
+        paths.append(path.with_name(f"{stem}-{index + 1:05}-of-{parts:05}.gguf"))
+        paths[-1].write_bytes(container(numbers + (entries if index == 0 else []), infos, payload))
+    return paths
