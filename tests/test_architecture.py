@@ -20,13 +20,13 @@ ORDER = [
     # vocabulary
     "errors", "checks", "config", "registry", "memory", "progress",
     # file → Checkpoint
-    "checkpoint", "quant", "files", "gguf_header", "protobuf",
+    "checkpoint", "quant_blocks", "quant", "files", "gguf_header", "gguf_split", "protobuf",
     "tokenizers", "tokenizers.base", "tokenizers.library", "tokenizers.scored", "tokenizer",
     "formats.layout", "formats.llama2c", "formats.kuiper", "formats.gguf", "formats.gguf_writer", "formats", "loader",
     # Checkpoint → Graph → Plan
     "ir", "graph", "plan",
     # Plan → Backend
-    "jit", "lowlevel_cpu", "matmul_cpu", "kernels_cpu", "sampler", "cpu", "reference",
+    "jit", "lowlevel_cpu", "blocks_cpu", "matmul_cpu", "kernels_cpu", "sampler", "cpu", "reference",
     # Backend → Session → text
     "session", "text", "model",
     # around a model
