@@ -293,6 +293,9 @@ class CpuBackend:
                 values[value.name] = np.array(plan.graph.constants[value.name], np.float32)
         return self._bind(plan, values, arena, report)
 
+    def close(self) -> None:
+        """Nothing is held that the last reference does not free."""
+
     def prepare(self, decode: CpuProgram, report: Callable[[str, int, int], None] | None = None) -> None:
         """Compile or load what walks and samples, and start the workers, so that the first token need not wait."""
         if report:

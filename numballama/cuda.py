@@ -20,7 +20,7 @@ import numpy as np
 
 from . import progress, registry
 from .checkpoint import Weight
-from .config import F32, Q4_0_BYTES, Q8_0_BLOCK, Q8_0_BYTES
+from .config import BLOCKS, F16, F32
 from .errors import NOT_NUMBERS, DeviceError, Error
 from .graph import fuse
 from .ir import DTYPES, Graph, Value
@@ -104,7 +104,7 @@ class _Layout:
         columns = weight.shape[-1]
         rows = weight.data.reshape(self.rows, -1)[first:last]
         if kind in ("q8_0", "q4_0"):
-            blocks = rows.reshape(last - first, columns // Q8_0_BLOCK, Q8_0_BYTES if kind == "q8_0" else Q4_0_BYTES)
+            blocks = rows.reshape(last - first, -1, BLOCKS[kind][1])
             return blocks[:, :, 2:].reshape(last - first, -1), blocks[:, :, :2].reshape(last - first, -1)
         if kind != "int8":
             return _bytes_of(rows), rows
@@ -137,10 +137,10 @@ def _layout(weight: Weight) -> _Layout:
         width = columns * ITEM_BYTES[kind]
         return _Layout(weight, kind, width if len(weight.shape) == 1 else -(-width // 16) * 16)
     if kind in ("q8_0", "q4_0"):
-        blocks = columns // Q8_0_BLOCK
-        numbers = 32 if kind == "q8_0" else 16
+        numbers, nbytes = BLOCKS[kind]
+        blocks = columns // numbers
         payload = "int8" if kind == "q8_0" else "q4_0"
-        return _Layout(weight, payload, blocks * numbers, "f16", -(-blocks // 2) * 2, Q8_0_BLOCK)
+        return _Layout(weight, payload, blocks * (nbytes - 2), "f16", -(-blocks // 2) * 2, numbers)
     if kind == "int8":
         common = math.gcd(columns, weight.type.group)
         group = common & -common  # the largest power of two that divides both
@@ -149,8 +149,7 @@ def _layout(weight: Weight) -> _Layout:
         if group >= 16:
             return _Layout(weight, "int8", columns, "f32", columns // group, group)
         return _Layout(weight, "f32", -(-columns * 4 // 16) * 16)
-    converted = convert(weight, F32)
-    return _Layout(converted, "f32", -(-columns * 4 // 16) * 16)
+    return _layout(convert(weight, F16))  # block types that no kernel streams yet
 
 
 class Weights:
@@ -230,7 +229,12 @@ class _Sampling:
     """The sampler's state on the device."""
 
     def __init__(self, device: Device) -> None:
-        sizes = {"settings": (SETTINGS, "f64"), "recent": (REPEAT_WINDOW, "i32"), "counts": (1, "i64"), "state": (1, "u64")}
+        sizes = {
+            "settings": (SETTINGS, "f64"),
+            "recent": (REPEAT_WINDOW, "i32"),
+            "counts": (1, "i64"),
+            "state": (1, "u64"),
+        }
         self._device, offset = device, 0
         self.memory = Memory(device, 4 * ALIGNMENT + 8 * SETTINGS + 4 * REPEAT_WINDOW, "the sampler's state")
         self.arrays: dict[str, Array] = {}
@@ -456,7 +460,7 @@ class CudaProgram:
         while True:
             letter = int(self._letters[number % MAILBOX])
             if letter >> 32 == number & 0x7FFFFFFF:
-                return int(np.int32(letter & 0xFFFFFFFF if letter & 0x80000000 == 0 else (letter & 0xFFFFFFFF) - 2**32))
+                return int(np.int64(letter).astype(np.int32))
             looks += 1
             if looks % PATIENCE == 0:
                 if not self._device.busy and int(self._letters[number % MAILBOX]) >> 32 != number & 0x7FFFFFFF:
@@ -509,7 +513,9 @@ class CudaBackend:
     ) -> CudaProgram:
         """Fuse, lower, compile and bind a graph. `report(kernel, done, total)` is called before each kernel."""
         plan = lower(fuse(graph, self.name, fusions), self.name, self.device.processors)
-        new = [v for v in plan.graph.values.values() if v.kind == "state" and v.alias is None and v.name not in self.states]
+        new = [
+            v for v in plan.graph.values.values() if v.kind == "state" and v.alias is None and v.name not in self.states
+        ]
         if new:
             memory = Memory(self.device, sum(_aligned(v.nbytes) for v in new), "the KV cache")
             self.device.fill(memory.address, 0, memory.nbytes)

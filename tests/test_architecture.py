@@ -26,7 +26,10 @@ ORDER = [
     # Checkpoint → Graph → Plan
     "ir", "graph", "plan",
     # Plan → Backend
-    "jit", "lowlevel_cpu", "blocks_cpu", "matmul_cpu", "kernels_cpu", "sampler", "cpu", "reference",
+    "jit", "lowlevel_cpu", "blocks_cpu", "matmul_cpu", "kernels_cpu", "sampler", "cpu",
+    "lowlevel_cuda", "lowlevel_cuda.launch", "lowlevel_cuda.instructions", "lowlevel_cuda.driver",
+    "kernels_cuda.pieces", "kernels_cuda.gemv", "kernels_cuda.basic", "kernels_cuda.attention", "kernels_cuda.sampling",
+    "kernels_cuda", "cuda", "reference",
     # Backend → Session → text
     "session", "text", "model",
     # around a model

@@ -306,7 +306,7 @@ MOST_SPLITS = 32
     parts=lambda q, k, positions, sequences, v, workers: (
         q[0],
         q[1] // k[3],
-        min(MOST_SPLITS, -(-k[2] // LEAST_KEYS)),
+        min(MOST_SPLITS, -(-k[2] // LEAST_KEYS)) if q[0] <= 8 else 1,
         k[3] + 2,
     ),
 )

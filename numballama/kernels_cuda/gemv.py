@@ -50,7 +50,8 @@ THREADS = 32 * WARPS
 ROW_BYTES, SCALE_BYTES = 512, 128
 """Of a stage, for each row: 16 bytes a lane, and a word with its scale."""
 LANE_STEP = 132
-MATRIX = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")
+MATRIX = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
+"""Types of weights. The last three become float16 on their way to the device."""
 
 
 LINEAR, GATE_UP, QKV = 0, 1, 2

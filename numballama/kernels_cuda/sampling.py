@@ -86,7 +86,9 @@ def add_up(sums):
 @device
 def bin_of(logit, largest):
     """The histogram's bin of a logit."""
-    return min(np.int32((largest - logit) * PER_NAT), np.int32(BINS - 1)) if largest - logit < 40 else np.int32(BINS - 1)
+    return (
+        min(np.int32((largest - logit) * PER_NAT), np.int32(BINS - 1)) if largest - logit < 40 else np.int32(BINS - 1)
+    )
 
 
 @cuda.jit

@@ -101,7 +101,9 @@ class Device:
             check(driver.cuInit(0))
             count = int(check(driver.cuDeviceGetCount()))
         except (DeviceError, RuntimeError, OSError) as error:
-            raise DeviceError(f"device {name!r}: no usable NVIDIA driver was found ({error}); use device='cpu'") from None
+            raise DeviceError(
+                f"device {name!r}: no usable NVIDIA driver was found ({error}); use device='cpu'"
+            ) from None
         if self.index >= count:
             raise DeviceError(f"device {name!r}: this machine has {count} CUDA device{'s' * (count != 1)}")
         self._handle = check(driver.cuDeviceGet(self.index))
