@@ -208,17 +208,15 @@ def _sum(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.
 
 @bound("rope")
 def _rope(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
-    assert not e[0].any()
-    shape = (
-        (len(x[0]), -1, attrs["head_dim"] // 2, 2)
-        if attrs["interleaved"]
-        else (len(x[0]), -1, 2, attrs["head_dim"] // 2)
-    )
-    pairs = np.abs(x[0].reshape(shape).astype(np.float64)).sum(axis=3 if attrs["interleaved"] else 2, keepdims=True)
-    return (
-        4 * U * np.broadcast_to(pairs, np.broadcast_shapes(pairs.shape, x[0].reshape(shape).shape)).reshape(out.shape)
-        + TINY
-    )
+    """A turn mixes the two numbers of a pair, and their errors, with factors of at most 1."""
+    pairs = attrs["head_dim"] // 2
+    shape, axis = ((len(x[0]), -1, pairs, 2), 3) if attrs["interleaved"] else ((len(x[0]), -1, 2, pairs), 2)
+
+    def of_pair(numbers: np.ndarray) -> np.ndarray:
+        numbers = np.abs(numbers.astype(np.float64)).reshape(shape)
+        return np.broadcast_to(numbers.sum(axis=axis, keepdims=True), numbers.shape).reshape(out.shape)
+
+    return of_pair(e[0]) + 4 * U * (of_pair(x[0]) + of_pair(e[0])) + TINY
 
 
 @bound("kv_write")

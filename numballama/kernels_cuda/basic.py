@@ -116,13 +116,13 @@ def quantize_kernel(tokens, x, out, scales, columns, group, groups):
     g = cuda.blockIdx.x * (THREADS // 32) + (cuda.threadIdx.x >> 5)
     if g < groups:
         first, last = g * group, min(columns, (g + 1) * group)
-        largest = np.uint32(0)  # as bits, which order magnitudes and put every NaN above infinity
+        largest = np.int32(0)  # as bits, which order magnitudes and put every NaN above infinity
         for k in range(first + lane, last, 32):
-            largest = max(largest, bits_of_f32(x[t * columns + k]) & np.uint32(0x7FFFFFFF))
+            largest = max(largest, np.int32(bits_of_f32(x[t * columns + k]) & np.uint32(0x7FFFFFFF)))
         for i in range(5):
             largest = max(largest, cuda.shfl_xor_sync(ALL, largest, 16 >> i))
         # a NaN must show in the logits, and int8 has none: its group's scale carries it
-        broken = largest >= np.uint32(0x7F800000)
+        broken = largest >= 0x7F800000
         scale = np.float32(np.nan) if broken else f32_of_bits(np.uint32(largest)) / np.float32(127)
         if lane == 0:
             scales[t * groups + g] = scale
@@ -195,6 +195,45 @@ def kv_write(gpu: Gpu, x: Array, cache: Array, positions: Array, sequences: Arra
     _, heads, context, head_dim = cache.shape
     arguments = (gpu.tokens, x, cache, positions, sequences, heads, context, head_dim)
     return [Launch(kv_write_kernel, (blocks_for(heads * head_dim), x.shape[0]), THREADS, arguments)]
+
+
+@cuda.jit
+def rope_kv_write_kernel(tokens, q, angles, k, k_cache, positions, sequences, v, v_cache, out, q_rows, kv_rows, head_dim,
+                         interleaved, context):  # fmt: skip
+    """Queries turned into `out`; keys turned and values copied into the cache. A thread a pair of numbers."""
+    if beyond(tokens):
+        return
+    begin()
+    t, pair, half = cuda.blockIdx.y, cuda.blockIdx.x * THREADS + cuda.threadIdx.x, head_dim // 2
+    head = pair // half
+    i = pair - head * half
+    a = head * head_dim + (2 * i if interleaved else i)
+    apart = 1 if interleaved else half
+    cos, sin = angles[t * head_dim + i], angles[t * head_dim + half + i]
+    if a + apart < q_rows:
+        x, y = q[t * q_rows + a], q[t * q_rows + a + apart]
+        out[t * q_rows + a] = x * cos - y * sin
+        out[t * q_rows + a + apart] = x * sin + y * cos
+    if a + apart < kv_rows:
+        at = ((sequences[t] * (kv_rows // head_dim) + head) * context + positions[t]) * head_dim + a - head * head_dim
+        x, y = k[t * kv_rows + a], k[t * kv_rows + a + apart]
+        store_number(k_cache, at, x * cos - y * sin)
+        store_number(k_cache, at + apart, x * sin + y * cos)
+        store_number(v_cache, at, v[t * kv_rows + a])
+        store_number(v_cache, at + apart, v[t * kv_rows + a + apart])
+
+
+@kernel("rope_kv_write", "cuda", "f32", "f32", "f32", CACHE, "i32", "i32", "f32", CACHE)
+def rope_kv_write(
+    gpu: Gpu, q: Array, angles: Array, k: Array, k_cache: Array, positions: Array, sequences: Array, v: Array,
+    v_cache: Array, out: Array, head_dim: int, interleaved: int,
+) -> list[Launch]:  # fmt: skip
+    tokens, q_rows = q.shape
+    arguments = (
+        gpu.tokens, q, angles, k, k_cache, positions, sequences, v, v_cache, out, q_rows, k.shape[1], head_dim,
+        interleaved, k_cache.shape[2],
+    )  # fmt: skip
+    return [Launch(rope_kv_write_kernel, (blocks_for(q_rows // 2), tokens), THREADS, arguments)]
 
 
 @cuda.jit

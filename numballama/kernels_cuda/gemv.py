@@ -3,9 +3,9 @@
 y[N] = W[N, K] · x[K]. Such a step does two operations for each weight, so the memory's bandwidth is its floor: an SM of
 an H200 gets 31 bytes a nanosecond, and 26 KB must be under way at any time to cover the memory's latency.
 
-- Each warp copies 16 bytes a lane of two rows at once into a ring in shared memory, `DEPTH` - 1 stages ahead of the
-  stage it multiplies; a lane reads only what it copied itself, so the ring needs no barrier. The copies begin before
-  the kernel waits for its predecessor: when x arrives, the first weights are there.
+- Each warp copies two chunks (16 bytes a lane) of two rows at a time into a ring in shared memory, `DEPTH` - 1 stages
+  ahead of the stage it multiplies; a lane reads only what it copied itself, so the ring needs no barrier. The copies
+  begin before the kernel waits for its predecessor: when x arrives, the first weights are there.
 - Rows come in pairs (`a`, `b`), which halves the reads of x: neighbours; or the gate's row and up's; or, of queries and
   keys, two dimensions that RoPE turns together.
 - The `slices` warps that share a pair of rows each take every `slices`-th stage of it; sums meet in shared memory after
@@ -26,11 +26,12 @@ from numba import cuda
 from ..lowlevel_cuda.instructions import (
     address,
     await_all,
-    await_all_but_7,
+    await_all_but_3,
     close_copies,
     copy4,
     copy16,
     dot16,
+    floats4,
     has_scales,
     let_successor_start,
     per_16_bytes,
@@ -38,17 +39,19 @@ from ..lowlevel_cuda.instructions import (
     scale_word,
     shared_word,
     shared_words4,
+    store4,
     store_number,
     wait_for_predecessor,
 )
 from ..lowlevel_cuda.launch import Argument, Array, Gpu, Launch, Matrix
 from ..registry import kernel
-from .pieces import beyond, device, sigmoid_times, warp_sum
+from .pieces import beyond, device, sigmoid_times, warp_sum, warp_sum2
 
-WARPS, DEPTH = 8, 8
+WARPS, DEPTH = 8, 4
 THREADS = 32 * WARPS
-ROW_BYTES, SCALE_BYTES = 512, 128
-"""Of a stage, for each row: 16 bytes a lane, and a word with its scale."""
+CHUNK_BYTES, SCALE_BYTES = 512, 128
+"""Of a chunk of a row: 16 bytes a lane, and a word a lane with their scale. A stage has two chunks of each row."""
+SCALES_AT = 2 * CHUNK_BYTES
 LANE_STEP = 132
 MATRIX = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
 """Types of weights. The last three become float16 on their way to the device."""
@@ -60,96 +63,159 @@ LINEAR, GATE_UP, QKV = 0, 1, 2
 
 @device
 def row_bytes(payload):
-    """Bytes of one row of a stage of a warp's ring."""
-    return ROW_BYTES + SCALE_BYTES if has_scales(payload) else ROW_BYTES
+    """Bytes of one row of a stage of a warp's ring: two chunks, and for each a word a lane with its scale."""
+    return 2 * (CHUNK_BYTES + SCALE_BYTES) if has_scales(payload) else 2 * CHUNK_BYTES
 
 
 @device
-def place(mode, pair, which, q_pairs, k_pairs, half):
-    """(weight, row) of row `which` of a pair. Of queries and keys, with `half` not 0, row i goes with row i + half of
-    its head.
-    """
-    section = 0
-    row = 2 * pair + which
+def split(number, divisor, log2):
+    """(quotient, remainder); `log2` of the divisor is -1 where it has none: a division costs a hundred instructions."""
+    quotient = number >> log2 if log2 >= 0 else number // divisor
+    return quotient, number - quotient * divisor
+
+
+@device
+def place(mode, pair, rows):
+    """(weight, row of a, row of b) of a pair; `rows` says how rows make pairs (`stream`)."""
+    _, q_pairs, k_pairs, half, log2_half = rows
+    weight, a, b = 0, 2 * pair, 2 * pair + 1
     if mode == GATE_UP:
-        section = which
-        row = pair
+        a, b = pair, pair
     if mode == QKV:
         inside = pair
         if pair >= q_pairs + k_pairs:
-            section = 2
+            weight = 2
             inside = pair - q_pairs - k_pairs
         elif pair >= q_pairs:
-            section = 1
+            weight = 1
             inside = pair - q_pairs
-        row = 2 * inside + which
-        if half > 0 and section < 2:
-            head = inside // half
-            row = inside + head * half + which * half
-    return section, row
+        a, b = 2 * inside, 2 * inside + 1
+        if half > 0 and weight < 2:
+            head, _ = split(inside, half, log2_half)
+            a = inside + head * half
+            b = a + half
+    return weight, a, b
 
 
 @device
-def fetch(slot, payload, row, scales, scale_row, shift, chunk, columns, lane):
-    """Start copying a lane's 16 bytes of chunk `chunk` of the row at address `row`, and the word with their scale."""
-    k = (chunk * 32 + lane) * per_16_bytes(payload)
-    inside = k < columns
-    copy16(slot + lane * 16, row + (chunk * 32 + lane) * 16, 16 if inside else 0)
-    if has_scales(payload):
-        word = scale_word(scales, scale_row + (k >> shift) if inside else 0)
-        copy4(slot + ROW_BYTES + lane * 4, word, 4 if inside else 0)
-
-
-@device
-def fetch_pair(mode, pair, q_pairs, k_pairs, half, last, slot, payload, w0, w1, w2, stride, s0, s1, s2, scale_stride,
-               shift, chunk, columns, lane):  # fmt: skip
-    """`fetch` for both rows of a pair. `last` is the last row of a `LINEAR` weight, which stands in for one too many."""
-    section, row = place(mode, pair, 0, q_pairs, k_pairs, half)
-    base = w0 if section == 0 else (w1 if section == 1 else w2)
-    scales = s0 if section == 0 else (s1 if section == 1 else s2)
-    fetch(slot, payload, base + row * stride, scales, row * scale_stride, shift, chunk, columns, lane)
-    section, row = place(mode, pair, 1, q_pairs, k_pairs, half)
+def source_of(mode, pair, rows, weights, scales):
+    """Addresses of the two rows of a pair, and of the words with their first scales."""
+    weight, a, b = place(mode, pair, rows)
+    w0, w1, w2, stride = weights
+    s0, s1, s2, scale_stride = scales
     if mode == LINEAR:
-        row = min(row, last)
-    base = w0 if section == 0 else (w1 if section == 1 else w2)
-    scales = s0 if section == 0 else (s1 if section == 1 else s2)
-    fetch(slot + row_bytes(payload), payload, base + row * stride, scales, row * scale_stride, shift, chunk, columns,
-          lane)  # fmt: skip
+        b = min(b, rows[0])
+    base = w0 if weight == 0 else (w1 if weight == 1 else w2)
+    of_scales = s0 if weight == 0 else (s1 if weight == 1 else s2)
+    base_b, of_scales_b = base, of_scales
+    if mode == GATE_UP:
+        base_b, of_scales_b = w1, s1
+    return (
+        base + a * stride, base_b + b * stride, scale_word(of_scales, a * scale_stride),
+        scale_word(of_scales_b, b * scale_stride),
+    )  # fmt: skip
 
 
 @device
-def multiply(slot, payload, scales, scale_row, shift, chunk, shared, x_at, lane):
-    """The lane's part of a row's sum over one chunk that has arrived."""
-    step = per_16_bytes(payload) // 4 * LANE_STEP
-    total = dot16(payload, shared_words4(slot + lane * 16), shared, x_at + chunk * step + lane * 4, LANE_STEP)
+def fetch(slot, source, scales, inside, next_inside, payload, scale_step):
+    """Start copying a lane's 16 bytes of two neighbouring chunks of a row, and the words with their scales."""
+    copy16(slot, source, 16 if inside else 0)
+    copy16(slot + CHUNK_BYTES, source + CHUNK_BYTES if next_inside else source, 16 if next_inside else 0)
     if has_scales(payload):
-        k = (chunk * 32 + lane) * per_16_bytes(payload)
-        total *= scale_in(scales, shared_word(slot + ROW_BYTES + lane * 4), scale_row + (k >> shift))
-    return total
+        copy4(slot + SCALES_AT, scales, 4 if inside else 0)
+        copy4(slot + SCALES_AT + SCALE_BYTES, scales + scale_step if next_inside else scales, 4 if next_inside else 0)
+
+
+@device
+def multiply(slot, payload, scales, odd, shared, x_at, lane):
+    """The lane's part of a row's sum over two chunks that have arrived."""
+    step = per_16_bytes(payload) // 4 * LANE_STEP
+    first = dot16(payload, shared_words4(slot), shared, x_at, LANE_STEP)
+    second = dot16(payload, shared_words4(slot + CHUNK_BYTES), shared, x_at + step, LANE_STEP)
+    if has_scales(payload):
+        at = slot - lane * 16 + lane * 4 + SCALES_AT
+        first *= scale_in(scales, shared_word(at), odd)
+        second *= scale_in(scales, shared_word(at + SCALE_BYTES), odd)
+    return first + second
 
 
 @device
 def stage_x(x, start, norm, normed, columns, payload, shared, x_at, sums_at):
-    """x into shared memory in lane order, times the norm's weight; each warp leaves its sum of squares at `sums_at`."""
+    """x into shared memory in lane order, times the norm's weight; each warp leaves its sum of squares at `sums_at`.
+
+    Zeros fill the last pair of chunks.
+    """
     numbers = per_16_bytes(payload)
-    chunk = 32 * numbers
-    padded = (columns + chunk - 1) // chunk * chunk
+    width = 64 * numbers
+    padded = (columns + width - 1) & -width
     squares = np.float32(0)
-    for k in range(cuda.threadIdx.x, padded, THREADS):
-        value = np.float32(0)
-        if k < columns:
-            value = x[start + k]
-            squares += value * value
+    if columns & 3 == 0:
+        for first in range(4 * cuda.threadIdx.x, padded, 16 * THREADS):
+            # four loads under way at once: the memory answers after half a microsecond
+            x0, x1 = floats4_or_0(x, start, first, columns), floats4_or_0(x, start, first + 4 * THREADS, columns)
+            x2 = floats4_or_0(x, start, first + 8 * THREADS, columns)
+            x3 = floats4_or_0(x, start, first + 12 * THREADS, columns)
             if normed:
-                value *= norm[k]
-        inside = k & (chunk - 1)
-        i = inside & (numbers - 1)
-        lane = inside // numbers
-        shared[x_at + (k // chunk) * (numbers // 4 * LANE_STEP) + (i >> 2) * LANE_STEP + lane * 4 + (i & 3)] = value
+                squares += squared(x0) + squared(x1) + squared(x2) + squared(x3)
+                x0 = times4(x0, floats4_or_0(norm, 0, first, columns))
+                x1 = times4(x1, floats4_or_0(norm, 0, first + 4 * THREADS, columns))
+                x2 = times4(x2, floats4_or_0(norm, 0, first + 8 * THREADS, columns))
+                x3 = times4(x3, floats4_or_0(norm, 0, first + 12 * THREADS, columns))
+            put4(shared, x_at, first, padded, numbers, x0)
+            put4(shared, x_at, first + 4 * THREADS, padded, numbers, x1)
+            put4(shared, x_at, first + 8 * THREADS, padded, numbers, x2)
+            put4(shared, x_at, first + 12 * THREADS, padded, numbers, x3)
+    else:
+        for k in range(cuda.threadIdx.x, padded, THREADS):
+            value = np.float32(0)
+            if k < columns:
+                value = x[start + k]
+                squares += value * value
+                if normed:
+                    value *= norm[k]
+            shared[x_at + lane_order(k, numbers)] = value
     if normed:
         squares = warp_sum(squares)
         if cuda.threadIdx.x & 31 == 0:
             shared[sums_at + (cuda.threadIdx.x >> 5)] = squares
+
+
+@device
+def lane_order(k, numbers):
+    """Where number k of x lies in shared memory; `numbers` is a power of two."""
+    log2 = 2 if numbers == 4 else (3 if numbers == 8 else (4 if numbers == 16 else 5))
+    chunk, inside = k >> (5 + log2), k & (32 * numbers - 1)
+    i = inside & (numbers - 1)
+    return (chunk << (log2 - 2)) * LANE_STEP + (i >> 2) * LANE_STEP + (inside >> log2) * 4 + (i & 3)
+
+
+@device
+def floats4_or_0(x, start, k, columns):
+    """x[start + k : … + 4], zeros beyond `columns`."""
+    zero = np.float32(0)
+    numbers = (zero, zero, zero, zero)
+    if k < columns:
+        numbers = floats4(x, start + k)
+    return numbers
+
+
+@device
+def squared(v):
+    """The sum of the squares of four numbers."""
+    return (v[0] * v[0] + v[1] * v[1]) + (v[2] * v[2] + v[3] * v[3])
+
+
+@device
+def times4(v, w):
+    """Four products."""
+    return v[0] * w[0], v[1] * w[1], v[2] * w[2], v[3] * w[3]
+
+
+@device
+def put4(shared, x_at, k, padded, numbers, v):
+    """Four numbers from k on into their place."""
+    if k < padded:
+        store4(shared, x_at + lane_order(k, numbers), v[0], v[1], v[2], v[3])
 
 
 @device
@@ -171,55 +237,81 @@ def pairs_of_block(pairs):
 
 
 @device
-def stream(mode, pairs, q_pairs, k_pairs, half, last, x, start, norm, normed, payload, w0, w1, w2, stride, s0, s1, s2,
-           scale_stride, shift, columns, slices, shared, x_at, sums_at, partial_at):  # fmt: skip
-    """All sums of this block's pairs, in slices, into shared memory at `partial_at`; ends behind a barrier."""
-    lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
-    mine = pairs_of_block(pairs)
-    width = 32 * per_16_bytes(payload)
-    chunks = (columns + width - 1) // width
-    groups, piece = WARPS // slices, warp & (slices - 1)
-    row_slot = row_bytes(payload)
-    ring = address(shared, 0) + warp * DEPTH * 2 * row_slot
+def produce(mode, cursor, turn, own, shape, payload, rows, weights, scales, scale_bytes, scale_step):
+    """Start copying the stage that the cursor stands at, if there is one; returns the cursor moved on to the next."""
+    to_fetch, next_chunk, a, b, a_scales, b_scales = cursor
+    ring, lane, piece, slices, groups = own
+    mine, columns, chunks = shape
+    numbers, row_slot = per_16_bytes(payload), row_bytes(payload)
+    if to_fetch < mine:
+        slot = ring + (turn & (DEPTH - 1)) * 2 * row_slot
+        k = (next_chunk * 32 + lane) * numbers
+        inside, next_inside = k < columns, k + 32 * numbers < columns
+        bytes_on = next_chunk * CHUNK_BYTES + lane * 16 if inside else 0
+        scales_on = next_chunk * scale_step + scale_bytes if inside else 0
+        fetch(slot, a + bytes_on, a_scales + scales_on, inside, next_inside, payload, scale_step)
+        fetch(slot + row_slot, b + bytes_on, b_scales + scales_on, inside, next_inside, payload, scale_step)
+        next_chunk += 2 * slices
+        if next_chunk >= chunks:
+            next_chunk = 2 * piece
+            to_fetch += groups
+            pair = cuda.blockIdx.x + min(to_fetch, mine - 1) * cuda.gridDim.x
+            a, b, a_scales, b_scales = source_of(mode, pair, rows, weights, scales)
+    close_copies()
+    return to_fetch, next_chunk, a, b, a_scales, b_scales
 
-    to_fetch, next_chunk, turn = warp // slices, piece, 0
-    local, chunk, sum_a, sum_b = warp // slices, piece, np.float32(0), np.float32(0)
-    while local < mine or turn < DEPTH - 1:
-        if to_fetch < mine:
-            slot = ring + (turn & (DEPTH - 1)) * 2 * row_slot
-            fetch_pair(mode, cuda.blockIdx.x + to_fetch * cuda.gridDim.x, q_pairs, k_pairs, half, last, slot, payload,
-                       w0, w1, w2, stride, s0, s1, s2, scale_stride, shift, next_chunk, columns, lane)  # fmt: skip
-            next_chunk += slices
-            if next_chunk >= chunks:
-                next_chunk = piece
-                to_fetch += groups
-        close_copies()
+
+@device
+def stream(mode, pairs, rows, x, start, norm, normed, payload, weights, scales, shift, columns, layout, shared):
+    """All sums of this block's pairs, in slices, into shared memory; ends behind a barrier.
+
+    `rows` is (last row of a LINEAR weight, which stands in for one too many; pairs of queries; pairs of keys; half; its
+    logarithm): with `half` not 0, row i of queries and keys goes with row i + half of its head. `weights` and `scales`
+    are three addresses, or pointers, and the distance of two rows. `layout` is what `_shape` says.
+    """
+    slices, log2_slices, x_at, sums_at, partial_at = layout
+    lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
+    mine, numbers, row_slot = pairs_of_block(pairs), per_16_bytes(payload), row_bytes(payload)
+    chunks = (columns + 32 * numbers - 1) // (32 * numbers)
+    shape = mine, columns, chunks
+    groups, piece = WARPS >> log2_slices, warp & (slices - 1)
+    ring = address(shared, 0) + warp * DEPTH * 2 * row_slot + lane * 16
+    own = ring, lane, piece, slices, groups
+    # the scale of the lane's numbers, counted from its chunk's first; rows of float16 scales begin at a whole word
+    scale = (lane * numbers) >> shift
+    odd = scale & 1
+    scale_bytes = scale_word(scales[0], scale) - scale_word(scales[0], 0)
+    scale_step = scale_word(scales[0], (32 * numbers) >> shift) - scale_word(scales[0], 0)
+
+    local, chunk = warp >> log2_slices, 2 * piece
+    pair = cuda.blockIdx.x + min(local, mine - 1) * cuda.gridDim.x
+    a, b, a_scales, b_scales = source_of(mode, pair, rows, weights, scales)
+    cursor = local, chunk, a, b, a_scales, b_scales
+    for turn in range(DEPTH - 1):
+        cursor = produce(mode, cursor, turn, own, shape, payload, rows, weights, scales, scale_bytes, scale_step)
+    wait_for_predecessor()
+    let_successor_start()
+    stage_x(x, start, norm, normed, columns, payload, shared, x_at, sums_at)
+    cuda.syncthreads()
+
+    sum_a, sum_b = np.float32(0), np.float32(0)
+    x_chunk, x_lane, turn = numbers // 4 * LANE_STEP, x_at + lane * 4, DEPTH - 1
+    while local < mine:
+        cursor = produce(mode, cursor, turn, own, shape, payload, rows, weights, scales, scale_bytes, scale_step)
         turn += 1
-        if turn == DEPTH - 1:  # the ring is full but for one slot: now x is wanted
-            wait_for_predecessor()
-            let_successor_start()
-            stage_x(x, start, norm, normed, columns, payload, shared, x_at, sums_at)
-            cuda.syncthreads()
-        elif turn >= DEPTH:
-            await_all_but_7()
-            slot = ring + ((turn - DEPTH) & (DEPTH - 1)) * 2 * row_slot
-            if chunk < chunks:
-                pair = cuda.blockIdx.x + local * cuda.gridDim.x
-                section, row = place(mode, pair, 0, q_pairs, k_pairs, half)
-                sum_a += multiply(slot, payload, s0, row * scale_stride, shift, chunk, shared, x_at, lane)
-                section, row = place(mode, pair, 1, q_pairs, k_pairs, half)
-                if mode == LINEAR:
-                    row = min(row, last)
-                sum_b += multiply(slot + row_slot, payload, s0, row * scale_stride, shift, chunk, shared, x_at, lane)
-            chunk += slices
-            if chunk >= chunks:
-                sum_a, sum_b = warp_sum(sum_a), warp_sum(sum_b)
-                if lane == 0:
-                    shared[partial_at + (local * slices + piece) * 2] = sum_a
-                    shared[partial_at + (local * slices + piece) * 2 + 1] = sum_b
-                sum_a, sum_b = np.float32(0), np.float32(0)
-                chunk = piece
-                local += groups
+        await_all_but_3()
+        slot = ring + (turn & (DEPTH - 1)) * 2 * row_slot
+        if chunk < chunks:
+            sum_a += multiply(slot, payload, scales[0], odd, shared, x_lane + chunk * x_chunk, lane)
+            sum_b += multiply(slot + row_slot, payload, scales[0], odd, shared, x_lane + chunk * x_chunk, lane)
+        chunk += 2 * slices
+        if chunk >= chunks:
+            total = warp_sum2(sum_a, sum_b)
+            if lane & 15 == 0:
+                shared[partial_at + (local * slices + piece) * 2 + (lane >> 4)] = total
+            sum_a, sum_b = np.float32(0), np.float32(0)
+            chunk = 2 * piece
+            local += groups
     await_all()
     cuda.syncthreads()
 
@@ -235,14 +327,15 @@ def combined(shared, partial_at, local, slices, which):
 
 @cuda.jit
 def linear_kernel(tokens, x, norm, normed, eps, weight, stride, scales, scale_stride, shift, residual, added, out,
-                  rows, columns, slices, x_at, sums_at, partial_at):  # fmt: skip
+                  rows, columns, slices, log2_slices, x_at, sums_at, partial_at):  # fmt: skip
     """out = W · x, or W · norm(x), plus `residual` if `added`."""
     if beyond(tokens):
         return
     shared = cuda.shared.array(0, np.float32)
     t, pairs, base = cuda.blockIdx.y, (rows + 1) // 2, address(weight, 0)
-    stream(LINEAR, pairs, 0, 0, 0, rows - 1, x, t * columns, norm, normed, weight, base, base, base, stride, scales,
-           scales, scales, scale_stride, shift, columns, slices, shared, x_at, sums_at, partial_at)  # fmt: skip
+    layout = slices, log2_slices, x_at, sums_at, partial_at
+    stream(LINEAR, pairs, (rows - 1, 0, 0, 0, 0), x, t * columns, norm, normed, weight, (base, base, base, stride),
+           (scales, scales, scales, scale_stride), shift, columns, layout, shared)  # fmt: skip
     factor = norm_factor(shared, sums_at, normed, columns, eps)
     for i in range(cuda.threadIdx.x, 2 * pairs_of_block(pairs), THREADS):
         row = 2 * (cuda.blockIdx.x + (i >> 1) * cuda.gridDim.x) + (i & 1)
@@ -255,14 +348,15 @@ def linear_kernel(tokens, x, norm, normed, eps, weight, stride, scales, scale_st
 
 @cuda.jit
 def gate_up_kernel(tokens, x, norm, normed, eps, w1, w3, stride, s1, s3, scale_stride, shift, out, rows, columns,
-                   slices, x_at, sums_at, partial_at):  # fmt: skip
+                   slices, log2_slices, x_at, sums_at, partial_at):  # fmt: skip
     """out = silu(W1 · x) · (W3 · x), of x or of norm(x)."""
     if beyond(tokens):
         return
     shared = cuda.shared.array(0, np.float32)
     t, a, b = cuda.blockIdx.y, address(w1, 0), address(w3, 0)
-    stream(GATE_UP, rows, 0, 0, 0, 0, x, t * columns, norm, normed, w1, a, b, b, stride, s1, s3, s3, scale_stride,
-           shift, columns, slices, shared, x_at, sums_at, partial_at)  # fmt: skip
+    layout = slices, log2_slices, x_at, sums_at, partial_at
+    stream(GATE_UP, rows, (0, 0, 0, 0, 0), x, t * columns, norm, normed, w1, (a, b, b, stride),
+           (s1, s3, s3, scale_stride), shift, columns, layout, shared)  # fmt: skip
     factor = norm_factor(shared, sums_at, normed, columns, eps)
     for local in range(cuda.threadIdx.x, pairs_of_block(rows), THREADS):
         gate = combined(shared, partial_at, local, slices, 0) * factor
@@ -272,19 +366,20 @@ def gate_up_kernel(tokens, x, norm, normed, eps, w1, w3, stride, s1, s3, scale_s
 
 @cuda.jit
 def qkv_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, scale_stride, shift, q, k, v, q_rows,
-               kv_rows, columns, slices, x_at, sums_at, partial_at):  # fmt: skip
+               kv_rows, columns, slices, log2_slices, x_at, sums_at, partial_at):  # fmt: skip
     """q, k and v = Wq · x, Wk · x, Wv · x, of x or of norm(x). Numbers of rows are even, as heads are."""
     if beyond(tokens):
         return
     shared = cuda.shared.array(0, np.float32)
     t, pairs, q_pairs, k_pairs = cuda.blockIdx.y, q_rows // 2 + kv_rows, q_rows // 2, kv_rows // 2
-    stream(QKV, pairs, q_pairs, k_pairs, 0, 0, x, t * columns, norm, normed, wq, address(wq, 0), address(wk, 0),
-           address(wv, 0), stride, sq, sk, sv, scale_stride, shift, columns, slices, shared, x_at, sums_at,
-           partial_at)  # fmt: skip
+    layout, of_rows = (slices, log2_slices, x_at, sums_at, partial_at), (0, q_pairs, k_pairs, 0, 0)
+    stream(QKV, pairs, of_rows, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
+           (sq, sk, sv, scale_stride), shift, columns, layout, shared)  # fmt: skip
     factor = norm_factor(shared, sums_at, normed, columns, eps)
     for i in range(cuda.threadIdx.x, 2 * pairs_of_block(pairs), THREADS):
         pair = cuda.blockIdx.x + (i >> 1) * cuda.gridDim.x
-        section, row = place(QKV, pair, i & 1, q_pairs, k_pairs, 0)
+        section, a, b = place(QKV, pair, of_rows)
+        row = b if i & 1 else a
         value = combined(shared, partial_at, i >> 1, slices, i & 1) * factor
         if section == 0:
             q[t * q_rows + row] = value
@@ -297,21 +392,21 @@ def qkv_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, sca
 @cuda.jit
 def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, scale_stride, shift, angles,
                     positions, sequences, q, k_cache, v_cache, q_rows, kv_rows, head_dim, interleaved, context,
-                    columns, slices, x_at, sums_at, partial_at):  # fmt: skip
+                    log2_half, columns, slices, log2_slices, x_at, sums_at, partial_at):  # fmt: skip
     """Queries, turned by RoPE, into q; keys, turned, and values into the cache, at the token's position."""
     if beyond(tokens):
         return
     shared = cuda.shared.array(0, np.float32)
     t, pairs, q_pairs, k_pairs = cuda.blockIdx.y, q_rows // 2 + kv_rows, q_rows // 2, kv_rows // 2
     half = 0 if interleaved else head_dim // 2
-    stream(QKV, pairs, q_pairs, k_pairs, half, 0, x, t * columns, norm, normed, wq, address(wq, 0), address(wk, 0),
-           address(wv, 0), stride, sq, sk, sv, scale_stride, shift, columns, slices, shared, x_at, sums_at,
-           partial_at)  # fmt: skip
+    layout, of_rows = (slices, log2_slices, x_at, sums_at, partial_at), (0, q_pairs, k_pairs, half, log2_half)
+    stream(QKV, pairs, of_rows, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
+           (sq, sk, sv, scale_stride), shift, columns, layout, shared)  # fmt: skip
     factor = norm_factor(shared, sums_at, normed, columns, eps)
     position, kv_heads = positions[t], kv_rows // head_dim
     for i in range(cuda.threadIdx.x, pairs_of_block(pairs), THREADS):
         pair = cuda.blockIdx.x + i * cuda.gridDim.x
-        section, row = place(QKV, pair, 0, q_pairs, k_pairs, half)
+        section, row, _ = place(QKV, pair, of_rows)
         a = combined(shared, partial_at, i, slices, 0) * factor
         b = combined(shared, partial_at, i, slices, 1) * factor
         head = row // head_dim
@@ -338,16 +433,18 @@ def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv
 
 
 def _shape(gpu: Gpu, weight: Matrix, pairs: int, tokens: int) -> tuple[tuple[int, int], tuple[int, ...], int]:
-    """Grid, the last arguments (slices, x_at, sums_at, partial_at) and the bytes of shared memory of a `stream`."""
+    """Grid, the last arguments (slices to partial_at) and the bytes of shared memory of a `stream`."""
     numbers = {"f32": 4, "f16": 8, "bf16": 8, "int8": 16, "q4_0": 32}[weight.payload.dtype]
     chunks = -(-weight.shape[1] // (32 * numbers))
     blocks = min(gpu.processors, pairs)
     mine = -(-pairs // blocks)
-    slices = min((1, 2, 4, 8), key=lambda s: (-(-mine // (WARPS // s)) * -(-chunks // s), s))
-    ring = WARPS * DEPTH * 2 * (ROW_BYTES + (SCALE_BYTES if weight.quantized else 0)) // 4
-    sums = ring + chunks * (numbers // 4) * LANE_STEP
+    # a stage's time for each stage of the busiest warp, and half of one for each pair's sums to meet
+    slices = min((1, 2, 4, 8), key=lambda n: -(-mine // (WARPS // n)) * (-(-chunks // (2 * n)) + 0.5))
+    ring = WARPS * DEPTH * 4 * (CHUNK_BYTES + (SCALE_BYTES if weight.quantized else 0)) // 4
+    sums = ring + (chunks + 1) * (numbers // 4) * LANE_STEP
     partial = sums + WARPS
-    return (blocks, tokens), (slices, ring, sums, partial), 4 * (partial + 2 * mine * slices)
+    places = slices, slices.bit_length() - 1, ring, sums, partial
+    return (blocks, tokens), places, 4 * (partial + 2 * mine * slices)
 
 
 def _launch_linear(
@@ -432,7 +529,9 @@ def norm_qkv_rope(
 ) -> list[Launch]:  # fmt: skip
     grid, first, rest, shared = _qkv_operands(gpu, x, norm, eps, (wq, wk, wv))
     middle = (angles, positions, sequences, out, k_cache, v_cache, wq.shape[0], wk.shape[0], head_dim, interleaved)
-    return [Launch(qkv_rope_kernel, grid, THREADS, (*first, *middle, k_cache.shape[2], *rest), shared)]
+    half = head_dim // 2
+    log2_half = -1 if half & (half - 1) else half.bit_length() - 1
+    return [Launch(qkv_rope_kernel, grid, THREADS, (*first, *middle, k_cache.shape[2], log2_half, *rest), shared)]
 
 
 CACHE = ("f32", "f16", "bf16")

@@ -31,6 +31,18 @@ def warp_sum(x):
 
 
 @device
+def warp_sum2(a, b):
+    """The sums of `a` and of `b` over the 32 lanes: of a in lanes 0 to 15, of b in the others."""
+    high = cuda.threadIdx.x & 16
+    x = (b if high else a) + cuda.shfl_xor_sync(ALL, a if high else b, 16)
+    x += cuda.shfl_xor_sync(ALL, x, 8)
+    x += cuda.shfl_xor_sync(ALL, x, 4)
+    x += cuda.shfl_xor_sync(ALL, x, 2)
+    x += cuda.shfl_xor_sync(ALL, x, 1)
+    return x
+
+
+@device
 def warp_max(x):
     """The maximum of `x` over the 32 lanes, in every lane."""
     x = max(x, cuda.shfl_xor_sync(ALL, x, 16))

@@ -77,6 +77,25 @@ def floats4(typingctx, memory, index):  # type: ignore[no-untyped-def]
     return FLOATS4(memory, index), codegen
 
 
+@intrinsic
+def store4(typingctx, memory, index, a, b, c, d):  # type: ignore[no-untyped-def]
+    """Four float32 into a 16-byte aligned place of a pointer or of shared memory."""
+    if not (_is_memory(memory) and memory.dtype == types.float32):
+        return None
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        where = _integer(context, builder, args[1], index, types.int64)
+        vector = ir.VectorType(F32, 4)
+        numbers = ir.Constant(vector, ir.Undefined)
+        for i in range(4):
+            numbers = builder.insert_element(numbers, args[2 + i], ir.Constant(I32, i))
+        element = builder.bitcast(_element(context, builder, memory, args[0], where), vector.as_pointer())
+        builder.store(numbers, element, align=16)
+        return context.get_dummy_value()
+
+    return types.void(memory, index, *[types.float32] * 4), codegen
+
+
 # Bits
 
 
