@@ -25,6 +25,7 @@ from ..lowlevel_cuda.instructions import (
     let_successor_start,
     number,
     per_16_bytes,
+    store4,
     unpack8,
     wait_for_predecessor,
     words4,
@@ -32,11 +33,11 @@ from ..lowlevel_cuda.instructions import (
 from ..lowlevel_cuda.launch import Array, Gpu, Launch
 from ..registry import kernel
 from .gemv import CACHE
-from .pieces import ALL, LOG2_E, beyond, block_max, block_sum, device
+from .pieces import ALL, LOG2_E, beyond, block_max, block_sum, device, warp_max, warp_sum
 
 THREADS = 256
 WARPS = THREADS // 32
-HEADS = 4
+HEADS = 2
 """Heads of a group that a block computes together."""
 LEAST_KEYS = 256
 """Fewer keys than this are not worth a block of their own."""
@@ -45,15 +46,28 @@ FAR_BELOW = np.float32(-1e30)
 
 
 @device
-def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, head_dim, lanes, factor, most, total, values):
+def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, newest, head_dim, lanes, factor, most, total,
+           values):  # fmt: skip
     """One warp's share of keys [begin, end) for `most.size` heads: their maxima, sums and weighted values, by lane.
 
-    `factor` is log2(e) / sqrt(head_dim): powers are of 2.
+    `factor` is log2(e) / sqrt(head_dim): powers are of 2. Waits for the predecessor, who writes key `newest` and q; the
+    first keys are loaded before, the next ones always while the last are worked on.
     """
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
     numbers = per_16_bytes(k_cache)
     d = (lane & (lanes - 1)) * numbers
     mine = d < head_dim
+    keys_at_once = 32 // lanes
+    step = WARPS * keys_at_once
+    p = begin + warp * keys_at_once + lane // lanes
+    here = min(p, end - 1)
+    at = cache_at + min(here, max(newest - 1, 0)) * head_dim + (d if mine else 0)
+    key_words, value_words = words4(address(k_cache, at)), words4(address(v_cache, at))
+    wait_for_predecessor()
+    let_successor_start()
+    if here == newest:
+        at = cache_at + here * head_dim + (d if mine else 0)
+        key_words, value_words = words4(address(k_cache, at)), words4(address(v_cache, at))
     query = cuda.local.array((HEADS, 8), np.float32)
     for h in range(most.size):
         most[h], total[h] = FAR_BELOW, np.float32(0)
@@ -67,11 +81,6 @@ def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, head_dim
                 high = floats4(q, q_at + h * head_dim + d + 4)
                 for i in range(4):
                     query[h, 4 + i] = high[i] * factor
-    keys_at_once = 32 // lanes
-    step = WARPS * keys_at_once
-    p = begin + warp * keys_at_once + lane // lanes
-    at = cache_at + min(p, end - 1) * head_dim + (d if mine else 0)
-    key_words, value_words = words4(address(k_cache, at)), words4(address(v_cache, at))
     for _ in range(begin, end, step):
         key, value = unpack8(k_cache, key_words), unpack8(v_cache, value_words)
         at = cache_at + min(p + step, end - 1) * head_dim + (d if mine else 0)
@@ -99,48 +108,53 @@ def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, head_dim
 
 @device
 def join(most, total, values, lanes, shared, head_dim, numbers):
-    """Join what the lanes and warps of a block have; head h's maximum, sum and values are then in shared memory at
-    h · (head_dim + 2).
+    """Join what the groups of lanes of a block have: head h's maximum, sum and values come into shared memory at
+    h · (head_dim + 4).
+
+    Every group writes its values; a warp a head weighs the groups by their maxima; a thread a number adds them up.
     """
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
-    width = head_dim + 2
-    apart = lanes
-    while apart < 32:
-        for h in range(most.size):
-            other = cuda.shfl_xor_sync(ALL, most[h], apart)
-            higher = max(most[h], other)
-            shrink, grow = exp2(most[h] - higher), exp2(other - higher)
-            total[h] = total[h] * shrink + cuda.shfl_xor_sync(ALL, total[h], apart) * grow
-            for i in range(8):
-                values[h, i] = values[h, i] * shrink + cuda.shfl_xor_sync(ALL, values[h, i], apart) * grow
-            most[h] = higher
-        apart <<= 1
-    d = lane * numbers
+    log2_groups = 0
+    while lanes << log2_groups < 32:
+        log2_groups += 1
+    groups = WARPS << log2_groups
+    group = (warp << log2_groups) + (lane >> (5 - log2_groups))
+    width = head_dim + 4  # keeps rows 16-byte aligned, and their first numbers in different banks
+    rows, weights = most.size * width, most.size * width * (groups + 1)
+    d = (lane & (lanes - 1)) * numbers
     for h in range(most.size):
-        at = (warp * most.size + h) * width
+        at = rows + (h * groups + group) * width
+        if d < head_dim:
+            store4(shared, at + d, values[h, 0], values[h, 1], values[h, 2], values[h, 3])
+            if numbers == 8:
+                store4(shared, at + d + 4, values[h, 4], values[h, 5], values[h, 6], values[h, 7])
+        if d == 0:
+            shared[at + head_dim], shared[at + head_dim + 1] = most[h], total[h]
+    cuda.syncthreads()
+    if warp < most.size:
+        higher = FAR_BELOW
+        for g in range(lane, groups, 32):
+            higher = max(higher, shared[rows + (warp * groups + g) * width + head_dim])
+        higher = warp_max(higher)
+        whole = np.float32(0)
+        for g in range(lane, groups, 32):
+            at = rows + (warp * groups + g) * width + head_dim
+            weight = exp2(shared[at] - higher)
+            shared[weights + warp * groups + g] = weight
+            whole += shared[at + 1] * weight
+        whole = warp_sum(whole)
         if lane == 0:
-            shared[at], shared[at + 1] = most[h], total[h]
-        if lane < lanes and d < head_dim:
-            for i in range(8):
-                if i < numbers:
-                    shared[at + 2 + d + i] = values[h, i]
+            shared[warp * width + head_dim], shared[warp * width + head_dim + 1] = higher, whole
     cuda.syncthreads()
     for n in range(cuda.threadIdx.x, most.size * head_dim, THREADS):
         h = n // head_dim
         d = n - h * head_dim
-        higher = FAR_BELOW
-        for w in range(WARPS):
-            higher = max(higher, shared[(w * most.size + h) * width])
-        whole, value = np.float32(0), np.float32(0)
-        for w in range(WARPS):
-            at = (w * most.size + h) * width
-            grow = exp2(shared[at] - higher)
-            whole += shared[at + 1] * grow
-            value += shared[at + 2 + d] * grow
-        here = (WARPS * most.size + h) * width
-        shared[here + 2 + d] = value
-        if d == 0:
-            shared[here], shared[here + 1] = higher, whole
+        at, weight_at = rows + h * groups * width + d, weights + h * groups
+        value, other = np.float32(0), np.float32(0)
+        for g in range(0, groups, 2):
+            value += shared[at + g * width] * shared[weight_at + g]
+            other += shared[at + (g + 1) * width] * shared[weight_at + g + 1]
+        shared[h * width + d] = value + other
     cuda.syncthreads()
 
 
@@ -150,36 +164,36 @@ def attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, cou
     """The whole of it, for `most.size` heads a block; blockIdx.x counts groups of heads, blockIdx.z parts of the context."""
     shared = cuda.shared.array(0, np.float32)
     t, heads_a_block = cuda.blockIdx.y, most.size
+    newest, sequence = positions[t], sequences[t]
     subgroups = (shared_by + heads_a_block - 1) // heads_a_block
     kv_head = cuda.blockIdx.x // subgroups
     sub = cuda.blockIdx.x - kv_head * subgroups
     first_head = kv_head * shared_by + sub * heads_a_block
     heads_here = min(heads_a_block, shared_by - sub * heads_a_block)
     heads = kv_heads * shared_by
-    length = positions[t] + 1
-    keys = max(LEAST_KEYS, (length + cuda.gridDim.z - 1) // cuda.gridDim.z)
-    used = (length + keys - 1) // keys
+    length = newest + 1
+    keys, used = max(LEAST_KEYS, length), 1
+    if cuda.gridDim.z > 1 and length > LEAST_KEYS:
+        keys = max(LEAST_KEYS, (length + cuda.gridDim.z - 1) // cuda.gridDim.z)
+        used = (length + keys - 1) // keys
     if cuda.blockIdx.z >= used:
         return
     begin = cuda.blockIdx.z * keys
     end = min(length, begin + keys)
-    wait_for_predecessor()
-    let_successor_start()
-    cache_at = (sequences[t] * kv_heads + kv_head) * context * head_dim
+    cache_at = (sequence * kv_heads + kv_head) * context * head_dim
     factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
     numbers = per_16_bytes(k_cache)
-    attend(q, (t * heads + first_head) * head_dim, heads_here, cache_at, k_cache, v_cache, begin, end, head_dim, lanes,
-           factor, most, total, values)  # fmt: skip
+    attend(q, (t * heads + first_head) * head_dim, heads_here, cache_at, k_cache, v_cache, begin, end, newest, head_dim,
+           lanes, factor, most, total, values)  # fmt: skip
     join(most, total, values, lanes, shared, head_dim, numbers)
 
-    width = head_dim + 2
-    joined = WARPS * heads_a_block * width
+    width, of_part = head_dim + 4, head_dim + 2
     if used > 1:
-        for n in range(cuda.threadIdx.x, heads_here * width, THREADS):
-            h = n // width
-            parts[((t * heads + first_head + h) * cuda.gridDim.z + cuda.blockIdx.z) * width + n - h * width] = shared[
-                joined + n
-            ]
+        for n in range(cuda.threadIdx.x, heads_here * of_part, THREADS):
+            h = n // of_part
+            i = n - h * of_part
+            part = (t * heads + first_head + h) * cuda.gridDim.z + cuda.blockIdx.z
+            parts[part * of_part + i] = shared[h * width + i]
         cuda.syncthreads()
         if cuda.threadIdx.x == 0:
             counter = t * cuda.gridDim.x + cuda.blockIdx.x
@@ -192,17 +206,17 @@ def attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, cou
     for n in range(cuda.threadIdx.x, heads_here * head_dim, THREADS):
         h = n // head_dim
         d = n - h * head_dim
-        value, whole = shared[joined + h * width + 2 + d], shared[joined + h * width + 1]
+        value, whole = shared[h * width + d], shared[h * width + head_dim + 1]
         if used > 1:
-            base = (t * heads + first_head + h) * cuda.gridDim.z * width
+            base = (t * heads + first_head + h) * cuda.gridDim.z * of_part
             higher = FAR_BELOW
             for part in range(used):
-                higher = max(higher, parts[base + part * width])
+                higher = max(higher, parts[base + part * of_part + head_dim])
             value, whole = np.float32(0), np.float32(0)
             for part in range(used):
-                grow = exp2(parts[base + part * width] - higher)
-                whole += parts[base + part * width + 1] * grow
-                value += parts[base + part * width + 2 + d] * grow
+                grow = exp2(parts[base + part * of_part + head_dim] - higher)
+                whole += parts[base + part * of_part + head_dim + 1] * grow
+                value += parts[base + part * of_part + d] * grow
         out[(t * heads + first_head + h) * head_dim + d] = value / whole
 
 
@@ -328,7 +342,8 @@ def fused_attention(
     splits = min(parts.shape[2], _splits(gpu, blocks * tokens, context))
     counters = gpu.zeros(blocks * tokens)
     function = attention_grouped_kernel if at_once > 1 else attention_single_kernel
-    shared = 4 * (WARPS + 1) * at_once * (head_dim + 2)
+    groups = WARPS * (32 // lanes)
+    shared = 4 * at_once * ((head_dim + 4) * (groups + 1) + groups)
     arguments = (*common, parts, counters, kv_heads, together, context, head_dim, lanes)
     return [Launch(function, (blocks, tokens, splits), THREADS, arguments, shared)]
 

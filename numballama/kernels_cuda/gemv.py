@@ -31,6 +31,7 @@ from ..lowlevel_cuda.instructions import (
     copy4,
     copy16,
     dot16,
+    f32_of_bits,
     floats4,
     has_scales,
     let_successor_start,
@@ -52,6 +53,7 @@ THREADS = 32 * WARPS
 CHUNK_BYTES, SCALE_BYTES = 512, 128
 """Of a chunk of a row: 16 bytes a lane, and a word a lane with their scale. A stage has two chunks of each row."""
 SCALES_AT = 2 * CHUNK_BYTES
+"""Where a row's scales lie in a stage; a lane's are 12 bytes a lane nearer than its payload."""
 LANE_STEP = 132
 MATRIX = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
 """Types of weights. The last three become float16 on their way to the device."""
@@ -117,13 +119,14 @@ def source_of(mode, pair, rows, weights, scales):
 
 
 @device
-def fetch(slot, source, scales, inside, next_inside, payload, scale_step):
+def fetch(slot, source, scales, inside, next_inside, payload, scale_step, lane):
     """Start copying a lane's 16 bytes of two neighbouring chunks of a row, and the words with their scales."""
     copy16(slot, source, 16 if inside else 0)
     copy16(slot + CHUNK_BYTES, source + CHUNK_BYTES if next_inside else source, 16 if next_inside else 0)
     if has_scales(payload):
-        copy4(slot + SCALES_AT, scales, 4 if inside else 0)
-        copy4(slot + SCALES_AT + SCALE_BYTES, scales + scale_step if next_inside else scales, 4 if next_inside else 0)
+        at = slot + SCALES_AT - 12 * lane
+        copy4(at, scales, 4 if inside else 0)
+        copy4(at + SCALE_BYTES, scales + scale_step if next_inside else scales, 4 if next_inside else 0)
 
 
 @device
@@ -133,7 +136,7 @@ def multiply(slot, payload, scales, odd, shared, x_at, lane):
     first = dot16(payload, shared_words4(slot), shared, x_at, LANE_STEP)
     second = dot16(payload, shared_words4(slot + CHUNK_BYTES), shared, x_at + step, LANE_STEP)
     if has_scales(payload):
-        at = slot - lane * 16 + lane * 4 + SCALES_AT
+        at = slot + SCALES_AT - 12 * lane
         first *= scale_in(scales, shared_word(at), odd)
         second *= scale_in(scales, shared_word(at + SCALE_BYTES), odd)
     return first + second
@@ -151,16 +154,17 @@ def stage_x(x, start, norm, normed, columns, payload, shared, x_at, sums_at):
     squares = np.float32(0)
     if columns & 3 == 0:
         for first in range(4 * cuda.threadIdx.x, padded, 16 * THREADS):
-            # four loads under way at once: the memory answers after half a microsecond
+            # all loads are under way at once: the memory answers after half a microsecond
+            limit = columns if normed else 0
+            n0, n1 = floats4_or_0(norm, 0, first, limit), floats4_or_0(norm, 0, first + 4 * THREADS, limit)
+            n2 = floats4_or_0(norm, 0, first + 8 * THREADS, limit)
+            n3 = floats4_or_0(norm, 0, first + 12 * THREADS, limit)
             x0, x1 = floats4_or_0(x, start, first, columns), floats4_or_0(x, start, first + 4 * THREADS, columns)
             x2 = floats4_or_0(x, start, first + 8 * THREADS, columns)
             x3 = floats4_or_0(x, start, first + 12 * THREADS, columns)
             if normed:
                 squares += squared(x0) + squared(x1) + squared(x2) + squared(x3)
-                x0 = times4(x0, floats4_or_0(norm, 0, first, columns))
-                x1 = times4(x1, floats4_or_0(norm, 0, first + 4 * THREADS, columns))
-                x2 = times4(x2, floats4_or_0(norm, 0, first + 8 * THREADS, columns))
-                x3 = times4(x3, floats4_or_0(norm, 0, first + 12 * THREADS, columns))
+                x0, x1, x2, x3 = times4(x0, n0), times4(x1, n1), times4(x2, n2), times4(x3, n3)
             put4(shared, x_at, first, padded, numbers, x0)
             put4(shared, x_at, first + 4 * THREADS, padded, numbers, x1)
             put4(shared, x_at, first + 8 * THREADS, padded, numbers, x2)
@@ -173,7 +177,7 @@ def stage_x(x, start, norm, normed, columns, payload, shared, x_at, sums_at):
                 squares += value * value
                 if normed:
                     value *= norm[k]
-            shared[x_at + lane_order(k, numbers)] = value
+            shared[x_at + lane_order(k, numbers)] = value * nibble_factor(k, numbers)
     if normed:
         squares = warp_sum(squares)
         if cuda.threadIdx.x & 31 == 0:
@@ -215,7 +219,21 @@ def times4(v, w):
 def put4(shared, x_at, k, padded, numbers, v):
     """Four numbers from k on into their place."""
     if k < padded:
-        store4(shared, x_at + lane_order(k, numbers), v[0], v[1], v[2], v[3])
+        store4(
+            shared, x_at + lane_order(k, numbers), v[0] * nibble_factor(k, numbers),
+            v[1] * nibble_factor(k + 1, numbers), v[2] * nibble_factor(k + 2, numbers),
+            v[3] * nibble_factor(k + 3, numbers),
+        )  # fmt: skip
+
+
+@device
+def nibble_factor(k, numbers):
+    """What `dot16` wants numbers of x multiplied by: 1, but for 4-bit weights, which it takes where they lie in a word,
+    as multiples of 1, 16, … 65536.
+    """
+    nibble = 2 * (k & 3) + ((k >> 4) & 1)
+    inside = nibble - 5 if nibble >= 5 else nibble
+    return f32_of_bits(np.uint32((127 - 4 * inside) << 23)) if numbers == 32 else np.float32(1)
 
 
 @device
@@ -249,8 +267,8 @@ def produce(mode, cursor, turn, own, shape, payload, rows, weights, scales, scal
         inside, next_inside = k < columns, k + 32 * numbers < columns
         bytes_on = next_chunk * CHUNK_BYTES + lane * 16 if inside else 0
         scales_on = next_chunk * scale_step + scale_bytes if inside else 0
-        fetch(slot, a + bytes_on, a_scales + scales_on, inside, next_inside, payload, scale_step)
-        fetch(slot + row_slot, b + bytes_on, b_scales + scales_on, inside, next_inside, payload, scale_step)
+        fetch(slot, a + bytes_on, a_scales + scales_on, inside, next_inside, payload, scale_step, lane)
+        fetch(slot + row_slot, b + bytes_on, b_scales + scales_on, inside, next_inside, payload, scale_step, lane)
         next_chunk += 2 * slices
         if next_chunk >= chunks:
             next_chunk = 2 * piece
@@ -262,8 +280,11 @@ def produce(mode, cursor, turn, own, shape, payload, rows, weights, scales, scal
 
 
 @device
-def stream(mode, pairs, rows, x, start, norm, normed, payload, weights, scales, shift, columns, layout, shared):
+def stream(mode, pairs, rows, x, start, norm, normed, payload, weights, scales, shift, columns, layout, shared, early,
+           first, second, wanted):  # fmt: skip
     """All sums of this block's pairs, in slices, into shared memory; ends behind a barrier.
+
+    Returns early[first] and early[second], if `wanted`, loaded as soon as they may be: what the thread needs at the end.
 
     `rows` is (last row of a LINEAR weight, which stands in for one too many; pairs of queries; pairs of keys; half; its
     logarithm): with `half` not 0, row i of queries and keys goes with row i + half of its head. `weights` and `scales`
@@ -291,6 +312,9 @@ def stream(mode, pairs, rows, x, start, norm, normed, payload, weights, scales, 
         cursor = produce(mode, cursor, turn, own, shape, payload, rows, weights, scales, scale_bytes, scale_step)
     wait_for_predecessor()
     let_successor_start()
+    held, held_too = np.float32(0), np.float32(0)
+    if wanted:
+        held, held_too = early[first], early[second]
     stage_x(x, start, norm, normed, columns, payload, shared, x_at, sums_at)
     cuda.syncthreads()
 
@@ -314,6 +338,7 @@ def stream(mode, pairs, rows, x, start, norm, normed, payload, weights, scales, 
             local += groups
     await_all()
     cuda.syncthreads()
+    return held, held_too
 
 
 @device
@@ -334,15 +359,18 @@ def linear_kernel(tokens, x, norm, normed, eps, weight, stride, scales, scale_st
     shared = cuda.shared.array(0, np.float32)
     t, pairs, base = cuda.blockIdx.y, (rows + 1) // 2, address(weight, 0)
     layout = slices, log2_slices, x_at, sums_at, partial_at
-    stream(LINEAR, pairs, (rows - 1, 0, 0, 0, 0), x, t * columns, norm, normed, weight, (base, base, base, stride),
-           (scales, scales, scales, scale_stride), shift, columns, layout, shared)  # fmt: skip
+    mine = t * rows + 2 * (cuda.blockIdx.x + (cuda.threadIdx.x >> 1) * cuda.gridDim.x) + (cuda.threadIdx.x & 1)
+    wanted = added and mine < (t + 1) * rows
+    held, _ = stream(LINEAR, pairs, (rows - 1, 0, 0, 0, 0), x, t * columns, norm, normed, weight,
+                     (base, base, base, stride), (scales, scales, scales, scale_stride), shift, columns, layout, shared,
+                     residual, mine, mine, wanted)  # fmt: skip
     factor = norm_factor(shared, sums_at, normed, columns, eps)
     for i in range(cuda.threadIdx.x, 2 * pairs_of_block(pairs), THREADS):
         row = 2 * (cuda.blockIdx.x + (i >> 1) * cuda.gridDim.x) + (i & 1)
         if row < rows:
             value = combined(shared, partial_at, i >> 1, slices, i & 1) * factor
             if added:
-                value += residual[t * rows + row]
+                value += held if i < THREADS else residual[t * rows + row]
             out[t * rows + row] = value
 
 
@@ -356,7 +384,7 @@ def gate_up_kernel(tokens, x, norm, normed, eps, w1, w3, stride, s1, s3, scale_s
     t, a, b = cuda.blockIdx.y, address(w1, 0), address(w3, 0)
     layout = slices, log2_slices, x_at, sums_at, partial_at
     stream(GATE_UP, rows, (0, 0, 0, 0, 0), x, t * columns, norm, normed, w1, (a, b, b, stride),
-           (s1, s3, s3, scale_stride), shift, columns, layout, shared)  # fmt: skip
+           (s1, s3, s3, scale_stride), shift, columns, layout, shared, x, 0, 0, False)  # fmt: skip
     factor = norm_factor(shared, sums_at, normed, columns, eps)
     for local in range(cuda.threadIdx.x, pairs_of_block(rows), THREADS):
         gate = combined(shared, partial_at, local, slices, 0) * factor
@@ -374,7 +402,7 @@ def qkv_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, sca
     t, pairs, q_pairs, k_pairs = cuda.blockIdx.y, q_rows // 2 + kv_rows, q_rows // 2, kv_rows // 2
     layout, of_rows = (slices, log2_slices, x_at, sums_at, partial_at), (0, q_pairs, k_pairs, 0, 0)
     stream(QKV, pairs, of_rows, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
-           (sq, sk, sv, scale_stride), shift, columns, layout, shared)  # fmt: skip
+           (sq, sk, sv, scale_stride), shift, columns, layout, shared, x, 0, 0, False)  # fmt: skip
     factor = norm_factor(shared, sums_at, normed, columns, eps)
     for i in range(cuda.threadIdx.x, 2 * pairs_of_block(pairs), THREADS):
         pair = cuda.blockIdx.x + (i >> 1) * cuda.gridDim.x
@@ -389,6 +417,15 @@ def qkv_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, sca
             v[t * kv_rows + row] = value
 
 
+@device
+def turning(local, pairs, of_rows, head_dim, interleaved):
+    """Which of a token's angles turns the block's pair `local`; 0 for a pair that it does not have."""
+    pair = cuda.blockIdx.x + local * cuda.gridDim.x
+    _, row, _ = place(QKV, min(pair, pairs - 1), of_rows)
+    d = row - row // head_dim * head_dim
+    return d >> 1 if interleaved else min(d, head_dim // 2 - 1)
+
+
 @cuda.jit
 def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, scale_stride, shift, angles,
                     positions, sequences, q, k_cache, v_cache, q_rows, kv_rows, head_dim, interleaved, context,
@@ -400,27 +437,30 @@ def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv
     t, pairs, q_pairs, k_pairs = cuda.blockIdx.y, q_rows // 2 + kv_rows, q_rows // 2, kv_rows // 2
     half = 0 if interleaved else head_dim // 2
     layout, of_rows = (slices, log2_slices, x_at, sums_at, partial_at), (0, q_pairs, k_pairs, half, log2_half)
-    stream(QKV, pairs, of_rows, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
-           (sq, sk, sv, scale_stride), shift, columns, layout, shared)  # fmt: skip
+    position, sequence, kv_heads = positions[t], sequences[t], kv_rows // head_dim
+    angle = turning(cuda.threadIdx.x, pairs, of_rows, head_dim, interleaved) + t * head_dim
+    cos, sin = stream(
+        QKV, pairs, of_rows, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
+        (sq, sk, sv, scale_stride), shift, columns, layout, shared, angles, angle, angle + head_dim // 2, True,
+    )  # fmt: skip
     factor = norm_factor(shared, sums_at, normed, columns, eps)
-    position, kv_heads = positions[t], kv_rows // head_dim
     for i in range(cuda.threadIdx.x, pairs_of_block(pairs), THREADS):
-        pair = cuda.blockIdx.x + i * cuda.gridDim.x
-        section, row, _ = place(QKV, pair, of_rows)
+        section, row, _ = place(QKV, cuda.blockIdx.x + i * cuda.gridDim.x, of_rows)
         a = combined(shared, partial_at, i, slices, 0) * factor
         b = combined(shared, partial_at, i, slices, 1) * factor
         head = row // head_dim
         d = row - head * head_dim
         apart = half if half > 0 and section < 2 else 1
         if section < 2:
-            angle = t * head_dim + (d if half > 0 else d >> 1)
-            cos, sin = angles[angle], angles[angle + head_dim // 2]
+            if i >= THREADS:
+                angle = turning(i, pairs, of_rows, head_dim, interleaved) + t * head_dim
+                cos, sin = angles[angle], angles[angle + head_dim // 2]
             a, b = a * cos - b * sin, a * sin + b * cos
         if section == 0:
             q[t * q_rows + row] = a
             q[t * q_rows + row + apart] = b
         else:
-            at = ((sequences[t] * kv_heads + head) * context + position) * head_dim + d
+            at = ((sequence * kv_heads + head) * context + position) * head_dim + d
             if section == 1:
                 store_number(k_cache, at, a)
                 store_number(k_cache, at + apart, b)

@@ -15,8 +15,8 @@ LOG2_E = np.float32(1.4426950408889634)
 
 
 def device(function: Any) -> Any:
-    """A function that kernels call, merged into each of them before types are inferred: no GPU is asked for."""
-    return cuda.jit(device=True, inline="always")(function)
+    """A function that kernels call; it becomes part of each of them."""
+    return cuda.jit(device=True, forceinline=True)(function)
 
 
 @device

@@ -7,6 +7,7 @@ and a launch inside a captured graph less than one.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import json
@@ -15,14 +16,15 @@ import re
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from ..errors import DeviceError
+from ..errors import DeviceError, Error
 from ..memory import human
 from .launch import Array, Launch
 
@@ -211,13 +213,38 @@ def signature(kinds: Sequence[str]) -> tuple[Any, ...]:
     return tuple(types.CPointer(elements[kind[:-1]]) if kind.endswith("*") else elements[kind] for kind in kinds)
 
 
+@contextlib.contextmanager
+def _pretending(capability: tuple[int, int]) -> Iterator[None]:
+    """Let Numba compile the functions that a kernel calls for this capability: it asks the device at hand, if there is
+    one. It keeps what it compiled, so a process compiles for one capability only.
+    """
+    from numba.cuda import dispatcher
+
+    global _compiling_for
+    if _compiling_for not in (None, capability):
+        raise Error(f"this process compiles kernels for {_compiling_for}; for {capability} start another")
+    _compiling_for = capability
+    before = dispatcher.get_current_device
+    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+    try:
+        yield
+    finally:
+        dispatcher.get_current_device = before
+
+
+_compiling_for: tuple[int, int] | None = None
+
+
 def to_ptx(kernel: Any, kinds: Sequence[str], capability: tuple[int, int], threads: int) -> str:
     """PTX of a `@cuda.jit` kernel for these arguments and at most `threads` threads a block."""
     from numba import cuda
 
     if cuda.implementation != "NVIDIA":
         raise DeviceError("numba.cuda is not numba-cuda: install it with: pip install 'numballama[cuda]'")
-    ptx, _ = cuda.compile_ptx(kernel.py_func, signature(kinds), cc=capability, launch_bounds=threads)
+    with _pretending(capability):
+        # two blocks on a multiprocessor, so that the next kernel's can begin beside this one's
+        bounds = (threads, 2) if threads <= 512 else threads
+        ptx, _ = cuda.compile_ptx(kernel.py_func, signature(kinds), cc=capability, launch_bounds=bounds)
     return str(ptx)
 
 

@@ -205,10 +205,15 @@ def _half(builder: Any, bits: Any) -> Any:
 
 
 def _nibble(builder: Any, word: Any, which: int) -> Any:
-    """4 bits, less 8: as the last bits of 2^23 + n, from which a subtraction leaves n exactly."""
-    bits = builder.and_(builder.lshr(word, ir.Constant(I32, 4 * which)), ir.Constant(I32, 15))
-    number = builder.bitcast(builder.or_(bits, ir.Constant(I32, 0x4B000000)), F32)
-    return builder.fsub(number, ir.Constant(F32, 8388616.0))
+    """4 bits, less 8, times 16^which, or 16^(which - 5) from the sixth on.
+
+    Bits of a word are taken where they are, as the last ones of 2^23 + n · 16^which, from which a subtraction leaves the
+    product exactly: a mask, a subtraction. Three of the eight lie beyond the 23 bits of a float's fraction.
+    """
+    if which >= 5:
+        word, which = builder.lshr(word, ir.Constant(I32, 20)), which - 5
+    bits = builder.or_(builder.and_(word, ir.Constant(I32, 15 << (4 * which))), ir.Constant(I32, 0x4B000000))
+    return builder.fsub(builder.bitcast(bits, F32), ir.Constant(F32, 8388608.0 + 8 * 16.0**which))
 
 
 def _unpack(builder: Any, name: str, words: Any, i: int) -> Any:
@@ -222,7 +227,9 @@ def _unpack(builder: Any, name: str, words: Any, i: int) -> Any:
         high = builder.and_(word, ir.Constant(I32, 0xFFFF0000)) if i % 2 else builder.shl(word, ir.Constant(I32, 16))
         return builder.bitcast(high, F32)
     if name == "int8":
-        return builder.sitofp(_byte(builder, words[i // 4], i % 4), F32)
+        shifted = builder.lshr(words[i // 4], ir.Constant(I32, 8 * (i % 4)))
+        kind = ir.FunctionType(F32, [I32])  # LLVM would widen the byte to 16 bits first
+        return builder.call(ir.InlineAsm(kind, "cvt.rn.f32.s8 $0, $1;", "=f,r"), [shifted])
     # byte j of a Q4_0 block holds number j in its low half and j + 16 in its high one
     return _nibble(builder, words[i % 16 // 4], 2 * (i % 4) + i // 16)
 
@@ -235,7 +242,8 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
 def dot16(typingctx, memory, words, x, index, step):  # type: ignore[no-untyped-def]
     """The numbers in 16 bytes of `memory`'s type, times float32: four of them from each of x[index], x[index + step] …
 
-    Returns the sum. `x` is shared memory, 16-byte aligned at each of these places.
+    Returns the sum. `x` is shared memory, 16-byte aligned at each of these places. 4-bit numbers come out as multiples of
+    powers of 16 (`_nibble`), which x must be divided by.
     """
     name = memory.dtype.name
 
