@@ -2,8 +2,8 @@
 
 python benchmarks/make_random.py TinyLlama-1.1B q8_0 OUT.gguf [TOKENIZER.model]
 
-Shapes: numballama.config.NAMED_SHAPES. Types: f32, f16, bf16, q8_0, q4_0, q4_1, q4_k, q6_k, and q4_k_m, a mixture of the
-last two as llama.cpp makes it.
+Shapes: numballama.config.NAMED_SHAPES. Types: f32, f16, bf16, q8_0, q4_0, q4_1, q4_k, q6_k, and q4_k_m, a mixture of
+the last two as llama.cpp makes it.
 """
 
 import math

@@ -41,6 +41,8 @@ LANES = 16
 """Numbers of a vector: a register of AVX-512, or several of narrower ones."""
 SUMS = 4
 """Vectors that products are added to in turn: one alone would wait for each sum before the next."""
+AHEAD = 4096
+"""Bytes before their use that blocks are asked for from memory: the machine's own prefetching alone comes too late."""
 
 
 def _vector(kind: Any, count: int = LANES) -> Any:
@@ -201,11 +203,16 @@ def _for_vectors(builder: Any, name: str, blocks: Any, locate: Any, use: Any) ->
     `locate` gives a block's address; `which` counts the vectors of a loop's round. Small blocks are taken four a round.
     """
     numbers = NUMBERS[name]
+    kind = ir.FunctionType(ir.VoidType(), [INT8.as_pointer(), INT32, INT32, INT32])
+    prefetch = builder.module.declare_intrinsic("llvm.prefetch", [INT8.as_pointer()], kind)
     a_round = max(1, 128 // numbers)
     whole = builder.mul(builder.udiv(blocks, _int(INT64, a_round)), _int(INT64, a_round))
     for begin, end, step in ((_int(INT64, 0), whole, a_round), (whole, blocks, 1)):
         with cgutils.for_range_slice(builder, begin, end, _int(INT64, step)) as (index, _):
             which = 0
+            for line in range(0, step * RECORDS[name].itemsize, 64):
+                ahead = builder.gep(locate(index), [_int(INT64, line + AHEAD)])
+                builder.call(prefetch, [ahead, *(_int(INT32, number) for number in (0, 3, 1))])
             for offset in range(step):
                 block = builder.add(index, _int(INT64, offset))
                 start = builder.mul(block, _int(INT64, numbers))
