@@ -50,8 +50,9 @@ def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, newest, 
            values):  # fmt: skip
     """One warp's share of keys [begin, end) for `most.size` heads: their maxima, sums and weighted values, by lane.
 
-    `factor` is log2(e) / sqrt(head_dim): powers are of 2. Waits for the predecessor, who writes key `newest` and q; the
-    first keys are loaded before, the next ones always while the last are worked on.
+    `factor` is log2(e) / sqrt(head_dim): powers are of 2. Waits for the predecessor, who writes q and the keys of this
+    run's tokens, `newest` and those just before it; older keys are loaded before, the next ones always while the last
+    are worked on.
     """
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
     numbers = per_16_bytes(k_cache)
@@ -65,7 +66,7 @@ def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, newest, 
     key_words, value_words = words4(address(k_cache, at)), words4(address(v_cache, at))
     wait_for_predecessor()
     let_successor_start()
-    if here == newest:
+    if newest - here < cuda.gridDim.y:
         at = cache_at + here * head_dim + (d if mine else 0)
         key_words, value_words = words4(address(k_cache, at)), words4(address(v_cache, at))
     query = cuda.local.array((HEADS, 8), np.float32)
