@@ -2,7 +2,7 @@
 
 To be imported, before anything of `numballama` or `numba`, in a process with NUMBA_ENABLE_CUDASIM=1. It supplies:
 
-- warp shuffles, and every function of `lowlevel_cuda.instructions`, which have no Python behind them, on host addresses;
+- warp shuffles, and every function of `lowlevel_cuda.instructions`, which have no Python behind them;
 - typed pointers as `Pointer`, which knows its bounds; integers come out of it as Python's, which do not overflow, as
   Numba computes with int64;
 - a scheduler in the place of the simulator's, which polls its threads: of a block's threads one runs at a time, and
@@ -15,6 +15,7 @@ where that kernel writes it (they run at the same time then), and writing before
 aligned, and lie in memory that was taken.
 """
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import ctypes

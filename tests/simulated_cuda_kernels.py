@@ -1,5 +1,6 @@
 """What test_cuda_simulator runs in processes of their own: the CUDA kernels, from their sources, in the simulator."""
 
+# ruff: noqa: E402
 from __future__ import annotations
 
 import os
@@ -14,7 +15,7 @@ from cuda_support import HostDevice, install
 
 install(run=simulation.run, processors=2)
 
-from cuda_checks import (  # noqa: E402
+from cuda_checks import (
     Bench,
     Pair,
     candidates,
@@ -28,12 +29,12 @@ from cuda_checks import (  # noqa: E402
     expected,
     feed,
 )
-from numba import cuda  # noqa: E402
+from numba import cuda
 
-from numballama import Error, cuda as backend  # noqa: E402, I001
-from numballama.config import HALF_SPLIT, INTERLEAVED, ModelConfig  # noqa: E402
-from numballama.kernels_cuda import attention  # noqa: E402
-from numballama.lowlevel_cuda.instructions import (  # noqa: E402
+from numballama import Error
+from numballama.config import HALF_SPLIT, INTERLEAVED, ModelConfig
+from numballama.kernels_cuda import attention
+from numballama.lowlevel_cuda.instructions import (
     address,
     await_all,
     close_copies,
@@ -44,9 +45,9 @@ from numballama.lowlevel_cuda.instructions import (  # noqa: E402
     wait_for_predecessor,
     words4,
 )
-from numballama.lowlevel_cuda.launch import Launch  # noqa: E402
-from numballama.sampler import Sampler  # noqa: E402
-from numballama.session import Session  # noqa: E402
+from numballama.lowlevel_cuda.launch import Launch
+from numballama.sampler import Sampler
+from numballama.session import Session
 
 if hasattr(os, "sched_setaffinity") and (core := os.environ.get("NUMBALLAMA_TEST_CORE")):
     cores = sorted(os.sched_getaffinity(0))
@@ -108,11 +109,11 @@ def test_long_rows(kind: str) -> None:
 def test_a_context_split_over_blocks(monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, kv: str) -> None:
     """Parts of one key and more, and blocks that have none; five heads that share keys make three blocks."""
     monkeypatch.setattr(attention, "LEAST_KEYS", 2)
-    HostDevice.processors = 12
-    pair = Pair(ModelConfig(16 * heads, 8, 1, heads, kv_heads, 9, 40), "f32", kv)
+    monkeypatch.setattr(attention, "_splits", lambda gpu, blocks, context: 4)
+    pair = Pair(ModelConfig(4 * heads, 4, 1, heads, kv_heads, 9, 16, head_dim=8), "f32", kv)
     decode = pair.programs(1)[0]
-    assert any(call.launch.grid[2:] > (3,) for calls in decode._calls for call in calls)
-    check_runs(pair, [7, 1, 1, 9, 1, 9], 9, True)
+    assert any(call.launch.grid[2:] == (4,) for calls in decode._calls for call in calls)
+    check_runs(pair, [3, 1, 1, 3, 1], 3, ["attention"])
 
 
 @pytest.mark.parametrize("config", [SMALL, ODD])
@@ -182,7 +183,7 @@ def test_filters(bench: Bench, settings: dict[str, Any]) -> None:
             chosen.setdefault((with_filters, expected(LOGITS, free)[0] in kept), seed)
     out = [seed for (_, inside), seed in chosen.items() if not inside]
     assert out
-    for seed in [*out[:2], *(seed for (_, inside), seed in chosen.items() if inside)][:4]:
+    for seed in [*out[:1], *(seed for (_, inside), seed in chosen.items() if inside)][:3]:
         check_draws(bench, LOGITS, seed=seed, **settings)
 
 
@@ -224,9 +225,10 @@ def test_a_penalty_and_a_padded_vocabulary(bench: Bench) -> None:
 
 
 def test_a_session_that_runs_ahead() -> None:
-    """Steps are put into the stream before the host knows their tokens: what it reads, rewinds to or asks for next is as
-    if they were not.
+    """Steps are put into the stream before the host knows their tokens: what it reads, rewinds to or asks for next is
+    as if they were not.
     """
+    HostDevice.processors = 1
     config, context = ModelConfig(8, 8, 1, 2, 1, 12, 9), 9
     pair = Pair(config, scale=2.0)
     (decode, _), (prompt, _) = pair.programs(1), pair.programs(2)
@@ -323,7 +325,7 @@ def test_it_notices_threads_that_part(which: int) -> None:
     if which == 4:
         np.testing.assert_array_equal(launch(diverges, x, np.array([which]))[0], x.reshape(-1, 2)[:, ::-1].reshape(-1))
     else:
-        with pytest.raises(AssertionError, match="same shuffle|different places"):
+        with pytest.raises(AssertionError, match=r"same shuffle|different places"):
             launch(diverges, x, np.array([which]))
 
 
@@ -363,7 +365,13 @@ def reaches(x, how):
 
 @pytest.mark.parametrize(
     ("how", "words"),
-    [(0, r"element \d+ of 64 float32"), (1, "floats4 at element"), (2, "16 bytes at"), (3, "would start"), (4, "writes before")],
+    [
+        (0, r"element \d+ of 64 float32"),
+        (1, "floats4 at element"),
+        (2, "16 bytes at"),
+        (3, "would start"),
+        (4, "writes before"),
+    ],
 )
 def test_it_notices_what_is_out_of_place(how: int, words: str) -> None:
     with pytest.raises((IndexError, AssertionError), match=words):
@@ -391,9 +399,7 @@ def test_it_notices_what_is_read_before_the_wait(early: int) -> None:
 def test_comparisons_can_fail() -> None:
     """A kernel that is left out is noticed, in every step."""
     pair = Pair(SMALL)
-    program, reference = pair.programs(1)
-    del reference
-    assert backend.Call is not None
+    program, _ = pair.programs(1)
     for step in range(len(program.plan.steps)):
         calls, program._calls[step] = program._calls[step], []
         with pytest.raises(AssertionError):
