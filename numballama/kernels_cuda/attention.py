@@ -22,6 +22,7 @@ from ..lowlevel_cuda.instructions import (
     count_up,
     exp2,
     floats4,
+    keep_loop,
     let_successor_start,
     number,
     per_16_bytes,
@@ -33,7 +34,7 @@ from ..lowlevel_cuda.instructions import (
 from ..lowlevel_cuda.launch import Array, Gpu, Launch
 from ..registry import kernel
 from .gemv import CACHE
-from .pieces import ALL, LOG2_E, beyond, block_max, block_sum, device, warp_max, warp_sum
+from .pieces import ALL, LOG2_E, beyond, block_max, block_sum, device, split, warp_max, warp_sum
 
 THREADS = 256
 WARPS = THREADS // 32
@@ -107,7 +108,7 @@ def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, newest, 
 
 
 @device
-def join(most, total, values, lanes, shared, head_dim, numbers):
+def join(most, total, values, lanes, shared, head_dim, inverse_head_dim, numbers):
     """Join what the groups of lanes of a block have: head h's maximum, sum and values come into shared memory at
     h · (head_dim + 4).
 
@@ -134,10 +135,12 @@ def join(most, total, values, lanes, shared, head_dim, numbers):
     if warp < most.size:
         higher = FAR_BELOW
         for g in range(lane, groups, 32):
+            keep_loop()
             higher = max(higher, shared[rows + (warp * groups + g) * width + head_dim])
         higher = warp_max(higher)
         whole = np.float32(0)
         for g in range(lane, groups, 32):
+            keep_loop()
             at = rows + (warp * groups + g) * width + head_dim
             weight = exp2(shared[at] - higher)
             shared[weights + warp * groups + g] = weight
@@ -147,27 +150,28 @@ def join(most, total, values, lanes, shared, head_dim, numbers):
             shared[warp * width + head_dim], shared[warp * width + head_dim + 1] = higher, whole
     cuda.syncthreads()
     for n in range(cuda.threadIdx.x, most.size * head_dim, THREADS):
-        h = n // head_dim
-        d = n - h * head_dim
+        keep_loop()
+        h, d = split(n, head_dim, inverse_head_dim)
         at, weight_at = rows + h * groups * width + d, weights + h * groups
         value, other = np.float32(0), np.float32(0)
-        for g in range(0, groups, 2):
+        for g in range(0, groups, 4):
+            keep_loop()
             value += shared[at + g * width] * shared[weight_at + g]
             other += shared[at + (g + 1) * width] * shared[weight_at + g + 1]
+            value += shared[at + (g + 2) * width] * shared[weight_at + g + 2]
+            other += shared[at + (g + 3) * width] * shared[weight_at + g + 3]
         shared[h * width + d] = value + other
     cuda.syncthreads()
 
 
 @device
 def attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads, shared_by, context,
-              head_dim, lanes, most, total, values, is_last):  # fmt: skip
+              head_dim, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values, is_last):  # fmt: skip
     """The whole of it, for `most.size` heads a block; blockIdx.x counts groups of heads, blockIdx.z parts of the context."""
     shared = cuda.shared.array(0, np.float32)
     t, heads_a_block = cuda.blockIdx.y, most.size
     newest, sequence = positions[t], sequences[t]
-    subgroups = (shared_by + heads_a_block - 1) // heads_a_block
-    kv_head = cuda.blockIdx.x // subgroups
-    sub = cuda.blockIdx.x - kv_head * subgroups
+    kv_head, sub = split(cuda.blockIdx.x, subgroups, inverse_subgroups)
     first_head = kv_head * shared_by + sub * heads_a_block
     heads_here = min(heads_a_block, shared_by - sub * heads_a_block)
     heads = kv_heads * shared_by
@@ -185,11 +189,12 @@ def attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, cou
     numbers = per_16_bytes(k_cache)
     attend(q, (t * heads + first_head) * head_dim, heads_here, cache_at, k_cache, v_cache, begin, end, newest, head_dim,
            lanes, factor, most, total, values)  # fmt: skip
-    join(most, total, values, lanes, shared, head_dim, numbers)
+    join(most, total, values, lanes, shared, head_dim, inverse_head_dim, numbers)
 
     width, of_part = head_dim + 4, head_dim + 2
     if used > 1:
         for n in range(cuda.threadIdx.x, heads_here * of_part, THREADS):
+            keep_loop()
             h = n // of_part
             i = n - h * of_part
             part = (t * heads + first_head + h) * cuda.gridDim.z + cuda.blockIdx.z
@@ -204,8 +209,8 @@ def attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, cou
         if not is_last[0]:
             return
     for n in range(cuda.threadIdx.x, heads_here * head_dim, THREADS):
-        h = n // head_dim
-        d = n - h * head_dim
+        keep_loop()
+        h, d = split(n, head_dim, inverse_head_dim)
         value, whole = shared[h * width + d], shared[h * width + head_dim + 1]
         if used > 1:
             base = (t * heads + first_head + h) * cuda.gridDim.z * of_part
@@ -222,7 +227,7 @@ def attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, cou
 
 @cuda.jit
 def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads,
-                             shared_by, context, head_dim, lanes):  # fmt: skip
+                             shared_by, context, head_dim, lanes, subgroups, inverse_subgroups, inverse_head_dim):  # fmt: skip
     """Heads that share keys, `HEADS` a block."""
     if beyond(tokens):
         return
@@ -231,12 +236,12 @@ def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, 
     total = cuda.local.array(HEADS, np.float32)
     values = cuda.local.array((HEADS, 8), np.float32)
     attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads, shared_by, context,
-              head_dim, lanes, most, total, values, is_last)  # fmt: skip
+              head_dim, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values, is_last)  # fmt: skip
 
 
 @cuda.jit
 def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads,
-                            shared_by, context, head_dim, lanes):  # fmt: skip
+                            shared_by, context, head_dim, lanes, subgroups, inverse_subgroups, inverse_head_dim):  # fmt: skip
     """Heads that each have keys of their own."""
     if beyond(tokens):
         return
@@ -245,7 +250,7 @@ def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, o
     total = cuda.local.array(1, np.float32)
     values = cuda.local.array((1, 8), np.float32)
     attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads, shared_by, context,
-              head_dim, lanes, most, total, values, is_last)  # fmt: skip
+              head_dim, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values, is_last)  # fmt: skip
 
 
 PLAIN_THREADS = 128
@@ -344,7 +349,9 @@ def fused_attention(
     function = attention_grouped_kernel if at_once > 1 else attention_single_kernel
     groups = WARPS * (32 // lanes)
     shared = 4 * at_once * ((head_dim + 4) * (groups + 1) + groups)
-    arguments = (*common, parts, counters, kv_heads, together, context, head_dim, lanes)
+    subgroups = -(-together // at_once)
+    inverses = 1 / subgroups, 1 / head_dim
+    arguments = (*common, parts, counters, kv_heads, together, context, head_dim, lanes, subgroups, *inverses)
     return [Launch(function, (blocks, tokens, splits), THREADS, arguments, shared)]
 
 

@@ -34,6 +34,7 @@ from ..lowlevel_cuda.instructions import (
     f32_of_bits,
     floats4,
     has_scales,
+    keep_loop,
     let_successor_start,
     per_16_bytes,
     scale_in,
@@ -46,7 +47,7 @@ from ..lowlevel_cuda.instructions import (
 )
 from ..lowlevel_cuda.launch import Argument, Array, Gpu, Launch, Matrix
 from ..registry import kernel
-from .pieces import beyond, device, sigmoid_times, warp_sum, warp_sum2
+from .pieces import beyond, device, sigmoid_times, split, warp_sum, warp_sum2
 
 WARPS, DEPTH = 8, 4
 THREADS = 32 * WARPS
@@ -70,16 +71,9 @@ def row_bytes(payload):
 
 
 @device
-def split(number, divisor, log2):
-    """(quotient, remainder); `log2` of the divisor is -1 where it has none: a division costs a hundred instructions."""
-    quotient = number >> log2 if log2 >= 0 else number // divisor
-    return quotient, number - quotient * divisor
-
-
-@device
 def place(mode, pair, rows):
     """(weight, row of a, row of b) of a pair; `rows` says how rows make pairs (`stream`)."""
-    _, q_pairs, k_pairs, half, log2_half = rows
+    _, q_pairs, k_pairs, half, inverse_half = rows
     weight, a, b = 0, 2 * pair, 2 * pair + 1
     if mode == GATE_UP:
         a, b = pair, pair
@@ -93,7 +87,7 @@ def place(mode, pair, rows):
             inside = pair - q_pairs
         a, b = 2 * inside, 2 * inside + 1
         if half > 0 and weight < 2:
-            head, _ = split(inside, half, log2_half)
+            head, _ = split(inside, half, inverse_half)
             a = inside + head * half
             b = a + half
     return weight, a, b
@@ -154,6 +148,7 @@ def stage_x(x, start, norm, normed, columns, payload, shared, x_at, sums_at):
     squares = np.float32(0)
     if columns & 3 == 0:
         for first in range(4 * cuda.threadIdx.x, padded, 16 * THREADS):
+            keep_loop()
             # all loads are under way at once: the memory answers after half a microsecond
             limit = columns if normed else 0
             n0, n1 = floats4_or_0(norm, 0, first, limit), floats4_or_0(norm, 0, first + 4 * THREADS, limit)
@@ -171,6 +166,7 @@ def stage_x(x, start, norm, normed, columns, payload, shared, x_at, sums_at):
             put4(shared, x_at, first + 12 * THREADS, padded, numbers, x3)
     else:
         for k in range(cuda.threadIdx.x, padded, THREADS):
+            keep_loop()
             value = np.float32(0)
             if k < columns:
                 value = x[start + k]
@@ -249,9 +245,9 @@ def norm_factor(shared, sums_at, normed, columns, eps):
 
 
 @device
-def pairs_of_block(pairs):
+def pairs_of_block(layout):
     """How many pairs are this block's: those with numbers blockIdx.x + local · gridDim.x."""
-    return (pairs - cuda.blockIdx.x + cuda.gridDim.x - 1) // cuda.gridDim.x
+    return layout[6] + (1 if cuda.blockIdx.x < layout[7] else 0)
 
 
 @device
@@ -280,7 +276,7 @@ def produce(mode, cursor, turn, own, shape, payload, rows, weights, scales, scal
 
 
 @device
-def stream(mode, pairs, rows, x, start, norm, normed, payload, weights, scales, shift, columns, layout, shared, early,
+def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, columns, layout, shared, early,
            first, second, wanted):  # fmt: skip
     """All sums of this block's pairs, in slices, into shared memory; ends behind a barrier.
 
@@ -290,10 +286,9 @@ def stream(mode, pairs, rows, x, start, norm, normed, payload, weights, scales, 
     logarithm): with `half` not 0, row i of queries and keys goes with row i + half of its head. `weights` and `scales`
     are three addresses, or pointers, and the distance of two rows. `layout` is what `_shape` says.
     """
-    slices, log2_slices, x_at, sums_at, partial_at = layout
+    slices, log2_slices, x_at, sums_at, partial_at, chunks, _, _, ahead = layout
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
-    mine, numbers, row_slot = pairs_of_block(pairs), per_16_bytes(payload), row_bytes(payload)
-    chunks = (columns + 32 * numbers - 1) // (32 * numbers)
+    mine, numbers, row_slot = pairs_of_block(layout), per_16_bytes(payload), row_bytes(payload)
     shape = mine, columns, chunks
     groups, piece = WARPS >> log2_slices, warp & (slices - 1)
     ring = address(shared, 0) + warp * DEPTH * 2 * row_slot + lane * 16
@@ -308,7 +303,8 @@ def stream(mode, pairs, rows, x, start, norm, normed, payload, weights, scales, 
     pair = cuda.blockIdx.x + min(local, mine - 1) * cuda.gridDim.x
     a, b, a_scales, b_scales = source_of(mode, pair, rows, weights, scales)
     cursor = local, chunk, a, b, a_scales, b_scales
-    for turn in range(DEPTH - 1):
+    for turn in range(ahead):  # DEPTH - 1, but told by the host, lest the compiler writes it out
+        keep_loop()
         cursor = produce(mode, cursor, turn, own, shape, payload, rows, weights, scales, scale_bytes, scale_step)
     wait_for_predecessor()
     let_successor_start()
@@ -319,7 +315,7 @@ def stream(mode, pairs, rows, x, start, norm, normed, payload, weights, scales, 
     cuda.syncthreads()
 
     sum_a, sum_b = np.float32(0), np.float32(0)
-    x_chunk, x_lane, turn = numbers // 4 * LANE_STEP, x_at + lane * 4, DEPTH - 1
+    x_chunk, x_lane, turn = numbers // 4 * LANE_STEP, x_at + lane * 4, ahead
     while local < mine:
         cursor = produce(mode, cursor, turn, own, shape, payload, rows, weights, scales, scale_bytes, scale_step)
         turn += 1
@@ -342,33 +338,35 @@ def stream(mode, pairs, rows, x, start, norm, normed, payload, weights, scales, 
 
 
 @device
-def combined(shared, partial_at, local, slices, which):
+def combined(shared, layout, local, which):
     """The sum of a row's slices: row `which` of the block's pair `local`."""
-    total = np.float32(0)
+    slices, partial_at, total = layout[0], layout[4], np.float32(0)
     for i in range(slices):
+        keep_loop()
         total += shared[partial_at + (local * slices + i) * 2 + which]
     return total
 
 
 @cuda.jit
 def linear_kernel(tokens, x, norm, normed, eps, weight, stride, scales, scale_stride, shift, residual, added, out,
-                  rows, columns, slices, log2_slices, x_at, sums_at, partial_at):  # fmt: skip
+                  rows, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over,
+                  ahead):  # fmt: skip
     """out = W · x, or W · norm(x), plus `residual` if `added`."""
     if beyond(tokens):
         return
     shared = cuda.shared.array(0, np.float32)
-    t, pairs, base = cuda.blockIdx.y, (rows + 1) // 2, address(weight, 0)
-    layout = slices, log2_slices, x_at, sums_at, partial_at
+    t, base = cuda.blockIdx.y, address(weight, 0)
+    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
     mine = t * rows + 2 * (cuda.blockIdx.x + (cuda.threadIdx.x >> 1) * cuda.gridDim.x) + (cuda.threadIdx.x & 1)
     wanted = added and mine < (t + 1) * rows
-    held, _ = stream(LINEAR, pairs, (rows - 1, 0, 0, 0, 0), x, t * columns, norm, normed, weight,
+    held, _ = stream(LINEAR, (rows - 1, 0, 0, 0, np.float32(0)), x, t * columns, norm, normed, weight,
                      (base, base, base, stride), (scales, scales, scales, scale_stride), shift, columns, layout, shared,
                      residual, mine, mine, wanted)  # fmt: skip
-    factor = norm_factor(shared, sums_at, normed, columns, eps)
-    for i in range(cuda.threadIdx.x, 2 * pairs_of_block(pairs), THREADS):
+    factor = norm_factor(shared, layout[3], normed, columns, eps)
+    for i in range(cuda.threadIdx.x, 2 * pairs_of_block(layout), THREADS):
         row = 2 * (cuda.blockIdx.x + (i >> 1) * cuda.gridDim.x) + (i & 1)
         if row < rows:
-            value = combined(shared, partial_at, i >> 1, slices, i & 1) * factor
+            value = combined(shared, layout, i >> 1, i & 1) * factor
             if added:
                 value += held if i < THREADS else residual[t * rows + row]
             out[t * rows + row] = value
@@ -376,39 +374,41 @@ def linear_kernel(tokens, x, norm, normed, eps, weight, stride, scales, scale_st
 
 @cuda.jit
 def gate_up_kernel(tokens, x, norm, normed, eps, w1, w3, stride, s1, s3, scale_stride, shift, out, rows, columns,
-                   slices, log2_slices, x_at, sums_at, partial_at):  # fmt: skip
+                   slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead):  # fmt: skip
     """out = silu(W1 · x) · (W3 · x), of x or of norm(x)."""
     if beyond(tokens):
         return
     shared = cuda.shared.array(0, np.float32)
     t, a, b = cuda.blockIdx.y, address(w1, 0), address(w3, 0)
-    layout = slices, log2_slices, x_at, sums_at, partial_at
-    stream(GATE_UP, rows, (0, 0, 0, 0, 0), x, t * columns, norm, normed, w1, (a, b, b, stride),
+    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
+    stream(GATE_UP, (0, 0, 0, 0, np.float32(0)), x, t * columns, norm, normed, w1, (a, b, b, stride),
            (s1, s3, s3, scale_stride), shift, columns, layout, shared, x, 0, 0, False)  # fmt: skip
-    factor = norm_factor(shared, sums_at, normed, columns, eps)
-    for local in range(cuda.threadIdx.x, pairs_of_block(rows), THREADS):
-        gate = combined(shared, partial_at, local, slices, 0) * factor
-        up = combined(shared, partial_at, local, slices, 1) * factor
+    factor = norm_factor(shared, layout[3], normed, columns, eps)
+    for local in range(cuda.threadIdx.x, pairs_of_block(layout), THREADS):
+        gate = combined(shared, layout, local, 0) * factor
+        up = combined(shared, layout, local, 1) * factor
         out[t * rows + cuda.blockIdx.x + local * cuda.gridDim.x] = sigmoid_times(gate, up)
 
 
 @cuda.jit
 def qkv_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, scale_stride, shift, q, k, v, q_rows,
-               kv_rows, columns, slices, log2_slices, x_at, sums_at, partial_at):  # fmt: skip
+               kv_rows, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over,
+                  ahead):  # fmt: skip
     """q, k and v = Wq · x, Wk · x, Wv · x, of x or of norm(x). Numbers of rows are even, as heads are."""
     if beyond(tokens):
         return
     shared = cuda.shared.array(0, np.float32)
-    t, pairs, q_pairs, k_pairs = cuda.blockIdx.y, q_rows // 2 + kv_rows, q_rows // 2, kv_rows // 2
-    layout, of_rows = (slices, log2_slices, x_at, sums_at, partial_at), (0, q_pairs, k_pairs, 0, 0)
-    stream(QKV, pairs, of_rows, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
+    t, pairs, q_pairs, k_pairs = cuda.blockIdx.y, (q_rows >> 1) + kv_rows, q_rows >> 1, kv_rows >> 1
+    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
+    of_rows = 0, q_pairs, k_pairs, 0, np.float32(0)
+    stream(QKV, of_rows, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
            (sq, sk, sv, scale_stride), shift, columns, layout, shared, x, 0, 0, False)  # fmt: skip
-    factor = norm_factor(shared, sums_at, normed, columns, eps)
-    for i in range(cuda.threadIdx.x, 2 * pairs_of_block(pairs), THREADS):
+    factor = norm_factor(shared, layout[3], normed, columns, eps)
+    for i in range(cuda.threadIdx.x, 2 * pairs_of_block(layout), THREADS):
         pair = cuda.blockIdx.x + (i >> 1) * cuda.gridDim.x
         section, a, b = place(QKV, pair, of_rows)
         row = b if i & 1 else a
-        value = combined(shared, partial_at, i >> 1, slices, i & 1) * factor
+        value = combined(shared, layout, i >> 1, i & 1) * factor
         if section == 0:
             q[t * q_rows + row] = value
         elif section == 1:
@@ -418,43 +418,44 @@ def qkv_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, sca
 
 
 @device
-def turning(local, pairs, of_rows, head_dim, interleaved):
+def turning(local, pairs, of_rows, head_dim, inverse_head_dim, interleaved):
     """Which of a token's angles turns the block's pair `local`; 0 for a pair that it does not have."""
     pair = cuda.blockIdx.x + local * cuda.gridDim.x
     _, row, _ = place(QKV, min(pair, pairs - 1), of_rows)
-    d = row - row // head_dim * head_dim
-    return d >> 1 if interleaved else min(d, head_dim // 2 - 1)
+    _, d = split(row, head_dim, inverse_head_dim)
+    return d >> 1 if interleaved else min(d, (head_dim >> 1) - 1)
 
 
 @cuda.jit
 def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, scale_stride, shift, angles,
                     positions, sequences, q, k_cache, v_cache, q_rows, kv_rows, head_dim, interleaved, context,
-                    log2_half, columns, slices, log2_slices, x_at, sums_at, partial_at):  # fmt: skip
+                    kv_heads, inverse_head_dim, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead):  # fmt: skip
     """Queries, turned by RoPE, into q; keys, turned, and values into the cache, at the token's position."""
     if beyond(tokens):
         return
     shared = cuda.shared.array(0, np.float32)
-    t, pairs, q_pairs, k_pairs = cuda.blockIdx.y, q_rows // 2 + kv_rows, q_rows // 2, kv_rows // 2
-    half = 0 if interleaved else head_dim // 2
-    layout, of_rows = (slices, log2_slices, x_at, sums_at, partial_at), (0, q_pairs, k_pairs, half, log2_half)
-    position, sequence, kv_heads = positions[t], sequences[t], kv_rows // head_dim
-    angle = turning(cuda.threadIdx.x, pairs, of_rows, head_dim, interleaved) + t * head_dim
+    t, pairs, q_pairs, k_pairs = cuda.blockIdx.y, (q_rows >> 1) + kv_rows, q_rows >> 1, kv_rows >> 1
+    half = 0 if interleaved else head_dim >> 1
+    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
+    inverse = np.float32(2) * inverse_head_dim
+    of_rows = 0, q_pairs, k_pairs, half, inverse
+    position, sequence = positions[t], sequences[t]
+    angle = turning(cuda.threadIdx.x, pairs, of_rows, head_dim, inverse_head_dim, interleaved) + t * head_dim
     cos, sin = stream(
-        QKV, pairs, of_rows, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
-        (sq, sk, sv, scale_stride), shift, columns, layout, shared, angles, angle, angle + head_dim // 2, True,
+        QKV, of_rows, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
+        (sq, sk, sv, scale_stride), shift, columns, layout, shared, angles, angle, angle + (head_dim >> 1), True,
     )  # fmt: skip
-    factor = norm_factor(shared, sums_at, normed, columns, eps)
-    for i in range(cuda.threadIdx.x, pairs_of_block(pairs), THREADS):
+    factor = norm_factor(shared, layout[3], normed, columns, eps)
+    for i in range(cuda.threadIdx.x, pairs_of_block(layout), THREADS):
         section, row, _ = place(QKV, cuda.blockIdx.x + i * cuda.gridDim.x, of_rows)
-        a = combined(shared, partial_at, i, slices, 0) * factor
-        b = combined(shared, partial_at, i, slices, 1) * factor
-        head = row // head_dim
-        d = row - head * head_dim
+        a = combined(shared, layout, i, 0) * factor
+        b = combined(shared, layout, i, 1) * factor
+        head, d = split(row, head_dim, inverse_head_dim)
         apart = half if half > 0 and section < 2 else 1
         if section < 2:
             if i >= THREADS:
-                angle = turning(i, pairs, of_rows, head_dim, interleaved) + t * head_dim
-                cos, sin = angles[angle], angles[angle + head_dim // 2]
+                angle = turning(i, pairs, of_rows, head_dim, inverse_head_dim, interleaved) + t * head_dim
+                cos, sin = angles[angle], angles[angle + (head_dim >> 1)]
             a, b = a * cos - b * sin, a * sin + b * cos
         if section == 0:
             q[t * q_rows + row] = a
@@ -473,7 +474,7 @@ def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv
 
 
 def _shape(gpu: Gpu, weight: Matrix, pairs: int, tokens: int) -> tuple[tuple[int, int], tuple[int, ...], int]:
-    """Grid, the last arguments (slices to partial_at) and the bytes of shared memory of a `stream`."""
+    """Grid, the last arguments (slices to ahead) and the bytes of shared memory of a `stream`."""
     numbers = {"f32": 4, "f16": 8, "bf16": 8, "int8": 16, "q4_0": 32}[weight.payload.dtype]
     chunks = -(-weight.shape[1] // (32 * numbers))
     blocks = min(gpu.processors, pairs)
@@ -483,7 +484,7 @@ def _shape(gpu: Gpu, weight: Matrix, pairs: int, tokens: int) -> tuple[tuple[int
     ring = WARPS * DEPTH * 4 * (CHUNK_BYTES + (SCALE_BYTES if weight.quantized else 0)) // 4
     sums = ring + (chunks + 1) * (numbers // 4) * LANE_STEP
     partial = sums + WARPS
-    places = slices, slices.bit_length() - 1, ring, sums, partial
+    places = slices, slices.bit_length() - 1, ring, sums, partial, chunks, *divmod(pairs, blocks), DEPTH - 1
     return (blocks, tokens), places, 4 * (partial + 2 * mine * slices)
 
 
@@ -569,9 +570,8 @@ def norm_qkv_rope(
 ) -> list[Launch]:  # fmt: skip
     grid, first, rest, shared = _qkv_operands(gpu, x, norm, eps, (wq, wk, wv))
     middle = (angles, positions, sequences, out, k_cache, v_cache, wq.shape[0], wk.shape[0], head_dim, interleaved)
-    half = head_dim // 2
-    log2_half = -1 if half & (half - 1) else half.bit_length() - 1
-    return [Launch(qkv_rope_kernel, grid, THREADS, (*first, *middle, k_cache.shape[2], log2_half, *rest), shared)]
+    cache = k_cache.shape[2], k_cache.shape[1], 1.0 / head_dim
+    return [Launch(qkv_rope_kernel, grid, THREADS, (*first, *middle, *cache, *rest), shared)]
 
 
 CACHE = ("f32", "f16", "bf16")

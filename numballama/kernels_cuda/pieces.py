@@ -88,6 +88,13 @@ def sigmoid_times(gate, up):
 
 
 @device
+def split(number, divisor, inverse):
+    """(quotient, remainder) of numbers below two million, by float32: an integer division is a hundred instructions."""
+    quotient = np.int64((np.float32(number) + np.float32(0.5)) * inverse)
+    return quotient, number - quotient * divisor
+
+
+@device
 def beyond(tokens):
     """Whether this block's token, blockIdx.y, is not part of the run."""
     return cuda.gridDim.y > 1 and cuda.blockIdx.y >= tokens[0]

@@ -326,6 +326,10 @@ class Function:
         )
         self.shared_limit = device.shared_limit - int(fixed)
         check(driver.cuFuncSetAttribute(self.handle, limit, self.shared_limit))
+        # one split between L1 and shared memory for all kernels: to change it, a multiprocessor must run empty first, and
+        # the next kernel could not begin beside this one
+        carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        check(driver.cuFuncSetAttribute(self.handle, carveout, 100))
         self._unload = weakref.finalize(self, _unload, device.context, self._module)
 
 

@@ -488,6 +488,21 @@ def words4(typingctx, where):  # type: ignore[no-untyped-def]
     return WORDS4(types.int64), codegen
 
 
+@intrinsic
+def keep_loop(typingctx):  # type: ignore[no-untyped-def]
+    """Nothing; but the compiler does not unroll a loop with a number of rounds that it does not know if this is in it.
+
+    Kernels of a step follow each other so closely that fetching their code shows: what runs once must be short.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(VOID, [])
+        builder.call(ir.InlineAsm(kind, "", "", side_effect=True), [], attrs=("convergent",))
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
 # Order between kernels and between blocks
 
 
