@@ -12,6 +12,7 @@ an H200 gets 31 bytes a nanosecond, and 26 KB must be under way at any time to c
   the last row, behind one barrier, where one thread a pair finishes them.
 - x lies in shared memory in the order in which lanes want it, four numbers at a time: number 4q + i of lane l's sixteen
   bytes at 132 q + 4 l + i. 132, not 128, so that writing it meets no bank twice either.
+- Of int8 and 4-bit weights x is turned into fixed point, three planes of bytes, as precise as float32 (`put_fixed`).
 - RMSNorm costs no pass of its own: x is multiplied by the norm's weight on the way in, and since the rest is one factor
   for the whole vector, every sum is multiplied by it at the end.
 """
@@ -27,18 +28,27 @@ from ..lowlevel_cuda.instructions import (
     address,
     await_all,
     await_all_but_3,
+    bits_of_f32,
     close_copies,
     copy4,
     copy16,
     dot16,
+    dp4a,
+    dp4a_su,
+    dp4a_us,
+    dp4a_uu,
     f32_of_bits,
     floats4,
     has_scales,
     keep_loop,
     let_successor_start,
+    nearest,
     per_16_bytes,
+    planes,
+    scale_bytes,
     scale_in,
     scale_word,
+    shared_address,
     shared_word,
     shared_words4,
     store4,
@@ -47,7 +57,7 @@ from ..lowlevel_cuda.instructions import (
 )
 from ..lowlevel_cuda.launch import Argument, Array, Gpu, Launch, Matrix
 from ..registry import kernel
-from .pieces import beyond, device, sigmoid_times, split, warp_sum, warp_sum2
+from .pieces import ALL, beyond, device, sigmoid_times, split, warp_sum, warp_sum2
 
 WARPS, DEPTH = 8, 4
 THREADS = 32 * WARPS
@@ -95,7 +105,7 @@ def place(mode, pair, rows):
 
 @device
 def source_of(mode, pair, rows, weights, scales):
-    """Addresses of the two rows of a pair, and of the words with their first scales."""
+    """Addresses of the first bytes that a lane copies of the two rows of a pair, and of the words with their scales."""
     weight, a, b = place(mode, pair, rows)
     w0, w1, w2, stride = weights
     s0, s1, s2, scale_stride = scales
@@ -107,33 +117,94 @@ def source_of(mode, pair, rows, weights, scales):
     if mode == GATE_UP:
         base_b, of_scales_b = w1, s1
     return (
-        base + a * stride, base_b + b * stride, scale_word(of_scales, a * scale_stride),
-        scale_word(of_scales_b, b * scale_stride),
+        base + a * stride, base_b + b * stride, of_scales + a * scale_stride, of_scales_b + b * scale_stride,
     )  # fmt: skip
 
 
 @device
-def fetch(slot, source, scales, inside, next_inside, payload, scale_step, lane):
+def fetch(slot, source, scales, count, next_count, payload, scale_step, lane):
     """Start copying a lane's 16 bytes of two neighbouring chunks of a row, and the words with their scales."""
-    copy16(slot, source, 16 if inside else 0)
-    copy16(slot + CHUNK_BYTES, source + CHUNK_BYTES if next_inside else source, 16 if next_inside else 0)
+    copy16(slot, source, count)
+    copy16(slot + CHUNK_BYTES, source + CHUNK_BYTES, next_count)
     if has_scales(payload):
         at = slot + SCALES_AT - 12 * lane
-        copy4(at, scales, 4 if inside else 0)
-        copy4(at + SCALE_BYTES, scales + scale_step if next_inside else scales, 4 if next_inside else 0)
+        copy4(at, scales, count >> 2)
+        copy4(at + SCALE_BYTES, scales + scale_step, next_count >> 2)
+
+
+@device
+def x_step(payload):
+    """Float32 places that one chunk of x takes in shared memory."""
+    return per_16_bytes(payload) * 24 + 64 if has_scales(payload) else per_16_bytes(payload) // 4 * LANE_STEP
 
 
 @device
 def multiply(slot, payload, scales, odd, shared, x_at, lane):
-    """The lane's part of a row's sum over two chunks that have arrived."""
-    step = per_16_bytes(payload) // 4 * LANE_STEP
-    first = dot16(payload, shared_words4(slot), shared, x_at, LANE_STEP)
-    second = dot16(payload, shared_words4(slot + CHUNK_BYTES), shared, x_at + step, LANE_STEP)
+    """The lane's part of a row's sum over two chunks that have arrived; x_at is where the first one's x lies."""
     if has_scales(payload):
         at = slot + SCALES_AT - 12 * lane
-        first *= scale_in(scales, shared_word(at), odd)
-        second *= scale_in(scales, shared_word(at + SCALE_BYTES), odd)
-    return first + second
+        first = multiply_fixed(slot, payload, shared, x_at, lane) * scale_in(scales, shared_word(at), odd)
+        second = multiply_fixed(slot + CHUNK_BYTES, payload, shared, x_at + x_step(payload), lane)
+        total = first + second * scale_in(scales, shared_word(at + SCALE_BYTES), odd)
+    else:
+        here = x_at + lane * 4
+        first = dot16(payload, shared_words4(slot), shared, here, LANE_STEP)
+        total = first + dot16(payload, shared_words4(slot + CHUNK_BYTES), shared, here + x_step(payload), LANE_STEP)
+    return total
+
+
+@device
+def dot4_signed(w, x, total):
+    """Four times four signed weights with signed bytes of x."""
+    return dp4a(w[0], x[0], dp4a(w[1], x[1], dp4a(w[2], x[2], dp4a(w[3], x[3], total))))
+
+
+@device
+def dot4_signed_unsigned(w, x, total):
+    """Four times four signed weights with unsigned bytes of x."""
+    return dp4a_su(w[0], x[0], dp4a_su(w[1], x[1], dp4a_su(w[2], x[2], dp4a_su(w[3], x[3], total))))
+
+
+@device
+def dot4_unsigned_signed(w, x, total):
+    """Four times four unsigned weights with signed bytes of x."""
+    return dp4a_us(w[0], x[0], dp4a_us(w[1], x[1], dp4a_us(w[2], x[2], dp4a_us(w[3], x[3], total))))
+
+
+@device
+def dot4_unsigned(w, x, total):
+    """Four times four unsigned weights with unsigned bytes of x."""
+    return dp4a_uu(w[0], x[0], dp4a_uu(w[1], x[1], dp4a_uu(w[2], x[2], dp4a_uu(w[3], x[3], total))))
+
+
+@device
+def multiply_fixed(slot, payload, shared, x_at, lane):
+    """The lane's int8 or 4-bit weights of one chunk times its x in fixed point, without the weights' scale.
+
+    x is three planes of bytes (`stage_fixed`), so the sums of products are integers, and exact.
+    """
+    words = shared_words4(slot)
+    plane = shared_address(shared, x_at) + lane * 16
+    zero = np.int32(0)
+    if per_16_bytes(payload) == 16:
+        low = dot4_signed_unsigned(words, shared_words4(plane), zero)
+        middle = dot4_signed_unsigned(words, shared_words4(plane + 512), zero)
+        high = dot4_signed(words, shared_words4(plane + 1024), zero)
+        scale, offset = shared[x_at + 384 + lane], np.float32(0)
+    else:
+        # byte j of a Q4_0 block holds number j in its low half and j + 16 in its high one; 8 stands for 0
+        mask = np.uint32(0x0F0F0F0F)
+        a = words[0] & mask, words[1] & mask, words[2] & mask, words[3] & mask
+        four = np.uint32(4)
+        b = (words[0] >> four) & mask, (words[1] >> four) & mask, (words[2] >> four) & mask, (words[3] >> four) & mask
+        low = dot4_unsigned(b, shared_words4(plane + 512), dot4_unsigned(a, shared_words4(plane), zero))
+        middle = dot4_unsigned(b, shared_words4(plane + 1536), dot4_unsigned(a, shared_words4(plane + 1024), zero))
+        high = dot4_unsigned_signed(
+            b, shared_words4(plane + 2560), dot4_unsigned_signed(a, shared_words4(plane + 2048), zero)
+        )
+        scale, offset = shared[x_at + 768 + lane], shared[x_at + 800 + lane]
+    total = (np.float32(high) * np.float32(65536) + np.float32(middle) * np.float32(256)) + np.float32(low)
+    return total * scale - offset
 
 
 @device
@@ -160,20 +231,29 @@ def stage_x(x, start, norm, normed, columns, payload, shared, x_at, sums_at):
             if normed:
                 squares += squared(x0) + squared(x1) + squared(x2) + squared(x3)
                 x0, x1, x2, x3 = times4(x0, n0), times4(x1, n1), times4(x2, n2), times4(x3, n3)
-            put4(shared, x_at, first, padded, numbers, x0)
-            put4(shared, x_at, first + 4 * THREADS, padded, numbers, x1)
-            put4(shared, x_at, first + 8 * THREADS, padded, numbers, x2)
-            put4(shared, x_at, first + 12 * THREADS, padded, numbers, x3)
+            put4(shared, x_at, first, padded, numbers, payload, x0)
+            put4(shared, x_at, first + 4 * THREADS, padded, numbers, payload, x1)
+            put4(shared, x_at, first + 8 * THREADS, padded, numbers, payload, x2)
+            put4(shared, x_at, first + 12 * THREADS, padded, numbers, payload, x3)
     else:
-        for k in range(cuda.threadIdx.x, padded, THREADS):
+        for first in range(4 * cuda.threadIdx.x, padded, 4 * THREADS):
             keep_loop()
-            value = np.float32(0)
-            if k < columns:
-                value = x[start + k]
-                squares += value * value
-                if normed:
-                    value *= norm[k]
-            shared[x_at + lane_order(k, numbers)] = value * nibble_factor(k, numbers)
+            v = (
+                one_or_0(x, start, first, columns),
+                one_or_0(x, start, first + 1, columns),
+                one_or_0(x, start, first + 2, columns),
+                one_or_0(x, start, first + 3, columns),
+            )
+            if normed:
+                squares += squared(v)
+                n = (
+                    one_or_0(norm, 0, first, columns),
+                    one_or_0(norm, 0, first + 1, columns),
+                    one_or_0(norm, 0, first + 2, columns),
+                    one_or_0(norm, 0, first + 3, columns),
+                )
+                v = times4(v, n)
+            put4(shared, x_at, first, padded, numbers, payload, v)
     if normed:
         squares = warp_sum(squares)
         if cuda.threadIdx.x & 31 == 0:
@@ -200,6 +280,12 @@ def floats4_or_0(x, start, k, columns):
 
 
 @device
+def one_or_0(x, start, k, columns):
+    """x[start + k], 0 beyond `columns`."""
+    return x[start + k] if k < columns else np.float32(0)
+
+
+@device
 def squared(v):
     """The sum of the squares of four numbers."""
     return (v[0] * v[0] + v[1] * v[1]) + (v[2] * v[2] + v[3] * v[3])
@@ -212,24 +298,58 @@ def times4(v, w):
 
 
 @device
-def put4(shared, x_at, k, padded, numbers, v):
+def put4(shared, x_at, k, padded, numbers, payload, v):
     """Four numbers from k on into their place."""
     if k < padded:
-        store4(
-            shared, x_at + lane_order(k, numbers), v[0] * nibble_factor(k, numbers),
-            v[1] * nibble_factor(k + 1, numbers), v[2] * nibble_factor(k + 2, numbers),
-            v[3] * nibble_factor(k + 3, numbers),
-        )  # fmt: skip
+        if has_scales(payload):
+            put_fixed(shared, x_at, k, numbers, payload, v)
+        else:
+            store4(shared, x_at + lane_order(k, numbers), v[0], v[1], v[2], v[3])
+
+
+MOST = np.float32(8388600)
+"""The largest fixed-point number: 24 bits with their sign hold it, whatever rounding does."""
 
 
 @device
-def nibble_factor(k, numbers):
-    """What `dot16` wants numbers of x multiplied by: 1, but for 4-bit weights, which it takes where they lie in a word,
-    as multiples of 1, 16, … 65536.
+def magnitude(x):
+    """|x| as an integer that is the larger the larger |x| is, and largest for a NaN."""
+    return np.int32(bits_of_f32(x) & np.uint32(0x7FFFFFFF))
+
+
+@device
+def put_fixed(shared, x_at, k, numbers, payload, v):
+    """Four numbers from k on, as integers of 24 bits, in three planes of bytes. All lanes of a warp come here at once.
+
+    The numbers that meet a lane's 16 bytes share a scale: the largest becomes 2^23, so each is off by 2^-24 of that at
+    most, what float32 rounding costs; but sums of their products with weights are exact, and four weights take three
+    instructions (`dp4a`) instead of twelve.
     """
-    nibble = 2 * (k & 3) + ((k >> 4) & 1)
-    inside = nibble - 5 if nibble >= 5 else nibble
-    return f32_of_bits(np.uint32((127 - 4 * inside) << 23)) if numbers == 32 else np.float32(1)
+    most = max(max(magnitude(v[0]), magnitude(v[1])), max(magnitude(v[2]), magnitude(v[3])))
+    most = max(most, cuda.shfl_xor_sync(ALL, most, 1))
+    most = max(most, cuda.shfl_xor_sync(ALL, most, 2))
+    if numbers == 32:
+        most = max(most, cuda.shfl_xor_sync(ALL, most, 4))
+    largest = f32_of_bits(np.uint32(most))
+    inverse = MOST / largest if largest > np.float32(1e-30) else np.float32(0)
+    a, b, c, d = nearest(v[0] * inverse), nearest(v[1] * inverse), nearest(v[2] * inverse), nearest(v[3] * inverse)
+    low, middle, high = planes(a, b, c, d)
+    chunk, inside = k // (32 * numbers), k & (32 * numbers - 1)
+    lane, word = inside // numbers, (inside & (numbers - 1)) >> 2
+    base = x_at + chunk * x_step(payload)
+    at = base + ((word >> 2) * 32 + lane) * 4 + (word & 3)
+    plane = numbers * 8
+    shared[at], shared[at + plane], shared[at + 2 * plane] = f32_of_bits(low), f32_of_bits(middle), f32_of_bits(high)
+    scale = largest / MOST
+    if numbers == 32:
+        total = np.int32(a + b + c + d)
+        total += cuda.shfl_xor_sync(ALL, total, 1)
+        total += cuda.shfl_xor_sync(ALL, total, 2)
+        total += cuda.shfl_xor_sync(ALL, total, 4)
+        if word == 0:
+            shared[base + 3 * plane + 32 + lane] = np.float32(8) * (np.float32(total) * scale)
+    if word == 0:
+        shared[base + 3 * plane + lane] = scale
 
 
 @device
@@ -251,21 +371,23 @@ def pairs_of_block(layout):
 
 
 @device
-def produce(mode, cursor, turn, own, shape, payload, rows, weights, scales, scale_bytes, scale_step):
+def produce(mode, cursor, turn, own, shape, payload, rows, weights, scales, scale_step):
     """Start copying the stage that the cursor stands at, if there is one; returns the cursor moved on to the next."""
     to_fetch, next_chunk, a, b, a_scales, b_scales = cursor
     ring, lane, piece, slices, groups = own
     mine, columns, chunks = shape
-    numbers, row_slot = per_16_bytes(payload), row_bytes(payload)
+    width, row_slot = 32 * per_16_bytes(payload), row_bytes(payload)
     if to_fetch < mine:
-        slot = ring + (turn & (DEPTH - 1)) * 2 * row_slot
-        k = (next_chunk * 32 + lane) * numbers
-        inside, next_inside = k < columns, k + 32 * numbers < columns
-        bytes_on = next_chunk * CHUNK_BYTES + lane * 16 if inside else 0
-        scales_on = next_chunk * scale_step + scale_bytes if inside else 0
-        fetch(slot, a + bytes_on, a_scales + scales_on, inside, next_inside, payload, scale_step, lane)
-        fetch(slot + row_slot, b + bytes_on, b_scales + scales_on, inside, next_inside, payload, scale_step, lane)
+        slot = ring + (turn & (DEPTH - 1)) * (2 * row_slot)
+        left = columns - next_chunk * width - lane * per_16_bytes(payload)
+        count, next_count = 16 if left > 0 else 0, 16 if left > width else 0
+        fetch(slot, a, a_scales, count, next_count, payload, scale_step, lane)
+        fetch(slot + row_slot, b, b_scales, count, next_count, payload, scale_step, lane)
         next_chunk += 2 * slices
+        a += slices * (2 * CHUNK_BYTES)
+        b += slices * (2 * CHUNK_BYTES)
+        a_scales += slices * (2 * scale_step)
+        b_scales += slices * (2 * scale_step)
         if next_chunk >= chunks:
             next_chunk = 2 * piece
             to_fetch += groups
@@ -276,36 +398,40 @@ def produce(mode, cursor, turn, own, shape, payload, rows, weights, scales, scal
 
 
 @device
-def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, columns, layout, shared, early,
-           first, second, wanted):  # fmt: skip
+def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, columns, layout, shared, early, first,
+           second, wanted):  # fmt: skip
     """All sums of this block's pairs, in slices, into shared memory; ends behind a barrier.
 
     Returns early[first] and early[second], if `wanted`, loaded as soon as they may be: what the thread needs at the end.
 
     `rows` is (last row of a LINEAR weight, which stands in for one too many; pairs of queries; pairs of keys; half; its
-    logarithm): with `half` not 0, row i of queries and keys goes with row i + half of its head. `weights` and `scales`
-    are three addresses, or pointers, and the distance of two rows. `layout` is what `_shape` says.
+    inverse): with `half` not 0, row i of queries and keys goes with row i + half of its head. `weights` and `scales` are
+    three addresses, or pointers, and the distance of two rows. `layout` is what `_shape` says.
     """
     slices, log2_slices, x_at, sums_at, partial_at, chunks, _, _, ahead = layout
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
     mine, numbers, row_slot = pairs_of_block(layout), per_16_bytes(payload), row_bytes(payload)
     shape = mine, columns, chunks
     groups, piece = WARPS >> log2_slices, warp & (slices - 1)
-    ring = address(shared, 0) + warp * DEPTH * 2 * row_slot + lane * 16
+    ring = shared_address(shared, 0) + warp * (DEPTH * 2 * row_slot) + lane * 16
     own = ring, lane, piece, slices, groups
-    # the scale of the lane's numbers, counted from its chunk's first; rows of float16 scales begin at a whole word
-    scale = (lane * numbers) >> shift
-    odd = scale & 1
-    scale_bytes = scale_word(scales[0], scale) - scale_word(scales[0], 0)
-    scale_step = scale_word(scales[0], (32 * numbers) >> shift) - scale_word(scales[0], 0)
+
+    # addresses of what this lane copies first in row 0: its place in a chunk, and the first chunk of its slice
+    s0, s1, s2, scale_stride = scales
+    scale, size = (lane * numbers) >> shift, scale_bytes(s0)
+    odd, scale_step = scale & 1, ((32 * numbers) >> shift) * size
+    on = lane * 16 + piece * (2 * CHUNK_BYTES)
+    scales_on = scale_word(s0, scale) - address(s0, 0) + piece * (2 * scale_step)
+    weights = weights[0] + on, weights[1] + on, weights[2] + on, weights[3]
+    addresses = address(s0, 0) + scales_on, address(s1, 0) + scales_on, address(s2, 0) + scales_on, scale_stride * size
 
     local, chunk = warp >> log2_slices, 2 * piece
     pair = cuda.blockIdx.x + min(local, mine - 1) * cuda.gridDim.x
-    a, b, a_scales, b_scales = source_of(mode, pair, rows, weights, scales)
+    a, b, a_scales, b_scales = source_of(mode, pair, rows, weights, addresses)
     cursor = local, chunk, a, b, a_scales, b_scales
     for turn in range(ahead):  # DEPTH - 1, but told by the host, lest the compiler writes it out
         keep_loop()
-        cursor = produce(mode, cursor, turn, own, shape, payload, rows, weights, scales, scale_bytes, scale_step)
+        cursor = produce(mode, cursor, turn, own, shape, payload, rows, weights, addresses, scale_step)
     wait_for_predecessor()
     let_successor_start()
     held, held_too = np.float32(0), np.float32(0)
@@ -315,15 +441,15 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     cuda.syncthreads()
 
     sum_a, sum_b = np.float32(0), np.float32(0)
-    x_chunk, x_lane, turn = numbers // 4 * LANE_STEP, x_at + lane * 4, ahead
+    x_chunk, turn = x_step(payload), ahead
     while local < mine:
-        cursor = produce(mode, cursor, turn, own, shape, payload, rows, weights, scales, scale_bytes, scale_step)
+        cursor = produce(mode, cursor, turn, own, shape, payload, rows, weights, addresses, scale_step)
         turn += 1
         await_all_but_3()
-        slot = ring + (turn & (DEPTH - 1)) * 2 * row_slot
+        slot = ring + (turn & (DEPTH - 1)) * (2 * row_slot)
         if chunk < chunks:
-            sum_a += multiply(slot, payload, scales[0], odd, shared, x_lane + chunk * x_chunk, lane)
-            sum_b += multiply(slot + row_slot, payload, scales[0], odd, shared, x_lane + chunk * x_chunk, lane)
+            sum_a += multiply(slot, payload, s0, odd, shared, x_at + chunk * x_chunk, lane)
+            sum_b += multiply(slot + row_slot, payload, s0, odd, shared, x_at + chunk * x_chunk, lane)
         chunk += 2 * slices
         if chunk >= chunks:
             total = warp_sum2(sum_a, sum_b)
@@ -482,7 +608,8 @@ def _shape(gpu: Gpu, weight: Matrix, pairs: int, tokens: int) -> tuple[tuple[int
     # a stage's time for each stage of the busiest warp, and half of one for each pair's sums to meet
     slices = min((1, 2, 4, 8), key=lambda n: -(-mine // (WARPS // n)) * (-(-chunks // (2 * n)) + 0.5))
     ring = WARPS * DEPTH * 4 * (CHUNK_BYTES + (SCALE_BYTES if weight.quantized else 0)) // 4
-    sums = ring + (chunks + 1) * (numbers // 4) * LANE_STEP
+    step = numbers * 24 + 64 if weight.quantized else numbers // 4 * LANE_STEP
+    sums = ring + (chunks + 1) * step
     partial = sums + WARPS
     places = slices, slices.bit_length() - 1, ring, sums, partial, chunks, *divmod(pairs, blocks), DEPTH - 1
     return (blocks, tokens), places, 4 * (partial + 2 * mine * slices)
