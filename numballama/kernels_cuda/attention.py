@@ -62,11 +62,12 @@ def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, newest, 
     step = WARPS * keys_at_once
     p = begin + warp * keys_at_once + lane // lanes
     here = min(p, end - 1)
-    at = cache_at + min(here, max(newest - 1, 0)) * head_dim + (d if mine else 0)
+    # keys of this run's tokens are not there before the predecessor has ended; those of earlier runs are
+    known = newest if cuda.gridDim.y == 1 else 0
+    at = cache_at + min(here, max(known - 1, 0)) * head_dim + (d if mine else 0)
     key_words, value_words = words4(address(k_cache, at)), words4(address(v_cache, at))
     wait_for_predecessor()
-    let_successor_start()
-    if here == newest:
+    if here >= known:
         at = cache_at + here * head_dim + (d if mine else 0)
         key_words, value_words = words4(address(k_cache, at)), words4(address(v_cache, at))
     query = cuda.local.array((HEADS, 8), np.float32)
@@ -168,6 +169,7 @@ def join(most, total, values, lanes, shared, head_dim, inverse_head_dim, numbers
 def attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads, shared_by, context,
               head_dim, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values, is_last):  # fmt: skip
     """The whole of it, for `most.size` heads a block; blockIdx.x counts groups of heads, blockIdx.z parts of the context."""
+    let_successor_start()
     shared = cuda.shared.array(0, np.float32)
     t, heads_a_block = cuda.blockIdx.y, most.size
     newest, sequence = positions[t], sequences[t]
@@ -262,8 +264,8 @@ def attention_plain_kernel(tokens, q, k_cache, v_cache, positions, sequences, ou
     """Attention for heads whose numbers do not come in 16 bytes: a block a head, a thread a key, then a thread a number."""
     if beyond(tokens):
         return
-    wait_for_predecessor()
     let_successor_start()
+    wait_for_predecessor()
     shared = cuda.shared.array(0, np.float32)  # weights of a tile of keys, then the values so far
     scratch = cuda.shared.array(32, np.float32)
     t, head, thread = cuda.blockIdx.y, cuda.blockIdx.x, cuda.threadIdx.x
@@ -362,8 +364,8 @@ def fused_attention(
 def attention_scores_kernel(tokens, q, k_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim):
     if beyond(tokens):
         return
-    wait_for_predecessor()
     let_successor_start()
+    wait_for_predecessor()
     t, head = cuda.blockIdx.y, cuda.blockIdx.x
     heads = kv_heads * shared_by
     keys = address(k_cache, (sequences[t] * kv_heads + head // shared_by) * context * head_dim)
@@ -393,8 +395,8 @@ def softmax_kernel(tokens, x, out, columns):
     """exp(x) / sum(exp(x)), shifted by the maximum so that no exponential overflows. A block a row."""
     if beyond(tokens):
         return
-    wait_for_predecessor()
     let_successor_start()
+    wait_for_predecessor()
     scratch = cuda.shared.array(32, np.float32)
     row = (cuda.blockIdx.y * cuda.gridDim.x + cuda.blockIdx.x) * columns
     most = np.float32(-np.inf)
@@ -422,8 +424,8 @@ def attention_values_kernel(tokens, weights, v_cache, positions, sequences, out,
                             head_dim):  # fmt: skip
     if beyond(tokens):
         return
-    wait_for_predecessor()
     let_successor_start()
+    wait_for_predecessor()
     t, head = cuda.blockIdx.y, cuda.blockIdx.x
     row = t * kv_heads * shared_by + head
     values = address(v_cache, (sequences[t] * kv_heads + head // shared_by) * context * head_dim)

@@ -408,6 +408,7 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     inverse): with `half` not 0, row i of queries and keys goes with row i + half of its head. `weights` and `scales` are
     three addresses, or pointers, and the distance of two rows. `layout` is what `_shape` says.
     """
+    let_successor_start()
     slices, log2_slices, x_at, sums_at, partial_at, chunks, _, _, ahead = layout
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
     mine, numbers, row_slot = pairs_of_block(layout), per_16_bytes(payload), row_bytes(payload)
@@ -433,7 +434,6 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
         keep_loop()
         cursor = produce(mode, cursor, turn, own, shape, payload, rows, weights, addresses, scale_step)
     wait_for_predecessor()
-    let_successor_start()
     held, held_too = np.float32(0), np.float32(0)
     if wanted:
         held, held_too = early[first], early[second]

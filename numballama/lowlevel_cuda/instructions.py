@@ -551,11 +551,13 @@ def _for_sm_90(text: str) -> Any:
 
 wait_for_predecessor = intrinsic(_for_sm_90("griddepcontrol.wait;"))
 """Wait until the kernel before this one has ended and its results can be read (sm_90). Before it a kernel may only read
-what no kernel of this step writes: weights.
+what no kernel of the same run writes: weights, inputs, keys and values of earlier runs.
 """
 
 let_successor_start = intrinsic(_for_sm_90("griddepcontrol.launch_dependents;"))
-"""Let the next kernel's blocks begin as soon as all of this one's have come here or ended (sm_90)."""
+"""Let the next kernel's blocks begin as soon as all of this one's have come here or ended (sm_90): at once. They fill
+their rings while this kernel still works; each kernel waits before it looks at another one's results or writes its own.
+"""
 
 
 @intrinsic
