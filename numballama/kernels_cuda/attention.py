@@ -36,7 +36,7 @@ from ..registry import kernel
 from .gemv import CACHE
 from .pieces import ALL, LOG2_E, beyond, block_max, block_sum, device, split, warp_max, warp_sum
 
-THREADS = 256
+THREADS = 128
 WARPS = THREADS // 32
 HEADS = 2
 """Heads of a group that a block computes together."""

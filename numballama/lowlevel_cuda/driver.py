@@ -243,7 +243,7 @@ def to_ptx(kernel: Any, kinds: Sequence[str], capability: tuple[int, int], threa
         raise DeviceError("numba.cuda is not numba-cuda: install it with: pip install 'numballama[cuda]'")
     with _pretending(capability):
         # two blocks on a multiprocessor, so that the next kernel's can begin beside this one's
-        bounds = (threads, 2) if threads <= 512 else threads
+        bounds = (threads, 3) if threads <= 256 else threads
         ptx, _ = cuda.compile_ptx(kernel.py_func, signature(kinds), cc=capability, launch_bounds=bounds)
     return str(ptx)
 
