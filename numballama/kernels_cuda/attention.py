@@ -36,7 +36,7 @@ from ..registry import kernel
 from .gemv import CACHE
 from .pieces import ALL, LOG2_E, beyond, block_max, block_sum, device, split, warp_max, warp_sum
 
-THREADS = 128
+THREADS = 256
 WARPS = THREADS // 32
 HEADS = 2
 """Heads of a group that a block computes together."""
@@ -169,7 +169,6 @@ def join(most, total, values, lanes, shared, head_dim, inverse_head_dim, numbers
 def attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads, shared_by, context,
               head_dim, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values, is_last):  # fmt: skip
     """The whole of it, for `most.size` heads a block; blockIdx.x counts groups of heads, blockIdx.z parts of the context."""
-    let_successor_start()
     shared = cuda.shared.array(0, np.float32)
     t, heads_a_block = cuda.blockIdx.y, most.size
     newest, sequence = positions[t], sequences[t]
@@ -191,6 +190,7 @@ def attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, cou
     numbers = per_16_bytes(k_cache)
     attend(q, (t * heads + first_head) * head_dim, heads_here, cache_at, k_cache, v_cache, begin, end, newest, head_dim,
            lanes, factor, most, total, values)  # fmt: skip
+    let_successor_start()  # not before: its copies would stand in the way of this kernel's loads
     join(most, total, values, lanes, shared, head_dim, inverse_head_dim, numbers)
 
     width, of_part = head_dim + 4, head_dim + 2
@@ -264,8 +264,8 @@ def attention_plain_kernel(tokens, q, k_cache, v_cache, positions, sequences, ou
     """Attention for heads whose numbers do not come in 16 bytes: a block a head, a thread a key, then a thread a number."""
     if beyond(tokens):
         return
-    let_successor_start()
     wait_for_predecessor()
+    let_successor_start()
     shared = cuda.shared.array(0, np.float32)  # weights of a tile of keys, then the values so far
     scratch = cuda.shared.array(32, np.float32)
     t, head, thread = cuda.blockIdx.y, cuda.blockIdx.x, cuda.threadIdx.x
@@ -364,8 +364,8 @@ def fused_attention(
 def attention_scores_kernel(tokens, q, k_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim):
     if beyond(tokens):
         return
-    let_successor_start()
     wait_for_predecessor()
+    let_successor_start()
     t, head = cuda.blockIdx.y, cuda.blockIdx.x
     heads = kv_heads * shared_by
     keys = address(k_cache, (sequences[t] * kv_heads + head // shared_by) * context * head_dim)
@@ -395,8 +395,8 @@ def softmax_kernel(tokens, x, out, columns):
     """exp(x) / sum(exp(x)), shifted by the maximum so that no exponential overflows. A block a row."""
     if beyond(tokens):
         return
-    let_successor_start()
     wait_for_predecessor()
+    let_successor_start()
     scratch = cuda.shared.array(32, np.float32)
     row = (cuda.blockIdx.y * cuda.gridDim.x + cuda.blockIdx.x) * columns
     most = np.float32(-np.inf)
@@ -424,8 +424,8 @@ def attention_values_kernel(tokens, weights, v_cache, positions, sequences, out,
                             head_dim):  # fmt: skip
     if beyond(tokens):
         return
-    let_successor_start()
     wait_for_predecessor()
+    let_successor_start()
     t, head = cuda.blockIdx.y, cuda.blockIdx.x
     row = t * kv_heads * shared_by + head
     values = address(v_cache, (sequences[t] * kv_heads + head // shared_by) * context * head_dim)

@@ -38,8 +38,8 @@ def blocks_for(numbers: int) -> int:
 @device
 def begin():
     """What every kernel does before it touches what another one wrote."""
-    let_successor_start()
     wait_for_predecessor()
+    let_successor_start()
 
 
 @cuda.jit

@@ -70,6 +70,11 @@ MATRIX = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
 """Types of weights. The last three become float16 on their way to the device."""
 
 
+TWO_FIT = 80 << 10
+"""Least bytes of shared memory of a block: two kernels' blocks then share a multiprocessor of an H200, but not three.
+With three, blocks of the third bunch up where the first one's end early, and other multiprocessors have nothing to do.
+"""
+
 LINEAR, GATE_UP, QKV = 0, 1, 2
 """What the two rows of a pair are: neighbours of one weight; the same row of two; or, in three, see `place`."""
 
@@ -408,7 +413,6 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     inverse): with `half` not 0, row i of queries and keys goes with row i + half of its head. `weights` and `scales` are
     three addresses, or pointers, and the distance of two rows. `layout` is what `_shape` says.
     """
-    let_successor_start()
     slices, log2_slices, x_at, sums_at, partial_at, chunks, _, _, ahead = layout
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
     mine, numbers, row_slot = pairs_of_block(layout), per_16_bytes(payload), row_bytes(payload)
@@ -439,6 +443,7 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
         held, held_too = early[first], early[second]
     stage_x(x, start, norm, normed, columns, payload, shared, x_at, sums_at)
     cuda.syncthreads()
+    let_successor_start()  # not before: its copies would stand in the way of x
 
     sum_a, sum_b = np.float32(0), np.float32(0)
     x_chunk, turn = x_step(payload), ahead
@@ -612,7 +617,7 @@ def _shape(gpu: Gpu, weight: Matrix, pairs: int, tokens: int) -> tuple[tuple[int
     sums = ring + (chunks + 1) * step
     partial = sums + WARPS
     places = slices, slices.bit_length() - 1, ring, sums, partial, chunks, *divmod(pairs, blocks), DEPTH - 1
-    return (blocks, tokens), places, 4 * (partial + 2 * mine * slices)
+    return (blocks, tokens), places, max(4 * (partial + 2 * mine * slices), min(TWO_FIT, gpu.shared_limit))
 
 
 def _launch_linear(

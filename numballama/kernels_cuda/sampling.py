@@ -101,8 +101,8 @@ def sample_kernel(logits, n, settings, recent, counts, state, next_token):
     found = cuda.shared.array(4, np.int32)
     whole = cuda.shared.array(1, np.int64)
     thread = cuda.threadIdx.x
-    let_successor_start()
     wait_for_predecessor()
+    let_successor_start()
     temperature, top_k, top_p, min_p = settings[0], int(settings[1]), settings[2], settings[3]
     penalty = np.float32(settings[4])
 
@@ -226,8 +226,8 @@ def sample(
 @cuda.jit
 def advance_kernel(next_token, ids, positions, step, mailbox, slots):
     """Make the new token the next step's input, and put it, with the step's number, where the host looks."""
-    let_successor_start()
     wait_for_predecessor()
+    let_successor_start()
     if cuda.threadIdx.x == 0:
         token = next_token[0]
         ids[0] = max(token, 0)
