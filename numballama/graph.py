@@ -48,9 +48,40 @@ class KVLayout:
         return 2 * self.n_layers * math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-def rope_frequencies(config: ModelConfig) -> list[float]:
-    """Radians a position that each pair of dimensions turns: theta^(-2i / head_dim) (Su et al., RoFormer, 2021)."""
-    return [config.rope_theta ** (-2 * i / config.head_dim) for i in range(config.head_dim // 2)]
+def rope_frequencies(config: ModelConfig, context: int = 0) -> list[float]:
+    """Radians a position that each pair of dimensions turns: theta^(-2i / head_dim) (Su et al., RoFormer, 2021), scaled
+    as `config.rope_scaling` says.
+
+    "dynamic" depends on how long a text is: transformers computes it anew for each length beyond `config.context`.
+    Here one vector serves all positions: that of a text as long as the KV cache, `context` tokens. Up to the model's
+    own context that is no scaling at all.
+    """
+    theta, scaling, pairs = config.rope_theta, config.rope_scaling, config.head_dim // 2
+    if scaling and scaling.kind == "dynamic":
+        stretch = scaling.factor * max(context, config.context) / config.context - (scaling.factor - 1)
+        theta *= stretch ** (pairs / (pairs - 1))
+    frequencies = [theta ** (-i / pairs) for i in range(pairs)]
+    return [f / by for f, by in zip(frequencies, rope_divisors(config, frequencies), strict=True)]
+
+
+def rope_divisors(config: ModelConfig, frequencies: Sequence[float]) -> Sequence[float]:
+    """What "linear", "llama3" and "factors" scaling divide each frequency by.
+
+    "llama3": waves shorter than original_context / high_freq_factor tokens stay, longer ones than
+    original_context / low_freq_factor turn `factor` times slower, and between them the speed changes linearly with
+    the number of turns in the original context (Llama 3.1's reference code).
+    """
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind == "dynamic":
+        return [1.0] * len(frequencies)
+    if scaling.kind == "factors":
+        return scaling.factors
+    if scaling.kind == "linear":
+        return [scaling.factor] * len(frequencies)
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    turns = (scaling.original_context * frequency / (2 * math.pi) for frequency in frequencies)
+    kept = (min(max((turn - low) / (high - low), 0.0), 1.0) for turn in turns)
+    return [1 / ((1 - share) / scaling.factor + share) for share in kept]
 
 
 def build(
@@ -87,36 +118,39 @@ def build(
     ids = graph.input("ids", (tokens,), "i32")
     positions = graph.input("positions", (tokens,), "i32")
     sequences = graph.input("sequences", (tokens,), "i32")
-    angles = graph.add(
-        "rope_angles", positions, graph.constant("rope_frequencies", rope_frequencies(config)), out="angles"
-    )
+    frequencies = graph.constant("rope_frequencies", rope_frequencies(config, kv.context))
+    angles = graph.add("rope_angles", positions, frequencies, out="angles")
     interleaved = int(config.rope_pairing == INTERLEAVED)
 
     x = graph.add("embedding", ids, weight("tok_embeddings"), out="x")
     for layer in range(config.n_layers):
         p = f"layers.{layer}."
 
-        def project(h: Value, which: str, p: str = p) -> Value:
-            y = linear(h, f"{p}w{which}", f"{p}{which}")
-            return graph.add("bias", y, weight(f"{p}b{which}"), out=f"{p}{which}_biased") if config.qkv_bias else y
+        def project(h: Value, which: str, out: str, biased: bool, p: str = p) -> Value:
+            y = linear(h, f"{p}w{which}", f"{p}{out}")
+            return graph.add("bias", y, weight(f"{p}b{which}"), out=f"{p}{out}_biased") if biased else y
 
-        def rope(y: Value) -> Value:
+        def rope(y: Value, norm: str, p: str = p) -> Value:
+            if config.qk_norm:
+                y = graph.add("head_norm", y, weight(f"{p}{norm}"), out=f"{y.name}_normed", eps=config.norm_eps)
             return graph.add("rope", y, angles, out=f"{y.name}_rope", head_dim=config.head_dim, interleaved=interleaved)
 
         h = graph.add("rmsnorm", x, weight(f"{p}attn_norm"), out=f"{p}attn_in", eps=config.norm_eps)
-        q, k, v = project(h, "q"), project(h, "k"), project(h, "v")
-        q, k = rope(q), rope(k)
+        q, k, v = (project(h, name, name, config.qkv_bias) for name in "qkv")
+        q, k = rope(q, "q_norm"), rope(k, "k_norm")
         k_cache, v_cache = (graph.state(f"{p}{name}_cache", kv.shape, kv.dtype) for name in "kv")
         k_cache = graph.add("kv_write", k, k_cache, positions, sequences, out=f"{p}k_cache'")
         v_cache = graph.add("kv_write", v, v_cache, positions, sequences, out=f"{p}v_cache'")
-        scores = graph.add("attention_scores", q, k_cache, positions, sequences, out=f"{p}scores")
+        at, window = (positions, sequences), config.window
+        scores = graph.add("attention_scores", q, k_cache, *at, out=f"{p}scores", window=window)
         weights = graph.add("softmax", scores, out=f"{p}probabilities")
-        h = graph.add("attention_values", weights, v_cache, positions, sequences, out=f"{p}attn_out")
-        x = graph.add("add", x, linear(h, f"{p}wo", f"{p}attn_projected"), out=f"{p}x_mid")
+        h = graph.add("attention_values", weights, v_cache, *at, out=f"{p}attn_out", window=window)
+        x = graph.add("add", x, project(h, "o", "attn_projected", config.o_bias), out=f"{p}x_mid")
 
         h = graph.add("rmsnorm", x, weight(f"{p}ffn_norm"), out=f"{p}ffn_in", eps=config.norm_eps)
-        h = graph.add("swiglu", linear(h, f"{p}w1", f"{p}gate"), linear(h, f"{p}w3", f"{p}up"), out=f"{p}ffn_hidden")
-        x = graph.add("add", x, linear(h, f"{p}w2", f"{p}ffn_projected"), out=f"{p}x_out")
+        gate, up = project(h, "1", "gate", config.mlp_bias), project(h, "3", "up", config.mlp_bias)
+        h = graph.add("swiglu", gate, up, out=f"{p}ffn_hidden")
+        x = graph.add("add", x, project(h, "2", "ffn_projected", config.mlp_bias), out=f"{p}x_out")
 
     if logits == "last" and tokens > 1:
         x = graph.add("last", x, out="x_last")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from numballama.checkpoint import Checkpoint, Weight
-from numballama.config import F32, ModelConfig
+from numballama.config import F32, ModelConfig, RopeScaling
 from numballama.formats import WRITERS
 
 settings.register_profile(
@@ -73,4 +74,26 @@ def configs(draw: st.DrawFn, biases: bool = False) -> ModelConfig:
         context=draw(st.integers(1, 30)),
         tied_embeddings=draw(st.booleans()),
         qkv_bias=biases and draw(st.booleans()),
+    )
+
+
+@st.composite
+def architectures(draw: st.DrawFn) -> ModelConfig:
+    """`configs` with what architectures of the family add, in any combination."""
+    config = draw(configs(biases=True))
+    scaling = st.builds(
+        RopeScaling,
+        st.sampled_from(["linear", "dynamic", "llama3"]),
+        st.sampled_from([1.0, 2.5, 8.0]),
+        original_context=st.sampled_from([4, 16, 8192]),
+    )
+    return replace(
+        config,
+        head_dim=draw(st.sampled_from([config.head_dim + 2, 4, 6])),
+        o_bias=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        window=draw(st.sampled_from([0, 0, 1, 2, 3, 8, 100])),
+        rope_theta=draw(st.sampled_from([1e4, 50.0])),
+        rope_scaling=draw(st.none() | scaling),
     )
