@@ -9,11 +9,11 @@ from pathlib import Path
 from .checkpoint import Checkpoint
 from .errors import Error, FormatError, UnsupportedError
 from .files import MappedFile, expand, map_file
-from .formats import gguf, kuiper, llama2c
+from .formats import gguf, hf, kuiper, llama2c, safetensors
 from .gguf_header import MAGIC as GGUF_MAGIC
 from .tokenizer import Tokenizer, load_tokenizer
 
-SUPPORTED = "llama2.c v0, v1 and v2, KuiperLLama fp32 and int8, GGUF"
+SUPPORTED = "llama2.c v0, v1 and v2, KuiperLLama fp32 and int8, GGUF, Hugging Face directories (safetensors)"
 
 # Long enough that no llama2.c v0 header begins so: its first four bytes are the model's dim.
 _FOREIGN = {
@@ -67,14 +67,16 @@ open = open_checkpoint
 def _read(path: str | PathLike[str], own_tokenizer: bool) -> Checkpoint:
     directory = expand(path)
     if os.path.isdir(directory):
-        if any(directory.glob("*.safetensors")) or os.path.exists(directory / "config.json"):
-            raise UnsupportedError(f"{path}: a Hugging Face directory is not read yet; supported are {SUPPORTED}")
+        if hf.is_directory_of(directory):
+            return hf.read(directory, own_tokenizer)
         raise FormatError(f"is a directory without a model; supported are {SUPPORTED}", path=path)
     file = map_file(path)
     if file.data[: len(llama2c.MAGIC)] == llama2c.MAGIC:
         return llama2c.read(file)
     if file.data[: len(GGUF_MAGIC)] == GGUF_MAGIC:
         return gguf.read(file, own_tokenizer)
+    if safetensors.looks_like(file):
+        return hf.read(file.path.parent, own_tokenizer, file)
     if foreign := _foreign(file):
         raise UnsupportedError(f"{path}: {foreign}, which is not read yet; supported are {SUPPORTED}")
     return kuiper.read(file)
@@ -86,8 +88,6 @@ def _foreign(file: MappedFile) -> str | None:
     for magic, kind in _FOREIGN.items():
         if head.startswith(magic):
             return kind
-    if head[8:] == b"{" and int.from_bytes(head[:8], "little") < file.size:
-        return "a safetensors file"
     return None
 
 

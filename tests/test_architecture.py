@@ -22,7 +22,9 @@ ORDER = [
     # file → Checkpoint
     "checkpoint", "quant", "files", "gguf_header", "protobuf",
     "tokenizers", "tokenizers.base", "tokenizers.library", "tokenizers.scored", "tokenizer",
-    "formats.layout", "formats.llama2c", "formats.kuiper", "formats.gguf", "formats.gguf_writer", "formats", "loader",
+    "formats.jsonfile", "formats.safetensors", "formats.pairing",
+    "formats.layout", "formats.llama2c", "formats.kuiper", "formats.gguf", "formats.gguf_writer",
+    "formats.hf_config", "formats.hf", "formats", "loader",
     # Checkpoint → Graph → Plan
     "ir", "graph", "plan",
     # Plan → Backend
