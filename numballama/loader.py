@@ -6,6 +6,7 @@ import os
 from os import PathLike
 from pathlib import Path
 
+from . import hub
 from .checkpoint import Checkpoint
 from .errors import Error, FormatError, UnsupportedError
 from .files import MappedFile, expand, map_file
@@ -40,7 +41,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open the model file at `path`, with the tokenizer whose path is given, else the file's own; no weight is read.
 
-    Without a path it is the story model of this package.
+    Without a path it is the story model of this package. A directory is a Hugging Face model, and so is a hub id
+    "owner/name", which is downloaded unless a file or directory has that name.
     `rope_pairing` ("interleaved" or "half"), `rope_theta` and `norm_eps` override what the file says or leaves out;
     what then still is assumed stands in `Checkpoint.notes`. Raises `FormatError` for damaged files, `UnsupportedError`
     for formats that are known but not read yet, and `Error` when a file cannot be opened, an override makes no sense
@@ -66,6 +68,8 @@ open = open_checkpoint
 
 def _read(path: str | PathLike[str], own_tokenizer: bool) -> Checkpoint:
     directory = expand(path)
+    if isinstance(path, str) and hub.is_id(path) and not os.path.exists(directory):
+        directory = hub.download(path)
     if os.path.isdir(directory):
         if hf.is_directory_of(directory):
             return hf.read(directory, own_tokenizer)

@@ -24,7 +24,7 @@ ORDER = [
     "tokenizers", "tokenizers.base", "tokenizers.library", "tokenizers.scored", "tokenizer",
     "formats.jsonfile", "formats.safetensors", "formats.pairing",
     "formats.layout", "formats.llama2c", "formats.kuiper", "formats.gguf", "formats.gguf_writer",
-    "formats.hf_config", "formats.hf", "formats", "loader",
+    "formats.hf_config", "formats.hf", "formats", "hub", "loader",
     # Checkpoint → Graph → Plan
     "ir", "graph", "plan",
     # Plan → Backend

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import FormatError
 from ..files import MappedFile, map_file
 
-MAX_JSON = 4 << 20
+MAX_JSON = 3 << 20
 """Bytes. Parsed, the worst JSON takes 25 times its size; the directory of a model of 1,000 layers takes 1.3 MB."""
 
 
