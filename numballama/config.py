@@ -137,8 +137,8 @@ class ModelConfig:
             raise Error(f"rope_theta must be positive and finite, found {self.rope_theta}")
         if not 0 <= self.norm_eps < float("inf"):
             raise Error(f"norm_eps must be finite and not negative, found {self.norm_eps}")
-        if self.window < 0:
-            raise Error(f"ModelConfig.window must not be negative, found {self.window}")
+        if not 0 <= self.window <= 1 << 31:
+            raise Error(f"ModelConfig.window must be from 0 to 2^31, found {self.window}")
         scaling = self.rope_scaling
         if scaling and scaling.kind == "factors" and len(scaling.factors) != self.head_dim // 2:
             raise Error(f"RoPE has {self.head_dim // 2} pairs a head, found {len(scaling.factors)} factors")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from hypothesis import strategies as st
 from numballama.checkpoint import Checkpoint, Weight
 from numballama.config import F32, ModelConfig, RopeScaling
 from numballama.formats import WRITERS
+from numballama.graph import KVLayout, build
+from numballama.reference import ReferenceBackend
 
 settings.register_profile(
     "numballama",
@@ -49,6 +52,16 @@ def random_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:
 
     weights = {name: weight(name, shape) for name, shape in config.weight_shapes().items()}
     return Checkpoint(path=Path("random"), format="random", config=config, weights=weights)
+
+
+def reference_logits(config: ModelConfig, weights: Mapping[str, Weight], ids: Sequence[int]) -> np.ndarray:
+    """Logits after each token, by the NumPy reference, in a cache just long enough."""
+    graph = build(config, {n: w.type for n, w in weights.items()}, KVLayout.of(config, len(ids)), len(ids), "all")
+    program = ReferenceBackend(weights).program(graph)
+    for name, values in (("ids", ids), ("positions", range(len(ids))), ("sequences", 0)):
+        program.inputs[name][:] = values
+    program.run(len(ids))
+    return program.value("logits")
 
 
 def save(folder: Path, name: str, config: ModelConfig = SMALL, seed: int = 0) -> tuple[Path, Checkpoint]:

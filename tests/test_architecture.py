@@ -18,13 +18,12 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
     # vocabulary
-    "errors", "checks", "config", "registry", "memory", "progress",
+    "errors", "checks", "config", "rope", "registry", "memory", "progress",
     # file → Checkpoint
     "checkpoint", "quant", "files", "gguf_header", "protobuf",
     "tokenizers", "tokenizers.base", "tokenizers.library", "tokenizers.scored", "tokenizer",
-    "formats.jsonfile", "formats.safetensors", "formats.pairing",
-    "formats.layout", "formats.llama2c", "formats.kuiper", "formats.gguf", "formats.gguf_writer",
-    "formats.hf_config", "formats.hf", "formats", "hub", "loader",
+    "formats.layout", "formats.llama2c", "formats.kuiper", "formats.pairing", "formats.gguf", "formats.gguf_writer",
+    "formats.jsonfile", "formats.safetensors", "formats.hf_config", "formats.hf", "formats", "hub", "loader",
     # Checkpoint → Graph → Plan
     "ir", "graph", "plan",
     # Plan → Backend
@@ -119,6 +118,7 @@ def test_numba_cuda_is_in_one_place(path: Path) -> None:
         ("errors", set()),
         ("config", set()),
         ("registry", set()),
+        ("rope", set()),
         ("ir", {"numpy"}),  # its dtypes only
         ("graph", set()),
         ("plan", set()),

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import reference_logits
 
 import numballama
 from numballama.config import INTERLEAVED, ModelConfig, RopeScaling
-from numballama.graph import KVLayout, build, rope_frequencies
 from numballama.loader import open_checkpoint
-from numballama.reference import ReferenceBackend
+from numballama.rope import rope_frequencies
 
 HF = Path(__file__).parent / "golden" / "hf"
 FOLDERS = sorted(path for path in HF.iterdir() if path.is_dir())
@@ -70,13 +70,7 @@ def test_the_comparison_notices(name: str, change: dict[str, Any]) -> None:
     opened = open_checkpoint(HF / name)
     config = replace(opened.config, **change)
     weights = {key: opened.weights[key] for key in config.weight_shapes()}
-    kv = KVLayout.of(config, len(ids))
-    graph = build(config, {key: weight.type for key, weight in weights.items()}, kv, len(ids), "all")
-    program = ReferenceBackend(weights).program(graph)
-    for name, values in (("ids", ids), ("positions", np.arange(len(ids))), ("sequences", 0)):
-        program.inputs[name][:] = values
-    program.run(len(ids))
-    assert np.abs(program.value("logits") - logits).max() > 20 * CLOSE
+    assert np.abs(reference_logits(config, weights, ids) - logits).max() > 20 * CLOSE
 
 
 # ---- frequencies ----
