@@ -10,16 +10,17 @@ from . import hub
 from .checkpoint import Checkpoint
 from .errors import Error, FormatError, UnsupportedError
 from .files import MappedFile, expand, map_file
-from .formats import gguf, hf, kuiper, llama2c, safetensors
+from .formats import gguf, hf, kuiper, llama2c, meta, safetensors, torchfile
 from .gguf_header import MAGIC as GGUF_MAGIC
 from .tokenizer import Tokenizer, load_tokenizer
 
-SUPPORTED = "llama2.c v0, v1 and v2, KuiperLLama fp32 and int8, GGUF, Hugging Face directories (safetensors)"
+SUPPORTED = (
+    "llama2.c v0, v1 and v2, KuiperLLama fp32 and int8, GGUF, directories of Hugging Face (safetensors) and of Meta "
+    "(consolidated.*.pth)"
+)
 
 # Long enough that no llama2.c v0 header begins so: its first four bytes are the model's dim.
 _FOREIGN = {
-    b"PK\x03\x04": "a zip archive, as PyTorch checkpoints are",
-    b"\x80\x02\x8a\x0a": "a pickle, as old PyTorch checkpoints are",
     b"\x80\x02}q": "a pickle",
     b"\x80\x04\x95": "a pickle",
     b"\x89HDF": "an HDF5 file",
@@ -73,6 +74,8 @@ def _read(path: str | PathLike[str], own_tokenizer: bool) -> Checkpoint:
     if os.path.isdir(directory):
         if hf.is_directory_of(directory):
             return hf.read(directory, own_tokenizer)
+        if meta.is_directory_of(directory):
+            return meta.read(directory, own_tokenizer)
         raise FormatError(f"is a directory without a model; supported are {SUPPORTED}", path=path)
     file = map_file(path)
     if file.data[: len(llama2c.MAGIC)] == llama2c.MAGIC:
@@ -81,6 +84,8 @@ def _read(path: str | PathLike[str], own_tokenizer: bool) -> Checkpoint:
         return gguf.read(file, own_tokenizer)
     if safetensors.looks_like(file):
         return hf.read(file.path.parent, own_tokenizer, file)
+    if file.data[:4] == torchfile.MAGIC or file.data[: len(torchfile.LEGACY)] == torchfile.LEGACY:
+        return meta.read_file(file, own_tokenizer)
     if foreign := _foreign(file):
         raise UnsupportedError(f"{path}: {foreign}, which is not read yet; supported are {SUPPORTED}")
     return kuiper.read(file)

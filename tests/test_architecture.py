@@ -23,7 +23,8 @@ ORDER = [
     "checkpoint", "quant", "files", "gguf_header", "protobuf",
     "tokenizers", "tokenizers.base", "tokenizers.library", "tokenizers.scored", "tokenizer",
     "formats.layout", "formats.llama2c", "formats.kuiper", "formats.pairing", "formats.gguf", "formats.gguf_writer",
-    "formats.jsonfile", "formats.safetensors", "formats.hf_config", "formats.hf", "formats", "hub", "loader",
+    "formats.jsonfile", "formats.safetensors", "formats.hf_config", "formats.hf",
+    "formats.torchfile", "formats.meta", "formats", "hub", "loader",
     # Checkpoint → Graph → Plan
     "ir", "graph", "plan",
     # Plan → Backend

@@ -88,13 +88,21 @@ def read(directory: Path, own_tokenizer: bool = True, only: MappedFile | None = 
         chat_template=_chat_template(directory),
     )
     if own_tokenizer and any((directory / name).exists() for name in TOKENIZER_FILES):
-        try:
-            opened.tokenizer = load_tokenizer(directory)
-        except FormatError:
-            raise
-        except Error as error:
-            opened.notes.append(f"its tokenizer is left out: {error}")
+        add_tokenizer(opened, directory)
     return opened
+
+
+def add_tokenizer(opened: Checkpoint, path: Path) -> None:
+    """Give a checkpoint the tokenizer at `path`, file or directory; one that is not supported is left out, with a note.
+
+    Raises `FormatError` when it is damaged.
+    """
+    try:
+        opened.tokenizer = load_tokenizer(path)
+    except FormatError:
+        raise
+    except Error as error:
+        opened.notes.append(f"its tokenizer is left out: {error}")
 
 
 def _tensors(directory: Path, only: MappedFile | None) -> dict[str, tuple[MappedFile, safetensors.TensorInfo]]:
