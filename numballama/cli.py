@@ -1,4 +1,4 @@
-"""The command line: `numballama story | generate | inspect | bench`. Text goes to stdout, everything else to stderr."""
+"""The command line, `numballama story | generate | inspect | bench | export`: text to stdout, all else to stderr."""
 
 from __future__ import annotations
 
@@ -91,6 +91,28 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--repeats", type=int, default=5, metavar="N", help="runs to take the median of (default 5)")
     bench.add_argument("--json", action="store_true", help="one JSON object instead of text")
     bench.set_defaults(run=_bench)
+
+    export = commands.add_parser(
+        "export",
+        help="write a model in another format",
+        description="Write a model in another format, its matrices in another type if asked for. Prints how far the "
+        "numbers of each converted matrix moved: root mean squared error over root mean square.",
+        epilog="example: numballama export ~/models/SmolLM2-135M smollm2.gguf --to gguf --quant q8_0",
+    )
+    export.add_argument("source", help="a model file, directory or hub id")
+    export.add_argument("target", help="the file to write; for safetensors a directory")
+    export.add_argument(
+        "--to",
+        required=True,
+        metavar="FORMAT",
+        help="llama2c-v0, llama2c-v1, llama2c-v2, kuiper, kuiper-int8, gguf or safetensors",
+    )
+    export.add_argument(
+        "--quant", metavar="TYPE", help="f32, f16, bf16, q8_0, q4_0 or int8, as the format allows (default: unchanged)"
+    )
+    export.add_argument("--tokenizer", metavar="FILE", help="to put beside the model, where the format can hold it")
+    _silent_options(export)
+    export.set_defaults(run=_export)
     return main
 
 
@@ -106,6 +128,11 @@ def _model_options(command: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--kv-dtype", help="type of the KV cache: f32 (default), f16 or bf16")
     group.add_argument("--threads", type=int, metavar="N", help="CPU workers (default: all)")
+    _silent_options(group)
+
+
+def _silent_options(group: argparse._ActionsContainer) -> None:
+    """What some files leave unsaid, and --quiet."""
     group.add_argument("--rope-pairing", help="interleaved or half, where the file does not say")
     group.add_argument("--rope-theta", type=float, metavar="X", help="RoPE's base, where the file does not say")
     group.add_argument("--norm-eps", type=float, metavar="X", help="epsilon of the norms, where the file does not say")
@@ -175,6 +202,17 @@ def _inspect(arguments: argparse.Namespace) -> None:
 
     found = inspect(arguments.model, arguments.tokenizer)
     print(json.dumps(found.to_dict(), indent=2) if arguments.json else found.report(arguments.full))
+
+
+def _export(arguments: argparse.Namespace) -> None:
+    from .export import export_model
+
+    names = ("tokenizer", "rope_pairing", "rope_theta", "norm_eps")
+    options = {name: getattr(arguments, name) for name in names}
+    done = export_model(arguments.source, arguments.target, arguments.to, arguments.quant, **options)
+    print(done)
+    for note in () if arguments.quiet else done.notes:  # what is lost on the way is worth a line in a log as well
+        print(note, file=sys.stderr)
 
 
 def _bench(arguments: argparse.Namespace) -> None:

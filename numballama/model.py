@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from . import ir, loader, memory, plan, progress, quant
+from . import conversion, ir, loader, memory, plan, progress, quant
 from .checkpoint import Checkpoint, Weight
 from .checks import strings, whole_number
-from .config import BF16, F16, F32, Q8_0, Q8_0_BLOCK, ModelConfig, WeightType
+from .config import ModelConfig
 from .errors import FORKED, ContextError, DeviceError, Error, UnsupportedError
 from .graph import KVLayout, build
 from .memory import human
@@ -28,7 +28,6 @@ from .tokenizer import Tokenizer
 
 CHUNK = 64
 """Tokens of a prompt that one run handles."""
-TYPES = ("f32", "f16", "bf16", "int8", "q8_0")
 KV_TYPES = ("f32", "f16", "bf16")
 
 
@@ -82,7 +81,10 @@ class Model:
         fusions: bool | Sequence[str] = True,
     ) -> None:
         started = time.perf_counter()
-        for name, value, known in (("dtype", dtype, (None, *TYPES)), ("kv_dtype", kv_dtype, (None, *KV_TYPES))):
+        for name, value, known in (
+            ("dtype", dtype, (None, *conversion.TYPES)),
+            ("kv_dtype", kv_dtype, (None, *KV_TYPES)),
+        ):
             if value not in known:
                 raise UnsupportedError(f"{name} {value!r} is not supported; there are {', '.join(map(str, known[1:]))}")
         self.device = _choose_device(device)
@@ -120,21 +122,13 @@ class Model:
         weights = self._checkpoint.weights
         if dtype is None:
             return weights
-        converted = dict(weights)
-        names = [
-            name
-            for name, weight in weights.items()
-            if len(weight.shape) == 2
-            and (name != "tok_embeddings" or self.config.tied_embeddings)
-            and weight.type.name != dtype
-        ]
-        targets = {name: _target(dtype, name, weights[name].shape[1]) for name in names}
+        converted, targets = dict(weights), conversion.targets(self.config, weights, dtype)
         size = sum(target.nbytes(math.prod(weights[name].shape)) for name, target in targets.items())
         memory.require(size, f"a copy of the linear weights as {dtype}", "leave dtype= out to use the file's own types")
         with progress.bar(f"converting to {dtype}") as report:
-            for done, name in enumerate(names):
-                report(name, done, len(names))
-                converted[name] = quant.convert(weights[name], targets[name])
+            for done, (name, target) in enumerate(targets.items()):
+                report(name, done, len(targets))
+                converted[name] = quant.convert(weights[name], target)
         return converted
 
     def _build(self, tokens: int, logits: str) -> ir.Graph:
@@ -351,22 +345,6 @@ class Model:
                 "--tokenizer on the command line"
             )
         return self.tokenizer
-
-
-def _target(dtype: str, name: str, columns: int) -> WeightType:
-    """The weight type that a dtype means for rows of this length: int8 groups that fill a row are faster.
-
-    Raises `Error` where q8_0's blocks do not.
-    """
-    if dtype == "q8_0" and columns % Q8_0_BLOCK:
-        raise Error(
-            f"{name} cannot become q8_0: its rows of {columns} numbers are no whole number of blocks of {Q8_0_BLOCK}; "
-            "dtype='int8' takes any rows"
-        )
-    if dtype != "int8":
-        return {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}[dtype]
-    groups = (quant.DEFAULT_GROUP, quant.DEFAULT_GROUP // 2)
-    return WeightType("int8", next((g for g in groups if columns % g == 0), quant.DEFAULT_GROUP))
 
 
 def _choose_device(device: str) -> str:

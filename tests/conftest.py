@@ -94,12 +94,9 @@ def configs(draw: st.DrawFn, biases: bool = False) -> ModelConfig:
 def architectures(draw: st.DrawFn) -> ModelConfig:
     """`configs` with what architectures of the family add, in any combination."""
     config = draw(configs(biases=True))
-    scaling = st.builds(
-        RopeScaling,
-        st.sampled_from(["linear", "dynamic", "llama3"]),
-        st.sampled_from([1.0, 2.5, 8.0]),
-        original_context=st.sampled_from([4, 16, 8192]),
-    )
+    factor, original = st.sampled_from([1.0, 2.5, 8.0]), st.sampled_from([4, 16, 8192])
+    scaling = st.builds(RopeScaling, st.sampled_from(["linear", "dynamic"]), factor)
+    scaling |= st.builds(RopeScaling, st.just("llama3"), factor, original_context=original)
     return replace(
         config,
         head_dim=draw(st.sampled_from([config.head_dim + 2, 4, 6])),

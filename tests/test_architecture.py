@@ -20,10 +20,10 @@ ORDER = [
     # vocabulary
     "errors", "checks", "config", "rope", "registry", "memory", "progress",
     # file → Checkpoint
-    "checkpoint", "quant", "files", "gguf_header", "protobuf",
+    "checkpoint", "quant", "conversion", "files", "gguf_header", "protobuf",
     "tokenizers", "tokenizers.base", "tokenizers.library", "tokenizers.scored", "tokenizer",
     "formats.layout", "formats.llama2c", "formats.kuiper", "formats.pairing", "formats.gguf", "formats.gguf_writer",
-    "formats.jsonfile", "formats.safetensors", "formats.hf_config", "formats.hf",
+    "formats.jsonfile", "formats.safetensors", "formats.hf_config", "formats.hf", "formats.hf_writer",
     "formats.torchfile", "formats.meta", "formats", "hub", "loader",
     # Checkpoint → Graph → Plan
     "ir", "graph", "plan",
@@ -32,7 +32,7 @@ ORDER = [
     # Backend → Session → text
     "session", "text", "model",
     # around a model
-    "inspection", "bench", "cli", "__main__",
+    "inspection", "bench", "export", "cli", "__main__",
 ]  # fmt: skip
 """The flow, left to right: a module imports only what stands before it."""
 

@@ -70,6 +70,9 @@ def test_llama_3_is_recognised_in_its_factors(tmp_path: Path, factor: float) -> 
     assert open_checkpoint(path).config == config
     other = replace(config, rope_scaling=RopeScaling("llama3", factor, original_context=4096))
     save(path, other)
+    assert open_checkpoint(path).config == other
+    other = replace(config, rope_scaling=RopeScaling("llama3", factor, 2.0, original_context=4096))
+    save(path, other)
     scaling = open_checkpoint(path).config.rope_scaling
     assert scaling is not None and scaling.kind == "factors" and len(scaling.factors) == 32
     save(tmp_path / "again.gguf", open_checkpoint(path).config)

@@ -37,6 +37,8 @@ WEIGHT_TYPES: dict[str, tuple[WeightType, type[np.generic]]] = {
 
 _TOP = {"tok_embeddings": "token_embd.weight", "norm": "output_norm.weight", "output": "output.weight"}
 ROPE_FACTORS = "rope_freqs.weight"
+_ORIGINAL_CONTEXTS = (8192, *(1 << bits for bits in range(5, 18)))
+"""Contexts of models that Llama 3.1's rule is looked for with; the published ones' first."""
 _LAYER = {
     "attn_norm": "attn_norm.weight",
     "wq": "attn_q.weight",
@@ -206,10 +208,11 @@ def _rope_scaling(file: MappedFile, header: Header, config: ModelConfig) -> Rope
     factors = _view(file, info, (pairs,)).data
     if not (np.isfinite(factors) & (factors > 0)).all():
         raise FormatError("a factor is not positive", path=file.path, where=f"tensor {ROPE_FACTORS}")
-    if (largest := float(factors.max())) > 1:
-        llama3 = RopeScaling("llama3", largest)
-        wanted = rope_divisors(replace(config, rope_scaling=llama3))
-        if np.allclose(factors, wanted, rtol=1e-5, atol=0):
+    if (factors == 1).all():
+        return None
+    for original in _ORIGINAL_CONTEXTS if factors.max() > 1 else ():
+        llama3 = RopeScaling("llama3", float(factors.max()), original_context=original)
+        if np.allclose(factors, rope_divisors(replace(config, rope_scaling=llama3)), rtol=1e-5, atol=0):
             return llama3
     return RopeScaling("factors", factors=tuple(float(str(factor)) for factor in factors))
 

@@ -104,6 +104,8 @@ def _lost(config: ModelConfig, architecture: str) -> list[str]:
         notes.append(
             f"GGUF cannot hold dynamic RoPE scaling: beyond {config.context:,} tokens the copy gives other logits"
         )
+    if architecture == "qwen3" and (config.qkv_bias or config.o_bias or config.mlp_bias):
+        notes.append("llama.cpp knows no biases in models of architecture qwen3 and does not load the file")
     if 0 < config.window < config.context:
         notes.append(
             f"llama.cpp ignores the sliding window of {config.window:,} tokens in models of architecture {architecture}"

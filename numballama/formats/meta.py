@@ -5,13 +5,11 @@ made on. RoPE pairs are interleaved.
 from __future__ import annotations
 
 import re
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
-from ..checkpoint import Checkpoint, Weight
+from ..checkpoint import Checkpoint, Deferred, Weight
 from ..config import INTERLEAVED, ModelConfig, RopeScaling, WeightType
 from ..errors import Error, FormatError, UnsupportedError
 from ..files import MappedFile, map_file
@@ -55,25 +53,6 @@ def tensor_name(name: str) -> str:
     return f"layers.{layer}.{_LAYER[short]}"
 
 
-class Merged(Weight):
-    """A matrix whose parts lie in several files: put together when `data` is first asked for, and kept."""
-
-    def __init__(self, parts: list[Weight], axis: int) -> None:
-        extent = sum(part.shape[axis] for part in parts)
-        shape = (extent, parts[0].shape[1]) if axis == 0 else (parts[0].shape[0], extent)
-        for name, value in {"shape": shape, "type": parts[0].type, "scales": None}.items():
-            object.__setattr__(self, name, value)
-        self.__dict__["_parts"], self.__dict__["_axis"] = parts, axis
-
-    @cached_property
-    def data(self) -> npt.NDArray[np.generic]:  # type: ignore[override]
-        return np.concatenate([part.data for part in self.__dict__["_parts"]], axis=self.__dict__["_axis"])
-
-    @property
-    def nbytes(self) -> int:
-        return sum(part.nbytes for part in self.__dict__["_parts"])
-
-
 def is_directory_of(directory: Path) -> bool:
     """Whether a directory looks like one of these."""
     return (directory / PARAMS).exists() and any(_PART.fullmatch(path.name) for path in directory.glob("*.pth"))
@@ -102,7 +81,7 @@ def read(directory: Path, own_tokenizer: bool = True, only: MappedFile | None = 
         path=only.path if only else directory, format="Meta", config=config, weights=weights, notes=notes
     )
     if len(parts) > 1:
-        size = sum(weight.nbytes for weight in weights.values() if isinstance(weight, Merged))
+        size = sum(weight.nbytes for weight in weights.values() if isinstance(weight, Deferred))
         notes.append(f"{len(parts)} parts are merged in memory, {human(size)} of it")
     if own_tokenizer and (directory / "tokenizer.model").exists():
         add_tokenizer(opened, directory / "tokenizer.model")
@@ -220,4 +199,7 @@ def _weight(parts: list[TorchFile], name: str, shape: tuple[int, ...]) -> Weight
         types.add(views[-1].type)
     if len(types) > 1:
         raise UnsupportedError(f"{parts[0].file.path.parent}: the parts of {theirs} have different types")
-    return views[0] if len(views) == 1 else Merged(views, axis)
+    if len(views) == 1:
+        return views[0]
+    kind = views[0].type
+    return Deferred(shape, kind, lambda: Weight(shape, kind, np.concatenate([v.data for v in views], axis)), keep=True)

@@ -1,0 +1,78 @@
+"""Which weights a request for another type is about, and their conversion: `compile(dtype=…)` and `export` share it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+from . import quant
+from .checkpoint import Deferred, Weight
+from .config import BF16, F16, F32, Q8_0, Q8_0_BLOCK, ModelConfig, WeightType
+from .errors import Error
+
+TYPES = ("f32", "f16", "bf16", "int8", "q8_0")
+"""Names that `dtype` and `--quant` may be."""
+
+Done = Callable[[str, Weight, Weight], None]
+"""done(name, source, result), once a weight is converted"""
+
+
+def target(dtype: str, name: str, columns: int) -> WeightType:
+    """The weight type that a dtype means for rows of this length: int8 groups that fill a row are faster.
+
+    Raises `Error` where q8_0's blocks do not.
+    """
+    if dtype == "q8_0" and columns % Q8_0_BLOCK:
+        raise Error(
+            f"{name} cannot become q8_0: its rows of {columns} numbers are no whole number of blocks of {Q8_0_BLOCK}; "
+            "int8 takes any rows"
+        )
+    if dtype != "int8":
+        return {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}[dtype]
+    groups = (quant.DEFAULT_GROUP, quant.DEFAULT_GROUP // 2)
+    return WeightType("int8", next((g for g in groups if columns % g == 0), quant.DEFAULT_GROUP))
+
+
+def targets(
+    config: ModelConfig, weights: Mapping[str, Weight], dtype: str | None, embeddings: bool = False
+) -> dict[str, WeightType]:
+    """Name → type of the weights that `dtype` changes: those of linear layers, the embedding if it is the classifier
+    as well or `embeddings` asks for it. Vectors stay float32; None changes nothing.
+    """
+    if dtype is None:
+        return {}
+    return {
+        name: target(dtype, name, weight.shape[1])
+        for name, weight in weights.items()
+        if len(weight.shape) == 2
+        and (name != "tok_embeddings" or config.tied_embeddings or embeddings)
+        and weight.type.name != dtype
+    }
+
+
+class Converting(Mapping[str, Weight]):
+    """Weights of which some are converted when a writer asks for their numbers, one at a time: never all in memory.
+
+    `done` is called for every matrix whose numbers were asked for.
+    """
+
+    def __init__(self, weights: Mapping[str, Weight], types: Mapping[str, WeightType], done: Done) -> None:
+        self._weights, self._types, self._done = weights, types, done
+
+    def __getitem__(self, name: str) -> Weight:
+        source = self._weights[name]
+        kind = self._types.get(name, source.type)
+        if len(source.shape) != 2:
+            return source
+
+        def make() -> Weight:
+            result = quant.convert(source, kind)
+            self._done(name, source, result)
+            return result
+
+        return Deferred(source.shape, kind, make)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
