@@ -6,10 +6,10 @@ from collections.abc import Callable, Iterator, Mapping
 
 from . import quant
 from .checkpoint import Deferred, Weight
-from .config import BF16, F16, F32, Q8_0, Q8_0_BLOCK, ModelConfig, WeightType
+from .config import BLOCKS, RUNS_AS, ModelConfig, WeightType
 from .errors import Error
 
-TYPES = ("f32", "f16", "bf16", "int8", "q8_0")
+TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")
 """Names that `dtype` and `--quant` may be."""
 
 Done = Callable[[str, Weight, Weight], None]
@@ -19,17 +19,22 @@ Done = Callable[[str, Weight, Weight], None]
 def target(dtype: str, name: str, columns: int) -> WeightType:
     """The weight type that a dtype means for rows of this length: int8 groups that fill a row are faster.
 
-    Raises `Error` where q8_0's blocks do not.
+    Raises `Error` where blocks do not.
     """
-    if dtype == "q8_0" and columns % Q8_0_BLOCK:
+    if dtype in BLOCKS and columns % (block := BLOCKS[dtype][0]):
         raise Error(
-            f"{name} cannot become q8_0: its rows of {columns} numbers are no whole number of blocks of {Q8_0_BLOCK}; "
+            f"{name} cannot become {dtype}: its rows of {columns} numbers are no whole number of blocks of {block}; "
             "int8 takes any rows"
         )
     if dtype != "int8":
-        return {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}[dtype]
+        return WeightType(dtype)
     groups = (quant.DEFAULT_GROUP, quant.DEFAULT_GROUP // 2)
     return WeightType("int8", next((g for g in groups if columns % g == 0), quant.DEFAULT_GROUP))
+
+
+def runnable(weights: Mapping[str, Weight]) -> dict[str, WeightType]:
+    """Name → type of the weights that no backend runs as they are."""
+    return {name: RUNS_AS[kind] for name, weight in weights.items() if (kind := weight.type.name) in RUNS_AS}
 
 
 def targets(

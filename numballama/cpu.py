@@ -23,6 +23,7 @@ import numpy as np
 from numba import get_num_threads, prange, set_num_threads, types
 
 from . import memory, progress
+from .blocks_cpu import KINDS, RECORDS
 from .checkpoint import Weight
 from .checks import whole_number
 from .errors import FORKED, NOT_NUMBERS, DeviceError, Error
@@ -211,9 +212,13 @@ class CpuProgram:
     def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: Sampler | None = None) -> int:
         """Run steps [begin, end) for the first `tokens` tokens of the inputs: one call into compiled code.
 
-        With a sampler the next token is drawn from the logits in the same call and returned. Raises `Error` when a
-        kernel failed or the logits are not numbers, `DeviceError` in a forked child.
+        With a sampler the next token is returned: drawn from the logits in the same call, or the graph's own argmax
+        where that is what the sampler's settings come down to. Raises `Error` when a kernel failed or the logits are
+        not numbers, `DeviceError` in a forked child.
         """
+        greedy = sampler is not None and sampler.is_argmax and len(sampler.ids) == self._logits[1]
+        if greedy:
+            sampler = None
         if end is None:
             # the graph's argmax is for greedy choice; a sampler makes its own
             end = len(self.plan.steps) - (sampler is not None and self.plan.steps[-1].op.kind == "argmax")
@@ -231,6 +236,8 @@ class CpuProgram:
                 token = walk_and_sample(*self._addresses, begin, end, tokens, workers, self._agreed, *sampling)
         if self.plan.workers > 1:
             self._learn(int(self._sync[PARTS]) if workers > 1 else 1)
+        if token == 0 and greedy:
+            token = self._values["next"][0]
         if token < 0:
             raise Error("a kernel failed" if token == -2 else NOT_NUMBERS)
         return int(token)
@@ -285,6 +292,9 @@ class CpuBackend:
             elif value.kind == "constant":
                 values[value.name] = np.array(plan.graph.constants[value.name], np.float32)
         return self._bind(plan, values, arena, report)
+
+    def close(self) -> None:
+        """Nothing is held that the last reference does not free."""
 
     def prepare(self, decode: CpuProgram, report: Callable[[str, int, int], None] | None = None) -> None:
         """Compile or load what walks and samples, and start the workers, so that the first token need not wait."""
@@ -351,11 +361,9 @@ _ELEMENTS = {
     "bf16": types.int16,
     "i8": types.int8,
     "i32": types.int32,
-    "q8_0": types.uint8,
+    **KINDS,
 }
-"""How kernels see each type; signedness tells the two 16-bit formats apart (see `lowlevel_cpu.as_f32`), and rows of
-bytes are q8_0 blocks.
-"""
+"""How kernels see each type; signedness tells the two 16-bit formats apart (see `lowlevel_cpu.as_f32`)."""
 
 
 def _array_operand(dtype: str, array: np.ndarray) -> tuple[Any, list[int]]:
@@ -370,7 +378,8 @@ def _operand(value: Value, values: Mapping[str, np.ndarray]) -> tuple[Any, list[
 
 def _weight_operand(weight: Weight) -> tuple[Any, list[int]]:
     if weight.scales is None:
-        return _array_operand(weight.type.name, weight.data)
+        name = weight.type.name
+        return _array_operand(name, weight.data.view(RECORDS[name]) if name in RECORDS else weight.data)
     payload, slots = _array_operand("i8", weight.data)
     scales, scale_slots = _array_operand("f32", weight.scales)
     return types.Tuple((payload, scales, types.int64)), [*slots, *scale_slots, weight.type.group]

@@ -9,7 +9,7 @@ from typing import Any
 
 from . import conversion, loader, progress, quant
 from .checkpoint import Checkpoint, Weight
-from .config import F32, WeightType
+from .config import BLOCKS, F32, WeightType
 from .errors import UnsupportedError
 from .files import expand
 from .formats import WRITERS
@@ -24,7 +24,7 @@ QUANTS: dict[str, tuple[str, ...]] = {
     "gguf": ("f32", "f16", "bf16", "q8_0", "q4_0"),
     "safetensors": ("f32", "f16", "bf16"),
 }
-"""Format → the types that its matrices may have."""
+"""Format → the types that `quantize` may be. GGUF also holds its other block types, as they come."""
 
 _GROUPS = (64, 32, 16, 8, 4)
 _COMPANIONS = (
@@ -89,8 +89,6 @@ def export_model(
         raise UnsupportedError(f"unknown format {to!r}; there are {', '.join(WRITERS)}")
     if quantize is not None and quantize not in QUANTS[to]:
         raise UnsupportedError(f"{to} cannot hold {quantize!r}; it holds {', '.join(QUANTS[to])}")
-    if quantize is not None and quantize not in conversion.TYPES:
-        raise UnsupportedError(f"conversion to {quantize} is not supported yet; {', '.join(conversion.TYPES)} are")
     opened = loader.open_checkpoint(
         source, tokenizer, rope_pairing=rope_pairing, rope_theta=rope_theta, norm_eps=norm_eps
     )
@@ -120,10 +118,11 @@ def _types(opened: Checkpoint, to: str, quantize: str | None, options: dict[str,
         kind = WeightType("int8", options["group_size"])
         return {n: F32 if n in kept else kind for n, weight in opened.weights.items() if len(weight.shape) == 2}
     if quantize is None:
-        unknown = [w.type for w in opened.weights.values() if w.type.name not in QUANTS[to]]
-        if unknown:
-            names = [name for name in QUANTS[to] if name in conversion.TYPES]
-            raise UnsupportedError(f"{to} cannot hold weights of type {unknown[0]}: choose one of {', '.join(names)}")
+        held = (*QUANTS[to], *(BLOCKS if to == "gguf" else ()))
+        if unknown := [w.type for w in opened.weights.values() if w.type.name not in held]:
+            raise UnsupportedError(
+                f"{to} cannot hold weights of type {unknown[0]}: choose one of {', '.join(QUANTS[to])}"
+            )
     return conversion.targets(opened.config, opened.weights, quantize, embeddings=True)
 
 

@@ -210,6 +210,14 @@ def _norm(graph: Graph) -> Groups:
                     yield f"norm_{kind}", [op, user]
 
 
+def _qkv_rope(graph: Graph) -> Groups:
+    """A norm, three linears, RoPE and both writes to the cache: two rows that RoPE turns together are in one place."""
+    readers = graph.consumers()
+    for op in graph.ops:
+        if op.kind == "norm_qkv" and (user := _only_reader(graph, readers, op, "rope_kv_write")):
+            yield "norm_qkv_rope", [op, user]
+
+
 FUSIONS: dict[str, Callable[[Graph], Groups]] = {
     "attention": _attention,
     "qkv": _qkv,
@@ -217,6 +225,7 @@ FUSIONS: dict[str, Callable[[Graph], Groups]] = {
     "residual": _residual,
     "rope_kv": _rope_kv,
     "norm": _norm,
+    "qkv_rope": _qkv_rope,
 }
 """The passes, in the order in which they run."""
 

@@ -18,8 +18,9 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,7 @@ NaN and infinity keep their meaning (scores are masked with -inf).
 KERNEL_SOURCES = (
     "jit.py",
     "lowlevel_cpu.py",
+    "blocks_cpu.py",
     "matmul_cpu.py",
     "kernels_cpu.py",
     "cpu.py",
@@ -48,24 +50,40 @@ KERNEL_SOURCES = (
 )
 """Every file of the package that has compiled code in it; a test keeps the list complete."""
 
-KEPT_CACHES = 4
+KEPT_CACHES = 6
 """Cache directories of older sources that are left for other checkouts and environments to use."""
 
 
 @lru_cache(maxsize=1)
 def cache_directory() -> Path:
-    """Where compiled kernels are kept: one folder for each version of the kernels' sources, of Numba and of the
-    package.
+    """Where the CPU's compiled kernels are kept.
 
     Numba itself looks only at the file of the function that it caches, so an edited helper elsewhere would go unseen.
+    """
+    return _folder_for(KERNEL_SOURCES, numba.__version__)
+
+
+@lru_cache(maxsize=1)
+def cuda_cache_directory() -> Path:
+    """Where the GPU's compiled kernels are kept."""
+    here = Path(__file__).parent
+    sources = sorted(
+        f"{folder}/{path.name}" for folder in ("lowlevel_cuda", "kernels_cuda") for path in (here / folder).glob("*.py")
+    )
+    return _folder_for(sources, f"cuda {version('numba-cuda')}")
+
+
+def _folder_for(sources: Iterable[str], versions: str) -> Path:
+    """One folder for each state of some sources, and of the versions of what compiles them.
+
     The base is $NUMBALLAMA_CACHE, else Numba's own setting, else $XDG_CACHE_HOME/numballama, else
     ~/.cache/numballama; a folder that cannot be written is replaced by one of this process, below the system's
     temporary folder.
     """
     from . import __version__
 
-    digest = hashlib.sha256(f"{numba.__version__} {__version__} {sys.version_info[:2]}".encode())
-    for name in KERNEL_SOURCES:
+    digest = hashlib.sha256(f"{versions} {__version__} {sys.version_info[:2]}".encode())
+    for name in sources:
         digest.update(name.encode() + b"\0" + (Path(__file__).parent / name).read_bytes())
     base = os.environ.get("NUMBALLAMA_CACHE") or numba.config.CACHE_DIR or os.environ.get("XDG_CACHE_HOME") or ""
     root = Path(base).expanduser() if base else Path("~/.cache").expanduser()

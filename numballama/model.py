@@ -26,7 +26,7 @@ from .session import Session
 from .text import StopFilter
 from .tokenizer import Tokenizer
 
-CHUNK = 64
+CHUNK, CUDA_CHUNK = 64, 512
 """Tokens of a prompt that one run handles."""
 KV_TYPES = ("f32", "f16", "bf16")
 
@@ -87,7 +87,7 @@ class Model:
         ):
             if value not in known:
                 raise UnsupportedError(f"{name} {value!r} is not supported; there are {', '.join(map(str, known[1:]))}")
-        self.device = _choose_device(device)
+        self.device, why = _choose_device(device)
         self._checkpoint: Checkpoint = loader.open_checkpoint(
             model_path, tokenizer, rope_pairing=rope_pairing, rope_theta=rope_theta, norm_eps=norm_eps
         )
@@ -96,21 +96,26 @@ class Model:
         self.tokenizer: Tokenizer | None = self._checkpoint.tokenizer
         self.notes = list(self._checkpoint.notes)
         if device == "auto":
-            self.notes.append(f"device {self.device}, the only fast one in this version")
+            self.notes.append(f"device {self.device}, chosen because {why}")
         self.context = _choose_context(self.config, context, self.notes)
-        self.kv = KVLayout.of(self.config, self.context, kv_dtype or "f32")
+        self.kv = KVLayout.of(self.config, self.context, kv_dtype or ("f16" if self._on_gpu else "f32"))
         progress.say(
             f"{self._checkpoint.format}: {human(self._checkpoint.nbytes)} of weights mapped, "
             f"{human(self.kv.nbytes)} KV cache for {self.context:,} tokens ({self.kv.dtype})"
         )
-        memory.require(self.kv.nbytes, f"a KV cache for {self.context:,} tokens", memory.SHORTER, ContextError)
+        if not self._on_gpu:
+            memory.require(self.kv.nbytes, f"a KV cache for {self.context:,} tokens", memory.SHORTER, ContextError)
 
         self._lock, self._pid = threading.RLock(), os.getpid()
         self._stream: object = None
         self._fusions = fusions
         self.weights: Mapping[str, Weight] = self._convert(dtype)
         self._backend: Any = _backend(self.device, self.weights, threads)
-        self._compile()
+        try:
+            self._compile()
+        except BaseException:
+            self._backend.close()  # device memory is not to wait for a traceback to be forgotten
+            raise
         self.notes += self._backend.notes
         for note in self.notes:
             progress.say(note)
@@ -118,14 +123,20 @@ class Model:
         self.load_s = time.perf_counter() - started
 
     def _convert(self, dtype: str | None) -> Mapping[str, Weight]:
-        """The weights, those of linear layers converted if asked for; a tied classifier takes the embedding along."""
+        """The weights, those of linear layers converted if asked for; a tied classifier takes the embedding along.
+
+        What has a type that no backend has kernels for is converted in any case.
+        """
         weights = self._checkpoint.weights
-        if dtype is None:
+        targets = conversion.runnable(weights) | conversion.targets(self.config, weights, dtype)
+        if not targets:
             return weights
-        converted, targets = dict(weights), conversion.targets(self.config, weights, dtype)
+        converted = dict(weights)
+        what = dtype or ", ".join(dict.fromkeys(target.name for target in targets.values()))
+        hint = "leave dtype= out to use the file's own types" if dtype else "use a file of another quantisation"
         size = sum(target.nbytes(math.prod(weights[name].shape)) for name, target in targets.items())
-        memory.require(size, f"a copy of the linear weights as {dtype}", "leave dtype= out to use the file's own types")
-        with progress.bar(f"converting to {dtype}") as report:
+        memory.require(size, f"a copy of the linear weights as {what}", hint)
+        with progress.bar(f"converting to {what}") as report:
             for done, (name, target) in enumerate(targets.items()):
                 report(name, done, len(targets))
                 converted[name] = quant.convert(weights[name], target)
@@ -139,10 +150,18 @@ class Model:
         self.graph = self._build(1, "last")
         with progress.bar("compiling kernels") as report:
             decode = self._decode = self._backend.program(self.graph, self._fusions, report)
-            prompt = self._backend.program(self._build(min(CHUNK, self.context), "last"), self._fusions, report)
+            prompt = self._backend.program(self._build(self._chunk, "last"), self._fusions, report)
             self._backend.prepare(decode, report)
         self._session: Session | None = Session(decode, prompt, self.context, self.config.vocab_size)
         self._all_logits: Any = None
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device.startswith("cuda")
+
+    @property
+    def _chunk(self) -> int:
+        return min(CUDA_CHUNK if self._on_gpu else CHUNK, self.context)
 
     @property
     def plan(self) -> plan.Plan:
@@ -179,8 +198,12 @@ class Model:
             session.rewind()
 
     def close(self) -> None:
-        """Free the KV cache, the arenas and the mapping of the file now. The model cannot be used afterwards."""
+        """Free the KV cache, the arenas, device memory and the mapping of the file now. The model cannot be used
+        afterwards.
+        """
         with self.using():
+            if self._backend is not None:
+                self._backend.close()
             self._session = self._decode = self._all_logits = self._backend = None
             self.weights = {}
             self._checkpoint.weights = {}
@@ -204,7 +227,7 @@ class Model:
             session = self.session
             tokens = session.check(ids)
             if self._all_logits is None:
-                graph = self._build(min(CHUNK, self.context), "all")
+                graph = self._build(self._chunk, "all")
                 with progress.bar("compiling kernels") as report:
                     self._all_logits = self._backend.program(graph, self._fusions, report)
             out = np.empty((len(tokens), self.config.vocab_size), np.float32)
@@ -347,15 +370,24 @@ class Model:
         return self.tokenizer
 
 
-def _choose_device(device: str) -> str:
+def _choose_device(device: str) -> tuple[str, str]:
+    """The device, and the reason where it was left to us."""
     if not isinstance(device, str):
         raise DeviceError(f"device must be a string, found {device!r}")
-    kind = device.partition(":")[0]
-    if kind == "cuda":
-        raise DeviceError(f"device {device!r}: this version of numballama has no CUDA backend; use 'cpu'")
-    if device not in ("auto", "cpu", "reference"):
-        raise DeviceError(f"unknown device {device!r}; there are 'cpu', 'reference' and 'auto'")
-    return "cpu" if device == "auto" else device
+    if device == "auto":
+        try:
+            from .lowlevel_cuda.driver import Device
+
+            return "cuda", f"this machine has {Device()}"
+        except DeviceError as error:
+            return "cpu", str(error)
+    if device.partition(":")[0] == "cuda":
+        from .lowlevel_cuda.driver import Device
+
+        Device(device)  # before a file is opened
+    elif device not in ("cpu", "reference"):
+        raise DeviceError(f"unknown device {device!r}; there are 'cpu', 'cuda', 'cuda:N', 'reference' and 'auto'")
+    return device, ""
 
 
 def _choose_context(config: ModelConfig, context: int | None, notes: list[str]) -> int:
@@ -372,6 +404,10 @@ def _backend(device: str, weights: Mapping[str, Weight], threads: int | None) ->
         from .reference import ReferenceBackend
 
         return ReferenceBackend(weights, threads)
+    if device.startswith("cuda"):
+        from .cuda import CudaBackend
+
+        return CudaBackend(weights, device)
     from .cpu import CpuBackend
 
     return CpuBackend(weights, threads)

@@ -217,6 +217,9 @@ class ReferenceBackend:
             self._converted[name] = array.astype(np.float64)
         return self._converted[name]
 
+    def close(self) -> None:
+        """Nothing is held that the last reference does not free."""
+
     def prepare(self, decode: ReferenceProgram, report: Callable[[str, int, int], None] | None = None) -> None:
         """Nothing is compiled here."""
 

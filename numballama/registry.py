@@ -65,7 +65,11 @@ def kernel(op: str, backend: str, *types: Types, **scratch: Callable[..., tuple[
     return register
 
 
-_HOMES = {"cpu": "numballama.kernels_cpu", "reference": "numballama.reference"}
+_HOMES = {
+    "cpu": "numballama.kernels_cpu",
+    "cuda": "numballama.kernels_cuda",
+    "reference": "numballama.reference",
+}
 """The module that registers a backend's kernels when it is imported; it is, before the first question about them."""
 
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from .checks import whole_number
-from .errors import NOT_NUMBERS, ContextError, Error
+from .errors import ContextError, Error
 from .sampler import Sampler
 
 
@@ -95,12 +95,6 @@ class Session:
             raise Error(f"the sampler draws from {len(sampler.ids):,} tokens, the vocabulary has {self.vocab_size:,}")
         self.feed(program, ids)
         self._last = program
-        if sampler is None or (sampler.is_argmax and len(sampler.ids) == self.vocab_size):
-            program.run(len(ids))  # the graph's own argmax is the greedy choice
-            token = int(program.value("next")[0])
-            if sampler is not None and token < 0:
-                raise Error(NOT_NUMBERS)
-        else:
-            token = program.run(len(ids), sampler=sampler)
+        token = program.run(len(ids), sampler=sampler)
         self.tokens.extend(ids)
         return None if sampler is None else token

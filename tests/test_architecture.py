@@ -20,7 +20,7 @@ ORDER = [
     # vocabulary
     "errors", "checks", "config", "rope", "registry", "memory", "progress",
     # file → Checkpoint
-    "checkpoint", "quant", "conversion", "files", "gguf_header", "protobuf",
+    "checkpoint", "quant_blocks", "quant", "conversion", "files", "gguf_header", "gguf_split", "protobuf",
     "tokenizers", "tokenizers.base", "tokenizers.library", "tokenizers.scored", "tokenizer",
     "formats.layout", "formats.llama2c", "formats.kuiper", "formats.pairing", "formats.gguf", "formats.gguf_writer",
     "formats.jsonfile", "formats.safetensors", "formats.hf_config", "formats.hf", "formats.hf_writer",
@@ -28,7 +28,10 @@ ORDER = [
     # Checkpoint → Graph → Plan
     "ir", "graph", "plan",
     # Plan → Backend
-    "jit", "lowlevel_cpu", "matmul_cpu", "kernels_cpu", "sampler", "cpu", "reference",
+    "jit", "lowlevel_cpu", "blocks_cpu", "matmul_cpu", "kernels_cpu", "sampler", "cpu",
+    "lowlevel_cuda", "lowlevel_cuda.launch", "lowlevel_cuda.instructions", "lowlevel_cuda.driver",
+    "kernels_cuda.pieces", "kernels_cuda.gemv", "kernels_cuda.basic", "kernels_cuda.attention", "kernels_cuda.sampling",
+    "kernels_cuda", "cuda", "reference",
     # Backend → Session → text
     "session", "text", "model",
     # around a model

@@ -1,0 +1,570 @@
+"""The CUDA backend: weights, KV cache and arenas in device memory, and a token as one replay of a captured graph.
+
+All device memory is taken when a program is made. A step's launches are captured once; a replay runs them all, each
+starting while the one before still ends (programmatic dependent launch, on cards that have it). Token, position and the
+sampler's state lie in device memory, and the last kernel of a step writes the new token where the next one reads it, so
+the next step is already under way when the host hears of this one. It hears through a mailbox in its own memory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from . import progress, registry
+from .checkpoint import Weight
+from .config import BLOCKS, F16, F32
+from .errors import NOT_NUMBERS, DeviceError, Error
+from .graph import fuse
+from .ir import DTYPES, Graph, Value
+from .jit import cuda_cache_directory
+from .lowlevel_cuda.driver import Call, Device, Function, Memory, Pinned, Recording, compile_kernel
+from .lowlevel_cuda.launch import ITEM_BYTES, Array, Gpu, Launch, Matrix
+from .memory import human
+from .plan import Plan, lower
+from .quant import convert
+from .sampler import REPEAT_WINDOW, SETTINGS, Sampler
+
+ALIGNMENT = 256
+"""Bytes; of every array, so that any kernel may read 16 at once and a warp meets whole cache lines."""
+STAGING = 32 << 20
+"""Bytes of one of two pinned buffers through which weights go."""
+AHEAD = 2
+"""Steps that are put into the stream before the host has seen the token before them."""
+MAILBOX = 64
+"""Tokens that the device may be ahead of the host; a power of two above `AHEAD`."""
+PATIENCE = 2000
+"""Looks at the mailbox, some µs each, between two questions whether the device still works."""
+
+
+def _aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+# Weights, laid out as kernels want them
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How a weight lies in device memory: payload, then scales, row after row."""
+
+    weight: Weight
+    payload: str
+    row_bytes: int
+    scales: str = ""
+    scale_stride: int = 0
+    group: int = 0
+
+    @property
+    def rows(self) -> int:
+        return self.weight.shape[0] if len(self.weight.shape) == 2 else 1
+
+    @property
+    def scales_at(self) -> int:
+        return _aligned(self.rows * self.row_bytes)
+
+    @property
+    def nbytes(self) -> int:
+        scales = self.rows * self.scale_stride * ITEM_BYTES[self.scales] if self.scales else 0
+        return self.scales_at + _aligned(scales)
+
+    def operand(self, address: int) -> Array | Matrix:
+        """The weight as kernels take it, once it lies at `address`."""
+        shape = self.weight.shape
+        payload = Array(address, shape, self.payload)
+        if len(shape) == 1:
+            return payload
+        if not self.scales:
+            return Matrix(shape, payload, self.row_bytes, payload)
+        scales = Array(address + self.scales_at, (self.rows, self.scale_stride), self.scales)
+        shift = self.group.bit_length() - 1
+        return Matrix(shape, payload, self.row_bytes, scales, self.scale_stride, shift)
+
+    def parts(self) -> Iterator[tuple[int, np.ndarray]]:
+        """(offset, bytes) of pieces of at most `STAGING` bytes, in order."""
+        rows_at_once = max(1, STAGING // max(self.row_bytes, self.scale_stride * 4, 1))
+        for first in range(0, self.rows, rows_at_once):
+            last = min(self.rows, first + rows_at_once)
+            payload, scales = self._rows(first, last)
+            yield first * self.row_bytes, _filled(payload, self.row_bytes)
+            if self.scales:
+                stride = self.scale_stride * ITEM_BYTES[self.scales]
+                yield self.scales_at + first * stride, _filled(scales, stride)
+
+    def _rows(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        """Payload and scales of some rows, as bytes [rows, …]."""
+        weight, kind = self.weight, self.weight.type.name
+        columns = weight.shape[-1]
+        rows = weight.data.reshape(self.rows, -1)[first:last]
+        if kind in ("q8_0", "q4_0"):
+            blocks = rows.reshape(last - first, -1, BLOCKS[kind][1])
+            return blocks[:, :, 2:].reshape(last - first, -1), blocks[:, :, :2].reshape(last - first, -1)
+        if kind != "int8":
+            return _bytes_of(rows), rows
+        assert weight.scales is not None
+        starts = np.arange(first, last)[:, None] * columns
+        if not self.scales:  # groups that no kernel wants: the numbers themselves
+            index = (starts + np.arange(columns)) // weight.type.group
+            return _bytes_of(rows * weight.scales[index]), rows
+        index = (starts + np.arange(0, columns, self.group)) // weight.type.group
+        return _bytes_of(rows), _bytes_of(weight.scales[index])
+
+
+def _bytes_of(rows: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1)
+
+
+def _filled(rows: np.ndarray, stride: int) -> np.ndarray:
+    """Rows of bytes, each followed by zeros up to `stride`."""
+    if rows.shape[1] == stride:
+        return rows
+    out = np.zeros((len(rows), stride), np.uint8)
+    out[:, : rows.shape[1]] = rows
+    return out
+
+
+def _layout(weight: Weight) -> _Layout:
+    """How a weight is stored. Int8 groups that do not lie in rows are cut to ones that do, or become float32."""
+    kind, columns = weight.type.name, weight.shape[-1]
+    if kind in ("f32", "f16", "bf16"):
+        width = columns * ITEM_BYTES[kind]
+        return _Layout(weight, kind, width if len(weight.shape) == 1 else -(-width // 16) * 16)
+    if kind in ("q8_0", "q4_0"):
+        numbers, nbytes = BLOCKS[kind]
+        blocks = columns // numbers
+        payload = "int8" if kind == "q8_0" else "q4_0"
+        return _Layout(weight, payload, blocks * (nbytes - 2), "f16", -(-blocks // 2) * 2, numbers)
+    if kind == "int8":
+        common = math.gcd(columns, weight.type.group)
+        group = common & -common  # the largest power of two that divides both
+        if weight.type.group % columns == 0 and columns % 16 == 0 and not columns & (columns - 1):
+            group = columns
+        if group >= 16:
+            return _Layout(weight, "int8", columns, "f32", columns // group, group)
+        return _Layout(weight, "f32", -(-columns * 4 // 16) * 16)
+    return _layout(convert(weight, F16))  # block types that no kernel streams yet
+
+
+class Weights:
+    """All weights in one piece of device memory."""
+
+    def __init__(self, device: Device, weights: Mapping[str, Weight]) -> None:
+        layouts = {name: _layout(weight) for name, weight in weights.items()}
+        self.nbytes = sum(layout.nbytes for layout in layouts.values())
+        self.memory = Memory(device, self.nbytes, "the model's weights")
+        self.operands: dict[str, Array | Matrix] = {}
+        staging = [Pinned(device, min(STAGING, _aligned(self.nbytes)) + ALIGNMENT) for _ in range(2)]
+        buffers = itertools.cycle(staging)
+        done, offset = 0, 0
+        with progress.bar("uploading weights") as report:
+            for name, layout in layouts.items():
+                report(name, done, self.nbytes)
+                address = self.memory.address + offset
+                self.operands[name] = layout.operand(address)
+                for at, part in layout.parts():
+                    flat = part.reshape(-1)
+                    for start in range(0, flat.size, STAGING):
+                        piece = flat[start : start + STAGING]
+                        buffer = next(buffers)
+                        buffer.bytes[: piece.size] = piece
+                        device.synchronize()  # the other buffer's copy: this one was filled meanwhile
+                        device.write(address + at + start, buffer.address, piece.size)
+                    done += flat.size
+                offset += layout.nbytes
+            device.synchronize()
+        for buffer in staging:
+            buffer.free()
+
+    def free(self) -> None:
+        self.memory.free()
+
+
+# Programs
+
+
+class _Inputs:
+    """What a run is told: the number of tokens, and the graph's inputs; one piece of memory on either side."""
+
+    SLOTS = 8
+
+    def __init__(self, device: Device, graph: Graph) -> None:
+        self._device = device
+        values = [value for value in graph.values.values() if value.kind == "input"]
+        places, size = {}, ALIGNMENT
+        for value in values:
+            places[value.name] = size
+            size += _aligned(value.nbytes)
+        self.nbytes = size
+        self.memory = Memory(device, size, "the inputs")
+        self._pinned = Pinned(device, size * self.SLOTS)
+        self._used = 0
+        self._mirror = np.zeros(size, np.uint8)
+        self.tokens = self.memory.array(0, (1,), "i32")
+        self.device = {v.name: self.memory.array(places[v.name], v.shape, v.dtype) for v in values}
+        self._count = self._mirror[:4].view(np.int32)
+        self.host = {
+            v.name: self._mirror[places[v.name] :][: v.nbytes].view(DTYPES[v.dtype]).reshape(v.shape) for v in values
+        }
+
+    def send(self, tokens: int) -> None:
+        """Put a copy of the inputs as they are now into the stream."""
+        self._count[0] = tokens
+        slot = self._used % self.SLOTS
+        if slot == 0 and self._used:
+            self._device.synchronize()  # the copies out of all slots are done
+        self._used += 1
+        start = slot * self.nbytes
+        self._pinned.bytes[start : start + self.nbytes] = self._mirror
+        self._device.write(self.memory.address, self._pinned.address + start, self.nbytes)
+
+
+class _Sampling:
+    """The sampler's state on the device."""
+
+    def __init__(self, device: Device) -> None:
+        sizes = {
+            "settings": (SETTINGS, "f64"),
+            "recent": (REPEAT_WINDOW, "i32"),
+            "counts": (1, "i64"),
+            "state": (1, "u64"),
+        }
+        self._device, offset = device, 0
+        self.memory = Memory(device, 4 * ALIGNMENT + 8 * SETTINGS + 4 * REPEAT_WINDOW, "the sampler's state")
+        self.arrays: dict[str, Array] = {}
+        for name, (count, dtype) in sizes.items():
+            self.arrays[name] = self.memory.array(offset, (count,), dtype)
+            offset += _aligned(count * ITEM_BYTES[dtype])
+        self._pinned = Pinned(device, offset)
+        self.nbytes = offset
+
+    def send(self, sampler: Sampler) -> None:
+        """Put a copy of a sampler's state into the stream; waits for what is in it first."""
+        self._device.synchronize()
+        for name, array in self.arrays.items():
+            at = array.address - self.memory.address
+            self._pinned.bytes[at : at + array.nbytes] = getattr(sampler, name).view(np.uint8)
+        self._device.write(self.memory.address, self._pinned.address, self.nbytes)
+
+
+@dataclass
+class _Step:
+    """A decode step that is in the stream, or done and not yet asked for."""
+
+    number: int
+    position: int
+    sequence: int
+
+
+class CudaProgram:
+    """A plan bound to device memory: write `inputs`, call `run`, read `value`."""
+
+    def __init__(self, backend: CudaBackend, plan: Plan, report: progress.Report | None) -> None:
+        device = backend.device
+        self.plan, self.backend, self.head, self._device = plan, backend, plan.head, device
+        self._inputs = _Inputs(device, plan.graph)
+        self.inputs = self._inputs.host
+        self.arena = Memory(device, plan.arena_bytes, f"the arena of {plan.graph.name}")
+        device.fill(self.arena.address, 0, plan.arena_bytes)
+        self.entries = 0
+        """How often the host put work into the stream."""
+        self._own: list[Memory] = []
+        self._values = dict(self._inputs.device)
+        placed = {value.name: value for step in plan.steps for value in step.scratch} | plan.graph.values
+        for name, place in plan.placements.items():
+            if name not in self._values:
+                value = placed[name]
+                self._values[name] = self.arena.array(place.offset, value.shape, value.dtype)
+        for value in plan.graph.values.values():
+            if value.kind == "state":
+                self._values[value.name] = backend.states[plan.graph.root(value.name)]
+            elif value.kind == "constant":
+                self._values[value.name] = self._constant(plan.graph.constants[value.name])
+        gpu = Gpu(device.processors, device.shared_limit, self._inputs.tokens, self._zeros)
+        launches = [self._launches(gpu, index) for index in range(len(plan.steps))]
+        self._calls = backend.ready(launches, report)
+        self._recordings: dict[Any, Recording] = {}
+        self._tails: dict[int, list[Call]] = {}
+        self._mailbox = Pinned(device, 8 * MAILBOX)
+        self._letters = self._mailbox.bytes.view(np.int64)
+        self._number = self._zeros_i64()
+        self._made = 0
+        self._steps: deque[_Step] = deque()
+        self._ahead = 0
+        self._sampler: tuple[Sampler, int] | None = None
+        self._last: tuple[int, int, int] | None = None
+        self._gpu = gpu
+
+    # Memory
+
+    def _zeros(self, count: int) -> Array:
+        memory = Memory(self._device, 4 * count, "counters")
+        self._own.append(memory)
+        self._device.fill(memory.address, 0, 4 * count)
+        return memory.array(0, (count,), "i32")
+
+    def _zeros_i64(self) -> Array:
+        counters = self._zeros(2)
+        return Array(counters.address, (1,), "i64")
+
+    def _constant(self, numbers: Sequence[float]) -> Array:
+        host = np.array(numbers, np.float32)
+        memory = Memory(self._device, host.nbytes, "a constant")
+        self._own.append(memory)
+        self._device.write(memory.address, host.ctypes.data, host.nbytes)
+        self._device.synchronize()
+        return memory.array(0, host.shape, "f32")
+
+    def _launches(self, gpu: Gpu, index: int) -> list[Launch]:
+        """How a step is launched, by the function that the registry has for it."""
+        step, graph = self.plan.steps[index], self.plan.graph
+        operands: list[Any] = [
+            self.backend.weights.operands[value.name] if value.kind == "weight" else self._values[value.name]
+            for value in graph.operands(step.op.inputs)
+        ]
+        # an updated state is the memory of an input: the kernel has it already
+        operands += [self._values[value.name] for value in graph.operands(step.op.outputs) if value.alias is None]
+        named: dict[str, Value] = dict(zip(step.kernel.scratch, step.scratch, strict=True))
+        for name in step.kernel.parameters[1 + len(operands) :]:
+            if name not in named and name not in step.op.attrs:
+                raise Error(f"kernel {step.kernel.name} wants {name}, which {step.op.kind} does not have")
+            operands.append(self._values[named[name].name] if name in named else step.op.attrs[name])
+        launches: list[Launch] = step.kernel.function(gpu, *operands)
+        return launches
+
+    def value(self, name: str) -> np.ndarray:
+        """A copy of a value's memory; what it holds outside its lifetime belongs to others."""
+        self._settle()
+        array = self._values[name]
+        out = np.empty(array.shape, DTYPES[array.dtype])
+        self._device.make_current()
+        self._device.read(array.address, out)
+        return out
+
+    def write(self, name: str, numbers: np.ndarray) -> None:
+        """Overwrite a value's memory."""
+        array = self._values[name]
+        numbers = np.ascontiguousarray(numbers, DTYPES[array.dtype])
+        assert numbers.nbytes == array.nbytes
+        self._device.make_current()
+        self._device.write(array.address, numbers.ctypes.data, numbers.nbytes)
+        self._device.synchronize()
+
+    # Runs
+
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: Sampler | None = None) -> int:
+        """Run steps [begin, end) for the first `tokens` tokens of the inputs: one graph launch.
+
+        With a sampler the next token is drawn on the device and returned. Raises `Error` for logits that are not
+        numbers, `DeviceError` when the device fails.
+        """
+        last = len(self.plan.steps) if end is None else end
+        if not (1 <= tokens <= self.plan.tokens and 0 <= begin <= last <= len(self.plan.steps)):
+            raise Error(
+                f"cannot run {tokens} tokens of {self.plan.tokens}, steps {begin} to {last} of {len(self.plan.steps)}"
+            )
+        self._device.make_current()
+        if sampler is not None:
+            return self._next_token(tokens, sampler)
+        self._forget_steps()
+        self._inputs.send(tokens)
+        self._play((begin, last), lambda: self._slice(begin, last))
+        return 0
+
+    def _slice(self, begin: int, end: int) -> list[Call]:
+        return [call for calls in self._calls[begin:end] for call in calls]
+
+    def _play(self, key: Any, calls: Callable[[], list[Call]]) -> None:
+        if key not in self._recordings:
+            self._recordings[key] = Recording(self._device, calls())
+        self._recordings[key].replay()
+        self.entries += 1
+
+    def _greedy(self, sampler: Sampler) -> bool:
+        return sampler.is_argmax and len(sampler.ids) == self._values["logits"].shape[1]
+
+    def _tail(self, drawn: int) -> list[Call]:
+        """What follows the plan: sampling among `drawn` tokens (0: the plan's own argmax), then the way back to its
+        beginning.
+        """
+        if drawn not in self._tails:
+            launches = []
+            following = self._values["next"]
+            if drawn:
+                arrays = self.backend.sampling.arrays
+                kernel = registry.find("sample", "cuda", ["f32"]).function
+                launches += kernel(self._gpu, self._values["logits"], drawn, *arrays.values(), following)
+            kernel = registry.find("advance", "cuda", ["i32"]).function
+            launches += kernel(
+                self._gpu, following, self._values["ids"], self._values["positions"], self._number,
+                self._mailbox.address, MAILBOX,
+            )  # fmt: skip
+            ((calls),) = self.backend.ready([launches], None)
+            self._tails[drawn] = calls
+        return self._tails[drawn]
+
+    def _whole_step(self, drawn: int) -> list[Call]:
+        end = len(self.plan.steps) - (1 if drawn and self.plan.steps[-1].op.kind == "argmax" else 0)
+        return self._slice(0, end) + self._tail(drawn)
+
+    def _next_token(self, tokens: int, sampler: Sampler) -> int:
+        drawn = 0 if self._greedy(sampler) else len(sampler.ids)
+        position, sequence = int(self.inputs["positions"][tokens - 1]), int(self.inputs["sequences"][tokens - 1])
+        token_in = int(self.inputs["ids"][tokens - 1])
+        chained = (
+            tokens == 1 and self.plan.tokens == 1 and self._last == (token_in, position, sequence)
+            and self._sampler is not None and self._sampler[0] is sampler and self._sampler[1] == int(sampler.counts[0])
+        )  # fmt: skip
+        if not (chained and self._steps):
+            self._forget_steps()
+            if not chained:
+                self._inputs.send(tokens)
+                if drawn:
+                    self.backend.sampling.send(sampler)
+            self._launch(drawn, position, sequence)
+        if chained:
+            ahead = self._steps[-1].position + 1
+            limit = next(v.shape[2] for v in self.plan.graph.values.values() if v.kind == "state")
+            while len(self._steps) <= AHEAD and ahead < limit:
+                self._launch(drawn, ahead, sequence)
+                ahead += 1
+        token = self._await(self._steps[0].number)
+        self._steps.popleft()
+        if token < 0:
+            self._last = None
+            raise Error(NOT_NUMBERS)
+        if drawn:
+            sampler.recent[sampler.counts[0] % REPEAT_WINDOW] = token
+            sampler.counts[0] += 1
+            if sampler.settings[0] > 0:
+                with np.errstate(over="ignore"):
+                    sampler.state[0] += np.uint64(0x9E3779B97F4A7C15)
+        self._sampler = sampler, int(sampler.counts[0])
+        self._last = (token, position + 1, sequence)
+        return token
+
+    def _launch(self, drawn: int, position: int, sequence: int) -> None:
+        self._play(("step", drawn), lambda: self._whole_step(drawn))
+        self._made += 1
+        self._steps.append(_Step(self._made, position, sequence))
+
+    def _await(self, number: int) -> int:
+        """The token of step `number`, once it lies in the mailbox."""
+        looks = 0
+        while True:
+            letter = int(self._letters[number % MAILBOX])
+            if letter >> 32 == number & 0x7FFFFFFF:
+                return int(np.int64(letter).astype(np.int32))
+            looks += 1
+            if looks % PATIENCE == 0:
+                if not self._device.busy and int(self._letters[number % MAILBOX]) >> 32 != number & 0x7FFFFFFF:
+                    raise DeviceError(f"{self._device}: the stream is done, but step {number} gave no token")
+                time.sleep(0)
+
+    def _forget_steps(self) -> None:
+        """What was put into the stream ahead of the host is not wanted: its results are passed over."""
+        self._steps.clear()
+        self._last = None
+
+    def _settle(self) -> None:
+        """If the device has gone ahead of the host, compute the host's last step again, for its values to be read."""
+        if self._steps and self._last is not None:
+            self._forget_steps()
+            self._inputs.send(1)
+            self._play((0, len(self.plan.steps)), lambda: self._slice(0, len(self.plan.steps)))
+
+    def free(self) -> None:
+        """Give the memory back."""
+        self._recordings.clear()
+        for memory in (self.arena, self._inputs.memory, *self._own):
+            memory.free()
+
+
+class CudaBackend:
+    """Weights and KV cache on one GPU."""
+
+    name = "cuda"
+
+    def __init__(self, weights: Mapping[str, Weight], device: str = "cuda") -> None:
+        self.device = Device(device)
+        self.notes: list[str] = []
+        self.states: dict[str, Array] = {}
+        self.compiled = {"hits": 0, "misses": 0}
+        """Kernels that came from the cache, and kernels that were compiled."""
+        self._functions: dict[Any, Function] = {}
+        self._owned: list[Any] = []
+        self.weights = Weights(self.device, weights)
+        self.sampling = _Sampling(self.device)
+        self._owned += [self.weights, self.sampling.memory]
+
+    @property
+    def workers(self) -> int:
+        """Streaming multiprocessors."""
+        return self.device.processors
+
+    def program(
+        self, graph: Graph, fusions: bool | Sequence[str] = True, report: progress.Report | None = None
+    ) -> CudaProgram:
+        """Fuse, lower, compile and bind a graph. `report(kernel, done, total)` is called before each kernel."""
+        plan = lower(fuse(graph, self.name, fusions), self.name, self.device.processors)
+        new = [
+            v for v in plan.graph.values.values() if v.kind == "state" and v.alias is None and v.name not in self.states
+        ]
+        if new:
+            memory = Memory(self.device, sum(_aligned(v.nbytes) for v in new), "the KV cache")
+            self.device.fill(memory.address, 0, memory.nbytes)
+            self._owned.append(memory)
+            offset = 0
+            for value in new:
+                self.states[value.name] = memory.array(offset, value.shape, value.dtype)
+                offset += _aligned(value.nbytes)
+        program = CudaProgram(self, plan, report)
+        self._owned.append(program)
+        return program
+
+    def ready(self, steps: Sequence[Sequence[Launch]], report: progress.Report | None) -> list[list[Call]]:
+        """Launches with their kernels compiled, or loaded from the cache, and loaded onto the device."""
+        wanted = {
+            (launch.kernel.py_func, launch.kinds, launch.threads): launch for launches in steps for launch in launches
+        }
+        missing = [key for key in wanted if key not in self._functions]
+        for done, key in enumerate(missing):
+            launch = wanted[key]
+            if report:
+                report(launch.kernel.py_func.__name__, done, len(missing))
+            code = compile_kernel(
+                launch.kernel, launch.kinds, self.device.capability, launch.threads, cuda_cache_directory()
+            )
+            self.compiled["hits" if code.cached else "misses"] += 1
+            self._functions[key] = Function(self.device, code)
+        return [
+            [
+                Call(self.device, self._functions[launch.kernel.py_func, launch.kinds, launch.threads], launch)
+                for launch in launches
+            ]
+            for launches in steps
+        ]
+
+    def prepare(self, decode: CudaProgram, report: progress.Report | None = None) -> None:
+        """Compile the kernels that follow a step, so that the first token need not wait."""
+        vocab = decode.plan.graph.values["logits"].shape[1]
+        decode._tail(0)
+        decode._tail(vocab)
+
+    def close(self) -> None:
+        """Give all device memory back now."""
+        self.device.make_current()
+        self.device.synchronize()
+        for owned in self._owned:
+            owned.free()
+        self._owned.clear()
+        self._functions.clear()
+
+    def __repr__(self) -> str:
+        return f"<CudaBackend {self.device}, {human(self.weights.nbytes)} of weights>"

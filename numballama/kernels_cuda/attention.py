@@ -1,0 +1,424 @@
+"""Attention over the KV cache: one query token with all keys it may see, a block for a few heads and part of the keys.
+
+softmax(q · Kᵀ / sqrt(head_dim)) · V, in one pass over keys and values (online softmax: Milakov and Gimelshein, 2018;
+Dao et al., FlashAttention, 2022). Keys of one head lie together, so a warp reads them in one stream: a key's numbers
+lie 16 bytes a lane on `lanes` neighbouring lanes, and the warp holds 32 / lanes keys at once. Each group of lanes keeps
+its own maximum, sum and weighted values; they meet at the end, first in the warp, then in shared memory.
+
+Heads that share keys (grouped queries) are computed by one block, `HEADS` at a time, so that a key is read once for them.
+A long context is split over blocks. The last of them to finish joins the parts, so no other kernel is needed; with a
+short context all but the first have nothing to do and end at once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import cuda
+
+from ..lowlevel_cuda.instructions import (
+    address,
+    count_up,
+    exp2,
+    floats4,
+    let_successor_start,
+    number,
+    per_16_bytes,
+    unpack8,
+    wait_for_predecessor,
+    words4,
+)
+from ..lowlevel_cuda.launch import Array, Gpu, Launch
+from ..registry import kernel
+from .gemv import CACHE
+from .pieces import ALL, LOG2_E, beyond, block_max, block_sum, device
+
+THREADS = 256
+WARPS = THREADS // 32
+HEADS = 4
+"""Heads of a group that a block computes together."""
+LEAST_KEYS = 256
+"""Fewer keys than this are not worth a block of their own."""
+FAR_BELOW = np.float32(-1e30)
+"""A maximum of no numbers; finite, so that differences of two are numbers."""
+
+
+@device
+def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, head_dim, lanes, factor, most, total, values):
+    """One warp's share of keys [begin, end) for `most.size` heads: their maxima, sums and weighted values, by lane.
+
+    `factor` is log2(e) / sqrt(head_dim): powers are of 2.
+    """
+    lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
+    numbers = per_16_bytes(k_cache)
+    d = (lane & (lanes - 1)) * numbers
+    mine = d < head_dim
+    query = cuda.local.array((HEADS, 8), np.float32)
+    for h in range(most.size):
+        most[h], total[h] = FAR_BELOW, np.float32(0)
+        for i in range(8):
+            query[h, i], values[h, i] = np.float32(0), np.float32(0)
+        if mine and h < heads_here:
+            low = floats4(q, q_at + h * head_dim + d)
+            for i in range(4):
+                query[h, i] = low[i] * factor
+            if numbers == 8:
+                high = floats4(q, q_at + h * head_dim + d + 4)
+                for i in range(4):
+                    query[h, 4 + i] = high[i] * factor
+    keys_at_once = 32 // lanes
+    step = WARPS * keys_at_once
+    p = begin + warp * keys_at_once + lane // lanes
+    at = cache_at + min(p, end - 1) * head_dim + (d if mine else 0)
+    key_words, value_words = words4(address(k_cache, at)), words4(address(v_cache, at))
+    for _ in range(begin, end, step):
+        key, value = unpack8(k_cache, key_words), unpack8(v_cache, value_words)
+        at = cache_at + min(p + step, end - 1) * head_dim + (d if mine else 0)
+        key_words, value_words = words4(address(k_cache, at)), words4(address(v_cache, at))
+        for h in range(most.size):
+            score = np.float32(0)
+            for i in range(8):
+                score += query[h, i] * key[i]
+            apart = lanes >> 1
+            while apart > 0:
+                score += cuda.shfl_xor_sync(ALL, score, apart)
+                apart >>= 1
+            if p >= end:
+                score = FAR_BELOW
+            higher = max(most[h], score)
+            shrink, weight = exp2(most[h] - higher), exp2(score - higher)
+            if p >= end:
+                weight = np.float32(0)
+            most[h] = higher
+            total[h] = total[h] * shrink + weight
+            for i in range(8):
+                values[h, i] = values[h, i] * shrink + weight * value[i]
+        p += step
+
+
+@device
+def join(most, total, values, lanes, shared, head_dim, numbers):
+    """Join what the lanes and warps of a block have; head h's maximum, sum and values are then in shared memory at
+    h · (head_dim + 2).
+    """
+    lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
+    width = head_dim + 2
+    apart = lanes
+    while apart < 32:
+        for h in range(most.size):
+            other = cuda.shfl_xor_sync(ALL, most[h], apart)
+            higher = max(most[h], other)
+            shrink, grow = exp2(most[h] - higher), exp2(other - higher)
+            total[h] = total[h] * shrink + cuda.shfl_xor_sync(ALL, total[h], apart) * grow
+            for i in range(8):
+                values[h, i] = values[h, i] * shrink + cuda.shfl_xor_sync(ALL, values[h, i], apart) * grow
+            most[h] = higher
+        apart <<= 1
+    d = lane * numbers
+    for h in range(most.size):
+        at = (warp * most.size + h) * width
+        if lane == 0:
+            shared[at], shared[at + 1] = most[h], total[h]
+        if lane < lanes and d < head_dim:
+            for i in range(8):
+                if i < numbers:
+                    shared[at + 2 + d + i] = values[h, i]
+    cuda.syncthreads()
+    for n in range(cuda.threadIdx.x, most.size * head_dim, THREADS):
+        h = n // head_dim
+        d = n - h * head_dim
+        higher = FAR_BELOW
+        for w in range(WARPS):
+            higher = max(higher, shared[(w * most.size + h) * width])
+        whole, value = np.float32(0), np.float32(0)
+        for w in range(WARPS):
+            at = (w * most.size + h) * width
+            grow = exp2(shared[at] - higher)
+            whole += shared[at + 1] * grow
+            value += shared[at + 2 + d] * grow
+        here = (WARPS * most.size + h) * width
+        shared[here + 2 + d] = value
+        if d == 0:
+            shared[here], shared[here + 1] = higher, whole
+    cuda.syncthreads()
+
+
+@device
+def attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads, shared_by, context,
+              head_dim, lanes, most, total, values, is_last):  # fmt: skip
+    """The whole of it, for `most.size` heads a block; blockIdx.x counts groups of heads, blockIdx.z parts of the context."""
+    shared = cuda.shared.array(0, np.float32)
+    t, heads_a_block = cuda.blockIdx.y, most.size
+    subgroups = (shared_by + heads_a_block - 1) // heads_a_block
+    kv_head = cuda.blockIdx.x // subgroups
+    sub = cuda.blockIdx.x - kv_head * subgroups
+    first_head = kv_head * shared_by + sub * heads_a_block
+    heads_here = min(heads_a_block, shared_by - sub * heads_a_block)
+    heads = kv_heads * shared_by
+    length = positions[t] + 1
+    keys = max(LEAST_KEYS, (length + cuda.gridDim.z - 1) // cuda.gridDim.z)
+    used = (length + keys - 1) // keys
+    if cuda.blockIdx.z >= used:
+        return
+    begin = cuda.blockIdx.z * keys
+    end = min(length, begin + keys)
+    wait_for_predecessor()
+    let_successor_start()
+    cache_at = (sequences[t] * kv_heads + kv_head) * context * head_dim
+    factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
+    numbers = per_16_bytes(k_cache)
+    attend(q, (t * heads + first_head) * head_dim, heads_here, cache_at, k_cache, v_cache, begin, end, head_dim, lanes,
+           factor, most, total, values)  # fmt: skip
+    join(most, total, values, lanes, shared, head_dim, numbers)
+
+    width = head_dim + 2
+    joined = WARPS * heads_a_block * width
+    if used > 1:
+        for n in range(cuda.threadIdx.x, heads_here * width, THREADS):
+            h = n // width
+            parts[((t * heads + first_head + h) * cuda.gridDim.z + cuda.blockIdx.z) * width + n - h * width] = shared[
+                joined + n
+            ]
+        cuda.syncthreads()
+        if cuda.threadIdx.x == 0:
+            counter = t * cuda.gridDim.x + cuda.blockIdx.x
+            is_last[0] = count_up(address(counters, counter)) == used - 1
+            if is_last[0]:
+                counters[counter] = 0
+        cuda.syncthreads()
+        if not is_last[0]:
+            return
+    for n in range(cuda.threadIdx.x, heads_here * head_dim, THREADS):
+        h = n // head_dim
+        d = n - h * head_dim
+        value, whole = shared[joined + h * width + 2 + d], shared[joined + h * width + 1]
+        if used > 1:
+            base = (t * heads + first_head + h) * cuda.gridDim.z * width
+            higher = FAR_BELOW
+            for part in range(used):
+                higher = max(higher, parts[base + part * width])
+            value, whole = np.float32(0), np.float32(0)
+            for part in range(used):
+                grow = exp2(parts[base + part * width] - higher)
+                whole += parts[base + part * width + 1] * grow
+                value += parts[base + part * width + 2 + d] * grow
+        out[(t * heads + first_head + h) * head_dim + d] = value / whole
+
+
+@cuda.jit
+def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads,
+                             shared_by, context, head_dim, lanes):  # fmt: skip
+    """Heads that share keys, `HEADS` a block."""
+    if beyond(tokens):
+        return
+    is_last = cuda.shared.array(1, np.int32)
+    most = cuda.local.array(HEADS, np.float32)
+    total = cuda.local.array(HEADS, np.float32)
+    values = cuda.local.array((HEADS, 8), np.float32)
+    attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads, shared_by, context,
+              head_dim, lanes, most, total, values, is_last)  # fmt: skip
+
+
+@cuda.jit
+def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads,
+                            shared_by, context, head_dim, lanes):  # fmt: skip
+    """Heads that each have keys of their own."""
+    if beyond(tokens):
+        return
+    is_last = cuda.shared.array(1, np.int32)
+    most = cuda.local.array(1, np.float32)
+    total = cuda.local.array(1, np.float32)
+    values = cuda.local.array((1, 8), np.float32)
+    attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads, shared_by, context,
+              head_dim, lanes, most, total, values, is_last)  # fmt: skip
+
+
+PLAIN_THREADS = 128
+
+
+@cuda.jit
+def attention_plain_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, shared_by, context,
+                           head_dim):  # fmt: skip
+    """Attention for heads whose numbers do not come in 16 bytes: a block a head, a thread a key, then a thread a number."""
+    if beyond(tokens):
+        return
+    wait_for_predecessor()
+    let_successor_start()
+    shared = cuda.shared.array(0, np.float32)  # weights of a tile of keys, then the values so far
+    scratch = cuda.shared.array(32, np.float32)
+    t, head, thread = cuda.blockIdx.y, cuda.blockIdx.x, cuda.threadIdx.x
+    q_at = (t * kv_heads * shared_by + head) * head_dim
+    cache_at = (sequences[t] * kv_heads + head // shared_by) * context * head_dim
+    keys, values = address(k_cache, cache_at), address(v_cache, cache_at)
+    length = positions[t] + 1
+    factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
+    most, total = FAR_BELOW, np.float32(0)
+    for d in range(thread, head_dim, PLAIN_THREADS):
+        shared[PLAIN_THREADS + d] = 0
+    for first in range(0, length, PLAIN_THREADS):
+        score = FAR_BELOW
+        if first + thread < length:
+            score = np.float32(0)
+            for d in range(head_dim):
+                score += q[q_at + d] * number(k_cache, keys, (first + thread) * head_dim + d)
+            score *= factor
+        higher = max(most, block_max(score, scratch))
+        weight = exp2(score - higher) if first + thread < length else np.float32(0)
+        shrink = exp2(most - higher)
+        total = total * shrink + block_sum(weight, scratch)
+        shared[thread] = weight
+        most = higher
+        cuda.syncthreads()
+        for d in range(thread, head_dim, PLAIN_THREADS):
+            value = shared[PLAIN_THREADS + d] * shrink
+            for p in range(min(PLAIN_THREADS, length - first)):
+                value += shared[p] * number(v_cache, values, (first + p) * head_dim + d)
+            shared[PLAIN_THREADS + d] = value
+        cuda.syncthreads()
+    for d in range(thread, head_dim, PLAIN_THREADS):
+        out[q_at + d] = shared[PLAIN_THREADS + d] / total
+
+
+def _splits(gpu: Gpu, blocks: int, context: int) -> int:
+    """Blocks that share a head's context, so that all of them fill the device twice."""
+    return max(1, min(-(-context // LEAST_KEYS), 2 * gpu.processors // blocks))
+
+
+def _heads(q: tuple[int, ...], cache: tuple[int, ...]) -> tuple[int, int, int]:
+    """(heads, heads that share keys, heads a block)."""
+    heads = q[1] // cache[3]
+    together = heads // cache[1]
+    return heads, together, HEADS if together > 1 else 1
+
+
+MOST_SPLITS = 32
+
+
+@kernel(
+    "attention",
+    "cuda",
+    "f32",
+    CACHE,
+    "i32",
+    "i32",
+    CACHE,
+    parts=lambda q, k, positions, sequences, v, workers: (
+        q[0],
+        q[1] // k[3],
+        min(MOST_SPLITS, -(-k[2] // LEAST_KEYS)) if q[0] <= 8 else 1,
+        k[3] + 2,
+    ),
+)
+def fused_attention(
+    gpu: Gpu, q: Array, k_cache: Array, positions: Array, sequences: Array, v_cache: Array, out: Array, parts: Array
+) -> list[Launch]:
+    tokens = q.shape[0]
+    _, kv_heads, context, head_dim = k_cache.shape
+    heads, together, at_once = _heads(q.shape, k_cache.shape)
+    numbers = 4 if k_cache.dtype == "f32" else 8
+    common = (gpu.tokens, q, k_cache, v_cache, positions, sequences, out)
+    if head_dim % numbers or head_dim > 32 * numbers or k_cache.dtype != v_cache.dtype:
+        arguments = (*common, kv_heads, together, context, head_dim)
+        return [
+            Launch(attention_plain_kernel, (heads, tokens), PLAIN_THREADS, arguments, 4 * (PLAIN_THREADS + head_dim))
+        ]
+    blocks = kv_heads * -(-together // at_once)
+    lanes = 1 << (-(-head_dim // numbers) - 1).bit_length()
+    splits = min(parts.shape[2], _splits(gpu, blocks * tokens, context))
+    counters = gpu.zeros(blocks * tokens)
+    function = attention_grouped_kernel if at_once > 1 else attention_single_kernel
+    shared = 4 * (WARPS + 1) * at_once * (head_dim + 2)
+    arguments = (*common, parts, counters, kv_heads, together, context, head_dim, lanes)
+    return [Launch(function, (blocks, tokens, splits), THREADS, arguments, shared)]
+
+
+# The three operators as the graph declares them
+
+
+@cuda.jit
+def attention_scores_kernel(tokens, q, k_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim):
+    if beyond(tokens):
+        return
+    wait_for_predecessor()
+    let_successor_start()
+    t, head = cuda.blockIdx.y, cuda.blockIdx.x
+    heads = kv_heads * shared_by
+    keys = address(k_cache, (sequences[t] * kv_heads + head // shared_by) * context * head_dim)
+    factor = np.float32(1) / np.float32(math.sqrt(np.float32(head_dim)))
+    for p in range(cuda.threadIdx.x, context, THREADS):
+        score = np.float32(-np.inf)
+        if p <= positions[t]:
+            score = np.float32(0)
+            for d in range(head_dim):
+                score += q[(t * heads + head) * head_dim + d] * number(k_cache, keys, p * head_dim + d)
+            score *= factor
+        out[(t * heads + head) * context + p] = score
+
+
+@kernel("attention_scores", "cuda", "f32", CACHE, "i32", "i32")
+def attention_scores(
+    gpu: Gpu, q: Array, k_cache: Array, positions: Array, sequences: Array, out: Array
+) -> list[Launch]:
+    tokens, heads, context = out.shape
+    _, kv_heads, _, head_dim = k_cache.shape
+    arguments = (gpu.tokens, q, k_cache, positions, sequences, out, kv_heads, heads // kv_heads, context, head_dim)
+    return [Launch(attention_scores_kernel, (heads, tokens), THREADS, arguments)]
+
+
+@cuda.jit
+def softmax_kernel(tokens, x, out, columns):
+    """exp(x) / sum(exp(x)), shifted by the maximum so that no exponential overflows. A block a row."""
+    if beyond(tokens):
+        return
+    wait_for_predecessor()
+    let_successor_start()
+    scratch = cuda.shared.array(32, np.float32)
+    row = (cuda.blockIdx.y * cuda.gridDim.x + cuda.blockIdx.x) * columns
+    most = np.float32(-np.inf)
+    for i in range(cuda.threadIdx.x, columns, THREADS):
+        most = max(most, x[row + i])
+    most = block_max(most, scratch)
+    total = np.float32(0)
+    for i in range(cuda.threadIdx.x, columns, THREADS):
+        power = exp2((x[row + i] - most) * LOG2_E)
+        total += power
+        out[row + i] = power
+    total = block_sum(total, scratch)
+    for i in range(cuda.threadIdx.x, columns, THREADS):
+        out[row + i] /= total
+
+
+@kernel("softmax", "cuda", "f32")
+def softmax(gpu: Gpu, x: Array, out: Array) -> list[Launch]:
+    tokens, heads, columns = x.shape
+    return [Launch(softmax_kernel, (heads, tokens), THREADS, (gpu.tokens, x, out, columns))]
+
+
+@cuda.jit
+def attention_values_kernel(tokens, weights, v_cache, positions, sequences, out, kv_heads, shared_by, context,
+                            head_dim):  # fmt: skip
+    if beyond(tokens):
+        return
+    wait_for_predecessor()
+    let_successor_start()
+    t, head = cuda.blockIdx.y, cuda.blockIdx.x
+    row = t * kv_heads * shared_by + head
+    values = address(v_cache, (sequences[t] * kv_heads + head // shared_by) * context * head_dim)
+    for d in range(cuda.threadIdx.x, head_dim, THREADS):
+        total = np.float32(0)
+        for p in range(positions[t] + 1):
+            total += weights[row * context + p] * number(v_cache, values, p * head_dim + d)
+        out[row * head_dim + d] = total
+
+
+@kernel("attention_values", "cuda", "f32", CACHE, "i32", "i32")
+def attention_values(
+    gpu: Gpu, weights: Array, v_cache: Array, positions: Array, sequences: Array, out: Array
+) -> list[Launch]:
+    tokens, heads, context = weights.shape
+    _, kv_heads, _, head_dim = v_cache.shape
+    arguments = (
+        gpu.tokens, weights, v_cache, positions, sequences, out, kv_heads, heads // kv_heads, context, head_dim,
+    )  # fmt: skip
+    return [Launch(attention_values_kernel, (heads, tokens), THREADS, arguments)]

@@ -1,0 +1,398 @@
+"""The host's side of a GPU: devices, memory, compiled kernels, launches and captured graphs, through NVIDIA's driver.
+
+Kernels go from Python to PTX (Numba), from PTX to machine code (nvJitLink) and into this package's cache; no step of
+that needs a GPU. They are launched by the driver's own call with plain integers: Numba's launch takes 24 µs, this one 8,
+and a launch inside a captured graph less than one.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import json
+import os
+import re
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..errors import DeviceError
+from ..memory import human
+from .launch import Array, Launch
+
+try:
+    from cuda.bindings import driver, nvjitlink
+except ImportError as error:  # pragma: no cover - the message is tested without the packages
+    raise DeviceError(
+        f"device 'cuda' needs NVIDIA's Python packages ({error}); install them with: pip install 'numballama[cuda]'"
+    ) from error
+
+OLDEST = (7, 5)
+"""The oldest compute capability that CUDA 13 compiles for."""
+
+
+def check(result: tuple[Any, ...]) -> Any:
+    """The values of a driver call. Raises `DeviceError` with the driver's own name and words for a failure."""
+    code, *values = result
+    if int(code):
+        _, name = driver.cuGetErrorName(code)
+        _, text = driver.cuGetErrorString(code)
+        words = " ".join(part.decode() for part in (name, text) if part)
+        raise DeviceError(f"CUDA: {words or code}")
+    return values[0] if len(values) == 1 else tuple(values)
+
+
+# Devices and memory
+
+
+class Memory:
+    """Device memory, freed by `free` or with the last reference to it."""
+
+    def __init__(self, device: Device, nbytes: int, what: str) -> None:
+        self.nbytes = max(nbytes, 1)
+        device.make_current()
+        free = device.free_bytes
+        if self.nbytes > free:
+            raise DeviceError(f"{device}: {what} takes {human(nbytes)}, {human(free)} are free")
+        self.address = int(check(driver.cuMemAlloc(self.nbytes)))
+        self.free = weakref.finalize(self, _free, device.context, self.address)
+
+    def array(self, offset: int, shape: tuple[int, ...], dtype: str) -> Array:
+        """An array inside this memory."""
+        return Array(self.address + offset, shape, dtype)
+
+
+def _free(context: Any, address: int) -> None:
+    driver.cuCtxSetCurrent(context)
+    driver.cuMemFree(address)
+
+
+class Pinned:
+    """Host memory that the GPU can reach: `bytes` is a NumPy view of it, `address` its address on both sides."""
+
+    def __init__(self, device: Device, nbytes: int) -> None:
+        device.make_current()
+        self.address = int(check(driver.cuMemHostAlloc(nbytes, driver.CU_MEMHOSTALLOC_PORTABLE)))
+        self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(self.address))
+        self.bytes[:] = 0
+        self.free = weakref.finalize(self, _free_host, device.context, self.address)
+
+
+def _free_host(context: Any, address: int) -> None:
+    driver.cuCtxSetCurrent(context)
+    driver.cuMemFreeHost(address)
+
+
+class Device:
+    """A GPU with a stream of its own, in the process's primary context, which other libraries share."""
+
+    def __init__(self, name: str = "cuda") -> None:
+        match = re.fullmatch(r"cuda(?::(\d+))?", name)
+        if not match:
+            raise DeviceError(f"device {name!r} is not 'cuda' or 'cuda:N'")
+        self.index = int(match[1] or 0)
+        try:
+            check(driver.cuInit(0))
+            count = int(check(driver.cuDeviceGetCount()))
+        except (DeviceError, RuntimeError, OSError) as error:
+            raise DeviceError(
+                f"device {name!r}: no usable NVIDIA driver was found ({error}); use device='cpu'"
+            ) from None
+        if self.index >= count:
+            raise DeviceError(f"device {name!r}: this machine has {count} CUDA device{'s' * (count != 1)}")
+        self._handle = check(driver.cuDeviceGet(self.index))
+        self.name = check(driver.cuDeviceGetName(128, self._handle)).split(b"\0")[0].decode()
+        self.capability = (self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR"))
+        if self.capability < OLDEST:
+            found = ".".join(map(str, self.capability))
+            raise DeviceError(
+                f"device {name!r}: {self.name} has compute capability {found}; at least 7.5 is needed; use device='cpu'"
+            )
+        self.processors = self._attribute("MULTIPROCESSOR_COUNT")
+        self.shared_limit = self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+        self.context = check(driver.cuDevicePrimaryCtxRetain(self._handle))
+        self.make_current()
+        stream = check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
+        self.stream = stream
+        self._closed = weakref.finalize(self, _destroy_stream, self.context, stream)
+
+    def _attribute(self, name: str) -> int:
+        which = getattr(driver.CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{name}")
+        return int(check(driver.cuDeviceGetAttribute(which, self._handle)))
+
+    def __str__(self) -> str:
+        return f"cuda:{self.index} ({self.name})"
+
+    def make_current(self) -> None:
+        """Let this thread's driver calls be about this device."""
+        check(driver.cuCtxSetCurrent(self.context))
+
+    @property
+    def free_bytes(self) -> int:
+        """Memory that is free now, by the driver's word."""
+        self.make_current()
+        return int(check(driver.cuMemGetInfo())[0])
+
+    @property
+    def total_bytes(self) -> int:
+        """Memory that the device has."""
+        self.make_current()
+        return int(check(driver.cuMemGetInfo())[1])
+
+    def synchronize(self) -> None:
+        """Wait until all that was put into the stream is done. Raises `DeviceError` if a kernel failed."""
+        check(driver.cuStreamSynchronize(self.stream))
+
+    @property
+    def busy(self) -> bool:
+        """Whether the stream has work left. Raises `DeviceError` if a kernel failed."""
+        (code,) = driver.cuStreamQuery(self.stream)
+        if code == driver.CUresult.CUDA_ERROR_NOT_READY:
+            return True
+        check((code,))
+        return False
+
+    def write(self, address: int, source: int, nbytes: int) -> None:
+        """Copy to the device, in the stream; `source` is a host address that stays as it is until then."""
+        check(driver.cuMemcpyHtoDAsync(address, source, nbytes, self.stream))
+
+    def read(self, address: int, out: np.ndarray) -> None:
+        """Copy from the device into a contiguous array, after all that is in the stream."""
+        check(driver.cuMemcpyDtoHAsync(out.ctypes.data, address, out.nbytes, self.stream))
+        self.synchronize()
+
+    def fill(self, address: int, byte: int, nbytes: int) -> None:
+        """Set bytes, in the stream."""
+        check(driver.cuMemsetD8Async(address, byte, nbytes, self.stream))
+
+
+def _destroy_stream(context: Any, stream: Any) -> None:
+    driver.cuCtxSetCurrent(context)
+    driver.cuStreamDestroy(stream)
+
+
+# Kernels
+
+
+@dataclass(frozen=True)
+class Code:
+    """A kernel in machine code for one compute capability, and what the assembler says of it."""
+
+    machine: bytes
+    entry: str
+    registers: int
+    stack_bytes: int
+    local_bytes: int
+    cached: bool = False
+
+
+@dataclass(frozen=True)
+class _Facts:
+    entry: str
+    registers: int
+    stack_bytes: int
+    local_bytes: int
+
+
+def signature(kinds: Sequence[str]) -> tuple[Any, ...]:
+    """Numba's types for kinds of arguments: "f16*" is a pointer, "i64" and "f32" are numbers."""
+    from numba.cuda import types
+
+    elements = {
+        "f32": types.float32, "f16": types.uint16, "bf16": types.int16, "int8": types.int8, "i8": types.int8,
+        "i32": types.int32, "i64": types.int64, "f64": types.float64, "u64": types.uint64, "q4_0": types.uint8,
+    }  # fmt: skip
+    return tuple(types.CPointer(elements[kind[:-1]]) if kind.endswith("*") else elements[kind] for kind in kinds)
+
+
+def to_ptx(kernel: Any, kinds: Sequence[str], capability: tuple[int, int], threads: int) -> str:
+    """PTX of a `@cuda.jit` kernel for these arguments and at most `threads` threads a block."""
+    from numba import cuda
+
+    if cuda.implementation != "NVIDIA":
+        raise DeviceError("numba.cuda is not numba-cuda: install it with: pip install 'numballama[cuda]'")
+    ptx, _ = cuda.compile_ptx(kernel.py_func, signature(kinds), cc=capability, launch_bounds=threads)
+    return str(ptx)
+
+
+def assemble(ptx: str, capability: tuple[int, int]) -> Code:
+    """Machine code from PTX, by nvJitLink. Raises `DeviceError` with its log when it refuses the PTX."""
+    options = [f"-arch=sm_{capability[0]}{capability[1]}", "-verbose"]
+    handle = nvjitlink.create(len(options), options)
+    try:
+        source = ptx.encode() + b"\0"
+        try:
+            nvjitlink.add_data(handle, nvjitlink.InputType.PTX, source, len(source), "kernel")
+            nvjitlink.complete(handle)
+        except nvjitlink.nvJitLinkError as error:
+            log = bytearray(nvjitlink.get_error_log_size(handle))
+            nvjitlink.get_error_log(handle, log)
+            raise DeviceError(f"nvJitLink refuses a kernel: {log.decode(errors='replace').strip()}") from error
+        log = bytearray(nvjitlink.get_info_log_size(handle))
+        nvjitlink.get_info_log(handle, log)
+        machine = bytearray(nvjitlink.get_linked_cubin_size(handle))
+        nvjitlink.get_linked_cubin(handle, machine)
+    finally:
+        nvjitlink.destroy(handle)
+    (entry,) = re.findall(r"\.entry\s+([\w$]+)", ptx)
+    text = log.decode(errors="replace")
+    numbers = [
+        int(found[-1]) if (found := re.findall(pattern, text)) else -1
+        for pattern in (r"used (\d+) registers", r"(\d+) stack\b", r"(\d+) bytes lmem")
+    ]
+    return Code(bytes(machine), entry, *numbers)
+
+
+def compile_kernel(
+    kernel: Any, kinds: Sequence[str], capability: tuple[int, int], threads: int, cache: Path | None
+) -> Code:
+    """A kernel in machine code, from the cache if it is there.
+
+    `cache` is a folder that belongs to these very sources (`jit.cuda_cache_directory`), so that an entry is never
+    stale; None, or a kernel without a source file, is compiled anew.
+    """
+    function = kernel.py_func
+    named = f"{function.__module__}.{function.__qualname__}({', '.join(kinds)}) {threads} sm_{capability}"
+    path = None
+    if cache is not None and Path(function.__code__.co_filename).is_file():
+        path = cache / f"{function.__name__}-{hashlib.sha256(named.encode()).hexdigest()[:24]}.cubin"
+        try:
+            facts, _, machine = path.read_bytes().partition(b"\n")
+            return Code(machine, **json.loads(facts), cached=True)
+        except (OSError, ValueError, TypeError):
+            pass  # not there, or not whole: it is made again
+    code = assemble(to_ptx(kernel, kinds, capability, threads), capability)
+    if path is not None:
+        facts = json.dumps(asdict(_Facts(code.entry, code.registers, code.stack_bytes, code.local_bytes))).encode()
+        _write_whole(path, facts + b"\n" + code.machine)
+    return code
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file that other processes see whole or not at all; a disk that is full costs only the cache."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(name, path)
+    except OSError:
+        pass
+
+
+class Function:
+    """A kernel, loaded on a device."""
+
+    def __init__(self, device: Device, code: Code) -> None:
+        device.make_current()
+        self.code = code
+        self._module = check(driver.cuModuleLoadData(code.machine))
+        self.handle = check(driver.cuModuleGetFunction(self._module, code.entry.encode()))
+        limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        fixed = check(
+            driver.cuFuncGetAttribute(driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES, self.handle)
+        )
+        self.shared_limit = device.shared_limit - int(fixed)
+        check(driver.cuFuncSetAttribute(self.handle, limit, self.shared_limit))
+        self._unload = weakref.finalize(self, _unload, device.context, self._module)
+
+
+def _unload(context: Any, module: Any) -> None:
+    driver.cuCtxSetCurrent(context)
+    driver.cuModuleUnload(module)
+
+
+class Call:
+    """A launch made ready: the driver's structures are built once."""
+
+    def __init__(self, device: Device, function: Function, launch: Launch) -> None:
+        if launch.shared_bytes > function.shared_limit:
+            raise DeviceError(
+                f"{device}: {launch.kernel.py_func.__name__} wants {launch.shared_bytes:,} bytes of shared memory, a "
+                f"block may have {function.shared_limit:,}; use device='cpu'"
+            )
+        self.name = launch.kernel.py_func.__name__
+        self._function = function
+        values, kinds = [], []
+        for argument, kind in zip(launch.arguments, launch.kinds, strict=True):
+            values.append(argument.address if isinstance(argument, Array) else argument)
+            kinds.append(ctypes.c_float if kind == "f32" else ctypes.c_int64)
+        self._arguments = tuple(values), tuple(kinds)
+        config = driver.CUlaunchConfig()
+        config.gridDimX, config.gridDimY, config.gridDimZ = (*launch.grid, 1, 1)[:3]
+        config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
+        config.sharedMemBytes = launch.shared_bytes
+        config.hStream = device.stream
+        if device.capability >= (9, 0):
+            attribute = driver.CUlaunchAttribute()
+            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+            value = driver.CUlaunchAttributeValue()
+            value.programmaticStreamSerializationAllowed = 1
+            attribute.value = value
+            config.attrs, config.numAttrs = [attribute], 1
+        self._config = config
+
+    def __call__(self) -> None:
+        """Put the launch into the stream."""
+        check(driver.cuLaunchKernelEx(self._config, self._function.handle, self._arguments, 0))
+
+
+_capturing = threading.Lock()
+"""One capture at a time; only this thread's stream is captured, but the driver's bookkeeping is the process's."""
+
+
+class Recording:
+    """Launches captured as a graph, which the driver replays as one."""
+
+    def __init__(self, device: Device, calls: Sequence[Callable[[], None]]) -> None:
+        self._device = device
+        device.make_current()
+        with _capturing:
+            check(driver.cuStreamBeginCapture(
+                device.stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+            ))  # fmt: skip
+            try:
+                for call in calls:
+                    call()
+            finally:
+                graph = check(driver.cuStreamEndCapture(device.stream))
+        self._graph = check(driver.cuGraphInstantiate(graph, 0))
+        check(driver.cuGraphDestroy(graph))
+        self._destroy = weakref.finalize(self, _destroy_graph, device.context, self._graph)
+
+    def replay(self) -> None:
+        """Put the whole graph into the stream."""
+        check(driver.cuGraphLaunch(self._graph, self._device.stream))
+
+
+def _destroy_graph(context: Any, graph: Any) -> None:
+    driver.cuCtxSetCurrent(context)
+    driver.cuGraphExecDestroy(graph)
+
+
+class Stopwatch:
+    """GPU time between two marks in a stream, in seconds."""
+
+    def __init__(self, device: Device) -> None:
+        self._device = device
+        self._events = [check(driver.cuEventCreate(0)) for _ in range(2)]
+        self._destroy = weakref.finalize(self, _destroy_events, device.context, self._events)
+
+    def measure(self, action: Callable[[], object]) -> float:
+        """Seconds that the device spends on what `action` puts into the stream."""
+        check(driver.cuEventRecord(self._events[0], self._device.stream))
+        action()
+        check(driver.cuEventRecord(self._events[1], self._device.stream))
+        self._device.synchronize()
+        return float(check(driver.cuEventElapsedTime(*self._events))) / 1e3
+
+
+def _destroy_events(context: Any, events: Sequence[Any]) -> None:
+    driver.cuCtxSetCurrent(context)
+    for event in events:
+        driver.cuEventDestroy(event)

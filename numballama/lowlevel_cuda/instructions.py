@@ -1,0 +1,507 @@
+"""What a kernel needs of the GPU beyond plain Numba: instructions that only PTX has, as functions of Python.
+
+Kernels reach memory in two ways. Where speed does not matter they index typed pointers, `p[i]`. Where it does they
+take an element's address, `address(p, i)`, and move 16 bytes at a time. A pointer's element type also tells how numbers
+are stored, as on the CPU: uint16 is float16, int16 bfloat16, uint8 two 4-bit numbers.
+
+A function marked "sm_80" or "sm_90" compiles to something of the same meaning on older cards.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.cuda import types
+from numba.cuda.core.targetconfig import ConfigStack
+from numba.cuda.extending import intrinsic
+
+I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
+F16, F32, VOID = ir.HalfType(), ir.FloatType(), ir.VoidType()
+WORDS2, WORDS4 = types.UniTuple(types.uint32, 2), types.UniTuple(types.uint32, 4)
+FLOATS4 = types.UniTuple(types.float32, 4)
+
+
+def _compiling_for() -> tuple[int, int]:
+    """Compute capability that the kernel now being lowered is compiled for."""
+    capability: tuple[int, int] = ConfigStack().top().compute_capability
+    return capability
+
+
+def _asm(builder: Any, result: Any, text: str, constraints: str, arguments: Any) -> Any:
+    kind = ir.FunctionType(result, [argument.type for argument in arguments])
+    return builder.call(ir.InlineAsm(kind, text, constraints, side_effect=True), arguments)
+
+
+def _integer(context: Any, builder: Any, value: Any, found: Any, wanted: Any) -> Any:
+    return context.cast(builder, value, found, wanted)
+
+
+def _is_memory(kind: Any) -> bool:
+    return isinstance(kind, (types.CPointer, types.Array))
+
+
+def _element(context: Any, builder: Any, kind: Any, value: Any, index: Any) -> Any:
+    """LLVM pointer to an element of a typed pointer or of an array."""
+    base = context.make_array(kind)(context, builder, value).data if isinstance(kind, types.Array) else value
+    return builder.gep(base, [index])
+
+
+@intrinsic
+def address(typingctx, memory, index):  # type: ignore[no-untyped-def]
+    """Address of an element of a typed pointer or of a shared array, as int64."""
+    if not (_is_memory(memory) and isinstance(index, types.Integer)):
+        return None
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        where = _integer(context, builder, args[1], index, types.int64)
+        return builder.ptrtoint(_element(context, builder, memory, args[0], where), I64)
+
+    return types.int64(memory, index), codegen
+
+
+@intrinsic
+def floats4(typingctx, memory, index):  # type: ignore[no-untyped-def]
+    """Four float32 from a 16-byte aligned element of a pointer or of shared memory."""
+    if not (_is_memory(memory) and memory.dtype == types.float32):
+        return None
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        where = _integer(context, builder, args[1], index, types.int64)
+        vector = ir.VectorType(F32, 4)
+        element = builder.bitcast(_element(context, builder, memory, args[0], where), vector.as_pointer())
+        loaded = builder.load(element, align=16)
+        parts = [builder.extract_element(loaded, ir.Constant(I32, i)) for i in range(4)]
+        return context.make_tuple(builder, signature.return_type, parts)
+
+    return FLOATS4(memory, index), codegen
+
+
+# Bits
+
+
+@intrinsic
+def f32_of_bits(typingctx, bits):  # type: ignore[no-untyped-def]
+    """The float32 with these 32 bits."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(args[0], F32)
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def bits_of_f32(typingctx, number):  # type: ignore[no-untyped-def]
+    """The 32 bits of a float32."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.bitcast(args[0], I32)
+
+    return types.uint32(types.float32), codegen
+
+
+@intrinsic
+def f32_of_half(typingctx, bits):  # type: ignore[no-untyped-def]
+    """The IEEE half in the low 16 bits of a word, as float32."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.fpext(builder.bitcast(builder.trunc(args[0], I16), F16), F32)
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
+def half_of_f32(typingctx, number):  # type: ignore[no-untyped-def]
+    """A float32 rounded to the nearest IEEE half: its bits, in the low 16 of a word."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.zext(builder.bitcast(builder.fptrunc(args[0], F16), I16), I32)
+
+    return types.uint32(types.float32), codegen
+
+
+@intrinsic
+def f32_of_byte(typingctx, word, which):  # type: ignore[no-untyped-def]
+    """Signed byte `which` (a constant) of a word, as float32."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        shift = builder.mul(_integer(context, builder, args[1], which, types.uint32), ir.Constant(I32, 8))
+        return builder.sitofp(builder.trunc(builder.lshr(args[0], shift), I8), F32)
+
+    return types.float32(types.uint32, which), codegen
+
+
+@intrinsic
+def dp4a(typingctx, a, b, total):  # type: ignore[no-untyped-def]
+    """`total` plus the sum of the four products of signed bytes of two words."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _asm(builder, I32, "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", args)
+
+    return types.int32(types.uint32, types.uint32, types.int32), codegen
+
+
+@intrinsic
+def exp2(typingctx, x):  # type: ignore[no-untyped-def]
+    """2^x by the special function unit, to two units in the last place."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _asm(builder, F32, "ex2.approx.f32 $0, $1;", "=f,f", args)
+
+    return types.float32(types.float32), codegen
+
+
+# Numbers by the element type of their pointer
+
+
+PER_16_BYTES = {"float32": 4, "uint16": 8, "int16": 8, "int8": 16, "uint8": 32}
+"""Numbers in 16 bytes of a weight, or of a KV cache, by the element type of its pointer."""
+
+
+def _constant(kind: Any, value: Any) -> Any:
+    """An intrinsic that a pointer's element type answers at compile time."""
+
+    def typing(typingctx, memory):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return context.get_constant(kind, value(memory.dtype.name))
+
+        return kind(memory), codegen
+
+    return intrinsic(typing)
+
+
+per_16_bytes = _constant(types.int64, PER_16_BYTES.__getitem__)
+"""How many numbers of this pointer's type 16 bytes hold: a constant."""
+
+has_scales = _constant(types.boolean, lambda name: name in ("int8", "uint8"))
+"""Whether numbers of this pointer's type want a scale: a constant."""
+
+
+def _byte(builder: Any, word: Any, which: int) -> Any:
+    return builder.trunc(builder.lshr(word, ir.Constant(I32, 8 * which)), I8)
+
+
+def _half(builder: Any, bits: Any) -> Any:
+    return builder.fpext(builder.bitcast(builder.trunc(bits, I16), F16), F32)
+
+
+def _nibble(builder: Any, word: Any, which: int) -> Any:
+    """4 bits, less 8: as the last bits of 2^23 + n, from which a subtraction leaves n exactly."""
+    bits = builder.and_(builder.lshr(word, ir.Constant(I32, 4 * which)), ir.Constant(I32, 15))
+    number = builder.bitcast(builder.or_(bits, ir.Constant(I32, 0x4B000000)), F32)
+    return builder.fsub(number, ir.Constant(F32, 8388616.0))
+
+
+def _unpack(builder: Any, name: str, words: Any, i: int) -> Any:
+    """Number `i` of 16 bytes as float32."""
+    if name == "float32":
+        return builder.bitcast(words[i], F32)
+    if name == "uint16":
+        return _half(builder, builder.lshr(words[i // 2], ir.Constant(I32, 16 * (i % 2))))
+    if name == "int16":
+        word = words[i // 2]
+        high = builder.and_(word, ir.Constant(I32, 0xFFFF0000)) if i % 2 else builder.shl(word, ir.Constant(I32, 16))
+        return builder.bitcast(high, F32)
+    if name == "int8":
+        return builder.sitofp(_byte(builder, words[i // 4], i % 4), F32)
+    # byte j of a Q4_0 block holds number j in its low half and j + 16 in its high one
+    return _nibble(builder, words[i % 16 // 4], 2 * (i % 4) + i // 16)
+
+
+def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
+
+
+@intrinsic
+def dot16(typingctx, memory, words, x, index, step):  # type: ignore[no-untyped-def]
+    """The numbers in 16 bytes of `memory`'s type, times float32: four of them from each of x[index], x[index + step] …
+
+    Returns the sum. `x` is shared memory, 16-byte aligned at each of these places.
+    """
+    name = memory.dtype.name
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        parts = [builder.extract_value(args[1], i) for i in range(4)]
+        at = _integer(context, builder, args[3], index, types.int64)
+        stride = _integer(context, builder, args[4], step, types.int64)
+        sums = [ir.Constant(F32, 0.0)] * 2
+        vector = ir.VectorType(F32, 4)
+        for four in range(PER_16_BYTES[name] // 4):
+            where = builder.bitcast(_element(context, builder, x, args[2], at), vector.as_pointer())
+            numbers = builder.load(where, align=16)
+            for i in range(4):
+                number = _unpack(builder, name, parts, 4 * four + i)
+                sums[i % 2] = _fma(builder, number, builder.extract_element(numbers, ir.Constant(I32, i)), sums[i % 2])
+            at = builder.add(at, stride)
+        return builder.fadd(*sums)
+
+    return types.float32(memory, words, x, index, step), codegen
+
+
+@intrinsic
+def unpack8(typingctx, memory, words):  # type: ignore[no-untyped-def]
+    """Numbers in 16 bytes of a float32 or 16-bit type as eight float32; the last four of float32 are 0."""
+    name = memory.dtype.name
+    if name not in ("float32", "uint16", "int16"):
+        return None
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        parts = [builder.extract_value(args[1], i) for i in range(4)]
+        zero, count = ir.Constant(F32, 0.0), PER_16_BYTES[name]
+        numbers = [_unpack(builder, name, parts, i) if i < count else zero for i in range(8)]
+        return context.make_tuple(builder, signature.return_type, numbers)
+
+    return types.UniTuple(types.float32, 8)(memory, words), codegen
+
+
+@intrinsic
+def number(typingctx, memory, row, index):  # type: ignore[no-untyped-def]
+    """Number `index` of the row that begins at address `row`, without its scale, as float32."""
+    name = memory.dtype.name
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        at = _integer(context, builder, args[2], index, types.int64)
+
+        def load(kind, offset):  # type: ignore[no-untyped-def]
+            pointer = builder.inttoptr(builder.add(args[1], offset), kind.as_pointer(1))
+            return builder.load(pointer)
+
+        def constant(n):  # type: ignore[no-untyped-def]
+            return ir.Constant(I64, n)
+
+        if name == "float32":
+            return load(F32, builder.mul(at, constant(4)))
+        if name in ("uint16", "int16"):
+            bits = builder.zext(load(I16, builder.mul(at, constant(2))), I32)
+            if name == "uint16":
+                return _half(builder, bits)
+            return builder.bitcast(builder.shl(bits, ir.Constant(I32, 16)), F32)
+        if name == "int8":
+            return builder.sitofp(load(I8, at), F32)
+        inside = builder.and_(at, constant(31))
+        byte = load(I8, builder.add(builder.mul(builder.lshr(at, constant(5)), constant(16)),
+                                    builder.and_(inside, constant(15))))  # fmt: skip
+        shift = builder.trunc(builder.shl(builder.lshr(inside, constant(4)), constant(2)), I8)
+        bits = builder.zext(builder.and_(builder.lshr(byte, shift), ir.Constant(I8, 15)), I32)
+        return builder.sitofp(builder.sub(bits, ir.Constant(I32, 8)), F32)
+
+    return types.float32(memory, types.int64, index), codegen
+
+
+@intrinsic
+def store_number(typingctx, memory, index, value):  # type: ignore[no-untyped-def]
+    """memory[index] = value, rounded to nearest even to the type of a float32, float16 or bfloat16 pointer."""
+    name = memory.dtype.name
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        at = _integer(context, builder, args[1], index, types.int64)
+        where, x = _element(context, builder, memory, args[0], at), args[2]
+        if name == "float32":
+            builder.store(x, where)
+        elif name == "uint16":
+            builder.store(builder.bitcast(builder.fptrunc(x, F16), I16), where)
+        else:
+            bits = builder.bitcast(x, I32)
+            odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
+            rounded = builder.add(builder.add(bits, ir.Constant(I32, 0x7FFF)), odd)
+            broken = builder.fcmp_unordered("uno", x, x)
+            rounded = builder.select(broken, builder.or_(bits, ir.Constant(I32, 0x400000)), rounded)
+            builder.store(builder.trunc(builder.lshr(rounded, ir.Constant(I32, 16)), I16), where)
+        return context.get_dummy_value()
+
+    return types.void(memory, index, types.float32), codegen
+
+
+@intrinsic
+def scale_word(typingctx, memory, index):  # type: ignore[no-untyped-def]
+    """Address of the aligned word that holds scale `index` of float32 or float16 scales."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        at = _integer(context, builder, args[1], index, types.int64)
+        where = builder.ptrtoint(_element(context, builder, memory, args[0], at), I64)
+        return builder.and_(where, ir.Constant(I64, -4))
+
+    return types.int64(memory, index), codegen
+
+
+@intrinsic
+def scale_in(typingctx, memory, word, index):  # type: ignore[no-untyped-def]
+    """Scale `index` as float32, out of the word that `scale_word` tells."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        if memory.dtype == types.float32:
+            return builder.bitcast(args[1], F32)
+        at = builder.trunc(_integer(context, builder, args[2], index, types.int64), I32)
+        shift = builder.shl(builder.and_(at, ir.Constant(I32, 1)), ir.Constant(I32, 4))
+        return _half(builder, builder.lshr(args[1], shift))
+
+    return types.float32(memory, types.uint32, index), codegen
+
+
+# Streams: copies from global memory into a ring in shared memory that the copying thread alone reads
+
+
+def _copy(text: str, plain: str) -> Any:
+    """A copy of bytes whose count the caller may set to 0 for zeros; sm_80 copies behind the thread's back."""
+
+    def typing(typingctx, to, source, count):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            args = [*args[:2], _integer(context, builder, args[2], count, types.int32)]
+            body = text if _compiling_for() >= (8, 0) else plain
+            _asm(builder, VOID, body, "l,l,r,~{memory}", args)
+            return context.get_dummy_value()
+
+        return types.void(types.int64, types.int64, count), codegen
+
+    return typing
+
+
+copy16 = intrinsic(
+    _copy(
+        "{.reg .u64 s; cvta.to.shared.u64 s, $0; cp.async.cg.shared.global.L2::128B [s], [$1], 16, $2;}",
+        "{.reg .u64 s; .reg .pred p; .reg .u32 a, b, c, d; cvta.to.shared.u64 s, $0; setp.ne.u32 p, $2, 0; "
+        "mov.u32 a, 0; mov.u32 b, 0; mov.u32 c, 0; mov.u32 d, 0; @p ld.global.nc.v4.u32 {a, b, c, d}, [$1]; "
+        "st.shared.v4.u32 [s], {a, b, c, d};}",
+    )
+)
+"""copy16(to, source, count): 16 bytes from a global to a shared address, both aligned; `count` 16, or 0 for zeros."""
+
+copy4 = intrinsic(
+    _copy(
+        "{.reg .u64 s; cvta.to.shared.u64 s, $0; cp.async.ca.shared.global [s], [$1], 4, $2;}",
+        "{.reg .u64 s; .reg .pred p; .reg .u32 a; cvta.to.shared.u64 s, $0; setp.ne.u32 p, $2, 0; mov.u32 a, 0; "
+        "@p ld.global.nc.u32 a, [$1]; st.shared.u32 [s], a;}",
+    )
+)
+"""copy4(to, source, count): the same for 4 bytes; `count` 4 or 0."""
+
+
+@intrinsic
+def close_copies(typingctx):  # type: ignore[no-untyped-def]
+    """End a group of copies (sm_80)."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        if _compiling_for() >= (8, 0):
+            _asm(builder, VOID, "cp.async.commit_group;", "~{memory}", [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+def _await(pending: int) -> Any:
+    def typing(typingctx):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            if _compiling_for() >= (8, 0):
+                _asm(builder, VOID, f"cp.async.wait_group {pending};", "~{memory}", [])
+            return context.get_dummy_value()
+
+        return types.void(), codegen
+
+    return intrinsic(typing)
+
+
+await_all, await_all_but_1, await_all_but_2, await_all_but_3, await_all_but_7 = (_await(n) for n in (0, 1, 2, 3, 7))
+"""Wait until at most that many of this thread's groups of copies are under way (sm_80): the number is in the opcode."""
+
+
+@intrinsic
+def shared_words4(typingctx, where):  # type: ignore[no-untyped-def]
+    """Four words from a 16-byte aligned shared address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        loaded = _asm(
+            builder,
+            ir.LiteralStructType([I32] * 4),
+            "{.reg .u64 s; cvta.to.shared.u64 s, $4; ld.shared.v4.u32 {$0, $1, $2, $3}, [s];}",
+            "=r,=r,=r,=r,l,~{memory}",
+            args,
+        )
+        parts = [builder.extract_value(loaded, i) for i in range(4)]
+        return context.make_tuple(builder, signature.return_type, parts)
+
+    return WORDS4(types.int64), codegen
+
+
+@intrinsic
+def shared_word(typingctx, where):  # type: ignore[no-untyped-def]
+    """A word from a 4-byte aligned shared address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        text = "{.reg .u64 s; cvta.to.shared.u64 s, $1; ld.shared.u32 $0, [s];}"
+        return _asm(builder, I32, text, "=r,l,~{memory}", args)
+
+    return types.uint32(types.int64), codegen
+
+
+@intrinsic
+def word(typingctx, where):  # type: ignore[no-untyped-def]
+    """A word from a 4-byte aligned global address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.load(builder.inttoptr(args[0], I32.as_pointer(1)), align=4)
+
+    return types.uint32(types.int64), codegen
+
+
+@intrinsic
+def words4(typingctx, where):  # type: ignore[no-untyped-def]
+    """Four words from a 16-byte aligned global address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        loaded = _asm(
+            builder,
+            ir.LiteralStructType([I32] * 4),
+            "ld.global.v4.u32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l,~{memory}",
+            args,
+        )
+        parts = [builder.extract_value(loaded, i) for i in range(4)]
+        return context.make_tuple(builder, signature.return_type, parts)
+
+    return WORDS4(types.int64), codegen
+
+
+# Order between kernels and between blocks
+
+
+def _for_sm_90(text: str) -> Any:
+    def typing(typingctx):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            if _compiling_for() >= (9, 0):
+                _asm(builder, VOID, text, "~{memory}", [])
+            return context.get_dummy_value()
+
+        return types.void(), codegen
+
+    return typing
+
+
+wait_for_predecessor = intrinsic(_for_sm_90("griddepcontrol.wait;"))
+"""Wait until the kernel before this one has ended and its results can be read (sm_90). Before it a kernel may only read
+what no kernel of this step writes: weights.
+"""
+
+let_successor_start = intrinsic(_for_sm_90("griddepcontrol.launch_dependents;"))
+"""Let the next kernel's blocks begin as soon as all of this one's have come here or ended (sm_90)."""
+
+
+@intrinsic
+def count_up(typingctx, counter):  # type: ignore[no-untyped-def]
+    """Add 1 to an int32 at a global address, after all that this thread wrote; returns what it was."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _asm(builder, I32, "fence.acq_rel.gpu; atom.global.add.u32 $0, [$1], 1; fence.acq_rel.gpu;",
+                    "=r,l,~{memory}", args)  # fmt: skip
+
+    return types.int32(types.int64), codegen
+
+
+@intrinsic
+def publish(typingctx, where, number):  # type: ignore[no-untyped-def]
+    """Write an int64 where the host reads it, after all that this thread wrote."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _asm(builder, VOID, "st.release.sys.global.u64 [$0], $1;", "l,l,~{memory}", args)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64), codegen

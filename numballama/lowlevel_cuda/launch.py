@@ -1,0 +1,82 @@
+"""The words in which kernels tell how they are launched: operands in device memory, and a `Launch`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "int8": 1, "i8": 1, "i32": 4, "i64": 8, "f64": 8, "u64": 8, "q4_0": 1}
+"""Bytes of an element; "q4_0" are bytes of two 4-bit numbers each."""
+
+
+@dataclass(frozen=True)
+class Array:
+    """Device memory with a shape, in C order. `dtype` is a key of `ITEM_BYTES`."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: str
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A weight in device memory: rows 16-byte aligned, `stride` bytes apart, their scales in a matrix of their own.
+
+    Rows are filled up with zeros to whole 16 bytes. Scale number k >> `shift` of a row belongs to its number k;
+    `scale_stride` counts scales. A type without scales has the payload for `scales`, which nobody reads.
+    """
+
+    shape: tuple[int, ...]
+    payload: Array
+    stride: int
+    scales: Array
+    scale_stride: int = 0
+    shift: int = 0
+
+    @property
+    def quantized(self) -> bool:
+        return self.payload.dtype in ("int8", "q4_0")
+
+
+Argument = Array | int | float
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel (a `@cuda.jit` function) with its grid (blocks), threads a block, arguments and dynamic shared memory.
+
+    Arrays become typed pointers, int an int64, float a float32.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    threads: int
+    arguments: tuple[Argument, ...]
+    shared_bytes: int = 0
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Types of the arguments, as `driver.compile_kernel` takes them."""
+        return tuple(
+            f"{a.dtype}*" if isinstance(a, Array) else "f32" if isinstance(a, float) else "i64" for a in self.arguments
+        )
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What the functions that bind operators may ask of the device and of the program they bind for."""
+
+    processors: int
+    """Streaming multiprocessors."""
+    shared_limit: int
+    """Bytes of shared memory a block may have."""
+    tokens: Array
+    """i32[1]: how many tokens the run at hand has; at most the program's."""
+    zeros: Callable[[int], Array]
+    """zeros(n): n int32 of the program's own, 0 at first; kernels leave them 0."""
