@@ -50,6 +50,8 @@ def write_gguf(
     float: float32). Raises `UnsupportedError` for other weight types or a tokenizer that GGUF cannot express, `Error`
     when weights, config and tokenizer do not belong together.
     """
+    if type(config) is not ModelConfig:
+        raise UnsupportedError(f"writing GGUF of a {type(config).__name__} is not supported")
     expected = config.weight_shapes()
     if wrong := expected.keys() ^ weights.keys():
         raise Error(f"weights and config do not belong together: {', '.join(sorted(wrong))} in one but not the other")

@@ -38,17 +38,20 @@ _LAYER = {
     "q_norm": "self_attn.q_norm.weight",
     "k_norm": "self_attn.k_norm.weight",
 }
+LAYER_NAMES: dict[str, dict[str, str]] = {}
+"""`model_type` → names of layers' weights that are others there than in `_LAYER`."""
 _WITHOUT_USE = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|lm_head\.weight")
 """Tensors that older files carry and nobody needs; a classifier is needed only where it is not tied."""
 _MAX_TOKEN = 1 << 31
 
 
-def tensor_name(name: str) -> str:
-    """The name in a Hugging Face file of the weight that is `name` in `ModelConfig.weight_shapes`."""
+def tensor_name(name: str, kind: str = "llama") -> str:
+    """The name in a Hugging Face file of the weight that is `name` in `ModelConfig.weight_shapes`; `kind` is the
+    file's `model_type`."""
     if name in _TOP:
         return _TOP[name]
     _, layer, short = name.split(".")
-    return f"model.layers.{layer}.{_LAYER[short]}"
+    return f"model.layers.{layer}.{(_LAYER | LAYER_NAMES.get(kind, {}))[short]}"
 
 
 def is_directory_of(directory: Path) -> bool:
@@ -66,22 +69,20 @@ def read(directory: Path, own_tokenizer: bool = True, only: MappedFile | None = 
     if not (directory / CONFIG).exists():
         raise FormatError("safetensors without their config", path=directory, expected=CONFIG, found="no such file")
     keys = read_object(directory / CONFIG)
-    config = config_of(keys)
+    config, kind = config_of(keys), keys.text("model_type")
     tensors = _tensors(directory, only)
     weights: dict[str, Weight] = {}
     for name, shape in config.weight_shapes().items():
-        if (found := tensors.pop(theirs := tensor_name(name), None)) is None:
+        if (found := tensors.pop(theirs := tensor_name(name, kind), None)) is None:
             raise FormatError(
                 "a tensor is missing", path=directory, where=f"tensor {theirs}", expected=shape, found="none"
             )
         weights[name] = safetensors.view(*found, shape)
     if extra := [name for name in tensors if not _WITHOUT_USE.fullmatch(name)]:
-        raise UnsupportedError(
-            f"{directory}: tensor {extra[0][:100]} has no place in a {keys.text('model_type')} model of this version"
-        )
+        raise UnsupportedError(f"{directory}: tensor {extra[0][:100]} has no place in a {kind} model of this version")
     opened = Checkpoint(
         path=directory if only is None else only.path,
-        format=f"Hugging Face, {keys.text('model_type')}",
+        format=f"Hugging Face, {kind}",
         config=config,
         weights=weights,
         stop_ids=_stop_ids(directory, keys),

@@ -6,6 +6,8 @@ the graph does not compute ends in `UnsupportedError` naming key and value.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from ..config import HALF_SPLIT, ModelConfig, RopeScaling
@@ -38,8 +40,13 @@ def config_of(keys: Keys) -> ModelConfig:
     is not computed here.
     """
     kind = keys.text("model_type")
-    if kind not in DEFAULTS:
-        raise UnsupportedError(f"{keys.path}: model_type is {kind[:60]!r}; supported are {', '.join(DEFAULTS)}")
+    if kind not in READERS:
+        raise UnsupportedError(f"{keys.path}: model_type is {kind[:60]!r}; supported are {', '.join(READERS)}")
+    return READERS[kind](keys)
+
+
+def read_llama(keys: Keys, kind: str = "llama") -> ModelConfig:
+    """The config of a `kind` of model: a key of `DEFAULTS`, whose `model_type` may be another one's."""
     _require_neutral(keys)
     defaults = DEFAULTS[kind]
     dim, n_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
@@ -73,6 +80,10 @@ def config_of(keys: Keys) -> ModelConfig:
         raise
     except Error as error:
         raise FormatError(f"a model that cannot be: {error}", path=keys.path) from None
+
+
+READERS: dict[str, Callable[[Keys], ModelConfig]] = {kind: partial(read_llama, kind=kind) for kind in DEFAULTS}
+"""`model_type` → what reads the rest of the file."""
 
 
 def _is_null(keys: Keys) -> bool:
@@ -154,8 +165,10 @@ def _window(keys: Keys, kind: str, n_layers: int) -> int:
 
 
 def config_json(config: ModelConfig, dtype: str, ids: dict[str, Any]) -> dict[str, Any]:
-    """What `config.json` says of a model that `supported_kind` names, weights stored as `dtype`; `ids` are
-    bos_token_id and the like."""
+    """What `config.json` says of a model whose weights are stored as `dtype`; `ids` are bos_token_id and the like.
+
+    Raises `UnsupportedError` when none of the architectures computes what `config` says.
+    """
     kind, name = _kind(config)
     scaling = config.rope_scaling
     rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
@@ -201,6 +214,8 @@ def config_json(config: ModelConfig, dtype: str, ids: dict[str, Any]) -> dict[st
 def _kind(config: ModelConfig) -> tuple[str, str]:
     """(model_type, class) of the architecture that computes what `config` says. Raises `UnsupportedError` for none."""
     scaling = config.rope_scaling
+    if type(config) is not ModelConfig:
+        raise UnsupportedError(f"writing a Hugging Face directory of a {type(config).__name__} is not supported")
     if scaling is not None and scaling.kind == "factors":
         raise UnsupportedError("Hugging Face's config.json cannot express RoPE factors of one pair each")
     wants = (config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm, config.window > 0)

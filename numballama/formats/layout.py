@@ -234,6 +234,7 @@ def pack_config(config: ModelConfig, format_name: str, signed_vocab: bool) -> by
     """
     values = {name: getattr(config, name) for name in FIELDS}
     wanted = {
+        f"a {type(config).__name__}": type(config) is not ModelConfig,
         "a bias of attention's output projection": config.o_bias,
         "biases of the feed-forward network": config.mlp_bias,
         "norms of queries and keys": config.qk_norm,

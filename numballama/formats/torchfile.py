@@ -1,12 +1,13 @@
 """PyTorch's checkpoint files (`torch.save`, since 1.6): a zip archive of a pickle and one raw member for each storage.
 
-Nothing of the pickle is executed. It is taken apart by the standard library's disassembler, and a machine that knows
-lists, dicts, tuples and three functions of torch by name turns it into records; whatever else it names is refused.
+Nothing of the pickle is executed. The standard library's table of its operations takes it apart, and a machine that
+knows lists, dicts, tuples and three functions by name turns it into records; whatever else it names is refused.
 Members are stored, not compressed, so that a tensor is a view of the mapping.
 """
 
 from __future__ import annotations
 
+import io
 import math
 import pickletools
 import struct
@@ -216,6 +217,7 @@ _KNOWN = {_REBUILD, _PARAMETER, _ORDERED}
 _KNOWN |= {f"torch {kind}" for kind in _STORAGES} | {f"torch {kind}Storage" for kind in _OTHER_STORAGES}
 
 _MARK = object()
+_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
 
 
 class _Machine:
@@ -224,13 +226,14 @@ class _Machine:
     def __init__(self, file: MappedFile, data: bytes) -> None:
         self._file, self._stack, self._memo = file, list[Any](), dict[int, Any]()
         self.result: Any = None
-        place: int | None = 0
+        place, code, stream = 0, b"", io.BytesIO(data)
         try:
-            for opcode, argument, at in pickletools.genops(data):
-                place = at
+            while code != b".":
+                place, code = stream.tell(), stream.read(1)
+                opcode = _OPCODES[code]
                 if (action := _ACTIONS.get(opcode.name)) is None:
                     raise self._refused(f"the operation {opcode.name}")
-                action(self, argument)
+                action(self, opcode.arg.reader(stream) if opcode.arg else None)
         except FormatError:
             raise
         except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
