@@ -56,7 +56,8 @@ def compile(
 
     Parameters
     ----------
-    model_path: a model file, its format recognised by content; None for the small story model inside this package.
+    model_path: a model file, its format recognised by content; a directory of Hugging Face or Meta; a hub id
+        "owner/name", which is downloaded; None for the small story model inside this package.
     tokenizer: path of a tokenizer, when the model file carries none (GGUF files do). Without one, only `logits` works.
     device: "cpu", "reference" (NumPy: slow, the oracle) or "auto", which takes the fastest there is and says which.
     dtype: None keeps the file's types; "f32", "f16", "bf16", "int8", "q8_0" or "q4_0" converts the linear weights.

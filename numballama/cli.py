@@ -46,7 +46,11 @@ def parser() -> argparse.ArgumentParser:
     opening = story.add_mutually_exclusive_group()
     opening.add_argument("prompt", nargs="?", help="the story's opening; without one the model begins itself")
     opening.add_argument("--opening", choices=OPENINGS, help="begin with one of these instead")
-    story.add_argument("--model", metavar="FILE", help="a model file (default: the story model inside this package)")
+    story.add_argument(
+        "--model",
+        metavar="FILE",
+        help="a model file, directory or hub id (default: the story model inside this package)",
+    )
     _model_options(story)
     _sampling_options(story)
     story.add_argument("--length", type=int, default=400, metavar="N", help="at most this many tokens (default 400)")
@@ -58,7 +62,7 @@ def parser() -> argparse.ArgumentParser:
         description="Continue a prompt; prints the continuation only.",
         epilog='example: numballama generate llama2_7b.bin --tokenizer tokenizer.model "The sky is"',
     )
-    generate.add_argument("model", help="the model file")
+    generate.add_argument("model", help="a model file, directory or hub id")
     generate.add_argument("prompt", help="the text to continue; - reads it from stdin")
     _model_options(generate)
     _sampling_options(generate)
@@ -73,7 +77,9 @@ def parser() -> argparse.ArgumentParser:
         help="show what a model file holds",
         description="Config, memory, tensors, graph and plan of a model file. No weights are read.",
     )
-    inspect.add_argument("model", nargs="?", help="a model file (default: the story model inside this package)")
+    inspect.add_argument(
+        "model", nargs="?", help="a model file, directory or hub id (default: the story model inside this package)"
+    )
     inspect.add_argument("--tokenizer", metavar="FILE", help="sentencepiece .model, llama2.c .bin or GGUF")
     inspect.add_argument("--full", action="store_true", help="every layer, not only the first")
     inspect.add_argument("--json", action="store_true", help="one JSON object instead of a report")
@@ -84,7 +90,9 @@ def parser() -> argparse.ArgumentParser:
         help="measure speed and memory",
         description="Prefill and decode speed, the share of this machine's memory bandwidth, time and memory.",
     )
-    bench.add_argument("model", nargs="?", help="a model file (default: the story model inside this package)")
+    bench.add_argument(
+        "model", nargs="?", help="a model file, directory or hub id (default: the story model inside this package)"
+    )
     _model_options(bench)
     bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="length of the prompt (default 128)")
     bench.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to decode (default 64)")

@@ -229,11 +229,16 @@ class _Machine:
         place, code, stream = 0, b"", io.BytesIO(data)
         try:
             while code != b".":
-                place, code = stream.tell(), stream.read(1)
+                place = stream.tell()
+                if not (code := stream.read(1)):
+                    raise ValueError("it ends without its last operation")
                 opcode = _OPCODES[code]
                 if (action := _ACTIONS.get(opcode.name)) is None:
                     raise self._refused(f"the operation {opcode.name}")
-                action(self, opcode.arg.reader(stream) if opcode.arg else None)
+                if opcode.name == "GLOBAL":  # the library's reader takes escapes apart, with warnings
+                    action(self, f"{stream.readline()[:-1].decode('ascii')} {stream.readline()[:-1].decode('ascii')}")
+                else:
+                    action(self, opcode.arg.reader(stream) if opcode.arg else None)
         except FormatError:
             raise
         except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
