@@ -45,9 +45,14 @@ class Deferred(Weight):
     ) -> None:
         vars(self).update(shape=shape, type=type, _make=make, _keep=keep, _made=None)
 
+    def make(self) -> Weight:
+        """The weight itself, made for the caller and not kept."""
+        result: Weight = vars(self)["_make"]()
+        return result
+
     def _result(self) -> Weight:
         own = vars(self)
-        result: Weight = own["_made"] or own["_make"]()
+        result: Weight = own["_made"] or self.make()
         if own["_keep"]:
             own["_made"] = result
         return result

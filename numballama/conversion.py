@@ -70,8 +70,9 @@ class Converting(Mapping[str, Weight]):
             return source
 
         def make() -> Weight:
-            result = quant.convert(source, kind)
-            self._done(name, source, result)
+            whole = source.make() if isinstance(source, Deferred) else source
+            result = quant.convert(whole, kind)
+            self._done(name, whole, result)
             return result
 
         return Deferred(source.shape, kind, make)

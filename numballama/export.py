@@ -93,7 +93,8 @@ def export_model(
         source, tokenizer, rope_pairing=rope_pairing, rope_theta=rope_theta, norm_eps=norm_eps
     )
     notes = list(opened.notes)
-    options = _options(opened, to, tokenizer, notes)
+    name = Path(opened.path if source is None else source)  # a hub id's own name, not that of a folder in a cache
+    options = _options(opened, to, name.stem if opened.path.is_file() else name.name, tokenizer, notes)
     types = _types(opened, to, quantize, options)
     matrices = [name for name, weight in opened.weights.items() if len(weight.shape) == 2]
     rows: dict[str, Row] = {}
@@ -126,17 +127,25 @@ def _types(opened: Checkpoint, to: str, quantize: str | None, options: dict[str,
     return conversion.targets(opened.config, opened.weights, quantize, embeddings=True)
 
 
-def _options(opened: Checkpoint, to: str, tokenizer: str | PathLike[str] | None, notes: list[str]) -> dict[str, Any]:
+def _options(
+    opened: Checkpoint, to: str, name: str, tokenizer: str | PathLike[str] | None, notes: list[str]
+) -> dict[str, Any]:
     """What the writer takes beside config and weights."""
     own = opened.tokenizer
     if to == "gguf":
+        options: dict[str, Any] = {"name": name, "chat_template": opened.chat_template}
         if own is not None:
             try:
                 own.vocabulary()
             except UnsupportedError as error:
                 notes.append(f"the tokenizer is left out: {error}")
                 own = None
-        return {"tokenizer": own, "name": opened.path.stem, "chat_template": opened.chat_template}
+        enders = [token for token in opened.stop_ids if own is not None and token != own.eos_id]
+        if enders:  # beside EOS there is place for one
+            options["metadata"] = {"tokenizer.ggml.eot_token_id": enders[0]}
+        if enders[1:]:
+            notes.append(f"GGUF has no place for more ids that end a text: {', '.join(map(str, enders[1:]))} are lost")
+        return options | {"tokenizer": own}
     if to == "safetensors":
         ids = dict.fromkeys([*opened.stop_ids, *([own.eos_id] if own is not None and own.eos_id is not None else [])])
         files = _files(opened, tokenizer)
@@ -162,9 +171,9 @@ def _group(opened: Checkpoint) -> int:
 def _files(opened: Checkpoint, tokenizer: str | PathLike[str] | None) -> tuple[Path, ...]:
     """The files of a tokenizer to copy: those of the source's directory, or the one that was given."""
     if tokenizer is None:
-        directory = opened.path if opened.path.is_dir() else opened.path.parent
-        if opened.tokenizer is None and not (directory / "config.json").exists():
+        if not opened.format.startswith(("Hugging Face", "Meta")):  # what lies beside other files is not theirs
             return ()
+        directory = opened.path if opened.path.is_dir() else opened.path.parent
         return tuple(path for name in _COMPANIONS if (path := directory / name).is_file())
     given = expand(tokenizer)
     if given.is_dir():

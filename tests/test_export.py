@@ -22,10 +22,13 @@ import numballama
 from numballama import quant
 from numballama.checkpoint import Deferred, Weight
 from numballama.config import BF16, F16, F32, HALF_SPLIT, INTERLEAVED, Q8_0, ModelConfig, WeightType
+from numballama.conversion import Converting
 from numballama.errors import Error, UnsupportedError
 from numballama.export import QUANTS, export_model
+from numballama.files import map_file
 from numballama.formats import WRITERS
 from numballama.formats.hf_writer import write_safetensors
+from numballama.gguf_header import Header
 from numballama.loader import STORY_MODEL, open_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -277,6 +280,29 @@ def test_tokenizers_go_along(tmp_path: Path) -> None:
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
+
+
+def test_ids_that_end_a_turn_go_along(tmp_path: Path) -> None:
+    config = replace(WIDE, rope_pairing=HALF_SPLIT)
+    write_safetensors(tmp_path / "Model-2.5", config, random_checkpoint(config).weights, eos_ids=(2, 7, 9))
+    save_gguf(tmp_path / "tokenizer.gguf", WIDE, tokenizer=letters(300))
+    done = export_model(tmp_path / "Model-2.5", tmp_path / "m.gguf", "gguf", tokenizer=tmp_path / "tokenizer.gguf")
+    assert done.notes == ("GGUF has no place for more ids that end a text: 9 are lost",)
+    assert set(open_checkpoint(tmp_path / "m.gguf").stop_ids) == {2, 7}
+    assert Header(map_file(tmp_path / "m.gguf")).text("general.name") == "Model-2.5"
+
+
+def test_parts_are_not_kept_in_memory_by_an_export(tmp_path: Path) -> None:
+    opened = open_checkpoint(GOLDEN / "meta" / "llama2-2-parts")
+    seen = []
+    types = dict.fromkeys(opened.weights, F16)
+    weights = Converting(opened.weights, types, lambda name, before, after: seen.append((name, before, after)))
+    for name in opened.weights:
+        assert weights[name].data.shape == opened.weights[name].shape
+    assert len(seen) == 16
+    for name, before, after in seen:
+        assert not isinstance(before, Deferred) and after.type == F16
+        assert vars(opened.weights[name])["_made"] is None
 
 
 def test_tokenizer_files_are_copied(tmp_path: Path, models: Path) -> None:

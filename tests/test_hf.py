@@ -93,6 +93,7 @@ def test_configs_as_transformers_4_wrote_them(copy: Callable[[str], Path], name:
         ("mistral", ["max_position_embeddings", "sliding_window"], {"context": 131072, "window": 4096}),
         ("qwen2", ["max_position_embeddings", "layer_types", "use_sliding_window"], {"context": 32768}),
         ("qwen2-tied-window", ["layer_types"], {}),
+        ("qwen2-tied-window", ["layer_types", "sliding_window"], {"window": 4096}),
     ],
 )
 def test_keys_that_are_missing_have_transformers_defaults(
@@ -101,6 +102,14 @@ def test_keys_that_are_missing_have_transformers_defaults(
     folder = copy(name)
     wanted = replace(open_checkpoint(folder).config, **changed)
     assert open_checkpoint(edit(folder, dict.fromkeys(missing))).config == wanted
+
+
+def test_null_is_no_window(copy: Callable[[str], Path]) -> None:
+    for name in ("mistral", "qwen2-tied-window"):
+        folder = edit(copy(name), {"sliding_window": None, "layer_types": None})
+        text = (folder / "config.json").read_text()
+        (folder / "config.json").write_text(text[:-1] + ', "sliding_window": null}')
+        assert open_checkpoint(folder).config.window == 0
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from .layout import MAX_CONTEXT, MAX_LAYERS
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"context": 2048},
-    "mistral": {"context": 131072, "kv_heads": 8, "window": 4096},
+    "mistral": {"context": 131072, "kv_heads": 8},
     "qwen2": {"context": 32768, "kv_heads": 32},
     "qwen3": {"context": 32768, "kv_heads": 32, "head_dim": 128},
 }
@@ -141,12 +141,12 @@ def _window(keys: Keys, kind: str, n_layers: int) -> int:
     """The sliding window of all layers. Raises `UnsupportedError` where only some have one."""
     if kind == "llama":
         return 0
+    null = "sliding_window" in keys.values and keys.values["sliding_window"] is None
+    window = 0 if null else keys.integer("sliding_window", 4096)
     if kind == "mistral":
-        null = "sliding_window" in keys.values and keys.values["sliding_window"] is None
-        window = 0 if null else keys.integer("sliding_window", DEFAULTS[kind]["window"])
         sliding = [window > 0] * n_layers
     else:
-        window = keys.integer("sliding_window", 4096) if keys.flag("use_sliding_window", False) else 0
+        window = window if keys.flag("use_sliding_window", False) else 0
         first = keys.integer("max_window_layers", 28, least=0)
         sliding = [window > 0 and layer >= first for layer in range(n_layers)]
     layers = keys.values.get("layer_types")
