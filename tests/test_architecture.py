@@ -21,7 +21,9 @@ ORDER = [
     "errors", "checks", "config", "registry", "memory", "progress",
     # file → Checkpoint
     "checkpoint", "quant", "files", "gguf_header", "protobuf",
-    "tokenizers", "tokenizers.base", "tokenizers.library", "tokenizers.scored", "tokenizer",
+    "tokenizers", "tokenizers.base", "tokenizers.library", "tokenizers.scored",
+    "tokenizers.words", "tokenizers.bpe", "tokenizers.gguf_bpe", "tokenizers.tiktoken", "tokenizers.huggingface",
+    "tokenizer",
     "formats.layout", "formats.llama2c", "formats.kuiper", "formats.gguf", "formats.gguf_writer", "formats", "loader",
     # Checkpoint → Graph → Plan
     "ir", "graph", "plan",
