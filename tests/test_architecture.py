@@ -30,7 +30,7 @@ ORDER = [
     # Plan → Backend
     "jit", "lowlevel_cpu", "matmul_cpu", "kernels_cpu", "sampler", "cpu", "reference",
     # Backend → Session → text
-    "session", "text", "model",
+    "session", "text", "sandbox", "template", "chat", "model",
     # around a model
     "inspection", "bench", "cli", "__main__",
 ]  # fmt: skip
