@@ -32,7 +32,7 @@ ORDER = [
     # Backend → Session → text
     "session", "text", "sandbox", "template", "chat", "model",
     # around a model
-    "inspection", "bench", "cli", "__main__",
+    "inspection", "bench", "cli_chat", "cli", "__main__",
 ]  # fmt: skip
 """The flow, left to right: a module imports only what stands before it."""
 
