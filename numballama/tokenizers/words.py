@@ -16,11 +16,6 @@ _LLAMA3 = (
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_TEKKEN = (
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|"
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|"
-    r"\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
 
 
 @dataclass(frozen=True)
@@ -39,7 +34,6 @@ QWEN2 = Words((_QWEN2,))
 GPT2 = Words((_GPT2,))
 DIGITS = Words((r"\p{N}", _GPT2))
 DEFAULT = Words((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]"))
-TEKKEN = Words((_TEKKEN,), ignore_merges=True, add_bos=True)
 
 WORDS: Mapping[str, Words] = {
     "default": DEFAULT,
@@ -53,7 +47,6 @@ WORDS: Mapping[str, Words] = {
     "starcoder": DIGITS,
     "refact": DIGITS,
     "command-r": DIGITS,
-    "tekken": TEKKEN,
 }
 """`tokenizer.ggml.pre` → what it means. Of several names for one thing, the first is the one to write."""
 
