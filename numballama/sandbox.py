@@ -205,9 +205,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         return self.budget.weigh(super().call_binop(context, operator, left, right))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        if isinstance(owner := getattr(value, "__self__", None), str):
-            self._require_narrow(owner)
-        return super().wrap_str_format(value)
+        wrapped = super().wrap_str_format(value)  # None but for the methods that format
+        if wrapped is not None:
+            self._require_narrow(value.__self__)
+        return wrapped
 
     def _finalize(self, value: Any) -> Any:
         self.budget.check()

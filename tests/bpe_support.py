@@ -68,12 +68,12 @@ def _letters() -> list[str]:
     return sorted(BYTES)
 
 
-def save_json(folder: Path, library: Library, config: Mapping[str, Any] | None = None, **files: Any) -> Path:
+def save_json(folder: Path, library: Library, beside: Mapping[str, Any] | None = None, /, **files: Any) -> Path:
     """Write a tokenizer.json into the folder, with tokenizer_config.json and others (`name_json=…`) beside it."""
     folder.mkdir(exist_ok=True, parents=True)
     (folder / "tokenizer.json").write_text(library.to_str(), encoding="utf-8")
-    if config is not None:
-        (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    if beside is not None:
+        (folder / "tokenizer_config.json").write_text(json.dumps(beside), encoding="utf-8")
     for name, content in files.items():
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     return folder / "tokenizer.json"

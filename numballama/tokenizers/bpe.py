@@ -35,9 +35,6 @@ class BPETokenizer(Tokenizer):
     `special` are the ids of those that contribute no text. `pieces[id]` is None where the ids have a hole.
     """
 
-    invalid = "replace"
-    """As Rust's `from_utf8_lossy`, with which the library decodes: one U+FFFD for a character cut short."""
-
     def __init__(
         self,
         library: Library,
@@ -56,6 +53,8 @@ class BPETokenizer(Tokenizer):
         self._library, self._pieces, self._added, self._special = library, pieces, dict(added), special
         self._added_ids = frozenset(self._added.values())
         self._byte_level = byte_level
+        if byte_level:
+            self.invalid = "replace"  # as the library does: one U+FFFD for a character cut short
 
     @cached_property
     def _plain(self) -> Library:

@@ -1,6 +1,6 @@
 """small.json beside this file: a byte-level BPE of 1,800 tokens whose merges cross all borders between words.
 
-Trained on `lines.py` without any cutting, so that every pre-tokenizer shows in the ids. Run with the `tokenizers` library.
+Trained on `lines.py` without any cutting, so that every pre-tokenizer shows in the ids.
 """
 
 from pathlib import Path
