@@ -143,6 +143,8 @@ class Chat:
             if piece.finish_reason != "eos":
                 spoken += decoder.push(piece.token)
                 ids.append(piece.token)
+            if piece.finish_reason is not None:
+                spoken += decoder.flush()
             self._rendered, self._ids = spoken, ids
             yield piece
 
