@@ -61,7 +61,7 @@ def compile(
     model_path: a model file, its format recognised by content; None for the small story model inside this package.
     tokenizer: path of a tokenizer, when the model file carries none (GGUF files do). Without one, only `logits` works.
     device: "cpu", "reference" (NumPy: slow, the oracle) or "auto", which takes the fastest there is and says which.
-    dtype: None keeps the file's types; "f32", "f16", "bf16", "int8" or "q8_0" converts the linear weights.
+    dtype: None keeps the file's types; "f32", "f16", "bf16", "int8", "q8_0" or "q4_0" converts the linear weights.
     context: length of the KV cache in tokens; default the model's own, at most 4096.
     kv_dtype: type of the KV cache, "f32" (default), "f16" or "bf16".
     threads: CPU workers; default all that this process may use.

@@ -19,9 +19,9 @@ class Weight:
     """One tensor of a checkpoint, not copied from its file.
 
     `data` holds the payload in C order: float32 for "f32", uint16 bit patterns for "f16" and "bf16", int8 for "int8",
-    shaped like `shape` (rows, columns) or (length,); for "q8_0" its bytes, uint8 (rows, columns / 32 · 34). `scales`
-    is the float32 vector of an "int8" weight: number i of the flat payload has scale i // group. Views may be
-    read-only and, in some files, unaligned.
+    shaped like `shape` (rows, columns) or (length,); for block types the blocks' bytes, uint8 (rows, columns / numbers
+    of a block · bytes of a block, see `config.BLOCKS`). `scales` is the float32 vector of an "int8" weight: number i of
+    the flat payload has scale i // group. Views may be read-only and, in some files, unaligned.
     """
 
     shape: tuple[int, ...]

@@ -114,7 +114,7 @@ def _model_options(command: argparse.ArgumentParser) -> None:
     group.add_argument("--tokenizer", metavar="FILE", help="its file or directory, where the model has none")
     group.add_argument("--device", default="auto", help="auto (default), cpu, or reference (NumPy, slow)")
     group.add_argument(
-        "--dtype", help="convert the linear weights: f32, f16, bf16, int8 or q8_0 (default: as the file has them)"
+        "--dtype", help="convert the linear weights: f32, f16, bf16, int8, q8_0 or q4_0 (default: as the file has them)"
     )
     group.add_argument(
         "--context", type=int, metavar="N", help="length of the KV cache in tokens (default: the model's)"

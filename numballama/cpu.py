@@ -23,6 +23,7 @@ import numpy as np
 from numba import get_num_threads, prange, set_num_threads, types
 
 from . import memory, progress
+from .blocks_cpu import KINDS, RECORDS
 from .checkpoint import Weight
 from .checks import whole_number
 from .errors import FORKED, NOT_NUMBERS, DeviceError, Error
@@ -351,11 +352,9 @@ _ELEMENTS = {
     "bf16": types.int16,
     "i8": types.int8,
     "i32": types.int32,
-    "q8_0": types.uint8,
+    **KINDS,
 }
-"""How kernels see each type; signedness tells the two 16-bit formats apart (see `lowlevel_cpu.as_f32`), and rows of
-bytes are q8_0 blocks.
-"""
+"""How kernels see each type; signedness tells the two 16-bit formats apart (see `lowlevel_cpu.as_f32`)."""
 
 
 def _array_operand(dtype: str, array: np.ndarray) -> tuple[Any, list[int]]:
@@ -370,7 +369,8 @@ def _operand(value: Value, values: Mapping[str, np.ndarray]) -> tuple[Any, list[
 
 def _weight_operand(weight: Weight) -> tuple[Any, list[int]]:
     if weight.scales is None:
-        return _array_operand(weight.type.name, weight.data)
+        name = weight.type.name
+        return _array_operand(name, weight.data.view(RECORDS[name]) if name in RECORDS else weight.data)
     payload, slots = _array_operand("i8", weight.data)
     scales, scale_slots = _array_operand("f32", weight.scales)
     return types.Tuple((payload, scales, types.int64)), [*slots, *scale_slots, weight.type.group]

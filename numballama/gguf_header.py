@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from itertools import pairwise
 from typing import Any, TypeVar
@@ -108,8 +108,9 @@ class Field:
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of the directory: numbers in C order with `shape`, outermost first, from byte `offset` of the file."""
+    """A tensor of the directory: numbers in C order with `shape`, outermost first, from byte `offset` of `file`."""
 
+    file: MappedFile
     name: str
     type: str
     shape: tuple[int, ...]
@@ -126,7 +127,7 @@ class Header:
     """
 
     def __init__(self, file: MappedFile) -> None:
-        self.path, self.size, self._data = file.path, file.size, file.data
+        self.file, self.path, self.size, self._data = file, file.path, file.size, file.data
         self._at = 0
         self._strings_left = MAX_STRINGS
         self.fields: dict[str, Field] = {}
@@ -339,7 +340,7 @@ class Header:
         if offset % self.alignment:
             expected = f"a multiple of {self.alignment}"
             raise self._fault(f"tensor {name} is not aligned", where, expected, f"offset {offset:,}")
-        info = self.tensors[name] = TensorInfo(name, kind, tuple(reversed(dims)), offset, nbytes)
+        info = self.tensors[name] = TensorInfo(self.file, name, kind, tuple(reversed(dims)), offset, nbytes)
         return info, where
 
     def _place(self, info: TensorInfo, where: int) -> None:
@@ -352,7 +353,7 @@ class Header:
                 f"a file of {start + info.nbytes:,} bytes",
                 f"{self.size:,}",
             )
-        self.tensors[info.name] = TensorInfo(info.name, info.type, info.shape, start, info.nbytes)
+        self.tensors[info.name] = replace(info, offset=start)
 
     def _require_apart(self) -> None:
         ordered = sorted(self.tensors.values(), key=lambda info: info.offset)

@@ -10,7 +10,7 @@ from os import PathLike
 from typing import Any
 
 from . import loader
-from .config import ModelConfig
+from .config import RUNS_AS, ModelConfig
 from .graph import KVLayout, build, fuse
 from .ir import Graph
 from .memory import human
@@ -34,7 +34,7 @@ class Inspection:
         self.tensors = {name: (str(weight.type), weight.shape) for name, weight in checkpoint.weights.items()}
         self.kv = KVLayout.of(self.config, self.config.default_context)
         self._weight_bytes = checkpoint.nbytes
-        types = {name: weight.type for name, weight in checkpoint.weights.items()}
+        types = {name: RUNS_AS.get(weight.type.name, weight.type) for name, weight in checkpoint.weights.items()}
         self.graph: Graph = build(self.config, types, self.kv, int8_activations=checkpoint.int8_activations)
 
     @cached_property

@@ -40,6 +40,7 @@ NaN and infinity keep their meaning (scores are masked with -inf).
 KERNEL_SOURCES = (
     "jit.py",
     "lowlevel_cpu.py",
+    "blocks_cpu.py",
     "matmul_cpu.py",
     "kernels_cpu.py",
     "cpu.py",

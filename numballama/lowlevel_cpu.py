@@ -28,11 +28,11 @@ def power_of_two(typingctx: Any, n: Any) -> Any:
     return types.float32(types.int32), codegen
 
 
-def _element(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+def element(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
     return builder.gep(make_array(kind)(context, builder, array).data, [index])
 
 
-def _features() -> dict[str, bool]:
+def cpu_features() -> dict[str, bool]:
     """What the CPU that code is made for can do: this one, unless Numba was told of another."""
     told = numba.config.CPU_FEATURES
     if told is None and numba.config.CPU_NAME is None:
@@ -42,14 +42,14 @@ def _features() -> dict[str, bool]:
 
 def _converts_half() -> bool:
     """Whether the CPU converts float16 itself: else LLVM would call a function of a C library that is not there."""
-    return platform.machine() not in ("x86_64", "AMD64") or _features().get("f16c", False)
+    return platform.machine() not in ("x86_64", "AMD64") or cpu_features().get("f16c", False)
 
 
 def _const(number: int) -> Any:
     return ir.Constant(INT32, number)
 
 
-def _half_to_float(builder: Any, bits: Any) -> Any:
+def half_to_float(builder: Any, bits: Any) -> Any:
     """The 16 bits of a float16 as float32, exactly."""
     if _converts_half():
         return builder.fpext(builder.bitcast(bits, ir.HalfType()), FLOAT)
@@ -89,7 +89,7 @@ def as_f32(typingctx: Any, number: Any) -> Any:
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         (bits,) = args
         if number == types.uint16:
-            return _half_to_float(builder, bits)
+            return half_to_float(builder, bits)
         if number == types.int16:
             return builder.bitcast(builder.shl(builder.zext(bits, INT32), ir.Constant(INT32, 16)), FLOAT)
         return bits
@@ -122,13 +122,13 @@ BLOCK = 32
 """Numbers that the products below take at once."""
 
 
-def _load_block(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+def load_block(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
     """BLOCK consecutive elements of an array's memory as one vector, wherever they lie."""
     vector = ir.VectorType(context.get_data_type(kind.dtype), BLOCK)
-    return builder.load(builder.bitcast(_element(context, builder, kind, array, index), vector.as_pointer()), align=1)
+    return builder.load(builder.bitcast(element(context, builder, kind, array, index), vector.as_pointer()), align=1)
 
 
-def _reduce(builder: Any, vector: Any) -> Any:
+def add_lanes(builder: Any, vector: Any) -> Any:
     """The sum of a vector's lanes, in whatever order is fast."""
     flags: tuple[str, ...] = ()
     if vector.type.element == INT32:
@@ -151,9 +151,9 @@ def dot_block_int8(typingctx: Any, weights: Any, i: Any, x: Any, j: Any) -> Any:
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         vector = ir.VectorType(INT32, BLOCK)
-        w = _load_block(context, builder, sig.args[0], *args[:2])
-        v = _load_block(context, builder, sig.args[2], *args[2:])
-        return _reduce(builder, builder.mul(builder.sext(w, vector), builder.sext(v, vector)))
+        w = load_block(context, builder, sig.args[0], *args[:2])
+        v = load_block(context, builder, sig.args[2], *args[2:])
+        return add_lanes(builder, builder.mul(builder.sext(w, vector), builder.sext(v, vector)))
 
     return types.int32(weights, types.int64, x, types.int64), codegen
 
@@ -174,27 +174,7 @@ def _scaled_dot(builder: Any, blocks: Any, load: Any) -> Any:
         weights = builder.fmul(builder.sitofp(w, vector), scales, flags=("contract",))
         products = builder.fmul(weights, x, flags=("contract",))
         builder.store(builder.fadd(builder.load(sums), products, flags=("contract",)), sums)
-    return _reduce(builder, builder.load(sums))
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def dot_q8_0(typingctx: Any, weights: Any, i: Any, x: Any, j: Any, blocks: Any) -> Any:
-    """Product of `blocks` q8_0 blocks (a float16 scale, BLOCK int8) from flat byte i with float32 x from index j."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        array, start, other, first, count = args
-
-        def load(block: Any) -> tuple[Any, Any, Any]:
-            at = builder.add(start, builder.mul(block, ir.Constant(INT64, 2 + BLOCK)))
-            pointer = builder.bitcast(_element(context, builder, sig.args[0], array, at), INT16.as_pointer())
-            scale = _half_to_float(builder, builder.load(pointer, align=1))
-            w = _load_block(context, builder, sig.args[0], array, builder.add(at, ir.Constant(INT64, 2)))
-            j = builder.add(first, builder.mul(block, ir.Constant(INT64, BLOCK)))
-            return w, _load_block(context, builder, sig.args[2], other, j), scale
-
-        return _scaled_dot(builder, count, load)
-
-    return types.float32(weights, types.int64, x, types.int64, types.int64), codegen
+    return add_lanes(builder, builder.load(sums))
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -218,10 +198,10 @@ def dot_int8(
             over = builder.icmp_signed("==", builder.load(until), ir.Constant(INT64, 0))
             builder.store(builder.add(builder.load(current), builder.zext(over, INT64)), current)
             builder.store(builder.sub(builder.select(over, every, builder.load(until)), one), until)
-            scale = builder.load(_element(context, builder, sig.args[2], factors, builder.load(current)), align=1)
+            scale = builder.load(element(context, builder, sig.args[2], factors, builder.load(current)), align=1)
             offset = builder.mul(block, ir.Constant(INT64, BLOCK))
-            w = _load_block(context, builder, sig.args[0], array, builder.add(start, offset))
-            return w, _load_block(context, builder, sig.args[6], other, builder.add(first, offset)), scale
+            w = load_block(context, builder, sig.args[0], array, builder.add(start, offset))
+            return w, load_block(context, builder, sig.args[6], other, builder.add(first, offset)), scale
 
         return _scaled_dot(builder, count, load)
 
@@ -231,7 +211,7 @@ def dot_int8(
 
 def _lanes() -> int:
     """Float32 numbers in a register of the widest kind that there are enough of for 16 sums."""
-    features = _features()
+    features = cpu_features()
     return 16 if features.get("avx512f") else 8 if features.get("avx") else 4
 
 
@@ -252,7 +232,7 @@ def tile(
         vector = ir.VectorType(FLOAT, width)
 
         def starts(kind: Any, array: Any, indices: Any) -> list[Any]:
-            return [_element(context, builder, kind, array, builder.mul(index, length)) for index in indices]
+            return [element(context, builder, kind, array, builder.mul(index, length)) for index in indices]
 
         def zeros(kind: Any, value: Any) -> list[Any]:
             sums = [cgutils.alloca_once_value(builder, ir.Constant(kind, value)) for _ in range(16)]
@@ -282,7 +262,7 @@ def tile(
             ours, theirs = ([builder.load(builder.gep(s, [k])) for s in places] for places in (w_starts, x_starts))
             accumulate(rest, ours, theirs)
         totals = [
-            builder.fadd(_reduce(builder, builder.load(many)), builder.load(few))
+            builder.fadd(add_lanes(builder, builder.load(many)), builder.load(few))
             for many, few in zip(sums, rest, strict=True)
         ]
         parts = [context.make_tuple(builder, result.dtype, totals[t * 4 : t * 4 + 4]) for t in range(4)]
@@ -297,7 +277,7 @@ def atomic_add(typingctx: Any, array: Any, index: Any, amount: Any) -> Any:
     """Add to an int64 element as one indivisible act, in an order all threads agree on; returns the old value."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.atomic_rmw("add", _element(context, builder, sig.args[0], *args[:2]), args[2], "seq_cst")
+        return builder.atomic_rmw("add", element(context, builder, sig.args[0], *args[:2]), args[2], "seq_cst")
 
     return types.int64(array, types.int64, types.int64), codegen
 
@@ -307,7 +287,7 @@ def atomic_load(typingctx: Any, array: Any, index: Any) -> Any:
     """Read an int64 element and see all that was written before it was last set."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.load_atomic(_element(context, builder, sig.args[0], *args), "acquire", 8)
+        return builder.load_atomic(element(context, builder, sig.args[0], *args), "acquire", 8)
 
     return types.int64(array, types.int64), codegen
 

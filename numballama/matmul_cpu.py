@@ -1,8 +1,9 @@
 """Rows of a weight times rows of activations, for every type of weight: what nearly all time and all bytes go into.
 
-What a weight is: float32[N, K]; uint16[N, K] for float16; int16[N, K] for bfloat16; uint8[N, K / 32 · 34] for q8_0; or
-(int8[N, K], float32 scales, group), number i of the flat payload having scale i // group. `row_dot` and `decode_rows`
-are the only functions that tell them apart: a new weight type is one more branch in each.
+What a weight is: float32[N, K]; uint16[N, K] for float16; int16[N, K] for bfloat16; records [N, blocks of a row] for
+GGUF's block types (see `blocks_cpu`); or (int8[N, K], float32 scales, group), number i of the flat payload having scale
+i // group. `row_dot` and `decode_rows` are the only functions that tell them apart: a new kind of weight is one more
+branch in each, a new block type a decoder in `blocks_cpu`.
 
 Decoding reads every weight once and little else: the floor of a token is the bytes of the weights over the machine's
 bandwidth. A prompt's chunk reuses each row for all its tokens: tiles of 4 rows x 4 tokens keep 16 sums in registers.
@@ -16,11 +17,11 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
+from .blocks_cpu import decode_blocks, dot_blocks
 from .jit import FAST_MATH, device
-from .lowlevel_cpu import BLOCK, as_f32, dot_block_int8, dot_int8, dot_q8_0, tile
+from .lowlevel_cpu import BLOCK, as_f32, dot_block_int8, dot_int8, tile
 
 TILE = 4
-Q8_0_BYTES = 2 + BLOCK  # here and not imported: a cached kernel knows its constants only from the kernels' sources
 _OPTIONS = {"fastmath": FAST_MATH, "error_model": "numpy"}
 
 
@@ -39,7 +40,7 @@ def row_dot(weight: Any, row: int, x: Any, t: int) -> Any:
 @overload(row_dot, jit_options=_OPTIONS)
 def _row_dot(weight, row, x, t):
     if not isinstance(weight, types.BaseTuple):
-        return _dot_q8_0 if weight.dtype == types.uint8 else _dot_plain
+        return _dot_blocks if isinstance(weight.dtype, types.Record) else _dot_plain
     return _dot_int8_int8 if isinstance(x, types.BaseTuple) else _dot_int8
 
 
@@ -50,16 +51,8 @@ def _dot_plain(weight, row, x, t):
     return total
 
 
-@device
-def q8_0_scale(weight, row, block):
-    """The float16 at a block's start; two bytes, because blocks of 34 lie at any even address, or in odd files odd."""
-    at = block * Q8_0_BYTES
-    return as_f32(np.uint16(weight[row, at] | (np.uint16(weight[row, at + 1]) << np.uint16(8))))
-
-
-def _dot_q8_0(weight, row, x, t):
-    n = x.shape[1]
-    return dot_q8_0(weight, row * weight.shape[1], x, t * n, n // BLOCK)
+def _dot_blocks(weight, row, x, t):
+    return dot_blocks(weight, row * weight.shape[1], x, t * x.shape[1], weight.shape[1])
 
 
 def _dot_int8(weight, row, x, t):
@@ -134,7 +127,7 @@ def decode_rows(weight: Any, row: int, count: int, buffer: Any) -> Any:
 def _decode_rows(weight, row, count, buffer):
     if isinstance(weight, types.BaseTuple):
         return _decode_int8
-    return _decode_q8_0 if weight.dtype == types.uint8 else _decode_plain
+    return _decode_blocks if isinstance(weight.dtype, types.Record) else _decode_plain
 
 
 def _decode_plain(weight, row, count, buffer):
@@ -143,12 +136,9 @@ def _decode_plain(weight, row, count, buffer):
             buffer[r, k] = as_f32(weight[row + r, k])
 
 
-def _decode_q8_0(weight, row, count, buffer):
+def _decode_blocks(weight, row, count, buffer):
     for r in range(count):
-        for block in range(buffer.shape[1] // BLOCK):
-            scale = q8_0_scale(weight, row + r, block)
-            for k in range(BLOCK):
-                buffer[r, block * BLOCK + k] = np.int8(weight[row + r, block * Q8_0_BYTES + 2 + k]) * scale
+        decode_blocks(weight, (row + r) * weight.shape[1], buffer, r * buffer.shape[1], weight.shape[1])
 
 
 def _decode_int8(weight, row, count, buffer):

@@ -18,7 +18,7 @@ from . import ir, loader, memory, plan, progress, quant
 from .chat import Chat
 from .checkpoint import Checkpoint, Weight
 from .checks import strings, whole_number
-from .config import BF16, F16, F32, Q8_0, Q8_0_BLOCK, ModelConfig, WeightType
+from .config import BF16, BLOCKS, F16, F32, Q4_0, Q8_0, RUNS_AS, ModelConfig, WeightType
 from .errors import FORKED, ContextError, DeviceError, Error, Interrupted, UnsupportedError
 from .graph import KVLayout, build
 from .memory import human
@@ -29,7 +29,7 @@ from .tokenizer import Decoder, Tokenizer
 
 CHUNK = 64
 """Tokens of a prompt that one run handles."""
-TYPES = ("f32", "f16", "bf16", "int8", "q8_0")
+TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")
 KV_TYPES = ("f32", "f16", "bf16")
 
 
@@ -111,25 +111,31 @@ class Model:
         self.load_s = time.perf_counter() - started
 
     def _convert(self, dtype: str | None) -> Mapping[str, Weight]:
-        """The weights, those of linear layers converted if asked for; a tied classifier takes the embedding along."""
+        """The weights, those of linear layers converted if asked for; a tied classifier takes the embedding along.
+
+        What has a type that no backend has kernels for is converted in any case.
+        """
         weights = self._checkpoint.weights
-        if dtype is None:
+        targets = {name: RUNS_AS[kind] for name, weight in weights.items() if (kind := weight.type.name) in RUNS_AS}
+        if dtype is not None:
+            targets |= {
+                name: _target(dtype, name, weight.shape[1])
+                for name, weight in weights.items()
+                if len(weight.shape) == 2
+                and (name != "tok_embeddings" or self.config.tied_embeddings)
+                and weight.type.name != dtype
+            }
+        if not targets:
             return weights
         converted = dict(weights)
-        names = [
-            name
-            for name, weight in weights.items()
-            if len(weight.shape) == 2
-            and (name != "tok_embeddings" or self.config.tied_embeddings)
-            and weight.type.name != dtype
-        ]
-        targets = {name: _target(dtype, name, weights[name].shape[1]) for name in names}
+        what = dtype or ", ".join(dict.fromkeys(target.name for target in targets.values()))
+        hint = "leave dtype= out to use the file's own types" if dtype else "use a file of another quantisation"
         size = sum(target.nbytes(math.prod(weights[name].shape)) for name, target in targets.items())
-        memory.require(size, f"a copy of the linear weights as {dtype}", "leave dtype= out to use the file's own types")
-        with progress.bar(f"converting to {dtype}") as report:
-            for done, name in enumerate(names):
-                report(name, done, len(names))
-                converted[name] = quant.convert(weights[name], targets[name])
+        memory.require(size, f"a copy of the linear weights as {what}", hint)
+        with progress.bar(f"converting to {what}") as report:
+            for done, (name, target) in enumerate(targets.items()):
+                report(name, done, len(targets))
+                converted[name] = quant.convert(weights[name], target)
         return converted
 
     def _build(self, tokens: int, logits: str) -> ir.Graph:
@@ -388,15 +394,15 @@ class Model:
 def _target(dtype: str, name: str, columns: int) -> WeightType:
     """The weight type that a dtype means for rows of this length: int8 groups that fill a row are faster.
 
-    Raises `Error` where q8_0's blocks do not.
+    Raises `Error` where blocks do not.
     """
-    if dtype == "q8_0" and columns % Q8_0_BLOCK:
+    if dtype in BLOCKS and columns % (block := BLOCKS[dtype][0]):
         raise Error(
-            f"{name} cannot become q8_0: its rows of {columns} numbers are no whole number of blocks of {Q8_0_BLOCK}; "
+            f"{name} cannot become {dtype}: its rows of {columns} numbers are no whole number of blocks of {block}; "
             "dtype='int8' takes any rows"
         )
     if dtype != "int8":
-        return {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}[dtype]
+        return {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0, "q4_0": Q4_0}[dtype]
     groups = (quant.DEFAULT_GROUP, quant.DEFAULT_GROUP // 2)
     return WeightType("int8", next((g for g in groups if columns % g == 0), quant.DEFAULT_GROUP))
 

@@ -3,40 +3,52 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from . import quant_blocks
 from .checkpoint import Weight
-from .config import BF16, F16, F32, Q8_0_BLOCK, Q8_0_BYTES, WeightType
+from .config import BF16, BLOCKS, F16, F32, WeightType
 from .errors import Error, UnsupportedError
+from .quant_blocks import encode_f16, largest, round_half_away, saturate
 
 DEFAULT_GROUP = 64
 """Numbers that share a scale in an int8 weight, unless the caller or the file says otherwise."""
 
-_STORAGE = {"f32": np.float32, "f16": np.uint16, "bf16": np.uint16, "int8": np.int8, "q8_0": np.uint8}
+EXACT = frozenset(quant_blocks.REPACKERS)
+"""(type, another) for block types that `convert` turns into another without changing a number."""
+
+_STORAGE: dict[str, type[np.generic]] = {"f32": np.float32, "f16": np.uint16, "bf16": np.uint16, "int8": np.int8}
+_STORAGE |= dict.fromkeys(quant_blocks.ENCODERS, np.uint8)
 _CHUNK = 1 << 18  # numbers in flight: 1 MB as float32, so a chunk and its temporaries stay in the L2 cache
 
 
 def convert(weight: Weight, target: WeightType) -> Weight:
     """`weight` in another type; `weight` itself, not a copy, when it has that type already.
 
-    Every conversion goes through float32 and rounds to the nearest: ties away from zero for int8 and q8_0 (C's
-    roundf), to even for f16 and bf16. Finite numbers stay finite: what lies beyond the range of f16 or bf16 becomes
-    the largest number of that type. Raises `Error` for a group size below 1, for rows that are no whole q8_0 blocks,
-    and for NaN or infinity that shall become int8 or q8_0.
+    q5_0 becomes q8_0 and q3_k becomes q6_k as it is, for these hold the same numbers. Every other conversion goes
+    through float32 and rounds to the nearest: ties away from zero for int8 and q8_0 (C's
+    roundf), to even for f16 and bf16, upwards for q4_0 and q4_1. Finite numbers stay finite: what lies beyond the
+    range of f16 or bf16 becomes the largest number of that type. Raises `Error` for a group size below 1, for rows that
+    are no whole blocks, and for NaN or infinity that shall become int8 or blocks.
     """
     if weight.type == target:
         return weight
+    if repack := quant_blocks.REPACKERS.get((weight.type.name, target.name)):
+        return _repack(weight, target, repack)
     if target.name not in _STORAGE:
         raise UnsupportedError(f"weight type {target.name!r} is not one of {', '.join(_STORAGE)}")
     if target.name == "int8" and target.group < 1:
         raise Error(f"an int8 group has at least one number, found a group size of {target.group}")
-    if target.name == "q8_0" and weight.shape[-1] % Q8_0_BLOCK:
-        raise Error(f"rows of {weight.shape[-1]} numbers are not a whole number of q8_0's blocks of {Q8_0_BLOCK}")
-    numel, group = math.prod(weight.shape), Q8_0_BLOCK if target.name == "q8_0" else max(target.group, 1)
-    data = np.empty(target.nbytes(numel) if target.name == "q8_0" else numel, _STORAGE[target.name])
+    numel, group, nbytes = math.prod(weight.shape), max(target.group, 1), 0
+    if blocks := target.name in BLOCKS:
+        group, nbytes = BLOCKS[target.name]
+        if weight.shape[-1] % group:
+            raise Error(f"rows of {weight.shape[-1]} numbers are not a whole number of {target}'s blocks of {group}")
+    data = np.empty(target.nbytes(numel) if blocks else numel, _STORAGE[target.name])
     scales = np.empty(-(-numel // group), np.float32) if target.name == "int8" else None
     step = max(_CHUNK // group, 1) * group  # no group is cut in two
     for start in range(0, numel, step):
@@ -45,12 +57,23 @@ def convert(weight: Weight, target: WeightType) -> Weight:
             values = _decode(weight, start, stop)
             if scales is not None:
                 _encode_int8(values, group, data[start:stop], scales[start // group : -(-stop // group)])
-            elif target.name == "q8_0":
-                _encode_q8_0(values, data[start // Q8_0_BLOCK * Q8_0_BYTES :][: values.size // Q8_0_BLOCK * Q8_0_BYTES])
+            elif blocks:
+                rows = values.reshape(-1, group)
+                quant_blocks.encode(target.name, rows, data.reshape(-1, nbytes)[start // group :][: len(rows)])
             else:
                 data[start:stop] = _ENCODERS[target.name](values)
-    shape = (*weight.shape[:-1], -1) if target.name == "q8_0" else weight.shape
+    shape = (*weight.shape[:-1], -1) if blocks else weight.shape
     return Weight(weight.shape, target, data.reshape(shape), scales)
+
+
+def _repack(weight: Weight, target: WeightType, repack: Callable[[quant_blocks.Bytes], quant_blocks.Bytes]) -> Weight:
+    (numbers, old_bytes), (_, new_bytes) = BLOCKS[weight.type.name], BLOCKS[target.name]
+    old = weight.data.reshape(-1, old_bytes)
+    new = np.empty((len(old), new_bytes), np.uint8)
+    step = max(_CHUNK // numbers, 1)
+    for start in range(0, len(old), step):
+        new[start : start + step] = repack(old[start : start + step])
+    return Weight(weight.shape, target, new.reshape(*weight.shape[:-1], -1))
 
 
 def dequantize(weight: Weight) -> npt.NDArray[np.float32]:
@@ -93,8 +116,8 @@ def from_bf16(bits: npt.NDArray[np.uint16]) -> npt.NDArray[np.float32]:
 
 def _decode(weight: Weight, start: int, stop: int) -> npt.NDArray[np.float32]:
     """Numbers `start` to `stop` of the flat weight as float32: a view when they are stored so."""
-    if weight.type.name == "q8_0":
-        return _decode_q8_0(weight.data.reshape(-1), start, stop)
+    if weight.type.name in quant_blocks.DECODERS:
+        return _decode_blocks(weight.type.name, weight.data, start, stop)
     stored: npt.NDArray[Any] = weight.data.reshape(-1)[start:stop]
     if weight.type.name == "f32":
         return stored
@@ -113,16 +136,11 @@ def _decode(weight: Weight, start: int, stop: int) -> npt.NDArray[np.float32]:
     raise UnsupportedError(f"weight type {weight.type} is not one of {', '.join(_STORAGE)}")
 
 
-def _decode_q8_0(stored: npt.NDArray[np.uint8], start: int, stop: int) -> npt.NDArray[np.float32]:
-    first = start // Q8_0_BLOCK
-    blocks = stored.reshape(-1, Q8_0_BYTES)[first : -(-stop // Q8_0_BLOCK)]
-    values = blocks[:, 2:].view(np.int8).astype(np.float32)
-    values *= blocks[:, :2].copy().view(np.float16)
-    return values.reshape(-1)[start - first * Q8_0_BLOCK :][: stop - start]
-
-
-def _encode_f16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
-    return _saturate(values.astype(np.float16).view(np.uint16), values, infinity=0x7C00)
+def _decode_blocks(name: str, stored: npt.NDArray[np.uint8], start: int, stop: int) -> npt.NDArray[np.float32]:
+    numbers, nbytes = BLOCKS[name]
+    first = start // numbers
+    values = quant_blocks.decode(name, stored.reshape(-1, nbytes)[first : -(-stop // numbers)])
+    return values.reshape(-1)[start - first * numbers :][: stop - start]
 
 
 def _encode_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
@@ -131,16 +149,7 @@ def _encode_bf16(values: npt.NDArray[np.float32]) -> npt.NDArray[np.uint16]:
     # The carry can turn a NaN into infinity or zero: NaNs are cut instead, with the quiet bit set so that one remains.
     nan = np.isnan(values)
     bits[nan] = (wide[nan] >> 16) | 0x40
-    return _saturate(bits, values, infinity=0x7F80)
-
-
-def _saturate(bits: npt.NDArray[np.uint16], values: npt.NDArray[np.float32], infinity: int) -> npt.NDArray[np.uint16]:
-    """Step back from infinity to the largest number wherever the exact value was finite: logits of a model whose one
-    weight became infinite are all NaN.
-    """
-    overflowed = ((bits & 0x7FFF) == infinity) & np.isfinite(values)
-    bits[overflowed] -= 1
-    return bits
+    return saturate(bits, values, infinity=0x7F80)
 
 
 def _encode_int8(
@@ -157,38 +166,13 @@ def _encode_int8(
 def _quantize_rows(
     rows: npt.NDArray[np.float32], payload: npt.NDArray[np.int8], scales: npt.NDArray[np.float32]
 ) -> None:
-    np.divide(_largest(rows), np.float32(127), out=scales)
+    np.divide(largest(rows), np.float32(127), out=scales)
     if not np.isfinite(scales).all():
         raise Error("a weight holds NaN or infinity, which int8 cannot express")
     # A scale of 0 is a group of zeros, or of numbers so small that max/127 underflows.
-    payload[...] = _round(np.divide(rows, scales[:, None], out=np.zeros_like(rows), where=scales[:, None] != 0))
+    payload[...] = round_half_away(
+        np.divide(rows, scales[:, None], out=np.zeros_like(rows), where=scales[:, None] != 0)
+    )
 
 
-def _encode_q8_0(values: npt.NDArray[np.float32], out: npt.NDArray[np.uint8]) -> None:
-    """As ggml's quantize_row_q8_0_ref does, to the bit: a product with the reciprocal of the scale before the scale
-    itself is rounded to float16. Scales beyond float16 saturate; where the reciprocal overflows, they round to 0.
-    """
-    rows, blocks = values.reshape(-1, Q8_0_BLOCK), out.reshape(-1, Q8_0_BYTES)
-    scales = _largest(rows) / np.float32(127)
-    if not np.isfinite(scales).all():
-        raise Error("a weight holds NaN or infinity, which q8_0 cannot express")
-    inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales > np.float32(2.0**-128))
-    blocks[:, :2] = _encode_f16(scales)[:, None].view(np.uint8)
-    blocks[:, 2:] = _round(rows * inverse[:, None]).astype(np.int8).view(np.uint8)
-
-
-def _largest(rows: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """The largest magnitude of each row, zeros without a sign; NaN if it holds one."""
-    return np.abs(np.maximum(rows.max(axis=1), -rows.min(axis=1)))
-
-
-def _round(ratios: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
-    """C's roundf, within [-127, 127]."""
-    rounded = np.trunc(ratios)
-    # Adding 0.5 before cutting would lift 0.49999997 to 1.
-    rounded += np.copysign(np.abs(ratios - rounded) >= 0.5, ratios)
-    # Only a subnormal scale, itself rounded coarsely, can leave the range.
-    return np.clip(rounded, -127, 127, out=rounded)
-
-
-_ENCODERS = {"f32": lambda values: values, "f16": _encode_f16, "bf16": _encode_bf16}
+_ENCODERS = {"f32": lambda values: values, "f16": encode_f16, "bf16": _encode_bf16}

@@ -7,23 +7,60 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from conftest import random_checkpoint
 
 from numballama import quant
 from numballama.checkpoint import Weight
-from numballama.config import BF16, F16, F32, Q8_0, ModelConfig, WeightType
+from numballama.config import BF16, BLOCKS, F16, F32, Q4_0, Q4_1, Q8_0, ModelConfig, WeightType
 from numballama.files import map_file
 from numballama.formats.gguf_writer import write_gguf
 from numballama.gguf_header import TENSOR_TYPES, Header
 from numballama.tokenizer import GgufTokenizer, PieceType, Vocabulary
 
 CONFIG = ModelConfig(32, 64, 2, 4, 2, 300, 16, tied_embeddings=False)
-TYPES = {"F32": F32, "F16": F16, "BF16": BF16, "Q8_0": Q8_0}
+TYPES = {"F32": F32, "F16": F16, "BF16": BF16, "Q8_0": Q8_0, "Q4_0": Q4_0, "Q4_1": Q4_1}
 
 
 def weights_of(config: ModelConfig, kind: WeightType = F32, seed: int = 0) -> dict[str, Weight]:
     weights = random_checkpoint(config, seed).weights
     return {name: quant.convert(w, kind) if len(w.shape) == 2 else w for name, w in weights.items()}
+
+
+HALVES = {
+    "q8_0": ((0,), 127),
+    "q4_0": ((0,), 8),
+    "q4_1": ((0, 2), 15),
+    "q5_0": ((0,), 16),
+    "q5_1": ((0, 2), 31),
+    "q2_k": ((80, 82), 3 * 15),
+    "q3_k": ((108,), 4 * 32),
+    "q4_k": ((0, 2), 15 * 63),
+    "q5_k": ((0, 2), 31 * 63),
+    "q6_k": ((208,), 32 * 128),
+}
+"""Block type → where in a block its float16 factors lie, and the most that they are multiplied with."""
+
+
+def random_blocks(
+    name: str,
+    rows: int,
+    count: int,
+    rng: np.random.Generator,
+    extreme: float = 0.0,
+    odd: bool = False,
+    size: float = 1.0,
+) -> Weight:
+    """Rows of blocks of any payload, with factors that make numbers of about `size` and, once, `extreme`."""
+    numbers, nbytes = BLOCKS[name]
+    places, most = HALVES[name]
+    memory = rng.integers(0, 256, rows * count * nbytes + 1, np.uint8)
+    data = memory[odd : len(memory) - 1 + odd].reshape(rows * count, nbytes)
+    for at in places:
+        factors = (rng.standard_normal(rows * count) * size / most).astype(np.float16)
+        factors[rng.integers(factors.size)] = extreme
+        data[:, at : at + 2] = factors[:, None].view(np.uint8)
+    return Weight((rows, count * numbers), WeightType(name), data.reshape(rows, -1))
 
 
 def letters(size: int) -> GgufTokenizer:
@@ -115,3 +152,27 @@ def u32(key: str, value: int) -> bytes:
 
 def f32(key: str, value: float) -> bytes:
     return entry(key, F32_, struct.pack("<f", value))
+
+
+def split(path: Path, parts: int, stem: str = "model") -> list[Path]:
+    """Write the tensors of a file into `parts` files beside it, as gguf-split does: metadata in the first."""
+    header, data = Header(map_file(path)), path.read_bytes()
+    entries = [data[start:end] for start, end in entries_of(data).values()]
+    kinds = {name: number for number, (name, *_) in TENSOR_TYPES.items()}
+    tensors = list(header.tensors.values())
+    paths = []
+    for index in range(parts):
+        own = tensors[index * len(tensors) // parts : (index + 1) * len(tensors) // parts]
+        numbers = [
+            entry("split.no", 2, struct.pack("<H", index)),
+            entry("split.count", 2, struct.pack("<H", parts)),
+            entry("split.tensors.count", 5, struct.pack("<i", len(tensors))),
+        ]
+        infos, payload = [], b""
+        for info in own:
+            infos.append(tensor(info.name, list(info.shape[::-1]), kinds[info.type], len(payload)))
+            payload += data[info.offset : info.offset + info.nbytes]
+            payload += bytes(-len(payload) % 32)
+        paths.append(path.with_name(f"{stem}-{index + 1:05}-of-{parts:05}.gguf"))
+        paths[-1].write_bytes(container(numbers + (entries if index == 0 else []), infos, payload))
+    return paths

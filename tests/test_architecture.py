@@ -20,7 +20,7 @@ ORDER = [
     # vocabulary
     "errors", "checks", "config", "registry", "memory", "progress",
     # file → Checkpoint
-    "checkpoint", "quant", "files", "gguf_header", "protobuf",
+    "checkpoint", "quant_blocks", "quant", "files", "gguf_header", "gguf_split", "protobuf",
     "tokenizers", "tokenizers.base", "tokenizers.library", "tokenizers.scored",
     "tokenizers.words", "tokenizers.bpe", "tokenizers.gguf_bpe", "tokenizers.tiktoken", "tokenizers.huggingface",
     "tokenizer",
@@ -28,7 +28,7 @@ ORDER = [
     # Checkpoint → Graph → Plan
     "ir", "graph", "plan",
     # Plan → Backend
-    "jit", "lowlevel_cpu", "matmul_cpu", "kernels_cpu", "sampler", "cpu", "reference",
+    "jit", "lowlevel_cpu", "blocks_cpu", "matmul_cpu", "kernels_cpu", "sampler", "cpu", "reference",
     # Backend → Session → text
     "session", "text", "sandbox", "template", "chat", "model",
     # around a model

@@ -98,11 +98,11 @@ def test_a_conversation(path: Path) -> None:
         assert reused == 0 and written == 8 and held == read + 7 and later < 40
         for command, answer in (
             ("/system", "there is no system message"),
-            ("/system Be a pirate.", "> "),
+            ("/system Be a pirate.", ""),
             ("/system", r"Be a pirate\."),
             ("/help", "Ctrl-C stops an answer"),
             ("/nonsense", "there is no command /nonsense"),
-            ("/reset", "> "),
+            ("/reset", ""),
             ("a\\\nb", FIGURES),
         ):
             since = len(t.shown)

@@ -92,8 +92,8 @@ def test_the_gguf_package_writes_the_same_file(tmp_path: Path, kind: str) -> Non
     w = gguf.GGUFWriter(theirs, "llama")
     w.add_type("model")
     w.add_name("tiny")
-    w.add_file_type({"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7}[kind])
-    if kind == "Q8_0":
+    w.add_file_type({"F32": 0, "F16": 1, "BF16": 32, "Q8_0": 7, "Q4_0": 2, "Q4_1": 3}[kind])
+    if kind[:1] == "Q":
         w.add_quantization_version(2)
     w.add_vocab_size(300)
     w.add_context_length(16)
@@ -249,7 +249,6 @@ SCALING = "llama.rope.scaling."
             "architecture 'qwen2'; supported",
         ),
         ("general.type", entry("general.type", STRING, text("adapter")), "of type 'adapter'"),
-        ("split.count", entry("split.count", 2, struct.pack("<H", 3)), "one of 3 parts"),
         (f"{SCALING}type", entry(f"{SCALING}type", STRING, text("yarn")), "'yarn'"),
         (f"{SCALING}factor", f32(f"{SCALING}factor", 4.0), r"rope\.scaling\.factor is 4,"),
         ("llama.rope.scale_linear", f32("llama.rope.scale_linear", 2.0), "scale_linear is 2"),
@@ -393,7 +392,8 @@ def test_unsupported_tensor_types_are_named(tmp_path: Path) -> None:
     save(path)
     data = bytearray(path.read_bytes())
     at = data.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 16
-    for number, message in ((2, "has type Q4_0; supported are F32, F16, BF16, Q8_0$"), (4, "has type 4 .*known: F32")):
+    supported = "F32, F16, BF16, Q8_0, Q4_0, Q4_1, Q5_0, Q5_1, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K"
+    for number, message in ((20, f"has type IQ4_NL; supported are {supported}$"), (4, "has type 4 .*known: F32")):
         struct.pack_into("<I", data, at, number)
         path.write_bytes(data)
         with pytest.raises(UnsupportedError, match=rf"tensor blk\.0\.attn_q\.weight {message}"):

@@ -13,7 +13,7 @@ from hypothesis.extra import numpy as hnp
 
 from numballama import quant
 from numballama.checkpoint import Weight
-from numballama.config import BF16, F16, F32, Q8_0, WeightType
+from numballama.config import BF16, BLOCKS, F16, F32, Q4_0, Q4_1, Q8_0, WeightType
 from numballama.errors import Error, UnsupportedError
 
 BITS16 = np.arange(1 << 16, dtype=np.uint16)
@@ -72,50 +72,6 @@ def test_int8_comes_back_within_half_a_step(values: np.ndarray, group: int) -> N
     assert np.all(np.abs(back - values) <= steps * 0.5001 + 127 * 2.0**-149)
 
 
-rows_of_blocks = hnp.arrays(
-    np.float32,
-    st.tuples(st.integers(1, 4), st.integers(1, 5).map(lambda n: 32 * n)),
-    elements=st.one_of(st.floats(2.0**-10, 2.0**20, width=32), st.floats(-1, -(2.0**-10), width=32), st.just(0.0)),
-)
-
-
-@given(rows_of_blocks, st.sampled_from([1.0, 1e-3, 1e-30]))
-def test_q8_0_is_ggmls_to_the_bit(values: np.ndarray, scale: float) -> None:
-    """Both ways; the gguf package is ggml's reference code in NumPy, but makes NaNs of scales below 2^-128."""
-    gguf = pytest.importorskip("gguf")
-    kind = gguf.GGMLQuantizationType.Q8_0
-    values = values * np.float32(scale)
-    weight = quant.convert(Weight(values.shape, F32, values), Q8_0)
-    assert weight.data.dtype == np.uint8
-    assert weight.data.shape == (len(values), values.shape[1] // 32 * 34)
-    with np.errstate(over="ignore"):
-        np.testing.assert_array_equal(weight.data, gguf.quants.quantize(values, kind))
-    np.testing.assert_array_equal(quant.dequantize(weight), gguf.quants.dequantize(weight.data, kind))
-
-
-@given(data=st.data(), rows=st.integers(1, 3), count=st.integers(1, 4))
-def test_any_q8_0_blocks_decode_as_ggmls(data: st.DataObject, rows: int, count: int) -> None:
-    gguf = pytest.importorskip("gguf")
-    stored = data.draw(hnp.arrays(np.uint8, (rows, count * 34)))
-    with np.errstate(all="ignore"):
-        got = quant.dequantize(Weight((rows, count * 32), Q8_0, stored))
-        np.testing.assert_array_equal(got, gguf.quants.dequantize(stored, gguf.GGMLQuantizationType.Q8_0))
-
-
-def test_q8_0_stays_finite_and_refuses_what_is_not() -> None:
-    for size in (3e38, 1e-38, 1e-40, 1e-45):
-        values = np.full((1, 32), size, np.float32)
-        back = quant.dequantize(quant.convert(Weight(values.shape, F32, values), Q8_0))
-        assert np.isfinite(back).all()
-        assert back.max() == (np.float32(65504) * 127 if size > 1 else 0)
-    for bad in (np.nan, np.inf, -np.inf):
-        values[0, 7] = bad
-        with pytest.raises(Error, match="NaN or infinity, which q8_0"):
-            quant.convert(Weight(values.shape, F32, values), Q8_0)
-    with pytest.raises(Error, match="rows of 33 numbers"):
-        quant.convert(Weight((32, 33), F32, np.ones((32, 33), np.float32)), Q8_0)
-
-
 def test_every_f16_and_bf16_pattern_decodes_and_comes_back() -> None:
     halves = quant.from_f16(BITS16)
     np.testing.assert_array_equal(halves, BITS16.view(np.float16).astype(np.float32))
@@ -167,11 +123,11 @@ def test_f16_is_numpys_and_finite_stays_finite(values: np.ndarray) -> None:
         hnp.array_shapes(min_dims=2, max_dims=2, max_side=12),
         elements=st.floats(-(2.0**126), 2.0**126, width=32),  # 127 · (max / 127) may be infinite at the very end
     ),
-    source=st.sampled_from([F32, F16, BF16, WeightType("int8", 5), WeightType("int8", 64), Q8_0]),
-    target=st.sampled_from([F32, F16, BF16, WeightType("int8", 3), WeightType("int8", 64), Q8_0]),
+    source=st.sampled_from([F32, F16, BF16, WeightType("int8", 5), WeightType("int8", 64), Q8_0, Q4_1]),
+    target=st.sampled_from([F32, F16, BF16, WeightType("int8", 3), WeightType("int8", 64), Q8_0, Q4_0, Q4_1]),
 )
 def test_chunks_do_not_show(values: np.ndarray, source: WeightType, target: WeightType) -> None:
-    if Q8_0 in (source, target):
+    if {source.name, target.name} & BLOCKS.keys():
         values = np.tile(values, 32)
     weight = quant.convert(Weight(values.shape, F32, values), source)
     whole = quant.convert(weight, target)
@@ -179,7 +135,8 @@ def test_chunks_do_not_show(values: np.ndarray, source: WeightType, target: Weig
         patch.setattr(quant, "_CHUNK", 7)
         pieces = quant.convert(weight, target)
     assert whole.shape == pieces.shape == values.shape
-    assert whole.data.shape == (values.shape if target != Q8_0 else (len(values), values.shape[1] // 32 * 34))
+    numbers, nbytes = BLOCKS.get(target.name, (1, 1))
+    assert whole.data.shape == (len(values), values.shape[1] // numbers * nbytes)
     np.testing.assert_array_equal(whole.data, pieces.data)
     np.testing.assert_array_equal(whole.scales, pieces.scales)
     # Through float32, whatever the two types are.
@@ -201,7 +158,7 @@ def test_readonly_unaligned_views_convert() -> None:
         assert quant.dequantize(quant.convert(Weight((10,), F32, values), target))[9] == 9
 
 
-@pytest.mark.parametrize("target", [F16, BF16, WeightType("int8", 64), Q8_0, F32])
+@pytest.mark.parametrize("target", [F16, BF16, WeightType("int8", 64), Q8_0, Q4_1, F32])
 def test_memory_is_the_result_and_a_few_megabytes(target: WeightType) -> None:
     weight = Weight((2000, 2016), F32, np.ones((2000, 2016), np.float32))
     if target is F32:
@@ -217,7 +174,7 @@ def test_impossible_types_are_refused() -> None:
     weight = Weight((4,), F32, np.ones(4, np.float32))
     with pytest.raises(Error, match="group size of 0"):
         quant.convert(weight, WeightType("int8", 0))
-    with pytest.raises(UnsupportedError, match="'q4_0'"):
-        quant.convert(weight, WeightType("q4_0"))
-    with pytest.raises(UnsupportedError, match="q4_0"):
-        quant.convert(Weight((4,), WeightType("q4_0"), np.ones(4, np.int8)), F32)
+    with pytest.raises(UnsupportedError, match="'q9_9'"):
+        quant.convert(weight, WeightType("q9_9"))
+    with pytest.raises(UnsupportedError, match="q9_9"):
+        quant.convert(Weight((4,), WeightType("q9_9"), np.ones(4, np.int8)), F32)

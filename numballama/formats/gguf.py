@@ -1,4 +1,4 @@
-"""GGUF, llama.cpp's format: architecture "llama", weights in F32, F16, BF16 and Q8_0 as they lie in the file.
+"""GGUF, llama.cpp's format: architecture "llama", weights as they lie in the file, or in the files of a split model.
 
 llama.cpp rotates neighbouring dimensions, and its converters permute q and k to that: RoPE pairs are interleaved.
 `gguf_header` reads the container; here its keys become a `ModelConfig`, and its tensors `Weight`s.
@@ -13,10 +13,12 @@ import numpy as np
 
 from .. import quant
 from ..checkpoint import Checkpoint, Weight
-from ..config import BF16, F16, F32, INTERLEAVED, Q8_0, ModelConfig, WeightType
+from ..config import BF16, BLOCKS, F16, F32, INTERLEAVED, RUNS_AS, ModelConfig, WeightType
 from ..errors import Error, FormatError, UnsupportedError
 from ..files import MappedFile
 from ..gguf_header import Header, TensorInfo, require
+from ..gguf_split import open_header
+from ..memory import human
 from ..tokenizer import from_gguf
 from .layout import MAX_CONTEXT, MAX_LAYERS
 
@@ -26,9 +28,9 @@ WEIGHT_TYPES: dict[str, tuple[WeightType, type[np.generic]]] = {
     "F32": (F32, np.float32),
     "F16": (F16, np.uint16),
     "BF16": (BF16, np.uint16),
-    "Q8_0": (Q8_0, np.uint8),
 }
-"""Name of a tensor type that is used as it is → our type, and the elements of `Weight.data`."""
+WEIGHT_TYPES |= {name.upper(): (WeightType(name), np.uint8) for name in BLOCKS}
+"""Name of a tensor type → our type, and the elements of `Weight.data`."""
 
 _TOP = {"tok_embeddings": "token_embd.weight", "norm": "output_norm.weight", "output": "output.weight"}
 _LAYER = {
@@ -65,15 +67,16 @@ def tensor_name(name: str) -> str:
 
 
 def read(file: MappedFile, own_tokenizer: bool = True) -> Checkpoint:
-    """Open a GGUF file, with the tokenizer that it holds unless `own_tokenizer` is False.
+    """Open a GGUF file, with the tokenizer that it holds unless `own_tokenizer` is False. A part of a split model opens
+    all of it.
 
     Raises `FormatError` for damaged files, `UnsupportedError` for architectures, tensor types and metadata that ask
     for what this version cannot do. A tokenizer of an unsupported kind is left out, with a note.
     """
-    header = Header(file)
+    header, notes = open_header(file)
     _require_supported(header)
     config = _config(header)
-    weights = {name: _weight(file, header, name, shape) for name, shape in config.weight_shapes().items()}
+    weights = {name: _weight(header, name, shape) for name, shape in config.weight_shapes().items()}
     known = {tensor_name(name) for name in weights}
     if extra := [name for name in header.tensors if name not in known]:
         raise UnsupportedError(
@@ -87,6 +90,7 @@ def read(file: MappedFile, own_tokenizer: bool = True) -> Checkpoint:
         weights=weights,
         stop_ids=tuple(token for token in ends if token is not None),
         chat_template=header.text("tokenizer.chat_template"),
+        notes=notes + _conversions(weights),
     )
     if window := header.integer(f"{_architecture(header)}.attention.sliding_window", 0):
         opened.notes.append(
@@ -112,8 +116,6 @@ def _require_supported(header: Header) -> None:
         )
     if (kind := header.text("general.type", "model")) != "model":
         raise UnsupportedError(f"{path}: GGUF of type {kind!r}; supported is 'model'")
-    if (parts := header.integer("split.count", 0) or 0) > 1:
-        raise UnsupportedError(f"{path}: one of {parts} parts of a model, which are not read yet; merge them first")
     scaling = header.text(f"{architecture}.rope.scaling.type")
     if scaling not in (None, "none", "linear"):
         raise UnsupportedError(f"{path}: rope.scaling.type is {scaling!r}, which is not supported yet; 'none' is")
@@ -178,16 +180,22 @@ def _config(header: Header) -> ModelConfig:
     return config
 
 
-def _weight(file: MappedFile, header: Header, name: str, shape: tuple[int, ...]) -> Weight:
+def _weight(header: Header, name: str, shape: tuple[int, ...]) -> Weight:
     """A view of the tensor; norms and biases, which are small, become float32."""
     theirs = tensor_name(name)
     if (info := header.tensors.get(theirs)) is None:
-        raise FormatError("a tensor is missing", path=file.path, where=f"tensor {theirs}", expected=shape, found="none")
+        raise FormatError(
+            "a tensor is missing", path=header.path, where=f"tensor {theirs}", expected=shape, found="none"
+        )
     if _squeezed(info.shape, len(shape)) != shape:
         raise FormatError(
-            "a tensor has the wrong shape", path=file.path, where=f"tensor {theirs}", expected=shape, found=info.shape
+            "a tensor has the wrong shape",
+            path=info.file.path,
+            where=f"tensor {theirs}",
+            expected=shape,
+            found=info.shape,
         )
-    return _view(file, info, shape)
+    return _view(info, shape)
 
 
 def _squeezed(shape: tuple[int, ...], n_dims: int) -> tuple[int, ...]:
@@ -196,13 +204,25 @@ def _squeezed(shape: tuple[int, ...], n_dims: int) -> tuple[int, ...]:
     return shape[excess:] if shape[:excess] == (1,) * excess else shape
 
 
-def _view(file: MappedFile, info: TensorInfo, shape: tuple[int, ...]) -> Weight:
+def _view(info: TensorInfo, shape: tuple[int, ...]) -> Weight:
     supported = WEIGHT_TYPES if len(shape) == 2 else {name: WEIGHT_TYPES[name] for name in ("F32", "F16", "BF16")}
     if info.type not in supported:
         raise UnsupportedError(
-            f"{file.path}: tensor {info.name} has type {info.type}; supported are {', '.join(supported)}"
+            f"{info.file.path}: tensor {info.name} has type {info.type}; supported are {', '.join(supported)}"
         )
     kind, element = supported[info.type]
-    data = np.frombuffer(file.data, element, info.nbytes // np.dtype(element).itemsize, info.offset)
+    data = np.frombuffer(info.file.data, element, info.nbytes // np.dtype(element).itemsize, info.offset)
     weight = Weight(shape, kind, data.reshape(shape[0], -1) if len(shape) == 2 else data)
     return weight if len(shape) == 2 else quant.convert(weight, F32)
+
+
+def _conversions(weights: Mapping[str, Weight]) -> list[str]:
+    """A note for each type of which backends have no kernels."""
+    notes = []
+    for kind, target in RUNS_AS.items():
+        if names := [name for name, weight in weights.items() if weight.type.name == kind]:
+            grows = sum(target.nbytes(math.prod(weights[name].shape)) for name in names)
+            which = f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+            exactly = "with the same numbers" if (kind, target.name) in quant.EXACT else "rounded"
+            notes.append(f"{kind.upper()} ({which}) runs as {target}, {exactly}: a copy of {human(grows)}")
+    return notes

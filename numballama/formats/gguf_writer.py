@@ -9,7 +9,7 @@ from os import PathLike
 import numpy as np
 
 from ..checkpoint import Weight
-from ..config import F32, HALF_SPLIT, Q8_0, ModelConfig
+from ..config import BLOCKS, F32, HALF_SPLIT, ModelConfig
 from ..errors import Error, UnsupportedError
 from ..files import replacing
 from ..gguf_header import DEFAULT_ALIGNMENT, MAGIC, TENSOR_TYPES, ValueType
@@ -20,7 +20,8 @@ from .gguf import ARCHITECTURES, WEIGHT_TYPES, tensor_name
 _VERSION = 3
 _NUMBERS = {name: number for number, (name, *_) in TENSOR_TYPES.items()}
 _TYPES = {kind.name: name for name, (kind, _) in WEIGHT_TYPES.items()}
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q8_0": 7, "BF16": 32}  # llama.cpp's llama_ftype: what most of the file is
+_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12}
+_FILE_TYPES |= {"Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "BF16": 32}  # llama.cpp's llama_ftype: what most of the file is
 _QUANTIZATION_VERSION = 2
 _NO_TOKEN = 0xFFFFFFFF
 _CODES = {ValueType.UINT32: "I", ValueType.FLOAT32: "f", ValueType.BOOL: "?"}
@@ -40,7 +41,7 @@ def write_gguf(
 ) -> list[str]:
     """Write GGUF, whole or not at all; returns notes on what the format cannot hold.
 
-    Matrices are written in the type they have, f32, f16, bf16 or q8_0 (`quant.convert` makes them that), norms and
+    Matrices are written in the type they have (`quant.convert` makes them f16, bf16, q8_0, q4_0 or q4_1), norms and
     biases as f32. `name` is `general.name`; `metadata` are further keys with their values, such as
     `{"general.license": "mit"}` (int: uint32, float: float32). Rows of q and k whose RoPE pairs are half-split are
     permuted to interleaved ones, which the format implies. Raises `UnsupportedError` for other weight types or a
@@ -125,7 +126,7 @@ def _entries(
     if name is not None:
         entries.append(("general.name", text, name))
     entries.append(("general.file_type", u32, _FILE_TYPES[most]))
-    if _TYPES[Q8_0.name] in numbers:
+    if any(kind.lower() in BLOCKS for kind in numbers):
         entries.append(("general.quantization_version", u32, _QUANTIZATION_VERSION))
     entries += [
         (f"{prefix}.vocab_size", u32, config.vocab_size),

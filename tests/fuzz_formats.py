@@ -1,0 +1,333 @@
+"""Mutated model files, for every format: python tests/fuzz_formats.py CASES [FORMAT …] [--seed N]
+
+A case takes the valid files of a format, damages them and opens what is left. Whatever the files have become, that ends
+in a model or in a `numballama.Error`, within 2 seconds, in memory of the files' size and 100 MB. The first case that
+does otherwise ends the run; its files stay where the message says, and the same seed makes it again. `test_fuzz.py`
+runs a sample.
+
+A format is one line in `FORMATS`: a function that writes valid files into an empty folder and returns the path to
+open, a file or the folder. Mutations know nothing of formats but that names are letters, digits and dots, and that
+sizes, counts and types stand near names and in the first bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import math
+import random
+import re
+import shutil
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from conftest import random_checkpoint
+from conftest import save as save_random
+from gguf_support import HALVES, letters, random_blocks, split
+
+import numballama
+from numballama import quant
+from numballama.config import BF16, BLOCKS, F16, ModelConfig
+from numballama.errors import Error
+from numballama.formats.gguf_writer import write_gguf
+from numballama.loader import open_checkpoint
+
+SECONDS = 2.0
+BYTES = 100 << 20
+HANG = 60
+"""Seconds after which a case that does not return is shown and ended."""
+
+Maker = Callable[[Path], Path]
+
+
+def gguf_blocks(folder: Path) -> Path:
+    """A file with a tensor of every type, a tokenizer and a chat template."""
+    config, path = ModelConfig(256, 256, 2, 4, 2, 290, 16, tied_embeddings=False), folder / "m.gguf"
+    weights, rng = dict(random_checkpoint(config).weights), np.random.default_rng(1)
+    matrices = [name for name, weight in weights.items() if len(weight.shape) == 2]
+    for name, kind in zip(matrices, ["f16", "bf16", "f32", *HALVES, "f16", "q4_k"], strict=False):
+        weight = weights[name]
+        if kind in BLOCKS:
+            weights[name] = random_blocks(kind, weight.shape[0], weight.shape[1] // BLOCKS[kind][0], rng)
+        elif kind != "f32":
+            weights[name] = quant.convert(weight, F16 if kind == "f16" else BF16)
+    write_gguf(path, config, weights, letters(290), name="sample", chat_template="{{ x }}")
+    return path
+
+
+def gguf_small(folder: Path) -> Path:
+    """The smallest file: mutations meet the directory more often."""
+    config, path = ModelConfig(32, 32, 1, 2, 1, 270, 16), folder / "m.gguf"
+    write_gguf(path, config, random_checkpoint(config).weights)
+    return path
+
+
+def gguf_split(folder: Path) -> Path:
+    """Three parts, opened from the second."""
+    config, whole = ModelConfig(32, 32, 2, 2, 1, 290, 16), folder / "whole.gguf"
+    write_gguf(whole, config, random_checkpoint(config).weights, letters(290))
+    parts = split(whole, 3)
+    whole.unlink()
+    return parts[1]
+
+
+def binary(name: str) -> Maker:
+    """A format of `formats.WRITERS` that is one file without names."""
+    return lambda folder: save_random(folder, name)[0]
+
+
+FORMATS: dict[str, Maker] = {
+    "gguf": gguf_blocks,
+    "gguf-small": gguf_small,
+    "gguf-split": gguf_split,
+    "llama2c-v0": binary("llama2c-v0"),
+    "llama2c-v1": binary("llama2c-v1"),
+    "llama2c-v2": binary("llama2c-v2"),
+    "kuiper": binary("kuiper"),
+    "kuiper-int8": binary("kuiper-int8"),
+}
+"""Name → what writes a valid model of that format."""
+
+
+# Mutations
+
+
+@dataclass(frozen=True)
+class Link:
+    """A symbolic link to another file of the model, or to itself."""
+
+    target: str
+
+
+Files = dict[str, bytes | bytearray | Link | None]
+"""Path within the folder → content; None is a folder in the file's place."""
+
+_NAME = re.compile(rb"[A-Za-z_][\w./-]{4,80}")
+_NUMBER = re.compile(rb"-?\d+(\.\d+)?|true|false|null")
+_EXTREMES = [0, 1, 2, 3, 7, 8, 9, 13, 31, 32, 255, 1 << 15, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 63, (1 << 64) - 1]
+_LITERALS = [b"0", b"-1", b"1", b"3", b"4294967296", b"9223372036854775808", b"1e999", b"0.5", b"null", b"true", b'"a"']
+_LITERALS += [b"[]", b"{}", b"[[[[", b"NaN", b"9" * 400]
+
+
+def _names(data: bytes | bytearray) -> list[re.Match[bytes]]:
+    """The names in a file's first and last parts: between them lie numbers, in large files of any format."""
+    return list(_NAME.finditer(bytes(data[: 1 << 18]))) or list(_NAME.finditer(bytes(data[-(1 << 18) :])))
+
+
+def _place(rng: random.Random, data: bytearray) -> int:
+    """Somewhere in a file, most often where sizes, counts and types are."""
+    if rng.random() < 0.5 and (names := _names(data)):
+        name = rng.choice(names)
+        return min(max(0, name.start() - 8 + rng.randrange(name.end() - name.start() + 48)), len(data) - 1)
+    return rng.randrange(min(len(data), rng.choice((16, 64, 512, 1 << 14, len(data)))))
+
+
+def _flip(rng: random.Random, data: bytearray) -> None:
+    data[_place(rng, data)] ^= 1 << rng.randrange(8)
+
+
+def _byte(rng: random.Random, data: bytearray) -> None:
+    data[_place(rng, data)] = rng.randrange(256)
+
+
+def _word(rng: random.Random, data: bytearray) -> None:
+    """An integer becomes an extreme one, or one more, less, twice or half of what it was."""
+    at, width = _place(rng, data), rng.choice((1, 2, 4, 8))
+    old = int.from_bytes(data[at : at + width], "little")
+    new = rng.choice((rng.choice(_EXTREMES), rng.randrange(64), old + 1, old - 1, old * 2, old // 2))
+    data[at : at + width] = (new % (1 << 8 * width)).to_bytes(width, "little")
+
+
+def _delete(rng: random.Random, data: bytearray) -> None:
+    at = _place(rng, data)
+    del data[at : at + rng.choice((1, 4, 8, 32, 100))]
+
+
+def _repeat(rng: random.Random, data: bytearray) -> None:
+    start, at = _place(rng, data), _place(rng, data)
+    data[at:at] = data[start : start + rng.choice((1, 4, 8, 32, 100))]
+
+
+def _cut(rng: random.Random, data: bytearray) -> None:
+    del data[_place(rng, data) if rng.random() < 0.5 else rng.randrange(len(data)) :]
+
+
+def _grow(rng: random.Random, data: bytearray) -> None:
+    data += rng.randbytes(rng.choice((1, 8, 4096)))
+
+
+def _rename(rng: random.Random, data: bytearray) -> None:
+    """A name becomes another of the file, or one that differs in a letter."""
+    if names := _names(data):
+        name, other = rng.choice(names), rng.choice(names)
+        if rng.random() < 0.5:
+            data[name.start() : name.end()] = other.group()
+        else:
+            data[rng.randrange(name.start(), name.end())] = rng.choice(b"0123456789abcdefXYZ._")
+
+
+def _literal(rng: random.Random, data: bytearray) -> None:
+    """In text, a number becomes another, or something else."""
+    numbers = list(_NUMBER.finditer(bytes(data[: 1 << 18])))
+    if b"{" in data[:16] and numbers:
+        number = rng.choice(numbers)
+        data[number.start() : number.end()] = rng.choice(_LITERALS)
+    else:
+        _word(rng, data)
+
+
+_IN_FILE = (_flip, _byte, _word, _word, _word, _delete, _repeat, _cut, _grow, _rename, _rename, _literal, _literal)
+
+
+def _among_files(rng: random.Random, files: Files) -> None:
+    """A file goes missing, becomes empty, a folder, a link, or another file of the model; two change places."""
+    name, other = rng.choice(list(files)), rng.choice(list(files))
+    match rng.randrange(7):
+        case 0:
+            del files[name]
+        case 1:
+            files[name] = b""
+        case 2:
+            files[name] = None
+        case 3:
+            files[name] = Link(other)
+        case 4:
+            files[name] = files[other]
+        case 5:
+            files[name], files[other] = files[other], files[name]
+        case 6:
+            files[name + rng.choice(("", ".bak", "2"))] = files.pop(name)
+
+
+def mutate(rng: random.Random, files: Files) -> None:
+    """Damage the files once, twice or more often."""
+    for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
+        if not files:
+            return
+        if rng.random() < (0.2 if len(files) > 1 else 0.02):
+            _among_files(rng, files)
+            continue
+        name = rng.choice(list(files))
+        content = files[name]
+        if isinstance(content, (bytes, bytearray)) and content:
+            data = bytearray(content)
+            rng.choice(_IN_FILE)(rng, data)
+            files[name] = data
+
+
+# A case
+
+
+def examine(path: Path) -> None:
+    """What a program does with a model file before it computes, and a look at every byte of the weights."""
+    opened = open_checkpoint(path)
+    for weight in opened.weights.values():
+        if weight.nbytes != weight.type.nbytes(math.prod(weight.shape)):
+            raise AssertionError(f"{weight.type} of shape {weight.shape} in {weight.nbytes} bytes")
+        weight.data.view(np.uint8).max()
+    if (tokenizer := opened.tokenizer) is not None:
+        tokenizer.decode(range(tokenizer.vocab_size))
+        with contextlib.suppress(Error):  # a vocabulary may lack what a text needs
+            tokenizer.encode("Once upon a time 🙂\0 <s>", special=True)
+    _ = numballama.inspect(path).memory
+
+
+def _status(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise AssertionError(field)
+
+
+@contextlib.contextmanager
+def limits(size: int) -> Iterator[None]:
+    """Raise `AssertionError` when what is done takes too long or, on Linux, too much memory for files of this size."""
+    measured = sys.platform == "linux"
+    before = 0
+    if measured:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        before = _status("VmRSS")
+    started = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds = time.perf_counter() - started
+        grown = _status("VmHWM") - before if measured else 0
+    if seconds > SECONDS:
+        raise AssertionError(f"took {seconds:.1f} s")
+    if grown > size + BYTES:
+        raise AssertionError(f"took {grown:,} bytes of memory for {size:,} bytes of files")
+
+
+def write(folder: Path, files: Files) -> int:
+    """Write the files anew; returns their bytes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if content is None:
+            path.mkdir()
+        elif isinstance(content, Link):
+            path.symlink_to(folder / content.target)
+        else:
+            path.write_bytes(content)
+    return sum(len(content) for content in files.values() if isinstance(content, (bytes, bytearray)))
+
+
+def fuzz(name: str, cases: int, seed: int, folder: Path, opener: Callable[[Path], None] = examine) -> tuple[int, int]:
+    """Run cases of a format; returns how many ended in a model and how many in an `Error`.
+
+    Raises `AssertionError` naming the case for anything else. Its files are in `folder` then.
+    """
+    model = folder / name
+    model.mkdir(parents=True)
+    path = FORMATS[name](model)
+    valid: Files = {str(p.relative_to(model)): p.read_bytes() for p in sorted(model.rglob("*")) if p.is_file()}
+    opener(path)
+    opened = refused = 0
+    for case in range(cases):
+        rng, files = random.Random(f"{name} {seed} {case}"), dict(valid)
+        mutate(rng, files)
+        size = write(model, files)
+        faulthandler.dump_traceback_later(HANG, exit=True)
+        try:
+            with warnings.catch_warnings(), limits(size):
+                warnings.simplefilter("error")
+                try:
+                    opener(path)
+                    opened += 1
+                except Error:
+                    refused += 1
+        except Exception as error:
+            raise AssertionError(f"{name}, seed {seed}, case {case}: {error!r}; see {model}") from error
+        finally:
+            faulthandler.cancel_dump_traceback_later()
+    return opened, refused
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("cases", type=int, help="cases of each format")
+    parser.add_argument("formats", nargs="*", help=f"of {', '.join(FORMATS)}; all by default")
+    parser.add_argument("--seed", type=int, default=0)
+    asked = parser.parse_args(arguments)
+    faulthandler.enable()
+    folder = Path(tempfile.mkdtemp(prefix="numballama-fuzz-"))
+    for name in asked.formats or FORMATS:
+        print(f"{name} in {folder / name}", flush=True)
+        started = time.perf_counter()
+        opened, refused = fuzz(name, asked.cases, asked.seed, folder)
+        print(f"  {opened:,} opened, {refused:,} refused, in {time.perf_counter() - started:.0f} s", flush=True)
+    shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
