@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import json
 import re
+import string
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from datetime import datetime
@@ -35,7 +36,8 @@ WEIGHT, PRODUCT = 1 << 22, 1 << 23
 CONTAINER = 16
 """What an item of a list or mapping weighs, besides its own weight."""
 
-_WIDTH = re.compile(r"\d{5}|\*|\{[^{}]*\{")  # in a format string: a wide field, or one whose width is an argument
+_WIDE = re.compile(r"%(\([^()]*\))?[-+ #0]*\d*\.?(\*|\d{3})")
+"""A %-field of 100 characters and more, or of as many as an argument says."""
 _WITHOUT_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 """Filters whose time grows faster than their input, and that no chat template uses."""
 
@@ -45,7 +47,7 @@ class Budget:
 
     def __init__(self, inputs: int = 0) -> None:
         self.weight, self.product = max(WEIGHT, 8 * inputs), max(PRODUCT, 64 * inputs)
-        self._output, self._made = self.weight, 8 * self.weight
+        self._output, self._values = self.weight, 8 * self.weight
         self._deadline = time.thread_time() + SECONDS
 
     def check(self) -> None:
@@ -53,7 +55,7 @@ class Budget:
         if time.thread_time() > self._deadline:
             raise SecurityError(f"it takes longer than {SECONDS:g} s")
 
-    def print(self, characters: int) -> None:
+    def write(self, characters: int) -> None:
         self._output -= characters
         if self._output < 0:
             raise SecurityError("it writes too much")
@@ -62,8 +64,8 @@ class Budget:
         """`value`, new, if it is not too heavy."""
         if weight_of(value, self.weight) > self.weight:
             raise SecurityError(f"it makes a value of more than {self.weight:,} characters")
-        self._made -= CONTAINER * len(value) if isinstance(value, list | tuple | dict) else _length(value)
-        if self._made < 0:
+        self._values -= CONTAINER * len(value) if isinstance(value, list | tuple | dict) else _length(value)
+        if self._values < 0:
             raise SecurityError("it makes too many values")
         return value
 
@@ -105,7 +107,7 @@ class _Steps(list[Any]):
     def __iter__(self) -> Iterator[Any]:
         for item in super().__iter__():
             self._budget.check()
-            self._budget.print(self._printed)
+            self._budget.write(self._printed)
             yield item
 
 
@@ -191,7 +193,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
             __self._require_product([owner, *args, *kwargs.values()])
         made = __self._made(super().call(__context, __obj, *args, **kwargs))
         if isinstance(__obj, Macro):  # a call block prints what it makes as it is
-            __self.budget.print(len(made))
+            __self.budget.write(len(made))
         return made
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
@@ -201,22 +203,24 @@ class Sandbox(ImmutableSandboxedEnvironment):
         elif operator == "**" and isinstance(left, int) and isinstance(right, int) and abs(right) > 64:
             raise SecurityError("it raises a number to a power above 64")
         elif operator == "%" and isinstance(left, str):
-            self._require_narrow(left)
+            _require_narrow(left, _WIDE.search(left) is not None)
         return self.budget.weigh(super().call_binop(context, operator, left, right))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
         wrapped = super().wrap_str_format(value)  # None but for the methods that format
         if wrapped is not None:
-            self._require_narrow(value.__self__)
+            specs = [spec or "" for _, _, spec, _ in string.Formatter().parse(value.__self__)]
+            _require_narrow(value.__self__, any("{" in spec or re.search(r"\d{3}", spec) for spec in specs))
         return wrapped
 
     def _finalize(self, value: Any) -> Any:
         self.budget.check()
-        self.budget.print(weight_of(value, self.budget.weight))
+        self.budget.write(weight_of(value, self.budget.weight))
         return value
 
     def _each(self, items: Iterable[Any], printed: int) -> list[Any]:
-        return _Steps(self._made(items if isinstance(items, list | tuple) else iter(items)), self.budget, printed)
+        made = items if isinstance(items, list | tuple) else self._made(iter(items))
+        return _Steps(made, self.budget, printed)
 
     def _concat(self, parts: list[Any]) -> str:
         self.budget.check()
@@ -233,7 +237,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         def guarded(*args: Any, **kwargs: Any) -> Any:
             self.budget.check()
             if name == "format":
-                self._require_narrow(str(args[0]))
+                _require_narrow(str(args[0]), _WIDE.search(str(args[0])) is not None)
             if name == "sum" and not isinstance(kwargs.get("start", args[3] if len(args) > 3 else 0), int | float):
                 raise SecurityError("it sums what are no numbers")
             self._require_product([*args, *kwargs.values()])
@@ -268,9 +272,10 @@ class Sandbox(ImmutableSandboxedEnvironment):
         if len(largest) == 2 and largest[0] * largest[1] > self.budget.product:
             raise SecurityError(f"it may make a value of {largest[0] * largest[1]:,} characters")
 
-    def _require_narrow(self, form: str) -> None:
-        if _WIDTH.search(form):
-            raise SecurityError(f"its format {form[:40]!r} asks for a wide field")
+
+def _require_narrow(form: str, wide: bool) -> None:
+    if wide:
+        raise SecurityError(f"its format {form[:40]!r} asks for a wide field")
 
 
 class Refusal(jinja2.TemplateError):

@@ -40,13 +40,16 @@ def test_renderings_are_the_peers(name: str, small: Tokenizer) -> None:
         found = read_text_files(path.parent)
         assert found.tokenizer is not None
         template = choose(found.chat_template, found.tokenizer)
-    expected = iter(PEERS[name]["renderings"])
+    expected, ids = iter(PEERS[name]["renderings"]), []
     for conversation in CONVERSATIONS:
         for prompt in (False, True):
             rendered = template.render(conversation, prompt, **VARIABLES)
+            if name not in SOURCES:
+                ids.append(found.tokenizer.encode(rendered, bos=False, special=True))
             # llama.cpp writes BOS when it encodes
             assert rendered.removeprefix("<s>" if name == "built-in Llama 3's" else "") == next(expected)
     assert len(PEERS[name]["renderings"]) == 2 * len(CONVERSATIONS)
+    assert ids == PEERS[name].get("ids", [])
 
 
 def test_llama_2s_is_metas(small: Tokenizer) -> None:
@@ -121,6 +124,9 @@ HOSTILE = {
     "a power": "{{ 10**10**10 }}",
     "a wide %": "{{ '%999999999d' % 1 }}",
     "a wide % of an argument": "{{ '%*d' % (999999999, 1) }}",
+    "a wide % by name": "{{ '%(x)9999d' % {'x': 1} }}",
+    "a precise %": "{{ '%.999999999f' % 1 }}",
+    "a precise % of an argument": "{{ '%.*f' % (999999999, 1) }}",
     "a wide format": "{{ '{:>999999999}'.format(1) }}",
     "a wide format of an argument": "{{ '{:{}}'.format(1, 999999999) }}",
     "a wide format_map": "{{ '{x:>999999999}'.format_map({'x': 1}) }}",
@@ -186,6 +192,8 @@ def test_long_conversations_fit_the_budget(small: Tokenizer) -> None:
 
 
 def test_the_budget_is_of_one_rendering(small: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    formats = "{{ '**%s** %-5d|' % ('a', 3) }}{{ '{{\"k\": {}}}'.format(12345) }}{{ '20240 {:>4}'.format('é') }}"
+    assert ChatTemplate(formats, small).render([]) == '**a** 3    |{"k": 12345}20240    é'
     template = ChatTemplate("{% for i in range(n) %}x{% endfor %}", small)
     for _ in range(5):
         assert len(template.render([], n=90_000)) == 90_000

@@ -77,23 +77,23 @@ BUILT_IN = {"ChatML": "chatml", "Llama 3's": "llama3"}
 def write(name: str, content: dict[str, Any]) -> None:
     found: dict[str, Any] = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
     found[name] = content
-    GOLDEN.write_text(json.dumps(dict(sorted(found.items())), indent=1, ensure_ascii=False) + "\n")
+    GOLDEN.write_text(json.dumps(dict(sorted(found.items())), indent=0, ensure_ascii=False) + "\n")
 
 
 def transformers(folder: Path) -> None:
     import transformers as library
 
     def renderings(tokenizer: Any, template: str | None) -> dict[str, Any]:
-        return {
-            "peer": f"transformers {library.__version__}",
-            "renderings": [
-                tokenizer.apply_chat_template(
-                    conversation, chat_template=template, tokenize=False, add_generation_prompt=prompt, **VARIABLES
-                )
+        def apply(tokenize: bool) -> list[Any]:
+            options = {"chat_template": template, "tokenize": tokenize, "return_dict": False} | VARIABLES
+            return [
+                tokenizer.apply_chat_template(conversation, add_generation_prompt=prompt, **options)
                 for conversation in CONVERSATIONS
                 for prompt in (False, True)
-            ],
-        }
+            ]
+
+        found = {"peer": f"transformers {library.__version__}", "renderings": apply(False)}
+        return found if template else found | {"ids": apply(True)}
 
     for name in REAL:
         write(name, renderings(library.AutoTokenizer.from_pretrained(folder / f"tokenizer-{name}"), None))
