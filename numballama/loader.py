@@ -23,7 +23,7 @@ _FOREIGN = {
     b"\x80\x04\x95": "a pickle",
     b"\x89HDF": "an HDF5 file",
 }
-_PADDING = 8, 256  # a vocabulary is padded to a multiple of at least the first, by less than the second
+_PADDING = 8, 512  # a vocabulary is padded to a multiple of at least the first, by less than the second
 
 
 STORY_MODEL = Path(__file__).with_name("story.gguf")

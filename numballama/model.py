@@ -87,6 +87,8 @@ class Model:
         self.path = self._checkpoint.path
         self.config: ModelConfig = self._checkpoint.config
         self.tokenizer: Tokenizer | None = self._checkpoint.tokenizer
+        if self.tokenizer is not None:
+            self.tokenizer.prepare()
         self.notes = list(self._checkpoint.notes)
         if device == "auto":
             self.notes.append(f"device {self.device}, the only fast one in this version")

@@ -63,6 +63,7 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
             raise FormatError(
                 "a GGUF file without a tokenizer", path=path, expected="tokenizer.ggml.tokens", found="no such key"
             )
+        tokenizer.prepare()
         return tokenizer
     if file.data[:64].lstrip().startswith(b"{"):
         return read_json(file)
@@ -92,7 +93,7 @@ def _in_directory(directory: Path) -> Path | None:
 
 
 def from_gguf(header: Header) -> Tokenizer | None:
-    """The tokenizer in a GGUF file's metadata; None if it holds none.
+    """The tokenizer in a GGUF file's metadata; None if it holds none. Damage may show in its `prepare` only.
 
     Raises `FormatError` for damaged metadata, `UnsupportedError` for a tokenizer of another kind.
     """

@@ -115,6 +115,9 @@ class Tokenizer(ABC):
         """Spelling → id of what `encode(…, special=True)` takes for a token and `special=False` for text."""
         return self._controls
 
+    def prepare(self) -> None:  # noqa: B027  (most have nothing to do)
+        """Do now what the first text would wait for. Raises `FormatError` for damage that only then shows."""
+
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Ids → text, without the leading space that encoding adds; bytes that are no UTF-8 become U+FFFD."""
         decoder = self.decoder()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -31,13 +31,14 @@ LETTERS = {byte: letter for letter, byte in BYTES.items()}
 class BPETokenizer(Tokenizer):
     """A BPE model that the library encodes with; text and pieces are taken apart here.
 
-    `library` has its added tokens in it, each with `special` True or not: `added` maps their spelling to ids, and
-    `special` are the ids of those that contribute no text. `pieces[id]` is None where the ids have a hole.
+    `build` makes the library's tokenizer, when it is first needed: large ones take half a second. Its added tokens are
+    in it, each special or not: `added` maps their spelling to ids, and `special` are the ids of those that contribute
+    no text. `pieces[id]` is None where the ids have a hole.
     """
 
     def __init__(
         self,
-        library: Library,
+        build: Callable[[], Library],
         pieces: Sequence[str | None],
         added: Mapping[str, int],
         special: frozenset[int],
@@ -50,11 +51,21 @@ class BPETokenizer(Tokenizer):
     ) -> None:
         super().__init__(len(pieces), bos_id, eos_id, strip)
         self.add_bos, self.add_eos = add_bos, add_eos
-        self._library, self._pieces, self._added, self._special = library, pieces, dict(added), special
+        self._build: Callable[[], Library] | None = build
+        self._pieces, self._added, self._special = pieces, dict(added), special
         self._added_ids = frozenset(self._added.values())
         self._byte_level = byte_level
         if byte_level:
             self.invalid = "replace"  # as the library does: one U+FFFD for a character cut short
+
+    def prepare(self) -> None:
+        _ = self._library
+
+    @cached_property
+    def _library(self) -> Library:
+        assert self._build is not None
+        library, self._build = self._build(), None  # which may keep a whole file mapped
+        return library
 
     @cached_property
     def _plain(self) -> Library:
@@ -106,7 +117,8 @@ class BPETokenizer(Tokenizer):
             known = all(letter in BYTES for letter in piece)
             return Kind.BYTE, bytes(map(BYTES.__getitem__, piece)) if known else piece.encode()
         if match := BYTE_PIECE.fullmatch(piece.encode()):
-            return Kind.BYTE, bytes([int(match[1], 16)])
+            data = bytes([int(match[1], 16)])
+            return Kind.TEXT if data == b" " else Kind.BYTE, data  # the library strips this space as it does any other
         return Kind.TEXT, piece.replace(SPACE, " ").encode()
 
     def _read_piece(self, token: int) -> str:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..errors import FormatError, UnsupportedError
 from ..gguf_header import Header
 from .base import MAX_VOCAB, PieceType
 from .bpe import BPETokenizer, faults, library_from
 from .words import WORDS, pre_tokenizer
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as Library
 
 _KEY = "tokenizer.ggml."
 
@@ -28,14 +33,8 @@ def bpe_from_gguf(header: Header) -> BPETokenizer:
     pieces = [piece.decode(errors="replace") for piece in header.strings(f"{_KEY}tokens") or []]
     if not 0 < len(pieces) <= MAX_VOCAB:
         raise fault("tokens", f"1 to {MAX_VOCAB:,} pieces", f"{len(pieces):,}")
-    if (merges := header.strings(f"{_KEY}merges")) is None:
+    if f"{_KEY}merges" not in header.fields:
         raise fault("merges", "merges of two pieces", "no such key")
-    pairs: list[tuple[str, str]] = []
-    for number, merge in enumerate(merges):
-        left, space, right = merge[1:].partition(b" ")
-        if not space:
-            raise fault("merges", "two pieces with a space between them", f"{merge[:40]!r} (number {number:,})")
-        pairs.append(((merge[:1] + left).decode(errors="replace"), right.decode(errors="replace")))
     types = header.numbers(f"{_KEY}token_type")
     if types is not None and len(types) != len(pieces):
         raise fault("token_type", f"{len(pieces):,} numbers", f"{len(types):,}")
@@ -52,18 +51,25 @@ def bpe_from_gguf(header: Header) -> BPETokenizer:
     wanted = (PieceType.CONTROL, PieceType.USER_DEFINED, PieceType.UNKNOWN)
     added = {pieces[token]: token for token, kind in enumerate(kinds) if kind in wanted and pieces[token]}
     silent = frozenset(token for token, kind in enumerate(kinds) if kind in (PieceType.CONTROL, PieceType.UNKNOWN))
-    from tokenizers import models  # 0.03 s to import
-
-    vocabulary = {piece: token for token, piece in reversed(list(enumerate(pieces)))} | added
-    with faults("bad vocabulary", header.path):
-        library = library_from(
-            models.BPE(vocab=vocabulary, merges=pairs, ignore_merges=words.ignore_merges),
-            pre_tokenizer(words),
-            [(piece, token in silent) for piece, token in added.items()],
-        )
     add_bos, add_eos = (header.flag(f"{_KEY}add_{name}_token") for name in ("bos", "eos"))
+
+    def build() -> Library:
+        from tokenizers import models  # 0.03 s to import
+
+        merges: list[tuple[str, str]] = []
+        for number, merge in enumerate(header.strings(f"{_KEY}merges") or []):
+            left, space, right = merge[1:].partition(b" ")
+            if not space:
+                raise fault("merges", "two pieces with a space between them", f"{merge[:40]!r} (number {number:,})")
+            merges.append(((merge[:1] + left).decode(errors="replace"), right.decode(errors="replace")))
+        vocabulary = {piece: token for token, piece in reversed(list(enumerate(pieces)))} | added
+        with faults("bad vocabulary", header.path):
+            model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=words.ignore_merges)
+            special = [(piece, token in silent) for piece, token in added.items()]
+            return library_from(model, pre_tokenizer(words), special)
+
     return BPETokenizer(
-        library,
+        build,
         pieces,
         added,
         silent,

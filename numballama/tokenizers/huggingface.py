@@ -140,7 +140,7 @@ def read_json(file: MappedFile) -> BPETokenizer:
     special |= {token for token in (rules.bos, rules.eos) if token is not None}
     strip, byte_level = _decoding(decoder, file.path)
     return BPETokenizer(
-        library, pieces, added, special, rules.bos, rules.eos, rules.add_bos, rules.add_eos, strip, byte_level
+        lambda: library, pieces, added, special, rules.bos, rules.eos, rules.add_bos, rules.add_eos, strip, byte_level
     )
 
 

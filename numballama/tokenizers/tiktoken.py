@@ -88,7 +88,7 @@ def read_tiktoken(file: MappedFile) -> BPETokenizer:
     names = {number: token for token, number in added.items()}
     bos, eos = added["<|begin_of_text|>"], added["<|end_of_text|>"]
     pieces = [*vocabulary, *(names[token] for token in sorted(names))]
-    return BPETokenizer(library, pieces, added, frozenset(names), bos, eos, add_bos=True)
+    return BPETokenizer(lambda: library, pieces, added, frozenset(names), bos, eos, add_bos=True)
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
