@@ -1,6 +1,9 @@
 """Write a model of a named shape with random weights: speed does not depend on what a model knows.
 
-python benchmarks/make_random.py TinyLlama-1.1B q8_0 OUT.gguf        (shapes: numballama.config.NAMED_SHAPES)
+python benchmarks/make_random.py TinyLlama-1.1B q8_0 OUT.gguf [TOKENIZER.model]
+
+Shapes: numballama.config.NAMED_SHAPES. Types: f32, f16, bf16, q8_0, q4_0, q4_1, q4_k, q6_k, and q4_k_m, a mixture of the
+last two as llama.cpp makes it.
 """
 
 import math
@@ -9,23 +12,49 @@ import sys
 import numpy as np
 
 from numballama import loader, quant
+from numballama.blocks_cpu import RECORDS
 from numballama.checkpoint import Weight
-from numballama.config import BF16, F16, F32, NAMED_SHAPES, Q8_0
+from numballama.config import F32, NAMED_SHAPES, ModelConfig, WeightType
 from numballama.formats import WRITERS
 
-TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}
+
+def mixture(kind: str, name: str, config: ModelConfig) -> str:
+    """The type of a matrix: q4_k_m has q6_k for the classifier, and for v and w2 of about half of the layers."""
+    if kind != "q4_k_m":
+        return kind
+    _, _, short = name.rpartition(".")
+    if short in ("wv", "w2"):
+        layer, eighth = int(name.split(".")[1]), config.n_layers // 8
+        more = layer < eighth or layer >= 7 * config.n_layers // 8 or (layer - eighth) % 3 == 2
+        return "q6_k" if more else "q4_k"
+    return "q6_k" if name == "output" or (name == "tok_embeddings" and config.tied_embeddings) else "q4_k"
+
+
+def random_blocks(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> Weight:
+    """Blocks of random bits, scaled so that their numbers are about as large as those of the other types here."""
+    data = rng.integers(0, 256, WeightType(kind).nbytes(math.prod(shape)), np.uint8)
+    blocks = data.view(RECORDS[kind])
+    blocks["d"] = np.float16(0.1 / 32 / 32 * shape[-1] ** -0.5).view(np.uint16)
+    if "m" in (RECORDS[kind].names or ()):
+        blocks["m"] = np.float16(0.1 / 32 * 0.23 * shape[-1] ** -0.5).view(np.uint16)
+    return Weight(shape, WeightType(kind), data.reshape(shape[0], -1))
 
 
 def main() -> None:
     shape, kind, target = sys.argv[1:4]
-    config = NAMED_SHAPES[shape]
-    noise = np.random.default_rng(0).standard_normal(1 << 22, dtype=np.float32)
+    config, rng = NAMED_SHAPES[shape], np.random.default_rng(0)
+    noise = rng.standard_normal(1 << 22, dtype=np.float32)
     weights = {}
     for name, extents in config.weight_shapes().items():
-        numbers = np.resize(noise, math.prod(extents)).reshape(extents) * np.float32(extents[-1] ** -0.5)
-        matrix = len(extents) == 2
-        weight = Weight(extents, F32, numbers if matrix else np.ones(extents, np.float32))
-        weights[name] = quant.convert(weight, TYPES[kind]) if matrix else weight
+        if len(extents) == 1:
+            weights[name] = Weight(extents, F32, np.ones(extents, np.float32))
+            continue
+        own = mixture(kind, name, config)
+        if own in ("q4_k", "q6_k"):  # nothing here writes these from numbers
+            weights[name] = random_blocks(own, extents, rng)
+        else:
+            numbers = np.resize(noise, math.prod(extents)).reshape(extents) * np.float32(extents[-1] ** -0.5)
+            weights[name] = quant.convert(Weight(extents, F32, numbers), WeightType(own))
     # llama.cpp wants a vocabulary: any of the right size will do
     tokenizer = loader.load_tokenizer(sys.argv[4]) if len(sys.argv) > 4 else None
     WRITERS["gguf"](target, config, weights, tokenizer=tokenizer, name=f"{shape}, random")

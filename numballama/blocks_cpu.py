@@ -2,7 +2,7 @@
 
 A weight of blocks is an array [rows, blocks of a row] of records, one record type for each block type: `RECORDS` says
 what lies where, and it is how compiled code tells the types apart. Of a block type there is one small decoder, which
-writes the vector instructions that make 32 consecutive numbers at a time; what happens to those numbers, a product or
+writes the vector instructions that make 16 consecutive numbers at a time; what happens to those numbers, a product or
 a store, is written once for all types. Written as vectors, because of such loops LLVM makes scalar code.
 
 A number is computed as `quant_blocks` computes it, to the bit: products of a block's factors are exact, so fused
@@ -20,7 +20,7 @@ from numba import from_dtype, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .lowlevel_cpu import BLOCK, FLOAT, INT16, INT32, INT64, add_lanes, element, half_to_float, load_block
+from .lowlevel_cpu import FLOAT, INT16, INT32, INT64, add_lanes, cpu_features, element, half_to_float
 
 RECORDS = {
     "q8_0": np.dtype([("d", "<u2"), ("q", "i1", 32)]),
@@ -37,66 +37,14 @@ NUMBERS = {"q8_0": 32, "q4_0": 32, "q4_1": 32, "q4_k": 256, "q6_k": 256}
 """Numbers of a block."""
 
 INT8 = ir.IntType(8)
-SUMS = 2
+LANES = 16
+"""Numbers of a vector: a register of AVX-512, or several of narrower ones."""
+SUMS = 4
 """Vectors that products are added to in turn: one alone would wait for each sum before the next."""
 
 
-def _vector(kind: Any, count: int = BLOCK) -> Any:
+def _vector(kind: Any, count: int = LANES) -> Any:
     return ir.VectorType(kind, count)
-
-
-class _Block:
-    """One block at an address, while code for it is written."""
-
-    def __init__(self, builder: Any, name: str, pointer: Any) -> None:
-        self.builder, self.name, self.pointer = builder, name, pointer
-
-    def load(self, field: str, kind: Any, offset: int = 0) -> Any:
-        """What lies `offset` bytes into a field, as an LLVM type."""
-        at = ir.Constant(INT64, KINDS[self.name].offset(field) + offset)
-        return self.builder.load(self.builder.bitcast(self.builder.gep(self.pointer, [at]), kind.as_pointer()), align=1)
-
-    def half(self, field: str) -> Any:
-        """A float16 as float32."""
-        return half_to_float(self.builder, self.load(field, INT16))
-
-    def spread(self, number: Any, count: int = BLOCK) -> Any:
-        """A vector of one number."""
-        one = self.builder.insert_element(
-            ir.Constant(_vector(number.type, count), ir.Undefined), number, _int(INT32, 0)
-        )
-        return self.builder.shuffle_vector(one, one, ir.Constant(_vector(INT32, count), [0] * count))
-
-    def lanes(self, vector: Any, *which: int) -> Any:
-        """Lanes of a vector, each for its equal share of a vector of BLOCK."""
-        mask = [lane for lane in which for _ in range(BLOCK // len(which))]
-        return self.builder.shuffle_vector(vector, vector, ir.Constant(_vector(INT32), mask))
-
-    def floats(self, numbers: Any, signed: bool = False) -> Any:
-        """A vector of 8-bit integers as float32."""
-        wide, kind = _vector(INT32, numbers.type.count), _vector(FLOAT, numbers.type.count)
-        extended = (self.builder.sext if signed else self.builder.zext)(numbers, wide)
-        return self.builder.sitofp(extended, kind)
-
-    def bits(self, numbers: Any, shift: int, mask: int) -> Any:
-        """(numbers >> shift) & mask."""
-        if shift:
-            numbers = self.builder.lshr(numbers, _all(numbers.type, shift))
-        if mask == (1 << (numbers.type.element.width - shift)) - 1:
-            return numbers
-        return self.builder.and_(numbers, _all(numbers.type, mask))
-
-    def times(self, a: Any, b: Any) -> Any:
-        return self.builder.fmul(a, b, flags=("contract",))
-
-    def plus(self, a: Any, b: Any) -> Any:
-        return self.builder.fadd(a, b, flags=("contract",))
-
-    def nibbles(self, field: str) -> Any:
-        """BLOCK 4-bit integers: those in the low bits of 16 bytes, then those in the high bits."""
-        packed = self.load(field, _vector(INT8, 16))
-        low, high = self.bits(packed, 0, 15), self.bits(packed, 4, 15)
-        return self.builder.shuffle_vector(low, high, ir.Constant(_vector(INT32), list(range(BLOCK))))
 
 
 def _int(kind: Any, number: int) -> Any:
@@ -107,25 +55,93 @@ def _all(kind: Any, number: float) -> Any:
     return ir.Constant(kind, [number] * kind.count)
 
 
-# Decoders: the numbers of a block, BLOCK at a time and in order, as float32 vectors.
+class _Block:
+    """One block at an address, while code for it is written."""
+
+    def __init__(self, builder: Any, name: str, pointer: Any) -> None:
+        self.builder, self.name, self.pointer = builder, name, pointer
+
+    def load(self, field: str, kind: Any, offset: int = 0) -> Any:
+        """What lies `offset` bytes into a field, as an LLVM type."""
+        at = _int(INT64, KINDS[self.name].offset(field) + offset)
+        return self.builder.load(self.builder.bitcast(self.builder.gep(self.pointer, [at]), kind.as_pointer()), align=1)
+
+    def half(self, field: str) -> Any:
+        """A float16 as float32."""
+        return half_to_float(self.builder, self.load(field, INT16))
+
+    def octets(self, field: str, offset: int = 0, signed: bool = False) -> Any:
+        """LANES 8-bit integers as 32-bit ones."""
+        numbers = self.load(field, _vector(INT8), offset)
+        return (self.builder.sext if signed else self.builder.zext)(numbers, _vector(INT32))
+
+    def spread(self, number: Any, count: int = LANES) -> Any:
+        """A vector of one number."""
+        one = self.builder.insert_element(
+            ir.Constant(_vector(number.type, count), ir.Undefined), number, _int(INT32, 0)
+        )
+        return self.builder.shuffle_vector(one, one, _all(_vector(INT32, count), 0))
+
+    def lane(self, vector: Any, lane: int) -> Any:
+        """A vector of one lane of another."""
+        return self.builder.shuffle_vector(vector, vector, _all(_vector(INT32), lane))
+
+    def floats(self, numbers: Any) -> Any:
+        return self.builder.sitofp(numbers, _vector(FLOAT, numbers.type.count))
+
+    def bits(self, numbers: Any, shift: int, mask: int) -> Any:
+        """(numbers >> shift) & mask."""
+        if shift:
+            numbers = self.builder.lshr(numbers, _all(numbers.type, shift))
+        return self.builder.and_(numbers, _all(numbers.type, mask))
+
+    def times(self, a: Any, b: Any) -> Any:
+        return self.builder.fmul(a, b, flags=("contract",))
+
+    def plus(self, a: Any, b: Any) -> Any:
+        return self.builder.fadd(a, b, flags=("contract",))
+
+    def steps(self, packed: Any, shift: int, scale: Any, first: int = 0, least: Any = None) -> Any:
+        """scale · (first + q) + least of LANES numbers, q being 4 bits from `shift` on in 32-bit lanes below 256.
+
+        With AVX-512 the 16 values that such numbers can have are a register, and one instruction looks LANES of them
+        up by the low 4 bits of its indices: half the work of converting and multiplying each.
+        """
+        if cpu_features().get("avx512f"):
+            choices = self.times(scale, ir.Constant(_vector(FLOAT), [float(first + q) for q in range(16)]))
+            choices = choices if least is None else self.plus(choices, least)
+            indices = self.builder.lshr(packed, _all(packed.type, shift)) if shift else packed
+            kind = ir.FunctionType(_vector(FLOAT), [_vector(FLOAT), _vector(INT32)])
+            name = "llvm.x86.avx512.permvar.sf.512"
+            function = self.builder.module.globals.get(name) or ir.Function(self.builder.module, kind, name)
+            return self.builder.call(function, [choices, indices])
+        fields = self.bits(packed, shift, 15)
+        numbers = self.floats(self.builder.add(fields, _all(fields.type, first)) if first else fields)
+        return self.times(scale, numbers) if least is None else self.plus(self.times(scale, numbers), least)
 
 
-def _q8_0(block: _Block) -> Iterator[Any]:
+# Decoders: (index of the first, LANES numbers of a block as float32), for all numbers of the block.
+
+
+def _q8_0(block: _Block) -> Iterator[tuple[int, Any]]:
     scale = block.spread(block.half("d"))
-    yield block.times(block.floats(block.load("q", _vector(INT8)), signed=True), scale)
+    for start in (0, 16):
+        yield start, block.times(block.floats(block.octets("q", start, signed=True)), scale)
 
 
-def _q4_0(block: _Block) -> Iterator[Any]:
-    numbers = block.builder.sub(block.nibbles("q"), _all(_vector(INT8), 8))
-    yield block.times(block.floats(numbers, signed=True), block.spread(block.half("d")))
+def _q4_0(block: _Block) -> Iterator[tuple[int, Any]]:
+    packed, scale = block.octets("q"), block.spread(block.half("d"))
+    for start, shift in ((0, 0), (16, 4)):
+        yield start, block.steps(packed, shift, scale, first=-8)
 
 
-def _q4_1(block: _Block) -> Iterator[Any]:
-    scaled = block.times(block.floats(block.nibbles("q")), block.spread(block.half("d")))
-    yield block.plus(scaled, block.spread(block.half("m")))
+def _q4_1(block: _Block) -> Iterator[tuple[int, Any]]:
+    packed, scale, least = block.octets("q"), block.spread(block.half("d")), block.spread(block.half("m"))
+    for start, shift in ((0, 0), (16, 4)):
+        yield start, block.steps(packed, shift, scale, least=least)
 
 
-def _q4_k(block: _Block) -> Iterator[Any]:
+def _q4_k(block: _Block) -> Iterator[tuple[int, Any]]:
     """Eight runs of 32, each with a scale and a least number of 6 bits, times the block's `d` and `m`.
 
     Bytes 0-3 of `scales` hold the first four scales, 4-7 the first four least numbers, in their low 6 bits; the others
@@ -134,40 +150,43 @@ def _q4_k(block: _Block) -> Iterator[Any]:
     builder, four = block.builder, _vector(INT8, 4)
     first, second, third = (block.load("scales", four, offset) for offset in (0, 4, 8))
 
-    def factors(half: Any, low: int, field: str) -> Any:
-        high = builder.shl(block.bits(half, 6, 3), _all(four, 4))
-        rest = builder.or_(block.bits(third, low, 15), high)
-        joined = builder.shuffle_vector(block.bits(half, 0, 63), rest, ir.Constant(_vector(INT32, 8), list(range(8))))
+    def factors(half: Any, shift: int, field: str) -> Any:
+        rest = builder.or_(block.bits(third, shift, 15), builder.shl(block.bits(half, 6, 3), _all(four, 4)))
+        order = ir.Constant(_vector(INT32, 8), list(range(8)))
+        joined = builder.zext(builder.shuffle_vector(block.bits(half, 0, 63), rest, order), _vector(INT32, 8))
         return builder.fmul(block.floats(joined), block.spread(block.half(field), 8))
 
     scales, least = factors(first, 0, "d"), builder.fneg(factors(second, 4, "m"))
     for pair in range(4):
-        packed = block.load("q", _vector(INT8), BLOCK * pair)
-        for shift, run in ((0, 2 * pair), (4, 2 * pair + 1)):
-            numbers = block.floats(block.bits(packed, shift, 15))
-            yield block.plus(block.times(numbers, block.lanes(scales, run)), block.lanes(least, run))
+        packed = [block.octets("q", 32 * pair + start) for start in (0, 16)]
+        for run, shift in ((2 * pair, 0), (2 * pair + 1, 4)):
+            for half in range(2):
+                numbers = block.steps(packed[half], shift, block.lane(scales, run), least=block.lane(least, run))
+                yield 32 * run + 16 * half, numbers
 
 
-def _q6_k(block: _Block) -> Iterator[Any]:
+def _q6_k(block: _Block) -> Iterator[tuple[int, Any]]:
     """Sixteen runs of 16 with 8-bit scales, times the block's `d`; numbers of 6 bits, which count from -32.
 
     For each half of 128 numbers: 64 bytes with the low 4 bits, of numbers 0-63 below those of 64-127, and 32 bytes
     with the high 2 bits, of numbers 0-31 lowest.
     """
-    builder, byte = block.builder, _vector(INT8)
-    scales = block.floats(block.load("scales", _vector(INT8, 16)), signed=True)
-    scales = builder.fmul(scales, block.spread(block.half("d"), 16))
+    builder, byte = block.builder, _vector(INT8, 32)
+    scales = block.times(block.floats(block.octets("scales", signed=True)), block.spread(block.half("d")))
+    halves = [ir.Constant(_vector(INT32), list(range(start, start + LANES))) for start in (0, 16)]
     for half in range(2):
-        high = block.load("high", byte, BLOCK * half)
+        high = block.load("high", byte, 32 * half)
         for part in range(4):
-            low = block.bits(block.load("low", byte, 64 * half + BLOCK * (part % 2)), 4 * (part // 2), 15)
+            low = block.bits(block.load("low", byte, 64 * half + 32 * (part % 2)), 4 * (part // 2), 15)
             top = builder.shl(block.bits(high, 2 * part, 3), _all(byte, 4))
-            numbers = builder.sub(builder.or_(low, top), _all(byte, 32))
-            run = 8 * half + 2 * part
-            yield block.times(block.floats(numbers, signed=True), block.lanes(scales, run, run + 1))
+            fields = builder.sub(builder.or_(low, top), _all(byte, 32))
+            for which, lanes in enumerate(halves):
+                numbers = builder.sext(builder.shuffle_vector(fields, fields, lanes), _vector(INT32))
+                run = 8 * half + 2 * part + which
+                yield 16 * run, block.times(block.floats(numbers), block.lane(scales, run))
 
 
-_DECODERS: dict[str, Callable[[_Block], Iterator[Any]]] = {
+_DECODERS: dict[str, Callable[[_Block], Iterator[tuple[int, Any]]]] = {
     "q8_0": _q8_0,
     "q4_0": _q4_0,
     "q4_1": _q4_1,
@@ -177,7 +196,7 @@ _DECODERS: dict[str, Callable[[_Block], Iterator[Any]]] = {
 
 
 def _for_vectors(builder: Any, name: str, blocks: Any, locate: Any, use: Any) -> None:
-    """Code that calls use(index of the first number, vector, which) for each BLOCK numbers of `blocks` blocks.
+    """Code that calls use(index of the first number, vector, which) for all LANES numbers of `blocks` blocks.
 
     `locate` gives a block's address; `which` counts the vectors of a loop's round. Small blocks are taken four a round.
     """
@@ -190,8 +209,8 @@ def _for_vectors(builder: Any, name: str, blocks: Any, locate: Any, use: Any) ->
             for offset in range(step):
                 block = builder.add(index, _int(INT64, offset))
                 start = builder.mul(block, _int(INT64, numbers))
-                for part, vector in enumerate(_DECODERS[name](_Block(builder, name, locate(block)))):
-                    use(builder.add(start, _int(INT64, BLOCK * part)), vector, which)
+                for first, vector in _DECODERS[name](_Block(builder, name, locate(block))):
+                    use(builder.add(start, _int(INT64, first)), vector, which)
                     which += 1
         if step == 1:
             break
@@ -220,17 +239,16 @@ def dot_blocks(typingctx: Any, weights: Any, i: Any, x: Any, j: Any, blocks: Any
             builder.store(zero, place)
 
         def use(index: Any, vector: Any, which: int) -> None:
-            numbers = load_block(context, builder, sig.args[2], other, builder.add(start, index))
+            pointer = element(context, builder, sig.args[2], other, builder.add(start, index))
+            numbers = builder.load(builder.bitcast(pointer, vector.type.as_pointer()), align=4)
             place = sums[which % SUMS]
             product = builder.fmul(vector, numbers, flags=("contract",))
             builder.store(builder.fadd(builder.load(place), product, flags=("contract",)), place)
 
         locate = _locator(context, builder, sig.args[0], array, first)
         _for_vectors(builder, _NAMES[sig.args[0].dtype], count, locate, use)
-        total = builder.load(sums[0])
-        for place in sums[1:]:
-            total = builder.fadd(total, builder.load(place))
-        return add_lanes(builder, total)
+        first_two, last_two = (builder.fadd(*map(builder.load, sums[at : at + 2])) for at in (0, 2))
+        return add_lanes(builder, builder.fadd(first_two, last_two))
 
     return types.float32(weights, types.int64, x, types.int64, types.int64), codegen
 

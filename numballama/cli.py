@@ -1,4 +1,4 @@
-"""The command line, `numballama story | generate | inspect | bench | export`: text to stdout, all else to stderr."""
+"""The command line: `story`, `generate`, `chat`, `inspect`, `bench`, `export`. Text on stdout, all else on stderr."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from . import __version__, progress
@@ -72,6 +73,20 @@ def parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(run=_generate)
 
+    chat = commands.add_parser(
+        "chat",
+        help="talk with a model",
+        description="A conversation: in a terminal, or with a message a line from stdin and the answers on stdout.",
+        epilog="In the conversation, /help lists the commands. Ctrl-C stops an answer, Ctrl-D ends.",
+    )
+    chat.add_argument("model", help="the model file")
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    chat.add_argument("--chat-template", metavar="FILE", help="a jinja2 template in place of the model's own")
+    _model_options(chat)
+    _sampling_options(chat)
+    chat.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="of an answer (default 1024)")
+    chat.set_defaults(run=_chat)
+
     inspect = commands.add_parser(
         "inspect",
         help="show what a model file holds",
@@ -80,7 +95,7 @@ def parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "model", nargs="?", help="a model file, directory or hub id (default: the story model inside this package)"
     )
-    inspect.add_argument("--tokenizer", metavar="FILE", help="sentencepiece .model, llama2.c .bin or GGUF")
+    inspect.add_argument("--tokenizer", metavar="FILE", help="its file or directory, where the model has none")
     inspect.add_argument("--full", action="store_true", help="every layer, not only the first")
     inspect.add_argument("--json", action="store_true", help="one JSON object instead of a report")
     inspect.set_defaults(run=_inspect)
@@ -126,7 +141,7 @@ def parser() -> argparse.ArgumentParser:
 
 def _model_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("model")
-    group.add_argument("--tokenizer", metavar="FILE", help="sentencepiece .model, llama2.c .bin or GGUF")
+    group.add_argument("--tokenizer", metavar="FILE", help="its file or directory, where the model has none")
     group.add_argument("--device", default="auto", help="auto (default), cpu, or reference (NumPy, slow)")
     group.add_argument(
         "--dtype", help="convert the linear weights: f32, f16, bf16, int8, q8_0 or q4_0 (default: as the file has them)"
@@ -203,6 +218,19 @@ def _generate(arguments: argparse.Namespace) -> None:
     with _load(arguments) as model:
         options = {**_sampling(arguments), "max_tokens": arguments.max_tokens, "stop": arguments.stop}
         _show(model.stream(prompt, **options), sys.stdout)
+
+
+def _chat(arguments: argparse.Namespace) -> None:
+    template = None
+    if arguments.chat_template is not None:
+        try:
+            template = Path(arguments.chat_template).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise Error(f"{arguments.chat_template}: cannot be read: {error}") from None
+    with _load(arguments) as model:
+        from .cli_chat import converse
+
+        converse(model.chat(arguments.system, template), {**_sampling(arguments), "max_tokens": arguments.max_tokens})
 
 
 def _inspect(arguments: argparse.Namespace) -> None:

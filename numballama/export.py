@@ -13,7 +13,6 @@ from .config import BLOCKS, F32, WeightType
 from .errors import UnsupportedError
 from .files import expand
 from .formats import WRITERS
-from .formats.hf import TOKENIZER_FILES
 from .memory import human
 
 FLOAT_ONLY = ("llama2c-v0", "llama2c-v1", "kuiper")
@@ -27,8 +26,9 @@ QUANTS: dict[str, tuple[str, ...]] = {
 """Format → the types that `quantize` may be. GGUF also holds its other block types, as they come."""
 
 _GROUPS = (64, 32, 16, 8, 4)
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _COMPANIONS = (
-    *TOKENIZER_FILES,
+    *_TOKENIZERS,
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -178,4 +178,4 @@ def _files(opened: Checkpoint, tokenizer: str | PathLike[str] | None) -> tuple[P
     given = expand(tokenizer)
     if given.is_dir():
         return tuple(path for name in _COMPANIONS if (path := given / name).is_file())
-    return (given,) if given.name in TOKENIZER_FILES else ()
+    return (given,) if given.name in _TOKENIZERS else ()

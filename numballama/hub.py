@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Sequence
+from os import PathLike
 from pathlib import Path
 
 from .errors import Error
@@ -10,11 +13,9 @@ from .errors import Error
 _ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 _FILES = (".bin", ".gguf", ".safetensors", ".pth", ".pt", ".model", ".json")
 
-WANTED = (
+TEXT = (
     "config.json",
     "generation_config.json",
-    "model*.safetensors",
-    "model.safetensors.index.json",
     "tokenizer.json",
     "tokenizer.model",
     "tokenizer_config.json",
@@ -24,6 +25,9 @@ WANTED = (
     "merges.txt",
     "chat_template.jinja",
 )
+"""Files that a tokenizer is read from, with what stands beside it."""
+
+WANTED = ("model*.safetensors", "model.safetensors.index.json", *TEXT)
 """Files that `formats.hf` and the tokenizers read; the rest of a repository (other formats, pictures) stays there."""
 
 
@@ -32,15 +36,22 @@ def is_id(name: str) -> bool:
     return bool(_ID.fullmatch(name)) and ".." not in name and not name.lower().endswith(_FILES)
 
 
-def download(name: str) -> Path:
-    """The directory in the hub's cache that holds the files of model `name`, downloaded if they are not there.
+def local(path: str | PathLike[str], wanted: Sequence[str] = WANTED) -> str | PathLike[str]:
+    """`path` itself, or, if it is a hub id and no file or directory has that name, the directory with its files."""
+    if isinstance(path, str) and is_id(path) and not os.path.exists(path):
+        return download(path, wanted)
+    return path
+
+
+def download(name: str, wanted: Sequence[str] = WANTED) -> Path:
+    """The directory in the hub's cache that holds the `wanted` files of model `name`, downloaded if they are not there.
 
     Raises `Error` when the library is missing or the files cannot be had: it says what to download and where to put
     it.
     """
     by_hand = (
-        f"or download {', '.join(WANTED[:4])} and the tokenizer's files from https://huggingface.co/{name} into a "
-        "directory, and give its path"
+        f"or download config.json, generation_config.json, {', '.join(WANTED[:2])} and the tokenizer's files from "
+        f"https://huggingface.co/{name} into a directory, and give its path"
     )
     try:
         from huggingface_hub import constants, snapshot_download
@@ -51,7 +62,7 @@ def download(name: str) -> Path:
             f"pip install 'numballama[hub]'; {by_hand}"
         ) from None
     try:
-        return Path(snapshot_download(name, allow_patterns=list(WANTED)))
+        return Path(snapshot_download(name, allow_patterns=list(wanted)))
     except HfHubHTTPError as error:
         status = int(getattr(error.response, "status_code", 0))
         reason = {401: "it needs a login (hf auth login)", 403: "its licence must be accepted there first"}.get(status)

@@ -25,7 +25,7 @@ _FOREIGN = {
     b"\x80\x04\x95": "a pickle",
     b"\x89HDF": "an HDF5 file",
 }
-_PADDING = 8, 256  # a vocabulary is padded to a multiple of at least the first, by less than the second
+_PADDING = 8, 512  # a vocabulary is padded to a multiple of at least the first, by less than the second
 
 
 STORY_MODEL = Path(__file__).with_name("story.gguf")
@@ -57,7 +57,7 @@ def open_checkpoint(
         values = ", ".join(f"{name}={getattr(opened.config, name)!r}" for name in opened.assumed)
         opened.notes.append(f"{opened.format} files do not say {values}: assumed")
     if tokenizer is not None:
-        opened.tokenizer = load_tokenizer(tokenizer)
+        opened.tokenizer = load_tokenizer(hub.local(tokenizer, hub.TEXT))
     if opened.tokenizer is not None:
         _require_fit(opened, opened.tokenizer, tokenizer)
     return opened
@@ -68,9 +68,8 @@ open = open_checkpoint
 
 
 def _read(path: str | PathLike[str], own_tokenizer: bool) -> Checkpoint:
+    path = hub.local(path)
     directory = expand(path)
-    if isinstance(path, str) and hub.is_id(path) and not os.path.exists(directory):
-        directory = hub.download(path)
     if os.path.isdir(directory):
         if hf.is_directory_of(directory):
             return hf.read(directory, own_tokenizer)

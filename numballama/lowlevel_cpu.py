@@ -32,7 +32,7 @@ def element(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> An
     return builder.gep(make_array(kind)(context, builder, array).data, [index])
 
 
-def _features() -> dict[str, bool]:
+def cpu_features() -> dict[str, bool]:
     """What the CPU that code is made for can do: this one, unless Numba was told of another."""
     told = numba.config.CPU_FEATURES
     if told is None and numba.config.CPU_NAME is None:
@@ -42,7 +42,7 @@ def _features() -> dict[str, bool]:
 
 def _converts_half() -> bool:
     """Whether the CPU converts float16 itself: else LLVM would call a function of a C library that is not there."""
-    return platform.machine() not in ("x86_64", "AMD64") or _features().get("f16c", False)
+    return platform.machine() not in ("x86_64", "AMD64") or cpu_features().get("f16c", False)
 
 
 def _const(number: int) -> Any:
@@ -211,7 +211,7 @@ def dot_int8(
 
 def _lanes() -> int:
     """Float32 numbers in a register of the widest kind that there are enough of for 16 sums."""
-    features = _features()
+    features = cpu_features()
     return 16 if features.get("avx512f") else 8 if features.get("avx") else 4
 
 

@@ -43,15 +43,21 @@ HALVES = {
 
 
 def random_blocks(
-    name: str, rows: int, count: int, rng: np.random.Generator, extreme: float = 0.0, odd: bool = False
+    name: str,
+    rows: int,
+    count: int,
+    rng: np.random.Generator,
+    extreme: float = 0.0,
+    odd: bool = False,
+    size: float = 1.0,
 ) -> Weight:
-    """Rows of blocks of any payload, with factors that make numbers of about 1 and, once, `extreme`."""
+    """Rows of blocks of any payload, with factors that make numbers of about `size` and, once, `extreme`."""
     numbers, nbytes = BLOCKS[name]
     places, most = HALVES[name]
     memory = rng.integers(0, 256, rows * count * nbytes + 1, np.uint8)
     data = memory[odd : len(memory) - 1 + odd].reshape(rows * count, nbytes)
     for at in places:
-        factors = (rng.standard_normal(rows * count) / most).astype(np.float16)
+        factors = (rng.standard_normal(rows * count) * size / most).astype(np.float16)
         factors[rng.integers(factors.size)] = extreme
         data[:, at : at + 2] = factors[:, None].view(np.uint8)
     return Weight((rows, count * numbers), WeightType(name), data.reshape(rows, -1))

@@ -17,11 +17,12 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+from gguf_support import random_blocks
 
 import numballama
-from numballama import cpu, quant
+from numballama import cpu, quant, quant_blocks
 from numballama.checkpoint import Weight
-from numballama.config import F32, WeightType
+from numballama.config import BLOCKS, F32, WeightType
 from numballama.cpu import CpuBackend, CpuProgram
 from numballama.ir import Graph, Op
 from numballama.jit import compile_step
@@ -74,7 +75,11 @@ def run_parts(program: CpuProgram, tokens: int, step: int, order: Sequence[int])
 def as_weight(values: np.ndarray, kind: str = "f32", group: int = 0, misaligned: bool = False) -> Weight:
     """A weight of these numbers; `misaligned` puts its bytes at an odd address and makes them read-only, as a file
     does."""
-    weight = quant.convert(Weight(values.shape, F32, values), WeightType(kind, group))
+    if kind in BLOCKS and kind not in quant_blocks.ENCODERS:  # numbers as large as these, but not these
+        rng, count = np.random.default_rng(values.size), values.shape[1] // BLOCKS[kind][0]
+        weight = random_blocks(kind, len(values), count, rng, size=float(np.std(values)))
+    else:
+        weight = quant.convert(Weight(values.shape, F32, values), WeightType(kind, group))
     if not misaligned:
         return weight
     return Weight(weight.shape, weight.type, _odd(weight.data), None if weight.scales is None else _odd(weight.scales))

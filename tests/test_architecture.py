@@ -20,11 +20,13 @@ ORDER = [
     # vocabulary
     "errors", "checks", "config", "rope", "registry", "memory", "progress",
     # file → Checkpoint
-    "checkpoint", "quant_blocks", "quant", "conversion", "files", "gguf_header", "gguf_split", "protobuf",
-    "tokenizers", "tokenizers.base", "tokenizers.library", "tokenizers.scored", "tokenizer",
+    "checkpoint", "quant_blocks", "quant", "conversion", "files", "gguf_header", "gguf_split", "protobuf", "hub",
+    "tokenizers", "tokenizers.base", "tokenizers.library", "tokenizers.scored",
+    "tokenizers.words", "tokenizers.bpe", "tokenizers.gguf_bpe", "tokenizers.tiktoken", "tokenizers.huggingface",
+    "tokenizer",
     "formats.layout", "formats.llama2c", "formats.kuiper", "formats.pairing", "formats.gguf", "formats.gguf_writer",
     "formats.jsonfile", "formats.safetensors", "formats.hf_config", "formats.hf", "formats.hf_writer",
-    "formats.torchfile", "formats.meta", "formats", "hub", "loader",
+    "formats.torchfile", "formats.meta", "formats", "loader",
     # Checkpoint → Graph → Plan
     "ir", "graph", "plan",
     # Plan → Backend
@@ -33,9 +35,9 @@ ORDER = [
     "kernels_cuda.pieces", "kernels_cuda.gemv", "kernels_cuda.basic", "kernels_cuda.attention", "kernels_cuda.sampling",
     "kernels_cuda", "cuda", "reference",
     # Backend → Session → text
-    "session", "text", "model",
+    "session", "text", "sandbox", "template", "chat", "model",
     # around a model
-    "inspection", "bench", "export", "cli", "__main__",
+    "inspection", "bench", "export", "cli_chat", "cli", "__main__",
 ]  # fmt: skip
 """The flow, left to right: a module imports only what stands before it."""
 

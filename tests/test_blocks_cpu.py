@@ -127,6 +127,46 @@ def test_models_of_mixed_types_agree_with_the_reference(tmp_path: Path, mixture:
                 assert not model.weights[name].data.flags.owndata  # as it lies in the file
 
 
+GENERIC = """
+import sys
+import numba, numpy as np
+from gguf_support import random_blocks
+from numballama import quant
+from numballama.blocks_cpu import NUMBERS, RECORDS, decode_blocks, dot_blocks
+
+@numba.njit
+def decode(weight, out):
+    decode_blocks(weight, 0, out, 0, weight.size)
+
+@numba.njit
+def dot(weight, x):
+    return dot_blocks(weight, 0, x, 0, weight.size)
+
+rng = np.random.default_rng(0)
+for name in RECORDS:
+    for count in (1, 4, 7):
+        weight = random_blocks(name, 1, count, rng, odd=True)
+        wanted, out = quant.dequantize(weight)[0], np.empty(weight.shape[1], np.float32)
+        blocks, x = weight.data.view(RECORDS[name]).reshape(-1), rng.standard_normal(out.size, np.float32)
+        decode(blocks, out)
+        assert (out.view(np.uint32) == wanted.view(np.uint32)).all(), name
+        error = abs(dot(blocks, x) - wanted.astype(float) @ x)
+        assert error <= 2.0**-24 * out.size * (abs(wanted) @ abs(x)), (name, error)
+print("permvar" in next(iter(decode.inspect_llvm().values())))
+"""
+
+
+@pytest.mark.parametrize("generic", [False, True])
+def test_any_cpu_decodes_blocks(generic: bool) -> None:
+    """With AVX-512 some types are looked up in registers, elsewhere computed: the same numbers, to the bit."""
+    plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""} if generic else {}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | plain
+    command = [sys.executable, "-c", GENERIC]
+    found = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert found.returncode == 0, found.stderr[-3000:]
+    assert not generic or found.stdout.split() == ["False"]
+
+
 COUNT_MISSES = """
 import sys, numballama, numballama.cpu as cpu
 misses, real = [], cpu.compile_step

@@ -80,3 +80,13 @@ def test_example_story() -> None:
     assert done.stdout.startswith("Once upon a time")
     assert len(done.stdout) > 100
     assert "tokens/s" in done.stderr
+
+
+def test_example_chat() -> None:
+    words = [str(ROOT / "examples" / "chat.py")]
+    done = subprocess.run(
+        [sys.executable, *words], input="Hello.\nAnd then?\n", capture_output=True, text=True, check=True, timeout=300
+    )
+    assert len(done.stdout) > 20
+    first, second = (line for line in done.stderr.splitlines() if "tokens read" in line)
+    assert ", 0 from the cache" in first and ", 0 from the cache" not in second

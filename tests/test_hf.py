@@ -15,11 +15,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from conftest import random_checkpoint
 
-from numballama import hub, quant
+import numballama
+from numballama import hub, quant, tokenizer
 from numballama.config import BF16, F16, F32, ModelConfig, RopeScaling
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.formats import hf
+from numballama.formats.hf_writer import write_safetensors
 from numballama.loader import open_checkpoint
 
 HF = Path(__file__).parent / "golden" / "hf"
@@ -282,7 +285,7 @@ def test_stop_ids_and_templates(copy: Callable[[str], Path]) -> None:
 
 
 def test_the_directorys_tokenizer(copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The front door is asked for the directory; what it cannot read is left out, what is damaged is an error."""
+    """What cannot be read is left out with a note, what is damaged is an error."""
     folder, asked = copy("llama"), []
     result: Error | None = None
 
@@ -291,18 +294,32 @@ def test_the_directorys_tokenizer(copy: Callable[[str], Path], monkeypatch: pyte
         if result is not None:
             raise result
 
-    monkeypatch.setattr(hf, "load_tokenizer", load)
+    monkeypatch.setattr(tokenizer, "load_tokenizer", load)
     open_checkpoint(folder)
     assert asked == []
     (folder / "tokenizer.json").write_text("{}")
     open_checkpoint(folder)
-    assert asked == [folder]
+    assert asked == [folder / "tokenizer.json"]
     result = UnsupportedError("of a kind to come")
     assert open_checkpoint(folder).notes == ["its tokenizer is left out: of a kind to come"]
     result = FormatError("damaged tokenizer")
     with pytest.raises(FormatError, match="damaged tokenizer"):
         open_checkpoint(folder)
     assert hf.read(folder, own_tokenizer=False).tokenizer is None
+
+
+def test_text_from_a_directory(tmp_path: Path) -> None:
+    """A tokenizer.json beside random weights: a prompt in, characters out."""
+    shutil.copy(HF.parent / "small.json", tmp_path / "tokenizer.json")
+    size = tokenizer.load_tokenizer(tmp_path).vocab_size
+    config = ModelConfig(16, 24, 1, 2, 1, size + -size % 8, 64, rope_pairing="half")
+    write_safetensors(tmp_path / "model", config, random_checkpoint(config).weights, eos_ids=(0,))
+    shutil.move(tmp_path / "tokenizer.json", tmp_path / "model")
+    with numballama.compile(tmp_path / "model", device="reference") as model:
+        assert isinstance(model.tokenizer, tokenizer.BPETokenizer)
+        assert model.tokenizer.decode(model.tokenizer.encode("Once upon a time")) == "Once upon a time"
+        pieces = list(model.stream("Once", max_tokens=5, temperature=0))
+    assert 1 <= len(pieces) <= 5
 
 
 # ---- damage ----
@@ -470,6 +487,9 @@ def test_a_hub_id_is_downloaded_once_it_is_no_path(
     shutil.copytree(folder, tmp_path / "owner" / "name")
     assert open_checkpoint("owner/name").path == Path("owner/name")
     assert len(asked) == 1
+    with pytest.raises(FormatError, match="without a tokenizer"):
+        numballama.load_tokenizer("other/name")
+    assert asked[1][0] == "other/name" and not any("safetensors" in pattern for pattern in asked.pop()[1])
     with pytest.raises(Error, match="no such file"):
         open_checkpoint(tmp_path / "owner" / "other")
     assert len(asked) == 1

@@ -19,6 +19,7 @@ from support import as_weight, check_step, compiled, cpu_backend, poison, read, 
 
 from numballama import quant, registry
 from numballama.checkpoint import Weight
+from numballama.config import BLOCKS
 from numballama.cpu import CpuProgram
 from numballama.ir import DTYPES, Graph, Value
 from numballama.kernels_cpu import CACHE, LINEAR
@@ -50,9 +51,10 @@ class Case:
         return self.rng.standard_normal(shape, dtype=np.float32) * self.scale
 
     def columns(self) -> int:
-        """Of a weight of this case's type: rows of q8_0 are whole blocks."""
+        """Of a weight of this case's type: rows of blocks are whole blocks, here up to 8 small or 2 large ones."""
         columns: int = self.draw(SIZES)
-        return -(-columns // 32) * 32 if self.type == "q8_0" else columns
+        numbers, _ = BLOCKS.get(self.type, (1, 1))
+        return min(-(-columns // min(numbers, 128)) * numbers, 512)
 
     def input(self, name: str, array: np.ndarray) -> Value:
         self.arrays[name] = array
@@ -559,12 +561,12 @@ def test_a_16_bit_weight_decodes_exactly(kind: str) -> None:
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-15, 1e15, 1e30])
 def test_linear_of_huge_and_small_numbers(kind: str, magnitude: float) -> None:
     rng = np.random.default_rng(3)
-    graph = Graph("linear")
-    graph.add("linear", graph.input("x", (4, 96), "f32"), graph.weight("w", (9, 96), kind), out="y")
+    graph, n = Graph("linear"), 3 * max(32, BLOCKS.get(kind, (0, 0))[0])
+    graph.add("linear", graph.input("x", (4, n), "f32"), graph.weight("w", (9, n), kind), out="y")
     graph.outputs = ["y"]
-    weights = {"w": as_weight(rng.standard_normal((9, 96), dtype=np.float32), kind, 32)}
+    weights = {"w": as_weight(rng.standard_normal((9, n), dtype=np.float32), kind, 32)}
     program: CpuProgram = compiled(cpu_backend(weights), graph)
-    program.inputs["x"][:] = rng.standard_normal((4, 96), dtype=np.float32) * np.float32(magnitude)
+    program.inputs["x"][:] = rng.standard_normal((4, n), dtype=np.float32) * np.float32(magnitude)
     for tokens in (1, 4):
         check_step(program, 0, tokens, ReferenceBackend(weights), lambda t=tokens: run_parts(program, t, 0, [0]))
 

@@ -1,15 +1,15 @@
 """Write a checkpoint that numballama reads as a GGUF that llama.cpp reads, so that both run the same weights.
 
-python make_gguf.py MODEL TOKENIZER.model OUT.gguf [f32|f16|bf16|q8_0]
+python make_gguf.py MODEL TOKENIZER.model OUT.gguf [f32|f16|bf16|q8_0|q4_0|q4_1]
 """
 
 import sys
 
 from numballama import loader, quant
-from numballama.config import BF16, F16, F32, Q8_0
+from numballama.config import BF16, F16, F32, Q4_0, Q4_1, Q8_0
 from numballama.formats import WRITERS
 
-TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}
+TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0, "q4_0": Q4_0, "q4_1": Q4_1}
 
 
 def main() -> None:

@@ -94,13 +94,13 @@ def read(file: MappedFile, own_tokenizer: bool = True) -> Checkpoint:
         raise UnsupportedError(
             f"{file.path}: tensor {extra[0]} has no place in a {_architecture(header)} model of this version"
         )
-    eos, eot = (header.integer(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+    ends = (header.integer(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
     opened = Checkpoint(
         path=file.path,
         format=f"GGUF v{header.version}",
         config=config,
         weights=weights,
-        stop_ids=tuple(token for token in (eos, eot) if token is not None),
+        stop_ids=tuple(token for token in ends if token is not None),
         chat_template=header.text("tokenizer.chat_template"),
         notes=notes + _conversions(weights),
     )

@@ -6,17 +6,14 @@ import re
 from pathlib import Path
 
 from ..checkpoint import Checkpoint, Weight
-from ..errors import Error, FormatError, UnsupportedError
+from ..errors import FormatError, UnsupportedError
 from ..files import MappedFile, map_file
-from ..tokenizer import load_tokenizer
+from ..tokenizer import read_text_files
 from . import safetensors
 from .hf_config import config_of
-from .jsonfile import Keys, read_object
+from .jsonfile import read_object
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-"""A directory with one of these has a tokenizer."""
-
 _TOP = {"tok_embeddings": "model.embed_tokens.weight", "norm": "model.norm.weight", "output": "lm_head.weight"}
 _LAYER = {
     "attn_norm": "input_layernorm.weight",
@@ -42,7 +39,6 @@ LAYER_NAMES: dict[str, dict[str, str]] = {}
 """`model_type` → names of layers' weights that are others there than in `_LAYER`."""
 _WITHOUT_USE = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|lm_head\.weight")
 """Tensors that older files carry and nobody needs; a classifier is needed only where it is not tied."""
-_MAX_TOKEN = 1 << 31
 
 
 def tensor_name(name: str, kind: str = "llama") -> str:
@@ -80,30 +76,17 @@ def read(directory: Path, own_tokenizer: bool = True, only: MappedFile | None = 
         weights[name] = safetensors.view(*found, shape)
     if extra := [name for name in tensors if not _WITHOUT_USE.fullmatch(name)]:
         raise UnsupportedError(f"{directory}: tensor {extra[0][:100]} has no place in a {kind} model of this version")
-    opened = Checkpoint(
+    text = read_text_files(directory, own_tokenizer)
+    return Checkpoint(
         path=directory if only is None else only.path,
         format=f"Hugging Face, {kind}",
         config=config,
         weights=weights,
-        stop_ids=_stop_ids(directory, keys),
-        chat_template=_chat_template(directory),
+        tokenizer=text.tokenizer,
+        chat_template=text.chat_template,
+        stop_ids=text.stop_ids,
+        notes=list(text.notes),
     )
-    if own_tokenizer and any((directory / name).exists() for name in TOKENIZER_FILES):
-        add_tokenizer(opened, directory)
-    return opened
-
-
-def add_tokenizer(opened: Checkpoint, path: Path) -> None:
-    """Give a checkpoint the tokenizer at `path`, file or directory; one that is not supported is left out, with a note.
-
-    Raises `FormatError` when it is damaged.
-    """
-    try:
-        opened.tokenizer = load_tokenizer(path)
-    except FormatError:
-        raise
-    except Error as error:
-        opened.notes.append(f"its tokenizer is left out: {error}")
 
 
 def _tensors(directory: Path, only: MappedFile | None) -> dict[str, tuple[MappedFile, safetensors.TensorInfo]]:
@@ -153,28 +136,3 @@ def _sharded(directory: Path, table: dict[str, str]) -> dict[str, tuple[MappedFi
             )
         found[tensor] = file, infos[tensor]
     return found
-
-
-def _stop_ids(directory: Path, keys: Keys) -> tuple[int, ...]:
-    """The ids that end a text: those for generation, which are the larger set, else the model's."""
-    generation = directory / "generation_config.json"
-    if generation.exists() and (ids := read_object(generation).integers("eos_token_id", _MAX_TOKEN)):
-        return ids
-    return keys.integers("eos_token_id", _MAX_TOKEN)
-
-
-def _chat_template(directory: Path) -> str | None:
-    """The template in its own file, else that of the tokenizer's configuration, of several the one named "default"."""
-    own = directory / "chat_template.jinja"
-    if own.exists():
-        file = map_file(own)
-        try:
-            return file.data[:].decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise FormatError("a chat template that is not UTF-8", path=own, where=error.start) from None
-    settings = directory / "tokenizer_config.json"
-    template = read_object(settings).values.get("chat_template") if settings.exists() else None
-    if isinstance(template, list):
-        named = {item.get("name"): item.get("template") for item in template if isinstance(item, dict)}
-        template = named.get("default")
-    return template if isinstance(template, str) else None

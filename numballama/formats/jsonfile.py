@@ -91,14 +91,6 @@ class Keys:
             raise self.fault(key, "an object")
         return Keys(value, self.path, f"{self.what}, {key}")
 
-    def integers(self, key: str, most: int) -> tuple[int, ...]:
-        """One whole number or a list of them; () when there is none."""
-        value = self.values.get(key)
-        items = [] if value is None else value if isinstance(value, list) else [value]
-        if not all(isinstance(item, int) and not isinstance(item, bool) and 0 <= item <= most for item in items):
-            raise self.fault(key, f"whole numbers from 0 to {most:,}")
-        return tuple(items)
-
     def _get(self, key: str, default: Any, expected: str) -> Any:
         value = self.values.get(key)
         if value is None and (value := default) is None:

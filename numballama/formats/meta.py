@@ -14,7 +14,7 @@ from ..config import INTERLEAVED, ModelConfig, RopeScaling, WeightType
 from ..errors import Error, FormatError, UnsupportedError
 from ..files import MappedFile, map_file
 from ..memory import human
-from .hf import add_tokenizer
+from ..tokenizer import load_tokenizer
 from .jsonfile import Keys, read_object
 from .layout import MAX_CONTEXT, MAX_LAYERS
 from .torchfile import TorchFile
@@ -84,7 +84,10 @@ def read(directory: Path, own_tokenizer: bool = True, only: MappedFile | None = 
         size = sum(weight.nbytes for weight in weights.values() if isinstance(weight, Deferred))
         notes.append(f"{len(parts)} parts are merged in memory, {human(size)} of it")
     if own_tokenizer and (directory / "tokenizer.model").exists():
-        add_tokenizer(opened, directory / "tokenizer.model")
+        try:
+            opened.tokenizer = load_tokenizer(directory / "tokenizer.model")
+        except UnsupportedError as error:
+            notes.append(f"its tokenizer is left out: {error}")
     return opened
 
 
