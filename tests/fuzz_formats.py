@@ -37,6 +37,7 @@ from numballama import quant
 from numballama.config import BF16, BLOCKS, F16, ModelConfig
 from numballama.errors import Error
 from numballama.formats.gguf_writer import write_gguf
+from numballama.formats.hf_writer import write_safetensors
 from numballama.loader import open_checkpoint
 
 SECONDS = 2.0
@@ -83,6 +84,27 @@ def binary(name: str) -> Maker:
     return lambda folder: save_random(folder, name)[0]
 
 
+def hugging_face(folder: Path) -> Path:
+    """One file, bfloat16, with everything that a configuration can ask for."""
+    config = ModelConfig(16, 24, 2, 2, 1, 40, 16, qkv_bias=True, o_bias=True, qk_norm=True, window=5, head_dim=6)
+    weights = random_checkpoint(config).weights
+    matrices = {n: quant.convert(w, BF16) for n, w in weights.items() if len(w.shape) == 2}
+    shutil.rmtree(folder)
+    write_safetensors(folder, config, weights | matrices, bos_id=1, eos_ids=(2, 3))
+    return folder
+
+
+def golden(*names: str) -> Maker:
+    """A model of tests/golden, which a peer's program wrote."""
+
+    def copy(folder: Path) -> Path:
+        shutil.copytree(Path(__file__).parent.joinpath("golden", *names), folder, dirs_exist_ok=True)
+        (folder / "expected.npz").unlink()
+        return folder
+
+    return copy
+
+
 FORMATS: dict[str, Maker] = {
     "gguf": gguf_blocks,
     "gguf-small": gguf_small,
@@ -92,6 +114,10 @@ FORMATS: dict[str, Maker] = {
     "llama2c-v2": binary("llama2c-v2"),
     "kuiper": binary("kuiper"),
     "kuiper-int8": binary("kuiper-int8"),
+    "hf": hugging_face,
+    "hf-sharded": golden("hf", "qwen3-f16-sharded-0"),
+    "meta": golden("meta", "llama2"),
+    "meta-parts": golden("meta", "llama3.1-2-parts"),
 }
 """Name → what writes a valid model of that format."""
 
