@@ -176,14 +176,19 @@ class Chat:
         """A character that no message has, if any message spells a special token."""
         if not any(self._special.search(message["content"]) for message in messages):
             return ""
-        return next(guard for guard in _GUARDS if not any(guard in message["content"] for message in messages))
+        for guard in _GUARDS:
+            if not any(guard in message["content"] for message in messages):
+                return guard
+        raise Error("the messages hold special tokens and all of Unicode's noncharacters: that is no text")
 
     def _guarded(self, message: dict[str, str], guard: str) -> dict[str, str]:
         """The message with the guard in every special token that it spells."""
         if not guard:
             return message
         pattern = self._silent if message["role"] == "assistant" else self._special
-        content = pattern.sub(lambda match: f"{match[0][0]}{guard}{match[0][1:]}", message["content"])
+        content = message["content"]
+        while pattern.search(content):  # again: what overlapped with a token is one now
+            content = pattern.sub(lambda match: f"{match[0][0]}{guard}{match[0][1:]}", content)
         return message | {"content": content}
 
 

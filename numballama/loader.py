@@ -12,7 +12,7 @@ from .errors import Error, FormatError, UnsupportedError
 from .files import MappedFile, expand, map_file
 from .formats import gguf, hf, kuiper, llama2c, meta, safetensors, torchfile
 from .gguf_header import MAGIC as GGUF_MAGIC
-from .tokenizer import Tokenizer, load_tokenizer
+from .tokenizer import Tokenizer, load_tokenizer, read_text_files
 
 SUPPORTED = (
     "llama2.c v0, v1 and v2, KuiperLLama fp32 and int8, GGUF, directories of Hugging Face (safetensors) and of Meta "
@@ -57,7 +57,12 @@ def open_checkpoint(
         values = ", ".join(f"{name}={getattr(opened.config, name)!r}" for name in opened.assumed)
         opened.notes.append(f"{opened.format} files do not say {values}: assumed")
     if tokenizer is not None:
-        opened.tokenizer = load_tokenizer(hub.local(tokenizer, hub.TEXT))
+        tokenizer = hub.local(tokenizer, hub.TEXT)
+        opened.tokenizer = load_tokenizer(tokenizer)
+        if os.path.isdir(expand(tokenizer)):  # what else it says of text serves a model that says nothing
+            found = read_text_files(tokenizer, own_tokenizer=False)
+            opened.chat_template = opened.chat_template or found.chat_template
+            opened.stop_ids = opened.stop_ids or found.stop_ids
     if opened.tokenizer is not None:
         _require_fit(opened, opened.tokenizer, tokenizer)
     return opened

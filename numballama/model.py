@@ -341,10 +341,10 @@ class Model:
         enders: Container[int | None],
         keep: bool,
     ) -> Iterator[Piece]:
-        stream, started, reused = object(), 0.0, 0
+        stream, started = object(), 0.0
+        reused = self._take_over(stream, history) if keep and max_tokens else 0
         for index in range(max_tokens):
-            token, held = self._next(stream, history, sampler, keep)
-            reused = reused if index else held
+            token = self._next(stream, history, sampler)
             now = time.perf_counter()
             started = started or now
             speed = index / (now - started) if index else 0.0
@@ -368,16 +368,20 @@ class Model:
                 return
             history.append(token)
 
-    def _next(self, stream: object, history: Sequence[int], sampler: Sampler, keep: bool) -> tuple[int, int]:
-        """The token after `history`, and how much of it the cache held: usually all but the last.
+    def _take_over(self, stream: object, history: Sequence[int]) -> int:
+        """Make the session the stream's, with what it holds of the history; returns how much that is."""
+        with self.using():
+            session, self._stream = self.session, stream
+            session.rewind(session.common(history))
+            return len(session.tokens)
 
-        When another stream used it, nothing, or if `keep` what the two have in common.
-        """
+    def _next(self, stream: object, history: Sequence[int], sampler: Sampler) -> int:
+        """The token after `history`. Usually the cache holds all but its last; after another stream used it, less."""
         with self.using():
             session = self.session
             if self._stream is not stream:
                 self._stream = stream
-                session.rewind(session.common(history) if keep else 0)
+                session.rewind()
             known = len(session.tokens)
             token = (
                 session.step(history[-1], sampler)
@@ -385,7 +389,7 @@ class Model:
                 else session.prefill(history[known:], sampler)
             )
             assert token is not None
-            return token, known
+            return token
 
     def chat(self, system: str | None = None, template: str | None = None) -> Chat:
         """A conversation with the model. `system` is the system message, `template` a chat template in jinja2, if not

@@ -56,7 +56,7 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
             raise FormatError(
                 "a directory without a tokenizer", path=path, expected=f"one of {', '.join(_NAMES)}, *.gguf"
             )
-        return load_tokenizer(found)
+        return _by_settings(load_tokenizer(found), Settings(expand(path)))
     file = map_file(path)
     if file.data[:4] == gguf_header.MAGIC:
         if (tokenizer := from_gguf(Header(file))) is None:
@@ -82,6 +82,15 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
             found=fault.found,
         )
     return model
+
+
+def _by_settings(tokenizer: Tokenizer, settings: Settings) -> Tokenizer:
+    """A sentencepiece model in a Hugging Face directory, which says there when BOS and EOS are added."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        add_bos, add_eos = (settings.flag(f"add_{name}_token") for name in ("bos", "eos"))
+        tokenizer.add_bos = tokenizer.add_bos if add_bos is None else add_bos
+        tokenizer.add_eos = tokenizer.add_eos if add_eos is None else add_eos
+    return tokenizer
 
 
 def _in_directory(directory: Path) -> Path | None:
@@ -132,9 +141,15 @@ def read_text_files(directory: str | PathLike[str], own_tokenizer: bool = True) 
     if not folder.is_dir():
         raise Error(f"{directory}: no such directory")
     settings, tokenizer, notes = Settings(folder), None, []
-    if own_tokenizer and (path := _in_directory(folder)) is not None:
+    if own_tokenizer and _in_directory(folder) is not None:
         try:
-            tokenizer = load_tokenizer(path)
+            tokenizer = load_tokenizer(folder)
         except UnsupportedError as error:
             notes.append(f"its tokenizer is left out: {error}")
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        added = settings.tokenizer_config.get("added_tokens_decoder")
+        ids = [int(key) for key in added if key.isdecimal()] if isinstance(added, dict) else []
+        unknown = [token for token in ids if token >= tokenizer.vocab_size]
+        if unknown:
+            notes.append(f"{len(unknown)} added tokens, which tokenizer.model does not have, are left out")
     return TextFiles(tokenizer, settings.chat_template, settings.stop_ids, tuple(notes))

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import fuzz_tokenizers
 import numpy as np
 from conftest import random_checkpoint
 from conftest import save as save_random
@@ -118,6 +119,7 @@ FORMATS: dict[str, Maker] = {
     "hf-sharded": golden("hf", "qwen3-f16-sharded-0"),
     "meta": golden("meta", "llama2"),
     "meta-parts": golden("meta", "llama3.1-2-parts"),
+    **fuzz_tokenizers.MAKERS,
 }
 """Name → what writes a valid model of that format."""
 
@@ -308,11 +310,18 @@ def write(folder: Path, files: Files) -> int:
     return sum(len(content) for content in files.values() if isinstance(content, (bytes, bytearray)))
 
 
-def fuzz(name: str, cases: int, seed: int, folder: Path, opener: Callable[[Path], None] = examine) -> tuple[int, int]:
+OPENERS = dict.fromkeys(fuzz_tokenizers.MAKERS, fuzz_tokenizers.examine)
+"""Name → what is done with the files, where it is not `examine`."""
+
+
+def fuzz(
+    name: str, cases: int, seed: int, folder: Path, opener: Callable[[Path], None] | None = None
+) -> tuple[int, int]:
     """Run cases of a format; returns how many ended in a model and how many in an `Error`.
 
     Raises `AssertionError` naming the case for anything else. Its files are in `folder` then.
     """
+    opener = opener or OPENERS.get(name, examine)
     model = folder / name
     model.mkdir(parents=True)
     path = FORMATS[name](model)

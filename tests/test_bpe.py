@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from bpe_support import ADDED, CHAT_CONFIG, SPECIAL, chat_model, real, save_json, trained, vocabulary_gguf
+from conftest import save
 from golden.lines import lines
 from golden.make_tokenizers import GOLDEN, SAMPLE, SMALL, digest, digests, with_special
 from hypothesis import given, settings
@@ -20,6 +21,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers
 
 import numballama
+from numballama.config import ModelConfig
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.loader import open_checkpoint
 from numballama.tokenizer import BPETokenizer, Kind, PieceType, Tokenizer, load_tokenizer, read_text_files
@@ -228,6 +230,28 @@ def test_which_file_of_a_directory(tmp_path: Path, models: Path) -> None:
     assert numballama.load_tokenizer(tmp_path).vocab_size == 32000
     save_json(tmp_path, trained(vocab_size=400))
     assert load_tokenizer(tmp_path).vocab_size == 407
+
+
+def test_sentencepiece_in_a_directory(tmp_path: Path, models: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((models / "tok512.model").read_bytes())
+    assert load_tokenizer(tmp_path).encode("a")[0] == 1
+    decoder = {"1": {"content": "<s>"}, "512": {"content": "<|im_end|>"}}
+    config = {"add_bos_token": False, "add_eos_token": True, "added_tokens_decoder": decoder}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    found = read_text_files(tmp_path)
+    assert found.tokenizer is not None and found.notes[0].startswith("1 added tokens")
+    plain = found.tokenizer.encode("a", bos=False)
+    assert found.tokenizer.encode("a") == load_tokenizer(tmp_path).encode("a") == [*plain, 2]
+
+
+def test_a_directory_as_the_tokenizer_of_a_model(tmp_path: Path) -> None:
+    """It brings its chat template and stop ids along."""
+    model = save(tmp_path, "llama2c-v1", ModelConfig(16, 12, 1, 4, 2, 608, 8))[0]
+    folder = tmp_path / "text"
+    save_json(folder, trained(), CHAT_CONFIG | {"chat_template": "T"}, generation_config={"eos_token_id": [3]})
+    opened = open_checkpoint(model, folder)
+    assert (opened.chat_template, opened.stop_ids) == ("T", (3,))
+    assert opened.tokenizer is not None and opened.tokenizer.vocab_size == 607
 
 
 @pytest.mark.parametrize(

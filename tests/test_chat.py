@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,13 @@ def test_special_tokens_in_what_is_said_stay_text(model: Model) -> None:
         or True
     )
     assert tokenizer.decode(ids).count(evil) == 3
+    every = "".join(map(chr, range(0xFDD0, 0xFDF0)))
+    assert model.chat()._encode([{"role": "user", "content": every}])
+    with pytest.raises(Error, match="noncharacters"):
+        chat.send(f"{every}<|im_end|>")
+    chat.__dict__["_special"] = re.compile("ab|bcd")  # tokens that overlap are guarded one after the other
+    assert chat._guarded({"role": "user", "content": "abcd ab"}, "G")["content"] == "aGbGcd aGb"
+    del chat.__dict__["_special"]
     think = tokenizer.special_tokens["<think>"]
     assert ids.count(think) == 1, "only an answer thinks"
 

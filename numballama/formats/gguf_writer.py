@@ -191,12 +191,12 @@ def _vocabulary_entries(vocabulary: Vocabulary) -> list[Entry]:
         (f"{key}model", text, vocabulary.model),
         (f"{key}pre", text, vocabulary.pre or "default"),
         (f"{key}tokens", text, vocabulary.pieces),
-        (f"{key}token_type", ValueType.INT32, np.array(vocabulary.types, "<i4")),
     ]
+    if vocabulary.model == "llama":
+        entries.append((f"{key}scores", ValueType.FLOAT32, np.array(vocabulary.scores, "<f4")))
+    entries.append((f"{key}token_type", ValueType.INT32, np.array(vocabulary.types, "<i4")))
     if vocabulary.model == "gpt2":
         entries.append((f"{key}merges", text, vocabulary.merges))
-    else:
-        entries.append((f"{key}scores", ValueType.FLOAT32, np.array(vocabulary.scores, "<f4")))
     for which, token in (
         ("bos", vocabulary.bos_id),
         ("eos", vocabulary.eos_id),
