@@ -47,6 +47,12 @@ FAR_BELOW = np.float32(-1e30)
 
 
 @device
+def first_seen(length, window):
+    """The first position that the last of `length` sees: `window` positions in all, itself included; all if it is 0."""
+    return length - window if 0 < window < length else 0
+
+
+@device
 def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, newest, head_dim, lanes, factor, most, total,
            values):  # fmt: skip
     """One warp's share of keys [begin, end) for `most.size` heads: their maxima, sums and weighted values, by lane.
@@ -167,7 +173,7 @@ def join(most, total, values, lanes, shared, head_dim, inverse_head_dim, numbers
 
 @device
 def attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads, shared_by, context,
-              head_dim, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values, is_last):  # fmt: skip
+              head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values, is_last):  # fmt: skip
     """The whole of it, for `most.size` heads a block; blockIdx.x counts groups of heads, blockIdx.z parts of the context."""
     shared = cuda.shared.array(0, np.float32)
     t, heads_a_block = cuda.blockIdx.y, most.size
@@ -177,13 +183,15 @@ def attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, cou
     heads_here = min(heads_a_block, shared_by - sub * heads_a_block)
     heads = kv_heads * shared_by
     length = newest + 1
-    keys, used = max(LEAST_KEYS, length), 1
-    if cuda.gridDim.z > 1 and length > LEAST_KEYS:
-        keys = max(LEAST_KEYS, (length + cuda.gridDim.z - 1) // cuda.gridDim.z)
-        used = (length + keys - 1) // keys
+    first = first_seen(length, window)
+    seen = length - first
+    keys, used = max(LEAST_KEYS, seen), 1
+    if cuda.gridDim.z > 1 and seen > LEAST_KEYS:
+        keys = max(LEAST_KEYS, (seen + cuda.gridDim.z - 1) // cuda.gridDim.z)
+        used = (seen + keys - 1) // keys
     if cuda.blockIdx.z >= used:
         return
-    begin = cuda.blockIdx.z * keys
+    begin = first + cuda.blockIdx.z * keys
     end = min(length, begin + keys)
     cache_at = (sequence * kv_heads + kv_head) * context * head_dim
     factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
@@ -229,7 +237,8 @@ def attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, cou
 
 @cuda.jit
 def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads,
-                             shared_by, context, head_dim, lanes, subgroups, inverse_subgroups, inverse_head_dim):  # fmt: skip
+                             shared_by, context, head_dim, window, lanes, subgroups, inverse_subgroups,
+                             inverse_head_dim):  # fmt: skip
     """Heads that share keys, `HEADS` a block."""
     if beyond(tokens):
         return
@@ -238,12 +247,13 @@ def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, 
     total = cuda.local.array(HEADS, np.float32)
     values = cuda.local.array((HEADS, 8), np.float32)
     attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads, shared_by, context,
-              head_dim, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values, is_last)  # fmt: skip
+              head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values, is_last)  # fmt: skip
 
 
 @cuda.jit
 def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads,
-                            shared_by, context, head_dim, lanes, subgroups, inverse_subgroups, inverse_head_dim):  # fmt: skip
+                            shared_by, context, head_dim, window, lanes, subgroups, inverse_subgroups,
+                             inverse_head_dim):  # fmt: skip
     """Heads that each have keys of their own."""
     if beyond(tokens):
         return
@@ -252,7 +262,7 @@ def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, o
     total = cuda.local.array(1, np.float32)
     values = cuda.local.array((1, 8), np.float32)
     attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads, shared_by, context,
-              head_dim, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values, is_last)  # fmt: skip
+              head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values, is_last)  # fmt: skip
 
 
 PLAIN_THREADS = 128
@@ -260,7 +270,7 @@ PLAIN_THREADS = 128
 
 @cuda.jit
 def attention_plain_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, shared_by, context,
-                           head_dim):  # fmt: skip
+                           head_dim, window):  # fmt: skip
     """Attention for heads whose numbers do not come in 16 bytes: a block a head, a thread a key, then a thread a number."""
     if beyond(tokens):
         return
@@ -277,7 +287,7 @@ def attention_plain_kernel(tokens, q, k_cache, v_cache, positions, sequences, ou
     most, total = FAR_BELOW, np.float32(0)
     for d in range(thread, head_dim, PLAIN_THREADS):
         shared[PLAIN_THREADS + d] = 0
-    for first in range(0, length, PLAIN_THREADS):
+    for first in range(first_seen(length, window), length, PLAIN_THREADS):
         score = FAR_BELOW
         if first + thread < length:
             score = np.float32(0)
@@ -332,7 +342,7 @@ MOST_SPLITS = 32
     ),
 )
 def fused_attention(
-    gpu: Gpu, q: Array, k_cache: Array, positions: Array, sequences: Array, v_cache: Array, out: Array, parts: Array
+    gpu: Gpu, q: Array, k_cache: Array, positions: Array, sequences: Array, v_cache: Array, out: Array, window: int, parts: Array
 ) -> list[Launch]:
     tokens = q.shape[0]
     _, kv_heads, context, head_dim = k_cache.shape
@@ -340,7 +350,7 @@ def fused_attention(
     numbers = 4 if k_cache.dtype == "f32" else 8
     common = (gpu.tokens, q, k_cache, v_cache, positions, sequences, out)
     if head_dim % numbers or head_dim > 32 * numbers or k_cache.dtype != v_cache.dtype:
-        arguments = (*common, kv_heads, together, context, head_dim)
+        arguments = (*common, kv_heads, together, context, head_dim, window)
         return [
             Launch(attention_plain_kernel, (heads, tokens), PLAIN_THREADS, arguments, 4 * (PLAIN_THREADS + head_dim))
         ]
@@ -353,7 +363,7 @@ def fused_attention(
     shared = 4 * at_once * ((head_dim + 4) * (groups + 1) + groups)
     subgroups = -(-together // at_once)
     inverses = 1 / subgroups, 1 / head_dim
-    arguments = (*common, parts, counters, kv_heads, together, context, head_dim, lanes, subgroups, *inverses)
+    arguments = (*common, parts, counters, kv_heads, together, context, head_dim, window, lanes, subgroups, *inverses)
     return [Launch(function, (blocks, tokens, splits), THREADS, arguments, shared)]
 
 
@@ -361,7 +371,8 @@ def fused_attention(
 
 
 @cuda.jit
-def attention_scores_kernel(tokens, q, k_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim):
+def attention_scores_kernel(tokens, q, k_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim,
+                            window):  # fmt: skip
     if beyond(tokens):
         return
     wait_for_predecessor()
@@ -372,7 +383,7 @@ def attention_scores_kernel(tokens, q, k_cache, positions, sequences, out, kv_he
     factor = np.float32(1) / np.float32(math.sqrt(np.float32(head_dim)))
     for p in range(cuda.threadIdx.x, context, THREADS):
         score = np.float32(-np.inf)
-        if p <= positions[t]:
+        if first_seen(positions[t] + 1, window) <= p <= positions[t]:
             score = np.float32(0)
             for d in range(head_dim):
                 score += q[(t * heads + head) * head_dim + d] * number(k_cache, keys, p * head_dim + d)
@@ -382,11 +393,11 @@ def attention_scores_kernel(tokens, q, k_cache, positions, sequences, out, kv_he
 
 @kernel("attention_scores", "cuda", "f32", CACHE, "i32", "i32")
 def attention_scores(
-    gpu: Gpu, q: Array, k_cache: Array, positions: Array, sequences: Array, out: Array
+    gpu: Gpu, q: Array, k_cache: Array, positions: Array, sequences: Array, out: Array, window: int
 ) -> list[Launch]:
     tokens, heads, context = out.shape
     _, kv_heads, _, head_dim = k_cache.shape
-    arguments = (gpu.tokens, q, k_cache, positions, sequences, out, kv_heads, heads // kv_heads, context, head_dim)
+    arguments = (gpu.tokens, q, k_cache, positions, sequences, out, kv_heads, heads // kv_heads, context, head_dim, window)
     return [Launch(attention_scores_kernel, (heads, tokens), THREADS, arguments)]
 
 
@@ -421,7 +432,7 @@ def softmax(gpu: Gpu, x: Array, out: Array) -> list[Launch]:
 
 @cuda.jit
 def attention_values_kernel(tokens, weights, v_cache, positions, sequences, out, kv_heads, shared_by, context,
-                            head_dim):  # fmt: skip
+                            head_dim, window):  # fmt: skip
     if beyond(tokens):
         return
     wait_for_predecessor()
@@ -431,14 +442,14 @@ def attention_values_kernel(tokens, weights, v_cache, positions, sequences, out,
     values = address(v_cache, (sequences[t] * kv_heads + head // shared_by) * context * head_dim)
     for d in range(cuda.threadIdx.x, head_dim, THREADS):
         total = np.float32(0)
-        for p in range(positions[t] + 1):
+        for p in range(first_seen(positions[t] + 1, window), positions[t] + 1):
             total += weights[row * context + p] * number(v_cache, values, p * head_dim + d)
         out[row * head_dim + d] = total
 
 
 @kernel("attention_values", "cuda", "f32", CACHE, "i32", "i32")
 def attention_values(
-    gpu: Gpu, weights: Array, v_cache: Array, positions: Array, sequences: Array, out: Array
+    gpu: Gpu, weights: Array, v_cache: Array, positions: Array, sequences: Array, out: Array, window: int
 ) -> list[Launch]:
     tokens, heads, context = weights.shape
     _, kv_heads, _, head_dim = v_cache.shape
