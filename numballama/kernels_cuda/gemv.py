@@ -284,7 +284,7 @@ def stream(mode, pairs, rows, x, start, norm, normed, payload, weights, scales, 
            first, second, wanted):  # fmt: skip
     """All sums of this block's pairs, in slices, into shared memory; ends behind a barrier.
 
-    Returns early[first] and early[second], if `wanted`, loaded as soon as they may be: what the thread needs at the end.
+    Returns early[first] and early[second], if `wanted`, loaded as soon as may be: what the thread needs at the end.
 
     `rows` is (last row of a LINEAR weight, which stands in for one too many; pairs of queries; pairs of keys; half; its
     logarithm): with `half` not 0, row i of queries and keys goes with row i + half of its head. `weights` and `scales`
@@ -401,7 +401,8 @@ def qkv_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, sca
     shared = cuda.shared.array(0, np.float32)
     t, pairs, q_pairs, k_pairs = cuda.blockIdx.y, q_rows // 2 + kv_rows, q_rows // 2, kv_rows // 2
     layout, of_rows = (slices, log2_slices, x_at, sums_at, partial_at), (0, q_pairs, k_pairs, 0, 0)
-    stream(QKV, pairs, of_rows, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
+    weights = (address(wq, 0), address(wk, 0), address(wv, 0), stride)
+    stream(QKV, pairs, of_rows, x, t * columns, norm, normed, wq, weights,
            (sq, sk, sv, scale_stride), shift, columns, layout, shared, x, 0, 0, False)  # fmt: skip
     factor = norm_factor(shared, sums_at, normed, columns, eps)
     for i in range(cuda.threadIdx.x, 2 * pairs_of_block(pairs), THREADS):
@@ -535,7 +536,7 @@ def norm_gate_up(gpu: Gpu, x: Array, norm: Array, w1: Matrix, w3: Matrix, out: A
 
 
 def _qkv_operands(gpu: Gpu, x: Array, norm: Array | None, eps: float, weights: tuple[Matrix, Matrix, Matrix]):  # type: ignore[no-untyped-def]
-    wq, wk, wv = weights
+    wq, wk, _ = weights
     pairs = (wq.shape[0] + 2 * wk.shape[0]) // 2
     grid, places, shared = _shape(gpu, wq, pairs, x.shape[0])
     arguments: tuple[Argument, ...] = (

@@ -207,8 +207,8 @@ def _half(builder: Any, bits: Any) -> Any:
 def _nibble(builder: Any, word: Any, which: int) -> Any:
     """4 bits, less 8, times 16^which, or 16^(which - 5) from the sixth on.
 
-    Bits of a word are taken where they are, as the last ones of 2^23 + n · 16^which, from which a subtraction leaves the
-    product exactly: a mask, a subtraction. Three of the eight lie beyond the 23 bits of a float's fraction.
+    Bits of a word are taken where they are, as the last ones of 2^23 + n · 16^which, from which a subtraction leaves
+    the product exactly: a mask, a subtraction. Three of the eight lie beyond the 23 bits of a float's fraction.
     """
     if which >= 5:
         word, which = builder.lshr(word, ir.Constant(I32, 20)), which - 5
@@ -242,8 +242,8 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
 def dot16(typingctx, memory, words, x, index, step):  # type: ignore[no-untyped-def]
     """The numbers in 16 bytes of `memory`'s type, times float32: four of them from each of x[index], x[index + step] …
 
-    Returns the sum. `x` is shared memory, 16-byte aligned at each of these places. 4-bit numbers come out as multiples of
-    powers of 16 (`_nibble`), which x must be divided by.
+    Returns the sum. `x` is shared memory, 16-byte aligned at each of these places. 4-bit numbers come out as multiples
+    of powers of 16 (`_nibble`), which x must be divided by.
     """
     name = memory.dtype.name
 
