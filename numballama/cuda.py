@@ -490,10 +490,19 @@ class CudaProgram:
             self._inputs.send(1)
             self._play((0, len(self.plan.steps)), lambda: self._slice(0, len(self.plan.steps)))
 
+    @property
+    def _memories(self) -> tuple[Memory, ...]:
+        return (self.arena, self._inputs.memory, *self._own)
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of this program alone."""
+        return sum(memory.nbytes for memory in self._memories)
+
     def free(self) -> None:
         """Give the memory back."""
         self._recordings.clear()
-        for memory in (self.arena, self._inputs.memory, *self._own):
+        for memory in self._memories:
             memory.free()
 
 
@@ -524,6 +533,11 @@ class CudaBackend:
     def workers(self) -> int:
         """Streaming multiprocessors."""
         return self.device.processors
+
+    @property
+    def memory_bytes(self) -> int:
+        """Device memory that weights, KV cache and programs have taken; running takes no more."""
+        return sum(owned.nbytes for owned in self._owned)
 
     def program(
         self, graph: Graph, fusions: bool | Sequence[str] = True, report: progress.Report | None = None

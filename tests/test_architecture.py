@@ -30,11 +30,11 @@ ORDER = [
     "lowlevel_cuda", "lowlevel_cuda.launch", "lowlevel_cuda.instructions", "lowlevel_cuda.driver",
     "lowlevel_cuda.compile",
     "kernels_cuda.pieces", "kernels_cuda.gemv", "kernels_cuda.basic", "kernels_cuda.attention", "kernels_cuda.sampling",
-    "kernels_cuda", "cuda", "reference",
+    "kernels_cuda.bandwidth", "kernels_cuda", "cuda", "reference",
     # Backend → Session → text
     "session", "text", "model",
     # around a model
-    "inspection", "bench", "cli", "__main__",
+    "inspection", "profile_step", "bench_cuda", "bench", "cli", "__main__",
 ]  # fmt: skip
 """The flow, left to right: a module imports only what stands before it."""
 

@@ -118,6 +118,7 @@ class Device:
             )
         self.processors = self._attribute("MULTIPROCESSOR_COUNT")
         self.shared_limit = self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+        self.cache_bytes = self._attribute("L2_CACHE_SIZE")
         self.context = check(driver.cuDevicePrimaryCtxRetain(self._handle))
         self.make_current()
         stream = check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
@@ -172,6 +173,15 @@ class Device:
     def fill(self, address: int, byte: int, nbytes: int) -> None:
         """Set bytes, in the stream."""
         check(driver.cuMemsetD8Async(address, byte, nbytes, self.stream))
+
+
+def versions() -> dict[str, str | None]:
+    """The driver's version (None where the system does not tell), and that of CUDA that it brings."""
+    number = int(check(driver.cuDriverGetVersion()))
+    found = None
+    with contextlib.suppress(OSError):
+        found = re.search(r" (\d+\.\d+[.\d]*) ", Path("/proc/driver/nvidia/version").read_text().partition("\n")[0])
+    return {"driver": found[1] if found else None, "cuda": f"{number // 1000}.{number % 1000 // 10}"}
 
 
 def _destroy_stream(context: Any, stream: Any) -> None:
