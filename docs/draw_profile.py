@@ -29,7 +29,8 @@ def draw(profile: dict[str, Any]) -> str:
     scale = (WIDTH - LEFT - RIGHT) / longest
     height = TOP + ROW * (len(bars) + 2)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" font-family="sans-serif" font-size="13">'
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" '
+        'font-family="sans-serif" font-size="13">'
         f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>'
         f'<text x="12" y="22" font-size="16">{escape(_title(profile))}</text>'
         f'<text x="12" y="42" fill="#555">bars: time of all instances; black marks: the floor that '
@@ -42,7 +43,8 @@ def draw(profile: dict[str, Any]) -> str:
             f'<rect x="{LEFT}" y="{y + 5}" width="{max(1.0, seconds * scale):.1f}" height="{ROW - 10}" '
             f'fill="{COLOURS[i % len(COLOURS)]}"/>'
             f'<rect x="{LEFT + min(floor, longest) * scale - 1:.1f}" y="{y + 2}" width="2" height="{ROW - 4}"/>'
-            f'<text x="{WIDTH - 12}" y="{y + 19}" text-anchor="end">{seconds * 1e6:,.1f}  ({floor / seconds:.0%})</text>'
+            f'<text x="{WIDTH - 12}" y="{y + 19}" text-anchor="end">'
+            f"{seconds * 1e6:,.1f}  ({floor / seconds:.0%})</text>"
         )
     y = TOP + ROW * len(bars) + 10
     parts.append(f'<line x1="12" x2="{WIDTH - 12}" y1="{y - 4}" y2="{y - 4}" stroke="#999"/>')

@@ -178,7 +178,7 @@ class Profile:
     @property
     def _note(self) -> str:
         return (
-            f"% of memory: of the {self.bandwidth / 1e9:,.0f} GB/s that it was measured to give; more comes from caches. "
+            f"% of memory: of the {self.bandwidth / 1e9:,.0f} GB/s that it gives here; more comes from caches. "
             "Steps overlap: the whole is not the sum."
         )
 
