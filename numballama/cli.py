@@ -112,6 +112,8 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="length of the prompt (default 128)")
     bench.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to decode (default 64)")
     bench.add_argument("--repeats", type=int, default=5, metavar="N", help="runs to take the median of (default 5)")
+    bench.add_argument("--profile", action="store_true", help="also a time line of one decode step, kernel by kernel")
+    bench.add_argument("--trace", metavar="FILE", help="write that time line as a Chrome trace (implies --profile)")
     bench.add_argument("--json", action="store_true", help="one JSON object instead of text")
     bench.set_defaults(run=_bench)
 
@@ -142,14 +144,14 @@ def parser() -> argparse.ArgumentParser:
 def _model_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("model")
     group.add_argument("--tokenizer", metavar="FILE", help="its file or directory, where the model has none")
-    group.add_argument("--device", default="auto", help="auto (default), cpu, or reference (NumPy, slow)")
+    group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N, or reference (NumPy, slow)")
     group.add_argument(
         "--dtype", help="convert the linear weights: f32, f16, bf16, int8, q8_0 or q4_0 (default: as the file has them)"
     )
     group.add_argument(
         "--context", type=int, metavar="N", help="length of the KV cache in tokens (default: the model's)"
     )
-    group.add_argument("--kv-dtype", help="type of the KV cache: f32 (default), f16 or bf16")
+    group.add_argument("--kv-dtype", help="type of the KV cache: f32 (default of the CPU), f16 (of a GPU) or bf16")
     group.add_argument("--threads", type=int, metavar="N", help="CPU workers (default: all)")
     _silent_options(group)
 
@@ -254,9 +256,25 @@ def _export(arguments: argparse.Namespace) -> None:
 def _bench(arguments: argparse.Namespace) -> None:
     with _load(arguments) as model:
         from .bench import as_text, bench
+        from .profile_step import profile, require_plan
 
+        profiled = arguments.profile or arguments.trace is not None
+        if profiled:
+            require_plan(model)
         result = bench(model, arguments.prompt_tokens, arguments.tokens, arguments.repeats)
+        if profiled:
+            position = arguments.prompt_tokens + arguments.tokens // 2
+            found = profile(model, position, result["memory_bandwidth_bytes_per_second"])
+            result["profile"] = found.to_dict()
+            if arguments.trace is not None:
+                found.write_trace(arguments.trace)
     print(json.dumps(result, indent=2) if arguments.json else as_text(result))
+    if profiled and not arguments.json:
+        print()
+        if sys.stdout.isatty():
+            found.show()
+        else:
+            print(found.as_text())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

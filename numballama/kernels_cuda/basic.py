@@ -134,7 +134,7 @@ def head_norm(gpu: Gpu, x: Array, weight: Array, out: Array, eps: float) -> list
 
 @cuda.jit
 def quantize_kernel(tokens, x, out, scales, columns, group, groups):
-    """Scale max|x| / 127 for each group, numbers rounded half away from zero, as llama2.c's runq does. A warp a group."""
+    """Scale max|x| / 127 for each group, numbers rounded half away from zero, as llama2.c's runq. A warp a group."""
     if beyond(tokens):
         return
     begin()
@@ -224,8 +224,8 @@ def kv_write(gpu: Gpu, x: Array, cache: Array, positions: Array, sequences: Arra
 
 
 @cuda.jit
-def rope_kv_write_kernel(tokens, q, angles, k, k_cache, positions, sequences, v, v_cache, out, q_rows, kv_rows, head_dim,
-                         interleaved, context):  # fmt: skip
+def rope_kv_write_kernel(tokens, q, angles, k, k_cache, positions, sequences, v, v_cache, out, q_rows, kv_rows,
+                         head_dim, interleaved, context):  # fmt: skip
     """Queries turned into `out`; keys turned and values copied into the cache. A thread a pair of numbers."""
     if beyond(tokens):
         return
@@ -320,7 +320,7 @@ def better(value, index, other, other_index):
 
 @cuda.jit
 def argmax_kernel(tokens, x, out, columns, values, places, counter):
-    """The first index of a row's largest number, -1 for a row with a NaN: a part a block, the last of them joins them."""
+    """The first index of a row's largest number, -1 for a row with a NaN: a part a block, the last one joins them."""
     if beyond(tokens):
         return
     best_value = cuda.shared.array(32, np.float32)
