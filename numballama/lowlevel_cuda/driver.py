@@ -297,14 +297,16 @@ def compile_kernel(
     path = cache_entry(kernel, kinds, capability, threads, cache)
     if path is not None:
         try:
-            facts, _, machine = path.read_bytes().partition(b"\n")
-            return Code(machine, **json.loads(facts), cached=True)
-        except (OSError, ValueError, TypeError):
+            head, _, machine = path.read_bytes().partition(b"\n")
+            facts = json.loads(head)
+            if facts.pop("size") == len(machine):
+                return Code(machine, **facts, cached=True)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             pass  # not there, or not whole: it is made again
     code = assemble(to_ptx(kernel, kinds, capability, threads), capability)
     if path is not None:
-        facts = json.dumps(asdict(_Facts(code.entry, code.registers, code.stack_bytes, code.local_bytes))).encode()
-        _write_whole(path, facts + b"\n" + code.machine)
+        facts = asdict(_Facts(code.entry, code.registers, code.stack_bytes, code.local_bytes))
+        _write_whole(path, json.dumps(facts | {"size": len(code.machine)}).encode() + b"\n" + code.machine)
     return code
 
 
