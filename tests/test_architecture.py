@@ -28,7 +28,7 @@ ORDER = [
     # Plan → Backend
     "jit", "lowlevel_cpu", "blocks_cpu", "matmul_cpu", "kernels_cpu", "sampler", "cpu",
     "lowlevel_cuda", "lowlevel_cuda.launch", "lowlevel_cuda.instructions", "lowlevel_cuda.driver",
-    "kernels_cuda.pieces", "kernels_cuda.gemv", "kernels_cuda.basic", "kernels_cuda.attention", "kernels_cuda.sampling",
+    "kernels_cuda.pieces", "kernels_cuda.gemv", "kernels_cuda.basic", "kernels_cuda.gemm", "kernels_cuda.attention", "kernels_cuda.sampling",
     "kernels_cuda", "cuda", "reference",
     # Backend → Session → text
     "session", "text", "model",
