@@ -161,10 +161,16 @@ def expand_kernel(weight, stride, scales, scale_stride, shift, out, first, colum
 
 
 @device
-def fetch_rows(to, source, step, here, inside):
-    """Start copying 16 bytes each of two rows that are 16 apart; of rows that there are `here` of from this one on."""
-    copy16_within(to, source, 16 if inside and here > 0 else 0)
-    copy16_within(to + 16 * 128, source + step, 16 if inside and here > 16 else 0)
+def rows_there(here, most):
+    """Bits of those of a thread's rows, 16 apart and at most `most`, that are there; its first is `here` before the end."""
+    return (1 << max(0, min((here + 15) >> 4, most))) - 1
+
+
+@device
+def fetch_rows(to, source, step, rows, which, inside):
+    """Start copying 16 bytes each of two rows that are 16 apart, the first of which has bit `which` in `rows`."""
+    copy16_within(to, source, 16 if inside and rows & which else 0)
+    copy16_within(to + 16 * 128, source + step, 16 if inside and rows & (2 * which) else 0)
 
 
 @device
@@ -191,26 +197,27 @@ def multiply(weight, x_at, x_bytes, x_rows, a_at, a_rows, b_at, b_rows, stride, 
     lane, warp = thread & 31, thread >> 5
     row, chunk = thread >> 3, thread & 7
     to = base + row * 128 + ((chunk ^ (row & 7)) << 4)
-    x_from, x_step, x_here = x_at + row * x_bytes + chunk * 16, 16 * x_bytes, x_rows - row
+    x_from, x_step = x_at + row * x_bytes + chunk * 16, 16 * x_bytes
     a_from, b_from, w_step = a_at + row * stride + chunk * 16, b_at + row * stride + chunk * 16, 16 * stride
-    a_here, b_here, k_here = a_rows - row, b_rows - row, columns - 8 * chunk
+    rows = rows_there(x_rows - row, 8) | rows_there(a_rows - row, 4) << 8 | rows_there(b_rows - row, 4) << 12
+    k_here = columns - 8 * chunk
     steps = (columns + STEP - 1) // STEP
     if not early:
         wait_for_predecessor()
     for s in range(stages - 1):
         slot, on, inside = to + s * 2 * TILE_BYTES + TILE_BYTES, s * 2 * STEP, s * STEP < k_here
-        fetch_rows(slot, a_from + on, w_step, a_here, inside)
-        fetch_rows(slot + 4096, a_from + on + 2 * w_step, w_step, a_here - 32, inside)
-        fetch_rows(slot + 8192, b_from + on, w_step, b_here, inside)
-        fetch_rows(slot + 12288, b_from + on + 2 * w_step, w_step, b_here - 32, inside)
+        fetch_rows(slot, a_from + on, w_step, rows, 256, inside)
+        fetch_rows(slot + 4096, a_from + on + 2 * w_step, w_step, rows, 1024, inside)
+        fetch_rows(slot + 8192, b_from + on, w_step, rows, 4096, inside)
+        fetch_rows(slot + 12288, b_from + on + 2 * w_step, w_step, rows, 16384, inside)
     wait_for_predecessor()
     let_successor_start()
     for s in range(stages - 1):
         slot, on, inside = to + s * 2 * TILE_BYTES, s * 2 * STEP, s < steps
-        fetch_rows(slot, x_from + on, x_step, x_here, inside)
-        fetch_rows(slot + 4096, x_from + on + 2 * x_step, x_step, x_here - 32, inside)
-        fetch_rows(slot + 8192, x_from + on + 4 * x_step, x_step, x_here - 64, inside)
-        fetch_rows(slot + 12288, x_from + on + 6 * x_step, x_step, x_here - 96, inside)
+        fetch_rows(slot, x_from + on, x_step, rows, 1, inside)
+        fetch_rows(slot + 4096, x_from + on + 2 * x_step, x_step, rows, 4, inside)
+        fetch_rows(slot + 8192, x_from + on + 4 * x_step, x_step, rows, 16, inside)
+        fetch_rows(slot + 12288, x_from + on + 6 * x_step, x_step, rows, 64, inside)
         close_copies()
     await_stage(stages)
     cuda.syncthreads()
@@ -224,20 +231,20 @@ def multiply(weight, x_at, x_bytes, x_rows, a_at, a_rows, b_at, b_rows, stride, 
     for step in range(steps):
         ahead = step + stages - 1
         slot, on, inside, x_inside = to + writing * 2 * TILE_BYTES, ahead * 2 * STEP, ahead * STEP < k_here, ahead < steps
-        fetch_rows(slot, x_from + on, x_step, x_here, x_inside)
-        fetch_rows(slot + TILE_BYTES, a_from + on, w_step, a_here, inside)
+        fetch_rows(slot, x_from + on, x_step, rows, 1, x_inside)
+        fetch_rows(slot + TILE_BYTES, a_from + on, w_step, rows, 256, inside)
         others = load_fragments(sums, x ^ 32, w ^ 32)
         sums = multiply_fragments(weight, sums, words)
-        fetch_rows(slot + 4096, x_from + on + 2 * x_step, x_step, x_here - 32, x_inside)
-        fetch_rows(slot + TILE_BYTES + 4096, a_from + on + 2 * w_step, w_step, a_here - 32, inside)
+        fetch_rows(slot + 4096, x_from + on + 2 * x_step, x_step, rows, 4, x_inside)
+        fetch_rows(slot + TILE_BYTES + 4096, a_from + on + 2 * w_step, w_step, rows, 1024, inside)
         words = load_fragments(sums, x ^ 64, w ^ 64)
         sums = multiply_fragments(weight, sums, others)
-        fetch_rows(slot + 8192, x_from + on + 4 * x_step, x_step, x_here - 64, x_inside)
-        fetch_rows(slot + TILE_BYTES + 8192, b_from + on, w_step, b_here, inside)
+        fetch_rows(slot + 8192, x_from + on + 4 * x_step, x_step, rows, 16, x_inside)
+        fetch_rows(slot + TILE_BYTES + 8192, b_from + on, w_step, rows, 4096, inside)
         others = load_fragments(sums, x ^ 96, w ^ 96)
         sums = multiply_fragments(weight, sums, words)
-        fetch_rows(slot + 12288, x_from + on + 6 * x_step, x_step, x_here - 96, x_inside)
-        fetch_rows(slot + TILE_BYTES + 12288, b_from + on + 2 * w_step, w_step, b_here - 32, inside)
+        fetch_rows(slot + 12288, x_from + on + 6 * x_step, x_step, rows, 64, x_inside)
+        fetch_rows(slot + TILE_BYTES + 12288, b_from + on + 2 * w_step, w_step, rows, 16384, inside)
         close_copies()
         await_stage(stages)
         cuda.syncthreads()  # the next stage is there, and all have taken what they need of this one
@@ -347,15 +354,16 @@ def gemm_gate_up_kernel(tokens, x, padded, scales, w1, w3, stride, early, out, b
 
 @cuda.jit
 def gemm_qkv_rope_kernel(tokens, x, padded, scales, wq, wk, wv, stride, early, angles, positions, sequences, q, k_cache,
-                         v_cache, q_rows, kv_rows, width, head_dim, interleaved, context, columns, stages):  # fmt: skip
-    """Queries, turned by RoPE, into q; keys, turned, and values into the cache. A block has `width` rows of one weight:
-    whole heads. A thread finishes one pair of numbers of every other token.
+                         v_cache, q_rows, kv_rows, q_tiles, kv_tiles, heads_a_tile, kv_heads, head_dim, interleaved,
+                         context, columns, stages):  # fmt: skip
+    """Queries, turned by RoPE, into q; keys, turned, and values into the cache. A block has whole heads of one weight;
+    a thread finishes one pair of numbers of every other token.
     """
-    first_token, q_tiles, kv_tiles = cuda.blockIdx.x * TILE, (q_rows + width - 1) // width, (kv_rows + width - 1) // width
+    first_token, tile = cuda.blockIdx.x * TILE, cuda.blockIdx.y
     if first_token >= tokens[0]:
         return
     shared = cuda.shared.array(0, np.float32)
-    base, tile = shared_address(shared), cuda.blockIdx.y
+    base, width = shared_address(shared), heads_a_tile * head_dim
     section, rows, w_at = 0, q_rows, address(wq, 0)
     if tile >= q_tiles + kv_tiles:
         section, rows, w_at = 2, kv_rows, address(wv, 0)
@@ -369,13 +377,14 @@ def gemm_qkv_rope_kernel(tokens, x, padded, scales, wq, wk, wv, stride, early, a
     sums = multiply(wq, address(x, first_token * padded), 2 * padded, tokens[0] - first_token, w_at, here,
                     w_at + 64 * stride, here - 64, stride, columns, stages, early, base, zeros128())  # fmt: skip
 
-    half_dim, pair = head_dim // 2, cuda.threadIdx.x & 63
-    head = pair // half_dim
-    i = pair - head * half_dim
+    half_dim, i, head = head_dim >> 1, cuda.threadIdx.x & 63, 0
+    while i >= half_dim:  # a division of int64 would take longer
+        i -= half_dim
+        head += 1
     a = head * head_dim + (2 * i if interleaved else i)
     b = a + (1 if interleaved else half_dim)
     d = a - head * head_dim
-    head += first_row // head_dim
+    head += tile * heads_a_tile
     for half in range(2):
         stage_half(half, sums, base)
         first = first_token + 64 * half
@@ -390,7 +399,7 @@ def gemm_qkv_rope_kernel(tokens, x, padded, scales, wq, wk, wv, stride, early, a
                 if section == 0:
                     q[t * q_rows + first_row + a], q[t * q_rows + first_row + b] = u, v
                 else:
-                    at = ((sequences[t] * (kv_rows // head_dim) + head) * context + positions[t]) * head_dim + d
+                    at = ((sequences[t] * kv_heads + head) * context + positions[t]) * head_dim + d
                     if section == 1:
                         store_number(k_cache, at, u)
                         store_number(k_cache, at + b - a, v)
@@ -699,12 +708,13 @@ def norm_qkv_rope(
     launches, rounded, scales = _rounded(gpu, x, norm, eps, _kind(wq), pieces)
     rows = [_rows(w, 0, w.shape[0], *_expanded([w], w.shape[0], pieces)) for w in weights]
     width = TILE // head_dim * head_dim
-    grid = _tiles(tokens, TILE), _tiles(wq.shape[0], width) + 2 * _tiles(wk.shape[0], width)
+    tiles = _tiles(wq.shape[0], width), _tiles(wk.shape[0], width)
+    grid = _tiles(tokens, TILE), tiles[0] + 2 * tiles[1]
     stages = _stages(gpu, grid[0] * grid[1])
     arguments = (
         gpu.tokens, rounded, rounded.shape[1], scales, *(part.payload for part in rows), rows[0].stride, rows[0].early,
-        angles, positions, sequences, out, k_cache, v_cache, wq.shape[0], wk.shape[0], width, head_dim, interleaved,
-        k_cache.shape[2], wq.shape[1], stages,
+        angles, positions, sequences, out, k_cache, v_cache, wq.shape[0], wk.shape[0], *tiles, width // head_dim,
+        k_cache.shape[1], head_dim, interleaved, k_cache.shape[2], wq.shape[1], stages,
     )  # fmt: skip
     launches += [made for part in rows for made in part.launches]
     return [*launches, Launch(gemm_qkv_rope_kernel, grid, THREADS, arguments, stages * 2 * TILE_BYTES)]
