@@ -98,7 +98,7 @@ class Program:
     def _read(self, body: str) -> None:
         scopes: list[dict[str, str]] = []
         count = 0
-        for piece in re.findall(r"\{(?![^{};]*\}\s*[,;])|\}(?!\s*[,;])|[^;{}]*(?:\{[^{};]*\}[^;{}]*)*;", body):
+        for piece in re.findall(r"[$\w]+:(?=\s*\{)|\{(?![^{};]*\}\s*[,;])|\}(?!\s*[,;])|[^;{}]*(?:\{[^{};]*\}[^;{}]*)*;", body):
             text = " ".join(piece.split())
             if text == "{":
                 scopes.append({})
@@ -107,7 +107,7 @@ class Program:
                 scopes.pop()
                 continue
             text = text.rstrip("; ")
-            while match := re.match(r"([$\w]+):\s*", text):
+            while match := re.match(r"([$\w]+):\s*", text):  # labels
                 self.labels[match[1]] = len(self.statements)
                 text = text[match.end() :]
             if not text or text.startswith((".pragma", ".loc", ".shared", ".extern")):
