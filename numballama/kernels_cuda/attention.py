@@ -342,7 +342,15 @@ MOST_SPLITS = 32
     ),
 )
 def fused_attention(
-    gpu: Gpu, q: Array, k_cache: Array, positions: Array, sequences: Array, v_cache: Array, out: Array, window: int, parts: Array
+    gpu: Gpu,
+    q: Array,
+    k_cache: Array,
+    positions: Array,
+    sequences: Array,
+    v_cache: Array,
+    out: Array,
+    window: int,
+    parts: Array,
 ) -> list[Launch]:
     tokens = q.shape[0]
     _, kv_heads, context, head_dim = k_cache.shape
@@ -397,7 +405,19 @@ def attention_scores(
 ) -> list[Launch]:
     tokens, heads, context = out.shape
     _, kv_heads, _, head_dim = k_cache.shape
-    arguments = (gpu.tokens, q, k_cache, positions, sequences, out, kv_heads, heads // kv_heads, context, head_dim, window)
+    arguments = (
+        gpu.tokens,
+        q,
+        k_cache,
+        positions,
+        sequences,
+        out,
+        kv_heads,
+        heads // kv_heads,
+        context,
+        head_dim,
+        window,
+    )
     return [Launch(attention_scores_kernel, (heads, tokens), THREADS, arguments)]
 
 
@@ -455,5 +475,6 @@ def attention_values(
     _, kv_heads, _, head_dim = v_cache.shape
     arguments = (
         gpu.tokens, weights, v_cache, positions, sequences, out, kv_heads, heads // kv_heads, context, head_dim,
+        window,
     )  # fmt: skip
     return [Launch(attention_values_kernel, (heads, tokens), THREADS, arguments)]

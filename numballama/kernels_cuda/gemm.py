@@ -230,7 +230,12 @@ def multiply(weight, x_at, x_bytes, x_rows, a_at, a_rows, b_at, b_rows, stride, 
     reading, writing = 0, stages - 1
     for step in range(steps):
         ahead = step + stages - 1
-        slot, on, inside, x_inside = to + writing * 2 * TILE_BYTES, ahead * 2 * STEP, ahead * STEP < k_here, ahead < steps
+        slot, on, inside, x_inside = (
+            to + writing * 2 * TILE_BYTES,
+            ahead * 2 * STEP,
+            ahead * STEP < k_here,
+            ahead < steps,
+        )
         fetch_rows(slot, x_from + on, x_step, rows, 1, x_inside)
         fetch_rows(slot + TILE_BYTES, a_from + on, w_step, rows, 256, inside)
         others = load_fragments(sums, x ^ 32, w ^ 32)

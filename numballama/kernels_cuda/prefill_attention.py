@@ -133,7 +133,9 @@ def attend(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, sha
     stage = 2 * TILE * 2 * width
     lane, warp, heads = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, cuda.gridDim.y
     factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
-    put_queries(q, (first * heads + head) * head_dim, heads * head_dim, rows, head_dim, width, factor, k_cache, base + stage)
+    put_queries(
+        q, (first * heads + head) * head_dim, heads * head_dim, rows, head_dim, width, factor, k_cache, base + stage
+    )
     cuda.syncthreads()
     queries = load_queries(
         sums, base + stage + (warp * 16 + (lane & 15)) * 2 * width + (((lane >> 4) ^ (lane & 7)) << 4)
@@ -188,15 +190,18 @@ def attention_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, 
 
 
 @cuda.jit
-def attention_128_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim):
+def attention_128_kernel(
+    tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim
+):
     """Heads of up to 128 numbers."""
     attend(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim, zeros64())
 
 
-def _takes(q: Array, k_cache: Array, v_cache: Array) -> bool:
+def _takes(q: Array, k_cache: Array, v_cache: Array, window: int) -> bool:
     head_dim = k_cache.shape[3]
     same = k_cache.dtype == v_cache.dtype != "f32"
-    return q.shape[0] > FEW and same and head_dim % 8 == 0 and head_dim <= 128
+    everything = not 0 < window < k_cache.shape[2]  # a sliding window is for the kernel of single tokens
+    return q.shape[0] > FEW and same and head_dim % 8 == 0 and head_dim <= 128 and everything
 
 
 @functools.wraps(attention.fused_attention)
@@ -204,7 +209,7 @@ def fused_attention(
     gpu: Gpu, q: Array, k_cache: Array, positions: Array, sequences: Array, v_cache: Array, out: Array, window: int,
     *scratch: Array,
 ) -> list[Launch]:  # fmt: skip
-    if not _takes(q, k_cache, v_cache):
+    if not _takes(q, k_cache, v_cache, window):
         return attention.fused_attention(gpu, q, k_cache, positions, sequences, v_cache, out, window, *scratch)
     _, kv_heads, context, head_dim = k_cache.shape
     heads = q.shape[1] // head_dim

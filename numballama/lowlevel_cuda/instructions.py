@@ -628,9 +628,7 @@ def _mma(builder: Any, name: str, a: list[Any], b: list[Any], c: list[Any]) -> l
         )
         summed = _asm(builder, result, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [*a, *b, *c])
         return [builder.extract_value(summed, i) for i in range(4)]
-    text = (
-        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5}, {$6}, {$7, $8, $9, $10};"
-    )
+    text = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5}, {$6}, {$7, $8, $9, $10};"
     for i in range(2):
         words = [a[2 * i], a[2 * i + 1], b[i]]
         if name == "int16":
@@ -866,9 +864,7 @@ powers_of_2 = _by_row(
     None, lambda builder, x, rows: [_power(builder, builder.fsub(x[i], rows[i // 2 % 2])) for i in range(len(x))]
 )
 """powers_of_2(numbers, a, b): 2^(number - a) in the first row, 2^(number - b) in the second."""
-scale_rows = _by_row(
-    None, lambda builder, x, rows: [builder.fmul(x[i], rows[i // 2 % 2]) for i in range(len(x))]
-)
+scale_rows = _by_row(None, lambda builder, x, rows: [builder.fmul(x[i], rows[i // 2 % 2]) for i in range(len(x))])
 """scale_rows(numbers, a, b): the first row's numbers times a, the second's times b."""
 
 
@@ -899,9 +895,7 @@ def put_rows(typingctx, numbers, first_at, second_at, first, second):  # type: i
         wanted = [_short(context, builder, args[3], first), _short(context, builder, args[4], second)]
         for i in range(len(parts) // 2):
             column = 8 * (i // 2)
-            text = (
-                f"{{.reg .pred p; setp.gt.s32 p, $1, {column}; @p st.global.v2.f32 [$0+{4 * column}], {{$2, $3}};}}"
-            )
+            text = f"{{.reg .pred p; setp.gt.s32 p, $1, {column}; @p st.global.v2.f32 [$0+{4 * column}], {{$2, $3}};}}"
             _asm(builder, VOID, text, "l,r,f,f,~{memory}", [args[1 + i % 2], wanted[i % 2], *parts[2 * i : 2 * i + 2]])
         return context.get_dummy_value()
 
