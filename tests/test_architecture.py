@@ -33,7 +33,8 @@ ORDER = [
     "jit", "lowlevel_cpu", "blocks_cpu", "matmul_cpu", "kernels_cpu", "sampler", "cpu",
     "lowlevel_cuda", "lowlevel_cuda.launch", "lowlevel_cuda.instructions", "lowlevel_cuda.driver",
     "lowlevel_cuda.compile",
-    "kernels_cuda.pieces", "kernels_cuda.gemv", "kernels_cuda.basic", "kernels_cuda.gemm", "kernels_cuda.attention",
+    "kernels_cuda.pieces", "kernels_cuda.products", "kernels_cuda.gemv", "kernels_cuda.basic",
+    "kernels_cuda.gemm", "kernels_cuda.attention",
     "kernels_cuda.prefill_attention", "kernels_cuda.sampling", "kernels_cuda.bandwidth", "kernels_cuda", "cuda",
     "reference",
     # Backend → Session → text

@@ -5,7 +5,8 @@ Dao et al., FlashAttention, 2022). Keys of one head lie together, so a warp read
 lie 16 bytes a lane on `lanes` neighbouring lanes, and the warp holds 32 / lanes keys at once. Each group of lanes keeps
 its own maximum, sum and weighted values; they meet at the end, first in the warp, then in shared memory.
 
-Heads that share keys (grouped queries) are computed by one block, `HEADS` at a time, so that a key is read once for them.
+Heads that share keys (grouped queries) are computed by one block, `HEADS` at a time, so that a key is read once for
+them.
 A long context is split over blocks. The last of them to finish joins the parts, so no other kernel is needed; with a
 short context all but the first have nothing to do and end at once.
 """
@@ -34,7 +35,7 @@ from ..lowlevel_cuda.instructions import (
 from ..lowlevel_cuda.launch import Array, Gpu, Launch
 from ..registry import kernel
 from .gemv import CACHE
-from .pieces import ALL, LOG2_E, beyond, block_max, block_sum, device, split, warp_max, warp_sum
+from .pieces import ALL, LOG2_E, at_once, beyond, block_max, block_sum, device, split, warp_max, warp_sum
 
 THREADS = 256
 WARPS = THREADS // 32
@@ -173,8 +174,9 @@ def join(most, total, values, lanes, shared, head_dim, inverse_head_dim, numbers
 
 @device
 def attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads, shared_by, context,
-              head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values, is_last):  # fmt: skip
-    """The whole of it, for `most.size` heads a block; blockIdx.x counts groups of heads, blockIdx.z parts of the context."""
+              head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values,
+              is_last):  # fmt: skip
+    """The whole of it, `most.size` heads a block; blockIdx.x counts groups of heads, blockIdx.z parts of the keys."""
     shared = cuda.shared.array(0, np.float32)
     t, heads_a_block = cuda.blockIdx.y, most.size
     newest, sequence = positions[t], sequences[t]
@@ -235,6 +237,7 @@ def attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, cou
         out[(t * heads + first_head + h) * head_dim + d] = value / whole
 
 
+@at_once(3)
 @cuda.jit
 def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads,
                              shared_by, context, head_dim, window, lanes, subgroups, inverse_subgroups,
@@ -247,9 +250,11 @@ def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, 
     total = cuda.local.array(HEADS, np.float32)
     values = cuda.local.array((HEADS, 8), np.float32)
     attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads, shared_by, context,
-              head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values, is_last)  # fmt: skip
+              head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values,
+              is_last)  # fmt: skip
 
 
+@at_once(3)
 @cuda.jit
 def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads,
                             shared_by, context, head_dim, window, lanes, subgroups, inverse_subgroups,
@@ -262,7 +267,8 @@ def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, o
     total = cuda.local.array(1, np.float32)
     values = cuda.local.array((1, 8), np.float32)
     attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads, shared_by, context,
-              head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values, is_last)  # fmt: skip
+              head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values,
+              is_last)  # fmt: skip
 
 
 PLAIN_THREADS = 128
@@ -271,7 +277,7 @@ PLAIN_THREADS = 128
 @cuda.jit
 def attention_plain_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, shared_by, context,
                            head_dim, window):  # fmt: skip
-    """Attention for heads whose numbers do not come in 16 bytes: a block a head, a thread a key, then a thread a number."""
+    """Attention for heads whose numbers do not come in 16 bytes: a block a head; a thread a key, then a number."""
     if beyond(tokens):
         return
     wait_for_predecessor()
@@ -358,10 +364,9 @@ def fused_attention(
     numbers = 4 if k_cache.dtype == "f32" else 8
     common = (gpu.tokens, q, k_cache, v_cache, positions, sequences, out)
     if head_dim % numbers or head_dim > 32 * numbers or k_cache.dtype != v_cache.dtype:
-        arguments = (*common, kv_heads, together, context, head_dim, window)
-        return [
-            Launch(attention_plain_kernel, (heads, tokens), PLAIN_THREADS, arguments, 4 * (PLAIN_THREADS + head_dim))
-        ]
+        plain = (*common, kv_heads, together, context, head_dim, window)
+        shared = 4 * (PLAIN_THREADS + head_dim)
+        return [Launch(attention_plain_kernel, (heads, tokens), PLAIN_THREADS, plain, shared)]
     blocks = kv_heads * -(-together // at_once)
     lanes = 1 << (-(-head_dim // numbers) - 1).bit_length()
     splits = min(parts.shape[2], _splits(gpu, blocks * tokens, context))

@@ -62,8 +62,9 @@ from ..lowlevel_cuda.instructions import (
 from ..lowlevel_cuda.launch import Array, Gpu, Launch, Matrix
 from ..registry import kernel
 from . import basic, gemv
-from .gemv import CACHE, MATRIX, floats4_or_0, squared, times4
+from .gemv import CACHE, MATRIX
 from .pieces import ALL, block_sum, device, sigmoid_times
+from .products import floats4_or_0, squared, times4
 
 FEW = 8
 """Up to so many tokens the kernels of `gemv` read the weights once for each of them."""

@@ -10,16 +10,12 @@ an H200 gets 31 bytes a nanosecond, and 26 KB must be under way at any time to c
   keys, two dimensions that RoPE turns together.
 - The `slices` warps that share a pair of rows each take every `slices`-th stage of it; sums meet in shared memory after
   the last row, behind one barrier, where one thread a pair finishes them.
-- x lies in shared memory in the order in which lanes want it, four numbers at a time: number 4q + i of lane l's sixteen
-  bytes at 132 q + 4 l + i. 132, not 128, so that writing it meets no bank twice either.
-- Of int8 and 4-bit weights x is turned into fixed point, three planes of bytes, as precise as float32 (`put_fixed`).
+- x lies in shared memory as the weight's type wants it (`products`).
 - RMSNorm costs no pass of its own: x is multiplied by the norm's weight on the way in, and since the rest is one factor
   for the whole vector, every sum is multiplied by it at the end.
 """
 
 from __future__ import annotations
-
-import math
 
 import numpy as np
 from numba import cuda
@@ -28,44 +24,38 @@ from ..lowlevel_cuda.instructions import (
     address,
     await_all,
     await_all_but_3,
-    bits_of_f32,
     close_copies,
     copy4,
     copy16,
-    dot16,
-    dp4a,
-    dp4a_su,
-    dp4a_us,
-    dp4a_uu,
-    f32_of_bits,
-    floats4,
     has_scales,
     keep_loop,
     let_successor_start,
-    nearest,
     per_16_bytes,
-    planes,
     scale_bytes,
-    scale_in,
     scale_word,
     shared_address,
-    shared_word,
-    shared_words4,
-    store4,
     store_number,
     wait_for_predecessor,
 )
 from ..lowlevel_cuda.launch import Argument, Array, Gpu, Launch, Matrix
 from ..registry import kernel
-from .pieces import ALL, beyond, device, sigmoid_times, split, warp_sum, warp_sum2
+from .pieces import at_once, beyond, device, sigmoid_times, split, warp_sum2
+from .products import (
+    CHUNK_BYTES,
+    LANE_STEP,
+    SCALE_BYTES,
+    SCALES_AT,
+    THREADS,
+    WARPS,
+    multiply,
+    norm_factor,
+    row_bytes,
+    stage_x,
+    x_step,
+)
 
-WARPS, DEPTH = 8, 4
-THREADS = 32 * WARPS
-CHUNK_BYTES, SCALE_BYTES = 512, 128
-"""Of a chunk of a row: 16 bytes a lane, and a word a lane with their scale. A stage has two chunks of each row."""
-SCALES_AT = 2 * CHUNK_BYTES
-"""Where a row's scales lie in a stage; a lane's are 12 bytes a lane nearer than its payload."""
-LANE_STEP = 132
+DEPTH = 4
+"""Stages of a warp's ring."""
 MATRIX = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
 """Types of weights. The last three become float16 on their way to the device."""
 
@@ -77,12 +67,6 @@ With three, blocks of the third bunch up where the first one's end early, and ot
 
 LINEAR, GATE_UP, QKV = 0, 1, 2
 """What the two rows of a pair are: neighbours of one weight; the same row of two; or, in three, see `place`."""
-
-
-@device
-def row_bytes(payload):
-    """Bytes of one row of a stage of a warp's ring: two chunks, and for each a word a lane with its scale."""
-    return 2 * (CHUNK_BYTES + SCALE_BYTES) if has_scales(payload) else 2 * CHUNK_BYTES
 
 
 @device
@@ -138,238 +122,6 @@ def fetch(slot, source, scales, count, next_count, payload, scale_step, lane):
 
 
 @device
-def x_step(payload):
-    """Float32 places that one chunk of x takes in shared memory."""
-    return per_16_bytes(payload) * 24 + 64 if has_scales(payload) else per_16_bytes(payload) // 4 * LANE_STEP
-
-
-@device
-def multiply(slot, payload, scales, odd, shared, x_at, lane):
-    """The lane's part of a row's sum over two chunks that have arrived; x_at is where the first one's x lies."""
-    if has_scales(payload):
-        at = slot + SCALES_AT - 12 * lane
-        first = multiply_fixed(slot, payload, shared, x_at, lane) * scale_in(scales, shared_word(at), odd)
-        second = multiply_fixed(slot + CHUNK_BYTES, payload, shared, x_at + x_step(payload), lane)
-        total = first + second * scale_in(scales, shared_word(at + SCALE_BYTES), odd)
-    else:
-        here = x_at + lane * 4
-        first = dot16(payload, shared_words4(slot), shared, here, LANE_STEP)
-        total = first + dot16(payload, shared_words4(slot + CHUNK_BYTES), shared, here + x_step(payload), LANE_STEP)
-    return total
-
-
-@device
-def dot4_signed(w, x, total):
-    """Four times four signed weights with signed bytes of x."""
-    return dp4a(w[0], x[0], dp4a(w[1], x[1], dp4a(w[2], x[2], dp4a(w[3], x[3], total))))
-
-
-@device
-def dot4_signed_unsigned(w, x, total):
-    """Four times four signed weights with unsigned bytes of x."""
-    return dp4a_su(w[0], x[0], dp4a_su(w[1], x[1], dp4a_su(w[2], x[2], dp4a_su(w[3], x[3], total))))
-
-
-@device
-def dot4_unsigned_signed(w, x, total):
-    """Four times four unsigned weights with signed bytes of x."""
-    return dp4a_us(w[0], x[0], dp4a_us(w[1], x[1], dp4a_us(w[2], x[2], dp4a_us(w[3], x[3], total))))
-
-
-@device
-def dot4_unsigned(w, x, total):
-    """Four times four unsigned weights with unsigned bytes of x."""
-    return dp4a_uu(w[0], x[0], dp4a_uu(w[1], x[1], dp4a_uu(w[2], x[2], dp4a_uu(w[3], x[3], total))))
-
-
-@device
-def multiply_fixed(slot, payload, shared, x_at, lane):
-    """The lane's int8 or 4-bit weights of one chunk times its x in fixed point, without the weights' scale.
-
-    x is three planes of bytes (`stage_fixed`), so the sums of products are integers, and exact.
-    """
-    words = shared_words4(slot)
-    plane = shared_address(shared, x_at) + lane * 16
-    zero = np.int32(0)
-    if per_16_bytes(payload) == 16:
-        low = dot4_signed_unsigned(words, shared_words4(plane), zero)
-        middle = dot4_signed_unsigned(words, shared_words4(plane + 512), zero)
-        high = dot4_signed(words, shared_words4(plane + 1024), zero)
-        scale, offset = shared[x_at + 384 + lane], np.float32(0)
-    else:
-        # byte j of a Q4_0 block holds number j in its low half and j + 16 in its high one; 8 stands for 0
-        mask = np.uint32(0x0F0F0F0F)
-        a = words[0] & mask, words[1] & mask, words[2] & mask, words[3] & mask
-        four = np.uint32(4)
-        b = (words[0] >> four) & mask, (words[1] >> four) & mask, (words[2] >> four) & mask, (words[3] >> four) & mask
-        low = dot4_unsigned(b, shared_words4(plane + 512), dot4_unsigned(a, shared_words4(plane), zero))
-        middle = dot4_unsigned(b, shared_words4(plane + 1536), dot4_unsigned(a, shared_words4(plane + 1024), zero))
-        high = dot4_unsigned_signed(
-            b, shared_words4(plane + 2560), dot4_unsigned_signed(a, shared_words4(plane + 2048), zero)
-        )
-        scale, offset = shared[x_at + 768 + lane], shared[x_at + 800 + lane]
-    total = (np.float32(high) * np.float32(65536) + np.float32(middle) * np.float32(256)) + np.float32(low)
-    return total * scale - offset
-
-
-@device
-def stage_x(x, start, norm, normed, columns, payload, shared, x_at, sums_at):
-    """x into shared memory in lane order, times the norm's weight; each warp leaves its sum of squares at `sums_at`.
-
-    Zeros fill the last pair of chunks.
-    """
-    numbers = per_16_bytes(payload)
-    width = 64 * numbers
-    padded = (columns + width - 1) & -width
-    squares = np.float32(0)
-    if columns & 3 == 0:
-        for first in range(4 * cuda.threadIdx.x, padded, 16 * THREADS):
-            keep_loop()
-            # all loads are under way at once: the memory answers after half a microsecond
-            limit = columns if normed else 0
-            n0, n1 = floats4_or_0(norm, 0, first, limit), floats4_or_0(norm, 0, first + 4 * THREADS, limit)
-            n2 = floats4_or_0(norm, 0, first + 8 * THREADS, limit)
-            n3 = floats4_or_0(norm, 0, first + 12 * THREADS, limit)
-            x0, x1 = floats4_or_0(x, start, first, columns), floats4_or_0(x, start, first + 4 * THREADS, columns)
-            x2 = floats4_or_0(x, start, first + 8 * THREADS, columns)
-            x3 = floats4_or_0(x, start, first + 12 * THREADS, columns)
-            if normed:
-                squares += squared(x0) + squared(x1) + squared(x2) + squared(x3)
-                x0, x1, x2, x3 = times4(x0, n0), times4(x1, n1), times4(x2, n2), times4(x3, n3)
-            put4(shared, x_at, first, padded, numbers, payload, x0)
-            put4(shared, x_at, first + 4 * THREADS, padded, numbers, payload, x1)
-            put4(shared, x_at, first + 8 * THREADS, padded, numbers, payload, x2)
-            put4(shared, x_at, first + 12 * THREADS, padded, numbers, payload, x3)
-    else:
-        for first in range(4 * cuda.threadIdx.x, padded, 4 * THREADS):
-            keep_loop()
-            v = (
-                one_or_0(x, start, first, columns),
-                one_or_0(x, start, first + 1, columns),
-                one_or_0(x, start, first + 2, columns),
-                one_or_0(x, start, first + 3, columns),
-            )
-            if normed:
-                squares += squared(v)
-                n = (
-                    one_or_0(norm, 0, first, columns),
-                    one_or_0(norm, 0, first + 1, columns),
-                    one_or_0(norm, 0, first + 2, columns),
-                    one_or_0(norm, 0, first + 3, columns),
-                )
-                v = times4(v, n)
-            put4(shared, x_at, first, padded, numbers, payload, v)
-    if normed:
-        squares = warp_sum(squares)
-        if cuda.threadIdx.x & 31 == 0:
-            shared[sums_at + (cuda.threadIdx.x >> 5)] = squares
-
-
-@device
-def lane_order(k, numbers):
-    """Where number k of x lies in shared memory; `numbers` is a power of two."""
-    log2 = 2 if numbers == 4 else (3 if numbers == 8 else (4 if numbers == 16 else 5))
-    chunk, inside = k >> (5 + log2), k & (32 * numbers - 1)
-    i = inside & (numbers - 1)
-    return (chunk << (log2 - 2)) * LANE_STEP + (i >> 2) * LANE_STEP + (inside >> log2) * 4 + (i & 3)
-
-
-@device
-def floats4_or_0(x, start, k, columns):
-    """x[start + k : … + 4], zeros beyond `columns`."""
-    zero = np.float32(0)
-    numbers = (zero, zero, zero, zero)
-    if k < columns:
-        numbers = floats4(x, start + k)
-    return numbers
-
-
-@device
-def one_or_0(x, start, k, columns):
-    """x[start + k], 0 beyond `columns`."""
-    return x[start + k] if k < columns else np.float32(0)
-
-
-@device
-def squared(v):
-    """The sum of the squares of four numbers."""
-    return (v[0] * v[0] + v[1] * v[1]) + (v[2] * v[2] + v[3] * v[3])
-
-
-@device
-def times4(v, w):
-    """Four products."""
-    return v[0] * w[0], v[1] * w[1], v[2] * w[2], v[3] * w[3]
-
-
-@device
-def put4(shared, x_at, k, padded, numbers, payload, v):
-    """Four numbers from k on into their place."""
-    if k < padded:
-        if has_scales(payload):
-            put_fixed(shared, x_at, k, numbers, payload, v)
-        else:
-            store4(shared, x_at + lane_order(k, numbers), v[0], v[1], v[2], v[3])
-
-
-MOST = np.float32(8388600)
-"""The largest fixed-point number: 24 bits with their sign hold it, whatever rounding does."""
-
-
-@device
-def magnitude(x):
-    """|x| as an integer that is the larger the larger |x| is, and largest for a NaN."""
-    return np.int32(bits_of_f32(x) & np.uint32(0x7FFFFFFF))
-
-
-@device
-def put_fixed(shared, x_at, k, numbers, payload, v):
-    """Four numbers from k on, as integers of 24 bits, in three planes of bytes. All lanes of a warp come here at once.
-
-    The numbers that meet a lane's 16 bytes share a scale: the largest becomes 2^23, so each is off by 2^-24 of that at
-    most, what float32 rounding costs; but sums of their products with weights are exact, and four weights take three
-    instructions (`dp4a`) instead of twelve.
-    """
-    most = max(max(magnitude(v[0]), magnitude(v[1])), max(magnitude(v[2]), magnitude(v[3])))
-    most = max(most, cuda.shfl_xor_sync(ALL, most, 1))
-    most = max(most, cuda.shfl_xor_sync(ALL, most, 2))
-    if numbers == 32:
-        most = max(most, cuda.shfl_xor_sync(ALL, most, 4))
-    largest = f32_of_bits(np.uint32(most))
-    inverse = MOST / largest if largest > np.float32(1e-30) else np.float32(0)
-    a, b, c, d = nearest(v[0] * inverse), nearest(v[1] * inverse), nearest(v[2] * inverse), nearest(v[3] * inverse)
-    low, middle, high = planes(a, b, c, d)
-    chunk, inside = k // (32 * numbers), k & (32 * numbers - 1)
-    lane, word = inside // numbers, (inside & (numbers - 1)) >> 2
-    base = x_at + chunk * x_step(payload)
-    at = base + ((word >> 2) * 32 + lane) * 4 + (word & 3)
-    plane = numbers * 8
-    shared[at], shared[at + plane], shared[at + 2 * plane] = f32_of_bits(low), f32_of_bits(middle), f32_of_bits(high)
-    scale = largest / MOST
-    if numbers == 32:
-        total = np.int32(a + b + c + d)
-        total += cuda.shfl_xor_sync(ALL, total, 1)
-        total += cuda.shfl_xor_sync(ALL, total, 2)
-        total += cuda.shfl_xor_sync(ALL, total, 4)
-        if word == 0:
-            shared[base + 3 * plane + 32 + lane] = np.float32(8) * (np.float32(total) * scale)
-    if word == 0:
-        shared[base + 3 * plane + lane] = scale
-
-
-@device
-def norm_factor(shared, sums_at, normed, columns, eps):
-    """1 / sqrt(mean(x²) + eps), from what `stage_x` left (Zhang and Sennrich, RMSNorm, 2019); 1 without a norm."""
-    factor = np.float32(1)
-    if normed:
-        squares = np.float32(0)
-        for i in range(WARPS):
-            squares += shared[sums_at + i]
-        factor = np.float32(1) / np.float32(math.sqrt(squares / np.float32(columns) + eps))
-    return factor
-
-
-@device
 def pairs_of_block(layout):
     """How many pairs are this block's: those with numbers blockIdx.x + local · gridDim.x."""
     return layout[6] + (1 if cuda.blockIdx.x < layout[7] else 0)
@@ -407,11 +159,11 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
            second, wanted):  # fmt: skip
     """All sums of this block's pairs, in slices, into shared memory; ends behind a barrier.
 
-    Returns early[first] and early[second], if `wanted`, loaded as soon as they may be: what the thread needs at the end.
+    Returns early[first] and early[second], if `wanted`, loaded as soon as may be: what the thread needs at the end.
 
     `rows` is (last row of a LINEAR weight, which stands in for one too many; pairs of queries; pairs of keys; half; its
-    inverse): with `half` not 0, row i of queries and keys goes with row i + half of its head. `weights` and `scales` are
-    three addresses, or pointers, and the distance of two rows. `layout` is what `_shape` says.
+    inverse): with `half` not 0, row i of queries and keys goes with row i + half of its head. `weights` and `scales`
+    are three addresses, or pointers, and the distance of two rows. `layout` is what `_shape` says.
     """
     slices, log2_slices, x_at, sums_at, partial_at, chunks, _, _, ahead = layout
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
@@ -478,6 +230,7 @@ def combined(shared, layout, local, which):
     return total
 
 
+@at_once(3)
 @cuda.jit
 def linear_kernel(tokens, x, norm, normed, eps, weight, stride, scales, scale_stride, shift, residual, added, out,
                   rows, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over,
@@ -503,6 +256,7 @@ def linear_kernel(tokens, x, norm, normed, eps, weight, stride, scales, scale_st
             out[t * rows + row] = value
 
 
+@at_once(3)
 @cuda.jit
 def gate_up_kernel(tokens, x, norm, normed, eps, w1, w3, stride, s1, s3, scale_stride, shift, out, rows, columns,
                    slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead):  # fmt: skip
@@ -521,15 +275,16 @@ def gate_up_kernel(tokens, x, norm, normed, eps, w1, w3, stride, s1, s3, scale_s
         out[t * rows + cuda.blockIdx.x + local * cuda.gridDim.x] = sigmoid_times(gate, up)
 
 
+@at_once(3)
 @cuda.jit
 def qkv_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, scale_stride, shift, q, k, v, q_rows,
                kv_rows, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over,
-                  ahead):  # fmt: skip
+               ahead):  # fmt: skip
     """q, k and v = Wq · x, Wk · x, Wv · x, of x or of norm(x). Numbers of rows are even, as heads are."""
     if beyond(tokens):
         return
     shared = cuda.shared.array(0, np.float32)
-    t, pairs, q_pairs, k_pairs = cuda.blockIdx.y, (q_rows >> 1) + kv_rows, q_rows >> 1, kv_rows >> 1
+    t, q_pairs, k_pairs = cuda.blockIdx.y, q_rows >> 1, kv_rows >> 1
     layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
     of_rows = 0, q_pairs, k_pairs, 0, np.float32(0)
     stream(QKV, of_rows, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
@@ -557,10 +312,12 @@ def turning(local, pairs, of_rows, head_dim, inverse_head_dim, interleaved):
     return d >> 1 if interleaved else min(d, (head_dim >> 1) - 1)
 
 
+@at_once(3)
 @cuda.jit
 def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, scale_stride, shift, angles,
                     positions, sequences, q, k_cache, v_cache, q_rows, kv_rows, head_dim, interleaved, context,
-                    kv_heads, inverse_head_dim, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead):  # fmt: skip
+                    kv_heads, inverse_head_dim, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks, each,
+                    over, ahead):  # fmt: skip
     """Queries, turned by RoPE, into q; keys, turned, and values into the cache, at the token's position."""
     if beyond(tokens):
         return
@@ -667,8 +424,10 @@ def norm_gate_up(gpu: Gpu, x: Array, norm: Array, w1: Matrix, w3: Matrix, out: A
     return _launch_gate_up(gpu, x, norm, eps, w1, w3, out)
 
 
-def _qkv_operands(gpu: Gpu, x: Array, norm: Array | None, eps: float, weights: tuple[Matrix, Matrix, Matrix]):  # type: ignore[no-untyped-def]
-    wq, wk, wv = weights
+def _qkv_operands(
+    gpu: Gpu, x: Array, norm: Array | None, eps: float, weights: tuple[Matrix, Matrix, Matrix]
+) -> tuple[tuple[int, ...], tuple[Argument, ...], tuple[int, ...], int]:
+    wq, wk, _ = weights
     pairs = (wq.shape[0] + 2 * wk.shape[0]) // 2
     grid, places, shared = _shape(gpu, wq, pairs, x.shape[0])
     arguments: tuple[Argument, ...] = (

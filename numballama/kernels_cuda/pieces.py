@@ -19,6 +19,16 @@ def device(function: Any) -> Any:
     return cuda.jit(device=True, forceinline=True)(function)
 
 
+def at_once(blocks: int) -> Any:
+    """Declare that so many blocks of a kernel, or of it and others, shall find room in a multiprocessor's registers."""
+
+    def declare(kernel: Any) -> Any:
+        kernel.py_func.blocks_at_once = blocks
+        return kernel
+
+    return declare
+
+
 @device
 def warp_sum(x):
     """The sum of `x` over the 32 lanes, in every lane."""

@@ -252,8 +252,7 @@ def to_ptx(kernel: Any, kinds: Sequence[str], capability: tuple[int, int], threa
     if cuda.implementation != "NVIDIA":
         raise DeviceError("numba.cuda is not numba-cuda: install it with: pip install 'numballama[cuda]'")
     with _pretending(capability):
-        # two blocks on a multiprocessor, so that the next kernel's can begin beside this one's
-        bounds = (threads, 3) if threads <= 256 else threads
+        bounds = (threads, getattr(kernel.py_func, "blocks_at_once", 1))
         ptx, _ = cuda.compile_ptx(kernel.py_func, signature(kinds), cc=capability, launch_bounds=bounds)
     return str(ptx)
 
@@ -353,8 +352,8 @@ class Function:
         )
         self.shared_limit = device.shared_limit - int(fixed)
         check(driver.cuFuncSetAttribute(self.handle, limit, self.shared_limit))
-        # one split between L1 and shared memory for all kernels: to change it, a multiprocessor must run empty first, and
-        # the next kernel could not begin beside this one
+        # one split between L1 and shared memory for all kernels: to change it, a multiprocessor must run empty first,
+        # and the next kernel could not begin beside this one
         carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
         check(driver.cuFuncSetAttribute(self.handle, carveout, 100))
         self._unload = weakref.finalize(self, _unload, device.context, self._module)

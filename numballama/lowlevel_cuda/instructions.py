@@ -260,8 +260,7 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
 def dot16(typingctx, memory, words, x, index, step):  # type: ignore[no-untyped-def]
     """The numbers in 16 bytes of `memory`'s type, times float32: four of them from each of x[index], x[index + step] …
 
-    Returns the sum, 0 for types with scales, which are not for this. `x` is shared memory, 16-byte aligned at each of
-    these places.
+    Returns the sum; 0 for types with scales, which are not for this. `x` is shared memory, 16-byte aligned there.
     """
     name = memory.dtype.name
 
@@ -421,8 +420,8 @@ copy16 = intrinsic(
         "st.shared.v4.u32 [$0], {a, b, c, d};}",
     )
 )
-"""copy16(to, source, count): 16 bytes from a global to a shared address (`shared_address`), both aligned; `count` 16, or
-0 for zeros: the source is not looked at then.
+"""copy16(to, source, count): 16 bytes from a global to a shared address (`shared_address`), both aligned; `count` 16,
+or 0 for zeros: the source is not looked at then.
 """
 
 copy4 = intrinsic(
