@@ -938,7 +938,8 @@ def expand16(typingctx, memory, words, scale, to):  # type: ignore[no-untyped-de
         numbers = []
         for i in range(PER_16_BYTES[name]):
             if name == "int8":
-                number = _unpack(builder, name, parts, i)
+                byte = builder.trunc(builder.lshr(parts[i // 4], ir.Constant(I32, 8 * (i % 4))), I8)
+                number = builder.sitofp(byte, F32)
             else:
                 shift = ir.Constant(I32, 8 * (i % 4) + 4 * (i // 16))
                 nibble = builder.and_(builder.lshr(parts[i % 16 // 4], shift), ir.Constant(I32, 15))
