@@ -98,7 +98,9 @@ class Program:
     def _read(self, body: str) -> None:
         scopes: list[dict[str, str]] = []
         count = 0
-        for piece in re.findall(r"[$\w]+:(?=\s*\{)|\{(?![^{};]*\}\s*[,;])|\}(?!\s*[,;])|[^;{}]*(?:\{[^{};]*\}[^;{}]*)*;", body):
+        for piece in re.findall(
+            r"[$\w]+:(?=\s*\{)|\{(?![^{};]*\}\s*[,;])|\}(?!\s*[,;])|[^;{}]*(?:\{[^{};]*\}[^;{}]*)*;", body
+        ):
             text = " ".join(piece.split())
             if text == "{":
                 scopes.append({})
@@ -346,7 +348,9 @@ class Block:
             return
         value = self._value(operands[1], source)
         if to[0] in "usb" and source[0] == "f":
-            rounded = np.trunc(value) if "rzi" in modifiers else np.floor(value) if "rmi" in modifiers else np.rint(value)
+            rounded = (
+                np.trunc(value) if "rzi" in modifiers else np.floor(value) if "rmi" in modifiers else np.rint(value)
+            )
             info = np.iinfo(NUMPY[to])
             value = np.clip(np.nan_to_num(rounded.astype(np.float64)), float(info.min), float(info.max))
         self._set(operands[0], value.astype(NUMPY[to]), mask)

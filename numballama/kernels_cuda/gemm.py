@@ -36,7 +36,7 @@ from ..lowlevel_cuda.instructions import (
     await_all_but_3,
     bits_of_f32,
     close_copies,
-    copy16_within,
+    copy16,
     expand16,
     f32_of_bits,
     floats4,
@@ -62,8 +62,9 @@ from ..lowlevel_cuda.instructions import (
 from ..lowlevel_cuda.launch import Array, Gpu, Launch, Matrix
 from ..registry import kernel
 from . import basic, gemv
-from .gemv import CACHE, MATRIX, floats4_or_0, squared, times4
+from .gemv import CACHE, MATRIX
 from .pieces import ALL, block_sum, device, sigmoid_times
+from .products import floats4_or_0, squared, times4
 
 FEW = 8
 """Up to so many tokens the kernels of `gemv` read the weights once for each of them."""
@@ -169,8 +170,8 @@ def rows_there(here, most):
 @device
 def fetch_rows(to, source, step, rows, which, inside):
     """Start copying 16 bytes each of two rows that are 16 apart, the first of which has bit `which` in `rows`."""
-    copy16_within(to, source, 16 if inside and rows & which else 0)
-    copy16_within(to + 16 * 128, source + step, 16 if inside and rows & (2 * which) else 0)
+    copy16(to, source, 16 if inside and rows & which else 0)
+    copy16(to + 16 * 128, source + step, 16 if inside and rows & (2 * which) else 0)
 
 
 @device
@@ -230,7 +231,12 @@ def multiply(weight, x_at, x_bytes, x_rows, a_at, a_rows, b_at, b_rows, stride, 
     reading, writing = 0, stages - 1
     for step in range(steps):
         ahead = step + stages - 1
-        slot, on, inside, x_inside = to + writing * 2 * TILE_BYTES, ahead * 2 * STEP, ahead * STEP < k_here, ahead < steps
+        slot, on, inside, x_inside = (
+            to + writing * 2 * TILE_BYTES,
+            ahead * 2 * STEP,
+            ahead * STEP < k_here,
+            ahead < steps,
+        )
         fetch_rows(slot, x_from + on, x_step, rows, 1, x_inside)
         fetch_rows(slot + TILE_BYTES, a_from + on, w_step, rows, 256, inside)
         others = load_fragments(sums, x ^ 32, w ^ 32)
@@ -310,7 +316,7 @@ def gemm_kernel(tokens, x, padded, scales, weight, stride, early, residual, adde
     if first_token >= tokens[0]:
         return
     shared = cuda.shared.array(0, np.float32)
-    base, here = shared_address(shared), end - first_row
+    base, here = shared_address(shared, 0), end - first_row
     w_at = address(weight, 0) + (first_row - begin) * stride
     sums = multiply(weight, address(x, first_token * padded), 2 * padded, tokens[0] - first_token, w_at, here,
                     w_at + 64 * stride, here - 64, stride, columns, stages, early, base, zeros128())  # fmt: skip
@@ -327,7 +333,7 @@ def gemm_gate_up_kernel(tokens, x, padded, scales, w1, w3, stride, early, out, b
     if first_token >= tokens[0]:
         return
     shared = cuda.shared.array(0, np.float32)
-    base, here, skipped = shared_address(shared), end - first_row, (first_row - begin) * stride
+    base, here, skipped = shared_address(shared, 0), end - first_row, (first_row - begin) * stride
     sums = multiply(w1, address(x, first_token * padded), 2 * padded, tokens[0] - first_token,
                     address(w1, 0) + skipped, here, address(w3, 0) + skipped, here, stride, columns, stages, early, base,
                     zeros128())  # fmt: skip
@@ -363,7 +369,7 @@ def gemm_qkv_rope_kernel(tokens, x, padded, scales, wq, wk, wv, stride, early, a
     if first_token >= tokens[0]:
         return
     shared = cuda.shared.array(0, np.float32)
-    base, width = shared_address(shared), heads_a_tile * head_dim
+    base, width = shared_address(shared, 0), heads_a_tile * head_dim
     section, rows, w_at = 0, q_rows, address(wq, 0)
     if tile >= q_tiles + kv_tiles:
         section, rows, w_at = 2, kv_rows, address(wv, 0)
@@ -466,7 +472,7 @@ def gemm_f32_kernel(tokens, x, weight, stride, residual, added, out, rows, colum
             low, high = floats4(shared, i * X_ROW + a_at), floats4(shared, i * X_ROW + a_at + 4)
             sums = add_products(sums, low + high, floats4(shared, i * W_ROW + b_at))
     cuda.syncthreads()
-    put_block(sums, shared_address(shared) + (thread >> 5) * 8 * STAGED_BYTES + (thread & 31) * 16)
+    put_block(sums, shared_address(shared, 0) + (thread >> 5) * 8 * STAGED_BYTES + (thread & 31) * 16)
     cuda.syncthreads()
     finish_linear(shared, x, False, residual, added, out, first_token, tokens[0], first_row, rows, rows)
 

@@ -23,7 +23,7 @@ from ..lowlevel_cuda.instructions import (
     address,
     await_all,
     close_copies,
-    copy16_within,
+    copy16,
     exp2,
     floats4,
     let_successor_start,
@@ -81,8 +81,8 @@ def fetch_tile(base, k_at, v_at, first, length, head_dim, width):
     k_from, v_from, bytes_on = k_at + at, v_at + at, step * head_dim * 2
     for i in range(TILE // step):
         count = 16 if i * step < here else 0
-        copy16_within(to + i * step * 2 * width, k_from, count)
-        copy16_within(to + (TILE + i * step) * 2 * width, v_from, count)
+        copy16(to + i * step * 2 * width, k_from, count)
+        copy16(to + (TILE + i * step) * 2 * width, v_from, count)
         k_from += bytes_on
         v_from += bytes_on
     close_copies()
@@ -132,11 +132,13 @@ def attend(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, sha
     wait_for_predecessor()
     let_successor_start()
     shared = cuda.shared.array(0, np.float32)
-    base, width, rows = shared_address(shared), 2 * len(sums), min(TILE, tokens[0] - first)
+    base, width, rows = shared_address(shared, 0), 2 * len(sums), min(TILE, tokens[0] - first)
     stage = 2 * TILE * 2 * width
     lane, warp, heads = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, cuda.gridDim.y
     factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
-    put_queries(q, (first * heads + head) * head_dim, heads * head_dim, rows, head_dim, width, factor, k_cache, base + stage)
+    put_queries(
+        q, (first * heads + head) * head_dim, heads * head_dim, rows, head_dim, width, factor, k_cache, base + stage
+    )
     cuda.syncthreads()
     queries = load_queries(
         sums, base + stage + (warp * 16 + (lane & 15)) * 2 * width + (((lane >> 4) ^ (lane & 7)) << 4)
@@ -191,27 +193,31 @@ def attention_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, 
 
 
 @cuda.jit
-def attention_128_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim):
+def attention_128_kernel(
+    tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim
+):
     """Heads of up to 128 numbers."""
     attend(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim, zeros64())
 
 
-def _takes(gpu: Gpu, q: Array, k_cache: Array, v_cache: Array) -> bool:
+def _takes(gpu: Gpu, q: Array, k_cache: Array, v_cache: Array, window: int) -> bool:
     """Whether these operands are for the kernels of this file. Before sm_80, whose cards have at least 100 KB of shared
     memory, tensor cores know no bfloat16: turning it into float16 takes registers that a long head has not left.
     """
     head_dim = k_cache.shape[3]
     same = k_cache.dtype == v_cache.dtype != "f32"
     room = head_dim <= 64 or k_cache.dtype == "f16" or gpu.shared_limit > 64 << 10
-    return q.shape[0] > FEW and same and room and head_dim % 8 == 0 and head_dim <= 128
+    everything = not 0 < window < k_cache.shape[2]  # a sliding window is for the kernel of single tokens
+    return q.shape[0] > FEW and same and room and head_dim % 8 == 0 and head_dim <= 128 and everything
 
 
 @functools.wraps(attention.fused_attention)
 def fused_attention(
-    gpu: Gpu, q: Array, k_cache: Array, positions: Array, sequences: Array, v_cache: Array, out: Array, *scratch: Array
-) -> list[Launch]:
-    if not _takes(gpu, q, k_cache, v_cache):
-        return attention.fused_attention(gpu, q, k_cache, positions, sequences, v_cache, out, *scratch)
+    gpu: Gpu, q: Array, k_cache: Array, positions: Array, sequences: Array, v_cache: Array, out: Array, window: int,
+    *scratch: Array,
+) -> list[Launch]:  # fmt: skip
+    if not _takes(gpu, q, k_cache, v_cache, window):
+        return attention.fused_attention(gpu, q, k_cache, positions, sequences, v_cache, out, window, *scratch)
     _, kv_heads, context, head_dim = k_cache.shape
     heads = q.shape[1] // head_dim
     function, width = (attention_64_kernel, 64) if head_dim <= 64 else (attention_128_kernel, 128)

@@ -61,6 +61,21 @@ def address(typingctx, memory, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def shared_address(typingctx, memory, index):  # type: ignore[no-untyped-def]
+    """Address of an element of a shared array, as the functions that copy to and load from shared memory take it."""
+    if not isinstance(memory, types.Array):
+        return None
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        where = _integer(context, builder, args[1], index, types.int64)
+        generic = builder.ptrtoint(_element(context, builder, memory, args[0], where), I64)
+        asm = ir.InlineAsm(ir.FunctionType(I64, [I64]), "cvta.to.shared.u64 $0, $1;", "=l,l")
+        return builder.call(asm, [generic])
+
+    return types.int64(memory, index), codegen
+
+
+@intrinsic
 def floats4(typingctx, memory, index):  # type: ignore[no-untyped-def]
     """Four float32 from a 16-byte aligned element of a pointer or of shared memory."""
     if not (_is_memory(memory) and memory.dtype == types.float32):
@@ -139,25 +154,49 @@ def half_of_f32(typingctx, number):  # type: ignore[no-untyped-def]
     return types.uint32(types.float32), codegen
 
 
+def _dp4a(kinds: str) -> Any:
+    def typing(typingctx, a, b, total):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            asm = ir.InlineAsm(ir.FunctionType(I32, [I32] * 3), f"dp4a.{kinds} $0, $1, $2, $3;", "=r,r,r,r")
+            return builder.call(asm, args)
+
+        return types.int32(types.uint32, types.uint32, types.int32), codegen
+
+    return intrinsic(typing)
+
+
+dp4a, dp4a_su, dp4a_us, dp4a_uu = (_dp4a(kinds) for kinds in ("s32.s32", "s32.u32", "u32.s32", "u32.u32"))
+"""dp4a(a, b, total): total plus the four products of the bytes of two words; s and u say whose are signed."""
+
+
 @intrinsic
-def f32_of_byte(typingctx, word, which):  # type: ignore[no-untyped-def]
-    """Signed byte `which` (a constant) of a word, as float32."""
+def nearest(typingctx, x):  # type: ignore[no-untyped-def]
+    """x rounded to the nearest int32, halves to even."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        shift = builder.mul(_integer(context, builder, args[1], which, types.uint32), ir.Constant(I32, 8))
-        return builder.sitofp(builder.trunc(builder.lshr(args[0], shift), I8), F32)
+        asm = ir.InlineAsm(ir.FunctionType(I32, [F32]), "cvt.rni.s32.f32 $0, $1;", "=r,f")
+        return builder.call(asm, args)
 
-    return types.float32(types.uint32, which), codegen
+    return types.int32(types.float32), codegen
 
 
 @intrinsic
-def dp4a(typingctx, a, b, total):  # type: ignore[no-untyped-def]
-    """`total` plus the sum of the four products of signed bytes of two words."""
+def planes(typingctx, a, b, c, d):  # type: ignore[no-untyped-def]
+    """Three words: the lowest bytes of four int32, their second and their third ones."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return _asm(builder, I32, "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", args)
+        asm = ir.InlineAsm(ir.FunctionType(I32, [I32] * 3), "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r")
 
-    return types.int32(types.uint32, types.uint32, types.int32), codegen
+        def choose(x, y, selector):  # type: ignore[no-untyped-def]
+            return builder.call(asm, [x, y, ir.Constant(I32, selector)])
+
+        words = []
+        for which in range(3):
+            pair = 0x40 + 0x11 * which
+            words.append(choose(choose(args[0], args[1], pair), choose(args[2], args[3], pair), 0x5410))
+        return context.make_tuple(builder, signature.return_type, words)
+
+    return types.UniTuple(types.uint32, 3)(types.int32, types.int32, types.int32, types.int32), codegen
 
 
 @intrinsic
@@ -196,24 +235,8 @@ has_scales = _constant(types.boolean, lambda name: name in ("int8", "uint8"))
 """Whether numbers of this pointer's type want a scale: a constant."""
 
 
-def _byte(builder: Any, word: Any, which: int) -> Any:
-    return builder.trunc(builder.lshr(word, ir.Constant(I32, 8 * which)), I8)
-
-
 def _half(builder: Any, bits: Any) -> Any:
     return builder.fpext(builder.bitcast(builder.trunc(bits, I16), F16), F32)
-
-
-def _nibble(builder: Any, word: Any, which: int) -> Any:
-    """4 bits, less 8, times 16^which, or 16^(which - 5) from the sixth on.
-
-    Bits of a word are taken where they are, as the last ones of 2^23 + n · 16^which, from which a subtraction leaves the
-    product exactly: a mask, a subtraction. Three of the eight lie beyond the 23 bits of a float's fraction.
-    """
-    if which >= 5:
-        word, which = builder.lshr(word, ir.Constant(I32, 20)), which - 5
-    bits = builder.or_(builder.and_(word, ir.Constant(I32, 15 << (4 * which))), ir.Constant(I32, 0x4B000000))
-    return builder.fsub(builder.bitcast(bits, F32), ir.Constant(F32, 8388608.0 + 8 * 16.0**which))
 
 
 def _unpack(builder: Any, name: str, words: Any, i: int) -> Any:
@@ -226,12 +249,7 @@ def _unpack(builder: Any, name: str, words: Any, i: int) -> Any:
         word = words[i // 2]
         high = builder.and_(word, ir.Constant(I32, 0xFFFF0000)) if i % 2 else builder.shl(word, ir.Constant(I32, 16))
         return builder.bitcast(high, F32)
-    if name == "int8":
-        shifted = builder.lshr(words[i // 4], ir.Constant(I32, 8 * (i % 4)))
-        kind = ir.FunctionType(F32, [I32])  # LLVM would widen the byte to 16 bits first
-        return builder.call(ir.InlineAsm(kind, "cvt.rn.f32.s8 $0, $1;", "=f,r"), [shifted])
-    # byte j of a Q4_0 block holds number j in its low half and j + 16 in its high one
-    return _nibble(builder, words[i % 16 // 4], 2 * (i % 4) + i // 16)
+    raise AssertionError(f"{name} has scales: `dp4a` is for it")
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
@@ -242,8 +260,7 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
 def dot16(typingctx, memory, words, x, index, step):  # type: ignore[no-untyped-def]
     """The numbers in 16 bytes of `memory`'s type, times float32: four of them from each of x[index], x[index + step] …
 
-    Returns the sum. `x` is shared memory, 16-byte aligned at each of these places. 4-bit numbers come out as multiples of
-    powers of 16 (`_nibble`), which x must be divided by.
+    Returns the sum; 0 for types with scales, which are not for this. `x` is shared memory, 16-byte aligned there.
     """
     name = memory.dtype.name
 
@@ -252,6 +269,8 @@ def dot16(typingctx, memory, words, x, index, step):  # type: ignore[no-untyped-
         at = _integer(context, builder, args[3], index, types.int64)
         stride = _integer(context, builder, args[4], step, types.int64)
         sums = [ir.Constant(F32, 0.0)] * 2
+        if name in ("int8", "uint8"):
+            return sums[0]
         vector = ir.VectorType(F32, 4)
         for four in range(PER_16_BYTES[name] // 4):
             where = builder.bitcast(_element(context, builder, x, args[2], at), vector.as_pointer())
@@ -340,6 +359,16 @@ def store_number(typingctx, memory, index, value):  # type: ignore[no-untyped-de
 
 
 @intrinsic
+def scale_bytes(typingctx, memory):  # type: ignore[no-untyped-def]
+    """Bytes of one of these scales: a constant."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return ir.Constant(I64, memory.dtype.bitwidth // 8)
+
+    return types.int64(memory), codegen
+
+
+@intrinsic
 def scale_word(typingctx, memory, index):  # type: ignore[no-untyped-def]
     """Address of the aligned word that holds scale `index` of float32 or float16 scales."""
 
@@ -373,9 +402,9 @@ def _copy(text: str, plain: str) -> Any:
 
     def typing(typingctx, to, source, count):  # type: ignore[no-untyped-def]
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            args = [*args[:2], _integer(context, builder, args[2], count, types.int32)]
+            args = [builder.trunc(args[0], I32), args[1], _integer(context, builder, args[2], count, types.int32)]
             body = text if _compiling_for() >= (8, 0) else plain
-            _asm(builder, VOID, body, "l,l,r,~{memory}", args)
+            _asm(builder, VOID, body, "r,l,r,~{memory}", args)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, count), codegen
@@ -385,19 +414,21 @@ def _copy(text: str, plain: str) -> Any:
 
 copy16 = intrinsic(
     _copy(
-        "{.reg .u64 s; cvta.to.shared.u64 s, $0; cp.async.cg.shared.global.L2::128B [s], [$1], 16, $2;}",
-        "{.reg .u64 s; .reg .pred p; .reg .u32 a, b, c, d; cvta.to.shared.u64 s, $0; setp.ne.u32 p, $2, 0; "
+        "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;",
+        "{.reg .pred p; .reg .u32 a, b, c, d; setp.ne.u32 p, $2, 0; "
         "mov.u32 a, 0; mov.u32 b, 0; mov.u32 c, 0; mov.u32 d, 0; @p ld.global.nc.v4.u32 {a, b, c, d}, [$1]; "
-        "st.shared.v4.u32 [s], {a, b, c, d};}",
+        "st.shared.v4.u32 [$0], {a, b, c, d};}",
     )
 )
-"""copy16(to, source, count): 16 bytes from a global to a shared address, both aligned; `count` 16, or 0 for zeros."""
+"""copy16(to, source, count): 16 bytes from a global to a shared address (`shared_address`), both aligned; `count` 16,
+or 0 for zeros: the source is not looked at then.
+"""
 
 copy4 = intrinsic(
     _copy(
-        "{.reg .u64 s; cvta.to.shared.u64 s, $0; cp.async.ca.shared.global [s], [$1], 4, $2;}",
-        "{.reg .u64 s; .reg .pred p; .reg .u32 a; cvta.to.shared.u64 s, $0; setp.ne.u32 p, $2, 0; mov.u32 a, 0; "
-        "@p ld.global.nc.u32 a, [$1]; st.shared.u32 [s], a;}",
+        "cp.async.ca.shared.global [$0], [$1], 4, $2;",
+        "{.reg .pred p; .reg .u32 a; setp.ne.u32 p, $2, 0; mov.u32 a, 0; "
+        "@p ld.global.nc.u32 a, [$1]; st.shared.u32 [$0], a;}",
     )
 )
 """copy4(to, source, count): the same for 4 bytes; `count` 4 or 0."""
@@ -433,15 +464,15 @@ await_all, await_all_but_1, await_all_but_2, await_all_but_3, await_all_but_7 = 
 
 @intrinsic
 def shared_words4(typingctx, where):  # type: ignore[no-untyped-def]
-    """Four words from a 16-byte aligned shared address."""
+    """Four words from a 16-byte aligned shared address (`shared_address`)."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         loaded = _asm(
             builder,
             ir.LiteralStructType([I32] * 4),
-            "{.reg .u64 s; cvta.to.shared.u64 s, $4; ld.shared.v4.u32 {$0, $1, $2, $3}, [s];}",
-            "=r,=r,=r,=r,l,~{memory}",
-            args,
+            "ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,r,~{memory}",
+            [builder.trunc(args[0], I32)],
         )
         parts = [builder.extract_value(loaded, i) for i in range(4)]
         return context.make_tuple(builder, signature.return_type, parts)
@@ -454,8 +485,7 @@ def shared_word(typingctx, where):  # type: ignore[no-untyped-def]
     """A word from a 4-byte aligned shared address."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        text = "{.reg .u64 s; cvta.to.shared.u64 s, $1; ld.shared.u32 $0, [s];}"
-        return _asm(builder, I32, text, "=r,l,~{memory}", args)
+        return _asm(builder, I32, "ld.shared.u32 $0, [$1];", "=r,r,~{memory}", [builder.trunc(args[0], I32)])
 
     return types.uint32(types.int64), codegen
 
@@ -488,6 +518,21 @@ def words4(typingctx, where):  # type: ignore[no-untyped-def]
     return WORDS4(types.int64), codegen
 
 
+@intrinsic
+def keep_loop(typingctx):  # type: ignore[no-untyped-def]
+    """Nothing; but the compiler does not unroll a loop with a number of rounds that it does not know if this is in it.
+
+    Kernels of a step follow each other so closely that fetching their code shows: what runs once must be short.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(VOID, [])
+        builder.call(ir.InlineAsm(kind, "", "", side_effect=True), [], attrs=("convergent",))
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
 # Order between kernels and between blocks
 
 
@@ -505,11 +550,13 @@ def _for_sm_90(text: str) -> Any:
 
 wait_for_predecessor = intrinsic(_for_sm_90("griddepcontrol.wait;"))
 """Wait until the kernel before this one has ended and its results can be read (sm_90). Before it a kernel may only read
-what no kernel of this step writes: weights.
+what no kernel of the same run writes: weights, inputs, keys and values of earlier runs.
 """
 
 let_successor_start = intrinsic(_for_sm_90("griddepcontrol.launch_dependents;"))
-"""Let the next kernel's blocks begin as soon as all of this one's have come here or ended (sm_90)."""
+"""Let the next kernel's blocks begin as soon as all of this one's have come here or ended (sm_90): at once. They fill
+their rings while this kernel still works; each kernel waits before it looks at another one's results or writes its own.
+"""
 
 
 @intrinsic
@@ -583,9 +630,7 @@ def _mma(builder: Any, name: str, a: list[Any], b: list[Any], c: list[Any]) -> l
         )
         summed = _asm(builder, result, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [*a, *b, *c])
         return [builder.extract_value(summed, i) for i in range(4)]
-    text = (
-        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5}, {$6}, {$7, $8, $9, $10};"
-    )
+    text = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5}, {$6}, {$7, $8, $9, $10};"
     for i in range(2):
         words = [a[2 * i], a[2 * i + 1], b[i]]
         if name == "int16":
@@ -645,36 +690,6 @@ def put_words4(typingctx, where, a, b, c, d):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(where, *[types.uint32] * 4), codegen
-
-
-@intrinsic
-def shared_address(typingctx, memory):  # type: ignore[no-untyped-def]
-    """Where a shared array begins in the window of shared memory: what the functions below count from."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        where = builder.ptrtoint(_element(context, builder, memory, args[0], ir.Constant(I64, 0)), I64)
-        text = "{.reg .u64 s; cvta.to.shared.u64 s, $1; cvt.u32.u64 $0, s;}"
-        return builder.zext(_asm(builder, I32, text, "=r,l", [where]), I64)
-
-    return types.int64(memory), codegen
-
-
-@intrinsic
-def copy16_within(typingctx, to, source, count):  # type: ignore[no-untyped-def]
-    """`copy16` to an address in the window of shared memory."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        args = [_short(context, builder, args[0], to), args[1], _short(context, builder, args[2], count)]
-        text = "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;"
-        if _compiling_for() < (8, 0):
-            text = (
-                "{.reg .pred p; .reg .u32 a, b, c, d; setp.ne.u32 p, $2, 0; mov.u32 a, 0; mov.u32 b, 0; mov.u32 c, 0; "
-                "mov.u32 d, 0; @p ld.global.v4.u32 {a, b, c, d}, [$1]; st.shared.v4.u32 [$0], {a, b, c, d};}"
-            )
-        _asm(builder, VOID, text, "r,l,r,~{memory}", args)
-        return context.get_dummy_value()
-
-    return types.void(to, types.int64, count), codegen
 
 
 def _zeros(count: int) -> Any:
@@ -851,9 +866,7 @@ powers_of_2 = _by_row(
     None, lambda builder, x, rows: [_power(builder, builder.fsub(x[i], rows[i // 2 % 2])) for i in range(len(x))]
 )
 """powers_of_2(numbers, a, b): 2^(number - a) in the first row, 2^(number - b) in the second."""
-scale_rows = _by_row(
-    None, lambda builder, x, rows: [builder.fmul(x[i], rows[i // 2 % 2]) for i in range(len(x))]
-)
+scale_rows = _by_row(None, lambda builder, x, rows: [builder.fmul(x[i], rows[i // 2 % 2]) for i in range(len(x))])
 """scale_rows(numbers, a, b): the first row's numbers times a, the second's times b."""
 
 
@@ -884,9 +897,7 @@ def put_rows(typingctx, numbers, first_at, second_at, first, second):  # type: i
         wanted = [_short(context, builder, args[3], first), _short(context, builder, args[4], second)]
         for i in range(len(parts) // 2):
             column = 8 * (i // 2)
-            text = (
-                f"{{.reg .pred p; setp.gt.s32 p, $1, {column}; @p st.global.v2.f32 [$0+{4 * column}], {{$2, $3}};}}"
-            )
+            text = f"{{.reg .pred p; setp.gt.s32 p, $1, {column}; @p st.global.v2.f32 [$0+{4 * column}], {{$2, $3}};}}"
             _asm(builder, VOID, text, "l,r,f,f,~{memory}", [args[1 + i % 2], wanted[i % 2], *parts[2 * i : 2 * i + 2]])
         return context.get_dummy_value()
 
