@@ -77,11 +77,14 @@ def fetch_tile(base, k_at, v_at, first, length, head_dim, width):
     to = base + row * 2 * width + ((chunk ^ (row & 7)) << 4)
     step = THREADS // chunks  # a multiple of 8, so that all of a thread's rows are swizzled alike
     at = (first + row) * head_dim * 2 + chunk * 16
-    inside = 8 * chunk < head_dim
+    here = length - first - row if 8 * chunk < head_dim else 0
+    k_from, v_from, bytes_on = k_at + at, v_at + at, step * head_dim * 2
     for i in range(TILE // step):
-        count = 16 if inside and first + row + i * step < length else 0
-        copy16(to + i * step * 2 * width, k_at + at + i * step * head_dim * 2, count)
-        copy16(to + (TILE + i * step) * 2 * width, v_at + at + i * step * head_dim * 2, count)
+        count = 16 if i * step < here else 0
+        copy16(to + i * step * 2 * width, k_from, count)
+        copy16(to + (TILE + i * step) * 2 * width, v_from, count)
+        k_from += bytes_on
+        v_from += bytes_on
     close_copies()
 
 
@@ -141,7 +144,6 @@ def attend(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, sha
         sums, base + stage + (warp * 16 + (lane & 15)) * 2 * width + (((lane >> 4) ^ (lane & 7)) << 4)
     )
     k_lane = base + ((lane & 7) + ((lane >> 4) << 3)) * 2 * width + ((((lane >> 3) & 1) ^ (lane & 7)) << 4)
-    v_lane = base + (TILE + (lane & 15)) * 2 * width + (((lane >> 4) ^ (lane & 7)) << 4)
 
     row0 = warp * 16 + (lane >> 2)
     row1 = row0 + 8
@@ -151,7 +153,8 @@ def attend(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, sha
     begin = 0
     while begin < rows:
         end, newest = run_of_sequence(sequences, positions, first, begin, rows)
-        last0, last1 = position0 if begin <= row0 < end else -1, position1 if begin <= row1 < end else -1
+        last0 = position0 if begin <= row0 < end else np.int32(-1)
+        last1 = position1 if begin <= row1 < end else np.int32(-1)
         at = (sequences[first + begin] * kv_heads + head // shared_by) * context * head_dim
         k_at, v_at, length = address(k_cache, at), address(v_cache, at), newest + 1
         cuda.syncthreads()  # all have done with what lies in the stages
@@ -173,7 +176,7 @@ def attend(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, sha
             weights = powers_of_2(scores, most0, most1)
             totals = sums_of_rows(weights, total0 * shrink0, total1 * shrink1)
             total0, total1 = totals[0], totals[1]
-            sums = add_values(v_cache, scale_rows(sums, shrink0, shrink1), weights, v_lane + on)
+            sums = add_values(v_cache, scale_rows(sums, shrink0, shrink1), weights, k_lane + on + TILE * 2 * width)
             on = stage - on
         begin = end
     one = np.float32(1)
@@ -197,11 +200,15 @@ def attention_128_kernel(
     attend(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim, zeros64())
 
 
-def _takes(q: Array, k_cache: Array, v_cache: Array, window: int) -> bool:
+def _takes(gpu: Gpu, q: Array, k_cache: Array, v_cache: Array, window: int) -> bool:
+    """Whether these operands are for the kernels of this file. Before sm_80, whose cards have at least 100 KB of shared
+    memory, tensor cores know no bfloat16: turning it into float16 takes registers that a long head has not left.
+    """
     head_dim = k_cache.shape[3]
     same = k_cache.dtype == v_cache.dtype != "f32"
+    room = head_dim <= 64 or k_cache.dtype == "f16" or gpu.shared_limit > 64 << 10
     everything = not 0 < window < k_cache.shape[2]  # a sliding window is for the kernel of single tokens
-    return q.shape[0] > FEW and same and head_dim % 8 == 0 and head_dim <= 128 and everything
+    return q.shape[0] > FEW and same and room and head_dim % 8 == 0 and head_dim <= 128 and everything
 
 
 @functools.wraps(attention.fused_attention)
@@ -209,7 +216,7 @@ def fused_attention(
     gpu: Gpu, q: Array, k_cache: Array, positions: Array, sequences: Array, v_cache: Array, out: Array, window: int,
     *scratch: Array,
 ) -> list[Launch]:  # fmt: skip
-    if not _takes(q, k_cache, v_cache, window):
+    if not _takes(gpu, q, k_cache, v_cache, window):
         return attention.fused_attention(gpu, q, k_cache, positions, sequences, v_cache, out, window, *scratch)
     _, kv_heads, context, head_dim = k_cache.shape
     heads = q.shape[1] // head_dim

@@ -609,9 +609,12 @@ def _ldmatrix(builder: Any, where: Any, offset: int, transposed: bool = False) -
 
 
 def _halves_of_bfloats(builder: Any, word: Any) -> Any:
-    low = builder.bitcast(builder.shl(word, ir.Constant(I32, 16)), F32)
-    high = builder.bitcast(builder.and_(word, ir.Constant(I32, 0xFFFF0000)), F32)
-    return _pack(builder, "uint16", low, high)
+    """In one piece, so that LLVM keeps the words and not, for a whole loop, what comes of them."""
+    text = (
+        "{.reg .b32 t; .reg .f32 a, b; .reg .b16 h, g; shl.b32 t, $1, 16; mov.b32 a, t; and.b32 t, $1, 0xffff0000; "
+        "mov.b32 b, t; cvt.rn.f16.f32 h, a; cvt.rn.f16.f32 g, b; mov.b32 $0, {h, g};}"
+    )
+    return _asm(builder, I32, text, "=r,r", [word])
 
 
 def _mma(builder: Any, name: str, a: list[Any], b: list[Any], c: list[Any]) -> list[Any]:
@@ -798,7 +801,7 @@ def score_keys(typingctx, memory, queries, keys_at):  # type: ignore[no-untyped-
 
 @intrinsic
 def add_values(typingctx, memory, sums, weights, values_at):  # type: ignore[no-untyped-def]
-    """sums + weights (16 × 64, as `score_keys` gives them) · 64 values. Lane l's address is of key l mod 16, chunk l / 16."""
+    """sums + weights (16 × 64, as `score_keys` gives them) · 64 values. Lanes' addresses are as for `score_keys`."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         totals, numbers = _parts(builder, sums, args[1]), _parts(builder, weights, args[2])
@@ -812,7 +815,7 @@ def add_values(typingctx, memory, sums, weights, values_at):  # type: ignore[no-
                 values = _ldmatrix(builder, moved, 16 * step * row_bytes, transposed=True)
                 for i in range(2):
                     at = 4 * (2 * j + i)
-                    totals[at : at + 4] = _mma(builder, name, a, values[2 * i : 2 * i + 2], totals[at : at + 4])
+                    totals[at : at + 4] = _mma(builder, name, a, [values[i], values[i + 2]], totals[at : at + 4])
         return context.make_tuple(builder, sums, totals)
 
     return sums(memory, sums, weights, types.int64), codegen
