@@ -1,4 +1,4 @@
-"""The command line: `numballama story | generate | inspect | bench`. Text goes to stdout, everything else to stderr."""
+"""The command line: `numballama story | generate | inspect | bench | doctor`. Text goes to stdout, the rest to stderr."""
 
 from __future__ import annotations
 
@@ -93,6 +93,13 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--trace", metavar="FILE", help="write that time line as a Chrome trace (implies --profile)")
     bench.add_argument("--json", action="store_true", help="one JSON object instead of text")
     bench.set_defaults(run=_bench)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="show what this machine offers",
+        description="Packages, CPU, GPUs and the cache of compiled kernels: what was found, and what is missing.",
+    )
+    doctor.set_defaults(run=_doctor)
     return main
 
 
@@ -201,6 +208,12 @@ def _bench(arguments: argparse.Namespace) -> None:
             found.show()
         else:
             print(found.as_text())
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from .doctor import examine
+
+    print(examine())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -34,7 +34,7 @@ ORDER = [
     # Backend → Session → text
     "session", "text", "model",
     # around a model
-    "inspection", "profile_step", "bench_cuda", "bench", "cli", "__main__",
+    "inspection", "profile_step", "bench_cuda", "bench", "doctor", "cli", "__main__",
 ]  # fmt: skip
 """The flow, left to right: a module imports only what stands before it."""
 
