@@ -1,4 +1,4 @@
-"""The command line: `numballama story | generate | inspect | bench | doctor`. Text goes to stdout, the rest to stderr."""
+"""The command line, `numballama story | generate | inspect | bench | doctor`: text on stdout, the rest on stderr."""
 
 from __future__ import annotations
 
