@@ -148,6 +148,7 @@ def _layout(weight: Weight) -> _Layout:
         group = common & -common  # the largest power of two that divides both
         if weight.type.group % columns == 0 and columns % 16 == 0 and not columns & (columns - 1):
             group = columns
+        group = min(group, 512)  # a warp's 16 bytes a lane: no group spans two chunks
         if group >= 16:
             return _Layout(weight, "int8", columns, "f32", columns // group, group)
         return _Layout(weight, "f32", -(-columns * 4 // 16) * 16)

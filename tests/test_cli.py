@@ -99,7 +99,7 @@ def test_wrong_usage_exits_with_2(words: tuple[str, ...]) -> None:
     assert done.returncode == 2 and "usage" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["story", "generate", "inspect", "bench"])
+@pytest.mark.parametrize("command", ["story", "generate", "chat", "inspect", "bench"])
 def test_help_names_every_option(command: str) -> None:
     done = run(command, "--help")
     assert done.returncode == 0 and "usage: numballama" in done.stdout

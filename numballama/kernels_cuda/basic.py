@@ -107,6 +107,32 @@ def rmsnorm(gpu: Gpu, x: Array, weight: Array, out: Array, eps: float) -> list[L
 
 
 @cuda.jit
+def head_norm_kernel(tokens, x, weight, out, columns, head_dim, eps):
+    """RMSNorm of every head, a warp a head."""
+    if beyond(tokens):
+        return
+    begin()
+    head, lane = cuda.blockIdx.x * (THREADS // 32) + (cuda.threadIdx.x >> 5), cuda.threadIdx.x & 31
+    if head * head_dim < columns:
+        row = cuda.blockIdx.y * columns + head * head_dim
+        squares = np.float32(0)
+        for k in range(lane, head_dim, 32):
+            squares += x[row + k] * x[row + k]
+        squares = warp_sum(squares)
+        factor = np.float32(1) / np.float32(math.sqrt(squares / np.float32(head_dim) + eps))
+        for k in range(lane, head_dim, 32):
+            out[row + k] = x[row + k] * factor * weight[k]
+
+
+@kernel("head_norm", "cuda", "f32", "f32")
+def head_norm(gpu: Gpu, x: Array, weight: Array, out: Array, eps: float) -> list[Launch]:
+    tokens, columns = x.shape
+    head_dim = weight.shape[0]
+    grid = -(-columns // head_dim // (THREADS // 32)), tokens
+    return [Launch(head_norm_kernel, grid, THREADS, (gpu.tokens, x, weight, out, columns, head_dim, eps))]
+
+
+@cuda.jit
 def quantize_kernel(tokens, x, out, scales, columns, group, groups):
     """Scale max|x| / 127 for each group, numbers rounded half away from zero, as llama2.c's runq. A warp a group."""
     if beyond(tokens):

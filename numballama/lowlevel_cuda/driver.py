@@ -261,8 +261,7 @@ def to_ptx(kernel: Any, kinds: Sequence[str], capability: tuple[int, int], threa
 
     require_compiler()
     with _pretending(capability):
-        # two blocks on a multiprocessor, so that the next kernel's can begin beside this one's
-        bounds = (threads, 2) if threads <= 512 else threads
+        bounds = (threads, getattr(kernel.py_func, "blocks_at_once", 1))
         ptx, _ = cuda.compile_ptx(kernel.py_func, signature(kinds), cc=capability, launch_bounds=bounds)
     return str(ptx)
 
@@ -306,14 +305,16 @@ def compile_kernel(
     path = cache_entry(kernel, kinds, capability, threads, cache)
     if path is not None:
         try:
-            facts, _, machine = path.read_bytes().partition(b"\n")
-            return Code(machine, **json.loads(facts), cached=True)
-        except (OSError, ValueError, TypeError):
+            head, _, machine = path.read_bytes().partition(b"\n")
+            facts = json.loads(head)
+            if facts.pop("size") == len(machine):
+                return Code(machine, **facts, cached=True)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
             pass  # not there, or not whole: it is made again
     code = assemble(to_ptx(kernel, kinds, capability, threads), capability)
     if path is not None:
-        facts = json.dumps(asdict(_Facts(code.entry, code.registers, code.stack_bytes, code.local_bytes))).encode()
-        _write_whole(path, facts + b"\n" + code.machine)
+        facts = asdict(_Facts(code.entry, code.registers, code.stack_bytes, code.local_bytes))
+        _write_whole(path, json.dumps(facts | {"size": len(code.machine)}).encode() + b"\n" + code.machine)
     return code
 
 
@@ -360,6 +361,10 @@ class Function:
         )
         self.shared_limit = device.shared_limit - int(fixed)
         check(driver.cuFuncSetAttribute(self.handle, limit, self.shared_limit))
+        # one split between L1 and shared memory for all kernels: to change it, a multiprocessor must run empty first,
+        # and the next kernel could not begin beside this one
+        carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        check(driver.cuFuncSetAttribute(self.handle, carveout, 100))
         self._unload = weakref.finalize(self, _unload, device.context, self._module)
 
 

@@ -1,0 +1,106 @@
+"""Compile every kernel that plans of representative models launch, for one compute capability; no GPU is used.
+
+    python cuda_assembly.py 9.0 out.json
+
+A process compiles for one capability, so test_cuda_assembly starts this three times. The result is a list of kernels
+with what the assembler says of them, and the opcodes of their PTX: those are kept beside the machine code in the
+package's own cache, for kernels that come from there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from conftest import random_checkpoint
+from cuda_support import converted, graph_of, install
+
+from numballama.config import ModelConfig
+from numballama.graph import KVLayout
+
+GROUPED = ModelConfig(64, 96, 1, 8, 2, 40, 16)
+SINGLE = ModelConfig(64, 96, 1, 8, 8, 40, 16)
+ODD = ModelConfig(24, 10, 1, 4, 2, 11, 7)
+"""Heads of six numbers, which are not read 16 bytes at a time."""
+BIASED = ModelConfig(64, 96, 1, 8, 2, 40, 16, qkv_bias=True)
+"""With biases q, k and v are computed in one step, and turned in another."""
+
+CASES: list[tuple[ModelConfig, str, str, Any, bool]] = [
+    # shape, weights, KV cache, fusions, int8 activations
+    *((GROUPED, kind, "f16", True, False) for kind in ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")),
+    *((BIASED, kind, "f16", True, False) for kind in ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")),
+    (SINGLE, "f32", "f32", True, False),
+    (SINGLE, "bf16", "bf16", True, False),
+    (SINGLE, "f16", "f16", True, False),
+    *((ODD, "f32", kv, ["attention"], False) for kv in ("f32", "f16", "bf16")),
+    *((GROUPED, "f32", kv, ["attention", "rope_kv"], False) for kv in ("f32", "bf16")),
+    *((GROUPED, "f32", kv, False, False) for kv in ("f32", "f16", "bf16")),
+    (GROUPED, "int8", "f16", True, True),
+]  # fmt: skip
+"""Every type of weights, each with one KV cache; every type of cache with each kernel that reads or writes it."""
+
+OPCODE = re.compile(r"^\s*(?:@!?%?\w+\s+)?([a-z]\w*(?:\.[\w:]+)*)(?=[\s;])", re.MULTILINE)
+
+
+def opcodes(ptx: str) -> list[str]:
+    """The instructions that a PTX text uses."""
+    text = ptx.replace(";", ";\n").replace("{", "{\n")  # inline PTX stands in one line
+    return sorted(set(OPCODE.findall(text)))
+
+
+def main(capability: tuple[int, int], out: Path) -> None:
+    from numballama import cuda
+    from numballama.lowlevel_cuda import driver
+
+    found: dict[Any, dict[str, Any]] = {}
+    ptx_of: dict[str, str] = {}
+    to_ptx = driver.to_ptx
+
+    def remembering(kernel: Any, kinds: Sequence[str], capability: tuple[int, int], threads: int) -> str:
+        ptx_of["last"] = to_ptx(kernel, kinds, capability, threads)
+        return ptx_of["last"]
+
+    def compile_kernel(
+        kernel: Any, kinds: Sequence[str], capability: tuple[int, int], threads: int, cache: Path | None
+    ) -> Any:
+        code = driver.compile_kernel(kernel, kinds, capability, threads, cache)
+        name, key = kernel.py_func.__name__, (kernel.py_func, tuple(kinds), threads)
+        if key not in found:
+            assert cache is not None
+            named = f"{name}({', '.join(kinds)}) {threads} {capability}"
+            beside = cache / f"{name}-{hashlib.sha256(named.encode()).hexdigest()[:24]}.opcodes"
+            if not code.cached:
+                beside.write_text(json.dumps(opcodes(ptx_of.pop("last"))))
+            elif not beside.is_file():  # it was compiled by something else than this test
+                beside.write_text(json.dumps(opcodes(to_ptx(kernel, kinds, capability, threads))))
+            found[key] = {
+                "kernel": name, "kinds": list(kinds), "threads": threads, "registers": code.registers,
+                "stack": code.stack_bytes, "local": code.local_bytes, "cached": code.cached,
+                "bytes": len(code.machine), "opcodes": json.loads(beside.read_text()),
+            }  # fmt: skip
+        return code
+
+    driver.to_ptx = remembering
+    install(compile_kernel=compile_kernel, capability=capability)
+    ops = set()
+    for config, kind, kv, fusions, int8 in CASES:
+        weights = converted(random_checkpoint(config).weights, kind)
+        layout = KVLayout.of(config, config.context, kv)
+        backend = cuda.CudaBackend(weights)
+        for tokens, logits in ((1, "last"), (4, "last"), (64, "all")):
+            program = backend.program(graph_of(config, weights, layout, tokens, logits, int8), fusions)
+            ops |= {step.op.kind for step in program.plan.steps}
+            if tokens == 1:
+                backend.prepare(program)
+        backend.close()
+    out.write_text(json.dumps({"kernels": list(found.values()), "ops": sorted(ops)}))
+
+
+if __name__ == "__main__":
+    major, _, minor = sys.argv[1].partition(".")
+    main((int(major), int(minor)), Path(sys.argv[2]))

@@ -1,0 +1,168 @@
+"""What the tests of the CUDA backend share where there is no GPU: a device that is the host's memory.
+
+`install` puts it in the place of `lowlevel_cuda.driver`'s classes in `numballama.cuda`, for the rest of the process. So
+the backend's own code binds plans, weights and inputs; what a launch does is the caller's choice: nothing where kernels
+are only compiled (test_cuda_assembly), or the kernel run by the simulator (test_cuda_simulator).
+"""
+
+from __future__ import annotations
+
+import bisect
+import ctypes
+from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from support import as_weight
+
+from numballama.checkpoint import Weight
+from numballama.config import ModelConfig
+from numballama.graph import KVLayout, build
+from numballama.ir import Graph
+
+ALIGNMENT = 256
+"""Of device memory, as the driver gives it."""
+
+
+def missing_packages() -> str:
+    """Why kernels cannot be compiled here; empty if they can."""
+    for name in ("numba_cuda", "cuda.bindings", "cuda.bindings.nvjitlink"):
+        try:
+            found = find_spec(name)
+        except ModuleNotFoundError:
+            found = None
+        if found is None:
+            return f"{name} is not installed (pip install '.[cuda]')"
+    return ""
+
+
+def converted(weights: Mapping[str, Weight], kind: str, group: int = 32) -> dict[str, Weight]:
+    """Matrices in another type, norms and biases as they are."""
+    return {
+        name: as_weight(w.data, kind, group if kind == "int8" else 0) if len(w.shape) == 2 else w
+        for name, w in weights.items()
+    }
+
+
+def graph_of(
+    config: ModelConfig, weights: Mapping[str, Weight], kv: KVLayout, tokens: int, logits: str = "last",
+    int8_activations: bool = False,
+) -> Graph:  # fmt: skip
+    """The graph of a model with these weights."""
+    return build(config, {name: w.type for name, w in weights.items()}, kv, tokens, logits, int8_activations)
+
+
+# Memory
+
+
+class HostMemory:
+    """`driver.Memory`: aligned host memory; its address is real. Fresh memory is 0xAA, as no kernel may count on 0."""
+
+    live: list[tuple[int, int, str]] = []  # noqa: RUF012
+    """(address, bytes, what) of all that is taken, in order of addresses."""
+
+    def __init__(self, device: HostDevice, nbytes: int, what: str) -> None:
+        self.nbytes = max(nbytes, 1)
+        self._keep = np.full(self.nbytes + ALIGNMENT, 0xAA, np.uint8)
+        self.address = -(-self._keep.ctypes.data // ALIGNMENT) * ALIGNMENT
+        self._entry = (self.address, self.nbytes, what)
+        bisect.insort(HostMemory.live, self._entry)
+
+    def array(self, offset: int, shape: tuple[int, ...], dtype: str) -> Any:
+        from numballama.lowlevel_cuda.launch import Array
+
+        return Array(self.address + offset, shape, dtype)
+
+    def free(self) -> None:
+        if self._entry in HostMemory.live:
+            HostMemory.live.remove(self._entry)
+
+
+class HostPinned(HostMemory):
+    """`driver.Pinned`."""
+
+    def __init__(self, device: HostDevice, nbytes: int) -> None:
+        super().__init__(device, nbytes, "pinned memory")
+        self.bytes = np.ctypeslib.as_array((ctypes.c_uint8 * nbytes).from_address(self.address))
+        self.bytes[:] = 0
+
+
+class HostDevice:
+    """`driver.Device`, over host memory. It has as many processors as `install` says: few, so that plans are small."""
+
+    capability = (9, 0)
+    processors = 2
+    shared_limit = 99 << 10
+    busy = False
+    stream = None
+
+    def __init__(self, name: str = "cuda") -> None:
+        self.name = name
+
+    def __str__(self) -> str:
+        return "the host"
+
+    def make_current(self) -> None:
+        """There is one."""
+
+    def synchronize(self) -> None:
+        """All is done at once."""
+
+    def write(self, address: int, source: int, nbytes: int) -> None:
+        ctypes.memmove(address, source, nbytes)
+
+    def read(self, address: int, out: np.ndarray) -> None:
+        ctypes.memmove(out.ctypes.data, address, out.nbytes)
+
+    def fill(self, address: int, byte: int, nbytes: int) -> None:
+        ctypes.memset(address, byte, nbytes)
+
+
+class HostRecording:
+    """`driver.Recording`: the calls, one after the other."""
+
+    def __init__(self, device: HostDevice, calls: Sequence[Callable[[], None]]) -> None:
+        self._calls = list(calls)
+
+    def replay(self) -> None:
+        for call in self._calls:
+            call()
+
+
+def install(
+    run: Callable[[Any], None] = lambda launch: None,
+    compile_kernel: Callable[[Any, Sequence[str], tuple[int, int], int, Path | None], Any] | None = None,
+    capability: tuple[int, int] = (9, 0),
+    processors: int = 2,
+) -> None:
+    """From now on `numballama.cuda` works on `HostDevice`: launches are handed to `run`, kernels to `compile_kernel`.
+
+    For a process of its own: nothing puts the driver back.
+    """
+    from numballama import cuda
+    from numballama.lowlevel_cuda import driver
+
+    class HostCall:
+        def __init__(self, device: HostDevice, function: Any, launch: Any) -> None:
+            self.name, self.launch = launch.kernel.py_func.__name__, launch
+
+        def __call__(self) -> None:
+            run(self.launch)
+
+    def nothing(*arguments: Any) -> Any:
+        return driver.Code(b"", "", 0, 0, 0)
+
+    HostDevice.capability, HostDevice.processors = capability, processors
+    for name, replacement in {
+        "Device": HostDevice,
+        "Memory": HostMemory,
+        "Pinned": HostPinned,
+        "Recording": HostRecording,
+        "Function": lambda device, code: code,
+        "Call": HostCall,
+        "compile_kernel": compile_kernel or nothing,
+    }.items():
+        assert hasattr(cuda, name), f"numballama.cuda has no {name} any more: tests/cuda_support.py stands in for it"
+        setattr(cuda, name, replacement)
