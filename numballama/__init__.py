@@ -61,10 +61,11 @@ def compile(
     model_path: a model file, its format recognised by content; a directory of Hugging Face or Meta; a hub id
         "owner/name", which is downloaded; None for the small story model inside this package.
     tokenizer: path of a tokenizer, when the model file carries none (GGUF files do). Without one, only `logits` works.
-    device: "cpu", "reference" (NumPy: slow, the oracle) or "auto", which takes the fastest there is and says which.
+    device: "cpu", "cuda" (an NVIDIA GPU; "cuda:1" the second), "reference" (NumPy: slow, the oracle) or "auto", which
+        takes the fastest there is and says which.
     dtype: None keeps the file's types; "f32", "f16", "bf16", "int8", "q8_0" or "q4_0" converts the linear weights.
     context: length of the KV cache in tokens; default the model's own, at most 4096.
-    kv_dtype: type of the KV cache, "f32" (default), "f16" or "bf16".
+    kv_dtype: type of the KV cache, "f32" (default on the CPU), "f16" (default on a GPU) or "bf16".
     threads: CPU workers; default all that this process may use.
     rope_pairing: "interleaved" or "half"; with `rope_theta` and `norm_eps`, replaces what a file says or leaves out.
     fusions: which passes of `graph.FUSIONS` join ops: all (True), none (False) or those named. The logits stay the

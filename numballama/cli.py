@@ -1,4 +1,4 @@
-"""The command line: `story`, `generate`, `chat`, `inspect`, `bench`, `export`. Text on stdout, all else on stderr."""
+"""The command line: story, generate, chat, inspect, bench, export, doctor. Text on stdout, all else on stderr."""
 
 from __future__ import annotations
 
@@ -116,6 +116,13 @@ def parser() -> argparse.ArgumentParser:
     bench.add_argument("--trace", metavar="FILE", help="write that time line as a Chrome trace (implies --profile)")
     bench.add_argument("--json", action="store_true", help="one JSON object instead of text")
     bench.set_defaults(run=_bench)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="show what this machine offers",
+        description="Packages, CPU, GPUs and the cache of compiled kernels: what was found, and what is missing.",
+    )
+    doctor.set_defaults(run=_doctor)
 
     export = commands.add_parser(
         "export",
@@ -275,6 +282,12 @@ def _bench(arguments: argparse.Namespace) -> None:
             found.show()
         else:
             print(found.as_text())
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from .doctor import examine
+
+    print(examine())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

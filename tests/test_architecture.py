@@ -40,7 +40,7 @@ ORDER = [
     # Backend → Session → text
     "session", "text", "sandbox", "template", "chat", "model",
     # around a model
-    "inspection", "profile_step", "bench_cuda", "bench", "export", "cli_chat", "cli", "__main__",
+    "inspection", "profile_step", "bench_cuda", "bench", "export", "cli_chat", "doctor", "cli", "__main__",
 ]  # fmt: skip
 """The flow, left to right: a module imports only what stands before it."""
 

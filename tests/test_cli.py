@@ -121,6 +121,13 @@ def test_inspect_json(model260k: tuple[str, str]) -> None:
     assert found["tensors"]["layers.0.wk"] == {"type": "f32", "shape": [32, 64]}
 
 
+def test_doctor_says_what_there_is(tmp_path: Path) -> None:
+    done = run("doctor", env=os.environ | {"NUMBALLAMA_CACHE": str(tmp_path)})
+    assert done.returncode == 0 and done.stderr == ""
+    for word in ("numballama ", "numba ", "cores", str(tmp_path), "CUDA ", "device='auto' takes"):
+        assert word in done.stdout
+
+
 def test_bench_json_has_the_promised_keys(model260k: tuple[str, str]) -> None:
     words = ("bench", model260k[0], "--device", "cpu", "--threads", 2, "--prompt-tokens", 16, "--tokens", 8)
     found = json.loads(run(*words, "--json", "--repeats", 2).stdout)

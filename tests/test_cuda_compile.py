@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 
 PRELUDE = """
 import json, os, subprocess, sys
+from functools import partial
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from numballama.kernels_cuda import basic
@@ -135,7 +136,13 @@ print(json.dumps([answers, len(list(cache.iterdir()))]))
 
 @pytest.mark.parametrize(
     "case",
-    ["launches = launches[:2]", "sys.frozen = True", "sys.executable = '/opt/some/editor'", "sys.executable = None"],
+    [
+        "compile._cores = lambda: 2; ahead = partial(ahead, None)",
+        "launches = launches[:2]",
+        "sys.frozen = True",
+        "sys.executable = '/opt/some/editor'",
+        "sys.executable = None",
+    ],
 )
 def test_no_helper_where_it_is_not_worth_it_or_would_be_another_program(tmp_path: Path, case: str) -> None:
     found = program(f"{case}\nprint(json.dumps([ahead(launches=launches), told, len(started)]))", tmp_path)
@@ -170,3 +177,9 @@ def test_only_kernels_of_the_package_are_kept(tmp_path: Path) -> None:
         tmp_path / "cache",
     )
     assert found == [False, False, None]
+
+
+def test_helpers_are_as_many_as_there_are_cores_for(tmp_path: Path) -> None:
+    text = "compile._cores = lambda: {}\nahead(None)\nprint(json.dumps(len(started)))"
+    assert program(text.format(4), tmp_path / "4") == 3
+    assert program(text.format(64), tmp_path / "64") == 5, "no more than kernels"

@@ -33,11 +33,28 @@ def blocks(page: Path) -> list[str]:
     return BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+CUDA_PAGE = ROOT / "docs" / "cuda.md"
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page) and page != CUDA_PAGE], ids=lambda page: page.name
+)
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "\n".join(blocks(page))
     monkeypatch.chdir(tmp_path)
     exec(compile(code, f"<{page.name}>", "exec"), {"__name__": page.stem})
+
+
+def test_cuda_blocks_are_compiled(tmp_path: Path) -> None:
+    """To PTX and to machine code; where there is a GPU they also run. In a process of its own: that of the tests may
+    compile for another compute capability."""
+    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+    pytest.importorskip("cuda.bindings", reason="NVIDIA's Python packages are not installed")
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(blocks(CUDA_PAGE)), encoding="utf-8")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "registers, 0 bytes of local memory" in done.stdout
 
 
 def test_the_architecture_of_the_docs_is_right(

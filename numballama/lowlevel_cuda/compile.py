@@ -27,7 +27,8 @@ from .launch import Launch
 
 WORTH_IT = 3
 """Fewer kernels than this are compiled before a helper has imported what it needs."""
-MOST_HELPERS = 8
+LEAST_HELPERS, MOST_HELPERS = 2, 8
+"""A helper takes a second to begin, and two cores are no faster with one than without."""
 PATIENCE_S = 60.0
 """Longer than any kernel takes: helpers that say nothing for so long are given up."""
 BOOT = (
@@ -57,6 +58,7 @@ def compile_ahead(
             missing.append(index)
     if helpers is None:
         helpers = min(len(missing), _cores() - 1, MOST_HELPERS)
+        helpers = helpers if helpers >= LEAST_HELPERS else 0
     if len(missing) < WORTH_IT or helpers < 1 or not _can_start_python():
         return {}
     return _Crew(launches, missing, capability, cache, helpers).run(report)

@@ -245,12 +245,21 @@ def _pretending(capability: tuple[int, int]) -> Iterator[None]:
 _compiling_for: tuple[int, int] | None = None
 
 
+def require_compiler() -> None:
+    """Raise `DeviceError` unless Numba's CUDA compiler is numba-cuda's."""
+    try:
+        from numba import cuda
+    except ImportError as error:
+        raise DeviceError(f"numba.cuda cannot be imported ({error}): pip install 'numballama[cuda]'") from error
+    if getattr(cuda, "implementation", "") != "NVIDIA":
+        raise DeviceError("numba.cuda is not numba-cuda: install it with: pip install 'numballama[cuda]'")
+
+
 def to_ptx(kernel: Any, kinds: Sequence[str], capability: tuple[int, int], threads: int) -> str:
     """PTX of a `@cuda.jit` kernel for these arguments and at most `threads` threads a block."""
     from numba import cuda
 
-    if cuda.implementation != "NVIDIA":
-        raise DeviceError("numba.cuda is not numba-cuda: install it with: pip install 'numballama[cuda]'")
+    require_compiler()
     with _pretending(capability):
         bounds = (threads, getattr(kernel.py_func, "blocks_at_once", 1))
         ptx, _ = cuda.compile_ptx(kernel.py_func, signature(kinds), cc=capability, launch_bounds=bounds)
