@@ -41,7 +41,7 @@ THREADS = 256
 WARPS = THREADS // 32
 HEADS = 2
 """Heads of a group that a block computes together."""
-LEAST_KEYS = 256
+LEAST_KEYS = 128
 """Fewer keys than this are not worth a block of their own."""
 FAR_BELOW = np.float32(-1e30)
 """A maximum of no numbers; finite, so that differences of two are numbers."""
@@ -172,6 +172,40 @@ def join(most, total, values, lanes, shared, head_dim, inverse_head_dim, numbers
     cuda.syncthreads()
 
 
+MOST_SPLITS = 32
+"""Parts of a context at most: a lane each when they are joined."""
+WEIGHTS = MOST_SPLITS + 1
+"""Numbers that `weigh_parts` leaves for each head."""
+
+
+@device
+def weigh_parts(parts, first, heads_here, used, head_dim, shared):
+    """Weights of a head's parts by their maxima, and the sum of their sums, into shared memory; a warp a head, a lane a
+    part.
+    """
+    lane, warp, of_part = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, head_dim + 2
+    if warp < heads_here:
+        at = (first + warp * cuda.gridDim.z + lane) * of_part + head_dim
+        most, total = FAR_BELOW, np.float32(0)
+        if lane < used:
+            most, total = parts[at], parts[at + 1]
+        weight = exp2(most - warp_max(most))
+        total = warp_sum(total * weight)
+        shared[WEIGHTS * warp + lane] = weight
+        if lane == 0:
+            shared[WEIGHTS * warp + MOST_SPLITS] = total
+    cuda.syncthreads()
+
+
+@device
+def weighed(parts, base, of_part, shared, h, part, used):
+    """A part's number times its weight; 0 for a part that there is not."""
+    value = np.float32(0)
+    if part < used:
+        value = parts[base + part * of_part] * shared[WEIGHTS * h + part]
+    return value
+
+
 @device
 def attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads, shared_by, context,
               head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values,
@@ -220,24 +254,22 @@ def attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, cou
         cuda.syncthreads()
         if not is_last[0]:
             return
+        weigh_parts(parts, (t * heads + first_head) * cuda.gridDim.z, heads_here, used, head_dim, shared)
     for n in range(cuda.threadIdx.x, heads_here * head_dim, THREADS):
         keep_loop()
         h, d = split(n, head_dim, inverse_head_dim)
         value, whole = shared[h * width + d], shared[h * width + head_dim + 1]
         if used > 1:
-            base = (t * heads + first_head + h) * cuda.gridDim.z * of_part
-            higher = FAR_BELOW
-            for part in range(used):
-                higher = max(higher, parts[base + part * of_part + head_dim])
-            value, whole = np.float32(0), np.float32(0)
-            for part in range(used):
-                grow = exp2(parts[base + part * of_part + head_dim] - higher)
-                whole += parts[base + part * of_part + head_dim + 1] * grow
-                value += parts[base + part * of_part + d] * grow
+            base = (t * heads + first_head + h) * cuda.gridDim.z * of_part + d
+            value, whole = np.float32(0), shared[WEIGHTS * h + MOST_SPLITS]
+            for part in range(0, used, 8):
+                keep_loop()
+                for i in range(8):  # written out by the compiler: eight loads under way at once
+                    value += weighed(parts, base, of_part, shared, h, part + i, used)
         out[(t * heads + first_head + h) * head_dim + d] = value / whole
 
 
-@at_once(3)
+@at_once(2)
 @cuda.jit
 def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads,
                              shared_by, context, head_dim, window, lanes, subgroups, inverse_subgroups,
@@ -254,7 +286,7 @@ def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, 
               is_last)  # fmt: skip
 
 
-@at_once(3)
+@at_once(2)
 @cuda.jit
 def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads,
                             shared_by, context, head_dim, window, lanes, subgroups, inverse_subgroups,
@@ -318,8 +350,8 @@ def attention_plain_kernel(tokens, q, k_cache, v_cache, positions, sequences, ou
 
 
 def _splits(gpu: Gpu, blocks: int, context: int) -> int:
-    """Blocks that share a head's context, so that all of them fill the device twice."""
-    return max(1, min(-(-context // LEAST_KEYS), 2 * gpu.processors // blocks))
+    """Blocks that share a head's context, so that all of them fill the device three times."""
+    return max(1, min(-(-context // LEAST_KEYS), 3 * gpu.processors // blocks))
 
 
 def _heads(q: tuple[int, ...], cache: tuple[int, ...]) -> tuple[int, int, int]:
@@ -327,9 +359,6 @@ def _heads(q: tuple[int, ...], cache: tuple[int, ...]) -> tuple[int, int, int]:
     heads = q[1] // cache[3]
     together = heads // cache[1]
     return heads, together, HEADS if together > 1 else 1
-
-
-MOST_SPLITS = 32
 
 
 @kernel(
@@ -360,21 +389,21 @@ def fused_attention(
 ) -> list[Launch]:
     tokens = q.shape[0]
     _, kv_heads, context, head_dim = k_cache.shape
-    heads, together, at_once = _heads(q.shape, k_cache.shape)
+    heads, together, heads_a_block = _heads(q.shape, k_cache.shape)
     numbers = 4 if k_cache.dtype == "f32" else 8
     common = (gpu.tokens, q, k_cache, v_cache, positions, sequences, out)
     if head_dim % numbers or head_dim > 32 * numbers or k_cache.dtype != v_cache.dtype:
         plain = (*common, kv_heads, together, context, head_dim, window)
         shared = 4 * (PLAIN_THREADS + head_dim)
         return [Launch(attention_plain_kernel, (heads, tokens), PLAIN_THREADS, plain, shared)]
-    blocks = kv_heads * -(-together // at_once)
+    blocks = kv_heads * -(-together // heads_a_block)
     lanes = 1 << (-(-head_dim // numbers) - 1).bit_length()
     splits = min(parts.shape[2], _splits(gpu, blocks * tokens, context))
     counters = gpu.zeros(blocks * tokens)
-    function = attention_grouped_kernel if at_once > 1 else attention_single_kernel
+    function = attention_grouped_kernel if heads_a_block > 1 else attention_single_kernel
     groups = WARPS * (32 // lanes)
-    shared = 4 * at_once * ((head_dim + 4) * (groups + 1) + groups)
-    subgroups = -(-together // at_once)
+    shared = 4 * heads_a_block * max((head_dim + 4) * (groups + 1) + groups, WEIGHTS)
+    subgroups = -(-together // heads_a_block)
     inverses = 1 / subgroups, 1 / head_dim
     arguments = (*common, parts, counters, kv_heads, together, context, head_dim, window, lanes, subgroups, *inverses)
     return [Launch(function, (blocks, tokens, splits), THREADS, arguments, shared)]
