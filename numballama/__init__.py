@@ -14,16 +14,18 @@ from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
 
-from .errors import ContextError, DeviceError, Error, FormatError, UnsupportedError
+from .errors import ContextError, DeviceError, Error, FormatError, Interrupted, UnsupportedError
 
 if TYPE_CHECKING:
+    from .chat import Chat
     from .inspection import Inspection
-    from .model import Interrupted, Model, Piece
+    from .model import Model, Piece
     from .tokenizer import Tokenizer
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Chat",
     "ContextError",
     "DeviceError",
     "Error",
@@ -56,12 +58,14 @@ def compile(
 
     Parameters
     ----------
-    model_path: a model file, its format recognised by content; None for the small story model inside this package.
+    model_path: a model file, its format recognised by content; a directory of Hugging Face or Meta; a hub id
+        "owner/name", which is downloaded; None for the small story model inside this package.
     tokenizer: path of a tokenizer, when the model file carries none (GGUF files do). Without one, only `logits` works.
-    device: "cpu", "reference" (NumPy: slow, the oracle) or "auto", which takes the fastest there is and says which.
+    device: "cpu", "cuda" (an NVIDIA GPU; "cuda:1" the second), "reference" (NumPy: slow, the oracle) or "auto", which
+        takes the fastest there is and says which.
     dtype: None keeps the file's types; "f32", "f16", "bf16", "int8", "q8_0" or "q4_0" converts the linear weights.
     context: length of the KV cache in tokens; default the model's own, at most 4096.
-    kv_dtype: type of the KV cache, "f32" (default), "f16" or "bf16".
+    kv_dtype: type of the KV cache, "f32" (default on the CPU), "f16" (default on a GPU) or "bf16".
     threads: CPU workers; default all that this process may use.
     rope_pairing: "interleaved" or "half"; with `rope_theta` and `norm_eps`, replaces what a file says or leaves out.
     fusions: which passes of `graph.FUSIONS` join ops: all (True), none (False) or those named. The logits stay the
@@ -98,18 +102,24 @@ def inspect(path: str | PathLike[str] | None, tokenizer: str | PathLike[str] | N
 
 
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
-    """The tokenizer of a sentencepiece `.model`, a llama2.c `.bin` or a GGUF file, which may hold nothing else.
+    """The tokenizer of a `tokenizer.json`, a sentencepiece or tiktoken `.model`, a llama2.c `.bin`, a GGUF file, which
+    may hold nothing else, or a directory with one of these; or of a hub id "owner/name".
 
     Raises `FormatError` for a damaged file or one of another kind, `UnsupportedError` for a kind not read yet.
     """
+    from . import hub
     from .tokenizer import load_tokenizer
 
-    return load_tokenizer(path)
+    return load_tokenizer(hub.local(path, hub.TEXT))
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Model", "Piece", "Interrupted"):
+    if name in ("Model", "Piece"):
         from . import model
 
         return getattr(model, name)
+    if name == "Chat":
+        from .chat import Chat
+
+        return Chat
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -21,6 +21,7 @@ from .jit import jit
 from .matmul_cpu import share
 from .memory import available_bytes, human, peak_bytes
 from .model import Model
+from .profile_step import step_bytes_of_token
 from .sampler import Sampler
 
 READ_BYTES = 1 << 30
@@ -60,6 +61,8 @@ def _times(action: Callable[[], object], repeats: int) -> list[float]:
 
 def bytes_per_token(model: Model, position: float) -> int:
     """Bytes a decoded token must read: weights (of an untied embedding one row) and the cache so far."""
+    if model.device.startswith("cuda"):  # weights lie there as kernels want them
+        return step_bytes_of_token(model, int(position))
     total = 0.0
     weights = model.weights
     for name, weight in weights.items():
@@ -73,7 +76,8 @@ def bench(model: Model, prompt_tokens: int = 128, tokens: int = 64, repeats: int
 
     Raises `ContextError` if prompt and answer do not fit the context. The keys ending in `_per_second`, `_s` and
     `_bytes` say their units; `bandwidth_fraction` is the share of the measured memory bandwidth that decoding uses
-    (above 1 where the weights fit a cache), None on the reference.
+    (above 1 where the weights fit a cache), None on the reference. On a GPU `threads` are its multiprocessors, the
+    bandwidth is what a copy reads and writes, and `device_memory_bytes` is what the model takes there.
     """
     prompt_tokens = whole_number("prompt_tokens", prompt_tokens, 1)
     tokens, repeats = whole_number("tokens", tokens, 1), whole_number("repeats", repeats, 1)
@@ -102,7 +106,7 @@ def bench(model: Model, prompt_tokens: int = 128, tokens: int = 64, repeats: int
     peak = peak_bytes()
     needed = bytes_per_token(model, prompt_tokens + tokens / 2)
     rate = needed * tokens / decode
-    bandwidth = measure_bandwidth(model.threads) if model.device == "cpu" else None
+    bandwidth, memory, gpu = _of_device(model)
     return {
         "model": model.path.name,
         "device": model.device,
@@ -116,12 +120,23 @@ def bench(model: Model, prompt_tokens: int = 128, tokens: int = 64, repeats: int
         "time_to_first_token_s": prefill,
         "load_s": model.load_s,
         "peak_memory_bytes": peak,
+        "device_memory_bytes": memory,
         "bytes_per_token": needed,
         "bytes_per_second": rate,
         "memory_bandwidth_bytes_per_second": bandwidth,
         "bandwidth_fraction": rate / bandwidth if bandwidth else None,
-        "machine": machine(),
+        "machine": machine() | gpu,
     }
+
+
+def _of_device(model: Model) -> tuple[float | None, int | None, dict[str, Any]]:
+    """The memory's bandwidth, what the model takes of a GPU's memory, and what to say of the GPU in "machine"."""
+    if model.device.startswith("cuda"):
+        from . import bench_cuda
+
+        backend = model._backend
+        return bench_cuda.measure_bandwidth(backend), backend.memory_bytes, {"gpu": bench_cuda.describe(backend.device)}
+    return measure_bandwidth(model.threads) if model.device == "cpu" else None, None, {}
 
 
 def machine() -> dict[str, Any]:
@@ -147,8 +162,12 @@ def _cpu_name() -> str:
 def as_text(result: Mapping[str, Any]) -> str:
     """The result for a person."""
     fraction = result["bandwidth_fraction"]
+    gpu = result["machine"].get("gpu")
+    where = f"{result['device']}, {result['threads']} threads"
+    if gpu:
+        where = f"{result['device']} ({gpu['name']}), {gpu['multiprocessors']} multiprocessors"
     lines = [
-        f"{result['model']} on {result['device']}, {result['threads']} threads, {', '.join(result['types'])}",
+        f"{result['model']} on {where}, {', '.join(result['types'])}",
         f"  prompt   {result['prefill_tokens_per_second']:10,.1f} tokens/s   ({result['prompt_tokens']} tokens)",
         f"  decode   {result['decode_tokens_per_second']:10,.1f} tokens/s   ({result['tokens']} tokens, "
         f"median of {result['repeats']})",
@@ -160,4 +179,6 @@ def as_text(result: Mapping[str, Any]) -> str:
         lines[-1] += f"       ({fraction:.0%} of the {bandwidth:.1f} GB/s that memory gives)"
     if result["peak_memory_bytes"]:
         lines.append(f"  peak memory {human(result['peak_memory_bytes'])}")
+    if result["device_memory_bytes"]:
+        lines.append(f"  device memory {human(result['device_memory_bytes'])}")
     return "\n".join(lines)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -35,14 +37,51 @@ class Weight:
         return self.data.nbytes + (self.scales.nbytes if self.scales is not None else 0)
 
 
+class Deferred(Weight):
+    """A weight whose numbers are made when `data` is asked for: each time, or with `keep` once."""
+
+    def __init__(
+        self, shape: tuple[int, ...], type: WeightType, make: Callable[[], Weight], keep: bool = False
+    ) -> None:
+        vars(self).update(shape=shape, type=type, _make=make, _keep=keep, _made=None)
+
+    def make(self) -> Weight:
+        """The weight itself, made for the caller and not kept."""
+        result: Weight = vars(self)["_make"]()
+        return result
+
+    def _result(self) -> Weight:
+        own = vars(self)
+        result: Weight = own["_made"] or self.make()
+        if own["_keep"]:
+            own["_made"] = result
+        return result
+
+    @property
+    def data(self) -> np.ndarray:  # type: ignore[override]
+        result = self._result()
+        vars(self)["_scales"] = result.scales  # small, and asked for next
+        return result.data
+
+    @property
+    def scales(self) -> np.ndarray | None:  # type: ignore[override]
+        if self.type.group and "_scales" not in vars(self):
+            vars(self)["_scales"] = self._result().scales
+        return vars(self).get("_scales")
+
+    @property
+    def nbytes(self) -> int:
+        return self.type.nbytes(math.prod(self.shape))
+
+
 @dataclass
 class Checkpoint:
     """A model file, opened: nothing of its weights is read yet."""
 
     path: Path
     format: str
-    """As `inspect` names it: "llama2.c v0", "llama2.c v1", "llama2.c v2", "KuiperLLama fp32", "KuiperLLama int8", or
-    "GGUF v3"."""
+    """As `inspect` names it: "llama2.c v0", "llama2.c v1", "llama2.c v2", "KuiperLLama fp32", "KuiperLLama int8",
+    "GGUF v3", "Hugging Face, qwen2" or "Meta"."""
     config: ModelConfig
     weights: dict[str, Weight]
     """Canonical name (see `ModelConfig.weight_shapes`) → weight."""

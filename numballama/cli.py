@@ -1,4 +1,4 @@
-"""The command line: `numballama story | generate | inspect | bench`. Text goes to stdout, everything else to stderr."""
+"""The command line: story, generate, chat, inspect, bench, export, doctor. Text on stdout, all else on stderr."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from . import __version__, progress
@@ -46,7 +47,11 @@ def parser() -> argparse.ArgumentParser:
     opening = story.add_mutually_exclusive_group()
     opening.add_argument("prompt", nargs="?", help="the story's opening; without one the model begins itself")
     opening.add_argument("--opening", choices=OPENINGS, help="begin with one of these instead")
-    story.add_argument("--model", metavar="FILE", help="a model file (default: the story model inside this package)")
+    story.add_argument(
+        "--model",
+        metavar="FILE",
+        help="a model file, directory or hub id (default: the story model inside this package)",
+    )
     _model_options(story)
     _sampling_options(story)
     story.add_argument("--length", type=int, default=400, metavar="N", help="at most this many tokens (default 400)")
@@ -58,7 +63,7 @@ def parser() -> argparse.ArgumentParser:
         description="Continue a prompt; prints the continuation only.",
         epilog='example: numballama generate llama2_7b.bin --tokenizer tokenizer.model "The sky is"',
     )
-    generate.add_argument("model", help="the model file")
+    generate.add_argument("model", help="a model file, directory or hub id")
     generate.add_argument("prompt", help="the text to continue; - reads it from stdin")
     _model_options(generate)
     _sampling_options(generate)
@@ -68,13 +73,29 @@ def parser() -> argparse.ArgumentParser:
     )
     generate.set_defaults(run=_generate)
 
+    chat = commands.add_parser(
+        "chat",
+        help="talk with a model",
+        description="A conversation: in a terminal, or with a message a line from stdin and the answers on stdout.",
+        epilog="In the conversation, /help lists the commands. Ctrl-C stops an answer, Ctrl-D ends.",
+    )
+    chat.add_argument("model", help="the model file")
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    chat.add_argument("--chat-template", metavar="FILE", help="a jinja2 template in place of the model's own")
+    _model_options(chat)
+    _sampling_options(chat)
+    chat.add_argument("--max-tokens", type=int, default=1024, metavar="N", help="of an answer (default 1024)")
+    chat.set_defaults(run=_chat)
+
     inspect = commands.add_parser(
         "inspect",
         help="show what a model file holds",
         description="Config, memory, tensors, graph and plan of a model file. No weights are read.",
     )
-    inspect.add_argument("model", nargs="?", help="a model file (default: the story model inside this package)")
-    inspect.add_argument("--tokenizer", metavar="FILE", help="sentencepiece .model, llama2.c .bin or GGUF")
+    inspect.add_argument(
+        "model", nargs="?", help="a model file, directory or hub id (default: the story model inside this package)"
+    )
+    inspect.add_argument("--tokenizer", metavar="FILE", help="its file or directory, where the model has none")
     inspect.add_argument("--full", action="store_true", help="every layer, not only the first")
     inspect.add_argument("--json", action="store_true", help="one JSON object instead of a report")
     inspect.set_defaults(run=_inspect)
@@ -84,28 +105,66 @@ def parser() -> argparse.ArgumentParser:
         help="measure speed and memory",
         description="Prefill and decode speed, the share of this machine's memory bandwidth, time and memory.",
     )
-    bench.add_argument("model", nargs="?", help="a model file (default: the story model inside this package)")
+    bench.add_argument(
+        "model", nargs="?", help="a model file, directory or hub id (default: the story model inside this package)"
+    )
     _model_options(bench)
     bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="length of the prompt (default 128)")
     bench.add_argument("--tokens", type=int, default=64, metavar="N", help="tokens to decode (default 64)")
     bench.add_argument("--repeats", type=int, default=5, metavar="N", help="runs to take the median of (default 5)")
+    bench.add_argument("--profile", action="store_true", help="also a time line of one decode step, kernel by kernel")
+    bench.add_argument("--trace", metavar="FILE", help="write that time line as a Chrome trace (implies --profile)")
     bench.add_argument("--json", action="store_true", help="one JSON object instead of text")
     bench.set_defaults(run=_bench)
+
+    doctor = commands.add_parser(
+        "doctor",
+        help="show what this machine offers",
+        description="Packages, CPU, GPUs and the cache of compiled kernels: what was found, and what is missing.",
+    )
+    doctor.set_defaults(run=_doctor)
+
+    export = commands.add_parser(
+        "export",
+        help="write a model in another format",
+        description="Write a model in another format, its matrices in another type if asked for. Prints how far the "
+        "numbers of each converted matrix moved: root mean squared error over root mean square.",
+        epilog="example: numballama export ~/models/SmolLM2-135M smollm2.gguf --to gguf --quant q8_0",
+    )
+    export.add_argument("source", help="a model file, directory or hub id")
+    export.add_argument("target", help="the file to write; for safetensors a directory")
+    export.add_argument(
+        "--to",
+        required=True,
+        metavar="FORMAT",
+        help="llama2c-v0, llama2c-v1, llama2c-v2, kuiper, kuiper-int8, gguf or safetensors",
+    )
+    export.add_argument(
+        "--quant", metavar="TYPE", help="f32, f16, bf16, q8_0, q4_0 or int8, as the format allows (default: unchanged)"
+    )
+    export.add_argument("--tokenizer", metavar="FILE", help="to put beside the model, where the format can hold it")
+    _silent_options(export)
+    export.set_defaults(run=_export)
     return main
 
 
 def _model_options(command: argparse.ArgumentParser) -> None:
     group = command.add_argument_group("model")
-    group.add_argument("--tokenizer", metavar="FILE", help="sentencepiece .model, llama2.c .bin or GGUF")
-    group.add_argument("--device", default="auto", help="auto (default), cpu, or reference (NumPy, slow)")
+    group.add_argument("--tokenizer", metavar="FILE", help="its file or directory, where the model has none")
+    group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N, or reference (NumPy, slow)")
     group.add_argument(
         "--dtype", help="convert the linear weights: f32, f16, bf16, int8, q8_0 or q4_0 (default: as the file has them)"
     )
     group.add_argument(
         "--context", type=int, metavar="N", help="length of the KV cache in tokens (default: the model's)"
     )
-    group.add_argument("--kv-dtype", help="type of the KV cache: f32 (default), f16 or bf16")
+    group.add_argument("--kv-dtype", help="type of the KV cache: f32 (default of the CPU), f16 (of a GPU) or bf16")
     group.add_argument("--threads", type=int, metavar="N", help="CPU workers (default: all)")
+    _silent_options(group)
+
+
+def _silent_options(group: argparse._ActionsContainer) -> None:
+    """What some files leave unsaid, and --quiet."""
     group.add_argument("--rope-pairing", help="interleaved or half, where the file does not say")
     group.add_argument("--rope-theta", type=float, metavar="X", help="RoPE's base, where the file does not say")
     group.add_argument("--norm-eps", type=float, metavar="X", help="epsilon of the norms, where the file does not say")
@@ -170,6 +229,19 @@ def _generate(arguments: argparse.Namespace) -> None:
         _show(model.stream(prompt, **options), sys.stdout)
 
 
+def _chat(arguments: argparse.Namespace) -> None:
+    template = None
+    if arguments.chat_template is not None:
+        try:
+            template = Path(arguments.chat_template).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise Error(f"{arguments.chat_template}: cannot be read: {error}") from None
+    with _load(arguments) as model:
+        from .cli_chat import converse
+
+        converse(model.chat(arguments.system, template), {**_sampling(arguments), "max_tokens": arguments.max_tokens})
+
+
 def _inspect(arguments: argparse.Namespace) -> None:
     from . import inspect
 
@@ -177,12 +249,45 @@ def _inspect(arguments: argparse.Namespace) -> None:
     print(json.dumps(found.to_dict(), indent=2) if arguments.json else found.report(arguments.full))
 
 
+def _export(arguments: argparse.Namespace) -> None:
+    from .export import export_model
+
+    names = ("tokenizer", "rope_pairing", "rope_theta", "norm_eps")
+    options = {name: getattr(arguments, name) for name in names}
+    done = export_model(arguments.source, arguments.target, arguments.to, arguments.quant, **options)
+    print(done)
+    for note in () if arguments.quiet else done.notes:  # what is lost on the way is worth a line in a log as well
+        print(note, file=sys.stderr)
+
+
 def _bench(arguments: argparse.Namespace) -> None:
     with _load(arguments) as model:
         from .bench import as_text, bench
+        from .profile_step import profile, require_plan
 
+        profiled = arguments.profile or arguments.trace is not None
+        if profiled:
+            require_plan(model)
         result = bench(model, arguments.prompt_tokens, arguments.tokens, arguments.repeats)
+        if profiled:
+            position = arguments.prompt_tokens + arguments.tokens // 2
+            found = profile(model, position, result["memory_bandwidth_bytes_per_second"])
+            result["profile"] = found.to_dict()
+            if arguments.trace is not None:
+                found.write_trace(arguments.trace)
     print(json.dumps(result, indent=2) if arguments.json else as_text(result))
+    if profiled and not arguments.json:
+        print()
+        if sys.stdout.isatty():
+            found.show()
+        else:
+            print(found.as_text())
+
+
+def _doctor(arguments: argparse.Namespace) -> None:
+    from .doctor import examine
+
+    print(examine())
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -86,6 +86,40 @@ DEFAULT_CONTEXT = 4096
 
 
 @dataclass(frozen=True)
+class RopeScaling:
+    """How RoPE's frequencies are stretched for a context longer than the model was first made for.
+
+    `kind` is "linear" (all divided by `factor`), "dynamic" (NTK: a larger theta once the context passes the model's
+    own), "llama3" (Llama 3.1: low frequencies divided by `factor`, high ones kept, a ramp between them) or "factors"
+    (pair i divided by `factors[i]`). `graph.rope_frequencies` computes them. Raises `Error` for numbers that make no
+    sense.
+    """
+
+    kind: str
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_context: int = 8192
+    """Tokens that a "llama3" model was first made for; waves longer than a part of it are stretched."""
+    factors: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("linear", "dynamic", "llama3", "factors"):
+            raise Error(f"RopeScaling.kind must be linear, dynamic, llama3 or factors, found {self.kind!r}")
+        if not 1 <= self.factor < float("inf"):
+            raise Error(f"RopeScaling.factor must be at least 1 and finite, found {self.factor}")
+        if self.kind == "llama3" and not (
+            0 < self.low_freq_factor < self.high_freq_factor < float("inf") and self.original_context > 0
+        ):
+            raise Error(
+                "RopeScaling wants 0 < low_freq_factor < high_freq_factor and a positive original_context, found "
+                f"{self.low_freq_factor}, {self.high_freq_factor} and {self.original_context}"
+            )
+        if self.kind == "factors" and not (self.factors and all(0 < f < float("inf") for f in self.factors)):
+            raise Error(f"RopeScaling.factors must be positive and finite, found {self.factors}")
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """The numbers that define a model of the Llama family. Raises `Error` when they cannot belong together."""
 
@@ -105,6 +139,14 @@ class ModelConfig:
     tied_embeddings: bool = True
     """The classifier is the embedding table."""
     qkv_bias: bool = False
+    o_bias: bool = False
+    """The output projection of attention has a bias, as Llama's `attention_bias` asks for beside q, k and v."""
+    mlp_bias: bool = False
+    qk_norm: bool = False
+    """Each head of q and k is normalised before RoPE (Qwen3)."""
+    window: int = 0
+    """Positions that a token sees, itself included (sliding window); 0 means all."""
+    rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
         for name in ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "context"):
@@ -125,6 +167,13 @@ class ModelConfig:
             raise Error(f"rope_theta must be positive and finite, found {self.rope_theta}")
         if not 0 <= self.norm_eps < float("inf"):
             raise Error(f"norm_eps must be finite and not negative, found {self.norm_eps}")
+        if not 0 <= self.window <= 1 << 31:
+            raise Error(f"ModelConfig.window must be from 0 to 2^31, found {self.window}")
+        scaling = self.rope_scaling
+        if scaling and scaling.kind == "factors" and len(scaling.factors) != self.head_dim // 2:
+            raise Error(f"RoPE has {self.head_dim // 2} pairs a head, found {len(scaling.factors)} factors")
+        if scaling and scaling.kind == "dynamic" and self.head_dim == 2:
+            raise Error("dynamic RoPE scaling needs heads of more than 2 dimensions")
 
     @property
     def default_context(self) -> int:
@@ -142,7 +191,7 @@ class ModelConfig:
         return self.n_kv_heads * self.head_dim
 
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape (rows, columns) of the weights of one layer, biases last."""
+        """Name → shape (rows, columns) of the weights of one layer, those that not every model has last."""
         shapes: dict[str, tuple[int, ...]] = {
             "attn_norm": (self.dim,),
             "wq": (self.q_dim, self.dim),
@@ -156,6 +205,12 @@ class ModelConfig:
         }
         if self.qkv_bias:
             shapes |= {"bq": (self.q_dim,), "bk": (self.kv_dim,), "bv": (self.kv_dim,)}
+        if self.o_bias:
+            shapes["bo"] = (self.dim,)
+        if self.mlp_bias:
+            shapes |= {"b1": (self.hidden_dim,), "b2": (self.dim,), "b3": (self.hidden_dim,)}
+        if self.qk_norm:
+            shapes |= {"q_norm": (self.head_dim,), "k_norm": (self.head_dim,)}
         return shapes
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -186,6 +241,17 @@ NAMED_SHAPES: dict[str, ModelConfig] = {
     "stories110M": ModelConfig(768, 2048, 12, 12, 12, 32000, 1024),
     "TinyLlama-1.1B": ModelConfig(2048, 5632, 22, 32, 4, 32000, 2048, tied_embeddings=False),
     "Llama-2-7B": ModelConfig(4096, 11008, 32, 32, 32, 32000, 4096, tied_embeddings=False),
-    "Llama-3.2-1B": ModelConfig(2048, 8192, 16, 32, 8, 128256, 131072, rope_theta=500000.0, rope_pairing=HALF_SPLIT),
+    "Llama-3.2-1B": ModelConfig(
+        2048,
+        8192,
+        16,
+        32,
+        8,
+        128256,
+        131072,
+        rope_theta=500000.0,
+        rope_pairing=HALF_SPLIT,
+        rope_scaling=RopeScaling("llama3", 32.0),
+    ),
 }
 """Shapes that benchmarks and tests build random models of."""

@@ -14,17 +14,19 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
 from . import progress, registry
 from .checkpoint import Weight
-from .config import BLOCKS, F16, F32
+from .config import BLOCKS, F16
 from .errors import NOT_NUMBERS, DeviceError, Error
 from .graph import fuse
 from .ir import DTYPES, Graph, Value
 from .jit import cuda_cache_directory
+from .lowlevel_cuda.compile import compile_ahead
 from .lowlevel_cuda.driver import Call, Device, Function, Memory, Pinned, Recording, compile_kernel
 from .lowlevel_cuda.launch import ITEM_BYTES, Array, Gpu, Launch, Matrix
 from .memory import human
@@ -146,6 +148,7 @@ def _layout(weight: Weight) -> _Layout:
         group = common & -common  # the largest power of two that divides both
         if weight.type.group % columns == 0 and columns % 16 == 0 and not columns & (columns - 1):
             group = columns
+        group = min(group, 512)  # a warp's 16 bytes a lane: no group spans two chunks
         if group >= 16:
             return _Layout(weight, "int8", columns, "f32", columns // group, group)
         return _Layout(weight, "f32", -(-columns * 4 // 16) * 16)
@@ -265,7 +268,7 @@ class _Step:
 class CudaProgram:
     """A plan bound to device memory: write `inputs`, call `run`, read `value`."""
 
-    def __init__(self, backend: CudaBackend, plan: Plan, report: progress.Report | None) -> None:
+    def __init__(self, backend: CudaBackend, plan: Plan) -> None:
         device = backend.device
         self.plan, self.backend, self.head, self._device = plan, backend, plan.head, device
         self._inputs = _Inputs(device, plan.graph)
@@ -287,10 +290,10 @@ class CudaProgram:
             elif value.kind == "constant":
                 self._values[value.name] = self._constant(plan.graph.constants[value.name])
         gpu = Gpu(device.processors, device.shared_limit, self._inputs.tokens, self._zeros)
-        launches = [self._launches(gpu, index) for index in range(len(plan.steps))]
-        self._calls = backend.ready(launches, report)
+        self.launches = [self._launches(gpu, index) for index in range(len(plan.steps))]
         self._recordings: dict[Any, Recording] = {}
-        self._tails: dict[int, list[Call]] = {}
+        self._tails: dict[int, list[Launch]] = {}
+        self._tail_calls: dict[int, list[Call]] = {}
         self._mailbox = Pinned(device, 8 * MAILBOX)
         self._letters = self._mailbox.bytes.view(np.int64)
         self._number = self._zeros_i64()
@@ -358,6 +361,11 @@ class CudaProgram:
 
     # Runs
 
+    @cached_property
+    def calls(self) -> list[list[Call]]:
+        """The launches of each step, made ready; kernels that `CudaBackend.prepare` has not seen are compiled now."""
+        return self.backend.ready(self.launches)
+
     def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: Sampler | None = None) -> int:
         """Run steps [begin, end) for the first `tokens` tokens of the inputs: one graph launch.
 
@@ -378,7 +386,7 @@ class CudaProgram:
         return 0
 
     def _slice(self, begin: int, end: int) -> list[Call]:
-        return [call for calls in self._calls[begin:end] for call in calls]
+        return [call for calls in self.calls[begin:end] for call in calls]
 
     def _play(self, key: Any, calls: Callable[[], list[Call]]) -> None:
         if key not in self._recordings:
@@ -389,7 +397,7 @@ class CudaProgram:
     def _greedy(self, sampler: Sampler) -> bool:
         return sampler.is_argmax and len(sampler.ids) == self._values["logits"].shape[1]
 
-    def _tail(self, drawn: int) -> list[Call]:
+    def tail(self, drawn: int) -> list[Launch]:
         """What follows the plan: sampling among `drawn` tokens (0: the plan's own argmax), then the way back to its
         beginning.
         """
@@ -405,9 +413,13 @@ class CudaProgram:
                 self._gpu, following, self._values["ids"], self._values["positions"], self._number,
                 self._mailbox.address, MAILBOX,
             )  # fmt: skip
-            ((calls),) = self.backend.ready([launches], None)
-            self._tails[drawn] = calls
+            self._tails[drawn] = launches
         return self._tails[drawn]
+
+    def _tail(self, drawn: int) -> list[Call]:
+        if drawn not in self._tail_calls:
+            (self._tail_calls[drawn],) = self.backend.ready([self.tail(drawn)])
+        return self._tail_calls[drawn]
 
     def _whole_step(self, drawn: int) -> list[Call]:
         end = len(self.plan.steps) - (1 if drawn and self.plan.steps[-1].op.kind == "argmax" else 0)
@@ -479,11 +491,25 @@ class CudaProgram:
             self._inputs.send(1)
             self._play((0, len(self.plan.steps)), lambda: self._slice(0, len(self.plan.steps)))
 
+    @property
+    def _memories(self) -> tuple[Memory, ...]:
+        return (self.arena, self._inputs.memory, *self._own)
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory of this program alone."""
+        return sum(memory.nbytes for memory in self._memories)
+
     def free(self) -> None:
         """Give the memory back."""
         self._recordings.clear()
-        for memory in (self.arena, self._inputs.memory, *self._own):
+        for memory in self._memories:
             memory.free()
+
+
+def _identity(launch: Launch) -> Any:
+    """What a launch's machine code depends on, but for the device."""
+    return launch.kernel.py_func, launch.kinds, launch.threads
 
 
 class CudaBackend:
@@ -498,6 +524,7 @@ class CudaBackend:
         self.compiled = {"hits": 0, "misses": 0}
         """Kernels that came from the cache, and kernels that were compiled."""
         self._functions: dict[Any, Function] = {}
+        self._prepared = False
         self._owned: list[Any] = []
         self.weights = Weights(self.device, weights)
         self.sampling = _Sampling(self.device)
@@ -508,10 +535,17 @@ class CudaBackend:
         """Streaming multiprocessors."""
         return self.device.processors
 
+    @property
+    def memory_bytes(self) -> int:
+        """Device memory that weights, KV cache and programs have taken; running takes no more."""
+        return sum(owned.nbytes for owned in self._owned)
+
     def program(
         self, graph: Graph, fusions: bool | Sequence[str] = True, report: progress.Report | None = None
     ) -> CudaProgram:
-        """Fuse, lower, compile and bind a graph. `report(kernel, done, total)` is called before each kernel."""
+        """Fuse, lower and bind a graph. Kernels are compiled by `prepare`, for all programs together, or after it here;
+        without it when a program first runs. `report(kernel, done, total)` is called before each kernel.
+        """
         plan = lower(fuse(graph, self.name, fusions), self.name, self.device.processors)
         new = [
             v for v in plan.graph.values.values() if v.kind == "state" and v.alias is None and v.name not in self.states
@@ -524,38 +558,40 @@ class CudaBackend:
             for value in new:
                 self.states[value.name] = memory.array(offset, value.shape, value.dtype)
                 offset += _aligned(value.nbytes)
-        program = CudaProgram(self, plan, report)
+        program = CudaProgram(self, plan)
         self._owned.append(program)
+        if self._prepared:
+            self._load(program.launches, report)
         return program
 
-    def ready(self, steps: Sequence[Sequence[Launch]], report: progress.Report | None) -> list[list[Call]]:
+    def ready(self, steps: Sequence[Sequence[Launch]]) -> list[list[Call]]:
         """Launches with their kernels compiled, or loaded from the cache, and loaded onto the device."""
-        wanted = {
-            (launch.kernel.py_func, launch.kinds, launch.threads): launch for launches in steps for launch in launches
-        }
-        missing = [key for key in wanted if key not in self._functions]
-        for done, key in enumerate(missing):
-            launch = wanted[key]
-            if report:
-                report(launch.kernel.py_func.__name__, done, len(missing))
-            code = compile_kernel(
-                launch.kernel, launch.kinds, self.device.capability, launch.threads, cuda_cache_directory()
-            )
-            self.compiled["hits" if code.cached else "misses"] += 1
-            self._functions[key] = Function(self.device, code)
+        self._load(steps)
         return [
-            [
-                Call(self.device, self._functions[launch.kernel.py_func, launch.kinds, launch.threads], launch)
-                for launch in launches
-            ]
-            for launches in steps
+            [Call(self.device, self._functions[_identity(launch)], launch) for launch in launches] for launches in steps
         ]
 
+    def _load(self, steps: Sequence[Sequence[Launch]], report: progress.Report | None = None) -> None:
+        wanted = {_identity(launch): launch for launches in steps for launch in launches}
+        missing = [launch for key, launch in wanted.items() if key not in self._functions]
+        capability, cache = self.device.capability, cuda_cache_directory()
+        compiled = compile_ahead(missing, capability, cache, report)
+        for index, launch in enumerate(missing):
+            if report and not compiled:
+                report(launch.kernel.py_func.__name__, index, len(missing))
+            code = compiled.get(index) or compile_kernel(launch.kernel, launch.kinds, capability, launch.threads, cache)
+            self.compiled["hits" if code.cached else "misses"] += 1
+            self._functions[_identity(launch)] = Function(self.device, code)
+
     def prepare(self, decode: CudaProgram, report: progress.Report | None = None) -> None:
-        """Compile the kernels that follow a step, so that the first token need not wait."""
+        """Compile the kernels of all programs so far and of what follows a step: the first token need not wait."""
         vocab = decode.plan.graph.values["logits"].shape[1]
-        decode._tail(0)
-        decode._tail(vocab)
+        programs = [owned for owned in self._owned if isinstance(owned, CudaProgram)]
+        steps = [launches for program in programs for launches in program.launches]
+        self._load([*steps, decode.tail(0), decode.tail(vocab)], report)
+        self._prepared = True
+        for program in programs:
+            _ = program.calls
 
     def close(self) -> None:
         """Give all device memory back now."""

@@ -47,6 +47,14 @@ class ContextError(Error):
     """A prompt does not fit the context, or the KV cache of a context does not fit the memory."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """Ctrl-C during `generate` or `send`. `text` is what had been generated; the model can be used again at once."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(f"interrupted after {len(text)} characters")
+        self.text = text
+
+
 FORKED = (
     "this process was forked from one whose worker threads had started, and they did not survive that; "
     "use multiprocessing's 'spawn' method and compile the model in the child"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import shutil
 import stat
 import sys
 from collections.abc import Iterator
@@ -82,6 +83,31 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        raise
+
+
+@contextlib.contextmanager
+def replacing_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Make a new directory that takes the place of `path` when the block ends well; otherwise nothing is left of it.
+
+    Raises `Error` when `path` is there and no empty directory, or cannot be written.
+    """
+    target = Path(os.path.realpath(expand(path)))
+    if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
+        raise Error(f"{target}: is there already, and no empty directory; it is not overwritten")
+    temporary = target.with_name(f".numballama-{os.urandom(8).hex()}.tmp")
+    try:
+        try:
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.iterdir():
+                with open(file, "rb") as written:
+                    os.fsync(written.fileno())
+            os.replace(temporary, target)
+        except OSError as error:
+            raise Error(f"{target}: cannot be written: {error}") from error
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 

@@ -1,7 +1,7 @@
 """`ModelConfig` → `Graph` → fused `Graph`: the model, declared once, and the passes that join its ops.
 
-`build` reads like the model: one function, top to bottom. A pass replaces groups of ops by one op that a backend has a
-kernel for; each can be left out, and the logits stay the same. `plan.py` lowers the result.
+`llama_layer` and `build` read like the model, top to bottom. A pass replaces groups of ops by one op that a backend has
+a kernel for; each can be left out, and the logits stay the same. `plan.py` lowers the result.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from .checks import strings
 from .config import INTERLEAVED, ModelConfig, WeightType
 from .errors import Error
 from .ir import DTYPES, Graph, Op, Value
+from .rope import rope_frequencies
 
 
 @dataclass(frozen=True)
@@ -48,9 +49,86 @@ class KVLayout:
         return 2 * self.n_layers * math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-def rope_frequencies(config: ModelConfig) -> list[float]:
-    """Radians a position that each pair of dimensions turns: theta^(-2i / head_dim) (Su et al., RoFormer, 2021)."""
-    return [config.rope_theta ** (-2 * i / config.head_dim) for i in range(config.head_dim // 2)]
+class Builder:
+    """A graph under construction, with what the layers of all architectures are made of."""
+
+    def __init__(
+        self,
+        graph: Graph,
+        config: ModelConfig,
+        types: Mapping[str, WeightType],
+        kv: KVLayout,
+        tokens: int,
+        int8_activations: bool,
+    ) -> None:
+        self.graph, self.config = graph, config
+        self._types, self._kv, self._int8_activations = types, kv, int8_activations
+        self._shapes = config.weight_shapes()
+        self._quantized: dict[tuple[str, int], tuple[Value, Value]] = {}
+        self.ids = graph.input("ids", (tokens,), "i32")
+        self._places = graph.input("positions", (tokens,), "i32"), graph.input("sequences", (tokens,), "i32")
+        frequencies = graph.constant("rope_frequencies", rope_frequencies(config, kv.context))
+        self._angles = graph.add("rope_angles", self._places[0], frequencies, out="angles")
+
+    def weight(self, name: str) -> Value:
+        """The weight that `config.weight_shapes()` lists under this name."""
+        return self.graph.weight(name, self._shapes[name], self._types[name].name)
+
+    def norm(self, x: Value, name: str, out: str) -> Value:
+        """RMSNorm of whole rows by the weight `name`."""
+        return self.graph.add("rmsnorm", x, self.weight(name), out=out, eps=self.config.norm_eps)
+
+    def linear(self, x: Value, name: str, out: str) -> Value:
+        """x · weightᵀ; x quantised first where the weight is int8 and activations are to be so as well."""
+        graph, kind = self.graph, self._types[name]
+        if not (self._int8_activations and kind.name == "int8"):
+            return graph.add("linear", x, self.weight(name), out=out)
+        key = (x.name, group := kind.group)
+        if key not in self._quantized:
+            names = (f"{x.name}_q{group}", f"{x.name}_scale{group}")
+            self._quantized[key] = graph.add("quantize", x, out=names, group=group)
+        return graph.add("linear", *self._quantized[key], self.weight(name), out=out, group=group)
+
+    def project(self, x: Value, p: str, which: str, out: str, biased: bool = False) -> Value:
+        """By the weight `p`w`which` of a layer whose names begin with `p`, and its bias."""
+        y = self.linear(x, f"{p}w{which}", f"{p}{out}")
+        return self.graph.add("bias", y, self.weight(f"{p}b{which}"), out=f"{p}{out}_biased") if biased else y
+
+    def attend(self, q: Value, k: Value, v: Value, p: str) -> Value:
+        """RoPE, the KV cache and attention: what each token's queries find, [T, n_heads · head_dim]."""
+        graph, config = self.graph, self.config
+        turn = {"head_dim": config.head_dim, "interleaved": int(config.rope_pairing == INTERLEAVED)}
+        q, k = (graph.add("rope", y, self._angles, out=f"{y.name}_rope", **turn) for y in (q, k))
+        k_cache, v_cache = (graph.state(f"{p}{name}_cache", self._kv.shape, self._kv.dtype) for name in "kv")
+        k_cache = graph.add("kv_write", k, k_cache, *self._places, out=f"{p}k_cache'")
+        v_cache = graph.add("kv_write", v, v_cache, *self._places, out=f"{p}v_cache'")
+        window = config.window
+        scores = graph.add("attention_scores", q, k_cache, *self._places, out=f"{p}scores", window=window)
+        weights = graph.add("softmax", scores, out=f"{p}probabilities")
+        return graph.add("attention_values", weights, v_cache, *self._places, out=f"{p}attn_out", window=window)
+
+
+def llama_layer(b: Builder, x: Value, p: str) -> Value:
+    """One layer of Llama, Mistral, Qwen2 or Qwen3, whose weights' names begin with `p`."""
+    config, graph = b.config, b.graph
+    h = b.norm(x, f"{p}attn_norm", f"{p}attn_in")
+    q, k, v = (b.project(h, p, name, name, config.qkv_bias) for name in "qkv")
+    if config.qk_norm:
+        normed = {"eps": config.norm_eps}
+        q = graph.add("head_norm", q, b.weight(f"{p}q_norm"), out=f"{p}q_normed", **normed)
+        k = graph.add("head_norm", k, b.weight(f"{p}k_norm"), out=f"{p}k_normed", **normed)
+    h = b.attend(q, k, v, p)
+    x = graph.add("add", x, b.project(h, p, "o", "attn_projected", config.o_bias), out=f"{p}x_mid")
+
+    h = b.norm(x, f"{p}ffn_norm", f"{p}ffn_in")
+    gate, up = b.project(h, p, "1", "gate", config.mlp_bias), b.project(h, p, "3", "up", config.mlp_bias)
+    h = graph.add("swiglu", gate, up, out=f"{p}ffn_hidden")
+    return graph.add("add", x, b.project(h, p, "2", "ffn_projected", config.mlp_bias), out=f"{p}x_out")
+
+
+LAYERS: dict[type[ModelConfig], Callable[[Builder, Value, str], Value]] = {ModelConfig: llama_layer}
+"""Class of a model's config → what one of its layers computes. An architecture that a `ModelConfig` cannot describe has
+a subclass of it, and a function here."""
 
 
 def build(
@@ -61,67 +139,21 @@ def build(
     logits: str = "last",
     int8_activations: bool = False,
 ) -> Graph:
-    """The graph of a Llama for up to `tokens` tokens a run.
+    """The graph of a model for up to `tokens` tokens a run.
 
     `types` maps each name of `config.weight_shapes()` to its type. `logits` is "last" (logits[1, vocab] of the run's
     last token, and `next`[1], its argmax) or "all" (logits[tokens, vocab]). With `int8_activations` the input of
     every int8 weight is quantised first, in the weight's groups.
     """
     graph = Graph(f"llama, {tokens} token{'s' if tokens > 1 else ''}")
-    shapes = config.weight_shapes()
-
-    def weight(name: str) -> Value:
-        return graph.weight(name, shapes[name], types[name].name)
-
-    quantized: dict[tuple[str, int], tuple[Value, Value]] = {}
-
-    def linear(x: Value, name: str, out: str) -> Value:
-        if not (int8_activations and types[name].name == "int8"):
-            return graph.add("linear", x, weight(name), out=out)
-        key = (x.name, group := types[name].group)
-        if key not in quantized:
-            names = (f"{x.name}_q{group}", f"{x.name}_scale{group}")
-            quantized[key] = graph.add("quantize", x, out=names, group=group)
-        return graph.add("linear", *quantized[key], weight(name), out=out, group=group)
-
-    ids = graph.input("ids", (tokens,), "i32")
-    positions = graph.input("positions", (tokens,), "i32")
-    sequences = graph.input("sequences", (tokens,), "i32")
-    angles = graph.add(
-        "rope_angles", positions, graph.constant("rope_frequencies", rope_frequencies(config)), out="angles"
-    )
-    interleaved = int(config.rope_pairing == INTERLEAVED)
-
-    x = graph.add("embedding", ids, weight("tok_embeddings"), out="x")
+    b = Builder(graph, config, types, kv, tokens, int8_activations)
+    x = graph.add("embedding", b.ids, b.weight("tok_embeddings"), out="x")
     for layer in range(config.n_layers):
-        p = f"layers.{layer}."
-
-        def project(h: Value, which: str, p: str = p) -> Value:
-            y = linear(h, f"{p}w{which}", f"{p}{which}")
-            return graph.add("bias", y, weight(f"{p}b{which}"), out=f"{p}{which}_biased") if config.qkv_bias else y
-
-        def rope(y: Value) -> Value:
-            return graph.add("rope", y, angles, out=f"{y.name}_rope", head_dim=config.head_dim, interleaved=interleaved)
-
-        h = graph.add("rmsnorm", x, weight(f"{p}attn_norm"), out=f"{p}attn_in", eps=config.norm_eps)
-        q, k, v = project(h, "q"), project(h, "k"), project(h, "v")
-        q, k = rope(q), rope(k)
-        k_cache, v_cache = (graph.state(f"{p}{name}_cache", kv.shape, kv.dtype) for name in "kv")
-        k_cache = graph.add("kv_write", k, k_cache, positions, sequences, out=f"{p}k_cache'")
-        v_cache = graph.add("kv_write", v, v_cache, positions, sequences, out=f"{p}v_cache'")
-        scores = graph.add("attention_scores", q, k_cache, positions, sequences, out=f"{p}scores")
-        weights = graph.add("softmax", scores, out=f"{p}probabilities")
-        h = graph.add("attention_values", weights, v_cache, positions, sequences, out=f"{p}attn_out")
-        x = graph.add("add", x, linear(h, f"{p}wo", f"{p}attn_projected"), out=f"{p}x_mid")
-
-        h = graph.add("rmsnorm", x, weight(f"{p}ffn_norm"), out=f"{p}ffn_in", eps=config.norm_eps)
-        h = graph.add("swiglu", linear(h, f"{p}w1", f"{p}gate"), linear(h, f"{p}w3", f"{p}up"), out=f"{p}ffn_hidden")
-        x = graph.add("add", x, linear(h, f"{p}w2", f"{p}ffn_projected"), out=f"{p}x_out")
-
+        x = LAYERS[type(config)](b, x, f"layers.{layer}.")
     if logits == "last" and tokens > 1:
         x = graph.add("last", x, out="x_last")
-    x = graph.add("rmsnorm", x, weight("norm"), out="final", eps=config.norm_eps)
-    result = linear(x, "tok_embeddings" if config.tied_embeddings else "output", "logits")
+    x = b.norm(x, "norm", "final")
+    result = b.linear(x, "tok_embeddings" if config.tied_embeddings else "output", "logits")
     graph.outputs = [result.name]
     if logits == "last":
         graph.outputs.append(graph.add("argmax", result, out="next").name)

@@ -275,6 +275,15 @@ def _rmsnorm(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]:
     return [(x.shape, "f32")]
 
 
+@rule("head_norm")
+def _head_norm(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]:
+    """x[T, heads · head_dim], weight[head_dim] → each head of x as `rmsnorm` does a whole row"""
+    x, weight = inputs
+    _expect(x.dtype == "f32" and len(x.shape) == 2 and attrs["eps"] >= 0, "wants x f32[T, heads · head_dim] and eps")
+    _expect(len(weight.shape) == 1 and x.shape[1] % weight.shape[0] == 0, "x must consist of heads as wide as weight")
+    return [(x.shape, "f32")]
+
+
 @rule("quantize")
 def _quantize(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]:
     """x[T, D] → int8 x[T, D] and one scale for each `group` numbers of a row, [T, ceil(D / group)]"""
@@ -324,10 +333,12 @@ def _kv_write(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]
 
 @rule("attention_scores")
 def _attention_scores(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]:
-    """q[T, heads · head_dim], k cache, positions, sequences → q · k / sqrt(head_dim), -inf beyond, [T, heads, C]"""
+    """q[T, heads · head_dim], k cache, positions, sequences → q · k / sqrt(head_dim), [T, heads, C]: -inf where a token
+    does not see, after its position and, if `window` > 0, at its position - window and before"""
     q, cache = inputs[:2]
     heads, rest = divmod(q.shape[1], cache.shape[3])
     _expect(rest == 0 and heads % cache.shape[1] == 0, "q's heads must be a multiple of the cache's")
+    _expect(attrs["window"] >= 0, "wants a window, 0 for none")
     return [((q.shape[0], heads, cache.shape[2]), "f32")]
 
 
@@ -339,9 +350,11 @@ def _softmax(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]:
 
 @rule("attention_values")
 def _attention_values(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]:
-    """probabilities[T, heads, C], v cache, positions, sequences → weighted sum of values, [T, heads · head_dim]"""
+    """probabilities[T, heads, C], v cache, positions, sequences → weighted sum of the values that a token sees (see
+    attention_scores), [T, heads · head_dim]"""
     weights, cache = inputs[:2]
     _expect(weights.shape[2] == cache.shape[2], "probabilities must cover the cache")
+    _expect(attrs["window"] >= 0, "wants a window, 0 for none")
     return [((weights.shape[0], weights.shape[1] * cache.shape[3]), "f32")]
 
 

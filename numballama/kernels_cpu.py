@@ -100,6 +100,17 @@ def rmsnorm(part, parts, tokens, x, weight, out, eps):
         normalise(x, weight, eps, out, t)
 
 
+@kernel("head_norm", "cpu", "f32", "f32")
+def head_norm(part, parts, tokens, x, weight, out, eps):
+    head_dim = weight.shape[0]
+    heads = x.shape[1] // head_dim
+    begin, end = share(tokens * heads, part, parts, 1)
+    for unit in range(begin, end):
+        t, h = divmod(unit, heads)
+        d = h * head_dim
+        normalise(x[t : t + 1, d : d + head_dim], weight, eps, out[t : t + 1, d : d + head_dim], 0)
+
+
 @kernel("quantize", "cpu", "f32")
 def quantize(part, parts, tokens, x, out, scales, group):
     """Scale max|x| / 127 for each group, numbers rounded half away from zero, as llama2.c's runq does."""
@@ -172,6 +183,12 @@ def kv_write(part, parts, tokens, x, cache, positions, sequences):
 
 
 @device
+def first_seen(position, window):
+    """The first position that a token sees: `window` positions in all, itself included; all if that is 0."""
+    return max(position + 1 - window, 0) if window > 0 else 0
+
+
+@device
 def score(q, cache, length, scale, scores):
     """scores[p] = q · cache[p] · scale for positions p < length, of one head."""
     for p in range(length):
@@ -214,16 +231,17 @@ def weigh(weights, cache, length, out):
 
 
 @kernel("attention_scores", "cpu", "f32", CACHE, "i32", "i32")
-def attention_scores(part, parts, tokens, q, k_cache, positions, sequences, out):
+def attention_scores(part, parts, tokens, q, k_cache, positions, sequences, out, window):
     head_dim, heads = k_cache.shape[3], out.shape[1]
     shared = heads // k_cache.shape[1]
     begin, end = share(tokens * heads, part, parts, 1)
     for unit in range(begin, end):
         t, h = divmod(unit, heads)
-        length = positions[t] + 1
-        keys = k_cache[sequences[t], h // shared]
-        score(q[t, h * head_dim : (h + 1) * head_dim], keys, length, np.float32(1 / math.sqrt(head_dim)), out[t, h])
-        out[t, h, length:] = -np.inf
+        first, end_seen, scale = first_seen(positions[t], window), positions[t] + 1, np.float32(1 / math.sqrt(head_dim))
+        keys = k_cache[sequences[t], h // shared, first:]
+        score(q[t, h * head_dim : (h + 1) * head_dim], keys, end_seen - first, scale, out[t, h, first:])
+        out[t, h, :first] = -np.inf
+        out[t, h, end_seen:] = -np.inf
 
 
 @kernel("softmax", "cpu", "f32")
@@ -237,14 +255,15 @@ def softmax(part, parts, tokens, x, out):
 
 
 @kernel("attention_values", "cpu", "f32", CACHE, "i32", "i32")
-def attention_values(part, parts, tokens, weights, v_cache, positions, sequences, out):
+def attention_values(part, parts, tokens, weights, v_cache, positions, sequences, out, window):
     head_dim, heads = v_cache.shape[3], weights.shape[1]
     shared = heads // v_cache.shape[1]
     begin, end = share(tokens * heads, part, parts, 1)
     for unit in range(begin, end):
         t, h = divmod(unit, heads)
-        values = v_cache[sequences[t], h // shared]
-        weigh(weights[t, h], values, positions[t] + 1, out[t, h * head_dim : (h + 1) * head_dim])
+        first = first_seen(positions[t], window)
+        values, length = v_cache[sequences[t], h // shared, first:], positions[t] + 1 - first
+        weigh(weights[t, h, first:], values, length, out[t, h * head_dim : (h + 1) * head_dim])
 
 
 @kernel("swiglu", "cpu", "f32", "f32")
@@ -443,7 +462,7 @@ def rope_kv_write(
     CACHE,
     scores=lambda q, k_cache, positions, sequences, v_cache, workers: (workers, k_cache[2]),
 )
-def attention(part, parts, tokens, q, k_cache, positions, sequences, v_cache, out, scores):
+def attention(part, parts, tokens, q, k_cache, positions, sequences, v_cache, out, window, scores):
     """A head of a token at a time; later tokens see more positions, so units are dealt out like cards."""
     head_dim = k_cache.shape[3]
     heads = q.shape[1] // head_dim
@@ -451,7 +470,8 @@ def attention(part, parts, tokens, q, k_cache, positions, sequences, v_cache, ou
     scale = np.float32(1 / math.sqrt(head_dim))
     for unit in range(part, tokens * heads, parts):
         t, h = divmod(unit, heads)
-        s, d, length = sequences[t], h * head_dim, positions[t] + 1
-        score(q[t, d : d + head_dim], k_cache[s, h // shared], length, scale, scores[part])
+        s, d, first = sequences[t], h * head_dim, first_seen(positions[t], window)
+        length = positions[t] + 1 - first
+        score(q[t, d : d + head_dim], k_cache[s, h // shared, first:], length, scale, scores[part])
         softmax_in_place(scores[part], length)
-        weigh(scores[part], v_cache[s, h // shared], length, out[t, d : d + head_dim])
+        weigh(scores[part], v_cache[s, h // shared, first:], length, out[t, d : d + head_dim])

@@ -6,24 +6,26 @@ import os
 from os import PathLike
 from pathlib import Path
 
+from . import hub
 from .checkpoint import Checkpoint
 from .errors import Error, FormatError, UnsupportedError
 from .files import MappedFile, expand, map_file
-from .formats import gguf, kuiper, llama2c
+from .formats import gguf, hf, kuiper, llama2c, meta, safetensors, torchfile
 from .gguf_header import MAGIC as GGUF_MAGIC
-from .tokenizer import Tokenizer, load_tokenizer
+from .tokenizer import Tokenizer, load_tokenizer, read_text_files
 
-SUPPORTED = "llama2.c v0, v1 and v2, KuiperLLama fp32 and int8, GGUF"
+SUPPORTED = (
+    "llama2.c v0, v1 and v2, KuiperLLama fp32 and int8, GGUF, directories of Hugging Face (safetensors) and of Meta "
+    "(consolidated.*.pth)"
+)
 
 # Long enough that no llama2.c v0 header begins so: its first four bytes are the model's dim.
 _FOREIGN = {
-    b"PK\x03\x04": "a zip archive, as PyTorch checkpoints are",
-    b"\x80\x02\x8a\x0a": "a pickle, as old PyTorch checkpoints are",
     b"\x80\x02}q": "a pickle",
     b"\x80\x04\x95": "a pickle",
     b"\x89HDF": "an HDF5 file",
 }
-_PADDING = 8, 256  # a vocabulary is padded to a multiple of at least the first, by less than the second
+_PADDING = 8, 512  # a vocabulary is padded to a multiple of at least the first, by less than the second
 
 
 STORY_MODEL = Path(__file__).with_name("story.gguf")
@@ -40,7 +42,8 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open the model file at `path`, with the tokenizer whose path is given, else the file's own; no weight is read.
 
-    Without a path it is the story model of this package.
+    Without a path it is the story model of this package. A directory is a Hugging Face model, and so is a hub id
+    "owner/name", which is downloaded unless a file or directory has that name.
     `rope_pairing` ("interleaved" or "half"), `rope_theta` and `norm_eps` override what the file says or leaves out;
     what then still is assumed stands in `Checkpoint.notes`. Raises `FormatError` for damaged files, `UnsupportedError`
     for formats that are known but not read yet, and `Error` when a file cannot be opened, an override makes no sense
@@ -54,7 +57,12 @@ def open_checkpoint(
         values = ", ".join(f"{name}={getattr(opened.config, name)!r}" for name in opened.assumed)
         opened.notes.append(f"{opened.format} files do not say {values}: assumed")
     if tokenizer is not None:
+        tokenizer = hub.local(tokenizer, hub.TEXT)
         opened.tokenizer = load_tokenizer(tokenizer)
+        if os.path.isdir(expand(tokenizer)):  # what else it says of text serves a model that says nothing
+            found = read_text_files(tokenizer, own_tokenizer=False)
+            opened.chat_template = opened.chat_template or found.chat_template
+            opened.stop_ids = opened.stop_ids or found.stop_ids
     if opened.tokenizer is not None:
         _require_fit(opened, opened.tokenizer, tokenizer)
     return opened
@@ -65,16 +73,23 @@ open = open_checkpoint
 
 
 def _read(path: str | PathLike[str], own_tokenizer: bool) -> Checkpoint:
+    path = hub.local(path)
     directory = expand(path)
     if os.path.isdir(directory):
-        if any(directory.glob("*.safetensors")) or os.path.exists(directory / "config.json"):
-            raise UnsupportedError(f"{path}: a Hugging Face directory is not read yet; supported are {SUPPORTED}")
+        if hf.is_directory_of(directory):
+            return hf.read(directory, own_tokenizer)
+        if meta.is_directory_of(directory):
+            return meta.read(directory, own_tokenizer)
         raise FormatError(f"is a directory without a model; supported are {SUPPORTED}", path=path)
     file = map_file(path)
     if file.data[: len(llama2c.MAGIC)] == llama2c.MAGIC:
         return llama2c.read(file)
     if file.data[: len(GGUF_MAGIC)] == GGUF_MAGIC:
         return gguf.read(file, own_tokenizer)
+    if safetensors.looks_like(file):
+        return hf.read(file.path.parent, own_tokenizer, file)
+    if file.data[:4] == torchfile.MAGIC or file.data[: len(torchfile.LEGACY)] == torchfile.LEGACY:
+        return meta.read_file(file, own_tokenizer)
     if foreign := _foreign(file):
         raise UnsupportedError(f"{path}: {foreign}, which is not read yet; supported are {SUPPORTED}")
     return kuiper.read(file)
@@ -86,8 +101,6 @@ def _foreign(file: MappedFile) -> str | None:
     for magic, kind in _FOREIGN.items():
         if head.startswith(magic):
             return kind
-    if head[8:] == b"{" and int.from_bytes(head[:8], "little") < file.size:
-        return "a safetensors file"
     return None
 
 

@@ -7,37 +7,29 @@ import math
 import os
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 import numpy as np
 
-from . import ir, loader, memory, plan, progress, quant
+from . import conversion, ir, loader, memory, plan, progress, quant
+from .chat import Chat
 from .checkpoint import Checkpoint, Weight
 from .checks import strings, whole_number
-from .config import BF16, BLOCKS, F16, F32, Q4_0, Q8_0, RUNS_AS, ModelConfig, WeightType
-from .errors import FORKED, ContextError, DeviceError, Error, UnsupportedError
+from .config import ModelConfig
+from .errors import FORKED, ContextError, DeviceError, Error, Interrupted, UnsupportedError
 from .graph import KVLayout, build
 from .memory import human
 from .sampler import Sampler
 from .session import Session
 from .text import StopFilter
-from .tokenizer import Tokenizer
+from .tokenizer import Decoder, Tokenizer
 
 CHUNK, CUDA_CHUNK = 64, 512
 """Tokens of a prompt that one run handles."""
-TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")
 KV_TYPES = ("f32", "f16", "bf16")
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during `generate`. `text` is what had been generated; the model can be used again at once."""
-
-    def __init__(self, text: str) -> None:
-        super().__init__(f"interrupted after {len(text)} characters")
-        self.text = text
 
 
 @dataclass(frozen=True)
@@ -53,6 +45,8 @@ class Piece:
     tokens_per_second: float
     """Of the tokens after the first: decoding, without the prompt. 0.0 on the first."""
     finish_reason: str | None = None
+    reused: int = 0
+    """How many tokens of the prompt the KV cache held already."""
 
     def __str__(self) -> str:
         return self.text
@@ -82,7 +76,10 @@ class Model:
         fusions: bool | Sequence[str] = True,
     ) -> None:
         started = time.perf_counter()
-        for name, value, known in (("dtype", dtype, (None, *TYPES)), ("kv_dtype", kv_dtype, (None, *KV_TYPES))):
+        for name, value, known in (
+            ("dtype", dtype, (None, *conversion.TYPES)),
+            ("kv_dtype", kv_dtype, (None, *KV_TYPES)),
+        ):
             if value not in known:
                 raise UnsupportedError(f"{name} {value!r} is not supported; there are {', '.join(map(str, known[1:]))}")
         self.device, why = _choose_device(device)
@@ -92,6 +89,8 @@ class Model:
         self.path = self._checkpoint.path
         self.config: ModelConfig = self._checkpoint.config
         self.tokenizer: Tokenizer | None = self._checkpoint.tokenizer
+        if self.tokenizer is not None:
+            self.tokenizer.prepare()
         self.notes = list(self._checkpoint.notes)
         if device == "auto":
             self.notes.append(f"device {self.device}, chosen because {why}")
@@ -126,15 +125,7 @@ class Model:
         What has a type that no backend has kernels for is converted in any case.
         """
         weights = self._checkpoint.weights
-        targets = {name: RUNS_AS[kind] for name, weight in weights.items() if (kind := weight.type.name) in RUNS_AS}
-        if dtype is not None:
-            targets |= {
-                name: _target(dtype, name, weight.shape[1])
-                for name, weight in weights.items()
-                if len(weight.shape) == 2
-                and (name != "tok_embeddings" or self.config.tied_embeddings)
-                and weight.type.name != dtype
-            }
+        targets = conversion.runnable(weights) | conversion.targets(self.config, weights, dtype)
         if not targets:
             return weights
         converted = dict(weights)
@@ -296,8 +287,6 @@ class Model:
         model may be read in turns or from several threads: each takes the KV cache over and recomputes what it needs.
         """
         session, tokenizer = self.session, self._require_tokenizer()
-        max_tokens = whole_number("max_tokens", max_tokens, 0)
-        stops = StopFilter(strings("stop", stop))
         if not (prompt is None or isinstance(prompt, str)):
             raise Error(f"the prompt must be a string or None, found {prompt!r}")
         if prompt == "":
@@ -305,27 +294,55 @@ class Model:
         ids = tokenizer.encode(prompt or "", bos=True)
         if prompt is None and tokenizer.bos_id is not None:  # even where the vocabulary does not want it before a text
             ids = [tokenizer.bos_id]
-        ids = session.check(ids)
+        options = (max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed, stop)
+        return self.stream_ids(session.check(ids), *options, at_start=prompt is None)
+
+    def stream_ids(
+        self,
+        ids: Iterable[int],
+        max_tokens: int = 256,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.0,
+        repeat_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        *,
+        at_start: bool = False,
+        enders: Iterable[int] = (),
+        keep: bool = False,
+    ) -> Iterator[Piece]:
+        """Like `stream`, from token ids as they are.
+
+        `at_start` when the continuation is a text of its own, so that its first space goes where the tokenizer put it.
+        `enders` are ids that end it besides the file's. `keep` starts from what the KV cache holds of the ids'
+        beginning, by whichever stream; otherwise all are computed, and nothing depends on what came before.
+        """
+        ids, tokenizer = self.session.check(ids), self._require_tokenizer()
+        max_tokens = whole_number("max_tokens", max_tokens, 0)
+        stops = StopFilter(strings("stop", stop))
         # a vocabulary may be padded: tokens that the tokenizer does not know are not drawn
         drawn = min(self.config.vocab_size, tokenizer.vocab_size)
         sampler = Sampler(drawn, temperature, top_k, top_p, min_p, repeat_penalty, seed)
         sampler.remember(ids)
-        return self._pieces(ids, max_tokens, sampler, tokenizer, stops, at_start=prompt is None)
+        ends = {tokenizer.eos_id, *self._checkpoint.stop_ids, *enders}
+        if self._checkpoint.bos_ends_text:
+            ends.add(tokenizer.bos_id)
+        return self._pieces(ids, max_tokens, sampler, tokenizer.decoder(at_start=at_start), stops, ends, keep)
 
     def _pieces(
         self,
         history: list[int],
         max_tokens: int,
         sampler: Sampler,
-        tokenizer: Tokenizer,
+        decoder: Decoder,
         stops: StopFilter,
-        at_start: bool,
+        enders: Container[int | None],
+        keep: bool,
     ) -> Iterator[Piece]:
-        stream, decoder = object(), tokenizer.decoder(at_start=at_start)
-        enders = {tokenizer.eos_id, *self._checkpoint.stop_ids}
-        if self._checkpoint.bos_ends_text:
-            enders.add(tokenizer.bos_id)
-        started = 0.0
+        stream, started = object(), 0.0
+        reused = self._take_over(stream, history) if keep and max_tokens else 0
         for index in range(max_tokens):
             token = self._next(stream, history, sampler)
             now = time.perf_counter()
@@ -346,10 +363,17 @@ class Model:
             if reason in ("eos", "length", "context"):
                 text += stops.push(decoder.flush())
                 text += stops.flush()
-            yield Piece(text, token, speed, reason)
+            yield Piece(text, token, speed, reason, reused)
             if reason is not None:
                 return
             history.append(token)
+
+    def _take_over(self, stream: object, history: Sequence[int]) -> int:
+        """Make the session the stream's, with what it holds of the history; returns how much that is."""
+        with self.using():
+            session, self._stream = self.session, stream
+            session.rewind(session.common(history))
+            return len(session.tokens)
 
     def _next(self, stream: object, history: Sequence[int], sampler: Sampler) -> int:
         """The token after `history`. Usually the cache holds all but its last; after another stream used it, less."""
@@ -367,6 +391,14 @@ class Model:
             assert token is not None
             return token
 
+    def chat(self, system: str | None = None, template: str | None = None) -> Chat:
+        """A conversation with the model. `system` is the system message, `template` a chat template in jinja2, if not
+        the file's own or, for a file without one, the built-in one that the vocabulary is made for.
+
+        Raises `Error` without a tokenizer, or when there is no template.
+        """
+        return Chat(self, self._require_tokenizer(), system, template or self._checkpoint.chat_template)
+
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise Error(
@@ -374,22 +406,6 @@ class Model:
                 "--tokenizer on the command line"
             )
         return self.tokenizer
-
-
-def _target(dtype: str, name: str, columns: int) -> WeightType:
-    """The weight type that a dtype means for rows of this length: int8 groups that fill a row are faster.
-
-    Raises `Error` where blocks do not.
-    """
-    if dtype in BLOCKS and columns % (block := BLOCKS[dtype][0]):
-        raise Error(
-            f"{name} cannot become {dtype}: its rows of {columns} numbers are no whole number of blocks of {block}; "
-            "dtype='int8' takes any rows"
-        )
-    if dtype != "int8":
-        return {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0, "q4_0": Q4_0}[dtype]
-    groups = (quant.DEFAULT_GROUP, quant.DEFAULT_GROUP // 2)
-    return WeightType("int8", next((g for g in groups if columns % g == 0), quant.DEFAULT_GROUP))
 
 
 def _choose_device(device: str) -> tuple[str, str]:

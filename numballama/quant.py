@@ -81,6 +81,18 @@ def dequantize(weight: Weight) -> npt.NDArray[np.float32]:
     return convert(weight, F32).data
 
 
+def relative_error(source: Weight, result: Weight) -> float:
+    """How far the numbers of `result` are from those of `source`: root mean squared error over root mean square."""
+    wrong = total = 0.0
+    for start in range(0, numel := math.prod(source.shape), _CHUNK):
+        stop = min(start + _CHUNK, numel)
+        values = _decode(source, start, stop).astype(np.float64)
+        total += float(values @ values)
+        values -= _decode(result, start, stop)
+        wrong += float(values @ values)
+    return math.sqrt(wrong / total) if wrong and total else 0.0
+
+
 def quantize_int8(
     values: npt.NDArray[np.float32], group: int = DEFAULT_GROUP
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:

@@ -40,6 +40,11 @@ def rmsnorm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
     return x / np.sqrt((x * x).mean(axis=1, keepdims=True) + eps) * weight
 
 
+@kernel("head_norm", "reference", ANY, ANY)
+def head_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    return rmsnorm(x.reshape(-1, len(weight)), weight, eps).reshape(x.shape)
+
+
 @kernel("quantize", "reference", ANY)
 def quantize(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
     """In float32, as the definition is: which way a number is rounded must not depend on the precision of the check."""
@@ -82,15 +87,22 @@ def kv_write(x: np.ndarray, cache: np.ndarray, positions: np.ndarray, sequences:
     return cache
 
 
+def seen(position: int, window: int) -> slice:
+    """The positions that a token sees: itself and those before it, `window` in all if that is not 0."""
+    return slice(max(position + 1 - window, 0) if window else 0, position + 1)
+
+
 @kernel("attention_scores", "reference", ANY, ANY, ANY, ANY)
-def attention_scores(q: np.ndarray, k_cache: np.ndarray, positions: np.ndarray, sequences: np.ndarray) -> np.ndarray:
+def attention_scores(
+    q: np.ndarray, k_cache: np.ndarray, positions: np.ndarray, sequences: np.ndarray, window: int
+) -> np.ndarray:
     head_dim = k_cache.shape[3]
     heads = q.reshape(len(q), -1, head_dim)
     shared = heads.shape[1] // k_cache.shape[1]
     out = np.full((*heads.shape[:2], k_cache.shape[2]), -np.inf)
     for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
-        keys = np.repeat(k_cache[sequence, :, : position + 1], shared, axis=0).astype(np.float64)
-        out[t, :, : position + 1] = np.einsum("hd,hpd->hp", heads[t], keys) / np.sqrt(head_dim)
+        keys = np.repeat(k_cache[sequence, :, seen(position, window)], shared, axis=0).astype(np.float64)
+        out[t, :, seen(position, window)] = np.einsum("hd,hpd->hp", heads[t], keys) / np.sqrt(head_dim)
     return out
 
 
@@ -102,13 +114,13 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 @kernel("attention_values", "reference", ANY, ANY, ANY, ANY)
 def attention_values(
-    weights: np.ndarray, v_cache: np.ndarray, positions: np.ndarray, sequences: np.ndarray
+    weights: np.ndarray, v_cache: np.ndarray, positions: np.ndarray, sequences: np.ndarray, window: int
 ) -> np.ndarray:
     shared = weights.shape[1] // v_cache.shape[1]
     out = np.zeros((*weights.shape[:2], v_cache.shape[3]))
     for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
-        values = np.repeat(v_cache[sequence, :, : position + 1], shared, axis=0).astype(np.float64)
-        out[t] = np.einsum("hp,hpd->hd", weights[t, :, : position + 1], values)
+        values = np.repeat(v_cache[sequence, :, seen(position, window)], shared, axis=0).astype(np.float64)
+        out[t] = np.einsum("hp,hpd->hd", weights[t, :, seen(position, window)], values)
     return out.reshape(len(weights), -1)
 
 

@@ -64,6 +64,11 @@ class Session:
         """Forget all tokens after the first `length`; the cache keeps what belongs to those."""
         del self.tokens[length:]
 
+    def common(self, ids: Sequence[int]) -> int:
+        """How many of `ids`, the last excepted, are the beginning of the history: what need not be computed again."""
+        most = min(len(self.tokens), len(ids) - 1)
+        return next((n for n in range(most) if self.tokens[n] != ids[n]), max(most, 0))
+
     def prefill(self, ids: Sequence[int], sampler: Sampler | None = None) -> int | None:
         """Append tokens, a chunk a run; logits are computed for the last one only. Returns a sampler's choice."""
         if not ids:

@@ -1,19 +1,28 @@
-"""Text ↔ token ids, for every tokenizer file the project reads: sentencepiece's `.model`, llama2.c's `.bin`, GGUF."""
+"""Text ↔ token ids, for every tokenizer file the project reads: sentencepiece's and tiktoken's `.model`, Hugging Face's
+`tokenizer.json`, llama2.c's `.bin`, GGUF."""
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
 from os import PathLike
+from pathlib import Path
 
 from . import gguf_header
-from .errors import FormatError, UnsupportedError
-from .files import map_file
+from .errors import Error, FormatError, UnsupportedError
+from .files import expand, map_file
 from .gguf_header import Header
 from .tokenizers.base import MAX_VOCAB, Decoder, Kind, PieceType, Strip, Tokenizer, Vocabulary
+from .tokenizers.bpe import BPETokenizer
+from .tokenizers.gguf_bpe import bpe_from_gguf
+from .tokenizers.huggingface import Settings, read_json
 from .tokenizers.library import SentencePieceTokenizer, read_sentencepiece
-from .tokenizers.scored import GgufTokenizer, Llama2cTokenizer, from_gguf, read_llama2c
+from .tokenizers.scored import GgufTokenizer, Llama2cTokenizer, read_llama2c, scored_from_gguf
+from .tokenizers.tiktoken import looks_like_tiktoken, read_tiktoken
 
 __all__ = [
     "MAX_VOCAB",
+    "BPETokenizer",
     "Decoder",
     "GgufTokenizer",
     "Kind",
@@ -21,41 +30,126 @@ __all__ = [
     "PieceType",
     "SentencePieceTokenizer",
     "Strip",
+    "TextFiles",
     "Tokenizer",
     "Vocabulary",
     "from_gguf",
     "load_tokenizer",
+    "read_text_files",
 ]
+
+SUPPORTED = "tokenizer.json, sentencepiece's and tiktoken's .model, llama2.c's tokenizer.bin and GGUF"
+
+_NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer.bin")
+"""Files that hold a directory's tokenizer, the one to prefer first."""
 
 
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
-    """Open the tokenizer file at `path`, recognised by its content.
+    """Open the tokenizer file at `path`, recognised by its content, or the one of a directory.
 
-    Raises `FormatError` for a damaged file or one of an unknown format, `UnsupportedError` for a known one that is not
-    read yet, and `Error` when it cannot be opened.
+    Of a directory it is `tokenizer.json`, else `tokenizer.model`, else `tokenizer.bin`, else its only GGUF file. What
+    stands beside a `tokenizer.json` says when BOS and EOS are added. Raises `FormatError` for a damaged file or one of
+    an unknown format, `UnsupportedError` for a known one that is not read, and `Error` when it cannot be opened.
     """
+    if os.path.isdir(expand(path)):
+        if (found := _in_directory(expand(path))) is None:
+            raise FormatError(
+                "a directory without a tokenizer", path=path, expected=f"one of {', '.join(_NAMES)}, *.gguf"
+            )
+        return _by_settings(load_tokenizer(found), Settings(expand(path)))
     file = map_file(path)
     if file.data[:4] == gguf_header.MAGIC:
-        if (found := from_gguf(Header(file))) is None:
+        if (tokenizer := from_gguf(Header(file))) is None:
             raise FormatError(
                 "a GGUF file without a tokenizer", path=path, expected="tokenizer.ggml.tokens", found="no such key"
             )
-        return found
+        tokenizer.prepare()
+        return tokenizer
     if file.data[:64].lstrip().startswith(b"{"):
-        raise UnsupportedError(
-            f"{path}: a tokenizer.json is not read yet; supported are sentencepiece's .model, llama2.c's tokenizer.bin "
-            "and GGUF"
-        )
+        return read_json(file)
+    if looks_like_tiktoken(file):
+        return read_tiktoken(file)
     try:
         return read_llama2c(file)
     except FormatError as error:
         fault = error
     if (model := read_sentencepiece(file)) is None:
         raise FormatError(
-            "neither a sentencepiece model nor a llama2.c tokenizer.bin",
+            f"not a tokenizer of a known kind, nor a sentencepiece model, nor a llama2.c tokenizer.bin ({SUPPORTED})",
             path=path,
             where=fault.where,
             expected=fault.expected,
             found=fault.found,
         )
     return model
+
+
+def _by_settings(tokenizer: Tokenizer, settings: Settings) -> Tokenizer:
+    """A sentencepiece model in a Hugging Face directory, which says there when BOS and EOS are added."""
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        add_bos, add_eos = (settings.flag(f"add_{name}_token") for name in ("bos", "eos"))
+        tokenizer.add_bos = tokenizer.add_bos if add_bos is None else add_bos
+        tokenizer.add_eos = tokenizer.add_eos if add_eos is None else add_eos
+    return tokenizer
+
+
+def _in_directory(directory: Path) -> Path | None:
+    for name in _NAMES:
+        if (path := directory / name).is_file():
+            return path
+    found = sorted(directory.glob("*.gguf"))
+    return found[0] if len(found) == 1 else None
+
+
+def from_gguf(header: Header) -> Tokenizer | None:
+    """The tokenizer in a GGUF file's metadata; None if it holds none. Damage may show in its `prepare` only.
+
+    Raises `FormatError` for damaged metadata, `UnsupportedError` for a tokenizer of another kind.
+    """
+    model = header.text("tokenizer.ggml.model")
+    if model in (None, "none", "no_vocab"):
+        return None
+    if model == "llama":
+        return scored_from_gguf(header)
+    if model == "gpt2":
+        return bpe_from_gguf(header)
+    named = {"bert": "WordPiece", "t5": "unigram"}.get(str(model), "unknown")
+    raise UnsupportedError(
+        f"{header.path}: tokenizer {model!r} ({named}) is not read; supported are 'llama' (sentencepiece) and "
+        "'gpt2' (byte-level BPE)"
+    )
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """What a Hugging Face directory says about text: `Checkpoint` has fields of these names."""
+
+    tokenizer: Tokenizer | None
+    chat_template: str | None
+    stop_ids: tuple[int, ...]
+    """Ids that generation_config.json, else config.json, names as the end of a text; EOS is the tokenizer's matter."""
+    notes: tuple[str, ...]
+
+
+def read_text_files(directory: str | PathLike[str], own_tokenizer: bool = True) -> TextFiles:
+    """Tokenizer, chat template and stop ids of a Hugging Face directory; each may be missing.
+
+    A tokenizer of a kind that is not supported, or, if not `own_tokenizer`, any, is left out, the former with a note.
+    Raises `FormatError` for damaged files.
+    """
+    folder = expand(directory)
+    if not folder.is_dir():
+        raise Error(f"{directory}: no such directory")
+    settings, tokenizer, notes = Settings(folder), None, []
+    if own_tokenizer and _in_directory(folder) is not None:
+        try:
+            tokenizer = load_tokenizer(folder)
+        except UnsupportedError as error:
+            notes.append(f"its tokenizer is left out: {error}")
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        added = settings.tokenizer_config.get("added_tokens_decoder")
+        ids = [int(key) for key in added if key.isdecimal()] if isinstance(added, dict) else []
+        unknown = [token for token in ids if token >= tokenizer.vocab_size]
+        if unknown:
+            notes.append(f"{len(unknown)} added tokens, which tokenizer.model does not have, are left out")
+    return TextFiles(tokenizer, settings.chat_template, settings.stop_ids, tuple(notes))

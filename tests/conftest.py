@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +13,10 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 
 from numballama.checkpoint import Checkpoint, Weight
-from numballama.config import F32, ModelConfig
+from numballama.config import F32, ModelConfig, RopeScaling
 from numballama.formats import WRITERS
+from numballama.graph import KVLayout, build
+from numballama.reference import ReferenceBackend
 
 settings.register_profile(
     "numballama",
@@ -50,6 +54,16 @@ def random_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:
     return Checkpoint(path=Path("random"), format="random", config=config, weights=weights)
 
 
+def reference_logits(config: ModelConfig, weights: Mapping[str, Weight], ids: Sequence[int]) -> np.ndarray:
+    """Logits after each token, by the NumPy reference, in a cache just long enough."""
+    graph = build(config, {n: w.type for n, w in weights.items()}, KVLayout.of(config, len(ids)), len(ids), "all")
+    program = ReferenceBackend(weights).program(graph)
+    for name, values in (("ids", ids), ("positions", range(len(ids))), ("sequences", 0)):
+        program.inputs[name][:] = values
+    program.run(len(ids))
+    return program.value("logits")
+
+
 def save(folder: Path, name: str, config: ModelConfig = SMALL, seed: int = 0) -> tuple[Path, Checkpoint]:
     """Write a random model of that shape in a format of `WRITERS`; returns the file and what was written."""
     source = random_checkpoint(config, seed)
@@ -73,4 +87,23 @@ def configs(draw: st.DrawFn, biases: bool = False) -> ModelConfig:
         context=draw(st.integers(1, 30)),
         tied_embeddings=draw(st.booleans()),
         qkv_bias=biases and draw(st.booleans()),
+    )
+
+
+@st.composite
+def architectures(draw: st.DrawFn) -> ModelConfig:
+    """`configs` with what architectures of the family add, in any combination."""
+    config = draw(configs(biases=True))
+    factor, original = st.sampled_from([1.0, 2.5, 8.0]), st.sampled_from([4, 16, 8192])
+    scaling = st.builds(RopeScaling, st.sampled_from(["linear", "dynamic"]), factor)
+    scaling |= st.builds(RopeScaling, st.just("llama3"), factor, original_context=original)
+    return replace(
+        config,
+        head_dim=draw(st.sampled_from([config.head_dim + 2, 4, 6])),
+        o_bias=draw(st.booleans()),
+        mlp_bias=draw(st.booleans()),
+        qk_norm=draw(st.booleans()),
+        window=draw(st.sampled_from([0, 0, 1, 2, 3, 8, 100])),
+        rope_theta=draw(st.sampled_from([1e4, 50.0])),
+        rope_scaling=draw(st.none() | scaling),
     )

@@ -27,6 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import fuzz_tokenizers
 import numpy as np
 from conftest import random_checkpoint
 from conftest import save as save_random
@@ -37,6 +38,7 @@ from numballama import quant
 from numballama.config import BF16, BLOCKS, F16, ModelConfig
 from numballama.errors import Error
 from numballama.formats.gguf_writer import write_gguf
+from numballama.formats.hf_writer import write_safetensors
 from numballama.loader import open_checkpoint
 
 SECONDS = 2.0
@@ -83,6 +85,27 @@ def binary(name: str) -> Maker:
     return lambda folder: save_random(folder, name)[0]
 
 
+def hugging_face(folder: Path) -> Path:
+    """One file, bfloat16, with everything that a configuration can ask for."""
+    config = ModelConfig(16, 24, 2, 2, 1, 40, 16, qkv_bias=True, o_bias=True, qk_norm=True, window=5, head_dim=6)
+    weights = random_checkpoint(config).weights
+    matrices = {n: quant.convert(w, BF16) for n, w in weights.items() if len(w.shape) == 2}
+    shutil.rmtree(folder)
+    write_safetensors(folder, config, weights | matrices, bos_id=1, eos_ids=(2, 3))
+    return folder
+
+
+def golden(*names: str) -> Maker:
+    """A model of tests/golden, which a peer's program wrote."""
+
+    def copy(folder: Path) -> Path:
+        shutil.copytree(Path(__file__).parent.joinpath("golden", *names), folder, dirs_exist_ok=True)
+        (folder / "expected.npz").unlink()
+        return folder
+
+    return copy
+
+
 FORMATS: dict[str, Maker] = {
     "gguf": gguf_blocks,
     "gguf-small": gguf_small,
@@ -92,6 +115,11 @@ FORMATS: dict[str, Maker] = {
     "llama2c-v2": binary("llama2c-v2"),
     "kuiper": binary("kuiper"),
     "kuiper-int8": binary("kuiper-int8"),
+    "hf": hugging_face,
+    "hf-sharded": golden("hf", "qwen3-f16-sharded-0"),
+    "meta": golden("meta", "llama2"),
+    "meta-parts": golden("meta", "llama3.1-2-parts"),
+    **fuzz_tokenizers.MAKERS,
 }
 """Name → what writes a valid model of that format."""
 
@@ -282,11 +310,18 @@ def write(folder: Path, files: Files) -> int:
     return sum(len(content) for content in files.values() if isinstance(content, (bytes, bytearray)))
 
 
-def fuzz(name: str, cases: int, seed: int, folder: Path, opener: Callable[[Path], None] = examine) -> tuple[int, int]:
+OPENERS = dict.fromkeys(fuzz_tokenizers.MAKERS, fuzz_tokenizers.examine)
+"""Name → what is done with the files, where it is not `examine`."""
+
+
+def fuzz(
+    name: str, cases: int, seed: int, folder: Path, opener: Callable[[Path], None] | None = None
+) -> tuple[int, int]:
     """Run cases of a format; returns how many ended in a model and how many in an `Error`.
 
     Raises `AssertionError` naming the case for anything else. Its files are in `folder` then.
     """
+    opener = opener or OPENERS.get(name, examine)
     model = folder / name
     model.mkdir(parents=True)
     path = FORMATS[name](model)

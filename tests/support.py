@@ -27,7 +27,7 @@ from numballama.cpu import CpuBackend, CpuProgram
 from numballama.ir import Graph, Op
 from numballama.jit import compile_step
 from numballama.model import Model
-from numballama.reference import ReferenceBackend
+from numballama.reference import ReferenceBackend, seen
 from numballama.registry import find
 
 U = 2.0**-24
@@ -196,6 +196,12 @@ def _rmsnorm(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) ->
     return (x[0].shape[1] + 8) * U * np.abs(out) + TINY
 
 
+@bound("head_norm")
+def _head_norm(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
+    heads = [array.reshape(-1, len(x[1])) for array in (x[0], e[0], out)]
+    return _rmsnorm([heads[0], x[1]], [heads[1], e[1]], heads[2], attrs).reshape(out.shape)
+
+
 @bound("linear")
 def _linear(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
     a, w = x[0].astype(np.float64), np.abs(x[-1].astype(np.float64))
@@ -249,8 +255,9 @@ def _scores(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> 
     heads = np.abs(q.reshape(len(q), -1, head_dim).astype(np.float64))
     result = np.zeros(out.shape)
     for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
-        keys = np.abs(np.repeat(cache[sequence, :, : position + 1], heads.shape[1] // cache.shape[1], axis=0))
-        result[t, :, : position + 1] = (head_dim + 8) * U * np.einsum("hd,hpd->hp", heads[t], keys) / head_dim**0.5
+        which = seen(position, attrs["window"])
+        keys = np.abs(np.repeat(cache[sequence, :, which], heads.shape[1] // cache.shape[1], axis=0))
+        result[t, :, which] = (head_dim + 8) * U * np.einsum("hd,hpd->hp", heads[t], keys) / head_dim**0.5
     return result + TINY
 
 
@@ -269,11 +276,11 @@ def _values(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> 
     weights, cache, positions, sequences = x[:4]
     result = np.zeros((len(weights), weights.shape[1], cache.shape[3]))
     for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
-        n = position + 1
+        n, which = position + 1, seen(position, attrs["window"])
         values = np.abs(
-            np.repeat(cache[sequence, :, :n], weights.shape[1] // cache.shape[1], axis=0).astype(np.float64)
+            np.repeat(cache[sequence, :, which], weights.shape[1] // cache.shape[1], axis=0).astype(np.float64)
         )
-        result[t] = np.einsum("hp,hpd->hd", (n + 8) * U * weights[t, :, :n] + e[0][t, :, :n], values)
+        result[t] = np.einsum("hp,hpd->hd", (n + 8) * U * weights[t, :, which] + e[0][t, :, which], values)
     return result.reshape(out.shape) + TINY
 
 

@@ -18,22 +18,29 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
     # vocabulary
-    "errors", "checks", "config", "registry", "memory", "progress",
+    "errors", "checks", "config", "rope", "registry", "memory", "progress",
     # file → Checkpoint
-    "checkpoint", "quant_blocks", "quant", "files", "gguf_header", "gguf_split", "protobuf",
-    "tokenizers", "tokenizers.base", "tokenizers.library", "tokenizers.scored", "tokenizer",
-    "formats.layout", "formats.llama2c", "formats.kuiper", "formats.gguf", "formats.gguf_writer", "formats", "loader",
+    "checkpoint", "quant_blocks", "quant", "conversion", "files", "gguf_header", "gguf_split", "protobuf", "hub",
+    "tokenizers", "tokenizers.base", "tokenizers.library", "tokenizers.scored",
+    "tokenizers.words", "tokenizers.bpe", "tokenizers.gguf_bpe", "tokenizers.tiktoken", "tokenizers.huggingface",
+    "tokenizer",
+    "formats.layout", "formats.llama2c", "formats.kuiper", "formats.pairing", "formats.gguf", "formats.gguf_writer",
+    "formats.jsonfile", "formats.safetensors", "formats.hf_config", "formats.hf", "formats.hf_writer",
+    "formats.torchfile", "formats.meta", "formats", "loader",
     # Checkpoint → Graph → Plan
     "ir", "graph", "plan",
     # Plan → Backend
     "jit", "lowlevel_cpu", "blocks_cpu", "matmul_cpu", "kernels_cpu", "sampler", "cpu",
     "lowlevel_cuda", "lowlevel_cuda.launch", "lowlevel_cuda.instructions", "lowlevel_cuda.driver",
-    "kernels_cuda.pieces", "kernels_cuda.gemv", "kernels_cuda.basic", "kernels_cuda.attention", "kernels_cuda.sampling",
-    "kernels_cuda", "cuda", "reference",
+    "lowlevel_cuda.compile",
+    "kernels_cuda.pieces", "kernels_cuda.products", "kernels_cuda.gemv", "kernels_cuda.basic",
+    "kernels_cuda.gemm", "kernels_cuda.attention",
+    "kernels_cuda.prefill_attention", "kernels_cuda.sampling", "kernels_cuda.bandwidth", "kernels_cuda", "cuda",
+    "reference",
     # Backend → Session → text
-    "session", "text", "model",
+    "session", "text", "sandbox", "template", "chat", "model",
     # around a model
-    "inspection", "bench", "cli", "__main__",
+    "inspection", "profile_step", "bench_cuda", "bench", "export", "cli_chat", "doctor", "cli", "__main__",
 ]  # fmt: skip
 """The flow, left to right: a module imports only what stands before it."""
 
@@ -120,6 +127,7 @@ def test_numba_cuda_is_in_one_place(path: Path) -> None:
         ("errors", set()),
         ("config", set()),
         ("registry", set()),
+        ("rope", set()),
         ("ir", {"numpy"}),  # its dtypes only
         ("graph", set()),
         ("plan", set()),

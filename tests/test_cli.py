@@ -78,7 +78,7 @@ def test_generate_stops_before_a_stop_string(model260k: tuple[str, str]) -> None
         (("generate", "{model}", "x"), "--tokenizer"),
         (("generate", "{model}", "", "--tokenizer", "{tokenizer}"), "empty"),
         (("generate", "{model}", "x", "--tokenizer", "{tokenizer}", "--temperature", "-1"), "temperature"),
-        (("generate", "{model}", "x", "--tokenizer", "{tokenizer}", "--device", "cuda"), "CUDA"),
+        (("generate", "{model}", "x", "--tokenizer", "{tokenizer}", "--device", "cuda:99"), "cuda"),
         (("generate", "{model}", "x", "--tokenizer", "{tokenizer}", "--dtype", "q3_k"), "q3_k"),
         (("generate", "{model}", "x", "--tokenizer", "{tokenizer}", "--context", "0"), "context"),
         (("bench", "{model}", "--prompt-tokens", "1000"), "--context"),
@@ -99,7 +99,7 @@ def test_wrong_usage_exits_with_2(words: tuple[str, ...]) -> None:
     assert done.returncode == 2 and "usage" in done.stderr
 
 
-@pytest.mark.parametrize("command", ["story", "generate", "inspect", "bench"])
+@pytest.mark.parametrize("command", ["story", "generate", "chat", "inspect", "bench"])
 def test_help_names_every_option(command: str) -> None:
     done = run(command, "--help")
     assert done.returncode == 0 and "usage: numballama" in done.stdout
@@ -119,6 +119,13 @@ def test_inspect_json(model260k: tuple[str, str]) -> None:
     found = json.loads(run("inspect", model260k[0], "--json").stdout)
     assert found["config"]["n_kv_heads"] == 4 and found["parameters"] == 260032
     assert found["tensors"]["layers.0.wk"] == {"type": "f32", "shape": [32, 64]}
+
+
+def test_doctor_says_what_there_is(tmp_path: Path) -> None:
+    done = run("doctor", env=os.environ | {"NUMBALLAMA_CACHE": str(tmp_path)})
+    assert done.returncode == 0 and done.stderr == ""
+    for word in ("numballama ", "numba ", "cores", str(tmp_path), "CUDA ", "device='auto' takes"):
+        assert word in done.stdout
 
 
 def test_bench_json_has_the_promised_keys(model260k: tuple[str, str]) -> None:

@@ -6,9 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from numballama import ir, kernels_cpu, reference, registry  # noqa: F401  (registered before the copy is made)
+import numballama
+from numballama import graph, ir, kernels_cpu, reference, registry  # noqa: F401  (registered before the copy is made)
+from numballama.export import export_model
+from numballama.formats import hf, hf_config
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -19,6 +23,9 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 def registries(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a page registers is gone with its test."""
     monkeypatch.setattr(ir, "RULES", dict(ir.RULES))
+    monkeypatch.setattr(graph, "LAYERS", dict(graph.LAYERS))
+    monkeypatch.setattr(hf_config, "READERS", dict(hf_config.READERS))
+    monkeypatch.setattr(hf, "LAYER_NAMES", dict(hf.LAYER_NAMES))
     monkeypatch.setattr(registry, "_kernels", {key: list(found) for key, found in registry._kernels.items()})
 
 
@@ -26,11 +33,48 @@ def blocks(page: Path) -> list[str]:
     return BLOCK.findall(page.read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page)], ids=lambda page: page.name)
+CUDA_PAGE = ROOT / "docs" / "cuda.md"
+
+
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if blocks(page) and page != CUDA_PAGE], ids=lambda page: page.name
+)
 def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = "\n".join(blocks(page))
     monkeypatch.chdir(tmp_path)
     exec(compile(code, f"<{page.name}>", "exec"), {"__name__": page.stem})
+
+
+def test_cuda_blocks_are_compiled(tmp_path: Path) -> None:
+    """To PTX and to machine code; where there is a GPU they also run. In a process of its own: that of the tests may
+    compile for another compute capability."""
+    pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+    pytest.importorskip("cuda.bindings", reason="NVIDIA's Python packages are not installed")
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(blocks(CUDA_PAGE)), encoding="utf-8")
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "registers, 0 bytes of local memory" in done.stdout
+
+
+def test_the_architecture_of_the_docs_is_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What docs/architecture.md adds gives the logits of transformers (golden/make_hf.py)."""
+    folder = ROOT / "tests" / "golden" / "hf" / "olmo2-0"
+    with pytest.raises(numballama.UnsupportedError, match="model_type is 'olmo2'"):
+        numballama.inspect(folder)
+    page = ROOT / "docs" / "architecture.md"
+    exec(compile("\n".join(blocks(page)), "<architecture.md>", "exec"), {"__name__": "architecture"})
+    assert "layers.1.ffn_normed" in capsys.readouterr().out
+    expected = np.load(folder / "expected.npz")
+    for device in ("reference", "cpu"):
+        with numballama.compile(folder, device=device) as model:
+            assert np.abs(model.logits(expected["ids"]) - expected["logits"]).max() <= 2e-4
+    for name in ("gguf", "safetensors", "llama2c-v0"):
+        with pytest.raises(numballama.UnsupportedError, match="Olmo2Config"):
+            export_model(folder, tmp_path / name, name)
+    assert not list(tmp_path.iterdir())
 
 
 def test_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -53,3 +97,13 @@ def test_example_story() -> None:
     assert done.stdout.startswith("Once upon a time")
     assert len(done.stdout) > 100
     assert "tokens/s" in done.stderr
+
+
+def test_example_chat() -> None:
+    words = [str(ROOT / "examples" / "chat.py")]
+    done = subprocess.run(
+        [sys.executable, *words], input="Hello.\nAnd then?\n", capture_output=True, text=True, check=True, timeout=300
+    )
+    assert len(done.stdout) > 20
+    first, second = (line for line in done.stderr.splitlines() if "tokens read" in line)
+    assert ", 0 from the cache" in first and ", 0 from the cache" not in second

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numballama.checkpoint import Weight
-from numballama.config import F32, ModelConfig, WeightType
+from numballama.config import F32, ModelConfig, RopeScaling, WeightType
 from numballama.errors import Error, UnsupportedError
 from numballama.formats import WRITERS, layout
 from numballama.loader import open_checkpoint
@@ -127,7 +128,7 @@ def test_formats_convert_into_each_other(tmp_path: Path) -> None:
 def test_weights_are_readonly_views_of_the_mapping(tmp_path: Path, name: str) -> None:
     path, _ = save(tmp_path, name)
     opened = open_checkpoint(path)
-    path.unlink()  # the mapping keeps the file
+    shutil.rmtree(path) if path.is_dir() else path.unlink()  # the mapping keeps the file
     for weight in opened.weights.values():
         for array in (weight.data, *([] if weight.scales is None else [weight.scales])):
             assert not array.flags.writeable
@@ -170,15 +171,26 @@ def test_real_v0_file_comes_back_to_the_byte_up_to_the_tables(models: Path, tmp_
 def test_writers_refuse_what_a_format_cannot_hold(tmp_path: Path) -> None:
     path = tmp_path / "model.bin"
     for name, write in WRITERS.items():
-        if name == "gguf":  # it can hold all of this
+        if name in ("gguf", "safetensors"):  # they can hold all of this
             continue
         wide = replace(SMALL, head_dim=8)
         with pytest.raises(UnsupportedError, match="not 8"):
             write(path, wide, random_checkpoint(wide).weights)
+        WRITERS[name](path, replace(SMALL, window=SMALL.context), random_checkpoint(SMALL).weights)
+        path.unlink()
         if name != "kuiper":
             biased = replace(SMALL, qkv_bias=True)
             with pytest.raises(UnsupportedError, match="biases"):
                 write(path, biased, random_checkpoint(biased).weights)
+        for change, message in (
+            ({"qk_norm": True}, "norms of queries and keys"),
+            ({"o_bias": True, "mlp_bias": True}, "output projection, biases of the feed-forward"),
+            ({"window": 3}, "a sliding window of 3 tokens"),
+            ({"rope_scaling": RopeScaling("linear", 2.0)}, "RoPE scaled as RopeScaling"),
+        ):
+            more = replace(SMALL, **change)
+            with pytest.raises(UnsupportedError, match=f"has no place for .*{message}"):
+                write(path, more, random_checkpoint(more).weights)
         deep = replace(SMALL, n_layers=layout.MAX_LAYERS + 1)
         with pytest.raises(UnsupportedError, match="n_layers"):
             write(path, deep, {})

@@ -145,7 +145,7 @@ def test_version_and_flag_are_checked(tmp_path: Path) -> None:
 
 @settings(max_examples=150)
 @given(
-    name=st.sampled_from(list(WRITERS)),
+    name=st.sampled_from([name for name in WRITERS if name != "safetensors"]),  # that is a directory: test_hf.py
     edits=st.lists(st.tuples(st.integers(0, 40), st.integers(0, 255)), min_size=1, max_size=6),
 )
 def test_damaged_headers_end_in_an_error_and_cost_nothing(

@@ -264,7 +264,8 @@ def test_a_file_of_a_vocabulary_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"model": entry("tokenizer.ggml.model", STRING, text("gpt2"))}, UnsupportedError, "gpt2.*byte-level BPE"),
+        ({"model": entry("tokenizer.ggml.model", STRING, text("bert"))}, UnsupportedError, "bert.*WordPiece"),
+        ({"model": entry("tokenizer.ggml.model", STRING, text("gpt2"))}, FormatError, "tokenizer.ggml.merges"),
         ({"model": entry("tokenizer.ggml.model", STRING, text("x"))}, UnsupportedError, "'x'"),
         ({"model": None}, FormatError, "without a tokenizer"),
         ({"model": u32("tokenizer.ggml.model", 1)}, FormatError, "wrong type"),
@@ -296,11 +297,11 @@ def test_the_files_tokenizer_and_the_users(tmp_path: Path, models: Path) -> None
     other = open_checkpoint(path, models / "tok512.bin").tokenizer
     assert other is not None
     assert other.vocab_size == 512
-    gpt2 = entry("tokenizer.ggml.model", STRING, text("gpt2"))
-    path.write_bytes(edited(path, {"tokenizer.ggml.model": gpt2}))
+    bert = entry("tokenizer.ggml.model", STRING, text("bert"))
+    path.write_bytes(edited(path, {"tokenizer.ggml.model": bert}))
     opened = open_checkpoint(path)
     assert opened.tokenizer is None
-    assert any("gpt2" in note for note in opened.notes)
+    assert any("bert" in note for note in opened.notes)
     assert open_checkpoint(path, models / "tok512.bin").notes == []
     data = save(path, config, tokenizer=letters(300)).read_bytes()
     tokens: dict[str, bytes | None] = {

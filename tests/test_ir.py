@@ -23,14 +23,15 @@ CASES: dict[str, tuple[list[Operand], dict[str, Any], list[Operand]]] = {
     "embedding": ([IDS, ((9, D), "int8")], {}, [((T, D), "f32")]),
     "rope_angles": ([IDS, ((P // 2,), "f32")], {}, [((T, P), "f32")]),
     "rmsnorm": ([((T, D), "f32"), ((D,), "f32")], {"eps": 1e-5}, [((T, D), "f32")]),
+    "head_norm": ([((T, H * P), "f32"), ((P,), "f32")], {"eps": 1e-6}, [((T, H * P), "f32")]),
     "quantize": ([((T, D), "f32")], {"group": 3}, [((T, D), "i8"), ((T, 3), "f32")]),
     "linear": ([((T, K), "f32"), ((N, K), "bf16")], {}, [((T, N), "f32")]),
     "bias": ([((T, N), "f32"), ((N,), "f32")], {}, [((T, N), "f32")]),
     "rope": ([((T, H * P), "f32"), ((T, P), "f32")], {"head_dim": P, "interleaved": 1}, [((T, H * P), "f32")]),
     "kv_write": ([((T, KV * P), "f32"), CACHE, IDS, IDS], {}, [CACHE]),
-    "attention_scores": ([((T, H * P), "f32"), CACHE, IDS, IDS], {}, [((T, H, C), "f32")]),
+    "attention_scores": ([((T, H * P), "f32"), CACHE, IDS, IDS], {"window": 3}, [((T, H, C), "f32")]),
     "softmax": ([((T, H, C), "f32")], {}, [((T, H, C), "f32")]),
-    "attention_values": ([((T, H, C), "f32"), CACHE, IDS, IDS], {}, [((T, H * P), "f32")]),
+    "attention_values": ([((T, H, C), "f32"), CACHE, IDS, IDS], {"window": 0}, [((T, H * P), "f32")]),
     "swiglu": ([((T, N), "f32"), ((T, N), "f32")], {}, [((T, N), "f32")]),
     "add": ([((T, N), "f32"), ((T, N), "f32")], {}, [((T, N), "f32")]),
     "last": ([((T, D), "f32")], {}, [((1, D), "f32")]),
@@ -65,9 +66,15 @@ REFUSED: list[tuple[str, list[Operand], dict[str, Any]]] = [
     ("kv_write", [((T, KV * P), "f32"), ((KV, C, P), "f32"), IDS, IDS], {}),
     ("kv_write", [((T, KV * P), "f32"), CACHE, ((T + 1,), "i32"), IDS], {}),
     ("kv_write", [((T, KV * P), "f32"), CACHE, IDS, ((1,), "i32")], {}),
-    ("attention_scores", [((T, 3 * P), "f32"), CACHE, IDS, IDS], {}),
-    ("attention_scores", [((T, H * P + 1), "f32"), CACHE, IDS, IDS], {}),
-    ("attention_values", [((T, H, C + 1), "f32"), CACHE, IDS, IDS], {}),
+    ("head_norm", [((T, H * P), "f32"), ((P + 1,), "f32")], {"eps": 1e-6}),
+    ("head_norm", [((T, H, P), "f32"), ((P,), "f32")], {"eps": 1e-6}),
+    ("head_norm", [((T, H * P), "f32"), ((P,), "f32")], {}),
+    ("attention_scores", [((T, 3 * P), "f32"), CACHE, IDS, IDS], {"window": 0}),
+    ("attention_scores", [((T, H * P + 1), "f32"), CACHE, IDS, IDS], {"window": 0}),
+    ("attention_scores", [((T, H * P), "f32"), CACHE, IDS, IDS], {}),
+    ("attention_scores", [((T, H * P), "f32"), CACHE, IDS, IDS], {"window": -1}),
+    ("attention_values", [((T, H, C + 1), "f32"), CACHE, IDS, IDS], {"window": 0}),
+    ("attention_values", [((T, H, C), "f32"), CACHE, IDS, IDS], {"window": -1}),
     ("swiglu", [((T, N), "f32"), ((T, N + 1), "f32")], {}),
     ("add", [((T, N), "f32"), ((1, N), "f32")], {}),
     ("softmax", [], {}),
@@ -178,7 +185,7 @@ def model() -> Graph:
     cache = graph.state("cache", *CACHE)
     h = graph.add("rmsnorm", x, graph.weight("w", (KV * P,), "f32"), out="h", eps=0.0)
     cache = graph.add("kv_write", h, cache, p, s, out="cache'")
-    scores = graph.add("attention_scores", h, cache, p, s, out="scores")
+    scores = graph.add("attention_scores", h, cache, p, s, out="scores", window=0)
     graph.outputs = [graph.add("softmax", scores, out="y").name]
     verify(graph)
     return graph
@@ -303,7 +310,7 @@ def test_printed_form() -> None:
         "  state    cache': f16[2, 2, 7, 4]",
         "     0 rmsnorm          (x, w) eps=0.0 → h: f32[3, 8]",
         "     1 kv_write         (h, cache, p, s) → cache': f16[2, 2, 7, 4]",
-        "     2 attention_scores (h, cache', p, s) → scores: f32[3, 2, 7]",
+        "     2 attention_scores (h, cache', p, s) window=0 → scores: f32[3, 2, 7]",
         "     3 softmax          (scores) → y: f32[3, 2, 7]",
         "  outputs  y",
     ])  # fmt: skip

@@ -119,6 +119,7 @@ class Case:
         self.positions = self.input("positions", places % self.context)
         self.sequence = self.input("sequences", places // self.context)
         self.interleaved = self.draw(st.integers(0, 1))
+        self.window = self.draw(st.sampled_from([0, 0, 1, 2, 5, 100]))
         self.cache_type = self.draw(st.sampled_from(CACHE))
 
     def cache(self, name: str) -> Value:
@@ -176,6 +177,13 @@ def _(c: Case) -> Graph:
     return c.done("h")
 
 
+@case("head_norm")
+def _(c: Case) -> Graph:
+    head_dim, eps = c.draw(SIZES), c.draw(st.sampled_from([0.0, 1e-6, 0.5]))
+    x = c.x("x", c.rows, head_dim * c.draw(st.integers(1, 5)))
+    return c.done(c.graph.add("head_norm", x, c.weight("norm", head_dim), out="y", eps=eps).name)
+
+
 @case("quantize")
 def _(c: Case) -> Graph:
     x = c.x("x", c.rows, c.draw(SIZES))
@@ -217,7 +225,7 @@ def _(c: Case) -> Graph:
 def _(c: Case) -> Graph:
     c.heads()
     q = c.x("q", c.rows, c.kv_heads * c.shared * c.head_dim)
-    c.graph.add("attention_scores", q, c.cache("k"), c.positions, c.sequence, out="y")
+    c.graph.add("attention_scores", q, c.cache("k"), c.positions, c.sequence, out="y", window=c.window)
     return c.done("y")
 
 
@@ -237,7 +245,7 @@ def _(c: Case) -> Graph:
     c.heads()
     weights = np.abs(c.numbers(c.rows, c.kv_heads * c.shared, c.context))
     weights = c.input("weights", weights / weights.sum(axis=2, keepdims=True))
-    c.graph.add("attention_values", weights, c.cache("v"), c.positions, c.sequence, out="y")
+    c.graph.add("attention_values", weights, c.cache("v"), c.positions, c.sequence, out="y", window=c.window)
     return c.done("y")
 
 
@@ -345,7 +353,7 @@ def _layer(c: Case) -> tuple[Value, Value, Value]:
 def _(c: Case) -> Graph:
     q, k_cache, _ = _layer(c)
     # the pass starts from the scores; the comparison below is of every step, so they do no harm
-    c.graph.add("attention_scores", q, k_cache, c.positions, c.sequence, out="scores")
+    c.graph.add("attention_scores", q, k_cache, c.positions, c.sequence, out="scores", window=c.window)
     return c.done("scores")
 
 
@@ -356,9 +364,9 @@ def _(c: Case) -> Graph:
         c.scale, np.float32(4)
     )  # scores of 1e8 are known to a few units only: their exponentials mean nothing
     q = c.x("q", c.rows, c.kv_heads * c.shared * c.head_dim)
-    scores = c.graph.add("attention_scores", q, c.cache("k"), c.positions, c.sequence, out="scores")
+    scores = c.graph.add("attention_scores", q, c.cache("k"), c.positions, c.sequence, out="scores", window=c.window)
     p = c.graph.add("softmax", scores, out="p")
-    c.graph.add("attention_values", p, c.cache("v"), c.positions, c.sequence, out="y")
+    c.graph.add("attention_values", p, c.cache("v"), c.positions, c.sequence, out="y", window=c.window)
     return c.done("y")
 
 

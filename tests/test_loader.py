@@ -72,7 +72,7 @@ def test_tokenizer_must_fit(model: Path, tmp_path: Path, vocab_size: int, fits: 
 
 def test_padding_has_limits(tmp_path: Path) -> None:
     tokenizer = write_tokenizer(tmp_path / "t.bin", 259)
-    for vocab_size, fits in ((512, True), (261, False), (520, False)):
+    for vocab_size, fits in ((512, True), (261, False), (656, True), (776, False)):  # Qwen2.5-7B has 399 too many
         config = ModelConfig(16, 12, 1, 4, 2, vocab_size, 8)
         path = tmp_path / f"{vocab_size}.bin"
         WRITERS["llama2c-v1"](path, config, random_checkpoint(config).weights)
@@ -106,12 +106,9 @@ def test_home_expands(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("head", "kind"),
     [
-        (b"PK\3\4", "zip"),
-        (b"\x80\2\x8a\x0al\xfc", "pickle"),
         (pickle.dumps({"a": 1}, protocol=2), "pickle"),
         (pickle.dumps({"a": 1}, protocol=4), "pickle"),
         (b"\x89HDF\r\n", "HDF5"),
-        ((40).to_bytes(8, "little") + b'{"a":{}}', "safetensors"),
     ],
 )
 def test_known_foreign_formats_are_named(tmp_path: Path, head: bytes, kind: str) -> None:
@@ -131,7 +128,7 @@ def test_directories(tmp_path: Path) -> None:
     with pytest.raises(FormatError, match="directory without a model"):
         open_checkpoint(tmp_path)
     (tmp_path / "model.safetensors").touch()
-    with pytest.raises(UnsupportedError, match="Hugging Face"):
+    with pytest.raises(FormatError, match=r"expected config\.json"):
         open_checkpoint(tmp_path)
 
 

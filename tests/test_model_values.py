@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import configs, random_checkpoint
+from conftest import architectures, random_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import check_step, compiled, cpu_backend, poison, poison_dead, read
@@ -86,7 +86,7 @@ def run_checked(
 
 def models(kinds: Sequence[str], caches: Sequence[str]) -> st.SearchStrategy[dict[str, Any]]:
     return st.fixed_dictionaries({
-        "config": configs(biases=True),
+        "config": architectures(),
         "pairing": st.sampled_from([INTERLEAVED, HALF_SPLIT]),
         "kind": st.sampled_from(kinds),
         "group": st.sampled_from([1, 3, 32, 64, 100]),

@@ -19,6 +19,7 @@ from numballama.config import F32, ModelConfig, WeightType
 from numballama.errors import Error, UnsupportedError
 from numballama.graph import FUSIONS, KVLayout, build, fuse
 from numballama.ir import Graph, verify
+from numballama.kernels_cpu import CACHE
 from numballama.plan import ALIGNMENT, Plan, lower, verify_plan
 
 SMALL = ModelConfig(16, 24, 2, 4, 2, 20, 8)
@@ -239,6 +240,22 @@ def test_missing_kernel_names_op_types_and_what_exists() -> None:
         lower(graph, "cpu")
     with pytest.raises(UnsupportedError, match=r"no abacus kernel for linear.*nothing"):
         lower(graph, "abacus")
+
+
+def test_a_kernel_without_a_window_is_not_used_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_kernels", {key: list(found) for key, found in registry._kernels.items()})
+
+    @registry.kernel("attention", "cpu", "f32", CACHE, "i32", "i32", CACHE)
+    def blind(part, parts, tokens, q, k_cache, positions, sequences, v_cache, out):  # type: ignore[no-untyped-def]
+        raise AssertionError("never compiled")
+
+    for window in (0, 3):
+        graph = fuse(llama(replace(SMALL, window=window)), "cpu")
+        if window:
+            with pytest.raises(UnsupportedError, match="cpu kernel blind has no sliding window"):
+                lower(graph, "cpu")
+        else:
+            assert any(step.kernel.name == "blind" for step in lower(graph, "cpu").steps)
 
 
 def test_fusions_leave_alone_what_has_no_kernel() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .gguf_writer import write_gguf
+from .hf_writer import write_safetensors
 from .kuiper import write_fp32, write_int8
 from .llama2c import write_v0, write_v1, write_v2
 
@@ -15,6 +16,7 @@ WRITERS: dict[str, Callable[..., list[str]]] = {
     "kuiper": write_fp32,
     "kuiper-int8": write_int8,
     "gguf": write_gguf,
+    "safetensors": write_safetensors,
 }
-"""Name → `write(path, config, weights)`; the int8 formats take `group_size` as well, GGUF a `tokenizer` and more. Each
-returns notes on what the format cannot hold."""
+"""Name → `write(path, config, weights)`; the int8 formats take `group_size` as well, GGUF a `tokenizer` and more.
+safetensors writes a directory. Each returns notes on what the format cannot hold."""

@@ -1,6 +1,8 @@
-"""GGUF, llama.cpp's format: architecture "llama", weights as they lie in the file, or in the files of a split model.
+"""GGUF, llama.cpp's format: architectures of the Llama family, weights as they lie in the file, or in the files of a
+split model.
 
-llama.cpp rotates neighbouring dimensions, and its converters permute q and k to that: RoPE pairs are interleaved.
+For "llama", which Mistral and SmolLM2 are as well, llama.cpp rotates neighbouring dimensions, and its converters
+permute q and k to that: RoPE pairs are interleaved. For "qwen2" and "qwen3" they are left half-split.
 `gguf_header` reads the container; here its keys become a `ModelConfig`, and its tensors `Weight`s.
 """
 
@@ -8,21 +10,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
 from .. import quant
 from ..checkpoint import Checkpoint, Weight
-from ..config import BF16, BLOCKS, F16, F32, INTERLEAVED, RUNS_AS, ModelConfig, WeightType
+from ..config import BF16, BLOCKS, F16, F32, HALF_SPLIT, INTERLEAVED, RUNS_AS, ModelConfig, RopeScaling, WeightType
 from ..errors import Error, FormatError, UnsupportedError
 from ..files import MappedFile
 from ..gguf_header import Header, TensorInfo, require
 from ..gguf_split import open_header
 from ..memory import human
+from ..rope import rope_divisors
 from ..tokenizer import from_gguf
 from .layout import MAX_CONTEXT, MAX_LAYERS
 
-ARCHITECTURES = ("llama",)
+ARCHITECTURES = {"llama": INTERLEAVED, "qwen2": HALF_SPLIT, "qwen3": HALF_SPLIT}
+"""Supported architecture → how its RoPE pairs dimensions."""
 
 WEIGHT_TYPES: dict[str, tuple[WeightType, type[np.generic]]] = {
     "F32": (F32, np.float32),
@@ -33,6 +38,9 @@ WEIGHT_TYPES |= {name.upper(): (WeightType(name), np.uint8) for name in BLOCKS}
 """Name of a tensor type → our type, and the elements of `Weight.data`."""
 
 _TOP = {"tok_embeddings": "token_embd.weight", "norm": "output_norm.weight", "output": "output.weight"}
+ROPE_FACTORS = "rope_freqs.weight"
+_ORIGINAL_CONTEXTS = (8192, *(1 << bits for bits in range(5, 18)))
+"""Contexts of models that Llama 3.1's rule is looked for with; the published ones' first."""
 _LAYER = {
     "attn_norm": "attn_norm.weight",
     "wq": "attn_q.weight",
@@ -46,13 +54,17 @@ _LAYER = {
     "bq": "attn_q.bias",
     "bk": "attn_k.bias",
     "bv": "attn_v.bias",
+    "bo": "attn_output.bias",
+    "b1": "ffn_gate.bias",
+    "b2": "ffn_down.bias",
+    "b3": "ffn_up.bias",
+    "q_norm": "attn_q_norm.weight",
+    "k_norm": "attn_k_norm.weight",
 }
 
 _NEUTRAL: Mapping[str, tuple[float, ...]] = {
     "expert_count": (0,),
-    "rope.scaling.factor": (0, 1),
     "rope.scaling.attn_factor": (0, 1),
-    "rope.scale_linear": (0, 1),
     "attention.scale": (0,),
 }
 """Keys of what this version does not compute → the values that ask for nothing; llama.cpp takes 0 for "not given"."""
@@ -77,25 +89,23 @@ def read(file: MappedFile, own_tokenizer: bool = True) -> Checkpoint:
     _require_supported(header)
     config = _config(header)
     weights = {name: _weight(header, name, shape) for name, shape in config.weight_shapes().items()}
-    known = {tensor_name(name) for name in weights}
+    known = {ROPE_FACTORS, *(tensor_name(name) for name in weights)}
     if extra := [name for name in header.tensors if name not in known]:
         raise UnsupportedError(
-            f"{file.path}: tensor {extra[0]} has no place in a {ARCHITECTURES[0]} model of this version"
+            f"{file.path}: tensor {extra[0]} has no place in a {_architecture(header)} model of this version"
         )
-    eos, eot = (header.integer(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot"))
+    ends = (header.integer(f"tokenizer.ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
     opened = Checkpoint(
         path=file.path,
         format=f"GGUF v{header.version}",
         config=config,
         weights=weights,
-        stop_ids=tuple(token for token in (eos, eot) if token is not None),
+        stop_ids=tuple(token for token in ends if token is not None),
         chat_template=header.text("tokenizer.chat_template"),
         notes=notes + _conversions(weights),
     )
-    if window := header.integer(f"{_architecture(header)}.attention.sliding_window", 0):
-        opened.notes.append(
-            f"the sliding window of {window:,} tokens is ignored, as llama.cpp does for this architecture"
-        )
+    if 0 < config.window < config.context:
+        opened.notes.append(f"tokens see the last {config.window:,} only (attention.sliding_window)")
     if own_tokenizer:
         try:
             opened.tokenizer = from_gguf(header)
@@ -116,19 +126,12 @@ def _require_supported(header: Header) -> None:
         )
     if (kind := header.text("general.type", "model")) != "model":
         raise UnsupportedError(f"{path}: GGUF of type {kind!r}; supported is 'model'")
-    scaling = header.text(f"{architecture}.rope.scaling.type")
-    if scaling not in (None, "none", "linear"):
-        raise UnsupportedError(f"{path}: rope.scaling.type is {scaling!r}, which is not supported yet; 'none' is")
     for key, values in _NEUTRAL.items():
         found = header.number(f"{architecture}.{key}", values[0])
-        if found not in values and (scaling, key) != ("none", "rope.scaling.factor"):
+        if found not in values:
             raise UnsupportedError(f"{path}: {key} is {found:g}, which is not supported yet; {values[-1]:g} is")
     if not header.flag(f"{architecture}.attention.causal", True):
         raise UnsupportedError(f"{path}: attention that is not causal is not supported")
-    if "rope_freqs.weight" in header.tensors:
-        raise UnsupportedError(
-            f"{path}: tensor rope_freqs.weight scales RoPE's frequencies (Llama 3.1 and later), not supported yet"
-        )
 
 
 def _config(header: Header) -> ModelConfig:
@@ -152,6 +155,7 @@ def _config(header: Header) -> ModelConfig:
             found=f"{len(header.tensors)} tensors",
         )
     dim, n_heads = integer("embedding_length"), integer("attention.head_count")
+    first = {short for short, theirs in _LAYER.items() if f"blk.0.{theirs}" in header.tensors}
     try:
         config = ModelConfig(
             dim=dim,
@@ -164,11 +168,16 @@ def _config(header: Header) -> ModelConfig:
             head_dim=integer("attention.key_length", dim // n_heads),
             norm_eps=require(header.number(key := f"{architecture}.attention.layer_norm_rms_epsilon"), header, key),
             rope_theta=header.number(f"{architecture}.rope.freq_base", 10000.0) or 0.0,
-            rope_pairing=INTERLEAVED,
+            rope_pairing=ARCHITECTURES[architecture],
             tied_embeddings="output.weight" not in header.tensors,
-            qkv_bias="blk.0.attn_q.bias" in header.tensors,
+            qkv_bias="bq" in first,
+            o_bias="bo" in first,
+            mlp_bias="b1" in first,
+            qk_norm="q_norm" in first,
+            window=header.integer(f"{architecture}.attention.sliding_window", 0) or 0,
         )
-    except FormatError:
+        config = replace(config, rope_scaling=_rope_scaling(header, config))
+    except (FormatError, UnsupportedError):
         raise
     except Error as error:
         raise FormatError(f"a model that cannot be: {error}", path=header.path) from None
@@ -178,6 +187,38 @@ def _config(header: Header) -> ModelConfig:
                 f"{header.path}: {key} is {found:,} and heads have {config.head_dim:,} dimensions: not supported yet"
             )
     return config
+
+
+def _rope_scaling(header: Header, config: ModelConfig) -> RopeScaling | None:
+    """By a factor for all frequencies, in which case no key for the type means linear, or by a tensor of one factor for
+    each pair, as llama.cpp's converter writes for Llama 3.1: its rule is recognised in the numbers.
+    """
+    architecture = _architecture(header)
+    kind = header.text(f"{architecture}.rope.scaling.type", "linear")
+    if kind not in ("none", "linear"):
+        raise UnsupportedError(f"{header.path}: rope.scaling.type is {kind!r}, not supported; 'none' and 'linear' are")
+    keys = ("rope.scaling.factor", "rope.scale_linear")
+    given = [header.number(f"{architecture}.{key}", 0.0) or 1.0 for key in keys]
+    factor = 1.0 if kind == "none" else given[0] if given[0] != 1 else given[1]
+    if (info := header.tensors.get(ROPE_FACTORS)) is None:
+        return RopeScaling("linear", factor) if factor != 1 else None
+    if factor != 1:
+        raise UnsupportedError(f"{header.path}: both {ROPE_FACTORS} and {keys[0]} {factor:g}; one of them is supported")
+    if _squeezed(info.shape, 1) != (pairs := config.head_dim // 2,):
+        where = f"tensor {ROPE_FACTORS}"
+        raise FormatError(
+            "a tensor has the wrong shape", path=header.path, where=where, expected=pairs, found=info.shape
+        )
+    factors = _view(info, (pairs,)).data
+    if not (np.isfinite(factors) & (factors > 0)).all():
+        raise FormatError("a factor is not positive", path=header.path, where=f"tensor {ROPE_FACTORS}")
+    if (factors == 1).all():
+        return None
+    for original in _ORIGINAL_CONTEXTS if factors.max() > 1 else ():
+        llama3 = RopeScaling("llama3", float(factors.max()), original_context=original)
+        if np.allclose(factors, rope_divisors(replace(config, rope_scaling=llama3)), rtol=1e-5, atol=0):
+            return llama3
+    return RopeScaling("factors", factors=tuple(float(str(factor)) for factor in factors))
 
 
 def _weight(header: Header, name: str, shape: tuple[int, ...]) -> Weight:

@@ -14,8 +14,10 @@ from ..errors import Error, UnsupportedError
 from ..files import replacing
 from ..gguf_header import DEFAULT_ALIGNMENT, MAGIC, TENSOR_TYPES, ValueType
 from ..quant import convert
+from ..rope import rope_divisors
 from ..tokenizer import Tokenizer, Vocabulary
-from .gguf import ARCHITECTURES, WEIGHT_TYPES, tensor_name
+from .gguf import ARCHITECTURES, ROPE_FACTORS, WEIGHT_TYPES, tensor_name
+from .pairing import row_order
 
 _VERSION = 3
 _NUMBERS = {name: number for number, (name, *_) in TENSOR_TYPES.items()}
@@ -42,11 +44,14 @@ def write_gguf(
     """Write GGUF, whole or not at all; returns notes on what the format cannot hold.
 
     Matrices are written in the type they have (`quant.convert` makes them f16, bf16, q8_0, q4_0 or q4_1), norms and
-    biases as f32. `name` is `general.name`; `metadata` are further keys with their values, such as
-    `{"general.license": "mit"}` (int: uint32, float: float32). Rows of q and k whose RoPE pairs are half-split are
-    permuted to interleaved ones, which the format implies. Raises `UnsupportedError` for other weight types or a
-    tokenizer that GGUF cannot express, `Error` when weights, config and tokenizer do not belong together.
+    biases as f32. The architecture is "qwen3" for models with q/k norms, "qwen2" for half-split ones with q/k/v biases
+    and no others, else "llama"; rows of q and k are permuted to the RoPE pairing that it implies. `name` is
+    `general.name`; `metadata` are further keys with their values, such as `{"general.license": "mit"}` (int: uint32,
+    float: float32). Raises `UnsupportedError` for other weight types or a tokenizer that GGUF cannot express, `Error`
+    when weights, config and tokenizer do not belong together.
     """
+    if type(config) is not ModelConfig:
+        raise UnsupportedError(f"writing GGUF of a {type(config).__name__} is not supported")
     expected = config.weight_shapes()
     if wrong := expected.keys() ^ weights.keys():
         raise Error(f"weights and config do not belong together: {', '.join(sorted(wrong))} in one but not the other")
@@ -57,13 +62,18 @@ def write_gguf(
             raise UnsupportedError(
                 f"GGUF cannot hold {weight_name} as {weights[weight_name].type}; convert it to {', '.join(_TYPES)}"
             )
-    tensors = [_Tensor(config, weight_name, weights[weight_name]) for weight_name in expected]
+    architecture = _architecture(config)
+    tensors = [_Tensor(config, architecture, weight_name, weights[weight_name]) for weight_name in expected]
+    scaling = config.rope_scaling
+    if scaling is not None and scaling.kind in ("llama3", "factors"):
+        factors = np.array(rope_divisors(config), np.float32)
+        tensors.append(_Tensor(config, architecture, ROPE_FACTORS, Weight(factors.shape, F32, factors)))
     vocabulary = None if tokenizer is None else tokenizer.vocabulary()
     if vocabulary is not None and len(vocabulary.pieces) > config.vocab_size:
         raise Error(
             f"a tokenizer of {len(vocabulary.pieces):,} tokens does not belong to a model of {config.vocab_size:,}"
         )
-    entries = _entries(config, tensors, vocabulary, name, chat_template)
+    entries = _entries(config, architecture, tensors, vocabulary, name, chat_template)
     entries += [(key, _type_of(key, value), value) for key, value in (metadata or {}).items()]
     if len({key for key, *_ in entries}) < len(entries):
         raise Error(f"metadata repeats a key that is written anyway: {', '.join(metadata or {})}")
@@ -79,22 +89,44 @@ def write_gguf(
         for tensor in tensors:
             file.write(np.ascontiguousarray(tensor.data()).data)
             file.write(bytes(-tensor.nbytes % DEFAULT_ALIGNMENT))
-    return list(vocabulary.notes) if vocabulary is not None else []
+    return _lost(config, architecture) + (list(vocabulary.notes) if vocabulary is not None else [])
+
+
+def _architecture(config: ModelConfig) -> str:
+    if config.qk_norm:
+        return "qwen3"
+    if config.qkv_bias and not (config.o_bias or config.mlp_bias) and config.rope_pairing == HALF_SPLIT:
+        return "qwen2"
+    return "llama"
+
+
+def _lost(config: ModelConfig, architecture: str) -> list[str]:
+    """What the format cannot hold, and what it holds but llama.cpp passes over."""
+    notes = []
+    if config.rope_scaling is not None and config.rope_scaling.kind == "dynamic":
+        notes.append(
+            f"GGUF cannot hold dynamic RoPE scaling: beyond {config.context:,} tokens the copy gives other logits"
+        )
+    if architecture == "qwen3" and (config.qkv_bias or config.o_bias or config.mlp_bias):
+        notes.append("llama.cpp knows no biases in models of architecture qwen3 and does not load the file")
+    if 0 < config.window < config.context:
+        notes.append(
+            f"llama.cpp ignores the sliding window of {config.window:,} tokens in models of architecture {architecture}"
+        )
+    return notes
 
 
 class _Tensor:
     """A weight as the file holds it; nothing is copied before it is written."""
 
-    def __init__(self, config: ModelConfig, name: str, weight: Weight) -> None:
-        self.name, self.matrix = tensor_name(name), len(weight.shape) == 2
+    def __init__(self, config: ModelConfig, architecture: str, name: str, weight: Weight) -> None:
+        self.name = name if name == ROPE_FACTORS else tensor_name(name)
+        self.matrix = len(weight.shape) == 2
         self._weight = weight
         self.type = _TYPES[weight.type.name] if self.matrix else "F32"
         self.shape = weight.shape
         self.nbytes = weight.nbytes if self.matrix else 4 * weight.shape[0]
-        short = name.rpartition(".")[2]
-        self._heads = 0
-        if config.rope_pairing == HALF_SPLIT and short in ("wq", "bq", "wk", "bk"):
-            self._heads = config.n_heads if short in ("wq", "bq") else config.n_kv_heads
+        self._order = row_order(config, name, ARCHITECTURES[architecture])
 
     def directory_entry(self, offset: int) -> bytes:
         dims = self.shape[::-1]
@@ -104,22 +136,18 @@ class _Tensor:
 
     def data(self) -> np.ndarray:
         rows = (self._weight if self.matrix else convert(self._weight, F32)).data
-        if not self._heads:
-            return rows
-        # dimension i of the first half and of the second become neighbours; a row moves whole, whatever its type
-        order = np.arange(len(rows)).reshape(self._heads, 2, -1).swapaxes(1, 2).reshape(-1)
-        return rows[order]
+        return rows if self._order is None else rows[self._order]
 
 
 def _entries(
     config: ModelConfig,
+    prefix: str,
     tensors: Sequence[_Tensor],
     vocabulary: Vocabulary | None,
     name: str | None,
     chat_template: str | None,
 ) -> list[Entry]:
     u32, f32, text = ValueType.UINT32, ValueType.FLOAT32, ValueType.STRING
-    (prefix,) = ARCHITECTURES
     numbers = [tensor.type for tensor in tensors if tensor.matrix]
     most = max(dict.fromkeys(numbers), key=lambda kind: sum(t.nbytes for t in tensors if t.type == kind))
     entries: list[Entry] = [("general.architecture", text, prefix), ("general.type", text, "model")]
@@ -140,6 +168,11 @@ def _entries(
         (f"{prefix}.attention.head_count_kv", u32, config.n_kv_heads),
         (f"{prefix}.attention.layer_norm_rms_epsilon", f32, config.norm_eps),
     ]
+    if config.window:
+        entries.append((f"{prefix}.attention.sliding_window", u32, config.window))
+    if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
+        entries.append((f"{prefix}.rope.scaling.type", text, "linear"))
+        entries.append((f"{prefix}.rope.scaling.factor", f32, config.rope_scaling.factor))
     if config.q_dim != config.dim:
         entries += [(f"{prefix}.attention.{which}_length", u32, config.head_dim) for which in ("key", "value")]
     if vocabulary is None:
@@ -155,12 +188,15 @@ def _vocabulary_entries(vocabulary: Vocabulary) -> list[Entry]:
     u32, flag, text = ValueType.UINT32, ValueType.BOOL, ValueType.STRING
     key = "tokenizer.ggml."
     entries: list[Entry] = [
-        (f"{key}model", text, "llama"),
-        (f"{key}pre", text, "default"),
+        (f"{key}model", text, vocabulary.model),
+        (f"{key}pre", text, vocabulary.pre or "default"),
         (f"{key}tokens", text, vocabulary.pieces),
-        (f"{key}scores", ValueType.FLOAT32, np.array(vocabulary.scores, "<f4")),
-        (f"{key}token_type", ValueType.INT32, np.array(vocabulary.types, "<i4")),
     ]
+    if vocabulary.model == "llama":
+        entries.append((f"{key}scores", ValueType.FLOAT32, np.array(vocabulary.scores, "<f4")))
+    entries.append((f"{key}token_type", ValueType.INT32, np.array(vocabulary.types, "<i4")))
+    if vocabulary.model == "gpt2":
+        entries.append((f"{key}merges", text, vocabulary.merges))
     for which, token in (
         ("bos", vocabulary.bos_id),
         ("eos", vocabulary.eos_id),

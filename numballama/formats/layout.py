@@ -233,6 +233,16 @@ def pack_config(config: ModelConfig, format_name: str, signed_vocab: bool) -> by
     Raises `UnsupportedError` when the family has no way to express `config`.
     """
     values = {name: getattr(config, name) for name in FIELDS}
+    wanted = {
+        f"a {type(config).__name__}": type(config) is not ModelConfig,
+        "a bias of attention's output projection": config.o_bias,
+        "biases of the feed-forward network": config.mlp_bias,
+        "norms of queries and keys": config.qk_norm,
+        f"a sliding window of {config.window:,} tokens": 0 < config.window < config.context,
+        f"RoPE scaled as {config.rope_scaling}": config.rope_scaling is not None,
+    }
+    if lacking := [what for what, there in wanted.items() if there]:
+        raise UnsupportedError(f"{format_name} has no place for {', '.join(lacking)}")
     if config.q_dim != config.dim:
         raise UnsupportedError(
             f"{format_name} has heads of dim / n_heads = {config.dim / config.n_heads:g} numbers, not {config.head_dim}"

@@ -5,7 +5,8 @@ Dao et al., FlashAttention, 2022). Keys of one head lie together, so a warp read
 lie 16 bytes a lane on `lanes` neighbouring lanes, and the warp holds 32 / lanes keys at once. Each group of lanes keeps
 its own maximum, sum and weighted values; they meet at the end, first in the warp, then in shared memory.
 
-Heads that share keys (grouped queries) are computed by one block, `HEADS` at a time, so that a key is read once for them.
+Heads that share keys (grouped queries) are computed by one block, `HEADS` at a time, so that a key is read once for
+them.
 A long context is split over blocks. The last of them to finish joins the parts, so no other kernel is needed; with a
 short context all but the first have nothing to do and end at once.
 """
@@ -22,6 +23,7 @@ from ..lowlevel_cuda.instructions import (
     count_up,
     exp2,
     floats4,
+    keep_loop,
     let_successor_start,
     number,
     per_16_bytes,
@@ -33,16 +35,22 @@ from ..lowlevel_cuda.instructions import (
 from ..lowlevel_cuda.launch import Array, Gpu, Launch
 from ..registry import kernel
 from .gemv import CACHE
-from .pieces import ALL, LOG2_E, beyond, block_max, block_sum, device, warp_max, warp_sum
+from .pieces import ALL, LOG2_E, at_once, beyond, block_max, block_sum, device, split, warp_max, warp_sum
 
 THREADS = 256
 WARPS = THREADS // 32
 HEADS = 2
 """Heads of a group that a block computes together."""
-LEAST_KEYS = 256
+LEAST_KEYS = 128
 """Fewer keys than this are not worth a block of their own."""
 FAR_BELOW = np.float32(-1e30)
 """A maximum of no numbers; finite, so that differences of two are numbers."""
+
+
+@device
+def first_seen(length, window):
+    """The first position that the last of `length` sees: `window` positions in all, itself included; all if it is 0."""
+    return length - window if 0 < window < length else 0
 
 
 @device
@@ -50,9 +58,8 @@ def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, newest, 
            values):  # fmt: skip
     """One warp's share of keys [begin, end) for `most.size` heads: their maxima, sums and weighted values, by lane.
 
-    `factor` is log2(e) / sqrt(head_dim): powers are of 2. Waits for the predecessor, who writes q and the keys of this
-    run's tokens, `newest` and those just before it; older keys are loaded before, the next ones always while the last
-    are worked on.
+    `factor` is log2(e) / sqrt(head_dim): powers are of 2. Waits for the predecessor, who writes key `newest` and q; the
+    first keys are loaded before, the next ones always while the last are worked on.
     """
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
     numbers = per_16_bytes(k_cache)
@@ -62,11 +69,12 @@ def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, newest, 
     step = WARPS * keys_at_once
     p = begin + warp * keys_at_once + lane // lanes
     here = min(p, end - 1)
-    at = cache_at + min(here, max(newest - 1, 0)) * head_dim + (d if mine else 0)
+    # keys of this run's tokens are not there before the predecessor has ended; those of earlier runs are
+    known = newest if cuda.gridDim.y == 1 else 0
+    at = cache_at + min(here, max(known - 1, 0)) * head_dim + (d if mine else 0)
     key_words, value_words = words4(address(k_cache, at)), words4(address(v_cache, at))
     wait_for_predecessor()
-    let_successor_start()
-    if newest - here < cuda.gridDim.y:
+    if here >= known:
         at = cache_at + here * head_dim + (d if mine else 0)
         key_words, value_words = words4(address(k_cache, at)), words4(address(v_cache, at))
     query = cuda.local.array((HEADS, 8), np.float32)
@@ -108,7 +116,7 @@ def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, newest, 
 
 
 @device
-def join(most, total, values, lanes, shared, head_dim, numbers):
+def join(most, total, values, lanes, shared, head_dim, inverse_head_dim, numbers):
     """Join what the groups of lanes of a block have: head h's maximum, sum and values come into shared memory at
     h · (head_dim + 4).
 
@@ -135,10 +143,12 @@ def join(most, total, values, lanes, shared, head_dim, numbers):
     if warp < most.size:
         higher = FAR_BELOW
         for g in range(lane, groups, 32):
+            keep_loop()
             higher = max(higher, shared[rows + (warp * groups + g) * width + head_dim])
         higher = warp_max(higher)
         whole = np.float32(0)
         for g in range(lane, groups, 32):
+            keep_loop()
             at = rows + (warp * groups + g) * width + head_dim
             weight = exp2(shared[at] - higher)
             shared[weights + warp * groups + g] = weight
@@ -148,49 +158,89 @@ def join(most, total, values, lanes, shared, head_dim, numbers):
             shared[warp * width + head_dim], shared[warp * width + head_dim + 1] = higher, whole
     cuda.syncthreads()
     for n in range(cuda.threadIdx.x, most.size * head_dim, THREADS):
-        h = n // head_dim
-        d = n - h * head_dim
+        keep_loop()
+        h, d = split(n, head_dim, inverse_head_dim)
         at, weight_at = rows + h * groups * width + d, weights + h * groups
         value, other = np.float32(0), np.float32(0)
-        for g in range(0, groups, 2):
+        for g in range(0, groups, 4):
+            keep_loop()
             value += shared[at + g * width] * shared[weight_at + g]
             other += shared[at + (g + 1) * width] * shared[weight_at + g + 1]
+            value += shared[at + (g + 2) * width] * shared[weight_at + g + 2]
+            other += shared[at + (g + 3) * width] * shared[weight_at + g + 3]
         shared[h * width + d] = value + other
     cuda.syncthreads()
 
 
+MOST_SPLITS = 32
+"""Parts of a context at most: a lane each when they are joined."""
+WEIGHTS = MOST_SPLITS + 1
+"""Numbers that `weigh_parts` leaves for each head."""
+
+
+@device
+def weigh_parts(parts, first, heads_here, used, head_dim, shared):
+    """Weights of a head's parts by their maxima, and the sum of their sums, into shared memory; a warp a head, a lane a
+    part.
+    """
+    lane, warp, of_part = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, head_dim + 2
+    if warp < heads_here:
+        at = (first + warp * cuda.gridDim.z + lane) * of_part + head_dim
+        most, total = FAR_BELOW, np.float32(0)
+        if lane < used:
+            most, total = parts[at], parts[at + 1]
+        weight = exp2(most - warp_max(most))
+        total = warp_sum(total * weight)
+        shared[WEIGHTS * warp + lane] = weight
+        if lane == 0:
+            shared[WEIGHTS * warp + MOST_SPLITS] = total
+    cuda.syncthreads()
+
+
+@device
+def weighed(parts, base, of_part, shared, h, part, used):
+    """A part's number times its weight; 0 for a part that there is not."""
+    value = np.float32(0)
+    if part < used:
+        value = parts[base + part * of_part] * shared[WEIGHTS * h + part]
+    return value
+
+
 @device
 def attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads, shared_by, context,
-              head_dim, lanes, most, total, values, is_last):  # fmt: skip
-    """The whole of it, for `most.size` heads a block; blockIdx.x counts groups of heads, blockIdx.z parts of the context."""
+              head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values,
+              is_last):  # fmt: skip
+    """The whole of it, `most.size` heads a block; blockIdx.x counts groups of heads, blockIdx.z parts of the keys."""
     shared = cuda.shared.array(0, np.float32)
     t, heads_a_block = cuda.blockIdx.y, most.size
     newest, sequence = positions[t], sequences[t]
-    subgroups = (shared_by + heads_a_block - 1) // heads_a_block
-    kv_head = cuda.blockIdx.x // subgroups
-    sub = cuda.blockIdx.x - kv_head * subgroups
+    kv_head, sub = split(cuda.blockIdx.x, subgroups, inverse_subgroups)
     first_head = kv_head * shared_by + sub * heads_a_block
     heads_here = min(heads_a_block, shared_by - sub * heads_a_block)
     heads = kv_heads * shared_by
     length = newest + 1
-    keys, used = max(LEAST_KEYS, length), 1
-    if cuda.gridDim.z > 1 and length > LEAST_KEYS:
-        keys = max(LEAST_KEYS, (length + cuda.gridDim.z - 1) // cuda.gridDim.z)
-        used = (length + keys - 1) // keys
+    first = first_seen(length, window)
+    seen = length - first
+    keys, used = max(LEAST_KEYS, seen), 1
+    if cuda.gridDim.z > 1 and seen > LEAST_KEYS:
+        keys = max(LEAST_KEYS, (seen + cuda.gridDim.z - 1) // cuda.gridDim.z)
+        used = (seen + keys - 1) // keys
     if cuda.blockIdx.z >= used:
         return
-    begin = cuda.blockIdx.z * keys
+    begin = first + cuda.blockIdx.z * keys
     end = min(length, begin + keys)
     cache_at = (sequence * kv_heads + kv_head) * context * head_dim
     factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
     numbers = per_16_bytes(k_cache)
     attend(q, (t * heads + first_head) * head_dim, heads_here, cache_at, k_cache, v_cache, begin, end, newest, head_dim,
            lanes, factor, most, total, values)  # fmt: skip
-    join(most, total, values, lanes, shared, head_dim, numbers)
+    let_successor_start()  # not before: its copies would stand in the way of this kernel's loads
+    join(most, total, values, lanes, shared, head_dim, inverse_head_dim, numbers)
 
     width, of_part = head_dim + 4, head_dim + 2
     if used > 1:
         for n in range(cuda.threadIdx.x, heads_here * of_part, THREADS):
+            keep_loop()
             h = n // of_part
             i = n - h * of_part
             part = (t * heads + first_head + h) * cuda.gridDim.z + cuda.blockIdx.z
@@ -204,26 +254,26 @@ def attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, cou
         cuda.syncthreads()
         if not is_last[0]:
             return
+        weigh_parts(parts, (t * heads + first_head) * cuda.gridDim.z, heads_here, used, head_dim, shared)
     for n in range(cuda.threadIdx.x, heads_here * head_dim, THREADS):
-        h = n // head_dim
-        d = n - h * head_dim
+        keep_loop()
+        h, d = split(n, head_dim, inverse_head_dim)
         value, whole = shared[h * width + d], shared[h * width + head_dim + 1]
         if used > 1:
-            base = (t * heads + first_head + h) * cuda.gridDim.z * of_part
-            higher = FAR_BELOW
-            for part in range(used):
-                higher = max(higher, parts[base + part * of_part + head_dim])
-            value, whole = np.float32(0), np.float32(0)
-            for part in range(used):
-                grow = exp2(parts[base + part * of_part + head_dim] - higher)
-                whole += parts[base + part * of_part + head_dim + 1] * grow
-                value += parts[base + part * of_part + d] * grow
+            base = (t * heads + first_head + h) * cuda.gridDim.z * of_part + d
+            value, whole = np.float32(0), shared[WEIGHTS * h + MOST_SPLITS]
+            for part in range(0, used, 8):
+                keep_loop()
+                for i in range(8):  # written out by the compiler: eight loads under way at once
+                    value += weighed(parts, base, of_part, shared, h, part + i, used)
         out[(t * heads + first_head + h) * head_dim + d] = value / whole
 
 
+@at_once(2)
 @cuda.jit
 def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads,
-                             shared_by, context, head_dim, lanes):  # fmt: skip
+                             shared_by, context, head_dim, window, lanes, subgroups, inverse_subgroups,
+                             inverse_head_dim):  # fmt: skip
     """Heads that share keys, `HEADS` a block."""
     if beyond(tokens):
         return
@@ -232,12 +282,15 @@ def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, 
     total = cuda.local.array(HEADS, np.float32)
     values = cuda.local.array((HEADS, 8), np.float32)
     attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads, shared_by, context,
-              head_dim, lanes, most, total, values, is_last)  # fmt: skip
+              head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values,
+              is_last)  # fmt: skip
 
 
+@at_once(2)
 @cuda.jit
 def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads,
-                            shared_by, context, head_dim, lanes):  # fmt: skip
+                            shared_by, context, head_dim, window, lanes, subgroups, inverse_subgroups,
+                             inverse_head_dim):  # fmt: skip
     """Heads that each have keys of their own."""
     if beyond(tokens):
         return
@@ -246,7 +299,8 @@ def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, o
     total = cuda.local.array(1, np.float32)
     values = cuda.local.array((1, 8), np.float32)
     attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads, shared_by, context,
-              head_dim, lanes, most, total, values, is_last)  # fmt: skip
+              head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values,
+              is_last)  # fmt: skip
 
 
 PLAIN_THREADS = 128
@@ -254,8 +308,8 @@ PLAIN_THREADS = 128
 
 @cuda.jit
 def attention_plain_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, shared_by, context,
-                           head_dim):  # fmt: skip
-    """Attention for heads whose numbers do not come in 16 bytes: a block a head, a thread a key, then a thread a number."""
+                           head_dim, window):  # fmt: skip
+    """Attention for heads whose numbers do not come in 16 bytes: a block a head; a thread a key, then a number."""
     if beyond(tokens):
         return
     wait_for_predecessor()
@@ -271,7 +325,7 @@ def attention_plain_kernel(tokens, q, k_cache, v_cache, positions, sequences, ou
     most, total = FAR_BELOW, np.float32(0)
     for d in range(thread, head_dim, PLAIN_THREADS):
         shared[PLAIN_THREADS + d] = 0
-    for first in range(0, length, PLAIN_THREADS):
+    for first in range(first_seen(length, window), length, PLAIN_THREADS):
         score = FAR_BELOW
         if first + thread < length:
             score = np.float32(0)
@@ -296,8 +350,8 @@ def attention_plain_kernel(tokens, q, k_cache, v_cache, positions, sequences, ou
 
 
 def _splits(gpu: Gpu, blocks: int, context: int) -> int:
-    """Blocks that share a head's context, so that all of them fill the device twice."""
-    return max(1, min(-(-context // LEAST_KEYS), 2 * gpu.processors // blocks))
+    """Blocks that share a head's context, so that all of them fill the device three times."""
+    return max(1, min(-(-context // LEAST_KEYS), 3 * gpu.processors // blocks))
 
 
 def _heads(q: tuple[int, ...], cache: tuple[int, ...]) -> tuple[int, int, int]:
@@ -305,9 +359,6 @@ def _heads(q: tuple[int, ...], cache: tuple[int, ...]) -> tuple[int, int, int]:
     heads = q[1] // cache[3]
     together = heads // cache[1]
     return heads, together, HEADS if together > 1 else 1
-
-
-MOST_SPLITS = 32
 
 
 @kernel(
@@ -326,26 +377,35 @@ MOST_SPLITS = 32
     ),
 )
 def fused_attention(
-    gpu: Gpu, q: Array, k_cache: Array, positions: Array, sequences: Array, v_cache: Array, out: Array, parts: Array
+    gpu: Gpu,
+    q: Array,
+    k_cache: Array,
+    positions: Array,
+    sequences: Array,
+    v_cache: Array,
+    out: Array,
+    window: int,
+    parts: Array,
 ) -> list[Launch]:
     tokens = q.shape[0]
     _, kv_heads, context, head_dim = k_cache.shape
-    heads, together, at_once = _heads(q.shape, k_cache.shape)
+    heads, together, heads_a_block = _heads(q.shape, k_cache.shape)
     numbers = 4 if k_cache.dtype == "f32" else 8
     common = (gpu.tokens, q, k_cache, v_cache, positions, sequences, out)
     if head_dim % numbers or head_dim > 32 * numbers or k_cache.dtype != v_cache.dtype:
-        arguments = (*common, kv_heads, together, context, head_dim)
-        return [
-            Launch(attention_plain_kernel, (heads, tokens), PLAIN_THREADS, arguments, 4 * (PLAIN_THREADS + head_dim))
-        ]
-    blocks = kv_heads * -(-together // at_once)
+        plain = (*common, kv_heads, together, context, head_dim, window)
+        shared = 4 * (PLAIN_THREADS + head_dim)
+        return [Launch(attention_plain_kernel, (heads, tokens), PLAIN_THREADS, plain, shared)]
+    blocks = kv_heads * -(-together // heads_a_block)
     lanes = 1 << (-(-head_dim // numbers) - 1).bit_length()
     splits = min(parts.shape[2], _splits(gpu, blocks * tokens, context))
     counters = gpu.zeros(blocks * tokens)
-    function = attention_grouped_kernel if at_once > 1 else attention_single_kernel
+    function = attention_grouped_kernel if heads_a_block > 1 else attention_single_kernel
     groups = WARPS * (32 // lanes)
-    shared = 4 * at_once * ((head_dim + 4) * (groups + 1) + groups)
-    arguments = (*common, parts, counters, kv_heads, together, context, head_dim, lanes)
+    shared = 4 * heads_a_block * max((head_dim + 4) * (groups + 1) + groups, WEIGHTS)
+    subgroups = -(-together // heads_a_block)
+    inverses = 1 / subgroups, 1 / head_dim
+    arguments = (*common, parts, counters, kv_heads, together, context, head_dim, window, lanes, subgroups, *inverses)
     return [Launch(function, (blocks, tokens, splits), THREADS, arguments, shared)]
 
 
@@ -353,7 +413,8 @@ def fused_attention(
 
 
 @cuda.jit
-def attention_scores_kernel(tokens, q, k_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim):
+def attention_scores_kernel(tokens, q, k_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim,
+                            window):  # fmt: skip
     if beyond(tokens):
         return
     wait_for_predecessor()
@@ -364,7 +425,7 @@ def attention_scores_kernel(tokens, q, k_cache, positions, sequences, out, kv_he
     factor = np.float32(1) / np.float32(math.sqrt(np.float32(head_dim)))
     for p in range(cuda.threadIdx.x, context, THREADS):
         score = np.float32(-np.inf)
-        if p <= positions[t]:
+        if first_seen(positions[t] + 1, window) <= p <= positions[t]:
             score = np.float32(0)
             for d in range(head_dim):
                 score += q[(t * heads + head) * head_dim + d] * number(k_cache, keys, p * head_dim + d)
@@ -374,11 +435,23 @@ def attention_scores_kernel(tokens, q, k_cache, positions, sequences, out, kv_he
 
 @kernel("attention_scores", "cuda", "f32", CACHE, "i32", "i32")
 def attention_scores(
-    gpu: Gpu, q: Array, k_cache: Array, positions: Array, sequences: Array, out: Array
+    gpu: Gpu, q: Array, k_cache: Array, positions: Array, sequences: Array, out: Array, window: int
 ) -> list[Launch]:
     tokens, heads, context = out.shape
     _, kv_heads, _, head_dim = k_cache.shape
-    arguments = (gpu.tokens, q, k_cache, positions, sequences, out, kv_heads, heads // kv_heads, context, head_dim)
+    arguments = (
+        gpu.tokens,
+        q,
+        k_cache,
+        positions,
+        sequences,
+        out,
+        kv_heads,
+        heads // kv_heads,
+        context,
+        head_dim,
+        window,
+    )
     return [Launch(attention_scores_kernel, (heads, tokens), THREADS, arguments)]
 
 
@@ -413,7 +486,7 @@ def softmax(gpu: Gpu, x: Array, out: Array) -> list[Launch]:
 
 @cuda.jit
 def attention_values_kernel(tokens, weights, v_cache, positions, sequences, out, kv_heads, shared_by, context,
-                            head_dim):  # fmt: skip
+                            head_dim, window):  # fmt: skip
     if beyond(tokens):
         return
     wait_for_predecessor()
@@ -423,18 +496,19 @@ def attention_values_kernel(tokens, weights, v_cache, positions, sequences, out,
     values = address(v_cache, (sequences[t] * kv_heads + head // shared_by) * context * head_dim)
     for d in range(cuda.threadIdx.x, head_dim, THREADS):
         total = np.float32(0)
-        for p in range(positions[t] + 1):
+        for p in range(first_seen(positions[t] + 1, window), positions[t] + 1):
             total += weights[row * context + p] * number(v_cache, values, p * head_dim + d)
         out[row * head_dim + d] = total
 
 
 @kernel("attention_values", "cuda", "f32", CACHE, "i32", "i32")
 def attention_values(
-    gpu: Gpu, weights: Array, v_cache: Array, positions: Array, sequences: Array, out: Array
+    gpu: Gpu, weights: Array, v_cache: Array, positions: Array, sequences: Array, out: Array, window: int
 ) -> list[Launch]:
     tokens, heads, context = weights.shape
     _, kv_heads, _, head_dim = v_cache.shape
     arguments = (
         gpu.tokens, weights, v_cache, positions, sequences, out, kv_heads, heads // kv_heads, context, head_dim,
+        window,
     )  # fmt: skip
     return [Launch(attention_values_kernel, (heads, tokens), THREADS, arguments)]

@@ -107,8 +107,34 @@ def rmsnorm(gpu: Gpu, x: Array, weight: Array, out: Array, eps: float) -> list[L
 
 
 @cuda.jit
+def head_norm_kernel(tokens, x, weight, out, columns, head_dim, eps):
+    """RMSNorm of every head, a warp a head."""
+    if beyond(tokens):
+        return
+    begin()
+    head, lane = cuda.blockIdx.x * (THREADS // 32) + (cuda.threadIdx.x >> 5), cuda.threadIdx.x & 31
+    if head * head_dim < columns:
+        row = cuda.blockIdx.y * columns + head * head_dim
+        squares = np.float32(0)
+        for k in range(lane, head_dim, 32):
+            squares += x[row + k] * x[row + k]
+        squares = warp_sum(squares)
+        factor = np.float32(1) / np.float32(math.sqrt(squares / np.float32(head_dim) + eps))
+        for k in range(lane, head_dim, 32):
+            out[row + k] = x[row + k] * factor * weight[k]
+
+
+@kernel("head_norm", "cuda", "f32", "f32")
+def head_norm(gpu: Gpu, x: Array, weight: Array, out: Array, eps: float) -> list[Launch]:
+    tokens, columns = x.shape
+    head_dim = weight.shape[0]
+    grid = -(-columns // head_dim // (THREADS // 32)), tokens
+    return [Launch(head_norm_kernel, grid, THREADS, (gpu.tokens, x, weight, out, columns, head_dim, eps))]
+
+
+@cuda.jit
 def quantize_kernel(tokens, x, out, scales, columns, group, groups):
-    """Scale max|x| / 127 for each group, numbers rounded half away from zero, as llama2.c's runq does. A warp a group."""
+    """Scale max|x| / 127 for each group, numbers rounded half away from zero, as llama2.c's runq. A warp a group."""
     if beyond(tokens):
         return
     begin()
@@ -198,8 +224,8 @@ def kv_write(gpu: Gpu, x: Array, cache: Array, positions: Array, sequences: Arra
 
 
 @cuda.jit
-def rope_kv_write_kernel(tokens, q, angles, k, k_cache, positions, sequences, v, v_cache, out, q_rows, kv_rows, head_dim,
-                         interleaved, context):  # fmt: skip
+def rope_kv_write_kernel(tokens, q, angles, k, k_cache, positions, sequences, v, v_cache, out, q_rows, kv_rows,
+                         head_dim, interleaved, context):  # fmt: skip
     """Queries turned into `out`; keys turned and values copied into the cache. A thread a pair of numbers."""
     if beyond(tokens):
         return
@@ -294,7 +320,7 @@ def better(value, index, other, other_index):
 
 @cuda.jit
 def argmax_kernel(tokens, x, out, columns, values, places, counter):
-    """The first index of a row's largest number, -1 for a row with a NaN: a part a block, the last of them joins them."""
+    """The first index of a row's largest number, -1 for a row with a NaN: a part a block, the last one joins them."""
     if beyond(tokens):
         return
     best_value = cuda.shared.array(32, np.float32)

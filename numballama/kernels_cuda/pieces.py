@@ -19,6 +19,16 @@ def device(function: Any) -> Any:
     return cuda.jit(device=True, forceinline=True)(function)
 
 
+def at_once(blocks: int) -> Any:
+    """Declare that so many blocks of a kernel, or of it and others, shall find room in a multiprocessor's registers."""
+
+    def declare(kernel: Any) -> Any:
+        kernel.py_func.blocks_at_once = blocks
+        return kernel
+
+    return declare
+
+
 @device
 def warp_sum(x):
     """The sum of `x` over the 32 lanes, in every lane."""
@@ -85,6 +95,13 @@ def block_max(x, scratch):
 def sigmoid_times(gate, up):
     """gate · sigmoid(gate) · up (Shazeer, GLU Variants, 2020)."""
     return gate / (np.float32(1) + exp2(-gate * LOG2_E)) * up
+
+
+@device
+def split(number, divisor, inverse):
+    """(quotient, remainder) of numbers below two million, by float32: an integer division is a hundred instructions."""
+    quotient = np.int64((np.float32(number) + np.float32(0.5)) * inverse)
+    return quotient, number - quotient * divisor
 
 
 @device

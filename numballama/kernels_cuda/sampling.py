@@ -1,10 +1,10 @@
 """From logits to the next token on the device, and from a token to the next step, without the host.
 
-The settings and their order are `sampler`'s: repeat penalty, top-k, top-p, min-p, temperature. One block does it in three
-passes over the logits: the largest; a histogram of how far below it they are, from which follows what top-k and top-p
-can keep; the candidates. Nothing is sorted: a candidate's rank among a few is counted, masses are sums of integers, and
-the draw takes the largest of logit / temperature plus Gumbel noise, which is a draw from the softmax (Gumbel, 1954) and
-needs no order. So the result does not depend on which thread came first.
+The settings and their order are `sampler`'s: repeat penalty, top-k, top-p, min-p, temperature. One block does it in
+three passes over the logits: the largest; a histogram of how far below it they are, from which follows what top-k and
+top-p can keep; the candidates. Nothing is sorted: a candidate's rank among a few is counted, masses are sums of
+integers, and the draw takes the largest of logit / temperature plus Gumbel noise, which is a draw from the softmax
+(Gumbel, 1954) and needs no order. So the result does not depend on which thread came first.
 """
 
 from __future__ import annotations

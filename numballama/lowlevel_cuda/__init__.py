@@ -1,1 +1,1 @@
-"""Everything that touches NVIDIA's packages: instructions for kernels, the driver for the host, and their common words."""
+"""Everything that touches NVIDIA's packages: instructions for kernels, the driver for the host, their common words."""

@@ -1,8 +1,8 @@
 """The host's side of a GPU: devices, memory, compiled kernels, launches and captured graphs, through NVIDIA's driver.
 
 Kernels go from Python to PTX (Numba), from PTX to machine code (nvJitLink) and into this package's cache; no step of
-that needs a GPU. They are launched by the driver's own call with plain integers: Numba's launch takes 24 µs, this one 8,
-and a launch inside a captured graph less than one.
+that needs a GPU. They are launched by the driver's own call with plain integers: Numba's launch takes 24 µs, this one
+8, and a launch inside a captured graph less than one.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ class Device:
             )
         self.processors = self._attribute("MULTIPROCESSOR_COUNT")
         self.shared_limit = self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+        self.cache_bytes = self._attribute("L2_CACHE_SIZE")
         self.context = check(driver.cuDevicePrimaryCtxRetain(self._handle))
         self.make_current()
         stream = check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
@@ -172,6 +173,15 @@ class Device:
     def fill(self, address: int, byte: int, nbytes: int) -> None:
         """Set bytes, in the stream."""
         check(driver.cuMemsetD8Async(address, byte, nbytes, self.stream))
+
+
+def versions() -> dict[str, str | None]:
+    """The driver's version (None where the system does not tell), and that of CUDA that it brings."""
+    number = int(check(driver.cuDriverGetVersion()))
+    found = None
+    with contextlib.suppress(OSError):
+        found = re.search(r" (\d+\.\d+[.\d]*) ", Path("/proc/driver/nvidia/version").read_text().partition("\n")[0])
+    return {"driver": found[1] if found else None, "cuda": f"{number // 1000}.{number % 1000 // 10}"}
 
 
 def _destroy_stream(context: Any, stream: Any) -> None:
@@ -235,15 +245,23 @@ def _pretending(capability: tuple[int, int]) -> Iterator[None]:
 _compiling_for: tuple[int, int] | None = None
 
 
+def require_compiler() -> None:
+    """Raise `DeviceError` unless Numba's CUDA compiler is numba-cuda's."""
+    try:
+        from numba import cuda
+    except ImportError as error:
+        raise DeviceError(f"numba.cuda cannot be imported ({error}): pip install 'numballama[cuda]'") from error
+    if getattr(cuda, "implementation", "") != "NVIDIA":
+        raise DeviceError("numba.cuda is not numba-cuda: install it with: pip install 'numballama[cuda]'")
+
+
 def to_ptx(kernel: Any, kinds: Sequence[str], capability: tuple[int, int], threads: int) -> str:
     """PTX of a `@cuda.jit` kernel for these arguments and at most `threads` threads a block."""
     from numba import cuda
 
-    if cuda.implementation != "NVIDIA":
-        raise DeviceError("numba.cuda is not numba-cuda: install it with: pip install 'numballama[cuda]'")
+    require_compiler()
     with _pretending(capability):
-        # two blocks on a multiprocessor, so that the next kernel's can begin beside this one's
-        bounds = (threads, 2) if threads <= 512 else threads
+        bounds = (threads, getattr(kernel.py_func, "blocks_at_once", 1))
         ptx, _ = cuda.compile_ptx(kernel.py_func, signature(kinds), cc=capability, launch_bounds=bounds)
     return str(ptx)
 
@@ -269,11 +287,11 @@ def assemble(ptx: str, capability: tuple[int, int]) -> Code:
         nvjitlink.destroy(handle)
     (entry,) = re.findall(r"\.entry\s+([\w$]+)", ptx)
     text = log.decode(errors="replace")
-    numbers = [
+    registers, stack, local = (
         int(found[-1]) if (found := re.findall(pattern, text)) else -1
         for pattern in (r"used (\d+) registers", r"(\d+) stack\b", r"(\d+) bytes lmem")
-    ]
-    return Code(bytes(machine), entry, *numbers)
+    )
+    return Code(bytes(machine), entry, registers, stack, local)
 
 
 def compile_kernel(
@@ -282,13 +300,10 @@ def compile_kernel(
     """A kernel in machine code, from the cache if it is there.
 
     `cache` is a folder that belongs to these very sources (`jit.cuda_cache_directory`), so that an entry is never
-    stale; None, or a kernel without a source file, is compiled anew.
+    stale; None, or a kernel that is not part of this package, is compiled anew.
     """
-    function = kernel.py_func
-    named = f"{function.__module__}.{function.__qualname__}({', '.join(kinds)}) {threads} sm_{capability}"
-    path = None
-    if cache is not None and Path(function.__code__.co_filename).is_file():
-        path = cache / f"{function.__name__}-{hashlib.sha256(named.encode()).hexdigest()[:24]}.cubin"
+    path = cache_entry(kernel, kinds, capability, threads, cache)
+    if path is not None:
         try:
             head, _, machine = path.read_bytes().partition(b"\n")
             facts = json.loads(head)
@@ -301,6 +316,24 @@ def compile_kernel(
         facts = asdict(_Facts(code.entry, code.registers, code.stack_bytes, code.local_bytes))
         _write_whole(path, json.dumps(facts | {"size": len(code.machine)}).encode() + b"\n" + code.machine)
     return code
+
+
+def cache_entry(
+    kernel: Any, kinds: Sequence[str], capability: tuple[int, int], threads: int, cache: Path | None
+) -> Path | None:
+    """The file that holds a kernel's machine code, once it is compiled; None for one that is not kept.
+
+    Only this package's own files are part of what the folder is named by, so only their kernels are kept.
+    """
+    function = kernel.py_func
+    source = Path(function.__code__.co_filename)
+    if cache is None or not (source.is_relative_to(_PACKAGE) and source.is_file()):
+        return None
+    named = f"{function.__module__}.{function.__qualname__}({', '.join(kinds)}) {threads} sm_{capability}"
+    return cache / f"{function.__name__}-{hashlib.sha256(named.encode()).hexdigest()[:24]}.cubin"
+
+
+_PACKAGE = Path(__file__).parent.parent
 
 
 def _write_whole(path: Path, content: bytes) -> None:
@@ -328,6 +361,10 @@ class Function:
         )
         self.shared_limit = device.shared_limit - int(fixed)
         check(driver.cuFuncSetAttribute(self.handle, limit, self.shared_limit))
+        # one split between L1 and shared memory for all kernels: to change it, a multiprocessor must run empty first,
+        # and the next kernel could not begin beside this one
+        carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
+        check(driver.cuFuncSetAttribute(self.handle, carveout, 100))
         self._unload = weakref.finalize(self, _unload, device.context, self._module)
 
 

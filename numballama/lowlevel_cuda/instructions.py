@@ -61,6 +61,21 @@ def address(typingctx, memory, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def shared_address(typingctx, memory, index):  # type: ignore[no-untyped-def]
+    """Address of an element of a shared array, as the functions that copy to and load from shared memory take it."""
+    if not isinstance(memory, types.Array):
+        return None
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        where = _integer(context, builder, args[1], index, types.int64)
+        generic = builder.ptrtoint(_element(context, builder, memory, args[0], where), I64)
+        asm = ir.InlineAsm(ir.FunctionType(I64, [I64]), "cvta.to.shared.u64 $0, $1;", "=l,l")
+        return builder.call(asm, [generic])
+
+    return types.int64(memory, index), codegen
+
+
+@intrinsic
 def floats4(typingctx, memory, index):  # type: ignore[no-untyped-def]
     """Four float32 from a 16-byte aligned element of a pointer or of shared memory."""
     if not (_is_memory(memory) and memory.dtype == types.float32):
@@ -139,25 +154,49 @@ def half_of_f32(typingctx, number):  # type: ignore[no-untyped-def]
     return types.uint32(types.float32), codegen
 
 
+def _dp4a(kinds: str) -> Any:
+    def typing(typingctx, a, b, total):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            asm = ir.InlineAsm(ir.FunctionType(I32, [I32] * 3), f"dp4a.{kinds} $0, $1, $2, $3;", "=r,r,r,r")
+            return builder.call(asm, args)
+
+        return types.int32(types.uint32, types.uint32, types.int32), codegen
+
+    return intrinsic(typing)
+
+
+dp4a, dp4a_su, dp4a_us, dp4a_uu = (_dp4a(kinds) for kinds in ("s32.s32", "s32.u32", "u32.s32", "u32.u32"))
+"""dp4a(a, b, total): total plus the four products of the bytes of two words; s and u say whose are signed."""
+
+
 @intrinsic
-def f32_of_byte(typingctx, word, which):  # type: ignore[no-untyped-def]
-    """Signed byte `which` (a constant) of a word, as float32."""
+def nearest(typingctx, x):  # type: ignore[no-untyped-def]
+    """x rounded to the nearest int32, halves to even."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        shift = builder.mul(_integer(context, builder, args[1], which, types.uint32), ir.Constant(I32, 8))
-        return builder.sitofp(builder.trunc(builder.lshr(args[0], shift), I8), F32)
+        asm = ir.InlineAsm(ir.FunctionType(I32, [F32]), "cvt.rni.s32.f32 $0, $1;", "=r,f")
+        return builder.call(asm, args)
 
-    return types.float32(types.uint32, which), codegen
+    return types.int32(types.float32), codegen
 
 
 @intrinsic
-def dp4a(typingctx, a, b, total):  # type: ignore[no-untyped-def]
-    """`total` plus the sum of the four products of signed bytes of two words."""
+def planes(typingctx, a, b, c, d):  # type: ignore[no-untyped-def]
+    """Three words: the lowest bytes of four int32, their second and their third ones."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return _asm(builder, I32, "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", args)
+        asm = ir.InlineAsm(ir.FunctionType(I32, [I32] * 3), "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r")
 
-    return types.int32(types.uint32, types.uint32, types.int32), codegen
+        def choose(x, y, selector):  # type: ignore[no-untyped-def]
+            return builder.call(asm, [x, y, ir.Constant(I32, selector)])
+
+        words = []
+        for which in range(3):
+            pair = 0x40 + 0x11 * which
+            words.append(choose(choose(args[0], args[1], pair), choose(args[2], args[3], pair), 0x5410))
+        return context.make_tuple(builder, signature.return_type, words)
+
+    return types.UniTuple(types.uint32, 3)(types.int32, types.int32, types.int32, types.int32), codegen
 
 
 @intrinsic
@@ -196,24 +235,8 @@ has_scales = _constant(types.boolean, lambda name: name in ("int8", "uint8"))
 """Whether numbers of this pointer's type want a scale: a constant."""
 
 
-def _byte(builder: Any, word: Any, which: int) -> Any:
-    return builder.trunc(builder.lshr(word, ir.Constant(I32, 8 * which)), I8)
-
-
 def _half(builder: Any, bits: Any) -> Any:
     return builder.fpext(builder.bitcast(builder.trunc(bits, I16), F16), F32)
-
-
-def _nibble(builder: Any, word: Any, which: int) -> Any:
-    """4 bits, less 8, times 16^which, or 16^(which - 5) from the sixth on.
-
-    Bits of a word are taken where they are, as the last ones of 2^23 + n · 16^which, from which a subtraction leaves the
-    product exactly: a mask, a subtraction. Three of the eight lie beyond the 23 bits of a float's fraction.
-    """
-    if which >= 5:
-        word, which = builder.lshr(word, ir.Constant(I32, 20)), which - 5
-    bits = builder.or_(builder.and_(word, ir.Constant(I32, 15 << (4 * which))), ir.Constant(I32, 0x4B000000))
-    return builder.fsub(builder.bitcast(bits, F32), ir.Constant(F32, 8388608.0 + 8 * 16.0**which))
 
 
 def _unpack(builder: Any, name: str, words: Any, i: int) -> Any:
@@ -226,12 +249,7 @@ def _unpack(builder: Any, name: str, words: Any, i: int) -> Any:
         word = words[i // 2]
         high = builder.and_(word, ir.Constant(I32, 0xFFFF0000)) if i % 2 else builder.shl(word, ir.Constant(I32, 16))
         return builder.bitcast(high, F32)
-    if name == "int8":
-        shifted = builder.lshr(words[i // 4], ir.Constant(I32, 8 * (i % 4)))
-        kind = ir.FunctionType(F32, [I32])  # LLVM would widen the byte to 16 bits first
-        return builder.call(ir.InlineAsm(kind, "cvt.rn.f32.s8 $0, $1;", "=f,r"), [shifted])
-    # byte j of a Q4_0 block holds number j in its low half and j + 16 in its high one
-    return _nibble(builder, words[i % 16 // 4], 2 * (i % 4) + i // 16)
+    raise AssertionError(f"{name} has scales: `dp4a` is for it")
 
 
 def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
@@ -242,8 +260,7 @@ def _fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
 def dot16(typingctx, memory, words, x, index, step):  # type: ignore[no-untyped-def]
     """The numbers in 16 bytes of `memory`'s type, times float32: four of them from each of x[index], x[index + step] …
 
-    Returns the sum. `x` is shared memory, 16-byte aligned at each of these places. 4-bit numbers come out as multiples of
-    powers of 16 (`_nibble`), which x must be divided by.
+    Returns the sum; 0 for types with scales, which are not for this. `x` is shared memory, 16-byte aligned there.
     """
     name = memory.dtype.name
 
@@ -252,6 +269,8 @@ def dot16(typingctx, memory, words, x, index, step):  # type: ignore[no-untyped-
         at = _integer(context, builder, args[3], index, types.int64)
         stride = _integer(context, builder, args[4], step, types.int64)
         sums = [ir.Constant(F32, 0.0)] * 2
+        if name in ("int8", "uint8"):
+            return sums[0]
         vector = ir.VectorType(F32, 4)
         for four in range(PER_16_BYTES[name] // 4):
             where = builder.bitcast(_element(context, builder, x, args[2], at), vector.as_pointer())
@@ -340,6 +359,16 @@ def store_number(typingctx, memory, index, value):  # type: ignore[no-untyped-de
 
 
 @intrinsic
+def scale_bytes(typingctx, memory):  # type: ignore[no-untyped-def]
+    """Bytes of one of these scales: a constant."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return ir.Constant(I64, memory.dtype.bitwidth // 8)
+
+    return types.int64(memory), codegen
+
+
+@intrinsic
 def scale_word(typingctx, memory, index):  # type: ignore[no-untyped-def]
     """Address of the aligned word that holds scale `index` of float32 or float16 scales."""
 
@@ -373,9 +402,9 @@ def _copy(text: str, plain: str) -> Any:
 
     def typing(typingctx, to, source, count):  # type: ignore[no-untyped-def]
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            args = [*args[:2], _integer(context, builder, args[2], count, types.int32)]
+            args = [builder.trunc(args[0], I32), args[1], _integer(context, builder, args[2], count, types.int32)]
             body = text if _compiling_for() >= (8, 0) else plain
-            _asm(builder, VOID, body, "l,l,r,~{memory}", args)
+            _asm(builder, VOID, body, "r,l,r,~{memory}", args)
             return context.get_dummy_value()
 
         return types.void(types.int64, types.int64, count), codegen
@@ -385,19 +414,21 @@ def _copy(text: str, plain: str) -> Any:
 
 copy16 = intrinsic(
     _copy(
-        "{.reg .u64 s; cvta.to.shared.u64 s, $0; cp.async.cg.shared.global.L2::128B [s], [$1], 16, $2;}",
-        "{.reg .u64 s; .reg .pred p; .reg .u32 a, b, c, d; cvta.to.shared.u64 s, $0; setp.ne.u32 p, $2, 0; "
+        "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;",
+        "{.reg .pred p; .reg .u32 a, b, c, d; setp.ne.u32 p, $2, 0; "
         "mov.u32 a, 0; mov.u32 b, 0; mov.u32 c, 0; mov.u32 d, 0; @p ld.global.nc.v4.u32 {a, b, c, d}, [$1]; "
-        "st.shared.v4.u32 [s], {a, b, c, d};}",
+        "st.shared.v4.u32 [$0], {a, b, c, d};}",
     )
 )
-"""copy16(to, source, count): 16 bytes from a global to a shared address, both aligned; `count` 16, or 0 for zeros."""
+"""copy16(to, source, count): 16 bytes from a global to a shared address (`shared_address`), both aligned; `count` 16,
+or 0 for zeros: the source is not looked at then.
+"""
 
 copy4 = intrinsic(
     _copy(
-        "{.reg .u64 s; cvta.to.shared.u64 s, $0; cp.async.ca.shared.global [s], [$1], 4, $2;}",
-        "{.reg .u64 s; .reg .pred p; .reg .u32 a; cvta.to.shared.u64 s, $0; setp.ne.u32 p, $2, 0; mov.u32 a, 0; "
-        "@p ld.global.nc.u32 a, [$1]; st.shared.u32 [s], a;}",
+        "cp.async.ca.shared.global [$0], [$1], 4, $2;",
+        "{.reg .pred p; .reg .u32 a; setp.ne.u32 p, $2, 0; mov.u32 a, 0; "
+        "@p ld.global.nc.u32 a, [$1]; st.shared.u32 [$0], a;}",
     )
 )
 """copy4(to, source, count): the same for 4 bytes; `count` 4 or 0."""
@@ -433,15 +464,15 @@ await_all, await_all_but_1, await_all_but_2, await_all_but_3, await_all_but_7 = 
 
 @intrinsic
 def shared_words4(typingctx, where):  # type: ignore[no-untyped-def]
-    """Four words from a 16-byte aligned shared address."""
+    """Four words from a 16-byte aligned shared address (`shared_address`)."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         loaded = _asm(
             builder,
             ir.LiteralStructType([I32] * 4),
-            "{.reg .u64 s; cvta.to.shared.u64 s, $4; ld.shared.v4.u32 {$0, $1, $2, $3}, [s];}",
-            "=r,=r,=r,=r,l,~{memory}",
-            args,
+            "ld.shared.v4.u32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,r,~{memory}",
+            [builder.trunc(args[0], I32)],
         )
         parts = [builder.extract_value(loaded, i) for i in range(4)]
         return context.make_tuple(builder, signature.return_type, parts)
@@ -454,8 +485,7 @@ def shared_word(typingctx, where):  # type: ignore[no-untyped-def]
     """A word from a 4-byte aligned shared address."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        text = "{.reg .u64 s; cvta.to.shared.u64 s, $1; ld.shared.u32 $0, [s];}"
-        return _asm(builder, I32, text, "=r,l,~{memory}", args)
+        return _asm(builder, I32, "ld.shared.u32 $0, [$1];", "=r,r,~{memory}", [builder.trunc(args[0], I32)])
 
     return types.uint32(types.int64), codegen
 
@@ -488,6 +518,21 @@ def words4(typingctx, where):  # type: ignore[no-untyped-def]
     return WORDS4(types.int64), codegen
 
 
+@intrinsic
+def keep_loop(typingctx):  # type: ignore[no-untyped-def]
+    """Nothing; but the compiler does not unroll a loop with a number of rounds that it does not know if this is in it.
+
+    Kernels of a step follow each other so closely that fetching their code shows: what runs once must be short.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.FunctionType(VOID, [])
+        builder.call(ir.InlineAsm(kind, "", "", side_effect=True), [], attrs=("convergent",))
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
 # Order between kernels and between blocks
 
 
@@ -505,11 +550,13 @@ def _for_sm_90(text: str) -> Any:
 
 wait_for_predecessor = intrinsic(_for_sm_90("griddepcontrol.wait;"))
 """Wait until the kernel before this one has ended and its results can be read (sm_90). Before it a kernel may only read
-what no kernel of this step writes: weights.
+what no kernel of the same run writes: weights, inputs, keys and values of earlier runs.
 """
 
 let_successor_start = intrinsic(_for_sm_90("griddepcontrol.launch_dependents;"))
-"""Let the next kernel's blocks begin as soon as all of this one's have come here or ended (sm_90)."""
+"""Let the next kernel's blocks begin as soon as all of this one's have come here or ended (sm_90): at once. They fill
+their rings while this kernel still works; each kernel waits before it looks at another one's results or writes its own.
+"""
 
 
 @intrinsic
@@ -532,3 +579,379 @@ def publish(typingctx, where, number):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64), codegen
+
+
+# Tensor cores: products of tiles that the lanes of a warp hold together
+#
+# Lane l of a warp holds, of a 16 × 8 tile of float32, numbers (l / 4, 2 (l mod 4)), the one beside it, and the same
+# eight rows below: four in a row of a tuple. Tiles of 16-bit numbers lie in shared memory in rows of 128 or 256 bytes,
+# chunk c of 16 bytes of row r at place c xor (r mod 8): eight rows' chunks of one column lie in different banks. As rows
+# begin at multiples of 128, moving by two chunks is a xor of the whole address.
+
+STAGED_BYTES = 544
+"""Distance of two rows of 128 float32 that `put_sums` writes: rows of the same lanes lie in different banks."""
+
+
+def _parts(builder: Any, kind: Any, value: Any) -> list[Any]:
+    return [builder.extract_value(value, i) for i in range(kind.count)]
+
+
+def _short(context: Any, builder: Any, value: Any, found: Any) -> Any:
+    return _integer(context, builder, value, found, types.uint32)
+
+
+def _ldmatrix(builder: Any, where: Any, offset: int, transposed: bool = False) -> list[Any]:
+    """Four 8 × 8 matrices of 16-bit numbers; lane l names row l mod 8 of matrix l / 8."""
+    trans = ".trans" if transposed else ""
+    text = f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{$0, $1, $2, $3}}, [$4+{offset}];"
+    loaded = _asm(builder, ir.LiteralStructType([I32] * 4), text, "=r,=r,=r,=r,r,~{memory}", [where])
+    return [builder.extract_value(loaded, i) for i in range(4)]
+
+
+def _halves_of_bfloats(builder: Any, word: Any) -> Any:
+    """In one piece, so that LLVM keeps the words and not, for a whole loop, what comes of them."""
+    text = (
+        "{.reg .b32 t; .reg .f32 a, b; .reg .b16 h, g; shl.b32 t, $1, 16; mov.b32 a, t; and.b32 t, $1, 0xffff0000; "
+        "mov.b32 b, t; cvt.rn.f16.f32 h, a; cvt.rn.f16.f32 g, b; mov.b32 $0, {h, g};}"
+    )
+    return _asm(builder, I32, text, "=r,r", [word])
+
+
+def _mma(builder: Any, name: str, a: list[Any], b: list[Any], c: list[Any]) -> list[Any]:
+    """c + a · b of tiles 16 × 16 and 16 × 8. Before sm_80 it takes two steps, and bfloat16 goes as float16 (which is
+    the same for numbers between 2^-14 and 2^16, and to 2^-25 below).
+    """
+    result = ir.LiteralStructType([F32] * 4)
+    if _compiling_for() >= (8, 0):
+        kind = "bf16" if name == "int16" else "f16"
+        text = (
+            f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, "
+            "{$8, $9}, {$10, $11, $12, $13};"
+        )
+        summed = _asm(builder, result, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [*a, *b, *c])
+        return [builder.extract_value(summed, i) for i in range(4)]
+    text = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5}, {$6}, {$7, $8, $9, $10};"
+    for i in range(2):
+        words = [a[2 * i], a[2 * i + 1], b[i]]
+        if name == "int16":
+            words = [_halves_of_bfloats(builder, word) for word in words]
+        summed = _asm(builder, result, text, "=f,=f,=f,=f,r,r,r,f,f,f,f", [*words, *c])
+        c = [builder.extract_value(summed, i) for i in range(4)]
+    return c
+
+
+def _pack(builder: Any, name: str, low: Any, high: Any) -> Any:
+    """A word of two float32, rounded to nearest even to float16 ("uint16") or bfloat16."""
+    if _compiling_for() >= (8, 0):
+        kind = "f16x2" if name == "uint16" else "bf16x2"
+        return _asm(builder, I32, f"cvt.rn.{kind}.f32 $0, $2, $1;", "=r,f,f", [low, high])
+    halves = []
+    for x in (low, high):
+        if name == "uint16":
+            halves.append(builder.zext(builder.bitcast(builder.fptrunc(x, F16), I16), I32))
+        else:
+            bits = builder.bitcast(x, I32)
+            odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
+            rounded = builder.add(builder.add(bits, ir.Constant(I32, 0x7FFF)), odd)
+            broken = builder.fcmp_unordered("uno", x, x)
+            rounded = builder.select(broken, builder.or_(bits, ir.Constant(I32, 0x400000)), rounded)
+            halves.append(builder.lshr(rounded, ir.Constant(I32, 16)))
+    return builder.or_(halves[0], builder.shl(halves[1], ir.Constant(I32, 16)))
+
+
+@intrinsic
+def pack2(typingctx, memory, low, high):  # type: ignore[no-untyped-def]
+    """Two float32 rounded to the 16-bit type of `memory`, in one word."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _pack(builder, memory.dtype.name, args[1], args[2])
+
+    return types.uint32(memory, types.float32, types.float32), codegen
+
+
+@intrinsic
+def put_words2(typingctx, where, a, b):  # type: ignore[no-untyped-def]
+    """Two words to an 8-byte aligned global address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _asm(builder, VOID, "st.global.v2.u32 [$0], {$1, $2};", "l,r,r,~{memory}", args)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.uint32, types.uint32), codegen
+
+
+@intrinsic
+def put_words4(typingctx, where, a, b, c, d):  # type: ignore[no-untyped-def]
+    """Four words to a 16-byte aligned place of the shared window (`shared_address`)."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        args = [_short(context, builder, args[0], where), *args[1:]]
+        _asm(builder, VOID, "st.shared.v4.u32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r,~{memory}", args)
+        return context.get_dummy_value()
+
+    return types.void(where, *[types.uint32] * 4), codegen
+
+
+def _zeros(count: int) -> Any:
+    kind = types.UniTuple(types.float32, count)
+
+    def typing(typingctx):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return context.make_tuple(builder, kind, [ir.Constant(F32, 0.0)] * count)
+
+        return kind(), codegen
+
+    return intrinsic(typing)
+
+
+zeros32, zeros64, zeros128 = (_zeros(count) for count in (32, 64, 128))
+"""Tuples of float32: what a lane holds of a sum of tiles."""
+
+
+@intrinsic
+def load_fragments(typingctx, sums, a_at, b_at):  # type: ignore[no-untyped-def]
+    """What a lane needs to multiply 16 columns of two tiles: of A (as many rows as `sums` has), then of B (64 rows).
+
+    Rows have 128 bytes. Lane l's addresses are of row l mod 16 of A, chunk l / 16, and of row (l mod 8) + 8 (l / 16) of
+    B, chunk (l / 8) mod 2.
+    """
+    fours = sums.count // 32
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        a, b = _short(context, builder, args[1], a_at), _short(context, builder, args[2], b_at)
+        words = []
+        for i in range(fours):
+            words += _ldmatrix(builder, a, 2048 * i)
+        for i in range(4):
+            words += _ldmatrix(builder, b, 2048 * i)
+        return context.make_tuple(builder, signature.return_type, words)
+
+    return types.UniTuple(types.uint32, 4 * fours + 16)(sums, a_at, b_at), codegen
+
+
+@intrinsic
+def multiply_fragments(typingctx, memory, sums, words):  # type: ignore[no-untyped-def]
+    """sums + A · Bᵀ of fragments in the 16-bit type of `memory`: 64 columns, 8 tiles a row of tiles."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        totals, parts = _parts(builder, sums, args[1]), _parts(builder, words, args[2])
+        fours = len(totals) // 32
+        b = parts[4 * fours :]
+        for i in range(fours):
+            for j in range(8):
+                at = 4 * (8 * i + j)
+                totals[at : at + 4] = _mma(
+                    builder, memory.dtype.name, parts[4 * i : 4 * i + 4], b[2 * j : 2 * j + 2], totals[at : at + 4]
+                )
+        return context.make_tuple(builder, sums, totals)
+
+    return sums(memory, sums, words), codegen
+
+
+@intrinsic
+def put_sums(typingctx, sums, to):  # type: ignore[no-untyped-def]
+    """A warp's sums into rows of float32 in shared memory, `STAGED_BYTES` apart; `to` is of the lane's first number."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        where, totals = _short(context, builder, args[1], to), _parts(builder, sums, args[0])
+        for i in range(len(totals) // 2):
+            row, column = 16 * (i // 16) + 8 * (i % 2), 8 * (i // 2 % 8)
+            text = f"st.shared.v2.f32 [$0+{row * STAGED_BYTES + 4 * column}], {{$1, $2}};"
+            _asm(builder, VOID, text, "r,f,f,~{memory}", [where, *totals[2 * i : 2 * i + 2]])
+        return context.get_dummy_value()
+
+    return types.void(sums, to), codegen
+
+
+@intrinsic
+def load_queries(typingctx, sums, at):  # type: ignore[no-untyped-def]
+    """Fragments of 16 rows of as many numbers as `sums` has columns, two rows of eight for a lane: 64 or 128."""
+    columns = 2 * sums.count
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        where, words = _short(context, builder, args[1], at), []
+        for step in range(columns // 16):
+            words += _ldmatrix(builder, builder.xor(where, ir.Constant(I32, 32 * step)), 0)
+        return context.make_tuple(builder, signature.return_type, words)
+
+    return types.UniTuple(types.uint32, columns // 4)(sums, at), codegen
+
+
+@intrinsic
+def score_keys(typingctx, memory, queries, keys_at):  # type: ignore[no-untyped-def]
+    """16 queries · 64 keysᵀ. Lane l's address is of key (l mod 8) + 8 (l / 16), chunk (l / 8) mod 2."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        words, where = _parts(builder, queries, args[1]), _short(context, builder, args[2], keys_at)
+        totals = [ir.Constant(F32, 0.0)] * 32
+        steps, name = len(words) // 4, memory.dtype.name
+        for step in range(steps):
+            moved = builder.xor(where, ir.Constant(I32, 32 * step))
+            for j in range(4):
+                keys = _ldmatrix(builder, moved, 16 * j * 32 * steps)
+                for i in range(2):
+                    at = 4 * (2 * j + i)
+                    totals[at : at + 4] = _mma(
+                        builder, name, words[4 * step : 4 * step + 4], keys[2 * i : 2 * i + 2], totals[at : at + 4]
+                    )
+        return context.make_tuple(builder, signature.return_type, totals)
+
+    return types.UniTuple(types.float32, 32)(memory, queries, keys_at), codegen
+
+
+@intrinsic
+def add_values(typingctx, memory, sums, weights, values_at):  # type: ignore[no-untyped-def]
+    """sums + weights (16 × 64, as `score_keys` gives them) · 64 values. Lanes' addresses are as for `score_keys`."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        totals, numbers = _parts(builder, sums, args[1]), _parts(builder, weights, args[2])
+        where, name = _short(context, builder, args[3], values_at), memory.dtype.name
+        row_bytes = 4 * len(totals)
+        for step in range(4):
+            mine = numbers[8 * step : 8 * step + 8]
+            a = [_pack(builder, name, mine[2 * i], mine[2 * i + 1]) for i in range(4)]
+            for j in range(len(totals) // 8):
+                moved = builder.xor(where, ir.Constant(I32, 32 * j))
+                values = _ldmatrix(builder, moved, 16 * step * row_bytes, transposed=True)
+                for i in range(2):
+                    at = 4 * (2 * j + i)
+                    totals[at : at + 4] = _mma(builder, name, a, [values[i], values[i + 2]], totals[at : at + 4])
+        return context.make_tuple(builder, sums, totals)
+
+    return sums(memory, sums, weights, types.int64), codegen
+
+
+def _by_row(result: Any, function: Any) -> Any:
+    """An intrinsic that makes a tuple of float32 from a lane's numbers, each with the argument that its row has.
+
+    function(builder, numbers, rows): which row (0 or 1) number i belongs to is (i / 2) mod 2.
+    """
+
+    def typing(typingctx, numbers, first, second):  # type: ignore[no-untyped-def]
+        kind = numbers if result is None else result
+
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            made = function(builder, _parts(builder, numbers, args[0]), args[1:])
+            return context.make_tuple(builder, kind, made)
+
+        return kind(numbers, types.float32, types.float32), codegen
+
+    return intrinsic(typing)
+
+
+def _reduce(combine: Any) -> Any:
+    def function(builder: Any, numbers: list[Any], start: Any) -> list[Any]:
+        totals = list(start)
+        for i, number in enumerate(numbers):
+            totals[i // 2 % 2] = combine(builder, totals[i // 2 % 2], number)
+        return totals
+
+    return function
+
+
+def _larger(builder: Any, a: Any, b: Any) -> Any:
+    return _asm(builder, F32, "max.f32 $0, $1, $2;", "=f,f,f", [a, b])
+
+
+def _power(builder: Any, x: Any) -> Any:
+    return _asm(builder, F32, "ex2.approx.f32 $0, $1;", "=f,f", [x])
+
+
+PAIR = types.UniTuple(types.float32, 2)
+most_of_rows = _by_row(PAIR, _reduce(_larger))
+"""most_of_rows(numbers, a, b): the largest of the lane's numbers and a in its first row, and b in its second."""
+sums_of_rows = _by_row(PAIR, _reduce(lambda builder, a, b: builder.fadd(a, b)))
+"""sums_of_rows(numbers, a, b): a plus the lane's numbers in its first row, b plus those in its second."""
+powers_of_2 = _by_row(
+    None, lambda builder, x, rows: [_power(builder, builder.fsub(x[i], rows[i // 2 % 2])) for i in range(len(x))]
+)
+"""powers_of_2(numbers, a, b): 2^(number - a) in the first row, 2^(number - b) in the second."""
+scale_rows = _by_row(None, lambda builder, x, rows: [builder.fmul(x[i], rows[i // 2 % 2]) for i in range(len(x))])
+"""scale_rows(numbers, a, b): the first row's numbers times a, the second's times b."""
+
+
+@intrinsic
+def mask_scores(typingctx, scores, first, second):  # type: ignore[no-untyped-def]
+    """Scores, but -infinity for keys after the row's last: counted from the lane's first, it is `first` or `second`."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        lasts = [
+            _integer(context, builder, args[1], first, types.int32),
+            _integer(context, builder, args[2], second, types.int32),
+        ]
+        below, numbers = ir.Constant(F32, float("-inf")), []
+        for i, number in enumerate(_parts(builder, scores, args[0])):
+            seen = builder.icmp_signed("<=", ir.Constant(I32, 8 * (i // 4) + i % 2), lasts[i // 2 % 2])
+            numbers.append(builder.select(seen, number, below))
+        return context.make_tuple(builder, scores, numbers)
+
+    return scores(scores, first, second), codegen
+
+
+@intrinsic
+def put_rows(typingctx, numbers, first_at, second_at, first, second):  # type: ignore[no-untyped-def]
+    """A lane's numbers to global memory; of its rows the first `first` and `second` columns are wanted."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        parts = _parts(builder, numbers, args[0])
+        wanted = [_short(context, builder, args[3], first), _short(context, builder, args[4], second)]
+        for i in range(len(parts) // 2):
+            column = 8 * (i // 2)
+            text = f"{{.reg .pred p; setp.gt.s32 p, $1, {column}; @p st.global.v2.f32 [$0+{4 * column}], {{$2, $3}};}}"
+            _asm(builder, VOID, text, "l,r,f,f,~{memory}", [args[1 + i % 2], wanted[i % 2], *parts[2 * i : 2 * i + 2]])
+        return context.get_dummy_value()
+
+    return types.void(numbers, types.int64, types.int64, first, second), codegen
+
+
+@intrinsic
+def add_products(typingctx, sums, a, b):  # type: ignore[no-untyped-def]
+    """sums[i, j] + a[i] · b[j], in float32; tuples all, rows of `sums` one after the other."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        totals, left, right = (_parts(builder, *pair) for pair in zip((sums, a, b), args, strict=True))
+        n = len(right)
+        totals = [_fma(builder, left[i // n], right[i % n], total) for i, total in enumerate(totals)]
+        return context.make_tuple(builder, sums, totals)
+
+    return sums(sums, a, b), codegen
+
+
+@intrinsic
+def put_block(typingctx, sums, to):  # type: ignore[no-untyped-def]
+    """Rows of four numbers to shared memory, `STAGED_BYTES` apart."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        where, numbers = _short(context, builder, args[1], to), _parts(builder, sums, args[0])
+        for i in range(0, len(numbers), 4):
+            text = f"st.shared.v4.f32 [$0+{i // 4 * STAGED_BYTES}], {{$1, $2, $3, $4}};"
+            _asm(builder, VOID, text, "r,f,f,f,f,~{memory}", [where, *numbers[i : i + 4]])
+        return context.get_dummy_value()
+
+    return types.void(sums, to), codegen
+
+
+@intrinsic
+def expand16(typingctx, memory, words, scale, to):  # type: ignore[no-untyped-def]
+    """16 bytes of int8 or 4-bit numbers, times their scale and rounded to float16, to a 16-byte aligned global address."""
+    name = memory.dtype.name
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        parts = _parts(builder, words, args[1])
+        numbers = []
+        for i in range(PER_16_BYTES[name]):
+            if name == "int8":
+                byte = builder.trunc(builder.lshr(parts[i // 4], ir.Constant(I32, 8 * (i % 4))), I8)
+                number = builder.sitofp(byte, F32)
+            else:
+                shift = ir.Constant(I32, 8 * (i % 4) + 4 * (i // 16))
+                nibble = builder.and_(builder.lshr(parts[i % 16 // 4], shift), ir.Constant(I32, 15))
+                number = builder.sitofp(builder.sub(nibble, ir.Constant(I32, 8)), F32)
+            numbers.append(builder.fmul(number, args[2]))
+        packed = [_pack(builder, "uint16", numbers[i], numbers[i + 1]) for i in range(0, len(numbers), 2)]
+        for i in range(0, len(packed), 4):
+            text = f"st.global.v4.u32 [$0+{4 * i}], {{$1, $2, $3, $4}};"
+            _asm(builder, VOID, text, "l,r,r,r,r,~{memory}", [args[3], *packed[i : i + 4]])
+        return context.get_dummy_value()
+
+    return types.void(memory, words, types.float32, types.int64), codegen

@@ -43,6 +43,12 @@ class Matrix:
     def quantized(self) -> bool:
         return self.payload.dtype in ("int8", "q4_0")
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a kernel reads to use all of it."""
+        scales = self.scale_stride * ITEM_BYTES[self.scales.dtype] if self.quantized else 0
+        return self.shape[0] * (self.stride + scales)
+
 
 Argument = Array | int | float
 

@@ -6,7 +6,7 @@ import codecs
 import operator
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from functools import cached_property
@@ -23,7 +23,8 @@ BYTE_PIECE = re.compile(rb"<0x([0-9A-F]{2})>")
 
 
 class Kind(Enum):
-    """What a token contributes to text: characters, one raw byte of UTF-8, nothing, or a mark for what was unknown."""
+    """What a token contributes to text: characters, raw bytes of UTF-8 that may end inside a character (a byte piece
+    is one, a token of byte-level BPE several), nothing, or a mark for what was unknown."""
 
     TEXT = "text"
     BYTE = "byte"
@@ -47,10 +48,11 @@ class PieceType(IntEnum):
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A vocabulary in the terms of sentencepiece's BPE, which are those of GGUF's tokenizer "llama".
+    """A vocabulary in the terms of GGUF's tokenizers: "llama" is sentencepiece's BPE, "gpt2" byte-level BPE.
 
-    `pieces` spell a space as ▁, but for those that are user-defined. `add_bos`, `add_eos` and `add_space_prefix` say
-    what encoding adds to a text.
+    "llama": `pieces` spell a space as ▁, but for those that are user-defined, and have `scores`. "gpt2": `pieces` spell
+    bytes as GPT-2 does, two pieces that make a third stand in `merges` ("a b"), the first merge first, and `pre` names
+    what cuts a text into words. `add_bos`, `add_eos` and `add_space_prefix` say what encoding adds to a text.
     """
 
     pieces: Sequence[bytes]
@@ -65,6 +67,9 @@ class Vocabulary:
     add_space_prefix: bool = True
     notes: tuple[str, ...] = ()
     """In what the tokenizer that it was taken from is more than these terms can say, a sentence each."""
+    model: str = "llama"
+    merges: Sequence[bytes] = ()
+    pre: str | None = None
 
 
 class Tokenizer(ABC):
@@ -72,6 +77,9 @@ class Tokenizer(ABC):
 
     add_bos, add_eos = True, False
     """Whether the vocabulary wants BOS before a text, and EOS after it."""
+
+    invalid = "numballama.replace-bytes"
+    """How `decode` shows bytes that are no UTF-8, as Python names it: one U+FFFD a byte, as sentencepiece does."""
 
     def __init__(self, vocab_size: int, bos_id: int | None, eos_id: int | None, strip: Strip) -> None:
         self.vocab_size, self.bos_id, self.eos_id = vocab_size, bos_id, eos_id
@@ -85,19 +93,33 @@ class Tokenizer(ABC):
         and what stands between them is encoded as texts of their own. Raises `Error` when `text` holds a lone
         surrogate, which no Unicode text does.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            found = f"U+{ord(text[error.start]):04X} at character {error.start}"
-            raise Error(f"the text is not valid Unicode: a lone surrogate, {found}") from None
+        _require_unicode(text)
         ids = [self.bos_id] if bos and self.add_bos and self.bos_id is not None else []
-        for part in self._control_pattern.split(text) if special else [text]:
-            control = self._controls.get(part) if special else None
-            ids += [control] if control is not None else self._encode_text(part)
+        ids += self._encode_special(text) if special else self._encode_text(text)
         return [*ids, self.eos_id] if bos and self.add_eos and self.eos_id is not None else ids
 
+    def encode_guarded(self, text: str, guard: str) -> list[int]:
+        """Like `encode(text, bos=False, special=True)`, but a control token spelled with `guard` inside stays text.
+
+        `guard` is a character that `text` holds for this alone: none of it is left in what is encoded.
+        """
+        _require_unicode(text)
+        ids: list[int] = []
+        for part in self._control_pattern.split(text):
+            control = self._controls.get(part)
+            ids += [control] if control is not None else self._encode_text(part.replace(guard, ""))
+        return ids
+
+    @property
+    def special_tokens(self) -> Mapping[str, int]:
+        """Spelling → id of what `encode(…, special=True)` takes for a token and `special=False` for text."""
+        return self._controls
+
+    def prepare(self) -> None:  # noqa: B027  (most have nothing to do)
+        """Do now what the first text would wait for. Raises `FormatError` for damage that only then shows."""
+
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Ids → text, without the leading space that encoding adds; bytes that are no UTF-8 become U+FFFD each."""
+        """Ids → text, without the leading space that encoding adds; bytes that are no UTF-8 become U+FFFD."""
         decoder = self.decoder()
         return "".join([*map(decoder.push, ids), decoder.flush()])
 
@@ -124,6 +146,10 @@ class Tokenizer(ABC):
     def vocabulary(self) -> Vocabulary:
         """The vocabulary, to be written to a file. Raises `UnsupportedError` when these terms cannot express it."""
 
+    def _encode_special(self, text: str) -> list[int]:
+        """Ids of valid Unicode text in which control tokens are spelled out."""
+        return self.encode_guarded(text, "") if text else []
+
     def _check(self, token: SupportsIndex) -> int:
         checked = operator.index(token)  # NumPy's integers become Python's
         if not 0 <= checked < self.vocab_size:
@@ -138,7 +164,7 @@ class Tokenizer(ABC):
     @property
     @abstractmethod
     def _controls(self) -> dict[str, int]:
-        """Spelling → id of the control tokens."""
+        """Spelling → id of the control tokens, and of others that text must not become by itself."""
 
     @abstractmethod
     def _encode_text(self, text: str) -> list[int]:
@@ -157,7 +183,7 @@ class Decoder:
     def __init__(self, tokenizer: Tokenizer, strip: Strip) -> None:
         self._tokenizer = tokenizer
         self._strip = strip
-        self._utf8 = codecs.getincrementaldecoder("utf-8")(_REPLACE_BYTES)
+        self._utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer.invalid)
 
     def push(self, token: SupportsIndex) -> str:
         """The text that is complete with `token`: "" while a character's bytes are not all there."""
@@ -175,8 +201,16 @@ class Decoder:
         return self._utf8.decode(data, True)  # True: any token that is no byte ends a character cut short
 
     def flush(self) -> str:
-        """End the text: bytes held back, which no longer become a character, are given as U+FFFD each."""
+        """End the text: bytes held back, which no longer become a character, are given as U+FFFD."""
         return self._utf8.decode(b"", True)
+
+
+def _require_unicode(text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"U+{ord(text[error.start]):04X} at character {error.start}"
+        raise Error(f"the text is not valid Unicode: a lone surrogate, {found}") from None
 
 
 def _replace_bytes(error: UnicodeError) -> tuple[str, int]:
@@ -185,5 +219,4 @@ def _replace_bytes(error: UnicodeError) -> tuple[str, int]:
 
 
 # One U+FFFD a byte, as sentencepiece does; Python's own "replace" gives one for a whole truncated character.
-_REPLACE_BYTES = "numballama.replace-bytes"
-codecs.register_error(_REPLACE_BYTES, _replace_bytes)
+codecs.register_error(Tokenizer.invalid, _replace_bytes)

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 
-from ..errors import Error, FormatError, UnsupportedError
+from ..errors import Error, FormatError
 from ..files import MappedFile
 from ..gguf_header import Header
 from .base import BYTE_PIECE, MAX_VOCAB, SPACE, UNKNOWN_TEXT, Kind, PieceType, Strip, Tokenizer, Vocabulary
@@ -253,18 +253,12 @@ def read_llama2c(file: MappedFile) -> Llama2cTokenizer:
     return Llama2cTokenizer(pieces, scores)
 
 
-def from_gguf(header: Header) -> GgufTokenizer | None:
-    """The tokenizer in a GGUF file's metadata; None if it holds none.
+def scored_from_gguf(header: Header) -> GgufTokenizer:
+    """The tokenizer "llama" in a GGUF file's metadata.
 
     What the keys leave out is as in llama.cpp: ids 0, 1 and 2 are unknown, BOS and EOS; a text gets a BOS and a space
-    in front. Raises `FormatError` for damaged metadata, `UnsupportedError` for a tokenizer of another kind.
+    in front. Raises `FormatError` for damaged metadata.
     """
-    model = header.text("tokenizer.ggml.model")
-    if model in (None, "none", "no_vocab"):
-        return None
-    if model != "llama":
-        named = {"gpt2": "byte-level BPE", "bert": "WordPiece", "t5": "unigram"}.get(str(model), "unknown")
-        raise UnsupportedError(f"{header.path}: tokenizer {model!r} ({named}) is not read yet; supported is 'llama'")
 
     def fault(name: str, expected: str, found: object) -> FormatError:
         where = f"metadata key tokenizer.ggml.{name}"

@@ -1,0 +1,56 @@
+"""What a benchmark asks of an NVIDIA GPU: what it is, and what its memory gives."""
+
+from __future__ import annotations
+
+import statistics
+from typing import Any
+
+from .cuda import CudaBackend
+from .errors import DeviceError
+from .kernels_cuda.bandwidth import BLOCK_NUMBERS, copy
+from .lowlevel_cuda.driver import Device, Memory, Recording, Stopwatch, versions
+from .memory import human
+
+COPY_BYTES = 1 << 30
+"""Bytes of the array that is copied: more than any cache holds."""
+LEAST_COPY_BYTES = 1 << 28
+COPIES = 4
+"""Copies in one measurement, one behind the other."""
+
+
+def measure_bandwidth(backend: CudaBackend, repeats: int = 7) -> float:
+    """Bytes a second that a copy moves, read and written: the median of several measurements.
+
+    Raises `DeviceError` where the device has no memory left to copy in.
+    """
+    device, block = backend.device, 4 * BLOCK_NUMBERS
+    nbytes = min(COPY_BYTES, device.free_bytes * 2 // 5) // block * block
+    if nbytes < LEAST_COPY_BYTES:
+        raise DeviceError(
+            f"{device}: its bandwidth cannot be measured with {human(device.free_bytes)} of free memory; "
+            f"{human(3 * LEAST_COPY_BYTES)} are needed beside the model"
+        )
+    memory = Memory(device, 2 * nbytes, "two arrays to copy")
+    try:
+        device.fill(memory.address, 0x55, 2 * nbytes)
+        numbers = (nbytes // 4,)
+        (calls,) = backend.ready([copy(memory.array(0, numbers, "f32"), memory.array(nbytes, numbers, "f32"))])
+        copies, watch = Recording(device, calls * COPIES), Stopwatch(device)
+        watch.measure(copies.replay)
+        seconds = statistics.median(watch.measure(copies.replay) for _ in range(repeats))
+    finally:
+        device.synchronize()
+        memory.free()
+    return 2 * nbytes * COPIES / seconds
+
+
+def describe(device: Device) -> dict[str, Any]:
+    """What a figure was measured on."""
+    return {
+        "name": device.name,
+        "compute_capability": "{}.{}".format(*device.capability),
+        "multiprocessors": device.processors,
+        "memory_bytes": device.total_bytes,
+        "cache_bytes": device.cache_bytes,
+        **versions(),
+    }

@@ -1,0 +1,138 @@
+"""Hugging Face directories: `config.json` beside safetensors, one file or several with an index. RoPE is half-split."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ..checkpoint import Checkpoint, Weight
+from ..errors import FormatError, UnsupportedError
+from ..files import MappedFile, map_file
+from ..tokenizer import read_text_files
+from . import safetensors
+from .hf_config import config_of
+from .jsonfile import read_object
+
+CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+_TOP = {"tok_embeddings": "model.embed_tokens.weight", "norm": "model.norm.weight", "output": "lm_head.weight"}
+_LAYER = {
+    "attn_norm": "input_layernorm.weight",
+    "wq": "self_attn.q_proj.weight",
+    "wk": "self_attn.k_proj.weight",
+    "wv": "self_attn.v_proj.weight",
+    "wo": "self_attn.o_proj.weight",
+    "ffn_norm": "post_attention_layernorm.weight",
+    "w1": "mlp.gate_proj.weight",
+    "w2": "mlp.down_proj.weight",
+    "w3": "mlp.up_proj.weight",
+    "bq": "self_attn.q_proj.bias",
+    "bk": "self_attn.k_proj.bias",
+    "bv": "self_attn.v_proj.bias",
+    "bo": "self_attn.o_proj.bias",
+    "b1": "mlp.gate_proj.bias",
+    "b2": "mlp.down_proj.bias",
+    "b3": "mlp.up_proj.bias",
+    "q_norm": "self_attn.q_norm.weight",
+    "k_norm": "self_attn.k_norm.weight",
+}
+LAYER_NAMES: dict[str, dict[str, str]] = {}
+"""`model_type` → names of layers' weights that are others there than in `_LAYER`."""
+_WITHOUT_USE = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|lm_head\.weight")
+"""Tensors that older files carry and nobody needs; a classifier is needed only where it is not tied."""
+
+
+def tensor_name(name: str, kind: str = "llama") -> str:
+    """The name in a Hugging Face file of the weight that is `name` in `ModelConfig.weight_shapes`; `kind` is the
+    file's `model_type`."""
+    if name in _TOP:
+        return _TOP[name]
+    _, layer, short = name.split(".")
+    return f"model.layers.{layer}.{(_LAYER | LAYER_NAMES.get(kind, {}))[short]}"
+
+
+def is_directory_of(directory: Path) -> bool:
+    """Whether a directory looks like one of these: a config, or weights that want one."""
+    return (directory / CONFIG).exists() or any(directory.glob("*.safetensors"))
+
+
+def read(directory: Path, own_tokenizer: bool = True, only: MappedFile | None = None) -> Checkpoint:
+    """Open a directory, with its tokenizer unless `own_tokenizer` is False; `only` is the file that was asked for in
+    it, when it was a file.
+
+    Raises `FormatError` for damaged or missing files, `UnsupportedError` for configurations and tensor types that
+    this version does not compute. A tokenizer that cannot be read yet is left out, with a note.
+    """
+    if not (directory / CONFIG).exists():
+        raise FormatError("safetensors without their config", path=directory, expected=CONFIG, found="no such file")
+    keys = read_object(directory / CONFIG)
+    config, kind = config_of(keys), keys.text("model_type")
+    tensors = _tensors(directory, only)
+    weights: dict[str, Weight] = {}
+    for name, shape in config.weight_shapes().items():
+        if (found := tensors.pop(theirs := tensor_name(name, kind), None)) is None:
+            raise FormatError(
+                "a tensor is missing", path=directory, where=f"tensor {theirs}", expected=shape, found="none"
+            )
+        weights[name] = safetensors.view(*found, shape)
+    if extra := [name for name in tensors if not _WITHOUT_USE.fullmatch(name)]:
+        raise UnsupportedError(f"{directory}: tensor {extra[0][:100]} has no place in a {kind} model of this version")
+    text = read_text_files(directory, own_tokenizer)
+    return Checkpoint(
+        path=directory if only is None else only.path,
+        format=f"Hugging Face, {kind}",
+        config=config,
+        weights=weights,
+        tokenizer=text.tokenizer,
+        chat_template=text.chat_template,
+        stop_ids=text.stop_ids,
+        notes=list(text.notes),
+    )
+
+
+def _tensors(directory: Path, only: MappedFile | None) -> dict[str, tuple[MappedFile, safetensors.TensorInfo]]:
+    """Every tensor of a directory with the file it is in."""
+    index = directory / INDEX
+    names = sorted(path.name for path in directory.glob("*.safetensors"))
+    if index.exists() and (only is None or only.path.name in _shards(index).values()):
+        return _sharded(directory, _shards(index))
+    if only is None and SINGLE not in names and len(names) != 1:
+        raise FormatError(
+            "no weights that can be told to be the model's",
+            path=directory,
+            expected=f"{SINGLE}, {INDEX} or one file *.safetensors",
+            found=f"{len(names)} files",
+        )
+    file = only or map_file(directory / (SINGLE if SINGLE in names else names[0]))
+    return {name: (file, info) for name, info in safetensors.directory(file).items()}
+
+
+def _shards(index: Path) -> dict[str, str]:
+    """Tensor → file name. Raises `FormatError` for an index that leads anywhere but to files beside it."""
+    keys = read_object(index)
+    if (table := keys.inner("weight_map")) is None:
+        raise keys.fault("weight_map", "an object")
+    for name, file in table.values.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", file):
+            raise table.fault(name, "the name of a .safetensors file beside the index")
+    return table.values
+
+
+def _sharded(directory: Path, table: dict[str, str]) -> dict[str, tuple[MappedFile, safetensors.TensorInfo]]:
+    parts: dict[str, tuple[MappedFile, dict[str, safetensors.TensorInfo]]] = {}
+    for name in dict.fromkeys(table.values()):
+        if not (directory / name).exists():
+            raise FormatError("a part of the model is missing", path=directory, expected=name, found="no such file")
+        parts[name] = (file := map_file(directory / name)), safetensors.directory(file)
+    found = {}
+    for tensor, name in table.items():
+        file, infos = parts[name]
+        if tensor not in infos:
+            raise FormatError(
+                "a tensor is not in the file that the index names",
+                path=file.path,
+                where=f"tensor {tensor[:100]}",
+                expected="the tensor",
+                found=f"{len(infos)} others",
+            )
+        found[tensor] = file, infos[tensor]
+    return found

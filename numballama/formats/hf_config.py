@@ -1,0 +1,233 @@
+"""Hugging Face's `config.json` ↔ `ModelConfig`: the architectures that are a Llama with a part more or less.
+
+Defaults are those of the configuration classes of transformers, which older files leave out. What a file asks for and
+the graph does not compute ends in `UnsupportedError` naming key and value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from ..config import HALF_SPLIT, ModelConfig, RopeScaling
+from ..errors import Error, FormatError, UnsupportedError
+from .jsonfile import Keys
+from .layout import MAX_CONTEXT, MAX_LAYERS
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"context": 2048},
+    "mistral": {"context": 131072, "kv_heads": 8},
+    "qwen2": {"context": 32768, "kv_heads": 32},
+    "qwen3": {"context": 32768, "kv_heads": 32, "head_dim": 128},
+}
+"""Supported `model_type` → what transformers assumes for keys that are missing."""
+
+_NEUTRAL: dict[str, tuple[object, ...]] = {
+    "hidden_act": (None, "silu"),
+    "partial_rotary_factor": (None, 1, 1.0),
+    "quantization_config": (None,),
+    "num_local_experts": (None, 0, 1),
+    "num_experts": (None, 0, 1),
+    "is_encoder_decoder": (None, False),
+    "add_cross_attention": (None, False),
+}
+"""Keys of what is not computed → the values that ask for nothing."""
+
+
+def config_of(keys: Keys) -> ModelConfig:
+    """The `ModelConfig` of a `config.json`. Raises `FormatError` for one that cannot be, `UnsupportedError` for what
+    is not computed here.
+    """
+    kind = keys.text("model_type")
+    if kind not in READERS:
+        raise UnsupportedError(f"{keys.path}: model_type is {kind[:60]!r}; supported are {', '.join(READERS)}")
+    return READERS[kind](keys)
+
+
+def read_llama(keys: Keys, kind: str = "llama") -> ModelConfig:
+    """The config of a `kind` of model: a key of `DEFAULTS`, whose `model_type` may be another one's."""
+    _require_neutral(keys)
+    defaults = DEFAULTS[kind]
+    dim, n_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
+    n_layers = keys.integer("num_hidden_layers", most=MAX_LAYERS)
+    context = keys.integer("max_position_embeddings", defaults["context"], most=MAX_CONTEXT)
+    theta, scaling = _rope(keys, context)
+    attention_bias = kind != "mistral" and kind != "qwen2" and keys.flag("attention_bias", False)
+    n_kv_heads = keys.integer("num_key_value_heads", n_heads if _is_null(keys) else defaults.get("kv_heads", n_heads))
+    try:
+        return ModelConfig(
+            dim=dim,
+            hidden_dim=keys.integer("intermediate_size"),
+            n_layers=n_layers,
+            n_heads=n_heads,
+            n_kv_heads=n_kv_heads,
+            vocab_size=keys.integer("vocab_size"),
+            context=context,
+            head_dim=keys.integer("head_dim", defaults.get("head_dim", dim // n_heads or None)),
+            norm_eps=keys.number("rms_norm_eps", 1e-6),
+            rope_theta=theta,
+            rope_pairing=HALF_SPLIT,
+            tied_embeddings=keys.flag("tie_word_embeddings", False),
+            qkv_bias=kind == "qwen2" or attention_bias,
+            o_bias=attention_bias,
+            mlp_bias=kind == "llama" and keys.flag("mlp_bias", False),
+            qk_norm=kind == "qwen3",
+            window=_window(keys, kind, n_layers),
+            rope_scaling=scaling,
+        )
+    except (FormatError, UnsupportedError):
+        raise
+    except Error as error:
+        raise FormatError(f"a model that cannot be: {error}", path=keys.path) from None
+
+
+READERS: dict[str, Callable[[Keys], ModelConfig]] = {kind: partial(read_llama, kind=kind) for kind in DEFAULTS}
+"""`model_type` → what reads the rest of the file."""
+
+
+def _is_null(keys: Keys) -> bool:
+    """An explicit null means as many key/value heads as heads; a missing key the class's default."""
+    return "num_key_value_heads" in keys.values and keys.values["num_key_value_heads"] is None
+
+
+def _unsupported(keys: Keys, key: str, supported: str) -> UnsupportedError:
+    value = repr(keys.values.get(key))
+    value = value if len(value) <= 80 else f"{value[:77]}..."
+    return UnsupportedError(f"{keys.path}: {key} is {value}, which is not supported; {supported} is")
+
+
+def _require_neutral(keys: Keys) -> None:
+    for key, values in _NEUTRAL.items():
+        if keys.values.get(key) not in values:
+            raise _unsupported(keys, key, "none" if values[-1] is None else repr(values[-1]))
+
+
+def _rope(keys: Keys, context: int) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling): transformers 5 writes both into `rope_parameters`, earlier ones `rope_theta` beside
+    `rope_scaling`."""
+    name = "rope_scaling" if keys.values.get("rope_scaling") else "rope_parameters"
+    own = keys.inner(name)
+    theta = keys.number("rope_theta", 10000.0)
+    if own is None:
+        return theta, None
+    if any(isinstance(value, dict) for value in own.values.values()):
+        raise _unsupported(keys, name, "one set for all layers")
+    theta = own.number("rope_theta", theta)
+    if own.number("partial_rotary_factor", 1.0) != 1:
+        raise _unsupported(own, "partial_rotary_factor", "1.0")
+    kind = own.text("rope_type", own.text("type", "default"))
+    if kind == "default":
+        return theta, None
+    if kind not in ("linear", "dynamic", "llama3"):
+        raise UnsupportedError(
+            f"{keys.path}: rope_type of {name} is {kind[:60]!r}, which is not supported; supported are default, "
+            "linear, dynamic, llama3"
+        )
+    more: dict[str, Any] = {}
+    if kind == "llama3":
+        more = {name: own.number(name) for name in ("low_freq_factor", "high_freq_factor")}
+        original = keys.integer("original_max_position_embeddings", context)
+        more["original_context"] = own.integer("original_max_position_embeddings", original)
+    try:
+        return theta, RopeScaling(kind, own.number("factor"), **more)
+    except FormatError:
+        raise
+    except Error as error:
+        raise FormatError(f"bad {name}: {error}", path=keys.path) from None
+
+
+def _window(keys: Keys, kind: str, n_layers: int) -> int:
+    """The sliding window of all layers. Raises `UnsupportedError` where only some have one."""
+    if kind == "llama":
+        return 0
+    null = "sliding_window" in keys.values and keys.values["sliding_window"] is None
+    window = 0 if null else keys.integer("sliding_window", 4096)
+    if kind == "mistral":
+        sliding = [window > 0] * n_layers
+    else:
+        window = window if keys.flag("use_sliding_window", False) else 0
+        first = keys.integer("max_window_layers", 28, least=0)
+        sliding = [window > 0 and layer >= first for layer in range(n_layers)]
+    layers = keys.values.get("layer_types")
+    if layers is not None and kind != "mistral":  # transformers ignores them there
+        if not isinstance(layers, list) or len(layers) != n_layers:
+            raise keys.fault("layer_types", f"a list of {n_layers}")
+        if unknown := [layer for layer in layers if layer not in ("full_attention", "sliding_attention")]:
+            raise UnsupportedError(f"{keys.path}: layer_types has {str(unknown[0])[:60]!r}, which is not supported")
+        sliding = [layer == "sliding_attention" and window > 0 for layer in layers]
+    if any(sliding) and not all(sliding):
+        raise UnsupportedError(
+            f"{keys.path}: {'layer_types' if layers is not None else 'max_window_layers'} gives {sum(sliding)} of "
+            f"{n_layers} layers a sliding window of {window:,}, which is not supported; one for all layers is"
+        )
+    return window if all(sliding) else 0
+
+
+def config_json(config: ModelConfig, dtype: str, ids: dict[str, Any]) -> dict[str, Any]:
+    """What `config.json` says of a model whose weights are stored as `dtype`; `ids` are bos_token_id and the like.
+
+    Raises `UnsupportedError` when none of the architectures computes what `config` says.
+    """
+    kind, name = _kind(config)
+    scaling = config.rope_scaling
+    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    if scaling is not None:
+        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling is not None and scaling.kind == "llama3":
+        rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+        rope["original_max_position_embeddings"] = scaling.original_context
+    found: dict[str, Any] = {
+        "architectures": [name],
+        "model_type": kind,
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.dim,
+        "intermediate_size": config.hidden_dim,
+        "num_hidden_layers": config.n_layers,
+        "num_attention_heads": config.n_heads,
+        "num_key_value_heads": config.n_kv_heads,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.context,
+        "rms_norm_eps": config.norm_eps,
+        "tie_word_embeddings": config.tied_embeddings,
+        "rope_parameters": rope,
+        "rope_theta": config.rope_theta,  # where transformers before 5 looks
+        "dtype": dtype,
+        "torch_dtype": dtype,
+        **ids,
+    }
+    if scaling is not None:
+        found["rope_scaling"] = rope
+    if kind == "llama":
+        found |= {"attention_bias": config.qkv_bias, "mlp_bias": config.mlp_bias}
+    if kind == "qwen3":
+        found["attention_bias"] = config.qkv_bias
+    if kind == "mistral":
+        found["sliding_window"] = config.window
+    if kind in ("qwen2", "qwen3"):
+        sliding = {"use_sliding_window": True, "sliding_window": config.window, "max_window_layers": 0}
+        found |= sliding if config.window else {"use_sliding_window": False}
+    return found
+
+
+def _kind(config: ModelConfig) -> tuple[str, str]:
+    """(model_type, class) of the architecture that computes what `config` says. Raises `UnsupportedError` for none."""
+    scaling = config.rope_scaling
+    if type(config) is not ModelConfig:
+        raise UnsupportedError(f"writing a Hugging Face directory of a {type(config).__name__} is not supported")
+    if scaling is not None and scaling.kind == "factors":
+        raise UnsupportedError("Hugging Face's config.json cannot express RoPE factors of one pair each")
+    wants = (config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm, config.window > 0)
+    match wants:
+        case (False, False, _, False, False) | (True, True, _, False, False):
+            return "llama", "LlamaForCausalLM"
+        case (False, False, False, False, True):
+            return "mistral", "MistralForCausalLM"
+        case (True, False, False, False, _):
+            return "qwen2", "Qwen2ForCausalLM"
+        case (False, False, False, True, _) | (True, True, False, True, _):
+            return "qwen3", "Qwen3ForCausalLM"
+    names = ("q/k/v biases", "an output bias", "feed-forward biases", "q/k norms", "a sliding window")
+    found = ", ".join(name for name, there in zip(names, wants, strict=True) if there)
+    raise UnsupportedError(f"no architecture of {', '.join(DEFAULTS)} has exactly {found}")

@@ -1,0 +1,77 @@
+"""Writing a Hugging Face directory: `config.json`, `generation_config.json`, `model.safetensors` and what files of a
+tokenizer there are.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..checkpoint import Weight
+from ..config import F32, HALF_SPLIT, ModelConfig
+from ..errors import Error, UnsupportedError
+from ..files import replacing_directory
+from ..quant import convert
+from . import safetensors
+from .hf import CONFIG, SINGLE, tensor_name
+from .hf_config import config_json
+from .pairing import row_order
+
+_DTYPES = {kind.name: name for name, (kind, _) in safetensors.WEIGHT_TYPES.items()}
+_TORCH = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
+
+
+def write_safetensors(
+    path: str | PathLike[str],
+    config: ModelConfig,
+    weights: Mapping[str, Weight],
+    bos_id: int | None = None,
+    eos_ids: Sequence[int] = (),
+    files: Sequence[Path] = (),
+) -> list[str]:
+    """Write a directory that transformers loads, whole or not at all; `path` must not exist, or be an empty directory.
+    Returns notes on what the format cannot hold.
+
+    Matrices are written in the type they have, f32, f16 or bf16, norms and biases as f32, rows of q and k in the
+    half-split order that the format implies. `files` are copied into the directory. Raises `UnsupportedError` for
+    other weight types or a config that no architecture there has, `Error` when weights and config do not belong
+    together or the directory cannot be written.
+    """
+    expected = config.weight_shapes()
+    if wrong := expected.keys() ^ weights.keys():
+        raise Error(f"weights and config do not belong together: {', '.join(sorted(wrong))} in one but not the other")
+    for name, shape in expected.items():
+        if weights[name].shape != shape:
+            raise Error(f"weight {name} has shape {weights[name].shape}, its config says {shape}")
+        if weights[name].type.name not in _DTYPES:
+            raise UnsupportedError(
+                f"safetensors cannot hold {name} as {weights[name].type}; convert it to {', '.join(_DTYPES)}"
+            )
+    kinds = [weights[name].type.name for name, shape in expected.items() if len(shape) == 2]
+    ids: dict[str, Any] = {"bos_token_id": bos_id, "eos_token_id": (list(eos_ids) if len(eos_ids) > 1 else None)}
+    if len(eos_ids) == 1:
+        ids["eos_token_id"] = eos_ids[0]
+    settings = config_json(config, _TORCH[max(set(kinds), key=kinds.count)], ids)
+    tensors = [
+        (tensor_name(name), _DTYPES[weights[name].type.name if len(shape) == 2 else F32.name], shape)
+        for name, shape in expected.items()
+    ]
+    with replacing_directory(path) as directory:
+        (directory / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        generation = json.dumps({key: value for key, value in ids.items() if value is not None}, indent=2)
+        (directory / "generation_config.json").write_text(generation + "\n", encoding="utf-8")
+        for file in files:
+            shutil.copyfile(file, directory / file.name)
+        with open(directory / SINGLE, "xb") as out:
+            out.write(safetensors.header(tensors, {"format": "pt"}))
+            for name, shape in expected.items():
+                data = weights[name].data if len(shape) == 2 else convert(weights[name], F32).data
+                order = row_order(config, name, HALF_SPLIT)
+                out.write(np.ascontiguousarray(data if order is None else data[order]).data)
+    return []

@@ -1,0 +1,107 @@
+"""JSON from a file that nobody vouches for: one object, bounded in size, every key once; values asked for by type."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ..errors import FormatError
+from ..files import MappedFile, map_file
+
+MAX_JSON = 3 << 20
+"""Bytes. Parsed, the worst JSON takes 25 times its size; the directory of a model of 1,000 layers takes 1.3 MB."""
+
+
+def read_object(path: Path) -> Keys:
+    """The object that the file holds. Raises `FormatError` when it holds something else, `Error` without a file."""
+    return parse_object(file := map_file(path), 0, file.size, path.name)
+
+
+def parse_object(file: MappedFile, begin: int, end: int, what: str) -> Keys:
+    """The object in bytes [begin, end) of a file, called `what` in errors. Raises `FormatError` when it is none."""
+    if end - begin > MAX_JSON:
+        raise FormatError(
+            f"{what} is too long",
+            path=file.path,
+            where=begin,
+            expected=f"at most {MAX_JSON:,} bytes",
+            found=end - begin,
+        )
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key is there twice")
+        return found
+
+    try:
+        value = json.loads(file.data[begin:end].decode("utf-8"), object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, a number of 5,000 digits
+        raise FormatError(f"{what} is not JSON: {error}", path=file.path, where=begin) from None
+    if not isinstance(value, dict):
+        raise FormatError(f"{what} is not an object", path=file.path, where=begin, expected="{…}", found=_short(value))
+    return Keys(value, file.path, what)
+
+
+class Keys:
+    """The keys of a JSON object. Getters give the default for a key that is missing or null, and raise `FormatError`
+    naming the key for a value of another type or out of range.
+    """
+
+    def __init__(self, values: dict[str, Any], path: Path, what: str) -> None:
+        self.values, self.path, self.what = values, path, what
+
+    def fault(self, key: str, expected: str) -> FormatError:
+        """What to raise for the value of a key."""
+        found = _short(self.values[key]) if key in self.values else "no such key"
+        return FormatError(f"bad {self.what}", path=self.path, where=f"key {key}", expected=expected, found=found)
+
+    def integer(self, key: str, default: int | None = None, least: int = 1, most: int = 1 << 31) -> int:
+        value = self._get(key, default, "a whole number")
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+            raise self.fault(key, f"a whole number from {least:,} to {most:,}")
+        return value
+
+    def number(self, key: str, default: float | None = None) -> float:
+        value = self._get(key, default, "a number")
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not -1e30 < value < 1e30:
+            raise self.fault(key, "a number")
+        return float(value)
+
+    def flag(self, key: str, default: bool) -> bool:
+        value = self._get(key, default, "true or false")
+        if not isinstance(value, bool):
+            raise self.fault(key, "true or false")
+        return value
+
+    def text(self, key: str, default: str | None = None) -> str:
+        value = self._get(key, default, "a string")
+        if not isinstance(value, str):
+            raise self.fault(key, "a string")
+        return value
+
+    def inner(self, key: str) -> Keys | None:
+        """The object under a key; None when there is none."""
+        value = self.values.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, dict):
+            raise self.fault(key, "an object")
+        return Keys(value, self.path, f"{self.what}, {key}")
+
+    def _get(self, key: str, default: Any, expected: str) -> Any:
+        value = self.values.get(key)
+        if value is None and (value := default) is None:
+            raise self.fault(key, expected)
+        return value
+
+
+def _short(value: object) -> str:
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, int) and abs(value) > 1 << 64:  # Python refuses to print the longest
+        return "a number beyond 64 bits"
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,0 +1,426 @@
+"""What prompts run on a GPU, linear layers and attention of many tokens, checked operator by operator on some machine:
+`Emulated` runs the PTX by NumPy, `Real` the machine code on a GPU.
+
+    python cuda_gemm_cases.py 9.0            # all cases emulated, for one compute capability (a process has only one)
+    python cuda_gemm_cases.py                # all on the GPU
+
+The bound on errors is that of rounding the operands to 16 bits (`within`), and of float32 sums; nothing in it is tuned.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from ptx_emulator import Memory, Program, from_16, round_16, run
+from support import U, as_weight
+
+from numballama import quant, registry
+from numballama.config import F32
+
+ROUNDING = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8, "int8": 2.0**-10, "q8_0": 2.0**-10, "q4_0": 2.0**-10}
+"""Relative error of a product of an activation and a weight, both rounded to the type that tensor cores take: float16 and
+bfloat16 weights are exact, quantised ones become float16 (2^-11 each).
+"""
+UNTOUCHED = np.float32(-77.5)
+"""What results hold before, in any type: rows of tokens that are not part of a run must keep it."""
+
+
+def within(x: np.ndarray, weight: np.ndarray, kind: str) -> np.ndarray:
+    """How far x · weightᵀ may be off, number by number: [T, K] and [N, K] give [T, N].
+
+    Rounding is relative down to the smallest normal float16; below it is 2^-25, of x after its row was brought to 2^14.
+    """
+    x, weight = np.abs(x.astype(np.float64)), np.abs(weight.astype(np.float64))
+    n = x.shape[1]
+    error = (ROUNDING[kind] * (1 + 2.0**-10) + (n + 8) * U) * (x @ weight.T)
+    if kind not in ("f32", "bf16"):
+        error += 2.0**-38 * x.max(axis=1, keepdims=True) * weight.sum(axis=1)
+    if kind in ("int8", "q8_0", "q4_0"):
+        error += 2.0**-25 * x.sum(axis=1, keepdims=True)
+    return error + 1e-37
+
+
+class Emulated:
+    """Launches by NumPy."""
+
+    programs: dict[Any, Program] = {}  # noqa: RUF012
+
+    def __init__(self, capability: tuple[int, int], tokens: int) -> None:
+        from numballama.lowlevel_cuda.launch import Gpu
+
+        self.capability, self.memory = capability, Memory(1 << 25)
+        limit = {(7, 5): 64 << 10, (8, 0): 163 << 10}.get(capability, 227 << 10)
+        self.gpu = Gpu(132, limit, self.put(np.array([tokens], np.int32), "i32"), self.zeros)
+        self.executed: dict[str, int] = {}
+
+    def zeros(self, count: int) -> Any:
+        return self.put(np.zeros(count, np.int32), "i32")
+
+    def put(self, array: np.ndarray, dtype: str) -> Any:
+        from numballama.lowlevel_cuda.launch import Array
+
+        return Array(self.memory.put(array), array.shape, dtype)
+
+    def get(self, array: Any, dtype: Any) -> np.ndarray:
+        return self.memory.get(array.address, array.shape, dtype)
+
+    def execute(self, launches: Sequence[Any]) -> None:
+        from numballama.lowlevel_cuda import driver
+        from numballama.lowlevel_cuda.launch import Array
+
+        for launch in launches:
+            key = launch.kernel.py_func, launch.kinds, launch.threads
+            if key not in self.programs:
+                ptx = driver.to_ptx(launch.kernel, launch.kinds, self.capability, launch.threads)
+                code = driver.assemble(ptx, self.capability)
+                if launch.kernel.py_func.__module__.endswith(("gemm", "prefill_attention")):
+                    left = code.stack_bytes, code.local_bytes
+                    assert left == (0, 0), f"{launch.kernel.py_func.__name__}: bytes of stack and local memory {left}"
+                self.programs[key] = Program(ptx)
+            arguments = [a.address if isinstance(a, Array) else a for a in launch.arguments]
+            counts = run(self.programs[key], self.memory, launch.grid, launch.threads, arguments, launch.shared_bytes)
+            self.executed = {k: self.executed.get(k, 0) + counts.get(k, 0) for k in self.executed | counts}
+
+
+class Real:
+    """Launches on a GPU."""
+
+    functions: dict[Any, Any] = {}  # noqa: RUF012
+
+    def __init__(self, device: Any, tokens: int) -> None:
+        from numballama.lowlevel_cuda.launch import Gpu
+
+        self.device, self._owned = device, []  # type: ignore[var-annotated]
+        self.gpu = Gpu(
+            device.processors, device.shared_limit, self.put(np.array([tokens], np.int32), "i32"), self.zeros
+        )
+        self.executed: dict[str, int] = {}
+
+    def zeros(self, count: int) -> Any:
+        return self.put(np.zeros(count, np.int32), "i32")
+
+    def put(self, array: np.ndarray, dtype: str) -> Any:
+        from numballama.lowlevel_cuda.driver import Memory as DeviceMemory
+        from numballama.lowlevel_cuda.launch import Array
+
+        array = np.ascontiguousarray(array)
+        memory = DeviceMemory(self.device, array.nbytes, "a test")
+        self._owned.append(memory)
+        self.device.write(memory.address, array.ctypes.data, array.nbytes)
+        self.device.synchronize()
+        return Array(memory.address, array.shape, dtype)
+
+    def get(self, array: Any, dtype: Any) -> np.ndarray:
+        out = np.empty(array.shape, dtype)
+        self.device.read(array.address, out)
+        return out
+
+    def calls(self, launches: Sequence[Any]) -> list[Any]:
+        from numballama.lowlevel_cuda import driver
+
+        made = []
+        for launch in launches:
+            key = launch.kernel.py_func, launch.kinds, launch.threads
+            if key not in self.functions:
+                code = driver.compile_kernel(launch.kernel, launch.kinds, self.device.capability, launch.threads, None)
+                self.functions[key] = driver.Function(self.device, code)
+            made.append(driver.Call(self.device, self.functions[key], launch))
+        return made
+
+    def execute(self, launches: Sequence[Any]) -> None:
+        for call in self.calls(launches):
+            call()
+        self.device.synchronize()
+
+
+def upload(machine: Any, values: np.ndarray, kind: str, group: int = 32) -> tuple[Any, np.ndarray]:
+    """A weight on the machine, as the backend lays it out, and the numbers it stands for."""
+    from numballama.cuda import _layout
+
+    weight = as_weight(values.astype(np.float32), kind, group if kind == "int8" else 0)
+    layout = _layout(weight)
+    raw = np.zeros(layout.nbytes, np.uint8)
+    for at, part in layout.parts():
+        raw[at : at + part.size] = part.reshape(-1)
+    exact = quant.convert(weight, F32).data.reshape(values.shape)
+    return layout.operand(machine.put(raw, "u8x").address), exact
+
+
+def launches_of(machine: Any, op: str, types: Sequence[str], operands: Sequence[Any], outputs: Sequence[Any],
+                **attrs: Any) -> list[Any]:  # fmt: skip
+    """What the registry's function for an op launches; scratch is NaN before."""
+    found = registry.find(op, "cuda", types)
+    shapes = [operand.shape for operand in operands]
+    arguments = [*operands, *outputs]
+    for name in found.parameters[1 + len(arguments) :]:
+        if name in found.scratch:
+            shape = found.scratch[name](*shapes, workers=machine.gpu.processors)
+            arguments.append(machine.put(np.full(shape, np.nan, np.float32), "f32"))
+        else:
+            arguments.append(attrs[name])
+    launches: list[Any] = found.function(machine.gpu, *arguments)
+    return launches
+
+
+def compare(what: str, got: np.ndarray, want: np.ndarray, error: np.ndarray, tokens: int) -> float:
+    """The largest error as a fraction of what is allowed. Raises `AssertionError` above 1, and for rows beyond the run."""
+    assert (got[tokens:] == UNTOUCHED).all(), f"{what}: rows of tokens beyond the run were written"
+    assert np.isfinite(got[:tokens]).all(), f"{what}: not finite"
+    ratio = np.abs(got[:tokens] - want[:tokens]) / (error[:tokens] + U * np.abs(want[:tokens]))
+    worst = float(ratio.max())
+    assert worst <= 1, f"{what}: error is {worst:.3g} of the allowed one at {np.unravel_index(ratio.argmax(), ratio.shape)}"
+    return worst
+
+
+def numbers(rng: np.random.Generator, tokens: int, columns: int) -> np.ndarray:
+    """Activations whose rows have very different sizes."""
+    x = rng.standard_normal((tokens, columns)) * 10.0 ** rng.uniform(-1, 1, (tokens, 1))
+    for row, size in ((1, 1e30), (3, 1e-30), (5, 0.0)):
+        if row < tokens:
+            x[row] *= size
+    return x.astype(np.float32)
+
+
+def normalised(x: np.ndarray, norm: np.ndarray, eps: float) -> np.ndarray:
+    x = x.astype(np.float64)
+    return x / np.sqrt((x * x).mean(axis=1, keepdims=True) + eps) * norm
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(np.clip(-x, -700, 700)))
+
+
+EPS = 1e-5
+
+
+def linear(machine: Any, kind: str, T: int, K: int, N: int, tokens: int, residual: bool, normed: bool, group: int = 32,
+           seed: int = 0) -> float:  # fmt: skip
+    """linear, linear_add or norm_linear."""
+    rng = np.random.default_rng(seed)
+    x, norm = numbers(rng, T, K), (1 + 0.3 * rng.standard_normal(K)).astype(np.float32)
+    if normed:
+        x[1] = x[0]  # squares of 1e30 would be infinite
+    matrix, w = upload(machine, rng.standard_normal((N, K)) * K**-0.5, kind, group)
+    old = rng.standard_normal((T, N)).astype(np.float32)
+    out = machine.put(np.full((T, N), UNTOUCHED), "f32")
+    operands, types, op = [machine.put(x, "f32")], ["f32"], "linear"
+    exact = x.astype(np.float64)
+    if normed:
+        operands, types, op = [*operands, machine.put(norm, "f32")], ["f32", "f32"], "norm_linear"
+        exact = normalised(x, norm, EPS)
+    operands, types = [*operands, matrix], [*types, kind]
+    want, error = exact @ w.T.astype(np.float64), within(exact, w, kind if matrix.payload.dtype != "f32" else "f32")
+    if normed:
+        error += (K + 16) * U * (np.abs(exact) @ np.abs(w.T.astype(np.float64)))
+    if residual:
+        operands, types, op = [*operands, machine.put(old, "f32")], [*types, "f32"], "linear_add"
+        want, error = want + old, error + U * np.abs(old)
+    machine.execute(launches_of(machine, op, types, operands, [out], eps=EPS))
+    return compare(f"{op} {kind}", machine.get(out, np.float32), want, error, tokens)
+
+
+def gate_up(machine: Any, kind: str, T: int, K: int, N: int, tokens: int, normed: bool, group: int = 32) -> float:
+    rng = np.random.default_rng(1)
+    x, norm = rng.standard_normal((T, K)).astype(np.float32), (1 + 0.3 * rng.standard_normal(K)).astype(np.float32)
+    (m1, w1), (m3, w3) = (upload(machine, rng.standard_normal((N, K)) * 2 * K**-0.5, kind, group) for _ in range(2))
+    out = machine.put(np.full((T, N), UNTOUCHED), "f32")
+    exact = normalised(x, norm, EPS) if normed else x.astype(np.float64)
+    gate, up = exact @ w1.T, exact @ w3.T
+    e1, e3 = (within(exact, w, kind) + (K + 16) * U * (np.abs(exact) @ np.abs(w.T)) for w in (w1, w3))
+    want = silu(gate) * up
+    # |d silu| <= 1.0999; the power of two is exact to two units, of an exponent that was rounded
+    error = 1.1 * e1 * (np.abs(up) + e3) + np.abs(gate) * e3 + (16 + 2 * np.abs(gate)) * U * np.abs(want) + 1e-37
+    given, types = ([machine.put(norm, "f32")], ["f32"]) if normed else ([], [])
+    machine.execute(launches_of(
+        machine, "norm_gate_up" if normed else "gate_up", ["f32", *types, kind, kind],
+        [machine.put(x, "f32"), *given, m1, m3], [out], eps=EPS,
+    ))  # fmt: skip
+    return compare(f"gate_up {kind}", machine.get(out, np.float32), want, error, tokens)
+
+
+def qkv_rope(machine: Any, kind: str, T: int, K: int, heads: tuple[int, int], head_dim: int, interleaved: int,
+             cache: str, tokens: int) -> float:  # fmt: skip
+    rng = np.random.default_rng(2)
+    x, norm = rng.standard_normal((T, K)).astype(np.float32), (1 + 0.3 * rng.standard_normal(K)).astype(np.float32)
+    rows = [heads[0] * head_dim, heads[1] * head_dim, heads[1] * head_dim]
+    weights = [upload(machine, rng.standard_normal((n, K)) * K**-0.5, kind) for n in rows]
+    context, half = T + 7, head_dim // 2
+    angle = rng.uniform(0, 6, (T, half))
+    angles = np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+    positions, sequences = rng.permutation(context)[:T].astype(np.int32), rng.integers(0, 2, T).astype(np.int32)
+    shape = (2, heads[1], context, head_dim)
+    empty = np.full(shape, UNTOUCHED)
+    stored = empty if cache == "f32" else round_16(empty, cache)
+    q = machine.put(np.full((T, rows[0]), UNTOUCHED), "f32")
+    caches = [machine.put(stored, cache) for _ in range(2)]
+    types = ["f32", "f32", kind, kind, kind, "f32", cache, "i32", "i32", cache]
+    operands = [
+        machine.put(x, "f32"), machine.put(norm, "f32"), *(m for m, _ in weights), machine.put(angles, "f32"), caches[0],
+        machine.put(positions, "i32"), machine.put(sequences, "i32"), caches[1],
+    ]  # fmt: skip
+    machine.execute(launches_of(
+        machine, "norm_qkv_rope", types, operands, [q], eps=EPS, head_dim=head_dim, interleaved=interleaved
+    ))  # fmt: skip
+    exact, worst = normalised(x, norm, EPS), 0.0
+    for which, (_, w) in enumerate(weights):
+        value = exact @ w.T.astype(np.float64)
+        error = within(exact, w, kind) + (K + 16) * U * (np.abs(exact) @ np.abs(w.T.astype(np.float64)))
+        if which < 2:
+            split = (T, -1, half, 2) if interleaved else (T, -1, 2, half)
+            a, b = np.moveaxis(value.reshape(split), 3 if interleaved else 2, 0)
+            both = np.sum(np.abs(value.reshape(split)), axis=3 if interleaved else 2)
+            both_errors = np.sum(error.reshape(split), axis=3 if interleaved else 2)
+            cos, sin = angles[:, None, :half].astype(np.float64), angles[:, None, half:].astype(np.float64)
+            turned = [a * cos - b * sin, a * sin + b * cos]
+            value = np.stack(turned, axis=3 if interleaved else 2).reshape(value.shape)
+            error = np.stack([both_errors + 4 * U * both] * 2, axis=3 if interleaved else 2).reshape(value.shape)
+        if which == 0:
+            worst = max(worst, compare(f"q {kind}", machine.get(q, np.float32), value, error, tokens))
+            continue
+        got = machine.get(caches[which - 1], stored.dtype)
+        got = got.astype(np.float64) if cache == "f32" else from_16(got, cache)
+        if cache != "f32":
+            error = error + ROUNDING[cache] * (np.abs(value) + error) + 2.0**-25
+        written = np.zeros(got.shape, bool)
+        lines = np.empty((tokens, rows[1]))
+        for t in range(tokens):
+            written[sequences[t], :, positions[t]] = True
+            lines[t] = got[sequences[t], :, positions[t]].reshape(-1)
+        assert (got[~written] == UNTOUCHED).all(), "places of the cache that belong to no token of the run were written"
+        worst = max(worst, compare(f"{'kv'[which - 1]} {kind}", lines, value[:tokens], error[:tokens], tokens))
+    return worst
+
+
+def attention(machine: Any, cache: str, T: int, heads: tuple[int, int], head_dim: int, context: int,
+              positions: Sequence[int], sequences: Sequence[int], tokens: int) -> float:  # fmt: skip
+    """Keys and values that no token may see are NaN."""
+    rng = np.random.default_rng(3)
+    together = heads[0] // heads[1]
+    q = rng.standard_normal((T, heads[0] * head_dim)).astype(np.float32)
+    bits = [round_16(rng.standard_normal((2, heads[1], context, head_dim)).astype(np.float32), cache) for _ in "kv"]
+    keys, values = (from_16(part, cache) for part in bits)
+    where, whose = np.array(positions, np.int32), np.array(sequences, np.int32)
+    for s in range(2):
+        seen = max((p for p, o in zip(positions[:tokens], sequences[:tokens], strict=True) if o == s), default=-1) + 1
+        for part in bits:
+            part[s, :, seen:] = 0xFFFF
+    out = machine.put(np.full((T, heads[0] * head_dim), UNTOUCHED), "f32")
+    types = ["f32", cache, "i32", "i32", cache]
+    operands = [machine.put(q, "f32"), machine.put(bits[0], cache), machine.put(where, "i32"),
+                machine.put(whose, "i32"), machine.put(bits[1], cache)]  # fmt: skip
+    machine.execute(launches_of(machine, "attention", types, operands, [out], window=0))
+    want, error = np.zeros((T, heads[0], head_dim)), np.zeros((T, heads[0], head_dim))
+    for t in range(tokens):
+        for h in range(heads[0]):
+            k = keys[whose[t], h // together, : where[t] + 1]
+            v = values[whose[t], h // together, : where[t] + 1]
+            query = q[t, h * head_dim : (h + 1) * head_dim].astype(np.float64) / head_dim**0.5
+            score = k @ query
+            weight = np.exp(score - score.max())
+            weight /= weight.sum()
+            # queries are rounded, then weights; a weight's error is its score's, and the sum's
+            off = (ROUNDING[cache] + (head_dim + 16) * U) * (np.abs(k) @ np.abs(query))
+            shift = np.expm1(2 * off.max())
+            want[t, h] = weight @ v
+            error[t, h] = (shift + ROUNDING[cache] + (len(k) + 16) * U) * (1 + shift) * (weight @ np.abs(v)) + 2.0**-24
+    shape = (T, -1)
+    return compare(f"attention {cache}", machine.get(out, np.float32), want.reshape(shape), error.reshape(shape), tokens)
+
+
+def broken(machine: Any, kind: str) -> float:
+    """A NaN or an infinity shows in its own row of the result, and in no other."""
+    T, K, N = 12, 64, 16
+    rng = np.random.default_rng(4)
+    x = rng.standard_normal((T, K)).astype(np.float32)
+    x[2, 5], x[7, 0] = np.nan, np.inf
+    matrix, _ = upload(machine, rng.standard_normal((N, K)), kind)
+    out = machine.put(np.full((T, N), UNTOUCHED), "f32")
+    machine.execute(launches_of(machine, "linear", ["f32", kind], [machine.put(x, "f32"), matrix], [out]))
+    got = machine.get(out, np.float32)
+    bad = ~np.isfinite(got)
+    assert bad[[2, 7]].all() and not np.delete(bad, [2, 7], axis=0).any(), "a broken row shows elsewhere"
+    return 0.0
+
+
+Case = tuple[str, int, Callable[[Any], float]]
+
+
+def cases() -> list[Case]:
+    """(name, tokens of the run, check)."""
+    made: list[Case] = []
+
+    def add(name: str, tokens: int, check: Callable[..., float], *arguments: Any, **named: Any) -> None:
+        made.append((name, tokens, lambda machine: check(machine, *arguments, tokens=tokens, **named)))
+
+    for kind in ("f16", "bf16", "f32", "q8_0", "q4_0", "int8"):
+        add(f"linear {kind}", 18, linear, kind, 20, 96, 136, residual=False, normed=False)
+        add(f"norm_linear {kind}", 12, linear, kind, 12, 64, 40, residual=False, normed=True)
+        add(f"gate_up {kind}", 9, gate_up, kind, 10, 128, 72, normed=True)
+    add("linear f16, more tiles of tokens, residual", 131, linear, "f16", 140, 72, 20, residual=True, normed=False)
+    add("linear bf16, more steps than stages", 30, linear, "bf16", 30, 712, 132, residual=True, normed=False)
+    add("linear f16, odd sizes", 11, linear, "f16", 11, 37, 10, residual=True, normed=False)
+    add("linear f32, odd sizes", 70, linear, "f32", 75, 37, 131, residual=True, normed=False)
+    add("linear int8, groups that no kernel wants", 9, linear, "int8", 12, 36, 20, residual=False, normed=True, group=12)
+    add("linear, a run of few tokens", 2, linear, "f16", 300, 64, 130, residual=False, normed=False)
+    add("gate_up f16, odd sizes", 10, gate_up, "f16", 10, 40, 67, normed=False)
+    for kind, heads, head_dim, interleaved, cache in (
+        ("f16", (4, 2), 64, 0, "f16"), ("bf16", (3, 1), 48, 1, "bf16"), ("q8_0", (2, 2), 96, 0, "f16"),
+        ("f16", (2, 1), 128, 1, "f32"), ("f32", (2, 1), 32, 0, "f16"), ("f16", (1, 1), 160, 0, "f16"),
+    ):  # fmt: skip
+        add(f"qkv {kind}, heads of {head_dim}", 21, qkv_rope, kind, 23, 64, heads, head_dim, interleaved, cache)
+    once, two = [0] * 70, [0] * 40 + [1] * 30
+    for cache in ("f16", "bf16"):
+        add(f"attention {cache}, 64", 66, attention, cache, 70, (4, 2), 64, 140, list(range(50, 120)), once)
+        add(f"attention {cache}, 128", 70, attention, cache, 70, (2, 1), 128, 140, list(range(60, 100)) + list(range(30)), two)  # noqa: E501
+    add("attention, heads of 80", 69, attention, "f16", 70, (2, 2), 80, 140, list(range(70)), once)
+    add("attention, heads of 8, any order", 10, attention, "f16", 12, (2, 1), 8, 40, [3, 1, 2, 0, 9, 8, 7, 6, 5, 4, 0, 0],
+        [0] * 5 + [1] * 2 + [0] * 5)  # fmt: skip
+    for kind in ("f16", "bf16", "f32"):
+        made.append((f"broken numbers, {kind}", 12, lambda machine, kind=kind: broken(machine, kind)))  # type: ignore[misc]
+    return made
+
+
+def in_pieces(machine: Any) -> float:
+    """Quantised weights that are expanded a part at a time."""
+    from numballama.kernels_cuda import gemm
+
+    before, gemm.MOST_EXPANDED = gemm.MOST_EXPANDED, 128 * 64
+    try:
+        machine.gpu = replace(machine.gpu)
+        worst = linear(machine, "q8_0", 10, 64, 300, 10, False, False)
+        return max(worst, gate_up(machine, "q4_0", 10, 64, 300, 10, True))
+    finally:
+        gemm.MOST_EXPANDED = before
+
+
+def main(machines: Callable[[int], Any]) -> dict[str, str]:
+    """Run all cases; returns what went wrong, by case."""
+    wrong: dict[str, str] = {}
+    for name, tokens, check in [*cases(), ("expanded in pieces", 10, in_pieces)]:
+        start = time.perf_counter()
+        machine = machines(tokens)
+        try:
+            worst = check(machine)
+        except AssertionError as error:
+            wrong[name] = str(error)
+            print(f"{name}: WRONG: {error}", flush=True)
+            continue
+        print(f"{name}: {worst:.3f} of the bound, {time.perf_counter() - start:.1f} s", flush=True)
+    return wrong
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        major, minor = map(int, sys.argv[1].split("."))
+        failed = main(lambda tokens: Emulated((major, minor), tokens))
+    else:
+        from numballama.lowlevel_cuda.driver import Device
+
+        real = Device()
+        failed = main(lambda tokens: Real(real, tokens))
+    sys.exit(len(failed) > 0)

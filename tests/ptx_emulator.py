@@ -1,0 +1,565 @@
+"""PTX run by NumPy, so that what Numba made of a kernel can be tested where there is no GPU: fragments of tensor cores,
+swizzled addresses and asynchronous copies, by their description in NVIDIA's PTX ISA, not by what a kernel hopes.
+
+The threads of a block are the numbers of an array. Where they part, those with the lowest program counter go first,
+which lets them meet again. It is strict where a GPU is lenient: loads must be aligned and inside an allocation, shared
+memory begins as NaNs, asynchronous copies arrive no sooner than they are waited for, warps come whole to instructions
+that want whole warps. Not modelled: races between threads, and timing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+SHARED = 1 << 40
+"""Where the window of shared memory begins among generic addresses."""
+BASE = 1 << 20
+"""The address of the first allocation."""
+
+WIDTHS = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4,
+          "b64": 8, "u64": 8, "s64": 8, "f64": 8, "bf16x2": 4, "f16x2": 4, "pred": 1}  # fmt: skip
+NUMPY = {"u8": np.uint8, "s8": np.int8, "b8": np.uint8, "u16": np.uint16, "s16": np.int16, "b16": np.uint16,
+         "f16": np.float16, "u32": np.uint32, "s32": np.int32, "b32": np.uint32, "f32": np.float32, "u64": np.uint64,
+         "s64": np.int64, "b64": np.uint64, "f64": np.float64, "pred": np.bool_}  # fmt: skip
+
+
+class Memory:
+    """Global memory: allocations with 0xFF between them, which nobody may touch."""
+
+    def __init__(self, size: int = 1 << 24) -> None:
+        self.bytes = np.full(size, 0xFF, np.uint8)
+        self.allowed = np.zeros(size, bool)
+        self._used = 256
+
+    def put(self, array: np.ndarray) -> int:
+        """A copy of an array; returns its address, a multiple of 256."""
+        raw = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
+        at = self._used
+        self.bytes[at : at + raw.size] = raw
+        self.allowed[at : at + raw.size] = True
+        self._used += -(-(raw.size + 256) // 256) * 256
+        assert self._used <= self.bytes.size
+        return BASE + at
+
+    def get(self, address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        at, count = address - BASE, int(np.prod(shape)) * np.dtype(dtype).itemsize
+        return self.bytes[at : at + count].copy().view(dtype).reshape(shape)
+
+
+@dataclass(frozen=True)
+class Statement:
+    guard: str
+    negated: bool
+    operation: tuple[str, ...]
+    operands: tuple[Any, ...]
+    text: str
+
+
+def _split(text: str) -> tuple[Any, ...]:
+    """Operands: braces become tuples."""
+    parts: list[Any] = []
+    for found in re.finditer(r"\{([^}]*)\}|\[[^]]*\]|[^,\s]+", text):
+        parts.append(tuple(p.strip() for p in found[1].split(",")) if found[1] is not None else found[0])
+    return tuple(parts)
+
+
+class Program:
+    """A kernel's PTX, read."""
+
+    def __init__(self, ptx: str) -> None:
+        ptx = re.sub(r"//[^\n]*", "", ptx)
+        head = re.search(r"\.entry\s+[\w$]+\s*\((.*?)\)", ptx, re.S)
+        assert head
+        self.parameters = re.findall(r"\.param\s+\.(\w+)\s+([\w$]+)", head[1])
+        self.shared: dict[str, int] = {}
+        size, dynamic = 0, ""
+        for external, align, name, count in re.findall(
+            r"(\.extern)?\s*\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]", ptx
+        ):
+            if external:
+                dynamic = name
+                continue
+            size = -(-size // int(align)) * int(align)
+            self.shared[name] = size
+            size += int(count)
+        self.static_bytes = -(-size // 16) * 16
+        if dynamic:
+            self.shared[dynamic] = self.static_bytes
+        body = ptx[ptx.index("{", head.end()) :]
+        self.statements: list[Statement] = []
+        self.labels: dict[str, int] = {}
+        self._read(body)
+
+    def _read(self, body: str) -> None:
+        scopes: list[dict[str, str]] = []
+        count = 0
+        for piece in re.findall(
+            r"[$\w]+:(?=\s*\{)|\{(?![^{};]*\}\s*[,;])|\}(?!\s*[,;])|[^;{}]*(?:\{[^{};]*\}[^;{}]*)*;", body
+        ):
+            text = " ".join(piece.split())
+            if text == "{":
+                scopes.append({})
+                continue
+            if text == "}":
+                scopes.pop()
+                continue
+            text = text.rstrip("; ")
+            while match := re.match(r"([$\w]+):\s*", text):  # labels
+                self.labels[match[1]] = len(self.statements)
+                text = text[match.end() :]
+            if not text or text.startswith((".pragma", ".loc", ".shared", ".extern")):
+                continue
+            if text.startswith(".reg"):
+                for name in re.findall(r"[%\w]+(?=[,\s]|$|<)", text.split(None, 2)[2]):
+                    if not name.startswith("%"):
+                        count += 1
+                        scopes[-1][name] = f"{name}.{count}"
+                continue
+            for scope in scopes:
+                for name, fresh in scope.items():
+                    head, _, tail = text.partition(" ")
+                    if head.startswith("@"):
+                        text = re.sub(rf"(?<![\w.%$]){name}(?![\w.$])", fresh, head) + " " + tail
+                        guard, _, rest = text.partition(" ")
+                        operation, _, operands = rest.partition(" ")
+                        operands = re.sub(rf"(?<![\w.%$]){name}(?![\w.$])", fresh, operands)
+                        text = f"{guard} {operation} {operands}"
+                    else:
+                        text = head + " " + re.sub(rf"(?<![\w.%$]){name}(?![\w.$])", fresh, tail)
+            guard, negated = "", False
+            if match := re.match(r"@(!?)(\S+)\s+", text):
+                guard, negated, text = match[2], bool(match[1]), text[match.end() :]
+            operation, _, operands = text.partition(" ")
+            self.statements.append(Statement(guard, negated, tuple(operation.split(".")), _split(operands), text))
+
+
+class Block:
+    """One block at work."""
+
+    def __init__(
+        self, program: Program, memory: Memory, arguments: Sequence[Any], threads: int, index: Sequence[int],
+        grid: Sequence[int], shared_bytes: int,
+    ) -> None:  # fmt: skip
+        self.program, self.memory, self.threads = program, memory, threads
+        self.parameters = {
+            name: np.float32(value).view(np.uint32) if kind == "f32" else np.int64(value).view(np.uint64)
+            for (kind, name), value in zip(program.parameters, arguments, strict=True)
+        }
+        self.shared = np.full(program.static_bytes + shared_bytes, 0xFF, np.uint8)
+        self.registers: dict[str, np.ndarray] = {}
+        lanes = np.arange(threads, dtype=np.uint32)
+
+        def same(n: int) -> np.ndarray:
+            return np.full(threads, n, np.uint32)
+
+        for axis, at, size in zip("xyz", index, grid, strict=True):
+            self.registers[f"%ctaid.{axis}"], self.registers[f"%nctaid.{axis}"] = same(at), same(size)
+            self.registers[f"%tid.{axis}"] = lanes if axis == "x" else same(0)
+            self.registers[f"%ntid.{axis}"] = same(threads if axis == "x" else 1)
+        self.registers["%laneid"], self.registers["%dynamic_smem_size"] = lanes % 32, same(shared_bytes)
+        self.counter = np.zeros(threads, np.int64)
+        self.done, self.waiting = np.zeros(threads, bool), np.zeros(threads, bool)
+        self.copies: list[list[tuple[np.ndarray, np.ndarray]]] = [[]]
+        self.executed: dict[str, int] = {}
+
+    def run(self) -> None:
+        statements = self.program.statements
+        with np.errstate(all="ignore"):
+            while True:
+                ready = ~self.done & ~self.waiting
+                if not ready.any():
+                    if self.done.all():
+                        return
+                    self.waiting[:] = False
+                    continue
+                at = int(self.counter[ready].min())
+                mask = ready & (self.counter == at)
+                others = self.counter[ready & ~mask]
+                limit = int(others.min()) if others.size else len(statements)
+                while at < limit:
+                    after = self._step(statements[at], at, mask)
+                    at += 1
+                    if after:
+                        break
+                else:
+                    self.counter[mask] = at
+
+    def _step(self, statement: Statement, at: int, mask: np.ndarray) -> bool:
+        """Whether the threads may have parted, or stopped."""
+        active = mask
+        if statement.guard:
+            guard = self.registers[statement.guard]
+            active = mask & (~guard if statement.negated else guard)
+        name, *modifiers = statement.operation
+        self.executed[name] = self.executed.get(name, 0) + 1
+        if name == "bra":
+            self.counter[mask] = at + 1
+            self.counter[active] = self.program.labels[statement.operands[0]]
+            return True
+        if name in ("ret", "exit"):
+            self.counter[mask] = at + 1
+            self.done |= active
+            return True
+        if name in ("bar", "barrier"):
+            self.counter[mask] = at + 1
+            self.waiting |= active
+            return True
+        if active.any():
+            try:
+                self._execute(name, modifiers, statement.operands, active)
+            except Exception as error:
+                raise AssertionError(f"{statement.text}: {error}") from error
+        return False
+
+    # Operands
+
+    def _kind(self, modifiers: Sequence[str], which: int = -1) -> str:
+        return [m for m in modifiers if m in WIDTHS][which]
+
+    def _value(self, operand: str, kind: str) -> np.ndarray:
+        dtype = NUMPY[kind]
+        if operand in self.registers:
+            held = self.registers[operand]
+            if held.dtype == np.bool_:
+                return held
+            if held.dtype.itemsize > np.dtype(dtype).itemsize:
+                held = held.astype(f"u{np.dtype(dtype).itemsize}")
+            elif held.dtype.itemsize < np.dtype(dtype).itemsize:
+                held = held.astype(f"u{np.dtype(dtype).itemsize}")
+            return held.view(dtype)
+        if operand.startswith("0f"):
+            return np.full(self.threads, int(operand[2:], 16), np.uint32).view(np.float32)
+        if operand.startswith("0d"):
+            return np.full(self.threads, int(operand[2:], 16), np.uint64).view(np.float64)
+        if operand in self.program.shared:
+            return np.full(self.threads, self.program.shared[operand], np.uint64).astype(dtype)
+        number = int(operand, 0)
+        width = 8 * np.dtype(dtype).itemsize
+        if kind == "pred":
+            return np.full(self.threads, bool(number))
+        return np.full(self.threads, number % (1 << width), f"u{width // 8}").view(dtype)
+
+    def _set(self, name: str, value: np.ndarray, mask: np.ndarray) -> None:
+        if name == "_":
+            return
+        value = np.asarray(value)
+        raw = value if value.dtype == np.bool_ else value.view(f"u{value.dtype.itemsize}")
+        held = self.registers.get(name)
+        if held is None or (held.dtype != raw.dtype):
+            held = self.registers[name] = (
+                np.zeros(self.threads, bool) if raw.dtype == np.bool_ else np.full(self.threads, 0xA5, raw.dtype)
+            )
+        held[mask] = raw[mask]
+
+    def _address(self, operand: str) -> np.ndarray:
+        match = re.match(r"\[([^\]+]+)(?:\+(-?\w+))?\]", operand)
+        assert match, operand
+        return self._value(match[1].strip(), "u64").astype(np.int64) + int(match[2] or "0", 0)
+
+    def _bytes(self, address: np.ndarray, width: int, shared: bool) -> tuple[np.ndarray, np.ndarray]:
+        """(memory, indices [n, width])."""
+        generic = (address >= SHARED).all()
+        assert generic or (address < SHARED).all(), "both spaces at once"
+        assert not (address % width).any(), f"not aligned to {width}"
+        if shared or generic:
+            index = address - (0 if shared else SHARED)
+            assert (index >= 0).all() and (index + width <= self.shared.size).all(), "outside shared memory"
+            return self.shared, index[:, None] + np.arange(width)
+        index = address - BASE
+        assert (index >= 0).all() and (index + width <= self.memory.bytes.size).all(), "outside global memory"
+        indices = index[:, None] + np.arange(width)
+        assert self.memory.allowed[indices].all(), "outside any allocation"
+        return self.memory.bytes, indices
+
+    def _load(self, address: np.ndarray, width: int, shared: bool) -> np.ndarray:
+        memory, indices = self._bytes(address, width, shared)
+        return memory[indices]
+
+    # Instructions
+
+    def _execute(self, name: str, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        function: Callable[..., None] = getattr(self, f"_{name}", self._arithmetic)
+        if function == self._arithmetic:
+            self._arithmetic(modifiers, operands, mask, name)
+        else:
+            function(modifiers, operands, mask)
+
+    def _ld(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        kind = self._kind(modifiers)
+        if "param" in modifiers:
+            self._set(operands[0], np.full(self.threads, self.parameters[operands[1][1:-1]]), mask)
+            return
+        names = operands[0] if isinstance(operands[0], tuple) else (operands[0],)
+        width = WIDTHS[kind]
+        raw = self._load(self._address(operands[1])[mask], width * len(names), "shared" in modifiers)
+        for i, name in enumerate(names):
+            part = np.ascontiguousarray(raw[:, i * width : (i + 1) * width]).view(NUMPY[kind]).reshape(-1)
+            if width == 1:
+                part = part.astype(np.int16 if kind == "s8" else np.uint16)
+            whole = np.zeros(self.threads, part.dtype)
+            whole[mask] = part
+            held = self.registers.get(name)
+            if held is not None and held.dtype.itemsize > whole.dtype.itemsize:
+                whole = whole.astype(f"{'i' if kind[0] == 's' else 'u'}{held.dtype.itemsize}")
+            self._set(name, whole, mask)
+
+    def _st(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        kind = self._kind(modifiers)
+        names = operands[1] if isinstance(operands[1], tuple) else (operands[1],)
+        width = WIDTHS[kind]
+        memory, indices = self._bytes(self._address(operands[0])[mask], width * len(names), "shared" in modifiers)
+        parts = []
+        for name in names:
+            value = self._value(name, kind)[mask]
+            parts.append(np.ascontiguousarray(value).view(np.uint8).reshape(-1, width))
+        memory[indices] = np.concatenate(parts, axis=1)
+
+    def _mov(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        to, source = operands
+        kind = modifiers[0]
+        if isinstance(source, tuple):  # pack
+            half = {"b32": "b16", "b64": "b32"}[kind]
+            low, high = (self._value(name, half).astype(np.uint64) for name in source)
+            self._set(to, (low | high << np.uint64(8 * WIDTHS[half])).astype(NUMPY[kind]), mask)
+        elif isinstance(to, tuple):
+            half = {"b32": "b16", "b64": "b32"}[kind]
+            whole = self._value(source, kind).astype(np.uint64)
+            for i, name in enumerate(to):
+                self._set(name, (whole >> np.uint64(8 * WIDTHS[half] * i)).astype(NUMPY[half]), mask)
+        else:
+            self._set(to, self._value(source, kind).copy(), mask)
+
+    def _cvta(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        value = self._value(operands[1], "u64").astype(np.int64)
+        if "shared" in modifiers:
+            value = value - SHARED if modifiers[0] == "to" else value + SHARED
+        self._set(operands[0], value, mask)
+
+    def _cvt(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        to, source = self._kind(modifiers, 0), self._kind(modifiers, -1)
+        if to in ("f16x2", "bf16x2"):
+            high, low = (round_16(self._value(name, "f32"), to[:-2]) for name in operands[1:])
+            self._set(operands[0], low.astype(np.uint32) | high.astype(np.uint32) << np.uint32(16), mask)
+            return
+        value = self._value(operands[1], source)
+        if to[0] in "usb" and source[0] == "f":
+            rounded = (
+                np.trunc(value) if "rzi" in modifiers else np.floor(value) if "rmi" in modifiers else np.rint(value)
+            )
+            info = np.iinfo(NUMPY[to])
+            value = np.clip(np.nan_to_num(rounded.astype(np.float64)), float(info.min), float(info.max))
+        self._set(operands[0], value.astype(NUMPY[to]), mask)
+
+    def _setp(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        kind = self._kind(modifiers)
+        a, b = (self._value(name, kind) for name in operands[1:3])
+        how = modifiers[0]
+        unordered = np.zeros(self.threads, bool)
+        if kind[0] == "f":
+            unordered = np.isnan(a) | np.isnan(b)
+        table = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
+                 "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}  # fmt: skip
+        if how == "nan":
+            result = unordered
+        elif how == "num":
+            result = ~unordered
+        elif how.endswith("u") and how[:-1] in table:
+            result = table[how[:-1]](a, b) | unordered
+        else:
+            result = table[how](a, b) & ~unordered
+        self._set(operands[0], result, mask)
+
+    def _selp(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        kind = modifiers[0]
+        chosen = np.where(self._value(operands[3], "pred"), *(self._value(name, kind) for name in operands[1:3]))
+        self._set(operands[0], chosen, mask)
+
+    def _shfl(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        assert modifiers[1] == "bfly" and (self._value(operands[4], "u32")[mask] == 0xFFFFFFFF).all()
+        self._whole_warps(mask)
+        to = operands[0].split("|")[0]
+        lanes = np.arange(self.threads)
+        other = (lanes & ~31) | ((lanes & 31) ^ self._value(operands[2], "u32").astype(np.int64))
+        self._set(to, self._value(operands[1], "b32")[other], mask)
+
+    def _whole_warps(self, mask: np.ndarray) -> None:
+        warps = mask.reshape(-1, 32)
+        assert (warps.all(axis=1) | ~warps.any(axis=1)).all(), "a warp that is not whole"
+
+    def _ldmatrix(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        """Lane l gives the address of row l mod 8 of matrix l / 8, and gets numbers 2 (l mod 4) and the next of row l / 4
+        of each; of its transposed with `trans`.
+        """
+        self._whole_warps(mask)
+        count = len(operands[0])
+        assert count == 4
+        rows = np.zeros((self.threads, 8), np.uint16)
+        rows[mask] = self._load(self._address(operands[1])[mask], 16, True).view(np.uint16)
+        matrices = rows.reshape(-1, 4, 8, 8)
+        if "trans" in modifiers:
+            matrices = matrices.transpose(0, 1, 3, 2)
+        lane = np.arange(32)
+        for i, name in enumerate(operands[0]):
+            low = matrices[:, i, lane // 4, 2 * (lane % 4)].astype(np.uint32)
+            high = matrices[:, i, lane // 4, 2 * (lane % 4) + 1].astype(np.uint32)
+            self._set(name, (low | high << np.uint32(16)).reshape(-1), mask)
+
+    def _mma(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        self._whole_warps(mask)
+        shape, kind = modifiers[2], modifiers[6]
+        assert modifiers[:2] == ["sync", "aligned"] and modifiers[3:6] == ["row", "col", "f32"], modifiers
+        depth = {"m16n8k16": 16, "m16n8k8": 8}[shape]
+        warps = self.threads // 32
+        lane = np.arange(32)
+        group, place = lane // 4, lane % 4
+
+        def numbers(name: str) -> tuple[np.ndarray, np.ndarray]:
+            words = self._value(name, "b32").reshape(warps, 32)
+            return tuple(from_16((words >> np.uint32(s)).astype(np.uint16), kind) for s in (0, 16))  # type: ignore[return-value]
+
+        a, b = np.zeros((warps, 16, depth)), np.zeros((warps, depth, 8))
+        for i, name in enumerate(operands[1]):
+            row, column = group + 8 * (i % 2), 2 * place + 8 * (i // 2)
+            a[:, row, column], a[:, row, column + 1] = numbers(name)
+        for i, name in enumerate(operands[2]):
+            row = 2 * place + 8 * i
+            b[:, row, group], b[:, row + 1, group] = numbers(name)
+        product = a @ b
+        for i, (to, name) in enumerate(zip(operands[0], operands[3], strict=True)):
+            part = product[:, group + 8 * (i // 2), 2 * place + i % 2].reshape(-1)
+            self._set(to, (part + self._value(name, "f32")).astype(np.float32), mask)
+
+    def _cp(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        if "commit_group" in modifiers:
+            self.copies.append([])
+        elif "wait_group" in modifiers:
+            keep = int(operands[0]) + 1  # and the group that is still open
+            for group in self.copies[: max(0, len(self.copies) - keep)]:
+                for indices, data in group:
+                    self.shared[indices] = data
+            self.copies = self.copies[max(0, len(self.copies) - keep) :]
+        else:
+            assert modifiers[0] == "async"
+            width = int(operands[2])
+            to, source = self._address(operands[0])[mask], self._address(operands[1])[mask]
+            wanted = self._value(operands[3], "u32")[mask] if len(operands) > 3 else np.full(mask.sum(), width)
+            assert np.isin(wanted, (0, width)).all()
+            data = np.zeros((len(to), width), np.uint8)
+            if (wanted > 0).any():
+                data[wanted > 0] = self._load(source[wanted > 0], width, False)
+            _, indices = self._bytes(to, width, True)
+            self.shared[indices] = 0xFF  # what was there is gone, what comes is not yet there
+            self.copies[-1].append((indices, data))
+
+    def _griddepcontrol(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        pass
+
+    def _arithmetic(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray, name: str) -> None:
+        kind = self._kind(modifiers) if name != "ex2" else "f32"
+        to, *sources = operands
+        if name in ("shl", "shr"):
+            value, amount = self._value(sources[0], kind), self._value(sources[1], "u32")
+            width = 8 * WIDTHS[kind]
+            far = amount >= width
+            amount = np.minimum(amount, width - 1).astype(value.dtype)
+            result = np.left_shift(value, amount) if name == "shl" else np.right_shift(value, amount)
+            if not (name == "shr" and kind[0] == "s"):
+                result = np.where(far, 0, result).astype(value.dtype)
+            self._set(to, result, mask)
+            return
+        if name in ("bfi", "bfe"):
+            self._bits(name, kind, to, sources, mask)
+            return
+        values = [self._value(source, kind) for source in sources]
+        if name in ("mul", "mad") and kind[0] in "us":
+            wide = np.int64 if kind[0] == "s" else np.uint64
+            if "wide" in modifiers:
+                result = values[0].astype(wide) * values[1].astype(wide)
+                if name == "mad":
+                    result = result + self._value(sources[2], {"s32": "s64", "u32": "u64"}[kind])
+            elif "hi" in modifiers:
+                exact = values[0].astype(object) * values[1].astype(object)
+                result = np.array([int(n) >> (8 * WIDTHS[kind]) for n in exact], dtype=NUMPY[kind])
+            else:
+                result = values[0] * values[1] + (values[2] if name == "mad" else 0)
+                result = result.astype(NUMPY[kind])
+            self._set(to, result, mask)
+            return
+        self._set(to, np.asarray(OPERATIONS[name](*values)).astype(NUMPY[kind]), mask)
+
+    def _bits(self, name: str, kind: str, to: str, sources: list[str], mask: np.ndarray) -> None:
+        start, length = (int(s, 0) for s in sources[-2:])
+        ones = (1 << length) - 1
+        if name == "bfi":
+            new, old = (self._value(s, kind).astype(np.uint64) for s in sources[:2])
+            result = (old & np.uint64(~(ones << start) & (1 << 64) - 1)) | ((new & np.uint64(ones)) << np.uint64(start))
+        else:
+            result = (self._value(sources[0], kind).astype(np.uint64) >> np.uint64(start)) & np.uint64(ones)
+            assert kind[0] == "u"
+        self._set(to, result.astype(NUMPY[kind]), mask)
+
+
+def _divide(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    if a.dtype.kind == "f":
+        return a / b
+    b = np.where(b == 0, 1, b).astype(a.dtype)
+    quotient = np.abs(a) // np.abs(b) if a.dtype.kind == "i" else a // b
+    return np.where((a < 0) != (b < 0), -quotient, quotient) if a.dtype.kind == "i" else quotient
+
+
+def _remainder(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return a - _divide(a, b) * b
+
+
+def _fma(a: np.ndarray, b: np.ndarray, c: np.ndarray) -> np.ndarray:
+    if a.dtype == np.float32:
+        return (a.astype(np.float64) * b.astype(np.float64) + c.astype(np.float64)).astype(np.float32)
+    return (a.astype(np.longdouble) * b.astype(np.longdouble) + c.astype(np.longdouble)).astype(np.float64)
+
+
+def _not(a: np.ndarray) -> np.ndarray:
+    return ~a
+
+
+OPERATIONS: dict[str, Callable[..., Any]] = {
+    "add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": _fma, "div": _divide, "rem": _remainder,
+    "min": np.fmin, "max": np.fmax, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": _not,
+    "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "rcp": np.reciprocal, "ex2": np.exp2,
+}  # fmt: skip
+
+
+def round_16(x: np.ndarray, kind: str) -> np.ndarray:
+    """float32 to the bits of float16 or bfloat16, to nearest even."""
+    if kind == "f16":
+        return x.astype(np.float16).view(np.uint16)
+    bits = x.view(np.uint32).astype(np.uint64)
+    rounded = (bits + np.uint64(0x7FFF) + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)
+    return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)
+
+
+def from_16(bits: np.ndarray, kind: str) -> np.ndarray:
+    """Bits of float16 or bfloat16 to float64."""
+    if kind == "f16":
+        return bits.view(np.float16).astype(np.float64)
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
+
+
+def run(
+    program: Program, memory: Memory, grid: Sequence[int], threads: int, arguments: Sequence[Any], shared_bytes: int = 0
+) -> dict[str, int]:
+    """All blocks of a launch, one after the other. Returns how often each instruction was executed."""
+    grid = (*grid, 1, 1)[:3]
+    total: dict[str, int] = {}
+    for z in range(grid[2]):
+        for y in range(grid[1]):
+            for x in range(grid[0]):
+                block = Block(program, memory, arguments, threads, (x, y, z), grid, shared_bytes)
+                block.run()
+                for name, count in block.executed.items():
+                    total[name] = total.get(name, 0) + count
+    return total

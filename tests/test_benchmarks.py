@@ -1,0 +1,99 @@
+"""The benchmark of the GPU backend, run on the CPU with a stand-in for llama.cpp: what it writes and prints."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "cuda.py"
+
+LLAMA_BENCH = f"""#!{sys.executable}
+import json, sys
+from numballama import loader
+words = sys.argv[1:]
+options = dict(zip(words[::2], words[1::2]))
+checkpoint = loader.open_checkpoint(options["-m"])
+assert {{str(w.type) for n, w in checkpoint.weights.items() if len(w.shape) == 2}} == {{"f16"}}
+assert (options["-p"], options["-n"], options["-ngl"], options["-o"]) == ("512", "128", "99", "json")
+print(json.dumps([
+    {{"build_commit": "abc", "n_prompt": 512, "n_gen": 0, "avg_ts": 7000.0, "samples_ts": [6000.0, 9000.0, 6500.0]}},
+    {{"build_commit": "abc", "n_prompt": 0, "n_gen": 128, "avg_ts": 700.0, "samples_ts": [600.0, 900.0, 650.0]}},
+]))
+"""
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmarks_cuda", SCRIPT)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, "benchmarks_cuda", module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_run(tmp_path: Path) -> None:
+    program = tmp_path / "llama-bench"
+    program.write_text(LLAMA_BENCH)
+    program.chmod(0o755)
+    out = tmp_path / "out.json"
+    words = ["--device", "cpu", "--quick", "--only-models", "--models", "stories260K:f16", "stories260K:q8_0"]
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), *words, "--out", str(out)], capture_output=True, text=True, timeout=300,
+        env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    result = json.loads(out.read_text())
+    found = result["models"]["stories260K:f16"]
+    assert found["decode_tokens_per_second"] > 0 and found["prefill_tokens_per_second"] > 0
+    assert len(found["decode_rounds"]) == result["rounds"] == 3
+    peer = {"decode_tokens_per_second": 650, "prefill_tokens_per_second": 6500, "build": "abc"}
+    assert found["llama.cpp"] == peer
+    assert "blocks of 32" in result["models"]["stories260K:q8_0"]["error"], "one failure does not end the run"
+    assert "| 650, 6,500 |" in done.stdout and "| stories260K | q8_0 | failed" in done.stdout
+
+
+def test_table_says_what_was_reached(script: ModuleType) -> None:
+    def found(decode: float, prompt: float | None = None) -> dict[str, float | None]:
+        return {"decode_tokens_per_second": decode, "prefill_tokens_per_second": prompt, "bandwidth_fraction": 0.5}
+
+    result = {
+        "device": "cuda", "rounds": 7, "commit": "abc", "memory_bandwidth_bytes_per_second": 4.3e12,
+        "machine": {"date": "2026-01-01", "gpu": {"name": "a GPU", "driver": "580.1"}},
+        "models": {
+            "TinyLlama-1.1B:bf16": found(1500), "TinyLlama-1.1B:q4_0": found(1299), "Llama-2-7B:f16": found(260, 9000),
+        },
+        "context": {"model": "m", "near": 128, "far": 4096, "ratio": 1.3},
+        "first_token": {"model": "m", "cached_s": 2.0, "empty_cache_s": 30.0, "compilation_s": 28.0},
+    }  # fmt: skip
+    text = script.table(result)
+    assert "a GPU, driver 580.1, 2026-01-01, commit abc; a copy moves 4,300 GB/s" in text
+    rows = {tuple(line.split(" | ")[:2]): line for line in text.splitlines()}
+    assert rows["| TinyLlama-1.1B", "bf16"].endswith("| 764 | 1,150 | 1,470 | aim |")
+    assert rows["| TinyLlama-1.1B", "q4_0"].endswith("| **missed** |")
+    assert rows["| Llama-2-7B", "f16"].endswith("| must |") and "aim 21,500: must" in rows["| Llama-2-7B", "f16"]
+    assert "| 1.30× | ≤ 1.2× | **missed** |" in text and "| 2.00 s | ≤ 2.5 s | must |" in text
+
+
+def test_models_are_chosen(script: ModuleType) -> None:
+    assert {case.shape for case in script.chosen(None, True)} == {"stories15M", "TinyLlama-1.1B", "Llama-3.2-1B"}
+    assert [case.name for case in script.chosen(["Llama-3.2-1B", "stories42M:q8_0"], False)] == [
+        "Llama-3.2-1B:bf16", "stories42M:q8_0"
+    ]  # fmt: skip
+    with pytest.raises(SystemExit, match="no shape"):
+        script.chosen(["GPT-9"], False)
+
+
+def test_far_context(script: ModuleType) -> None:
+    cost = script.context_cost("cpu", 1, "stories260K", 256)
+    assert cost["far"] == 256 and cost["near"] == 128 and cost["ratio"] > 0
+
+
+def test_first_token(script: ModuleType) -> None:
+    found = script.first_tokens("cpu", [], 1)
+    assert 0 < found["cached_s"] < found["empty_cache_s"]

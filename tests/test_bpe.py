@@ -1,0 +1,433 @@
+"""Byte-level BPE: ids of llama.cpp and transformers on 5,000 lines, and the rules around them."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bpe_support import ADDED, CHAT_CONFIG, SPECIAL, chat_model, real, save_json, trained, vocabulary_gguf
+from conftest import save
+from golden.lines import lines
+from golden.make_tokenizers import GOLDEN, SAMPLE, SMALL, digest, digests, with_special
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Library
+from tokenizers import models, pre_tokenizers
+
+import numballama
+from numballama.config import ModelConfig
+from numballama.errors import Error, FormatError, UnsupportedError
+from numballama.loader import open_checkpoint
+from numballama.tokenizer import BPETokenizer, Kind, PieceType, Tokenizer, load_tokenizer, read_text_files
+from numballama.tokenizers.bpe import BYTES
+from numballama.tokenizers.words import WORDS
+
+PEERS: dict[str, Any] = json.loads(GOLDEN.read_text())
+LINES_DIGEST = "86e6963a9604"
+
+
+def opened(name: str, folder: Path) -> Tokenizer:
+    """The tokenizer that a name of tokenizers.json stands for; skips the test where a real one is absent."""
+    kind, _, rest = name.partition("-")
+    if kind == "small":
+        data = vocabulary_gguf(load_tokenizer(SMALL).vocabulary(), rest)
+    elif (path := real(rest if kind == "gguf" else name)) is None:
+        pytest.skip(f"no real tokenizer {name} in NUMBALLAMA_TEST_MODELS; see bpe_support.real")
+    elif kind != "gguf":
+        return load_tokenizer(path)
+    else:
+        data = vocabulary_gguf(load_tokenizer(path).vocabulary())
+    (folder / "v.gguf").write_bytes(data)
+    return load_tokenizer(folder / "v.gguf")
+
+
+# ---- peers ----
+
+
+def test_the_lines_are_those_of_the_golden_file() -> None:
+    assert len(lines()) == 5000
+    assert digest([[ord(character) for character in line] for line in lines()]) == LINES_DIGEST
+
+
+def test_every_name_of_a_pre_tokenizer_has_a_witness() -> None:
+    assert {f"small-{pre}" for pre in WORDS} <= set(PEERS)
+
+
+@pytest.mark.parametrize("name", PEERS)
+def test_ids_are_the_peers(name: str, tmp_path: Path) -> None:
+    tokenizer, peer = opened(name, tmp_path), PEERS[name]
+    ids = [tokenizer.encode(line, bos=False) for line in lines()]
+    assert [" ".join(map(str, line)) for line in ids[SAMPLE]] == peer["sample"]  # first: it shows what differs
+    assert digests(ids) == peer["lines"]
+    marked = with_special(peer["special"])
+    assert digests([tokenizer.encode(line, bos=False) for line in marked]) == peer["spelled"]
+    assert digests([tokenizer.encode(line, bos=False, special=True) for line in marked]) == peer["parsed"]
+    if not name.startswith("qwen"):  # whose tokenizer.json normalises
+        assert [tokenizer.decode(line) for line in ids] == list(lines())
+
+
+def test_pre_tokenizers_differ() -> None:
+    """The small vocabulary shows which one cut a text."""
+    kinds = {tuple(PEERS[f"small-{pre}"]["lines"]) for pre in WORDS}
+    assert len(kinds) == len(set(WORDS.values()))
+
+
+@pytest.fixture(scope="module", params=["smollm", "llama-bpe", "nfc", "metaspace", "bos"])
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Library, BPETokenizer]:
+    """(the library's, ours from its JSON)."""
+    kind = request.param
+    library = trained(
+        kind if kind in WORDS else "qwen2", nfc=kind == "nfc", metaspace=kind == "metaspace", bos=kind == "bos"
+    )
+    ours = load_tokenizer(save_json(tmp_path_factory.mktemp("bpe"), library))
+    assert isinstance(ours, BPETokenizer)
+    return library, ours
+
+
+texts = st.one_of(
+    st.text(max_size=60),
+    st.text("aeoth .,\n'sS123é🙂", max_size=80),
+    st.lists(st.sampled_from([*SPECIAL, *ADDED, "<s>", "hello", " ", "\n", "<|im_", "é"])).map("".join),
+)
+
+
+@settings(max_examples=150)
+@given(text=texts)
+def test_any_text(pair: tuple[Library, BPETokenizer], text: str) -> None:
+    library, ours = pair
+    ids = ours.encode(text, bos=False)
+    assert not {ours.special_tokens[token] for token in (*SPECIAL, *ADDED)} & set(ids), "never from text alone"
+    assert ours.encode(text, bos=False, special=True) == library.encode(text, add_special_tokens=False).ids
+    assert ours.encode(text, special=True) == library.encode(text).ids
+    assert ours.decode(ids) == library.decode(ids)
+    if library.normalizer is None:
+        assert ours.decode(ids) == text
+    if not any(token in text for token in (*SPECIAL, *ADDED)):
+        assert ids == ours.encode(text, bos=False, special=True) or "<s>" in text
+
+
+@settings(max_examples=150)
+@given(data=st.data())
+def test_any_ids(pair: tuple[Library, BPETokenizer], data: st.DataObject) -> None:
+    """Text of any ids is the library's; pushed one by one, it comes in whole characters."""
+    library, ours = pair
+    ids = data.draw(st.lists(st.integers(0, ours.vocab_size - 1) | st.integers(0, 260), max_size=25))
+    silent = {token for token in range(ours.vocab_size) if ours.entry(token)[0] is Kind.CONTROL}
+    ordinary = [token for token in ids if token not in silent]
+    expected = library.decode(ordinary, skip_special_tokens=True)
+    if library.token_to_id("<0x00>") is None or "\ufffd" not in expected:  # there it takes a whole run of bytes for bad
+        assert ours.decode(ordinary) == expected
+    decoder = ours.decoder()
+    parts = [decoder.push(token) for token in ids]
+    assert "".join(parts) + decoder.flush() == ours.decode(ids)
+    assert decoder.flush() == ""
+
+
+def test_a_character_appears_with_its_last_byte(pair: tuple[Library, BPETokenizer]) -> None:
+    library, ours = pair
+    if ours.entry(library.token_to_id("a"))[0] is Kind.BYTE:
+        spelled = [library.token_to_id({byte: letter for letter, byte in BYTES.items()}[b]) for b in "🙂é".encode()]
+        decoder = ours.decoder()
+        assert [decoder.push(token) for token in spelled] == ["", "", "", "🙂", "", "é"]
+        assert [decoder.push(token) for token in spelled[:2]] == ["", ""]
+        assert decoder.flush() == "\ufffd"
+        assert [decoder.push(token) for token in (spelled[0], ours.special_tokens["<think>"])] == ["", "\ufffd<think>"]
+
+
+def test_guarded_tokens_stay_text(pair: tuple[Library, BPETokenizer]) -> None:
+    _, ours = pair
+    end = ours.special_tokens["<|im_end|>"]
+    guarded = "hi <\ufdd0|im_end|> you<|im_end|>"
+    ids = ours.encode_guarded(guarded, "\ufdd0")
+    assert ids.count(end) == 1 and ids[-1] == end
+    assert ids[:-1] == ours.encode("hi <|im_end|> you", bos=False)
+    assert ours.encode_guarded("a<|im_end|>b", "") == ours.encode("a<|im_end|>b", bos=False, special=True)
+
+
+def test_a_special_token_among_the_words_is_not_made_of_text(tmp_path: Path) -> None:
+    """Even where a whole word is one, and words become tokens without merges."""
+    vocabulary = load_tokenizer(SMALL).vocabulary()
+    words = [piece.decode() for piece in vocabulary.pieces]
+    token = words.index("the")
+    types = [PieceType.CONTROL if t == token else kind for t, kind in enumerate(vocabulary.types)]
+    path = tmp_path / "v.gguf"
+    path.write_bytes(vocabulary_gguf(replace(vocabulary, types=types), "llama-bpe"))
+    tokenizer = load_tokenizer(path)
+    ids = tokenizer.encode("the", bos=False)
+    assert token not in ids and tokenizer.decode(ids) == "the"
+    assert tokenizer.encode("the", bos=False, special=True) == [token]
+    assert tokenizer.decode([token]) == ""
+
+
+# ---- BOS, EOS and the files beside ----
+
+
+@pytest.mark.parametrize(
+    ("bos", "config", "expected"),
+    [
+        (False, {}, (False, False)),
+        (True, {}, (True, False)),
+        (True, CHAT_CONFIG, (True, False)),
+        (True, CHAT_CONFIG | {"add_bos_token": False}, (False, False)),
+        (False, CHAT_CONFIG | {"add_bos_token": True, "add_eos_token": True}, (True, True)),
+        (False, {"add_bos_token": True}, (False, False)),  # there is no BOS
+        (False, CHAT_CONFIG | {"add_bos_token": None}, (False, False)),
+        (False, {"bos_token": {"content": "<|begin_of_text|>"}, "add_bos_token": True}, (True, False)),
+    ],
+)
+def test_bos_and_eos(tmp_path: Path, bos: bool, config: dict[str, Any], expected: tuple[bool, bool]) -> None:
+    """tokenizer_config.json's word, as transformers takes it, else the post-processor's."""
+    tokenizer = load_tokenizer(save_json(tmp_path, trained(bos=bos), config))
+    first, last = (tokenizer.special_tokens[token] for token in ("<|begin_of_text|>", "<|im_end|>"))
+    plain = tokenizer.encode("hi", bos=False)
+    assert tokenizer.encode("hi") == [first] * expected[0] + plain + [last] * expected[1]
+    assert (tokenizer.add_bos, tokenizer.add_eos) == expected
+    if "eos_token" in config:
+        assert tokenizer.eos_id == last
+
+
+def test_the_special_tokens_map_names_them_too(tmp_path: Path) -> None:
+    tokenizer = load_tokenizer(save_json(tmp_path, trained(), None, special_tokens_map=CHAT_CONFIG))
+    assert tokenizer.piece(tokenizer.bos_id or 0) == "<|begin_of_text|>"
+    assert tokenizer.piece(tokenizer.eos_id or 0) == "<|im_end|>"
+
+
+def test_what_a_directory_says(tmp_path: Path) -> None:
+    config = CHAT_CONFIG | {"chat_template": [{"name": "tool", "template": "t"}, {"name": "default", "template": "d"}]}
+    save_json(tmp_path, trained(), config, generation_config={"eos_token_id": [603, 601]}, config={"eos_token_id": 2})
+    found = read_text_files(tmp_path)
+    assert isinstance(found.tokenizer, BPETokenizer)
+    assert (found.chat_template, found.stop_ids, found.notes) == ("d", (603, 601), ())
+    assert read_text_files(tmp_path, own_tokenizer=False).tokenizer is None
+    (tmp_path / "generation_config.json").unlink()
+    (tmp_path / "chat_template.jinja").write_text("j")
+    assert (read_text_files(tmp_path).chat_template, read_text_files(tmp_path).stop_ids) == ("j", (2,))
+    library = Library(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]"))
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    save_json(tmp_path, library)
+    assert "WordPiece" in read_text_files(tmp_path).notes[0] and read_text_files(tmp_path).tokenizer is None
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    assert read_text_files(empty) == replace(found, tokenizer=None, chat_template=None, stop_ids=())
+    with pytest.raises(Error, match="no such directory"):
+        read_text_files(tmp_path / "missing")
+
+
+def test_which_file_of_a_directory(tmp_path: Path, models: Path) -> None:
+    with pytest.raises(FormatError, match=r"without a tokenizer.*tokenizer\.json"):
+        load_tokenizer(tmp_path)
+    chat_model(tmp_path)
+    assert load_tokenizer(tmp_path).vocab_size == 607
+    (tmp_path / "tokenizer.bin").write_bytes((models / "tok512.bin").read_bytes())
+    assert load_tokenizer(tmp_path).vocab_size == 512
+    (tmp_path / "tokenizer.model").write_bytes((models / "llama2_tokenizer.model").read_bytes())
+    assert numballama.load_tokenizer(tmp_path).vocab_size == 32000
+    save_json(tmp_path, trained(vocab_size=400))
+    assert load_tokenizer(tmp_path).vocab_size == 407
+
+
+def test_sentencepiece_in_a_directory(tmp_path: Path, models: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes((models / "tok512.model").read_bytes())
+    assert load_tokenizer(tmp_path).encode("a")[0] == 1
+    decoder = {"1": {"content": "<s>"}, "512": {"content": "<|im_end|>"}}
+    config = {"add_bos_token": False, "add_eos_token": True, "added_tokens_decoder": decoder}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    found = read_text_files(tmp_path)
+    assert found.tokenizer is not None and found.notes[0].startswith("1 added tokens")
+    plain = found.tokenizer.encode("a", bos=False)
+    assert found.tokenizer.encode("a") == load_tokenizer(tmp_path).encode("a") == [*plain, 2]
+
+
+def test_a_directory_as_the_tokenizer_of_a_model(tmp_path: Path) -> None:
+    """It brings its chat template and stop ids along."""
+    model = save(tmp_path, "llama2c-v1", ModelConfig(16, 12, 1, 4, 2, 608, 8))[0]
+    folder = tmp_path / "text"
+    save_json(folder, trained(), CHAT_CONFIG | {"chat_template": "T"}, generation_config={"eos_token_id": [3]})
+    opened = open_checkpoint(model, folder)
+    assert (opened.chat_template, opened.stop_ids) == ("T", (3,))
+    assert opened.tokenizer is not None and opened.tokenizer.vocab_size == 607
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("tokenizer_config", "[]", r"tokenizer_config\.json: not a JSON object"),
+        ("tokenizer_config", "{", r"tokenizer_config\.json: not JSON"),
+        ("tokenizer_config", "[" * 100_000, "not JSON"),
+        ("tokenizer_config", '{"add_bos_token": "yes"}', "add_bos_token; expected true or false; found 'yes'"),
+        ("tokenizer_config", '{"chat_template": 7}', "chat_template; expected a template"),
+        ("generation_config", '{"eos_token_id": ["x"]}', "eos_token_id; expected a token id"),
+        ("tokenizer", "{}", r"not a tokenizer\.json"),
+        ("tokenizer", '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 99999999}, "merges": []}}', "tokens"),
+        ("tokenizer", '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}', "1 to 1,048,576"),
+        (
+            "tokenizer",
+            '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}',
+            "not a",
+        ),
+    ],
+)
+def test_damaged_files(tmp_path: Path, name: str, content: str, message: str) -> None:
+    save_json(tmp_path, trained(vocab_size=300))
+    (tmp_path / f"{name}.json").write_text(content)
+    with pytest.raises(FormatError, match=message):
+        read_text_files(tmp_path)
+
+
+@settings(max_examples=60)
+@given(edits=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4))
+def test_damaged_json_ends_in_an_error_or_in_a_tokenizer(tmp_path: Path, edits: list[tuple[int, int]]) -> None:
+    data = bytearray(SMALL.read_bytes())
+    for offset, byte in edits:
+        data[offset % len(data)] = byte
+    path = tmp_path / "tokenizer.json"
+    path.unlink(missing_ok=True)
+    path.write_bytes(data)
+    try:
+        tokenizer = load_tokenizer(path)
+        tokenizer.encode("Once upon a time 🙂\0 <s>", special=True)
+    except Error:
+        return
+    tokenizer.decode(range(tokenizer.vocab_size))
+
+
+# ---- GGUF ----
+
+
+def test_through_gguf(tmp_path: Path) -> None:
+    """What we write into GGUF is what we read from it: ids, pieces, special tokens, BOS and EOS."""
+    path = chat_model(tmp_path, pre="smollm", template="{{ x }}")
+    ours = load_tokenizer(tmp_path / "tokenizer")
+    checkpoint = open_checkpoint(path)
+    again = checkpoint.tokenizer
+    assert again is not None and checkpoint.chat_template == "{{ x }}" and checkpoint.stop_ids == (ours.eos_id,)
+    assert again.vocabulary() == ours.vocabulary()
+    assert (again.bos_id, again.eos_id, again.add_bos) == (ours.bos_id, ours.eos_id, False)
+    for token in range(ours.vocab_size):
+        assert again.entry(token) == ours.entry(token)
+        assert again.piece(token) == ours.piece(token)
+    for line in with_special([*SPECIAL, *ADDED]):
+        assert again.encode(line, special=True) == ours.encode(line, special=True)
+    assert again.encode("a<think>b<|im_end|>", bos=False) == ours.encode("a<think>b<|im_end|>", bos=False)
+
+
+def test_what_gguf_cannot_hold(tmp_path: Path) -> None:
+    library = trained("qwen2", nfc=True)
+    assert "normalises" in load_tokenizer(save_json(tmp_path / "nfc", library)).vocabulary().notes[0]
+    library.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(UnsupportedError, match="no name for this pre-tokenizer"):
+        load_tokenizer(save_json(tmp_path / "w", library)).vocabulary()
+    with pytest.raises(UnsupportedError, match="sentencepiece"):
+        load_tokenizer(save_json(tmp_path / "m", trained(metaspace=True))).vocabulary()
+
+
+@pytest.mark.parametrize(
+    ("changes", "pre", "kind", "message"),
+    [
+        ({}, "klingon", UnsupportedError, "'klingon' is not known; known are 'default', 'gpt-2', 'llama-bpe'"),
+        ({"merges": [b"ab"]}, None, FormatError, "merges; expected two pieces.*number 0"),
+        ({"merges": [b"zz qq"]}, None, FormatError, "bad vocabulary"),
+        ({"types": [1]}, None, FormatError, "token_type; expected 1,805 numbers"),
+        ({"pieces": []}, None, FormatError, "tokens; expected 1 to"),
+    ],
+)
+def test_damaged_vocabularies(
+    tmp_path: Path, changes: dict[str, Any], pre: str | None, kind: type[Error], message: str
+) -> None:
+    path = tmp_path / "v.gguf"
+    path.write_bytes(vocabulary_gguf(replace(load_tokenizer(SMALL).vocabulary(), **changes), pre))
+    with pytest.raises(kind, match=message):
+        load_tokenizer(path)
+
+
+def test_an_empty_name_and_llama_3s_bos(tmp_path: Path) -> None:
+    """Without a name the pre-tokenizer is llama.cpp's default one; Llama 3's wants BOS, if not told otherwise."""
+    path = tmp_path / "v.gguf"
+    vocabulary = replace(load_tokenizer(SMALL).vocabulary(), bos_id=1803, pre=None)
+    for pre, named, bos in (("", "default", False), ("llama-bpe", "llama3", True)):
+        path.unlink(missing_ok=True)
+        path.write_bytes(vocabulary_gguf(vocabulary, pre))
+        tokenizer = load_tokenizer(path)
+        assert digests([tokenizer.encode(line, bos=False) for line in lines()]) == PEERS[f"small-{named}"]["lines"]
+        assert tokenizer.add_bos is bos
+
+
+# ---- tiktoken ----
+
+
+def tiktoken_file(path: Path, vocabulary: list[str]) -> Path:
+    """The file of tokens in GPT-2's letters, by rank."""
+    tokens = (bytes(BYTES[letter] for letter in token) for token in vocabulary)
+    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
+    return path
+
+
+def tiktoken_encode(ranks: dict[bytes, int], word: bytes) -> list[int]:
+    """What tiktoken does: the pair of lowest rank, the leftmost of equals, until none is left."""
+    if word in ranks:
+        return [ranks[word]]
+    parts = [word[i : i + 1] for i in range(len(word))]
+    while True:
+        pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in ranks]
+        if not pairs:
+            return [ranks[part] for part in parts]
+        _, i = min(pairs)
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+
+
+def ranked() -> list[str]:
+    """A vocabulary in the order of ranks: bytes, then what merges made."""
+    found = json.loads(trained("llama-bpe", 1000).to_str())["model"]["vocab"]
+    return sorted(found, key=lambda token: (len(token) > 1, found[token]))
+
+
+def test_tiktoken_files(tmp_path: Path) -> None:
+    vocabulary = ranked()
+    tokenizer = load_tokenizer(tiktoken_file(tmp_path / "tokenizer.model", vocabulary))
+    ranks = {bytes(BYTES[letter] for letter in token): rank for rank, token in enumerate(vocabulary)}
+    cut = trained("llama-bpe", 300).pre_tokenizer
+    for line in lines()[::3]:
+        words = [bytes(BYTES[letter] for letter in word) for word, _ in cut.pre_tokenize_str(line)]
+        expected = [token for word in words for token in tiktoken_encode(ranks, word)]
+        assert tokenizer.encode(line, bos=False) == expected
+        assert tokenizer.decode(expected) == line
+    names = [tokenizer.piece(token) for token in range(1000, 1256)]
+    assert names[:2] == ["<|begin_of_text|>", "<|end_of_text|>"] and names[9] == "<|eot_id|>"
+    assert names[2] == "<|reserved_special_token_0|>" and names[255] == "<|reserved_special_token_247|>"
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (1256, 1000, 1001)
+    assert tokenizer.encode("a<|eot_id|>", special=True)[::2] == [1000, 1009]
+    assert 1009 not in tokenizer.encode("a<|eot_id|>")
+
+
+def test_llama_3s_tiktoken_file_is_its_tokenizer_json(tmp_path: Path) -> None:
+    if (path := real("llama3_2")) is None:
+        pytest.skip("no real tokenizer llama3_2 in NUMBALLAMA_TEST_MODELS")
+    json_ = load_tokenizer(path)
+    vocabulary = [json_.piece(token) for token in range(128_000)]
+    tokenizer = load_tokenizer(tiktoken_file(tmp_path / "tokenizer.model", vocabulary))
+    assert [tokenizer.piece(token) for token in range(128_256)] == [json_.piece(token) for token in range(128_256)]
+    assert digests([tokenizer.encode(line, bos=False) for line in lines()]) == PEERS["llama3_2"]["lines"]
+    assert tokenizer.encode("hi") == json_.encode("hi")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda data: data[:-1] + b"x\n", "found"),
+        (lambda data: data.replace(b" 7\n", b" 8\n"), "a space and 7"),
+        (lambda data: data + data[:5] + b" 1000\n", "a new token"),
+        (lambda data: data + b"*** 1000\n", r"at byte \d"),
+        (lambda data: data + base64.b64encode(b"x" * 2000) + b" 1000\n", "1 to 1,024 bytes"),
+    ],
+)
+def test_damaged_tiktoken_files(tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
+    path = tiktoken_file(tmp_path / "tokenizer.model", ranked())
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(FormatError, match=message):
+        load_tokenizer(path)

@@ -1,0 +1,183 @@
+"""`numballama chat` as a person at a terminal and as a pipe meet it."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from bpe_support import chat_model
+
+LONG = 60
+COMMAND = (sys.executable, "-m", "numballama", "chat")
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chat_model(tmp_path_factory.mktemp("chat"), context=4096)
+
+
+class Terminal:
+    """A program in a pseudo terminal of its own: what is typed goes in, what is shown comes out."""
+
+    def __init__(self, *words: object, **environment: str) -> None:
+        self._ours, theirs = pty.openpty()
+        self.shown = ""
+        # the leader of a new session that opens a terminal gets it as its own: Ctrl-C then is a signal
+        script = 'exec "$@" <"$TERMINAL" >"$TERMINAL" 2>&1'
+        self.process = subprocess.Popen(
+            ["sh", "-c", script, "sh", *map(str, words)],
+            start_new_session=True,
+            env=os.environ | {"TERMINAL": os.ttyname(theirs), "TERM": "xterm", "LANG": "C.UTF-8"} | environment,
+        )
+        time.sleep(0.05)
+        self._theirs = theirs
+
+    def type(self, text: str) -> None:
+        os.write(self._ours, text.encode())
+
+    def wait_for(self, pattern: str, since: int = 0) -> str:
+        """What was shown from `since` on, once it has the pattern."""
+        deadline = time.monotonic() + LONG
+        while not re.search(pattern, self.shown[since:]):
+            assert time.monotonic() < deadline, f"{pattern!r} did not come in {self.shown!r}"
+            if select.select([self._ours], [], [], 0.1)[0]:
+                self.shown += os.read(self._ours, 65536).decode(errors="replace")
+            else:
+                assert self.process.poll() is None, f"ended with {self.process.returncode}: {self.shown!r}"
+        return self.shown[since:]
+
+    def ends(self) -> int:
+        """Its exit code; the rest of what it shows is read meanwhile."""
+        os.close(self._theirs)
+        deadline = time.monotonic() + LONG
+        while self.process.poll() is None and time.monotonic() < deadline:
+            if select.select([self._ours], [], [], 0.1)[0]:
+                try:
+                    self.shown += os.read(self._ours, 65536).decode(errors="replace")
+                except OSError:
+                    break
+        return self.process.wait(timeout=LONG)
+
+
+@contextmanager
+def terminal(*words: object, **environment: str) -> Iterator[Terminal]:
+    opened = Terminal(*words, **environment)
+    try:
+        yield opened
+    finally:
+        opened.process.kill()
+        opened.process.wait()
+        os.close(opened._ours)
+
+
+FIGURES = r"(\d[\d,]*) tokens read, (\d[\d,]*) from the cache; (\d+) written, [\d,.]+ tokens/s"
+
+
+def test_a_conversation(path: Path) -> None:
+    with terminal(*COMMAND, path, "--temperature", 0, "--max-tokens", 8) as t:
+        t.wait_for(r"/help lists the commands[\s\S]*> ")
+        figures = []
+        for text in ("hello", "and then?"):
+            since = len(t.shown)
+            t.type(f"{text}\n")
+            shown = t.wait_for(rf"{FIGURES}.*cut at --max-tokens[\s\S]*> ", since)
+            assert "\x1b[2m" in shown and text in shown
+            found = re.search(FIGURES, shown)
+            assert found is not None
+            figures.append([int(number) for number in found.groups()])
+        (read, reused, written), (later, held, _) = figures
+        assert reused == 0 and written == 8 and held == read + 7 and later < 40
+        for command, answer in (
+            ("/system", "there is no system message"),
+            ("/system Be a pirate.", ""),
+            ("/system", r"Be a pirate\."),
+            ("/help", "Ctrl-C stops an answer"),
+            ("/nonsense", "there is no command /nonsense"),
+            ("/reset", ""),
+            ("a\\\nb", FIGURES),
+        ):
+            since = len(t.shown)
+            t.type(f"{command}\n")
+            t.wait_for(rf"{answer}[\s\S]*> ", since + len(command))
+        t.type("\x04")
+        assert t.ends() == 0
+        assert "Traceback" not in t.shown
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(path: Path) -> None:
+    with terminal(*COMMAND, path, "--temperature", 0, "--max-tokens", 4000, "--threads", 1, NO_COLOR="1") as t:
+        t.wait_for("> ")
+        t.type("\x03")
+        t.wait_for("Ctrl-D or /exit ends")
+        since = len(t.shown)
+        t.type("hello\n")
+        t.wait_for(r"hello\r\n[^\r\n]{20}", since)
+        t.type("\x03")
+        shown = t.wait_for(rf"{FIGURES}, stopped[\s\S]*> ", since)
+        assert "\x1b[2m" not in shown
+        written = int(re.search(FIGURES, shown)[3])  # type: ignore[index]
+        assert 1 < written < 3900
+        since = len(t.shown)
+        t.type("hello again\n")
+        t.wait_for(r"again\r\n[^\r\n]{5}", since)
+        t.type("\x03")
+        found = re.search(FIGURES, t.wait_for(rf"{FIGURES}, stopped[\s\S]*> ", since))
+        assert found is not None and int(found[2]) >= written
+        t.type("/exit\n")
+        assert t.ends() == 0
+        assert "Traceback" not in t.shown
+
+
+def test_an_error_ends_a_turn_and_not_the_chat(path: Path) -> None:
+    with terminal(*COMMAND, path, "--temperature", 0, "--max-tokens", 4, "--context", 64) as t:
+        t.wait_for("> ")
+        t.type("word " * 60 + "\n")
+        t.wait_for(r"numballama: the conversation would have \d+ tokens and the context holds 64")
+        since = len(t.shown)
+        t.type("hi\n")
+        t.wait_for(FIGURES, since)
+        t.type("\x04")
+        assert t.ends() == 0
+
+
+def piped(text: str, *words: object) -> subprocess.CompletedProcess[str]:
+    command = [*COMMAND, *map(str, words)]
+    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=LONG, errors="replace")
+
+
+def test_through_a_pipe(path: Path, tmp_path: Path) -> None:
+    words = (path, "--temperature", 0, "--max-tokens", 5)
+    done = piped("hello\n\nmore\n", *words)
+    assert done.returncode == 0 and done.stderr == ""
+    assert piped("hello\n/reset\nhello", *words).stdout == piped("hello\n", *words).stdout * 2
+    first = piped("hello\n", *words).stdout
+    assert first.endswith("\n") and done.stdout.startswith(first) and len(done.stdout) > len(first)
+    assert piped("", *words).stdout == ""
+    assert piped("/exit\nhello\n", *words).stdout == ""
+    system = piped("hello\n", *words, "--system", "Be a pirate.").stdout
+    assert system == piped("/system Be a pirate.\nhello\n", *words).stdout != first
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ messages[-1].content }}")
+    assert piped("hello\n", *words, "--chat-template", template).stdout != first
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--chat-template", "missing.jinja"), "missing.jinja: cannot be read"),
+        (("--temperature", "-1"), "temperature"),
+        (("--context", "8"), "the context holds 8"),
+    ],
+)
+def test_errors_of_a_pipe_exit_with_1(path: Path, words: tuple[str, ...], expected: str) -> None:
+    done = piped("hello\n", path, *words)
+    assert done.returncode == 1 and expected in done.stderr and "Traceback" not in done.stderr

@@ -1,0 +1,185 @@
+"""Kernels compiled by several processes at once, and the cache they fill; no GPU is needed."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
+pytest.importorskip("cuda.bindings", reason="NVIDIA's Python packages are not installed")
+
+ROOT = Path(__file__).parent.parent
+
+PRELUDE = """
+import json, os, subprocess, sys
+from functools import partial
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+from numballama.kernels_cuda import basic
+from numballama.lowlevel_cuda import compile, driver
+from numballama.lowlevel_cuda.launch import Array, Gpu
+
+def array(*shape, dtype="f32"):
+    return Array(0, shape, dtype)
+
+gpu = Gpu(2, 99 << 10, array(1, dtype="i32"), lambda n: array(n, dtype="i32"))
+x = array(1, 64)
+launches = [
+    *basic.add(gpu, x, x, x), *basic.swiglu(gpu, x, x, x), *basic.last(gpu, x, x), *basic.bias(gpu, x, array(64), x),
+    *basic.rmsnorm(gpu, x, array(64), x, 1e-5),
+]
+cache, told, started = Path(sys.argv[2]), [], []
+
+def report(what, done, total):
+    told.append((what, done, total))
+
+class Popen(subprocess.Popen):
+    def __init__(self, *arguments, **options):
+        started.append(self)
+        super().__init__(*arguments, **options)
+
+subprocess.Popen = Popen
+
+def ahead(helpers=2, report=report, launches=launches):
+    done = compile.compile_ahead(launches, (9, 0), cache, report, helpers)
+    return {index: (code.entry, code.registers, len(code.machine), code.cached) for index, code in done.items()}
+"""
+"""A process of its own for each test: a process compiles for one compute capability only."""
+
+
+def program(text: str, cache: Path, folder: Path | None = None) -> Any:
+    """What a program prints, as JSON. It runs isolated, so that it finds this package only through its sys.path."""
+    done = subprocess.run(
+        [sys.executable, "-I", "-c", PRELUDE + text, str(ROOT), str(cache)],
+        capture_output=True, text=True, timeout=300, cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return json.loads(done.stdout)
+
+
+def test_helpers_fill_the_cache(tmp_path: Path) -> None:
+    """Nothing of ours is in a helper's own environment: it gets the search path from the process that started it."""
+    found = program(
+        """
+# all to the helpers: this process would be quicker than they with kernels as small as these
+take = compile._Crew.run
+def idle(crew, report):
+    class Todo(type(crew._todo)):
+        def popleft(self):
+            if compile.threading.current_thread() is compile.threading.main_thread():
+                raise IndexError
+            return super().popleft()
+    crew._todo = Todo(crew._todo)
+    return take(crew, report)
+compile._Crew.run = idle
+first = ahead()
+again = ahead()
+codes = [driver.compile_kernel(l.kernel, l.kinds, (9, 0), l.threads, cache) for l in launches]
+fresh = [driver.compile_kernel(l.kernel, l.kinds, (9, 0), l.threads, None) for l in launches]
+print(json.dumps({
+    "first": first, "again": again, "told": told, "cached": [c.cached for c in codes],
+    "same": [(len(c.machine), c.registers) == (len(f.machine), f.registers) for c, f in zip(codes, fresh)],
+    "ended": [p.poll() is not None for p in started],
+}))
+""",
+        tmp_path,
+    )
+    assert sorted(found["first"], key=int) == list("01234") and not any(code[3] for code in found["first"].values())
+    assert found["again"] == {}, "the second time nothing is missing"
+    assert found["cached"] == [True] * 5 and found["same"] == [True] * 5
+    assert found["told"][0] == ["add_kernel", 0, 5] and [done for _, done, _ in found["told"]] == [0, 1, 2, 3, 4, 5]
+    assert found["ended"] == [True, True]
+    assert {path.suffix for path in tmp_path.iterdir()} == {".cubin"}
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        "compile.BOOT = 'raise SystemExit(1)'",
+        "compile.BOOT = 'print(1, flush=True); print(2, flush=True)'",
+        "compile.BOOT = 'import os, signal; os.kill(os.getpid(), signal.SIGKILL)'",
+        "sys.executable = '/nonexistent/python'",
+        "compile.BOOT = compile.BOOT.replace('numballama', 'no_such_package')",
+        "compile.BOOT = compile.BOOT.replace('help_out(job)', 'print(1, flush=True); input()')",
+    ],
+)
+def test_failing_helpers_cost_only_time(tmp_path: Path, failure: str) -> None:
+    found = program(f"{failure}\nprint(json.dumps([ahead(), told]))", tmp_path)
+    assert sorted(found[0], key=int) == list("01234")
+    assert found[1][-1][1:] == [5, 5]
+
+
+def test_a_helper_survives_a_kernel_that_it_cannot_find(tmp_path: Path) -> None:
+    found = program(
+        """
+import dataclasses
+from types import SimpleNamespace
+hidden = launches[0].kernel.py_func
+def todo(launch):  # of the package's own files, under a name that it does not have
+    function = type(hidden)(hidden.__code__, hidden.__globals__, "add_kernel")
+    function.__module__, function.__qualname__ = hidden.__module__, "no_such_kernel"
+    return dataclasses.replace(launch, kernel=SimpleNamespace(py_func=function))
+crew = compile._Crew([todo(launches[0]), launches[1]], [0, 1], (9, 0), cache, 1)
+import threading
+with crew._processes():
+    answers = [crew._answers.get(timeout=60) for _ in range(2)]
+print(json.dumps([answers, len(list(cache.iterdir()))]))
+""",
+        tmp_path,
+    )
+    assert found == [[0, 1], 1]
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        "compile._cores = lambda: 2; ahead = partial(ahead, None)",
+        "launches = launches[:2]",
+        "sys.frozen = True",
+        "sys.executable = '/opt/some/editor'",
+        "sys.executable = None",
+    ],
+)
+def test_no_helper_where_it_is_not_worth_it_or_would_be_another_program(tmp_path: Path, case: str) -> None:
+    found = program(f"{case}\nprint(json.dumps([ahead(launches=launches), told, len(started)]))", tmp_path)
+    assert found == [{}, [], 0]
+
+
+def test_an_interrupt_ends_the_helpers(tmp_path: Path) -> None:
+    found = program(
+        """
+def report(*arguments):
+    if started:
+        raise KeyboardInterrupt
+try:
+    ahead(report=report)
+    print(json.dumps("no interrupt"))
+except KeyboardInterrupt:
+    print(json.dumps([p.poll() is not None for p in started]))
+""",
+        tmp_path,
+    )
+    assert found == [True, True]
+
+
+def test_only_kernels_of_the_package_are_kept(tmp_path: Path) -> None:
+    """The cache's folder is named by the package's sources: a kernel of somebody else's file would be served stale."""
+    (tmp_path / "mine.py").write_text("from numba import cuda\n@cuda.jit\ndef mine(x):\n    x[0] = 1\n")
+    found = program(
+        f"sys.path.insert(0, {str(tmp_path)!r})\nimport mine\n"
+        "first = driver.compile_kernel(mine.mine, ('f32*',), (9, 0), 32, cache)\n"
+        "second = driver.compile_kernel(mine.mine, ('f32*',), (9, 0), 32, cache)\n"
+        "print(json.dumps([first.cached, second.cached, driver.cache_entry(mine.mine, ('f32*',), (9, 0), 32, cache)]))",
+        tmp_path / "cache",
+    )
+    assert found == [False, False, None]
+
+
+def test_helpers_are_as_many_as_there_are_cores_for(tmp_path: Path) -> None:
+    text = "compile._cores = lambda: {}\nahead(None)\nprint(json.dumps(len(started)))"
+    assert program(text.format(4), tmp_path / "4") == 3
+    assert program(text.format(64), tmp_path / "64") == 5, "no more than kernels"

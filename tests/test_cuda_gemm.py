@@ -1,0 +1,94 @@
+"""What prompts run on a GPU: linear layers and attention of many tokens, whose tensor cores, swizzled shared memory and
+asynchronous copies Numba's simulator does not have. Their PTX is run by `ptx_emulator` instead, or, on a GPU, for real.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import numballama
+from numballama import registry
+
+if any(find_spec(name) is None for name in ("numba_cuda", "cuda")):
+    pytest.skip("kernels are not compiled: NVIDIA's packages are not installed", allow_module_level=True)
+
+HERE, PACKAGE = Path(__file__).parent, Path(numballama.__file__).parent
+
+
+def run_cases(*arguments: str) -> str:
+    """cuda_gemm_cases in a process of its own: one compiles for one capability."""
+    path = os.pathsep.join([str(PACKAGE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    result = subprocess.run(
+        [sys.executable, str(HERE / "cuda_gemm_cases.py"), *arguments],
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=500, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.mark.parametrize("capability", ["7.5", "9.0"])
+def test_emulated(capability: str) -> None:
+    """Every kernel within its bounds, for cards without and with m16n8k16, bfloat16 and asynchronous copies; none of
+    their numbers left the registers."""
+    assert "attention bf16" in run_cases(capability)
+
+
+@pytest.mark.gpu
+def test_on_the_gpu() -> None:
+    assert "attention bf16" in run_cases()
+
+
+def test_emulated_tensor_cores() -> None:
+    """The emulator's own ldmatrix and mma, on a warp's product written down without them."""
+    from ptx_emulator import Memory, Program, run
+
+    ptx = """
+.visible .entry product(.param .u64 product_0, .param .u64 product_1)
+{
+    .reg .b32 %r<20>; .reg .f32 %f<8>; .reg .b64 %rd<8>;
+    .shared .align 16 .b8 tile[768];
+    ld.param.u64 %rd1, [product_0]; ld.param.u64 %rd2, [product_1];
+    mov.u32 %r1, %tid.x; shl.b32 %r2, %r1, 4; cvt.u64.u32 %rd3, %r2; add.s64 %rd4, %rd1, %rd3;
+    mov.u32 %r3, tile; add.s32 %r4, %r3, %r2;
+    cp.async.cg.shared.global [%r4], [%rd4], 16; cp.async.commit_group; cp.async.wait_group 0; bar.sync 0;
+    ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%r5, %r6, %r7, %r8}, [%r4];
+    mov.f32 %f1, 0f00000000;
+    mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%f2, %f3, %f4, %f5}, {%r5, %r6, %r7, %r8}, {%r5, %r7},
+        {%f1, %f1, %f1, %f1};
+    add.s64 %rd5, %rd2, %rd3; st.global.v4.f32 [%rd5], {%f2, %f3, %f4, %f5};
+    ret;
+}
+"""
+    memory = Memory(1 << 16)
+    matrices = np.random.default_rng(0).integers(-8, 8, (4, 8, 8)).astype(np.float16)
+    out = memory.put(np.zeros((32, 4), np.float32))
+    run(Program(ptx), memory, (1,), 32, [memory.put(matrices), out])
+    m = matrices.astype(np.float32)
+    a = np.block([[m[0], m[2]], [m[1], m[3]]])  # 16 × 16
+    b = np.concatenate([m[0], m[2]], axis=1).T  # 16 × 8: rows of the matrices are columns of B
+    got, want = memory.get(out, (32, 4), np.float32), a @ b
+    for lane in range(32):
+        row, column = lane // 4, 2 * (lane % 4)
+        expected = [want[row, column], want[row, column + 1], want[row + 8, column], want[row + 8, column + 1]]
+        assert got[lane].tolist() == expected
+
+
+TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_one_token_takes_no_scratch(kind: str) -> None:
+    """Decoding reads weights as they are, a classifier of 128,256 rows too; so does a run of the last token's logits."""
+    for op, types in (("linear", ["f32", kind]), ("norm_linear", ["f32", "f32", kind])):
+        (space,) = registry.find(op, "cuda", types).scratch.values()
+        shapes = [(4096,)] * (len(types) - 2) + [(128256, 4096)]
+        assert space((1, 4096), *shapes, workers=132) == (0,)
+        (numbers,) = space((512, 4096), *shapes, workers=132)
+        assert 4 * numbers < 160 << 20  # of a weight of 1 GB in float16, a part at a time

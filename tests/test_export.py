@@ -1,0 +1,377 @@
+"""Export: from every reader to every writer that can hold the model, the same logits; what is lost is said."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tracemalloc
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import SMALL, architectures, random_checkpoint, reference_logits, save
+from gguf_support import letters
+from gguf_support import save as save_gguf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import numballama
+from numballama import quant
+from numballama.checkpoint import Deferred, Weight
+from numballama.config import BF16, F16, F32, HALF_SPLIT, INTERLEAVED, Q8_0, ModelConfig, WeightType
+from numballama.conversion import Converting
+from numballama.errors import Error, UnsupportedError
+from numballama.export import QUANTS, export_model
+from numballama.files import map_file
+from numballama.formats import WRITERS
+from numballama.formats.hf_writer import write_safetensors
+from numballama.gguf_header import Header
+from numballama.loader import STORY_MODEL, open_checkpoint
+
+GOLDEN = Path(__file__).parent / "golden"
+WIDE = ModelConfig(64, 96, 2, 4, 2, 300, 16, tied_embeddings=False)
+
+
+# ---- safetensors ----
+
+
+@settings(max_examples=80)
+@given(config=architectures(), pairing=st.sampled_from([INTERLEAVED, HALF_SPLIT]), seed=st.integers(0, 99))
+def test_safetensors_keep_config_and_logits(
+    tmp_path_factory: pytest.TempPathFactory, config: ModelConfig, pairing: str, seed: int
+) -> None:
+    config = replace(config, rope_pairing=pairing)
+    weights, path = random_checkpoint(config, seed).weights, tmp_path_factory.mktemp("hf") / "model"
+    given = (config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm, config.window)
+    if not _writable(*given):
+        with pytest.raises(UnsupportedError, match="no architecture of llama, mistral, qwen2, qwen3 has exactly"):
+            write_safetensors(path, config, weights)
+        assert not list(path.parent.iterdir())
+        return
+    assert write_safetensors(path, config, weights, bos_id=1, eos_ids=(2, 3)) == []
+    opened = open_checkpoint(path)
+    assert opened.config == replace(config, rope_pairing=HALF_SPLIT)
+    assert (opened.stop_ids, opened.notes) == ((2, 3), [])
+    ids = np.arange(min(config.context + 3, 14)) % config.vocab_size
+    got = reference_logits(opened.config, opened.weights, ids)
+    np.testing.assert_allclose(got, reference_logits(config, weights, ids), atol=1e-5)
+
+
+def test_most_architectures_can_be_written() -> None:
+    """The property above does not pass by refusing everything."""
+    able = []
+    for biases in range(8):
+        for norm in (False, True):
+            for window in (0, 3):
+                q, o, mlp = (bool(biases >> bit & 1) for bit in range(3))
+                able.append((q, o, mlp, norm, window) if _writable(q, o, mlp, norm, window) else None)
+    assert sorted(filter(None, able)) == sorted([
+        (False, False, False, False, 0), (False, False, True, False, 0), (True, True, False, False, 0),
+        (True, True, True, False, 0), (False, False, False, False, 3), (True, False, False, False, 0),
+        (True, False, False, False, 3), (False, False, False, True, 0), (False, False, False, True, 3),
+        (True, True, False, True, 0), (True, True, False, True, 3),
+    ])  # fmt: skip
+
+
+def _writable(q: bool, o: bool, mlp: bool, norm: bool, window: int) -> bool:
+    from numballama.formats.hf_config import config_json
+
+    config = replace(SMALL, qkv_bias=q, o_bias=o, mlp_bias=mlp, qk_norm=norm, window=window)
+    try:
+        config_json(config, "float32", {})
+    except UnsupportedError:
+        return False
+    return True
+
+
+def test_the_safetensors_library_reads_what_we_write(tmp_path: Path) -> None:
+    library = pytest.importorskip("safetensors.numpy")
+    weights = random_checkpoint(SMALL).weights
+    for kind in (F32, F16):
+        path = tmp_path / str(kind)
+        write_safetensors(
+            path, SMALL, {n: quant.convert(w, kind) if len(w.shape) == 2 else w for n, w in weights.items()}
+        )
+        theirs = library.load_file(path / "model.safetensors")
+        assert len(theirs) == len(weights)
+        numbers = theirs["model.layers.1.mlp.down_proj.weight"]
+        assert numbers.dtype == (np.float32 if kind == F32 else np.float16)
+        np.testing.assert_allclose(numbers, weights["layers.1.w2"].data, atol=2e-3)
+        q = theirs["model.layers.0.self_attn.q_proj.weight"].astype(np.float32)  # interleaved here, halves there
+        wanted = weights["layers.0.wq"].data.reshape(6, 2, 2, 24).swapaxes(1, 2).reshape(24, 24)
+        np.testing.assert_allclose(q, wanted, atol=2e-3)
+        with open(path / "model.safetensors", "rb") as file:
+            assert int.from_bytes(file.read(8), "little") % 8 == 0, "tensors are aligned"
+
+
+def test_directories_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    weights = random_checkpoint(SMALL).weights
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").touch()
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    for name in ("full", "file"):
+        with pytest.raises(Error, match="is there already"):
+            write_safetensors(tmp_path / name, SMALL, weights)
+    with pytest.raises(Error, match="cannot be written"):
+        write_safetensors(tmp_path / "missing" / "below", SMALL, weights)
+
+    def fail() -> Weight:
+        raise Error("in the middle")
+
+    broken = weights | {"output": Deferred(weights["output"].shape, F32, fail)}
+    for name in ("new", "empty"):
+        with pytest.raises(Error, match="in the middle"):
+            write_safetensors(tmp_path / name, SMALL, broken)
+    assert {path.name for path in tmp_path.iterdir()} == {"full", "file", "empty"}
+    write_safetensors(tmp_path / "empty", SMALL, weights)
+    assert open_checkpoint(tmp_path / "empty").config.dim == 24
+
+
+def test_weights_and_config_belong_together(tmp_path: Path) -> None:
+    weights = random_checkpoint(SMALL).weights
+    with pytest.raises(Error, match="output in one but not the other"):
+        write_safetensors(tmp_path / "x", replace(SMALL, tied_embeddings=True), weights)
+    with pytest.raises(Error, match="norm has shape"):
+        write_safetensors(tmp_path / "x", SMALL, weights | {"norm": Weight((1,), F32, np.ones(1, np.float32))})
+    with pytest.raises(UnsupportedError, match="as int8/64; convert it to f32, f16, bf16"):
+        write_safetensors(
+            tmp_path / "x", SMALL, weights | {"output": quant.convert(weights["output"], WeightType("int8", 64))}
+        )
+
+
+# ---- every reader, every writer ----
+
+SOURCES: dict[str, Callable[[Path], Path]] = {
+    "llama2c-v1": lambda folder: save(folder, "llama2c-v1", WIDE)[0],
+    "llama2c-v2": lambda folder: save(folder, "llama2c-v2", WIDE)[0],
+    "gguf q8_0": lambda folder: save_gguf(folder / "s.gguf", WIDE, Q8_0),
+    "hf llama": lambda folder: GOLDEN / "hf" / "llama-0",
+    "hf llama3": lambda folder: GOLDEN / "hf" / "llama3-0",
+    "hf qwen2": lambda folder: GOLDEN / "hf" / "qwen2-0",
+    "hf qwen3": lambda folder: GOLDEN / "hf" / "qwen3-0",
+    "hf mistral": lambda folder: GOLDEN / "hf" / "mistral-0",
+    "hf sharded": lambda folder: GOLDEN / "hf" / "qwen3-f16-sharded-0",
+    "meta": lambda folder: GOLDEN / "meta" / "llama2-2-parts",
+}
+REFUSED = {
+    ("hf llama3", "llama2c-v0"), ("hf llama3", "llama2c-v1"), ("hf llama3", "llama2c-v2"), ("hf llama3", "kuiper"),
+    ("hf llama3", "kuiper-int8"),
+    ("hf qwen2", "llama2c-v0"), ("hf qwen2", "llama2c-v1"), ("hf qwen2", "llama2c-v2"), ("hf qwen2", "kuiper-int8"),
+    *((source, to) for source in ("hf qwen3", "hf sharded", "hf mistral")
+      for to in ("llama2c-v0", "llama2c-v1", "llama2c-v2", "kuiper", "kuiper-int8")),
+    ("llama2c-v2", "gguf"), ("llama2c-v2", "safetensors"), ("gguf q8_0", "safetensors"),
+}  # fmt: skip
+"""What needs more than the format has, or another type to be chosen."""
+
+
+@pytest.mark.parametrize("to", WRITERS)
+@pytest.mark.parametrize("name", SOURCES)
+def test_the_copy_gives_the_same_logits(tmp_path: Path, name: str, to: str) -> None:
+    path, copy = SOURCES[name](tmp_path), tmp_path / "copy"
+    if (name, to) in REFUSED:
+        with pytest.raises(UnsupportedError, match=r"no place|heads of dim|choose one of"):
+            export_model(path, copy, to)
+        assert not copy.exists()
+        return
+    done = export_model(path, copy, to)
+    source = open_checkpoint(path)
+    silent = {key: getattr(source.config, key) for key in ("rope_pairing", "rope_theta", "norm_eps")}
+    opened = open_checkpoint(copy, **({} if to in ("gguf", "safetensors") else silent))
+    exact = all(row.error == 0 for row in done.rows)
+    # blocks of q8_0 are groups of 32 numbers of which one is 127: they come out as they went in
+    assert exact == (to not in ("llama2c-v2", "kuiper-int8") or name in ("llama2c-v2", "gguf q8_0"))
+    ids = np.arange(12) % source.config.vocab_size
+    wanted = reference_logits(source.config, source.weights, ids)
+    difference = np.abs(reference_logits(opened.config, opened.weights, ids) - wanted).max()
+    assert difference <= (1e-5 if exact else 0.5), difference
+    assert len(done.rows) == sum(len(weight.shape) == 2 for weight in source.weights.values())
+
+
+@pytest.mark.parametrize("to", ["gguf", "safetensors"])
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "q8_0"])
+def test_chosen_types_and_their_errors(tmp_path: Path, to: str, kind: str) -> None:
+    path, source = save(tmp_path, "llama2c-v1", WIDE)
+    if kind not in QUANTS[to]:
+        with pytest.raises(UnsupportedError, match="safetensors cannot hold 'q8_0'; it holds f32, f16, bf16"):
+            export_model(path, tmp_path / "copy", to, kind)
+        return
+    done = export_model(path, tmp_path / "copy", to, kind)
+    opened = open_checkpoint(tmp_path / "copy")
+    target = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0}[kind]
+    for row in done.rows:
+        assert (row.before, row.after) == (F32, target)
+        weight = source.weights[row.name]
+        wanted = quant.convert(weight, target)
+        assert opened.weights[row.name].type == target and row.nbytes == wanted.nbytes
+        values = quant.dequantize(wanted).astype(np.float64)
+        error = np.sqrt(((values - weight.data) ** 2).sum() / (weight.data.astype(np.float64) ** 2).sum())
+        assert row.error == pytest.approx(error, rel=1e-9)
+        assert (row.error == 0) == (kind == "f32")
+    # the same conversion as compile's, but for the embedding, which it leaves alone when it is no classifier
+    with numballama.compile(path, device="reference", dtype=kind) as model:
+        order = "layers.1.w2"
+        np.testing.assert_array_equal(model.weights[order].data, opened.weights[order].data)
+
+
+def test_int8_groups(tmp_path: Path) -> None:
+    for config, group in (
+        (WIDE, 32),
+        (replace(WIDE, dim=128, head_dim=32), 32),
+        (replace(WIDE, hidden_dim=128), 64),
+        (SMALL, 64),
+    ):
+        path, _ = save(tmp_path, "llama2c-v1", config)
+        export_model(path, tmp_path / "copy.bin", "llama2c-v2")
+        assert open_checkpoint(tmp_path / "copy.bin").weights["layers.0.wq"].type == WeightType("int8", group)
+    path = tmp_path / "three.bin"
+    WRITERS["llama2c-v2"](path, SMALL, random_checkpoint(SMALL).weights, group_size=3)
+    done = export_model(path, tmp_path / "copy.bin", "llama2c-v2")
+    assert (tmp_path / "copy.bin").read_bytes() == path.read_bytes(), "int8 stays as it is"
+    assert all(row.error == 0 for row in done.rows)
+
+
+def test_relative_error_over_chunks() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.standard_normal((700, 480), dtype=np.float32)
+    weight = Weight(values.shape, F32, values)
+    for kind in (F16, BF16, Q8_0, WeightType("int8", 100)):
+        result = quant.convert(weight, kind)
+        wrong = quant.dequantize(result).astype(np.float64) - values
+        assert quant.relative_error(weight, result) == pytest.approx(np.sqrt((wrong**2).mean() / (values**2.0).mean()))
+    zeros = Weight((4, 4), F32, np.zeros((4, 4), np.float32))
+    assert quant.relative_error(zeros, quant.convert(zeros, F16)) == 0
+
+
+def test_one_matrix_in_memory_at_a_time(tmp_path: Path) -> None:
+    config = ModelConfig(256, 1024, 6, 4, 4, 300, 16)
+    path, source = save(tmp_path, "llama2c-v1", config)
+    largest = 4 * 1024 * 256
+    whole = sum(weight.nbytes for weight in source.weights.values())
+    del source
+    for to, kind in (("gguf", "f16"), ("gguf", "q8_0"), ("safetensors", "bf16"), ("llama2c-v2", None)):
+        tracemalloc.start()
+        export_model(path, tmp_path / f"{to}-{kind}", to, kind)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 8 * largest < whole / 2, (to, kind, peak)
+
+
+# ---- what belongs to a model beside its weights ----
+
+
+def test_tokenizers_go_along(tmp_path: Path) -> None:
+    path = save_gguf(tmp_path / "s.gguf", WIDE, tokenizer=letters(300), chat_template="{{ x }}", name="s")
+    done = export_model(path, tmp_path / "copy.gguf", "gguf", "q8_0")
+    assert done.notes == ()
+    opened = open_checkpoint(tmp_path / "copy.gguf")
+    assert opened.tokenizer is not None and opened.tokenizer.vocabulary() == letters(300).vocabulary()
+    assert opened.chat_template == "{{ x }}"
+    done = export_model(path, tmp_path / "copy.bin", "llama2c-v1")
+    assert any("llama2c-v1 files hold no tokenizer" in note for note in done.notes)
+    done = export_model(path, tmp_path / "copy", "safetensors", "f16")
+    assert any("tokenizer is left out" in note for note in done.notes)
+    settings = json.loads((tmp_path / "copy" / "config.json").read_text())
+    assert (settings["bos_token_id"], settings["eos_token_id"], settings["dtype"]) == (1, 2, "float16")
+    assert json.loads((tmp_path / "copy" / "generation_config.json").read_text()) == {
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+
+
+def test_ids_that_end_a_turn_go_along(tmp_path: Path) -> None:
+    config = replace(WIDE, rope_pairing=HALF_SPLIT)
+    write_safetensors(tmp_path / "Model-2.5", config, random_checkpoint(config).weights, eos_ids=(2, 7, 9))
+    save_gguf(tmp_path / "tokenizer.gguf", WIDE, tokenizer=letters(300))
+    done = export_model(tmp_path / "Model-2.5", tmp_path / "m.gguf", "gguf", tokenizer=tmp_path / "tokenizer.gguf")
+    assert done.notes == ("GGUF has no place for more ids that end a text: 9 are lost",)
+    assert set(open_checkpoint(tmp_path / "m.gguf").stop_ids) == {2, 7}
+    assert Header(map_file(tmp_path / "m.gguf")).text("general.name") == "Model-2.5"
+
+
+def test_parts_are_not_kept_in_memory_by_an_export(tmp_path: Path) -> None:
+    opened = open_checkpoint(GOLDEN / "meta" / "llama2-2-parts")
+    seen = []
+    types = dict.fromkeys(opened.weights, F16)
+    weights = Converting(opened.weights, types, lambda name, before, after: seen.append((name, before, after)))
+    for name in opened.weights:
+        assert weights[name].data.shape == opened.weights[name].shape
+    assert len(seen) == 16
+    for name, before, after in seen:
+        assert not isinstance(before, Deferred) and after.type == F16
+        assert vars(opened.weights[name])["_made"] is None
+
+
+def test_tokenizer_files_are_copied(tmp_path: Path, models: Path) -> None:
+    model = models / "stories260K.bin"
+    given = tmp_path / "tokenizer.model"
+    given.write_bytes((models / "tok512.model").read_bytes())
+    export_model(model, tmp_path / "copy", "safetensors", tokenizer=given)
+    assert (tmp_path / "copy" / "tokenizer.model").read_bytes() == given.read_bytes()
+    source = tmp_path / "copy"
+    (source / "tokenizer_config.json").write_text('{"chat_template": "{{ y }}"}')
+    export_model(source, tmp_path / "again", "safetensors", "bf16")
+    assert (tmp_path / "again" / "tokenizer_config.json").exists() and (tmp_path / "again" / "tokenizer.model").exists()
+
+
+def test_the_story_model_goes_round(tmp_path: Path) -> None:
+    """GGUF → safetensors → llama2.c → GGUF, and still the same story: bf16 numbers are float32 numbers."""
+    export_model(None, tmp_path / "hf", "safetensors", "f32")
+    export_model(tmp_path / "hf", tmp_path / "back.gguf", "gguf")
+    ids = [1, *range(300, 330)]
+    first, last = open_checkpoint(STORY_MODEL), open_checkpoint(tmp_path / "back.gguf")
+    assert replace(last.config, rope_pairing=first.config.rope_pairing) == first.config
+    got = reference_logits(last.config, last.weights, ids)
+    np.testing.assert_allclose(got, reference_logits(first.config, first.weights, ids), atol=1e-4)
+
+
+# ---- arguments and the command line ----
+
+
+@pytest.mark.parametrize(
+    ("to", "quantize", "message"),
+    [
+        ("onnx", None, "unknown format 'onnx'; there are llama2c-v0"),
+        ("llama2c-v0", "f16", "llama2c-v0 cannot hold 'f16'; it holds f32"),
+        ("llama2c-v2", "q8_0", "it holds int8"),
+        ("gguf", "int8", "it holds f32, f16, bf16, q8_0"),
+        ("safetensors", "nonsense", "it holds f32, f16, bf16"),
+    ],
+)
+def test_senseless_requests(tmp_path: Path, to: str, quantize: str | None, message: str) -> None:
+    path, _ = save(tmp_path, "llama2c-v1")
+    with pytest.raises(UnsupportedError, match=message):
+        export_model(path, tmp_path / "copy", to, quantize)
+
+
+def test_rows_that_are_no_blocks(tmp_path: Path) -> None:
+    path, _ = save(tmp_path, "llama2c-v1")
+    with pytest.raises(Error, match="cannot become q8_0: its rows of 24 numbers"):
+        export_model(path, tmp_path / "copy", "gguf", "q8_0")
+    assert not (tmp_path / "copy").exists()
+
+
+def run(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "numballama", "export", *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=100)
+
+
+def test_command_line(tmp_path: Path) -> None:
+    path, _ = save(tmp_path, "llama2c-v1", WIDE)
+    done = run(path, tmp_path / "copy.gguf", "--to", "gguf", "--quant", "q8_0")
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert lines[0].split() == ["tensor", "from", "to", "bytes", "relative", "RMS", "error"]
+    name, before, after, size, error = lines[1].split()
+    assert (name, before, after, size) == ("tok_embeddings", "f32", "q8_0", f"{300 * 64 // 32 * 34:,}")
+    assert 1e-3 < float(error) < 1e-2
+    assert lines[-1].startswith(f"{tmp_path / 'copy.gguf'}: 16 matrices converted, 0 as they were")
+    assert "do not say rope_pairing" in done.stderr
+    assert run(path, tmp_path / "two.gguf", "--to", "gguf", "--quiet", "--rope-pairing", "half").stderr == ""
+    assert open_checkpoint(tmp_path / "two.gguf").config.rope_pairing == INTERLEAVED  # permuted
+    failed = run(path, tmp_path / "no", "--to", "gguf", "--quant", "int8")
+    assert failed.returncode == 1 and "gguf cannot hold 'int8'" in failed.stderr and not (tmp_path / "no").exists()
+    assert run(path, tmp_path / "no").returncode == 2
