@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -62,22 +63,22 @@ class HostMemory:
 
     live: list[tuple[int, int, str]] = []  # noqa: RUF012
     """(address, bytes, what) of all that is taken, in order of addresses."""
+    epoch = 0
+    """Counts what was taken: an address may be another's from now on."""
 
     def __init__(self, device: HostDevice, nbytes: int, what: str) -> None:
         self.nbytes = max(nbytes, 1)
         self._keep = np.full(self.nbytes + ALIGNMENT, 0xAA, np.uint8)
         self.address = -(-self._keep.ctypes.data // ALIGNMENT) * ALIGNMENT
-        self._entry = (self.address, self.nbytes, what)
-        bisect.insort(HostMemory.live, self._entry)
+        entry = (self.address, self.nbytes, what)
+        bisect.insort(HostMemory.live, entry)
+        HostMemory.epoch += 1
+        self.free = weakref.finalize(self, HostMemory.live.remove, entry)
 
     def array(self, offset: int, shape: tuple[int, ...], dtype: str) -> Any:
         from numballama.lowlevel_cuda.launch import Array
 
         return Array(self.address + offset, shape, dtype)
-
-    def free(self) -> None:
-        if self._entry in HostMemory.live:
-            HostMemory.live.remove(self._entry)
 
 
 class HostPinned(HostMemory):

@@ -1,0 +1,348 @@
+"""What CUDA programs and kernels must do, wherever they run: on a GPU (test_cuda) or in the simulator
+(test_cuda_simulator). The check of a step, and what an op means, are `support`'s, as for the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from conftest import random_checkpoint
+from cuda_support import converted, graph_of
+from support import check_step, read
+
+from numballama import cuda, quant
+from numballama.config import ModelConfig
+from numballama.graph import KVLayout
+from numballama.ir import DTYPES
+from numballama.lowlevel_cuda.launch import ITEM_BYTES, Array, Gpu
+from numballama.reference import ReferenceBackend
+from numballama.registry import find
+from numballama.sampler import Sampler, keep_min_p, keep_top_k, keep_top_p
+
+SHARE = 1e-3
+"""As in test_model_values: how much two right float32 computations of a whole model may differ, of the largest."""
+
+
+# Programs
+
+
+class Pair:
+    """The CUDA backend and the reference over one random model."""
+
+    def __init__(
+        self, config: ModelConfig, kind: str = "f32", kv: str = "f32", seed: int = 0, group: int = 32,
+        sequences: int = 1, int8_activations: bool = False, scale: float = 1.0, context: int | None = None,
+    ) -> None:  # fmt: skip
+        self.config, self.int8 = config, int8_activations
+        checkpoint = random_checkpoint(config, seed)
+        for weight in checkpoint.weights.values():
+            weight.data[...] *= np.float32(scale if len(weight.shape) == 2 else 1)
+        self.weights = converted(checkpoint.weights, kind, group)
+        self.kv = KVLayout.of(config, context or config.context, kv, sequences)
+        self.cuda, self.reference = cuda.CudaBackend(self.weights), ReferenceBackend(self.weights)
+        self.floats = kv == "f32" and not int8_activations
+
+    def graph(self, tokens: int, logits: str = "last") -> Any:
+        return graph_of(self.config, self.weights, self.kv, tokens, logits, self.int8)
+
+    def programs(self, tokens: int, logits: str = "last", fusions: bool | Sequence[str] = True) -> tuple[Any, Any]:
+        graph = self.graph(tokens, logits)
+        return self.cuda.program(graph, fusions), self.reference.program(graph)
+
+    def ids(self, seed: int, count: int) -> list[int]:
+        rng = np.random.default_rng(seed)
+        return [int(token) for token in rng.integers(0, self.config.vocab_size, count)]
+
+    def close(self) -> None:
+        self.cuda.close()
+
+
+def feed(program: Any, ids: Sequence[int], start: int, sequence: int = 0) -> None:
+    program.inputs["ids"][: len(ids)] = ids
+    program.inputs["positions"][: len(ids)] = range(start, start + len(ids))
+    program.inputs["sequences"][: len(ids)] = sequence
+
+
+def arena(program: Any) -> np.ndarray:
+    """A copy of the arena's bytes."""
+    out = np.empty(program.plan.arena_bytes, np.uint8)
+    program.backend.device.make_current()
+    program.backend.device.read(program.arena.address, out)
+    return out
+
+
+def poison(program: Any) -> None:
+    """Fill the arena and the KV cache with 0xFF: every float there is a NaN."""
+    device = program.backend.device
+    device.make_current()
+    device.fill(program.arena.address, 0xFF, program.plan.arena_bytes)
+    for state in program.backend.states.values():
+        device.fill(state.address, 0xFF, state.nbytes)
+    device.synchronize()
+
+
+def poison_dead(program: Any, step: int) -> np.ndarray:
+    """Fill with 0xFF what belongs to no value that is computed before `step` and needed in it or later.
+
+    Returns which bytes of the arena `step` may write.
+    """
+    dead, own = np.ones(program.plan.arena_bytes, bool), np.zeros(program.plan.arena_bytes, bool)
+    for place in program.plan.placements.values():
+        where = slice(place.offset, place.offset + place.nbytes)
+        if place.first < step <= place.last:
+            dead[where] = False
+        elif place.first == step:
+            own[where] = True
+    device = program.backend.device
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], dead, [False]])))
+    for first, last in zip(edges[::2], edges[1::2], strict=True):
+        device.fill(program.arena.address + int(first), 0xFF, int(last - first))
+    device.synchronize()
+    return own
+
+
+def run_checked(program: Any, reference: Any, ids: Sequence[int], start: int, sequence: int, whole: bool) -> None:
+    """One run, step by step: each op on the operands as the device has them, within the bounds of rounding; no other
+    byte of the arena changes. With `whole` every value is also compared with the reference's own run.
+    """
+    tokens, graph = len(ids), program.plan.graph
+    feed(program, ids, start, sequence)
+    program.backend.device.make_current()
+    program._inputs.send(tokens)  # a run does; the first step's operands are compared before it
+    if whole:
+        feed(reference, ids, start, sequence)
+        reference.run(tokens)
+    for step, planned in enumerate(program.plan.steps):
+        own = poison_dead(program, step)
+        before = arena(program)
+        check_step(program, step, tokens, reference.backend, lambda step=step: program.run(tokens, step, step + 1))
+        np.testing.assert_array_equal(arena(program)[~own], before[~own], err_msg=f"step {step} wrote to others' bytes")
+        for name in planned.op.outputs if whole else ():
+            got, want = read(program, name, tokens), reference.values[name]
+            if graph.values[name].dtype == "i32":
+                continue  # argmax chooses among near equals; the op itself was compared above
+            if graph.values[name].kind == "state":
+                seen = slice(0, start + tokens)
+                got, want = got[sequence, :, seen], want[sequence, :, seen]
+            masked = np.isneginf(want)
+            np.testing.assert_array_equal(np.isneginf(got), masked, err_msg=name)
+            close(got[~masked], want[~masked], f"step {step} {planned.op.kind}: {name}")
+
+
+def close(got: np.ndarray, want: np.ndarray, what: str, share: float = SHARE) -> None:
+    """Within a share of the largest number."""
+    largest, difference = np.abs(want).max(), np.abs(got - want).max()
+    assert difference <= share * largest + 1e-6, f"{what} off by {difference / largest}"
+
+
+def check_runs(
+    pair: Pair, counts: Sequence[int], chunk: int, fusions: bool | Sequence[str], logits: str = "last"
+) -> None:
+    """Prefill and decoding of every sequence, step by step: `counts` tokens a run, 1 by the decode program."""
+    prefill, decode = pair.programs(chunk, logits, fusions), pair.programs(1, "last", fusions)
+    poison(prefill[0])
+    poison(decode[0])
+    for sequence in range(pair.kv.sequences):
+        start = 0
+        for turn, count in enumerate(counts):
+            count = min(count, pair.kv.context - start)
+            if count > 0:
+                programs = decode if count == 1 and turn else prefill
+                run_checked(*programs, pair.ids(turn, count), start, sequence, pair.floats)
+                start += count
+
+
+def check_whole_runs(pair: Pair, counts: Sequence[int], chunk: int, fusions: bool | Sequence[str]) -> None:
+    """The same runs, each as one launch of a graph, in which kernels overlap: the logits of all their tokens."""
+    prefill, decode = pair.programs(chunk, "all", fusions), pair.programs(1, "last", fusions)
+    poison(prefill[0])
+    poison(decode[0])
+    start = 0
+    for turn, count in enumerate(counts):
+        program, reference = decode if count == 1 and turn else prefill
+        ids = pair.ids(turn, count)
+        for each in (program, reference):
+            feed(each, ids, start)
+            each.run(count)
+        close(read(program, "logits", count), reference.value("logits"), f"logits of run {turn}")
+        start += count
+
+
+# Single kernels
+
+
+class Bench:
+    """Arrays and launches of kernels without a model."""
+
+    def __init__(self) -> None:
+        self.backend = cuda.CudaBackend({})
+        self.device = self.backend.device
+        self._keep: list[Any] = []
+        self.gpu = Gpu(self.device.processors, self.device.shared_limit, self.put(np.array([1], np.int32)), self._zeros)
+
+    def _zeros(self, count: int) -> Array:
+        return self.put(np.zeros(count, np.int32))
+
+    def put(self, numbers: np.ndarray, dtype: str | None = None) -> Array:
+        """A copy in device memory, with 0xFF behind it."""
+        numbers = np.ascontiguousarray(numbers)
+        dtype = dtype or {"float32": "f32", "int32": "i32", "int64": "i64", "float64": "f64", "uint64": "u64",
+                          "int8": "i8"}[numbers.dtype.name]  # fmt: skip
+        memory = cuda.Memory(self.device, numbers.nbytes + 256, "a test")
+        self._keep.append(memory)
+        self.device.fill(memory.address, 0xFF, numbers.nbytes + 256)
+        self.device.write(memory.address, numbers.ctypes.data, numbers.nbytes)
+        self.device.synchronize()
+        return memory.array(0, numbers.shape, dtype)
+
+    def get(self, array: Array) -> np.ndarray:
+        names = {"i64": np.dtype(np.int64), "f64": np.dtype(np.float64), "u64": np.dtype(np.uint64)}
+        dtype = (DTYPES | names)[array.dtype]
+        assert dtype.itemsize == ITEM_BYTES[array.dtype]
+        out = np.empty(array.shape, dtype)
+        self.device.read(array.address, out)
+        return out
+
+    def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
+        """NaN, or -1."""
+        return self._shaped(self.put(np.full(int(np.prod(shape)) * ITEM_BYTES[dtype], 0xFF, np.uint8), dtype), shape)
+
+    @staticmethod
+    def _shaped(array: Array, shape: tuple[int, ...]) -> Array:
+        return Array(array.address, shape, array.dtype)
+
+    def run(self, op: str, types: Sequence[str], *operands: Any, **attrs: Any) -> None:
+        """Launch what the registry has for an op; scratch arrays are made here."""
+        kernel = find(op, "cuda", types)
+        shapes = [operand.shape for operand in operands[: len(types)]]
+        named = {
+            name: self.empty(tuple(shape(*shapes, workers=self.gpu.processors)), "f32")
+            for name, shape in kernel.scratch.items()
+        }
+        for calls in self.backend.ready([kernel.function(self.gpu, *operands, **named, **attrs)], None):
+            for call in calls:
+                call()
+        self.device.synchronize()
+
+    def close(self) -> None:
+        self.backend.close()
+        for memory in self._keep:
+            memory.free()
+
+
+def check_argmax(bench: Bench, x: np.ndarray) -> None:
+    """The first index of the largest; -1 for a row with a NaN."""
+    out = bench.empty(x.shape[:1], "i32")
+    bench.device.write(bench.gpu.tokens.address, np.array([len(x)], np.int32).ctypes.data, 4)
+    bench.run("argmax", ["f32"], bench.put(x), out)
+    np.testing.assert_array_equal(bench.get(out), np.where(np.isnan(x).any(axis=1), -1, x.argmax(axis=1)))
+
+
+# Sampling
+
+
+def draw(
+    bench: Bench, logits: np.ndarray, sampler: Sampler, times: int = 1, drawn: int | None = None
+) -> tuple[list[int], Sampler]:
+    """Tokens that the device draws, one after the other, from the same logits; `sampler` holds its state afterwards."""
+    n = len(sampler.ids) if drawn is None else drawn
+    arrays = {name: bench.put(getattr(sampler, name)) for name in ("settings", "recent", "counts", "state")}
+    following, tokens = bench.empty((1,), "i32"), []
+    for _ in range(times):
+        on_device = bench.put(logits.reshape(1, -1).astype(np.float32))
+        bench.run("sample", ["f32"], on_device, n, *arrays.values(), following)
+        tokens.append(int(bench.get(following)[0]))
+    for name in ("recent", "counts", "state"):
+        getattr(sampler, name)[...] = bench.get(arrays[name])
+    return tokens, sampler
+
+
+def candidates(logits: np.ndarray, sampler: Sampler) -> set[int]:
+    """Who is left after the CPU sampler's filters, on logits that are already penalised."""
+    ids = np.arange(len(sampler.ids), dtype=np.int32)
+    _, top_k, top_p, min_p, _ = sampler.settings
+    n = len(ids)
+    if top_k > 0:
+        n = keep_top_k(logits, ids, n, int(top_k))
+    n = keep_top_p(logits, ids, n, top_p)
+    n = keep_min_p(logits, ids, n, min_p)
+    return {int(token) for token in ids[:n]}
+
+
+def mixed(z: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function."""
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def gumbel(state: int, n: int) -> np.ndarray:
+    """The noise of each of n tokens for a state of the generator, in float64."""
+    with np.errstate(over="ignore"):
+        bits = mixed(np.uint64(state) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    u = ((bits >> np.uint64(40)).astype(np.float64) + 0.5) * 2.0**-24
+    return -np.log(-np.log(u))
+
+
+def penalised(logits: np.ndarray, sampler: Sampler) -> np.ndarray:
+    """Logits after the repeat penalty."""
+    out = logits.astype(np.float32).copy()
+    penalty = np.float32(sampler.settings[4])
+    for token in {int(t) for t in sampler.recent[: min(int(sampler.counts[0]), len(sampler.recent))]}:
+        out[token] = out[token] / penalty if out[token] > 0 else out[token] * penalty
+    return out
+
+
+def expected(logits: np.ndarray, sampler: Sampler) -> tuple[int, float]:
+    """The token that the noise of the sampler's state chooses, and by how much it leads; -1 for no numbers."""
+    n = len(sampler.ids)
+    changed = penalised(logits, sampler)[:n]
+    if np.isnan(changed).any() or (np.isposinf(changed).any() and sampler.settings[0] > 0):
+        return -1, np.inf
+    if sampler.settings[0] == 0:
+        return int(changed.argmax()), np.inf
+    kept = sorted(candidates(changed, sampler))
+    scores = changed[kept] / sampler.settings[0] + gumbel(int(sampler.state[0]), n)[kept]
+    order = np.argsort(-scores, kind="stable")
+    lead = scores[order[0]] - scores[order[1]] if len(order) > 1 else np.inf
+    return kept[int(order[0])], float(lead)
+
+
+def check_draws(bench: Bench, logits: np.ndarray, times: int = 1, **settings: Any) -> None:
+    """Draws of the device are those of the formula: the largest logit / temperature + noise among the candidates.
+
+    A lead below 1e-4 may go either way: it is float32 against float64.
+    """
+    sampler = Sampler(len(logits), **settings)
+    for _ in range(times):
+        want, lead = expected(logits, sampler)
+        before = int(sampler.counts[0]), int(sampler.state[0])
+        (token,), sampler = draw(bench, logits, sampler)
+        assert token == want or lead < 1e-4, f"{settings}: {token}, not {want}, which leads by {lead}"
+        assert int(sampler.counts[0]) == before[0] + (token >= 0)
+        moved = token >= 0 and sampler.settings[0] > 0
+        assert int(sampler.state[0]) == (before[1] + (0x9E3779B97F4A7C15 if moved else 0)) % 2**64
+        if token >= 0:
+            assert sampler.recent[before[0] % len(sampler.recent)] == token
+
+
+def check_quantize(bench: Bench, x: np.ndarray, group: int) -> None:
+    """Groups of finite numbers as llama2.c's runq quantises them; a NaN or infinity in one makes its scale NaN."""
+    groups = -(-x.shape[1] // group)
+    q, scales = bench.empty(x.shape, "i8"), bench.empty((len(x), groups), "f32")
+    bench.device.write(bench.gpu.tokens.address, np.array([len(x)], np.int32).ctypes.data, 4)
+    bench.run("quantize", ["f32"], bench.put(x), q, scales, group=group)
+    got, got_scales = bench.get(q), bench.get(scales)
+    for row in range(len(x)):
+        for g in range(groups):
+            where = slice(g * group, min((g + 1) * group, x.shape[1]))
+            if not np.isfinite(x[row, where]).all():
+                assert np.isnan(got_scales[row, g])
+                continue
+            want, want_scale = quant.quantize_int8(np.ascontiguousarray(x[row, where]), group)
+            assert abs(got_scales[row, g] - want_scale[0]) <= 2.0**-23 * want_scale[0] + 2.0**-149
+            ratio = np.abs(np.divide(x[row, where].astype(np.float64), want_scale[0]) if want_scale[0] else 0 * want)
+            tie = np.abs(ratio - np.floor(ratio) - 0.5) <= 1e-5
+            assert (np.abs(got[row, where].astype(int) - want) <= tie).all(), (row, g)

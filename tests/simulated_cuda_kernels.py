@@ -1,0 +1,418 @@
+"""What test_cuda_simulator runs in processes of their own: the CUDA kernels, from their sources, in the simulator."""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import cuda_simulator  # first: it puts the simulator's parts where kernels find them
+import numpy as np
+import pytest
+from cuda_simulator import simulation
+from cuda_support import HostDevice, install
+
+install(run=simulation.run, processors=2)
+
+from cuda_checks import (
+    Bench,
+    Pair,
+    candidates,
+    check_argmax,
+    check_draws,
+    check_quantize,
+    check_runs,
+    check_whole_runs,
+    close,
+    draw,
+    expected,
+    feed,
+)
+from numba import cuda
+
+from numballama import Error
+from numballama.config import HALF_SPLIT, INTERLEAVED, ModelConfig
+from numballama.kernels_cuda import attention
+from numballama.lowlevel_cuda.instructions import (
+    address,
+    await_all,
+    close_copies,
+    copy16,
+    floats4,
+    let_successor_start,
+    shared_words4,
+    wait_for_predecessor,
+    words4,
+)
+from numballama.lowlevel_cuda.launch import Launch
+from numballama.sampler import Sampler
+from numballama.session import Session
+
+if hasattr(os, "sched_setaffinity") and (core := os.environ.get("NUMBALLAMA_TEST_CORE")):
+    cores = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {cores[int(core) % len(cores)]})  # threads hand on three times as fast on one core
+
+SMALL = ModelConfig(16, 24, 1, 4, 2, 20, 8)
+BLOCKS = ModelConfig(64, 32, 1, 4, 2, 33, 8, rope_pairing=HALF_SPLIT)
+"""Rows are whole blocks of 32, heads of 16 numbers."""
+ODD = ModelConfig(18, 7, 1, 3, 1, 11, 8, tied_embeddings=False)
+"""Heads of 6 numbers, which no 16 bytes hold; rows of 18 and 7; an odd number of rows."""
+
+
+@pytest.fixture(autouse=True)
+def _processors() -> Iterator[None]:
+    yield
+    HostDevice.processors = 2
+
+
+# Programs
+
+
+@pytest.mark.parametrize("fusions", [False, True])
+@pytest.mark.parametrize(
+    ("config", "kind", "kv"),
+    [
+        (SMALL, "f32", "f32"), (SMALL, "bf16", "f16"), (SMALL, "f16", "bf16"), (SMALL, "int8", "f32"),
+        (BLOCKS, "q4_0", "f32"), (BLOCKS, "q8_0", "bf16"), (ODD, "f32", "f32"), (ODD, "bf16", "f16"),
+        (ODD, "int8", "bf16"),
+    ],
+)  # fmt: skip
+def test_every_value(config: ModelConfig, kind: str, kv: str, fusions: bool) -> None:
+    """A prompt of 3 tokens by a program for 4, two steps of one token; every value of each."""
+    check_runs(Pair(config, kind, kv, seed=1), [3, 1, 1], 4, fusions)
+
+
+@pytest.mark.parametrize("pairing", [INTERLEAVED, HALF_SPLIT])
+@pytest.mark.parametrize("fusions", [["attention", "qkv", "rope_kv"], ["attention", "gate_up", "residual", "norm"]])
+def test_some_fusions_and_biases(pairing: str, fusions: list[str]) -> None:
+    config = ModelConfig(24, 20, 1, 3, 3, 30, 6, rope_pairing=pairing, qkv_bias=True)
+    check_runs(Pair(config, seed=2, sequences=2), [2, 1], 3, fusions)
+
+
+@pytest.mark.parametrize("fusions", [False, True])
+def test_int8_activations(fusions: bool) -> None:
+    """Of groups that fit words of four, and of groups that do not, which are computed a number at a time."""
+    check_runs(Pair(BLOCKS, "int8", group=16, int8_activations=True), [2, 1], 3, fusions)
+    check_runs(Pair(ODD, "int8", group=5, int8_activations=True), [2, 1], 3, fusions)
+
+
+@pytest.mark.parametrize("kind", ["f32", "q8_0"])
+def test_long_rows(kind: str) -> None:
+    """Rows of several chunks, whose sums several warps share, and more rows than threads finish at once."""
+    config = ModelConfig(640, 32, 1, 2, 1, 8, 4, head_dim=16)
+    pair = Pair(config, kind)
+    check_runs(pair, [1], 1, ["norm", "qkv", "gate_up", "residual", "attention", "rope_kv", "qkv_rope"])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "kv"), [(5, 1, "f16"), (2, 2, "f32")])
+def test_a_context_split_over_blocks(monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, kv: str) -> None:
+    """Parts of one key and more, and blocks that have none; five heads that share keys make three blocks."""
+    monkeypatch.setattr(attention, "LEAST_KEYS", 2)
+    monkeypatch.setattr(attention, "_splits", lambda gpu, blocks, context: 4)
+    pair = Pair(ModelConfig(4 * heads, 4, 1, heads, kv_heads, 9, 16, head_dim=8), "f32", kv)
+    decode = pair.programs(1)[0]
+    assert any(call.launch.grid[2:] == (4,) for calls in decode._calls for call in calls)
+    check_runs(pair, [3, 1, 1, 3, 1], 3, ["attention"])
+
+
+@pytest.mark.parametrize("config", [SMALL, ODD])
+def test_whole_runs(config: ModelConfig) -> None:
+    """All steps in one launch of a graph: the logits of every token."""
+    check_whole_runs(Pair(config), [3, 1, 4], 4, True)
+
+
+def test_copies_that_are_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As cards before sm_80 do."""
+    monkeypatch.setattr(simulation, "asynchronous", False)
+    check_runs(Pair(BLOCKS, "q8_0"), [2, 1], 2, True)
+
+
+# Single kernels
+
+
+@pytest.fixture(scope="module")
+def bench() -> Bench:
+    return Bench()
+
+
+def test_argmax(bench: Bench) -> None:
+    x = np.random.default_rng(0).standard_normal((4, 700)).astype(np.float32)
+    x[0, [300, 650, 20]] = 9  # the first of equals
+    x[1, 699], x[1, 3] = np.nan, np.inf
+    x[2] = -np.inf
+    check_argmax(bench, x)
+    check_argmax(bench, np.array([[3.0]], np.float32))
+    check_argmax(bench, np.full((1, 257), -np.inf, np.float32))
+
+
+def test_quantize(bench: Bench) -> None:
+    x = np.random.default_rng(0).standard_normal((2, 75)).astype(np.float32)
+    x[0, :16] = 0
+    x[0, 16:32] *= 1e-42  # below the normal numbers
+    x[1, 20], x[1, 74], x[0, 40] = np.nan, np.inf, -np.inf
+    check_quantize(bench, x, 16)
+    check_quantize(bench, np.array([[0.5, -1.5, 2.5, 127.0], [-0.5, 1.5, -126.5, -127.0]], np.float32), 4)
+
+
+# Sampling
+
+
+LOGITS = np.random.default_rng(3).permutation(np.arange(40) * 0.17 - 4).astype(np.float32)
+"""Forty, all in different bins of the histogram."""
+SETTINGS: list[dict[str, Any]] = [
+    {"top_k": 7, "top_p": 1.0},
+    {"top_k": 0, "top_p": 0.6, "temperature": 1.7},
+    {"top_k": 0, "top_p": 1.0, "min_p": 0.3},
+    {"top_k": 12, "top_p": 0.8, "min_p": 0.05, "temperature": 1.3},
+    {"top_k": 1},
+]
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+def test_filters(bench: Bench, settings: dict[str, Any]) -> None:
+    """Seeds for which the noise would choose a token that the filters leave out, and one for each of some they keep."""
+    sampler = Sampler(len(LOGITS), **settings)
+    kept, chosen = candidates(LOGITS, sampler), {}
+    assert 0 < len(kept) < len(LOGITS)
+    for seed in range(3000):
+        sampler.state[0] = seed
+        free = Sampler(len(LOGITS), sampler.settings[0], 0, 1.0, seed=seed)
+        with_filters, lead = expected(LOGITS, sampler)
+        if lead > 1e-3:
+            chosen.setdefault((with_filters, expected(LOGITS, free)[0] in kept), seed)
+    out = [seed for (_, inside), seed in chosen.items() if not inside]
+    assert out
+    for seed in [*out[:1], *(seed for (_, inside), seed in chosen.items() if inside)][:3]:
+        check_draws(bench, LOGITS, seed=seed, **settings)
+
+
+def test_equal_logits_and_the_first_of_them(bench: Bench) -> None:
+    """Top-k among equals takes the first, as the search for the largest does."""
+    logits = np.zeros(60, np.float32)
+    logits[50:] = -1
+    for seed in range(3):
+        (token,), _ = draw(bench, logits, Sampler(60, top_k=4, top_p=1.0, seed=seed))
+        assert token < 4
+    assert draw(bench, logits, Sampler(60, temperature=0))[0] == [0]
+
+
+def test_numbers_that_are_none(bench: Bench) -> None:
+    for bad in (np.nan, np.inf):
+        broken = LOGITS.copy()
+        broken[17] = bad
+        sampler = Sampler(len(broken), seed=4)
+        assert draw(bench, broken, sampler)[0] == [-1]
+        assert sampler.counts[0] == 0 and sampler.state[0] == 4
+    assert draw(bench, broken, Sampler(len(broken), temperature=0))[0] == [17]  # infinity is the largest number
+    hidden = LOGITS.copy()
+    hidden[::2] = -np.inf  # what never comes, never comes
+    check_draws(bench, hidden, times=2, top_k=0, top_p=1.0, temperature=5.0, seed=1)
+
+
+def test_a_penalty_and_a_padded_vocabulary(bench: Bench) -> None:
+    logits = np.concatenate([LOGITS, np.full(10, 50, np.float32)])  # behind the vocabulary: never drawn
+    sampler = Sampler(len(LOGITS), temperature=0, repeat_penalty=3.0)
+    best = int(LOGITS.argmax())
+    sampler.remember([best, best, 5])
+    want, _ = expected(LOGITS, sampler)
+    assert want != best
+    assert draw(bench, logits, sampler)[0] == [want]
+    assert [int(t) for t in sampler.recent[:4]] == [best, best, 5, want]
+
+
+# Sessions
+
+
+def test_a_session_that_runs_ahead() -> None:
+    """Steps are put into the stream before the host knows their tokens: what it reads, rewinds to or asks for next is
+    as if they were not.
+    """
+    HostDevice.processors = 1
+    config, context = ModelConfig(8, 8, 1, 2, 1, 12, 9), 9
+    pair = Pair(config, scale=2.0)
+    (decode, _), (prompt, _) = pair.programs(1), pair.programs(2)
+    session = Session(decode, prompt, context, 12)
+    ids = pair.ids(5, 3)
+
+    def told(sampler: Sampler, count: int, read_at: Sequence[int] = ()) -> list[int]:
+        session.rewind()
+        tokens: list[Any] = [session.prefill(ids, sampler)]
+        while len(tokens) < count:
+            if len(tokens) in read_at:
+                logits = session.logits.copy()
+                close(logits, logits_after([*ids, *tokens[:-1]]), f"logits before token {len(tokens)}")
+            tokens.append(session.step(tokens[-1], sampler))
+        return tokens
+
+    reference = pair.reference.program(pair.graph(1))
+
+    def logits_after(tokens: Sequence[int]) -> np.ndarray:
+        for place, token in enumerate(tokens):
+            feed(reference, [token], place)
+            reference.run(1)
+        return reference.value("logits")[0]
+
+    greedy = told(Sampler(12, temperature=0), 7)
+    assert [int(logits_after([*ids, *greedy[:count]]).argmax()) for count in range(7)] == greedy
+    assert len(session.tokens) == context  # the last steps did not go beyond it
+    assert told(Sampler(12, temperature=0), 6, read_at=(2, 4)) == greedy[:6]
+    session.rewind(5)  # in the middle of what was computed ahead
+    assert session.step(greedy[2], Sampler(12, temperature=0)) == greedy[3]
+    drawn = told(Sampler(12, seed=3), 4)
+    assert told(Sampler(12, seed=3), 4, read_at=(2,)) == drawn
+
+
+def test_a_nan_in_the_model_is_an_error() -> None:
+    pair = Pair(SMALL)
+    decode, _ = pair.programs(1)
+    session = Session(decode, pair.programs(4)[0], 8, 20)
+    session.prefill([1, 2])
+    norm = pair.cuda.weights.operands["norm"]
+    pair.cuda.device.fill(norm.address, 0xFF, 4)
+    for sampler in (Sampler(20, temperature=0), Sampler(20, seed=1)):
+        with pytest.raises(Error, match="not numbers"):
+            session.step(3, sampler)
+
+
+# The simulator itself: what it is meant to notice
+
+
+def test_every_instruction_is_emulated() -> None:
+    assert cuda_simulator.missing == []
+
+
+def launch(function: Any, *arrays: np.ndarray, threads: int = 64, shared: int = 1024) -> list[np.ndarray]:
+    bench = Bench()
+    arguments = tuple(bench.put(array) for array in arrays)
+    simulation.run(Launch(function, (1,), threads, arguments, shared))
+    return [bench.get(argument) for argument in arguments]
+
+
+@cuda.jit
+def reverses(x, wait):
+    shared = cuda.shared.array(0, np.float32)
+    wait_for_predecessor()
+    t = cuda.threadIdx.x
+    shared[t] = x[t]
+    if wait[0]:
+        cuda.syncthreads()
+    x[t] = shared[63 - t]
+
+
+def test_it_notices_a_missing_barrier() -> None:
+    x = np.arange(64, dtype=np.float32)
+    np.testing.assert_array_equal(launch(reverses, x, np.array([1]))[0], x[::-1])
+    assert np.isnan(launch(reverses, x, np.array([0]))[0]).any()
+
+
+@cuda.jit
+def diverges(x, which):
+    wait_for_predecessor()
+    t = cuda.threadIdx.x
+    if which[0] == 0 and t == 5:
+        return
+    if which[0] == 1 and t == 40:
+        cuda.syncthreads()
+    x[t] = cuda.shfl_xor_sync(0xFFFFFFFF, x[t], 2 if which[0] == 2 and t == 7 else 1)
+    if which[0] != 3 or t != 50:
+        cuda.syncthreads()
+
+
+@pytest.mark.parametrize("which", range(5))
+def test_it_notices_threads_that_part(which: int) -> None:
+    x = np.arange(64, dtype=np.float32)
+    if which == 4:
+        np.testing.assert_array_equal(launch(diverges, x, np.array([which]))[0], x.reshape(-1, 2)[:, ::-1].reshape(-1))
+    else:
+        with pytest.raises(AssertionError, match=r"same shuffle|different places"):
+            launch(diverges, x, np.array([which]))
+
+
+@cuda.jit
+def copies(x, how):
+    shared = cuda.shared.array(0, np.float32)
+    t = cuda.threadIdx.x
+    wait_for_predecessor()
+    copy16(address(shared, 4 * t), address(x, 4 * t), 16)
+    close_copies()
+    if how[0]:
+        await_all()
+    x[4 * t] = shared_words4(address(shared, 4 * t))[3].view(np.float32)
+
+
+def test_it_notices_a_copy_that_is_not_awaited() -> None:
+    x = np.arange(256, dtype=np.float32)
+    np.testing.assert_array_equal(launch(copies, x, np.array([1]))[0][::4], x[3::4])
+    assert np.isnan(launch(copies, x, np.array([0]))[0][::4]).all()
+
+
+@cuda.jit
+def reaches(x, how):
+    let_early, t = how[0] == 3, cuda.threadIdx.x
+    if let_early:
+        let_successor_start()
+    if how[0] == 4:
+        x[t] = 1
+    wait_for_predecessor()
+    if how[0] == 0:
+        x[t] = x[64 + t]
+    if how[0] == 1:
+        x[t] = floats4(x, t)[0]
+    if how[0] == 2:
+        x[t] = words4(address(x, 0) + (1 << 20))[0]
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        (0, r"element \d+ of 64 float32"),
+        (1, "floats4 at element"),
+        (2, "16 bytes at"),
+        (3, "would start"),
+        (4, "writes before"),
+    ],
+)
+def test_it_notices_what_is_out_of_place(how: int, words: str) -> None:
+    with pytest.raises((IndexError, AssertionError), match=words):
+        launch(reaches, np.zeros(64, np.float32), np.array([how]))
+
+
+@cuda.jit
+def adds(x, early):
+    t = cuda.threadIdx.x
+    before = x[t] if early[0] else np.float32(0)
+    wait_for_predecessor()
+    x[t] = (before if early[0] else x[t]) + np.float32(1)
+
+
+@pytest.mark.parametrize("early", [0, 1])
+def test_it_notices_what_is_read_before_the_wait(early: int) -> None:
+    """The second of two launches reads what the first one writes."""
+    bench = Bench()
+    x, flag = bench.put(np.zeros(64, np.float32)), bench.put(np.array([early]))
+    for _ in range(2):
+        simulation.run(Launch(adds, (1,), 64, (x, flag)))
+    assert np.isnan(bench.get(x)).all() if early else (bench.get(x) == 2).all()
+
+
+def test_comparisons_can_fail() -> None:
+    """A kernel that is left out is noticed, in every step."""
+    pair = Pair(SMALL)
+    program, _ = pair.programs(1)
+    for step in range(len(program.plan.steps)):
+        calls, program._calls[step] = program._calls[step], []
+        with pytest.raises(AssertionError):
+            check_runs_of(pair, program)
+        program._calls[step] = calls
+        program._recordings.clear()
+    check_runs_of(pair, program)
+    with pytest.raises(AssertionError):
+        close(np.zeros(3), np.ones(3), "nothing")
+
+
+def check_runs_of(pair: Pair, program: Any) -> None:
+    from cuda_checks import poison, run_checked
+
+    poison(program)
+    run_checked(program, pair.reference.program(pair.graph(1)), [1], 0, 0, True)
