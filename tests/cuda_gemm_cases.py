@@ -173,7 +173,9 @@ def compare(what: str, got: np.ndarray, want: np.ndarray, error: np.ndarray, tok
     assert np.isfinite(got[:tokens]).all(), f"{what}: not finite"
     ratio = np.abs(got[:tokens] - want[:tokens]) / (error[:tokens] + U * np.abs(want[:tokens]))
     worst = float(ratio.max())
-    assert worst <= 1, f"{what}: error is {worst:.3g} of the allowed one at {np.unravel_index(ratio.argmax(), ratio.shape)}"
+    assert worst <= 1, (
+        f"{what}: error is {worst:.3g} of the allowed one at {np.unravel_index(ratio.argmax(), ratio.shape)}"
+    )
     return worst
 
 
@@ -329,7 +331,9 @@ def attention(machine: Any, cache: str, T: int, heads: tuple[int, int], head_dim
             want[t, h] = weight @ v
             error[t, h] = (shift + ROUNDING[cache] + (len(k) + 16) * U) * (1 + shift) * (weight @ np.abs(v)) + 2.0**-24
     shape = (T, -1)
-    return compare(f"attention {cache}", machine.get(out, np.float32), want.reshape(shape), error.reshape(shape), tokens)
+    return compare(
+        f"attention {cache}", machine.get(out, np.float32), want.reshape(shape), error.reshape(shape), tokens
+    )
 
 
 def broken(machine: Any, kind: str) -> float:
@@ -365,7 +369,9 @@ def cases() -> list[Case]:
     add("linear bf16, more steps than stages", 30, linear, "bf16", 30, 712, 132, residual=True, normed=False)
     add("linear f16, odd sizes", 11, linear, "f16", 11, 37, 10, residual=True, normed=False)
     add("linear f32, odd sizes", 70, linear, "f32", 75, 37, 131, residual=True, normed=False)
-    add("linear int8, groups that no kernel wants", 9, linear, "int8", 12, 36, 20, residual=False, normed=True, group=12)
+    add(
+        "linear int8, groups that no kernel wants", 9, linear, "int8", 12, 36, 20, residual=False, normed=True, group=12
+    )
     add("linear, a run of few tokens", 2, linear, "f16", 300, 64, 130, residual=False, normed=False)
     add("gate_up f16, odd sizes", 10, gate_up, "f16", 10, 40, 67, normed=False)
     for kind, heads, head_dim, interleaved, cache in (
@@ -376,7 +382,18 @@ def cases() -> list[Case]:
     once, two = [0] * 70, [0] * 40 + [1] * 30
     for cache in ("f16", "bf16"):
         add(f"attention {cache}, 64", 66, attention, cache, 70, (4, 2), 64, 140, list(range(50, 120)), once)
-        add(f"attention {cache}, 128", 70, attention, cache, 70, (2, 1), 128, 140, list(range(60, 100)) + list(range(30)), two)  # noqa: E501
+        add(
+            f"attention {cache}, 128",
+            70,
+            attention,
+            cache,
+            70,
+            (2, 1),
+            128,
+            140,
+            list(range(60, 100)) + list(range(30)),
+            two,
+        )  # noqa: E501
     add("attention, heads of 80", 69, attention, "f16", 70, (2, 2), 80, 140, list(range(70)), once)
     add("attention, heads of 8, any order", 10, attention, "f16", 12, (2, 1), 8, 40, [3, 1, 2, 0, 9, 8, 7, 6, 5, 4, 0, 0],
         [0] * 5 + [1] * 2 + [0] * 5)  # fmt: skip
