@@ -63,7 +63,7 @@ from ..lowlevel_cuda.launch import Array, Gpu, Launch, Matrix
 from ..registry import kernel
 from . import basic, gemv
 from .gemv import CACHE, MATRIX
-from .pieces import ALL, block_sum, device, sigmoid_times
+from .pieces import ALL, at_once, block_sum, device, sigmoid_times
 from .products import floats4_or_0, squared, times4
 
 FEW = 8
@@ -305,6 +305,7 @@ def put_number(out, at, value, residual, added, inside):
         out[at] = value + residual[at] if added else value
 
 
+@at_once(2)
 @cuda.jit
 def gemm_kernel(tokens, x, padded, scales, weight, stride, early, residual, added, out, begin, end, rows, columns,
                 stages):  # fmt: skip
@@ -326,6 +327,7 @@ def gemm_kernel(tokens, x, padded, scales, weight, stride, early, residual, adde
                       rows)  # fmt: skip
 
 
+@at_once(2)
 @cuda.jit
 def gemm_gate_up_kernel(tokens, x, padded, scales, w1, w3, stride, early, out, begin, end, rows, columns, stages):
     """Columns from `begin` to `end` of out = silu(x · W1ᵀ) · (x · W3ᵀ). A block computes 64 of both."""
@@ -358,6 +360,7 @@ def gemm_gate_up_kernel(tokens, x, padded, scales, w1, w3, stride, early, out, b
                 put_number(out, at + 3, v3, out, False, n + 3 < end)
 
 
+@at_once(2)
 @cuda.jit
 def gemm_qkv_rope_kernel(tokens, x, padded, scales, wq, wk, wv, stride, early, angles, positions, sequences, q, k_cache,
                          v_cache, q_rows, kv_rows, q_tiles, kv_tiles, heads_a_tile, kv_heads, head_dim, interleaved,
@@ -439,6 +442,7 @@ def turn(shared, at, distance, v):
     shared[at + 2 * distance], shared[at + 3 * distance] = v[2], v[3]
 
 
+@at_once(2)
 @cuda.jit
 def gemm_f32_kernel(tokens, x, weight, stride, residual, added, out, rows, columns):
     """out = x · Wᵀ, plus `residual` if `added`, in float32 throughout; `stride` counts numbers."""

@@ -941,8 +941,9 @@ def expand16(typingctx, memory, words, scale, to):  # type: ignore[no-untyped-de
         numbers = []
         for i in range(PER_16_BYTES[name]):
             if name == "int8":
-                byte = builder.trunc(builder.lshr(parts[i // 4], ir.Constant(I32, 8 * (i % 4))), I8)
-                number = builder.sitofp(byte, F32)
+                shifted = builder.lshr(parts[i // 4], ir.Constant(I32, 8 * (i % 4)))
+                kind = ir.FunctionType(F32, [I32])  # LLVM would widen the byte to 16 bits first
+                number = builder.call(ir.InlineAsm(kind, "cvt.rn.f32.s8 $0, $1;", "=f,r"), [shifted])
             else:
                 shift = ir.Constant(I32, 8 * (i % 4) + 4 * (i // 16))
                 nibble = builder.and_(builder.lshr(parts[i % 16 // 4], shift), ir.Constant(I32, 15))
