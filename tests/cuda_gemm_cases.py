@@ -168,7 +168,7 @@ def launches_of(machine: Any, op: str, types: Sequence[str], operands: Sequence[
 
 
 def compare(what: str, got: np.ndarray, want: np.ndarray, error: np.ndarray, tokens: int) -> float:
-    """The largest error as a fraction of what is allowed. Raises `AssertionError` above 1, or for rows beyond the run."""
+    """The largest error, as a part of what is allowed. Raises `AssertionError` above 1, or for rows beyond the run."""
     assert (got[tokens:] == UNTOUCHED).all(), f"{what}: rows of tokens beyond the run were written"
     assert np.isfinite(got[:tokens]).all(), f"{what}: not finite"
     ratio = np.abs(got[:tokens] - want[:tokens]) / (error[:tokens] + U * np.abs(want[:tokens]))

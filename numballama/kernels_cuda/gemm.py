@@ -163,7 +163,7 @@ def expand_kernel(weight, stride, scales, scale_stride, shift, out, first, colum
 
 @device
 def rows_there(here, most):
-    """Bits of those of a thread's rows, 16 apart, at most `most`, that are there; its first is `here` before the end."""
+    """Bits of a thread's rows, 16 apart, at most `most`, that are there; its first is `here` before the end."""
     return (1 << max(0, min((here + 15) >> 4, most))) - 1
 
 
