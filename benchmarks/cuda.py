@@ -349,6 +349,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--quick", action="store_true", help="three rounds, no 7B, no first-token time")
     parser.add_argument("--only-models", action="store_true", help="neither the long context nor first-token times")
+    parser.add_argument("--no-first-token", action="store_true", help="no new processes, which take minutes")
     parser.add_argument("--commit", default=commit(), help="what is measured (default: git's word)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/DATE-cuda-GPU.json")
     options = parser.parse_args(arguments)
@@ -396,7 +397,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             try:
                 result["context"] = context_cost(options.device, rounds)
                 save()
-                if not options.quick:
+                if not (options.quick or options.no_first_token):
                     result["first_token"] = first_tokens(options.device, story_words(), min(5, rounds))
             except Exception as error:
                 print(f"not measured: {error}", file=sys.stderr)

@@ -420,8 +420,10 @@ def _choose_device(device: str) -> tuple[str, str]:
         except DeviceError as error:
             return "cpu", str(error)
     if device.partition(":")[0] == "cuda":
-        from .lowlevel_cuda.driver import Device
-
+        try:
+            from .lowlevel_cuda.driver import Device
+        except DeviceError as error:
+            raise DeviceError(f"device {device!r}: {error}") from error.__cause__
         Device(device)  # before a file is opened
     elif device not in ("cpu", "reference"):
         raise DeviceError(f"unknown device {device!r}; there are 'cpu', 'cuda', 'cuda:N', 'reference' and 'auto'")

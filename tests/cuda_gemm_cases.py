@@ -23,8 +23,8 @@ from numballama import quant, registry
 from numballama.config import F32
 
 ROUNDING = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8, "int8": 2.0**-10, "q8_0": 2.0**-10, "q4_0": 2.0**-10}
-"""Relative error of a product of an activation and a weight, both rounded to the type that tensor cores take: float16 and
-bfloat16 weights are exact, quantised ones become float16 (2^-11 each).
+"""Relative error of a product of an activation and a weight, both rounded to the type that tensor cores take: float16
+and bfloat16 weights are exact, quantised ones become float16 (2^-11 each).
 """
 UNTOUCHED = np.float32(-77.5)
 """What results hold before, in any type: rows of tokens that are not part of a run must keep it."""
@@ -168,12 +168,14 @@ def launches_of(machine: Any, op: str, types: Sequence[str], operands: Sequence[
 
 
 def compare(what: str, got: np.ndarray, want: np.ndarray, error: np.ndarray, tokens: int) -> float:
-    """The largest error as a fraction of what is allowed. Raises `AssertionError` above 1, and for rows beyond the run."""
+    """The largest error, as a part of what is allowed. Raises `AssertionError` above 1, or for rows beyond the run."""
     assert (got[tokens:] == UNTOUCHED).all(), f"{what}: rows of tokens beyond the run were written"
     assert np.isfinite(got[:tokens]).all(), f"{what}: not finite"
     ratio = np.abs(got[:tokens] - want[:tokens]) / (error[:tokens] + U * np.abs(want[:tokens]))
     worst = float(ratio.max())
-    assert worst <= 1, f"{what}: error is {worst:.3g} of the allowed one at {np.unravel_index(ratio.argmax(), ratio.shape)}"
+    assert worst <= 1, (
+        f"{what}: error is {worst:.3g} of the allowed one at {np.unravel_index(ratio.argmax(), ratio.shape)}"
+    )
     return worst
 
 
@@ -260,7 +262,8 @@ def qkv_rope(machine: Any, kind: str, T: int, K: int, heads: tuple[int, int], he
     caches = [machine.put(stored, cache) for _ in range(2)]
     types = ["f32", "f32", kind, kind, kind, "f32", cache, "i32", "i32", cache]
     operands = [
-        machine.put(x, "f32"), machine.put(norm, "f32"), *(m for m, _ in weights), machine.put(angles, "f32"), caches[0],
+        machine.put(x, "f32"), machine.put(norm, "f32"), *(m for m, _ in weights), machine.put(angles, "f32"),
+        caches[0],
         machine.put(positions, "i32"), machine.put(sequences, "i32"), caches[1],
     ]  # fmt: skip
     machine.execute(launches_of(
@@ -329,7 +332,9 @@ def attention(machine: Any, cache: str, T: int, heads: tuple[int, int], head_dim
             want[t, h] = weight @ v
             error[t, h] = (shift + ROUNDING[cache] + (len(k) + 16) * U) * (1 + shift) * (weight @ np.abs(v)) + 2.0**-24
     shape = (T, -1)
-    return compare(f"attention {cache}", machine.get(out, np.float32), want.reshape(shape), error.reshape(shape), tokens)
+    return compare(
+        f"attention {cache}", machine.get(out, np.float32), want.reshape(shape), error.reshape(shape), tokens
+    )
 
 
 def broken(machine: Any, kind: str) -> float:
@@ -365,7 +370,9 @@ def cases() -> list[Case]:
     add("linear bf16, more steps than stages", 30, linear, "bf16", 30, 712, 132, residual=True, normed=False)
     add("linear f16, odd sizes", 11, linear, "f16", 11, 37, 10, residual=True, normed=False)
     add("linear f32, odd sizes", 70, linear, "f32", 75, 37, 131, residual=True, normed=False)
-    add("linear int8, groups that no kernel wants", 9, linear, "int8", 12, 36, 20, residual=False, normed=True, group=12)
+    add(
+        "linear int8, groups that no kernel wants", 9, linear, "int8", 12, 36, 20, residual=False, normed=True, group=12
+    )
     add("linear, a run of few tokens", 2, linear, "f16", 300, 64, 130, residual=False, normed=False)
     add("gate_up f16, odd sizes", 10, gate_up, "f16", 10, 40, 67, normed=False)
     for kind, heads, head_dim, interleaved, cache in (
@@ -376,9 +383,21 @@ def cases() -> list[Case]:
     once, two = [0] * 70, [0] * 40 + [1] * 30
     for cache in ("f16", "bf16"):
         add(f"attention {cache}, 64", 66, attention, cache, 70, (4, 2), 64, 140, list(range(50, 120)), once)
-        add(f"attention {cache}, 128", 70, attention, cache, 70, (2, 1), 128, 140, list(range(60, 100)) + list(range(30)), two)  # noqa: E501
+        add(
+            f"attention {cache}, 128",
+            70,
+            attention,
+            cache,
+            70,
+            (2, 1),
+            128,
+            140,
+            list(range(60, 100)) + list(range(30)),
+            two,
+        )
     add("attention, heads of 80", 69, attention, "f16", 70, (2, 2), 80, 140, list(range(70)), once)
-    add("attention, heads of 8, any order", 10, attention, "f16", 12, (2, 1), 8, 40, [3, 1, 2, 0, 9, 8, 7, 6, 5, 4, 0, 0],
+    add("attention, heads of 8, any order", 10, attention, "f16", 12, (2, 1), 8, 40,
+        [3, 1, 2, 0, 9, 8, 7, 6, 5, 4, 0, 0],
         [0] * 5 + [1] * 2 + [0] * 5)  # fmt: skip
     for kind in ("f16", "bf16", "f32"):
         made.append((f"broken numbers, {kind}", 12, lambda machine, kind=kind: broken(machine, kind)))  # type: ignore[misc]

@@ -85,7 +85,7 @@ TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_one_token_takes_no_scratch(kind: str) -> None:
-    """Decoding reads weights as they are, a classifier of 128,256 rows too; so does a run of the last token's logits."""
+    """Decoding reads weights as they are, a classifier of 128,256 rows too; so does a run for the last token."""
     for op, types in (("linear", ["f32", kind]), ("norm_linear", ["f32", "f32", kind])):
         (space,) = registry.find(op, "cuda", types).scratch.values()
         shapes = [(4096,)] * (len(types) - 2) + [(128256, 4096)]

@@ -277,6 +277,7 @@ CHANGES: dict[str, dict[str, int]] = {
         "linear": -1,
         "norm_linear": 1,
     },  # alone it finds only the classifier: others read thrice, twice
+    "qkv_rope": {},  # the CPU has no kernel for what it makes
 }
 
 
@@ -296,7 +297,15 @@ def test_pass_alone(name: str) -> None:
     assert change == CHANGES[name]
 
 
-@pytest.mark.parametrize("off", FUSIONS)
+def test_a_pass_without_a_kernel_leaves_the_graph_alone() -> None:
+    """The CPU has none for `qkv_rope`; where there is one, a layer has a step less."""
+    assert fuse(llama(), "cpu", True).ops == fuse(llama(), "cpu", [name for name in FUSIONS if name != "qkv_rope"]).ops
+    pytest.importorskip("numba.cuda.core.targetconfig", reason="numba-cuda is not installed", exc_type=ImportError)
+    found = kinds(fuse(llama(), "cuda"))
+    assert found["norm_qkv_rope"] == 2 and not {"norm_qkv", "rope_kv_write"} & found.keys()
+
+
+@pytest.mark.parametrize("off", [name for name in FUSIONS if name != "qkv_rope"])
 def test_pass_switched_off(off: str) -> None:
     """Without a pass the ops that it makes are gone, and every other pass still finds its own."""
     made = {"attention": "attention", "qkv": "qkv", "gate_up": "gate_up", "residual": "linear_add"}

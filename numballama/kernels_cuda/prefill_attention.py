@@ -1,12 +1,12 @@
 """Attention for many tokens, on tensor cores: 64 queries of one head with 64 keys at a time.
 
-softmax(Q · Kᵀ / sqrt(head_dim)) · V in one pass over keys and values (online softmax: Dao et al., FlashAttention-2, 2023).
+softmax(Q · Kᵀ / sqrt(head_dim)) · V in one pass over keys and values (Dao et al., FlashAttention-2, 2023).
 Each of four warps has 16 queries: their fragments stay in registers, and so do the sums over values; scores become the
 weights' fragments where they are. Tiles of K and V come into two stages of shared memory, one ahead of the one in use.
 Operands are 16-bit in the cache's type, queries and weights rounded to it; sums, maxima and powers are float32.
 
-A head of up to 64 numbers is filled up with zeros to 64, a longer one to 128. Queries may belong to any sequences and have
-any positions: a tile's tokens are taken in runs of one sequence, and each sees the keys up to its own position.
+A head of up to 64 numbers is filled up with zeros to 64, a longer one to 128. Queries may belong to any sequences and
+have any positions: a tile's tokens are taken in runs of one sequence, and each sees the keys up to its own position.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from ..lowlevel_cuda.launch import Array, Gpu, Launch
 from . import attention
 from .attention import FAR_BELOW
 from .gemm import FEW
-from .pieces import ALL, LOG2_E, device
+from .pieces import ALL, LOG2_E, at_once, device
 
 TILE, THREADS = 64, 128
 
@@ -186,12 +186,14 @@ def attend(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, sha
              head_dim if row1 < rows else 0)  # fmt: skip
 
 
+@at_once(2)
 @cuda.jit
 def attention_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim):
     """Heads of up to 64 numbers."""
     attend(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim, zeros32())
 
 
+@at_once(2)
 @cuda.jit
 def attention_128_kernel(
     tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim
@@ -202,13 +204,13 @@ def attention_128_kernel(
 
 def _takes(gpu: Gpu, q: Array, k_cache: Array, v_cache: Array, window: int) -> bool:
     """Whether these operands are for the kernels of this file. Before sm_80, whose cards have at least 100 KB of shared
-    memory, tensor cores know no bfloat16: turning it into float16 takes registers that a long head has not left.
+    memory, tensor cores and copies take more registers than a long head leaves.
     """
     head_dim = k_cache.shape[3]
     same = k_cache.dtype == v_cache.dtype != "f32"
-    room = head_dim <= 64 or k_cache.dtype == "f16" or gpu.shared_limit > 64 << 10
+    room = head_dim <= (128 if gpu.shared_limit > 64 << 10 else 64)
     everything = not 0 < window < k_cache.shape[2]  # a sliding window is for the kernel of single tokens
-    return q.shape[0] > FEW and same and room and head_dim % 8 == 0 and head_dim <= 128 and everything
+    return q.shape[0] > FEW and same and room and head_dim % 8 == 0 and everything
 
 
 @functools.wraps(attention.fused_attention)

@@ -32,7 +32,7 @@ try:
     from cuda.bindings import driver, nvjitlink
 except ImportError as error:  # pragma: no cover - the message is tested without the packages
     raise DeviceError(
-        f"device 'cuda' needs NVIDIA's Python packages ({error}); install them with: pip install 'numballama[cuda]'"
+        f"NVIDIA's Python packages are missing ({error}); install them with: pip install 'numballama[cuda]'"
     ) from error
 
 OLDEST = (7, 5)

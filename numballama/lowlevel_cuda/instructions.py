@@ -585,8 +585,8 @@ def publish(typingctx, where, number):  # type: ignore[no-untyped-def]
 #
 # Lane l of a warp holds, of a 16 × 8 tile of float32, numbers (l / 4, 2 (l mod 4)), the one beside it, and the same
 # eight rows below: four in a row of a tuple. Tiles of 16-bit numbers lie in shared memory in rows of 128 or 256 bytes,
-# chunk c of 16 bytes of row r at place c xor (r mod 8): eight rows' chunks of one column lie in different banks. As rows
-# begin at multiples of 128, moving by two chunks is a xor of the whole address.
+# chunk c of 16 bytes of row r at place c xor (r mod 8): eight rows' chunks of one column lie in different banks. As
+# rows begin at multiples of 128, moving by two chunks is a xor of the whole address.
 
 STAGED_BYTES = 544
 """Distance of two rows of 128 float32 that `put_sums` writes: rows of the same lanes lie in different banks."""
@@ -933,7 +933,7 @@ def put_block(typingctx, sums, to):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def expand16(typingctx, memory, words, scale, to):  # type: ignore[no-untyped-def]
-    """16 bytes of int8 or 4-bit numbers, times their scale and rounded to float16, to a 16-byte aligned global address."""
+    """16 bytes of int8 or 4-bit numbers, times their scale and rounded to float16, to a 16-byte aligned address."""
     name = memory.dtype.name
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -941,8 +941,9 @@ def expand16(typingctx, memory, words, scale, to):  # type: ignore[no-untyped-de
         numbers = []
         for i in range(PER_16_BYTES[name]):
             if name == "int8":
-                byte = builder.trunc(builder.lshr(parts[i // 4], ir.Constant(I32, 8 * (i % 4))), I8)
-                number = builder.sitofp(byte, F32)
+                shifted = builder.lshr(parts[i // 4], ir.Constant(I32, 8 * (i % 4)))
+                kind = ir.FunctionType(F32, [I32])  # LLVM would widen the byte to 16 bits first
+                number = builder.call(ir.InlineAsm(kind, "cvt.rn.f32.s8 $0, $1;", "=f,r"), [shifted])
             else:
                 shift = ir.Constant(I32, 8 * (i % 4) + 4 * (i // 16))
                 nibble = builder.and_(builder.lshr(parts[i % 16 // 4], shift), ir.Constant(I32, 15))
