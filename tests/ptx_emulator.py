@@ -227,9 +227,7 @@ class Block:
             held = self.registers[operand]
             if held.dtype == np.bool_:
                 return held
-            if held.dtype.itemsize > np.dtype(dtype).itemsize:
-                held = held.astype(f"u{np.dtype(dtype).itemsize}")
-            elif held.dtype.itemsize < np.dtype(dtype).itemsize:
+            if held.dtype.itemsize != np.dtype(dtype).itemsize:
                 held = held.astype(f"u{np.dtype(dtype).itemsize}")
             return held.view(dtype)
         if operand.startswith("0f"):
@@ -363,7 +361,8 @@ class Block:
         if kind[0] == "f":
             unordered = np.isnan(a) | np.isnan(b)
         table = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
-                 "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater, "hs": np.greater_equal}  # fmt: skip
+                 "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater,
+                 "hs": np.greater_equal}  # fmt: skip
         if how == "nan":
             result = unordered
         elif how == "num":
@@ -392,8 +391,8 @@ class Block:
         assert (warps.all(axis=1) | ~warps.any(axis=1)).all(), "a warp that is not whole"
 
     def _ldmatrix(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
-        """Lane l gives the address of row l mod 8 of matrix l / 8, and gets numbers 2 (l mod 4) and the next of row l / 4
-        of each; of its transposed with `trans`.
+        """Lane l gives the address of row l mod 8 of matrix l / 8, and gets numbers 2 (l mod 4) and the next of row
+        l / 4 of each; of its transposed with `trans`.
         """
         self._whole_warps(mask)
         count = len(operands[0])

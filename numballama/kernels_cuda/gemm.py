@@ -7,8 +7,8 @@ number of W once. Tensor cores take 16-bit operands:
   power of two that brings its largest number to [2^14, 2^15), and its results are divided by it again, exactly.
 - int8 and 4-bit weights are expanded to float16 in scratch first: a few hundred MB of traffic against some 10^11
   operations. float32 weights stay float32 and are multiplied without tensor cores.
-- A block of four warps computes 128 tokens × 128 columns, 64 × 64 a warp: each lane holds 128 sums. 64 columns of X and W
-  at a time come into a ring of `stages` in shared memory, copied behind the threads' backs; a lane's fragments of the
+- A block of four warps computes 128 tokens × 128 columns, 64 × 64 a warp: each lane holds 128 sums. 64 columns of X and
+  W at a time come into a ring of `stages` in shared memory, copied behind the threads' backs; a lane's fragments of the
   next 16 columns are loaded while the last 16 are multiplied. A warp's 64 × 64 × 16 products take 51 cycles at the rate
   of `mma.sync`, and its fragments 32 cycles of shared memory: smaller tiles of a warp would wait for shared memory.
 - At the end the sums go through shared memory in two halves, where each operator finishes them in its own way: a
@@ -59,7 +59,7 @@ from ..lowlevel_cuda.instructions import (
     zeros32,
     zeros128,
 )
-from ..lowlevel_cuda.launch import Array, Gpu, Launch, Matrix
+from ..lowlevel_cuda.launch import Argument, Array, Gpu, Launch, Matrix
 from ..registry import kernel
 from . import basic, gemv
 from .gemv import CACHE, MATRIX
@@ -163,7 +163,7 @@ def expand_kernel(weight, stride, scales, scale_stride, shift, out, first, colum
 
 @device
 def rows_there(here, most):
-    """Bits of those of a thread's rows, 16 apart and at most `most`, that are there; its first is `here` before the end."""
+    """Bits of a thread's rows, 16 apart and at most `most`, that are there: the end is `here` from the first."""
     return (1 << max(0, min((here + 15) >> 4, most))) - 1
 
 
@@ -231,12 +231,8 @@ def multiply(weight, x_at, x_bytes, x_rows, a_at, a_rows, b_at, b_rows, stride, 
     reading, writing = 0, stages - 1
     for step in range(steps):
         ahead = step + stages - 1
-        slot, on, inside, x_inside = (
-            to + writing * 2 * TILE_BYTES,
-            ahead * 2 * STEP,
-            ahead * STEP < k_here,
-            ahead < steps,
-        )
+        slot, on = to + writing * 2 * TILE_BYTES, ahead * 2 * STEP
+        inside, x_inside = ahead * STEP < k_here, ahead < steps
         fetch_rows(slot, x_from + on, x_step, rows, 1, x_inside)
         fetch_rows(slot + TILE_BYTES, a_from + on, w_step, rows, 256, inside)
         others = load_fragments(sums, x ^ 32, w ^ 32)
@@ -337,8 +333,8 @@ def gemm_gate_up_kernel(tokens, x, padded, scales, w1, w3, stride, early, out, b
     shared = cuda.shared.array(0, np.float32)
     base, here, skipped = shared_address(shared, 0), end - first_row, (first_row - begin) * stride
     sums = multiply(w1, address(x, first_token * padded), 2 * padded, tokens[0] - first_token,
-                    address(w1, 0) + skipped, here, address(w3, 0) + skipped, here, stride, columns, stages, early, base,
-                    zeros128())  # fmt: skip
+                    address(w1, 0) + skipped, here, address(w3, 0) + skipped, here, stride, columns, stages, early,
+                    base, zeros128())  # fmt: skip
     column = (cuda.threadIdx.x & 15) * 4
     n = first_row + column
     for half in range(2):
@@ -421,8 +417,8 @@ def gemm_qkv_rope_kernel(tokens, x, padded, scales, wq, wk, wv, stride, early, a
 
 
 F32_THREADS, F32_STEP, X_ROW, W_ROW = 256, 16, 64 + 4, 128 + 4
-"""A block computes 64 tokens × 128 columns, a thread 8 × 4; 16 columns of X and W at a time lie in shared memory, turned
-so that numbers of one column are neighbours."""
+"""A block computes 64 tokens × 128 columns, a thread 8 × 4; 16 columns of X and W at a time lie in shared memory,
+turned so that numbers of one column are neighbours."""
 
 
 @device
@@ -544,7 +540,7 @@ def _rows(weight: Matrix, begin: int, end: int, expanded: Array | None) -> _Rows
     if expanded is None:
         at = weight.payload.address + begin * weight.stride
         return _Rows([], Array(at, (end - begin, columns), weight.payload.dtype), weight.stride)
-    arguments = (
+    arguments: tuple[Argument, ...] = (
         weight.payload, weight.stride, weight.scales, weight.scale_stride, weight.shift, expanded, begin, columns,
     )  # fmt: skip
     return _Rows([Launch(expand_kernel, (end - begin,), 128, arguments)], expanded, 2 * columns)
@@ -583,7 +579,7 @@ def _in_pieces(
 
 def _linear_f32(gpu: Gpu, x: Array, weight: Matrix, residual: Array | None, out: Array) -> list[Launch]:
     rows, columns = weight.shape
-    arguments = (
+    arguments: tuple[Argument, ...] = (
         gpu.tokens, x, weight.payload, weight.stride // 4, residual or x, int(residual is not None), out, rows, columns,
     )  # fmt: skip
     shared = max(4 * F32_STEP * (X_ROW + W_ROW), 64 * STAGED_BYTES)
@@ -605,7 +601,7 @@ def _linears(
         def launch(parts: list[_Rows], grid: tuple[int, int], begin: int, end: int, stages: int,
                    weight: Matrix = weight, out: Array = out) -> Launch:  # fmt: skip
             (part,) = parts
-            arguments = (
+            arguments: tuple[Argument, ...] = (
                 gpu.tokens, rounded, rounded.shape[1], scales, part.payload, part.stride, part.early, residual or x,
                 int(residual is not None), out, begin, end, *weight.shape, stages,
             )  # fmt: skip
@@ -658,9 +654,9 @@ def _gate_up(
 
     def launch(parts: list[_Rows], grid: tuple[int, int], begin: int, end: int, stages: int) -> Launch:
         gate, up = parts
-        arguments = (
-            gpu.tokens, rounded, rounded.shape[1], scales, gate.payload, up.payload, gate.stride, gate.early, out, begin,
-            end, *w1.shape, stages,
+        arguments: tuple[Argument, ...] = (
+            gpu.tokens, rounded, rounded.shape[1], scales, gate.payload, up.payload, gate.stride, gate.early, out,
+            begin, end, *w1.shape, stages,
         )  # fmt: skip
         return Launch(gemm_gate_up_kernel, grid, THREADS, arguments, stages * 2 * TILE_BYTES)
 
@@ -721,7 +717,7 @@ def norm_qkv_rope(
     tiles = _tiles(wq.shape[0], width), _tiles(wk.shape[0], width)
     grid = _tiles(tokens, TILE), tiles[0] + 2 * tiles[1]
     stages = _stages(gpu, grid[0] * grid[1])
-    arguments = (
+    arguments: tuple[Argument, ...] = (
         gpu.tokens, rounded, rounded.shape[1], scales, *(part.payload for part in rows), rows[0].stride, rows[0].early,
         angles, positions, sequences, out, k_cache, v_cache, wq.shape[0], wk.shape[0], *tiles, width // head_dim,
         k_cache.shape[1], head_dim, interleaved, k_cache.shape[2], wq.shape[1], stages,

@@ -1,12 +1,12 @@
 """Attention for many tokens, on tensor cores: 64 queries of one head with 64 keys at a time.
 
-softmax(Q · Kᵀ / sqrt(head_dim)) · V in one pass over keys and values (online softmax: Dao et al., FlashAttention-2, 2023).
+softmax(Q · Kᵀ / sqrt(head_dim)) · V in one pass over keys and values (online softmax: Dao, FlashAttention-2, 2023).
 Each of four warps has 16 queries: their fragments stay in registers, and so do the sums over values; scores become the
 weights' fragments where they are. Tiles of K and V come into two stages of shared memory, one ahead of the one in use.
 Operands are 16-bit in the cache's type, queries and weights rounded to it; sums, maxima and powers are float32.
 
-A head of up to 64 numbers is filled up with zeros to 64, a longer one to 128. Queries may belong to any sequences and have
-any positions: a tile's tokens are taken in runs of one sequence, and each sees the keys up to its own position.
+A head of up to 64 numbers is filled up with zeros to 64, a longer one to 128. Queries may belong to any sequences and
+have any positions: a tile's tokens are taken in runs of one sequence, and each sees the keys up to its own position.
 """
 
 from __future__ import annotations

@@ -585,8 +585,8 @@ def publish(typingctx, where, number):  # type: ignore[no-untyped-def]
 #
 # Lane l of a warp holds, of a 16 × 8 tile of float32, numbers (l / 4, 2 (l mod 4)), the one beside it, and the same
 # eight rows below: four in a row of a tuple. Tiles of 16-bit numbers lie in shared memory in rows of 128 or 256 bytes,
-# chunk c of 16 bytes of row r at place c xor (r mod 8): eight rows' chunks of one column lie in different banks. As rows
-# begin at multiples of 128, moving by two chunks is a xor of the whole address.
+# chunk c of 16 bytes of row r at place c xor (r mod 8): eight rows' chunks of one column lie in different banks. As
+# rows begin at multiples of 128, moving by two chunks is a xor of the whole address.
 
 STAGED_BYTES = 544
 """Distance of two rows of 128 float32 that `put_sums` writes: rows of the same lanes lie in different banks."""
@@ -933,7 +933,7 @@ def put_block(typingctx, sums, to):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def expand16(typingctx, memory, words, scale, to):  # type: ignore[no-untyped-def]
-    """16 bytes of int8 or 4-bit numbers, times their scale and rounded to float16, to a 16-byte aligned global address."""
+    """16 bytes of int8 or 4-bit numbers, times their scale, rounded to float16, to a 16-byte aligned global address."""
     name = memory.dtype.name
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
