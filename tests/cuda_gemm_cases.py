@@ -168,7 +168,7 @@ def launches_of(machine: Any, op: str, types: Sequence[str], operands: Sequence[
 
 
 def compare(what: str, got: np.ndarray, want: np.ndarray, error: np.ndarray, tokens: int) -> float:
-    """The largest error, as a fraction of the allowed one; more than 1, or rows written beyond the run, are failures."""
+    """The largest error as a fraction of the allowed one; above 1, or with rows written beyond the run, a failure."""
     assert (got[tokens:] == UNTOUCHED).all(), f"{what}: rows of tokens beyond the run were written"
     assert np.isfinite(got[:tokens]).all(), f"{what}: not finite"
     ratio = np.abs(got[:tokens] - want[:tokens]) / (error[:tokens] + U * np.abs(want[:tokens]))
