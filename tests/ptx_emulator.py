@@ -362,7 +362,7 @@ class Block:
             unordered = np.isnan(a) | np.isnan(b)
         table = {"eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
                  "ge": np.greater_equal, "lo": np.less, "ls": np.less_equal, "hi": np.greater,
-                 "hs": np.greater_equal}  # fmt: skip
+                  "hs": np.greater_equal}  # fmt: skip
         if how == "nan":
             result = unordered
         elif how == "num":

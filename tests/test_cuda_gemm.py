@@ -15,7 +15,6 @@ import pytest
 
 import numballama
 from numballama import registry
-from numballama.errors import DeviceError
 
 if any(find_spec(name) is None for name in ("numba_cuda", "cuda")):
     pytest.skip("kernels are not compiled: NVIDIA's packages are not installed", allow_module_level=True)
@@ -43,12 +42,6 @@ def test_emulated(capability: str) -> None:
 
 @pytest.mark.gpu
 def test_on_the_gpu() -> None:
-    from numballama.lowlevel_cuda.driver import Device
-
-    try:
-        Device()
-    except DeviceError as error:
-        pytest.skip(f"no GPU: {error}")
     assert "attention bf16" in run_cases()
 
 
@@ -92,7 +85,7 @@ TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_one_token_takes_no_scratch(kind: str) -> None:
-    """Decoding reads weights as they are, a classifier of 128,256 rows too; many tokens take a part at a time."""
+    """Decoding reads weights as they are, a classifier of 128,256 rows too; so does a run for the last token."""
     for op, types in (("linear", ["f32", kind]), ("norm_linear", ["f32", "f32", kind])):
         (space,) = registry.find(op, "cuda", types).scratch.values()
         shapes = [(4096,)] * (len(types) - 2) + [(128256, 4096)]

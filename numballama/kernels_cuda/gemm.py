@@ -163,7 +163,7 @@ def expand_kernel(weight, stride, scales, scale_stride, shift, out, first, colum
 
 @device
 def rows_there(here, most):
-    """Bits of a thread's rows, 16 apart and at most `most`, that are there: the end is `here` from the first."""
+    """Bits of a thread's rows, 16 apart, at most `most`, that are there; its first is `here` before the end."""
     return (1 << max(0, min((here + 15) >> 4, most))) - 1
 
 
@@ -231,8 +231,12 @@ def multiply(weight, x_at, x_bytes, x_rows, a_at, a_rows, b_at, b_rows, stride, 
     reading, writing = 0, stages - 1
     for step in range(steps):
         ahead = step + stages - 1
-        slot, on = to + writing * 2 * TILE_BYTES, ahead * 2 * STEP
-        inside, x_inside = ahead * STEP < k_here, ahead < steps
+        slot, on, inside, x_inside = (
+            to + writing * 2 * TILE_BYTES,
+            ahead * 2 * STEP,
+            ahead * STEP < k_here,
+            ahead < steps,
+        )
         fetch_rows(slot, x_from + on, x_step, rows, 1, x_inside)
         fetch_rows(slot + TILE_BYTES, a_from + on, w_step, rows, 256, inside)
         others = load_fragments(sums, x ^ 32, w ^ 32)
@@ -334,7 +338,8 @@ def gemm_gate_up_kernel(tokens, x, padded, scales, w1, w3, stride, early, out, b
     base, here, skipped = shared_address(shared, 0), end - first_row, (first_row - begin) * stride
     sums = multiply(w1, address(x, first_token * padded), 2 * padded, tokens[0] - first_token,
                     address(w1, 0) + skipped, here, address(w3, 0) + skipped, here, stride, columns, stages, early,
-                    base, zeros128())  # fmt: skip
+                    base,
+                    zeros128())  # fmt: skip
     column = (cuda.threadIdx.x & 15) * 4
     n = first_row + column
     for half in range(2):
@@ -418,7 +423,8 @@ def gemm_qkv_rope_kernel(tokens, x, padded, scales, wq, wk, wv, stride, early, a
 
 F32_THREADS, F32_STEP, X_ROW, W_ROW = 256, 16, 64 + 4, 128 + 4
 """A block computes 64 tokens × 128 columns, a thread 8 × 4; 16 columns of X and W at a time lie in shared memory,
-turned so that numbers of one column are neighbours."""
+turned
+so that numbers of one column are neighbours."""
 
 
 @device
@@ -540,7 +546,7 @@ def _rows(weight: Matrix, begin: int, end: int, expanded: Array | None) -> _Rows
     if expanded is None:
         at = weight.payload.address + begin * weight.stride
         return _Rows([], Array(at, (end - begin, columns), weight.payload.dtype), weight.stride)
-    arguments: tuple[Argument, ...] = (
+    arguments = (
         weight.payload, weight.stride, weight.scales, weight.scale_stride, weight.shift, expanded, begin, columns,
     )  # fmt: skip
     return _Rows([Launch(expand_kernel, (end - begin,), 128, arguments)], expanded, 2 * columns)
@@ -579,7 +585,7 @@ def _in_pieces(
 
 def _linear_f32(gpu: Gpu, x: Array, weight: Matrix, residual: Array | None, out: Array) -> list[Launch]:
     rows, columns = weight.shape
-    arguments: tuple[Argument, ...] = (
+    arguments = (
         gpu.tokens, x, weight.payload, weight.stride // 4, residual or x, int(residual is not None), out, rows, columns,
     )  # fmt: skip
     shared = max(4 * F32_STEP * (X_ROW + W_ROW), 64 * STAGED_BYTES)

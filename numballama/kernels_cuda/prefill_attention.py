@@ -1,6 +1,6 @@
 """Attention for many tokens, on tensor cores: 64 queries of one head with 64 keys at a time.
 
-softmax(Q · Kᵀ / sqrt(head_dim)) · V in one pass over keys and values (online softmax: Dao, FlashAttention-2, 2023).
+softmax(Q · Kᵀ / sqrt(head_dim)) · V in one pass over keys and values (Dao et al., FlashAttention-2, 2023).
 Each of four warps has 16 queries: their fragments stay in registers, and so do the sums over values; scores become the
 weights' fragments where they are. Tiles of K and V come into two stages of shared memory, one ahead of the one in use.
 Operands are 16-bit in the cache's type, queries and weights rounded to it; sums, maxima and powers are float32.

@@ -933,7 +933,7 @@ def put_block(typingctx, sums, to):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def expand16(typingctx, memory, words, scale, to):  # type: ignore[no-untyped-def]
-    """16 bytes of int8 or 4-bit numbers, times their scale, rounded to float16, to a 16-byte aligned global address."""
+    """16 bytes of int8 or 4-bit numbers, times their scale and rounded to float16, to a 16-byte aligned address."""
     name = memory.dtype.name
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
