@@ -30,6 +30,9 @@ ODD = ModelConfig(24, 10, 1, 4, 2, 11, 7)
 BIASED = ModelConfig(64, 96, 1, 8, 2, 40, 16, qkv_bias=True)
 """With biases q, k and v are computed in one step, and turned in another."""
 
+NORMED = ModelConfig(64, 96, 1, 8, 2, 40, 16, qk_norm=True)
+WIDE = ModelConfig(64, 96, 1, 2, 1, 40, 16, head_dim=128)
+
 CASES: list[tuple[ModelConfig, str, str, Any, bool]] = [
     # shape, weights, KV cache, fusions, int8 activations
     *((GROUPED, kind, "f16", True, False) for kind in ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")),
@@ -41,6 +44,8 @@ CASES: list[tuple[ModelConfig, str, str, Any, bool]] = [
     *((GROUPED, "f32", kv, ["attention", "rope_kv"], False) for kv in ("f32", "bf16")),
     *((GROUPED, "f32", kv, False, False) for kv in ("f32", "f16", "bf16")),
     (GROUPED, "int8", "f16", True, True),
+    (NORMED, "f32", "f16", True, False),
+    *((WIDE, "f32", kv, ["attention"], False) for kv in ("f16", "bf16")),
 ]  # fmt: skip
 """Every type of weights, each with one KV cache; every type of cache with each kernel that reads or writes it."""
 
@@ -81,6 +86,7 @@ def main(capability: tuple[int, int], out: Path) -> None:
             found[key] = {
                 "kernel": name, "kinds": list(kinds), "threads": threads, "registers": code.registers,
                 "stack": code.stack_bytes, "local": code.local_bytes, "cached": code.cached,
+                "blocks": getattr(kernel.py_func, "blocks_at_once", 1),
                 "bytes": len(code.machine), "opcodes": json.loads(beside.read_text()),
             }  # fmt: skip
         return code
@@ -96,7 +102,8 @@ def main(capability: tuple[int, int], out: Path) -> None:
             program = backend.program(graph_of(config, weights, layout, tokens, logits, int8), fusions)
             ops |= {step.op.kind for step in program.plan.steps}
             if tokens == 1:
-                backend.prepare(program)
+                decode = program
+        backend.prepare(decode)
         backend.close()
     out.write_text(json.dumps({"kernels": list(found.values()), "ops": sorted(ops)}))
 

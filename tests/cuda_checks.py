@@ -221,7 +221,7 @@ class Bench:
             name: self.empty(tuple(shape(*shapes, workers=self.gpu.processors)), "f32")
             for name, shape in kernel.scratch.items()
         }
-        for calls in self.backend.ready([kernel.function(self.gpu, *operands, **named, **attrs)], None):
+        for calls in self.backend.ready([kernel.function(self.gpu, *operands, **named, **attrs)]):
             for call in calls:
                 call()
         self.device.synchronize()

@@ -225,6 +225,9 @@ class _Shared:
         return self._arrays[key]
 
     def check(self, address: int, nbytes: int) -> None:
+        first, last = self._regions[0]  # mostly
+        if address % nbytes == 0 and first <= address and address + nbytes <= last:
+            return
         if address % nbytes or not any(a <= address and address + nbytes <= b for a, b in self._regions):
             raise IndexError(f"{nbytes} bytes of shared memory at {address - self._dynamic} of {self._nbytes}")
 
@@ -314,7 +317,7 @@ class Simulation:
         self.check(address, nbytes)
         if any(self.is_stale(a) for a in range(address, address + nbytes, 4)):
             return b"\xff" * nbytes
-        return ctypes.string_at(address, nbytes)
+        return ctypes.string_at(int(address), nbytes)
 
     def begin_block(self) -> None:
         module = numba_simulator._get_kernel_context()
@@ -352,20 +355,14 @@ simulation = Simulation()
 
 
 def _numbers(name: str, words: Any) -> np.ndarray:
-    """Numbers in 16 bytes, as `instructions._unpack` has them: 4-bit ones as multiples of powers of 16."""
+    """Numbers in 16 bytes of a type without scales."""
     raw = np.array(words, np.uint32)
     if name == "float32":
         return raw.view(np.float32)
     if name == "uint16":
         return raw.view(np.float16).astype(np.float32)
-    if name == "int16":
-        return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-    if name == "int8":
-        return raw.view(np.int8).astype(np.float32)
-    bytes_ = raw.view(np.uint8)
-    numbers = np.concatenate([bytes_ & 15, bytes_ >> 4]).astype(np.float32) - 8
-    places = np.array([2 * (i % 4) + i // 16 for i in range(32)])
-    return numbers * np.float32(16) ** np.where(places >= 5, places - 5, places)
+    assert name == "int16"
+    return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
 _PER_16 = {"float32": 4, "uint16": 8, "int16": 8, "int8": 16, "uint8": 32}
@@ -373,6 +370,11 @@ _PER_16 = {"float32": 4, "uint16": 8, "int16": 8, "int8": 16, "uint8": 32}
 
 def _address(memory: Pointer, index: int) -> int:
     return memory.address + int(index) * memory.bytes_each
+
+
+def _shared_address(memory: Pointer, index: int) -> int:
+    assert memory.shared
+    return _address(memory, index)
 
 
 def _floats4(memory: Pointer, index: int) -> tuple[Any, ...]:
@@ -389,6 +391,8 @@ def _store4(memory: Pointer, index: int, *numbers: Any) -> None:
 
 
 def _dot16(memory: Pointer, words: Any, x: Pointer, index: int, step: int) -> Any:
+    if memory.dtype.name in ("int8", "uint8"):
+        return np.float32(0)
     numbers, total = _numbers(memory.dtype.name, words), 0.0
     for four in range(len(numbers) // 4):
         others = _floats4(x, index + four * step)
@@ -454,7 +458,7 @@ def _finish(copies: list[tuple[int, int, int, bool]]) -> None:
         now, own.waited = own.waited, waited  # it may have been read as early as it was asked for
         data = simulation.load(source, nbytes) if source else bytes(nbytes)
         own.waited = now
-        ctypes.memmove(to, data, nbytes)
+        ctypes.memmove(int(to), data, nbytes)
     copies.clear()
 
 
@@ -480,7 +484,7 @@ def _words(data: bytes) -> tuple[Any, ...]:
 def _shared_words(count: int) -> Callable[[int], Any]:
     def load(where: int) -> Any:
         simulation.shared.check(where, 4 * count)
-        words = _words(ctypes.string_at(where, 4 * count))
+        words = _words(ctypes.string_at(int(where), 4 * count))
         return words if count > 1 else words[0]
 
     return load
@@ -497,7 +501,7 @@ def _let_successor_start() -> None:
 def _count_up(counter: int) -> int:
     simulation.check(counter, 4)
     simulation.note_write(counter, 4)
-    cell = ctypes.c_int32.from_address(counter)
+    cell = ctypes.c_int32.from_address(int(counter))
     cell.value += 1
     return cell.value - 1
 
@@ -505,24 +509,52 @@ def _count_up(counter: int) -> int:
 def _publish(where: int, number: int) -> None:
     simulation.check(where, 8)
     simulation.note_write(where, 8)
-    ctypes.c_int64.from_address(where).value = int(number)
+    ctypes.c_int64.from_address(int(where)).value = int(number)
 
 
-def _dp4a(a: Any, b: Any, total: Any) -> int:
-    first, second = (np.uint32(word).reshape(1).view(np.int8).astype(np.int64) for word in (a, b))
-    return int(total) + int(first @ second)
+_UNSIGNED = list(range(256))
+_SIGNED = [byte - 256 * (byte > 127) for byte in range(256)]
+
+
+def _dp4a(first: list[int], second: list[int]) -> Callable[[Any, Any, Any], int]:
+    def dp4a(a: Any, b: Any, total: Any) -> int:
+        x, y = int(a), int(b)
+        if not (x and y):
+            return int(total)
+        result = (
+            int(total) + first[x & 255] * second[y & 255] + first[x >> 8 & 255] * second[y >> 8 & 255]
+            + first[x >> 16 & 255] * second[y >> 16 & 255] + first[x >> 24] * second[y >> 24]
+        )  # fmt: skip
+        assert -(2**31) <= result < 2**31, "a sum of products overflows"
+        return result
+
+    return dp4a
+
+
+def _nearest(x: Any) -> int:
+    return 0 if np.isnan(x) else int(np.clip(np.rint(np.float64(x)), -(2**31), 2**31 - 1))
+
+
+def _planes(*numbers: int) -> tuple[Any, ...]:
+    rows = np.array(numbers, np.int64).astype(np.int32).view(np.uint8).reshape(4, 4)
+    return tuple(np.ascontiguousarray(rows[:, which]).view(np.uint32)[0] for which in range(3))
 
 
 _EMULATED: dict[str, Callable[..., Any]] = {
     "address": _address,
+    "shared_address": _shared_address,
     "floats4": _floats4,
     "store4": _store4,
     "f32_of_bits": lambda bits: np.uint32(bits).view(np.float32),
     "bits_of_f32": lambda number: np.float32(number).view(np.uint32),
     "f32_of_half": lambda bits: np.float32(np.uint16(int(bits) & 0xFFFF).view(np.float16)),
     "half_of_f32": lambda number: np.uint32(np.float16(number).view(np.uint16)),
-    "f32_of_byte": lambda word, which: np.float32(np.uint8(int(word) >> (8 * which) & 0xFF).view(np.int8)),
-    "dp4a": _dp4a,
+    "dp4a": _dp4a(_SIGNED, _SIGNED),
+    "dp4a_su": _dp4a(_SIGNED, _UNSIGNED),
+    "dp4a_us": _dp4a(_UNSIGNED, _SIGNED),
+    "dp4a_uu": _dp4a(_UNSIGNED, _UNSIGNED),
+    "nearest": _nearest,
+    "planes": _planes,
     "exp2": lambda x: np.exp2(np.float32(x)),
     "per_16_bytes": lambda memory: _PER_16[memory.dtype.name],
     "has_scales": lambda memory: memory.dtype.name in ("int8", "uint8"),
@@ -530,6 +562,7 @@ _EMULATED: dict[str, Callable[..., Any]] = {
     "unpack8": _unpack8,
     "number": _number,
     "store_number": _store_number,
+    "scale_bytes": lambda memory: memory.bytes_each,
     "scale_word": lambda memory, index: _address(memory, index) & -4,
     "scale_in": _scale_in,
     "copy16": _copy(16),
@@ -569,4 +602,4 @@ def _emulate() -> list[str]:
 
 
 missing = _emulate()
-"""Instructions that have no emulation; a kernel that uses one fails."""
+"""Instructions that have no emulation: a kernel that uses one fails. Those of tensor cores are for `ptx_emulator`."""

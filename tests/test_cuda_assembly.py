@@ -31,18 +31,21 @@ REGISTERS = 65536
 
 STACK = {
     # sine and cosine of float64 reduce large angles in a function of their own, which keeps a table of digits
-    ("rope_angles_kernel", "9.0"): 40, ("rope_angles_kernel", "8.0"): 40, ("rope_angles_kernel", "7.5"): 40,
-    # 4-bit weights and RoPE: one word of two is stored while the rows' sums are finished
-    ("qkv_rope_kernel", "9.0"): 8,
-    # older cards' assembler keeps more addresses at hand than fit 128 registers, and puts some words aside
-    ("qkv_rope_kernel", "8.0"): 56, ("qkv_rope_kernel", "7.5"): 88,
-    ("qkv_kernel", "8.0"): 8, ("qkv_kernel", "7.5"): 8,
-    ("linear_kernel", "8.0"): 24, ("linear_kernel", "7.5"): 24,
-    ("gate_up_kernel", "7.5"): 8,
-    ("attention_grouped_kernel", "8.0"): 104, ("attention_grouped_kernel", "7.5"): 104,
-    ("attention_single_kernel", "8.0"): 8, ("attention_single_kernel", "7.5"): 8,
-}  # fmt: skip
-"""The most bytes of stack a kernel may use on a card, where that is not 0."""
+    "rope_angles_kernel": {"9.0": 40, "8.0": 40, "7.5": 40},
+    # three blocks leave 80 registers a thread: some addresses of quantised weights are put aside while x is staged
+    "linear_kernel": {"9.0": 16, "8.0": 56, "7.5": 40},
+    "gate_up_kernel": {"9.0": 32, "8.0": 64, "7.5": 48},
+    "qkv_kernel": {"9.0": 40, "8.0": 80, "7.5": 56},
+    "qkv_rope_kernel": {"9.0": 72, "8.0": 40, "7.5": 16},
+    # older cards' assembler keeps more at hand than there are registers
+    "attention_grouped_kernel": {"8.0": 104, "7.5": 104},
+    "attention_single_kernel": {"8.0": 8, "7.5": 8},
+    "attention_128_kernel": {"8.0": 32, "7.5": 32},
+    "gemm_kernel": {"7.5": 32},
+    "gemm_gate_up_kernel": {"7.5": 24},
+    "gemm_qkv_rope_kernel": {"7.5": 72},
+}
+"""The most bytes of stack a kernel may use on a card, where that is not 0: for all types of its operands."""
 
 STREAMING = {"linear_kernel", "gate_up_kernel", "qkv_kernel", "qkv_rope_kernel"}
 """Kernels that copy weights behind their own back, into shared memory."""
@@ -106,12 +109,10 @@ def test_every_kernel_of_the_package_is_among_them(assembled: dict[str, dict[str
 def test_numbers_stay_in_registers(assembled: dict[str, dict[str, Any]], capability: str) -> None:
     for kernel in assembled[capability]["kernels"]:
         assert kernel["local"] == 0, f"{described(kernel)}: {kernel['local']} bytes of local memory"
-        allowed = STACK.get((kernel["kernel"], capability), 0)
+        allowed = STACK.get(kernel["kernel"], {}).get(capability, 0)
         assert 0 <= kernel["stack"] <= allowed, f"{described(kernel)}: {kernel['stack']} bytes of stack, not {allowed}"
-        if kernel["threads"] <= 512:  # two blocks share a multiprocessor: the next kernel's begin beside this one's
-            most = REGISTERS // (2 * kernel["threads"])
-            assert 0 < kernel["registers"] <= most, f"{described(kernel)}: {kernel['registers']} registers, not {most}"
-        assert 0 < kernel["registers"] * kernel["threads"] <= REGISTERS, described(kernel)
+        most = REGISTERS // (kernel["blocks"] * kernel["threads"])
+        assert 0 < kernel["registers"] <= most, f"{described(kernel)}: {kernel['registers']} registers, not {most}"
         assert kernel["bytes"] > 1000
 
 
