@@ -163,27 +163,36 @@ class Weights:
         self.nbytes = sum(layout.nbytes for layout in layouts.values())
         self.memory = Memory(device, self.nbytes, "the model's weights")
         self.operands: dict[str, Array | Matrix] = {}
+        try:
+            self._upload(device, layouts)
+        except BaseException:
+            self.free()  # now: a traceback may keep this object for long
+            raise
+
+    def _upload(self, device: Device, layouts: Mapping[str, _Layout]) -> None:
         staging = [Pinned(device, min(STAGING, _aligned(self.nbytes)) + ALIGNMENT) for _ in range(2)]
-        buffers = itertools.cycle(staging)
-        done, offset = 0, 0
-        with progress.bar("uploading weights") as report:
-            for name, layout in layouts.items():
-                report(name, done, self.nbytes)
-                address = self.memory.address + offset
-                self.operands[name] = layout.operand(address)
-                for at, part in layout.parts():
-                    flat = part.reshape(-1)
-                    for start in range(0, flat.size, STAGING):
-                        piece = flat[start : start + STAGING]
-                        buffer = next(buffers)
-                        buffer.bytes[: piece.size] = piece
-                        device.synchronize()  # the other buffer's copy: this one was filled meanwhile
-                        device.write(address + at + start, buffer.address, piece.size)
-                    done += flat.size
-                offset += layout.nbytes
-            device.synchronize()
-        for buffer in staging:
-            buffer.free()
+        try:
+            buffers = itertools.cycle(staging)
+            done, offset = 0, 0
+            with progress.bar("uploading weights") as report:
+                for name, layout in layouts.items():
+                    report(name, done, self.nbytes)
+                    address = self.memory.address + offset
+                    self.operands[name] = layout.operand(address)
+                    for at, part in layout.parts():
+                        flat = part.reshape(-1)
+                        for start in range(0, flat.size, STAGING):
+                            piece = flat[start : start + STAGING]
+                            buffer = next(buffers)
+                            buffer.bytes[: piece.size] = piece
+                            device.synchronize()  # the other buffer's copy: this one was filled meanwhile
+                            device.write(address + at + start, buffer.address, piece.size)
+                        done += flat.size
+                    offset += layout.nbytes
+                device.synchronize()
+        finally:
+            for buffer in staging:
+                buffer.free()
 
     def free(self) -> None:
         self.memory.free()
@@ -205,8 +214,8 @@ class _Inputs:
             places[value.name] = size
             size += _aligned(value.nbytes)
         self.nbytes = size
-        self.memory = Memory(device, size, "the inputs")
         self._pinned = Pinned(device, size * self.SLOTS)
+        self.memory = Memory(device, size, "the inputs")
         self._used = 0
         self._mirror = np.zeros(size, np.uint8)
         self.tokens = self.memory.array(0, (1,), "i32")
@@ -239,13 +248,13 @@ class _Sampling:
             "state": (1, "u64"),
         }
         self._device, offset = device, 0
-        self.memory = Memory(device, 4 * ALIGNMENT + 8 * SETTINGS + 4 * REPEAT_WINDOW, "the sampler's state")
+        self.nbytes = sum(_aligned(count * ITEM_BYTES[dtype]) for count, dtype in sizes.values())
+        self._pinned = Pinned(device, self.nbytes)
+        self.memory = Memory(device, self.nbytes, "the sampler's state")
         self.arrays: dict[str, Array] = {}
         for name, (count, dtype) in sizes.items():
             self.arrays[name] = self.memory.array(offset, (count,), dtype)
             offset += _aligned(count * ITEM_BYTES[dtype])
-        self._pinned = Pinned(device, offset)
-        self.nbytes = offset
 
     def send(self, sampler: Sampler) -> None:
         """Put a copy of a sampler's state into the stream; waits for what is in it first."""
@@ -269,15 +278,25 @@ class CudaProgram:
     """A plan bound to device memory: write `inputs`, call `run`, read `value`."""
 
     def __init__(self, backend: CudaBackend, plan: Plan) -> None:
+        self._own: list[Memory] = []
+        self._recordings: dict[Any, Recording] = {}
+        try:
+            self._bind(backend, plan)
+        except BaseException:
+            self.free()  # now: a traceback may keep this object for long
+            raise
+
+    def _bind(self, backend: CudaBackend, plan: Plan) -> None:
         device = backend.device
         self.plan, self.backend, self.head, self._device = plan, backend, plan.head, device
         self._inputs = _Inputs(device, plan.graph)
         self.inputs = self._inputs.host
+        self._own.append(self._inputs.memory)
         self.arena = Memory(device, plan.arena_bytes, f"the arena of {plan.graph.name}")
+        self._own.append(self.arena)
         device.fill(self.arena.address, 0, plan.arena_bytes)
         self.entries = 0
         """How often the host put work into the stream."""
-        self._own: list[Memory] = []
         self._values = dict(self._inputs.device)
         placed = {value.name: value for step in plan.steps for value in step.scratch} | plan.graph.values
         for name, place in plan.placements.items():
@@ -291,7 +310,6 @@ class CudaProgram:
                 self._values[value.name] = self._constant(plan.graph.constants[value.name])
         gpu = Gpu(device.processors, device.shared_limit, self._inputs.tokens, self._zeros)
         self.launches = [self._launches(gpu, index) for index in range(len(plan.steps))]
-        self._recordings: dict[Any, Recording] = {}
         self._tails: dict[int, list[Launch]] = {}
         self._tail_calls: dict[int, list[Call]] = {}
         self._mailbox = Pinned(device, 8 * MAILBOX)
@@ -492,18 +510,14 @@ class CudaProgram:
             self._play((0, len(self.plan.steps)), lambda: self._slice(0, len(self.plan.steps)))
 
     @property
-    def _memories(self) -> tuple[Memory, ...]:
-        return (self.arena, self._inputs.memory, *self._own)
-
-    @property
     def nbytes(self) -> int:
         """Device memory of this program alone."""
-        return sum(memory.nbytes for memory in self._memories)
+        return sum(memory.nbytes for memory in self._own)
 
     def free(self) -> None:
         """Give the memory back."""
         self._recordings.clear()
-        for memory in self._memories:
+        for memory in self._own:
             memory.free()
 
 
@@ -527,8 +541,13 @@ class CudaBackend:
         self._prepared = False
         self._owned: list[Any] = []
         self.weights = Weights(self.device, weights)
-        self.sampling = _Sampling(self.device)
-        self._owned += [self.weights, self.sampling.memory]
+        self._owned.append(self.weights)
+        try:
+            self.sampling = _Sampling(self.device)
+        except BaseException:
+            self.close()
+            raise
+        self._owned += [self.sampling.memory]
 
     @property
     def workers(self) -> int:
@@ -552,8 +571,8 @@ class CudaBackend:
         ]
         if new:
             memory = Memory(self.device, sum(_aligned(v.nbytes) for v in new), "the KV cache")
-            self.device.fill(memory.address, 0, memory.nbytes)
             self._owned.append(memory)
+            self.device.fill(memory.address, 0, memory.nbytes)
             offset = 0
             for value in new:
                 self.states[value.name] = memory.array(offset, value.shape, value.dtype)

@@ -168,3 +168,4 @@ def install(
     }.items():
         assert hasattr(cuda, name), f"numballama.cuda has no {name} any more: tests/cuda_support.py stands in for it"
         setattr(cuda, name, replacement)
+    driver.Device = HostDevice  # which `compile` asks whether there is a GPU

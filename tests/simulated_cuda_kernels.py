@@ -3,6 +3,7 @@
 # ruff: noqa: E402
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ import cuda_simulator  # first: it puts the simulator's parts where kernels find
 import numpy as np
 import pytest
 from cuda_simulator import simulation
-from cuda_support import HostDevice, install
+from cuda_support import HostDevice, HostMemory, install
 
 install(run=simulation.run, processors=2)
 
@@ -47,6 +48,7 @@ from numballama.lowlevel_cuda.instructions import (
     words4,
 )
 from numballama.lowlevel_cuda.launch import Launch
+from numballama.model import Model
 from numballama.sampler import Sampler
 from numballama.session import Session
 
@@ -429,3 +431,46 @@ def check_runs_of(pair: Pair, program: Any) -> None:
 
     poison(program)
     run_checked(program, pair.reference.program(pair.graph(1)), [1], 0, 0, True)
+
+
+# What is taken is given back
+
+
+def count_down(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, calls: int) -> None:
+    """Let a method fail when it has been called so often."""
+    before, left = getattr(owner, name), [calls]
+
+    def failing(*arguments: Any, **named: Any) -> Any:
+        left[0] -= 1
+        if left[0] < 0:
+            raise MemoryError(f"{name} fails")
+        return before(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+@pytest.mark.parametrize(("owner", "name"), [(HostMemory, "__init__"), (HostDevice, "write"), (HostDevice, "fill")])
+def test_memory_is_given_back_whatever_fails(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
+    """At once: while the exception, and with it every object on the way, is still at hand."""
+    with pytest.raises(MemoryError):  # what the test itself leaves behind is there now
+        raise MemoryError
+    for calls in (*range(12), *(12 << i for i in range(12))):
+        gc.collect()
+        before = {entry for entry in HostMemory.live if entry[2] != "pinned memory"}
+        model = None
+        with monkeypatch.context() as patch:
+            count_down(patch, owner, name, calls)
+            try:
+                model = Model(None, device="cuda", context=16)
+            except MemoryError as error:
+                kept = error
+                left = {entry for entry in HostMemory.live if entry[2] != "pinned memory"} - before
+                assert not left, f"call {calls} of {name}: {sorted(entry[2] for entry in left)}"
+                del kept
+        if model is not None:
+            assert model._backend.memory_bytes > 6_000_000
+            model.close()
+            assert {entry for entry in HostMemory.live if entry[2] != "pinned memory"} == before
+            assert calls > 5
+            return
+    raise AssertionError(f"{name} is called very often")
