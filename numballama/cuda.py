@@ -221,13 +221,15 @@ class _Inputs:
         self.tokens = self.memory.array(0, (1,), "i32")
         self.device = {v.name: self.memory.array(places[v.name], v.shape, v.dtype) for v in values}
         self._count = self._mirror[:4].view(np.int32)
+        self.number = self.memory.array(8, (1,), "i64")
+        self._first = self._mirror[8:16].view(np.int64)
         self.host = {
             v.name: self._mirror[places[v.name] :][: v.nbytes].view(DTYPES[v.dtype]).reshape(v.shape) for v in values
         }
 
-    def send(self, tokens: int) -> None:
-        """Put a copy of the inputs as they are now into the stream."""
-        self._count[0] = tokens
+    def send(self, tokens: int, number: int) -> None:
+        """Put a copy of the inputs as they are now into the stream; the next step is the one after `number`."""
+        self._count[0], self._first[0] = tokens, number
         slot = self._used % self.SLOTS
         if slot == 0 and self._used:
             self._device.synchronize()  # the copies out of all slots are done
@@ -279,6 +281,7 @@ class CudaProgram:
 
     def __init__(self, backend: CudaBackend, plan: Plan) -> None:
         self._own: list[Memory] = []
+        self._freed = False
         self._recordings: dict[Any, Recording] = {}
         try:
             self._bind(backend, plan)
@@ -314,7 +317,6 @@ class CudaProgram:
         self._tail_calls: dict[int, list[Call]] = {}
         self._mailbox = Pinned(device, 8 * MAILBOX)
         self._letters = self._mailbox.bytes.view(np.int64)
-        self._number = self._zeros_i64()
         self._made = 0
         self._steps: deque[_Step] = deque()
         self._ahead = 0
@@ -329,10 +331,6 @@ class CudaProgram:
         self._own.append(memory)
         self._device.fill(memory.address, 0, 4 * count)
         return memory.array(0, (count,), "i32")
-
-    def _zeros_i64(self) -> Array:
-        counters = self._zeros(2)
-        return Array(counters.address, (1,), "i64")
 
     def _constant(self, numbers: Sequence[float]) -> Array:
         host = np.array(numbers, np.float32)
@@ -361,6 +359,8 @@ class CudaProgram:
 
     def value(self, name: str) -> np.ndarray:
         """A copy of a value's memory; what it holds outside its lifetime belongs to others."""
+        if self._freed:
+            raise Error("this model is closed; compile it again")
         self._settle()
         array = self._values[name]
         out = np.empty(array.shape, DTYPES[array.dtype])
@@ -395,13 +395,26 @@ class CudaProgram:
             raise Error(
                 f"cannot run {tokens} tokens of {self.plan.tokens}, steps {begin} to {last} of {len(self.plan.steps)}"
             )
-        self._device.make_current()
+        self._take_turn()
         if sampler is not None:
-            return self._next_token(tokens, sampler)
+            try:
+                return self._next_token(tokens, sampler)
+            except BaseException:  # Ctrl-C between a launch and its entry in the books, say: begin anew
+                self._forget_steps()
+                raise
         self._forget_steps()
-        self._inputs.send(tokens)
+        self._inputs.send(tokens, self._made)
         self._play((begin, last), lambda: self._slice(begin, last))
         return 0
+
+    def _take_turn(self) -> None:
+        """The KV cache and the sampler's state are shared: what another program has under way is void from here on."""
+        if self._freed:
+            raise Error("this model is closed; compile it again")
+        self._device.make_current()
+        before, self.backend.current = self.backend.current, self
+        if before is not None and before is not self:
+            before._forget_steps()
 
     def _slice(self, begin: int, end: int) -> list[Call]:
         return [call for calls in self.calls[begin:end] for call in calls]
@@ -428,7 +441,7 @@ class CudaProgram:
                 launches += kernel(self._gpu, self._values["logits"], drawn, *arrays.values(), following)
             kernel = registry.find("advance", "cuda", ["i32"]).function
             launches += kernel(
-                self._gpu, following, self._values["ids"], self._values["positions"], self._number,
+                self._gpu, following, self._values["ids"], self._values["positions"], self._inputs.number,
                 self._mailbox.address, MAILBOX,
             )  # fmt: skip
             self._tails[drawn] = launches
@@ -454,7 +467,8 @@ class CudaProgram:
         if not (chained and self._steps):
             self._forget_steps()
             if not chained:
-                self._inputs.send(tokens)
+                self._made += MAILBOX  # letters of steps that were forgotten, or never entered, match no later one
+                self._inputs.send(tokens, self._made)
                 if drawn:
                     self.backend.sampling.send(sampler)
             self._launch(drawn, position, sequence)
@@ -467,7 +481,9 @@ class CudaProgram:
         token = self._await(self._steps[0].number)
         self._steps.popleft()
         if token < 0:
-            self._last = None
+            if self._steps:  # the values of this step are what a person will want to see
+                self._inputs.send(tokens, self._made)
+                self._play((0, len(self.plan.steps)), lambda: self._slice(0, len(self.plan.steps)))
             raise Error(NOT_NUMBERS)
         if drawn:
             sampler.recent[sampler.counts[0] % REPEAT_WINDOW] = token
@@ -489,11 +505,13 @@ class CudaProgram:
         looks = 0
         while True:
             letter = int(self._letters[number % MAILBOX])
-            if letter >> 32 == number & 0x7FFFFFFF:
+            if letter >> 32 & 0x7FFFFFFF == number & 0x7FFFFFFF:
                 return int(np.int64(letter).astype(np.int32))
             looks += 1
             if looks % PATIENCE == 0:
-                if not self._device.busy and int(self._letters[number % MAILBOX]) >> 32 != number & 0x7FFFFFFF:
+                done = not self._device.busy  # asked before the last look: a letter may come in between
+                letter = int(self._letters[number % MAILBOX])
+                if done and letter >> 32 & 0x7FFFFFFF != number & 0x7FFFFFFF:
                     raise DeviceError(f"{self._device}: the stream is done, but step {number} gave no token")
                 time.sleep(0)
 
@@ -506,7 +524,7 @@ class CudaProgram:
         """If the device has gone ahead of the host, compute the host's last step again, for its values to be read."""
         if self._steps and self._last is not None:
             self._forget_steps()
-            self._inputs.send(1)
+            self._inputs.send(1, self._made)
             self._play((0, len(self.plan.steps)), lambda: self._slice(0, len(self.plan.steps)))
 
     @property
@@ -516,6 +534,7 @@ class CudaProgram:
 
     def free(self) -> None:
         """Give the memory back."""
+        self._freed = True
         self._recordings.clear()
         for memory in self._own:
             memory.free()
@@ -537,6 +556,8 @@ class CudaBackend:
         self.states: dict[str, Array] = {}
         self.compiled = {"hits": 0, "misses": 0}
         """Kernels that came from the cache, and kernels that were compiled."""
+        self.current: CudaProgram | None = None
+        """The program that ran last."""
         self._functions: dict[Any, Function] = {}
         self._prepared = False
         self._owned: list[Any] = []
@@ -614,12 +635,14 @@ class CudaBackend:
 
     def close(self) -> None:
         """Give all device memory back now."""
-        self.device.make_current()
-        self.device.synchronize()
-        for owned in self._owned:
-            owned.free()
-        self._owned.clear()
-        self._functions.clear()
+        try:
+            self.device.make_current()
+            self.device.synchronize()
+        finally:  # also where the device has failed
+            for owned in self._owned:
+                owned.free()
+            self._owned.clear()
+            self._functions.clear()
 
     def __repr__(self) -> str:
         return f"<CudaBackend {self.device}, {human(self.weights.nbytes)} of weights>"

@@ -199,11 +199,13 @@ class Model:
         afterwards.
         """
         with self.using():
-            if self._backend is not None:
-                self._backend.close()
-            self._session = self._decode = self._all_logits = self._backend = None
-            self.weights = {}
-            self._checkpoint.weights = {}
+            try:
+                if self._backend is not None:
+                    self._backend.close()
+            finally:
+                self._session = self._decode = self._all_logits = self._backend = None
+                self.weights = {}
+                self._checkpoint.weights = {}
 
     def __enter__(self) -> Model:
         return self

@@ -113,7 +113,7 @@ def run_checked(program: Any, reference: Any, ids: Sequence[int], start: int, se
     tokens, graph = len(ids), program.plan.graph
     feed(program, ids, start, sequence)
     program.backend.device.make_current()
-    program._inputs.send(tokens)  # a run does; the first step's operands are compared before it
+    program._inputs.send(tokens, 0)  # a run does; the first step's operands are compared before it
     if whole:
         feed(reference, ids, start, sequence)
         reference.run(tokens)
@@ -285,8 +285,8 @@ def mixed(z: np.ndarray) -> np.ndarray:
 def gumbel(state: int, n: int) -> np.ndarray:
     """The noise of each of n tokens for a state of the generator, in float64."""
     with np.errstate(over="ignore"):
-        bits = mixed(np.uint64(state) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
-    u = ((bits >> np.uint64(40)).astype(np.float64) + 0.5) * 2.0**-24
+        bits = mixed(mixed(np.uint64(state)) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+    u = ((bits >> np.uint64(41)).astype(np.float64) + 0.5) * 2.0**-23
     return -np.log(-np.log(u))
 
 

@@ -164,7 +164,7 @@ def install(
         "Function": lambda device, code: code,
         "Call": HostCall,
         "compile_kernel": compile_kernel or nothing,
-        "compile_ahead": lambda *arguments: {},  # helpers would compile for a GPU, behind the back of what stands in
+        "compile_ahead": lambda *arguments: {},
     }.items():
         assert hasattr(cuda, name), f"numballama.cuda has no {name} any more: tests/cuda_support.py stands in for it"
         setattr(cuda, name, replacement)

@@ -44,6 +44,23 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._ours, text.encode())
 
+    def answer(self, text: str) -> None:
+        """Type at a prompt, as soon as the program waits there: a prompt is shown a moment before that, and a Ctrl-C in
+        between is heard only with the next key. No person is that quick.
+        """
+        before, deadline = -1, time.monotonic() + LONG
+        while (spent := self._processor_ticks()) != before and time.monotonic() < deadline:
+            before = spent
+            time.sleep(0.25)
+        self.type(text)
+
+    def _processor_ticks(self) -> int:
+        try:
+            fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return 0
+        return int(fields[11]) + int(fields[12])
+
     def wait_for(self, pattern: str, since: int = 0) -> str:
         """What was shown from `since` on, once it has the pattern."""
         deadline = time.monotonic() + LONG
@@ -88,7 +105,7 @@ def test_a_conversation(path: Path) -> None:
         figures = []
         for text in ("hello", "and then?"):
             since = len(t.shown)
-            t.type(f"{text}\n")
+            t.answer(f"{text}\n")
             shown = t.wait_for(rf"{FIGURES}.*cut at --max-tokens[\s\S]*> ", since)
             assert "\x1b[2m" in shown and text in shown
             found = re.search(FIGURES, shown)
@@ -106,9 +123,9 @@ def test_a_conversation(path: Path) -> None:
             ("a\\\nb", FIGURES),
         ):
             since = len(t.shown)
-            t.type(f"{command}\n")
+            t.answer(f"{command}\n")
             t.wait_for(rf"{answer}[\s\S]*> ", since + len(command))
-        t.type("\x04")
+        t.answer("\x04")
         assert t.ends() == 0
         assert "Traceback" not in t.shown
 
@@ -116,10 +133,10 @@ def test_a_conversation(path: Path) -> None:
 def test_ctrl_c_stops_the_answer_and_not_the_chat(path: Path) -> None:
     with terminal(*COMMAND, path, "--temperature", 0, "--max-tokens", 4000, "--threads", 1, NO_COLOR="1") as t:
         t.wait_for("> ")
-        t.type("\x03")
-        t.wait_for("Ctrl-D or /exit ends")
+        t.answer("\x03")
+        t.wait_for(r"Ctrl-D or /exit ends[\s\S]*> ")
         since = len(t.shown)
-        t.type("hello\n")
+        t.answer("hello\n")
         t.wait_for(r"hello\r\n[^\r\n]{20}", since)
         t.type("\x03")
         shown = t.wait_for(rf"{FIGURES}, stopped[\s\S]*> ", since)
@@ -127,12 +144,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(path: Path) -> None:
         written = int(re.search(FIGURES, shown)[3])  # type: ignore[index]
         assert 1 < written < 3900
         since = len(t.shown)
-        t.type("hello again\n")
+        t.answer("hello again\n")
         t.wait_for(r"again\r\n[^\r\n]{5}", since)
         t.type("\x03")
         found = re.search(FIGURES, t.wait_for(rf"{FIGURES}, stopped[\s\S]*> ", since))
         assert found is not None and int(found[2]) >= written
-        t.type("/exit\n")
+        t.answer("/exit\n")
         assert t.ends() == 0
         assert "Traceback" not in t.shown
 
@@ -140,12 +157,12 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(path: Path) -> None:
 def test_an_error_ends_a_turn_and_not_the_chat(path: Path) -> None:
     with terminal(*COMMAND, path, "--temperature", 0, "--max-tokens", 4, "--context", 64) as t:
         t.wait_for("> ")
-        t.type("word " * 60 + "\n")
-        t.wait_for(r"numballama: the conversation would have \d+ tokens and the context holds 64")
+        t.answer("word " * 60 + "\n")
+        t.wait_for(r"numballama: the conversation would have \d+ tokens and the context holds 64[\s\S]*> ")
         since = len(t.shown)
-        t.type("hi\n")
-        t.wait_for(FIGURES, since)
-        t.type("\x04")
+        t.answer("hi\n")
+        t.wait_for(rf"{FIGURES}[\s\S]*> ", since)
+        t.answer("\x04")
         assert t.ends() == 0
 
 

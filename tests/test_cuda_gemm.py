@@ -15,6 +15,7 @@ import pytest
 
 import numballama
 from numballama import registry
+from numballama.errors import DeviceError
 
 if any(find_spec(name) is None for name in ("numba_cuda", "cuda")):
     pytest.skip("kernels are not compiled: NVIDIA's packages are not installed", allow_module_level=True)
@@ -42,6 +43,12 @@ def test_emulated(capability: str) -> None:
 
 @pytest.mark.gpu
 def test_on_the_gpu() -> None:
+    from numballama.lowlevel_cuda.driver import Device
+
+    try:
+        Device()
+    except DeviceError as error:
+        pytest.skip(f"no GPU: {error}")
     assert "attention bf16" in run_cases()
 
 

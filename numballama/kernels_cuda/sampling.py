@@ -40,8 +40,9 @@ def mixed(z):
 @device
 def gumbel(state, token):
     """-log(-log u) with u from a hash of the generator's state and the token."""
-    bits = mixed(state + np.uint64(token + 1) * np.uint64(0x9E3779B97F4A7C15))
-    u = (np.float32(bits >> np.uint64(40)) + np.float32(0.5)) * np.float32(2.0**-24)
+    # mixed twice: the state advances by the same constant, and noise must not move from a token to its neighbour
+    bits = mixed(mixed(state) + np.uint64(token + 1) * np.uint64(0x9E3779B97F4A7C15))
+    u = (np.float32(bits >> np.uint64(41)) + np.float32(0.5)) * np.float32(2.0**-23)  # exact, and below 1
     return -math.log(-math.log(u))
 
 
@@ -120,10 +121,10 @@ def sample_kernel(logits, n, settings, recent, counts, state, next_token):
         if better(largest, token, logits[i], np.int32(i)):
             largest, token = logits[i], np.int32(i)
     largest, token = best_of_block(largest, token, values, places)
-    broken = is_nan(largest) or (largest == np.float32(np.inf) and temperature > 0)
+    broken = is_nan(largest) or (abs(largest) == np.float32(np.inf) and temperature > 0)
     token = min(token, np.int32(n - 1))
 
-    if temperature > 0 and not broken:
+    if temperature > 0 and top_k != 1 and not broken:
         # which bins can top-k keep? `last_bin` is the last of them
         last_bin = np.int32(BINS - 1)
         ranked = False
@@ -166,7 +167,7 @@ def sample_kernel(logits, n, settings, recent, counts, state, next_token):
                     if rank < top_k:
                         if turn == 0:
                             cuda.atomic.add(whole, 0, mass)
-                        elif rank == 0 or (above < top_p * whole[0] and mass >= min_p * MASS):
+                        elif rank == 0 or ((top_p >= 1 or above < top_p * whole[0]) and mass >= min_p * MASS):
                             score = scores[own] / np.float32(temperature) + gumbel(state[0], tokens[own])
                             if better(best, best_token, score, tokens[own]):
                                 best, best_token = score, tokens[own]

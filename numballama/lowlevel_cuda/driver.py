@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import gc
 import hashlib
 import json
 import os
@@ -50,6 +51,16 @@ def check(result: tuple[Any, ...]) -> Any:
     return values[0] if len(values) == 1 else tuple(values)
 
 
+@contextlib.contextmanager
+def _inside(context: Any) -> Iterator[None]:
+    """A context current for a moment: a finalizer runs on any thread, whose own context must stay."""
+    driver.cuCtxPushCurrent(context)
+    try:
+        yield
+    finally:
+        driver.cuCtxPopCurrent()
+
+
 # Devices and memory
 
 
@@ -71,8 +82,8 @@ class Memory:
 
 
 def _free(context: Any, address: int) -> None:
-    driver.cuCtxSetCurrent(context)
-    driver.cuMemFree(address)
+    with _inside(context):
+        driver.cuMemFree(address)
 
 
 class Pinned:
@@ -87,8 +98,8 @@ class Pinned:
 
 
 def _free_host(context: Any, address: int) -> None:
-    driver.cuCtxSetCurrent(context)
-    driver.cuMemFreeHost(address)
+    with _inside(context):
+        driver.cuMemFreeHost(address)
 
 
 class Device:
@@ -185,8 +196,8 @@ def versions() -> dict[str, str | None]:
 
 
 def _destroy_stream(context: Any, stream: Any) -> None:
-    driver.cuCtxSetCurrent(context)
-    driver.cuStreamDestroy(stream)
+    with _inside(context):
+        driver.cuStreamDestroy(stream)
 
 
 # Kernels
@@ -234,13 +245,16 @@ def _pretending(capability: tuple[int, int]) -> Iterator[None]:
     if _compiling_for not in (None, capability):
         raise Error(f"this process compiles kernels for {_compiling_for}; for {capability} start another")
     _compiling_for = capability
-    before = dispatcher.get_current_device
-    dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
-    try:
-        yield
-    finally:
-        dispatcher.get_current_device = before
+    with _compiling:
+        before = dispatcher.get_current_device
+        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+        try:
+            yield
+        finally:
+            dispatcher.get_current_device = before
 
+
+_compiling = threading.RLock()
 
 _compiling_for: tuple[int, int] | None = None
 
@@ -369,8 +383,8 @@ class Function:
 
 
 def _unload(context: Any, module: Any) -> None:
-    driver.cuCtxSetCurrent(context)
-    driver.cuModuleUnload(module)
+    with _inside(context):
+        driver.cuModuleUnload(module)
 
 
 class Call:
@@ -418,7 +432,9 @@ class Recording:
     def __init__(self, device: Device, calls: Sequence[Callable[[], None]]) -> None:
         self._device = device
         device.make_current()
+        collecting = gc.isenabled()
         with _capturing:
+            gc.disable()  # memory freed meanwhile would spoil the capture
             check(driver.cuStreamBeginCapture(
                 device.stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
             ))  # fmt: skip
@@ -427,6 +443,8 @@ class Recording:
                     call()
             finally:
                 graph = check(driver.cuStreamEndCapture(device.stream))
+                if collecting:
+                    gc.enable()
         self._graph = check(driver.cuGraphInstantiate(graph, 0))
         check(driver.cuGraphDestroy(graph))
         self._destroy = weakref.finalize(self, _destroy_graph, device.context, self._graph)
@@ -437,8 +455,8 @@ class Recording:
 
 
 def _destroy_graph(context: Any, graph: Any) -> None:
-    driver.cuCtxSetCurrent(context)
-    driver.cuGraphExecDestroy(graph)
+    with _inside(context):
+        driver.cuGraphExecDestroy(graph)
 
 
 class Stopwatch:
@@ -459,6 +477,6 @@ class Stopwatch:
 
 
 def _destroy_events(context: Any, events: Sequence[Any]) -> None:
-    driver.cuCtxSetCurrent(context)
-    for event in events:
-        driver.cuEventDestroy(event)
+    with _inside(context):
+        for event in events:
+            driver.cuEventDestroy(event)
