@@ -141,7 +141,7 @@ def test_kernel_agrees_with_reference(name: str, data: st.DataObject) -> None:
         for operand, array in case.arrays.items():
             program.inputs[operand].view(np.uint8)[...] = 0xFF  # what lies after the run's tokens is nobody's
             program.inputs[operand][: case.tokens] = array[: case.tokens]
-        program._inputs.send(case.tokens)
+        program._inputs.send(case.tokens, program._made)
         # block types without a kernel became float16 on their way
         weights = {n: quant.convert(w, F16) if w.type.name in ("q4_1", "q4_k", "q6_k") else w
                    for n, w in case.weights.items()}  # fmt: skip
