@@ -1,0 +1,129 @@
+"""Machines that cannot run CUDA: what is asked for and is not there is said, with what to do about it; nothing is
+chosen in silence.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import save
+from cuda_support import missing_packages
+
+import numballama
+from numballama import DeviceError
+
+ROOT = Path(numballama.__file__).parent.parent
+
+
+def has_gpu() -> bool:
+    if missing_packages():
+        return False
+    from numballama.lowlevel_cuda.driver import Device
+
+    try:
+        Device("cuda")
+    except DeviceError:
+        return False
+    return True
+
+
+WITHOUT_PACKAGES = """
+import sys
+
+
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("cuda", "numba_cuda"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+
+
+sys.meta_path.insert(0, Missing())
+"""
+"""NVIDIA's packages cannot be imported, even where they are installed."""
+WITHOUT_DEVICES = "import os\nos.environ['CUDA_VISIBLE_DEVICES'] = '-1'\n"
+"""The driver, where there is one, shows no device."""
+
+REPORT = """
+import numballama
+try:
+    numballama.compile(None, device=sys.argv[1] if len(sys.argv) > 1 else "cuda")
+except numballama.DeviceError as error:
+    print("DeviceError:", error)
+"""
+
+
+def python(script: str, *arguments: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys\n" + script, *arguments],
+        capture_output=True, text=True, timeout=200, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7"])
+def test_without_the_packages(device: str) -> None:
+    """The message names what could not be imported and the command that installs it."""
+    said = python(WITHOUT_PACKAGES + REPORT, device)
+    assert said.startswith(f"DeviceError: device {device!r}: ")
+    assert "NVIDIA's Python packages" in said and "No module named 'cuda" in said
+    assert "pip install 'numballama[cuda]'" in said
+
+
+@pytest.mark.skipif(bool(missing_packages()), reason=f"the packages are what is missing: {missing_packages()}")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_without_a_driver_or_a_device(device: str) -> None:
+    said = python(WITHOUT_DEVICES + REPORT, device)
+    assert said.startswith(f"DeviceError: device {device!r}: ")
+    assert "no usable NVIDIA driver was found" in said or "this machine has 0 CUDA devices" in said
+    if "no usable" in said:
+        assert "use device='cpu'" in said
+
+
+@pytest.mark.parametrize("hidden", [WITHOUT_PACKAGES, WITHOUT_DEVICES], ids=["no packages", "no device"])
+def test_auto_takes_the_cpu_and_says_why(hidden: str) -> None:
+    said = python(
+        hidden + "import numballama\n"
+        "with numballama.compile(None, device='auto', context=16) as model:\n"
+        "    print(model.device)\n"
+        "    print(*(note for note in model.notes if note.startswith('device')))\n"
+        "    print(model.generate('Once upon a time', max_tokens=3, temperature=0))\n"
+    )
+    device, note, text = said.splitlines()[:3]
+    assert device == "cpu"
+    assert note.startswith("device cpu, chosen because ")
+    assert ("NVIDIA's Python packages" if hidden is WITHOUT_PACKAGES else "device") in note
+    assert text
+
+
+@pytest.mark.skipif(has_gpu(), reason="this machine has a GPU")
+def test_on_this_very_machine(tmp_path: Path) -> None:
+    path, _ = save(tmp_path, "llama2c-v0")
+    with pytest.raises(DeviceError, match="cuda"):
+        numballama.compile(path, device="cuda")
+    with numballama.compile(path, device="auto") as model:
+        assert model.device == "cpu"
+        assert any(note.startswith("device cpu, chosen because ") for note in model.notes)
+
+
+def test_a_device_is_looked_for_before_the_file_is_opened() -> None:
+    """A wrong device is not blamed on the file."""
+    said = python(WITHOUT_PACKAGES + REPORT.replace("compile(None", "compile('no such file'"))
+    assert said.startswith("DeviceError: device 'cuda'")
+
+
+def test_the_rest_works_without_the_packages() -> None:
+    """Importing, inspecting and the CPU need none of NVIDIA's packages; the doctor says that they are missing."""
+    said = python(
+        WITHOUT_PACKAGES + "import numballama\n"
+        "print(numballama.inspect(None))\n"
+        "from numballama import doctor\n"
+        "print(doctor.examine())\n"
+        "print(sorted(name for name in sys.modules if name.startswith(('cuda', 'numba_cuda'))))\n"
+    )
+    assert "pip install 'numballama[cuda]'" in said and "takes cpu" in said
+    assert said.splitlines()[-1] == "[]"
