@@ -28,7 +28,7 @@ ORDER = [
     "formats.jsonfile", "formats.safetensors", "formats.hf_config", "formats.hf", "formats.hf_writer",
     "formats.torchfile", "formats.meta", "formats", "loader",
     # Checkpoint → Graph → Plan
-    "ir", "graph", "plan",
+    "ir", "graph", "plan", "kernels_outline",
     # Plan → Backend
     "jit", "lowlevel_cpu", "blocks_cpu", "matmul_cpu", "kernels_cpu", "sampler", "cpu",
     "lowlevel_cuda", "lowlevel_cuda.launch", "lowlevel_cuda.lowering", "lowlevel_cuda.instructions",
