@@ -67,6 +67,7 @@ def kernel(op: str, backend: str, *types: Types, **scratch: Callable[..., tuple[
 
 _HOMES = {
     "cpu": "numballama.kernels_cpu",
+    "cpu-outline": "numballama.kernels_outline",
     "cuda": "numballama.kernels_cuda",
     "reference": "numballama.reference",
 }

@@ -2,7 +2,8 @@
 
 To be imported, before anything of `numballama` or `numba`, in a process with NUMBA_ENABLE_CUDASIM=1. It supplies:
 
-- warp shuffles, and every function of `lowlevel_cuda.instructions`, which have no Python behind them;
+- warp shuffles, and every function of `lowlevel_cuda.instructions`, which have no Python behind them (those of
+  `lowlevel_cuda.tensor_cores` stay without: `ptx_emulator` runs their kernels);
 - typed pointers as `Pointer`, which knows its bounds; integers come out of it as Python's, which do not overflow, as
   Numba computes with int64;
 - a scheduler in the place of the simulator's, which polls its threads: of a block's threads one runs at a time, and
@@ -59,7 +60,7 @@ class _Unknown:
         self.name = name
 
     def __call__(self, *arguments: Any) -> Any:
-        raise NotImplementedError(f"tests/cuda_simulator.py does not know lowlevel_cuda.instructions.{self.name}")
+        raise NotImplementedError(f"tests/cuda_simulator.py does not know lowlevel_cuda's {self.name}")
 
 
 cuda.jit = _jit
@@ -614,16 +615,17 @@ _EMULATED: dict[str, Callable[..., Any]] = {
 def _emulate() -> list[str]:
     """Put Python in the place of the instructions, before a kernel imports them; returns those that have none."""
     assert not any(name.startswith("numballama.kernels_cuda") for name in sys.modules)
-    from numballama.lowlevel_cuda import instructions
+    from numballama.lowlevel_cuda import instructions, tensor_cores
 
     missing = []
-    for name, value in list(vars(instructions).items()):
-        if isinstance(value, _Unknown):
-            value.name = name
-            if name in _EMULATED:
-                setattr(instructions, name, _EMULATED[name])
-            else:
-                missing.append(name)
+    for module in (instructions, tensor_cores):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, _Unknown):
+                value.name = name
+                if name in _EMULATED:
+                    setattr(module, name, _EMULATED[name])
+                else:
+                    missing.append(name)
     return missing
 
 

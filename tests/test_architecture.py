@@ -28,14 +28,14 @@ ORDER = [
     "formats.jsonfile", "formats.safetensors", "formats.hf_config", "formats.hf", "formats.hf_writer",
     "formats.torchfile", "formats.meta", "formats", "loader",
     # Checkpoint → Graph → Plan
-    "ir", "graph", "plan",
+    "ir", "graph", "plan", "kernels_outline",
     # Plan → Backend
     "jit", "lowlevel_cpu", "blocks_cpu", "matmul_cpu", "kernels_cpu", "sampler", "cpu",
-    "lowlevel_cuda", "lowlevel_cuda.launch", "lowlevel_cuda.instructions", "lowlevel_cuda.driver",
-    "lowlevel_cuda.compile",
+    "lowlevel_cuda", "lowlevel_cuda.launch", "lowlevel_cuda.lowering", "lowlevel_cuda.instructions",
+    "lowlevel_cuda.tensor_cores", "lowlevel_cuda.driver", "lowlevel_cuda.compile",
     "kernels_cuda.pieces", "kernels_cuda.products", "kernels_cuda.gemv", "kernels_cuda.basic",
-    "kernels_cuda.gemm", "kernels_cuda.attention",
-    "kernels_cuda.prefill_attention", "kernels_cuda.sampling", "kernels_cuda.bandwidth", "kernels_cuda", "cuda",
+    "kernels_cuda.gemm_kernels", "kernels_cuda.gemm", "kernels_cuda.attention", "kernels_cuda.prefill_attention",
+    "kernels_cuda.sampling", "kernels_cuda.bandwidth", "kernels_cuda", "cuda",
     "reference",
     # Backend → Session → text
     "session", "text", "sandbox", "template", "chat", "model",
