@@ -20,7 +20,7 @@ ORDER = [
     # vocabulary
     "errors", "checks", "config", "rope", "registry", "memory", "progress",
     # file → Checkpoint
-    "checkpoint", "quant_blocks", "quant", "conversion", "files", "gguf_header", "gguf_split", "protobuf", "hub",
+    "checkpoint", "quant_blocks", "quant_activations", "quant", "conversion", "files", "gguf_header", "gguf_split", "protobuf", "hub",
     "tokenizers", "tokenizers.base", "tokenizers.library", "tokenizers.scored",
     "tokenizers.words", "tokenizers.bpe", "tokenizers.gguf_bpe", "tokenizers.tiktoken", "tokenizers.huggingface",
     "tokenizer",
@@ -30,7 +30,8 @@ ORDER = [
     # Checkpoint → Graph → Plan
     "ir", "graph", "plan",
     # Plan → Backend
-    "jit", "lowlevel_cpu", "blocks_cpu", "matmul_cpu", "kernels_cpu", "sampler", "cpu",
+    "jit", "lowlevel_cpu", "blocks_cpu", "blocks_int8_cpu", "matmul_cpu", "kernels_cpu", "kernels_int8_cpu",
+    "sampler", "cpu",
     "lowlevel_cuda", "lowlevel_cuda.launch", "lowlevel_cuda.instructions", "lowlevel_cuda.driver",
     "lowlevel_cuda.compile",
     "kernels_cuda.pieces", "kernels_cuda.products", "kernels_cuda.gemv", "kernels_cuda.basic",
