@@ -144,7 +144,7 @@ def _add_products(builder: Any, sums: Any, unsigned: Any, signed: Any) -> Any:
             for v in (sums, unsigned, signed)
         ]
         return _joined(builder, *(_add_products(builder, *(half[h] for half in halves)) for h in (0, 1)))
-    if features.get("avx512vnni") and features.get("avx512vl") or features.get("avxvnni"):
+    if (features.get("avx512vnni") and features.get("avx512vl")) or features.get("avxvnni"):
         name = f"llvm.x86.avx512.vpdpbusd.{32 * count}"
         kind = ir.FunctionType(sums.type, [sums.type] * 3)
         function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
@@ -194,7 +194,7 @@ class _Activations:
         return self.builder.mul(total, _int(-OFFSETS[self.name], INT32))
 
     def sum(self, index: Any) -> Any:
-        """The sum of the TOGETHER numbers from `index` on, times their scale: what a least number is multiplied with."""
+        """The sum of the TOGETHER numbers from `index` on, times their scale: a least number's factor."""
         at = self.builder.udiv(index, _int(self.per_sum))
         if ROUNDED_AS[self.name] == "q8_1":
             return self._load(2, at, FLOAT)

@@ -40,8 +40,9 @@ LEAST = np.float32(2.0**-120)
 
 @exact_device
 def as_half(x):
-    """The nearest float16, as float32."""
-    return as_f32(f32_to(np.uint16(0), x))
+    """The nearest float16, as float32; beyond float16 the number itself."""
+    half = as_f32(f32_to(np.uint16(0), x))
+    return half if abs(half) < np.float32(np.inf) else x
 
 
 @exact_device

@@ -1,10 +1,10 @@
 """How llama.cpp rounds activations to int8 where it multiplies them with weights of blocks: the definition, in NumPy.
 
-Each function takes float32 rows [T, D] and returns int8 numbers [T, D], float32 scales [T, D / group] and sums [T, D /
-run] of the int8 numbers (`config.ROUNDINGS`). The arithmetic is that of ggml on x86 (quantize_row_q8_0, quantize_row_q8_1,
-quantize_row_q8_K), to the bit: a product with the reciprocal of the scale, ties to even. Where ggml has no answer: a
-group with NaN or infinity has zeros and a scale of NaN, which shows in the logits; groups all below 2^-120, whose
-reciprocal might not be finite, have zeros.
+Float32 rows [T, D] become int8 numbers [T, D], float32 scales [T, D / group] and sums [T, D / run] of the int8 numbers
+(`config.ROUNDINGS`). The arithmetic is that of ggml on x86 (quantize_row_q8_0, quantize_row_q8_1, quantize_row_q8_K),
+to the bit: a product with the reciprocal of the scale, ties to even. Where ggml has no answer: a group with NaN or
+infinity has zeros and a scale of NaN, which shows in the logits; groups all below 2^-120, whose reciprocal might not be
+finite, have zeros; a scale or sum beyond float16, where ggml has infinity, stays as it is.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def round_as(kind: str, rows: Floats) -> Rounded:
 
 
 def _half(numbers: Floats) -> Floats:
-    return numbers.astype(np.float16).astype(np.float32)
+    rounded = numbers.astype(np.float16).astype(np.float32)
+    return np.where(np.isfinite(rounded), rounded, numbers)
 
 
 def _by_largest(groups: Floats) -> tuple[npt.NDArray[np.int8], Floats]:

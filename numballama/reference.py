@@ -240,12 +240,12 @@ class ReferenceBackend:
     def weight(self, name: str) -> np.ndarray:
         """A weight as float64, or as float32 where all would not fit the budget."""
         if name not in self._converted:
-            array = quant.dequantize(self.weights[name])
+            array: np.ndarray = quant.dequantize(self.weights[name])
             if self._dtype == np.float64:
                 array = array.astype(np.float64)
             if self.weights[name].type.name == "q4_1":
-                array = array.view(LeastNumbers)
-                array.least = _least_numbers(self.weights[name])
+                array = with_least = array.view(LeastNumbers)
+                with_least.least = _least_numbers(self.weights[name])
             if self._dtype == np.float32:
                 return array
             self._converted[name] = array

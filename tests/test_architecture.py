@@ -20,7 +20,8 @@ ORDER = [
     # vocabulary
     "errors", "checks", "config", "rope", "registry", "memory", "progress",
     # file → Checkpoint
-    "checkpoint", "quant_blocks", "quant_activations", "quant", "conversion", "files", "gguf_header", "gguf_split", "protobuf", "hub",
+    "checkpoint", "quant_blocks", "quant_activations", "quant", "conversion", "files",
+    "gguf_header", "gguf_split", "protobuf", "hub",
     "tokenizers", "tokenizers.base", "tokenizers.library", "tokenizers.scored",
     "tokenizers.words", "tokenizers.bpe", "tokenizers.gguf_bpe", "tokenizers.tiktoken", "tokenizers.huggingface",
     "tokenizer",
