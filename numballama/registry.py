@@ -66,16 +66,10 @@ def kernel(op: str, backend: str, *types: Types, **scratch: Callable[..., tuple[
 
 
 _HOMES = {
-<<<<<<< HEAD
-    "cpu": "numballama.kernels_cpu",
-    "cpu-outline": "numballama.kernels_outline",
-    "cuda": "numballama.kernels_cuda",
-    "reference": "numballama.reference",
-=======
     "cpu": ("numballama.kernels_cpu", "numballama.kernels_int8_cpu"),
+    "cpu-outline": ("numballama.kernels_outline",),
     "cuda": ("numballama.kernels_cuda",),
     "reference": ("numballama.reference",),
->>>>>>> w-int8
 }
 """The modules that register a backend's kernels when they are imported; they are, before the first question about
 them."""

@@ -241,6 +241,9 @@ class _Module(FakeCUDAModule):  # type: ignore[misc]
         super().__init__(grid, block, 0)
         self.shared_bytes = shared_bytes
 
+    def syncwarp(self) -> None:
+        lane().shuffle(None, 1)
+
     def shfl_xor_sync(self, mask: int, value: Any, apart: int) -> Any:
         assert mask == 0xFFFFFFFF, "lanes that take no part are not simulated"
         return lane().shuffle(value, int(apart))
@@ -563,6 +566,49 @@ def _planes(*numbers: int) -> tuple[Any, ...]:
     return tuple(np.ascontiguousarray(rows[:, which]).view(np.uint32)[0] for which in range(3))
 
 
+def _of_all_lanes(own: Any) -> list[Any]:
+    """What each lane of the warp brings."""
+    found = {lane().number & 31: own}
+    for apart in (1, 2, 4, 8, 16):
+        found = found | lane().shuffle(found, apart)
+    return [found[number] for number in range(32)]
+
+
+def _tile(sums: Any, own: tuple[Any, ...], decode: Callable[[tuple[Any, ...]], Any]) -> list[Any]:
+    """sums + this lane's part of a tile's product. `own` are two words of row a, two of row b, two of a column of x."""
+    everyone = _of_all_lanes(tuple(decode(own[i : i + 2]) for i in (0, 2, 4)))
+    row, column = (lane().number & 31) >> 2, 2 * (lane().number & 3)
+    found = []
+    for which in (0, 1):
+        numbers = np.concatenate([everyone[4 * row + t][which] for t in range(4)])
+        for c in (column, column + 1):
+            found.append(numbers @ np.concatenate([everyone[4 * c + t][2] for t in range(4)]))
+    return [before + type(before)(more) for before, more in zip(sums, found, strict=True)]
+
+
+def _multiply_halves(memory: Pointer, sums: Any, *words: Any) -> tuple[Any, ...]:
+    name = memory.dtype.name
+    return tuple(_tile(sums, words, lambda two: np.array(list(_numbers(name, two)), np.float64)))
+
+
+def _multiply_bytes(sums: Any, *words: Any) -> tuple[Any, ...]:
+    return tuple(_tile(sums, words, lambda two: np.array(two, np.uint32).view(np.int8).astype(np.int64)))
+
+
+def _pack2(memory: Pointer, low: Any, high: Any) -> Any:
+    both = np.array([low, high], np.float32)
+    if memory.dtype.name == "uint16":
+        return both.astype(np.float16).view(np.uint32)[0]
+    bits = both.view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)).astype(
+        np.uint16
+    ).view(np.uint32)[0]
+
+
+def _unpack2(memory: Pointer, word: Any) -> tuple[Any, ...]:
+    return tuple(_numbers(memory.dtype.name, (word,)))
+
+
 _EMULATED: dict[str, Callable[..., Any]] = {
     "address": _address,
     "shared_address": _shared_address,
@@ -597,6 +643,7 @@ _EMULATED: dict[str, Callable[..., Any]] = {
     "await_all_but_3": _await(3),
     "await_all_but_7": _await(7),
     "shared_words4": _shared_words(4),
+    "shared_words2": _shared_words(2),
     "shared_word": _shared_words(1),
     "word": lambda where: _words(simulation.load(where, 4))[0],
     "words4": lambda where: _words(simulation.load(where, 16)),
@@ -607,6 +654,13 @@ _EMULATED: dict[str, Callable[..., Any]] = {
     "arrive": lambda counter: _count_up(counter) and None,
     "arrived": _arrived,
     "clock": lambda: 0,
+    "put8": _publish,
+    "is_16_bit": lambda memory: memory.dtype.name in ("int16", "uint16"),
+    "is_float16": lambda memory: memory.dtype.name == "uint16",
+    "pack2": _pack2,
+    "unpack2": _unpack2,
+    "multiply_halves": _multiply_halves,
+    "multiply_bytes": _multiply_bytes,
     "pointer_at": lambda like, where: Pointer(where, simulation.room(where) // like.bytes_each, like.dtype),
     "publish": _publish,
 }

@@ -387,3 +387,42 @@ def expand16(typingctx, memory, words, scale, to):  # type: ignore[no-untyped-de
         return context.get_dummy_value()
 
     return types.void(memory, words, types.float32, types.int64), codegen
+
+
+# Products of weights with one vector, for `kernels_cuda.tiles`
+
+
+@intrinsic
+def multiply_halves(typingctx, memory, sums, a0, a1, b0, b1, x0, x1):  # type: ignore[no-untyped-def]
+    """sums + 16 × 16 weights of the 16-bit type of `memory` times 16 × 8 numbers of x: each two words a lane.
+
+    a0 and a1 are of row lane / 4, b0 and b1 of the row eight below, x0 and x1 of column lane / 4. What stands at the same
+    place of a, b and x is multiplied, so the order of numbers does not matter.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        c = [builder.extract_value(args[1], i) for i in range(4)]
+        rows = [args[2], args[4], args[3], args[5]]
+        summed = _mma(builder, memory.dtype.name, rows, [args[6], args[7]], c)
+        return context.make_tuple(builder, signature.return_type, summed)
+
+    return sums(memory, sums, *[types.uint32] * 6), codegen
+
+
+@intrinsic
+def multiply_bytes(typingctx, sums, a0, a1, b0, b1, x0, x1):  # type: ignore[no-untyped-def]
+    """The same for int8: sums (int32) + a tile of 16 × 32 weights times one of 32 × 8 of x; two words of each (sm_80)."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        c = [builder.extract_value(args[0], i) for i in range(4)]
+        text = (
+            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
+            "{$10, $11, $12, $13};"
+        )
+        words = [args[1], args[3], args[2], args[4], args[5], args[6]]
+        summed = call_asm(
+            builder, ir.LiteralStructType([I32] * 4), text, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r", [*words, *c]
+        )
+        return context.make_tuple(builder, signature.return_type, [builder.extract_value(summed, i) for i in range(4)])
+
+    return sums(sums, *[types.uint32] * 6), codegen
