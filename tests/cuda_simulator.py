@@ -30,7 +30,6 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -241,9 +240,6 @@ class _Module(FakeCUDAModule):  # type: ignore[misc]
         super().__init__(grid, block, 0)
         self.shared_bytes = shared_bytes
 
-    def syncwarp(self) -> None:
-        lane().shuffle(None, 1)
-
     def shfl_xor_sync(self, mask: int, value: Any, apart: int) -> Any:
         assert mask == 0xFFFFFFFF, "lanes that take no part are not simulated"
         return lane().shuffle(value, int(apart))
@@ -289,10 +285,6 @@ class Pointer:
         self._view[index] = value
 
 
-STEPS = 2
-"""Which argument of a chain says how many steps it does, from the one on that the argument before it names."""
-
-
 class Simulation:
     """What the kernels of a run leave behind for each other."""
 
@@ -328,25 +320,12 @@ class Simulation:
             return b"\xff" * nbytes
         return ctypes.string_at(int(address), nbytes)
 
-    def room(self, address: int) -> int:
-        """Bytes of taken memory from an address on."""
-        found = bisect_right(self._starts, address) - 1
-        start, size, _ = self._regions[found] if found >= 0 else (0, 0, "nothing")
-        return max(0, start + size - address)
-
     def begin_block(self) -> None:
         module = numba_simulator._get_kernel_context()
         module._shared = self.shared = _Shared(module.shared_bytes)
 
     def run(self, launch: Any) -> None:
-        """All blocks of a launch, one after the other: blocks that wait for each other do a step a launch."""
-        if launch.together and launch.grid[0] > 1 and launch.arguments[STEPS] > 1:
-            first, steps = launch.arguments[STEPS - 1 : STEPS + 1]
-            for step in range(first, first + steps):
-                words = list(launch.arguments)
-                words[STEPS - 1 : STEPS + 1] = step, 1
-                self.run(replace(launch, arguments=tuple(words)))
-            return
+        """All blocks of a launch, one after the other."""
         self.launches += 1
         self._written, self._writing = self._writing, set()
         self._regions = list(HostMemory.live)  # others may be forgotten meanwhile
@@ -534,10 +513,6 @@ def _publish(where: int, number: int) -> None:
     ctypes.c_int64.from_address(int(where)).value = int(number)
 
 
-def _arrived(counter: int) -> int:
-    return int(np.frombuffer(simulation.load(counter, 4), np.int32)[0])
-
-
 _UNSIGNED = list(range(256))
 _SIGNED = [byte - 256 * (byte > 127) for byte in range(256)]
 
@@ -564,49 +539,6 @@ def _nearest(x: Any) -> int:
 def _planes(*numbers: int) -> tuple[Any, ...]:
     rows = np.array(numbers, np.int64).astype(np.int32).view(np.uint8).reshape(4, 4)
     return tuple(np.ascontiguousarray(rows[:, which]).view(np.uint32)[0] for which in range(3))
-
-
-def _of_all_lanes(own: Any) -> list[Any]:
-    """What each lane of the warp brings."""
-    found = {lane().number & 31: own}
-    for apart in (1, 2, 4, 8, 16):
-        found = found | lane().shuffle(found, apart)
-    return [found[number] for number in range(32)]
-
-
-def _tile(sums: Any, own: tuple[Any, ...], decode: Callable[[tuple[Any, ...]], Any]) -> list[Any]:
-    """sums + this lane's part of a tile's product. `own` are two words of row a, two of row b, two of a column of x."""
-    everyone = _of_all_lanes(tuple(decode(own[i : i + 2]) for i in (0, 2, 4)))
-    row, column = (lane().number & 31) >> 2, 2 * (lane().number & 3)
-    found = []
-    for which in (0, 1):
-        numbers = np.concatenate([everyone[4 * row + t][which] for t in range(4)])
-        for c in (column, column + 1):
-            found.append(numbers @ np.concatenate([everyone[4 * c + t][2] for t in range(4)]))
-    return [before + type(before)(more) for before, more in zip(sums, found, strict=True)]
-
-
-def _multiply_halves(memory: Pointer, sums: Any, *words: Any) -> tuple[Any, ...]:
-    name = memory.dtype.name
-    return tuple(_tile(sums, words, lambda two: np.array(list(_numbers(name, two)), np.float64)))
-
-
-def _multiply_bytes(sums: Any, *words: Any) -> tuple[Any, ...]:
-    return tuple(_tile(sums, words, lambda two: np.array(two, np.uint32).view(np.int8).astype(np.int64)))
-
-
-def _pack2(memory: Pointer, low: Any, high: Any) -> Any:
-    both = np.array([low, high], np.float32)
-    if memory.dtype.name == "uint16":
-        return both.astype(np.float16).view(np.uint32)[0]
-    bits = both.view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)).astype(
-        np.uint16
-    ).view(np.uint32)[0]
-
-
-def _unpack2(memory: Pointer, word: Any) -> tuple[Any, ...]:
-    return tuple(_numbers(memory.dtype.name, (word,)))
 
 
 _EMULATED: dict[str, Callable[..., Any]] = {
@@ -643,7 +575,6 @@ _EMULATED: dict[str, Callable[..., Any]] = {
     "await_all_but_3": _await(3),
     "await_all_but_7": _await(7),
     "shared_words4": _shared_words(4),
-    "shared_words2": _shared_words(2),
     "shared_word": _shared_words(1),
     "word": lambda where: _words(simulation.load(where, 4))[0],
     "words4": lambda where: _words(simulation.load(where, 16)),
@@ -651,17 +582,6 @@ _EMULATED: dict[str, Callable[..., Any]] = {
     "wait_for_predecessor": _wait_for_predecessor,
     "let_successor_start": _let_successor_start,
     "count_up": _count_up,
-    "arrive": lambda counter: _count_up(counter) and None,
-    "arrived": _arrived,
-    "clock": lambda: 0,
-    "put8": _publish,
-    "is_16_bit": lambda memory: memory.dtype.name in ("int16", "uint16"),
-    "is_float16": lambda memory: memory.dtype.name == "uint16",
-    "pack2": _pack2,
-    "unpack2": _unpack2,
-    "multiply_halves": _multiply_halves,
-    "multiply_bytes": _multiply_bytes,
-    "pointer_at": lambda like, where: Pointer(where, simulation.room(where) // like.bytes_each, like.dtype),
     "publish": _publish,
 }
 

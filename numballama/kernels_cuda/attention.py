@@ -45,7 +45,7 @@ from .pieces import ALL, LOG2_E, at_once, beyond, block_max, block_sum, device, 
 
 THREADS = 256
 WARPS = THREADS // 32
-HEADS = 2
+HEADS = int(__import__("os").environ.get("NB_HEADS", "2"))
 """Heads of a group that a block computes together."""
 LEAST_KEYS = 128
 """Fewer keys than this are not worth a block of their own."""
@@ -402,7 +402,7 @@ def attention_plain_kernel(tokens, q, k_cache, v_cache, positions, sequences, ou
 
 def _splits(gpu: Gpu, blocks: int, context: int) -> int:
     """Blocks that share a head's context, so that all of them fill the device three times."""
-    return max(1, min(-(-context // LEAST_KEYS), 3 * gpu.processors // blocks))
+    return max(1, min(-(-context // LEAST_KEYS), int(__import__("os").environ.get("NB_SPLIT", "3")) * gpu.processors // blocks))
 
 
 def _heads(q: tuple[int, ...], cache: tuple[int, ...]) -> tuple[int, int, int]:
@@ -457,12 +457,7 @@ def fused_attention(
     subgroups = -(-together // heads_a_block)
     inverses = 1 / subgroups, 1 / head_dim
     arguments = (*common, parts, counters, kv_heads, together, context, head_dim, window, lanes, subgroups, *inverses)
-    row = {
-        "x": q, "k_cache": k_cache, "v_cache": v_cache, "positions": positions, "sequences": sequences, "out": out,
-        "parts": parts, "counters": counters, "kv_heads": kv_heads, "shared_by": together, "context": context,
-        "head_dim": head_dim, "window": window, "lanes": lanes, "subgroups": subgroups, "splits": parts.shape[2],
-    }  # fmt: skip
-    return [Launch(function, (blocks, tokens, splits), THREADS, arguments, shared, row)]
+    return [Launch(function, (blocks, tokens, splits), THREADS, arguments, shared)]
 
 
 # The three operators as the graph declares them

@@ -123,15 +123,8 @@ def fetch(slot, source, scales, count, next_count, payload, scale_step, lane):
 
 @device
 def pairs_of_block(layout):
-    """How many pairs are this block's: those of `pair_at`."""
-    return (layout[6] + (1 if cuda.blockIdx.x < layout[7] else 0)) << layout[9]
-
-
-@device
-def pair_at(layout, local):
-    """Number of the block's pair `local`. Blocks take pairs in turn, 2^layout[9] at a time."""
-    unit = local >> layout[9]
-    return ((cuda.blockIdx.x + unit * cuda.gridDim.x) << layout[9]) + (local - (unit << layout[9]))
+    """How many pairs are this block's: those with numbers blockIdx.x + local · gridDim.x."""
+    return layout[6] + (1 if cuda.blockIdx.x < layout[7] else 0)
 
 
 @device
@@ -172,7 +165,7 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     inverse): with `half` not 0, row i of queries and keys goes with row i + half of its head. `weights` and `scales`
     are three addresses, or pointers, and the distance of two rows. `layout` is what `_shape` says.
     """
-    slices, log2_slices, x_at, sums_at, partial_at, chunks, _, _, ahead, _ = layout
+    slices, log2_slices, x_at, sums_at, partial_at, chunks, _, _, ahead = layout
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
     mine, numbers, row_slot = pairs_of_block(layout), per_16_bytes(payload), row_bytes(payload)
     shape = mine, columns, chunks
@@ -231,35 +224,10 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
 def combined(shared, layout, local, which):
     """The sum of a row's slices: row `which` of the block's pair `local`."""
     slices, partial_at, total = layout[0], layout[4], np.float32(0)
-    unit = local >> layout[9]
-    inside = ((local - (unit << layout[9])) << 1) + which
     for i in range(slices):
         keep_loop()
-        total += shared[partial_at + ((unit * slices + i) << (layout[9] + 1)) + inside]
+        total += shared[partial_at + (local * slices + i) * 2 + which]
     return total
-
-
-@device
-def finish_linear(shared, layout, factor, start, rows, residual, added, held, out):
-    """out[start + row] = the sums of this block's rows, plus `residual` if `added`; the thread's first is `held`."""
-    for i in range(cuda.threadIdx.x, 2 * pairs_of_block(layout), THREADS):
-        row = 2 * pair_at(layout, i >> 1) + (i & 1)
-        if row < rows:
-            value = combined(shared, layout, i >> 1, i & 1) * factor
-            if added:
-                value += held if i < THREADS else residual[start + row]
-            out[start + row] = value
-
-
-@device
-def finish_gate_up(shared, layout, factor, start, rows, out):
-    """out[start + row] = silu(gate) · up of this block's rows."""
-    for local in range(cuda.threadIdx.x, pairs_of_block(layout), THREADS):
-        row = pair_at(layout, local)
-        if row < rows:
-            gate = combined(shared, layout, local, 0) * factor
-            up = combined(shared, layout, local, 1) * factor
-            out[start + row] = sigmoid_times(gate, up)
 
 
 @at_once(3)
@@ -272,14 +240,20 @@ def linear_kernel(tokens, x, norm, normed, eps, weight, stride, scales, scale_st
         return
     shared = cuda.shared.array(0, np.float32)
     t, base = cuda.blockIdx.y, address(weight, 0)
-    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead, 0
+    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
     mine = t * rows + 2 * (cuda.blockIdx.x + (cuda.threadIdx.x >> 1) * cuda.gridDim.x) + (cuda.threadIdx.x & 1)
     wanted = added and mine < (t + 1) * rows
     held, _ = stream(LINEAR, (rows - 1, 0, 0, 0, np.float32(0)), x, t * columns, norm, normed, weight,
                      (base, base, base, stride), (scales, scales, scales, scale_stride), shift, columns, layout, shared,
                      residual, mine, mine, wanted)  # fmt: skip
     factor = norm_factor(shared, layout[3], normed, columns, eps)
-    finish_linear(shared, layout, factor, t * rows, rows, residual, added, held, out)
+    for i in range(cuda.threadIdx.x, 2 * pairs_of_block(layout), THREADS):
+        row = 2 * (cuda.blockIdx.x + (i >> 1) * cuda.gridDim.x) + (i & 1)
+        if row < rows:
+            value = combined(shared, layout, i >> 1, i & 1) * factor
+            if added:
+                value += held if i < THREADS else residual[t * rows + row]
+            out[t * rows + row] = value
 
 
 @at_once(3)
@@ -291,10 +265,14 @@ def gate_up_kernel(tokens, x, norm, normed, eps, w1, w3, stride, s1, s3, scale_s
         return
     shared = cuda.shared.array(0, np.float32)
     t, a, b = cuda.blockIdx.y, address(w1, 0), address(w3, 0)
-    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead, 0
+    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
     stream(GATE_UP, (0, 0, 0, 0, np.float32(0)), x, t * columns, norm, normed, w1, (a, b, b, stride),
            (s1, s3, s3, scale_stride), shift, columns, layout, shared, x, 0, 0, False)  # fmt: skip
-    finish_gate_up(shared, layout, norm_factor(shared, layout[3], normed, columns, eps), t * rows, rows, out)
+    factor = norm_factor(shared, layout[3], normed, columns, eps)
+    for local in range(cuda.threadIdx.x, pairs_of_block(layout), THREADS):
+        gate = combined(shared, layout, local, 0) * factor
+        up = combined(shared, layout, local, 1) * factor
+        out[t * rows + cuda.blockIdx.x + local * cuda.gridDim.x] = sigmoid_times(gate, up)
 
 
 @at_once(3)
@@ -307,7 +285,7 @@ def qkv_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, sca
         return
     shared = cuda.shared.array(0, np.float32)
     t, q_pairs, k_pairs = cuda.blockIdx.y, q_rows >> 1, kv_rows >> 1
-    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead, 0
+    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
     of_rows = 0, q_pairs, k_pairs, 0, np.float32(0)
     stream(QKV, of_rows, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
            (sq, sk, sv, scale_stride), shift, columns, layout, shared, x, 0, 0, False)  # fmt: skip
@@ -326,30 +304,45 @@ def qkv_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, sca
 
 
 @device
-def turning(layout, local, pairs, of_rows, head_dim, inverse_head_dim, interleaved):
-    """Which of a token's angles turns the block's pair `local`; some angle for a pair that it does not have."""
-    _, row, _ = place(QKV, min(pair_at(layout, local), pairs - 1), of_rows)
+def turning(local, pairs, of_rows, head_dim, inverse_head_dim, interleaved):
+    """Which of a token's angles turns the block's pair `local`; 0 for a pair that it does not have."""
+    pair = cuda.blockIdx.x + local * cuda.gridDim.x
+    _, row, _ = place(QKV, min(pair, pairs - 1), of_rows)
     _, d = split(row, head_dim, inverse_head_dim)
     return d >> 1 if interleaved else min(d, (head_dim >> 1) - 1)
 
 
-@device
-def finish_qkv_rope(shared, layout, factor, of_rows, t, pairs, angles, cos, sin, q, k_cache, v_cache, q_rows, head_dim,
-                    inverse_head_dim, interleaved, context, kv_heads, position, sequence):  # fmt: skip
-    """Turned queries into q, turned keys and values into the cache; cos and sin are for the thread's first pair."""
-    half = of_rows[3]
+@at_once(3)
+@cuda.jit
+def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, scale_stride, shift, angles,
+                    positions, sequences, q, k_cache, v_cache, q_rows, kv_rows, head_dim, interleaved, context,
+                    kv_heads, inverse_head_dim, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks, each,
+                    over, ahead):  # fmt: skip
+    """Queries, turned by RoPE, into q; keys, turned, and values into the cache, at the token's position."""
+    if beyond(tokens):
+        return
+    shared = cuda.shared.array(0, np.float32)
+    t, pairs, q_pairs, k_pairs = cuda.blockIdx.y, (q_rows >> 1) + kv_rows, q_rows >> 1, kv_rows >> 1
+    half = 0 if interleaved else head_dim >> 1
+    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
+    inverse = np.float32(2) * inverse_head_dim
+    of_rows = 0, q_pairs, k_pairs, half, inverse
+    position, sequence = positions[t], sequences[t]
+    angle = turning(cuda.threadIdx.x, pairs, of_rows, head_dim, inverse_head_dim, interleaved) + t * head_dim
+    cos, sin = stream(
+        QKV, of_rows, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
+        (sq, sk, sv, scale_stride), shift, columns, layout, shared, angles, angle, angle + (head_dim >> 1), True,
+    )  # fmt: skip
+    factor = norm_factor(shared, layout[3], normed, columns, eps)
     for i in range(cuda.threadIdx.x, pairs_of_block(layout), THREADS):
-        pair = pair_at(layout, i)
-        if pair >= pairs:
-            break
-        section, row, _ = place(QKV, pair, of_rows)
+        section, row, _ = place(QKV, cuda.blockIdx.x + i * cuda.gridDim.x, of_rows)
         a = combined(shared, layout, i, 0) * factor
         b = combined(shared, layout, i, 1) * factor
         head, d = split(row, head_dim, inverse_head_dim)
         apart = half if half > 0 and section < 2 else 1
         if section < 2:
             if i >= THREADS:
-                angle = turning(layout, i, pairs, of_rows, head_dim, inverse_head_dim, interleaved) + t * head_dim
+                angle = turning(i, pairs, of_rows, head_dim, inverse_head_dim, interleaved) + t * head_dim
                 cos, sin = angles[angle], angles[angle + (head_dim >> 1)]
             a, b = a * cos - b * sin, a * sin + b * cos
         if section == 0:
@@ -365,49 +358,20 @@ def finish_qkv_rope(shared, layout, factor, of_rows, t, pairs, angles, cos, sin,
                 store_number(v_cache, at + apart, b)
 
 
-@at_once(3)
-@cuda.jit
-def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, scale_stride, shift, angles,
-                    positions, sequences, q, k_cache, v_cache, q_rows, kv_rows, head_dim, interleaved, context,
-                    kv_heads, inverse_head_dim, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks, each,
-                    over, ahead):  # fmt: skip
-    """Queries, turned by RoPE, into q; keys, turned, and values into the cache, at the token's position."""
-    if beyond(tokens):
-        return
-    shared = cuda.shared.array(0, np.float32)
-    t, pairs, q_pairs, k_pairs = cuda.blockIdx.y, (q_rows >> 1) + kv_rows, q_rows >> 1, kv_rows >> 1
-    half = 0 if interleaved else head_dim >> 1
-    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead, 0
-    inverse = np.float32(2) * inverse_head_dim
-    of_rows = 0, q_pairs, k_pairs, half, inverse
-    position, sequence = positions[t], sequences[t]
-    angle = turning(layout, cuda.threadIdx.x, pairs, of_rows, head_dim, inverse_head_dim, interleaved) + t * head_dim
-    cos, sin = stream(
-        QKV, of_rows, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
-        (sq, sk, sv, scale_stride), shift, columns, layout, shared, angles, angle, angle + (head_dim >> 1), True,
-    )  # fmt: skip
-    factor = norm_factor(shared, layout[3], normed, columns, eps)
-    finish_qkv_rope(shared, layout, factor, of_rows, t, pairs, angles, cos, sin, q, k_cache, v_cache, q_rows, head_dim,
-                    inverse_head_dim, interleaved, context, kv_heads, position, sequence)  # fmt: skip
-
-
 # How they are launched
-
-
-NUMBERS = {"f32": 4, "f16": 8, "bf16": 8, "int8": 16, "q4_0": 32}
-"""In 16 bytes of a payload."""
 
 
 def _shape(gpu: Gpu, weight: Matrix, pairs: int, tokens: int) -> tuple[tuple[int, int], tuple[int, ...], int]:
     """Grid, the last arguments (slices to ahead) and the bytes of shared memory of a `stream`."""
+    numbers = {"f32": 4, "f16": 8, "bf16": 8, "int8": 16, "q4_0": 32}[weight.payload.dtype]
+    chunks = -(-weight.shape[1] // (32 * numbers))
     blocks = min(gpu.processors, pairs)
     mine = -(-pairs // blocks)
-    numbers = NUMBERS[weight.payload.dtype]
-    chunks = -(-weight.shape[1] // (32 * numbers))
     # a stage's time for each stage of the busiest warp, and half of one for each pair's sums to meet
     slices = min((1, 2, 4, 8), key=lambda n: -(-mine // (WARPS // n)) * (-(-chunks // (2 * n)) + 0.5))
     ring = WARPS * DEPTH * 4 * (CHUNK_BYTES + (SCALE_BYTES if weight.quantized else 0)) // 4
-    sums = ring + (chunks + 1) * (numbers * 24 + 64 if weight.quantized else numbers // 4 * LANE_STEP)
+    step = numbers * 24 + 64 if weight.quantized else numbers // 4 * LANE_STEP
+    sums = ring + (chunks + 1) * step
     partial = sums + WARPS
     places = slices, slices.bit_length() - 1, ring, sums, partial, chunks, *divmod(pairs, blocks), DEPTH - 1
     return (blocks, tokens), places, max(4 * (partial + 2 * mine * slices), min(TWO_FIT, gpu.shared_limit))
@@ -422,12 +386,7 @@ def _launch_linear(
         gpu.tokens, x, norm or x, int(norm is not None), eps, weight.payload, weight.stride, weight.scales,
         weight.scale_stride, weight.shift, residual or x, int(residual is not None), out, rows, columns, *places,
     )  # fmt: skip
-    row = {
-        "mode": LINEAR, "x": x, "norm": norm or x, "normed": int(norm is not None), "eps": eps, "w0": weight,
-        "last": rows - 1, "pairs": -(-rows // 2), "out": out, "residual": residual or x,
-        "added": int(residual is not None),
-    }  # fmt: skip
-    return [Launch(linear_kernel, grid, THREADS, arguments, shared, row)]
+    return [Launch(linear_kernel, grid, THREADS, arguments, shared)]
 
 
 @kernel("linear", "cuda", "f32", MATRIX)
@@ -454,11 +413,7 @@ def _launch_gate_up(
         gpu.tokens, x, norm or x, int(norm is not None), eps, w1.payload, w3.payload, w1.stride, w1.scales, w3.scales,
         w1.scale_stride, w1.shift, out, rows, columns, *places,
     )  # fmt: skip
-    row = {
-        "mode": GATE_UP, "x": x, "norm": norm or x, "normed": int(norm is not None), "eps": eps, "w0": w1, "w1": w3,
-        "pairs": rows, "out": out,
-    }  # fmt: skip
-    return [Launch(gate_up_kernel, grid, THREADS, arguments, shared, row)]
+    return [Launch(gate_up_kernel, grid, THREADS, arguments, shared)]
 
 
 def gate_up(gpu: Gpu, x: Array, w1: Matrix, w3: Matrix, out: Array) -> list[Launch]:
@@ -507,14 +462,7 @@ def norm_qkv_rope(
     grid, first, rest, shared = _qkv_operands(gpu, x, norm, eps, (wq, wk, wv))
     middle = (angles, positions, sequences, out, k_cache, v_cache, wq.shape[0], wk.shape[0], head_dim, interleaved)
     cache = k_cache.shape[2], k_cache.shape[1], 1.0 / head_dim
-    row = {
-        "mode": QKV, "x": x, "norm": norm, "normed": 1, "eps": eps, "w0": wq, "w1": wk, "w2": wv,
-        "pairs": wq.shape[0] // 2 + wk.shape[0], "q_pairs": wq.shape[0] // 2, "k_pairs": wk.shape[0] // 2,
-        "half": 0 if interleaved else head_dim // 2, "out": out, "angles": angles, "k_cache": k_cache,
-        "v_cache": v_cache, "positions": positions, "sequences": sequences, "head_dim": head_dim,
-        "interleaved": interleaved, "context": k_cache.shape[2], "kv_heads": k_cache.shape[1],
-    }  # fmt: skip
-    return [Launch(qkv_rope_kernel, grid, THREADS, (*first, *middle, *cache, *rest), shared, row)]
+    return [Launch(qkv_rope_kernel, grid, THREADS, (*first, *middle, *cache, *rest), shared)]
 
 
 CACHE = ("f32", "f16", "bf16")

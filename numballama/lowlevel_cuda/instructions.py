@@ -17,7 +17,6 @@ from numba.cuda.extending import intrinsic
 
 from .lowering import F16, F32, I8, I16, I32, I64, VOID, as_integer, call_asm, compiling_for, element_at, fma, is_memory
 
-WORDS2 = types.UniTuple(types.uint32, 2)
 WORDS4, FLOATS4 = types.UniTuple(types.uint32, 4), types.UniTuple(types.float32, 4)
 
 
@@ -32,18 +31,6 @@ def address(typingctx, memory, index):  # type: ignore[no-untyped-def]
         return builder.ptrtoint(element_at(context, builder, memory, args[0], where), I64)
 
     return types.int64(memory, index), codegen
-
-
-@intrinsic
-def pointer_at(typingctx, like, where):  # type: ignore[no-untyped-def]
-    """A pointer of the same type as `like` to a global address."""
-    if not isinstance(like, types.CPointer):
-        return None
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(args[1], args[0].type)
-
-    return like(like, types.int64), codegen
 
 
 @intrinsic
@@ -221,13 +208,6 @@ has_scales = _constant(types.boolean, lambda name: name in ("int8", "uint8"))
 """Whether numbers of this pointer's type want a scale: a constant."""
 
 
-is_16_bit = _constant(types.boolean, lambda name: name in ("int16", "uint16"))
-"""Whether they are float16 or bfloat16: a constant."""
-
-is_float16 = _constant(types.boolean, lambda name: name == "uint16")
-"""Whether they are float16: a constant."""
-
-
 def _half(builder: Any, bits: Any) -> Any:
     return builder.fpext(builder.bitcast(builder.trunc(bits, I16), F16), F32)
 
@@ -271,19 +251,6 @@ def dot16(typingctx, memory, words, x, index, step):  # type: ignore[no-untyped-
         return builder.fadd(*sums)
 
     return types.float32(memory, words, x, index, step), codegen
-
-
-@intrinsic
-def unpack2(typingctx, memory, word):  # type: ignore[no-untyped-def]
-    """The two numbers of a word of the 16-bit type of `memory`, as float32."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        name, both = memory.dtype.name, [ir.Constant(F32, 0.0)] * 2
-        if name in ("int16", "uint16"):
-            both = [_unpack(builder, name, [args[1]], i) for i in range(2)]
-        return context.make_tuple(builder, signature.return_type, both)
-
-    return types.UniTuple(types.float32, 2)(memory, types.uint32), codegen
 
 
 @intrinsic
@@ -483,19 +450,6 @@ def shared_words4(typingctx, where):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def shared_words2(typingctx, where):  # type: ignore[no-untyped-def]
-    """Two words from an 8-byte aligned shared address."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        kind = ir.LiteralStructType([I32] * 2)
-        text = "ld.shared.v2.u32 {$0, $1}, [$2];"
-        loaded = call_asm(builder, kind, text, "=r,=r,r,~{memory}", [builder.trunc(args[0], I32)])
-        return context.make_tuple(builder, signature.return_type, [builder.extract_value(loaded, i) for i in range(2)])
-
-    return WORDS2(types.int64), codegen
-
-
-@intrinsic
 def shared_word(typingctx, where):  # type: ignore[no-untyped-def]
     """A word from a 4-byte aligned shared address."""
 
@@ -583,48 +537,6 @@ def count_up(typingctx, counter):  # type: ignore[no-untyped-def]
                     "=r,l,~{memory}", args)  # fmt: skip
 
     return types.int32(types.int64), codegen
-
-
-@intrinsic
-def arrive(typingctx, counter):  # type: ignore[no-untyped-def]
-    """Add 1 to a uint32 at a global address, after all that this thread, and those it met at a barrier, wrote."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        call_asm(builder, VOID, "fence.acq_rel.gpu; red.relaxed.gpu.global.add.u32 [$0], 1;", "l,~{memory}", args)
-        return context.get_dummy_value()
-
-    return types.void(types.int64), codegen
-
-
-@intrinsic
-def arrived(typingctx, counter):  # type: ignore[no-untyped-def]
-    """What `arrive` has counted so far; what those threads wrote can be read after it."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return call_asm(builder, I32, "ld.acquire.gpu.global.u32 $0, [$1];", "=r,l,~{memory}", args)
-
-    return types.int32(types.int64), codegen
-
-
-@intrinsic
-def clock(typingctx):  # type: ignore[no-untyped-def]
-    """Nanoseconds of a clock that all multiprocessors share."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return call_asm(builder, I64, "mov.u64 $0, %globaltimer;", "=l,~{memory}", [])
-
-    return types.int64(), codegen
-
-
-@intrinsic
-def put8(typingctx, where, number):  # type: ignore[no-untyped-def]
-    """Write an int64 to a global address."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        call_asm(builder, VOID, "st.global.u64 [$0], $1;", "l,l,~{memory}", args)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64), codegen
 
 
 @intrinsic
