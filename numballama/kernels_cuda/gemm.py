@@ -38,8 +38,10 @@ from ..lowlevel_cuda.instructions import (
     close_copies,
     copy16,
     expand16,
+    expand_packed,
     f32_of_bits,
     floats4,
+    is_packed,
     let_successor_start,
     load_fragments,
     multiply_fragments,
@@ -59,9 +61,10 @@ from ..lowlevel_cuda.instructions import (
     zeros32,
     zeros128,
 )
-from ..lowlevel_cuda.launch import Argument, Array, Gpu, Launch, Matrix
+from ..lowlevel_cuda.launch import QUANTIZED, Argument, Array, Gpu, Launch, Matrix
 from ..registry import kernel
 from . import basic, gemv
+from .blocks import block_at
 from .gemv import CACHE, MATRIX
 from .pieces import ALL, at_once, block_sum, device, sigmoid_times
 from .products import floats4_or_0, squared, times4
@@ -71,6 +74,7 @@ FEW = 8
 TILE, STEP = 128, 64
 """Tokens and columns of Y that a block computes, and columns of X and W that it takes at a time."""
 THREADS = 128
+KINDS = ("f32", "f16", "bf16", *QUANTIZED)
 TILE_BYTES = TILE * STEP * 2
 STAGED = STAGED_BYTES // 4
 
@@ -152,6 +156,11 @@ def expand_kernel(weight, stride, scales, scale_stride, shift, out, first, colum
     numbers = per_16_bytes(weight)
     row = first + cuda.blockIdx.x
     base, to = address(weight, 0) + row * stride, address(out, cuda.blockIdx.x * columns)
+    if is_packed(weight):
+        for block in range(cuda.threadIdx.x, columns >> 5, cuda.blockDim.x):
+            high, high_too, scale, scale_too, least = block_at(weight, address(scales, row * scale_stride), block)
+            expand_packed(weight, words4(base + 16 * block), high, high_too, scale, scale_too, least, to + 64 * block)
+        return
     for chunk in range(cuda.threadIdx.x, columns // numbers, cuda.blockDim.x):
         at = row * scale_stride + ((chunk * numbers) >> shift)
         scale = scale_in(scales, word(scale_word(scales, at)), at)
@@ -626,7 +635,7 @@ def _normed(gpu: Gpu, x: Array, norm: Array | None, eps: float, space: _Space) -
 
 def _takes(x: Array, *weights: Matrix) -> bool:
     """Whether these weights, for so many tokens, are for the kernels of this file."""
-    return x.shape[0] > FEW and all(w.payload.dtype in ("f32", "f16", "bf16", "int8", "q4_0") for w in weights)
+    return x.shape[0] > FEW and all(w.payload.dtype in KINDS for w in weights)
 
 
 def linear(gpu: Gpu, x: Array, weight: Matrix, out: Array, space: Array) -> list[Launch]:
@@ -744,7 +753,7 @@ def _space(kind: str, first: int, count: int, whole: bool = False, results: int 
             return (0,)
         held = [4 * tokens * rows for rows, _ in weights[count - results :]] if results else []
         here = [*held, 2 * tokens * _padded(columns), 4 * tokens]
-        if kind in ("int8", "q8_0", "q4_0"):
+        if kind not in ("f32", "f16", "bf16"):
             here += [(rows if whole else _expanded_rows(rows, columns)) * columns * 2 for rows, _ in weights]
         float32 = [*held, 4 * tokens * columns] if kind in ("f32", "int8") else []
         return (max(sum(-(-nbytes // 64) * 16 for nbytes in needs) for needs in (here, float32)),)

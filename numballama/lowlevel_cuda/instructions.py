@@ -2,7 +2,8 @@
 
 Kernels reach memory in two ways. Where speed does not matter they index typed pointers, `p[i]`. Where it does they
 take an element's address, `address(p, i)`, and move 16 bytes at a time. A pointer's element type also tells how numbers
-are stored, as on the CPU: uint16 is float16, int16 bfloat16, uint8 two 4-bit numbers.
+are stored, as on the CPU: uint16 is float16, int16 bfloat16, uint8 two 4-bit numbers, `Packed` those of other block
+types.
 
 A function marked "sm_80" or "sm_90" compiles to something of the same meaning on older cards.
 """
@@ -14,12 +15,26 @@ from typing import Any
 from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.core.targetconfig import ConfigStack
-from numba.cuda.extending import intrinsic
+from numba.cuda.extending import intrinsic, models, register_model
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32, VOID = ir.HalfType(), ir.FloatType(), ir.VoidType()
 WORDS2, WORDS4 = types.UniTuple(types.uint32, 2), types.UniTuple(types.uint32, 4)
 FLOATS4 = types.UniTuple(types.float32, 4)
+
+
+class Packed(types.Type):  # type: ignore[misc]
+    """Bytes with the integers of one of GGUF's block types, as `blocks_cuda` lays them out."""
+
+
+@register_model(Packed)  # type: ignore[untyped-decorator]
+class _PackedModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, I8)
+
+
+PACKED = {name: Packed(name) for name in ("q4_1", "q4_k", "q6_k")}
+"""Element types of pointers to such integers."""
 
 
 def _compiling_for() -> tuple[int, int]:
@@ -200,6 +215,28 @@ def planes(typingctx, a, b, c, d):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def permute(typingctx, a, b, selector):  # type: ignore[no-untyped-def]
+    """A word of four bytes of two words: those of a are 0 to 3, those of b 4 to 7; a digit of `selector` for each."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        asm = ir.InlineAsm(ir.FunctionType(I32, [I32] * 3), "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r")
+        return builder.call(asm, args)
+
+    return types.uint32(types.uint32, types.uint32, types.uint32), codegen
+
+
+@intrinsic
+def f32_of_signed_byte(typingctx, word):  # type: ignore[no-untyped-def]
+    """The lowest byte of a word, as a signed integer, as float32."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        asm = ir.InlineAsm(ir.FunctionType(F32, [I32]), "cvt.rn.f32.s8 $0, $1;", "=f,r")
+        return builder.call(asm, args)
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
 def exp2(typingctx, x):  # type: ignore[no-untyped-def]
     """2^x by the special function unit, to two units in the last place."""
 
@@ -212,8 +249,14 @@ def exp2(typingctx, x):  # type: ignore[no-untyped-def]
 # Numbers by the element type of their pointer
 
 
-PER_16_BYTES = {"float32": 4, "uint16": 8, "int16": 8, "int8": 16, "uint8": 32}
-"""Numbers in 16 bytes of a weight, or of a KV cache, by the element type of its pointer."""
+PER_16_BYTES = {
+    "float32": 4, "uint16": 8, "int16": 8, "int8": 16, "uint8": 32, "q4_1": 32, "q4_k": 32, "q6_k": 16,
+}  # fmt: skip
+"""Numbers in 16 bytes of a weight, or of a KV cache, by the element type of its pointer; of q6_k, whose 16 bytes hold
+the lower four bits of 32, those that share a scale.
+"""
+SCALED = ("int8", "uint8", *PACKED)
+"""Names of element types whose numbers want scales."""
 
 
 def _constant(kind: Any, value: Any) -> Any:
@@ -231,8 +274,19 @@ def _constant(kind: Any, value: Any) -> Any:
 per_16_bytes = _constant(types.int64, PER_16_BYTES.__getitem__)
 """How many numbers of this pointer's type 16 bytes hold: a constant."""
 
-has_scales = _constant(types.boolean, lambda name: name in ("int8", "uint8"))
+has_scales = _constant(types.boolean, lambda name: name in SCALED)
 """Whether numbers of this pointer's type want a scale: a constant."""
+
+is_packed = _constant(types.boolean, lambda name: name in PACKED)
+"""Whether this pointer's element type is one of `PACKED`: a constant."""
+
+is_q4_1, is_q4_k, is_q6_k = (_constant(types.boolean, name.__eq__) for name in ("q4_1", "q4_k", "q6_k"))
+"""Whether it is this one: constants."""
+
+counts_from = _constant(types.float32, lambda name: {"uint8": 8.0, "q6_k": 32.0}.get(name, 1.0))
+"""What the sum of the numbers of x that meet a block is multiplied by: the integer that stands for 0; 1 for types whose
+blocks have a least number. A constant.
+"""
 
 
 def _half(builder: Any, bits: Any) -> Any:
@@ -269,7 +323,7 @@ def dot16(typingctx, memory, words, x, index, step):  # type: ignore[no-untyped-
         at = _integer(context, builder, args[3], index, types.int64)
         stride = _integer(context, builder, args[4], step, types.int64)
         sums = [ir.Constant(F32, 0.0)] * 2
-        if name in ("int8", "uint8"):
+        if name in SCALED:
             return sums[0]
         vector = ir.VectorType(F32, 4)
         for four in range(PER_16_BYTES[name] // 4):
@@ -302,7 +356,7 @@ def unpack8(typingctx, memory, words):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def number(typingctx, memory, row, index):  # type: ignore[no-untyped-def]
-    """Number `index` of the row that begins at address `row`, without its scale, as float32."""
+    """Number `index` of the row that begins at address `row`, without its scale, as float32. Not for `PACKED` types."""
     name = memory.dtype.name
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -424,6 +478,15 @@ copy16 = intrinsic(
 or 0 for zeros: the source is not looked at then.
 """
 
+copy8 = intrinsic(
+    _copy(
+        "cp.async.ca.shared.global [$0], [$1], 8, $2;",
+        "{.reg .pred p; .reg .u32 a, b; setp.ne.u32 p, $2, 0; mov.u32 a, 0; mov.u32 b, 0; "
+        "@p ld.global.nc.v2.u32 {a, b}, [$1]; st.shared.v2.u32 [$0], {a, b};}",
+    )
+)
+"""copy8(to, source, count): the same for 8 bytes; `count` 8 or 0."""
+
 copy4 = intrinsic(
     _copy(
         "cp.async.ca.shared.global [$0], [$1], 4, $2;",
@@ -478,6 +541,19 @@ def shared_words4(typingctx, where):  # type: ignore[no-untyped-def]
         return context.make_tuple(builder, signature.return_type, parts)
 
     return WORDS4(types.int64), codegen
+
+
+@intrinsic
+def shared_words2(typingctx, where):  # type: ignore[no-untyped-def]
+    """Two words from an 8-byte aligned shared address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.LiteralStructType([I32] * 2)
+        text = "ld.shared.v2.u32 {$0, $1}, [$2];"
+        loaded = _asm(builder, kind, text, "=r,=r,r,~{memory}", [builder.trunc(args[0], I32)])
+        return context.make_tuple(builder, signature.return_type, [builder.extract_value(loaded, i) for i in range(2)])
+
+    return WORDS2(types.int64), codegen
 
 
 @intrinsic
@@ -956,3 +1032,32 @@ def expand16(typingctx, memory, words, scale, to):  # type: ignore[no-untyped-de
         return context.get_dummy_value()
 
     return types.void(memory, words, types.float32, types.int64), codegen
+
+
+@intrinsic
+def expand_packed(typingctx, memory, words, high, high_too, scale, scale_too, least, to):  # type: ignore[no-untyped-def]
+    """A block of 32 numbers of a `PACKED` type, rounded to float16, to a 16-byte aligned address: of the first 16
+    `high` are the upper bits and `scale` is the scale, of the others `high_too` and `scale_too`.
+    """
+    six = memory.dtype.name == "q6_k"
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        parts, (upper, scales), numbers = _parts(builder, words, args[1]), (args[2:4], args[4:6]), []
+        for i in range(32):
+            half, j = divmod(i, 16)
+            integer = builder.lshr(parts[j // 4], ir.Constant(I32, 8 * (j % 4) + 4 * half))
+            integer = builder.and_(integer, ir.Constant(I32, 15))
+            if six:
+                bits = builder.lshr(upper[half], ir.Constant(I32, 8 * (j % 4) + 2 * (j // 4)))
+                bits = builder.shl(builder.and_(bits, ir.Constant(I32, 3)), ir.Constant(I32, 4))
+                integer = builder.sub(builder.or_(integer, bits), ir.Constant(I32, 32))
+            number = builder.fmul(builder.sitofp(integer, F32), scales[half], flags=("contract",))
+            numbers.append(number if six else builder.fadd(number, args[6], flags=("contract",)))
+        packed = [_pack(builder, "uint16", numbers[i], numbers[i + 1]) for i in range(0, 32, 2)]
+        for i in range(0, 16, 4):
+            text = f"st.global.v4.u32 [$0+{4 * i}], {{$1, $2, $3, $4}};"
+            _asm(builder, VOID, text, "l,r,r,r,r,~{memory}", [args[7], *packed[i : i + 4]])
+        return context.get_dummy_value()
+
+    factors = [types.float32] * 3
+    return types.void(memory, words, types.uint32, types.uint32, *factors, types.int64), codegen
