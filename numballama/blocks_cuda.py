@@ -6,9 +6,8 @@ Integers: 16 bytes for 32 numbers, in the order of q4_0: byte j holds number j i
 The other matrix, type by type:
 
 - q4_1: a word for each block: its scale and its least number, two float16.
-- q4_k: 16 bits for each block of 32, as in the file. A word has two blocks' scales and least numbers of 6 bits, from
-  the lowest bit on: scale, least, scale, least. Its highest byte is one of the four of their superblock's two float16,
-  for which the next three words have the others.
+- q4_k: 80 bytes for 1024 numbers, 4.625 bits a number with the integers: for each 32 two bytes, their scale and their
+  least number; for each 256 a word, the two float16 that are factors of these. Zeros fill up the last 1024 numbers.
 - q6_k: 168 bytes for 512 numbers, 6.625 bits a number with the integers: for each 32 numbers 8 bytes with the integers'
   upper two bits; for each 16 a signed byte, their scale; for each 256 a word, whose low half is the float16 that is the
   factor of their scales. The upper bits of numbers j, j + 4, j + 8 and j + 12 are byte j, lowest first; j + 16 … are
@@ -87,13 +86,12 @@ def _q4_k(blocks: Bytes) -> tuple[Bytes, ...]:
     count = len(blocks)
     integers = np.empty((count, 4, 2, 16), np.uint8)
     integers[:, :, 0], integers[:, :, 1] = _halves(blocks[:, 16:].reshape(count, 4, 32))
-    packed = blocks[:, 4:16].astype(np.uint32)
+    packed = blocks[:, 4:16]
     first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
-    scales = np.hstack([first & 63, third & 15 | (first >> 2) & 48])
-    least = np.hstack([second & 63, third >> 4 | (second >> 2) & 48])
-    both = scales | least << 6
-    words = both[:, ::2] | both[:, 1::2] << 12 | blocks[:, :4].astype(np.uint32) << 24
-    return integers.reshape(count, -1), words.view(np.uint8)
+    both = np.empty((count, 8, 2), np.uint8)
+    both[:, :4, 0], both[:, 4:, 0] = first & 63, third & 15 | (first >> 2) & 48
+    both[:, :4, 1], both[:, 4:, 1] = second & 63, third >> 4 | (second >> 2) & 48
+    return integers.reshape(count, -1), both.reshape(count, -1), blocks[:, :4]
 
 
 def _q6_k(blocks: Bytes) -> tuple[Bytes, ...]:
@@ -113,6 +111,6 @@ def _q6_k(blocks: Bytes) -> tuple[Bytes, ...]:
 
 LAYOUTS = {
     "q4_1": Layout("u32", 32, (1, 32), _q4_1),
-    "q4_k": Layout("u16", 32, (8, 256), _q4_k),
+    "q4_k": Layout("u8", 32, (80, 1024), _q4_k),
     "q6_k": Layout("u8", 16, (168, 512), _q6_k),
 }

@@ -243,6 +243,10 @@ class _Module(FakeCUDAModule):  # type: ignore[misc]
         assert mask == 0xFFFFFFFF, "lanes that take no part are not simulated"
         return lane().shuffle(value, int(apart))
 
+    def syncwarp(self, mask: int = 0xFFFFFFFF) -> None:
+        assert mask == 0xFFFFFFFF
+        lane().shuffle(None, 0)
+
 
 numba_simulator.BlockManager = BlockManager
 
@@ -443,13 +447,6 @@ def _scale_in(memory: Pointer, word: Any, index: int) -> Any:
     return np.float32(np.uint16(int(word) >> (16 * (index & 1)) & 0xFFFF).view(np.float16))
 
 
-def _permute(a: Any, b: Any, selector: Any) -> Any:
-    data = np.array([a, b], np.uint32).view(np.uint8)
-    digits = [int(selector) >> 4 * i & 15 for i in range(4)]
-    assert max(digits) < 8, "copies of signs are not simulated"
-    return data[digits].view(np.uint32)[0]
-
-
 def _copy(nbytes: int) -> Callable[[int, int, int], None]:
     def copy(to: int, source: int, count: int) -> None:
         assert count in (0, nbytes)
@@ -569,7 +566,6 @@ _EMULATED: dict[str, Callable[..., Any]] = {
     "nearest": _nearest,
     "planes": _planes,
     "exp2": lambda x: np.exp2(np.float32(x)),
-    "permute": _permute,
     "f32_of_signed_byte": lambda word: np.float32(np.uint8(int(word) & 255).view(np.int8)),
     "per_16_bytes": lambda memory: _PER_16[memory.kind],
     "has_scales": lambda memory: memory.kind in ("int8", "uint8", *_PACKED),

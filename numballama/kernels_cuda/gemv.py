@@ -31,6 +31,7 @@ from ..lowlevel_cuda.instructions import (
     keep_loop,
     let_successor_start,
     per_16_bytes,
+    is_q4_k,
     is_q6_k,
     scale_bytes,
     shared_address,
@@ -39,7 +40,7 @@ from ..lowlevel_cuda.instructions import (
 )
 from ..lowlevel_cuda.launch import Argument, Array, Gpu, Launch, Matrix
 from ..registry import kernel
-from .blocks import chunk_scales, first_scale
+from .blocks import FOUR_WORDS, chunk_scales, first_scale
 from .pieces import at_once, beyond, device, sigmoid_times, split, warp_sum2
 from .products import (
     CHUNK_BYTES,
@@ -115,7 +116,7 @@ def source_of(mode, pair, rows, weights, scales):
 
 
 @device
-def fetch(slot, source, scales, count, next_count, payload, scale_step, lane):
+def fetch(slot, source, scales, count, next_count, left, payload, scale_step, lane):
     """Start copying a lane's 16 bytes of two neighbouring chunks of a row, and the words with their scales."""
     if is_q6_k(payload):
         fetch_q6_k(slot, source, scales, count, lane)
@@ -123,9 +124,13 @@ def fetch(slot, source, scales, count, next_count, payload, scale_step, lane):
     copy16(slot, source, count)
     copy16(slot + CHUNK_BYTES, source + CHUNK_BYTES, next_count)
     if has_scales(payload):
-        at = slot + SCALES_AT - 12 * lane
-        copy4(at, scales, count >> 2)
-        copy4(at + SCALE_BYTES, scales + scale_step, next_count >> 2)
+        at, words, next_words = slot + SCALES_AT - 12 * lane, count >> 2, next_count >> 2
+        if is_q4_k(payload):  # the first lanes copy for all of them
+            all_left = left + 32 * lane
+            words = 4 if all_left > 0 and lane < FOUR_WORDS else 0
+            next_words = 4 if all_left > 1024 and lane < FOUR_WORDS else 0
+        copy4(at, scales, words)
+        copy4(at + SCALE_BYTES, scales + scale_step, next_words)
 
 
 @device
@@ -145,8 +150,8 @@ def produce(mode, cursor, turn, own, shape, payload, rows, weights, scales, scal
         slot = ring + (turn & (DEPTH - 1)) * (2 * row_slot)
         left = columns - next_chunk * width - lane * numbers_together(payload)
         count, next_count = 16 if left > 0 else 0, 16 if left > width else 0
-        fetch(slot, a, a_scales, count, next_count, payload, scale_step, lane)
-        fetch(slot + row_slot, b, b_scales, count, next_count, payload, scale_step, lane)
+        fetch(slot, a, a_scales, count, next_count, left, payload, scale_step, lane)
+        fetch(slot + row_slot, b, b_scales, count, next_count, left, payload, scale_step, lane)
         next_chunk += 2 * slices
         a += slices * stage_bytes(payload)
         b += slices * stage_bytes(payload)
@@ -207,9 +212,13 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     sum_a, sum_b = np.float32(0), np.float32(0)
     x_chunk, turn = x_step(payload), ahead
     while local < mine:
+        if is_q4_k(payload):
+            cuda.syncwarp()  # all lanes have taken what others copied for them
         cursor = produce(mode, cursor, turn, own, shape, payload, rows, weights, addresses, scale_step)
         turn += 1
         await_all_but_3()
+        if is_q4_k(payload):
+            cuda.syncwarp()
         slot = ring + (turn & (DEPTH - 1)) * (2 * row_slot)
         if chunk < chunks:
             sum_a += multiply(slot, payload, s0, odd, shared, x_at + chunk * x_chunk, lane)

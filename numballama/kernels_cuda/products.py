@@ -32,7 +32,6 @@ from ..lowlevel_cuda.instructions import (
     floats4,
     has_scales,
     is_packed,
-    is_q4_1,
     is_q4_k,
     is_q6_k,
     keep_loop,
@@ -47,7 +46,7 @@ from ..lowlevel_cuda.instructions import (
     store4,
 )
 from ..lowlevel_cuda.launch import QUANTIZED
-from .blocks import FACTORS, SCALES, factors_q4_1, factors_q4_k, factors_q6_k, superblocks
+from .blocks import FOUR_FACTORS, SIX_FACTORS, SIX_SCALES, factors_of, factors_q6_k
 from .pieces import ALL, device, warp_sum
 
 WARPS = 8
@@ -96,9 +95,9 @@ def fetch_q6_k(slot, source, scales, count, lane):
     inside = lane & 15
     own = 4 * (inside >> 1)
     copy16(slot, source, count)
-    copy8(slot + SIX_AT - 8 * lane, scales + 8 * inside - own - SCALES, count >> 1)
+    copy8(slot + SIX_AT - 8 * lane, scales + 8 * inside - own - SIX_SCALES, count >> 1)
     copy4(slot + SIX_SCALES_AT - 12 * lane, scales, count >> 2)
-    copy4(slot + SIX_FACTORS_AT - 12 * lane, scales + (FACTORS - SCALES) + 4 * (inside >> 3) - own, count >> 2)
+    copy4(slot + SIX_FACTORS_AT - 12 * lane, scales + (SIX_FACTORS - SIX_SCALES) + 4 * (inside >> 3) - own, count >> 2)
 
 
 @device
@@ -135,19 +134,19 @@ def multiply_packed(slot, payload, odd, shared, x_at, lane):
         total = scale * multiply_six(lower(words), high[0], shared, x_at, lane)
         total += scale_too * multiply_six(upper(words), high[1], shared, next_x, lane)
     else:
+        # factors are made when they are wanted, and words loaded again: there are no registers to spare
         at = slot + SCALES_AT - 12 * lane
-        here, there = shared_word(at), shared_word(at + SCALE_BYTES)
-        if is_q4_k(payload):
-            both, both_there = superblocks(here, there, lane)
-            scale, least = factors_q4_k(here, odd, both)
-            scale_too, least_too = factors_q4_k(there, odd, both_there)
-        else:
-            scale, least = factors_q4_1(here)
-            scale_too, least_too = factors_q4_1(there)
+        both_at = at
+        if is_q4_k(payload):  # words of several lanes
+            at = slot + SCALES_AT - 16 * lane + 4 * (lane >> 1)
+            both_at = slot + SCALES_AT + FOUR_FACTORS - 16 * lane + 4 * (lane >> 3)
         product, whole = multiply_nibbles(slot, shared, x_at, lane)
+        scale, least = factors_of(payload, shared_word(at), odd, shared_word(both_at))
         total = scale * product + least * whole
         product, whole = multiply_nibbles(slot + CHUNK_BYTES, shared, next_x, lane)
-        total += scale_too * product + least_too * whole
+        there = shared_word(at + SCALE_BYTES)
+        scale, least = factors_of(payload, there, odd, shared_word(both_at + SCALE_BYTES))
+        total += scale * product + least * whole
     return total
 
 

@@ -215,17 +215,6 @@ def planes(typingctx, a, b, c, d):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def permute(typingctx, a, b, selector):  # type: ignore[no-untyped-def]
-    """A word of four bytes of two words: those of a are 0 to 3, those of b 4 to 7; a digit of `selector` for each."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        asm = ir.InlineAsm(ir.FunctionType(I32, [I32] * 3), "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r")
-        return builder.call(asm, args)
-
-    return types.uint32(types.uint32, types.uint32, types.uint32), codegen
-
-
-@intrinsic
 def f32_of_signed_byte(typingctx, word):  # type: ignore[no-untyped-def]
     """The lowest byte of a word, as a signed integer, as float32."""
 
