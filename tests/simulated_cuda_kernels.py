@@ -159,6 +159,22 @@ def test_block_types(kind: str, columns: int, fusions: Sequence[str]) -> None:
             check_step(program, step, 2, reference, lambda step=step: program.run(2, step, step + 1))
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_lanes_that_copy_for_others(monkeypatch: pytest.MonkeyPatch, asynchronous: bool) -> None:
+    """Superblocks' scales are copied by some lanes for all; here a row has more stages than a ring."""
+    monkeypatch.setattr(simulation, "asynchronous", asynchronous)
+    monkeypatch.setattr(HostDevice, "processors", 1)
+    rng, graph = np.random.default_rng(0), Graph("rows")
+    weights = {"w": as_weight(rng.standard_normal((16, 12288), np.float32), "q4_k")}
+    graph.outputs = [value.name for value in projections(graph, graph.input("x", (1, 12288), "f32"), weights, "w")]
+    program, reference = cuda_backend.CudaBackend(weights).program(graph), ReferenceBackend(weights)
+    poison(program)
+    program.inputs["x"][:] = rng.standard_normal((1, 12288), np.float32)
+    program._inputs.send(1, 0)
+    with bounds_of(reference):
+        check_step(program, 0, 1, reference, lambda: program.run(1))
+
+
 def test_a_mixture_of_block_types() -> None:
     """Of a Q4_K_M file: q/k/v and gate/up of different types are not joined, the others are."""
     config = ModelConfig(256, 256, 1, 4, 1, 5, 4)
