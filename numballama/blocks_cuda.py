@@ -24,10 +24,11 @@ import numpy as np
 from .config import BLOCKS
 from .quant_blocks import Bytes
 
-PIECE = 1 << 18
+PIECE = 1 << 17
 """Numbers that are laid out at a time: they and what is made of them stay in a processor's cache."""
-LOW = np.uint64(0x0F0F0F0F0F0F0F0F)
-FOUR = np.uint64(4)
+LOW, FOUR = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(4)
+SIXTEEN = np.dtype(np.complex128)
+"""A type of 16 bytes: NumPy copies them as they are, and at once."""
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,12 @@ def split_rows(kind: str, rows: Bytes) -> tuple[Bytes, Bytes]:
     """Rows of blocks [rows, bytes] to rows of the integers and rows of all else, as bytes."""
     numbers, nbytes = BLOCKS[kind]
     layout, blocks = LAYOUTS[kind], rows.reshape(-1, nbytes)
+    whole = [np.empty((len(blocks), part.shape[1]), np.uint8) for part in layout.split(blocks[:1])]
     step = PIECE // numbers
-    pieces = [layout.split(blocks[start : start + step]) for start in range(0, len(blocks), step)]
-    integers, *parts = (np.concatenate(part).reshape(len(rows), -1) for part in zip(*pieces, strict=True))
+    for start in range(0, len(blocks), step):
+        for out, part in zip(whole, layout.split(blocks[start : start + step]), strict=True):
+            out[start : start + step] = part
+    integers, *parts = (part.reshape(len(rows), -1) for part in whole)
     together = layout.record[1] // numbers
     if together == 1:
         (part,) = parts
@@ -69,13 +73,30 @@ def split_rows(kind: str, rows: Bytes) -> tuple[Bytes, Bytes]:
     return integers, np.concatenate(records, axis=2).reshape(len(rows), -1)
 
 
-def _halves(packed: Bytes) -> tuple[Bytes, Bytes]:
-    """Runs of 32 bytes [..., 32] with two numbers each to 16 bytes of the numbers in their low halves, 16 of the others'."""
-    words = np.ascontiguousarray(packed).view(np.uint64)
-    first, second = words[..., :2], words[..., 2:]
-    low = first & LOW | (second & LOW) << FOUR
-    high = first >> FOUR & LOW | second & ~LOW
-    return low.view(np.uint8), high.view(np.uint8)
+def _halves(packed: Bytes, out: Bytes) -> None:
+    """Runs of 32 bytes [..., runs, 32] with two numbers each → out [..., 2, runs, 16]: the numbers in the low halves of
+    the bytes of each run, then those in the high ones.
+    """
+    runs = np.ascontiguousarray(packed).view(SIXTEEN)
+    first, second = (np.ascontiguousarray(runs[..., i]).view(np.uint64) for i in range(2))
+    low, high = second & LOW, first >> FOUR
+    low <<= FOUR
+    low |= first & LOW
+    high &= LOW
+    high |= second & ~LOW
+    places = out.view(SIXTEEN)[..., 0]
+    places[..., 0, :], places[..., 1, :] = low.view(SIXTEEN), high.view(SIXTEEN)
+
+
+def _exchange(a: Bytes, b: Bytes, bits: int, mask: int) -> None:
+    """Exchange fields of two arrays of words: those of b under `mask` with those of a that stand `bits` higher."""
+    width, fields = np.uint64(bits), np.uint64(mask * 0x0101010101010101)
+    moved = a >> width
+    moved ^= b
+    moved &= fields
+    b ^= moved
+    moved <<= width
+    a ^= moved
 
 
 def _q4_1(blocks: Bytes) -> tuple[Bytes, ...]:
@@ -84,8 +105,8 @@ def _q4_1(blocks: Bytes) -> tuple[Bytes, ...]:
 
 def _q4_k(blocks: Bytes) -> tuple[Bytes, ...]:
     count = len(blocks)
-    integers = np.empty((count, 4, 2, 16), np.uint8)
-    integers[:, :, 0], integers[:, :, 1] = _halves(blocks[:, 16:].reshape(count, 4, 32))
+    integers = np.empty((count, 4, 2, 1, 16), np.uint8)
+    _halves(blocks[:, 16:].reshape(count, 4, 1, 32), integers)
     packed = blocks[:, 4:16]
     first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     both = np.empty((count, 8, 2), np.uint8)
@@ -96,17 +117,20 @@ def _q4_k(blocks: Bytes) -> tuple[Bytes, ...]:
 
 def _q6_k(blocks: Bytes) -> tuple[Bytes, ...]:
     count = len(blocks)
-    integers = np.empty((count, 2, 2, 2, 16), np.uint8)  # of each 128 numbers those in low halves, then the others
-    integers[:, :, 0], integers[:, :, 1] = _halves(blocks[:, :128].reshape(count, 2, 2, 32))
-    # bits 2 p and 2 p + 1 of 32 bytes belong to the p-th 32 of 128 numbers
-    words = np.ascontiguousarray(blocks[:, 128:192]).view(np.uint32).reshape(count, 2, 2, 4)
-    upper = np.zeros((count, 2, 4, 2), np.uint32)
-    for p in range(4):
-        for w in range(4):
-            upper[:, :, p] |= (words[..., w] >> np.uint32(2 * p) & np.uint32(0x03030303)) << np.uint32(2 * w)
+    integers = np.empty((count, 2, 2, 2, 16), np.uint8)
+    _halves(blocks[:, :128].reshape(count, 2, 2, 32), integers)
+    # For each 128 numbers 32 bytes, whose bits 2 p and 2 p + 1 belong to the p-th 32 of them: word w has numbers from
+    # 4 w on, w + 4 those 16 further. What is wanted are words of p with fields of w: 4 × 4 fields, turned.
+    words = np.ascontiguousarray(blocks[:, 128:192]).view(np.uint32).reshape(-1, 2, 4)
+    turned = np.ascontiguousarray(words.transpose(2, 0, 1)).reshape(4, -1).view(np.uint64)
+    for a, b in ((0, 2), (1, 3)):
+        _exchange(turned[a], turned[b], 4, 0x0F)
+    for a, b in ((0, 1), (2, 3)):
+        _exchange(turned[a], turned[b], 2, 0x33)
+    upper = np.ascontiguousarray(turned.T)
     factor = np.zeros((count, 4), np.uint8)
     factor[:, :2] = blocks[:, 208:]
-    return integers.reshape(count, -1), upper.reshape(count, -1).view(np.uint8), blocks[:, 192:208], factor
+    return integers.reshape(count, -1), upper.view(np.uint8).reshape(count, -1), blocks[:, 192:208], factor
 
 
 LAYOUTS = {

@@ -383,8 +383,9 @@ def cases() -> list[Case]:
     add("linear, a run of few tokens", 2, linear, "f16", 300, 64, 130, residual=False, normed=False)
     add("gate_up f16, odd sizes", 10, gate_up, "f16", 10, 40, 67, normed=False)
     for kind, heads, head_dim, interleaved, cache in (
-        ("f16", (4, 2), 64, 0, "f16"), ("bf16", (3, 1), 48, 1, "bf16"), ("q8_0", (2, 2), 96, 0, "f16"), ("q4_1", (2, 1), 64, 0, "f16"),
-        ("f16", (2, 1), 128, 1, "f32"), ("f32", (2, 1), 32, 0, "f16"), ("f16", (1, 1), 160, 0, "f16"),
+        ("f16", (4, 2), 64, 0, "f16"), ("bf16", (3, 1), 48, 1, "bf16"), ("q8_0", (2, 2), 96, 0, "f16"),
+        ("q4_1", (2, 1), 64, 0, "f16"), ("f16", (2, 1), 128, 1, "f32"), ("f32", (2, 1), 32, 0, "f16"),
+        ("f16", (1, 1), 160, 0, "f16"),
     ):  # fmt: skip
         add(f"qkv {kind}, heads of {head_dim}", 21, qkv_rope, kind, 23, 64, heads, head_dim, interleaved, cache)
     once, two = [0] * 70, [0] * 40 + [1] * 30

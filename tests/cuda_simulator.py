@@ -256,7 +256,7 @@ numba_simulator.BlockManager = BlockManager
 _ELEMENTS = {
     "f32": np.float32, "f16": np.uint16, "bf16": np.int16, "int8": np.int8, "i8": np.int8, "i32": np.int32,
     "i64": np.int64, "f64": np.float64, "u64": np.uint64, "q4_0": np.uint8,
-    "u8": np.uint8, "u16": np.uint16, "u32": np.uint32, "q4_1": np.uint8, "q4_k": np.uint8, "q6_k": np.uint8,
+    "u8": np.uint8, "u32": np.uint32, "q4_1": np.uint8, "q4_k": np.uint8, "q6_k": np.uint8,
 }  # fmt: skip
 """As `driver.signature` has them."""
 _PACKED = ("q4_1", "q4_k", "q6_k")

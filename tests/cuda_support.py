@@ -43,7 +43,7 @@ MIXTURES = {
     "q4_k_m": {"wv": "q6_k", "w2": "q6_k", "output": "q6_k", "": "q4_k"},
     "all": {"wq": "q4_0", "wk": "q4_1", "wv": "q8_0", "w1": "q4_k", "w3": "q6_k", "wo": "f32", "w2": "q4_1", "": "f16"},
 }
-"""Types of matrices by the last part of their names, "" for the others: those of a Q4_K_M file, and as bad as can be."""
+"""Types of matrices by the last part of their names, "" for the others: a Q4_K_M file's, and as mixed as can be."""
 
 
 def converted(weights: Mapping[str, Weight], kind: str, group: int = 32) -> dict[str, Weight]:

@@ -84,8 +84,8 @@ def _processors() -> Iterator[None]:
     ("config", "kind", "kv"),
     [
         (SMALL, "f32", "f32"), (SMALL, "bf16", "f16"), (SMALL, "f16", "bf16"), (SMALL, "int8", "f32"),
-        (BLOCKS, "q4_0", "f32"), (BLOCKS, "q4_1", "f32"), (BLOCKS, "q8_0", "bf16"), (ODD, "f32", "f32"), (ODD, "bf16", "f16"),
-        (ODD, "int8", "bf16"),
+        (BLOCKS, "q4_0", "f32"), (BLOCKS, "q4_1", "f32"), (BLOCKS, "q8_0", "bf16"), (ODD, "f32", "f32"),
+        (ODD, "bf16", "f16"), (ODD, "int8", "bf16"),
     ],
 )  # fmt: skip
 def test_every_value(config: ModelConfig, kind: str, kv: str, fusions: bool) -> None:

@@ -66,7 +66,7 @@ from test_kernels_cpu import CASES, Case
 
 import numballama
 from numballama import DeviceError, Error, cuda, quant
-from numballama.config import F16, HALF_SPLIT, INTERLEAVED, NAMED_SHAPES, ModelConfig
+from numballama.config import HALF_SPLIT, INTERLEAVED, NAMED_SHAPES, ModelConfig
 from numballama.graph import FUSIONS, KVLayout
 from numballama.ir import Graph, Value
 from numballama.kernels_cuda import gemm

@@ -1,7 +1,7 @@
-"""Decoders of GGUF's block types as `blocks_cuda` lays them out: one small function a type makes float32 factors of what
-lies in the matrix of scales.
+"""Decoders of the block types that `blocks_cuda` lays out: small functions that make float32 factors of what lies in a
+weight's second matrix.
 
-In either type with 4 bits a number is scale · integer + least, in q6_k scale · (integer - 32).
+Of the types with 4 bits a number is scale · integer + least, of q6_k scale · (integer - 32).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FOUR_RECORD, FOUR_WORDS, FOUR_FACTORS = 80, 20, 64
 """Bytes and words of a record of q4_k, which a warp's lanes share, 32 numbers each; words of two lanes come first, from
 here on those of eight."""
 SIX_RECORD, SIX_SCALES, SIX_FACTORS = 168, 128, 160
-"""Bytes of a record of q6_k, which 16 lanes share, 32 numbers each: 8 bytes for each with its numbers' upper bits, then,
+"""Bytes of a record of q6_k, which 16 lanes share, 32 numbers each: 8 bytes a lane with its numbers' upper bits; then,
 from these places on, words of two lanes with scales, and of eight with their factor."""
 
 
@@ -46,7 +46,7 @@ def factors_of(payload, here, odd, both):
 
 @device
 def factors_q6_k(here, odd, factor):
-    """Scales of a lane's first 16 numbers and of the others, out of the word of two lanes and that of its superblock."""
+    """Scales of 32 numbers' first 16 and of the others, out of the word of two such 32 and that of their superblock."""
     own, d = here >> (np.uint32(16) if odd else np.uint32(0)), f32_of_half(factor)
     return d * f32_of_signed_byte(own), d * f32_of_signed_byte(own >> np.uint32(8))
 

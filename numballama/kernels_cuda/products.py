@@ -61,7 +61,7 @@ LANE_STEP = 132
 
 
 def stage_of(payload: str) -> tuple[int, int, int]:
-    """Numbers of a chunk that a lane has, bytes of a row of a stage, float32 places of a chunk of x: by payload's type."""
+    """By the payload's type: a lane's numbers of a chunk, bytes of a row of a stage, float32 places of a chunk of x."""
     numbers = {"f32": 4, "f16": 8, "bf16": 8, "int8": 16, "q6_k": 16}.get(payload, 32)
     if payload in QUANTIZED:
         six = payload == "q6_k"

@@ -232,7 +232,7 @@ def signature(kinds: Sequence[str]) -> tuple[Any, ...]:
     elements = PACKED | {
         "f32": types.float32, "f16": types.uint16, "bf16": types.int16, "int8": types.int8, "i8": types.int8,
         "i32": types.int32, "i64": types.int64, "f64": types.float64, "u64": types.uint64, "q4_0": types.uint8,
-        "u8": types.uint8, "u16": types.uint16, "u32": types.uint32,
+        "u8": types.uint8, "u32": types.uint32,
     }  # fmt: skip
     return tuple(types.CPointer(elements[kind[:-1]]) if kind.endswith("*") else elements[kind] for kind in kinds)
 

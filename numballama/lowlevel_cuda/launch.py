@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ITEM_BYTES = {
-    "f32": 4, "f16": 2, "bf16": 2, "int8": 1, "i8": 1, "i32": 4, "i64": 8, "f64": 8, "u64": 8, "u8": 1, "u16": 2, "u32": 4,
+    "f32": 4, "f16": 2, "bf16": 2, "int8": 1, "i8": 1, "i32": 4, "i64": 8, "f64": 8, "u64": 8, "u8": 1, "u32": 4,
     "q4_0": 1, "q4_1": 1, "q4_k": 1, "q6_k": 1,
 }  # fmt: skip
 """Bytes of an element; those of "q4_0" and the like are bytes, of two 4-bit numbers each."""
