@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -318,6 +317,8 @@ class CudaProgram:
                 self._values[value.name] = self._constant(plan.graph.constants[value.name])
         gpu = Gpu(device.processors, device.shared_limit, self._inputs.tokens, self._zeros)
         self.launches = [self._launches(gpu, index) for index in range(len(plan.steps))]
+        self._flat = [launch for launches in self.launches for launch in launches]
+        self._chains = self._join(gpu) if plan.tokens == 1 and device.capability >= (8, 0) else []
         self._tails: dict[int, list[Launch]] = {}
         self._tail_calls: dict[int, list[Call]] = {}
         self._mailbox = Pinned(device, 8 * MAILBOX)
@@ -362,6 +363,30 @@ class CudaProgram:
         launches: list[Launch] = step.kernel.function(gpu, *operands)
         return launches
 
+    def _join(self, gpu: Gpu) -> list[tuple[int, int, Callable[[int, int, int], Launch]]]:
+        """Which launches, by their numbers, one kernel does in their place (`kernels_cuda.chain`)."""
+        found: list[tuple[int, int, Callable[[int, int, int], Launch]]]
+        found = registry.find("chain", "cuda", ["f32"]).function(gpu, self._flat, self._table)
+        return found
+
+    def _table(self, rows: np.ndarray) -> Array:
+        memory = Memory(self._device, rows.nbytes, "a table of steps")
+        self._own.append(memory)
+        self._device.write(memory.address, rows.ctypes.data, rows.nbytes)
+        self._device.synchronize()
+        return memory.array(0, rows.shape, "i64")
+
+    def launches_of(self, begin: int, end: int, stamps: int = 0) -> list[Launch]:
+        """What runs for steps [begin, end): chains where there are such, else a launch or a few for each step."""
+        first, last = (sum(map(len, self.launches[:step])) for step in (begin, end))
+        found: list[Launch] = []
+        for start, stop, chain in self._chains:
+            start, stop = max(start, first), min(stop, last)
+            if start < stop:
+                found += [*self._flat[first:start], chain(start, stop, stamps)]
+                first = stop
+        return found + self._flat[first:last]
+
     def value(self, name: str) -> np.ndarray:
         """A copy of a value's memory; what it holds outside its lifetime belongs to others."""
         if self._freed:
@@ -383,11 +408,6 @@ class CudaProgram:
         self._device.synchronize()
 
     # Runs
-
-    @cached_property
-    def calls(self) -> list[list[Call]]:
-        """The launches of each step, made ready; kernels that `CudaBackend.prepare` has not seen are compiled now."""
-        return self.backend.ready(self.launches)
 
     def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: Sampler | None = None) -> int:
         """Run steps [begin, end) for the first `tokens` tokens of the inputs: one graph launch.
@@ -422,7 +442,9 @@ class CudaProgram:
             before._forget_steps()
 
     def _slice(self, begin: int, end: int) -> list[Call]:
-        return [call for calls in self.calls[begin:end] for call in calls]
+        """Kernels that `CudaBackend.prepare` has not seen are compiled now."""
+        (calls,) = self.backend.ready([self.launches_of(begin, end)])
+        return calls
 
     def _play(self, key: Any, calls: Callable[[], list[Call]]) -> None:
         if key not in self._recordings:
@@ -606,7 +628,7 @@ class CudaBackend:
         program = CudaProgram(self, plan)
         self._owned.append(program)
         if self._prepared:
-            self._load(program.launches, report)
+            self._load([program.launches_of(0, len(plan.steps))], report)
         return program
 
     def ready(self, steps: Sequence[Sequence[Launch]]) -> list[list[Call]]:
@@ -632,11 +654,9 @@ class CudaBackend:
         """Compile the kernels of all programs so far and of what follows a step: the first token need not wait."""
         vocab = decode.plan.graph.values["logits"].shape[1]
         programs = [owned for owned in self._owned if isinstance(owned, CudaProgram)]
-        steps = [launches for program in programs for launches in program.launches]
+        steps = [program.launches_of(0, len(program.plan.steps)) for program in programs]
         self._load([*steps, decode.tail(0), decode.tail(vocab)], report)
         self._prepared = True
-        for program in programs:
-            _ = program.calls
 
     def close(self) -> None:
         """Give all device memory back now."""

@@ -29,6 +29,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -292,6 +293,10 @@ class Pointer:
         self._view[index] = value
 
 
+STEPS = 2
+"""Which argument of a chain says how many steps it does, from the one on that the argument before it names."""
+
+
 class Simulation:
     """What the kernels of a run leave behind for each other."""
 
@@ -327,12 +332,25 @@ class Simulation:
             return b"\xff" * nbytes
         return ctypes.string_at(int(address), nbytes)
 
+    def room(self, address: int) -> int:
+        """Bytes of taken memory from an address on."""
+        found = bisect_right(self._starts, address) - 1
+        start, size, _ = self._regions[found] if found >= 0 else (0, 0, "nothing")
+        return max(0, start + size - address)
+
     def begin_block(self) -> None:
         module = numba_simulator._get_kernel_context()
         module._shared = self.shared = _Shared(module.shared_bytes)
 
     def run(self, launch: Any) -> None:
-        """All blocks of a launch, one after the other."""
+        """All blocks of a launch, one after the other: blocks that wait for each other do a step a launch."""
+        if launch.together and launch.grid[0] > 1 and launch.arguments[STEPS] > 1:
+            first, steps = launch.arguments[STEPS - 1 : STEPS + 1]
+            for step in range(first, first + steps):
+                words = list(launch.arguments)
+                words[STEPS - 1 : STEPS + 1] = step, 1
+                self.run(replace(launch, arguments=tuple(words)))
+            return
         self.launches += 1
         self._written, self._writing = self._writing, set()
         self._regions = list(HostMemory.live)  # others may be forgotten meanwhile
@@ -522,6 +540,10 @@ def _publish(where: int, number: int) -> None:
     ctypes.c_int64.from_address(int(where)).value = int(number)
 
 
+def _arrived(counter: int) -> int:
+    return int(np.frombuffer(simulation.load(counter, 4), np.int32)[0])
+
+
 _UNSIGNED = list(range(256))
 _SIGNED = [byte - 256 * (byte > 127) for byte in range(256)]
 
@@ -599,6 +621,10 @@ _EMULATED: dict[str, Callable[..., Any]] = {
     "wait_for_predecessor": _wait_for_predecessor,
     "let_successor_start": _let_successor_start,
     "count_up": _count_up,
+    "arrive": lambda counter: _count_up(counter) and None,
+    "arrived": _arrived,
+    "clock": lambda: 0,
+    "pointer_at": lambda like, where: Pointer(where, simulation.room(where) // like.bytes_each, like.dtype),
     "publish": _publish,
 }
 

@@ -73,7 +73,7 @@ ODD = ModelConfig(18, 7, 1, 3, 1, 11, 8, tied_embeddings=False)
 @pytest.fixture(autouse=True)
 def _processors() -> Iterator[None]:
     yield
-    HostDevice.processors = 2
+    HostDevice.processors, HostDevice.shared_limit = 2, 99 << 10
 
 
 # Programs
@@ -91,6 +91,25 @@ def _processors() -> Iterator[None]:
 def test_every_value(config: ModelConfig, kind: str, kv: str, fusions: bool) -> None:
     """A prompt of 3 tokens by a program for 4, two steps of one token; every value of each."""
     check_runs(Pair(config, kind, kv, seed=1), [3, 1, 1], 4, fusions)
+
+
+@pytest.mark.parametrize(
+    ("kind", "kv", "kv_heads", "processors"),
+    [
+        ("f32", "f32", 2, 1), ("bf16", "f16", 4, 1), ("q8_0", "f32", 2, 1), ("q4_0", "f32", 1, 1), ("q4_1", "f32", 1, 1),
+        ("bf16", "f16", 2, 3), ("q4_k", "f16", 2, 1), ("q6_k", "f32", 4, 1), ("q4_k", "f32", 1, 3),
+    ],
+)  # fmt: skip
+def test_a_chain(kind: str, kv: str, kv_heads: int, processors: int) -> None:
+    """Many steps by one kernel: each by itself, and, where one block need not wait for others, all in one launch."""
+    HostDevice.processors, HostDevice.shared_limit = processors, 227 << 10
+    width, layers = (256, 1) if kind in ("q4_k", "q6_k") else (32, 2)
+    pair = Pair(ModelConfig(width, 2 * width, layers, 4, kv_heads, 21, 6, rope_pairing=HALF_SPLIT), kind, kv, seed=4)
+    decode = pair.programs(1)[0]
+    names = [launch.kernel.py_func.__name__ for launch in decode.launches_of(2, len(decode.plan.steps) - 1)]
+    assert names == ["chain_single_kernel" if kv_heads == 4 else "chain_grouped_kernel"]
+    check_runs(pair, [3, 1], 4, True)
+    check_whole_runs(pair, [1, 1], 1, True)
 
 
 @pytest.mark.parametrize("pairing", [INTERLEAVED, HALF_SPLIT])
@@ -484,10 +503,13 @@ def test_comparisons_can_fail() -> None:
     pair = Pair(SMALL)
     program, _ = pair.programs(1)
     for step in range(len(program.plan.steps)):
-        calls, program.calls[step] = program.calls[step], []
+        at = sum(map(len, program.launches[:step]))
+        launch, program._flat[at : at + 1] = program._flat[at], []
+        program.launches[step].clear()
         with pytest.raises(AssertionError):
             check_runs_of(pair, program)
-        program.calls[step] = calls
+        program._flat.insert(at, launch)
+        program.launches[step].append(launch)
         program._recordings.clear()
     check_runs_of(pair, program)
     with pytest.raises(AssertionError):

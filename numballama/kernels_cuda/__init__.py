@@ -5,6 +5,6 @@ it gets the operator's operands as `Array` and `Matrix`, its attributes and scra
 Shapes: T tokens at most, D the model's width, K and N a weight's columns and rows, S sequences, C the cache's length.
 """
 
-from . import attention, basic, gemm, gemv, prefill_attention, sampling
+from . import attention, basic, chain, gemm, gemv, prefill_attention, sampling
 
-__all__ = ["attention", "basic", "gemm", "gemv", "prefill_attention", "sampling"]
+__all__ = ["attention", "basic", "chain", "gemm", "gemv", "prefill_attention", "sampling"]

@@ -20,6 +20,10 @@ from numba import cuda
 
 from ..lowlevel_cuda.instructions import (
     address,
+    await_all,
+    await_all_but_3,
+    close_copies,
+    copy16,
     count_up,
     exp2,
     floats4,
@@ -27,6 +31,8 @@ from ..lowlevel_cuda.instructions import (
     let_successor_start,
     number,
     per_16_bytes,
+    shared_address,
+    shared_words4,
     store4,
     unpack8,
     wait_for_predecessor,
@@ -43,6 +49,8 @@ HEADS = 2
 """Heads of a group that a block computes together."""
 LEAST_KEYS = 128
 """Fewer keys than this are not worth a block of their own."""
+STAGES, STAGE_BYTES = 4, 32 * THREADS
+"""Of the ring through which keys come: 16 bytes a lane of a key and 16 of its value. `attend` awaits all but three."""
 FAR_BELOW = np.float32(-1e30)
 """A maximum of no numbers; finite, so that differences of two are numbers."""
 
@@ -54,29 +62,49 @@ def first_seen(length, window):
 
 
 @device
+def fetch_keys(slot, k_cache, v_cache, at, wanted):
+    """Start copying a lane's 16 bytes of a key and of its value; zeros if they are not wanted."""
+    count = 16 if wanted else 0
+    copy16(slot, address(k_cache, at), count)
+    copy16(slot + 16 * THREADS, address(v_cache, at), count)
+    close_copies()
+
+
+@device
+def place_of_lane(begin, k_cache, head_dim, lanes):
+    """(the first of this lane's keys, how many keys on its next one is, its first number of each, whether it has any)"""
+    lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
+    keys_at_once = 32 // lanes
+    d = (lane & (lanes - 1)) * per_16_bytes(k_cache)
+    mine = d < head_dim
+    return begin + warp * keys_at_once + lane // lanes, WARPS * keys_at_once, d if mine else 0, mine
+
+
+@device
+def fetch_first_keys(cache_at, k_cache, v_cache, begin, end, newest, head_dim, lanes, ring):
+    """Fill the ring with the first of the keys [begin, end), without key `newest`, which may not be there yet."""
+    p, step, d, mine = place_of_lane(begin, k_cache, head_dim, lanes)
+    last = end - 1
+    for turn in range(STAGES):
+        keep_loop()
+        here = p + turn * step
+        at = cache_at + min(here, last) * head_dim + d
+        fetch_keys(ring + turn * STAGE_BYTES, k_cache, v_cache, at, mine and here <= last and here != newest)
+
+
+@device
 def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, newest, head_dim, lanes, factor, most, total,
-           values):  # fmt: skip
+           values, ring):  # fmt: skip
     """One warp's share of keys [begin, end) for `most.size` heads: their maxima, sums and weighted values, by lane.
 
-    `factor` is log2(e) / sqrt(head_dim): powers are of 2. Waits for the predecessor, who writes key `newest` and q; the
-    first keys are loaded before, the next ones always while the last are worked on.
+    `factor` is log2(e) / sqrt(head_dim): powers are of 2. Keys come through a ring in shared memory, of which a lane
+    reads what it copied itself; all but `newest` were on their way before q was known. Ends behind a barrier.
     """
-    lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
     numbers = per_16_bytes(k_cache)
-    d = (lane & (lanes - 1)) * numbers
-    mine = d < head_dim
-    keys_at_once = 32 // lanes
-    step = WARPS * keys_at_once
-    p = begin + warp * keys_at_once + lane // lanes
-    here = min(p, end - 1)
-    # keys of this run's tokens are not there before the predecessor has ended; those of earlier runs are
-    known = newest if cuda.gridDim.y == 1 else 0
-    at = cache_at + min(here, max(known - 1, 0)) * head_dim + (d if mine else 0)
-    key_words, value_words = words4(address(k_cache, at)), words4(address(v_cache, at))
-    wait_for_predecessor()
-    if here >= known:
-        at = cache_at + here * head_dim + (d if mine else 0)
-        key_words, value_words = words4(address(k_cache, at)), words4(address(v_cache, at))
+    p, step, d, mine = place_of_lane(begin, k_cache, head_dim, lanes)
+    last, turn = end - 1, 0
+    at = cache_at + newest * head_dim + d
+    new_key, new_value = words4(address(k_cache, at)), words4(address(v_cache, at))
     query = cuda.local.array((HEADS, 8), np.float32)
     for h in range(most.size):
         most[h], total[h] = FAR_BELOW, np.float32(0)
@@ -91,9 +119,12 @@ def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, newest, 
                 for i in range(4):
                     query[h, 4 + i] = high[i] * factor
     for _ in range(begin, end, step):
+        await_all_but_3()
+        slot = ring + (turn & (STAGES - 1)) * STAGE_BYTES
+        key_words, value_words = shared_words4(slot), shared_words4(slot + 16 * THREADS)
+        if p == newest:
+            key_words, value_words = new_key, new_value
         key, value = unpack8(k_cache, key_words), unpack8(v_cache, value_words)
-        at = cache_at + min(p + step, end - 1) * head_dim + (d if mine else 0)
-        key_words, value_words = words4(address(k_cache, at)), words4(address(v_cache, at))
         for h in range(most.size):
             score = np.float32(0)
             for i in range(8):
@@ -112,13 +143,19 @@ def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, newest, 
             total[h] = total[h] * shrink + weight
             for i in range(8):
                 values[h, i] = values[h, i] * shrink + weight * value[i]
+        here = p + STAGES * step
+        at = cache_at + min(here, last) * head_dim + d
+        fetch_keys(slot, k_cache, v_cache, at, mine and here <= last and here != newest)
+        turn += 1
         p += step
+    await_all()
+    cuda.syncthreads()  # `join` writes where the ring is
 
 
 @device
-def join(most, total, values, lanes, shared, head_dim, inverse_head_dim, numbers):
+def join(most, total, values, lanes, shared, base, head_dim, inverse_head_dim, numbers):
     """Join what the groups of lanes of a block have: head h's maximum, sum and values come into shared memory at
-    h · (head_dim + 4).
+    base + h · (head_dim + 4).
 
     Every group writes its values; a warp a head weighs the groups by their maxima; a thread a number adds them up.
     """
@@ -129,7 +166,7 @@ def join(most, total, values, lanes, shared, head_dim, inverse_head_dim, numbers
     groups = WARPS << log2_groups
     group = (warp << log2_groups) + (lane >> (5 - log2_groups))
     width = head_dim + 4  # keeps rows 16-byte aligned, and their first numbers in different banks
-    rows, weights = most.size * width, most.size * width * (groups + 1)
+    rows, weights = base + most.size * width, base + most.size * width * (groups + 1)
     d = (lane & (lanes - 1)) * numbers
     for h in range(most.size):
         at = rows + (h * groups + group) * width
@@ -155,7 +192,7 @@ def join(most, total, values, lanes, shared, head_dim, inverse_head_dim, numbers
             whole += shared[at + 1] * weight
         whole = warp_sum(whole)
         if lane == 0:
-            shared[warp * width + head_dim], shared[warp * width + head_dim + 1] = higher, whole
+            shared[base + warp * width + head_dim], shared[base + warp * width + head_dim + 1] = higher, whole
     cuda.syncthreads()
     for n in range(cuda.threadIdx.x, most.size * head_dim, THREADS):
         keep_loop()
@@ -168,7 +205,7 @@ def join(most, total, values, lanes, shared, head_dim, inverse_head_dim, numbers
             other += shared[at + (g + 1) * width] * shared[weight_at + g + 1]
             value += shared[at + (g + 2) * width] * shared[weight_at + g + 2]
             other += shared[at + (g + 3) * width] * shared[weight_at + g + 3]
-        shared[h * width + d] = value + other
+        shared[base + h * width + d] = value + other
     cuda.syncthreads()
 
 
@@ -179,31 +216,76 @@ WEIGHTS = MOST_SPLITS + 1
 
 
 @device
-def weigh_parts(parts, first, heads_here, used, head_dim, shared):
+def weigh_parts(parts, first, splits, heads_here, used, head_dim, shared, base):
     """Weights of a head's parts by their maxima, and the sum of their sums, into shared memory; a warp a head, a lane a
     part.
     """
     lane, warp, of_part = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, head_dim + 2
     if warp < heads_here:
-        at = (first + warp * cuda.gridDim.z + lane) * of_part + head_dim
+        at = (first + warp * splits + lane) * of_part + head_dim
         most, total = FAR_BELOW, np.float32(0)
         if lane < used:
             most, total = parts[at], parts[at + 1]
         weight = exp2(most - warp_max(most))
         total = warp_sum(total * weight)
-        shared[WEIGHTS * warp + lane] = weight
+        shared[base + WEIGHTS * warp + lane] = weight
         if lane == 0:
-            shared[WEIGHTS * warp + MOST_SPLITS] = total
+            shared[base + WEIGHTS * warp + MOST_SPLITS] = total
     cuda.syncthreads()
 
 
 @device
-def weighed(parts, base, of_part, shared, h, part, used):
+def weighed(parts, first, of_part, shared, weights_at, part, used):
     """A part's number times its weight; 0 for a part that there is not."""
     value = np.float32(0)
     if part < used:
-        value = parts[base + part * of_part] * shared[WEIGHTS * h + part]
+        value = parts[first + part * of_part] * shared[weights_at + part]
     return value
+
+
+@device
+def keys_of_part(length, window, part, splits):
+    """(begin, end, parts used): which keys, of those that the last of `length` sees, are a part's; none if part >= used."""
+    first = first_seen(length, window)
+    seen = length - first
+    keys, used = max(LEAST_KEYS, seen), 1
+    if splits > 1 and seen > LEAST_KEYS:
+        keys = max(LEAST_KEYS, (seen + splits - 1) // splits)
+        used = (seen + keys - 1) // keys
+    begin = first + part * keys
+    return begin, min(length, begin + keys), used
+
+
+@device
+def write_heads(out, parts, counter, first_head, heads_here, part, used, splits, head_dim, inverse_head_dim, shared, base,
+                is_last):  # fmt: skip
+    """What `join` left: the result, or one of several parts, which the last block to come here joins."""
+    width, of_part = head_dim + 4, head_dim + 2
+    if used > 1:
+        for n in range(cuda.threadIdx.x, heads_here * of_part, THREADS):
+            keep_loop()
+            h = n // of_part
+            i = n - h * of_part
+            parts[((first_head + h) * splits + part) * of_part + i] = shared[base + h * width + i]
+        cuda.syncthreads()
+        if cuda.threadIdx.x == 0:
+            is_last[0] = count_up(counter) == used - 1
+        cuda.syncthreads()
+        if is_last[0]:
+            weigh_parts(parts, first_head * splits, splits, heads_here, used, head_dim, shared, base)
+    if used == 1 or is_last[0]:
+        for n in range(cuda.threadIdx.x, heads_here * head_dim, THREADS):
+            keep_loop()
+            h, d = split(n, head_dim, inverse_head_dim)
+            value, whole = shared[base + h * width + d], shared[base + h * width + head_dim + 1]
+            if used > 1:
+                first, weights_at = (first_head + h) * splits * of_part + d, base + WEIGHTS * h
+                value, whole = np.float32(0), shared[weights_at + MOST_SPLITS]
+                for i in range(0, used, 8):
+                    keep_loop()
+                    for j in range(8):  # written out by the compiler: eight loads under way at once
+                        value += weighed(parts, first, of_part, shared, weights_at, i + j, used)
+            out[(first_head + h) * head_dim + d] = value / whole
 
 
 @device
@@ -212,61 +294,30 @@ def attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, cou
               is_last):  # fmt: skip
     """The whole of it, `most.size` heads a block; blockIdx.x counts groups of heads, blockIdx.z parts of the keys."""
     shared = cuda.shared.array(0, np.float32)
-    t, heads_a_block = cuda.blockIdx.y, most.size
+    t, heads_a_block, splits = cuda.blockIdx.y, most.size, cuda.gridDim.z
     newest, sequence = positions[t], sequences[t]
     kv_head, sub = split(cuda.blockIdx.x, subgroups, inverse_subgroups)
-    first_head = kv_head * shared_by + sub * heads_a_block
+    first_head = t * kv_heads * shared_by + kv_head * shared_by + sub * heads_a_block
     heads_here = min(heads_a_block, shared_by - sub * heads_a_block)
-    heads = kv_heads * shared_by
-    length = newest + 1
-    first = first_seen(length, window)
-    seen = length - first
-    keys, used = max(LEAST_KEYS, seen), 1
-    if cuda.gridDim.z > 1 and seen > LEAST_KEYS:
-        keys = max(LEAST_KEYS, (seen + cuda.gridDim.z - 1) // cuda.gridDim.z)
-        used = (seen + keys - 1) // keys
+    begin, end, used = keys_of_part(newest + 1, window, cuda.blockIdx.z, splits)
     if cuda.blockIdx.z >= used:
         return
-    begin = first + cuda.blockIdx.z * keys
-    end = min(length, begin + keys)
     cache_at = (sequence * kv_heads + kv_head) * context * head_dim
     factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
-    numbers = per_16_bytes(k_cache)
-    attend(q, (t * heads + first_head) * head_dim, heads_here, cache_at, k_cache, v_cache, begin, end, newest, head_dim,
-           lanes, factor, most, total, values)  # fmt: skip
+    ring = shared_address(shared, 4 * cuda.threadIdx.x)
+    if cuda.gridDim.y > 1:
+        wait_for_predecessor()  # it writes several keys, and some may be this token's
+    fetch_first_keys(cache_at, k_cache, v_cache, begin, end, newest, head_dim, lanes, ring)
+    wait_for_predecessor()
+    attend(q, first_head * head_dim, heads_here, cache_at, k_cache, v_cache, begin, end, newest, head_dim, lanes, factor,
+           most, total, values, ring)  # fmt: skip
     let_successor_start()  # not before: its copies would stand in the way of this kernel's loads
-    join(most, total, values, lanes, shared, head_dim, inverse_head_dim, numbers)
-
-    width, of_part = head_dim + 4, head_dim + 2
-    if used > 1:
-        for n in range(cuda.threadIdx.x, heads_here * of_part, THREADS):
-            keep_loop()
-            h = n // of_part
-            i = n - h * of_part
-            part = (t * heads + first_head + h) * cuda.gridDim.z + cuda.blockIdx.z
-            parts[part * of_part + i] = shared[h * width + i]
-        cuda.syncthreads()
-        if cuda.threadIdx.x == 0:
-            counter = t * cuda.gridDim.x + cuda.blockIdx.x
-            is_last[0] = count_up(address(counters, counter)) == used - 1
-            if is_last[0]:
-                counters[counter] = 0
-        cuda.syncthreads()
-        if not is_last[0]:
-            return
-        weigh_parts(parts, (t * heads + first_head) * cuda.gridDim.z, heads_here, used, head_dim, shared)
-    for n in range(cuda.threadIdx.x, heads_here * head_dim, THREADS):
-        keep_loop()
-        h, d = split(n, head_dim, inverse_head_dim)
-        value, whole = shared[h * width + d], shared[h * width + head_dim + 1]
-        if used > 1:
-            base = (t * heads + first_head + h) * cuda.gridDim.z * of_part + d
-            value, whole = np.float32(0), shared[WEIGHTS * h + MOST_SPLITS]
-            for part in range(0, used, 8):
-                keep_loop()
-                for i in range(8):  # written out by the compiler: eight loads under way at once
-                    value += weighed(parts, base, of_part, shared, h, part + i, used)
-        out[(t * heads + first_head + h) * head_dim + d] = value / whole
+    join(most, total, values, lanes, shared, 0, head_dim, inverse_head_dim, per_16_bytes(k_cache))
+    counter = t * cuda.gridDim.x + cuda.blockIdx.x
+    write_heads(out, parts, address(counters, counter), first_head, heads_here, cuda.blockIdx.z, used, splits, head_dim,
+                inverse_head_dim, shared, 0, is_last)  # fmt: skip
+    if used > 1 and is_last[0] and cuda.threadIdx.x == 0:
+        counters[counter] = 0
 
 
 @at_once(2)
@@ -402,11 +453,16 @@ def fused_attention(
     counters = gpu.zeros(blocks * tokens)
     function = attention_grouped_kernel if heads_a_block > 1 else attention_single_kernel
     groups = WARPS * (32 // lanes)
-    shared = 4 * heads_a_block * max((head_dim + 4) * (groups + 1) + groups, WEIGHTS)
+    shared = max(STAGES * STAGE_BYTES, 4 * heads_a_block * max((head_dim + 4) * (groups + 1) + groups, WEIGHTS))
     subgroups = -(-together // heads_a_block)
     inverses = 1 / subgroups, 1 / head_dim
     arguments = (*common, parts, counters, kv_heads, together, context, head_dim, window, lanes, subgroups, *inverses)
-    return [Launch(function, (blocks, tokens, splits), THREADS, arguments, shared)]
+    row = {
+        "x": q, "k_cache": k_cache, "v_cache": v_cache, "positions": positions, "sequences": sequences, "out": out,
+        "parts": parts, "counters": counters, "kv_heads": kv_heads, "shared_by": together, "context": context,
+        "head_dim": head_dim, "window": window, "lanes": lanes, "subgroups": subgroups, "splits": parts.shape[2],
+    }  # fmt: skip
+    return [Launch(function, (blocks, tokens, splits), THREADS, arguments, shared, row)]
 
 
 # The three operators as the graph declares them

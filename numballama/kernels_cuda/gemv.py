@@ -52,8 +52,8 @@ from .products import (
     multiply,
     norm_factor,
     numbers_together,
+    payload_step,
     row_bytes,
-    stage_bytes,
     stage_of,
     stage_x,
     x_step,
@@ -153,8 +153,8 @@ def produce(mode, cursor, turn, own, shape, payload, rows, weights, scales, scal
         fetch(slot, a, a_scales, count, next_count, left, payload, scale_step, lane)
         fetch(slot + row_slot, b, b_scales, count, next_count, left, payload, scale_step, lane)
         next_chunk += 2 * slices
-        a += slices * stage_bytes(payload)
-        b += slices * stage_bytes(payload)
+        a += slices * payload_step(payload)
+        b += slices * payload_step(payload)
         a_scales += slices * (2 * scale_step)
         b_scales += slices * (2 * scale_step)
         if next_chunk >= chunks:
@@ -189,7 +189,7 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     s0, s1, s2, scale_stride = scales
     scale, size = (lane * numbers) >> shift, scale_bytes(s0)
     odd, scale_step = scale & 1, chunk_scales(payload, s0, numbers, shift)
-    on = lane * 16 + piece * stage_bytes(payload)
+    on = lane * 16 + piece * payload_step(payload)
     scales_on = first_scale(payload, s0, scale, lane) + piece * (2 * scale_step)
     weights = weights[0] + on, weights[1] + on, weights[2] + on, weights[3]
     addresses = address(s0, 0) + scales_on, address(s1, 0) + scales_on, address(s2, 0) + scales_on, scale_stride * size
@@ -246,6 +246,27 @@ def combined(shared, layout, local, which):
     return total
 
 
+@device
+def finish_linear(shared, layout, factor, start, rows, residual, added, held, out):
+    """out[start + row] = the sums of this block's rows, plus `residual` if `added`; the thread's first is `held`."""
+    for i in range(cuda.threadIdx.x, 2 * pairs_of_block(layout), THREADS):
+        row = 2 * (cuda.blockIdx.x + (i >> 1) * cuda.gridDim.x) + (i & 1)
+        if row < rows:
+            value = combined(shared, layout, i >> 1, i & 1) * factor
+            if added:
+                value += held if i < THREADS else residual[start + row]
+            out[start + row] = value
+
+
+@device
+def finish_gate_up(shared, layout, factor, start, out):
+    """out[start + row] = silu(gate) · up of this block's rows."""
+    for local in range(cuda.threadIdx.x, pairs_of_block(layout), THREADS):
+        gate = combined(shared, layout, local, 0) * factor
+        up = combined(shared, layout, local, 1) * factor
+        out[start + cuda.blockIdx.x + local * cuda.gridDim.x] = sigmoid_times(gate, up)
+
+
 @at_once(3)
 @cuda.jit
 def linear_kernel(tokens, x, norm, normed, eps, weight, stride, scales, scale_stride, shift, residual, added, out,
@@ -263,13 +284,7 @@ def linear_kernel(tokens, x, norm, normed, eps, weight, stride, scales, scale_st
                      (base, base, base, stride), (scales, scales, scales, scale_stride), shift, columns, layout, shared,
                      residual, mine, mine, wanted)  # fmt: skip
     factor = norm_factor(shared, layout[3], normed, columns, eps)
-    for i in range(cuda.threadIdx.x, 2 * pairs_of_block(layout), THREADS):
-        row = 2 * (cuda.blockIdx.x + (i >> 1) * cuda.gridDim.x) + (i & 1)
-        if row < rows:
-            value = combined(shared, layout, i >> 1, i & 1) * factor
-            if added:
-                value += held if i < THREADS else residual[t * rows + row]
-            out[t * rows + row] = value
+    finish_linear(shared, layout, factor, t * rows, rows, residual, added, held, out)
 
 
 @at_once(3)
@@ -284,11 +299,7 @@ def gate_up_kernel(tokens, x, norm, normed, eps, w1, w3, stride, s1, s3, scale_s
     layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
     stream(GATE_UP, (0, 0, 0, 0, np.float32(0)), x, t * columns, norm, normed, w1, (a, b, b, stride),
            (s1, s3, s3, scale_stride), shift, columns, layout, shared, x, 0, 0, False)  # fmt: skip
-    factor = norm_factor(shared, layout[3], normed, columns, eps)
-    for local in range(cuda.threadIdx.x, pairs_of_block(layout), THREADS):
-        gate = combined(shared, layout, local, 0) * factor
-        up = combined(shared, layout, local, 1) * factor
-        out[t * rows + cuda.blockIdx.x + local * cuda.gridDim.x] = sigmoid_times(gate, up)
+    finish_gate_up(shared, layout, norm_factor(shared, layout[3], normed, columns, eps), t * rows, out)
 
 
 @at_once(3)
@@ -328,28 +339,11 @@ def turning(local, pairs, of_rows, head_dim, inverse_head_dim, interleaved):
     return d >> 1 if interleaved else min(d, (head_dim >> 1) - 1)
 
 
-@at_once(3)
-@cuda.jit
-def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, scale_stride, shift, angles,
-                    positions, sequences, q, k_cache, v_cache, q_rows, kv_rows, head_dim, interleaved, context,
-                    kv_heads, inverse_head_dim, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks, each,
-                    over, ahead):  # fmt: skip
-    """Queries, turned by RoPE, into q; keys, turned, and values into the cache, at the token's position."""
-    if beyond(tokens):
-        return
-    shared = cuda.shared.array(0, np.float32)
-    t, pairs, q_pairs, k_pairs = cuda.blockIdx.y, (q_rows >> 1) + kv_rows, q_rows >> 1, kv_rows >> 1
-    half = 0 if interleaved else head_dim >> 1
-    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
-    inverse = np.float32(2) * inverse_head_dim
-    of_rows = 0, q_pairs, k_pairs, half, inverse
-    position, sequence = positions[t], sequences[t]
-    angle = turning(cuda.threadIdx.x, pairs, of_rows, head_dim, inverse_head_dim, interleaved) + t * head_dim
-    cos, sin = stream(
-        QKV, of_rows, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
-        (sq, sk, sv, scale_stride), shift, columns, layout, shared, angles, angle, angle + (head_dim >> 1), True,
-    )  # fmt: skip
-    factor = norm_factor(shared, layout[3], normed, columns, eps)
+@device
+def finish_qkv_rope(shared, layout, factor, of_rows, t, pairs, angles, cos, sin, q, k_cache, v_cache, q_rows, head_dim,
+                    inverse_head_dim, interleaved, context, kv_heads, position, sequence):  # fmt: skip
+    """Turned queries into q, turned keys and values into the cache; cos and sin are for the thread's first pair."""
+    half = of_rows[3]
     for i in range(cuda.threadIdx.x, pairs_of_block(layout), THREADS):
         section, row, _ = place(QKV, cuda.blockIdx.x + i * cuda.gridDim.x, of_rows)
         a = combined(shared, layout, i, 0) * factor
@@ -374,19 +368,61 @@ def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv
                 store_number(v_cache, at + apart, b)
 
 
+@at_once(3)
+@cuda.jit
+def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, scale_stride, shift, angles,
+                    positions, sequences, q, k_cache, v_cache, q_rows, kv_rows, head_dim, interleaved, context,
+                    kv_heads, inverse_head_dim, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks, each,
+                    over, ahead):  # fmt: skip
+    """Queries, turned by RoPE, into q; keys, turned, and values into the cache, at the token's position."""
+    if beyond(tokens):
+        return
+    shared = cuda.shared.array(0, np.float32)
+    t, pairs, q_pairs, k_pairs = cuda.blockIdx.y, (q_rows >> 1) + kv_rows, q_rows >> 1, kv_rows >> 1
+    half = 0 if interleaved else head_dim >> 1
+    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
+    inverse = np.float32(2) * inverse_head_dim
+    of_rows = 0, q_pairs, k_pairs, half, inverse
+    position, sequence = positions[t], sequences[t]
+    angle = turning(cuda.threadIdx.x, pairs, of_rows, head_dim, inverse_head_dim, interleaved) + t * head_dim
+    cos, sin = stream(
+        QKV, of_rows, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
+        (sq, sk, sv, scale_stride), shift, columns, layout, shared, angles, angle, angle + (head_dim >> 1), True,
+    )  # fmt: skip
+    factor = norm_factor(shared, layout[3], normed, columns, eps)
+    finish_qkv_rope(shared, layout, factor, of_rows, t, pairs, angles, cos, sin, q, k_cache, v_cache, q_rows, head_dim,
+                    inverse_head_dim, interleaved, context, kv_heads, position, sequence)  # fmt: skip
+
+
 # How they are launched
+
+
+def division(weight: Matrix, pairs: int, blocks: int) -> tuple[int, int]:
+    """(chunks of a row, warps that share a pair of rows) where so many blocks share the pairs."""
+    chunks = -(-weight.shape[1] // (32 * stage_of(weight.payload.dtype)[0]))
+    mine = -(-pairs // blocks)
+    # a stage's time for each stage of the busiest warp, and half of one for each pair's sums to meet
+    slices = min((1, 2, 4, 8), key=lambda n: -(-mine // (WARPS // n)) * (-(-chunks // (2 * n)) + 0.5))
+    return chunks, slices
+
+
+def stage_bytes(weight: Matrix) -> int:
+    """Of one stage of a warp's ring: two rows' chunks, with their scales."""
+    return 2 * stage_of(weight.payload.dtype)[1]
+
+
+def x_floats(weight: Matrix, chunks: int) -> int:
+    """Float32 places that x takes in shared memory."""
+    return (chunks + 1) * stage_of(weight.payload.dtype)[2]
 
 
 def _shape(gpu: Gpu, weight: Matrix, pairs: int, tokens: int) -> tuple[tuple[int, int], tuple[int, ...], int]:
     """Grid, the last arguments (slices to ahead) and the bytes of shared memory of a `stream`."""
-    numbers, row, step = stage_of(weight.payload.dtype)
-    chunks = -(-weight.shape[1] // (32 * numbers))
     blocks = min(gpu.processors, pairs)
     mine = -(-pairs // blocks)
-    # a stage's time for each stage of the busiest warp, and half of one for each pair's sums to meet
-    slices = min((1, 2, 4, 8), key=lambda n: -(-mine // (WARPS // n)) * (-(-chunks // (2 * n)) + 0.5))
-    ring = WARPS * DEPTH * 2 * row // 4
-    sums = ring + (chunks + 1) * step
+    chunks, slices = division(weight, pairs, blocks)
+    ring = WARPS * DEPTH * stage_bytes(weight) // 4
+    sums = ring + x_floats(weight, chunks)
     partial = sums + WARPS
     places = slices, slices.bit_length() - 1, ring, sums, partial, chunks, *divmod(pairs, blocks), DEPTH - 1
     return (blocks, tokens), places, max(4 * (partial + 2 * mine * slices), min(TWO_FIT, gpu.shared_limit))
@@ -401,7 +437,12 @@ def _launch_linear(
         gpu.tokens, x, norm or x, int(norm is not None), eps, weight.payload, weight.stride, weight.scales,
         weight.scale_stride, weight.shift, residual or x, int(residual is not None), out, rows, columns, *places,
     )  # fmt: skip
-    return [Launch(linear_kernel, grid, THREADS, arguments, shared)]
+    row = {
+        "mode": LINEAR, "x": x, "norm": norm or x, "normed": int(norm is not None), "eps": eps, "w0": weight,
+        "last": rows - 1, "pairs": -(-rows // 2), "out": out, "residual": residual or x,
+        "added": int(residual is not None),
+    }  # fmt: skip
+    return [Launch(linear_kernel, grid, THREADS, arguments, shared, row)]
 
 
 @kernel("linear", "cuda", "f32", MATRIX)
@@ -428,7 +469,11 @@ def _launch_gate_up(
         gpu.tokens, x, norm or x, int(norm is not None), eps, w1.payload, w3.payload, w1.stride, w1.scales, w3.scales,
         w1.scale_stride, w1.shift, out, rows, columns, *places,
     )  # fmt: skip
-    return [Launch(gate_up_kernel, grid, THREADS, arguments, shared)]
+    row = {
+        "mode": GATE_UP, "x": x, "norm": norm or x, "normed": int(norm is not None), "eps": eps, "w0": w1, "w1": w3,
+        "pairs": rows, "out": out,
+    }  # fmt: skip
+    return [Launch(gate_up_kernel, grid, THREADS, arguments, shared, row)]
 
 
 def gate_up(gpu: Gpu, x: Array, w1: Matrix, w3: Matrix, out: Array) -> list[Launch]:
@@ -477,7 +522,14 @@ def norm_qkv_rope(
     grid, first, rest, shared = _qkv_operands(gpu, x, norm, eps, (wq, wk, wv))
     middle = (angles, positions, sequences, out, k_cache, v_cache, wq.shape[0], wk.shape[0], head_dim, interleaved)
     cache = k_cache.shape[2], k_cache.shape[1], 1.0 / head_dim
-    return [Launch(qkv_rope_kernel, grid, THREADS, (*first, *middle, *cache, *rest), shared)]
+    row = {
+        "mode": QKV, "x": x, "norm": norm, "normed": 1, "eps": eps, "w0": wq, "w1": wk, "w2": wv,
+        "pairs": wq.shape[0] // 2 + wk.shape[0], "q_pairs": wq.shape[0] // 2, "k_pairs": wk.shape[0] // 2,
+        "half": 0 if interleaved else head_dim // 2, "out": out, "angles": angles, "k_cache": k_cache,
+        "v_cache": v_cache, "positions": positions, "sequences": sequences, "head_dim": head_dim,
+        "interleaved": interleaved, "context": k_cache.shape[2], "kv_heads": k_cache.shape[1],
+    }  # fmt: skip
+    return [Launch(qkv_rope_kernel, grid, THREADS, (*first, *middle, *cache, *rest), shared, row)]
 
 
 CACHE = ("f32", "f16", "bf16")

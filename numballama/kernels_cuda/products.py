@@ -78,7 +78,7 @@ def row_bytes(payload):
 
 
 @device
-def stage_bytes(payload):
+def payload_step(payload):
     """Bytes of a row's payload that a stage has."""
     return CHUNK_BYTES if is_q6_k(payload) else 2 * CHUNK_BYTES
 
@@ -255,23 +255,31 @@ def stage_x(x, start, norm, normed, columns, payload, shared, x_at, sums_at):
     padded = (columns + width - 1) & -width
     squares = np.float32(0)
     if columns & 3 == 0:
-        for first in range(4 * cuda.threadIdx.x, padded, 16 * THREADS):
+        # all loads are under way at once, the memory answers after half a microsecond: four quarters of x with the
+        # norm's weights for them, or eight
+        also, also_at = 0, 0
+        if not normed:
+            also, also_at = 16 * THREADS, start
+        for first in range(4 * cuda.threadIdx.x, padded, 16 * THREADS + also):
             keep_loop()
-            # all loads are under way at once: the memory answers after half a microsecond
-            limit = columns if normed else 0
-            n0, n1 = floats4_or_0(norm, 0, first, limit), floats4_or_0(norm, 0, first + 4 * THREADS, limit)
-            n2 = floats4_or_0(norm, 0, first + 8 * THREADS, limit)
-            n3 = floats4_or_0(norm, 0, first + 12 * THREADS, limit)
+            more = first + also
+            n0 = floats4_or_0(norm, also_at, more, columns)
+            n1 = floats4_or_0(norm, also_at, more + 4 * THREADS, columns)
+            n2 = floats4_or_0(norm, also_at, more + 8 * THREADS, columns)
+            n3 = floats4_or_0(norm, also_at, more + 12 * THREADS, columns)
             x0, x1 = floats4_or_0(x, start, first, columns), floats4_or_0(x, start, first + 4 * THREADS, columns)
             x2 = floats4_or_0(x, start, first + 8 * THREADS, columns)
             x3 = floats4_or_0(x, start, first + 12 * THREADS, columns)
             if normed:
                 squares += squared(x0) + squared(x1) + squared(x2) + squared(x3)
                 x0, x1, x2, x3 = times4(x0, n0), times4(x1, n1), times4(x2, n2), times4(x3, n3)
-            put4(shared, x_at, first, padded, numbers, payload, x0)
-            put4(shared, x_at, first + 4 * THREADS, padded, numbers, payload, x1)
-            put4(shared, x_at, first + 8 * THREADS, padded, numbers, payload, x2)
-            put4(shared, x_at, first + 12 * THREADS, padded, numbers, payload, x3)
+            for k in range(first, first + also + 1, 16 * THREADS):
+                keep_loop()
+                put4(shared, x_at, k, padded, numbers, payload, x0)
+                put4(shared, x_at, k + 4 * THREADS, padded, numbers, payload, x1)
+                put4(shared, x_at, k + 8 * THREADS, padded, numbers, payload, x2)
+                put4(shared, x_at, k + 12 * THREADS, padded, numbers, payload, x3)
+                x0, x1, x2, x3 = n0, n1, n2, n3
     else:
         for first in range(4 * cuda.threadIdx.x, padded, 4 * THREADS):
             keep_loop()

@@ -411,11 +411,13 @@ class Call:
         config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
         config.sharedMemBytes = launch.shared_bytes
         config.hStream = device.stream
-        if device.capability >= (9, 0):
-            attribute = driver.CUlaunchAttribute()
+        attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+        if launch.together:
+            attribute.id, value.cooperative = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_COOPERATIVE, 1
+        elif device.capability >= (9, 0):
             attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            value = driver.CUlaunchAttributeValue()
             value.programmaticStreamSerializationAllowed = 1
+        if launch.together or device.capability >= (9, 0):
             attribute.value = value
             config.attrs, config.numAttrs = [attribute], 1
         self._config = config

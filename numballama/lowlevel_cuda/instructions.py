@@ -76,6 +76,18 @@ def address(typingctx, memory, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def pointer_at(typingctx, like, where):  # type: ignore[no-untyped-def]
+    """A pointer of the same type as `like` to a global address."""
+    if not isinstance(like, types.CPointer):
+        return None
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(args[1], args[0].type)
+
+    return like(like, types.int64), codegen
+
+
+@intrinsic
 def shared_address(typingctx, memory, index):  # type: ignore[no-untyped-def]
     """Address of an element of a shared array, as the functions that copy to and load from shared memory take it."""
     if not isinstance(memory, types.Array):
@@ -633,6 +645,37 @@ def count_up(typingctx, counter):  # type: ignore[no-untyped-def]
                     "=r,l,~{memory}", args)  # fmt: skip
 
     return types.int32(types.int64), codegen
+
+
+@intrinsic
+def arrive(typingctx, counter):  # type: ignore[no-untyped-def]
+    """Add 1 to a uint32 at a global address, after all that this thread, and those it met at a barrier, wrote."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        _asm(builder, VOID, "fence.acq_rel.gpu; red.relaxed.gpu.global.add.u32 [$0], 1;", "l,~{memory}", args)
+        return context.get_dummy_value()
+
+    return types.void(types.int64), codegen
+
+
+@intrinsic
+def arrived(typingctx, counter):  # type: ignore[no-untyped-def]
+    """What `arrive` has counted so far; what those threads wrote can be read after it."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _asm(builder, I32, "ld.acquire.gpu.global.u32 $0, [$1];", "=r,l,~{memory}", args)
+
+    return types.int32(types.int64), codegen
+
+
+@intrinsic
+def clock(typingctx):  # type: ignore[no-untyped-def]
+    """Nanoseconds of a clock that all multiprocessors share."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _asm(builder, I64, "mov.u64 $0, %globaltimer;", "=l,~{memory}", [])
+
+    return types.int64(), codegen
 
 
 @intrinsic

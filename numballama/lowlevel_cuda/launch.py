@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,6 +71,10 @@ class Launch:
     threads: int
     arguments: tuple[Argument, ...]
     shared_bytes: int = 0
+    row: Mapping[str, Any] | None = None
+    """What the launch does, for `kernels_cuda.chain` to do it as one of many steps of a kernel; None if it cannot."""
+    together: bool = False
+    """Whether all blocks must run at the same time, as they wait for each other."""
 
     @property
     def kinds(self) -> tuple[str, ...]:
