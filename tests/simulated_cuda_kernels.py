@@ -97,8 +97,8 @@ def test_every_value(config: ModelConfig, kind: str, kv: str, fusions: bool) -> 
 @pytest.mark.parametrize(
     ("kind", "kv", "kv_heads", "processors"),
     [
-        ("f32", "f32", 2, 1), ("bf16", "f16", 4, 1), ("q8_0", "f32", 2, 1), ("q4_0", "f32", 1, 1), ("q4_1", "f32", 1, 1),
-        ("bf16", "f16", 2, 3), ("q4_k", "f16", 1, 1), ("q6_k", "f32", 1, 1),
+        ("f32", "f32", 2, 1), ("bf16", "f16", 4, 1), ("q8_0", "f32", 2, 1), ("q4_0", "f32", 1, 1),
+        ("q4_1", "f32", 1, 1), ("bf16", "f16", 2, 3), ("q4_k", "f16", 1, 1), ("q6_k", "f32", 1, 1),
     ],
 )  # fmt: skip
 def test_a_chain(kind: str, kv: str, kv_heads: int, processors: int) -> None:

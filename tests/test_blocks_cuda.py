@@ -1,4 +1,4 @@
-"""How blocks are laid out for a GPU: read as `blocks_cuda` describes it, the numbers are those of the blocks, exactly."""
+"""How blocks are laid out for a GPU: read as `blocks_cuda` describes it, the numbers are exactly those of the blocks."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ number of W once. Tensor cores take 16-bit operands:
 
 - X becomes bfloat16 where W is, else float16, in a pass of its own that also does RMSNorm. Each row is multiplied by a
   power of two that brings its largest number to [2^14, 2^15), and its results are divided by it again, exactly.
-- int8 and 4-bit weights are expanded to float16 in scratch first: a few hundred MB of traffic against some 10^11
+- Quantised weights are expanded to float16 in scratch first: a few hundred MB of traffic against some 10^11
   operations. float32 weights stay float32 and are multiplied without tensor cores.
 - A block of four warps computes 128 tokens × 128 columns, 64 × 64 a warp: each lane holds 128 sums. 64 columns of X and
   W at a time come into a ring of `stages` in shared memory, copied behind the threads' backs; a lane's fragments of the
