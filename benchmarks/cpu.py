@@ -38,6 +38,7 @@ def command(*words: object, **environment: str) -> str:
 def numballama(options: argparse.Namespace) -> dict[str, Any]:
     """One process of our own bench."""
     words = ("--threads", options.threads, "--prompt-tokens", options.prompt_tokens, "--tokens", options.tokens)
+    words += ("--activations", options.activations)
     return json.loads(command(sys.executable, "-m", "numballama", "bench", options.model, *words, "--json"))
 
 
@@ -115,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--llama2c", metavar="RUN")
     parser.add_argument("--llama-cpp", nargs=2, metavar=("PYTHON", "GGUF"))
     parser.add_argument("--no-repack", action="store_true", help="keep llama.cpp from repacking weights (AMX crashes)")
+    parser.add_argument("--activations", default="f32", help="ours: f32, or int8 as llama.cpp has them")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompt-tokens", type=int, default=128)

@@ -53,6 +53,7 @@ def compile(
     rope_theta: float | None = None,
     norm_eps: float | None = None,
     fusions: bool | Sequence[str] = True,
+    activations: str = "f32",
 ) -> Model:
     """Open a model file, compile it for a device and return it ready to generate.
 
@@ -70,6 +71,9 @@ def compile(
     rope_pairing: "interleaved" or "half"; with `rope_theta` and `norm_eps`, replaces what a file says or leaves out.
     fusions: which passes of `graph.FUSIONS` join ops: all (True), none (False) or those named. The logits stay the
     same.
+    activations: what quantised weights are multiplied with on the CPU: "f32", or "int8" to round activations in blocks,
+        as llama.cpp does: faster prompts, and logits that differ by as much as that rounding. llama2.c v2 files are
+        computed with int8 activations in any case, as its own program does.
 
     Raises `FormatError` for a damaged file, `UnsupportedError` for what this version cannot do, `DeviceError` for a
     device that is not there, `Error` for arguments that make no sense.
@@ -88,6 +92,7 @@ def compile(
         rope_theta=rope_theta,
         norm_eps=norm_eps,
         fusions=fusions,
+        activations=activations,
     )
 
 

@@ -112,6 +112,7 @@ def bench(model: Model, prompt_tokens: int = 128, tokens: int = 64, repeats: int
         "device": model.device,
         "threads": model.threads,
         "types": sorted({str(weight.type) for weight in model.weights.values()}),
+        "activations": model.activations,
         "prompt_tokens": prompt_tokens,
         "tokens": tokens,
         "repeats": repeats,

@@ -12,6 +12,7 @@ multiply-adds round once as well.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -32,7 +33,7 @@ RECORDS = {
 """Type → its block: `d` and `m`, float16 bits, are factors of scales and of least numbers; `q` are the integers."""
 
 KINDS = {name: from_dtype(record) for name, record in RECORDS.items()}
-_NAMES = {kind: name for name, kind in KINDS.items()}
+NAMES_OF_KINDS = {kind: name for name, kind in KINDS.items()}
 NUMBERS = {"q8_0": 32, "q4_0": 32, "q4_1": 32, "q4_k": 256, "q6_k": 256}
 """Numbers of a block."""
 
@@ -57,7 +58,7 @@ def _all(kind: Any, number: float) -> Any:
     return ir.Constant(kind, [number] * kind.count)
 
 
-class _Block:
+class Block:
     """One block at an address, while code for it is written."""
 
     def __init__(self, builder: Any, name: str, pointer: Any) -> None:
@@ -125,26 +126,26 @@ class _Block:
 # Decoders: (index of the first, LANES numbers of a block as float32), for all numbers of the block.
 
 
-def _q8_0(block: _Block) -> Iterator[tuple[int, Any]]:
+def _q8_0(block: Block) -> Iterator[tuple[int, Any]]:
     scale = block.spread(block.half("d"))
     for start in (0, 16):
         yield start, block.times(block.floats(block.octets("q", start, signed=True)), scale)
 
 
-def _q4_0(block: _Block) -> Iterator[tuple[int, Any]]:
+def _q4_0(block: Block) -> Iterator[tuple[int, Any]]:
     packed, scale = block.octets("q"), block.spread(block.half("d"))
     for start, shift in ((0, 0), (16, 4)):
         yield start, block.steps(packed, shift, scale, first=-8)
 
 
-def _q4_1(block: _Block) -> Iterator[tuple[int, Any]]:
+def _q4_1(block: Block) -> Iterator[tuple[int, Any]]:
     packed, scale, least = block.octets("q"), block.spread(block.half("d")), block.spread(block.half("m"))
     for start, shift in ((0, 0), (16, 4)):
         yield start, block.steps(packed, shift, scale, least=least)
 
 
-def _q4_k(block: _Block) -> Iterator[tuple[int, Any]]:
-    """Eight runs of 32, each with a scale and a least number of 6 bits, times the block's `d` and `m`.
+def six_bit_factors(block: Block) -> tuple[Any, Any]:
+    """Scales and least numbers of a q4_k block's eight runs, of 6 bits each, times the block's `d` and `m`.
 
     Bytes 0-3 of `scales` hold the first four scales, 4-7 the first four least numbers, in their low 6 bits; the others
     have their low 4 bits in bytes 8-11, scales below least numbers, and their high 2 bits on top of bytes 0-7.
@@ -158,7 +159,12 @@ def _q4_k(block: _Block) -> Iterator[tuple[int, Any]]:
         joined = builder.zext(builder.shuffle_vector(block.bits(half, 0, 63), rest, order), _vector(INT32, 8))
         return builder.fmul(block.floats(joined), block.spread(block.half(field), 8))
 
-    scales, least = factors(first, 0, "d"), builder.fneg(factors(second, 4, "m"))
+    return factors(first, 0, "d"), builder.fneg(factors(second, 4, "m"))
+
+
+def _q4_k(block: Block) -> Iterator[tuple[int, Any]]:
+    """Eight runs of 32, a pair of them in the low and the high 4 bits of 32 bytes."""
+    scales, least = six_bit_factors(block)
     for pair in range(4):
         packed = [block.octets("q", 32 * pair + start) for start in (0, 16)]
         for run, shift in ((2 * pair, 0), (2 * pair + 1, 4)):
@@ -167,7 +173,7 @@ def _q4_k(block: _Block) -> Iterator[tuple[int, Any]]:
                 yield 32 * run + 16 * half, numbers
 
 
-def _q6_k(block: _Block) -> Iterator[tuple[int, Any]]:
+def _q6_k(block: Block) -> Iterator[tuple[int, Any]]:
     """Sixteen runs of 16 with 8-bit scales, times the block's `d`; numbers of 6 bits, which count from -32.
 
     For each half of 128 numbers: 64 bytes with the low 4 bits, of numbers 0-63 below those of 64-127, and 32 bytes
@@ -188,7 +194,7 @@ def _q6_k(block: _Block) -> Iterator[tuple[int, Any]]:
                 yield 16 * run, block.times(block.floats(numbers), block.lane(scales, run))
 
 
-_DECODERS: dict[str, Callable[[_Block], Iterator[tuple[int, Any]]]] = {
+_DECODERS: dict[str, Callable[[Block], Iterator[tuple[int, Any]]]] = {
     "q8_0": _q8_0,
     "q4_0": _q4_0,
     "q4_1": _q4_1,
@@ -197,33 +203,40 @@ _DECODERS: dict[str, Callable[[_Block], Iterator[tuple[int, Any]]]] = {
 }
 
 
-def _for_vectors(builder: Any, name: str, blocks: Any, locate: Any, use: Any) -> None:
-    """Code that calls use(index of the first number, vector, which) for all LANES numbers of `blocks` blocks.
+def for_blocks(builder: Any, name: str, blocks: Any, locate: Any, body: Callable[[Any, Block], None]) -> None:
+    """Code that calls body(index, block) for `blocks` blocks, whose addresses `locate` gives, and asks for later ones.
 
-    `locate` gives a block's address; `which` counts the vectors of a loop's round. Small blocks are taken four a round.
+    Small blocks are taken four a round.
     """
-    numbers = NUMBERS[name]
     kind = ir.FunctionType(ir.VoidType(), [INT8.as_pointer(), INT32, INT32, INT32])
     prefetch = builder.module.declare_intrinsic("llvm.prefetch", [INT8.as_pointer()], kind)
-    a_round = max(1, 128 // numbers)
+    a_round = max(1, 128 // NUMBERS[name])
     whole = builder.mul(builder.udiv(blocks, _int(INT64, a_round)), _int(INT64, a_round))
     for begin, end, step in ((_int(INT64, 0), whole, a_round), (whole, blocks, 1)):
         with cgutils.for_range_slice(builder, begin, end, _int(INT64, step)) as (index, _):
-            which = 0
             for line in range(0, step * RECORDS[name].itemsize, 64):
                 ahead = builder.gep(locate(index), [_int(INT64, line + AHEAD)])
                 builder.call(prefetch, [ahead, *(_int(INT32, number) for number in (0, 3, 1))])
             for offset in range(step):
                 block = builder.add(index, _int(INT64, offset))
-                start = builder.mul(block, _int(INT64, numbers))
-                for first, vector in _DECODERS[name](_Block(builder, name, locate(block))):
-                    use(builder.add(start, _int(INT64, first)), vector, which)
-                    which += 1
+                body(block, Block(builder, name, locate(block)))
         if step == 1:
             break
 
 
-def _locator(context: Any, builder: Any, kind: Any, array: Any, first: Any) -> Any:
+def _for_vectors(builder: Any, name: str, blocks: Any, locate: Any, use: Any) -> None:
+    """Code that calls use(index of the first number, vector, which) for all LANES numbers of `blocks` blocks."""
+    which = count()
+
+    def body(index: Any, block: Block) -> None:
+        start = builder.mul(index, _int(INT64, NUMBERS[name]))
+        for first, vector in _DECODERS[name](block):
+            use(builder.add(start, _int(INT64, first)), vector, next(which))
+
+    for_blocks(builder, name, blocks, locate, body)
+
+
+def locator(context: Any, builder: Any, kind: Any, array: Any, first: Any) -> Any:
     def locate(block: Any) -> Any:
         pointer = element(context, builder, kind, array, builder.add(first, block))
         return builder.bitcast(pointer, INT8.as_pointer())
@@ -239,7 +252,7 @@ def dot_blocks(typingctx: Any, weights: Any, i: Any, x: Any, j: Any, blocks: Any
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        array, first, other, start, count = args
+        array, first, other, start, number = args
         zero = _all(_vector(FLOAT), 0.0)
         sums = [cgutils.alloca_once_value(builder, zero) for _ in range(SUMS)]
         for place in sums:
@@ -252,8 +265,8 @@ def dot_blocks(typingctx: Any, weights: Any, i: Any, x: Any, j: Any, blocks: Any
             product = builder.fmul(vector, numbers, flags=("contract",))
             builder.store(builder.fadd(builder.load(place), product, flags=("contract",)), place)
 
-        locate = _locator(context, builder, sig.args[0], array, first)
-        _for_vectors(builder, _NAMES[sig.args[0].dtype], count, locate, use)
+        locate = locator(context, builder, sig.args[0], array, first)
+        _for_vectors(builder, NAMES_OF_KINDS[sig.args[0].dtype], number, locate, use)
         first_two, last_two = (builder.fadd(*map(builder.load, sums[at : at + 2])) for at in (0, 2))
         return add_lanes(builder, builder.fadd(first_two, last_two))
 
@@ -265,14 +278,14 @@ def decode_blocks(typingctx: Any, weights: Any, i: Any, out: Any, j: Any, blocks
     """Write the numbers of `blocks` blocks from flat index i to float32 out from flat index j."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        array, first, other, start, count = args
+        array, first, other, start, number = args
 
         def use(index: Any, vector: Any, which: int) -> None:
             pointer = element(context, builder, sig.args[2], other, builder.add(start, index))
             builder.store(vector, builder.bitcast(pointer, vector.type.as_pointer()), align=4)
 
-        locate = _locator(context, builder, sig.args[0], array, first)
-        _for_vectors(builder, _NAMES[sig.args[0].dtype], count, locate, use)
+        locate = locator(context, builder, sig.args[0], array, first)
+        _for_vectors(builder, NAMES_OF_KINDS[sig.args[0].dtype], number, locate, use)
         return context.get_dummy_value()
 
     return types.void(weights, types.int64, out, types.int64, types.int64), codegen

@@ -159,6 +159,11 @@ def _model_options(command: argparse.ArgumentParser) -> None:
         "--context", type=int, metavar="N", help="length of the KV cache in tokens (default: the model's)"
     )
     group.add_argument("--kv-dtype", help="type of the KV cache: f32 (default of the CPU), f16 (of a GPU) or bf16")
+    group.add_argument(
+        "--activations",
+        default="f32",
+        help="f32 (default), or int8: round them where weights are quantised, as llama.cpp does (CPU)",
+    )
     group.add_argument("--threads", type=int, metavar="N", help="CPU workers (default: all)")
     _silent_options(group)
 
@@ -191,7 +196,7 @@ def _load(arguments: argparse.Namespace) -> Model:
     from . import compile
 
     names = ("tokenizer", "device", "dtype", "context", "kv_dtype", "threads", "rope_pairing", "rope_theta", "norm_eps")
-    return compile(arguments.model, **{name: getattr(arguments, name) for name in names})
+    return compile(arguments.model, **{name: getattr(arguments, name) for name in (*names, "activations")})
 
 
 def _sampling(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -80,6 +80,16 @@ RUNS_AS = {
 
 Q8_0_BLOCK, Q8_0_BYTES = BLOCKS["q8_0"]
 
+ROUNDED_AS = {"q8_0": "q8_0", "q4_0": "q8_0", "q4_1": "q8_1", "q4_k": "q8_k", "q6_k": "q8_k"}
+"""Block type of a weight → how activations that it is multiplied with are rounded to int8, as llama.cpp does."""
+
+ROUNDINGS: dict[str, tuple[int, int, str]] = {
+    "q8_0": (32, 32, "i32"),
+    "q8_1": (32, 32, "f32"),  # a sum is times its group's scale, and a float16
+    "q8_k": (256, 16, "i32"),
+}
+"""Name of such a rounding → numbers that share a scale, numbers that a sum is over, and the type of the sums."""
+
 
 DEFAULT_CONTEXT = 4096
 """A model made for more gets this many tokens of KV cache unless told otherwise."""

@@ -143,7 +143,7 @@ def _layout(weight: Weight) -> _Layout:
         numbers, nbytes = BLOCKS[kind]
         blocks = columns // numbers
         payload = "int8" if kind == "q8_0" else "q4_0"
-        return _Layout(weight, payload, blocks * (nbytes - 2), "f16", -(-blocks // 2) * 2, numbers)
+        return _Layout(weight, payload, blocks * (nbytes - 2), "f16", -(-blocks // 8) * 8, numbers)
     if kind in blocks_cuda.LAYOUTS:
         of_blocks = blocks_cuda.LAYOUTS[kind]
         return _Layout(weight, kind, columns // 2, of_blocks.scales, of_blocks.stride(columns), of_blocks.group)
@@ -152,9 +152,9 @@ def _layout(weight: Weight) -> _Layout:
         group = common & -common  # the largest power of two that divides both
         if weight.type.group % columns == 0 and columns % 16 == 0 and not columns & (columns - 1):
             group = columns
-        group = min(group, 512)  # a warp's 16 bytes a lane: no group spans two chunks
+        group = min(group, 64)  # of larger ones each 64 numbers get a scale: kernels take 64 at a time
         if group >= 16:
-            return _Layout(weight, "int8", columns, "f32", columns // group, group)
+            return _Layout(weight, "int8", columns, "f32", -(-columns // group // 4) * 4, group)
         return _Layout(weight, "f32", -(-columns * 4 // 16) * 16)
     return _layout(convert(weight, F16))  # block types that no kernel streams
 

@@ -14,6 +14,8 @@ from .errors import UnsupportedError
 from .files import expand
 from .formats import WRITERS
 from .memory import human
+from .tokenizer import BPETokenizer, Tokenizer
+from .tokenizers.huggingface import text_files
 
 FLOAT_ONLY = ("llama2c-v0", "llama2c-v1", "kuiper")
 INT8_ONLY = ("llama2c-v2", "kuiper-int8")
@@ -149,9 +151,8 @@ def _options(
     if to == "safetensors":
         ids = dict.fromkeys([*opened.stop_ids, *([own.eos_id] if own is not None and own.eos_id is not None else [])])
         files = _files(opened, tokenizer)
-        if own is not None and not files:
-            notes.append("the tokenizer is left out: there is no file of it that a Hugging Face directory can hold")
-        return {"bos_id": None if own is None else own.bos_id, "eos_ids": tuple(ids), "files": files}
+        texts = {} if own is None or files else _texts(own, opened, notes)
+        return {"bos_id": None if own is None else own.bos_id, "eos_ids": tuple(ids), "files": files, "texts": texts}
     if own is not None and tokenizer is None:
         notes.append(f"{to} files hold no tokenizer: give the one of {opened.path} when opening the copy")
     if to in INT8_ONLY:
@@ -166,6 +167,18 @@ def _group(opened: Checkpoint) -> int:
         return groups.pop()
     widths = (opened.config.dim, opened.config.hidden_dim)
     return next((g for g in _GROUPS if not any(width % g for width in widths)), quant.DEFAULT_GROUP)
+
+
+def _texts(own: Tokenizer, opened: Checkpoint, notes: list[str]) -> dict[str, str]:
+    """Files of a tokenizer, made for a Hugging Face directory; none, and a note why, where it cannot hold this one."""
+    try:
+        texts = text_files(own, opened.chat_template, opened.config.context)
+    except UnsupportedError as error:
+        notes.append(f"the tokenizer is left out: {error}")
+        return {}
+    if isinstance(own, BPETokenizer) and (lost := own.unreachable):
+        notes.append(f"tokens {', '.join(map(str, lost[:8]))} are spelled like others: the tokenizer is without them")
+    return texts
 
 
 def _files(opened: Checkpoint, tokenizer: str | PathLike[str] | None) -> tuple[Path, ...]:

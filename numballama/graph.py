@@ -13,7 +13,7 @@ from typing import Any
 
 from . import registry
 from .checks import strings
-from .config import INTERLEAVED, ModelConfig, WeightType
+from .config import INTERLEAVED, ROUNDED_AS, ModelConfig, WeightType
 from .errors import Error
 from .ir import DTYPES, Graph, Op, Value
 from .rope import rope_frequencies
@@ -60,11 +60,15 @@ class Builder:
         kv: KVLayout,
         tokens: int,
         int8_activations: bool,
+        activations: str,
     ) -> None:
         self.graph, self.config = graph, config
-        self._types, self._kv, self._int8_activations = types, kv, int8_activations
+        self._types, self._kv = types, kv
+        self._rounded = dict(ROUNDED_AS) if activations == "int8" else {}
+        if int8_activations or activations == "int8":
+            self._rounded["int8"] = ""
         self._shapes = config.weight_shapes()
-        self._quantized: dict[tuple[str, int], tuple[Value, Value]] = {}
+        self._quantized: dict[tuple[str, str], tuple[Value, ...]] = {}
         self.ids = graph.input("ids", (tokens,), "i32")
         self._places = graph.input("positions", (tokens,), "i32"), graph.input("sequences", (tokens,), "i32")
         frequencies = graph.constant("rope_frequencies", rope_frequencies(config, kv.context))
@@ -79,15 +83,19 @@ class Builder:
         return self.graph.add("rmsnorm", x, self.weight(name), out=out, eps=self.config.norm_eps)
 
     def linear(self, x: Value, name: str, out: str) -> Value:
-        """x · weightᵀ; x quantised first where the weight is int8 and activations are to be so as well."""
+        """x · weightᵀ; x quantised first, once for all weights that want it so, where activations are to be int8."""
         graph, kind = self.graph, self._types[name]
-        if not (self._int8_activations and kind.name == "int8"):
+        if kind.name not in self._rounded:
             return graph.add("linear", x, self.weight(name), out=out)
-        key = (x.name, group := kind.group)
+        attrs = {"group": kind.group} if kind.group else {}
+        like = self._rounded[kind.name]
+        key = (x.name, like or str(kind.group))
         if key not in self._quantized:
-            names = (f"{x.name}_q{group}", f"{x.name}_scale{group}")
-            self._quantized[key] = graph.add("quantize", x, out=names, group=group)
-        return graph.add("linear", *self._quantized[key], self.weight(name), out=out, group=group)
+            names = [f"{x.name}_{like}{part}" for part in ("", "_scales", "_sums")]
+            if not like:
+                names = [f"{x.name}_q{kind.group}", f"{x.name}_scale{kind.group}"]
+            self._quantized[key] = graph.add(f"quantize_{like}" if like else "quantize", x, out=names, **attrs)
+        return graph.add("linear", *self._quantized[key], self.weight(name), out=out, **attrs)
 
     def project(self, x: Value, p: str, which: str, out: str, biased: bool = False) -> Value:
         """By the weight `p`w`which` of a layer whose names begin with `p`, and its bias."""
@@ -138,15 +146,17 @@ def build(
     tokens: int = 1,
     logits: str = "last",
     int8_activations: bool = False,
+    activations: str = "f32",
 ) -> Graph:
     """The graph of a model for up to `tokens` tokens a run.
 
     `types` maps each name of `config.weight_shapes()` to its type. `logits` is "last" (logits[1, vocab] of the run's
     last token, and `next`[1], its argmax) or "all" (logits[tokens, vocab]). With `int8_activations` the input of
-    every int8 weight is quantised first, in the weight's groups.
+    every int8 weight is quantised first, in the weight's groups; with `activations` "int8" that of every weight of
+    blocks as well, as `config.ROUNDED_AS` says.
     """
     graph = Graph(f"llama, {tokens} token{'s' if tokens > 1 else ''}")
-    b = Builder(graph, config, types, kv, tokens, int8_activations)
+    b = Builder(graph, config, types, kv, tokens, int8_activations, activations)
     x = graph.add("embedding", b.ids, b.weight("tok_embeddings"), out="x")
     for layer in range(config.n_layers):
         x = LAYERS[type(config)](b, x, f"layers.{layer}.")

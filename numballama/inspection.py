@@ -13,6 +13,7 @@ from . import loader
 from .config import RUNS_AS, ModelConfig
 from .graph import KVLayout, build, fuse
 from .ir import Graph
+from .kernels_outline import OUTLINE
 from .memory import human
 from .plan import Plan, lower
 
@@ -23,7 +24,8 @@ class Inspection:
     """`numballama.inspect`: attributes for programs, a report when printed.
 
     `format`, `config`, `tokenizer`, `notes`, `tensors` (name → (type, shape)), `graph` (one token, as declared),
-    `plan` (the same fused and lowered for the CPU, one worker), `memory` (bytes of weights, KV cache and arena).
+    `plan` (the same fused and lowered for the CPU, one worker; to look at, as it has no kernels), `memory` (bytes of
+    weights, KV cache and arena).
     """
 
     def __init__(self, path: str | PathLike[str] | None, tokenizer: str | PathLike[str] | None = None) -> None:
@@ -39,7 +41,8 @@ class Inspection:
 
     @cached_property
     def plan(self) -> Plan:
-        return lower(fuse(self.graph, "cpu"), "cpu")
+        outlined = lower(fuse(self.graph, OUTLINE), OUTLINE)
+        return dataclasses.replace(outlined, backend="cpu")
 
     @property
     def parameters(self) -> int:

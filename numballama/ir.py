@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from .config import ROUNDED_AS, ROUNDINGS
 from .errors import Error
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -292,12 +293,41 @@ def _quantize(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]
     return [(x.shape, "i8"), ((x.shape[0], -(-x.shape[1] // attrs["group"])), "f32")]
 
 
+def _rounded(kind: str, shape: tuple[int, ...]) -> list[Shaped]:
+    group, run, sums = ROUNDINGS[kind]
+    _expect(len(shape) == 2 and shape[1] % group == 0, f"wants x[T, D] in whole groups of {group}")
+    return [(shape, "i8"), ((shape[0], shape[1] // group), "f32"), ((shape[0], shape[1] // run), sums)]
+
+
+def _rounding(kind: str) -> Rule:
+    """x[T, D] → int8 x[T, D], the scale of each group, and sums of runs of the int8 numbers: see `config.ROUNDINGS`"""
+
+    def shapes(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]:
+        (x,) = inputs
+        _expect(x.dtype == "f32", "wants x f32[T, D]")
+        return _rounded(kind, x.shape)
+
+    return shapes
+
+
+for _kind in ROUNDINGS:
+    rule(f"quantize_{_kind}")(_rounding(_kind))
+
+
 @rule("linear")
 def _linear(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]:
-    """x[T, K], weight[N, K] → x · weightᵀ; or, quantised in groups, xq[T, K], xs[T, ceil(K / group)], weight"""
+    """x[T, K], weight[N, K] → x · weightᵀ; or, quantised in groups, xq[T, K], xs[T, ceil(K / group)], weight; or, a
+    weight of blocks, what `quantize_…` makes of x, then the weight"""
     x, weight = inputs[0], inputs[-1]
-    _expect(len(inputs) == (3 if x.dtype == "i8" else 2), "wants (x, weight) or (xq, xs, weight)")
-    if x.dtype == "i8":
+    _expect(
+        len(inputs) in ((3, 4) if x.dtype == "i8" else (2,)), "wants (x, weight), (xq, xs, weight) or (xq, xs, s, w)"
+    )
+    if len(inputs) == 4:
+        _expect(weight.dtype in ROUNDED_AS, f"weights of {weight.dtype} have no sums")
+        kind = ROUNDED_AS[weight.dtype]
+        given = [(value.shape, value.dtype) for value in inputs[:3]]
+        _expect(given == _rounded(kind, x.shape), f"a weight of {weight.dtype} wants x as quantize_{kind} makes it")
+    elif x.dtype == "i8":
         _expect(
             inputs[1].shape == (x.shape[0], -(-x.shape[1] // attrs["group"])), "wants one scale for each group of x"
         )

@@ -18,7 +18,7 @@ from . import conversion, ir, loader, memory, plan, progress, quant
 from .chat import Chat
 from .checkpoint import Checkpoint, Weight
 from .checks import strings, whole_number
-from .config import ModelConfig
+from .config import ROUNDED_AS, ModelConfig
 from .errors import FORKED, ContextError, DeviceError, Error, Interrupted, UnsupportedError
 from .graph import KVLayout, build
 from .memory import human
@@ -30,6 +30,7 @@ from .tokenizer import Decoder, Tokenizer
 CHUNK, CUDA_CHUNK = 64, 512
 """Tokens of a prompt that one run handles."""
 KV_TYPES = ("f32", "f16", "bf16")
+ACTIVATIONS = ("f32", "int8")
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Model:
     """A compiled model. Use `numballama.compile`; see there for the arguments.
 
     Attributes: `path`, `config`, `tokenizer` (or None), `weights`, `graph` (as declared, for one token), `device`,
-    `threads`, `context`, `kv` (the cache's layout), `notes` (what was assumed or chosen, a sentence each), `load_s`
-    (seconds that compiling took).
+    `threads`, `context`, `kv` (the cache's layout), `activations`, `notes` (what was assumed or chosen, a sentence
+    each), `load_s` (seconds that compiling took).
     """
 
     def __init__(
@@ -74,15 +75,21 @@ class Model:
         rope_theta: float | None = None,
         norm_eps: float | None = None,
         fusions: bool | Sequence[str] = True,
+        activations: str = "f32",
     ) -> None:
         started = time.perf_counter()
         for name, value, known in (
             ("dtype", dtype, (None, *conversion.TYPES)),
             ("kv_dtype", kv_dtype, (None, *KV_TYPES)),
+            ("activations", activations, ACTIVATIONS),
         ):
             if value not in known:
-                raise UnsupportedError(f"{name} {value!r} is not supported; there are {', '.join(map(str, known[1:]))}")
+                there_are = ", ".join(str(each) for each in known if each is not None)
+                raise UnsupportedError(f"{name} {value!r} is not supported; there are {there_are}")
         self.device, why = _choose_device(device)
+        self.activations = activations
+        if activations != "f32" and self._on_gpu:
+            raise UnsupportedError(f"activations {activations!r} are for the CPU, not for {self.device}: device='cpu'")
         self._checkpoint: Checkpoint = loader.open_checkpoint(
             model_path, tokenizer, rope_pairing=rope_pairing, rope_theta=rope_theta, norm_eps=norm_eps
         )
@@ -107,6 +114,8 @@ class Model:
         self._stream: object = None
         self._fusions = fusions
         self.weights: Mapping[str, Weight] = self._convert(dtype)
+        if activations == "int8" and not any(w.type.name in (*ROUNDED_AS, "int8") for w in self.weights.values()):
+            self.notes.append("no weight of this model is quantised, so no activations are rounded to int8")
         self._backend: Any = _backend(self.device, self.weights, threads)
         try:
             self._compile()
@@ -141,7 +150,8 @@ class Model:
 
     def _build(self, tokens: int, logits: str) -> ir.Graph:
         types = {name: weight.type for name, weight in self.weights.items()}
-        return build(self.config, types, self.kv, tokens, logits, self._checkpoint.int8_activations)
+        int8 = self._checkpoint.int8_activations
+        return build(self.config, types, self.kv, tokens, logits, int8, self.activations)
 
     def _compile(self) -> None:
         self.graph = self._build(1, "last")

@@ -7,12 +7,14 @@ compared value by value. A backend is right when it agrees with this file.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 
-from . import quant
+from . import quant, quant_activations
 from .checkpoint import Weight
+from .config import BLOCKS, ROUNDINGS
 from .errors import NOT_NUMBERS, Error
 from .ir import DTYPES, Graph, Op
 from .registry import find, kernel
@@ -60,6 +62,27 @@ def linear(x: np.ndarray, weight: np.ndarray) -> np.ndarray:
 @kernel("linear", "reference", "i8", ANY, ANY)
 def linear_int8(xq: np.ndarray, xs: np.ndarray, weight: np.ndarray, group: int) -> np.ndarray:
     return linear(xq * np.repeat(xs.astype(np.float64), group, axis=1)[:, : xq.shape[1]], weight)
+
+
+for _kind in ROUNDINGS:
+    kernel(f"quantize_{_kind}", "reference", ANY)(partial(quant_activations.round_as, _kind))
+
+
+class LeastNumbers(np.ndarray):
+    """A weight's numbers of a type with sums that are rounded: of each block the least number, too, [N, K / 32]."""
+
+    least: np.ndarray
+
+
+@kernel("linear", "reference", "i8", ANY, ANY, ANY)
+def linear_blocks_int8(xq: np.ndarray, xs: np.ndarray, sums: np.ndarray, weight: np.ndarray) -> np.ndarray:
+    """Integer sums follow from xq; others were rounded, and are what least numbers are multiplied with."""
+    group = xq.shape[1] // xs.shape[1]
+    result = linear_int8(xq, xs, weight, group)
+    if not isinstance(weight, LeastNumbers):
+        return result
+    exact = xs * xq.reshape(*xs.shape, group).sum(axis=2, dtype=np.float64)
+    return result + (sums - exact) @ weight.least.astype(np.float64).T
 
 
 @kernel("bias", "reference", ANY, ANY)
@@ -194,6 +217,12 @@ class ReferenceProgram:
         return self.values[name]
 
 
+def _least_numbers(weight: Weight) -> np.ndarray:
+    """Of each q4_1 block, whose second float16 it is."""
+    blocks = weight.data.reshape(-1, BLOCKS["q4_1"][1])
+    return blocks[:, 2:4].copy().view(np.float16).astype(np.float32).reshape(weight.shape[0], -1)
+
+
 class ReferenceBackend:
     """Weights and KV cache of the reference."""
 
@@ -211,10 +240,15 @@ class ReferenceBackend:
     def weight(self, name: str) -> np.ndarray:
         """A weight as float64, or as float32 where all would not fit the budget."""
         if name not in self._converted:
-            array = quant.dequantize(self.weights[name])
+            array: np.ndarray = quant.dequantize(self.weights[name])
+            if self._dtype == np.float64:
+                array = array.astype(np.float64)
+            if self.weights[name].type.name == "q4_1":
+                array = with_least = array.view(LeastNumbers)
+                with_least.least = _least_numbers(self.weights[name])
             if self._dtype == np.float32:
                 return array
-            self._converted[name] = array.astype(np.float64)
+            self._converted[name] = array
         return self._converted[name]
 
     def close(self) -> None:

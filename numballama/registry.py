@@ -66,16 +66,18 @@ def kernel(op: str, backend: str, *types: Types, **scratch: Callable[..., tuple[
 
 
 _HOMES = {
-    "cpu": "numballama.kernels_cpu",
-    "cuda": "numballama.kernels_cuda",
-    "reference": "numballama.reference",
+    "cpu": ("numballama.kernels_cpu", "numballama.kernels_int8_cpu"),
+    "cpu-outline": ("numballama.kernels_outline",),
+    "cuda": ("numballama.kernels_cuda",),
+    "reference": ("numballama.reference",),
 }
-"""The module that registers a backend's kernels when it is imported; it is, before the first question about them."""
+"""The modules that register a backend's kernels when they are imported; they are, before the first question about
+them."""
 
 
 def _entries(op: str, backend: str) -> list[Kernel]:
-    if backend in _HOMES:
-        importlib.import_module(_HOMES[backend])
+    for home in _HOMES.get(backend, ()):
+        importlib.import_module(home)
     return _kernels.get((op, backend), [])
 
 

@@ -332,6 +332,23 @@ def check_draws(bench: Bench, logits: np.ndarray, times: int = 1, **settings: An
             assert sampler.recent[before[0] % len(sampler.recent)] == token
 
 
+def check_top_k(bench: Bench, logits: np.ndarray, top_k: int, draws: int) -> None:
+    """Top-k keeps the k largest, of equals the first: asked with noise that would choose one behind them."""
+    kept = np.lexsort((np.arange(len(logits)), -logits))[:top_k]
+    inside = np.isin(np.arange(len(logits)), kept)
+    for seed in range(2000):
+        scores = logits / 50 + gumbel(seed, len(logits))
+        best, second = scores[kept][np.argsort(-scores[kept])[:2]]
+        if inside[scores.argmax()] or best - second < 1e-3:
+            continue
+        (token,), _ = draw(bench, logits, Sampler(len(logits), 50.0, top_k, top_p=1.0, seed=seed))
+        assert token == kept[scores[kept].argmax()], (token, top_k, seed)
+        draws -= 1
+        if not draws:
+            return
+    raise AssertionError("no seed chooses what top-k leaves out")
+
+
 def check_quantize(bench: Bench, x: np.ndarray, group: int) -> None:
     """Groups of finite numbers as llama2.c's runq quantises them; a NaN or infinity in one makes its scale NaN."""
     groups = -(-x.shape[1] // group)

@@ -79,7 +79,7 @@ class Emulated:
             if key not in self.programs:
                 ptx = driver.to_ptx(launch.kernel, launch.kinds, self.capability, launch.threads)
                 code = driver.assemble(ptx, self.capability)
-                if launch.kernel.py_func.__module__.endswith(("gemm", "prefill_attention")):
+                if launch.kernel.py_func.__module__.endswith(("gemm_kernels", "prefill_attention")):
                     left = code.stack_bytes, code.local_bytes
                     assert left == (0, 0), f"{launch.kernel.py_func.__name__}: bytes of stack and local memory {left}"
                 self.programs[key] = Program(ptx)

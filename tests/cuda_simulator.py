@@ -2,7 +2,8 @@
 
 To be imported, before anything of `numballama` or `numba`, in a process with NUMBA_ENABLE_CUDASIM=1. It supplies:
 
-- warp shuffles, and every function of `lowlevel_cuda.instructions`, which have no Python behind them;
+- warp shuffles, and every function of `lowlevel_cuda.instructions`, which have no Python behind them (those of
+  `lowlevel_cuda.tensor_cores` stay without: `ptx_emulator` runs their kernels);
 - typed pointers as `Pointer`, which knows its bounds; integers come out of it as Python's, which do not overflow, as
   Numba computes with int64;
 - a scheduler in the place of the simulator's, which polls its threads: of a block's threads one runs at a time, and
@@ -59,7 +60,7 @@ class _Unknown:
         self.name = name
 
     def __call__(self, *arguments: Any) -> Any:
-        raise NotImplementedError(f"tests/cuda_simulator.py does not know lowlevel_cuda.instructions.{self.name}")
+        raise NotImplementedError(f"tests/cuda_simulator.py does not know lowlevel_cuda's {self.name}")
 
 
 cuda.jit = _jit
@@ -240,13 +241,12 @@ class _Module(FakeCUDAModule):  # type: ignore[misc]
         super().__init__(grid, block, 0)
         self.shared_bytes = shared_bytes
 
+    def syncwarp(self) -> None:
+        lane().shuffle(None, 1)
+
     def shfl_xor_sync(self, mask: int, value: Any, apart: int) -> Any:
         assert mask == 0xFFFFFFFF, "lanes that take no part are not simulated"
         return lane().shuffle(value, int(apart))
-
-    def syncwarp(self, mask: int = 0xFFFFFFFF) -> None:
-        assert mask == 0xFFFFFFFF
-        lane().shuffle(None, 0)
 
 
 numba_simulator.BlockManager = BlockManager
@@ -572,6 +572,51 @@ def _planes(*numbers: int) -> tuple[Any, ...]:
     return tuple(np.ascontiguousarray(rows[:, which]).view(np.uint32)[0] for which in range(3))
 
 
+def _of_all_lanes(own: Any) -> list[Any]:
+    """What each lane of the warp brings."""
+    found = {lane().number & 31: own}
+    for apart in (1, 2, 4, 8, 16):
+        found = found | lane().shuffle(found, apart)
+    return [found[number] for number in range(32)]
+
+
+def _tile(sums: Any, own: tuple[Any, ...], decode: Callable[[tuple[Any, ...]], Any]) -> list[Any]:
+    """sums + this lane's part of a tile's product. `own` are two words of row a, two of row b, two of a column of x."""
+    everyone = _of_all_lanes(tuple(decode(own[i : i + 2]) for i in (0, 2, 4)))
+    row, column = (lane().number & 31) >> 2, 2 * (lane().number & 3)
+    found = []
+    for which in (0, 1):
+        numbers = np.concatenate([everyone[4 * row + t][which] for t in range(4)])
+        for c in (column, column + 1):
+            found.append(numbers @ np.concatenate([everyone[4 * c + t][2] for t in range(4)]))
+    return [before + type(before)(more) for before, more in zip(sums, found, strict=True)]
+
+
+def _multiply_halves(memory: Pointer, sums: Any, *words: Any) -> tuple[Any, ...]:
+    name = memory.dtype.name
+    return tuple(_tile(sums, words, lambda two: np.array(list(_numbers(name, two)), np.float64)))
+
+
+def _multiply_bytes(sums: Any, *words: Any) -> tuple[Any, ...]:
+    return tuple(_tile(sums, words, lambda two: np.array(two, np.uint32).view(np.int8).astype(np.int64)))
+
+
+def _pack2(memory: Pointer, low: Any, high: Any) -> Any:
+    both = np.array([low, high], np.float32)
+    if memory.dtype.name == "uint16":
+        return both.astype(np.float16).view(np.uint32)[0]
+    bits = both.view(np.uint32)
+    return (
+        ((bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16))
+        .astype(np.uint16)
+        .view(np.uint32)[0]
+    )
+
+
+def _unpack2(memory: Pointer, word: Any) -> tuple[Any, ...]:
+    return tuple(_numbers(memory.dtype.name, (word,)))
+
+
 _EMULATED: dict[str, Callable[..., Any]] = {
     "address": _address,
     "shared_address": _shared_address,
@@ -624,6 +669,13 @@ _EMULATED: dict[str, Callable[..., Any]] = {
     "arrive": lambda counter: _count_up(counter) and None,
     "arrived": _arrived,
     "clock": lambda: 0,
+    "put8": _publish,
+    "is_16_bit": lambda memory: memory.dtype.name in ("int16", "uint16"),
+    "is_float16": lambda memory: memory.dtype.name == "uint16",
+    "pack2": _pack2,
+    "unpack2": _unpack2,
+    "multiply_halves": _multiply_halves,
+    "multiply_bytes": _multiply_bytes,
     "pointer_at": lambda like, where: Pointer(where, simulation.room(where) // like.bytes_each, like.dtype),
     "publish": _publish,
 }
@@ -632,16 +684,17 @@ _EMULATED: dict[str, Callable[..., Any]] = {
 def _emulate() -> list[str]:
     """Put Python in the place of the instructions, before a kernel imports them; returns those that have none."""
     assert not any(name.startswith("numballama.kernels_cuda") for name in sys.modules)
-    from numballama.lowlevel_cuda import instructions
+    from numballama.lowlevel_cuda import instructions, tensor_cores
 
     missing = []
-    for name, value in list(vars(instructions).items()):
-        if isinstance(value, _Unknown):
-            value.name = name
-            if name in _EMULATED:
-                setattr(instructions, name, _EMULATED[name])
-            else:
-                missing.append(name)
+    for module in (instructions, tensor_cores):
+        for name, value in list(vars(module).items()):
+            if isinstance(value, _Unknown):
+                value.name = name
+                if name in _EMULATED:
+                    setattr(module, name, _EMULATED[name])
+                else:
+                    missing.append(name)
     return missing
 
 

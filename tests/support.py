@@ -22,7 +22,7 @@ from gguf_support import random_blocks
 import numballama
 from numballama import cpu, quant, quant_blocks
 from numballama.checkpoint import Weight
-from numballama.config import BLOCKS, F32, WeightType
+from numballama.config import BLOCKS, F32, ROUNDINGS, WeightType
 from numballama.cpu import CpuBackend, CpuProgram
 from numballama.ir import Graph, Op
 from numballama.jit import compile_step
@@ -204,10 +204,14 @@ def _head_norm(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) 
 
 @bound("linear")
 def _linear(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
-    a, w = x[0].astype(np.float64), np.abs(x[-1].astype(np.float64))
+    a, w = x[0].astype(np.float64), np.abs(np.asarray(x[-1], np.float64))
     n = a.shape[1]
     if len(x) == 3:
         a *= np.repeat(x[1].astype(np.float64), attrs["group"], axis=1)[:, :n]
+    if len(x) == 4:
+        a *= np.repeat(x[1].astype(np.float64), n // x[1].shape[1], axis=1)
+        # of scale · q + least the two products are rounded, each of which may be larger than their sum
+        w = np.repeat(w.reshape(len(w), -1, 32).max(axis=2), 32, axis=1)
     return (n + 8) * U * (np.abs(a) @ w.T) + (1 + n * U) * e[0] @ w.T + n * TINY
 
 
@@ -301,6 +305,20 @@ def _quantize(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -
     ratio = np.abs(np.divide(x[0], scale, out=np.zeros(x[0].shape), where=scale > 0))
     tie = np.abs(ratio - np.floor(ratio) - 0.5) <= 8 * U * ratio + U
     return tie.astype(np.float64), 4 * U * largest / 127 + 2.0**-149
+
+
+def _exactly_rounded(kind: str) -> Callable[..., tuple[np.ndarray, ...]]:
+    """Rounding for weights of blocks is defined to the bit."""
+
+    def bounds(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
+        assert not e[0].any()
+        group, run, _ = ROUNDINGS[kind]
+        return tuple(np.zeros((len(out), out.shape[1] // every)) for every in (1, group, run))
+
+    return bounds
+
+
+BOUNDS |= {f"quantize_{kind}": _exactly_rounded(kind) for kind in ROUNDINGS}
 
 
 def assert_within(got: np.ndarray, want: Bounded, what: str) -> None:

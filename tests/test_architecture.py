@@ -20,7 +20,8 @@ ORDER = [
     # vocabulary
     "errors", "checks", "config", "rope", "registry", "memory", "progress",
     # file → Checkpoint
-    "checkpoint", "quant_blocks", "quant", "conversion", "files", "gguf_header", "gguf_split", "protobuf", "hub",
+    "checkpoint", "quant_blocks", "quant_activations", "quant", "conversion", "files",
+    "gguf_header", "gguf_split", "protobuf", "hub",
     "tokenizers", "tokenizers.base", "tokenizers.library", "tokenizers.scored",
     "tokenizers.words", "tokenizers.bpe", "tokenizers.gguf_bpe", "tokenizers.tiktoken", "tokenizers.huggingface",
     "tokenizer",
@@ -28,14 +29,16 @@ ORDER = [
     "formats.jsonfile", "formats.safetensors", "formats.hf_config", "formats.hf", "formats.hf_writer",
     "formats.torchfile", "formats.meta", "formats", "loader",
     # Checkpoint → Graph → Plan
-    "ir", "graph", "plan",
+    "ir", "graph", "plan", "kernels_outline",
     # Plan → Backend
-    "jit", "blocks_cuda", "lowlevel_cpu", "blocks_cpu", "matmul_cpu", "kernels_cpu", "sampler", "cpu",
-    "lowlevel_cuda", "lowlevel_cuda.launch", "lowlevel_cuda.instructions", "lowlevel_cuda.driver",
-    "lowlevel_cuda.compile",
+    "jit", "blocks_cuda", "lowlevel_cpu", "blocks_cpu", "blocks_int8_cpu", "matmul_cpu", "kernels_cpu",
+    "kernels_int8_cpu", "sampler", "cpu",
+     "lowlevel_cuda", "lowlevel_cuda.launch", "lowlevel_cuda.lowering", "lowlevel_cuda.instructions",
+     "lowlevel_cuda.tensor_cores", "lowlevel_cuda.driver", "lowlevel_cuda.compile",
     "kernels_cuda.pieces", "kernels_cuda.blocks", "kernels_cuda.products", "kernels_cuda.gemv", "kernels_cuda.basic",
-    "kernels_cuda.gemm", "kernels_cuda.attention",
-    "kernels_cuda.prefill_attention", "kernels_cuda.sampling", "kernels_cuda.bandwidth", "kernels_cuda", "cuda",
+    "kernels_cuda.gemm_kernels", "kernels_cuda.gemm", "kernels_cuda.attention", "kernels_cuda.tiles",
+    "kernels_cuda.chain", "kernels_cuda.prefill_attention",
+    "kernels_cuda.sampling", "kernels_cuda.bandwidth", "kernels_cuda", "cuda",
     "reference",
     # Backend → Session → text
     "session", "text", "sandbox", "template", "chat", "model",

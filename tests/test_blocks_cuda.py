@@ -1,4 +1,4 @@
-"""How blocks are laid out for a GPU: read as `blocks_cuda` describes it, the numbers are exactly those of the blocks."""
+"""Blocks as they are laid out for a GPU: read as `blocks_cuda` describes it, their numbers are what they were."""
 
 from __future__ import annotations
 

@@ -1,7 +1,12 @@
-"""Every Python block of README and docs runs in an empty folder, one namespace a page; so do the examples."""
+"""Every Python block of README and docs runs in an empty folder, one namespace a page; so do the examples.
+
+The blocks of docs/cuda.md do what a machine without a GPU can, and the rest where there is one. Of commands in shell
+blocks, the words are checked.
+"""
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -10,9 +15,10 @@ import numpy as np
 import pytest
 
 import numballama
-from numballama import graph, ir, kernels_cpu, reference, registry  # noqa: F401  (registered before the copy is made)
+from numballama import cli, conversion, graph, ir, kernels_cpu, reference, registry  # noqa: F401  (registered before the copy is made)
 from numballama.export import export_model
 from numballama.formats import hf, hf_config
+from numballama.model import KV_TYPES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -43,6 +49,27 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     code = "\n".join(blocks(page))
     monkeypatch.chdir(tmp_path)
     exec(compile(code, f"<{page.name}>", "exec"), {"__name__": page.stem})
+
+
+SHELL = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[str]:
+    """What pages tell to type after `numballama`."""
+    found = [block for page in PAGES for block in SHELL.findall(page.read_text(encoding="utf-8"))]
+    lines = [line for block in found for line in block.splitlines()]
+    parts = [part.strip() for line in lines for part in re.split(r"&&|[|;]", line)]
+    return [part.removeprefix("numballama ") for part in parts if part.startswith("numballama ")]
+
+
+@pytest.mark.parametrize("words", commands())
+def test_commands_are_understood(words: str) -> None:
+    """They need files, networks and GPUs; that the command line takes them needs none."""
+    parsed = cli.parser().parse_args(shlex.split(words))
+    if hasattr(parsed, "device"):
+        assert re.fullmatch(r"auto|cpu|reference|cuda(:\d)?", parsed.device)
+        assert parsed.kv_dtype in (None, *KV_TYPES)
+        assert parsed.dtype in (None, *conversion.TYPES)
 
 
 def test_cuda_blocks_are_compiled(tmp_path: Path) -> None:

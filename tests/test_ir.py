@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from numballama import ir, kernels_cpu  # noqa: F401  (fills the registry)
+from numballama.config import ROUNDED_AS
 from numballama.errors import Error
 from numballama.graph import fuse
 from numballama.ir import Graph, Op, Value, verify
@@ -25,6 +26,9 @@ CASES: dict[str, tuple[list[Operand], dict[str, Any], list[Operand]]] = {
     "rmsnorm": ([((T, D), "f32"), ((D,), "f32")], {"eps": 1e-5}, [((T, D), "f32")]),
     "head_norm": ([((T, H * P), "f32"), ((P,), "f32")], {"eps": 1e-6}, [((T, H * P), "f32")]),
     "quantize": ([((T, D), "f32")], {"group": 3}, [((T, D), "i8"), ((T, 3), "f32")]),
+    "quantize_q8_0": ([((T, 64), "f32")], {}, [((T, 64), "i8"), ((T, 2), "f32"), ((T, 2), "i32")]),
+    "quantize_q8_1": ([((T, 64), "f32")], {}, [((T, 64), "i8"), ((T, 2), "f32"), ((T, 2), "f32")]),
+    "quantize_q8_k": ([((T, 512), "f32")], {}, [((T, 512), "i8"), ((T, 2), "f32"), ((T, 32), "i32")]),
     "linear": ([((T, K), "f32"), ((N, K), "bf16")], {}, [((T, N), "f32")]),
     "bias": ([((T, N), "f32"), ((N,), "f32")], {}, [((T, N), "f32")]),
     "rope": ([((T, H * P), "f32"), ((T, P), "f32")], {"head_dim": P, "interleaved": 1}, [((T, H * P), "f32")]),
@@ -52,6 +56,16 @@ REFUSED: list[tuple[str, list[Operand], dict[str, Any]]] = [
     ("quantize", [((T, D), "f32")], {}),
     ("quantize", [((T, D), "i8")], {"group": 4}),
     ("quantize", [((T,), "f32")], {"group": 4}),
+    ("quantize_q8_0", [((T, 33), "f32")], {}),
+    ("quantize_q8_0", [((64,), "f32")], {}),
+    ("quantize_q8_1", [((T, 64), "i8")], {}),
+    ("quantize_q8_k", [((T, 64), "f32")], {}),
+    ("linear", [((T, 64), "i8"), ((T, 2), "f32"), ((T, 2), "i32"), ((N, 64), "q4_1")], {}),
+    ("linear", [((T, 64), "i8"), ((T, 2), "f32"), ((T, 2), "f32"), ((N, 64), "q4_0")], {}),
+    ("linear", [((T, 64), "i8"), ((T, 1), "f32"), ((T, 2), "i32"), ((N, 64), "q8_0")], {}),
+    ("linear", [((T, 512), "i8"), ((T, 16), "f32"), ((T, 16), "i32"), ((N, 512), "q4_k")], {}),
+    ("linear", [((T, 64), "i8"), ((T, 2), "f32"), ((T, 2), "i32"), ((N, 64), "f16")], {}),
+    ("linear", [((T, 64), "f32"), ((T, 2), "f32"), ((T, 2), "i32"), ((N, 64), "q8_0")], {}),
     ("linear", [((T, K), "f32"), ((N, K + 1), "f32")], {}),
     ("linear", [((T, K), "f32"), ((N,), "f32")], {}),
     ("linear", [((T, K), "i8"), ((N, K), "int8")], {"group": 3}),
@@ -81,6 +95,9 @@ REFUSED: list[tuple[str, list[Operand], dict[str, Any]]] = [
     ("last", [((T,), "f32")], {}),
     ("argmax", [], {}),
 ]
+
+
+OUTPUTS = {kind: len(results) for kind, (_, _, results) in CASES.items()}
 
 
 def declare(graph: Graph, operands: Sequence[Operand]) -> list[Value]:
@@ -123,7 +140,7 @@ def test_rule_refuses(kind: str, operands: list[Operand], attrs: dict[str, Any])
     inputs = declare(graph, operands)
     count = len(graph.values)
     with pytest.raises(Error, match=kind):
-        graph.add(kind, *inputs, out=["y", "z"] if kind == "quantize" else "y", **attrs)
+        graph.add(kind, *inputs, out=["y", "z", "s"][: OUTPUTS.get(kind, 1)], **attrs)
     assert not graph.ops and len(graph.values) == count, "a refused op leaves no trace"
 
 
@@ -132,6 +149,16 @@ def test_linear_of_int8_activations() -> None:
     x = graph.input("x", (T, 10), "f32")
     q, s = graph.add("quantize", x, out=("q", "s"), group=4)
     y = graph.add("linear", q, s, graph.weight("w", (N, 10), "int8"), out="y", group=4)
+    assert (y.shape, y.dtype) == ((T, N), "f32")
+    verify(graph)
+
+
+@pytest.mark.parametrize("kind", ROUNDED_AS)
+def test_linear_of_blocks_and_rounded_activations(kind: str) -> None:
+    graph = Graph("blocks")
+    x = graph.input("x", (T, 512), "f32")
+    rounded = graph.add(f"quantize_{ROUNDED_AS[kind]}", x, out=("q", "s", "sums"))
+    y = graph.add("linear", *rounded, graph.weight("w", (N, 512), kind), out="y")
     assert (y.shape, y.dtype) == ((T, N), "f32")
     verify(graph)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,10 +20,11 @@ from support import as_weight, check_step, compiled, cpu_backend, poison, read, 
 
 from numballama import quant, registry
 from numballama.checkpoint import Weight
-from numballama.config import BLOCKS
+from numballama.config import BLOCKS, ROUNDED_AS
 from numballama.cpu import CpuProgram
 from numballama.ir import DTYPES, Graph, Value
 from numballama.kernels_cpu import CACHE, LINEAR
+from numballama.quant_activations import round_as
 from numballama.reference import ReferenceBackend
 
 SIZES = st.one_of(
@@ -90,16 +92,25 @@ class Case:
         value = self.graph.input("xq", xq.shape, "i8")
         return value, self.input("xs", np.abs(self.numbers(self.rows, groups)))
 
-    def linear(self, x: Value | tuple[Value, Value], name: str, kind: str | None = None) -> Value:
+    def rounded(self) -> tuple[Value, ...]:
+        """Activations as the op would have rounded them for a type of blocks, as inputs of the case."""
+        self.type = self.draw(st.sampled_from(list(ROUNDED_AS)))
+        numbers = self.numbers(self.rows, self.columns())
+        xq, xs, sums = round_as(ROUNDED_AS[self.type], numbers)
+        self.arrays["xq"] = xq
+        return self.graph.input("xq", xq.shape, "i8"), self.input("xs", xs), self.input("sums", sums)
+
+    def linear(self, x: Value | tuple[Value, ...], name: str, kind: str | None = None) -> Value:
         if isinstance(x, tuple):
-            return self.graph.add("linear", *x, self.matrix(name, x[0].shape[1]), out=f"{name}_out", group=self.group)
+            attrs = {"group": self.group} if len(x) == 2 else {}
+            return self.graph.add("linear", *x, self.matrix(name, x[0].shape[1]), out=f"{name}_out", **attrs)
         return self.graph.add("linear", x, self.matrix(name, x.shape[1], kind), out=f"{name}_out")
 
-    def pair(self, x: Value | tuple[Value, Value]) -> Value:
+    def pair(self, x: Value | tuple[Value, ...]) -> Value:
         """The gate and the up projection have one height."""
-        columns = (x[0] if isinstance(x, tuple) else x).shape[1]
-        height, attrs = self.draw(SIZES), {"group": self.group} if isinstance(x, tuple) else {}
         inputs = x if isinstance(x, tuple) else (x,)
+        columns = inputs[0].shape[1]
+        height, attrs = self.draw(SIZES), {"group": self.group} if len(inputs) == 2 else {}
         gate, up = (
             self.graph.add("linear", *inputs, self.weight(n, height, columns, kind=self.type), out=f"{n}_out", **attrs)
             for n in ("w1", "w3")
@@ -321,6 +332,44 @@ def _(c: Case) -> Graph:
 @case("gate_up_int8", "gate_up")
 def _(c: Case) -> Graph:
     return c.done(c.pair(c.quantized()).name)
+
+
+@case("linear_blocks_int8")
+def _(c: Case) -> Graph:
+    return c.done(c.linear(c.rounded(), "w").name)
+
+
+@case("linear_add_blocks_int8", "residual")
+def _(c: Case) -> Graph:
+    y = c.linear(c.rounded(), "w")
+    c.graph.add("add", c.x("residual", *y.shape), y, out="y")
+    return c.done("y")
+
+
+@case("qkv_blocks_int8", "qkv")
+def _(c: Case) -> Graph:
+    x = c.rounded()
+    return c.done(*[c.linear(x, f"w{n}").name for n in "qkv"])
+
+
+@case("gate_up_blocks_int8", "gate_up")
+def _(c: Case) -> Graph:
+    return c.done(c.pair(c.rounded()).name)
+
+
+def _rounding(c: Case, kind: str, most: int) -> Graph:
+    """Numbers of any size, groups of zeros, ties, and numbers that are just as large as another's negative."""
+    x = c.numbers(c.rows, most * c.draw(st.integers(1, 3)))
+    ties = c.rng.integers(-254, 255, x.shape).astype(np.float32) / 2
+    np.copyto(x, ties * c.scale, where=c.rng.random(x.shape[1]) < c.draw(st.sampled_from([0.0, 0.5, 1.0])))
+    groups = x.reshape(c.rows, -1, 32)
+    groups[c.rng.random(groups.shape[:2]) < 0.2] = 0
+    c.graph.add(f"quantize_{kind}", c.input("x", x), out=("q", "s", "sums"))
+    return c.done("q", "s", "sums")
+
+
+for _kind, _most in (("q8_0", 32), ("q8_1", 32), ("q8_k", 256)):
+    case(f"quantize_{_kind}")(partial(_rounding, kind=_kind, most=_most))
 
 
 @case("norm_linear", "norm")

@@ -34,14 +34,15 @@ def write_safetensors(
     bos_id: int | None = None,
     eos_ids: Sequence[int] = (),
     files: Sequence[Path] = (),
+    texts: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Write a directory that transformers loads, whole or not at all; `path` must not exist, or be an empty directory.
     Returns notes on what the format cannot hold.
 
     Matrices are written in the type they have, f32, f16 or bf16, norms and biases as f32, rows of q and k in the
-    half-split order that the format implies. `files` are copied into the directory. Raises `UnsupportedError` for
-    other weight types or a config that no architecture there has, `Error` when weights and config do not belong
-    together or the directory cannot be written.
+    half-split order that the format implies. `files` are copied into the directory, `texts` (file name → content)
+    written there. Raises `UnsupportedError` for other weight types or a config that no architecture there has, `Error`
+    when weights and config do not belong together or the directory cannot be written.
     """
     expected = config.weight_shapes()
     if wrong := expected.keys() ^ weights.keys():
@@ -68,6 +69,8 @@ def write_safetensors(
         (directory / "generation_config.json").write_text(generation + "\n", encoding="utf-8")
         for file in files:
             shutil.copyfile(file, directory / file.name)
+        for name, text in (texts or {}).items():
+            (directory / name).write_text(text, encoding="utf-8")
         with open(directory / SINGLE, "xb") as out:
             out.write(safetensors.header(tensors, {"format": "pt"}))
             for name, shape in expected.items():

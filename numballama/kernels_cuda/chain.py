@@ -26,59 +26,72 @@ from ..lowlevel_cuda.instructions import (
     arrive,
     arrived,
     await_all,
-    await_all_but_7,
+    await_all_but_3,
     clock,
     close_copies,
     count_up,
     f32_of_bits,
-    is_q4_k,
+    has_scales,
     keep_loop,
     per_16_bytes,
     pointer_at,
-    publish,
-    scale_bytes,
+    put8,
     shared_address,
     wait_for_predecessor,
 )
-from ..lowlevel_cuda.launch import Array, Gpu, Launch
+from ..lowlevel_cuda.launch import ITEM_BYTES, Array, Gpu, Launch
 from ..registry import kernel
 from .attention import HEADS, STAGE_BYTES, STAGES, attend, fetch_first_keys, join, keys_of_part, write_heads
-from .blocks import chunk_scales, first_scale
 from .gemv import (
     GATE_UP,
     LINEAR,
     QKV,
-    division,
-    fetch,
     finish_gate_up,
     finish_linear,
     finish_qkv_rope,
+    pair_at,
     source_of,
-    stage_bytes,
     turning,
-    x_floats,
 )
-from .pieces import LOG2_E, device, split, warp_sum2
-from .products import THREADS, WARPS, multiply, norm_factor, numbers_together, payload_step, row_bytes, stage_x, x_step
+from .pieces import LOG2_E, device, split
+from .products import THREADS, WARPS, norm_factor
+from .tiles import (
+    NUMBERS,
+    PAIRS,
+    SPAN,
+    fetch_tile,
+    fits,
+    join_tile,
+    multiply_tile,
+    numbers_of_stage,
+    place_of_x,
+    scales_of_stage,
+    scales_row,
+    stage_vector,
+    tile_bytes,
+    unit_bytes,
+    x_floats,
+    zeros_at,
+)
 
-DEPTH = 8
-"""Stages of a warp's ring; `await_all_but_7` knows it."""
+DEPTH = 4
+"""Stages of a warp's ring; `await_all_but_3` knows it."""
 LOOK, SLOTS = 5, 8
 """Steps from the present one on whose rows of the table lie in shared memory; a power of two above that."""
 ATTENTION = 3
 """A row's mode beside `gemv`'s LINEAR, GATE_UP and QKV."""
 
 NAMES = (
-    "mode", "x", "norm", "normed", "eps", "w0", "w1", "w2", "stride", "s0", "s1", "s2", "scale_stride", "shift",
-    "columns", "chunks", "log2_slices", "each", "over", "last", "q_pairs", "k_pairs", "half", "out", "residual",
+    "mode", "x", "norm", "normed", "eps", "w0", "w1", "w2", "stride", "s0", "s1", "s2", "scale_stride", "pairs",
+    "columns", "stages", "log2_slices", "each", "over", "last", "q_pairs", "k_pairs", "half", "out", "residual",
     "added", "angles", "k_cache", "v_cache", "head_dim", "interleaved", "context", "kv_heads", "shared_by", "window",
     "lanes", "subgroups", "parts", "counters", "splits",
 )  # fmt: skip
 """The words of a row, int64 each: addresses, numbers, and bits of a float32."""
 WORDS = len(NAMES)
 ROWS = SLOTS * WORDS
-(MODE, X, NORM, NORMED, EPS, W0, W1, W2, STRIDE, S0, S1, S2, SCALE_STRIDE, SHIFT,
- COLUMNS, CHUNKS, LOG2_SLICES, EACH, OVER, LAST, Q_PAIRS, K_PAIRS, HALF, OUT, RESIDUAL,
+(MODE, X, NORM, NORMED, EPS, W0, W1, W2, STRIDE, S0, S1, S2, SCALE_STRIDE, ALL_PAIRS,
+ COLUMNS, STAGES_OF_ROW, LOG2_SLICES, EACH, OVER, LAST, Q_PAIRS, K_PAIRS, HALF, OUT, RESIDUAL,
  ADDED, ANGLES, K_CACHE, V_CACHE, HEAD_DIM, INTERLEAVED, CONTEXT, KV_HEADS, SHARED_BY, WINDOW,
  LANES, SUBGROUPS, PARTS, COUNTERS, SPLITS) = range(WORDS)  # fmt: skip
 
@@ -104,39 +117,36 @@ def pairing(rows, at):
 
 
 @device
-def pairs_here(rows, at):
-    """How many pairs of rows of a step are this block's."""
+def units_here(rows, at):
+    """How many units of rows of a step are this block's."""
     return rows[at + EACH] + (1 if cuda.blockIdx.x < rows[at + OVER] else 0)
 
 
 @device
-def scale_step_of(rows, at, weight, scale):
-    """Bytes from a chunk's scales to the next chunk's."""
-    return chunk_scales(weight, scale, per_16_bytes(weight), rows[at + SHIFT])
-
-
-@device
-def sources(rows, at, local, weight, scale, lane, piece):
-    """Where the first bytes lie that a lane fetches of the two rows of the block's pair `local`, and their scales."""
-    size = scale_bytes(scale)
-    on = lane * 16 + piece * payload_step(weight)
-    number = (lane * per_16_bytes(weight)) >> rows[at + SHIFT]
-    scales_on = first_scale(weight, scale, number, lane) + piece * (2 * scale_step_of(rows, at, weight, scale))
+def sources(rows, at, local, stage, weight, scale, lane):
+    """Where the first bytes lie that a lane fetches in the block's unit `local`, from a stage on: of its rows a and b,
+    and of the scales of one of them.
+    """
+    pair = PAIRS * (cuda.blockIdx.x + local * cuda.gridDim.x) + (lane >> 2)
+    on = stage * SPAN + 16 * (lane & 3)
     weights = rows[at + W0] + on, rows[at + W1] + on, rows[at + W2] + on, rows[at + STRIDE]
+    which, scales_on = scales_row(weight, lane)
+    scales_on += stage * scales_of_stage(weight)
     scales = (
-        rows[at + S0] + scales_on, rows[at + S1] + scales_on, rows[at + S2] + scales_on, rows[at + SCALE_STRIDE] * size,
+        rows[at + S0] + scales_on, rows[at + S1] + scales_on, rows[at + S2] + scales_on, rows[at + SCALE_STRIDE],
     )  # fmt: skip
-    pair = cuda.blockIdx.x + local * cuda.gridDim.x
-    return source_of(rows[at + MODE], pair, pairing(rows, at), weights, scales)
+    pair = min(pair, rows[at + ALL_PAIRS] - 1)  # the last unit may be of fewer pairs
+    a, b, a_scales, b_scales = source_of(rows[at + MODE], pair, pairing(rows, at), weights, scales)
+    return a, b, b_scales if which else a_scales
 
 
 @device
 def produce(cursor, limit, turn, own, rows, weight, scale):
-    """Start copying the stage that the cursor stands at, and move it on: to the pair's next stage, to the warp's next
-    pair, to the next step that has weights, if it is before `limit`. Returns the cursor and the number of stages so
+    """Start copying the stage that the cursor stands at, and move it on: to the unit's next stage, to the warp's next
+    unit, to the next step that has weights, if it is before `limit`. Returns the cursor and the number of stages so
     far.
     """
-    step, local, chunk, a, b, a_scales, b_scales, mine = cursor
+    step, local, stage, a, b, scales, mine = cursor
     ring, lane, warp = own
     while local >= mine and step + 1 < limit:
         keep_loop()
@@ -144,35 +154,32 @@ def produce(cursor, limit, turn, own, rows, weight, scale):
         at = row_of(step)
         mine = np.int64(0)
         if rows[at + MODE] != ATTENTION:
-            slices = np.int64(1) << rows[at + LOG2_SLICES]
-            mine = pairs_here(rows, at)
-            local, chunk = warp >> rows[at + LOG2_SLICES], 2 * (warp & (slices - 1))
+            log2_slices = rows[at + LOG2_SLICES]
+            mine = units_here(rows, at)
+            local, stage = warp >> log2_slices, warp & ((np.int64(1) << log2_slices) - 1)
             if local < mine:
-                a, b, a_scales, b_scales = sources(rows, at, local, weight, scale, lane, warp & (slices - 1))
+                a, b, scales = sources(rows, at, local, stage, weight, scale, lane)
     if local < mine:
         at = row_of(step)
-        slices, columns = np.int64(1) << rows[at + LOG2_SLICES], rows[at + COLUMNS]
-        numbers, row_slot = per_16_bytes(weight), row_bytes(weight)
-        scale_step = scale_step_of(rows, at, weight, scale)
-        slot = ring + (turn & (DEPTH - 1)) * (2 * row_slot)
-        left = columns - chunk * (32 * numbers) - lane * numbers_together(weight)
-        count, next_count = 16 if left > 0 else 0, 16 if left > 32 * numbers else 0
-        fetch(slot, a, a_scales, count, next_count, left, weight, scale_step, lane)
-        fetch(slot + row_slot, b, b_scales, count, next_count, left, weight, scale_step, lane)
+        log2_slices, stages = rows[at + LOG2_SLICES], rows[at + STAGES_OF_ROW]
+        slot = ring + (turn & (DEPTH - 1)) * tile_bytes(weight)
+        left = rows[at + STRIDE] - stage * SPAN
+        _, scales_on = scales_row(weight, lane)
+        scales_left = rows[at + SCALE_STRIDE] - stage * scales_of_stage(weight) - scales_on
+        fetch_tile(slot, a, b, scales, left, scales_left, weight, lane)
         turn += 1
-        chunk += 2 * slices
-        a += slices * payload_step(weight)
-        b += slices * payload_step(weight)
-        a_scales += slices * (2 * scale_step)
-        b_scales += slices * (2 * scale_step)
-        if chunk >= rows[at + CHUNKS]:
-            piece = warp & (slices - 1)
-            chunk = 2 * piece
-            local += WARPS >> rows[at + LOG2_SLICES]
+        slices = np.int64(1) << log2_slices
+        stage += slices
+        a += slices * SPAN
+        b += slices * SPAN
+        scales += slices * scales_of_stage(weight)
+        if stage >= stages:
+            stage = warp & (slices - 1)
+            local += WARPS >> log2_slices
             if local < mine:
-                a, b, a_scales, b_scales = sources(rows, at, local, weight, scale, lane, piece)
+                a, b, scales = sources(rows, at, local, stage, weight, scale, lane)
     close_copies()
-    return (step, local, chunk, a, b, a_scales, b_scales, mine), turn
+    return (step, local, stage, a, b, scales, mine), turn
 
 
 @device
@@ -182,6 +189,13 @@ def meet(meeting, step):
         while arrived(meeting) < step * cuda.gridDim.x:
             keep_loop()
     cuda.syncthreads()
+
+
+@device
+def note(stamps, step, what):
+    """Leave the time, one of five of a step and block, if stamps are wanted."""
+    if stamps > 0 and cuda.threadIdx.x == 0:
+        put8(stamps + 8 * (5 * (step * cuda.gridDim.x + cuda.blockIdx.x) + what), clock())
 
 
 @device
@@ -234,11 +248,10 @@ def chain(table, first, steps, meeting, stamps, weight, scale, k_like, numbers, 
         rows[i] = table[first * WORDS + i]
     position, sequence = np.int64(positions[0]), np.int64(sequences[0])
     cuda.syncthreads()
-    row_slot = row_bytes(weight)
-    ring = shared_address(shared, 0) + warp * (DEPTH * 2 * row_slot) + lane * 16
+    ring = shared_address(shared, 0) + warp * (DEPTH * tile_bytes(weight))
     own = ring, lane, warp
     zero = np.int64(0)
-    cursor, turn, eaten, weak = (np.int64(-1), zero, zero, zero, zero, zero, zero, zero), zero, zero, zero
+    cursor, turn, eaten, weak = (np.int64(-1), zero, zero, zero, zero, zero, zero), zero, zero, zero
     for step in range(steps):
         keep_loop()
         at = row_of(step)
@@ -251,41 +264,40 @@ def chain(table, first, steps, meeting, stamps, weight, scale, k_like, numbers, 
             if turn - eaten < DEPTH - 1:
                 cursor, turn = produce(cursor, limit, turn, own, rows, weight, scale)
         mode = rows[at + MODE]
-        if stamps > 0 and cuda.blockIdx.x == 0 and thread == 0:
-            publish(stamps + 16 * step, clock())
+        note(stamps, step, 0)
         if mode == ATTENTION:
             attention_step(rows, at, step, meeting, k_like, numbers, sequences, position, sequence, shared, x_at, most,
                            total, values, is_last)  # fmt: skip
         else:
-            columns, chunks, log2_slices = rows[at + COLUMNS], rows[at + CHUNKS], rows[at + LOG2_SLICES]
+            columns, stages, log2_slices = rows[at + COLUMNS], rows[at + STAGES_OF_ROW], rows[at + LOG2_SLICES]
             slices, normed = np.int64(1) << log2_slices, rows[at + NORMED]
-            piece, mine, of_rows = warp & (slices - 1), pairs_here(rows, at), pairing(rows, at)
-            layout = (slices, log2_slices, x_at, sums_at, partial_at, chunks, rows[at + EACH], rows[at + OVER], zero)
+            piece, mine, of_rows = warp & (slices - 1), units_here(rows, at), pairing(rows, at)
+            layout = (slices, log2_slices, x_at, sums_at, partial_at, stages, rows[at + EACH], rows[at + OVER], zero, 3)
             out = pointer_at(numbers, rows[at + OUT])
             residual, angles = pointer_at(numbers, rows[at + RESIDUAL]), pointer_at(numbers, rows[at + ANGLES])
             head_dim, interleaved = rows[at + HEAD_DIM], rows[at + INTERLEAVED]
-            q_pairs, pairs = rows[at + Q_PAIRS], rows[at + Q_PAIRS] + 2 * rows[at + K_PAIRS]
+            pairs, padded = rows[at + ALL_PAIRS], stages * numbers_of_stage(weight)
             meet(meeting, step)
-            if stamps > 0 and cuda.blockIdx.x == 0 and thread == 0:
-                publish(stamps + 16 * step + 8, clock())
+            note(stamps, step, 1)
             held, held_too = np.float32(0), np.float32(0)
             if mode == LINEAR and rows[at + ADDED] != 0:
-                row = 2 * (cuda.blockIdx.x + (thread >> 1) * cuda.gridDim.x) + (thread & 1)
+                row = 2 * pair_at(layout, thread >> 1) + (thread & 1)
                 if row <= rows[at + LAST]:
                     held = residual[row]
             elif mode == QKV:
-                angle = turning(thread, pairs, of_rows, head_dim, inverse_of(head_dim), interleaved)
+                angle = turning(layout, thread, pairs, of_rows, head_dim, inverse_of(head_dim), interleaved)
                 held, held_too = angles[angle], angles[angle + (head_dim >> 1)]
-            stage_x(pointer_at(numbers, rows[at + X]), zero, pointer_at(numbers, rows[at + NORM]), normed, columns,
-                    weight, shared, x_at, sums_at)  # fmt: skip
+            stage_vector(pointer_at(numbers, rows[at + X]), pointer_at(numbers, rows[at + NORM]), normed, columns, padded,
+                         weight, shared, x_at, sums_at)  # fmt: skip
             cuda.syncthreads()
-            odd = ((lane * per_16_bytes(weight)) >> rows[at + SHIFT]) & 1
-            local, chunk = warp >> log2_slices, 2 * piece
-            sum_a, sum_b = np.float32(0), np.float32(0)
+            note(stamps, step, 2)
+            x_from = place_of_x(weight, shared, x_at, padded, lane)
+            zeros = shared_address(shared, x_at + zeros_at(weight, padded))
+            local, stage = warp >> log2_slices, piece
+            none = np.float32(0)
+            sums = none, none, none, none
             while local < mine:
                 keep_loop()
-                if is_q4_k(weight):
-                    cuda.syncwarp()  # all lanes have taken what others copied for them
                 cursor, turn = produce(cursor, limit, turn, own, rows, weight, scale)
                 if turn - eaten < DEPTH:
                     weak = np.int64(DEPTH)  # stages that follow were not asked for so long ago as the others
@@ -293,43 +305,42 @@ def chain(table, first, steps, meeting, stamps, weight, scale, k_like, numbers, 
                     await_all()
                     weak -= 1
                 else:
-                    await_all_but_7()
-                if is_q4_k(weight):
+                    await_all_but_3()
+                if has_scales(weight):
+                    cuda.syncwarp()  # lanes copy scales for each other
+                if stage < stages:
+                    slot = ring + (eaten & (DEPTH - 1)) * tile_bytes(weight)
+                    sums = multiply_tile(slot, weight, scale, x_from, zeros, zeros + 32, stage, sums, lane)
+                if has_scales(weight):
                     cuda.syncwarp()
-                slot = ring + (eaten & (DEPTH - 1)) * (2 * row_slot)
-                if chunk < chunks:
-                    here = x_at + chunk * x_step(weight)
-                    sum_a += multiply(slot, weight, scale, odd, shared, here, lane)
-                    sum_b += multiply(slot + row_slot, weight, scale, odd, shared, here, lane)
                 eaten += 1
-                chunk += 2 * slices
-                if chunk >= chunks:
-                    whole = warp_sum2(sum_a, sum_b)
-                    if lane & 15 == 0:
-                        shared[partial_at + (local * slices + piece) * 2 + (lane >> 4)] = whole
-                    sum_a, sum_b = np.float32(0), np.float32(0)
-                    chunk = 2 * piece
+                stage += slices
+                if stage >= stages:
+                    whole = join_tile(sums, weight, lane)
+                    if lane & 2 == 0:
+                        shared[partial_at + (local * slices + piece) * (2 * PAIRS) + 2 * (lane >> 2) + (lane & 1)] = whole
+                    sums = none, none, none, none
+                    stage = piece
                     local += WARPS >> log2_slices
             cuda.syncthreads()
+            note(stamps, step, 3)
             factor = norm_factor(shared, sums_at, normed, columns, f32_of_bits(np.uint32(rows[at + EPS])))
             if mode == LINEAR:
                 finish_linear(shared, layout, factor, zero, rows[at + LAST] + 1, residual, rows[at + ADDED], held, out)
             elif mode == GATE_UP:
-                finish_gate_up(shared, layout, factor, zero, out)
+                finish_gate_up(shared, layout, factor, zero, pairs, out)
             else:
                 finish_qkv_rope(
                     shared, layout, factor, of_rows, zero, pairs, angles, held, held_too, out,
-                    pointer_at(k_like, rows[at + K_CACHE]), pointer_at(k_like, rows[at + V_CACHE]), 2 * q_pairs,
-                    head_dim, inverse_of(head_dim), interleaved, rows[at + CONTEXT], rows[at + KV_HEADS], position,
-                    sequence,
+                    pointer_at(k_like, rows[at + K_CACHE]), pointer_at(k_like, rows[at + V_CACHE]), zero, head_dim,
+                    inverse_of(head_dim), interleaved, rows[at + CONTEXT], rows[at + KV_HEADS], position, sequence,
                 )  # fmt: skip
         if thread < WORDS and step + LOOK < steps:
             rows[row_of(step + LOOK) + thread] = word
         cuda.syncthreads()
+        note(stamps, step, 4)
         if step + 1 < steps and thread == 0:
             arrive(meeting)
-    if stamps > 0 and cuda.blockIdx.x == 0 and thread == 0:
-        publish(stamps + 16 * steps, clock())
     if thread == 0 and count_up(meeting + 4) == cuda.gridDim.x - 1:  # all others are past their last look
         pointer_at(sequences, meeting)[0] = 0
         pointer_at(sequences, meeting)[1] = 0
@@ -362,6 +373,14 @@ def chain_single_kernel(table, first, steps, meeting, stamps, weight, scale, k_l
 # How it is launched
 
 
+def _division(gpu: Gpu, row: Mapping[str, Any]) -> tuple[int, int, int]:
+    """(units of a step, stages of a row, warps that share a unit's rows)."""
+    units, stages = -(-row["pairs"] // PAIRS), -(-row["w0"].shape[1] // NUMBERS[row["w0"].payload.dtype])
+    mine = -(-units // gpu.processors)
+    # a stage's time for each stage of the busiest warp, and half of one for each unit's sums to meet
+    return units, stages, min((1, 2, 4, 8), key=lambda n: -(-mine // (WARPS // n)) * (-(-stages // n) + 0.5))
+
+
 def _words(gpu: Gpu, row: Mapping[str, Any]) -> list[int]:
     """A launch's row of the table."""
     words: dict[str, Any] = {"mode": ATTENTION, **row}
@@ -369,15 +388,15 @@ def _words(gpu: Gpu, row: Mapping[str, Any]) -> list[int]:
         groups = row["kv_heads"] * row["subgroups"]
         words["splits"] = max(1, min(row["splits"], gpu.processors // groups))
     else:
-        weight, pairs = row["w0"], row["pairs"]
+        weight = row["w0"]
         for index in range(3):
             matrix = row.get(f"w{index}", weight)
             words[f"w{index}"], words[f"s{index}"] = matrix.payload, matrix.scales
-        chunks, slices = division(weight, pairs, gpu.processors)
+        units, stages, slices = _division(gpu, row)
         words |= {
-            "stride": weight.stride, "scale_stride": weight.scale_stride, "shift": weight.shift,
-            "columns": weight.shape[1], "chunks": chunks, "log2_slices": slices.bit_length() - 1,
-            "each": pairs // gpu.processors, "over": pairs % gpu.processors,
+            "stride": weight.stride, "scale_stride": weight.scale_stride * ITEM_BYTES[weight.scales.dtype],
+            "columns": weight.shape[1], "stages": stages, "log2_slices": slices.bit_length() - 1,
+            "each": units // gpu.processors, "over": units % gpu.processors,
         }  # fmt: skip
 
     def word(value: Any) -> int:
@@ -396,7 +415,7 @@ def _kind(row: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
     found = {}
     if "w0" in row:
         matrices = [row[name] for name in ("w0", "w1", "w2") if name in row]
-        found["weights"] = tuple(sorted({m.payload.dtype + m.scales.dtype for m in matrices}))
+        found["weights"] = tuple(sorted({f"{m.payload.dtype} {m.scales.dtype} {m.shift} {fits(m)}" for m in matrices}))
     if "k_cache" in row:
         found["cache"] = tuple(sorted({row["k_cache"].dtype, row["v_cache"].dtype}))
         if "shared_by" in row:
@@ -410,11 +429,10 @@ def _layout(gpu: Gpu, rows: Sequence[Mapping[str, Any]]) -> tuple[int, int, int,
     area, ring = 0, 0
     for row in rows:
         if "w0" in row:
-            weight, pairs = row["w0"], row["pairs"]
-            chunks, slices = division(weight, pairs, gpu.processors)
-            x = max(x, x_floats(weight, chunks))
-            partial = max(partial, 2 * slices * -(-pairs // gpu.processors))
-            ring = WARPS * DEPTH * stage_bytes(weight) // 4
+            payload, (units, _, slices) = row["w0"].payload.dtype, _division(gpu, row)
+            x = max(x, x_floats(payload, row["w0"].shape[1]))
+            partial = max(partial, 2 * PAIRS * slices * -(-units // gpu.processors))
+            ring = WARPS * DEPTH * unit_bytes(payload) // 4
         else:
             numbers, head_dim, lanes = 4 if row["k_cache"].dtype == "f32" else 8, row["head_dim"], row["lanes"]
             groups = WARPS * (32 // lanes)
@@ -431,8 +449,9 @@ def chains(
     """Which launches, of those that follow each other, one kernel can do: (begin, end, launch).
 
     `take` puts an array into device memory. `launch(first, last, stamps)` is the launch that does those in [begin, end)
-    with these numbers; at address `stamps`, if it is not 0, block 0 leaves two times a step, when it came to it and
-    when all results before it were there, and one at the end: int64, nanoseconds.
+    with these numbers; at address `stamps`, if it is not 0, blocks leave times: int64 [step, block, 5], nanoseconds, when
+    the block came to the step, when all results before it were there, when x was in shared memory, when all sums were,
+    and when it was done.
     """
     found, begin = [], 0
     while begin < len(launches):
@@ -441,11 +460,13 @@ def chains(
             own = _kind(launches[end].row)
             if any(len(types) > 1 or kind.get(name, types) != types for name, types in own.items()):
                 break
+            if not all(fits(own) for name, own in launches[end].row.items() if name in ("w0", "w1", "w2")):
+                break
             kind |= own
             end += 1
         rows = [launch.row for launch in launches[begin:end]]
-        fits = _layout(gpu, rows)[3] + 8 * ROWS + 64 <= gpu.shared_limit
-        if {"weights", "cache", "heads"} <= kind.keys() and fits:
+        room = _layout(gpu, rows)[3] + 8 * ROWS + 64 <= gpu.shared_limit
+        if {"weights", "cache", "heads"} <= kind.keys() and room:
             found.append((begin, end, _launcher(gpu, rows, begin, take)))
             begin = end
         else:

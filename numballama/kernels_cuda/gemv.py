@@ -135,8 +135,15 @@ def fetch(slot, source, scales, count, next_count, left, payload, scale_step, la
 
 @device
 def pairs_of_block(layout):
-    """How many pairs are this block's: those with numbers blockIdx.x + local · gridDim.x."""
-    return layout[6] + (1 if cuda.blockIdx.x < layout[7] else 0)
+    """How many pairs are this block's: those of `pair_at`."""
+    return (layout[6] + (1 if cuda.blockIdx.x < layout[7] else 0)) << layout[9]
+
+
+@device
+def pair_at(layout, local):
+    """Number of the block's pair `local`. Blocks take pairs in turn, 2^layout[9] at a time."""
+    unit = local >> layout[9]
+    return ((cuda.blockIdx.x + unit * cuda.gridDim.x) << layout[9]) + (local - (unit << layout[9]))
 
 
 @device
@@ -177,7 +184,7 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     inverse): with `half` not 0, row i of queries and keys goes with row i + half of its head. `weights` and `scales`
     are three addresses, or pointers, and the distance of two rows. `layout` is what `_shape` says.
     """
-    slices, log2_slices, x_at, sums_at, partial_at, chunks, _, _, ahead = layout
+    slices, log2_slices, x_at, sums_at, partial_at, chunks, _, _, ahead, _ = layout
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
     mine, numbers, row_slot = pairs_of_block(layout), per_16_bytes(payload), row_bytes(payload)
     shape = mine, columns, chunks
@@ -240,9 +247,11 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
 def combined(shared, layout, local, which):
     """The sum of a row's slices: row `which` of the block's pair `local`."""
     slices, partial_at, total = layout[0], layout[4], np.float32(0)
+    unit = local >> layout[9]
+    inside = ((local - (unit << layout[9])) << 1) + which
     for i in range(slices):
         keep_loop()
-        total += shared[partial_at + (local * slices + i) * 2 + which]
+        total += shared[partial_at + ((unit * slices + i) << (layout[9] + 1)) + inside]
     return total
 
 
@@ -250,7 +259,7 @@ def combined(shared, layout, local, which):
 def finish_linear(shared, layout, factor, start, rows, residual, added, held, out):
     """out[start + row] = the sums of this block's rows, plus `residual` if `added`; the thread's first is `held`."""
     for i in range(cuda.threadIdx.x, 2 * pairs_of_block(layout), THREADS):
-        row = 2 * (cuda.blockIdx.x + (i >> 1) * cuda.gridDim.x) + (i & 1)
+        row = 2 * pair_at(layout, i >> 1) + (i & 1)
         if row < rows:
             value = combined(shared, layout, i >> 1, i & 1) * factor
             if added:
@@ -259,12 +268,14 @@ def finish_linear(shared, layout, factor, start, rows, residual, added, held, ou
 
 
 @device
-def finish_gate_up(shared, layout, factor, start, out):
+def finish_gate_up(shared, layout, factor, start, rows, out):
     """out[start + row] = silu(gate) · up of this block's rows."""
     for local in range(cuda.threadIdx.x, pairs_of_block(layout), THREADS):
-        gate = combined(shared, layout, local, 0) * factor
-        up = combined(shared, layout, local, 1) * factor
-        out[start + cuda.blockIdx.x + local * cuda.gridDim.x] = sigmoid_times(gate, up)
+        row = pair_at(layout, local)
+        if row < rows:
+            gate = combined(shared, layout, local, 0) * factor
+            up = combined(shared, layout, local, 1) * factor
+            out[start + row] = sigmoid_times(gate, up)
 
 
 @at_once(3)
@@ -277,7 +288,7 @@ def linear_kernel(tokens, x, norm, normed, eps, weight, stride, scales, scale_st
         return
     shared = cuda.shared.array(0, np.float32)
     t, base = cuda.blockIdx.y, address(weight, 0)
-    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
+    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead, 0
     mine = t * rows + 2 * (cuda.blockIdx.x + (cuda.threadIdx.x >> 1) * cuda.gridDim.x) + (cuda.threadIdx.x & 1)
     wanted = added and mine < (t + 1) * rows
     held, _ = stream(LINEAR, (rows - 1, 0, 0, 0, np.float32(0)), x, t * columns, norm, normed, weight,
@@ -296,10 +307,10 @@ def gate_up_kernel(tokens, x, norm, normed, eps, w1, w3, stride, s1, s3, scale_s
         return
     shared = cuda.shared.array(0, np.float32)
     t, a, b = cuda.blockIdx.y, address(w1, 0), address(w3, 0)
-    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
+    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead, 0
     stream(GATE_UP, (0, 0, 0, 0, np.float32(0)), x, t * columns, norm, normed, w1, (a, b, b, stride),
            (s1, s3, s3, scale_stride), shift, columns, layout, shared, x, 0, 0, False)  # fmt: skip
-    finish_gate_up(shared, layout, norm_factor(shared, layout[3], normed, columns, eps), t * rows, out)
+    finish_gate_up(shared, layout, norm_factor(shared, layout[3], normed, columns, eps), t * rows, rows, out)
 
 
 @at_once(3)
@@ -312,7 +323,7 @@ def qkv_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, sca
         return
     shared = cuda.shared.array(0, np.float32)
     t, q_pairs, k_pairs = cuda.blockIdx.y, q_rows >> 1, kv_rows >> 1
-    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
+    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead, 0
     of_rows = 0, q_pairs, k_pairs, 0, np.float32(0)
     stream(QKV, of_rows, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
            (sq, sk, sv, scale_stride), shift, columns, layout, shared, x, 0, 0, False)  # fmt: skip
@@ -331,10 +342,9 @@ def qkv_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, sca
 
 
 @device
-def turning(local, pairs, of_rows, head_dim, inverse_head_dim, interleaved):
-    """Which of a token's angles turns the block's pair `local`; 0 for a pair that it does not have."""
-    pair = cuda.blockIdx.x + local * cuda.gridDim.x
-    _, row, _ = place(QKV, min(pair, pairs - 1), of_rows)
+def turning(layout, local, pairs, of_rows, head_dim, inverse_head_dim, interleaved):
+    """Which of a token's angles turns the block's pair `local`; some angle for a pair that it does not have."""
+    _, row, _ = place(QKV, min(pair_at(layout, local), pairs - 1), of_rows)
     _, d = split(row, head_dim, inverse_head_dim)
     return d >> 1 if interleaved else min(d, (head_dim >> 1) - 1)
 
@@ -345,14 +355,17 @@ def finish_qkv_rope(shared, layout, factor, of_rows, t, pairs, angles, cos, sin,
     """Turned queries into q, turned keys and values into the cache; cos and sin are for the thread's first pair."""
     half = of_rows[3]
     for i in range(cuda.threadIdx.x, pairs_of_block(layout), THREADS):
-        section, row, _ = place(QKV, cuda.blockIdx.x + i * cuda.gridDim.x, of_rows)
+        pair = pair_at(layout, i)
+        if pair >= pairs:
+            break
+        section, row, _ = place(QKV, pair, of_rows)
         a = combined(shared, layout, i, 0) * factor
         b = combined(shared, layout, i, 1) * factor
         head, d = split(row, head_dim, inverse_head_dim)
         apart = half if half > 0 and section < 2 else 1
         if section < 2:
             if i >= THREADS:
-                angle = turning(i, pairs, of_rows, head_dim, inverse_head_dim, interleaved) + t * head_dim
+                angle = turning(layout, i, pairs, of_rows, head_dim, inverse_head_dim, interleaved) + t * head_dim
                 cos, sin = angles[angle], angles[angle + (head_dim >> 1)]
             a, b = a * cos - b * sin, a * sin + b * cos
         if section == 0:
@@ -380,11 +393,11 @@ def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv
     shared = cuda.shared.array(0, np.float32)
     t, pairs, q_pairs, k_pairs = cuda.blockIdx.y, (q_rows >> 1) + kv_rows, q_rows >> 1, kv_rows >> 1
     half = 0 if interleaved else head_dim >> 1
-    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
+    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead, 0
     inverse = np.float32(2) * inverse_head_dim
     of_rows = 0, q_pairs, k_pairs, half, inverse
     position, sequence = positions[t], sequences[t]
-    angle = turning(cuda.threadIdx.x, pairs, of_rows, head_dim, inverse_head_dim, interleaved) + t * head_dim
+    angle = turning(layout, cuda.threadIdx.x, pairs, of_rows, head_dim, inverse_head_dim, interleaved) + t * head_dim
     cos, sin = stream(
         QKV, of_rows, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
         (sq, sk, sv, scale_stride), shift, columns, layout, shared, angles, angle, angle + (head_dim >> 1), True,
@@ -397,32 +410,16 @@ def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv
 # How they are launched
 
 
-def division(weight: Matrix, pairs: int, blocks: int) -> tuple[int, int]:
-    """(chunks of a row, warps that share a pair of rows) where so many blocks share the pairs."""
-    chunks = -(-weight.shape[1] // (32 * stage_of(weight.payload.dtype)[0]))
-    mine = -(-pairs // blocks)
-    # a stage's time for each stage of the busiest warp, and half of one for each pair's sums to meet
-    slices = min((1, 2, 4, 8), key=lambda n: -(-mine // (WARPS // n)) * (-(-chunks // (2 * n)) + 0.5))
-    return chunks, slices
-
-
-def stage_bytes(weight: Matrix) -> int:
-    """Of one stage of a warp's ring: two rows' chunks, with their scales."""
-    return 2 * stage_of(weight.payload.dtype)[1]
-
-
-def x_floats(weight: Matrix, chunks: int) -> int:
-    """Float32 places that x takes in shared memory."""
-    return (chunks + 1) * stage_of(weight.payload.dtype)[2]
-
-
 def _shape(gpu: Gpu, weight: Matrix, pairs: int, tokens: int) -> tuple[tuple[int, int], tuple[int, ...], int]:
     """Grid, the last arguments (slices to ahead) and the bytes of shared memory of a `stream`."""
     blocks = min(gpu.processors, pairs)
     mine = -(-pairs // blocks)
-    chunks, slices = division(weight, pairs, blocks)
-    ring = WARPS * DEPTH * stage_bytes(weight) // 4
-    sums = ring + x_floats(weight, chunks)
+    numbers, row, step = stage_of(weight.payload.dtype)
+    chunks = -(-weight.shape[1] // (32 * numbers))
+    # a stage's time for each stage of the busiest warp, and half of one for each pair's sums to meet
+    slices = min((1, 2, 4, 8), key=lambda n: -(-mine // (WARPS // n)) * (-(-chunks // (2 * n)) + 0.5))
+    ring = WARPS * DEPTH * 2 * row // 4
+    sums = ring + (chunks + 1) * step
     partial = sums + WARPS
     places = slices, slices.bit_length() - 1, ring, sums, partial, chunks, *divmod(pairs, blocks), DEPTH - 1
     return (blocks, tokens), places, max(4 * (partial + 2 * mine * slices), min(TWO_FIT, gpu.shared_limit))

@@ -19,7 +19,6 @@ from numba import cuda
 
 from .. import registry
 from ..lowlevel_cuda.instructions import (
-    add_values,
     address,
     await_all,
     close_copies,
@@ -27,6 +26,12 @@ from ..lowlevel_cuda.instructions import (
     exp2,
     floats4,
     let_successor_start,
+    shared_address,
+    wait_for_predecessor,
+)
+from ..lowlevel_cuda.launch import Array, Gpu, Launch
+from ..lowlevel_cuda.tensor_cores import (
+    add_values,
     load_queries,
     mask_scores,
     most_of_rows,
@@ -36,13 +41,10 @@ from ..lowlevel_cuda.instructions import (
     put_words4,
     scale_rows,
     score_keys,
-    shared_address,
     sums_of_rows,
-    wait_for_predecessor,
     zeros32,
     zeros64,
 )
-from ..lowlevel_cuda.launch import Array, Gpu, Launch
 from . import attention
 from .attention import FAR_BELOW
 from .gemm import FEW

@@ -14,17 +14,20 @@ import math
 import numpy as np
 from numba import cuda
 
-from ..lowlevel_cuda.instructions import let_successor_start, publish, wait_for_predecessor
+from ..lowlevel_cuda.instructions import bits_of_f32, let_successor_start, publish, wait_for_predecessor
 from ..lowlevel_cuda.launch import Array, Gpu, Launch
 from ..registry import kernel
 from .basic import better
 from .pieces import ALL, device, is_nan
 
 THREADS = 1024
-BINS, PER_NAT = 2048, np.float32(64)
+BIN_BITS, PER_NAT = 11, np.float32(64)
+BINS = 1 << BIN_BITS
 """Of the histogram: logits up to 32 below the largest are told apart in steps of 1/64."""
+PLACE_BITS = 54
+"""Of `place_of`: a float32's and a token's, of which there are fewer than 2^22."""
 CANDIDATES = 2048
-"""As many are ranked exactly. Where top-k keeps more or is off, top-p and min-p take or leave whole bins."""
+"""As many are ranked among each other. Where they are more, or top-k is off, top-p takes or leaves whole bins."""
 MASS = np.float64(1 << 40)
 """Probability masses are counted in units of 2^-40 of the likeliest token's."""
 
@@ -92,6 +95,45 @@ def bin_of(logit, largest):
     )
 
 
+@device
+def place_of(logit, token):
+    """A number of `PLACE_BITS`, in the order of the ranks: falling logits, equal ones by their tokens."""
+    bits = np.int64(0)  # -0 is no less than 0
+    if logit != 0:
+        bits = np.int64(bits_of_f32(logit))
+    falling = bits if bits >= 0x80000000 else 0x7FFFFFFF - bits
+    return (falling << 22) | token
+
+
+@device
+def place_in_bin(logits, n, largest, border, count, sums, found):
+    """The `place_of` the bin's `count`-th logit: `BIN_BITS` at a time, by a histogram of those alike so far."""
+    place, digits = np.int64(0), (PLACE_BITS + BIN_BITS - 1) // BIN_BITS
+    for digit in range(digits):
+        shift = BIN_BITS * (digits - 1 - digit)
+        for i in range(cuda.threadIdx.x, BINS, THREADS):
+            sums[i] = 0
+        cuda.syncthreads()
+        for i in range(cuda.threadIdx.x, n, THREADS):
+            if bin_of(logits[i], largest) == border:
+                own = place_of(logits[i], i)
+                if own >> (shift + BIN_BITS) == place:
+                    cuda.atomic.add(sums, (own >> shift) & (BINS - 1), 1)
+        cuda.syncthreads()
+        add_up(sums)
+        for i in range(cuda.threadIdx.x, BINS, THREADS):
+            before = np.int64(0)
+            if i > 0:
+                before = sums[i - 1]
+            if before < count and sums[i] >= count:
+                found[0], found[1] = np.int32(i), np.int32(before)
+        cuda.syncthreads()
+        place = (place << BIN_BITS) | found[0]
+        count -= found[1]
+        cuda.syncthreads()
+    return place
+
+
 @cuda.jit
 def sample_kernel(logits, n, settings, recent, counts, state, next_token):
     values = cuda.shared.array(32, np.float32)
@@ -125,8 +167,8 @@ def sample_kernel(logits, n, settings, recent, counts, state, next_token):
     token = min(token, np.int32(n - 1))
 
     if temperature > 0 and top_k != 1 and not broken:
-        # which bins can top-k keep? `last_bin` is the last of them
-        last_bin = np.int32(BINS - 1)
+        # which bins can top-k keep? `last_bin` is the last of them; of bin `border` it keeps places up to `last_place`
+        last_bin, border, last_place = np.int32(BINS - 1), np.int32(BINS), np.int64(0)
         ranked = False
         if 0 < top_k < n:
             for i in range(thread, BINS, THREADS):
@@ -142,6 +184,12 @@ def sample_kernel(logits, n, settings, recent, counts, state, next_token):
             cuda.syncthreads()
             last_bin = found[0]
             ranked = found[1] <= CANDIDATES
+            if not ranked:
+                border, count = last_bin, np.int64(top_k)
+                if border > 0:
+                    count -= sums[border - 1]
+                cuda.syncthreads()
+                last_place = place_in_bin(logits, n, largest, border, count, sums, found)
             cuda.syncthreads()
         if thread == 0:
             found[2] = 0
@@ -179,7 +227,7 @@ def sample_kernel(logits, n, settings, recent, counts, state, next_token):
                 cuda.syncthreads()
                 for i in range(thread, n, THREADS):
                     b = bin_of(logits[i], largest)
-                    if b <= last_bin:
+                    if b < border or (b == border and place_of(logits[i], i) <= last_place):
                         cuda.atomic.add(sums, b, np.int64(math.exp(np.float64(logits[i] - largest)) * MASS))
                 cuda.syncthreads()
                 add_up(sums)
@@ -193,7 +241,9 @@ def sample_kernel(logits, n, settings, recent, counts, state, next_token):
             if min_p > 0:
                 least = largest + np.float32(math.log(min_p))
             for i in range(thread, n, THREADS):
-                if bin_of(logits[i], largest) <= last_bin and logits[i] >= least:
+                b = bin_of(logits[i], largest)
+                kept = b <= last_bin and (b < border or place_of(logits[i], i) <= last_place)
+                if kept and logits[i] >= least:
                     score = logits[i] / np.float32(temperature) + gumbel(state[0], i)
                     if better(best, best_token, score, np.int32(i)):
                         best, best_token = score, np.int32(i)

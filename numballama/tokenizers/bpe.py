@@ -152,6 +152,34 @@ class BPETokenizer(Tokenizer):
             pre=pre,
         )
 
+    def to_json(self) -> str:
+        """A `tokenizer.json` of it, which puts BOS and EOS where the vocabulary wants them."""
+        written = json.loads(self._library.to_str())
+        ends = [self.bos_id if self.add_bos else None], [self.eos_id if self.add_eos else None]
+        before, after = ([self.piece(token) for token in tokens if token is not None] for tokens in ends)
+        if before or after:
+
+            def around(text: str, type_id: int) -> list[Any]:
+                first, last = (
+                    [{"SpecialToken": {"id": name, "type_id": type_id}} for name in n] for n in (before, after)
+                )
+                return [*first, {"Sequence": {"id": text, "type_id": type_id}}, *last]
+
+            ids = {self.piece(token): token for token in (self.bos_id, self.eos_id) if token is not None}
+            written["post_processor"] = {
+                "type": "TemplateProcessing",
+                "single": around("A", 0),
+                "pair": around("A", 0) + around("B", 1),
+                "special_tokens": {n: {"id": n, "ids": [ids[n]], "tokens": [n]} for n in {*before, *after}},
+            }
+        return json.dumps(written, ensure_ascii=False) + "\n"
+
+    @property
+    def unreachable(self) -> list[int]:
+        """Ids that no text becomes, because others are spelled like them: a `tokenizer.json` cannot hold them."""
+        find = self._library.token_to_id
+        return [token for token, piece in enumerate(self._pieces) if piece is not None and find(piece) != token]
+
 
 @contextlib.contextmanager
 def faults(message: str, path: str | PathLike[str] | None = None) -> Iterator[None]:

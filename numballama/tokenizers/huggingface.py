@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import FormatError, UnsupportedError
 from ..files import MappedFile, map_file
-from .base import MAX_VOCAB, Strip
+from .base import MAX_VOCAB, Strip, Tokenizer
 from .bpe import BPETokenizer, faults
 
 if TYPE_CHECKING:
@@ -105,6 +105,29 @@ def _data(path: Path) -> bytes:
     if file.size > MAX_SETTINGS:
         raise FormatError("too large", path=path, expected=f"at most {MAX_SETTINGS:,} bytes", found=f"{file.size:,}")
     return file.data[:]
+
+
+def text_files(tokenizer: Tokenizer, chat_template: str | None, context: int) -> dict[str, str]:
+    """File name → content of what a Hugging Face directory holds of a tokenizer, for a model of `context` tokens.
+
+    Raises `UnsupportedError` for any but BPE, which alone can be told in merges.
+    """
+    if not isinstance(tokenizer, BPETokenizer):
+        raise UnsupportedError(f"a {type(tokenizer).__name__} has no merges, which a tokenizer.json must have")
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": tokenizer.add_bos,
+        "add_eos_token": tokenizer.add_eos,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context,
+    }
+    for name, token in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
+        if token is not None:
+            settings[name] = tokenizer.piece(token)
+    if chat_template is not None:
+        settings["chat_template"] = chat_template
+    config = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    return {"tokenizer.json": tokenizer.to_json(), "tokenizer_config.json": config}
 
 
 def read_json(file: MappedFile) -> BPETokenizer:

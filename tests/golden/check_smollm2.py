@@ -3,15 +3,20 @@
     python tests/golden/check_smollm2.py ours FILE.gguf OURS.npz TEXT …         # in numballama's environment
     python tests/golden/check_smollm2.py llama.cpp FILE.gguf THEIRS.npz OURS.npz   # in llama-cpp-python's
     python tests/golden/check_smollm2.py compare THEIRS.npz OURS.npz            # in either; 1 if the bars are missed
+    python tests/golden/check_smollm2.py layers FILE.gguf SHORT.gguf N          # its first N layers, as a model
 
 The first takes the beginning of each text, has this package's tokenizer make ids of it and keeps the logits at every
 position, and greedy answers to three chat prompts. The second runs the same ids through llama.cpp, with a KV cache in
 float32 as ours. The third prints, over all positions, how often the likeliest token is the same and the mean
 Kullback-Leibler divergence KL(llama.cpp || ours) of the two distributions, and the answers beside each other.
 
-llama.cpp rounds activations to int8 for quantised weights (blocks of 32: Q8_0, Q8_1), we do not. To tell that apart
-from a mistake, run it a second time on the same weights as plain floats, written by
-`numballama export FILE.gguf FLOAT.gguf --to gguf --quant f32` (or f16). Run by hand; llama-cpp-python 0.3.36.
+llama.cpp rounds activations to int8 for quantised weights (blocks of 32: Q8_0, Q8_1), we do so only with `--activations
+int8`. To tell that apart from a mistake, run it a second time on the same weights as plain floats, written by
+`numballama export FILE.gguf FLOAT.gguf --to gguf --quant f32` (or f16).
+
+Rounding makes steps of small differences, and layer after layer makes more of them: so see first how far llama.cpp is
+from itself, with `--flash 0` (attention in other order) or `--flash 0 --chunk 1` (a token at a time), and how that and
+we depend on the number of layers. Run by hand; llama-cpp-python 0.3.36.
 """
 
 import argparse
@@ -32,12 +37,12 @@ PROMPTS = (
 )
 
 
-def ours(model_path: str, target: str, texts: list[str]) -> None:
+def ours(model_path: str, target: str, texts: list[str], activations: str) -> None:
     """Ids, logits and answers of this package."""
     import numballama
 
     kept: dict[str, Any] = {"texts": np.array([Path(text).name for text in texts])}
-    with numballama.compile(model_path, device="cpu", context=2 * WINDOW) as model:
+    with numballama.compile(model_path, device="cpu", context=2 * WINDOW, activations=activations) as model:
         assert model.tokenizer is not None
         for i, text in enumerate(texts):
             ids = model.tokenizer.encode(Path(text).read_text(encoding="utf-8"))[:WINDOW]
@@ -52,8 +57,21 @@ def ours(model_path: str, target: str, texts: list[str]) -> None:
     np.savez(target, **kept)
 
 
-def theirs(model_path: str, target: str, source: str) -> None:
-    """The same ids in llama.cpp."""
+def layers(model_path: str, target: str, count: int) -> None:
+    """A model of the first layers of another: the same embedding, the same classifier."""
+    from dataclasses import replace
+
+    from numballama.formats import WRITERS
+    from numballama.loader import open_checkpoint
+
+    opened = open_checkpoint(model_path)
+    config = replace(opened.config, n_layers=count)
+    weights = {name: opened.weights[name] for name in config.weight_shapes()}
+    WRITERS["gguf"](target, config, weights, tokenizer=opened.tokenizer, chat_template=opened.chat_template)
+
+
+def theirs(model_path: str, target: str, source: str, flash: int, chunk: int) -> None:
+    """The same ids in llama.cpp, `chunk` at a time."""
     import llama_cpp
 
     known, kept = np.load(source), dict[str, Any]()
@@ -65,6 +83,7 @@ def theirs(model_path: str, target: str, source: str) -> None:
     settings = llama_cpp.llama_context_default_params()
     settings.n_ctx, settings.n_batch = 2 * WINDOW, WINDOW
     settings.type_k = settings.type_v = llama_cpp.GGML_TYPE_F32
+    settings.flash_attn_type = flash
     context = llama_cpp.llama_init_from_model(model, settings)
     batch = llama_cpp.llama_batch_init(WINDOW, 0, 1)
     shape = (llama_cpp.llama_vocab_n_tokens(vocabulary),)
@@ -82,7 +101,8 @@ def theirs(model_path: str, target: str, source: str) -> None:
         return np.array(rows)
 
     for i in range(len(known["texts"])):
-        kept[f"logits{i}"] = logits(known[f"ids{i}"].tolist(), 0)
+        ids = known[f"ids{i}"].tolist()
+        kept[f"logits{i}"] = np.concatenate([logits(ids[at : at + chunk], at) for at in range(0, len(ids), chunk)])
     for i in range(len(PROMPTS)):
         new, position, text = known[f"chat{i}"].tolist(), 0, b""
         piece = ctypes.create_string_buffer(64)
@@ -129,17 +149,30 @@ def main() -> int:
     """Run one of the three; the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, paths in (("ours", "model target"), ("llama.cpp", "model target source"), ("compare", "theirs ours")):
+    for name, paths in (
+        ("ours", "model target"),
+        ("llama.cpp", "model target source"),
+        ("compare", "theirs ours"),
+        ("layers", "model target"),
+    ):
         command = commands.add_parser(name)
         for path in paths.split():
             command.add_argument(path)
         if name == "ours":
             command.add_argument("texts", nargs="+")
+            command.add_argument("--activations", default="f32", help="f32 or int8")
+        if name == "llama.cpp":
+            command.add_argument("--flash", type=int, default=-1, help="flash attention: 0, 1, -1 llama.cpp's choice")
+            command.add_argument("--chunk", type=int, default=WINDOW, help="tokens at a time")
+        if name == "layers":
+            command.add_argument("count", type=int)
     given = parser.parse_args()
     if given.command == "ours":
-        ours(given.model, given.target, given.texts)
+        ours(given.model, given.target, given.texts, given.activations)
     elif given.command == "llama.cpp":
-        theirs(given.model, given.target, given.source)
+        theirs(given.model, given.target, given.source, given.flash, given.chunk)
+    elif given.command == "layers":
+        layers(given.model, given.target, given.count)
     else:
         return 0 if compare(given.theirs, given.ours) else 1
     return 0

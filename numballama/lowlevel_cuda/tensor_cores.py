@@ -1,0 +1,457 @@
+"""Tiles that the lanes of a warp hold together, and their products on tensor cores, as functions of Python.
+
+Lane l of a warp holds, of a 16 × 8 tile of float32, numbers (l / 4, 2 (l mod 4)), the one beside it, and the same
+eight rows below: four in a row of a tuple. Tiles of 16-bit numbers lie in shared memory in rows of 128 or 256 bytes,
+chunk c of 16 bytes of row r at place c xor (r mod 8): eight rows' chunks of one column lie in different banks. As
+rows begin at multiples of 128, moving by two chunks is a xor of the whole address.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.cuda import types
+from numba.cuda.extending import intrinsic
+
+from .instructions import PER_16_BYTES
+from .lowering import F16, F32, I16, I32, VOID, as_integer, call_asm, compiling_for, fma
+
+STAGED_BYTES = 544
+"""Distance of two rows of 128 float32 that `put_sums` writes: rows of the same lanes lie in different banks."""
+
+
+def _parts(builder: Any, kind: Any, value: Any) -> list[Any]:
+    return [builder.extract_value(value, i) for i in range(kind.count)]
+
+
+def _short(context: Any, builder: Any, value: Any, found: Any) -> Any:
+    return as_integer(context, builder, value, found, types.uint32)
+
+
+def _ldmatrix(builder: Any, where: Any, offset: int, transposed: bool = False) -> list[Any]:
+    """Four 8 × 8 matrices of 16-bit numbers; lane l names row l mod 8 of matrix l / 8."""
+    trans = ".trans" if transposed else ""
+    text = f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{$0, $1, $2, $3}}, [$4+{offset}];"
+    loaded = call_asm(builder, ir.LiteralStructType([I32] * 4), text, "=r,=r,=r,=r,r,~{memory}", [where])
+    return [builder.extract_value(loaded, i) for i in range(4)]
+
+
+def _halves_of_bfloats(builder: Any, word: Any) -> Any:
+    """In one piece, so that LLVM keeps the words and not, for a whole loop, what comes of them."""
+    text = (
+        "{.reg .b32 t; .reg .f32 a, b; .reg .b16 h, g; shl.b32 t, $1, 16; mov.b32 a, t; and.b32 t, $1, 0xffff0000; "
+        "mov.b32 b, t; cvt.rn.f16.f32 h, a; cvt.rn.f16.f32 g, b; mov.b32 $0, {h, g};}"
+    )
+    return call_asm(builder, I32, text, "=r,r", [word])
+
+
+def _mma(builder: Any, name: str, a: list[Any], b: list[Any], c: list[Any]) -> list[Any]:
+    """c + a · b of tiles 16 × 16 and 16 × 8. Before sm_80 it takes two steps, and bfloat16 goes as float16 (which is
+    the same for numbers between 2^-14 and 2^16, and to 2^-25 below).
+    """
+    result = ir.LiteralStructType([F32] * 4)
+    if compiling_for() >= (8, 0):
+        kind = "bf16" if name == "int16" else "f16"
+        text = (
+            f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32 {{$0, $1, $2, $3}}, {{$4, $5, $6, $7}}, "
+            "{$8, $9}, {$10, $11, $12, $13};"
+        )
+        summed = call_asm(builder, result, text, "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f", [*a, *b, *c])
+        return [builder.extract_value(summed, i) for i in range(4)]
+    text = "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {$0, $1, $2, $3}, {$4, $5}, {$6}, {$7, $8, $9, $10};"
+    for i in range(2):
+        words = [a[2 * i], a[2 * i + 1], b[i]]
+        if name == "int16":
+            words = [_halves_of_bfloats(builder, word) for word in words]
+        summed = call_asm(builder, result, text, "=f,=f,=f,=f,r,r,r,f,f,f,f", [*words, *c])
+        c = [builder.extract_value(summed, i) for i in range(4)]
+    return c
+
+
+def _pack(builder: Any, name: str, low: Any, high: Any) -> Any:
+    """A word of two float32, rounded to nearest even to float16 ("uint16") or bfloat16."""
+    if compiling_for() >= (8, 0):
+        kind = "f16x2" if name == "uint16" else "bf16x2"
+        return call_asm(builder, I32, f"cvt.rn.{kind}.f32 $0, $2, $1;", "=r,f,f", [low, high])
+    halves = []
+    for x in (low, high):
+        if name == "uint16":
+            halves.append(builder.zext(builder.bitcast(builder.fptrunc(x, F16), I16), I32))
+        else:
+            bits = builder.bitcast(x, I32)
+            odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
+            rounded = builder.add(builder.add(bits, ir.Constant(I32, 0x7FFF)), odd)
+            broken = builder.fcmp_unordered("uno", x, x)
+            rounded = builder.select(broken, builder.or_(bits, ir.Constant(I32, 0x400000)), rounded)
+            halves.append(builder.lshr(rounded, ir.Constant(I32, 16)))
+    return builder.or_(halves[0], builder.shl(halves[1], ir.Constant(I32, 16)))
+
+
+@intrinsic
+def pack2(typingctx, memory, low, high):  # type: ignore[no-untyped-def]
+    """Two float32 rounded to the 16-bit type of `memory`, in one word."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _pack(builder, memory.dtype.name, args[1], args[2])
+
+    return types.uint32(memory, types.float32, types.float32), codegen
+
+
+@intrinsic
+def put_words2(typingctx, where, a, b):  # type: ignore[no-untyped-def]
+    """Two words to an 8-byte aligned global address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        call_asm(builder, VOID, "st.global.v2.u32 [$0], {$1, $2};", "l,r,r,~{memory}", args)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.uint32, types.uint32), codegen
+
+
+@intrinsic
+def put_words4(typingctx, where, a, b, c, d):  # type: ignore[no-untyped-def]
+    """Four words to a 16-byte aligned place of the shared window (`shared_address`)."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        args = [_short(context, builder, args[0], where), *args[1:]]
+        call_asm(builder, VOID, "st.shared.v4.u32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r,~{memory}", args)
+        return context.get_dummy_value()
+
+    return types.void(where, *[types.uint32] * 4), codegen
+
+
+def _zeros(count: int) -> Any:
+    kind = types.UniTuple(types.float32, count)
+
+    def typing(typingctx):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            return context.make_tuple(builder, kind, [ir.Constant(F32, 0.0)] * count)
+
+        return kind(), codegen
+
+    return intrinsic(typing)
+
+
+zeros32, zeros64, zeros128 = (_zeros(count) for count in (32, 64, 128))
+"""Tuples of float32: what a lane holds of a sum of tiles."""
+
+
+@intrinsic
+def load_fragments(typingctx, sums, a_at, b_at):  # type: ignore[no-untyped-def]
+    """What a lane needs to multiply 16 columns of two tiles: of A (as many rows as `sums` has), then of B (64 rows).
+
+    Rows have 128 bytes. Lane l's addresses are of row l mod 16 of A, chunk l / 16, and of row (l mod 8) + 8 (l / 16) of
+    B, chunk (l / 8) mod 2.
+    """
+    fours = sums.count // 32
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        a, b = _short(context, builder, args[1], a_at), _short(context, builder, args[2], b_at)
+        words = []
+        for i in range(fours):
+            words += _ldmatrix(builder, a, 2048 * i)
+        for i in range(4):
+            words += _ldmatrix(builder, b, 2048 * i)
+        return context.make_tuple(builder, signature.return_type, words)
+
+    return types.UniTuple(types.uint32, 4 * fours + 16)(sums, a_at, b_at), codegen
+
+
+@intrinsic
+def multiply_fragments(typingctx, memory, sums, words):  # type: ignore[no-untyped-def]
+    """sums + A · Bᵀ of fragments in the 16-bit type of `memory`: 64 columns, 8 tiles a row of tiles."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        totals, parts = _parts(builder, sums, args[1]), _parts(builder, words, args[2])
+        fours = len(totals) // 32
+        b = parts[4 * fours :]
+        for i in range(fours):
+            for j in range(8):
+                at = 4 * (8 * i + j)
+                totals[at : at + 4] = _mma(
+                    builder, memory.dtype.name, parts[4 * i : 4 * i + 4], b[2 * j : 2 * j + 2], totals[at : at + 4]
+                )
+        return context.make_tuple(builder, sums, totals)
+
+    return sums(memory, sums, words), codegen
+
+
+@intrinsic
+def put_sums(typingctx, sums, to):  # type: ignore[no-untyped-def]
+    """A warp's sums into rows of float32 in shared memory, `STAGED_BYTES` apart; `to` is of the lane's first number."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        where, totals = _short(context, builder, args[1], to), _parts(builder, sums, args[0])
+        for i in range(len(totals) // 2):
+            row, column = 16 * (i // 16) + 8 * (i % 2), 8 * (i // 2 % 8)
+            text = f"st.shared.v2.f32 [$0+{row * STAGED_BYTES + 4 * column}], {{$1, $2}};"
+            call_asm(builder, VOID, text, "r,f,f,~{memory}", [where, *totals[2 * i : 2 * i + 2]])
+        return context.get_dummy_value()
+
+    return types.void(sums, to), codegen
+
+
+@intrinsic
+def load_queries(typingctx, sums, at):  # type: ignore[no-untyped-def]
+    """Fragments of 16 rows of as many numbers as `sums` has columns, two rows of eight for a lane: 64 or 128."""
+    columns = 2 * sums.count
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        where, words = _short(context, builder, args[1], at), []
+        for step in range(columns // 16):
+            words += _ldmatrix(builder, builder.xor(where, ir.Constant(I32, 32 * step)), 0)
+        return context.make_tuple(builder, signature.return_type, words)
+
+    return types.UniTuple(types.uint32, columns // 4)(sums, at), codegen
+
+
+@intrinsic
+def score_keys(typingctx, memory, queries, keys_at):  # type: ignore[no-untyped-def]
+    """16 queries · 64 keysᵀ. Lane l's address is of key (l mod 8) + 8 (l / 16), chunk (l / 8) mod 2."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        words, where = _parts(builder, queries, args[1]), _short(context, builder, args[2], keys_at)
+        totals = [ir.Constant(F32, 0.0)] * 32
+        steps, name = len(words) // 4, memory.dtype.name
+        for step in range(steps):
+            moved = builder.xor(where, ir.Constant(I32, 32 * step))
+            for j in range(4):
+                keys = _ldmatrix(builder, moved, 16 * j * 32 * steps)
+                for i in range(2):
+                    at = 4 * (2 * j + i)
+                    totals[at : at + 4] = _mma(
+                        builder, name, words[4 * step : 4 * step + 4], keys[2 * i : 2 * i + 2], totals[at : at + 4]
+                    )
+        return context.make_tuple(builder, signature.return_type, totals)
+
+    return types.UniTuple(types.float32, 32)(memory, queries, keys_at), codegen
+
+
+@intrinsic
+def add_values(typingctx, memory, sums, weights, values_at):  # type: ignore[no-untyped-def]
+    """sums + weights (16 × 64, as `score_keys` gives them) · 64 values. Lanes' addresses are as for `score_keys`."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        totals, numbers = _parts(builder, sums, args[1]), _parts(builder, weights, args[2])
+        where, name = _short(context, builder, args[3], values_at), memory.dtype.name
+        row_bytes = 4 * len(totals)
+        for step in range(4):
+            mine = numbers[8 * step : 8 * step + 8]
+            a = [_pack(builder, name, mine[2 * i], mine[2 * i + 1]) for i in range(4)]
+            for j in range(len(totals) // 8):
+                moved = builder.xor(where, ir.Constant(I32, 32 * j))
+                values = _ldmatrix(builder, moved, 16 * step * row_bytes, transposed=True)
+                for i in range(2):
+                    at = 4 * (2 * j + i)
+                    totals[at : at + 4] = _mma(builder, name, a, [values[i], values[i + 2]], totals[at : at + 4])
+        return context.make_tuple(builder, sums, totals)
+
+    return sums(memory, sums, weights, types.int64), codegen
+
+
+def _by_row(result: Any, function: Any) -> Any:
+    """An intrinsic that makes a tuple of float32 from a lane's numbers, each with the argument that its row has.
+
+    function(builder, numbers, rows): which row (0 or 1) number i belongs to is (i / 2) mod 2.
+    """
+
+    def typing(typingctx, numbers, first, second):  # type: ignore[no-untyped-def]
+        kind = numbers if result is None else result
+
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            made = function(builder, _parts(builder, numbers, args[0]), args[1:])
+            return context.make_tuple(builder, kind, made)
+
+        return kind(numbers, types.float32, types.float32), codegen
+
+    return intrinsic(typing)
+
+
+def _reduce(combine: Any) -> Any:
+    def function(builder: Any, numbers: list[Any], start: Any) -> list[Any]:
+        totals = list(start)
+        for i, number in enumerate(numbers):
+            totals[i // 2 % 2] = combine(builder, totals[i // 2 % 2], number)
+        return totals
+
+    return function
+
+
+def _larger(builder: Any, a: Any, b: Any) -> Any:
+    return call_asm(builder, F32, "max.f32 $0, $1, $2;", "=f,f,f", [a, b])
+
+
+def _power(builder: Any, x: Any) -> Any:
+    return call_asm(builder, F32, "ex2.approx.f32 $0, $1;", "=f,f", [x])
+
+
+PAIR = types.UniTuple(types.float32, 2)
+most_of_rows = _by_row(PAIR, _reduce(_larger))
+"""most_of_rows(numbers, a, b): the largest of the lane's numbers and a in its first row, and b in its second."""
+sums_of_rows = _by_row(PAIR, _reduce(lambda builder, a, b: builder.fadd(a, b)))
+"""sums_of_rows(numbers, a, b): a plus the lane's numbers in its first row, b plus those in its second."""
+powers_of_2 = _by_row(
+    None, lambda builder, x, rows: [_power(builder, builder.fsub(x[i], rows[i // 2 % 2])) for i in range(len(x))]
+)
+"""powers_of_2(numbers, a, b): 2^(number - a) in the first row, 2^(number - b) in the second."""
+scale_rows = _by_row(None, lambda builder, x, rows: [builder.fmul(x[i], rows[i // 2 % 2]) for i in range(len(x))])
+"""scale_rows(numbers, a, b): the first row's numbers times a, the second's times b."""
+
+
+@intrinsic
+def mask_scores(typingctx, scores, first, second):  # type: ignore[no-untyped-def]
+    """Scores, but -infinity for keys after the row's last: counted from the lane's first, it is `first` or `second`."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        lasts = [
+            as_integer(context, builder, args[1], first, types.int32),
+            as_integer(context, builder, args[2], second, types.int32),
+        ]
+        below, numbers = ir.Constant(F32, float("-inf")), []
+        for i, number in enumerate(_parts(builder, scores, args[0])):
+            seen = builder.icmp_signed("<=", ir.Constant(I32, 8 * (i // 4) + i % 2), lasts[i // 2 % 2])
+            numbers.append(builder.select(seen, number, below))
+        return context.make_tuple(builder, scores, numbers)
+
+    return scores(scores, first, second), codegen
+
+
+@intrinsic
+def put_rows(typingctx, numbers, first_at, second_at, first, second):  # type: ignore[no-untyped-def]
+    """A lane's numbers to global memory; of its rows the first `first` and `second` columns are wanted."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        parts = _parts(builder, numbers, args[0])
+        wanted = [_short(context, builder, args[3], first), _short(context, builder, args[4], second)]
+        for i in range(len(parts) // 2):
+            column = 8 * (i // 2)
+            text = f"{{.reg .pred p; setp.gt.s32 p, $1, {column}; @p st.global.v2.f32 [$0+{4 * column}], {{$2, $3}};}}"
+            call_asm(
+                builder, VOID, text, "l,r,f,f,~{memory}", [args[1 + i % 2], wanted[i % 2], *parts[2 * i : 2 * i + 2]]
+            )
+        return context.get_dummy_value()
+
+    return types.void(numbers, types.int64, types.int64, first, second), codegen
+
+
+@intrinsic
+def add_products(typingctx, sums, a, b):  # type: ignore[no-untyped-def]
+    """sums[i, j] + a[i] · b[j], in float32; tuples all, rows of `sums` one after the other."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        totals, left, right = (_parts(builder, *pair) for pair in zip((sums, a, b), args, strict=True))
+        n = len(right)
+        totals = [fma(builder, left[i // n], right[i % n], total) for i, total in enumerate(totals)]
+        return context.make_tuple(builder, sums, totals)
+
+    return sums(sums, a, b), codegen
+
+
+@intrinsic
+def put_block(typingctx, sums, to):  # type: ignore[no-untyped-def]
+    """Rows of four numbers to shared memory, `STAGED_BYTES` apart."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        where, numbers = _short(context, builder, args[1], to), _parts(builder, sums, args[0])
+        for i in range(0, len(numbers), 4):
+            text = f"st.shared.v4.f32 [$0+{i // 4 * STAGED_BYTES}], {{$1, $2, $3, $4}};"
+            call_asm(builder, VOID, text, "r,f,f,f,f,~{memory}", [where, *numbers[i : i + 4]])
+        return context.get_dummy_value()
+
+    return types.void(sums, to), codegen
+
+
+@intrinsic
+def expand16(typingctx, memory, words, scale, to):  # type: ignore[no-untyped-def]
+    """16 bytes of int8 or 4-bit numbers, times their scale and rounded to float16, to a 16-byte aligned address."""
+    name = memory.dtype.name
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        parts = _parts(builder, words, args[1])
+        numbers = []
+        for i in range(PER_16_BYTES[name]):
+            if name == "int8":
+                shifted = builder.lshr(parts[i // 4], ir.Constant(I32, 8 * (i % 4)))
+                kind = ir.FunctionType(F32, [I32])  # LLVM would widen the byte to 16 bits first
+                number = builder.call(ir.InlineAsm(kind, "cvt.rn.f32.s8 $0, $1;", "=f,r"), [shifted])
+            else:
+                shift = ir.Constant(I32, 8 * (i % 4) + 4 * (i // 16))
+                nibble = builder.and_(builder.lshr(parts[i % 16 // 4], shift), ir.Constant(I32, 15))
+                number = builder.sitofp(builder.sub(nibble, ir.Constant(I32, 8)), F32)
+            numbers.append(builder.fmul(number, args[2]))
+        packed = [_pack(builder, "uint16", numbers[i], numbers[i + 1]) for i in range(0, len(numbers), 2)]
+        for i in range(0, len(packed), 4):
+            text = f"st.global.v4.u32 [$0+{4 * i}], {{$1, $2, $3, $4}};"
+            call_asm(builder, VOID, text, "l,r,r,r,r,~{memory}", [args[3], *packed[i : i + 4]])
+        return context.get_dummy_value()
+
+    return types.void(memory, words, types.float32, types.int64), codegen
+
+
+@intrinsic
+def expand_packed(typingctx, memory, words, high, high_too, scale, scale_too, least, to):  # type: ignore[no-untyped-def]
+    """A block of 32 numbers of a `PACKED` type, rounded to float16, to a 16-byte aligned address: of the first 16
+    `high` are the upper bits and `scale` is the scale, of the others `high_too` and `scale_too`.
+    """
+    six = memory.dtype.name == "q6_k"
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        parts, (upper, scales), numbers = _parts(builder, words, args[1]), (args[2:4], args[4:6]), []
+        for i in range(32):
+            half, j = divmod(i, 16)
+            integer = builder.lshr(parts[j // 4], ir.Constant(I32, 8 * (j % 4) + 4 * half))
+            integer = builder.and_(integer, ir.Constant(I32, 15))
+            if six:
+                bits = builder.lshr(upper[half], ir.Constant(I32, 8 * (j % 4) + 2 * (j // 4)))
+                bits = builder.shl(builder.and_(bits, ir.Constant(I32, 3)), ir.Constant(I32, 4))
+                integer = builder.sub(builder.or_(integer, bits), ir.Constant(I32, 32))
+            number = builder.fmul(builder.sitofp(integer, F32), scales[half], flags=("contract",))
+            numbers.append(number if six else builder.fadd(number, args[6], flags=("contract",)))
+        packed = [_pack(builder, "uint16", numbers[i], numbers[i + 1]) for i in range(0, 32, 2)]
+        for i in range(0, 16, 4):
+            text = f"st.global.v4.u32 [$0+{4 * i}], {{$1, $2, $3, $4}};"
+            call_asm(builder, VOID, text, "l,r,r,r,r,~{memory}", [args[7], *packed[i : i + 4]])
+        return context.get_dummy_value()
+
+    factors = [types.float32] * 3
+    return types.void(memory, words, types.uint32, types.uint32, *factors, types.int64), codegen
+
+
+# Products of weights with one vector, for `kernels_cuda.tiles`
+
+
+@intrinsic
+def multiply_halves(typingctx, memory, sums, a0, a1, b0, b1, x0, x1):  # type: ignore[no-untyped-def]
+    """sums + 16 × 16 weights of the 16-bit type of `memory` times 16 × 8 numbers of x: each two words a lane.
+
+    a0 and a1 are of row lane / 4, b0 and b1 of the row eight below, x0 and x1 of column lane / 4. What stands at the same
+    place of a, b and x is multiplied, so the order of numbers does not matter.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        c = [builder.extract_value(args[1], i) for i in range(4)]
+        rows = [args[2], args[4], args[3], args[5]]
+        summed = _mma(builder, memory.dtype.name, rows, [args[6], args[7]], c)
+        return context.make_tuple(builder, signature.return_type, summed)
+
+    return sums(memory, sums, *[types.uint32] * 6), codegen
+
+
+@intrinsic
+def multiply_bytes(typingctx, sums, a0, a1, b0, b1, x0, x1):  # type: ignore[no-untyped-def]
+    """The same for int8: sums (int32) + a tile of 16 × 32 weights times one of 32 × 8 of x; two words of each (sm_80)."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        c = [builder.extract_value(args[0], i) for i in range(4)]
+        text = (
+            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, "
+            "{$10, $11, $12, $13};"
+        )
+        words = [args[1], args[3], args[2], args[4], args[5], args[6]]
+        summed = call_asm(
+            builder, ir.LiteralStructType([I32] * 4), text, "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r", [*words, *c]
+        )
+        return context.make_tuple(builder, signature.return_type, [builder.extract_value(summed, i) for i in range(4)])
+
+    return sums(sums, *[types.uint32] * 6), codegen
