@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from . import progress, registry
+from . import blocks_cuda, progress, registry
 from .checkpoint import Weight
 from .config import BLOCKS, F16
 from .errors import NOT_NUMBERS, DeviceError, Error
@@ -105,6 +105,8 @@ class _Layout:
         weight, kind = self.weight, self.weight.type.name
         columns = weight.shape[-1]
         rows = weight.data.reshape(self.rows, -1)[first:last]
+        if kind in blocks_cuda.LAYOUTS:
+            return blocks_cuda.split_rows(kind, rows)
         if kind in ("q8_0", "q4_0"):
             blocks = rows.reshape(last - first, -1, BLOCKS[kind][1])
             return blocks[:, :, 2:].reshape(last - first, -1), blocks[:, :, :2].reshape(last - first, -1)
@@ -143,6 +145,9 @@ def _layout(weight: Weight) -> _Layout:
         blocks = columns // numbers
         payload = "int8" if kind == "q8_0" else "q4_0"
         return _Layout(weight, payload, blocks * (nbytes - 2), "f16", -(-blocks // 2) * 2, numbers)
+    if kind in blocks_cuda.LAYOUTS:
+        of_blocks = blocks_cuda.LAYOUTS[kind]
+        return _Layout(weight, kind, columns // 2, of_blocks.scales, of_blocks.stride(columns), of_blocks.group)
     if kind == "int8":
         common = math.gcd(columns, weight.type.group)
         group = common & -common  # the largest power of two that divides both
@@ -152,7 +157,7 @@ def _layout(weight: Weight) -> _Layout:
         if group >= 16:
             return _Layout(weight, "int8", columns, "f32", columns // group, group)
         return _Layout(weight, "f32", -(-columns * 4 // 16) * 16)
-    return _layout(convert(weight, F16))  # block types that no kernel streams yet
+    return _layout(convert(weight, F16))  # block types that no kernel streams
 
 
 class Weights:

@@ -27,16 +27,21 @@ GROUPED = ModelConfig(64, 96, 1, 8, 2, 40, 16)
 SINGLE = ModelConfig(64, 96, 1, 8, 8, 40, 16)
 ODD = ModelConfig(24, 10, 1, 4, 2, 11, 7)
 """Heads of six numbers, which are not read 16 bytes at a time."""
+BLOCKS = ModelConfig(256, 256, 1, 8, 2, 40, 16)
+"""Rows are whole blocks of 256."""
 BIASED = ModelConfig(64, 96, 1, 8, 2, 40, 16, qkv_bias=True)
 """With biases q, k and v are computed in one step, and turned in another."""
 
+BIASED_BLOCKS = ModelConfig(256, 256, 1, 8, 2, 40, 16, qkv_bias=True)
 NORMED = ModelConfig(64, 96, 1, 8, 2, 40, 16, qk_norm=True)
 WIDE = ModelConfig(64, 96, 1, 2, 1, 40, 16, head_dim=128)
 
 CASES: list[tuple[ModelConfig, str, str, Any, bool]] = [
     # shape, weights, KV cache, fusions, int8 activations
-    *((GROUPED, kind, "f16", True, False) for kind in ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")),
-    *((BIASED, kind, "f16", True, False) for kind in ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")),
+    *((GROUPED, kind, "f16", True, False) for kind in ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1")),
+    *((BIASED, kind, "f16", True, False) for kind in ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1")),
+    *((config, kind, "f16", True, False) for config in (BLOCKS, BIASED_BLOCKS) for kind in ("q4_k", "q6_k")),
+    *((BLOCKS, mixture, "f16", True, False) for mixture in ("q4_k_m", "all")),
     (SINGLE, "f32", "f32", True, False),
     (SINGLE, "bf16", "bf16", True, False),
     (SINGLE, "f16", "f16", True, False),

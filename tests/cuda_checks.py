@@ -16,7 +16,7 @@ from support import BOUNDS, U, check_step, read
 
 from numballama import cuda, quant
 from numballama.checkpoint import Weight
-from numballama.config import ModelConfig
+from numballama.config import BLOCKS, ModelConfig
 from numballama.graph import KVLayout
 from numballama.ir import DTYPES
 from numballama.lowlevel_cuda.launch import ITEM_BYTES, Array, Gpu
@@ -120,7 +120,7 @@ def run_checked(program: Any, reference: Any, ids: Sequence[int], start: int, se
     for step, planned in enumerate(program.plan.steps):
         own = poison_dead(program, step)
         before = arena(program)
-        with bounds_of(reference.backend.weights):
+        with bounds_of(reference.backend):
             check_step(program, step, tokens, reference.backend, lambda step=step: program.run(tokens, step, step + 1))
         np.testing.assert_array_equal(arena(program)[~own], before[~own], err_msg=f"step {step} wrote to others' bytes")
         for name in planned.op.outputs if whole else ():
@@ -372,15 +372,33 @@ def check_quantize(bench: Bench, x: np.ndarray, group: int) -> None:
 # Bounds
 
 
+QUANTISED = ("int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
+LEAST = ("q4_1", "q4_k")
+"""Types whose numbers are scale · integer + least, with factors of both at the beginning of a block."""
+
+
+def magnitudes(weight: Weight) -> np.ndarray:
+    """|scale · integer| + |least| of each number."""
+    _, nbytes = BLOCKS[weight.type.name]
+    blocks = weight.data.reshape(-1, nbytes).copy()
+    blocks[:, 1] &= 0x7F
+    blocks[:, 3] = blocks[:, 3] & 0x7F | (0x80 if weight.type.name == "q4_k" else 0)  # there it is taken off
+    positive = quant.dequantize(Weight(weight.shape, weight.type, blocks.reshape(weight.data.shape)))
+    return positive.astype(np.float64)
+
+
 @contextlib.contextmanager
-def bounds_of(weights: Mapping[str, Weight]) -> Iterator[None]:
-    """Bounds of rounding errors for CUDA kernels, and for those that multiply these weights.
+def bounds_of(reference: ReferenceBackend) -> Iterator[None]:
+    """Bounds of rounding errors for CUDA kernels, and for those that multiply the reference's weights.
 
     An exponential is a power of two, whose exponent is rounded when it is multiplied by log2(e): a relative error of
     the result that grows with the exponent. With quantised weights x is in fixed point (`kernels_cuda.products`): a
     number is off by 2^-24 of the largest of those that meet a lane's 16 bytes, 16 or 32 neighbours, or by itself where
-    that is below 1e-30.
+    that is below 1e-30. Numbers that are scale · integer + least are multiplied in two sums, each of which is rounded.
     """
+    weights = reference.weights
+    parts = {name: magnitudes(weight) for name, weight in weights.items() if weight.type.name in LEAST}
+    by_array = {id(reference.weight(name)): array for name, array in parts.items()}  # it keeps them
     plain, plain_swiglu, plain_softmax = BOUNDS["linear"], BOUNDS["swiglu"], BOUNDS["softmax"]
 
     def swiglu(x: Sequence[np.ndarray], e: Sequence[np.ndarray], out: np.ndarray, attrs: Mapping[str, Any]) -> Any:
@@ -397,9 +415,11 @@ def bounds_of(weights: Mapping[str, Weight]) -> Iterator[None]:
         a, w = np.abs(x[0].astype(np.float64)), np.abs(x[-1].astype(np.float64))
         starts = np.arange(0, a.shape[1], 32)
         largest = np.repeat(np.maximum.reduceat(a, starts, axis=1), 32, axis=1)[:, : a.shape[1]]
+        if id(x[-1]) in by_array:
+            error += 8 * U * a @ by_array[id(x[-1])].T
         return error + (1.01 * U * largest + 1e-30) @ w.T
 
-    quantised = any(weight.type.name in ("int8", "q8_0", "q4_0") for weight in weights.values())
+    quantised = any(weight.type.name in QUANTISED for weight in weights.values())
     changed = {"swiglu": swiglu, "softmax": softmax} | ({"linear": linear} if quantised else {})
     with mock.patch.dict(BOUNDS, changed):
         yield

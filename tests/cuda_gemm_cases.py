@@ -22,7 +22,8 @@ from support import U, as_weight
 from numballama import quant, registry
 from numballama.config import F32
 
-ROUNDING = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8, "int8": 2.0**-10, "q8_0": 2.0**-10, "q4_0": 2.0**-10}
+QUANTISED = ("int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
+ROUNDING = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8} | dict.fromkeys(QUANTISED, 2.0**-10)
 """Relative error of a product of an activation and a weight, both rounded to the type that tensor cores take: float16
 and bfloat16 weights are exact, quantised ones become float16 (2^-11 each).
 """
@@ -40,7 +41,7 @@ def within(x: np.ndarray, weight: np.ndarray, kind: str) -> np.ndarray:
     error = (ROUNDING[kind] * (1 + 2.0**-10) + (n + 8) * U) * (x @ weight.T)
     if kind not in ("f32", "bf16"):
         error += 2.0**-38 * x.max(axis=1, keepdims=True) * weight.sum(axis=1)
-    if kind in ("int8", "q8_0", "q4_0"):
+    if kind in QUANTISED:
         error += 2.0**-25 * x.sum(axis=1, keepdims=True)
     return error + 1e-37
 
@@ -366,6 +367,12 @@ def cases() -> list[Case]:
         add(f"linear {kind}", 18, linear, kind, 20, 96, 136, residual=False, normed=False)
         add(f"norm_linear {kind}", 12, linear, kind, 12, 64, 40, residual=False, normed=True)
         add(f"gate_up {kind}", 9, gate_up, kind, 10, 128, 72, normed=True)
+    add("linear q4_1", 18, linear, "q4_1", 20, 96, 136, residual=False, normed=False)
+    add("norm_linear q4_1", 12, linear, "q4_1", 12, 64, 40, residual=False, normed=True)
+    for kind in ("q4_k", "q6_k"):
+        add(f"linear {kind}", 18, linear, kind, 20, 256, 136, residual=True, normed=False)
+        add(f"norm_linear {kind}, some of the last record", 12, linear, kind, 12, 1280, 40, residual=False, normed=True)
+        add(f"gate_up {kind}", 9, gate_up, kind, 10, 768, 72, normed=True)
     add("linear f16, more tiles of tokens, residual", 131, linear, "f16", 140, 72, 20, residual=True, normed=False)
     add("linear bf16, more steps than stages", 30, linear, "bf16", 30, 712, 132, residual=True, normed=False)
     add("linear f16, odd sizes", 11, linear, "f16", 11, 37, 10, residual=True, normed=False)
@@ -377,7 +384,8 @@ def cases() -> list[Case]:
     add("gate_up f16, odd sizes", 10, gate_up, "f16", 10, 40, 67, normed=False)
     for kind, heads, head_dim, interleaved, cache in (
         ("f16", (4, 2), 64, 0, "f16"), ("bf16", (3, 1), 48, 1, "bf16"), ("q8_0", (2, 2), 96, 0, "f16"),
-        ("f16", (2, 1), 128, 1, "f32"), ("f32", (2, 1), 32, 0, "f16"), ("f16", (1, 1), 160, 0, "f16"),
+        ("q4_1", (2, 1), 64, 0, "f16"), ("f16", (2, 1), 128, 1, "f32"), ("f32", (2, 1), 32, 0, "f16"),
+        ("f16", (1, 1), 160, 0, "f16"),
     ):  # fmt: skip
         add(f"qkv {kind}, heads of {head_dim}", 21, qkv_rope, kind, 23, 64, heads, head_dim, interleaved, cache)
     once, two = [0] * 70, [0] * 40 + [1] * 30

@@ -253,15 +253,19 @@ numba_simulator.BlockManager = BlockManager
 _ELEMENTS = {
     "f32": np.float32, "f16": np.uint16, "bf16": np.int16, "int8": np.int8, "i8": np.int8, "i32": np.int32,
     "i64": np.int64, "f64": np.float64, "u64": np.uint64, "q4_0": np.uint8,
+    "u8": np.uint8, "u32": np.uint32, "q4_1": np.uint8, "q4_k": np.uint8, "q6_k": np.uint8,
 }  # fmt: skip
 """As `driver.signature` has them."""
+_PACKED = ("q4_1", "q4_k", "q6_k")
+"""Types that kernels tell apart although NumPy's are the same."""
 
 
 class Pointer:
     """A typed pointer, or a shared array, that knows its bounds."""
 
-    def __init__(self, address: int, size: int, dtype: Any, shared: bool = False) -> None:
+    def __init__(self, address: int, size: int, dtype: Any, shared: bool = False, kind: str = "") -> None:
         self.address, self.size, self.dtype, self.shared = address, size, np.dtype(dtype), shared
+        self.kind = kind if kind in _PACKED else self.dtype.name
         self.bytes_each = self.dtype.itemsize
         buffer = (ctypes.c_uint8 * max(size * self.bytes_each, 1)).from_address(address)
         self._view = np.frombuffer(buffer, self.dtype, size)
@@ -334,7 +338,7 @@ class Simulation:
             self._epoch, self._written = HostMemory.epoch, set()
         arguments = [
             Pointer(argument.address, argument.nbytes // np.dtype(_ELEMENTS[argument.dtype]).itemsize,
-                    _ELEMENTS[argument.dtype])
+                    _ELEMENTS[argument.dtype], kind=argument.dtype)
             if hasattr(argument, "address") else np.float32(argument) if isinstance(argument, float) else argument
             for argument in launch.arguments
         ]  # fmt: skip
@@ -366,7 +370,9 @@ def _numbers(name: str, words: Any) -> np.ndarray:
     return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
 
 
-_PER_16 = {"float32": 4, "uint16": 8, "int16": 8, "int8": 16, "uint8": 32}
+_PER_16 = {
+    "float32": 4, "uint16": 8, "int16": 8, "int8": 16, "uint8": 32, "q4_1": 32, "q4_k": 32, "q6_k": 16,
+}  # fmt: skip
 
 
 def _address(memory: Pointer, index: int) -> int:
@@ -557,8 +563,14 @@ _EMULATED: dict[str, Callable[..., Any]] = {
     "nearest": _nearest,
     "planes": _planes,
     "exp2": lambda x: np.exp2(np.float32(x)),
-    "per_16_bytes": lambda memory: _PER_16[memory.dtype.name],
-    "has_scales": lambda memory: memory.dtype.name in ("int8", "uint8"),
+    "f32_of_signed_byte": lambda word: np.float32(np.uint8(int(word) & 255).view(np.int8)),
+    "per_16_bytes": lambda memory: _PER_16[memory.kind],
+    "has_scales": lambda memory: memory.kind in ("int8", "uint8", *_PACKED),
+    "is_packed": lambda memory: memory.kind in _PACKED,
+    "is_q4_1": lambda memory: memory.kind == "q4_1",
+    "is_q4_k": lambda memory: memory.kind == "q4_k",
+    "is_q6_k": lambda memory: memory.kind == "q6_k",
+    "counts_from": lambda memory: np.float32({"uint8": 8, "q6_k": 32}.get(memory.kind, 1)),
     "dot16": _dot16,
     "unpack8": _unpack8,
     "number": _number,
@@ -567,6 +579,7 @@ _EMULATED: dict[str, Callable[..., Any]] = {
     "scale_word": lambda memory, index: _address(memory, index) & -4,
     "scale_in": _scale_in,
     "copy16": _copy(16),
+    "copy8": _copy(8),
     "copy4": _copy(4),
     "close_copies": _close_copies,
     "await_all": _await(0),

@@ -39,12 +39,22 @@ def missing_packages() -> str:
     return ""
 
 
+MIXTURES = {
+    "q4_k_m": {"wv": "q6_k", "w2": "q6_k", "output": "q6_k", "": "q4_k"},
+    "all": {"wq": "q4_0", "wk": "q4_1", "wv": "q8_0", "w1": "q4_k", "w3": "q6_k", "wo": "f32", "w2": "q4_1", "": "f16"},
+}
+"""Types of matrices by the last part of their names, "" for the others: a Q4_K_M file's, and as mixed as can be."""
+
+
 def converted(weights: Mapping[str, Weight], kind: str, group: int = 32) -> dict[str, Weight]:
-    """Matrices in another type, norms and biases as they are."""
-    return {
-        name: as_weight(w.data, kind, group if kind == "int8" else 0) if len(w.shape) == 2 else w
-        for name, w in weights.items()
-    }
+    """Matrices in another type, or in those of a mixture; norms and biases as they are."""
+    types = MIXTURES.get(kind, {"": kind})
+    result = dict(weights)
+    for name, w in weights.items():
+        if len(w.shape) == 2:
+            own = types.get(name.rpartition(".")[2], types[""])
+            result[name] = as_weight(w.data, own, group if own == "int8" else 0)
+    return result
 
 
 def graph_of(

@@ -19,6 +19,7 @@ install(run=simulation.run, processors=2)
 from cuda_checks import (
     Bench,
     Pair,
+    bounds_of,
     candidates,
     check_argmax,
     check_draws,
@@ -30,13 +31,18 @@ from cuda_checks import (
     draw,
     expected,
     feed,
+    poison,
 )
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numba import cuda
+from support import as_weight, check_step
 
 from numballama import Error
+from numballama import cuda as cuda_backend
+from numballama.checkpoint import Weight
 from numballama.config import HALF_SPLIT, INTERLEAVED, ModelConfig
+from numballama.ir import Graph, Value
 from numballama.kernels_cuda import attention, sampling
 from numballama.lowlevel_cuda.instructions import (
     address,
@@ -52,6 +58,7 @@ from numballama.lowlevel_cuda.instructions import (
 )
 from numballama.lowlevel_cuda.launch import Launch
 from numballama.model import Model
+from numballama.reference import ReferenceBackend
 from numballama.sampler import Sampler
 from numballama.session import Session
 
@@ -80,8 +87,8 @@ def _processors() -> Iterator[None]:
     ("config", "kind", "kv"),
     [
         (SMALL, "f32", "f32"), (SMALL, "bf16", "f16"), (SMALL, "f16", "bf16"), (SMALL, "int8", "f32"),
-        (BLOCKS, "q4_0", "f32"), (BLOCKS, "q8_0", "bf16"), (ODD, "f32", "f32"), (ODD, "bf16", "f16"),
-        (ODD, "int8", "bf16"),
+        (BLOCKS, "q4_0", "f32"), (BLOCKS, "q4_1", "f32"), (BLOCKS, "q8_0", "bf16"), (ODD, "f32", "f32"),
+        (ODD, "bf16", "f16"), (ODD, "int8", "bf16"),
     ],
 )  # fmt: skip
 def test_every_value(config: ModelConfig, kind: str, kv: str, fusions: bool) -> None:
@@ -117,6 +124,70 @@ def test_long_rows(kind: str) -> None:
     config = ModelConfig(640, 32, 1, 2, 1, 8, 4, head_dim=16)
     pair = Pair(config, kind)
     check_runs(pair, [1], 1, ["norm", "qkv", "gate_up", "residual", "attention", "rope_kv", "qkv_rope"])
+
+
+def projections(graph: Graph, x: Value, weights: dict[str, Weight], *names: str) -> list[Value]:
+    """A linear layer of x for each of some weights."""
+    operands = [graph.weight(name, weights[name].shape, weights[name].type.name) for name in names]
+    return [graph.add("linear", x, weight, out=f"{weight.name}_out") for weight in operands]
+
+
+@pytest.mark.parametrize("fusions", [(), ("qkv", "gate_up", "residual")])
+@pytest.mark.parametrize(
+    ("kind", "columns"),
+    [("q4_1", 96), ("q4_1", 2080), ("q4_k", 256), ("q4_k", 2304), ("q6_k", 256), ("q6_k", 1280), ("q6_k", 1536)],
+)
+def test_block_types(kind: str, columns: int, fusions: Sequence[str]) -> None:
+    """Rows shorter than a chunk, and rows whose last one is part of a chunk; an odd number of them."""
+    rng, rows = np.random.default_rng(columns), {"table": 5, "wq": 4, "wk": 2, "wv": 2, "w1": 3, "w3": 3, "w": 5}
+    weights = {name: as_weight(rng.standard_normal((count, columns), np.float32), kind) for name, count in rows.items()}
+    graph = Graph("blocks")
+    table = graph.weight("table", weights["table"].shape, kind)
+    ids = graph.input("ids", (2,), "i32")
+    x, x_too, x_three = (graph.add("embedding", ids, table, out=name) for name in ("x", "x_too", "x_three"))
+    made = projections(graph, x, weights, "wq", "wk", "wv")
+    made.append(graph.add("swiglu", *projections(graph, x_too, weights, "w1", "w3"), out="hidden"))
+    added = graph.input("residual", (2, 5), "f32"), *projections(graph, x_three, weights, "w")
+    made.append(graph.add("add", *added, out="sums"))
+    graph.outputs = [value.name for value in made]
+    program = cuda_backend.CudaBackend(weights).program(graph, fusions)
+    if fusions:
+        assert {step.op.kind for step in program.plan.steps} == {"embedding", "qkv", "gate_up", "linear_add"}
+    poison(program)
+    program.inputs["ids"][:], program.inputs["residual"][:] = [4, 1], rng.standard_normal((2, 5), np.float32)
+    program._inputs.send(2, 0)
+    reference = ReferenceBackend(weights)
+    with bounds_of(reference):
+        for step in range(len(program.plan.steps)):
+            check_step(program, step, 2, reference, lambda step=step: program.run(2, step, step + 1))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_lanes_that_copy_for_others(monkeypatch: pytest.MonkeyPatch, asynchronous: bool) -> None:
+    """Superblocks' scales are copied by some lanes for all; here a row has more stages than a ring."""
+    monkeypatch.setattr(simulation, "asynchronous", asynchronous)
+    monkeypatch.setattr(HostDevice, "processors", 1)
+    rng, graph = np.random.default_rng(0), Graph("rows")
+    weights = {"w": as_weight(rng.standard_normal((16, 12288), np.float32), "q4_k")}
+    graph.outputs = [value.name for value in projections(graph, graph.input("x", (1, 12288), "f32"), weights, "w")]
+    program, reference = cuda_backend.CudaBackend(weights).program(graph), ReferenceBackend(weights)
+    poison(program)
+    program.inputs["x"][:] = rng.standard_normal((1, 12288), np.float32)
+    program._inputs.send(1, 0)
+    with bounds_of(reference):
+        check_step(program, 0, 1, reference, lambda: program.run(1))
+
+
+def test_a_mixture_of_block_types() -> None:
+    """Of a Q4_K_M file: q/k/v of different types are not joined, gate and up are. There is no chain of such steps."""
+    HostDevice.shared_limit = 227 << 10
+    config = ModelConfig(256, 256, 1, 4, 1, 5, 4)
+    pair = Pair(config, "q4_k_m")
+    decode = pair.programs(1)[0]
+    kinds = [step.op.kind for step in decode.plan.steps]
+    assert "norm_gate_up" in kinds and not any("qkv" in kind for kind in kinds)
+    assert not any("chain" in launch.kernel.py_func.__name__ for launch in decode.launches_of(0, len(kinds)))
+    check_runs(pair, [1], 1, True)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "kv"), [(5, 1, "f16"), (2, 2, "f32")])
@@ -495,7 +566,7 @@ def test_comparisons_can_fail() -> None:
 
 
 def check_runs_of(pair: Pair, program: Any) -> None:
-    from cuda_checks import poison, run_checked
+    from cuda_checks import run_checked
 
     poison(program)
     run_checked(program, pair.reference.program(pair.graph(1)), [1], 0, 0, True)

@@ -31,11 +31,11 @@ ORDER = [
     # Checkpoint → Graph → Plan
     "ir", "graph", "plan", "kernels_outline",
     # Plan → Backend
-    "jit", "lowlevel_cpu", "blocks_cpu", "blocks_int8_cpu", "matmul_cpu", "kernels_cpu", "kernels_int8_cpu",
-    "sampler", "cpu",
+    "jit", "blocks_cuda", "lowlevel_cpu", "blocks_cpu", "blocks_int8_cpu", "matmul_cpu", "kernels_cpu",
+    "kernels_int8_cpu", "sampler", "cpu",
     "lowlevel_cuda", "lowlevel_cuda.launch", "lowlevel_cuda.lowering", "lowlevel_cuda.instructions",
     "lowlevel_cuda.tensor_cores", "lowlevel_cuda.driver", "lowlevel_cuda.compile",
-    "kernels_cuda.pieces", "kernels_cuda.products", "kernels_cuda.gemv", "kernels_cuda.basic",
+    "kernels_cuda.pieces", "kernels_cuda.blocks", "kernels_cuda.products", "kernels_cuda.gemv", "kernels_cuda.basic",
     "kernels_cuda.gemm_kernels", "kernels_cuda.gemm", "kernels_cuda.attention", "kernels_cuda.prefill_attention",
     "kernels_cuda.sampling", "kernels_cuda.bandwidth", "kernels_cuda", "cuda",
     "reference",

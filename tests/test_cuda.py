@@ -66,7 +66,7 @@ from test_kernels_cpu import CASES, Case
 
 import numballama
 from numballama import DeviceError, Error, cuda, quant
-from numballama.config import F16, HALF_SPLIT, INTERLEAVED, NAMED_SHAPES, ModelConfig
+from numballama.config import HALF_SPLIT, INTERLEAVED, NAMED_SHAPES, ModelConfig
 from numballama.graph import FUSIONS, KVLayout
 from numballama.ir import Graph, Value
 from numballama.kernels_cuda import gemm
@@ -142,11 +142,8 @@ def test_kernel_agrees_with_reference(name: str, data: st.DataObject) -> None:
             program.inputs[operand].view(np.uint8)[...] = 0xFF  # what lies after the run's tokens is nobody's
             program.inputs[operand][: case.tokens] = array[: case.tokens]
         program._inputs.send(case.tokens, program._made)
-        # block types without a kernel became float16 on their way
-        weights = {n: quant.convert(w, F16) if w.type.name in ("q4_1", "q4_k", "q6_k") else w
-                   for n, w in case.weights.items()}  # fmt: skip
-        reference = ReferenceBackend(weights)
-        with bounds_of(case.weights):
+        reference = ReferenceBackend(case.weights)
+        with bounds_of(reference):
             for step in range(len(program.plan.steps)):
                 check_step(
                     program, step, case.tokens, reference, lambda step=step: program.run(case.tokens, step, step + 1)
@@ -222,18 +219,18 @@ def test_every_value_of_prefill_and_decode(
 
 WIDE = ModelConfig(256, 640, 2, 8, 2, 777, 600, rope_pairing=HALF_SPLIT)
 """Rows of several chunks, which warps share; heads of 32 numbers; blocks of all sizes fit."""
+WHOLE_BLOCKS = ModelConfig(1280, 768, 1, 20, 4, 300, 600, rope_pairing=HALF_SPLIT)
+"""Rows are whole blocks of 256; of the last two chunks of a row, part of one or none."""
 
 
 @pytest.mark.parametrize("kv", ["f32", "f16", "bf16"])
-@pytest.mark.parametrize("kind", ["f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q6_k"])
+@pytest.mark.parametrize(
+    "kind", ["f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k", "q4_k_m", "all"]
+)
 def test_every_value_of_a_wider_model(kind: str, kv: str) -> None:
     """Also after 500 tokens, when several blocks share a context."""
-    config = ModelConfig(256, 512, 1, 4, 4, 300, 600) if kind == "q6_k" else WIDE
+    config = WHOLE_BLOCKS if kind in ("q4_k", "q6_k", "q4_k_m", "all") else WIDE
     pair = Pair(config, kind, kv, group=64)
-    if kind in ("q4_1", "q6_k"):  # computed as float16
-        pair.reference = ReferenceBackend(
-            {n: quant.convert(w, F16) if len(w.shape) == 2 else w for n, w in pair.weights.items()}
-        )
     try:
         check_runs(pair, [8, 1, 3, 1], 8, True)
         program, reference = pair.programs(1)
@@ -348,12 +345,13 @@ def test_prefill_in_chunks_equals_token_by_token(drawn: dict[str, Any], data: st
 @pytest.mark.parametrize(("kind", "kv", "most"), [
     ("f32", "f32", 1e-4), ("f32", "f16", 2.0**-9), ("bf16", "f16", 2.0**-6), ("f16", "f16", 2.0**-8),
     ("q8_0", "f16", 2.0**-7), ("q4_0", "bf16", 2.0**-5), ("int8", "f16", 2.0**-7),
+    ("q4_1", "f16", 2.0**-7), ("q4_k", "f16", 2.0**-7), ("q6_k", "f16", 2.0**-7), ("q4_k_m", "f16", 2.0**-7),
 ])  # fmt: skip
 def test_prompts_of_many_tokens(kind: str, kv: str, most: float) -> None:
     """300 tokens at once, on tensor cores where operands have 16 bits: the root mean square of the logits' error is a
     few roundings of the logits' own; then a step.
     """
-    pair = Pair(WIDE, kind, kv, group=64)
+    pair = Pair(WHOLE_BLOCKS if kind in ("q4_k", "q6_k", "q4_k_m") else WIDE, kind, kv, group=64)
     ids = pair.ids(4, 301)
     try:
         prompt, reference = pair.programs(300, "all")

@@ -44,6 +44,15 @@ STACK = {
 }
 """The most bytes of stack a kernel may use on a card, where that is not 0: for all types of its operands."""
 
+STACK_OF_BLOCKS = {
+    # words with several factors want a register or two more than those with one scale
+    "linear_kernel": {"9.0": 32, "8.0": 136, "7.5": 136},
+    "gate_up_kernel": {"9.0": 48, "8.0": 136, "7.5": 136},
+    "qkv_kernel": {"9.0": 64, "8.0": 152, "7.5": 152},
+    "qkv_rope_kernel": {"9.0": 64, "8.0": 112, "7.5": 112},
+}
+"""The same for weights of q4_1, q4_k and q6_k."""
+
 STREAMING = {"linear_kernel", "gate_up_kernel", "qkv_kernel", "qkv_rope_kernel"}
 """Kernels that copy weights behind their own back, into shared memory."""
 
@@ -106,7 +115,8 @@ def test_every_kernel_of_the_package_is_among_them(assembled: dict[str, dict[str
 def test_numbers_stay_in_registers(assembled: dict[str, dict[str, Any]], capability: str) -> None:
     for kernel in assembled[capability]["kernels"]:
         assert kernel["local"] == 0, f"{described(kernel)}: {kernel['local']} bytes of local memory"
-        allowed = STACK.get(kernel["kernel"], {}).get(capability, 0)
+        of_blocks = {"q4_1*", "q4_k*", "q6_k*"} & set(kernel["kinds"])
+        allowed = (STACK_OF_BLOCKS if of_blocks else STACK).get(kernel["kernel"], {}).get(capability, 0)
         assert 0 <= kernel["stack"] <= allowed, f"{described(kernel)}: {kernel['stack']} bytes of stack, not {allowed}"
         most = REGISTERS // (kernel["blocks"] * kernel["threads"])
         assert 0 < kernel["registers"] <= most, f"{described(kernel)}: {kernel['registers']} registers, not {most}"

@@ -402,7 +402,9 @@ def attention_plain_kernel(tokens, q, k_cache, v_cache, positions, sequences, ou
 
 def _splits(gpu: Gpu, blocks: int, context: int) -> int:
     """Blocks that share a head's context, so that all of them fill the device three times."""
-    return max(1, min(-(-context // LEAST_KEYS), int(__import__("os").environ.get("NB_SPLIT", "3")) * gpu.processors // blocks))
+    return max(
+        1, min(-(-context // LEAST_KEYS), int(__import__("os").environ.get("NB_SPLIT", "3")) * gpu.processors // blocks)
+    )
 
 
 def _heads(q: tuple[int, ...], cache: tuple[int, ...]) -> tuple[int, int, int]:

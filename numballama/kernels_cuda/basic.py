@@ -14,6 +14,7 @@ from ..lowlevel_cuda.instructions import (
     dp4a,
     f32_of_bits,
     has_scales,
+    is_packed,
     let_successor_start,
     number,
     scale_in,
@@ -24,6 +25,7 @@ from ..lowlevel_cuda.instructions import (
 )
 from ..lowlevel_cuda.launch import Array, Gpu, Launch, Matrix
 from ..registry import kernel
+from .blocks import number_at
 from .gemv import CACHE, MATRIX
 from .pieces import ALL, beyond, block_sum, device, is_nan, sigmoid_times, warp_sum
 
@@ -50,8 +52,11 @@ def embedding_kernel(tokens, ids, table, stride, scales, scale_stride, shift, ou
     t, k = cuda.blockIdx.y, cuda.blockIdx.x * THREADS + cuda.threadIdx.x
     if k < columns:
         row = ids[t]
-        value = number(table, address(table, 0) + row * stride, k)
-        if has_scales(table):
+        if is_packed(table):
+            value = number_at(table, address(table, 0) + row * stride, address(scales, row * scale_stride), k)
+        else:
+            value = number(table, address(table, 0) + row * stride, k)
+        if has_scales(table) and not is_packed(table):
             at = row * scale_stride + (k >> shift)
             value *= scale_in(scales, word(scale_word(scales, at)), at)
         out[t * columns + k] = value

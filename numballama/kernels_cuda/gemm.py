@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..lowlevel_cuda.launch import Argument, Array, Gpu, Launch, Matrix
+from ..lowlevel_cuda.launch import QUANTIZED, Argument, Array, Gpu, Launch, Matrix
 from ..lowlevel_cuda.tensor_cores import STAGED_BYTES
 from ..registry import kernel
 from . import basic, gemv
@@ -53,6 +53,8 @@ def _padded(columns: int) -> int:
     return -(-columns // STEP) * STEP
 
 
+KINDS = ("f32", "f16", "bf16", *QUANTIZED)
+"""Types of payloads that the kernels of this file take."""
 MOST_EXPANDED = 1 << 26
 """Numbers of a weight that are expanded to float16 at a time, where they need not be there all at once."""
 
@@ -176,7 +178,7 @@ def _normed(gpu: Gpu, x: Array, norm: Array | None, eps: float, space: _Space) -
 
 def _takes(x: Array, *weights: Matrix) -> bool:
     """Whether these weights, for so many tokens, are for the kernels of this file."""
-    return x.shape[0] > FEW and all(w.payload.dtype in ("f32", "f16", "bf16", "int8", "q4_0") for w in weights)
+    return x.shape[0] > FEW and all(w.payload.dtype in KINDS for w in weights)
 
 
 def linear(gpu: Gpu, x: Array, weight: Matrix, out: Array, space: Array) -> list[Launch]:
@@ -294,7 +296,7 @@ def _space(kind: str, first: int, count: int, whole: bool = False, results: int 
             return (0,)
         held = [4 * tokens * rows for rows, _ in weights[count - results :]] if results else []
         here = [*held, 2 * tokens * _padded(columns), 4 * tokens]
-        if kind in ("int8", "q8_0", "q4_0"):
+        if kind not in ("f32", "f16", "bf16"):
             here += [(rows if whole else _expanded_rows(rows, columns)) * columns * 2 for rows, _ in weights]
         float32 = [*held, 4 * tokens * columns] if kind in ("f32", "int8") else []
         return (max(sum(-(-nbytes // 64) * 16 for nbytes in needs) for needs in (here, float32)),)

@@ -4,7 +4,7 @@ Tensor cores take 16-bit operands:
 
 - X becomes bfloat16 where W is, else float16, in a pass of its own that also does RMSNorm. Each row is multiplied by a
   power of two that brings its largest number to [2^14, 2^15), and its results are divided by it again, exactly.
-- int8 and 4-bit weights are expanded to float16 in scratch first: a few hundred MB of traffic against some 10^11
+- Quantised weights are expanded to float16 in scratch first: a few hundred MB of traffic against some 10^11
   operations. float32 weights stay float32 and are multiplied without tensor cores.
 - A block of four warps computes 128 tokens × 128 columns, 64 × 64 a warp: each lane holds 128 sums. 64 columns of X and
   W at a time come into a ring of `stages` in shared memory, copied behind the threads' backs; a lane's fragments of the
@@ -34,6 +34,7 @@ from ..lowlevel_cuda.instructions import (
     copy16,
     f32_of_bits,
     floats4,
+    is_packed,
     let_successor_start,
     per_16_bytes,
     scale_in,
@@ -49,6 +50,7 @@ from ..lowlevel_cuda.tensor_cores import (
     STAGED_BYTES,
     add_products,
     expand16,
+    expand_packed,
     load_fragments,
     multiply_fragments,
     pack2,
@@ -58,6 +60,7 @@ from ..lowlevel_cuda.tensor_cores import (
     zeros32,
     zeros128,
 )
+from .blocks import block_at
 from .pieces import ALL, at_once, block_sum, device, sigmoid_times
 from .products import floats4_or_0, squared, times4
 
@@ -145,6 +148,11 @@ def expand_kernel(weight, stride, scales, scale_stride, shift, out, first, colum
     numbers = per_16_bytes(weight)
     row = first + cuda.blockIdx.x
     base, to = address(weight, 0) + row * stride, address(out, cuda.blockIdx.x * columns)
+    if is_packed(weight):
+        for block in range(cuda.threadIdx.x, columns >> 5, cuda.blockDim.x):
+            high, high_too, scale, scale_too, least = block_at(weight, address(scales, row * scale_stride), block)
+            expand_packed(weight, words4(base + 16 * block), high, high_too, scale, scale_too, least, to + 64 * block)
+        return
     for chunk in range(cuda.threadIdx.x, columns // numbers, cuda.blockDim.x):
         at = row * scale_stride + ((chunk * numbers) >> shift)
         scale = scale_in(scales, word(scale_word(scales, at)), at)

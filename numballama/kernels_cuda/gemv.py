@@ -28,28 +28,33 @@ from ..lowlevel_cuda.instructions import (
     copy4,
     copy16,
     has_scales,
+    is_q4_k,
+    is_q6_k,
     keep_loop,
     let_successor_start,
     per_16_bytes,
     scale_bytes,
-    scale_word,
     shared_address,
     store_number,
     wait_for_predecessor,
 )
 from ..lowlevel_cuda.launch import Argument, Array, Gpu, Launch, Matrix
 from ..registry import kernel
+from .blocks import FOUR_WORDS, chunk_scales, first_scale
 from .pieces import at_once, beyond, device, sigmoid_times, split, warp_sum2
 from .products import (
     CHUNK_BYTES,
-    LANE_STEP,
     SCALE_BYTES,
     SCALES_AT,
     THREADS,
     WARPS,
+    fetch_q6_k,
     multiply,
     norm_factor,
+    numbers_together,
+    payload_step,
     row_bytes,
+    stage_of,
     stage_x,
     x_step,
 )
@@ -57,7 +62,7 @@ from .products import (
 DEPTH = 4
 """Stages of a warp's ring."""
 MATRIX = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
-"""Types of weights. The last three become float16 on their way to the device."""
+"""Types of weights."""
 
 
 TWO_FIT = 80 << 10
@@ -111,14 +116,21 @@ def source_of(mode, pair, rows, weights, scales):
 
 
 @device
-def fetch(slot, source, scales, count, next_count, payload, scale_step, lane):
+def fetch(slot, source, scales, count, next_count, left, payload, scale_step, lane):
     """Start copying a lane's 16 bytes of two neighbouring chunks of a row, and the words with their scales."""
+    if is_q6_k(payload):
+        fetch_q6_k(slot, source, scales, count, lane)
+        return
     copy16(slot, source, count)
     copy16(slot + CHUNK_BYTES, source + CHUNK_BYTES, next_count)
     if has_scales(payload):
-        at = slot + SCALES_AT - 12 * lane
-        copy4(at, scales, count >> 2)
-        copy4(at + SCALE_BYTES, scales + scale_step, next_count >> 2)
+        at, words, next_words = slot + SCALES_AT - 12 * lane, count >> 2, next_count >> 2
+        if is_q4_k(payload):  # the first lanes copy for all of them
+            all_left = left + 32 * lane
+            words = 4 if all_left > 0 and lane < FOUR_WORDS else 0
+            next_words = 4 if all_left > 1024 and lane < FOUR_WORDS else 0
+        copy4(at, scales, words)
+        copy4(at + SCALE_BYTES, scales + scale_step, next_words)
 
 
 @device
@@ -136,13 +148,13 @@ def produce(mode, cursor, turn, own, shape, payload, rows, weights, scales, scal
     width, row_slot = 32 * per_16_bytes(payload), row_bytes(payload)
     if to_fetch < mine:
         slot = ring + (turn & (DEPTH - 1)) * (2 * row_slot)
-        left = columns - next_chunk * width - lane * per_16_bytes(payload)
+        left = columns - next_chunk * width - lane * numbers_together(payload)
         count, next_count = 16 if left > 0 else 0, 16 if left > width else 0
-        fetch(slot, a, a_scales, count, next_count, payload, scale_step, lane)
-        fetch(slot + row_slot, b, b_scales, count, next_count, payload, scale_step, lane)
+        fetch(slot, a, a_scales, count, next_count, left, payload, scale_step, lane)
+        fetch(slot + row_slot, b, b_scales, count, next_count, left, payload, scale_step, lane)
         next_chunk += 2 * slices
-        a += slices * (2 * CHUNK_BYTES)
-        b += slices * (2 * CHUNK_BYTES)
+        a += slices * payload_step(payload)
+        b += slices * payload_step(payload)
         a_scales += slices * (2 * scale_step)
         b_scales += slices * (2 * scale_step)
         if next_chunk >= chunks:
@@ -176,9 +188,9 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     # addresses of what this lane copies first in row 0: its place in a chunk, and the first chunk of its slice
     s0, s1, s2, scale_stride = scales
     scale, size = (lane * numbers) >> shift, scale_bytes(s0)
-    odd, scale_step = scale & 1, ((32 * numbers) >> shift) * size
-    on = lane * 16 + piece * (2 * CHUNK_BYTES)
-    scales_on = scale_word(s0, scale) - address(s0, 0) + piece * (2 * scale_step)
+    odd, scale_step = scale & 1, chunk_scales(payload, s0, numbers, shift)
+    on = lane * 16 + piece * payload_step(payload)
+    scales_on = first_scale(payload, s0, scale, lane) + piece * (2 * scale_step)
     weights = weights[0] + on, weights[1] + on, weights[2] + on, weights[3]
     addresses = address(s0, 0) + scales_on, address(s1, 0) + scales_on, address(s2, 0) + scales_on, scale_stride * size
 
@@ -200,9 +212,13 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     sum_a, sum_b = np.float32(0), np.float32(0)
     x_chunk, turn = x_step(payload), ahead
     while local < mine:
+        if is_q4_k(payload):
+            cuda.syncwarp()  # all lanes have taken what others copied for them
         cursor = produce(mode, cursor, turn, own, shape, payload, rows, weights, addresses, scale_step)
         turn += 1
         await_all_but_3()
+        if is_q4_k(payload):
+            cuda.syncwarp()
         slot = ring + (turn & (DEPTH - 1)) * (2 * row_slot)
         if chunk < chunks:
             sum_a += multiply(slot, payload, s0, odd, shared, x_at + chunk * x_chunk, lane)
@@ -363,14 +379,13 @@ def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv
 
 def _shape(gpu: Gpu, weight: Matrix, pairs: int, tokens: int) -> tuple[tuple[int, int], tuple[int, ...], int]:
     """Grid, the last arguments (slices to ahead) and the bytes of shared memory of a `stream`."""
-    numbers = {"f32": 4, "f16": 8, "bf16": 8, "int8": 16, "q4_0": 32}[weight.payload.dtype]
-    chunks = -(-weight.shape[1] // (32 * numbers))
     blocks = min(gpu.processors, pairs)
     mine = -(-pairs // blocks)
+    numbers, row, step = stage_of(weight.payload.dtype)
+    chunks = -(-weight.shape[1] // (32 * numbers))
     # a stage's time for each stage of the busiest warp, and half of one for each pair's sums to meet
     slices = min((1, 2, 4, 8), key=lambda n: -(-mine // (WARPS // n)) * (-(-chunks // (2 * n)) + 0.5))
-    ring = WARPS * DEPTH * 4 * (CHUNK_BYTES + (SCALE_BYTES if weight.quantized else 0)) // 4
-    step = numbers * 24 + 64 if weight.quantized else numbers // 4 * LANE_STEP
+    ring = WARPS * DEPTH * 2 * row // 4
     sums = ring + (chunks + 1) * step
     partial = sums + WARPS
     places = slices, slices.bit_length() - 1, ring, sums, partial, chunks, *divmod(pairs, blocks), DEPTH - 1

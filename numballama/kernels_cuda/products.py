@@ -5,6 +5,9 @@ of lane l's sixteen bytes at 132 q + 4 l + i. 132, not 128, so that writing it m
 
 For int8 and 4-bit weights x is in fixed point: integers of 24 bits, as three planes of bytes, with a scale for the
 numbers that meet a lane's 16 bytes. That is as precise as float32, and `dp4a` does four products at once.
+
+A lane's 16 bytes of q6_k are the lower four bits of 32 neighbours, and a stage of a row is one such chunk with all that
+belongs to it. It counts as two chunks of half as many numbers: those of the lanes' first 16, and those of the others.
 """
 
 from __future__ import annotations
@@ -16,6 +19,10 @@ from numba import cuda
 
 from ..lowlevel_cuda.instructions import (
     bits_of_f32,
+    copy4,
+    copy8,
+    copy16,
+    counts_from,
     dot16,
     dp4a,
     dp4a_su,
@@ -24,6 +31,9 @@ from ..lowlevel_cuda.instructions import (
     f32_of_bits,
     floats4,
     has_scales,
+    is_packed,
+    is_q4_k,
+    is_q6_k,
     keep_loop,
     nearest,
     per_16_bytes,
@@ -31,9 +41,12 @@ from ..lowlevel_cuda.instructions import (
     scale_in,
     shared_address,
     shared_word,
+    shared_words2,
     shared_words4,
     store4,
 )
+from ..lowlevel_cuda.launch import QUANTIZED
+from .blocks import FOUR_FACTORS, SIX_FACTORS, SIX_SCALES, factors_of, factors_q6_k
 from .pieces import ALL, device, warp_sum
 
 WARPS = 8
@@ -42,13 +55,49 @@ CHUNK_BYTES, SCALE_BYTES = 512, 128
 """Of a chunk of a row: 16 bytes a lane, and a word a lane with their scale. A stage has two chunks of each row."""
 SCALES_AT = 2 * CHUNK_BYTES
 """Where a row's scales lie in a stage; a lane's are 12 bytes a lane nearer than its payload."""
+SIX_AT, SIX_SCALES_AT, SIX_FACTORS_AT = CHUNK_BYTES, CHUNK_BYTES + 256, CHUNK_BYTES + 256 + SCALE_BYTES
+"""Where in a row of q6_k the upper two bits lie, the words with scales and those with their factor."""
 LANE_STEP = 132
+
+
+def stage_of(payload: str) -> tuple[int, int, int]:
+    """By the payload's type: a lane's numbers of a chunk, bytes of a row of a stage, float32 places of a chunk of x."""
+    numbers = {"f32": 4, "f16": 8, "bf16": 8, "int8": 16, "q6_k": 16}.get(payload, 32)
+    if payload in QUANTIZED:
+        six = payload == "q6_k"
+        return numbers, SIX_FACTORS_AT + SCALE_BYTES if six else 2 * (CHUNK_BYTES + SCALE_BYTES), numbers * 24 + 64
+    return numbers, 2 * CHUNK_BYTES, numbers // 4 * LANE_STEP
 
 
 @device
 def row_bytes(payload):
     """Bytes of one row of a stage of a warp's ring: two chunks, and for each a word a lane with its scale."""
+    if is_q6_k(payload):
+        return SIX_FACTORS_AT + SCALE_BYTES
     return 2 * (CHUNK_BYTES + SCALE_BYTES) if has_scales(payload) else 2 * CHUNK_BYTES
+
+
+@device
+def payload_step(payload):
+    """Bytes of a row's payload that a stage has."""
+    return CHUNK_BYTES if is_q6_k(payload) else 2 * CHUNK_BYTES
+
+
+@device
+def numbers_together(payload):
+    """Neighbours among a row's numbers that are one lane's."""
+    return 32 if is_q6_k(payload) else per_16_bytes(payload)
+
+
+@device
+def fetch_q6_k(slot, source, scales, count, lane):
+    """Start copying what a lane needs of a stage of a row: 24 bytes of integers, and the words with scales."""
+    inside = lane & 15
+    own = 4 * (inside >> 1)
+    copy16(slot, source, count)
+    copy8(slot + SIX_AT - 8 * lane, scales + 8 * inside - own - SIX_SCALES, count >> 1)
+    copy4(slot + SIX_SCALES_AT - 12 * lane, scales, count >> 2)
+    copy4(slot + SIX_FACTORS_AT - 12 * lane, scales + (SIX_FACTORS - SIX_SCALES) + 4 * (inside >> 3) - own, count >> 2)
 
 
 @device
@@ -60,7 +109,9 @@ def x_step(payload):
 @device
 def multiply(slot, payload, scales, odd, shared, x_at, lane):
     """The lane's part of a row's sum over two chunks that have arrived; x_at is where the first one's x lies."""
-    if has_scales(payload):
+    if is_packed(payload):
+        total = multiply_packed(slot, payload, odd, shared, x_at, lane)
+    elif has_scales(payload):
         at = slot + SCALES_AT - 12 * lane
         first = multiply_fixed(slot, payload, shared, x_at, lane) * scale_in(scales, shared_word(at), odd)
         second = multiply_fixed(slot + CHUNK_BYTES, payload, shared, x_at + x_step(payload), lane)
@@ -70,6 +121,83 @@ def multiply(slot, payload, scales, odd, shared, x_at, lane):
         first = dot16(payload, shared_words4(slot), shared, here, LANE_STEP)
         total = first + dot16(payload, shared_words4(slot + CHUNK_BYTES), shared, here + x_step(payload), LANE_STEP)
     return total
+
+
+@device
+def multiply_packed(slot, payload, odd, shared, x_at, lane):
+    """`multiply` for q4_1, q4_k and q6_k."""
+    next_x = x_at + x_step(payload)
+    if is_q6_k(payload):
+        words, high = shared_words4(slot), shared_words2(slot + SIX_AT - 8 * lane)
+        here, factor = shared_word(slot + SIX_SCALES_AT - 12 * lane), shared_word(slot + SIX_FACTORS_AT - 12 * lane)
+        scale, scale_too = factors_q6_k(here, odd, factor)
+        total = scale * multiply_six(lower(words), high[0], shared, x_at, lane)
+        total += scale_too * multiply_six(upper(words), high[1], shared, next_x, lane)
+    else:
+        # factors are made when they are wanted, and words loaded again: there are no registers to spare
+        at = slot + SCALES_AT - 12 * lane
+        both_at = at
+        if is_q4_k(payload):  # words of several lanes
+            at = slot + SCALES_AT - 16 * lane + 4 * (lane >> 1)
+            both_at = slot + SCALES_AT + FOUR_FACTORS - 16 * lane + 4 * (lane >> 3)
+        product, whole = multiply_nibbles(slot, shared, x_at, lane)
+        scale, least = factors_of(payload, shared_word(at), odd, shared_word(both_at))
+        total = scale * product + least * whole
+        product, whole = multiply_nibbles(slot + CHUNK_BYTES, shared, next_x, lane)
+        there = shared_word(at + SCALE_BYTES)
+        scale, least = factors_of(payload, there, odd, shared_word(both_at + SCALE_BYTES))
+        total += scale * product + least * whole
+    return total
+
+
+@device
+def lower(words):
+    """The lower halves of 16 bytes."""
+    mask = np.uint32(0x0F0F0F0F)
+    return words[0] & mask, words[1] & mask, words[2] & mask, words[3] & mask
+
+
+@device
+def upper(words):
+    """The upper halves of 16 bytes."""
+    mask, four = np.uint32(0x0F0F0F0F), np.uint32(4)
+    return (words[0] >> four) & mask, (words[1] >> four) & mask, (words[2] >> four) & mask, (words[3] >> four) & mask
+
+
+@device
+def in_float(low, middle, high):
+    """A sum of products of integers with three planes of bytes."""
+    return (np.float32(high) * np.float32(65536) + np.float32(middle) * np.float32(256)) + np.float32(low)
+
+
+@device
+def multiply_nibbles(slot, shared, x_at, lane):
+    """Sums of a lane's 32 integers of 4 bits times its x, and of its x times `counts_from`."""
+    words = shared_words4(slot)
+    plane = shared_address(shared, x_at) + lane * 16
+    zero = np.int32(0)
+    # byte j holds number j in its low half and j + 16 in its high one
+    a, b = lower(words), upper(words)
+    low = dot4_unsigned(b, shared_words4(plane + 512), dot4_unsigned(a, shared_words4(plane), zero))
+    middle = dot4_unsigned(b, shared_words4(plane + 1536), dot4_unsigned(a, shared_words4(plane + 1024), zero))
+    high = dot4_unsigned_signed(
+        b, shared_words4(plane + 2560), dot4_unsigned_signed(a, shared_words4(plane + 2048), zero)
+    )
+    return in_float(low, middle, high) * shared[x_at + 768 + lane], shared[x_at + 800 + lane]
+
+
+@device
+def multiply_six(nibbles, high, shared, x_at, lane):
+    """The sum of a lane's 16 integers of 6 bits, which count from -32, times its x."""
+    plane, mask, zero = shared_address(shared, x_at) + lane * 16, np.uint32(0x30303030), np.int32(0)
+    w = (
+        nibbles[0] | ((high << np.uint32(4)) & mask), nibbles[1] | ((high << np.uint32(2)) & mask),
+        nibbles[2] | (high & mask), nibbles[3] | ((high >> np.uint32(2)) & mask),
+    )  # fmt: skip
+    low = dot4_unsigned(w, shared_words4(plane), zero)
+    middle = dot4_unsigned(w, shared_words4(plane + 512), zero)
+    top = dot4_unsigned_signed(w, shared_words4(plane + 1024), zero)
+    return in_float(low, middle, top) * shared[x_at + 384 + lane] - shared[x_at + 416 + lane]
 
 
 @device
@@ -102,28 +230,18 @@ def multiply_fixed(slot, payload, shared, x_at, lane):
 
     x is three planes of bytes (`stage_fixed`), so the sums of products are integers, and exact.
     """
-    words = shared_words4(slot)
-    plane = shared_address(shared, x_at) + lane * 16
     zero = np.int32(0)
     if per_16_bytes(payload) == 16:
+        words = shared_words4(slot)
+        plane = shared_address(shared, x_at) + lane * 16
         low = dot4_signed_unsigned(words, shared_words4(plane), zero)
         middle = dot4_signed_unsigned(words, shared_words4(plane + 512), zero)
         high = dot4_signed(words, shared_words4(plane + 1024), zero)
-        scale, offset = shared[x_at + 384 + lane], np.float32(0)
-    else:
-        # byte j of a Q4_0 block holds number j in its low half and j + 16 in its high one; 8 stands for 0
-        mask = np.uint32(0x0F0F0F0F)
-        a = words[0] & mask, words[1] & mask, words[2] & mask, words[3] & mask
-        four = np.uint32(4)
-        b = (words[0] >> four) & mask, (words[1] >> four) & mask, (words[2] >> four) & mask, (words[3] >> four) & mask
-        low = dot4_unsigned(b, shared_words4(plane + 512), dot4_unsigned(a, shared_words4(plane), zero))
-        middle = dot4_unsigned(b, shared_words4(plane + 1536), dot4_unsigned(a, shared_words4(plane + 1024), zero))
-        high = dot4_unsigned_signed(
-            b, shared_words4(plane + 2560), dot4_unsigned_signed(a, shared_words4(plane + 2048), zero)
-        )
-        scale, offset = shared[x_at + 768 + lane], shared[x_at + 800 + lane]
-    total = (np.float32(high) * np.float32(65536) + np.float32(middle) * np.float32(256)) + np.float32(low)
-    return total * scale - offset
+        total = in_float(low, middle, high) * shared[x_at + 384 + lane]
+    else:  # 8 stands for 0
+        product, whole = multiply_nibbles(slot, shared, x_at, lane)
+        total = product - whole
+    return total
 
 
 @device
@@ -255,18 +373,21 @@ def put_fixed(shared, x_at, k, numbers, payload, v):
     low, middle, high = planes(a, b, c, d)
     chunk, inside = k // (32 * numbers), k & (32 * numbers - 1)
     lane, word = inside // numbers, (inside & (numbers - 1)) >> 2
+    if is_q6_k(payload):
+        chunk, lane = 2 * (k >> 10) + ((k >> 4) & 1), (k & 1023) >> 5
     base = x_at + chunk * x_step(payload)
     at = base + ((word >> 2) * 32 + lane) * 4 + (word & 3)
     plane = numbers * 8
     shared[at], shared[at + plane], shared[at + 2 * plane] = f32_of_bits(low), f32_of_bits(middle), f32_of_bits(high)
     scale = largest / MOST
-    if numbers == 32:
+    if numbers == 32 or is_packed(payload):
         total = np.int32(a + b + c + d)
         total += cuda.shfl_xor_sync(ALL, total, 1)
         total += cuda.shfl_xor_sync(ALL, total, 2)
-        total += cuda.shfl_xor_sync(ALL, total, 4)
+        if numbers == 32:
+            total += cuda.shfl_xor_sync(ALL, total, 4)
         if word == 0:
-            shared[base + 3 * plane + 32 + lane] = np.float32(8) * (np.float32(total) * scale)
+            shared[base + 3 * plane + 32 + lane] = counts_from(payload) * (np.float32(total) * scale)
     if word == 0:
         shared[base + 3 * plane + lane] = scale
 

@@ -2,7 +2,8 @@
 
 Kernels reach memory in two ways. Where speed does not matter they index typed pointers, `p[i]`. Where it does they
 take an element's address, `address(p, i)`, and move 16 bytes at a time. A pointer's element type also tells how numbers
-are stored, as on the CPU: uint16 is float16, int16 bfloat16, uint8 two 4-bit numbers.
+are stored, as on the CPU: uint16 is float16, int16 bfloat16, uint8 two 4-bit numbers, `Packed` those of other block
+types.
 
 A function marked "sm_80" or "sm_90" compiles to something of the same meaning on older cards.
 """
@@ -13,11 +14,25 @@ from typing import Any
 
 from llvmlite import ir
 from numba.cuda import types
-from numba.cuda.extending import intrinsic
+from numba.cuda.extending import intrinsic, models, register_model
 
 from .lowering import F16, F32, I8, I16, I32, I64, VOID, as_integer, call_asm, compiling_for, element_at, fma, is_memory
 
 WORDS4, FLOATS4 = types.UniTuple(types.uint32, 4), types.UniTuple(types.float32, 4)
+
+
+class Packed(types.Type):  # type: ignore[misc]
+    """Bytes with the integers of one of GGUF's block types, as `blocks_cuda` lays them out."""
+
+
+@register_model(Packed)  # type: ignore[untyped-decorator]
+class _PackedModel(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, kind: Any) -> None:
+        super().__init__(manager, kind, I8)
+
+
+PACKED = {name: Packed(name) for name in ("q4_1", "q4_k", "q6_k")}
+"""Element types of pointers to such integers."""
 
 
 @intrinsic
@@ -173,6 +188,17 @@ def planes(typingctx, a, b, c, d):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def f32_of_signed_byte(typingctx, word):  # type: ignore[no-untyped-def]
+    """The lowest byte of a word, as a signed integer, as float32."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        asm = ir.InlineAsm(ir.FunctionType(F32, [I32]), "cvt.rn.f32.s8 $0, $1;", "=f,r")
+        return builder.call(asm, args)
+
+    return types.float32(types.uint32), codegen
+
+
+@intrinsic
 def exp2(typingctx, x):  # type: ignore[no-untyped-def]
     """2^x by the special function unit, to two units in the last place."""
 
@@ -185,8 +211,14 @@ def exp2(typingctx, x):  # type: ignore[no-untyped-def]
 # Numbers by the element type of their pointer
 
 
-PER_16_BYTES = {"float32": 4, "uint16": 8, "int16": 8, "int8": 16, "uint8": 32}
-"""Numbers in 16 bytes of a weight, or of a KV cache, by the element type of its pointer."""
+PER_16_BYTES = {
+    "float32": 4, "uint16": 8, "int16": 8, "int8": 16, "uint8": 32, "q4_1": 32, "q4_k": 32, "q6_k": 16,
+}  # fmt: skip
+"""Numbers in 16 bytes of a weight, or of a KV cache, by the element type of its pointer; of q6_k, whose 16 bytes hold
+the lower four bits of 32, those that share a scale.
+"""
+SCALED = ("int8", "uint8", *PACKED)
+"""Names of element types whose numbers want scales."""
 
 
 def _constant(kind: Any, value: Any) -> Any:
@@ -204,8 +236,19 @@ def _constant(kind: Any, value: Any) -> Any:
 per_16_bytes = _constant(types.int64, PER_16_BYTES.__getitem__)
 """How many numbers of this pointer's type 16 bytes hold: a constant."""
 
-has_scales = _constant(types.boolean, lambda name: name in ("int8", "uint8"))
+has_scales = _constant(types.boolean, lambda name: name in SCALED)
 """Whether numbers of this pointer's type want a scale: a constant."""
+
+is_packed = _constant(types.boolean, lambda name: name in PACKED)
+"""Whether this pointer's element type is one of `PACKED`: a constant."""
+
+is_q4_1, is_q4_k, is_q6_k = (_constant(types.boolean, name.__eq__) for name in ("q4_1", "q4_k", "q6_k"))
+"""Whether it is this one: constants."""
+
+counts_from = _constant(types.float32, lambda name: {"uint8": 8.0, "q6_k": 32.0}.get(name, 1.0))
+"""What the sum of the numbers of x that meet a block is multiplied by: the integer that stands for 0; 1 for types whose
+blocks have a least number. A constant.
+"""
 
 
 def _half(builder: Any, bits: Any) -> Any:
@@ -238,7 +281,7 @@ def dot16(typingctx, memory, words, x, index, step):  # type: ignore[no-untyped-
         at = as_integer(context, builder, args[3], index, types.int64)
         stride = as_integer(context, builder, args[4], step, types.int64)
         sums = [ir.Constant(F32, 0.0)] * 2
-        if name in ("int8", "uint8"):
+        if name in SCALED:
             return sums[0]
         vector = ir.VectorType(F32, 4)
         for four in range(PER_16_BYTES[name] // 4):
@@ -271,7 +314,7 @@ def unpack8(typingctx, memory, words):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def number(typingctx, memory, row, index):  # type: ignore[no-untyped-def]
-    """Number `index` of the row that begins at address `row`, without its scale, as float32."""
+    """Number `index` of the row that begins at address `row`, without its scale, as float32. Not for `PACKED` types."""
     name = memory.dtype.name
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -392,6 +435,15 @@ copy16 = intrinsic(
 """copy16(to, source, count): 16 bytes from a global to a shared address (`shared_address`), both aligned; `count` 16,
 or 0 for zeros: the source is not looked at then.
 """
+
+copy8 = intrinsic(
+    _copy(
+        "cp.async.ca.shared.global [$0], [$1], 8, $2;",
+        "{.reg .pred p; .reg .u32 a, b; setp.ne.u32 p, $2, 0; mov.u32 a, 0; mov.u32 b, 0; "
+        "@p ld.global.nc.v2.u32 {a, b}, [$1]; st.shared.v2.u32 [$0], {a, b};}",
+    )
+)
+"""copy8(to, source, count): the same for 8 bytes; `count` 8 or 0."""
 
 copy4 = intrinsic(
     _copy(

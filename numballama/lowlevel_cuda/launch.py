@@ -7,8 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-ITEM_BYTES = {"f32": 4, "f16": 2, "bf16": 2, "int8": 1, "i8": 1, "i32": 4, "i64": 8, "f64": 8, "u64": 8, "q4_0": 1}
-"""Bytes of an element; "q4_0" are bytes of two 4-bit numbers each."""
+ITEM_BYTES = {
+    "f32": 4, "f16": 2, "bf16": 2, "int8": 1, "i8": 1, "i32": 4, "i64": 8, "f64": 8, "u64": 8, "u8": 1, "u32": 4,
+    "q4_0": 1, "q4_1": 1, "q4_k": 1, "q6_k": 1,
+}  # fmt: skip
+"""Bytes of an element; those of "q4_0" and the like are bytes, of two 4-bit numbers each."""
+QUANTIZED = ("int8", "q4_0", "q4_1", "q4_k", "q6_k")
+"""Types of payloads that have scales."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +34,8 @@ class Matrix:
     """A weight in device memory: rows 16-byte aligned, `stride` bytes apart, their scales in a matrix of their own.
 
     Rows are filled up with zeros to whole 16 bytes. Scale number k >> `shift` of a row belongs to its number k;
-    `scale_stride` counts scales. A type without scales has the payload for `scales`, which nobody reads.
+    `scale_stride` counts scales; `blocks_cuda` tells what those of q4_1, q4_k and q6_k are. A type without scales has
+    the payload for `scales`, which nobody reads.
     """
 
     shape: tuple[int, ...]
@@ -41,7 +47,7 @@ class Matrix:
 
     @property
     def quantized(self) -> bool:
-        return self.payload.dtype in ("int8", "q4_0")
+        return self.payload.dtype in QUANTIZED
 
     @property
     def nbytes(self) -> int:

@@ -387,3 +387,32 @@ def expand16(typingctx, memory, words, scale, to):  # type: ignore[no-untyped-de
         return context.get_dummy_value()
 
     return types.void(memory, words, types.float32, types.int64), codegen
+
+
+@intrinsic
+def expand_packed(typingctx, memory, words, high, high_too, scale, scale_too, least, to):  # type: ignore[no-untyped-def]
+    """A block of 32 numbers of a `PACKED` type, rounded to float16, to a 16-byte aligned address: of the first 16
+    `high` are the upper bits and `scale` is the scale, of the others `high_too` and `scale_too`.
+    """
+    six = memory.dtype.name == "q6_k"
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        parts, (upper, scales), numbers = _parts(builder, words, args[1]), (args[2:4], args[4:6]), []
+        for i in range(32):
+            half, j = divmod(i, 16)
+            integer = builder.lshr(parts[j // 4], ir.Constant(I32, 8 * (j % 4) + 4 * half))
+            integer = builder.and_(integer, ir.Constant(I32, 15))
+            if six:
+                bits = builder.lshr(upper[half], ir.Constant(I32, 8 * (j % 4) + 2 * (j // 4)))
+                bits = builder.shl(builder.and_(bits, ir.Constant(I32, 3)), ir.Constant(I32, 4))
+                integer = builder.sub(builder.or_(integer, bits), ir.Constant(I32, 32))
+            number = builder.fmul(builder.sitofp(integer, F32), scales[half], flags=("contract",))
+            numbers.append(number if six else builder.fadd(number, args[6], flags=("contract",)))
+        packed = [_pack(builder, "uint16", numbers[i], numbers[i + 1]) for i in range(0, 32, 2)]
+        for i in range(0, 16, 4):
+            text = f"st.global.v4.u32 [$0+{4 * i}], {{$1, $2, $3, $4}};"
+            call_asm(builder, VOID, text, "l,r,r,r,r,~{memory}", [args[7], *packed[i : i + 4]])
+        return context.get_dummy_value()
+
+    factors = [types.float32] * 3
+    return types.void(memory, words, types.uint32, types.uint32, *factors, types.int64), codegen
