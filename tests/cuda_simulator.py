@@ -588,6 +588,7 @@ _EMULATED: dict[str, Callable[..., Any]] = {
     "await_all_but_3": _await(3),
     "await_all_but_7": _await(7),
     "shared_words4": _shared_words(4),
+    "shared_words2": _shared_words(2),
     "shared_word": _shared_words(1),
     "word": lambda where: _words(simulation.load(where, 4))[0],
     "words4": lambda where: _words(simulation.load(where, 16)),

@@ -21,7 +21,7 @@ from numba import cuda
 from ..lowlevel_cuda.instructions import (
     address,
     await_all,
-    await_all_but_3,
+    await_all_but_1,
     close_copies,
     copy16,
     count_up,
@@ -47,10 +47,10 @@ THREADS = 256
 WARPS = THREADS // 32
 HEADS = int(__import__("os").environ.get("NB_HEADS", "2"))
 """Heads of a group that a block computes together."""
-LEAST_KEYS = 128
+LEAST_KEYS = int(__import__("os").environ.get("NB_LEAST", "128"))
 """Fewer keys than this are not worth a block of their own."""
-STAGES, STAGE_BYTES = 4, 32 * THREADS
-"""Of the ring through which keys come: 16 bytes a lane of a key and 16 of its value. `attend` awaits all but three."""
+STAGES, STAGE_BYTES = 2, 64 * THREADS
+"""Of the ring through which keys come: 16 bytes a lane of two keys and of their values. `attend` awaits all but one."""
 FAR_BELOW = np.float32(-1e30)
 """A maximum of no numbers; finite, so that differences of two are numbers."""
 
@@ -62,11 +62,19 @@ def first_seen(length, window):
 
 
 @device
-def fetch_keys(slot, k_cache, v_cache, at, wanted):
-    """Start copying a lane's 16 bytes of a key and of its value; zeros if they are not wanted."""
-    count = 16 if wanted else 0
-    copy16(slot, address(k_cache, at), count)
-    copy16(slot + 16 * THREADS, address(v_cache, at), count)
+def fetch_keys(slot, cache_at, k_cache, v_cache, here, step, last, newest, head_dim, d, mine):
+    """Start copying a lane's 16 bytes of keys `here` and `here` + step and of their values; zeros for those beyond `last`
+    and for key `newest`.
+    """
+    there = here + step
+    first = cache_at + min(here, last) * head_dim + d
+    second = cache_at + min(there, last) * head_dim + d
+    count = 16 if mine and here <= last and here != newest else 0
+    next_count = 16 if mine and there <= last and there != newest else 0
+    copy16(slot, address(k_cache, first), count)
+    copy16(slot + 16 * THREADS, address(v_cache, first), count)
+    copy16(slot + 32 * THREADS, address(k_cache, second), next_count)
+    copy16(slot + 48 * THREADS, address(v_cache, second), next_count)
     close_copies()
 
 
@@ -84,12 +92,10 @@ def place_of_lane(begin, k_cache, head_dim, lanes):
 def fetch_first_keys(cache_at, k_cache, v_cache, begin, end, newest, head_dim, lanes, ring):
     """Fill the ring with the first of the keys [begin, end), without key `newest`, which may not be there yet."""
     p, step, d, mine = place_of_lane(begin, k_cache, head_dim, lanes)
-    last = end - 1
     for turn in range(STAGES):
         keep_loop()
-        here = p + turn * step
-        at = cache_at + min(here, last) * head_dim + d
-        fetch_keys(ring + turn * STAGE_BYTES, k_cache, v_cache, at, mine and here <= last and here != newest)
+        here = p + turn * 2 * step
+        fetch_keys(ring + turn * STAGE_BYTES, cache_at, k_cache, v_cache, here, step, end - 1, newest, head_dim, d, mine)
 
 
 @device
@@ -118,36 +124,42 @@ def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, newest, 
                 high = floats4(q, q_at + h * head_dim + d + 4)
                 for i in range(4):
                     query[h, 4 + i] = high[i] * factor
-    for _ in range(begin, end, step):
-        await_all_but_3()
-        slot = ring + (turn & (STAGES - 1)) * STAGE_BYTES
+    for _ in range(begin, end, 2 * step):
+        await_all_but_1()
+        slot, second = ring + (turn & (STAGES - 1)) * STAGE_BYTES, p + step
         key_words, value_words = shared_words4(slot), shared_words4(slot + 16 * THREADS)
+        next_key_words, next_value_words = shared_words4(slot + 32 * THREADS), shared_words4(slot + 48 * THREADS)
         if p == newest:
             key_words, value_words = new_key, new_value
+        if second == newest:
+            next_key_words, next_value_words = new_key, new_value
         key, value = unpack8(k_cache, key_words), unpack8(v_cache, value_words)
+        next_key, next_value = unpack8(k_cache, next_key_words), unpack8(v_cache, next_value_words)
         for h in range(most.size):
-            score = np.float32(0)
+            score, next_score = np.float32(0), np.float32(0)
             for i in range(8):
                 score += query[h, i] * key[i]
+                next_score += query[h, i] * next_key[i]
             apart = lanes >> 1
             while apart > 0:
                 score += cuda.shfl_xor_sync(ALL, score, apart)
+                next_score += cuda.shfl_xor_sync(ALL, next_score, apart)
                 apart >>= 1
             if p >= end:
                 score = FAR_BELOW
-            higher = max(most[h], score)
-            shrink, weight = exp2(most[h] - higher), exp2(score - higher)
-            if p >= end:
-                weight = np.float32(0)
+            if second >= end:
+                next_score = FAR_BELOW
+            higher = max(most[h], max(score, next_score))
+            shrink = exp2(most[h] - higher)
+            weight = exp2(score - higher) if p < end else np.float32(0)
+            next_weight = exp2(next_score - higher) if second < end else np.float32(0)
             most[h] = higher
-            total[h] = total[h] * shrink + weight
+            total[h] = total[h] * shrink + (weight + next_weight)
             for i in range(8):
-                values[h, i] = values[h, i] * shrink + weight * value[i]
-        here = p + STAGES * step
-        at = cache_at + min(here, last) * head_dim + d
-        fetch_keys(slot, k_cache, v_cache, at, mine and here <= last and here != newest)
+                values[h, i] = values[h, i] * shrink + (weight * value[i] + next_weight * next_value[i])
+        fetch_keys(slot, cache_at, k_cache, v_cache, p + 2 * STAGES * step, step, last, newest, head_dim, d, mine)
         turn += 1
-        p += step
+        p += 2 * step
     await_all()
     cuda.syncthreads()  # `join` writes where the ring is
 

@@ -18,6 +18,7 @@ from numba.cuda.extending import intrinsic, models, register_model
 
 from .lowering import F16, F32, I8, I16, I32, I64, VOID, as_integer, call_asm, compiling_for, element_at, fma, is_memory
 
+WORDS2 = types.UniTuple(types.uint32, 2)
 WORDS4, FLOATS4 = types.UniTuple(types.uint32, 4), types.UniTuple(types.float32, 4)
 
 
@@ -499,6 +500,19 @@ def shared_words4(typingctx, where):  # type: ignore[no-untyped-def]
         return context.make_tuple(builder, signature.return_type, parts)
 
     return WORDS4(types.int64), codegen
+
+
+@intrinsic
+def shared_words2(typingctx, where):  # type: ignore[no-untyped-def]
+    """Two words from an 8-byte aligned shared address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        kind = ir.LiteralStructType([I32] * 2)
+        text = "ld.shared.v2.u32 {$0, $1}, [$2];"
+        loaded = call_asm(builder, kind, text, "=r,=r,r,~{memory}", [builder.trunc(args[0], I32)])
+        return context.make_tuple(builder, signature.return_type, [builder.extract_value(loaded, i) for i in range(2)])
+
+    return WORDS2(types.int64), codegen
 
 
 @intrinsic
