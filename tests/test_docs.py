@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import numballama
-from numballama import graph, ir, kernels_cpu, reference, registry  # noqa: F401  (registered before the copy is made)
+from numballama import graph, ir, kernels_cpu, kernels_int8_cpu, reference, registry  # noqa: F401  (before the copy)
 from numballama.export import export_model
 from numballama.formats import hf, hf_config
 
