@@ -15,7 +15,16 @@ import numpy as np
 import pytest
 
 import numballama
-from numballama import cli, conversion, graph, ir, kernels_cpu, reference, registry  # noqa: F401  (registered before the copy is made)
+from numballama import (  # noqa: F401  (kernels are registered before the copy is made)
+    cli,
+    conversion,
+    graph,
+    ir,
+    kernels_cpu,
+    kernels_int8_cpu,
+    reference,
+    registry,
+)
 from numballama.export import export_model
 from numballama.formats import hf, hf_config
 from numballama.model import KV_TYPES

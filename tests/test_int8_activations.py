@@ -32,6 +32,7 @@ from numballama.errors import UnsupportedError
 from numballama.formats import WRITERS
 from numballama.graph import FUSIONS, KVLayout, fuse
 from numballama.ir import Graph, verify
+from numballama.lowlevel_cpu import cpu_features
 from numballama.quant_activations import round_as
 from numballama.reference import ReferenceBackend
 
@@ -308,24 +309,30 @@ sys.stdout.flush()
 """
 
 
+SSE_AND_AVX2 = "+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2"
+
+
 def test_any_cpu_gives_the_same(tmp_path: Path) -> None:
-    """With `vpdpbusd`, and on a CPU that has none: integer sums are exact, so floats differ by the order of sums."""
+    """With `vpdpbusd` of either kind, and on a CPU that has none: integer sums are exact, so floats differ by the order
+    of sums."""
+    machines = [{}, {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}]
+    if cpu_features().get("avxvnni"):
+        machines.append({"NUMBA_CPU_NAME": "alderlake", "NUMBA_CPU_FEATURES": f"{SSE_AND_AVX2},+avxvnni"})
     results = []
-    for options in ({}, {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}):
-        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | options
+    for machine in machines:
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | machine
         environment["NUMBALLAMA_CACHE"] = str(tmp_path / "cache")  # one cache: what is of another CPU is not found
         found = subprocess.run([sys.executable, "-c", PRODUCTS], env=environment, capture_output=True, timeout=200)
         assert found.returncode == 0, found.stderr[-3000:]
         results.append(found.stdout)
     streams = [io.BytesIO(result) for result in results]
     for _ in range(2 * 3):
-        first, second = map(np.load, streams)
-        assert np.abs(first - second).max() <= 1e-5 * np.abs(first).max()
+        first, *others = map(np.load, streams)
+        for other in others:
+            assert np.abs(first - other).max() <= 1e-5 * np.abs(first).max()
 
 
 def test_the_instruction_is_used_where_it_is(tmp_path: Path) -> None:
-    from numballama.lowlevel_cpu import cpu_features
-
     if not cpu_features().get("avx512vnni") and not cpu_features().get("avxvnni"):
         pytest.skip("this CPU has no vpdpbusd")
     code = "import numba\nfrom numballama import kernels_int8_cpu as k\nfrom numballama.blocks_cpu import KINDS\n"
