@@ -1,6 +1,6 @@
 """numballama on an NVIDIA GPU: models of real shapes with random weights, beside llama.cpp where that is installed.
 
-python benchmarks/cuda.py [--quick] [--models TinyLlama-1.1B:bf16 Llama-2-7B] [--out FILE.json]
+python benchmarks/gpu.py [--quick] [--models TinyLlama-1.1B:bf16 Llama-2-7B] [--out FILE.json]
 
 Speed does not depend on what a model knows, so weights are made on the spot, one matrix of each shape for all layers.
 Each is a tensor of its own on the device, so no cache sees one twice. Decoding is 128 tokens one by one after a short

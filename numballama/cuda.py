@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -318,6 +317,10 @@ class CudaProgram:
                 self._values[value.name] = self._constant(plan.graph.constants[value.name])
         gpu = Gpu(device.processors, device.shared_limit, self._inputs.tokens, self._zeros)
         self.launches = [self._launches(gpu, index) for index in range(len(plan.steps))]
+        self._turns = sorted({one.later[0] for step in self.launches for one in step if one.later})
+        self._calls: dict[int, list[list[Call]]] = {}
+        self._penalised = 0
+        """How many tokens the last run had, if its logits are no longer as the plan left them."""
         self._tails: dict[int, list[Launch]] = {}
         self._tail_calls: dict[int, list[Call]] = {}
         self._mailbox = Pinned(device, 8 * MAILBOX)
@@ -362,6 +365,11 @@ class CudaProgram:
         launches: list[Launch] = step.kernel.function(gpu, *operands)
         return launches
 
+    @property
+    def every_launch(self) -> list[list[Launch]]:
+        """The launches of each step, those of all positions."""
+        return [[one.at(reach) for reach in (0, *self._turns) for one in step] for step in self.launches]
+
     def value(self, name: str) -> np.ndarray:
         """A copy of a value's memory; what it holds outside its lifetime belongs to others."""
         if self._freed:
@@ -384,10 +392,20 @@ class CudaProgram:
 
     # Runs
 
-    @cached_property
+    @property
     def calls(self) -> list[list[Call]]:
-        """The launches of each step, made ready; kernels that `CudaBackend.prepare` has not seen are compiled now."""
-        return self.backend.ready(self.launches)
+        """The launches of each step, made ready, as the inputs' positions want them."""
+        return self._calls_at(self._reach(int(self.inputs["positions"].max())))
+
+    def _reach(self, position: int) -> int:
+        """The last of the positions at which launches change that a position has come to; 0 before the first."""
+        return max((turn for turn in self._turns if turn <= position), default=0)
+
+    def _calls_at(self, reach: int) -> list[list[Call]]:
+        """Kernels that `CudaBackend.prepare` has not seen are compiled now."""
+        if reach not in self._calls:
+            self._calls[reach] = self.backend.ready([[one.at(reach) for one in step] for step in self.launches])
+        return self._calls[reach]
 
     def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: Sampler | None = None) -> int:
         """Run steps [begin, end) for the first `tokens` tokens of the inputs: one graph launch.
@@ -408,9 +426,15 @@ class CudaProgram:
                 self._forget_steps()
                 raise
         self._forget_steps()
-        self._inputs.send(tokens, self._made)
-        self._play((begin, last), lambda: self._slice(begin, last))
+        self._penalised = 0
+        self._replay(tokens, begin, last)
         return 0
+
+    def _replay(self, tokens: int, begin: int, end: int) -> None:
+        """Steps [begin, end) for the inputs as they are."""
+        reach = self._reach(int(self.inputs["positions"][:tokens].max()))
+        self._inputs.send(tokens, self._made)
+        self._play((begin, end, reach), lambda: self._slice(begin, end, reach))
 
     def _take_turn(self) -> None:
         """The KV cache and the sampler's state are shared: what another program has under way is void from here on."""
@@ -421,8 +445,8 @@ class CudaProgram:
         if before is not None and before is not self:
             before._forget_steps()
 
-    def _slice(self, begin: int, end: int) -> list[Call]:
-        return [call for calls in self.calls[begin:end] for call in calls]
+    def _slice(self, begin: int, end: int, reach: int) -> list[Call]:
+        return [call for calls in self._calls_at(reach)[begin:end] for call in calls]
 
     def _play(self, key: Any, calls: Callable[[], list[Call]]) -> None:
         if key not in self._recordings:
@@ -457,9 +481,9 @@ class CudaProgram:
             (self._tail_calls[drawn],) = self.backend.ready([self.tail(drawn)])
         return self._tail_calls[drawn]
 
-    def _whole_step(self, drawn: int) -> list[Call]:
+    def _whole_step(self, drawn: int, reach: int) -> list[Call]:
         end = len(self.plan.steps) - (1 if drawn and self.plan.steps[-1].op.kind == "argmax" else 0)
-        return self._slice(0, end) + self._tail(drawn)
+        return self._slice(0, end, reach) + self._tail(drawn)
 
     def _next_token(self, tokens: int, sampler: Sampler) -> int:
         drawn = 0 if self._greedy(sampler) else len(sampler.ids)
@@ -487,8 +511,7 @@ class CudaProgram:
         self._steps.popleft()
         if token < 0:
             if self._steps:  # the values of this step are what a person will want to see
-                self._inputs.send(tokens, self._made)
-                self._play((0, len(self.plan.steps)), lambda: self._slice(0, len(self.plan.steps)))
+                self._replay(tokens, 0, len(self.plan.steps))
             raise Error(NOT_NUMBERS)
         if drawn:
             sampler.recent[sampler.counts[0] % REPEAT_WINDOW] = token
@@ -496,12 +519,14 @@ class CudaProgram:
             if sampler.settings[0] > 0:
                 with np.errstate(over="ignore"):
                     sampler.state[0] += np.uint64(0x9E3779B97F4A7C15)
+        self._penalised = tokens if drawn and sampler.settings[4] != 1 else 0
         self._sampler = sampler, int(sampler.counts[0])
         self._last = (token, position + 1, sequence)
         return token
 
     def _launch(self, drawn: int, position: int, sequence: int) -> None:
-        self._play(("step", drawn), lambda: self._whole_step(drawn))
+        reach = self._reach(position)
+        self._play(("step", drawn, reach), lambda: self._whole_step(drawn, reach))
         self._made += 1
         self._steps.append(_Step(self._made, position, sequence))
 
@@ -526,11 +551,15 @@ class CudaProgram:
         self._last = None
 
     def _settle(self) -> None:
-        """If the device has gone ahead of the host, compute the host's last step again, for its values to be read."""
-        if self._steps and self._last is not None:
+        """Compute the host's last step again, for its values to be read.
+
+        That is if the device has gone ahead of the host, or the repeat penalty has changed the logits.
+        """
+        tokens = 1 if self._steps and self._last is not None else self._penalised
+        if tokens:
             self._forget_steps()
-            self._inputs.send(1, self._made)
-            self._play((0, len(self.plan.steps)), lambda: self._slice(0, len(self.plan.steps)))
+            self._penalised = 0
+            self._replay(tokens, 0, len(self.plan.steps))
 
     @property
     def nbytes(self) -> int:
@@ -606,7 +635,7 @@ class CudaBackend:
         program = CudaProgram(self, plan)
         self._owned.append(program)
         if self._prepared:
-            self._load(program.launches, report)
+            self._load(program.every_launch, report)
         return program
 
     def ready(self, steps: Sequence[Sequence[Launch]]) -> list[list[Call]]:
@@ -632,7 +661,7 @@ class CudaBackend:
         """Compile the kernels of all programs so far and of what follows a step: the first token need not wait."""
         vocab = decode.plan.graph.values["logits"].shape[1]
         programs = [owned for owned in self._owned if isinstance(owned, CudaProgram)]
-        steps = [launches for program in programs for launches in program.launches]
+        steps = [launches for program in programs for launches in program.every_launch]
         self._load([*steps, decode.tail(0), decode.tail(vocab)], report)
         self._prepared = True
         for program in programs:

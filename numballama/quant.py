@@ -181,10 +181,9 @@ def _quantize_rows(
     np.divide(largest(rows), np.float32(127), out=scales)
     if not np.isfinite(scales).all():
         raise Error("a weight holds NaN or infinity, which int8 cannot express")
-    # A scale of 0 is a group of zeros, or of numbers so small that max/127 underflows.
-    payload[...] = round_half_away(
-        np.divide(rows, scales[:, None], out=np.zeros_like(rows), where=scales[:, None] != 0)
-    )
+    # A scale of 0 is a group of zeros, or of numbers so small that max/127 underflows; a denormal one may be too small.
+    ratios = np.divide(rows, scales[:, None], out=np.zeros_like(rows), where=scales[:, None] != 0)
+    payload[...] = round_half_away(np.clip(ratios, -127, 127, out=ratios))
 
 
 _ENCODERS = {"f32": lambda values: values, "f16": encode_f16, "bf16": _encode_bf16}

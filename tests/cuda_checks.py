@@ -158,7 +158,9 @@ def check_runs(
                 start += count
 
 
-def check_whole_runs(pair: Pair, counts: Sequence[int], chunk: int, fusions: bool | Sequence[str]) -> None:
+def check_whole_runs(
+    pair: Pair, counts: Sequence[int], chunk: int, fusions: bool | Sequence[str], share: float = SHARE
+) -> None:
     """The same runs, each as one launch of a graph, in which kernels overlap: the logits of all their tokens."""
     prefill, decode = pair.programs(chunk, "all", fusions), pair.programs(1, "last", fusions)
     poison(prefill[0])
@@ -170,7 +172,7 @@ def check_whole_runs(pair: Pair, counts: Sequence[int], chunk: int, fusions: boo
         for each in (program, reference):
             feed(each, ids, start)
             each.run(count)
-        close(read(program, "logits", count), reference.value("logits"), f"logits of run {turn}")
+        close(read(program, "logits", count), reference.value("logits"), f"logits of run {turn}", share)
         start += count
 
 

@@ -903,7 +903,8 @@ def test_sanitize_models(kind: str, fusions: bool) -> None:
     config = ModelConfig(64, 96, 1, 4, 2, 77, 40, qkv_bias=not fusions, qk_norm=not fusions)
     pair = Pair(config, kind, "f32" if kind == "f32" else "f16", sequences=2)
     check_runs(pair, [5, 1, 8, 1], 8, fusions)
-    check_whole_runs(pair, [20, 1], 20, fusions)
+    # tensor cores take 16-bit activations; of those of bfloat16 eight bits count
+    check_whole_runs(pair, [20, 1], 20, fusions, {"f32": SHARE, "bf16": 2**-6}.get(kind, 2**-8))
     pair.close()
 
 

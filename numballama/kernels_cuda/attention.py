@@ -5,15 +5,16 @@ Dao et al., FlashAttention, 2022). Keys of one head lie together, so a warp read
 lie 16 bytes a lane on `lanes` neighbouring lanes, and the warp holds 32 / lanes keys at once. Each group of lanes keeps
 its own maximum, sum and weighted values; they meet at the end, first in the warp, then in shared memory.
 
-Heads that share keys (grouped queries) are computed by one block, `HEADS` at a time, so that a key is read once for
-them.
-A long context is split over blocks. The last of them to finish joins the parts, so no other kernel is needed; with a
-short context all but the first have nothing to do and end at once.
+A short context is one block's for each head. A long one is split over blocks, and heads that share keys (grouped
+queries) are computed by one, `HEADS` at a time, so that a key is read once for them. The last of the blocks to finish
+joins the parts, so no other kernel is needed.
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numba import cuda
@@ -45,10 +46,10 @@ from .pieces import ALL, LOG2_E, at_once, beyond, block_max, block_sum, device, 
 
 THREADS = 256
 WARPS = THREADS // 32
-HEADS = int(__import__("os").environ.get("NB_HEADS", "2"))
-"""Heads of a group that a block computes together."""
-LEAST_KEYS = int(__import__("os").environ.get("NB_LEAST", "128"))
-"""Fewer keys than this are not worth a block of their own."""
+HEADS = 4
+"""Heads of a group that a block computes together where keys are many."""
+ALONE, LEAST_KEYS = 256, 128
+"""So many keys one block does alone; of more, fewer than this are not worth a block of their own."""
 STAGES, STAGE_BYTES = 2, 64 * THREADS
 """Of the ring through which keys come: 16 bytes a lane of two keys and of their values. `attend` awaits all but one."""
 FAR_BELOW = np.float32(-1e30)
@@ -63,8 +64,9 @@ def first_seen(length, window):
 
 @device
 def fetch_keys(slot, cache_at, k_cache, v_cache, here, step, last, newest, head_dim, d, mine):
-    """Start copying a lane's 16 bytes of keys `here` and `here` + step and of their values; zeros for those beyond `last`
-    and for key `newest`.
+    """Start copying a lane's 16 bytes of keys `here` and `here` + step and of their values.
+
+    Zeros stand for those beyond `last` and for key `newest`.
     """
     there = here + step
     first = cache_at + min(here, last) * head_dim + d
@@ -80,7 +82,7 @@ def fetch_keys(slot, cache_at, k_cache, v_cache, here, step, last, newest, head_
 
 @device
 def place_of_lane(begin, k_cache, head_dim, lanes):
-    """(the first of this lane's keys, how many keys on its next one is, its first number of each, whether it has any)"""
+    """(the first of this lane's keys, how far the next is, its first number of each key, whether it has any)"""
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
     keys_at_once = 32 // lanes
     d = (lane & (lanes - 1)) * per_16_bytes(k_cache)
@@ -95,7 +97,9 @@ def fetch_first_keys(cache_at, k_cache, v_cache, begin, end, newest, head_dim, l
     for turn in range(STAGES):
         keep_loop()
         here = p + turn * 2 * step
-        fetch_keys(ring + turn * STAGE_BYTES, cache_at, k_cache, v_cache, here, step, end - 1, newest, head_dim, d, mine)
+        fetch_keys(
+            ring + turn * STAGE_BYTES, cache_at, k_cache, v_cache, here, step, end - 1, newest, head_dim, d, mine
+        )
 
 
 @device
@@ -108,7 +112,7 @@ def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, newest, 
     """
     numbers = per_16_bytes(k_cache)
     p, step, d, mine = place_of_lane(begin, k_cache, head_dim, lanes)
-    last, turn = end - 1, 0
+    last, slot = end - 1, ring
     at = cache_at + newest * head_dim + d
     new_key, new_value = words4(address(k_cache, at)), words4(address(v_cache, at))
     query = cuda.local.array((HEADS, 8), np.float32)
@@ -126,7 +130,7 @@ def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, newest, 
                     query[h, 4 + i] = high[i] * factor
     for _ in range(begin, end, 2 * step):
         await_all_but_1()
-        slot, second = ring + (turn & (STAGES - 1)) * STAGE_BYTES, p + step
+        second = p + step
         key_words, value_words = shared_words4(slot), shared_words4(slot + 16 * THREADS)
         next_key_words, next_value_words = shared_words4(slot + 32 * THREADS), shared_words4(slot + 48 * THREADS)
         if p == newest:
@@ -158,16 +162,16 @@ def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, newest, 
             for i in range(8):
                 values[h, i] = values[h, i] * shrink + (weight * value[i] + next_weight * next_value[i])
         fetch_keys(slot, cache_at, k_cache, v_cache, p + 2 * STAGES * step, step, last, newest, head_dim, d, mine)
-        turn += 1
+        slot = ring + STAGE_BYTES if slot == ring else ring
         p += 2 * step
     await_all()
     cuda.syncthreads()  # `join` writes where the ring is
 
 
 @device
-def join(most, total, values, lanes, shared, base, head_dim, inverse_head_dim, numbers):
+def join(most, total, values, lanes, shared, head_dim, inverse_head_dim, numbers):
     """Join what the groups of lanes of a block have: head h's maximum, sum and values come into shared memory at
-    base + h · (head_dim + 4).
+    h · (head_dim + 4).
 
     Every group writes its values; a warp a head weighs the groups by their maxima; a thread a number adds them up.
     """
@@ -178,7 +182,7 @@ def join(most, total, values, lanes, shared, base, head_dim, inverse_head_dim, n
     groups = WARPS << log2_groups
     group = (warp << log2_groups) + (lane >> (5 - log2_groups))
     width = head_dim + 4  # keeps rows 16-byte aligned, and their first numbers in different banks
-    rows, weights = base + most.size * width, base + most.size * width * (groups + 1)
+    rows, weights = most.size * width, most.size * width * (groups + 1)
     d = (lane & (lanes - 1)) * numbers
     for h in range(most.size):
         at = rows + (h * groups + group) * width
@@ -204,7 +208,7 @@ def join(most, total, values, lanes, shared, base, head_dim, inverse_head_dim, n
             whole += shared[at + 1] * weight
         whole = warp_sum(whole)
         if lane == 0:
-            shared[base + warp * width + head_dim], shared[base + warp * width + head_dim + 1] = higher, whole
+            shared[warp * width + head_dim], shared[warp * width + head_dim + 1] = higher, whole
     cuda.syncthreads()
     for n in range(cuda.threadIdx.x, most.size * head_dim, THREADS):
         keep_loop()
@@ -217,7 +221,7 @@ def join(most, total, values, lanes, shared, base, head_dim, inverse_head_dim, n
             other += shared[at + (g + 1) * width] * shared[weight_at + g + 1]
             value += shared[at + (g + 2) * width] * shared[weight_at + g + 2]
             other += shared[at + (g + 3) * width] * shared[weight_at + g + 3]
-        shared[base + h * width + d] = value + other
+        shared[h * width + d] = value + other
     cuda.syncthreads()
 
 
@@ -228,7 +232,7 @@ WEIGHTS = MOST_SPLITS + 1
 
 
 @device
-def weigh_parts(parts, first, splits, heads_here, used, head_dim, shared, base):
+def weigh_parts(parts, first, splits, heads_here, used, head_dim, shared):
     """Weights of a head's parts by their maxima, and the sum of their sums, into shared memory; a warp a head, a lane a
     part.
     """
@@ -240,9 +244,9 @@ def weigh_parts(parts, first, splits, heads_here, used, head_dim, shared, base):
             most, total = parts[at], parts[at + 1]
         weight = exp2(most - warp_max(most))
         total = warp_sum(total * weight)
-        shared[base + WEIGHTS * warp + lane] = weight
+        shared[WEIGHTS * warp + lane] = weight
         if lane == 0:
-            shared[base + WEIGHTS * warp + MOST_SPLITS] = total
+            shared[WEIGHTS * warp + MOST_SPLITS] = total
     cuda.syncthreads()
 
 
@@ -257,11 +261,11 @@ def weighed(parts, first, of_part, shared, weights_at, part, used):
 
 @device
 def keys_of_part(length, window, part, splits):
-    """(begin, end, parts used): which keys, of those that the last of `length` sees, are a part's; none if part >= used."""
+    """(begin, end, parts used): which keys of those that the last of `length` sees are a part's, if part < used."""
     first = first_seen(length, window)
     seen = length - first
-    keys, used = max(LEAST_KEYS, seen), 1
-    if splits > 1 and seen > LEAST_KEYS:
+    keys, used = seen, 1
+    if splits > 1 and seen > ALONE:
         keys = max(LEAST_KEYS, (seen + splits - 1) // splits)
         used = (seen + keys - 1) // keys
     begin = first + part * keys
@@ -269,7 +273,7 @@ def keys_of_part(length, window, part, splits):
 
 
 @device
-def write_heads(out, parts, counter, first_head, heads_here, part, used, splits, head_dim, inverse_head_dim, shared, base,
+def write_heads(out, parts, counter, first_head, heads_here, part, used, splits, head_dim, inverse_head_dim, shared,
                 is_last):  # fmt: skip
     """What `join` left: the result, or one of several parts, which the last block to come here joins."""
     width, of_part = head_dim + 4, head_dim + 2
@@ -278,20 +282,20 @@ def write_heads(out, parts, counter, first_head, heads_here, part, used, splits,
             keep_loop()
             h = n // of_part
             i = n - h * of_part
-            parts[((first_head + h) * splits + part) * of_part + i] = shared[base + h * width + i]
+            parts[((first_head + h) * splits + part) * of_part + i] = shared[h * width + i]
         cuda.syncthreads()
         if cuda.threadIdx.x == 0:
             is_last[0] = count_up(counter) == used - 1
         cuda.syncthreads()
         if is_last[0]:
-            weigh_parts(parts, first_head * splits, splits, heads_here, used, head_dim, shared, base)
+            weigh_parts(parts, first_head * splits, splits, heads_here, used, head_dim, shared)
     if used == 1 or is_last[0]:
         for n in range(cuda.threadIdx.x, heads_here * head_dim, THREADS):
             keep_loop()
             h, d = split(n, head_dim, inverse_head_dim)
-            value, whole = shared[base + h * width + d], shared[base + h * width + head_dim + 1]
+            value, whole = shared[h * width + d], shared[h * width + head_dim + 1]
             if used > 1:
-                first, weights_at = (first_head + h) * splits * of_part + d, base + WEIGHTS * h
+                first, weights_at = (first_head + h) * splits * of_part + d, WEIGHTS * h
                 value, whole = np.float32(0), shared[weights_at + MOST_SPLITS]
                 for i in range(0, used, 8):
                     keep_loop()
@@ -301,69 +305,65 @@ def write_heads(out, parts, counter, first_head, heads_here, part, used, splits,
 
 
 @device
-def attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads, shared_by, context,
-              head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values,
-              is_last):  # fmt: skip
+def attention(q, k_cache, v_cache, newest, sequence, out, parts, counters, kv_heads, shared_by, context, head_dim,
+              window, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values, is_last):  # fmt: skip
     """The whole of it, `most.size` heads a block; blockIdx.x counts groups of heads, blockIdx.z parts of the keys."""
     shared = cuda.shared.array(0, np.float32)
-    t, heads_a_block, splits = cuda.blockIdx.y, most.size, cuda.gridDim.z
-    newest, sequence = positions[t], sequences[t]
-    kv_head, sub = split(cuda.blockIdx.x, subgroups, inverse_subgroups)
+    t, group, heads_a_block, splits = cuda.blockIdx.y, cuda.blockIdx.x, most.size, cuda.gridDim.z
+    kv_head, sub = split(group, subgroups, inverse_subgroups)
     first_head = t * kv_heads * shared_by + kv_head * shared_by + sub * heads_a_block
     heads_here = min(heads_a_block, shared_by - sub * heads_a_block)
     begin, end, used = keys_of_part(newest + 1, window, cuda.blockIdx.z, splits)
-    if cuda.blockIdx.z >= used:
-        return
-    cache_at = (sequence * kv_heads + kv_head) * context * head_dim
-    factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
-    ring = shared_address(shared, 4 * cuda.threadIdx.x)
-    if cuda.gridDim.y > 1:
-        wait_for_predecessor()  # it writes several keys, and some may be this token's
-    fetch_first_keys(cache_at, k_cache, v_cache, begin, end, newest, head_dim, lanes, ring)
-    wait_for_predecessor()
-    attend(q, first_head * head_dim, heads_here, cache_at, k_cache, v_cache, begin, end, newest, head_dim, lanes, factor,
-           most, total, values, ring)  # fmt: skip
-    let_successor_start()  # not before: its copies would stand in the way of this kernel's loads
-    join(most, total, values, lanes, shared, 0, head_dim, inverse_head_dim, per_16_bytes(k_cache))
-    counter = t * cuda.gridDim.x + cuda.blockIdx.x
-    write_heads(out, parts, address(counters, counter), first_head, heads_here, cuda.blockIdx.z, used, splits, head_dim,
-                inverse_head_dim, shared, 0, is_last)  # fmt: skip
-    if used > 1 and is_last[0] and cuda.threadIdx.x == 0:
-        counters[counter] = 0
+    if cuda.blockIdx.z < used:
+        cache_at = (sequence * kv_heads + kv_head) * context * head_dim
+        factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
+        ring = shared_address(shared, 4 * cuda.threadIdx.x)
+        if cuda.gridDim.y > 1:
+            wait_for_predecessor()  # it writes several keys, and some may be this token's
+        fetch_first_keys(cache_at, k_cache, v_cache, begin, end, newest, head_dim, lanes, ring)
+        wait_for_predecessor()
+        attend(q, first_head * head_dim, heads_here, cache_at, k_cache, v_cache, begin, end, newest, head_dim, lanes,
+               factor, most, total, values, ring)  # fmt: skip
+        let_successor_start()  # not before: its copies would stand in the way of this kernel's loads
+        join(most, total, values, lanes, shared, head_dim, inverse_head_dim, per_16_bytes(k_cache))
+        counter = t * cuda.gridDim.x + group
+        write_heads(out, parts, address(counters, counter), first_head, heads_here, cuda.blockIdx.z, used, splits,
+                    head_dim, inverse_head_dim, shared, is_last)  # fmt: skip
+        if used > 1 and is_last[0] and cuda.threadIdx.x == 0:
+            counters[counter] = 0
 
 
-@at_once(2)
 @cuda.jit
 def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads,
                              shared_by, context, head_dim, window, lanes, subgroups, inverse_subgroups,
                              inverse_head_dim):  # fmt: skip
-    """Heads that share keys, `HEADS` a block."""
+    """Heads that share keys, `HEADS` a block: for many keys, which are read once for them."""
     if beyond(tokens):
         return
     is_last = cuda.shared.array(1, np.int32)
+    newest, sequence = positions[cuda.blockIdx.y], sequences[cuda.blockIdx.y]
     most = cuda.local.array(HEADS, np.float32)
     total = cuda.local.array(HEADS, np.float32)
     values = cuda.local.array((HEADS, 8), np.float32)
-    attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads, shared_by, context,
-              head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values,
-              is_last)  # fmt: skip
+    attention(q, k_cache, v_cache, newest, sequence, out, parts, counters, kv_heads, shared_by, context, head_dim,
+              window, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values, is_last)  # fmt: skip
 
 
 @at_once(2)
 @cuda.jit
 def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads,
                             shared_by, context, head_dim, window, lanes, subgroups, inverse_subgroups,
-                             inverse_head_dim):  # fmt: skip
-    """Heads that each have keys of their own."""
+                            inverse_head_dim):  # fmt: skip
+    """A head a block: for few keys, and for heads that share none."""
     if beyond(tokens):
         return
     is_last = cuda.shared.array(1, np.int32)
     most = cuda.local.array(1, np.float32)
     total = cuda.local.array(1, np.float32)
     values = cuda.local.array((1, 8), np.float32)
-    attention(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads, shared_by, context,
-              head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values,
-              is_last)  # fmt: skip
+    attention(q, k_cache, v_cache, positions[cuda.blockIdx.y], sequences[cuda.blockIdx.y], out, parts, counters,
+              kv_heads, shared_by, context, head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim,
+              most, total, values, is_last)  # fmt: skip
 
 
 PLAIN_THREADS = 128
@@ -413,17 +413,8 @@ def attention_plain_kernel(tokens, q, k_cache, v_cache, positions, sequences, ou
 
 
 def _splits(gpu: Gpu, blocks: int, context: int) -> int:
-    """Blocks that share a head's context, so that all of them fill the device three times."""
-    return max(
-        1, min(-(-context // LEAST_KEYS), int(__import__("os").environ.get("NB_SPLIT", "3")) * gpu.processors // blocks)
-    )
-
-
-def _heads(q: tuple[int, ...], cache: tuple[int, ...]) -> tuple[int, int, int]:
-    """(heads, heads that share keys, heads a block)."""
-    heads = q[1] // cache[3]
-    together = heads // cache[1]
-    return heads, together, HEADS if together > 1 else 1
+    """Blocks that share a head's context: one for each processor, as a second one there only begins later."""
+    return max(1, min(-(-context // LEAST_KEYS), gpu.processors // blocks))
 
 
 @kernel(
@@ -454,24 +445,33 @@ def fused_attention(
 ) -> list[Launch]:
     tokens = q.shape[0]
     _, kv_heads, context, head_dim = k_cache.shape
-    heads, together, heads_a_block = _heads(q.shape, k_cache.shape)
-    numbers = 4 if k_cache.dtype == "f32" else 8
+    heads = q.shape[1] // head_dim
+    together, numbers = heads // kv_heads, 4 if k_cache.dtype == "f32" else 8
     common = (gpu.tokens, q, k_cache, v_cache, positions, sequences, out)
     if head_dim % numbers or head_dim > 32 * numbers or k_cache.dtype != v_cache.dtype:
         plain = (*common, kv_heads, together, context, head_dim, window)
         shared = 4 * (PLAIN_THREADS + head_dim)
         return [Launch(attention_plain_kernel, (heads, tokens), PLAIN_THREADS, plain, shared)]
-    blocks = kv_heads * -(-together // heads_a_block)
     lanes = 1 << (-(-head_dim // numbers) - 1).bit_length()
-    splits = min(parts.shape[2], _splits(gpu, blocks * tokens, context))
-    counters = gpu.zeros(blocks * tokens)
-    function = attention_grouped_kernel if heads_a_block > 1 else attention_single_kernel
-    groups = WARPS * (32 // lanes)
-    shared = max(STAGES * STAGE_BYTES, 4 * heads_a_block * max((head_dim + 4) * (groups + 1) + groups, WEIGHTS))
-    subgroups = -(-together // heads_a_block)
-    inverses = 1 / subgroups, 1 / head_dim
-    arguments = (*common, parts, counters, kv_heads, together, context, head_dim, window, lanes, subgroups, *inverses)
-    return [Launch(function, (blocks, tokens, splits), THREADS, arguments, shared)]
+    counters = gpu.zeros(heads * tokens)
+
+    def launch(function: Any, heads_a_block: int, most_splits: int) -> Launch:
+        subgroups = -(-together // heads_a_block)
+        blocks, groups = kv_heads * subgroups, WARPS * (32 // lanes)
+        splits = min(most_splits, _splits(gpu, blocks * tokens, context))
+        shared = max(STAGES * STAGE_BYTES, 4 * heads_a_block * max((head_dim + 4) * (groups + 1) + groups, WEIGHTS))
+        arguments = (
+            *common, parts, counters, kv_heads, together, context, head_dim, window, lanes, subgroups, 1 / subgroups,
+            1 / head_dim,
+        )  # fmt: skip
+        return Launch(function, (blocks, tokens, splits), THREADS, arguments, shared)
+
+    alone = launch(attention_single_kernel, 1, 1)
+    if parts.shape[2] == 1:
+        return [alone]
+    if together > 1:
+        return [replace(alone, later=(ALONE, launch(attention_grouped_kernel, HEADS, parts.shape[2])))]
+    return [replace(alone, later=(ALONE, launch(attention_single_kernel, 1, parts.shape[2])))]
 
 
 # The three operators as the graph declares them

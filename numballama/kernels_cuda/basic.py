@@ -159,7 +159,8 @@ def quantize_kernel(tokens, x, out, scales, columns, group, groups):
             scales[t * groups + g] = scale
         for k in range(first + lane, last, 32):
             ratio = x[t * columns + k] / scale if scale > 0 else np.float32(0)
-            rounded = math.floor(abs(ratio) + np.float32(0.5))
+            # a scale that is a denormal number may be far too small
+            rounded = min(math.floor(abs(ratio) + np.float32(0.5)), np.float32(127))
             out[t * columns + k] = np.int8(rounded if ratio >= 0 else -rounded)
 
 

@@ -71,6 +71,12 @@ class Launch:
     threads: int
     arguments: tuple[Argument, ...]
     shared_bytes: int = 0
+    later: tuple[int, Launch] | None = None
+    """(position, launch): another one does the same, and does it better once a run's tokens have come so far."""
+
+    def at(self, position: int) -> Launch:
+        """What does it best for tokens up to a position."""
+        return self.later[1] if self.later and position >= self.later[0] else self
 
     @property
     def kinds(self) -> tuple[str, ...]:
