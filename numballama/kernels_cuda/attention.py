@@ -46,7 +46,7 @@ from .pieces import ALL, LOG2_E, at_once, beyond, block_max, block_sum, device, 
 
 THREADS = 256
 WARPS = THREADS // 32
-HEADS = 4
+HEADS = 2
 """Heads of a group that a block computes together where keys are many."""
 ALONE, LEAST_KEYS = 256, 128
 """So many keys one block does alone; of more, fewer than this are not worth a block of their own."""
@@ -63,20 +63,16 @@ def first_seen(length, window):
 
 
 @device
-def fetch_keys(slot, cache_at, k_cache, v_cache, here, step, last, newest, head_dim, d, mine):
-    """Start copying a lane's 16 bytes of keys `here` and `here` + step and of their values.
+def fetch_keys(slot, key_at, value_at, apart, wanted, next_wanted):
+    """Start copying a lane's 16 bytes of two keys, `apart` bytes from each other, and of their values.
 
-    Zeros stand for those beyond `last` and for key `newest`.
+    Zeros stand for those that are not wanted: nobody looks at their addresses.
     """
-    there = here + step
-    first = cache_at + min(here, last) * head_dim + d
-    second = cache_at + min(there, last) * head_dim + d
-    count = 16 if mine and here <= last and here != newest else 0
-    next_count = 16 if mine and there <= last and there != newest else 0
-    copy16(slot, address(k_cache, first), count)
-    copy16(slot + 16 * THREADS, address(v_cache, first), count)
-    copy16(slot + 32 * THREADS, address(k_cache, second), next_count)
-    copy16(slot + 48 * THREADS, address(v_cache, second), next_count)
+    count, next_count = 16 if wanted else 0, 16 if next_wanted else 0
+    copy16(slot, key_at, count)
+    copy16(slot + 16 * THREADS, value_at, count)
+    copy16(slot + 32 * THREADS, key_at + apart, next_count)
+    copy16(slot + 48 * THREADS, value_at + apart, next_count)
     close_copies()
 
 
@@ -91,28 +87,60 @@ def place_of_lane(begin, k_cache, head_dim, lanes):
 
 
 @device
-def fetch_first_keys(cache_at, k_cache, v_cache, begin, end, newest, head_dim, lanes, ring):
-    """Fill the ring with the first of the keys [begin, end), without key `newest`, which may not be there yet."""
+def fetch_first_keys(cache_at, k_cache, v_cache, begin, known, head_dim, lanes, ring):
+    """Fill the ring with the first of the keys [begin, known). Returns where the lane's next key and its value lie."""
     p, step, d, mine = place_of_lane(begin, k_cache, head_dim, lanes)
+    at = cache_at + p * head_dim + d
+    key_at, value_at = address(k_cache, at), address(v_cache, at)
+    apart = address(k_cache, at + step * head_dim) - key_at
     for turn in range(STAGES):
         keep_loop()
-        here = p + turn * 2 * step
-        fetch_keys(
-            ring + turn * STAGE_BYTES, cache_at, k_cache, v_cache, here, step, end - 1, newest, head_dim, d, mine
-        )
+        fetch_keys(ring + turn * STAGE_BYTES, key_at, value_at, apart, mine and p < known, mine and p + step < known)
+        p += 2 * step
+        key_at += 2 * apart
+        value_at += 2 * apart
+    return key_at, value_at, apart
+
+
+@device
+def weigh(query, key, next_key, value, next_value, here, next_here, lanes, most, total, values):
+    """Two keys more for `most.size` heads, of which a lane has part of the numbers; `here` tells if there are such."""
+    for h in range(most.size):
+        score, next_score = np.float32(0), np.float32(0)
+        for i in range(8):
+            score += query[h, i] * key[i]
+            next_score += query[h, i] * next_key[i]
+        apart = lanes >> 1
+        while apart > 0:
+            score += cuda.shfl_xor_sync(ALL, score, apart)
+            next_score += cuda.shfl_xor_sync(ALL, next_score, apart)
+            apart >>= 1
+        if not here:
+            score = FAR_BELOW
+        if not next_here:
+            next_score = FAR_BELOW
+        higher = max(most[h], max(score, next_score))
+        shrink = exp2(most[h] - higher)
+        weight = exp2(score - higher) if here else np.float32(0)
+        next_weight = exp2(next_score - higher) if next_here else np.float32(0)
+        most[h] = higher
+        total[h] = total[h] * shrink + (weight + next_weight)
+        for i in range(8):
+            values[h, i] = values[h, i] * shrink + (weight * value[i] + next_weight * next_value[i])
 
 
 @device
 def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, newest, head_dim, lanes, factor, most, total,
-           values, ring):  # fmt: skip
+           values, ring, following):  # fmt: skip
     """One warp's share of keys [begin, end) for `most.size` heads: their maxima, sums and weighted values, by lane.
 
     `factor` is log2(e) / sqrt(head_dim): powers are of 2. Keys come through a ring in shared memory, of which a lane
-    reads what it copied itself; all but `newest` were on their way before q was known. Ends behind a barrier.
+    reads what it copied itself; they were on their way before q was known, but for `newest`, which is the last of
+    them, if it is one, and which the first lanes take in the end. Ends behind a barrier.
     """
-    numbers = per_16_bytes(k_cache)
+    numbers, known = per_16_bytes(k_cache), min(end, newest)
     p, step, d, mine = place_of_lane(begin, k_cache, head_dim, lanes)
-    last, slot = end - 1, ring
+    key_at, value_at, apart = following
     at = cache_at + newest * head_dim + d
     new_key, new_value = words4(address(k_cache, at)), words4(address(v_cache, at))
     query = cuda.local.array((HEADS, 8), np.float32)
@@ -128,42 +156,22 @@ def attend(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, newest, 
                 high = floats4(q, q_at + h * head_dim + d + 4)
                 for i in range(4):
                     query[h, 4 + i] = high[i] * factor
-    for _ in range(begin, end, 2 * step):
+    slot, ahead = ring, p + 2 * STAGES * step
+    for _ in range(begin, known, 2 * step):
         await_all_but_1()
-        second = p + step
-        key_words, value_words = shared_words4(slot), shared_words4(slot + 16 * THREADS)
-        next_key_words, next_value_words = shared_words4(slot + 32 * THREADS), shared_words4(slot + 48 * THREADS)
-        if p == newest:
-            key_words, value_words = new_key, new_value
-        if second == newest:
-            next_key_words, next_value_words = new_key, new_value
-        key, value = unpack8(k_cache, key_words), unpack8(v_cache, value_words)
-        next_key, next_value = unpack8(k_cache, next_key_words), unpack8(v_cache, next_value_words)
-        for h in range(most.size):
-            score, next_score = np.float32(0), np.float32(0)
-            for i in range(8):
-                score += query[h, i] * key[i]
-                next_score += query[h, i] * next_key[i]
-            apart = lanes >> 1
-            while apart > 0:
-                score += cuda.shfl_xor_sync(ALL, score, apart)
-                next_score += cuda.shfl_xor_sync(ALL, next_score, apart)
-                apart >>= 1
-            if p >= end:
-                score = FAR_BELOW
-            if second >= end:
-                next_score = FAR_BELOW
-            higher = max(most[h], max(score, next_score))
-            shrink = exp2(most[h] - higher)
-            weight = exp2(score - higher) if p < end else np.float32(0)
-            next_weight = exp2(next_score - higher) if second < end else np.float32(0)
-            most[h] = higher
-            total[h] = total[h] * shrink + (weight + next_weight)
-            for i in range(8):
-                values[h, i] = values[h, i] * shrink + (weight * value[i] + next_weight * next_value[i])
-        fetch_keys(slot, cache_at, k_cache, v_cache, p + 2 * STAGES * step, step, last, newest, head_dim, d, mine)
+        key, value = unpack8(k_cache, shared_words4(slot)), unpack8(v_cache, shared_words4(slot + 16 * THREADS))
+        next_key = unpack8(k_cache, shared_words4(slot + 32 * THREADS))
+        next_value = unpack8(v_cache, shared_words4(slot + 48 * THREADS))
+        weigh(query, key, next_key, value, next_value, p < known, p + step < known, lanes, most, total, values)
+        fetch_keys(slot, key_at, value_at, apart, mine and ahead < known, mine and ahead + step < known)
         slot = ring + STAGE_BYTES if slot == ring else ring
         p += 2 * step
+        ahead += 2 * step
+        key_at += 2 * apart
+        value_at += 2 * apart
+    if known < end and cuda.threadIdx.x < 32:
+        key, value = unpack8(k_cache, new_key), unpack8(v_cache, new_value)
+        weigh(query, key, key, value, value, cuda.threadIdx.x < lanes, False, lanes, most, total, values)
     await_all()
     cuda.syncthreads()  # `join` writes where the ring is
 
@@ -320,10 +328,11 @@ def attention(q, k_cache, v_cache, newest, sequence, out, parts, counters, kv_he
         ring = shared_address(shared, 4 * cuda.threadIdx.x)
         if cuda.gridDim.y > 1:
             wait_for_predecessor()  # it writes several keys, and some may be this token's
-        fetch_first_keys(cache_at, k_cache, v_cache, begin, end, newest, head_dim, lanes, ring)
+        known = min(end, newest)
+        following = fetch_first_keys(cache_at, k_cache, v_cache, begin, known, head_dim, lanes, ring)
         wait_for_predecessor()
         attend(q, first_head * head_dim, heads_here, cache_at, k_cache, v_cache, begin, end, newest, head_dim, lanes,
-               factor, most, total, values, ring)  # fmt: skip
+               factor, most, total, values, ring, following)  # fmt: skip
         let_successor_start()  # not before: its copies would stand in the way of this kernel's loads
         join(most, total, values, lanes, shared, head_dim, inverse_head_dim, per_16_bytes(k_cache))
         counter = t * cuda.gridDim.x + group
@@ -333,6 +342,7 @@ def attention(q, k_cache, v_cache, newest, sequence, out, parts, counters, kv_he
             counters[counter] = 0
 
 
+@at_once(2)
 @cuda.jit
 def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads,
                              shared_by, context, head_dim, window, lanes, subgroups, inverse_subgroups,
