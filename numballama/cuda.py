@@ -395,7 +395,11 @@ class CudaProgram:
     @property
     def calls(self) -> list[list[Call]]:
         """The launches of each step, made ready, as the inputs' positions want them."""
-        return self._calls_at(self._reach(int(self.inputs["positions"].max())))
+        return self._calls_at(self._reach(self._furthest(self.plan.tokens)))
+
+    def _furthest(self, tokens: int) -> int:
+        """The largest of the inputs' positions; 0 for a graph that has none."""
+        return int(self.inputs["positions"][:tokens].max()) if "positions" in self.inputs else 0
 
     def _reach(self, position: int) -> int:
         """The last of the positions at which launches change that a position has come to; 0 before the first."""
@@ -432,7 +436,7 @@ class CudaProgram:
 
     def _replay(self, tokens: int, begin: int, end: int) -> None:
         """Steps [begin, end) for the inputs as they are."""
-        reach = self._reach(int(self.inputs["positions"][:tokens].max()))
+        reach = self._reach(self._furthest(tokens))
         self._inputs.send(tokens, self._made)
         self._play((begin, end, reach), lambda: self._slice(begin, end, reach))
 

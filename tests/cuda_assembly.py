@@ -23,8 +23,9 @@ from cuda_support import converted, graph_of, install
 from numballama.config import ModelConfig
 from numballama.graph import KVLayout
 
-GROUPED = ModelConfig(64, 96, 1, 8, 2, 40, 16)
-SINGLE = ModelConfig(64, 96, 1, 8, 8, 40, 16)
+GROUPED = ModelConfig(64, 96, 1, 8, 2, 40, 300)
+SINGLE = ModelConfig(64, 96, 1, 8, 8, 40, 300)
+"""Contexts so long that attention changes on the way."""
 ODD = ModelConfig(24, 10, 1, 4, 2, 11, 7)
 """Heads of six numbers, which are not read 16 bytes at a time."""
 BLOCKS = ModelConfig(256, 256, 1, 8, 2, 40, 16)

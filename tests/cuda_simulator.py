@@ -240,6 +240,9 @@ class _Module(FakeCUDAModule):  # type: ignore[misc]
         super().__init__(grid, block, 0)
         self.shared_bytes = shared_bytes
 
+    def syncwarp(self) -> None:
+        lane().shuffle(None, 1)
+
     def shfl_xor_sync(self, mask: int, value: Any, apart: int) -> Any:
         assert mask == 0xFFFFFFFF, "lanes that take no part are not simulated"
         return lane().shuffle(value, int(apart))

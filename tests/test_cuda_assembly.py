@@ -38,18 +38,18 @@ STACK = {
     "qkv_kernel": {"9.0": 40, "8.0": 80, "7.5": 56},
     "qkv_rope_kernel": {"9.0": 72, "8.0": 40, "7.5": 16},
     # older cards' assembler keeps more at hand than there are registers
-    "attention_grouped_kernel": {"8.0": 104, "7.5": 104},
-    "attention_single_kernel": {"8.0": 8, "7.5": 8},
+    "attention_grouped_kernel": {"8.0": 160, "7.5": 160},
+    "attention_single_kernel": {"8.0": 56, "7.5": 56},
     "attention_128_kernel": {"8.0": 8, "7.5": 48},  # a real 7.5 has too little shared memory for it to be launched
 }
 """The most bytes of stack a kernel may use on a card, where that is not 0: for all types of its operands."""
 
 STACK_OF_BLOCKS = {
     # words with several factors want a register or two more than those with one scale
-    "linear_kernel": {"9.0": 32, "8.0": 136, "7.5": 136},
-    "gate_up_kernel": {"9.0": 48, "8.0": 136, "7.5": 136},
-    "qkv_kernel": {"9.0": 64, "8.0": 152, "7.5": 152},
-    "qkv_rope_kernel": {"9.0": 64, "8.0": 112, "7.5": 112},
+    "linear_kernel": {"9.0": 16, "8.0": 72, "7.5": 48},
+    "gate_up_kernel": {"9.0": 32, "8.0": 72, "7.5": 72},
+    "qkv_kernel": {"9.0": 48, "8.0": 88, "7.5": 72},
+    "qkv_rope_kernel": {"9.0": 80, "8.0": 40, "7.5": 16},
 }
 """The same for weights of q4_1, q4_k and q6_k."""
 
