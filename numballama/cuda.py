@@ -1,10 +1,10 @@
 """The CUDA backend: weights, KV cache and arenas in device memory, and a token as one replay of a captured graph.
 
-All device memory is taken when a program is made. A step's launches are captured once (and once more
-for long contexts, where other kernels do better); a replay runs them all, each
-starting while the one before still ends (programmatic dependent launch, on cards that have it). Token, position and the
-sampler's state lie in device memory, and the last kernel of a step writes the new token where the next one reads it, so
-the next step is already under way when the host hears of this one. It hears through a mailbox in its own memory.
+All device memory is taken when a program is made. A step's launches are captured once (and once more for long contexts,
+where other kernels do better); a replay runs them all, each starting while the one before still ends (programmatic
+dependent launch, on cards that have it). Token, position and the sampler's state lie in device memory, and the last
+kernel of a step writes the new token where the next one reads it, so the next step is already under way when the host
+hears of this one. It hears through a mailbox in its own memory.
 """
 
 from __future__ import annotations
