@@ -328,7 +328,6 @@ class CudaProgram:
         self._letters = self._mailbox.bytes.view(np.int64)
         self._made = 0
         self._steps: deque[_Step] = deque()
-        self._ahead = 0
         self._sampler: tuple[Sampler, int] | None = None
         self._last: tuple[int, int, int] | None = None
         self._gpu = gpu
@@ -375,10 +374,10 @@ class CudaProgram:
         """A copy of a value's memory; what it holds outside its lifetime belongs to others."""
         if self._freed:
             raise Error("this model is closed; compile it again")
+        self._device.make_current()
         self._settle()
         array = self._values[name]
         out = np.empty(array.shape, DTYPES[array.dtype])
-        self._device.make_current()
         self._device.read(array.address, out)
         return out
 
@@ -401,6 +400,11 @@ class CudaProgram:
     def _furthest(self, tokens: int) -> int:
         """The largest of the inputs' positions; 0 for a graph that has none."""
         return int(self.inputs["positions"][:tokens].max()) if "positions" in self.inputs else 0
+
+    def ready(self) -> None:
+        """Make the launches of all positions ready, so that none of it is left for when they come."""
+        for reach in (0, *self._turns):
+            self._calls_at(reach)
 
     def _reach(self, position: int) -> int:
         """The last of the positions at which launches change that a position has come to; 0 before the first."""
@@ -449,6 +453,7 @@ class CudaProgram:
         before, self.backend.current = self.backend.current, self
         if before is not None and before is not self:
             before._forget_steps()
+            before._penalised = 0  # nothing can be computed again: the KV cache may be another text's from here on
 
     def _slice(self, begin: int, end: int, reach: int) -> list[Call]:
         return [call for calls in self._calls_at(reach)[begin:end] for call in calls]
@@ -670,7 +675,7 @@ class CudaBackend:
         self._load([*steps, decode.tail(0), decode.tail(vocab)], report)
         self._prepared = True
         for program in programs:
-            _ = program.calls
+            program.ready()
 
     def close(self) -> None:
         """Give all device memory back now."""

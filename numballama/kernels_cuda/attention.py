@@ -88,7 +88,10 @@ def place_of_lane(begin, k_cache, head_dim, lanes):
 
 @device
 def fetch_first_keys(cache_at, k_cache, v_cache, begin, known, head_dim, lanes, ring):
-    """Fill the ring with the first of the keys [begin, known). Returns where the lane's next key and its value lie."""
+    """Fill the ring with the first of the keys [begin, known).
+
+    Returns where the lane's next key and its value lie, and how many bytes apart two of its keys are.
+    """
     p, step, d, mine = place_of_lane(begin, k_cache, head_dim, lanes)
     at = cache_at + p * head_dim + d
     key_at, value_at = address(k_cache, at), address(v_cache, at)
@@ -477,7 +480,7 @@ def fused_attention(
         return Launch(function, (blocks, tokens, splits), THREADS, arguments, shared)
 
     alone = launch(attention_single_kernel, 1, 1)
-    if parts.shape[2] == 1:
+    if parts.shape[2] == 1 or 0 < window <= ALONE:
         return [alone]
     if together > 1:
         return [replace(alone, later=(ALONE, launch(attention_grouped_kernel, HEADS, parts.shape[2])))]
