@@ -133,16 +133,6 @@ def f32_of_half(typingctx, bits):  # type: ignore[no-untyped-def]
     return types.float32(types.uint32), codegen
 
 
-@intrinsic
-def half_of_f32(typingctx, number):  # type: ignore[no-untyped-def]
-    """A float32 rounded to the nearest IEEE half: its bits, in the low 16 of a word."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.zext(builder.bitcast(builder.fptrunc(args[0], F16), I16), I32)
-
-    return types.uint32(types.float32), codegen
-
-
 def _dp4a(kinds: str) -> Any:
     def typing(typingctx, a, b, total):  # type: ignore[no-untyped-def]
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -480,7 +470,7 @@ def _await(pending: int) -> Any:
     return intrinsic(typing)
 
 
-await_all, await_all_but_1, await_all_but_2, await_all_but_3, await_all_but_7 = (_await(n) for n in (0, 1, 2, 3, 7))
+await_all, await_all_but_1, await_all_but_2, await_all_but_3 = (_await(n) for n in (0, 1, 2, 3))
 """Wait until at most that many of this thread's groups of copies are under way (sm_80): the number is in the opcode."""
 
 
