@@ -16,7 +16,22 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic, models, register_model
 
-from .lowering import F16, F32, I8, I16, I32, I64, VOID, as_integer, call_asm, compiling_for, element_at, fma, is_memory
+from .lowering import (
+    F16,
+    F32,
+    I8,
+    I16,
+    I32,
+    I64,
+    VOID,
+    as_integer,
+    call_asm,
+    compiling_for,
+    element_at,
+    fma,
+    is_memory,
+    rounded_to_16,
+)  # fmt: skip
 
 WORDS2 = types.UniTuple(types.uint32, 2)
 WORDS4, FLOATS4 = types.UniTuple(types.uint32, 4), types.UniTuple(types.float32, 4)
@@ -347,15 +362,8 @@ def store_number(typingctx, memory, index, value):  # type: ignore[no-untyped-de
         where, x = element_at(context, builder, memory, args[0], at), args[2]
         if name == "float32":
             builder.store(x, where)
-        elif name == "uint16":
-            builder.store(builder.bitcast(builder.fptrunc(x, F16), I16), where)
         else:
-            bits = builder.bitcast(x, I32)
-            odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
-            rounded = builder.add(builder.add(bits, ir.Constant(I32, 0x7FFF)), odd)
-            broken = builder.fcmp_unordered("uno", x, x)
-            rounded = builder.select(broken, builder.or_(bits, ir.Constant(I32, 0x400000)), rounded)
-            builder.store(builder.trunc(builder.lshr(rounded, ir.Constant(I32, 16)), I16), where)
+            builder.store(rounded_to_16(builder, name, x), where)
         return context.get_dummy_value()
 
     return types.void(memory, index, types.float32), codegen

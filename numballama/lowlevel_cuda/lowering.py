@@ -43,3 +43,15 @@ def element_at(context: Any, builder: Any, kind: Any, value: Any, index: Any) ->
 def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
     """a · b + c, which may be rounded once."""
     return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
+
+
+def rounded_to_16(builder: Any, name: str, x: Any) -> Any:
+    """A float32 rounded to nearest even to float16 ("uint16") or bfloat16 ("int16"), as 16 bits; a NaN stays one."""
+    if name == "uint16":
+        return builder.bitcast(builder.fptrunc(x, F16), I16)
+    bits = builder.bitcast(x, I32)
+    odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
+    rounded = builder.add(builder.add(bits, ir.Constant(I32, 0x7FFF)), odd)
+    quiet = builder.or_(bits, ir.Constant(I32, 0x400000))
+    rounded = builder.select(builder.fcmp_unordered("uno", x, x), quiet, rounded)
+    return builder.trunc(builder.lshr(rounded, ir.Constant(I32, 16)), I16)

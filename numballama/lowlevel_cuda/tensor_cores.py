@@ -15,7 +15,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
 from .instructions import PER_16_BYTES
-from .lowering import F16, F32, I16, I32, VOID, as_integer, call_asm, compiling_for, fma
+from .lowering import F32, I32, VOID, as_integer, call_asm, compiling_for, fma, rounded_to_16
 
 STAGED_BYTES = 544
 """Distance of two rows of 128 float32 that `put_sums` writes: rows of the same lanes lie in different banks."""
@@ -74,17 +74,7 @@ def _pack(builder: Any, name: str, low: Any, high: Any) -> Any:
     if compiling_for() >= (8, 0):
         kind = "f16x2" if name == "uint16" else "bf16x2"
         return call_asm(builder, I32, f"cvt.rn.{kind}.f32 $0, $2, $1;", "=r,f,f", [low, high])
-    halves = []
-    for x in (low, high):
-        if name == "uint16":
-            halves.append(builder.zext(builder.bitcast(builder.fptrunc(x, F16), I16), I32))
-        else:
-            bits = builder.bitcast(x, I32)
-            odd = builder.and_(builder.lshr(bits, ir.Constant(I32, 16)), ir.Constant(I32, 1))
-            rounded = builder.add(builder.add(bits, ir.Constant(I32, 0x7FFF)), odd)
-            broken = builder.fcmp_unordered("uno", x, x)
-            rounded = builder.select(broken, builder.or_(bits, ir.Constant(I32, 0x400000)), rounded)
-            halves.append(builder.lshr(rounded, ir.Constant(I32, 16)))
+    halves = [builder.zext(rounded_to_16(builder, name, x), I32) for x in (low, high)]
     return builder.or_(halves[0], builder.shl(halves[1], ir.Constant(I32, 16)))
 
 
