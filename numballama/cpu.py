@@ -43,7 +43,8 @@ from .lowlevel_cpu import (
     yield_core,
 )
 from .plan import ALIGNMENT, Plan, Step, lower
-from .sampler import REPEAT_WINDOW, SETTINGS, Sampler, sample
+from .sampler import REPEAT_WINDOW, SETTINGS, Sampler
+from .sampling import sample
 
 ROSTER, ARRIVED, PARTS, STATUS, SYNC = 0, 8, 16, 24, 32
 """Elements of the int64 array by which workers agree, each in a cache line of its own."""

@@ -25,7 +25,7 @@ from .config import BLOCKS, F16
 from .errors import NOT_NUMBERS, DeviceError, Error
 from .graph import fuse
 from .ir import DTYPES, Graph, Value
-from .jit import cuda_cache_directory
+from .kernel_cache import cuda_cache_directory
 from .lowlevel_cuda.compile import compile_ahead
 from .lowlevel_cuda.driver import Call, Device, Function, Memory, Pinned, Recording, compile_kernel
 from .lowlevel_cuda.launch import ITEM_BYTES, Array, Gpu, Launch, Matrix

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import __version__
 from .errors import DeviceError
-from .jit import cache_directory, cuda_cache_directory
+from .kernel_cache import cache_directory, cuda_cache_directory
 from .memory import available_bytes, human
 
 PACKAGES = ("numba", "llvmlite", "numpy", "sentencepiece", "rich")

@@ -11,16 +11,9 @@ of integers, and adding an operator means writing one function.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import os
-import re
-import shutil
-import sys
-import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator
-from functools import lru_cache
-from importlib.metadata import version
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,90 +26,12 @@ from numba.core.lowering import Lower
 from numba.core.typed_passes import NativeLowering
 from numba.np.arrayobj import make_array, populate_array
 
+from .kernel_cache import cache_directory
+
 FAST_MATH = {"reassoc", "contract", "nsz"}
 """Sums may be reordered and multiply-adds fused. Divisions stay exact (a quantised number must not depend on them), and
 NaN and infinity keep their meaning (scores are masked with -inf).
 """
-
-KERNEL_SOURCES = (
-    "jit.py",
-    "lowlevel_cpu.py",
-    "blocks_cpu.py",
-    "blocks_int8_cpu.py",
-    "matmul_cpu.py",
-    "kernels_cpu.py",
-    "kernels_int8_cpu.py",
-    "cpu.py",
-    "sampler.py",
-    "bench.py",
-)
-"""Every file of the package that has compiled code in it; a test keeps the list complete."""
-
-KEPT_CACHES = 6
-"""Cache directories of older sources that are left for other checkouts and environments to use."""
-
-
-@lru_cache(maxsize=1)
-def cache_directory() -> Path:
-    """Where the CPU's compiled kernels are kept.
-
-    Numba itself looks only at the file of the function that it caches, so an edited helper elsewhere would go unseen.
-    """
-    return _folder_for(KERNEL_SOURCES, numba.__version__)
-
-
-@lru_cache(maxsize=1)
-def cuda_cache_directory() -> Path:
-    """Where the GPU's compiled kernels are kept."""
-    here = Path(__file__).parent
-    sources = sorted(
-        f"{folder}/{path.name}" for folder in ("lowlevel_cuda", "kernels_cuda") for path in (here / folder).glob("*.py")
-    )
-    return _folder_for(sources, f"cuda {version('numba-cuda')}")
-
-
-def _folder_for(sources: Iterable[str], versions: str) -> Path:
-    """One folder for each state of some sources, and of the versions of what compiles them.
-
-    The base is $NUMBALLAMA_CACHE, else Numba's own setting, else $XDG_CACHE_HOME/numballama, else
-    ~/.cache/numballama; a folder that cannot be written is replaced by one of this process, below the system's
-    temporary folder.
-    """
-    from . import __version__
-
-    digest = hashlib.sha256(f"{versions} {__version__} {sys.version_info[:2]}".encode())
-    for name in sources:
-        digest.update(name.encode() + b"\0" + (Path(__file__).parent / name).read_bytes())
-    base = os.environ.get("NUMBALLAMA_CACHE") or numba.config.CACHE_DIR or os.environ.get("XDG_CACHE_HOME") or ""
-    root = Path(base).expanduser() if base else Path("~/.cache").expanduser()
-    if not os.environ.get("NUMBALLAMA_CACHE"):
-        root /= "numballama"
-    directory = root / digest.hexdigest()[:16]
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-        (directory / _MARK).touch()
-        with tempfile.TemporaryFile(dir=directory):
-            pass
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="numballama-cache-"))
-    _prune(root, directory)
-    return directory
-
-
-_OUR_FOLDER = re.compile("[0-9a-f]{16}")
-_MARK = "numballama-kernels"
-"""A file by which a folder is known to be one of ours: nothing else is ever removed."""
-
-
-def _prune(root: Path, current: Path) -> None:
-    """Remove all but the newest few caches, so that editing kernels does not fill the disk."""
-    with contextlib.suppress(OSError):
-        os.utime(current)
-        ours = [p for p in root.iterdir() if _OUR_FOLDER.fullmatch(p.name) and (p / _MARK).is_file()]
-        others = [p for p in ours if p != current]
-        for old in sorted(others, key=lambda p: p.stat().st_mtime)[:-KEPT_CACHES]:
-            shutil.rmtree(old, ignore_errors=True)
-
 
 _setting = threading.RLock()
 

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from . import conversion, ir, loader, memory, plan, progress, quant
+from . import conversion, ir, loader, memory, plan, progress, quant, registry
 from .chat import Chat
 from .checkpoint import Checkpoint, Weight
 from .checks import strings, whole_number
@@ -436,10 +436,20 @@ def _choose_device(device: str) -> tuple[str, str]:
             from .lowlevel_cuda.driver import Device
         except DeviceError as error:
             raise DeviceError(f"device {device!r}: {error}") from error.__cause__
+        threading.Thread(target=_load_kernels, args=("cuda",)).start()
         Device(device)  # before a file is opened
     elif device not in ("cpu", "reference"):
         raise DeviceError(f"unknown device {device!r}; there are 'cpu', 'cuda', 'cuda:N', 'reference' and 'auto'")
     return device, ""
+
+
+def _load_kernels(backend: str) -> None:
+    """Import a backend's kernels on a thread of its own, while the driver sets the GPU up and weights are on their way.
+
+    What goes wrong here goes wrong again, and is told, where the kernels are needed.
+    """
+    with contextlib.suppress(Exception):
+        registry.load(backend)
 
 
 def _choose_context(config: ModelConfig, context: int | None, notes: list[str]) -> int:

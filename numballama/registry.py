@@ -75,9 +75,14 @@ _HOMES = {
 them."""
 
 
-def _entries(op: str, backend: str) -> list[Kernel]:
+def load(backend: str) -> None:
+    """Import the modules that register a backend's kernels, with what those import."""
     for home in _HOMES.get(backend, ()):
         importlib.import_module(home)
+
+
+def _entries(op: str, backend: str) -> list[Kernel]:
+    load(backend)
     return _kernels.get((op, backend), [])
 
 

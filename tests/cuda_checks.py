@@ -22,7 +22,8 @@ from numballama.ir import DTYPES
 from numballama.lowlevel_cuda.launch import ITEM_BYTES, Array, Gpu
 from numballama.reference import ReferenceBackend
 from numballama.registry import find
-from numballama.sampler import Sampler, keep_min_p, keep_top_k, keep_top_p
+from numballama.sampler import Sampler
+from numballama.sampling import keep_min_p, keep_top_k, keep_top_p
 
 SHARE = 1e-3
 """As in test_model_values: how much two right float32 computations of a whole model may differ, of the largest."""

@@ -31,8 +31,8 @@ ORDER = [
     # Checkpoint → Graph → Plan
     "ir", "graph", "plan", "kernels_outline",
     # Plan → Backend
-    "jit", "blocks_cuda", "lowlevel_cpu", "blocks_cpu", "blocks_int8_cpu", "matmul_cpu", "kernels_cpu",
-    "kernels_int8_cpu", "sampler", "cpu",
+    "kernel_cache", "jit", "blocks_cuda", "lowlevel_cpu", "blocks_cpu", "blocks_int8_cpu", "matmul_cpu", "kernels_cpu",
+    "kernels_int8_cpu", "sampling", "sampler", "cpu",
     "lowlevel_cuda", "lowlevel_cuda.launch", "lowlevel_cuda.lowering", "lowlevel_cuda.instructions",
     "lowlevel_cuda.tensor_cores", "lowlevel_cuda.driver", "lowlevel_cuda.compile",
     "kernels_cuda.pieces", "kernels_cuda.blocks", "kernels_cuda.products", "kernels_cuda.gemv", "kernels_cuda.basic",
@@ -199,6 +199,13 @@ def test_graph_and_loader_need_no_compiler() -> None:
     """A model can be inspected without Numba; only kernels and sampling need it."""
     loaded = modules_after("import numballama.loader, numballama.graph, numballama.plan")
     assert not {name for name in loaded if name.split(".")[0] in HEAVY}
+
+
+def test_a_gpu_is_set_up_without_numba() -> None:
+    """It is imported meanwhile (`model._load_kernels`), as it takes longer than anything else of a start."""
+    pytest.importorskip("cuda.bindings")
+    loaded = modules_after("import numballama.model, numballama.session, numballama.cuda")
+    assert not {name for name in loaded if name.split(".")[0] in ("numba", "llvmlite", "numba_cuda")}
 
 
 def test_compiling_sees_numba() -> None:

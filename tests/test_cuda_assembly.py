@@ -181,7 +181,7 @@ from numba import cuda
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numballama.errors import DeviceError
-from numballama.jit import cuda_cache_directory
+from numballama.kernel_cache import cuda_cache_directory
 from numballama.kernels_cuda import basic
 from numballama.lowlevel_cuda import driver
 
@@ -242,7 +242,7 @@ def test_an_edited_source_has_another_cache(tmp_path: Path, name: str) -> None:
     """A kernel is kept by the sources of all of them: an edited helper in another file counts as well."""
     copy = tmp_path / "numballama"
     shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__", "*.gguf"))
-    ask = "from numballama.jit import cuda_cache_directory\nprint(cuda_cache_directory().name)"
+    ask = "from numballama.kernel_cache import cuda_cache_directory\nprint(cuda_cache_directory().name)"
     before = python(ask, first=str(tmp_path), NUMBALLAMA_CACHE=str(tmp_path / "cache"))
     assert before == python(ask, first=str(tmp_path), NUMBALLAMA_CACHE=str(tmp_path / "cache"))
     with (copy / name).open("a") as file:

@@ -16,7 +16,7 @@ from numba import njit
 from numba.core.runtime import _nrt_python as nrt
 from numba.core.runtime import rtsys
 
-from numballama import sampler
+from numballama import sampling
 from numballama.errors import Error
 from numballama.sampler import REPEAT_WINDOW, Sampler
 
@@ -53,7 +53,7 @@ def probabilities(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
 def test_top_k_keeps_the_k_largest_in_order(logits: np.ndarray, seed: int, k: int) -> None:
     ids, n = candidates(logits, seed, 0.8)
     given = ids.copy()
-    kept = sampler.keep_top_k(logits, ids, n, k)
+    kept = sampling.keep_top_k(logits, ids, n, k)
     assert kept == min(k, n)
     assert sorted(ids[:kept]) == sorted(set(ids[:kept])) and set(ids[:kept]) <= set(given)
     wanted = np.sort(logits[given])[::-1][:kept]
@@ -67,7 +67,7 @@ def test_top_k_keeps_the_k_largest_in_order(logits: np.ndarray, seed: int, k: in
 def test_top_p_keeps_the_fewest_that_reach_p(logits: np.ndarray, seed: int, p: float) -> None:
     ids, n = candidates(logits, seed)
     given = ids.copy()
-    kept = sampler.keep_top_p(logits, ids, n, p)
+    kept = sampling.keep_top_p(logits, ids, n, p)
     if p == 1:
         assert kept == n
         return
@@ -85,7 +85,7 @@ def test_top_p_keeps_the_fewest_that_reach_p(logits: np.ndarray, seed: int, p: f
 def test_min_p_keeps_what_is_likely_enough(logits: np.ndarray, seed: int, p: float) -> None:
     ids, n = candidates(logits, seed)
     given = ids.copy()
-    kept = sampler.keep_min_p(logits, ids, n, p)
+    kept = sampling.keep_min_p(logits, ids, n, p)
     ratio = np.exp(logits[given].astype(np.float64) - logits[given].max())
     surely, perhaps = set(given[ratio >= p * (1 + 1e-9)]), set(given[ratio >= p * (1 - 1e-9)])
     assert surely <= set(ids[:kept]) <= (perhaps if p > 0 else set(given))
@@ -101,7 +101,7 @@ def test_repeat_penalty_once_a_token(logits: np.ndarray, data: st.DataObject, pe
     want = logits.copy()
     for token in set(recent[:count]):
         want[token] = want[token] / penalty32 if want[token] > 0 else want[token] * penalty32
-    sampler.penalize(logits, recent, count, penalty32)
+    sampling.penalize(logits, recent, count, penalty32)
     np.testing.assert_allclose(logits, want, rtol=3e-7)  # a division may be a product with the reciprocal
 
 
@@ -110,7 +110,7 @@ def test_greedy_takes_the_first_of_equals_and_finds_nan() -> None:
         ([1, 3, 3, 2], 1), ([-np.inf] * 3, 0), ([5], 0), ([-np.inf, -1e30], 1), ([0, np.inf, 1], 1), ([-0.0, 0.0], 0),
         ([np.nan, 1], -1), ([1, np.nan], -1), ([1, -np.nan, 2], -1),
     ):  # fmt: skip
-        assert sampler.greedy(np.array(row, np.float32)) == want, row
+        assert sampling.greedy(np.array(row, np.float32)) == want, row
 
 
 # What is drawn
@@ -130,7 +130,7 @@ def test_uniform_is_splitmix64() -> None:
     state, expected = np.array([42], np.uint64), 42
     for _ in range(100):
         expected, number = splitmix64(expected)
-        assert sampler.uniform(state) == number and 0 <= number < 1
+        assert sampling.uniform(state) == number and 0 <= number < 1
         assert int(state[0]) == expected
 
 
@@ -150,7 +150,7 @@ def test_draw_follows_the_distribution(temperature: float) -> None:
     logits = rng.standard_normal(12).astype(np.float32)
     ids = rng.permutation(12).astype(np.int32)
     state = np.array([7], np.uint64)
-    drawn = [sampler.draw(logits, ids, 9, temperature, state) for _ in range(20000)]
+    drawn = [sampling.draw(logits, ids, 9, temperature, state) for _ in range(20000)]
     expected = np.zeros(12)
     expected[ids[:9]] = probabilities(logits[ids[:9]], temperature)
     counts = np.bincount(drawn, minlength=12)
@@ -167,7 +167,7 @@ def test_draw_of_extreme_logits() -> None:
     state, ids = np.array([1], np.uint64), np.arange(3, dtype=np.int32)
 
     def draw(*logits: float, temperature: float = 1.0) -> int:
-        return sampler.draw(np.array(logits, np.float32), ids, 3, temperature, state)
+        return sampling.draw(np.array(logits, np.float32), ids, 3, temperature, state)
 
     for _ in range(50):
         assert draw(3e38, -3e38, 0) == 0
@@ -333,10 +333,10 @@ def allocating(times, logits, settings, recent, counts, state, ids):
 
 
 @njit
-def sampling(times, logits, settings, recent, counts, state, ids):
+def sample_often(times, logits, settings, recent, counts, state, ids):
     total = 0
     for _ in range(times):
-        total += sampler.sample(logits, settings, recent, counts, state, ids)
+        total += sampling.sample(logits, settings, recent, counts, state, ids)
     return total
 
 
@@ -357,4 +357,4 @@ def test_sampling_allocates_nothing(settings: dict[str, Any]) -> None:
     logits = np.random.default_rng(0).standard_normal(3000).astype(np.float32)
     operands = (logits, *Sampler(3000, seed=1, **settings).operands)
     assert allocations(allocating, 50, operands) == 50, "the counter counts"
-    assert allocations(sampling, 50, operands) == 0
+    assert allocations(sample_often, 50, operands) == 0
