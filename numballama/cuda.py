@@ -9,201 +9,34 @@ hears of this one. It hears through a mailbox in its own memory.
 
 from __future__ import annotations
 
-import itertools
-import math
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-from . import blocks_cuda, progress, registry
+from . import progress, registry
 from .checkpoint import Weight
-from .config import BLOCKS, F16
 from .errors import NOT_NUMBERS, DeviceError, Error
 from .graph import fuse
 from .ir import DTYPES, Graph, Value
 from .kernel_cache import cuda_cache_directory
 from .lowlevel_cuda.compile import compile_ahead
 from .lowlevel_cuda.driver import Call, Device, Function, Memory, Pinned, Recording, compile_kernel
-from .lowlevel_cuda.launch import ITEM_BYTES, Array, Gpu, Launch, Matrix
+from .lowlevel_cuda.launch import ITEM_BYTES, Array, Gpu, Launch
 from .memory import human
 from .plan import Plan, lower
-from .quant import convert
 from .sampler import REPEAT_WINDOW, SETTINGS, Sampler
+from .weights_cuda import ALIGNMENT, Weights, aligned
 
-ALIGNMENT = 256
-"""Bytes; of every array, so that any kernel may read 16 at once and a warp meets whole cache lines."""
-STAGING = 32 << 20
-"""Bytes of one of two pinned buffers through which weights go."""
 AHEAD = 2
 """Steps that are put into the stream before the host has seen the token before them."""
 MAILBOX = 64
 """Tokens that the device may be ahead of the host; a power of two above `AHEAD`."""
 PATIENCE = 2000
 """Looks at the mailbox, some µs each, between two questions whether the device still works."""
-
-
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
-# Weights, laid out as kernels want them
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How a weight lies in device memory: payload, then scales, row after row."""
-
-    weight: Weight
-    payload: str
-    row_bytes: int
-    scales: str = ""
-    scale_stride: int = 0
-    group: int = 0
-
-    @property
-    def rows(self) -> int:
-        return self.weight.shape[0] if len(self.weight.shape) == 2 else 1
-
-    @property
-    def scales_at(self) -> int:
-        return _aligned(self.rows * self.row_bytes)
-
-    @property
-    def nbytes(self) -> int:
-        scales = self.rows * self.scale_stride * ITEM_BYTES[self.scales] if self.scales else 0
-        return self.scales_at + _aligned(scales)
-
-    def operand(self, address: int) -> Array | Matrix:
-        """The weight as kernels take it, once it lies at `address`."""
-        shape = self.weight.shape
-        payload = Array(address, shape, self.payload)
-        if len(shape) == 1:
-            return payload
-        if not self.scales:
-            return Matrix(shape, payload, self.row_bytes, payload)
-        scales = Array(address + self.scales_at, (self.rows, self.scale_stride), self.scales)
-        shift = self.group.bit_length() - 1
-        return Matrix(shape, payload, self.row_bytes, scales, self.scale_stride, shift)
-
-    def parts(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(offset, bytes) of pieces of at most `STAGING` bytes, in order."""
-        rows_at_once = max(1, STAGING // max(self.row_bytes, self.scale_stride * 4, 1))
-        for first in range(0, self.rows, rows_at_once):
-            last = min(self.rows, first + rows_at_once)
-            payload, scales = self._rows(first, last)
-            yield first * self.row_bytes, _filled(payload, self.row_bytes)
-            if self.scales:
-                stride = self.scale_stride * ITEM_BYTES[self.scales]
-                yield self.scales_at + first * stride, _filled(scales, stride)
-
-    def _rows(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Payload and scales of some rows, as bytes [rows, …]."""
-        weight, kind = self.weight, self.weight.type.name
-        columns = weight.shape[-1]
-        rows = weight.data.reshape(self.rows, -1)[first:last]
-        if kind in blocks_cuda.LAYOUTS:
-            return blocks_cuda.split_rows(kind, rows)
-        if kind in ("q8_0", "q4_0"):
-            blocks = rows.reshape(last - first, -1, BLOCKS[kind][1])
-            return blocks[:, :, 2:].reshape(last - first, -1), blocks[:, :, :2].reshape(last - first, -1)
-        if kind != "int8":
-            return _bytes_of(rows), rows
-        assert weight.scales is not None
-        starts = np.arange(first, last)[:, None] * columns
-        if not self.scales:  # groups that no kernel wants: the numbers themselves
-            index = (starts + np.arange(columns)) // weight.type.group
-            return _bytes_of(rows * weight.scales[index]), rows
-        index = (starts + np.arange(0, columns, self.group)) // weight.type.group
-        return _bytes_of(rows), _bytes_of(weight.scales[index])
-
-
-def _bytes_of(rows: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1)
-
-
-def _filled(rows: np.ndarray, stride: int) -> np.ndarray:
-    """Rows of bytes, each followed by zeros up to `stride`."""
-    if rows.shape[1] == stride:
-        return rows
-    out = np.zeros((len(rows), stride), np.uint8)
-    out[:, : rows.shape[1]] = rows
-    return out
-
-
-def _layout(weight: Weight) -> _Layout:
-    """How a weight is stored. Int8 groups that do not lie in rows are cut to ones that do, or become float32."""
-    kind, columns = weight.type.name, weight.shape[-1]
-    if kind in ("f32", "f16", "bf16"):
-        width = columns * ITEM_BYTES[kind]
-        return _Layout(weight, kind, width if len(weight.shape) == 1 else -(-width // 16) * 16)
-    if kind in ("q8_0", "q4_0"):
-        numbers, nbytes = BLOCKS[kind]
-        blocks = columns // numbers
-        payload = "int8" if kind == "q8_0" else "q4_0"
-        return _Layout(weight, payload, blocks * (nbytes - 2), "f16", -(-blocks // 2) * 2, numbers)
-    if kind in blocks_cuda.LAYOUTS:
-        of_blocks = blocks_cuda.LAYOUTS[kind]
-        return _Layout(weight, kind, columns // 2, of_blocks.scales, of_blocks.stride(columns), of_blocks.group)
-    if kind == "int8":
-        common = math.gcd(columns, weight.type.group)
-        group = common & -common  # the largest power of two that divides both
-        if weight.type.group % columns == 0 and columns % 16 == 0 and not columns & (columns - 1):
-            group = columns
-        group = min(group, 512)  # a warp's 16 bytes a lane: no group spans two chunks
-        if group >= 16:
-            return _Layout(weight, "int8", columns, "f32", columns // group, group)
-        return _Layout(weight, "f32", -(-columns * 4 // 16) * 16)
-    return _layout(convert(weight, F16))  # block types that no kernel streams
-
-
-class Weights:
-    """All weights in one piece of device memory."""
-
-    def __init__(self, device: Device, weights: Mapping[str, Weight]) -> None:
-        layouts = {name: _layout(weight) for name, weight in weights.items()}
-        self.nbytes = sum(layout.nbytes for layout in layouts.values())
-        self.memory = Memory(device, self.nbytes, "the model's weights")
-        self.operands: dict[str, Array | Matrix] = {}
-        try:
-            self._upload(device, layouts)
-        except BaseException:
-            self.free()  # now: a traceback may keep this object for long
-            raise
-
-    def _upload(self, device: Device, layouts: Mapping[str, _Layout]) -> None:
-        staging = [Pinned(device, min(STAGING, _aligned(self.nbytes)) + ALIGNMENT) for _ in range(2)]
-        try:
-            buffers = itertools.cycle(staging)
-            done, offset = 0, 0
-            with progress.bar("uploading weights") as report:
-                for name, layout in layouts.items():
-                    report(name, done, self.nbytes)
-                    address = self.memory.address + offset
-                    self.operands[name] = layout.operand(address)
-                    for at, part in layout.parts():
-                        flat = part.reshape(-1)
-                        for start in range(0, flat.size, STAGING):
-                            piece = flat[start : start + STAGING]
-                            buffer = next(buffers)
-                            buffer.bytes[: piece.size] = piece
-                            device.synchronize()  # the other buffer's copy: this one was filled meanwhile
-                            device.write(address + at + start, buffer.address, piece.size)
-                        done += flat.size
-                    offset += layout.nbytes
-                device.synchronize()
-        finally:
-            for buffer in staging:
-                buffer.free()
-
-    def free(self) -> None:
-        self.memory.free()
-
-
-# Programs
 
 
 class _Inputs:
@@ -217,7 +50,7 @@ class _Inputs:
         places, size = {}, ALIGNMENT
         for value in values:
             places[value.name] = size
-            size += _aligned(value.nbytes)
+            size += aligned(value.nbytes)
         self.nbytes = size
         self._pinned = Pinned(device, size * self.SLOTS)
         self.memory = Memory(device, size, "the inputs")
@@ -255,13 +88,13 @@ class _Sampling:
             "state": (1, "u64"),
         }
         self._device, offset = device, 0
-        self.nbytes = sum(_aligned(count * ITEM_BYTES[dtype]) for count, dtype in sizes.values())
+        self.nbytes = sum(aligned(count * ITEM_BYTES[dtype]) for count, dtype in sizes.values())
         self._pinned = Pinned(device, self.nbytes)
         self.memory = Memory(device, self.nbytes, "the sampler's state")
         self.arrays: dict[str, Array] = {}
         for name, (count, dtype) in sizes.items():
             self.arrays[name] = self.memory.array(offset, (count,), dtype)
-            offset += _aligned(count * ITEM_BYTES[dtype])
+            offset += aligned(count * ITEM_BYTES[dtype])
 
     def send(self, sampler: Sampler) -> None:
         """Put a copy of a sampler's state into the stream; waits for what is in it first."""
@@ -635,13 +468,13 @@ class CudaBackend:
             v for v in plan.graph.values.values() if v.kind == "state" and v.alias is None and v.name not in self.states
         ]
         if new:
-            memory = Memory(self.device, sum(_aligned(v.nbytes) for v in new), "the KV cache")
+            memory = Memory(self.device, sum(aligned(v.nbytes) for v in new), "the KV cache")
             self._owned.append(memory)
             self.device.fill(memory.address, 0, memory.nbytes)
             offset = 0
             for value in new:
                 self.states[value.name] = memory.array(offset, value.shape, value.dtype)
-                offset += _aligned(value.nbytes)
+                offset += aligned(value.nbytes)
         program = CudaProgram(self, plan)
         self._owned.append(program)
         if self._prepared:

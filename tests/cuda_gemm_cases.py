@@ -141,7 +141,7 @@ class Real:
 
 def upload(machine: Any, values: np.ndarray, kind: str, group: int = 32) -> tuple[Any, np.ndarray]:
     """A weight on the machine, as the backend lays it out, and the numbers it stands for."""
-    from numballama.cuda import _layout
+    from numballama.weights_cuda import _layout
 
     weight = as_weight(values.astype(np.float32), kind, group if kind == "int8" else 0)
     layout = _layout(weight)

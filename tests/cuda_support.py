@@ -1,8 +1,8 @@
 """What the tests of the CUDA backend share where there is no GPU: a device that is the host's memory.
 
-`install` puts it in the place of `lowlevel_cuda.driver`'s classes in `numballama.cuda`, for the rest of the process. So
-the backend's own code binds plans, weights and inputs; what a launch does is the caller's choice: nothing where kernels
-are only compiled (test_cuda_assembly), or the kernel run by the simulator (test_cuda_simulator).
+`install` puts it in the place of `lowlevel_cuda.driver`'s classes in `numballama.cuda` and `weights_cuda`, for the rest
+of the process. So the backend's own code binds plans, weights and inputs; what a launch does is the caller's choice:
+nothing where kernels are only compiled (test_cuda_assembly), or the kernel run by the simulator (test_cuda_simulator).
 """
 
 from __future__ import annotations
@@ -148,11 +148,11 @@ def install(
     capability: tuple[int, int] = (9, 0),
     processors: int = 2,
 ) -> None:
-    """From now on `numballama.cuda` works on `HostDevice`: launches are handed to `run`, kernels to `compile_kernel`.
+    """From now on the CUDA backend works on `HostDevice`: launches are handed to `run`, kernels to `compile_kernel`.
 
     For a process of its own: nothing puts the driver back.
     """
-    from numballama import cuda
+    from numballama import cuda, weights_cuda
     from numballama.lowlevel_cuda import driver
 
     class HostCall:
@@ -178,4 +178,6 @@ def install(
     }.items():
         assert hasattr(cuda, name), f"numballama.cuda has no {name} any more: tests/cuda_support.py stands in for it"
         setattr(cuda, name, replacement)
+        if hasattr(weights_cuda, name):
+            setattr(weights_cuda, name, replacement)
     driver.Device = HostDevice  # which `compile` asks whether there is a GPU

@@ -37,7 +37,7 @@ ORDER = [
     "lowlevel_cuda.tensor_cores", "lowlevel_cuda.driver", "lowlevel_cuda.compile",
     "kernels_cuda.pieces", "kernels_cuda.blocks", "kernels_cuda.products", "kernels_cuda.gemv", "kernels_cuda.basic",
     "kernels_cuda.gemm_kernels", "kernels_cuda.gemm", "kernels_cuda.attention", "kernels_cuda.prefill_attention",
-    "kernels_cuda.sampling", "kernels_cuda.bandwidth", "kernels_cuda", "cuda",
+    "kernels_cuda.sampling", "kernels_cuda.bandwidth", "kernels_cuda", "weights_cuda", "cuda",
     "reference",
     # Backend → Session → text
     "session", "text", "sandbox", "template", "chat", "model",
