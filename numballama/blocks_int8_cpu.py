@@ -436,8 +436,7 @@ def round_to_int8(typingctx: Any, x: Any, i: Any, factor: Any, out: Any, j: Any,
     """x · factor, rounded to integers, ties to even, of `count` (16 or 32, a literal) numbers from flat index i of
     float32 x to int8 out from j; returns their sum, an int32. All are to be within ±127.5.
 
-    A number that is added and taken off again does it, so neither may be reordered: flags of their own keep them from
-    being given those of the function around.
+    A number that is added and taken off again does it, so neither may be reordered: for an `exact_device` to call.
     """
     width = count.literal_value
 
@@ -447,9 +446,8 @@ def round_to_int8(typingctx: Any, x: Any, i: Any, factor: Any, out: Any, j: Any,
         start = element(context, builder, sig.args[0], source, at)
         numbers = builder.load(builder.bitcast(start, floats.as_pointer()), align=4)
         shift = ir.Constant(floats, [1.5 * 2.0**23] * width)
-        exact = ("nsz",)
-        scaled = builder.fmul(numbers, _spread(builder, times, width), flags=exact)
-        rounded = builder.fsub(builder.fadd(scaled, shift, flags=exact), shift, flags=exact)
+        scaled = builder.fmul(numbers, _spread(builder, times, width))
+        rounded = builder.fsub(builder.fadd(scaled, shift), shift)
         rounded = builder.fptosi(rounded, _vector(INT32, width))
         small = builder.trunc(rounded, _vector(INT8, width))
         place = element(context, builder, sig.args[3], target, to)

@@ -75,8 +75,11 @@ def device(function: Callable[..., Any]) -> Any:
 
 
 def exact_device(function: Callable[..., Any]) -> Any:
-    """A helper like `device` whose arithmetic is done as it is written."""
-    return numba.njit(error_model="numpy", nogil=True)(function)
+    """A helper like `device` whose arithmetic is done as it is written.
+
+    `fastmath=False` is not Numba's default: without it a function has the flags of the first that calls it.
+    """
+    return numba.njit(fastmath=False, error_model="numpy", nogil=True)(function)
 
 
 class _StepLower(Lower):  # type: ignore[misc]

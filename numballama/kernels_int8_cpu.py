@@ -75,22 +75,27 @@ def quantize_32(x, t, g, out, scales):
     return scale, round_to_int8(x, at, factor, out, at, 32)
 
 
-@kernel("quantize_q8_0", "cpu", "f32")
-def quantize_q8_0(part, parts, tokens, x, out, scales, sums):
-    begin, end = share(tokens * scales.shape[1], part, parts, 1)
-    for unit in range(begin, end):
-        t, g = divmod(unit, scales.shape[1])
-        _, total = quantize_32(x, t, g, out, scales)
-        sums[t, g] = total
-
-
-@kernel("quantize_q8_1", "cpu", "f32")
-def quantize_q8_1(part, parts, tokens, x, out, scales, sums):
+@device
+def quantize_groups_32(part, parts, tokens, x, out, scales, sums, scaled):
+    """This part's groups of all tokens, and of each the sum of its numbers; `scaled`, that by the scale, as a half."""
     begin, end = share(tokens * scales.shape[1], part, parts, 1)
     for unit in range(begin, end):
         t, g = divmod(unit, scales.shape[1])
         scale, total = quantize_32(x, t, g, out, scales)
-        sums[t, g] = as_half(scale * np.float32(total))
+        if scaled:
+            sums[t, g] = as_half(scale * np.float32(total))
+        else:
+            sums[t, g] = total
+
+
+@kernel("quantize_q8_0", "cpu", "f32")
+def quantize_q8_0(part, parts, tokens, x, out, scales, sums):
+    quantize_groups_32(part, parts, tokens, x, out, scales, sums, False)
+
+
+@kernel("quantize_q8_1", "cpu", "f32")
+def quantize_q8_1(part, parts, tokens, x, out, scales, sums):
+    quantize_groups_32(part, parts, tokens, x, out, scales, sums, True)
 
 
 @exact_device

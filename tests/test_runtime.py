@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 from conftest import save
@@ -328,6 +329,31 @@ def test_list_of_kernel_sources_is_complete() -> None:
         wanted |= {f"{module}.py" for module in set(sources[name].values()) - {"numba", "registry", "errors", "checks"}}
     wanted.add("sampler.py")  # `cpu` has its constants in compiled code
     assert set(kernel_cache.KERNEL_SOURCES) == wanted
+
+
+@jit.exact_device
+def to_a_multiple_of_four(x: float) -> float:
+    return (x + 2.0**54) - 2.0**54
+
+
+@jit.device
+def left_alone(x: float) -> float:
+    return (x + 2.0**54) - 2.0**54
+
+
+def test_exact_arithmetic_stays_so_in_kernels() -> None:
+    """Numba has functions without flags of their own take their caller's, with which nothing would be rounded here."""
+
+    @numba.njit(fastmath=jit.FAST_MATH)  # type: ignore[untyped-decorator]
+    def kernel(x: np.ndarray, exact: np.ndarray, fast: np.ndarray) -> None:
+        for i in range(x.shape[0]):
+            exact[i], fast[i] = to_a_multiple_of_four(x[i]), left_alone(x[i])
+
+    x = np.arange(16.0)
+    exact, fast = np.empty_like(x), np.empty_like(x)
+    kernel(x, exact, fast)
+    np.testing.assert_array_equal(exact, 4 * np.round(x / 4))
+    np.testing.assert_array_equal(fast, x, "no reordering: the caller's flags have done nothing")
 
 
 def test_cache_falls_back_where_it_cannot_write(tmp_path: Path) -> None:
