@@ -82,6 +82,11 @@ def exact_device(function: Callable[..., Any]) -> Any:
     return numba.njit(fastmath=False, error_model="numpy", nogil=True)(function)
 
 
+def ordered_device(function: Callable[..., Any]) -> Any:
+    """A helper like `exact_device`, but that a product may go into a sum without being rounded before."""
+    return numba.njit(fastmath={"contract"}, error_model="numpy", nogil=True)(function)
+
+
 class _StepLower(Lower):  # type: ignore[misc]
     """Numba's lowering with another C wrapper: the function's operands come from a row of int64 slots."""
 

@@ -12,7 +12,7 @@ import math
 
 import numpy as np
 
-from .jit import device, exact_device
+from .jit import device, ordered_device
 from .lowlevel_cpu import as_f32, f32_to, power_of_two
 from .matmul_cpu import TILE, decode_rows, project, project_int8, share
 from .registry import kernel
@@ -37,12 +37,12 @@ SMALLEST, LARGEST = np.float32(-86.5), np.float32(88.72)
 """Where `exp` ends: below it gives 0, above infinity."""
 
 
-@exact_device
+@ordered_device
 def exp(x):
     """e^x in float32 to one unit in the last place, in operations that a compiler makes vectors of.
 
-    x = n ln 2 + r, a polynomial for e^r with r within ±ln 2 / 2, and n into the exponent (Moshier, Cephes, 1989). Exact
-    arithmetic: reordered, the two parts of ln 2 would be one, and r lose its last digits.
+    x = n ln 2 + r, a polynomial for e^r with r within ±ln 2 / 2, and n into the exponent (Moshier, Cephes, 1989). In
+    this order: in another, the two parts of ln 2 would be one, and r lose its last digits.
     """
     y = np.float32(min(max(x, SMALLEST), LARGEST))
     n = np.float32(math.floor(y * np.float32(1.44269504) + np.float32(0.5)))

@@ -832,7 +832,7 @@ def test_an_exception_gives_the_memory_back(
 
 
 def test_a_hundred_models_one_after_the_other(card: driver.Device, tmp_path: Path) -> None:
-    """The driver now and then keeps some MB for itself, for good; what each model left behind would grow all the time."""
+    """The driver keeps some MB for good now and then; what models left behind would grow all the time."""
     path, _ = save(tmp_path, "llama2c-v0", SHAPE)
     want, free = None, []
     for turn in range(100):

@@ -24,7 +24,7 @@ from numba.core.runtime import rtsys
 from support import shared_model
 
 import numballama
-from numballama import kernel_cache
+from numballama import jit, kernel_cache
 from numballama.config import ModelConfig
 from numballama.model import Model
 from numballama.sampler import Sampler
