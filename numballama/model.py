@@ -426,28 +426,29 @@ def _choose_device(device: str) -> tuple[str, str]:
         raise DeviceError(f"device must be a string, found {device!r}")
     if device == "auto":
         try:
-            from .lowlevel_cuda.driver import Device
-
-            return "cuda", f"this machine has {Device()}"
+            return "cuda", f"this machine has {_set_up_gpu('cuda')}"
         except DeviceError as error:
             return "cpu", str(error)
     if device.partition(":")[0] == "cuda":
-        try:
-            from .lowlevel_cuda.driver import Device
-        except DeviceError as error:
-            raise DeviceError(f"device {device!r}: {error}") from error.__cause__
-        threading.Thread(target=_load_kernels, args=("cuda",)).start()
-        Device(device)  # before a file is opened
+        _set_up_gpu(device)  # before a file is opened
     elif device not in ("cpu", "reference"):
         raise DeviceError(f"unknown device {device!r}; there are 'cpu', 'cuda', 'cuda:N', 'reference' and 'auto'")
     return device, ""
 
 
-def _load_kernels(backend: str) -> None:
-    """Import a backend's kernels on a thread of its own, while the driver sets the GPU up and weights are on their way.
+def _set_up_gpu(device: str) -> str:
+    """Have the driver set a GPU up, and import its kernels meanwhile; the device in words. Raises `DeviceError`."""
+    try:
+        from .lowlevel_cuda.driver import Device, device_count
+    except DeviceError as error:
+        raise DeviceError(f"device {device!r}: {error}") from error.__cause__
+    device_count(device)
+    threading.Thread(target=_load_kernels, args=("cuda",)).start()  # goes on while weights are uploaded
+    return str(Device(device))
 
-    What goes wrong here goes wrong again, and is told, where the kernels are needed.
-    """
+
+def _load_kernels(backend: str) -> None:
+    """What goes wrong here goes wrong again, and is told, where the kernels are needed."""
     with contextlib.suppress(Exception):
         registry.load(backend)
 

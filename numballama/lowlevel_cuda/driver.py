@@ -102,6 +102,15 @@ def _free_host(context: Any, address: int) -> None:
         driver.cuMemFreeHost(address)
 
 
+def device_count(name: str = "cuda") -> int:
+    """How many GPUs there are, after the driver has begun its work. Raises `DeviceError` where there is none to ask."""
+    try:
+        check(driver.cuInit(0))
+        return int(check(driver.cuDeviceGetCount()))
+    except (DeviceError, RuntimeError, OSError) as error:
+        raise DeviceError(f"device {name!r}: no usable NVIDIA driver was found ({error}); use device='cpu'") from None
+
+
 class Device:
     """A GPU with a stream of its own, in the process's primary context, which other libraries share."""
 
@@ -110,13 +119,7 @@ class Device:
         if not match:
             raise DeviceError(f"device {name!r} is not 'cuda' or 'cuda:N'")
         self.index = int(match[1] or 0)
-        try:
-            check(driver.cuInit(0))
-            count = int(check(driver.cuDeviceGetCount()))
-        except (DeviceError, RuntimeError, OSError) as error:
-            raise DeviceError(
-                f"device {name!r}: no usable NVIDIA driver was found ({error}); use device='cpu'"
-            ) from None
+        count = device_count(name)
         if self.index >= count:
             raise DeviceError(f"device {name!r}: this machine has {count} CUDA device{'s' * (count != 1)}")
         self._handle = check(driver.cuDeviceGet(self.index))
