@@ -1,9 +1,7 @@
-"""How this package compiles with Numba: the options, the cache that is never stale, and the calling convention of a
-step.
+"""How this package compiles with Numba: the options, and the calling convention of a step.
 
-A *step function* is an `@njit`-style function of arrays and scalars, compiled so that it can be called by address
-with four
-integers: `code = f(operands, part, parts, tokens)`. `operands` is the address of a row of int64 slots; a small
+A *step function* is an `@njit`-style function of arrays and scalars, compiled so that it can be called by address with
+four integers: `code = f(operands, part, parts, tokens)`. `operands` is the address of a row of int64 slots; a small
 wrapper, made here in LLVM and cached with the function, turns them into the function's arrays. So a plan is a table
 of integers, and adding an operator means writing one function.
 """

@@ -1,6 +1,6 @@
 """Where compiled kernels are kept: a folder for each state of the sources and versions that they depend on.
 
-So an entry is never stale. Nothing here imports Numba: a GPU's kernels are loaded from the folder without it.
+So an entry is never stale. A GPU's folder is found, and its kernels are loaded from it, without Numba.
 """
 
 from __future__ import annotations
@@ -42,7 +42,9 @@ def cache_directory() -> Path:
 
     Numba itself looks only at the file of the function that it caches, so an edited helper elsewhere would go unseen.
     """
-    return _folder_for(KERNEL_SOURCES, version("numba"))
+    import numba
+
+    return _folder_for(KERNEL_SOURCES, numba.__version__, numba.config.CACHE_DIR)
 
 
 @lru_cache(maxsize=1)
@@ -52,21 +54,22 @@ def cuda_cache_directory() -> Path:
     sources = sorted(
         f"{folder}/{path.name}" for folder in ("lowlevel_cuda", "kernels_cuda") for path in (here / folder).glob("*.py")
     )
-    return _folder_for(sources, f"cuda {version('numba-cuda')}")
+    return _folder_for(sources, f"cuda {version('numba-cuda')}", os.environ.get("NUMBA_CACHE_DIR", ""))
 
 
-def _folder_for(sources: Iterable[str], versions: str) -> Path:
+def _folder_for(sources: Iterable[str], versions: str, numbas: str) -> Path:
     """One folder for each state of some sources, and of the versions of what compiles them.
 
-    They lie in $NUMBALLAMA_CACHE, else in a folder numballama of Numba's own $NUMBA_CACHE_DIR, $XDG_CACHE_HOME or
-    ~/.cache. What cannot be written is replaced by a folder of this process, below the system's temporary one.
+    They lie in $NUMBALLAMA_CACHE, else in a folder numballama of Numba's own setting (for GPUs: its environment
+    variable), $XDG_CACHE_HOME or ~/.cache. Where nothing can be written, a folder of this process, below the system's
+    temporary one, takes their place.
     """
     from . import __version__
 
     digest = hashlib.sha256(f"{versions} {__version__} {sys.version_info[:2]}".encode())
     for name in sources:
         digest.update(name.encode() + b"\0" + (Path(__file__).parent / name).read_bytes())
-    base = next(filter(None, map(os.environ.get, ("NUMBALLAMA_CACHE", "NUMBA_CACHE_DIR", "XDG_CACHE_HOME"))), "")
+    base = os.environ.get("NUMBALLAMA_CACHE") or numbas or os.environ.get("XDG_CACHE_HOME") or ""
     root = Path(base).expanduser() if base else Path("~/.cache").expanduser()
     if not os.environ.get("NUMBALLAMA_CACHE"):
         root /= "numballama"

@@ -1,7 +1,7 @@
-"""The settings of one generation, and the buffers that drawing its tokens needs.
+"""How tokens are drawn: a generation's settings, and the buffers that they are drawn with.
 
-The order of what they do is llama.cpp's: repeat penalty, then top-k, top-p and min-p on the probabilities as the model
-gives them, then temperature on what is left. `sampling` has it for the CPU, `kernels_cuda.sampling` for a GPU.
+They apply in llama.cpp's order: repeat penalty, then top-k, top-p and min-p on the probabilities as the model gives
+them, then temperature on what is left. `sampling` does it on the CPU, `kernels_cuda.sampling` on a GPU.
 """
 
 from __future__ import annotations

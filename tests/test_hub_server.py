@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -86,8 +87,9 @@ def server() -> Iterator[Hub]:
 
 def inspect(name: str, folder: Path, endpoint: str, **more: str) -> subprocess.CompletedProcess[str]:
     """`numballama inspect` in a fresh process: the library reads its settings when it is imported."""
-    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder), "NO_PROXY": "*", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    kept = {key: value for key, value in os.environ.items() if not key.startswith("HF_")}
+    settings = {"HF_ENDPOINT": endpoint, "HF_HOME": str(folder), "HF_HUB_DISABLE_TELEMETRY": "1"}
+    others = re.compile("HF_|HUGGING|.*_PROXY", re.IGNORECASE)  # a user's own: his cache, his way out
+    kept = {key: value for key, value in os.environ.items() if not others.match(key)}
     words = [sys.executable, "-m", "numballama", "inspect", name]
     return subprocess.run(words, env=kept | settings | more, capture_output=True, text=True, timeout=120, cwd=folder)
 

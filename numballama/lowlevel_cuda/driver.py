@@ -102,26 +102,27 @@ def _free_host(context: Any, address: int) -> None:
         driver.cuMemFreeHost(address)
 
 
-def device_count(name: str = "cuda") -> int:
-    """How many GPUs there are, after the driver has begun its work. Raises `DeviceError` where there is none to ask."""
+def device_index(name: str) -> int:
+    """N of "cuda:N", 0 for "cuda"; initialises the driver. Raises `DeviceError` unless there is such a GPU."""
+    match = re.fullmatch(r"cuda(?::(\d+))?", name)
+    if not match:
+        raise DeviceError(f"device {name!r} is not 'cuda' or 'cuda:N'")
     try:
         check(driver.cuInit(0))
-        return int(check(driver.cuDeviceGetCount()))
+        count = int(check(driver.cuDeviceGetCount()))
     except (DeviceError, RuntimeError, OSError) as error:
         raise DeviceError(f"device {name!r}: no usable NVIDIA driver was found ({error}); use device='cpu'") from None
+    index = int(match[1] or 0)
+    if index >= count:
+        raise DeviceError(f"device {name!r}: this machine has {count} CUDA device{'s' * (count != 1)}")
+    return index
 
 
 class Device:
     """A GPU with a stream of its own, in the process's primary context, which other libraries share."""
 
     def __init__(self, name: str = "cuda") -> None:
-        match = re.fullmatch(r"cuda(?::(\d+))?", name)
-        if not match:
-            raise DeviceError(f"device {name!r} is not 'cuda' or 'cuda:N'")
-        self.index = int(match[1] or 0)
-        count = device_count(name)
-        if self.index >= count:
-            raise DeviceError(f"device {name!r}: this machine has {count} CUDA device{'s' * (count != 1)}")
+        self.index = device_index(name)
         self._handle = check(driver.cuDeviceGet(self.index))
         self.name = check(driver.cuDeviceGetName(128, self._handle)).split(b"\0")[0].decode()
         self.capability = (self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR"))

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct here and in llama.cpp: the same tokens next, the same probabilities, the same answers?
+r"""SmolLM2-135M-Instruct here and in llama.cpp: the same tokens next, the same probabilities, the same answers?
 
     python tests/golden/check_smollm2.py ours FILE.gguf OURS.npz TEXT …         # in numballama's environment
     python tests/golden/check_smollm2.py llama.cpp FILE.gguf THEIRS.npz OURS.npz   # in llama-cpp-python's
@@ -10,9 +10,16 @@ position, and greedy answers to three chat prompts. The second runs the same ids
 float32 as ours. The third prints, over all positions, how often the likeliest token is the same and the mean
 Kullback-Leibler divergence KL(llama.cpp || ours) of the two distributions, and the answers beside each other.
 
-llama.cpp rounds activations to int8 for quantised weights (blocks of 32: Q8_0, Q8_1), we do so only with `--activations
-int8`. To tell that apart from a mistake, run it a second time on the same weights as plain floats, written by
-`numballama export FILE.gguf FLOAT.gguf --to gguf --quant f32` (or f16).
+On the CPU llama.cpp rounds activations to int8 for quantised weights (blocks of 32: Q8_0, Q8_1), we do so only with
+`--activations int8`. Its BLAS backend does not: from 32 tokens on it multiplies the block types' numbers as float32. So
+the witness for the weights, their decoding and the whole model is llama.cpp built with that, on the same file:
+
+    CMAKE_ARGS="-DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS" \
+        pip install --no-binary llama-cpp-python llama-cpp-python==0.3.36
+
+(or only its libraries, from the sources in its sdist, in a folder that LLAMA_CPP_LIB_PATH names). There the bars hold.
+To tell rounding from a mistake without it, give llama.cpp the same weights as plain floats, written by `numballama
+export FILE.gguf FLOAT.gguf --to gguf --quant f32` (or f16).
 
 Rounding makes steps of small differences, and layer after layer makes more of them: so see first how far llama.cpp is
 from itself, with `--flash 0` (attention in other order) or `--flash 0 --chunk 1` (a token at a time), and how that and
