@@ -419,7 +419,7 @@ class CudaProgram:
 
 def _identity(launch: Launch) -> Any:
     """What a launch's machine code depends on, but for the device."""
-    return launch.kernel.py_func, launch.kinds, launch.threads
+    return getattr(launch.kernel, "py_func", launch.kernel), launch.kinds, launch.threads
 
 
 class CudaBackend:
@@ -495,7 +495,7 @@ class CudaBackend:
         compiled = compile_ahead(missing, capability, cache, report)
         for index, launch in enumerate(missing):
             if report and not compiled:
-                report(launch.kernel.py_func.__name__, index, len(missing))
+                report(launch.name, index, len(missing))
             code = compiled.get(index) or compile_kernel(launch.kernel, launch.kinds, capability, launch.threads, cache)
             self.compiled["hits" if code.cached else "misses"] += 1
             self._functions[_identity(launch)] = Function(self.device, code)

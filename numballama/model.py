@@ -7,14 +7,14 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 import numpy as np
 
-from . import conversion, ir, loader, memory, plan, progress, quant, registry
+from . import conversion, ir, loader, memory, plan, progress, quant
 from .chat import Chat
 from .checkpoint import Checkpoint, Weight
 from .checks import strings, whole_number
@@ -86,52 +86,47 @@ class Model:
             if value not in known:
                 there_are = ", ".join(str(each) for each in known if each is not None)
                 raise UnsupportedError(f"{name} {value!r} is not supported; there are {there_are}")
-        self.device, why, finish_import = _choose_device(device)
-        try:
-            self.activations = activations
-            if activations != "f32" and self._on_gpu:
-                raise UnsupportedError(
-                    f"activations {activations!r} are for the CPU, not for {self.device}: device='cpu'"
-                )
-            self._checkpoint: Checkpoint = loader.open_checkpoint(
-                model_path, tokenizer, rope_pairing=rope_pairing, rope_theta=rope_theta, norm_eps=norm_eps
-            )
-            self.path = self._checkpoint.path
-            self.config: ModelConfig = self._checkpoint.config
-            self.tokenizer: Tokenizer | None = self._checkpoint.tokenizer
-            if self.tokenizer is not None:
-                self.tokenizer.prepare()
-            self.notes = list(self._checkpoint.notes)
-            if device == "auto":
-                self.notes.append(f"device {self.device}, chosen because {why}")
-            self.context = _choose_context(self.config, context, self.notes)
-            self.kv = KVLayout.of(self.config, self.context, kv_dtype or ("f16" if self._on_gpu else "f32"))
-            progress.say(
-                f"{self._checkpoint.format}: {human(self._checkpoint.nbytes)} of weights mapped, "
-                f"{human(self.kv.nbytes)} KV cache for {self.context:,} tokens ({self.kv.dtype})"
-            )
-            if not self._on_gpu:
-                memory.require(self.kv.nbytes, f"a KV cache for {self.context:,} tokens", memory.SHORTER, ContextError)
+        self.device, why = _choose_device(device)
+        self.activations = activations
+        if activations != "f32" and self._on_gpu:
+            raise UnsupportedError(f"activations {activations!r} are for the CPU, not for {self.device}: device='cpu'")
+        self._checkpoint: Checkpoint = loader.open_checkpoint(
+            model_path, tokenizer, rope_pairing=rope_pairing, rope_theta=rope_theta, norm_eps=norm_eps
+        )
+        self.path = self._checkpoint.path
+        self.config: ModelConfig = self._checkpoint.config
+        self.tokenizer: Tokenizer | None = self._checkpoint.tokenizer
+        if self.tokenizer is not None:
+            self.tokenizer.prepare()
+        self.notes = list(self._checkpoint.notes)
+        if device == "auto":
+            self.notes.append(f"device {self.device}, chosen because {why}")
+        self.context = _choose_context(self.config, context, self.notes)
+        self.kv = KVLayout.of(self.config, self.context, kv_dtype or ("f16" if self._on_gpu else "f32"))
+        progress.say(
+            f"{self._checkpoint.format}: {human(self._checkpoint.nbytes)} of weights mapped, "
+            f"{human(self.kv.nbytes)} KV cache for {self.context:,} tokens ({self.kv.dtype})"
+        )
+        if not self._on_gpu:
+            memory.require(self.kv.nbytes, f"a KV cache for {self.context:,} tokens", memory.SHORTER, ContextError)
 
-            self._lock, self._pid = threading.RLock(), os.getpid()
-            self._stream: object = None
-            self._fusions = fusions
-            self.weights: Mapping[str, Weight] = self._convert(dtype)
-            if activations == "int8" and not any(w.type.name in (*ROUNDED_AS, "int8") for w in self.weights.values()):
-                self.notes.append("no weight of this model is quantised, so no activations are rounded to int8")
-            self._backend: Any = _backend(self.device, self.weights, threads)
-            try:
-                self._compile()
-            except BaseException:
-                self._backend.close()  # device memory is not to wait for a traceback to be forgotten
-                raise
-            self.notes += self._backend.notes
-            for note in self.notes:
-                progress.say(note)
-            self.threads: int = self._backend.workers
-            self.load_s = time.perf_counter() - started
-        finally:
-            finish_import()  # a failed compile leaves no thread behind: a fork would take over its locks
+        self._lock, self._pid = threading.RLock(), os.getpid()
+        self._stream: object = None
+        self._fusions = fusions
+        self.weights: Mapping[str, Weight] = self._convert(dtype)
+        if activations == "int8" and not any(w.type.name in (*ROUNDED_AS, "int8") for w in self.weights.values()):
+            self.notes.append("no weight of this model is quantised, so no activations are rounded to int8")
+        self._backend: Any = _backend(self.device, self.weights, threads)
+        try:
+            self._compile()
+        except BaseException:
+            self._backend.close()  # device memory is not to wait for a traceback to be forgotten
+            raise
+        self.notes += self._backend.notes
+        for note in self.notes:
+            progress.say(note)
+        self.threads: int = self._backend.workers
+        self.load_s = time.perf_counter() - started
 
     def _convert(self, dtype: str | None) -> Mapping[str, Weight]:
         """The weights, those of linear layers converted if asked for; a tied classifier takes the embedding along.
@@ -425,55 +420,26 @@ class Model:
         return self.tokenizer
 
 
-def _choose_device(device: str) -> tuple[str, str, Callable[[], None]]:
-    """The device, the reason where it was left to us, and what waits for the import of its kernels."""
+def _choose_device(device: str) -> tuple[str, str]:
+    """The device, and the reason where it was left to us."""
     if not isinstance(device, str):
         raise DeviceError(f"device must be a string, found {device!r}")
     if device == "auto":
         try:
-            found, finish_import = _set_up_gpu("cuda")
+            from .lowlevel_cuda.driver import Device
+
+            return "cuda", f"this machine has {Device()}"
         except DeviceError as error:
-            return "cpu", str(error), _nothing
-        return "cuda", f"this machine has {found}", finish_import
+            return "cpu", str(error)
     if device.partition(":")[0] == "cuda":
-        _, finish_import = _set_up_gpu(device)  # before a file is opened
-        return device, "", finish_import
-    if device not in ("cpu", "reference"):
+        try:
+            from .lowlevel_cuda.driver import Device
+        except DeviceError as error:
+            raise DeviceError(f"device {device!r}: {error}") from error.__cause__
+        Device(device)  # before a file is opened
+    elif device not in ("cpu", "reference"):
         raise DeviceError(f"unknown device {device!r}; there are 'cpu', 'cuda', 'cuda:N', 'reference' and 'auto'")
-    return device, "", _nothing
-
-
-def _nothing() -> None:
-    pass
-
-
-def _set_up_gpu(device: str) -> tuple[str, Callable[[], None]]:
-    """Have the driver set a GPU up; the device in words, and what waits for the import of the GPU's kernels.
-
-    That has begun on a thread of its own, as it takes longer than all else, and goes on while weights are uploaded.
-    Raises `DeviceError`.
-    """
-    try:
-        from .lowlevel_cuda.driver import Device, device_index
-    except DeviceError as error:
-        raise DeviceError(f"device {device!r}: {error}") from error.__cause__
-    device_index(device)
-    thread = threading.Thread(target=_import_gpu_kernels, name="import of GPU kernels")
-    try:
-        thread.start()
-    except RuntimeError:  # no thread is to be had: they are imported when they are wanted
-        return str(Device(device)), _nothing
-    try:
-        return str(Device(device)), thread.join
-    except BaseException:
-        thread.join()
-        raise
-
-
-def _import_gpu_kernels() -> None:
-    """What goes wrong here goes wrong again, and is told, where the kernels are wanted."""
-    with contextlib.suppress(Exception):
-        registry.load("cuda")
+    return device, ""
 
 
 def _choose_context(config: ModelConfig, context: int | None, notes: list[str]) -> int:

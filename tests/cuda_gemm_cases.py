@@ -75,13 +75,13 @@ class Emulated:
         from numballama.lowlevel_cuda.launch import Array
 
         for launch in launches:
-            key = launch.kernel.py_func, launch.kinds, launch.threads
+            key = launch.kernel, launch.kinds, launch.threads
             if key not in self.programs:
                 ptx = driver.to_ptx(launch.kernel, launch.kinds, self.capability, launch.threads)
                 code = driver.assemble(ptx, self.capability)
-                if launch.kernel.py_func.__module__.endswith(("gemm_kernels", "prefill_attention")):
+                if launch.source[0].endswith(("gemm_kernels", "prefill_attention_kernels")):
                     left = code.stack_bytes, code.local_bytes
-                    assert left == (0, 0), f"{launch.kernel.py_func.__name__}: bytes of stack and local memory {left}"
+                    assert left == (0, 0), f"{launch.name}: bytes of stack and local memory {left}"
                 self.programs[key] = Program(ptx)
             arguments = [a.address if isinstance(a, Array) else a for a in launch.arguments]
             counts = run(self.programs[key], self.memory, launch.grid, launch.threads, arguments, launch.shared_bytes)
@@ -126,7 +126,7 @@ class Real:
 
         made = []
         for launch in launches:
-            key = launch.kernel.py_func, launch.kinds, launch.threads
+            key = launch.kernel, launch.kinds, launch.threads
             if key not in self.functions:
                 code = driver.compile_kernel(launch.kernel, launch.kinds, self.device.capability, launch.threads, None)
                 self.functions[key] = driver.Function(self.device, code)

@@ -347,13 +347,14 @@ class Simulation:
         ]  # fmt: skip
         grid = (*launch.grid, 1, 1)[:3]
         context = _Module(grid, (launch.threads, 1, 1), launch.shared_bytes)
+        function = launch.function  # before its file is looked for
         with ExitStack() as stack:
             for name, module in list(sys.modules.items()):
                 if name.startswith("numballama.kernels_cuda") and vars(module).get("cuda") is cuda:
                     marker = python_types.FunctionType((lambda: None).__code__, vars(module))
                     stack.enter_context(swapped_cuda_module(marker, context))
             numba_simulator.FakeCUDAModule = lambda *shape: context
-            launch.kernel[grid, (launch.threads, 1, 1), 0, launch.shared_bytes](*arguments)
+            function[grid, (launch.threads, 1, 1), 0, launch.shared_bytes](*arguments)
 
 
 simulation = Simulation()

@@ -157,7 +157,7 @@ def install(
 
     class HostCall:
         def __init__(self, device: HostDevice, function: Any, launch: Any) -> None:
-            self.name, self.launch = launch.kernel.py_func.__name__, launch
+            self.name, self.launch = launch.name, launch
 
         def __call__(self) -> None:
             run(self.launch)
@@ -181,4 +181,3 @@ def install(
         if hasattr(weights_cuda, name):
             setattr(weights_cuda, name, replacement)
     driver.Device = HostDevice  # `compile` asks whether there is a GPU
-    driver.device_index = lambda name: 0

@@ -43,7 +43,7 @@ from numballama import cuda as cuda_backend
 from numballama.checkpoint import Weight
 from numballama.config import HALF_SPLIT, INTERLEAVED, ModelConfig
 from numballama.ir import Graph, Value
-from numballama.kernels_cuda import attention, sampling
+from numballama.kernels_cuda import attention, attention_kernels, sampling, sampling_kernels
 from numballama.lowlevel_cuda.instructions import (
     address,
     await_all,
@@ -192,8 +192,9 @@ def test_a_mixture_of_block_types() -> None:
 @pytest.mark.parametrize(("heads", "kv_heads", "kv"), [(5, 1, "f16"), (2, 2, "f32")])
 def test_a_context_split_over_blocks(monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, kv: str) -> None:
     """Parts of one key and more, and blocks that have none; five heads that share keys make three blocks."""
-    monkeypatch.setattr(attention, "ALONE", 3)
-    monkeypatch.setattr(attention, "LEAST_KEYS", 2)
+    for module in (attention, attention_kernels):
+        monkeypatch.setattr(module, "ALONE", 3)
+        monkeypatch.setattr(module, "LEAST_KEYS", 2)
     monkeypatch.setattr(attention, "_splits", lambda gpu, blocks, context: 4)
     pair = Pair(ModelConfig(4 * heads, 4, 1, heads, kv_heads, 9, 16, head_dim=8), "f32", kv)
     decode = pair.programs(1)[0]
@@ -284,13 +285,13 @@ def test_equal_logits_and_the_first_of_them(bench: Bench) -> None:
 
 @cuda.jit
 def places_kernel(logits, border, count, out):
-    sums = cuda.shared.array(sampling.BINS, np.int64)
+    sums = cuda.shared.array(sampling_kernels.BINS, np.int64)
     found = cuda.shared.array(2, np.int32)  # the simulator tells arrays apart by their line
     wait_for_predecessor()
-    place = sampling.place_in_bin(logits, out.size, logits[0], border[0], count[0], sums, found)
-    for i in range(cuda.threadIdx.x, out.size, sampling.THREADS):
-        out[i] = int(sampling.bin_of(logits[i], logits[0]) == border[0]) * (
-            1 + int(sampling.place_of(logits[i], i) <= place)
+    place = sampling_kernels.place_in_bin(logits, out.size, logits[0], border[0], count[0], sums, found)
+    for i in range(cuda.threadIdx.x, out.size, sampling_kernels.THREADS):
+        out[i] = int(sampling_kernels.bin_of(logits[i], logits[0]) == border[0]) * (
+            1 + int(sampling_kernels.place_of(logits[i], i) <= place)
         )
 
 
@@ -306,14 +307,15 @@ CROWDS = st.lists(
 def fewer_bins(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small block, which the simulator runs thirty times as fast."""
     for name, value in {"THREADS": 32, "BIN_BITS": 6, "BINS": 64, "CANDIDATES": 4}.items():
-        monkeypatch.setattr(sampling, name, value)
+        monkeypatch.setattr(sampling_kernels, name, value)
+    monkeypatch.setattr(sampling, "THREADS", 32)
 
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(CROWDS, st.data())
 def test_the_places_that_top_k_keeps_of_a_bin(fewer_bins: None, crowd: list[float], data: st.DataObject) -> None:
     logits = np.array([0.016, *crowd], np.float32)
-    bins = np.array([sampling.bin_of(x, logits[0]) for x in logits])
+    bins = np.array([sampling_kernels.bin_of(x, logits[0]) for x in logits])
     border = data.draw(st.sampled_from(sorted(set(bins.tolist()), key=lambda b: -(bins == b).sum())), "bin")
     members = np.flatnonzero(bins == border)
     count = data.draw(st.integers(1, len(members)), "count")
@@ -321,7 +323,7 @@ def test_the_places_that_top_k_keeps_of_a_bin(fewer_bins: None, crowd: list[floa
     want[members[np.lexsort((members, -logits[members]))[:count]]] = 2
     got = launch(
         places_kernel, logits, np.array([border], np.int64), np.array([count], np.int64),
-        np.zeros(len(logits), np.int64), threads=sampling.THREADS,
+        np.zeros(len(logits), np.int64), threads=sampling_kernels.THREADS,
     )[-1]  # fmt: skip
     np.testing.assert_array_equal(got, want)
 
@@ -430,9 +432,9 @@ def test_a_nan_in_the_model_is_an_error() -> None:
 
 def test_every_instruction_is_emulated() -> None:
     """All but those of kernels for many tokens, on tensor cores: test_cuda_gemm runs their PTX."""
-    from numballama.kernels_cuda import attention, basic, gemv, products, sampling
+    from numballama.kernels_cuda import basic_kernels, gemv_kernels, products
 
-    for module in (attention, basic, gemv, products, sampling):
+    for module in (attention_kernels, basic_kernels, gemv_kernels, products, sampling_kernels):
         assert not set(vars(module)) & set(cuda_simulator.missing)
 
 

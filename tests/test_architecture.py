@@ -35,9 +35,12 @@ ORDER = [
     "kernels_int8_cpu", "sampling", "sampler", "cpu",
     "lowlevel_cuda", "lowlevel_cuda.launch", "lowlevel_cuda.lowering", "lowlevel_cuda.instructions",
     "lowlevel_cuda.tensor_cores", "lowlevel_cuda.driver", "lowlevel_cuda.compile",
-    "kernels_cuda.pieces", "kernels_cuda.blocks", "kernels_cuda.products", "kernels_cuda.gemv", "kernels_cuda.basic",
-    "kernels_cuda.gemm_kernels", "kernels_cuda.gemm", "kernels_cuda.attention", "kernels_cuda.prefill_attention",
-    "kernels_cuda.sampling", "kernels_cuda.bandwidth", "kernels_cuda", "weights_cuda", "cuda",
+    "kernels_cuda.gemv", "kernels_cuda.basic", "kernels_cuda.gemm", "kernels_cuda.attention",
+    "kernels_cuda.prefill_attention", "kernels_cuda.sampling", "kernels_cuda",
+    "kernels_cuda.pieces", "kernels_cuda.blocks", "kernels_cuda.products", "kernels_cuda.gemv_kernels",
+    "kernels_cuda.basic_kernels", "kernels_cuda.gemm_kernels", "kernels_cuda.attention_kernels",
+    "kernels_cuda.prefill_attention_kernels", "kernels_cuda.sampling_kernels", "kernels_cuda.bandwidth",
+    "weights_cuda", "cuda",
     "reference",
     # Backend → Session → text
     "session", "text", "sandbox", "template", "chat", "model",
@@ -201,10 +204,21 @@ def test_graph_and_loader_need_no_compiler() -> None:
     assert not {name for name in loaded if name.split(".")[0] in HEAVY}
 
 
-def test_a_gpu_is_set_up_without_numba() -> None:
-    """It is imported meanwhile (`model._load_kernels`), as it takes longer than anything else of a start."""
+def test_a_gpu_with_kernels_in_the_cache_needs_no_numba() -> None:
+    """Its import takes longer than all else of a start."""
     pytest.importorskip("cuda.bindings")
-    loaded = modules_after("import numballama.model, numballama.session, numballama.cuda")
+    loaded = modules_after(
+        "import numballama.model, numballama.cuda\n"
+        "from numballama import registry\n"
+        "registry.load('cuda')\n"
+        "from numballama.kernels_cuda import basic\n"
+        "from numballama.lowlevel_cuda import driver, launch\n"
+        "array = launch.Array(256, (4, 64), 'f32')\n"
+        "gpu = launch.Gpu(4, 1 << 16, array, lambda n: array)\n"
+        "(one,) = basic.add(gpu, array, array, array)\n"
+        "from pathlib import Path\n"
+        "assert driver.cache_entry(one.kernel, one.kinds, (9, 0), one.threads, Path('cache')) is not None"
+    )
     assert not {name for name in loaded if name.split(".")[0] in ("numba", "llvmlite", "numba_cuda")}
 
 

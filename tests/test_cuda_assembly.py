@@ -92,7 +92,10 @@ def test_every_kernel_of_the_package_is_among_them(assembled: dict[str, dict[str
     """The models of `cuda_assembly` launch all that there is, in every type that the registry offers it for."""
     script = (
         "import json, sys\n"
+        "import importlib, pkgutil\n"
         "from numballama import kernels_cuda, registry\n"
+        "for each in pkgutil.iter_modules(kernels_cuda.__path__, 'numballama.kernels_cuda.'):\n"
+        "    importlib.import_module(each.name)\n"
         "from numba.cuda.dispatcher import CUDADispatcher\n"
         "modules = [m for name, m in sys.modules.items() if name.startswith('numballama.kernels_cuda')]\n"
         "kernels = {v.py_func.__name__ for m in modules for v in vars(m).values() if isinstance(v, CUDADispatcher) "
@@ -182,7 +185,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numballama.errors import DeviceError
 from numballama.kernel_cache import cuda_cache_directory
-from numballama.kernels_cuda import basic
+from numballama.kernels_cuda import basic_kernels
 from numballama.lowlevel_cuda import driver
 
 
@@ -211,17 +214,17 @@ for kernel, kinds in ((wrong, ["f32*"]), (wrong, ["f32*"])):
 assert not list(cache.glob("wrong*"))  # what is refused is not kept
 
 kinds = ["i32*", "f32*", "f32*", "f32*", "i64"]
-first = driver.compile_kernel(basic.add_kernel, kinds, (8, 0), 256, cache)
+first = driver.compile_kernel(basic_kernels.add_kernel, kinds, (8, 0), 256, cache)
 (file,) = cache.glob("add_kernel*.cubin")
-second = driver.compile_kernel(basic.add_kernel, kinds, (8, 0), 256, cache)
+second = driver.compile_kernel(basic_kernels.add_kernel, kinds, (8, 0), 256, cache)
 assert (first.cached, second.cached) == (False, True) and first.machine == second.machine
 whole = file.read_bytes()
 for damaged in (b"", b"{", whole[:20], whole[:-1], b"{}\\n", b"[]\\n"):
     file.write_bytes(damaged)  # by a crash, or by another version
-    assert not driver.compile_kernel(basic.add_kernel, kinds, (8, 0), 256, cache).cached, damaged
-    assert driver.compile_kernel(basic.add_kernel, kinds, (8, 0), 256, cache).cached, damaged
+    assert not driver.compile_kernel(basic_kernels.add_kernel, kinds, (8, 0), 256, cache).cached, damaged
+    assert driver.compile_kernel(basic_kernels.add_kernel, kinds, (8, 0), 256, cache).cached, damaged
 try:
-    driver.compile_kernel(basic.add_kernel, kinds, (9, 0), 256, None)
+    driver.compile_kernel(basic_kernels.add_kernel, kinds, (9, 0), 256, None)
 except Exception as error:
     print("another capability:", error)
 """
@@ -237,7 +240,9 @@ def test_bad_ptx_is_refused_and_the_cache_heals(tmp_path: Path) -> None:
     assert "another capability: this process compiles kernels for (8, 0)" in output
 
 
-@pytest.mark.parametrize("name", ["kernels_cuda/basic.py", "kernels_cuda/pieces.py", "lowlevel_cuda/instructions.py"])
+@pytest.mark.parametrize(
+    "name", ["kernels_cuda/basic_kernels.py", "kernels_cuda/pieces.py", "lowlevel_cuda/instructions.py"]
+)
 def test_an_edited_source_has_another_cache(tmp_path: Path, name: str) -> None:
     """A kernel is kept by the sources of all of them: an edited helper in another file counts as well."""
     copy = tmp_path / "numballama"

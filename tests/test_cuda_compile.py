@@ -118,7 +118,7 @@ def test_a_helper_survives_a_kernel_that_it_cannot_find(tmp_path: Path) -> None:
         """
 import dataclasses
 from types import SimpleNamespace
-hidden = launches[0].kernel.py_func
+hidden = launches[0].function.py_func
 def todo(launch):  # of the package's own files, under a name that it does not have
     function = type(hidden)(hidden.__code__, hidden.__globals__, "add_kernel")
     function.__module__, function.__qualname__ = hidden.__module__, "no_such_kernel"

@@ -121,46 +121,10 @@ def test_a_device_is_looked_for_before_the_file_is_opened() -> None:
     assert said.startswith("DeviceError: device 'cuda'")
 
 
-STUB = """
-import threading
-import numballama.lowlevel_cuda.driver as driver
-driver.device_index = lambda name: 0
-driver.Device = lambda name: "a GPU"
-"""
-"""A driver that has set a GPU up at once."""
-
-
 @needs_packages
 @pytest.mark.parametrize("device", ["cuda:x", "cuda:", "cuda:-1"])
 def test_a_name_is_looked_at_before_the_driver(device: str) -> None:
     assert python(REPORT, device).strip() == f"DeviceError: device {device!r} is not 'cuda' or 'cuda:N'"
-
-
-@needs_packages
-def test_a_failed_compile_leaves_no_thread_behind() -> None:
-    """Its import's locks would be taken over by a child that is forked meanwhile, and never let go there."""
-    said = python(
-        STUB + "import numballama\n"
-        "try:\n    numballama.compile('no such file', device='cuda')\n"
-        "except numballama.Error as error:\n    print(error)\n"
-        "print([thread.name for thread in threading.enumerate()])\n"
-        "print('numballama.kernels_cuda' in sys.modules)\n"
-    )
-    error, threads, imported = said.splitlines()
-    assert error.startswith("no such file: ") and threads == "['MainThread']" and imported == "True"
-
-
-@needs_packages
-def test_kernels_are_imported_later_where_no_thread_is_to_be_had() -> None:
-    said = python(
-        STUB + "import numballama.model as model\n"
-        'def start(thread): raise RuntimeError("can\'t start new thread")\n'
-        "threading.Thread.start = start\n"
-        "device, why, finish_import = model._choose_device('auto')\n"
-        "finish_import()\n"
-        "print(device, why, 'numballama.kernels_cuda' in sys.modules)\n"
-    )
-    assert said.strip() == "cuda this machine has a GPU False"
 
 
 def test_the_rest_works_without_the_packages() -> None:

@@ -11,7 +11,7 @@ from numba import cuda
 
 from ..lowlevel_cuda.instructions import floats4, store4
 from ..lowlevel_cuda.launch import Array, Launch
-from .basic import begin
+from .basic_kernels import begin
 
 THREADS = 256
 BLOCK_NUMBERS = 4 * 4 * THREADS

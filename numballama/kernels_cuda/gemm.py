@@ -10,28 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..lowlevel_cuda.launch import QUANTIZED, Argument, Array, Gpu, Launch, Matrix
-from ..lowlevel_cuda.tensor_cores import STAGED_BYTES
+from ..lowlevel_cuda.launch import QUANTIZED, STAGED_BYTES, Argument, Array, Gpu, KernelFile, Launch, Matrix
 from ..registry import kernel
 from . import basic, gemv
-from .gemm_kernels import (
-    F32_STEP,
-    F32_THREADS,
-    STEP,
-    THREADS,
-    TILE,
-    TILE_BYTES,
-    W_ROW,
-    X_ROW,
-    expand_kernel,
-    gemm_f32_kernel,
-    gemm_gate_up_kernel,
-    gemm_kernel,
-    gemm_qkv_rope_kernel,
-    round_kernel,
-)
 from .gemv import CACHE, MATRIX
 
+kernels = KernelFile(f"{__package__}.gemm_kernels")
+
+TILE, STEP = 128, 64
+"""Tokens and columns of Y that a block computes, and columns of X and W that it takes at a time."""
+THREADS = 128
+TILE_BYTES = TILE * STEP * 2
+F32_THREADS, F32_STEP, X_ROW, W_ROW = 256, 16, 64 + 4, 128 + 4
+"""Of float32: a block computes 64 tokens × 128 columns, a thread 8 × 4; 16 columns of X and W at a time lie in shared
+memory, turned so that numbers of one column are neighbours.
+"""
 FEW = 8
 """Up to so many tokens the kernels of `gemv` read the weights once for each of them."""
 
@@ -77,7 +70,7 @@ def _rounded(
     tokens, columns = x.shape
     out, scales = space.take((tokens, _padded(columns)), kind), space.take((tokens,), "f32")
     arguments = (gpu.tokens, x, norm or x, int(norm is not None), eps, out, scales, columns, _padded(columns))
-    return [Launch(round_kernel, (tokens,), 256, arguments)], out, scales
+    return [Launch(kernels.round_kernel, (tokens,), 256, arguments)], out, scales
 
 
 @dataclass(frozen=True)
@@ -101,7 +94,7 @@ def _rows(weight: Matrix, begin: int, end: int, expanded: Array | None) -> _Rows
     arguments = (
         weight.payload, weight.stride, weight.scales, weight.scale_stride, weight.shift, expanded, begin, columns,
     )  # fmt: skip
-    return _Rows([Launch(expand_kernel, (end - begin,), 128, arguments)], expanded, 2 * columns)
+    return _Rows([Launch(kernels.expand_kernel, (end - begin,), 128, arguments)], expanded, 2 * columns)
 
 
 def _kind(weight: Matrix) -> str:
@@ -141,7 +134,8 @@ def _linear_f32(gpu: Gpu, x: Array, weight: Matrix, residual: Array | None, out:
         gpu.tokens, x, weight.payload, weight.stride // 4, residual or x, int(residual is not None), out, rows, columns,
     )  # fmt: skip
     shared = max(4 * F32_STEP * (X_ROW + W_ROW), 64 * STAGED_BYTES)
-    return [Launch(gemm_f32_kernel, (_tiles(x.shape[0], 64), _tiles(rows, TILE)), F32_THREADS, arguments, shared)]
+    grid = _tiles(x.shape[0], 64), _tiles(rows, TILE)
+    return [Launch(kernels.gemm_f32_kernel, grid, F32_THREADS, arguments, shared)]
 
 
 def _linears(
@@ -163,7 +157,7 @@ def _linears(
                 gpu.tokens, rounded, rounded.shape[1], scales, part.payload, part.stride, part.early, residual or x,
                 int(residual is not None), out, begin, end, *weight.shape, stages,
             )  # fmt: skip
-            return Launch(gemm_kernel, grid, THREADS, arguments, stages * 2 * TILE_BYTES)
+            return Launch(kernels.gemm_kernel, grid, THREADS, arguments, stages * 2 * TILE_BYTES)
 
         launches += _in_pieces(gpu, x, [weight], TILE, space, launch)
     return launches
@@ -216,7 +210,7 @@ def _gate_up(
             gpu.tokens, rounded, rounded.shape[1], scales, gate.payload, up.payload, gate.stride, gate.early, out,
             begin, end, *w1.shape, stages,
         )  # fmt: skip
-        return Launch(gemm_gate_up_kernel, grid, THREADS, arguments, stages * 2 * TILE_BYTES)
+        return Launch(kernels.gemm_gate_up_kernel, grid, THREADS, arguments, stages * 2 * TILE_BYTES)
 
     return launches + _in_pieces(gpu, x, [w1, w3], 64, space, launch)
 
@@ -281,7 +275,7 @@ def norm_qkv_rope(
         k_cache.shape[1], head_dim, interleaved, k_cache.shape[2], wq.shape[1], stages,
     )  # fmt: skip
     launches += [made for part in rows for made in part.launches]
-    return [*launches, Launch(gemm_qkv_rope_kernel, grid, THREADS, arguments, stages * 2 * TILE_BYTES)]
+    return [*launches, Launch(kernels.gemm_qkv_rope_kernel, grid, THREADS, arguments, stages * 2 * TILE_BYTES)]
 
 
 def _space(kind: str, first: int, count: int, whole: bool = False, results: int = 0) -> Callable[..., tuple[int, ...]]:

@@ -46,8 +46,8 @@ from ..lowlevel_cuda.instructions import (
     word,
     words4,
 )
+from ..lowlevel_cuda.launch import STAGED_BYTES
 from ..lowlevel_cuda.tensor_cores import (
-    STAGED_BYTES,
     add_products,
     expand16,
     expand_packed,
@@ -61,13 +61,10 @@ from ..lowlevel_cuda.tensor_cores import (
     zeros128,
 )
 from .blocks import block_at
+from .gemm import F32_STEP, STEP, THREADS, TILE, TILE_BYTES, W_ROW, X_ROW
 from .pieces import ALL, at_once, block_sum, device, sigmoid_times
 from .products import floats4_or_0, squared, times4
 
-TILE, STEP = 128, 64
-"""Tokens and columns of Y that a block computes, and columns of X and W that it takes at a time."""
-THREADS = 128
-TILE_BYTES = TILE * STEP * 2
 STAGED = STAGED_BYTES // 4
 
 
@@ -420,12 +417,6 @@ def gemm_qkv_rope_kernel(tokens, x, padded, scales, wq, wk, wv, stride, early, a
 
 
 # float32
-
-
-F32_THREADS, F32_STEP, X_ROW, W_ROW = 256, 16, 64 + 4, 128 + 4
-"""A block computes 64 tokens × 128 columns, a thread 8 × 4; 16 columns of X and W at a time lie in shared memory,
-turned
-so that numbers of one column are neighbours."""
 
 
 @device

@@ -45,28 +45,19 @@ from ..lowlevel_cuda.instructions import (
     shared_words4,
     store4,
 )
-from ..lowlevel_cuda.launch import QUANTIZED
 from .blocks import FOUR_FACTORS, SIX_FACTORS, SIX_SCALES, factors_of, factors_q6_k
+from .gemv import (
+    CHUNK_BYTES,
+    LANE_STEP,
+    SCALE_BYTES,
+    SCALES_AT,
+    SIX_AT,
+    SIX_FACTORS_AT,
+    SIX_SCALES_AT,
+    THREADS,
+    WARPS,
+)
 from .pieces import ALL, device, warp_sum
-
-WARPS = 8
-THREADS = 32 * WARPS
-CHUNK_BYTES, SCALE_BYTES = 512, 128
-"""Of a chunk of a row: 16 bytes a lane, and a word a lane with their scale. A stage has two chunks of each row."""
-SCALES_AT = 2 * CHUNK_BYTES
-"""Where a row's scales lie in a stage; a lane's are 12 bytes a lane nearer than its payload."""
-SIX_AT, SIX_SCALES_AT, SIX_FACTORS_AT = CHUNK_BYTES, CHUNK_BYTES + 256, CHUNK_BYTES + 256 + SCALE_BYTES
-"""Where in a row of q6_k the upper two bits lie, the words with scales and those with their factor."""
-LANE_STEP = 132
-
-
-def stage_of(payload: str) -> tuple[int, int, int]:
-    """By the payload's type: a lane's numbers of a chunk, bytes of a row of a stage, float32 places of a chunk of x."""
-    numbers = {"f32": 4, "f16": 8, "bf16": 8, "int8": 16, "q6_k": 16}.get(payload, 32)
-    if payload in QUANTIZED:
-        six = payload == "q6_k"
-        return numbers, SIX_FACTORS_AT + SCALE_BYTES if six else 2 * (CHUNK_BYTES + SCALE_BYTES), numbers * 24 + 64
-    return numbers, 2 * CHUNK_BYTES, numbers // 4 * LANE_STEP
 
 
 @device

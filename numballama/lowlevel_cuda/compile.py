@@ -107,7 +107,7 @@ class _Crew:
         return done
 
     def _name(self, index: int) -> str:
-        return str(self._launches[index].kernel.py_func.__name__)
+        return self._launches[index].name
 
     def _compile(self, index: int) -> Code:
         """A kernel, from the cache if a helper put it there."""
@@ -161,8 +161,7 @@ class _Crew:
                 except IndexError:
                     return
                 launch = self._launches[index]
-                function = launch.kernel.py_func
-                names = [function.__module__, function.__qualname__, launch.kinds, launch.threads]
+                names = [*launch.source, launch.kinds, launch.threads]
                 _write_line(process.stdin, names)
                 answer = json.loads(process.stdout.readline())
                 if "error" in answer:

@@ -27,7 +27,7 @@ import numpy as np
 
 from ..errors import DeviceError, Error
 from ..memory import human
-from .launch import Array, Launch
+from .launch import Array, Kernel, Launch
 
 try:
     from cuda.bindings import driver, nvjitlink
@@ -102,27 +102,23 @@ def _free_host(context: Any, address: int) -> None:
         driver.cuMemFreeHost(address)
 
 
-def device_index(name: str) -> int:
-    """N of "cuda:N", 0 for "cuda"; initialises the driver. Raises `DeviceError` unless there is such a GPU."""
-    match = re.fullmatch(r"cuda(?::(\d+))?", name)
-    if not match:
-        raise DeviceError(f"device {name!r} is not 'cuda' or 'cuda:N'")
-    try:
-        check(driver.cuInit(0))
-        count = int(check(driver.cuDeviceGetCount()))
-    except (DeviceError, RuntimeError, OSError) as error:
-        raise DeviceError(f"device {name!r}: no usable NVIDIA driver was found ({error}); use device='cpu'") from None
-    index = int(match[1] or 0)
-    if index >= count:
-        raise DeviceError(f"device {name!r}: this machine has {count} CUDA device{'s' * (count != 1)}")
-    return index
-
-
 class Device:
     """A GPU with a stream of its own, in the process's primary context, which other libraries share."""
 
     def __init__(self, name: str = "cuda") -> None:
-        self.index = device_index(name)
+        match = re.fullmatch(r"cuda(?::(\d+))?", name)
+        if not match:
+            raise DeviceError(f"device {name!r} is not 'cuda' or 'cuda:N'")
+        self.index = int(match[1] or 0)
+        try:
+            check(driver.cuInit(0))
+            count = int(check(driver.cuDeviceGetCount()))
+        except (DeviceError, RuntimeError, OSError) as error:
+            raise DeviceError(
+                f"device {name!r}: no usable NVIDIA driver was found ({error}); use device='cpu'"
+            ) from None
+        if self.index >= count:
+            raise DeviceError(f"device {name!r}: this machine has {count} CUDA device{'s' * (count != 1)}")
         self._handle = check(driver.cuDeviceGet(self.index))
         self.name = check(driver.cuDeviceGetName(128, self._handle)).split(b"\0")[0].decode()
         self.capability = (self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR"))
@@ -277,10 +273,14 @@ def require_compiler() -> None:
 
 
 def to_ptx(kernel: Any, kinds: Sequence[str], capability: tuple[int, int], threads: int) -> str:
-    """PTX of a `@cuda.jit` kernel for these arguments and at most `threads` threads a block."""
+    """PTX of a `@cuda.jit` kernel, or of one that a `Kernel` names, for these arguments and at most `threads` threads a
+    block.
+    """
+    require_compiler()
     from numba import cuda
 
-    require_compiler()
+    if isinstance(kernel, Kernel):
+        kernel = kernel.load()
     with _pretending(capability):
         bounds = (threads, getattr(kernel.py_func, "blocks_at_once", 1))
         ptx, _ = cuda.compile_ptx(kernel.py_func, signature(kinds), cc=capability, launch_bounds=bounds)
@@ -346,12 +346,15 @@ def cache_entry(
 
     Only this package's own files are part of what the folder is named by, so only their kernels are kept.
     """
-    function = kernel.py_func
-    source = Path(function.__code__.co_filename)
+    if isinstance(kernel, Kernel):
+        module, name, source = kernel.module, kernel.name, _PACKAGE.parent / (kernel.module.replace(".", "/") + ".py")
+    else:
+        function = kernel.py_func
+        module, name, source = function.__module__, function.__qualname__, Path(function.__code__.co_filename)
     if cache is None or not (source.is_relative_to(_PACKAGE) and source.is_file()):
         return None
-    named = f"{function.__module__}.{function.__qualname__}({', '.join(kinds)}) {threads} sm_{capability}"
-    return cache / f"{function.__name__}-{hashlib.sha256(named.encode()).hexdigest()[:24]}.cubin"
+    named = f"{module}.{name}({', '.join(kinds)}) {threads} sm_{capability}"
+    return cache / f"{name.rpartition('.')[2]}-{hashlib.sha256(named.encode()).hexdigest()[:24]}.cubin"
 
 
 _PACKAGE = Path(__file__).parent.parent
@@ -400,10 +403,10 @@ class Call:
     def __init__(self, device: Device, function: Function, launch: Launch) -> None:
         if launch.shared_bytes > function.shared_limit:
             raise DeviceError(
-                f"{device}: {launch.kernel.py_func.__name__} wants {launch.shared_bytes:,} bytes of shared memory, a "
+                f"{device}: {launch.name} wants {launch.shared_bytes:,} bytes of shared memory, a "
                 f"block may have {function.shared_limit:,}; use device='cpu'"
             )
-        self.name = launch.kernel.py_func.__name__
+        self.name = launch.name
         self._function = function
         values, kinds = [], []
         for argument, kind in zip(launch.arguments, launch.kinds, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ ITEM_BYTES = {
 """Bytes of an element; those of "q4_0" and the like are bytes, of two 4-bit numbers each."""
 QUANTIZED = ("int8", "q4_0", "q4_1", "q4_k", "q6_k")
 """Types of payloads that have scales."""
+STAGED_BYTES = 544
+"""Distance of two rows of 128 float32 that `put_sums` writes: rows of the same lanes lie in different banks."""
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,34 @@ Argument = Array | int | float
 
 
 @dataclass(frozen=True)
-class Launch:
-    """A kernel (a `@cuda.jit` function) with its grid (blocks), threads a block, arguments and dynamic shared memory.
+class Kernel:
+    """A `@cuda.jit` function by its module and name. It is imported, and Numba with it, when it must be compiled: what
+    lies compiled in the cache needs neither.
+    """
 
-    Arrays become typed pointers, int an int64, float a float32.
+    module: str
+    name: str
+
+    def load(self) -> Any:
+        return getattr(importlib.import_module(self.module), self.name)
+
+
+class KernelFile:
+    """The `Kernel`s of a module, as its attributes."""
+
+    def __init__(self, module: str) -> None:
+        self._module = module
+
+    def __getattr__(self, name: str) -> Kernel:
+        return Kernel(self._module, name)
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel with its grid (blocks), threads a block, arguments and dynamic shared memory.
+
+    `kernel` is a `@cuda.jit` function, or a `Kernel` that names one. Arrays become typed pointers, int an int64, float
+    a float32.
     """
 
     kernel: Any
@@ -73,6 +100,23 @@ class Launch:
     shared_bytes: int = 0
     later: tuple[int, Launch] | None = None
     """(position, launch): another one does the same, and does it better once a run's tokens have come so far."""
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return self.source[1]
+
+    @property
+    def source(self) -> tuple[str, str]:
+        """Module and name of the kernel."""
+        if isinstance(self.kernel, Kernel):
+            return self.kernel.module, self.kernel.name
+        return self.kernel.py_func.__module__, self.kernel.py_func.__qualname__
+
+    @property
+    def function(self) -> Any:
+        """The `@cuda.jit` function."""
+        return self.kernel.load() if isinstance(self.kernel, Kernel) else self.kernel
 
     def at(self, position: int) -> Launch:
         """What does it best for tokens up to a position."""

@@ -15,10 +15,8 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
 from .instructions import PER_16_BYTES
+from .launch import STAGED_BYTES
 from .lowering import F32, I32, VOID, as_integer, call_asm, compiling_for, fma, rounded_to_16
-
-STAGED_BYTES = 544
-"""Distance of two rows of 128 float32 that `put_sums` writes: rows of the same lanes lie in different banks."""
 
 
 def _parts(builder: Any, kind: Any, value: Any) -> list[Any]:
