@@ -80,7 +80,7 @@ def main(capability: tuple[int, int], out: Path) -> None:
         kernel: Any, kinds: Sequence[str], capability: tuple[int, int], threads: int, cache: Path | None
     ) -> Any:
         code = driver.compile_kernel(kernel, kinds, capability, threads, cache)
-        name, key = kernel.py_func.__name__, (kernel.py_func, tuple(kinds), threads)
+        name, key = kernel.name, (kernel, tuple(kinds), threads)
         if key not in found:
             assert cache is not None
             named = f"{name}({', '.join(kinds)}) {threads} {capability}"
@@ -92,7 +92,7 @@ def main(capability: tuple[int, int], out: Path) -> None:
             found[key] = {
                 "kernel": name, "kinds": list(kinds), "threads": threads, "registers": code.registers,
                 "stack": code.stack_bytes, "local": code.local_bytes, "cached": code.cached,
-                "blocks": getattr(kernel.py_func, "blocks_at_once", 1),
+                "blocks": getattr(kernel.load().py_func, "blocks_at_once", 1),
                 "bytes": len(code.machine), "opcodes": json.loads(beside.read_text()),
             }  # fmt: skip
         return code
