@@ -14,8 +14,10 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from functools import lru_cache
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from .errors import DeviceError
 
 KERNEL_SOURCES = (
     "jit.py",
@@ -49,12 +51,16 @@ def cache_directory() -> Path:
 
 @lru_cache(maxsize=1)
 def cuda_cache_directory() -> Path:
-    """Where the GPU's compiled kernels are kept."""
+    """Where the GPU's compiled kernels are kept. Raises `DeviceError` without the compiler that makes them."""
+    try:
+        compiler = version("numba-cuda")
+    except PackageNotFoundError:
+        raise DeviceError("numba-cuda is missing; install it with: pip install 'numballama[cuda]'") from None
     here = Path(__file__).parent
     sources = sorted(
         f"{folder}/{path.name}" for folder in ("lowlevel_cuda", "kernels_cuda") for path in (here / folder).glob("*.py")
     )
-    return _folder_for(sources, f"cuda {version('numba-cuda')}", os.environ.get("NUMBA_CACHE_DIR", ""))
+    return _folder_for(sources, f"cuda {compiler}", os.environ.get("NUMBA_CACHE_DIR", ""))
 
 
 def _folder_for(sources: Iterable[str], versions: str, numbas: str) -> Path:

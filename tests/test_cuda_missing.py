@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from conftest import save
 from cuda_support import missing_packages
 
 import numballama
-from numballama import DeviceError
+from numballama import DeviceError, kernel_cache
 
 ROOT = Path(numballama.__file__).parent.parent
 
@@ -119,6 +120,18 @@ def test_a_device_is_looked_for_before_the_file_is_opened() -> None:
     """A wrong device is not blamed on the file."""
     said = python(WITHOUT_PACKAGES + REPORT.replace("compile(None", "compile('no such file'"))
     assert said.startswith("DeviceError: device 'cuda'")
+
+
+def test_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The driver's package alone does not do."""
+
+    def version(name: str) -> str:
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(kernel_cache, "version", version)
+    kernel_cache.cuda_cache_directory.cache_clear()
+    with pytest.raises(DeviceError, match=r"numba-cuda is missing; .* pip install 'numballama\[cuda\]'"):
+        kernel_cache.cuda_cache_directory()
 
 
 @needs_packages
