@@ -46,12 +46,25 @@ def cache_directory() -> Path:
     """
     import numba
 
-    return _folder_for(KERNEL_SOURCES, numba.__version__, numba.config.CACHE_DIR)
+    return _folder(_name(KERNEL_SOURCES, numba.__version__), numba.config.CACHE_DIR)
 
 
 @lru_cache(maxsize=1)
 def cuda_cache_directory() -> Path:
     """Where the GPU's compiled kernels are kept. Raises `DeviceError` without the compiler that makes them."""
+    return _folder(_cuda_name(), os.environ.get("NUMBA_CACHE_DIR", ""))
+
+
+def is_current(folder: Path) -> bool:
+    """Whether the GPU's sources are still what a folder of ours is named by.
+
+    Kernels are imported when one must be compiled, which may be long after the folder was found: one that was edited
+    meanwhile is not to be kept there.
+    """
+    return not _OUR_FOLDER.fullmatch(folder.name) or folder.name == _cuda_name()
+
+
+def _cuda_name() -> str:
     try:
         compiler = version("numba-cuda")
     except PackageNotFoundError:
@@ -60,26 +73,31 @@ def cuda_cache_directory() -> Path:
     sources = sorted(
         f"{folder}/{path.name}" for folder in ("lowlevel_cuda", "kernels_cuda") for path in (here / folder).glob("*.py")
     )
-    return _folder_for(sources, f"cuda {compiler}", os.environ.get("NUMBA_CACHE_DIR", ""))
+    return _name(sources, f"cuda {compiler}")
 
 
-def _folder_for(sources: Iterable[str], versions: str, numbas: str) -> Path:
-    """One folder for each state of some sources, and of the versions of what compiles them.
-
-    They lie in $NUMBALLAMA_CACHE, else in a folder numballama of Numba's own setting (for GPUs: its environment
-    variable), $XDG_CACHE_HOME or ~/.cache. Where nothing can be written, a folder of this process, below the system's
-    temporary one, takes their place.
-    """
+def _name(sources: Iterable[str], versions: str) -> str:
+    """Of a folder, by the state of some sources and the versions of what compiles them."""
     from . import __version__
 
     digest = hashlib.sha256(f"{versions} {__version__} {sys.version_info[:2]}".encode())
     for name in sources:
         digest.update(name.encode() + b"\0" + (Path(__file__).parent / name).read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def _folder(name: str, numbas: str) -> Path:
+    """A folder for compiled kernels.
+
+    It lies in $NUMBALLAMA_CACHE, else in a folder numballama of Numba's own setting (for GPUs: its environment
+    variable), $XDG_CACHE_HOME or ~/.cache. Where nothing can be written, a folder of this process, below the system's
+    temporary one, takes its place.
+    """
     base = os.environ.get("NUMBALLAMA_CACHE") or numbas or os.environ.get("XDG_CACHE_HOME") or ""
     root = Path(base).expanduser() if base else Path("~/.cache").expanduser()
     if not os.environ.get("NUMBALLAMA_CACHE"):
         root /= "numballama"
-    directory = root / digest.hexdigest()[:16]
+    directory = root / name
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / _MARK).touch()

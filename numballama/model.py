@@ -21,6 +21,7 @@ from .checks import strings, whole_number
 from .config import ROUNDED_AS, ModelConfig
 from .errors import FORKED, ContextError, DeviceError, Error, Interrupted, UnsupportedError
 from .graph import KVLayout, build
+from .kernel_cache import cuda_cache_directory
 from .memory import human
 from .sampler import Sampler
 from .session import Session
@@ -428,7 +429,9 @@ def _choose_device(device: str) -> tuple[str, str]:
         try:
             from .lowlevel_cuda.driver import Device
 
-            return "cuda", f"this machine has {Device()}"
+            found = Device()
+            cuda_cache_directory()
+            return "cuda", f"this machine has {found}"
         except DeviceError as error:
             return "cpu", str(error)
     if device.partition(":")[0] == "cuda":
@@ -436,7 +439,8 @@ def _choose_device(device: str) -> tuple[str, str]:
             from .lowlevel_cuda.driver import Device
         except DeviceError as error:
             raise DeviceError(f"device {device!r}: {error}") from error.__cause__
-        Device(device)  # before a file is opened
+        Device(device)  # before a file is opened, and so is what compiles kernels
+        cuda_cache_directory()
     elif device not in ("cpu", "reference"):
         raise DeviceError(f"unknown device {device!r}; there are 'cpu', 'cuda', 'cuda:N', 'reference' and 'auto'")
     return device, ""

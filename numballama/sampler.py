@@ -1,7 +1,7 @@
 """How tokens are drawn: a generation's settings, and the buffers that they are drawn with.
 
 They apply in llama.cpp's order: repeat penalty, then top-k, top-p and min-p on the probabilities as the model gives
-them, then temperature on what is left. `sampling` does it on the CPU, `kernels_cuda.sampling` on a GPU.
+them, then temperature on what is left. `sampling` does it on the CPU, `kernels_cuda.sampling_kernels` on a GPU.
 """
 
 from __future__ import annotations

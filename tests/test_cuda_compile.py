@@ -166,6 +166,36 @@ except KeyboardInterrupt:
     assert found == [True, True]
 
 
+def test_kernels_that_were_edited_or_replaced_meanwhile_are_not_kept(tmp_path: Path) -> None:
+    """They are imported long after the folder was named by their sources; and a notebook may put its own in place."""
+    found = program(
+        """
+from numba import cuda
+from numballama import kernel_cache
+
+launch = launches[0]
+def kept(folder):
+    folder.mkdir(exist_ok=True)
+    driver.compile_kernel(launch.kernel, launch.kinds, (9, 0), launch.threads, folder)
+    return len(list(folder.iterdir()))
+
+now = cache / kernel_cache._cuda_name()
+found = [kept(now), kept(cache / ("0" * 16))]
+
+@cuda.jit
+def add_kernel(tokens, a, b, out, columns):
+    out[0] = 1
+
+from numballama.kernels_cuda import basic_kernels
+basic_kernels.add_kernel = add_kernel
+replaced = driver.compile_kernel(launch.kernel, launch.kinds, (9, 0), launch.threads, now)
+print(json.dumps([*found, replaced.cached, kept(now)]))
+""",
+        tmp_path,
+    )
+    assert found == [1, 0, False, 1]
+
+
 def test_only_kernels_of_the_package_are_kept(tmp_path: Path) -> None:
     """The cache's folder is named by the package's sources: a kernel of somebody else's file would be served stale."""
     (tmp_path / "mine.py").write_text("from numba import cuda\n@cuda.jit\ndef mine(x):\n    x[0] = 1\n")

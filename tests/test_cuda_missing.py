@@ -135,6 +135,23 @@ def test_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @needs_packages
+def test_auto_takes_the_cpu_without_the_compiler() -> None:
+    """Though there is a GPU: other packages bring the driver's bindings along."""
+    said = python(
+        "from importlib.metadata import PackageNotFoundError\n"
+        "from numballama import DeviceError, kernel_cache, model\n"
+        "from numballama.lowlevel_cuda import driver\n"
+        "def version(name):\n    raise PackageNotFoundError(name)\n"
+        "kernel_cache.version, driver.Device = version, lambda name='cuda': 'a GPU'\n"
+        "print(*model._choose_device('auto'))\n"
+        "try:\n    model._choose_device('cuda')\n"
+        "except DeviceError as error:\n    print('DeviceError:', error)\n"
+    )
+    auto, explicit = said.splitlines()
+    assert auto.startswith("cpu numba-cuda is missing; install it") and explicit.startswith("DeviceError: numba-cuda")
+
+
+@needs_packages
 @pytest.mark.parametrize("device", ["cuda:x", "cuda:", "cuda:-1"])
 def test_a_name_is_looked_at_before_the_driver(device: str) -> None:
     assert python(REPORT, device).strip() == f"DeviceError: device {device!r} is not 'cuda' or 'cuda:N'"

@@ -91,6 +91,9 @@ def fused_attention(
     return [replace(alone, later=(ALONE, launch(kernels.attention_single_kernel, 1, parts.shape[2])))]
 
 
+# The operators as the graph declares them
+
+
 @kernel("attention_scores", "cuda", "f32", CACHE, "i32", "i32")
 def attention_scores(
     gpu: Gpu, q: Array, k_cache: Array, positions: Array, sequences: Array, out: Array, window: int

@@ -26,7 +26,7 @@ F32_THREADS, F32_STEP, X_ROW, W_ROW = 256, 16, 64 + 4, 128 + 4
 memory, turned so that numbers of one column are neighbours.
 """
 FEW = 8
-"""Up to so many tokens the kernels of `gemv` read the weights once for each of them."""
+"""Up to so many tokens the kernels of `gemv_kernels` read the weights once for each of them."""
 
 
 class _Space:
@@ -47,7 +47,7 @@ def _padded(columns: int) -> int:
 
 
 KINDS = ("f32", "f16", "bf16", *QUANTIZED)
-"""Types of payloads that the kernels of this file take."""
+"""Types of payloads that `gemm_kernels` take."""
 MOST_EXPANDED = 1 << 26
 """Numbers of a weight that are expanded to float16 at a time, where they need not be there all at once."""
 
@@ -171,7 +171,7 @@ def _normed(gpu: Gpu, x: Array, norm: Array | None, eps: float, space: _Space) -
 
 
 def _takes(x: Array, *weights: Matrix) -> bool:
-    """Whether these weights, for so many tokens, are for the kernels of this file."""
+    """Whether these weights, for so many tokens, are for `gemm_kernels`."""
     return x.shape[0] > FEW and all(w.payload.dtype in KINDS for w in weights)
 
 

@@ -20,7 +20,10 @@ LANE_STEP = 132
 
 
 def stage_of(payload: str) -> tuple[int, int, int]:
-    """By the payload's type: a lane's numbers of a chunk, bytes of a row of a stage, float32 places of a chunk of x."""
+    """By the payload's type: a lane's numbers of a chunk, bytes of a row of a stage, float32 places of a chunk of x.
+
+    On the device: `products.numbers_together`, `row_bytes` and `x_step`.
+    """
     numbers = {"f32": 4, "f16": 8, "bf16": 8, "int8": 16, "q6_k": 16}.get(payload, 32)
     if payload in QUANTIZED:
         six = payload == "q6_k"

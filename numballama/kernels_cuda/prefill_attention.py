@@ -15,8 +15,10 @@ TILE, THREADS = 64, 128
 
 
 def _takes(gpu: Gpu, q: Array, k_cache: Array, v_cache: Array, window: int) -> bool:
-    """Whether these operands are for the kernels of this file. Before sm_80, whose cards have at least 100 KB of shared
-    memory, tensor cores and copies take more registers than a long head leaves.
+    """Whether these operands are for `prefill_attention_kernels`.
+
+    Before sm_80, whose cards have at least 100 KB of shared memory, tensor cores and copies take more registers than a
+    long head leaves.
     """
     head_dim = k_cache.shape[3]
     same = k_cache.dtype == v_cache.dtype != "f32"

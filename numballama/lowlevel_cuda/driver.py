@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from ..errors import DeviceError, Error
+from ..kernel_cache import is_current
 from ..memory import human
 from .launch import Array, Kernel, Launch
 
@@ -320,8 +321,8 @@ def compile_kernel(
 ) -> Code:
     """A kernel in machine code, from the cache if it is there.
 
-    `cache` is a folder that belongs to these very sources (`jit.cuda_cache_directory`), so that an entry is never
-    stale; None, or a kernel that is not part of this package, is compiled anew.
+    `cache` is a folder that belongs to these very sources (`kernel_cache.cuda_cache_directory`), so that an entry is
+    never stale; None, or a kernel that is not part of this package, is compiled anew.
     """
     path = cache_entry(kernel, kinds, capability, threads, cache)
     if path is not None:
@@ -333,7 +334,8 @@ def compile_kernel(
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             pass  # not there, or not whole: it is made again
     code = assemble(to_ptx(kernel, kinds, capability, threads), capability)
-    if path is not None:
+    path = cache_entry(kernel, kinds, capability, threads, cache)  # its file has been imported now
+    if path is not None and is_current(path.parent):
         facts = asdict(_Facts(code.entry, code.registers, code.stack_bytes, code.local_bytes))
         _write_whole(path, json.dumps(facts | {"size": len(code.machine)}).encode() + b"\n" + code.machine)
     return code
@@ -346,10 +348,11 @@ def cache_entry(
 
     Only this package's own files are part of what the folder is named by, so only their kernels are kept.
     """
-    if isinstance(kernel, Kernel):
+    found = kernel.loaded() if isinstance(kernel, Kernel) else kernel  # somebody may have put another in its place
+    if found is None:
         module, name, source = kernel.module, kernel.name, _PACKAGE.parent / (kernel.module.replace(".", "/") + ".py")
     else:
-        function = kernel.py_func
+        function = found.py_func
         module, name, source = function.__module__, function.__qualname__, Path(function.__code__.co_filename)
     if cache is None or not (source.is_relative_to(_PACKAGE) and source.is_file()):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -74,6 +75,10 @@ class Kernel:
     def load(self) -> Any:
         return getattr(importlib.import_module(self.module), self.name)
 
+    def loaded(self) -> Any | None:
+        """The function if its module has been imported."""
+        return self.load() if self.module in sys.modules else None
+
 
 class KernelFile:
     """The `Kernel`s of a module, as its attributes."""
@@ -82,6 +87,8 @@ class KernelFile:
         self._module = module
 
     def __getattr__(self, name: str) -> Kernel:
+        if name.startswith("_"):
+            raise AttributeError(name)
         return Kernel(self._module, name)
 
 
@@ -104,7 +111,7 @@ class Launch:
     @property
     def name(self) -> str:
         """The kernel's name."""
-        return self.source[1]
+        return self.source[1].rpartition(".")[2]
 
     @property
     def source(self) -> tuple[str, str]:
