@@ -1,191 +1,84 @@
-"""From logits to the next token on the CPU: plain functions over logits, compiled. `Sampler` owns their buffers.
+"""How tokens are drawn: a generation's settings, and the buffers that they are drawn with.
 
-The order is llama.cpp's: repeat penalty, then top-k, top-p and min-p on the probabilities as the model gives them, then
-temperature on what is left. Each filter takes candidates `ids[:n]` and returns how many it keeps, moved to the front.
-Nothing here allocates.
+They apply in llama.cpp's order: repeat penalty, then top-k, top-p and min-p on the probabilities as the model gives
+them, then temperature on what is left. `sampling` does it on the CPU, `kernels_cuda.sampling_kernels` on a GPU.
 """
 
 from __future__ import annotations
 
-import math
+import os
+from collections.abc import Iterable
 
 import numpy as np
 
-from .jit import jit
+from .checks import real_number, whole_number
+from .errors import Error
+
+REPEAT_WINDOW = 64
+"""How many of the latest tokens the repeat penalty looks at (llama.cpp's repeat_last_n)."""
+SETTINGS = 5
+"""Numbers in `Sampler.settings`."""
+COLDEST = 1e-5
+"""A temperature below this is taken as 0: logits divided by it would overflow."""
 
 
-@jit
-def penalize(logits, recent, n_recent, penalty):
-    """Divide positive logits of recent tokens by `penalty`, multiply negative ones (Keskar et al., CTRL, 2019)."""
-    for i in range(n_recent):
-        token = recent[i]
-        seen = False
-        for j in range(i):
-            seen = seen or recent[j] == token
-        if not seen:
-            logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
+class Sampler:
+    """The settings of one generation with the buffers that its sampling needs, made once.
 
-
-@jit
-def sift(ids, root, n, logits):
-    """Restore the heap `ids[:n]`, smallest logit first, below `root`."""
-    while True:
-        child = 2 * root + 1
-        if child >= n:
-            return
-        if child + 1 < n and logits[ids[child + 1]] < logits[ids[child]]:
-            child += 1
-        if logits[ids[root]] <= logits[ids[child]]:
-            return
-        ids[root], ids[child] = ids[child], ids[root]
-        root = child
-
-
-@jit
-def make_heap(ids, n, logits):
-    """Order `ids[:n]` as a heap, smallest logit first."""
-    for root in range(n // 2 - 1, -1, -1):
-        sift(ids, root, n, logits)
-
-
-@jit
-def sort_heap(ids, n, logits):
-    """Order a heap `ids[:n]` by falling logits."""
-    for end in range(n - 1, 0, -1):
-        ids[0], ids[end] = ids[end], ids[0]
-        sift(ids, 0, end, logits)
-
-
-@jit
-def keep_top_k(logits, ids, n, k):
-    """Keep the k candidates with the largest logits, largest first. One pass with a heap of k."""
-    if k >= n:
-        return n
-    make_heap(ids, k, logits)
-    for i in range(k, n):
-        if logits[ids[i]] > logits[ids[0]]:
-            ids[0] = ids[i]
-            sift(ids, 0, k, logits)
-    sort_heap(ids, k, logits)
-    return k
-
-
-@jit
-def largest_logit(logits, ids, n):
-    """The largest logit of the candidates."""
-    largest = -np.inf
-    for i in range(n):
-        largest = max(largest, logits[ids[i]])
-    return largest
-
-
-@jit
-def keep_top_p(logits, ids, n, p):
-    """Keep the fewest candidates, likeliest first, whose probabilities sum to at least p (Holtzman et al., 2020)."""
-    if p >= 1:
-        return n
-    largest = largest_logit(logits, ids, n)
-    total = 0.0
-    for i in range(n):
-        total += math.exp(logits[ids[i]] - largest)
-    # whatever lies below this share is not among the first p even if all others are as small: no need to sort it
-    least = (1 - p) / max(1, n - 1) * total
-    kept = 0
-    for i in range(n):
-        if math.exp(logits[ids[i]] - largest) >= least:
-            ids[kept] = ids[i]
-            kept += 1
-    make_heap(ids, kept, logits)
-    sort_heap(ids, kept, logits)
-    so_far = 0.0
-    for i in range(kept):
-        so_far += math.exp(logits[ids[i]] - largest)
-        if so_far >= p * total:
-            return i + 1
-    return max(kept, 1)
-
-
-@jit
-def keep_min_p(logits, ids, n, p):
-    """Keep candidates at least p times as likely as the likeliest (Nguyen et al., min-p, 2024)."""
-    if p <= 0:
-        return n
-    least = largest_logit(logits, ids, n) + math.log(p)
-    kept = 0
-    for i in range(n):
-        if logits[ids[i]] >= least:
-            ids[kept] = ids[i]
-            kept += 1
-    return kept
-
-
-@jit
-def uniform(state):
-    """The next number in [0, 1) of a SplitMix64 generator (Steele, Lea and Flood, 2014); `state` is uint64[1]."""
-    state[0] += np.uint64(0x9E3779B97F4A7C15)
-    z = state[0]
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    z = z ^ (z >> np.uint64(31))
-    return np.float64(z >> np.uint64(11)) * 2.0**-53
-
-
-@jit
-def draw(logits, ids, n, temperature, state):
-    """A candidate with probability proportional to exp(logit / temperature); -1 if the logits are not numbers."""
-    largest = largest_logit(logits, ids, n)
-    total = 0.0
-    for i in range(n):
-        total += math.exp((logits[ids[i]] - largest) / temperature)
-    if not 0 < total < np.inf:
-        return -1
-    left = uniform(state) * total
-    for i in range(n):
-        left -= math.exp((logits[ids[i]] - largest) / temperature)
-        if left < 0:
-            return ids[i]
-    return ids[n - 1]
-
-
-@jit
-def greedy(logits):
-    """The first index of the largest logit; -1 if there is a NaN."""
-    best = 0
-    for i in range(logits.shape[0]):
-        if math.isnan(logits[i]):
-            return -1
-        if logits[i] > logits[best]:
-            best = i
-    return best
-
-
-@jit
-def sample(logits, settings, recent, counts, state, ids):
-    """The next token by `settings` (temperature, top_k, top_p, min_p, repeat_penalty), or -1; remembers it in `recent`.
-
-    Only tokens below `len(ids)` are candidates: what a padded vocabulary has beyond them is never drawn. `logits` is
-    changed. `counts[0]` is how many tokens were ever remembered; `recent` is a ring of the latest.
+    `vocab_size` is how many tokens may be drawn. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and
+    `repeat_penalty` 1 switch those off. The same `seed` gives the same tokens on one machine; None draws one. Raises
+    `Error` for a setting out of its range.
     """
-    temperature, top_k, top_p, min_p, penalty = settings[0], int(settings[1]), settings[2], settings[3], settings[4]
-    n = ids.shape[0]
-    if penalty != 1:
-        penalize(logits, recent, min(counts[0], recent.shape[0]), np.float32(penalty))
-    if temperature == 0:
-        token = greedy(logits[:n])
-    else:
-        broken = False
-        for i in range(n):  # the filters compare, and would just leave a NaN behind
-            ids[i] = i
-            broken |= not logits[i] < np.inf
-        if broken:
-            return -1
-        if top_k > 0:
-            n = keep_top_k(logits, ids, n, top_k)
-        n = keep_top_p(logits, ids, n, top_p)
-        n = keep_min_p(logits, ids, n, min_p)
-        token = draw(logits, ids, n, temperature, state)
-    if token < 0:
-        return token
-    recent[counts[0] % recent.shape[0]] = token
-    counts[0] += 1
-    return token
+
+    def __init__(
+        self,
+        vocab_size: int,
+        temperature: float = 0.8,
+        top_k: int = 40,
+        top_p: float = 0.95,
+        min_p: float = 0.0,
+        repeat_penalty: float = 1.0,
+        seed: int | None = None,
+    ) -> None:
+        heat = real_number("temperature", temperature, 0, 1e6, "a number from 0 (greedy) up")
+        settings = (
+            heat if heat >= COLDEST else 0.0,
+            min(whole_number("top_k", top_k, 0), vocab_size),
+            real_number("top_p", top_p, 1e-9, 1, "above 0 and at most 1 (off)"),
+            real_number("min_p", min_p, 0, 1, "between 0 (off) and 1"),
+            real_number("repeat_penalty", repeat_penalty, 0.01, 100, "between 0.01 and 100 (1 is off)"),
+        )
+        self.settings = np.array(settings, np.float64)
+        self.ids = np.zeros(vocab_size, np.int32)
+        self.recent = np.zeros(REPEAT_WINDOW, np.int32)
+        self.counts = np.zeros(1, np.int64)
+        number = int.from_bytes(os.urandom(8), "little") if seed is None else whole_number("seed", seed) & (1 << 64) - 1
+        self.state = np.array([number], np.uint64)
+        self.addresses = (*(array.ctypes.data for array in self.operands), len(self.ids))
+        """What `cpu.walk_and_sample` takes: the operands' addresses, and how many tokens may be drawn."""
+
+    def remember(self, tokens: Iterable[int]) -> None:
+        """Let the repeat penalty see these tokens: a prompt."""
+        for token in tokens:
+            if not 0 <= token < len(self.ids):
+                continue  # it is never drawn, so there is nothing to penalise
+            self.recent[self.counts[0] % REPEAT_WINDOW] = token
+            self.counts[0] += 1
+
+    @property
+    def is_argmax(self) -> bool:
+        """Whether these settings come down to the largest logit as it is."""
+        return bool(self.settings[0] == 0 and self.settings[4] == 1)
+
+    @property
+    def operands(self) -> tuple[np.ndarray, ...]:
+        """What `sampling.sample` takes after the logits."""
+        return self.settings, self.recent, self.counts, self.state, self.ids
+
+    def __call__(self, logits: np.ndarray) -> int:
+        """The next token, or -1 if `logits` [vocab] hold a NaN. They are changed."""
+        if len(logits) < len(self.ids):
+            raise Error(f"this sampler draws from {len(self.ids):,} tokens, there are {len(logits):,} logits")
+        from .sampling import sample  # not before: a GPU samples by itself, and Numba takes its time
+
+        return int(sample(logits, *self.operands))

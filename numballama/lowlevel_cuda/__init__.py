@@ -1,1 +1,0 @@
-"""Everything that touches NVIDIA's packages: instructions for kernels, the driver for the host, their common words."""
