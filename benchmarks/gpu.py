@@ -33,14 +33,15 @@ from unittest import mock
 
 import numpy as np
 
-from numballama import loader, quant
-from numballama.bench import machine
+from numballama import loader
+from numballama.bench.benchmark import machine
 from numballama.checkpoint import Checkpoint, Weight
 from numballama.config import F32, NAMED_SHAPES, WeightType
+from numballama.export import WRITERS
 from numballama.files import replacing
-from numballama.formats import WRITERS
 from numballama.model import Model
-from numballama.sampler import Sampler
+from numballama.quantization import convert as quant
+from numballama.sampling import Sampler
 
 HERE = Path(__file__).parent
 GROUP = 64
@@ -154,7 +155,7 @@ def medians_of(rounds: int, measure: Any, *arguments: Any) -> tuple[float, list[
 
 def speed(case: Case, device: str, rounds: int, bandwidth: float) -> tuple[dict[str, Any], Checkpoint]:
     """Everything that is measured of one model."""
-    from numballama.profile_step import step_bytes_of_token
+    from numballama.bench.profiler import step_bytes_of_token
 
     checkpoint = random_checkpoint(case.shape, case.type)
     config = checkpoint.config
@@ -362,8 +363,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "machine": machine(), "memory_bandwidth_bytes_per_second": None, "llama-bench": peer, "models": {},
     }  # fmt: skip
     if options.device.startswith("cuda"):
-        from numballama import bench_cuda
-        from numballama.cuda import CudaBackend
+        from numballama.bench import bandwidth as bench_cuda
+        from numballama.cuda.backend import CudaBackend
 
         backend = CudaBackend({"one": Weight((1,), F32, np.ones(1, np.float32))}, options.device)
         result["machine"]["gpu"] = bench_cuda.describe(backend.device)

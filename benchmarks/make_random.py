@@ -11,11 +11,12 @@ import sys
 
 import numpy as np
 
-from numballama import loader, quant
-from numballama.blocks_cpu import RECORDS
+from numballama import loader
 from numballama.checkpoint import Weight
 from numballama.config import F32, NAMED_SHAPES, ModelConfig, WeightType
-from numballama.formats import WRITERS
+from numballama.cpu.vecdot import RECORDS
+from numballama.export import WRITERS
+from numballama.quantization import convert as quant
 
 
 def mixture(kind: str, name: str, config: ModelConfig) -> str:

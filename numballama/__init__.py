@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from .errors import ContextError, DeviceError, Error, FormatError, Interrupted, UnsupportedError
 
 if TYPE_CHECKING:
-    from .chat import Chat
+    from .chat.conversation import Chat
     from .inspection import Inspection
     from .model import Model, Piece
-    from .tokenizer import Tokenizer
+    from .tokenizers.base import Tokenizer
 
 __version__ = "0.1.0"
 
@@ -113,7 +113,7 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
     Raises `FormatError` for a damaged file or one of another kind, `UnsupportedError` for a kind not read yet.
     """
     from . import hub
-    from .tokenizer import load_tokenizer
+    from .formats.tokenizer_files import load_tokenizer
 
     return load_tokenizer(hub.local(path, hub.TEXT))
 
@@ -124,7 +124,7 @@ def __getattr__(name: str) -> Any:
 
         return getattr(model, name)
     if name == "Chat":
-        from .chat import Chat
+        from .chat.conversation import Chat
 
         return Chat
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

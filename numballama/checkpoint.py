@@ -13,7 +13,7 @@ import numpy as np
 from .config import ModelConfig, WeightType
 
 if TYPE_CHECKING:
-    from .tokenizer import Tokenizer
+    from .tokenizers.base import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from .checks import real_number
 from .errors import Error
+from .validation import real_number
 
 INTERLEAVED, HALF_SPLIT = "interleaved", "half"
 """RoPE rotates pairs of dimensions: (2i, 2i+1), or (i, i + head_dim/2)."""

@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from . import conversion, loader, progress, quant
+from . import loader, progress
 from .checkpoint import Checkpoint, Weight
 from .config import BLOCKS, F32, WeightType
 from .errors import UnsupportedError
 from .files import expand
-from .formats import WRITERS
+from .formats.gguf.writer import write_gguf
+from .formats.hf.writer import write_safetensors
+from .formats.llama2c.kuiper import write_fp32, write_int8
+from .formats.llama2c.reader import write_v0, write_v1, write_v2
 from .memory import human
-from .tokenizer import BPETokenizer, Tokenizer
+from .quantization import convert as quant
+from .quantization import policy as conversion
+from .tokenizers.base import Tokenizer
+from .tokenizers.bpe import BPETokenizer
 from .tokenizers.huggingface import text_files
+
+WRITERS: dict[str, Callable[..., list[str]]] = {
+    "llama2c-v0": write_v0,
+    "llama2c-v1": write_v1,
+    "llama2c-v2": write_v2,
+    "kuiper": write_fp32,
+    "kuiper-int8": write_int8,
+    "gguf": write_gguf,
+    "safetensors": write_safetensors,
+}
+"""Name → `write(path, config, weights)`. The int8 formats also take `group_size`, GGUF a `tokenizer` and more.
+safetensors writes a directory. Each returns notes on what the format cannot hold."""
 
 FLOAT_ONLY = ("llama2c-v0", "llama2c-v1", "kuiper")
 INT8_ONLY = ("llama2c-v2", "kuiper-int8")
@@ -81,7 +100,7 @@ def export_model(
     rope_theta: float | None = None,
     norm_eps: float | None = None,
 ) -> Exported:
-    """Write the model at `source` (None: the story model) to `path` in format `to`, a name of `formats.WRITERS`.
+    """Write the model at `source` (None: the story model) to `path` in format `to`, a name of `WRITERS`.
 
     `quantize` is one of `QUANTS[to]`; None keeps the types of the source where the format can hold them. The target is
     there whole or not at all. Matrices are converted one at a time, as they are written. Raises `UnsupportedError` for

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import registry
-from .checks import strings
 from .config import INTERLEAVED, ROUNDED_AS, ModelConfig, WeightType
 from .errors import Error
 from .ir import DTYPES, Graph, Op, Value
 from .rope import rope_frequencies
+from .validation import strings
 
 
 @dataclass(frozen=True)

@@ -20,17 +20,17 @@ from pathlib import Path
 from .errors import DeviceError
 
 KERNEL_SOURCES = (
-    "jit.py",
-    "lowlevel_cpu.py",
-    "blocks_cpu.py",
-    "blocks_int8_cpu.py",
-    "matmul_cpu.py",
+    "cpu/compiler.py",
+    "cpu/intrinsics.py",
+    "cpu/vecdot.py",
+    "cpu/vecdot_int8.py",
+    "cpu/matmul.py",
     "kernels_cpu.py",
-    "kernels_int8_cpu.py",
-    "cpu.py",
-    "sampler.py",
+    "cpu/kernels_int8.py",
+    "cpu/backend.py",
     "sampling.py",
-    "bench.py",
+    "cpu/sampling.py",
+    "bench/benchmark.py",
 )
 """Every file of the package that has compiled code in it; a test keeps the list complete."""
 
@@ -70,9 +70,7 @@ def _cuda_name() -> str:
     except PackageNotFoundError:
         raise DeviceError("numba-cuda is missing; install it with: pip install 'numballama[cuda]'") from None
     here = Path(__file__).parent
-    sources = sorted(
-        f"{folder}/{path.name}" for folder in ("lowlevel_cuda", "kernels_cuda") for path in (here / folder).glob("*.py")
-    )
+    sources = ["kernels_cuda.py", *sorted(str(path.relative_to(here)) for path in (here / "cuda").rglob("*.py"))]
     return _name(sources, f"cuda {compiler}")
 
 

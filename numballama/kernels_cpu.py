@@ -12,9 +12,9 @@ import math
 
 import numpy as np
 
-from .jit import device, ordered_device
-from .lowlevel_cpu import as_f32, f32_to, power_of_two
-from .matmul_cpu import TILE, decode_rows, project, project_int8, share
+from .cpu.compiler import device, ordered_device
+from .cpu.intrinsics import as_f32, f32_to, power_of_two
+from .cpu.matmul import TILE, decode_rows, project, project_int8, share
 from .registry import kernel
 
 LINEAR = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")

@@ -7,7 +7,7 @@ import math
 import numpy as np
 from numba import cuda
 
-from ..lowlevel_cuda.instructions import (
+from .cuda.intrinsics import (
     address,
     bits_of_f32,
     count_up,
@@ -23,9 +23,9 @@ from ..lowlevel_cuda.instructions import (
     wait_for_predecessor,
     word,
 )
-from .basic import THREADS
-from .blocks import number_at
-from .pieces import ALL, beyond, block_sum, device, is_nan, sigmoid_times, warp_sum
+from .cuda.kernels.common import ALL, beyond, block_sum, device, is_nan, sigmoid_times, warp_sum
+from .cuda.kernels.dequant import number_at
+from .cuda.ops.elementwise import THREADS
 
 
 @device

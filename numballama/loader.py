@@ -10,9 +10,16 @@ from . import hub
 from .checkpoint import Checkpoint
 from .errors import Error, FormatError, UnsupportedError
 from .files import MappedFile, expand, map_file
-from .formats import gguf, hf, kuiper, llama2c, meta, safetensors, torchfile
-from .gguf_header import MAGIC as GGUF_MAGIC
-from .tokenizer import Tokenizer, load_tokenizer, read_text_files
+from .formats import safetensors
+from .formats.gguf import reader as gguf
+from .formats.gguf.header import MAGIC as GGUF_MAGIC
+from .formats.hf import reader as hf
+from .formats.llama2c import kuiper
+from .formats.llama2c import reader as llama2c
+from .formats.meta import reader as meta
+from .formats.meta import torch_zip as torchfile
+from .formats.tokenizer_files import load_tokenizer, read_text_files
+from .tokenizers.base import Tokenizer
 
 SUPPORTED = (
     "llama2.c v0, v1 and v2, KuiperLLama fp32 and int8, GGUF, directories of Hugging Face (safetensors) and of Meta "

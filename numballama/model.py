@@ -14,19 +14,21 @@ from typing import Any
 
 import numpy as np
 
-from . import conversion, ir, loader, memory, plan, progress, quant
-from .chat import Chat
+from . import ir, loader, memory, plan, progress
+from .chat.conversation import Chat
 from .checkpoint import Checkpoint, Weight
-from .checks import strings, whole_number
 from .config import ROUNDED_AS, ModelConfig
 from .errors import FORKED, ContextError, DeviceError, Error, Interrupted, UnsupportedError
+from .generate import StopFilter
 from .graph import KVLayout, build
 from .kernel_cache import cuda_cache_directory
 from .memory import human
-from .sampler import Sampler
+from .quantization import convert as quant
+from .quantization import policy as conversion
+from .sampling import Sampler
 from .session import Session
-from .text import StopFilter
-from .tokenizer import Decoder, Tokenizer
+from .tokenizers.base import Decoder, Tokenizer
+from .validation import strings, whole_number
 
 CHUNK, CUDA_CHUNK = 64, 512
 """Tokens of a prompt that one run handles."""
@@ -427,7 +429,7 @@ def _choose_device(device: str) -> tuple[str, str]:
         raise DeviceError(f"device must be a string, found {device!r}")
     if device == "auto":
         try:
-            from .lowlevel_cuda.driver import Device
+            from .cuda.driver import Device
 
             found = Device()
             cuda_cache_directory()
@@ -436,7 +438,7 @@ def _choose_device(device: str) -> tuple[str, str]:
             return "cpu", str(error)
     if device.partition(":")[0] == "cuda":
         try:
-            from .lowlevel_cuda.driver import Device
+            from .cuda.driver import Device
         except DeviceError as error:
             raise DeviceError(f"device {device!r}: {error}") from error.__cause__
         Device(device)  # before a file is opened, and so is what compiles kernels
@@ -461,9 +463,9 @@ def _backend(device: str, weights: Mapping[str, Weight], threads: int | None) ->
 
         return ReferenceBackend(weights, threads)
     if device.startswith("cuda"):
-        from .cuda import CudaBackend
+        from .cuda.backend import CudaBackend
 
         return CudaBackend(weights, device)
-    from .cpu import CpuBackend
+    from .cpu.backend import CpuBackend
 
     return CpuBackend(weights, threads)

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
-from . import quant, quant_activations
 from .checkpoint import Weight
 from .config import BLOCKS, ROUNDINGS
 from .errors import NOT_NUMBERS, Error
 from .ir import DTYPES, Graph, Op
+from .quantization import activations as quant_activations
+from .quantization import convert as quant
 from .registry import find, kernel
-from .sampler import Sampler
+from .sampling import Sampler
 
 ANY = "*"
 F64_BUDGET = 1 << 30

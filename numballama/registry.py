@@ -66,9 +66,9 @@ def kernel(op: str, backend: str, *types: Types, **scratch: Callable[..., tuple[
 
 
 _HOMES = {
-    "cpu": ("numballama.kernels_cpu", "numballama.kernels_int8_cpu"),
+    "cpu": ("numballama.kernels_cpu", "numballama.cpu.kernels_int8"),
     "cpu-outline": ("numballama.kernels_outline",),
-    "cuda": ("numballama.kernels_cuda",),
+    "cuda": ("numballama.cuda.ops",),
     "reference": ("numballama.reference",),
 }
 """The modules that register a backend's kernels when they are imported; they are, before the first question about

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from .checks import real_number, whole_number
 from .errors import Error
+from .validation import real_number, whole_number
 
 REPEAT_WINDOW = 64
 """How many of the latest tokens the repeat penalty looks at (llama.cpp's repeat_last_n)."""
@@ -79,6 +79,6 @@ class Sampler:
         """The next token, or -1 if `logits` [vocab] hold a NaN. They are changed."""
         if len(logits) < len(self.ids):
             raise Error(f"this sampler draws from {len(self.ids):,} tokens, there are {len(logits):,} logits")
-        from .sampling import sample  # not before: a GPU samples by itself, and Numba takes its time
+        from .cpu.sampling import sample  # not before: a GPU samples by itself, and Numba takes its time
 
         return int(sample(logits, *self.operands))

@@ -7,9 +7,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from .checks import whole_number
 from .errors import ContextError, Error
-from .sampler import Sampler
+from .sampling import Sampler
+from .validation import whole_number
 
 
 class Program(Protocol):

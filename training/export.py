@@ -17,10 +17,10 @@ import numpy as np
 from matplotlib.figure import Figure
 
 import numballama
-from numballama import quant
 from numballama.checkpoint import Weight
 from numballama.config import F32, Q8_0, ModelConfig
-from numballama.formats import WRITERS
+from numballama.export import WRITERS
+from numballama.quantization import convert as quant
 
 HERE = Path(__file__).parent
 TARGET = HERE.parent / "numballama" / "story.gguf"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 from typing import Any
 
-from .cuda import CudaBackend
-from .errors import DeviceError
-from .kernels_cuda.bandwidth import BLOCK_NUMBERS, copy
-from .lowlevel_cuda.driver import Device, Memory, Recording, Stopwatch, versions
-from .memory import human
+from ..cuda.backend import CudaBackend
+from ..cuda.driver import Device, Memory, Recording, Stopwatch, versions
+from ..cuda.kernels.copy import BLOCK_NUMBERS, copy
+from ..errors import DeviceError
+from ..memory import human
 
 COPY_BYTES = 1 << 30
 """Bytes of the array that is copied: more than any cache holds."""

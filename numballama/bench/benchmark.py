@@ -13,16 +13,16 @@ from typing import Any
 import numpy as np
 from numba import prange
 
-from . import __version__, progress
-from .checks import whole_number
-from .cpu import parallel_region
-from .errors import ContextError
-from .jit import jit
-from .matmul_cpu import share
-from .memory import available_bytes, human, peak_bytes
-from .model import Model
-from .profile_step import step_bytes_of_token
-from .sampler import Sampler
+from .. import __version__, progress
+from ..cpu.backend import parallel_region
+from ..cpu.compiler import jit
+from ..cpu.matmul import share
+from ..errors import ContextError
+from ..memory import available_bytes, human, peak_bytes
+from ..model import Model
+from ..sampling import Sampler
+from ..validation import whole_number
+from .profiler import step_bytes_of_token
 
 READ_BYTES = 1 << 30
 """Memory that the bandwidth is measured on: more than any cache holds."""
@@ -133,7 +133,7 @@ def bench(model: Model, prompt_tokens: int = 128, tokens: int = 64, repeats: int
 def _of_device(model: Model) -> tuple[float | None, int | None, dict[str, Any]]:
     """The memory's bandwidth, what the model takes of a GPU's memory, and what to say of the GPU in "machine"."""
     if model.device.startswith("cuda"):
-        from . import bench_cuda
+        from . import bandwidth as bench_cuda
 
         backend = model._backend
         return bench_cuda.measure_bandwidth(backend), backend.memory_bytes, {"gpu": bench_cuda.describe(backend.device)}

@@ -19,11 +19,11 @@ from dataclasses import asdict, dataclass
 from os import PathLike
 from typing import Any
 
-from .errors import Error
-from .files import replacing
-from .ir import Graph
-from .model import Model
-from .plan import Step
+from ..errors import Error
+from ..files import replacing
+from ..ir import Graph
+from ..model import Model
+from ..plan import Step
 
 ROUNDS = 9
 CPU_ROUNDS = 40
@@ -307,7 +307,7 @@ def _time_cpu(program: Any) -> tuple[list[float], float]:
 
 def _time_gpu(program: Any, kinds: Sequence[Any], sizes: Sequence[int]) -> tuple[list[float], float]:
     """Seconds of each step and of the whole; `kinds` says which steps are alike, and `sizes` what each moves."""
-    from .lowlevel_cuda.driver import Recording, Stopwatch
+    from ..cuda.driver import Recording, Stopwatch
 
     device = program.backend.device
     watch = Stopwatch(device)

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+from ..errors import ContextError, Error, Interrupted
+from ..tokenizers.base import Kind, Tokenizer
 from . import template as templates
-from .errors import ContextError, Error, Interrupted
 from .template import ChatTemplate
-from .tokenizer import Kind, Tokenizer
 
 if TYPE_CHECKING:
-    from .model import Model, Piece
+    from ..model import Model, Piece
 
 _GUARDS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode's noncharacters: no text has a use for them all
 

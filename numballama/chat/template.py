@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from .errors import Error
-from .tokenizer import Kind, Tokenizer
+from ..errors import Error
+from ..tokenizers.base import Kind, Tokenizer
 
 if TYPE_CHECKING:
     from .sandbox import Sandbox

@@ -8,11 +8,11 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from . import progress
-from .errors import Error
+from .. import progress
+from ..errors import Error
 
 if TYPE_CHECKING:
-    from .chat import Chat
+    from ..chat.conversation import Chat
 
 HELP = """\
 /reset           forget the conversation; the system message stays

@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from . import __version__
-from .errors import DeviceError
-from .kernel_cache import cache_directory, cuda_cache_directory
-from .memory import available_bytes, human
+from .. import __version__
+from ..errors import DeviceError
+from ..kernel_cache import cache_directory, cuda_cache_directory
+from ..memory import available_bytes, human
 
 PACKAGES = ("numba", "llvmlite", "numpy", "sentencepiece", "rich")
 CUDA_PACKAGES = ("numba-cuda", "cuda-bindings")
@@ -54,7 +54,7 @@ def _folder(path: Path) -> str:
 def _cuda() -> Iterator[str]:
     """What stands between this machine and device="cuda", as far as one gets."""
     try:
-        from .lowlevel_cuda.driver import Device, require_compiler, versions
+        from ..cuda.driver import Device, require_compiler, versions
 
         require_compiler()
         yield f"kernels in {_folder(cuda_cache_directory())}"

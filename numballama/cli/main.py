@@ -11,11 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from . import __version__, progress
-from .errors import Error
+from .. import __version__, progress
+from ..errors import Error
 
 if TYPE_CHECKING:
-    from .model import Model, Piece
+    from ..model import Model, Piece
 
 FAILED, INTERRUPTED, BROKEN_PIPE = 1, 130, 141
 """Exit codes: an error of ours; Ctrl-C and a closed pipe as shells report them. argparse ends with 2 on wrong usage."""
@@ -193,7 +193,7 @@ def _sampling_options(command: argparse.ArgumentParser) -> None:
 
 
 def _load(arguments: argparse.Namespace) -> Model:
-    from . import compile
+    from .. import compile
 
     names = ("tokenizer", "device", "dtype", "context", "kv_dtype", "threads", "rope_pairing", "rope_theta", "norm_eps")
     return compile(arguments.model, **{name: getattr(arguments, name) for name in (*names, "activations")})
@@ -242,20 +242,20 @@ def _chat(arguments: argparse.Namespace) -> None:
         except (OSError, ValueError) as error:
             raise Error(f"{arguments.chat_template}: cannot be read: {error}") from None
     with _load(arguments) as model:
-        from .cli_chat import converse
+        from .chat import converse
 
         converse(model.chat(arguments.system, template), {**_sampling(arguments), "max_tokens": arguments.max_tokens})
 
 
 def _inspect(arguments: argparse.Namespace) -> None:
-    from . import inspect
+    from .. import inspect
 
     found = inspect(arguments.model, arguments.tokenizer)
     print(json.dumps(found.to_dict(), indent=2) if arguments.json else found.report(arguments.full))
 
 
 def _export(arguments: argparse.Namespace) -> None:
-    from .export import export_model
+    from ..export import export_model
 
     names = ("tokenizer", "rope_pairing", "rope_theta", "norm_eps")
     options = {name: getattr(arguments, name) for name in names}
@@ -267,8 +267,8 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _bench(arguments: argparse.Namespace) -> None:
     with _load(arguments) as model:
-        from .bench import as_text, bench
-        from .profile_step import profile, require_plan
+        from ..bench.benchmark import as_text, bench
+        from ..bench.profiler import profile, require_plan
 
         profiled = arguments.profile or arguments.trace is not None
         if profiled:

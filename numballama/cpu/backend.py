@@ -22,29 +22,18 @@ import numba
 import numpy as np
 from numba import get_num_threads, prange, set_num_threads, types
 
-from . import memory, progress
-from .blocks_cpu import KINDS, RECORDS
-from .checkpoint import Weight
-from .checks import whole_number
-from .errors import FORKED, NOT_NUMBERS, DeviceError, Error
-from .graph import fuse
-from .ir import DTYPES, Graph, Value
-from .jit import compile_step, device, jit
-from .lowlevel_cpu import (
-    atomic_add,
-    atomic_load,
-    call_step,
-    f32_at,
-    f64_at,
-    i32_at,
-    i64_at,
-    pause,
-    u64_at,
-    yield_core,
-)
-from .plan import ALIGNMENT, Plan, Step, lower
-from .sampler import REPEAT_WINDOW, SETTINGS, Sampler
+from .. import memory, progress
+from ..checkpoint import Weight
+from ..errors import FORKED, NOT_NUMBERS, DeviceError, Error
+from ..graph import fuse
+from ..ir import DTYPES, Graph, Value
+from ..plan import ALIGNMENT, Plan, Step, lower
+from ..sampling import REPEAT_WINDOW, SETTINGS, Sampler
+from ..validation import whole_number
+from .compiler import compile_step, device, jit
+from .intrinsics import atomic_add, atomic_load, call_step, f32_at, f64_at, i32_at, i64_at, pause, u64_at, yield_core
 from .sampling import sample
+from .vecdot import KINDS, RECORDS
 
 ROSTER, ARRIVED, PARTS, STATUS, SYNC = 0, 8, 16, 24, 32
 """Elements of the int64 array by which workers agree, each in a cache line of its own."""

@@ -24,7 +24,7 @@ from numba.core.lowering import Lower
 from numba.core.typed_passes import NativeLowering
 from numba.np.arrayobj import make_array, populate_array
 
-from .kernel_cache import cache_directory
+from ..kernel_cache import cache_directory
 
 FAST_MATH = {"reassoc", "contract", "nsz"}
 """Sums may be reordered and multiply-adds fused. Divisions stay exact (a quantised number must not depend on them), and

@@ -8,7 +8,13 @@ from __future__ import annotations
 
 import numpy as np
 
-from .blocks_int8_cpu import (
+from ..config import ROUNDED_AS
+from ..kernels_cpu import add_columns, silu_times
+from ..registry import kernel
+from .compiler import device, exact_device
+from .intrinsics import as_f32, f32_to
+from .matmul import TILE, share
+from .vecdot_int8 import (
     PANEL,
     STRETCH,
     TOGETHER,
@@ -21,12 +27,6 @@ from .blocks_int8_cpu import (
     round_to_int8,
     unpack_blocks,
 )
-from .config import ROUNDED_AS
-from .jit import device, exact_device
-from .kernels_cpu import add_columns, silu_times
-from .lowlevel_cpu import as_f32, f32_to
-from .matmul_cpu import TILE, share
-from .registry import kernel
 
 WEIGHTS = tuple(ROUNDED_AS)
 SUMS = ("i32", "f32")

@@ -17,9 +17,9 @@ import numpy as np
 from numba import types
 from numba.extending import overload
 
-from .blocks_cpu import decode_blocks, dot_blocks
-from .jit import FAST_MATH, device
-from .lowlevel_cpu import BLOCK, as_f32, dot_block_int8, dot_int8, tile
+from .compiler import FAST_MATH, device
+from .intrinsics import BLOCK, as_f32, dot_block_int8, dot_int8, tile
+from .vecdot import decode_blocks, dot_blocks
 
 TILE = 4
 _OPTIONS = {"fastmath": FAST_MATH, "error_model": "numpy"}

@@ -11,7 +11,7 @@ import math
 
 import numpy as np
 
-from .jit import jit
+from .compiler import jit
 
 
 @jit

@@ -21,7 +21,7 @@ from numba import from_dtype, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .lowlevel_cpu import FLOAT, INT16, INT32, INT64, add_lanes, cpu_features, element, half_to_float
+from .intrinsics import FLOAT, INT16, INT32, INT64, add_lanes, cpu_features, element, half_to_float
 
 RECORDS = {
     "q8_0": np.dtype([("d", "<u2"), ("q", "i1", 32)]),

@@ -22,9 +22,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .blocks_cpu import INT8, NAMES_OF_KINDS, NUMBERS, Block, for_blocks, locator, six_bit_factors
-from .config import ROUNDED_AS, ROUNDINGS
-from .lowlevel_cpu import FLOAT, INT16, INT32, INT64, add_lanes, cpu_features, element
+from ..config import ROUNDED_AS, ROUNDINGS
+from .intrinsics import FLOAT, INT16, INT32, INT64, add_lanes, cpu_features, element
+from .vecdot import INT8, NAMES_OF_KINDS, NUMBERS, Block, for_blocks, locator, six_bit_factors
 
 PANEL = 16
 """Rows of a panel: 32-bit lanes of the widest register."""

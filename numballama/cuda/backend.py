@@ -17,19 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from . import progress, registry
-from .checkpoint import Weight
-from .errors import NOT_NUMBERS, DeviceError, Error
-from .graph import fuse
-from .ir import DTYPES, Graph, Value
-from .kernel_cache import cuda_cache_directory
-from .lowlevel_cuda.compile import compile_ahead
-from .lowlevel_cuda.driver import Call, Device, Function, Memory, Pinned, Recording, compile_kernel
-from .lowlevel_cuda.launch import ITEM_BYTES, Array, Gpu, Launch
-from .memory import human
-from .plan import Plan, lower
-from .sampler import REPEAT_WINDOW, SETTINGS, Sampler
-from .weights_cuda import ALIGNMENT, Weights, aligned
+from .. import progress, registry
+from ..checkpoint import Weight
+from ..errors import NOT_NUMBERS, DeviceError, Error
+from ..graph import fuse
+from ..ir import DTYPES, Graph, Value
+from ..kernel_cache import cuda_cache_directory
+from ..memory import human
+from ..plan import Plan, lower
+from ..sampling import REPEAT_WINDOW, SETTINGS, Sampler
+from .compile_worker import compile_ahead
+from .driver import Call, Device, Function, Memory, Pinned, Recording, compile_kernel
+from .launch import ITEM_BYTES, Array, Gpu, Launch
+from .weights import ALIGNMENT, Weights, aligned
 
 AHEAD = 2
 """Steps that are put into the stream before the host has seen the token before them."""

@@ -33,7 +33,7 @@ PATIENCE_S = 60.0
 """Longer than any kernel takes: helpers that say nothing for so long are given up."""
 BOOT = (
     "import sys, json; job = json.loads(sys.stdin.readline()); sys.path[:] = job['path']; "
-    "from numballama.lowlevel_cuda.compile import help_out; help_out(job)"
+    "from numballama.cuda.compile_worker import help_out; help_out(job)"
 )
 """What a helper runs. It gets this process's module search path before it imports anything of ours."""
 

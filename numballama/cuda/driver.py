@@ -228,7 +228,7 @@ def signature(kinds: Sequence[str]) -> tuple[Any, ...]:
     """Numba's types for kinds of arguments: "f16*" is a pointer, "i64" and "f32" are numbers."""
     from numba.cuda import types
 
-    from .instructions import PACKED
+    from .intrinsics import PACKED
 
     elements = PACKED | {
         "f32": types.float32, "f16": types.uint16, "bf16": types.int16, "int8": types.int8, "i8": types.int8,

@@ -16,7 +16,7 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic, models, register_model
 
-from .lowering import (
+from .lowering import (  # fmt: skip
     F16,
     F32,
     I8,
@@ -31,7 +31,7 @@ from .lowering import (
     fma,
     is_memory,
     rounded_to_16,
-)  # fmt: skip
+)
 
 WORDS2 = types.UniTuple(types.uint32, 2)
 WORDS4, FLOATS4 = types.UniTuple(types.uint32, 4), types.UniTuple(types.float32, 4)

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from .instructions import PER_16_BYTES
+from .intrinsics import PER_16_BYTES
 from .launch import STAGED_BYTES
 from .lowering import F32, I32, VOID, as_integer, call_asm, compiling_for, fma, rounded_to_16
 

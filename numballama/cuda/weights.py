@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from . import blocks_cuda, progress
-from .checkpoint import Weight
-from .config import BLOCKS, F16
-from .lowlevel_cuda.driver import Device, Memory, Pinned
-from .lowlevel_cuda.launch import ITEM_BYTES, Array, Matrix
-from .quant import convert
+from .. import progress
+from ..checkpoint import Weight
+from ..config import BLOCKS, F16
+from ..quantization.convert import convert
+from . import repack as blocks_cuda
+from .driver import Device, Memory, Pinned
+from .launch import ITEM_BYTES, Array, Matrix
 
 ALIGNMENT = 256
 """Bytes; of every array, so that any kernel may read 16 at once and a warp meets whole cache lines."""

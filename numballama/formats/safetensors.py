@@ -16,12 +16,12 @@ from typing import TypeGuard
 
 import numpy as np
 
-from .. import quant
 from ..checkpoint import Weight
 from ..config import BF16, F16, F32, WeightType
 from ..errors import FormatError, UnsupportedError
 from ..files import MappedFile
-from .jsonfile import Keys, parse_object
+from ..quantization import convert as quant
+from .json_reader import Keys, parse_object
 
 DTYPES: dict[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,

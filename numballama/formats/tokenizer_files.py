@@ -8,17 +8,17 @@ from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from . import gguf_header
-from .errors import Error, FormatError, UnsupportedError
-from .files import expand, map_file
-from .gguf_header import Header
-from .tokenizers.base import MAX_VOCAB, Decoder, Kind, PieceType, Strip, Tokenizer, Vocabulary
-from .tokenizers.bpe import BPETokenizer
-from .tokenizers.gguf_bpe import bpe_from_gguf
-from .tokenizers.huggingface import Settings, read_json
-from .tokenizers.library import SentencePieceTokenizer, read_sentencepiece
-from .tokenizers.scored import GgufTokenizer, Llama2cTokenizer, read_llama2c, scored_from_gguf
-from .tokenizers.tiktoken import looks_like_tiktoken, read_tiktoken
+from ..errors import Error, FormatError, UnsupportedError
+from ..files import expand, map_file
+from ..tokenizers.base import MAX_VOCAB, Decoder, Kind, PieceType, Strip, Tokenizer, Vocabulary
+from ..tokenizers.bpe import BPETokenizer
+from ..tokenizers.huggingface import Settings, read_json
+from ..tokenizers.scored import GgufTokenizer, Llama2cTokenizer, read_llama2c, scored_from_gguf
+from ..tokenizers.sentencepiece import SentencePieceTokenizer, read_sentencepiece
+from ..tokenizers.tiktoken import looks_like_tiktoken, read_tiktoken
+from .gguf import header as gguf_header
+from .gguf.header import Header
+from .gguf.tokenizer import bpe_from_gguf
 
 __all__ = [
     "MAX_VOCAB",

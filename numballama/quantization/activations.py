@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .config import ROUNDINGS
+from ..config import ROUNDINGS
 
 Floats = npt.NDArray[np.float32]
 Rounded = tuple[npt.NDArray[np.int8], Floats, npt.NDArray[Any]]

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from .errors import Error
+from ..errors import Error
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]

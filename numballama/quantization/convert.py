@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from . import quant_blocks
-from .checkpoint import Weight
-from .config import BF16, BLOCKS, F16, F32, WeightType
-from .errors import Error, UnsupportedError
-from .quant_blocks import encode_f16, largest, round_half_away, saturate
+from ..checkpoint import Weight
+from ..config import BF16, BLOCKS, F16, F32, WeightType
+from ..errors import Error, UnsupportedError
+from . import blocks as quant_blocks
+from .blocks import encode_f16, largest, round_half_away, saturate
 
 DEFAULT_GROUP = 64
 """Numbers that share a scale in an int8 weight, unless the caller or the file says otherwise."""

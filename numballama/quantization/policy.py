@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from . import quant
-from .checkpoint import Deferred, Weight
-from .config import BLOCKS, RUNS_AS, ModelConfig, WeightType
-from .errors import Error
+from ..checkpoint import Deferred, Weight
+from ..config import BLOCKS, RUNS_AS, ModelConfig, WeightType
+from ..errors import Error
+from . import convert as quant
 
 TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")
 """Names that `dtype` and `--quant` may be."""

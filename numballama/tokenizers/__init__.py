@@ -1,1 +1,1 @@
-"""Kinds of tokenizers, a module each; `numballama.tokenizer` is the front door."""
+"""Kinds of tokenizers, a module each."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Error, FormatError, UnsupportedError
 from .base import BYTE_PIECE, SPACE, Kind, PieceType, Strip, Tokenizer, Vocabulary
-from .words import pre_name
+from .pretokenizers import pre_name
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library

@@ -9,7 +9,7 @@ from functools import cached_property
 
 from ..errors import Error, FormatError
 from ..files import MappedFile
-from ..gguf_header import Header
+from ..formats.gguf.header import Header
 from .base import BYTE_PIECE, MAX_VOCAB, SPACE, UNKNOWN_TEXT, Kind, PieceType, Strip, Tokenizer, Vocabulary
 
 _NO_TOKEN, _MERGED = -1, -2

@@ -5,9 +5,9 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from .. import protobuf
 from ..errors import UnsupportedError
 from ..files import MappedFile
+from . import sentencepiece_proto as protobuf
 from .base import BYTE_PIECE, MAX_VOCAB, SPACE, Kind, PieceType, Strip, Tokenizer, Vocabulary
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from .errors import FormatError
+from ..errors import FormatError
 
 _VARINT, _I64, _BYTES, _I32 = 0, 1, 2, 5
 

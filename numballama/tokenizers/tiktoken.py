@@ -11,7 +11,7 @@ from ..errors import FormatError
 from ..files import MappedFile
 from .base import MAX_VOCAB
 from .bpe import LETTERS, BPETokenizer, faults, library_from
-from .words import LLAMA3, pre_tokenizer
+from .pretokenizers import LLAMA3, pre_tokenizer
 
 LONGEST = 1 << 10
 """Bytes of a token; Llama 3's longest has 128."""

@@ -17,11 +17,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from conftest import random_checkpoint
-from cuda_support import converted, graph_of, install
-
 from numballama.config import ModelConfig
 from numballama.graph import KVLayout
+from tests.helpers.cuda_host import converted, graph_of, install
+from tests.helpers.random_models import random_checkpoint
 
 GROUPED = ModelConfig(64, 96, 1, 8, 2, 40, 300)
 SINGLE = ModelConfig(64, 96, 1, 8, 8, 40, 300)
@@ -65,8 +64,8 @@ def opcodes(ptx: str) -> list[str]:
 
 
 def main(capability: tuple[int, int], out: Path) -> None:
-    from numballama import cuda
-    from numballama.lowlevel_cuda import driver
+    from numballama.cuda import backend as cuda
+    from numballama.cuda import driver
 
     found: dict[Any, dict[str, Any]] = {}
     ptx_of: dict[str, str] = {}

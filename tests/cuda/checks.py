@@ -10,20 +10,21 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from conftest import random_checkpoint
-from cuda_support import converted, graph_of
-from support import BOUNDS, U, check_step, read
 
-from numballama import cuda, quant
 from numballama.checkpoint import Weight
 from numballama.config import BLOCKS, ModelConfig
+from numballama.cpu.sampling import keep_min_p, keep_top_k, keep_top_p
+from numballama.cuda import backend as cuda
+from numballama.cuda.launch import ITEM_BYTES, Array, Gpu
 from numballama.graph import KVLayout
 from numballama.ir import DTYPES
-from numballama.lowlevel_cuda.launch import ITEM_BYTES, Array, Gpu
+from numballama.quantization import convert as quant
 from numballama.reference import ReferenceBackend
 from numballama.registry import find
-from numballama.sampler import Sampler
-from numballama.sampling import keep_min_p, keep_top_k, keep_top_p
+from numballama.sampling import Sampler
+from tests.helpers.bounds import BOUNDS, U, check_step, read
+from tests.helpers.cuda_host import converted, graph_of
+from tests.helpers.random_models import random_checkpoint
 
 SHARE = 1e-3
 """As in test_model_values: how much two right float32 computations of a whole model may differ, of the largest."""

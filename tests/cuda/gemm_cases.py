@@ -16,11 +16,12 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from ptx_emulator import Memory, Program, from_16, round_16, run
-from support import U, as_weight
 
-from numballama import quant, registry
+from numballama import registry
 from numballama.config import F32
+from numballama.quantization import convert as quant
+from tests.cuda.emulator import Memory, Program, from_16, round_16, run
+from tests.helpers.bounds import U, as_weight
 
 QUANTISED = ("int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
 ROUNDING = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8} | dict.fromkeys(QUANTISED, 2.0**-10)
@@ -52,7 +53,7 @@ class Emulated:
     programs: dict[Any, Program] = {}  # noqa: RUF012
 
     def __init__(self, capability: tuple[int, int], tokens: int) -> None:
-        from numballama.lowlevel_cuda.launch import Gpu
+        from numballama.cuda.launch import Gpu
 
         self.capability, self.memory = capability, Memory(1 << 25)
         limit = {(7, 5): 64 << 10, (8, 0): 163 << 10}.get(capability, 227 << 10)
@@ -63,7 +64,7 @@ class Emulated:
         return self.put(np.zeros(count, np.int32), "i32")
 
     def put(self, array: np.ndarray, dtype: str) -> Any:
-        from numballama.lowlevel_cuda.launch import Array
+        from numballama.cuda.launch import Array
 
         return Array(self.memory.put(array), array.shape, dtype)
 
@@ -71,8 +72,8 @@ class Emulated:
         return self.memory.get(array.address, array.shape, dtype)
 
     def execute(self, launches: Sequence[Any]) -> None:
-        from numballama.lowlevel_cuda import driver
-        from numballama.lowlevel_cuda.launch import Array
+        from numballama.cuda import driver
+        from numballama.cuda.launch import Array
 
         for launch in launches:
             key = launch.kernel, launch.kinds, launch.threads
@@ -94,7 +95,7 @@ class Real:
     functions: dict[Any, Any] = {}  # noqa: RUF012
 
     def __init__(self, device: Any, tokens: int) -> None:
-        from numballama.lowlevel_cuda.launch import Gpu
+        from numballama.cuda.launch import Gpu
 
         self.device, self._owned = device, []  # type: ignore[var-annotated]
         self.gpu = Gpu(
@@ -106,8 +107,8 @@ class Real:
         return self.put(np.zeros(count, np.int32), "i32")
 
     def put(self, array: np.ndarray, dtype: str) -> Any:
-        from numballama.lowlevel_cuda.driver import Memory as DeviceMemory
-        from numballama.lowlevel_cuda.launch import Array
+        from numballama.cuda.driver import Memory as DeviceMemory
+        from numballama.cuda.launch import Array
 
         array = np.ascontiguousarray(array)
         memory = DeviceMemory(self.device, array.nbytes, "a test")
@@ -122,7 +123,7 @@ class Real:
         return out
 
     def calls(self, launches: Sequence[Any]) -> list[Any]:
-        from numballama.lowlevel_cuda import driver
+        from numballama.cuda import driver
 
         made = []
         for launch in launches:
@@ -141,7 +142,7 @@ class Real:
 
 def upload(machine: Any, values: np.ndarray, kind: str, group: int = 32) -> tuple[Any, np.ndarray]:
     """A weight on the machine, as the backend lays it out, and the numbers it stands for."""
-    from numballama.weights_cuda import _layout
+    from numballama.cuda.weights import _layout
 
     weight = as_weight(values.astype(np.float32), kind, group if kind == "int8" else 0)
     layout = _layout(weight)
@@ -414,7 +415,7 @@ def cases() -> list[Case]:
 
 def in_pieces(machine: Any) -> float:
     """Quantised weights that are expanded a part at a time."""
-    from numballama.kernels_cuda import gemm
+    from numballama.cuda.ops import gemm
 
     before, gemm.MOST_EXPANDED = gemm.MOST_EXPANDED, 128 * 64
     try:
@@ -446,7 +447,7 @@ if __name__ == "__main__":
         major, minor = map(int, sys.argv[1].split("."))
         failed = main(lambda tokens: Emulated((major, minor), tokens))
     else:
-        from numballama.lowlevel_cuda.driver import Device
+        from numballama.cuda.driver import Device
 
         real = Device()
         failed = main(lambda tokens: Real(real, tokens))

@@ -8,15 +8,45 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import cuda_simulator  # first: it puts the simulator's parts where kernels find them
 import numpy as np
 import pytest
-from cuda_simulator import simulation
-from cuda_support import HostDevice, HostMemory, install
+
+from tests.cuda import simulator as cuda_simulator  # first: it puts the simulator's parts where kernels find them
+from tests.cuda.simulator import simulation
+from tests.helpers.cuda_host import HostDevice, HostMemory, install
 
 install(run=simulation.run, processors=2)
 
-from cuda_checks import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numba import cuda
+
+from numballama import Error
+from numballama.checkpoint import Weight
+from numballama.config import HALF_SPLIT, INTERLEAVED, ModelConfig
+from numballama.cuda import backend as cuda_backend
+from numballama.cuda.intrinsics import (
+    address,
+    await_all,
+    close_copies,
+    copy16,
+    floats4,
+    let_successor_start,
+    shared_address,
+    shared_words4,
+    wait_for_predecessor,
+    words4,
+)
+from numballama.cuda.kernels import decode_attention as attention_kernels
+from numballama.cuda.kernels import sampling as sampling_kernels
+from numballama.cuda.launch import Launch
+from numballama.cuda.ops import attention, sampling
+from numballama.ir import Graph, Value
+from numballama.model import Model
+from numballama.reference import ReferenceBackend
+from numballama.sampling import Sampler
+from numballama.session import Session
+from tests.cuda.checks import (
     Bench,
     Pair,
     bounds_of,
@@ -33,34 +63,7 @@ from cuda_checks import (
     feed,
     poison,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-from numba import cuda
-from support import as_weight, check_step
-
-from numballama import Error
-from numballama import cuda as cuda_backend
-from numballama.checkpoint import Weight
-from numballama.config import HALF_SPLIT, INTERLEAVED, ModelConfig
-from numballama.ir import Graph, Value
-from numballama.kernels_cuda import attention, attention_kernels, sampling, sampling_kernels
-from numballama.lowlevel_cuda.instructions import (
-    address,
-    await_all,
-    close_copies,
-    copy16,
-    floats4,
-    let_successor_start,
-    shared_address,
-    shared_words4,
-    wait_for_predecessor,
-    words4,
-)
-from numballama.lowlevel_cuda.launch import Launch
-from numballama.model import Model
-from numballama.reference import ReferenceBackend
-from numballama.sampler import Sampler
-from numballama.session import Session
+from tests.helpers.bounds import as_weight, check_step
 
 if hasattr(os, "sched_setaffinity") and (core := os.environ.get("NUMBALLAMA_TEST_CORE")):
     cores = sorted(os.sched_getaffinity(0))
@@ -432,7 +435,9 @@ def test_a_nan_in_the_model_is_an_error() -> None:
 
 def test_every_instruction_is_emulated() -> None:
     """All but those of kernels for many tokens, on tensor cores: test_cuda_gemm runs their PTX."""
-    from numballama.kernels_cuda import basic_kernels, gemv_kernels, products
+    from numballama import kernels_cuda as basic_kernels
+    from numballama.cuda.kernels import dot as products
+    from numballama.cuda.kernels import gemv as gemv_kernels
 
     for module in (attention_kernels, basic_kernels, gemv_kernels, products, sampling_kernels):
         assert not set(vars(module)) & set(cuda_simulator.missing)
@@ -568,7 +573,7 @@ def test_comparisons_can_fail() -> None:
 
 
 def check_runs_of(pair: Pair, program: Any) -> None:
-    from cuda_checks import run_checked
+    from tests.cuda.checks import run_checked
 
     poison(program)
     run_checked(program, pair.reference.program(pair.graph(1)), [1], 0, 0, True)

@@ -36,11 +36,12 @@ import numpy as np
 
 assert os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", "the simulator is chosen before Numba is imported"
 
-from cuda_support import HostMemory
 from numba import cuda
 from numba.cuda import extending
 from numba.cuda.simulator import kernel as numba_simulator
 from numba.cuda.simulator.kernelapi import Dim3, FakeCUDAModule, swapped_cuda_module
+
+from tests.helpers.cuda_host import HostMemory
 
 # What the simulator's decorator does not know
 
@@ -59,7 +60,7 @@ class _Unknown:
         self.name = name
 
     def __call__(self, *arguments: Any) -> Any:
-        raise NotImplementedError(f"tests/cuda_simulator.py does not know lowlevel_cuda's {self.name}")
+        raise NotImplementedError(f"tests/cuda/simulator.py does not know lowlevel_cuda's {self.name}")
 
 
 cuda.jit = _jit
@@ -350,7 +351,7 @@ class Simulation:
         function = launch.function  # before its file is looked for
         with ExitStack() as stack:
             for name, module in list(sys.modules.items()):
-                if name.startswith("numballama.kernels_cuda") and vars(module).get("cuda") is cuda:
+                if name.startswith("numballama.cuda.ops") and vars(module).get("cuda") is cuda:
                     marker = python_types.FunctionType((lambda: None).__code__, vars(module))
                     stack.enter_context(swapped_cuda_module(marker, context))
             numba_simulator.FakeCUDAModule = lambda *shape: context
@@ -604,8 +605,9 @@ _EMULATED: dict[str, Callable[..., Any]] = {
 
 def _emulate() -> list[str]:
     """Put Python in the place of the instructions, before a kernel imports them; returns those that have none."""
-    assert not any(name.startswith("numballama.kernels_cuda") for name in sys.modules)
-    from numballama.lowlevel_cuda import instructions, tensor_cores
+    assert not any(name.startswith("numballama.cuda.ops") for name in sys.modules)
+    from numballama.cuda import intrinsics as instructions
+    from numballama.cuda import mma as tensor_cores
 
     missing = []
     for module in (instructions, tensor_cores):

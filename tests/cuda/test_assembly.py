@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cuda_support import missing_packages
 
 import numballama
+from tests.helpers.cuda_host import missing_packages
 
 if reason := missing_packages():
     pytest.skip(f"kernels are not compiled: {reason}", allow_module_level=True)
@@ -58,7 +58,7 @@ STREAMING = {"linear_kernel", "gate_up_kernel", "qkv_kernel", "qkv_rope_kernel"}
 
 
 def start(capability: str, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, str(HERE / "cuda_assembly.py"), capability, str(out)]
+    command = [sys.executable, "-m", "tests.cuda.assembly", capability, str(out)]
     path = os.pathsep.join([str(PACKAGE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": path}
@@ -93,12 +93,16 @@ def test_every_kernel_of_the_package_is_among_them(assembled: dict[str, dict[str
     script = (
         "import json, sys\n"
         "import importlib, pkgutil\n"
-        "from numballama import kernels_cuda, registry\n"
-        "for each in pkgutil.iter_modules(kernels_cuda.__path__, 'numballama.kernels_cuda.'):\n"
-        "    if each.name.endswith('_kernels'):  # the others have none but the yardstick of `bandwidth`\n"
+        "import numballama.kernels_cuda\n"
+        "from numballama import registry\n"
+        "from numballama.cuda import kernels\n"
+        "registry.load('cuda')\n"
+        "for each in pkgutil.iter_modules(kernels.__path__, 'numballama.cuda.kernels.'):\n"
+        "    if each.name.rpartition('.')[2] != 'copy':  # a yardstick, no operator\n"
         "        importlib.import_module(each.name)\n"
         "from numba.cuda.dispatcher import CUDADispatcher\n"
-        "modules = [m for name, m in sys.modules.items() if name.startswith('numballama.kernels_cuda')]\n"
+        "homes = ('numballama.cuda.kernels.', 'numballama.kernels_cuda')\n"
+        "modules = [m for name, m in sys.modules.items() if name.startswith(homes)]\n"
         "kernels = {v.py_func.__name__ for m in modules for v in vars(m).values() if isinstance(v, CUDADispatcher) "
         "and not v.targetoptions.get('device')}\n"
         "ops = {op for op, backend in registry._kernels if backend == 'cuda'}\n"
@@ -147,7 +151,7 @@ def test_instructions_that_a_card_has(assembled: dict[str, dict[str, Any]], capa
 
 def test_the_parser_sees_instructions() -> None:
     """The check above is about something."""
-    from cuda_assembly import opcodes
+    from tests.cuda.assembly import opcodes
 
     text = (
         "{\n.reg .u64 s; cvta.to.shared.u64 s, %rd1; cp.async.ca.shared.global [s], [%rd2], 4, %r1;}\n"
@@ -186,8 +190,8 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numballama.errors import DeviceError
 from numballama.kernel_cache import cuda_cache_directory
-from numballama.kernels_cuda import basic_kernels
-from numballama.lowlevel_cuda import driver
+from numballama import kernels_cuda as basic_kernels
+from numballama.cuda import driver
 
 
 @intrinsic
@@ -241,9 +245,7 @@ def test_bad_ptx_is_refused_and_the_cache_heals(tmp_path: Path) -> None:
     assert "another capability: this process compiles kernels for (8, 0)" in output
 
 
-@pytest.mark.parametrize(
-    "name", ["kernels_cuda/basic_kernels.py", "kernels_cuda/pieces.py", "lowlevel_cuda/instructions.py"]
-)
+@pytest.mark.parametrize("name", ["kernels_cuda.py", "cuda/kernels/common.py", "cuda/intrinsics.py"])
 def test_an_edited_source_has_another_cache(tmp_path: Path, name: str) -> None:
     """A kernel is kept by the sources of all of them: an edited helper in another file counts as well."""
     copy = tmp_path / "numballama"

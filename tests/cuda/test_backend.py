@@ -2,8 +2,8 @@
 that run ahead of the host, and memory.
 
     pytest -m gpu
-    compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest tests/test_cuda.py -k sanitize
-    compute-sanitizer --tool racecheck --error-exitcode 1 python -m pytest tests/test_cuda.py -k sanitize
+    compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest tests/cuda/test_backend.py -k sanitize
+    compute-sanitizer --tool racecheck --error-exitcode 1 python -m pytest tests/cuda/test_backend.py -k sanitize
 
 Tests named sanitize run every kernel once on small shapes. Kernels for more tokens than `gemm.FEW` have their own
 tests in test_cuda_gemm; here they run in whole models.
@@ -19,10 +19,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import configs, save
-from cuda_support import graph_of, missing_packages
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+
+from tests.helpers.cuda_host import graph_of, missing_packages
+from tests.helpers.random_models import configs, save
 
 
 def without_gpu() -> str:
@@ -30,7 +31,7 @@ def without_gpu() -> str:
     if reason := missing_packages():
         return reason
     from numballama import DeviceError
-    from numballama.lowlevel_cuda.driver import Device
+    from numballama.cuda.driver import Device
 
     try:
         Device("cuda")
@@ -44,7 +45,21 @@ if _reason := without_gpu():
 
 pytestmark = pytest.mark.gpu
 
-from cuda_checks import (
+import numballama
+from numballama import DeviceError, Error
+from numballama.config import HALF_SPLIT, INTERLEAVED, NAMED_SHAPES, ModelConfig
+from numballama.cuda import backend as cuda
+from numballama.cuda import driver
+from numballama.cuda.ops import gemm
+from numballama.graph import FUSIONS, KVLayout
+from numballama.ir import Graph, Value
+from numballama.model import Model
+from numballama.quantization import convert as quant
+from numballama.reference import ReferenceBackend
+from numballama.registry import find
+from numballama.sampling import Sampler
+from numballama.session import Session
+from tests.cuda.checks import (
     SHARE,
     Bench,
     Pair,
@@ -61,21 +76,8 @@ from cuda_checks import (
     poison,
     run_checked,
 )
-from support import TOKENIZERS, as_weight, check_step, story_model
-from test_kernels_cpu import CASES, Case
-
-import numballama
-from numballama import DeviceError, Error, cuda, quant
-from numballama.config import HALF_SPLIT, INTERLEAVED, NAMED_SHAPES, ModelConfig
-from numballama.graph import FUSIONS, KVLayout
-from numballama.ir import Graph, Value
-from numballama.kernels_cuda import gemm
-from numballama.lowlevel_cuda import driver
-from numballama.model import Model
-from numballama.reference import ReferenceBackend
-from numballama.registry import find
-from numballama.sampler import Sampler
-from numballama.session import Session
+from tests.helpers.bounds import TOKENIZERS, as_weight, check_step, story_model
+from tests.kernels.test_kernels_cpu import CASES, Case
 
 SLACK = 8 << 20
 """Bytes of device memory that the driver may keep for itself: it takes code and bookkeeping in pieces of 2 MB."""

@@ -24,10 +24,10 @@ HERE, PACKAGE = Path(__file__).parent, Path(numballama.__file__).parent
 
 
 def run_cases(*arguments: str) -> str:
-    """cuda_gemm_cases in a process of its own: one compiles for one capability."""
+    """`gemm_cases` in a process of its own: one compiles for one capability."""
     path = os.pathsep.join([str(PACKAGE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
-        [sys.executable, str(HERE / "cuda_gemm_cases.py"), *arguments],
+        [sys.executable, "-m", "tests.cuda.gemm_cases", *arguments],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=500, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
@@ -43,7 +43,7 @@ def test_emulated(capability: str) -> None:
 
 @pytest.mark.gpu
 def test_on_the_gpu() -> None:
-    from numballama.lowlevel_cuda.driver import Device
+    from numballama.cuda.driver import Device
 
     try:
         Device()
@@ -54,7 +54,7 @@ def test_on_the_gpu() -> None:
 
 def test_emulated_tensor_cores() -> None:
     """The emulator's own ldmatrix and mma, on a warp's product written down without them."""
-    from ptx_emulator import Memory, Program, run
+    from tests.cuda.emulator import Memory, Program, run
 
     ptx = """
 .visible .entry product(.param .u64 product_0, .param .u64 product_1)

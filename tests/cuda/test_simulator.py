@@ -13,14 +13,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cuda_support import missing_packages
+
+from tests.helpers.cuda_host import missing_packages
 
 if reason := missing_packages():
     pytest.skip(f"no CUDA simulator: {reason}", allow_module_level=True)
 
 HERE = Path(__file__).parent
 PARTS = 2
-FILE = "simulated_cuda_kernels.py"
+FILE = "simulated_kernels.py"
 
 
 def start(*arguments: str, core: int = 0) -> subprocess.Popen[str]:

@@ -29,9 +29,9 @@ def texts(special: list[str]) -> list[str]:
 
 def write(model: Path, copy: Path) -> None:
     import numballama
+    from numballama.chat.template import ChatTemplate
     from numballama.export import export_model
     from numballama.loader import open_checkpoint
-    from numballama.template import ChatTemplate
 
     print(*export_model(model, copy, "safetensors", "f32").notes, sep="\n")
     own, read = (numballama.load_tokenizer(path) for path in (model, copy))

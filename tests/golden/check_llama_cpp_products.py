@@ -78,7 +78,7 @@ def run(model_path: str, target: str, text: str) -> None:
 def products(weight: Any, x: np.ndarray, activations: str) -> np.ndarray:
     """x · weightᵀ by the kernels of the CPU."""
     from numballama.config import ROUNDED_AS
-    from numballama.cpu import CpuBackend
+    from numballama.cpu.backend import CpuBackend
     from numballama.ir import Graph
 
     graph = Graph("product")

@@ -68,7 +68,7 @@ def layers(model_path: str, target: str, count: int) -> None:
     """A model of the first layers of another: the same embedding, the same classifier."""
     from dataclasses import replace
 
-    from numballama.formats import WRITERS
+    from numballama.export import WRITERS
     from numballama.loader import open_checkpoint
 
     opened = open_checkpoint(model_path)

@@ -81,10 +81,9 @@ def transformers(folder: Path) -> None:
 
 def vocabularies(folder: Path) -> None:
     sys.path.insert(0, str(HERE.parent))
-    from bpe_support import real, vocabulary_gguf
-
-    from numballama.tokenizer import load_tokenizer
-    from numballama.tokenizers.words import WORDS
+    from numballama.formats.tokenizer_files import load_tokenizer
+    from numballama.tokenizers.pretokenizers import WORDS
+    from tests.helpers.bpe import real, vocabulary_gguf
 
     folder.mkdir(exist_ok=True)
     for pre in WORDS:

@@ -17,18 +17,20 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
-from gguf_support import random_blocks
 
 import numballama
-from numballama import cpu, quant, quant_blocks
 from numballama.checkpoint import Weight
 from numballama.config import BLOCKS, F32, ROUNDINGS, WeightType
-from numballama.cpu import CpuBackend, CpuProgram
+from numballama.cpu import backend as cpu
+from numballama.cpu.backend import CpuBackend, CpuProgram
+from numballama.cpu.compiler import compile_step
 from numballama.ir import Graph, Op
-from numballama.jit import compile_step
 from numballama.model import Model
+from numballama.quantization import blocks as quant_blocks
+from numballama.quantization import convert as quant
 from numballama.reference import ReferenceBackend, seen
 from numballama.registry import find
+from tests.helpers.gguf_files import random_blocks
 
 U = 2.0**-24
 """Half the distance from 1 to the next float32: the largest relative error of one rounding."""

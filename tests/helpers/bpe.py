@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import MODELS, random_checkpoint
-from gguf_support import ARRAY, CONFIG, STRING, array, container, entry, text, u32
-from golden.lines import lines
 from tokenizers import AddedToken, decoders, models, normalizers, processors, trainers
 from tokenizers import Tokenizer as Library
 
 from numballama.config import ModelConfig
-from numballama.formats.gguf_writer import write_gguf
-from numballama.tokenizer import Vocabulary, load_tokenizer
-from numballama.tokenizers.words import WORDS, pre_tokenizer
+from numballama.formats.gguf.writer import write_gguf
+from numballama.formats.tokenizer_files import load_tokenizer
+from numballama.tokenizers.base import Vocabulary
+from numballama.tokenizers.pretokenizers import WORDS, pre_tokenizer
+from tests.golden.lines import lines
+from tests.helpers.gguf_files import ARRAY, CONFIG, STRING, array, container, entry, text, u32
+from tests.helpers.random_models import MODELS, random_checkpoint
 
 SPECIAL = ("<|begin_of_text|>", "<|endoftext|>", "<|im_start|>", "<|im_end|>")
 ADDED = ("<think>", "</think>", "<tool_call>")

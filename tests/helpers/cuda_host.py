@@ -1,7 +1,7 @@
 """What the tests of the CUDA backend share where there is no GPU: a device that is the host's memory.
 
-`install` puts it in the place of `lowlevel_cuda.driver`'s classes in `numballama.cuda` and `weights_cuda`, for the rest
-of the process. So the backend's own code binds plans, weights and inputs; what a launch does is the caller's choice:
+`install` puts it in the place of `cuda.driver`'s classes in `cuda.backend` and `cuda.weights`, for the rest of the
+process. So the backend's own code binds plans, weights and inputs; what a launch does is the caller's choice:
 nothing where kernels are only compiled (test_cuda_assembly), or the kernel run by the simulator (test_cuda_simulator).
 """
 
@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from support import as_weight
 
 from numballama.checkpoint import Weight
 from numballama.config import ModelConfig
 from numballama.graph import KVLayout, build
 from numballama.ir import Graph
+from tests.helpers.bounds import as_weight
 
 ALIGNMENT = 256
 """Of device memory, as the driver gives it."""
@@ -86,7 +86,7 @@ class HostMemory:
         self.free = weakref.finalize(self, HostMemory.live.remove, entry)
 
     def array(self, offset: int, shape: tuple[int, ...], dtype: str) -> Any:
-        from numballama.lowlevel_cuda.launch import Array
+        from numballama.cuda.launch import Array
 
         return Array(self.address + offset, shape, dtype)
 
@@ -152,8 +152,9 @@ def install(
 
     For a process of its own: nothing puts the driver back.
     """
-    from numballama import cuda, weights_cuda
-    from numballama.lowlevel_cuda import driver
+    from numballama.cuda import backend as cuda
+    from numballama.cuda import driver
+    from numballama.cuda import weights as weights_cuda
 
     class HostCall:
         def __init__(self, device: HostDevice, function: Any, launch: Any) -> None:
@@ -176,7 +177,7 @@ def install(
         "compile_kernel": compile_kernel or nothing,
         "compile_ahead": lambda *arguments: {},
     }.items():
-        assert hasattr(cuda, name), f"numballama.cuda has no {name} any more: tests/cuda_support.py stands in for it"
+        assert hasattr(cuda, name), f"cuda.backend has no {name} any more: tests/helpers/cuda_host.py stands in for it"
         setattr(cuda, name, replacement)
         if hasattr(weights_cuda, name):
             setattr(weights_cuda, name, replacement)

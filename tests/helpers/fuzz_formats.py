@@ -1,4 +1,4 @@
-"""Mutated model files, for every format: python tests/fuzz_formats.py CASES [FORMAT …] [--seed N]
+"""Mutated model files, for every format: python tests/helpers/fuzz_formats.py CASES [FORMAT …] [--seed N]
 
 A case takes the valid files of a format, damages them and opens what is left. Whatever the files have become, that ends
 in a model or in a `numballama.Error`, within 2 seconds, in memory of the files' size and 100 MB. The first case that
@@ -27,19 +27,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import fuzz_tokenizers
 import numpy as np
-from conftest import random_checkpoint
-from conftest import save as save_random
-from gguf_support import HALVES, letters, random_blocks, split
 
 import numballama
-from numballama import quant
 from numballama.config import BF16, BLOCKS, F16, ModelConfig
 from numballama.errors import Error
-from numballama.formats.gguf_writer import write_gguf
-from numballama.formats.hf_writer import write_safetensors
+from numballama.formats.gguf.writer import write_gguf
+from numballama.formats.hf.writer import write_safetensors
 from numballama.loader import open_checkpoint
+from numballama.quantization import convert as quant
+from tests.helpers import fuzz_tokenizers
+from tests.helpers.gguf_files import HALVES, letters, random_blocks, split
+from tests.helpers.random_models import random_checkpoint
+from tests.helpers.random_models import save as save_random
 
 SECONDS = 2.0
 BYTES = 100 << 20
@@ -99,7 +99,7 @@ def golden(*names: str) -> Maker:
     """A model of tests/golden, which a peer's program wrote."""
 
     def copy(folder: Path) -> Path:
-        shutil.copytree(Path(__file__).parent.joinpath("golden", *names), folder, dirs_exist_ok=True)
+        shutil.copytree(Path(__file__).parents[1].joinpath("golden", *names), folder, dirs_exist_ok=True)
         (folder / "expected.npz").unlink()
         return folder
 

@@ -7,13 +7,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from bpe_support import CHAT_CONFIG, SPECIAL, save_json, trained, vocabulary_gguf
-from golden.make_templates import CONVERSATIONS, OWN
-from golden.make_tokenizers import SMALL
-
+from numballama.chat.template import CHATML, choose, stop_ids
 from numballama.errors import Error
-from numballama.template import CHATML, choose, stop_ids
-from numballama.tokenizer import load_tokenizer, read_text_files
+from numballama.formats.tokenizer_files import load_tokenizer, read_text_files
+from tests.golden.make_templates import CONVERSATIONS, OWN
+from tests.golden.make_tokenizers import SMALL
+from tests.helpers.bpe import CHAT_CONFIG, SPECIAL, save_json, trained, vocabulary_gguf
 
 TEXT = "Once upon a time 🙂\0 <s> 12345 <|im_end|>"
 

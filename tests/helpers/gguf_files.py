@@ -8,15 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from conftest import random_checkpoint
 
-from numballama import quant
 from numballama.checkpoint import Weight
 from numballama.config import BF16, BLOCKS, F16, F32, Q4_0, Q4_1, Q8_0, ModelConfig, WeightType
 from numballama.files import map_file
-from numballama.formats.gguf_writer import write_gguf
-from numballama.gguf_header import TENSOR_TYPES, Header
-from numballama.tokenizer import GgufTokenizer, PieceType, Vocabulary
+from numballama.formats.gguf.header import TENSOR_TYPES, Header
+from numballama.formats.gguf.writer import write_gguf
+from numballama.quantization import convert as quant
+from numballama.tokenizers.base import PieceType, Vocabulary
+from numballama.tokenizers.scored import GgufTokenizer
+from tests.helpers.random_models import random_checkpoint
 
 CONFIG = ModelConfig(32, 64, 2, 4, 2, 300, 16, tied_embeddings=False)
 TYPES = {"F32": F32, "F16": F16, "BF16": BF16, "Q8_0": Q8_0, "Q4_0": Q4_0, "Q4_1": Q4_1}

@@ -17,17 +17,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import as_weight, check_step, compiled, cpu_backend, poison, read, run_parts
 
-from numballama import quant, registry
+from numballama import registry
 from numballama.checkpoint import Weight
 from numballama.config import BLOCKS, ROUNDED_AS
-from numballama.cpu import CpuProgram
+from numballama.cpu.backend import CpuProgram
+from numballama.cpu.compiler import FAST_MATH
 from numballama.ir import DTYPES, Graph, Value
-from numballama.jit import FAST_MATH
 from numballama.kernels_cpu import CACHE, LARGEST, LINEAR, SMALLEST, exp
-from numballama.quant_activations import round_as
+from numballama.quantization import convert as quant
+from numballama.quantization.activations import round_as
 from numballama.reference import ReferenceBackend
+from tests.helpers.bounds import as_weight, check_step, compiled, cpu_backend, poison, read, run_parts
 
 SIZES = st.one_of(
     st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 33, 63, 64, 65, 96, 100, 127, 128, 130, 160, 172, 192, 256])

@@ -9,20 +9,33 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import architectures, reference_logits
-from gguf_support import ARRAY, CONFIG, STRING, array, edited, entry, f32, save, tensor, text, u32, weights_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numballama.config import HALF_SPLIT, INTERLEAVED, ModelConfig, RopeScaling
 from numballama.errors import FormatError, UnsupportedError
 from numballama.files import map_file
-from numballama.formats.gguf_writer import write_gguf
-from numballama.gguf_header import Header
+from numballama.formats.gguf.header import Header
+from numballama.formats.gguf.writer import write_gguf
 from numballama.loader import open_checkpoint
 from numballama.rope import rope_frequencies
+from tests.helpers.gguf_files import (
+    ARRAY,
+    CONFIG,
+    STRING,
+    array,
+    edited,
+    entry,
+    f32,
+    save,
+    tensor,
+    text,
+    u32,
+    weights_of,
+)
+from tests.helpers.random_models import architectures, reference_logits
 
-HF = Path(__file__).parent / "golden" / "hf"
+HF = Path(__file__).parents[1] / "golden" / "hf"
 
 
 @settings(max_examples=60)

@@ -14,15 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import TOKENIZERS, shared_model, story_model
 
 import numballama
-from numballama import loader, quant
+from numballama import loader
 from numballama.config import WeightType
-from numballama.formats import WRITERS
+from numballama.export import WRITERS
 from numballama.model import Model
+from numballama.quantization import convert as quant
+from tests.helpers.bounds import TOKENIZERS, shared_model, story_model
 
-GOLDEN = Path(__file__).with_name("golden")
+GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = list(TOKENIZERS)
 ANY_FLIP = 1.0
 """More than int8 activations that round otherwise change a logit of these models (0.8 at most was seen)."""

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import reference_logits
 
 import numballama
 from numballama.config import INTERLEAVED, ModelConfig, RopeScaling
 from numballama.loader import open_checkpoint
 from numballama.rope import rope_frequencies
+from tests.helpers.random_models import reference_logits
 
-HF = Path(__file__).parent / "golden" / "hf"
+HF = Path(__file__).parents[1] / "golden" / "hf"
 FOLDERS = sorted(path for path in HF.iterdir() if path.is_dir() and not path.name.startswith("olmo2"))
 """OLMo 2 is added by docs/architecture.md, whose test has its own."""
 CLOSE = 2e-4

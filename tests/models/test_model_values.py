@@ -16,18 +16,18 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import architectures, random_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import check_step, compiled, cpu_backend, poison, poison_dead, read
 
-from numballama import quant
 from numballama.checkpoint import Weight
 from numballama.config import F32, HALF_SPLIT, INTERLEAVED, ModelConfig, WeightType
-from numballama.cpu import CpuProgram
+from numballama.cpu.backend import CpuProgram
 from numballama.graph import FUSIONS, KVLayout, build
+from numballama.quantization import convert as quant
 from numballama.reference import ReferenceBackend, ReferenceProgram
 from numballama.session import Session
+from tests.helpers.bounds import check_step, compiled, cpu_backend, poison, poison_dead, read
+from tests.helpers.random_models import architectures, random_checkpoint
 
 TYPES = {"f32": F32, "f16": WeightType("f16"), "bf16": WeightType("bf16")}
 SHARE = 1e-3

@@ -17,39 +17,28 @@ PACKAGE = Path(numballama.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
-    # vocabulary
-    "errors", "checks", "config", "rope", "registry", "memory", "progress",
-    # file → Checkpoint
-    "checkpoint", "quant_blocks", "quant_activations", "quant", "conversion", "files",
-    "gguf_header", "gguf_split", "protobuf", "hub",
-    "tokenizers", "tokenizers.base", "tokenizers.library", "tokenizers.scored",
-    "tokenizers.words", "tokenizers.bpe", "tokenizers.gguf_bpe", "tokenizers.tiktoken", "tokenizers.huggingface",
-    "tokenizer",
-    "formats.layout", "formats.llama2c", "formats.kuiper", "formats.pairing", "formats.gguf", "formats.gguf_writer",
-    "formats.jsonfile", "formats.safetensors", "formats.hf_config", "formats.hf", "formats.hf_writer",
-    "formats.torchfile", "formats.meta", "formats", "loader",
-    # Checkpoint → Graph → Plan
-    "ir", "graph", "plan", "kernels_outline",
-    # Plan → Backend
-    "kernel_cache", "jit", "blocks_cuda", "lowlevel_cpu", "blocks_cpu", "blocks_int8_cpu", "matmul_cpu", "kernels_cpu",
-    "kernels_int8_cpu", "sampling", "sampler", "cpu",
-    "lowlevel_cuda", "lowlevel_cuda.launch", "lowlevel_cuda.lowering", "lowlevel_cuda.instructions",
-    "lowlevel_cuda.tensor_cores", "lowlevel_cuda.driver", "lowlevel_cuda.compile",
-    "kernels_cuda.gemv", "kernels_cuda.basic", "kernels_cuda.gemm", "kernels_cuda.attention",
-    "kernels_cuda.prefill_attention", "kernels_cuda.sampling", "kernels_cuda",
-    "kernels_cuda.pieces", "kernels_cuda.blocks", "kernels_cuda.products", "kernels_cuda.gemv_kernels",
-    "kernels_cuda.basic_kernels", "kernels_cuda.gemm_kernels", "kernels_cuda.attention_kernels",
-    "kernels_cuda.prefill_attention_kernels", "kernels_cuda.sampling_kernels", "kernels_cuda.bandwidth",
-    "weights_cuda", "cuda",
-    "reference",
-    # Backend → Session → text
-    "session", "text", "sandbox", "template", "chat", "model",
-    # around a model
-    "inspection", "profile_step", "bench_cuda", "bench", "export", "cli_chat", "doctor", "cli", "__main__",
+    "errors", "validation", "config", "rope", "registry", "memory", "progress", "checkpoint", "quantization.blocks",
+    "quantization.activations", "quantization.convert", "quantization.policy", "files", "formats.gguf.header",
+    "formats.gguf.split", "tokenizers.sentencepiece_proto", "hub", "tokenizers", "tokenizers.base",
+    "tokenizers.sentencepiece", "tokenizers.scored", "tokenizers.pretokenizers", "tokenizers.bpe",
+    "formats.gguf.tokenizer", "tokenizers.tiktoken", "tokenizers.huggingface", "formats.tokenizer_files",
+    "formats.llama2c.layout", "formats.llama2c.reader", "formats.llama2c.kuiper", "formats.rope_permute",
+    "formats.gguf.reader", "formats.gguf.writer", "formats.json_reader", "formats.safetensors", "formats.hf.config",
+    "formats.hf.reader", "formats.hf.writer", "formats.meta.torch_zip", "formats.meta.reader", "formats", "loader",
+    "ir", "graph", "plan", "kernels_outline", "kernel_cache", "cpu.compiler", "cuda.repack", "cpu.intrinsics",
+    "cpu.vecdot", "cpu.vecdot_int8", "cpu.matmul", "kernels_cpu", "cpu.kernels_int8", "cpu.sampling", "sampling",
+    "cpu.backend", "cuda.launch", "cuda.lowering", "cuda.intrinsics", "cuda.mma", "cuda.driver",
+    "cuda.compile_worker", "cuda.ops.gemv", "cuda.ops.elementwise", "cuda.ops.gemm", "cuda.ops.attention",
+    "cuda.ops.prefill_attention", "cuda.ops.sampling", "cuda.ops", "cuda.kernels.common", "cuda.kernels.dequant",
+    "cuda.kernels.dot", "cuda.kernels.gemv", "kernels_cuda", "cuda.kernels.gemm", "cuda.kernels.decode_attention",
+    "cuda.kernels.prefill_attention", "cuda.kernels.sampling", "cuda.kernels.copy", "cuda.weights", "cuda.backend",
+    "reference", "session", "generate", "chat.sandbox", "chat.template", "chat.conversation", "model", "inspection",
+    "bench.profiler", "bench.bandwidth", "bench.benchmark", "export", "cli.chat", "cli.doctor", "cli.main",
+    "__main__",
 ]  # fmt: skip
 """The flow, left to right: a module imports only what stands before it."""
 
-CUDA = ("kernels_cuda", "lowlevel_cuda")
+CUDA = ("kernels_cuda", "cuda")
 """Where `numba.cuda` may be imported: these modules, or packages of these names."""
 
 
@@ -208,11 +197,11 @@ def test_a_gpu_with_kernels_in_the_cache_needs_no_numba() -> None:
     """Its import takes longer than all else of a start."""
     pytest.importorskip("cuda.bindings")
     loaded = modules_after(
-        "import numballama.model, numballama.cuda\n"
+        "import numballama.model, numballama.cuda.backend\n"
         "from numballama import registry\n"
         "registry.load('cuda')\n"
-        "from numballama.kernels_cuda import basic\n"
-        "from numballama.lowlevel_cuda import driver, launch\n"
+        "from numballama.cuda.ops import basic\n"
+        "from numballama.cuda import driver, launch\n"
         "array = launch.Array(256, (4, 64), 'f32')\n"
         "gpu = launch.Gpu(4, 1 << 16, array, lambda n: array)\n"
         "(one,) = basic.add(gpu, array, array, array)\n"
@@ -224,4 +213,4 @@ def test_a_gpu_with_kernels_in_the_cache_needs_no_numba() -> None:
 
 def test_compiling_sees_numba() -> None:
     """The check above would notice."""
-    assert "numba" in modules_after("import numballama.cpu")
+    assert "numba" in modules_after("import numballama.cpu.backend")

@@ -15,21 +15,15 @@ import numpy as np
 import pytest
 
 import numballama
-from numballama import (  # noqa: F401  (kernels are registered before the copy is made)
-    cli,
-    conversion,
-    graph,
-    ir,
-    kernels_cpu,
-    kernels_int8_cpu,
-    reference,
-    registry,
-)
+from numballama import graph, ir, registry
+from numballama.cli import main as cli
 from numballama.export import export_model
-from numballama.formats import hf, hf_config
+from numballama.formats.hf import config as hf_config
+from numballama.formats.hf import reader as hf
 from numballama.model import KV_TYPES
+from numballama.quantization import policy as conversion
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 

@@ -12,26 +12,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import SMALL, architectures, random_checkpoint, reference_logits, save
-from gguf_support import letters
-from gguf_support import save as save_gguf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import numballama
-from numballama import quant
 from numballama.checkpoint import Deferred, Weight
 from numballama.config import BF16, F16, F32, HALF_SPLIT, INTERLEAVED, Q8_0, ModelConfig, WeightType
-from numballama.conversion import Converting
 from numballama.errors import Error, UnsupportedError
-from numballama.export import QUANTS, export_model
+from numballama.export import QUANTS, WRITERS, export_model
 from numballama.files import map_file
-from numballama.formats import WRITERS
-from numballama.formats.hf_writer import write_safetensors
-from numballama.gguf_header import Header
+from numballama.formats.gguf.header import Header
+from numballama.formats.hf.writer import write_safetensors
 from numballama.loader import STORY_MODEL, open_checkpoint
+from numballama.quantization import convert as quant
+from numballama.quantization.policy import Converting
+from tests.helpers.gguf_files import letters
+from tests.helpers.gguf_files import save as save_gguf
+from tests.helpers.random_models import SMALL, architectures, random_checkpoint, reference_logits, save
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 WIDE = ModelConfig(64, 96, 2, 4, 2, 300, 16, tied_embeddings=False)
 
 
@@ -77,7 +76,7 @@ def test_most_architectures_can_be_written() -> None:
 
 
 def _writable(q: bool, o: bool, mlp: bool, norm: bool, window: int) -> bool:
-    from numballama.formats.hf_config import config_json
+    from numballama.formats.hf.config import config_json
 
     config = replace(SMALL, qkv_bias=q, o_bias=o, mlp_bias=mlp, qk_norm=norm, window=window)
     try:

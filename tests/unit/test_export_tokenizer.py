@@ -10,17 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from bpe_support import ADDED, CHAT_CONFIG, SPECIAL, chat_model, save_json, trained
-from conftest import random_checkpoint
-from gguf_support import CONFIG, edited, u32
-from golden.lines import lines
 from tokenizers import Tokenizer as Library
 
 from numballama.export import export_model
-from numballama.formats.gguf_writer import write_gguf
+from numballama.formats.gguf.writer import write_gguf
+from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.loader import open_checkpoint
-from numballama.tokenizer import BPETokenizer, Vocabulary, load_tokenizer
-from numballama.tokenizers.words import WORDS
+from numballama.tokenizers.base import Vocabulary
+from numballama.tokenizers.bpe import BPETokenizer
+from numballama.tokenizers.pretokenizers import WORDS
+from tests.golden.lines import lines
+from tests.helpers.bpe import ADDED, CHAT_CONFIG, SPECIAL, chat_model, save_json, trained
+from tests.helpers.gguf_files import CONFIG, edited, u32
+from tests.helpers.random_models import random_checkpoint
 
 TEXTS = [
     *lines()[::60],

@@ -13,16 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import save
 from hypothesis import given
 from hypothesis import strategies as st
-from support import shared_model, story_model
 
 import numballama
 from numballama import ContextError, DeviceError, Error, Model, UnsupportedError
 from numballama.config import ModelConfig
+from numballama.generate import StopFilter
 from numballama.model import CHUNK, Interrupted, Piece
-from numballama.text import StopFilter
+from tests.helpers.bounds import shared_model, story_model
+from tests.helpers.random_models import save
 
 TINY = ModelConfig(16, 24, 2, 4, 2, 300, 2 * CHUNK + 10)
 WORDS = [

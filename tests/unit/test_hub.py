@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("huggingface_hub")
 
-MODEL = Path(__file__).parent / "golden" / "hf" / "qwen3-f16-sharded-0"
+MODEL = Path(__file__).parents[1] / "golden" / "hf" / "qwen3-f16-sharded-0"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 OTHERS = dict.fromkeys(("pytorch_model.bin", "onnx/model.onnx", "README.md", "original/params.json"), b"not wanted")
 """What hub repositories also hold and this package does not read."""

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from dataclasses import replace
 
-from conftest import architectures
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,6 +15,7 @@ from numballama.config import F32, ModelConfig, WeightType
 from numballama.graph import KVLayout, build, fuse
 from numballama.kernels_outline import OUTLINE
 from numballama.plan import lower
+from tests.helpers.random_models import architectures
 
 
 def entries(backend: str, home: str) -> dict[tuple[str, tuple[registry.Types, ...]], registry.Kernel]:

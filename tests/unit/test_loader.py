@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import random_checkpoint
 
 from numballama import loader
 from numballama.config import ModelConfig
 from numballama.errors import Error, FormatError, UnsupportedError
-from numballama.formats import WRITERS
+from numballama.export import WRITERS
 from numballama.loader import open_checkpoint
-from numballama.tokenizer import Llama2cTokenizer
+from numballama.tokenizers.scored import Llama2cTokenizer
+from tests.helpers.random_models import random_checkpoint
 
 SMALL = ModelConfig(16, 12, 1, 4, 2, 264, 8)
 

@@ -10,17 +10,17 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-from conftest import configs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from numballama import cpu, registry  # noqa: F401  (cpu fills the registry)
+from numballama import registry
 from numballama.config import F32, ModelConfig, WeightType
 from numballama.errors import Error, UnsupportedError
 from numballama.graph import FUSIONS, KVLayout, build, fuse
 from numballama.ir import Graph, verify
 from numballama.kernels_cpu import CACHE
 from numballama.plan import ALIGNMENT, Plan, lower, verify_plan
+from tests.helpers.random_models import configs
 
 SMALL = ModelConfig(16, 24, 2, 4, 2, 20, 8)
 

@@ -18,17 +18,18 @@ from typing import Any
 import numba
 import numpy as np
 import pytest
-from conftest import save
 from numba.core.runtime import _nrt_python as nrt
 from numba.core.runtime import rtsys
-from support import shared_model
 
 import numballama
-from numballama import jit, kernel_cache
+from numballama import kernel_cache
 from numballama.config import ModelConfig
+from numballama.cpu import compiler as jit
+from numballama.cpu.sampling import greedy
 from numballama.model import Model
-from numballama.sampler import Sampler
-from numballama.sampling import greedy
+from numballama.sampling import Sampler
+from tests.helpers.bounds import shared_model
+from tests.helpers.random_models import save
 
 PACKAGE = Path(numballama.__file__).parent
 SMALL = ModelConfig(32, 64, 2, 4, 2, 120, 40)

@@ -16,9 +16,9 @@ from numba import njit
 from numba.core.runtime import _nrt_python as nrt
 from numba.core.runtime import rtsys
 
-from numballama import sampling
+from numballama.cpu import sampling
 from numballama.errors import Error
-from numballama.sampler import REPEAT_WINDOW, Sampler
+from numballama.sampling import REPEAT_WINDOW, Sampler
 
 LOGITS = hnp.arrays(
     np.float32,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from ..lowlevel_cuda.instructions import bits_of_f32, exp2
+from ..intrinsics import bits_of_f32, exp2
 
 ALL = 0xFFFFFFFF
 """Every lane of a warp."""

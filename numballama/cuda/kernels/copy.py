@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from numba import cuda
 
-from ..lowlevel_cuda.instructions import floats4, store4
-from ..lowlevel_cuda.launch import Array, Launch
-from .basic_kernels import begin
+from ...kernels_cuda import begin
+from ..intrinsics import floats4, store4
+from ..launch import Array, Launch
 
 THREADS = 256
 BLOCK_NUMBERS = 4 * 4 * THREADS

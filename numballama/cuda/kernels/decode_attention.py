@@ -17,7 +17,7 @@ import math
 import numpy as np
 from numba import cuda
 
-from ..lowlevel_cuda.instructions import (
+from ..intrinsics import (
     address,
     await_all,
     await_all_but_1,
@@ -37,7 +37,7 @@ from ..lowlevel_cuda.instructions import (
     wait_for_predecessor,
     words4,
 )
-from .attention import (
+from ..ops.attention import (
     ALONE,
     HEADS,
     LEAST_KEYS,
@@ -49,7 +49,7 @@ from .attention import (
     WARPS,
     WEIGHTS,
 )
-from .pieces import ALL, LOG2_E, at_once, beyond, block_max, block_sum, device, split, warp_max, warp_sum
+from .common import ALL, LOG2_E, at_once, beyond, block_max, block_sum, device, split, warp_max, warp_sum
 
 FAR_BELOW = np.float32(-1e30)
 """A maximum of no numbers; finite, so that differences of two are numbers."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..lowlevel_cuda.instructions import (
+from ..intrinsics import (
     address,
     f32_of_half,
     f32_of_signed_byte,
@@ -20,7 +20,7 @@ from ..lowlevel_cuda.instructions import (
     scale_word,
     word,
 )
-from .pieces import device
+from .common import device
 
 FOUR_RECORD, FOUR_WORDS, FOUR_FACTORS = 80, 20, 64
 """Bytes and words of a record of q4_k, which a warp's lanes share, 32 numbers each; words of two lanes come first, from

@@ -17,7 +17,7 @@ import math
 import numpy as np
 from numba import cuda
 
-from ..lowlevel_cuda.instructions import (
+from ..intrinsics import (
     bits_of_f32,
     copy4,
     copy8,
@@ -45,8 +45,7 @@ from ..lowlevel_cuda.instructions import (
     shared_words4,
     store4,
 )
-from .blocks import FOUR_FACTORS, SIX_FACTORS, SIX_SCALES, factors_of, factors_q6_k
-from .gemv import (
+from ..ops.gemv import (
     CHUNK_BYTES,
     LANE_STEP,
     SCALE_BYTES,
@@ -57,7 +56,8 @@ from .gemv import (
     THREADS,
     WARPS,
 )
-from .pieces import ALL, device, warp_sum
+from .common import ALL, device, warp_sum
+from .dequant import FOUR_FACTORS, SIX_FACTORS, SIX_SCALES, factors_of, factors_q6_k
 
 
 @device

@@ -23,7 +23,7 @@ import math
 import numpy as np
 from numba import cuda
 
-from ..lowlevel_cuda.instructions import (
+from ..intrinsics import (
     address,
     await_all,
     await_all_but_1,
@@ -46,8 +46,8 @@ from ..lowlevel_cuda.instructions import (
     word,
     words4,
 )
-from ..lowlevel_cuda.launch import STAGED_BYTES
-from ..lowlevel_cuda.tensor_cores import (
+from ..launch import STAGED_BYTES
+from ..mma import (
     add_products,
     expand16,
     expand_packed,
@@ -60,10 +60,10 @@ from ..lowlevel_cuda.tensor_cores import (
     zeros32,
     zeros128,
 )
-from .blocks import block_at
-from .gemm import F32_STEP, STEP, THREADS, TILE, TILE_BYTES, W_ROW, X_ROW
-from .pieces import ALL, at_once, block_sum, device, sigmoid_times
-from .products import floats4_or_0, squared, times4
+from ..ops.gemm import F32_STEP, STEP, THREADS, TILE, TILE_BYTES, W_ROW, X_ROW
+from .common import ALL, at_once, block_sum, device, sigmoid_times
+from .dequant import block_at
+from .dot import floats4_or_0, squared, times4
 
 STAGED = STAGED_BYTES // 4
 

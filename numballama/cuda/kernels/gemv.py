@@ -20,7 +20,7 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
-from ..lowlevel_cuda.instructions import (
+from ..intrinsics import (
     address,
     await_all,
     await_all_but_3,
@@ -38,19 +38,10 @@ from ..lowlevel_cuda.instructions import (
     store_number,
     wait_for_predecessor,
 )
-from .blocks import FOUR_WORDS, chunk_scales, first_scale
-from .gemv import CHUNK_BYTES, DEPTH, SCALE_BYTES, SCALES_AT, THREADS, WARPS
-from .pieces import at_once, beyond, device, sigmoid_times, split, warp_sum2
-from .products import (
-    fetch_q6_k,
-    multiply,
-    norm_factor,
-    numbers_together,
-    payload_step,
-    row_bytes,
-    stage_x,
-    x_step,
-)
+from ..ops.gemv import CHUNK_BYTES, DEPTH, SCALE_BYTES, SCALES_AT, THREADS, WARPS
+from .common import at_once, beyond, device, sigmoid_times, split, warp_sum2
+from .dequant import FOUR_WORDS, chunk_scales, first_scale
+from .dot import fetch_q6_k, multiply, norm_factor, numbers_together, payload_step, row_bytes, stage_x, x_step
 
 LINEAR, GATE_UP, QKV = 0, 1, 2
 """What the two rows of a pair are: neighbours of one weight; the same row of two; or, in three, see `place`."""

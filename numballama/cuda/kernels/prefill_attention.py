@@ -16,7 +16,7 @@ import math
 import numpy as np
 from numba import cuda
 
-from ..lowlevel_cuda.instructions import (
+from ..intrinsics import (
     address,
     await_all,
     close_copies,
@@ -27,7 +27,7 @@ from ..lowlevel_cuda.instructions import (
     shared_address,
     wait_for_predecessor,
 )
-from ..lowlevel_cuda.tensor_cores import (
+from ..mma import (
     add_values,
     load_queries,
     mask_scores,
@@ -42,9 +42,9 @@ from ..lowlevel_cuda.tensor_cores import (
     zeros32,
     zeros64,
 )
-from .attention_kernels import FAR_BELOW
-from .pieces import ALL, LOG2_E, at_once, device
-from .prefill_attention import THREADS, TILE
+from ..ops.prefill_attention import THREADS, TILE
+from .common import ALL, LOG2_E, at_once, device
+from .decode_attention import FAR_BELOW
 
 
 @device

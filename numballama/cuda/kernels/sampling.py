@@ -14,10 +14,10 @@ import math
 import numpy as np
 from numba import cuda
 
-from ..lowlevel_cuda.instructions import bits_of_f32, let_successor_start, publish, wait_for_predecessor
-from .basic_kernels import better
-from .pieces import ALL, device, is_nan
-from .sampling import THREADS
+from ...kernels_cuda import better
+from ..intrinsics import bits_of_f32, let_successor_start, publish, wait_for_predecessor
+from ..ops.sampling import THREADS
+from .common import ALL, device, is_nan
 
 BIN_BITS, PER_NAT = 11, np.float32(64)
 BINS = 1 << BIN_BITS

@@ -7,6 +7,6 @@ other, `…_kernels`, has the `@cuda.jit` kernels; it is imported, and Numba wit
 Shapes: T tokens at most, D the model's width, K and N a weight's columns and rows, S sequences, C the cache's length.
 """
 
-from . import attention, basic, gemm, gemv, prefill_attention, sampling
+from . import attention, elementwise, gemm, gemv, prefill_attention, sampling
 
-__all__ = ["attention", "basic", "gemm", "gemv", "prefill_attention", "sampling"]
+__all__ = ["attention", "elementwise", "gemm", "gemv", "prefill_attention", "sampling"]

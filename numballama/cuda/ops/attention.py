@@ -8,11 +8,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ..lowlevel_cuda.launch import Array, Gpu, Kernel, KernelFile, Launch
-from ..registry import kernel
+from ...registry import kernel
+from ..launch import Array, Gpu, Kernel, KernelFile, Launch
 from .gemv import CACHE
 
-kernels = KernelFile(f"{__package__}.attention_kernels")
+kernels = KernelFile("numballama.cuda.kernels.decode_attention")
 
 THREADS = 256
 WARPS = THREADS // 32

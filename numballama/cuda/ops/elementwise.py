@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ..lowlevel_cuda.launch import Array, Gpu, KernelFile, Launch, Matrix
-from ..registry import kernel
+from ...registry import kernel
+from ..launch import Array, Gpu, KernelFile, Launch, Matrix
 from .gemv import CACHE, MATRIX
 
-kernels = KernelFile(f"{__package__}.basic_kernels")
+kernels = KernelFile("numballama.kernels_cuda")
 
 THREADS = 256
 

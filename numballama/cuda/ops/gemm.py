@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..lowlevel_cuda.launch import QUANTIZED, STAGED_BYTES, Argument, Array, Gpu, KernelFile, Launch, Matrix
-from ..registry import kernel
-from . import basic, gemv
+from ...registry import kernel
+from ..launch import QUANTIZED, STAGED_BYTES, Argument, Array, Gpu, KernelFile, Launch, Matrix
+from . import elementwise as basic
+from . import gemv
 from .gemv import CACHE, MATRIX
 
-kernels = KernelFile(f"{__package__}.gemm_kernels")
+kernels = KernelFile("numballama.cuda.kernels.gemm")
 
 TILE, STEP = 128, 64
 """Tokens and columns of Y that a block computes, and columns of X and W that it takes at a time."""

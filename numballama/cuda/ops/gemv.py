@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..lowlevel_cuda.launch import QUANTIZED, Argument, Array, Gpu, KernelFile, Launch, Matrix
-from ..registry import kernel
+from ...registry import kernel
+from ..launch import QUANTIZED, Argument, Array, Gpu, KernelFile, Launch, Matrix
 
-kernels = KernelFile(f"{__package__}.gemv_kernels")
+kernels = KernelFile("numballama.cuda.kernels.gemv")
 
 WARPS = 8
 THREADS = 32 * WARPS

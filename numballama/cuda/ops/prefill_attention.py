@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import functools
 
-from .. import registry
-from ..lowlevel_cuda.launch import Array, Gpu, KernelFile, Launch
+from ... import registry
+from ..launch import Array, Gpu, KernelFile, Launch
 from . import attention
 from .gemm import FEW
 
-kernels = KernelFile(f"{__package__}.prefill_attention_kernels")
+kernels = KernelFile("numballama.cuda.kernels.prefill_attention")
 
 TILE, THREADS = 64, 128
 

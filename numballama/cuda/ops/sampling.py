@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from ..lowlevel_cuda.launch import Array, Gpu, KernelFile, Launch
-from ..registry import kernel
+from ...registry import kernel
+from ..launch import Array, Gpu, KernelFile, Launch
 
-kernels = KernelFile(f"{__package__}.sampling_kernels")
+kernels = KernelFile("numballama.cuda.kernels.sampling")
 
 THREADS = 1024
 

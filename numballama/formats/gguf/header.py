@@ -18,8 +18,8 @@ from typing import Any, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from .errors import FormatError, UnsupportedError
-from .files import MappedFile
+from ...errors import FormatError, UnsupportedError
+from ...files import MappedFile
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)

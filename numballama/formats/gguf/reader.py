@@ -14,17 +14,17 @@ from dataclasses import replace
 
 import numpy as np
 
-from .. import quant
-from ..checkpoint import Checkpoint, Weight
-from ..config import BF16, BLOCKS, F16, F32, HALF_SPLIT, INTERLEAVED, RUNS_AS, ModelConfig, RopeScaling, WeightType
-from ..errors import Error, FormatError, UnsupportedError
-from ..files import MappedFile
-from ..gguf_header import Header, TensorInfo, require
-from ..gguf_split import open_header
-from ..memory import human
-from ..rope import rope_divisors
-from ..tokenizer import from_gguf
-from .layout import MAX_CONTEXT, MAX_LAYERS
+from ...checkpoint import Checkpoint, Weight
+from ...config import BF16, BLOCKS, F16, F32, HALF_SPLIT, INTERLEAVED, RUNS_AS, ModelConfig, RopeScaling, WeightType
+from ...errors import Error, FormatError, UnsupportedError
+from ...files import MappedFile
+from ...memory import human
+from ...quantization import convert as quant
+from ...rope import rope_divisors
+from ..llama2c.layout import MAX_CONTEXT, MAX_LAYERS
+from ..tokenizer_files import from_gguf
+from .header import Header, TensorInfo, require
+from .split import open_header
 
 ARCHITECTURES = {"llama": INTERLEAVED, "qwen2": HALF_SPLIT, "qwen3": HALF_SPLIT}
 """Supported architecture → how its RoPE pairs dimensions."""

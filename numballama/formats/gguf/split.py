@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import re
 
-from .errors import FormatError
-from .files import MappedFile, map_file
-from .gguf_header import Header
+from ...errors import FormatError
+from ...files import MappedFile, map_file
+from .header import Header
 
 _NAME = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 

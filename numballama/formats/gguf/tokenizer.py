@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..errors import FormatError, UnsupportedError
-from ..gguf_header import Header
-from .base import MAX_VOCAB, PieceType
-from .bpe import BPETokenizer, faults, library_from
-from .words import WORDS, pre_tokenizer
+from ...errors import FormatError, UnsupportedError
+from ...tokenizers.base import MAX_VOCAB, PieceType
+from ...tokenizers.bpe import BPETokenizer, faults, library_from
+from ...tokenizers.pretokenizers import WORDS, pre_tokenizer
+from .header import Header
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library

@@ -8,16 +8,16 @@ from os import PathLike
 
 import numpy as np
 
-from ..checkpoint import Weight
-from ..config import BLOCKS, F32, HALF_SPLIT, ModelConfig
-from ..errors import Error, UnsupportedError
-from ..files import replacing
-from ..gguf_header import DEFAULT_ALIGNMENT, MAGIC, TENSOR_TYPES, ValueType
-from ..quant import convert
-from ..rope import rope_divisors
-from ..tokenizer import Tokenizer, Vocabulary
-from .gguf import ARCHITECTURES, ROPE_FACTORS, WEIGHT_TYPES, tensor_name
-from .pairing import row_order
+from ...checkpoint import Weight
+from ...config import BLOCKS, F32, HALF_SPLIT, ModelConfig
+from ...errors import Error, UnsupportedError
+from ...files import replacing
+from ...quantization.convert import convert
+from ...rope import rope_divisors
+from ...tokenizers.base import Tokenizer, Vocabulary
+from ..rope_permute import row_order
+from .header import DEFAULT_ALIGNMENT, MAGIC, TENSOR_TYPES, ValueType
+from .reader import ARCHITECTURES, ROPE_FACTORS, WEIGHT_TYPES, tensor_name
 
 _VERSION = 3
 _NUMBERS = {name: number for number, (name, *_) in TENSOR_TYPES.items()}

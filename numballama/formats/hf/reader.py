@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from ..checkpoint import Checkpoint, Weight
-from ..errors import FormatError, UnsupportedError
-from ..files import MappedFile, map_file
-from ..tokenizer import read_text_files
-from . import safetensors
-from .hf_config import config_of
-from .jsonfile import read_object
+from ...checkpoint import Checkpoint, Weight
+from ...errors import FormatError, UnsupportedError
+from ...files import MappedFile, map_file
+from .. import safetensors
+from ..json_reader import read_object
+from ..tokenizer_files import read_text_files
+from .config import config_of
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _TOP = {"tok_embeddings": "model.embed_tokens.weight", "norm": "model.norm.weight", "output": "lm_head.weight"}

@@ -13,15 +13,15 @@ from typing import Any
 
 import numpy as np
 
-from ..checkpoint import Weight
-from ..config import F32, HALF_SPLIT, ModelConfig
-from ..errors import Error, UnsupportedError
-from ..files import replacing_directory
-from ..quant import convert
-from . import safetensors
-from .hf import CONFIG, SINGLE, tensor_name
-from .hf_config import config_json
-from .pairing import row_order
+from ...checkpoint import Weight
+from ...config import F32, HALF_SPLIT, ModelConfig
+from ...errors import Error, UnsupportedError
+from ...files import replacing_directory
+from ...quantization.convert import convert
+from .. import safetensors
+from ..rope_permute import row_order
+from .config import config_json
+from .reader import CONFIG, SINGLE, tensor_name
 
 _DTYPES = {kind.name: name for name, (kind, _) in safetensors.WEIGHT_TYPES.items()}
 _TORCH = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}

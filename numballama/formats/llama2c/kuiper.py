@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from dataclasses import replace
 from os import PathLike
 
-from ..checkpoint import Checkpoint, Weight
-from ..config import ModelConfig, WeightType
-from ..errors import FormatError, UnsupportedError
-from ..files import MappedFile
-from ..quant import DEFAULT_GROUP
+from ...checkpoint import Checkpoint, Weight
+from ...config import ModelConfig, WeightType
+from ...errors import FormatError, UnsupportedError
+from ...files import MappedFile
+from ...quantization.convert import DEFAULT_GROUP
 from .layout import (
     MAX_GROUP,
     Layout,
@@ -28,7 +28,7 @@ from .layout import (
     tensors_of,
     write_file,
 )
-from .llama2c import legacy_layout
+from .reader import legacy_layout
 
 _FP32_HEADER, _INT8_HEADER = 28, 32  # seven int32; int8: group_size as well
 

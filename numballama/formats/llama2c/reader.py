@@ -6,11 +6,11 @@ import struct
 from collections.abc import Mapping
 from os import PathLike
 
-from ..checkpoint import Checkpoint, Weight
-from ..config import ModelConfig, WeightType
-from ..errors import FormatError, UnsupportedError
-from ..files import MappedFile
-from ..quant import DEFAULT_GROUP
+from ...checkpoint import Checkpoint, Weight
+from ...config import ModelConfig, WeightType
+from ...errors import FormatError, UnsupportedError
+from ...files import MappedFile
+from ...quantization.convert import DEFAULT_GROUP
 from .layout import (
     MAX_GROUP,
     Layout,

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import numpy as np
 
-from ..checkpoint import Checkpoint, Deferred, Weight
-from ..config import INTERLEAVED, ModelConfig, RopeScaling, WeightType
-from ..errors import Error, FormatError, UnsupportedError
-from ..files import MappedFile, map_file
-from ..memory import human
-from ..tokenizer import load_tokenizer
-from .jsonfile import Keys, read_object
-from .layout import MAX_CONTEXT, MAX_LAYERS
-from .torchfile import TorchFile
+from ...checkpoint import Checkpoint, Deferred, Weight
+from ...config import INTERLEAVED, ModelConfig, RopeScaling, WeightType
+from ...errors import Error, FormatError, UnsupportedError
+from ...files import MappedFile, map_file
+from ...memory import human
+from ..json_reader import Keys, read_object
+from ..llama2c.layout import MAX_CONTEXT, MAX_LAYERS
+from ..tokenizer_files import load_tokenizer
+from .torch_zip import TorchFile
 
 PARAMS = "params.json"
 _PART = re.compile(r"consolidated\.(\d{2})\.pth")

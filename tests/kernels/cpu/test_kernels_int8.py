@@ -17,26 +17,28 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import random_checkpoint
-from gguf_support import random_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import compiled, cpu_backend, poison
-from test_model_values import run_checked
 
 import numballama
-from numballama import cli, graph, model, quant
+from numballama import graph, model
 from numballama.checkpoint import Weight
+from numballama.cli import main as cli
 from numballama.config import BLOCKS, ROUNDED_AS, ROUNDINGS, ModelConfig, WeightType
+from numballama.cpu.intrinsics import cpu_features
 from numballama.errors import UnsupportedError
-from numballama.formats import WRITERS
+from numballama.export import WRITERS
 from numballama.graph import FUSIONS, KVLayout, fuse
 from numballama.ir import Graph, verify
-from numballama.lowlevel_cpu import cpu_features
-from numballama.quant_activations import round_as
+from numballama.quantization import convert as quant
+from numballama.quantization.activations import round_as
 from numballama.reference import ReferenceBackend
+from tests.helpers.bounds import compiled, cpu_backend, poison
+from tests.helpers.gguf_files import random_blocks
+from tests.helpers.random_models import random_checkpoint
+from tests.models.test_model_values import run_checked
 
-GOLDEN = Path(__file__).with_name("golden") / "ggml_int8.npz"
+GOLDEN = Path(__file__).parents[2] / "golden" / "ggml_int8.npz"
 
 
 @pytest.fixture(scope="module")
@@ -281,7 +283,7 @@ def test_every_command_that_compiles_has_the_option(command: str) -> None:
 PRODUCTS = """
 import sys
 import numpy as np
-from gguf_support import random_blocks
+from tests.helpers.gguf_files import random_blocks
 from numballama import registry, quant
 from numballama.config import ROUNDED_AS, ROUNDINGS
 from numballama.cpu import CpuBackend
@@ -335,9 +337,9 @@ def test_any_cpu_gives_the_same(tmp_path: Path) -> None:
 def test_the_instruction_is_used_where_it_is(tmp_path: Path) -> None:
     if not cpu_features().get("avx512vnni") and not cpu_features().get("avxvnni"):
         pytest.skip("this CPU has no vpdpbusd")
-    code = "import numba\nfrom numballama import kernels_int8_cpu as k\nfrom numballama.blocks_cpu import KINDS\n"
+    code = "import numba\nfrom numballama.cpu import kernels_int8 as k\nfrom numballama.cpu.vecdot import KINDS\n"
     code += "from numba import types as t\nA = lambda kind, n=2: t.Array(kind, n, 'C')\n"
-    code += "from numballama.jit import compile_step\n"
+    code += "from numballama.cpu.compiler import compile_step\n"
     code += "f = numba.njit((t.int64, t.int64, t.int64, A(t.int8), A(t.float32), A(t.int32), A(KINDS['q8_0']), "
     code += "A(t.float32), A(t.float32)))(k.linear_blocks_int8)\n"
     code += "asm = next(iter(f.inspect_asm().values()))\nprint('vpdpbusd' in asm, '{1to16}' in asm)"

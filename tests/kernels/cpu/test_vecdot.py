@@ -10,22 +10,22 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import random_checkpoint
-from gguf_support import random_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import check_step, compiled, cpu_backend, run_parts
 
 import numballama
-from numballama import quant
-from numballama.blocks_cpu import KINDS, NUMBERS, RECORDS
 from numballama.checkpoint import Weight
 from numballama.config import BLOCKS, Q4_0, Q8_0, RUNS_AS, ModelConfig, WeightType
+from numballama.cpu.vecdot import KINDS, NUMBERS, RECORDS
 from numballama.errors import Error
-from numballama.formats import WRITERS
+from numballama.export import WRITERS
 from numballama.ir import Graph
 from numballama.kernels_cpu import LINEAR
+from numballama.quantization import convert as quant
 from numballama.reference import ReferenceBackend
+from tests.helpers.bounds import check_step, compiled, cpu_backend, run_parts
+from tests.helpers.gguf_files import random_blocks
+from tests.helpers.random_models import random_checkpoint
 
 NATIVE = sorted(RECORDS)
 halves = st.floats(width=16, allow_nan=False, allow_infinity=False)
@@ -130,9 +130,9 @@ def test_models_of_mixed_types_agree_with_the_reference(tmp_path: Path, mixture:
 GENERIC = """
 import sys
 import numba, numpy as np
-from gguf_support import random_blocks
+from tests.helpers.gguf_files import random_blocks
 from numballama import quant
-from numballama.blocks_cpu import NUMBERS, RECORDS, decode_blocks, dot_blocks
+from numballama.cpu.vecdot import NUMBERS, RECORDS, decode_blocks, dot_blocks
 
 @numba.njit
 def decode(weight, out):

@@ -8,16 +8,17 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from conftest import random_checkpoint
-from test_cli import run
 
 import numballama
-from numballama import loader, profile_step
-from numballama.bench import bytes_per_token
+from numballama import loader
+from numballama.bench import profiler as profile_step
+from numballama.bench.benchmark import bytes_per_token
+from numballama.bench.profiler import Profile, StepTime, profile, step_bytes_of_token
 from numballama.config import ModelConfig
 from numballama.errors import ContextError, DeviceError, Error
 from numballama.model import Model
-from numballama.profile_step import Profile, StepTime, profile, step_bytes_of_token
+from tests.helpers.random_models import random_checkpoint
+from tests.unit.cli.test_main import run
 
 CONFIG = ModelConfig(64, 96, 3, 4, 2, 50, 40, tied_embeddings=False)
 
@@ -153,7 +154,7 @@ class MadeUpGpu:
 def test_gpu_times_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each kind by itself, without what a replay takes beside its kernels; small steps many times over."""
     gpu = MadeUpGpu([1e-6, 20e-6, 5e-6, 22e-6, 5e-6, 60e-6])
-    monkeypatch.setitem(sys.modules, "numballama.lowlevel_cuda.driver", gpu.module)
+    monkeypatch.setitem(sys.modules, "numballama.cuda.driver", gpu.module)
     ran: list[int] = []
     program = SimpleNamespace(backend=SimpleNamespace(device=None), calls=[[n] for n in range(6)], run=ran.append)
     sizes = [100, 40_000_000, 2000, 40_000_000, 2000, 200_000_000]
@@ -200,7 +201,7 @@ def test_the_reference_has_no_steps(models: Path) -> None:
 @pytest.fixture
 def gpu() -> str:
     try:
-        from numballama.lowlevel_cuda.driver import Device
+        from numballama.cuda.driver import Device
 
         Device()
     except DeviceError as error:

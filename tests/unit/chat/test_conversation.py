@@ -8,15 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bpe_support import chat_model
-from conftest import MODELS
 
 import numballama
 from numballama import Interrupted
-from numballama.chat import Chat
+from numballama.chat.conversation import Chat
+from numballama.chat.template import CHATML
 from numballama.errors import ContextError, Error
 from numballama.model import Model
-from numballama.template import CHATML
+from tests.helpers.bpe import chat_model
+from tests.helpers.random_models import MODELS
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
 

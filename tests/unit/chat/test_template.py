@@ -9,14 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bpe_support import real, save_json, trained
-from golden.make_templates import CONVERSATIONS, GOLDEN, OWN, VARIABLES
-from golden.make_tokenizers import SMALL
 
-from numballama import sandbox
+from numballama.chat import sandbox
+from numballama.chat.template import BUILT_IN, MAX_TEMPLATE, ChatTemplate, choose, stop_ids
 from numballama.errors import Error
-from numballama.template import BUILT_IN, MAX_TEMPLATE, ChatTemplate, choose, stop_ids
-from numballama.tokenizer import Tokenizer, load_tokenizer, read_text_files
+from numballama.formats.tokenizer_files import load_tokenizer, read_text_files
+from numballama.tokenizers.base import Tokenizer
+from tests.golden.make_templates import CONVERSATIONS, GOLDEN, OWN, VARIABLES
+from tests.golden.make_tokenizers import SMALL
+from tests.helpers.bpe import real, save_json, trained
 
 PEERS: dict[str, Any] = json.loads(GOLDEN.read_text(encoding="utf-8"))
 SOURCES = {f"built-in {name}": source for name, source, _ in BUILT_IN} | {f"own {n}": t for n, t in OWN.items()}

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from bpe_support import chat_model
+
+from tests.helpers.bpe import chat_model
 
 LONG = 60
 COMMAND = (sys.executable, "-m", "numballama", "chat")

@@ -11,16 +11,16 @@ import pytest
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
 pytest.importorskip("cuda.bindings", reason="NVIDIA's Python packages are not installed")
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[3]
 
 PRELUDE = """
 import json, os, subprocess, sys
 from functools import partial
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from numballama.kernels_cuda import basic
-from numballama.lowlevel_cuda import compile, driver
-from numballama.lowlevel_cuda.launch import Array, Gpu
+from numballama.cuda.ops import elementwise as basic
+from numballama.cuda import compile_worker as compile, driver
+from numballama.cuda.launch import Array, Gpu
 
 def array(*shape, dtype="f32"):
     return Array(0, shape, dtype)
@@ -186,7 +186,7 @@ found = [kept(now), kept(cache / ("0" * 16))]
 def add_kernel(tokens, a, b, out, columns):
     out[0] = 1
 
-from numballama.kernels_cuda import basic_kernels
+from numballama import kernels_cuda as basic_kernels
 basic_kernels.add_kernel = add_kernel
 replaced = driver.compile_kernel(launch.kernel, launch.kinds, (9, 0), launch.threads, now)
 print(json.dumps([*found, replaced.cached, kept(now)]))

@@ -11,11 +11,11 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from conftest import save
-from cuda_support import missing_packages
 
 import numballama
 from numballama import DeviceError, kernel_cache
+from tests.helpers.cuda_host import missing_packages
+from tests.helpers.random_models import save
 
 ROOT = Path(numballama.__file__).parent.parent
 
@@ -23,7 +23,7 @@ ROOT = Path(numballama.__file__).parent.parent
 def has_gpu() -> bool:
     if missing_packages():
         return False
-    from numballama.lowlevel_cuda.driver import Device
+    from numballama.cuda.driver import Device
 
     try:
         Device("cuda")
@@ -140,7 +140,7 @@ def test_auto_takes_the_cpu_without_the_compiler() -> None:
     said = python(
         "from importlib.metadata import PackageNotFoundError\n"
         "from numballama import DeviceError, kernel_cache, model\n"
-        "from numballama.lowlevel_cuda import driver\n"
+        "from numballama.cuda import driver\n"
         "def version(name):\n    raise PackageNotFoundError(name)\n"
         "kernel_cache.version, driver.Device = version, lambda name='cuda': 'a GPU'\n"
         "print(*model._choose_device('auto'))\n"
@@ -162,7 +162,7 @@ def test_the_rest_works_without_the_packages() -> None:
     said = python(
         WITHOUT_PACKAGES + "import numballama\n"
         "print(numballama.inspect(None))\n"
-        "from numballama import doctor\n"
+        "from numballama.cli import doctor\n"
         "print(doctor.examine())\n"
         "print(sorted(name for name in sys.modules if name.startswith(('cuda', 'numba_cuda'))))\n"
     )

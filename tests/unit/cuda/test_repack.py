@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from gguf_support import random_blocks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from numballama import blocks_cuda, quant
 from numballama.config import BLOCKS
+from numballama.cuda import repack as blocks_cuda
+from numballama.quantization import convert as quant
+from tests.helpers.gguf_files import random_blocks
 
 
 def in_16_bytes(integers: np.ndarray) -> np.ndarray:

@@ -9,14 +9,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import SMALL, save
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numballama.config import NAMED_SHAPES, ModelConfig
 from numballama.errors import Error, FormatError, UnsupportedError
-from numballama.formats import WRITERS, kuiper, layout, llama2c
+from numballama.export import WRITERS
+from numballama.formats.llama2c import kuiper, layout
+from numballama.formats.llama2c import reader as llama2c
 from numballama.loader import open_checkpoint
+from tests.helpers.random_models import SMALL, save
 
 CONFIG_AT = {"llama2c-v0": 0, "llama2c-v1": 8, "llama2c-v2": 8, "kuiper": 0, "kuiper-int8": 0}
 

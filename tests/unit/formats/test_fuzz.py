@@ -8,11 +8,11 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import fuzz_formats
 import numpy as np
 import pytest
 
 from numballama.errors import FormatError
+from tests.helpers import fuzz_formats
 
 SAMPLE = 150
 """Cases of each format; the script runs as many as one likes."""

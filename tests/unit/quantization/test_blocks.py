@@ -10,12 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from numballama import quant, quant_blocks
 from numballama.checkpoint import Weight
 from numballama.config import BLOCKS, F32, WeightType
 from numballama.errors import Error
-from numballama.formats.gguf import tensor_name
+from numballama.formats.gguf.reader import tensor_name
 from numballama.loader import open_checkpoint
+from numballama.quantization import blocks as quant_blocks
+from numballama.quantization import convert as quant
 
 WRITTEN = sorted(quant_blocks.ENCODERS)
 

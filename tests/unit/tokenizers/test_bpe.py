@@ -11,10 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bpe_support import ADDED, CHAT_CONFIG, SPECIAL, chat_model, real, save_json, trained, vocabulary_gguf
-from conftest import save
-from golden.lines import lines
-from golden.make_tokenizers import GOLDEN, SAMPLE, SMALL, digest, digests, with_special
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
@@ -23,10 +19,15 @@ from tokenizers import models, pre_tokenizers
 import numballama
 from numballama.config import ModelConfig
 from numballama.errors import Error, FormatError, UnsupportedError
+from numballama.formats.tokenizer_files import load_tokenizer, read_text_files
 from numballama.loader import open_checkpoint
-from numballama.tokenizer import BPETokenizer, Kind, PieceType, Tokenizer, load_tokenizer, read_text_files
-from numballama.tokenizers.bpe import BYTES
-from numballama.tokenizers.words import WORDS
+from numballama.tokenizers.base import Kind, PieceType, Tokenizer
+from numballama.tokenizers.bpe import BYTES, BPETokenizer
+from numballama.tokenizers.pretokenizers import WORDS
+from tests.golden.lines import lines
+from tests.golden.make_tokenizers import GOLDEN, SAMPLE, SMALL, digest, digests, with_special
+from tests.helpers.bpe import ADDED, CHAT_CONFIG, SPECIAL, chat_model, real, save_json, trained, vocabulary_gguf
+from tests.helpers.random_models import save
 
 PEERS: dict[str, Any] = json.loads(GOLDEN.read_text())
 LINES_DIGEST = "86e6963a9604"

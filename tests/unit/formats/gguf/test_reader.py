@@ -14,8 +14,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import configs, random_checkpoint, reference_logits
-from gguf_support import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import numballama
+from numballama.config import BF16, F16, F32, HALF_SPLIT, Q8_0, ModelConfig, WeightType
+from numballama.errors import Error, FormatError, UnsupportedError
+from numballama.files import map_file
+from numballama.formats.gguf.header import TENSOR_TYPES, Header
+from numballama.formats.gguf.reader import tensor_name
+from numballama.formats.gguf.writer import write_gguf
+from numballama.formats.tokenizer_files import load_tokenizer
+from numballama.loader import open_checkpoint
+from numballama.quantization import convert as quant
+from tests.helpers.gguf_files import (
     ARRAY,
     BOOL,
     CONFIG,
@@ -35,19 +47,7 @@ from gguf_support import (
     u32,
     weights_of,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-
-import numballama
-from numballama import quant
-from numballama.config import BF16, F16, F32, HALF_SPLIT, Q8_0, ModelConfig, WeightType
-from numballama.errors import Error, FormatError, UnsupportedError
-from numballama.files import map_file
-from numballama.formats.gguf import tensor_name
-from numballama.formats.gguf_writer import write_gguf
-from numballama.gguf_header import TENSOR_TYPES, Header
-from numballama.loader import open_checkpoint
-from numballama.tokenizer import load_tokenizer
+from tests.helpers.random_models import configs, random_checkpoint, reference_logits
 
 # ---- round trips ----
 

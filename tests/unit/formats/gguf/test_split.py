@@ -8,14 +8,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from gguf_support import CONFIG, edited, entry, letters, save, split, tensor, text, u32, weights_of
 
 from numballama.checkpoint import Checkpoint
 from numballama.errors import Error, FormatError
 from numballama.files import map_file
-from numballama.formats.gguf import tensor_name
-from numballama.gguf_header import Header
+from numballama.formats.gguf.header import Header
+from numballama.formats.gguf.reader import tensor_name
 from numballama.loader import open_checkpoint
+from tests.helpers.gguf_files import CONFIG, edited, entry, letters, save, split, tensor, text, u32, weights_of
 
 
 @pytest.fixture

@@ -11,7 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from gguf_support import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+import numballama
+from numballama.config import Q8_0
+from numballama.errors import Error, FormatError, UnsupportedError
+from numballama.formats.gguf.writer import write_gguf
+from numballama.formats.tokenizer_files import load_tokenizer
+from numballama.loader import open_checkpoint
+from numballama.tokenizers import sentencepiece_proto as protobuf
+from numballama.tokenizers.base import PieceType, Tokenizer
+from numballama.tokenizers.scored import GgufTokenizer
+from tests.helpers.gguf_files import (
     ARRAY,
     BOOL,
     CONFIG,
@@ -29,17 +42,6 @@ from gguf_support import (
     u32,
     weights_of,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
-
-import numballama
-from numballama import protobuf
-from numballama.config import Q8_0
-from numballama.errors import Error, FormatError, UnsupportedError
-from numballama.formats.gguf_writer import write_gguf
-from numballama.loader import open_checkpoint
-from numballama.tokenizer import GgufTokenizer, PieceType, Tokenizer, load_tokenizer
 
 # ---- tokenizers ----
 

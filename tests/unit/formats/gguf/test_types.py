@@ -6,14 +6,14 @@ import struct
 from pathlib import Path
 
 import pytest
-from gguf_support import edited, save, tensor
 
 from numballama.config import ModelConfig
 from numballama.errors import FormatError, UnsupportedError
 from numballama.files import map_file
-from numballama.formats.gguf import WEIGHT_TYPES
-from numballama.gguf_header import TENSOR_TYPES, Header
+from numballama.formats.gguf.header import TENSOR_TYPES, Header
+from numballama.formats.gguf.reader import WEIGHT_TYPES
 from numballama.loader import open_checkpoint
+from tests.helpers.gguf_files import edited, save, tensor
 
 
 @pytest.mark.parametrize("kind", sorted({name for name, *_ in TENSOR_TYPES.values()} - WEIGHT_TYPES.keys()))

@@ -15,17 +15,19 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import random_checkpoint
 
 import numballama
-from numballama import hub, quant, tokenizer
+from numballama import hub
 from numballama.config import BF16, F16, F32, ModelConfig, RopeScaling
 from numballama.errors import Error, FormatError, UnsupportedError
-from numballama.formats import hf
-from numballama.formats.hf_writer import write_safetensors
+from numballama.formats import tokenizer_files as tokenizer
+from numballama.formats.hf import reader as hf
+from numballama.formats.hf.writer import write_safetensors
 from numballama.loader import open_checkpoint
+from numballama.quantization import convert as quant
+from tests.helpers.random_models import random_checkpoint
 
-HF = Path(__file__).parent / "golden" / "hf"
+HF = Path(__file__).parents[3] / "golden" / "hf"
 
 
 @pytest.fixture

@@ -25,10 +25,10 @@ from numballama.checkpoint import Deferred
 from numballama.config import BF16, F32, ModelConfig, RopeScaling
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.files import map_file
-from numballama.formats.torchfile import TorchFile
+from numballama.formats.meta.torch_zip import TorchFile
 from numballama.loader import open_checkpoint
 
-META = Path(__file__).parent / "golden" / "meta"
+META = Path(__file__).parents[3] / "golden" / "meta"
 FOLDERS = sorted(path for path in META.iterdir() if path.is_dir())
 
 

@@ -1,0 +1,1 @@
+"""`@cuda.jit` kernels, the device side."""

@@ -1,0 +1,1 @@
+"""GGUF: header, split files, reader, writer, and the tokenizer inside."""

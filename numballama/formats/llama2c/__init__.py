@@ -1,0 +1,1 @@
+"""llama2.c and KuiperLLama files."""

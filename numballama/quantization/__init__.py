@@ -1,0 +1,1 @@
+"""Weight types and conversions between them: one table of types, blocks, activations."""
