@@ -38,7 +38,7 @@ from numballama.bench.benchmark import machine
 from numballama.checkpoint import Checkpoint, Weight
 from numballama.config import F32, NAMED_SHAPES, WeightType
 from numballama.export import WRITERS
-from numballama.files import replacing
+from numballama.files import atomic_write
 from numballama.model import Model
 from numballama.quantization import convert as quant
 from numballama.sampling import Sampler
@@ -375,7 +375,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     out = options.out or HERE / "results" / f"{datetime.date.today().isoformat()}-cuda-{where}.json"
 
     def save() -> None:
-        with replacing(out) as file:
+        with atomic_write(out) as file:
             file.write(json.dumps(result, indent=1).encode() + b"\n")
 
     for case in chosen(options.models, options.quick):

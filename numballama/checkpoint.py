@@ -37,7 +37,7 @@ class Weight:
         return self.data.nbytes + (self.scales.nbytes if self.scales is not None else 0)
 
 
-class Deferred(Weight):
+class LazyWeight(Weight):
     """A weight whose numbers are made when `data` is asked for: each time, or with `keep` once."""
 
     def __init__(

@@ -69,7 +69,7 @@ BLOCKS: dict[str, tuple[int, int]] = {
 }
 """Name of a GGUF block type → numbers of a block, and its bytes. Rows are whole blocks."""
 
-RUNS_AS = {
+FALLBACK_TYPE = {
     "q5_0": Q8_0,  # holds the same numbers
     "q5_1": F16,
     "q2_k": F16,
@@ -80,10 +80,10 @@ RUNS_AS = {
 
 Q8_0_BLOCK, Q8_0_BYTES = BLOCKS["q8_0"]
 
-ROUNDED_AS = {"q8_0": "q8_0", "q4_0": "q8_0", "q4_1": "q8_1", "q4_k": "q8_k", "q6_k": "q8_k"}
+VEC_DOT_TYPE = {"q8_0": "q8_0", "q4_0": "q8_0", "q4_1": "q8_1", "q4_k": "q8_k", "q6_k": "q8_k"}
 """Block type of a weight → how activations that it is multiplied with are rounded to int8, as llama.cpp does."""
 
-ROUNDINGS: dict[str, tuple[int, int, str]] = {
+ACTIVATION_QUANT: dict[str, tuple[int, int, str]] = {
     "q8_0": (32, 32, "i32"),
     "q8_1": (32, 32, "f32"),  # a sum is times its group's scale, and a float16
     "q8_k": (256, 16, "i32"),

@@ -12,12 +12,12 @@ from . import loader, progress
 from .checkpoint import Checkpoint, Weight
 from .config import BLOCKS, F32, WeightType
 from .errors import UnsupportedError
-from .files import expand
+from .files import expand_user
 from .formats.gguf.writer import write_gguf
 from .formats.hf.writer import write_safetensors
 from .formats.llama2c.kuiper import write_fp32, write_int8
 from .formats.llama2c.reader import write_v0, write_v1, write_v2
-from .memory import human
+from .memory import format_bytes
 from .quantization import convert as quant
 from .quantization import policy as conversion
 from .tokenizers.base import Tokenizer
@@ -86,7 +86,8 @@ class Exported:
             error = f"{row.error:.2e}" if row.error else "0"
             lines.append(f"{row.name:{width}}  {row.before!s:8} {row.after!s:8} {row.nbytes:13,}  {error:>18}")
         kept = len(self.rows) - len(changed)
-        total = f"{len(changed)} matrices converted, {kept} as they were, {human(sum(row.nbytes for row in self.rows))}"
+        size = format_bytes(sum(row.nbytes for row in self.rows))
+        total = f"{len(changed)} matrices converted, {kept} as they were, {size}"
         return "\n".join([*lines, f"{self.path}: {total}"])
 
 
@@ -119,7 +120,7 @@ def export_model(
     types = _types(opened, to, quantize, options)
     matrices = [name for name, weight in opened.weights.items() if len(weight.shape) == 2]
     rows: dict[str, Row] = {}
-    with progress.bar(f"writing {to}") as report:
+    with progress.progress_bar(f"writing {to}") as report:
 
         def done(name: str, before: Weight, after: Weight) -> None:
             error = 0.0 if before.type == after.type else quant.relative_error(before, after)
@@ -128,7 +129,7 @@ def export_model(
 
         weights = conversion.Converting(opened.weights, types, done)
         notes += WRITERS[to](path, opened.config, weights, **options)
-    return Exported(expand(path), tuple(rows[name] for name in matrices if name in rows), tuple(notes))
+    return Exported(expand_user(path), tuple(rows[name] for name in matrices if name in rows), tuple(notes))
 
 
 def _types(opened: Checkpoint, to: str, quantize: str | None, options: dict[str, Any]) -> dict[str, WeightType]:
@@ -207,7 +208,7 @@ def _files(opened: Checkpoint, tokenizer: str | PathLike[str] | None) -> tuple[P
             return ()
         directory = opened.path if opened.path.is_dir() else opened.path.parent
         return tuple(path for name in _COMPANIONS if (path := directory / name).is_file())
-    given = expand(tokenizer)
+    given = expand_user(tokenizer)
     if given.is_dir():
         return tuple(path for name in _COMPANIONS if (path := given / name).is_file())
     return (given,) if given.name in _TOKENIZERS else ()

@@ -32,7 +32,7 @@ def map_file(path: str | os.PathLike[str]) -> MappedFile:
 
     Raises `Error` when it is missing, unreadable or not a regular file, and `FormatError` when it is empty.
     """
-    path = expand(path)
+    path = expand_user(path)
     # Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
     try:
@@ -62,12 +62,12 @@ def map_file(path: str | os.PathLike[str]) -> MappedFile:
 
 
 @contextlib.contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
     """Open a new file that takes the place of `path` when the block ends well; otherwise `path` stays as it was.
 
     Raises `Error` when the file cannot be written or `path` is something else than a regular file.
     """
-    target = Path(os.path.realpath(expand(path)))  # through a link, not in its place
+    target = Path(os.path.realpath(expand_user(path)))  # through a link, not in its place
     if os.path.exists(target) and not os.path.isfile(target):
         raise Error(f"{target}: is not a regular file, so it is not overwritten")
     temporary = target.with_name(f".numballama-{os.urandom(8).hex()}.tmp")
@@ -87,12 +87,12 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def replacing_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_write_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Make a new directory that takes the place of `path` when the block ends well; otherwise nothing is left of it.
 
     Raises `Error` when `path` is there and no empty directory, or cannot be written.
     """
-    target = Path(os.path.realpath(expand(path)))
+    target = Path(os.path.realpath(expand_user(path)))
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
         raise Error(f"{target}: is there already, and no empty directory; it is not overwritten")
     temporary = target.with_name(f".numballama-{os.urandom(8).hex()}.tmp")
@@ -111,7 +111,7 @@ def replacing_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise
 
 
-def expand(path: str | os.PathLike[str]) -> Path:
+def expand_user(path: str | os.PathLike[str]) -> Path:
     """`path` with a leading `~` or `~user` expanded; raises `Error` when there is no such home."""
     try:
         return Path(path).expanduser()

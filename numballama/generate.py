@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 
-class StopFilter:
+class StopStringFilter:
     """Holds back text that may turn out to be the beginning of a stop string.
 
     `push(text)` returns what is safe to show; `stopped` becomes True once a stop string has come, and what precedes

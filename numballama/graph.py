@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import registry
-from .config import INTERLEAVED, ROUNDED_AS, ModelConfig, WeightType
+from .config import INTERLEAVED, VEC_DOT_TYPE, ModelConfig, WeightType
 from .errors import Error
 from .ir import DTYPES, Graph, Op, Value
 from .rope import rope_frequencies
@@ -64,7 +64,7 @@ class Builder:
     ) -> None:
         self.graph, self.config = graph, config
         self._types, self._kv = types, kv
-        self._rounded = dict(ROUNDED_AS) if activations == "int8" else {}
+        self._rounded = dict(VEC_DOT_TYPE) if activations == "int8" else {}
         if int8_activations or activations == "int8":
             self._rounded["int8"] = ""
         self._shapes = config.weight_shapes()
@@ -153,7 +153,7 @@ def build(
     `types` maps each name of `config.weight_shapes()` to its type. `logits` is "last" (logits[1, vocab] of the run's
     last token, and `next`[1], its argmax) or "all" (logits[tokens, vocab]). With `int8_activations` the input of
     every int8 weight is quantised first, in the weight's groups; with `activations` "int8" that of every weight of
-    blocks as well, as `config.ROUNDED_AS` says.
+    blocks as well, as `config.VEC_DOT_TYPE` says.
     """
     graph = Graph(f"llama, {tokens} token{'s' if tokens > 1 else ''}")
     b = Builder(graph, config, types, kv, tokens, int8_activations, activations)

@@ -10,11 +10,11 @@ from os import PathLike
 from typing import Any
 
 from . import loader
-from .config import RUNS_AS, ModelConfig
+from .config import FALLBACK_TYPE, ModelConfig
 from .graph import KVLayout, build, fuse
 from .ir import Graph
 from .kernels_outline import OUTLINE
-from .memory import human
+from .memory import format_bytes
 from .plan import Plan, lower
 
 _LATER_LAYER = re.compile(r"\blayers\.[1-9]")
@@ -36,7 +36,7 @@ class Inspection:
         self.tensors = {name: (str(weight.type), weight.shape) for name, weight in checkpoint.weights.items()}
         self.kv = KVLayout.of(self.config, self.config.default_context)
         self._weight_bytes = checkpoint.nbytes
-        types = {name: RUNS_AS.get(weight.type.name, weight.type) for name, weight in checkpoint.weights.items()}
+        types = {name: FALLBACK_TYPE.get(weight.type.name, weight.type) for name, weight in checkpoint.weights.items()}
         self.graph: Graph = build(self.config, types, self.kv, int8_activations=checkpoint.int8_activations)
 
     @cached_property
@@ -90,9 +90,9 @@ class Inspection:
             *(f"  {name:16} {value}" for name, value in dataclasses.asdict(self.config).items()),
             "",
             "memory",
-            f"  weights     {human(memory['weights'])}, mapped from the file",
-            f"  KV cache    {human(memory['kv_cache'])} for {self.kv.context:,} tokens, {self.kv.dtype}",
-            f"  arena       {human(memory['arena'])} for one token",
+            f"  weights     {format_bytes(memory['weights'])}, mapped from the file",
+            f"  KV cache    {format_bytes(memory['kv_cache'])} for {self.kv.context:,} tokens, {self.kv.dtype}",
+            f"  arena       {format_bytes(memory['arena'])} for one token",
             "",
             f"tensors{rest}",
             *shorten(

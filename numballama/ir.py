@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import ROUNDED_AS, ROUNDINGS
+from .config import ACTIVATION_QUANT, VEC_DOT_TYPE
 from .errors import Error
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -294,13 +294,13 @@ def _quantize(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]
 
 
 def _rounded(kind: str, shape: tuple[int, ...]) -> list[Shaped]:
-    group, run, sums = ROUNDINGS[kind]
+    group, run, sums = ACTIVATION_QUANT[kind]
     _expect(len(shape) == 2 and shape[1] % group == 0, f"wants x[T, D] in whole groups of {group}")
     return [(shape, "i8"), ((shape[0], shape[1] // group), "f32"), ((shape[0], shape[1] // run), sums)]
 
 
 def _rounding(kind: str) -> Rule:
-    """x[T, D] → int8 x[T, D], the scale of each group, and sums of runs of the int8 numbers: see `config.ROUNDINGS`"""
+    """x[T, D] → int8 x[T, D], the scale of each group, sums of runs of them: see `config.ACTIVATION_QUANT`"""
 
     def shapes(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]:
         (x,) = inputs
@@ -310,7 +310,7 @@ def _rounding(kind: str) -> Rule:
     return shapes
 
 
-for _kind in ROUNDINGS:
+for _kind in ACTIVATION_QUANT:
     rule(f"quantize_{_kind}")(_rounding(_kind))
 
 
@@ -323,8 +323,8 @@ def _linear(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]:
         len(inputs) in ((3, 4) if x.dtype == "i8" else (2,)), "wants (x, weight), (xq, xs, weight) or (xq, xs, s, w)"
     )
     if len(inputs) == 4:
-        _expect(weight.dtype in ROUNDED_AS, f"weights of {weight.dtype} have no sums")
-        kind = ROUNDED_AS[weight.dtype]
+        _expect(weight.dtype in VEC_DOT_TYPE, f"weights of {weight.dtype} have no sums")
+        kind = VEC_DOT_TYPE[weight.dtype]
         given = [(value.shape, value.dtype) for value in inputs[:3]]
         _expect(given == _rounded(kind, x.shape), f"a weight of {weight.dtype} wants x as quantize_{kind} makes it")
     elif x.dtype == "i8":

@@ -9,7 +9,7 @@ from pathlib import Path
 from . import hub
 from .checkpoint import Checkpoint
 from .errors import Error, FormatError, UnsupportedError
-from .files import MappedFile, expand, map_file
+from .files import MappedFile, expand_user, map_file
 from .formats import safetensors
 from .formats.gguf import reader as gguf
 from .formats.gguf.header import MAGIC as GGUF_MAGIC
@@ -66,7 +66,7 @@ def open_checkpoint(
     if tokenizer is not None:
         tokenizer = hub.local(tokenizer, hub.TEXT)
         opened.tokenizer = load_tokenizer(tokenizer)
-        if os.path.isdir(expand(tokenizer)):  # what else it says of text serves a model that says nothing
+        if os.path.isdir(expand_user(tokenizer)):  # what else it says of text serves a model that says nothing
             found = read_text_files(tokenizer, own_tokenizer=False)
             opened.chat_template = opened.chat_template or found.chat_template
             opened.stop_ids = opened.stop_ids or found.stop_ids
@@ -81,7 +81,7 @@ open = open_checkpoint
 
 def _read(path: str | PathLike[str], own_tokenizer: bool) -> Checkpoint:
     path = hub.local(path)
-    directory = expand(path)
+    directory = expand_user(path)
     if os.path.isdir(directory):
         if hf.is_directory_of(directory):
             return hf.read(directory, own_tokenizer)

@@ -34,14 +34,14 @@ def peak_bytes() -> int | None:
 SHORTER = "a smaller context= takes less"
 
 
-def require(nbytes: int, what: str, advice: str, error: type[Error] = Error) -> None:
+def require_available(nbytes: int, what: str, advice: str, error: type[Error] = Error) -> None:
     """Raise `error` if `nbytes` more memory is not to be had: `what` says for what, `advice` what to do."""
     free = available_bytes()
     if free is not None and nbytes > free:
-        raise error(f"{what} takes {human(nbytes)}, {human(free)} are free; {advice}")
+        raise error(f"{what} takes {format_bytes(nbytes)}, {format_bytes(free)} are free; {advice}")
 
 
-def human(nbytes: float) -> str:
+def format_bytes(nbytes: float) -> str:
     """Bytes as a person reads them: 58.0 MiB."""
     size, unit = float(nbytes), "B"
     for larger in ("KiB", "MiB", "GiB"):

@@ -17,12 +17,12 @@ import numpy as np
 from . import ir, loader, memory, plan, progress
 from .chat.conversation import Chat
 from .checkpoint import Checkpoint, Weight
-from .config import ROUNDED_AS, ModelConfig
+from .config import VEC_DOT_TYPE, ModelConfig
 from .errors import FORKED, ContextError, DeviceError, Error, Interrupted, UnsupportedError
-from .generate import StopFilter
+from .generate import StopStringFilter
 from .graph import KVLayout, build
 from .kernel_cache import cuda_cache_directory
-from .memory import human
+from .memory import format_bytes
 from .quantization import convert as quant
 from .quantization import policy as conversion
 from .sampling import Sampler
@@ -106,18 +106,20 @@ class Model:
             self.notes.append(f"device {self.device}, chosen because {why}")
         self.context = _choose_context(self.config, context, self.notes)
         self.kv = KVLayout.of(self.config, self.context, kv_dtype or ("f16" if self._on_gpu else "f32"))
-        progress.say(
-            f"{self._checkpoint.format}: {human(self._checkpoint.nbytes)} of weights mapped, "
-            f"{human(self.kv.nbytes)} KV cache for {self.context:,} tokens ({self.kv.dtype})"
+        progress.info(
+            f"{self._checkpoint.format}: {format_bytes(self._checkpoint.nbytes)} of weights mapped, "
+            f"{format_bytes(self.kv.nbytes)} KV cache for {self.context:,} tokens ({self.kv.dtype})"
         )
         if not self._on_gpu:
-            memory.require(self.kv.nbytes, f"a KV cache for {self.context:,} tokens", memory.SHORTER, ContextError)
+            memory.require_available(
+                self.kv.nbytes, f"a KV cache for {self.context:,} tokens", memory.SHORTER, ContextError
+            )
 
         self._lock, self._pid = threading.RLock(), os.getpid()
         self._stream: object = None
         self._fusions = fusions
         self.weights: Mapping[str, Weight] = self._convert(dtype)
-        if activations == "int8" and not any(w.type.name in (*ROUNDED_AS, "int8") for w in self.weights.values()):
+        if activations == "int8" and not any(w.type.name in (*VEC_DOT_TYPE, "int8") for w in self.weights.values()):
             self.notes.append("no weight of this model is quantised, so no activations are rounded to int8")
         self._backend: Any = _backend(self.device, self.weights, threads)
         try:
@@ -127,7 +129,7 @@ class Model:
             raise
         self.notes += self._backend.notes
         for note in self.notes:
-            progress.say(note)
+            progress.info(note)
         self.threads: int = self._backend.workers
         self.load_s = time.perf_counter() - started
 
@@ -144,8 +146,8 @@ class Model:
         what = dtype or ", ".join(dict.fromkeys(target.name for target in targets.values()))
         hint = "leave dtype= out to use the file's own types" if dtype else "use a file of another quantisation"
         size = sum(target.nbytes(math.prod(weights[name].shape)) for name, target in targets.items())
-        memory.require(size, f"a copy of the linear weights as {what}", hint)
-        with progress.bar(f"converting to {what}") as report:
+        memory.require_available(size, f"a copy of the linear weights as {what}", hint)
+        with progress.progress_bar(f"converting to {what}") as report:
             for done, (name, target) in enumerate(targets.items()):
                 report(name, done, len(targets))
                 converted[name] = quant.convert(weights[name], target)
@@ -158,7 +160,7 @@ class Model:
 
     def _compile(self) -> None:
         self.graph = self._build(1, "last")
-        with progress.bar("compiling kernels") as report:
+        with progress.progress_bar("compiling kernels") as report:
             decode = self._decode = self._backend.program(self.graph, self._fusions, report)
             prompt = self._backend.program(self._build(self._chunk, "last"), self._fusions, report)
             self._backend.prepare(decode, report)
@@ -240,7 +242,7 @@ class Model:
             tokens = session.check(ids)
             if self._all_logits is None:
                 graph = self._build(self._chunk, "all")
-                with progress.bar("compiling kernels") as report:
+                with progress.progress_bar("compiling kernels") as report:
                     self._all_logits = self._backend.program(graph, self._fusions, report)
             out = np.empty((len(tokens), self.config.vocab_size), np.float32)
             step = len(self._all_logits.inputs["ids"])
@@ -336,7 +338,7 @@ class Model:
         """
         ids, tokenizer = self.session.check(ids), self._require_tokenizer()
         max_tokens = whole_number("max_tokens", max_tokens, 0)
-        stops = StopFilter(strings("stop", stop))
+        stops = StopStringFilter(strings("stop", stop))
         # a vocabulary may be padded: tokens that the tokenizer does not know are not drawn
         drawn = min(self.config.vocab_size, tokenizer.vocab_size)
         sampler = Sampler(drawn, temperature, top_k, top_p, min_p, repeat_penalty, seed)
@@ -352,7 +354,7 @@ class Model:
         max_tokens: int,
         sampler: Sampler,
         decoder: Decoder,
-        stops: StopFilter,
+        stops: StopStringFilter,
         enders: Container[int | None],
         keep: bool,
     ) -> Iterator[Piece]:

@@ -22,7 +22,7 @@ def _watched() -> bool:
     return not quiet and sys.stderr is not None and sys.stderr.isatty()
 
 
-def say(text: str) -> None:
+def info(text: str) -> None:
     """Tell the person at the terminal, on stderr; elsewhere only the log hears it."""
     log.info(text)
     if _watched():
@@ -34,7 +34,7 @@ Report = Callable[[str, int, int], None]
 
 
 @contextlib.contextmanager
-def bar(title: str) -> Iterator[Report]:
+def progress_bar(title: str) -> Iterator[Report]:
     """A progress bar on stderr for as long as the block runs; it appears only once the block has taken a moment."""
     if not _watched():
         yield lambda what, done, total: None

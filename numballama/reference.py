@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from .checkpoint import Weight
-from .config import BLOCKS, ROUNDINGS
+from .config import ACTIVATION_QUANT, BLOCKS
 from .errors import NOT_NUMBERS, Error
 from .ir import DTYPES, Graph, Op
 from .quantization import activations as quant_activations
@@ -65,8 +65,8 @@ def linear_int8(xq: np.ndarray, xs: np.ndarray, weight: np.ndarray, group: int) 
     return linear(xq * np.repeat(xs.astype(np.float64), group, axis=1)[:, : xq.shape[1]], weight)
 
 
-for _kind in ROUNDINGS:
-    kernel(f"quantize_{_kind}", "reference", ANY)(partial(quant_activations.round_as, _kind))
+for _kind in ACTIVATION_QUANT:
+    kernel(f"quantize_{_kind}", "reference", ANY)(partial(quant_activations.quantize_activations, _kind))
 
 
 class LeastNumbers(np.ndarray):

@@ -9,7 +9,7 @@ from ..cuda.backend import CudaBackend
 from ..cuda.driver import Device, Memory, Recording, Stopwatch, versions
 from ..cuda.kernels.copy import BLOCK_NUMBERS, copy
 from ..errors import DeviceError
-from ..memory import human
+from ..memory import format_bytes
 
 COPY_BYTES = 1 << 30
 """Bytes of the array that is copied: more than any cache holds."""
@@ -27,8 +27,8 @@ def measure_bandwidth(backend: CudaBackend, repeats: int = 7) -> float:
     nbytes = min(COPY_BYTES, device.free_bytes * 2 // 5) // block * block
     if nbytes < LEAST_COPY_BYTES:
         raise DeviceError(
-            f"{device}: its bandwidth cannot be measured with {human(device.free_bytes)} of free memory; "
-            f"{human(3 * LEAST_COPY_BYTES)} are needed beside the model"
+            f"{device}: its bandwidth cannot be measured with {format_bytes(device.free_bytes)} of free memory; "
+            f"{format_bytes(3 * LEAST_COPY_BYTES)} are needed beside the model"
         )
     memory = Memory(device, 2 * nbytes, "two arrays to copy")
     try:

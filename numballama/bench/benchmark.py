@@ -18,7 +18,7 @@ from ..cpu.backend import parallel_region
 from ..cpu.compiler import jit
 from ..cpu.matmul import share
 from ..errors import ContextError
-from ..memory import available_bytes, human, peak_bytes
+from ..memory import available_bytes, format_bytes, peak_bytes
 from ..model import Model
 from ..sampling import Sampler
 from ..validation import whole_number
@@ -91,7 +91,7 @@ def bench(model: Model, prompt_tokens: int = 128, tokens: int = 64, repeats: int
     sampler = Sampler(model.config.vocab_size, temperature=0)
     prefill_times: list[float] = []
     decode_times: list[float] = []
-    with model.using(), progress.bar("benchmark") as report, model.fresh_session() as session:
+    with model.using(), progress.progress_bar("benchmark") as report, model.fresh_session() as session:
         for index in range(repeats + 1):
             report("", index, repeats + 1)
             session.rewind()
@@ -179,7 +179,7 @@ def as_text(result: Mapping[str, Any]) -> str:
         bandwidth = result["memory_bandwidth_bytes_per_second"] / 1e9
         lines[-1] += f"       ({fraction:.0%} of the {bandwidth:.1f} GB/s that memory gives)"
     if result["peak_memory_bytes"]:
-        lines.append(f"  peak memory {human(result['peak_memory_bytes'])}")
+        lines.append(f"  peak memory {format_bytes(result['peak_memory_bytes'])}")
     if result["device_memory_bytes"]:
-        lines.append(f"  device memory {human(result['device_memory_bytes'])}")
+        lines.append(f"  device memory {format_bytes(result['device_memory_bytes'])}")
     return "\n".join(lines)

@@ -20,7 +20,7 @@ from os import PathLike
 from typing import Any
 
 from ..errors import Error
-from ..files import replacing
+from ..files import atomic_write
 from ..ir import Graph
 from ..model import Model
 from ..plan import Step
@@ -149,7 +149,7 @@ class Profile:
 
     def write_trace(self, path: str | PathLike[str]) -> None:
         """Write the trace, whole or not at all. Raises `Error` where that is impossible."""
-        with replacing(path) as file:
+        with atomic_write(path) as file:
             file.write(json.dumps(self.trace(), indent=1).encode() + b"\n")
 
     # As text

@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ContextError, Error, Interrupted
-from ..tokenizers.base import Kind, Tokenizer
+from ..tokenizers.base import Tokenizer, TokenKind
 from . import template as templates
 from .template import ChatTemplate
 
@@ -170,7 +170,7 @@ class Chat:
     def _silent(self) -> re.Pattern[str]:
         """Special tokens without a text: an answer that spells one did not say the token."""
         special = self._tokenizer.special_tokens.items()
-        return _any_of(text for text, token in special if self._tokenizer.entry(token)[0] is Kind.CONTROL)
+        return _any_of(text for text, token in special if self._tokenizer.entry(token)[0] is TokenKind.CONTROL)
 
     def _guard_for(self, messages: list[dict[str, str]]) -> str:
         """A character that no message has, if any message spells a special token."""

@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Error
-from ..tokenizers.base import Kind, Tokenizer
+from ..tokenizers.base import Tokenizer, TokenKind
 
 if TYPE_CHECKING:
     from .sandbox import Sandbox
@@ -135,5 +135,5 @@ def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Ids of the vocabulary's special tokens that end a turn, EOS among them."""
     special = tokenizer.special_tokens
     found = {special[token] for token in ENDS_OF_TURN if token in special}
-    silent = {token for token in found if tokenizer.entry(token)[0] is Kind.CONTROL}
+    silent = {token for token in found if tokenizer.entry(token)[0] is TokenKind.CONTROL}
     return frozenset(silent if tokenizer.eos_id is None else {*silent, tokenizer.eos_id})

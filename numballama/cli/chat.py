@@ -26,7 +26,7 @@ def converse(chat: Chat, options: dict[str, Any]) -> None:
     """Answer line after line of stdin until it ends; on a terminal an error or Ctrl-C ends a turn only."""
     person = sys.stdin.isatty()
     if person:
-        progress.say(_dim("/help lists the commands, Ctrl-D ends."))
+        progress.info(_dim("/help lists the commands, Ctrl-D ends."))
     for line in _lines(person):
         try:
             if line.startswith("/"):
@@ -105,7 +105,7 @@ def _answer(chat: Chat, text: str, options: dict[str, Any]) -> None:
         turn = chat.turn
         if turn is not None and turn is not before:
             ends = {"length": ", cut at --max-tokens", "context": ", the context is full", None: ", stopped"}
-            progress.say(
+            progress.info(
                 _dim(
                     f"{turn.prefilled_tokens:,} tokens read, {turn.reused_tokens:,} from the cache; {turn.tokens:,} "
                     f"written, {turn.tokens_per_second:,.1f} tokens/s{ends.get(turn.finish_reason, '')}"

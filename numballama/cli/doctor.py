@@ -13,7 +13,7 @@ from pathlib import Path
 from .. import __version__
 from ..errors import DeviceError
 from ..kernel_cache import cache_directory, cuda_cache_directory
-from ..memory import available_bytes, human
+from ..memory import available_bytes, format_bytes
 
 PACKAGES = ("numba", "llvmlite", "numpy", "sentencepiece", "rich")
 CUDA_PACKAGES = ("numba-cuda", "cuda-bindings")
@@ -26,7 +26,7 @@ def examine() -> str:
     lines = [
         f"numballama {__version__}, Python {platform.python_version()} ({sys.executable})",
         f"system       {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-        + (f", {human(free)} of memory free" if free else ""),
+        + (f", {format_bytes(free)} of memory free" if free else ""),
         f"packages     {_versions(PACKAGES)}",
         f"CPU kernels  {_folder(cache_directory())}",
         f"CUDA         {_versions(CUDA_PACKAGES)}",
@@ -48,7 +48,7 @@ def _versions(names: tuple[str, ...]) -> str:
 def _folder(path: Path) -> str:
     files = [file for file in path.iterdir() if file.is_file()]
     writable = "" if os.access(path, os.W_OK) else ", not writable"
-    return f"{path} ({len(files)} files, {human(sum(file.stat().st_size for file in files))}{writable})"
+    return f"{path} ({len(files)} files, {format_bytes(sum(file.stat().st_size for file in files))}{writable})"
 
 
 def _cuda() -> Iterator[str]:
@@ -68,7 +68,7 @@ def _cuda() -> Iterator[str]:
             capability = "{}.{}".format(*device.capability)
             yield (
                 f"cuda:{index}: {device.name}, compute capability {capability}, {device.processors} multiprocessors, "
-                f"{human(device.free_bytes)} of {human(device.total_bytes)} free"
+                f"{format_bytes(device.free_bytes)} of {format_bytes(device.total_bytes)} free"
             )
         found = versions()
         yield f"driver {found['driver'] or 'of unknown version'}, which brings CUDA {found['cuda']}"

@@ -216,7 +216,7 @@ def _show(pieces: Iterable[Piece], out: TextIO) -> None:
         out.flush()
         if last is not None and count > 1:
             seconds = time.perf_counter() - started
-            progress.say(f"\n{count} tokens in {seconds:.2f} s, {last.tokens_per_second:,.0f} tokens/s")
+            progress.info(f"\n{count} tokens in {seconds:.2f} s, {last.tokens_per_second:,.0f} tokens/s")
 
 
 def _story(arguments: argparse.Namespace) -> None:

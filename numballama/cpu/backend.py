@@ -266,7 +266,7 @@ class CpuBackend:
     ) -> CpuProgram:
         """Fuse, lower, compile and bind a graph. `report(kernel, done, total)` is called before each kernel."""
         plan = lower(fuse(graph, self.name, fusions), self.name, self.workers)
-        memory.require(plan.arena_bytes, f"the arena of {graph.name}", memory.SHORTER)
+        memory.require_available(plan.arena_bytes, f"the arena of {graph.name}", memory.SHORTER)
         arena = _aligned_zeros(plan.arena_bytes)
         values: dict[str, np.ndarray] = {}
         placed = plan.graph.values | {value.name: value for step in plan.steps for value in step.scratch}

@@ -1,6 +1,6 @@
 """Operators on the CPU whose activations are rounded to int8, as llama.cpp does it for weights of blocks.
 
-Three ways of rounding, by the weight's type (`config.ROUNDED_AS`); what each stores is in `quant_activations`, which
+Three ways of rounding, by the weight's type (`config.VEC_DOT_TYPE`); what each stores is in `quant_activations`, which
 this agrees with to the bit. Conventions as in `kernels_cpu`.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..config import ROUNDED_AS
+from ..config import VEC_DOT_TYPE
 from ..kernels_cpu import add_columns, silu_times
 from ..registry import kernel
 from .compiler import device, exact_device
@@ -28,7 +28,7 @@ from .vecdot_int8 import (
     unpack_blocks,
 )
 
-WEIGHTS = tuple(ROUNDED_AS)
+WEIGHTS = tuple(VEC_DOT_TYPE)
 SUMS = ("i32", "f32")
 
 LARGEST = np.float32(127)

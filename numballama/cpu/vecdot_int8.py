@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..config import ROUNDED_AS, ROUNDINGS
+from ..config import ACTIVATION_QUANT, VEC_DOT_TYPE
 from .intrinsics import FLOAT, INT16, INT32, INT64, add_lanes, cpu_features, element
 from .vecdot import INT8, NAMES_OF_KINDS, NUMBERS, Block, for_blocks, locator, six_bit_factors
 
@@ -169,7 +169,7 @@ class _Activations:
         self, context: Any, builder: Any, kinds: Any, arrays: Any, token: Any, columns: Any, name: str
     ) -> None:
         self.builder, self.name = builder, name
-        group, run, _ = ROUNDINGS[ROUNDED_AS[name]]
+        group, run, _ = ACTIVATION_QUANT[VEC_DOT_TYPE[name]]
         self.per_group, self.per_sum = group, run
         self._starts = [
             element(context, builder, kind, array, builder.mul(token, builder.udiv(columns, _int(every))))
@@ -196,7 +196,7 @@ class _Activations:
     def sum(self, index: Any) -> Any:
         """The sum of the TOGETHER numbers from `index` on, times their scale: a least number's factor."""
         at = self.builder.udiv(index, _int(self.per_sum))
-        if ROUNDED_AS[self.name] == "q8_1":
+        if VEC_DOT_TYPE[self.name] == "q8_1":
             return self._load(2, at, FLOAT)
         both = [self._load(2, self.builder.add(at, _int(half)), INT32) for half in range(TOGETHER // self.per_sum)]
         total = both[0] if len(both) == 1 else self.builder.add(*both)

@@ -23,7 +23,7 @@ from ..errors import NOT_NUMBERS, DeviceError, Error
 from ..graph import fuse
 from ..ir import DTYPES, Graph, Value
 from ..kernel_cache import cuda_cache_directory
-from ..memory import human
+from ..memory import format_bytes
 from ..plan import Plan, lower
 from ..sampling import REPEAT_WINDOW, SETTINGS, Sampler
 from .compile_worker import compile_ahead
@@ -522,4 +522,4 @@ class CudaBackend:
             self._functions.clear()
 
     def __repr__(self) -> str:
-        return f"<CudaBackend {self.device}, {human(self.weights.nbytes)} of weights>"
+        return f"<CudaBackend {self.device}, {format_bytes(self.weights.nbytes)} of weights>"

@@ -27,7 +27,7 @@ import numpy as np
 
 from ..errors import DeviceError, Error
 from ..kernel_cache import is_current
-from ..memory import human
+from ..memory import format_bytes
 from .launch import Array, Kernel, Launch
 
 try:
@@ -73,7 +73,7 @@ class Memory:
         device.make_current()
         free = device.free_bytes
         if self.nbytes > free:
-            raise DeviceError(f"{device}: {what} takes {human(nbytes)}, {human(free)} are free")
+            raise DeviceError(f"{device}: {what} takes {format_bytes(nbytes)}, {format_bytes(free)} are free")
         self.address = int(check(driver.cuMemAlloc(self.nbytes)))
         self.free = weakref.finalize(self, _free, device.context, self.address)
 

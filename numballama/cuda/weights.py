@@ -154,7 +154,7 @@ class Weights:
         try:
             buffers = itertools.cycle(staging)
             done, offset = 0, 0
-            with progress.bar("uploading weights") as report:
+            with progress.progress_bar("uploading weights") as report:
                 for name, layout in layouts.items():
                     report(name, done, self.nbytes)
                     address = self.memory.address + offset

@@ -9,8 +9,8 @@ from os import PathLike
 from pathlib import Path
 
 from ..errors import Error, FormatError, UnsupportedError
-from ..files import expand, map_file
-from ..tokenizers.base import MAX_VOCAB, Decoder, Kind, PieceType, Strip, Tokenizer, Vocabulary
+from ..files import expand_user, map_file
+from ..tokenizers.base import MAX_VOCAB, Decoder, PieceType, Strip, Tokenizer, TokenKind, Vocabulary
 from ..tokenizers.bpe import BPETokenizer
 from ..tokenizers.huggingface import Settings, read_json
 from ..tokenizers.scored import GgufTokenizer, Llama2cTokenizer, read_llama2c, scored_from_gguf
@@ -25,12 +25,12 @@ __all__ = [
     "BPETokenizer",
     "Decoder",
     "GgufTokenizer",
-    "Kind",
     "Llama2cTokenizer",
     "PieceType",
     "SentencePieceTokenizer",
     "Strip",
     "TextFiles",
+    "TokenKind",
     "Tokenizer",
     "Vocabulary",
     "from_gguf",
@@ -51,12 +51,12 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
     stands beside a `tokenizer.json` says when BOS and EOS are added. Raises `FormatError` for a damaged file or one of
     an unknown format, `UnsupportedError` for a known one that is not read, and `Error` when it cannot be opened.
     """
-    if os.path.isdir(expand(path)):
-        if (found := _in_directory(expand(path))) is None:
+    if os.path.isdir(expand_user(path)):
+        if (found := _in_directory(expand_user(path))) is None:
             raise FormatError(
                 "a directory without a tokenizer", path=path, expected=f"one of {', '.join(_NAMES)}, *.gguf"
             )
-        return _by_settings(load_tokenizer(found), Settings(expand(path)))
+        return _by_settings(load_tokenizer(found), Settings(expand_user(path)))
     file = map_file(path)
     if file.data[:4] == gguf_header.MAGIC:
         if (tokenizer := from_gguf(Header(file))) is None:
@@ -137,7 +137,7 @@ def read_text_files(directory: str | PathLike[str], own_tokenizer: bool = True) 
     A tokenizer of a kind that is not supported, or, if not `own_tokenizer`, any, is left out, the former with a note.
     Raises `FormatError` for damaged files.
     """
-    folder = expand(directory)
+    folder = expand_user(directory)
     if not folder.is_dir():
         raise Error(f"{directory}: no such directory")
     settings, tokenizer, notes = Settings(folder), None, []

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
-from ..checkpoint import Deferred, Weight
-from ..config import BLOCKS, RUNS_AS, ModelConfig, WeightType
+from ..checkpoint import LazyWeight, Weight
+from ..config import BLOCKS, FALLBACK_TYPE, ModelConfig, WeightType
 from ..errors import Error
 from . import convert as quant
 
@@ -34,7 +34,9 @@ def target(dtype: str, name: str, columns: int) -> WeightType:
 
 def runnable(weights: Mapping[str, Weight]) -> dict[str, WeightType]:
     """Name → type of the weights that no backend runs as they are."""
-    return {name: RUNS_AS[kind] for name, weight in weights.items() if (kind := weight.type.name) in RUNS_AS}
+    return {
+        name: FALLBACK_TYPE[kind] for name, weight in weights.items() if (kind := weight.type.name) in FALLBACK_TYPE
+    }
 
 
 def targets(
@@ -70,12 +72,12 @@ class Converting(Mapping[str, Weight]):
             return source
 
         def make() -> Weight:
-            whole = source.make() if isinstance(source, Deferred) else source
+            whole = source.make() if isinstance(source, LazyWeight) else source
             result = quant.convert(whole, kind)
             self._done(name, whole, result)
             return result
 
-        return Deferred(source.shape, kind, make)
+        return LazyWeight(source.shape, kind, make)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)

@@ -22,7 +22,7 @@ UNKNOWN_TEXT = " ⁇ ".encode()  # as sentencepiece shows it
 BYTE_PIECE = re.compile(rb"<0x([0-9A-F]{2})>")
 
 
-class Kind(Enum):
+class TokenKind(Enum):
     """What a token contributes to text: characters, raw bytes of UTF-8 that may end inside a character (a byte piece
     is one, a token of byte-level BPE several), nothing, or a mark for what was unknown."""
 
@@ -84,7 +84,7 @@ class Tokenizer(ABC):
     def __init__(self, vocab_size: int, bos_id: int | None, eos_id: int | None, strip: Strip) -> None:
         self.vocab_size, self.bos_id, self.eos_id = vocab_size, bos_id, eos_id
         self._strip = strip
-        self._entries: dict[int, tuple[Kind, bytes]] = {}
+        self._entries: dict[int, tuple[TokenKind, bytes]] = {}
 
     def encode(self, text: str, bos: bool = True, special: bool = False) -> list[int]:
         """`text` → ids; if `bos`, with BOS first where the vocabulary wants it (and EOS last, which hardly one does).
@@ -131,7 +131,7 @@ class Tokenizer(ABC):
         """The bytes of UTF-8 that a token contributes to text, its leading space included; control tokens have none."""
         return self.entry(token)[1]
 
-    def entry(self, token: SupportsIndex) -> tuple[Kind, bytes]:
+    def entry(self, token: SupportsIndex) -> tuple[TokenKind, bytes]:
         """The kind and the bytes of a token; looked up once, so that a vocabulary costs nothing until it is used."""
         checked = self._check(token)
         if (entry := self._entries.get(checked)) is None:
@@ -171,7 +171,7 @@ class Tokenizer(ABC):
         """Ids of valid Unicode text; none for the empty one."""
 
     @abstractmethod
-    def _read_entry(self, token: int) -> tuple[Kind, bytes]: ...
+    def _read_entry(self, token: int) -> tuple[TokenKind, bytes]: ...
 
     @abstractmethod
     def _read_piece(self, token: int) -> str: ...
@@ -188,10 +188,10 @@ class Decoder:
     def push(self, token: SupportsIndex) -> str:
         """The text that is complete with `token`: "" while a character's bytes are not all there."""
         kind, data = self._tokenizer.entry(token)
-        if kind is Kind.BYTE:
+        if kind is TokenKind.BYTE:
             self._strip = Strip.NONE
             return self._utf8.decode(data)
-        if kind is Kind.TEXT and self._strip is not Strip.NONE:
+        if kind is TokenKind.TEXT and self._strip is not Strip.NONE:
             stripped = data.removeprefix(b" ")
             if stripped or (stripped != data and self._strip is Strip.ONE):
                 self._strip = Strip.NONE

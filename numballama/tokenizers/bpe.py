@@ -10,7 +10,7 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Error, FormatError, UnsupportedError
-from .base import BYTE_PIECE, SPACE, Kind, PieceType, Strip, Tokenizer, Vocabulary
+from .base import BYTE_PIECE, SPACE, PieceType, Strip, Tokenizer, TokenKind, Vocabulary
 from .pretokenizers import pre_name
 
 if TYPE_CHECKING:
@@ -107,19 +107,22 @@ class BPETokenizer(Tokenizer):
         found = map(self._library.model.token_to_id, letters)
         return [part for part in found if part is not None and part != token]
 
-    def _read_entry(self, token: int) -> tuple[Kind, bytes]:
+    def _read_entry(self, token: int) -> tuple[TokenKind, bytes]:
         piece = self._pieces[token]
         if piece is None or token in self._special:
-            return Kind.CONTROL, b""
+            return TokenKind.CONTROL, b""
         if token in self._added_ids:
-            return Kind.TEXT, piece.encode()
+            return TokenKind.TEXT, piece.encode()
         if self._byte_level:
             known = all(letter in BYTES for letter in piece)
-            return Kind.BYTE, bytes(map(BYTES.__getitem__, piece)) if known else piece.encode()
+            return TokenKind.BYTE, bytes(map(BYTES.__getitem__, piece)) if known else piece.encode()
         if match := BYTE_PIECE.fullmatch(piece.encode()):
             data = bytes([int(match[1], 16)])
-            return Kind.TEXT if data == b" " else Kind.BYTE, data  # the library strips this space as it does any other
-        return Kind.TEXT, piece.replace(SPACE, " ").encode()
+            return (
+                TokenKind.TEXT if data == b" " else TokenKind.BYTE,
+                data,
+            )  # the library strips this space as it does any other
+        return TokenKind.TEXT, piece.replace(SPACE, " ").encode()
 
     def _read_piece(self, token: int) -> str:
         return self._pieces[token] or ""

@@ -10,7 +10,7 @@ from functools import cached_property
 from ..errors import Error, FormatError
 from ..files import MappedFile
 from ..formats.gguf.header import Header
-from .base import BYTE_PIECE, MAX_VOCAB, SPACE, UNKNOWN_TEXT, Kind, PieceType, Strip, Tokenizer, Vocabulary
+from .base import BYTE_PIECE, MAX_VOCAB, SPACE, UNKNOWN_TEXT, PieceType, Strip, Tokenizer, TokenKind, Vocabulary
 
 _NO_TOKEN, _MERGED = -1, -2
 
@@ -110,14 +110,14 @@ class Llama2cTokenizer(ScoredTokenizer):
         pieces += [piece.replace(b" ", SPACE.encode()) for piece in self._pieces[self.FIRST_PIECE :]]
         return Vocabulary(pieces, self._scores, types, bos_id=1, eos_id=2, unknown_id=0)
 
-    def _read_entry(self, token: int) -> tuple[Kind, bytes]:
+    def _read_entry(self, token: int) -> tuple[TokenKind, bytes]:
         if token == 0:
-            return Kind.UNKNOWN, UNKNOWN_TEXT
+            return TokenKind.UNKNOWN, UNKNOWN_TEXT
         if token < self.FIRST_BYTE:
-            return Kind.CONTROL, b""
+            return TokenKind.CONTROL, b""
         if token < self.FIRST_PIECE:
-            return Kind.BYTE, bytes([token - self.FIRST_BYTE])
-        return Kind.TEXT, self._pieces[token]
+            return TokenKind.BYTE, bytes([token - self.FIRST_BYTE])
+        return TokenKind.TEXT, self._pieces[token]
 
     def _read_piece(self, token: int) -> str:
         # The file writes a line break around "<s>" and "</s>", for llama2.c's printing.
@@ -197,15 +197,15 @@ class GgufTokenizer(ScoredTokenizer):
             raise Error(f"the vocabulary has no token for {symbol.decode(errors='replace')!r}, nor for unknown text")
         return [unknown]
 
-    def _read_entry(self, token: int) -> tuple[Kind, bytes]:
+    def _read_entry(self, token: int) -> tuple[TokenKind, bytes]:
         kind, piece = self._vocabulary.types[token], self._pieces[token]
         if kind == PieceType.CONTROL:
-            return Kind.CONTROL, b""
+            return TokenKind.CONTROL, b""
         if kind == PieceType.UNKNOWN:
-            return Kind.UNKNOWN, UNKNOWN_TEXT
+            return TokenKind.UNKNOWN, UNKNOWN_TEXT
         if kind == PieceType.BYTE and (match := BYTE_PIECE.fullmatch(piece)):
-            return Kind.BYTE, bytes([int(match[1], 16)])
-        return Kind.TEXT, piece if kind == PieceType.USER_DEFINED else piece.replace(SPACE.encode(), b" ")
+            return TokenKind.BYTE, bytes([int(match[1], 16)])
+        return TokenKind.TEXT, piece if kind == PieceType.USER_DEFINED else piece.replace(SPACE.encode(), b" ")
 
     def _read_piece(self, token: int) -> str:
         return self._pieces[token].decode(errors="replace")

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UnsupportedError
 from ..files import MappedFile
 from . import sentencepiece_proto as protobuf
-from .base import BYTE_PIECE, MAX_VOCAB, SPACE, Kind, PieceType, Strip, Tokenizer, Vocabulary
+from .base import BYTE_PIECE, MAX_VOCAB, SPACE, PieceType, Strip, Tokenizer, TokenKind, Vocabulary
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -32,15 +32,15 @@ class SentencePieceTokenizer(Tokenizer):
     def _encode_text(self, text: str) -> list[int]:
         return list(self._model.encode(text))
 
-    def _read_entry(self, token: int) -> tuple[Kind, bytes]:
+    def _read_entry(self, token: int) -> tuple[TokenKind, bytes]:
         if self._model.is_control(token):
-            return Kind.CONTROL, b""
+            return TokenKind.CONTROL, b""
         if self._model.is_unknown(token):
-            return Kind.UNKNOWN, self._unknown
+            return TokenKind.UNKNOWN, self._unknown
         piece = self._pieces[token]
         if self._model.is_byte(token) and (match := BYTE_PIECE.fullmatch(piece.encode())):
-            return Kind.BYTE, bytes([int(match[1], 16)])
-        return Kind.TEXT, piece.replace(SPACE, " ").encode()
+            return TokenKind.BYTE, bytes([int(match[1], 16)])
+        return TokenKind.TEXT, piece.replace(SPACE, " ").encode()
 
     def _read_piece(self, token: int) -> str:
         return self._pieces[token]

@@ -77,14 +77,14 @@ def run(model_path: str, target: str, text: str) -> None:
 
 def products(weight: Any, x: np.ndarray, activations: str) -> np.ndarray:
     """x · weightᵀ by the kernels of the CPU."""
-    from numballama.config import ROUNDED_AS
+    from numballama.config import VEC_DOT_TYPE
     from numballama.cpu.backend import CpuBackend
     from numballama.ir import Graph
 
     graph = Graph("product")
     inputs: Any = (graph.input("x", x.shape, "f32"),)
     if activations == "int8":
-        inputs = graph.add(f"quantize_{ROUNDED_AS[weight.type.name]}", *inputs, out=("q", "scales", "sums"))
+        inputs = graph.add(f"quantize_{VEC_DOT_TYPE[weight.type.name]}", *inputs, out=("q", "scales", "sums"))
     graph.add("linear", *inputs, graph.weight("w", weight.shape, weight.type.name), out="y")
     graph.outputs = ["y"]
     program = CpuBackend({"w": weight}).program(graph)

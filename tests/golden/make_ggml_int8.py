@@ -13,7 +13,7 @@ import llama_cpp
 import numpy as np
 
 COLUMNS, ROWS = 512, 6
-ROUNDINGS = {"q8_0": (32, 34), "q8_1": (32, 36), "q8_K": (256, 292)}
+ACTIVATION_QUANT = {"q8_0": (32, 34), "q8_1": (32, 36), "q8_K": (256, 292)}
 """Name → numbers and bytes of a block."""
 WEIGHTS = {
     "q8_0": (32, 34, (0,), "q8_0"),
@@ -46,7 +46,7 @@ def main() -> None:
     def at(array: np.ndarray) -> ctypes.c_void_p:
         return ctypes.c_void_p(array.ctypes.data)
 
-    for name, (numbers, nbytes) in ROUNDINGS.items():
+    for name, (numbers, nbytes) in ACTIVATION_QUANT.items():
         blocks = np.zeros((len(x), COLUMNS // numbers * nbytes), np.uint8)
         for row, out in zip(x, blocks, strict=True):
             library[f"quantize_row_{name}"](at(row), at(out), ctypes.c_int64(COLUMNS))

@@ -20,7 +20,7 @@ import numpy as np
 
 import numballama
 from numballama.checkpoint import Weight
-from numballama.config import BLOCKS, F32, ROUNDINGS, WeightType
+from numballama.config import ACTIVATION_QUANT, BLOCKS, F32, WeightType
 from numballama.cpu import backend as cpu
 from numballama.cpu.backend import CpuBackend, CpuProgram
 from numballama.cpu.compiler import compile_step
@@ -314,13 +314,13 @@ def _exactly_rounded(kind: str) -> Callable[..., tuple[np.ndarray, ...]]:
 
     def bounds(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> tuple[np.ndarray, ...]:
         assert not e[0].any()
-        group, run, _ = ROUNDINGS[kind]
+        group, run, _ = ACTIVATION_QUANT[kind]
         return tuple(np.zeros((len(out), out.shape[1] // every)) for every in (1, group, run))
 
     return bounds
 
 
-BOUNDS |= {f"quantize_{kind}": _exactly_rounded(kind) for kind in ROUNDINGS}
+BOUNDS |= {f"quantize_{kind}": _exactly_rounded(kind) for kind in ACTIVATION_QUANT}
 
 
 def assert_within(got: np.ndarray, want: Bounded, what: str) -> None:

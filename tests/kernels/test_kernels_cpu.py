@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 
 from numballama import registry
 from numballama.checkpoint import Weight
-from numballama.config import BLOCKS, ROUNDED_AS
+from numballama.config import BLOCKS, VEC_DOT_TYPE
 from numballama.cpu.backend import CpuProgram
 from numballama.cpu.compiler import FAST_MATH
 from numballama.ir import DTYPES, Graph, Value
 from numballama.kernels_cpu import CACHE, LARGEST, LINEAR, SMALLEST, exp
 from numballama.quantization import convert as quant
-from numballama.quantization.activations import round_as
+from numballama.quantization.activations import quantize_activations
 from numballama.reference import ReferenceBackend
 from tests.helpers.bounds import as_weight, check_step, compiled, cpu_backend, poison, read, run_parts
 
@@ -97,9 +97,9 @@ class Case:
 
     def rounded(self) -> tuple[Value, ...]:
         """Activations as the op would have rounded them for a type of blocks, as inputs of the case."""
-        self.type = self.draw(st.sampled_from(list(ROUNDED_AS)))
+        self.type = self.draw(st.sampled_from(list(VEC_DOT_TYPE)))
         numbers = self.numbers(self.rows, self.columns())
-        xq, xs, sums = round_as(ROUNDED_AS[self.type], numbers)
+        xq, xs, sums = quantize_activations(VEC_DOT_TYPE[self.type], numbers)
         self.arrays["xq"] = xq
         return self.graph.input("xq", xq.shape, "i8"), self.input("xs", xs), self.input("sums", sums)
 

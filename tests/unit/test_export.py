@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import numballama
-from numballama.checkpoint import Deferred, Weight
+from numballama.checkpoint import LazyWeight, Weight
 from numballama.config import BF16, F16, F32, HALF_SPLIT, INTERLEAVED, Q8_0, ModelConfig, WeightType
 from numballama.errors import Error, UnsupportedError
 from numballama.export import QUANTS, WRITERS, export_model
@@ -121,7 +121,7 @@ def test_directories_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     def fail() -> Weight:
         raise Error("in the middle")
 
-    broken = weights | {"output": Deferred(weights["output"].shape, F32, fail)}
+    broken = weights | {"output": LazyWeight(weights["output"].shape, F32, fail)}
     for name in ("new", "empty"):
         with pytest.raises(Error, match="in the middle"):
             write_safetensors(tmp_path / name, SMALL, broken)
@@ -300,7 +300,7 @@ def test_parts_are_not_kept_in_memory_by_an_export(tmp_path: Path) -> None:
         assert weights[name].data.shape == opened.weights[name].shape
     assert len(seen) == 16
     for name, before, after in seen:
-        assert not isinstance(before, Deferred) and after.type == F16
+        assert not isinstance(before, LazyWeight) and after.type == F16
         assert vars(opened.weights[name])["_made"] is None
 
 

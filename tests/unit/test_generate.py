@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 import numballama
 from numballama import ContextError, DeviceError, Error, Model, UnsupportedError
 from numballama.config import ModelConfig
-from numballama.generate import StopFilter
+from numballama.generate import StopStringFilter
 from numballama.model import CHUNK, Interrupted, Piece
 from tests.helpers.bounds import shared_model, story_model
 from tests.helpers.random_models import save
@@ -244,7 +244,7 @@ def test_stop_string_inside_one_token_and_held_text_at_eos(scripted: Any) -> Non
 def test_stop_filter_by_its_definition(parts: list[str], stops: list[str]) -> None:
     """All that was shown is a prefix of the text before the first stop string; nothing that may begin one is shown."""
     text, wanted = "".join(parts), [stop for stop in stops if stop]
-    seen, shown, filter_ = "", "", StopFilter(stops)
+    seen, shown, filter_ = "", "", StopStringFilter(stops)
     for part in parts:
         if filter_.stopped:
             assert filter_.push(part) == ""

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from numballama import ir, kernels_cpu  # noqa: F401  (fills the registry)
-from numballama.config import ROUNDED_AS
+from numballama.config import VEC_DOT_TYPE
 from numballama.errors import Error
 from numballama.graph import fuse
 from numballama.ir import Graph, Op, Value, verify
@@ -153,11 +153,11 @@ def test_linear_of_int8_activations() -> None:
     verify(graph)
 
 
-@pytest.mark.parametrize("kind", ROUNDED_AS)
+@pytest.mark.parametrize("kind", VEC_DOT_TYPE)
 def test_linear_of_blocks_and_rounded_activations(kind: str) -> None:
     graph = Graph("blocks")
     x = graph.input("x", (T, 512), "f32")
-    rounded = graph.add(f"quantize_{ROUNDED_AS[kind]}", x, out=("q", "s", "sums"))
+    rounded = graph.add(f"quantize_{VEC_DOT_TYPE[kind]}", x, out=("q", "s", "sums"))
     y = graph.add("linear", *rounded, graph.weight("w", (N, 512), kind), out="y")
     assert (y.shape, y.dtype) == ((T, N), "f32")
     verify(graph)

@@ -15,10 +15,21 @@ from dataclasses import replace
 import numpy as np
 
 from ...checkpoint import Checkpoint, Weight
-from ...config import BF16, BLOCKS, F16, F32, HALF_SPLIT, INTERLEAVED, RUNS_AS, ModelConfig, RopeScaling, WeightType
+from ...config import (
+    BF16,
+    BLOCKS,
+    F16,
+    F32,
+    FALLBACK_TYPE,
+    HALF_SPLIT,
+    INTERLEAVED,
+    ModelConfig,
+    RopeScaling,
+    WeightType,
+)
 from ...errors import Error, FormatError, UnsupportedError
 from ...files import MappedFile
-from ...memory import human
+from ...memory import format_bytes
 from ...quantization import convert as quant
 from ...rope import rope_divisors
 from ..llama2c.layout import MAX_CONTEXT, MAX_LAYERS
@@ -260,10 +271,10 @@ def _view(info: TensorInfo, shape: tuple[int, ...]) -> Weight:
 def _conversions(weights: Mapping[str, Weight]) -> list[str]:
     """A note for each type of which backends have no kernels."""
     notes = []
-    for kind, target in RUNS_AS.items():
+    for kind, target in FALLBACK_TYPE.items():
         if names := [name for name, weight in weights.items() if weight.type.name == kind]:
             grows = sum(target.nbytes(math.prod(weights[name].shape)) for name in names)
             which = f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
             exactly = "with the same numbers" if (kind, target.name) in quant.EXACT else "rounded"
-            notes.append(f"{kind.upper()} ({which}) runs as {target}, {exactly}: a copy of {human(grows)}")
+            notes.append(f"{kind.upper()} ({which}) runs as {target}, {exactly}: a copy of {format_bytes(grows)}")
     return notes

@@ -11,7 +11,7 @@ import numpy as np
 from ...checkpoint import Weight
 from ...config import BLOCKS, F32, HALF_SPLIT, ModelConfig
 from ...errors import Error, UnsupportedError
-from ...files import replacing
+from ...files import atomic_write
 from ...quantization.convert import convert
 from ...rope import rope_divisors
 from ...tokenizers.base import Tokenizer, Vocabulary
@@ -77,7 +77,7 @@ def write_gguf(
     entries += [(key, _type_of(key, value), value) for key, value in (metadata or {}).items()]
     if len({key for key, *_ in entries}) < len(entries):
         raise Error(f"metadata repeats a key that is written anyway: {', '.join(metadata or {})}")
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         head = bytearray(MAGIC + struct.pack("<IQQ", _VERSION, len(tensors), len(entries)))
         for entry in entries:
             head += _pack(*entry)

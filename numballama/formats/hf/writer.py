@@ -16,7 +16,7 @@ import numpy as np
 from ...checkpoint import Weight
 from ...config import F32, HALF_SPLIT, ModelConfig
 from ...errors import Error, UnsupportedError
-from ...files import replacing_directory
+from ...files import atomic_write_directory
 from ...quantization.convert import convert
 from .. import safetensors
 from ..rope_permute import row_order
@@ -63,7 +63,7 @@ def write_safetensors(
         (tensor_name(name), _DTYPES[weights[name].type.name if len(shape) == 2 else F32.name], shape)
         for name, shape in expected.items()
     ]
-    with replacing_directory(path) as directory:
+    with atomic_write_directory(path) as directory:
         (directory / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         generation = json.dumps({key: value for key, value in ids.items() if value is not None}, indent=2)
         (directory / "generation_config.json").write_text(generation + "\n", encoding="utf-8")

@@ -18,7 +18,7 @@ import numpy as np
 from ...checkpoint import Checkpoint, Weight
 from ...config import F32, ModelConfig, WeightType
 from ...errors import Error, FormatError, UnsupportedError
-from ...files import MappedFile, replacing
+from ...files import MappedFile, atomic_write
 from ...quantization.convert import convert
 
 FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "context")
@@ -276,7 +276,7 @@ def write_file(path: str | PathLike[str], header: bytes, layout: Layout, weights
     for name, shape in expected.items():
         if weights[name].shape != shape:
             raise Error(f"weight {name} has shape {weights[name].shape}, its config says {shape}")
-    with replacing(path) as file:
+    with atomic_write(path) as file:
         file.write(header)
         for tensor, _ in layout.sections():
             if tensor.name in _FREQS:

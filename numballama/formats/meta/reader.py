@@ -9,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from ...checkpoint import Checkpoint, Deferred, Weight
+from ...checkpoint import Checkpoint, LazyWeight, Weight
 from ...config import INTERLEAVED, ModelConfig, RopeScaling, WeightType
 from ...errors import Error, FormatError, UnsupportedError
 from ...files import MappedFile, map_file
-from ...memory import human
+from ...memory import format_bytes
 from ..json_reader import Keys, read_object
 from ..llama2c.layout import MAX_CONTEXT, MAX_LAYERS
 from ..tokenizer_files import load_tokenizer
@@ -81,8 +81,8 @@ def read(directory: Path, own_tokenizer: bool = True, only: MappedFile | None = 
         path=only.path if only else directory, format="Meta", config=config, weights=weights, notes=notes
     )
     if len(parts) > 1:
-        size = sum(weight.nbytes for weight in weights.values() if isinstance(weight, Deferred))
-        notes.append(f"{len(parts)} parts are merged in memory, {human(size)} of it")
+        size = sum(weight.nbytes for weight in weights.values() if isinstance(weight, LazyWeight))
+        notes.append(f"{len(parts)} parts are merged in memory, {format_bytes(size)} of it")
     if own_tokenizer and (directory / "tokenizer.model").exists():
         try:
             opened.tokenizer = load_tokenizer(directory / "tokenizer.model")
@@ -205,4 +205,6 @@ def _weight(parts: list[TorchFile], name: str, shape: tuple[int, ...]) -> Weight
     if len(views) == 1:
         return views[0]
     kind = views[0].type
-    return Deferred(shape, kind, lambda: Weight(shape, kind, np.concatenate([v.data for v in views], axis)), keep=True)
+    return LazyWeight(
+        shape, kind, lambda: Weight(shape, kind, np.concatenate([v.data for v in views], axis)), keep=True
+    )

@@ -24,14 +24,14 @@ import numballama
 from numballama import graph, model
 from numballama.checkpoint import Weight
 from numballama.cli import main as cli
-from numballama.config import BLOCKS, ROUNDED_AS, ROUNDINGS, ModelConfig, WeightType
+from numballama.config import ACTIVATION_QUANT, BLOCKS, VEC_DOT_TYPE, ModelConfig, WeightType
 from numballama.cpu.intrinsics import cpu_features
 from numballama.errors import UnsupportedError
 from numballama.export import WRITERS
 from numballama.graph import FUSIONS, KVLayout, fuse
 from numballama.ir import Graph, verify
 from numballama.quantization import convert as quant
-from numballama.quantization.activations import round_as
+from numballama.quantization.activations import quantize_activations
 from numballama.reference import ReferenceBackend
 from tests.helpers.bounds import compiled, cpu_backend, poison
 from tests.helpers.gguf_files import random_blocks
@@ -54,7 +54,7 @@ def halves(blocks: np.ndarray, at: int) -> np.ndarray:
 def as_ggml_rounded(ggml: Mapping[str, np.ndarray], kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Numbers, scales and sums from ggml's blocks."""
     x, stored = ggml["x"], ggml[f"x_{kind}"]
-    blocks = stored.reshape(len(x), x.shape[1] // ROUNDINGS[kind][0], -1)
+    blocks = stored.reshape(len(x), x.shape[1] // ACTIVATION_QUANT[kind][0], -1)
     if kind == "q8_k":
         numbers, scales = blocks[..., 4:260], blocks[..., :4].copy().view(np.float32)[..., 0]
         sums = blocks[..., 260:].copy().view(np.int16).reshape(len(x), -1)
@@ -64,22 +64,22 @@ def as_ggml_rounded(ggml: Mapping[str, np.ndarray], kind: str) -> tuple[np.ndarr
     return numbers.reshape(x.shape).view(np.int8), scales, sums
 
 
-@pytest.mark.parametrize("kind", ROUNDINGS)
+@pytest.mark.parametrize("kind", ACTIVATION_QUANT)
 def test_rounding_is_ggmls_to_the_bit(ggml: Mapping[str, np.ndarray], kind: str) -> None:
-    for ours, theirs in zip(round_as(kind, ggml["x"]), as_ggml_rounded(ggml, kind), strict=True):
+    for ours, theirs in zip(quantize_activations(kind, ggml["x"]), as_ggml_rounded(ggml, kind), strict=True):
         np.testing.assert_array_equal(ours, theirs)
-    numbers, scales, _ = round_as(kind, ggml["x"])
+    numbers, scales, _ = quantize_activations(kind, ggml["x"])
     assert (scales[6] == 0).any() and (np.abs(numbers[5]).max() == 127) and scales.dtype == np.float32
 
 
-@pytest.mark.parametrize("name", ROUNDED_AS)
+@pytest.mark.parametrize("name", VEC_DOT_TYPE)
 @pytest.mark.parametrize("device", ["cpu", "reference"])
 def test_products_are_ggmls(ggml: Mapping[str, np.ndarray], name: str, device: str) -> None:
     """Up to the order of sums in float32: much nearer than to the product with the numbers before they were rounded."""
     x, stored, wanted = ggml["x"], ggml[f"w_{name}"], ggml[f"dot_{name}"]
     weights = {"w": Weight((len(stored), x.shape[1]), WeightType(name), stored)}
     net = Graph("case")
-    rounded = net.add(f"quantize_{ROUNDED_AS[name]}", net.input("x", x.shape, "f32"), out=("q", "s", "sums"))
+    rounded = net.add(f"quantize_{VEC_DOT_TYPE[name]}", net.input("x", x.shape, "f32"), out=("q", "s", "sums"))
     net.add("linear", *rounded, net.weight("w", weights["w"].shape, name), out="y")
     net.outputs = ["y"]
     numbers = quant.dequantize(weights["w"]).astype(np.float64)
@@ -102,14 +102,14 @@ def test_groups_with_no_answer() -> None:
     x[5, :] = 60000
     net = Graph("case")
     value = net.input("x", x.shape, "f32")
-    for kind in ROUNDINGS:
+    for kind in ACTIVATION_QUANT:
         net.add(f"quantize_{kind}", value, out=[f"{kind}_{part}" for part in ("q", "s", "sums")])
         net.outputs += [f"{kind}_{part}" for part in ("q", "s", "sums")]
     program = compiled(cpu_backend(), net)
     program.inputs["x"][:] = x
     program.run(6)
-    for kind in ROUNDINGS:
-        numbers, scales, sums = round_as(kind, x)
+    for kind in ACTIVATION_QUANT:
+        numbers, scales, sums = quantize_activations(kind, x)
         for part, array in zip(("q", "s", "sums"), (numbers, scales, sums), strict=True):
             np.testing.assert_array_equal(program.value(f"{kind}_{part}"), array, err_msg=f"{kind} {part}")
         assert np.isnan(scales[0, 0]) and np.isnan(scales[1]).any() and not np.isnan(scales[2:]).any()
@@ -144,7 +144,7 @@ def build(config: ModelConfig, weights: Mapping[str, Weight], tokens: int, logit
 
 
 @given(
-    st.lists(st.sampled_from([*ROUNDED_AS, *ROUNDED_AS, "f32", "f16", "int8"]), min_size=1, max_size=4),
+    st.lists(st.sampled_from([*VEC_DOT_TYPE, *VEC_DOT_TYPE, "f32", "f16", "int8"]), min_size=1, max_size=4),
     st.booleans() | st.sets(st.sampled_from(list(FUSIONS))).map(sorted),
     st.integers(1, 9),
     st.integers(1, 2),
@@ -212,7 +212,7 @@ def test_compile_rounds_on_request_only(mixed: Path) -> None:
             kinds = {op.kind for op in opened.graph.ops if op.kind.startswith("quantize")}
             results[options.get("activations")] = opened.logits(IDS)
             assert opened.activations == options.get("activations", "f32")
-        assert kinds == ({f"quantize_{kind}" for kind in ROUNDINGS} if opened.activations == "int8" else set())
+        assert kinds == ({f"quantize_{kind}" for kind in ACTIVATION_QUANT} if opened.activations == "int8" else set())
     np.testing.assert_array_equal(results[None], results["f32"])
     size = np.sqrt((results["f32"] ** 2).mean())
     error = np.sqrt(((results["int8"] - results["f32"]) ** 2).mean()) / size

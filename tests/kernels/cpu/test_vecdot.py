@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 import numballama
 from numballama.checkpoint import Weight
-from numballama.config import BLOCKS, Q4_0, Q8_0, RUNS_AS, ModelConfig, WeightType
+from numballama.config import BLOCKS, FALLBACK_TYPE, Q4_0, Q8_0, ModelConfig, WeightType
 from numballama.cpu.vecdot import KINDS, NUMBERS, RECORDS
 from numballama.errors import Error
 from numballama.export import WRITERS
@@ -36,8 +36,8 @@ def test_the_layouts_are_the_formats() -> None:
     assert {name: (NUMBERS[name], record.itemsize) for name, record in RECORDS.items()} == {
         name: BLOCKS[name] for name in NATIVE
     }
-    assert RECORDS.keys() == KINDS.keys() == BLOCKS.keys() - RUNS_AS.keys()
-    assert set(LINEAR) >= KINDS.keys() and {target.name for target in RUNS_AS.values()} <= set(LINEAR)
+    assert RECORDS.keys() == KINDS.keys() == BLOCKS.keys() - FALLBACK_TYPE.keys()
+    assert set(LINEAR) >= KINDS.keys() and {target.name for target in FALLBACK_TYPE.values()} <= set(LINEAR)
 
 
 @pytest.mark.parametrize("name", NATIVE)
@@ -122,8 +122,8 @@ def test_models_of_mixed_types_agree_with_the_reference(tmp_path: Path, mixture:
     logits_agree(path, np.random.default_rng(1).integers(0, 50, 20).tolist())
     with numballama.compile(path, threads=1) as model:
         for name, weight in weights.items():
-            assert model.weights[name].type == RUNS_AS.get(weight.type.name, weight.type)
-            if weight.type.name not in RUNS_AS:
+            assert model.weights[name].type == FALLBACK_TYPE.get(weight.type.name, weight.type)
+            if weight.type.name not in FALLBACK_TYPE:
                 assert not model.weights[name].data.flags.owndata  # as it lies in the file
 
 

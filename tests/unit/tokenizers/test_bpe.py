@@ -21,7 +21,7 @@ from numballama.config import ModelConfig
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.formats.tokenizer_files import load_tokenizer, read_text_files
 from numballama.loader import open_checkpoint
-from numballama.tokenizers.base import Kind, PieceType, Tokenizer
+from numballama.tokenizers.base import PieceType, Tokenizer, TokenKind
 from numballama.tokenizers.bpe import BYTES, BPETokenizer
 from numballama.tokenizers.pretokenizers import WORDS
 from tests.golden.lines import lines
@@ -119,7 +119,7 @@ def test_any_ids(pair: tuple[Library, BPETokenizer], data: st.DataObject) -> Non
     """Text of any ids is the library's; pushed one by one, it comes in whole characters."""
     library, ours = pair
     ids = data.draw(st.lists(st.integers(0, ours.vocab_size - 1) | st.integers(0, 260), max_size=25))
-    silent = {token for token in range(ours.vocab_size) if ours.entry(token)[0] is Kind.CONTROL}
+    silent = {token for token in range(ours.vocab_size) if ours.entry(token)[0] is TokenKind.CONTROL}
     ordinary = [token for token in ids if token not in silent]
     expected = library.decode(ordinary, skip_special_tokens=True)
     if library.token_to_id("<0x00>") is None or "\ufffd" not in expected:  # there it takes a whole run of bytes for bad
@@ -132,7 +132,7 @@ def test_any_ids(pair: tuple[Library, BPETokenizer], data: st.DataObject) -> Non
 
 def test_a_character_appears_with_its_last_byte(pair: tuple[Library, BPETokenizer]) -> None:
     library, ours = pair
-    if ours.entry(library.token_to_id("a"))[0] is Kind.BYTE:
+    if ours.entry(library.token_to_id("a"))[0] is TokenKind.BYTE:
         spelled = [library.token_to_id({byte: letter for letter, byte in BYTES.items()}[b]) for b in "🙂é".encode()]
         decoder = ours.decoder()
         assert [decoder.push(token) for token in spelled] == ["", "", "", "🙂", "", "é"]

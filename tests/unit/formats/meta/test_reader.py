@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 import numballama
-from numballama.checkpoint import Deferred
+from numballama.checkpoint import LazyWeight
 from numballama.config import BF16, F32, ModelConfig, RopeScaling
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.files import map_file
@@ -85,7 +85,7 @@ def test_one_file_is_mapped_and_parts_are_merged_when_they_are_used(copy: Callab
     parts = open_checkpoint(META / "llama2-2-parts")
     assert parts.notes[-1] == "2 parts are merged in memory, 10.0 KiB of it"
     for name, weight in parts.weights.items():
-        assert isinstance(weight, Deferred) == (len(weight.shape) == 2)
+        assert isinstance(weight, LazyWeight) == (len(weight.shape) == 2)
         assert vars(weight).get("_made") is None
         size = weight.nbytes
         assert weight.data.shape == weight.shape == whole.weights[name].shape
