@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -14,6 +15,24 @@ Types = str | tuple[str, ...]
 """What one operand may be: a type's name, several, or "*" for any."""
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class KernelRef:
+    """A kernel named by its module and function. The module, and Numba with it, is imported when the kernel must be
+    compiled: a start with cached kernels needs neither.
+    """
+
+    module: str
+    name: str
+
+    def load(self) -> Any:
+        """The function, its module imported."""
+        return getattr(importlib.import_module(self.module), self.name)
+
+    def loaded(self) -> Any | None:
+        """The function if its module has been imported already."""
+        return self.load() if self.module in sys.modules else None
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,8 @@ import numpy as np
 from ..errors import DeviceError, Error
 from ..kernel_cache import is_current
 from ..memory import format_bytes
-from .launch import Array, Kernel, Launch
+from ..registry import KernelRef
+from .launch import Array, Launch
 
 try:
     from cuda.bindings import driver, nvjitlink
@@ -274,13 +275,13 @@ def require_compiler() -> None:
 
 
 def to_ptx(kernel: Any, kinds: Sequence[str], capability: tuple[int, int], threads: int) -> str:
-    """PTX of a `@cuda.jit` kernel, or of one that a `Kernel` names, for these arguments and at most `threads` threads a
+    """PTX of a `@cuda.jit` kernel, or of one that a `KernelRef` names, for these arguments and at most `threads` threads a
     block.
     """
     require_compiler()
     from numba import cuda
 
-    if isinstance(kernel, Kernel):
+    if isinstance(kernel, KernelRef):
         kernel = kernel.load()
     with _pretending(capability):
         bounds = (threads, getattr(kernel.py_func, "blocks_at_once", 1))
@@ -348,7 +349,7 @@ def cache_entry(
 
     Only this package's own files are part of what the folder is named by, so only their kernels are kept.
     """
-    found = kernel.loaded() if isinstance(kernel, Kernel) else kernel  # somebody may have put another in its place
+    found = kernel.loaded() if isinstance(kernel, KernelRef) else kernel  # somebody may have put another in its place
     if found is None:
         module, name, source = kernel.module, kernel.name, _PACKAGE.parent / (kernel.module.replace(".", "/") + ".py")
     else:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
+
+from ..registry import KernelRef
 
 ITEM_BYTES = {
     "f32": 4, "f16": 2, "bf16": 2, "int8": 1, "i8": 1, "i32": 4, "i64": 8, "f64": 8, "u64": 8, "u8": 1, "u32": 4,
@@ -63,40 +63,23 @@ class Matrix:
 Argument = Array | int | float
 
 
-@dataclass(frozen=True)
-class Kernel:
-    """A `@cuda.jit` function by its module and name. It is imported, and Numba with it, when it must be compiled: what
-    lies compiled in the cache needs neither.
-    """
-
-    module: str
-    name: str
-
-    def load(self) -> Any:
-        return getattr(importlib.import_module(self.module), self.name)
-
-    def loaded(self) -> Any | None:
-        """The function if its module has been imported."""
-        return self.load() if self.module in sys.modules else None
-
-
 class KernelFile:
-    """The `Kernel`s of a module, as its attributes."""
+    """The `KernelRef`s of a module, as its attributes."""
 
     def __init__(self, module: str) -> None:
         self._module = module
 
-    def __getattr__(self, name: str) -> Kernel:
+    def __getattr__(self, name: str) -> KernelRef:
         if name.startswith("_"):
             raise AttributeError(name)
-        return Kernel(self._module, name)
+        return KernelRef(self._module, name)
 
 
 @dataclass(frozen=True)
 class Launch:
     """A kernel with its grid (blocks), threads a block, arguments and dynamic shared memory.
 
-    `kernel` is a `@cuda.jit` function, or a `Kernel` that names one. Arrays become typed pointers, int an int64, float
+    `kernel` is a `@cuda.jit` function, or a `KernelRef` that names one. Arrays become typed pointers, int an int64, float
     a float32.
     """
 
@@ -116,14 +99,14 @@ class Launch:
     @property
     def source(self) -> tuple[str, str]:
         """Module and name of the kernel."""
-        if isinstance(self.kernel, Kernel):
+        if isinstance(self.kernel, KernelRef):
             return self.kernel.module, self.kernel.name
         return self.kernel.py_func.__module__, self.kernel.py_func.__qualname__
 
     @property
     def function(self) -> Any:
         """The `@cuda.jit` function."""
-        return self.kernel.load() if isinstance(self.kernel, Kernel) else self.kernel
+        return self.kernel.load() if isinstance(self.kernel, KernelRef) else self.kernel
 
     def at(self, position: int) -> Launch:
         """What does it best for tokens up to a position."""

@@ -3,8 +3,8 @@
 Float32 rows [T, D] become int8 numbers [T, D], float32 scales [T, D / group] and sums [T, D / run] of the int8 numbers
 (`config.ACTIVATION_QUANT`). The arithmetic is that of ggml on x86 (quantize_row_q8_0, _q8_1, _q8_K), to the bit: a
 product with the reciprocal of the scale, ties to even. Where ggml has no answer: a group with NaN or infinity has zeros
-and a scale of NaN, which shows in the logits; groups all below 2^-120, whose reciprocal might not be finite, have zeros;
-a scale or sum beyond float16, where ggml has infinity, stays as it is.
+and a scale of NaN, which shows in the logits; groups all below 2^-120, whose reciprocal might not be finite, have
+zeros; a scale or sum beyond float16, where ggml has infinity, stays as it is.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ...registry import kernel
-from ..launch import Array, Gpu, Kernel, KernelFile, Launch
+from ...registry import KernelRef, kernel
+from ..launch import Array, Gpu, KernelFile, Launch
 from .gemv import CACHE
 
 kernels = KernelFile("numballama.cuda.kernels.decode_attention")
@@ -72,7 +72,7 @@ def fused_attention(
     lanes = 1 << (-(-head_dim // numbers) - 1).bit_length()
     counters = gpu.zeros(heads * tokens)
 
-    def launch(function: Kernel, heads_a_block: int, most_splits: int) -> Launch:
+    def launch(function: KernelRef, heads_a_block: int, most_splits: int) -> Launch:
         subgroups = -(-together // heads_a_block)
         blocks, groups = kv_heads * subgroups, WARPS * (32 // lanes)
         splits = min(most_splits, _splits(gpu, blocks * tokens, context))
