@@ -69,7 +69,7 @@ def compile(
     kv_dtype: type of the KV cache, "f32" (default on the CPU), "f16" (default on a GPU) or "bf16".
     threads: CPU workers; default all that this process may use.
     rope_pairing: "interleaved" or "half"; with `rope_theta` and `norm_eps`, replaces what a file says or leaves out.
-    fusions: which passes of `graph.FUSIONS` join ops: all (True), none (False) or those named. The logits stay the
+    fusions: which passes of `fusion.FUSIONS` join ops: all (True), none (False) or those named. The logits stay the
     same.
     activations: what quantised weights are multiplied with on the CPU: "f32", or "int8" to round activations in blocks,
         as llama.cpp does: faster prompts, and logits that differ by as much as that rounding. llama2.c v2 files are

@@ -11,7 +11,8 @@ from typing import Any
 
 from . import loader
 from .config import FALLBACK_TYPE, ModelConfig
-from .graph import KVLayout, build, fuse
+from .fusion import fuse
+from .graph import KVLayout, build
 from .ir import Graph
 from .kernels_outline import OUTLINE
 from .memory import format_bytes

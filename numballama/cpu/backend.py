@@ -25,7 +25,7 @@ from numba import get_num_threads, prange, set_num_threads, types
 from .. import memory, progress
 from ..checkpoint import Weight
 from ..errors import FORKED, NOT_NUMBERS, DeviceError, Error
-from ..graph import fuse
+from ..fusion import fuse
 from ..ir import DTYPES, Graph, Value
 from ..plan import ALIGNMENT, Plan, Step, lower
 from ..sampling import REPEAT_WINDOW, SETTINGS, Sampler
@@ -191,7 +191,7 @@ class CpuProgram:
         self._workers = plan.workers
         self._short_rosters = 0
         self.inputs = {v.name: values[v.name] for v in plan.graph.values.values() if v.kind == "input"}
-        self.head = plan.head
+        self.prefill_end = plan.prefill_end
         self.entries = 0
         """How often compiled code was entered."""
 
@@ -311,7 +311,7 @@ class CpuBackend:
             compiled[function, kinds] = compile_step(function, list(kinds))
         table = np.zeros((len(bound), OPERANDS + max(len(slots) for _, slots in bound)), np.int64)
         for row, step, (kinds, slots) in zip(table, plan.steps, bound, strict=True):
-            row[ADDRESS], row[ROWS] = compiled[step.kernel.function, kinds].address, step.rows
+            row[ADDRESS], row[ROWS] = compiled[step.kernel.function, kinds].address, step.max_tokens
             row[OPERANDS : OPERANDS + len(slots)] = slots
         return CpuProgram(plan, table, values, arena, (compiled, tuple(self.weights.values())))
 
@@ -329,7 +329,7 @@ class CpuBackend:
         # an updated state is the memory of an input: the kernel has it already
         results = [value for value in graph.operands(step.op.outputs) if value.alias is None]
         named = dict(zip(step.kernel.scratch, step.scratch, strict=True))
-        for name in step.kernel.parameters[3 + len(kinds) + len(results) :]:
+        for name in step.kernel.named:
             if name not in named and name not in step.op.attrs:
                 raise Error(f"kernel {step.kernel.name} wants {name}, which {step.op.kind} does not have")
             results.append(named.get(name) or step.op.attrs[name])

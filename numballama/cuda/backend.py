@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from .. import progress, registry
+from .. import progress
 from ..checkpoint import Weight
 from ..errors import NOT_NUMBERS, DeviceError, Error
-from ..graph import fuse
+from ..fusion import fuse
 from ..ir import DTYPES, Graph, Value
 from ..kernel_cache import cuda_cache_directory
 from ..memory import format_bytes
@@ -29,6 +29,7 @@ from ..sampling import REPEAT_WINDOW, SETTINGS, Sampler
 from .compile_worker import compile_ahead
 from .driver import Call, Device, Function, Memory, Pinned, Recording, compile_kernel
 from .launch import ITEM_BYTES, Array, Gpu, Launch
+from .ops.sampling import advance, sample
 from .weights import ALIGNMENT, Weights, aligned
 
 AHEAD = 2
@@ -129,7 +130,7 @@ class CudaProgram:
 
     def _bind(self, backend: CudaBackend, plan: Plan) -> None:
         device = backend.device
-        self.plan, self.backend, self.head, self._device = plan, backend, plan.head, device
+        self.plan, self.backend, self.prefill_end, self._device = plan, backend, plan.prefill_end, device
         self._inputs = _Inputs(device, plan.graph)
         self.inputs = self._inputs.host
         self._own.append(self._inputs.memory)
@@ -191,7 +192,7 @@ class CudaProgram:
         # an updated state is the memory of an input: the kernel has it already
         operands += [self._values[value.name] for value in graph.operands(step.op.outputs) if value.alias is None]
         named: dict[str, Value] = dict(zip(step.kernel.scratch, step.scratch, strict=True))
-        for name in step.kernel.parameters[1 + len(operands) :]:
+        for name in step.kernel.named:
             if name not in named and name not in step.op.attrs:
                 raise Error(f"kernel {step.kernel.name} wants {name}, which {step.op.kind} does not have")
             operands.append(self._values[named[name].name] if name in named else step.op.attrs[name])
@@ -308,11 +309,12 @@ class CudaProgram:
             launches = []
             following = self._values["next"]
             if drawn:
-                arrays = self.backend.sampling.arrays
-                kernel = registry.find("sample", "cuda", ["f32"]).function
-                launches += kernel(self._gpu, self._values["logits"], drawn, *arrays.values(), following)
-            kernel = registry.find("advance", "cuda", ["i32"]).function
-            launches += kernel(
+                state = self.backend.sampling.arrays
+                launches += sample(
+                    self._gpu, self._values["logits"], drawn, state["settings"], state["recent"], state["counts"],
+                    state["state"], following,
+                )  # fmt: skip
+            launches += advance(
                 self._gpu, following, self._values["ids"], self._values["positions"], self._inputs.number,
                 self._mailbox.address, MAILBOX,
             )  # fmt: skip

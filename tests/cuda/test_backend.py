@@ -51,7 +51,8 @@ from numballama.config import HALF_SPLIT, INTERLEAVED, NAMED_SHAPES, ModelConfig
 from numballama.cuda import backend as cuda
 from numballama.cuda import driver
 from numballama.cuda.ops import gemm
-from numballama.graph import FUSIONS, KVLayout
+from numballama.fusion import FUSIONS
+from numballama.graph import KVLayout
 from numballama.ir import Graph, Value
 from numballama.model import Model
 from numballama.quantization import convert as quant

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 from numballama.checkpoint import Weight
 from numballama.config import F32, HALF_SPLIT, INTERLEAVED, ModelConfig, WeightType
 from numballama.cpu.backend import CpuProgram
-from numballama.graph import FUSIONS, KVLayout, build
+from numballama.fusion import FUSIONS
+from numballama.graph import KVLayout, build
 from numballama.quantization import convert as quant
 from numballama.reference import ReferenceBackend, ReferenceProgram
 from numballama.session import Session

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 import numballama
 from numballama import kernels_cpu, registry
 from numballama.config import F32, ModelConfig, WeightType
-from numballama.graph import KVLayout, build, fuse
+from numballama.fusion import fuse
+from numballama.graph import KVLayout, build
 from numballama.kernels_outline import OUTLINE
 from numballama.plan import lower
 from tests.helpers.random_models import architectures

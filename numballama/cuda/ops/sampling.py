@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ...registry import kernel
 from ..launch import Array, Gpu, KernelFile, Launch
 
 kernels = KernelFile("numballama.cuda.kernels.sampling")
@@ -10,14 +9,12 @@ kernels = KernelFile("numballama.cuda.kernels.sampling")
 THREADS = 1024
 
 
-@kernel("sample", "cuda", "f32")
 def sample(
     gpu: Gpu, logits: Array, n: int, settings: Array, recent: Array, counts: Array, state: Array, next_token: Array
 ) -> list[Launch]:
     return [Launch(kernels.sample_kernel, (1,), THREADS, (logits, n, settings, recent, counts, state, next_token))]
 
 
-@kernel("advance", "cuda", "i32")
 def advance(
     gpu: Gpu, next_token: Array, ids: Array, positions: Array, step: Array, mailbox: int, slots: int
 ) -> list[Launch]:

@@ -28,7 +28,8 @@ from numballama.config import ACTIVATION_QUANT, BLOCKS, VEC_DOT_TYPE, ModelConfi
 from numballama.cpu.intrinsics import cpu_features
 from numballama.errors import UnsupportedError
 from numballama.export import WRITERS
-from numballama.graph import FUSIONS, KVLayout, fuse
+from numballama.fusion import FUSIONS, fuse
+from numballama.graph import KVLayout
 from numballama.ir import Graph, verify
 from numballama.quantization import convert as quant
 from numballama.quantization.activations import quantize_activations
