@@ -14,9 +14,7 @@ from typing import Any
 
 from .config import ACTIVATION_QUANT, VEC_DOT_TYPE
 from .errors import Error
-from .ir import RULES, Shaped, Shapes, Value, fused_rule, rule
-
-__all__ = ["ACTIVATIONS", "RULES"]
+from .ir import Shaped, Shapes, Value, fused_rule, rule
 
 Inputs = Sequence[Value]
 Attrs = Mapping[str, Any]

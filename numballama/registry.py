@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+from . import ir, ops
 from .errors import Error, UnsupportedError
 from .ir import Rule
-from .ops import RULES
 
 Types = str | tuple[str, ...]
 """What one operand may be: a type's name, several, or "*" for any."""
@@ -109,6 +109,8 @@ class Kernel:
         )
 
 
+__all__ = ["Kernel", "KernelRef", "find", "has", "kernel", "ops"]  # ops: importing it declares the rules
+
 _kernels: dict[tuple[str, str], list[Kernel]] = {}
 
 
@@ -140,12 +142,12 @@ def kernel(op: str, backend: str, *types: Types, **scratch: ScratchShape) -> Cal
 
 
 def _rule_of(kernel: Kernel) -> Rule:
-    if kernel.op not in RULES:
+    if kernel.op not in ir.RULES:
         raise Error(
             f"kernel {kernel.name}: there is no op {kernel.op!r}; declare it first: "
-            f"@rule({kernel.op!r}, inputs=(…), outputs=(…)); known: {', '.join(sorted(RULES))}"
+            f"@rule({kernel.op!r}, inputs=(…), outputs=(…)); known: {', '.join(sorted(ir.RULES))}"
         )
-    return RULES[kernel.op]
+    return ir.RULES[kernel.op]
 
 
 def operand_names(kernel: Kernel) -> list[str]:

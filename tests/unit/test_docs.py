@@ -31,6 +31,8 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 @pytest.fixture(autouse=True)
 def registries(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a page registers is gone with its test."""
+    for backend in ("cpu", "reference"):
+        registry.load(backend)  # theirs stay
     monkeypatch.setattr(ir, "RULES", dict(ir.RULES))
     monkeypatch.setattr(graph, "LAYERS", dict(graph.LAYERS))
     monkeypatch.setattr(hf_config, "READERS", dict(hf_config.READERS))

@@ -11,7 +11,6 @@ from numballama import ir
 from numballama.config import VEC_DOT_TYPE
 from numballama.errors import Error
 from numballama.ir import Graph, Value, verify
-from numballama.ops import RULES
 
 Operand = tuple[tuple[int, ...], str]
 T, D, K, N, S, H, KV, C, P = 3, 8, 6, 5, 2, 4, 2, 7, 4  # KV heads of size P; q has H heads
@@ -110,7 +109,7 @@ def declare(graph: Graph, operands: Sequence[Operand]) -> list[Value]:
 
 def test_every_rule_has_a_case() -> None:
     rules = {
-        kind for kind, rule in RULES.items() if rule.shapes is not None
+        kind for kind, rule in ir.RULES.items() if rule.shapes is not None
     }  # others are fused: their bodies give them
     assert set(CASES) == rules
     assert {kind for kind, _, _ in REFUSED} == rules
