@@ -87,9 +87,9 @@ class Checkpoint:
     """Canonical name (see `ModelConfig.weight_shapes`) → weight."""
     int8_activations: bool = False
     """The format's own program multiplies int8 weights with int8 activations (llama2.c's runq)."""
-    bos_ends_text: bool = False
+    bos_is_stop_token: bool = False
     """Stories in this format end with BOS as well as with EOS."""
-    stop_ids: tuple[int, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
     """Ids that the file names as the end of a text or of a turn; the tokenizer's EOS ends a text anyway."""
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None

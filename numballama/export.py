@@ -162,14 +162,16 @@ def _options(
             except UnsupportedError as error:
                 notes.append(f"the tokenizer is left out: {error}")
                 own = None
-        enders = [token for token in opened.stop_ids if own is not None and token != own.eos_id]
+        enders = [token for token in opened.stop_token_ids if own is not None and token != own.eos_id]
         if enders:  # beside EOS there is place for one
             options["metadata"] = {"tokenizer.ggml.eot_token_id": enders[0]}
         if enders[1:]:
             notes.append(f"GGUF has no place for more ids that end a text: {', '.join(map(str, enders[1:]))} are lost")
         return options | {"tokenizer": own}
     if to == "safetensors":
-        ids = dict.fromkeys([*opened.stop_ids, *([own.eos_id] if own is not None and own.eos_id is not None else [])])
+        ids = dict.fromkeys(
+            [*opened.stop_token_ids, *([own.eos_id] if own is not None and own.eos_id is not None else [])]
+        )
         files = _files(opened, tokenizer)
         texts = {} if own is None or files else _texts(own, opened, notes)
         return {"bos_id": None if own is None else own.bos_id, "eos_ids": tuple(ids), "files": files, "texts": texts}

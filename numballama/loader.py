@@ -69,7 +69,7 @@ def open_checkpoint(
         if os.path.isdir(expand_user(tokenizer)):  # what else it says of text serves a model that says nothing
             found = read_text_files(tokenizer, own_tokenizer=False)
             opened.chat_template = opened.chat_template or found.chat_template
-            opened.stop_ids = opened.stop_ids or found.stop_ids
+            opened.stop_token_ids = opened.stop_token_ids or found.stop_token_ids
     if opened.tokenizer is not None:
         _require_fit(opened, opened.tokenizer, tokenizer)
     return opened

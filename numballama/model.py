@@ -343,8 +343,8 @@ class Model:
         drawn = min(self.config.vocab_size, tokenizer.vocab_size)
         sampler = Sampler(drawn, temperature, top_k, top_p, min_p, repeat_penalty, seed)
         sampler.remember(ids)
-        ends = {tokenizer.eos_id, *self._checkpoint.stop_ids, *enders}
-        if self._checkpoint.bos_ends_text:
+        ends = {tokenizer.eos_id, *self._checkpoint.stop_token_ids, *enders}
+        if self._checkpoint.bos_is_stop_token:
             ends.add(tokenizer.bos_id)
         return self._pieces(ids, max_tokens, sampler, tokenizer.decoder(at_start=at_start), stops, ends, keep)
 

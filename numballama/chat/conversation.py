@@ -50,7 +50,7 @@ class Chat:
     def __init__(self, model: Model, tokenizer: Tokenizer, system: str | None, source: str | None) -> None:
         self._model, self._tokenizer = model, tokenizer
         self.template: ChatTemplate = templates.choose(source, tokenizer)
-        self._enders = templates.stop_ids(tokenizer)
+        self._enders = templates.stop_token_ids(tokenizer)
         self.turn: Turn | None = None
         self._said: list[dict[str, str]] = []
         self._rendered, self._ids = "", list[int]()

@@ -131,7 +131,7 @@ def choose(source: str | None, tokenizer: Tokenizer) -> ChatTemplate:
     )
 
 
-def stop_ids(tokenizer: Tokenizer) -> frozenset[int]:
+def stop_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Ids of the vocabulary's special tokens that end a turn, EOS among them."""
     special = tokenizer.special_tokens
     found = {special[token] for token in ENDS_OF_TURN if token in special}

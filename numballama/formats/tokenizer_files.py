@@ -126,7 +126,7 @@ class TextFiles:
 
     tokenizer: Tokenizer | None
     chat_template: str | None
-    stop_ids: tuple[int, ...]
+    stop_token_ids: tuple[int, ...]
     """Ids that generation_config.json, else config.json, names as the end of a text; EOS is the tokenizer's matter."""
     notes: tuple[str, ...]
 
@@ -152,4 +152,4 @@ def read_text_files(directory: str | PathLike[str], own_tokenizer: bool = True) 
         unknown = [token for token in ids if token >= tokenizer.vocab_size]
         if unknown:
             notes.append(f"{len(unknown)} added tokens, which tokenizer.model does not have, are left out")
-    return TextFiles(tokenizer, settings.chat_template, settings.stop_ids, tuple(notes))
+    return TextFiles(tokenizer, settings.chat_template, settings.stop_token_ids, tuple(notes))

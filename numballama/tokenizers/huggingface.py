@@ -72,7 +72,7 @@ class Settings:
         return found
 
     @cached_property
-    def stop_ids(self) -> tuple[int, ...]:
+    def stop_token_ids(self) -> tuple[int, ...]:
         """Ids that end a text, of `generation_config.json`, else of `config.json`."""
         for name in ("generation_config.json", "config.json"):
             found = self._read(name).get("eos_token_id")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from numballama.chat.template import CHATML, choose, stop_ids
+from numballama.chat.template import CHATML, choose, stop_token_ids
 from numballama.errors import Error
 from numballama.formats.tokenizer_files import load_tokenizer, read_text_files
 from tests.golden.make_templates import CONVERSATIONS, OWN
@@ -81,6 +81,6 @@ def examine(path: Path) -> None:
         tokenizer.encode(TEXT, special=True)
         tokenizer.encode_guarded(TEXT.replace("<|", "<\ufdd0|"), "\ufdd0")
         tokenizer.vocabulary()
-    stop_ids(tokenizer)
+    stop_token_ids(tokenizer)
     if found.chat_template is not None:
         choose(found.chat_template, tokenizer).render(CONVERSATIONS[3])

@@ -53,7 +53,7 @@ def test_safetensors_keep_config_and_logits(
     assert write_safetensors(path, config, weights, bos_id=1, eos_ids=(2, 3)) == []
     opened = open_checkpoint(path)
     assert opened.config == replace(config, rope_pairing=HALF_SPLIT)
-    assert (opened.stop_ids, opened.notes) == ((2, 3), [])
+    assert (opened.stop_token_ids, opened.notes) == ((2, 3), [])
     ids = np.arange(min(config.context + 3, 14)) % config.vocab_size
     got = reference_logits(opened.config, opened.weights, ids)
     np.testing.assert_allclose(got, reference_logits(config, weights, ids), atol=1e-5)
@@ -287,7 +287,7 @@ def test_ids_that_end_a_turn_go_along(tmp_path: Path) -> None:
     save_gguf(tmp_path / "tokenizer.gguf", WIDE, tokenizer=letters(300))
     done = export_model(tmp_path / "Model-2.5", tmp_path / "m.gguf", "gguf", tokenizer=tmp_path / "tokenizer.gguf")
     assert done.notes == ("GGUF has no place for more ids that end a text: 9 are lost",)
-    assert set(open_checkpoint(tmp_path / "m.gguf").stop_ids) == {2, 7}
+    assert set(open_checkpoint(tmp_path / "m.gguf").stop_token_ids) == {2, 7}
     assert Header(map_file(tmp_path / "m.gguf")).text("general.name") == "Model-2.5"
 
 

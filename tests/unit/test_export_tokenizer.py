@@ -46,7 +46,7 @@ def test_a_gguf_becomes_a_directory(tmp_path: Path, pre: str, bos: bool, eos: bo
     assert source.tokenizer is not None and opened.tokenizer is not None
     assert opened.chat_template == source.chat_template == "{{ 'ü' }}\n{{ x }}"
     assert (opened.tokenizer.bos_id, opened.tokenizer.eos_id) == (own.bos_id, own.eos_id)
-    assert opened.stop_ids == source.stop_ids == (own.eos_id,)
+    assert opened.stop_token_ids == source.stop_token_ids == (own.eos_id,)
     assert opened.tokenizer.special_tokens == own.special_tokens
     library = Library.from_file(str(copy / "tokenizer.json"))
     for text in TEXTS:
@@ -106,7 +106,7 @@ def test_no_token_ends_a_text(tmp_path: Path) -> None:
     """Files write 4,294,967,295 for an id that there is not: it is no end of a text, nor part of a config."""
     path = chat_model(tmp_path)
     path.write_bytes(edited(path, {"tokenizer.ggml.eos_token_id": u32("tokenizer.ggml.eos_token_id", 0xFFFFFFFF)}))
-    assert open_checkpoint(path).stop_ids == ()
+    assert open_checkpoint(path).stop_token_ids == ()
     export_model(path, tmp_path / "copy", "safetensors", "f32")
     assert json.loads((tmp_path / "copy" / "config.json").read_text())["eos_token_id"] is None
     assert "eos_token" not in json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text())

@@ -111,7 +111,7 @@ def read(file: MappedFile, own_tokenizer: bool = True) -> Checkpoint:
         format=f"GGUF v{header.version}",
         config=config,
         weights=weights,
-        stop_ids=tuple(token for token in ends if token is not None and 0 <= token < config.vocab_size),
+        stop_token_ids=tuple(token for token in ends if token is not None and 0 <= token < config.vocab_size),
         chat_template=header.text("tokenizer.chat_template"),
         notes=notes + _conversions(weights),
     )

@@ -84,7 +84,7 @@ def read(directory: Path, own_tokenizer: bool = True, only: MappedFile | None = 
         weights=weights,
         tokenizer=text.tokenizer,
         chat_template=text.chat_template,
-        stop_ids=text.stop_ids,
+        stop_token_ids=text.stop_token_ids,
         notes=list(text.notes),
     )
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from numballama.chat import sandbox
-from numballama.chat.template import BUILT_IN, MAX_TEMPLATE, ChatTemplate, choose, stop_ids
+from numballama.chat.template import BUILT_IN, MAX_TEMPLATE, ChatTemplate, choose, stop_token_ids
 from numballama.errors import Error
 from numballama.formats.tokenizer_files import load_tokenizer, read_text_files
 from numballama.tokenizers.base import Tokenizer
@@ -77,8 +77,8 @@ def test_the_vocabulary_chooses(small: Tokenizer, tmp_path: Path, models: Path) 
     chatml = load_tokenizer(save_json(tmp_path, trained(vocab_size=300)))
     assert choose(None, chatml).name == "ChatML chat template"
     assert choose("{{ 1 }}", chatml).source == "{{ 1 }}"
-    assert stop_ids(chatml) == {chatml.special_tokens[token] for token in ("<|im_end|>", "<|endoftext|>")}
-    assert small.special_tokens["</s>"] in stop_ids(small)
+    assert stop_token_ids(chatml) == {chatml.special_tokens[token] for token in ("<|im_end|>", "<|endoftext|>")}
+    assert small.special_tokens["</s>"] in stop_token_ids(small)
     library = trained(vocab_size=300)
     (tmp_path / "x").mkdir()
     bare = json.loads(library.to_str()) | {"added_tokens": []}

@@ -44,7 +44,7 @@ def test_float_formats_round_trip(tmp_path: Path, config: ModelConfig, name: str
     opened = open_checkpoint(path)
     assert opened.config == config
     assert opened.format == ("KuiperLLama fp32" if config.qkv_bias else FLOAT_FORMATS[name])
-    assert opened.bos_ends_text
+    assert opened.bos_is_stop_token
     assert not opened.int8_activations
     assert list(opened.weights) == list(config.weight_shapes())
     for weight_name, weight in opened.weights.items():

@@ -204,18 +204,18 @@ def test_what_a_directory_says(tmp_path: Path) -> None:
     save_json(tmp_path, trained(), config, generation_config={"eos_token_id": [603, 601]}, config={"eos_token_id": 2})
     found = read_text_files(tmp_path)
     assert isinstance(found.tokenizer, BPETokenizer)
-    assert (found.chat_template, found.stop_ids, found.notes) == ("d", (603, 601), ())
+    assert (found.chat_template, found.stop_token_ids, found.notes) == ("d", (603, 601), ())
     assert read_text_files(tmp_path, own_tokenizer=False).tokenizer is None
     (tmp_path / "generation_config.json").unlink()
     (tmp_path / "chat_template.jinja").write_text("j")
-    assert (read_text_files(tmp_path).chat_template, read_text_files(tmp_path).stop_ids) == ("j", (2,))
+    assert (read_text_files(tmp_path).chat_template, read_text_files(tmp_path).stop_token_ids) == ("j", (2,))
     library = Library(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]"))
     library.pre_tokenizer = pre_tokenizers.Whitespace()
     save_json(tmp_path, library)
     assert "WordPiece" in read_text_files(tmp_path).notes[0] and read_text_files(tmp_path).tokenizer is None
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert read_text_files(empty) == replace(found, tokenizer=None, chat_template=None, stop_ids=())
+    assert read_text_files(empty) == replace(found, tokenizer=None, chat_template=None, stop_token_ids=())
     with pytest.raises(Error, match="no such directory"):
         read_text_files(tmp_path / "missing")
 
@@ -251,7 +251,7 @@ def test_a_directory_as_the_tokenizer_of_a_model(tmp_path: Path) -> None:
     folder = tmp_path / "text"
     save_json(folder, trained(), CHAT_CONFIG | {"chat_template": "T"}, generation_config={"eos_token_id": [3]})
     opened = open_checkpoint(model, folder)
-    assert (opened.chat_template, opened.stop_ids) == ("T", (3,))
+    assert (opened.chat_template, opened.stop_token_ids) == ("T", (3,))
     assert opened.tokenizer is not None and opened.tokenizer.vocab_size == 607
 
 
@@ -307,7 +307,7 @@ def test_through_gguf(tmp_path: Path) -> None:
     ours = load_tokenizer(tmp_path / "tokenizer")
     checkpoint = open_checkpoint(path)
     again = checkpoint.tokenizer
-    assert again is not None and checkpoint.chat_template == "{{ x }}" and checkpoint.stop_ids == (ours.eos_id,)
+    assert again is not None and checkpoint.chat_template == "{{ x }}" and checkpoint.stop_token_ids == (ours.eos_id,)
     assert again.vocabulary() == ours.vocabulary()
     assert (again.bos_id, again.eos_id, again.add_bos) == (ours.bos_id, ours.eos_id, False)
     for token in range(ours.vocab_size):

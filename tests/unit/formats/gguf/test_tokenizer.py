@@ -294,7 +294,7 @@ def test_the_files_tokenizer_and_the_users(tmp_path: Path, models: Path) -> None
     opened = open_checkpoint(path)
     assert opened.tokenizer is not None
     assert opened.tokenizer.vocab_size == 300
-    assert opened.stop_ids == (2,)
+    assert opened.stop_token_ids == (2,)
     assert any("212" in note and "padding" in note for note in opened.notes)
     other = open_checkpoint(path, models / "tok512.bin").tokenizer
     assert other is not None

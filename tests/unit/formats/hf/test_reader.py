@@ -170,7 +170,7 @@ def test_what_is_not_computed_is_named(
 def test_impossible_configs(copy: Callable[[str], Path], changes: dict[str, Any], message: str) -> None:
     folder = edit(copy("llama"), changes)
     if not message:
-        assert open_checkpoint(folder).stop_ids == (2,)
+        assert open_checkpoint(folder).stop_token_ids == (2,)
         (folder / "generation_config.json").unlink()
         message = "key eos_token_id"
     with pytest.raises(FormatError, match=message):
@@ -192,7 +192,7 @@ def test_weights_are_views_in_the_type_of_the_file() -> None:
     for name, kind in (("llama", F32), ("llama-bf16", BF16), ("qwen3-f16-sharded", F16)):
         opened = open_checkpoint(HF / f"{name}-0")
         assert opened.format == f"Hugging Face, {'qwen3' if 'qwen3' in name else 'llama'}"
-        assert (opened.notes, opened.assumed, opened.stop_ids, opened.tokenizer) == ([], (), (2,), None)
+        assert (opened.notes, opened.assumed, opened.stop_token_ids, opened.tokenizer) == ([], (), (2,), None)
         for weight in opened.weights.values():
             assert weight.type == (kind if len(weight.shape) == 2 else F32)
             assert weight.data.flags.owndata == (len(weight.shape) == 1 and kind != F32) or weight.type == F32
@@ -271,9 +271,9 @@ def test_tensors_without_a_place(copy: Callable[[str], Path]) -> None:
 def test_stop_ids_and_templates(copy: Callable[[str], Path]) -> None:
     folder = copy("llama")
     edit(folder, {"eos_token_id": [2, 7, 9]}, "generation_config.json")
-    assert open_checkpoint(folder).stop_ids == (2, 7, 9)
+    assert open_checkpoint(folder).stop_token_ids == (2, 7, 9)
     edit(folder, {"eos_token_id": None}, "generation_config.json")
-    assert open_checkpoint(edit(folder, {"eos_token_id": 5})).stop_ids == (5,)
+    assert open_checkpoint(edit(folder, {"eos_token_id": 5})).stop_token_ids == (5,)
     (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ a }}"}')
     assert open_checkpoint(folder).chat_template == "{{ a }}"
     named = [{"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}]

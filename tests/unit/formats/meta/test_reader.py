@@ -49,7 +49,7 @@ def test_logits_are_those_of_transformers(folder: Path, device: str) -> None:
 def test_configs() -> None:
     opened = open_checkpoint(META / "llama2")
     base = ModelConfig(16, 24, 2, 4, 2, 40, 4096, tied_embeddings=False)
-    assert (opened.config, opened.format, opened.stop_ids, opened.tokenizer) == (base, "Meta", (), None)
+    assert (opened.config, opened.format, opened.stop_token_ids, opened.tokenizer) == (base, "Meta", (), None)
     assert opened.notes == ["params.json does not say for how many tokens the model was made: 4,096 assumed"]
     scaled = open_checkpoint(META / "llama3.1-2-parts").config
     assert scaled.rope_scaling == RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
