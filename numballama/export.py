@@ -14,6 +14,7 @@ from .config import BLOCKS, F32, WeightType
 from .errors import UnsupportedError
 from .files import expand_user
 from .formats.gguf.writer import write_gguf
+from .formats.hf.text_files import tokenizer_texts
 from .formats.hf.writer import write_safetensors
 from .formats.llama2c.kuiper import write_fp32, write_int8
 from .formats.llama2c.reader import write_v0, write_v1, write_v2
@@ -22,7 +23,6 @@ from .quantization import convert as quant
 from .quantization import policy as conversion
 from .tokenizers.base import Tokenizer
 from .tokenizers.bpe import BPETokenizer
-from .tokenizers.huggingface import text_files
 
 WRITERS: dict[str, Callable[..., list[str]]] = {
     "llama2c-v0": write_v0,
@@ -194,7 +194,7 @@ def _group(opened: Checkpoint) -> int:
 def _texts(own: Tokenizer, opened: Checkpoint, notes: list[str]) -> dict[str, str]:
     """Files of a tokenizer, made for a Hugging Face directory; none, and a note why, where it cannot hold this one."""
     try:
-        texts = text_files(own, opened.chat_template, opened.config.context)
+        texts = tokenizer_texts(own, opened.chat_template, opened.config.context)
     except UnsupportedError as error:
         notes.append(f"the tokenizer is left out: {error}")
         return {}

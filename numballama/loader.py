@@ -14,11 +14,12 @@ from .formats import safetensors
 from .formats.gguf import reader as gguf
 from .formats.gguf.header import MAGIC as GGUF_MAGIC
 from .formats.hf import reader as hf
+from .formats.hf.text_files import read_text_files
 from .formats.llama2c import kuiper
 from .formats.llama2c import reader as llama2c
 from .formats.meta import reader as meta
 from .formats.meta import torch_zip as torchfile
-from .formats.tokenizer_files import load_tokenizer, read_text_files
+from .formats.tokenizer_files import load_tokenizer
 from .tokenizers.base import Tokenizer
 
 SUPPORTED = (
@@ -67,7 +68,7 @@ def open_checkpoint(
         tokenizer = hub.local(tokenizer, hub.TEXT)
         opened.tokenizer = load_tokenizer(tokenizer)
         if os.path.isdir(expand_user(tokenizer)):  # what else it says of text serves a model that says nothing
-            found = read_text_files(tokenizer, own_tokenizer=False)
+            found = read_text_files(tokenizer, load_tokenizer=False)
             opened.chat_template = opened.chat_template or found.chat_template
             opened.stop_token_ids = opened.stop_token_ids or found.stop_token_ids
     if opened.tokenizer is not None:
@@ -79,24 +80,24 @@ open = open_checkpoint
 """`loader.open`, the short name."""
 
 
-def _read(path: str | PathLike[str], own_tokenizer: bool) -> Checkpoint:
+def _read(path: str | PathLike[str], load_tokenizer: bool) -> Checkpoint:
     path = hub.local(path)
     directory = expand_user(path)
     if os.path.isdir(directory):
         if hf.is_directory_of(directory):
-            return hf.read(directory, own_tokenizer)
+            return hf.read(directory, load_tokenizer)
         if meta.is_directory_of(directory):
-            return meta.read(directory, own_tokenizer)
+            return meta.read(directory, load_tokenizer)
         raise FormatError(f"is a directory without a model; supported are {SUPPORTED}", path=path)
     file = map_file(path)
     if file.data[: len(llama2c.MAGIC)] == llama2c.MAGIC:
         return llama2c.read(file)
     if file.data[: len(GGUF_MAGIC)] == GGUF_MAGIC:
-        return gguf.read(file, own_tokenizer)
+        return gguf.read(file, load_tokenizer)
     if safetensors.looks_like(file):
-        return hf.read(file.path.parent, own_tokenizer, file)
+        return hf.read(file.path.parent, load_tokenizer, file)
     if file.data[:4] == torchfile.MAGIC or file.data[: len(torchfile.LEGACY)] == torchfile.LEGACY:
-        return meta.read_file(file, own_tokenizer)
+        return meta.read_file(file, load_tokenizer)
     if foreign := _foreign(file):
         raise UnsupportedError(f"{path}: {foreign}, which is not read yet; supported are {SUPPORTED}")
     return kuiper.read(file)

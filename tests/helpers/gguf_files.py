@@ -16,7 +16,7 @@ from numballama.formats.gguf.header import TENSOR_TYPES, Header
 from numballama.formats.gguf.writer import write_gguf
 from numballama.quantization import convert as quant
 from numballama.tokenizers.base import PieceType, Vocabulary
-from numballama.tokenizers.scored import GgufTokenizer
+from numballama.tokenizers.gguf import GgufTokenizer
 from tests.helpers.random_models import random_checkpoint
 
 CONFIG = ModelConfig(32, 64, 2, 4, 2, 300, 16, tied_embeddings=False)

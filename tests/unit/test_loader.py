@@ -15,7 +15,7 @@ from numballama.config import ModelConfig
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.export import WRITERS
 from numballama.loader import open_checkpoint
-from numballama.tokenizers.scored import Llama2cTokenizer
+from numballama.tokenizers.llama2c import Llama2cTokenizer
 from tests.helpers.random_models import random_checkpoint
 
 SMALL = ModelConfig(16, 12, 1, 4, 2, 264, 8)

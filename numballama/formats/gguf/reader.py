@@ -33,9 +33,9 @@ from ...memory import format_bytes
 from ...quantization import convert as quant
 from ...rope import rope_divisors
 from ..llama2c.layout import MAX_CONTEXT, MAX_LAYERS
-from ..tokenizer_files import from_gguf
 from .header import Header, TensorInfo, require
 from .split import open_header
+from .tokenizer import read_gguf_tokenizer
 
 ARCHITECTURES = {"llama": INTERLEAVED, "qwen2": HALF_SPLIT, "qwen3": HALF_SPLIT}
 """Supported architecture → how its RoPE pairs dimensions."""
@@ -89,9 +89,8 @@ def tensor_name(name: str) -> str:
     return f"blk.{layer}.{_LAYER[short]}"
 
 
-def read(file: MappedFile, own_tokenizer: bool = True) -> Checkpoint:
-    """Open a GGUF file, with the tokenizer that it holds unless `own_tokenizer` is False. A part of a split model opens
-    all of it.
+def read(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
+    """Open a GGUF file, with its tokenizer unless `load_tokenizer` is False. A part of a split model opens all parts.
 
     Raises `FormatError` for damaged files, `UnsupportedError` for architectures, tensor types and metadata that ask
     for what this version cannot do. A tokenizer of an unsupported kind is left out, with a note.
@@ -117,9 +116,9 @@ def read(file: MappedFile, own_tokenizer: bool = True) -> Checkpoint:
     )
     if 0 < config.window < config.context:
         opened.notes.append(f"tokens see the last {config.window:,} only (attention.sliding_window)")
-    if own_tokenizer:
+    if load_tokenizer:
         try:
-            opened.tokenizer = from_gguf(header)
+            opened.tokenizer = read_gguf_tokenizer(header)
         except UnsupportedError as error:
             opened.notes.append(f"its tokenizer is left out: {error}")
     return opened

@@ -10,8 +10,8 @@ from ...errors import FormatError, UnsupportedError
 from ...files import MappedFile, map_file
 from .. import safetensors
 from ..json_reader import read_object
-from ..tokenizer_files import read_text_files
 from .config import config_of
+from .text_files import read_text_files
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _TOP = {"tok_embeddings": "model.embed_tokens.weight", "norm": "model.norm.weight", "output": "lm_head.weight"}
@@ -55,9 +55,9 @@ def is_directory_of(directory: Path) -> bool:
     return (directory / CONFIG).exists() or any(directory.glob("*.safetensors"))
 
 
-def read(directory: Path, own_tokenizer: bool = True, only: MappedFile | None = None) -> Checkpoint:
-    """Open a directory, with its tokenizer unless `own_tokenizer` is False; `only` is the file that was asked for in
-    it, when it was a file.
+def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile | None = None) -> Checkpoint:
+    """Open a directory, with its tokenizer unless `load_tokenizer` is False. `single_file` is the file of weights in it
+    that the caller asked for, if it was a file.
 
     Raises `FormatError` for damaged or missing files, `UnsupportedError` for configurations and tensor types that
     this version does not compute. A tokenizer that cannot be read yet is left out, with a note.
@@ -66,7 +66,7 @@ def read(directory: Path, own_tokenizer: bool = True, only: MappedFile | None = 
         raise FormatError("safetensors without their config", path=directory, expected=CONFIG, found="no such file")
     keys = read_object(directory / CONFIG)
     config, kind = config_of(keys), keys.text("model_type")
-    tensors = _tensors(directory, only)
+    tensors = _tensors(directory, single_file)
     weights: dict[str, Weight] = {}
     for name, shape in config.weight_shapes().items():
         if (found := tensors.pop(theirs := tensor_name(name, kind), None)) is None:
@@ -76,9 +76,9 @@ def read(directory: Path, own_tokenizer: bool = True, only: MappedFile | None = 
         weights[name] = safetensors.view(*found, shape)
     if extra := [name for name in tensors if not _WITHOUT_USE.fullmatch(name)]:
         raise UnsupportedError(f"{directory}: tensor {extra[0][:100]} has no place in a {kind} model of this version")
-    text = read_text_files(directory, own_tokenizer)
+    text = read_text_files(directory, load_tokenizer)
     return Checkpoint(
-        path=directory if only is None else only.path,
+        path=directory if single_file is None else single_file.path,
         format=f"Hugging Face, {kind}",
         config=config,
         weights=weights,
@@ -89,20 +89,20 @@ def read(directory: Path, own_tokenizer: bool = True, only: MappedFile | None = 
     )
 
 
-def _tensors(directory: Path, only: MappedFile | None) -> dict[str, tuple[MappedFile, safetensors.TensorInfo]]:
+def _tensors(directory: Path, single_file: MappedFile | None) -> dict[str, tuple[MappedFile, safetensors.TensorInfo]]:
     """Every tensor of a directory with the file it is in."""
     index = directory / INDEX
     names = sorted(path.name for path in directory.glob("*.safetensors"))
-    if index.exists() and (only is None or only.path.name in _shards(index).values()):
+    if index.exists() and (single_file is None or single_file.path.name in _shards(index).values()):
         return _sharded(directory, _shards(index))
-    if only is None and SINGLE not in names and len(names) != 1:
+    if single_file is None and SINGLE not in names and len(names) != 1:
         raise FormatError(
             "no weights that can be told to be the model's",
             path=directory,
             expected=f"{SINGLE}, {INDEX} or one file *.safetensors",
             found=f"{len(names)} files",
         )
-    file = only or map_file(directory / (SINGLE if SINGLE in names else names[0]))
+    file = single_file or map_file(directory / (SINGLE if SINGLE in names else names[0]))
     return {name: (file, info) for name, info in safetensors.directory(file).items()}
 
 

@@ -14,9 +14,9 @@ from ...config import INTERLEAVED, ModelConfig, RopeScaling, WeightType
 from ...errors import Error, FormatError, UnsupportedError
 from ...files import MappedFile, map_file
 from ...memory import format_bytes
+from .. import tokenizer_files
 from ..json_reader import Keys, read_object
 from ..llama2c.layout import MAX_CONTEXT, MAX_LAYERS
-from ..tokenizer_files import load_tokenizer
 from .torch_zip import TorchFile
 
 PARAMS = "params.json"
@@ -58,9 +58,9 @@ def is_directory_of(directory: Path) -> bool:
     return (directory / PARAMS).exists() and any(_PART.fullmatch(path.name) for path in directory.glob("*.pth"))
 
 
-def read(directory: Path, own_tokenizer: bool = True, only: MappedFile | None = None) -> Checkpoint:
-    """Open a directory, with the `tokenizer.model` in it unless `own_tokenizer` is False; `only` is the file that was
-    asked for in it, when it was a file of another name.
+def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile | None = None) -> Checkpoint:
+    """Open a directory, with its `tokenizer.model` unless `load_tokenizer` is False. `single_file` is the checkpoint in
+    it that the caller asked for, if its name is not that of a part.
 
     Raises `FormatError` for damaged or missing files and for pickles that want code to run, `UnsupportedError` for
     what this version does not compute.
@@ -70,7 +70,7 @@ def read(directory: Path, own_tokenizer: bool = True, only: MappedFile | None = 
             "a PyTorch checkpoint without its params", path=directory, expected=PARAMS, found="no such file"
         )
     keys = read_object(directory / PARAMS)
-    parts = [TorchFile(file) for file in ([only] if only else _files(directory))]
+    parts = [TorchFile(file) for file in ([single_file] if single_file else _files(directory))]
     notes: list[str] = []
     config = _config(keys, parts, notes)
     weights = {name: _weight(parts, name, shape) for name, shape in config.weight_shapes().items()}
@@ -78,25 +78,25 @@ def read(directory: Path, own_tokenizer: bool = True, only: MappedFile | None = 
     if extra := [name for part in parts for name in part.tensors if name not in known]:
         raise UnsupportedError(f"{directory}: tensor {extra[0][:100]} has no place in a model of this version")
     opened = Checkpoint(
-        path=only.path if only else directory, format="Meta", config=config, weights=weights, notes=notes
+        path=single_file.path if single_file else directory, format="Meta", config=config, weights=weights, notes=notes
     )
     if len(parts) > 1:
         size = sum(weight.nbytes for weight in weights.values() if isinstance(weight, LazyWeight))
         notes.append(f"{len(parts)} parts are merged in memory, {format_bytes(size)} of it")
-    if own_tokenizer and (directory / "tokenizer.model").exists():
+    if load_tokenizer and (directory / "tokenizer.model").exists():
         try:
-            opened.tokenizer = load_tokenizer(directory / "tokenizer.model")
+            opened.tokenizer = tokenizer_files.load_tokenizer(directory / "tokenizer.model")
         except UnsupportedError as error:
             notes.append(f"its tokenizer is left out: {error}")
     return opened
 
 
-def read_file(file: MappedFile, own_tokenizer: bool = True) -> Checkpoint:
+def read_file(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
     """Open a PyTorch file with the `params.json` beside it; a part of several stands for them all."""
     directory = file.path.parent
     if not (directory / PARAMS).exists():
         TorchFile(file)  # what is wrong with the file itself comes before what is missing beside it
-    return read(directory, own_tokenizer, None if _PART.fullmatch(file.path.name) else file)
+    return read(directory, load_tokenizer, None if _PART.fullmatch(file.path.name) else file)
 
 
 def _files(directory: Path) -> list[MappedFile]:

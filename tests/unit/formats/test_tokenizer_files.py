@@ -17,7 +17,7 @@ from sentencepiece import SentencePieceProcessor
 from numballama.errors import Error, FormatError
 from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.tokenizers.base import Tokenizer
-from numballama.tokenizers.scored import Llama2cTokenizer
+from numballama.tokenizers.llama2c import Llama2cTokenizer
 
 PAIRS = {"tok512": ("tok512.model", "tok512.bin"), "llama2": ("llama2_tokenizer.model", "tokenizer_llama2.bin")}
 FIXED = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % byte for byte in range(256))]

@@ -19,11 +19,12 @@ from tokenizers import models, pre_tokenizers
 import numballama
 from numballama.config import ModelConfig
 from numballama.errors import Error, FormatError, UnsupportedError
-from numballama.formats.tokenizer_files import load_tokenizer, read_text_files
+from numballama.formats.hf.text_files import read_text_files
+from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.loader import open_checkpoint
 from numballama.tokenizers.base import PieceType, Tokenizer, TokenKind
-from numballama.tokenizers.bpe import BYTES, BPETokenizer
-from numballama.tokenizers.pretokenizers import WORDS
+from numballama.tokenizers.bpe import UNICODE_TO_BYTE, BPETokenizer
+from numballama.tokenizers.pretokenizers import PRE_TOKENIZERS
 from tests.golden.lines import lines
 from tests.golden.make_tokenizers import GOLDEN, SAMPLE, SMALL, digest, digests, with_special
 from tests.helpers.bpe import ADDED, CHAT_CONFIG, SPECIAL, chat_model, real, save_json, trained, vocabulary_gguf
@@ -57,7 +58,7 @@ def test_the_lines_are_those_of_the_golden_file() -> None:
 
 
 def test_every_name_of_a_pre_tokenizer_has_a_witness() -> None:
-    assert {f"small-{pre}" for pre in WORDS} <= set(PEERS)
+    assert {f"small-{pre}" for pre in PRE_TOKENIZERS} <= set(PEERS)
 
 
 @pytest.mark.parametrize("name", PEERS)
@@ -75,8 +76,8 @@ def test_ids_are_the_peers(name: str, tmp_path: Path) -> None:
 
 def test_pre_tokenizers_differ() -> None:
     """The small vocabulary shows which one cut a text."""
-    kinds = {tuple(PEERS[f"small-{pre}"]["lines"]) for pre in WORDS}
-    assert len(kinds) == len(set(WORDS.values()))
+    kinds = {tuple(PEERS[f"small-{pre}"]["lines"]) for pre in PRE_TOKENIZERS}
+    assert len(kinds) == len(set(PRE_TOKENIZERS.values()))
 
 
 @pytest.fixture(scope="module", params=["smollm", "llama-bpe", "nfc", "metaspace", "bos"])
@@ -84,7 +85,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     """(the library's, ours from its JSON)."""
     kind = request.param
     library = trained(
-        kind if kind in WORDS else "qwen2", nfc=kind == "nfc", metaspace=kind == "metaspace", bos=kind == "bos"
+        kind if kind in PRE_TOKENIZERS else "qwen2", nfc=kind == "nfc", metaspace=kind == "metaspace", bos=kind == "bos"
     )
     ours = load_tokenizer(save_json(tmp_path_factory.mktemp("bpe"), library))
     assert isinstance(ours, BPETokenizer)
@@ -133,7 +134,9 @@ def test_any_ids(pair: tuple[Library, BPETokenizer], data: st.DataObject) -> Non
 def test_a_character_appears_with_its_last_byte(pair: tuple[Library, BPETokenizer]) -> None:
     library, ours = pair
     if ours.entry(library.token_to_id("a"))[0] is TokenKind.BYTE:
-        spelled = [library.token_to_id({byte: letter for letter, byte in BYTES.items()}[b]) for b in "🙂é".encode()]
+        spelled = [
+            library.token_to_id({byte: letter for letter, byte in UNICODE_TO_BYTE.items()}[b]) for b in "🙂é".encode()
+        ]
         decoder = ours.decoder()
         assert [decoder.push(token) for token in spelled] == ["", "", "", "🙂", "", "é"]
         assert [decoder.push(token) for token in spelled[:2]] == ["", ""]
@@ -205,7 +208,7 @@ def test_what_a_directory_says(tmp_path: Path) -> None:
     found = read_text_files(tmp_path)
     assert isinstance(found.tokenizer, BPETokenizer)
     assert (found.chat_template, found.stop_token_ids, found.notes) == ("d", (603, 601), ())
-    assert read_text_files(tmp_path, own_tokenizer=False).tokenizer is None
+    assert read_text_files(tmp_path, load_tokenizer=False).tokenizer is None
     (tmp_path / "generation_config.json").unlink()
     (tmp_path / "chat_template.jinja").write_text("j")
     assert (read_text_files(tmp_path).chat_template, read_text_files(tmp_path).stop_token_ids) == ("j", (2,))
@@ -364,7 +367,7 @@ def test_an_empty_name_and_llama_3s_bos(tmp_path: Path) -> None:
 
 def tiktoken_file(path: Path, vocabulary: list[str]) -> Path:
     """The file of tokens in GPT-2's letters, by rank."""
-    tokens = (bytes(BYTES[letter] for letter in token) for token in vocabulary)
+    tokens = (bytes(UNICODE_TO_BYTE[letter] for letter in token) for token in vocabulary)
     path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
     return path
 
@@ -391,10 +394,10 @@ def ranked() -> list[str]:
 def test_tiktoken_files(tmp_path: Path) -> None:
     vocabulary = ranked()
     tokenizer = load_tokenizer(tiktoken_file(tmp_path / "tokenizer.model", vocabulary))
-    ranks = {bytes(BYTES[letter] for letter in token): rank for rank, token in enumerate(vocabulary)}
+    ranks = {bytes(UNICODE_TO_BYTE[letter] for letter in token): rank for rank, token in enumerate(vocabulary)}
     cut = trained("llama-bpe", 300).pre_tokenizer
     for line in lines()[::3]:
-        words = [bytes(BYTES[letter] for letter in word) for word, _ in cut.pre_tokenize_str(line)]
+        words = [bytes(UNICODE_TO_BYTE[letter] for letter in word) for word, _ in cut.pre_tokenize_str(line)]
         expected = [token for word in words for token in tiktoken_encode(ranks, word)]
         assert tokenizer.encode(line, bos=False) == expected
         assert tokenizer.decode(expected) == line

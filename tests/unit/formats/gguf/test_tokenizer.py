@@ -21,9 +21,9 @@ from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.formats.gguf.writer import write_gguf
 from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.loader import open_checkpoint
-from numballama.tokenizers import sentencepiece_proto as protobuf
 from numballama.tokenizers.base import PieceType, Tokenizer
-from numballama.tokenizers.scored import GgufTokenizer
+from numballama.tokenizers.gguf import GgufTokenizer
+from numballama.tokenizers.sentencepiece_proto import message_fields
 from tests.helpers.gguf_files import (
     ARRAY,
     BOOL,
@@ -161,9 +161,9 @@ def varint(number: int) -> bytes:
 def with_unused(proto: bytes, chosen: Callable[[bytes], bool]) -> bytes:
     """A sentencepiece model in which the normal pieces that are `chosen` are unused ones."""
     out = b""
-    for number, value in protobuf.fields(proto):
+    for number, value in message_fields(proto):
         if number == 1:
-            piece = dict(protobuf.fields(value))
+            piece = dict(message_fields(value))
             if piece.get(3, 1) == 1 and chosen(piece[1]):
                 value += b"\x18" + bytes([PieceType.UNUSED])
         out += varint(number << 3 | 2) + varint(len(value)) + value
