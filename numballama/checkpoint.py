@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .config import ModelConfig, WeightType
+from .errors import Error
 
 if TYPE_CHECKING:
     from .tokenizers.base import Tokenizer
@@ -72,6 +73,16 @@ class LazyWeight(Weight):
     @property
     def nbytes(self) -> int:
         return self.type.nbytes(math.prod(self.shape))
+
+
+def require_weights(config: ModelConfig, weights: Mapping[str, Weight]) -> None:
+    """Raise `Error` unless `weights` are exactly those of `config`, each of the shape that it gives."""
+    expected = config.weight_shapes()
+    if wrong := expected.keys() ^ weights.keys():
+        raise Error(f"weights and config do not belong together: {', '.join(sorted(wrong))} in one but not the other")
+    for name, shape in expected.items():
+        if weights[name].shape != shape:
+            raise Error(f"weight {name} has shape {weights[name].shape}, its config says {shape}")
 
 
 @dataclass

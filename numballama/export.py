@@ -17,7 +17,7 @@ from .formats.gguf.writer import write_gguf
 from .formats.hf.text_files import tokenizer_texts
 from .formats.hf.writer import write_safetensors
 from .formats.llama2c.kuiper import write_fp32, write_int8
-from .formats.llama2c.reader import write_v0, write_v1, write_v2
+from .formats.llama2c.llama2c import write_v0, write_v1, write_v2
 from .memory import format_bytes
 from .quantization import convert as quant
 from .quantization import policy as conversion

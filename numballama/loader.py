@@ -15,8 +15,7 @@ from .formats.gguf import reader as gguf
 from .formats.gguf.header import MAGIC as GGUF_MAGIC
 from .formats.hf import reader as hf
 from .formats.hf.text_files import read_text_files
-from .formats.llama2c import kuiper
-from .formats.llama2c import reader as llama2c
+from .formats.llama2c import kuiper, llama2c
 from .formats.meta import reader as meta
 from .formats.meta import torch_zip as torchfile
 from .formats.tokenizer_files import load_tokenizer

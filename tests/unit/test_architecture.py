@@ -18,12 +18,13 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
     "errors", "validation", "config", "rope", "registry", "memory", "progress", "checkpoint", "quantization.blocks",
-    "quantization.activations", "quantization.convert", "quantization.policy", "files", "formats.gguf.header",
+    "quantization.activations", "quantization.convert", "quantization.policy", "files", "formats.limits",
+    "formats.tensor_names", "formats.tensors", "formats.gguf.header",
     "formats.gguf.split", "tokenizers.sentencepiece_proto", "hub", "tokenizers", "tokenizers.base",
     "tokenizers.sentencepiece", "tokenizers.scored", "tokenizers.llama2c", "tokenizers.gguf",
     "tokenizers.pretokenizers", "tokenizers.bpe", "tokenizers.tiktoken", "tokenizers.huggingface",
     "formats.gguf.tokenizer", "formats.hf.text_settings", "formats.tokenizer_files", "formats.hf.text_files",
-    "formats.llama2c.layout", "formats.llama2c.reader", "formats.llama2c.kuiper", "formats.rope_permute",
+    "formats.llama2c.layout", "formats.llama2c.llama2c", "formats.llama2c.kuiper", "formats.rope_permute",
     "formats.gguf.reader", "formats.gguf.writer", "formats.json_reader", "formats.safetensors", "formats.hf.config",
     "formats.hf.reader", "formats.hf.writer", "formats.meta.torch_zip", "formats.meta.reader", "formats", "loader",
     "ir", "graph", "plan", "kernels_outline", "kernel_cache", "cpu.compiler", "cuda.repack", "cpu.intrinsics",

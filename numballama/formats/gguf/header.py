@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from ...errors import FormatError, UnsupportedError
 from ...files import MappedFile
+from ..tensors import TensorInfo
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -104,18 +105,6 @@ class Field:
 
     def __str__(self) -> str:
         return f"an array of {self.count:,} {self.type.name}" if self.array else self.type.name
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor of the directory: numbers in C order with `shape`, outermost first, from byte `offset` of `file`."""
-
-    file: MappedFile
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
 
 
 class Header:

@@ -32,8 +32,10 @@ from ...files import MappedFile
 from ...memory import format_bytes
 from ...quantization import convert as quant
 from ...rope import rope_divisors
-from ..llama2c.layout import MAX_CONTEXT, MAX_LAYERS
-from .header import Header, TensorInfo, require
+from ..limits import MAX_CONTEXT, MAX_LAYERS
+from ..tensor_names import TensorNames
+from ..tensors import TensorInfo, view_weight
+from .header import Header, require
 from .split import open_header
 from .tokenizer import read_gguf_tokenizer
 
@@ -48,30 +50,33 @@ WEIGHT_TYPES: dict[str, tuple[WeightType, type[np.generic]]] = {
 WEIGHT_TYPES |= {name.upper(): (WeightType(name), np.uint8) for name in BLOCKS}
 """Name of a tensor type → our type, and the elements of `Weight.data`."""
 
-_TOP = {"tok_embeddings": "token_embd.weight", "norm": "output_norm.weight", "output": "output.weight"}
 ROPE_FACTORS = "rope_freqs.weight"
 _ORIGINAL_CONTEXTS = (8192, *(1 << bits for bits in range(5, 18)))
 """Contexts of models that Llama 3.1's rule is looked for with; the published ones' first."""
-_LAYER = {
-    "attn_norm": "attn_norm.weight",
-    "wq": "attn_q.weight",
-    "wk": "attn_k.weight",
-    "wv": "attn_v.weight",
-    "wo": "attn_output.weight",
-    "ffn_norm": "ffn_norm.weight",
-    "w1": "ffn_gate.weight",
-    "w2": "ffn_down.weight",
-    "w3": "ffn_up.weight",
-    "bq": "attn_q.bias",
-    "bk": "attn_k.bias",
-    "bv": "attn_v.bias",
-    "bo": "attn_output.bias",
-    "b1": "ffn_gate.bias",
-    "b2": "ffn_down.bias",
-    "b3": "ffn_up.bias",
-    "q_norm": "attn_q_norm.weight",
-    "k_norm": "attn_k_norm.weight",
-}
+TENSOR_NAMES = TensorNames(
+    top={"tok_embeddings": "token_embd.weight", "norm": "output_norm.weight", "output": "output.weight"},
+    layer={
+        "attn_norm": "attn_norm.weight",
+        "wq": "attn_q.weight",
+        "wk": "attn_k.weight",
+        "wv": "attn_v.weight",
+        "wo": "attn_output.weight",
+        "ffn_norm": "ffn_norm.weight",
+        "w1": "ffn_gate.weight",
+        "w2": "ffn_down.weight",
+        "w3": "ffn_up.weight",
+        "bq": "attn_q.bias",
+        "bk": "attn_k.bias",
+        "bv": "attn_v.bias",
+        "bo": "attn_output.bias",
+        "b1": "ffn_gate.bias",
+        "b2": "ffn_down.bias",
+        "b3": "ffn_up.bias",
+        "q_norm": "attn_q_norm.weight",
+        "k_norm": "attn_k_norm.weight",
+    },
+    prefix="blk",
+)
 
 _NEUTRAL: Mapping[str, tuple[float, ...]] = {
     "expert_count": (0,),
@@ -79,14 +84,6 @@ _NEUTRAL: Mapping[str, tuple[float, ...]] = {
     "attention.scale": (0,),
 }
 """Keys of what this version does not compute → the values that ask for nothing; llama.cpp takes 0 for "not given"."""
-
-
-def tensor_name(name: str) -> str:
-    """The name in a GGUF file of the weight that is `name` in `ModelConfig.weight_shapes`."""
-    if name in _TOP:
-        return _TOP[name]
-    _, layer, short = name.split(".")
-    return f"blk.{layer}.{_LAYER[short]}"
 
 
 def read(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
@@ -99,7 +96,7 @@ def read(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
     _require_supported(header)
     config = _config(header)
     weights = {name: _weight(header, name, shape) for name, shape in config.weight_shapes().items()}
-    known = {ROPE_FACTORS, *(tensor_name(name) for name in weights)}
+    known = {ROPE_FACTORS, *(TENSOR_NAMES[name] for name in weights)}
     if extra := [name for name in header.tensors if name not in known]:
         raise UnsupportedError(
             f"{file.path}: tensor {extra[0]} has no place in a {_architecture(header)} model of this version"
@@ -165,7 +162,7 @@ def _config(header: Header) -> ModelConfig:
             found=f"{len(header.tensors)} tensors",
         )
     dim, n_heads = integer("embedding_length"), integer("attention.head_count")
-    first = {short for short, theirs in _LAYER.items() if f"blk.0.{theirs}" in header.tensors}
+    first = {short for short in TENSOR_NAMES.layer if TENSOR_NAMES[f"layers.0.{short}"] in header.tensors}
     try:
         config = ModelConfig(
             dim=dim,
@@ -233,16 +230,16 @@ def _rope_scaling(header: Header, config: ModelConfig) -> RopeScaling | None:
 
 def _weight(header: Header, name: str, shape: tuple[int, ...]) -> Weight:
     """A view of the tensor; norms and biases, which are small, become float32."""
-    theirs = tensor_name(name)
-    if (info := header.tensors.get(theirs)) is None:
+    file_name = TENSOR_NAMES[name]
+    if (info := header.tensors.get(file_name)) is None:
         raise FormatError(
-            "a tensor is missing", path=header.path, where=f"tensor {theirs}", expected=shape, found="none"
+            "a tensor is missing", path=header.path, where=f"tensor {file_name}", expected=shape, found="none"
         )
     if _squeezed(info.shape, len(shape)) != shape:
         raise FormatError(
             "a tensor has the wrong shape",
             path=info.file.path,
-            where=f"tensor {theirs}",
+            where=f"tensor {file_name}",
             expected=shape,
             found=info.shape,
         )
@@ -256,15 +253,8 @@ def _squeezed(shape: tuple[int, ...], n_dims: int) -> tuple[int, ...]:
 
 
 def _view(info: TensorInfo, shape: tuple[int, ...]) -> Weight:
-    supported = WEIGHT_TYPES if len(shape) == 2 else {name: WEIGHT_TYPES[name] for name in ("F32", "F16", "BF16")}
-    if info.type not in supported:
-        raise UnsupportedError(
-            f"{info.file.path}: tensor {info.name} has type {info.type}; supported are {', '.join(supported)}"
-        )
-    kind, element = supported[info.type]
-    data = np.frombuffer(info.file.data, element, info.nbytes // np.dtype(element).itemsize, info.offset)
-    weight = Weight(shape, kind, data.reshape(shape[0], -1) if len(shape) == 2 else data)
-    return weight if len(shape) == 2 else quant.convert(weight, F32)
+    types = WEIGHT_TYPES if len(shape) == 2 else {name: WEIGHT_TYPES[name] for name in ("F32", "F16", "BF16")}
+    return view_weight(info, shape, types)
 
 
 def _conversions(weights: Mapping[str, Weight]) -> list[str]:

@@ -8,7 +8,7 @@ from os import PathLike
 
 import numpy as np
 
-from ...checkpoint import Weight
+from ...checkpoint import Weight, require_weights
 from ...config import BLOCKS, F32, HALF_SPLIT, ModelConfig
 from ...errors import Error, UnsupportedError
 from ...files import atomic_write
@@ -17,7 +17,7 @@ from ...rope import rope_divisors
 from ...tokenizers.base import Tokenizer, Vocabulary
 from ..rope_permute import row_order
 from .header import DEFAULT_ALIGNMENT, MAGIC, TENSOR_TYPES, ValueType
-from .reader import ARCHITECTURES, ROPE_FACTORS, WEIGHT_TYPES, tensor_name
+from .reader import ARCHITECTURES, ROPE_FACTORS, TENSOR_NAMES, WEIGHT_TYPES
 
 _VERSION = 3
 _NUMBERS = {name: number for number, (name, *_) in TENSOR_TYPES.items()}
@@ -52,12 +52,9 @@ def write_gguf(
     """
     if type(config) is not ModelConfig:
         raise UnsupportedError(f"writing GGUF of a {type(config).__name__} is not supported")
+    require_weights(config, weights)
     expected = config.weight_shapes()
-    if wrong := expected.keys() ^ weights.keys():
-        raise Error(f"weights and config do not belong together: {', '.join(sorted(wrong))} in one but not the other")
-    for weight_name, shape in expected.items():
-        if weights[weight_name].shape != shape:
-            raise Error(f"weight {weight_name} has shape {weights[weight_name].shape}, its config says {shape}")
+    for weight_name in expected:
         if weights[weight_name].type.name not in _TYPES:
             raise UnsupportedError(
                 f"GGUF cannot hold {weight_name} as {weights[weight_name].type}; convert it to {', '.join(_TYPES)}"
@@ -120,7 +117,7 @@ class _Tensor:
     """A weight as the file holds it; nothing is copied before it is written."""
 
     def __init__(self, config: ModelConfig, architecture: str, name: str, weight: Weight) -> None:
-        self.name = name if name == ROPE_FACTORS else tensor_name(name)
+        self.name = name if name == ROPE_FACTORS else TENSOR_NAMES[name]
         self.matrix = len(weight.shape) == 2
         self._weight = weight
         self.type = _TYPES[weight.type.name] if self.matrix else "F32"

@@ -13,7 +13,7 @@ from typing import Any
 from ...config import HALF_SPLIT, ModelConfig, RopeScaling
 from ...errors import Error, FormatError, UnsupportedError
 from ..json_reader import Keys
-from ..llama2c.layout import MAX_CONTEXT, MAX_LAYERS
+from ..limits import MAX_CONTEXT, MAX_LAYERS
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"context": 2048},

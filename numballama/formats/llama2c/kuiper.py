@@ -28,7 +28,7 @@ from .layout import (
     tensors_of,
     write_file,
 )
-from .reader import legacy_layout
+from .llama2c import legacy_layout
 
 _FP32_HEADER, _INT8_HEADER = 28, 32  # seven int32; int8: group_size as well
 

@@ -15,11 +15,12 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ...checkpoint import Checkpoint, Weight
+from ...checkpoint import Checkpoint, Weight, require_weights
 from ...config import F32, ModelConfig, WeightType
-from ...errors import Error, FormatError, UnsupportedError
+from ...errors import FormatError, UnsupportedError
 from ...files import MappedFile, atomic_write
 from ...quantization.convert import convert
+from ..limits import MAX_CONTEXT, MAX_LAYERS
 
 FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "context")
 """The seven int32 that every header of the family holds, in this order."""
@@ -27,8 +28,8 @@ FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size"
 NOT_IN_FILE = ("rope_pairing", "rope_theta", "norm_eps")
 """`ModelConfig` fields that no format of the family holds."""
 
-MAX_LAYERS, MAX_CONTEXT, MAX_GROUP = 1024, 1 << 24, 1 << 16
-"""Bounds on what the size of a file does not bound: objects made for a layer, and tables as long as the context."""
+MAX_GROUP = 1 << 16
+"""Elements of an int8 group."""
 
 _FREQS = ("freqs_cos", "freqs_sin")
 _FREQ_ROWS = 4096  # rows of those tables computed at a time
@@ -270,12 +271,7 @@ def write_file(path: str | PathLike[str], header: bytes, layout: Layout, weights
     Raises `Error` when `weights` are not those of the layout's config, or the file cannot be written.
     """
     config = layout.config
-    expected = config.weight_shapes()
-    if wrong := expected.keys() ^ weights.keys():
-        raise Error(f"weights and config do not belong together: {', '.join(sorted(wrong))} in one but not the other")
-    for name, shape in expected.items():
-        if weights[name].shape != shape:
-            raise Error(f"weight {name} has shape {weights[name].shape}, its config says {shape}")
+    require_weights(config, weights)
     with atomic_write(path) as file:
         file.write(header)
         for tensor, _ in layout.sections():

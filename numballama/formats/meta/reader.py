@@ -16,25 +16,29 @@ from ...files import MappedFile, map_file
 from ...memory import format_bytes
 from .. import tokenizer_files
 from ..json_reader import Keys, read_object
-from ..llama2c.layout import MAX_CONTEXT, MAX_LAYERS
+from ..limits import MAX_CONTEXT, MAX_LAYERS
+from ..tensor_names import TensorNames
 from .torch_zip import TorchFile
 
 PARAMS = "params.json"
 _PART = re.compile(r"consolidated\.(\d{2})\.pth")
 
-_TOP = {"tok_embeddings": "tok_embeddings.weight", "norm": "norm.weight", "output": "output.weight"}
-_LAYER = {
-    "attn_norm": "attention_norm.weight",
-    "wq": "attention.wq.weight",
-    "wk": "attention.wk.weight",
-    "wv": "attention.wv.weight",
-    "wo": "attention.wo.weight",
-    "ffn_norm": "ffn_norm.weight",
-    "w1": "feed_forward.w1.weight",
-    "w2": "feed_forward.w2.weight",
-    "w3": "feed_forward.w3.weight",
-}
-_WITHOUT_USE = ("rope.freqs",)
+TENSOR_NAMES = TensorNames(
+    top={"tok_embeddings": "tok_embeddings.weight", "norm": "norm.weight", "output": "output.weight"},
+    layer={
+        "attn_norm": "attention_norm.weight",
+        "wq": "attention.wq.weight",
+        "wk": "attention.wk.weight",
+        "wv": "attention.wv.weight",
+        "wo": "attention.wo.weight",
+        "ffn_norm": "ffn_norm.weight",
+        "w1": "feed_forward.w1.weight",
+        "w2": "feed_forward.w2.weight",
+        "w3": "feed_forward.w3.weight",
+    },
+    prefix="layers",
+)
+_UNUSED = ("rope.freqs",)
 _SPLIT_COLUMNS = ("wo", "w2")
 """Weights whose columns are spread over the parts (row-parallel, in Megatron's words); other matrices' rows are, and
 vectors are in all. The embedding's were columns for Llama 1 and 2 and are rows for Llama 3: its shape tells."""
@@ -43,14 +47,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "moe": (None,), "moe_args": (None,), "quantization_args": (None,), "quantization": (None,), "lora_args": (None,),
     "vision_chunk_size": (None, -1), "vision_encoder": (None,), "yarn": (None,),
 }  # fmt: skip
-
-
-def tensor_name(name: str) -> str:
-    """The name in Meta's files of the weight that is `name` in `ModelConfig.weight_shapes`."""
-    if name in _TOP:
-        return _TOP[name]
-    _, layer, short = name.split(".")
-    return f"layers.{layer}.{_LAYER[short]}"
 
 
 def is_directory_of(directory: Path) -> bool:
@@ -74,7 +70,7 @@ def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile |
     notes: list[str] = []
     config = _config(keys, parts, notes)
     weights = {name: _weight(parts, name, shape) for name, shape in config.weight_shapes().items()}
-    known = {*_WITHOUT_USE, *map(tensor_name, weights)}
+    known = {*_UNUSED, *(TENSOR_NAMES[name] for name in weights)}
     if extra := [name for part in parts for name in part.tensors if name not in known]:
         raise UnsupportedError(f"{directory}: tensor {extra[0][:100]} has no place in a model of this version")
     opened = Checkpoint(
@@ -124,11 +120,11 @@ def _config(keys: Keys, parts: list[TorchFile], notes: list[str]) -> ModelConfig
         if keys.values.get(key) not in values:
             raise UnsupportedError(f"{keys.path}: {key} is {str(keys.values[key])[:80]}, which is not supported")
     dim, n_heads = keys.integer("dim"), keys.integer("n_heads")
-    rows, columns = _shape(parts, _TOP["tok_embeddings"])
+    rows, columns = _shape(parts, TENSOR_NAMES["tok_embeddings"])
     vocab_size = keys.integer("vocab_size", -1, least=-1)
     if vocab_size <= 0:  # Llama 1 and 2: the tokenizer knows
         vocab_size = rows if columns * len(parts) == dim else rows * len(parts)
-    hidden_dim = _shape(parts, "layers.0.feed_forward.w1.weight")[0] * len(parts)
+    hidden_dim = _shape(parts, TENSOR_NAMES["layers.0.w1"])[0] * len(parts)
     theta, eps, scaled = (
         keys.number("rope_theta", 10000.0),
         keys.number("norm_eps"),
@@ -153,7 +149,7 @@ def _config(keys: Keys, parts: list[TorchFile], notes: list[str]) -> ModelConfig
             norm_eps=eps,
             rope_theta=theta,
             rope_pairing=INTERLEAVED,
-            tied_embeddings=_TOP["output"] not in parts[0].tensors,
+            tied_embeddings=TENSOR_NAMES["output"] not in parts[0].tensors,
             window=keys.integer("sliding_window", 0, least=0),
             rope_scaling=scaling,
         )
@@ -179,14 +175,14 @@ def _scaling(keys: Keys, dim: int, notes: list[str]) -> RopeScaling:
 
 def _weight(parts: list[TorchFile], name: str, shape: tuple[int, ...]) -> Weight:
     """A view of the tensor, or its parts in one."""
-    theirs, short, views, types = tensor_name(name), name.rpartition(".")[2], list[Weight](), set[WeightType]()
+    file_name, short, views, types = TENSOR_NAMES[name], name.rpartition(".")[2], list[Weight](), set[WeightType]()
     axis = 1 if short in _SPLIT_COLUMNS else 0
     for part in parts if len(shape) == 2 else parts[:1]:
-        if theirs not in part.tensors:
+        if file_name not in part.tensors:
             raise FormatError(
-                "a tensor is missing", path=part.file.path, where=f"tensor {theirs}", expected=shape, found="none"
+                "a tensor is missing", path=part.file.path, where=f"tensor {file_name}", expected=shape, found="none"
             )
-        found = part.tensors[theirs].shape
+        found = part.tensors[file_name].shape
         if short == "tok_embeddings" and len(found) == 2 and found[0] == shape[0]:
             axis = 1
         wanted = tuple(n // len(parts) if at == axis and len(shape) == 2 else n for at, n in enumerate(shape))
@@ -194,14 +190,14 @@ def _weight(parts: list[TorchFile], name: str, shape: tuple[int, ...]) -> Weight
             raise FormatError(
                 "a tensor has the wrong shape",
                 path=part.file.path,
-                where=f"tensor {theirs}",
+                where=f"tensor {file_name}",
                 expected=wanted,
                 found=found,
             )
-        views.append(part.view(theirs))
+        views.append(part.view(file_name))
         types.add(views[-1].type)
     if len(types) > 1:
-        raise UnsupportedError(f"{parts[0].file.path.parent}: the parts of {theirs} have different types")
+        raise UnsupportedError(f"{parts[0].file.path.parent}: the parts of {file_name} have different types")
     if len(views) == 1:
         return views[0]
     kind = views[0].type

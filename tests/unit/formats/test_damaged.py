@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 from numballama.config import NAMED_SHAPES, ModelConfig
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.export import WRITERS
-from numballama.formats.llama2c import kuiper, layout
-from numballama.formats.llama2c import reader as llama2c
+from numballama.formats.llama2c import kuiper, layout, llama2c
 from numballama.loader import open_checkpoint
 from tests.helpers.random_models import SMALL, save
 

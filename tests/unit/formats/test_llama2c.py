@@ -18,6 +18,7 @@ from numballama.checkpoint import Weight
 from numballama.config import F32, ModelConfig, RopeScaling, WeightType
 from numballama.errors import Error, UnsupportedError
 from numballama.export import WRITERS
+from numballama.formats.limits import MAX_LAYERS
 from numballama.formats.llama2c import layout
 from numballama.loader import open_checkpoint
 from numballama.quantization.convert import convert, quantize_int8
@@ -192,7 +193,7 @@ def test_writers_refuse_what_a_format_cannot_hold(tmp_path: Path) -> None:
             more = replace(SMALL, **change)
             with pytest.raises(UnsupportedError, match=f"has no place for .*{message}"):
                 write(path, more, random_checkpoint(more).weights)
-        deep = replace(SMALL, n_layers=layout.MAX_LAYERS + 1)
+        deep = replace(SMALL, n_layers=MAX_LAYERS + 1)
         with pytest.raises(UnsupportedError, match="n_layers"):
             write(path, deep, {})
     for name in INT8_FORMATS:

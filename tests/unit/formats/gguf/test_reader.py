@@ -22,7 +22,7 @@ from numballama.config import BF16, F16, F32, HALF_SPLIT, Q8_0, ModelConfig, Wei
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.files import map_file
 from numballama.formats.gguf.header import TENSOR_TYPES, Header
-from numballama.formats.gguf.reader import tensor_name
+from numballama.formats.gguf.reader import TENSOR_NAMES
 from numballama.formats.gguf.writer import write_gguf
 from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.loader import open_checkpoint
@@ -129,7 +129,7 @@ def test_the_gguf_package_writes_the_same_file(tmp_path: Path, kind: str) -> Non
         data = weight.data.view(
             {"F16": np.float16, "BF16": np.uint8}.get(kind, weight.data.dtype) if raw else np.float32
         )
-        w.add_tensor(tensor_name(name), data, raw_dtype=raw)
+        w.add_tensor(TENSOR_NAMES[name], data, raw_dtype=raw)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
@@ -159,7 +159,7 @@ def test_the_gguf_package_reads_what_we_write(tmp_path: Path, kind: str) -> None
         assert (ours.offset, ours.nbytes) == (other.data_offset, other.n_bytes)
     opened = open_checkpoint(path)
     for name, weight in opened.weights.items():
-        their = next(t for t in reader.tensors if t.name == tensor_name(name))
+        their = next(t for t in reader.tensors if t.name == TENSOR_NAMES[name])
         wanted = gguf.quants.dequantize(their.data, their.tensor_type)
         np.testing.assert_array_equal(quant.dequantize(weight), wanted.reshape(weight.shape))
 
@@ -305,7 +305,7 @@ def test_other_alignments(tmp_path: Path, alignment: int) -> None:
             w.add_key_value(field.name, field.contents(), field.types[0])
     opened = open_checkpoint(path)
     for name, weight in opened.weights.items():
-        w.add_tensor(tensor_name(name), weight.data)
+        w.add_tensor(TENSOR_NAMES[name], weight.data)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()

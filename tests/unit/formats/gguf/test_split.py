@@ -13,7 +13,7 @@ from numballama.checkpoint import Checkpoint
 from numballama.errors import Error, FormatError
 from numballama.files import map_file
 from numballama.formats.gguf.header import Header
-from numballama.formats.gguf.reader import tensor_name
+from numballama.formats.gguf.reader import TENSOR_NAMES
 from numballama.loader import open_checkpoint
 from tests.helpers.gguf_files import CONFIG, edited, entry, letters, save, split, tensor, text, u32, weights_of
 
@@ -59,7 +59,7 @@ def test_what_the_gguf_package_splits(tmp_path: Path, small_first: bool) -> None
     w.add_head_count_kv(CONFIG.n_kv_heads)
     w.add_layer_norm_rms_eps(CONFIG.norm_eps)
     for name, weight in weights.items():
-        w.add_tensor(tensor_name(name), weight.data)
+        w.add_tensor(TENSOR_NAMES[name], weight.data)
     w.write_header_to_file(tmp_path / "split.gguf")
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
