@@ -7,7 +7,7 @@ import sys
 
 from numballama import loader
 from numballama.config import BF16, F16, F32, Q4_0, Q4_1, Q8_0
-from numballama.export import WRITERS
+from numballama.formats.gguf.writer import write_gguf
 from numballama.quantization import convert as quant
 
 TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0, "q4_0": Q4_0, "q4_1": Q4_1}
@@ -20,7 +20,7 @@ def main() -> None:
         name: quant.convert(weight, TYPES[kind] if len(weight.shape) == 2 else F32)
         for name, weight in checkpoint.weights.items()
     }
-    WRITERS["gguf"](target, checkpoint.config, weights, tokenizer=checkpoint.tokenizer)
+    write_gguf(target, checkpoint.config, weights, tokenizer=checkpoint.tokenizer)
 
 
 if __name__ == "__main__":

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 
-from ..checkpoint import LazyWeight, Weight
+from ..checkpoint import Weight
 from ..config import BLOCKS, FALLBACK_TYPE, ModelConfig, WeightType
 from ..errors import Error
 from . import convert as quant
 
 TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")
 """Names that `dtype` and `--quant` may be."""
-
-Done = Callable[[str, Weight, Weight], None]
-"""done(name, source, result), once a weight is converted"""
-
 
 def target(dtype: str, name: str, columns: int) -> WeightType:
     """The weight type that a dtype means for rows of this length: int8 groups that fill a row are faster.
@@ -54,33 +50,3 @@ def targets(
         and (name != "tok_embeddings" or config.tied_embeddings or embeddings)
         and weight.type.name != dtype
     }
-
-
-class Converting(Mapping[str, Weight]):
-    """Weights of which some are converted when a writer asks for their numbers, one at a time: never all in memory.
-
-    `done` is called for every matrix whose numbers were asked for.
-    """
-
-    def __init__(self, weights: Mapping[str, Weight], types: Mapping[str, WeightType], done: Done) -> None:
-        self._weights, self._types, self._done = weights, types, done
-
-    def __getitem__(self, name: str) -> Weight:
-        source = self._weights[name]
-        kind = self._types.get(name, source.type)
-        if len(source.shape) != 2:
-            return source
-
-        def make() -> Weight:
-            whole = source.make() if isinstance(source, LazyWeight) else source
-            result = quant.convert(whole, kind)
-            self._done(name, whole, result)
-            return result
-
-        return LazyWeight(source.shape, kind, make)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)

@@ -19,13 +19,12 @@ import numballama
 from numballama.checkpoint import LazyWeight, Weight
 from numballama.config import BF16, F16, F32, HALF_SPLIT, INTERLEAVED, Q8_0, ModelConfig, WeightType
 from numballama.errors import Error, UnsupportedError
-from numballama.export import QUANTS, WRITERS, export_model
+from numballama.export import QUANTS, WRITERS, Converting, WriteOptions, export_model
 from numballama.files import map_file
 from numballama.formats.gguf.header import Header
 from numballama.formats.hf.writer import write_safetensors
 from numballama.loader import STORY_MODEL, open_checkpoint
 from numballama.quantization import convert as quant
-from numballama.quantization.policy import Converting
 from tests.helpers.gguf_files import letters
 from tests.helpers.gguf_files import save as save_gguf
 from tests.helpers.random_models import SMALL, architectures, random_checkpoint, reference_logits, save
@@ -113,7 +112,7 @@ def test_directories_are_written_whole_or_not_at_all(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
     for name in ("full", "file"):
-        with pytest.raises(Error, match="is there already"):
+        with pytest.raises(Error, match="exists and is not an empty directory"):
             write_safetensors(tmp_path / name, SMALL, weights)
     with pytest.raises(Error, match="cannot be written"):
         write_safetensors(tmp_path / "missing" / "below", SMALL, weights)
@@ -227,7 +226,7 @@ def test_int8_groups(tmp_path: Path) -> None:
         export_model(path, tmp_path / "copy.bin", "llama2c-v2")
         assert open_checkpoint(tmp_path / "copy.bin").weights["layers.0.wq"].type == WeightType("int8", group)
     path = tmp_path / "three.bin"
-    WRITERS["llama2c-v2"](path, SMALL, random_checkpoint(SMALL).weights, group_size=3)
+    WRITERS["llama2c-v2"](path, SMALL, random_checkpoint(SMALL).weights, WriteOptions(group_size=3))
     done = export_model(path, tmp_path / "copy.bin", "llama2c-v2")
     assert (tmp_path / "copy.bin").read_bytes() == path.read_bytes(), "int8 stays as it is"
     assert all(row.error == 0 for row in done.rows)
@@ -301,7 +300,7 @@ def test_parts_are_not_kept_in_memory_by_an_export(tmp_path: Path) -> None:
     assert len(seen) == 16
     for name, before, after in seen:
         assert not isinstance(before, LazyWeight) and after.type == F16
-        assert vars(opened.weights[name])["_made"] is None
+        assert vars(opened.weights[name])["_data"] is None
 
 
 def test_tokenizer_files_are_copied(tmp_path: Path, models: Path) -> None:
@@ -333,7 +332,7 @@ def test_the_story_model_goes_round(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("to", "quantize", "message"),
     [
-        ("onnx", None, "unknown format 'onnx'; there are llama2c-v0"),
+        ("onnx", None, "unknown format 'onnx'; choose from llama2c-v0"),
         ("llama2c-v0", "f16", "llama2c-v0 cannot hold 'f16'; it holds f32"),
         ("llama2c-v2", "q8_0", "it holds int8"),
         ("gguf", "int8", "it holds f32, f16, bf16, q8_0"),

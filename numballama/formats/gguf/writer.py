@@ -28,8 +28,9 @@ _QUANTIZATION_VERSION = 2
 _NO_TOKEN = 0xFFFFFFFF
 _CODES = {ValueType.UINT32: "I", ValueType.FLOAT32: "f", ValueType.BOOL: "?"}
 
-Value = str | bool | int | float
-Entry = tuple[str, ValueType, Value | Sequence[bytes] | np.ndarray]
+MetadataValue = str | bool | int | float
+"""A value that `write_gguf` stores under a key of the caller's."""
+Entry = tuple[str, ValueType, MetadataValue | Sequence[bytes] | np.ndarray]
 
 
 def write_gguf(
@@ -39,7 +40,7 @@ def write_gguf(
     tokenizer: Tokenizer | None = None,
     name: str | None = None,
     chat_template: str | None = None,
-    metadata: Mapping[str, Value] | None = None,
+    metadata: Mapping[str, MetadataValue] | None = None,
 ) -> list[str]:
     """Write GGUF, whole or not at all; returns notes on what the format cannot hold.
 
@@ -208,7 +209,7 @@ def _vocabulary_entries(vocabulary: Vocabulary) -> list[Entry]:
     ]
 
 
-def _type_of(key: str, value: Value) -> ValueType:
+def _type_of(key: str, value: MetadataValue) -> ValueType:
     for python, kind in (
         (bool, ValueType.BOOL),
         (str, ValueType.STRING),
@@ -224,7 +225,7 @@ def _string(data: bytes) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _pack(key: str, kind: ValueType, value: Value | Sequence[bytes] | np.ndarray) -> bytes:
+def _pack(key: str, kind: ValueType, value: MetadataValue | Sequence[bytes] | np.ndarray) -> bytes:
     """A metadata entry; an array is what is neither a number nor a str."""
     head = _string(key.encode())
     if isinstance(value, str):

@@ -210,7 +210,7 @@ def checkpoint(file: MappedFile, layout: Layout, *, int8_activations: bool = Fal
         weights={name: views[name] for name in layout.config.weight_shapes()},
         int8_activations=int8_activations,
         bos_is_stop_token=True,
-        assumed=NOT_IN_FILE,
+        defaulted_fields=NOT_IN_FILE,
         notes=list(layout.notes),
     )
 

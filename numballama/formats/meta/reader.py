@@ -202,5 +202,5 @@ def _weight(parts: list[TorchFile], name: str, shape: tuple[int, ...]) -> Weight
         return views[0]
     kind = views[0].type
     return LazyWeight(
-        shape, kind, lambda: Weight(shape, kind, np.concatenate([v.data for v in views], axis)), keep=True
+        shape, kind, lambda: Weight(shape, kind, np.concatenate([v.data for v in views], axis)), cache=True
     )

@@ -66,7 +66,7 @@ def test_models_round_trip(tmp_path: Path, config: ModelConfig, kind: WeightType
     assert write_gguf(path, config, weights, name="a name") == []
     opened = open_checkpoint(path)
     assert opened.config == config
-    assert (opened.format, opened.tokenizer, opened.notes, opened.assumed) == ("GGUF v3", None, [], ())
+    assert (opened.format, opened.tokenizer, opened.notes, opened.defaulted_fields) == ("GGUF v3", None, [], ())
     assert not opened.bos_is_stop_token
     assert list(opened.weights) == list(config.weight_shapes())
     for name, weight in opened.weights.items():

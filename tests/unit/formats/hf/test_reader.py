@@ -194,7 +194,7 @@ def test_weights_are_views_in_the_type_of_the_file() -> None:
     for name, kind in (("llama", F32), ("llama-bf16", BF16), ("qwen3-f16-sharded", F16)):
         opened = open_checkpoint(HF / f"{name}-0")
         assert opened.format == f"Hugging Face, {'qwen3' if 'qwen3' in name else 'llama'}"
-        assert (opened.notes, opened.assumed, opened.stop_token_ids, opened.tokenizer) == ([], (), (2,), None)
+        assert (opened.notes, opened.defaulted_fields, opened.stop_token_ids, opened.tokenizer) == ([], (), (2,), None)
         for weight in opened.weights.values():
             assert weight.type == (kind if len(weight.shape) == 2 else F32)
             assert weight.data.flags.owndata == (len(weight.shape) == 1 and kind != F32) or weight.type == F32
