@@ -13,10 +13,11 @@ import numpy as np
 
 from numballama import loader
 from numballama.checkpoint import Weight
-from numballama.config import F32, NAMED_SHAPES, ModelConfig, WeightType
+from numballama.config import NAMED_SHAPES, ModelConfig
 from numballama.cpu.vecdot import RECORDS
 from numballama.export import WRITERS
 from numballama.quantization import convert as quant
+from numballama.quantization.types import F32, WeightType
 
 
 def mixture(kind: str, name: str, config: ModelConfig) -> str:

@@ -19,8 +19,8 @@ from typing import Any
 
 import numpy as np
 
-from .config import ACTIVATION_QUANT, VEC_DOT_TYPE
 from .errors import Error
+from .quantization.types import ACTIVATION_QUANT, VEC_DOT_TYPE
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "f32": np.dtype(np.float32),
@@ -300,7 +300,7 @@ def _rounded(kind: str, shape: tuple[int, ...]) -> list[Shaped]:
 
 
 def _rounding(kind: str) -> Rule:
-    """x[T, D] → int8 x[T, D], the scale of each group, sums of runs of them: see `config.ACTIVATION_QUANT`"""
+    """x[T, D] → int8 x[T, D], the scale of each group, sums of runs of them: see `ACTIVATION_QUANT`"""
 
     def shapes(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[Shaped]:
         (x,) = inputs

@@ -22,7 +22,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..config import ACTIVATION_QUANT, VEC_DOT_TYPE
+from ..quantization.types import ACTIVATION_QUANT, VEC_DOT_TYPE
 from .intrinsics import FLOAT, INT16, INT32, INT64, add_lanes, cpu_features, element
 from .vecdot import INT8, NAMES_OF_KINDS, NUMBERS, Block, for_blocks, locator, six_bit_factors
 

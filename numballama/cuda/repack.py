@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..config import BLOCKS
 from ..quantization.blocks import Bytes
+from ..quantization.types import BLOCKS
 
 PIECE = 1 << 17
 """Numbers that are laid out at a time: they and what is made of them stay in a processor's cache."""

@@ -11,8 +11,8 @@ import numpy as np
 
 from .. import progress
 from ..checkpoint import Weight
-from ..config import BLOCKS, F16
 from ..quantization.convert import convert
+from ..quantization.types import BLOCKS, F16
 from . import repack as blocks_cuda
 from .driver import Device, Memory, Pinned
 from .launch import ITEM_BYTES, Array, Matrix

@@ -15,22 +15,12 @@ from dataclasses import replace
 import numpy as np
 
 from ...checkpoint import Checkpoint, Weight
-from ...config import (
-    BF16,
-    BLOCKS,
-    F16,
-    F32,
-    FALLBACK_TYPE,
-    HALF_SPLIT,
-    INTERLEAVED,
-    ModelConfig,
-    RopeScaling,
-    WeightType,
-)
+from ...config import HALF_SPLIT, INTERLEAVED, ModelConfig, RopeScaling
 from ...errors import Error, FormatError, UnsupportedError
 from ...files import MappedFile
 from ...memory import format_bytes
 from ...quantization import convert as quant
+from ...quantization.types import BF16, BLOCKS, F16, F32, FALLBACK_TYPE, WeightType
 from ...rope import rope_divisors
 from ..llama2c.layout import MAX_CONTEXT, MAX_LAYERS
 from ..tokenizer_files import from_gguf

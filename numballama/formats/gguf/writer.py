@@ -9,10 +9,11 @@ from os import PathLike
 import numpy as np
 
 from ...checkpoint import Weight
-from ...config import BLOCKS, F32, HALF_SPLIT, ModelConfig
+from ...config import HALF_SPLIT, ModelConfig
 from ...errors import Error, UnsupportedError
 from ...files import atomic_write
 from ...quantization.convert import convert
+from ...quantization.types import BLOCKS, F32
 from ...rope import rope_divisors
 from ...tokenizers.base import Tokenizer, Vocabulary
 from ..rope_permute import row_order

@@ -15,13 +15,14 @@ from hypothesis import strategies as st
 
 import numballama
 from numballama.checkpoint import Weight
-from numballama.config import BLOCKS, FALLBACK_TYPE, Q4_0, Q8_0, ModelConfig, WeightType
+from numballama.config import ModelConfig
 from numballama.cpu.vecdot import KINDS, NUMBERS, RECORDS
 from numballama.errors import Error
 from numballama.export import WRITERS
 from numballama.ir import Graph
 from numballama.kernels_cpu import LINEAR
 from numballama.quantization import convert as quant
+from numballama.quantization.types import BLOCKS, FALLBACK_TYPE, Q4_0, Q8_0, WeightType
 from numballama.reference import ReferenceBackend
 from tests.helpers.bounds import check_step, compiled, cpu_backend, run_parts
 from tests.helpers.gguf_files import random_blocks
