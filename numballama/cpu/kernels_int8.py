@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..kernels_cpu import add_columns, silu_times
-from ..quantization.types import VEC_DOT_TYPE
+from ..quantization.types import ACTIVATION_QUANT, VEC_DOT_TYPE
 from ..registry import kernel
 from .compiler import device, exact_device
 from .intrinsics import as_f32, f32_to
@@ -29,7 +29,7 @@ from .vecdot_int8 import (
 )
 
 WEIGHTS = tuple(VEC_DOT_TYPE)
-SUMS = ("i32", "f32")
+SUMS = tuple(dict.fromkeys(way.sum_dtype for way in ACTIVATION_QUANT.values()))
 
 LARGEST = np.float32(127)
 NOT_FINITE = 0x7F800000
