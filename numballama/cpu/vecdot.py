@@ -1,7 +1,7 @@
 """Rows of GGUF blocks on a CPU: their product with float32 numbers, and the numbers themselves.
 
 A weight of blocks is an array [rows, blocks of a row] of records, one record type for each block type: `TYPE_TRAITS`
-says what lies where, and it is how compiled code tells the types apart. Of a block type there is one small decoder, which
+says what lies where, and it is how compiled code tells the types apart. Each block type has one small decoder, which
 writes the vector instructions that make 16 consecutive numbers at a time; what happens to those numbers, a product or
 a store, is written once for all types. Written as vectors, because of such loops LLVM makes scalar code.
 
