@@ -17,10 +17,10 @@ PACKAGE = Path(numballama.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
-    "errors", "validation", "config", "rope", "registry", "memory", "progress", "checkpoint", "quantization.blocks",
-    "quantization.activations", "quantization.convert", "quantization.policy", "files", "formats.gguf.header",
-    "formats.gguf.split", "tokenizers.sentencepiece_proto", "hub", "tokenizers", "tokenizers.base",
-    "tokenizers.sentencepiece", "tokenizers.scored", "tokenizers.pretokenizers", "tokenizers.bpe",
+    "errors", "validation", "config", "rope", "registry", "memory", "progress", "quantization.types", "checkpoint",
+    "quantization.blocks", "quantization.activations", "quantization.convert", "quantization.policy", "files",
+    "formats.gguf.header", "formats.gguf.split", "tokenizers.sentencepiece_proto", "hub", "tokenizers",
+    "tokenizers.base", "tokenizers.sentencepiece", "tokenizers.scored", "tokenizers.pretokenizers", "tokenizers.bpe",
     "formats.gguf.tokenizer", "tokenizers.tiktoken", "tokenizers.huggingface", "formats.tokenizer_files",
     "formats.llama2c.layout", "formats.llama2c.reader", "formats.llama2c.kuiper", "formats.rope_permute",
     "formats.gguf.reader", "formats.gguf.writer", "formats.json_reader", "formats.safetensors", "formats.hf.config",
