@@ -14,11 +14,11 @@ from numballama.checkpoint import Weight
 from numballama.errors import Error
 from numballama.formats.gguf.reader import tensor_name
 from numballama.loader import open_checkpoint
-from numballama.quantization import blocks as quant_blocks
-from numballama.quantization import convert as quant
+from numballama.quantization import blocks
+from numballama.quantization.convert import EXACT, convert, dequantize
 from numballama.quantization.types import BLOCKS, F32, WeightType
 
-WRITTEN = sorted(quant_blocks.ENCODERS)
+WRITTEN = sorted(blocks.ENCODERS)
 
 rows_of_blocks = hnp.arrays(
     np.float32,
@@ -34,7 +34,7 @@ def peer(name: str) -> tuple[object, object]:
 
 
 def encoded(name: str, values: np.ndarray) -> Weight:
-    return quant.convert(Weight(values.shape, F32, values), WeightType(name))
+    return convert(Weight(values.shape, F32, values), WeightType(name))
 
 
 @pytest.mark.parametrize("name", WRITTEN)
@@ -52,7 +52,7 @@ def test_encoding_is_ggmls_to_the_bit(name: str, values: np.ndarray, scale: floa
     assert weight.nbytes == weight.type.nbytes(values.size)
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(weight.data, quants.quantize(values, kind))
-    np.testing.assert_array_equal(quant.dequantize(weight), quants.dequantize(weight.data, kind))
+    np.testing.assert_array_equal(dequantize(weight), quants.dequantize(weight.data, kind))
 
 
 @pytest.mark.parametrize("name", sorted(BLOCKS))
@@ -65,7 +65,7 @@ def test_any_blocks_decode_as_ggmls(name: str, data: st.DataObject, rows: int, c
     if data.draw(st.booleans()):  # hypothesis likes bytes to be alike, which hides swapped ones
         stored = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1))).integers(0, 256, stored.shape, np.uint8)
     with np.errstate(all="ignore"):
-        got = quant.dequantize(Weight((rows, count * numbers), WeightType(name), stored))
+        got = dequantize(Weight((rows, count * numbers), WeightType(name), stored))
         want = quants.dequantize(stored, kind)
     nan = np.isnan(want)
     np.testing.assert_array_equal(np.isnan(got), nan)
@@ -77,7 +77,7 @@ def test_any_blocks_decode_as_ggmls(name: str, data: st.DataObject, rows: int, c
 def test_what_comes_back_is_near(name: str, values: np.ndarray) -> None:
     """Within half a step of the block's scale (a whole one at q4_0's positive end), and what rounding the scale and the
     least number to float16 adds."""
-    back = quant.dequantize(encoded(name, values)).reshape(-1, 32).astype(np.float64)
+    back = dequantize(encoded(name, values)).reshape(-1, 32).astype(np.float64)
     rows = values.reshape(-1, 32).astype(np.float64)
     span = np.ptp(rows, axis=1) / 15 if name == "q4_1" else np.abs(rows).max(axis=1) / (8 if name == "q4_0" else 127)
     steps = {"q4_0": 1.0, "q4_1": 0.5, "q8_0": 0.5}[name] + 128 * 2.0**-11
@@ -89,11 +89,11 @@ def test_what_comes_back_is_near(name: str, values: np.ndarray) -> None:
 def test_what_is_finite_stays_finite_and_the_rest_is_refused(name: str, most: float) -> None:
     for size in (3e38, 1e-38, 1e-40, 1e-45):
         values = np.full((1, 32), -size, np.float32)
-        back = quant.dequantize(encoded(name, values))
+        back = dequantize(encoded(name, values))
         assert np.isfinite(back).all()
         assert back.min() == (-np.float32(most) if size > 1 else 0)
     values[0, 1::2] *= -1
-    assert np.isfinite(quant.dequantize(encoded(name, np.where(values > 0, np.float32(3e38), np.float32(-3e38))))).all()
+    assert np.isfinite(dequantize(encoded(name, np.where(values > 0, np.float32(3e38), np.float32(-3e38))))).all()
     for bad in (np.nan, np.inf, -np.inf):
         values[0, 7] = bad
         with pytest.raises(Error, match=f"NaN or infinity, which {name}"):
@@ -102,7 +102,7 @@ def test_what_is_finite_stays_finite_and_the_rest_is_refused(name: str, most: fl
         encoded(name, np.ones((32, 33), np.float32))
 
 
-@pytest.mark.parametrize(("old", "new"), sorted(quant_blocks.REPACKERS))
+@pytest.mark.parametrize(("old", "new"), sorted(blocks.REPACKERS))
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 3), count=st.integers(1, 4))
 def test_repacked_blocks_hold_the_same_numbers(old: str, new: str, seed: int, rows: int, count: int) -> None:
     """To the bit, by the gguf package's reading of both; several chunks."""
@@ -111,12 +111,12 @@ def test_repacked_blocks_hold_the_same_numbers(old: str, new: str, seed: int, ro
     stored = np.random.default_rng(seed).integers(0, 256, (rows, count * nbytes), np.uint8)
     weight = Weight((rows, count * numbers), WeightType(old), stored)
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
-        patch.setattr(quant, "_CHUNK", 2 * numbers)
-        again = quant.convert(weight, WeightType(new))
-        want = quant.dequantize(weight)
+        patch.setattr("numballama.quantization.convert._CHUNK", 2 * numbers)
+        again = convert(weight, WeightType(new))
+        want = dequantize(weight)
         got = quants.dequantize(again.data, kind)
     assert again.type.nbytes(rows * count * numbers) == again.nbytes
-    assert (old, new) in quant.EXACT
+    assert (old, new) in EXACT
     nan = np.isnan(want)
     np.testing.assert_array_equal(np.isnan(got), nan)
     np.testing.assert_array_equal(got.view(np.uint32)[~nan], want.view(np.uint32)[~nan])
@@ -133,6 +133,6 @@ def test_every_tensor_of_a_real_model_is_what_the_gguf_package_reads(models: Pat
     for name, weight in opened.weights.items():
         tensor = theirs[tensor_name(name)]
         wanted = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(weight.shape)
-        np.testing.assert_array_equal(quant.dequantize(weight).view(np.uint32), wanted.view(np.uint32), name)
+        np.testing.assert_array_equal(dequantize(weight).view(np.uint32), wanted.view(np.uint32), name)
         types.add(weight.type.name)
     assert types == {"f32", "q4_1", "q8_0"}
