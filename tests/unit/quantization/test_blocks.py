@@ -1,4 +1,4 @@
-"""GGUF's block types against the gguf package, which is ggml's reference code in NumPy: bits, not tolerances."""
+"""GGUF's block types against the gguf package, which has ggml's reference code in NumPy: equal to the bit."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def encoded(name: str, values: np.ndarray) -> Weight:
 @pytest.mark.parametrize("name", WRITTEN)
 @given(values=rows_of_blocks, scale=st.sampled_from([1.0, 1e-3, 1e-30]))
 def test_encoding_is_ggmls_to_the_bit(name: str, values: np.ndarray, scale: float) -> None:
-    """Both ways; the package makes NaNs of scales below 2^-128, and infinities of those beyond float16."""
+    """Both ways, except for scales below 2^-128 or beyond float16, of which the package makes NaN and infinity."""
     quants, kind = peer(name)
     values = values * np.float32(scale)
     if name != "q8_0":
-        values = np.clip(values, -60000, 60000)  # above, scales and least numbers leave float16
+        values = np.clip(values, -60000, 60000)  # above, scales and minimums leave float16
     weight = encoded(name, values)
     numbers, nbytes = BLOCKS[name]
     assert weight.data.dtype == np.uint8
@@ -58,11 +58,11 @@ def test_encoding_is_ggmls_to_the_bit(name: str, values: np.ndarray, scale: floa
 @pytest.mark.parametrize("name", sorted(BLOCKS))
 @given(data=st.data(), rows=st.integers(1, 3), count=st.integers(1, 4))
 def test_any_blocks_decode_as_ggmls(name: str, data: st.DataObject, rows: int, count: int) -> None:
-    """Any bytes: every scale there is, subnormal, infinite and NaN too. Compared by their bits but for NaNs'."""
+    """Any bytes: all scales, also subnormal, infinite and NaN. Compared bit by bit, except NaNs."""
     quants, kind = peer(name)
     numbers, nbytes = BLOCKS[name]
     stored = data.draw(hnp.arrays(np.uint8, (rows, count * nbytes)))
-    if data.draw(st.booleans()):  # hypothesis likes bytes to be alike, which hides swapped ones
+    if data.draw(st.booleans()):  # hypothesis prefers equal bytes, which hide swaps
         stored = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1))).integers(0, 256, stored.shape, np.uint8)
     with np.errstate(all="ignore"):
         got = dequantize(Weight((rows, count * numbers), WeightType(name), stored))
@@ -74,9 +74,9 @@ def test_any_blocks_decode_as_ggmls(name: str, data: st.DataObject, rows: int, c
 
 @pytest.mark.parametrize("name", WRITTEN)
 @given(values=hnp.arrays(np.float32, (2, 64), elements=st.floats(-60000, 60000, width=32)))
-def test_what_comes_back_is_near(name: str, values: np.ndarray) -> None:
-    """Within half a step of the block's scale (a whole one at q4_0's positive end), and what rounding the scale and the
-    least number to float16 adds."""
+def test_decoded_values_are_near_the_encoded_ones(name: str, values: np.ndarray) -> None:
+    """Within half a step of the block's scale (a whole step at q4_0's positive end), plus the error of rounding scale
+    and minimum to float16."""
     back = dequantize(encoded(name, values)).reshape(-1, 32).astype(np.float64)
     rows = values.reshape(-1, 32).astype(np.float64)
     span = np.ptp(rows, axis=1) / 15 if name == "q4_1" else np.abs(rows).max(axis=1) / (8 if name == "q4_0" else 127)
@@ -86,7 +86,7 @@ def test_what_comes_back_is_near(name: str, values: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(("name", "most"), [("q8_0", 65504 * 127), ("q4_0", 65504 * 8), ("q4_1", 65504)])
-def test_what_is_finite_stays_finite_and_the_rest_is_refused(name: str, most: float) -> None:
+def test_finite_values_stay_finite_and_others_are_refused(name: str, most: float) -> None:
     for size in (3e38, 1e-38, 1e-40, 1e-45):
         values = np.full((1, 32), -size, np.float32)
         back = dequantize(encoded(name, values))
@@ -104,8 +104,8 @@ def test_what_is_finite_stays_finite_and_the_rest_is_refused(name: str, most: fl
 
 @pytest.mark.parametrize(("old", "new"), sorted(blocks.REPACKERS))
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 3), count=st.integers(1, 4))
-def test_repacked_blocks_hold_the_same_numbers(old: str, new: str, seed: int, rows: int, count: int) -> None:
-    """To the bit, by the gguf package's reading of both; several chunks."""
+def test_repacked_blocks_hold_the_same_values(old: str, new: str, seed: int, rows: int, count: int) -> None:
+    """To the bit, as the gguf package reads both, over several chunks."""
     quants, kind = peer(new)
     numbers, nbytes = BLOCKS[old]
     stored = np.random.default_rng(seed).integers(0, 256, (rows, count * nbytes), np.uint8)

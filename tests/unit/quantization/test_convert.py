@@ -1,4 +1,4 @@
-"""Conversions between weight types against their definitions, number by number."""
+"""Conversions between weight types against their definitions, value by value."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_int8_group_of_zeros_has_scale_zero() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
-def test_int8_refuses_what_it_cannot_express(bad: float) -> None:
+def test_int8_refuses_nan_and_infinity(bad: float) -> None:
     with pytest.raises(Error, match="NaN or infinity"):
         quantize_int8(np.array([1, bad, 2], np.float32), 2)
 
@@ -63,7 +63,7 @@ def test_int8_refuses_what_it_cannot_express(bad: float) -> None:
 @given(
     hnp.arrays(np.float32, st.integers(1, 70), elements=st.floats(-(2.0**126), 2.0**126, width=32)), st.integers(1, 80)
 )
-def test_int8_comes_back_within_half_a_step(values: np.ndarray, group: int) -> None:
+def test_int8_decodes_within_half_a_step(values: np.ndarray, group: int) -> None:
     weight = convert(Weight(values.shape, F32, values), WeightType("int8", group))
     back = dequantize(weight).astype(np.float64)
     assert weight.scales is not None
@@ -72,7 +72,7 @@ def test_int8_comes_back_within_half_a_step(values: np.ndarray, group: int) -> N
     assert np.all(np.abs(back - values) <= steps * 0.5001 + 127 * 2.0**-149)
 
 
-def test_every_f16_and_bf16_pattern_decodes_and_comes_back() -> None:
+def test_every_f16_and_bf16_pattern_survives_a_round_trip() -> None:
     halves = from_f16(BITS16)
     np.testing.assert_array_equal(halves, BITS16.view(np.float16).astype(np.float32))
     brains = from_bf16(BITS16)
@@ -87,7 +87,7 @@ def test_every_f16_and_bf16_pattern_decodes_and_comes_back() -> None:
 @given(hnp.arrays(np.uint16, 50), st.sampled_from([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF]))
 @example(np.array([0x7F80, 0xFF80, 0x7FFF, 0xFFFF], np.uint16), 1)  # NaNs at both ends of their range
 @np.errstate(invalid="ignore")  # signalling ones, on their way to float64
-def test_bf16_takes_the_nearest_and_of_two_the_even(high: np.ndarray, low: int) -> None:
+def test_bf16_rounds_to_nearest_even(high: np.ndarray, low: int) -> None:
     patterns = high.astype(np.uint32) << 16 | low
     values = patterns.view(np.float32)
     exact = values.astype(np.float64)
@@ -107,7 +107,7 @@ def test_bf16_takes_the_nearest_and_of_two_the_even(high: np.ndarray, low: int) 
 
 
 @given(hnp.arrays(np.float32, 50, elements=st.floats(width=32)))
-def test_f16_is_numpys_and_finite_stays_finite(values: np.ndarray) -> None:
+def test_f16_is_numpys_but_saturates(values: np.ndarray) -> None:
     got = to_f16(values).view(np.float16)
     with np.errstate(over="ignore"):
         expected = values.astype(np.float16)
@@ -126,7 +126,7 @@ def test_f16_is_numpys_and_finite_stays_finite(values: np.ndarray) -> None:
     source=st.sampled_from([F32, F16, BF16, WeightType("int8", 5), WeightType("int8", 64), Q8_0, Q4_1]),
     target=st.sampled_from([F32, F16, BF16, WeightType("int8", 3), WeightType("int8", 64), Q8_0, Q4_0, Q4_1]),
 )
-def test_chunks_do_not_show(values: np.ndarray, source: WeightType, target: WeightType) -> None:
+def test_chunk_size_does_not_change_the_result(values: np.ndarray, source: WeightType, target: WeightType) -> None:
     if {source.name, target.name} & BLOCKS.keys():
         values = np.tile(values, 32)
     weight = convert(Weight(values.shape, F32, values), source)
@@ -161,7 +161,7 @@ def test_readonly_unaligned_views_convert() -> None:
 
 
 @pytest.mark.parametrize("target", [F16, BF16, WeightType("int8", 64), Q8_0, Q4_1, F32])
-def test_memory_is_the_result_and_a_few_megabytes(target: WeightType) -> None:
+def test_conversion_takes_a_few_megabytes_beside_the_result(target: WeightType) -> None:
     weight = Weight((2000, 2016), F32, np.ones((2000, 2016), np.float32))
     if target is F32:
         weight = convert(weight, WeightType("int8", 64))
