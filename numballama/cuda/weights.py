@@ -29,7 +29,7 @@ def aligned(nbytes: int) -> int:
 
 
 @dataclass(frozen=True)
-class _Layout:
+class WeightLayout:
     """How a weight lies in device memory: payload, then scales, row after row."""
 
     weight: Weight
@@ -109,20 +109,20 @@ def _filled(rows: np.ndarray, stride: int) -> np.ndarray:
     return out
 
 
-def _layout(weight: Weight) -> _Layout:
+def layout_of(weight: Weight) -> WeightLayout:
     """How a weight is stored. Int8 groups that do not lie in rows are cut to ones that do, or become float32."""
     kind, columns = weight.type.name, weight.shape[-1]
     if kind in ("f32", "f16", "bf16"):
         width = columns * ITEM_BYTES[kind]
-        return _Layout(weight, kind, width if len(weight.shape) == 1 else -(-width // 16) * 16)
+        return WeightLayout(weight, kind, width if len(weight.shape) == 1 else -(-width // 16) * 16)
     if kind in ("q8_0", "q4_0"):
         numbers, nbytes = BLOCKS[kind]
         blocks = columns // numbers
-        return _Layout(weight, PAYLOAD_TYPE[kind], blocks * (nbytes - 2), "f16", -(-blocks // 2) * 2, numbers)
+        return WeightLayout(weight, PAYLOAD_TYPE[kind], blocks * (nbytes - 2), "f16", -(-blocks // 2) * 2, numbers)
     if kind in blocks_cuda.LAYOUTS:
         of_blocks = blocks_cuda.LAYOUTS[kind]
         group = TYPE_TRAITS[kind].scale_group
-        return _Layout(weight, kind, columns // 2, of_blocks.scales, of_blocks.stride(columns), group)
+        return WeightLayout(weight, kind, columns // 2, of_blocks.scales, of_blocks.stride(columns), group)
     if kind == "int8":
         common = math.gcd(columns, weight.type.group)
         group = common & -common  # the largest power of two that divides both
@@ -130,16 +130,16 @@ def _layout(weight: Weight) -> _Layout:
             group = columns
         group = min(group, 512)  # a warp's 16 bytes a lane: no group spans two chunks
         if group >= 16:
-            return _Layout(weight, "int8", columns, "f32", columns // group, group)
-        return _Layout(weight, "f32", -(-columns * 4 // 16) * 16)
-    return _layout(convert(weight, F16))  # block types that no kernel streams
+            return WeightLayout(weight, "int8", columns, "f32", columns // group, group)
+        return WeightLayout(weight, "f32", -(-columns * 4 // 16) * 16)
+    return layout_of(convert(weight, F16))  # block types that no kernel streams
 
 
 class Weights:
     """All weights in one piece of device memory."""
 
     def __init__(self, device: Device, weights: Mapping[str, Weight]) -> None:
-        layouts = {name: _layout(weight) for name, weight in weights.items()}
+        layouts = {name: layout_of(weight) for name, weight in weights.items()}
         self.nbytes = sum(layout.nbytes for layout in layouts.values())
         self.memory = Memory(device, self.nbytes, "the model's weights")
         self.operands: dict[str, Array | Matrix] = {}
@@ -149,7 +149,7 @@ class Weights:
             self.free()  # now: a traceback may keep this object for long
             raise
 
-    def _upload(self, device: Device, layouts: Mapping[str, _Layout]) -> None:
+    def _upload(self, device: Device, layouts: Mapping[str, WeightLayout]) -> None:
         staging = [Pinned(device, min(STAGING, aligned(self.nbytes)) + ALIGNMENT) for _ in range(2)]
         try:
             buffers = itertools.cycle(staging)

@@ -142,10 +142,10 @@ class Real:
 
 def upload(machine: Any, values: np.ndarray, kind: str, group: int = 32) -> tuple[Any, np.ndarray]:
     """A weight on the machine, as the backend lays it out, and the numbers it stands for."""
-    from numballama.cuda.weights import _layout
+    from numballama.cuda.weights import layout_of
 
     weight = as_weight(values.astype(np.float32), kind, group if kind == "int8" else 0)
-    layout = _layout(weight)
+    layout = layout_of(weight)
     raw = np.zeros(layout.nbytes, np.uint8)
     for at, part in layout.parts():
         raw[at : at + part.size] = part.reshape(-1)
