@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .config import ModelConfig, WeightType
+from .config import ModelConfig
 from .errors import Error
+from .quantization.types import WeightType
 
 if TYPE_CHECKING:
     from .tokenizers.base import Tokenizer

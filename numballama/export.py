@@ -10,7 +10,7 @@ from typing import Protocol
 
 from . import loader, progress
 from .checkpoint import Checkpoint, LazyWeight, Weight
-from .config import BLOCKS, F32, ModelConfig, WeightType
+from .config import ModelConfig
 from .errors import UnsupportedError
 from .files import expand_user
 from .formats.gguf.writer import MetadataValue, write_gguf
@@ -21,6 +21,7 @@ from .formats.llama2c.llama2c import write_v0, write_v1, write_v2
 from .memory import format_bytes
 from .quantization import policy
 from .quantization.convert import DEFAULT_GROUP, convert, relative_error
+from .quantization.types import BLOCKS, F32, WeightType
 from .tokenizers.base import Tokenizer
 from .tokenizers.bpe import BPETokenizer
 
@@ -237,7 +238,7 @@ def _types(opened: Checkpoint, to: str, quantize: str | None, group_size: int) -
             raise UnsupportedError(
                 f"{to} cannot hold weights of type {unknown[0]}: choose one of {', '.join(QUANTS[to])}"
             )
-    return policy.targets(opened.config, opened.weights, quantize, embeddings=True)
+    return policy.types_to_convert(opened.config, opened.weights, quantize, embeddings=True)
 
 
 def _options(

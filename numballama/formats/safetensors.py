@@ -16,9 +16,9 @@ from typing import TypeGuard
 import numpy as np
 
 from ..checkpoint import Weight
-from ..config import BF16, F16, F32, WeightType
 from ..errors import FormatError, UnsupportedError
 from ..files import MappedFile
+from ..quantization.types import BF16, F16, F32, WeightType
 from .json_reader import Keys, parse_object
 from .tensors import TensorInfo, view_weight
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint import Weight
-from ..config import F32, WeightType
 from ..errors import UnsupportedError
 from ..files import MappedFile
 from ..quantization.convert import convert
+from ..quantization.types import F32, WeightType
 
 
 @dataclass(frozen=True)

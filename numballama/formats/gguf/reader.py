@@ -15,22 +15,12 @@ from dataclasses import replace
 import numpy as np
 
 from ...checkpoint import Checkpoint, Weight
-from ...config import (
-    BF16,
-    BLOCKS,
-    F16,
-    F32,
-    FALLBACK_TYPE,
-    HALF_SPLIT,
-    INTERLEAVED,
-    ModelConfig,
-    RopeScaling,
-    WeightType,
-)
+from ...config import HALF_SPLIT, INTERLEAVED, ModelConfig, RopeScaling
 from ...errors import Error, FormatError, UnsupportedError
 from ...files import MappedFile
 from ...memory import format_bytes
-from ...quantization import convert as quant
+from ...quantization.convert import EXACT
+from ...quantization.types import FALLBACK_TYPE, TYPE_TRAITS, WeightType
 from ...rope import rope_divisors
 from ..limits import MAX_CONTEXT, MAX_LAYERS
 from ..tensor_names import TensorNames
@@ -42,12 +32,11 @@ from .tokenizer import read_gguf_tokenizer
 ARCHITECTURES = {"llama": INTERLEAVED, "qwen2": HALF_SPLIT, "qwen3": HALF_SPLIT}
 """Supported architecture → how its RoPE pairs dimensions."""
 
-WEIGHT_TYPES: dict[str, tuple[WeightType, type[np.generic]]] = {
-    "F32": (F32, np.float32),
-    "F16": (F16, np.uint16),
-    "BF16": (BF16, np.uint16),
+WEIGHT_TYPES = {
+    name.upper(): (WeightType(name), traits.storage)
+    for name, traits in TYPE_TRAITS.items()
+    if traits.gguf_id is not None
 }
-WEIGHT_TYPES |= {name.upper(): (WeightType(name), np.uint8) for name in BLOCKS}
 """Name of a tensor type → our type, and the elements of `Weight.data`."""
 
 ROPE_FACTORS = "rope_freqs.weight"
@@ -264,6 +253,6 @@ def _conversions(weights: Mapping[str, Weight]) -> list[str]:
         if names := [name for name, weight in weights.items() if weight.type.name == kind]:
             grows = sum(target.nbytes(math.prod(weights[name].shape)) for name in names)
             which = f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
-            exactly = "with the same numbers" if (kind, target.name) in quant.EXACT else "rounded"
+            exactly = "with the same numbers" if (kind, target.name) in EXACT else "rounded"
             notes.append(f"{kind.upper()} ({which}) runs as {target}, {exactly}: a copy of {format_bytes(grows)}")
     return notes

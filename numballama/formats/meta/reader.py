@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from ...checkpoint import Checkpoint, LazyWeight, Weight
-from ...config import INTERLEAVED, ModelConfig, RopeScaling, WeightType
+from ...config import INTERLEAVED, ModelConfig, RopeScaling
 from ...errors import Error, FormatError, UnsupportedError
 from ...files import MappedFile, map_file
 from ...memory import format_bytes
+from ...quantization.types import WeightType
 from .. import tokenizer_files
 from ..json_reader import Keys, read_object
 from ..limits import MAX_CONTEXT, MAX_LAYERS

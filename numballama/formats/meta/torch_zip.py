@@ -23,9 +23,9 @@ from typing import Any, NoReturn, TypeGuard
 import numpy as np
 
 from ...checkpoint import Weight
-from ...config import BF16, F16, F32, WeightType
 from ...errors import FormatError, UnsupportedError
 from ...files import MappedFile
+from ...quantization.types import BF16, F16, F32, WeightType
 from ..tensors import TensorInfo, view_weight
 
 MAGIC = b"PK\x03\x04"
