@@ -1,9 +1,7 @@
-"""GGUF, llama.cpp's format: architectures of the Llama family, weights as they lie in the file, or in the files of a
-split model.
+"""GGUF, llama.cpp's format: metadata keys become a `ModelConfig`, tensors become `Weight`s that are views of the file.
 
-For "llama", which Mistral and SmolLM2 are as well, llama.cpp rotates neighbouring dimensions, and its converters
-permute q and k to that: RoPE pairs are interleaved. For "qwen2" and "qwen3" they are left half-split.
-`gguf_header` reads the container; here its keys become a `ModelConfig`, and its tensors `Weight`s.
+In architecture "llama", which includes Mistral and SmolLM2, llama.cpp rotates neighbouring dimensions and its
+converters permute q and k to match: RoPE pairs are interleaved. In "qwen2" and "qwen3" they stay half-split.
 """
 
 from __future__ import annotations
@@ -30,7 +28,7 @@ from .split import open_header
 from .tokenizer import read_gguf_tokenizer
 
 ARCHITECTURES = {"llama": INTERLEAVED, "qwen2": HALF_SPLIT, "qwen3": HALF_SPLIT}
-"""Supported architecture → how its RoPE pairs dimensions."""
+"""Supported architecture → its RoPE pairing."""
 
 WEIGHT_TYPES = {
     name.upper(): (WeightType(name), traits.storage)
@@ -41,7 +39,7 @@ WEIGHT_TYPES = {
 
 ROPE_FACTORS = "rope_freqs.weight"
 _ORIGINAL_CONTEXTS = (8192, *(1 << bits for bits in range(5, 18)))
-"""Contexts of models that Llama 3.1's rule is looked for with; the published ones' first."""
+"""Original contexts to try when recognising Llama 3.1's RoPE scaling; that of the published models first."""
 TENSOR_NAMES = TensorNames(
     top={"tok_embeddings": "token_embd.weight", "norm": "output_norm.weight", "output": "output.weight"},
     layer={
@@ -72,7 +70,7 @@ _NEUTRAL: Mapping[str, tuple[float, ...]] = {
     "rope.scaling.attn_factor": (0, 1),
     "attention.scale": (0,),
 }
-"""Keys of what this version does not compute → the values that ask for nothing; llama.cpp takes 0 for "not given"."""
+"""Keys of features that are not computed → values that do not need them. llama.cpp takes 0 for "not given"."""
 
 
 def read(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
@@ -176,7 +174,7 @@ def _config(header: Header) -> ModelConfig:
     except (FormatError, UnsupportedError):
         raise
     except Error as error:
-        raise FormatError(f"a model that cannot be: {error}", path=header.path) from None
+        raise FormatError(f"an impossible model: {error}", path=header.path) from None
     for key in ("attention.value_length", "rope.dimension_count"):
         if (found := integer(key, config.head_dim)) != config.head_dim:
             raise UnsupportedError(
@@ -186,8 +184,9 @@ def _config(header: Header) -> ModelConfig:
 
 
 def _rope_scaling(header: Header, config: ModelConfig) -> RopeScaling | None:
-    """By a factor for all frequencies, in which case no key for the type means linear, or by a tensor of one factor for
-    each pair, as llama.cpp's converter writes for Llama 3.1: its rule is recognised in the numbers.
+    """Scaling by one factor for all frequencies (type "linear", also if there is no key for the type), or by a tensor
+    with a factor for each pair. llama.cpp's converter writes such a tensor for Llama 3.1, whose rule is recognised from
+    the numbers.
     """
     architecture = _architecture(header)
     kind = header.text(f"{architecture}.rope.scaling.type", "linear")
@@ -218,7 +217,7 @@ def _rope_scaling(header: Header, config: ModelConfig) -> RopeScaling | None:
 
 
 def _weight(header: Header, name: str, shape: tuple[int, ...]) -> Weight:
-    """A view of the tensor; norms and biases, which are small, become float32."""
+    """The weight as a view of its tensor; norms and biases, which are small, become float32."""
     file_name = TENSOR_NAMES[name]
     if (info := header.tensors.get(file_name)) is None:
         raise FormatError(
@@ -236,7 +235,7 @@ def _weight(header: Header, name: str, shape: tuple[int, ...]) -> Weight:
 
 
 def _squeezed(shape: tuple[int, ...], n_dims: int) -> tuple[int, ...]:
-    """The shape without outer dimensions of 1 in excess of `n_dims`."""
+    """`shape` without outer dimensions of 1 beyond `n_dims`."""
     excess = max(len(shape) - n_dims, 0)
     return shape[excess:] if shape[:excess] == (1,) * excess else shape
 
@@ -247,7 +246,7 @@ def _view(info: TensorInfo, shape: tuple[int, ...]) -> Weight:
 
 
 def _conversions(weights: Mapping[str, Weight]) -> list[str]:
-    """A note for each type of which backends have no kernels."""
+    """A note for each type that no backend has kernels for."""
     notes = []
     for kind, target in FALLBACK_TYPE.items():
         if names := [name for name, weight in weights.items() if weight.type.name == kind]:

@@ -1,4 +1,4 @@
-"""Writing GGUF version 3, as llama.cpp reads it: weights in the type they have, a tokenizer and a few words beside."""
+"""Writes GGUF version 3 for llama.cpp: weights in their own type, tokenizer, chat template and further metadata."""
 
 from __future__ import annotations
 
@@ -41,9 +41,9 @@ def write_gguf(
     chat_template: str | None = None,
     metadata: Mapping[str, MetadataValue] | None = None,
 ) -> list[str]:
-    """Write GGUF, whole or not at all; returns notes on what the format cannot hold.
+    """Write GGUF, completely or not at all. Returns notes on what the format cannot hold.
 
-    Matrices are written in the type they have (`convert` makes them f16, bf16, q8_0, q4_0 or q4_1), norms and
+    Matrices keep their type (`convert` makes them f16, bf16, q8_0, q4_0 or q4_1), norms and
     biases as f32. The architecture is "qwen3" for models with q/k norms, "qwen2" for half-split ones with q/k/v biases
     and no others, else "llama"; rows of q and k are permuted to the RoPE pairing that it implies. `name` is
     `general.name`; `metadata` are further keys with their values, such as `{"general.license": "mit"}` (int: uint32,
@@ -98,7 +98,7 @@ def _architecture(config: ModelConfig) -> str:
 
 
 def _lost(config: ModelConfig, architecture: str) -> list[str]:
-    """What the format cannot hold, and what it holds but llama.cpp passes over."""
+    """What the format cannot hold, or llama.cpp ignores."""
     notes = []
     if config.rope_scaling is not None and config.rope_scaling.kind == "dynamic":
         notes.append(
@@ -114,7 +114,7 @@ def _lost(config: ModelConfig, architecture: str) -> list[str]:
 
 
 class _Tensor:
-    """A weight as the file holds it; nothing is copied before it is written."""
+    """A weight as the file will hold it. Its data is copied when it is written."""
 
     def __init__(self, config: ModelConfig, architecture: str, name: str, weight: Weight) -> None:
         self.name = name if name == ROPE_FACTORS else TENSOR_NAMES[name]
@@ -225,7 +225,7 @@ def _string(data: bytes) -> bytes:
 
 
 def _pack(key: str, kind: ValueType, value: MetadataValue | Sequence[bytes] | np.ndarray) -> bytes:
-    """A metadata entry; an array is what is neither a number nor a str."""
+    """The bytes of a metadata entry. Values that are neither numbers nor str are arrays."""
     head = _string(key.encode())
     if isinstance(value, str):
         return head + struct.pack("<I", kind) + _string(value.encode())

@@ -1,5 +1,5 @@
-"""Meta's own checkpoints: `params.json` beside `consolidated.00.pth`, or several of them, one for each GPU they were
-made on. RoPE pairs are interleaved.
+"""Meta's checkpoints: `params.json` and `consolidated.00.pth`, or several such parts, one for each GPU of the
+training run. RoPE pairs are interleaved.
 """
 
 from __future__ import annotations
@@ -41,8 +41,9 @@ TENSOR_NAMES = TensorNames(
 )
 _UNUSED = ("rope.freqs",)
 _SPLIT_COLUMNS = ("wo", "w2")
-"""Weights whose columns are spread over the parts (row-parallel, in Megatron's words); other matrices' rows are, and
-vectors are in all. The embedding's were columns for Llama 1 and 2 and are rows for Llama 3: its shape tells."""
+"""Weights whose columns are split over the parts (row-parallel, in Megatron's terms). Other matrices are split by rows,
+and vectors are in every part. The embedding is split by columns in Llama 1 and 2 and by rows in Llama 3, as its shape
+tells."""
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "moe": (None,), "moe_args": (None,), "quantization_args": (None,), "quantization": (None,), "lora_args": (None,),
@@ -51,7 +52,7 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 
 
 def is_directory_of(directory: Path) -> bool:
-    """Whether a directory looks like one of these."""
+    """Whether the directory holds a `params.json` and a part."""
     return (directory / PARAMS).exists() and any(_PART.fullmatch(path.name) for path in directory.glob("*.pth"))
 
 
@@ -89,10 +90,10 @@ def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile |
 
 
 def read_file(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
-    """Open a PyTorch file with the `params.json` beside it; a part of several stands for them all."""
+    """Open a PyTorch file with the `params.json` beside it. One part of several opens all of them."""
     directory = file.path.parent
     if not (directory / PARAMS).exists():
-        TorchFile(file)  # what is wrong with the file itself comes before what is missing beside it
+        TorchFile(file)  # damage to the file itself is reported first
     return read(directory, load_tokenizer, None if _PART.fullmatch(file.path.name) else file)
 
 
@@ -157,11 +158,11 @@ def _config(keys: Keys, parts: list[TorchFile], notes: list[str]) -> ModelConfig
     except FormatError:
         raise
     except Error as error:
-        raise FormatError(f"a model that cannot be: {error}", path=keys.path) from None
+        raise FormatError(f"an impossible model: {error}", path=keys.path) from None
 
 
 def _scaling(keys: Keys, dim: int, notes: list[str]) -> RopeScaling:
-    """Llama 3.1's rule; its factor is 8, but 32 for the two small models of Llama 3.2, and no early file says so."""
+    """Llama 3.1's scaling. Its factor is 8, or 32 for the two small models of Llama 3.2; early files do not say it."""
     small = dim < 4096
     factor = keys.number("rope_scaling_factor", 32.0 if small else 8.0)
     if "rope_scaling_factor" not in keys.values:
@@ -175,7 +176,7 @@ def _scaling(keys: Keys, dim: int, notes: list[str]) -> RopeScaling:
 
 
 def _weight(parts: list[TorchFile], name: str, shape: tuple[int, ...]) -> Weight:
-    """A view of the tensor, or its parts in one."""
+    """A view of the tensor, or its parts, concatenated on first use."""
     file_name, short, views, types = TENSOR_NAMES[name], name.rpartition(".")[2], list[Weight](), set[WeightType]()
     axis = 1 if short in _SPLIT_COLUMNS else 0
     for part in parts if len(shape) == 2 else parts[:1]:
