@@ -9,14 +9,18 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 
 import numballama
-from numballama import graph, ir, registry
+from numballama import graph, ir, reference, registry
 from numballama.cli import main as cli
+from numballama.cpu import backend as cpu
 from numballama.export import export_model
 from numballama.formats.hf import config as hf_config
 from numballama.formats.hf import reader as hf
@@ -29,15 +33,16 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(autouse=True)
-def registries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a page registers is gone with its test."""
-    for backend in ("cpu", "reference"):
-        registry.load(backend)  # theirs stay
-    monkeypatch.setattr(ir, "RULES", dict(ir.RULES))
-    monkeypatch.setattr(graph, "LAYERS", dict(graph.LAYERS))
-    monkeypatch.setattr(hf_config, "READERS", dict(hf_config.READERS))
-    monkeypatch.setattr(hf, "LAYER_NAMES", dict(hf.LAYER_NAMES))
-    monkeypatch.setattr(registry, "_kernels", {key: list(found) for key, found in registry._kernels.items()})
+def registries() -> Iterator[None]:
+    """What a page registers is gone with its test; what the backends registered when they were imported stays."""
+    assert cpu.__name__ and reference.__name__
+    kernels = {key: list(entries) for key, entries in registry._kernels.items()}
+    with ExitStack() as stack:
+        for table in (ir.RULES, graph.LAYERS, hf_config.READERS, hf.LAYER_NAMES):
+            stack.enter_context(patch.dict(table))  # type: ignore[arg-type]
+        yield
+    registry._kernels.clear()
+    registry._kernels.update(kernels)
 
 
 def blocks(page: Path) -> list[str]:
@@ -121,6 +126,21 @@ def test_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
 
 def test_there_are_blocks() -> None:
     assert sum(len(blocks(page)) for page in PAGES) >= 3
+
+
+NAMED_FILES = re.compile(r"`((?:[a-z_0-9]+/)*(?:[a-z_0-9]+\.(?:py|md)|[a-z_0-9]+/))`")
+
+
+def test_files_that_pages_name_exist() -> None:
+    """By a path from the repository, the package, or a folder of the package: `cpu/matmul.py`, `gemv.py`."""
+    files = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if ".git" not in path.parts}
+    missing = [
+        f"{page.name}: {name}"
+        for page in [*PAGES, ROOT / "CONTRIBUTING.md"]
+        for name in NAMED_FILES.findall(page.read_text(encoding="utf-8"))
+        if not any(file == name.rstrip("/") or file.endswith(f"/{name.rstrip('/')}") for file in files)
+    ]
+    assert not missing, missing
 
 
 def test_example_story() -> None:
