@@ -28,7 +28,7 @@ TESTS = Path(__file__).parents[1]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = """
-    errors validation config rope registry memory progress
+    errors validation config rope memory progress
     checkpoint
     quantization: blocks activations convert policy
     files hub
@@ -37,7 +37,7 @@ ORDER = """
              rope_permute gguf.reader gguf.writer json_reader safetensors hf.config hf.reader hf.writer \
              meta.torch_zip meta.reader
     loader
-    ir graph plan
+    visualize ir ops registry graph fusion plan
     kernels_outline kernel_cache
     sampling
     cpu: compiler intrinsics vecdot vecdot_int8 matmul kernels_cpu kernels_int8 sampling backend
@@ -250,7 +250,9 @@ ALLOWED_IMPORTS: dict[str, set[str]] = {
     "registry": set(),
     "rope": set(),
     "ir": {"numpy"},  # its dtypes only
+    "ops": set(),
     "graph": set(),
+    "fusion": set(),
     "plan": set(),
     "generate": set(),
     "session": {"numpy"},
@@ -390,10 +392,8 @@ def test_a_gpu_with_kernels_in_the_cache_needs_no_numba() -> None:
     loaded = modules_after(
         "from pathlib import Path\n"
         "import numballama.model, numballama.cuda.backend\n"
-        "from numballama import registry\n"
         "from numballama.cuda import driver, launch\n"
         "from numballama.cuda.ops import elementwise\n"
-        "registry.load('cuda')\n"
         "array = launch.Array(256, (4, 64), 'f32')\n"
         "gpu = launch.Gpu(4, 1 << 16, array, lambda n: array)\n"
         "(one,) = elementwise.add(gpu, array, array, array)\n"

@@ -18,9 +18,8 @@ import numpy as np
 import pytest
 
 import numballama
-from numballama import graph, ir, reference, registry
+from numballama import graph, ir, registry
 from numballama.cli import main as cli
-from numballama.cpu import backend as cpu
 from numballama.export import export_model
 from numballama.formats.hf import config as hf_config
 from numballama.formats.hf import reader as hf
@@ -34,15 +33,13 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 @pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
-    """What a page registers is gone with its test; what the backends registered when they were imported stays."""
-    assert cpu.__name__ and reference.__name__
-    kernels = {key: list(entries) for key, entries in registry._kernels.items()}
+    """What a page registers is gone with its test."""
     with ExitStack() as stack:
         for table in (ir.RULES, graph.LAYERS, hf_config.READERS, hf.LAYER_NAMES):
             stack.enter_context(patch.dict(table))  # type: ignore[arg-type]
         yield
-    registry._kernels.clear()
-    registry._kernels.update(kernels)
+    for entries in registry._kernels.values():
+        entries[:] = [entry for entry in entries if entry.function.__module__.startswith("numballama.")]
 
 
 def blocks(page: Path) -> list[str]:
