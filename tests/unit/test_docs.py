@@ -125,6 +125,15 @@ def test_there_are_blocks() -> None:
     assert sum(len(blocks(page)) for page in PAGES) >= 3
 
 
+LINK = re.compile(r"\]\(([^)#:]+)\)")
+
+
+def test_links_lead_to_files() -> None:
+    pages = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
+    links = [(page, link) for page in pages for link in LINK.findall(page.read_text(encoding="utf-8"))]
+    assert not [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()]
+
+
 NAMED_FILES = re.compile(r"`((?:[a-z_0-9]+/)*(?:[a-z_0-9]+\.(?:py|md)|[a-z_0-9]+/))`")
 
 
