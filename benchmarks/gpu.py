@@ -36,11 +36,12 @@ import numpy as np
 from numballama import loader
 from numballama.bench.benchmark import machine
 from numballama.checkpoint import Checkpoint, Weight
-from numballama.config import F32, NAMED_SHAPES, WeightType
+from numballama.config import NAMED_SHAPES
 from numballama.export import WRITERS
 from numballama.files import atomic_write
 from numballama.model import Model
 from numballama.quantization import convert as quant
+from numballama.quantization.types import F32, WeightType
 from numballama.sampling import Sampler
 
 HERE = Path(__file__).parent

@@ -13,10 +13,10 @@ import numpy as np
 
 from numballama import loader
 from numballama.checkpoint import Weight
-from numballama.config import F32, NAMED_SHAPES, ModelConfig, WeightType
-from numballama.cpu.vecdot import RECORDS
+from numballama.config import NAMED_SHAPES, ModelConfig
 from numballama.export import WRITERS
 from numballama.quantization import convert as quant
+from numballama.quantization.types import F32, TYPE_TRAITS, WeightType
 
 
 def mixture(kind: str, name: str, config: ModelConfig) -> str:
@@ -34,10 +34,10 @@ def mixture(kind: str, name: str, config: ModelConfig) -> str:
 def random_blocks(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> Weight:
     """Blocks of random bits, scaled so that their numbers are about as large as those of the other types here."""
     data = rng.integers(0, 256, WeightType(kind).nbytes(math.prod(shape)), np.uint8)
-    blocks = data.view(RECORDS[kind])
+    blocks = data.view(TYPE_TRAITS[kind].record)
     blocks["d"] = np.float16(0.1 / 32 / 32 * shape[-1] ** -0.5).view(np.uint16)
-    if "m" in (RECORDS[kind].names or ()):
-        blocks["m"] = np.float16(0.1 / 32 * 0.23 * shape[-1] ** -0.5).view(np.uint16)
+    for field in {"m", "dmin"} & set(TYPE_TRAITS[kind].record.names or ()):
+        blocks[field] = np.float16(0.1 / 32 * 0.23 * shape[-1] ** -0.5).view(np.uint16)
     return Weight(shape, WeightType(kind), data.reshape(shape[0], -1))
 
 

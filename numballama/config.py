@@ -1,4 +1,4 @@
-"""The vocabulary that every other module shares: `ModelConfig`, its named shapes, and `WeightType`."""
+"""`ModelConfig`: the sizes that define a model, and named sets of them."""
 
 from __future__ import annotations
 
@@ -16,80 +16,6 @@ _PAIRING_NAMES = {
     "half-split": HALF_SPLIT,
     "half_split": HALF_SPLIT,
 }
-
-
-@dataclass(frozen=True)
-class WeightType:
-    """How the numbers of a weight are stored.
-
-    `name` is one of "f32", "f16", "bf16" (16-bit patterns), "int8" (a payload of int8 and one float32 scale for every
-    `group` consecutive numbers of the flat tensor; the last group may be short) and GGUF's block types, the keys of
-    `BLOCKS`. `group` is 0 but for int8.
-    """
-
-    name: str
-    group: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.name}/{self.group}" if self.group else self.name
-
-    def nbytes(self, numel: int) -> int:
-        """Bytes that `numel` numbers of this type take, scales included."""
-        if self.name == "int8":
-            return numel + 4 * (-(-numel // self.group))
-        if self.name in BLOCKS:
-            numbers, nbytes = BLOCKS[self.name]
-            return numel // numbers * nbytes
-        return numel * {"f32": 4, "f16": 2, "bf16": 2}[self.name]
-
-
-F32 = WeightType("f32")
-F16 = WeightType("f16")
-BF16 = WeightType("bf16")
-Q8_0 = WeightType("q8_0")
-Q4_0 = WeightType("q4_0")
-Q4_1 = WeightType("q4_1")
-Q4_K = WeightType("q4_k")
-Q6_K = WeightType("q6_k")
-
-BLOCKS: dict[str, tuple[int, int]] = {
-    "q8_0": (32, 34),  # a float16 scale, then an int8 for each number
-    "q4_0": (32, 18),  # a float16 scale, then 4 bits for each number, which count from -8
-    "q4_1": (32, 20),  # a float16 scale and a float16 least number, then 4 bits for each number
-    "q5_0": (32, 22),
-    "q5_1": (32, 24),
-    "q2_k": (256, 84),
-    "q3_k": (256, 110),
-    "q4_k": (
-        256,
-        144,
-    ),  # 8 runs of 4-bit numbers with scales and least numbers of 6 bits, and a float16 for all of each
-    "q5_k": (256, 176),
-    "q6_k": (256, 210),  # 16 runs of 6-bit numbers with 8-bit scales, and a float16 for all scales
-}
-"""Name of a GGUF block type → numbers of a block, and its bytes. Rows are whole blocks."""
-
-FALLBACK_TYPE = {
-    "q5_0": Q8_0,  # holds the same numbers
-    "q5_1": F16,
-    "q2_k": F16,
-    "q3_k": Q6_K,  # holds the same numbers
-    "q5_k": F16,
-}
-"""Types that files have and backends do not → what a weight of such a type becomes when a model is loaded."""
-
-Q8_0_BLOCK, Q8_0_BYTES = BLOCKS["q8_0"]
-
-VEC_DOT_TYPE = {"q8_0": "q8_0", "q4_0": "q8_0", "q4_1": "q8_1", "q4_k": "q8_k", "q6_k": "q8_k"}
-"""Block type of a weight → how activations that it is multiplied with are rounded to int8, as llama.cpp does."""
-
-ACTIVATION_QUANT: dict[str, tuple[int, int, str]] = {
-    "q8_0": (32, 32, "i32"),
-    "q8_1": (32, 32, "f32"),  # a sum is times its group's scale, and a float16
-    "q8_k": (256, 16, "i32"),
-}
-"""Name of such a rounding → numbers that share a scale, numbers that a sum is over, and the type of the sums."""
-
 
 DEFAULT_CONTEXT = 4096
 """A model made for more gets this many tokens of KV cache unless told otherwise."""

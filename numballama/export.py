@@ -10,7 +10,6 @@ from typing import Any
 
 from . import loader, progress
 from .checkpoint import Checkpoint, Weight
-from .config import BLOCKS, F32, WeightType
 from .errors import UnsupportedError
 from .files import expand_user
 from .formats.gguf.writer import write_gguf
@@ -20,6 +19,7 @@ from .formats.llama2c.reader import write_v0, write_v1, write_v2
 from .memory import format_bytes
 from .quantization import convert as quant
 from .quantization import policy as conversion
+from .quantization.types import BLOCKS, F32, WeightType
 from .tokenizers.base import Tokenizer
 from .tokenizers.bpe import BPETokenizer
 from .tokenizers.huggingface import text_files

@@ -9,8 +9,9 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from .config import INTERLEAVED, VEC_DOT_TYPE, ModelConfig, WeightType
+from .config import INTERLEAVED, ModelConfig
 from .ir import DTYPES, Graph, Value
+from .quantization.types import VEC_DOT_TYPE, WeightType
 from .rope import rope_frequencies
 
 
@@ -148,7 +149,7 @@ def build(
     `types` maps each name of `config.weight_shapes()` to its type. `logits` is "last" (logits[1, vocab] of the run's
     last token, and `next`[1], its argmax) or "all" (logits[tokens, vocab]). With `int8_activations` the input of
     every int8 weight is quantised first, in the weight's groups; with `activations` "int8" that of every weight of
-    blocks as well, as `config.VEC_DOT_TYPE` says.
+    blocks as well, as `VEC_DOT_TYPE` says.
     """
     graph = Graph(f"llama, {tokens} token{'s' if tokens > 1 else ''}")
     b = Builder(graph, config, types, kv, tokens, int8_activations, activations)

@@ -10,13 +10,14 @@ from os import PathLike
 from typing import Any
 
 from . import loader
-from .config import FALLBACK_TYPE, ModelConfig
+from .config import ModelConfig
 from .fusion import fuse
 from .graph import KVLayout, build
 from .ir import Graph
 from .kernels_outline import OUTLINE
 from .memory import format_bytes
 from .plan import Plan, lower
+from .quantization.types import FALLBACK_TYPE
 
 _LATER_LAYER = re.compile(r"\blayers\.[1-9]")
 

@@ -15,10 +15,9 @@ import numpy as np
 from .cpu.compiler import device, ordered_device
 from .cpu.intrinsics import as_f32, f32_to, power_of_two
 from .cpu.matmul import TILE, decode_rows, project, project_int8, share
+from .quantization.types import KV_TYPES as CACHE
+from .quantization.types import LINEAR_TYPES as LINEAR
 from .registry import kernel
-
-LINEAR = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
-CACHE = ("f32", "f16", "bf16")
 
 
 @device

@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from .quantization.types import KV_TYPES as CACHE
+from .quantization.types import LINEAR_TYPES as LINEAR
 from .registry import Types, kernel
 
 OUTLINE = "cpu-outline"
-LINEAR = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
-CACHE = ("f32", "f16", "bf16")
 _TILE = 4
 
 

@@ -17,7 +17,7 @@ import numpy as np
 from . import ir, loader, memory, plan, progress
 from .chat.conversation import Chat
 from .checkpoint import Checkpoint, Weight
-from .config import VEC_DOT_TYPE, ModelConfig
+from .config import ModelConfig
 from .errors import FORKED, ContextError, DeviceError, Error, Interrupted, UnsupportedError
 from .generate import StopStringFilter
 from .graph import KVLayout, build
@@ -25,6 +25,7 @@ from .kernel_cache import cuda_cache_directory
 from .memory import format_bytes
 from .quantization import convert as quant
 from .quantization import policy as conversion
+from .quantization.types import VEC_DOT_TYPE
 from .sampling import Sampler
 from .session import Session
 from .tokenizers.base import Decoder, Tokenizer

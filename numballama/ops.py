@@ -12,9 +12,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .config import ACTIVATION_QUANT, VEC_DOT_TYPE
 from .errors import Error
 from .ir import Shaped, Shapes, Value, fused_rule, rule
+from .quantization.types import ACTIVATION_QUANT, VEC_DOT_TYPE
 
 Inputs = Sequence[Value]
 Attrs = Mapping[str, Any]

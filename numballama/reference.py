@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from .checkpoint import Weight
-from .config import ACTIVATION_QUANT, BLOCKS
 from .errors import NOT_NUMBERS, Error
 from .ir import DTYPES, Graph, Op
 from .quantization import activations as quant_activations
 from .quantization import convert as quant
+from .quantization.types import ACTIVATION_QUANT, BLOCKS
 from .registry import find, kernel
 from .sampling import Sampler
 

@@ -11,10 +11,10 @@ import pytest
 import numballama
 from numballama import Model, loader
 from numballama.checkpoint import Weight
-from numballama.config import F32
 from numballama.cpu.backend import CpuBackend
 from numballama.export import export_model
 from numballama.ir import Graph
+from numballama.quantization.types import F32
 from numballama.reference import ReferenceBackend
 
 OPENING = "Once upon a time"

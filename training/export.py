@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 
 import numballama
 from numballama.checkpoint import Weight
-from numballama.config import F32, Q8_0, ModelConfig
+from numballama.config import ModelConfig
 from numballama.export import WRITERS
 from numballama.quantization import convert as quant
+from numballama.quantization.types import F32, Q8_0
 
 HERE = Path(__file__).parent
 TARGET = HERE.parent / "numballama" / "story.gguf"

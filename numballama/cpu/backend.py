@@ -28,12 +28,13 @@ from ..errors import FORKED, NOT_NUMBERS, DeviceError, Error
 from ..fusion import fuse
 from ..ir import DTYPES, Graph, Value
 from ..plan import ALIGNMENT, Plan, Step, lower
+from ..quantization.types import TYPE_TRAITS
 from ..sampling import REPEAT_WINDOW, SETTINGS, Sampler
 from ..validation import whole_number
 from .compiler import compile_step, device, jit
 from .intrinsics import atomic_add, atomic_load, call_step, f32_at, f64_at, i32_at, i64_at, pause, u64_at, yield_core
 from .sampling import sample
-from .vecdot import KINDS, RECORDS
+from .vecdot import KINDS
 
 ROSTER, ARRIVED, PARTS, STATUS, SYNC = 0, 8, 16, 24, 32
 """Elements of the int64 array by which workers agree, each in a cache line of its own."""
@@ -369,7 +370,7 @@ def _operand(value: Value, values: Mapping[str, np.ndarray]) -> tuple[Any, list[
 def _weight_operand(weight: Weight) -> tuple[Any, list[int]]:
     if weight.scales is None:
         name = weight.type.name
-        return _array_operand(name, weight.data.view(RECORDS[name]) if name in RECORDS else weight.data)
+        return _array_operand(name, weight.data.view(TYPE_TRAITS[name].record))
     payload, slots = _array_operand("i8", weight.data)
     scales, scale_slots = _array_operand("f32", weight.scales)
     return types.Tuple((payload, scales, types.int64)), [*slots, *scale_slots, weight.type.group]

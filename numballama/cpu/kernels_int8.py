@@ -1,6 +1,6 @@
 """Operators on the CPU whose activations are rounded to int8, as llama.cpp does it for weights of blocks.
 
-Three ways of rounding, by the weight's type (`config.VEC_DOT_TYPE`); what each stores is in `quant_activations`, which
+Three ways of rounding, by the weight's type (`VEC_DOT_TYPE`); what each stores is in `quantization.activations`, which
 this agrees with to the bit. Conventions as in `kernels_cpu`.
 """
 
@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..config import VEC_DOT_TYPE
 from ..kernels_cpu import add_columns, silu_times
+from ..quantization.types import ACTIVATION_QUANT, VEC_DOT_TYPE
 from ..registry import kernel
 from .compiler import device, exact_device
 from .intrinsics import as_f32, f32_to
@@ -29,7 +29,7 @@ from .vecdot_int8 import (
 )
 
 WEIGHTS = tuple(VEC_DOT_TYPE)
-SUMS = ("i32", "f32")
+SUMS = tuple(dict.fromkeys(way.sum_dtype for way in ACTIVATION_QUANT.values()))
 
 LARGEST = np.float32(127)
 NOT_FINITE = 0x7F800000

@@ -1,11 +1,11 @@
 """Rows of GGUF blocks on a CPU: their product with float32 numbers, and the numbers themselves.
 
-A weight of blocks is an array [rows, blocks of a row] of records, one record type for each block type: `RECORDS` says
-what lies where, and it is how compiled code tells the types apart. Of a block type there is one small decoder, which
+A weight of blocks is an array [rows, blocks of a row] of records, one record type for each block type: `TYPE_TRAITS`
+says what lies where, and it is how compiled code tells the types apart. Each block type has one small decoder, which
 writes the vector instructions that make 16 consecutive numbers at a time; what happens to those numbers, a product or
 a store, is written once for all types. Written as vectors, because of such loops LLVM makes scalar code.
 
-A number is computed as `quant_blocks` computes it, to the bit: products of a block's factors are exact, so fused
+A number is computed as `quantization.blocks` computes it, to the bit: products of a block's factors are exact, so fused
 multiply-adds round once as well.
 """
 
@@ -15,27 +15,17 @@ from collections.abc import Callable, Iterator
 from itertools import count
 from typing import Any
 
-import numpy as np
 from llvmlite import ir
 from numba import from_dtype, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from ..quantization.types import BLOCKS, LINEAR_TYPES, TYPE_TRAITS
 from .intrinsics import FLOAT, INT16, INT32, INT64, add_lanes, cpu_features, element, half_to_float
 
-RECORDS = {
-    "q8_0": np.dtype([("d", "<u2"), ("q", "i1", 32)]),
-    "q4_0": np.dtype([("d", "<u2"), ("q", "u1", 16)]),
-    "q4_1": np.dtype([("d", "<u2"), ("m", "<u2"), ("q", "u1", 16)]),
-    "q4_k": np.dtype([("d", "<u2"), ("m", "<u2"), ("scales", "u1", 12), ("q", "u1", 128)]),
-    "q6_k": np.dtype([("low", "u1", 128), ("high", "u1", 64), ("scales", "i1", 16), ("d", "<u2")]),
-}
-"""Type → its block: `d` and `m`, float16 bits, are factors of scales and of least numbers; `q` are the integers."""
-
-KINDS = {name: from_dtype(record) for name, record in RECORDS.items()}
+KINDS = {name: from_dtype(TYPE_TRAITS[name].record) for name in LINEAR_TYPES if name in BLOCKS}
+"""Block type → Numba's type of its record."""
 NAMES_OF_KINDS = {kind: name for name, kind in KINDS.items()}
-NUMBERS = {"q8_0": 32, "q4_0": 32, "q4_1": 32, "q4_k": 256, "q6_k": 256}
-"""Numbers of a block."""
 
 INT8 = ir.IntType(8)
 LANES = 16
@@ -129,23 +119,23 @@ class Block:
 def _q8_0(block: Block) -> Iterator[tuple[int, Any]]:
     scale = block.spread(block.half("d"))
     for start in (0, 16):
-        yield start, block.times(block.floats(block.octets("q", start, signed=True)), scale)
+        yield start, block.times(block.floats(block.octets("qs", start, signed=True)), scale)
 
 
 def _q4_0(block: Block) -> Iterator[tuple[int, Any]]:
-    packed, scale = block.octets("q"), block.spread(block.half("d"))
+    packed, scale = block.octets("qs"), block.spread(block.half("d"))
     for start, shift in ((0, 0), (16, 4)):
         yield start, block.steps(packed, shift, scale, first=-8)
 
 
 def _q4_1(block: Block) -> Iterator[tuple[int, Any]]:
-    packed, scale, least = block.octets("q"), block.spread(block.half("d")), block.spread(block.half("m"))
+    packed, scale, least = block.octets("qs"), block.spread(block.half("d")), block.spread(block.half("m"))
     for start, shift in ((0, 0), (16, 4)):
         yield start, block.steps(packed, shift, scale, least=least)
 
 
 def six_bit_factors(block: Block) -> tuple[Any, Any]:
-    """Scales and least numbers of a q4_k block's eight runs, of 6 bits each, times the block's `d` and `m`.
+    """Scales and least numbers of a q4_k block's eight runs, of 6 bits each, times the block's `d` and `dmin`.
 
     Bytes 0-3 of `scales` hold the first four scales, 4-7 the first four least numbers, in their low 6 bits; the others
     have their low 4 bits in bytes 8-11, scales below least numbers, and their high 2 bits on top of bytes 0-7.
@@ -159,14 +149,14 @@ def six_bit_factors(block: Block) -> tuple[Any, Any]:
         joined = builder.zext(builder.shuffle_vector(block.bits(half, 0, 63), rest, order), _vector(INT32, 8))
         return builder.fmul(block.floats(joined), block.spread(block.half(field), 8))
 
-    return factors(first, 0, "d"), builder.fneg(factors(second, 4, "m"))
+    return factors(first, 0, "d"), builder.fneg(factors(second, 4, "dmin"))
 
 
 def _q4_k(block: Block) -> Iterator[tuple[int, Any]]:
     """Eight runs of 32, a pair of them in the low and the high 4 bits of 32 bytes."""
     scales, least = six_bit_factors(block)
     for pair in range(4):
-        packed = [block.octets("q", 32 * pair + start) for start in (0, 16)]
+        packed = [block.octets("qs", 32 * pair + start) for start in (0, 16)]
         for run, shift in ((2 * pair, 0), (2 * pair + 1, 4)):
             for half in range(2):
                 numbers = block.steps(packed[half], shift, block.lane(scales, run), least=block.lane(least, run))
@@ -183,9 +173,9 @@ def _q6_k(block: Block) -> Iterator[tuple[int, Any]]:
     scales = block.times(block.floats(block.octets("scales", signed=True)), block.spread(block.half("d")))
     halves = [ir.Constant(_vector(INT32), list(range(start, start + LANES))) for start in (0, 16)]
     for half in range(2):
-        high = block.load("high", byte, 32 * half)
+        high = block.load("qh", byte, 32 * half)
         for part in range(4):
-            low = block.bits(block.load("low", byte, 64 * half + 32 * (part % 2)), 4 * (part // 2), 15)
+            low = block.bits(block.load("ql", byte, 64 * half + 32 * (part % 2)), 4 * (part // 2), 15)
             top = builder.shl(block.bits(high, 2 * part, 3), _all(byte, 4))
             fields = builder.sub(builder.or_(low, top), _all(byte, 32))
             for which, lanes in enumerate(halves):
@@ -210,11 +200,11 @@ def for_blocks(builder: Any, name: str, blocks: Any, locate: Any, body: Callable
     """
     kind = ir.FunctionType(ir.VoidType(), [INT8.as_pointer(), INT32, INT32, INT32])
     prefetch = builder.module.declare_intrinsic("llvm.prefetch", [INT8.as_pointer()], kind)
-    a_round = max(1, 128 // NUMBERS[name])
+    a_round = max(1, 128 // TYPE_TRAITS[name].block_size)
     whole = builder.mul(builder.udiv(blocks, _int(INT64, a_round)), _int(INT64, a_round))
     for begin, end, step in ((_int(INT64, 0), whole, a_round), (whole, blocks, 1)):
         with cgutils.for_range_slice(builder, begin, end, _int(INT64, step)) as (index, _):
-            for line in range(0, step * RECORDS[name].itemsize, 64):
+            for line in range(0, step * TYPE_TRAITS[name].block_bytes, 64):
                 ahead = builder.gep(locate(index), [_int(INT64, line + AHEAD)])
                 builder.call(prefetch, [ahead, *(_int(INT32, number) for number in (0, 3, 1))])
             for offset in range(step):
@@ -229,7 +219,7 @@ def _for_vectors(builder: Any, name: str, blocks: Any, locate: Any, use: Any) ->
     which = count()
 
     def body(index: Any, block: Block) -> None:
-        start = builder.mul(index, _int(INT64, NUMBERS[name]))
+        start = builder.mul(index, _int(INT64, TYPE_TRAITS[name].block_size))
         for first, vector in _DECODERS[name](block):
             use(builder.add(start, _int(INT64, first)), vector, next(which))
 

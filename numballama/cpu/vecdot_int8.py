@@ -22,9 +22,9 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..config import ACTIVATION_QUANT, VEC_DOT_TYPE
+from ..quantization.types import ACTIVATION_QUANT, TYPE_TRAITS, VEC_DOT_TYPE
 from .intrinsics import FLOAT, INT16, INT32, INT64, add_lanes, cpu_features, element
-from .vecdot import INT8, NAMES_OF_KINDS, NUMBERS, Block, for_blocks, locator, six_bit_factors
+from .vecdot import INT8, NAMES_OF_KINDS, Block, for_blocks, locator, six_bit_factors
 
 PANEL = 16
 """Rows of a panel: 32-bit lanes of the widest register."""
@@ -35,12 +35,10 @@ TOGETHER = 32
 STRETCH = 256
 """Numbers of a row that are unpacked before they are interleaved with other rows'."""
 
-OFFSETS = {"q8_0": 128, "q4_0": 8, "q4_1": 0, "q4_k": 0, "q6_k": 32}
-"""Block type → what is to be taken from its unsigned numbers."""
-RUNS = {"q8_0": 32, "q4_0": 32, "q4_1": 32, "q4_k": 32, "q6_k": 16}
-"""Numbers that share a scale."""
-LEAST = ("q4_1", "q4_k")
-"""Types with least numbers."""
+ZERO_POINTS = {name: 128 if TYPE_TRAITS[name].bits == 8 else TYPE_TRAITS[name].zero_point for name in VEC_DOT_TYPE}
+"""Block type → the unsigned quant that means 0: the decoders here add 128 to signed ones."""
+SCALE_GROUPS = {name: TYPE_TRAITS[name].scale_group for name in VEC_DOT_TYPE}
+"""Block type → elements that share a scale."""
 
 
 @dataclass(frozen=True)
@@ -83,12 +81,12 @@ def _spread(builder: Any, number: Any, count: int) -> Any:
 
 
 def _q8_0(block: Block) -> Iterator[_Part]:
-    numbers = block.load("q", _vector(INT8, 32))
+    numbers = block.load("qs", _vector(INT8, 32))
     yield _Part(0, block.builder.xor(numbers, _same(numbers.type, -128)), [block.half("d")])
 
 
 def _nibbles(block: Block) -> Any:
-    packed = block.load("q", _vector(INT8, 16))
+    packed = block.load("qs", _vector(INT8, 16))
     return _joined(block.builder, block.bits(packed, 0, 15), block.builder.lshr(packed, _same(packed.type, 4)))
 
 
@@ -103,7 +101,7 @@ def _q4_1(block: Block) -> Iterator[_Part]:
 def _q4_k(block: Block) -> Iterator[_Part]:
     scales, least = six_bit_factors(block)
     for run in range(8):
-        packed = block.load("q", _vector(INT8, 32), 32 * (run // 2))
+        packed = block.load("qs", _vector(INT8, 32), 32 * (run // 2))
         numbers = block.builder.lshr(packed, _same(packed.type, 4)) if run % 2 else block.bits(packed, 0, 15)
         scale, smallest = (block.builder.extract_element(vector, _int(run, INT32)) for vector in (scales, least))
         yield _Part(32 * run, numbers, [scale], smallest)
@@ -114,8 +112,8 @@ def _q6_k(block: Block) -> Iterator[_Part]:
     scales = block.times(block.floats(block.octets("scales", signed=True)), block.spread(block.half("d")))
     for part in range(8):
         half, quarter = divmod(part, 4)
-        low = block.bits(block.load("low", byte, 64 * half + 32 * (quarter % 2)), 4 * (quarter // 2), 15)
-        high = block.bits(block.load("high", byte, 32 * half), 2 * quarter, 3)
+        low = block.bits(block.load("ql", byte, 64 * half + 32 * (quarter % 2)), 4 * (quarter // 2), 15)
+        high = block.bits(block.load("qh", byte, 32 * half), 2 * quarter, 3)
         numbers = builder.or_(low, builder.shl(high, _same(byte, 4)))
         yield _Part(32 * part, numbers, [builder.extract_element(scales, _int(2 * part + i, INT32)) for i in range(2)])
 
@@ -191,7 +189,7 @@ class _Activations:
     def offset(self, index: Any) -> Any:
         """What is to be added to a run's integer product, because the weight's numbers have an offset."""
         total = self._load(2, self.builder.udiv(index, _int(self.per_sum)), INT32)
-        return self.builder.mul(total, _int(-OFFSETS[self.name], INT32))
+        return self.builder.mul(total, _int(-ZERO_POINTS[self.name], INT32))
 
     def sum(self, index: Any) -> Any:
         """The sum of the TOGETHER numbers from `index` on, times their scale: a least number's factor."""
@@ -226,7 +224,7 @@ def dot_blocks_int8(typingctx: Any, weights: Any, row: Any, xq: Any, xs: Any, su
         blocks = cgutils.unpack_tuple(builder, cgutils.create_struct_proxy(sig.args[0])(context, builder, array).shape)[
             1
         ]
-        columns = builder.mul(blocks, _int(NUMBERS[name]))
+        columns = builder.mul(blocks, _int(TYPE_TRAITS[name].block_size))
         x = _Activations(context, builder, sig.args[2:5], arrays, token, columns, name)
         totals = _places(builder, _vector(FLOAT, 8), 2)
         (rest,) = _places(builder, FLOAT, 1)
@@ -234,13 +232,13 @@ def dot_blocks_int8(typingctx: Any, weights: Any, row: Any, xq: Any, xs: Any, su
 
         def body(index: Any, block: Block) -> None:
             nonlocal which
-            start = builder.mul(index, _int(NUMBERS[name]))
+            start = builder.mul(index, _int(TYPE_TRAITS[name].block_size))
             for part in _DECODERS[name](block):
                 first = builder.add(start, _int(part.first))
                 count = len(part.scales)
                 dots = ir.Constant(lanes, None)
-                for run in range(count if OFFSETS[name] else 0):
-                    offset = x.offset(builder.add(first, _int(run * RUNS[name])))
+                for run in range(count if ZERO_POINTS[name] else 0):
+                    offset = x.offset(builder.add(first, _int(run * SCALE_GROUPS[name])))
                     dots = builder.insert_element(dots, offset, _int(run * 8 // count, INT32))
                 dots = _add_products(builder, dots, part.numbers, x.numbers(first, _vector(INT8, TOGETHER)))
                 scale = x.scale(first)
@@ -288,17 +286,19 @@ def unpack_blocks(
             element(context, builder, kind, place, zero) for kind, place in zip(sig.args[5:], places, strict=True)
         )
         bytes_ = builder.gep(builder.bitcast(bytes_, INT8.as_pointer()), [builder.mul(at, _int(STRETCH))])
-        run_of_block = builder.mul(first_block, _int(NUMBERS[name] // RUNS[name]))
+        run_of_block = builder.mul(first_block, _int(TYPE_TRAITS[name].block_size // SCALE_GROUPS[name]))
 
         def body(index: Any, block: Block) -> None:
-            base = builder.mul(index, _int(NUMBERS[name]))
-            runs = builder.add(run_of_block, builder.mul(index, _int(NUMBERS[name] // RUNS[name])))
+            base = builder.mul(index, _int(TYPE_TRAITS[name].block_size))
+            runs = builder.add(
+                run_of_block, builder.mul(index, _int(TYPE_TRAITS[name].block_size // SCALE_GROUPS[name]))
+            )
             for part in _DECODERS[name](block):
                 to = builder.gep(bytes_, [builder.add(base, _int(part.first))])
                 builder.store(part.numbers, builder.bitcast(to, part.numbers.type.as_pointer()), align=1)
                 for field, values in zip(factors, (part.scales, [part.least]), strict=True):
                     for i, value in enumerate(values if values != [None] else []):
-                        run = builder.add(runs, _int(part.first // RUNS[name] + i))
+                        run = builder.add(runs, _int(part.first // SCALE_GROUPS[name] + i))
                         builder.store(value, builder.gep(field, [builder.add(builder.mul(run, _int(PANEL)), at)]))
 
         for_blocks(builder, name, number, locator(context, builder, sig.args[0], array, start), body)
@@ -381,7 +381,7 @@ def multiply_panel(
         blocks = cgutils.unpack_tuple(builder, cgutils.create_struct_proxy(sig.args[0])(context, builder, array).shape)[
             1
         ]
-        columns = builder.mul(blocks, _int(NUMBERS[name]))
+        columns = builder.mul(blocks, _int(TYPE_TRAITS[name].block_size))
         floats, integers, octets = _vector(FLOAT, PANEL), _vector(INT32, PANEL), _vector(INT8, 4 * PANEL)
         packed, scale_of, least_of = (
             element(context, builder, kind, place, _int(0)) for kind, place in zip(sig.args[1:4], factors, strict=True)
@@ -396,13 +396,13 @@ def multiply_panel(
             token = builder.select(builder.icmp_signed("<", token, final), token, final)
             tokens.append(_Activations(context, builder, sig.args[4:7], (xq_, xs_, sums_), token, columns, name))
         totals = _places(builder, floats, TOKENS)
-        with cgutils.for_range(builder, builder.udiv(columns, _int(RUNS[name]))) as loop:
-            start = builder.mul(loop.index, _int(RUNS[name]))
+        with cgutils.for_range(builder, builder.udiv(columns, _int(SCALE_GROUPS[name]))) as loop:
+            start = builder.mul(loop.index, _int(SCALE_GROUPS[name]))
             dots = [
-                _spread(builder, x.offset(start), PANEL) if OFFSETS[name] else ir.Constant(integers, None)
+                _spread(builder, x.offset(start), PANEL) if ZERO_POINTS[name] else ir.Constant(integers, None)
                 for x in tokens
             ]
-            for k in range(0, RUNS[name], 4):
+            for k in range(0, SCALE_GROUPS[name], 4):
                 index = builder.add(start, _int(k))
                 # PANEL rows, four numbers of each: as many floats of the panel as numbers of a row, times PANEL / 4
                 numbers = vector_at(packed, builder.mul(index, _int(PANEL // 4)), octets)
@@ -411,7 +411,7 @@ def multiply_panel(
                     dots[i] = _add_products(builder, dots[i], numbers, four)
             at = builder.mul(loop.index, _int(PANEL))
             scale = vector_at(scale_of, at, floats)
-            smallest = vector_at(least_of, at, floats) if name in LEAST else None
+            smallest = vector_at(least_of, at, floats) if TYPE_TRAITS[name].has_min else None
             for x, place, dot in zip(tokens, totals, dots, strict=True):
                 total = builder.load(place)
                 product = builder.fmul(builder.sitofp(dot, floats), scale, flags=("contract",))

@@ -229,14 +229,11 @@ def signature(kinds: Sequence[str]) -> tuple[Any, ...]:
     """Numba's types for kinds of arguments: "f16*" is a pointer, "i64" and "f32" are numbers."""
     from numba.cuda import types
 
-    from .intrinsics import PACKED
+    from .intrinsics import ELEMENT_TYPES
 
-    elements = PACKED | {
-        "f32": types.float32, "f16": types.uint16, "bf16": types.int16, "int8": types.int8, "i8": types.int8,
-        "i32": types.int32, "i64": types.int64, "f64": types.float64, "u64": types.uint64, "q4_0": types.uint8,
-        "u8": types.uint8, "u32": types.uint32,
-    }  # fmt: skip
-    return tuple(types.CPointer(elements[kind[:-1]]) if kind.endswith("*") else elements[kind] for kind in kinds)
+    return tuple(
+        types.CPointer(ELEMENT_TYPES[kind[:-1]]) if kind.endswith("*") else ELEMENT_TYPES[kind] for kind in kinds
+    )
 
 
 @contextlib.contextmanager

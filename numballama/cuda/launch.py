@@ -7,15 +7,27 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ..quantization.types import LINEAR_TYPES, TYPE_TRAITS
 from ..registry import KernelRef
 
-ITEM_BYTES = {
-    "f32": 4, "f16": 2, "bf16": 2, "int8": 1, "i8": 1, "i32": 4, "i64": 8, "f64": 8, "u64": 8, "u8": 1, "u32": 4,
-    "q4_0": 1, "q4_1": 1, "q4_k": 1, "q6_k": 1,
-}  # fmt: skip
-"""Bytes of an element; those of "q4_0" and the like are bytes, of two 4-bit numbers each."""
-QUANTIZED = ("int8", "q4_0", "q4_1", "q4_k", "q6_k")
+PAYLOAD_TYPE = {name: "int8" if TYPE_TRAITS[name].bits == 8 else name for name in LINEAR_TYPES}
+"""Type of a weight → type of its payload in device memory. Scales are stored apart, so that of q8_0 is int8."""
+QUANTIZED = tuple(dict.fromkeys(payload for payload in PAYLOAD_TYPE.values() if not TYPE_TRAITS[payload].is_float))
 """Types of payloads that have scales."""
+ITEM_BYTES = {payload: TYPE_TRAITS[payload].storage.itemsize for payload in PAYLOAD_TYPE.values()}
+ITEM_BYTES |= {"i8": 1, "i32": 4, "i64": 8, "f64": 8, "u64": 8, "u8": 1, "u32": 4}
+"""Bytes of an element. One of "q4_0" and the other packed types is a byte, which holds two 4-bit numbers."""
+
+
+def _elements_per_16_bytes(payload: str) -> int:
+    bits = TYPE_TRAITS[payload].bits
+    stored = bits if bits >= 8 else 4  # the upper bits of q6_k lie with the scales
+    return min(128 // stored, TYPE_TRAITS[payload].scale_group or 128)
+
+
+ELEMENTS_PER_16_BYTES = {payload: _elements_per_16_bytes(payload) for payload in PAYLOAD_TYPE.values()}
+"""Type of a payload → elements in 16 bytes of it. Those of q6_k hold the lower bits of 32 elements, in two groups of 16
+that have scales of their own: here it has 16."""
 STAGED_BYTES = 544
 """Distance of two rows of 128 float32 that `put_sums` writes: rows of the same lanes lie in different banks."""
 

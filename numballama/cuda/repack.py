@@ -21,8 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..config import BLOCKS
 from ..quantization.blocks import Bytes
+from ..quantization.types import BLOCKS
 
 PIECE = 1 << 17
 """Numbers that are laid out at a time: they and what is made of them stay in a processor's cache."""
@@ -37,8 +37,6 @@ class Layout:
 
     scales: str
     """Type of an element of the second matrix."""
-    group: int
-    """Numbers that share a scale."""
     record: tuple[int, int]
     """(elements, numbers) of a record; the last one of a row may have fewer numbers."""
     split: Callable[[Bytes], tuple[Bytes, ...]]
@@ -134,7 +132,7 @@ def _q6_k(blocks: Bytes) -> tuple[Bytes, ...]:
 
 
 LAYOUTS = {
-    "q4_1": Layout("u32", 32, (1, 32), _q4_1),
-    "q4_k": Layout("u8", 32, (80, 1024), _q4_k),
-    "q6_k": Layout("u8", 16, (168, 512), _q6_k),
+    "q4_1": Layout("u32", (1, 32), _q4_1),
+    "q4_k": Layout("u8", (80, 1024), _q4_k),
+    "q6_k": Layout("u8", (168, 512), _q6_k),
 }

@@ -11,11 +11,11 @@ import numpy as np
 
 from .. import progress
 from ..checkpoint import Weight
-from ..config import BLOCKS, F16
 from ..quantization.convert import convert
+from ..quantization.types import BLOCKS, F16, TYPE_TRAITS
 from . import repack as blocks_cuda
 from .driver import Device, Memory, Pinned
-from .launch import ITEM_BYTES, Array, Matrix
+from .launch import ITEM_BYTES, PAYLOAD_TYPE, Array, Matrix
 
 ALIGNMENT = 256
 """Bytes; of every array, so that any kernel may read 16 at once and a warp meets whole cache lines."""
@@ -118,11 +118,11 @@ def _layout(weight: Weight) -> _Layout:
     if kind in ("q8_0", "q4_0"):
         numbers, nbytes = BLOCKS[kind]
         blocks = columns // numbers
-        payload = "int8" if kind == "q8_0" else "q4_0"
-        return _Layout(weight, payload, blocks * (nbytes - 2), "f16", -(-blocks // 2) * 2, numbers)
+        return _Layout(weight, PAYLOAD_TYPE[kind], blocks * (nbytes - 2), "f16", -(-blocks // 2) * 2, numbers)
     if kind in blocks_cuda.LAYOUTS:
         of_blocks = blocks_cuda.LAYOUTS[kind]
-        return _Layout(weight, kind, columns // 2, of_blocks.scales, of_blocks.stride(columns), of_blocks.group)
+        group = TYPE_TRAITS[kind].scale_group
+        return _Layout(weight, kind, columns // 2, of_blocks.scales, of_blocks.stride(columns), group)
     if kind == "int8":
         common = math.gcd(columns, weight.type.group)
         group = common & -common  # the largest power of two that divides both

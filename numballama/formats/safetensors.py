@@ -17,10 +17,10 @@ from typing import TypeGuard
 import numpy as np
 
 from ..checkpoint import Weight
-from ..config import BF16, F16, F32, WeightType
 from ..errors import FormatError, UnsupportedError
 from ..files import MappedFile
 from ..quantization import convert as quant
+from ..quantization.types import BF16, F16, F32, WeightType
 from .json_reader import Keys, parse_object
 
 DTYPES: dict[str, int] = {

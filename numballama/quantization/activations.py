@@ -1,7 +1,7 @@
 """How llama.cpp rounds activations to int8 where it multiplies them with weights of blocks: the definition, in NumPy.
 
 Float32 rows [T, D] become int8 numbers [T, D], float32 scales [T, D / group] and sums [T, D / run] of the int8 numbers
-(`config.ACTIVATION_QUANT`). The arithmetic is that of ggml on x86 (quantize_row_q8_0, _q8_1, _q8_K), to the bit: a
+(`ACTIVATION_QUANT`). The arithmetic is that of ggml on x86 (quantize_row_q8_0, _q8_1, _q8_K), to the bit: a
 product with the reciprocal of the scale, ties to even. Where ggml has no answer: a group with NaN or infinity has zeros
 and a scale of NaN, which shows in the logits; groups all below 2^-120, whose reciprocal might not be finite, have
 zeros; a scale or sum beyond float16, where ggml has infinity, stays as it is.
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..config import ACTIVATION_QUANT
+from .types import ACTIVATION_QUANT
 
 Floats = npt.NDArray[np.float32]
 Rounded = tuple[npt.NDArray[np.int8], Floats, npt.NDArray[Any]]
@@ -24,7 +24,7 @@ LARGEST, LEAST = np.float32(127), np.float32(2.0**-120)
 
 
 def quantize_activations(kind: str, rows: Floats) -> Rounded:
-    """Round by the name of a way, a key of `config.ACTIVATION_QUANT`."""
+    """Round by the name of a way, a key of `ACTIVATION_QUANT`."""
     group, run, _ = ACTIVATION_QUANT[kind]
     with np.errstate(
         over="ignore", invalid="ignore"

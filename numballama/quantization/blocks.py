@@ -1,7 +1,7 @@
 """GGUF's block types: bytes of blocks to numbers, exactly as ggml computes them, and for some types back.
 
 A function takes or returns rows of one block each: uint8 (blocks, bytes of a block) and float32 (blocks, numbers of a
-block), sizes in `config.BLOCKS`. Layouts and arithmetic: ggml-common.h and ggml-quants.c of ggml; numbers in a block's
+block), sizes in `BLOCKS`. Layouts and arithmetic: ggml-common.h and ggml-quants.c of ggml; numbers in a block's
 second half often lie in the high bits of its first half's bytes. Products of a block's factors are exact in float32
 (11 bits of a float16 times at most 8 and 6), so how they are ordered shows nowhere.
 """

@@ -10,10 +10,10 @@ import numpy as np
 import numpy.typing as npt
 
 from ..checkpoint import Weight
-from ..config import BF16, BLOCKS, F16, F32, WeightType
 from ..errors import Error, UnsupportedError
 from . import blocks as quant_blocks
 from .blocks import encode_f16, largest, round_half_away, saturate
+from .types import BF16, BLOCKS, F16, F32, WeightType
 
 DEFAULT_GROUP = 64
 """Numbers that share a scale in an int8 weight, unless the caller or the file says otherwise."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 
 from ..checkpoint import LazyWeight, Weight
-from ..config import BLOCKS, FALLBACK_TYPE, ModelConfig, WeightType
+from ..config import ModelConfig
 from ..errors import Error
 from . import convert as quant
+from .types import BLOCKS, FALLBACK_TYPE, WeightType
 
 TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")
 """Names that `dtype` and `--quant` may be."""

@@ -12,13 +12,14 @@ from unittest import mock
 import numpy as np
 
 from numballama.checkpoint import Weight
-from numballama.config import BLOCKS, ModelConfig
+from numballama.config import ModelConfig
 from numballama.cpu.sampling import keep_min_p, keep_top_k, keep_top_p
 from numballama.cuda import backend as cuda
 from numballama.cuda.launch import ITEM_BYTES, Array, Gpu
 from numballama.graph import KVLayout
 from numballama.ir import DTYPES
 from numballama.quantization import convert as quant
+from numballama.quantization.types import BLOCKS
 from numballama.reference import ReferenceBackend
 from numballama.registry import find
 from numballama.sampling import Sampler

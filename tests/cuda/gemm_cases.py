@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from numballama import registry
-from numballama.config import F32
 from numballama.quantization import convert as quant
+from numballama.quantization.types import F32
 from tests.cuda.emulator import Memory, Program, from_16, round_16, run
 from tests.helpers.bounds import U, as_weight
 

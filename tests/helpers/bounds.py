@@ -20,7 +20,6 @@ import numpy as np
 
 import numballama
 from numballama.checkpoint import Weight
-from numballama.config import ACTIVATION_QUANT, BLOCKS, F32, WeightType
 from numballama.cpu import backend as cpu
 from numballama.cpu.backend import CpuBackend, CpuProgram
 from numballama.cpu.compiler import compile_step
@@ -28,6 +27,7 @@ from numballama.ir import Graph, Op
 from numballama.model import Model
 from numballama.quantization import blocks as quant_blocks
 from numballama.quantization import convert as quant
+from numballama.quantization.types import ACTIVATION_QUANT, BLOCKS, F32, WeightType
 from numballama.reference import ReferenceBackend, seen
 from numballama.registry import find
 from tests.helpers.gguf_files import random_blocks

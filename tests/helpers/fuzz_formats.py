@@ -30,12 +30,13 @@ from pathlib import Path
 import numpy as np
 
 import numballama
-from numballama.config import BF16, BLOCKS, F16, ModelConfig
+from numballama.config import ModelConfig
 from numballama.errors import Error
 from numballama.formats.gguf.writer import write_gguf
 from numballama.formats.hf.writer import write_safetensors
 from numballama.loader import open_checkpoint
 from numballama.quantization import convert as quant
+from numballama.quantization.types import BF16, BLOCKS, F16
 from tests.helpers import fuzz_tokenizers
 from tests.helpers.gguf_files import HALVES, letters, random_blocks, split
 from tests.helpers.random_models import random_checkpoint

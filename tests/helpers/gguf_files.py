@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from numballama.checkpoint import Weight
-from numballama.config import BF16, BLOCKS, F16, F32, Q4_0, Q4_1, Q8_0, ModelConfig, WeightType
+from numballama.config import ModelConfig
 from numballama.files import map_file
 from numballama.formats.gguf.header import TENSOR_TYPES, Header
 from numballama.formats.gguf.writer import write_gguf
 from numballama.quantization import convert as quant
+from numballama.quantization.types import BF16, BLOCKS, F16, F32, Q4_0, Q4_1, Q8_0, WeightType
 from numballama.tokenizers.base import PieceType, Vocabulary
 from numballama.tokenizers.scored import GgufTokenizer
 from tests.helpers.random_models import random_checkpoint

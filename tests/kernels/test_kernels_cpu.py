@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 
 from numballama import registry
 from numballama.checkpoint import Weight
-from numballama.config import BLOCKS, VEC_DOT_TYPE
 from numballama.cpu.backend import CpuProgram
 from numballama.cpu.compiler import FAST_MATH
 from numballama.ir import DTYPES, Graph, Value
 from numballama.kernels_cpu import CACHE, LARGEST, LINEAR, SMALLEST, exp
 from numballama.quantization import convert as quant
 from numballama.quantization.activations import quantize_activations
+from numballama.quantization.types import BLOCKS, VEC_DOT_TYPE
 from numballama.reference import ReferenceBackend
 from tests.helpers.bounds import as_weight, check_step, compiled, cpu_backend, poison, read, run_parts
 

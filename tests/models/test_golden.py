@@ -17,10 +17,10 @@ import pytest
 
 import numballama
 from numballama import loader
-from numballama.config import WeightType
 from numballama.export import WRITERS
 from numballama.model import Model
 from numballama.quantization import convert as quant
+from numballama.quantization.types import WeightType
 from tests.helpers.bounds import TOKENIZERS, shared_model, story_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"

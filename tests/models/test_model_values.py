@@ -20,11 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numballama.checkpoint import Weight
-from numballama.config import F32, HALF_SPLIT, INTERLEAVED, ModelConfig, WeightType
+from numballama.config import HALF_SPLIT, INTERLEAVED, ModelConfig
 from numballama.cpu.backend import CpuProgram
 from numballama.fusion import FUSIONS
 from numballama.graph import KVLayout, build
 from numballama.quantization import convert as quant
+from numballama.quantization.types import F32, WeightType
 from numballama.reference import ReferenceBackend, ReferenceProgram
 from numballama.session import Session
 from tests.helpers.bounds import check_step, compiled, cpu_backend, poison, poison_dead, read

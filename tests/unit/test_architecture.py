@@ -30,7 +30,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
     errors validation config rope memory progress
     checkpoint
-    quantization: blocks activations convert policy
+    quantization: types blocks activations convert policy
     files hub
     tokenizers: sentencepiece_proto base sentencepiece pretokenizers bpe tiktoken huggingface scored
     formats: gguf.header gguf.split gguf.tokenizer tokenizer_files llama2c.layout llama2c.reader llama2c.kuiper \

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 import numballama
 from numballama.checkpoint import LazyWeight, Weight
-from numballama.config import BF16, F16, F32, HALF_SPLIT, INTERLEAVED, Q8_0, ModelConfig, WeightType
+from numballama.config import HALF_SPLIT, INTERLEAVED, ModelConfig
 from numballama.errors import Error, UnsupportedError
 from numballama.export import QUANTS, WRITERS, export_model
 from numballama.files import map_file
@@ -26,6 +26,7 @@ from numballama.formats.hf.writer import write_safetensors
 from numballama.loader import STORY_MODEL, open_checkpoint
 from numballama.quantization import convert as quant
 from numballama.quantization.policy import Converting
+from numballama.quantization.types import BF16, F16, F32, Q8_0, WeightType
 from tests.helpers.gguf_files import letters
 from tests.helpers.gguf_files import save as save_gguf
 from tests.helpers.random_models import SMALL, architectures, random_checkpoint, reference_logits, save

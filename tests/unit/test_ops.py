@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from numballama import ir
-from numballama.config import VEC_DOT_TYPE
 from numballama.errors import Error
 from numballama.ir import Graph, Value, verify
+from numballama.quantization.types import VEC_DOT_TYPE
 
 Operand = tuple[tuple[int, ...], str]
 T, D, K, N, S, H, KV, C, P = 3, 8, 6, 5, 2, 4, 2, 7, 4  # KV heads of size P; q has H heads

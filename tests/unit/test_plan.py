@@ -14,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numballama import registry
-from numballama.config import F32, ModelConfig, WeightType
+from numballama.config import ModelConfig
 from numballama.errors import Error, UnsupportedError
 from numballama.fusion import FUSIONS, fuse
 from numballama.graph import KVLayout, build
 from numballama.ir import Graph, verify
 from numballama.kernels_cpu import CACHE
 from numballama.plan import ALIGNMENT, Plan, lower, verify_plan
+from numballama.quantization.types import F32, WeightType
 from tests.helpers.random_models import configs
 
 SMALL = ModelConfig(16, 24, 2, 4, 2, 20, 8)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from ...quantization.types import KV_TYPES as CACHE
 from ...registry import KernelRef, kernel
 from ..launch import Array, Gpu, KernelFile, Launch
-from .gemv import CACHE
 
 kernels = KernelFile("numballama.cuda.kernels.decode_attention")
 

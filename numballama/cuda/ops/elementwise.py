@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ...quantization.types import KV_TYPES as CACHE
+from ...quantization.types import LINEAR_TYPES as MATRIX
 from ...registry import kernel
 from ..launch import Array, Gpu, KernelFile, Launch, Matrix
-from .gemv import CACHE, MATRIX
 
 kernels = KernelFile("numballama.kernels_cuda")
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ...quantization.types import KV_TYPES as CACHE
+from ...quantization.types import LINEAR_TYPES as MATRIX
 from ...registry import kernel
 from ..launch import QUANTIZED, STAGED_BYTES, Argument, Array, Gpu, KernelFile, Launch, Matrix
 from . import elementwise as basic
 from . import gemv
-from .gemv import CACHE, MATRIX
 
 kernels = KernelFile("numballama.cuda.kernels.gemm")
 

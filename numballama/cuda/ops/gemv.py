@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from ...quantization.types import KV_TYPES as CACHE
+from ...quantization.types import LINEAR_TYPES as MATRIX
 from ...registry import kernel
-from ..launch import QUANTIZED, Argument, Array, Gpu, KernelFile, Launch, Matrix
+from ..launch import ELEMENTS_PER_16_BYTES, QUANTIZED, Argument, Array, Gpu, KernelFile, Launch, Matrix
 
 kernels = KernelFile("numballama.cuda.kernels.gemv")
 
@@ -24,7 +26,7 @@ def stage_of(payload: str) -> tuple[int, int, int]:
 
     On the device: `products.numbers_together`, `row_bytes` and `x_step`.
     """
-    numbers = {"f32": 4, "f16": 8, "bf16": 8, "int8": 16, "q6_k": 16}.get(payload, 32)
+    numbers = ELEMENTS_PER_16_BYTES[payload]
     if payload in QUANTIZED:
         six = payload == "q6_k"
         return numbers, SIX_FACTORS_AT + SCALE_BYTES if six else 2 * (CHUNK_BYTES + SCALE_BYTES), numbers * 24 + 64
@@ -33,10 +35,6 @@ def stage_of(payload: str) -> tuple[int, int, int]:
 
 DEPTH = 4
 """Stages of a warp's ring."""
-MATRIX = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
-"""Types of weights."""
-CACHE = ("f32", "f16", "bf16")
-"""Types of the KV cache."""
 TWO_FIT = 80 << 10
 """Least bytes of shared memory of a block: two kernels' blocks then share a multiprocessor of an H200, but not three.
 With three, blocks of the third bunch up where the first one's end early, and other multiprocessors have nothing to do.

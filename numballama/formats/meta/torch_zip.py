@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from ...checkpoint import Weight
-from ...config import BF16, F16, F32, WeightType
 from ...errors import FormatError, UnsupportedError
 from ...files import MappedFile
 from ...quantization import convert as quant
+from ...quantization.types import BF16, F16, F32, WeightType
 
 MAGIC = b"PK\x03\x04"
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."

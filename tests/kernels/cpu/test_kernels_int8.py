@@ -24,7 +24,7 @@ import numballama
 from numballama import graph, model
 from numballama.checkpoint import Weight
 from numballama.cli import main as cli
-from numballama.config import ACTIVATION_QUANT, BLOCKS, VEC_DOT_TYPE, ModelConfig, WeightType
+from numballama.config import ModelConfig
 from numballama.cpu.intrinsics import cpu_features
 from numballama.errors import UnsupportedError
 from numballama.export import WRITERS
@@ -33,6 +33,7 @@ from numballama.graph import KVLayout
 from numballama.ir import Graph, verify
 from numballama.quantization import convert as quant
 from numballama.quantization.activations import quantize_activations
+from numballama.quantization.types import ACTIVATION_QUANT, BLOCKS, VEC_DOT_TYPE, WeightType
 from numballama.reference import ReferenceBackend
 from tests.helpers.bounds import compiled, cpu_backend, poison
 from tests.helpers.gguf_files import random_blocks
@@ -285,15 +286,14 @@ PRODUCTS = """
 import sys
 import numpy as np
 from tests.helpers.gguf_files import random_blocks
-from numballama import registry, quant
-from numballama.config import ROUNDED_AS, ROUNDINGS
-from numballama.cpu import CpuBackend
+from numballama.quantization.types import VEC_DOT_TYPE
+from numballama.cpu.backend import CpuBackend
 from numballama.ir import Graph
-from numballama.quant_activations import round_as
+from numballama.quantization.activations import quantize_activations
 
 rng = np.random.default_rng(0)
 for name in ("q8_0", "q4_1", "q6_k"):
-    kind = ROUNDED_AS[name]
+    kind = VEC_DOT_TYPE[name]
     weight = random_blocks(name, 19, 3, rng, odd=True)
     x = rng.standard_normal((9, weight.shape[1]), np.float32)
     graph = Graph("case")
@@ -305,7 +305,7 @@ for name in ("q8_0", "q4_1", "q6_k"):
     program.inputs["x"][:] = x
     for tokens in (2, 9):
         program.run(tokens)
-        for got, want in zip("qsm", round_as(kind, x)):
+        for got, want in zip("qsm", quantize_activations(kind, x)):
             assert (program.value(got)[:tokens] == want[:tokens]).all(), (name, got)
         np.save(sys.stdout.buffer, program.value("y")[:tokens])
 sys.stdout.flush()

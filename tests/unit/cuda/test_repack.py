@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from numballama.config import BLOCKS
 from numballama.cuda import repack as blocks_cuda
 from numballama.quantization import convert as quant
+from numballama.quantization.types import BLOCKS
 from tests.helpers.gguf_files import random_blocks
 
 

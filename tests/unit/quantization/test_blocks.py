@@ -11,12 +11,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from numballama.checkpoint import Weight
-from numballama.config import BLOCKS, F32, WeightType
 from numballama.errors import Error
 from numballama.formats.gguf.reader import tensor_name
 from numballama.loader import open_checkpoint
 from numballama.quantization import blocks as quant_blocks
 from numballama.quantization import convert as quant
+from numballama.quantization.types import BLOCKS, F32, WeightType
 
 WRITTEN = sorted(quant_blocks.ENCODERS)
 

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from numballama.checkpoint import Weight
-from numballama.config import BF16, BLOCKS, F16, F32, Q4_0, Q4_1, Q8_0, WeightType
 from numballama.errors import Error, UnsupportedError
 from numballama.quantization import convert as quant
+from numballama.quantization.types import BF16, BLOCKS, F16, F32, Q4_0, Q4_1, Q8_0, WeightType
 
 BITS16 = np.arange(1 << 16, dtype=np.uint16)
 finite = st.floats(width=32, allow_nan=False, allow_infinity=False)

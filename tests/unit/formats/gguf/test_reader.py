@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import numballama
-from numballama.config import BF16, F16, F32, HALF_SPLIT, Q8_0, ModelConfig, WeightType
+from numballama.config import HALF_SPLIT, ModelConfig
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.files import map_file
 from numballama.formats.gguf.header import TENSOR_TYPES, Header
@@ -27,6 +27,7 @@ from numballama.formats.gguf.writer import write_gguf
 from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.loader import open_checkpoint
 from numballama.quantization import convert as quant
+from numballama.quantization.types import BF16, F16, F32, Q8_0, WeightType
 from tests.helpers.gguf_files import (
     ARRAY,
     BOOL,
