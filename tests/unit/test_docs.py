@@ -24,7 +24,7 @@ from numballama.export import export_model
 from numballama.formats.hf import config as hf_config
 from numballama.formats.hf import reader as hf
 from numballama.model import KV_TYPES
-from numballama.quantization import policy as conversion
+from numballama.quantization import policy
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -76,7 +76,7 @@ def test_commands_are_understood(words: str) -> None:
     if hasattr(parsed, "device"):
         assert re.fullmatch(r"auto|cpu|reference|cuda(:\d)?", parsed.device)
         assert parsed.kv_dtype in (None, *KV_TYPES)
-        assert parsed.dtype in (None, *conversion.TYPES)
+        assert parsed.dtype in (None, *policy.DTYPES)
 
 
 def test_cuda_blocks_are_compiled(tmp_path: Path) -> None:
