@@ -19,6 +19,8 @@ import pytest
 import numballama
 from tests.helpers.cuda_host import missing_packages
 
+pytestmark = pytest.mark.slow
+
 if reason := missing_packages():
     pytest.skip(f"kernels are not compiled: {reason}", allow_module_level=True)
 
@@ -161,6 +163,7 @@ def test_the_parser_sees_instructions() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_second_process_compiles_nothing(assembled: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     again = finish(start("9.0", out := tmp_path / "again.json"), out)
     assert all(kernel["cached"] for kernel in again["kernels"])

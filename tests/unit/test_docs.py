@@ -79,6 +79,7 @@ def test_commands_are_understood(words: str) -> None:
         assert parsed.dtype in (None, *policy.DTYPES)
 
 
+@pytest.mark.slow
 def test_cuda_blocks_are_compiled(tmp_path: Path) -> None:
     """To PTX and to machine code; where there is a GPU they also run. In a process of its own: that of the tests may
     compile for another compute capability."""
@@ -111,6 +112,7 @@ def test_the_architecture_of_the_docs_is_right(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Its cells in order, in a folder of their own: they need nothing but the package."""
     cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
@@ -149,6 +151,7 @@ def test_files_that_pages_name_exist() -> None:
     assert not missing, missing
 
 
+@pytest.mark.slow
 def test_example_story() -> None:
     words = [str(ROOT / "examples" / "story.py"), "Once upon a time"]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True, timeout=300)
@@ -157,6 +160,7 @@ def test_example_story() -> None:
     assert "tokens/s" in done.stderr
 
 
+@pytest.mark.slow
 def test_example_chat() -> None:
     words = [str(ROOT / "examples" / "chat.py")]
     done = subprocess.run(
