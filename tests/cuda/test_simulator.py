@@ -1,4 +1,4 @@
-"""The CUDA kernels' semantics without a GPU: simulated_cuda_kernels.py in Numba's CUDA simulator (cuda_simulator.py).
+"""The CUDA kernels' semantics without a GPU: simulated_kernels.py in Numba's CUDA simulator (simulator.py).
 
 The simulator is chosen by an environment variable before Numba is imported, so its tests run in processes of their own:
 two of them, each with half of the tests.
@@ -19,17 +19,17 @@ from tests.helpers.cuda_host import missing_packages
 if reason := missing_packages():
     pytest.skip(f"no CUDA simulator: {reason}", allow_module_level=True)
 
-HERE = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 PARTS = 2
-FILE = "simulated_kernels.py"
+FILE = "tests/cuda/simulated_kernels.py"
 
 
 def start(*arguments: str, core: int = 0) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {"NUMBA_ENABLE_CUDASIM": "1", "NUMBALLAMA_TEST_CORE": str(core), "PYTHONPATH": path}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     return subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=HERE,
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT,
         env={**os.environ, **environment},
     )  # fmt: skip
 
@@ -38,7 +38,7 @@ def start(*arguments: str, core: int = 0) -> subprocess.Popen[str]:
 def running() -> Iterator[list[tuple[int, subprocess.Popen[str]]]]:
     """(number of tests, process) of each part."""
     listed, _ = start("--collect-only", FILE).communicate(timeout=120)
-    tests = [line.rpartition("/")[2] for line in listed.splitlines() if "::" in line]
+    tests = [line for line in listed.splitlines() if "::" in line]
     assert len(tests) > 40, listed
     parts = [tests[part::PARTS] for part in range(PARTS)]
     processes = [start("--tb=short", *own, core=core) for core, own in enumerate(parts)]
