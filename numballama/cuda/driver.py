@@ -281,7 +281,7 @@ def to_ptx(kernel: Any, kinds: Sequence[str], capability: tuple[int, int], threa
     if isinstance(kernel, KernelRef):
         kernel = kernel.load()
     with _pretending(capability):
-        bounds = (threads, getattr(kernel.py_func, "blocks_at_once", 1))
+        bounds = (threads, getattr(kernel.py_func, "min_blocks_per_sm", 1))
         ptx, _ = cuda.compile_ptx(kernel.py_func, signature(kinds), cc=capability, launch_bounds=bounds)
     return str(ptx)
 

@@ -29,7 +29,7 @@ from .lowering import (  # fmt: skip
     as_integer,
     call_asm,
     compiling_for,
-    element_at,
+    element_pointer,
     fma,
     is_memory,
     rounded_to_16,
@@ -68,7 +68,7 @@ def address(typingctx, memory, index):  # type: ignore[no-untyped-def]
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         where = as_integer(context, builder, args[1], index, types.int64)
-        return builder.ptrtoint(element_at(context, builder, memory, args[0], where), I64)
+        return builder.ptrtoint(element_pointer(context, builder, memory, args[0], where), I64)
 
     return types.int64(memory, index), codegen
 
@@ -81,7 +81,7 @@ def shared_address(typingctx, memory, index):  # type: ignore[no-untyped-def]
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         where = as_integer(context, builder, args[1], index, types.int64)
-        generic = builder.ptrtoint(element_at(context, builder, memory, args[0], where), I64)
+        generic = builder.ptrtoint(element_pointer(context, builder, memory, args[0], where), I64)
         asm = ir.InlineAsm(ir.FunctionType(I64, [I64]), "cvta.to.shared.u64 $0, $1;", "=l,l")
         return builder.call(asm, [generic])
 
@@ -89,7 +89,7 @@ def shared_address(typingctx, memory, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def floats4(typingctx, memory, index):  # type: ignore[no-untyped-def]
+def ld_v4_f32(typingctx, memory, index):  # type: ignore[no-untyped-def]
     """Four float32 from a 16-byte aligned element of a pointer or of shared memory."""
     if not (is_memory(memory) and memory.dtype == types.float32):
         return None
@@ -97,7 +97,7 @@ def floats4(typingctx, memory, index):  # type: ignore[no-untyped-def]
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         where = as_integer(context, builder, args[1], index, types.int64)
         vector = ir.VectorType(F32, 4)
-        element = builder.bitcast(element_at(context, builder, memory, args[0], where), vector.as_pointer())
+        element = builder.bitcast(element_pointer(context, builder, memory, args[0], where), vector.as_pointer())
         loaded = builder.load(element, align=16)
         parts = [builder.extract_element(loaded, ir.Constant(I32, i)) for i in range(4)]
         return context.make_tuple(builder, signature.return_type, parts)
@@ -106,7 +106,7 @@ def floats4(typingctx, memory, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store4(typingctx, memory, index, a, b, c, d):  # type: ignore[no-untyped-def]
+def st_v4_f32(typingctx, memory, index, a, b, c, d):  # type: ignore[no-untyped-def]
     """Four float32 into a 16-byte aligned place of a pointer or of shared memory."""
     if not (is_memory(memory) and memory.dtype == types.float32):
         return None
@@ -117,7 +117,7 @@ def store4(typingctx, memory, index, a, b, c, d):  # type: ignore[no-untyped-def
         numbers = ir.Constant(vector, ir.Undefined)
         for i in range(4):
             numbers = builder.insert_element(numbers, args[2 + i], ir.Constant(I32, i))
-        element = builder.bitcast(element_at(context, builder, memory, args[0], where), vector.as_pointer())
+        element = builder.bitcast(element_pointer(context, builder, memory, args[0], where), vector.as_pointer())
         builder.store(numbers, element, align=16)
         return context.get_dummy_value()
 
@@ -128,7 +128,7 @@ def store4(typingctx, memory, index, a, b, c, d):  # type: ignore[no-untyped-def
 
 
 @intrinsic
-def f32_of_bits(typingctx, bits):  # type: ignore[no-untyped-def]
+def uint_as_float(typingctx, bits):  # type: ignore[no-untyped-def]
     """The float32 with these 32 bits."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -138,7 +138,7 @@ def f32_of_bits(typingctx, bits):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def bits_of_f32(typingctx, number):  # type: ignore[no-untyped-def]
+def float_as_uint(typingctx, number):  # type: ignore[no-untyped-def]
     """The 32 bits of a float32."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -148,7 +148,7 @@ def bits_of_f32(typingctx, number):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def f32_of_half(typingctx, bits):  # type: ignore[no-untyped-def]
+def cvt_f32_f16(typingctx, bits):  # type: ignore[no-untyped-def]
     """The IEEE half in the low 16 bits of a word, as float32."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -173,7 +173,7 @@ dp4a, dp4a_su, dp4a_us, dp4a_uu = (_dp4a(kinds) for kinds in ("s32.s32", "s32.u3
 
 
 @intrinsic
-def nearest(typingctx, x):  # type: ignore[no-untyped-def]
+def cvt_rni_s32(typingctx, x):  # type: ignore[no-untyped-def]
     """x rounded to the nearest int32, halves to even."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -184,7 +184,7 @@ def nearest(typingctx, x):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def planes(typingctx, a, b, c, d):  # type: ignore[no-untyped-def]
+def prmt_byte_planes(typingctx, a, b, c, d):  # type: ignore[no-untyped-def]
     """Three words: the lowest bytes of four int32, their second and their third ones."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -203,7 +203,7 @@ def planes(typingctx, a, b, c, d):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def f32_of_signed_byte(typingctx, word):  # type: ignore[no-untyped-def]
+def cvt_f32_s8(typingctx, word):  # type: ignore[no-untyped-def]
     """The lowest byte of a word, as a signed integer, as float32."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -214,7 +214,7 @@ def f32_of_signed_byte(typingctx, word):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def exp2(typingctx, x):  # type: ignore[no-untyped-def]
+def ex2_approx(typingctx, x):  # type: ignore[no-untyped-def]
     """2^x by the special function unit, to two units in the last place."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -258,7 +258,7 @@ is_packed = _constant(types.boolean, lambda name: name in PACKED)
 is_q4_1, is_q4_k, is_q6_k = (_constant(types.boolean, name.__eq__) for name in ("q4_1", "q4_k", "q6_k"))
 """Whether it is this one: constants."""
 
-counts_from = _constant(types.float32, lambda name: ZERO_POINTS.get(name) or 1.0)
+zero_point = _constant(types.float32, lambda name: ZERO_POINTS.get(name) or 1.0)
 """The zero point of the unsigned quants, by which the sum of the activations of a block is multiplied. 1 for types that
 store a minimum of each block instead. A constant.
 """
@@ -282,7 +282,7 @@ def _unpack(builder: Any, name: str, words: Any, i: int) -> Any:
 
 
 @intrinsic
-def dot16(typingctx, memory, words, x, index, step):  # type: ignore[no-untyped-def]
+def dot_16_bytes(typingctx, memory, words, x, index, step):  # type: ignore[no-untyped-def]
     """The numbers in 16 bytes of `memory`'s type, times float32: four of them from each of x[index], x[index + step] …
 
     Returns the sum; 0 for types with scales, which are not for this. `x` is shared memory, 16-byte aligned there.
@@ -298,7 +298,7 @@ def dot16(typingctx, memory, words, x, index, step):  # type: ignore[no-untyped-
             return sums[0]
         vector = ir.VectorType(F32, 4)
         for four in range(PER_16_BYTES[name] // 4):
-            where = builder.bitcast(element_at(context, builder, x, args[2], at), vector.as_pointer())
+            where = builder.bitcast(element_pointer(context, builder, x, args[2], at), vector.as_pointer())
             numbers = builder.load(where, align=16)
             for i in range(4):
                 number = _unpack(builder, name, parts, 4 * four + i)
@@ -326,7 +326,7 @@ def unpack8(typingctx, memory, words):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def number(typingctx, memory, row, index):  # type: ignore[no-untyped-def]
+def load_element(typingctx, memory, row, index):  # type: ignore[no-untyped-def]
     """Number `index` of the row that begins at address `row`, without its scale, as float32. Not for `PACKED` types."""
     name = memory.dtype.name
 
@@ -360,13 +360,13 @@ def number(typingctx, memory, row, index):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def store_number(typingctx, memory, index, value):  # type: ignore[no-untyped-def]
+def store_element(typingctx, memory, index, value):  # type: ignore[no-untyped-def]
     """memory[index] = value, rounded to nearest even to the type of a float32, float16 or bfloat16 pointer."""
     name = memory.dtype.name
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         at = as_integer(context, builder, args[1], index, types.int64)
-        where, x = element_at(context, builder, memory, args[0], at), args[2]
+        where, x = element_pointer(context, builder, memory, args[0], at), args[2]
         if name == "float32":
             builder.store(x, where)
         else:
@@ -392,7 +392,7 @@ def scale_word(typingctx, memory, index):  # type: ignore[no-untyped-def]
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         at = as_integer(context, builder, args[1], index, types.int64)
-        where = builder.ptrtoint(element_at(context, builder, memory, args[0], at), I64)
+        where = builder.ptrtoint(element_pointer(context, builder, memory, args[0], at), I64)
         return builder.and_(where, ir.Constant(I64, -4))
 
     return types.int64(memory, index), codegen
@@ -430,7 +430,7 @@ def _copy(text: str, plain: str) -> Any:
     return typing
 
 
-copy16 = intrinsic(
+cp_async_16 = intrinsic(
     _copy(
         "cp.async.cg.shared.global.L2::128B [$0], [$1], 16, $2;",
         "{.reg .pred p; .reg .u32 a, b, c, d; setp.ne.u32 p, $2, 0; "
@@ -438,31 +438,31 @@ copy16 = intrinsic(
         "st.shared.v4.u32 [$0], {a, b, c, d};}",
     )
 )
-"""copy16(to, source, count): 16 bytes from a global to a shared address (`shared_address`), both aligned; `count` 16,
+"""cp_async_16(to, source, count): 16 bytes from a global to a shared address (`shared_address`), both aligned; `count` 16,
 or 0 for zeros: the source is not looked at then.
 """
 
-copy8 = intrinsic(
+cp_async_8 = intrinsic(
     _copy(
         "cp.async.ca.shared.global [$0], [$1], 8, $2;",
         "{.reg .pred p; .reg .u32 a, b; setp.ne.u32 p, $2, 0; mov.u32 a, 0; mov.u32 b, 0; "
         "@p ld.global.nc.v2.u32 {a, b}, [$1]; st.shared.v2.u32 [$0], {a, b};}",
     )
 )
-"""copy8(to, source, count): the same for 8 bytes; `count` 8 or 0."""
+"""cp_async_8(to, source, count): the same for 8 bytes; `count` 8 or 0."""
 
-copy4 = intrinsic(
+cp_async_4 = intrinsic(
     _copy(
         "cp.async.ca.shared.global [$0], [$1], 4, $2;",
         "{.reg .pred p; .reg .u32 a; setp.ne.u32 p, $2, 0; mov.u32 a, 0; "
         "@p ld.global.nc.u32 a, [$1]; st.shared.u32 [$0], a;}",
     )
 )
-"""copy4(to, source, count): the same for 4 bytes; `count` 4 or 0."""
+"""cp_async_4(to, source, count): the same for 4 bytes; `count` 4 or 0."""
 
 
 @intrinsic
-def close_copies(typingctx):  # type: ignore[no-untyped-def]
+def cp_async_commit(typingctx):  # type: ignore[no-untyped-def]
     """End a group of copies (sm_80)."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -473,24 +473,34 @@ def close_copies(typingctx):  # type: ignore[no-untyped-def]
     return types.void(), codegen
 
 
-def _await(pending: int) -> Any:
-    def typing(typingctx):  # type: ignore[no-untyped-def]
-        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            if compiling_for() >= (8, 0):
-                call_asm(builder, VOID, f"cp.async.wait_group {pending};", "~{memory}", [])
-            return context.get_dummy_value()
+@intrinsic
+def cp_async_wait_group(typingctx, n):  # type: ignore[no-untyped-def]
+    """Wait until at most `n` of this thread's newest groups of copies are pending (sm_80); `n` is a literal."""
+    if not isinstance(n, types.IntegerLiteral):
+        return None
 
-        return types.void(), codegen
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        if compiling_for() >= (8, 0):
+            call_asm(builder, VOID, f"cp.async.wait_group {n.literal_value};", "~{memory}", [])
+        return context.get_dummy_value()
 
-    return intrinsic(typing)
-
-
-await_all, await_all_but_1, await_all_but_2, await_all_but_3 = (_await(n) for n in (0, 1, 2, 3))
-"""Wait until at most that many of this thread's groups of copies are under way (sm_80): the number is in the opcode."""
+    return types.void(n), codegen
 
 
 @intrinsic
-def shared_words4(typingctx, where):  # type: ignore[no-untyped-def]
+def cp_async_wait_all(typingctx):  # type: ignore[no-untyped-def]
+    """Wait until all copies of this thread have arrived (sm_80)."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        if compiling_for() >= (8, 0):
+            call_asm(builder, VOID, "cp.async.wait_group 0;", "~{memory}", [])
+        return context.get_dummy_value()
+
+    return types.void(), codegen
+
+
+@intrinsic
+def ld_shared_v4_u32(typingctx, where):  # type: ignore[no-untyped-def]
     """Four words from a 16-byte aligned shared address (`shared_address`)."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -508,7 +518,7 @@ def shared_words4(typingctx, where):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def shared_words2(typingctx, where):  # type: ignore[no-untyped-def]
+def ld_shared_v2_u32(typingctx, where):  # type: ignore[no-untyped-def]
     """Two words from an 8-byte aligned shared address."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -521,7 +531,7 @@ def shared_words2(typingctx, where):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def shared_word(typingctx, where):  # type: ignore[no-untyped-def]
+def ld_shared_u32(typingctx, where):  # type: ignore[no-untyped-def]
     """A word from a 4-byte aligned shared address."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -531,7 +541,7 @@ def shared_word(typingctx, where):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def word(typingctx, where):  # type: ignore[no-untyped-def]
+def ld_global_u32(typingctx, where):  # type: ignore[no-untyped-def]
     """A word from a 4-byte aligned global address."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -541,7 +551,7 @@ def word(typingctx, where):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def words4(typingctx, where):  # type: ignore[no-untyped-def]
+def ld_global_v4_u32(typingctx, where):  # type: ignore[no-untyped-def]
     """Four words from a 16-byte aligned global address."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -559,7 +569,7 @@ def words4(typingctx, where):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def keep_loop(typingctx):  # type: ignore[no-untyped-def]
+def no_unroll(typingctx):  # type: ignore[no-untyped-def]
     """Nothing; but the compiler does not unroll a loop with a number of rounds that it does not know if this is in it.
 
     Kernels of a step follow each other so closely that fetching their code shows: what runs once must be short.
@@ -588,19 +598,19 @@ def _for_sm_90(text: str) -> Any:
     return typing
 
 
-wait_for_predecessor = intrinsic(_for_sm_90("griddepcontrol.wait;"))
+griddepcontrol_wait = intrinsic(_for_sm_90("griddepcontrol.wait;"))
 """Wait until the kernel before this one has ended and its results can be read (sm_90). Before it a kernel may only read
 what no kernel of the same run writes: weights, inputs, keys and values of earlier runs.
 """
 
-let_successor_start = intrinsic(_for_sm_90("griddepcontrol.launch_dependents;"))
+griddepcontrol_launch_dependents = intrinsic(_for_sm_90("griddepcontrol.launch_dependents;"))
 """Let the next kernel's blocks begin as soon as all of this one's have come here or ended (sm_90): at once. They fill
 their rings while this kernel still works; each kernel waits before it looks at another one's results or writes its own.
 """
 
 
 @intrinsic
-def count_up(typingctx, counter):  # type: ignore[no-untyped-def]
+def atom_add_1(typingctx, counter):  # type: ignore[no-untyped-def]
     """Add 1 to an int32 at a global address, after all that this thread wrote; returns what it was."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -611,7 +621,7 @@ def count_up(typingctx, counter):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def publish(typingctx, where, number):  # type: ignore[no-untyped-def]
+def store_release_system(typingctx, where, number):  # type: ignore[no-untyped-def]
     """Write an int64 where the host reads it, after all that this thread wrote."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]

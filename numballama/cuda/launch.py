@@ -29,7 +29,7 @@ ELEMENTS_PER_16_BYTES = {payload: _elements_per_16_bytes(payload) for payload in
 """Type of a payload → elements in 16 bytes of it. Those of q6_k hold the lower bits of 32 elements, in two groups of 16
 that have scales of their own: here it has 16."""
 STAGED_BYTES = 544
-"""Distance of two rows of 128 float32 that `put_sums` writes: rows of the same lanes lie in different banks."""
+"""Distance of two rows of 128 float32 that `st_shared_sums` writes: rows of the same lanes lie in different banks."""
 
 
 @dataclass(frozen=True)

@@ -30,11 +30,11 @@ def as_integer(context: Any, builder: Any, value: Any, found: Any, wanted: Any) 
 
 
 def is_memory(kind: Any) -> bool:
-    """Whether a Numba type is a typed pointer or an array, which `element_at` takes."""
+    """Whether a Numba type is a typed pointer or an array, which `element_pointer` takes."""
     return isinstance(kind, (types.CPointer, types.Array))
 
 
-def element_at(context: Any, builder: Any, kind: Any, value: Any, index: Any) -> Any:
+def element_pointer(context: Any, builder: Any, kind: Any, value: Any, index: Any) -> Any:
     """LLVM pointer to an element of a typed pointer or of an array."""
     base = context.make_array(kind)(context, builder, value).data if isinstance(kind, types.Array) else value
     return builder.gep(base, [index])

@@ -27,7 +27,7 @@ def _short(context: Any, builder: Any, value: Any, found: Any) -> Any:
     return as_integer(context, builder, value, found, types.uint32)
 
 
-def _ldmatrix(builder: Any, where: Any, offset: int, transposed: bool = False) -> list[Any]:
+def _ldmatrix_x4(builder: Any, where: Any, offset: int, transposed: bool = False) -> list[Any]:
     """Four 8 × 8 matrices of 16-bit numbers; lane l names row l mod 8 of matrix l / 8."""
     trans = ".trans" if transposed else ""
     text = f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{$0, $1, $2, $3}}, [$4+{offset}];"
@@ -44,7 +44,7 @@ def _halves_of_bfloats(builder: Any, word: Any) -> Any:
     return call_asm(builder, I32, text, "=r,r", [word])
 
 
-def _mma(builder: Any, name: str, a: list[Any], b: list[Any], c: list[Any]) -> list[Any]:
+def _mma_m16n8k16(builder: Any, name: str, a: list[Any], b: list[Any], c: list[Any]) -> list[Any]:
     """c + a · b of tiles 16 × 16 and 16 × 8. Before sm_80 it takes two steps, and bfloat16 goes as float16 (which is
     the same for numbers between 2^-14 and 2^16, and to 2^-25 below).
     """
@@ -77,7 +77,7 @@ def _pack(builder: Any, name: str, low: Any, high: Any) -> Any:
 
 
 @intrinsic
-def pack2(typingctx, memory, low, high):  # type: ignore[no-untyped-def]
+def cvt_rn_x2(typingctx, memory, low, high):  # type: ignore[no-untyped-def]
     """Two float32 rounded to the 16-bit type of `memory`, in one word."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -87,7 +87,7 @@ def pack2(typingctx, memory, low, high):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def put_words2(typingctx, where, a, b):  # type: ignore[no-untyped-def]
+def st_global_v2_u32(typingctx, where, a, b):  # type: ignore[no-untyped-def]
     """Two words to an 8-byte aligned global address."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -98,7 +98,7 @@ def put_words2(typingctx, where, a, b):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def put_words4(typingctx, where, a, b, c, d):  # type: ignore[no-untyped-def]
+def st_shared_v4_u32(typingctx, where, a, b, c, d):  # type: ignore[no-untyped-def]
     """Four words to a 16-byte aligned place of the shared window (`shared_address`)."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -126,7 +126,7 @@ zeros32, zeros64, zeros128 = (_zeros(count) for count in (32, 64, 128))
 
 
 @intrinsic
-def load_fragments(typingctx, sums, a_at, b_at):  # type: ignore[no-untyped-def]
+def ldmatrix_x4(typingctx, sums, a_at, b_at):  # type: ignore[no-untyped-def]
     """What a lane needs to multiply 16 columns of two tiles: of A (as many rows as `sums` has), then of B (64 rows).
 
     Rows have 128 bytes. Lane l's addresses are of row l mod 16 of A, chunk l / 16, and of row (l mod 8) + 8 (l / 16) of
@@ -138,16 +138,16 @@ def load_fragments(typingctx, sums, a_at, b_at):  # type: ignore[no-untyped-def]
         a, b = _short(context, builder, args[1], a_at), _short(context, builder, args[2], b_at)
         words = []
         for i in range(fours):
-            words += _ldmatrix(builder, a, 2048 * i)
+            words += _ldmatrix_x4(builder, a, 2048 * i)
         for i in range(4):
-            words += _ldmatrix(builder, b, 2048 * i)
+            words += _ldmatrix_x4(builder, b, 2048 * i)
         return context.make_tuple(builder, signature.return_type, words)
 
     return types.UniTuple(types.uint32, 4 * fours + 16)(sums, a_at, b_at), codegen
 
 
 @intrinsic
-def multiply_fragments(typingctx, memory, sums, words):  # type: ignore[no-untyped-def]
+def mma_m16n8k16(typingctx, memory, sums, words):  # type: ignore[no-untyped-def]
     """sums + A · Bᵀ of fragments in the 16-bit type of `memory`: 64 columns, 8 tiles a row of tiles."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -157,7 +157,7 @@ def multiply_fragments(typingctx, memory, sums, words):  # type: ignore[no-untyp
         for i in range(fours):
             for j in range(8):
                 at = 4 * (8 * i + j)
-                totals[at : at + 4] = _mma(
+                totals[at : at + 4] = _mma_m16n8k16(
                     builder, memory.dtype.name, parts[4 * i : 4 * i + 4], b[2 * j : 2 * j + 2], totals[at : at + 4]
                 )
         return context.make_tuple(builder, sums, totals)
@@ -166,7 +166,7 @@ def multiply_fragments(typingctx, memory, sums, words):  # type: ignore[no-untyp
 
 
 @intrinsic
-def put_sums(typingctx, sums, to):  # type: ignore[no-untyped-def]
+def st_shared_sums(typingctx, sums, to):  # type: ignore[no-untyped-def]
     """A warp's sums into rows of float32 in shared memory, `STAGED_BYTES` apart; `to` is of the lane's first number."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -181,21 +181,21 @@ def put_sums(typingctx, sums, to):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def load_queries(typingctx, sums, at):  # type: ignore[no-untyped-def]
+def ldmatrix_queries(typingctx, sums, at):  # type: ignore[no-untyped-def]
     """Fragments of 16 rows of as many numbers as `sums` has columns, two rows of eight for a lane: 64 or 128."""
     columns = 2 * sums.count
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         where, words = _short(context, builder, args[1], at), []
         for step in range(columns // 16):
-            words += _ldmatrix(builder, builder.xor(where, ir.Constant(I32, 32 * step)), 0)
+            words += _ldmatrix_x4(builder, builder.xor(where, ir.Constant(I32, 32 * step)), 0)
         return context.make_tuple(builder, signature.return_type, words)
 
     return types.UniTuple(types.uint32, columns // 4)(sums, at), codegen
 
 
 @intrinsic
-def score_keys(typingctx, memory, queries, keys_at):  # type: ignore[no-untyped-def]
+def mma_qk(typingctx, memory, queries, keys_at):  # type: ignore[no-untyped-def]
     """16 queries · 64 keysᵀ. Lane l's address is of key (l mod 8) + 8 (l / 16), chunk (l / 8) mod 2."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -205,10 +205,10 @@ def score_keys(typingctx, memory, queries, keys_at):  # type: ignore[no-untyped-
         for step in range(steps):
             moved = builder.xor(where, ir.Constant(I32, 32 * step))
             for j in range(4):
-                keys = _ldmatrix(builder, moved, 16 * j * 32 * steps)
+                keys = _ldmatrix_x4(builder, moved, 16 * j * 32 * steps)
                 for i in range(2):
                     at = 4 * (2 * j + i)
-                    totals[at : at + 4] = _mma(
+                    totals[at : at + 4] = _mma_m16n8k16(
                         builder, name, words[4 * step : 4 * step + 4], keys[2 * i : 2 * i + 2], totals[at : at + 4]
                     )
         return context.make_tuple(builder, signature.return_type, totals)
@@ -217,8 +217,8 @@ def score_keys(typingctx, memory, queries, keys_at):  # type: ignore[no-untyped-
 
 
 @intrinsic
-def add_values(typingctx, memory, sums, weights, values_at):  # type: ignore[no-untyped-def]
-    """sums + weights (16 × 64, as `score_keys` gives them) · 64 values. Lanes' addresses are as for `score_keys`."""
+def mma_pv(typingctx, memory, sums, weights, values_at):  # type: ignore[no-untyped-def]
+    """sums + weights (16 × 64, as `mma_qk` gives them) · 64 values. Lanes' addresses are as for `mma_qk`."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         totals, numbers = _parts(builder, sums, args[1]), _parts(builder, weights, args[2])
@@ -229,10 +229,12 @@ def add_values(typingctx, memory, sums, weights, values_at):  # type: ignore[no-
             a = [_pack(builder, name, mine[2 * i], mine[2 * i + 1]) for i in range(4)]
             for j in range(len(totals) // 8):
                 moved = builder.xor(where, ir.Constant(I32, 32 * j))
-                values = _ldmatrix(builder, moved, 16 * step * row_bytes, transposed=True)
+                values = _ldmatrix_x4(builder, moved, 16 * step * row_bytes, transposed=True)
                 for i in range(2):
                     at = 4 * (2 * j + i)
-                    totals[at : at + 4] = _mma(builder, name, a, [values[i], values[i + 2]], totals[at : at + 4])
+                    totals[at : at + 4] = _mma_m16n8k16(
+                        builder, name, a, [values[i], values[i + 2]], totals[at : at + 4]
+                    )
         return context.make_tuple(builder, sums, totals)
 
     return sums(memory, sums, weights, types.int64), codegen
@@ -275,20 +277,20 @@ def _power(builder: Any, x: Any) -> Any:
 
 
 PAIR = types.UniTuple(types.float32, 2)
-most_of_rows = _by_row(PAIR, _reduce(_larger))
-"""most_of_rows(numbers, a, b): the largest of the lane's numbers and a in its first row, and b in its second."""
-sums_of_rows = _by_row(PAIR, _reduce(lambda builder, a, b: builder.fadd(a, b)))
-"""sums_of_rows(numbers, a, b): a plus the lane's numbers in its first row, b plus those in its second."""
-powers_of_2 = _by_row(
+row_max = _by_row(PAIR, _reduce(_larger))
+"""row_max(numbers, a, b): the largest of the lane's numbers and a in its first row, and b in its second."""
+row_sum = _by_row(PAIR, _reduce(lambda builder, a, b: builder.fadd(a, b)))
+"""row_sum(numbers, a, b): a plus the lane's numbers in its first row, b plus those in its second."""
+row_exp2 = _by_row(
     None, lambda builder, x, rows: [_power(builder, builder.fsub(x[i], rows[i // 2 % 2])) for i in range(len(x))]
 )
-"""powers_of_2(numbers, a, b): 2^(number - a) in the first row, 2^(number - b) in the second."""
-scale_rows = _by_row(None, lambda builder, x, rows: [builder.fmul(x[i], rows[i // 2 % 2]) for i in range(len(x))])
-"""scale_rows(numbers, a, b): the first row's numbers times a, the second's times b."""
+"""row_exp2(numbers, a, b): 2^(number - a) in the first row, 2^(number - b) in the second."""
+row_scale = _by_row(None, lambda builder, x, rows: [builder.fmul(x[i], rows[i // 2 % 2]) for i in range(len(x))])
+"""row_scale(numbers, a, b): the first row's numbers times a, the second's times b."""
 
 
 @intrinsic
-def mask_scores(typingctx, scores, first, second):  # type: ignore[no-untyped-def]
+def causal_mask(typingctx, scores, first, second):  # type: ignore[no-untyped-def]
     """Scores, but -infinity for keys after the row's last: counted from the lane's first, it is `first` or `second`."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -306,7 +308,7 @@ def mask_scores(typingctx, scores, first, second):  # type: ignore[no-untyped-de
 
 
 @intrinsic
-def put_rows(typingctx, numbers, first_at, second_at, first, second):  # type: ignore[no-untyped-def]
+def st_global_rows(typingctx, numbers, first_at, second_at, first, second):  # type: ignore[no-untyped-def]
     """A lane's numbers to global memory; of its rows the first `first` and `second` columns are wanted."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -324,7 +326,7 @@ def put_rows(typingctx, numbers, first_at, second_at, first, second):  # type: i
 
 
 @intrinsic
-def add_products(typingctx, sums, a, b):  # type: ignore[no-untyped-def]
+def fma_outer(typingctx, sums, a, b):  # type: ignore[no-untyped-def]
     """sums[i, j] + a[i] · b[j], in float32; tuples all, rows of `sums` one after the other."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -337,7 +339,7 @@ def add_products(typingctx, sums, a, b):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def put_block(typingctx, sums, to):  # type: ignore[no-untyped-def]
+def st_shared_block(typingctx, sums, to):  # type: ignore[no-untyped-def]
     """Rows of four numbers to shared memory, `STAGED_BYTES` apart."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -351,7 +353,7 @@ def put_block(typingctx, sums, to):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def expand16(typingctx, memory, words, scale, to):  # type: ignore[no-untyped-def]
+def dequant_16_bytes(typingctx, memory, words, scale, to):  # type: ignore[no-untyped-def]
     """16 bytes of int8 or 4-bit numbers, times their scale and rounded to float16, to a 16-byte aligned address."""
     name = memory.dtype.name
 
@@ -378,7 +380,7 @@ def expand16(typingctx, memory, words, scale, to):  # type: ignore[no-untyped-de
 
 
 @intrinsic
-def expand_packed(typingctx, memory, words, high, high_too, scale, scale_too, least, to):  # type: ignore[no-untyped-def]
+def dequant_packed_block(typingctx, memory, words, high, high_too, scale, scale_too, least, to):  # type: ignore[no-untyped-def]
     """A block of 32 numbers of a `PACKED` type, rounded to float16, to a 16-byte aligned address: of the first 16
     `high` are the upper bits and `scale` is the scale, of the others `high_too` and `scale_too`.
     """

@@ -91,7 +91,7 @@ def main(capability: tuple[int, int], out: Path) -> None:
             found[key] = {
                 "kernel": name, "kinds": list(kinds), "threads": threads, "registers": code.registers,
                 "stack": code.stack_bytes, "local": code.local_bytes, "cached": code.cached,
-                "blocks": getattr(kernel.load().py_func, "blocks_at_once", 1),
+                "blocks": getattr(kernel.load().py_func, "min_blocks_per_sm", 1),
                 "bytes": len(code.machine), "opcodes": json.loads(beside.read_text()),
             }  # fmt: skip
         return code

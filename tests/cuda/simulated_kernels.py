@@ -27,15 +27,15 @@ from numballama.config import HALF_SPLIT, INTERLEAVED, ModelConfig
 from numballama.cuda import backend as cuda_backend
 from numballama.cuda.intrinsics import (
     address,
-    await_all,
-    close_copies,
-    copy16,
-    floats4,
-    let_successor_start,
+    cp_async_16,
+    cp_async_commit,
+    cp_async_wait_all,
+    griddepcontrol_launch_dependents,
+    griddepcontrol_wait,
+    ld_global_v4_u32,
+    ld_shared_v4_u32,
+    ld_v4_f32,
     shared_address,
-    shared_words4,
-    wait_for_predecessor,
-    words4,
 )
 from numballama.cuda.kernels import decode_attention as attention_kernels
 from numballama.cuda.kernels import sampling as sampling_kernels
@@ -290,11 +290,11 @@ def test_equal_logits_and_the_first_of_them(bench: Bench) -> None:
 def places_kernel(logits, border, count, out):
     sums = cuda.shared.array(sampling_kernels.BINS, np.int64)
     found = cuda.shared.array(2, np.int32)  # the simulator tells arrays apart by their line
-    wait_for_predecessor()
-    place = sampling_kernels.place_in_bin(logits, out.size, logits[0], border[0], count[0], sums, found)
+    griddepcontrol_wait()
+    place = sampling_kernels.rank_key_in_bin(logits, out.size, logits[0], border[0], count[0], sums, found)
     for i in range(cuda.threadIdx.x, out.size, sampling_kernels.THREADS):
         out[i] = int(sampling_kernels.bin_of(logits[i], logits[0]) == border[0]) * (
-            1 + int(sampling_kernels.place_of(logits[i], i) <= place)
+            1 + int(sampling_kernels.rank_key(logits[i], i) <= place)
         )
 
 
@@ -453,7 +453,7 @@ def launch(function: Any, *arrays: np.ndarray, threads: int = 64, shared: int = 
 @cuda.jit
 def reverses(x, wait):
     shared = cuda.shared.array(0, np.float32)
-    wait_for_predecessor()
+    griddepcontrol_wait()
     t = cuda.threadIdx.x
     shared[t] = x[t]
     if wait[0]:
@@ -469,7 +469,7 @@ def test_it_notices_a_missing_barrier() -> None:
 
 @cuda.jit
 def diverges(x, which):
-    wait_for_predecessor()
+    griddepcontrol_wait()
     t = cuda.threadIdx.x
     if which[0] == 0 and t == 5:
         return
@@ -494,12 +494,12 @@ def test_it_notices_threads_that_part(which: int) -> None:
 def copies(x, how):
     shared = cuda.shared.array(0, np.float32)
     t = cuda.threadIdx.x
-    wait_for_predecessor()
-    copy16(shared_address(shared, 4 * t), address(x, 4 * t), 16)
-    close_copies()
+    griddepcontrol_wait()
+    cp_async_16(shared_address(shared, 4 * t), address(x, 4 * t), 16)
+    cp_async_commit()
     if how[0]:
-        await_all()
-    x[4 * t] = shared_words4(shared_address(shared, 4 * t))[3].view(np.float32)
+        cp_async_wait_all()
+    x[4 * t] = ld_shared_v4_u32(shared_address(shared, 4 * t))[3].view(np.float32)
 
 
 def test_it_notices_a_copy_that_is_not_awaited() -> None:
@@ -512,23 +512,23 @@ def test_it_notices_a_copy_that_is_not_awaited() -> None:
 def reaches(x, how):
     let_early, t = how[0] == 3, cuda.threadIdx.x
     if let_early:
-        let_successor_start()
+        griddepcontrol_launch_dependents()
     if how[0] == 4:
         x[t] = 1
-    wait_for_predecessor()
+    griddepcontrol_wait()
     if how[0] == 0:
         x[t] = x[64 + t]
     if how[0] == 1:
-        x[t] = floats4(x, t)[0]
+        x[t] = ld_v4_f32(x, t)[0]
     if how[0] == 2:
-        x[t] = words4(address(x, 0) + (1 << 20))[0]
+        x[t] = ld_global_v4_u32(address(x, 0) + (1 << 20))[0]
 
 
 @pytest.mark.parametrize(
     ("how", "words"),
     [
         (0, r"element \d+ of 64 float32"),
-        (1, "floats4 at element"),
+        (1, "ld_v4_f32 at element"),
         (2, "16 bytes at"),
         (3, "would start"),
         (4, "writes before"),
@@ -543,7 +543,7 @@ def test_it_notices_what_is_out_of_place(how: int, words: str) -> None:
 def adds(x, early):
     t = cuda.threadIdx.x
     before = x[t] if early[0] else np.float32(0)
-    wait_for_predecessor()
+    griddepcontrol_wait()
     x[t] = (before if early[0] else x[t]) + np.float32(1)
 
 

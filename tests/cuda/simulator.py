@@ -63,6 +63,9 @@ class _Unknown:
         raise NotImplementedError(f"tests/cuda/simulator.py does not know lowlevel_cuda's {self.name}")
 
 
+KERNEL_MODULES = ("numballama.cuda.kernels", "numballama.kernels_cuda")
+"""Prefixes of the modules whose `cuda` is replaced while a kernel runs."""
+
 cuda.jit = _jit
 extending.intrinsic = lambda function: _Unknown(function.__name__)
 
@@ -351,7 +354,7 @@ class Simulation:
         function = launch.function  # before its file is looked for
         with ExitStack() as stack:
             for name, module in list(sys.modules.items()):
-                if name.startswith("numballama.cuda.ops") and vars(module).get("cuda") is cuda:
+                if name.startswith(KERNEL_MODULES) and vars(module).get("cuda") is cuda:
                     marker = python_types.FunctionType((lambda: None).__code__, vars(module))
                     stack.enter_context(swapped_cuda_module(marker, context))
             numba_simulator.FakeCUDAModule = lambda *shape: context
@@ -389,25 +392,25 @@ def _shared_address(memory: Pointer, index: int) -> int:
     return _address(memory, index)
 
 
-def _floats4(memory: Pointer, index: int) -> tuple[Any, ...]:
+def _ld_v4_f32(memory: Pointer, index: int) -> tuple[Any, ...]:
     assert memory.dtype == np.float32
-    assert _address(memory, index) % 16 == 0, f"floats4 at element {index}"
+    assert _address(memory, index) % 16 == 0, f"ld_v4_f32 at element {index}"
     return tuple(np.float32(memory[index + i]) for i in range(4))
 
 
-def _store4(memory: Pointer, index: int, *numbers: Any) -> None:
+def _st_v4_f32(memory: Pointer, index: int, *numbers: Any) -> None:
     assert memory.dtype == np.float32
-    assert _address(memory, index) % 16 == 0, f"store4 at element {index}"
+    assert _address(memory, index) % 16 == 0, f"st_v4_f32 at element {index}"
     for i, number in enumerate(numbers):
         memory[index + i] = number
 
 
-def _dot16(memory: Pointer, words: Any, x: Pointer, index: int, step: int) -> Any:
+def _dot_16_bytes(memory: Pointer, words: Any, x: Pointer, index: int, step: int) -> Any:
     if memory.dtype.name in ("int8", "uint8"):
         return np.float32(0)
     numbers, total = _numbers(memory.dtype.name, words), 0.0
     for four in range(len(numbers) // 4):
-        others = _floats4(x, index + four * step)
+        others = _ld_v4_f32(x, index + four * step)
         for i in range(4):
             total += float(numbers[4 * four + i]) * float(others[i])
     return np.float32(total)
@@ -419,7 +422,7 @@ def _unpack8(memory: Pointer, words: Any) -> tuple[Any, ...]:
     return tuple((numbers + [np.float32(0)] * 4)[:8])
 
 
-def _number(memory: Pointer, row: int, index: int) -> Any:
+def _load_element(memory: Pointer, row: int, index: int) -> Any:
     name = memory.dtype.name
     if name == "uint8":
         byte = simulation.load(row + index // 32 * 16 + index % 16, 1)[0]
@@ -431,7 +434,7 @@ def _number(memory: Pointer, row: int, index: int) -> Any:
     return np.float32(np.frombuffer(raw, kind)[0])
 
 
-def _store_number(memory: Pointer, index: int, value: Any) -> None:
+def _store_element(memory: Pointer, index: int, value: Any) -> None:
     name, value = memory.dtype.name, np.float32(value)
     if name == "float32":
         memory[index] = value
@@ -474,19 +477,16 @@ def _finish(copies: list[tuple[int, int, int, bool]]) -> None:
     copies.clear()
 
 
-def _close_copies() -> None:
+def _cp_async_commit() -> None:
     own = lane()
     own.groups.append(own.copies)
     own.copies = []
 
 
-def _await(pending: int) -> Callable[[], None]:
-    def wait() -> None:
-        groups = lane().groups
-        while len(groups) > pending:
-            _finish(groups.popleft())
-
-    return wait
+def _cp_async_wait_group(n: int) -> None:
+    groups = lane().groups
+    while len(groups) > n:
+        _finish(groups.popleft())
 
 
 def _words(data: bytes) -> tuple[Any, ...]:
@@ -502,15 +502,15 @@ def _shared_words(count: int) -> Callable[[int], Any]:
     return load
 
 
-def _wait_for_predecessor() -> None:
+def _griddepcontrol_wait() -> None:
     lane().waited = True
 
 
-def _let_successor_start() -> None:
+def _griddepcontrol_launch_dependents() -> None:
     assert lane().waited, "the successor would start before this kernel's predecessor has ended"
 
 
-def _count_up(counter: int) -> int:
+def _atom_add_1(counter: int) -> int:
     simulation.check(counter, 4)
     simulation.note_write(counter, 4)
     cell = ctypes.c_int32.from_address(int(counter))
@@ -518,7 +518,7 @@ def _count_up(counter: int) -> int:
     return cell.value - 1
 
 
-def _publish(where: int, number: int) -> None:
+def _store_release_system(where: int, number: int) -> None:
     simulation.check(where, 8)
     simulation.note_write(where, 8)
     ctypes.c_int64.from_address(int(where)).value = int(number)
@@ -543,11 +543,11 @@ def _dp4a(first: list[int], second: list[int]) -> Callable[[Any, Any, Any], int]
     return dp4a
 
 
-def _nearest(x: Any) -> int:
+def _cvt_rni_s32(x: Any) -> int:
     return 0 if np.isnan(x) else int(np.clip(np.rint(np.float64(x)), -(2**31), 2**31 - 1))
 
 
-def _planes(*numbers: int) -> tuple[Any, ...]:
+def _prmt_byte_planes(*numbers: int) -> tuple[Any, ...]:
     rows = np.array(numbers, np.int64).astype(np.int32).view(np.uint8).reshape(4, 4)
     return tuple(np.ascontiguousarray(rows[:, which]).view(np.uint32)[0] for which in range(3))
 
@@ -555,57 +555,55 @@ def _planes(*numbers: int) -> tuple[Any, ...]:
 _EMULATED: dict[str, Callable[..., Any]] = {
     "address": _address,
     "shared_address": _shared_address,
-    "floats4": _floats4,
-    "store4": _store4,
-    "f32_of_bits": lambda bits: np.uint32(bits).view(np.float32),
-    "bits_of_f32": lambda number: np.float32(number).view(np.uint32),
-    "f32_of_half": lambda bits: np.float32(np.uint16(int(bits) & 0xFFFF).view(np.float16)),
+    "ld_v4_f32": _ld_v4_f32,
+    "st_v4_f32": _st_v4_f32,
+    "uint_as_float": lambda bits: np.uint32(bits).view(np.float32),
+    "float_as_uint": lambda number: np.float32(number).view(np.uint32),
+    "cvt_f32_f16": lambda bits: np.float32(np.uint16(int(bits) & 0xFFFF).view(np.float16)),
     "dp4a": _dp4a(_SIGNED, _SIGNED),
     "dp4a_su": _dp4a(_SIGNED, _UNSIGNED),
     "dp4a_us": _dp4a(_UNSIGNED, _SIGNED),
     "dp4a_uu": _dp4a(_UNSIGNED, _UNSIGNED),
-    "nearest": _nearest,
-    "planes": _planes,
-    "exp2": lambda x: np.exp2(np.float32(x)),
-    "f32_of_signed_byte": lambda word: np.float32(np.uint8(int(word) & 255).view(np.int8)),
+    "cvt_rni_s32": _cvt_rni_s32,
+    "prmt_byte_planes": _prmt_byte_planes,
+    "ex2_approx": lambda x: np.exp2(np.float32(x)),
+    "cvt_f32_s8": lambda word: np.float32(np.uint8(int(word) & 255).view(np.int8)),
     "per_16_bytes": lambda memory: _PER_16[memory.kind],
     "has_scales": lambda memory: memory.kind in ("int8", "uint8", *_PACKED),
     "is_packed": lambda memory: memory.kind in _PACKED,
     "is_q4_1": lambda memory: memory.kind == "q4_1",
     "is_q4_k": lambda memory: memory.kind == "q4_k",
     "is_q6_k": lambda memory: memory.kind == "q6_k",
-    "counts_from": lambda memory: np.float32({"uint8": 8, "q6_k": 32}.get(memory.kind, 1)),
-    "dot16": _dot16,
+    "zero_point": lambda memory: np.float32({"uint8": 8, "q6_k": 32}.get(memory.kind, 1)),
+    "dot_16_bytes": _dot_16_bytes,
     "unpack8": _unpack8,
-    "number": _number,
-    "store_number": _store_number,
+    "load_element": _load_element,
+    "store_element": _store_element,
     "scale_bytes": lambda memory: memory.bytes_each,
     "scale_word": lambda memory, index: _address(memory, index) & -4,
     "scale_in": _scale_in,
-    "copy16": _copy(16),
-    "copy8": _copy(8),
-    "copy4": _copy(4),
-    "close_copies": _close_copies,
-    "await_all": _await(0),
-    "await_all_but_1": _await(1),
-    "await_all_but_2": _await(2),
-    "await_all_but_3": _await(3),
-    "shared_words4": _shared_words(4),
-    "shared_words2": _shared_words(2),
-    "shared_word": _shared_words(1),
-    "word": lambda where: _words(simulation.load(where, 4))[0],
-    "words4": lambda where: _words(simulation.load(where, 16)),
-    "keep_loop": lambda: None,
-    "wait_for_predecessor": _wait_for_predecessor,
-    "let_successor_start": _let_successor_start,
-    "count_up": _count_up,
-    "publish": _publish,
+    "cp_async_16": _copy(16),
+    "cp_async_8": _copy(8),
+    "cp_async_4": _copy(4),
+    "cp_async_commit": _cp_async_commit,
+    "cp_async_wait_all": lambda: _cp_async_wait_group(0),
+    "cp_async_wait_group": _cp_async_wait_group,
+    "ld_shared_v4_u32": _shared_words(4),
+    "ld_shared_v2_u32": _shared_words(2),
+    "ld_shared_u32": _shared_words(1),
+    "ld_global_u32": lambda where: _words(simulation.load(where, 4))[0],
+    "ld_global_v4_u32": lambda where: _words(simulation.load(where, 16)),
+    "no_unroll": lambda: None,
+    "griddepcontrol_wait": _griddepcontrol_wait,
+    "griddepcontrol_launch_dependents": _griddepcontrol_launch_dependents,
+    "atom_add_1": _atom_add_1,
+    "store_release_system": _store_release_system,
 }
 
 
 def _emulate() -> list[str]:
     """Put Python in the place of the instructions, before a kernel imports them; returns those that have none."""
-    assert not any(name.startswith("numballama.cuda.ops") for name in sys.modules)
+    assert not any(name.startswith(KERNEL_MODULES) for name in sys.modules)
     from numballama.cuda import intrinsics as instructions
     from numballama.cuda import mma as tensor_cores
 

@@ -13,6 +13,7 @@ from ...registry import KernelRef, kernel
 from ..launch import Array, Gpu, KernelFile, Launch
 
 kernels = KernelFile("numballama.cuda.kernels.decode_attention")
+plain_kernels = KernelFile("numballama.kernels_cuda")
 
 THREADS = 256
 WARPS = THREADS // 32
@@ -113,13 +114,13 @@ def attention_scores(
         head_dim,
         window,
     )
-    return [Launch(kernels.attention_scores_kernel, (heads, tokens), THREADS, arguments)]
+    return [Launch(plain_kernels.attention_scores_kernel, (heads, tokens), THREADS, arguments)]
 
 
 @kernel("softmax", "cuda", "f32")
 def softmax(gpu: Gpu, x: Array, out: Array) -> list[Launch]:
     tokens, heads, columns = x.shape
-    return [Launch(kernels.softmax_kernel, (heads, tokens), THREADS, (gpu.tokens, x, out, columns))]
+    return [Launch(plain_kernels.softmax_kernel, (heads, tokens), THREADS, (gpu.tokens, x, out, columns))]
 
 
 @kernel("attention_values", "cuda", "f32", CACHE, "i32", "i32")
@@ -132,4 +133,4 @@ def attention_values(
         gpu.tokens, weights, v_cache, positions, sequences, out, kv_heads, heads // kv_heads, context, head_dim,
         window,
     )  # fmt: skip
-    return [Launch(kernels.attention_values_kernel, (heads, tokens), THREADS, arguments)]
+    return [Launch(plain_kernels.attention_values_kernel, (heads, tokens), THREADS, arguments)]
