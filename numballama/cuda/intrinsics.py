@@ -1,11 +1,16 @@
-"""What a kernel needs of the GPU beyond plain Numba: instructions that only PTX has, as functions of Python.
+"""PTX instructions as Python functions, for what kernels need of the GPU beyond plain Numba.
 
-Kernels reach memory in two ways. Where speed does not matter they index typed pointers, `p[i]`. Where it does they
-take an element's address, `address(p, i)`, and move 16 bytes at a time. A pointer's element type also tells how numbers
-are stored, as on the CPU: uint16 is float16, int16 bfloat16, uint8 two 4-bit numbers, `Packed` those of other block
-types.
+Functions are named after the PTX instruction that they emit (PTX ISA, "Instruction Set"), or after CUDA C++'s intrinsic
+where that is better known (`uint_as_float`). A function marked "sm_80" or "sm_90" compiles to something of the same
+meaning, or to nothing, on older cards.
 
-A function marked "sm_80" or "sm_90" compiles to something of the same meaning on older cards.
+Kernels access memory in two ways. Where speed does not matter they index typed pointers, `p[i]`. Where it does they
+take the address of an element, `address(p, i)`, and move 16 bytes at a time. State spaces as in PTX: "global" is device
+memory, "shared" the block's shared memory, whose addresses come from `shared_address`. Addresses are int64, words
+uint32.
+
+The element type of a pointer also tells how a weight or a cache is stored: uint16 is float16, int16 is bfloat16, uint8
+is two 4-bit integers, `Packed` the integers of other block types.
 """
 
 from __future__ import annotations
@@ -41,7 +46,7 @@ WORDS4, FLOATS4 = types.UniTuple(types.uint32, 4), types.UniTuple(types.float32,
 
 
 class Packed(types.Type):  # type: ignore[misc]
-    """Bytes with the integers of one of GGUF's block types, as `blocks_cuda` lays them out."""
+    """Element type of the integers of a GGUF block type, in the layout of `cuda/repack.py`."""
 
 
 @register_model(Packed)  # type: ignore[untyped-decorator]
@@ -62,7 +67,7 @@ ELEMENT_TYPES: dict[str, Any] = PACKED | {
 
 @intrinsic
 def address(typingctx, memory, index):  # type: ignore[no-untyped-def]
-    """Address of an element of a typed pointer or of a shared array, as int64."""
+    """Generic address of an element of a typed pointer or a shared array, as int64."""
     if not (is_memory(memory) and isinstance(index, types.Integer)):
         return None
 
@@ -75,7 +80,7 @@ def address(typingctx, memory, index):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def shared_address(typingctx, memory, index):  # type: ignore[no-untyped-def]
-    """Address of an element of a shared array, as the functions that copy to and load from shared memory take it."""
+    """Address of an element of a shared array in the shared state space, for cp.async and ld.shared."""
     if not isinstance(memory, types.Array):
         return None
 
@@ -90,7 +95,7 @@ def shared_address(typingctx, memory, index):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def ld_v4_f32(typingctx, memory, index):  # type: ignore[no-untyped-def]
-    """Four float32 from a 16-byte aligned element of a pointer or of shared memory."""
+    """ld.v4.f32: load four float32 from a 16-byte aligned element of a pointer or a shared array."""
     if not (is_memory(memory) and memory.dtype == types.float32):
         return None
 
@@ -107,7 +112,7 @@ def ld_v4_f32(typingctx, memory, index):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def st_v4_f32(typingctx, memory, index, a, b, c, d):  # type: ignore[no-untyped-def]
-    """Four float32 into a 16-byte aligned place of a pointer or of shared memory."""
+    """st.v4.f32: store four float32 at a 16-byte aligned element of a pointer or a shared array."""
     if not (is_memory(memory) and memory.dtype == types.float32):
         return None
 
@@ -129,7 +134,7 @@ def st_v4_f32(typingctx, memory, index, a, b, c, d):  # type: ignore[no-untyped-
 
 @intrinsic
 def uint_as_float(typingctx, bits):  # type: ignore[no-untyped-def]
-    """The float32 with these 32 bits."""
+    """Reinterpret 32 bits as float32 (mov.b32)."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return builder.bitcast(args[0], F32)
@@ -139,7 +144,7 @@ def uint_as_float(typingctx, bits):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def float_as_uint(typingctx, number):  # type: ignore[no-untyped-def]
-    """The 32 bits of a float32."""
+    """Reinterpret a float32 as 32 bits (mov.b32)."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return builder.bitcast(args[0], I32)
@@ -149,7 +154,7 @@ def float_as_uint(typingctx, number):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def cvt_f32_f16(typingctx, bits):  # type: ignore[no-untyped-def]
-    """The IEEE half in the low 16 bits of a word, as float32."""
+    """cvt.f32.f16: the float16 in the low 16 bits of a word, as float32."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return builder.fpext(builder.bitcast(builder.trunc(args[0], I16), F16), F32)
@@ -169,12 +174,12 @@ def _dp4a(kinds: str) -> Any:
 
 
 dp4a, dp4a_su, dp4a_us, dp4a_uu = (_dp4a(kinds) for kinds in ("s32.s32", "s32.u32", "u32.s32", "u32.u32"))
-"""dp4a(a, b, total): total plus the four products of the bytes of two words; s and u say whose are signed."""
+"""dp4a(a, b, total): total + the dot product of the four bytes of a and of b; "su" means a is signed, b unsigned."""
 
 
 @intrinsic
 def cvt_rni_s32(typingctx, x):  # type: ignore[no-untyped-def]
-    """x rounded to the nearest int32, halves to even."""
+    """cvt.rni.s32.f32: x rounded to the nearest int32, halves to even."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         asm = ir.InlineAsm(ir.FunctionType(I32, [F32]), "cvt.rni.s32.f32 $0, $1;", "=r,f")
@@ -185,7 +190,7 @@ def cvt_rni_s32(typingctx, x):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def prmt_byte_planes(typingctx, a, b, c, d):  # type: ignore[no-untyped-def]
-    """Three words: the lowest bytes of four int32, their second and their third ones."""
+    """Byte planes of four int32 by prmt: words with their lowest, their second and their third bytes."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         asm = ir.InlineAsm(ir.FunctionType(I32, [I32] * 3), "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r")
@@ -204,7 +209,7 @@ def prmt_byte_planes(typingctx, a, b, c, d):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def cvt_f32_s8(typingctx, word):  # type: ignore[no-untyped-def]
-    """The lowest byte of a word, as a signed integer, as float32."""
+    """cvt.rn.f32.s8: the lowest byte of a word as a signed integer, as float32."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         asm = ir.InlineAsm(ir.FunctionType(F32, [I32]), "cvt.rn.f32.s8 $0, $1;", "=f,r")
@@ -215,7 +220,7 @@ def cvt_f32_s8(typingctx, word):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def ex2_approx(typingctx, x):  # type: ignore[no-untyped-def]
-    """2^x by the special function unit, to two units in the last place."""
+    """ex2.approx.f32: 2^x by the special function unit, off by at most two units in the last place."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return call_asm(builder, F32, "ex2.approx.f32 $0, $1;", "=f,f", args)
@@ -223,7 +228,7 @@ def ex2_approx(typingctx, x):  # type: ignore[no-untyped-def]
     return types.float32(types.float32), codegen
 
 
-# Numbers by the element type of their pointer
+# Elements by the type of their pointer
 
 
 PER_16_BYTES = {ELEMENT_TYPES[payload].name: count for payload, count in ELEMENTS_PER_16_BYTES.items()}
@@ -269,7 +274,7 @@ def _half(builder: Any, bits: Any) -> Any:
 
 
 def _unpack(builder: Any, name: str, words: Any, i: int) -> Any:
-    """Number `i` of 16 bytes as float32."""
+    """Element `i` of 16 bytes as float32."""
     if name == "float32":
         return builder.bitcast(words[i], F32)
     if name == "uint16":
@@ -283,9 +288,10 @@ def _unpack(builder: Any, name: str, words: Any, i: int) -> Any:
 
 @intrinsic
 def dot_16_bytes(typingctx, memory, words, x, index, step):  # type: ignore[no-untyped-def]
-    """The numbers in 16 bytes of `memory`'s type, times float32: four of them from each of x[index], x[index + step] …
+    """Dot product of the elements in 16 bytes of `memory`'s type with float32: four of them from each of x[index],
+    x[index + step], …
 
-    Returns the sum; 0 for types with scales, which are not for this. `x` is shared memory, 16-byte aligned there.
+    Returns 0 for types with scales, which `dp4a` multiplies. `x` is shared memory, 16-byte aligned at these indices.
     """
     name = memory.dtype.name
 
@@ -311,7 +317,7 @@ def dot_16_bytes(typingctx, memory, words, x, index, step):  # type: ignore[no-u
 
 @intrinsic
 def unpack8(typingctx, memory, words):  # type: ignore[no-untyped-def]
-    """Numbers in 16 bytes of a float32 or 16-bit type as eight float32; the last four of float32 are 0."""
+    """The elements in 16 bytes of a float32 or 16-bit type as eight float32; the last four of float32 are 0."""
     name = memory.dtype.name
     if name not in ("float32", "uint16", "int16"):
         return None
@@ -327,7 +333,7 @@ def unpack8(typingctx, memory, words):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def load_element(typingctx, memory, row, index):  # type: ignore[no-untyped-def]
-    """Number `index` of the row that begins at address `row`, without its scale, as float32. Not for `PACKED` types."""
+    """Element `index` of the row at address `row`, without its scale, as float32. Not for `PACKED` types."""
     name = memory.dtype.name
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -378,7 +384,7 @@ def store_element(typingctx, memory, index, value):  # type: ignore[no-untyped-d
 
 @intrinsic
 def scale_bytes(typingctx, memory):  # type: ignore[no-untyped-def]
-    """Bytes of one of these scales: a constant."""
+    """Bytes of one scale. A compile-time constant."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return ir.Constant(I64, memory.dtype.bitwidth // 8)
@@ -388,7 +394,7 @@ def scale_bytes(typingctx, memory):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def scale_word(typingctx, memory, index):  # type: ignore[no-untyped-def]
-    """Address of the aligned word that holds scale `index` of float32 or float16 scales."""
+    """Address of the aligned word that holds element `index` of float32 or float16 scales."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         at = as_integer(context, builder, args[1], index, types.int64)
@@ -400,7 +406,7 @@ def scale_word(typingctx, memory, index):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def scale_in(typingctx, memory, word, index):  # type: ignore[no-untyped-def]
-    """Scale `index` as float32, out of the word that `scale_word` tells."""
+    """Scale `index` as float32, from the word at address `scale_word(memory, index)`."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         if memory.dtype == types.float32:
@@ -412,11 +418,11 @@ def scale_in(typingctx, memory, word, index):  # type: ignore[no-untyped-def]
     return types.float32(memory, types.uint32, index), codegen
 
 
-# Streams: copies from global memory into a ring in shared memory that the copying thread alone reads
+# Asynchronous copies from global to shared memory
 
 
 def _copy(text: str, plain: str) -> Any:
-    """A copy of bytes whose count the caller may set to 0 for zeros; sm_80 copies behind the thread's back."""
+    """cp.async of a size; cards before sm_80 load and store at once."""
 
     def typing(typingctx, to, source, count):  # type: ignore[no-untyped-def]
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -438,8 +444,8 @@ cp_async_16 = intrinsic(
         "st.shared.v4.u32 [$0], {a, b, c, d};}",
     )
 )
-"""cp_async_16(to, source, count): 16 bytes from a global to a shared address (`shared_address`), both aligned; `count` 16,
-or 0 for zeros: the source is not looked at then.
+"""cp_async_16(to, source, count): start copying 16 bytes from a global to a shared address, both 16-byte aligned.
+`count` is 16, or 0 to write zeros without reading the source. The copy is complete after cp_async_commit and a wait.
 """
 
 cp_async_8 = intrinsic(
@@ -449,7 +455,7 @@ cp_async_8 = intrinsic(
         "@p ld.global.nc.v2.u32 {a, b}, [$1]; st.shared.v2.u32 [$0], {a, b};}",
     )
 )
-"""cp_async_8(to, source, count): the same for 8 bytes; `count` 8 or 0."""
+"""cp_async_8(to, source, count): the same for 8 bytes; `count` is 8 or 0."""
 
 cp_async_4 = intrinsic(
     _copy(
@@ -458,12 +464,12 @@ cp_async_4 = intrinsic(
         "@p ld.global.nc.u32 a, [$1]; st.shared.u32 [$0], a;}",
     )
 )
-"""cp_async_4(to, source, count): the same for 4 bytes; `count` 4 or 0."""
+"""cp_async_4(to, source, count): the same for 4 bytes; `count` is 4 or 0."""
 
 
 @intrinsic
 def cp_async_commit(typingctx):  # type: ignore[no-untyped-def]
-    """End a group of copies (sm_80)."""
+    """cp.async.commit_group: the copies that this thread started since the last commit become a group (sm_80)."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         if compiling_for() >= (8, 0):
@@ -475,7 +481,9 @@ def cp_async_commit(typingctx):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def cp_async_wait_group(typingctx, n):  # type: ignore[no-untyped-def]
-    """Wait until at most `n` of this thread's newest groups of copies are pending (sm_80); `n` is a literal."""
+    """cp.async.wait_group n: wait until at most the newest `n` groups of this thread are pending (sm_80); `n` is a
+    literal.
+    """
     if not isinstance(n, types.IntegerLiteral):
         return None
 
@@ -489,7 +497,7 @@ def cp_async_wait_group(typingctx, n):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def cp_async_wait_all(typingctx):  # type: ignore[no-untyped-def]
-    """Wait until all copies of this thread have arrived (sm_80)."""
+    """cp.async.wait_group 0: wait until all groups of this thread have arrived (sm_80)."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         if compiling_for() >= (8, 0):
@@ -501,7 +509,7 @@ def cp_async_wait_all(typingctx):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def ld_shared_v4_u32(typingctx, where):  # type: ignore[no-untyped-def]
-    """Four words from a 16-byte aligned shared address (`shared_address`)."""
+    """ld.shared.v4.u32: four words from a 16-byte aligned shared address."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         loaded = call_asm(
@@ -519,7 +527,7 @@ def ld_shared_v4_u32(typingctx, where):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def ld_shared_v2_u32(typingctx, where):  # type: ignore[no-untyped-def]
-    """Two words from an 8-byte aligned shared address."""
+    """ld.shared.v2.u32: two words from an 8-byte aligned shared address."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         kind = ir.LiteralStructType([I32] * 2)
@@ -532,7 +540,7 @@ def ld_shared_v2_u32(typingctx, where):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def ld_shared_u32(typingctx, where):  # type: ignore[no-untyped-def]
-    """A word from a 4-byte aligned shared address."""
+    """ld.shared.u32: a word from a 4-byte aligned shared address."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return call_asm(builder, I32, "ld.shared.u32 $0, [$1];", "=r,r,~{memory}", [builder.trunc(args[0], I32)])
@@ -542,7 +550,7 @@ def ld_shared_u32(typingctx, where):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def ld_global_u32(typingctx, where):  # type: ignore[no-untyped-def]
-    """A word from a 4-byte aligned global address."""
+    """ld.global.u32: a word from a 4-byte aligned global address."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return builder.load(builder.inttoptr(args[0], I32.as_pointer(1)), align=4)
@@ -552,7 +560,7 @@ def ld_global_u32(typingctx, where):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def ld_global_v4_u32(typingctx, where):  # type: ignore[no-untyped-def]
-    """Four words from a 16-byte aligned global address."""
+    """ld.global.v4.u32: four words from a 16-byte aligned global address."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         loaded = call_asm(
@@ -570,9 +578,10 @@ def ld_global_v4_u32(typingctx, where):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def no_unroll(typingctx):  # type: ignore[no-untyped-def]
-    """Nothing; but the compiler does not unroll a loop with a number of rounds that it does not know if this is in it.
+    """Keep the compiler from unrolling the loop that this is in, if its trip count is not a constant. No instruction.
 
-    Kernels of a step follow each other so closely that fetching their code shows: what runs once must be short.
+    Kernels of a step are so short that fetching their instructions takes visible time: code that runs once must be
+    small.
     """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -599,19 +608,21 @@ def _for_sm_90(text: str) -> Any:
 
 
 griddepcontrol_wait = intrinsic(_for_sm_90("griddepcontrol.wait;"))
-"""Wait until the kernel before this one has ended and its results can be read (sm_90). Before it a kernel may only read
-what no kernel of the same run writes: weights, inputs, keys and values of earlier runs.
+"""griddepcontrol.wait: wait until the previous kernel has finished and its results are visible (sm_90). Before this a
+kernel may only read what no kernel of the same run writes: weights, inputs, keys and values of earlier runs.
 """
 
 griddepcontrol_launch_dependents = intrinsic(_for_sm_90("griddepcontrol.launch_dependents;"))
-"""Let the next kernel's blocks begin as soon as all of this one's have come here or ended (sm_90): at once. They fill
-their rings while this kernel still works; each kernel waits before it looks at another one's results or writes its own.
+"""griddepcontrol.launch_dependents: the next kernel's blocks may start once all blocks of this one have come here or
+ended (sm_90). They fill their rings while this kernel still works, and wait before they read its results.
 """
 
 
 @intrinsic
 def atom_add_1(typingctx, counter):  # type: ignore[no-untyped-def]
-    """Add 1 to an int32 at a global address, after all that this thread wrote; returns what it was."""
+    """atom.add of 1 to an int32 at a global address, with acquire and release fences; returns the old value.
+
+    Not PTX's atom.inc, which wraps around."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return call_asm(builder, I32, "fence.acq_rel.gpu; atom.global.add.u32 $0, [$1], 1; fence.acq_rel.gpu;",
@@ -622,7 +633,7 @@ def atom_add_1(typingctx, counter):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def store_release_system(typingctx, where, number):  # type: ignore[no-untyped-def]
-    """Write an int64 where the host reads it, after all that this thread wrote."""
+    """st.release.sys: write an int64 that the host reads, after all earlier writes of this thread."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         call_asm(builder, VOID, "st.release.sys.global.u64 [$0], $1;", "l,l,~{memory}", args)
