@@ -26,21 +26,7 @@ import math
 import numpy as np
 from numba import cuda
 
-from .cuda.intrinsics import (
-    address,
-    atom_add_1,
-    dp4a,
-    ex2_approx,
-    float_as_uint,
-    has_scales,
-    is_packed,
-    ld_global_u32,
-    load_element,
-    scale_in,
-    scale_word,
-    store_element,
-    uint_as_float,
-)
+from .cuda.intrinsics import address, atom_add_1, dp4a, ex2_approx, float_as_uint, ld_global_u32, uint_as_float
 from .cuda.kernels.common import (
     FULL_MASK,
     LOG2_E,
@@ -54,6 +40,7 @@ from .cuda.kernels.common import (
 from .cuda.kernels.dequant import dequant_element
 from .cuda.kernels.reduce import block_max, block_sum, is_replaced_by, warp_sum
 from .cuda.ops.elementwise import THREADS
+from .cuda.quant_traits import has_scales, is_packed, load_element, scale_in, scale_word, store_element
 
 
 @cuda.jit

@@ -229,7 +229,7 @@ def signature(kinds: Sequence[str]) -> tuple[Any, ...]:
     """Numba's types for kinds of arguments: "f16*" is a pointer, "i64" and "f32" are numbers."""
     from numba.cuda import types
 
-    from .intrinsics import ELEMENT_TYPES
+    from .quant_traits import ELEMENT_TYPES
 
     return tuple(
         types.CPointer(ELEMENT_TYPES[kind[:-1]]) if kind.endswith("*") else ELEMENT_TYPES[kind] for kind in kinds

@@ -19,9 +19,9 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from .intrinsics import PER_16_BYTES
 from .launch import STAGED_BYTES
 from .lowering import F32, I32, VOID, as_integer, call_asm, compiling_for, fma, rounded_to_16
+from .quant_traits import PER_16_BYTES
 
 
 def _parts(builder: Any, kind: Any, value: Any) -> list[Any]:

@@ -27,7 +27,7 @@ ORDER = [
     "formats.hf.reader", "formats.hf.writer", "formats.meta.torch_zip", "formats.meta.reader", "formats", "loader",
     "ir", "graph", "plan", "kernels_outline", "kernel_cache", "cpu.compiler", "cuda.repack", "cpu.intrinsics",
     "cpu.vecdot", "cpu.vecdot_int8", "cpu.matmul", "kernels_cpu", "cpu.kernels_int8", "cpu.sampling", "sampling",
-    "cpu.backend", "cuda.launch", "cuda.lowering", "cuda.intrinsics", "cuda.mma", "cuda.driver",
+    "cpu.backend", "cuda.launch", "cuda.lowering", "cuda.intrinsics", "cuda.quant_traits", "cuda.mma", "cuda.driver",
     "cuda.compile_worker", "cuda.ops.gemv", "cuda.ops.elementwise", "cuda.ops.gemm", "cuda.ops.attention",
     "cuda.ops.prefill_attention", "cuda.ops.sampling", "cuda.ops", "cuda.kernels.common", "cuda.kernels.reduce",
     "cuda.kernels.dequant",

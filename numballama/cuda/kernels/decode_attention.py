@@ -37,12 +37,9 @@ from ..intrinsics import (
     ld_global_v4_u32,
     ld_shared_v4_u32,
     ld_v4_f32,
-    load_element,
     no_unroll,
-    per_16_bytes,
     shared_address,
     st_v4_f32,
-    unpack8,
 )
 from ..ops.attention import (
     ALONE,
@@ -56,6 +53,7 @@ from ..ops.attention import (
     WARPS,
     WEIGHTS,
 )
+from ..quant_traits import load_element, per_16_bytes, unpack8
 from .common import (
     FULL_MASK,
     LOG2_E,

@@ -9,18 +9,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from ..intrinsics import (
-    address,
-    cvt_f32_f16,
-    cvt_f32_s8,
-    is_packed,
-    is_q4_1,
-    is_q4_k,
-    is_q6_k,
-    ld_global_u32,
-    scale_bytes,
-    scale_word,
-)
+from ..intrinsics import address, cvt_f32_f16, cvt_f32_s8, ld_global_u32
+from ..quant_traits import is_packed, is_q4_1, is_q4_k, is_q6_k, scale_bytes, scale_word
 from .common import device
 
 FOUR_RECORD, FOUR_WORDS, FOUR_FACTORS = 80, 20, 64

@@ -23,27 +23,19 @@ from ..intrinsics import (
     cp_async_8,
     cp_async_16,
     cvt_rni_s32,
-    dot_16_bytes,
     dp4a,
     dp4a_su,
     dp4a_us,
     dp4a_uu,
-    has_scales,
-    is_packed,
-    is_q4_k,
-    is_q6_k,
     ld_shared_u32,
     ld_shared_v2_u32,
     ld_shared_v4_u32,
     ld_v4_f32,
     no_unroll,
-    per_16_bytes,
     prmt_byte_planes,
-    scale_in,
     shared_address,
     st_v4_f32,
     uint_as_float,
-    zero_point,
 )
 from ..ops.gemv import (
     CHUNK_BYTES,
@@ -56,6 +48,7 @@ from ..ops.gemv import (
     THREADS,
     WARPS,
 )
+from ..quant_traits import dot_16_bytes, has_scales, is_packed, is_q4_k, is_q6_k, per_16_bytes, scale_in, zero_point
 from .common import FULL_MASK, device, magnitude_bits
 from .dequant import FOUR_FACTORS, SIX_FACTORS, SIX_SCALES, factors_of, factors_q6_k
 from .reduce import warp_sum

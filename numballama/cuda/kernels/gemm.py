@@ -34,16 +34,11 @@ from ..intrinsics import (
     cp_async_wait_all,
     cp_async_wait_group,
     griddepcontrol_wait,
-    is_packed,
     ld_global_u32,
     ld_global_v4_u32,
     ld_v4_f32,
-    per_16_bytes,
-    scale_in,
-    scale_word,
     shared_address,
     st_v4_f32,
-    store_element,
     uint_as_float,
 )
 from ..launch import STAGED_BYTES
@@ -61,6 +56,7 @@ from ..mma import (
     zeros128,
 )
 from ..ops.gemm import F32_STEP, STEP, THREADS, TILE, TILE_BYTES, W_ROW, X_ROW
+from ..quant_traits import is_packed, per_16_bytes, scale_in, scale_word, store_element
 from .common import FULL_MASK, device, kv_index, launch_bounds, magnitude_bits, pdl_sync, silu_and_mul
 from .dequant import block_at
 from .dot import ld_v4_f32_or_0, squared, times4

@@ -30,16 +30,11 @@ from ..intrinsics import (
     cp_async_wait_group,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
-    has_scales,
-    is_q4_k,
-    is_q6_k,
     no_unroll,
-    per_16_bytes,
-    scale_bytes,
     shared_address,
-    store_element,
 )
 from ..ops.gemv import CHUNK_BYTES, DEPTH, SCALE_BYTES, SCALES_AT, THREADS, WARPS
+from ..quant_traits import has_scales, is_q4_k, is_q6_k, per_16_bytes, scale_bytes, store_element
 from .common import device, fast_divmod, is_padding_token, kv_index, launch_bounds, silu_and_mul
 from .dequant import FOUR_WORDS, chunk_scales, first_scale
 from .dot import elements_together, fetch_q6_k, multiply, norm_factor, payload_step, row_bytes, stage_x, x_step

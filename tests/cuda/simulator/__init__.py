@@ -4,8 +4,8 @@ Import this first, before anything of `numballama` or `numba`, in a process with
 
 What it emulates:
 
-- Every function of `numballama/cuda/intrinsics.py`, in Python (`instructions.py`), and warp shuffles. Those of
-  `numballama/cuda/mma.py` are not emulated: `tests/cuda/emulator` runs the PTX of kernels that use tensor cores.
+- Every function of `intrinsics.py` and `quant_traits.py` of `numballama/cuda`, in Python (`instructions.py`), and warp
+  shuffles. Those of `mma.py` are not emulated: `tests/cuda/emulator` runs the PTX of kernels that use tensor cores.
 - Typed pointers, as `Pointer`, which knows its bounds. Integers that are read from it are Python's: like Numba's int64
   they do not overflow.
 - A scheduler that replaces the simulator's, which polls its threads. One thread of a block runs at a time, until it
@@ -377,11 +377,11 @@ simulation = Simulation()
 def _emulate() -> list[str]:
     """Replace the intrinsics by their emulation, before a kernel imports them. Returns the names that have none."""
     assert not any(name.startswith(KERNEL_MODULES) for name in sys.modules)
-    from numballama.cuda import intrinsics, mma
+    from numballama.cuda import intrinsics, mma, quant_traits
     from tests.cuda.simulator.instructions import EMULATED
 
     missing = []
-    for module in (intrinsics, mma):
+    for module in (intrinsics, quant_traits, mma):
         for name, value in list(vars(module).items()):
             if isinstance(value, _Unknown):
                 value.name = name
