@@ -90,11 +90,11 @@ def st_v4_f32(typingctx, memory, index, a, b, c, d):  # type: ignore[no-untyped-
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         where = as_integer(context, builder, args[1], index, types.int64)
         vector = ir.VectorType(F32, 4)
-        numbers = ir.Constant(vector, ir.Undefined)
+        elements = ir.Constant(vector, ir.Undefined)
         for i in range(4):
-            numbers = builder.insert_element(numbers, args[2 + i], ir.Constant(I32, i))
+            elements = builder.insert_element(elements, args[2 + i], ir.Constant(I32, i))
         element = builder.bitcast(element_pointer(context, builder, memory, args[0], where), vector.as_pointer())
-        builder.store(numbers, element, align=16)
+        builder.store(elements, element, align=16)
         return context.get_dummy_value()
 
     return types.void(memory, index, *[types.float32] * 4), codegen

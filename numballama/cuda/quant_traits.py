@@ -118,10 +118,10 @@ def dot_16_bytes(typingctx, memory, words, x, index, step):  # type: ignore[no-u
         vector = ir.VectorType(F32, 4)
         for four in range(PER_16_BYTES[name] // 4):
             where = builder.bitcast(element_pointer(context, builder, x, args[2], at), vector.as_pointer())
-            numbers = builder.load(where, align=16)
+            elements = builder.load(where, align=16)
             for i in range(4):
                 number = _unpack(builder, name, parts, 4 * four + i)
-                sums[i % 2] = fma(builder, number, builder.extract_element(numbers, ir.Constant(I32, i)), sums[i % 2])
+                sums[i % 2] = fma(builder, number, builder.extract_element(elements, ir.Constant(I32, i)), sums[i % 2])
             at = builder.add(at, stride)
         return builder.fadd(*sums)
 
@@ -138,8 +138,8 @@ def unpack8(typingctx, memory, words):  # type: ignore[no-untyped-def]
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         parts = [builder.extract_value(args[1], i) for i in range(4)]
         zero, count = ir.Constant(F32, 0.0), PER_16_BYTES[name]
-        numbers = [_unpack(builder, name, parts, i) if i < count else zero for i in range(8)]
-        return context.make_tuple(builder, signature.return_type, numbers)
+        elements = [_unpack(builder, name, parts, i) if i < count else zero for i in range(8)]
+        return context.make_tuple(builder, signature.return_type, elements)
 
     return types.UniTuple(types.float32, 8)(memory, words), codegen
 

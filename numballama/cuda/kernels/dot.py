@@ -78,12 +78,14 @@ def elements_together(payload):
 def fetch_q6_k(slot, source, scales, count, lane):
     """Start copying a lane's part of a stage of a q6_k row: 24 bytes of integers, and the words with its scales."""
     inside = lane & 15
-    own = 4 * (inside >> 1)
+    word_offset = 4 * (inside >> 1)
     cp_async_16(slot, source, count)
-    cp_async_8(slot + SIX_AT - 8 * lane, scales + 8 * inside - own - SIX_SCALES, count >> 1)
+    cp_async_8(slot + SIX_AT - 8 * lane, scales + 8 * inside - word_offset - SIX_SCALES, count >> 1)
     cp_async_4(slot + SIX_SCALES_AT - 12 * lane, scales, count >> 2)
     cp_async_4(
-        slot + SIX_FACTORS_AT - 12 * lane, scales + (SIX_FACTORS - SIX_SCALES) + 4 * (inside >> 3) - own, count >> 2
+        slot + SIX_FACTORS_AT - 12 * lane,
+        scales + (SIX_FACTORS - SIX_SCALES) + 4 * (inside >> 3) - word_offset,
+        count >> 2,
     )
 
 
@@ -104,10 +106,10 @@ def multiply(slot, payload, scales, odd, shared, x_at, lane):
         second = multiply_fixed(slot + CHUNK_BYTES, payload, shared, x_at + x_step(payload), lane)
         total = first + second * scale_in(scales, ld_shared_u32(at + SCALE_BYTES), odd)
     else:
-        here = x_at + lane * 4
-        first = dot_16_bytes(payload, ld_shared_v4_u32(slot), shared, here, LANE_STEP)
+        lane_x = x_at + lane * 4
+        first = dot_16_bytes(payload, ld_shared_v4_u32(slot), shared, lane_x, LANE_STEP)
         total = first + dot_16_bytes(
-            payload, ld_shared_v4_u32(slot + CHUNK_BYTES), shared, here + x_step(payload), LANE_STEP
+            payload, ld_shared_v4_u32(slot + CHUNK_BYTES), shared, lane_x + x_step(payload), LANE_STEP
         )
     return total
 

@@ -76,7 +76,7 @@ def round_kernel(tokens, x, norm, normed, eps, out, scales, columns, padded):
         return
     pdl_sync()
     scratch = cuda.shared.array(32, np.float32)
-    most = cuda.shared.array(32, np.int32)
+    warp_largest = cuda.shared.array(32, np.int32)
     row, width = t * columns, cuda.blockDim.x
     even = columns & 3 == 0
     squares, largest = np.float32(0), np.int32(0)  # |x| as bits, whose order is the same
@@ -89,10 +89,10 @@ def round_kernel(tokens, x, norm, normed, eps, out, scales, columns, padded):
     for i in range(5):
         largest = max(largest, np.int32(cuda.shfl_xor_sync(FULL_MASK, largest, 16 >> i)))
     if cuda.threadIdx.x & 31 == 0:
-        most[cuda.threadIdx.x >> 5] = largest
+        warp_largest[cuda.threadIdx.x >> 5] = largest
     squares = block_sum(squares, scratch)
     for i in range(width >> 5):
-        largest = max(largest, most[i])
+        largest = max(largest, warp_largest[i])
     factor = np.float32(1)
     if normed:
         factor = np.float32(1) / np.float32(math.sqrt(squares / np.float32(columns) + eps))
@@ -153,9 +153,11 @@ def expand_kernel(weight, stride, scales, scale_stride, shift, out, first, colum
 
 
 @device
-def rows_there(here, most):
-    """Bit mask of a thread's rows that exist. Its `most` rows are 16 apart; `here` rows exist from its first on."""
-    return (1 << max(0, min((here + 15) >> 4, most))) - 1
+def row_mask(rows_left, n_rows):
+    """Bit mask of the rows that exist, of a thread's `n_rows` rows that are 16 apart; `rows_left` rows exist from its
+    first on.
+    """
+    return (1 << max(0, min((rows_left + 15) >> 4, n_rows))) - 1
 
 
 @device
@@ -179,7 +181,9 @@ def wait_for_stage(stages):
 
 
 @device
-def multiply(weight, x_at, x_bytes, x_rows, a_at, a_rows, b_at, b_rows, stride, columns, stages, early, base, sums):
+def multiply_tile(
+    weight, x_at, x_bytes, x_rows, a_at, a_rows, b_at, b_rows, stride, columns, stages, early, base, sums
+):
     """Sums of a tile: 128 tokens of X from address `x_at` on, times 64 rows of W from `a_at` on and 64 from `b_at` on.
 
     `x_rows`, `a_rows` and `b_rows` rows of these exist, the others count as zeros. `early` if the predecessor does not
@@ -191,7 +195,7 @@ def multiply(weight, x_at, x_bytes, x_rows, a_at, a_rows, b_at, b_rows, stride, 
     to = base + row * 128 + ((chunk ^ (row & 7)) << 4)
     x_from, x_step = x_at + row * x_bytes + chunk * 16, 16 * x_bytes
     a_from, b_from, w_step = a_at + row * stride + chunk * 16, b_at + row * stride + chunk * 16, 16 * stride
-    rows = rows_there(x_rows - row, 8) | rows_there(a_rows - row, 4) << 8 | rows_there(b_rows - row, 4) << 12
+    rows = row_mask(x_rows - row, 8) | row_mask(a_rows - row, 4) << 8 | row_mask(b_rows - row, 4) << 12
     k_here = columns - 8 * chunk
     steps = (columns + STEP - 1) // STEP
     if not early:
@@ -308,10 +312,11 @@ def gemm_kernel(tokens, x, padded, scales, weight, stride, early, residual, adde
     if first_token >= tokens[0]:
         return
     shared = cuda.shared.array(0, np.float32)
-    base, here = shared_address(shared, 0), end - first_row
+    base, rows_left = shared_address(shared, 0), end - first_row
     w_at = address(weight, 0) + (first_row - begin) * stride
-    sums = multiply(weight, address(x, first_token * padded), 2 * padded, tokens[0] - first_token, w_at, here,
-                    w_at + 64 * stride, here - 64, stride, columns, stages, early, base, zeros128())  # fmt: skip
+    sums = multiply_tile(weight, address(x, first_token * padded), 2 * padded, tokens[0] - first_token, w_at,
+                         rows_left, w_at + 64 * stride, rows_left - 64, stride, columns, stages, early, base,
+                         zeros128())  # fmt: skip
     for half in range(2):
         stage_half(half, sums, base)
         finish_linear(shared, scales, True, residual, added, out, first_token + 64 * half, tokens[0], first_row, end,
@@ -326,11 +331,10 @@ def gemm_gate_up_kernel(tokens, x, padded, scales, w1, w3, stride, early, out, b
     if first_token >= tokens[0]:
         return
     shared = cuda.shared.array(0, np.float32)
-    base, here, skipped = shared_address(shared, 0), end - first_row, (first_row - begin) * stride
-    sums = multiply(w1, address(x, first_token * padded), 2 * padded, tokens[0] - first_token,
-                    address(w1, 0) + skipped, here, address(w3, 0) + skipped, here, stride, columns, stages, early,
-                    base,
-                    zeros128())  # fmt: skip
+    base, rows_left, skipped = shared_address(shared, 0), end - first_row, (first_row - begin) * stride
+    sums = multiply_tile(w1, address(x, first_token * padded), 2 * padded, tokens[0] - first_token, address(w1,
+                         0) + skipped, rows_left, address(w3, 0) + skipped, rows_left, stride, columns, stages,
+                         early, base, zeros128())  # fmt: skip
     column = (cuda.threadIdx.x & 15) * 4
     n = first_row + column
     for half in range(2):
@@ -373,10 +377,11 @@ def gemm_qkv_rope_kernel(tokens, x, padded, scales, wq, wk, wv, stride, early, a
         section, rows, w_at = 1, kv_rows, address(wk, 0)
         tile -= q_tiles
     first_row = tile * width
-    here = min(width, rows - first_row)
+    rows_left = min(width, rows - first_row)
     w_at += first_row * stride
-    sums = multiply(wq, address(x, first_token * padded), 2 * padded, tokens[0] - first_token, w_at, here,
-                    w_at + 64 * stride, here - 64, stride, columns, stages, early, base, zeros128())  # fmt: skip
+    sums = multiply_tile(wq, address(x, first_token * padded), 2 * padded, tokens[0] - first_token, w_at,
+                         rows_left, w_at + 64 * stride, rows_left - 64, stride, columns, stages, early, base,
+                         zeros128())  # fmt: skip
 
     half_dim, i, head = head_dim >> 1, cuda.threadIdx.x & 63, 0
     while i >= half_dim:  # faster than a division of int64
@@ -390,7 +395,7 @@ def gemm_qkv_rope_kernel(tokens, x, padded, scales, wq, wk, wv, stride, early, a
         stage_half(half, sums, base)
         first = first_token + 64 * half
         for r in range(cuda.threadIdx.x >> 6, min(64, tokens[0] - first), THREADS >> 6):
-            if b < here:
+            if b < rows_left:
                 t = first + r
                 scale = scales[t]
                 u, v = shared[r * STAGED + a] * scale, shared[r * STAGED + b] * scale

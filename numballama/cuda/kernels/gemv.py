@@ -110,10 +110,10 @@ def pairs_of_block(layout):
 
 
 @device
-def fetch_stage(mode, cursor, stage, own, shape, payload, rows, weights, scales, scale_step):
+def fetch_stage(mode, cursor, stage, lane_place, shape, payload, rows, weights, scales, scale_step):
     """Start copying the stage at the cursor, if there is one. Returns the cursor of the next stage."""
     to_fetch, next_chunk, a, b, a_scales, b_scales = cursor
-    ring, lane, slice_, slices, groups = own
+    ring, lane, slice_index, slices, groups = lane_place
     n_pairs, columns, chunks = shape
     width, row_slot = 32 * per_16_bytes(payload), row_bytes(payload)
     if to_fetch < n_pairs:
@@ -128,7 +128,7 @@ def fetch_stage(mode, cursor, stage, own, shape, payload, rows, weights, scales,
         a_scales += slices * (2 * scale_step)
         b_scales += slices * (2 * scale_step)
         if next_chunk >= chunks:
-            next_chunk = 2 * slice_
+            next_chunk = 2 * slice_index
             to_fetch += groups
             pair = cuda.blockIdx.x + min(to_fetch, n_pairs - 1) * cuda.gridDim.x
             a, b, a_scales, b_scales = source_of(mode, pair, rows, weights, scales)
@@ -154,26 +154,31 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
     n_pairs, elements, row_slot = pairs_of_block(layout), per_16_bytes(payload), row_bytes(payload)
     shape = n_pairs, columns, chunks
-    groups, slice_ = WARPS >> log2_slices, warp & (slices - 1)
+    groups, slice_index = WARPS >> log2_slices, warp & (slices - 1)
     ring = shared_address(shared, 0) + warp * (DEPTH * 2 * row_slot) + lane * 16
-    own = ring, lane, slice_, slices, groups
+    lane_place = ring, lane, slice_index, slices, groups
 
     # what this lane copies first in row 0: its 16 bytes of the first chunk of its slice
     s0, s1, s2, scale_stride = scales
     scale, size = (lane * elements) >> shift, scale_bytes(s0)
     odd, scale_step = scale & 1, chunk_scales(payload, s0, elements, shift)
-    on = lane * 16 + slice_ * payload_step(payload)
-    scales_on = first_scale(payload, s0, scale, lane) + slice_ * (2 * scale_step)
-    weights = weights[0] + on, weights[1] + on, weights[2] + on, weights[3]
-    addresses = address(s0, 0) + scales_on, address(s1, 0) + scales_on, address(s2, 0) + scales_on, scale_stride * size
+    offset = lane * 16 + slice_index * payload_step(payload)
+    scales_offset = first_scale(payload, s0, scale, lane) + slice_index * (2 * scale_step)
+    weights = weights[0] + offset, weights[1] + offset, weights[2] + offset, weights[3]
+    addresses = (
+        address(s0, 0) + scales_offset,
+        address(s1, 0) + scales_offset,
+        address(s2, 0) + scales_offset,
+        scale_stride * size,
+    )
 
-    local, chunk = warp >> log2_slices, 2 * slice_
+    local, chunk = warp >> log2_slices, 2 * slice_index
     pair = cuda.blockIdx.x + min(local, n_pairs - 1) * cuda.gridDim.x
     a, b, a_scales, b_scales = source_of(mode, pair, rows, weights, addresses)
     cursor = local, chunk, a, b, a_scales, b_scales
     for stage in range(ahead):  # DEPTH - 1, as an argument: the compiler would unroll a constant
         no_unroll()
-        cursor = fetch_stage(mode, cursor, stage, own, shape, payload, rows, weights, addresses, scale_step)
+        cursor = fetch_stage(mode, cursor, stage, lane_place, shape, payload, rows, weights, addresses, scale_step)
     griddepcontrol_wait()
     early1, early2 = np.float32(0), np.float32(0)
     if wanted:
@@ -187,7 +192,7 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     while local < n_pairs:
         if is_q4_k(payload):
             cuda.syncwarp()  # all lanes have read what other lanes copied for them
-        cursor = fetch_stage(mode, cursor, stage, own, shape, payload, rows, weights, addresses, scale_step)
+        cursor = fetch_stage(mode, cursor, stage, lane_place, shape, payload, rows, weights, addresses, scale_step)
         stage += 1
         cp_async_wait_group(3)
         if is_q4_k(payload):
@@ -200,9 +205,9 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
         if chunk >= chunks:
             total = warp_sum2(sum_a, sum_b)
             if lane & 15 == 0:
-                shared[partial_at + (local * slices + slice_) * 2 + (lane >> 4)] = total
+                shared[partial_at + (local * slices + slice_index) * 2 + (lane >> 4)] = total
             sum_a, sum_b = np.float32(0), np.float32(0)
-            chunk = 2 * slice_
+            chunk = 2 * slice_index
             local += groups
     cp_async_wait_all()
     cuda.syncthreads()

@@ -79,10 +79,10 @@ def fetch_tile(base, k_at, v_at, first, length, head_dim, width):
     to = base + row * 2 * width + ((chunk ^ (row & 7)) << 4)
     step = THREADS // chunks  # a multiple of 8, so that all of a thread's rows are swizzled alike
     at = (first + row) * head_dim * 2 + chunk * 16
-    here = length - first - row if 8 * chunk < head_dim else 0
+    rows_left = length - first - row if 8 * chunk < head_dim else 0
     k_from, v_from, bytes_on = k_at + at, v_at + at, step * head_dim * 2
     for i in range(TILE // step):
-        count = 16 if i * step < here else 0
+        count = 16 if i * step < rows_left else 0
         cp_async_16(to + i * step * 2 * width, k_from, count)
         cp_async_16(to + (TILE + i * step) * 2 * width, v_from, count)
         k_from += bytes_on

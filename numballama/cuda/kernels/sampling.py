@@ -201,21 +201,21 @@ def draw_from_few(logits, n, largest, last_bin, settings, state, tokens, scores,
     cuda.syncthreads()
     count = result[2]
     for pass_number in range(2):  # first the mass of all that top-k keeps, then which of them to keep
-        for own in range(thread, count, THREADS):
+        for j in range(thread, count, THREADS):
             rank, above = 0, np.int64(0)
             for i in range(count):
-                if is_replaced_by(scores[own], tokens[own], scores[i], tokens[i]):
+                if is_replaced_by(scores[j], tokens[j], scores[i], tokens[i]):
                     rank += 1
                     if pass_number == 1:
                         above += mass_of(scores[i], largest)
-            mass = mass_of(scores[own], largest)
+            mass = mass_of(scores[j], largest)
             if rank < top_k:
                 if pass_number == 0:
                     cuda.atomic.add(whole, 0, mass)
                 elif rank == 0 or ((top_p >= 1 or above < top_p * whole[0]) and mass >= min_p * MASS):
-                    score = scores[own] / np.float32(temperature) + gumbel(state[0], tokens[own])
-                    if is_replaced_by(best, best_token, score, tokens[own]):
-                        best, best_token = score, tokens[own]
+                    score = scores[j] / np.float32(temperature) + gumbel(state[0], tokens[j])
+                    if is_replaced_by(best, best_token, score, tokens[j]):
+                        best, best_token = score, tokens[j]
         cuda.syncthreads()
     return best, best_token
 
