@@ -332,9 +332,9 @@ def gemm_gate_up_kernel(tokens, x, padded, scales, w1, w3, stride, early, out, b
         return
     shared = cuda.shared.array(0, np.float32)
     base, rows_left, skipped = shared_address(shared, 0), end - first_row, (first_row - begin) * stride
-    sums = multiply_tile(w1, address(x, first_token * padded), 2 * padded, tokens[0] - first_token, address(w1,
-                         0) + skipped, rows_left, address(w3, 0) + skipped, rows_left, stride, columns, stages,
-                         early, base, zeros128())  # fmt: skip
+    sums = multiply_tile(w1, address(x, first_token * padded), 2 * padded, tokens[0] - first_token,
+                         address(w1, 0) + skipped, rows_left, address(w3, 0) + skipped, rows_left, stride, columns,
+                         stages, early, base, zeros128())  # fmt: skip
     column = (cuda.threadIdx.x & 15) * 4
     n = first_row + column
     for half in range(2):
