@@ -22,7 +22,7 @@ def _producers(graph: Graph) -> dict[str, Op]:
 
 
 def _only_reader(graph: Graph, readers: Mapping[str, list[Op]], op: Op, kind: str) -> Op | None:
-    """The op of this kind that alone reads all that `op` computes, if there is one."""
+    """The op of this kind that reads all results of `op`, if no other op reads any of them."""
     users = {id(user): user for name in op.outputs for user in readers[name]}
     if len(users) != 1 or any(name in graph.outputs for name in op.outputs):
         return None
@@ -42,7 +42,7 @@ def _attention(graph: Graph) -> Groups:
 
 
 def _qkv(graph: Graph) -> Groups:
-    """Three linears of one input: one step instead of three."""
+    """Three linear ops of one input become one step."""
     for users in graph.consumers().values():
         linears = [op for op in users if op.kind == "linear"]
         if len(linears) == 3 and len({op.inputs[:-1] for op in linears}) == 1:
@@ -50,7 +50,7 @@ def _qkv(graph: Graph) -> Groups:
 
 
 def _gate_up(graph: Graph) -> Groups:
-    """The two linears of a feed-forward network and SwiGLU between them."""
+    """The gate and up projections of a feed-forward network, and SwiGLU of their results."""
     made, readers = _producers(graph), graph.consumers()
     for op in graph.ops:
         if op.kind == "swiglu":
@@ -63,7 +63,7 @@ def _gate_up(graph: Graph) -> Groups:
 
 
 def _residual(graph: Graph) -> Groups:
-    """A linear whose result is added to the residual stream."""
+    """A linear op whose result is added to the residual stream."""
     readers = graph.consumers()
     for op in graph.ops:
         if op.kind == "linear" and (add := _only_reader(graph, readers, op, "add")) and add.inputs[1] == op.outputs[0]:
@@ -86,7 +86,7 @@ def _rope_kv(graph: Graph) -> Groups:
 
 
 def _norm(graph: Graph) -> Groups:
-    """A norm into the linear step that reads it: every worker normalises for itself, which is cheaper than waiting."""
+    """A norm and the linear step that reads it: every worker normalises for itself, which costs less than a barrier."""
     readers = graph.consumers()
     for op in graph.ops:
         if op.kind == "rmsnorm":
@@ -96,7 +96,7 @@ def _norm(graph: Graph) -> Groups:
 
 
 def _qkv_rope(graph: Graph) -> Groups:
-    """A norm, three linears, RoPE and both writes to the cache: two rows that RoPE turns together are in one place."""
+    """A norm, three linear ops, RoPE and both writes to the KV cache: both rows of a RoPE pair are in one worker."""
     readers = graph.consumers()
     for op in graph.ops:
         if op.kind == "norm_qkv" and (user := _only_reader(graph, readers, op, "rope_kv_write")):
@@ -135,8 +135,8 @@ def fuse(graph: Graph, backend: str, passes: bool | Sequence[str] = True) -> Gra
 
 
 def _join(graph: Graph, groups: list[tuple[str, list[Op]]], backend: str) -> Graph:
-    """Replace each group by one op: at the place of its last member, or of its first if another op reads a result
-    before.
+    """Replace each group by one op, at the place of its last member. If another op reads a result before that, the place
+    of the first member is tried.
     """
     readers = graph.consumers()
     place = {id(op): index for index, op in enumerate(graph.ops)}

@@ -17,9 +17,9 @@ from .rope import rope_frequencies
 
 @dataclass(frozen=True)
 class KVLayout:
-    """Where keys and values lie: for each layer two arrays [sequences, n_kv_heads, context, head_dim].
+    """Layout of the KV cache: for each layer two arrays [sequences, n_kv_heads, context, head_dim].
 
-    All positions of one head lie together, so that attention reads memory in one stream.
+    All positions of one head are contiguous, so that attention reads memory in one stream.
     """
 
     n_layers: int
@@ -46,7 +46,7 @@ class KVLayout:
 
 
 class Builder:
-    """A graph under construction, with what the layers of all architectures are made of."""
+    """A graph under construction, and the parts that layers of all architectures are made of."""
 
     def __init__(
         self,
@@ -60,15 +60,15 @@ class Builder:
     ) -> None:
         self.graph, self.config = graph, config
         self._types, self._kv = types, kv
-        self._rounded = dict(VEC_DOT_TYPE) if activations == "int8" else {}
+        self._activation_types = dict(VEC_DOT_TYPE) if activations == "int8" else {}
         if int8_activations or activations == "int8":
-            self._rounded["int8"] = ""
+            self._activation_types["int8"] = ""
         self._shapes = config.weight_shapes()
         self._quantized: dict[tuple[str, str], tuple[Value, ...]] = {}
         self.ids = graph.input("ids", (tokens,), "i32")
-        self._places = graph.input("positions", (tokens,), "i32"), graph.input("sequences", (tokens,), "i32")
+        self._where = graph.input("positions", (tokens,), "i32"), graph.input("sequences", (tokens,), "i32")
         frequencies = graph.constant("rope_frequencies", rope_frequencies(config, kv.context))
-        self._angles = graph.add("rope_angles", self._places[0], frequencies, out="angles")
+        self._angles = graph.add("rope_angles", self._where[0], frequencies, out="angles")
 
     def weight(self, name: str) -> Value:
         """The weight that `config.weight_shapes()` lists under this name."""
@@ -79,41 +79,43 @@ class Builder:
         return self.graph.add("rmsnorm", x, self.weight(name), out=out, eps=self.config.norm_eps)
 
     def linear(self, x: Value, name: str, out: str) -> Value:
-        """x · weightᵀ; x quantised first, once for all weights that want it so, where activations are to be int8."""
-        graph, kind = self.graph, self._types[name]
-        if kind.name not in self._rounded:
+        """x · weightᵀ. Where activations are int8, x is quantised first, once for all weights that want it alike."""
+        graph, weight_type = self.graph, self._types[name]
+        if weight_type.name not in self._activation_types:
             return graph.add("linear", x, self.weight(name), out=out)
-        attrs = {"group": kind.group} if kind.group else {}
-        like = self._rounded[kind.name]
-        key = (x.name, like or str(kind.group))
+        group = weight_type.group
+        attrs = {"group": group} if group else {}
+        activation = self._activation_types[weight_type.name]  # "": int8 in the weight's own groups
+        key = (x.name, activation or str(group))
         if key not in self._quantized:
-            names = [f"{x.name}_{like}{part}" for part in ("", "_scales", "_sums")]
-            if not like:
-                names = [f"{x.name}_q{kind.group}", f"{x.name}_scale{kind.group}"]
-            self._quantized[key] = graph.add(f"quantize_{like}" if like else "quantize", x, out=names, **attrs)
+            names = [f"{x.name}_{activation}{part}" for part in ("", "_scales", "_sums")]
+            if not activation:
+                names = [f"{x.name}_q{group}", f"{x.name}_scale{group}"]
+            op = f"quantize_{activation}" if activation else "quantize"
+            self._quantized[key] = graph.add(op, x, out=names, **attrs)
         return graph.add("linear", *self._quantized[key], self.weight(name), out=out, **attrs)
 
     def project(self, x: Value, p: str, which: str, out: str, biased: bool = False) -> Value:
-        """By the weight `p`w`which` of a layer whose names begin with `p`, and its bias."""
+        """x · weightᵀ, plus the bias if `biased`: the weight is `{p}w{which}`, the bias `{p}b{which}`."""
         y = self.linear(x, f"{p}w{which}", f"{p}{out}")
         return self.graph.add("bias", y, self.weight(f"{p}b{which}"), out=f"{p}{out}_biased") if biased else y
 
     def attend(self, q: Value, k: Value, v: Value, p: str) -> Value:
-        """RoPE, the KV cache and attention: what each token's queries find, [T, n_heads · head_dim]."""
+        """RoPE, the writes to the KV cache, and attention. Returns [T, n_heads · head_dim]."""
         graph, config = self.graph, self.config
-        turn = {"head_dim": config.head_dim, "interleaved": int(config.rope_pairing == INTERLEAVED)}
-        q, k = (graph.add("rope", y, self._angles, out=f"{y.name}_rope", **turn) for y in (q, k))
+        rotation = {"head_dim": config.head_dim, "interleaved": int(config.rope_pairing == INTERLEAVED)}
+        q, k = (graph.add("rope", y, self._angles, out=f"{y.name}_rope", **rotation) for y in (q, k))
         k_cache, v_cache = (graph.state(f"{p}{name}_cache", self._kv.shape, self._kv.dtype) for name in "kv")
-        k_cache = graph.add("kv_write", k, k_cache, *self._places, out=f"{p}k_cache'")
-        v_cache = graph.add("kv_write", v, v_cache, *self._places, out=f"{p}v_cache'")
+        k_cache = graph.add("kv_write", k, k_cache, *self._where, out=f"{p}k_cache'")
+        v_cache = graph.add("kv_write", v, v_cache, *self._where, out=f"{p}v_cache'")
         window = config.window
-        scores = graph.add("attention_scores", q, k_cache, *self._places, out=f"{p}scores", window=window)
+        scores = graph.add("attention_scores", q, k_cache, *self._where, out=f"{p}scores", window=window)
         weights = graph.add("softmax", scores, out=f"{p}probabilities")
-        return graph.add("attention_values", weights, v_cache, *self._places, out=f"{p}attn_out", window=window)
+        return graph.add("attention_values", weights, v_cache, *self._where, out=f"{p}attn_out", window=window)
 
 
 def llama_layer(b: Builder, x: Value, p: str) -> Value:
-    """One layer of Llama, Mistral, Qwen2 or Qwen3, whose weights' names begin with `p`."""
+    """One layer of Llama, Mistral, Qwen2 or Qwen3. The names of its weights begin with `p`."""
     config, graph = b.config, b.graph
     h = b.norm(x, f"{p}attn_norm", f"{p}attn_in")
     q, k, v = (b.project(h, p, name, name, config.qkv_bias) for name in "qkv")
@@ -131,8 +133,8 @@ def llama_layer(b: Builder, x: Value, p: str) -> Value:
 
 
 LAYERS: dict[type[ModelConfig], Callable[[Builder, Value, str], Value]] = {ModelConfig: llama_layer}
-"""Class of a model's config → what one of its layers computes. An architecture that a `ModelConfig` cannot describe has
-a subclass of it, and a function here."""
+"""Class of a model's config → what one layer computes. An architecture that a `ModelConfig` cannot describe has a
+subclass of it, and a function here."""
 
 
 def build(

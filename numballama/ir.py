@@ -1,10 +1,10 @@
 """The intermediate representation: named values, ops over them, and what makes a graph well formed.
 
 A `Graph` is a list of ops in single assignment form. Every shape and type is known when an op is added: the op's rule
-in `RULES` computes them from its inputs. Nothing here knows of a device, a file or a llama. A fused op keeps the ops
-it replaced in `body`: they are its meaning, and its shapes follow from them.
+in `RULES` computes them from its inputs (`ops.py` has the rules). Nothing here knows a device, a file or a model. A
+fused op keeps the ops it replaced in `body`: they are its meaning, and its shapes follow from them.
 
-Values are of five kinds: "input" (written by the caller before a run), "weight", "constant" (numbers the graph
+A value has one of five kinds: "input" (written by the caller before a run), "weight", "constant" (numbers the graph
 carries), "state" (outlives a run: the KV cache) and "temp" (computed by an op). An op that updates a state gives it a
 new name that stands for the same memory (`Value.alias`), so that the order of writes and reads is in the data flow.
 """
@@ -28,7 +28,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "i8": np.dtype(np.int8),
     "i32": np.dtype(np.int32),
 }
-"""Types of values that occupy memory of a plan. Weights may have further types, whose bytes their file lays out."""
+"""Types of values that a plan holds memory for. Weights may have more types: their bytes lie as their file has them."""
 
 
 ValueKind = Literal["input", "weight", "constant", "state", "temp"]
@@ -171,7 +171,8 @@ def _rule(
     return made
 
 
-def _expect(condition: bool, text: str) -> None:
+def expect(condition: bool, text: str) -> None:
+    """Raise `Error` with this text unless the condition holds."""
     if not condition:
         raise Error(text)
 
@@ -187,7 +188,7 @@ class Graph:
         self.constants: dict[str, Sequence[float]] = {}
 
     def _declare(self, value: Value) -> Value:
-        _expect(value.name not in self.values, f"value {value.name} is assigned twice")
+        expect(value.name not in self.values, f"value {value.name} is assigned twice")
         self.values[value.name] = value
         return value
 
@@ -278,12 +279,12 @@ class Graph:
 def _infer(op: Op, values: Mapping[str, Value]) -> list[Value]:
     """The output values of an op, by its rule or by its body. Raises `Error` when they do not fit."""
     missing = [name for name in op.inputs if name not in values]
-    _expect(not missing, f"{op.kind}: input {', '.join(missing)} is not defined before its use")
+    expect(not missing, f"{op.kind}: input {', '.join(missing)} is not defined before its use")
     if op.body:
         inner = {name: values[name] for name in op.inputs}
         for part in op.body:
             inner |= {value.name: value for value in _infer(part, inner)}
-        _expect(all(name in inner for name in op.outputs), f"{op.kind}: its body does not compute {op.outputs}")
+        expect(all(name in inner for name in op.outputs), f"{op.kind}: its body does not compute {op.outputs}")
         return [inner[name] for name in op.outputs]
     rule = RULES.get(op.kind)
     known = ", ".join(sorted(kind for kind, each in RULES.items() if each.shapes))
@@ -294,9 +295,9 @@ def _infer(op: Op, values: Mapping[str, Value]) -> list[Value]:
     try:
         names = rule.inputs_of(len(inputs))
         unknown = sorted(set(op.attrs) - set(rule.attrs))
-        _expect(not unknown, f"has no attribute {', '.join(unknown)}; its attributes are ({', '.join(rule.attrs)})")
+        expect(not unknown, f"has no attribute {', '.join(unknown)}; its attributes are ({', '.join(rule.attrs)})")
         shaped = rule.shapes(inputs, op.attrs)
-        _expect(len(shaped) == len(op.outputs), f"has {len(shaped)} outputs, {len(op.outputs)} are named")
+        expect(len(shaped) == len(op.outputs), f"has {len(shaped)} outputs, {len(op.outputs)} are named")
         return [
             _result(rule, names, inputs, which, name, shape, dtype)
             for which, name, (shape, dtype) in zip(rule.outputs, op.outputs, shaped, strict=True)
@@ -312,8 +313,8 @@ def _result(
     if which not in rule.inplace:
         return Value(name, shape, dtype, "temp")
     updated = inputs[names.index(rule.inplace[which])]
-    _expect(updated.kind == "state", f"updates {updated} in place, which must be a state and is of kind {updated.kind}")
-    _expect(
+    expect(updated.kind == "state", f"updates {updated} in place, which must be a state and is of kind {updated.kind}")
+    expect(
         (shape, dtype) == (updated.shape, updated.dtype),
         f"updates {updated} in place, so output {which} must be {updated.dtype}{list(updated.shape)}, found "
         f"{dtype}{list(shape)}",
@@ -331,14 +332,14 @@ def verify(graph: Graph) -> None:
     stale: dict[str, str] = {}
     for op in graph.ops:
         for name in op.inputs:
-            _expect(name not in stale, f"{op}: reads {name}, which {stale.get(name)} has updated")
+            expect(name not in stale, f"{op}: reads {name}, which {stale.get(name)} has updated")
         for value in _infer(op, known):
-            _expect(value.name not in known, f"{op}: {value.name} is assigned twice")
-            _expect(graph.values.get(value.name) == value, f"{op}: declared {graph.values.get(value.name)}, is {value}")
+            expect(value.name not in known, f"{op}: {value.name} is assigned twice")
+            expect(graph.values.get(value.name) == value, f"{op}: declared {graph.values.get(value.name)}, is {value}")
             known[value.name] = value
             if value.alias is not None:
                 stale[value.alias] = value.name
     missing = [name for name in graph.outputs if name not in known]
-    _expect(not missing, f"graph outputs {missing} are never computed")
+    expect(not missing, f"graph outputs {missing} are never computed")
     for name, numbers in graph.constants.items():
-        _expect(graph.values[name].shape == (len(numbers),), f"constant {name} has {len(numbers)} numbers")
+        expect(graph.values[name].shape == (len(numbers),), f"constant {name} has {len(numbers)} numbers")

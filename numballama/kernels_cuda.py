@@ -38,8 +38,8 @@ from .cuda.kernels.common import (
     silu_and_mul,
 )
 from .cuda.kernels.dequant import dequant_element
+from .cuda.kernels.params import ELEMENTWISE_THREADS as THREADS
 from .cuda.kernels.reduce import block_max, block_sum, is_replaced_by, warp_sum
-from .cuda.ops.elementwise import THREADS
 from .cuda.quant_traits import has_scales, is_packed, load_element, scale_in, scale_word, store_element
 
 

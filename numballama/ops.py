@@ -12,24 +12,18 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .errors import Error
-from .ir import Shaped, Shapes, Value, fused_rule, rule
+from .ir import Shaped, Shapes, Value, expect, fused_rule, rule
 from .quantization.types import ACTIVATION_QUANT, VEC_DOT_TYPE
 
 Inputs = Sequence[Value]
 Attrs = Mapping[str, Any]
 
 
-def _expect(condition: bool, text: str) -> None:
-    if not condition:
-        raise Error(text)
-
-
 @rule("embedding", inputs=("ids", "table"))
 def _embedding(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     """ids[T], table[V, D] → row ids[t] of the table for each token, [T, D]"""
     ids, table = inputs
-    _expect(ids.dtype == "i32" and len(ids.shape) == 1 and len(table.shape) == 2, "wants ids i32[T] and a table[V, D]")
+    expect(ids.dtype == "i32" and len(ids.shape) == 1 and len(table.shape) == 2, "wants ids i32[T] and a table[V, D]")
     return [((ids.shape[0], table.shape[1]), "f32")]
 
 
@@ -37,7 +31,7 @@ def _embedding(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
 def _rope_angles(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     """positions[T], frequencies[P] → cos, then sin, of position · frequency, [T, 2P]"""
     positions, frequencies = inputs
-    _expect(positions.dtype == "i32" and len(frequencies.shape) == 1, "wants positions i32[T] and frequencies[P]")
+    expect(positions.dtype == "i32" and len(frequencies.shape) == 1, "wants positions i32[T] and frequencies[P]")
     return [((positions.shape[0], 2 * frequencies.shape[0]), "f32")]
 
 
@@ -45,7 +39,7 @@ def _rope_angles(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
 def _rmsnorm(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     """x[T, D], weight[D] → x / sqrt(mean(x²) + eps) · weight"""
     x, weight = inputs
-    _expect(x.dtype == "f32" and weight.shape == x.shape[1:] and attrs["eps"] >= 0, "wants x f32[T, D], weight[D], eps")
+    expect(x.dtype == "f32" and weight.shape == x.shape[1:] and attrs["eps"] >= 0, "wants x f32[T, D], weight[D], eps")
     return [(x.shape, "f32")]
 
 
@@ -53,8 +47,8 @@ def _rmsnorm(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
 def _head_norm(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     """x[T, heads · head_dim], weight[head_dim] → `rmsnorm` of each head of x"""
     x, weight = inputs
-    _expect(x.dtype == "f32" and len(x.shape) == 2 and attrs["eps"] >= 0, "wants x f32[T, heads · head_dim] and eps")
-    _expect(len(weight.shape) == 1 and x.shape[1] % weight.shape[0] == 0, "x must consist of heads as wide as weight")
+    expect(x.dtype == "f32" and len(x.shape) == 2 and attrs["eps"] >= 0, "wants x f32[T, heads · head_dim] and eps")
+    expect(len(weight.shape) == 1 and x.shape[1] % weight.shape[0] == 0, "x must consist of heads as wide as weight")
     return [(x.shape, "f32")]
 
 
@@ -62,14 +56,14 @@ def _head_norm(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
 def _quantize(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     """x[T, D] → int8 x[T, D], and a scale for each `group` elements of a row, [T, ceil(D / group)]"""
     (x,) = inputs
-    _expect(x.dtype == "f32" and len(x.shape) == 2 and attrs["group"] > 0, "wants x f32[T, D] and a positive group")
+    expect(x.dtype == "f32" and len(x.shape) == 2 and attrs["group"] > 0, "wants x f32[T, D] and a positive group")
     return [(x.shape, "i8"), ((x.shape[0], -(-x.shape[1] // attrs["group"])), "f32")]
 
 
 def _quantized(activation: str, shape: tuple[int, ...]) -> list[Shaped]:
     """Shapes and dtypes of x of this shape as an activation type of `ACTIVATION_QUANT`."""
     group, run, sums = ACTIVATION_QUANT[activation]
-    _expect(len(shape) == 2 and shape[1] % group == 0, f"wants x[T, D] in whole groups of {group}")
+    expect(len(shape) == 2 and shape[1] % group == 0, f"wants x[T, D] in whole groups of {group}")
     return [(shape, "i8"), ((shape[0], shape[1] // group), "f32"), ((shape[0], shape[1] // run), sums)]
 
 
@@ -78,7 +72,7 @@ def _quantize_as(activation: str) -> Shapes:
 
     def shapes(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
         (x,) = inputs
-        _expect(x.dtype == "f32", "wants x f32[T, D]")
+        expect(x.dtype == "f32", "wants x f32[T, D]")
         return _quantized(activation, x.shape)
 
     return shapes
@@ -103,19 +97,19 @@ def _linear(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     three results of the `quantize_…` that its type wants (`VEC_DOT_TYPE`).
     """
     x, weight = inputs[0], inputs[-1]
-    _expect((x.dtype == "i8") == (len(inputs) > 2), "wants (x, weight), (xq, xs, weight) or (xq, xs, sums, weight)")
+    expect((x.dtype == "i8") == (len(inputs) > 2), "wants (x, weight), (xq, xs, weight) or (xq, xs, sums, weight)")
     if len(inputs) == 4:
-        _expect(weight.dtype in VEC_DOT_TYPE, f"weights of {weight.dtype} have no sums")
+        expect(weight.dtype in VEC_DOT_TYPE, f"weights of {weight.dtype} have no sums")
         activation = VEC_DOT_TYPE[weight.dtype]
         given = [(value.shape, value.dtype) for value in inputs[:3]]
-        _expect(
+        expect(
             given == _quantized(activation, x.shape),
             f"a weight of {weight.dtype} wants x as quantize_{activation} makes it",
         )
     elif x.dtype == "i8":
         scales = (x.shape[0], -(-x.shape[1] // attrs["group"]))
-        _expect(inputs[1].shape == scales, "wants one scale for each group of x")
-    _expect(len(weight.shape) == 2 and x.shape[1] == weight.shape[1], "x[T, K] must fit weight[N, K]")
+        expect(inputs[1].shape == scales, "wants one scale for each group of x")
+    expect(len(weight.shape) == 2 and x.shape[1] == weight.shape[1], "x[T, K] must fit weight[N, K]")
     return [((x.shape[0], weight.shape[0]), "f32")]
 
 
@@ -123,7 +117,7 @@ def _linear(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
 def _bias(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     """x[T, N], weight[N] → x + weight"""
     x, weight = inputs
-    _expect(x.dtype == "f32" and weight.shape == x.shape[1:], "wants x f32[T, N] and bias[N]")
+    expect(x.dtype == "f32" and weight.shape == x.shape[1:], "wants x f32[T, N] and bias[N]")
     return [(x.shape, "f32")]
 
 
@@ -131,8 +125,8 @@ def _bias(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
 def _rope(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     """x[T, heads · head_dim], angles[T, head_dim] → x, each pair of a head's dimensions rotated by its angle"""
     x, angles = inputs
-    _expect(x.shape[1] % attrs["head_dim"] == 0, "x must consist of whole heads")
-    _expect(angles.shape == (x.shape[0], attrs["head_dim"]), "wants angles[T, head_dim]")
+    expect(x.shape[1] % attrs["head_dim"] == 0, "x must consist of whole heads")
+    expect(angles.shape == (x.shape[0], attrs["head_dim"]), "wants angles[T, head_dim]")
     return [(x.shape, "f32")]
 
 
@@ -140,8 +134,8 @@ def _rope(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
 def _kv_write(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     """x[T, kv_heads · head_dim], cache[S, kv_heads, C, head_dim], positions[T], sequences[T] → the cache, updated"""
     x, cache, positions, sequences = inputs
-    _expect(len(cache.shape) == 4 and x.shape[1] == cache.shape[1] * cache.shape[3], "x must fit the cache's heads")
-    _expect(positions.shape == sequences.shape == x.shape[:1], "wants a position and a sequence for each token")
+    expect(len(cache.shape) == 4 and x.shape[1] == cache.shape[1] * cache.shape[3], "x must fit the cache's heads")
+    expect(positions.shape == sequences.shape == x.shape[:1], "wants a position and a sequence for each token")
     return [(cache.shape, cache.dtype)]
 
 
@@ -154,8 +148,8 @@ def _attention_scores(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     """
     q, cache = inputs[:2]
     heads, rest = divmod(q.shape[1], cache.shape[3])
-    _expect(rest == 0 and heads % cache.shape[1] == 0, "q's heads must be a multiple of the cache's")
-    _expect(attrs["window"] >= 0, "wants a window, 0 for none")
+    expect(rest == 0 and heads % cache.shape[1] == 0, "q's heads must be a multiple of the cache's")
+    expect(attrs["window"] >= 0, "wants a window, 0 for none")
     return [((q.shape[0], heads, cache.shape[2]), "f32")]
 
 
@@ -170,8 +164,8 @@ def _attention_values(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     """probabilities[T, heads, C], values, positions, sequences → the weighted sum of the values that a token sees (see
     `attention_scores`), [T, heads · head_dim]"""
     weights, cache = inputs[:2]
-    _expect(weights.shape[2] == cache.shape[2], "probabilities must cover the cache")
-    _expect(attrs["window"] >= 0, "wants a window, 0 for none")
+    expect(weights.shape[2] == cache.shape[2], "probabilities must cover the cache")
+    expect(attrs["window"] >= 0, "wants a window, 0 for none")
     return [((weights.shape[0], weights.shape[1] * cache.shape[3]), "f32")]
 
 
@@ -179,7 +173,7 @@ def _attention_values(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
 def _swiglu(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     """gate[T, H], up[T, H] → gate · sigmoid(gate) · up"""
     gate, up = inputs
-    _expect(gate.shape == up.shape, "gate and up must have one shape")
+    expect(gate.shape == up.shape, "gate and up must have one shape")
     return [(gate.shape, "f32")]
 
 
@@ -187,7 +181,7 @@ def _swiglu(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
 def _add(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     """a, b → a + b"""
     a, b = inputs
-    _expect(a.shape == b.shape, "a and b must have one shape")
+    expect(a.shape == b.shape, "a and b must have one shape")
     return [(a.shape, "f32")]
 
 

@@ -19,7 +19,7 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from .launch import STAGED_BYTES
+from .kernels.params import GEMM_STAGED_BYTES as STAGED_BYTES
 from .lowering import F32, I32, VOID, as_integer, call_asm, compiling_for, fma, rounded_to_16
 from .quant_traits import PER_16_BYTES
 

@@ -10,7 +10,7 @@ from tests.cuda import simulator  # first: it replaces what kernels import
 from tests.cuda.simulator import launch, simulation
 from tests.helpers.cuda_host import install
 
-install(run=simulation.run, processors=2)
+install(run=simulation.run, n_sms=2)
 
 from numba import cuda
 
@@ -28,7 +28,7 @@ from numballama.cuda.intrinsics import (
     shared_address,
 )
 from numballama.cuda.kernels import common, decode_attention, dequant, dot, gemv, reduce, sampling
-from numballama.cuda.launch import Launch
+from numballama.cuda.launch import Launch, named
 from tests.cuda.checks import Bench
 
 
@@ -141,5 +141,5 @@ def test_it_notices_what_is_read_before_the_wait(early: int) -> None:
     bench = Bench()
     x, flag = bench.put(np.zeros(64, np.float32)), bench.put(np.array([early]))
     for _ in range(2):
-        simulation.run(Launch(adds, (1,), 64, (x, flag)))
+        simulation.run(Launch(adds, (1,), 64, named(x=x, early=flag)))
     assert np.isnan(bench.get(x)).all() if early else (bench.get(x) == 2).all()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from numba import cuda
 
 from ..intrinsics import ld_v4_f32, st_v4_f32
-from ..launch import Array, Launch
+from ..launch import Array, Launch, named
 from .common import pdl_sync
 
 THREADS = 256
@@ -35,4 +35,4 @@ def copy(source: Array, out: Array) -> list[Launch]:
     """Copy float32 arrays that do not overlap; their length is a multiple of `BLOCK_ELEMENTS`."""
     (elements,) = source.shape
     assert source.shape == out.shape and source.dtype == out.dtype == "f32" and elements % BLOCK_ELEMENTS == 0
-    return [Launch(copy_kernel, (elements // BLOCK_ELEMENTS,), THREADS, (source, out))]
+    return [Launch(copy_kernel, (elements // BLOCK_ELEMENTS,), THREADS, named(source=source, out=out))]

@@ -13,8 +13,8 @@ Why. The step reads 2 · length · head_dim · bytes a KV head and does little a
 
 - Keys come through a ring in shared memory by asynchronous copies that start before q is known.
 - A short context has one block a head. A long context is split over blocks (split-K, as Flash-Decoding), and query
-  heads that share a KV head are computed `HEADS` at a time, so that a key is read once for them. The block that
-  finishes last merges the splits; no second kernel is launched.
+  heads that share a KV head are computed `HEADS_PER_BLOCK` at a time, so that a key is read once for them. The block
+  that finishes last merges the splits; no second kernel is launched.
 """
 
 from __future__ import annotations
@@ -41,18 +41,6 @@ from ..intrinsics import (
     shared_address,
     st_v4_f32,
 )
-from ..ops.attention import (
-    ALONE,
-    HEADS,
-    LEAST_KEYS,
-    MOST_SPLITS,
-    PLAIN_THREADS,
-    STAGE_BYTES,
-    STAGES,
-    THREADS,
-    WARPS,
-    WEIGHTS,
-)
 from ..quant_traits import load_element, per_16_bytes, unpack8
 from .common import (
     FULL_MASK,
@@ -65,6 +53,12 @@ from .common import (
     launch_bounds,
     pdl_sync,
 )
+from .params import ATTENTION_STAGE_BYTES as STAGE_BYTES
+from .params import ATTENTION_STAGES as STAGES
+from .params import ATTENTION_THREADS as THREADS
+from .params import ATTENTION_WARPS as WARPS
+from .params import HEADS_PER_BLOCK, MAX_SPLITS, MIN_SPLIT_KEYS, SPLIT_FROM, SPLIT_WEIGHTS
+from .params import PLAIN_ATTENTION_THREADS as PLAIN_THREADS
 from .reduce import block_max, block_sum, warp_max, warp_sum
 
 LOWEST_SCORE = np.float32(-1e30)
@@ -163,7 +157,7 @@ def attend_keys(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, pos
     key_at, value_at, byte_step = prefetched
     at = cache_at + position * head_dim + d
     new_key, new_value = ld_global_v4_u32(address(k_cache, at)), ld_global_v4_u32(address(v_cache, at))
-    query = cuda.local.array((HEADS, 8), np.float32)
+    query = cuda.local.array((HEADS_PER_BLOCK, 8), np.float32)
     for h in range(max_score.size):
         max_score[h], exp_sum[h] = LOWEST_SCORE, np.float32(0)
         for i in range(8):
@@ -265,31 +259,32 @@ def merge_groups(max_score, exp_sum, acc, lanes, shared, head_dim, inverse_head_
 
 
 @device
-def split_weights(parts, first, splits, heads_here, splits_used, head_dim, shared):
+def split_weights(partials, first, splits, heads_here, splits_used, head_dim, shared):
     """Weights of each head's splits from their maxima, and the total of their weighted sums, into shared memory.
 
-    A warp a head, a lane a split: element WEIGHTS · h + i is split i's weight, WEIGHTS · h + MOST_SPLITS the total.
+    A warp a head, a lane a split: element SPLIT_WEIGHTS · h + i is split i's weight, SPLIT_WEIGHTS · h + MAX_SPLITS
+    the total.
     """
     lane, warp, part_size = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, head_dim + 2
     if warp < heads_here:
         at = (first + warp * splits + lane) * part_size + head_dim
         max_score, exp_sum = LOWEST_SCORE, np.float32(0)
         if lane < splits_used:
-            max_score, exp_sum = parts[at], parts[at + 1]
+            max_score, exp_sum = partials[at], partials[at + 1]
         weight = ex2_approx(max_score - warp_max(max_score))
         exp_sum = warp_sum(exp_sum * weight)
-        shared[WEIGHTS * warp + lane] = weight
+        shared[SPLIT_WEIGHTS * warp + lane] = weight
         if lane == 0:
-            shared[WEIGHTS * warp + MOST_SPLITS] = exp_sum
+            shared[SPLIT_WEIGHTS * warp + MAX_SPLITS] = exp_sum
     cuda.syncthreads()
 
 
 @device
-def weighted_element(parts, first, part_size, shared, weights_at, part, splits_used):
+def weighted_element(partials, first, part_size, shared, weights_at, part, splits_used):
     """An element of a split times the split's weight; 0 for a split that is not used."""
     value = np.float32(0)
     if part < splits_used:
-        value = parts[first + part * part_size] * shared[weights_at + part]
+        value = partials[first + part * part_size] * shared[weights_at + part]
     return value
 
 
@@ -301,8 +296,8 @@ def split_range(length, window, part, splits):
     first = first_visible(length, window)
     seen = length - first
     keys, splits_used = seen, 1
-    if splits > 1 and seen > ALONE:
-        keys = max(LEAST_KEYS, (seen + splits - 1) // splits)
+    if splits > 1 and seen > SPLIT_FROM:
+        keys = max(MIN_SPLIT_KEYS, (seen + splits - 1) // splits)
         splits_used = (seen + keys - 1) // keys
     begin = first + part * keys
     return begin, min(length, begin + keys), splits_used
@@ -310,7 +305,18 @@ def split_range(length, window, part, splits):
 
 @device
 def write_output(
-    out, parts, counter, first_head, heads_here, part, splits_used, splits, head_dim, inverse_head_dim, shared, is_last
+    out,
+    partials,
+    counter,
+    first_head,
+    heads_here,
+    part,
+    splits_used,
+    splits,
+    head_dim,
+    inverse_head_dim,
+    shared,
+    is_last,
 ):
     """Write what `merge_groups` left: the result, or this block's split; the last block to finish merges the splits."""
     width, part_size = head_dim + 4, head_dim + 2
@@ -319,30 +325,30 @@ def write_output(
             no_unroll()
             h = n // part_size
             i = n - h * part_size
-            parts[((first_head + h) * splits + part) * part_size + i] = shared[h * width + i]
+            partials[((first_head + h) * splits + part) * part_size + i] = shared[h * width + i]
         cuda.syncthreads()
         if cuda.threadIdx.x == 0:
             is_last[0] = atom_add_1(counter) == splits_used - 1
         cuda.syncthreads()
         if is_last[0]:
-            split_weights(parts, first_head * splits, splits, heads_here, splits_used, head_dim, shared)
+            split_weights(partials, first_head * splits, splits, heads_here, splits_used, head_dim, shared)
     if splits_used == 1 or is_last[0]:
         for n in range(cuda.threadIdx.x, heads_here * head_dim, THREADS):
             no_unroll()
             h, d = fast_divmod(n, head_dim, inverse_head_dim)
             value, all_sum = shared[h * width + d], shared[h * width + head_dim + 1]
             if splits_used > 1:
-                first, weights_at = (first_head + h) * splits * part_size + d, WEIGHTS * h
-                value, all_sum = np.float32(0), shared[weights_at + MOST_SPLITS]
+                first, weights_at = (first_head + h) * splits * part_size + d, SPLIT_WEIGHTS * h
+                value, all_sum = np.float32(0), shared[weights_at + MAX_SPLITS]
                 for i in range(0, splits_used, 8):
                     no_unroll()
                     for j in range(8):  # the compiler unrolls this: eight loads are in flight
-                        value += weighted_element(parts, first, part_size, shared, weights_at, i + j, splits_used)
+                        value += weighted_element(partials, first, part_size, shared, weights_at, i + j, splits_used)
             out[(first_head + h) * head_dim + d] = value / all_sum
 
 
 @device
-def decode_attention(q, k_cache, v_cache, position, sequence, out, parts, counters, kv_heads, shared_by,
+def decode_attention(q, k_cache, v_cache, position, sequence, out, partials, counters, kv_heads, shared_by,
                      context, head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim,
                      max_score, exp_sum, acc, is_last):  # fmt: skip
     """The body of both kernels, for `max_score.size` heads a block: blockIdx.x is a group of heads, blockIdx.y the
@@ -368,7 +374,7 @@ def decode_attention(q, k_cache, v_cache, position, sequence, out, parts, counte
         griddepcontrol_launch_dependents()  # not earlier: the next kernel's copies would compete with this one's loads
         merge_groups(max_score, exp_sum, acc, lanes, shared, head_dim, inverse_head_dim, per_16_bytes(k_cache))
         counter = t * cuda.gridDim.x + group
-        write_output(out, parts, address(counters, counter), first_head, heads_here, cuda.blockIdx.z,
+        write_output(out, partials, address(counters, counter), first_head, heads_here, cuda.blockIdx.z,
                      splits_used, splits, head_dim, inverse_head_dim, shared, is_last)  # fmt: skip
         if splits_used > 1 and is_last[0] and cuda.threadIdx.x == 0:
             counters[counter] = 0
@@ -376,25 +382,25 @@ def decode_attention(q, k_cache, v_cache, position, sequence, out, parts, counte
 
 @launch_bounds(min_blocks=2)
 @cuda.jit
-def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters,
+def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, partials, counters,
                              kv_heads, shared_by, context, head_dim, window, lanes, subgroups,
                              inverse_subgroups, inverse_head_dim):  # fmt: skip
-    """`HEADS` query heads that share a KV head a block: for long contexts, whose keys are then read once for them."""
+    """`HEADS_PER_BLOCK` query heads of one KV head a block, for long contexts: a key is read once for all of them."""
     if is_padding_token(tokens):
         return
     is_last = cuda.shared.array(1, np.int32)
     position, sequence = positions[cuda.blockIdx.y], sequences[cuda.blockIdx.y]
-    max_score = cuda.local.array(HEADS, np.float32)
-    exp_sum = cuda.local.array(HEADS, np.float32)
-    acc = cuda.local.array((HEADS, 8), np.float32)
-    decode_attention(q, k_cache, v_cache, position, sequence, out, parts, counters, kv_heads, shared_by,
+    max_score = cuda.local.array(HEADS_PER_BLOCK, np.float32)
+    exp_sum = cuda.local.array(HEADS_PER_BLOCK, np.float32)
+    acc = cuda.local.array((HEADS_PER_BLOCK, 8), np.float32)
+    decode_attention(q, k_cache, v_cache, position, sequence, out, partials, counters, kv_heads, shared_by,
                      context, head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim,
                      max_score, exp_sum, acc, is_last)  # fmt: skip
 
 
 @launch_bounds(min_blocks=2)
 @cuda.jit
-def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters,
+def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, partials, counters,
                             kv_heads, shared_by, context, head_dim, window, lanes, subgroups,
                             inverse_subgroups, inverse_head_dim):  # fmt: skip
     """One head a block: for short contexts, and for heads that share no keys."""
@@ -405,7 +411,7 @@ def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, o
     exp_sum = cuda.local.array(1, np.float32)
     acc = cuda.local.array((1, 8), np.float32)
     decode_attention(q, k_cache, v_cache, positions[cuda.blockIdx.y], sequences[cuda.blockIdx.y], out,
-                     parts, counters, kv_heads, shared_by, context, head_dim, window, lanes, subgroups,
+                     partials, counters, kv_heads, shared_by, context, head_dim, window, lanes, subgroups,
                      inverse_subgroups, inverse_head_dim, max_score, exp_sum, acc, is_last)  # fmt: skip
 
 

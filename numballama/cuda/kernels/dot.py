@@ -37,20 +37,20 @@ from ..intrinsics import (
     st_v4_f32,
     uint_as_float,
 )
-from ..ops.gemv import (
-    CHUNK_BYTES,
-    LANE_STEP,
-    SCALE_BYTES,
-    SCALES_AT,
-    SIX_AT,
-    SIX_FACTORS_AT,
-    SIX_SCALES_AT,
-    THREADS,
-    WARPS,
-)
 from ..quant_traits import dot_16_bytes, has_scales, is_packed, is_q4_k, is_q6_k, per_16_bytes, scale_in, zero_point
 from .common import FULL_MASK, device, magnitude_bits
 from .dequant import FOUR_FACTORS, SIX_FACTORS, SIX_SCALES, factors_of, factors_q6_k
+from .params import (
+    CHUNK_BYTES,
+    Q6_K_FACTORS_AT,
+    Q6_K_HIGH_AT,
+    Q6_K_SCALES_AT,
+    SCALE_BYTES,
+    SCALES_AT,
+    X_LANE_STRIDE,
+)
+from .params import GEMV_THREADS as THREADS
+from .params import GEMV_WARPS as WARPS
 from .reduce import warp_sum
 
 
@@ -58,7 +58,7 @@ from .reduce import warp_sum
 def row_bytes(payload):
     """Bytes that one row takes in a stage of a warp's ring: two chunks, and for each a word a lane with its scale."""
     if is_q6_k(payload):
-        return SIX_FACTORS_AT + SCALE_BYTES
+        return Q6_K_FACTORS_AT + SCALE_BYTES
     return 2 * (CHUNK_BYTES + SCALE_BYTES) if has_scales(payload) else 2 * CHUNK_BYTES
 
 
@@ -80,10 +80,10 @@ def fetch_q6_k(slot, source, scales, count, lane):
     inside = lane & 15
     word_offset = 4 * (inside >> 1)
     cp_async_16(slot, source, count)
-    cp_async_8(slot + SIX_AT - 8 * lane, scales + 8 * inside - word_offset - SIX_SCALES, count >> 1)
-    cp_async_4(slot + SIX_SCALES_AT - 12 * lane, scales, count >> 2)
+    cp_async_8(slot + Q6_K_HIGH_AT - 8 * lane, scales + 8 * inside - word_offset - SIX_SCALES, count >> 1)
+    cp_async_4(slot + Q6_K_SCALES_AT - 12 * lane, scales, count >> 2)
     cp_async_4(
-        slot + SIX_FACTORS_AT - 12 * lane,
+        slot + Q6_K_FACTORS_AT - 12 * lane,
         scales + (SIX_FACTORS - SIX_SCALES) + 4 * (inside >> 3) - word_offset,
         count >> 2,
     )
@@ -92,7 +92,7 @@ def fetch_q6_k(slot, source, scales, count, lane):
 @device
 def x_step(payload):
     """float32 elements that one chunk of x takes in shared memory."""
-    return per_16_bytes(payload) * 24 + 64 if has_scales(payload) else per_16_bytes(payload) // 4 * LANE_STEP
+    return per_16_bytes(payload) * 24 + 64 if has_scales(payload) else per_16_bytes(payload) // 4 * X_LANE_STRIDE
 
 
 @device
@@ -107,9 +107,9 @@ def multiply(slot, payload, scales, odd, shared, x_at, lane):
         total = first + second * scale_in(scales, ld_shared_u32(at + SCALE_BYTES), odd)
     else:
         lane_x = x_at + lane * 4
-        first = dot_16_bytes(payload, ld_shared_v4_u32(slot), shared, lane_x, LANE_STEP)
+        first = dot_16_bytes(payload, ld_shared_v4_u32(slot), shared, lane_x, X_LANE_STRIDE)
         total = first + dot_16_bytes(
-            payload, ld_shared_v4_u32(slot + CHUNK_BYTES), shared, lane_x + x_step(payload), LANE_STEP
+            payload, ld_shared_v4_u32(slot + CHUNK_BYTES), shared, lane_x + x_step(payload), X_LANE_STRIDE
         )
     return total
 
@@ -119,10 +119,10 @@ def multiply_packed(slot, payload, odd, shared, x_at, lane):
     """`multiply` for q4_1, q4_k and q6_k."""
     next_x = x_at + x_step(payload)
     if is_q6_k(payload):
-        words, high = ld_shared_v4_u32(slot), ld_shared_v2_u32(slot + SIX_AT - 8 * lane)
+        words, high = ld_shared_v4_u32(slot), ld_shared_v2_u32(slot + Q6_K_HIGH_AT - 8 * lane)
         scales, factor = (
-            ld_shared_u32(slot + SIX_SCALES_AT - 12 * lane),
-            ld_shared_u32(slot + SIX_FACTORS_AT - 12 * lane),
+            ld_shared_u32(slot + Q6_K_SCALES_AT - 12 * lane),
+            ld_shared_u32(slot + Q6_K_FACTORS_AT - 12 * lane),
         )
         scale, scale2 = factors_q6_k(scales, odd, factor)
         total = scale * multiply_six(lower(words), high[0], shared, x_at, lane)
@@ -298,7 +298,7 @@ def lane_order(k, elements):
     log2 = 2 if elements == 4 else (3 if elements == 8 else (4 if elements == 16 else 5))
     chunk, inside = k >> (5 + log2), k & (32 * elements - 1)
     i = inside & (elements - 1)
-    return (chunk << (log2 - 2)) * LANE_STEP + (i >> 2) * LANE_STEP + (inside >> log2) * 4 + (i & 3)
+    return (chunk << (log2 - 2)) * X_LANE_STRIDE + (i >> 2) * X_LANE_STRIDE + (inside >> log2) * 4 + (i & 3)
 
 
 @device

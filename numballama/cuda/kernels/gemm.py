@@ -41,7 +41,6 @@ from ..intrinsics import (
     st_v4_f32,
     uint_as_float,
 )
-from ..launch import STAGED_BYTES
 from ..mma import (
     cvt_rn_x2,
     dequant_16_bytes,
@@ -55,11 +54,18 @@ from ..mma import (
     zeros32,
     zeros128,
 )
-from ..ops.gemm import F32_STEP, STEP, THREADS, TILE, TILE_BYTES, W_ROW, X_ROW
 from ..quant_traits import is_packed, per_16_bytes, scale_in, scale_word, store_element
 from .common import FULL_MASK, device, kv_index, launch_bounds, magnitude_bits, pdl_sync, silu_and_mul
 from .dequant import block_at
 from .dot import ld_v4_f32_or_0, squared, times4
+from .params import GEMM_F32_K_STEP as F32_STEP
+from .params import GEMM_F32_W_STRIDE as W_ROW
+from .params import GEMM_F32_X_STRIDE as X_ROW
+from .params import GEMM_K_STEP as STEP
+from .params import GEMM_STAGED_BYTES as STAGED_BYTES
+from .params import GEMM_THREADS as THREADS
+from .params import GEMM_TILE as TILE
+from .params import GEMM_TILE_BYTES as TILE_BYTES
 from .reduce import block_sum
 
 STAGED = STAGED_BYTES // 4

@@ -4,7 +4,7 @@ y[N] = W[N, K] · x[K] for each token. Two operations a weight: memory bandwidth
 bytes a nanosecond, and 26 KB must be in flight at any time to cover the memory's latency. W of 4096 × 4096 in float16
 is 34 MB: 7 µs at 4.8 TB/s.
 
-- Each warp copies two chunks (16 bytes a lane) of two rows at a time into a ring in shared memory, `DEPTH` - 1 stages
+- Each warp copies two chunks (16 bytes a lane) of two rows at a time into a ring in shared memory, `STAGES` - 1 stages
   ahead of the stage that it multiplies. A lane reads only what it copied itself, so the ring needs no barrier. Copies
   start before the kernel waits for its predecessor: when x arrives, the first weights are already there.
 - Rows are processed in pairs (`a`, `b`), which halves the reads of x. A pair is two neighbouring rows; or a row of the
@@ -33,11 +33,14 @@ from ..intrinsics import (
     no_unroll,
     shared_address,
 )
-from ..ops.gemv import CHUNK_BYTES, DEPTH, SCALE_BYTES, SCALES_AT, THREADS, WARPS
 from ..quant_traits import has_scales, is_q4_k, is_q6_k, per_16_bytes, scale_bytes, store_element
 from .common import device, fast_divmod, is_padding_token, kv_index, launch_bounds, silu_and_mul
 from .dequant import FOUR_WORDS, chunk_scales, first_scale
 from .dot import elements_together, fetch_q6_k, multiply, norm_factor, payload_step, row_bytes, stage_x, x_step
+from .params import CHUNK_BYTES, SCALE_BYTES, SCALES_AT
+from .params import GEMV_STAGES as STAGES
+from .params import GEMV_THREADS as THREADS
+from .params import GEMV_WARPS as WARPS
 from .reduce import warp_sum2
 
 LINEAR, GATE_UP, QKV = 0, 1, 2
@@ -117,7 +120,7 @@ def fetch_stage(mode, cursor, stage, lane_place, shape, payload, rows, weights, 
     n_pairs, columns, chunks = shape
     width, row_slot = 32 * per_16_bytes(payload), row_bytes(payload)
     if to_fetch < n_pairs:
-        slot = ring + (stage & (DEPTH - 1)) * (2 * row_slot)
+        slot = ring + (stage & (STAGES - 1)) * (2 * row_slot)
         left = columns - next_chunk * width - lane * elements_together(payload)
         count, next_count = 16 if left > 0 else 0, 16 if left > width else 0
         fetch(slot, a, a_scales, count, next_count, left, payload, scale_step, lane)
@@ -150,12 +153,12 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     log2 of slices, the float32 indices of x, of its sums of squares and of the partial sums in shared memory, chunks of
     a row, pairs a block, blocks with one pair more, and stages to copy ahead.
     """
-    slices, log2_slices, x_at, sums_at, partial_at, chunks, _, _, ahead = layout
+    slices, log2_slices, x_at, sums_at, partial_at, chunks, _, _, prefetch = layout
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
     n_pairs, elements, row_slot = pairs_of_block(layout), per_16_bytes(payload), row_bytes(payload)
     shape = n_pairs, columns, chunks
     groups, slice_index = WARPS >> log2_slices, warp & (slices - 1)
-    ring = shared_address(shared, 0) + warp * (DEPTH * 2 * row_slot) + lane * 16
+    ring = shared_address(shared, 0) + warp * (STAGES * 2 * row_slot) + lane * 16
     lane_place = ring, lane, slice_index, slices, groups
 
     # what this lane copies first in row 0: its 16 bytes of the first chunk of its slice
@@ -176,7 +179,7 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     pair = cuda.blockIdx.x + min(local, n_pairs - 1) * cuda.gridDim.x
     a, b, a_scales, b_scales = source_of(mode, pair, rows, weights, addresses)
     cursor = local, chunk, a, b, a_scales, b_scales
-    for stage in range(ahead):  # DEPTH - 1, as an argument: the compiler would unroll a constant
+    for stage in range(prefetch):  # STAGES - 1, as an argument: the compiler would unroll a constant
         no_unroll()
         cursor = fetch_stage(mode, cursor, stage, lane_place, shape, payload, rows, weights, addresses, scale_step)
     griddepcontrol_wait()
@@ -188,7 +191,7 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     griddepcontrol_launch_dependents()  # not earlier: the next kernel's copies would compete with the loads of x
 
     sum_a, sum_b = np.float32(0), np.float32(0)
-    x_chunk, stage = x_step(payload), ahead
+    x_chunk, stage = x_step(payload), prefetch
     while local < n_pairs:
         if is_q4_k(payload):
             cuda.syncwarp()  # all lanes have read what other lanes copied for them
@@ -197,7 +200,7 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
         cp_async_wait_group(3)
         if is_q4_k(payload):
             cuda.syncwarp()
-        slot = ring + (stage & (DEPTH - 1)) * (2 * row_slot)
+        slot = ring + (stage & (STAGES - 1)) * (2 * row_slot)
         if chunk < chunks:
             sum_a += multiply(slot, payload, s0, odd, shared, x_at + chunk * x_chunk, lane)
             sum_b += multiply(slot + row_slot, payload, s0, odd, shared, x_at + chunk * x_chunk, lane)
@@ -226,20 +229,20 @@ def slice_sum(shared, layout, local, which):
 
 @launch_bounds(min_blocks=3)
 @cuda.jit
-def linear_kernel(tokens, x, norm, normed, eps, weight, stride, scales, scale_stride, shift, residual, added, out,
-                  rows, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over,
-                  ahead):  # fmt: skip
+def linear_kernel(tokens, x, norm, normed, eps, weight, stride, scales, scale_stride, shift, residual, added, out, rows,
+                  columns, slices, log2_slices, x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs,
+                  prefetch):  # fmt: skip
     """out = W · x, plus `residual` if `added`; x is normed first if `normed`."""
     if is_padding_token(tokens):
         return
     shared = cuda.shared.array(0, np.float32)
     t, base = cuda.blockIdx.y, address(weight, 0)
-    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
+    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs, prefetch
     out_index = t * rows + 2 * (cuda.blockIdx.x + (cuda.threadIdx.x >> 1) * cuda.gridDim.x) + (cuda.threadIdx.x & 1)
     wanted = added and out_index < (t + 1) * rows
     early1, _ = stream(LINEAR, (rows - 1, 0, 0, 0, np.float32(0)), x, t * columns, norm, normed, weight,
-                     (base, base, base, stride), (scales, scales, scales, scale_stride), shift, columns, layout, shared,
-                     residual, out_index, out_index, wanted)  # fmt: skip
+                       (base, base, base, stride), (scales, scales, scales, scale_stride), shift, columns, layout,
+                       shared, residual, out_index, out_index, wanted)  # fmt: skip
     factor = norm_factor(shared, layout[3], normed, columns, eps)
     for i in range(cuda.threadIdx.x, 2 * pairs_of_block(layout), THREADS):
         row = 2 * (cuda.blockIdx.x + (i >> 1) * cuda.gridDim.x) + (i & 1)
@@ -252,16 +255,17 @@ def linear_kernel(tokens, x, norm, normed, eps, weight, stride, scales, scale_st
 
 @launch_bounds(min_blocks=3)
 @cuda.jit
-def gate_up_kernel(tokens, x, norm, normed, eps, w1, w3, stride, s1, s3, scale_stride, shift, out, rows, columns,
-                   slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead):  # fmt: skip
+def gate_up_kernel(tokens, x, norm, normed, eps, w1, w3, stride, w1_scales, w3_scales, scale_stride, shift, out, rows,
+                   columns, slices, log2_slices, x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs,
+                   prefetch):  # fmt: skip
     """out = silu(W1 · x) · (W3 · x); x may be norm(x)."""
     if is_padding_token(tokens):
         return
     shared = cuda.shared.array(0, np.float32)
     t, a, b = cuda.blockIdx.y, address(w1, 0), address(w3, 0)
-    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
+    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs, prefetch
     stream(GATE_UP, (0, 0, 0, 0, np.float32(0)), x, t * columns, norm, normed, w1, (a, b, b, stride),
-           (s1, s3, s3, scale_stride), shift, columns, layout, shared, x, 0, 0, False)  # fmt: skip
+           (w1_scales, w3_scales, w3_scales, scale_stride), shift, columns, layout, shared, x, 0, 0, False)  # fmt: skip
     factor = norm_factor(shared, layout[3], normed, columns, eps)
     for local in range(cuda.threadIdx.x, pairs_of_block(layout), THREADS):
         gate = slice_sum(shared, layout, local, 0) * factor
@@ -271,18 +275,18 @@ def gate_up_kernel(tokens, x, norm, normed, eps, w1, w3, stride, s1, s3, scale_s
 
 @launch_bounds(min_blocks=3)
 @cuda.jit
-def qkv_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, scale_stride, shift, q, k, v, q_rows,
-               kv_rows, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over,
-               ahead):  # fmt: skip
+def qkv_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, wq_scales, wk_scales, wv_scales, scale_stride, shift,
+               q, k, v, q_rows, kv_rows, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks,
+               pairs_per_block, extra_pairs, prefetch):  # fmt: skip
     """q, k, v = Wq · x, Wk · x, Wv · x; x may be norm(x). Row counts are even, because head sizes are."""
     if is_padding_token(tokens):
         return
     shared = cuda.shared.array(0, np.float32)
     t, q_pairs, k_pairs = cuda.blockIdx.y, q_rows >> 1, kv_rows >> 1
-    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
+    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs, prefetch
     row_pairs = 0, q_pairs, k_pairs, 0, np.float32(0)
     stream(QKV, row_pairs, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
-           (sq, sk, sv, scale_stride), shift, columns, layout, shared, x, 0, 0, False)  # fmt: skip
+           (wq_scales, wk_scales, wv_scales, scale_stride), shift, columns, layout, shared, x, 0, 0, False)  # fmt: skip
     factor = norm_factor(shared, layout[3], normed, columns, eps)
     for i in range(cuda.threadIdx.x, 2 * pairs_of_block(layout), THREADS):
         pair = cuda.blockIdx.x + (i >> 1) * cuda.gridDim.x
@@ -308,25 +312,25 @@ def angle_index(local, pairs, row_pairs, head_dim, inverse_head_dim, interleaved
 
 @launch_bounds(min_blocks=3)
 @cuda.jit
-def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, scale_stride, shift, angles,
-                    positions, sequences, q, k_cache, v_cache, q_rows, kv_rows, head_dim, interleaved, context,
-                    kv_heads, inverse_head_dim, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks, each,
-                    over, ahead):  # fmt: skip
+def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, wq_scales, wk_scales, wv_scales, scale_stride,
+                    shift, angles, positions, sequences, q, k_cache, v_cache, q_rows, kv_rows, head_dim, interleaved,
+                    context, kv_heads, inverse_head_dim, columns, slices, log2_slices, x_at, sums_at, partial_at,
+                    chunks, pairs_per_block, extra_pairs, prefetch):  # fmt: skip
     """RoPE(Wq · x) into q, RoPE(Wk · x) and Wv · x into the caches at the token's position; x may be norm(x)."""
     if is_padding_token(tokens):
         return
     shared = cuda.shared.array(0, np.float32)
     t, pairs, q_pairs, k_pairs = cuda.blockIdx.y, (q_rows >> 1) + kv_rows, q_rows >> 1, kv_rows >> 1
     half = 0 if interleaved else head_dim >> 1
-    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
+    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs, prefetch
     inverse = np.float32(2) * inverse_head_dim
     row_pairs = 0, q_pairs, k_pairs, half, inverse
     position, sequence = positions[t], sequences[t]
     angle = angle_index(cuda.threadIdx.x, pairs, row_pairs, head_dim, inverse_head_dim, interleaved) + t * head_dim
-    cos, sin = stream(
-        QKV, row_pairs, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
-        (sq, sk, sv, scale_stride), shift, columns, layout, shared, angles, angle, angle + (head_dim >> 1), True,
-    )  # fmt: skip
+    cos, sin = stream(QKV, row_pairs, x, t * columns, norm, normed, wq,
+                      (address(wq, 0), address(wk, 0), address(wv, 0), stride),
+                      (wq_scales, wk_scales, wv_scales, scale_stride), shift, columns, layout, shared, angles, angle,
+                      angle + (head_dim >> 1), True)  # fmt: skip
     factor = norm_factor(shared, layout[3], normed, columns, eps)
     for i in range(cuda.threadIdx.x, pairs_of_block(layout), THREADS):
         section, row, _ = place(QKV, cuda.blockIdx.x + i * cuda.gridDim.x, row_pairs)

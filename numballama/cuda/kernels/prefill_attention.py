@@ -45,9 +45,10 @@ from ..mma import (
     zeros32,
     zeros64,
 )
-from ..ops.prefill_attention import THREADS, TILE
 from .common import FULL_MASK, LOG2_E, device, kv_index, launch_bounds, pdl_sync
 from .decode_attention import LOWEST_SCORE
+from .params import PREFILL_ATTENTION_THREADS as THREADS
+from .params import PREFILL_ATTENTION_TILE as TILE
 from .reduce import quad_max, quad_sum
 
 

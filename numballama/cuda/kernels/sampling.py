@@ -19,8 +19,8 @@ import numpy as np
 from numba import cuda
 
 from ..intrinsics import float_as_uint, store_release_system
-from ..ops.sampling import THREADS
 from .common import device, is_nan, pdl_sync
+from .params import SAMPLING_THREADS as THREADS
 from .reduce import block_argmax, is_replaced_by
 
 BIN_BITS, PER_NAT = 11, np.float32(64)
@@ -310,10 +310,11 @@ def sample_kernel(logits, n, settings, recent, counts, state, next_token):
 
 
 @cuda.jit
-def advance_kernel(next_token, ids, positions, step, mailbox, slots):
-    """Make the new token the next step's input and publish it to the host: step << 32 | token in slot step % slots.
+def advance_kernel(next_token, ids, positions, step, slots_address, n_slots):
+    """Make the new token the next step's input and publish it to the host: step << 32 | token in slot step % n_slots.
 
-    `mailbox` is the address of int64[slots] in memory that the host reads. A failed draw, -1, continues with token 0.
+    `slots_address` is the address of int64[n_slots] in memory that the host reads. A failed draw, -1, goes on with
+    token 0.
     """
     pdl_sync()
     if cuda.threadIdx.x == 0:
@@ -322,4 +323,4 @@ def advance_kernel(next_token, ids, positions, step, mailbox, slots):
         positions[0] += 1
         number = step[0] + 1
         step[0] = number
-        store_release_system(mailbox + 8 * (number % slots), (number << 32) | (np.int64(token) & 0xFFFFFFFF))
+        store_release_system(slots_address + 8 * (number % n_slots), (number << 32) | (np.int64(token) & 0xFFFFFFFF))

@@ -269,7 +269,7 @@ _ELEMENTS = {
     "i64": np.int64, "f64": np.float64, "u64": np.uint64, "q4_0": np.uint8,
     "u8": np.uint8, "u32": np.uint32, "q4_1": np.uint8, "q4_k": np.uint8, "q6_k": np.uint8,
 }  # fmt: skip
-"""As `driver.signature` has them."""
+"""As `compiler.signature` has them."""
 PACKED = ("q4_1", "q4_k", "q6_k")
 """Types that kernels tell apart although NumPy's are the same."""
 
@@ -354,7 +354,7 @@ class Simulation:
             Pointer(argument.address, argument.nbytes // np.dtype(_ELEMENTS[argument.dtype]).itemsize,
                     _ELEMENTS[argument.dtype], kind=argument.dtype)
             if hasattr(argument, "address") else np.float32(argument) if isinstance(argument, float) else argument
-            for argument in launch.arguments
+            for argument in launch.arguments.values()
         ]  # fmt: skip
         grid = (*launch.grid, 1, 1)[:3]
         context = _Module(grid, (launch.threads, 1, 1), launch.shared_bytes)
@@ -403,5 +403,6 @@ def launch(function: Any, *arrays: np.ndarray, threads: int = 64, shared: int = 
 
     bench = Bench()
     arguments = tuple(bench.put(array) for array in arrays)
-    simulation.run(Launch(function, (1,), threads, arguments, shared))
+    named = {str(i): argument for i, argument in enumerate(arguments)}
+    simulation.run(Launch(function, (1,), threads, named, shared))
     return [bench.get(argument) for argument in arguments]
