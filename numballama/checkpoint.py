@@ -12,9 +12,9 @@ import numpy as np
 
 from .config import ModelConfig
 from .errors import Error
-from .quantization.types import WeightType
 
 if TYPE_CHECKING:
+    from .quantization.types import WeightType
     from .tokenizers.base import Tokenizer
 
 

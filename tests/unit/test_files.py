@@ -31,9 +31,14 @@ def test_only_regular_files_are_mapped(tmp_path: Path) -> None:
 def test_a_file_is_replaced_when_the_block_succeeds(tmp_path: Path) -> None:
     path = tmp_path / "data"
     path.write_bytes(b"old")
-    with pytest.raises(KeyError), atomic_write(path) as file:
-        file.write(b"half")
-        raise KeyError
+
+    def fail() -> None:
+        with atomic_write(path) as file:
+            file.write(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert path.read_bytes() == b"old"
     with atomic_write(path) as file:
         file.write(b"new")
@@ -46,9 +51,14 @@ def test_a_file_is_replaced_when_the_block_succeeds(tmp_path: Path) -> None:
 
 def test_a_directory_appears_when_the_block_succeeds(tmp_path: Path) -> None:
     path = tmp_path / "model"
-    with pytest.raises(KeyError), atomic_write_directory(path) as directory:
-        (directory / "part").write_bytes(b"half")
-        raise KeyError
+
+    def fail() -> None:
+        with atomic_write_directory(path) as directory:
+            (directory / "part").write_bytes(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
     assert not list(tmp_path.iterdir())
     with atomic_write_directory(path) as directory:
         (directory / "part").write_bytes(b"whole")
