@@ -100,7 +100,7 @@ def test_another_name_leads_nowhere(parts: list[Path]) -> None:
     for name in ("model.gguf", "model-00001-of-3.gguf", "model-1-of-00003.gguf"):
         path = parts[0].with_name(name)
         shutil.copy(parts[0], path)
-        with pytest.raises(FormatError, match="one of 3 parts of a model under a name") as caught:
+        with pytest.raises(FormatError, match="one of 3 parts of a model, renamed") as caught:
             open_checkpoint(path)
         assert caught.value.expected == "…-00001-of-00003.gguf"
 
