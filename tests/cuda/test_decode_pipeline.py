@@ -51,7 +51,7 @@ def test_reading_logits_between_steps(model: Model, options: dict[str, Any]) -> 
 
 
 def test_rewinding_and_other_tokens(model: Model) -> None:
-    """A rewind, and a token that was not drawn, begin anew from there."""
+    """After a rewind, or another token than the sampled one, decoding goes on from there."""
     prompt, session = [1, 5, 9], model.session
     want = told(model, Sampler(300, temperature=0), 30)
     sampler = Sampler(300, temperature=0)
