@@ -342,8 +342,8 @@ TESTED_ELSEWHERE = {
         formats.tensor_names formats.tensors checkpoint files validation
     """,
     "tests/unit/formats/test_tokenizer_files.py, gguf/test_tokenizer.py, tokenizers/test_bpe.py": """
-        tokenizers.base tokenizers.gguf tokenizers.huggingface tokenizers.llama2c tokenizers.pretokenizers tokenizers.scored
-        tokenizers.sentencepiece tokenizers.sentencepiece_proto tokenizers.tiktoken
+        tokenizers.base tokenizers.gguf tokenizers.huggingface tokenizers.llama2c tokenizers.pretokenizers
+        tokenizers.scored tokenizers.sentencepiece tokenizers.sentencepiece_proto tokenizers.tiktoken
     """,
     "every test of an error, and of a terminal": "errors progress",
 }
