@@ -37,10 +37,10 @@ ORDER = """
     sampling
     cpu: fork compiler intrinsics vecdot tiling vecdot_int8 matmul kernels_cpu kernels_int8 ops sampling executor \
             backend
-    cuda: repack launch lowering intrinsics kernels.params mma ops.gemv ops.elementwise ops.gemm ops.linear \
-            ops.attention ops.sampling kernels.common kernels.dequant kernels.dot kernels.gemv kernels_cuda \
-            kernels.gemm kernels.decode_attention kernels.prefill_attention kernels.sampling kernels.copy compiler \
-            driver compile_worker weights decode_pipeline program backend
+    cuda: repack launch kernels.params lowering intrinsics quant_traits mma ops.gemv ops.elementwise ops.gemm \
+            ops.linear ops.attention ops.sampling kernels.common kernels.reduce kernels.dequant kernels.dot \
+            kernels.gemv kernels_cuda kernels.gemm kernels.decode_attention kernels.prefill_attention \
+            kernels.sampling kernels.copy compiler driver compile_worker weights decode_pipeline program backend
     reference session generate
     tokenizers: sentencepiece_proto base sentencepiece pretokenizers bpe tiktoken huggingface scored
     formats: json_reader rope_permute safetensors gguf.header gguf.split gguf.tokenizer tokenizer_files \
@@ -211,8 +211,6 @@ def test_the_flat_part_is_small() -> None:
 
 MOST_LINES = 500
 LONG_FILES: dict[str, str] = {
-    "cuda.intrinsics": "to be split",
-}
 """Files that may be longer, and why."""
 
 
