@@ -37,6 +37,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_a_run(tmp_path: Path) -> None:
     program = tmp_path / "llama-bench"
     program.write_text(LLAMA_BENCH)
@@ -89,11 +90,13 @@ def test_models_are_chosen(script: ModuleType) -> None:
         script.chosen(["GPT-9"], False)
 
 
+@pytest.mark.slow
 def test_far_context(script: ModuleType) -> None:
     cost = script.context_cost("cpu", 1, "stories260K", 256)
     assert cost["far"] == 256 and cost["near"] == 128 and cost["ratio"] > 0
 
 
+@pytest.mark.slow
 def test_first_token(script: ModuleType) -> None:
     found = script.first_tokens("cpu", [], 1)
     assert 0 < found["cached_s"] < found["empty_cache_s"]

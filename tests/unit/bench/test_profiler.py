@@ -168,6 +168,7 @@ def test_gpu_times_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> 
 # The command
 
 
+@pytest.mark.slow
 def test_bench_profile(models: Path, tmp_path: Path) -> None:
     words = [
         "bench",

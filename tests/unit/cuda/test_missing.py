@@ -68,6 +68,7 @@ needs_packages = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_packages
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_without_a_driver_or_a_device(device: str) -> None:
@@ -78,6 +79,7 @@ def test_without_a_driver_or_a_device(device: str) -> None:
         assert "use device='cpu'" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [WITHOUT_PACKAGES, WITHOUT_DEVICES], ids=["no packages", "no device"])
 def test_auto_takes_the_cpu_and_says_why(hidden: str) -> None:
     said = python(
@@ -139,12 +141,14 @@ def test_auto_takes_the_cpu_without_the_compiler() -> None:
     assert auto.startswith("cpu numba-cuda is missing; install it") and explicit.startswith("DeviceError: numba-cuda")
 
 
+@pytest.mark.slow
 @needs_packages
 @pytest.mark.parametrize("device", ["cuda:x", "cuda:", "cuda:-1"])
 def test_a_name_is_looked_at_before_the_driver(device: str) -> None:
     assert python(REPORT, device).strip() == f"DeviceError: device {device!r} is not 'cuda' or 'cuda:N'"
 
 
+@pytest.mark.slow
 def test_the_rest_works_without_the_packages() -> None:
     """Importing, inspecting and the CPU need none of NVIDIA's packages; the doctor says that they are missing."""
     said = python(
