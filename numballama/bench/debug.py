@@ -98,7 +98,8 @@ class WatchedProgram:
         """Run and print the steps one at a time, then run them as usual."""
         steps = range(begin, len(self.graph.ops) if end is None else end)
         position = int(self.inputs["positions"][tokens - 1]) if "positions" in self.inputs else 0
-        _print(f"run of {self.graph.name}: {tokens} tokens to position {position}, steps {steps.start} to {steps.stop}")
+        positions = f"positions {position - tokens + 1} to {position}" if tokens > 1 else f"position {position}"
+        _print(f"run of {self.graph.name}: {positions}, steps {steps.start} to {steps.stop - 1}")
         total = 0.0
         kernels = self.kernel_names()
         for index in steps:

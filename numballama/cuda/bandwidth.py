@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DeviceError
 from ..memory import format_bytes
-from .driver import Device, Memory, CudaGraph, Stopwatch, versions
+from .driver import CudaGraph, Device, Memory, Stopwatch, versions
 from .kernels.copy import BLOCK_ELEMENTS, copy
 
 if TYPE_CHECKING:

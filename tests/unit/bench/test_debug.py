@@ -56,7 +56,7 @@ def test_levels(
     kernel = "norm_qkv" if device == "cpu" else "linear"
     lines = re.findall(rf"^ +\d+ +[\d,.]+ µs +[\d,]+ bytes  {kernel} \(\w+\) → \S+: f32\[.*\]", shown.err, re.MULTILINE)
     assert lines, shown.err[-2000:]
-    assert "4 tokens to position 3" in shown.err and "µs in all" in shown.err
+    assert "positions 0 to 3, steps 0 to" in shown.err and "µs in all" in shown.err
 
 
 def test_other_values_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
