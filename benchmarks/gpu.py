@@ -129,7 +129,7 @@ def compiled(checkpoint: Checkpoint, device: str, context: int) -> Iterator[Mode
 
 
 def seconds_of_decoding(model: Model, before: Sequence[int], steps: int) -> float:
-    """Seconds a token of greedy decoding after the tokens `before`. The first step starts the chain: it is not timed."""
+    """Seconds a token of greedy decoding after `before`. The first step starts the chain and is not timed."""
     sampler = Sampler(model.config.vocab_size, temperature=0)
     session = model.session
     session.rewind()
