@@ -29,7 +29,7 @@ KERNEL_SOURCES = (
     "kernels_cpu.py",
     "cpu/kernels_int8.py",
     "cpu/bandwidth.py",
-    "cpu/backend.py",
+    "cpu/executor.py",
     "sampling.py",
     "cpu/sampling.py",
 )
