@@ -41,7 +41,7 @@ MIN_EXPONENT, MAX_EXPONENT = np.float32(-86.5), np.float32(88.72)
 def exp(x):
     """e^x in float32 to 1.03 units in the last place, in operations that a compiler can vectorise.
 
-    x = n ln 2 + r with r within ±ln 2 / 2. A polynomial gives e^r, n goes into the exponent (Moshier, Cephes, 1989).
+    x = n ln 2 + r with r within ±ln 2 / 2. A polynomial gives e^r, and n goes into the exponent (Cephes, 1989).
     ln 2 is split into two constants. Reordered operations would join them to one, and r would lose its last digits.
     """
     y = np.float32(min(max(x, MIN_EXPONENT), MAX_EXPONENT))
