@@ -13,6 +13,7 @@ from .types import FALLBACK_TYPE, TYPE_TRAITS, WeightType
 DTYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")
 """What `dtype` and `--quant` may be."""
 
+
 def weight_type(dtype: str, name: str, columns: int) -> WeightType:
     """The type of weight `name`, with rows of `columns` elements, for a user's `dtype`. Int8 groups divide rows if they
     can, which is faster.
