@@ -15,7 +15,7 @@ from numballama import loader
 from numballama.checkpoint import Weight
 from numballama.config import NAMED_SHAPES, ModelConfig
 from numballama.export import WRITERS
-from numballama.quantization import convert as quant
+from numballama.quantization.convert import convert
 from numballama.quantization.types import F32, TYPE_TRAITS, WeightType
 
 
@@ -55,7 +55,7 @@ def main() -> None:
             weights[name] = random_blocks(own, extents, rng)
         else:
             numbers = np.resize(noise, math.prod(extents)).reshape(extents) * np.float32(extents[-1] ** -0.5)
-            weights[name] = quant.convert(Weight(extents, F32, numbers), WeightType(own))
+            weights[name] = convert(Weight(extents, F32, numbers), WeightType(own))
     # llama.cpp wants a vocabulary: any of the right size will do
     tokenizer = loader.load_tokenizer(sys.argv[4]) if len(sys.argv) > 4 else None
     WRITERS["gguf"](target, config, weights, tokenizer=tokenizer, name=f"{shape}, random")

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from .model import Model, Piece
     from .tokenizers.base import Tokenizer
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Chat",

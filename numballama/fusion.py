@@ -135,8 +135,8 @@ def fuse(graph: Graph, backend: str, passes: bool | Sequence[str] = True) -> Gra
 
 
 def _join(graph: Graph, groups: list[tuple[str, list[Op]]], backend: str) -> Graph:
-    """Replace each group by one op, at the place of its last member. If another op reads a result before that, the place
-    of the first member is tried.
+    """Replace each group by one op, at the place of its last member. If another op reads a result before that, the
+    place of the first member is tried.
     """
     readers = graph.consumers()
     place = {id(op): index for index, op in enumerate(graph.ops)}

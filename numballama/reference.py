@@ -14,8 +14,8 @@ import numpy as np
 from .checkpoint import Weight
 from .errors import NOT_NUMBERS, Error
 from .ir import DTYPES, Graph, Op
-from .quantization import activations as quant_activations
-from .quantization import convert as quant
+from .quantization.activations import Quantized, quantize_activations
+from .quantization.convert import dequantize, quantize_int8
 from .quantization.types import ACTIVATION_QUANT, BLOCKS
 from .registry import find, kernel
 from .sampling import Sampler
@@ -50,7 +50,7 @@ def head_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 @kernel("quantize", "reference", ANY)
 def quantize(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
     """In float32, as the definition is: rounding must not depend on the precision of the check."""
-    rows = [quant.quantize_int8(row, group) for row in x]
+    rows = [quantize_int8(row, group) for row in x]
     return np.stack([q for q, _ in rows]), np.stack([s for _, s in rows])
 
 
@@ -64,9 +64,9 @@ def linear_int8(xq: np.ndarray, xs: np.ndarray, weight: np.ndarray, group: int) 
     return linear(xq * np.repeat(xs.astype(np.float64), group, axis=1)[:, : xq.shape[1]], weight)
 
 
-def _quantize_as(activation: str) -> Callable[[np.ndarray], quant_activations.Rounded]:
-    def quantize(x: np.ndarray) -> quant_activations.Rounded:
-        return quant_activations.quantize_activations(activation, x)
+def _quantize_as(activation: str) -> Callable[[np.ndarray], Quantized]:
+    def quantize(x: np.ndarray) -> Quantized:
+        return quantize_activations(activation, x)
 
     return quantize
 
@@ -247,7 +247,7 @@ class ReferenceBackend:
     def weight(self, name: str) -> np.ndarray:
         """A weight as float64, or as float32 where all would not fit the budget."""
         if name not in self._converted:
-            array: np.ndarray = quant.dequantize(self.weights[name])
+            array: np.ndarray = dequantize(self.weights[name])
             if self._dtype == np.float64:
                 array = array.astype(np.float64)
             if self.weights[name].type.name == "q4_1":

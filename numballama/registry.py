@@ -198,8 +198,7 @@ def _quoted(name: str | None) -> str:
 
 
 _HOMES = {
-    "cpu": ("numballama.kernels_cpu", "numballama.cpu.kernels_int8"),
-    "cpu-outline": ("numballama.kernels_outline",),
+    "cpu": ("numballama.cpu.ops",),
     "cuda": ("numballama.cuda.ops",),
     "reference": ("numballama.reference",),
 }

@@ -16,6 +16,8 @@ from .validation import real_number, whole_number
 
 REPEAT_WINDOW = 64
 """How many of the latest tokens the repeat penalty looks at (llama.cpp's repeat_last_n)."""
+TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY = range(5)
+"""Indices into `Sampler.settings`."""
 SETTINGS = 5
 """Numbers in `Sampler.settings`."""
 COLDEST = 1e-5

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ..memory import ceil_div
+
 
 @dataclass(frozen=True)
 class TypeTraits:
@@ -136,7 +138,7 @@ class WeightType:
 
     def nbytes(self, numel: int) -> int:
         """Bytes of `numel` elements, scales included."""
-        scales = -(-numel // self.group) if self.group else 0
+        scales = ceil_div(numel, self.group) if self.group else 0
         return numel // self.traits.block_size * self.traits.block_bytes + 4 * scales
 
 

@@ -20,7 +20,7 @@ from numballama.cuda.launch import ITEM_BYTES, Array, Launch, LaunchContext
 from numballama.cuda.ops import sampling
 from numballama.graph import KVLayout
 from numballama.ir import DTYPES
-from numballama.quantization import convert as quant
+from numballama.quantization.convert import dequantize, quantize_int8
 from numballama.quantization.types import BLOCKS
 from numballama.reference import ReferenceBackend
 from numballama.registry import find
@@ -377,7 +377,7 @@ def check_quantize(bench: Bench, x: np.ndarray, group: int) -> None:
             if not np.isfinite(x[row, where]).all():
                 assert np.isnan(got_scales[row, g])
                 continue
-            want, want_scale = quant.quantize_int8(np.ascontiguousarray(x[row, where]), group)
+            want, want_scale = quantize_int8(np.ascontiguousarray(x[row, where]), group)
             assert abs(got_scales[row, g] - want_scale[0]) <= 2.0**-23 * want_scale[0] + 2.0**-149
             ratio = np.abs(np.divide(x[row, where].astype(np.float64), want_scale[0]) if want_scale[0] else 0 * want)
             tie = np.abs(ratio - np.floor(ratio) - 0.5) <= 1e-5
@@ -398,7 +398,7 @@ def magnitudes(weight: Weight) -> np.ndarray:
     blocks = weight.data.reshape(-1, nbytes).copy()
     blocks[:, 1] &= 0x7F
     blocks[:, 3] = blocks[:, 3] & 0x7F | (0x80 if weight.type.name == "q4_k" else 0)  # there it is taken off
-    positive = quant.dequantize(Weight(weight.shape, weight.type, blocks.reshape(weight.data.shape)))
+    positive = dequantize(Weight(weight.shape, weight.type, blocks.reshape(weight.data.shape)))
     return positive.astype(np.float64)
 
 

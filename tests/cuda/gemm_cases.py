@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from numballama import registry
-from numballama.quantization import convert as quant
+from numballama.quantization.convert import convert
 from numballama.quantization.types import F32
 from tests.cuda.emulator import Memory, Program, from_16, round_16, run
 from tests.helpers.bounds import U, as_weight
@@ -151,7 +151,7 @@ def upload(machine: Any, values: np.ndarray, kind: str, group: int = 32) -> tupl
     raw = np.zeros(layout.nbytes, np.uint8)
     for at, part in layout.parts():
         raw[at : at + part.size] = part.reshape(-1)
-    exact = quant.convert(weight, F32).data.reshape(values.shape)
+    exact = convert(weight, F32).data.reshape(values.shape)
     return layout.operand(machine.put(raw, "u8x").address), exact
 
 

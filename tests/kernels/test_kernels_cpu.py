@@ -24,8 +24,8 @@ from numballama.cpu.backend import CpuProgram
 from numballama.cpu.compiler import FAST_MATH
 from numballama.ir import DTYPES, Graph, Value
 from numballama.kernels_cpu import CACHE, LARGEST, LINEAR, SMALLEST, exp
-from numballama.quantization import convert as quant
 from numballama.quantization.activations import quantize_activations
+from numballama.quantization.convert import dequantize, from_bf16, from_f16, to_bf16, to_f16
 from numballama.quantization.types import BLOCKS, VEC_DOT_TYPE
 from numballama.reference import ReferenceBackend
 from tests.helpers.bounds import as_weight, check_step, compiled, cpu_backend, poison, read, run_parts
@@ -139,7 +139,7 @@ class Case:
     def cache(self, name: str) -> Value:
         shape = (self.sequences, self.kv_heads, self.context, self.head_dim)
         numbers = self.numbers(*shape)
-        self.states[name] = {"f32": lambda a: a, "f16": quant.to_f16, "bf16": quant.to_bf16}[self.cache_type](numbers)
+        self.states[name] = {"f32": lambda a: a, "f16": to_f16, "bf16": to_bf16}[self.cache_type](numbers)
         return self.graph.state(name, shape, self.cache_type)
 
     def angles(self) -> Value:
@@ -431,6 +431,7 @@ def test_every_kernel_has_a_property() -> None:
     assert set(kernels) == set(CASES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @given(data=st.data())
 @settings(max_examples=40)
@@ -452,6 +453,7 @@ def test_kernel_agrees_with_reference(name: str, data: st.DataObject) -> None:
         check_step(program, step, c.tokens, reference, lambda step=step: run_parts(program, c.tokens, step, order))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_walk_gives_what_the_parts_give(threads: int) -> None:
     """All workers at once, through the real walk: bit for bit the same numbers, for each part's sums are its own."""
@@ -576,11 +578,12 @@ def test_quantize_rounds_halves_away_from_zero() -> None:
     assert q[0, :7].tolist() == [127, 3, -3, 5, -5, 7, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_cache_rounds_every_kind_of_number_to_the_nearest(dtype: str) -> None:
     """All patterns of the format, what lies half-way between neighbours, overflow, subnormals, infinities and NaN."""
     bits = np.arange(0x7F80 if dtype == "bf16" else 0x7C00, dtype=np.uint16)
-    exact = quant.from_bf16(bits) if dtype == "bf16" else quant.from_f16(bits)
+    exact = from_bf16(bits) if dtype == "bf16" else from_f16(bits)
     middle = ((exact[:-1].astype(np.float64) + exact[1:]) / 2).astype(np.float32)
     parts = [exact, middle, np.nextafter(middle, 0), np.nextafter(middle, np.float32(np.inf))]
     parts.append(f32([65519.9, 65520, 1e5, 3.4028235e38, np.inf, np.nan, 1e-45, 2.0**-25, 2.0**-24])[0])
@@ -619,12 +622,13 @@ def test_a_16_bit_weight_decodes_exactly(kind: str) -> None:
     program = compiled(cpu_backend({"table": weight}, 3), graph)
     program.inputs["ids"][:] = range(1024)
     run_parts(program, 1024, 0, range(3))
-    want = quant.dequantize(weight)
+    want = dequantize(weight)
     got = program.value("y")
     np.testing.assert_array_equal(got, want)
     assert DTYPES[kind].itemsize == 2 and np.isnan(want).any() and np.isinf(want).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LINEAR)
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-15, 1e15, 1e30])
 def test_linear_of_huge_and_small_numbers(kind: str, magnitude: float) -> None:

@@ -24,7 +24,7 @@ from numballama.config import HALF_SPLIT, INTERLEAVED, ModelConfig
 from numballama.cpu.backend import CpuProgram
 from numballama.fusion import FUSIONS
 from numballama.graph import KVLayout, build
-from numballama.quantization import convert as quant
+from numballama.quantization.convert import convert
 from numballama.quantization.types import F32, WeightType
 from numballama.reference import ReferenceBackend, ReferenceProgram
 from numballama.session import Session
@@ -41,7 +41,7 @@ near 1."""
 def converted(weights: Mapping[str, Weight], kind: str, group: int) -> dict[str, Weight]:
     """Matrices in another type, norms and biases as they are: what `compile(dtype=…)` and the int8 formats give."""
     target = WeightType("int8", group) if kind == "int8" else TYPES[kind]
-    return {name: quant.convert(w, target) if len(w.shape) == 2 else w for name, w in weights.items()}
+    return {name: convert(w, target) if len(w.shape) == 2 else w for name, w in weights.items()}
 
 
 def graph_of(

@@ -19,7 +19,7 @@ from ...config import HALF_SPLIT, INTERLEAVED, ModelConfig, RopeScaling
 from ...errors import Error, FormatError, UnsupportedError
 from ...files import MappedFile
 from ...memory import format_bytes
-from ...quantization import convert as quant
+from ...quantization.convert import EXACT, convert
 from ...quantization.types import F32, FALLBACK_TYPE, TYPE_TRAITS, WeightType
 from ...rope import rope_divisors
 from ..llama2c.layout import MAX_CONTEXT, MAX_LAYERS
@@ -254,7 +254,7 @@ def _view(info: TensorInfo, shape: tuple[int, ...]) -> Weight:
     kind, element = supported[info.type]
     data = np.frombuffer(info.file.data, element, info.nbytes // element.itemsize, info.offset)
     weight = Weight(shape, kind, data.reshape(shape[0], -1) if len(shape) == 2 else data)
-    return weight if len(shape) == 2 else quant.convert(weight, F32)
+    return weight if len(shape) == 2 else convert(weight, F32)
 
 
 def _conversions(weights: Mapping[str, Weight]) -> list[str]:
@@ -264,6 +264,6 @@ def _conversions(weights: Mapping[str, Weight]) -> list[str]:
         if names := [name for name, weight in weights.items() if weight.type.name == kind]:
             grows = sum(target.nbytes(math.prod(weights[name].shape)) for name in names)
             which = f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
-            exactly = "with the same numbers" if (kind, target.name) in quant.EXACT else "rounded"
+            exactly = "with the same numbers" if (kind, target.name) in EXACT else "rounded"
             notes.append(f"{kind.upper()} ({which}) runs as {target}, {exactly}: a copy of {format_bytes(grows)}")
     return notes

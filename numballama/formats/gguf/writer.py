@@ -42,7 +42,7 @@ def write_gguf(
 ) -> list[str]:
     """Write GGUF, whole or not at all; returns notes on what the format cannot hold.
 
-    Matrices are written in the type they have (`quant.convert` makes them f16, bf16, q8_0, q4_0 or q4_1), norms and
+    Matrices are written in the type they have (`convert` makes them f16, bf16, q8_0, q4_0 or q4_1), norms and
     biases as f32. The architecture is "qwen3" for models with q/k norms, "qwen2" for half-split ones with q/k/v biases
     and no others, else "llama"; rows of q and k are permuted to the RoPE pairing that it implies. `name` is
     `general.name`; `metadata` are further keys with their values, such as `{"general.license": "mit"}` (int: uint32,

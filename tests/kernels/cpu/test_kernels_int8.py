@@ -31,8 +31,8 @@ from numballama.export import WRITERS
 from numballama.fusion import FUSIONS, fuse
 from numballama.graph import KVLayout
 from numballama.ir import Graph, verify
-from numballama.quantization import convert as quant
 from numballama.quantization.activations import quantize_activations
+from numballama.quantization.convert import convert, dequantize
 from numballama.quantization.types import ACTIVATION_QUANT, BLOCKS, VEC_DOT_TYPE, WeightType
 from numballama.reference import ReferenceBackend
 from tests.helpers.bounds import compiled, cpu_backend, poison
@@ -84,7 +84,7 @@ def test_products_are_ggmls(ggml: Mapping[str, np.ndarray], name: str, device: s
     rounded = net.add(f"quantize_{VEC_DOT_TYPE[name]}", net.input("x", x.shape, "f32"), out=("q", "s", "sums"))
     net.add("linear", *rounded, net.weight("w", weights["w"].shape, name), out="y")
     net.outputs = ["y"]
-    numbers = quant.dequantize(weights["w"]).astype(np.float64)
+    numbers = dequantize(weights["w"]).astype(np.float64)
     size = np.abs(x).astype(np.float64) @ np.abs(numbers).T
     for tokens in (1, 3, 8):  # row by row, and by panels
         program: Any = (
@@ -135,7 +135,7 @@ def blocks_model(config: ModelConfig, kinds: list[str], seed: int) -> dict[str, 
             size = float(np.std(weight.data))
             weights[name] = random_blocks(kind, weight.shape[0], weight.shape[1] // BLOCKS[kind][0], rng, size=size)
         elif len(weight.shape) == 2:
-            weights[name] = quant.convert(weight, WeightType(kind, 32 if kind == "int8" else 0))
+            weights[name] = convert(weight, WeightType(kind, 32 if kind == "int8" else 0))
     return weights
 
 

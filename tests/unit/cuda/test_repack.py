@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numballama.cuda import repack
-from numballama.quantization import convert as quant
+from numballama.quantization.convert import dequantize
 from numballama.quantization.types import BLOCKS
 from tests.helpers.gguf_files import random_blocks
 
@@ -64,7 +64,7 @@ def test_the_numbers_are_those_of_the_blocks(kind: str, rows: int, count: int, s
     columns, layout = weight.shape[1], repack.LAYOUTS[kind]
     assert integers.shape == (rows, columns // 2)
     assert rest.shape == (rows, layout.stride(columns) * {"u8": 1, "u32": 4}[layout.scales])
-    np.testing.assert_array_equal(READERS[kind](integers, rest), quant.dequantize(weight))
+    np.testing.assert_array_equal(READERS[kind](integers, rest), dequantize(weight))
 
 
 @pytest.mark.parametrize(("kind", "most"), [("q4_1", 5.0), ("q4_k", 4.625), ("q6_k", 6.625)])

@@ -97,7 +97,7 @@ def test_no_decoder_is_left_over() -> None:
     assert blocks.DECODERS.keys() == BLOCKS.keys()
     assert blocks.ENCODERS.keys() <= set(RUNNABLE_BLOCKS)
     assert vecdot._DECODERS.keys() == vecdot_int8._DECODERS.keys() == set(RUNNABLE_BLOCKS) == VEC_DOT_TYPE.keys()
-    assert activations._ROUNDERS.keys() == ACTIVATION_QUANT.keys() == set(VEC_DOT_TYPE.values())
+    assert activations._QUANTIZERS.keys() == ACTIVATION_QUANT.keys() == set(VEC_DOT_TYPE.values())
     for old, new in blocks.REPACKERS:
         assert TYPE_TRAITS[old].fallback == new
 

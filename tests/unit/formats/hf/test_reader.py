@@ -24,7 +24,7 @@ from numballama.formats import tokenizer_files as tokenizer
 from numballama.formats.hf import reader as hf
 from numballama.formats.hf.writer import write_safetensors
 from numballama.loader import open_checkpoint
-from numballama.quantization import convert as quant
+from numballama.quantization.convert import dequantize
 from numballama.quantization.types import BF16, F16, F32
 from tests.helpers.random_models import random_checkpoint
 
@@ -458,7 +458,7 @@ def test_mutations_end_in_an_error_or_in_a_model(copy: Callable[[str], Path], wh
         opened += 1
         for weight in checkpoint.weights.values():
             assert weight.data.nbytes == weight.type.nbytes(int(np.prod(weight.shape)))
-            assert quant.dequantize(weight).size
+            assert dequantize(weight).size
     assert 5 < opened < 450, opened
 
 
