@@ -38,9 +38,9 @@ ORDER = """
     cpu: fork compiler intrinsics vecdot tiling vecdot_int8 matmul kernels_cpu kernels_int8 ops sampling executor \
             backend
     cuda: repack launch lowering intrinsics quant_traits kernels.params mma ops.gemv ops.elementwise ops.gemm \
-            ops.linear ops.attention ops.sampling kernels.common kernels.reduce kernels.dequant kernels.dot kernels.gemv \
-            kernels_cuda kernels.gemm kernels.decode_attention kernels.prefill_attention kernels.sampling kernels.copy \
-            compiler driver compile_worker weights decode_pipeline program backend
+            ops.linear ops.attention ops.sampling kernels.common kernels.reduce kernels.dequant kernels.dot \
+            kernels.gemv kernels_cuda kernels.gemm kernels.decode_attention kernels.prefill_attention \
+            kernels.sampling kernels.copy compiler driver compile_worker weights decode_pipeline program backend
     reference session generate
     tokenizers: sentencepiece_proto base sentencepiece pretokenizers bpe tiktoken huggingface scored
     formats: json_reader rope_permute safetensors gguf.header gguf.split gguf.tokenizer tokenizer_files \
