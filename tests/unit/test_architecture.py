@@ -211,7 +211,6 @@ def test_the_flat_part_is_small() -> None:
 
 MOST_LINES = 500
 LONG_FILES: dict[str, str] = {
-    "cuda.intrinsics": "to be split",
 }
 """Files that may be longer, and why."""
 
