@@ -28,10 +28,10 @@ KERNEL_SOURCES = (
     "cpu/matmul.py",
     "kernels_cpu.py",
     "cpu/kernels_int8.py",
-    "cpu/backend.py",
+    "cpu/bandwidth.py",
+    "cpu/executor.py",
     "sampling.py",
     "cpu/sampling.py",
-    "bench/benchmark.py",
 )
 """Every file of the package that compiled code is made from; a test keeps the list complete."""
 

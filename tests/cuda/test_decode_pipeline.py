@@ -138,7 +138,7 @@ def test_an_interrupt_while_a_token_is_awaited(models: Path, monkeypatch: pytest
 def test_a_token_is_one_launch(model: Model) -> None:
     for sampler in (Sampler(300, seed=1), Sampler(300, temperature=0)):
         told(model, sampler, 10)
-        before, steps = model._decode.entries, 50
+        before, steps = model.program.entries, 50
         tokens = told(model, sampler, steps)
         assert len(tokens) == steps
-        assert model._decode.entries - before <= steps + LOOKAHEAD
+        assert model.program.entries - before <= steps + LOOKAHEAD

@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 import numballama
 from numballama import ContextError, DeviceError, Error, Model, UnsupportedError
 from numballama.config import ModelConfig
+from numballama.cpu import CpuBackend
 from numballama.generate import StopStringFilter
-from numballama.model import CHUNK, Interrupted, Piece
+from numballama.model import Interrupted, Piece
 from tests.helpers.bounds import shared_model, story_model
 from tests.helpers.random_models import save
 
+CHUNK = CpuBackend.prefill_chunk
 TINY = ModelConfig(16, 24, 2, 4, 2, 300, 2 * CHUNK + 10)
 WORDS = [
     " ",

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -254,7 +255,8 @@ def test_damaged_weights_show(tmp_path: Path, damage: float) -> None:
 def test_arguments(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedError, match="activations 'int4' is not supported; there are f32, int8"):
         numballama.compile(mixed, device="cpu", activations="int4")
-    monkeypatch.setattr(model, "_choose_device", lambda device: ("cuda", "of a test"))
+    monkeypatch.setattr(model, "choose_device", lambda device: ("cuda", "of a test"))
+    monkeypatch.setattr(model, "backend_class", lambda device: SimpleNamespace(activation_types=("f32",)))
     with pytest.raises(UnsupportedError, match="activations 'int8' are for the CPU, not for cuda"):
         numballama.compile(mixed, activations="int8")
 

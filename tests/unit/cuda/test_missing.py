@@ -129,12 +129,12 @@ def test_auto_takes_the_cpu_without_the_compiler() -> None:
     """Though there is a GPU: other packages bring the driver's bindings along."""
     said = python(
         "from importlib.metadata import PackageNotFoundError\n"
-        "from numballama import DeviceError, kernel_cache, model\n"
+        "from numballama import DeviceError, backend, kernel_cache\n"
         "from numballama.cuda import driver\n"
         "def version(name):\n    raise PackageNotFoundError(name)\n"
         "kernel_cache.version, driver.Device = version, lambda name='cuda': 'a GPU'\n"
-        "print(*model._choose_device('auto'))\n"
-        "try:\n    model._choose_device('cuda')\n"
+        "print(*backend.choose_device('auto'))\n"
+        "try:\n    backend.choose_device('cuda')\n"
         "except DeviceError as error:\n    print('DeviceError:', error)\n"
     )
     auto, explicit = said.splitlines()
