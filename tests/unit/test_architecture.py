@@ -319,7 +319,6 @@ TESTED_ELSEWHERE = {
         kernels_cuda cuda.kernels.* cuda.intrinsics cuda.quant_traits cuda.mma cuda.lowering
     """,
     "tests/cuda: on a GPU, operators beside the reference": "cuda.ops.* cuda.driver cuda.program cuda.weights",
-    "tests/unit/cuda/test_compile_worker.py, test_launch.py": "cuda.compiler",
     "tests/kernels: kernels of every type beside the reference": """
         cpu.intrinsics cpu.matmul cpu.tiling cpu.vecdot_int8 cpu.ops reference
     """,
