@@ -45,7 +45,7 @@ def start(*arguments: str, core: int = 0) -> subprocess.Popen[str]:
     environment = {"NUMBA_ENABLE_CUDASIM": "1", "NUMBALLAMA_TEST_CORE": str(core), "PYTHONPATH": path}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     return subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=HERE,
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT,
         env={**os.environ, **environment},
     )  # fmt: skip
 
