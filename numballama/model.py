@@ -357,7 +357,8 @@ class Model:
         ends = {tokenizer.eos_id, *self._checkpoint.stop_token_ids, *enders}
         if self._checkpoint.bos_is_stop_token:
             ends.add(tokenizer.bos_id)
-        return self._pieces(ids, max_tokens, sampler, tokenizer.decoder(at_start=at_start), stops, ends, keep)
+        decoder = tokenizer.decoder(strip_leading_space=at_start)
+        return self._pieces(ids, max_tokens, sampler, decoder, stops, ends, keep)
 
     def _pieces(
         self,

@@ -42,10 +42,10 @@ ORDER = """
             kernels.gemv kernels_cuda kernels.gemm kernels.decode_attention kernels.prefill_attention \
             kernels.sampling kernels.copy compiler driver compile_worker weights decode_pipeline program backend
     reference session generate
-    tokenizers: sentencepiece_proto base sentencepiece pretokenizers bpe tiktoken huggingface scored
-    formats: json_reader rope_permute safetensors gguf.header gguf.split gguf.tokenizer tokenizer_files \
-            llama2c.layout gguf.reader gguf.writer hf.config hf.reader hf.writer llama2c.reader llama2c.kuiper \
-            meta.torch_zip meta.reader
+    tokenizers: base sentencepiece_proto sentencepiece scored llama2c gguf pretokenizers bpe tiktoken huggingface
+    formats: limits tensor_names tensors json_reader rope_permute safetensors gguf.header gguf.split gguf.tokenizer \
+            hf.text_settings tokenizer_files hf.text_files llama2c.layout llama2c.llama2c llama2c.kuiper \
+            gguf.reader gguf.writer hf.config hf.reader hf.writer meta.torch_zip meta.reader
     loader
     chat: sandbox template conversation
     export inspection
