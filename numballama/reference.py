@@ -19,7 +19,7 @@ from .ir import DTYPES, Graph, Op
 from .quantization import activations as quant_activations
 from .quantization import convert as quant
 from .registry import find, kernel
-from .sampling import Sampler
+from .sampling import SamplerState
 
 ANY = "*"
 F64_BUDGET = 1 << 30
@@ -184,7 +184,7 @@ class ReferenceProgram:
         """What the last run computed, for its tokens only."""
         return self.values[name]
 
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: Sampler | None = None) -> int:
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
         """Interpret ops [begin, end) for the first `tokens` tokens; with a sampler, draw the next token."""
         if begin == 0:
             self.values = {name: array[:tokens] for name, array in self.inputs.items()}

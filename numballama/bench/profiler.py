@@ -253,11 +253,11 @@ def profile(model: Model, position: int, bandwidth: float) -> Profile:
     `ContextError` if the position is outside of the context.
     """
     plan, nbytes_of = model.plan, weight_bytes(model)
-    with model.using(), model.fresh_session() as session:
+    with model.exclusive(), model.reset_session() as session:
         program: Any = model._decode
         if position:
             session.prefill([token % model.config.vocab_size for token in range(1, position + 1)])
-        session.feed(program, [0])
+        session.set_inputs(program, [0])
         sizes = [step_bytes(plan.graph, step, nbytes_of, position) for step in plan.steps]
         if model.device.startswith("cuda"):
             kernels = ["+".join(call.name for call in calls) for calls in program.calls]

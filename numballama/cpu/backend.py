@@ -28,7 +28,7 @@ from ..errors import FORKED, NOT_NUMBERS, DeviceError, Error
 from ..graph import fuse
 from ..ir import DTYPES, Graph, Value
 from ..plan import ALIGNMENT, Plan, Step, lower
-from ..sampling import REPEAT_WINDOW, SETTINGS, Sampler
+from ..sampling import REPEAT_WINDOW, SETTINGS, SamplerState, SamplingParams
 from ..validation import whole_number
 from .compiler import compile_step, device, jit
 from .intrinsics import atomic_add, atomic_load, call_step, f32_at, f64_at, i32_at, i64_at, pause, u64_at, yield_core
@@ -199,7 +199,7 @@ class CpuProgram:
         """The memory of a value, as an array of its shape; what it holds outside its lifetime belongs to others."""
         return self._values[name]
 
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: Sampler | None = None) -> int:
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
         """Run steps [begin, end) for the first `tokens` tokens of the inputs: one call into compiled code.
 
         With a sampler the next token is returned: drawn from the logits in the same call, or the graph's own argmax
@@ -291,7 +291,7 @@ class CpuBackend:
         if report:
             report("walk", 0, 1)
         decode.run(1, 0, 0)
-        decode.run(1, 0, 0, Sampler(decode.value("logits").shape[1], seed=0))
+        decode.run(1, 0, 0, SamplerState(SamplingParams(seed=0), decode.value("logits").shape[1]))
 
     def _bind(
         self,

@@ -1,4 +1,4 @@
-"""From logits to the next token on the CPU: plain functions over logits, compiled. `Sampler` owns their buffers.
+"""From logits to the next token on the CPU: plain functions over logits, compiled. `SamplerState` owns their buffers.
 
 The order is llama.cpp's: repeat penalty, then top-k, top-p and min-p on the probabilities as the model gives them, then
 temperature on what is left. Each filter takes candidates `ids[:n]` and returns how many it keeps, moved to the front.

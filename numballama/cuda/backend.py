@@ -25,7 +25,7 @@ from ..ir import DTYPES, Graph, Value
 from ..kernel_cache import cuda_cache_directory
 from ..memory import format_bytes
 from ..plan import Plan, lower
-from ..sampling import REPEAT_WINDOW, SETTINGS, Sampler
+from ..sampling import REPEAT_WINDOW, SETTINGS, SamplerState
 from .compile_worker import compile_ahead
 from .driver import Call, Device, Function, Memory, Pinned, Recording, compile_kernel
 from .launch import ITEM_BYTES, Array, Gpu, Launch
@@ -96,7 +96,7 @@ class _Sampling:
             self.arrays[name] = self.memory.array(offset, (count,), dtype)
             offset += aligned(count * ITEM_BYTES[dtype])
 
-    def send(self, sampler: Sampler) -> None:
+    def send(self, sampler: SamplerState) -> None:
         """Put a copy of a sampler's state into the stream; waits for what is in it first."""
         self._device.synchronize()
         for name, array in self.arrays.items():
@@ -161,7 +161,7 @@ class CudaProgram:
         self._letters = self._mailbox.bytes.view(np.int64)
         self._made = 0
         self._steps: deque[_Step] = deque()
-        self._sampler: tuple[Sampler, int] | None = None
+        self._sampler: tuple[SamplerState, int] | None = None
         self._last: tuple[int, int, int] | None = None
         self._gpu = gpu
 
@@ -249,7 +249,7 @@ class CudaProgram:
             self._calls[reach] = self.backend.ready([[one.at(reach) for one in step] for step in self.launches])
         return self._calls[reach]
 
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: Sampler | None = None) -> int:
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
         """Run steps [begin, end) for the first `tokens` tokens of the inputs: one graph launch.
 
         With a sampler the next token is drawn on the device and returned. Raises `Error` for logits that are not
@@ -297,7 +297,7 @@ class CudaProgram:
         self._recordings[key].replay()
         self.entries += 1
 
-    def _greedy(self, sampler: Sampler) -> bool:
+    def _greedy(self, sampler: SamplerState) -> bool:
         return sampler.is_argmax and len(sampler.ids) == self._values["logits"].shape[1]
 
     def tail(self, drawn: int) -> list[Launch]:
@@ -328,7 +328,7 @@ class CudaProgram:
         end = len(self.plan.steps) - (1 if drawn and self.plan.steps[-1].op.kind == "argmax" else 0)
         return self._slice(0, end, reach) + self._tail(drawn)
 
-    def _next_token(self, tokens: int, sampler: Sampler) -> int:
+    def _next_token(self, tokens: int, sampler: SamplerState) -> int:
         drawn = 0 if self._greedy(sampler) else len(sampler.ids)
         position, sequence = int(self.inputs["positions"][tokens - 1]), int(self.inputs["sequences"][tokens - 1])
         token_in = int(self.inputs["ids"][tokens - 1])

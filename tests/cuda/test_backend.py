@@ -57,7 +57,7 @@ from numballama.model import Model
 from numballama.quantization import convert as quant
 from numballama.reference import ReferenceBackend
 from numballama.registry import find
-from numballama.sampling import Sampler
+from numballama.sampling import SamplerState
 from numballama.session import Session
 from tests.cuda.checks import (
     SHARE,
@@ -77,6 +77,7 @@ from tests.cuda.checks import (
     run_checked,
 )
 from tests.helpers.bounds import TOKENIZERS, as_weight, check_step, story_model
+from tests.helpers.sampling import make_sampler
 from tests.kernels.test_kernels_cpu import CASES, Case
 
 SLACK = 8 << 20
@@ -325,14 +326,14 @@ def test_prefill_in_chunks_equals_token_by_token(drawn: dict[str, Any], data: st
         session = Session(decode, chunked, context, pair.config.vocab_size)
         session.prefill(ids)
         results = {"chunks": session.logits.copy()}
-        session.rewind()
+        session.truncate()
         for token in ids:
             session.step(token)
         results["steps"] = session.logits.copy()
         kept = data.draw(st.integers(0, count - 1), "kept by rewind")
         for token in pair.ids(3, min(3, context - count)):
             session.step(token)
-        session.rewind(kept)
+        session.truncate(kept)
         session.prefill(ids[kept:])
         results["rewound"] = session.logits.copy()
         feed(everything, ids, 0)
@@ -416,7 +417,7 @@ def test_greedy_tokens_and_logits_equal_the_reference(models: Path, name: str, d
         assert greedy(model) == tokens
         session, ids = model.session, [1, *tokens[:60]]
         want = oracle.logits(ids)
-        session.rewind()
+        session.truncate()
         for place, token in enumerate(ids):
             session.step(token)
             close(session.logits, want[place], f"logits {place}", 1e-4)
@@ -571,7 +572,7 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings_", SETTINGS, ids=str)
 def test_the_distribution_of_20000_draws(bench: Bench, settings_: dict[str, Any]) -> None:
     """Chi-square against the exact probabilities after the filters, at a level of one in a million."""
-    sampler = Sampler(len(LOGITS), seed=11, **settings_)
+    sampler = make_sampler(len(LOGITS), seed=11, **settings_)
     arrays = {name: bench.put(getattr(sampler, name)) for name in ("settings", "recent", "counts", "state")}
     following, on_device = bench.empty((1,), "i32"), bench.put(LOGITS.reshape(1, -1))
     launches = find("sample", "cuda", ["f32"]).function(bench.gpu, on_device, len(LOGITS), *arrays.values(), following)
@@ -609,22 +610,22 @@ def test_draws_follow_the_noise(bench: Bench, settings_: dict[str, Any], vocab: 
 
 def test_greedy_penalties_and_padding(bench: Bench) -> None:
     best = int(LOGITS.argmax())
-    assert draw(bench, LOGITS, Sampler(50, temperature=0))[0] == [best]
-    assert draw(bench, LOGITS, Sampler(50, top_k=1, seed=3), times=5)[0] == [best] * 5
+    assert draw(bench, LOGITS, make_sampler(50, temperature=0))[0] == [best]
+    assert draw(bench, LOGITS, make_sampler(50, top_k=1, seed=3), times=5)[0] == [best] * 5
     check_draws(bench, LOGITS, times=100, temperature=0, repeat_penalty=1.5)
     check_draws(bench, LOGITS, times=100, temperature=1.0, repeat_penalty=1.3, seed=8)
     padded = np.concatenate([LOGITS, np.full(14, 99, np.float32)])
-    tokens, _ = draw(bench, padded, Sampler(50, temperature=50.0, top_k=0, top_p=1.0, seed=1), times=300)
+    tokens, _ = draw(bench, padded, make_sampler(50, temperature=50.0, top_k=0, top_p=1.0, seed=1), times=300)
     assert min(tokens) >= 0 and max(tokens) < 50 and len(set(tokens)) > 40
-    assert draw(bench, padded, Sampler(50, temperature=0))[0] == [best]
+    assert draw(bench, padded, make_sampler(50, temperature=0))[0] == [best]
 
 
 def test_logits_that_are_no_numbers(bench: Bench) -> None:
     for bad in (np.nan, np.inf):
         broken = LOGITS.copy()
         broken[17] = bad
-        assert draw(bench, broken, Sampler(50, seed=4))[0] == [-1]
-    assert draw(bench, broken, Sampler(50, temperature=0))[0] == [17]
+        assert draw(bench, broken, make_sampler(50, seed=4))[0] == [-1]
+    assert draw(bench, broken, make_sampler(50, temperature=0))[0] == [17]
 
 
 @pytest.fixture
@@ -634,9 +635,9 @@ def model(tmp_path: Path) -> Iterator[Model]:
         yield made
 
 
-def told(model: Model, sampler: Sampler, count: int, prompt: Sequence[int] = (1, 5, 9)) -> list[int]:
+def told(model: Model, sampler: SamplerState, count: int, prompt: Sequence[int] = (1, 5, 9)) -> list[int]:
     """Tokens after a prompt, from an empty cache."""
-    model.session.rewind()
+    model.session.truncate()
     tokens: list[Any] = [model.session.prefill(list(prompt), sampler)]
     while len(tokens) < count:
         tokens.append(model.session.step(tokens[-1], sampler))
@@ -644,22 +645,26 @@ def told(model: Model, sampler: Sampler, count: int, prompt: Sequence[int] = (1,
 
 
 def test_seeds(model: Model) -> None:
-    first = told(model, Sampler(300, seed=1), 40)
-    assert told(model, Sampler(300, seed=1), 40) == first
-    assert len({tuple(told(model, Sampler(300, seed=seed), 20)) for seed in range(5)}) == 5
-    cold = told(model, Sampler(300, temperature=0), 40)
-    assert told(model, Sampler(300, top_k=1, seed=9), 40) == cold
-    assert told(model, Sampler(300, temperature=0, repeat_penalty=1.0), 40) == cold
-    assert len(set(told(model, Sampler(300, temperature=0, repeat_penalty=50.0), 40))) > len(set(cold))
+    first = told(model, make_sampler(300, seed=1), 40)
+    assert told(model, make_sampler(300, seed=1), 40) == first
+    assert len({tuple(told(model, make_sampler(300, seed=seed), 20)) for seed in range(5)}) == 5
+    cold = told(model, make_sampler(300, temperature=0), 40)
+    assert told(model, make_sampler(300, top_k=1, seed=9), 40) == cold
+    assert told(model, make_sampler(300, temperature=0, repeat_penalty=1.0), 40) == cold
+    assert len(set(told(model, make_sampler(300, temperature=0, repeat_penalty=50.0), 40))) > len(set(cold))
 
 
 def test_a_nan_in_the_weights_is_an_error(model: Model) -> None:
-    told(model, Sampler(300, seed=1), 3)
+    told(model, make_sampler(300, seed=1), 3)
     backend = model._backend
     backend.device.make_current()
     backend.device.fill(backend.weights.operands["norm"].address, 0xFF, 4)
-    for sampler in (Sampler(300, temperature=0), Sampler(300, seed=1), Sampler(300, temperature=0, repeat_penalty=2.0)):
-        model.session.rewind()
+    for sampler in (
+        make_sampler(300, temperature=0),
+        make_sampler(300, seed=1),
+        make_sampler(300, temperature=0, repeat_penalty=2.0),
+    ):
+        model.session.truncate()
         with pytest.raises(Error, match="not numbers"):
             model.session.prefill([1, 2], sampler)
         with pytest.raises(Error, match="not numbers"):
@@ -681,10 +686,10 @@ def reference_logits(model: Model, tokens: Sequence[int]) -> np.ndarray:
 def test_reading_logits_between_steps(model: Model, options: dict[str, Any]) -> None:
     """What the host reads belongs to the last token that it was given, and reading changes nothing."""
     prompt = [1, 5, 9]
-    want = told(model, Sampler(300, **options), 30)
-    sampler, session = Sampler(300, **options), model.session
+    want = told(model, make_sampler(300, **options), 30)
+    sampler, session = make_sampler(300, **options), model.session
     logits = reference_logits(model, [*prompt, *want])
-    session.rewind()
+    session.truncate()
     tokens: list[Any] = [session.prefill(prompt, sampler)]
     while len(tokens) < 30:
         if len(tokens) % 4 == 2:
@@ -697,15 +702,15 @@ def test_reading_logits_between_steps(model: Model, options: dict[str, Any]) -> 
 def test_rewinding_and_other_tokens(model: Model) -> None:
     """A rewind, and a token that was not drawn, begin anew from there."""
     prompt, session = [1, 5, 9], model.session
-    want = told(model, Sampler(300, temperature=0), 30)
-    sampler = Sampler(300, temperature=0)
+    want = told(model, make_sampler(300, temperature=0), 30)
+    sampler = make_sampler(300, temperature=0)
     for back in (1, 2, 5, 20):
-        session.rewind(len(prompt) + 29 - back)
+        session.truncate(len(prompt) + 29 - back)
         for place in range(29 - back, 29):
             assert session.step(want[place], sampler) == want[place + 1]
     other = (want[3] + 1) % 300
-    fresh = told(model, Sampler(300, temperature=0), 5, [*prompt, *want[:3], other])
-    session.rewind()
+    fresh = told(model, make_sampler(300, temperature=0), 5, [*prompt, *want[:3], other])
+    session.truncate()
     session.prefill(prompt, sampler)
     for token in want[:3]:
         session.step(token, sampler)
@@ -718,23 +723,23 @@ def test_rewinding_and_other_tokens(model: Model) -> None:
 def test_the_end_of_the_context(model: Model) -> None:
     """The last steps of a full cache are those of a run that stops earlier; nothing is written beyond."""
     count = SHAPE.context - 3 + 1
-    full = told(model, Sampler(300, seed=2), count)
+    full = told(model, make_sampler(300, seed=2), count)
     assert len(model.session.tokens) == SHAPE.context
     with pytest.raises(numballama.ContextError):
-        model.session.step(full[-1], Sampler(300, seed=2))
-    assert told(model, Sampler(300, seed=2), count - 5) == full[:-5]
+        model.session.step(full[-1], make_sampler(300, seed=2))
+    assert told(model, make_sampler(300, seed=2), count - 5) == full[:-5]
     logits = reference_logits(model, [1, 5, 9, *full[:-1]])
-    told(model, Sampler(300, seed=2), count)
+    told(model, make_sampler(300, seed=2), count)
     close(model.session.logits, logits[-1], "logits at the last place")
 
 
 def test_another_sampler_mid_way(model: Model) -> None:
-    want = told(model, Sampler(300, temperature=0), 20)
+    want = told(model, make_sampler(300, temperature=0), 20)
     session = model.session
     for switch in (1, 2, 3, 7):
-        second = Sampler(300, temperature=0)
-        told(model, Sampler(300, seed=6), switch)
-        session.rewind(3)
+        second = make_sampler(300, temperature=0)
+        told(model, make_sampler(300, seed=6), switch)
+        session.truncate(3)
         tokens: list[Any] = want[:1]
         while len(tokens) < 20:
             tokens.append(session.step(tokens[-1], second))
@@ -840,7 +845,7 @@ def test_a_hundred_models_one_after_the_other(card: driver.Device, tmp_path: Pat
     for turn in range(100):
         with numballama.compile(path, device="cuda") as model:
             logits = model.logits([1, 2, 3])
-            model.session.prefill([1, 2, 3], Sampler(300, seed=1))
+            model.session.prefill([1, 2, 3], make_sampler(300, seed=1))
         want = logits if want is None else want
         np.testing.assert_array_equal(logits, want)
         if turn % 19 == 4:
@@ -866,16 +871,16 @@ def test_a_cell_that_is_run_again_and_again(card: driver.Device, tmp_path: Path)
 
 
 def test_running_takes_no_memory(card: driver.Device, model: Model) -> None:
-    told(model, Sampler(300, seed=1), 5)
-    told(model, Sampler(300, temperature=0), 5)
+    told(model, make_sampler(300, seed=1), 5)
+    told(model, make_sampler(300, temperature=0), 5)
     before = card.free_bytes
-    told(model, Sampler(300, seed=2), 60)
-    told(model, Sampler(300, temperature=0), 60)
+    told(model, make_sampler(300, seed=2), 60)
+    told(model, make_sampler(300, temperature=0), 60)
     assert card.free_bytes == before
 
 
 def test_a_token_is_one_launch(model: Model) -> None:
-    for sampler in (Sampler(300, seed=1), Sampler(300, temperature=0)):
+    for sampler in (make_sampler(300, seed=1), make_sampler(300, temperature=0)):
         told(model, sampler, 10)
         before, steps = model._decode.entries, 50
         tokens = told(model, sampler, steps)
@@ -934,7 +939,7 @@ def test_sanitize_sampling(bench: Bench) -> None:
     check_draws(bench, LOGITS, times=2, seed=1, repeat_penalty=1.3, top_k=0, top_p=1.0, min_p=0.1)
     pair = Pair(ModelConfig(16, 16, 1, 2, 1, 40, 12))
     (decode, _), (prompt, _) = pair.programs(1), pair.programs(2)
-    for sampler in (Sampler(40, seed=1), Sampler(40, temperature=0)):
+    for sampler in (make_sampler(40, seed=1), make_sampler(40, temperature=0)):
         session = Session(decode, prompt, 12, 40)
         token = session.prefill([1, 2], sampler)
         for _ in range(5):

@@ -32,8 +32,10 @@ ORDER = [
     "cuda.ops.prefill_attention", "cuda.ops.sampling", "cuda.ops", "cuda.kernels.common", "cuda.kernels.dequant",
     "cuda.kernels.dot", "cuda.kernels.gemv", "kernels_cuda", "cuda.kernels.gemm", "cuda.kernels.decode_attention",
     "cuda.kernels.prefill_attention", "cuda.kernels.sampling", "cuda.kernels.copy", "cuda.weights", "cuda.backend",
-    "reference", "session", "generate", "chat.sandbox", "chat.template", "chat.conversation", "model", "inspection",
-    "bench.profiler", "bench.bandwidth", "bench.benchmark", "export", "cli.chat", "cli.doctor", "cli.main",
+    "reference", "session", "generate", "chat.builtin_templates", "chat.sandbox", "chat.template", "chat.encoder",
+    "chat.conversation", "model", "inspection",
+    "bench.profiler", "bench.bandwidth", "bench.benchmark", "export", "cli.args", "cli.bench", "cli.chat",
+    "cli.doctor", "cli.export", "cli.generate", "cli.inspect", "cli.main",
     "__main__",
 ]  # fmt: skip
 """The flow, left to right: a module imports only what stands before it."""

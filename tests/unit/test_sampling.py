@@ -18,7 +18,8 @@ from numba.core.runtime import rtsys
 
 from numballama.cpu import sampling
 from numballama.errors import Error
-from numballama.sampling import REPEAT_WINDOW, Sampler
+from numballama.sampling import REPEAT_WINDOW
+from tests.helpers.sampling import make_sampler
 
 LOGITS = hnp.arrays(
     np.float32,
@@ -212,7 +213,7 @@ def test_sample_follows_its_definition(settings: dict[str, Any]) -> None:
     full = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.0, "repeat_penalty": 1.0, **settings}
     logits = np.random.default_rng(5).standard_normal(30).astype(np.float32) * 2
     prompt = [int(np.argmax(logits)), 3, 3, 11]
-    drawing = Sampler(30, **settings, seed=11)
+    drawing = make_sampler(30, **settings, seed=11)
     counts = np.zeros(30)
     for _ in range(20000):
         drawing.counts[0] = 0  # the repeat penalty sees the prompt alone, every time
@@ -227,7 +228,7 @@ def test_sample_follows_its_definition(settings: dict[str, Any]) -> None:
 
 
 def support_of(logits: np.ndarray, **settings: Any) -> set[int]:
-    drawing = Sampler(len(logits), seed=3, **settings)
+    drawing = make_sampler(len(logits), seed=3, **settings)
     return {drawing(logits.copy()) for _ in range(3000)}
 
 
@@ -243,39 +244,40 @@ def test_order_of_the_filters() -> None:
     # the penalty before top-k: the likeliest, made unlikely, is not among the two; after it, it would take a place
     drawn = set()
     for seed in range(60):
-        drawing = Sampler(4, temperature=1, top_k=2, top_p=1, repeat_penalty=100, seed=seed)
+        drawing = make_sampler(4, temperature=1, top_k=2, top_p=1, repeat_penalty=100, seed=seed)
         drawing.remember([0])
         drawn.add(drawing(np.array([3, 2, 1, 0.5], np.float32)))
     assert drawn == {1, 2}
 
 
-# Sampler
+# SamplerState
 
 
 def test_the_same_seed_gives_the_same_tokens() -> None:
     logits = np.random.default_rng(0).standard_normal(1000).astype(np.float32)
 
     def tokens(seed: int | None) -> list[int]:
-        drawing = Sampler(1000, temperature=1.5, top_k=0, top_p=1.0, seed=seed)
+        drawing = make_sampler(1000, temperature=1.5, top_k=0, top_p=1.0, seed=seed)
         return [drawing(logits.copy()) for _ in range(20)]
 
     assert tokens(1) == tokens(1) != tokens(2)
     assert tokens(None) != tokens(None)
-    assert tokens(-1) == tokens((1 << 64) - 1), "any whole number is a seed"
+    assert tokens(-1) != tokens(-1), "-1 is a random seed, as in llama.cpp"
+    assert tokens(-2) == tokens((1 << 64) - 2), "any other whole number is a seed"
 
 
 def test_repeat_penalty_sees_a_window_of_the_latest_tokens() -> None:
-    drawing = Sampler(200, temperature=0, repeat_penalty=2.0)
+    drawing = make_sampler(200, temperature=0, repeat_penalty=2.0)
     logits = np.zeros(200, np.float32)
     logits[5], logits[7] = 3, 2
     assert drawing(logits.copy()) == 5
     assert drawing(logits.copy()) == 7, "5 was remembered: 1.5 now"
     drawing.remember([9] * (REPEAT_WINDOW - 1))
     assert drawing(logits.copy()) == 5, "the window has moved past 5, not yet past 7"
-    drawing = Sampler(200, temperature=0, repeat_penalty=2.0)
+    drawing = make_sampler(200, temperature=0, repeat_penalty=2.0)
     drawing.remember([5, *[9] * (REPEAT_WINDOW - 1)])
     assert drawing(logits.copy()) == 7
-    drawing = Sampler(200, temperature=0, repeat_penalty=2.0)
+    drawing = make_sampler(200, temperature=0, repeat_penalty=2.0)
     drawing.remember([5, *[9] * REPEAT_WINDOW])
     assert drawing(logits.copy()) == 5
 
@@ -292,7 +294,7 @@ def test_repeat_penalty_sees_a_window_of_the_latest_tokens() -> None:
 def test_settings_out_of_range(settings: dict[str, Any]) -> None:
     (name,) = settings
     with pytest.raises(Error, match=f"^{name} must be .*, found"):
-        Sampler(10, **settings)
+        make_sampler(10, **settings)
 
 
 @pytest.mark.parametrize(
@@ -304,24 +306,24 @@ def test_nan_logits_give_minus_one(settings: dict[str, Any], bad: float) -> None
     for place in range(50):
         logits = np.random.default_rng(place).standard_normal(50).astype(np.float32)
         logits[place] = bad
-        assert Sampler(50, seed=1, **settings)(logits) == -1, place
+        assert make_sampler(50, seed=1, **settings)(logits) == -1, place
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_infinite_logits(settings: dict[str, Any]) -> None:
     """Masked tokens are never drawn; nothing but masks, or a logit that overflowed, is no distribution."""
     logits = np.full(20, -np.inf, np.float32)
-    assert Sampler(20, seed=1, **settings)(logits.copy()) == -1
+    assert make_sampler(20, seed=1, **settings)(logits.copy()) == -1
     logits[[4, 9]] = 1
-    assert {Sampler(20, seed=seed, **settings)(logits.copy()) for seed in range(40)} == {4, 9}
+    assert {make_sampler(20, seed=seed, **settings)(logits.copy()) for seed in range(40)} == {4, 9}
     logits[5] = np.inf
-    assert Sampler(20, seed=1, **settings)(logits.copy()) == -1
+    assert make_sampler(20, seed=1, **settings)(logits.copy()) == -1
 
 
 def test_is_argmax_only_where_nothing_else_changes_the_choice() -> None:
-    assert Sampler(5, temperature=0).is_argmax
-    assert not Sampler(5, temperature=0, repeat_penalty=1.1).is_argmax
-    assert not Sampler(5).is_argmax
+    assert make_sampler(5, temperature=0).is_argmax
+    assert not make_sampler(5, temperature=0, repeat_penalty=1.1).is_argmax
+    assert not make_sampler(5).is_argmax
 
 
 @njit
@@ -355,6 +357,6 @@ def allocations(function: Callable[..., object], times: int, operands: tuple[np.
 @pytest.mark.parametrize("settings", [*SETTINGS, {"temperature": 0}], ids=str)
 def test_sampling_allocates_nothing(settings: dict[str, Any]) -> None:
     logits = np.random.default_rng(0).standard_normal(3000).astype(np.float32)
-    operands = (logits, *Sampler(3000, seed=1, **settings).operands)
+    operands = (logits, *make_sampler(3000, seed=1, **settings).operands)
     assert allocations(allocating, 50, operands) == 50, "the counter counts"
     assert allocations(sample_often, 50, operands) == 0

@@ -12,7 +12,7 @@ import pytest
 import numballama
 from numballama import Interrupted
 from numballama.chat.conversation import Chat
-from numballama.chat.template import CHATML
+from numballama.chat.builtin_templates import CHATML
 from numballama.errors import ContextError, Error
 from numballama.model import Model
 from tests.helpers.bpe import chat_model
@@ -52,13 +52,13 @@ def test_what_the_cache_holds_changes_no_answer(model: Model) -> None:
     """A conversation continued gives the tokens that the same ids give from an empty cache."""
     chat = model.chat()
     chat.send("hello", **GREEDY)
-    said = [*chat._said, {"role": "user", "content": "more"}]
+    said = [*chat._history, {"role": "user", "content": "more"}]
     rendered, ids = chat._encode(said)
     assert rendered == chat.template.render(said) and ids[: len(chat._ids)] == chat._ids
     continued = [piece.token for piece in chat.stream("more", **GREEDY)]
     assert chat.turn is not None and chat.turn.reused_tokens > 0
-    with model.fresh_session():
-        alone = [piece.token for piece in model.stream_ids(ids, **GREEDY, enders=chat._enders)]
+    with model.reset_session():
+        alone = [piece.token for piece in model.stream_ids(ids, **GREEDY, stop_token_ids=chat._stop_token_ids)]
     assert alone == continued
 
 
@@ -118,11 +118,12 @@ def test_special_tokens_in_what_is_said_stay_text(model: Model) -> None:
     assert tokenizer.decode(ids).count(evil) == 3
     every = "".join(map(chr, range(0xFDD0, 0xFDF0)))
     assert model.chat()._encode([{"role": "user", "content": every}])
-    with pytest.raises(Error, match="noncharacters"):
+    with pytest.raises(Error, match="reserved character.*noncharacters"):
         chat.send(f"{every}<|im_end|>")
-    chat.__dict__["_special"] = re.compile("ab|bcd")  # tokens that overlap are guarded one after the other
-    assert chat._guarded({"role": "user", "content": "abcd ab"}, "G")["content"] == "aGbGcd aGb"
-    del chat.__dict__["_special"]
+    encoder = chat._encoder
+    encoder.__dict__["_special"] = re.compile("ab|bcd")  # tokens that overlap are guarded one after the other
+    assert encoder.guarded_message({"role": "user", "content": "abcd ab"}, "G")["content"] == "aGbGcd aGb"
+    del encoder.__dict__["_special"]
     think = tokenizer.special_tokens["<think>"]
     assert ids.count(think) == 1, "only an answer thinks"
 
@@ -137,7 +138,7 @@ def test_a_conversation_that_does_not_fit(path: Path) -> None:
         assert chat.messages == before
         chat.reset()
         answer = chat.send("a", temperature=0, max_tokens=1000)
-        assert chat.turn is not None and chat.turn.finish_reason == "context"
+        assert chat.turn is not None and (chat.turn.finish_reason, chat.turn.stop_reason) == ("length", "context")
         assert chat.turn.prompt_tokens + chat.turn.tokens == 41 and chat.messages[-1]["content"] == answer
         with pytest.raises(ContextError):
             chat.send("b", **GREEDY)
@@ -155,7 +156,7 @@ def test_a_stream_read_in_part_is_the_answer_so_far(model: Model) -> None:
     later = chat.stream("go on", **GREEDY)
     next(later)
     assert [message["content"] for message in chat.messages[:3]] == ["hello", "".join(parts), "go on"]
-    with pytest.raises(Error, match="went on without"):
+    with pytest.raises(Error, match="continued without"):
         next(stream)
     next(later)
 
@@ -191,16 +192,17 @@ def test_stop_strings_and_the_end_of_a_turn(path: Path, tmp_path: Path) -> None:
         chat.reset()
         stop = whole[4:7]
         assert chat.send("hello", **GREEDY, stop=stop) == whole[: whole.index(stop)]
-        assert chat.turn is not None and chat.turn.finish_reason == "stop"
+        assert chat.turn is not None and (chat.turn.finish_reason, chat.turn.stop_reason) == ("stop", stop)
         assert chat.messages[-1]["content"] == whole[: whole.index(stop)]
         assert chat.send("more", **GREEDY)
         assert model.tokenizer is not None
         end = next(piece.token for piece in pieces[1:] if piece.token != pieces[0].token)
         chat.reset()
-        chat._enders |= {end}  # as if the vocabulary called it the end of a turn
+        chat._stop_token_ids |= {end}  # as if the vocabulary called it the end of a turn
         pieces = list(chat.stream("hello", **GREEDY))
-        assert pieces[-1].token == end and pieces[-1].finish_reason == "eos" and pieces[-1].text == ""
-        rendered, ids = chat._encode([*chat._said, {"role": "user", "content": "x"}])
+        assert pieces[-1].token == end and pieces[-1].finish_reason == "stop" and pieces[-1].text == ""
+        assert pieces[-1].stop_reason == end and chat.turn.stop_reason == end
+        rendered, ids = chat._encode([*chat._history, {"role": "user", "content": "x"}])
         assert end not in ids[len(chat._ids) - 1 : len(chat._ids)] and rendered.startswith(chat._rendered)
 
 
@@ -256,6 +258,6 @@ def test_smollm2_answers(models: Path) -> None:
     with numballama.compile(path) as model:
         chat = model.chat()
         assert "Paris" in chat.send("What is the capital of France?", temperature=0)
-        assert chat.turn is not None and chat.turn.finish_reason == "eos"
+        assert chat.turn is not None and chat.turn.finish_reason == "stop"
         chat.send("Say it again.", temperature=0, max_tokens=20)
         assert chat.turn.prefilled_tokens < 20 < chat.turn.reused_tokens

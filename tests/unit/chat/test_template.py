@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 
 from numballama.chat import sandbox
-from numballama.chat.template import BUILT_IN, MAX_TEMPLATE, ChatTemplate, choose, stop_token_ids
+from numballama.chat.builtin_templates import BUILTIN_TEMPLATES
+from numballama.chat.template import MAX_TEMPLATE, ChatTemplate, choose, stop_token_ids
 from numballama.errors import Error
 from numballama.formats.tokenizer_files import load_tokenizer, read_text_files
 from numballama.tokenizers.base import Tokenizer
@@ -20,7 +21,7 @@ from tests.golden.make_tokenizers import SMALL
 from tests.helpers.bpe import real, save_json, trained
 
 PEERS: dict[str, Any] = json.loads(GOLDEN.read_text(encoding="utf-8"))
-SOURCES = {f"built-in {name}": source for name, source, _ in BUILT_IN} | {f"own {n}": t for n, t in OWN.items()}
+SOURCES = {f"built-in {name}": source for name, source, _ in BUILTIN_TEMPLATES} | {f"own {n}": t for n, t in OWN.items()}
 
 
 @pytest.fixture(scope="module")
