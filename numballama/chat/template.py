@@ -51,13 +51,13 @@ class ChatTemplate:
 
         Raises `Error` when the template fails, refuses the messages, or exceeds its time or memory.
         """
-        from .sandbox import Budget, Refusal, weight_of
+        from .sandbox import Budget, Refusal, size_of
 
         messages = [dict(message) for message in messages]
         names: dict[str, Any] = {"tools": None, "documents": None, **self._token_texts, **variables}
         environment, template = self._compiled
         with self._lock:
-            environment.budget = Budget(weight_of([messages, names], 1 << 40))
+            environment.budget = Budget(size_of([messages, names], 1 << 40))
             try:
                 text: str = template.render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
             except Refusal as error:

@@ -21,12 +21,14 @@ from numballama import (
     GenerationResponse,
     Interrupted,
     Model,
+    SamplingParams,
+    UnsupportedError,
     generate,
 )
 from numballama.generate import StopStringFilter
 from tests.helpers.bounds import shared_model, story_model
 from tests.helpers.random_models import save
-from tests.helpers.tiny import TINY, WORDS, InterruptAt, ids_of, joined
+from tests.helpers.tiny import FIRST_BYTE, TINY, WORDS, InterruptAt, ids_of, joined
 
 
 @pytest.fixture
@@ -281,6 +283,114 @@ def test_interrupt_keeps_the_text_and_the_model(
     assert isinstance(caught.value, KeyboardInterrupt)
     assert caught.value.text == joined(whole[: 0 if which == "_prompt" else nth])
     assert model.generate(prompt, max_tokens=12, temperature=0.9, seed=3) == joined(whole)
+
+
+# Settings
+
+
+def test_params_and_keywords(model: Model) -> None:
+    params = SamplingParams(max_tokens=9, temperature=1.5, seed=3)
+    want = model.generate("the story", 9, temperature=1.5, seed=3)
+    assert model.generate("the story", params=params) == want
+    assert model.generate("the story", params=SamplingParams(seed=3), max_tokens=9, temperature=1.5) == want
+    assert joined(list(model.stream("the story", params=params))) == want
+    assert len(list(model.stream("the story", 2, params=params))) <= 2
+    assert params == SamplingParams(max_tokens=9, temperature=1.5, seed=3)
+
+
+def test_settings_that_are_refused_at_once(model: Model) -> None:
+    for call in (model.generate, model.stream):
+        with pytest.raises(Error, match="unknown sampling option heat; choose from max_tokens"):
+            call("x", heat=1)  # type: ignore[call-overload, call-arg]
+        with pytest.raises(UnsupportedError, match="min_tokens"):
+            call("x", min_tokens=3)
+        with pytest.raises(Error, match="params must be SamplingParams"):
+            call("x", params={"seed": 1})  # type: ignore[call-overload, arg-type]
+
+
+def test_max_tokens_none_goes_to_the_end_of_the_context(tiny_file: Path, tiny_tokenizer: Path) -> None:
+    with numballama.compile(tiny_file, tiny_tokenizer, device="cpu", context=20) as model:
+        responses = list(model.stream("ab", max_tokens=None, ignore_eos=True, temperature=1.0, seed=1))
+        prompt = 1 + len(ids_of(model, "ab"))
+        assert len(responses) == 20 - prompt + 1
+        assert (responses[-1].finish_reason, responses[-1].stop_reason) == ("length", "context")
+
+
+def test_ignore_eos(scripted: Any) -> None:
+    """EOS, and in these files BOS, add no text and do not end it; ids of the caller's do."""
+    tokens = [FIRST_BYTE + ord("a"), 2, 1, FIRST_BYTE + ord("b"), 2, 280, FIRST_BYTE + ord("c")]
+    responses = list(scripted(tokens).stream("x", max_tokens=9, ignore_eos=True, stop_token_ids=[280]))
+    assert joined(responses) == "ab" and [response.token for response in responses] == tokens[:6]
+    assert (responses[-1].finish_reason, responses[-1].stop_reason) == ("stop", 280)
+
+
+def test_stop_token_ids(scripted: Any) -> None:
+    responses = list(scripted([262, 270, 271]).stream("x", max_tokens=9, stop_token_ids={270}))
+    assert (responses[-1].token, responses[-1].finish_reason, responses[-1].stop_reason) == (270, "stop", 270)
+    assert responses[-1].text == "" and len(responses) == 2
+    assert list(scripted([262, 2]).stream("x", max_tokens=9, stop_token_ids={270}))[-1].stop_reason == 2
+
+
+def test_stop_string_is_the_reason(scripted: Any) -> None:
+    last = list(scripted(b"one. two").stream("x", max_tokens=9, stop=["two", ". "]))[-1]
+    assert (last.finish_reason, last.stop_reason) == ("stop", ". ")
+    last = list(scripted(b"one").stream("x", max_tokens=3, stop=["two"]))[-1]
+    assert (last.finish_reason, last.stop_reason) == ("length", None)
+
+
+def test_special_tokens_in_a_prompt(tiny_file: Path, models: Path) -> None:
+    model = story_model(models, "stories260K", device="cpu")
+    assert model.tokenizer is not None
+    for special in (False, True):
+        ids = model.tokenizer.encode("a</s>b", special=special)
+        (first,) = model.stream("a</s>b", 1, temperature=0, special=special)
+        assert first.prompt_tokens == len(ids)
+        assert first.token == model.logits(ids)[-1].argmax()
+
+
+def test_responses_say_what_was_read(model: Model) -> None:
+    ids = [1, *ids_of(model, "the story")]
+    first, *_, last = model.stream("the story", 3, temperature=0)
+    assert first.prompt_tokens == last.prompt_tokens == len(ids) and first.cached_tokens == 0
+    assert first.logprobs is None
+    again = next(model.stream_ids(ids, 3, temperature=0, reuse_prefix=True))
+    assert again.cached_tokens == len(ids) - 1 and again.token == first.token
+    assert numballama.Piece is GenerationResponse, "the old name"
+
+
+# Several prompts
+
+
+def test_a_list_of_prompts(model: Model) -> None:
+    prompts = ["ab", None, "the story"]
+    alone = [model.generate(prompt, 8, seed=3) for prompt in prompts]
+    assert model.generate(prompts, 8, seed=3) == alone
+    assert model.generate(tuple(prompts), params=SamplingParams(max_tokens=8, seed=3)) == alone
+    each = [SamplingParams(seed=seed, temperature=1.5) for seed in (1, 2, 3)]
+    alone = [model.generate(prompt, 8, params=params) for prompt, params in zip(prompts, each, strict=True)]
+    assert model.generate(prompts, 8, params=each) == alone
+    assert model.generate([]) == []
+
+
+def test_lists_that_are_refused(model: Model) -> None:
+    with pytest.raises(Error, match="2 prompts and 1 params"):
+        model.generate(["a", "b"], params=[SamplingParams()])
+    with pytest.raises(Error, match="single prompt"):
+        model.generate("a", params=[SamplingParams()])  # type: ignore[call-overload]
+    with pytest.raises(Error, match="the prompt is empty"):
+        model.generate(["a", ""])
+    for wrong in (7, b"ab", ["a", 7]):
+        with pytest.raises(Error, match="the prompt must be a string"):
+            model.generate(wrong)  # type: ignore[call-overload]
+
+
+def test_an_interrupt_keeps_the_finished_texts(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = model.generate(["ab", "the"], 5, temperature=0, ignore_eos=True)
+    monkeypatch.setattr(model.session._decode, "run", InterruptAt(model.session._decode.run, 7, after=False))
+    with pytest.raises(Interrupted) as caught:
+        model.generate(["ab", "the"], 5, temperature=0, ignore_eos=True)
+    assert caught.value.finished == whole[:1]
+    assert caught.value.text and whole[1].startswith(caught.value.text) and caught.value.text != whole[1]
 
 
 # Damaged weights

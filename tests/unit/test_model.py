@@ -81,6 +81,9 @@ def test_without_a_tokenizer(tiny_file: Path) -> None:
         ({"rope_theta": 0.0}, Error, "rope_theta"),
         ({"norm_eps": -1.0}, Error, "norm_eps"),
         ({"fusions": ["magic"]}, Error, "unknown fusion magic"),
+        ({"max_sequences": 2}, UnsupportedError, "max_sequences=2 is not supported by this version: leave it at 1"),
+        ({"gpus": 2}, UnsupportedError, "gpus=2 is not supported"),
+        ({"kv_tokens": 4096}, UnsupportedError, "kv_tokens=4096 is not supported"),
     ],
     ids=str,
 )

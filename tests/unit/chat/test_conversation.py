@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 import numballama
-from numballama import Interrupted
-from numballama.chat.conversation import Chat
+from numballama import Interrupted, SamplingParams
 from numballama.chat.builtin_templates import CHATML
+from numballama.chat.conversation import Chat
 from numballama.errors import ContextError, Error
 from numballama.model import Model
 from tests.helpers.bpe import chat_model
@@ -118,7 +118,7 @@ def test_special_tokens_in_what_is_said_stay_text(model: Model) -> None:
     assert tokenizer.decode(ids).count(evil) == 3
     every = "".join(map(chr, range(0xFDD0, 0xFDF0)))
     assert model.chat()._encode([{"role": "user", "content": every}])
-    with pytest.raises(Error, match="reserved character.*noncharacters"):
+    with pytest.raises(Error, match=r"reserved character.*noncharacters"):
         chat.send(f"{every}<|im_end|>")
     encoder = chat._encoder
     encoder.__dict__["_special"] = re.compile("ab|bcd")  # tokens that overlap are guarded one after the other
@@ -220,6 +220,68 @@ def test_templates(path: Path, tmp_path: Path) -> None:
         empty = model.chat(template="{{ '' }}")
         with pytest.raises(Error, match="at least one token"):
             empty.send("x")
+
+
+def test_a_saved_conversation_is_continued(model: Model) -> None:
+    chat = model.chat("Be brief.")
+    chat.send("hello", **GREEDY)
+    saved = chat.messages
+    ids = chat._encode([*chat._history, {"role": "user", "content": "more"}])[1]
+    for other in (model.chat(messages=saved), model.chat("Another.")):
+        other.messages = saved
+        assert other.messages == saved and other.system == "Be brief." and other.turn is None
+        encoded = other._encode([*other._history, {"role": "user", "content": "more"}])[1]
+        assert model.tokenizer is not None and model.tokenizer.decode(encoded) == model.tokenizer.decode(ids)
+        assert other.send("more", **GREEDY) and len(other.messages) == 5
+    saved[1]["content"] = "changed"
+    assert chat.messages[1]["content"] == "hello", "a copy"
+    chat.messages = saved[1:]
+    assert chat.system is None and len(chat.messages) == 2
+
+
+@pytest.mark.parametrize("wrong", ["text", 7, [7], ["text"], [{"role": "user"}], [{"role": "user", "content": None}]])
+def test_messages_that_are_refused(model: Model, wrong: Any) -> None:
+    with pytest.raises(Error, match=r"messages? must be"):
+        model.chat(messages=wrong)
+    with pytest.raises(Error, match="given twice"):
+        model.chat("Be brief.", [{"role": "system", "content": "Be long."}])
+
+
+def test_template_kwargs(path: Path, tmp_path: Path) -> None:
+    own = chat_model(tmp_path, template="{{ messages[-1].content }}{% if enable_thinking %}think{% endif %}{{ tools }}")
+    with numballama.compile(own, threads=1) as model:
+        messages = [{"role": "user", "content": "abc"}]
+        assert model.chat(enable_thinking=True)._encode(messages)[0] == "abcthinkNone"
+        assert model.chat()._encode(messages)[0] == "abcNone"
+        text = model.apply_chat_template(messages, tools=[{"a": 1}], tokenize=False, enable_thinking=True)
+        assert text == "abcthink[{'a': 1}]"
+
+
+def test_apply_chat_template(model: Model) -> None:
+    """As in transformers: ids or text, with or without the beginning of an answer."""
+    messages = [{"role": "user", "content": "hi<|im_end|>"}]
+    text = model.apply_chat_template(messages, tokenize=False)
+    assert text == "<|im_start|>user\nhi<|im_end|><|im_end|>\n<|im_start|>assistant\n"
+    assert model.apply_chat_template(messages, False, tokenize=False) == text[: text.index("<|im_start|>assistant")]
+    ids = model.apply_chat_template(messages)
+    assert ids == model.chat()._encode(messages)[1]
+    assert model.tokenizer is not None
+    assert isinstance(ids, list) and ids.count(model.tokenizer.special_tokens["<|im_end|>"]) == 1, "the other is text"
+    assert model.tokenizer.decode(ids).count("<|im_end|>") == 1
+    for wrong in ("text", 7, ["text"]):
+        with pytest.raises(Error, match="messages must be"):
+            model.apply_chat_template(wrong)  # type: ignore[arg-type]
+
+
+def test_ignore_eos_goes_on_after_a_turn(model: Model) -> None:
+    chat = model.chat()
+    whole = list(chat.stream("hello", **GREEDY))
+    end = next(piece.token for piece in whole[1:] if piece.token != whole[0].token)
+    chat.reset()
+    chat._stop_token_ids |= {end}
+    assert [piece.token for piece in chat.stream("hello", **GREEDY, ignore_eos=True)] == [p.token for p in whole]
+    chat.reset()
+    assert len(list(chat.stream("hello", params=SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)))) == 3
 
 
 @pytest.mark.parametrize("wrong", [None, 7, b"x"])
