@@ -36,11 +36,12 @@ import numpy as np
 from numballama import loader
 from numballama.bench.benchmark import machine
 from numballama.checkpoint import Checkpoint, Weight
-from numballama.config import F32, NAMED_SHAPES, WeightType
+from numballama.config import NAMED_SHAPES
 from numballama.export import WRITERS
 from numballama.files import atomic_write
 from numballama.model import Model
-from numballama.quantization import convert as quant
+from numballama.quantization.convert import convert
+from numballama.quantization.types import F32, WeightType
 from numballama.sampling import SamplerState, SamplingParams
 
 HERE = Path(__file__).parent
@@ -99,7 +100,7 @@ def random_checkpoint(shape: str, kind: str) -> Checkpoint:
         if len(extents) == 1:
             return Weight(extents, F32, np.ones(extents, np.float32))
         numbers = np.resize(noise, math.prod(extents)).reshape(extents)
-        return quant.convert(Weight(extents, F32, numbers * np.float32(extents[-1] ** -0.5)), target)
+        return convert(Weight(extents, F32, numbers * np.float32(extents[-1] ** -0.5)), target)
 
     for extents in set(config.weight_shapes().values()):
         made[extents] = weight(extents)

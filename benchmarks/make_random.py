@@ -13,10 +13,10 @@ import numpy as np
 
 from numballama import loader
 from numballama.checkpoint import Weight
-from numballama.config import F32, NAMED_SHAPES, ModelConfig, WeightType
-from numballama.cpu.vecdot import RECORDS
+from numballama.config import NAMED_SHAPES, ModelConfig
 from numballama.export import WRITERS
-from numballama.quantization import convert as quant
+from numballama.quantization.convert import convert
+from numballama.quantization.types import F32, TYPE_TRAITS, WeightType
 
 
 def mixture(kind: str, name: str, config: ModelConfig) -> str:
@@ -34,10 +34,10 @@ def mixture(kind: str, name: str, config: ModelConfig) -> str:
 def random_blocks(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> Weight:
     """Blocks of random bits, scaled so that their numbers are about as large as those of the other types here."""
     data = rng.integers(0, 256, WeightType(kind).nbytes(math.prod(shape)), np.uint8)
-    blocks = data.view(RECORDS[kind])
+    blocks = data.view(TYPE_TRAITS[kind].record)
     blocks["d"] = np.float16(0.1 / 32 / 32 * shape[-1] ** -0.5).view(np.uint16)
-    if "m" in (RECORDS[kind].names or ()):
-        blocks["m"] = np.float16(0.1 / 32 * 0.23 * shape[-1] ** -0.5).view(np.uint16)
+    for field in {"m", "dmin"} & set(TYPE_TRAITS[kind].record.names or ()):
+        blocks[field] = np.float16(0.1 / 32 * 0.23 * shape[-1] ** -0.5).view(np.uint16)
     return Weight(shape, WeightType(kind), data.reshape(shape[0], -1))
 
 
@@ -55,7 +55,7 @@ def main() -> None:
             weights[name] = random_blocks(own, extents, rng)
         else:
             numbers = np.resize(noise, math.prod(extents)).reshape(extents) * np.float32(extents[-1] ** -0.5)
-            weights[name] = quant.convert(Weight(extents, F32, numbers), WeightType(own))
+            weights[name] = convert(Weight(extents, F32, numbers), WeightType(own))
     # llama.cpp wants a vocabulary: any of the right size will do
     tokenizer = loader.load_tokenizer(sys.argv[4]) if len(sys.argv) > 4 else None
     WRITERS["gguf"](target, config, weights, tokenizer=tokenizer, name=f"{shape}, random")

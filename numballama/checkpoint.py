@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .config import ModelConfig, WeightType
+from .config import ModelConfig
+from .quantization.types import WeightType
 
 if TYPE_CHECKING:
     from .tokenizers.base import Tokenizer
@@ -22,8 +23,8 @@ class Weight:
 
     `data` holds the payload in C order: float32 for "f32", uint16 bit patterns for "f16" and "bf16", int8 for "int8",
     shaped like `shape` (rows, columns) or (length,); for block types the blocks' bytes, uint8 (rows, columns / numbers
-    of a block · bytes of a block, see `config.BLOCKS`). `scales` is the float32 vector of an "int8" weight: number i of
-    the flat payload has scale i // group. Views may be read-only and, in some files, unaligned.
+    of a block · bytes of a block, see `quantization.types`). `scales` is the float32 vector of an "int8" weight: number
+    i of the flat payload has scale i // group. Views may be read-only and, in some files, unaligned.
     """
 
     shape: tuple[int, ...]

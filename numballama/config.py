@@ -1,4 +1,4 @@
-"""The vocabulary that every other module shares: `ModelConfig`, its named shapes, and `WeightType`."""
+"""`ModelConfig`: sizes and options of a model of the Llama family, and those of well-known models."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from .errors import Error
 from .validation import real_number
 
 INTERLEAVED, HALF_SPLIT = "interleaved", "half"
-"""RoPE rotates pairs of dimensions: (2i, 2i+1), or (i, i + head_dim/2)."""
+"""Which dimensions of a head RoPE rotates as a pair: (2i, 2i + 1), or (i, i + head_dim / 2)."""
 
 _PAIRING_NAMES = {
     "interleaved": INTERLEAVED,
@@ -17,92 +17,22 @@ _PAIRING_NAMES = {
     "half_split": HALF_SPLIT,
 }
 
-
-@dataclass(frozen=True)
-class WeightType:
-    """How the numbers of a weight are stored.
-
-    `name` is one of "f32", "f16", "bf16" (16-bit patterns), "int8" (a payload of int8 and one float32 scale for every
-    `group` consecutive numbers of the flat tensor; the last group may be short) and GGUF's block types, the keys of
-    `BLOCKS`. `group` is 0 but for int8.
-    """
-
-    name: str
-    group: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.name}/{self.group}" if self.group else self.name
-
-    def nbytes(self, numel: int) -> int:
-        """Bytes that `numel` numbers of this type take, scales included."""
-        if self.name == "int8":
-            return numel + 4 * (-(-numel // self.group))
-        if self.name in BLOCKS:
-            numbers, nbytes = BLOCKS[self.name]
-            return numel // numbers * nbytes
-        return numel * {"f32": 4, "f16": 2, "bf16": 2}[self.name]
-
-
-F32 = WeightType("f32")
-F16 = WeightType("f16")
-BF16 = WeightType("bf16")
-Q8_0 = WeightType("q8_0")
-Q4_0 = WeightType("q4_0")
-Q4_1 = WeightType("q4_1")
-Q4_K = WeightType("q4_k")
-Q6_K = WeightType("q6_k")
-
-BLOCKS: dict[str, tuple[int, int]] = {
-    "q8_0": (32, 34),  # a float16 scale, then an int8 for each number
-    "q4_0": (32, 18),  # a float16 scale, then 4 bits for each number, which count from -8
-    "q4_1": (32, 20),  # a float16 scale and a float16 least number, then 4 bits for each number
-    "q5_0": (32, 22),
-    "q5_1": (32, 24),
-    "q2_k": (256, 84),
-    "q3_k": (256, 110),
-    "q4_k": (
-        256,
-        144,
-    ),  # 8 runs of 4-bit numbers with scales and least numbers of 6 bits, and a float16 for all of each
-    "q5_k": (256, 176),
-    "q6_k": (256, 210),  # 16 runs of 6-bit numbers with 8-bit scales, and a float16 for all scales
-}
-"""Name of a GGUF block type → numbers of a block, and its bytes. Rows are whole blocks."""
-
-FALLBACK_TYPE = {
-    "q5_0": Q8_0,  # holds the same numbers
-    "q5_1": F16,
-    "q2_k": F16,
-    "q3_k": Q6_K,  # holds the same numbers
-    "q5_k": F16,
-}
-"""Types that files have and backends do not → what a weight of such a type becomes when a model is loaded."""
-
-Q8_0_BLOCK, Q8_0_BYTES = BLOCKS["q8_0"]
-
-VEC_DOT_TYPE = {"q8_0": "q8_0", "q4_0": "q8_0", "q4_1": "q8_1", "q4_k": "q8_k", "q6_k": "q8_k"}
-"""Block type of a weight → how activations that it is multiplied with are rounded to int8, as llama.cpp does."""
-
-ACTIVATION_QUANT: dict[str, tuple[int, int, str]] = {
-    "q8_0": (32, 32, "i32"),
-    "q8_1": (32, 32, "f32"),  # a sum is times its group's scale, and a float16
-    "q8_k": (256, 16, "i32"),
-}
-"""Name of such a rounding → numbers that share a scale, numbers that a sum is over, and the type of the sums."""
-
-
 DEFAULT_CONTEXT = 4096
-"""A model made for more gets this many tokens of KV cache unless told otherwise."""
+"""Limit of the default size of the KV cache, in tokens. `context=` asks for more."""
 
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How RoPE's frequencies are stretched for a context longer than the model was first made for.
+    """How RoPE's frequencies are scaled for a longer context than the model was first trained for.
 
-    `kind` is "linear" (all divided by `factor`), "dynamic" (NTK: a larger theta once the context passes the model's
-    own), "llama3" (Llama 3.1: low frequencies divided by `factor`, high ones kept, a ramp between them) or "factors"
-    (pair i divided by `factors[i]`). `graph.rope_frequencies` computes them. Raises `Error` for numbers that make no
-    sense.
+    `kind` is one of:
+
+    - "linear": all frequencies are divided by `factor`.
+    - "dynamic" (NTK-aware): theta grows when the context is longer than `ModelConfig.context`.
+    - "llama3" (Llama 3.1): low frequencies are divided by `factor`, high ones stay, with a ramp between them.
+    - "factors": the frequency of pair i is divided by `factors[i]`.
+
+    `rope.rope_frequencies` computes them. Raises `Error` for values out of range.
     """
 
     kind: str
@@ -110,7 +40,7 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
-    """Tokens that a "llama3" model was first made for; waves longer than a part of it are stretched."""
+    """Tokens that a "llama3" model was first trained for. Wavelengths are compared with it."""
     factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
@@ -122,7 +52,7 @@ class RopeScaling:
             0 < self.low_freq_factor < self.high_freq_factor < float("inf") and self.original_context > 0
         ):
             raise Error(
-                "RopeScaling wants 0 < low_freq_factor < high_freq_factor and a positive original_context, found "
+                "RopeScaling needs 0 < low_freq_factor < high_freq_factor and a positive original_context, found "
                 f"{self.low_freq_factor}, {self.high_freq_factor} and {self.original_context}"
             )
         if self.kind == "factors" and not (self.factors and all(0 < f < float("inf") for f in self.factors)):
@@ -131,7 +61,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The numbers that define a model of the Llama family. Raises `Error` when they cannot belong together."""
+    """Sizes and options of a model of the Llama family. Raises `Error` for values that contradict each other."""
 
     dim: int
     hidden_dim: int
@@ -140,22 +70,22 @@ class ModelConfig:
     n_kv_heads: int
     vocab_size: int
     context: int
-    """The longest sequence, in tokens, that the model was made for (max_seq_len)."""
+    """The longest sequence, in tokens, that the model was trained for (max_position_embeddings)."""
     head_dim: int = 0
     """0 means dim / n_heads."""
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_pairing: str = INTERLEAVED
     tied_embeddings: bool = True
-    """The classifier is the embedding table."""
+    """The output layer uses the embedding table."""
     qkv_bias: bool = False
     o_bias: bool = False
-    """The output projection of attention has a bias, as Llama's `attention_bias` asks for beside q, k and v."""
+    """Attention's output projection has a bias. Hugging Face's `attention_bias` sets it together with `qkv_bias`."""
     mlp_bias: bool = False
     qk_norm: bool = False
-    """Each head of q and k is normalised before RoPE (Qwen3)."""
+    """Each head of q and k goes through RMSNorm before RoPE (Qwen3)."""
     window: int = 0
-    """Positions that a token sees, itself included (sliding window); 0 means all."""
+    """Sliding window: positions that a token attends to, itself included. 0 means all."""
     rope_scaling: RopeScaling | None = None
 
     def __post_init__(self) -> None:
@@ -167,7 +97,7 @@ class ModelConfig:
                 raise Error(f"ModelConfig.dim {self.dim} is not a multiple of n_heads {self.n_heads}")
             object.__setattr__(self, "head_dim", self.dim // self.n_heads)
         if self.head_dim <= 0 or self.head_dim % 2:
-            raise Error(f"ModelConfig.head_dim must be even and positive (RoPE turns pairs), found {self.head_dim}")
+            raise Error(f"ModelConfig.head_dim must be even and positive (RoPE rotates pairs), found {self.head_dim}")
         if self.n_heads % self.n_kv_heads:
             raise Error(f"ModelConfig.n_heads {self.n_heads} is not a multiple of n_kv_heads {self.n_kv_heads}")
         if not isinstance(self.rope_pairing, str) or self.rope_pairing not in _PAIRING_NAMES:
@@ -187,7 +117,7 @@ class ModelConfig:
 
     @property
     def default_context(self) -> int:
-        """Tokens of KV cache that a model gets unless told otherwise."""
+        """Default size of the KV cache, in tokens."""
         return min(self.context, DEFAULT_CONTEXT)
 
     @property
@@ -201,7 +131,7 @@ class ModelConfig:
         return self.n_kv_heads * self.head_dim
 
     def layer_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name → shape (rows, columns) of the weights of one layer, those that not every model has last."""
+        """Name → shape of the weights of one layer: (rows, columns) or (length,). Optional ones come last."""
         shapes: dict[str, tuple[int, ...]] = {
             "attn_norm": (self.dim,),
             "wq": (self.q_dim, self.dim),
@@ -224,7 +154,7 @@ class ModelConfig:
         return shapes
 
     def weight_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical name → shape of every weight, "tok_embeddings" first; "output" only if it is not tied."""
+        """Canonical name → shape of every weight, "tok_embeddings" first. "output" only if it is not tied."""
         shapes: dict[str, tuple[int, ...]] = {"tok_embeddings": (self.vocab_size, self.dim)}
         for layer in range(self.n_layers):
             shapes |= {f"layers.{layer}.{name}": shape for name, shape in self.layer_shapes().items()}
@@ -236,7 +166,7 @@ class ModelConfig:
     def with_overrides(
         self, rope_pairing: str | None = None, rope_theta: float | None = None, norm_eps: float | None = None
     ) -> ModelConfig:
-        """A copy in which what is not None replaces what the file says or leaves out."""
+        """A copy with these values where they are not None. Raises `Error` for values out of range."""
         given = {"rope_pairing": rope_pairing, "rope_theta": rope_theta, "norm_eps": norm_eps}
         for name in ("rope_theta", "norm_eps"):
             if given[name] is not None:
@@ -264,4 +194,4 @@ NAMED_SHAPES: dict[str, ModelConfig] = {
         rope_scaling=RopeScaling("llama3", 32.0),
     ),
 }
-"""Shapes that benchmarks and tests build random models of."""
+"""Name → config, for benchmarks and tests that build random models."""

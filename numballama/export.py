@@ -10,7 +10,6 @@ from typing import Any
 
 from . import loader, progress
 from .checkpoint import Checkpoint, Weight
-from .config import BLOCKS, F32, WeightType
 from .errors import UnsupportedError
 from .files import expand_user
 from .formats.gguf.writer import write_gguf
@@ -18,8 +17,9 @@ from .formats.hf.writer import write_safetensors
 from .formats.llama2c.kuiper import write_fp32, write_int8
 from .formats.llama2c.reader import write_v0, write_v1, write_v2
 from .memory import format_bytes
-from .quantization import convert as quant
-from .quantization import policy as conversion
+from .quantization import policy
+from .quantization.convert import DEFAULT_GROUP, relative_error
+from .quantization.types import BLOCKS, F32, WeightType
 from .tokenizers.base import Tokenizer
 from .tokenizers.bpe import BPETokenizer
 from .tokenizers.huggingface import text_files
@@ -123,11 +123,11 @@ def export_model(
     with progress.progress_bar(f"writing {to}") as report:
 
         def done(name: str, before: Weight, after: Weight) -> None:
-            error = 0.0 if before.type == after.type else quant.relative_error(before, after)
+            error = 0.0 if before.type == after.type else relative_error(before, after)
             rows[name] = Row(name, before.type, after.type, after.nbytes, error)
             report(name, len(rows), len(matrices))
 
-        weights = conversion.Converting(opened.weights, types, done)
+        weights = policy.Converting(opened.weights, types, done)
         notes += WRITERS[to](path, opened.config, weights, **options)
     return Exported(expand_user(path), tuple(rows[name] for name in matrices if name in rows), tuple(notes))
 
@@ -146,7 +146,7 @@ def _types(opened: Checkpoint, to: str, quantize: str | None, options: dict[str,
             raise UnsupportedError(
                 f"{to} cannot hold weights of type {unknown[0]}: choose one of {', '.join(QUANTS[to])}"
             )
-    return conversion.targets(opened.config, opened.weights, quantize, embeddings=True)
+    return policy.types_to_convert(opened.config, opened.weights, quantize, embeddings=True)
 
 
 def _options(
@@ -188,7 +188,7 @@ def _group(opened: Checkpoint) -> int:
     if len(groups) == 1:
         return groups.pop()
     widths = (opened.config.dim, opened.config.hidden_dim)
-    return next((g for g in _GROUPS if not any(width % g for width in widths)), quant.DEFAULT_GROUP)
+    return next((g for g in _GROUPS if not any(width % g for width in widths)), DEFAULT_GROUP)
 
 
 def _texts(own: Tokenizer, opened: Checkpoint, notes: list[str]) -> dict[str, str]:

@@ -10,12 +10,13 @@ from os import PathLike
 from typing import Any
 
 from . import loader
-from .config import FALLBACK_TYPE, ModelConfig
-from .graph import KVLayout, build, fuse
+from .config import ModelConfig
+from .fusion import fuse
+from .graph import KVLayout, build
 from .ir import Graph
-from .kernels_outline import OUTLINE
 from .memory import format_bytes
 from .plan import Plan, lower
+from .quantization.types import FALLBACK_TYPE
 
 _LATER_LAYER = re.compile(r"\blayers\.[1-9]")
 
@@ -24,8 +25,8 @@ class Inspection:
     """`numballama.inspect`: attributes for programs, a report when printed.
 
     `format`, `config`, `tokenizer`, `notes`, `tensors` (name → (type, shape)), `graph` (one token, as declared),
-    `plan` (the same fused and lowered for the CPU, one worker; to look at, as it has no kernels), `memory` (bytes of
-    weights, KV cache and arena).
+    `plan` (the graph fused and lowered for the CPU with one worker; no kernel is compiled), `memory` (bytes of weights,
+    KV cache and arena).
     """
 
     def __init__(self, path: str | PathLike[str] | None, tokenizer: str | PathLike[str] | None = None) -> None:
@@ -41,8 +42,7 @@ class Inspection:
 
     @cached_property
     def plan(self) -> Plan:
-        outlined = lower(fuse(self.graph, OUTLINE), OUTLINE)
-        return dataclasses.replace(outlined, backend="cpu")
+        return lower(fuse(self.graph, "cpu"), "cpu")
 
     @property
     def parameters(self) -> int:

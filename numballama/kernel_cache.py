@@ -20,19 +20,22 @@ from pathlib import Path
 from .errors import DeviceError
 
 KERNEL_SOURCES = (
+    "quantization/types.py",
     "cpu/compiler.py",
     "cpu/intrinsics.py",
     "cpu/vecdot.py",
     "cpu/vecdot_int8.py",
+    "cpu/tiling.py",
     "cpu/matmul.py",
     "kernels_cpu.py",
     "cpu/kernels_int8.py",
+    "cpu/executor.py",
     "cpu/backend.py",
     "sampling.py",
     "cpu/sampling.py",
     "bench/benchmark.py",
 )
-"""Every file of the package that has compiled code in it; a test keeps the list complete."""
+"""Every file of the package that compiled code is made from; a test keeps the list complete."""
 
 KEPT_CACHES = 6
 """Cache directories of older sources that are left for other checkouts and environments to use."""
@@ -70,7 +73,8 @@ def _cuda_name() -> str:
     except PackageNotFoundError:
         raise DeviceError("numba-cuda is missing; install it with: pip install 'numballama[cuda]'") from None
     here = Path(__file__).parent
-    sources = ["kernels_cuda.py", *sorted(str(path.relative_to(here)) for path in (here / "cuda").rglob("*.py"))]
+    sources = ["quantization/types.py", "kernels_cuda.py"]
+    sources += sorted(str(path.relative_to(here)) for path in (here / "cuda").rglob("*.py"))
     return _name(sources, f"cuda {compiler}")
 
 

@@ -25,7 +25,7 @@ from .cuda.intrinsics import (
 )
 from .cuda.kernels.common import ALL, beyond, block_sum, device, is_nan, sigmoid_times, warp_sum
 from .cuda.kernels.dequant import number_at
-from .cuda.ops.elementwise import THREADS
+from .cuda.kernels.params import ELEMENTWISE_THREADS as THREADS
 
 
 @device

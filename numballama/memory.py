@@ -1,4 +1,4 @@
-"""How much memory there is, and how to say so."""
+"""Memory: how much is available, sizes rounded up, and how they are printed."""
 
 from __future__ import annotations
 
@@ -29,6 +29,16 @@ def peak_bytes() -> int | None:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def ceil_div(count: int, size: int) -> int:
+    """How many pieces of `size` hold `count`: count / size, rounded up."""
+    return -(-count // size)
+
+
+def round_up(count: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not below `count`."""
+    return ceil_div(count, multiple) * multiple
 
 
 SHORTER = "a smaller context= takes less"

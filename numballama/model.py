@@ -16,14 +16,15 @@ from .chat.conversation import Chat
 from .chat.encoder import ConversationEncoder
 from .chat.template import Message
 from .checkpoint import Checkpoint, Weight
-from .config import VEC_DOT_TYPE, ModelConfig
+from .config import ModelConfig
 from .errors import ContextError, DeviceError, Error, Interrupted, UnsupportedError
 from .generate import GenerationResponse, generate_tokens
 from .graph import KVLayout, build
 from .kernel_cache import cuda_cache_directory
 from .memory import format_bytes
-from .quantization import convert as quant
-from .quantization import policy as conversion
+from .quantization import policy
+from .quantization.convert import convert
+from .quantization.types import VEC_DOT_TYPE
 from .sampling import (
     DEFAULTS,
     NOT_GIVEN,
@@ -72,7 +73,7 @@ class Model:
     ) -> None:
         started = time.perf_counter()
         for name, value, known in (
-            ("dtype", dtype, (None, *conversion.TYPES)),
+            ("dtype", dtype, (None, *policy.DTYPES)),
             ("kv_dtype", kv_dtype, (None, *KV_TYPES)),
             ("activations", activations, ACTIVATIONS),
         ):
@@ -127,7 +128,7 @@ class Model:
         What has a type that no backend has kernels for is converted in any case.
         """
         weights = self._checkpoint.weights
-        targets = conversion.runnable(weights) | conversion.targets(self.config, weights, dtype)
+        targets = policy.fallback_types(weights) | policy.types_to_convert(self.config, weights, dtype)
         if not targets:
             return weights
         converted = dict(weights)
@@ -138,7 +139,7 @@ class Model:
         with progress.progress_bar(f"converting to {what}") as report:
             for done, (name, target) in enumerate(targets.items()):
                 report(name, done, len(targets))
-                converted[name] = quant.convert(weights[name], target)
+                converted[name] = convert(weights[name], target)
         return converted
 
     def _build(self, tokens: int, logits: str) -> ir.Graph:

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from colorsys import hls_to_rgb
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
 
 from . import registry
 from .errors import Error, UnsupportedError
-from .graph import operand_types
+from .fusion import operand_types
 from .ir import Graph, Op, Value, verify
+from .visualize import draw_plan
 
 ALIGNMENT = 64
 """Bytes; a cache line and the widest vector register."""
@@ -19,11 +18,11 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Step:
-    """An op with its kernel. `rows` is the most tokens it handles; `scratch` are arena values that only it uses."""
+    """An op with its kernel. It handles `max_tokens` tokens at most; only it uses the arena values in `scratch`."""
 
     op: Op
     kernel: registry.Kernel
-    rows: int
+    max_tokens: int
     scratch: tuple[Value, ...]
 
 
@@ -55,9 +54,14 @@ class Plan:
         return sum(_aligned(placement.nbytes) for placement in self.placements.values())
 
     @property
-    def head(self) -> int:
+    def prefill_end(self) -> int:
         """The first step that only the last token of a run needs: a chunk of a prompt before its last stops here."""
         return self.graph.first("last")
+
+    @property
+    def sampling_start(self) -> int:
+        """The first step that a sampler replaces: the argmax at the end, or the number of steps if there is none."""
+        return len(self.steps) - (self.steps[-1].op.kind == "argmax")
 
     def __str__(self) -> str:
         width = max(len(step.kernel.name) for step in self.steps)
@@ -81,30 +85,8 @@ class Plan:
         )
 
     def _repr_svg_(self) -> str:
-        """The memory map, for a notebook: steps from left to right, arena offsets upwards, a rectangle a value."""
-        width, height, steps = 900, 320, len(self.steps)
-        parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height + 24}" font-family="sans-serif">'
-            f'<rect width="{width}" height="{height + 24}" fill="#fff"/>'
-        ]
-        for index, (name, place) in enumerate(self.placements.items()):
-            x, w = place.first / steps * width, (place.last - place.first + 1) / steps * width
-            h = max(1.0, place.nbytes / self.arena_bytes * height)
-            y = height - place.offset / self.arena_bytes * height - h
-            parts.append(
-                f'<rect x="{x:.1f}" y="{y:.1f}" width="{w:.1f}" height="{h:.1f}" fill="{_colour(index)}"'
-                f' stroke="#555" stroke-width="0.3"><title>{escape(name)}: {place.nbytes:,} bytes at {place.offset:,},'
-                f" steps {place.first}-{place.last}</title></rect>"
-            )
-        text = f"{steps} steps; arena {self.arena_bytes:,} bytes instead of {self.unshared_bytes:,}"
-        parts.append(f'<text x="4" y="{height + 17}" font-size="13">{text}</text></svg>')
-        return "".join(parts)
-
-
-def _colour(index: int) -> str:
-    """Light colours, neighbours far apart."""
-    red, green, blue = (int(255 * part) for part in hls_to_rgb(index * 0.13 % 1, 0.72, 0.6))
-    return f"#{red:02x}{green:02x}{blue:02x}"
+        """The memory map as a drawing, for a notebook."""
+        return draw_plan(self)
 
 
 def _aligned(nbytes: int) -> int:
@@ -121,7 +103,7 @@ def lower(graph: Graph, backend: str, workers: int = 1) -> Plan:
     lifetimes = _lifetimes(graph, steps)
     placements = _place(lifetimes)
     arena = max((place.offset + _aligned(place.nbytes) for place in placements.values()), default=0)
-    tokens = max(step.rows for step in steps)
+    tokens = max(step.max_tokens for step in steps)
     plan = Plan(graph, backend, tokens, workers, steps, placements, arena)
     verify_plan(plan)
     return plan

@@ -1,29 +1,28 @@
-"""The oracle: every op in NumPy, float32 values with float64 sums, straight from its definition.
+"""What every op means: its definition in NumPy, float32 values with float64 sums.
 
-It interprets the graph as declared, without fusions, plan or arena, and keeps every value, so that a backend can be
-compared value by value. A backend is right when it agrees with this file.
+The reference interprets the graph as declared, without fusions, plan or arena. It keeps every value, so that a backend
+can be compared value by value: a backend is right when it agrees with this file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from .checkpoint import Weight
-from .config import ACTIVATION_QUANT, BLOCKS
 from .errors import NOT_NUMBERS, Error
 from .ir import DTYPES, Graph, Op
-from .quantization import activations as quant_activations
-from .quantization import convert as quant
+from .quantization.activations import Quantized, quantize_activations
+from .quantization.convert import dequantize, quantize_int8
+from .quantization.types import ACTIVATION_QUANT, BLOCKS
 from .registry import find, kernel
 from .sampling import SamplerState
 
 ANY = "*"
 F64_BUDGET = 1 << 30
-"""Bytes of weights that are kept as float64; beyond that they are converted anew for each use."""
+"""Bytes of weights that are kept as float64. Larger models convert a weight each time it is used."""
 
 
 @kernel("embedding", "reference", ANY, ANY)
@@ -50,8 +49,8 @@ def head_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
 
 @kernel("quantize", "reference", ANY)
 def quantize(x: np.ndarray, group: int) -> tuple[np.ndarray, np.ndarray]:
-    """In float32, as the definition is: which way a number is rounded must not depend on the precision of the check."""
-    rows = [quant.quantize_int8(row, group) for row in x]
+    """In float32, as the definition is: rounding must not depend on the precision of the check."""
+    rows = [quantize_int8(row, group) for row in x]
     return np.stack([q for q, _ in rows]), np.stack([s for _, s in rows])
 
 
@@ -65,25 +64,32 @@ def linear_int8(xq: np.ndarray, xs: np.ndarray, weight: np.ndarray, group: int) 
     return linear(xq * np.repeat(xs.astype(np.float64), group, axis=1)[:, : xq.shape[1]], weight)
 
 
-for _kind in ACTIVATION_QUANT:
-    kernel(f"quantize_{_kind}", "reference", ANY)(partial(quant_activations.quantize_activations, _kind))
+def _quantize_as(activation: str) -> Callable[[np.ndarray], Quantized]:
+    def quantize(x: np.ndarray) -> Quantized:
+        return quantize_activations(activation, x)
+
+    return quantize
 
 
-class LeastNumbers(np.ndarray):
-    """A weight's numbers of a type with sums that are rounded: of each block the least number, too, [N, K / 32]."""
+for _activation in ACTIVATION_QUANT:
+    kernel(f"quantize_{_activation}", "reference", ANY)(_quantize_as(_activation))
 
-    least: np.ndarray
+
+class WithBlockMins(np.ndarray):
+    """A dequantised weight [N, K] that also has the minimum of each block, `mins` [N, K / 32] (ggml's m of q4_1)."""
+
+    mins: np.ndarray
 
 
 @kernel("linear", "reference", "i8", ANY, ANY, ANY)
 def linear_blocks_int8(xq: np.ndarray, xs: np.ndarray, sums: np.ndarray, weight: np.ndarray) -> np.ndarray:
-    """Integer sums follow from xq; others were rounded, and are what least numbers are multiplied with."""
+    """Integer sums follow from xq. The sums of q8_1 were rounded, and multiply the minimums of q4_1's blocks."""
     group = xq.shape[1] // xs.shape[1]
     result = linear_int8(xq, xs, weight, group)
-    if not isinstance(weight, LeastNumbers):
+    if not isinstance(weight, WithBlockMins):
         return result
     exact = xs * xq.reshape(*xs.shape, group).sum(axis=2, dtype=np.float64)
-    return result + (sums - exact) @ weight.least.astype(np.float64).T
+    return result + (sums - exact) @ weight.mins.astype(np.float64).T
 
 
 @kernel("bias", "reference", ANY, ANY)
@@ -112,7 +118,7 @@ def kv_write(x: np.ndarray, cache: np.ndarray, positions: np.ndarray, sequences:
 
 
 def seen(position: int, window: int) -> slice:
-    """The positions that a token sees: itself and those before it, `window` in all if that is not 0."""
+    """The positions that a token sees: itself and those before it; at most `window` positions if that is not 0."""
     return slice(max(position + 1 - window, 0) if window else 0, position + 1)
 
 
@@ -178,7 +184,7 @@ class ReferenceProgram:
         self.inputs = {v.name: np.zeros(v.shape, DTYPES[v.dtype]) for v in graph.values.values() if v.kind == "input"}
         self.values: dict[str, np.ndarray] = {}
         self.entries = 0
-        self.head = graph.first("last")
+        self.prefill_end = graph.first("last")
 
     def value(self, name: str) -> np.ndarray:
         """What the last run computed, for its tokens only."""
@@ -218,8 +224,8 @@ class ReferenceProgram:
         return self.values[name]
 
 
-def _least_numbers(weight: Weight) -> np.ndarray:
-    """Of each q4_1 block, whose second float16 it is."""
+def _block_mins(weight: Weight) -> np.ndarray:
+    """The minimum of each block of a q4_1 weight: the block's second float16."""
     blocks = weight.data.reshape(-1, BLOCKS["q4_1"][1])
     return blocks[:, 2:4].copy().view(np.float16).astype(np.float32).reshape(weight.shape[0], -1)
 
@@ -241,12 +247,12 @@ class ReferenceBackend:
     def weight(self, name: str) -> np.ndarray:
         """A weight as float64, or as float32 where all would not fit the budget."""
         if name not in self._converted:
-            array: np.ndarray = quant.dequantize(self.weights[name])
+            array: np.ndarray = dequantize(self.weights[name])
             if self._dtype == np.float64:
                 array = array.astype(np.float64)
             if self.weights[name].type.name == "q4_1":
-                array = with_least = array.view(LeastNumbers)
-                with_least.least = _least_numbers(self.weights[name])
+                array = with_mins = array.view(WithBlockMins)
+                with_mins.mins = _block_mins(self.weights[name])
             if self._dtype == np.float32:
                 return array
             self._converted[name] = array

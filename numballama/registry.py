@@ -1,20 +1,47 @@
-"""The one registry: (op, backend, operand types) → kernel. Kernels enter it where they are defined, by `@kernel`."""
+"""The one registry: (op, backend, operand types) → kernel.
+
+`@kernel` enters a kernel where it is defined, and compares its signature with the op's rule (`ops.py`): a parameter
+that is misspelt, missing or in another place is an `Error` then, and not a wrong result later. Each backend imports the
+modules of its kernels; nothing is imported by a look-up.
+"""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from .errors import UnsupportedError
+from . import ir, ops
+from .errors import Error, UnsupportedError
+from .ir import Rule
 
 Types = str | tuple[str, ...]
 """What one operand may be: a type's name, several, or "*" for any."""
+ScratchShape = Callable[..., tuple[int, ...]]
+"""shape(*input shapes, workers=…) → the shape of a scratch array."""
 
-F = TypeVar("F", bound=Callable[..., Any])
+
+@dataclass(frozen=True)
+class Convention:
+    """How a backend calls its kernels.
+
+    `leading` says what comes before the operands. `takes_outputs`: outputs are parameters, after the inputs; otherwise
+    they are returned.
+    """
+
+    leading: tuple[str, ...]
+    takes_outputs: bool
+
+
+CONVENTIONS = {
+    "cpu": Convention(("worker", "n_workers", "tokens"), True),
+    "cuda": Convention(("ctx",), True),
+    "reference": Convention((), False),
+}
+"""Backend → its calling convention. After inputs and outputs come attributes and scratch arrays, by name."""
 
 
 @dataclass(frozen=True)
@@ -35,27 +62,44 @@ class KernelRef:
         return self.load() if self.module in sys.modules else None
 
 
+F = TypeVar("F", bound="Callable[..., Any] | KernelRef")
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """A function that computes an op on a backend for given operand types.
+    """What computes an op on a backend for given operand types.
 
-    `parameters` are the names of what follows the inputs and outputs: attributes of the op, and scratch arrays.
-    `scratch` gives the shapes of the float32 scratch arrays, from the op's operand shapes and the number of workers.
+    `target` is the function, or a `KernelRef` that names it. `scratch` gives the shapes of its float32 scratch arrays.
     """
 
     op: str
     backend: str
     types: tuple[Types, ...]
-    function: Callable[..., Any]
-    scratch: dict[str, Callable[..., tuple[int, ...]]]
+    target: Callable[..., Any] | KernelRef
+    scratch: Mapping[str, ScratchShape]
 
     @property
     def name(self) -> str:
-        return self.function.__name__
+        return self.target.name if isinstance(self.target, KernelRef) else self.target.__name__
+
+    @property
+    def function(self) -> Callable[..., Any]:
+        """The function. Raises `Error` for one behind a `KernelRef` whose signature does not fit the op's rule."""
+        if not isinstance(self.target, KernelRef):
+            return self.target
+        function: Callable[..., Any] = self.target.load()
+        check_signature(function, self)
+        return function
 
     @property
     def parameters(self) -> list[str]:
+        """Names of the function's parameters, in order."""
         return list(inspect.signature(self.function).parameters)
+
+    @property
+    def named(self) -> list[str]:
+        """Parameters after the operands: attributes of the op and scratch arrays, in order."""
+        return self.parameters[len(operand_names(self)) :]
 
     def accepts(self, types: Sequence[str]) -> bool:
         """Whether operands of these types fit."""
@@ -65,28 +109,96 @@ class Kernel:
         )
 
 
+__all__ = ["Kernel", "KernelRef", "find", "has", "kernel", "ops"]  # ops: importing it declares the rules
+
 _kernels: dict[tuple[str, str], list[Kernel]] = {}
 
 
-def kernel(op: str, backend: str, *types: Types, **scratch: Callable[..., tuple[int, ...]]) -> Callable[[F], F]:
-    """Register the decorated function for `op` on `backend` with one entry of `types` for each input, in order.
+def kernel(op: str, backend: str, *types: Types, **scratch: ScratchShape) -> Callable[[F], F]:
+    """Register the decorated function, or a `KernelRef`, for `op` on `backend`: an entry of `types` for each input.
 
-    A keyword names a scratch parameter of the function; its value maps (input shapes, workers) to a shape.
-    A later registration for the same types replaces the earlier one, so that a notebook cell can be run again.
+    The function takes what its backend's convention says comes first (on the CPU `worker, n_workers, tokens`), then the
+    op's inputs and outputs under the names and in the order of its rule, without outputs that are updated in place,
+    then attributes and scratch arrays by name. A keyword of `kernel` names a scratch parameter; its value maps
+    (input shapes, workers) to a shape. A later registration for the same types replaces the earlier one, so that a
+    notebook cell can be run again.
+
+    Raises `Error` for an op without a rule and for a signature that does not fit it. A `KernelRef` is checked when its
+    function is first asked for.
     """
 
-    def register(function: F) -> F:
+    def register(target: F) -> F:
+        made = Kernel(op, backend, types, target, scratch)
+        if isinstance(target, KernelRef):
+            _rule_of(made)
+        elif backend in CONVENTIONS:
+            check_signature(target, made)
         entries = _kernels.setdefault((op, backend), [])
         entries[:] = [entry for entry in entries if entry.types != types]
-        entries.insert(0, Kernel(op, backend, types, function, scratch))
-        return function
+        entries.insert(0, made)
+        return target
 
     return register
 
 
+def _rule_of(kernel: Kernel) -> Rule:
+    if kernel.op not in ir.RULES:
+        raise Error(
+            f"kernel {kernel.name}: there is no op {kernel.op!r}; declare it first: "
+            f"@rule({kernel.op!r}, inputs=(…), outputs=(…)); known: {', '.join(sorted(ir.RULES))}"
+        )
+    return ir.RULES[kernel.op]
+
+
+def operand_names(kernel: Kernel) -> list[str]:
+    """The parameters that a kernel begins with: its backend's leading ones, inputs and outputs. Raises `Error` for a
+    number of types that the op does not take.
+    """
+    rule, convention = _rule_of(kernel), _convention(kernel.backend)
+    try:
+        inputs = rule.inputs_of(len(kernel.types))
+    except Error as error:
+        raise Error(f"kernel {kernel.name} has {len(kernel.types)} types: {error}") from None
+    return [*convention.leading, *inputs, *(rule.results if convention.takes_outputs else ())]
+
+
+def _convention(backend: str) -> Convention:
+    return CONVENTIONS[backend]
+
+
+def check_signature(function: Callable[..., Any], kernel: Kernel) -> None:
+    """Raise `Error` unless a kernel's function has the parameters that its op's rule asks for.
+
+    Names of the leading parameters are free; they are told apart by their place.
+    """
+    found, wanted = list(inspect.signature(function).parameters), operand_names(kernel)
+    rule, leading = _rule_of(kernel), len(_convention(kernel.backend).leading)
+    allowed = {*rule.attrs, *kernel.scratch}
+    where = f"{kernel.backend} kernel {kernel.name} for {kernel.op}"
+    expected = f"expected ({', '.join(wanted)}), then any of ({', '.join(sorted(allowed))}); found ({', '.join(found)})"
+    for index, name in enumerate(wanted):
+        here = found[index] if index < len(found) else None
+        if index < leading:
+            if here is None or here in wanted[leading:] or here in allowed:
+                raise Error(f"{where}: parameter {index + 1} must be `{name}`, found {_quoted(here)}; {expected}")
+        elif here != name:
+            raise Error(f"{where}: parameter {index + 1} must be `{name}`, found {_quoted(here)}; {expected}")
+    rest = found[len(wanted) :]
+    for name in rest:
+        if name not in allowed:
+            raise Error(f"{where}: `{name}` is no attribute of the op and no scratch array of the kernel; {expected}")
+    if missing := [name for name in kernel.scratch if name not in rest]:
+        raise Error(f"{where}: scratch array `{missing[0]}` is declared but no parameter; {expected}")
+    if clash := sorted(set(kernel.scratch) & {*rule.attrs, *wanted}):
+        raise Error(f"{where}: scratch array `{clash[0]}` has the name of an operand or attribute; {expected}")
+
+
+def _quoted(name: str | None) -> str:
+    return "nothing" if name is None else f"`{name}`"
+
+
 _HOMES = {
-    "cpu": ("numballama.kernels_cpu", "numballama.cpu.kernels_int8"),
-    "cpu-outline": ("numballama.kernels_outline",),
+    "cpu": ("numballama.cpu.ops",),
     "cuda": ("numballama.cuda.ops",),
     "reference": ("numballama.reference",),
 }

@@ -19,7 +19,7 @@ class Program(Protocol):
     """What a backend makes of a graph."""
 
     inputs: dict[str, np.ndarray]
-    head: int
+    prefill_end: int
 
     def value(self, name: str) -> np.ndarray: ...
 
@@ -81,7 +81,7 @@ class Session:
         *whole, rest = (ids[start : start + self._chunk] for start in range(0, len(ids), self._chunk))
         for chunk in whole:
             self.set_inputs(self._prompt, chunk)
-            self._prompt.run(len(chunk), 0, self._prompt.head)
+            self._prompt.run(len(chunk), 0, self._prompt.prefill_end)
             self.tokens.extend(chunk)
         return self._run(self._decode if len(rest) == 1 else self._prompt, rest, sampler)
 

@@ -18,9 +18,10 @@ from matplotlib.figure import Figure
 
 import numballama
 from numballama.checkpoint import Weight
-from numballama.config import F32, Q8_0, ModelConfig
+from numballama.config import ModelConfig
 from numballama.export import WRITERS
-from numballama.quantization import convert as quant
+from numballama.quantization.convert import convert
+from numballama.quantization.types import F32, Q8_0
 
 HERE = Path(__file__).parent
 TARGET = HERE.parent / "numballama" / "story.gguf"
@@ -59,7 +60,7 @@ def main() -> None:
         own = NAMES.get(name, name.removesuffix(".weight"))
         weights[own] = Weight(array.shape, F32, np.ascontiguousarray(array))
     assert set(weights) == set(config.weight_shapes())
-    quantized = {n: quant.convert(w, Q8_0) if len(w.shape) == 2 else w for n, w in weights.items()}
+    quantized = {n: convert(w, Q8_0) if len(w.shape) == 2 else w for n, w in weights.items()}
     tokenizer = numballama.load_tokenizer(options.tokens / "tokenizer.model")
     card = HERE / "card"
     card.mkdir(exist_ok=True)

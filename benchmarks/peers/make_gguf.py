@@ -6,9 +6,9 @@ python make_gguf.py MODEL TOKENIZER.model OUT.gguf [f32|f16|bf16|q8_0|q4_0|q4_1]
 import sys
 
 from numballama import loader
-from numballama.config import BF16, F16, F32, Q4_0, Q4_1, Q8_0
 from numballama.export import WRITERS
-from numballama.quantization import convert as quant
+from numballama.quantization.convert import convert
+from numballama.quantization.types import BF16, F16, F32, Q4_0, Q4_1, Q8_0
 
 TYPES = {"f32": F32, "f16": F16, "bf16": BF16, "q8_0": Q8_0, "q4_0": Q4_0, "q4_1": Q4_1}
 
@@ -17,7 +17,7 @@ def main() -> None:
     source, tokenizer, target, kind = [*sys.argv[1:], "f32"][:4]
     checkpoint = loader.open_checkpoint(source, tokenizer)
     weights = {
-        name: quant.convert(weight, TYPES[kind] if len(weight.shape) == 2 else F32)
+        name: convert(weight, TYPES[kind] if len(weight.shape) == 2 else F32)
         for name, weight in checkpoint.weights.items()
     }
     WRITERS["gguf"](target, checkpoint.config, weights, tokenizer=checkpoint.tokenizer)

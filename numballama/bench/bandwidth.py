@@ -6,7 +6,7 @@ import statistics
 from typing import Any
 
 from ..cuda.backend import CudaBackend
-from ..cuda.driver import Device, Memory, Recording, Stopwatch, versions
+from ..cuda.driver import CudaGraph, Device, Memory, Stopwatch, versions
 from ..cuda.kernels.copy import BLOCK_NUMBERS, copy
 from ..errors import DeviceError
 from ..memory import format_bytes
@@ -34,8 +34,10 @@ def measure_bandwidth(backend: CudaBackend, repeats: int = 7) -> float:
     try:
         device.fill(memory.address, 0x55, 2 * nbytes)
         numbers = (nbytes // 4,)
-        (calls,) = backend.ready([copy(memory.array(0, numbers, "f32"), memory.array(nbytes, numbers, "f32"))])
-        copies, watch = Recording(device, calls * COPIES), Stopwatch(device)
+        (launches,) = backend.prepare_launches(
+            [copy(memory.array(0, numbers, "f32"), memory.array(nbytes, numbers, "f32"))]
+        )
+        copies, watch = CudaGraph(device, launches * COPIES), Stopwatch(device)
         watch.measure(copies.replay)
         seconds = statistics.median(watch.measure(copies.replay) for _ in range(repeats))
     finally:
@@ -49,7 +51,7 @@ def describe(device: Device) -> dict[str, Any]:
     return {
         "name": device.name,
         "compute_capability": "{}.{}".format(*device.capability),
-        "multiprocessors": device.processors,
+        "multiprocessors": device.n_sms,
         "memory_bytes": device.total_bytes,
         "cache_bytes": device.cache_bytes,
         **versions(),

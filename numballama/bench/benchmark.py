@@ -14,9 +14,9 @@ import numpy as np
 from numba import prange
 
 from .. import __version__, progress
-from ..cpu.backend import parallel_region
+from ..cpu.executor import parallel_region
 from ..cpu.compiler import jit
-from ..cpu.matmul import share
+from ..cpu.matmul import partition
 from ..errors import ContextError
 from ..memory import available_bytes, format_bytes, peak_bytes
 from ..model import Model
@@ -32,7 +32,7 @@ READ_BYTES = 1 << 30
 def read_all(x, parts, sums):
     """Sum x in `parts` shares at once: every byte is loaded once, and nothing else happens."""
     for part in prange(parts):
-        begin, end = share(x.shape[0], part, parts, 1024)
+        begin, end = partition(x.shape[0], part, parts, 1024)
         total = np.float32(0)
         for i in range(begin, end):
             total += x[i]

@@ -260,7 +260,7 @@ def profile(model: Model, position: int, bandwidth: float) -> Profile:
         session.set_inputs(program, [0])
         sizes = [step_bytes(plan.graph, step, nbytes_of, position) for step in plan.steps]
         if model.device.startswith("cuda"):
-            kernels = ["+".join(call.name for call in calls) for calls in program.calls]
+            kernels = ["+".join(call.name for call in calls) for calls in program.prepared_launches]
             names = [_describe(step)[0] for step in plan.steps]
             times, whole = _time_gpu(program, list(zip(names, kernels, sizes, strict=True)), sizes)
         else:
@@ -307,16 +307,16 @@ def _time_cpu(program: Any) -> tuple[list[float], float]:
 
 def _time_gpu(program: Any, kinds: Sequence[Any], sizes: Sequence[int]) -> tuple[list[float], float]:
     """Seconds of each step and of the whole; `kinds` says which steps are alike, and `sizes` what each moves."""
-    from ..cuda.driver import Recording, Stopwatch
+    from ..cuda.driver import CudaGraph, Stopwatch
 
     device = program.backend.device
     watch = Stopwatch(device)
     program.run(1)  # the inputs lie on the device now, and stay
-    whole = Recording(device, [call for calls in program.calls for call in calls])
+    whole = CudaGraph(device, [call for calls in program.prepared_launches for call in calls])
 
     def median(indices: Sequence[int]) -> float:
         """Of these steps, one behind the other. The device is busy when they are asked for: the host is not timed."""
-        recording = Recording(device, [call for index in indices for call in program.calls[index]])
+        recording = CudaGraph(device, [call for index in indices for call in program.prepared_launches[index]])
 
         def once() -> float:
             whole.replay()

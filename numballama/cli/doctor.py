@@ -64,7 +64,8 @@ def _folder(path: Path) -> str:
 def _cuda() -> Iterator[str]:
     """Lines on the CUDA driver and each GPU, or the reason why device="cuda" does not work."""
     try:
-        from ..cuda.driver import Device, require_compiler, versions
+        from ..cuda.compiler import require_compiler
+        from ..cuda.driver import Device, versions
 
         require_compiler()
         yield f"kernels in {_folder(cuda_cache_directory())}"
@@ -77,7 +78,7 @@ def _cuda() -> Iterator[str]:
                 break
             capability = "{}.{}".format(*device.capability)
             yield (
-                f"cuda:{index}: {device.name}, compute capability {capability}, {device.processors} multiprocessors, "
+                f"cuda:{index}: {device.name}, compute capability {capability}, {device.n_sms} multiprocessors, "
                 f"{format_bytes(device.free_bytes)} of {format_bytes(device.total_bytes)} free"
             )
         installed = versions()

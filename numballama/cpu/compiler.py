@@ -1,16 +1,12 @@
-"""How this package compiles with Numba: the options, and the calling convention of a step.
+"""How this package compiles with Numba: options, cache, and the C function behind which a kernel is called.
 
-A *step function* is an `@njit`-style function of arrays and scalars, compiled so that it can be called by address with
-four integers: `code = f(operands, part, parts, tokens)`. `operands` is the address of a row of int64 slots; a small
-wrapper, made here in LLVM and cached with the function, turns them into the function's arrays. So a plan is a table
-of integers, and adding an operator means writing one function.
+Everything that depends on Numba's private API is here: `compile_step` replaces the C wrapper that Numba makes for a
+`cfunc`. The calling convention is explained in `executor`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -25,28 +21,20 @@ from numba.core.typed_passes import NativeLowering
 from numba.np.arrayobj import make_array, populate_array
 
 from ..kernel_cache import cache_directory
+from .fork import ForkSafeLock
 
 FAST_MATH = {"reassoc", "contract", "nsz"}
-"""Sums may be reordered and multiply-adds fused. Divisions stay exact (a quantised number must not depend on them), and
-NaN and infinity keep their meaning (scores are masked with -inf).
+"""Sums may be reordered and multiply-adds fused. Divisions stay exact, because quantised values depend on them. NaN and
+infinity keep their meaning, because attention is masked with -inf.
 """
 
-_setting = threading.RLock()
-
-
-def _new_lock() -> None:
-    global _setting
-    _setting = threading.RLock()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_new_lock)  # a thread that held it is not in the child to let it go
+_cache_setting = ForkSafeLock()
 
 
 @contextlib.contextmanager
 def _our_cache() -> Iterator[None]:
-    """Numba decides where a function is cached when it is decorated, by this setting of the whole process."""
-    with _setting:
+    """Set Numba's cache folder to ours. Numba reads this global setting when a function is decorated."""
+    with _cache_setting:
         before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(cache_directory())
         try:
             yield
@@ -55,6 +43,7 @@ def _our_cache() -> Iterator[None]:
 
 
 def _has_source_file(function: Callable[..., Any]) -> bool:
+    """False for a function typed into a notebook or an interpreter."""
     return Path(function.__code__.co_filename).is_file()
 
 
@@ -68,25 +57,25 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
 
 
 def device(function: Callable[..., Any]) -> Any:
-    """A helper that kernels call: compiled into each of them, hence not cached by itself."""
+    """Decorate a helper that kernels call. It is compiled into each kernel and not cached by itself."""
     return numba.njit(fastmath=FAST_MATH, error_model="numpy", nogil=True)(function)
 
 
 def exact_device(function: Callable[..., Any]) -> Any:
-    """A helper like `device` whose arithmetic is done as it is written.
+    """Like `device`, but arithmetic is done as written: no reordering, no fused multiply-add.
 
-    `fastmath=False` is not Numba's default: without it a function has the flags of the first that calls it.
+    `fastmath=False` must be said: without it, Numba gives a function the flags of its first caller.
     """
     return numba.njit(fastmath=False, error_model="numpy", nogil=True)(function)
 
 
 def ordered_device(function: Callable[..., Any]) -> Any:
-    """A helper like `exact_device`, but that a product may go into a sum without being rounded before."""
+    """Like `exact_device`, but multiply-adds may be fused."""
     return numba.njit(fastmath={"contract"}, error_model="numpy", nogil=True)(function)
 
 
 class _StepLower(Lower):  # type: ignore[misc]
-    """Numba's lowering with another C wrapper: the function's operands come from a row of int64 slots."""
+    """Numba's lowering with another C wrapper: the function's operands are read from int64 slots."""
 
     def create_cfunc_wrapper(self) -> None:
         context, fndesc, int64 = self.context, self.fndesc, ir.IntType(64)
@@ -96,7 +85,7 @@ class _StepLower(Lower):  # type: ignore[misc]
         wrapper_type = ir.FunctionType(ir.IntType(32), [int64] * 4)
         wrapper = ir.Function(module, wrapper_type, fndesc.llvm_cfunc_wrapper_name)
         builder = ir.IRBuilder(wrapper.append_basic_block())
-        address, *ambient = wrapper.args
+        address, *leading = wrapper.args  # worker, n_workers, tokens
         slots = builder.inttoptr(address, int64.as_pointer())
         used = 0
 
@@ -107,17 +96,18 @@ class _StepLower(Lower):  # type: ignore[misc]
 
         def operand(kind: Any) -> Any:
             if isinstance(kind, types.BaseTuple):
-                return context.make_tuple(builder, kind, [operand(part) for part in kind])
+                return context.make_tuple(builder, kind, [operand(member) for member in kind])
             if isinstance(kind, types.Array):
                 return self._array(builder, kind, take(), [take() for _ in range(kind.ndim)])
             return builder.bitcast(take(), ir.DoubleType()) if kind == types.float64 else take()
 
-        arguments = [*ambient, *(operand(kind) for kind in fndesc.argtypes[len(ambient) :])]
+        arguments = [*leading, *(operand(kind) for kind in fndesc.argtypes[len(leading) :])]
         status, _ = context.call_conv.call_function(builder, callee, fndesc.restype, fndesc.argtypes, arguments)
         builder.ret(status.code)
         self.library.add_ir_module(module)
 
     def _array(self, builder: Any, kind: Any, address: Any, shape: list[Any]) -> Any:
+        """An array in C order that does not own its memory."""
         array = make_array(kind)(self.context, builder)
         item = ir.Constant(ir.IntType(64), self.context.get_abi_sizeof(self.context.get_data_type(kind.dtype)))
         strides = [item]
@@ -138,7 +128,7 @@ class _StepLowering(NativeLowering):  # type: ignore[misc]
 
 
 class _StepCompiler(CompilerBase):  # type: ignore[misc]
-    """Numba's standard pipeline but for the lowering."""
+    """Numba's standard pipeline with our lowering."""
 
     def define_pipelines(self) -> list[PassManager]:
         pipeline = PassManager("numballama_step")
@@ -149,10 +139,10 @@ class _StepCompiler(CompilerBase):  # type: ignore[misc]
 
 
 def compile_step(function: Callable[..., Any], operands: list[Any]) -> Any:
-    """Compile (or load from the cache) a kernel for these Numba types of its operands.
+    """Compile a kernel for operands of these Numba types, or load it from the cache.
 
-    The function's first three parameters are part, parts and tokens. The result has `address` and `cache_hits`; the
-    code lives as long as it does. A function typed into a notebook is compiled, but not cached: it has no file.
+    The function's first three parameters are worker, n_workers and tokens. The result has `address` and `cache_hits`;
+    the code lives as long as the result. A function typed into a notebook is not cached, because it has no source file.
     """
     signature = types.void(types.int64, types.int64, types.int64, *operands)
     with _our_cache():

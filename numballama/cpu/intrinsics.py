@@ -1,4 +1,4 @@
-"""What Numba's Python cannot say on a CPU: 16-bit floats, atomics, a call by address. One intrinsic each."""
+"""Intrinsics for what Numba's Python lacks on a CPU: 16-bit floats, atomics, vector loads, a call by address."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ INT16, INT32, INT64, FLOAT = ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.
 
 @intrinsic  # type: ignore[untyped-decorator]
 def power_of_two(typingctx: Any, n: Any) -> Any:
-    """2^n as float32, for int32 n from -126 to 127: the exponent's bits, put in place."""
+    """2^n as float32, for int32 n from -126 to 127. Builds the bits of the exponent."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         biased = builder.add(args[0], ir.Constant(INT32, 127))
@@ -29,19 +29,20 @@ def power_of_two(typingctx: Any, n: Any) -> Any:
 
 
 def element(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
+    """Pointer to the element of an array's memory at a flat index."""
     return builder.gep(make_array(kind)(context, builder, array).data, [index])
 
 
 def cpu_features() -> dict[str, bool]:
-    """What the CPU that code is made for can do: this one, unless Numba was told of another."""
-    told = numba.config.CPU_FEATURES
-    if told is None and numba.config.CPU_NAME is None:
+    """Features of the CPU that Numba compiles for: this machine, unless NUMBA_CPU_NAME or NUMBA_CPU_FEATURES is set."""
+    configured = numba.config.CPU_FEATURES
+    if configured is None and numba.config.CPU_NAME is None:
         return dict(llvm.get_host_cpu_features())
-    return {word[1:]: word[0] == "+" for word in (told or "").split(",") if word}
+    return {word[1:]: word[0] == "+" for word in (configured or "").split(",") if word}
 
 
 def _converts_half() -> bool:
-    """Whether the CPU converts float16 itself: else LLVM would call a function of a C library that is not there."""
+    """Whether the CPU has float16 conversions. Without them LLVM calls a library function that is not linked here."""
     return platform.machine() not in ("x86_64", "AMD64") or cpu_features().get("f16c", False)
 
 
@@ -55,7 +56,7 @@ def half_to_float(builder: Any, bits: Any) -> Any:
         return builder.fpext(builder.bitcast(bits, ir.HalfType()), FLOAT)
     wide = builder.zext(bits, INT32)
     magnitude = builder.shl(builder.and_(wide, _const(0x7FFF)), _const(13))
-    # exponent and mantissa are in place, but the exponent counts from 15 instead of 127; subnormals come out right too
+    # the exponent's bias is 15 here and 127 in float32: 2^112 corrects it, for subnormals too
     scaled = builder.bitcast(builder.fmul(builder.bitcast(magnitude, FLOAT), ir.Constant(FLOAT, 2.0**112)), INT32)
     special = builder.icmp_unsigned(">=", magnitude, _const(0x7C00 << 13))
     scaled = builder.select(special, builder.or_(magnitude, _const(0x7F800000)), scaled)
@@ -72,7 +73,7 @@ def _float_to_half(builder: Any, value: Any) -> Any:
     odd = builder.and_(builder.lshr(magnitude, _const(13)), _const(1))
     rounded = builder.lshr(builder.add(magnitude, builder.add(odd, _const(0xFFF))), _const(13))
     normal = builder.sub(rounded, _const(112 << 10))
-    # added to a half, a number this small is rounded to multiples of 2^-24, which is what a subnormal float16 counts
+    # adding 0.5 rounds a small number to a multiple of 2^-24, the unit of subnormal float16
     tiny = builder.fadd(builder.bitcast(magnitude, FLOAT), ir.Constant(FLOAT, 0.5))
     subnormal = builder.sub(builder.bitcast(tiny, INT32), _const(0x3F000000))
     half = builder.select(builder.icmp_unsigned("<", magnitude, _const(0x38800000)), subnormal, normal)
@@ -83,53 +84,53 @@ def _float_to_half(builder: Any, value: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def as_f32(typingctx: Any, number: Any) -> Any:
-    """A stored number as float32. The array's type tells the format: uint16 holds float16, int16 holds bfloat16."""
+def as_f32(typingctx: Any, stored: Any) -> Any:
+    """A stored element as float32. Its type tells the format: uint16 holds float16, int16 holds bfloat16."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         (bits,) = args
-        if number == types.uint16:
+        if stored == types.uint16:
             return half_to_float(builder, bits)
-        if number == types.int16:
+        if stored == types.int16:
             return builder.bitcast(builder.shl(builder.zext(bits, INT32), ir.Constant(INT32, 16)), FLOAT)
         return bits
 
-    return types.float32(number), codegen
+    return types.float32(stored), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def f32_to(typingctx: Any, like: Any, number: Any) -> Any:
-    """A float32 rounded to the nearest number of the format in which `like` is stored (see `as_f32`)."""
+def f32_to(typingctx: Any, like: Any, value: Any) -> Any:
+    """A float32 rounded to the nearest value of the format in which `like` is stored (see `as_f32`)."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _, value = args
+        _, number = args
         if like == types.uint16:
-            return _float_to_half(builder, value)
+            return _float_to_half(builder, number)
         if like == types.int16:
-            # round to nearest even: add half of the last kept place, less one where that place is even
-            bits = builder.bitcast(value, INT32)
+            # round to nearest even: add just under half of the last kept place, and its lowest bit
+            bits = builder.bitcast(number, INT32)
             odd = builder.and_(builder.lshr(bits, ir.Constant(INT32, 16)), ir.Constant(INT32, 1))
             rounded = builder.add(bits, builder.add(odd, ir.Constant(INT32, 0x7FFF)))
-            is_nan = builder.fcmp_unordered("uno", value, value)
+            is_nan = builder.fcmp_unordered("uno", number, number)
             rounded = builder.select(is_nan, ir.Constant(INT32, 0x7FC00000), rounded)
             return builder.trunc(builder.lshr(rounded, ir.Constant(INT32, 16)), INT16)
-        return value
+        return number
 
     return like(like, types.float32), codegen
 
 
 BLOCK = 32
-"""Numbers that the products below take at once."""
+"""Elements that the dot products below take at once."""
 
 
 def load_block(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
-    """BLOCK consecutive elements of an array's memory as one vector, wherever they lie."""
+    """BLOCK consecutive elements of an array's memory as one vector; they need not be aligned."""
     vector = ir.VectorType(context.get_data_type(kind.dtype), BLOCK)
     return builder.load(builder.bitcast(element(context, builder, kind, array, index), vector.as_pointer()), align=1)
 
 
 def add_lanes(builder: Any, vector: Any) -> Any:
-    """The sum of a vector's lanes, in whatever order is fast."""
+    """The sum of a vector's lanes, in any order."""
     flags: tuple[str, ...] = ()
     if vector.type.element == INT32:
         name, arguments = f"llvm.vector.reduce.add.v{vector.type.count}i32", [vector]
@@ -143,10 +144,10 @@ def add_lanes(builder: Any, vector: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def dot_block_int8(typingctx: Any, weights: Any, i: Any, x: Any, j: Any) -> Any:
-    """Sum of the products of BLOCK int8 weights from flat index i with BLOCK int8 numbers of x from j, an int32.
+    """Dot product of BLOCK int8 weights from flat index i and BLOCK int8 elements of x from j, as int32.
 
-    Written as vectors, because LLVM unrolls a loop this short into scalar code before it looks for vectors; which
-    instructions become of it is LLVM's choice for the machine it runs on.
+    Written with vectors, because LLVM unrolls so short a loop into scalar code before it vectorises. LLVM selects the
+    machine's instructions.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -159,10 +160,10 @@ def dot_block_int8(typingctx: Any, weights: Any, i: Any, x: Any, j: Any) -> Any:
 
 
 def _scaled_dot(builder: Any, blocks: Any, load: Any) -> Any:
-    """Sum over blocks of scale · (w · x), where load(index of a block) → (w int8 vector, x float32 vector, scale).
+    """Sum over blocks of scale · (w · x), where load(block index) → (w int8 vector, x float32 vector, scale).
 
-    The sums stay in vector registers from the first block to the last: adding up lanes after each would cost more than
-    the products.
+    The sums stay in vector registers to the end. Adding up their lanes after each block would cost more than the
+    products.
     """
     vector = ir.VectorType(FLOAT, BLOCK)
     sums = cgutils.alloca_once_value(builder, ir.Constant(vector, [0.0] * BLOCK))
@@ -181,9 +182,9 @@ def _scaled_dot(builder: Any, blocks: Any, load: Any) -> Any:
 def dot_int8(
     typingctx: Any, weights: Any, i: Any, scales: Any, g: Any, left: Any, period: Any, x: Any, j: Any, blocks: Any
 ) -> Any:
-    """Product of `blocks` blocks of int8 weights from flat index i with float32 x from index j.
+    """Dot product of `blocks` blocks of int8 weights from flat index i and float32 x from flat index j.
 
-    The first `left` blocks have scale g, then every `period` blocks the next one.
+    The first `left` blocks have scale g; after them each scale is that of the next `period` blocks.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
@@ -210,7 +211,7 @@ def dot_int8(
 
 
 def _lanes() -> int:
-    """Float32 numbers in a register of the widest kind that there are enough of for 16 sums."""
+    """Float32 lanes of the widest vector register. 16 sums and their operands must fit in registers."""
     features = cpu_features()
     return 16 if features.get("avx512f") else 8 if features.get("avx") else 4
 
@@ -219,10 +220,10 @@ def _lanes() -> int:
 def tile(
     typingctx: Any, w: Any, r0: Any, r1: Any, r2: Any, r3: Any, x: Any, t0: Any, t1: Any, t2: Any, t3: Any, n: Any
 ) -> Any:
-    """The 16 products of four rows of float32 w[:, n] and four of x[:, n], as four tuples, one for each row of x.
+    """The 16 dot products of four rows of float32 w[:, n] and four of x[:, n], as four tuples, one for each row of x.
 
-    Eight loads feed 16 multiply-adds, and the sums stay in registers. Written as vectors because LLVM on its own keeps
-    to 256 bits on machines that have 512.
+    Eight loads feed 16 multiply-adds, and the sums stay in registers. Written with vectors, because LLVM by itself uses
+    256 bits on machines that have 512.
     """
     width = _lanes()
     result = types.UniTuple(types.UniTuple(types.float32, 4), 4)
@@ -240,9 +241,9 @@ def tile(
                 builder.store(ir.Constant(kind, value), place)
             return sums
 
-        def accumulate(sums: list[Any], ours: list[Any], theirs: list[Any]) -> None:
+        def accumulate(sums: list[Any], w_values: list[Any], x_values: list[Any]) -> None:
             for index, place in enumerate(sums):
-                product = builder.fmul(theirs[index // 4], ours[index % 4], flags=("contract",))
+                product = builder.fmul(x_values[index // 4], w_values[index % 4], flags=("contract",))
                 builder.store(builder.fadd(builder.load(place), product, flags=("contract",)), place)
 
         w_starts = starts(sig.args[0], weights, rows)
@@ -250,23 +251,25 @@ def tile(
         sums, rest = zeros(vector, [0.0] * width), zeros(FLOAT, 0.0)
         whole = builder.mul(builder.udiv(length, ir.Constant(INT64, width)), ir.Constant(INT64, width))
         with cgutils.for_range_slice(builder, ir.Constant(INT64, 0), whole, ir.Constant(INT64, width)) as (k, _):
-            ours, theirs = (
+            w_values, x_values = (
                 [
                     builder.load(builder.bitcast(builder.gep(start, [k]), vector.as_pointer()), align=4)
                     for start in places
                 ]
                 for places in (w_starts, x_starts)
             )
-            accumulate(sums, ours, theirs)
+            accumulate(sums, w_values, x_values)
         with cgutils.for_range_slice(builder, whole, length, ir.Constant(INT64, 1)) as (k, _):
-            ours, theirs = ([builder.load(builder.gep(s, [k])) for s in places] for places in (w_starts, x_starts))
-            accumulate(rest, ours, theirs)
+            w_values, x_values = (
+                [builder.load(builder.gep(start, [k])) for start in places] for places in (w_starts, x_starts)
+            )
+            accumulate(rest, w_values, x_values)
         totals = [
-            builder.fadd(add_lanes(builder, builder.load(many)), builder.load(few))
-            for many, few in zip(sums, rest, strict=True)
+            builder.fadd(add_lanes(builder, builder.load(vectors)), builder.load(remainder))
+            for vectors, remainder in zip(sums, rest, strict=True)
         ]
-        parts = [context.make_tuple(builder, result.dtype, totals[t * 4 : t * 4 + 4]) for t in range(4)]
-        return context.make_tuple(builder, result, parts)
+        rows_of_x = [context.make_tuple(builder, result.dtype, totals[t * 4 : t * 4 + 4]) for t in range(4)]
+        return context.make_tuple(builder, result, rows_of_x)
 
     index = types.int64
     return result(w, index, index, index, index, x, index, index, index, index, index), codegen
@@ -274,7 +277,7 @@ def tile(
 
 @intrinsic  # type: ignore[untyped-decorator]
 def atomic_add(typingctx: Any, array: Any, index: Any, amount: Any) -> Any:
-    """Add to an int64 element as one indivisible act, in an order all threads agree on; returns the old value."""
+    """Add to an int64 element atomically (sequentially consistent); returns the old value."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.atomic_rmw("add", element(context, builder, sig.args[0], *args[:2]), args[2], "seq_cst")
@@ -284,7 +287,7 @@ def atomic_add(typingctx: Any, array: Any, index: Any, amount: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def atomic_load(typingctx: Any, array: Any, index: Any) -> Any:
-    """Read an int64 element and see all that was written before it was last set."""
+    """Read an int64 element atomically (acquire): writes made before it was set are visible afterwards."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         return builder.load_atomic(element(context, builder, sig.args[0], *args), "acquire", 8)
@@ -293,8 +296,8 @@ def atomic_load(typingctx: Any, array: Any, index: Any) -> Any:
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def call_step(typingctx: Any, address: Any, operands: Any, part: Any, parts: Any, tokens: Any) -> Any:
-    """Call a step function (see `jit`) by its address; returns its status, 0 when all is well."""
+def call_step(typingctx: Any, address: Any, operands: Any, worker: Any, n_workers: Any, tokens: Any) -> Any:
+    """Call a compiled kernel by its address (see `executor`); returns its status, 0 for success."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         kind = ir.FunctionType(INT32, [INT64] * 4)
@@ -305,7 +308,7 @@ def call_step(typingctx: Any, address: Any, operands: Any, part: Any, parts: Any
 
 
 def _array_at(dtype: Any) -> Any:
-    """An intrinsic (address, length) → the flat array of `dtype` that lies there, which it does not own."""
+    """An intrinsic (address, length) → the flat array of `dtype` at this address; it does not own the memory."""
 
     @intrinsic  # type: ignore[untyped-decorator]
     def array_at(typingctx: Any, address: Any, length: Any) -> Any:
@@ -328,13 +331,14 @@ i32_at, i64_at, u64_at = _array_at(types.int32), _array_at(types.int64), _array_
 
 
 def _call_void(builder: Any, name: str, result: Any) -> None:
+    """Call a C function or LLVM intrinsic that takes nothing."""
     kind = ir.FunctionType(result, [])
     builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), [])
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def pause(typingctx: Any) -> Any:
-    """Tell the core that this is a waiting loop (x86's PAUSE; nothing elsewhere)."""
+    """Tell the core that this is a spin loop (x86's PAUSE; nothing elsewhere)."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         if platform.machine() in ("x86_64", "AMD64"):
@@ -346,7 +350,7 @@ def pause(typingctx: Any) -> Any:
 
 @intrinsic  # type: ignore[untyped-decorator]
 def yield_core(typingctx: Any) -> Any:
-    """Let another thread have this core (POSIX sched_yield; Windows has SwitchToThread)."""
+    """Let another thread run on this core (POSIX sched_yield; SwitchToThread on Windows)."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         _call_void(builder, "SwitchToThread" if os.name == "nt" else "sched_yield", INT32)

@@ -1,24 +1,19 @@
-"""Operators on the CPU whose activations are rounded to int8, as llama.cpp does it for weights of blocks.
+"""Operators on the CPU with int8 activations and weights of GGUF blocks, as llama.cpp computes them.
 
-Three ways of rounding, by the weight's type (`config.VEC_DOT_TYPE`); what each stores is in `quant_activations`, which
-this agrees with to the bit. Conventions as in `kernels_cpu`.
+Activations are quantised in one of three ways, by the weight's type (`VEC_DOT_TYPE`). What each of them stores is
+explained in `quantization.activations`; these kernels agree with it to the bit. Conventions are those of `kernels_cpu`.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from ..config import VEC_DOT_TYPE
-from ..kernels_cpu import add_columns, silu_times
-from ..registry import kernel
+from ..kernels_cpu import add_columns, multiply_by_silu
 from .compiler import device, exact_device
 from .intrinsics import as_f32, f32_to
-from .matmul import TILE, share
+from .matmul import partition
+from .tiling import PANEL_ROWS, PANEL_TOKENS, STAGE_ELEMENTS, TILE, UNPACK_ELEMENTS
 from .vecdot_int8 import (
-    PANEL,
-    STRETCH,
-    TOGETHER,
-    TOKENS,
     dot_blocks_int8,
     float_of_bits,
     interleave,
@@ -28,57 +23,56 @@ from .vecdot_int8 import (
     unpack_blocks,
 )
 
-WEIGHTS = tuple(VEC_DOT_TYPE)
-SUMS = ("i32", "f32")
-
-LARGEST = np.float32(127)
-NOT_FINITE = 0x7F800000
-"""Bits of infinity: those of larger magnitudes are NaN's."""
-LEAST = np.float32(2.0**-120)
-"""Groups whose largest magnitude is below become zeros: the reciprocal of their scale might not be finite."""
+INT8_MAX = np.float32(127)
+INFINITY_BITS = 0x7F800000
+"""Bits of float32 infinity. The bits of a NaN's magnitude are larger."""
+MIN_LARGEST = np.float32(2.0**-120)
+"""A group whose largest magnitude is smaller becomes zeros: the reciprocal of its scale might not be finite."""
 
 
 @exact_device
 def as_half(x):
-    """The nearest float16, as float32; beyond float16 the number itself."""
+    """x rounded to float16, as float32; x itself if it is too large for float16."""
     half = as_f32(f32_to(np.uint16(0), x))
     return half if abs(half) < np.float32(np.inf) else x
 
 
 @exact_device
 def scale_of(bits):
-    """(scale, factor) of a group of 32 whose largest magnitude has these bits. A NaN must show in the logits, and int8
-    has none: its group's scale carries it, as infinity's does.
+    """(scale, 1 / scale) of a group of 32 whose largest magnitude has these bits.
+
+    int8 has no NaN, so a group with NaN or infinity gets scale NaN, which carries it to the logits. The second value is
+    0 for a group that becomes zeros.
     """
     largest = float_of_bits(bits)
-    if bits >= NOT_FINITE:
+    if bits >= INFINITY_BITS:
         return np.float32(np.nan), np.float32(0)
-    return largest / LARGEST, LARGEST / largest if largest >= LEAST else np.float32(0)
+    return largest / INT8_MAX, INT8_MAX / largest if largest >= MIN_LARGEST else np.float32(0)
 
 
 @exact_device
-def clear(out, t, first, count):
+def set_to_zero(out, t, first, count):
     for k in range(first, first + count):
         out[t, k] = 0
 
 
 @exact_device
 def quantize_32(x, t, g, out, scales):
-    """Group g of token t by its largest magnitude; returns its scale in float32 and the sum of its numbers."""
+    """Quantise group g of 32 of token t; returns its scale in float32 and the sum of its int8 elements."""
     columns = x.shape[1]
     at = t * columns + 32 * g
     scale, factor = scale_of(largest_bits(x, at))
     scales[t, g] = as_half(scale)
     if factor == 0:
-        clear(out, t, 32 * g, 32)
+        set_to_zero(out, t, 32 * g, 32)
         return scale, np.int32(0)
     return scale, round_to_int8(x, at, factor, out, at, 32)
 
 
 @device
-def quantize_groups_32(part, parts, tokens, x, out, scales, sums, scaled):
-    """This part's groups of all tokens, and of each the sum of its numbers; `scaled`, that by the scale, as a half."""
-    begin, end = share(tokens * scales.shape[1], part, parts, 1)
+def quantize_groups_32(worker, n_workers, tokens, x, out, scales, sums, scaled):
+    """A worker's groups of all tokens, with the sum of each; if `scaled`, times its scale and rounded to float16."""
+    begin, end = partition(tokens * scales.shape[1], worker, n_workers, 1)
     for unit in range(begin, end):
         t, g = divmod(unit, scales.shape[1])
         scale, total = quantize_32(x, t, g, out, scales)
@@ -88,131 +82,101 @@ def quantize_groups_32(part, parts, tokens, x, out, scales, sums, scaled):
             sums[t, g] = total
 
 
-@kernel("quantize_q8_0", "cpu", "f32")
-def quantize_q8_0(part, parts, tokens, x, out, scales, sums):
-    quantize_groups_32(part, parts, tokens, x, out, scales, sums, False)
+def quantize_q8_0(worker, n_workers, tokens, x, out, scales, sums):
+    quantize_groups_32(worker, n_workers, tokens, x, out, scales, sums, False)
 
 
-@kernel("quantize_q8_1", "cpu", "f32")
-def quantize_q8_1(part, parts, tokens, x, out, scales, sums):
-    quantize_groups_32(part, parts, tokens, x, out, scales, sums, True)
+def quantize_q8_1(worker, n_workers, tokens, x, out, scales, sums):
+    quantize_groups_32(worker, n_workers, tokens, x, out, scales, sums, True)
 
 
 @exact_device
 def quantize_256(x, t, g, out, scales, sums):
-    """Group g of token t by the first number of the largest magnitude, which becomes -127."""
+    """Quantise group g of 256 of token t: its first element of the largest magnitude becomes -127."""
     first = 256 * g
     bits = np.int32(0)
     for k in range(0, 256, 32):
         bits = max(bits, largest_bits(x, t * x.shape[1] + first + k))
     factor = np.float32(0)
-    if bits >= NOT_FINITE:
+    if bits >= INFINITY_BITS:
         scales[t, g] = np.nan
-    elif float_of_bits(bits) < LEAST:
+    elif float_of_bits(bits) < MIN_LARGEST:
         scales[t, g] = 0
     else:
         k = first
         while abs(x[t, k]) != float_of_bits(bits):
             k += 1
-        factor = -LARGEST / x[t, k]
+        factor = -INT8_MAX / x[t, k]
         scales[t, g] = np.float32(1) / factor
     if factor == 0:
-        clear(out, t, first, 256)
+        set_to_zero(out, t, first, 256)
     for run in range(16):
         at = t * x.shape[1] + first + 16 * run
         sums[t, 16 * g + run] = round_to_int8(x, at, factor, out, at, 16) if factor != 0 else 0
 
 
-@kernel("quantize_q8_k", "cpu", "f32")
-def quantize_q8_k(part, parts, tokens, x, out, scales, sums):
-    begin, end = share(tokens * scales.shape[1], part, parts, 1)
+def quantize_q8_k(worker, n_workers, tokens, x, out, scales, sums):
+    begin, end = partition(tokens * scales.shape[1], worker, n_workers, 1)
     for unit in range(begin, end):
         t, g = divmod(unit, scales.shape[1])
         quantize_256(x, t, g, out, scales, sums)
 
 
-def _scratch(workers, columns):
-    """For each worker: a panel, two factors a run of 16 at the least, a stage and what a panel's product gives."""
-    return workers, 4 * columns + 2 * columns + PANEL * STRETCH // 4 + TOKENS * PANEL
+@device
+def fill_panel(weight, row, end, panel, scales, mins, stage):
+    """Unpack PANEL_ROWS rows of a weight into a panel (see `vecdot_int8`). The last row is repeated past `end`."""
+    blocks, block_size = weight.shape[1], panel.shape[0] // (PANEL_ROWS // 4) // weight.shape[1]
+    stage_blocks = STAGE_ELEMENTS // block_size
+    for b in range(0, blocks, stage_blocks):
+        count = min(stage_blocks, blocks - b)
+        for lane in range(PANEL_ROWS):
+            unpack_blocks(weight, min(row + lane, end - 1), b, count, lane, stage, scales, mins)
+        interleave(stage, count * block_size // UNPACK_ELEMENTS, panel, b * block_size)
 
 
 @device
-def fill_panel(weight, row, end, panel, scales, least, stage):
-    """PANEL rows of a weight from `row` on; past the end the last one is taken again."""
-    blocks, numbers = weight.shape[1], panel.shape[0] // (PANEL // 4) // weight.shape[1]
-    at_once = STRETCH // numbers
-    for b in range(0, blocks, at_once):
-        count = min(at_once, blocks - b)
-        for lane in range(PANEL):
-            unpack_blocks(weight, min(row + lane, end - 1), b, count, lane, stage, scales, least)
-        interleave(stage, count * numbers // TOGETHER, panel, b * numbers)
+def matmul_blocks(weight, xq, xs, sums, out, worker, n_workers, tokens, panel_buffer):
+    """A worker's columns of out = x · weightᵀ; returns their range.
 
-
-@device
-def project(weight, xq, xs, sums, out, part, parts, tokens, scratch):
-    """This part's share of a linear layer; returns the columns of `out` that it wrote."""
-    begin, end = share(out.shape[1], part, parts, PANEL)
+    `panel_buffer` is float32[workers, n] with n of `panel_buffer_size`; it is used for more than TILE - 1 tokens.
+    """
+    begin, end = partition(out.shape[1], worker, n_workers, PANEL_ROWS)
     if tokens < TILE:
         for r in range(begin, end):
             for t in range(tokens):
                 out[t, r] = dot_blocks_int8(weight, r, xq, xs, sums, t)
         return begin, end
     k = xq.shape[1]
-    mine = scratch[part]
-    panel, scales, least = mine[: 4 * k], mine[4 * k : 5 * k], mine[5 * k : 6 * k]
-    stage, result = mine[6 * k : 6 * k + PANEL * STRETCH // 4], mine[6 * k + PANEL * STRETCH // 4 :]
-    for r in range(begin, end, PANEL):
-        fill_panel(weight, r, end, panel, scales, least, stage)
-        for t in range(0, tokens, TOKENS):
-            multiply_panel(weight, panel, scales, least, xq, xs, sums, t, tokens - 1, result)
-            for i in range(min(TOKENS, tokens - t)):
-                for c in range(min(PANEL, end - r)):
-                    out[t + i, r + c] = result[i * PANEL + c]
+    buffer = panel_buffer[worker]
+    panel, scales, mins = buffer[: 4 * k], buffer[4 * k : 5 * k], buffer[5 * k : 6 * k]
+    stage_end = 6 * k + PANEL_ROWS * STAGE_ELEMENTS // 4
+    stage, result = buffer[6 * k : stage_end], buffer[stage_end:]
+    for r in range(begin, end, PANEL_ROWS):
+        fill_panel(weight, r, end, panel, scales, mins, stage)
+        for t in range(0, tokens, PANEL_TOKENS):
+            multiply_panel(weight, panel, scales, mins, xq, xs, sums, t, tokens - 1, result)
+            for i in range(min(PANEL_TOKENS, tokens - t)):
+                for c in range(min(PANEL_ROWS, end - r)):
+                    out[t + i, r + c] = result[i * PANEL_ROWS + c]
     return begin, end
 
 
-@kernel("linear", "cpu", "i8", "f32", SUMS, WEIGHTS, rows=lambda x, s, m, w, workers: _scratch(workers, x[1]))
-def linear_blocks_int8(part, parts, tokens, xq, xs, sums, weight, out, rows):
-    project(weight, xq, xs, sums, out, part, parts, tokens, rows)
+def linear_blocks_int8(worker, n_workers, tokens, xq, xs, sums, weight, out, panel_buffer):
+    matmul_blocks(weight, xq, xs, sums, out, worker, n_workers, tokens, panel_buffer)
 
 
-@kernel(
-    "linear_add", "cpu", "i8", "f32", SUMS, WEIGHTS, "f32", rows=lambda x, s, m, w, r, workers: _scratch(workers, x[1])
-)
-def linear_add_blocks_int8(part, parts, tokens, xq, xs, sums, weight, residual, out, rows):
-    begin, end = project(weight, xq, xs, sums, out, part, parts, tokens, rows)
+def linear_add_blocks_int8(worker, n_workers, tokens, xq, xs, sums, weight, residual, out, panel_buffer):
+    begin, end = matmul_blocks(weight, xq, xs, sums, out, worker, n_workers, tokens, panel_buffer)
     add_columns(residual, out, begin, end, tokens)
 
 
-@kernel(
-    "qkv",
-    "cpu",
-    "i8",
-    "f32",
-    SUMS,
-    WEIGHTS,
-    WEIGHTS,
-    WEIGHTS,
-    rows=lambda x, s, m, q, k, v, workers: _scratch(workers, x[1]),
-)
-def qkv_blocks_int8(part, parts, tokens, xq, xs, sums, wq, wk, wv, q, k, v, rows):
-    project(wq, xq, xs, sums, q, part, parts, tokens, rows)
-    project(wk, xq, xs, sums, k, part, parts, tokens, rows)
-    project(wv, xq, xs, sums, v, part, parts, tokens, rows)
+def qkv_blocks_int8(worker, n_workers, tokens, xq, xs, sums, wq, wk, wv, q, k, v, panel_buffer):
+    matmul_blocks(wq, xq, xs, sums, q, worker, n_workers, tokens, panel_buffer)
+    matmul_blocks(wk, xq, xs, sums, k, worker, n_workers, tokens, panel_buffer)
+    matmul_blocks(wv, xq, xs, sums, v, worker, n_workers, tokens, panel_buffer)
 
 
-@kernel(
-    "gate_up",
-    "cpu",
-    "i8",
-    "f32",
-    SUMS,
-    WEIGHTS,
-    WEIGHTS,
-    gate=lambda x, s, m, w1, w3, workers: (x[0], w1[0]),
-    rows=lambda x, s, m, w1, w3, workers: _scratch(workers, x[1]),
-)
-def gate_up_blocks_int8(part, parts, tokens, xq, xs, sums, w1, w3, out, gate, rows):
-    begin, end = project(w1, xq, xs, sums, gate, part, parts, tokens, rows)
-    project(w3, xq, xs, sums, out, part, parts, tokens, rows)
-    silu_times(gate, out, begin, end, tokens)
+def gate_up_blocks_int8(worker, n_workers, tokens, xq, xs, sums, w1, w3, out, gate_buffer, panel_buffer):
+    begin, end = matmul_blocks(w1, xq, xs, sums, gate_buffer, worker, n_workers, tokens, panel_buffer)
+    matmul_blocks(w3, xq, xs, sums, out, worker, n_workers, tokens, panel_buffer)
+    multiply_by_silu(gate_buffer, out, begin, end, tokens)

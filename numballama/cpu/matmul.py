@@ -1,12 +1,16 @@
-"""Rows of a weight times rows of activations, for every type of weight: what nearly all time and all bytes go into.
+"""Matrix products of activations and weights of every type. Nearly all time and memory traffic of a model is here.
 
-What a weight is: float32[N, K]; uint16[N, K] for float16; int16[N, K] for bfloat16; records [N, blocks of a row] for
-GGUF's block types (see `blocks_cpu`); or (int8[N, K], float32 scales, group), number i of the flat payload having scale
-i // group. `row_dot` and `decode_rows` are the only functions that tell them apart: a new kind of weight is one more
-branch in each, a new block type a decoder in `blocks_cpu`.
+Shapes: x is [T, K] and a weight has N rows of K elements; out[t, n] = x[t] · weight[n]. A weight is one of
 
-Decoding reads every weight once and little else: the floor of a token is the bytes of the weights over the machine's
-bandwidth. A prompt's chunk reuses each row for all its tokens: tiles of 4 rows x 4 tokens keep 16 sums in registers.
+* float32[N, K]; uint16[N, K], which holds float16; int16[N, K], which holds bfloat16;
+* records[N, blocks of a row] of a GGUF block type (see `vecdot`);
+* (int8[N, K], float32 scales, group): element i of the flat payload has scale i // group.
+
+Only `row_dot` and `dequantize_rows` tell them apart. A new kind of weight is one more branch in each; a new block type
+is a decoder in `vecdot`.
+
+A single token reads every weight once and little else, so it takes at least the weights' bytes over the memory
+bandwidth. A prompt's chunk uses each row for all its tokens: tiles of 4 rows × 4 tokens keep 16 sums in registers.
 """
 
 from __future__ import annotations
@@ -19,22 +23,25 @@ from numba.extending import overload
 
 from .compiler import FAST_MATH, device
 from .intrinsics import BLOCK, as_f32, dot_block_int8, dot_int8, tile
-from .vecdot import decode_blocks, dot_blocks
+from .tiling import TILE
+from .vecdot import dequantize_blocks, dot_blocks
 
-TILE = 4
 _OPTIONS = {"fastmath": FAST_MATH, "error_model": "numpy"}
 
 
 @device
-def share(n, part, parts, grain):
-    """[begin, end) of n items that `part` of `parts` does, in whole grains."""
+def partition(n, worker, n_workers, grain):
+    """[begin, end): the items of range(n) that a worker does. Only the end of the range splits a grain."""
     grains = (n + grain - 1) // grain
-    begin, end = grains * part // parts * grain, grains * (part + 1) // parts * grain
+    begin, end = grains * worker // n_workers * grain, grains * (worker + 1) // n_workers * grain
     return min(begin, n), min(end, n)
 
 
 def row_dot(weight: Any, row: int, x: Any, t: int) -> Any:
-    """weight[row] · x[t]. x is float32[T, K], or (int8[T, K], float32 scales[T, G]) with the weight's groups."""
+    """weight[row] · x[t] as float32. x is float32[T, K], or (int8[T, K], float32 scales[T, G]) in the weight's groups.
+
+    Numba replaces this function by one for the types of weight and x (`overload`).
+    """
 
 
 @overload(row_dot, jit_options=_OPTIONS)
@@ -59,7 +66,7 @@ def _dot_int8(weight, row, x, t):
     payload, scales, group = weight
     n = payload.shape[1]
     if n % BLOCK == 0 and group % BLOCK == 0:
-        # groups run over the flat payload and may begin inside a row, but they consist of whole blocks
+        # a group may begin inside a row, because groups divide the flat payload, but it consists of whole blocks
         first = row * n // BLOCK
         period = group // BLOCK
         return dot_int8(
@@ -70,10 +77,10 @@ def _dot_int8(weight, row, x, t):
     while k < n:
         g = (start + k) // group
         end = min(n, (g + 1) * group - start)
-        part = np.float32(0)
+        subtotal = np.float32(0)
         for j in range(k, end):
-            part += np.float32(payload[row, j]) * x[t, j]
-        total += part * scales[g]
+            subtotal += np.float32(payload[row, j]) * x[t, j]
+        total += subtotal * scales[g]
         k = end
     return total
 
@@ -83,65 +90,68 @@ def _dot_int8_int8(weight, row, x, t):
     xq, xs = x
     n = payload.shape[1]
     if n % BLOCK == 0 and group % BLOCK == 0:
-        return dot_blocks_int8(payload, scales, group, row, xq, xs, t)
+        return dot_whole_blocks(payload, scales, group, row, xq, xs, t)
     start, total = row * n, np.float32(0)
     k = 0
-    while k < n:  # both scales are constant up to the nearer end of the weight's and the input's group
+    while k < n:  # both scales are constant up to the end of the weight's group or of the input's
         g = (start + k) // group
         end = min(n, (g + 1) * group - start, (k // group + 1) * group)
-        part = np.int32(0)
+        subtotal = np.int32(0)
         for j in range(k, end):
-            part += np.int32(payload[row, j]) * np.int32(xq[t, j])
-        total += np.float32(part) * (scales[g] * xs[t, k // group])
+            subtotal += np.int32(payload[row, j]) * np.int32(xq[t, j])
+        total += np.float32(subtotal) * (scales[g] * xs[t, k // group])
         k = end
     return total
 
 
 @device
-def dot_blocks_int8(payload, scales, group, row, xq, xs, t):
-    """A row whose groups consist of whole blocks, as do those of its int8 input, which begin at that row's start."""
+def dot_whole_blocks(payload, scales, group, row, xq, xs, t):
+    """payload[row] · xq[t] where all groups consist of whole blocks of BLOCK elements.
+
+    The weight's groups divide its flat payload, so one may begin inside the row. Groups of x begin with each row.
+    """
     n = payload.shape[1]
     start, total = row * n, np.float32(0)
     g, x_g = start // group, 0
-    border, x_border = (g + 1) * group - start, group
+    group_end, x_group_end = (g + 1) * group - start, group
     for k in range(0, n, BLOCK):
-        if k >= border:
+        if k >= group_end:
             g += 1
-            border += group
-        if k >= x_border:
+            group_end += group
+        if k >= x_group_end:
             x_g += 1
-            x_border += group
+            x_group_end += group
         total += np.float32(dot_block_int8(payload, start + k, xq, t * n + k)) * (scales[g] * xs[t, x_g])
     return total
 
 
-def decode_rows(weight: Any, row: int, count: int, buffer: Any) -> Any:
+def dequantize_rows(weight: Any, row: int, count: int, buffer: Any) -> Any:
     """Write rows [row, row + count) of a weight as float32 to `buffer`[>= count, K].
 
-    Float32 rows are copied too: in a file they lie at any multiple of four bytes, and vectors that cross cache lines
+    Float32 rows are copied too: in a file they are aligned to four bytes only, and vector loads that cross cache lines
     cost a quarter of a prompt's speed.
     """
 
 
-@overload(decode_rows, jit_options=_OPTIONS)
-def _decode_rows(weight, row, count, buffer):
+@overload(dequantize_rows, jit_options=_OPTIONS)
+def _dequantize_rows(weight, row, count, buffer):
     if isinstance(weight, types.BaseTuple):
-        return _decode_int8
-    return _decode_blocks if isinstance(weight.dtype, types.Record) else _decode_plain
+        return _dequantize_int8
+    return _dequantize_blocks if isinstance(weight.dtype, types.Record) else _dequantize_plain
 
 
-def _decode_plain(weight, row, count, buffer):
+def _dequantize_plain(weight, row, count, buffer):
     for r in range(count):
         for k in range(weight.shape[1]):
             buffer[r, k] = as_f32(weight[row + r, k])
 
 
-def _decode_blocks(weight, row, count, buffer):
+def _dequantize_blocks(weight, row, count, buffer):
     for r in range(count):
-        decode_blocks(weight, (row + r) * weight.shape[1], buffer, r * buffer.shape[1], weight.shape[1])
+        dequantize_blocks(weight, (row + r) * weight.shape[1], buffer, r * buffer.shape[1], weight.shape[1])
 
 
-def _decode_int8(weight, row, count, buffer):
+def _dequantize_int8(weight, row, count, buffer):
     payload, scales, group = weight
     n = payload.shape[1]
     for r in range(count):
@@ -150,23 +160,23 @@ def _decode_int8(weight, row, count, buffer):
         while k < n:
             g = (start + k) // group
             end = min(n, (g + 1) * group - start)
-            numbers, into = payload[row + r, k:end], buffer[r, k:end]
-            for j in range(numbers.shape[0]):
-                into[j] = np.float32(numbers[j]) * scales[g]
+            source, target = payload[row + r, k:end], buffer[r, k:end]
+            for j in range(source.shape[0]):
+                target[j] = np.float32(source[j]) * scales[g]
             k = end
 
 
 @device
-def multiply(weight, x, out, begin, end, tokens, buffer):
-    """out[t, r] = weight[r] · x[t] for rows [begin, end) and all tokens."""
+def matmul_rows(weight, x, out, begin, end, tokens, buffer):
+    """out[t, r] = weight[r] · x[t] for rows [begin, end) and all tokens. `buffer` is float32[TILE, K]."""
     if tokens < TILE:
         for r in range(begin, end):
             for t in range(tokens):
                 out[t, r] = row_dot(weight, r, x, t)
         return
     for r in range(begin, end, TILE):
-        decode_rows(weight, r, min(TILE, end - r), buffer)
-        # past the end the last row and token are done again: the same numbers to the same place, and no remainder loops
+        dequantize_rows(weight, r, min(TILE, end - r), buffer)
+        # past the end, compute the last row and token again: the same values to the same place, and no remainder loops
         r1, r2, r3 = min(r + 1, end - 1), min(r + 2, end - 1), min(r + 3, end - 1)
         for t in range(0, tokens, TILE):
             t1, t2, t3 = min(t + 1, tokens - 1), min(t + 2, tokens - 1), min(t + 3, tokens - 1)
@@ -178,8 +188,8 @@ def multiply(weight, x, out, begin, end, tokens, buffer):
 
 
 @device
-def multiply_int8(weight, xq, xs, out, begin, end, tokens):
-    """out[t, r] = weight[r] · (xq[t] · xs[t]): a row stays in the nearest cache for all tokens."""
+def matmul_rows_int8(weight, xq, xs, out, begin, end, tokens):
+    """out[t, r] = weight[r] · (xq[t] · xs[t]). A row stays in the first-level cache for all tokens."""
     x = (xq, xs)
     for r in range(begin, end):
         for t in range(tokens):
@@ -187,16 +197,16 @@ def multiply_int8(weight, xq, xs, out, begin, end, tokens):
 
 
 @device
-def project(weight, x, out, part, parts, tokens, rows):
-    """This part's share of a linear layer; returns the columns of `out` that it wrote."""
-    begin, end = share(out.shape[1], part, parts, TILE)
-    multiply(weight, x, out, begin, end, tokens, rows[part])
+def matmul(weight, x, out, worker, n_workers, tokens, dequant_buffer):
+    """A worker's columns of out = x · weightᵀ; returns their range. `dequant_buffer` is float32[workers, TILE, K]."""
+    begin, end = partition(out.shape[1], worker, n_workers, TILE)
+    matmul_rows(weight, x, out, begin, end, tokens, dequant_buffer[worker])
     return begin, end
 
 
 @device
-def project_int8(weight, xq, xs, out, part, parts, tokens):
-    """The same with int8 activations."""
-    begin, end = share(out.shape[1], part, parts, TILE)
-    multiply_int8(weight, xq, xs, out, begin, end, tokens)
+def matmul_int8(weight, xq, xs, out, worker, n_workers, tokens):
+    """Like `matmul`, with x in int8: xq[T, K] with scales xs[T, G]."""
+    begin, end = partition(out.shape[1], worker, n_workers, TILE)
+    matmul_rows_int8(weight, xq, xs, out, begin, end, tokens)
     return begin, end

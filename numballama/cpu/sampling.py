@@ -1,8 +1,8 @@
-"""From logits to the next token on the CPU: plain functions over logits, compiled. `SamplerState` owns their buffers.
+"""Sampling on the CPU: from logits to the next token, in compiled functions. `SamplerState` owns their buffers.
 
-The order is llama.cpp's: repeat penalty, then top-k, top-p and min-p on the probabilities as the model gives them, then
-temperature on what is left. Each filter takes candidates `ids[:n]` and returns how many it keeps, moved to the front.
-Nothing here allocates.
+The order is llama.cpp's: repetition penalty; top-k, top-p and min-p on the model's own probabilities; then temperature
+on what is left. Each filter takes the candidates `ids[:n]`, moves those it keeps to the front and returns their number.
+Nothing here allocates. logits is float32[V], ids int32[at most V].
 """
 
 from __future__ import annotations
@@ -11,12 +11,16 @@ import math
 
 import numpy as np
 
+from ..sampling import MIN_P, REPETITION_PENALTY, TEMPERATURE, TOP_K, TOP_P
 from .compiler import jit
 
 
 @jit
 def penalize(logits, recent, n_recent, penalty):
-    """Divide positive logits of recent tokens by `penalty`, multiply negative ones (Keskar et al., CTRL, 2019)."""
+    """Divide positive logits of recent tokens by `penalty` and multiply negative ones (Keskar et al., CTRL, 2019).
+
+    Each of the tokens recent[:n_recent] is penalised once.
+    """
     for i in range(n_recent):
         token = recent[i]
         seen = False
@@ -27,8 +31,8 @@ def penalize(logits, recent, n_recent, penalty):
 
 
 @jit
-def sift(ids, root, n, logits):
-    """Restore the heap `ids[:n]`, smallest logit first, below `root`."""
+def sift_down(ids, root, n, logits):
+    """Restore the heap order of `ids[:n]`, smallest logit first, below `root`."""
     while True:
         child = 2 * root + 1
         if child >= n:
@@ -45,27 +49,27 @@ def sift(ids, root, n, logits):
 def make_heap(ids, n, logits):
     """Order `ids[:n]` as a heap, smallest logit first."""
     for root in range(n // 2 - 1, -1, -1):
-        sift(ids, root, n, logits)
+        sift_down(ids, root, n, logits)
 
 
 @jit
 def sort_heap(ids, n, logits):
-    """Order a heap `ids[:n]` by falling logits."""
+    """Sort a heap `ids[:n]` by descending logits."""
     for end in range(n - 1, 0, -1):
         ids[0], ids[end] = ids[end], ids[0]
-        sift(ids, 0, end, logits)
+        sift_down(ids, 0, end, logits)
 
 
 @jit
 def keep_top_k(logits, ids, n, k):
-    """Keep the k candidates with the largest logits, largest first. One pass with a heap of k."""
+    """Keep the k candidates with the largest logits, largest first: one pass with a heap of k."""
     if k >= n:
         return n
     make_heap(ids, k, logits)
     for i in range(k, n):
         if logits[ids[i]] > logits[ids[0]]:
             ids[0] = ids[i]
-            sift(ids, 0, k, logits)
+            sift_down(ids, 0, k, logits)
     sort_heap(ids, k, logits)
     return k
 
@@ -81,18 +85,18 @@ def largest_logit(logits, ids, n):
 
 @jit
 def keep_top_p(logits, ids, n, p):
-    """Keep the fewest candidates, likeliest first, whose probabilities sum to at least p (Holtzman et al., 2020)."""
+    """Keep the fewest likeliest candidates whose probabilities sum to at least p, likeliest first (Holtzman, 2020)."""
     if p >= 1:
         return n
     largest = largest_logit(logits, ids, n)
     total = 0.0
     for i in range(n):
         total += math.exp(logits[ids[i]] - largest)
-    # whatever lies below this share is not among the first p even if all others are as small: no need to sort it
-    least = (1 - p) / max(1, n - 1) * total
+    # candidates below this bound cannot be among the kept, even if all of them were as large: do not sort them
+    lower_bound = (1 - p) / max(1, n - 1) * total
     kept = 0
     for i in range(n):
-        if math.exp(logits[ids[i]] - largest) >= least:
+        if math.exp(logits[ids[i]] - largest) >= lower_bound:
             ids[kept] = ids[i]
             kept += 1
     make_heap(ids, kept, logits)
@@ -110,10 +114,10 @@ def keep_min_p(logits, ids, n, p):
     """Keep candidates at least p times as likely as the likeliest (Nguyen et al., min-p, 2024)."""
     if p <= 0:
         return n
-    least = largest_logit(logits, ids, n) + math.log(p)
+    min_logit = largest_logit(logits, ids, n) + math.log(p)
     kept = 0
     for i in range(n):
-        if logits[ids[i]] >= least:
+        if logits[ids[i]] >= min_logit:
             ids[kept] = ids[i]
             kept += 1
     return kept
@@ -132,7 +136,7 @@ def uniform(state):
 
 @jit
 def draw(logits, ids, n, temperature, state):
-    """A candidate with probability proportional to exp(logit / temperature); -1 if the logits are not numbers."""
+    """A candidate, with probability proportional to exp(logit / temperature); -1 if the logits are not finite."""
     largest = largest_logit(logits, ids, n)
     total = 0.0
     for i in range(n):
@@ -161,28 +165,28 @@ def greedy(logits):
 
 @jit
 def sample(logits, settings, recent, counts, state, ids):
-    """The next token by `settings` (temperature, top_k, top_p, min_p, repeat_penalty), or -1; remembers it in `recent`.
+    """The next token by the settings of a `SamplerState`, or -1 if the logits are not finite. Changes `logits`.
 
-    Only tokens below `len(ids)` are candidates: what a padded vocabulary has beyond them is never drawn. `logits` is
-    changed. `counts[0]` is how many tokens were ever remembered; `recent` is a ring of the latest.
+    Only tokens below len(ids) are candidates, so the padding of a vocabulary is never drawn. The token is added to
+    `recent`, a ring buffer of the latest; `counts[0]` is the number of tokens added so far.
     """
-    temperature, top_k, top_p, min_p, penalty = settings[0], int(settings[1]), settings[2], settings[3], settings[4]
+    temperature, penalty = settings[TEMPERATURE], settings[REPETITION_PENALTY]
     n = ids.shape[0]
     if penalty != 1:
         penalize(logits, recent, min(counts[0], recent.shape[0]), np.float32(penalty))
     if temperature == 0:
         token = greedy(logits[:n])
     else:
-        broken = False
-        for i in range(n):  # the filters compare, and would just leave a NaN behind
+        not_finite = False
+        for i in range(n):  # filters only compare, so they would drop a NaN and nobody would see it
             ids[i] = i
-            broken |= not logits[i] < np.inf
-        if broken:
+            not_finite |= not logits[i] < np.inf
+        if not_finite:
             return -1
-        if top_k > 0:
-            n = keep_top_k(logits, ids, n, top_k)
-        n = keep_top_p(logits, ids, n, top_p)
-        n = keep_min_p(logits, ids, n, min_p)
+        if settings[TOP_K] > 0:
+            n = keep_top_k(logits, ids, n, int(settings[TOP_K]))
+        n = keep_top_p(logits, ids, n, settings[TOP_P])
+        n = keep_min_p(logits, ids, n, settings[MIN_P])
         token = draw(logits, ids, n, temperature, state)
     if token < 0:
         return token

@@ -1,14 +1,14 @@
-"""Rows of GGUF blocks on a CPU times activations that are rounded to int8: integer products, a run of numbers at a
-time, then the run's scales.
+"""Products of int8 activations with rows of GGUF blocks: integer products, group by group, times the group's scales.
 
-A block's numbers are scale · (q - offset) or scale · q + least, with q from 0 to 255. Such a q, and a signed number of
-x, is what `vpdpbusd` takes (AVX512-VNNI, AVX-VNNI): it adds four products of bytes to each 32-bit lane. Offsets are
-taken off through the sums of runs that come with x, in integers, so exactly; elsewhere than on a CPU with that
-instruction the same sums are made of 16-bit products.
+An element of a block is scale · (q - zero point) or scale · q + minimum, where the quant q is from 0 to 255. `vpdpbusd`
+(AVX512-VNNI, AVX-VNNI) multiplies such a q with a signed element of x: it adds four byte products to each 32-bit lane.
+The zero point is subtracted by means of the sums of groups that come with x, in integers and so exactly. CPUs without
+this instruction make the same sums from 16-bit products.
 
-One token: `dot_blocks_int8`, a row at a time, as the blocks come from memory. Several: `unpack_blocks` and `interleave`
-turn PANEL rows into a panel, four numbers of each row side by side, so that one instruction multiplies four numbers of
-a token with those of all PANEL rows; `multiply_panel` uses it for all tokens.
+For few tokens, `dot_blocks_int8` computes one row as its blocks come from memory. For more, `unpack_blocks` and
+`interleave` turn PANEL_ROWS rows into a panel, in which four elements of each row lie side by side. Then one
+instruction multiplies four elements of a token with those of all PANEL_ROWS rows. `multiply_panel` does it for all
+tokens.
 """
 
 from __future__ import annotations
@@ -22,35 +22,28 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..config import ACTIVATION_QUANT, VEC_DOT_TYPE
+from ..quantization.types import ACTIVATION_QUANT, TYPE_TRAITS, VEC_DOT_TYPE
 from .intrinsics import FLOAT, INT16, INT32, INT64, add_lanes, cpu_features, element
-from .vecdot import INT8, NAMES_OF_KINDS, NUMBERS, Block, for_blocks, locator, six_bit_factors
+from .tiling import PANEL_ROWS, PANEL_TOKENS, STAGE_ELEMENTS, UNPACK_ELEMENTS
+from .vecdot import INT8, TYPE_NAMES, Block, for_blocks, locator, six_bit_factors
 
-PANEL = 16
-"""Rows of a panel: 32-bit lanes of the widest register."""
-TOKENS = 8
-"""Tokens that a panel is multiplied with at once: their sums, integers and floats, fill half of the registers."""
-TOGETHER = 32
-"""Numbers that are unpacked at once."""
-STRETCH = 256
-"""Numbers of a row that are unpacked before they are interleaved with other rows'."""
-
-OFFSETS = {"q8_0": 128, "q4_0": 8, "q4_1": 0, "q4_k": 0, "q6_k": 32}
-"""Block type → what is to be taken from its unsigned numbers."""
-RUNS = {"q8_0": 32, "q4_0": 32, "q4_1": 32, "q4_k": 32, "q6_k": 16}
-"""Numbers that share a scale."""
-LEAST = ("q4_1", "q4_k")
-"""Types with least numbers."""
+ZERO_POINTS = {name: 128 if TYPE_TRAITS[name].bits == 8 else TYPE_TRAITS[name].zero_point for name in VEC_DOT_TYPE}
+"""Block type → the unsigned quant that means 0. The decoders here add 128 to signed quants."""
+SCALE_GROUPS = {name: TYPE_TRAITS[name].scale_group for name in VEC_DOT_TYPE}
+"""Block type → elements that share a scale."""
 
 
 @dataclass(frozen=True)
-class _Part:
-    """TOGETHER numbers of a block: index of the first, <32 x i8> without sign, a scale a run, the least number."""
+class _Chunk:
+    """UNPACK_ELEMENTS elements of a block, from number `first` on, as LLVM values.
+
+    `quants` is <32 x i8>, unsigned; `scales` has a float32 for each of their scale groups; `minimum` is a float32.
+    """
 
     first: int
-    numbers: Any
+    quants: Any
     scales: list[Any]
-    least: Any = None
+    minimum: Any = None
 
 
 def _vector(kind: Any, count: int) -> Any:
@@ -61,7 +54,7 @@ def _int(number: int, kind: Any = INT64) -> Any:
     return ir.Constant(kind, number)
 
 
-def _same(kind: Any, number: int) -> Any:
+def _splat(kind: Any, number: int) -> Any:
     return ir.Constant(kind, [number] * kind.count)
 
 
@@ -69,58 +62,61 @@ def _lanes(lanes: Any) -> Any:
     return ir.Constant(_vector(INT32, len(lanes)), list(lanes))
 
 
-def _joined(builder: Any, *vectors: Any) -> Any:
-    """Two vectors behind each other."""
+def _concat(builder: Any, *vectors: Any) -> Any:
+    """Two vectors of one length, one behind the other."""
     return builder.shuffle_vector(*vectors, _lanes(range(2 * vectors[0].type.count)))
 
 
-def _spread(builder: Any, number: Any, count: int) -> Any:
+def _broadcast(builder: Any, number: Any, count: int) -> Any:
+    """A vector with one number in all lanes."""
     one = builder.insert_element(ir.Constant(_vector(number.type, count), ir.Undefined), number, _int(0, INT32))
     return builder.shuffle_vector(one, one, _lanes([0] * count))
 
 
-# Decoders: the parts of a block.
+# Decoders: each yields the chunks of a block
 
 
-def _q8_0(block: Block) -> Iterator[_Part]:
-    numbers = block.load("q", _vector(INT8, 32))
-    yield _Part(0, block.builder.xor(numbers, _same(numbers.type, -128)), [block.half("d")])
+def _q8_0(block: Block) -> Iterator[_Chunk]:
+    quants = block.load("qs", _vector(INT8, 32))
+    yield _Chunk(0, block.builder.xor(quants, _splat(quants.type, -128)), [block.f16("d")])
 
 
 def _nibbles(block: Block) -> Any:
-    packed = block.load("q", _vector(INT8, 16))
-    return _joined(block.builder, block.bits(packed, 0, 15), block.builder.lshr(packed, _same(packed.type, 4)))
+    """The low 4 bits of 16 bytes, then their high 4 bits."""
+    packed = block.load("qs", _vector(INT8, 16))
+    return _concat(block.builder, block.bits(packed, 0, 15), block.builder.lshr(packed, _splat(packed.type, 4)))
 
 
-def _q4_0(block: Block) -> Iterator[_Part]:
-    yield _Part(0, _nibbles(block), [block.half("d")])
+def _q4_0(block: Block) -> Iterator[_Chunk]:
+    yield _Chunk(0, _nibbles(block), [block.f16("d")])
 
 
-def _q4_1(block: Block) -> Iterator[_Part]:
-    yield _Part(0, _nibbles(block), [block.half("d")], block.half("m"))
+def _q4_1(block: Block) -> Iterator[_Chunk]:
+    yield _Chunk(0, _nibbles(block), [block.f16("d")], block.f16("m"))
 
 
-def _q4_k(block: Block) -> Iterator[_Part]:
-    scales, least = six_bit_factors(block)
-    for run in range(8):
-        packed = block.load("q", _vector(INT8, 32), 32 * (run // 2))
-        numbers = block.builder.lshr(packed, _same(packed.type, 4)) if run % 2 else block.bits(packed, 0, 15)
-        scale, smallest = (block.builder.extract_element(vector, _int(run, INT32)) for vector in (scales, least))
-        yield _Part(32 * run, numbers, [scale], smallest)
+def _q4_k(block: Block) -> Iterator[_Chunk]:
+    scales, mins = six_bit_factors(block)
+    for group in range(8):
+        packed = block.load("qs", _vector(INT8, 32), 32 * (group // 2))
+        quants = block.builder.lshr(packed, _splat(packed.type, 4)) if group % 2 else block.bits(packed, 0, 15)
+        scale, minimum = (block.builder.extract_element(vector, _int(group, INT32)) for vector in (scales, mins))
+        yield _Chunk(32 * group, quants, [scale], minimum)
 
 
-def _q6_k(block: Block) -> Iterator[_Part]:
+def _q6_k(block: Block) -> Iterator[_Chunk]:
     builder, byte = block.builder, _vector(INT8, 32)
-    scales = block.times(block.floats(block.octets("scales", signed=True)), block.spread(block.half("d")))
-    for part in range(8):
-        half, quarter = divmod(part, 4)
-        low = block.bits(block.load("low", byte, 64 * half + 32 * (quarter % 2)), 4 * (quarter // 2), 15)
-        high = block.bits(block.load("high", byte, 32 * half), 2 * quarter, 3)
-        numbers = builder.or_(low, builder.shl(high, _same(byte, 4)))
-        yield _Part(32 * part, numbers, [builder.extract_element(scales, _int(2 * part + i, INT32)) for i in range(2)])
+    scales = block.times(block.floats(block.bytes_as_i32("scales", signed=True)), block.broadcast(block.f16("d")))
+    for index in range(8):
+        half, quarter = divmod(index, 4)
+        low = block.bits(block.load("ql", byte, 64 * half + 32 * (quarter % 2)), 4 * (quarter // 2), 15)
+        high = block.bits(block.load("qh", byte, 32 * half), 2 * quarter, 3)
+        quants = builder.or_(low, builder.shl(high, _splat(byte, 4)))
+        two_scales = [builder.extract_element(scales, _int(2 * index + i, INT32)) for i in range(2)]
+        yield _Chunk(32 * index, quants, two_scales)
 
 
-_DECODERS: dict[str, Callable[[Block], Iterator[_Part]]] = {
+_DECODERS: dict[str, Callable[[Block], Iterator[_Chunk]]] = {
     "q8_0": _q8_0,
     "q4_0": _q4_0,
     "q4_1": _q4_1,
@@ -133,7 +129,7 @@ _DECODERS: dict[str, Callable[[Block], Iterator[_Part]]] = {
 
 
 def _add_products(builder: Any, sums: Any, unsigned: Any, signed: Any) -> Any:
-    """sums[i] + the four products of bytes 4i to 4i + 3, the first factors without sign, the second with it."""
+    """sums[i] + the products of bytes 4i to 4i + 3 of `unsigned` and `signed`: what `vpdpbusd` computes."""
     count, features = sums.type.count, cpu_features()
     if count == 16 and not features.get("avx512vnni"):
         halves = [
@@ -143,7 +139,7 @@ def _add_products(builder: Any, sums: Any, unsigned: Any, signed: Any) -> Any:
             ]
             for v in (sums, unsigned, signed)
         ]
-        return _joined(builder, *(_add_products(builder, *(half[h] for half in halves)) for h in (0, 1)))
+        return _concat(builder, *(_add_products(builder, *(half[h] for half in halves)) for h in (0, 1)))
     if (features.get("avx512vnni") and features.get("avx512vl")) or features.get("avxvnni"):
         name = f"llvm.x86.avx512.vpdpbusd.{32 * count}"
         kind = ir.FunctionType(sums.type, [sums.type] * 3)
@@ -151,11 +147,11 @@ def _add_products(builder: Any, sums: Any, unsigned: Any, signed: Any) -> Any:
         return builder.call(function, [sums, *(builder.bitcast(vector, sums.type) for vector in (unsigned, signed))])
     words = _vector(INT16, 2 * count)
     a, b = (builder.bitcast(vector, words) for vector in (unsigned, signed))
-    eight, sixteen = _same(words, 8), _same(sums.type, 16)
+    eight, sixteen = _splat(words, 8), _splat(sums.type, 16)
     for first, second in (
-        (builder.and_(a, _same(words, 255)), builder.ashr(builder.shl(b, eight), eight)),
+        (builder.and_(a, _splat(words, 255)), builder.ashr(builder.shl(b, eight), eight)),
         (builder.lshr(a, eight), builder.ashr(b, eight)),
-    ):  # 255 · -128 still fits 16 bits, the sum of two products does not
+    ):  # 255 · -128 fits in 16 bits, the sum of two products does not
         pairs = builder.bitcast(builder.mul(first, second), sums.type)
         sums = builder.add(sums, builder.ashr(builder.shl(pairs, sixteen), sixteen))
         sums = builder.add(sums, builder.ashr(pairs, sixteen))
@@ -163,52 +159,56 @@ def _add_products(builder: Any, sums: Any, unsigned: Any, signed: Any) -> Any:
 
 
 class _Activations:
-    """Int8 activations of one token, while code that reads them is written."""
+    """Emits code that reads the int8 activations of one token, quantised for weights of type `name`.
+
+    `arrays` are xq, xs and sums. Indices count elements of the token.
+    """
 
     def __init__(
         self, context: Any, builder: Any, kinds: Any, arrays: Any, token: Any, columns: Any, name: str
     ) -> None:
         self.builder, self.name = builder, name
-        group, run, _ = ACTIVATION_QUANT[VEC_DOT_TYPE[name]]
-        self.per_group, self.per_sum = group, run
+        group, sum_group, _ = ACTIVATION_QUANT[VEC_DOT_TYPE[name]]
+        self.per_scale, self.per_sum = group, sum_group
         self._starts = [
             element(context, builder, kind, array, builder.mul(token, builder.udiv(columns, _int(every))))
-            for kind, array, every in zip(kinds, arrays, (1, group, run), strict=True)
+            for kind, array, every in zip(kinds, arrays, (1, group, sum_group), strict=True)
         ]
 
     def _load(self, which: int, index: Any, kind: Any) -> Any:
         at = self.builder.gep(self._starts[which], [index])
         return self.builder.load(self.builder.bitcast(at, kind.as_pointer()), align=1)
 
-    def numbers(self, index: Any, kind: Any) -> Any:
-        """What lies from number `index` on, as an LLVM type."""
+    def quants(self, index: Any, kind: Any) -> Any:
+        """A value of an LLVM type, loaded from element `index` on."""
         return self._load(0, index, kind)
 
     def scale(self, index: Any) -> Any:
-        """The scale of number `index`."""
-        return self._load(1, self.builder.udiv(index, _int(self.per_group)), FLOAT)
+        """The scale of element `index`."""
+        return self._load(1, self.builder.udiv(index, _int(self.per_scale)), FLOAT)
 
-    def offset(self, index: Any) -> Any:
-        """What is to be added to a run's integer product, because the weight's numbers have an offset."""
+    def zero_point_term(self, index: Any) -> Any:
+        """-(zero point) · sum of the group at `index`: added to the group's integer product, it corrects the quants."""
         total = self._load(2, self.builder.udiv(index, _int(self.per_sum)), INT32)
-        return self.builder.mul(total, _int(-OFFSETS[self.name], INT32))
+        return self.builder.mul(total, _int(-ZERO_POINTS[self.name], INT32))
 
     def sum(self, index: Any) -> Any:
-        """The sum of the TOGETHER numbers from `index` on, times their scale: a least number's factor."""
+        """Sum of the UNPACK_ELEMENTS elements from `index` on, times their scale: the factor of a minimum."""
         at = self.builder.udiv(index, _int(self.per_sum))
         if VEC_DOT_TYPE[self.name] == "q8_1":
             return self._load(2, at, FLOAT)
-        both = [self._load(2, self.builder.add(at, _int(half)), INT32) for half in range(TOGETHER // self.per_sum)]
-        total = both[0] if len(both) == 1 else self.builder.add(*both)
+        sums = [self._load(2, self.builder.add(at, _int(i)), INT32) for i in range(UNPACK_ELEMENTS // self.per_sum)]
+        total = sums[0] if len(sums) == 1 else self.builder.add(*sums)
         return self.builder.fmul(self.builder.sitofp(total, FLOAT), self.scale(index), flags=("contract",))
 
 
 def _times_plus(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a · b + c, which may be fused."""
     return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
 
 
-def _places(builder: Any, kind: Any, count: int) -> list[Any]:
-    """Memory for sums, 0 at first; LLVM keeps it in registers."""
+def _accumulators(builder: Any, kind: Any, count: int) -> list[Any]:
+    """`count` stack slots of a type, set to 0. LLVM keeps them in registers."""
     zero = ir.Constant(kind, None if kind != FLOAT else 0.0)
     places = [cgutils.alloca_once(builder, kind) for _ in range(count)]
     for place in places:
@@ -216,44 +216,48 @@ def _places(builder: Any, kind: Any, count: int) -> list[Any]:
     return places
 
 
+def _blocks_of_a_row(context: Any, builder: Any, kind: Any, array: Any) -> Any:
+    """The second extent of an array of blocks."""
+    shape = cgutils.create_struct_proxy(kind)(context, builder, array).shape
+    return cgutils.unpack_tuple(builder, shape)[1]
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def dot_blocks_int8(typingctx: Any, weights: Any, row: Any, xq: Any, xs: Any, sums: Any, t: Any) -> Any:
-    """weights[row] · x[t], x as `quantize_…` of the weight's type makes it, as float32."""
+    """weights[row] · x[t] as float32. x is (xq, xs, sums), quantised for the weight's type."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         array, r, *arrays, token = args
-        name, lanes = NAMES_OF_KINDS[sig.args[0].dtype], _vector(INT32, 8)
-        blocks = cgutils.unpack_tuple(builder, cgutils.create_struct_proxy(sig.args[0])(context, builder, array).shape)[
-            1
-        ]
-        columns = builder.mul(blocks, _int(NUMBERS[name]))
+        name, lanes = TYPE_NAMES[sig.args[0].dtype], _vector(INT32, 8)
+        blocks = _blocks_of_a_row(context, builder, sig.args[0], array)
+        columns = builder.mul(blocks, _int(TYPE_TRAITS[name].block_size))
         x = _Activations(context, builder, sig.args[2:5], arrays, token, columns, name)
-        totals = _places(builder, _vector(FLOAT, 8), 2)
-        (rest,) = _places(builder, FLOAT, 1)
+        totals = _accumulators(builder, _vector(FLOAT, 8), 2)
+        (rest,) = _accumulators(builder, FLOAT, 1)
         which = 0
 
         def body(index: Any, block: Block) -> None:
             nonlocal which
-            start = builder.mul(index, _int(NUMBERS[name]))
-            for part in _DECODERS[name](block):
-                first = builder.add(start, _int(part.first))
-                count = len(part.scales)
+            start = builder.mul(index, _int(TYPE_TRAITS[name].block_size))
+            for chunk in _DECODERS[name](block):
+                first = builder.add(start, _int(chunk.first))
+                count = len(chunk.scales)
                 dots = ir.Constant(lanes, None)
-                for run in range(count if OFFSETS[name] else 0):
-                    offset = x.offset(builder.add(first, _int(run * RUNS[name])))
-                    dots = builder.insert_element(dots, offset, _int(run * 8 // count, INT32))
-                dots = _add_products(builder, dots, part.numbers, x.numbers(first, _vector(INT8, TOGETHER)))
+                for group in range(count if ZERO_POINTS[name] else 0):
+                    offset = x.zero_point_term(builder.add(first, _int(group * SCALE_GROUPS[name])))
+                    dots = builder.insert_element(dots, offset, _int(group * 8 // count, INT32))
+                dots = _add_products(builder, dots, chunk.quants, x.quants(first, _vector(INT8, UNPACK_ELEMENTS)))
                 scale = x.scale(first)
                 factors = [
-                    _spread(builder, builder.fmul(s, scale, flags=("contract",)), 8 // count) for s in part.scales
+                    _broadcast(builder, builder.fmul(s, scale, flags=("contract",)), 8 // count) for s in chunk.scales
                 ]
-                factor = factors[0] if count == 1 else _joined(builder, *factors)
+                factor = factors[0] if count == 1 else _concat(builder, *factors)
                 place = totals[which % 2]
                 builder.store(
                     _times_plus(builder, builder.sitofp(dots, _vector(FLOAT, 8)), factor, builder.load(place)), place
                 )
-                if part.least is not None:
-                    builder.store(_times_plus(builder, part.least, x.sum(first), builder.load(rest)), rest)
+                if chunk.minimum is not None:
+                    builder.store(_times_plus(builder, chunk.minimum, x.sum(first), builder.load(rest)), rest)
                 which += 1
 
         locate = locator(context, builder, sig.args[0], array, builder.mul(r, blocks))
@@ -263,55 +267,60 @@ def dot_blocks_int8(typingctx: Any, weights: Any, row: Any, xq: Any, xs: Any, su
     return types.float32(weights, types.int64, xq, xs, sums, types.int64), codegen
 
 
-# Panels. `stage`, `panel`, `scales` and `least` are float32 arrays, the first two for their bytes.
+# Panels. `stage` [PANEL_ROWS, STAGE_ELEMENTS] and `panel` [K / 4, PANEL_ROWS, 4] hold bytes, in the memory of float32
+# arrays. `scales` and `mins` are float32 [scale groups of a row, PANEL_ROWS].
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def unpack_blocks(
-    typingctx: Any, weights: Any, row: Any, begin: Any, count: Any, lane: Any, stage: Any, scales: Any, least: Any
+    typingctx: Any, weights: Any, row: Any, begin: Any, count: Any, lane: Any, stage: Any, scales: Any, mins: Any
 ) -> Any:
-    """Blocks [begin, begin + count) of a row, of at most STRETCH numbers, for one lane of a panel.
+    """Unpack blocks [begin, begin + count) of a row, at most STAGE_ELEMENTS elements, for one lane of a panel.
 
-    Their numbers go to row `lane` of `stage` [PANEL, STRETCH bytes], the factors of run i to [i, lane] of `scales` and
-    `least` [runs, PANEL].
+    Their quants go to stage[lane], and the factors of scale group i to scales[i, lane] and mins[i, lane].
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         array, r, first_block, number, at, *places = args
-        name = NAMES_OF_KINDS[sig.args[0].dtype]
-        blocks = cgutils.unpack_tuple(builder, cgutils.create_struct_proxy(sig.args[0])(context, builder, array).shape)[
-            1
-        ]
+        name = TYPE_NAMES[sig.args[0].dtype]
+        blocks = _blocks_of_a_row(context, builder, sig.args[0], array)
         start = builder.add(builder.mul(r, blocks), first_block)
         zero = _int(0)
         bytes_, *factors = (
             element(context, builder, kind, place, zero) for kind, place in zip(sig.args[5:], places, strict=True)
         )
-        bytes_ = builder.gep(builder.bitcast(bytes_, INT8.as_pointer()), [builder.mul(at, _int(STRETCH))])
-        run_of_block = builder.mul(first_block, _int(NUMBERS[name] // RUNS[name]))
+        bytes_ = builder.gep(builder.bitcast(bytes_, INT8.as_pointer()), [builder.mul(at, _int(STAGE_ELEMENTS))])
+        group_of_block = builder.mul(first_block, _int(TYPE_TRAITS[name].block_size // SCALE_GROUPS[name]))
 
         def body(index: Any, block: Block) -> None:
-            base = builder.mul(index, _int(NUMBERS[name]))
-            runs = builder.add(run_of_block, builder.mul(index, _int(NUMBERS[name] // RUNS[name])))
-            for part in _DECODERS[name](block):
-                to = builder.gep(bytes_, [builder.add(base, _int(part.first))])
-                builder.store(part.numbers, builder.bitcast(to, part.numbers.type.as_pointer()), align=1)
-                for field, values in zip(factors, (part.scales, [part.least]), strict=True):
+            base = builder.mul(index, _int(TYPE_TRAITS[name].block_size))
+            groups = builder.add(
+                group_of_block, builder.mul(index, _int(TYPE_TRAITS[name].block_size // SCALE_GROUPS[name]))
+            )
+            for chunk in _DECODERS[name](block):
+                to = builder.gep(bytes_, [builder.add(base, _int(chunk.first))])
+                builder.store(chunk.quants, builder.bitcast(to, chunk.quants.type.as_pointer()), align=1)
+                for field, values in zip(factors, (chunk.scales, [chunk.minimum]), strict=True):
                     for i, value in enumerate(values if values != [None] else []):
-                        run = builder.add(runs, _int(part.first // RUNS[name] + i))
-                        builder.store(value, builder.gep(field, [builder.add(builder.mul(run, _int(PANEL)), at)]))
+                        group = builder.add(groups, _int(chunk.first // SCALE_GROUPS[name] + i))
+                        place = builder.add(builder.mul(group, _int(PANEL_ROWS)), at)
+                        builder.store(value, builder.gep(field, [place]))
 
         for_blocks(builder, name, number, locator(context, builder, sig.args[0], array, start), body)
         return context.get_dummy_value()
 
     index = types.int64
-    return types.void(weights, index, index, index, index, stage, scales, least), codegen
+    return types.void(weights, index, index, index, index, stage, scales, mins), codegen
 
 
 def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
-    """PANEL vectors of eight → eight of PANEL: doubled at first, then always two shuffled into two."""
+    """PANEL_ROWS vectors of eight → eight of PANEL_ROWS. Joins rows in pairs, then shuffles two vectors into two.
+
+    `parts` has each vector with the (row, column) labels of its lanes.
+    """
     parts = [
-        (_joined(builder, *rows[i : i + 2]), [(i + j, k) for j in (0, 1) for k in range(8)]) for i in range(0, PANEL, 2)
+        (_concat(builder, *rows[i : i + 2]), [(i + j, k) for j in (0, 1) for k in range(8)])
+        for i in range(0, PANEL_ROWS, 2)
     ]
     width = 8
     while width > 1:
@@ -322,35 +331,32 @@ def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
             labels = one + other
             low = min(k for _, k in labels)
             for start in (low, low + width):
-                wanted = sorted(label for label in labels if start <= label[1] < start + width)
-                lanes = _lanes([labels.index(label) for label in wanted])
-                parts.append((builder.shuffle_vector(first, second, lanes), wanted))
+                chosen = sorted(label for label in labels if start <= label[1] < start + width)
+                lanes = _lanes([labels.index(label) for label in chosen])
+                parts.append((builder.shuffle_vector(first, second, lanes), chosen))
     return [vector for vector, labels in sorted(parts, key=lambda part: part[1][0][1])]
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def interleave(typingctx: Any, stage: Any, count: Any, panel: Any, begin: Any) -> Any:
-    """`count` times TOGETHER numbers of all rows of a stage, into a panel from number `begin` of its rows on.
-
-    A panel is [K / 4, PANEL, 4 bytes].
-    """
+    """Copy `count` times UNPACK_ELEMENTS elements of all rows of a stage into a panel, from its column `begin` on."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         source, number, target, first = args
-        eight, whole = _vector(INT32, 8), _vector(INT32, PANEL)
+        eight, whole = _vector(INT32, 8), _vector(INT32, PANEL_ROWS)
         start, to = (
             builder.bitcast(element(context, builder, kind, array, _int(0)), INT8.as_pointer())
             for kind, array in ((sig.args[0], source), (sig.args[2], target))
         )
-        to = builder.gep(to, [builder.mul(first, _int(PANEL))])
+        to = builder.gep(to, [builder.mul(first, _int(PANEL_ROWS))])
         with cgutils.for_range(builder, number) as loop:
-            at = builder.mul(loop.index, _int(TOGETHER))
+            at = builder.mul(loop.index, _int(UNPACK_ELEMENTS))
             rows = []
-            for row in range(PANEL):
-                place = builder.gep(start, [builder.add(at, _int(row * STRETCH))])
+            for row in range(PANEL_ROWS):
+                place = builder.gep(start, [builder.add(at, _int(row * STAGE_ELEMENTS))])
                 rows.append(builder.load(builder.bitcast(place, eight.as_pointer()), align=4))
             for i, vector in enumerate(_transpose(builder, rows)):
-                place = builder.gep(to, [builder.add(builder.mul(at, _int(PANEL)), _int(4 * PANEL * i))])
+                place = builder.gep(to, [builder.add(builder.mul(at, _int(PANEL_ROWS)), _int(4 * PANEL_ROWS * i))])
                 builder.store(vector, builder.bitcast(place, whole.as_pointer()), align=4)
         return context.get_dummy_value()
 
@@ -363,7 +369,7 @@ def multiply_panel(
     weights: Any,
     panel: Any,
     scales: Any,
-    least: Any,
+    mins: Any,
     xq: Any,
     xs: Any,
     sums: Any,
@@ -371,19 +377,19 @@ def multiply_panel(
     last: Any,
     result: Any,
 ) -> Any:
-    """The products of a panel's rows with TOKENS tokens from t on, none after `last`, to float32 `result` [TOKENS,
-    PANEL]. `weights` tells the type; past `last` that token is done again.
+    """Dot products of a panel's rows with PANEL_TOKENS tokens from t on, to float32 result[PANEL_TOKENS, PANEL_ROWS].
+
+    `weights` gives the block type. Past token `last`, that token is computed again.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         array, *factors, xq_, xs_, sums_, first, final, out = args
-        name = NAMES_OF_KINDS[sig.args[0].dtype]
-        blocks = cgutils.unpack_tuple(builder, cgutils.create_struct_proxy(sig.args[0])(context, builder, array).shape)[
-            1
-        ]
-        columns = builder.mul(blocks, _int(NUMBERS[name]))
-        floats, integers, octets = _vector(FLOAT, PANEL), _vector(INT32, PANEL), _vector(INT8, 4 * PANEL)
-        packed, scale_of, least_of = (
+        name = TYPE_NAMES[sig.args[0].dtype]
+        blocks = _blocks_of_a_row(context, builder, sig.args[0], array)
+        columns = builder.mul(blocks, _int(TYPE_TRAITS[name].block_size))
+        floats, integers = _vector(FLOAT, PANEL_ROWS), _vector(INT32, PANEL_ROWS)
+        bytes_of_four = _vector(INT8, 4 * PANEL_ROWS)
+        packed, scales_start, mins_start = (
             element(context, builder, kind, place, _int(0)) for kind, place in zip(sig.args[1:4], factors, strict=True)
         )
 
@@ -391,52 +397,52 @@ def multiply_panel(
             return builder.load(builder.bitcast(builder.gep(start, [index]), kind.as_pointer()), align=4)
 
         tokens = []
-        for k in range(TOKENS):
+        for k in range(PANEL_TOKENS):
             token = builder.add(first, _int(k))
             token = builder.select(builder.icmp_signed("<", token, final), token, final)
             tokens.append(_Activations(context, builder, sig.args[4:7], (xq_, xs_, sums_), token, columns, name))
-        totals = _places(builder, floats, TOKENS)
-        with cgutils.for_range(builder, builder.udiv(columns, _int(RUNS[name]))) as loop:
-            start = builder.mul(loop.index, _int(RUNS[name]))
-            dots = [
-                _spread(builder, x.offset(start), PANEL) if OFFSETS[name] else ir.Constant(integers, None)
-                for x in tokens
-            ]
-            for k in range(0, RUNS[name], 4):
+        totals = _accumulators(builder, floats, PANEL_TOKENS)
+        with cgutils.for_range(builder, builder.udiv(columns, _int(SCALE_GROUPS[name]))) as loop:
+            start = builder.mul(loop.index, _int(SCALE_GROUPS[name]))
+            dots = [ir.Constant(integers, None)] * PANEL_TOKENS
+            if ZERO_POINTS[name]:
+                dots = [_broadcast(builder, x.zero_point_term(start), PANEL_ROWS) for x in tokens]
+            for k in range(0, SCALE_GROUPS[name], 4):
                 index = builder.add(start, _int(k))
-                # PANEL rows, four numbers of each: as many floats of the panel as numbers of a row, times PANEL / 4
-                numbers = vector_at(packed, builder.mul(index, _int(PANEL // 4)), octets)
+                # a column of the panel is PANEL_ROWS bytes, so PANEL_ROWS / 4 of its float32 elements
+                quants = vector_at(packed, builder.mul(index, _int(PANEL_ROWS // 4)), bytes_of_four)
                 for i, x in enumerate(tokens):
-                    four = builder.bitcast(_spread(builder, x.numbers(index, INT32), PANEL), octets)
-                    dots[i] = _add_products(builder, dots[i], numbers, four)
-            at = builder.mul(loop.index, _int(PANEL))
-            scale = vector_at(scale_of, at, floats)
-            smallest = vector_at(least_of, at, floats) if name in LEAST else None
+                    four = builder.bitcast(_broadcast(builder, x.quants(index, INT32), PANEL_ROWS), bytes_of_four)
+                    dots[i] = _add_products(builder, dots[i], quants, four)
+            at = builder.mul(loop.index, _int(PANEL_ROWS))
+            scale = vector_at(scales_start, at, floats)
+            minimum = vector_at(mins_start, at, floats) if TYPE_TRAITS[name].has_min else None
             for x, place, dot in zip(tokens, totals, dots, strict=True):
                 total = builder.load(place)
                 product = builder.fmul(builder.sitofp(dot, floats), scale, flags=("contract",))
-                total = _times_plus(builder, product, _spread(builder, x.scale(start), PANEL), total)
-                if smallest is not None:
-                    total = _times_plus(builder, smallest, _spread(builder, x.sum(start), PANEL), total)
+                total = _times_plus(builder, product, _broadcast(builder, x.scale(start), PANEL_ROWS), total)
+                if minimum is not None:
+                    total = _times_plus(builder, minimum, _broadcast(builder, x.sum(start), PANEL_ROWS), total)
                 builder.store(total, place)
         for k, place in enumerate(totals):
-            to = builder.bitcast(element(context, builder, sig.args[9], out, _int(k * PANEL)), floats.as_pointer())
+            to = builder.bitcast(element(context, builder, sig.args[9], out, _int(k * PANEL_ROWS)), floats.as_pointer())
             builder.store(builder.load(place), to, align=4)
         return context.get_dummy_value()
 
     index = types.int64
-    return types.void(weights, panel, scales, least, xq, xs, sums, index, index, result), codegen
+    return types.void(weights, panel, scales, mins, xq, xs, sums, index, index, result), codegen
 
 
-# Rounding activations
+# Quantising activations
 
 
 @intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
 def round_to_int8(typingctx: Any, x: Any, i: Any, factor: Any, out: Any, j: Any, count: Any) -> Any:
-    """x · factor, rounded to integers, ties to even, of `count` (16 or 32, a literal) numbers from flat index i of
-    float32 x to int8 out from j; returns their sum, an int32. All are to be within ±127.5.
+    """Round x · factor to integers, ties to even; returns their sum as int32.
 
-    A number that is added and taken off again does it, so neither may be reordered: for an `exact_device` to call.
+    Reads `count` (16 or 32, a literal) elements of float32 x from flat index i, whose products must be within ±127.5,
+    and writes int8 elements of out from flat index j. It rounds by adding and subtracting a large number, which must
+    not be reordered: only an `exact_device` may call it.
     """
     width = count.literal_value
 
@@ -444,9 +450,9 @@ def round_to_int8(typingctx: Any, x: Any, i: Any, factor: Any, out: Any, j: Any,
         source, at, times, target, to, _ = args
         floats = _vector(FLOAT, width)
         start = element(context, builder, sig.args[0], source, at)
-        numbers = builder.load(builder.bitcast(start, floats.as_pointer()), align=4)
+        elements = builder.load(builder.bitcast(start, floats.as_pointer()), align=4)
         shift = ir.Constant(floats, [1.5 * 2.0**23] * width)
-        scaled = builder.fmul(numbers, _spread(builder, times, width))
+        scaled = builder.fmul(elements, _broadcast(builder, times, width))
         rounded = builder.fsub(builder.fadd(scaled, shift), shift)
         rounded = builder.fptosi(rounded, _vector(INT32, width))
         small = builder.trunc(rounded, _vector(INT8, width))
@@ -459,16 +465,16 @@ def round_to_int8(typingctx: Any, x: Any, i: Any, factor: Any, out: Any, j: Any,
 
 @intrinsic  # type: ignore[untyped-decorator]
 def largest_bits(typingctx: Any, x: Any, i: Any) -> Any:
-    """The bits of the largest magnitude of 32 numbers from flat index i of float32 x; of a NaN's if there is one.
+    """Bits of the largest magnitude among 32 elements of float32 x from flat index i. A NaN's magnitude is largest.
 
-    Magnitudes compare as integers as their floats do, and NaNs have more than infinity's bits.
+    As integers, the bits of magnitudes compare like the floats, and those of NaNs are above infinity's.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         bits = _vector(INT32, 32)
         start = element(context, builder, sig.args[0], *args)
-        numbers = builder.load(builder.bitcast(start, bits.as_pointer()), align=4)
-        magnitudes = builder.and_(numbers, _same(bits, 0x7FFFFFFF))
+        elements = builder.load(builder.bitcast(start, bits.as_pointer()), align=4)
+        magnitudes = builder.and_(elements, _splat(bits, 0x7FFFFFFF))
         name, kind = "llvm.vector.reduce.smax.v32i32", ir.FunctionType(INT32, [bits])
         function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
         return builder.call(function, [magnitudes])

@@ -1,8 +1,12 @@
-"""Kernels that are not in the cache yet, compiled by several processes at once, as Numba compiles one at a time.
+"""Kernels that are not in the cache yet, compiled by several processes, since Numba compiles one at a time.
 
-This process takes part; its helpers are fresh interpreters that import the package, read on their standard input which
-kernels to compile, a line of JSON each, and answer on their standard output once a kernel lies in the cache. None of
-them needs a GPU. What a helper fails at, for whatever reason, this process compiles.
+This process takes part. Its workers are fresh interpreters (`python -m numballama.cuda.compile_worker`): they read on
+standard input which kernels to compile, a line of JSON each, and answer on standard output once a kernel is in the
+cache. None of them needs a GPU. What a worker cannot compile, for whatever reason, this process compiles.
+
+Why not concurrent.futures.ProcessPoolExecutor: a forked process cannot go on with the driver's state and the threads
+that it inherits, and a spawned one imports the user's `__main__` again, which runs a script that has no
+`if __name__ == "__main__"` a second time. A worker here gets this process's module search path and nothing else of it.
 """
 
 from __future__ import annotations
@@ -22,46 +26,43 @@ from pathlib import Path
 from typing import IO, Any
 
 from .. import progress
-from .driver import Code, cache_entry, compile_kernel
-from .launch import Launch
+from .compiler import Cubin, cache_entry, compile_kernel
+from .launch import Specialization
 
-WORTH_IT = 3
-"""Fewer kernels than this are compiled before a helper has imported what it needs."""
-LEAST_HELPERS, MOST_HELPERS = 2, 8
-"""A helper takes a second to begin, and two cores are no faster with one than without."""
-PATIENCE_S = 60.0
-"""Longer than any kernel takes: helpers that say nothing for so long are given up."""
-BOOT = (
-    "import sys, json; job = json.loads(sys.stdin.readline()); sys.path[:] = job['path']; "
-    "from numballama.cuda.compile_worker import help_out; help_out(job)"
-)
-"""What a helper runs. It gets this process's module search path before it imports anything of ours."""
+MIN_KERNELS = 3
+"""Fewer kernels than this are compiled before a worker has imported what it needs."""
+MIN_WORKERS, MAX_WORKERS = 2, 8
+"""A worker takes a second to start, and two cores are no faster with one than without."""
+TIMEOUT_S = 60.0
+"""Longer than any kernel takes: after so long without an answer the workers are given up."""
+COMMAND = ("-m", "numballama.cuda.compile_worker")
+"""The interpreter's arguments for a worker."""
 
 
 def compile_ahead(
-    launches: Sequence[Launch],
+    kernels: Sequence[Specialization],
     capability: tuple[int, int],
     cache: Path,
     report: progress.Report | None = None,
-    helpers: int | None = None,
-) -> dict[int, Code]:
-    """Compile the kernels that are not in `cache`, with `helpers` processes beside this one (by default a core each).
+    workers: int | None = None,
+) -> dict[int, Cubin]:
+    """Compile the kernels that are not in `cache`, with `workers` processes beside this one (by default one a core).
 
-    Returns index → code of those that were compiled, all of them if nothing goes wrong; the cache then has them too.
-    `report(kernel, done, total)` is called as they become ready. Few kernels, or a Python that cannot be started once
-    more, return nothing.
+    Returns index → machine code of those that were compiled, all of them if nothing goes wrong; the cache then has them
+    too. `report(kernel, done, total)` is called as they become ready. For few kernels, and where no second Python can
+    be started, it does nothing and returns {}.
     """
     missing = []
-    for index, launch in enumerate(launches):
-        entry = cache_entry(launch.kernel, launch.kinds, capability, launch.threads, cache)
+    for index, kernel in enumerate(kernels):
+        entry = cache_entry(kernel, capability, cache)
         if entry is not None and not entry.is_file():
             missing.append(index)
-    if helpers is None:
-        helpers = min(len(missing), _cores() - 1, MOST_HELPERS)
-        helpers = helpers if helpers >= LEAST_HELPERS else 0
-    if len(missing) < WORTH_IT or helpers < 1 or not _can_start_python():
+    if workers is None:
+        workers = min(len(missing), _cores() - 1, MAX_WORKERS)
+        workers = workers if workers >= MIN_WORKERS else 0
+    if len(missing) < MIN_KERNELS or workers < 1 or not _can_start_python():
         return {}
-    return _Crew(launches, missing, capability, cache, helpers).run(report)
+    return _WorkerPool(kernels, missing, capability, cache, workers).run(report)
 
 
 def _cores() -> int:
@@ -73,66 +74,80 @@ def _can_start_python() -> bool:
     return not getattr(sys, "frozen", False) and "python" in os.path.basename(sys.executable or "").lower()
 
 
-class _Crew:
-    """Helpers and what there is to do: a thread for each hands it the next kernel when it is done with one."""
+def _environment() -> dict[str, str]:
+    """A worker's environment: this process's module search path, no GPU."""
+    path = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
+    variables = {
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTHONSAFEPATH": "1",  # -m would put the current directory first
+        "PYTHONNOUSERSITE": "1",  # the user's packages are in the path above if this process has them
+        "CUDA_VISIBLE_DEVICES": "",
+    }
+    return os.environ | variables
+
+
+class _WorkerPool:
+    """Worker processes and the kernels to compile. A thread for each process hands it one kernel after the other."""
 
     def __init__(
-        self, launches: Sequence[Launch], todo: Sequence[int], capability: tuple[int, int], cache: Path, helpers: int
+        self,
+        kernels: Sequence[Specialization],
+        todo: Sequence[int],
+        capability: tuple[int, int],
+        cache: Path,
+        workers: int,
     ) -> None:
-        self._launches, self._todo, self._capability, self._cache = launches, deque(todo), capability, cache
-        self._helpers, self._total = helpers, len(todo)
+        self._kernels, self._todo, self._capability, self._cache = kernels, deque(todo), capability, cache
+        self._workers, self._total = workers, len(todo)
         self._answers: queue.SimpleQueue[int] = queue.SimpleQueue()
-        """Kernels that helpers are done with, by index: the cache has them now, or they failed."""
+        """Indices of kernels that workers have finished: the cache has them now, or they failed."""
 
-    def run(self, report: progress.Report | None) -> dict[int, Code]:
-        done: dict[int, Code] = {}
+    def run(self, report: progress.Report | None) -> dict[int, Cubin]:
+        done: dict[int, Cubin] = {}
         if report:
-            report(self._name(self._todo[0]), 0, self._total)
+            report(self._kernels[self._todo[0]].name, 0, self._total)
         with self._processes():
             while len(done) < self._total:
                 try:
                     index = self._todo.popleft()
-                except IndexError:  # the rest is with the helpers
+                except IndexError:  # the workers have the rest
                     try:
-                        index = self._answers.get(timeout=PATIENCE_S)
+                        index = self._answers.get(timeout=TIMEOUT_S)
                     except queue.Empty:
-                        progress.log.info("the helpers that compile kernels are given up")
+                        progress.log.info("the processes that compile kernels do not answer; going on without them")
                         break
                 done[index] = self._compile(index)
                 while not self._answers.empty():
                     index = self._answers.get()
                     done[index] = self._compile(index)
                 if report:
-                    report(self._name(index), len(done), self._total)
+                    report(self._kernels[index].name, len(done), self._total)
         return done
 
-    def _name(self, index: int) -> str:
-        return self._launches[index].name
-
-    def _compile(self, index: int) -> Code:
-        """A kernel, from the cache if a helper put it there."""
-        launch = self._launches[index]
-        code = compile_kernel(launch.kernel, launch.kinds, self._capability, launch.threads, self._cache)
-        return replace(code, cached=False)
+    def _compile(self, index: int) -> Cubin:
+        """A kernel, from the cache if a worker put it there."""
+        return replace(compile_kernel(self._kernels[index], self._capability, self._cache), cached=False)
 
     @contextlib.contextmanager
     def _processes(self) -> Iterator[None]:
-        """Helpers at work, who end with the block however it ends: Ctrl-C leaves none behind."""
+        """Workers, which end with the block in any case: Ctrl-C leaves none behind."""
         processes: list[subprocess.Popen[str]] = []
         threads: list[threading.Thread] = []
-        flags = ["-I"] + ["-B"] * sys.dont_write_bytecode
+        flags = ["-B"] * sys.dont_write_bytecode
+        package = Path(__file__).parents[2]  # before Python 3.11 the working directory comes first in the search path
         try:
-            for _ in range(self._helpers):
+            for _ in range(self._workers):
                 try:
                     process = subprocess.Popen(
-                        [sys.executable, *flags, "-c", BOOT], env=os.environ | {"CUDA_VISIBLE_DEVICES": ""},
-                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8",
+                        [sys.executable, *flags, *COMMAND], env=_environment(),
+                        cwd=package if package.is_dir() else None, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                        stderr=subprocess.DEVNULL, encoding="utf-8",
                     )  # fmt: skip
                 except OSError as error:
-                    progress.log.info("no helper can be started: %r", error)
+                    progress.log.info("no process to compile kernels can be started: %r", error)
                     break
                 processes.append(process)
-                threads.append(threading.Thread(target=self._lead, args=(process,), daemon=True))
+                threads.append(threading.Thread(target=self._feed, args=(process,), daemon=True))
                 threads[-1].start()
             yield
         finally:
@@ -143,33 +158,31 @@ class _Crew:
             for process in processes:
                 process.wait()
                 for pipe in (process.stdin, process.stdout):
-                    with contextlib.suppress(OSError):  # a last line that nobody reads
+                    with contextlib.suppress(OSError):  # an unread last line
                         if pipe is not None:
                             pipe.close()
 
-    def _lead(self, process: subprocess.Popen[str]) -> None:
-        """Hand a helper one kernel after the other, until none is left or it fails."""
+    def _feed(self, process: subprocess.Popen[str]) -> None:
+        """Hand a worker one kernel after the other, until none is left or the worker fails."""
         assert process.stdin is not None and process.stdout is not None
-        path = [entry for entry in sys.path if isinstance(entry, str)]
         index = None
         try:
-            _write_line(process.stdin, {"path": path, "capability": self._capability, "cache": str(self._cache)})
+            _write_line(process.stdin, {"capability": self._capability, "cache": str(self._cache)})
             json.loads(process.stdout.readline())
             while True:
                 try:
                     index = self._todo.popleft()
                 except IndexError:
                     return
-                launch = self._launches[index]
-                names = [*launch.source, launch.kinds, launch.threads]
-                _write_line(process.stdin, names)
+                kernel = self._kernels[index]
+                _write_line(process.stdin, [*kernel.source, kernel.parameters, kernel.threads])
                 answer = json.loads(process.stdout.readline())
                 if "error" in answer:
-                    progress.log.info("%s: a helper could not compile it: %s", self._name(index), answer["error"])
+                    progress.log.info("%s: a process could not compile it: %s", kernel.name, answer["error"])
                 self._answers.put(index)
                 index = None
         except (OSError, ValueError, TypeError) as error:  # it ended, or was killed
-            progress.log.info("a helper that compiles kernels failed: %r", error)
+            progress.log.info("a process that compiles kernels failed: %r", error)
         finally:
             if index is not None:
                 self._answers.put(index)
@@ -180,26 +193,32 @@ def _write_line(file: IO[str], message: Any) -> None:
     file.flush()
 
 
-def help_out(job: dict[str, Any]) -> None:
-    """The life of a helper: compile what standard input names, a line each, until it ends."""
+def main() -> None:
+    """A worker: compile the kernels that standard input names, a line each, until it ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what a library prints is no answer
+    job = json.loads(sys.stdin.readline())
     with contextlib.suppress(ImportError):
-        importlib.import_module("_numba_cuda_redirector")  # where this interpreter's own start did not do it
+        importlib.import_module("_numba_cuda_redirector")  # numba-cuda's .pth file, where this interpreter skipped it
     capability, cache = (job["capability"][0], job["capability"][1]), Path(job["cache"])
     importlib.import_module("numba.cuda")
     _write_line(answers, {"ready": True})
     for line in sys.stdin:
-        module, qualname, kinds, threads = json.loads(line)
+        module, qualname, parameters, threads = json.loads(line)
         try:
-            kernel: Any = importlib.import_module(module)
+            function: Any = importlib.import_module(module)
             for name in qualname.split("."):
-                kernel = getattr(kernel, name)
-            compile_kernel(kernel, kinds, capability, threads, cache)
-            entry = cache_entry(kernel, kinds, capability, threads, cache)
+                function = getattr(function, name)
+            kernel = Specialization(function, tuple((name, type_) for name, type_ in parameters), threads)
+            compile_kernel(kernel, capability, cache)
+            entry = cache_entry(kernel, capability, cache)
             if entry is None or not entry.is_file():
                 raise OSError(f"nothing can be written to {cache}")
             answer = {"ready": qualname}
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"}
         _write_line(answers, answer)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,8 +1,7 @@
-"""The host's side of a GPU: devices, memory, compiled kernels, launches and captured graphs, through NVIDIA's driver.
+"""A GPU as the host sees it: devices, memory, loaded kernels, launches and CUDA graphs, through NVIDIA's driver.
 
-Kernels go from Python to PTX (Numba), from PTX to machine code (nvJitLink) and into this package's cache; no step of
-that needs a GPU. They are launched by the driver's own call with plain integers: Numba's launch takes 24 µs, this one
-8, and a launch inside a captured graph less than one.
+Kernels are launched by the driver's own call with plain integers: a launch by Numba takes the host 24 µs, this one 8,
+and a launch inside a CUDA graph less than one. `compiler` makes the machine code.
 """
 
 from __future__ import annotations
@@ -10,52 +9,45 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
-import hashlib
-import json
-import os
 import re
-import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
-from ..errors import DeviceError, Error
-from ..kernel_cache import is_current
+from ..errors import DeviceError
 from ..memory import format_bytes
-from ..registry import KernelRef
+from .compiler import Cubin
 from .launch import Array, Launch
 
 try:
-    from cuda.bindings import driver, nvjitlink
+    from cuda.bindings import driver
 except ImportError as error:  # pragma: no cover - the message is tested without the packages
     raise DeviceError(
         f"NVIDIA's Python packages are missing ({error}); install them with: pip install 'numballama[cuda]'"
     ) from error
 
-OLDEST = (7, 5)
+MIN_CAPABILITY = (7, 5)
 """The oldest compute capability that CUDA 13 compiles for."""
 
 
 def check(result: tuple[Any, ...]) -> Any:
-    """The values of a driver call. Raises `DeviceError` with the driver's own name and words for a failure."""
+    """The values that a driver call returns. Raises `DeviceError` with the driver's name and text of a failure."""
     code, *values = result
     if int(code):
         _, name = driver.cuGetErrorName(code)
         _, text = driver.cuGetErrorString(code)
-        words = " ".join(part.decode() for part in (name, text) if part)
-        raise DeviceError(f"CUDA: {words or code}")
+        message = " ".join(part.decode() for part in (name, text) if part)
+        raise DeviceError(f"CUDA: {message or code}")
     return values[0] if len(values) == 1 else tuple(values)
 
 
 @contextlib.contextmanager
-def _inside(context: Any) -> Iterator[None]:
-    """A context current for a moment: a finalizer runs on any thread, whose own context must stay."""
+def _current(context: Any) -> Iterator[None]:
+    """Make a context current in this block. A finalizer runs on any thread and must leave that thread's context."""
     driver.cuCtxPushCurrent(context)
     try:
         yield
@@ -84,7 +76,7 @@ class Memory:
 
 
 def _free(context: Any, address: int) -> None:
-    with _inside(context):
+    with _current(context):
         driver.cuMemFree(address)
 
 
@@ -100,7 +92,7 @@ class Pinned:
 
 
 def _free_host(context: Any, address: int) -> None:
-    with _inside(context):
+    with _current(context):
         driver.cuMemFreeHost(address)
 
 
@@ -124,12 +116,12 @@ class Device:
         self._handle = check(driver.cuDeviceGet(self.index))
         self.name = check(driver.cuDeviceGetName(128, self._handle)).split(b"\0")[0].decode()
         self.capability = (self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR"))
-        if self.capability < OLDEST:
+        if self.capability < MIN_CAPABILITY:
             found = ".".join(map(str, self.capability))
             raise DeviceError(
                 f"device {name!r}: {self.name} has compute capability {found}; at least 7.5 is needed; use device='cpu'"
             )
-        self.processors = self._attribute("MULTIPROCESSOR_COUNT")
+        self.n_sms = self._attribute("MULTIPROCESSOR_COUNT")
         self.shared_limit = self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
         self.cache_bytes = self._attribute("L2_CACHE_SIZE")
         self.context = check(driver.cuDevicePrimaryCtxRetain(self._handle))
@@ -146,28 +138,28 @@ class Device:
         return f"cuda:{self.index} ({self.name})"
 
     def make_current(self) -> None:
-        """Let this thread's driver calls be about this device."""
+        """Make this device current for this thread's driver calls."""
         check(driver.cuCtxSetCurrent(self.context))
 
     @property
     def free_bytes(self) -> int:
-        """Memory that is free now, by the driver's word."""
+        """Memory that is free now, as the driver reports it."""
         self.make_current()
         return int(check(driver.cuMemGetInfo())[0])
 
     @property
     def total_bytes(self) -> int:
-        """Memory that the device has."""
+        """Memory of the device."""
         self.make_current()
         return int(check(driver.cuMemGetInfo())[1])
 
     def synchronize(self) -> None:
-        """Wait until all that was put into the stream is done. Raises `DeviceError` if a kernel failed."""
+        """Wait for all work in the stream. Raises `DeviceError` if a kernel failed."""
         check(driver.cuStreamSynchronize(self.stream))
 
     @property
     def busy(self) -> bool:
-        """Whether the stream has work left. Raises `DeviceError` if a kernel failed."""
+        """Whether the stream still has work. Raises `DeviceError` if a kernel failed."""
         (code,) = driver.cuStreamQuery(self.stream)
         if code == driver.CUresult.CUDA_ERROR_NOT_READY:
             return True
@@ -175,11 +167,11 @@ class Device:
         return False
 
     def write(self, address: int, source: int, nbytes: int) -> None:
-        """Copy to the device, in the stream; `source` is a host address that stays as it is until then."""
+        """Copy to the device, in the stream. The bytes at the host address `source` must not change until then."""
         check(driver.cuMemcpyHtoDAsync(address, source, nbytes, self.stream))
 
     def read(self, address: int, out: np.ndarray) -> None:
-        """Copy from the device into a contiguous array, after all that is in the stream."""
+        """Copy from the device into a contiguous array, after all work in the stream."""
         check(driver.cuMemcpyDtoHAsync(out.ctypes.data, address, out.nbytes, self.stream))
         self.synchronize()
 
@@ -189,7 +181,7 @@ class Device:
 
 
 def versions() -> dict[str, str | None]:
-    """The driver's version (None where the system does not tell), and that of CUDA that it brings."""
+    """The versions of the driver (None where the system does not tell) and of CUDA that it supports."""
     number = int(check(driver.cuDriverGetVersion()))
     found = None
     with contextlib.suppress(OSError):
@@ -198,187 +190,17 @@ def versions() -> dict[str, str | None]:
 
 
 def _destroy_stream(context: Any, stream: Any) -> None:
-    with _inside(context):
+    with _current(context):
         driver.cuStreamDestroy(stream)
 
 
-# Kernels
+# Kernels, launches and graphs
 
 
-@dataclass(frozen=True)
-class Code:
-    """A kernel in machine code for one compute capability, and what the assembler says of it."""
+class LoadedKernel:
+    """A kernel's machine code, loaded on a device."""
 
-    machine: bytes
-    entry: str
-    registers: int
-    stack_bytes: int
-    local_bytes: int
-    cached: bool = False
-
-
-@dataclass(frozen=True)
-class _Facts:
-    entry: str
-    registers: int
-    stack_bytes: int
-    local_bytes: int
-
-
-def signature(kinds: Sequence[str]) -> tuple[Any, ...]:
-    """Numba's types for kinds of arguments: "f16*" is a pointer, "i64" and "f32" are numbers."""
-    from numba.cuda import types
-
-    from .intrinsics import PACKED
-
-    elements = PACKED | {
-        "f32": types.float32, "f16": types.uint16, "bf16": types.int16, "int8": types.int8, "i8": types.int8,
-        "i32": types.int32, "i64": types.int64, "f64": types.float64, "u64": types.uint64, "q4_0": types.uint8,
-        "u8": types.uint8, "u32": types.uint32,
-    }  # fmt: skip
-    return tuple(types.CPointer(elements[kind[:-1]]) if kind.endswith("*") else elements[kind] for kind in kinds)
-
-
-@contextlib.contextmanager
-def _pretending(capability: tuple[int, int]) -> Iterator[None]:
-    """Let Numba compile the functions that a kernel calls for this capability: it asks the device at hand, if there is
-    one. It keeps what it compiled, so a process compiles for one capability only.
-    """
-    from numba.cuda import dispatcher
-
-    global _compiling_for
-    if _compiling_for not in (None, capability):
-        raise Error(f"this process compiles kernels for {_compiling_for}; for {capability} start another")
-    _compiling_for = capability
-    with _compiling:
-        before = dispatcher.get_current_device
-        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
-        try:
-            yield
-        finally:
-            dispatcher.get_current_device = before
-
-
-_compiling = threading.RLock()
-
-_compiling_for: tuple[int, int] | None = None
-
-
-def require_compiler() -> None:
-    """Raise `DeviceError` unless Numba's CUDA compiler is numba-cuda's."""
-    try:
-        from numba import cuda
-    except ImportError as error:
-        raise DeviceError(f"numba.cuda cannot be imported ({error}): pip install 'numballama[cuda]'") from error
-    if getattr(cuda, "implementation", "") != "NVIDIA":
-        raise DeviceError("numba.cuda is not numba-cuda: install it with: pip install 'numballama[cuda]'")
-
-
-def to_ptx(kernel: Any, kinds: Sequence[str], capability: tuple[int, int], threads: int) -> str:
-    """PTX of a `@cuda.jit` kernel, or of one that a `KernelRef` names, for these arguments and at most `threads` threads a
-    block.
-    """
-    require_compiler()
-    from numba import cuda
-
-    if isinstance(kernel, KernelRef):
-        kernel = kernel.load()
-    with _pretending(capability):
-        bounds = (threads, getattr(kernel.py_func, "blocks_at_once", 1))
-        ptx, _ = cuda.compile_ptx(kernel.py_func, signature(kinds), cc=capability, launch_bounds=bounds)
-    return str(ptx)
-
-
-def assemble(ptx: str, capability: tuple[int, int]) -> Code:
-    """Machine code from PTX, by nvJitLink. Raises `DeviceError` with its log when it refuses the PTX."""
-    options = [f"-arch=sm_{capability[0]}{capability[1]}", "-verbose"]
-    handle = nvjitlink.create(len(options), options)
-    try:
-        source = ptx.encode() + b"\0"
-        try:
-            nvjitlink.add_data(handle, nvjitlink.InputType.PTX, source, len(source), "kernel")
-            nvjitlink.complete(handle)
-        except nvjitlink.nvJitLinkError as error:
-            log = bytearray(nvjitlink.get_error_log_size(handle))
-            nvjitlink.get_error_log(handle, log)
-            raise DeviceError(f"nvJitLink refuses a kernel: {log.decode(errors='replace').strip()}") from error
-        log = bytearray(nvjitlink.get_info_log_size(handle))
-        nvjitlink.get_info_log(handle, log)
-        machine = bytearray(nvjitlink.get_linked_cubin_size(handle))
-        nvjitlink.get_linked_cubin(handle, machine)
-    finally:
-        nvjitlink.destroy(handle)
-    (entry,) = re.findall(r"\.entry\s+([\w$]+)", ptx)
-    text = log.decode(errors="replace")
-    registers, stack, local = (
-        int(found[-1]) if (found := re.findall(pattern, text)) else -1
-        for pattern in (r"used (\d+) registers", r"(\d+) stack\b", r"(\d+) bytes lmem")
-    )
-    return Code(bytes(machine), entry, registers, stack, local)
-
-
-def compile_kernel(
-    kernel: Any, kinds: Sequence[str], capability: tuple[int, int], threads: int, cache: Path | None
-) -> Code:
-    """A kernel in machine code, from the cache if it is there.
-
-    `cache` is a folder that belongs to these very sources (`kernel_cache.cuda_cache_directory`), so that an entry is
-    never stale; None, or a kernel that is not part of this package, is compiled anew.
-    """
-    path = cache_entry(kernel, kinds, capability, threads, cache)
-    if path is not None:
-        try:
-            head, _, machine = path.read_bytes().partition(b"\n")
-            facts = json.loads(head)
-            if facts.pop("size") == len(machine):
-                return Code(machine, **facts, cached=True)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            pass  # not there, or not whole: it is made again
-    code = assemble(to_ptx(kernel, kinds, capability, threads), capability)
-    path = cache_entry(kernel, kinds, capability, threads, cache)  # its file has been imported now
-    if path is not None and is_current(path.parent):
-        facts = asdict(_Facts(code.entry, code.registers, code.stack_bytes, code.local_bytes))
-        _write_whole(path, json.dumps(facts | {"size": len(code.machine)}).encode() + b"\n" + code.machine)
-    return code
-
-
-def cache_entry(
-    kernel: Any, kinds: Sequence[str], capability: tuple[int, int], threads: int, cache: Path | None
-) -> Path | None:
-    """The file that holds a kernel's machine code, once it is compiled; None for one that is not kept.
-
-    Only this package's own files are part of what the folder is named by, so only their kernels are kept.
-    """
-    found = kernel.loaded() if isinstance(kernel, KernelRef) else kernel  # somebody may have put another in its place
-    if found is None:
-        module, name, source = kernel.module, kernel.name, _PACKAGE.parent / (kernel.module.replace(".", "/") + ".py")
-    else:
-        function = found.py_func
-        module, name, source = function.__module__, function.__qualname__, Path(function.__code__.co_filename)
-    if cache is None or not (source.is_relative_to(_PACKAGE) and source.is_file()):
-        return None
-    named = f"{module}.{name}({', '.join(kinds)}) {threads} sm_{capability}"
-    return cache / f"{name.rpartition('.')[2]}-{hashlib.sha256(named.encode()).hexdigest()[:24]}.cubin"
-
-
-_PACKAGE = Path(__file__).parent.parent
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file that other processes see whole or not at all; a disk that is full costs only the cache."""
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(name, path)
-    except OSError:
-        pass
-
-
-class Function:
-    """A kernel, loaded on a device."""
-
-    def __init__(self, device: Device, code: Code) -> None:
+    def __init__(self, device: Device, code: Cubin) -> None:
         device.make_current()
         self.code = code
         self._module = check(driver.cuModuleLoadData(code.machine))
@@ -389,34 +211,32 @@ class Function:
         )
         self.shared_limit = device.shared_limit - int(fixed)
         check(driver.cuFuncSetAttribute(self.handle, limit, self.shared_limit))
-        # one split between L1 and shared memory for all kernels: to change it, a multiprocessor must run empty first,
-        # and the next kernel could not begin beside this one
+        # one split between L1 and shared memory for all kernels: to change it, an SM must drain first, and the next
+        # kernel could not start beside this one
         carveout = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT
         check(driver.cuFuncSetAttribute(self.handle, carveout, 100))
         self._unload = weakref.finalize(self, _unload, device.context, self._module)
 
 
 def _unload(context: Any, module: Any) -> None:
-    with _inside(context):
+    with _current(context):
         driver.cuModuleUnload(module)
 
 
-class Call:
-    """A launch made ready: the driver's structures are built once."""
+class PreparedLaunch:
+    """A launch with the driver's structures, which are built once."""
 
-    def __init__(self, device: Device, function: Function, launch: Launch) -> None:
-        if launch.shared_bytes > function.shared_limit:
+    def __init__(self, device: Device, kernel: LoadedKernel, launch: Launch) -> None:
+        if launch.shared_bytes > kernel.shared_limit:
             raise DeviceError(
-                f"{device}: {launch.name} wants {launch.shared_bytes:,} bytes of shared memory, a "
-                f"block may have {function.shared_limit:,}; use device='cpu'"
+                f"{device}: {launch.name} needs {launch.shared_bytes:,} bytes of shared memory, a block may have "
+                f"{kernel.shared_limit:,}; use device='cpu'"
             )
         self.name = launch.name
-        self._function = function
-        values, kinds = [], []
-        for argument, kind in zip(launch.arguments, launch.kinds, strict=True):
-            values.append(argument.address if isinstance(argument, Array) else argument)
-            kinds.append(ctypes.c_float if kind == "f32" else ctypes.c_int64)
-        self._arguments = tuple(values), tuple(kinds)
+        self._kernel = kernel
+        values = tuple(a.address if isinstance(a, Array) else a for a in launch.arguments.values())
+        types = tuple(ctypes.c_float if isinstance(a, float) else ctypes.c_int64 for a in launch.arguments.values())
+        self._arguments = values, types
         config = driver.CUlaunchConfig()
         config.gridDimX, config.gridDimY, config.gridDimZ = (*launch.grid, 1, 1)[:3]
         config.blockDimX, config.blockDimY, config.blockDimZ = launch.threads, 1, 1
@@ -433,28 +253,28 @@ class Call:
 
     def __call__(self) -> None:
         """Put the launch into the stream."""
-        check(driver.cuLaunchKernelEx(self._config, self._function.handle, self._arguments, 0))
+        check(driver.cuLaunchKernelEx(self._config, self._kernel.handle, self._arguments, 0))
 
 
 _capturing = threading.Lock()
-"""One capture at a time; only this thread's stream is captured, but the driver's bookkeeping is the process's."""
+"""One capture at a time: a capture is of one stream, but the driver keeps its state for the whole process."""
 
 
-class Recording:
-    """Launches captured as a graph, which the driver replays as one."""
+class CudaGraph:
+    """Launches captured as a CUDA graph, which one driver call replays."""
 
-    def __init__(self, device: Device, calls: Sequence[Callable[[], None]]) -> None:
+    def __init__(self, device: Device, launches: Sequence[Callable[[], None]]) -> None:
         self._device = device
         device.make_current()
         collecting = gc.isenabled()
         with _capturing:
-            gc.disable()  # memory freed meanwhile would spoil the capture
+            gc.disable()  # a finalizer that frees memory would invalidate the capture
             check(driver.cuStreamBeginCapture(
                 device.stream, driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
             ))  # fmt: skip
             try:
-                for call in calls:
-                    call()
+                for launch in launches:
+                    launch()
             finally:
                 graph = check(driver.cuStreamEndCapture(device.stream))
                 if collecting:
@@ -469,12 +289,12 @@ class Recording:
 
 
 def _destroy_graph(context: Any, graph: Any) -> None:
-    with _inside(context):
+    with _current(context):
         driver.cuGraphExecDestroy(graph)
 
 
 class Stopwatch:
-    """GPU time between two marks in a stream, in seconds."""
+    """Measures GPU time in a stream, in seconds."""
 
     def __init__(self, device: Device) -> None:
         self._device = device
@@ -482,7 +302,7 @@ class Stopwatch:
         self._destroy = weakref.finalize(self, _destroy_events, device.context, self._events)
 
     def measure(self, action: Callable[[], object]) -> float:
-        """Seconds that the device spends on what `action` puts into the stream."""
+        """Seconds that the device spends on the work that `action` puts into the stream."""
         check(driver.cuEventRecord(self._events[0], self._device.stream))
         action()
         check(driver.cuEventRecord(self._events[1], self._device.stream))
@@ -491,6 +311,6 @@ class Stopwatch:
 
 
 def _destroy_events(context: Any, events: Sequence[Any]) -> None:
-    with _inside(context):
+    with _current(context):
         for event in events:
             driver.cuEventDestroy(event)

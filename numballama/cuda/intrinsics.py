@@ -16,6 +16,8 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic, models, register_model
 
+from ..quantization.types import TYPE_TRAITS
+from .launch import ELEMENTS_PER_16_BYTES, QUANTIZED
 from .lowering import (  # fmt: skip
     F16,
     F32,
@@ -32,6 +34,7 @@ from .lowering import (  # fmt: skip
     is_memory,
     rounded_to_16,
 )
+from .repack import LAYOUTS
 
 WORDS2 = types.UniTuple(types.uint32, 2)
 WORDS4, FLOATS4 = types.UniTuple(types.uint32, 4), types.UniTuple(types.float32, 4)
@@ -47,8 +50,14 @@ class _PackedModel(models.PrimitiveModel):  # type: ignore[misc]
         super().__init__(manager, kind, I8)
 
 
-PACKED = {name: Packed(name) for name in ("q4_1", "q4_k", "q6_k")}
+PACKED = {name: Packed(name) for name in LAYOUTS}
 """Element types of pointers to such integers."""
+ELEMENT_TYPES: dict[str, Any] = PACKED | {
+    "f32": types.float32, "f16": types.uint16, "bf16": types.int16, "int8": types.int8, "q4_0": types.uint8,
+    "i8": types.int8, "i32": types.int32, "i64": types.int64, "f64": types.float64, "u64": types.uint64,
+    "u8": types.uint8, "u32": types.uint32,
+}  # fmt: skip
+"""`Array.dtype` → element type of a pointer to it."""
 
 
 @intrinsic
@@ -217,14 +226,12 @@ def exp2(typingctx, x):  # type: ignore[no-untyped-def]
 # Numbers by the element type of their pointer
 
 
-PER_16_BYTES = {
-    "float32": 4, "uint16": 8, "int16": 8, "int8": 16, "uint8": 32, "q4_1": 32, "q4_k": 32, "q6_k": 16,
-}  # fmt: skip
-"""Numbers in 16 bytes of a weight, or of a KV cache, by the element type of its pointer; of q6_k, whose 16 bytes hold
-the lower four bits of 32, those that share a scale.
-"""
-SCALED = ("int8", "uint8", *PACKED)
+PER_16_BYTES = {ELEMENT_TYPES[payload].name: count for payload, count in ELEMENTS_PER_16_BYTES.items()}
+"""Name of a pointer's element type → numbers in 16 bytes of a weight, or of a KV cache."""
+SCALED = tuple(ELEMENT_TYPES[payload].name for payload in QUANTIZED)
 """Names of element types whose numbers want scales."""
+ZERO_POINTS = {ELEMENT_TYPES[payload].name: float(TYPE_TRAITS[payload].zero_point) for payload in QUANTIZED}
+"""Name of such an element type → the unsigned quant that means 0."""
 
 
 def _constant(kind: Any, value: Any) -> Any:
@@ -251,9 +258,9 @@ is_packed = _constant(types.boolean, lambda name: name in PACKED)
 is_q4_1, is_q4_k, is_q6_k = (_constant(types.boolean, name.__eq__) for name in ("q4_1", "q4_k", "q6_k"))
 """Whether it is this one: constants."""
 
-counts_from = _constant(types.float32, lambda name: {"uint8": 8.0, "q6_k": 32.0}.get(name, 1.0))
-"""What the sum of the numbers of x that meet a block is multiplied by: the integer that stands for 0; 1 for types whose
-blocks have a least number. A constant.
+counts_from = _constant(types.float32, lambda name: ZERO_POINTS.get(name) or 1.0)
+"""The zero point of the unsigned quants, by which the sum of the activations of a block is multiplied. 1 for types that
+store a minimum of each block instead. A constant.
 """
 
 

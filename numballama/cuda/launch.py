@@ -1,23 +1,36 @@
-"""The words in which kernels tell how they are launched: operands in device memory, and a `Launch`."""
+"""What the host knows of a launch: operands in device memory, a kernel's arguments by name, grid and shared memory.
+
+Nothing here imports Numba or NVIDIA's packages: a kernel is named by a `KernelRef` until it must be compiled.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Protocol
 
+from ..quantization.types import LINEAR_TYPES, TYPE_TRAITS
 from ..registry import KernelRef
 
-ITEM_BYTES = {
-    "f32": 4, "f16": 2, "bf16": 2, "int8": 1, "i8": 1, "i32": 4, "i64": 8, "f64": 8, "u64": 8, "u8": 1, "u32": 4,
-    "q4_0": 1, "q4_1": 1, "q4_k": 1, "q6_k": 1,
-}  # fmt: skip
-"""Bytes of an element; those of "q4_0" and the like are bytes, of two 4-bit numbers each."""
-QUANTIZED = ("int8", "q4_0", "q4_1", "q4_k", "q6_k")
+PAYLOAD_TYPE = {name: "int8" if TYPE_TRAITS[name].bits == 8 else name for name in LINEAR_TYPES}
+"""Type of a weight → type of its payload in device memory. Scales are stored apart, so that of q8_0 is int8."""
+QUANTIZED = tuple(dict.fromkeys(payload for payload in PAYLOAD_TYPE.values() if not TYPE_TRAITS[payload].is_float))
 """Types of payloads that have scales."""
-STAGED_BYTES = 544
-"""Distance of two rows of 128 float32 that `put_sums` writes: rows of the same lanes lie in different banks."""
+ITEM_BYTES = {payload: TYPE_TRAITS[payload].storage.itemsize for payload in PAYLOAD_TYPE.values()}
+ITEM_BYTES |= {"i8": 1, "i32": 4, "i64": 8, "f64": 8, "u64": 8, "u8": 1, "u32": 4}
+"""Bytes of an element. One of "q4_0" and the other packed types is a byte, which holds two 4-bit numbers."""
+
+
+def _elements_per_16_bytes(payload: str) -> int:
+    bits = TYPE_TRAITS[payload].bits
+    stored = bits if bits >= 8 else 4  # the upper bits of q6_k lie with the scales
+    return min(128 // stored, TYPE_TRAITS[payload].scale_group or 128)
+
+
+ELEMENTS_PER_16_BYTES = {payload: _elements_per_16_bytes(payload) for payload in PAYLOAD_TYPE.values()}
+"""Type of a payload → elements in 16 bytes of it. Those of q6_k hold the lower bits of 32 elements, in two groups of 16
+that have scales of their own: here it has 16."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +46,18 @@ class Array:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
+Argument = Array | int | float
+"""An argument of a kernel: an Array becomes a typed pointer, an int an int64, a float a float32."""
+
+
 @dataclass(frozen=True)
 class Matrix:
-    """A weight in device memory: rows 16-byte aligned, `stride` bytes apart, their scales in a matrix of their own.
+    """A weight [rows, columns] in device memory.
 
-    Rows are filled up with zeros to whole 16 bytes. Scale number k >> `shift` of a row belongs to its number k;
-    `scale_stride` counts scales; `blocks_cuda` tells what those of q4_1, q4_k and q6_k are. A type without scales has
-    the payload for `scales`, which nobody reads.
+    A row of `payload` takes `stride` bytes, a multiple of 16, and is padded with zeros. Its scales are a row of a
+    matrix of their own, `scale_stride` elements long; element k of the row uses scale number k >> `shift`. `repack`
+    describes the scales of q4_1, q4_k and q6_k. A type without scales passes its payload as `scales`, which no kernel
+    reads.
     """
 
     shape: tuple[int, ...]
@@ -55,41 +73,46 @@ class Matrix:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a kernel reads to use all of it."""
+        """Bytes that a kernel reads to use the whole matrix."""
         scales = self.scale_stride * ITEM_BYTES[self.scales.dtype] if self.quantized else 0
         return self.shape[0] * (self.stride + scales)
 
+    def arguments(self, name: str = "weight") -> dict[str, Argument]:
+        """The five arguments by which a kernel takes a weight; its parameter for the payload is called `name`."""
+        return {
+            name: self.payload,
+            "stride": self.stride,
+            "scales": self.scales,
+            "scale_stride": self.scale_stride,
+            "shift": self.shift,
+        }
 
-Argument = Array | int | float
 
+class CudaKernel(Protocol):
+    """A `@cuda.jit` function."""
 
-class KernelFile:
-    """The `KernelRef`s of a module, as its attributes."""
-
-    def __init__(self, module: str) -> None:
-        self._module = module
-
-    def __getattr__(self, name: str) -> KernelRef:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return KernelRef(self._module, name)
+    @property
+    def py_func(self) -> Callable[..., None]: ...
 
 
 @dataclass(frozen=True)
-class Launch:
-    """A kernel with its grid (blocks), threads a block, arguments and dynamic shared memory.
+class Specialization:
+    """All that a kernel's machine code depends on, except the device: the kernel, its parameters, threads a block.
 
-    `kernel` is a `@cuda.jit` function, or a `KernelRef` that names one. Arrays become typed pointers, int an int64, float
-    a float32.
+    `parameters` are (name, type) in order. A type is "f16*" for a pointer, "i64" or "f32" for a number. The names are
+    compared with those of the kernel when it is compiled (`compiler.check_parameters`).
     """
 
-    kernel: Any
-    grid: tuple[int, ...]
+    kernel: KernelRef | CudaKernel
+    parameters: tuple[tuple[str, str], ...]
     threads: int
-    arguments: tuple[Argument, ...]
-    shared_bytes: int = 0
-    later: tuple[int, Launch] | None = None
-    """(position, launch): another one does the same, and does it better once a run's tokens have come so far."""
+
+    @property
+    def source(self) -> tuple[str, str]:
+        """Module and qualified name of the kernel."""
+        if isinstance(self.kernel, KernelRef):
+            return self.kernel.module, self.kernel.name
+        return self.kernel.py_func.__module__, self.kernel.py_func.__qualname__
 
     @property
     def name(self) -> str:
@@ -97,38 +120,79 @@ class Launch:
         return self.source[1].rpartition(".")[2]
 
     @property
-    def source(self) -> tuple[str, str]:
-        """Module and name of the kernel."""
-        if isinstance(self.kernel, KernelRef):
-            return self.kernel.module, self.kernel.name
-        return self.kernel.py_func.__module__, self.kernel.py_func.__qualname__
+    def function(self) -> CudaKernel:
+        """The `@cuda.jit` function; a `KernelRef`'s module is imported now."""
+        kernel: CudaKernel = self.kernel.load() if isinstance(self.kernel, KernelRef) else self.kernel
+        return kernel
 
     @property
-    def function(self) -> Any:
-        """The `@cuda.jit` function."""
-        return self.kernel.load() if isinstance(self.kernel, KernelRef) else self.kernel
+    def types(self) -> tuple[str, ...]:
+        return tuple(type_ for _, type_ in self.parameters)
 
-    def at(self, position: int) -> Launch:
-        """What does it best for tokens up to a position."""
-        return self.later[1] if self.later and position >= self.later[0] else self
-
-    @property
-    def kinds(self) -> tuple[str, ...]:
-        """Types of the arguments, as `driver.compile_kernel` takes them."""
-        return tuple(
-            f"{a.dtype}*" if isinstance(a, Array) else "f32" if isinstance(a, float) else "i64" for a in self.arguments
-        )
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join(f'{name}: {type_}' for name, type_ in self.parameters)})"
 
 
 @dataclass(frozen=True)
-class Gpu:
-    """What the functions that bind operators may ask of the device and of the program they bind for."""
+class Launch:
+    """A kernel with its grid (blocks), threads a block, arguments and bytes of dynamic shared memory.
 
-    processors: int
-    """Streaming multiprocessors."""
+    `kernel` is a `@cuda.jit` function, or a `KernelRef` that names one. `arguments` maps each of its parameters to an
+    argument, in the kernel's order. Write them as `named(tokens=…, x=…)`: no two arguments can change places unnoticed.
+    """
+
+    kernel: KernelRef | CudaKernel
+    grid: tuple[int, ...]
+    threads: int
+    arguments: Mapping[str, Argument]
+    shared_bytes: int = 0
+    long_context_variant: tuple[int, Launch] | None = None
+    """`(position, launch)`: a faster variant to use from this position on, such as split-K attention."""
+
+    @property
+    def specialization(self) -> Specialization:
+        """What its machine code depends on."""
+        parameters = tuple(
+            (name, f"{a.dtype}*" if isinstance(a, Array) else "f32" if isinstance(a, float) else "i64")
+            for name, a in self.arguments.items()
+        )
+        return Specialization(self.kernel, parameters, self.threads)
+
+    @property
+    def name(self) -> str:
+        """The kernel's name."""
+        return self.specialization.name
+
+    @property
+    def function(self) -> CudaKernel:
+        """The `@cuda.jit` function."""
+        return self.specialization.function
+
+    def variant_for(self, position: int) -> Launch:
+        """The launch to use when the run's last token has this position."""
+        variant = self.long_context_variant
+        return variant[1] if variant and position >= variant[0] else self
+
+
+@dataclass(frozen=True)
+class LaunchContext:
+    """What an operator's launch function may know of the device and of the program it is bound for."""
+
+    n_sms: int
+    """Streaming multiprocessors of the device."""
     shared_limit: int
     """Bytes of shared memory a block may have."""
     tokens: Array
-    """i32[1]: how many tokens the run at hand has; at most the program's."""
+    """i32[1] in device memory: how many tokens the current run has; at most the program's `max_tokens`."""
     zeros: Callable[[int], Array]
-    """zeros(n): n int32 of the program's own, 0 at first; kernels leave them 0."""
+    """zeros(n): n int32 that belong to the program, 0 at first. Kernels leave them 0."""
+
+
+def named(**arguments: Argument) -> dict[str, Argument]:
+    """The arguments of a launch, by the names of the kernel's parameters and in their order."""
+    return arguments
+
+
+def ceil_div(a: int, b: int) -> int:
+    """a / b, rounded up."""
+    return -(-a // b)

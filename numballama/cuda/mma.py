@@ -15,7 +15,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
 from .intrinsics import PER_16_BYTES
-from .launch import STAGED_BYTES
+from .kernels.params import GEMM_STAGED_BYTES as STAGED_BYTES
 from .lowering import F32, I32, VOID, as_integer, call_asm, compiling_for, fma, rounded_to_16
 
 

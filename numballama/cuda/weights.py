@@ -1,4 +1,4 @@
-"""A model's weights in device memory: how each is laid out for kernels, and the way there, through pinned buffers."""
+"""A model's weights in device memory: how kernels want each laid out, and the upload through pinned buffers."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import numpy as np
 
 from .. import progress
 from ..checkpoint import Weight
-from ..config import BLOCKS, F16
 from ..quantization.convert import convert
-from . import repack as blocks_cuda
+from ..quantization.types import BLOCKS, F16, TYPE_TRAITS
+from . import repack
 from .driver import Device, Memory, Pinned
-from .launch import ITEM_BYTES, Array, Matrix
+from .launch import ITEM_BYTES, PAYLOAD_TYPE, Array, Matrix
 
 ALIGNMENT = 256
-"""Bytes; of every array, so that any kernel may read 16 at once and a warp meets whole cache lines."""
+"""Alignment of every array in bytes: a thread may read 16 bytes at once, and a warp reads whole cache lines."""
 STAGING = 32 << 20
-"""Bytes of one of two pinned buffers through which weights go."""
+"""Bytes of each of the two pinned buffers that the upload uses."""
 
 
 def aligned(nbytes: int) -> int:
-    """So many bytes, filled up to whole `ALIGNMENT`s."""
+    """Bytes, rounded up to a multiple of `ALIGNMENT`."""
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True)
-class _Layout:
-    """How a weight lies in device memory: payload, then scales, row after row."""
+class WeightLayout:
+    """How a weight lies in device memory: all rows of the payload, then all rows of the scales."""
 
     weight: Weight
     payload: str
@@ -44,13 +44,13 @@ class _Layout:
         return self.weight.shape[0] if len(self.weight.shape) == 2 else 1
 
     @property
-    def scales_at(self) -> int:
+    def scales_offset(self) -> int:
         return aligned(self.rows * self.row_bytes)
 
     @property
     def nbytes(self) -> int:
         scales = self.rows * self.scale_stride * ITEM_BYTES[self.scales] if self.scales else 0
-        return self.scales_at + aligned(scales)
+        return self.scales_offset + aligned(scales)
 
     def operand(self, address: int) -> Array | Matrix:
         """The weight as kernels take it, once it lies at `address`."""
@@ -60,28 +60,28 @@ class _Layout:
             return payload
         if not self.scales:
             return Matrix(shape, payload, self.row_bytes, payload)
-        scales = Array(address + self.scales_at, (self.rows, self.scale_stride), self.scales)
+        scales = Array(address + self.scales_offset, (self.rows, self.scale_stride), self.scales)
         shift = self.group.bit_length() - 1
         return Matrix(shape, payload, self.row_bytes, scales, self.scale_stride, shift)
 
     def parts(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(offset, bytes) of pieces of at most `STAGING` bytes, in order."""
-        rows_at_once = max(1, STAGING // max(self.row_bytes, self.scale_stride * 4, 1))
-        for first in range(0, self.rows, rows_at_once):
-            last = min(self.rows, first + rows_at_once)
+        """(offset, bytes [rows, …]) of parts of the weight's memory: whole rows, some `STAGING` bytes at a time."""
+        rows_per_part = max(1, STAGING // max(self.row_bytes, self.scale_stride * 4, 1))
+        for first in range(0, self.rows, rows_per_part):
+            last = min(self.rows, first + rows_per_part)
             payload, scales = self._rows(first, last)
-            yield first * self.row_bytes, _filled(payload, self.row_bytes)
+            yield first * self.row_bytes, _padded(payload, self.row_bytes)
             if self.scales:
                 stride = self.scale_stride * ITEM_BYTES[self.scales]
-                yield self.scales_at + first * stride, _filled(scales, stride)
+                yield self.scales_offset + first * stride, _padded(scales, stride)
 
     def _rows(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        """Payload and scales of some rows, as bytes [rows, …]."""
+        """Payload and scales of rows [first, last), as bytes [rows, …]."""
         weight, kind = self.weight, self.weight.type.name
         columns = weight.shape[-1]
         rows = weight.data.reshape(self.rows, -1)[first:last]
-        if kind in blocks_cuda.LAYOUTS:
-            return blocks_cuda.split_rows(kind, rows)
+        if kind in repack.LAYOUTS:
+            return repack.split_rows(kind, rows)
         if kind in ("q8_0", "q4_0"):
             blocks = rows.reshape(last - first, -1, BLOCKS[kind][1])
             return blocks[:, :, 2:].reshape(last - first, -1), blocks[:, :, :2].reshape(last - first, -1)
@@ -89,7 +89,7 @@ class _Layout:
             return _bytes_of(rows), rows
         assert weight.scales is not None
         starts = np.arange(first, last)[:, None] * columns
-        if not self.scales:  # groups that no kernel wants: the numbers themselves
+        if not self.scales:  # no kernel reads such groups: the dequantised elements
             index = (starts + np.arange(columns)) // weight.type.group
             return _bytes_of(rows * weight.scales[index]), rows
         index = (starts + np.arange(0, columns, self.group)) // weight.type.group
@@ -100,8 +100,8 @@ def _bytes_of(rows: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(rows).view(np.uint8).reshape(len(rows), -1)
 
 
-def _filled(rows: np.ndarray, stride: int) -> np.ndarray:
-    """Rows of bytes, each followed by zeros up to `stride`."""
+def _padded(rows: np.ndarray, stride: int) -> np.ndarray:
+    """Rows of bytes, each padded with zeros to `stride`."""
     if rows.shape[1] == stride:
         return rows
     out = np.zeros((len(rows), stride), np.uint8)
@@ -109,47 +109,48 @@ def _filled(rows: np.ndarray, stride: int) -> np.ndarray:
     return out
 
 
-def _layout(weight: Weight) -> _Layout:
-    """How a weight is stored. Int8 groups that do not lie in rows are cut to ones that do, or become float32."""
+def layout_of(weight: Weight) -> WeightLayout:
+    """How a weight is stored. Int8 groups that cross rows are divided into ones that do not, or become float32."""
     kind, columns = weight.type.name, weight.shape[-1]
     if kind in ("f32", "f16", "bf16"):
         width = columns * ITEM_BYTES[kind]
-        return _Layout(weight, kind, width if len(weight.shape) == 1 else -(-width // 16) * 16)
+        return WeightLayout(weight, kind, width if len(weight.shape) == 1 else -(-width // 16) * 16)
     if kind in ("q8_0", "q4_0"):
-        numbers, nbytes = BLOCKS[kind]
-        blocks = columns // numbers
-        payload = "int8" if kind == "q8_0" else "q4_0"
-        return _Layout(weight, payload, blocks * (nbytes - 2), "f16", -(-blocks // 2) * 2, numbers)
-    if kind in blocks_cuda.LAYOUTS:
-        of_blocks = blocks_cuda.LAYOUTS[kind]
-        return _Layout(weight, kind, columns // 2, of_blocks.scales, of_blocks.stride(columns), of_blocks.group)
+        elements, nbytes = BLOCKS[kind]
+        count = columns // elements
+        return WeightLayout(weight, PAYLOAD_TYPE[kind], count * (nbytes - 2), "f16", -(-count // 2) * 2, elements)
+    if kind in repack.LAYOUTS:
+        blocks = repack.LAYOUTS[kind]
+        return WeightLayout(
+            weight, kind, columns // 2, blocks.scales, blocks.stride(columns), TYPE_TRAITS[kind].scale_group
+        )
     if kind == "int8":
         common = math.gcd(columns, weight.type.group)
         group = common & -common  # the largest power of two that divides both
         if weight.type.group % columns == 0 and columns % 16 == 0 and not columns & (columns - 1):
             group = columns
-        group = min(group, 512)  # a warp's 16 bytes a lane: no group spans two chunks
+        group = min(group, 512)  # a chunk: 16 bytes for each lane of a warp; no group spans two
         if group >= 16:
-            return _Layout(weight, "int8", columns, "f32", columns // group, group)
-        return _Layout(weight, "f32", -(-columns * 4 // 16) * 16)
-    return _layout(convert(weight, F16))  # block types that no kernel streams
+            return WeightLayout(weight, "int8", columns, "f32", columns // group, group)
+        return WeightLayout(weight, "f32", -(-columns * 4 // 16) * 16)
+    return layout_of(convert(weight, F16))  # block types that no kernel reads
 
 
 class Weights:
-    """All weights in one piece of device memory."""
+    """All weights of a model, in one allocation of device memory."""
 
     def __init__(self, device: Device, weights: Mapping[str, Weight]) -> None:
-        layouts = {name: _layout(weight) for name, weight in weights.items()}
+        layouts = {name: layout_of(weight) for name, weight in weights.items()}
         self.nbytes = sum(layout.nbytes for layout in layouts.values())
         self.memory = Memory(device, self.nbytes, "the model's weights")
         self.operands: dict[str, Array | Matrix] = {}
         try:
             self._upload(device, layouts)
         except BaseException:
-            self.free()  # now: a traceback may keep this object for long
+            self.free()  # now: a traceback may keep this object alive for long
             raise
 
-    def _upload(self, device: Device, layouts: Mapping[str, _Layout]) -> None:
+    def _upload(self, device: Device, layouts: Mapping[str, WeightLayout]) -> None:
         staging = [Pinned(device, min(STAGING, aligned(self.nbytes)) + ALIGNMENT) for _ in range(2)]
         try:
             buffers = itertools.cycle(staging)
@@ -165,7 +166,7 @@ class Weights:
                             piece = flat[start : start + STAGING]
                             buffer = next(buffers)
                             buffer.bytes[: piece.size] = piece
-                            device.synchronize()  # the other buffer's copy: this one was filled meanwhile
+                            device.synchronize()  # the copy from the other buffer, which ran while this one was filled
                             device.write(address + at + start, buffer.address, piece.size)
                         done += flat.size
                     offset += layout.nbytes

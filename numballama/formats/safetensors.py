@@ -17,10 +17,10 @@ from typing import TypeGuard
 import numpy as np
 
 from ..checkpoint import Weight
-from ..config import BF16, F16, F32, WeightType
 from ..errors import FormatError, UnsupportedError
 from ..files import MappedFile
-from ..quantization import convert as quant
+from ..quantization.convert import convert
+from ..quantization.types import BF16, F16, F32, WeightType
 from .json_reader import Keys, parse_object
 
 DTYPES: dict[str, int] = {
@@ -119,7 +119,7 @@ def view(file: MappedFile, info: TensorInfo, shape: tuple[int, ...]) -> Weight:
     kind, element = WEIGHT_TYPES[info.dtype]
     data = np.frombuffer(file.data, element, math.prod(shape), info.offset)
     weight = Weight(shape, kind, data.reshape(shape))
-    return weight if len(shape) == 2 else quant.convert(weight, F32)
+    return weight if len(shape) == 2 else convert(weight, F32)
 
 
 def header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:

@@ -1,122 +1,134 @@
-"""GGUF's block types: bytes of blocks to numbers, exactly as ggml computes them, and for some types back.
+"""GGUF's block types in NumPy: blocks to float32, exactly as ggml computes them, and for some types back.
 
-A function takes or returns rows of one block each: uint8 (blocks, bytes of a block) and float32 (blocks, numbers of a
-block), sizes in `config.BLOCKS`. Layouts and arithmetic: ggml-common.h and ggml-quants.c of ggml; numbers in a block's
-second half often lie in the high bits of its first half's bytes. Products of a block's factors are exact in float32
-(11 bits of a float16 times at most 8 and 6), so how they are ordered shows nowhere.
+Blocks are bytes, uint8 (blocks, block_bytes), or records, one a block, whose fields `TYPE_TRAITS` names. Values are
+float32 (blocks, block_size). Layouts and arithmetic are those of ggml-common.h and ggml-quants.c. Elements of a block's
+second half often lie in the high bits of its first half's bytes. The factors of a scale multiply exactly in float32 (11
+bits of a float16 times at most 8 and 6), so the order of these products does not matter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import Error
+from .types import TYPE_TRAITS
 
 Bytes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
+Records = npt.NDArray[np.void]
+
+
+def _records(name: str, blocks: Bytes) -> Records:
+    """A view of blocks [n, block_bytes] as records [n]."""
+    records: Records = blocks.view(TYPE_TRAITS[name].record)[:, 0]
+    return records
 
 
 def decode(name: str, blocks: Bytes) -> Floats:
-    """The numbers of blocks of the type called `name`; NaN and infinity where a scale is not finite."""
-    return DECODERS[name](blocks)
+    """Values [n, block_size] of blocks [n, block_bytes]. NaN and infinity where a scale is not finite."""
+    return DECODERS[name](_records(name, blocks))
 
 
 def encode(name: str, rows: Floats, blocks: Bytes) -> None:
-    """Fill `blocks` with rows of numbers, one row a block, as ggml's quantize_row_…_ref do, to the bit.
+    """Fill blocks [n, block_bytes] with values [n, block_size], as ggml's quantize_row_…_ref do, to the bit.
 
-    Scales beyond float16 saturate; blocks so small that a scale's reciprocal overflows become 0. Raises `Error` for NaN
-    and infinity.
+    Scales beyond float16 saturate. A block so small that its scale's reciprocal overflows becomes 0. Raises `Error` for
+    NaN and infinity.
     """
     if not np.isfinite(rows).all():
         raise Error(f"a weight holds NaN or infinity, which {name} cannot express")
-    ENCODERS[name](rows, blocks)
+    ENCODERS[name](rows, _records(name, blocks))
 
 
 def encode_f16(values: Floats) -> npt.NDArray[np.uint16]:
-    """Float16 bit patterns, rounded to nearest even; finite numbers beyond float16 become its largest."""
+    """Float16 bit patterns, rounded to nearest even. Finite values beyond float16 become its largest."""
     return saturate(values.astype(np.float16).view(np.uint16), values, infinity=0x7C00)
 
 
 def saturate(bits: npt.NDArray[np.uint16], values: Floats, infinity: int) -> npt.NDArray[np.uint16]:
-    """Step back from infinity to the largest number wherever the exact value was finite: logits of a model whose one
-    weight became infinite are all NaN.
+    """Replace infinity by the largest finite value wherever `values` are finite: one infinite weight would make all
+    logits NaN. Changes `bits` and returns it.
     """
     overflowed = ((bits & 0x7FFF) == infinity) & np.isfinite(values)
     bits[overflowed] -= 1
     return bits
 
 
-# Reading
+# Decoding
 
 
-def _half(blocks: Bytes, at: int) -> Floats:
-    """The float16 at byte `at` of each block, as a column."""
-    return blocks[:, at : at + 2].copy().view(np.float16).astype(np.float32)
+def _half(bits: npt.NDArray[Any]) -> Floats:
+    """Float16 bits [n] as a float32 column [n, 1]."""
+    return np.ascontiguousarray(bits).view(np.float16).astype(np.float32)[:, None]
 
 
-def _fields(packed: Bytes, bits: int, run: int) -> Bytes:
-    """(blocks, n · 8 / bits) numbers of `bits` bits: of each run of bytes first all lowest fields, then the next."""
+def _unpack(packed: Bytes, bits: int, run: int) -> Bytes:
+    """Integers of `bits` bits, [n, bytes] → [n, bytes · 8 / bits]: for each `run` bytes first the lowest bits of all
+    its bytes, then the next ones."""
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
-    fields = (packed.reshape(len(packed), -1, 1, run) >> shifts) & np.uint8((1 << bits) - 1)
-    return fields.reshape(len(packed), -1)
+    quants = (packed.reshape(len(packed), -1, 1, run) >> shifts) & np.uint8((1 << bits) - 1)
+    return quants.reshape(len(packed), -1)
 
 
-def _q8_0(blocks: Bytes) -> Floats:
-    return blocks[:, 2:].view(np.int8) * _half(blocks, 0)
+def _dequantize(scales: Floats, quants: npt.NDArray[np.integer], mins: Floats | None = None) -> Floats:
+    """scales · quants - mins: quants [n, block_size], and scales and mins [n, groups] for equal runs of them."""
+    values = scales[:, :, None] * quants.reshape(*scales.shape, -1).astype(np.float32)
+    if mins is not None:
+        values -= mins[:, :, None]
+    return values.reshape(quants.shape)
 
 
-def _q4_0(blocks: Bytes) -> Floats:
-    return _half(blocks, 0) * (_fields(blocks[:, 2:], 4, 16).view(np.int8) - np.int8(8))
+def _q8_0(block: Records) -> Floats:
+    return block["qs"] * _half(block["d"])
 
 
-def _q4_1(blocks: Bytes) -> Floats:
-    return _half(blocks, 0) * _fields(blocks[:, 4:], 4, 16) + _half(blocks, 2)
+def _q4_0(block: Records) -> Floats:
+    return _half(block["d"]) * (_unpack(block["qs"], 4, 16).view(np.int8) - np.int8(8))
 
 
-def _q5_0_integers(blocks: Bytes) -> npt.NDArray[np.int8]:
-    fifth = _fields(blocks[:, 2:6], 1, 1)
-    return (_fields(blocks[:, 6:], 4, 16) | fifth << 4).view(np.int8) - np.int8(16)
+def _q4_1(block: Records) -> Floats:
+    return _half(block["d"]) * _unpack(block["qs"], 4, 16) + _half(block["m"])
 
 
-def _q5_0(blocks: Bytes) -> Floats:
-    return _half(blocks, 0) * _q5_0_integers(blocks)
+def _q5_quants(block: Records) -> Bytes:
+    return _unpack(block["qs"], 4, 16) | _unpack(block["qh"], 1, 1) << np.uint8(4)
 
 
-def _q5_1(blocks: Bytes) -> Floats:
-    fifth = _fields(blocks[:, 4:8], 1, 1)
-    return _half(blocks, 0) * (_fields(blocks[:, 8:], 4, 16) | fifth << 4) + _half(blocks, 2)
+def _q5_0_quants(block: Records) -> npt.NDArray[np.int8]:
+    return _q5_quants(block).view(np.int8) - np.int8(16)
 
 
-def _scaled(scales: Floats, numbers: npt.NDArray[np.integer], least: Floats | None = None) -> Floats:
-    """scales · numbers - least, with a scale for each equal run of a block's numbers."""
-    runs = scales[:, :, None] * numbers.reshape(*scales.shape, -1).astype(np.float32)
-    if least is not None:
-        runs -= least[:, :, None]
-    return runs.reshape(numbers.shape)
+def _q5_0(block: Records) -> Floats:
+    return _half(block["d"]) * _q5_0_quants(block)
 
 
-def _q2_k(blocks: Bytes) -> Floats:
-    scales = _half(blocks, 80) * (blocks[:, :16] & 15)
-    return _scaled(scales, _fields(blocks[:, 16:80], 2, 32), _half(blocks, 82) * (blocks[:, :16] >> 4))
+def _q5_1(block: Records) -> Floats:
+    return _half(block["d"]) * _q5_quants(block) + _half(block["m"])
 
 
-def _q3_k_integers(blocks: Bytes) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int8]]:
-    """16 scales and 256 numbers."""
-    scales = _fields(blocks[:, 96:104], 4, 8) | _fields(blocks[:, 104:108], 2, 4) << 4
-    numbers = _fields(blocks[:, 32:96], 2, 32) | _fields(blocks[:, :32], 1, 32) << 2
-    return scales.view(np.int8) - np.int8(32), numbers.view(np.int8) - np.int8(4)
+def _q2_k(block: Records) -> Floats:
+    scales = _half(block["d"]) * (block["scales"] & 15)
+    return _dequantize(scales, _unpack(block["qs"], 2, 32), _half(block["dmin"]) * (block["scales"] >> 4))
 
 
-def _q3_k(blocks: Bytes) -> Floats:
-    scales, numbers = _q3_k_integers(blocks)
-    return _scaled(_half(blocks, 108) * scales, numbers)
+def _q3_k_scales_and_quants(block: Records) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.int8]]:
+    """Scales [n, 16] and quants [n, 256], both signed."""
+    scales = _unpack(block["scales"][:, :8], 4, 8) | _unpack(block["scales"][:, 8:], 2, 4) << 4
+    quants = _unpack(block["qs"], 2, 32) | _unpack(block["hmask"], 1, 32) << 2
+    return scales.view(np.int8) - np.int8(32), quants.view(np.int8) - np.int8(4)
 
 
-def _six_bits(packed: Bytes) -> tuple[Bytes, Bytes]:
-    """The eight scales and the eight least numbers of 6 bits that q4_k and q5_k keep in 12 bytes."""
+def _q3_k(block: Records) -> Floats:
+    scales, quants = _q3_k_scales_and_quants(block)
+    return _dequantize(_half(block["d"]) * scales, quants)
+
+
+def _scales_and_mins(packed: Bytes) -> tuple[Bytes, Bytes]:
+    """Scales [n, 8] and minimums [n, 8] of 6 bits, which q4_k and q5_k keep in 12 bytes."""
     first, second, third = packed[:, :4], packed[:, 4:8], packed[:, 8:]
     return (
         np.hstack([first & 63, third & 15 | (first >> 2) & 48]),
@@ -124,23 +136,23 @@ def _six_bits(packed: Bytes) -> tuple[Bytes, Bytes]:
     )
 
 
-def _q4_k(blocks: Bytes) -> Floats:
-    scales, least = _six_bits(blocks[:, 4:16])
-    return _scaled(_half(blocks, 0) * scales, _fields(blocks[:, 16:], 4, 32), _half(blocks, 2) * least)
+def _q4_k(block: Records) -> Floats:
+    scales, mins = _scales_and_mins(block["scales"])
+    return _dequantize(_half(block["d"]) * scales, _unpack(block["qs"], 4, 32), _half(block["dmin"]) * mins)
 
 
-def _q5_k(blocks: Bytes) -> Floats:
-    scales, least = _six_bits(blocks[:, 4:16])
-    numbers = _fields(blocks[:, 48:], 4, 32) | _fields(blocks[:, 16:48], 1, 32) << 4
-    return _scaled(_half(blocks, 0) * scales, numbers, _half(blocks, 2) * least)
+def _q5_k(block: Records) -> Floats:
+    scales, mins = _scales_and_mins(block["scales"])
+    quants = _unpack(block["qs"], 4, 32) | _unpack(block["qh"], 1, 32) << 4
+    return _dequantize(_half(block["d"]) * scales, quants, _half(block["dmin"]) * mins)
 
 
-def _q6_k(blocks: Bytes) -> Floats:
-    numbers = _fields(blocks[:, :128], 4, 64) | _fields(blocks[:, 128:192], 2, 32) << 4
-    return _scaled(_half(blocks, 208) * blocks[:, 192:208].view(np.int8), numbers.view(np.int8) - np.int8(32))
+def _q6_k(block: Records) -> Floats:
+    quants = _unpack(block["ql"], 4, 64) | _unpack(block["qh"], 2, 32) << 4
+    return _dequantize(_half(block["d"]) * block["scales"], quants.view(np.int8) - np.int8(32))
 
 
-DECODERS: dict[str, Callable[[Bytes], Floats]] = {
+DECODERS: dict[str, Callable[[Records], Floats]] = {
     "q8_0": _q8_0,
     "q4_0": _q4_0,
     "q4_1": _q4_1,
@@ -154,89 +166,91 @@ DECODERS: dict[str, Callable[[Bytes], Floats]] = {
 }
 
 
-# The same numbers in another type
+# Repacking: the same values in another type
 
 
-def _q5_0_to_q8_0(blocks: Bytes) -> Bytes:
-    return np.hstack([blocks[:, :2], _q5_0_integers(blocks).view(np.uint8)])
+def _q5_0_to_q8_0(block: Records, out: Records) -> None:
+    out["d"] = block["d"]
+    out["qs"] = _q5_0_quants(block)
 
 
-def _q3_k_to_q6_k(blocks: Bytes) -> Bytes:
-    scales, numbers = _q3_k_integers(blocks)
-    fields = (numbers + np.int8(32)).view(np.uint8)
-    nibbles = (fields & 15).reshape(-1, 2, 2, 64)
-    pairs = (fields >> 4).reshape(-1, 2, 4, 32) << np.array([0, 2, 4, 6], np.uint8)[:, None]
-    low = (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).reshape(-1, 128)
-    high = np.bitwise_or.reduce(pairs, axis=2).reshape(-1, 64)
-    return np.hstack([low, high, scales.view(np.uint8), blocks[:, 108:]])
+def _q3_k_to_q6_k(block: Records, out: Records) -> None:
+    out["d"] = block["d"]
+    out["scales"], signed = _q3_k_scales_and_quants(block)
+    quants = (signed + np.int8(32)).view(np.uint8)
+    nibbles = (quants & 15).reshape(-1, 2, 2, 64)
+    pairs = (quants >> 4).reshape(-1, 2, 4, 32) << np.array([0, 2, 4, 6], np.uint8)[:, None]
+    out["ql"] = (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).reshape(-1, 128)
+    out["qh"] = np.bitwise_or.reduce(pairs, axis=2).reshape(-1, 64)
 
 
-REPACKERS: dict[tuple[str, str], Callable[[Bytes], Bytes]] = {
+REPACKERS: dict[tuple[str, str], Callable[[Records, Records], None]] = {
     ("q5_0", "q8_0"): _q5_0_to_q8_0,
     ("q3_k", "q6_k"): _q3_k_to_q6_k,
 }
-"""(type, another that holds every number it can hold) → blocks of the one to blocks of the other, exactly."""
+"""(type, another that holds every value it can hold) → a function that fills blocks of the second type, exactly."""
 
 
-# Writing
+def repack(name: str, target: str, blocks: Bytes, out: Bytes) -> None:
+    """Fill `out` [n, bytes of a block of `target`] with the values of `blocks`. (name, target) is in `REPACKERS`."""
+    REPACKERS[name, target](_records(name, blocks), _records(target, out))
+
+
+# Encoding
 
 
 def _reciprocal(scales: Floats) -> Floats:
-    """1 / scale; 0 for scales whose reciprocal is beyond float32."""
+    """1 / scale, or 0 where that is beyond float32."""
     return np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=np.abs(scales) > np.float32(2.0**-128))
 
 
-def _put_half(blocks: Bytes, at: int, values: Floats) -> None:
-    blocks[:, at : at + 2] = encode_f16(values).view(np.uint8)
-
-
-def _put_nibbles(blocks: Bytes, at: int, numbers: Floats) -> None:
-    """Cut to integers from 0 to 15, the first half in the low four bits."""
-    nibbles = np.minimum(numbers, np.float32(15)).astype(np.uint8)
+def _nibbles(quants: Floats) -> Bytes:
+    """Quants truncated to integers from 0 to 15, two a byte: the first half of a row in the low four bits."""
+    nibbles = np.minimum(quants, np.float32(15)).astype(np.uint8)
     half = nibbles.shape[1] // 2
-    blocks[:, at:] = nibbles[:, :half] | (nibbles[:, half:] << 4)
+    return nibbles[:, :half] | (nibbles[:, half:] << np.uint8(4))
 
 
-def _encode_q8_0(rows: Floats, blocks: Bytes) -> None:
-    """A product with the reciprocal of the scale before the scale itself is rounded to float16."""
-    scales = largest(rows)[:, None] / np.float32(127)
-    _put_half(blocks, 0, scales)
-    blocks[:, 2:] = round_half_away(rows * _reciprocal(scales)).astype(np.int8).view(np.uint8)
+def _encode_q8_0(rows: Floats, block: Records) -> None:
+    """The quants come from the scale before it is rounded to float16."""
+    scales = max_magnitude(rows)[:, None] / np.float32(127)
+    block["d"] = encode_f16(scales)[:, 0]
+    block["qs"] = round_half_away(rows * _reciprocal(scales)).astype(np.int8)
 
 
-def _encode_q4_0(rows: Floats, blocks: Bytes) -> None:
-    """The number of largest magnitude, the first if there are several, becomes -8."""
+def _encode_q4_0(rows: Floats, block: Records) -> None:
+    """The value of largest magnitude, the first if there are several, becomes -8."""
     extreme = np.take_along_axis(rows, np.abs(rows).argmax(axis=1, keepdims=True), axis=1)
     scales = extreme / np.float32(-8)
-    _put_half(blocks, 0, scales)
-    _put_nibbles(blocks, 2, rows * _reciprocal(scales) + np.float32(8.5))
+    block["d"] = encode_f16(scales)[:, 0]
+    block["qs"] = _nibbles(rows * _reciprocal(scales) + np.float32(8.5))
 
 
-def _encode_q4_1(rows: Floats, blocks: Bytes) -> None:
-    least = rows.min(axis=1, keepdims=True)
-    scales = (rows.max(axis=1, keepdims=True) - least) / np.float32(15)  # infinite if the range is beyond float32
-    _put_half(blocks, 0, np.minimum(scales, np.finfo(np.float32).max))
-    _put_half(blocks, 2, least)
-    _put_nibbles(blocks, 4, np.nan_to_num((rows - least) * _reciprocal(scales)) + np.float32(0.5))
+def _encode_q4_1(rows: Floats, block: Records) -> None:
+    mins = rows.min(axis=1, keepdims=True)
+    scales = (rows.max(axis=1, keepdims=True) - mins) / np.float32(15)  # infinite if the range is beyond float32
+    block["d"] = encode_f16(np.minimum(scales, np.finfo(np.float32).max))[:, 0]
+    block["m"] = encode_f16(mins)[:, 0]
+    block["qs"] = _nibbles(np.nan_to_num((rows - mins) * _reciprocal(scales)) + np.float32(0.5))
 
 
-ENCODERS: dict[str, Callable[[Floats, Bytes], None]] = {
+ENCODERS: dict[str, Callable[[Floats, Records], None]] = {
     "q8_0": _encode_q8_0,
     "q4_0": _encode_q4_0,
     "q4_1": _encode_q4_1,
 }
 
 
-def largest(rows: Floats) -> Floats:
-    """The largest magnitude of each row, zeros without a sign; NaN if it holds one."""
-    found: Floats = np.abs(np.maximum(rows.max(axis=1), -rows.min(axis=1)))
-    return found
+def max_magnitude(rows: Floats) -> Floats:
+    """The largest magnitude of each row, never -0.0. NaN if the row holds one."""
+    magnitudes: Floats = np.abs(np.maximum(rows.max(axis=1), -rows.min(axis=1)))
+    return magnitudes
 
 
 def round_half_away(ratios: Floats) -> Floats:
-    """C's roundf, within [-127, 127]."""
+    """Round to the nearest integer, ties away from zero (C's roundf), within [-127, 127]."""
     rounded = np.trunc(ratios)
-    # Adding 0.5 before cutting would lift 0.49999997 to 1.
+    # Not trunc(ratio + 0.5): that would lift 0.49999997 to 1.
     rounded += np.copysign(np.abs(ratios - rounded) >= 0.5, ratios)
-    # Only a subnormal scale, itself rounded coarsely, can leave the range.
+    # Only a subnormal scale, itself rounded coarsely, leads beyond the range.
     return np.clip(rounded, -127, 127, out=rounded)

@@ -1,54 +1,58 @@
-"""Which weights a request for another type is about, and their conversion: `compile(dtype=…)` and `export` share it."""
+"""Which weights change their type, and to which, when a model is compiled with `dtype=…` or exported."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 
 from ..checkpoint import LazyWeight, Weight
-from ..config import BLOCKS, FALLBACK_TYPE, ModelConfig, WeightType
+from ..config import ModelConfig
 from ..errors import Error
-from . import convert as quant
+from .convert import DEFAULT_GROUP, convert
+from .types import FALLBACK_TYPE, TYPE_TRAITS, WeightType
 
-TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")
-"""Names that `dtype` and `--quant` may be."""
+DTYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")
+"""What `dtype` and `--quant` may be."""
 
 Done = Callable[[str, Weight, Weight], None]
 """done(name, source, result), once a weight is converted"""
 
 
-def target(dtype: str, name: str, columns: int) -> WeightType:
-    """The weight type that a dtype means for rows of this length: int8 groups that fill a row are faster.
+def weight_type(dtype: str, name: str, columns: int) -> WeightType:
+    """The type of weight `name`, with rows of `columns` elements, for a user's `dtype`. Int8 groups divide rows if they
+    can, which is faster.
 
-    Raises `Error` where blocks do not.
+    Raises `Error` if the rows are not whole blocks.
     """
-    if dtype in BLOCKS and columns % (block := BLOCKS[dtype][0]):
+    if dtype == "int8":
+        groups = (DEFAULT_GROUP, DEFAULT_GROUP // 2)
+        return WeightType("int8", next((group for group in groups if columns % group == 0), DEFAULT_GROUP))
+    if columns % (block := TYPE_TRAITS[dtype].block_size):
         raise Error(
-            f"{name} cannot become {dtype}: its rows of {columns} numbers are no whole number of blocks of {block}; "
+            f"{name} cannot become {dtype}: its rows of {columns} numbers are not a whole number of blocks of {block}; "
             "int8 takes any rows"
         )
-    if dtype != "int8":
-        return WeightType(dtype)
-    groups = (quant.DEFAULT_GROUP, quant.DEFAULT_GROUP // 2)
-    return WeightType("int8", next((g for g in groups if columns % g == 0), quant.DEFAULT_GROUP))
+    return WeightType(dtype)
 
 
-def runnable(weights: Mapping[str, Weight]) -> dict[str, WeightType]:
-    """Name → type of the weights that no backend runs as they are."""
+def fallback_types(weights: Mapping[str, Weight]) -> dict[str, WeightType]:
+    """Name → type to convert to, for the weights whose type has no kernels."""
     return {
-        name: FALLBACK_TYPE[kind] for name, weight in weights.items() if (kind := weight.type.name) in FALLBACK_TYPE
+        name: FALLBACK_TYPE[weight.type.name] for name, weight in weights.items() if weight.type.name in FALLBACK_TYPE
     }
 
 
-def targets(
+def types_to_convert(
     config: ModelConfig, weights: Mapping[str, Weight], dtype: str | None, embeddings: bool = False
 ) -> dict[str, WeightType]:
-    """Name → type of the weights that `dtype` changes: those of linear layers, the embedding if it is the classifier
-    as well or `embeddings` asks for it. Vectors stay float32; None changes nothing.
+    """Name → type to convert to, for the weights that a user's `dtype` concerns and that do not have it yet.
+
+    These are the matrices of linear layers, and the embedding table if it is the classifier too or `embeddings` is
+    set. Vectors stay float32. `dtype` None changes nothing.
     """
     if dtype is None:
         return {}
     return {
-        name: target(dtype, name, weight.shape[1])
+        name: weight_type(dtype, name, weight.shape[1])
         for name, weight in weights.items()
         if len(weight.shape) == 2
         and (name != "tok_embeddings" or config.tied_embeddings or embeddings)
@@ -73,7 +77,7 @@ class Converting(Mapping[str, Weight]):
 
         def make() -> Weight:
             whole = source.make() if isinstance(source, LazyWeight) else source
-            result = quant.convert(whole, kind)
+            result = convert(whole, kind)
             self._done(name, whole, result)
             return result
 

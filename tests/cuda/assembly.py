@@ -1,8 +1,8 @@
 """Compile every kernel that plans of representative models launch, for one compute capability; no GPU is used.
 
-    python cuda_assembly.py 9.0 out.json
+    python -m tests.cuda.assembly 9.0 out.json
 
-A process compiles for one capability, so test_cuda_assembly starts this three times. The result is a list of kernels
+A process compiles for one capability, so test_assembly.py starts this three times. The result is a list of kernels
 with what the assembler says of them, and the opcodes of their PTX: those are kept beside the machine code in the
 package's own cache, for kernels that come from there.
 """
@@ -13,11 +13,11 @@ import hashlib
 import json
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from numballama.config import ModelConfig
+from numballama.cuda.launch import Specialization
 from numballama.graph import KVLayout
 from tests.helpers.cuda_host import converted, graph_of, install
 from tests.helpers.random_models import random_checkpoint
@@ -65,38 +65,35 @@ def opcodes(ptx: str) -> list[str]:
 
 def main(capability: tuple[int, int], out: Path) -> None:
     from numballama.cuda import backend as cuda
-    from numballama.cuda import driver
+    from numballama.cuda import compiler
 
-    found: dict[Any, dict[str, Any]] = {}
+    found: dict[Specialization, dict[str, Any]] = {}
     ptx_of: dict[str, str] = {}
-    to_ptx = driver.to_ptx
+    to_ptx = compiler.to_ptx
 
-    def remembering(kernel: Any, kinds: Sequence[str], capability: tuple[int, int], threads: int) -> str:
-        ptx_of["last"] = to_ptx(kernel, kinds, capability, threads)
+    def remembering(kernel: Specialization, capability: tuple[int, int]) -> str:
+        ptx_of["last"] = to_ptx(kernel, capability)
         return ptx_of["last"]
 
-    def compile_kernel(
-        kernel: Any, kinds: Sequence[str], capability: tuple[int, int], threads: int, cache: Path | None
-    ) -> Any:
-        code = driver.compile_kernel(kernel, kinds, capability, threads, cache)
-        name, key = kernel.name, (kernel, tuple(kinds), threads)
-        if key not in found:
+    def compile_kernel(kernel: Specialization, capability: tuple[int, int], cache: Path | None) -> Any:
+        code = compiler.compile_kernel(kernel, capability, cache)
+        if kernel not in found:
             assert cache is not None
-            named = f"{name}({', '.join(kinds)}) {threads} {capability}"
-            beside = cache / f"{name}-{hashlib.sha256(named.encode()).hexdigest()[:24]}.opcodes"
+            text = f"{kernel} {kernel.threads} {capability}"
+            beside = cache / f"{kernel.name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.opcodes"
             if not code.cached:
                 beside.write_text(json.dumps(opcodes(ptx_of.pop("last"))))
             elif not beside.is_file():  # it was compiled by something else than this test
-                beside.write_text(json.dumps(opcodes(to_ptx(kernel, kinds, capability, threads))))
-            found[key] = {
-                "kernel": name, "kinds": list(kinds), "threads": threads, "registers": code.registers,
-                "stack": code.stack_bytes, "local": code.local_bytes, "cached": code.cached,
-                "blocks": getattr(kernel.load().py_func, "blocks_at_once", 1),
+                beside.write_text(json.dumps(opcodes(to_ptx(kernel, capability))))
+            found[kernel] = {
+                "kernel": kernel.name, "kinds": list(kernel.types), "threads": kernel.threads,
+                "registers": code.registers, "stack": code.stack_bytes, "local": code.local_bytes,
+                "cached": code.cached, "blocks": getattr(kernel.function.py_func, "min_blocks_per_sm", 1),
                 "bytes": len(code.machine), "opcodes": json.loads(beside.read_text()),
             }  # fmt: skip
         return code
 
-    driver.to_ptx = remembering
+    compiler.to_ptx = remembering
     install(compile_kernel=compile_kernel, capability=capability)
     ops = set()
     for config, kind, kv, fusions, int8 in CASES:

@@ -12,13 +12,15 @@ from unittest import mock
 import numpy as np
 
 from numballama.checkpoint import Weight
-from numballama.config import BLOCKS, ModelConfig
+from numballama.config import ModelConfig
 from numballama.cpu.sampling import keep_min_p, keep_top_k, keep_top_p
 from numballama.cuda import backend as cuda
-from numballama.cuda.launch import ITEM_BYTES, Array, Gpu
+from numballama.cuda.launch import ITEM_BYTES, Array, Launch, LaunchContext
+from numballama.cuda.ops import sampling
 from numballama.graph import KVLayout
 from numballama.ir import DTYPES
-from numballama.quantization import convert as quant
+from numballama.quantization.convert import dequantize, quantize_int8
+from numballama.quantization.types import BLOCKS
 from numballama.reference import ReferenceBackend
 from numballama.registry import find
 from numballama.sampling import SamplerState
@@ -116,7 +118,7 @@ def run_checked(program: Any, reference: Any, ids: Sequence[int], start: int, se
     tokens, graph = len(ids), program.plan.graph
     feed(program, ids, start, sequence)
     program.backend.device.make_current()
-    program._inputs.send(tokens, 0)  # a run does; the first step's operands are compared before it
+    program.run_inputs.send(tokens, 0)  # a run does; the first step's operands are compared before it
     if whole:
         feed(reference, ids, start, sequence)
         reference.run(tokens)
@@ -189,7 +191,9 @@ class Bench:
         self.backend = cuda.CudaBackend({})
         self.device = self.backend.device
         self._keep: list[Any] = []
-        self.gpu = Gpu(self.device.processors, self.device.shared_limit, self.put(np.array([1], np.int32)), self._zeros)
+        self.ctx = LaunchContext(
+            self.device.n_sms, self.device.shared_limit, self.put(np.array([1], np.int32)), self._zeros
+        )
 
     def _zeros(self, count: int) -> Array:
         return self.put(np.zeros(count, np.int32))
@@ -227,12 +231,16 @@ class Bench:
         kernel = find(op, "cuda", types)
         shapes = [operand.shape for operand in operands[: len(types)]]
         named = {
-            name: self.empty(tuple(shape(*shapes, workers=self.gpu.processors)), "f32")
+            name: self.empty(tuple(shape(*shapes, workers=self.ctx.n_sms)), "f32")
             for name, shape in kernel.scratch.items()
         }
-        for calls in self.backend.ready([kernel.function(self.gpu, *operands, **named, **attrs)]):
-            for call in calls:
-                call()
+        self.execute(kernel.function(self.ctx, *operands, **named, **attrs))
+
+    def execute(self, launches: Sequence[Launch]) -> None:
+        """Compile launches and run them, one after the other."""
+        (prepared,) = self.backend.prepare_launches([launches])
+        for launch in prepared:
+            launch()
         self.device.synchronize()
 
     def close(self) -> None:
@@ -244,7 +252,7 @@ class Bench:
 def check_argmax(bench: Bench, x: np.ndarray) -> None:
     """The first index of the largest; -1 for a row with a NaN."""
     out = bench.empty(x.shape[:1], "i32")
-    bench.device.write(bench.gpu.tokens.address, np.array([len(x)], np.int32).ctypes.data, 4)
+    bench.device.write(bench.ctx.tokens.address, np.array([len(x)], np.int32).ctypes.data, 4)
     bench.run("argmax", ["f32"], bench.put(x), out)
     np.testing.assert_array_equal(bench.get(out), np.where(np.isnan(x).any(axis=1), -1, x.argmax(axis=1)))
 
@@ -261,7 +269,7 @@ def draw(
     following, tokens = bench.empty((1,), "i32"), []
     for _ in range(times):
         on_device = bench.put(logits.reshape(1, -1).astype(np.float32))
-        bench.run("sample", ["f32"], on_device, n, *arrays.values(), following)
+        bench.execute(sampling.sample(on_device, n, **arrays, next_token=following))
         tokens.append(int(bench.get(following)[0]))
     for name in ("recent", "counts", "state"):
         getattr(sampler, name)[...] = bench.get(arrays[name])
@@ -358,7 +366,7 @@ def check_quantize(bench: Bench, x: np.ndarray, group: int) -> None:
     """Groups of finite numbers as llama2.c's runq quantises them; a NaN or infinity in one makes its scale NaN."""
     groups = -(-x.shape[1] // group)
     q, scales = bench.empty(x.shape, "i8"), bench.empty((len(x), groups), "f32")
-    bench.device.write(bench.gpu.tokens.address, np.array([len(x)], np.int32).ctypes.data, 4)
+    bench.device.write(bench.ctx.tokens.address, np.array([len(x)], np.int32).ctypes.data, 4)
     bench.run("quantize", ["f32"], bench.put(x), q, scales, group=group)
     got, got_scales = bench.get(q), bench.get(scales)
     for row in range(len(x)):
@@ -367,7 +375,7 @@ def check_quantize(bench: Bench, x: np.ndarray, group: int) -> None:
             if not np.isfinite(x[row, where]).all():
                 assert np.isnan(got_scales[row, g])
                 continue
-            want, want_scale = quant.quantize_int8(np.ascontiguousarray(x[row, where]), group)
+            want, want_scale = quantize_int8(np.ascontiguousarray(x[row, where]), group)
             assert abs(got_scales[row, g] - want_scale[0]) <= 2.0**-23 * want_scale[0] + 2.0**-149
             ratio = np.abs(np.divide(x[row, where].astype(np.float64), want_scale[0]) if want_scale[0] else 0 * want)
             tie = np.abs(ratio - np.floor(ratio) - 0.5) <= 1e-5
@@ -388,7 +396,7 @@ def magnitudes(weight: Weight) -> np.ndarray:
     blocks = weight.data.reshape(-1, nbytes).copy()
     blocks[:, 1] &= 0x7F
     blocks[:, 3] = blocks[:, 3] & 0x7F | (0x80 if weight.type.name == "q4_k" else 0)  # there it is taken off
-    positive = quant.dequantize(Weight(weight.shape, weight.type, blocks.reshape(weight.data.shape)))
+    positive = dequantize(Weight(weight.shape, weight.type, blocks.reshape(weight.data.shape)))
     return positive.astype(np.float64)
 
 

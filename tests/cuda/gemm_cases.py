@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from numballama import registry
-from numballama.config import F32
-from numballama.quantization import convert as quant
+from numballama.quantization.convert import convert
+from numballama.quantization.types import F32
 from tests.cuda.emulator import Memory, Program, from_16, round_16, run
 from tests.helpers.bounds import U, as_weight
 
@@ -53,11 +53,11 @@ class Emulated:
     programs: dict[Any, Program] = {}  # noqa: RUF012
 
     def __init__(self, capability: tuple[int, int], tokens: int) -> None:
-        from numballama.cuda.launch import Gpu
+        from numballama.cuda.launch import LaunchContext
 
         self.capability, self.memory = capability, Memory(1 << 25)
         limit = {(7, 5): 64 << 10, (8, 0): 163 << 10}.get(capability, 227 << 10)
-        self.gpu = Gpu(132, limit, self.put(np.array([tokens], np.int32), "i32"), self.zeros)
+        self.ctx = LaunchContext(132, limit, self.put(np.array([tokens], np.int32), "i32"), self.zeros)
         self.executed: dict[str, int] = {}
 
     def zeros(self, count: int) -> Any:
@@ -72,19 +72,19 @@ class Emulated:
         return self.memory.get(array.address, array.shape, dtype)
 
     def execute(self, launches: Sequence[Any]) -> None:
-        from numballama.cuda import driver
+        from numballama.cuda import compiler
         from numballama.cuda.launch import Array
 
         for launch in launches:
-            key = launch.kernel, launch.kinds, launch.threads
+            key = launch.specialization
             if key not in self.programs:
-                ptx = driver.to_ptx(launch.kernel, launch.kinds, self.capability, launch.threads)
-                code = driver.assemble(ptx, self.capability)
-                if launch.source[0].endswith(("gemm_kernels", "prefill_attention_kernels")):
+                ptx = compiler.to_ptx(key, self.capability)
+                code = compiler.assemble(ptx, self.capability)
+                if key.source[0].endswith((".kernels.gemm", ".kernels.prefill_attention")):
                     left = code.stack_bytes, code.local_bytes
                     assert left == (0, 0), f"{launch.name}: bytes of stack and local memory {left}"
                 self.programs[key] = Program(ptx)
-            arguments = [a.address if isinstance(a, Array) else a for a in launch.arguments]
+            arguments = [a.address if isinstance(a, Array) else a for a in launch.arguments.values()]
             counts = run(self.programs[key], self.memory, launch.grid, launch.threads, arguments, launch.shared_bytes)
             self.executed = {k: self.executed.get(k, 0) + counts.get(k, 0) for k in self.executed | counts}
 
@@ -95,11 +95,11 @@ class Real:
     functions: dict[Any, Any] = {}  # noqa: RUF012
 
     def __init__(self, device: Any, tokens: int) -> None:
-        from numballama.cuda.launch import Gpu
+        from numballama.cuda.launch import LaunchContext
 
         self.device, self._owned = device, []  # type: ignore[var-annotated]
-        self.gpu = Gpu(
-            device.processors, device.shared_limit, self.put(np.array([tokens], np.int32), "i32"), self.zeros
+        self.ctx = LaunchContext(
+            device.n_sms, device.shared_limit, self.put(np.array([tokens], np.int32), "i32"), self.zeros
         )
         self.executed: dict[str, int] = {}
 
@@ -123,15 +123,15 @@ class Real:
         return out
 
     def calls(self, launches: Sequence[Any]) -> list[Any]:
-        from numballama.cuda import driver
+        from numballama.cuda import compiler, driver
 
         made = []
         for launch in launches:
-            key = launch.kernel, launch.kinds, launch.threads
+            key = launch.specialization
             if key not in self.functions:
-                code = driver.compile_kernel(launch.kernel, launch.kinds, self.device.capability, launch.threads, None)
-                self.functions[key] = driver.Function(self.device, code)
-            made.append(driver.Call(self.device, self.functions[key], launch))
+                code = compiler.compile_kernel(key, self.device.capability, None)
+                self.functions[key] = driver.LoadedKernel(self.device, code)
+            made.append(driver.PreparedLaunch(self.device, self.functions[key], launch))
         return made
 
     def execute(self, launches: Sequence[Any]) -> None:
@@ -142,14 +142,14 @@ class Real:
 
 def upload(machine: Any, values: np.ndarray, kind: str, group: int = 32) -> tuple[Any, np.ndarray]:
     """A weight on the machine, as the backend lays it out, and the numbers it stands for."""
-    from numballama.cuda.weights import _layout
+    from numballama.cuda.weights import layout_of
 
     weight = as_weight(values.astype(np.float32), kind, group if kind == "int8" else 0)
-    layout = _layout(weight)
+    layout = layout_of(weight)
     raw = np.zeros(layout.nbytes, np.uint8)
     for at, part in layout.parts():
         raw[at : at + part.size] = part.reshape(-1)
-    exact = quant.convert(weight, F32).data.reshape(values.shape)
+    exact = convert(weight, F32).data.reshape(values.shape)
     return layout.operand(machine.put(raw, "u8x").address), exact
 
 
@@ -161,11 +161,11 @@ def launches_of(machine: Any, op: str, types: Sequence[str], operands: Sequence[
     arguments = [*operands, *outputs]
     for name in found.parameters[1 + len(arguments) :]:
         if name in found.scratch:
-            shape = found.scratch[name](*shapes, workers=machine.gpu.processors)
+            shape = found.scratch[name](*shapes, workers=machine.ctx.n_sms)
             arguments.append(machine.put(np.full(shape, np.nan, np.float32), "f32"))
         else:
             arguments.append(attrs[name])
-    launches: list[Any] = found.function(machine.gpu, *arguments)
+    launches: list[Any] = found.function(machine.ctx, *arguments)
     return launches
 
 
@@ -417,13 +417,13 @@ def in_pieces(machine: Any) -> float:
     """Quantised weights that are expanded a part at a time."""
     from numballama.cuda.ops import gemm
 
-    before, gemm.MOST_EXPANDED = gemm.MOST_EXPANDED, 128 * 64
+    before, gemm.MAX_EXPANDED = gemm.MAX_EXPANDED, 128 * 64
     try:
-        machine.gpu = replace(machine.gpu)
+        machine.ctx = replace(machine.ctx)
         worst = linear(machine, "q8_0", 10, 64, 300, 10, False, False)
         return max(worst, gate_up(machine, "q4_0", 10, 64, 300, 10, True))
     finally:
-        gemm.MOST_EXPANDED = before
+        gemm.MAX_EXPANDED = before
 
 
 def main(machines: Callable[[int], Any]) -> dict[str, str]:

@@ -15,7 +15,7 @@ from tests.cuda import simulator as cuda_simulator  # first: it puts the simulat
 from tests.cuda.simulator import simulation
 from tests.helpers.cuda_host import HostDevice, HostMemory, install
 
-install(run=simulation.run, processors=2)
+install(run=simulation.run, n_sms=2)
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -39,7 +39,7 @@ from numballama.cuda.intrinsics import (
 )
 from numballama.cuda.kernels import decode_attention as attention_kernels
 from numballama.cuda.kernels import sampling as sampling_kernels
-from numballama.cuda.launch import Launch
+from numballama.cuda.launch import Launch, named
 from numballama.cuda.ops import attention, sampling
 from numballama.ir import Graph, Value
 from numballama.model import Model
@@ -80,7 +80,7 @@ ODD = ModelConfig(18, 7, 1, 3, 1, 11, 8, tied_embeddings=False)
 @pytest.fixture(autouse=True)
 def _processors() -> Iterator[None]:
     yield
-    HostDevice.processors = 2
+    HostDevice.n_sms = 2
 
 
 # Programs
@@ -159,7 +159,7 @@ def test_block_types(kind: str, columns: int, fusions: Sequence[str]) -> None:
         assert {step.op.kind for step in program.plan.steps} == {"embedding", "qkv", "gate_up", "linear_add"}
     poison(program)
     program.inputs["ids"][:], program.inputs["residual"][:] = [4, 1], rng.standard_normal((2, 5), np.float32)
-    program._inputs.send(2, 0)
+    program.run_inputs.send(2, 0)
     reference = ReferenceBackend(weights)
     with bounds_of(reference):
         for step in range(len(program.plan.steps)):
@@ -170,14 +170,14 @@ def test_block_types(kind: str, columns: int, fusions: Sequence[str]) -> None:
 def test_lanes_that_copy_for_others(monkeypatch: pytest.MonkeyPatch, asynchronous: bool) -> None:
     """Superblocks' scales are copied by some lanes for all; here a row has more stages than a ring."""
     monkeypatch.setattr(simulation, "asynchronous", asynchronous)
-    monkeypatch.setattr(HostDevice, "processors", 1)
+    monkeypatch.setattr(HostDevice, "n_sms", 1)
     rng, graph = np.random.default_rng(0), Graph("rows")
     weights = {"w": as_weight(rng.standard_normal((16, 12288), np.float32), "q4_k")}
     graph.outputs = [value.name for value in projections(graph, graph.input("x", (1, 12288), "f32"), weights, "w")]
     program, reference = cuda_backend.CudaBackend(weights).program(graph), ReferenceBackend(weights)
     poison(program)
     program.inputs["x"][:] = rng.standard_normal((1, 12288), np.float32)
-    program._inputs.send(1, 0)
+    program.run_inputs.send(1, 0)
     with bounds_of(reference):
         check_step(program, 0, 1, reference, lambda: program.run(1))
 
@@ -196,13 +196,14 @@ def test_a_mixture_of_block_types() -> None:
 @pytest.mark.parametrize(("heads", "kv_heads", "kv"), [(5, 1, "f16"), (2, 2, "f32")])
 def test_a_context_split_over_blocks(monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, kv: str) -> None:
     """Parts of one key and more, and blocks that have none; five heads that share keys make three blocks."""
-    for module in (attention, attention_kernels):
-        monkeypatch.setattr(module, "ALONE", 3)
-        monkeypatch.setattr(module, "LEAST_KEYS", 2)
-    monkeypatch.setattr(attention, "_splits", lambda gpu, blocks, context: 4)
+    monkeypatch.setattr(attention, "SPLIT_FROM", 3)
+    monkeypatch.setattr(attention, "MIN_SPLIT_KEYS", 2)
+    monkeypatch.setattr(attention_kernels, "ALONE", 3)
+    monkeypatch.setattr(attention_kernels, "LEAST_KEYS", 2)
+    monkeypatch.setattr(attention, "_splits", lambda ctx, blocks, context: 4)
     pair = Pair(ModelConfig(4 * heads, 4, 1, heads, kv_heads, 9, 16, head_dim=8), "f32", kv)
     decode = pair.programs(1)[0]
-    assert any(launch.at(3).grid[2:] == (4,) for launches in decode.launches for launch in launches)
+    assert any(launch.variant_for(3).grid[2:] == (4,) for launches in decode.launches for launch in launches)
     check_runs(pair, [3, 1, 1, 3, 1], 3, ["attention"])
 
 
@@ -384,7 +385,7 @@ def test_a_session_that_runs_ahead() -> None:
     """Steps are put into the stream before the host knows their tokens: what it reads, rewinds to or asks for next is
     as if they were not.
     """
-    HostDevice.processors = 1
+    HostDevice.n_sms = 1
     config, context = ModelConfig(8, 8, 1, 2, 1, 12, 9), 9
     pair = Pair(config, scale=2.0)
     (decode, _), (prompt, _) = pair.programs(1), pair.programs(2)
@@ -447,7 +448,7 @@ def test_every_instruction_is_emulated() -> None:
 def launch(function: Any, *arrays: np.ndarray, threads: int = 64, shared: int = 1024) -> list[np.ndarray]:
     bench = Bench()
     arguments = tuple(bench.put(array) for array in arrays)
-    simulation.run(Launch(function, (1,), threads, arguments, shared))
+    simulation.run(Launch(function, (1,), threads, {str(i): a for i, a in enumerate(arguments)}, shared))
     return [bench.get(argument) for argument in arguments]
 
 
@@ -554,7 +555,7 @@ def test_it_notices_what_is_read_before_the_wait(early: int) -> None:
     bench = Bench()
     x, flag = bench.put(np.zeros(64, np.float32)), bench.put(np.array([early]))
     for _ in range(2):
-        simulation.run(Launch(adds, (1,), 64, (x, flag)))
+        simulation.run(Launch(adds, (1,), 64, named(x=x, early=flag)))
     assert np.isnan(bench.get(x)).all() if early else (bench.get(x) == 2).all()
 
 
@@ -563,11 +564,11 @@ def test_comparisons_can_fail() -> None:
     pair = Pair(SMALL)
     program, _ = pair.programs(1)
     for step in range(len(program.plan.steps)):
-        calls, program.calls[step] = program.calls[step], []
+        calls, program.prepared_launches[step] = program.prepared_launches[step], []
         with pytest.raises(AssertionError):
             check_runs_of(pair, program)
-        program.calls[step] = calls
-        program._recordings.clear()
+        program.prepared_launches[step] = calls
+        program._graphs.clear()
     check_runs_of(pair, program)
     with pytest.raises(AssertionError):
         close(np.zeros(3), np.ones(3), "nothing")

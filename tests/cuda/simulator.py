@@ -259,7 +259,7 @@ _ELEMENTS = {
     "i64": np.int64, "f64": np.float64, "u64": np.uint64, "q4_0": np.uint8,
     "u8": np.uint8, "u32": np.uint32, "q4_1": np.uint8, "q4_k": np.uint8, "q6_k": np.uint8,
 }  # fmt: skip
-"""As `driver.signature` has them."""
+"""As `compiler.signature` has them."""
 _PACKED = ("q4_1", "q4_k", "q6_k")
 """Types that kernels tell apart although NumPy's are the same."""
 
@@ -344,14 +344,17 @@ class Simulation:
             Pointer(argument.address, argument.nbytes // np.dtype(_ELEMENTS[argument.dtype]).itemsize,
                     _ELEMENTS[argument.dtype], kind=argument.dtype)
             if hasattr(argument, "address") else np.float32(argument) if isinstance(argument, float) else argument
-            for argument in launch.arguments
+            for argument in launch.arguments.values()
         ]  # fmt: skip
         grid = (*launch.grid, 1, 1)[:3]
         context = _Module(grid, (launch.threads, 1, 1), launch.shared_bytes)
         function = launch.function  # before its file is looked for
         with ExitStack() as stack:
             for name, module in list(sys.modules.items()):
-                if name.startswith("numballama.cuda.ops") and vars(module).get("cuda") is cuda:
+                if (
+                    name.startswith(("numballama.cuda.", "numballama.kernels_cuda"))
+                    and vars(module).get("cuda") is cuda
+                ):
                     marker = python_types.FunctionType((lambda: None).__code__, vars(module))
                     stack.enter_context(swapped_cuda_module(marker, context))
             numba_simulator.FakeCUDAModule = lambda *shape: context

@@ -51,10 +51,11 @@ from numballama.config import HALF_SPLIT, INTERLEAVED, NAMED_SHAPES, ModelConfig
 from numballama.cuda import backend as cuda
 from numballama.cuda import driver
 from numballama.cuda.ops import gemm
-from numballama.graph import FUSIONS, KVLayout
+from numballama.fusion import FUSIONS
+from numballama.graph import KVLayout
 from numballama.ir import Graph, Value
 from numballama.model import Model
-from numballama.quantization import convert as quant
+from numballama.quantization.convert import dequantize, to_bf16, to_f16
 from numballama.reference import ReferenceBackend
 from numballama.registry import find
 from numballama.sampling import SamplerState
@@ -252,7 +253,7 @@ def fill_cache(pair: Pair, program: Any) -> None:
     rng = np.random.default_rng(7)
     for state in pair.cuda.states:
         numbers = rng.standard_normal(pair.kv.shape, dtype=np.float32)
-        rounded = {"f32": lambda a: a, "f16": quant.to_f16, "bf16": quant.to_bf16}[pair.kv.dtype](numbers)
+        rounded = {"f32": lambda a: a, "f16": to_f16, "bf16": to_bf16}[pair.kv.dtype](numbers)
         program.write(state, rounded)
 
 
@@ -470,7 +471,7 @@ def test_two_thousand_steps_of_a_large_model() -> None:
     weights = {name: made[shape] for name, shape in config.weight_shapes().items()}
     steps, chosen = 2000, [0, 1, 2, 63, 64, 255, 256, 511, 1000, 1500, 1999]
     ids = rng.integers(0, config.vocab_size, steps).tolist()
-    want = in_torch(torch, config, {shape: quant.dequantize(w) for shape, w in made.items()}, ids, chosen)
+    want = in_torch(torch, config, {shape: dequantize(w) for shape, w in made.items()}, ids, chosen)
 
     for kv, most in (("f32", 2e-3), ("f16", 2.0**-6)):
         backend = cuda.CudaBackend(weights)

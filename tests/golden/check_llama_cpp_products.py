@@ -77,9 +77,9 @@ def run(model_path: str, target: str, text: str) -> None:
 
 def products(weight: Any, x: np.ndarray, activations: str) -> np.ndarray:
     """x · weightᵀ by the kernels of the CPU."""
-    from numballama.config import VEC_DOT_TYPE
     from numballama.cpu.backend import CpuBackend
     from numballama.ir import Graph
+    from numballama.quantization.types import VEC_DOT_TYPE
 
     graph = Graph("product")
     inputs: Any = (graph.input("x", x.shape, "f32"),)

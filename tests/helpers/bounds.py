@@ -20,14 +20,14 @@ import numpy as np
 
 import numballama
 from numballama.checkpoint import Weight
-from numballama.config import ACTIVATION_QUANT, BLOCKS, F32, WeightType
 from numballama.cpu import backend as cpu
 from numballama.cpu.backend import CpuBackend, CpuProgram
 from numballama.cpu.compiler import compile_step
 from numballama.ir import Graph, Op
 from numballama.model import Model
-from numballama.quantization import blocks as quant_blocks
-from numballama.quantization import convert as quant
+from numballama.quantization import blocks
+from numballama.quantization.convert import convert, from_bf16, from_f16
+from numballama.quantization.types import ACTIVATION_QUANT, BLOCKS, F32, WeightType
 from numballama.reference import ReferenceBackend, seen
 from numballama.registry import find
 from tests.helpers.gguf_files import random_blocks
@@ -77,11 +77,11 @@ def run_parts(program: CpuProgram, tokens: int, step: int, order: Sequence[int])
 def as_weight(values: np.ndarray, kind: str = "f32", group: int = 0, misaligned: bool = False) -> Weight:
     """A weight of these numbers; `misaligned` puts its bytes at an odd address and makes them read-only, as a file
     does."""
-    if kind in BLOCKS and kind not in quant_blocks.ENCODERS:  # numbers as large as these, but not these
+    if kind in BLOCKS and kind not in blocks.ENCODERS:  # numbers as large as these, but not these
         rng, count = np.random.default_rng(values.size), values.shape[1] // BLOCKS[kind][0]
         weight = random_blocks(kind, len(values), count, rng, size=float(np.std(values)))
     else:
-        weight = quant.convert(Weight(values.shape, F32, values), WeightType(kind, group))
+        weight = convert(Weight(values.shape, F32, values), WeightType(kind, group))
     if not misaligned:
         return weight
     return Weight(weight.shape, weight.type, _odd(weight.data), None if weight.scales is None else _odd(weight.scales))
@@ -122,8 +122,8 @@ def poison_dead(program: CpuProgram, step: int) -> np.ndarray:
 def stored(array: np.ndarray, dtype: str) -> np.ndarray:
     """A copy of a value's memory as numbers: 16-bit formats become float32."""
     if dtype == "f16":
-        return quant.from_f16(array)
-    return quant.from_bf16(array) if dtype == "bf16" else array.copy()
+        return from_f16(array)
+    return from_bf16(array) if dtype == "bf16" else array.copy()
 
 
 def read(program: CpuProgram, name: str, tokens: int) -> np.ndarray:

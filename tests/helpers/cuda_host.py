@@ -1,8 +1,8 @@
-"""What the tests of the CUDA backend share where there is no GPU: a device that is the host's memory.
+"""The CUDA backend without a GPU: a device whose memory is the host's.
 
-`install` puts it in the place of `cuda.driver`'s classes in `cuda.backend` and `cuda.weights`, for the rest of the
-process. So the backend's own code binds plans, weights and inputs; what a launch does is the caller's choice:
-nothing where kernels are only compiled (test_cuda_assembly), or the kernel run by the simulator (test_cuda_simulator).
+`install` puts it in the place of `cuda.driver`'s classes, wherever the backend uses them, for the rest of the process.
+So the backend's own code binds plans, weights and inputs. The caller chooses what a launch does: nothing where kernels
+are only compiled (tests/cuda/test_assembly.py), or run by the simulator (tests/cuda/test_simulator.py).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from numballama.ir import Graph
 from tests.helpers.bounds import as_weight
 
 ALIGNMENT = 256
-"""Of device memory, as the driver gives it."""
+"""Alignment of device memory, as the driver's."""
 
 
 def missing_packages() -> str:
@@ -101,10 +101,10 @@ class HostPinned(HostMemory):
 
 
 class HostDevice:
-    """`driver.Device`, over host memory. It has as many processors as `install` says: few, so that plans are small."""
+    """`driver.Device`, over host memory. `install` sets how many SMs it has: few, so that plans are small."""
 
     capability = (9, 0)
-    processors = 2
+    n_sms = 2
     shared_limit = 99 << 10
     busy = False
     stream = None
@@ -131,54 +131,52 @@ class HostDevice:
         ctypes.memset(address, byte, nbytes)
 
 
-class HostRecording:
-    """`driver.Recording`: the calls, one after the other."""
+class HostGraph:
+    """`driver.CudaGraph`: the launches, one after the other."""
 
-    def __init__(self, device: HostDevice, calls: Sequence[Callable[[], None]]) -> None:
-        self._calls = list(calls)
+    def __init__(self, device: HostDevice, launches: Sequence[Callable[[], None]]) -> None:
+        self._launches = list(launches)
 
     def replay(self) -> None:
-        for call in self._calls:
-            call()
+        for launch in self._launches:
+            launch()
 
 
 def install(
     run: Callable[[Any], None] = lambda launch: None,
-    compile_kernel: Callable[[Any, Sequence[str], tuple[int, int], int, Path | None], Any] | None = None,
+    compile_kernel: Callable[[Any, tuple[int, int], Path | None], Any] | None = None,
     capability: tuple[int, int] = (9, 0),
-    processors: int = 2,
+    n_sms: int = 2,
 ) -> None:
     """From now on the CUDA backend works on `HostDevice`: launches are handed to `run`, kernels to `compile_kernel`.
 
     For a process of its own: nothing puts the driver back.
     """
-    from numballama.cuda import backend as cuda
-    from numballama.cuda import driver
-    from numballama.cuda import weights as weights_cuda
+    from numballama.cuda import backend, compiler, decode_pipeline, driver, program, weights
 
-    class HostCall:
-        def __init__(self, device: HostDevice, function: Any, launch: Any) -> None:
+    class HostLaunch:
+        def __init__(self, device: HostDevice, kernel: Any, launch: Any) -> None:
             self.name, self.launch = launch.name, launch
 
         def __call__(self) -> None:
             run(self.launch)
 
     def nothing(*arguments: Any) -> Any:
-        return driver.Code(b"", "", 0, 0, 0)
+        return compiler.Cubin(b"", "", 0, 0, 0)
 
-    HostDevice.capability, HostDevice.processors = capability, processors
+    HostDevice.capability, HostDevice.n_sms = capability, n_sms
     for name, replacement in {
         "Device": HostDevice,
         "Memory": HostMemory,
         "Pinned": HostPinned,
-        "Recording": HostRecording,
-        "Function": lambda device, code: code,
-        "Call": HostCall,
+        "CudaGraph": HostGraph,
+        "LoadedKernel": lambda device, code: code,
+        "PreparedLaunch": HostLaunch,
         "compile_kernel": compile_kernel or nothing,
         "compile_ahead": lambda *arguments: {},
     }.items():
-        assert hasattr(cuda, name), f"cuda.backend has no {name} any more: tests/helpers/cuda_host.py stands in for it"
-        setattr(cuda, name, replacement)
-        if hasattr(weights_cuda, name):
-            setattr(weights_cuda, name, replacement)
+        users = [module for module in (backend, program, decode_pipeline, weights) if hasattr(module, name)]
+        assert users, f"nothing uses {name} any more: tests/helpers/cuda_host.py stands in for it"
+        for module in users:
+            setattr(module, name, replacement)
     driver.Device = HostDevice  # `compile` asks whether there is a GPU

@@ -30,12 +30,13 @@ from pathlib import Path
 import numpy as np
 
 import numballama
-from numballama.config import BF16, BLOCKS, F16, ModelConfig
+from numballama.config import ModelConfig
 from numballama.errors import Error
 from numballama.formats.gguf.writer import write_gguf
 from numballama.formats.hf.writer import write_safetensors
 from numballama.loader import open_checkpoint
-from numballama.quantization import convert as quant
+from numballama.quantization.convert import convert
+from numballama.quantization.types import BF16, BLOCKS, F16
 from tests.helpers import fuzz_tokenizers
 from tests.helpers.gguf_files import HALVES, letters, random_blocks, split
 from tests.helpers.random_models import random_checkpoint
@@ -59,7 +60,7 @@ def gguf_blocks(folder: Path) -> Path:
         if kind in BLOCKS:
             weights[name] = random_blocks(kind, weight.shape[0], weight.shape[1] // BLOCKS[kind][0], rng)
         elif kind != "f32":
-            weights[name] = quant.convert(weight, F16 if kind == "f16" else BF16)
+            weights[name] = convert(weight, F16 if kind == "f16" else BF16)
     write_gguf(path, config, weights, letters(290), name="sample", chat_template="{{ x }}")
     return path
 
@@ -89,7 +90,7 @@ def hugging_face(folder: Path) -> Path:
     """One file, bfloat16, with everything that a configuration can ask for."""
     config = ModelConfig(16, 24, 2, 2, 1, 40, 16, qkv_bias=True, o_bias=True, qk_norm=True, window=5, head_dim=6)
     weights = random_checkpoint(config).weights
-    matrices = {n: quant.convert(w, BF16) for n, w in weights.items() if len(w.shape) == 2}
+    matrices = {n: convert(w, BF16) for n, w in weights.items() if len(w.shape) == 2}
     shutil.rmtree(folder)
     write_safetensors(folder, config, weights | matrices, bos_id=1, eos_ids=(2, 3))
     return folder

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from numballama.checkpoint import Weight
-from numballama.config import BF16, BLOCKS, F16, F32, Q4_0, Q4_1, Q8_0, ModelConfig, WeightType
+from numballama.config import ModelConfig
 from numballama.files import map_file
 from numballama.formats.gguf.header import TENSOR_TYPES, Header
 from numballama.formats.gguf.writer import write_gguf
-from numballama.quantization import convert as quant
+from numballama.quantization.convert import convert
+from numballama.quantization.types import BF16, BLOCKS, F16, F32, Q4_0, Q4_1, Q8_0, WeightType
 from numballama.tokenizers.base import PieceType, Vocabulary
 from numballama.tokenizers.scored import GgufTokenizer
 from tests.helpers.random_models import random_checkpoint
@@ -25,7 +26,7 @@ TYPES = {"F32": F32, "F16": F16, "BF16": BF16, "Q8_0": Q8_0, "Q4_0": Q4_0, "Q4_1
 
 def weights_of(config: ModelConfig, kind: WeightType = F32, seed: int = 0) -> dict[str, Weight]:
     weights = random_checkpoint(config, seed).weights
-    return {name: quant.convert(w, kind) if len(w.shape) == 2 else w for name, w in weights.items()}
+    return {name: convert(w, kind) if len(w.shape) == 2 else w for name, w in weights.items()}
 
 
 HALVES = {

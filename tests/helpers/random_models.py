@@ -11,9 +11,10 @@ import numpy as np
 from hypothesis import strategies as st
 
 from numballama.checkpoint import Checkpoint, Weight
-from numballama.config import F32, ModelConfig, RopeScaling
+from numballama.config import ModelConfig, RopeScaling
 from numballama.export import WRITERS
 from numballama.graph import KVLayout, build
+from numballama.quantization.types import F32
 from numballama.reference import ReferenceBackend
 
 SMALL = ModelConfig(24, 10, 2, 6, 2, 11, 7, tied_embeddings=False)

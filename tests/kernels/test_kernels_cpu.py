@@ -20,13 +20,13 @@ from hypothesis import strategies as st
 
 from numballama import registry
 from numballama.checkpoint import Weight
-from numballama.config import BLOCKS, VEC_DOT_TYPE
 from numballama.cpu.backend import CpuProgram
 from numballama.cpu.compiler import FAST_MATH
 from numballama.ir import DTYPES, Graph, Value
 from numballama.kernels_cpu import CACHE, LARGEST, LINEAR, SMALLEST, exp
-from numballama.quantization import convert as quant
 from numballama.quantization.activations import quantize_activations
+from numballama.quantization.convert import dequantize, from_bf16, from_f16, to_bf16, to_f16
+from numballama.quantization.types import BLOCKS, VEC_DOT_TYPE
 from numballama.reference import ReferenceBackend
 from tests.helpers.bounds import as_weight, check_step, compiled, cpu_backend, poison, read, run_parts
 
@@ -139,7 +139,7 @@ class Case:
     def cache(self, name: str) -> Value:
         shape = (self.sequences, self.kv_heads, self.context, self.head_dim)
         numbers = self.numbers(*shape)
-        self.states[name] = {"f32": lambda a: a, "f16": quant.to_f16, "bf16": quant.to_bf16}[self.cache_type](numbers)
+        self.states[name] = {"f32": lambda a: a, "f16": to_f16, "bf16": to_bf16}[self.cache_type](numbers)
         return self.graph.state(name, shape, self.cache_type)
 
     def angles(self) -> Value:
@@ -580,7 +580,7 @@ def test_quantize_rounds_halves_away_from_zero() -> None:
 def test_cache_rounds_every_kind_of_number_to_the_nearest(dtype: str) -> None:
     """All patterns of the format, what lies half-way between neighbours, overflow, subnormals, infinities and NaN."""
     bits = np.arange(0x7F80 if dtype == "bf16" else 0x7C00, dtype=np.uint16)
-    exact = quant.from_bf16(bits) if dtype == "bf16" else quant.from_f16(bits)
+    exact = from_bf16(bits) if dtype == "bf16" else from_f16(bits)
     middle = ((exact[:-1].astype(np.float64) + exact[1:]) / 2).astype(np.float32)
     parts = [exact, middle, np.nextafter(middle, 0), np.nextafter(middle, np.float32(np.inf))]
     parts.append(f32([65519.9, 65520, 1e5, 3.4028235e38, np.inf, np.nan, 1e-45, 2.0**-25, 2.0**-24])[0])
@@ -619,7 +619,7 @@ def test_a_16_bit_weight_decodes_exactly(kind: str) -> None:
     program = compiled(cpu_backend({"table": weight}, 3), graph)
     program.inputs["ids"][:] = range(1024)
     run_parts(program, 1024, 0, range(3))
-    want = quant.dequantize(weight)
+    want = dequantize(weight)
     got = program.value("y")
     np.testing.assert_array_equal(got, want)
     assert DTYPES[kind].itemsize == 2 and np.isnan(want).any() and np.isinf(want).any()

@@ -17,10 +17,10 @@ import pytest
 
 import numballama
 from numballama import loader
-from numballama.config import WeightType
 from numballama.export import WRITERS
 from numballama.model import Model
-from numballama.quantization import convert as quant
+from numballama.quantization.convert import convert
+from numballama.quantization.types import WeightType
 from tests.helpers.bounds import TOKENIZERS, shared_model, story_model
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -90,7 +90,7 @@ def test_4_bit_files_in_llama_cpp(models: Path, tmp_path: Path, kind: str) -> No
     """llama.cpp tells the same story from the file that we write; its activations are int8, so not for ever."""
     source = loader.open_checkpoint(models / "stories15M.bin", models / "llama2_tokenizer.model")
     weights = {
-        name: quant.convert(weight, WeightType(kind)) if len(weight.shape) == 2 else weight
+        name: convert(weight, WeightType(kind)) if len(weight.shape) == 2 else weight
         for name, weight in source.weights.items()
     }
     WRITERS["gguf"](path := tmp_path / "m.gguf", source.config, weights, tokenizer=source.tokenizer)

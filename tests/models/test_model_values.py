@@ -20,10 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numballama.checkpoint import Weight
-from numballama.config import F32, HALF_SPLIT, INTERLEAVED, ModelConfig, WeightType
+from numballama.config import HALF_SPLIT, INTERLEAVED, ModelConfig
 from numballama.cpu.backend import CpuProgram
-from numballama.graph import FUSIONS, KVLayout, build
-from numballama.quantization import convert as quant
+from numballama.fusion import FUSIONS
+from numballama.graph import KVLayout, build
+from numballama.quantization.convert import convert
+from numballama.quantization.types import F32, WeightType
 from numballama.reference import ReferenceBackend, ReferenceProgram
 from numballama.session import Session
 from tests.helpers.bounds import check_step, compiled, cpu_backend, poison, poison_dead, read
@@ -39,7 +41,7 @@ near 1."""
 def converted(weights: Mapping[str, Weight], kind: str, group: int) -> dict[str, Weight]:
     """Matrices in another type, norms and biases as they are: what `compile(dtype=…)` and the int8 formats give."""
     target = WeightType("int8", group) if kind == "int8" else TYPES[kind]
-    return {name: quant.convert(w, target) if len(w.shape) == 2 else w for name, w in weights.items()}
+    return {name: convert(w, target) if len(w.shape) == 2 else w for name, w in weights.items()}
 
 
 def graph_of(

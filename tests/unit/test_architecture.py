@@ -17,21 +17,23 @@ PACKAGE = Path(numballama.__file__).parent
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = [
-    "errors", "validation", "config", "rope", "registry", "memory", "progress", "checkpoint", "quantization.blocks",
-    "quantization.activations", "quantization.convert", "quantization.policy", "files", "formats.gguf.header",
-    "formats.gguf.split", "tokenizers.sentencepiece_proto", "hub", "tokenizers", "tokenizers.base",
-    "tokenizers.sentencepiece", "tokenizers.scored", "tokenizers.pretokenizers", "tokenizers.bpe",
+    "errors", "validation", "config", "rope", "registry", "memory", "progress", "quantization.types", "checkpoint",
+    "quantization.blocks", "quantization.activations", "quantization.convert", "quantization.policy", "files",
+    "formats.gguf.header", "formats.gguf.split", "tokenizers.sentencepiece_proto", "hub", "tokenizers",
+    "tokenizers.base", "tokenizers.sentencepiece", "tokenizers.scored", "tokenizers.pretokenizers", "tokenizers.bpe",
     "formats.gguf.tokenizer", "tokenizers.tiktoken", "tokenizers.huggingface", "formats.tokenizer_files",
     "formats.llama2c.layout", "formats.llama2c.reader", "formats.llama2c.kuiper", "formats.rope_permute",
     "formats.gguf.reader", "formats.gguf.writer", "formats.json_reader", "formats.safetensors", "formats.hf.config",
     "formats.hf.reader", "formats.hf.writer", "formats.meta.torch_zip", "formats.meta.reader", "formats", "loader",
     "ir", "graph", "plan", "kernels_outline", "kernel_cache", "cpu.compiler", "cuda.repack", "cpu.intrinsics",
     "cpu.vecdot", "cpu.vecdot_int8", "cpu.matmul", "kernels_cpu", "cpu.kernels_int8", "cpu.sampling", "sampling",
-    "cpu.backend", "cuda.launch", "cuda.lowering", "cuda.intrinsics", "cuda.mma", "cuda.driver",
-    "cuda.compile_worker", "cuda.ops.gemv", "cuda.ops.elementwise", "cuda.ops.gemm", "cuda.ops.attention",
-    "cuda.ops.prefill_attention", "cuda.ops.sampling", "cuda.ops", "cuda.kernels.common", "cuda.kernels.dequant",
+    "cpu.backend", "cuda.launch", "cuda.kernels.params", "cuda.lowering", "cuda.intrinsics", "cuda.mma",
+    "cuda.compiler", "cuda.driver", "cuda.compile_worker", "cuda.ops.gemv", "cuda.ops.elementwise", "cuda.ops.gemm",
+    "cuda.ops.linear", "cuda.ops.attention", "cuda.ops.sampling", "cuda.ops", "cuda.kernels.common",
+    "cuda.kernels.dequant",
     "cuda.kernels.dot", "cuda.kernels.gemv", "kernels_cuda", "cuda.kernels.gemm", "cuda.kernels.decode_attention",
-    "cuda.kernels.prefill_attention", "cuda.kernels.sampling", "cuda.kernels.copy", "cuda.weights", "cuda.backend",
+    "cuda.kernels.prefill_attention", "cuda.kernels.sampling", "cuda.kernels.copy", "cuda.weights",
+    "cuda.decode_pipeline", "cuda.program", "cuda.backend",
     "reference", "session", "generate", "chat.builtin_templates", "chat.sandbox", "chat.template", "chat.encoder",
     "chat.conversation", "model", "inspection",
     "bench.profiler", "bench.bandwidth", "bench.benchmark", "export", "cli.args", "cli.bench", "cli.chat",
@@ -202,13 +204,13 @@ def test_a_gpu_with_kernels_in_the_cache_needs_no_numba() -> None:
         "import numballama.model, numballama.cuda.backend\n"
         "from numballama import registry\n"
         "registry.load('cuda')\n"
-        "from numballama.cuda.ops import basic\n"
-        "from numballama.cuda import driver, launch\n"
+        "from numballama.cuda.ops import elementwise\n"
+        "from numballama.cuda import compiler, driver, launch\n"
         "array = launch.Array(256, (4, 64), 'f32')\n"
-        "gpu = launch.Gpu(4, 1 << 16, array, lambda n: array)\n"
-        "(one,) = basic.add(gpu, array, array, array)\n"
+        "ctx = launch.LaunchContext(4, 1 << 16, array, lambda n: array)\n"
+        "(one,) = elementwise.add(ctx, array, array, array)\n"
         "from pathlib import Path\n"
-        "assert driver.cache_entry(one.kernel, one.kinds, (9, 0), one.threads, Path('cache')) is not None"
+        "assert compiler.cache_entry(one.specialization, (9, 0), Path('cache')) is not None"
     )
     assert not {name for name in loaded if name.split(".")[0] in ("numba", "llvmlite", "numba_cuda")}
 

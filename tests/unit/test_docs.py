@@ -21,7 +21,7 @@ from numballama.export import export_model
 from numballama.formats.hf import config as hf_config
 from numballama.formats.hf import reader as hf
 from numballama.model import KV_TYPES
-from numballama.quantization import policy as conversion
+from numballama.quantization import policy
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -31,6 +31,8 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 @pytest.fixture(autouse=True)
 def registries(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a page registers is gone with its test."""
+    for backend in ("cpu", "reference"):
+        registry.load(backend)  # theirs stay
     monkeypatch.setattr(ir, "RULES", dict(ir.RULES))
     monkeypatch.setattr(graph, "LAYERS", dict(graph.LAYERS))
     monkeypatch.setattr(hf_config, "READERS", dict(hf_config.READERS))
@@ -72,7 +74,7 @@ def test_commands_are_understood(words: str) -> None:
     if hasattr(parsed, "device"):
         assert re.fullmatch(r"auto|cpu|reference|cuda(:\d)?", parsed.device)
         assert parsed.kv_dtype in (None, *KV_TYPES)
-        assert parsed.dtype in (None, *conversion.TYPES)
+        assert parsed.dtype in (None, *policy.DTYPES)
 
 
 def test_cuda_blocks_are_compiled(tmp_path: Path) -> None:

@@ -17,15 +17,16 @@ from hypothesis import strategies as st
 
 import numballama
 from numballama.checkpoint import LazyWeight, Weight
-from numballama.config import BF16, F16, F32, HALF_SPLIT, INTERLEAVED, Q8_0, ModelConfig, WeightType
+from numballama.config import HALF_SPLIT, INTERLEAVED, ModelConfig
 from numballama.errors import Error, UnsupportedError
 from numballama.export import QUANTS, WRITERS, export_model
 from numballama.files import map_file
 from numballama.formats.gguf.header import Header
 from numballama.formats.hf.writer import write_safetensors
 from numballama.loader import STORY_MODEL, open_checkpoint
-from numballama.quantization import convert as quant
+from numballama.quantization.convert import convert, dequantize, relative_error
 from numballama.quantization.policy import Converting
+from numballama.quantization.types import BF16, F16, F32, Q8_0, WeightType
 from tests.helpers.gguf_files import letters
 from tests.helpers.gguf_files import save as save_gguf
 from tests.helpers.random_models import SMALL, architectures, random_checkpoint, reference_logits, save
@@ -91,9 +92,7 @@ def test_the_safetensors_library_reads_what_we_write(tmp_path: Path) -> None:
     weights = random_checkpoint(SMALL).weights
     for kind in (F32, F16):
         path = tmp_path / str(kind)
-        write_safetensors(
-            path, SMALL, {n: quant.convert(w, kind) if len(w.shape) == 2 else w for n, w in weights.items()}
-        )
+        write_safetensors(path, SMALL, {n: convert(w, kind) if len(w.shape) == 2 else w for n, w in weights.items()})
         theirs = library.load_file(path / "model.safetensors")
         assert len(theirs) == len(weights)
         numbers = theirs["model.layers.1.mlp.down_proj.weight"]
@@ -138,7 +137,7 @@ def test_weights_and_config_belong_together(tmp_path: Path) -> None:
         write_safetensors(tmp_path / "x", SMALL, weights | {"norm": Weight((1,), F32, np.ones(1, np.float32))})
     with pytest.raises(UnsupportedError, match="as int8/64; convert it to f32, f16, bf16"):
         write_safetensors(
-            tmp_path / "x", SMALL, weights | {"output": quant.convert(weights["output"], WeightType("int8", 64))}
+            tmp_path / "x", SMALL, weights | {"output": convert(weights["output"], WeightType("int8", 64))}
         )
 
 
@@ -204,9 +203,9 @@ def test_chosen_types_and_their_errors(tmp_path: Path, to: str, kind: str) -> No
     for row in done.rows:
         assert (row.before, row.after) == (F32, target)
         weight = source.weights[row.name]
-        wanted = quant.convert(weight, target)
+        wanted = convert(weight, target)
         assert opened.weights[row.name].type == target and row.nbytes == wanted.nbytes
-        values = quant.dequantize(wanted).astype(np.float64)
+        values = dequantize(wanted).astype(np.float64)
         error = np.sqrt(((values - weight.data) ** 2).sum() / (weight.data.astype(np.float64) ** 2).sum())
         assert row.error == pytest.approx(error, rel=1e-9)
         assert (row.error == 0) == (kind == "f32")
@@ -238,11 +237,11 @@ def test_relative_error_over_chunks() -> None:
     values = rng.standard_normal((700, 480), dtype=np.float32)
     weight = Weight(values.shape, F32, values)
     for kind in (F16, BF16, Q8_0, WeightType("int8", 100)):
-        result = quant.convert(weight, kind)
-        wrong = quant.dequantize(result).astype(np.float64) - values
-        assert quant.relative_error(weight, result) == pytest.approx(np.sqrt((wrong**2).mean() / (values**2.0).mean()))
+        result = convert(weight, kind)
+        wrong = dequantize(result).astype(np.float64) - values
+        assert relative_error(weight, result) == pytest.approx(np.sqrt((wrong**2).mean() / (values**2.0).mean()))
     zeros = Weight((4, 4), F32, np.zeros((4, 4), np.float32))
-    assert quant.relative_error(zeros, quant.convert(zeros, F16)) == 0
+    assert relative_error(zeros, convert(zeros, F16)) == 0
 
 
 def test_one_matrix_in_memory_at_a_time(tmp_path: Path) -> None:

@@ -8,13 +8,15 @@ from dataclasses import replace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numballama.kernels_outline import OUTLINE
 
 import numballama
 from numballama import kernels_cpu, registry
-from numballama.config import F32, ModelConfig, WeightType
-from numballama.graph import KVLayout, build, fuse
-from numballama.kernels_outline import OUTLINE
+from numballama.config import ModelConfig
+from numballama.fusion import fuse
+from numballama.graph import KVLayout, build
 from numballama.plan import lower
+from numballama.quantization.types import F32, WeightType
 from tests.helpers.random_models import architectures
 
 

@@ -1,5 +1,4 @@
-"""The intermediate representation: what every op's rule gives and refuses, and what `verify` finds in a broken
-graph."""
+"""The intermediate representation: how a graph is put together, and what `verify` finds in a broken one."""
 
 from __future__ import annotations
 
@@ -11,156 +10,14 @@ import numpy as np
 import pytest
 
 from numballama import ir, kernels_cpu  # noqa: F401  (fills the registry)
-from numballama.config import VEC_DOT_TYPE
 from numballama.errors import Error
-from numballama.graph import fuse
+from numballama.fusion import fuse
 from numballama.ir import Graph, Op, Value, verify
 
 Operand = tuple[tuple[int, ...], str]
 T, D, K, N, S, H, KV, C, P = 3, 8, 6, 5, 2, 4, 2, 7, 4  # KV heads of size P; q has H heads
 CACHE: Operand = ((S, KV, C, P), "f16")
 IDS: Operand = ((T,), "i32")
-CASES: dict[str, tuple[list[Operand], dict[str, Any], list[Operand]]] = {
-    "embedding": ([IDS, ((9, D), "int8")], {}, [((T, D), "f32")]),
-    "rope_angles": ([IDS, ((P // 2,), "f32")], {}, [((T, P), "f32")]),
-    "rmsnorm": ([((T, D), "f32"), ((D,), "f32")], {"eps": 1e-5}, [((T, D), "f32")]),
-    "head_norm": ([((T, H * P), "f32"), ((P,), "f32")], {"eps": 1e-6}, [((T, H * P), "f32")]),
-    "quantize": ([((T, D), "f32")], {"group": 3}, [((T, D), "i8"), ((T, 3), "f32")]),
-    "quantize_q8_0": ([((T, 64), "f32")], {}, [((T, 64), "i8"), ((T, 2), "f32"), ((T, 2), "i32")]),
-    "quantize_q8_1": ([((T, 64), "f32")], {}, [((T, 64), "i8"), ((T, 2), "f32"), ((T, 2), "f32")]),
-    "quantize_q8_k": ([((T, 512), "f32")], {}, [((T, 512), "i8"), ((T, 2), "f32"), ((T, 32), "i32")]),
-    "linear": ([((T, K), "f32"), ((N, K), "bf16")], {}, [((T, N), "f32")]),
-    "bias": ([((T, N), "f32"), ((N,), "f32")], {}, [((T, N), "f32")]),
-    "rope": ([((T, H * P), "f32"), ((T, P), "f32")], {"head_dim": P, "interleaved": 1}, [((T, H * P), "f32")]),
-    "kv_write": ([((T, KV * P), "f32"), CACHE, IDS, IDS], {}, [CACHE]),
-    "attention_scores": ([((T, H * P), "f32"), CACHE, IDS, IDS], {"window": 3}, [((T, H, C), "f32")]),
-    "softmax": ([((T, H, C), "f32")], {}, [((T, H, C), "f32")]),
-    "attention_values": ([((T, H, C), "f32"), CACHE, IDS, IDS], {"window": 0}, [((T, H * P), "f32")]),
-    "swiglu": ([((T, N), "f32"), ((T, N), "f32")], {}, [((T, N), "f32")]),
-    "add": ([((T, N), "f32"), ((T, N), "f32")], {}, [((T, N), "f32")]),
-    "last": ([((T, D), "f32")], {}, [((1, D), "f32")]),
-    "argmax": ([((T, N), "f32")], {}, [((T,), "i32")]),
-}
-REFUSED: list[tuple[str, list[Operand], dict[str, Any]]] = [
-    ("embedding", [((T,), "f32"), ((9, D), "f32")], {}),
-    ("embedding", [((T, 1), "i32"), ((9, D), "f32")], {}),
-    ("embedding", [IDS, ((9,), "f32")], {}),
-    ("embedding", [IDS], {}),
-    ("rope_angles", [((T,), "f32"), ((2,), "f32")], {}),
-    ("rope_angles", [IDS, ((2, 2), "f32")], {}),
-    ("rmsnorm", [((T, D), "f32"), ((D + 1,), "f32")], {"eps": 1e-5}),
-    ("rmsnorm", [((T, D), "i8"), ((D,), "f32")], {"eps": 1e-5}),
-    ("rmsnorm", [((T, D), "f32"), ((D,), "f32")], {"eps": -1.0}),
-    ("rmsnorm", [((T, D), "f32"), ((D,), "f32")], {}),
-    ("quantize", [((T, D), "f32")], {"group": 0}),
-    ("quantize", [((T, D), "f32")], {}),
-    ("quantize", [((T, D), "i8")], {"group": 4}),
-    ("quantize", [((T,), "f32")], {"group": 4}),
-    ("quantize_q8_0", [((T, 33), "f32")], {}),
-    ("quantize_q8_0", [((64,), "f32")], {}),
-    ("quantize_q8_1", [((T, 64), "i8")], {}),
-    ("quantize_q8_k", [((T, 64), "f32")], {}),
-    ("linear", [((T, 64), "i8"), ((T, 2), "f32"), ((T, 2), "i32"), ((N, 64), "q4_1")], {}),
-    ("linear", [((T, 64), "i8"), ((T, 2), "f32"), ((T, 2), "f32"), ((N, 64), "q4_0")], {}),
-    ("linear", [((T, 64), "i8"), ((T, 1), "f32"), ((T, 2), "i32"), ((N, 64), "q8_0")], {}),
-    ("linear", [((T, 512), "i8"), ((T, 16), "f32"), ((T, 16), "i32"), ((N, 512), "q4_k")], {}),
-    ("linear", [((T, 64), "i8"), ((T, 2), "f32"), ((T, 2), "i32"), ((N, 64), "f16")], {}),
-    ("linear", [((T, 64), "f32"), ((T, 2), "f32"), ((T, 2), "i32"), ((N, 64), "q8_0")], {}),
-    ("linear", [((T, K), "f32"), ((N, K + 1), "f32")], {}),
-    ("linear", [((T, K), "f32"), ((N,), "f32")], {}),
-    ("linear", [((T, K), "i8"), ((N, K), "int8")], {"group": 3}),
-    ("linear", [((T, K), "i8"), ((T, 3), "f32"), ((N, K), "int8")], {"group": 3}),
-    ("linear", [((T, K), "f32"), ((T, 2), "f32"), ((N, K), "int8")], {"group": 3}),
-    ("bias", [((T, N), "f32"), ((N + 1,), "f32")], {}),
-    ("bias", [((T, N), "i32"), ((N,), "f32")], {}),
-    ("rope", [((T, H * P + 1), "f32"), ((T, P), "f32")], {"head_dim": P, "interleaved": 1}),
-    ("rope", [((T, H * P), "f32"), ((T, P + 2), "f32")], {"head_dim": P, "interleaved": 1}),
-    ("rope", [((T, H * P), "f32"), ((T + 1, P), "f32")], {"head_dim": P, "interleaved": 1}),
-    ("kv_write", [((T, KV * P + 1), "f32"), CACHE, IDS, IDS], {}),
-    ("kv_write", [((T, KV * P), "f32"), ((KV, C, P), "f32"), IDS, IDS], {}),
-    ("kv_write", [((T, KV * P), "f32"), CACHE, ((T + 1,), "i32"), IDS], {}),
-    ("kv_write", [((T, KV * P), "f32"), CACHE, IDS, ((1,), "i32")], {}),
-    ("head_norm", [((T, H * P), "f32"), ((P + 1,), "f32")], {"eps": 1e-6}),
-    ("head_norm", [((T, H, P), "f32"), ((P,), "f32")], {"eps": 1e-6}),
-    ("head_norm", [((T, H * P), "f32"), ((P,), "f32")], {}),
-    ("attention_scores", [((T, 3 * P), "f32"), CACHE, IDS, IDS], {"window": 0}),
-    ("attention_scores", [((T, H * P + 1), "f32"), CACHE, IDS, IDS], {"window": 0}),
-    ("attention_scores", [((T, H * P), "f32"), CACHE, IDS, IDS], {}),
-    ("attention_scores", [((T, H * P), "f32"), CACHE, IDS, IDS], {"window": -1}),
-    ("attention_values", [((T, H, C + 1), "f32"), CACHE, IDS, IDS], {"window": 0}),
-    ("attention_values", [((T, H, C), "f32"), CACHE, IDS, IDS], {"window": -1}),
-    ("swiglu", [((T, N), "f32"), ((T, N + 1), "f32")], {}),
-    ("add", [((T, N), "f32"), ((1, N), "f32")], {}),
-    ("softmax", [], {}),
-    ("last", [((T,), "f32")], {}),
-    ("argmax", [], {}),
-]
-
-
-OUTPUTS = {kind: len(results) for kind, (_, _, results) in CASES.items()}
-
-
-def declare(graph: Graph, operands: Sequence[Operand]) -> list[Value]:
-    """Each operand by what may hold it: 16-bit rank 4 is a cache, other types only weights have, or an input."""
-    kinds = {4: graph.state, 2: graph.weight}
-    return [
-        (kinds.get(len(shape), graph.input) if dtype not in ir.DTYPES or dtype == "f16" else graph.input)(
-            f"x{i}", shape, dtype
-        )
-        for i, (shape, dtype) in enumerate(operands)
-    ]
-
-
-def test_every_rule_has_a_case() -> None:
-    rules = {
-        kind for kind, rule in ir.RULES.items() if rule.__module__ != "numballama.bench"
-    }  # its probe is no model's op
-    assert set(CASES) == rules
-    assert {kind for kind, _, _ in REFUSED} == rules
-
-
-@pytest.mark.parametrize("kind", CASES)
-def test_rule_infers(kind: str) -> None:
-    operands, attrs, results = CASES[kind]
-    graph = Graph("one")
-    names = [f"y{i}" for i in range(len(results))]
-    got = graph.add(kind, *declare(graph, operands), out=names, **attrs)
-    assert [(value.shape, value.dtype) for value in got] == results
-    assert [value.name for value in got] == names
-    aliased = kind == "kv_write"
-    assert all((value.kind, value.alias) == (("state", "x1") if aliased else ("temp", None)) for value in got)
-    assert all(graph.values[value.name] is value for value in got)
-    graph.outputs = names
-    verify(graph)
-
-
-@pytest.mark.parametrize(("kind", "operands", "attrs"), REFUSED)
-def test_rule_refuses(kind: str, operands: list[Operand], attrs: dict[str, Any]) -> None:
-    graph = Graph("one")
-    inputs = declare(graph, operands)
-    count = len(graph.values)
-    with pytest.raises(Error, match=kind):
-        graph.add(kind, *inputs, out=["y", "z", "s"][: OUTPUTS.get(kind, 1)], **attrs)
-    assert not graph.ops and len(graph.values) == count, "a refused op leaves no trace"
-
-
-def test_linear_of_int8_activations() -> None:
-    graph = Graph("int8")
-    x = graph.input("x", (T, 10), "f32")
-    q, s = graph.add("quantize", x, out=("q", "s"), group=4)
-    y = graph.add("linear", q, s, graph.weight("w", (N, 10), "int8"), out="y", group=4)
-    assert (y.shape, y.dtype) == ((T, N), "f32")
-    verify(graph)
-
-
-@pytest.mark.parametrize("kind", VEC_DOT_TYPE)
-def test_linear_of_blocks_and_rounded_activations(kind: str) -> None:
-    graph = Graph("blocks")
-    x = graph.input("x", (T, 512), "f32")
-    rounded = graph.add(f"quantize_{VEC_DOT_TYPE[kind]}", x, out=("q", "s", "sums"))
-    y = graph.add("linear", *rounded, graph.weight("w", (N, 512), kind), out="y")
-    assert (y.shape, y.dtype) == ((T, N), "f32")
-    verify(graph)
 
 
 def test_add_returns_one_value_or_a_tuple() -> None:
@@ -369,3 +226,75 @@ def test_replace_ops_drops_what_is_not_computed() -> None:
     shorter = graph.replace_ops(graph.ops[:1])
     assert "h" in shorter.values and "scores" not in shorter.values and "x" in shorter.values
     assert "scores" in graph.values and len(graph.ops) == 4, "the graph itself is left as it was"
+
+
+# Rules: names and in-place operands
+
+
+@pytest.fixture
+def own_rules(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rules that a test declares are gone after it."""
+    monkeypatch.setattr(ir, "RULES", dict(ir.RULES))
+
+
+def same_shape(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[ir.Shaped]:
+    return [(inputs[0].shape, inputs[0].dtype)]
+
+
+@pytest.mark.usefixtures("own_rules")
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ({}, r"rule of sub names no inputs; declare them like this: @rule\('sub', inputs=\('x', 'weight'\)"),
+        ({"inputs": "ab"}, "names no inputs"),
+        ({"inputs": ("a", "b"), "outputs": ()}, "names no outputs"),
+        ({"inputs": ("a", "a")}, "has a twice"),
+        ({"inputs": ("a", "b"), "outputs": ("a",)}, "has a twice"),
+        ({"inputs": ("a",), "attrs": ("out",)}, "has out twice"),
+        ({"inputs": ("a",), "inplace": {"out": "b"}}, r"output out updates input b; outputs are \(out\), inputs \(a\)"),
+        ({"inputs": ("a",), "inplace": {"y": "a"}}, "output y updates input a"),
+    ],
+)
+def test_a_rule_without_proper_names_is_refused(names: Mapping[str, Any], message: str) -> None:
+    with pytest.raises(Error, match=message):
+        ir.rule("sub", **names)(same_shape)
+    assert "sub" not in ir.RULES
+
+
+@pytest.mark.usefixtures("own_rules")
+def test_a_rule_is_held_to_its_names() -> None:
+    ir.rule("scale", inputs=("x",), attrs=("by",))(same_shape)
+    graph = Graph("scale")
+    x = graph.input("x", (2,), "f32")
+    with pytest.raises(Error, match=r"scale takes \(x\), found 2 inputs"):
+        graph.add("scale", x, x, out="y")
+    with pytest.raises(Error, match=r"has no attribute time; its attributes are \(by\)"):
+        graph.add("scale", x, out="y", time=2.0)
+    graph.add("scale", x, out="y", by=2.0)
+
+
+@pytest.mark.usefixtures("own_rules")
+def test_an_in_place_op_of_a_user_is_seen_as_one() -> None:
+    """Its result shares the state's memory, and `verify` finds a read of the state as it was before."""
+    ir.rule("accumulate", inputs=("total", "x"), inplace={"out": "total"})(same_shape)
+    graph = Graph("running sum")
+    x, total = graph.input("x", (4,), "f32"), graph.state("total", (4,), "f32")
+    after = graph.add("accumulate", total, x, out="total'")
+    assert (after.kind, after.alias, graph.root("total'")) == ("state", "total", "total")
+    graph.outputs = [graph.add("add", after, x, out="y").name]
+    verify(graph)
+    graph.ops[1] = replace(graph.ops[1], inputs=("total", "x"))
+    with pytest.raises(Error, match="reads total, which total' has updated"):
+        verify(graph)
+
+
+@pytest.mark.usefixtures("own_rules")
+def test_in_place_wants_a_state_of_the_same_shape() -> None:
+    ir.rule("accumulate", inputs=("total", "x"), inplace={"out": "total"})(same_shape)
+    ir.rule("grow", inputs=("total",), inplace={"out": "total"})(lambda inputs, attrs: [((9,), "f32")])
+    graph = Graph("no state")
+    x = graph.input("x", (4,), "f32")
+    with pytest.raises(Error, match=r"updates x: f32\[4\] in place, which must be a state and is of kind input"):
+        graph.add("accumulate", x, x, out="y")
+    with pytest.raises(Error, match=r"output out must be f32\[4\], found f32\[9\]"):
+        graph.add("grow", graph.state("s", (4,), "f32"), out="s'")

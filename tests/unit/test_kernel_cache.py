@@ -27,30 +27,33 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 USE = """
 import json, sys
-import numballama, numballama.cpu as cpu, numballama.sampler as sampler, numballama.sampling as sampling
+import numballama
 from numba.core.dispatcher import Dispatcher
+from numballama import SamplingParams
+from numballama.cpu import backend, executor, sampling
+from numballama.sampling import SamplerState
 
 hits = []
-real = cpu.compile_step
+real = backend.compile_step
 def counting(function, operands):
     found = real(function, operands)
     hits.append(found.cache_hits)
     return found
-cpu.compile_step = counting
+backend.compile_step = counting
 
 results = []
 for path, options in zip(sys.argv[1:], ({}, {"kv_dtype": "f16"})):
     model = numballama.compile(path, device="cpu", **options)
     ids = [1, 5, 9, 77, 3]
     logits = model.logits(ids)[-1].tolist()
-    drawing = sampler.Sampler(model.config.vocab_size, seed=1, repeat_penalty=1.2)
-    model.session.rewind()
-    tokens = [model.session.prefill(ids, drawing)]
+    sampler = SamplerState(SamplingParams(seed=1, repeat_penalty=1.2), model.config.vocab_size)
+    model.session.truncate()
+    tokens = [model.session.prefill(ids, sampler)]
     for _ in range(8):
-        tokens.append(model.session.step(tokens[-1], drawing))
+        tokens.append(model.session.step(tokens[-1], sampler))
     results.append({"logits": logits, "tokens": tokens})
-used = {id(v): v for m in (cpu, sampling) for v in vars(m).values() if isinstance(v, Dispatcher)}.values()
-counted = [d.stats for d in used if d.__name__ in ("walk", "walk_and_sample", "sample")]
+used = {id(v): v for m in (executor, sampling) for v in vars(m).values() if isinstance(v, Dispatcher)}.values()
+counted = [d.stats for d in used if d.__name__ in ("run_steps", "run_and_sample", "sample")]
 print(json.dumps({
     "results": results,
     "hits": sum(h > 0 for h in hits) + sum(sum(s.cache_hits.values()) for s in counted),
@@ -99,13 +102,13 @@ def test_a_second_process_compiles_nothing(copy: Copy, first: Any) -> None:
 EDITS = [
     # a helper in a file other than that of the kernels which use it
     (
-        "lowlevel_cpu.py",
+        "cpu/intrinsics.py",
         "        return bits\n",
         "        return builder.fmul(bits, ir.Constant(FLOAT, 1.5))\n",
         "logits",
     ),
-    ("cpu.py", "min(tokens, row[ROWS])", "min(tokens, row[ROWS]) * (step != begin)", "logits"),
-    ("sampling.py", "token = draw(logits, ids, n, temperature, state)", "token = ids[n - 1]", "tokens"),
+    ("cpu/executor.py", "min(tokens, row[MAX_TOKENS])", "min(tokens, row[MAX_TOKENS]) * (step != begin)", "logits"),
+    ("cpu/sampling.py", "token = draw(logits, ids, n, temperature, state)", "token = ids[n - 1]", "tokens"),
 ]
 
 
@@ -157,16 +160,18 @@ print(json.dumps(found))
     assert len(set(found)) == 1 + len(kernel_cache.KERNEL_SOURCES)
 
 
-def siblings(path: Path) -> dict[str, str]:
-    """What a file imports: name → the module of this package that it comes from, or "numba"."""
-    found = {}
+def siblings(path: Path) -> set[str]:
+    """What a file imports: files of this package, as in KERNEL_SOURCES, and "numba"."""
+    found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name: "numba" for alias in node.names if alias.name.split(".")[0] == "numba"}
+            found |= {"numba" for alias in node.names if alias.name.split(".")[0] == "numba"}
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            found |= {"numba"} if (node.module or "").split(".")[0] == "numba" else set()
         elif isinstance(node, ast.ImportFrom):
-            module = (node.module or "").split(".")[0]
-            if module == "numba" or node.level:
-                found |= {alias.name: module or alias.name for alias in node.names}
+            folder = path.parents[node.level - 1].joinpath(*(node.module or "").split("."))
+            files = [folder.with_suffix(".py"), *(folder / f"{alias.name}.py" for alias in node.names)]
+            found |= {file.relative_to(PACKAGE).as_posix() for file in files if file.exists()}
     return found
 
 
@@ -174,16 +179,23 @@ def test_list_of_kernel_sources_is_complete() -> None:
     """A file is listed that imports Numba, or the modules whose functions are compiled. Files of kernels alone import
     only these, and the registry, errors and checks, which leave no trace in compiled code. GPU kernels have a cache of
     their own, named by all files of their two folders."""
-    compiled = {"numba", "jit", "lowlevel_cpu", "matmul_cpu", "kernels_cpu"}
+    compiled = {"numba", "cpu/compiler.py", "cpu/intrinsics.py", "cpu/matmul.py", "kernels_cpu.py"}
     sources = {
-        str(path.relative_to(PACKAGE)): siblings(path)
+        path.relative_to(PACKAGE).as_posix(): siblings(path)
         for path in PACKAGE.rglob("*.py")
-        if path.parent.name not in ("kernels_cuda", "lowlevel_cuda")
+        if path.relative_to(PACKAGE).parts[0] not in ("cuda", "kernels_cuda.py")
     }
-    wanted = {name for name, found in sources.items() if compiled & set(found.values())}
-    for name in ("lowlevel_cpu.py", "matmul_cpu.py", "kernels_cpu.py", "sampling.py"):
-        wanted |= {f"{module}.py" for module in set(sources[name].values()) - {"numba", "registry", "errors", "checks"}}
-    wanted.add("sampler.py")  # `cpu` has its constants in compiled code
+    wanted = {name for name, found in sources.items() if compiled & found}
+    for name in (
+        "cpu/intrinsics.py",
+        "cpu/matmul.py",
+        "kernels_cpu.py",
+        "cpu/kernels_int8.py",
+        "cpu/vecdot.py",
+        "cpu/sampling.py",
+    ):
+        wanted |= sources[name] - {"numba", "registry.py", "errors.py", "validation.py"}
+    wanted.add("sampling.py")  # `cpu.executor` has its constants in compiled code
     wanted.remove("kernel_cache.py")  # asks for Numba's version, and compiles nothing
     assert set(kernel_cache.KERNEL_SOURCES) == wanted
 

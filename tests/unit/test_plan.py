@@ -14,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numballama import registry
-from numballama.config import F32, ModelConfig, WeightType
+from numballama.config import ModelConfig
 from numballama.errors import Error, UnsupportedError
-from numballama.graph import FUSIONS, KVLayout, build, fuse
+from numballama.fusion import FUSIONS, fuse
+from numballama.graph import KVLayout, build
 from numballama.ir import Graph, verify
 from numballama.kernels_cpu import CACHE
 from numballama.plan import ALIGNMENT, Plan, lower, verify_plan
+from numballama.quantization.types import F32, WeightType
 from tests.helpers.random_models import configs
 
 SMALL = ModelConfig(16, 24, 2, 4, 2, 20, 8)
@@ -127,22 +129,22 @@ def test_sharing_saves_most_of_the_memory() -> None:
     assert deep.arena_bytes == shallow.arena_bytes < deep.unshared_bytes / 4
 
 
-def test_rows_of_steps() -> None:
+def test_max_tokens_of_steps() -> None:
     """A step handles as many tokens as its values have; after `last` there is one."""
     plan = lower(fuse(llama(tokens=5), "cpu"), "cpu")
     kinds = [step.op.kind for step in plan.steps]
-    assert [step.rows for step in plan.steps[: kinds.index("last") + 1]] == [5] * (kinds.index("last") + 1)
-    assert {step.rows for step in plan.steps[kinds.index("last") + 1 :]} == {1}
+    assert [step.max_tokens for step in plan.steps[: kinds.index("last") + 1]] == [5] * (kinds.index("last") + 1)
+    assert {step.max_tokens for step in plan.steps[kinds.index("last") + 1 :]} == {1}
 
 
-def test_head_is_where_only_the_last_token_counts() -> None:
+def test_prefill_end_is_where_only_the_last_token_counts() -> None:
     prefill = lower(fuse(llama(tokens=4), "cpu"), "cpu")
-    assert prefill.steps[prefill.head].op.kind == "last"
-    written = {name for step in prefill.steps[: prefill.head] for name in step.op.outputs if "cache" in name}
+    assert prefill.steps[prefill.prefill_end].op.kind == "last"
+    written = {name for step in prefill.steps[: prefill.prefill_end] for name in step.op.outputs if "cache" in name}
     assert len(written) == 2 * SMALL.n_layers, "a run that stops at the head has filled the whole cache"
     for other in (llama(tokens=1), llama(tokens=4, logits="all")):
         plan = lower(fuse(other, "cpu"), "cpu")
-        assert plan.head == len(plan.steps)
+        assert plan.prefill_end == len(plan.steps)
 
 
 # verify_plan

@@ -23,7 +23,7 @@ def at_once(blocks: int) -> Any:
     """Declare that so many blocks of a kernel, or of it and others, shall find room in a multiprocessor's registers."""
 
     def declare(kernel: Any) -> Any:
-        kernel.py_func.blocks_at_once = blocks
+        kernel.py_func.min_blocks_per_sm = blocks
         return kernel
 
     return declare

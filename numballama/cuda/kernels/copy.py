@@ -11,7 +11,7 @@ from numba import cuda
 
 from ...kernels_cuda import begin
 from ..intrinsics import floats4, store4
-from ..launch import Array, Launch
+from ..launch import Array, Launch, named
 
 THREADS = 256
 BLOCK_NUMBERS = 4 * 4 * THREADS
@@ -34,4 +34,4 @@ def copy(source: Array, out: Array) -> list[Launch]:
     """Copy float32 arrays that do not overlap; their length is a multiple of `BLOCK_NUMBERS`."""
     (numbers,) = source.shape
     assert source.shape == out.shape and source.dtype == out.dtype == "f32" and numbers % BLOCK_NUMBERS == 0
-    return [Launch(copy_kernel, (numbers // BLOCK_NUMBERS,), THREADS, (source, out))]
+    return [Launch(copy_kernel, (numbers // BLOCK_NUMBERS,), THREADS, named(source=source, out=out))]

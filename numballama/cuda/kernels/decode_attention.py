@@ -37,19 +37,17 @@ from ..intrinsics import (
     wait_for_predecessor,
     words4,
 )
-from ..ops.attention import (
-    ALONE,
-    HEADS,
-    LEAST_KEYS,
-    MOST_SPLITS,
-    PLAIN_THREADS,
-    STAGE_BYTES,
-    STAGES,
-    THREADS,
-    WARPS,
-    WEIGHTS,
-)
 from .common import ALL, LOG2_E, at_once, beyond, block_max, block_sum, device, split, warp_max, warp_sum
+from .params import ATTENTION_STAGE_BYTES as STAGE_BYTES
+from .params import ATTENTION_STAGES as STAGES
+from .params import ATTENTION_THREADS as THREADS
+from .params import ATTENTION_WARPS as WARPS
+from .params import HEADS_PER_BLOCK as HEADS
+from .params import MAX_SPLITS as MOST_SPLITS
+from .params import MIN_SPLIT_KEYS as LEAST_KEYS
+from .params import PLAIN_ATTENTION_THREADS as PLAIN_THREADS
+from .params import SPLIT_FROM as ALONE
+from .params import SPLIT_WEIGHTS as WEIGHTS
 
 FAR_BELOW = np.float32(-1e30)
 """A maximum of no numbers; finite, so that differences of two are numbers."""
@@ -340,7 +338,7 @@ def attention(q, k_cache, v_cache, newest, sequence, out, parts, counters, kv_he
 
 @at_once(2)
 @cuda.jit
-def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads,
+def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, partials, counters, kv_heads,
                              shared_by, context, head_dim, window, lanes, subgroups, inverse_subgroups,
                              inverse_head_dim):  # fmt: skip
     """Heads that share keys, `HEADS` a block: for many keys, which are read once for them."""
@@ -351,13 +349,13 @@ def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, 
     most = cuda.local.array(HEADS, np.float32)
     total = cuda.local.array(HEADS, np.float32)
     values = cuda.local.array((HEADS, 8), np.float32)
-    attention(q, k_cache, v_cache, newest, sequence, out, parts, counters, kv_heads, shared_by, context, head_dim,
+    attention(q, k_cache, v_cache, newest, sequence, out, partials, counters, kv_heads, shared_by, context, head_dim,
               window, lanes, subgroups, inverse_subgroups, inverse_head_dim, most, total, values, is_last)  # fmt: skip
 
 
 @at_once(2)
 @cuda.jit
-def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, parts, counters, kv_heads,
+def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, partials, counters, kv_heads,
                             shared_by, context, head_dim, window, lanes, subgroups, inverse_subgroups,
                             inverse_head_dim):  # fmt: skip
     """A head a block: for few keys, and for heads that share none."""
@@ -367,7 +365,7 @@ def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, o
     most = cuda.local.array(1, np.float32)
     total = cuda.local.array(1, np.float32)
     values = cuda.local.array((1, 8), np.float32)
-    attention(q, k_cache, v_cache, positions[cuda.blockIdx.y], sequences[cuda.blockIdx.y], out, parts, counters,
+    attention(q, k_cache, v_cache, positions[cuda.blockIdx.y], sequences[cuda.blockIdx.y], out, partials, counters,
               kv_heads, shared_by, context, head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim,
               most, total, values, is_last)  # fmt: skip
 

@@ -45,19 +45,15 @@ from ..intrinsics import (
     shared_words4,
     store4,
 )
-from ..ops.gemv import (
-    CHUNK_BYTES,
-    LANE_STEP,
-    SCALE_BYTES,
-    SCALES_AT,
-    SIX_AT,
-    SIX_FACTORS_AT,
-    SIX_SCALES_AT,
-    THREADS,
-    WARPS,
-)
 from .common import ALL, device, warp_sum
 from .dequant import FOUR_FACTORS, SIX_FACTORS, SIX_SCALES, factors_of, factors_q6_k
+from .params import CHUNK_BYTES, SCALE_BYTES, SCALES_AT
+from .params import GEMV_THREADS as THREADS
+from .params import GEMV_WARPS as WARPS
+from .params import Q6_K_FACTORS_AT as SIX_FACTORS_AT
+from .params import Q6_K_HIGH_AT as SIX_AT
+from .params import Q6_K_SCALES_AT as SIX_SCALES_AT
+from .params import X_LANE_STRIDE as LANE_STEP
 
 
 @device

@@ -46,7 +46,6 @@ from ..intrinsics import (
     word,
     words4,
 )
-from ..launch import STAGED_BYTES
 from ..mma import (
     add_products,
     expand16,
@@ -60,10 +59,17 @@ from ..mma import (
     zeros32,
     zeros128,
 )
-from ..ops.gemm import F32_STEP, STEP, THREADS, TILE, TILE_BYTES, W_ROW, X_ROW
 from .common import ALL, at_once, block_sum, device, sigmoid_times
 from .dequant import block_at
 from .dot import floats4_or_0, squared, times4
+from .params import GEMM_F32_K_STEP as F32_STEP
+from .params import GEMM_F32_W_STRIDE as W_ROW
+from .params import GEMM_F32_X_STRIDE as X_ROW
+from .params import GEMM_K_STEP as STEP
+from .params import GEMM_STAGED_BYTES as STAGED_BYTES
+from .params import GEMM_THREADS as THREADS
+from .params import GEMM_TILE as TILE
+from .params import GEMM_TILE_BYTES as TILE_BYTES
 
 STAGED = STAGED_BYTES // 4
 

@@ -38,10 +38,13 @@ from ..intrinsics import (
     store_number,
     wait_for_predecessor,
 )
-from ..ops.gemv import CHUNK_BYTES, DEPTH, SCALE_BYTES, SCALES_AT, THREADS, WARPS
 from .common import at_once, beyond, device, sigmoid_times, split, warp_sum2
 from .dequant import FOUR_WORDS, chunk_scales, first_scale
 from .dot import fetch_q6_k, multiply, norm_factor, numbers_together, payload_step, row_bytes, stage_x, x_step
+from .params import CHUNK_BYTES, SCALE_BYTES, SCALES_AT
+from .params import GEMV_STAGES as DEPTH
+from .params import GEMV_THREADS as THREADS
+from .params import GEMV_WARPS as WARPS
 
 LINEAR, GATE_UP, QKV = 0, 1, 2
 """What the two rows of a pair are: neighbours of one weight; the same row of two; or, in three, see `place`."""
@@ -222,14 +225,14 @@ def combined(shared, layout, local, which):
 @at_once(3)
 @cuda.jit
 def linear_kernel(tokens, x, norm, normed, eps, weight, stride, scales, scale_stride, shift, residual, added, out,
-                  rows, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over,
-                  ahead):  # fmt: skip
+                  rows, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs,
+                  prefetch):  # fmt: skip
     """out = W · x, or W · norm(x), plus `residual` if `added`."""
     if beyond(tokens):
         return
     shared = cuda.shared.array(0, np.float32)
     t, base = cuda.blockIdx.y, address(weight, 0)
-    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
+    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs, prefetch
     mine = t * rows + 2 * (cuda.blockIdx.x + (cuda.threadIdx.x >> 1) * cuda.gridDim.x) + (cuda.threadIdx.x & 1)
     wanted = added and mine < (t + 1) * rows
     held, _ = stream(LINEAR, (rows - 1, 0, 0, 0, np.float32(0)), x, t * columns, norm, normed, weight,
@@ -247,16 +250,17 @@ def linear_kernel(tokens, x, norm, normed, eps, weight, stride, scales, scale_st
 
 @at_once(3)
 @cuda.jit
-def gate_up_kernel(tokens, x, norm, normed, eps, w1, w3, stride, s1, s3, scale_stride, shift, out, rows, columns,
-                   slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead):  # fmt: skip
+def gate_up_kernel(tokens, x, norm, normed, eps, w1, w3, stride, w1_scales, w3_scales, scale_stride, shift, out, rows,
+                   columns, slices, log2_slices, x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs,
+                   prefetch):  # fmt: skip
     """out = silu(W1 · x) · (W3 · x), of x or of norm(x)."""
     if beyond(tokens):
         return
     shared = cuda.shared.array(0, np.float32)
     t, a, b = cuda.blockIdx.y, address(w1, 0), address(w3, 0)
-    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
+    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs, prefetch
     stream(GATE_UP, (0, 0, 0, 0, np.float32(0)), x, t * columns, norm, normed, w1, (a, b, b, stride),
-           (s1, s3, s3, scale_stride), shift, columns, layout, shared, x, 0, 0, False)  # fmt: skip
+           (w1_scales, w3_scales, w3_scales, scale_stride), shift, columns, layout, shared, x, 0, 0, False)  # fmt: skip
     factor = norm_factor(shared, layout[3], normed, columns, eps)
     for local in range(cuda.threadIdx.x, pairs_of_block(layout), THREADS):
         gate = combined(shared, layout, local, 0) * factor
@@ -266,18 +270,18 @@ def gate_up_kernel(tokens, x, norm, normed, eps, w1, w3, stride, s1, s3, scale_s
 
 @at_once(3)
 @cuda.jit
-def qkv_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, scale_stride, shift, q, k, v, q_rows,
-               kv_rows, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over,
-               ahead):  # fmt: skip
+def qkv_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, wq_scales, wk_scales, wv_scales, scale_stride, shift,
+               q, k, v, q_rows, kv_rows, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks,
+               pairs_per_block, extra_pairs, prefetch):  # fmt: skip
     """q, k and v = Wq · x, Wk · x, Wv · x, of x or of norm(x). Numbers of rows are even, as heads are."""
     if beyond(tokens):
         return
     shared = cuda.shared.array(0, np.float32)
     t, q_pairs, k_pairs = cuda.blockIdx.y, q_rows >> 1, kv_rows >> 1
-    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
+    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs, prefetch
     of_rows = 0, q_pairs, k_pairs, 0, np.float32(0)
     stream(QKV, of_rows, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
-           (sq, sk, sv, scale_stride), shift, columns, layout, shared, x, 0, 0, False)  # fmt: skip
+           (wq_scales, wk_scales, wv_scales, scale_stride), shift, columns, layout, shared, x, 0, 0, False)  # fmt: skip
     factor = norm_factor(shared, layout[3], normed, columns, eps)
     for i in range(cuda.threadIdx.x, 2 * pairs_of_block(layout), THREADS):
         pair = cuda.blockIdx.x + (i >> 1) * cuda.gridDim.x
@@ -303,24 +307,25 @@ def turning(local, pairs, of_rows, head_dim, inverse_head_dim, interleaved):
 
 @at_once(3)
 @cuda.jit
-def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, sq, sk, sv, scale_stride, shift, angles,
-                    positions, sequences, q, k_cache, v_cache, q_rows, kv_rows, head_dim, interleaved, context,
-                    kv_heads, inverse_head_dim, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks, each,
-                    over, ahead):  # fmt: skip
+def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, wq_scales, wk_scales, wv_scales, scale_stride,
+                    shift, angles, positions, sequences, q, k_cache, v_cache, q_rows, kv_rows, head_dim, interleaved,
+                    context, kv_heads, inverse_head_dim, columns, slices, log2_slices, x_at, sums_at, partial_at,
+                    chunks, pairs_per_block, extra_pairs, prefetch):  # fmt: skip
     """Queries, turned by RoPE, into q; keys, turned, and values into the cache, at the token's position."""
     if beyond(tokens):
         return
     shared = cuda.shared.array(0, np.float32)
     t, pairs, q_pairs, k_pairs = cuda.blockIdx.y, (q_rows >> 1) + kv_rows, q_rows >> 1, kv_rows >> 1
     half = 0 if interleaved else head_dim >> 1
-    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, each, over, ahead
+    layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs, prefetch
     inverse = np.float32(2) * inverse_head_dim
     of_rows = 0, q_pairs, k_pairs, half, inverse
     position, sequence = positions[t], sequences[t]
     angle = turning(cuda.threadIdx.x, pairs, of_rows, head_dim, inverse_head_dim, interleaved) + t * head_dim
     cos, sin = stream(
         QKV, of_rows, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
-        (sq, sk, sv, scale_stride), shift, columns, layout, shared, angles, angle, angle + (head_dim >> 1), True,
+        (wq_scales, wk_scales, wv_scales, scale_stride), shift, columns, layout, shared, angles, angle,
+        angle + (head_dim >> 1), True,
     )  # fmt: skip
     factor = norm_factor(shared, layout[3], normed, columns, eps)
     for i in range(cuda.threadIdx.x, pairs_of_block(layout), THREADS):

@@ -42,9 +42,10 @@ from ..mma import (
     zeros32,
     zeros64,
 )
-from ..ops.prefill_attention import THREADS, TILE
 from .common import ALL, LOG2_E, at_once, device
 from .decode_attention import FAR_BELOW
+from .params import PREFILL_ATTENTION_THREADS as THREADS
+from .params import PREFILL_ATTENTION_TILE as TILE
 
 
 @device

@@ -16,8 +16,8 @@ from numba import cuda
 
 from ...kernels_cuda import better
 from ..intrinsics import bits_of_f32, let_successor_start, publish, wait_for_predecessor
-from ..ops.sampling import THREADS
 from .common import ALL, device, is_nan
+from .params import SAMPLING_THREADS as THREADS
 
 BIN_BITS, PER_NAT = 11, np.float32(64)
 BINS = 1 << BIN_BITS
@@ -266,7 +266,7 @@ def recent_window():
 
 
 @cuda.jit
-def advance_kernel(next_token, ids, positions, step, mailbox, slots):
+def advance_kernel(next_token, ids, positions, step, slots_address, n_slots):
     """Make the new token the next step's input, and put it, with the step's number, where the host looks."""
     wait_for_predecessor()
     let_successor_start()
@@ -276,4 +276,4 @@ def advance_kernel(next_token, ids, positions, step, mailbox, slots):
         positions[0] += 1
         number = step[0] + 1
         step[0] = number
-        publish(mailbox + 8 * (number % slots), (number << 32) | (np.int64(token) & 0xFFFFFFFF))
+        publish(slots_address + 8 * (number % n_slots), (number << 32) | (np.int64(token) & 0xFFFFFFFF))

@@ -1,12 +1,14 @@
-"""Every operator on an NVIDIA GPU; the front door to the files of this package, which register themselves on import.
+"""The operators on an NVIDIA GPU, host side: which kernels an operator launches, with which grid and arguments.
 
-Files come in pairs. One has, under `@kernel`, a function for each operator that says how its kernels are launched: it
-gets the operator's operands as `Array` and `Matrix`, its attributes and scratch by name, and returns launches. The
-other, `…_kernels`, has the `@cuda.jit` kernels; it is imported, and Numba with it, when one of them must be compiled.
-`pieces`, `blocks` and `products` are what kernels are made of; `bandwidth`, a yardstick, is both files in one.
-Shapes: T tokens at most, D the model's width, K and N a weight's columns and rows, S sequences, C the cache's length.
+A launch function gets a `LaunchContext`, then the operator's operands as `Array` (memory with a shape and a type) or
+`Matrix` (a weight), its attributes and scratch by name, and returns a list of `Launch`. It enters the registry by
+`@kernel`. The kernels are in `kernels_cuda` (plain operators) and `cuda/kernels`; they are only named here
+(`KernelRef`) and imported, and Numba with them, when one must be compiled.
+
+Letters in shapes: T tokens at most, D the model's width, K and N a weight's columns and rows, S sequences, C the KV
+cache's length.
 """
 
-from . import attention, elementwise, gemm, gemv, prefill_attention, sampling
+from . import attention, elementwise, linear
 
-__all__ = ["attention", "elementwise", "gemm", "gemv", "prefill_attention", "sampling"]
+__all__ = ["attention", "elementwise", "linear"]

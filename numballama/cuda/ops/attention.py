@@ -1,37 +1,43 @@
-"""Attention of one token over the KV cache: how the kernels of `attention_kernels` are launched.
+"""Launches of attention over the KV cache, for single tokens and for many.
 
-A short context is one block's for each head. A long one is split over blocks, and heads that share keys (grouped
-queries) are computed by one, `HEADS` at a time, so that a key is read once for them.
+Single tokens (`kernels/decode_attention.py`): a short context is one block's for each head. A long one is split over
+blocks, and query heads that share keys (grouped queries) are computed by one block, `HEADS_PER_BLOCK` at a time, so
+that a key is read once for them. Many tokens (`kernels/prefill_attention.py`) use tensor cores.
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
 
+from ...quantization.types import KV_TYPES as CACHE
 from ...registry import KernelRef, kernel
-from ..launch import Array, Gpu, KernelFile, Launch
-from .gemv import CACHE
+from ..kernels.params import (
+    ATTENTION_STAGE_BYTES,
+    ATTENTION_STAGES,
+    ATTENTION_THREADS,
+    ATTENTION_WARPS,
+    HEADS_PER_BLOCK,
+    MAX_SPLITS,
+    MIN_SPLIT_KEYS,
+    PLAIN_ATTENTION_THREADS,
+    PREFILL_ATTENTION_THREADS,
+    PREFILL_ATTENTION_TILE,
+    SPLIT_FROM,
+    SPLIT_WEIGHTS,
+)
+from ..launch import Array, Launch, LaunchContext, ceil_div, named
+from .gemm import FEW
 
-kernels = KernelFile("numballama.cuda.kernels.decode_attention")
-
-THREADS = 256
-WARPS = THREADS // 32
-HEADS = 2
-"""Heads of a group that a block computes together where keys are many."""
-ALONE, LEAST_KEYS = 256, 128
-"""So many keys one block does alone; of more, fewer than this are not worth a block of their own."""
-STAGES, STAGE_BYTES = 2, 64 * THREADS
-"""Of the ring through which keys come: 16 bytes a lane of two keys and of their values. `attend` awaits all but one."""
-MOST_SPLITS = 32
-"""Parts of a context at most: a lane each when they are joined."""
-WEIGHTS = MOST_SPLITS + 1
-"""Numbers that `weigh_parts` leaves for each head."""
-PLAIN_THREADS = 128
-
-
-def _splits(gpu: Gpu, blocks: int, context: int) -> int:
-    """Blocks that share a head's context: one for each processor, as a second one there only begins later."""
-    return max(1, min(-(-context // LEAST_KEYS), gpu.processors // blocks))
+DECODE = "numballama.cuda.kernels.decode_attention"
+ATTENTION_PLAIN = KernelRef(DECODE, "attention_plain_kernel")
+ATTENTION_SINGLE = KernelRef(DECODE, "attention_single_kernel")
+ATTENTION_GROUPED = KernelRef(DECODE, "attention_grouped_kernel")
+ATTENTION_SCORES = KernelRef(DECODE, "attention_scores_kernel")
+ATTENTION_VALUES = KernelRef(DECODE, "attention_values_kernel")
+SOFTMAX = KernelRef(DECODE, "softmax_kernel")
+PREFILL = "numballama.cuda.kernels.prefill_attention"
+ATTENTION_64 = KernelRef(PREFILL, "attention_64_kernel")
+ATTENTION_128 = KernelRef(PREFILL, "attention_128_kernel")
 
 
 @kernel(
@@ -42,53 +48,95 @@ def _splits(gpu: Gpu, blocks: int, context: int) -> int:
     "i32",
     "i32",
     CACHE,
-    parts=lambda q, k, positions, sequences, v, workers: (
+    partials=lambda q, k, positions, sequences, v, workers: (
         q[0],
         q[1] // k[3],
-        min(MOST_SPLITS, -(-k[2] // LEAST_KEYS)) if q[0] <= 8 else 1,
+        min(MAX_SPLITS, ceil_div(k[2], MIN_SPLIT_KEYS)) if q[0] <= FEW else 1,
         k[3] + 2,
     ),
 )
-def fused_attention(
-    gpu: Gpu,
-    q: Array,
-    k_cache: Array,
-    positions: Array,
-    sequences: Array,
-    v_cache: Array,
-    out: Array,
-    window: int,
-    parts: Array,
+def attention(
+    ctx: LaunchContext, q: Array, k_cache: Array, positions: Array, sequences: Array, v_cache: Array, out: Array,
+    window: int, partials: Array,
+) -> list[Launch]:  # fmt: skip
+    """`partials` [T, heads, splits, head_dim + 2] float32: what blocks that share a context leave to be combined."""
+    if _for_tensor_cores(ctx, q, k_cache, v_cache, window):
+        return _prefill(ctx, q, k_cache, positions, sequences, v_cache, out)
+    return _decode(ctx, q, k_cache, positions, sequences, v_cache, out, window, partials)
+
+
+def _for_tensor_cores(ctx: LaunchContext, q: Array, k_cache: Array, v_cache: Array, window: int) -> bool:
+    """Whether the kernels for many tokens take these operands: no float32 cache, no sliding window, heads up to 128.
+
+    Before sm_80, whose cards have at least 100 KB of shared memory, tensor cores and copies need more registers than a
+    head of more than 64 elements leaves.
+    """
+    context, head_dim = k_cache.shape[2:]
+    same_type = k_cache.dtype == v_cache.dtype != "f32"
+    fits = head_dim <= (128 if ctx.shared_limit > 64 << 10 else 64)
+    windowed = 0 < window < context
+    return q.shape[0] > FEW and same_type and fits and head_dim % 8 == 0 and not windowed
+
+
+def _prefill(
+    ctx: LaunchContext, q: Array, k_cache: Array, positions: Array, sequences: Array, v_cache: Array, out: Array
 ) -> list[Launch]:
+    _, kv_heads, context, head_dim = k_cache.shape
+    heads = q.shape[1] // head_dim
+    kernel_ref, width = (ATTENTION_64, 64) if head_dim <= 64 else (ATTENTION_128, 128)
+    arguments = named(
+        tokens=ctx.tokens, q=q, k_cache=k_cache, v_cache=v_cache, positions=positions, sequences=sequences, out=out,
+        kv_heads=kv_heads, shared_by=heads // kv_heads, context=context, head_dim=head_dim,
+    )  # fmt: skip
+    grid = ceil_div(q.shape[0], PREFILL_ATTENTION_TILE), heads
+    shared = 2 * 2 * PREFILL_ATTENTION_TILE * 2 * width  # two stages of keys and values in 16 bits
+    return [Launch(kernel_ref, grid, PREFILL_ATTENTION_THREADS, arguments, shared)]
+
+
+def _splits(ctx: LaunchContext, blocks: int, context: int) -> int:
+    """Blocks that share a head's context: as many as fill the SMs once, since a second wave only starts later."""
+    return max(1, min(ceil_div(context, MIN_SPLIT_KEYS), ctx.n_sms // blocks))
+
+
+def _decode(
+    ctx: LaunchContext, q: Array, k_cache: Array, positions: Array, sequences: Array, v_cache: Array, out: Array,
+    window: int, partials: Array,
+) -> list[Launch]:  # fmt: skip
     tokens = q.shape[0]
     _, kv_heads, context, head_dim = k_cache.shape
     heads = q.shape[1] // head_dim
-    together, numbers = heads // kv_heads, 4 if k_cache.dtype == "f32" else 8
-    common = (gpu.tokens, q, k_cache, v_cache, positions, sequences, out)
-    if head_dim % numbers or head_dim > 32 * numbers or k_cache.dtype != v_cache.dtype:
-        plain = (*common, kv_heads, together, context, head_dim, window)
-        shared = 4 * (PLAIN_THREADS + head_dim)
-        return [Launch(kernels.attention_plain_kernel, (heads, tokens), PLAIN_THREADS, plain, shared)]
-    lanes = 1 << (-(-head_dim // numbers) - 1).bit_length()
-    counters = gpu.zeros(heads * tokens)
+    shared_by, elements = heads // kv_heads, 4 if k_cache.dtype == "f32" else 8
+    operands = named(
+        tokens=ctx.tokens, q=q, k_cache=k_cache, v_cache=v_cache, positions=positions, sequences=sequences, out=out
+    )
+    shape = named(kv_heads=kv_heads, shared_by=shared_by, context=context, head_dim=head_dim, window=window)
+    if head_dim % elements or head_dim > 32 * elements or k_cache.dtype != v_cache.dtype:
+        shared = 4 * (PLAIN_ATTENTION_THREADS + head_dim)
+        return [Launch(ATTENTION_PLAIN, (heads, tokens), PLAIN_ATTENTION_THREADS, named(**operands, **shape), shared)]
+    lanes = 1 << (ceil_div(head_dim, elements) - 1).bit_length()
+    counters = ctx.zeros(heads * tokens)
 
-    def launch(function: KernelRef, heads_a_block: int, most_splits: int) -> Launch:
-        subgroups = -(-together // heads_a_block)
-        blocks, groups = kv_heads * subgroups, WARPS * (32 // lanes)
-        splits = min(most_splits, _splits(gpu, blocks * tokens, context))
-        shared = max(STAGES * STAGE_BYTES, 4 * heads_a_block * max((head_dim + 4) * (groups + 1) + groups, WEIGHTS))
-        arguments = (
-            *common, parts, counters, kv_heads, together, context, head_dim, window, lanes, subgroups, 1 / subgroups,
-            1 / head_dim,
+    def launch(kernel_ref: KernelRef, heads_per_block: int, max_splits: int) -> Launch:
+        subgroups = ceil_div(shared_by, heads_per_block)
+        blocks, lane_groups = kv_heads * subgroups, ATTENTION_WARPS * (32 // lanes)
+        splits = min(max_splits, _splits(ctx, blocks * tokens, context))
+        combined = heads_per_block * max((head_dim + 4) * (lane_groups + 1) + lane_groups, SPLIT_WEIGHTS)
+        shared = max(ATTENTION_STAGES * ATTENTION_STAGE_BYTES, 4 * combined)
+        arguments = named(
+            **operands, partials=partials, counters=counters, **shape, lanes=lanes, subgroups=subgroups,
+            inverse_subgroups=1 / subgroups, inverse_head_dim=1 / head_dim,
         )  # fmt: skip
-        return Launch(function, (blocks, tokens, splits), THREADS, arguments, shared)
+        return Launch(kernel_ref, (blocks, tokens, splits), ATTENTION_THREADS, arguments, shared)
 
-    alone = launch(kernels.attention_single_kernel, 1, 1)
-    if parts.shape[2] == 1 or 0 < window <= ALONE:
-        return [alone]
-    if together > 1:
-        return [replace(alone, later=(ALONE, launch(kernels.attention_grouped_kernel, HEADS, parts.shape[2])))]
-    return [replace(alone, later=(ALONE, launch(kernels.attention_single_kernel, 1, parts.shape[2])))]
+    short = launch(ATTENTION_SINGLE, 1, 1)
+    most_splits = partials.shape[2]
+    if most_splits == 1 or 0 < window <= SPLIT_FROM:
+        return [short]
+    if shared_by > 1:
+        long = launch(ATTENTION_GROUPED, HEADS_PER_BLOCK, most_splits)
+    else:
+        long = launch(ATTENTION_SINGLE, 1, most_splits)
+    return [replace(short, long_context_variant=(SPLIT_FROM, long))]
 
 
 # The operators as the graph declares them
@@ -96,40 +144,32 @@ def fused_attention(
 
 @kernel("attention_scores", "cuda", "f32", CACHE, "i32", "i32")
 def attention_scores(
-    gpu: Gpu, q: Array, k_cache: Array, positions: Array, sequences: Array, out: Array, window: int
+    ctx: LaunchContext, q: Array, k_cache: Array, positions: Array, sequences: Array, out: Array, window: int
 ) -> list[Launch]:
     tokens, heads, context = out.shape
     _, kv_heads, _, head_dim = k_cache.shape
-    arguments = (
-        gpu.tokens,
-        q,
-        k_cache,
-        positions,
-        sequences,
-        out,
-        kv_heads,
-        heads // kv_heads,
-        context,
-        head_dim,
-        window,
-    )
-    return [Launch(kernels.attention_scores_kernel, (heads, tokens), THREADS, arguments)]
+    arguments = named(
+        tokens=ctx.tokens, q=q, k_cache=k_cache, positions=positions, sequences=sequences, out=out, kv_heads=kv_heads,
+        shared_by=heads // kv_heads, context=context, head_dim=head_dim, window=window,
+    )  # fmt: skip
+    return [Launch(ATTENTION_SCORES, (heads, tokens), ATTENTION_THREADS, arguments)]
 
 
 @kernel("softmax", "cuda", "f32")
-def softmax(gpu: Gpu, x: Array, out: Array) -> list[Launch]:
+def softmax(ctx: LaunchContext, x: Array, out: Array) -> list[Launch]:
     tokens, heads, columns = x.shape
-    return [Launch(kernels.softmax_kernel, (heads, tokens), THREADS, (gpu.tokens, x, out, columns))]
+    arguments = named(tokens=ctx.tokens, x=x, out=out, columns=columns)
+    return [Launch(SOFTMAX, (heads, tokens), ATTENTION_THREADS, arguments)]
 
 
 @kernel("attention_values", "cuda", "f32", CACHE, "i32", "i32")
 def attention_values(
-    gpu: Gpu, weights: Array, v_cache: Array, positions: Array, sequences: Array, out: Array, window: int
+    ctx: LaunchContext, weights: Array, v_cache: Array, positions: Array, sequences: Array, out: Array, window: int
 ) -> list[Launch]:
     tokens, heads, context = weights.shape
     _, kv_heads, _, head_dim = v_cache.shape
-    arguments = (
-        gpu.tokens, weights, v_cache, positions, sequences, out, kv_heads, heads // kv_heads, context, head_dim,
-        window,
+    arguments = named(
+        tokens=ctx.tokens, weights=weights, v_cache=v_cache, positions=positions, sequences=sequences, out=out,
+        kv_heads=kv_heads, shared_by=heads // kv_heads, context=context, head_dim=head_dim, window=window,
     )  # fmt: skip
-    return [Launch(kernels.attention_values_kernel, (heads, tokens), THREADS, arguments)]
+    return [Launch(ATTENTION_VALUES, (heads, tokens), ATTENTION_THREADS, arguments)]

@@ -1,157 +1,161 @@
-"""Linear layers for a few tokens: sizes, and how the kernels of `gemv_kernels` are launched."""
+"""Linear layers for a few tokens: how the kernels of `kernels/gemv.py` are launched. `linear` registers them."""
 
 from __future__ import annotations
 
-from ...registry import kernel
-from ..launch import QUANTIZED, Argument, Array, Gpu, KernelFile, Launch, Matrix
+from typing import NamedTuple
 
-kernels = KernelFile("numballama.cuda.kernels.gemv")
+from ...registry import KernelRef
+from ..kernels.params import (
+    CHUNK_BYTES,
+    GEMV_STAGES,
+    GEMV_THREADS,
+    GEMV_WARPS,
+    Q6_K_FACTORS_AT,
+    SCALE_BYTES,
+    X_LANE_STRIDE,
+)
+from ..launch import ELEMENTS_PER_16_BYTES, QUANTIZED, Argument, Array, Launch, LaunchContext, Matrix, ceil_div, named
 
-WARPS = 8
-THREADS = 32 * WARPS
-CHUNK_BYTES, SCALE_BYTES = 512, 128
-"""Of a chunk of a row: 16 bytes a lane, and a word a lane with their scale. A stage has two chunks of each row."""
-SCALES_AT = 2 * CHUNK_BYTES
-"""Where a row's scales lie in a stage; a lane's are 12 bytes a lane nearer than its payload."""
-SIX_AT, SIX_SCALES_AT, SIX_FACTORS_AT = CHUNK_BYTES, CHUNK_BYTES + 256, CHUNK_BYTES + 256 + SCALE_BYTES
-"""Where in a row of q6_k the upper two bits lie, the words with scales and those with their factor."""
-LANE_STEP = 132
-"""Distance of a chunk's rows of x in float32: so that writing it meets no bank twice either (`products`)."""
+KERNELS = "numballama.cuda.kernels.gemv"
+LINEAR = KernelRef(KERNELS, "linear_kernel")
+GATE_UP = KernelRef(KERNELS, "gate_up_kernel")
+QKV = KernelRef(KERNELS, "qkv_kernel")
+QKV_ROPE = KernelRef(KERNELS, "qkv_rope_kernel")
 
-
-def stage_of(payload: str) -> tuple[int, int, int]:
-    """By the payload's type: a lane's numbers of a chunk, bytes of a row of a stage, float32 places of a chunk of x.
-
-    On the device: `products.numbers_together`, `row_bytes` and `x_step`.
-    """
-    numbers = {"f32": 4, "f16": 8, "bf16": 8, "int8": 16, "q6_k": 16}.get(payload, 32)
-    if payload in QUANTIZED:
-        six = payload == "q6_k"
-        return numbers, SIX_FACTORS_AT + SCALE_BYTES if six else 2 * (CHUNK_BYTES + SCALE_BYTES), numbers * 24 + 64
-    return numbers, 2 * CHUNK_BYTES, numbers // 4 * LANE_STEP
-
-
-DEPTH = 4
-"""Stages of a warp's ring."""
-MATRIX = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
-"""Types of weights."""
-CACHE = ("f32", "f16", "bf16")
-"""Types of the KV cache."""
-TWO_FIT = 80 << 10
-"""Least bytes of shared memory of a block: two kernels' blocks then share a multiprocessor of an H200, but not three.
-With three, blocks of the third bunch up where the first one's end early, and other multiprocessors have nothing to do.
+MIN_SHARED_BYTES = 80 << 10
+"""Minimum dynamic shared memory per block. It caps occupancy at two blocks per SM of an H200: with three, the next
+kernel's blocks pile up on the SMs that finish first, and others have nothing to do.
 """
 
 
-def _shape(gpu: Gpu, weight: Matrix, pairs: int, tokens: int) -> tuple[tuple[int, int], tuple[int, ...], int]:
-    """Grid, the last arguments (slices to ahead) and the bytes of shared memory of a `stream`."""
-    blocks = min(gpu.processors, pairs)
-    mine = -(-pairs // blocks)
-    numbers, row, step = stage_of(weight.payload.dtype)
-    chunks = -(-weight.shape[1] // (32 * numbers))
-    # a stage's time for each stage of the busiest warp, and half of one for each pair's sums to meet
-    slices = min((1, 2, 4, 8), key=lambda n: -(-mine // (WARPS // n)) * (-(-chunks // (2 * n)) + 0.5))
-    ring = WARPS * DEPTH * 2 * row // 4
-    sums = ring + (chunks + 1) * step
-    partial = sums + WARPS
-    places = slices, slices.bit_length() - 1, ring, sums, partial, chunks, *divmod(pairs, blocks), DEPTH - 1
-    return (blocks, tokens), places, max(4 * (partial + 2 * mine * slices), min(TWO_FIT, gpu.shared_limit))
+def stage_of(payload: str) -> tuple[int, int, int]:
+    """By a payload's type: elements a lane takes of a chunk, bytes of a row in a stage, float32 of a chunk of x.
+
+    On the device: `numbers_together`, `row_bytes` and `x_step` in `kernels/dot.py`.
+    """
+    elements = ELEMENTS_PER_16_BYTES[payload]
+    if payload in QUANTIZED:
+        row = Q6_K_FACTORS_AT + SCALE_BYTES if payload == "q6_k" else 2 * (CHUNK_BYTES + SCALE_BYTES)
+        return elements, row, elements * 24 + 64
+    return elements, 2 * CHUNK_BYTES, elements // 4 * X_LANE_STRIDE
 
 
-def _launch_linear(
-    gpu: Gpu, x: Array, norm: Array | None, eps: float, weight: Matrix, residual: Array | None, out: Array
+class StreamLayout(NamedTuple):
+    """How a block shares its work and its shared memory out: the last arguments of every kernel here.
+
+    Offsets count float32 in shared memory.
+    """
+
+    slices: int
+    """Warps that share a pair of rows; a power of two."""
+    log2_slices: int
+    x_at: int
+    """Offset of x."""
+    sums_at: int
+    """Offset of the warps' sums of squares of x, for RMSNorm."""
+    partial_at: int
+    """Offset of the slices' sums of each row."""
+    chunks: int
+    """Chunks of a row."""
+    pairs_per_block: int
+    """Pairs of rows of each block."""
+    extra_pairs: int
+    """The first so many blocks have one pair more."""
+    prefetch: int
+    """Stages that are copied before the first one is used."""
+
+
+class _Shape(NamedTuple):
+    grid: tuple[int, int]
+    layout: StreamLayout
+    shared_bytes: int
+
+
+def _shape(ctx: LaunchContext, weight: Matrix, pairs: int, tokens: int) -> _Shape:
+    """How `tokens` vectors are multiplied with `pairs` pairs of rows."""
+    blocks = min(ctx.n_sms, pairs)
+    most_pairs = ceil_div(pairs, blocks)
+    elements, row_bytes, x_step = stage_of(weight.payload.dtype)
+    chunks = ceil_div(weight.shape[1], 32 * elements)
+    # the cost is one per stage of the busiest warp, and half of one for adding each pair's slices
+    slices = min((1, 2, 4, 8), key=lambda n: ceil_div(most_pairs, GEMV_WARPS // n) * (ceil_div(chunks, 2 * n) + 0.5))
+    x_at = GEMV_WARPS * GEMV_STAGES * 2 * row_bytes // 4
+    sums_at = x_at + (chunks + 1) * x_step
+    partial_at = sums_at + GEMV_WARPS
+    pairs_per_block, extra_pairs = divmod(pairs, blocks)
+    layout = StreamLayout(
+        slices=slices, log2_slices=slices.bit_length() - 1, x_at=x_at, sums_at=sums_at, partial_at=partial_at,
+        chunks=chunks, pairs_per_block=pairs_per_block, extra_pairs=extra_pairs, prefetch=GEMV_STAGES - 1,
+    )  # fmt: skip
+    shared = max(4 * (partial_at + 2 * most_pairs * slices), min(MIN_SHARED_BYTES, ctx.shared_limit))
+    return _Shape((blocks, tokens), layout, shared)
+
+
+def _input(ctx: LaunchContext, x: Array, norm: Array | None, eps: float) -> dict[str, Argument]:
+    """The first arguments of every kernel here: x, and the weight of an RMSNorm before it (x where there is none)."""
+    return named(tokens=ctx.tokens, x=x, norm=norm or x, normed=int(norm is not None), eps=eps)
+
+
+def linear(
+    ctx: LaunchContext, x: Array, norm: Array | None, eps: float, weight: Matrix, residual: Array | None, out: Array
 ) -> list[Launch]:
+    """out[T, N] = x[T, K] · W[N, K]ᵀ, after RMSNorm of x where `norm` is given, plus `residual`."""
     rows, columns = weight.shape
-    grid, places, shared = _shape(gpu, weight, -(-rows // 2), x.shape[0])
-    arguments: tuple[Argument, ...] = (
-        gpu.tokens, x, norm or x, int(norm is not None), eps, weight.payload, weight.stride, weight.scales,
-        weight.scale_stride, weight.shift, residual or x, int(residual is not None), out, rows, columns, *places,
+    grid, layout, shared = _shape(ctx, weight, ceil_div(rows, 2), x.shape[0])
+    arguments = named(
+        **_input(ctx, x, norm, eps), **weight.arguments(), residual=residual or x, added=int(residual is not None),
+        out=out, rows=rows, columns=columns, **layout._asdict(),
     )  # fmt: skip
-    return [Launch(kernels.linear_kernel, grid, THREADS, arguments, shared)]
+    return [Launch(LINEAR, grid, GEMV_THREADS, arguments, shared)]
 
 
-@kernel("linear", "cuda", "f32", MATRIX)
-def linear(gpu: Gpu, x: Array, weight: Matrix, out: Array) -> list[Launch]:
-    return _launch_linear(gpu, x, None, 0.0, weight, None, out)
-
-
-@kernel("linear_add", "cuda", "f32", MATRIX, "f32")
-def linear_add(gpu: Gpu, x: Array, weight: Matrix, residual: Array, out: Array) -> list[Launch]:
-    return _launch_linear(gpu, x, None, 0.0, weight, residual, out)
-
-
-@kernel("norm_linear", "cuda", "f32", "f32", MATRIX)
-def norm_linear(gpu: Gpu, x: Array, norm: Array, weight: Matrix, out: Array, eps: float) -> list[Launch]:
-    return _launch_linear(gpu, x, norm, eps, weight, None, out)
-
-
-def _launch_gate_up(
-    gpu: Gpu, x: Array, norm: Array | None, eps: float, w1: Matrix, w3: Matrix, out: Array
+def gate_up(
+    ctx: LaunchContext, x: Array, norm: Array | None, eps: float, w1: Matrix, w3: Matrix, out: Array
 ) -> list[Launch]:
+    """out[T, N] = silu(x · W1ᵀ) · (x · W3ᵀ). The two weights have one type and one shape."""
     rows, columns = w1.shape
-    grid, places, shared = _shape(gpu, w1, rows, x.shape[0])
-    arguments: tuple[Argument, ...] = (
-        gpu.tokens, x, norm or x, int(norm is not None), eps, w1.payload, w3.payload, w1.stride, w1.scales, w3.scales,
-        w1.scale_stride, w1.shift, out, rows, columns, *places,
+    grid, layout, shared = _shape(ctx, w1, rows, x.shape[0])
+    arguments = named(
+        **_input(ctx, x, norm, eps), w1=w1.payload, w3=w3.payload, stride=w1.stride, w1_scales=w1.scales,
+        w3_scales=w3.scales, scale_stride=w1.scale_stride, shift=w1.shift, out=out, rows=rows, columns=columns,
+        **layout._asdict(),
     )  # fmt: skip
-    return [Launch(kernels.gate_up_kernel, grid, THREADS, arguments, shared)]
+    return [Launch(GATE_UP, grid, GEMV_THREADS, arguments, shared)]
 
 
-def gate_up(gpu: Gpu, x: Array, w1: Matrix, w3: Matrix, out: Array) -> list[Launch]:
-    return _launch_gate_up(gpu, x, None, 0.0, w1, w3, out)
-
-
-def norm_gate_up(gpu: Gpu, x: Array, norm: Array, w1: Matrix, w3: Matrix, out: Array, eps: float) -> list[Launch]:
-    return _launch_gate_up(gpu, x, norm, eps, w1, w3, out)
-
-
-def _qkv_operands(
-    gpu: Gpu, x: Array, norm: Array | None, eps: float, weights: tuple[Matrix, Matrix, Matrix]
-) -> tuple[tuple[int, ...], tuple[Argument, ...], tuple[int, ...], int]:
-    wq, wk, _ = weights
-    pairs = (wq.shape[0] + 2 * wk.shape[0]) // 2
-    grid, places, shared = _shape(gpu, wq, pairs, x.shape[0])
-    arguments: tuple[Argument, ...] = (
-        gpu.tokens, x, norm or x, int(norm is not None), eps, *(w.payload for w in weights), wq.stride,
-        *(w.scales for w in weights), wq.scale_stride, wq.shift,
+def _qkv_input(
+    ctx: LaunchContext, x: Array, norm: Array | None, eps: float, wq: Matrix, wk: Matrix, wv: Matrix
+) -> tuple[dict[str, Argument], _Shape]:
+    """The arguments that the kernels for q, k and v begin with. The three weights have one type and as many columns."""
+    arguments = named(
+        **_input(ctx, x, norm, eps), wq=wq.payload, wk=wk.payload, wv=wv.payload, stride=wq.stride,
+        wq_scales=wq.scales, wk_scales=wk.scales, wv_scales=wv.scales, scale_stride=wq.scale_stride, shift=wq.shift,
     )  # fmt: skip
-    return grid, arguments, (wq.shape[1], *places), shared
+    return arguments, _shape(ctx, wq, (wq.shape[0] + 2 * wk.shape[0]) // 2, x.shape[0])
 
 
-def _launch_qkv(
-    gpu: Gpu, x: Array, norm: Array | None, eps: float, weights: tuple[Matrix, Matrix, Matrix], *out: Array
-) -> list[Launch]:
-    grid, first, rest, shared = _qkv_operands(gpu, x, norm, eps, weights)
-    rows = weights[0].shape[0], weights[1].shape[0]
-    return [Launch(kernels.qkv_kernel, grid, THREADS, (*first, *out, *rows, *rest), shared)]
-
-
-def qkv(gpu: Gpu, x: Array, wq: Matrix, wk: Matrix, wv: Matrix, q: Array, k: Array, v: Array) -> list[Launch]:
-    return _launch_qkv(gpu, x, None, 0.0, (wq, wk, wv), q, k, v)
-
-
-def norm_qkv(
-    gpu: Gpu, x: Array, norm: Array, wq: Matrix, wk: Matrix, wv: Matrix, q: Array, k: Array, v: Array, eps: float
-) -> list[Launch]:
-    return _launch_qkv(gpu, x, norm, eps, (wq, wk, wv), q, k, v)
+def qkv(
+    ctx: LaunchContext, x: Array, norm: Array | None, eps: float, wq: Matrix, wk: Matrix, wv: Matrix, q: Array,
+    k: Array, v: Array,
+) -> list[Launch]:  # fmt: skip
+    """q, k and v = x · Wqᵀ, x · Wkᵀ, x · Wvᵀ, after RMSNorm of x where `norm` is given."""
+    first, (grid, layout, shared) = _qkv_input(ctx, x, norm, eps, wq, wk, wv)
+    (q_rows, columns), kv_rows = wq.shape, wk.shape[0]
+    arguments = named(**first, q=q, k=k, v=v, q_rows=q_rows, kv_rows=kv_rows, columns=columns, **layout._asdict())
+    return [Launch(QKV, grid, GEMV_THREADS, arguments, shared)]
 
 
 def norm_qkv_rope(
-    gpu: Gpu, x: Array, norm: Array, wq: Matrix, wk: Matrix, wv: Matrix, angles: Array, k_cache: Array,
+    ctx: LaunchContext, x: Array, norm: Array, wq: Matrix, wk: Matrix, wv: Matrix, angles: Array, k_cache: Array,
     positions: Array, sequences: Array, v_cache: Array, out: Array, eps: float, head_dim: int, interleaved: int,
 ) -> list[Launch]:  # fmt: skip
-    grid, first, rest, shared = _qkv_operands(gpu, x, norm, eps, (wq, wk, wv))
-    middle = (angles, positions, sequences, out, k_cache, v_cache, wq.shape[0], wk.shape[0], head_dim, interleaved)
-    cache = k_cache.shape[2], k_cache.shape[1], 1.0 / head_dim
-    return [Launch(kernels.qkv_rope_kernel, grid, THREADS, (*first, *middle, *cache, *rest), shared)]
-
-
-for _type in MATRIX:  # one kernel streams weights of one type: where a model mixes them, the fusion is left out
-    kernel("gate_up", "cuda", "f32", _type, _type)(gate_up)
-    kernel("norm_gate_up", "cuda", "f32", "f32", _type, _type)(norm_gate_up)
-    kernel("qkv", "cuda", "f32", _type, _type, _type)(qkv)
-    kernel("norm_qkv", "cuda", "f32", "f32", _type, _type, _type)(norm_qkv)
-    for _cache in CACHE:
-        kernel("norm_qkv_rope", "cuda", "f32", "f32", _type, _type, _type, "f32", _cache, "i32", "i32", _cache)(
-            norm_qkv_rope
-        )
+    """q, k and v of norm(x); q rotated into `out`, k rotated and v into the KV cache."""
+    first, (grid, layout, shared) = _qkv_input(ctx, x, norm, eps, wq, wk, wv)
+    _, kv_heads, context, _ = k_cache.shape
+    (q_rows, columns), kv_rows = wq.shape, wk.shape[0]
+    arguments = named(
+        **first, angles=angles, positions=positions, sequences=sequences, q=out, k_cache=k_cache, v_cache=v_cache,
+        q_rows=q_rows, kv_rows=kv_rows, head_dim=head_dim, interleaved=interleaved, context=context, kv_heads=kv_heads,
+        inverse_head_dim=1.0 / head_dim, columns=columns, **layout._asdict(),
+    )  # fmt: skip
+    return [Launch(QKV_ROPE, grid, GEMV_THREADS, arguments, shared)]

@@ -1,24 +1,34 @@
-"""Sampling on the device: how the kernels of `sampling_kernels` are launched."""
+"""Launches after a decode step: sample the next token, and make it the input of the next step.
+
+These are no operators of a graph. `decode_pipeline` appends them to a plan's steps.
+"""
 
 from __future__ import annotations
 
-from ...registry import kernel
-from ..launch import Array, Gpu, KernelFile, Launch
+from ...registry import KernelRef
+from ..kernels.params import SAMPLING_THREADS as THREADS
+from ..launch import Array, Launch, named
 
-kernels = KernelFile("numballama.cuda.kernels.sampling")
+KERNELS = "numballama.cuda.kernels.sampling"
+SAMPLE = KernelRef(KERNELS, "sample_kernel")
+ADVANCE = KernelRef(KERNELS, "advance_kernel")
 
-THREADS = 1024
 
-
-@kernel("sample", "cuda", "f32")
 def sample(
-    gpu: Gpu, logits: Array, n: int, settings: Array, recent: Array, counts: Array, state: Array, next_token: Array
+    logits: Array, n: int, *, settings: Array, recent: Array, counts: Array, state: Array, next_token: Array
 ) -> list[Launch]:
-    return [Launch(kernels.sample_kernel, (1,), THREADS, (logits, n, settings, recent, counts, state, next_token))]
+    """Sample among the first `n` tokens of the vocabulary; the sampler's state is updated in device memory."""
+    arguments = named(
+        logits=logits, n=n, settings=settings, recent=recent, counts=counts, state=state, next_token=next_token
+    )
+    return [Launch(SAMPLE, (1,), THREADS, arguments)]
 
 
-@kernel("advance", "cuda", "i32")
 def advance(
-    gpu: Gpu, next_token: Array, ids: Array, positions: Array, step: Array, mailbox: int, slots: int
+    *, next_token: Array, ids: Array, positions: Array, step: Array, slots_address: int, n_slots: int
 ) -> list[Launch]:
-    return [Launch(kernels.advance_kernel, (1,), 32, (next_token, ids, positions, step, mailbox, slots))]
+    """Write the new token where the next step reads it, and the token with its step number where the host reads it."""
+    arguments = named(
+        next_token=next_token, ids=ids, positions=positions, step=step, slots_address=slots_address, n_slots=n_slots
+    )
+    return [Launch(ADVANCE, (1,), 32, arguments)]

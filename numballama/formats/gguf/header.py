@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from ...errors import FormatError, UnsupportedError
 from ...files import MappedFile
+from ...quantization.types import TYPE_TRAITS
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -51,20 +52,8 @@ SCALARS: dict[ValueType, np.dtype[Any]] = {
     ValueType.FLOAT64: np.dtype("<f8"),
 }
 
-TENSOR_TYPES = {
-    0: ("F32", 1, 4),
-    1: ("F16", 1, 2),
-    2: ("Q4_0", 32, 18),
-    3: ("Q4_1", 32, 20),
-    6: ("Q5_0", 32, 22),
-    7: ("Q5_1", 32, 24),
-    8: ("Q8_0", 32, 34),
+_UNREAD_TYPES = {
     9: ("Q8_1", 32, 40),
-    10: ("Q2_K", 256, 84),
-    11: ("Q3_K", 256, 110),
-    12: ("Q4_K", 256, 144),
-    13: ("Q5_K", 256, 176),
-    14: ("Q6_K", 256, 210),
     15: ("Q8_K", 256, 292),
     16: ("IQ2_XXS", 256, 66),
     17: ("IQ2_XS", 256, 74),
@@ -80,14 +69,20 @@ TENSOR_TYPES = {
     27: ("I64", 1, 8),
     28: ("F64", 1, 8),
     29: ("IQ1_M", 256, 56),
-    30: ("BF16", 1, 2),
     34: ("TQ1_0", 256, 54),
     35: ("TQ2_0", 256, 66),
     39: ("MXFP4", 32, 17),
     40: ("NVFP4", 64, 36),
     41: ("Q1_0", 128, 18),
 }
-"""Number of a tensor type → its name, how many numbers a block holds, and a block's bytes."""
+"""Types that weights of this package cannot have. Their sizes are for checking the directory of a file."""
+_READ_TYPES = {
+    traits.gguf_id: (traits.name.upper(), traits.block_size, traits.block_bytes)
+    for traits in TYPE_TRAITS.values()
+    if traits.gguf_id is not None
+}
+TENSOR_TYPES = dict(sorted((_READ_TYPES | _UNREAD_TYPES).items()))
+"""ggml's number of a tensor type → its name, elements of a block, bytes of a block."""
 
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 T = TypeVar("T")

@@ -15,22 +15,12 @@ from dataclasses import replace
 import numpy as np
 
 from ...checkpoint import Checkpoint, Weight
-from ...config import (
-    BF16,
-    BLOCKS,
-    F16,
-    F32,
-    FALLBACK_TYPE,
-    HALF_SPLIT,
-    INTERLEAVED,
-    ModelConfig,
-    RopeScaling,
-    WeightType,
-)
+from ...config import HALF_SPLIT, INTERLEAVED, ModelConfig, RopeScaling
 from ...errors import Error, FormatError, UnsupportedError
 from ...files import MappedFile
 from ...memory import format_bytes
-from ...quantization import convert as quant
+from ...quantization.convert import EXACT, convert
+from ...quantization.types import F32, FALLBACK_TYPE, TYPE_TRAITS, WeightType
 from ...rope import rope_divisors
 from ..llama2c.layout import MAX_CONTEXT, MAX_LAYERS
 from ..tokenizer_files import from_gguf
@@ -40,12 +30,11 @@ from .split import open_header
 ARCHITECTURES = {"llama": INTERLEAVED, "qwen2": HALF_SPLIT, "qwen3": HALF_SPLIT}
 """Supported architecture → how its RoPE pairs dimensions."""
 
-WEIGHT_TYPES: dict[str, tuple[WeightType, type[np.generic]]] = {
-    "F32": (F32, np.float32),
-    "F16": (F16, np.uint16),
-    "BF16": (BF16, np.uint16),
+WEIGHT_TYPES = {
+    name.upper(): (WeightType(name), traits.storage)
+    for name, traits in TYPE_TRAITS.items()
+    if traits.gguf_id is not None
 }
-WEIGHT_TYPES |= {name.upper(): (WeightType(name), np.uint8) for name in BLOCKS}
 """Name of a tensor type → our type, and the elements of `Weight.data`."""
 
 _TOP = {"tok_embeddings": "token_embd.weight", "norm": "output_norm.weight", "output": "output.weight"}
@@ -263,9 +252,9 @@ def _view(info: TensorInfo, shape: tuple[int, ...]) -> Weight:
             f"{info.file.path}: tensor {info.name} has type {info.type}; supported are {', '.join(supported)}"
         )
     kind, element = supported[info.type]
-    data = np.frombuffer(info.file.data, element, info.nbytes // np.dtype(element).itemsize, info.offset)
+    data = np.frombuffer(info.file.data, element, info.nbytes // element.itemsize, info.offset)
     weight = Weight(shape, kind, data.reshape(shape[0], -1) if len(shape) == 2 else data)
-    return weight if len(shape) == 2 else quant.convert(weight, F32)
+    return weight if len(shape) == 2 else convert(weight, F32)
 
 
 def _conversions(weights: Mapping[str, Weight]) -> list[str]:
@@ -275,6 +264,6 @@ def _conversions(weights: Mapping[str, Weight]) -> list[str]:
         if names := [name for name, weight in weights.items() if weight.type.name == kind]:
             grows = sum(target.nbytes(math.prod(weights[name].shape)) for name in names)
             which = f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
-            exactly = "with the same numbers" if (kind, target.name) in quant.EXACT else "rounded"
+            exactly = "with the same numbers" if (kind, target.name) in EXACT else "rounded"
             notes.append(f"{kind.upper()} ({which}) runs as {target}, {exactly}: a copy of {format_bytes(grows)}")
     return notes

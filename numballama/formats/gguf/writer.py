@@ -9,21 +9,20 @@ from os import PathLike
 import numpy as np
 
 from ...checkpoint import Weight
-from ...config import BLOCKS, F32, HALF_SPLIT, ModelConfig
+from ...config import HALF_SPLIT, ModelConfig
 from ...errors import Error, UnsupportedError
 from ...files import atomic_write
 from ...quantization.convert import convert
+from ...quantization.types import BLOCKS, F32, TYPE_TRAITS
 from ...rope import rope_divisors
 from ...tokenizers.base import Tokenizer, Vocabulary
 from ..rope_permute import row_order
-from .header import DEFAULT_ALIGNMENT, MAGIC, TENSOR_TYPES, ValueType
-from .reader import ARCHITECTURES, ROPE_FACTORS, WEIGHT_TYPES, tensor_name
+from .header import DEFAULT_ALIGNMENT, MAGIC, ValueType
+from .reader import ARCHITECTURES, ROPE_FACTORS, tensor_name
 
 _VERSION = 3
-_NUMBERS = {name: number for number, (name, *_) in TENSOR_TYPES.items()}
-_TYPES = {kind.name: name for name, (kind, _) in WEIGHT_TYPES.items()}
-_FILE_TYPES = {"F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q2_K": 10, "Q3_K": 12}
-_FILE_TYPES |= {"Q4_K": 15, "Q5_K": 17, "Q6_K": 18, "BF16": 32}  # llama.cpp's llama_ftype: what most of the file is
+_TYPES = {name: traits.gguf_id for name, traits in TYPE_TRAITS.items() if traits.gguf_id is not None}
+_FILE_TYPES = {name: traits.ftype for name, traits in TYPE_TRAITS.items() if traits.ftype is not None}
 _QUANTIZATION_VERSION = 2
 _NO_TOKEN = 0xFFFFFFFF
 _CODES = {ValueType.UINT32: "I", ValueType.FLOAT32: "f", ValueType.BOOL: "?"}
@@ -43,7 +42,7 @@ def write_gguf(
 ) -> list[str]:
     """Write GGUF, whole or not at all; returns notes on what the format cannot hold.
 
-    Matrices are written in the type they have (`quant.convert` makes them f16, bf16, q8_0, q4_0 or q4_1), norms and
+    Matrices are written in the type they have (`convert` makes them f16, bf16, q8_0, q4_0 or q4_1), norms and
     biases as f32. The architecture is "qwen3" for models with q/k norms, "qwen2" for half-split ones with q/k/v biases
     and no others, else "llama"; rows of q and k are permuted to the RoPE pairing that it implies. `name` is
     `general.name`; `metadata` are further keys with their values, such as `{"general.license": "mit"}` (int: uint32,
@@ -123,7 +122,7 @@ class _Tensor:
         self.name = name if name == ROPE_FACTORS else tensor_name(name)
         self.matrix = len(weight.shape) == 2
         self._weight = weight
-        self.type = _TYPES[weight.type.name] if self.matrix else "F32"
+        self.type = weight.type.name if self.matrix else F32.name
         self.shape = weight.shape
         self.nbytes = weight.nbytes if self.matrix else 4 * weight.shape[0]
         self._order = row_order(config, name, ARCHITECTURES[architecture])
@@ -131,7 +130,7 @@ class _Tensor:
     def directory_entry(self, offset: int) -> bytes:
         dims = self.shape[::-1]
         return _string(self.name.encode()) + struct.pack(
-            f"<I{len(dims)}QIQ", len(dims), *dims, _NUMBERS[self.type], offset
+            f"<I{len(dims)}QIQ", len(dims), *dims, _TYPES[self.type], offset
         )
 
     def data(self) -> np.ndarray:
@@ -154,7 +153,7 @@ def _entries(
     if name is not None:
         entries.append(("general.name", text, name))
     entries.append(("general.file_type", u32, _FILE_TYPES[most]))
-    if any(kind.lower() in BLOCKS for kind in numbers):
+    if any(kind in BLOCKS for kind in numbers):
         entries.append(("general.quantization_version", u32, _QUANTIZATION_VERSION))
     entries += [
         (f"{prefix}.vocab_size", u32, config.vocab_size),

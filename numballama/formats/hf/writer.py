@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from ...checkpoint import Weight
-from ...config import F32, HALF_SPLIT, ModelConfig
+from ...config import HALF_SPLIT, ModelConfig
 from ...errors import Error, UnsupportedError
 from ...files import atomic_write_directory
 from ...quantization.convert import convert
+from ...quantization.types import F32
 from .. import safetensors
 from ..rope_permute import row_order
 from .config import config_json

@@ -16,10 +16,11 @@ from typing import BinaryIO
 import numpy as np
 
 from ...checkpoint import Checkpoint, Weight
-from ...config import F32, ModelConfig, WeightType
+from ...config import ModelConfig
 from ...errors import Error, FormatError, UnsupportedError
 from ...files import MappedFile, atomic_write
 from ...quantization.convert import convert
+from ...quantization.types import F32, WeightType
 
 FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "context")
 """The seven int32 that every header of the family holds, in this order."""

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from os import PathLike
 
 from ...checkpoint import Checkpoint, Weight
-from ...config import ModelConfig, WeightType
+from ...config import ModelConfig
 from ...errors import FormatError, UnsupportedError
 from ...files import MappedFile
 from ...quantization.convert import DEFAULT_GROUP
+from ...quantization.types import WeightType
 from .layout import (
     MAX_GROUP,
     Layout,

@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from ...checkpoint import Checkpoint, LazyWeight, Weight
-from ...config import INTERLEAVED, ModelConfig, RopeScaling, WeightType
+from ...config import INTERLEAVED, ModelConfig, RopeScaling
 from ...errors import Error, FormatError, UnsupportedError
 from ...files import MappedFile, map_file
 from ...memory import format_bytes
+from ...quantization.types import WeightType
 from ..json_reader import Keys, read_object
 from ..llama2c.layout import MAX_CONTEXT, MAX_LAYERS
 from ..tokenizer_files import load_tokenizer

@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 
 from ...checkpoint import Weight
-from ...config import BF16, F16, F32, WeightType
 from ...errors import FormatError, UnsupportedError
 from ...files import MappedFile
-from ...quantization import convert as quant
+from ...quantization.convert import convert
+from ...quantization.types import BF16, F16, F32, WeightType
 
 MAGIC = b"PK\x03\x04"
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
@@ -127,7 +127,7 @@ class TorchFile:
         offset = self._members[f"{self._prefix}data/{info.key}"][0] + info.start * kind.nbytes(1)
         data = np.frombuffer(self.file.data, element, math.prod(info.shape), offset)
         weight = Weight(info.shape, kind, data.reshape(info.shape))
-        return weight if len(info.shape) == 2 else quant.convert(weight, F32)
+        return weight if len(info.shape) == 2 else convert(weight, F32)
 
 
 # ---- the archive ----

@@ -24,14 +24,16 @@ import numballama
 from numballama import graph, model
 from numballama.checkpoint import Weight
 from numballama.cli import main as cli
-from numballama.config import ACTIVATION_QUANT, BLOCKS, VEC_DOT_TYPE, ModelConfig, WeightType
+from numballama.config import ModelConfig
 from numballama.cpu.intrinsics import cpu_features
 from numballama.errors import UnsupportedError
 from numballama.export import WRITERS
-from numballama.graph import FUSIONS, KVLayout, fuse
+from numballama.fusion import FUSIONS, fuse
+from numballama.graph import KVLayout
 from numballama.ir import Graph, verify
-from numballama.quantization import convert as quant
 from numballama.quantization.activations import quantize_activations
+from numballama.quantization.convert import convert, dequantize
+from numballama.quantization.types import ACTIVATION_QUANT, BLOCKS, VEC_DOT_TYPE, WeightType
 from numballama.reference import ReferenceBackend
 from tests.helpers.bounds import compiled, cpu_backend, poison
 from tests.helpers.gguf_files import random_blocks
@@ -82,7 +84,7 @@ def test_products_are_ggmls(ggml: Mapping[str, np.ndarray], name: str, device: s
     rounded = net.add(f"quantize_{VEC_DOT_TYPE[name]}", net.input("x", x.shape, "f32"), out=("q", "s", "sums"))
     net.add("linear", *rounded, net.weight("w", weights["w"].shape, name), out="y")
     net.outputs = ["y"]
-    numbers = quant.dequantize(weights["w"]).astype(np.float64)
+    numbers = dequantize(weights["w"]).astype(np.float64)
     size = np.abs(x).astype(np.float64) @ np.abs(numbers).T
     for tokens in (1, 3, 8):  # row by row, and by panels
         program: Any = (
@@ -133,7 +135,7 @@ def blocks_model(config: ModelConfig, kinds: list[str], seed: int) -> dict[str, 
             size = float(np.std(weight.data))
             weights[name] = random_blocks(kind, weight.shape[0], weight.shape[1] // BLOCKS[kind][0], rng, size=size)
         elif len(weight.shape) == 2:
-            weights[name] = quant.convert(weight, WeightType(kind, 32 if kind == "int8" else 0))
+            weights[name] = convert(weight, WeightType(kind, 32 if kind == "int8" else 0))
     return weights
 
 
@@ -284,15 +286,14 @@ PRODUCTS = """
 import sys
 import numpy as np
 from tests.helpers.gguf_files import random_blocks
-from numballama import registry, quant
-from numballama.config import ROUNDED_AS, ROUNDINGS
-from numballama.cpu import CpuBackend
+from numballama.quantization.types import VEC_DOT_TYPE
+from numballama.cpu.backend import CpuBackend
 from numballama.ir import Graph
-from numballama.quant_activations import round_as
+from numballama.quantization.activations import quantize_activations
 
 rng = np.random.default_rng(0)
 for name in ("q8_0", "q4_1", "q6_k"):
-    kind = ROUNDED_AS[name]
+    kind = VEC_DOT_TYPE[name]
     weight = random_blocks(name, 19, 3, rng, odd=True)
     x = rng.standard_normal((9, weight.shape[1]), np.float32)
     graph = Graph("case")
@@ -304,7 +305,7 @@ for name in ("q8_0", "q4_1", "q6_k"):
     program.inputs["x"][:] = x
     for tokens in (2, 9):
         program.run(tokens)
-        for got, want in zip("qsm", round_as(kind, x)):
+        for got, want in zip("qsm", quantize_activations(kind, x)):
             assert (program.value(got)[:tokens] == want[:tokens]).all(), (name, got)
         np.save(sys.stdout.buffer, program.value("y")[:tokens])
 sys.stdout.flush()

@@ -15,28 +15,28 @@ from hypothesis import strategies as st
 
 import numballama
 from numballama.checkpoint import Weight
-from numballama.config import BLOCKS, FALLBACK_TYPE, Q4_0, Q8_0, ModelConfig, WeightType
-from numballama.cpu.vecdot import KINDS, NUMBERS, RECORDS
+from numballama.config import ModelConfig
+from numballama.cpu.vecdot import KINDS
 from numballama.errors import Error
 from numballama.export import WRITERS
 from numballama.ir import Graph
 from numballama.kernels_cpu import LINEAR
-from numballama.quantization import convert as quant
+from numballama.quantization.convert import convert, dequantize
+from numballama.quantization.types import BLOCKS, FALLBACK_TYPE, Q4_0, Q8_0, TYPE_TRAITS, WeightType
 from numballama.reference import ReferenceBackend
 from tests.helpers.bounds import check_step, compiled, cpu_backend, run_parts
 from tests.helpers.gguf_files import random_blocks
 from tests.helpers.random_models import random_checkpoint
 
-NATIVE = sorted(RECORDS)
+NATIVE = sorted(KINDS)
 halves = st.floats(width=16, allow_nan=False, allow_infinity=False)
 """Factors of blocks: negative, subnormal, zero too."""
 
 
 def test_the_layouts_are_the_formats() -> None:
-    assert {name: (NUMBERS[name], record.itemsize) for name, record in RECORDS.items()} == {
-        name: BLOCKS[name] for name in NATIVE
-    }
-    assert RECORDS.keys() == KINDS.keys() == BLOCKS.keys() - FALLBACK_TYPE.keys()
+    sizes = {name: (TYPE_TRAITS[name].block_size, TYPE_TRAITS[name].record.itemsize) for name in KINDS}
+    assert sizes == {name: BLOCKS[name] for name in NATIVE}
+    assert KINDS.keys() == BLOCKS.keys() - FALLBACK_TYPE.keys()
     assert set(LINEAR) >= KINDS.keys() and {target.name for target in FALLBACK_TYPE.values()} <= set(LINEAR)
 
 
@@ -77,7 +77,7 @@ def test_embeddings_are_the_dequantised_rows_exactly(
     program = compiled(cpu_backend({"w": weight}), graph)
     program.inputs["ids"][:] = data.draw(st.lists(st.integers(0, rows - 1), min_size=3, max_size=3))
     program.run(3)
-    wanted = quant.dequantize(weight)[program.inputs["ids"]]
+    wanted = dequantize(weight)[program.inputs["ids"]]
     np.testing.assert_array_equal(program.value("x").view(np.uint32), wanted.view(np.uint32))
 
 
@@ -98,7 +98,7 @@ def mixed_weights(config: ModelConfig, types: dict[str, str]) -> dict[str, Weigh
             if kind in BLOCKS:
                 weights[name] = random_blocks(kind, weight.shape[0], weight.shape[1] // BLOCKS[kind][0], rng)
             elif kind == "f16":
-                weights[name] = quant.convert(weight, numballama.config.F16)
+                weights[name] = convert(weight, numballama.config.F16)
     return weights
 
 
@@ -131,8 +131,9 @@ GENERIC = """
 import sys
 import numba, numpy as np
 from tests.helpers.gguf_files import random_blocks
-from numballama import quant
-from numballama.cpu.vecdot import NUMBERS, RECORDS, decode_blocks, dot_blocks
+from numballama.cpu.vecdot import KINDS, decode_blocks, dot_blocks
+from numballama.quantization.convert import convert, dequantize
+from numballama.quantization.types import TYPE_TRAITS
 
 @numba.njit
 def decode(weight, out):
@@ -143,11 +144,11 @@ def dot(weight, x):
     return dot_blocks(weight, 0, x, 0, weight.size)
 
 rng = np.random.default_rng(0)
-for name in RECORDS:
+for name in KINDS:
     for count in (1, 4, 7):
         weight = random_blocks(name, 1, count, rng, odd=True)
-        wanted, out = quant.dequantize(weight)[0], np.empty(weight.shape[1], np.float32)
-        blocks, x = weight.data.view(RECORDS[name]).reshape(-1), rng.standard_normal(out.size, np.float32)
+        wanted, out = dequantize(weight)[0], np.empty(weight.shape[1], np.float32)
+        blocks, x = weight.data.view(TYPE_TRAITS[name].record).reshape(-1), rng.standard_normal(out.size, np.float32)
         decode(blocks, out)
         assert (out.view(np.uint32) == wanted.view(np.uint32)).all(), name
         error = abs(dot(blocks, x) - wanted.astype(float) @ x)
@@ -223,7 +224,7 @@ CONFIG = ModelConfig(64, 96, 2, 4, 2, 50, 24, tied_embeddings=False)
 def test_a_model_agrees_with_the_reference(tmp_path: Path, tied: bool, kind: WeightType) -> None:
     config = ModelConfig(64, 96, 2, 4, 2, 50, 24, tied_embeddings=tied, qkv_bias=not tied)
     source, path = random_checkpoint(config), tmp_path / "model.gguf"
-    weights = {name: quant.convert(w, kind) if len(w.shape) == 2 else w for name, w in source.weights.items()}
+    weights = {name: convert(w, kind) if len(w.shape) == 2 else w for name, w in source.weights.items()}
     WRITERS["gguf"](path, config, weights)
     logits_agree(path, np.random.default_rng(1).integers(0, 50, 20).tolist())
     with numballama.compile(path, threads=1) as model:
@@ -239,7 +240,7 @@ def test_compile_converts_linear_weights(tmp_path: Path, kind: WeightType, near:
             plain = len(weight.shape) == 1 or name == "tok_embeddings"
             assert weight.type.name == ("f32" if plain else kind.name)
             if not plain:
-                np.testing.assert_array_equal(weight.data, quant.convert(source.weights[name], kind).data)
+                np.testing.assert_array_equal(weight.data, convert(source.weights[name], kind).data)
                 assert weight.nbytes == math.prod(weight.shape) // 32 * {Q8_0: 34, Q4_0: 18}[kind]
         exact = numballama.compile(path, device="reference").logits([1, 2, 3])
         assert np.abs(model.logits([1, 2, 3]) - exact).max() < near * np.abs(exact).max()

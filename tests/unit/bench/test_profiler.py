@@ -130,7 +130,7 @@ class MadeUpGpu:
         module = ModuleType("driver")
         gpu = self
 
-        class Recording:
+        class CudaGraph:
             def __init__(self, device: Any, calls: list[int]) -> None:
                 self.calls = calls
 
@@ -147,7 +147,7 @@ class MadeUpGpu:
                 action()
                 return gpu.clock - before
 
-        module.Recording, module.Stopwatch = Recording, Stopwatch  # type: ignore[attr-defined]
+        module.CudaGraph, module.Stopwatch = CudaGraph, Stopwatch  # type: ignore[attr-defined]
         self.module = module
 
 
@@ -156,7 +156,8 @@ def test_gpu_times_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> 
     gpu = MadeUpGpu([1e-6, 20e-6, 5e-6, 22e-6, 5e-6, 60e-6])
     monkeypatch.setitem(sys.modules, "numballama.cuda.driver", gpu.module)
     ran: list[int] = []
-    program = SimpleNamespace(backend=SimpleNamespace(device=None), calls=[[n] for n in range(6)], run=ran.append)
+    launches = [[n] for n in range(6)]
+    program = SimpleNamespace(backend=SimpleNamespace(device=None), prepared_launches=launches, run=ran.append)
     sizes = [100, 40_000_000, 2000, 40_000_000, 2000, 200_000_000]
     times, whole = profile_step._time_gpu(program, ["a", "b", "c", "b", "c", "d"], sizes)
     assert times == pytest.approx([1e-6, 21e-6, 5e-6, 21e-6, 5e-6, 60e-6])

@@ -19,18 +19,19 @@ from functools import partial
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from numballama.cuda.ops import elementwise as basic
-from numballama.cuda import compile_worker as compile, driver
-from numballama.cuda.launch import Array, Gpu
+from numballama.cuda import compile_worker as compile, compiler
+from numballama.cuda.launch import Array, LaunchContext, Specialization
 
 def array(*shape, dtype="f32"):
     return Array(0, shape, dtype)
 
-gpu = Gpu(2, 99 << 10, array(1, dtype="i32"), lambda n: array(n, dtype="i32"))
+ctx = LaunchContext(2, 99 << 10, array(1, dtype="i32"), lambda n: array(n, dtype="i32"))
 x = array(1, 64)
 launches = [
-    *basic.add(gpu, x, x, x), *basic.swiglu(gpu, x, x, x), *basic.last(gpu, x, x), *basic.bias(gpu, x, array(64), x),
-    *basic.rmsnorm(gpu, x, array(64), x, 1e-5),
+    *basic.add(ctx, x, x, x), *basic.swiglu(ctx, x, x, x), *basic.last(ctx, x, x), *basic.bias(ctx, x, array(64), x),
+    *basic.rmsnorm(ctx, x, array(64), x, 1e-5),
 ]
+kernels = [launch.specialization for launch in launches]
 cache, told, started = Path(sys.argv[2]), [], []
 
 def report(what, done, total):
@@ -43,8 +44,8 @@ class Popen(subprocess.Popen):
 
 subprocess.Popen = Popen
 
-def ahead(helpers=2, report=report, launches=launches):
-    done = compile.compile_ahead(launches, (9, 0), cache, report, helpers)
+def ahead(workers=2, report=report, kernels=kernels):
+    done = compile.compile_ahead(kernels, (9, 0), cache, report, workers)
     return {index: (code.entry, code.registers, len(code.machine), code.cached) for index, code in done.items()}
 """
 """A process of its own for each test: a process compiles for one compute capability only."""
@@ -61,25 +62,25 @@ def program(text: str, cache: Path, folder: Path | None = None) -> Any:
     return json.loads(done.stdout)
 
 
-def test_helpers_fill_the_cache(tmp_path: Path) -> None:
-    """Nothing of ours is in a helper's own environment: it gets the search path from the process that started it."""
+def test_workers_fill_the_cache(tmp_path: Path) -> None:
+    """A worker finds the package by the search path of the process that started it."""
     found = program(
         """
-# all to the helpers: this process would be quicker than they with kernels as small as these
-take = compile._Crew.run
-def idle(crew, report):
-    class Todo(type(crew._todo)):
+# all to the workers: this process would be faster than they are with kernels as small as these
+take = compile._WorkerPool.run
+def idle(pool, report):
+    class Todo(type(pool._todo)):
         def popleft(self):
             if compile.threading.current_thread() is compile.threading.main_thread():
                 raise IndexError
             return super().popleft()
-    crew._todo = Todo(crew._todo)
-    return take(crew, report)
-compile._Crew.run = idle
+    pool._todo = Todo(pool._todo)
+    return take(pool, report)
+compile._WorkerPool.run = idle
 first = ahead()
 again = ahead()
-codes = [driver.compile_kernel(l.kernel, l.kinds, (9, 0), l.threads, cache) for l in launches]
-fresh = [driver.compile_kernel(l.kernel, l.kinds, (9, 0), l.threads, None) for l in launches]
+codes = [compiler.compile_kernel(kernel, (9, 0), cache) for kernel in kernels]
+fresh = [compiler.compile_kernel(kernel, (9, 0), None) for kernel in kernels]
 print(json.dumps({
     "first": first, "again": again, "told": told, "cached": [c.cached for c in codes],
     "same": [(len(c.machine), c.registers) == (len(f.machine), f.registers) for c, f in zip(codes, fresh)],
@@ -99,34 +100,34 @@ print(json.dumps({
 @pytest.mark.parametrize(
     "failure",
     [
-        "compile.BOOT = 'raise SystemExit(1)'",
-        "compile.BOOT = 'print(1, flush=True); print(2, flush=True)'",
-        "compile.BOOT = 'import os, signal; os.kill(os.getpid(), signal.SIGKILL)'",
+        "compile.COMMAND = '-c', 'raise SystemExit(1)'",
+        "compile.COMMAND = '-c', 'print(1, flush=True); print(2, flush=True)'",
+        "compile.COMMAND = '-c', 'import os, signal; os.kill(os.getpid(), signal.SIGKILL)'",
         "sys.executable = '/nonexistent/python'",
-        "compile.BOOT = compile.BOOT.replace('numballama', 'no_such_package')",
-        "compile.BOOT = compile.BOOT.replace('help_out(job)', 'print(1, flush=True); input()')",
+        "compile.COMMAND = '-m', 'no_such_package.compile_worker'",
+        "compile.COMMAND = '-c', 'input(); print(1, flush=True); input()'",
     ],
 )
-def test_failing_helpers_cost_only_time(tmp_path: Path, failure: str) -> None:
+def test_failing_workers_cost_only_time(tmp_path: Path, failure: str) -> None:
     found = program(f"{failure}\nprint(json.dumps([ahead(), told]))", tmp_path)
     assert sorted(found[0], key=int) == list("01234")
     assert found[1][-1][1:] == [5, 5]
 
 
-def test_a_helper_survives_a_kernel_that_it_cannot_find(tmp_path: Path) -> None:
+def test_a_worker_survives_a_kernel_that_it_cannot_find(tmp_path: Path) -> None:
     found = program(
         """
 import dataclasses
 from types import SimpleNamespace
-hidden = launches[0].function.py_func
-def todo(launch):  # of the package's own files, under a name that it does not have
+hidden = kernels[0].function.py_func
+def todo(kernel):  # of the package's own files, under a name that it does not have
     function = type(hidden)(hidden.__code__, hidden.__globals__, "add_kernel")
     function.__module__, function.__qualname__ = hidden.__module__, "no_such_kernel"
-    return dataclasses.replace(launch, kernel=SimpleNamespace(py_func=function))
-crew = compile._Crew([todo(launches[0]), launches[1]], [0, 1], (9, 0), cache, 1)
+    return dataclasses.replace(kernel, kernel=SimpleNamespace(py_func=function))
+pool = compile._WorkerPool([todo(kernels[0]), kernels[1]], [0, 1], (9, 0), cache, 1)
 import threading
-with crew._processes():
-    answers = [crew._answers.get(timeout=60) for _ in range(2)]
+with pool._processes():
+    answers = [pool._answers.get(timeout=60) for _ in range(2)]
 print(json.dumps([answers, len(list(cache.iterdir()))]))
 """,
         tmp_path,
@@ -138,18 +139,18 @@ print(json.dumps([answers, len(list(cache.iterdir()))]))
     "case",
     [
         "compile._cores = lambda: 2; ahead = partial(ahead, None)",
-        "launches = launches[:2]",
+        "kernels = kernels[:2]",
         "sys.frozen = True",
         "sys.executable = '/opt/some/editor'",
         "sys.executable = None",
     ],
 )
-def test_no_helper_where_it_is_not_worth_it_or_would_be_another_program(tmp_path: Path, case: str) -> None:
-    found = program(f"{case}\nprint(json.dumps([ahead(launches=launches), told, len(started)]))", tmp_path)
+def test_no_worker_where_it_is_not_worth_it_or_would_be_another_program(tmp_path: Path, case: str) -> None:
+    found = program(f"{case}\nprint(json.dumps([ahead(kernels=kernels), told, len(started)]))", tmp_path)
     assert found == [{}, [], 0]
 
 
-def test_an_interrupt_ends_the_helpers(tmp_path: Path) -> None:
+def test_an_interrupt_ends_the_workers(tmp_path: Path) -> None:
     found = program(
         """
 def report(*arguments):
@@ -173,10 +174,10 @@ def test_kernels_that_were_edited_or_replaced_meanwhile_are_not_kept(tmp_path: P
 from numba import cuda
 from numballama import kernel_cache
 
-launch = launches[0]
+kernel = kernels[0]
 def kept(folder):
     folder.mkdir(exist_ok=True)
-    driver.compile_kernel(launch.kernel, launch.kinds, (9, 0), launch.threads, folder)
+    compiler.compile_kernel(kernel, (9, 0), folder)
     return len(list(folder.iterdir()))
 
 now = cache / kernel_cache._cuda_name()
@@ -188,7 +189,7 @@ def add_kernel(tokens, a, b, out, columns):
 
 from numballama import kernels_cuda as basic_kernels
 basic_kernels.add_kernel = add_kernel
-replaced = driver.compile_kernel(launch.kernel, launch.kinds, (9, 0), launch.threads, now)
+replaced = compiler.compile_kernel(kernel, (9, 0), now)
 print(json.dumps([*found, replaced.cached, kept(now)]))
 """,
         tmp_path,
@@ -201,15 +202,16 @@ def test_only_kernels_of_the_package_are_kept(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("from numba import cuda\n@cuda.jit\ndef mine(x):\n    x[0] = 1\n")
     found = program(
         f"sys.path.insert(0, {str(tmp_path)!r})\nimport mine\n"
-        "first = driver.compile_kernel(mine.mine, ('f32*',), (9, 0), 32, cache)\n"
-        "second = driver.compile_kernel(mine.mine, ('f32*',), (9, 0), 32, cache)\n"
-        "print(json.dumps([first.cached, second.cached, driver.cache_entry(mine.mine, ('f32*',), (9, 0), 32, cache)]))",
+        "kernel = Specialization(mine.mine, (('x', 'f32*'),), 32)\n"
+        "first = compiler.compile_kernel(kernel, (9, 0), cache)\n"
+        "second = compiler.compile_kernel(kernel, (9, 0), cache)\n"
+        "print(json.dumps([first.cached, second.cached, compiler.cache_entry(kernel, (9, 0), cache)]))",
         tmp_path / "cache",
     )
     assert found == [False, False, None]
 
 
-def test_helpers_are_as_many_as_there_are_cores_for(tmp_path: Path) -> None:
+def test_there_are_as_many_workers_as_cores_for_them(tmp_path: Path) -> None:
     text = "compile._cores = lambda: {}\nahead(None)\nprint(json.dumps(len(started)))"
     assert program(text.format(4), tmp_path / "4") == 3
     assert program(text.format(64), tmp_path / "64") == 5, "no more than kernels"

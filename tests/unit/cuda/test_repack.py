@@ -1,4 +1,4 @@
-"""Blocks as they are laid out for a GPU: read as `blocks_cuda` describes it, their numbers are what they were."""
+"""Blocks repacked for a GPU: read as `repack` describes them, their elements are unchanged."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from numballama.config import BLOCKS
-from numballama.cuda import repack as blocks_cuda
-from numballama.quantization import convert as quant
+from numballama.cuda import repack
+from numballama.quantization.convert import dequantize
+from numballama.quantization.types import BLOCKS
 from tests.helpers.gguf_files import random_blocks
 
 
@@ -56,15 +56,15 @@ READERS = {"q4_1": q4_1, "q4_k": q4_k, "q6_k": q6_k}
 @given(rows=st.integers(1, 5), count=st.integers(1, 9), seed=st.integers(0, 2**32 - 1), piece=st.integers(9, 17))
 def test_the_numbers_are_those_of_the_blocks(kind: str, rows: int, count: int, seed: int, piece: int) -> None:
     weight = random_blocks(kind, rows, count, np.random.default_rng(seed), odd=bool(seed & 1))
-    before, blocks_cuda.PIECE = blocks_cuda.PIECE, 1 << piece  # some rows are cut, others are laid out together
+    before, repack.CHUNK_ELEMENTS = repack.CHUNK_ELEMENTS, 1 << piece  # some rows are cut, others are laid out together
     try:
-        integers, rest = blocks_cuda.split_rows(kind, weight.data)
+        integers, rest = repack.split_rows(kind, weight.data)
     finally:
-        blocks_cuda.PIECE = before
-    columns, layout = weight.shape[1], blocks_cuda.LAYOUTS[kind]
+        repack.CHUNK_ELEMENTS = before
+    columns, layout = weight.shape[1], repack.LAYOUTS[kind]
     assert integers.shape == (rows, columns // 2)
     assert rest.shape == (rows, layout.stride(columns) * {"u8": 1, "u32": 4}[layout.scales])
-    np.testing.assert_array_equal(READERS[kind](integers, rest), quant.dequantize(weight))
+    np.testing.assert_array_equal(READERS[kind](integers, rest), dequantize(weight))
 
 
 @pytest.mark.parametrize(("kind", "most"), [("q4_1", 5.0), ("q4_k", 4.625), ("q6_k", 6.625)])
@@ -72,8 +72,8 @@ def test_bits_of_a_number(kind: str, most: float) -> None:
     """Of long rows; in a file it is 5, 4.5 and 6.5625. What a row's last record lacks is zeros."""
     numbers, nbytes = BLOCKS[kind]
     weight = random_blocks(kind, 1, 4096 // numbers, np.random.default_rng(0))
-    integers, rest = blocks_cuda.split_rows(kind, weight.data)
+    integers, rest = repack.split_rows(kind, weight.data)
     assert (integers.nbytes + rest.nbytes) * 8 / 4096 == most
-    integers, rest = blocks_cuda.split_rows(kind, weight.data[:, :nbytes])
+    integers, rest = repack.split_rows(kind, weight.data[:, :nbytes])
     assert integers.nbytes == numbers // 2
     assert np.count_nonzero(rest) <= nbytes

@@ -15,12 +15,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numballama.checkpoint import Weight
-from numballama.config import F32, ModelConfig, RopeScaling, WeightType
+from numballama.config import ModelConfig, RopeScaling
 from numballama.errors import Error, UnsupportedError
 from numballama.export import WRITERS
 from numballama.formats.llama2c import layout
 from numballama.loader import open_checkpoint
 from numballama.quantization.convert import convert, quantize_int8
+from numballama.quantization.types import F32, WeightType
 from tests.helpers.random_models import SMALL, configs, random_checkpoint, save
 
 FLOAT_FORMATS = {"llama2c-v0": "llama2.c v0", "llama2c-v1": "llama2.c v1", "kuiper": "llama2.c v0"}

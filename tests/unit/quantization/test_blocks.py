@@ -1,4 +1,4 @@
-"""GGUF's block types against the gguf package, which is ggml's reference code in NumPy: bits, not tolerances."""
+"""GGUF's block types against the gguf package, which has ggml's reference code in NumPy: equal to the bit."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from numballama.checkpoint import Weight
-from numballama.config import BLOCKS, F32, WeightType
 from numballama.errors import Error
 from numballama.formats.gguf.reader import tensor_name
 from numballama.loader import open_checkpoint
-from numballama.quantization import blocks as quant_blocks
-from numballama.quantization import convert as quant
+from numballama.quantization import blocks
+from numballama.quantization.convert import EXACT, convert, dequantize
+from numballama.quantization.types import BLOCKS, F32, WeightType
 
-WRITTEN = sorted(quant_blocks.ENCODERS)
+WRITTEN = sorted(blocks.ENCODERS)
 
 rows_of_blocks = hnp.arrays(
     np.float32,
@@ -34,17 +34,17 @@ def peer(name: str) -> tuple[object, object]:
 
 
 def encoded(name: str, values: np.ndarray) -> Weight:
-    return quant.convert(Weight(values.shape, F32, values), WeightType(name))
+    return convert(Weight(values.shape, F32, values), WeightType(name))
 
 
 @pytest.mark.parametrize("name", WRITTEN)
 @given(values=rows_of_blocks, scale=st.sampled_from([1.0, 1e-3, 1e-30]))
 def test_encoding_is_ggmls_to_the_bit(name: str, values: np.ndarray, scale: float) -> None:
-    """Both ways; the package makes NaNs of scales below 2^-128, and infinities of those beyond float16."""
+    """Both ways, except for scales below 2^-128 or beyond float16, of which the package makes NaN and infinity."""
     quants, kind = peer(name)
     values = values * np.float32(scale)
     if name != "q8_0":
-        values = np.clip(values, -60000, 60000)  # above, scales and least numbers leave float16
+        values = np.clip(values, -60000, 60000)  # above, scales and minimums leave float16
     weight = encoded(name, values)
     numbers, nbytes = BLOCKS[name]
     assert weight.data.dtype == np.uint8
@@ -52,20 +52,20 @@ def test_encoding_is_ggmls_to_the_bit(name: str, values: np.ndarray, scale: floa
     assert weight.nbytes == weight.type.nbytes(values.size)
     with np.errstate(over="ignore"):
         np.testing.assert_array_equal(weight.data, quants.quantize(values, kind))
-    np.testing.assert_array_equal(quant.dequantize(weight), quants.dequantize(weight.data, kind))
+    np.testing.assert_array_equal(dequantize(weight), quants.dequantize(weight.data, kind))
 
 
 @pytest.mark.parametrize("name", sorted(BLOCKS))
 @given(data=st.data(), rows=st.integers(1, 3), count=st.integers(1, 4))
 def test_any_blocks_decode_as_ggmls(name: str, data: st.DataObject, rows: int, count: int) -> None:
-    """Any bytes: every scale there is, subnormal, infinite and NaN too. Compared by their bits but for NaNs'."""
+    """Any bytes: all scales, also subnormal, infinite and NaN. Compared bit by bit, except NaNs."""
     quants, kind = peer(name)
     numbers, nbytes = BLOCKS[name]
     stored = data.draw(hnp.arrays(np.uint8, (rows, count * nbytes)))
-    if data.draw(st.booleans()):  # hypothesis likes bytes to be alike, which hides swapped ones
+    if data.draw(st.booleans()):  # hypothesis prefers equal bytes, which hide swaps
         stored = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1))).integers(0, 256, stored.shape, np.uint8)
     with np.errstate(all="ignore"):
-        got = quant.dequantize(Weight((rows, count * numbers), WeightType(name), stored))
+        got = dequantize(Weight((rows, count * numbers), WeightType(name), stored))
         want = quants.dequantize(stored, kind)
     nan = np.isnan(want)
     np.testing.assert_array_equal(np.isnan(got), nan)
@@ -74,10 +74,10 @@ def test_any_blocks_decode_as_ggmls(name: str, data: st.DataObject, rows: int, c
 
 @pytest.mark.parametrize("name", WRITTEN)
 @given(values=hnp.arrays(np.float32, (2, 64), elements=st.floats(-60000, 60000, width=32)))
-def test_what_comes_back_is_near(name: str, values: np.ndarray) -> None:
-    """Within half a step of the block's scale (a whole one at q4_0's positive end), and what rounding the scale and the
-    least number to float16 adds."""
-    back = quant.dequantize(encoded(name, values)).reshape(-1, 32).astype(np.float64)
+def test_decoded_values_are_near_the_encoded_ones(name: str, values: np.ndarray) -> None:
+    """Within half a step of the block's scale (a whole step at q4_0's positive end), plus the error of rounding scale
+    and minimum to float16."""
+    back = dequantize(encoded(name, values)).reshape(-1, 32).astype(np.float64)
     rows = values.reshape(-1, 32).astype(np.float64)
     span = np.ptp(rows, axis=1) / 15 if name == "q4_1" else np.abs(rows).max(axis=1) / (8 if name == "q4_0" else 127)
     steps = {"q4_0": 1.0, "q4_1": 0.5, "q8_0": 0.5}[name] + 128 * 2.0**-11
@@ -86,14 +86,14 @@ def test_what_comes_back_is_near(name: str, values: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize(("name", "most"), [("q8_0", 65504 * 127), ("q4_0", 65504 * 8), ("q4_1", 65504)])
-def test_what_is_finite_stays_finite_and_the_rest_is_refused(name: str, most: float) -> None:
+def test_finite_values_stay_finite_and_others_are_refused(name: str, most: float) -> None:
     for size in (3e38, 1e-38, 1e-40, 1e-45):
         values = np.full((1, 32), -size, np.float32)
-        back = quant.dequantize(encoded(name, values))
+        back = dequantize(encoded(name, values))
         assert np.isfinite(back).all()
         assert back.min() == (-np.float32(most) if size > 1 else 0)
     values[0, 1::2] *= -1
-    assert np.isfinite(quant.dequantize(encoded(name, np.where(values > 0, np.float32(3e38), np.float32(-3e38))))).all()
+    assert np.isfinite(dequantize(encoded(name, np.where(values > 0, np.float32(3e38), np.float32(-3e38))))).all()
     for bad in (np.nan, np.inf, -np.inf):
         values[0, 7] = bad
         with pytest.raises(Error, match=f"NaN or infinity, which {name}"):
@@ -102,21 +102,21 @@ def test_what_is_finite_stays_finite_and_the_rest_is_refused(name: str, most: fl
         encoded(name, np.ones((32, 33), np.float32))
 
 
-@pytest.mark.parametrize(("old", "new"), sorted(quant_blocks.REPACKERS))
+@pytest.mark.parametrize(("old", "new"), sorted(blocks.REPACKERS))
 @given(seed=st.integers(0, 2**32 - 1), rows=st.integers(1, 3), count=st.integers(1, 4))
-def test_repacked_blocks_hold_the_same_numbers(old: str, new: str, seed: int, rows: int, count: int) -> None:
-    """To the bit, by the gguf package's reading of both; several chunks."""
+def test_repacked_blocks_hold_the_same_values(old: str, new: str, seed: int, rows: int, count: int) -> None:
+    """To the bit, as the gguf package reads both, over several chunks."""
     quants, kind = peer(new)
     numbers, nbytes = BLOCKS[old]
     stored = np.random.default_rng(seed).integers(0, 256, (rows, count * nbytes), np.uint8)
     weight = Weight((rows, count * numbers), WeightType(old), stored)
     with pytest.MonkeyPatch.context() as patch, np.errstate(all="ignore"):
-        patch.setattr(quant, "_CHUNK", 2 * numbers)
-        again = quant.convert(weight, WeightType(new))
-        want = quant.dequantize(weight)
+        patch.setattr("numballama.quantization.convert._CHUNK", 2 * numbers)
+        again = convert(weight, WeightType(new))
+        want = dequantize(weight)
         got = quants.dequantize(again.data, kind)
     assert again.type.nbytes(rows * count * numbers) == again.nbytes
-    assert (old, new) in quant.EXACT
+    assert (old, new) in EXACT
     nan = np.isnan(want)
     np.testing.assert_array_equal(np.isnan(got), nan)
     np.testing.assert_array_equal(got.view(np.uint32)[~nan], want.view(np.uint32)[~nan])
@@ -133,6 +133,6 @@ def test_every_tensor_of_a_real_model_is_what_the_gguf_package_reads(models: Pat
     for name, weight in opened.weights.items():
         tensor = theirs[tensor_name(name)]
         wanted = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(weight.shape)
-        np.testing.assert_array_equal(quant.dequantize(weight).view(np.uint32), wanted.view(np.uint32), name)
+        np.testing.assert_array_equal(dequantize(weight).view(np.uint32), wanted.view(np.uint32), name)
         types.add(weight.type.name)
     assert types == {"f32", "q4_1", "q8_0"}

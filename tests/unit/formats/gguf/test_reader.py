@@ -18,7 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import numballama
-from numballama.config import BF16, F16, F32, HALF_SPLIT, Q8_0, ModelConfig, WeightType
+from numballama.config import HALF_SPLIT, ModelConfig
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.files import map_file
 from numballama.formats.gguf.header import TENSOR_TYPES, Header
@@ -26,7 +26,8 @@ from numballama.formats.gguf.reader import tensor_name
 from numballama.formats.gguf.writer import write_gguf
 from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.loader import open_checkpoint
-from numballama.quantization import convert as quant
+from numballama.quantization.convert import convert, dequantize
+from numballama.quantization.types import BF16, F16, F32, Q8_0, WeightType
 from tests.helpers.gguf_files import (
     ARRAY,
     BOOL,
@@ -161,7 +162,7 @@ def test_the_gguf_package_reads_what_we_write(tmp_path: Path, kind: str) -> None
     for name, weight in opened.weights.items():
         their = next(t for t in reader.tensors if t.name == tensor_name(name))
         wanted = gguf.quants.dequantize(their.data, their.tensor_type)
-        np.testing.assert_array_equal(quant.dequantize(weight), wanted.reshape(weight.shape))
+        np.testing.assert_array_equal(dequantize(weight), wanted.reshape(weight.shape))
 
 
 def test_types_are_ggmls() -> None:
@@ -196,13 +197,13 @@ def test_narrow_norms_become_float32(tmp_path: Path) -> None:
     kind_at = name + len("output_norm.weight") + 4 + 8
     for number, kind in ((1, F16), (30, BF16)):
         norm = random_checkpoint(CONFIG).weights["norm"]
-        narrow = quant.convert(norm, kind)
+        narrow = convert(norm, kind)
         struct.pack_into("<I", data, kind_at, number)
         data[info.offset : info.offset + 64] = narrow.data.tobytes()
         path.write_bytes(data)
         weight = open_checkpoint(path).weights["norm"]
         assert weight.type == F32
-        np.testing.assert_array_equal(weight.data, quant.dequantize(narrow))
+        np.testing.assert_array_equal(weight.data, dequantize(narrow))
     struct.pack_into("<I", data, kind_at, 8)
     path.write_bytes(data)
     with pytest.raises(UnsupportedError, match=r"output_norm\.weight has type Q8_0; supported are F32, F16, BF16$"):

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
 
 import numballama
-from numballama.config import Q8_0
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.formats.gguf.writer import write_gguf
 from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.loader import open_checkpoint
+from numballama.quantization.types import Q8_0
 from numballama.tokenizers import sentencepiece_proto as protobuf
 from numballama.tokenizers.base import PieceType, Tokenizer
 from numballama.tokenizers.scored import GgufTokenizer

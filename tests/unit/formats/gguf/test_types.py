@@ -1,4 +1,4 @@
-"""Tensor types of GGUF that are not read, and rows that cannot be."""
+"""Tensor types that the GGUF reader refuses, and rows that are not whole blocks."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tests.helpers.gguf_files import edited, save, tensor
 
 
 @pytest.mark.parametrize("kind", sorted({name for name, *_ in TENSOR_TYPES.values()} - WEIGHT_TYPES.keys()))
-def test_every_other_type_is_named(tmp_path: Path, kind: str) -> None:
-    """Integers, the formats of sums, and all of IQ, TQ, MXFP4 and the like."""
+def test_unsupported_types_are_named_in_the_error(tmp_path: Path, kind: str) -> None:
+    """Integers, Q8_1 and Q8_K, which are for activations, and all IQ, TQ, MXFP4 and similar types."""
     number = next(number for number, (name, *_) in TENSOR_TYPES.items() if name == kind)
     path = save(tmp_path / "m.gguf", ModelConfig(256, 256, 1, 4, 2, 300, 16))
     data = bytearray(
         edited(path, {}, drop="blk.0.attn_q.weight", extra=(tensor("blk.0.attn_q.weight", [256, 256], number),))
     )
     header = Header(map_file(path))
-    # the last of the directory, and past all others
+    # the new tensor is the last of the directory; its data begins behind all others'
     offset = max(info.offset + info.nbytes for info in header.tensors.values()) - header.data_offset
     at = data.index(b"blk.0.attn_q.weight") + len(b"blk.0.attn_q.weight") + 4 + 16
     struct.pack_into("<IQ", data, at, number, offset)
@@ -38,8 +38,8 @@ def test_every_other_type_is_named(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K"])
-def test_rows_of_no_whole_blocks_cannot_be(tmp_path: Path, kind: str) -> None:
-    """ggml cannot make such tensors either."""
+def test_rows_that_are_not_whole_blocks_are_refused(tmp_path: Path, kind: str) -> None:
+    """ggml cannot create such tensors either."""
     path = save(tmp_path / "m.gguf")
     data, name = bytearray(path.read_bytes()), b"blk.0.attn_q.weight"
     number = next(number for number, (name_, *_) in TENSOR_TYPES.items() if name_ == kind)

@@ -18,13 +18,14 @@ import pytest
 
 import numballama
 from numballama import hub
-from numballama.config import BF16, F16, F32, ModelConfig, RopeScaling
+from numballama.config import ModelConfig, RopeScaling
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.formats import tokenizer_files as tokenizer
 from numballama.formats.hf import reader as hf
 from numballama.formats.hf.writer import write_safetensors
 from numballama.loader import open_checkpoint
-from numballama.quantization import convert as quant
+from numballama.quantization.convert import dequantize
+from numballama.quantization.types import BF16, F16, F32
 from tests.helpers.random_models import random_checkpoint
 
 HF = Path(__file__).parents[3] / "golden" / "hf"
@@ -457,7 +458,7 @@ def test_mutations_end_in_an_error_or_in_a_model(copy: Callable[[str], Path], wh
         opened += 1
         for weight in checkpoint.weights.values():
             assert weight.data.nbytes == weight.type.nbytes(int(np.prod(weight.shape)))
-            assert quant.dequantize(weight).size
+            assert dequantize(weight).size
     assert 5 < opened < 450, opened
 
 

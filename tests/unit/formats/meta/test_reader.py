@@ -22,11 +22,12 @@ import pytest
 
 import numballama
 from numballama.checkpoint import LazyWeight
-from numballama.config import BF16, F32, ModelConfig, RopeScaling
+from numballama.config import ModelConfig, RopeScaling
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.files import map_file
 from numballama.formats.meta.torch_zip import TorchFile
 from numballama.loader import open_checkpoint
+from numballama.quantization.types import BF16, F32
 
 META = Path(__file__).parents[3] / "golden" / "meta"
 FOLDERS = sorted(path for path in META.iterdir() if path.is_dir())

@@ -1,0 +1,44 @@
+"""What `os.fork` means for the CPU backend: locks come out free, workers do not come along."""
+
+from __future__ import annotations
+
+import os
+import threading
+from types import TracebackType
+
+from ..errors import FORKED, DeviceError
+
+
+class ForkSafeLock:
+    """A reentrant lock for `with`. A forked child gets it free: the thread that held it exists in the parent only."""
+
+    def __init__(self) -> None:
+        self._reset()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._reset)
+
+    def _reset(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._lock.release()
+
+
+_started_in: set[int] = set()
+"""Process ids in which workers were started: this process and those it was forked from."""
+
+
+def mark_workers_started() -> None:
+    """Remember that this process has worker threads."""
+    _started_in.add(os.getpid())
+
+
+def refuse_forked() -> None:
+    """Raise `DeviceError` in a child that was forked after workers had started: its copies of them do not run."""
+    if _started_in - {os.getpid()}:
+        raise DeviceError(FORKED)

@@ -1,0 +1,114 @@
+"""The CPU's kernels: for each operator and the types of its inputs, the function that computes it.
+
+Only names of functions stand here. Their modules, and Numba with them, are imported when a kernel is compiled, so a
+plan can be made and shown without Numba. Functions are in `kernels_cpu` and `cpu.kernels_int8`, and are called as
+`kernels_cpu` explains.
+"""
+
+from __future__ import annotations
+
+from ..quantization.types import ACTIVATION_QUANT, KV_TYPES, LINEAR_TYPES, VEC_DOT_TYPE
+from ..registry import KernelRef, ScratchShape, Types, kernel
+from .tiling import TILE, panel_buffer_size
+
+BLOCK_TYPES = tuple(VEC_DOT_TYPE)
+"""Types that are multiplied with int8 activations, which come with scales and sums."""
+SUM_TYPES = tuple(dict.fromkeys(quant.sum_dtype for quant in ACTIVATION_QUANT.values()))
+"""Types of these sums."""
+
+Shape = tuple[int, ...]
+
+
+def plain(op: str, *types: Types, name: str = "", **scratch: ScratchShape) -> None:
+    """Register the function `name` (default: the op's name) of `kernels_cpu` for `op` with inputs of these types."""
+    kernel(op, "cpu", *types, **scratch)(KernelRef("numballama.kernels_cpu", name or op))
+
+
+def int8(op: str, *types: Types, name: str = "", **scratch: ScratchShape) -> None:
+    """The same for a function of `cpu.kernels_int8`."""
+    kernel(op, "cpu", *types, **scratch)(KernelRef("numballama.cpu.kernels_int8", name or op))
+
+
+# Shapes of scratch arrays, from those of the inputs. `weight` and `x` are indices of inputs.
+
+
+def dequantized_tile(weight: int) -> ScratchShape:
+    """TILE rows of a weight as float32, for each worker."""
+    return lambda *inputs, workers: (workers, TILE, inputs[weight][1])
+
+
+def panels(x: int = 0) -> ScratchShape:
+    """What a product by panels takes for rows as wide as x, for each worker."""
+    return lambda *inputs, workers: (workers, panel_buffer_size(inputs[x][1]))
+
+
+def product(x: int, weight: int) -> ScratchShape:
+    """The product of x and a weight, which all workers share."""
+    return lambda *inputs, workers: (inputs[x][0], inputs[weight][0])
+
+
+def each_worker_x(*inputs: Shape, workers: int) -> Shape:
+    """A copy of the first input for each worker."""
+    return (workers, *inputs[0])
+
+
+def each_worker_scores(*inputs: Shape, workers: int) -> Shape:
+    """The scores of one head of one token, for each worker; input 1 is the cache of keys."""
+    return (workers, inputs[1][2])
+
+
+# The ops that `graph` declares
+
+plain("embedding", "i32", LINEAR_TYPES)
+plain("rope_angles", "i32", "f32")
+plain("rmsnorm", "f32", "f32")
+plain("head_norm", "f32", "f32")
+plain("quantize", "f32")
+int8("quantize_q8_0", "f32")
+int8("quantize_q8_1", "f32")
+int8("quantize_q8_k", "f32")
+plain("linear", "f32", LINEAR_TYPES, dequant_buffer=dequantized_tile(weight=1))
+plain("linear", "i8", "f32", "int8", name="linear_int8")
+int8("linear", "i8", "f32", SUM_TYPES, BLOCK_TYPES, name="linear_blocks_int8", panel_buffer=panels())
+plain("bias", "f32", "f32")
+plain("rope", "f32", "f32")
+plain("kv_write", "f32", KV_TYPES, "i32", "i32")
+plain("attention_scores", "f32", KV_TYPES, "i32", "i32")
+plain("softmax", "f32")
+plain("attention_values", "f32", KV_TYPES, "i32", "i32")
+plain("swiglu", "f32", "f32")
+plain("add", "f32", "f32")
+plain("last", "f32")
+plain("argmax", "f32")
+
+# The ops that fusion passes build
+
+plain("linear_add", "f32", LINEAR_TYPES, "f32", dequant_buffer=dequantized_tile(weight=1))
+plain("linear_add", "i8", "f32", "int8", "f32", name="linear_add_int8")
+int8("linear_add", "i8", "f32", SUM_TYPES, BLOCK_TYPES, "f32", name="linear_add_blocks_int8", panel_buffer=panels())
+plain("qkv", "f32", LINEAR_TYPES, LINEAR_TYPES, LINEAR_TYPES, dequant_buffer=dequantized_tile(weight=1))
+plain("qkv", "i8", "f32", "int8", "int8", "int8", name="qkv_int8")
+int8(
+    "qkv", "i8", "f32", SUM_TYPES, BLOCK_TYPES, BLOCK_TYPES, BLOCK_TYPES,
+    name="qkv_blocks_int8", panel_buffer=panels(),
+)  # fmt: skip
+plain(
+    "gate_up", "f32", LINEAR_TYPES, LINEAR_TYPES,
+    gate_buffer=product(0, weight=1), dequant_buffer=dequantized_tile(weight=1),
+)  # fmt: skip
+plain("gate_up", "i8", "f32", "int8", "int8", name="gate_up_int8", gate_buffer=product(0, weight=2))
+int8(
+    "gate_up", "i8", "f32", SUM_TYPES, BLOCK_TYPES, BLOCK_TYPES,
+    name="gate_up_blocks_int8", gate_buffer=product(0, weight=3), panel_buffer=panels(),
+)  # fmt: skip
+plain("norm_linear", "f32", "f32", LINEAR_TYPES, normed=each_worker_x, dequant_buffer=dequantized_tile(weight=2))
+plain(
+    "norm_qkv", "f32", "f32", LINEAR_TYPES, LINEAR_TYPES, LINEAR_TYPES,
+    normed=each_worker_x, dequant_buffer=dequantized_tile(weight=2),
+)  # fmt: skip
+plain(
+    "norm_gate_up", "f32", "f32", LINEAR_TYPES, LINEAR_TYPES,
+    normed=each_worker_x, gate_buffer=product(0, weight=2), dequant_buffer=dequantized_tile(weight=2),
+)  # fmt: skip
+plain("rope_kv_write", "f32", "f32", "f32", KV_TYPES, "i32", "i32", "f32", KV_TYPES)
+plain("attention", "f32", KV_TYPES, "i32", "i32", KV_TYPES, scores=each_worker_scores)

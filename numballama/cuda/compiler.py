@@ -1,0 +1,218 @@
+"""From a kernel to machine code: Python → PTX (Numba) → cubin (nvJitLink) → the cache. No step needs a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import os
+import re
+import tempfile
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from ..errors import DeviceError, Error
+from ..kernel_cache import is_current
+from ..registry import KernelRef
+from .launch import Specialization
+
+try:
+    from cuda.bindings import nvjitlink
+except ImportError as error:  # pragma: no cover - the message is tested without the packages
+    raise DeviceError(
+        f"NVIDIA's Python packages are missing ({error}); install them with: pip install 'numballama[cuda]'"
+    ) from error
+
+
+@dataclass(frozen=True)
+class Cubin:
+    """A kernel's machine code for one compute capability, and what the assembler reports about it."""
+
+    machine: bytes
+    entry: str
+    """The kernel's name in the machine code."""
+    registers: int
+    """Registers a thread."""
+    stack_bytes: int
+    local_bytes: int
+    """Bytes of local memory a thread: what was spilled."""
+    cached: bool = False
+    """Whether it came from the cache."""
+
+
+@dataclass(frozen=True)
+class _Facts:
+    entry: str
+    registers: int
+    stack_bytes: int
+    local_bytes: int
+
+
+# Python to PTX
+
+
+def signature(types_: Sequence[str]) -> tuple[Any, ...]:
+    """Numba's types for the types of parameters: "f16*" is a pointer, "i64" and "f32" are numbers."""
+    from numba.cuda import types
+
+    from .intrinsics import ELEMENT_TYPES
+
+    return tuple(
+        types.CPointer(ELEMENT_TYPES[type_[:-1]]) if type_.endswith("*") else ELEMENT_TYPES[type_] for type_ in types_
+    )
+
+
+def check_parameters(kernel: Specialization) -> None:
+    """Raise `Error` unless a launch names the kernel's parameters, all of them and in order."""
+    expected = list(inspect.signature(kernel.function.py_func).parameters)
+    found = [name for name, _ in kernel.parameters]
+    if found == expected:
+        return
+    module, name = kernel.source
+    raise Error(
+        f"kernel {module}.{name}: its parameters are ({', '.join(expected)}), but a launch passes "
+        f"({', '.join(found)}); make the launch's arguments agree with the kernel's parameters in name and order"
+    )
+
+
+@contextlib.contextmanager
+def _compiling_for(capability: tuple[int, int]) -> Iterator[None]:
+    """Let Numba compile the device functions that a kernel calls for this capability.
+
+    Numba asks the present GPU, if there is one, and keeps what it compiled: a process compiles for one capability only.
+    Raises `Error` for a second one.
+    """
+    from numba.cuda import dispatcher
+
+    global _capability
+    if _capability not in (None, capability):
+        raise Error(f"this process compiles kernels for {_capability}; for {capability} start another")
+    _capability = capability
+    with _compiling:
+        before = dispatcher.get_current_device
+        dispatcher.get_current_device = lambda: SimpleNamespace(compute_capability=capability)
+        try:
+            yield
+        finally:
+            dispatcher.get_current_device = before
+
+
+_compiling = threading.RLock()
+
+_capability: tuple[int, int] | None = None
+
+
+def require_compiler() -> None:
+    """Raise `DeviceError` unless Numba's CUDA compiler is numba-cuda's."""
+    try:
+        from numba import cuda
+    except ImportError as error:
+        raise DeviceError(f"numba.cuda cannot be imported ({error}): pip install 'numballama[cuda]'") from error
+    if getattr(cuda, "implementation", "") != "NVIDIA":
+        raise DeviceError("numba.cuda is not numba-cuda: install it with: pip install 'numballama[cuda]'")
+
+
+def to_ptx(kernel: Specialization, capability: tuple[int, int]) -> str:
+    """PTX of a kernel. Raises `Error` where a launch's arguments do not have the names of the kernel's parameters."""
+    require_compiler()
+    from numba import cuda
+
+    check_parameters(kernel)
+    function = kernel.function.py_func
+    with _compiling_for(capability):
+        bounds = (kernel.threads, getattr(function, "min_blocks_per_sm", 1))
+        ptx, _ = cuda.compile_ptx(function, signature(kernel.types), cc=capability, launch_bounds=bounds)
+    return str(ptx)
+
+
+# PTX to machine code
+
+
+def assemble(ptx: str, capability: tuple[int, int]) -> Cubin:
+    """Machine code from PTX, by nvJitLink. Raises `DeviceError` with its log when it refuses the PTX."""
+    options = [f"-arch=sm_{capability[0]}{capability[1]}", "-verbose"]
+    handle = nvjitlink.create(len(options), options)
+    try:
+        source = ptx.encode() + b"\0"
+        try:
+            nvjitlink.add_data(handle, nvjitlink.InputType.PTX, source, len(source), "kernel")
+            nvjitlink.complete(handle)
+        except nvjitlink.nvJitLinkError as error:
+            log = bytearray(nvjitlink.get_error_log_size(handle))
+            nvjitlink.get_error_log(handle, log)
+            raise DeviceError(f"nvJitLink refuses a kernel: {log.decode(errors='replace').strip()}") from error
+        log = bytearray(nvjitlink.get_info_log_size(handle))
+        nvjitlink.get_info_log(handle, log)
+        machine = bytearray(nvjitlink.get_linked_cubin_size(handle))
+        nvjitlink.get_linked_cubin(handle, machine)
+    finally:
+        nvjitlink.destroy(handle)
+    (entry,) = re.findall(r"\.entry\s+([\w$]+)", ptx)
+    text = log.decode(errors="replace")
+    registers, stack, local = (
+        int(found[-1]) if (found := re.findall(pattern, text)) else -1
+        for pattern in (r"used (\d+) registers", r"(\d+) stack\b", r"(\d+) bytes lmem")
+    )
+    return Cubin(bytes(machine), entry, registers, stack, local)
+
+
+def compile_kernel(kernel: Specialization, capability: tuple[int, int], cache: Path | None) -> Cubin:
+    """A kernel's machine code, from the cache if it is there.
+
+    `cache` is `kernel_cache.cuda_cache_directory`, a folder for exactly these sources, so its entries are never stale.
+    Without a cache, and for a kernel that is not part of this package, the kernel is compiled.
+    """
+    path = cache_entry(kernel, capability, cache)
+    if path is not None:
+        try:
+            head, _, machine = path.read_bytes().partition(b"\n")
+            facts = json.loads(head)
+            if facts.pop("size") == len(machine):
+                return Cubin(machine, **facts, cached=True)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            pass  # missing or damaged: compile it
+    code = assemble(to_ptx(kernel, capability), capability)
+    path = cache_entry(kernel, capability, cache)  # the kernel's file has been imported now
+    if path is not None and is_current(path.parent):
+        facts = asdict(_Facts(code.entry, code.registers, code.stack_bytes, code.local_bytes))
+        _write_whole(path, json.dumps(facts | {"size": len(code.machine)}).encode() + b"\n" + code.machine)
+    return code
+
+
+def cache_entry(kernel: Specialization, capability: tuple[int, int], cache: Path | None) -> Path | None:
+    """The file for a kernel's machine code; None for a kernel that is not cached.
+
+    The cache's folder is named after this package's own sources, so only kernels of these files are kept.
+    """
+    # a kernel that was loaded may have been replaced by another one since
+    loaded = kernel.kernel.loaded() if isinstance(kernel.kernel, KernelRef) else kernel.kernel
+    if loaded is None:
+        module, name = kernel.source
+        source = _PACKAGE.parent / (module.replace(".", "/") + ".py")
+    else:
+        function: Any = loaded.py_func
+        module, name, source = function.__module__, function.__qualname__, Path(function.__code__.co_filename)
+    if cache is None or not (source.is_relative_to(_PACKAGE) and source.is_file()):
+        return None
+    parameters = ", ".join(f"{parameter}: {type_}" for parameter, type_ in kernel.parameters)
+    text = f"{module}.{name}({parameters}) {kernel.threads} sm_{capability}"
+    return cache / f"{name.rpartition('.')[2]}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
+
+
+_PACKAGE = Path(__file__).parent.parent
+
+
+def _write_whole(path: Path, content: bytes) -> None:
+    """Write a file that other processes see whole or not at all. Without space on the disk nothing is cached."""
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+        os.replace(name, path)
+    except OSError:
+        pass

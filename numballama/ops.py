@@ -1,0 +1,225 @@
+"""The rule of every op: names of its inputs, outputs and attributes, and the shapes that follow from its inputs.
+
+Plain ops are what a model's graph is declared with (`graph.py`); `reference.py` says in NumPy what each computes. Fused
+ops are made by the passes of `fusion.py`, each from the plain ops that it replaces.
+
+Shapes: T tokens of a run at most, D the model's width, K and N a weight's columns and rows, S sequences, C the tokens
+that the KV cache holds for each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from .ir import Shaped, Shapes, Value, expect, fused_rule, rule
+from .quantization.types import ACTIVATION_QUANT, VEC_DOT_TYPE
+
+Inputs = Sequence[Value]
+Attrs = Mapping[str, Any]
+
+
+@rule("embedding", inputs=("ids", "table"))
+def _embedding(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
+    """ids[T], table[V, D] → row ids[t] of the table for each token, [T, D]"""
+    ids, table = inputs
+    expect(ids.dtype == "i32" and len(ids.shape) == 1 and len(table.shape) == 2, "wants ids i32[T] and a table[V, D]")
+    return [((ids.shape[0], table.shape[1]), "f32")]
+
+
+@rule("rope_angles", inputs=("positions", "frequencies"))
+def _rope_angles(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
+    """positions[T], frequencies[P] → cos, then sin, of position · frequency, [T, 2P]"""
+    positions, frequencies = inputs
+    expect(positions.dtype == "i32" and len(frequencies.shape) == 1, "wants positions i32[T] and frequencies[P]")
+    return [((positions.shape[0], 2 * frequencies.shape[0]), "f32")]
+
+
+@rule("rmsnorm", inputs=("x", "weight"), attrs=("eps",))
+def _rmsnorm(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
+    """x[T, D], weight[D] → x / sqrt(mean(x²) + eps) · weight"""
+    x, weight = inputs
+    expect(x.dtype == "f32" and weight.shape == x.shape[1:] and attrs["eps"] >= 0, "wants x f32[T, D], weight[D], eps")
+    return [(x.shape, "f32")]
+
+
+@rule("head_norm", inputs=("x", "weight"), attrs=("eps",))
+def _head_norm(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
+    """x[T, heads · head_dim], weight[head_dim] → `rmsnorm` of each head of x"""
+    x, weight = inputs
+    expect(x.dtype == "f32" and len(x.shape) == 2 and attrs["eps"] >= 0, "wants x f32[T, heads · head_dim] and eps")
+    expect(len(weight.shape) == 1 and x.shape[1] % weight.shape[0] == 0, "x must consist of heads as wide as weight")
+    return [(x.shape, "f32")]
+
+
+@rule("quantize", inputs=("x",), outputs=("out", "scales"), attrs=("group",))
+def _quantize(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
+    """x[T, D] → int8 x[T, D], and a scale for each `group` elements of a row, [T, ceil(D / group)]"""
+    (x,) = inputs
+    expect(x.dtype == "f32" and len(x.shape) == 2 and attrs["group"] > 0, "wants x f32[T, D] and a positive group")
+    return [(x.shape, "i8"), ((x.shape[0], -(-x.shape[1] // attrs["group"])), "f32")]
+
+
+def _quantized(activation: str, shape: tuple[int, ...]) -> list[Shaped]:
+    """Shapes and dtypes of x of this shape as an activation type of `ACTIVATION_QUANT`."""
+    group, run, sums = ACTIVATION_QUANT[activation]
+    expect(len(shape) == 2 and shape[1] % group == 0, f"wants x[T, D] in whole groups of {group}")
+    return [(shape, "i8"), ((shape[0], shape[1] // group), "f32"), ((shape[0], shape[1] // run), sums)]
+
+
+def _quantize_as(activation: str) -> Shapes:
+    """x[T, D] → int8 x[T, D], the scale of each group, and sums over runs of the int8 x: see `ACTIVATION_QUANT`"""
+
+    def shapes(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
+        (x,) = inputs
+        expect(x.dtype == "f32", "wants x f32[T, D]")
+        return _quantized(activation, x.shape)
+
+    return shapes
+
+
+for _activation in ACTIVATION_QUANT:
+    rule(f"quantize_{_activation}", inputs=("x",), outputs=("out", "scales", "sums"))(_quantize_as(_activation))
+
+ACTIVATIONS = (("x",), ("xq", "xs"), ("xq", "xs", "sums"))
+"""What a linear op takes for x: float32; int8 in groups, with scales; or what `quantize_q8_0` and the like give."""
+
+
+def _linear_inputs(before: Sequence[str], after: Sequence[str] = ()) -> tuple[tuple[str, ...], ...]:
+    return tuple((*activations, *before, *after) for activations in ACTIVATIONS)
+
+
+@rule("linear", inputs=_linear_inputs(("weight",)), attrs=("group",))
+def _linear(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
+    """x[T, K], weight[N, K] → x · weightᵀ, [T, N].
+
+    An int8 weight may take xq[T, K] and xs[T, ceil(K / group)], the results of `quantize`; a weight of blocks, the
+    three results of the `quantize_…` that its type wants (`VEC_DOT_TYPE`).
+    """
+    x, weight = inputs[0], inputs[-1]
+    expect((x.dtype == "i8") == (len(inputs) > 2), "wants (x, weight), (xq, xs, weight) or (xq, xs, sums, weight)")
+    if len(inputs) == 4:
+        expect(weight.dtype in VEC_DOT_TYPE, f"weights of {weight.dtype} have no sums")
+        activation = VEC_DOT_TYPE[weight.dtype]
+        given = [(value.shape, value.dtype) for value in inputs[:3]]
+        expect(
+            given == _quantized(activation, x.shape),
+            f"a weight of {weight.dtype} wants x as quantize_{activation} makes it",
+        )
+    elif x.dtype == "i8":
+        scales = (x.shape[0], -(-x.shape[1] // attrs["group"]))
+        expect(inputs[1].shape == scales, "wants one scale for each group of x")
+    expect(len(weight.shape) == 2 and x.shape[1] == weight.shape[1], "x[T, K] must fit weight[N, K]")
+    return [((x.shape[0], weight.shape[0]), "f32")]
+
+
+@rule("bias", inputs=("x", "weight"))
+def _bias(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
+    """x[T, N], weight[N] → x + weight"""
+    x, weight = inputs
+    expect(x.dtype == "f32" and weight.shape == x.shape[1:], "wants x f32[T, N] and bias[N]")
+    return [(x.shape, "f32")]
+
+
+@rule("rope", inputs=("x", "angles"), attrs=("head_dim", "interleaved"))
+def _rope(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
+    """x[T, heads · head_dim], angles[T, head_dim] → x, each pair of a head's dimensions rotated by its angle"""
+    x, angles = inputs
+    expect(x.shape[1] % attrs["head_dim"] == 0, "x must consist of whole heads")
+    expect(angles.shape == (x.shape[0], attrs["head_dim"]), "wants angles[T, head_dim]")
+    return [(x.shape, "f32")]
+
+
+@rule("kv_write", inputs=("x", "cache", "positions", "sequences"), inplace={"out": "cache"})
+def _kv_write(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
+    """x[T, kv_heads · head_dim], cache[S, kv_heads, C, head_dim], positions[T], sequences[T] → the cache, updated"""
+    x, cache, positions, sequences = inputs
+    expect(len(cache.shape) == 4 and x.shape[1] == cache.shape[1] * cache.shape[3], "x must fit the cache's heads")
+    expect(positions.shape == sequences.shape == x.shape[:1], "wants a position and a sequence for each token")
+    return [(cache.shape, cache.dtype)]
+
+
+@rule("attention_scores", inputs=("q", "k_cache", "positions", "sequences"), attrs=("window",))
+def _attention_scores(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
+    """q[T, heads · head_dim], keys, positions, sequences → q · k / sqrt(head_dim), [T, heads, C].
+
+    A score is -inf where a token does not see a key: after the token's position and, if `window` > 0, at its
+    position - window and before.
+    """
+    q, cache = inputs[:2]
+    heads, rest = divmod(q.shape[1], cache.shape[3])
+    expect(rest == 0 and heads % cache.shape[1] == 0, "q's heads must be a multiple of the cache's")
+    expect(attrs["window"] >= 0, "wants a window, 0 for none")
+    return [((q.shape[0], heads, cache.shape[2]), "f32")]
+
+
+@rule("softmax", inputs=("x",))
+def _softmax(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
+    """x[T, …, n] → exp(x) / sum(exp(x)) over the last dimension"""
+    return [(inputs[0].shape, "f32")]
+
+
+@rule("attention_values", inputs=("weights", "v_cache", "positions", "sequences"), attrs=("window",))
+def _attention_values(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
+    """probabilities[T, heads, C], values, positions, sequences → the weighted sum of the values that a token sees (see
+    `attention_scores`), [T, heads · head_dim]"""
+    weights, cache = inputs[:2]
+    expect(weights.shape[2] == cache.shape[2], "probabilities must cover the cache")
+    expect(attrs["window"] >= 0, "wants a window, 0 for none")
+    return [((weights.shape[0], weights.shape[1] * cache.shape[3]), "f32")]
+
+
+@rule("swiglu", inputs=("gate", "up"))
+def _swiglu(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
+    """gate[T, H], up[T, H] → gate · sigmoid(gate) · up"""
+    gate, up = inputs
+    expect(gate.shape == up.shape, "gate and up must have one shape")
+    return [(gate.shape, "f32")]
+
+
+@rule("add", inputs=("a", "b"))
+def _add(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
+    """a, b → a + b"""
+    a, b = inputs
+    expect(a.shape == b.shape, "a and b must have one shape")
+    return [(a.shape, "f32")]
+
+
+@rule("last", inputs=("x",))
+def _last(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
+    """x[T, D] → the row of the run's last token, [1, D]"""
+    return [((1, inputs[0].shape[1]), "f32")]
+
+
+@rule("argmax", inputs=("x",))
+def _argmax(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
+    """x[T, V] → the index of each row's largest element (the first of equals), i32[T]"""
+    return [(inputs[0].shape[:1], "i32")]
+
+
+# Fused ops: their operands in the order in which `fusion.py` gives them.
+
+_QKV, _GATE_UP = ("wq", "wk", "wv"), ("w1", "w3")
+_CACHES = {"k_cache_out": "k_cache", "v_cache_out": "v_cache"}
+
+fused_rule("linear_add", inputs=_linear_inputs(("weight", "residual")), attrs=("group",))
+fused_rule("qkv", inputs=_linear_inputs(_QKV), outputs=("q", "k", "v"), attrs=("group",))
+fused_rule("gate_up", inputs=_linear_inputs(_GATE_UP), attrs=("group",))
+fused_rule("norm_linear", inputs=("x", "norm", "weight"), attrs=("eps",))
+fused_rule("norm_qkv", inputs=("x", "norm", *_QKV), outputs=("q", "k", "v"), attrs=("eps",))
+fused_rule("norm_gate_up", inputs=("x", "norm", *_GATE_UP), attrs=("eps",))
+fused_rule("attention", inputs=("q", "k_cache", "positions", "sequences", "v_cache"), attrs=("window",))
+fused_rule(
+    "rope_kv_write",
+    inputs=("q", "angles", "k", "k_cache", "positions", "sequences", "v", "v_cache"),
+    outputs=("out", *_CACHES),
+    attrs=("head_dim", "interleaved"),
+    inplace=_CACHES,
+)
+fused_rule(
+    "norm_qkv_rope",
+    inputs=("x", "norm", *_QKV, "angles", "k_cache", "positions", "sequences", "v_cache"),
+    outputs=("out", *_CACHES),
+    attrs=("eps", "head_dim", "interleaved"),
+    inplace=_CACHES,
+)

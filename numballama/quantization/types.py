@@ -1,0 +1,188 @@
+"""How weights are stored: `TYPE_TRAITS` holds every fact about a storage type, and other tables are derived from it.
+
+Names, ids, block layouts and field names are ggml's (`type_traits` in ggml.c, ggml-common.h).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..memory import ceil_div
+
+
+@dataclass(frozen=True)
+class TypeTraits:
+    """What is true of every weight of one storage type."""
+
+    name: str
+    bits: int
+    """Bits of a stored element, without scales."""
+    block_size: int
+    """Elements of a block. Rows are whole blocks."""
+    record: np.dtype[Any]
+    """One block in a file. `d`, `m` and `dmin` are float16 bits: the factor of the scales, the block's minimum, and the
+    factor of the minimums."""
+    gguf_id: int | None = None
+    """Type of a tensor in a GGUF file."""
+    ftype: int | None = None
+    """`general.file_type` of a GGUF file whose matrices mostly have this type."""
+    scale_group: int = 0
+    """Elements that share a scale. 0: no scales, or, for int8, `WeightType.group` says."""
+    zero_point: int = 0
+    """An unsigned quant that means 0: an element is scale · (quant - zero_point)."""
+    has_min: bool = False
+    """Each scale has a minimum beside it: an element is scale · quant + minimum."""
+    vec_dot_type: str | None = None
+    """How int8 activations are quantised for a product with this type, a key of `ACTIVATION_QUANT`."""
+    fallback: str | None = None
+    """The type that a weight is converted to when a model is loaded, for want of kernels."""
+
+    @property
+    def block_bytes(self) -> int:
+        return self.record.itemsize
+
+    @property
+    def is_block(self) -> bool:
+        """Whether scales lie in the data itself, as in GGUF's block types."""
+        return self.record.names is not None
+
+    @property
+    def is_float(self) -> bool:
+        return self.bits >= 16
+
+    @property
+    def storage(self) -> np.dtype[Any]:
+        """Element type of `Weight.data`: blocks are bytes there."""
+        return np.dtype(np.uint8) if self.is_block else self.record
+
+
+def _block(*fields: tuple[str, str] | tuple[str, str, int]) -> np.dtype[Any]:
+    return np.dtype(list(fields))
+
+
+TYPE_TRAITS: dict[str, TypeTraits] = {
+    traits.name: traits
+    for traits in (
+        TypeTraits("f32", 32, 1, np.dtype("<f4"), gguf_id=0, ftype=0),
+        TypeTraits("f16", 16, 1, np.dtype("<u2"), gguf_id=1, ftype=1),
+        TypeTraits("bf16", 16, 1, np.dtype("<u2"), gguf_id=30, ftype=32),
+        TypeTraits("int8", 8, 1, np.dtype("i1")),
+        TypeTraits(
+            "q8_0", 8, 32, _block(("d", "<u2"), ("qs", "i1", 32)),
+            gguf_id=8, ftype=7, scale_group=32, vec_dot_type="q8_0",
+        ),
+        TypeTraits(
+            "q4_0", 4, 32, _block(("d", "<u2"), ("qs", "u1", 16)),
+            gguf_id=2, ftype=2, scale_group=32, zero_point=8, vec_dot_type="q8_0",
+        ),
+        TypeTraits(
+            "q4_1", 4, 32, _block(("d", "<u2"), ("m", "<u2"), ("qs", "u1", 16)),
+            gguf_id=3, ftype=3, scale_group=32, has_min=True, vec_dot_type="q8_1",
+        ),
+        TypeTraits(
+            "q5_0", 5, 32, _block(("d", "<u2"), ("qh", "u1", 4), ("qs", "u1", 16)),
+            gguf_id=6, ftype=8, scale_group=32, zero_point=16, vec_dot_type="q8_0",
+            fallback="q8_0",  # which holds the same numbers
+        ),
+        TypeTraits(
+            "q5_1", 5, 32, _block(("d", "<u2"), ("m", "<u2"), ("qh", "u1", 4), ("qs", "u1", 16)),
+            gguf_id=7, ftype=9, scale_group=32, has_min=True, vec_dot_type="q8_1", fallback="f16",
+        ),
+        TypeTraits(
+            "q2_k", 2, 256, _block(("scales", "u1", 16), ("qs", "u1", 64), ("d", "<u2"), ("dmin", "<u2")),
+            gguf_id=10, ftype=10, scale_group=16, has_min=True, vec_dot_type="q8_k", fallback="f16",
+        ),
+        TypeTraits(
+            "q3_k", 3, 256, _block(("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("d", "<u2")),
+            gguf_id=11, ftype=12, scale_group=16, zero_point=4, vec_dot_type="q8_k",
+            fallback="q6_k",  # which holds the same numbers
+        ),
+        TypeTraits(
+            "q4_k", 4, 256, _block(("d", "<u2"), ("dmin", "<u2"), ("scales", "u1", 12), ("qs", "u1", 128)),
+            gguf_id=12, ftype=15, scale_group=32, has_min=True, vec_dot_type="q8_k",
+        ),
+        TypeTraits(
+            "q5_k", 5, 256,
+            _block(("d", "<u2"), ("dmin", "<u2"), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128)),
+            gguf_id=13, ftype=17, scale_group=32, has_min=True, vec_dot_type="q8_k", fallback="f16",
+        ),
+        TypeTraits(
+            "q6_k", 6, 256, _block(("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<u2")),
+            gguf_id=14, ftype=18, scale_group=16, zero_point=32, vec_dot_type="q8_k",
+        ),
+    )
+}  # fmt: skip
+"""Name → facts of the types that a weight may have in memory: floats, int8 (llama2.c's groups) and GGUF's blocks."""
+
+
+@dataclass(frozen=True)
+class WeightType:
+    """The storage type of a weight.
+
+    `name` is a key of `TYPE_TRAITS`. `group` is for "int8" only, whose scales are float32 numbers in an array of their
+    own: one for every `group` consecutive elements of the flat tensor, of which the last group may be short.
+    """
+
+    name: str
+    group: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name}/{self.group}" if self.group else self.name
+
+    @property
+    def traits(self) -> TypeTraits:
+        return TYPE_TRAITS[self.name]
+
+    def nbytes(self, numel: int) -> int:
+        """Bytes of `numel` elements, scales included."""
+        scales = ceil_div(numel, self.group) if self.group else 0
+        return numel // self.traits.block_size * self.traits.block_bytes + 4 * scales
+
+
+F32 = WeightType("f32")
+F16 = WeightType("f16")
+BF16 = WeightType("bf16")
+Q8_0 = WeightType("q8_0")
+Q4_0 = WeightType("q4_0")
+Q4_1 = WeightType("q4_1")
+Q4_K = WeightType("q4_k")
+Q6_K = WeightType("q6_k")
+
+LINEAR_TYPES = tuple(name for name, traits in TYPE_TRAITS.items() if not traits.fallback)
+"""Types that every backend multiplies with as they are."""
+
+KV_TYPES = tuple(name for name, traits in TYPE_TRAITS.items() if traits.is_float)
+"""Types of the KV cache."""
+
+BLOCKS = {name: (traits.block_size, traits.block_bytes) for name, traits in TYPE_TRAITS.items() if traits.is_block}
+"""GGUF's block types → (elements of a block, its bytes)."""
+
+FALLBACK_TYPE = {name: WeightType(traits.fallback) for name, traits in TYPE_TRAITS.items() if traits.fallback}
+"""Types that files have and backends do not → what such a weight becomes when a model is loaded."""
+
+VEC_DOT_TYPE = {
+    name: traits.vec_dot_type for name, traits in TYPE_TRAITS.items() if traits.vec_dot_type and not traits.fallback
+}
+"""Block types that backends multiply with int8 activations → how these are quantised, as in llama.cpp."""
+
+
+class ActivationQuant(NamedTuple):
+    """A way to quantise activations to int8."""
+
+    group: int
+    """Elements that share a scale."""
+    sum_group: int
+    """Elements that each sum is over."""
+    sum_dtype: str
+    """"i32": a sum of int8 numbers; "f32": that times the group's scale, rounded to float16."""
+
+
+ACTIVATION_QUANT = {
+    "q8_0": ActivationQuant(32, 32, "i32"),
+    "q8_1": ActivationQuant(32, 32, "f32"),
+    "q8_k": ActivationQuant(256, 16, "i32"),
+}
+"""Name of a way to quantise activations, ggml's type of them → its sizes."""

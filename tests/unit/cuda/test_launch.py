@@ -1,0 +1,116 @@
+"""Launches of all operators, bound without a GPU: their arguments have the names of their kernels' parameters."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+
+import pytest
+
+from tests.helpers.cuda_host import missing_packages
+
+if reason := missing_packages():
+    pytest.skip(f"kernels cannot be compiled: {reason}", allow_module_level=True)
+
+from dataclasses import replace
+
+from numballama.cuda import compiler
+from numballama.cuda.kernels.copy import copy
+from numballama.cuda.launch import Array, Launch, LaunchContext, Matrix, named
+from numballama.cuda.ops import elementwise, sampling
+from numballama.cuda.program import bind_step
+from numballama.cuda.weights import layout_of
+from numballama.errors import Error
+from numballama.fusion import fuse
+from numballama.graph import KVLayout
+from numballama.plan import lower
+from tests.cuda.assembly import CASES
+from tests.helpers.cuda_host import converted, graph_of
+from tests.helpers.random_models import random_checkpoint
+
+ADDRESSES = itertools.count(1 << 20, 1 << 20)
+
+
+def array(*shape: int, dtype: str = "f32") -> Array:
+    return Array(next(ADDRESSES), shape, dtype)
+
+
+CTX = LaunchContext(132, 227 << 10, array(1, dtype="i32"), lambda n: array(n, dtype="i32"))
+
+
+def launches_of_plans() -> Iterator[Launch]:
+    """Every launch of the models of `assembly`, for one token, a few, and many."""
+    for config, kind, kv, fusions, int8 in CASES:
+        weights = converted(random_checkpoint(config).weights, kind)
+        layout = KVLayout.of(config, config.context, kv)
+        for tokens, logits in ((1, "last"), (4, "last"), (64, "all")):
+            graph = graph_of(config, weights, layout, tokens, logits, int8)
+            plan = lower(fuse(graph, "cuda", fusions), "cuda", CTX.n_sms)
+            operands: dict[str, Array | Matrix] = {
+                name: layout_of(weight).operand(next(ADDRESSES)) for name, weight in weights.items()
+            }
+            for value in (*plan.graph.values.values(), *(value for step in plan.steps for value in step.scratch)):
+                operands.setdefault(value.name, array(*value.shape, dtype=value.dtype))
+            for step in plan.steps:
+                for launch in bind_step(step, plan.graph, CTX, operands):
+                    yield launch
+                    if launch.long_context_variant:
+                        yield launch.long_context_variant[1]
+
+
+def other_launches() -> Iterator[Launch]:
+    """What is launched beside a plan's steps."""
+    token, state = array(1, dtype="i32"), array(1, dtype="u64")
+    yield from sampling.sample(
+        array(1, 40), 40, settings=array(5, dtype="f64"), recent=array(64, dtype="i32"), counts=array(1, dtype="i64"),
+        state=state, next_token=token,
+    )  # fmt: skip
+    yield from sampling.advance(
+        next_token=token, ids=token, positions=token, step=array(1, dtype="i64"), slots_address=4096, n_slots=64
+    )
+    yield from copy(array(4096), array(4096))
+
+
+def test_arguments_have_the_names_of_the_kernels_parameters() -> None:
+    kernels = {launch.specialization for launch in (*launches_of_plans(), *other_launches())}
+    for kernel in kernels:
+        compiler.check_parameters(kernel)
+    assert len({kernel.name for kernel in kernels}) > 25
+
+
+@pytest.mark.parametrize("fault", ["swapped", "missing", "renamed", "extra"])
+def test_other_names_are_an_error_when_the_kernel_is_compiled(fault: str) -> None:
+    """It names the kernel, the expected parameters and the found ones."""
+    (launch,) = elementwise.bias(CTX, array(1, 64), array(64), array(1, 64))
+    x = dict(launch.arguments)
+    arguments = {
+        "swapped": named(tokens=x["tokens"], weight=x["weight"], x=x["x"], out=x["out"], columns=64),
+        "missing": named(tokens=x["tokens"], x=x["x"], weight=x["weight"], out=x["out"]),
+        "renamed": named(tokens=x["tokens"], x=x["x"], weights=x["weight"], out=x["out"], columns=64),
+        "extra": named(**x, rows=1),
+    }[fault]
+    with pytest.raises(Error, match=r"numballama\.kernels_cuda\.bias_kernel") as caught:
+        compiler.to_ptx(replace(launch, arguments=arguments).specialization, (9, 0))
+    assert "its parameters are (tokens, x, weight, out, columns)" in str(caught.value)
+    assert f"a launch passes ({', '.join(arguments)})" in str(caught.value)
+
+
+def test_types_of_arguments() -> None:
+    launch = Launch(elementwise.ADD, (1,), 32, named(a=array(1, dtype="f16"), n=3, eps=1e-5))
+    assert launch.specialization.parameters == (("a", "f16*"), ("n", "i64"), ("eps", "f32"))
+    assert str(launch.specialization) == "add_kernel(a: f16*, n: i64, eps: f32)"
+
+
+def test_the_variant_for_a_position() -> None:
+    long = Launch(elementwise.ADD, (2,), 32, {})
+    launch = Launch(elementwise.ADD, (1,), 32, {}, long_context_variant=(256, long))
+    assert launch.variant_for(255) is launch and launch.variant_for(256) is launch.variant_for(9000) is long
+    assert long.variant_for(9000) is long
+
+
+def test_a_weights_arguments() -> None:
+    payload, scales = array(4, 64, dtype="int8"), array(4, 2)
+    weight = Matrix((4, 64), payload, 64, scales, 2, 5)
+    assert weight.arguments("table") == {
+        "table": payload, "stride": 64, "scales": scales, "scale_stride": 2, "shift": 5,
+    }  # fmt: skip

@@ -1,0 +1,99 @@
+"""The registrations of CUDA's launch functions, and the kernels that they name."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+import json
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from numballama import registry
+from numballama.cuda import ops
+from numballama.registry import KernelRef
+from tests.helpers.cuda_host import missing_packages
+
+ROOT = Path(__file__).parents[3]
+MODULES = [importlib.import_module(f"numballama.cuda.ops.{each.name}") for each in pkgutil.iter_modules(ops.__path__)]
+
+
+def refs() -> dict[str, KernelRef]:
+    """The kernels that the modules of `cuda.ops` name, by module and name there."""
+    return {
+        f"{module.__name__}.{name}": value
+        for module in MODULES
+        for name, value in vars(module).items()
+        if isinstance(value, KernelRef)
+    }
+
+
+@pytest.mark.skipif(bool(missing_packages()), reason="kernels cannot be imported")
+def test_every_named_kernel_exists() -> None:
+    from numba.cuda.dispatcher import CUDADispatcher
+
+    assert len(refs()) > 25
+    for name, ref in refs().items():
+        kernel = ref.load()
+        assert isinstance(kernel, CUDADispatcher), name
+        assert not kernel.targetoptions.get("device"), f"{name} is a function that kernels call, no kernel"
+        assert kernel.py_func.__name__ == ref.name
+
+
+def alternatives(types: tuple[registry.Types, ...]) -> set[tuple[str, ...]]:
+    """All the types that an entry of the registry accepts."""
+    return set(itertools.product(*([each] if isinstance(each, str) else each for each in types)))
+
+
+def test_no_registration_hides_another() -> None:
+    """No two entries of an operator accept the same types, so it does not matter which one was registered first."""
+    registry.load("cuda")
+    for (op, backend), entries in registry._kernels.items():
+        if backend != "cuda":
+            continue
+        for first, second in itertools.combinations(entries, 2):
+            both = alternatives(first.types) & alternatives(second.types)
+            assert not both, f"{op}{sorted(both)[0]}: {first.name} and {second.name} are both registered"
+
+
+ORDERS = """
+import importlib, itertools, json, sys
+from numballama import registry
+registered = []
+entry_of = registry.kernel
+def recording(op, backend, *types, **scratch):
+    if backend == "cuda":
+        registered.append([op, types])
+    return entry_of(op, backend, *types, **scratch)
+registry.kernel = recording
+modules = [importlib.import_module(f"numballama.cuda.ops.{name}") for name in ("attention", "elementwise", "linear")]
+count = len(registered)
+assert all(registered[i] != registered[j] for i in range(count) for j in range(i)), "registered twice"
+found = []
+for order in itertools.permutations(modules):
+    for key in [key for key in registry._kernels if key[1] == "cuda"]:
+        del registry._kernels[key]
+    for module in order:
+        importlib.reload(module)
+    found.append(sorted(
+        f"{op}{entry.types}: {entry.function.__module__}.{entry.name} {sorted(entry.scratch)}"
+        for (op, backend), entries in registry._kernels.items() if backend == "cuda" for entry in entries
+    ))
+print(json.dumps([count, found]))
+"""
+
+
+def test_the_order_of_imports_does_not_matter() -> None:
+    """Each operator is registered once for its types, and by the same function whichever file is imported first."""
+    done = subprocess.run(
+        [sys.executable, "-c", ORDERS], capture_output=True, text=True, timeout=120, cwd=ROOT, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    count, found = json.loads(done.stdout)
+    entries: Any = found[0]
+    assert all(other == entries for other in found)
+    assert count == len(entries) > 80

@@ -1,0 +1,24 @@
+"""Sizes: rounded up, and printed."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from numballama.memory import ceil_div, format_bytes, round_up
+
+
+@given(count=st.integers(0, 1 << 50), size=st.integers(1, 1 << 20))
+def test_rounding_up(count: int, size: int) -> None:
+    assert ceil_div(count, size) * size == round_up(count, size)
+    assert 0 <= round_up(count, size) - count < size
+    assert ceil_div(count * size, size) == count
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (58 << 20, "58.0 MiB"), (3 << 40, "3072.0 GiB")],
+)
+def test_bytes_as_text(nbytes: int, text: str) -> None:
+    assert format_bytes(nbytes) == text

@@ -1,0 +1,49 @@
+"""RoPE frequencies and how each kind of scaling changes them. Against transformers: tests/models/test_hf_golden.py."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+
+from numballama.config import ModelConfig, RopeScaling
+from numballama.rope import rope_divisors, rope_frequencies
+
+CONFIG = ModelConfig(64, 96, 1, 1, 1, 40, 32, head_dim=64)
+
+
+def scaled(scaling: RopeScaling) -> ModelConfig:
+    return replace(CONFIG, rope_scaling=scaling)
+
+
+def test_frequencies_are_powers_of_theta() -> None:
+    np.testing.assert_allclose(rope_frequencies(CONFIG), 10000.0 ** (-2 * np.arange(32) / 64), rtol=1e-12)
+    assert rope_divisors(CONFIG) == [1.0] * 32
+
+
+def test_linear_and_factors_divide() -> None:
+    plain = np.array(rope_frequencies(CONFIG))
+    np.testing.assert_allclose(rope_frequencies(scaled(RopeScaling("linear", 4.0))), plain / 4, rtol=1e-12)
+    factors = tuple(1.0 + i for i in range(32))
+    np.testing.assert_allclose(
+        rope_frequencies(scaled(RopeScaling("factors", factors=factors))), plain / factors, rtol=1e-12
+    )
+
+
+def test_dynamic_scaling_begins_beyond_the_models_context() -> None:
+    config = scaled(RopeScaling("dynamic", 2.0))
+    assert rope_frequencies(config, 32) == rope_frequencies(config) == rope_frequencies(CONFIG)
+    theta = 10000.0 * (2.0 * 128 / 32 - 1) ** (64 / 62)
+    np.testing.assert_allclose(rope_frequencies(config, 128), theta ** (-2 * np.arange(32) / 64), rtol=1e-12)
+
+
+def test_llama3_keeps_high_frequencies_and_divides_low_ones() -> None:
+    config = scaled(RopeScaling("llama3", 8.0, 1.0, 4.0, 512))
+    wavelengths = 2 * math.pi / np.array(rope_frequencies(CONFIG))
+    divisors = np.array(rope_divisors(config))
+    assert (divisors[wavelengths < 512 / 4] == 1).all()
+    assert (divisors[wavelengths > 512] == 8).all()
+    between = divisors[(wavelengths > 512 / 4) & (wavelengths < 512)]
+    assert between.size and ((between > 1) & (between < 8)).all()
+    assert (np.diff(divisors) >= 0).all()
