@@ -1,4 +1,4 @@
-"""`Model`: what `compile()` returns. It wires checkpoint, graph, backend and session together and streams text."""
+"""`Model`: what `compile()` returns. It connects checkpoint, graph, backend, session and the generation loop."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ class Model:
             ("activations", activations, ACTIVATIONS),
         ):
             if value not in known:
-                there_are = ", ".join(str(each) for each in known if each is not None)
-                raise UnsupportedError(f"{name} {value!r} is not supported; there are {there_are}")
+                choices = ", ".join(str(each) for each in known if each is not None)
+                raise UnsupportedError(f"{name} {value!r} is not supported; choose from {choices}")
         self.device, why = _choose_device(device)
         self.activations = activations
         if activations != "f32" and self._on_gpu:
@@ -114,7 +114,7 @@ class Model:
         try:
             self._compile()
         except BaseException:
-            self._backend.close()  # device memory is not to wait for a traceback to be forgotten
+            self._backend.close()  # free device memory now: a traceback may keep this object alive
             raise
         self.notes += self._backend.notes
         for note in self.notes:
@@ -123,9 +123,9 @@ class Model:
         self.load_s = time.perf_counter() - started
 
     def _convert(self, dtype: str | None) -> Mapping[str, Weight]:
-        """The weights, those of linear layers converted if asked for; a tied classifier takes the embedding along.
+        """The weights, with those of linear layers converted to `dtype`. A tied classifier converts the embedding too.
 
-        What has a type that no backend has kernels for is converted in any case.
+        Weights of a type that no backend has kernels for are converted in any case.
         """
         weights = self._checkpoint.weights
         targets = policy.fallback_types(weights) | policy.types_to_convert(self.config, weights, dtype)
@@ -167,7 +167,7 @@ class Model:
     @property
     def plan(self) -> plan.Plan:
         """The decode plan: steps, kernels, memory map. Raises `Error` on the reference, which has none."""
-        _ = self.session  # a closed model has none
+        _ = self.session  # raises if the model is closed
         if self.device == "reference":
             raise Error("the reference interprets the graph and has no plan; see model.graph")
         found: plan.Plan = self._decode.plan
@@ -187,9 +187,7 @@ class Model:
         return self._shared.reset()
 
     def close(self) -> None:
-        """Free the KV cache, the arenas, device memory and the mapping of the file now. The model cannot be used
-        afterwards.
-        """
+        """Free the KV cache, the arenas, device memory and the mapping of the file. The model can no longer be used."""
         with self.exclusive():
             try:
                 if self._backend is not None:
@@ -211,7 +209,7 @@ class Model:
         return f"<Model {self.path.name}: {c.n_layers} layers, dim {c.dim}, on {self.device}, context {self.context}>"
 
     def logits(self, ids: Iterable[int]) -> np.ndarray:
-        """float32 [len(ids), vocab]: logits after each token, from an empty cache.
+        """float32 [len(ids), vocab]: the logits after each token, computed from an empty cache.
 
         Raises `Error` for no ids or ids outside the vocabulary, `ContextError` for more than fit.
         """

@@ -74,7 +74,7 @@ class Copy:
     def use(self, *names: str) -> Any:
         paths = [self.files[name] for name in names]
         environment = {"PYTHONPATH": str(self.package.parent), "NUMBALLAMA_CACHE": str(self.cache)}
-        found = run_python(USE, *paths, **environment)
+        found = run_python(USE, *paths, timeout=600, **environment)
         assert found["file"] == str(self.package / "__init__.py")
         return found
 
@@ -148,7 +148,7 @@ found = [directory()]
 os.utime(kernel_cache.__file__, (1, 1))
 found.append(directory())
 for name in kernel_cache.KERNEL_SOURCES:
-    path = pathlib.Path(kernel_cache.__file__).with_name(name)
+    path = pathlib.Path(kernel_cache.__file__).parent / name
     path.write_text(path.read_text() + "\\n# a comment")
     found.append(directory())
 print(json.dumps(found))

@@ -247,7 +247,7 @@ def test_damaged_weights_show(tmp_path: Path, damage: float) -> None:
 
 
 def test_arguments(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UnsupportedError, match="activations 'int4' is not supported; there are f32, int8"):
+    with pytest.raises(UnsupportedError, match="activations 'int4' is not supported; choose from f32, int8"):
         numballama.compile(mixed, device="cpu", activations="int4")
     monkeypatch.setattr(model, "_choose_device", lambda device: ("cuda", "of a test"))
     with pytest.raises(UnsupportedError, match="activations 'int8' are for the CPU, not for cuda"):
