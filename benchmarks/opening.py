@@ -1,8 +1,8 @@
-"""How long a large GGUF file takes to open and to report, in fresh processes: `python benchmarks/opening.py [RUNS]`.
+"""How long `import numballama` and opening a large GGUF file take: `python benchmarks/opening.py [RUNS]`.
 
-The file is sparse: Llama-2-7B's shape in Q4_1, 4.3 GB of which only the head lies on the disk, with a byte-level BPE of
-49,152 tokens. Prints, for each step after `import numballama`, seconds by the clock and by the processor, and the most
-memory that was resident.
+All in fresh processes. The import is compared with that of an empty module. The file is sparse: Llama-2-7B's shape in
+Q4_1, 4.3 GB of which only the head lies on the disk, with a byte-level BPE of 49,152 tokens. Prints, for each step
+after `import numballama`, seconds by the clock and by the processor, and the most memory that was resident.
 """
 
 from __future__ import annotations
@@ -18,6 +18,13 @@ import gguf
 import numpy as np
 
 VOCABULARY, DIM, HIDDEN, LAYERS = 49_152, 4096, 11_008, 32
+
+IMPORT = """
+import sys, time
+start = time.perf_counter()
+import {module}
+print(time.perf_counter() - start)
+"""
 
 MEASURE = """
 import json, sys, time
@@ -83,9 +90,21 @@ def write(path: Path) -> None:
         file.truncate(end + -end % 32 + total)
 
 
+def measure_import(module: str, folder: str) -> float:
+    """Seconds that a fresh process takes to import a module, which may lie in `folder`."""
+    code = f"import sys; sys.path.append({folder!r})" + IMPORT.format(module=module)
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+
+
 def main() -> None:
     runs = int(sys.argv[1]) if len(sys.argv) > 1 else 9
     with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "empty.py").touch()
+        for module in ("empty", "numballama"):  # compiles them
+            measure_import(module, folder)
+        times = [(measure_import("empty", folder), measure_import("numballama", folder)) for _ in range(3 * runs)]
+        empty, package = (median(column) * 1e3 for column in zip(*times, strict=True))
+        print(f"import numballama {package:.1f} ms, an empty module {empty:.1f} ms: {package - empty:.1f} ms more")
         path = Path(folder) / "large.gguf"
         write(path)
         print(f"{path.stat().st_size / 1e9:.2f} GB, {path.stat().st_blocks * 512 / 1e6:.1f} MB on the disk")

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .config import ModelConfig
-from .quantization.types import WeightType
 
 if TYPE_CHECKING:
+    from .quantization.types import WeightType
     from .tokenizers.base import Tokenizer
 
 

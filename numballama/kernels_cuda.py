@@ -1,4 +1,23 @@
-"""Operators that move little memory: one block a token (blockIdx.y), or one for some of its numbers."""
+"""The plain operators as CUDA kernels: one thread an element, or one block or warp a row. The readable file.
+
+What a newcomer to CUDA has to know:
+
+- A kernel is a function that many threads run at the same time. Each finds out which one it is:
+  `cuda.threadIdx.x` is its number in its *block* of `THREADS` threads, `cuda.blockIdx` is its block's number in the
+  *grid* of blocks. Usually blockIdx.y is the token and `blockIdx.x * THREADS + threadIdx.x` the column.
+- 32 neighbouring threads are a *warp*; they are its *lanes*. Lanes exchange values by shuffles, the threads of a block
+  through shared memory (`cuda.shared.array`) and barriers (`cuda.syncthreads`). `cuda/kernels/reduce.py` has the sums
+  and maxima that are built from these. Blocks do not wait for each other.
+- Operands are pointers into device memory, without shapes. Rows lie one after the other: element k of token t is at
+  `t * columns + k`. Sizes are arguments. float32 unless stated.
+- The grid is as large as a program's most tokens. `is_padding_token(tokens)` tells a block that this run has no token
+  for it.
+- `pdl_sync()` comes before a kernel reads another kernel's results or writes its own: on sm_90 a kernel is launched
+  before the previous one has ended (programmatic dependent launch).
+
+These kernels move little memory, so simplicity wins. What decides the speed of a model, matrix products and attention,
+is in `cuda/kernels/`. `cuda/ops/` says with which grid and arguments each kernel is launched.
+"""
 
 from __future__ import annotations
 
@@ -7,58 +26,51 @@ import math
 import numpy as np
 from numba import cuda
 
-from .cuda.intrinsics import (
-    address,
-    bits_of_f32,
-    count_up,
-    dp4a,
-    f32_of_bits,
-    has_scales,
-    is_packed,
-    let_successor_start,
-    number,
-    scale_in,
-    scale_word,
-    store_number,
-    wait_for_predecessor,
-    word,
+from .cuda.intrinsics import address, atom_add_1, dp4a, ex2_approx, float_as_uint, ld_global_u32, uint_as_float
+from .cuda.kernels.common import (
+    FULL_MASK,
+    LOG2_E,
+    first_visible,
+    is_nan,
+    is_padding_token,
+    kv_index,
+    pdl_sync,
+    silu_and_mul,
 )
-from .cuda.kernels.common import ALL, beyond, block_sum, device, is_nan, sigmoid_times, warp_sum
-from .cuda.kernels.dequant import number_at
+from .cuda.kernels.dequant import dequant_element
 from .cuda.kernels.params import ELEMENTWISE_THREADS as THREADS
-
-
-@device
-def begin():
-    """What every kernel does before it touches what another one wrote."""
-    wait_for_predecessor()
-    let_successor_start()
+from .cuda.kernels.reduce import block_max, block_sum, is_replaced_by, warp_sum
+from .cuda.quant_traits import has_scales, is_packed, load_element, scale_in, scale_word, store_element
 
 
 @cuda.jit
 def embedding_kernel(tokens, ids, table, stride, scales, scale_stride, shift, out, columns):
-    if beyond(tokens):
+    """out[t] = row ids[t] of the table, dequantised. A thread an element."""
+    if is_padding_token(tokens):
         return
-    begin()
+    pdl_sync()
     t, k = cuda.blockIdx.y, cuda.blockIdx.x * THREADS + cuda.threadIdx.x
     if k < columns:
         row = ids[t]
         if is_packed(table):
-            value = number_at(table, address(table, 0) + row * stride, address(scales, row * scale_stride), k)
+            value = dequant_element(table, address(table, 0) + row * stride, address(scales, row * scale_stride), k)
         else:
-            value = number(table, address(table, 0) + row * stride, k)
+            value = load_element(table, address(table, 0) + row * stride, k)
         if has_scales(table) and not is_packed(table):
             at = row * scale_stride + (k >> shift)
-            value *= scale_in(scales, word(scale_word(scales, at)), at)
+            value *= scale_in(scales, ld_global_u32(scale_word(scales, at)), at)
         out[t * columns + k] = value
 
 
 @cuda.jit
 def rope_angles_kernel(tokens, positions, frequencies, out, pairs):
-    """In float64: at position 100,000 a float32 angle would be off by 0.004."""
-    if beyond(tokens):
+    """cos and sin of position · frequency: out[t] is [cos of all pairs, sin of all pairs]. A thread a pair.
+
+    In float64: at position 100,000 a float32 angle would be off by 0.004.
+    """
+    if is_padding_token(tokens):
         return
-    begin()
+    pdl_sync()
     t, i = cuda.blockIdx.y, cuda.blockIdx.x * THREADS + cuda.threadIdx.x
     if i < pairs:
         angle = float(positions[t]) * float(frequencies[i])
@@ -68,10 +80,10 @@ def rope_angles_kernel(tokens, positions, frequencies, out, pairs):
 
 @cuda.jit
 def rmsnorm_kernel(tokens, x, weight, out, columns, eps):
-    """x / sqrt(mean(x²) + eps) · weight (Zhang and Sennrich, RMSNorm, 2019)."""
-    if beyond(tokens):
+    """x / sqrt(mean(x²) + eps) · weight (Zhang and Sennrich, RMSNorm, 2019). A block a token."""
+    if is_padding_token(tokens):
         return
-    begin()
+    pdl_sync()
     scratch = cuda.shared.array(32, np.float32)
     row = cuda.blockIdx.y * columns
     squares = np.float32(0)
@@ -85,10 +97,10 @@ def rmsnorm_kernel(tokens, x, weight, out, columns, eps):
 
 @cuda.jit
 def head_norm_kernel(tokens, x, weight, out, columns, head_dim, eps):
-    """RMSNorm of every head, a warp a head."""
-    if beyond(tokens):
+    """RMSNorm of every head by itself; `weight` is float32[head_dim]. A warp a head."""
+    if is_padding_token(tokens):
         return
-    begin()
+    pdl_sync()
     head, lane = cuda.blockIdx.x * (THREADS // 32) + (cuda.threadIdx.x >> 5), cuda.threadIdx.x & 31
     if head * head_dim < columns:
         row = cuda.blockIdx.y * columns + head * head_dim
@@ -103,36 +115,37 @@ def head_norm_kernel(tokens, x, weight, out, columns, head_dim, eps):
 
 @cuda.jit
 def quantize_kernel(tokens, x, out, scales, columns, group, groups):
-    """Scale max|x| / 127 for each group, numbers rounded half away from zero, as llama2.c's runq. A warp a group."""
-    if beyond(tokens):
+    """x to int8 in groups, as llama2.c's runq: scale max|x| / 127, rounded half away from zero. A warp a group."""
+    if is_padding_token(tokens):
         return
-    begin()
+    pdl_sync()
     t, lane = cuda.blockIdx.y, cuda.threadIdx.x & 31
     g = cuda.blockIdx.x * (THREADS // 32) + (cuda.threadIdx.x >> 5)
     if g < groups:
         first, last = g * group, min(columns, (g + 1) * group)
-        largest = np.int32(0)  # as bits, which order magnitudes and put every NaN above infinity
+        largest = np.int32(0)  # |x| as bits: integers in the same order, and every NaN is above infinity
         for k in range(first + lane, last, 32):
-            largest = max(largest, np.int32(bits_of_f32(x[t * columns + k]) & np.uint32(0x7FFFFFFF)))
+            largest = max(largest, np.int32(float_as_uint(x[t * columns + k]) & np.uint32(0x7FFFFFFF)))
         for i in range(5):
-            largest = max(largest, cuda.shfl_xor_sync(ALL, largest, 16 >> i))
-        # a NaN must show in the logits, and int8 has none: its group's scale carries it
-        broken = largest >= 0x7F800000
-        scale = np.float32(np.nan) if broken else f32_of_bits(np.uint32(largest)) / np.float32(127)
+            largest = max(largest, cuda.shfl_xor_sync(FULL_MASK, largest, 16 >> i))
+        # int8 has no NaN or infinity, so the group's scale carries it: it must show in the logits
+        not_finite = largest >= 0x7F800000
+        scale = np.float32(np.nan) if not_finite else uint_as_float(np.uint32(largest)) / np.float32(127)
         if lane == 0:
             scales[t * groups + g] = scale
         for k in range(first + lane, last, 32):
             ratio = x[t * columns + k] / scale if scale > 0 else np.float32(0)
-            # a scale that is a denormal number may be far too small
+            # a scale that is a denormal number may be far too small, hence the limit
             rounded = min(math.floor(abs(ratio) + np.float32(0.5)), np.float32(127))
             out[t * columns + k] = np.int8(rounded if ratio >= 0 else -rounded)
 
 
 @cuda.jit
 def bias_kernel(tokens, x, weight, out, columns):
-    if beyond(tokens):
+    """out = x + weight, the same float32[columns] for every token. A thread an element."""
+    if is_padding_token(tokens):
         return
-    begin()
+    pdl_sync()
     row, k = cuda.blockIdx.y * columns, cuda.blockIdx.x * THREADS + cuda.threadIdx.x
     if k < columns:
         out[row + k] = x[row + k] + weight[k]
@@ -140,9 +153,13 @@ def bias_kernel(tokens, x, weight, out, columns):
 
 @cuda.jit
 def rope_kernel(tokens, x, angles, out, columns, head_dim, interleaved):
-    if beyond(tokens):
+    """Rotate pairs of elements by the position's angles (Su et al., RoFormer, 2021). A thread a pair.
+
+    A head's pairs are neighbours if `interleaved`, else elements i and i + head_dim / 2.
+    """
+    if is_padding_token(tokens):
         return
-    begin()
+    pdl_sync()
     t, pair, half = cuda.blockIdx.y, cuda.blockIdx.x * THREADS + cuda.threadIdx.x, head_dim // 2
     if pair < columns // 2:
         head = pair // half
@@ -156,23 +173,24 @@ def rope_kernel(tokens, x, angles, out, columns, head_dim, interleaved):
 
 @cuda.jit
 def kv_write_kernel(tokens, x, cache, positions, sequences, heads, context, head_dim):
-    if beyond(tokens):
+    """Write x, keys or values of each token, into the cache at the token's position, rounded to its type."""
+    if is_padding_token(tokens):
         return
-    begin()
+    pdl_sync()
     t, k = cuda.blockIdx.y, cuda.blockIdx.x * THREADS + cuda.threadIdx.x
     if k < heads * head_dim:
         head = k // head_dim
-        at = ((sequences[t] * heads + head) * context + positions[t]) * head_dim + k - head * head_dim
-        store_number(cache, at, x[t * heads * head_dim + k])
+        at = kv_index(sequences[t], head, positions[t], heads, context, head_dim) + k - head * head_dim
+        store_element(cache, at, x[t * heads * head_dim + k])
 
 
 @cuda.jit
 def rope_kv_write_kernel(tokens, q, angles, k, k_cache, positions, sequences, v, v_cache, out, q_rows, kv_rows,
                          head_dim, interleaved, context):  # fmt: skip
-    """Queries turned into `out`; keys turned and values copied into the cache. A thread a pair of numbers."""
-    if beyond(tokens):
+    """RoPE of queries into `out`, of keys into the cache; values into the cache as they are. A thread a pair."""
+    if is_padding_token(tokens):
         return
-    begin()
+    pdl_sync()
     t, pair, half = cuda.blockIdx.y, cuda.blockIdx.x * THREADS + cuda.threadIdx.x, head_dim // 2
     head = pair // half
     i = pair - head * half
@@ -184,29 +202,97 @@ def rope_kv_write_kernel(tokens, q, angles, k, k_cache, positions, sequences, v,
         out[t * q_rows + a] = x * cos - y * sin
         out[t * q_rows + a + apart] = x * sin + y * cos
     if a + apart < kv_rows:
-        at = ((sequences[t] * (kv_rows // head_dim) + head) * context + positions[t]) * head_dim + a - head * head_dim
+        at = kv_index(sequences[t], head, positions[t], kv_rows // head_dim, context, head_dim) + a - head * head_dim
         x, y = k[t * kv_rows + a], k[t * kv_rows + a + apart]
-        store_number(k_cache, at, x * cos - y * sin)
-        store_number(k_cache, at + apart, x * sin + y * cos)
-        store_number(v_cache, at, v[t * kv_rows + a])
-        store_number(v_cache, at + apart, v[t * kv_rows + a + apart])
+        store_element(k_cache, at, x * cos - y * sin)
+        store_element(k_cache, at + apart, x * sin + y * cos)
+        store_element(v_cache, at, v[t * kv_rows + a])
+        store_element(v_cache, at + apart, v[t * kv_rows + a + apart])
+
+
+@cuda.jit
+def attention_scores_kernel(tokens, q, k_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim,
+                            window):  # fmt: skip
+    """out[t, head, p] = q · k[p] / sqrt(head_dim), -inf for positions p that token t does not see. A thread a position.
+
+    `shared_by` query heads share a key head (grouped queries).
+    """
+    if is_padding_token(tokens):
+        return
+    pdl_sync()
+    t, head = cuda.blockIdx.y, cuda.blockIdx.x
+    heads = kv_heads * shared_by
+    keys = address(k_cache, kv_index(sequences[t], head // shared_by, 0, kv_heads, context, head_dim))
+    factor = np.float32(1) / np.float32(math.sqrt(np.float32(head_dim)))
+    for p in range(cuda.threadIdx.x, context, THREADS):
+        score = np.float32(-np.inf)
+        if first_visible(positions[t] + 1, window) <= p <= positions[t]:
+            score = np.float32(0)
+            for d in range(head_dim):
+                score += q[(t * heads + head) * head_dim + d] * load_element(k_cache, keys, p * head_dim + d)
+            score *= factor
+        out[(t * heads + head) * context + p] = score
+
+
+@cuda.jit
+def softmax_kernel(tokens, x, out, columns):
+    """out = exp(x - max(x)) / sum(exp(x - max(x))) of each row; without the maximum exponentials could overflow.
+
+    A block a row: blockIdx.x is the head, blockIdx.y the token.
+    """
+    if is_padding_token(tokens):
+        return
+    pdl_sync()
+    scratch = cuda.shared.array(32, np.float32)
+    row = (cuda.blockIdx.y * cuda.gridDim.x + cuda.blockIdx.x) * columns
+    largest = np.float32(-np.inf)
+    for i in range(cuda.threadIdx.x, columns, THREADS):
+        largest = max(largest, x[row + i])
+    largest = block_max(largest, scratch)
+    total = np.float32(0)
+    for i in range(cuda.threadIdx.x, columns, THREADS):
+        power = ex2_approx((x[row + i] - largest) * LOG2_E)
+        total += power
+        out[row + i] = power
+    total = block_sum(total, scratch)
+    for i in range(cuda.threadIdx.x, columns, THREADS):
+        out[row + i] /= total
+
+
+@cuda.jit
+def attention_values_kernel(tokens, weights, v_cache, positions, sequences, out, kv_heads, shared_by, context,
+                            head_dim, window):  # fmt: skip
+    """out[t, head] = sum of weights[t, head, p] · v[p] over the positions that token t sees. A thread a dimension."""
+    if is_padding_token(tokens):
+        return
+    pdl_sync()
+    t, head = cuda.blockIdx.y, cuda.blockIdx.x
+    row = t * kv_heads * shared_by + head
+    values = address(v_cache, kv_index(sequences[t], head // shared_by, 0, kv_heads, context, head_dim))
+    for d in range(cuda.threadIdx.x, head_dim, THREADS):
+        total = np.float32(0)
+        for p in range(first_visible(positions[t] + 1, window), positions[t] + 1):
+            total += weights[row * context + p] * load_element(v_cache, values, p * head_dim + d)
+        out[row * head_dim + d] = total
 
 
 @cuda.jit
 def swiglu_kernel(tokens, gate, up, out, columns):
-    if beyond(tokens):
+    """out = silu(gate) · up. A thread an element."""
+    if is_padding_token(tokens):
         return
-    begin()
+    pdl_sync()
     row, k = cuda.blockIdx.y * columns, cuda.blockIdx.x * THREADS + cuda.threadIdx.x
     if k < columns:
-        out[row + k] = sigmoid_times(gate[row + k], up[row + k])
+        out[row + k] = silu_and_mul(gate[row + k], up[row + k])
 
 
 @cuda.jit
 def add_kernel(tokens, a, b, out, columns):
-    if beyond(tokens):
+    """out = a + b. A thread an element."""
+    if is_padding_token(tokens):
         return
-    begin()
+    pdl_sync()
     row, k = cuda.blockIdx.y * columns, cuda.blockIdx.x * THREADS + cuda.threadIdx.x
     if k < columns:
         out[row + k] = a[row + k] + b[row + k]
@@ -214,59 +300,54 @@ def add_kernel(tokens, a, b, out, columns):
 
 @cuda.jit
 def last_kernel(tokens, x, out, columns):
-    begin()
+    """out = the row of the run's last token. A thread an element."""
+    pdl_sync()
     k = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
     if k < columns:
         out[k] = x[(tokens[0] - 1) * columns + k]
 
 
-@device
-def better(value, index, other, other_index):
-    """Whether `other` comes before `value` in the search for the largest: a NaN first of all, then the first index."""
-    if is_nan(value) != is_nan(other):
-        return is_nan(other)
-    if is_nan(value) or value == other:
-        return other_index < index
-    return other > value
-
-
 @cuda.jit
 def argmax_kernel(tokens, x, out, columns, values, places, counter):
-    """The first index of a row's largest number, -1 for a row with a NaN: a part a block, the last one joins them."""
-    if beyond(tokens):
+    """out[t] = the first index of the largest element of row t; -1 if the row has a NaN.
+
+    gridDim.x blocks share a row. Each leaves its maximum in `values` and its index in `places`; the block that finishes
+    last, which `counter` tells, takes the maximum of these in a second pass.
+    """
+    if is_padding_token(tokens):
         return
     best_value = cuda.shared.array(32, np.float32)
     best_index = cuda.shared.array(32, np.int64)
     is_last = cuda.shared.array(1, np.int32)
-    begin()
+    pdl_sync()
     t, parts = cuda.blockIdx.y, cuda.gridDim.x
     value, index = np.float32(-np.inf), np.int64(columns)
     for k in range(cuda.blockIdx.x * THREADS + cuda.threadIdx.x, columns, parts * THREADS):
-        found = x[t * columns + k]
-        if better(value, index, found, k):
-            value, index = found, np.int64(k)
-    for turn in range(2):
+        element = x[t * columns + k]
+        if is_replaced_by(value, index, element, k):
+            value, index = element, np.int64(k)
+    for pass_number in range(2):
         for i in range(5):
-            other = cuda.shfl_xor_sync(ALL, value, 16 >> i)
-            other_index = np.int64(cuda.shfl_xor_sync(ALL, np.int32(index), 16 >> i))
-            if better(value, index, other, other_index):
+            other = cuda.shfl_xor_sync(FULL_MASK, value, 16 >> i)
+            other_index = np.int64(cuda.shfl_xor_sync(FULL_MASK, np.int32(index), 16 >> i))
+            if is_replaced_by(value, index, other, other_index):
                 value, index = other, other_index
         if cuda.threadIdx.x & 31 == 0:
             best_value[cuda.threadIdx.x >> 5], best_index[cuda.threadIdx.x >> 5] = value, index
         cuda.syncthreads()
         if cuda.threadIdx.x == 0:
             for i in range(1, THREADS // 32):
-                if better(value, index, best_value[i], best_index[i]):
+                if is_replaced_by(value, index, best_value[i], best_index[i]):
                     value, index = best_value[i], best_index[i]
-            if turn == 1:
+            if pass_number == 1:
                 out[t] = -1 if is_nan(value) else min(index, columns - 1)
             else:
                 values[t * parts + cuda.blockIdx.x], places[t * parts + cuda.blockIdx.x] = value, np.float32(index)
-                is_last[0] = count_up(address(counter, t)) == parts - 1
+                is_last[0] = atom_add_1(address(counter, t)) == parts - 1
                 if is_last[0]:
                     counter[t] = 0
         cuda.syncthreads()
-        if turn == 1 or not is_last[0]:
+        if pass_number == 1 or not is_last[0]:
             return
         value, index = np.float32(-np.inf), np.int64(columns)
         if cuda.threadIdx.x < parts:
@@ -277,13 +358,14 @@ def argmax_kernel(tokens, x, out, columns, values, places, counter):
 @cuda.jit
 def linear_int8_kernel(tokens, xq, xs, weight, stride, scales, scale_stride, shift, residual, added, out, rows, columns,
                        group, groups):  # fmt: skip
-    """out = W · x, both int8 in the same groups, their products summed as integers by `dp4a`. A warp a row.
+    """out = W · x, plus `residual` if `added`; W and x are int8 with scales for the same groups. A warp a row of W.
 
-    The weight's rows are filled up to 16 bytes; x is read a number at a time where its words do not fit a group.
+    Products are summed as integers, four at a time by `dp4a`, if groups and rows are whole words of four elements; else
+    one element at a time.
     """
-    if beyond(tokens):
+    if is_padding_token(tokens):
         return
-    begin()
+    pdl_sync()
     t, lane = cuda.blockIdx.y, cuda.threadIdx.x & 31
     row = cuda.blockIdx.x * (THREADS // 32) + (cuda.threadIdx.x >> 5)
     if row < rows:
@@ -292,15 +374,15 @@ def linear_int8_kernel(tokens, xq, xs, weight, stride, scales, scale_stride, shi
         if has_scales(weight) and columns & 3 == 0 and group & 3 == 0:
             for k in range(4 * lane, columns, 128):
                 at = row * scale_stride + (k >> shift)
-                part = np.float32(dp4a(word(base + k), word(x_base + k), np.int32(0)))
-                scale = scale_in(scales, word(scale_word(scales, at)), at)
+                part = np.float32(dp4a(ld_global_u32(base + k), ld_global_u32(x_base + k), np.int32(0)))
+                scale = scale_in(scales, ld_global_u32(scale_word(scales, at)), at)
                 total += part * scale * xs[t * groups + k // group]
         else:
             for k in range(lane, columns, 32):
-                product = number(weight, base, k) * number(xq, x_base, k)
+                product = load_element(weight, base, k) * load_element(xq, x_base, k)
                 if has_scales(weight):
                     at = row * scale_stride + (k >> shift)
-                    product *= scale_in(scales, word(scale_word(scales, at)), at)
+                    product *= scale_in(scales, ld_global_u32(scale_word(scales, at)), at)
                 total += product * xs[t * groups + k // group]
         total = warp_sum(total)
         if lane == 0:

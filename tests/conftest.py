@@ -1,4 +1,4 @@
-"""Settings of hypothesis for every test, and the fixture of real models."""
+"""Settings of hypothesis for every test and for the fast tier, and the fixture of real models."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ settings.register_profile(
     derandomize="CI" in os.environ,  # a failure there is one that anybody can repeat
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
+settings.register_profile("fast", settings.get_profile("numballama"), max_examples=10)
 settings.load_profile("numballama")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """`pytest -m "not slow"` tries a tenth of the examples, except where a test says how many it needs."""
+    if "not slow" in config.getoption("markexpr"):
+        settings.load_profile("fast")
 
 
 @pytest.fixture(scope="session")

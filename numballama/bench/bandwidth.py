@@ -7,7 +7,7 @@ from typing import Any
 
 from ..cuda.backend import CudaBackend
 from ..cuda.driver import CudaGraph, Device, Memory, Stopwatch, versions
-from ..cuda.kernels.copy import BLOCK_NUMBERS, copy
+from ..cuda.kernels.copy import BLOCK_ELEMENTS, copy
 from ..errors import DeviceError
 from ..memory import format_bytes
 
@@ -23,7 +23,7 @@ def measure_bandwidth(backend: CudaBackend, repeats: int = 7) -> float:
 
     Raises `DeviceError` where the device has no memory left to copy in.
     """
-    device, block = backend.device, 4 * BLOCK_NUMBERS
+    device, block = backend.device, 4 * BLOCK_ELEMENTS
     nbytes = min(COPY_BYTES, device.free_bytes * 2 // 5) // block * block
     if nbytes < LEAST_COPY_BYTES:
         raise DeviceError(

@@ -14,8 +14,8 @@ import numpy as np
 from numba import prange
 
 from .. import __version__, progress
-from ..cpu.executor import parallel_region
 from ..cpu.compiler import jit
+from ..cpu.executor import parallel_region
 from ..cpu.matmul import partition
 from ..errors import ContextError
 from ..memory import available_bytes, format_bytes, peak_bytes

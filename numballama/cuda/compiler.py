@@ -60,7 +60,7 @@ def signature(types_: Sequence[str]) -> tuple[Any, ...]:
     """Numba's types for the types of parameters: "f16*" is a pointer, "i64" and "f32" are numbers."""
     from numba.cuda import types
 
-    from .intrinsics import ELEMENT_TYPES
+    from .quant_traits import ELEMENT_TYPES
 
     return tuple(
         types.CPointer(ELEMENT_TYPES[type_[:-1]]) if type_.endswith("*") else ELEMENT_TYPES[type_] for type_ in types_

@@ -1,4 +1,4 @@
-"""How functions of Python that stand for PTX become LLVM: what `instructions` and `tensor_cores` are written with."""
+"""LLVM building blocks that `intrinsics.py` and `mma.py` share: types, inline PTX, element pointers, rounding."""
 
 from __future__ import annotations
 
@@ -13,35 +13,35 @@ F16, F32, VOID = ir.HalfType(), ir.FloatType(), ir.VoidType()
 
 
 def compiling_for() -> tuple[int, int]:
-    """Compute capability that the kernel now being lowered is compiled for."""
+    """Compute capability, as (9, 0), that the current kernel is compiled for."""
     capability: tuple[int, int] = ConfigStack().top().compute_capability
     return capability
 
 
 def call_asm(builder: Any, result: Any, text: str, constraints: str, arguments: Any) -> Any:
-    """A call of inline PTX, which the compiler never leaves out."""
+    """A call of inline PTX, declared to have side effects so that the compiler never removes it."""
     kind = ir.FunctionType(result, [argument.type for argument in arguments])
     return builder.call(ir.InlineAsm(kind, text, constraints, side_effect=True), arguments)
 
 
-def as_integer(context: Any, builder: Any, value: Any, found: Any, wanted: Any) -> Any:
-    """An integer of Numba's type `found` as one of type `wanted`."""
-    return context.cast(builder, value, found, wanted)
+def as_integer(context: Any, builder: Any, value: Any, source: Any, target: Any) -> Any:
+    """Cast an integer from Numba's type `source` to `target`."""
+    return context.cast(builder, value, source, target)
 
 
 def is_memory(kind: Any) -> bool:
-    """Whether a Numba type is a typed pointer or an array, which `element_at` takes."""
+    """Whether a Numba type is a typed pointer or an array, which `element_pointer` takes."""
     return isinstance(kind, (types.CPointer, types.Array))
 
 
-def element_at(context: Any, builder: Any, kind: Any, value: Any, index: Any) -> Any:
+def element_pointer(context: Any, builder: Any, kind: Any, value: Any, index: Any) -> Any:
     """LLVM pointer to an element of a typed pointer or of an array."""
     base = context.make_array(kind)(context, builder, value).data if isinstance(kind, types.Array) else value
     return builder.gep(base, [index])
 
 
 def fma(builder: Any, a: Any, b: Any, c: Any) -> Any:
-    """a · b + c, which may be rounded once."""
+    """a · b + c, which the compiler may contract to an fma, rounded once."""
     return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
 
 

@@ -1,9 +1,14 @@
-"""Tiles that the lanes of a warp hold together, and their products on tensor cores, as functions of Python.
+"""Tensor cores: tiles that the lanes of a warp hold together, loaded by ldmatrix and multiplied by mma.
 
-Lane l of a warp holds, of a 16 × 8 tile of float32, numbers (l / 4, 2 (l mod 4)), the one beside it, and the same
-eight rows below: four in a row of a tuple. Tiles of 16-bit numbers lie in shared memory in rows of 128 or 256 bytes,
-chunk c of 16 bytes of row r at place c xor (r mod 8): eight rows' chunks of one column lie in different banks. As
-rows begin at multiples of 128, moving by two chunks is a xor of the whole address.
+Fragments (PTX ISA, "Matrix Fragments for mma.m16n8k16"): of a 16 × 8 tile of float32, lane l holds elements
+(l / 4, 2 (l mod 4)) and the one to its right, then the same two of the row 8 below: four elements, one after the other
+in a tuple. Tuples of float32 hold several such tiles.
+
+Swizzle: 16-bit tiles lie in shared memory in rows of 128 or 256 bytes. Chunk c (16 bytes) of row r is stored at place
+c xor (r mod 8), so the eight rows of one column of chunks lie in different banks. Rows begin at multiples of 128, so
+moving by two chunks is an xor of the whole address.
+
+`memory` arguments are pointers of which only the element type matters: uint16 for float16, int16 for bfloat16.
 """
 
 from __future__ import annotations
@@ -14,21 +19,21 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from .intrinsics import PER_16_BYTES
 from .kernels.params import GEMM_STAGED_BYTES as STAGED_BYTES
 from .lowering import F32, I32, VOID, as_integer, call_asm, compiling_for, fma, rounded_to_16
+from .quant_traits import PER_16_BYTES
 
 
 def _parts(builder: Any, kind: Any, value: Any) -> list[Any]:
     return [builder.extract_value(value, i) for i in range(kind.count)]
 
 
-def _short(context: Any, builder: Any, value: Any, found: Any) -> Any:
-    return as_integer(context, builder, value, found, types.uint32)
+def _short(context: Any, builder: Any, value: Any, source_type: Any) -> Any:
+    return as_integer(context, builder, value, source_type, types.uint32)
 
 
-def _ldmatrix(builder: Any, where: Any, offset: int, transposed: bool = False) -> list[Any]:
-    """Four 8 × 8 matrices of 16-bit numbers; lane l names row l mod 8 of matrix l / 8."""
+def _ldmatrix_x4(builder: Any, where: Any, offset: int, transposed: bool = False) -> list[Any]:
+    """ldmatrix.x4: four 8 × 8 matrices of 16-bit elements. Lane l gives the address of row l mod 8 of matrix l / 8."""
     trans = ".trans" if transposed else ""
     text = f"ldmatrix.sync.aligned.m8n8.x4{trans}.shared.b16 {{$0, $1, $2, $3}}, [$4+{offset}];"
     loaded = call_asm(builder, ir.LiteralStructType([I32] * 4), text, "=r,=r,=r,=r,r,~{memory}", [where])
@@ -36,7 +41,10 @@ def _ldmatrix(builder: Any, where: Any, offset: int, transposed: bool = False) -
 
 
 def _halves_of_bfloats(builder: Any, word: Any) -> Any:
-    """In one piece, so that LLVM keeps the words and not, for a whole loop, what comes of them."""
+    """A word of two bfloat16 as one of two float16.
+
+    One asm block, so that LLVM keeps the packed words in registers across the loop, not the unpacked halves.
+    """
     text = (
         "{.reg .b32 t; .reg .f32 a, b; .reg .b16 h, g; shl.b32 t, $1, 16; mov.b32 a, t; and.b32 t, $1, 0xffff0000; "
         "mov.b32 b, t; cvt.rn.f16.f32 h, a; cvt.rn.f16.f32 g, b; mov.b32 $0, {h, g};}"
@@ -44,9 +52,9 @@ def _halves_of_bfloats(builder: Any, word: Any) -> Any:
     return call_asm(builder, I32, text, "=r,r", [word])
 
 
-def _mma(builder: Any, name: str, a: list[Any], b: list[Any], c: list[Any]) -> list[Any]:
-    """c + a · b of tiles 16 × 16 and 16 × 8. Before sm_80 it takes two steps, and bfloat16 goes as float16 (which is
-    the same for numbers between 2^-14 and 2^16, and to 2^-25 below).
+def _mma_m16n8k16(builder: Any, name: str, a: list[Any], b: list[Any], c: list[Any]) -> list[Any]:
+    """mma.m16n8k16: c + a · b of tiles 16 × 16 and 16 × 8. Before sm_80 it is two m16n8k8, with bfloat16 converted to
+    float16: exact for magnitudes from 2^-14 to 2^16, off by at most 2^-25 below.
     """
     result = ir.LiteralStructType([F32] * 4)
     if compiling_for() >= (8, 0):
@@ -68,7 +76,7 @@ def _mma(builder: Any, name: str, a: list[Any], b: list[Any], c: list[Any]) -> l
 
 
 def _pack(builder: Any, name: str, low: Any, high: Any) -> Any:
-    """A word of two float32, rounded to nearest even to float16 ("uint16") or bfloat16."""
+    """cvt.rn: two float32 rounded to nearest even to float16 ("uint16") or bfloat16, packed in a word."""
     if compiling_for() >= (8, 0):
         kind = "f16x2" if name == "uint16" else "bf16x2"
         return call_asm(builder, I32, f"cvt.rn.{kind}.f32 $0, $2, $1;", "=r,f,f", [low, high])
@@ -77,8 +85,8 @@ def _pack(builder: Any, name: str, low: Any, high: Any) -> Any:
 
 
 @intrinsic
-def pack2(typingctx, memory, low, high):  # type: ignore[no-untyped-def]
-    """Two float32 rounded to the 16-bit type of `memory`, in one word."""
+def cvt_rn_x2(typingctx, memory, low, high):  # type: ignore[no-untyped-def]
+    """cvt.rn.f16x2 or bf16x2: two float32 rounded to the 16-bit type of `memory`, packed in a word."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return _pack(builder, memory.dtype.name, args[1], args[2])
@@ -87,8 +95,8 @@ def pack2(typingctx, memory, low, high):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def put_words2(typingctx, where, a, b):  # type: ignore[no-untyped-def]
-    """Two words to an 8-byte aligned global address."""
+def st_global_v2_u32(typingctx, where, a, b):  # type: ignore[no-untyped-def]
+    """st.global.v2.u32: two words to an 8-byte aligned global address."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         call_asm(builder, VOID, "st.global.v2.u32 [$0], {$1, $2};", "l,r,r,~{memory}", args)
@@ -98,8 +106,8 @@ def put_words2(typingctx, where, a, b):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def put_words4(typingctx, where, a, b, c, d):  # type: ignore[no-untyped-def]
-    """Four words to a 16-byte aligned place of the shared window (`shared_address`)."""
+def st_shared_v4_u32(typingctx, where, a, b, c, d):  # type: ignore[no-untyped-def]
+    """st.shared.v4.u32: four words to a 16-byte aligned shared address."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         args = [_short(context, builder, args[0], where), *args[1:]]
@@ -122,12 +130,12 @@ def _zeros(count: int) -> Any:
 
 
 zeros32, zeros64, zeros128 = (_zeros(count) for count in (32, 64, 128))
-"""Tuples of float32: what a lane holds of a sum of tiles."""
+"""Tuples of zeros in float32: a lane's part of a sum of tiles, before anything is added."""
 
 
 @intrinsic
-def load_fragments(typingctx, sums, a_at, b_at):  # type: ignore[no-untyped-def]
-    """What a lane needs to multiply 16 columns of two tiles: of A (as many rows as `sums` has), then of B (64 rows).
+def ldmatrix_x4(typingctx, sums, a_at, b_at):  # type: ignore[no-untyped-def]
+    """Fragments to multiply 16 columns of two tiles: of A (as many rows as `sums` has), then of B (64 rows).
 
     Rows have 128 bytes. Lane l's addresses are of row l mod 16 of A, chunk l / 16, and of row (l mod 8) + 8 (l / 16) of
     B, chunk (l / 8) mod 2.
@@ -138,17 +146,17 @@ def load_fragments(typingctx, sums, a_at, b_at):  # type: ignore[no-untyped-def]
         a, b = _short(context, builder, args[1], a_at), _short(context, builder, args[2], b_at)
         words = []
         for i in range(fours):
-            words += _ldmatrix(builder, a, 2048 * i)
+            words += _ldmatrix_x4(builder, a, 2048 * i)
         for i in range(4):
-            words += _ldmatrix(builder, b, 2048 * i)
+            words += _ldmatrix_x4(builder, b, 2048 * i)
         return context.make_tuple(builder, signature.return_type, words)
 
     return types.UniTuple(types.uint32, 4 * fours + 16)(sums, a_at, b_at), codegen
 
 
 @intrinsic
-def multiply_fragments(typingctx, memory, sums, words):  # type: ignore[no-untyped-def]
-    """sums + A · Bᵀ of fragments in the 16-bit type of `memory`: 64 columns, 8 tiles a row of tiles."""
+def mma_m16n8k16(typingctx, memory, sums, words):  # type: ignore[no-untyped-def]
+    """sums + A · Bᵀ of the fragments that `ldmatrix_x4` loaded, in the 16-bit type of `memory`: 8 tiles a row."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         totals, parts = _parts(builder, sums, args[1]), _parts(builder, words, args[2])
@@ -157,7 +165,7 @@ def multiply_fragments(typingctx, memory, sums, words):  # type: ignore[no-untyp
         for i in range(fours):
             for j in range(8):
                 at = 4 * (8 * i + j)
-                totals[at : at + 4] = _mma(
+                totals[at : at + 4] = _mma_m16n8k16(
                     builder, memory.dtype.name, parts[4 * i : 4 * i + 4], b[2 * j : 2 * j + 2], totals[at : at + 4]
                 )
         return context.make_tuple(builder, sums, totals)
@@ -166,8 +174,10 @@ def multiply_fragments(typingctx, memory, sums, words):  # type: ignore[no-untyp
 
 
 @intrinsic
-def put_sums(typingctx, sums, to):  # type: ignore[no-untyped-def]
-    """A warp's sums into rows of float32 in shared memory, `STAGED_BYTES` apart; `to` is of the lane's first number."""
+def st_shared_sums(typingctx, sums, to):  # type: ignore[no-untyped-def]
+    """Store a warp's sums to rows of float32 in shared memory, `STAGED_BYTES` apart; `to` is for the lane's first
+    element.
+    """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         where, totals = _short(context, builder, args[1], to), _parts(builder, sums, args[0])
@@ -181,22 +191,24 @@ def put_sums(typingctx, sums, to):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def load_queries(typingctx, sums, at):  # type: ignore[no-untyped-def]
-    """Fragments of 16 rows of as many numbers as `sums` has columns, two rows of eight for a lane: 64 or 128."""
+def ldmatrix_queries(typingctx, sums, at):  # type: ignore[no-untyped-def]
+    """Fragments of 16 queries of head size 64 or 128: twice the elements that a lane has in `sums`."""
     columns = 2 * sums.count
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         where, words = _short(context, builder, args[1], at), []
         for step in range(columns // 16):
-            words += _ldmatrix(builder, builder.xor(where, ir.Constant(I32, 32 * step)), 0)
+            words += _ldmatrix_x4(builder, builder.xor(where, ir.Constant(I32, 32 * step)), 0)
         return context.make_tuple(builder, signature.return_type, words)
 
     return types.UniTuple(types.uint32, columns // 4)(sums, at), codegen
 
 
 @intrinsic
-def score_keys(typingctx, memory, queries, keys_at):  # type: ignore[no-untyped-def]
-    """16 queries · 64 keysᵀ. Lane l's address is of key (l mod 8) + 8 (l / 16), chunk (l / 8) mod 2."""
+def mma_qk(typingctx, memory, queries, keys_at):  # type: ignore[no-untyped-def]
+    """Scores Q · Kᵀ of 16 queries and 64 keys, 32 float32 a lane. Lane l's address is of key (l mod 8) + 8 (l / 16),
+    chunk (l / 8) mod 2.
+    """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         words, where = _parts(builder, queries, args[1]), _short(context, builder, args[2], keys_at)
@@ -205,10 +217,10 @@ def score_keys(typingctx, memory, queries, keys_at):  # type: ignore[no-untyped-
         for step in range(steps):
             moved = builder.xor(where, ir.Constant(I32, 32 * step))
             for j in range(4):
-                keys = _ldmatrix(builder, moved, 16 * j * 32 * steps)
+                keys = _ldmatrix_x4(builder, moved, 16 * j * 32 * steps)
                 for i in range(2):
                     at = 4 * (2 * j + i)
-                    totals[at : at + 4] = _mma(
+                    totals[at : at + 4] = _mma_m16n8k16(
                         builder, name, words[4 * step : 4 * step + 4], keys[2 * i : 2 * i + 2], totals[at : at + 4]
                     )
         return context.make_tuple(builder, signature.return_type, totals)
@@ -217,100 +229,104 @@ def score_keys(typingctx, memory, queries, keys_at):  # type: ignore[no-untyped-
 
 
 @intrinsic
-def add_values(typingctx, memory, sums, weights, values_at):  # type: ignore[no-untyped-def]
-    """sums + weights (16 × 64, as `score_keys` gives them) · 64 values. Lanes' addresses are as for `score_keys`."""
+def mma_pv(typingctx, memory, sums, weights, values_at):  # type: ignore[no-untyped-def]
+    """sums + P · V of weights P (16 × 64, as `mma_qk` returns them) and 64 values V. Addresses are as for `mma_qk`."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        totals, numbers = _parts(builder, sums, args[1]), _parts(builder, weights, args[2])
+        totals, elements = _parts(builder, sums, args[1]), _parts(builder, weights, args[2])
         where, name = _short(context, builder, args[3], values_at), memory.dtype.name
         row_bytes = 4 * len(totals)
         for step in range(4):
-            mine = numbers[8 * step : 8 * step + 8]
+            mine = elements[8 * step : 8 * step + 8]
             a = [_pack(builder, name, mine[2 * i], mine[2 * i + 1]) for i in range(4)]
             for j in range(len(totals) // 8):
                 moved = builder.xor(where, ir.Constant(I32, 32 * j))
-                values = _ldmatrix(builder, moved, 16 * step * row_bytes, transposed=True)
+                values = _ldmatrix_x4(builder, moved, 16 * step * row_bytes, transposed=True)
                 for i in range(2):
                     at = 4 * (2 * j + i)
-                    totals[at : at + 4] = _mma(builder, name, a, [values[i], values[i + 2]], totals[at : at + 4])
+                    totals[at : at + 4] = _mma_m16n8k16(
+                        builder, name, a, [values[i], values[i + 2]], totals[at : at + 4]
+                    )
         return context.make_tuple(builder, sums, totals)
 
     return sums(memory, sums, weights, types.int64), codegen
 
 
 def _by_row(result: Any, function: Any) -> Any:
-    """An intrinsic that makes a tuple of float32 from a lane's numbers, each with the argument that its row has.
+    """An intrinsic (elements, first, second) → tuple: a lane has elements of two rows, and an argument for each row.
 
-    function(builder, numbers, rows): which row (0 or 1) number i belongs to is (i / 2) mod 2.
+    `function(builder, elements, arguments)` computes it; element i is of row (i / 2) mod 2.
     """
 
-    def typing(typingctx, numbers, first, second):  # type: ignore[no-untyped-def]
-        kind = numbers if result is None else result
+    def typing(typingctx, elements, first, second):  # type: ignore[no-untyped-def]
+        kind = elements if result is None else result
 
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-            made = function(builder, _parts(builder, numbers, args[0]), args[1:])
+            made = function(builder, _parts(builder, elements, args[0]), args[1:])
             return context.make_tuple(builder, kind, made)
 
-        return kind(numbers, types.float32, types.float32), codegen
+        return kind(elements, types.float32, types.float32), codegen
 
     return intrinsic(typing)
 
 
 def _reduce(combine: Any) -> Any:
-    def function(builder: Any, numbers: list[Any], start: Any) -> list[Any]:
+    def function(builder: Any, elements: list[Any], start: Any) -> list[Any]:
         totals = list(start)
-        for i, number in enumerate(numbers):
-            totals[i // 2 % 2] = combine(builder, totals[i // 2 % 2], number)
+        for i, element in enumerate(elements):
+            totals[i // 2 % 2] = combine(builder, totals[i // 2 % 2], element)
         return totals
 
     return function
 
 
-def _larger(builder: Any, a: Any, b: Any) -> Any:
+def _max(builder: Any, a: Any, b: Any) -> Any:
     return call_asm(builder, F32, "max.f32 $0, $1, $2;", "=f,f,f", [a, b])
 
 
-def _power(builder: Any, x: Any) -> Any:
+def _ex2(builder: Any, x: Any) -> Any:
     return call_asm(builder, F32, "ex2.approx.f32 $0, $1;", "=f,f", [x])
 
 
 PAIR = types.UniTuple(types.float32, 2)
-most_of_rows = _by_row(PAIR, _reduce(_larger))
-"""most_of_rows(numbers, a, b): the largest of the lane's numbers and a in its first row, and b in its second."""
-sums_of_rows = _by_row(PAIR, _reduce(lambda builder, a, b: builder.fadd(a, b)))
-"""sums_of_rows(numbers, a, b): a plus the lane's numbers in its first row, b plus those in its second."""
-powers_of_2 = _by_row(
-    None, lambda builder, x, rows: [_power(builder, builder.fsub(x[i], rows[i // 2 % 2])) for i in range(len(x))]
+row_max = _by_row(PAIR, _reduce(_max))
+"""row_max(elements, a, b): (maximum of a and the lane's elements in its first row, of b and those in its second)."""
+row_sum = _by_row(PAIR, _reduce(lambda builder, a, b: builder.fadd(a, b)))
+"""row_sum(elements, a, b): (a + the lane's elements in its first row, b + those in its second)."""
+row_exp2 = _by_row(
+    None, lambda builder, x, rows: [_ex2(builder, builder.fsub(x[i], rows[i // 2 % 2])) for i in range(len(x))]
 )
-"""powers_of_2(numbers, a, b): 2^(number - a) in the first row, 2^(number - b) in the second."""
-scale_rows = _by_row(None, lambda builder, x, rows: [builder.fmul(x[i], rows[i // 2 % 2]) for i in range(len(x))])
-"""scale_rows(numbers, a, b): the first row's numbers times a, the second's times b."""
+"""row_exp2(elements, a, b): 2^(element - a) in the first row, 2^(element - b) in the second."""
+row_scale = _by_row(None, lambda builder, x, rows: [builder.fmul(x[i], rows[i // 2 % 2]) for i in range(len(x))])
+"""row_scale(elements, a, b): elements · a in the first row, elements · b in the second."""
 
 
 @intrinsic
-def mask_scores(typingctx, scores, first, second):  # type: ignore[no-untyped-def]
-    """Scores, but -infinity for keys after the row's last: counted from the lane's first, it is `first` or `second`."""
+def causal_mask(typingctx, scores, first, second):  # type: ignore[no-untyped-def]
+    """Scores with -infinity for keys after the last that a row may see: the lane's keys number `first` in its first row
+    and `second` in its second, counted from the lane's first key.
+    """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         lasts = [
             as_integer(context, builder, args[1], first, types.int32),
             as_integer(context, builder, args[2], second, types.int32),
         ]
-        below, numbers = ir.Constant(F32, float("-inf")), []
-        for i, number in enumerate(_parts(builder, scores, args[0])):
+        below, elements = ir.Constant(F32, float("-inf")), []
+        for i, element in enumerate(_parts(builder, scores, args[0])):
             seen = builder.icmp_signed("<=", ir.Constant(I32, 8 * (i // 4) + i % 2), lasts[i // 2 % 2])
-            numbers.append(builder.select(seen, number, below))
-        return context.make_tuple(builder, scores, numbers)
+            elements.append(builder.select(seen, element, below))
+        return context.make_tuple(builder, scores, elements)
 
     return scores(scores, first, second), codegen
 
 
 @intrinsic
-def put_rows(typingctx, numbers, first_at, second_at, first, second):  # type: ignore[no-untyped-def]
-    """A lane's numbers to global memory; of its rows the first `first` and `second` columns are wanted."""
+def st_global_rows(typingctx, elements, first_at, second_at, first, second):  # type: ignore[no-untyped-def]
+    """Store a lane's elements of two rows to global memory: the first `first` columns of one, `second` of the other."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        parts = _parts(builder, numbers, args[0])
+        parts = _parts(builder, elements, args[0])
         wanted = [_short(context, builder, args[3], first), _short(context, builder, args[4], second)]
         for i in range(len(parts) // 2):
             column = 8 * (i // 2)
@@ -320,12 +336,12 @@ def put_rows(typingctx, numbers, first_at, second_at, first, second):  # type: i
             )
         return context.get_dummy_value()
 
-    return types.void(numbers, types.int64, types.int64, first, second), codegen
+    return types.void(elements, types.int64, types.int64, first, second), codegen
 
 
 @intrinsic
-def add_products(typingctx, sums, a, b):  # type: ignore[no-untyped-def]
-    """sums[i, j] + a[i] · b[j], in float32; tuples all, rows of `sums` one after the other."""
+def fma_outer(typingctx, sums, a, b):  # type: ignore[no-untyped-def]
+    """Outer product: sums[i, j] + a[i] · b[j] in float32. All are tuples, rows of `sums` one after the other."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         totals, left, right = (_parts(builder, *pair) for pair in zip((sums, a, b), args, strict=True))
@@ -337,38 +353,40 @@ def add_products(typingctx, sums, a, b):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def put_block(typingctx, sums, to):  # type: ignore[no-untyped-def]
-    """Rows of four numbers to shared memory, `STAGED_BYTES` apart."""
+def st_shared_block(typingctx, sums, to):  # type: ignore[no-untyped-def]
+    """Store rows of four float32 to shared memory, `STAGED_BYTES` apart."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        where, numbers = _short(context, builder, args[1], to), _parts(builder, sums, args[0])
-        for i in range(0, len(numbers), 4):
+        where, elements = _short(context, builder, args[1], to), _parts(builder, sums, args[0])
+        for i in range(0, len(elements), 4):
             text = f"st.shared.v4.f32 [$0+{i // 4 * STAGED_BYTES}], {{$1, $2, $3, $4}};"
-            call_asm(builder, VOID, text, "r,f,f,f,f,~{memory}", [where, *numbers[i : i + 4]])
+            call_asm(builder, VOID, text, "r,f,f,f,f,~{memory}", [where, *elements[i : i + 4]])
         return context.get_dummy_value()
 
     return types.void(sums, to), codegen
 
 
 @intrinsic
-def expand16(typingctx, memory, words, scale, to):  # type: ignore[no-untyped-def]
-    """16 bytes of int8 or 4-bit numbers, times their scale and rounded to float16, to a 16-byte aligned address."""
+def dequant_16_bytes(typingctx, memory, words, scale, to):  # type: ignore[no-untyped-def]
+    """Dequantise 16 bytes of int8 or q4_0: integers times their scale, rounded to float16, to a 16-byte aligned
+    address.
+    """
     name = memory.dtype.name
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         parts = _parts(builder, words, args[1])
-        numbers = []
+        elements = []
         for i in range(PER_16_BYTES[name]):
             if name == "int8":
                 shifted = builder.lshr(parts[i // 4], ir.Constant(I32, 8 * (i % 4)))
                 kind = ir.FunctionType(F32, [I32])  # LLVM would widen the byte to 16 bits first
-                number = builder.call(ir.InlineAsm(kind, "cvt.rn.f32.s8 $0, $1;", "=f,r"), [shifted])
+                element = builder.call(ir.InlineAsm(kind, "cvt.rn.f32.s8 $0, $1;", "=f,r"), [shifted])
             else:
                 shift = ir.Constant(I32, 8 * (i % 4) + 4 * (i // 16))
                 nibble = builder.and_(builder.lshr(parts[i % 16 // 4], shift), ir.Constant(I32, 15))
-                number = builder.sitofp(builder.sub(nibble, ir.Constant(I32, 8)), F32)
-            numbers.append(builder.fmul(number, args[2]))
-        packed = [_pack(builder, "uint16", numbers[i], numbers[i + 1]) for i in range(0, len(numbers), 2)]
+                element = builder.sitofp(builder.sub(nibble, ir.Constant(I32, 8)), F32)
+            elements.append(builder.fmul(element, args[2]))
+        packed = [_pack(builder, "uint16", elements[i], elements[i + 1]) for i in range(0, len(elements), 2)]
         for i in range(0, len(packed), 4):
             text = f"st.global.v4.u32 [$0+{4 * i}], {{$1, $2, $3, $4}};"
             call_asm(builder, VOID, text, "l,r,r,r,r,~{memory}", [args[3], *packed[i : i + 4]])
@@ -378,14 +396,14 @@ def expand16(typingctx, memory, words, scale, to):  # type: ignore[no-untyped-de
 
 
 @intrinsic
-def expand_packed(typingctx, memory, words, high, high_too, scale, scale_too, least, to):  # type: ignore[no-untyped-def]
-    """A block of 32 numbers of a `PACKED` type, rounded to float16, to a 16-byte aligned address: of the first 16
-    `high` are the upper bits and `scale` is the scale, of the others `high_too` and `scale_too`.
+def dequant_packed_block(typingctx, memory, words, high, high2, scale, scale2, block_min, to):  # type: ignore[no-untyped-def]
+    """Dequantise a block of 32 elements of a `PACKED` type to float16, at a 16-byte aligned address. `high` and `scale`
+    are the upper bits and the scale of the first 16, `high2` and `scale2` of the last 16 (see `dequant.block_at`).
     """
     six = memory.dtype.name == "q6_k"
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        parts, (upper, scales), numbers = _parts(builder, words, args[1]), (args[2:4], args[4:6]), []
+        parts, (upper, scales), elements = _parts(builder, words, args[1]), (args[2:4], args[4:6]), []
         for i in range(32):
             half, j = divmod(i, 16)
             integer = builder.lshr(parts[j // 4], ir.Constant(I32, 8 * (j % 4) + 4 * half))
@@ -394,9 +412,9 @@ def expand_packed(typingctx, memory, words, high, high_too, scale, scale_too, le
                 bits = builder.lshr(upper[half], ir.Constant(I32, 8 * (j % 4) + 2 * (j // 4)))
                 bits = builder.shl(builder.and_(bits, ir.Constant(I32, 3)), ir.Constant(I32, 4))
                 integer = builder.sub(builder.or_(integer, bits), ir.Constant(I32, 32))
-            number = builder.fmul(builder.sitofp(integer, F32), scales[half], flags=("contract",))
-            numbers.append(number if six else builder.fadd(number, args[6], flags=("contract",)))
-        packed = [_pack(builder, "uint16", numbers[i], numbers[i + 1]) for i in range(0, 32, 2)]
+            element = builder.fmul(builder.sitofp(integer, F32), scales[half], flags=("contract",))
+            elements.append(element if six else builder.fadd(element, args[6], flags=("contract",)))
+        packed = [_pack(builder, "uint16", elements[i], elements[i + 1]) for i in range(0, 32, 2)]
         for i in range(0, 16, 4):
             text = f"st.global.v4.u32 [$0+{4 * i}], {{$1, $2, $3, $4}};"
             call_asm(builder, VOID, text, "l,r,r,r,r,~{memory}", [args[7], *packed[i : i + 4]])

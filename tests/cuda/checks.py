@@ -1,5 +1,6 @@
-"""What CUDA programs and kernels must do, wherever they run: on a GPU (test_cuda) or in the simulator
-(test_cuda_simulator). The check of a step, and what an op means, are `support`'s, as for the CPU.
+"""Checks of CUDA programs and kernels that run on a GPU (`test_backend.py`) as well as in the simulator.
+
+The check of a step against the reference is `tests.helpers.bounds`', as for the CPU.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from tests.helpers.random_models import random_checkpoint
 from tests.helpers.sampling import make_sampler
 
 SHARE = 1e-3
-"""As in test_model_values: how much two right float32 computations of a whole model may differ, of the largest."""
+"""Largest difference of two float32 computations of a whole model, as a fraction of the largest element."""
 
 
 # Programs
@@ -141,7 +142,7 @@ def run_checked(program: Any, reference: Any, ids: Sequence[int], start: int, se
 
 
 def close(got: np.ndarray, want: np.ndarray, what: str, share: float = SHARE) -> None:
-    """Within a share of the largest number."""
+    """Assert that arrays differ by at most `share` of the largest element."""
     largest, difference = np.abs(want).max(), np.abs(got - want).max()
     assert difference <= share * largest + 1e-6, f"{what} off by {difference / largest}"
 
@@ -185,7 +186,7 @@ def check_whole_runs(
 
 
 class Bench:
-    """Arrays and launches of kernels without a model."""
+    """Runs single operators: arrays in device memory, and launches without a model."""
 
     def __init__(self) -> None:
         self.backend = cuda.CudaBackend({})
@@ -199,7 +200,7 @@ class Bench:
         return self.put(np.zeros(count, np.int32))
 
     def put(self, numbers: np.ndarray, dtype: str | None = None) -> Array:
-        """A copy in device memory, with 0xFF behind it."""
+        """Copy an array to device memory, with bytes 0xFF after it."""
         numbers = np.ascontiguousarray(numbers)
         dtype = dtype or {"float32": "f32", "int32": "i32", "int64": "i64", "float64": "f64", "uint64": "u64",
                           "int8": "i8"}[numbers.dtype.name]  # fmt: skip
@@ -219,7 +220,7 @@ class Bench:
         return out
 
     def empty(self, shape: tuple[int, ...], dtype: str) -> Array:
-        """NaN, or -1."""
+        """An array of NaN, or of -1 for integers."""
         return self._shaped(self.put(np.full(int(np.prod(shape)) * ITEM_BYTES[dtype], 0xFF, np.uint8), dtype), shape)
 
     @staticmethod
@@ -227,7 +228,7 @@ class Bench:
         return Array(array.address, shape, array.dtype)
 
     def run(self, op: str, types: Sequence[str], *operands: Any, **attrs: Any) -> None:
-        """Launch what the registry has for an op; scratch arrays are made here."""
+        """Launch the kernel that the registry has for an op, with scratch arrays of its own."""
         kernel = find(op, "cuda", types)
         shapes = [operand.shape for operand in operands[: len(types)]]
         named = {
@@ -250,7 +251,7 @@ class Bench:
 
 
 def check_argmax(bench: Bench, x: np.ndarray) -> None:
-    """The first index of the largest; -1 for a row with a NaN."""
+    """The operator returns the first index of each row's largest element, -1 for a row with a NaN."""
     out = bench.empty(x.shape[:1], "i32")
     bench.device.write(bench.ctx.tokens.address, np.array([len(x)], np.int32).ctypes.data, 4)
     bench.run("argmax", ["f32"], bench.put(x), out)
@@ -277,7 +278,7 @@ def draw(
 
 
 def candidates(logits: np.ndarray, sampler: SamplerState) -> set[int]:
-    """Who is left after the CPU sampler's filters, on logits that are already penalised."""
+    """Tokens that the CPU sampler's filters keep, for logits after the repetition penalty."""
     ids = np.arange(len(sampler.ids), dtype=np.int32)
     _, top_k, top_p, min_p, _ = sampler.settings
     n = len(ids)
@@ -288,17 +289,19 @@ def candidates(logits: np.ndarray, sampler: SamplerState) -> set[int]:
     return {int(token) for token in ids[:n]}
 
 
-def mixed(z: np.ndarray) -> np.ndarray:
-    """SplitMix64's output function."""
+def splitmix64(z: np.ndarray) -> np.ndarray:
+    """Output function of SplitMix64."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
 
 
 def gumbel(state: int, n: int) -> np.ndarray:
-    """The noise of each of n tokens for a state of the generator, in float64."""
+    """Gumbel noise of each of n tokens for a state of the generator, in float64."""
     with np.errstate(over="ignore"):
-        bits = mixed(mixed(np.uint64(state)) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15))
+        bits = splitmix64(
+            splitmix64(np.uint64(state)) + np.arange(1, n + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        )
     u = ((bits >> np.uint64(41)).astype(np.float64) + 0.5) * 2.0**-23
     return -np.log(-np.log(u))
 
@@ -313,7 +316,7 @@ def penalised(logits: np.ndarray, sampler: SamplerState) -> np.ndarray:
 
 
 def expected(logits: np.ndarray, sampler: SamplerState) -> tuple[int, float]:
-    """The token that the noise of the sampler's state chooses, and by how much it leads; -1 for no numbers."""
+    """(token chosen by the noise of the sampler's state, its lead over the next); -1 if logits are not numbers."""
     n = len(sampler.ids)
     changed = penalised(logits, sampler)[:n]
     if np.isnan(changed).any() or (np.isposinf(changed).any() and sampler.settings[0] > 0):
@@ -391,7 +394,7 @@ LEAST = ("q4_1", "q4_k")
 
 
 def magnitudes(weight: Weight) -> np.ndarray:
-    """|scale · integer| + |least| of each number."""
+    """|scale · integer| + |min| of each element."""
     _, nbytes = BLOCKS[weight.type.name]
     blocks = weight.data.reshape(-1, nbytes).copy()
     blocks[:, 1] &= 0x7F
@@ -405,7 +408,7 @@ def bounds_of(reference: ReferenceBackend) -> Iterator[None]:
     """Bounds of rounding errors for CUDA kernels, and for those that multiply the reference's weights.
 
     An exponential is a power of two, whose exponent is rounded when it is multiplied by log2(e): a relative error of
-    the result that grows with the exponent. With quantised weights x is in fixed point (`kernels_cuda.products`): a
+    the result that grows with the exponent. With quantised weights x is in fixed point (`cuda/kernels/dot.py`): a
     number is off by 2^-24 of the largest of those that meet a lane's 16 bytes, 16 or 32 neighbours, or by itself where
     that is below 1e-30. Numbers that are scale · integer + least are multiplied in two sums, each of which is rounded.
     """

@@ -1,10 +1,11 @@
-"""What prompts run on a GPU, linear layers and attention of many tokens, checked operator by operator on some machine:
-`Emulated` runs the PTX by NumPy, `Real` the machine code on a GPU.
+"""Cases for the operators that prompts run on a GPU: linear layers and attention of many tokens, on tensor cores.
 
-    python cuda_gemm_cases.py 9.0            # all cases emulated, for one compute capability (a process has only one)
-    python cuda_gemm_cases.py                # all on the GPU
+`Emulated` runs the kernels' PTX in NumPy, `Real` runs their machine code on a GPU:
 
-The bound on errors is that of rounding the operands to 16 bits (`within`), and of float32 sums; nothing in it is tuned.
+    python -m tests.cuda.gemm_cases 9.0      # all cases emulated, for one compute capability (a process has only one)
+    python -m tests.cuda.gemm_cases          # all on the GPU
+
+The bound on errors is that of rounding the operands to 16 bits (`within`) and of float32 sums; nothing in it is tuned.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ from tests.helpers.bounds import U, as_weight
 
 QUANTISED = ("int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
 ROUNDING = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8} | dict.fromkeys(QUANTISED, 2.0**-10)
-"""Relative error of a product of an activation and a weight, both rounded to the type that tensor cores take: float16
-and bfloat16 weights are exact, quantised ones become float16 (2^-11 each).
+"""Relative error of a product of an activation and a weight that are rounded to the 16-bit type of the tensor cores.
+float16 and bfloat16 weights are exact, quantised ones become float16 (2^-11 for each factor).
 """
 UNTOUCHED = np.float32(-77.5)
-"""What results hold before, in any type: rows of tokens that are not part of a run must keep it."""
+"""What results are filled with before a case: rows of padding tokens must keep it."""
 
 
 def within(x: np.ndarray, weight: np.ndarray, kind: str) -> np.ndarray:
-    """How far x · weightᵀ may be off, number by number: [T, K] and [N, K] give [T, N].
+    """Bound on the error of each element of x · weightᵀ: [T, K] and [N, K] give [T, N].
 
-    Rounding is relative down to the smallest normal float16; below it is 2^-25, of x after its row was brought to 2^14.
+    Rounding is relative down to the smallest normal float16. Below that it is 2^-25, of x after its row was scaled to
+    2^14.
     """
     x, weight = np.abs(x.astype(np.float64)), np.abs(weight.astype(np.float64))
     n = x.shape[1]
@@ -48,7 +50,7 @@ def within(x: np.ndarray, weight: np.ndarray, kind: str) -> np.ndarray:
 
 
 class Emulated:
-    """Launches by NumPy."""
+    """A machine that runs launches in NumPy, by the PTX emulator."""
 
     programs: dict[Any, Program] = {}  # noqa: RUF012
 
@@ -90,7 +92,7 @@ class Emulated:
 
 
 class Real:
-    """Launches on a GPU."""
+    """A machine that runs launches on the GPU."""
 
     functions: dict[Any, Any] = {}  # noqa: RUF012
 
@@ -141,7 +143,7 @@ class Real:
 
 
 def upload(machine: Any, values: np.ndarray, kind: str, group: int = 32) -> tuple[Any, np.ndarray]:
-    """A weight on the machine, as the backend lays it out, and the numbers it stands for."""
+    """(weight on the machine in the backend's layout, the elements that it stands for)."""
     from numballama.cuda.weights import layout_of
 
     weight = as_weight(values.astype(np.float32), kind, group if kind == "int8" else 0)
@@ -155,7 +157,7 @@ def upload(machine: Any, values: np.ndarray, kind: str, group: int = 32) -> tupl
 
 def launches_of(machine: Any, op: str, types: Sequence[str], operands: Sequence[Any], outputs: Sequence[Any],
                 **attrs: Any) -> list[Any]:  # fmt: skip
-    """What the registry's function for an op launches; scratch is NaN before."""
+    """Launches of the kernel that the registry has for an op; scratch is filled with NaN."""
     found = registry.find(op, "cuda", types)
     shapes = [operand.shape for operand in operands]
     arguments = [*operands, *outputs]
@@ -170,7 +172,7 @@ def launches_of(machine: Any, op: str, types: Sequence[str], operands: Sequence[
 
 
 def compare(what: str, got: np.ndarray, want: np.ndarray, error: np.ndarray, tokens: int) -> float:
-    """The largest error, as a part of what is allowed. Raises `AssertionError` above 1, or for rows beyond the run."""
+    """The largest error as a fraction of its bound. Fails above 1, or if rows of padding tokens were written."""
     assert (got[tokens:] == UNTOUCHED).all(), f"{what}: rows of tokens beyond the run were written"
     assert np.isfinite(got[:tokens]).all(), f"{what}: not finite"
     ratio = np.abs(got[:tokens] - want[:tokens]) / (error[:tokens] + U * np.abs(want[:tokens]))
@@ -182,7 +184,7 @@ def compare(what: str, got: np.ndarray, want: np.ndarray, error: np.ndarray, tok
 
 
 def numbers(rng: np.random.Generator, tokens: int, columns: int) -> np.ndarray:
-    """Activations whose rows have very different sizes."""
+    """Activations whose rows have very different magnitudes."""
     x = rng.standard_normal((tokens, columns)) * 10.0 ** rng.uniform(-1, 1, (tokens, 1))
     for row, size in ((1, 1e30), (3, 1e-30), (5, 0.0)):
         if row < tokens:
@@ -303,7 +305,7 @@ def qkv_rope(machine: Any, kind: str, T: int, K: int, heads: tuple[int, int], he
 
 def attention(machine: Any, cache: str, T: int, heads: tuple[int, int], head_dim: int, context: int,
               positions: Sequence[int], sequences: Sequence[int], tokens: int) -> float:  # fmt: skip
-    """Keys and values that no token may see are NaN."""
+    """Attention with NaN in all keys and values that no token may see."""
     rng = np.random.default_rng(3)
     together = heads[0] // heads[1]
     q = rng.standard_normal((T, heads[0] * head_dim)).astype(np.float32)
@@ -339,8 +341,8 @@ def attention(machine: Any, cache: str, T: int, heads: tuple[int, int], head_dim
     )
 
 
-def broken(machine: Any, kind: str) -> float:
-    """A NaN or an infinity shows in its own row of the result, and in no other."""
+def not_finite(machine: Any, kind: str) -> float:
+    """A NaN or an infinity in x shows in its row of the result, and in no other row."""
     T, K, N = 12, 64, 16
     rng = np.random.default_rng(4)
     x = rng.standard_normal((T, K)).astype(np.float32)
@@ -350,7 +352,7 @@ def broken(machine: Any, kind: str) -> float:
     machine.execute(launches_of(machine, "linear", ["f32", kind], [machine.put(x, "f32"), matrix], [out]))
     got = machine.get(out, np.float32)
     bad = ~np.isfinite(got)
-    assert bad[[2, 7]].all() and not np.delete(bad, [2, 7], axis=0).any(), "a broken row shows elsewhere"
+    assert bad[[2, 7]].all() and not np.delete(bad, [2, 7], axis=0).any(), "a not_finite row shows elsewhere"
     return 0.0
 
 
@@ -358,7 +360,7 @@ Case = tuple[str, int, Callable[[Any], float]]
 
 
 def cases() -> list[Case]:
-    """(name, tokens of the run, check)."""
+    """All cases: (name, tokens of the run, check)."""
     made: list[Case] = []
 
     def add(name: str, tokens: int, check: Callable[..., float], *arguments: Any, **named: Any) -> None:
@@ -409,12 +411,12 @@ def cases() -> list[Case]:
         [3, 1, 2, 0, 9, 8, 7, 6, 5, 4, 0, 0],
         [0] * 5 + [1] * 2 + [0] * 5)  # fmt: skip
     for kind in ("f16", "bf16", "f32"):
-        made.append((f"broken numbers, {kind}", 12, lambda machine, kind=kind: broken(machine, kind)))  # type: ignore[misc]
+        made.append((f"not_finite numbers, {kind}", 12, lambda machine, kind=kind: not_finite(machine, kind)))  # type: ignore[misc]
     return made
 
 
-def in_pieces(machine: Any) -> float:
-    """Quantised weights that are expanded a part at a time."""
+def in_parts(machine: Any) -> float:
+    """A quantised weight that is dequantised in several parts."""
     from numballama.cuda.ops import gemm
 
     before, gemm.MAX_EXPANDED = gemm.MAX_EXPANDED, 128 * 64
@@ -427,9 +429,9 @@ def in_pieces(machine: Any) -> float:
 
 
 def main(machines: Callable[[int], Any]) -> dict[str, str]:
-    """Run all cases; returns what went wrong, by case."""
+    """Run all cases. Returns case → what went wrong."""
     wrong: dict[str, str] = {}
-    for name, tokens, check in [*cases(), ("expanded in pieces", 10, in_pieces)]:
+    for name, tokens, check in [*cases(), ("expanded in pieces", 10, in_parts)]:
         start = time.perf_counter()
         machine = machines(tokens)
         try:

@@ -1,4 +1,7 @@
-"""What test_cuda_simulator runs in processes of their own: the CUDA kernels, from their sources, in the simulator."""
+"""Tests of the CUDA kernels in the simulator, from their sources. Run by `test_simulator.py`, or by hand:
+
+NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/cuda/simulated_kernels.py -k argmax
+"""
 
 # ruff: noqa: E402
 from __future__ import annotations
@@ -11,8 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cuda import simulator as cuda_simulator  # first: it puts the simulator's parts where kernels find them
-from tests.cuda.simulator import simulation
+from tests.cuda.simulator import launch, simulation  # first: it replaces what kernels import
 from tests.helpers.cuda_host import HostDevice, HostMemory, install
 
 install(run=simulation.run, n_sms=2)
@@ -25,21 +27,9 @@ from numballama import Error
 from numballama.checkpoint import Weight
 from numballama.config import HALF_SPLIT, INTERLEAVED, ModelConfig
 from numballama.cuda import backend as cuda_backend
-from numballama.cuda.intrinsics import (
-    address,
-    await_all,
-    close_copies,
-    copy16,
-    floats4,
-    let_successor_start,
-    shared_address,
-    shared_words4,
-    wait_for_predecessor,
-    words4,
-)
+from numballama.cuda.intrinsics import griddepcontrol_wait
 from numballama.cuda.kernels import decode_attention as attention_kernels
 from numballama.cuda.kernels import sampling as sampling_kernels
-from numballama.cuda.launch import Launch, named
 from numballama.cuda.ops import attention, sampling
 from numballama.ir import Graph, Value
 from numballama.model import Model
@@ -196,10 +186,9 @@ def test_a_mixture_of_block_types() -> None:
 @pytest.mark.parametrize(("heads", "kv_heads", "kv"), [(5, 1, "f16"), (2, 2, "f32")])
 def test_a_context_split_over_blocks(monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, kv: str) -> None:
     """Parts of one key and more, and blocks that have none; five heads that share keys make three blocks."""
-    monkeypatch.setattr(attention, "SPLIT_FROM", 3)
-    monkeypatch.setattr(attention, "MIN_SPLIT_KEYS", 2)
-    monkeypatch.setattr(attention_kernels, "ALONE", 3)
-    monkeypatch.setattr(attention_kernels, "LEAST_KEYS", 2)
+    for module in (attention, attention_kernels):
+        monkeypatch.setattr(module, "SPLIT_FROM", 3)
+        monkeypatch.setattr(module, "MIN_SPLIT_KEYS", 2)
     monkeypatch.setattr(attention, "_splits", lambda ctx, blocks, context: 4)
     pair = Pair(ModelConfig(4 * heads, 4, 1, heads, kv_heads, 9, 16, head_dim=8), "f32", kv)
     decode = pair.programs(1)[0]
@@ -292,11 +281,11 @@ def test_equal_logits_and_the_first_of_them(bench: Bench) -> None:
 def places_kernel(logits, border, count, out):
     sums = cuda.shared.array(sampling_kernels.BINS, np.int64)
     found = cuda.shared.array(2, np.int32)  # the simulator tells arrays apart by their line
-    wait_for_predecessor()
-    place = sampling_kernels.place_in_bin(logits, out.size, logits[0], border[0], count[0], sums, found)
+    griddepcontrol_wait()
+    place = sampling_kernels.rank_key_in_bin(logits, out.size, logits[0], border[0], count[0], sums, found)
     for i in range(cuda.threadIdx.x, out.size, sampling_kernels.THREADS):
         out[i] = int(sampling_kernels.bin_of(logits[i], logits[0]) == border[0]) * (
-            1 + int(sampling_kernels.place_of(logits[i], i) <= place)
+            1 + int(sampling_kernels.rank_key(logits[i], i) <= place)
         )
 
 
@@ -432,131 +421,7 @@ def test_a_nan_in_the_model_is_an_error() -> None:
             session.step(3, sampler)
 
 
-# The simulator itself: what it is meant to notice
-
-
-def test_every_instruction_is_emulated() -> None:
-    """All but those of kernels for many tokens, on tensor cores: test_cuda_gemm runs their PTX."""
-    from numballama import kernels_cuda as basic_kernels
-    from numballama.cuda.kernels import dot as products
-    from numballama.cuda.kernels import gemv as gemv_kernels
-
-    for module in (attention_kernels, basic_kernels, gemv_kernels, products, sampling_kernels):
-        assert not set(vars(module)) & set(cuda_simulator.missing)
-
-
-def launch(function: Any, *arrays: np.ndarray, threads: int = 64, shared: int = 1024) -> list[np.ndarray]:
-    bench = Bench()
-    arguments = tuple(bench.put(array) for array in arrays)
-    simulation.run(Launch(function, (1,), threads, {str(i): a for i, a in enumerate(arguments)}, shared))
-    return [bench.get(argument) for argument in arguments]
-
-
-@cuda.jit
-def reverses(x, wait):
-    shared = cuda.shared.array(0, np.float32)
-    wait_for_predecessor()
-    t = cuda.threadIdx.x
-    shared[t] = x[t]
-    if wait[0]:
-        cuda.syncthreads()
-    x[t] = shared[63 - t]
-
-
-def test_it_notices_a_missing_barrier() -> None:
-    x = np.arange(64, dtype=np.float32)
-    np.testing.assert_array_equal(launch(reverses, x, np.array([1]))[0], x[::-1])
-    assert np.isnan(launch(reverses, x, np.array([0]))[0]).any()
-
-
-@cuda.jit
-def diverges(x, which):
-    wait_for_predecessor()
-    t = cuda.threadIdx.x
-    if which[0] == 0 and t == 5:
-        return
-    if which[0] == 1 and t == 40:
-        cuda.syncthreads()
-    x[t] = cuda.shfl_xor_sync(0xFFFFFFFF, x[t], 2 if which[0] == 2 and t == 7 else 1)
-    if which[0] != 3 or t != 50:
-        cuda.syncthreads()
-
-
-@pytest.mark.parametrize("which", range(5))
-def test_it_notices_threads_that_part(which: int) -> None:
-    x = np.arange(64, dtype=np.float32)
-    if which == 4:
-        np.testing.assert_array_equal(launch(diverges, x, np.array([which]))[0], x.reshape(-1, 2)[:, ::-1].reshape(-1))
-    else:
-        with pytest.raises(AssertionError, match=r"same shuffle|different places"):
-            launch(diverges, x, np.array([which]))
-
-
-@cuda.jit
-def copies(x, how):
-    shared = cuda.shared.array(0, np.float32)
-    t = cuda.threadIdx.x
-    wait_for_predecessor()
-    copy16(shared_address(shared, 4 * t), address(x, 4 * t), 16)
-    close_copies()
-    if how[0]:
-        await_all()
-    x[4 * t] = shared_words4(shared_address(shared, 4 * t))[3].view(np.float32)
-
-
-def test_it_notices_a_copy_that_is_not_awaited() -> None:
-    x = np.arange(256, dtype=np.float32)
-    np.testing.assert_array_equal(launch(copies, x, np.array([1]))[0][::4], x[3::4])
-    assert np.isnan(launch(copies, x, np.array([0]))[0][::4]).all()
-
-
-@cuda.jit
-def reaches(x, how):
-    let_early, t = how[0] == 3, cuda.threadIdx.x
-    if let_early:
-        let_successor_start()
-    if how[0] == 4:
-        x[t] = 1
-    wait_for_predecessor()
-    if how[0] == 0:
-        x[t] = x[64 + t]
-    if how[0] == 1:
-        x[t] = floats4(x, t)[0]
-    if how[0] == 2:
-        x[t] = words4(address(x, 0) + (1 << 20))[0]
-
-
-@pytest.mark.parametrize(
-    ("how", "words"),
-    [
-        (0, r"element \d+ of 64 float32"),
-        (1, "floats4 at element"),
-        (2, "16 bytes at"),
-        (3, "would start"),
-        (4, "writes before"),
-    ],
-)
-def test_it_notices_what_is_out_of_place(how: int, words: str) -> None:
-    with pytest.raises((IndexError, AssertionError), match=words):
-        launch(reaches, np.zeros(64, np.float32), np.array([how]))
-
-
-@cuda.jit
-def adds(x, early):
-    t = cuda.threadIdx.x
-    before = x[t] if early[0] else np.float32(0)
-    wait_for_predecessor()
-    x[t] = (before if early[0] else x[t]) + np.float32(1)
-
-
-@pytest.mark.parametrize("early", [0, 1])
-def test_it_notices_what_is_read_before_the_wait(early: int) -> None:
-    """The second of two launches reads what the first one writes."""
-    bench = Bench()
-    x, flag = bench.put(np.zeros(64, np.float32)), bench.put(np.array([early]))
-    for _ in range(2):
-        simulation.run(Launch(adds, (1,), 64, named(x=x, early=flag)))
-    assert np.isnan(bench.get(x)).all() if early else (bench.get(x) == 2).all()
+# The checks themselves
 
 
 def test_comparisons_can_fail() -> None:

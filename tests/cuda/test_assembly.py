@@ -19,10 +19,12 @@ import pytest
 import numballama
 from tests.helpers.cuda_host import missing_packages
 
+pytestmark = pytest.mark.slow
+
 if reason := missing_packages():
     pytest.skip(f"kernels are not compiled: {reason}", allow_module_level=True)
 
-HERE, PACKAGE = Path(__file__).parent, Path(numballama.__file__).parent
+PACKAGE = Path(numballama.__file__).parent
 CAPABILITIES = ("7.5", "8.0", "9.0")
 """The oldest that CUDA 13 compiles for; the first with asynchronous copies; the first with early starts."""
 REGISTERS = 65536
@@ -58,7 +60,7 @@ STREAMING = {"linear_kernel", "gate_up_kernel", "qkv_kernel", "qkv_rope_kernel"}
 
 def start(capability: str, out: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "tests.cuda.assembly", capability, str(out)]
-    path = os.pathsep.join([str(PACKAGE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": path}
     )
@@ -161,6 +163,7 @@ def test_the_parser_sees_instructions() -> None:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_second_process_compiles_nothing(assembled: dict[str, dict[str, Any]], tmp_path: Path) -> None:
     again = finish(start("9.0", out := tmp_path / "again.json"), out)
     assert all(kernel["cached"] for kernel in again["kernels"])

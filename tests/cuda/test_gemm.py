@@ -1,5 +1,7 @@
-"""What prompts run on a GPU: linear layers and attention of many tokens, whose tensor cores, swizzled shared memory and
-asynchronous copies Numba's simulator does not have. Their PTX is run by `ptx_emulator` instead, or, on a GPU, for real.
+"""Operators that prompts run on a GPU, linear layers and attention of many tokens: the cases of `gemm_cases.py`.
+
+Numba's simulator has no tensor cores and no asynchronous copies, so `tests/cuda/emulator` runs the kernels' PTX; with
+`-m gpu` the machine code runs on a GPU.
 """
 
 from __future__ import annotations

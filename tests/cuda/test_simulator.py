@@ -1,15 +1,19 @@
-"""The CUDA kernels' semantics without a GPU: simulated_cuda_kernels.py in Numba's CUDA simulator (cuda_simulator.py).
+"""The CUDA kernels without a GPU: the tests of `simulated_kernels.py` and `simulated_detection.py`, by their names.
 
-The simulator is chosen by an environment variable before Numba is imported, so its tests run in processes of their own:
-two of them, each with half of the tests.
+Numba's simulator is chosen by an environment variable before Numba is imported, so these tests run in two processes of
+their own, each with half of the selected tests, once a session. For each test there is one here with its name, which
+reports all of its parameters:
+
+    python -m pytest tests/cuda/test_simulator.py -k argmax
 """
 
 from __future__ import annotations
 
+import ast
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
@@ -20,12 +24,22 @@ if reason := missing_packages():
     pytest.skip(f"no CUDA simulator: {reason}", allow_module_level=True)
 
 HERE = Path(__file__).parent
-PARTS = 2
-FILE = "simulated_kernels.py"
+PROCESSES = 2
+TIMEOUT_S = 580
+
+
+def tests_of(name: str) -> list[str]:
+    """`file::function` of the tests in a file, which cannot be imported here."""
+    tree = ast.parse((HERE / name).read_text(encoding="utf-8"))
+    functions = (node.name for node in tree.body if isinstance(node, ast.FunctionDef))
+    return [f"{name}::{function}" for function in functions if function.startswith("test_")]
+
+
+TESTS = [test for name in ("simulated_kernels.py", "simulated_detection.py") for test in tests_of(name)]
 
 
 def start(*arguments: str, core: int = 0) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
     environment = {"NUMBA_ENABLE_CUDASIM": "1", "NUMBALLAMA_TEST_CORE": str(core), "PYTHONPATH": path}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     return subprocess.Popen(
@@ -34,25 +48,56 @@ def start(*arguments: str, core: int = 0) -> subprocess.Popen[str]:
     )  # fmt: skip
 
 
+def read_report(report: Path) -> dict[str, list[str]]:
+    """Test → what failed or was skipped of it, a text for each set of parameters; empty texts are for what passed."""
+    results: dict[str, list[str]] = {}
+    for case in ElementTree.parse(report).iter("testcase"):
+        file = case.attrib["classname"].rpartition(".")[2]
+        test = f"{file}.py::{case.attrib['name'].partition('[')[0]}"
+        problems = [f"{case.attrib['name']}: {problem.tag}\n{problem.text}" for problem in case]
+        results.setdefault(test, []).append("\n".join(problems))
+    return results
+
+
 @pytest.fixture(scope="module")
-def running() -> Iterator[list[tuple[int, subprocess.Popen[str]]]]:
-    """(number of tests, process) of each part."""
-    listed, _ = start("--collect-only", FILE).communicate(timeout=120)
-    tests = [line.rpartition("/")[2] for line in listed.splitlines() if "::" in line]
-    assert len(tests) > 40, listed
-    parts = [tests[part::PARTS] for part in range(PARTS)]
-    processes = [start("--tb=short", *own, core=core) for core, own in enumerate(parts)]
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]:
+    """`read_report` of all tests of this file that were selected."""
+    selected = [
+        item.callspec.params["test"]
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.function is test_in_the_simulator
+    ]
+    listed, _ = start("--collect-only", *selected).communicate(timeout=120)
+    cases = [line.rpartition("/")[2] for line in listed.splitlines() if "::" in line]
+    assert {case.partition("[")[0] for case in cases} == set(selected), listed
+    folder = tmp_path_factory.mktemp("simulator")
+    reports = [folder / f"{core}.xml" for core in range(PROCESSES)]
+    processes = [
+        start("--tb=short", f"--junitxml={report}", *cases[core::PROCESSES], core=core)
+        for core, report in enumerate(reports)
+        if cases[core::PROCESSES]
+    ]
+    found: dict[str, list[str]] = {}
     try:
-        yield [(len(own), process) for own, process in zip(parts, processes, strict=True)]
+        for report, process in zip(reports, processes, strict=False):
+            output, _ = process.communicate(timeout=TIMEOUT_S)
+            assert report.exists(), output[-20000:]
+            for test, problems in read_report(report).items():
+                found.setdefault(test, []).extend(problems)
     finally:
         for process in processes:
             process.kill()
             process.communicate()
+    assert sum(len(problems) for problems in found.values()) == len(cases), "a process ended before its last test"
+    return found
 
 
-@pytest.mark.parametrize("part", range(PARTS))
-def test_kernels_in_the_simulator(running: list[tuple[int, subprocess.Popen[str]]], part: int) -> None:
-    count, process = running[part]
-    output, _ = process.communicate(timeout=580)
-    assert process.returncode == 0, output[-20000:]
-    assert f"{count} passed" in output, output[-2000:]
+@pytest.mark.parametrize("test", TESTS, ids=lambda test: test.partition("::")[2])
+def test_in_the_simulator(results: dict[str, list[str]], test: str) -> None:
+    assert test in results
+    problems = [problem for problem in results[test] if problem]
+    assert not problems, "\n\n".join(problems)[-20000:]
+
+
+def test_all_tests_are_found() -> None:
+    assert len(TESTS) > 30 and len(set(TESTS)) == len(TESTS)

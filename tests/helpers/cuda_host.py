@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from numballama.checkpoint import Weight
 from numballama.config import ModelConfig
@@ -37,6 +38,26 @@ def missing_packages() -> str:
         if found is None:
             return f"{name} is not installed (pip install '.[cuda]')"
     return ""
+
+
+def missing_gpu() -> str:
+    """Why nothing can run on a GPU here; empty if it can."""
+    if reason := missing_packages():
+        return reason
+    from numballama import DeviceError
+    from numballama.cuda.driver import Device
+
+    try:
+        Device("cuda")
+    except DeviceError as error:
+        return str(error)
+    return ""
+
+
+def require_gpu() -> None:
+    """Skip the test module that calls this, unless there is a GPU. To be called before it imports the backend."""
+    if reason := missing_gpu():
+        pytest.skip(f"no GPU to test: {reason}", allow_module_level=True)
 
 
 MIXTURES = {

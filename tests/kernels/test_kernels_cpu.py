@@ -431,6 +431,7 @@ def test_every_kernel_has_a_property() -> None:
     assert set(kernels) == set(CASES)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 @given(data=st.data())
 @settings(max_examples=40)
@@ -452,6 +453,7 @@ def test_kernel_agrees_with_reference(name: str, data: st.DataObject) -> None:
         check_step(program, step, c.tokens, reference, lambda step=step: run_parts(program, c.tokens, step, order))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_walk_gives_what_the_parts_give(threads: int) -> None:
     """All workers at once, through the real walk: bit for bit the same numbers, for each part's sums are its own."""
@@ -576,6 +578,7 @@ def test_quantize_rounds_halves_away_from_zero() -> None:
     assert q[0, :7].tolist() == [127, 3, -3, 5, -5, 7, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["f16", "bf16"])
 def test_cache_rounds_every_kind_of_number_to_the_nearest(dtype: str) -> None:
     """All patterns of the format, what lies half-way between neighbours, overflow, subnormals, infinities and NaN."""
@@ -625,6 +628,7 @@ def test_a_16_bit_weight_decodes_exactly(kind: str) -> None:
     assert DTYPES[kind].itemsize == 2 and np.isnan(want).any() and np.isinf(want).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", LINEAR)
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-15, 1e15, 1e30])
 def test_linear_of_huge_and_small_numbers(kind: str, magnitude: float) -> None:

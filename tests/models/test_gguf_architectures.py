@@ -38,6 +38,7 @@ from tests.helpers.random_models import architectures, reference_logits
 HF = Path(__file__).parents[1] / "golden" / "hf"
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(config=architectures(), pairing=st.sampled_from([INTERLEAVED, HALF_SPLIT]), seed=st.integers(0, 99))
 def test_configs_and_logits_survive(tmp_path: Path, config: ModelConfig, pairing: str, seed: int) -> None:
@@ -57,6 +58,7 @@ def test_configs_and_logits_survive(tmp_path: Path, config: ModelConfig, pairing
     assert replace(opened.config, **plain) == replace(config, **plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "architecture"),
     [("smollm2", "llama"), ("llama3", "llama"), ("llama-linear", "llama"), ("llama-biases", "llama"),

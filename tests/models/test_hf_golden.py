@@ -27,6 +27,7 @@ def expected(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return arrays["ids"], arrays["logits"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 def test_logits_are_those_of_transformers(folder: Path) -> None:
     ids, logits = expected(folder)

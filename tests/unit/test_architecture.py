@@ -1,60 +1,117 @@
-"""The rules of the design that sources can be parsed for: who may import whom, where `numba.cuda` is, what is no place
-for arithmetic, and what importing the package costs."""
+"""Rules of the design that are checked by parsing the sources.
+
+Which module may import which, where `numba.cuda` is imported, which modules compute nothing, what importing the package
+costs, where each module's tests are, and which words are not used. Each test collects all violations and lists them in
+one message.
+"""
 
 from __future__ import annotations
 
 import ast
+import io
 import subprocess
 import sys
-from collections.abc import Iterator
+import tokenize
+from collections.abc import Iterable, Iterator
+from fnmatch import fnmatch
+from functools import lru_cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
 import numballama
 
 PACKAGE = Path(numballama.__file__).parent
+TESTS = Path(__file__).parents[1]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
-ORDER = [
-    "errors", "validation", "config", "rope", "registry", "memory", "progress", "quantization.types", "checkpoint",
-    "quantization.blocks", "quantization.activations", "quantization.convert", "quantization.policy", "files",
-    "formats.gguf.header", "formats.gguf.split", "tokenizers.sentencepiece_proto", "hub", "tokenizers",
-    "tokenizers.base", "tokenizers.sentencepiece", "tokenizers.scored", "tokenizers.pretokenizers", "tokenizers.bpe",
-    "formats.gguf.tokenizer", "tokenizers.tiktoken", "tokenizers.huggingface", "formats.tokenizer_files",
-    "formats.llama2c.layout", "formats.llama2c.reader", "formats.llama2c.kuiper", "formats.rope_permute",
-    "formats.gguf.reader", "formats.gguf.writer", "formats.json_reader", "formats.safetensors", "formats.hf.config",
-    "formats.hf.reader", "formats.hf.writer", "formats.meta.torch_zip", "formats.meta.reader", "formats", "loader",
-    "ir", "graph", "plan", "kernels_outline", "kernel_cache", "cpu.compiler", "cuda.repack", "cpu.intrinsics",
-    "cpu.vecdot", "cpu.vecdot_int8", "cpu.matmul", "kernels_cpu", "cpu.kernels_int8", "cpu.sampling", "sampling",
-    "cpu.backend", "cuda.launch", "cuda.kernels.params", "cuda.lowering", "cuda.intrinsics", "cuda.mma",
-    "cuda.compiler", "cuda.driver", "cuda.compile_worker", "cuda.ops.gemv", "cuda.ops.elementwise", "cuda.ops.gemm",
-    "cuda.ops.linear", "cuda.ops.attention", "cuda.ops.sampling", "cuda.ops", "cuda.kernels.common",
-    "cuda.kernels.dequant",
-    "cuda.kernels.dot", "cuda.kernels.gemv", "kernels_cuda", "cuda.kernels.gemm", "cuda.kernels.decode_attention",
-    "cuda.kernels.prefill_attention", "cuda.kernels.sampling", "cuda.kernels.copy", "cuda.weights",
-    "cuda.decode_pipeline", "cuda.program", "cuda.backend",
-    "reference", "session", "generate", "chat.builtin_templates", "chat.sandbox", "chat.template", "chat.encoder",
-    "chat.conversation", "model", "inspection",
-    "bench.profiler", "bench.bandwidth", "bench.benchmark", "export", "cli.args", "cli.bench", "cli.chat",
-    "cli.doctor", "cli.export", "cli.generate", "cli.inspect", "cli.main",
-    "__main__",
-]  # fmt: skip
-"""The flow, left to right: a module imports only what stands before it."""
+ORDER = """
+    errors validation config rope memory progress
+    checkpoint
+    quantization: types blocks activations convert policy
+    files hub
+    visualize ir ops registry graph fusion plan
+    kernel_cache
+    sampling
+    cpu: fork compiler intrinsics vecdot tiling vecdot_int8 matmul kernels_cpu kernels_int8 ops sampling executor \
+            backend
+    cuda: repack launch kernels.params lowering intrinsics quant_traits mma ops.gemv ops.elementwise ops.gemm \
+            ops.linear ops.attention ops.sampling kernels.common kernels.reduce kernels.dequant kernels.dot \
+            kernels.gemv kernels_cuda kernels.gemm kernels.decode_attention kernels.prefill_attention \
+            kernels.sampling kernels.copy compiler driver compile_worker weights decode_pipeline program backend
+    reference session generate
+    tokenizers: sentencepiece_proto base sentencepiece pretokenizers bpe tiktoken huggingface scored
+    formats: json_reader rope_permute safetensors gguf.header gguf.split gguf.tokenizer tokenizer_files \
+            llama2c.layout gguf.reader gguf.writer hf.config hf.reader hf.writer llama2c.reader llama2c.kuiper \
+            meta.torch_zip meta.reader
+    loader
+    chat: builtin_templates sandbox template encoder conversation
+    export inspection
+    model
+    bench: profiler bandwidth benchmark
+    cli: args bench chat doctor export generate inspect main
+    __main__
+"""
+"""The flow, from left to right: a module imports only what stands before it.
 
-CUDA = ("kernels_cuda", "cuda")
-"""Where `numba.cuda` may be imported: these modules, or packages of these names."""
+A line with a colon is a package and its modules. The others are flat modules.
+"""
+
+FLAT_PARTS = ("kernels_cpu", "kernels_cuda")
+"""Flat modules that belong to a package: the kernels that a reader looks at first."""
+
+
+LATE_IMPORTS = {
+    ("sampling", "cpu.sampling"): "Numba is imported when the first token is drawn; a GPU does not need it",
+}
+"""Imports inside functions that point to the right, and why."""
+
+
+@lru_cache
+def order() -> list[tuple[str, str]]:
+    """`ORDER` as (module, its group); the group is the package, or the flat module itself."""
+    modules = []
+    for line in ORDER.replace("\\\n", " ").splitlines():
+        package, colon, names = line.rpartition(":")
+        for name in names.split():
+            module = name if not colon or name in FLAT_PARTS else f"{package.strip()}.{name}"
+            modules.append((module, package.strip() or name))
+    return modules
+
+
+class Import(NamedTuple):
+    """One imported name: absolute and dotted (`from x import y` is "x.y"), and its line."""
+
+    name: str
+    line: int
 
 
 def module_of(path: Path) -> str:
+    """Dotted name below `numballama`: "cpu.matmul"; a package's `__init__.py` is "cpu", the package's own is ""."""
     name = ".".join(path.relative_to(PACKAGE).with_suffix("").parts)
-    return name.removesuffix(".__init__") if name != "__init__" else ""
+    return name.removesuffix("__init__").removesuffix(".")
 
 
-def imports(path: Path) -> Iterator[tuple[str, int]]:
-    """Absolute dotted names of all that a file imports, with the line: `from x import y` is "x.y"."""
+MODULES = {module_of(path): path for path in SOURCES}
+PACKAGES = {module for module, path in MODULES.items() if path.name == "__init__.py"} - {""}
+
+
+@lru_cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+@lru_cache
+def imports(path: Path) -> tuple[Import, ...]:
+    """All that a file imports, inside functions too. Not what stands under `if TYPE_CHECKING`."""
+    return tuple(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[Import]:
     package = ["numballama", *path.relative_to(PACKAGE).parent.parts]
-    tree = ast.parse(path.read_text(encoding="utf-8"))
+    tree = tree_of(path)
     typing_only = {
         id(inner)
         for node in ast.walk(tree)
@@ -63,156 +120,284 @@ def imports(path: Path) -> Iterator[tuple[str, int]]:
     }
     for node in ast.walk(tree):
         if id(node) in typing_only:
-            continue  # an annotation may name what a module does not need
+            continue
         if isinstance(node, ast.Import):
-            yield from ((alias.name, node.lineno) for alias in node.names)
+            yield from (Import(alias.name, node.lineno) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else []
             start = ".".join([*base, *([node.module] if node.module else [])])
-            yield from ((f"{start}.{alias.name}", node.lineno) for alias in node.names)
+            yield from (Import(f"{start}.{alias.name}", node.lineno) for alias in node.names)
 
 
-def own(name: str) -> str | None:
-    """The module of this package that an imported name belongs to, if it is one: the longest that exists."""
-    parts = name.split(".")
-    if parts[0] != "numballama":
+def target_of(name: str) -> str | None:
+    """The module of this package that an imported name belongs to: the longest that exists, or None."""
+    first, *rest = name.split(".")
+    if first != "numballama":
         return None
-    modules = {module_of(path) for path in SOURCES}
-    return max(
-        (m for m in modules if ".".join(parts[1:]) == m or ".".join(parts[1:]).startswith(f"{m}.")), key=len, default=""
-    )
+    return next(module for n in range(len(rest), -1, -1) if (module := ".".join(rest[:n])) in MODULES)
+
+
+def report(violations: Iterable[str]) -> None:
+    """Fail with all violations in one message."""
+    found = list(violations)
+    assert not found, "\n" + "\n".join(found)
 
 
 def test_every_module_has_its_place() -> None:
-    assert {module_of(path) for path in SOURCES} - {""} == set(ORDER), "a new module is given its place in ORDER"
-    assert len(ORDER) == len(set(ORDER))
+    modules = [module for module, _ in order()]
+    assert len(modules) == len(set(modules)), "a module stands twice in ORDER"
+    missing, gone = set(MODULES) - PACKAGES - {""} - set(modules), set(modules) - set(MODULES)
+    assert not missing and not gone, f"give a new module its place in ORDER: {missing or '-'}; remove: {gone or '-'}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=module_of)
-def test_imports_point_to_the_left(path: Path) -> None:
-    module = module_of(path)
-    if module == "":
-        return  # the front door imports what it opens
-    for name, line in imports(path):
-        target = own(name)
-        if target:
-            assert ORDER.index(target) < ORDER.index(module), f"{path}:{line}: {module} imports {target}, right of it"
+def test_imports_point_to_the_left() -> None:
+    """A package's `__init__.py` stands behind its modules: it may import them, and who imports it may need them all."""
+    place: dict[str, float] = {module: n for n, (module, _) in enumerate(order())}
+    for package in PACKAGES:
+        inside = [n for module, n in place.items() if module.startswith(f"{package}.")]
+        place[package] = max(inside) + 0.5 if inside else 0
+    report(
+        f"{path}:{line}: {module} imports {target}, which stands to its right in ORDER"
+        for module, path in MODULES.items()
+        if module  # `import numballama` opens everything, so it may import everything
+        for name, line in imports(path)
+        if (target := target_of(name))
+        and target in place
+        and module in place
+        and not (target in PACKAGES and module.startswith(f"{target}."))
+        and place[target] >= place[module]
+        and (module, target) not in LATE_IMPORTS
+    )
+
+
+def test_no_circle_of_imports_between_packages() -> None:
+    """A flat module counts as a package of its own, `kernels_cpu` as a part of `cpu`, `kernels_cuda` of `cuda`."""
+    groups = dict(order())
+    graph: dict[str, set[str]] = {}
+    for module, path in MODULES.items():
+        group = groups.get(module, module.split(".")[0])
+        if module:
+            targets = {
+                target
+                for name, _ in imports(path)
+                if (target := target_of(name)) and (module, target) not in LATE_IMPORTS
+            }
+            graph.setdefault(group, set()).update({groups.get(t, t.split(".")[0]) for t in targets} - {group})
+    assert {"config", "ir"} <= graph["graph"], "the graph is about something"
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail("packages import each other: " + " → ".join(reversed(error.args[1])))
 
 
 def test_the_parser_sees_imports() -> None:
     """The checks above are about something."""
-    found = {own(name) for name, _ in imports(PACKAGE / "model.py")}
-    assert {"loader", "session", "reference", "cpu", "ir", "errors"} <= found
-    assert "tokenizer" not in {own(name) for name, _ in imports(PACKAGE / "checkpoint.py")}  # TYPE_CHECKING only
-    assert {own(name) for name, _ in imports(PACKAGE / "formats" / "kuiper.py")} >= {"formats.layout", "checkpoint"}
+    targets = {target_of(name) for name, _ in imports(MODULES["model"])}
+    assert {"loader", "session", "reference", "errors"} <= targets
+    assert "tokenizers.base" not in {target_of(name) for name, _ in imports(MODULES["checkpoint"])}  # TYPE_CHECKING
+    kuiper = {target_of(name) for name, _ in imports(MODULES["formats.llama2c.kuiper"])}
+    assert {"formats.llama2c.layout", "checkpoint"} <= kuiper
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=module_of)
-def test_numba_cuda_is_in_one_place(path: Path) -> None:
-    if module_of(path).split(".")[0] not in CUDA:
-        for name, line in imports(path):
-            assert not name.startswith(("numba.cuda", "numba_cuda", "cuda.")), f"{path}:{line}: {name}"
-        assert not [
-            node
-            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-            if isinstance(node, ast.Attribute) and ast.unparse(node) == "numba.cuda"
-        ], path
+MOST_FLAT_MODULES = 30
 
 
-@pytest.mark.parametrize(
-    ("module", "allowed"),
-    [
-        ("errors", set()),
-        ("config", set()),
-        ("registry", set()),
-        ("rope", set()),
-        ("ir", {"numpy"}),  # its dtypes only
-        ("graph", set()),
-        ("plan", set()),
-        ("text", set()),
-        ("session", {"numpy"}),
-    ],
-)
-def test_vocabulary_and_graph_need_nothing(module: str, allowed: set[str]) -> None:
-    tops = {name.split(".")[0] for name, _ in imports(PACKAGE / f"{module}.py")} - {"numballama"}
-    assert tops - set(sys.stdlib_module_names) <= allowed
+def test_the_flat_part_is_small() -> None:
+    flat = sorted(path.name for path in PACKAGE.glob("*.py"))
+    assert len(flat) <= MOST_FLAT_MODULES, (
+        f"{len(flat)} modules lie flat in numballama/; move some to a package: {flat}"
+    )
 
 
-NUMPY_IN_MODEL = {"empty", "ndarray", "float32", "int32", "int64"}
+MOST_LINES = 500
+LONG_FILES: dict[str, str] = {}
+"""Files that may be longer, and why."""
 
 
-@pytest.mark.parametrize("module", ["model", "session", "text"])
-def test_no_array_arithmetic_beside_the_graph(module: str) -> None:
-    """Arrays are made and copied there, nothing is computed: of NumPy only types and `empty`, of arrays no operator."""
-    tree = ast.parse((PACKAGE / f"{module}.py").read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np":
-            assert node.attr in NUMPY_IN_MODEL, f"{module}.py:{node.lineno}: np.{node.attr}"
-        if isinstance(node, ast.BinOp):
-            assert not isinstance(node.op, ast.MatMult), f"{module}.py:{node.lineno}"
-        if isinstance(node, (ast.BinOp, ast.AugAssign)):
-            assert ".value(" not in ast.unparse(node), f"{module}.py:{node.lineno}: {ast.unparse(node)}"
-        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
-            assert node.func.attr not in {"dot", "sum", "mean", "max", "argmax", "argsort", "exp"}, (
-                f"{module}.py:{node.lineno}"
-            )
+def test_files_are_short() -> None:
+    lengths = {module: len(path.read_text(encoding="utf-8").splitlines()) for module, path in MODULES.items()}
+    report(
+        f"{MODULES[module]} has {length} lines, more than {MOST_LINES}: split it"
+        for module, length in lengths.items()
+        if length > MOST_LINES and module not in LONG_FILES
+    )
+    report(f"{m} is no longer long: remove it from LONG_FILES" for m in LONG_FILES if lengths.get(m, 0) <= MOST_LINES)
+
+
+def test_numba_cuda_is_imported_in_one_place() -> None:
+    """In `kernels_cuda.py` and `cuda/`. A machine without a GPU must not need it."""
+    others = {m: path for m, path in MODULES.items() if m.split(".")[0] not in ("kernels_cuda", "cuda")}
+    report(
+        f"{path}:{line}: imports {name}"
+        for path in others.values()
+        for name, line in imports(path)
+        if name.startswith(("numba.cuda", "numba_cuda", "cuda."))
+    )
+    report(
+        f"{path}:{node.lineno}: numba.cuda"
+        for path in others.values()
+        for node in ast.walk(tree_of(path))
+        if isinstance(node, ast.Attribute) and ast.unparse(node) == "numba.cuda"
+    )
+    assert any(name.startswith("numba.cuda") for name, _ in imports(MODULES["kernels_cuda"])), "the check sees it"
+
+
+ALLOWED_IMPORTS: dict[str, set[str]] = {
+    "errors": set(),
+    "config": set(),
+    "registry": set(),
+    "rope": set(),
+    "ir": {"numpy"},  # its dtypes only
+    "ops": set(),
+    "graph": set(),
+    "fusion": set(),
+    "plan": set(),
+    "generate": set(),
+    "session": {"numpy"},
+}
+"""What modules of the vocabulary and of the graph import besides the standard library."""
+
+
+def test_vocabulary_and_graph_need_nothing() -> None:
+    report(
+        f"{MODULES[module]}:{line}: imports {name}"
+        for module, allowed in ALLOWED_IMPORTS.items()
+        for name, line in imports(MODULES[module])
+        if name.split(".")[0] not in {"numballama", *allowed, *sys.stdlib_module_names}
+    )
+
+
+WITHOUT_ARITHMETIC = ("model", "session", "generate")
+NUMPY_NAMES = {"empty", "ndarray", "float32", "int32", "int64"}
+METHODS = {"dot", "sum", "mean", "max", "argmax", "argsort", "exp"}
+
+
+def test_no_array_arithmetic_beside_the_graph() -> None:
+    """These modules make and copy arrays and compute nothing: only types and `empty` of NumPy, no operator."""
+
+    def violations(module: str) -> Iterator[str]:
+        for node in ast.walk(tree_of(MODULES[module])):
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "np":
+                wrong = node.attr not in NUMPY_NAMES
+            elif isinstance(node, (ast.BinOp, ast.AugAssign)):
+                wrong = isinstance(node.op, ast.MatMult) or ".value(" in ast.unparse(node)
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+                wrong = node.func.attr in METHODS
+            else:
+                continue
+            if wrong:
+                yield f"{MODULES[module]}:{node.lineno}: {ast.unparse(node)}"
+
+    report(violation for module in WITHOUT_ARITHMETIC for violation in violations(module))
+
+
+OLD_WORDS = """
+    march muster walk_and_sample ROSTER ARRIVED COLDEST PATIENCE PATIENCE_S heat
+    close_copies await_all_but_3 await_all copy16 wait_for_predecessor let_successor_start load_fragments
+    multiply_fragments count_up keep_loop at_once blocks_at_once Gpu beyond KernelFile
+    letter letters _turns _take_turn _furthest _forget_steps _settle Recording
+    Deferred RUNS_AS ROUNDED_AS ROUNDINGS round_as
+    enders stop_ids ENDS_OF_TURN bos_ends_text at_start own_tokenizer
+    fresh_session _take_over Words LETTERS _controls spelling converse _obey person examine
+"""
+"""Words of earlier versions. The field has others: CONTRIBUTING.md says which."""
+
+
+def test_old_words_are_gone() -> None:
+    """As names in the code of the package; docstrings and comments are for readers to judge."""
+    words, uses = set(OLD_WORDS.split()), dict[str, list[str]]()
+    for module, path in MODULES.items():
+        source = io.StringIO(path.read_text(encoding="utf-8"))
+        for token in tokenize.generate_tokens(source.readline):
+            if token.type == tokenize.NAME and token.string in words:
+                uses.setdefault(token.string, []).append(f"{module}:{token.start[0]}")
+    report(f"{word}: {' '.join(places)}" for word, places in sorted(uses.items()))
+
+
+TESTED_ELSEWHERE = {
+    "__main__": "tests/unit/cli: `python -m numballama`",
+    "cuda.kernels.*": "tests/cuda: each kernel in the simulator or the emulator, assembled, and on a GPU",
+    "kernels_cuda": "tests/cuda, as those",
+    "cuda.ops.*": "tests/cuda/test_backend.py: each operator beside the reference, on a GPU",
+    "errors": "every test of an error",
+}
+"""Modules without a test file of their name (a pattern), and where their tests are."""
+
+
+def test_every_module_has_a_test_file_of_its_name() -> None:
+    """`cpu/matmul.py` has `cpu/test_matmul.py` below a folder of tests/, `plan.py` has `test_plan.py`."""
+    files = {path.relative_to(TESTS).with_suffix("").parts for path in TESTS.rglob("test_*.py")}
+
+    def is_tested(module: str) -> bool:
+        *folders, name = module.split(".")
+        wanted = (*folders, f"test_{name}")
+        return any(parts[len(parts) - len(wanted) :] == wanted for parts in files)
+
+    untested = {module for module in MODULES if module not in PACKAGES | {""} and not is_tested(module)}
+    elsewhere = {module for module in untested if any(fnmatch(module, pattern) for pattern in TESTED_ELSEWHERE)}
+    report(
+        f"{m}: no tests/**/{'/'.join([*m.split('.')[:-1], 'test_' + m.split('.')[-1]])}.py"
+        for m in sorted(untested - elsewhere)
+    )
+    report(
+        f"{pattern} names no module without a test file: remove it from TESTED_ELSEWHERE"
+        for pattern in TESTED_ELSEWHERE
+        if not any(fnmatch(module, pattern) for module in untested)
+    )
 
 
 def modules_after(code: str) -> set[str]:
+    """The modules that a fresh interpreter has imported after some code."""
     script = f"{code}\nimport sys\nprint(*sys.modules)"
-    found = subprocess.run(
+    done = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, timeout=60, cwd=PACKAGE.parent
     )
-    return set(found.stdout.split())
+    return set(done.stdout.split())
+
+
+def tops(modules: Iterable[str]) -> set[str]:
+    return {name.split(".")[0] for name in modules}
 
 
 HEAVY = {
-    "numba",
-    "llvmlite",
-    "sentencepiece",
-    "rich",
-    "tokenizers",
-    "jinja2",
-    "safetensors",
-    "torch",
-    "huggingface_hub",
-}
+    "numba", "llvmlite", "sentencepiece", "rich", "tokenizers", "jinja2", "safetensors", "torch", "huggingface_hub",
+}  # fmt: skip
 
 
 def test_importing_the_package_is_cheap() -> None:
+    """`benchmarks/opening.py` measures how cheap."""
     loaded = modules_after("import numballama")
     assert "numballama.errors" in loaded
-    assert not {name for name in loaded if name.split(".")[0] in HEAVY | {"numpy"}}
+    assert not tops(loaded) & (HEAVY | {"numpy"})
 
 
 def test_help_needs_no_compiler() -> None:
-    code = "import contextlib, io, numballama.cli as c\nwith contextlib.redirect_stdout(io.StringIO()):\n"
-    code += "    try: c.main(['--help'])\n    except SystemExit: pass"
-    assert not {name for name in modules_after(code) if name.split(".")[0] in HEAVY - {"rich"}}
+    code = (
+        "import contextlib, io\nfrom numballama.cli.main import main\nwith contextlib.redirect_stdout(io.StringIO()):\n"
+    )
+    code += "    try: main(['--help'])\n    except SystemExit: pass"
+    assert not tops(modules_after(code)) & (HEAVY - {"rich"})
 
 
 def test_graph_and_loader_need_no_compiler() -> None:
     """A model can be inspected without Numba; only kernels and sampling need it."""
-    loaded = modules_after("import numballama.loader, numballama.graph, numballama.plan")
-    assert not {name for name in loaded if name.split(".")[0] in HEAVY}
+    assert not tops(modules_after("import numballama.loader, numballama.graph, numballama.plan")) & HEAVY
 
 
 def test_a_gpu_with_kernels_in_the_cache_needs_no_numba() -> None:
     """Its import takes longer than all else of a start."""
     pytest.importorskip("cuda.bindings")
     loaded = modules_after(
+        "from pathlib import Path\n"
         "import numballama.model, numballama.cuda.backend\n"
-        "from numballama import registry\n"
-        "registry.load('cuda')\n"
+        "from numballama.cuda import compiler, launch\n"
         "from numballama.cuda.ops import elementwise\n"
-        "from numballama.cuda import compiler, driver, launch\n"
         "array = launch.Array(256, (4, 64), 'f32')\n"
         "ctx = launch.LaunchContext(4, 1 << 16, array, lambda n: array)\n"
         "(one,) = elementwise.add(ctx, array, array, array)\n"
-        "from pathlib import Path\n"
         "assert compiler.cache_entry(one.specialization, (9, 0), Path('cache')) is not None"
     )
-    assert not {name for name in loaded if name.split(".")[0] in ("numba", "llvmlite", "numba_cuda")}
+    assert not tops(loaded) & {"numba", "llvmlite", "numba_cuda"}
 
 
 def test_compiling_sees_numba() -> None:

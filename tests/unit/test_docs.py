@@ -9,7 +9,10 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -29,15 +32,14 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 @pytest.fixture(autouse=True)
-def registries(monkeypatch: pytest.MonkeyPatch) -> None:
+def registries() -> Iterator[None]:
     """What a page registers is gone with its test."""
-    for backend in ("cpu", "reference"):
-        registry.load(backend)  # theirs stay
-    monkeypatch.setattr(ir, "RULES", dict(ir.RULES))
-    monkeypatch.setattr(graph, "LAYERS", dict(graph.LAYERS))
-    monkeypatch.setattr(hf_config, "READERS", dict(hf_config.READERS))
-    monkeypatch.setattr(hf, "LAYER_NAMES", dict(hf.LAYER_NAMES))
-    monkeypatch.setattr(registry, "_kernels", {key: list(found) for key, found in registry._kernels.items()})
+    with ExitStack() as stack:
+        for table in (ir.RULES, graph.LAYERS, hf_config.READERS, hf.LAYER_NAMES):
+            stack.enter_context(patch.dict(table))  # type: ignore[arg-type]
+        yield
+    for entries in registry._kernels.values():
+        entries[:] = [entry for entry in entries if entry.function.__module__.startswith("numballama.")]
 
 
 def blocks(page: Path) -> list[str]:
@@ -77,6 +79,7 @@ def test_commands_are_understood(words: str) -> None:
         assert parsed.dtype in (None, *policy.DTYPES)
 
 
+@pytest.mark.slow
 def test_cuda_blocks_are_compiled(tmp_path: Path) -> None:
     """To PTX and to machine code; where there is a GPU they also run. In a process of its own: that of the tests may
     compile for another compute capability."""
@@ -109,6 +112,7 @@ def test_the_architecture_of_the_docs_is_right(
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Its cells in order, in a folder of their own: they need nothing but the package."""
     cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
@@ -123,6 +127,31 @@ def test_there_are_blocks() -> None:
     assert sum(len(blocks(page)) for page in PAGES) >= 3
 
 
+LINK = re.compile(r"\]\(([^)#:]+)\)")
+
+
+def test_links_lead_to_files() -> None:
+    pages = [*PAGES, *(ROOT / name for name in ("CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md"))]
+    links = [(page, link) for page in pages for link in LINK.findall(page.read_text(encoding="utf-8"))]
+    assert not [f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()]
+
+
+NAMED_FILES = re.compile(r"`((?:[a-z_0-9]+/)*(?:[a-z_0-9]+\.(?:py|md)|[a-z_0-9]+/))`")
+
+
+def test_files_that_pages_name_exist() -> None:
+    """By a path from the repository, the package, or a folder of the package: `cpu/matmul.py`, `gemv.py`."""
+    files = {path.relative_to(ROOT).as_posix() for path in ROOT.rglob("*") if ".git" not in path.parts}
+    missing = [
+        f"{page.name}: {name}"
+        for page in [*PAGES, ROOT / "CONTRIBUTING.md"]
+        for name in NAMED_FILES.findall(page.read_text(encoding="utf-8"))
+        if not any(file == name.rstrip("/") or file.endswith(f"/{name.rstrip('/')}") for file in files)
+    ]
+    assert not missing, missing
+
+
+@pytest.mark.slow
 def test_example_story() -> None:
     words = [str(ROOT / "examples" / "story.py"), "Once upon a time"]
     done = subprocess.run([sys.executable, *words], capture_output=True, text=True, check=True, timeout=300)
@@ -131,6 +160,7 @@ def test_example_story() -> None:
     assert "tokens/s" in done.stderr
 
 
+@pytest.mark.slow
 def test_example_chat() -> None:
     words = [str(ROOT / "examples" / "chat.py")]
     done = subprocess.run(

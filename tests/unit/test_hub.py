@@ -94,6 +94,7 @@ def inspect(name: str, folder: Path, endpoint: str, **more: str) -> subprocess.C
     return subprocess.run(words, env=kept | settings | more, capture_output=True, text=True, timeout=120, cwd=folder)
 
 
+@pytest.mark.slow
 def test_a_model_comes_from_a_hub_and_then_from_the_cache(server: Hub, tmp_path: Path) -> None:
     done = inspect("owner/name", tmp_path, server.endpoint)
     assert done.returncode == 0, done.stderr
@@ -112,6 +113,7 @@ def test_a_model_comes_from_a_hub_and_then_from_the_cache(server: Hub, tmp_path:
     assert inspect("owner/name", tmp_path, "http://127.0.0.1:9").stdout == done.stdout  # nobody listens there
 
 
+@pytest.mark.slow
 def test_a_hub_that_has_no_such_model(server: Hub, tmp_path: Path) -> None:
     done = inspect("owner/other", tmp_path, server.endpoint)
     assert done.returncode == 1 and not done.stdout
@@ -119,6 +121,7 @@ def test_a_hub_that_has_no_such_model(server: Hub, tmp_path: Path) -> None:
     assert "there is no such model" in done.stderr and "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_hub_out_of_reach(tmp_path: Path) -> None:
     done = inspect("owner/name", tmp_path, "http://127.0.0.1:9")
     assert done.returncode == 1 and not done.stdout

@@ -1,4 +1,4 @@
-"""Small device functions that kernels are made of."""
+"""What every kernel file uses: decorators, the start of a kernel, KV-cache addressing and small arithmetic."""
 
 from __future__ import annotations
 
@@ -7,110 +7,87 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from ..intrinsics import bits_of_f32, exp2
+from ..intrinsics import ex2_approx, float_as_uint, griddepcontrol_launch_dependents, griddepcontrol_wait
 
-ALL = 0xFFFFFFFF
-"""Every lane of a warp."""
+FULL_MASK = 0xFFFFFFFF
+"""All 32 lanes of a warp, for the shuffle functions."""
 LOG2_E = np.float32(1.4426950408889634)
+"""exp(x) is computed as 2^(x · LOG2_E): the hardware has an instruction for powers of 2 only."""
 
 
 def device(function: Any) -> Any:
-    """A function that kernels call; it becomes part of each of them."""
+    """Declare a device function. It is always inlined into the kernels that call it."""
     return cuda.jit(device=True, forceinline=True)(function)
 
 
-def at_once(blocks: int) -> Any:
-    """Declare that so many blocks of a kernel, or of it and others, shall find room in a multiprocessor's registers."""
+def launch_bounds(min_blocks: int) -> Any:
+    """Limit registers so that at least `min_blocks` blocks fit on one SM (CUDA C++: the second number of
+    `__launch_bounds__`). The compiler reads it from the kernel's `py_func.min_blocks_per_sm`.
+    """
 
     def declare(kernel: Any) -> Any:
-        kernel.py_func.min_blocks_per_sm = blocks
+        kernel.py_func.min_blocks_per_sm = min_blocks
         return kernel
 
     return declare
 
 
 @device
-def warp_sum(x):
-    """The sum of `x` over the 32 lanes, in every lane."""
-    x += cuda.shfl_xor_sync(ALL, x, 16)
-    x += cuda.shfl_xor_sync(ALL, x, 8)
-    x += cuda.shfl_xor_sync(ALL, x, 4)
-    x += cuda.shfl_xor_sync(ALL, x, 2)
-    x += cuda.shfl_xor_sync(ALL, x, 1)
-    return x
+def pdl_sync():
+    """Wait for the previous kernel's results, then let the next kernel start (programmatic dependent launch).
+
+    Every kernel calls this, or its two halves, before it reads what another kernel wrote or writes anything itself.
+    """
+    griddepcontrol_wait()
+    griddepcontrol_launch_dependents()
 
 
 @device
-def warp_sum2(a, b):
-    """The sums of `a` and of `b` over the 32 lanes: of a in lanes 0 to 15, of b in the others."""
-    high = cuda.threadIdx.x & 16
-    x = (b if high else a) + cuda.shfl_xor_sync(ALL, a if high else b, 16)
-    x += cuda.shfl_xor_sync(ALL, x, 8)
-    x += cuda.shfl_xor_sync(ALL, x, 4)
-    x += cuda.shfl_xor_sync(ALL, x, 2)
-    x += cuda.shfl_xor_sync(ALL, x, 1)
-    return x
+def is_padding_token(tokens):
+    """Whether this block's token, blockIdx.y, is beyond the tokens[0] tokens of this run.
+
+    A program is launched with a grid for the most tokens it can take. Blocks of the tokens that are missing return.
+    """
+    return cuda.gridDim.y > 1 and cuda.blockIdx.y >= tokens[0]
 
 
 @device
-def warp_max(x):
-    """The maximum of `x` over the 32 lanes, in every lane."""
-    x = max(x, cuda.shfl_xor_sync(ALL, x, 16))
-    x = max(x, cuda.shfl_xor_sync(ALL, x, 8))
-    x = max(x, cuda.shfl_xor_sync(ALL, x, 4))
-    x = max(x, cuda.shfl_xor_sync(ALL, x, 2))
-    x = max(x, cuda.shfl_xor_sync(ALL, x, 1))
-    return x
+def kv_index(sequence, kv_head, position, n_kv_heads, context, head_dim):
+    """Index of the first element of one key or value in a KV cache [sequences, n_kv_heads, context, head_dim]."""
+    return ((sequence * n_kv_heads + kv_head) * context + position) * head_dim
 
 
 @device
-def block_sum(x, scratch):
-    """The sum of `x` over the block's threads, in every thread; `scratch` is shared float32[32]."""
-    x = warp_sum(x)
-    cuda.syncthreads()
-    if cuda.threadIdx.x & 31 == 0:
-        scratch[cuda.threadIdx.x >> 5] = x
-    cuda.syncthreads()
-    total = np.float32(0)
-    for i in range(cuda.blockDim.x >> 5):
-        total += scratch[i]
-    return total
+def first_visible(length, window):
+    """First position that the last of `length` tokens attends to: it sees `window` positions including its own, or all
+    of them if `window` is 0.
+    """
+    return length - window if 0 < window < length else 0
 
 
 @device
-def block_max(x, scratch):
-    """The maximum of `x` over the block's threads, in every thread; `scratch` is shared float32[32]."""
-    x = warp_max(x)
-    cuda.syncthreads()
-    if cuda.threadIdx.x & 31 == 0:
-        scratch[cuda.threadIdx.x >> 5] = x
-    cuda.syncthreads()
-    largest = scratch[0]
-    for i in range(1, cuda.blockDim.x >> 5):
-        largest = max(largest, scratch[i])
-    return largest
+def silu_and_mul(gate, up):
+    """silu(gate) · up = gate · sigmoid(gate) · up, the activation of SwiGLU (Shazeer, GLU Variants, 2020)."""
+    return gate / (np.float32(1) + ex2_approx(-gate * LOG2_E)) * up
 
 
 @device
-def sigmoid_times(gate, up):
-    """gate · sigmoid(gate) · up (Shazeer, GLU Variants, 2020)."""
-    return gate / (np.float32(1) + exp2(-gate * LOG2_E)) * up
+def fast_divmod(number, divisor, inverse):
+    """(quotient, remainder) of integers below two million, given the float32 1 / divisor.
 
-
-@device
-def split(number, divisor, inverse):
-    """(quotient, remainder) of numbers below two million, by float32: an integer division is a hundred instructions."""
+    A float32 multiplication replaces the integer division, which takes a hundred instructions.
+    """
     quotient = np.int64((np.float32(number) + np.float32(0.5)) * inverse)
     return quotient, number - quotient * divisor
 
 
 @device
-def beyond(tokens):
-    """Whether this block's token, blockIdx.y, is not part of the run."""
-    return cuda.gridDim.y > 1 and cuda.blockIdx.y >= tokens[0]
+def is_nan(x):
+    """Whether a float32 is NaN, decided from its bits."""
+    return (float_as_uint(x) & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
 
 
 @device
-def is_nan(x):
-    """Whether x is no number, by its bits."""
-    return (bits_of_f32(x) & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+def magnitude_bits(x):
+    """The bits of |x| as an int32. They order as |x| does, with every NaN above infinity."""
+    return np.int32(float_as_uint(x) & np.uint32(0x7FFFFFFF))

@@ -1,62 +1,63 @@
-"""Decoders of the block types that `blocks_cuda` lays out: small functions that make float32 factors of what lies in a
-weight's second matrix.
+"""Dequantisation of q4_1, q4_k and q6_k: a block's scales and mins as float32, from a weight's second matrix.
 
-Of the types with 4 bits a number is scale · integer + least, of q6_k scale · (integer - 32).
+An element of q4_1 and q4_k is scale · integer + min, of q6_k scale · (integer - 32). `cuda/repack.py` describes the
+layout: integers in one matrix, in the order in which lanes read them; scales, mins and upper bits in another, in
+records that the lanes of a warp share. A thread loads aligned 32-bit words and takes its part of them.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from ..intrinsics import (
-    address,
-    f32_of_half,
-    f32_of_signed_byte,
-    is_packed,
-    is_q4_1,
-    is_q4_k,
-    is_q6_k,
-    scale_bytes,
-    scale_word,
-    word,
-)
+from ..intrinsics import address, cvt_f32_f16, cvt_f32_s8, ld_global_u32
+from ..quant_traits import is_packed, is_q4_1, is_q4_k, is_q6_k, scale_bytes, scale_word
 from .common import device
 
 FOUR_RECORD, FOUR_WORDS, FOUR_FACTORS = 80, 20, 64
-"""Bytes and words of a record of q4_k, which a warp's lanes share, 32 numbers each; words of two lanes come first, from
-here on those of eight."""
+"""q4_k: bytes and words of a record, and the byte offset of d and dmin in it. A record is for a warp's 32 lanes, with
+32 elements each: first the words with 8-bit scales and mins, one for two lanes; then those with d and dmin, one for
+eight lanes.
+"""
 SIX_RECORD, SIX_SCALES, SIX_FACTORS = 168, 128, 160
-"""Bytes of a record of q6_k, which 16 lanes share, 32 numbers each: 8 bytes a lane with its numbers' upper bits; then,
-from these places on, words of two lanes with scales, and of eight with their factor."""
+"""q6_k: bytes of a record, and the byte offsets of its scales and of d. A record is for 16 lanes, with 32 elements
+each: first 8 bytes a lane with the upper bits; then the words with 8-bit scales, one for two lanes; then those with d,
+one for eight lanes.
+"""
 
 
 @device
-def factors_of(payload, here, odd, both):
-    """(scale, least) of a block out of a word. A word of q4_k is of two blocks, of which this one is `odd` or not; and
-    `both` is the word of their superblock.
+def factors_of(payload, scale_mins, odd, d_dmin):
+    """(scale, min) of a q4_1 or q4_k block as float32: an element is scale · integer + min.
+
+    `scale_mins` is the word with the block's scale and min. A word of q4_k serves two blocks, this one is the second
+    if `odd`; `d_dmin` is the word of their superblock. ggml subtracts dmin · m, hence the negation.
     """
     if is_q4_k(payload):
-        own, byte = here >> (np.uint32(16) if odd else np.uint32(0)), np.uint32(255)
-        scale = f32_of_half(both) * np.float32(own & byte)
-        least = -f32_of_half(both >> np.uint32(16)) * np.float32((own >> np.uint32(8)) & byte)
+        half, byte = scale_mins >> (np.uint32(16) if odd else np.uint32(0)), np.uint32(255)
+        scale = cvt_f32_f16(d_dmin) * np.float32(half & byte)
+        block_min = -cvt_f32_f16(d_dmin >> np.uint32(16)) * np.float32((half >> np.uint32(8)) & byte)
     else:
-        scale, least = f32_of_half(here), f32_of_half(here >> np.uint32(16))
-    return scale, least
+        scale, block_min = cvt_f32_f16(scale_mins), cvt_f32_f16(scale_mins >> np.uint32(16))
+    return scale, block_min
 
 
 @device
-def factors_q6_k(here, odd, factor):
-    """Scales of 32 numbers' first 16 and of the others, out of the word of two such 32 and that of their superblock."""
-    own, d = here >> (np.uint32(16) if odd else np.uint32(0)), f32_of_half(factor)
-    return d * f32_of_signed_byte(own), d * f32_of_signed_byte(own >> np.uint32(8))
+def factors_q6_k(scales, odd, d_word):
+    """(scale of the first 16, scale of the last 16) of 32 elements of q6_k.
+
+    `scales` is the word with the scales of two such 32, this one the second if `odd`; `d_word` is the word with d of
+    their superblock.
+    """
+    half, d = scales >> (np.uint32(16) if odd else np.uint32(0)), cvt_f32_f16(d_word)
+    return d * cvt_f32_s8(half), d * cvt_f32_s8(half >> np.uint32(8))
 
 
-# A row's scales, as a stream of it wants them
+# Where the scales of a streamed row are (gemv)
 
 
 @device
 def first_scale(payload, scales, scale, lane):
-    """How far behind the row's first scale the word lies that a lane copies first; `scale` is the scale's number."""
+    """Byte offset from the row's first scale to the word that this lane copies first; `scale` is its scale's index."""
     if is_q4_k(payload):
         return 4 * lane
     if is_q6_k(payload):
@@ -65,45 +66,47 @@ def first_scale(payload, scales, scale, lane):
 
 
 @device
-def chunk_scales(payload, scales, numbers, shift):
-    """Bytes from a chunk's scales to the next chunk's."""
+def chunk_scales(payload, scales, elements, shift):
+    """Bytes from a chunk's scales to the next chunk's. A chunk of a row is 16 bytes a lane, `elements` elements."""
     if is_packed(payload) and not is_q4_1(payload):
         return FOUR_RECORD if is_q4_k(payload) else SIX_RECORD
-    return ((32 * numbers) >> shift) * scale_bytes(scales)
+    return ((32 * elements) >> shift) * scale_bytes(scales)
 
 
-# One block at a time
+# A single block, where speed does not matter
 
 
 @device
 def block_at(payload, where, block):
-    """What makes a row's block of 32 integers numbers, from its scales at address `where`: the upper bits of the first
-    16 and of the others, a scale for either, and the least number.
+    """What turns the 32 integers of a row's block into elements; the row's scales begin at address `where`.
+
+    Returns (upper bits of the first 16 integers, upper bits of the last 16, scale of the first 16, scale of the last
+    16, min). Upper bits are 0 for 4-bit types, min is 0 for q6_k.
     """
-    high, high_too, least = np.uint32(0), np.uint32(0), np.float32(0)
-    scale, scale_too = np.float32(0), np.float32(0)
+    high, high2, block_min = np.uint32(0), np.uint32(0), np.float32(0)
+    scale, scale2 = np.float32(0), np.float32(0)
     if is_q6_k(payload):
         record, i = where + (block >> 4) * SIX_RECORD, block & 15
-        high, high_too = word(record + 8 * i), word(record + 8 * i + 4)
-        factor = word(record + SIX_FACTORS + 4 * (i >> 3))
-        scale, scale_too = factors_q6_k(word(record + SIX_SCALES + 4 * (i >> 1)), i & 1, factor)
+        high, high2 = ld_global_u32(record + 8 * i), ld_global_u32(record + 8 * i + 4)
+        d_word = ld_global_u32(record + SIX_FACTORS + 4 * (i >> 3))
+        scale, scale2 = factors_q6_k(ld_global_u32(record + SIX_SCALES + 4 * (i >> 1)), i & 1, d_word)
     elif is_q4_k(payload):
         record, i = where + (block >> 5) * FOUR_RECORD, block & 31
-        both = word(record + FOUR_FACTORS + 4 * (i >> 3))
-        scale, least = factors_of(payload, word(record + 4 * (i >> 1)), i & 1, both)
+        d_dmin = ld_global_u32(record + FOUR_FACTORS + 4 * (i >> 3))
+        scale, block_min = factors_of(payload, ld_global_u32(record + 4 * (i >> 1)), i & 1, d_dmin)
     elif is_q4_1(payload):
-        scale, least = factors_of(payload, word(where + 4 * block), 0, high)
-    return high, high_too, scale, scale if is_q4_1(payload) or is_q4_k(payload) else scale_too, least
+        scale, block_min = factors_of(payload, ld_global_u32(where + 4 * block), 0, high)
+    return high, high2, scale, scale if is_q4_1(payload) or is_q4_k(payload) else scale2, block_min
 
 
 @device
-def number_at(payload, row, where, k):
-    """Number k of the row that begins at address `row`, with its scales at address `where`."""
-    high, high_too, scale, scale_too, least = block_at(payload, where, k >> 5)
+def dequant_element(payload, row, where, k):
+    """Element k as float32 of the row that begins at address `row` and whose scales begin at address `where`."""
+    high, high2, scale, scale2, block_min = block_at(payload, where, k >> 5)
     j, second = k & 15, (k >> 4) & 1
-    four = word(row + 16 * (k >> 5) + (j & 12)) >> np.uint32(8 * (j & 3) + 4 * second)
-    integer = np.float32(four & np.uint32(15))
+    nibble = ld_global_u32(row + 16 * (k >> 5) + (j & 12)) >> np.uint32(8 * (j & 3) + 4 * second)
+    integer = np.float32(nibble & np.uint32(15))
     if is_q6_k(payload):
-        upper = (high_too if second else high) >> np.uint32(8 * (j & 3) + 2 * (j >> 2))
+        upper = (high2 if second else high) >> np.uint32(8 * (j & 3) + 2 * (j >> 2))
         integer += np.float32((upper & np.uint32(3)) << np.uint32(4)) - np.float32(32)
-    return integer * (scale_too if second else scale) + least
+    return integer * (scale2 if second else scale) + block_min

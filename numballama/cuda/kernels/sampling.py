@@ -1,10 +1,14 @@
-"""From logits to the next token on the device, and from a token to the next step, without the host.
+"""Sampling: from logits to the next token, and from a token to the next step's input, on the device without the host.
 
-The settings and their order are `sampler`'s: repeat penalty, top-k, top-p, min-p, temperature. One block does it in
-three passes over the logits: the largest; a histogram of how far below it they are, from which follows what top-k and
-top-p can keep; the candidates. Nothing is sorted: a candidate's rank among a few is counted, masses are sums of
-integers, and the draw takes the largest of logit / temperature plus Gumbel noise, which is a draw from the softmax
-(Gumbel, 1954) and needs no order. So the result does not depend on which thread came first.
+Input: float32 logits of a vocabulary of n tokens; settings in the order of `sampling.py`: temperature, top-k, top-p,
+min-p, repetition penalty. Output: one token id, -1 if the logits hold a NaN or cannot be drawn from.
+
+One block of 1,024 threads makes three passes over the logits (512 KB for 128,256 tokens, which fit the L2 cache): the
+largest logit; a histogram of the distances from it, which tells what top-k and top-p can keep; the candidates.
+
+Nothing is sorted. A candidate's rank among a few is counted, probability masses are sums of integers, and the draw is
+the largest of logit / temperature plus Gumbel noise, which is a draw from the softmax (Gumbel, 1954) and needs no
+order. So the result does not depend on the order in which threads run.
 """
 
 from __future__ import annotations
@@ -14,25 +18,25 @@ import math
 import numpy as np
 from numba import cuda
 
-from ...kernels_cuda import better
-from ..intrinsics import bits_of_f32, let_successor_start, publish, wait_for_predecessor
-from .common import ALL, device, is_nan
+from ..intrinsics import float_as_uint, store_release_system
+from .common import device, is_nan, pdl_sync
 from .params import SAMPLING_THREADS as THREADS
+from .reduce import block_argmax, is_replaced_by
 
 BIN_BITS, PER_NAT = 11, np.float32(64)
 BINS = 1 << BIN_BITS
-"""Of the histogram: logits up to 32 below the largest are told apart in steps of 1/64."""
-PLACE_BITS = 54
-"""Of `place_of`: a float32's and a token's, of which there are fewer than 2^22."""
+"""Bins of the histogram: distances from the largest logit in steps of 1 / PER_NAT, up to 32; the rest in the last."""
+RANK_KEY_BITS = 54
+"""Bits of a `rank_key`: 32 of a logit and 22 of a token id."""
 CANDIDATES = 2048
-"""As many are ranked among each other. Where they are more, or top-k is off, top-p takes or leaves whole bins."""
+"""At most this many candidates are ranked exactly. With more, or without top-k, top-p keeps or drops whole bins."""
 MASS = np.float64(1 << 40)
-"""Probability masses are counted in units of 2^-40 of the likeliest token's."""
+"""Probability masses are int64 multiples of 2^-40 of the likeliest token's mass: their sum has no rounding order."""
 
 
 @device
-def mixed(z):
-    """SplitMix64's output function (Steele, Lea and Flood, 2014)."""
+def splitmix64(z):
+    """Output function of SplitMix64 (Steele, Lea and Flood, 2014)."""
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
@@ -40,115 +44,110 @@ def mixed(z):
 
 @device
 def gumbel(state, token):
-    """-log(-log u) with u from a hash of the generator's state and the token."""
-    # mixed twice: the state advances by the same constant, and noise must not move from a token to its neighbour
-    bits = mixed(mixed(state) + np.uint64(token + 1) * np.uint64(0x9E3779B97F4A7C15))
+    """Gumbel noise -log(-log u) of a token; u in (0, 1) is a hash of the generator's state and the token."""
+    # hashed twice: the state advances by the same constant, and noise must not move from a token to its neighbour
+    bits = splitmix64(splitmix64(state) + np.uint64(token + 1) * np.uint64(0x9E3779B97F4A7C15))
     u = (np.float32(bits >> np.uint64(41)) + np.float32(0.5)) * np.float32(2.0**-23)  # exact, and below 1
     return -math.log(-math.log(u))
 
 
 @device
-def best_of_block(value, index, values, places):
-    """The largest value of all threads and its first index, in every thread; a NaN is larger than all."""
-    for i in range(5):
-        other = cuda.shfl_xor_sync(ALL, value, 16 >> i)
-        other_index = cuda.shfl_xor_sync(ALL, index, 16 >> i)
-        if better(value, index, other, other_index):
-            value, index = other, other_index
+def clear(sums):
+    """Set shared sums[BINS] to 0."""
+    for i in range(cuda.threadIdx.x, BINS, THREADS):
+        sums[i] = 0
     cuda.syncthreads()
-    if cuda.threadIdx.x & 31 == 0:
-        values[cuda.threadIdx.x >> 5], places[cuda.threadIdx.x >> 5] = value, index
-    cuda.syncthreads()
-    value, index = values[0], places[0]
-    for i in range(1, cuda.blockDim.x >> 5):
-        if better(value, index, values[i], places[i]):
-            value, index = values[i], places[i]
-    return value, index
 
 
 @device
-def add_up(sums):
-    """Turn shared sums[BINS] into running sums."""
-    apart = 1
-    while apart < BINS:
+def running_sums(sums):
+    """Replace shared sums[BINS] by its inclusive prefix sums (Hillis and Steele, 1986). Two elements a thread."""
+    offset = 1
+    while offset < BINS:
         first, second = np.int64(0), np.int64(0)
         i = cuda.threadIdx.x
         j = i + THREADS
-        if i >= apart:
-            first = sums[i - apart]
-        if j >= apart:
-            second = sums[j - apart]
+        if i >= offset:
+            first = sums[i - offset]
+        if j >= offset:
+            second = sums[j - offset]
         cuda.syncthreads()
         sums[i] += first
         sums[j] += second
         cuda.syncthreads()
-        apart <<= 1
+        offset <<= 1
 
 
 @device
 def bin_of(logit, largest):
-    """The histogram's bin of a logit."""
-    return (
-        min(np.int32((largest - logit) * PER_NAT), np.int32(BINS - 1)) if largest - logit < 40 else np.int32(BINS - 1)
-    )
+    """Bin of the histogram for a logit."""
+    last = np.int32(BINS - 1)
+    return min(np.int32((largest - logit) * PER_NAT), last) if largest - logit < 40 else last
 
 
 @device
-def place_of(logit, token):
-    """A number of `PLACE_BITS`, in the order of the ranks: falling logits, equal ones by their tokens."""
-    bits = np.int64(0)  # -0 is no less than 0
+def rank_key(logit, token):
+    """An integer of RANK_KEY_BITS that sorts tokens by falling logit, equal logits by token id."""
+    bits = np.int64(0)  # -0 equals 0
     if logit != 0:
-        bits = np.int64(bits_of_f32(logit))
+        bits = np.int64(float_as_uint(logit))
     falling = bits if bits >= 0x80000000 else 0x7FFFFFFF - bits
     return (falling << 22) | token
 
 
 @device
-def place_in_bin(logits, n, largest, border, count, sums, found):
-    """The `place_of` the bin's `count`-th logit: `BIN_BITS` at a time, by a histogram of those alike so far."""
-    place, digits = np.int64(0), (PLACE_BITS + BIN_BITS - 1) // BIN_BITS
+def rank_key_in_bin(logits, n, largest, border_bin, count, sums, result):
+    """The rank key of the `count`-th token of bin `border_bin`, found by radix selection.
+
+    BIN_BITS of the key are determined at a time, by a histogram of the keys that agree so far. `sums` is shared
+    int64[BINS], `result` shared int32[2].
+    """
+    prefix, digits = np.int64(0), (RANK_KEY_BITS + BIN_BITS - 1) // BIN_BITS
     for digit in range(digits):
         shift = BIN_BITS * (digits - 1 - digit)
-        for i in range(cuda.threadIdx.x, BINS, THREADS):
-            sums[i] = 0
-        cuda.syncthreads()
+        clear(sums)
         for i in range(cuda.threadIdx.x, n, THREADS):
-            if bin_of(logits[i], largest) == border:
-                own = place_of(logits[i], i)
-                if own >> (shift + BIN_BITS) == place:
-                    cuda.atomic.add(sums, (own >> shift) & (BINS - 1), 1)
+            if bin_of(logits[i], largest) == border_bin:
+                key = rank_key(logits[i], i)
+                if key >> (shift + BIN_BITS) == prefix:
+                    cuda.atomic.add(sums, (key >> shift) & (BINS - 1), 1)
         cuda.syncthreads()
-        add_up(sums)
+        running_sums(sums)
         for i in range(cuda.threadIdx.x, BINS, THREADS):
             before = np.int64(0)
             if i > 0:
                 before = sums[i - 1]
             if before < count and sums[i] >= count:
-                found[0], found[1] = np.int32(i), np.int32(before)
+                result[0], result[1] = np.int32(i), np.int32(before)
         cuda.syncthreads()
-        place = (place << BIN_BITS) | found[0]
-        count -= found[1]
+        prefix = (prefix << BIN_BITS) | result[0]
+        count -= result[1]
         cuda.syncthreads()
-    return place
+    return prefix
 
 
-@cuda.jit
-def sample_kernel(logits, n, settings, recent, counts, state, next_token):
-    values = cuda.shared.array(32, np.float32)
-    places = cuda.shared.array(32, np.int32)
-    sums = cuda.shared.array(BINS, np.int64)
-    tokens = cuda.shared.array(CANDIDATES, np.int32)
-    scores = cuda.shared.array(CANDIDATES, np.float32)
-    found = cuda.shared.array(4, np.int32)
-    whole = cuda.shared.array(1, np.int64)
+@device
+def mass_of(logit, largest):
+    """Probability mass of a logit in units of `MASS`."""
+    return np.int64(math.exp(np.float64(logit - largest)) * MASS)
+
+
+@device
+def recent_window():
+    """Size of `recent`: `sampling.REPEAT_WINDOW`."""
+    return 64
+
+
+# The phases of `sample_kernel`; every thread of the block calls them
+
+
+@device
+def apply_repetition_penalty(logits, penalty, recent, n_recent):
+    """Divide positive and multiply negative logits of the last `n_recent` tokens by `penalty`, each token once (Keskar
+    et al., CTRL, 2019).
+    """
     thread = cuda.threadIdx.x
-    wait_for_predecessor()
-    let_successor_start()
-    temperature, top_k, top_p, min_p = settings[0], int(settings[1]), settings[2], settings[3]
-    penalty = np.float32(settings[4])
-
-    seen = min(counts[0], np.int64(recent_window()))
-    if penalty != 1 and thread < seen:  # Keskar et al., CTRL, 2019
+    if penalty != 1 and thread < n_recent:
         token, first = recent[thread], True
         for i in range(thread):
             first = first and recent[i] != token
@@ -156,100 +155,151 @@ def sample_kernel(logits, n, settings, recent, counts, state, next_token):
             logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
     cuda.syncthreads()
 
+
+@device
+def top_k_cut(logits, n, largest, top_k, sums, result):
+    """Which bins top-k can keep: (last bin, bin that is kept in part, last rank key kept in it, few candidates).
+
+    If the bins up to the last hold few candidates, these are ranked later; else the last bin is cut at a rank key.
+    """
+    thread = cuda.threadIdx.x
+    clear(sums)
+    for i in range(thread, n, THREADS):
+        cuda.atomic.add(sums, bin_of(logits[i], largest), 1)
+    cuda.syncthreads()
+    running_sums(sums)
+    for i in range(thread, BINS, THREADS):
+        if sums[i] >= top_k and (i == 0 or sums[i - 1] < top_k):
+            result[0], result[1] = np.int32(i), np.int32(sums[i])
+    cuda.syncthreads()
+    last_bin, border_bin, last_key = result[0], np.int32(BINS), np.int64(0)
+    few = result[1] <= CANDIDATES
+    if not few:
+        border_bin, count = last_bin, np.int64(top_k)
+        if border_bin > 0:
+            count -= sums[border_bin - 1]
+        cuda.syncthreads()
+        last_key = rank_key_in_bin(logits, n, largest, border_bin, count, sums, result)
+    cuda.syncthreads()
+    return last_bin, border_bin, last_key, few
+
+
+@device
+def draw_from_few(logits, n, largest, last_bin, settings, state, tokens, scores, result, whole):
+    """Collect the candidates in bins up to `last_bin`, rank them, and draw among those that the filters keep.
+
+    `settings` is (temperature, top-k, top-p, min-p).
+
+    Returns this thread's best (score with noise, token). result[2] and whole[0] are 0 at first.
+    """
+    temperature, top_k, top_p, min_p = settings
+    thread, best, best_token = cuda.threadIdx.x, np.float32(-np.inf), np.int32(n)
+    for i in range(thread, n, THREADS):
+        if bin_of(logits[i], largest) <= last_bin:
+            at = cuda.atomic.add(result, 2, 1)
+            tokens[at], scores[at] = np.int32(i), logits[i]
+    cuda.syncthreads()
+    count = result[2]
+    for pass_number in range(2):  # first the mass of all that top-k keeps, then which of them to keep
+        for j in range(thread, count, THREADS):
+            rank, above = 0, np.int64(0)
+            for i in range(count):
+                if is_replaced_by(scores[j], tokens[j], scores[i], tokens[i]):
+                    rank += 1
+                    if pass_number == 1:
+                        above += mass_of(scores[i], largest)
+            mass = mass_of(scores[j], largest)
+            if rank < top_k:
+                if pass_number == 0:
+                    cuda.atomic.add(whole, 0, mass)
+                elif rank == 0 or ((top_p >= 1 or above < top_p * whole[0]) and mass >= min_p * MASS):
+                    score = scores[j] / np.float32(temperature) + gumbel(state[0], tokens[j])
+                    if is_replaced_by(best, best_token, score, tokens[j]):
+                        best, best_token = score, tokens[j]
+        cuda.syncthreads()
+    return best, best_token
+
+
+@device
+def draw_from_bins(logits, n, largest, cut, settings, state, sums, result):
+    """Draw among all tokens that the cut of top-k, the bins of top-p and min-p keep, without ranking them.
+
+    Returns this thread's best (score with noise, token).
+    """
+    temperature, _, top_p, min_p = settings
+    last_bin, border_bin, last_key = cut
+    thread, best, best_token = cuda.threadIdx.x, np.float32(-np.inf), np.int32(n)
+    if top_p < 1:
+        clear(sums)
+        for i in range(thread, n, THREADS):
+            b = bin_of(logits[i], largest)
+            if b < border_bin or (b == border_bin and rank_key(logits[i], i) <= last_key):
+                cuda.atomic.add(sums, b, mass_of(logits[i], largest))
+        cuda.syncthreads()
+        running_sums(sums)
+        enough = top_p * sums[BINS - 1]
+        for i in range(thread, BINS, THREADS):
+            if sums[i] >= enough and (i == 0 or sums[i - 1] < enough):
+                result[0] = np.int32(i)
+        cuda.syncthreads()
+        last_bin = min(last_bin, result[0])
+    lowest = np.float32(-np.inf)
+    if min_p > 0:
+        lowest = largest + np.float32(math.log(min_p))
+    for i in range(thread, n, THREADS):
+        b = bin_of(logits[i], largest)
+        kept = b <= last_bin and (b < border_bin or rank_key(logits[i], i) <= last_key)
+        if kept and logits[i] >= lowest:
+            score = logits[i] / np.float32(temperature) + gumbel(state[0], i)
+            if is_replaced_by(best, best_token, score, np.int32(i)):
+                best, best_token = score, np.int32(i)
+    return best, best_token
+
+
+@cuda.jit
+def sample_kernel(logits, n, settings, recent, counts, state, next_token):
+    """Draw the next token and remember it in `recent`; next_token[0] = -1 if the logits do not allow a draw."""
+    values = cuda.shared.array(32, np.float32)
+    indices = cuda.shared.array(32, np.int32)
+    sums = cuda.shared.array(BINS, np.int64)
+    tokens = cuda.shared.array(CANDIDATES, np.int32)
+    scores = cuda.shared.array(CANDIDATES, np.float32)
+    result = cuda.shared.array(4, np.int32)
+    whole = cuda.shared.array(1, np.int64)
+    thread = cuda.threadIdx.x
+    pdl_sync()
+    temperature, top_k, top_p, min_p = settings[0], int(settings[1]), settings[2], settings[3]
+    apply_repetition_penalty(logits, np.float32(settings[4]), recent, min(counts[0], np.int64(recent_window())))
+
     largest, token = np.float32(-np.inf), np.int32(n)
     for i in range(thread, n, THREADS):
-        if better(largest, token, logits[i], np.int32(i)):
+        if is_replaced_by(largest, token, logits[i], np.int32(i)):
             largest, token = logits[i], np.int32(i)
-    largest, token = best_of_block(largest, token, values, places)
-    broken = is_nan(largest) or (abs(largest) == np.float32(np.inf) and temperature > 0)
+    largest, token = block_argmax(largest, token, values, indices)
+    is_invalid = is_nan(largest) or (abs(largest) == np.float32(np.inf) and temperature > 0)
     token = min(token, np.int32(n - 1))
 
-    if temperature > 0 and top_k != 1 and not broken:
-        # which bins can top-k keep? `last_bin` is the last of them; of bin `border` it keeps places up to `last_place`
-        last_bin, border, last_place = np.int32(BINS - 1), np.int32(BINS), np.int64(0)
-        ranked = False
+    if temperature > 0 and top_k != 1 and not is_invalid:
+        last_bin, border_bin, last_key, few = np.int32(BINS - 1), np.int32(BINS), np.int64(0), False
         if 0 < top_k < n:
-            for i in range(thread, BINS, THREADS):
-                sums[i] = 0
-            cuda.syncthreads()
-            for i in range(thread, n, THREADS):
-                cuda.atomic.add(sums, bin_of(logits[i], largest), 1)
-            cuda.syncthreads()
-            add_up(sums)
-            for i in range(thread, BINS, THREADS):
-                if sums[i] >= top_k and (i == 0 or sums[i - 1] < top_k):
-                    found[0], found[1] = np.int32(i), np.int32(sums[i])
-            cuda.syncthreads()
-            last_bin = found[0]
-            ranked = found[1] <= CANDIDATES
-            if not ranked:
-                border, count = last_bin, np.int64(top_k)
-                if border > 0:
-                    count -= sums[border - 1]
-                cuda.syncthreads()
-                last_place = place_in_bin(logits, n, largest, border, count, sums, found)
-            cuda.syncthreads()
+            last_bin, border_bin, last_key, few = top_k_cut(logits, n, largest, top_k, sums, result)
         if thread == 0:
-            found[2] = 0
+            result[2] = 0
             whole[0] = 0
         cuda.syncthreads()
-        best, best_token = np.float32(-np.inf), np.int32(n)
-        if ranked:
-            for i in range(thread, n, THREADS):
-                if bin_of(logits[i], largest) <= last_bin:
-                    at = cuda.atomic.add(found, 2, 1)
-                    tokens[at], scores[at] = np.int32(i), logits[i]
-            cuda.syncthreads()
-            count = found[2]
-            for turn in range(2):  # first the mass of all that top-k keeps, then who is kept
-                for own in range(thread, count, THREADS):
-                    rank, above = 0, np.int64(0)
-                    for i in range(count):
-                        if better(scores[own], tokens[own], scores[i], tokens[i]):
-                            rank += 1
-                            if turn == 1:
-                                above += np.int64(math.exp(np.float64(scores[i] - largest)) * MASS)
-                    mass = np.int64(math.exp(np.float64(scores[own] - largest)) * MASS)
-                    if rank < top_k:
-                        if turn == 0:
-                            cuda.atomic.add(whole, 0, mass)
-                        elif rank == 0 or ((top_p >= 1 or above < top_p * whole[0]) and mass >= min_p * MASS):
-                            score = scores[own] / np.float32(temperature) + gumbel(state[0], tokens[own])
-                            if better(best, best_token, score, tokens[own]):
-                                best, best_token = score, tokens[own]
-                cuda.syncthreads()
+        filters = temperature, top_k, top_p, min_p
+        if few:
+            best, best_token = draw_from_few(
+                logits, n, largest, last_bin, filters, state, tokens, scores, result, whole
+            )
         else:
-            if top_p < 1:
-                for i in range(thread, BINS, THREADS):
-                    sums[i] = 0
-                cuda.syncthreads()
-                for i in range(thread, n, THREADS):
-                    b = bin_of(logits[i], largest)
-                    if b < border or (b == border and place_of(logits[i], i) <= last_place):
-                        cuda.atomic.add(sums, b, np.int64(math.exp(np.float64(logits[i] - largest)) * MASS))
-                cuda.syncthreads()
-                add_up(sums)
-                enough = top_p * sums[BINS - 1]
-                for i in range(thread, BINS, THREADS):
-                    if sums[i] >= enough and (i == 0 or sums[i - 1] < enough):
-                        found[0] = np.int32(i)
-                cuda.syncthreads()
-                last_bin = min(last_bin, found[0])
-            least = np.float32(-np.inf)
-            if min_p > 0:
-                least = largest + np.float32(math.log(min_p))
-            for i in range(thread, n, THREADS):
-                b = bin_of(logits[i], largest)
-                kept = b <= last_bin and (b < border or place_of(logits[i], i) <= last_place)
-                if kept and logits[i] >= least:
-                    score = logits[i] / np.float32(temperature) + gumbel(state[0], i)
-                    if better(best, best_token, score, np.int32(i)):
-                        best, best_token = score, np.int32(i)
-        best, token = best_of_block(best, best_token, values, places)
+            cut = last_bin, border_bin, last_key
+            best, best_token = draw_from_bins(logits, n, largest, cut, filters, state, sums, result)
+        best, token = block_argmax(best, best_token, values, indices)
 
     cuda.syncthreads()
     if thread == 0:
-        if broken:
+        if is_invalid:
             token = np.int32(-1)
         else:
             recent[counts[0] % recent_window()] = token
@@ -259,21 +309,18 @@ def sample_kernel(logits, n, settings, recent, counts, state, next_token):
         next_token[0] = token
 
 
-@device
-def recent_window():
-    """`sampler.REPEAT_WINDOW`."""
-    return 64
-
-
 @cuda.jit
 def advance_kernel(next_token, ids, positions, step, slots_address, n_slots):
-    """Make the new token the next step's input, and put it, with the step's number, where the host looks."""
-    wait_for_predecessor()
-    let_successor_start()
+    """Make the new token the next step's input and publish it to the host: step << 32 | token in slot step % n_slots.
+
+    `slots_address` is the address of int64[n_slots] in memory that the host reads. A failed draw, -1, goes on with
+    token 0.
+    """
+    pdl_sync()
     if cuda.threadIdx.x == 0:
         token = next_token[0]
         ids[0] = max(token, 0)
         positions[0] += 1
         number = step[0] + 1
         step[0] = number
-        publish(slots_address + 8 * (number % n_slots), (number << 32) | (np.int64(token) & 0xFFFFFFFF))
+        store_release_system(slots_address + 8 * (number % n_slots), (number << 32) | (np.int64(token) & 0xFFFFFFFF))

@@ -14,22 +14,10 @@ import pytest
 
 import numballama
 from numballama import DeviceError, kernel_cache
-from tests.helpers.cuda_host import missing_packages
+from tests.helpers.cuda_host import missing_gpu, missing_packages
 from tests.helpers.random_models import save
 
 ROOT = Path(numballama.__file__).parent.parent
-
-
-def has_gpu() -> bool:
-    if missing_packages():
-        return False
-    from numballama.cuda.driver import Device
-
-    try:
-        Device("cuda")
-    except DeviceError:
-        return False
-    return True
 
 
 WITHOUT_PACKAGES = """
@@ -106,7 +94,7 @@ def test_auto_takes_the_cpu_and_says_why(hidden: str) -> None:
     assert text
 
 
-@pytest.mark.skipif(has_gpu(), reason="this machine has a GPU")
+@pytest.mark.skipif(not missing_gpu(), reason="this machine has a GPU")
 def test_on_this_very_machine(tmp_path: Path) -> None:
     path, _ = save(tmp_path, "llama2c-v0")
     with pytest.raises(DeviceError, match="cuda"):

@@ -14,6 +14,8 @@ import pytest
 from numballama.errors import FormatError
 from tests.helpers import fuzz_formats
 
+pytestmark = pytest.mark.slow
+
 SAMPLE = 150
 """Cases of each format; the script runs as many as one likes."""
 

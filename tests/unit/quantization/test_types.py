@@ -115,7 +115,7 @@ def test_every_runnable_type_has_a_device_layout(name: str) -> None:
 @pytest.mark.parametrize("name", LINEAR_TYPES)
 def test_every_payload_has_an_element_type_on_the_device(name: str) -> None:
     pytest.importorskip("numba.cuda.extending")
-    from numballama.cuda.intrinsics import ELEMENT_TYPES, PER_16_BYTES, SCALED
+    from numballama.cuda.quant_traits import ELEMENT_TYPES, PER_16_BYTES, SCALED
 
     payload = PAYLOAD_TYPE[name]
     element = ELEMENT_TYPES[payload].name

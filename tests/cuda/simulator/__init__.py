@@ -1,19 +1,26 @@
-"""Numba's CUDA simulator with what it lacks, so that it runs this package's kernels, from the very same sources.
+"""Numba's CUDA simulator, completed so that it runs this package's kernels from their own sources. No GPU is needed.
 
-To be imported, before anything of `numballama` or `numba`, in a process with NUMBA_ENABLE_CUDASIM=1. It supplies:
+Import this first, before anything of `numballama` or `numba`, in a process with NUMBA_ENABLE_CUDASIM=1.
 
-- warp shuffles, and every function of `lowlevel_cuda.instructions`, which have no Python behind them (those of
-  `lowlevel_cuda.tensor_cores` stay without: `ptx_emulator` runs their kernels);
-- typed pointers as `Pointer`, which knows its bounds; integers come out of it as Python's, which do not overflow, as
-  Numba computes with int64;
-- a scheduler in the place of the simulator's, which polls its threads: of a block's threads one runs at a time, and
-  hands on when it comes to a barrier or a shuffle. That is 20 times as fast, always the same, and notices threads of a
-  warp that come to different places.
+What it emulates:
 
-It is as unkind as the hardware may be. Shared memory begins as NaN; warps run in random order between barriers; an
-asynchronous copy happens as late as its await allows; what a kernel reads before it waits for its predecessor is NaN
-where that kernel writes it (they run at the same time then), and writing before it is an error; addresses must be
-aligned, and lie in memory that was taken.
+- Every function of `intrinsics.py` and `quant_traits.py` of `numballama/cuda`, in Python (`instructions.py`), and warp
+  shuffles. Those of `mma.py` are not emulated: `tests/cuda/emulator` runs the PTX of kernels that use tensor cores.
+- Typed pointers, as `Pointer`, which knows its bounds. Integers that are read from it are Python's: like Numba's int64
+  they do not overflow.
+- A scheduler that replaces the simulator's, which polls its threads. One thread of a block runs at a time, until it
+  comes to a barrier or a shuffle. That is 20 times as fast, deterministic, and notices threads of a warp that come to
+  different places.
+
+It is as strict as hardware may be. Shared memory begins as NaN. Warps run in random order between barriers. An
+asynchronous copy happens as late as its wait allows. What a kernel reads before it waits for its predecessor is NaN
+where that kernel writes it, since both run at the same time; writing before the wait is an error. Addresses must be
+aligned and inside memory that was allocated.
+
+To add an instruction: write a Python function in `instructions.py` and add it to `EMULATED` under the name that it has
+in `intrinsics.py`. Load and store global memory by `simulation.load`, `simulation.check` and `simulation.note_write`,
+shared memory after `simulation.shared.check`; a thread's own state belongs to `lane()`. A kernel that uses a function
+without emulation fails with NotImplementedError, and `test_every_instruction_is_emulated` names it.
 """
 
 # ruff: noqa: E402
@@ -54,14 +61,17 @@ def _jit(function: Any = None, **options: Any) -> Any:
 
 
 class _Unknown:
-    """A function that only PTX has, until `_EMULATED` replaces it."""
+    """An intrinsic, until an entry of `EMULATED` replaces it."""
 
     def __init__(self, name: str) -> None:
         self.name = name
 
     def __call__(self, *arguments: Any) -> Any:
-        raise NotImplementedError(f"tests/cuda/simulator.py does not know lowlevel_cuda's {self.name}")
+        raise NotImplementedError(f"tests/cuda/simulator/instructions.py does not emulate {self.name}")
 
+
+KERNEL_MODULES = ("numballama.cuda.kernels", "numballama.kernels_cuda")
+"""Prefixes of the modules whose `cuda` is replaced while a kernel runs."""
 
 cuda.jit = _jit
 extending.intrinsic = lambda function: _Unknown(function.__name__)
@@ -260,7 +270,7 @@ _ELEMENTS = {
     "u8": np.uint8, "u32": np.uint32, "q4_1": np.uint8, "q4_k": np.uint8, "q6_k": np.uint8,
 }  # fmt: skip
 """As `compiler.signature` has them."""
-_PACKED = ("q4_1", "q4_k", "q6_k")
+PACKED = ("q4_1", "q4_k", "q6_k")
 """Types that kernels tell apart although NumPy's are the same."""
 
 
@@ -269,7 +279,7 @@ class Pointer:
 
     def __init__(self, address: int, size: int, dtype: Any, shared: bool = False, kind: str = "") -> None:
         self.address, self.size, self.dtype, self.shared = address, size, np.dtype(dtype), shared
-        self.kind = kind if kind in _PACKED else self.dtype.name
+        self.kind = kind if kind in PACKED else self.dtype.name
         self.bytes_each = self.dtype.itemsize
         buffer = (ctypes.c_uint8 * max(size * self.bytes_each, 1)).from_address(address)
         self._view = np.frombuffer(buffer, self.dtype, size)
@@ -351,10 +361,7 @@ class Simulation:
         function = launch.function  # before its file is looked for
         with ExitStack() as stack:
             for name, module in list(sys.modules.items()):
-                if (
-                    name.startswith(("numballama.cuda.", "numballama.kernels_cuda"))
-                    and vars(module).get("cuda") is cuda
-                ):
+                if name.startswith(KERNEL_MODULES) and vars(module).get("cuda") is cuda:
                     marker = python_types.FunctionType((lambda: None).__code__, vars(module))
                     stack.enter_context(swapped_cuda_module(marker, context))
             numba_simulator.FakeCUDAModule = lambda *shape: context
@@ -364,265 +371,38 @@ class Simulation:
 simulation = Simulation()
 
 
-# The instructions
-
-
-def _numbers(name: str, words: Any) -> np.ndarray:
-    """Numbers in 16 bytes of a type without scales."""
-    raw = np.array(words, np.uint32)
-    if name == "float32":
-        return raw.view(np.float32)
-    if name == "uint16":
-        return raw.view(np.float16).astype(np.float32)
-    assert name == "int16"
-    return (raw.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
-
-
-_PER_16 = {
-    "float32": 4, "uint16": 8, "int16": 8, "int8": 16, "uint8": 32, "q4_1": 32, "q4_k": 32, "q6_k": 16,
-}  # fmt: skip
-
-
-def _address(memory: Pointer, index: int) -> int:
-    return memory.address + int(index) * memory.bytes_each
-
-
-def _shared_address(memory: Pointer, index: int) -> int:
-    assert memory.shared
-    return _address(memory, index)
-
-
-def _floats4(memory: Pointer, index: int) -> tuple[Any, ...]:
-    assert memory.dtype == np.float32
-    assert _address(memory, index) % 16 == 0, f"floats4 at element {index}"
-    return tuple(np.float32(memory[index + i]) for i in range(4))
-
-
-def _store4(memory: Pointer, index: int, *numbers: Any) -> None:
-    assert memory.dtype == np.float32
-    assert _address(memory, index) % 16 == 0, f"store4 at element {index}"
-    for i, number in enumerate(numbers):
-        memory[index + i] = number
-
-
-def _dot16(memory: Pointer, words: Any, x: Pointer, index: int, step: int) -> Any:
-    if memory.dtype.name in ("int8", "uint8"):
-        return np.float32(0)
-    numbers, total = _numbers(memory.dtype.name, words), 0.0
-    for four in range(len(numbers) // 4):
-        others = _floats4(x, index + four * step)
-        for i in range(4):
-            total += float(numbers[4 * four + i]) * float(others[i])
-    return np.float32(total)
-
-
-def _unpack8(memory: Pointer, words: Any) -> tuple[Any, ...]:
-    numbers = list(_numbers(memory.dtype.name, words))
-    assert len(numbers) in (4, 8)
-    return tuple((numbers + [np.float32(0)] * 4)[:8])
-
-
-def _number(memory: Pointer, row: int, index: int) -> Any:
-    name = memory.dtype.name
-    if name == "uint8":
-        byte = simulation.load(row + index // 32 * 16 + index % 16, 1)[0]
-        return np.float32((byte >> (4 * (index % 32 // 16)) & 15) - 8)
-    raw = simulation.load(row + index * memory.bytes_each, memory.bytes_each)
-    if name == "int16":
-        raw = b"\0\0" + raw
-    kind = {"uint16": np.float16, "int8": np.int8}.get(name, np.float32)
-    return np.float32(np.frombuffer(raw, kind)[0])
-
-
-def _store_number(memory: Pointer, index: int, value: Any) -> None:
-    name, value = memory.dtype.name, np.float32(value)
-    if name == "float32":
-        memory[index] = value
-    elif name == "uint16":
-        memory[index] = np.float16(value).view(np.uint16)
-    else:
-        bits = int(value.view(np.uint32))
-        bits = bits | 0x400000 if np.isnan(value) else bits + 0x7FFF + (bits >> 16 & 1)
-        memory[index] = np.uint16(bits >> 16 & 0xFFFF).view(np.int16)
-
-
-def _scale_in(memory: Pointer, word: Any, index: int) -> Any:
-    if memory.dtype == np.float32:
-        return np.uint32(word).view(np.float32)
-    return np.float32(np.uint16(int(word) >> (16 * (index & 1)) & 0xFFFF).view(np.float16))
-
-
-def _copy(nbytes: int) -> Callable[[int, int, int], None]:
-    def copy(to: int, source: int, count: int) -> None:
-        assert count in (0, nbytes)
-        assert to % nbytes == 0 and source % nbytes == 0, "a copy's addresses are aligned even if it copies nothing"
-        simulation.shared.check(to, nbytes)
-        if count:
-            simulation.check(source, nbytes)
-        own = lane()
-        own.copies.append((to, source if count else 0, nbytes, own.waited))
-        if not simulation.asynchronous:
-            _finish(own.copies)
-
-    return copy
-
-
-def _finish(copies: list[tuple[int, int, int, bool]]) -> None:
-    own = lane()
-    for to, source, nbytes, waited in copies:
-        now, own.waited = own.waited, waited  # it may have been read as early as it was asked for
-        data = simulation.load(source, nbytes) if source else bytes(nbytes)
-        own.waited = now
-        ctypes.memmove(int(to), data, nbytes)
-    copies.clear()
-
-
-def _close_copies() -> None:
-    own = lane()
-    own.groups.append(own.copies)
-    own.copies = []
-
-
-def _await(pending: int) -> Callable[[], None]:
-    def wait() -> None:
-        groups = lane().groups
-        while len(groups) > pending:
-            _finish(groups.popleft())
-
-    return wait
-
-
-def _words(data: bytes) -> tuple[Any, ...]:
-    return tuple(np.frombuffer(data, np.uint32))
-
-
-def _shared_words(count: int) -> Callable[[int], Any]:
-    def load(where: int) -> Any:
-        simulation.shared.check(where, 4 * count)
-        words = _words(ctypes.string_at(int(where), 4 * count))
-        return words if count > 1 else words[0]
-
-    return load
-
-
-def _wait_for_predecessor() -> None:
-    lane().waited = True
-
-
-def _let_successor_start() -> None:
-    assert lane().waited, "the successor would start before this kernel's predecessor has ended"
-
-
-def _count_up(counter: int) -> int:
-    simulation.check(counter, 4)
-    simulation.note_write(counter, 4)
-    cell = ctypes.c_int32.from_address(int(counter))
-    cell.value += 1
-    return cell.value - 1
-
-
-def _publish(where: int, number: int) -> None:
-    simulation.check(where, 8)
-    simulation.note_write(where, 8)
-    ctypes.c_int64.from_address(int(where)).value = int(number)
-
-
-_UNSIGNED = list(range(256))
-_SIGNED = [byte - 256 * (byte > 127) for byte in range(256)]
-
-
-def _dp4a(first: list[int], second: list[int]) -> Callable[[Any, Any, Any], int]:
-    def dp4a(a: Any, b: Any, total: Any) -> int:
-        x, y = int(a), int(b)
-        if not (x and y):
-            return int(total)
-        result = (
-            int(total) + first[x & 255] * second[y & 255] + first[x >> 8 & 255] * second[y >> 8 & 255]
-            + first[x >> 16 & 255] * second[y >> 16 & 255] + first[x >> 24] * second[y >> 24]
-        )  # fmt: skip
-        assert -(2**31) <= result < 2**31, "a sum of products overflows"
-        return result
-
-    return dp4a
-
-
-def _nearest(x: Any) -> int:
-    return 0 if np.isnan(x) else int(np.clip(np.rint(np.float64(x)), -(2**31), 2**31 - 1))
-
-
-def _planes(*numbers: int) -> tuple[Any, ...]:
-    rows = np.array(numbers, np.int64).astype(np.int32).view(np.uint8).reshape(4, 4)
-    return tuple(np.ascontiguousarray(rows[:, which]).view(np.uint32)[0] for which in range(3))
-
-
-_EMULATED: dict[str, Callable[..., Any]] = {
-    "address": _address,
-    "shared_address": _shared_address,
-    "floats4": _floats4,
-    "store4": _store4,
-    "f32_of_bits": lambda bits: np.uint32(bits).view(np.float32),
-    "bits_of_f32": lambda number: np.float32(number).view(np.uint32),
-    "f32_of_half": lambda bits: np.float32(np.uint16(int(bits) & 0xFFFF).view(np.float16)),
-    "dp4a": _dp4a(_SIGNED, _SIGNED),
-    "dp4a_su": _dp4a(_SIGNED, _UNSIGNED),
-    "dp4a_us": _dp4a(_UNSIGNED, _SIGNED),
-    "dp4a_uu": _dp4a(_UNSIGNED, _UNSIGNED),
-    "nearest": _nearest,
-    "planes": _planes,
-    "exp2": lambda x: np.exp2(np.float32(x)),
-    "f32_of_signed_byte": lambda word: np.float32(np.uint8(int(word) & 255).view(np.int8)),
-    "per_16_bytes": lambda memory: _PER_16[memory.kind],
-    "has_scales": lambda memory: memory.kind in ("int8", "uint8", *_PACKED),
-    "is_packed": lambda memory: memory.kind in _PACKED,
-    "is_q4_1": lambda memory: memory.kind == "q4_1",
-    "is_q4_k": lambda memory: memory.kind == "q4_k",
-    "is_q6_k": lambda memory: memory.kind == "q6_k",
-    "counts_from": lambda memory: np.float32({"uint8": 8, "q6_k": 32}.get(memory.kind, 1)),
-    "dot16": _dot16,
-    "unpack8": _unpack8,
-    "number": _number,
-    "store_number": _store_number,
-    "scale_bytes": lambda memory: memory.bytes_each,
-    "scale_word": lambda memory, index: _address(memory, index) & -4,
-    "scale_in": _scale_in,
-    "copy16": _copy(16),
-    "copy8": _copy(8),
-    "copy4": _copy(4),
-    "close_copies": _close_copies,
-    "await_all": _await(0),
-    "await_all_but_1": _await(1),
-    "await_all_but_2": _await(2),
-    "await_all_but_3": _await(3),
-    "shared_words4": _shared_words(4),
-    "shared_words2": _shared_words(2),
-    "shared_word": _shared_words(1),
-    "word": lambda where: _words(simulation.load(where, 4))[0],
-    "words4": lambda where: _words(simulation.load(where, 16)),
-    "keep_loop": lambda: None,
-    "wait_for_predecessor": _wait_for_predecessor,
-    "let_successor_start": _let_successor_start,
-    "count_up": _count_up,
-    "publish": _publish,
-}
+# The intrinsics
 
 
 def _emulate() -> list[str]:
-    """Put Python in the place of the instructions, before a kernel imports them; returns those that have none."""
-    assert not any(name.startswith("numballama.cuda.ops") for name in sys.modules)
-    from numballama.cuda import intrinsics as instructions
-    from numballama.cuda import mma as tensor_cores
+    """Replace the intrinsics by their emulation, before a kernel imports them. Returns the names that have none."""
+    assert not any(name.startswith(KERNEL_MODULES) for name in sys.modules)
+    from numballama.cuda import intrinsics, mma, quant_traits
+    from tests.cuda.simulator.instructions import EMULATED
 
     missing = []
-    for module in (instructions, tensor_cores):
+    for module in (intrinsics, quant_traits, mma):
         for name, value in list(vars(module).items()):
             if isinstance(value, _Unknown):
                 value.name = name
-                if name in _EMULATED:
-                    setattr(module, name, _EMULATED[name])
+                if name in EMULATED:
+                    setattr(module, name, EMULATED[name])
                 else:
                     missing.append(name)
     return missing
 
 
 missing = _emulate()
-"""Instructions that have no emulation: a kernel that uses one fails. Those of tensor cores are for `ptx_emulator`."""
+"""Names of intrinsics without emulation: those of tensor cores."""
+
+
+def launch(function: Any, *arrays: np.ndarray, threads: int = 64, shared: int = 1024) -> list[np.ndarray]:
+    """Run a kernel of a test with one block on copies of arrays. Returns what is in them afterwards."""
+    from numballama.cuda.launch import Launch
+    from tests.cuda.checks import Bench
+
+    bench = Bench()
+    arguments = tuple(bench.put(array) for array in arrays)
+    named = {str(i): argument for i, argument in enumerate(arguments)}
+    simulation.run(Launch(function, (1,), threads, named, shared))
+    return [bench.get(argument) for argument in arguments]

@@ -1,141 +1,14 @@
-"""PTX run by NumPy, so that what Numba made of a kernel can be tested where there is no GPU: fragments of tensor cores,
-swizzled addresses and asynchronous copies, by their description in NVIDIA's PTX ISA, not by what a kernel hopes.
-
-The threads of a block are the numbers of an array. Where they part, those with the lowest program counter go first,
-which lets them meet again. It is strict where a GPU is lenient: loads must be aligned and inside an allocation, shared
-memory begins as NaNs, asynchronous copies arrive no sooner than they are waited for, warps come whole to instructions
-that want whole warps. Not modelled: races between threads, and timing.
-"""
+"""A block of threads that executes a program: registers are arrays with an element for each thread."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
-SHARED = 1 << 40
-"""Where the window of shared memory begins among generic addresses."""
-BASE = 1 << 20
-"""The address of the first allocation."""
-
-WIDTHS = {"b8": 1, "u8": 1, "s8": 1, "b16": 2, "u16": 2, "s16": 2, "f16": 2, "b32": 4, "u32": 4, "s32": 4, "f32": 4,
-          "b64": 8, "u64": 8, "s64": 8, "f64": 8, "bf16x2": 4, "f16x2": 4, "pred": 1}  # fmt: skip
-NUMPY = {"u8": np.uint8, "s8": np.int8, "b8": np.uint8, "u16": np.uint16, "s16": np.int16, "b16": np.uint16,
-         "f16": np.float16, "u32": np.uint32, "s32": np.int32, "b32": np.uint32, "f32": np.float32, "u64": np.uint64,
-         "s64": np.int64, "b64": np.uint64, "f64": np.float64, "pred": np.bool_}  # fmt: skip
-
-
-class Memory:
-    """Global memory: allocations with 0xFF between them, which nobody may touch."""
-
-    def __init__(self, size: int = 1 << 24) -> None:
-        self.bytes = np.full(size, 0xFF, np.uint8)
-        self.allowed = np.zeros(size, bool)
-        self._used = 256
-
-    def put(self, array: np.ndarray) -> int:
-        """A copy of an array; returns its address, a multiple of 256."""
-        raw = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
-        at = self._used
-        self.bytes[at : at + raw.size] = raw
-        self.allowed[at : at + raw.size] = True
-        self._used += -(-(raw.size + 256) // 256) * 256
-        assert self._used <= self.bytes.size
-        return BASE + at
-
-    def get(self, address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-        at, count = address - BASE, int(np.prod(shape)) * np.dtype(dtype).itemsize
-        return self.bytes[at : at + count].copy().view(dtype).reshape(shape)
-
-
-@dataclass(frozen=True)
-class Statement:
-    guard: str
-    negated: bool
-    operation: tuple[str, ...]
-    operands: tuple[Any, ...]
-    text: str
-
-
-def _split(text: str) -> tuple[Any, ...]:
-    """Operands: braces become tuples."""
-    parts: list[Any] = []
-    for found in re.finditer(r"\{([^}]*)\}|\[[^]]*\]|[^,\s]+", text):
-        parts.append(tuple(p.strip() for p in found[1].split(",")) if found[1] is not None else found[0])
-    return tuple(parts)
-
-
-class Program:
-    """A kernel's PTX, read."""
-
-    def __init__(self, ptx: str) -> None:
-        ptx = re.sub(r"//[^\n]*", "", ptx)
-        head = re.search(r"\.entry\s+[\w$]+\s*\((.*?)\)", ptx, re.S)
-        assert head
-        self.parameters = re.findall(r"\.param\s+\.(\w+)\s+([\w$]+)", head[1])
-        self.shared: dict[str, int] = {}
-        size, dynamic = 0, ""
-        for external, align, name, count in re.findall(
-            r"(\.extern)?\s*\.shared\s+\.align\s+(\d+)\s+\.b8\s+([\w$]+)\[(\d*)\]", ptx
-        ):
-            if external:
-                dynamic = name
-                continue
-            size = -(-size // int(align)) * int(align)
-            self.shared[name] = size
-            size += int(count)
-        self.static_bytes = -(-size // 16) * 16
-        if dynamic:
-            self.shared[dynamic] = self.static_bytes
-        body = ptx[ptx.index("{", head.end()) :]
-        self.statements: list[Statement] = []
-        self.labels: dict[str, int] = {}
-        self._read(body)
-
-    def _read(self, body: str) -> None:
-        scopes: list[dict[str, str]] = []
-        count = 0
-        for piece in re.findall(
-            r"[$\w]+:(?=\s*\{)|\{(?![^{};]*\}\s*[,;])|\}(?!\s*[,;])|[^;{}]*(?:\{[^{};]*\}[^;{}]*)*;", body
-        ):
-            text = " ".join(piece.split())
-            if text == "{":
-                scopes.append({})
-                continue
-            if text == "}":
-                scopes.pop()
-                continue
-            text = text.rstrip("; ")
-            while match := re.match(r"([$\w]+):\s*", text):  # labels
-                self.labels[match[1]] = len(self.statements)
-                text = text[match.end() :]
-            if not text or text.startswith((".pragma", ".loc", ".shared", ".extern")):
-                continue
-            if text.startswith(".reg"):
-                for name in re.findall(r"[%\w]+(?=[,\s]|$|<)", text.split(None, 2)[2]):
-                    if not name.startswith("%"):
-                        count += 1
-                        scopes[-1][name] = f"{name}.{count}"
-                continue
-            for scope in scopes:
-                for name, fresh in scope.items():
-                    head, _, tail = text.partition(" ")
-                    if head.startswith("@"):
-                        text = re.sub(rf"(?<![\w.%$]){name}(?![\w.$])", fresh, head) + " " + tail
-                        guard, _, rest = text.partition(" ")
-                        operation, _, operands = rest.partition(" ")
-                        operands = re.sub(rf"(?<![\w.%$]){name}(?![\w.$])", fresh, operands)
-                        text = f"{guard} {operation} {operands}"
-                    else:
-                        text = head + " " + re.sub(rf"(?<![\w.%$]){name}(?![\w.$])", fresh, tail)
-            guard, negated = "", False
-            if match := re.match(r"@(!?)(\S+)\s+", text):
-                guard, negated, text = match[2], bool(match[1]), text[match.end() :]
-            operation, _, operands = text.partition(" ")
-            self.statements.append(Statement(guard, negated, tuple(operation.split(".")), _split(operands), text))
+from tests.cuda.emulator.program import BASE, NUMPY, SHARED, WIDTHS, Memory, Program, Statement
 
 
 class Block:
@@ -546,19 +419,3 @@ def from_16(bits: np.ndarray, kind: str) -> np.ndarray:
     if kind == "f16":
         return bits.view(np.float16).astype(np.float64)
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
-
-
-def run(
-    program: Program, memory: Memory, grid: Sequence[int], threads: int, arguments: Sequence[Any], shared_bytes: int = 0
-) -> dict[str, int]:
-    """All blocks of a launch, one after the other. Returns how often each instruction was executed."""
-    grid = (*grid, 1, 1)[:3]
-    total: dict[str, int] = {}
-    for z in range(grid[2]):
-        for y in range(grid[1]):
-            for x in range(grid[0]):
-                block = Block(program, memory, arguments, threads, (x, y, z), grid, shared_bytes)
-                block.run()
-                for name, count in block.executed.items():
-                    total[name] = total.get(name, 0) + count
-    return total

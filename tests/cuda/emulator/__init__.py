@@ -1,0 +1,44 @@
+"""An emulator of PTX in NumPy: it runs what Numba compiled a kernel to, where there is no GPU.
+
+It is for what Numba's simulator cannot run: fragments of tensor cores, swizzled shared memory and asynchronous copies,
+by their description in NVIDIA's PTX ISA and not by what a kernel hopes.
+
+What it emulates: the threads of a block, as elements of arrays, each register being one array. Where threads diverge,
+those with the lowest program counter run first, which lets them meet again. It is strict where a GPU is lenient: loads
+must be aligned and inside an allocation, shared memory begins as NaNs, asynchronous copies arrive no sooner than they
+are waited for, and warps must be whole at instructions that need whole warps. Not emulated: races between threads, and
+timing.
+
+`program.py` parses PTX and holds global memory; `block.py` executes a block.
+
+To add an instruction: one that computes a result from operands of one type goes to `OPERATIONS` in `block.py`, under
+the first part of its opcode. Any other is a method `_<first part of the opcode>(modifiers, operands, mask)` of `Block`:
+`modifiers` are the other parts of the opcode, `operands` the operands as text, with tuples for braces, and `mask` tells
+which threads execute it. Read operands by `_value(operand, type)`, write the result by `_set(register, array, mask)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from tests.cuda.emulator.block import Block, from_16, round_16
+from tests.cuda.emulator.program import Memory, Program
+
+__all__ = ["Memory", "Program", "from_16", "round_16", "run"]
+
+
+def run(
+    program: Program, memory: Memory, grid: Sequence[int], threads: int, arguments: Sequence[Any], shared_bytes: int = 0
+) -> dict[str, int]:
+    """All blocks of a launch, one after the other. Returns how often each instruction was executed."""
+    grid = (*grid, 1, 1)[:3]
+    total: dict[str, int] = {}
+    for z in range(grid[2]):
+        for y in range(grid[1]):
+            for x in range(grid[0]):
+                block = Block(program, memory, arguments, threads, (x, y, z), grid, shared_bytes)
+                block.run()
+                for name, count in block.executed.items():
+                    total[name] = total.get(name, 0) + count
+    return total

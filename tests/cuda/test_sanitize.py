@@ -1,0 +1,63 @@
+"""Every kernel once, on small shapes, for NVIDIA's compute-sanitizer.
+
+compute-sanitizer --tool memcheck --error-exitcode 1 python -m pytest tests/cuda/test_sanitize.py
+compute-sanitizer --tool racecheck --error-exitcode 1 python -m pytest tests/cuda/test_sanitize.py
+"""
+
+# ruff: noqa: E402
+from __future__ import annotations
+
+import pytest
+
+from tests.helpers.cuda_host import require_gpu
+
+require_gpu()
+
+pytestmark = pytest.mark.gpu
+
+from numballama.config import ModelConfig
+from numballama.session import Session
+from tests.cuda.checks import SHARE, Bench, Pair, check_draws, check_runs, check_whole_runs, run_checked
+from tests.cuda.gpu import LOGITS, fill_cache
+from tests.helpers.sampling import make_sampler
+
+
+@pytest.mark.parametrize("kind", ["f32", "bf16", "q8_0", "q4_0"])
+@pytest.mark.parametrize("fusions", [False, True])
+def test_sanitize_models(kind: str, fusions: bool) -> None:
+    config = ModelConfig(64, 96, 1, 4, 2, 77, 40, qkv_bias=not fusions, qk_norm=not fusions)
+    pair = Pair(config, kind, "f32" if kind == "f32" else "f16", sequences=2)
+    check_runs(pair, [5, 1, 8, 1], 8, fusions)
+    # tensor cores take 16-bit activations; of those of bfloat16 eight bits count
+    check_whole_runs(pair, [20, 1], 20, fusions, {"f32": SHARE, "bf16": 2**-6}.get(kind, 2**-8))
+    pair.close()
+
+
+def test_sanitize_other_shapes() -> None:
+    """Odd sizes, heads of six numbers, int8 activations, a context in parts."""
+    for config, kind, kv, int8 in (
+        (ModelConfig(18, 7, 1, 3, 1, 11, 8, tied_embeddings=False), "f16", "bf16", False),
+        (ModelConfig(64, 32, 1, 4, 4, 33, 8), "int8", "f32", True),
+    ):
+        pair = Pair(config, kind, kv, group=16, int8_activations=int8)
+        check_runs(pair, [3, 1], 4, True)
+        pair.close()
+    pair = Pair(ModelConfig(32, 16, 1, 4, 2, 20, 600), "f32", "f16")
+    program, reference = pair.programs(1)
+    fill_cache(pair, program)
+    run_checked(program, reference, [1], 590, 0, False)
+    pair.close()
+
+
+def test_sanitize_sampling(bench: Bench) -> None:
+    check_draws(bench, LOGITS, times=2, seed=1)
+    check_draws(bench, LOGITS, times=1, seed=1, top_k=0, top_p=0.8)
+    check_draws(bench, LOGITS, times=2, seed=1, repeat_penalty=1.3, top_k=0, top_p=1.0, min_p=0.1)
+    pair = Pair(ModelConfig(16, 16, 1, 2, 1, 40, 12))
+    (decode, _), (prompt, _) = pair.programs(1), pair.programs(2)
+    for sampler in (make_sampler(40, seed=1), make_sampler(40, temperature=0)):
+        session = Session(decode, prompt, 12, 40)
+        token = session.prefill([1, 2], sampler)
+        for _ in range(5):
+            token = session.step(int(token or 0), sampler)
+    pair.close()
