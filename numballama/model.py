@@ -337,7 +337,7 @@ class Model:
             self._shared,
             ids,
             sampler,
-            tokenizer.decoder(at_start=strip_leading_space),
+            tokenizer.decoder(strip_leading_space=strip_leading_space),
             max_tokens=settings.max_tokens,
             stop=settings.stop,
             stop_token_ids=self._stop_token_ids(settings, tokenizer),

@@ -175,7 +175,7 @@ class Chat:
         before, turn, tokens = self._history, Turn(len(ids)), list[int]()
         answer = {"role": "assistant", "content": ""}
         history = [*history, answer]
-        decoder = self._encoder.tokenizer.decoder(at_start=False)
+        decoder = self._encoder.tokenizer.decoder(strip_leading_space=False)
         for response in responses:
             if self._history is not (history if tokens else before):
                 raise Error("the conversation was continued without this answer")

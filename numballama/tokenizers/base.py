@@ -123,9 +123,9 @@ class Tokenizer(ABC):
         decoder = self.decoder()
         return "".join([*map(decoder.push, ids), decoder.flush()])
 
-    def decoder(self, at_start: bool = True) -> Decoder:
-        """A `Decoder` for a stream of ids; `at_start` False when its text continues another, so that spaces stay."""
-        return Decoder(self, self._strip if at_start else Strip.NONE)
+    def decoder(self, strip_leading_space: bool = True) -> Decoder:
+        """A `Decoder` for a stream of ids. `strip_leading_space` False: the text continues another, so spaces stay."""
+        return Decoder(self, self._strip if strip_leading_space else Strip.NONE)
 
     def token_bytes(self, token: SupportsIndex) -> bytes:
         """The bytes of UTF-8 that a token contributes to text, its leading space included; control tokens have none."""

@@ -102,7 +102,7 @@ def test_characters_are_never_split(model: Model, seed: int) -> None:
     assert model.tokenizer is not None
     tokens = [piece.token for piece in pieces if piece.finish_reason != "stop"]
     assert sum(3 <= token < 259 for token in tokens) > 10, "hardly any bytes: the test says nothing"
-    decoder = model.tokenizer.decoder(at_start=False)
+    decoder = model.tokenizer.decoder(strip_leading_space=False)
     assert joined(pieces) == "".join([*map(decoder.push, tokens), decoder.flush()])
 
 

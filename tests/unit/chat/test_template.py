@@ -53,21 +53,6 @@ def test_renderings_are_the_peers(name: str, small: Tokenizer) -> None:
     assert ids == PEERS[name].get("ids", [])
 
 
-def test_llama_2s_is_metas(small: Tokenizer) -> None:
-    """As chat_completion in Meta's llama repository puts it, and Hugging Face's template."""
-    template = ChatTemplate(SOURCES["built-in Llama 2's"], small)
-    turns = [
-        {"role": "user", "content": " a "},
-        {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "c"},
-    ]
-    assert template.render(turns) == "<s>[INST] a [/INST] b </s><s>[INST] c [/INST]"
-    system = [{"role": "system", "content": "S"}]
-    assert template.render(system + turns[:1]) == "<s>[INST] <<SYS>>\nS\n<</SYS>>\n\n a [/INST]"
-    with pytest.raises(Error, match="refuses this conversation: user and assistant must take turns"):
-        template.render(turns[:1] * 2)
-
-
 def test_the_vocabulary_chooses(small: Tokenizer, tmp_path: Path, models: Path) -> None:
     assert choose(None, load_tokenizer(models / "tok512.model")).name == "Llama 2's chat template"
     assert (

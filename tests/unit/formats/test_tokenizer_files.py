@@ -225,7 +225,7 @@ def test_a_character_appears_with_its_last_byte(tokenizer: Tokenizer) -> None:
 def test_the_first_space_goes_only_at_the_start(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("a b")
     assert tokenizer.decode(ids) == tokenizer.decode(ids[1:]) == "a b"
-    decoder = tokenizer.decoder(at_start=False)
+    decoder = tokenizer.decoder(strip_leading_space=False)
     assert "".join(map(decoder.push, ids)) == " a b"
 
 
