@@ -167,8 +167,11 @@ def rope(worker, n_workers, tokens, x, angles, out, head_dim, interleaved):
 
 @device
 def kv_index(sequence, head, position):
-    """Index of a position's row of head_dim elements in a KV cache. All kernels address the caches by it."""
-    return sequence, head, position
+    """Where a KV cache has the rows of one sequence and KV head from `position` on, one behind the other.
+
+    `cache[kv_index(…)]` is [positions, head_dim]; its row 0 belongs to `position`. All kernels address caches by this.
+    """
+    return sequence, head, slice(position, None)
 
 
 def kv_write(worker, n_workers, tokens, x, cache, positions, sequences):
@@ -176,7 +179,7 @@ def kv_write(worker, n_workers, tokens, x, cache, positions, sequences):
     begin, end = partition(tokens * heads, worker, n_workers, 1)
     for unit in range(begin, end):
         t, h = divmod(unit, heads)
-        row = cache[kv_index(sequences[t], h, positions[t])]
+        row = cache[kv_index(sequences[t], h, positions[t])][0]
         for d in range(head_dim):
             row[d] = f32_to(row[d], x[t, h * head_dim + d])
 
@@ -188,13 +191,12 @@ def first_visible(position, window):
 
 
 @device
-def qk_dot(q, k_cache, sequence, head, first, length, scale, scores):
-    """scores[i] = q · k · scale for the keys k at positions first + i, i < length, of one head of the cache."""
+def qk_dot(q, keys, length, scale, scores):
+    """scores[i] = q · keys[i] · scale for i < length, of one head."""
     for i in range(length):
-        key = k_cache[kv_index(sequence, head, first + i)]
         total = np.float32(0)
         for d in range(q.shape[0]):
-            total += q[d] * as_f32(key[d])
+            total += q[d] * as_f32(keys[i, d])
         scores[i] = total * scale
 
 
@@ -213,24 +215,21 @@ def softmax_in_place(x, length):
 
 
 @device
-def weighted_sum(weights, v_cache, sequence, head, first, length, out):
-    """out = sum over i < length of weights[i] · the value at position first + i, of one head of the cache."""
+def weighted_sum(weights, values, length, out):
+    """out = sum over i < length of weights[i] · values[i], of one head."""
     for d in range(out.shape[0]):
         out[d] = 0
     i = 0
     while i + 4 <= length:  # four positions a pass: a quarter of the loads and stores of `out`
         w0, w1, w2, w3 = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
-        v0 = v_cache[kv_index(sequence, head, first + i)]
-        v1 = v_cache[kv_index(sequence, head, first + i + 1)]
-        v2 = v_cache[kv_index(sequence, head, first + i + 2)]
-        v3 = v_cache[kv_index(sequence, head, first + i + 3)]
         for d in range(out.shape[0]):
-            out[d] += (w0 * as_f32(v0[d]) + w1 * as_f32(v1[d])) + (w2 * as_f32(v2[d]) + w3 * as_f32(v3[d]))
+            out[d] += (w0 * as_f32(values[i, d]) + w1 * as_f32(values[i + 1, d])) + (
+                w2 * as_f32(values[i + 2, d]) + w3 * as_f32(values[i + 3, d])
+            )
         i += 4
     for rest in range(i, length):
-        value = v_cache[kv_index(sequence, head, first + rest)]
         for d in range(out.shape[0]):
-            out[d] += weights[rest] * as_f32(value[d])
+            out[d] += weights[rest] * as_f32(values[rest, d])
 
 
 def attention_scores(worker, n_workers, tokens, q, k_cache, positions, sequences, out, window):
@@ -240,8 +239,8 @@ def attention_scores(worker, n_workers, tokens, q, k_cache, positions, sequences
     for unit in range(begin, end):
         t, h = divmod(unit, heads)
         first, end_visible = first_visible(positions[t], window), positions[t] + 1
-        query, length = q[t, h * head_dim : (h + 1) * head_dim], end_visible - first
-        qk_dot(query, k_cache, sequences[t], h // group, first, length, scale, out[t, h, first:])
+        query, keys = q[t, h * head_dim : (h + 1) * head_dim], k_cache[kv_index(sequences[t], h // group, first)]
+        qk_dot(query, keys, end_visible - first, scale, out[t, h, first:])
         out[t, h, :first] = -np.inf
         out[t, h, end_visible:] = -np.inf
 
@@ -262,8 +261,8 @@ def attention_values(worker, n_workers, tokens, weights, v_cache, positions, seq
     for unit in range(begin, end):
         t, h = divmod(unit, heads)
         first = first_visible(positions[t], window)
-        length, into = positions[t] + 1 - first, out[t, h * head_dim : (h + 1) * head_dim]
-        weighted_sum(weights[t, h, first:], v_cache, sequences[t], h // group, first, length, into)
+        values, length = v_cache[kv_index(sequences[t], h // group, first)], positions[t] + 1 - first
+        weighted_sum(weights[t, h, first:], values, length, out[t, h * head_dim : (h + 1) * head_dim])
 
 
 def swiglu(worker, n_workers, tokens, gate, up, out):
@@ -397,8 +396,8 @@ def rope_kv_write(
         apply_rope(q[t, d : d + head_dim], angles[t], interleaved, out[t, d : d + head_dim])
         if h < kv_heads:
             place = kv_index(sequences[t], h, positions[t])
-            apply_rope(k[t, d : d + head_dim], angles[t], interleaved, k_cache[place])
-            row = v_cache[place]
+            apply_rope(k[t, d : d + head_dim], angles[t], interleaved, k_cache[place][0])
+            row = v_cache[place][0]
             for i in range(head_dim):
                 row[i] = f32_to(row[i], v[t, d + i])
 
@@ -411,8 +410,7 @@ def attention(worker, n_workers, tokens, q, k_cache, positions, sequences, v_cac
     for unit in range(worker, tokens * heads, n_workers):
         t, h = divmod(unit, heads)
         d, first = h * head_dim, first_visible(positions[t], window)
-        length = positions[t] + 1 - first
-        qk_dot(q[t, d : d + head_dim], k_cache, sequences[t], h // group, first, length, scale, scores[worker])
+        visible, length = kv_index(sequences[t], h // group, first), positions[t] + 1 - first
+        qk_dot(q[t, d : d + head_dim], k_cache[visible], length, scale, scores[worker])
         softmax_in_place(scores[worker], length)
-        into = out[t, d : d + head_dim]
-        weighted_sum(scores[worker], v_cache, sequences[t], h // group, first, length, into)
+        weighted_sum(scores[worker], v_cache[visible], length, out[t, d : d + head_dim])

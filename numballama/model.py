@@ -12,15 +12,16 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from . import ir, loader, memory, plan, progress
+from .backend import ACTIVATIONS, KV_TYPES, Backend, Program, backend_class, choose_device, open_backend
+from .bench import debug
 from .chat.conversation import Chat
 from .chat.encoder import ConversationEncoder
 from .chat.template import Message
 from .checkpoint import Checkpoint, Weight
 from .config import ModelConfig
-from .errors import ContextError, DeviceError, Error, Interrupted, UnsupportedError
+from .errors import ContextError, Error, Interrupted, UnsupportedError
 from .generate import GenerationResponse, generate_tokens
 from .graph import KVLayout, build
-from .kernel_cache import cuda_cache_directory
 from .memory import format_bytes
 from .quantization import policy
 from .quantization.convert import convert
@@ -41,10 +42,7 @@ from .validation import whole_number
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-CHUNK, CUDA_CHUNK = 64, 512
-"""Tokens of a prompt that one run handles."""
-KV_TYPES = ("f32", "f16", "bf16")
-ACTIVATIONS = ("f32", "int8")
+CLOSED = "this model is closed; compile it again"
 
 
 class Model:
@@ -80,9 +78,10 @@ class Model:
             if value not in known:
                 choices = ", ".join(str(each) for each in known if each is not None)
                 raise UnsupportedError(f"{name} {value!r} is not supported; choose from {choices}")
-        self.device, why = _choose_device(device)
+        self.device, why = choose_device(device)
+        kind = backend_class(self.device)
         self.activations = activations
-        if activations != "f32" and self._on_gpu:
+        if activations not in kind.activation_types:
             raise UnsupportedError(f"activations {activations!r} are for the CPU, not for {self.device}: device='cpu'")
         self._checkpoint: Checkpoint = loader.open_checkpoint(
             model_path, tokenizer, rope_pairing=rope_pairing, rope_theta=rope_theta, norm_eps=norm_eps
@@ -96,30 +95,32 @@ class Model:
         if device == "auto":
             self.notes.append(f"device {self.device}, chosen because {why}")
         self.context = _choose_context(self.config, context, self.notes)
-        self.kv = KVLayout.of(self.config, self.context, kv_dtype or ("f16" if self._on_gpu else "f32"))
+        self.kv = KVLayout.of(self.config, self.context, kv_dtype or kind.default_kv_dtype)
         progress.info(
             f"{self._checkpoint.format}: {format_bytes(self._checkpoint.nbytes)} of weights mapped, "
             f"{format_bytes(self.kv.nbytes)} KV cache for {self.context:,} tokens ({self.kv.dtype})"
         )
-        if not self._on_gpu:
+        if kind.in_host_memory:
             memory.require_available(
                 self.kv.nbytes, f"a KV cache for {self.context:,} tokens", memory.SHORTER, ContextError
             )
 
+        self._backend: Backend | None = None
+        self._program: Program | None = None
         self._fusions = fusions
         self.weights: Mapping[str, Weight] = self._convert(dtype)
         if activations == "int8" and not any(w.type.name in (*VEC_DOT_TYPE, "int8") for w in self.weights.values()):
             self.notes.append("no weight of this model is quantised, so no activations are rounded to int8")
-        self._backend: Any = _backend(self.device, self.weights, threads)
+        backend = self._backend = open_backend(self.device, self.weights, threads)
         try:
-            self._compile()
+            self._compile(backend)
         except BaseException:
-            self._backend.close()  # free device memory now: a traceback may keep this object alive
+            backend.close()  # free device memory now: a traceback may keep this object alive
             raise
-        self.notes += self._backend.notes
+        self.notes += backend.notes
         for note in self.notes:
             progress.info(note)
-        self.threads: int = self._backend.workers
+        self.threads: int = backend.workers
         self.load_s = time.perf_counter() - started
 
     def _convert(self, dtype: str | None) -> Mapping[str, Weight]:
@@ -147,30 +148,38 @@ class Model:
         int8 = self._checkpoint.int8_activations
         return build(self.config, types, self.kv, tokens, logits, int8, self.activations)
 
-    def _compile(self) -> None:
+    def _compile(self, backend: Backend) -> None:
         self.graph = self._build(1, "last")
+        self._chunk = min(backend.prefill_chunk, self.context)
+        debug.print_graph(self.graph)
         with progress.progress_bar("compiling kernels") as report:
-            decode = self._decode = self._backend.program(self.graph, self._fusions, report)
-            prompt = self._backend.program(self._build(self._chunk, "last"), self._fusions, report)
-            self._backend.prepare(decode, report)
+            decode = self._program = backend.program(self.graph, self._fusions, report)
+            prompt = backend.program(self._build(self._chunk, "last"), self._fusions, report)
+            backend.prepare(decode, report)
+        decode, prompt = debug.watched(decode, backend), debug.watched(prompt, backend)
         self._shared = SharedSession(Session(decode, prompt, self.context, self.config.vocab_size))
-        self._all_logits: Any = None
+        self._all_logits: Program | None = None
 
     @property
-    def _on_gpu(self) -> bool:
-        return self.device.startswith("cuda")
+    def backend(self) -> Backend:
+        """What holds the weights and the KV cache. Raises `Error` once the model is closed."""
+        if self._backend is None:
+            raise Error(CLOSED)
+        return self._backend
 
     @property
-    def _chunk(self) -> int:
-        return min(CUDA_CHUNK if self._on_gpu else CHUNK, self.context)
+    def program(self) -> Program:
+        """The program of a decode step. Raises `Error` once the model is closed."""
+        if self._program is None:
+            raise Error(CLOSED)
+        return self._program
 
     @property
     def plan(self) -> plan.Plan:
         """The decode plan: steps, kernels, memory map. Raises `Error` on the reference, which has none."""
-        _ = self.session  # raises if the model is closed
-        if self.device == "reference":
+        found = self.program.plan
+        if found is None:
             raise Error("the reference interprets the graph and has no plan; see model.graph")
-        found: plan.Plan = self._decode.plan
         return found
 
     @property
@@ -194,7 +203,7 @@ class Model:
                     self._backend.close()
             finally:
                 self._shared.close()
-                self._decode = self._all_logits = self._backend = None
+                self._program = self._all_logits = self._backend = None
                 self.weights = {}
                 self._checkpoint.weights = {}
 
@@ -216,19 +225,21 @@ class Model:
         with self.exclusive():
             session = self.session
             tokens = session.validate_token_ids(ids)
-            if self._all_logits is None:
+            program = self._all_logits
+            if program is None:
                 graph = self._build(self._chunk, "all")
                 with progress.progress_bar("compiling kernels") as report:
-                    self._all_logits = self._backend.program(graph, self._fusions, report)
+                    program = self.backend.program(graph, self._fusions, report)
+                program = self._all_logits = debug.watched(program, self.backend)
             out = np.empty((len(tokens), self.config.vocab_size), np.float32)
-            step = len(self._all_logits.inputs["ids"])
+            step = len(program.inputs["ids"])
             with self.reset_session():
                 for start in range(0, len(tokens), step):
                     chunk = tokens[start : start + step]
-                    session.set_inputs(self._all_logits, chunk)
-                    self._all_logits.run(len(chunk))
+                    session.set_inputs(program, chunk)
+                    program.run(len(chunk))
                     session.tokens.extend(chunk)
-                    out[start : start + len(chunk)] = self._all_logits.value("logits")[: len(chunk)]
+                    out[start : start + len(chunk)] = program.value("logits")[: len(chunk)]
             return out
 
     @overload
@@ -404,31 +415,6 @@ class Model:
         return self.tokenizer
 
 
-def _choose_device(device: str) -> tuple[str, str]:
-    """The device, and the reason where it was left to us."""
-    if not isinstance(device, str):
-        raise DeviceError(f"device must be a string, found {device!r}")
-    if device == "auto":
-        try:
-            from .cuda.driver import Device
-
-            found = Device()
-            cuda_cache_directory()
-            return "cuda", f"this machine has {found}"
-        except DeviceError as error:
-            return "cpu", str(error)
-    if device.partition(":")[0] == "cuda":
-        try:
-            from .cuda.driver import Device
-        except DeviceError as error:
-            raise DeviceError(f"device {device!r}: {error}") from error.__cause__
-        Device(device)  # before a file is opened, and so is what compiles kernels
-        cuda_cache_directory()
-    elif device not in ("cpu", "reference"):
-        raise DeviceError(f"unknown device {device!r}; there are 'cpu', 'cuda', 'cuda:N', 'reference' and 'auto'")
-    return device, ""
-
-
 def _one(params: SamplingParams | Sequence[SamplingParams] | None) -> SamplingParams | None:
     if not isinstance(params, SamplingParams | None):
         raise Error(f"params must be SamplingParams for a single prompt, found {params!r}")
@@ -457,17 +443,3 @@ def _choose_context(config: ModelConfig, context: int | None, notes: list[str]) 
     if context > config.context:
         notes.append(f"context {context:,}: the model was made for {config.context:,}, later text may be poor")
     return context
-
-
-def _backend(device: str, weights: Mapping[str, Weight], threads: int | None) -> Any:
-    if device == "reference":
-        from .reference import ReferenceBackend
-
-        return ReferenceBackend(weights, threads)
-    if device.startswith("cuda"):
-        from .cuda.backend import CudaBackend
-
-        return CudaBackend(weights, device)
-    from .cpu.backend import CpuBackend
-
-    return CpuBackend(weights, threads)

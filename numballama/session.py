@@ -6,24 +6,13 @@ import contextlib
 import os
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
 
 import numpy as np
 
+from .backend import Program
 from .errors import FORKED, ContextError, DeviceError, Error
 from .sampling import SamplerState
 from .validation import whole_number
-
-
-class Program(Protocol):
-    """What a backend makes of a graph."""
-
-    inputs: dict[str, np.ndarray]
-    prefill_end: int
-
-    def value(self, name: str) -> np.ndarray: ...
-
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int: ...
 
 
 class Session:
@@ -46,24 +35,25 @@ class Session:
         """float32 [vocab]: logits after the last token of the last run. A view that the next run overwrites."""
         return self._last.value("logits")[0]
 
-    def validate_token_ids(self, ids: Iterable[Any]) -> list[int]:
+    def validate_token_ids(self, ids: Iterable[object]) -> list[int]:
         """The ids as a list of int. Raises `Error` if there are none or one is outside the vocabulary, `ContextError`
         for more than the context holds.
         """
         try:
-            ids = [whole_number("a token", token) for token in ids]
+            tokens = [whole_number("a token", token) for token in ids]
         except TypeError:
             raise Error(f"token ids must be a sequence of whole numbers, found {ids!r}") from None
-        if not ids:
+        if not tokens:
             raise Error("the prompt is empty: at least one token is needed to start from")
-        for index, token in enumerate(ids):
+        for index, token in enumerate(tokens):
             if not 0 <= token < self.vocab_size:
                 raise Error(f"token {index} of the prompt is {token}; the vocabulary has 0 to {self.vocab_size - 1}")
-        if len(ids) > self.context:
+        if len(tokens) > self.context:
             raise ContextError(
-                f"the prompt has {len(ids)} tokens and the context {self.context}; shorten it, or compile with context="
+                f"the prompt has {len(tokens)} tokens and the context {self.context}; "
+                "shorten it, or compile with context="
             )
-        return ids
+        return tokens
 
     def truncate(self, length: int = 0) -> None:
         """Forget all tokens after the first `length`. The cache entries of those stay valid."""

@@ -20,6 +20,8 @@ import pytest
 
 from tests.helpers.cuda_host import missing_packages
 
+pytestmark = pytest.mark.slow
+
 if reason := missing_packages():
     pytest.skip(f"no CUDA simulator: {reason}", allow_module_level=True)
 

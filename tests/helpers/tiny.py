@@ -9,9 +9,11 @@ from typing import Any
 
 from numballama import Model
 from numballama.config import ModelConfig
+from numballama.cpu import CpuBackend
 from numballama.generate import GenerationResponse
-from numballama.model import CHUNK
 
+CHUNK = CpuBackend.prefill_chunk
+"""Tokens of a prompt in one run."""
 TINY = ModelConfig(16, 24, 2, 4, 2, 300, 2 * CHUNK + 10)
 WORDS = [
     " ",

@@ -17,11 +17,10 @@ from numba.core.runtime import rtsys
 from numballama import ContextError, Model
 from numballama.config import ModelConfig
 from numballama.cpu.sampling import greedy
-from numballama.model import CHUNK
 from tests.helpers.bounds import shared_model
 from tests.helpers.random_models import save
 from tests.helpers.sampling import make_sampler
-from tests.helpers.tiny import TINY, InterruptAt, ids_of
+from tests.helpers.tiny import CHUNK, TINY, InterruptAt, ids_of
 
 WIDE = ModelConfig(64, 8192, 1, 4, 2, 20000, 600)
 IDS = [1, 5, 9, 77, 3]
