@@ -40,8 +40,8 @@ from numballama.bench.benchmark import machine
 from numballama.bench.traffic import bytes_per_token
 from numballama.checkpoint import Checkpoint, Weight
 from numballama.config import NAMED_SHAPES
-from numballama.export import WRITERS
 from numballama.files import atomic_write
+from numballama.formats.gguf.writer import write_gguf
 from numballama.model import Model
 from numballama.quantization.convert import convert
 from numballama.quantization.types import F32, WeightType
@@ -232,7 +232,7 @@ def llama_bench(program: str, checkpoint: Checkpoint, kind: str, rounds: int) ->
         return {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        WRITERS["gguf"](path, checkpoint.config, weights, name=checkpoint.path.name)
+        write_gguf(path, checkpoint.config, weights, name=checkpoint.path.name)
         words = (program, "-m", path, "-p", PROMPT, "-n", TOKENS, "-r", rounds, "-ngl", 99, "-fa", 1, "-o", "json")
         done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
     if done.returncode:

@@ -41,12 +41,13 @@ ORDER = """
             ops.linear ops.attention ops.sampling kernels.common kernels.reduce kernels.dequant kernels.dot \
             kernels.gemv kernels_cuda kernels.gemm kernels.decode_attention kernels.prefill_attention \
             kernels.sampling kernels.copy compiler driver compile_worker weights decode_pipeline program backend
-    reference session generate
-    tokenizers: sentencepiece_proto base sentencepiece pretokenizers bpe tiktoken huggingface scored
-    formats: json_reader rope_permute safetensors gguf.header gguf.split gguf.tokenizer tokenizer_files \
-            llama2c.layout gguf.reader gguf.writer hf.config hf.reader hf.writer llama2c.reader llama2c.kuiper \
-            meta.torch_zip meta.reader
+    reference session
+    tokenizers: base sentencepiece_proto sentencepiece scored llama2c gguf pretokenizers bpe tiktoken huggingface
+    formats: limits tensor_names tensors json_reader rope_permute safetensors gguf.header gguf.split gguf.tokenizer \
+            hf.text_settings tokenizer_files hf.text_files llama2c.layout llama2c.llama2c llama2c.kuiper \
+            gguf.reader gguf.writer hf.config hf.reader hf.writer meta.torch_zip meta.reader
     loader
+    generate
     chat: builtin_templates sandbox template encoder conversation
     export inspection
     model
@@ -319,7 +320,6 @@ TESTED_ELSEWHERE = {
         kernels_cuda cuda.kernels.* cuda.intrinsics cuda.quant_traits cuda.mma cuda.lowering
     """,
     "tests/cuda: on a GPU, operators beside the reference": "cuda.ops.* cuda.driver cuda.program cuda.weights",
-    "tests/unit/cuda/test_compile_worker.py, test_launch.py": "cuda.compiler",
     "tests/kernels: kernels of every type beside the reference": """
         cpu.intrinsics cpu.matmul cpu.tiling cpu.vecdot_int8 cpu.ops reference
     """,

@@ -1,6 +1,4 @@
-"""Machines that cannot run CUDA: what is asked for and is not there is said, with what to do about it; nothing is
-chosen in silence.
-"""
+"""Devices on machines that cannot run CUDA: errors say what is missing and what to do; nothing is chosen silently."""
 
 from __future__ import annotations
 
