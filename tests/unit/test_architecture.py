@@ -36,12 +36,14 @@ ORDER = """
     kernel_cache
     sampling
     cpu: fork compiler intrinsics vecdot tiling vecdot_int8 matmul kernels_cpu kernels_int8 ops sampling executor \
-            backend
+            bandwidth timing backend
     cuda: repack launch lowering intrinsics quant_traits kernels.params mma ops.gemv ops.elementwise ops.gemm \
             ops.linear ops.attention ops.sampling kernels.common kernels.reduce kernels.dequant kernels.dot \
             kernels.gemv kernels_cuda kernels.gemm kernels.decode_attention kernels.prefill_attention \
-            kernels.sampling kernels.copy compiler driver compile_worker weights decode_pipeline program backend
-    reference session
+            kernels.sampling kernels.copy compiler driver compile_worker weights decode_pipeline program bandwidth \
+            timing backend
+    reference backend session
+    bench: traffic debug profiler trace benchmark
     tokenizers: base sentencepiece_proto sentencepiece scored llama2c gguf pretokenizers bpe tiktoken huggingface
     formats: limits tensor_names tensors json_reader rope_permute safetensors gguf.header gguf.split gguf.tokenizer \
             hf.text_settings tokenizer_files hf.text_files llama2c.layout llama2c.llama2c llama2c.kuiper \
@@ -51,7 +53,6 @@ ORDER = """
     chat: builtin_templates sandbox template encoder conversation
     export inspection
     model
-    bench: profiler bandwidth benchmark
     cli: args bench chat doctor export generate inspect main
     __main__
 """
@@ -194,7 +195,7 @@ def test_no_circle_of_imports_between_packages() -> None:
 def test_the_parser_sees_imports() -> None:
     """The checks above are about something."""
     targets = {target_of(name) for name, _ in imports(MODULES["model"])}
-    assert {"loader", "session", "reference", "errors"} <= targets
+    assert {"loader", "session", "backend", "errors"} <= targets
     assert "tokenizers.base" not in {target_of(name) for name, _ in imports(MODULES["checkpoint"])}  # TYPE_CHECKING
     kuiper = {target_of(name) for name, _ in imports(MODULES["formats.llama2c.kuiper"])}
     assert {"formats.llama2c.layout", "checkpoint"} <= kuiper
@@ -329,7 +330,7 @@ TESTED_ELSEWHERE = {
     "tests/unit/test_generate.py": "model",
     "tests/unit/test_ir.py, test_plan.py, tests/models/test_model_values.py": "graph fusion visualize",
     "tests/unit/bench/test_profiler.py, cli/test_main.py": """
-        bench.bandwidth bench.benchmark bench.traffic cpu.bandwidth cpu.timing cuda.bandwidth cuda.timing
+        bench.benchmark bench.traffic cpu.bandwidth cpu.timing cuda.bandwidth
     """,
     "tests/unit/chat/test_template.py, test_conversation.py": "chat.sandbox chat.builtin_templates chat.encoder",
     "tests/unit/cli/test_main.py": "__main__ cli.doctor cli.export",
