@@ -45,7 +45,7 @@ from numballama.formats.gguf.writer import write_gguf
 from numballama.model import Model
 from numballama.quantization.convert import convert
 from numballama.quantization.types import F32, WeightType
-from numballama.sampling import Sampler
+from numballama.sampling import SamplerState, SamplingParams
 
 HERE = Path(__file__).parent
 GROUP = 64
@@ -130,9 +130,9 @@ def compiled(checkpoint: Checkpoint, device: str, context: int) -> Iterator[Mode
 
 def seconds_of_decoding(model: Model, before: Sequence[int], steps: int) -> float:
     """Seconds a token of greedy decoding after `before`. The first step starts the chain and is not timed."""
-    sampler = Sampler(model.config.vocab_size, temperature=0)
+    sampler = SamplerState(SamplingParams(temperature=0), model.config.vocab_size)
     session = model.session
-    session.rewind()
+    session.truncate()
     token = session.prefill(before, sampler)
     token = session.step(token or 0, sampler)
     start = time.perf_counter()
@@ -143,8 +143,8 @@ def seconds_of_decoding(model: Model, before: Sequence[int], steps: int) -> floa
 
 def seconds_of_prompt(model: Model, prompt: Sequence[int]) -> float:
     """Seconds until the first token after a prompt."""
-    sampler = Sampler(model.config.vocab_size, temperature=0)
-    model.session.rewind()
+    sampler = SamplerState(SamplingParams(temperature=0), model.config.vocab_size)
+    model.session.truncate()
     start = time.perf_counter()
     model.session.prefill(prompt, sampler)
     return time.perf_counter() - start
@@ -163,7 +163,7 @@ def speed(case: Case, device: str, rounds: int, bandwidth: float) -> tuple[dict[
     config = checkpoint.config
     ids = np.random.default_rng(1).integers(0, config.vocab_size, PROMPT).tolist()
     with compiled(checkpoint, device, min(config.context, 1024)) as model:
-        with model.using():
+        with model.exclusive():
             decode, all_decode = medians_of(rounds, seconds_of_decoding, model, ids[:SHORT], TOKENS)
             prompt = None
             if model.context >= PROMPT:
@@ -186,7 +186,7 @@ def context_cost(device: str, rounds: int, shape: str = "TinyLlama-1.1B", far: i
     """Decoding far into the context against decoding near its beginning; keys and values are float16."""
     checkpoint = random_checkpoint(shape, "f16")
     ids = np.random.default_rng(2).integers(0, checkpoint.config.vocab_size, far).tolist()
-    with compiled(checkpoint, device, far + STEPS + 8) as model, model.using():
+    with compiled(checkpoint, device, far + STEPS + 8) as model, model.exclusive():
         near, _ = medians_of(rounds, seconds_of_decoding, model, ids[:NEAR], STEPS)
         distant, _ = medians_of(rounds, seconds_of_decoding, model, ids, STEPS)
         prompt, _ = medians_of(1, seconds_of_prompt, model, ids)

@@ -15,8 +15,8 @@ def main() -> None:
         print("> ", end="", file=sys.stderr, flush=True)
         for line in sys.stdin:
             try:
-                for piece in chat.stream(line.rstrip("\n")):
-                    print(piece.text, end="", flush=True)
+                for response in chat.stream(line.rstrip("\n")):
+                    print(response.text, end="", flush=True)
             except KeyboardInterrupt:  # the answer ends here and stays in the conversation
                 pass
             except numballama.ContextError as error:

@@ -13,12 +13,12 @@ def main() -> None:
     opening, model_path, tokenizer = [*sys.argv[1:], None, None, None][:3]
     with numballama.compile(model_path, tokenizer=tokenizer) as model:
         print(opening or "", end="")
-        piece = None
-        for piece in model.stream(opening, temperature=0.8, max_tokens=400):
-            print(piece.text, end="", flush=True)
+        response = None
+        for response in model.stream(opening, temperature=0.8, max_tokens=400):
+            print(response.text, end="", flush=True)
         print()
-        if piece is not None:
-            print(f"[{piece.finish_reason}; {piece.tokens_per_second:.0f} tokens/s]", file=sys.stderr)
+        if response is not None:
+            print(f"[{response.finish_reason}; {response.tokens_per_second:.0f} tokens/s]", file=sys.stderr)
 
 
 if __name__ == "__main__":

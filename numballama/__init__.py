@@ -10,6 +10,7 @@ Importing this package is cheap: Numba is imported when a model is compiled.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from os import PathLike
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,11 @@ from .errors import ContextError, DeviceError, Error, FormatError, Interrupted, 
 
 if TYPE_CHECKING:
     from .chat.conversation import Chat
+    from .generate import GenerationResponse
+    from .generate import GenerationResponse as Piece
     from .inspection import Inspection
-    from .model import Model, Piece
+    from .model import Model
+    from .sampling import SamplingParams
     from .tokenizers.base import Tokenizer
 
 __version__ = "0.2.0"
@@ -30,9 +34,11 @@ __all__ = [
     "DeviceError",
     "Error",
     "FormatError",
+    "GenerationResponse",
     "Interrupted",
     "Model",
     "Piece",
+    "SamplingParams",
     "UnsupportedError",
     "__version__",
     "compile",
@@ -54,30 +60,43 @@ def compile(
     norm_eps: float | None = None,
     fusions: bool | Sequence[str] = True,
     activations: str = "f32",
+    max_sequences: int = 1,
+    gpus: int = 1,
+    kv_tokens: int | None = None,
 ) -> Model:
     """Open a model file, compile it for a device and return it ready to generate.
 
     Parameters
     ----------
-    model_path: a model file, its format recognised by content; a directory of Hugging Face or Meta; a hub id
+    model_path: a model file, whose format is recognised by its content; a directory from Hugging Face or Meta; a hub id
         "owner/name", which is downloaded; None for the small story model inside this package.
-    tokenizer: path of a tokenizer, when the model file carries none (GGUF files do). Without one, only `logits` works.
-    device: "cpu", "cuda" (an NVIDIA GPU; "cuda:1" the second), "reference" (NumPy: slow, the oracle) or "auto", which
-        takes the fastest there is and says which.
-    dtype: None keeps the file's types; "f32", "f16", "bf16", "int8", "q8_0" or "q4_0" converts the linear weights.
-    context: length of the KV cache in tokens; default the model's own, at most 4096.
-    kv_dtype: type of the KV cache, "f32" (default on the CPU), "f16" (default on a GPU) or "bf16".
+    tokenizer: path of a tokenizer, for model files that carry none (GGUF files do). Without one, only `logits` works.
+    device: "cpu", "cuda" (an NVIDIA GPU; "cuda:1" for the second one), "reference" (NumPy: slow, defines the results)
+        or "auto", which takes the fastest of this machine and says which in `notes`.
+    dtype: "f32", "f16", "bf16", "int8", "q8_0" or "q4_0" converts the linear weights; None keeps the file's types.
+    context: size of the KV cache in tokens; default the model's own, at most 4096.
+    kv_dtype: type of the KV cache: "f32" (default on the CPU), "f16" (default on a GPU) or "bf16".
     threads: CPU workers; default all that this process may use.
-    rope_pairing: "interleaved" or "half"; with `rope_theta` and `norm_eps`, replaces what a file says or leaves out.
-    fusions: which passes of `fusion.FUSIONS` join ops: all (True), none (False) or those named. The logits stay the
-    same.
-    activations: what quantised weights are multiplied with on the CPU: "f32", or "int8" to round activations in blocks,
-        as llama.cpp does: faster prompts, and logits that differ by as much as that rounding. llama2.c v2 files are
-        computed with int8 activations in any case, as its own program does.
+    rope_pairing: "interleaved" or "half". Like `rope_theta` and `norm_eps`, it replaces the file's value, or gives one
+        that the file lacks.
+    fusions: which fusion passes join ops: all (True), none (False) or those named. The logits stay the same.
+    activations: "f32", or "int8" to round the activations that quantised weights are multiplied with, in blocks, as
+        llama.cpp does on the CPU. Prompts are faster then, and logits differ by that rounding. llama2.c v2 files always
+        use int8, as their own program does.
+    max_sequences: sequences in one step. This version supports 1.
+    gpus: GPUs that share the model. This version supports 1.
+    kv_tokens: size of the KV cache in tokens of all sequences. This version supports None: one context.
 
     Raises `FormatError` for a damaged file, `UnsupportedError` for what this version cannot do, `DeviceError` for a
-    device that is not there, `Error` for arguments that make no sense.
+    device that cannot be used, `Error` for arguments out of range.
     """
+    for name, value, supported in (
+        ("max_sequences", max_sequences, 1),
+        ("gpus", gpus, 1),
+        ("kv_tokens", kv_tokens, None),
+    ):
+        if value != supported:
+            raise UnsupportedError(f"{name}={value!r} is not supported by this version: leave it at {supported}")
     from .model import Model
 
     return Model(
@@ -97,9 +116,9 @@ def compile(
 
 
 def inspect(path: str | PathLike[str] | None, tokenizer: str | PathLike[str] | None = None) -> Inspection:
-    """What a model file holds: config, tensors, graph, plan and a memory estimate. No weights are read.
+    """Describe a model file: config, tensors, graph, plan and a memory estimate. Reads no weights.
 
-    Prints as a report. Raises `FormatError` or `UnsupportedError` as `compile` does.
+    The result prints as a report. Raises `FormatError` or `UnsupportedError` as `compile` does.
     """
     from .inspection import Inspection
 
@@ -107,10 +126,11 @@ def inspect(path: str | PathLike[str] | None, tokenizer: str | PathLike[str] | N
 
 
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json`, a sentencepiece or tiktoken `.model`, a llama2.c `.bin`, a GGUF file, which
-    may hold nothing else, or a directory with one of these; or of a hub id "owner/name".
+    """Open a tokenizer: a `tokenizer.json`, a sentencepiece or tiktoken `.model`, a llama2.c `.bin`, a GGUF file (also
+    one without a model), a directory with one of these, or a hub id "owner/name".
 
-    Raises `FormatError` for a damaged file or one of another kind, `UnsupportedError` for a kind not read yet.
+    Raises `FormatError` for a damaged file or one of another kind, `UnsupportedError` for a kind that this version
+    cannot read.
     """
     from . import hub
     from .formats.tokenizer_files import load_tokenizer
@@ -118,13 +138,18 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
     return load_tokenizer(hub.resolve(path, hub.TOKENIZER_FILES))
 
 
+_LAZY = {
+    "Chat": ("chat.conversation", "Chat"),
+    "GenerationResponse": ("generate", "GenerationResponse"),
+    "Model": ("model", "Model"),
+    "Piece": ("generate", "GenerationResponse"),  # the old name
+    "SamplingParams": ("sampling", "SamplingParams"),
+}
+"""Name → module and attribute. They are imported when they are first used, so that importing the package is cheap."""
+
+
 def __getattr__(name: str) -> Any:
-    if name in ("Model", "Piece"):
-        from . import model
-
-        return getattr(model, name)
-    if name == "Chat":
-        from .chat.conversation import Chat
-
-        return Chat
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _LAZY[name]
+    return getattr(importlib.import_module(f".{module}", __name__), attribute)

@@ -1,4 +1,4 @@
-"""`python -m numballama` is the command line."""
+"""`python -m numballama` runs the command line."""
 
 import sys
 

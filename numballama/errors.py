@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from os import PathLike
 
 
@@ -48,16 +49,20 @@ class ContextError(Error):
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C during `generate` or `send`. `text` is what had been generated; the model can be used again at once."""
+    """Ctrl-C during `generate` or `send`. The model can be used again at once.
 
-    def __init__(self, text: str) -> None:
+    Attributes: `text` is what had been generated; for a list of prompts, `finished` has the texts of those before.
+    """
+
+    def __init__(self, text: str, finished: Sequence[str] = ()) -> None:
         super().__init__(f"interrupted after {len(text)} characters")
-        self.text = text
+        self.text, self.finished = text, list(finished)
 
 
 FORKED = (
     "this process was forked from one whose worker threads had started, and they did not survive that; "
     "use multiprocessing's 'spawn' method and compile the model in the child"
 )
+"""Message of the `DeviceError` in a forked child."""
 NOT_NUMBERS = "the logits are not numbers: the weights may be damaged"
-"""What several modules say in the same words."""
+"""Message of the `Error` for logits with a NaN."""

@@ -1,33 +1,152 @@
-"""From tokens to text as it may be shown: whole characters only, and never a part of a stop string."""
+"""The generation loop: token ids in, `GenerationResponse`s out, one a token."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import time
+from collections.abc import Container, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from .sampling import SamplerState
+from .session import SharedSession
+from .tokenizers.base import Decoder
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class GenerationResponse:
+    """One generated token, and the text that became final with it. `str()` of it is the text."""
+
+    text: str
+    """Whole characters only, and never a part of a stop string. Often "" while a character or stop string is open."""
+    token: int
+    finish_reason: FinishReason | None = None
+    """None except on the last response. "stop": the model ended the text, or a stop string came. "length": `max_tokens`
+    or the context is used up."""
+    stop_reason: str | int | None = None
+    """With "stop": the stop string, or the id of the token that ended the text. With "length": "context" if the context
+    is full, otherwise None."""
+    logprobs: None = None
+    """Log probabilities. This version computes none."""
+    prompt_tokens: int = 0
+    """Tokens of the prompt."""
+    cached_tokens: int = 0
+    """Of these, how many the KV cache held already."""
+    tokens_per_second: float = 0.0
+    """Speed of the tokens after the first, without the prompt. 0.0 on the first."""
+
+    def __str__(self) -> str:
+        return self.text
+
+
+def generate_tokens(
+    shared: SharedSession,
+    ids: Sequence[int],
+    sampler: SamplerState,
+    decoder: Decoder,
+    *,
+    max_tokens: int | None = None,
+    stop: Iterable[str] = (),
+    stop_token_ids: Container[int] = (),
+    reuse_prefix: bool = False,
+) -> Iterator[GenerationResponse]:
+    """Continue `ids`, until `max_tokens` (None: no limit), a stop string, a stop token or the end of the context.
+
+    `reuse_prefix`: start from what the KV cache holds of the beginning of `ids`, whichever stream computed it.
+    Otherwise all are computed, and nothing depends on what came before.
+    """
+    stream, history, started = object(), list(ids), 0.0
+    stops = StopStringFilter(stop)
+    if max_tokens == 0:
+        return
+    context = shared.session.context
+    cached = acquire_session(shared, stream, history) if reuse_prefix else 0
+    index = 0
+    while True:
+        token = next_token(shared, stream, history, sampler)
+        now = time.perf_counter()
+        started = started or now
+        finish_reason: FinishReason | None = None
+        stop_reason: str | int | None = None
+        text = ""
+        if token in stop_token_ids:
+            finish_reason, stop_reason = "stop", token
+        else:
+            text = stops.push(decoder.push(token))
+            if stops.found is not None:
+                finish_reason, stop_reason = "stop", stops.found
+            elif index + 1 == max_tokens:
+                finish_reason = "length"
+            elif len(history) == context:
+                finish_reason, stop_reason = "length", "context"
+        if finish_reason is not None and stops.found is None:
+            text += stops.push(decoder.flush())
+            text += stops.flush()
+        yield GenerationResponse(
+            text,
+            token,
+            finish_reason,
+            stop_reason,
+            prompt_tokens=len(ids),
+            cached_tokens=cached,
+            tokens_per_second=index / (now - started) if index else 0.0,
+        )
+        if finish_reason is not None:
+            return
+        history.append(token)
+        index += 1
+
+
+def acquire_session(shared: SharedSession, stream: object, history: Sequence[int]) -> int:
+    """Give the session to `stream` and keep the cached prefix of `history`. Returns the number of reused tokens."""
+    with shared.exclusive():
+        session, shared.owner = shared.session, stream
+        session.truncate(session.common_prefix_length(history))
+        return len(session.tokens)
+
+
+def next_token(shared: SharedSession, stream: object, history: Sequence[int], sampler: SamplerState) -> int:
+    """The token after `history`. Computes what the cache lacks: the last token, or after another stream all."""
+    with shared.exclusive():
+        session = shared.session
+        if shared.owner is not stream:
+            shared.owner = stream
+            session.truncate()
+        known = len(session.tokens)
+        token = (
+            session.step(history[-1], sampler)
+            if known == len(history) - 1 and known
+            else session.prefill(history[known:], sampler)
+        )
+        assert token is not None
+        return token
 
 
 class StopStringFilter:
-    """Holds back text that may turn out to be the beginning of a stop string.
+    """Holds back text that may be the beginning of a stop string.
 
-    `push(text)` returns what is safe to show; `stopped` becomes True once a stop string has come, and what precedes
-    it is the end of the text. `flush()` returns what is still held back when the text ends otherwise.
+    `push(text)` returns the text that is safe to show. `found` is None until a stop string is complete; the text before
+    it is the end. `flush()` returns the text that is still held back when generation ends for another reason.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = [stop for stop in stops if stop]
         self._held = ""
-        self.stopped = False
+        self.found: str | None = None
 
     def push(self, text: str) -> str:
-        if not self._stops or self.stopped:
-            return "" if self.stopped else text
+        if not self._stops or self.found is not None:
+            return "" if self.found is not None else text
         text = self._held + text
-        found = [text.find(stop) for stop in self._stops]
-        if any(place >= 0 for place in found):
-            self.stopped, self._held = True, ""
-            return text[: min(place for place in found if place >= 0)]
-        keep = max(self._partial(text, stop) for stop in self._stops)
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep]
+        places = [(text.find(stop), stop) for stop in self._stops if stop in text]
+        if places:
+            place, self.found = min(places, key=lambda found: found[0])
+            self._held = ""
+            return text[:place]
+        held = max(self._partial(text, stop) for stop in self._stops)
+        self._held = text[len(text) - held :]
+        return text[: len(text) - held]
 
     def flush(self) -> str:
         held, self._held = self._held, ""

@@ -1,15 +1,13 @@
-"""`Model`: what `compile()` returns. It wires checkpoint, graph, backend and session together and streams text."""
+"""`Model`: what `compile()` returns. It connects checkpoint, graph, backend, session and the generation loop."""
 
 from __future__ import annotations
 
 import contextlib
 import math
-import os
-import threading
 import time
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
@@ -17,41 +15,34 @@ from . import ir, loader, memory, plan, progress
 from .backend import ACTIVATIONS, KV_TYPES, Backend, Program, backend_class, choose_device, open_backend
 from .bench import debug
 from .chat.conversation import Chat
+from .chat.encoder import ConversationEncoder
+from .chat.template import Message
 from .checkpoint import Checkpoint, Weight
 from .config import ModelConfig
-from .errors import FORKED, ContextError, DeviceError, Error, Interrupted, UnsupportedError
-from .generate import StopStringFilter
+from .errors import ContextError, Error, Interrupted, UnsupportedError
+from .generate import GenerationResponse, generate_tokens
 from .graph import KVLayout, build
 from .memory import format_bytes
 from .quantization import policy
 from .quantization.convert import convert
 from .quantization.types import VEC_DOT_TYPE
-from .sampling import Sampler
-from .session import Session
-from .tokenizers.base import Decoder, Tokenizer
-from .validation import strings, whole_number
+from .sampling import (
+    DEFAULTS,
+    NOT_GIVEN,
+    NotGiven,
+    SamplerState,
+    SamplingOptions,
+    SamplingParams,
+    merge,
+)
+from .session import Session, SharedSession
+from .tokenizers.base import Tokenizer
+from .validation import whole_number
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 CLOSED = "this model is closed; compile it again"
-
-
-@dataclass(frozen=True)
-class Piece:
-    """A token of a stream, with the text that became certain with it.
-
-    `finish_reason` is None but on the last piece: "eos" (the model ended), "stop" (a stop string), "length"
-    (max_tokens) or "context" (the KV cache is full).
-    """
-
-    text: str
-    token: int
-    tokens_per_second: float
-    """Of the tokens after the first: decoding, without the prompt. 0.0 on the first."""
-    finish_reason: str | None = None
-    reused: int = 0
-    """How many tokens of the prompt the KV cache held already."""
-
-    def __str__(self) -> str:
-        return self.text
 
 
 class Model:
@@ -85,8 +76,8 @@ class Model:
             ("activations", activations, ACTIVATIONS),
         ):
             if value not in known:
-                there_are = ", ".join(str(each) for each in known if each is not None)
-                raise UnsupportedError(f"{name} {value!r} is not supported; there are {there_are}")
+                choices = ", ".join(str(each) for each in known if each is not None)
+                raise UnsupportedError(f"{name} {value!r} is not supported; choose from {choices}")
         self.device, why = choose_device(device)
         kind = backend_class(self.device)
         self.activations = activations
@@ -116,8 +107,6 @@ class Model:
 
         self._backend: Backend | None = None
         self._program: Program | None = None
-        self._lock, self._pid = threading.RLock(), os.getpid()
-        self._stream: object = None
         self._fusions = fusions
         self.weights: Mapping[str, Weight] = self._convert(dtype)
         if activations == "int8" and not any(w.type.name in (*VEC_DOT_TYPE, "int8") for w in self.weights.values()):
@@ -126,7 +115,7 @@ class Model:
         try:
             self._compile(backend)
         except BaseException:
-            backend.close()  # device memory is not to wait for a traceback to be forgotten
+            backend.close()  # free device memory now: a traceback may keep this object alive
             raise
         self.notes += backend.notes
         for note in self.notes:
@@ -135,9 +124,9 @@ class Model:
         self.load_s = time.perf_counter() - started
 
     def _convert(self, dtype: str | None) -> Mapping[str, Weight]:
-        """The weights, those of linear layers converted if asked for; a tied classifier takes the embedding along.
+        """The weights, with those of linear layers converted to `dtype`. A tied classifier converts the embedding too.
 
-        What has a type that no backend has kernels for is converted in any case.
+        Weights of a type that no backend has kernels for are converted in any case.
         """
         weights = self._checkpoint.weights
         targets = policy.fallback_types(weights) | policy.types_to_convert(self.config, weights, dtype)
@@ -168,7 +157,7 @@ class Model:
             prompt = backend.program(self._build(self._chunk, "last"), self._fusions, report)
             backend.prepare(decode, report)
         decode, prompt = debug.watched(decode, backend), debug.watched(prompt, backend)
-        self._session: Session | None = Session(decode, prompt, self.context, self.config.vocab_size)
+        self._shared = SharedSession(Session(decode, prompt, self.context, self.config.vocab_size))
         self._all_logits: Program | None = None
 
     @property
@@ -196,38 +185,25 @@ class Model:
     @property
     def session(self) -> Session:
         """The model's token history and KV cache. Raises `Error` once the model is closed."""
-        if self._session is None:
-            raise Error(CLOSED)
-        return self._session
+        return self._shared.session
 
-    @contextlib.contextmanager
-    def using(self) -> Iterator[None]:
-        """Have the session for oneself. Raises `DeviceError` in a forked child: a lost thread may hold the lock."""
-        if os.getpid() != self._pid:
-            raise DeviceError(FORKED)
-        with self._lock:
-            yield
+    def exclusive(self) -> contextlib.AbstractContextManager[None]:
+        """Keep other threads from the session. Raises `DeviceError` in a forked child."""
+        return self._shared.exclusive()
 
-    @contextlib.contextmanager
-    def fresh_session(self) -> Iterator[Session]:
-        """The session, empty, and emptied again: streams that were under way recompute what they need."""
-        session, self._stream = self.session, None
-        session.rewind()
-        try:
-            yield session
-        finally:
-            session.rewind()
+    def reset_session(self) -> contextlib.AbstractContextManager[Session]:
+        """The session, empty; emptied again afterwards. Streams that are under way compute their tokens again."""
+        return self._shared.reset()
 
     def close(self) -> None:
-        """Free the KV cache, the arenas, device memory and the mapping of the file now. The model cannot be used
-        afterwards.
-        """
-        with self.using():
+        """Free the KV cache, the arenas, device memory and the mapping of the file. The model can no longer be used."""
+        with self.exclusive():
             try:
                 if self._backend is not None:
                     self._backend.close()
             finally:
-                self._session = self._program = self._all_logits = self._backend = None
+                self._shared.close()
+                self._program = self._all_logits = self._backend = None
                 self.weights = {}
                 self._checkpoint.weights = {}
 
@@ -242,13 +218,13 @@ class Model:
         return f"<Model {self.path.name}: {c.n_layers} layers, dim {c.dim}, on {self.device}, context {self.context}>"
 
     def logits(self, ids: Iterable[int]) -> np.ndarray:
-        """float32 [len(ids), vocab]: logits after each token, from an empty cache.
+        """float32 [len(ids), vocab]: the logits after each token, computed from an empty cache.
 
         Raises `Error` for no ids or ids outside the vocabulary, `ContextError` for more than fit.
         """
-        with self.using():
+        with self.exclusive():
             session = self.session
-            tokens = session.check(ids)
+            tokens = session.validate_token_ids(ids)
             program = self._all_logits
             if program is None:
                 graph = self._build(self._chunk, "all")
@@ -257,176 +233,178 @@ class Model:
                 program = self._all_logits = debug.watched(program, self.backend)
             out = np.empty((len(tokens), self.config.vocab_size), np.float32)
             step = len(program.inputs["ids"])
-            with self.fresh_session():
+            with self.reset_session():
                 for start in range(0, len(tokens), step):
                     chunk = tokens[start : start + step]
-                    session.feed(program, chunk)
+                    session.set_inputs(program, chunk)
                     program.run(len(chunk))
                     session.tokens.extend(chunk)
                     out[start : start + len(chunk)] = program.value("logits")[: len(chunk)]
             return out
 
+    @overload
     def generate(
         self,
         prompt: str | None,
-        max_tokens: int = 256,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.0,
-        repeat_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-    ) -> str:
-        """The continuation of a prompt, as text. `None` as the prompt starts from BOS alone.
+        max_tokens: int | NotGiven | None = ...,
+        *,
+        params: SamplingParams | None = ...,
+        **options: Unpack[SamplingOptions],
+    ) -> str: ...
 
-        `temperature=0` is greedy. Ends at EOS (llama2.c and KuiperLLama files: also at BOS), at a stop string, which
-        is not part of the text, at `max_tokens` or at the end of the context. Raises `ContextError` for a prompt that
-        does not fit, `Error` for an empty one or without a tokenizer, and `Interrupted`, with the text so far, on
-        Ctrl-C.
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | list[str | None] | tuple[str | None, ...],
+        max_tokens: int | NotGiven | None = ...,
+        *,
+        params: SamplingParams | Sequence[SamplingParams] | None = ...,
+        **options: Unpack[SamplingOptions],
+    ) -> list[str]: ...
+
+    def generate(
+        self,
+        prompt: str | list[str] | list[str | None] | tuple[str | None, ...] | None,
+        max_tokens: int | NotGiven | None = NOT_GIVEN,
+        *,
+        params: SamplingParams | Sequence[SamplingParams] | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> str | list[str]:
+        """The continuation of a prompt, as text; of a list of prompts, a list of texts. None starts from BOS alone.
+
+        `params` are the settings, for a list of prompts also one for each; `max_tokens` and `options` replace fields of
+        them (see `SamplingParams`). `temperature=0` is greedy. The text ends at EOS (in llama2.c and KuiperLLama files
+        also at BOS), before a stop string, at `max_tokens` or at the end of the context.
+
+        Raises `ContextError` for a prompt that does not fit; `Error` for an empty one, a wrong or unknown option, or
+        without a tokenizer; `Interrupted`, with the text so far, on Ctrl-C.
         """
-        text: list[str] = []
-        with self.using():
-            try:
-                for piece in self.stream(
-                    prompt, max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed, stop
-                ):
-                    text.append(piece.text)
-            except KeyboardInterrupt:
-                raise Interrupted("".join(text)) from None
-        return "".join(text)
+        if isinstance(prompt, str | None):
+            streams = [self.stream(prompt, max_tokens, params=_one(params), **options)]
+        else:
+            each = _for_each(prompt, params)
+            streams = [
+                self.stream(text, max_tokens, params=own, **options) for text, own in zip(prompt, each, strict=True)
+            ]
+        texts: list[str] = []
+        with self.exclusive():
+            for stream in streams:
+                parts: list[str] = []
+                try:
+                    for response in stream:
+                        parts.append(response.text)
+                except KeyboardInterrupt:
+                    raise Interrupted("".join(parts), texts) from None
+                texts.append("".join(parts))
+        return texts[0] if isinstance(prompt, str | None) else texts
 
     def stream(
         self,
         prompt: str | None,
-        max_tokens: int = 256,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.0,
-        repeat_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-    ) -> Iterator[Piece]:
-        """Like `generate`, a `Piece` a token, as soon as it is there. Arguments are checked at once, not at the first
-        piece.
+        max_tokens: int | NotGiven | None = NOT_GIVEN,
+        *,
+        params: SamplingParams | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[GenerationResponse]:
+        """Like `generate` of one prompt, but yields a `GenerationResponse` a token as soon as it is known.
 
-        Text never ends in the middle of a character, and a stop string is never shown in part. Several streams of one
-        model may be read in turns or from several threads: each takes the KV cache over and recomputes what it needs.
+        Arguments are checked by the call, not by the first response. Text never ends inside a character, and a stop
+        string is never shown in part. Several streams of one model may be read in turn or from several threads: each
+        takes the KV cache over and computes again what it needs.
         """
         session, tokenizer = self.session, self._require_tokenizer()
         if not (prompt is None or isinstance(prompt, str)):
             raise Error(f"the prompt must be a string or None, found {prompt!r}")
         if prompt == "":
             raise Error("the prompt is empty; None starts from the beginning-of-text token alone")
-        ids = tokenizer.encode(prompt or "", bos=True)
+        settings = merge(params, DEFAULTS, max_tokens, options)
+        ids = tokenizer.encode(prompt or "", bos=True, special=settings.special)
         if prompt is None and tokenizer.bos_id is not None:  # even where the vocabulary does not want it before a text
             ids = [tokenizer.bos_id]
-        options = (max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed, stop)
-        return self.stream_ids(session.check(ids), *options, at_start=prompt is None)
+        return self.stream_ids(session.validate_token_ids(ids), params=settings, strip_leading_space=prompt is None)
 
     def stream_ids(
         self,
         ids: Iterable[int],
-        max_tokens: int = 256,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.0,
-        repeat_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
+        max_tokens: int | NotGiven | None = NOT_GIVEN,
         *,
-        at_start: bool = False,
-        enders: Iterable[int] = (),
-        keep: bool = False,
-    ) -> Iterator[Piece]:
-        """Like `stream`, from token ids as they are.
+        params: SamplingParams | None = None,
+        strip_leading_space: bool = False,
+        reuse_prefix: bool = False,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[GenerationResponse]:
+        """Like `stream`, from token ids instead of text.
 
-        `at_start` when the continuation is a text of its own, so that its first space goes where the tokenizer put it.
-        `enders` are ids that end it besides the file's. `keep` starts from what the KV cache holds of the ids'
-        beginning, by whichever stream; otherwise all are computed, and nothing depends on what came before.
+        `strip_leading_space`: the output is a new text, so drop the space that the tokenizer's encoder prepends.
+        `reuse_prefix`: start from what the KV cache holds of the beginning of `ids`, whichever stream computed it.
+        Otherwise all are computed, and nothing depends on what came before.
         """
-        ids, tokenizer = self.session.check(ids), self._require_tokenizer()
-        max_tokens = whole_number("max_tokens", max_tokens, 0)
-        stops = StopStringFilter(strings("stop", stop))
-        # a vocabulary may be padded: tokens that the tokenizer does not know are not drawn
-        drawn = min(self.config.vocab_size, tokenizer.vocab_size)
-        sampler = Sampler(drawn, temperature, top_k, top_p, min_p, repeat_penalty, seed)
+        ids, tokenizer = self.session.validate_token_ids(ids), self._require_tokenizer()
+        settings = merge(params, DEFAULTS, max_tokens, options)
+        # a vocabulary may be padded: tokens that the tokenizer does not know are never chosen
+        sampler = SamplerState(settings, min(self.config.vocab_size, tokenizer.vocab_size))
         sampler.remember(ids)
-        ends = {tokenizer.eos_id, *self._checkpoint.stop_token_ids, *enders}
-        if self._checkpoint.bos_is_stop_token:
-            ends.add(tokenizer.bos_id)
-        decoder = tokenizer.decoder(strip_leading_space=at_start)
-        return self._pieces(ids, max_tokens, sampler, decoder, stops, ends, keep)
+        return generate_tokens(
+            self._shared,
+            ids,
+            sampler,
+            tokenizer.decoder(strip_leading_space=strip_leading_space),
+            max_tokens=settings.max_tokens,
+            stop=settings.stop,
+            stop_token_ids=self._stop_token_ids(settings, tokenizer),
+            reuse_prefix=reuse_prefix,
+        )
 
-    def _pieces(
+    def _stop_token_ids(self, params: SamplingParams, tokenizer: Tokenizer) -> frozenset[int]:
+        """Ids that end a text: those of `params`, and unless it ignores them those of the file and the tokenizer."""
+        own: set[int | None] = set()
+        if not params.ignore_eos:
+            own = {tokenizer.eos_id, *self._checkpoint.stop_token_ids}
+            if self._checkpoint.bos_is_stop_token:
+                own.add(tokenizer.bos_id)
+        return frozenset(params.stop_token_ids) | {token for token in own if token is not None}
+
+    def apply_chat_template(
         self,
-        history: list[int],
-        max_tokens: int,
-        sampler: Sampler,
-        decoder: Decoder,
-        stops: StopStringFilter,
-        enders: Container[int | None],
-        keep: bool,
-    ) -> Iterator[Piece]:
-        stream, started = object(), 0.0
-        reused = self._take_over(stream, history) if keep and max_tokens else 0
-        for index in range(max_tokens):
-            token = self._next(stream, history, sampler)
-            now = time.perf_counter()
-            started = started or now
-            speed = index / (now - started) if index else 0.0
-            reason = None
-            text = ""
-            if token in enders:
-                reason = "eos"
-            else:
-                text = stops.push(decoder.push(token))
-                if stops.stopped:
-                    reason = "stop"
-                elif index + 1 == max_tokens:
-                    reason = "length"
-                elif len(history) == self.context:
-                    reason = "context"
-            if reason in ("eos", "length", "context"):
-                text += stops.push(decoder.flush())
-                text += stops.flush()
-            yield Piece(text, token, speed, reason, reused)
-            if reason is not None:
-                return
-            history.append(token)
+        messages: Sequence[Message],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        tokenize: bool = True,
+        **template_kwargs: Any,
+    ) -> list[int] | str:
+        """A conversation as the model's chat template writes it: token ids, or with `tokenize=False` text.
 
-    def _take_over(self, stream: object, history: Sequence[int]) -> int:
-        """Make the session the stream's, with what it holds of the history; returns how much that is."""
-        with self.using():
-            session, self._stream = self.session, stream
-            session.rewind(session.common(history))
-            return len(session.tokens)
+        `messages` are {"role": "system" | "user" | "assistant", "content": text} each. `add_generation_prompt` ends it
+        where the model's answer begins. `tools` and `template_kwargs` are handed to the template. In the ids, special
+        tokens that a message spells out ("<|im_end|>") stay ordinary text.
 
-    def _next(self, stream: object, history: Sequence[int], sampler: Sampler) -> int:
-        """The token after `history`. Usually the cache holds all but its last; after another stream used it, less."""
-        with self.using():
-            session = self.session
-            if self._stream is not stream:
-                self._stream = stream
-                session.rewind()
-            known = len(session.tokens)
-            token = (
-                session.step(history[-1], sampler)
-                if known == len(history) - 1 and known
-                else session.prefill(history[known:], sampler)
-            )
-            assert token is not None
-            return token
-
-    def chat(self, system: str | None = None, template: str | None = None) -> Chat:
-        """A conversation with the model. `system` is the system message, `template` a chat template in jinja2, if not
-        the file's own or, for a file without one, the built-in one that the vocabulary is made for.
-
-        Raises `Error` without a tokenizer, or when there is no template.
+        Raises `Error` without a tokenizer or a template, or when the template refuses the messages.
         """
-        return Chat(self, self._require_tokenizer(), system, template or self._checkpoint.chat_template)
+        encoder = ConversationEncoder(self._require_tokenizer(), self._checkpoint.chat_template)
+        variables = {"add_generation_prompt": add_generation_prompt, "tools": tools, **template_kwargs}
+        if tokenize:
+            return encoder.encode(messages, **variables)
+        return encoder.template.render(messages, **variables)
+
+    def chat(
+        self,
+        system: str | None = None,
+        messages: Sequence[Message] | None = None,
+        *,
+        template: str | None = None,
+        **template_kwargs: Any,
+    ) -> Chat:
+        """A conversation with the model.
+
+        `system` is the system message. `messages` is a conversation to continue, as `Chat.messages` gives it; it may
+        begin with a system message instead. `template` is a chat template in jinja2; default the file's own, or for a
+        file without one the built-in one that the vocabulary is made for. `template_kwargs` are handed to the template
+        (`enable_thinking=False`).
+
+        Raises `Error` without a tokenizer or a template.
+        """
+        encoder = ConversationEncoder(self._require_tokenizer(), template or self._checkpoint.chat_template)
+        return Chat(self, encoder, system, messages, template_kwargs)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -435,6 +413,27 @@ class Model:
                 "--tokenizer on the command line"
             )
         return self.tokenizer
+
+
+def _one(params: SamplingParams | Sequence[SamplingParams] | None) -> SamplingParams | None:
+    if not isinstance(params, SamplingParams | None):
+        raise Error(f"params must be SamplingParams for a single prompt, found {params!r}")
+    return params
+
+
+def _for_each(
+    prompts: Sequence[str | None], params: SamplingParams | Sequence[SamplingParams] | None
+) -> Sequence[SamplingParams | None]:
+    """The settings of each prompt."""
+    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
+        raise Error(f"the prompt must be a string, None or a list of these, found {prompts!r}")
+    if not isinstance(params, Sequence):
+        return [params] * len(prompts)
+    if len(params) != len(prompts):
+        raise Error(
+            f"there are {len(prompts)} prompts and {len(params)} params: pass one params for each, or one for all"
+        )
+    return params
 
 
 def _choose_context(config: ModelConfig, context: int | None, notes: list[str]) -> int:

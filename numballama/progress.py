@@ -1,4 +1,4 @@
-"""What a person sees while waiting: notes and progress bars on a terminal, nothing where no person looks."""
+"""Notes and progress bars on stderr, if it is a terminal. Otherwise nothing is printed; notes go to the log only."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from typing import Any
 
 log = logging.getLogger("numballama")
 
-PATIENCE_S = 0.7
-"""A bar appears when something takes longer than this."""
+DELAY_S = 0.7
+"""Seconds after which a bar appears."""
 
 quiet = False
-"""Set by the command line's --quiet: no notes and no bars, even on a terminal."""
+"""Set by --quiet: no notes and no bars, even on a terminal."""
 
 
-def _watched() -> bool:
+def _is_shown() -> bool:
     return not quiet and sys.stderr is not None and sys.stderr.isatty()
 
 
 def info(text: str) -> None:
-    """Tell the person at the terminal, on stderr; elsewhere only the log hears it."""
+    """Log a note; on a terminal also print it to stderr."""
     log.info(text)
-    if _watched():
+    if _is_shown():
         print(text, file=sys.stderr, flush=True)
 
 
@@ -35,15 +35,15 @@ Report = Callable[[str, int, int], None]
 
 @contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Report]:
-    """A progress bar on stderr for as long as the block runs; it appears only once the block has taken a moment."""
-    if not _watched():
+    """A progress bar on stderr while the block runs. It appears only after `DELAY_S`."""
+    if not _is_shown():
         yield lambda what, done, total: None
         return
     started = time.perf_counter()
     shown: list[Any] = []
 
     def report(what: str, done: int, total: int) -> None:
-        if not shown and time.perf_counter() - started > PATIENCE_S:
+        if not shown and time.perf_counter() - started > DELAY_S:
             from rich.console import Console
             from rich.progress import Progress
 

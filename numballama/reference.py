@@ -18,7 +18,7 @@ from .quantization.activations import Quantized, quantize_activations
 from .quantization.convert import dequantize, quantize_int8
 from .quantization.types import ACTIVATION_QUANT, BLOCKS
 from .registry import find, kernel
-from .sampling import Sampler
+from .sampling import SamplerState
 
 if TYPE_CHECKING:
     from .backend import Activations, BackendName, KVType, Program
@@ -198,7 +198,7 @@ class ReferenceProgram:
         """For each op the function that computes it."""
         return [self._function(op).__name__ for op in self.graph.ops]
 
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: Sampler | None = None) -> int:
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
         """Interpret ops [begin, end) for the first `tokens` tokens; with a sampler, draw the next token."""
         if begin == 0:
             self.values = {name: array[:tokens] for name, array in self.inputs.items()}

@@ -1,86 +1,250 @@
-"""How tokens are drawn: a generation's settings, and the buffers that they are drawn with.
+"""Sampling: `SamplingParams`, the settings of one generation, and `SamplerState`, the buffers it samples with.
 
-They apply in llama.cpp's order: repeat penalty, then top-k, top-p and min-p on the probabilities as the model gives
-them, then temperature on what is left. `sampling` does it on the CPU, `kernels_cuda.sampling_kernels` on a GPU.
+The settings apply in llama.cpp's order: repetition penalty, then top-k, top-p and min-p on the model's own
+probabilities, then temperature on what is left. `cpu.sampling` does this on the CPU, `cuda.kernels.sampling` on a GPU.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import InitVar, dataclass, field
+from enum import Enum
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 
-from .errors import Error
-from .validation import real_number, whole_number
+from .errors import Error, UnsupportedError
+from .validation import real_number, strings, whole_number
 
 REPEAT_WINDOW = 64
-"""How many of the latest tokens the repeat penalty looks at (llama.cpp's repeat_last_n)."""
+"""How many of the latest tokens the repetition penalty looks at (llama.cpp's repeat_last_n)."""
 TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY = range(5)
-"""Indices into `Sampler.settings`."""
+"""Indices into `SamplerState.settings`."""
 SETTINGS = 5
-"""Numbers in `Sampler.settings`."""
-COLDEST = 1e-5
-"""A temperature below this is taken as 0: logits divided by it would overflow."""
+"""Length of `SamplerState.settings`."""
+MIN_TEMPERATURE = 1e-5
+"""A lower temperature counts as 0, because logits divided by it would overflow."""
 
 
-class Sampler:
-    """The settings of one generation with the buffers that its sampling needs, made once.
+class NotGiven(Enum):
+    """The type of `NOT_GIVEN`."""
 
-    `vocab_size` is how many tokens may be drawn. `temperature` 0 is greedy; `top_k` 0, `top_p` 1, `min_p` 0 and
-    `repeat_penalty` 1 switch those off. The same `seed` gives the same tokens on one machine; None draws one. Raises
-    `Error` for a setting out of its range.
+    NOT_GIVEN = "not given"
+
+
+NOT_GIVEN: Literal[NotGiven.NOT_GIVEN] = NotGiven.NOT_GIVEN
+"""Default of `max_tokens` arguments: take the value of `SamplingParams`. None has a meaning there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """The settings of one generation: how tokens are chosen and when the text ends.
+
+    Raises `Error` for a value that is out of range, `UnsupportedError` for a setting that this version does not have.
+    Use `override` for a copy with other values.
     """
 
-    def __init__(
-        self,
-        vocab_size: int,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.0,
-        repeat_penalty: float = 1.0,
-        seed: int | None = None,
-    ) -> None:
-        heat = real_number("temperature", temperature, 0, 1e6, "a number from 0 (greedy) up")
-        settings = (
-            heat if heat >= COLDEST else 0.0,
-            min(whole_number("top_k", top_k, 0), vocab_size),
-            real_number("top_p", top_p, 1e-9, 1, "above 0 and at most 1 (off)"),
-            real_number("min_p", min_p, 0, 1, "between 0 (off) and 1"),
-            real_number("repeat_penalty", repeat_penalty, 0.01, 100, "between 0.01 and 100 (1 is off)"),
-        )
-        self.settings = np.array(settings, np.float64)
+    max_tokens: int | None = 256
+    """Tokens to generate at most. None: until the context is full. A chat's default is 1024."""
+    min_tokens: int = 0
+    """Tokens to generate before an end-of-sequence token may be chosen. Not supported yet: only 0."""
+    temperature: float = 0.8
+    """The logits are divided by it: below 1 likely tokens gain, above 1 unlikely ones. 0: always the likeliest."""
+    top_k: int = 40
+    """Sample among the `top_k` likeliest tokens. 0: off."""
+    top_p: float = 0.95
+    """Sample among the fewest likeliest tokens whose probabilities sum to `top_p`. 1: off."""
+    min_p: float = 0.0
+    """Drop tokens less likely than `min_p` times the likeliest. 0: off."""
+    repetition_penalty: float = 1.0
+    """Above 1: make tokens among the last 64, the prompt's included, less likely. 1: off. Also `repeat_penalty`."""
+    presence_penalty: float = 0.0
+    """OpenAI's penalty on tokens that the output has. Not supported yet: only 0."""
+    frequency_penalty: float = 0.0
+    """OpenAI's penalty on tokens, for each time that the output has them. Not supported yet: only 0."""
+    logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
+    """Token id → what is added to its logit. Not supported yet: only None or empty."""
+    seed: int | None = None
+    """The same seed gives the same tokens on one machine. None or -1: a random one."""
+    stop: str | Sequence[str] = ()
+    """Strings that end the text. They are not part of it."""
+    stop_token_ids: Iterable[int] = frozenset()
+    """Token ids that end the text, besides those of the model file. They add nothing to it."""
+    ignore_eos: bool = False
+    """Go on after an end-of-sequence token of the model file; `stop_token_ids` end the text even so."""
+    logprobs: int | None = None
+    """How many log probabilities to return for each token. Not supported yet: only None."""
+    n: int = 1
+    """How many texts to generate for each prompt. Not supported yet: only 1."""
+    json_schema: Mapping[str, Any] | str | None = field(default=None, hash=False)
+    """Generate JSON of this schema. Not supported yet: only None."""
+    regex: str | None = None
+    """Generate text that matches this expression. Not supported yet: only None."""
+    grammar: str | None = None
+    """Generate text of this grammar. Not supported yet: only None."""
+    special: bool = False
+    """Whether special tokens that a prompt's text spells out ("</s>") are tokens. False: they are ordinary text."""
+    repeat_penalty: InitVar[float | None] = None
+    """llama.cpp's name for `repetition_penalty`; an argument only, not a field."""
+
+    def __post_init__(self, repeat_penalty: float | None) -> None:
+        penalty_name = "repetition_penalty"
+        if repeat_penalty is not None:
+            if self.repetition_penalty != 1:
+                raise Error("repetition_penalty and repeat_penalty are one setting: pass only one of them")
+            penalty_name = "repeat_penalty"
+            self._set("repetition_penalty", repeat_penalty)
+        if self.max_tokens is not None:
+            self._set("max_tokens", whole_number("max_tokens", self.max_tokens, 0))
+        self._set("min_tokens", whole_number("min_tokens", self.min_tokens, 0))
+        self._set("temperature", real_number("temperature", self.temperature, 0, 1e6, "a number from 0 (greedy) up"))
+        self._set("top_k", whole_number("top_k", self.top_k, 0))
+        self._set("top_p", real_number("top_p", self.top_p, 1e-9, 1, "above 0 and at most 1 (off)"))
+        self._set("min_p", real_number("min_p", self.min_p, 0, 1, "between 0 (off) and 1"))
+        penalty = real_number(penalty_name, self.repetition_penalty, 0.01, 100, "between 0.01 and 100 (1 is off)")
+        self._set("repetition_penalty", penalty)
+        if self.seed is not None:
+            self._set("seed", whole_number("seed", self.seed))
+        self._set("stop", tuple(strings("stop", self.stop)))
+        self._set("stop_token_ids", _token_ids(self.stop_token_ids))
+        self._set("n", whole_number("n", self.n, 1))
+        self._refuse_unsupported()
+
+    def override(self, options: Mapping[str, Any]) -> SamplingParams:
+        """A copy with other values of some fields. Raises `Error` that names an unknown field and the known ones."""
+        if not options:
+            return self
+        known = [each.name for each in dataclasses.fields(self)]
+        unknown = [name for name in options if name not in (*known, "repeat_penalty")]
+        if unknown:
+            raise Error(f"unknown sampling option {', '.join(unknown)}; choose from {', '.join(known)}")
+        changes = dict(options)
+        if changes.get("repeat_penalty") is not None:
+            changes.setdefault("repetition_penalty", 1.0)
+        return dataclasses.replace(self, **changes)
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _refuse_unsupported(self) -> None:
+        """Raise `UnsupportedError` for a field that would have an effect, and has none in this version."""
+        off = {
+            "min_tokens": 0,
+            "presence_penalty": 0,
+            "frequency_penalty": 0,
+            "logit_bias": None,
+            "logprobs": None,
+            "n": 1,
+            "json_schema": None,
+            "regex": None,
+            "grammar": None,
+        }
+        for name, value in off.items():
+            given = getattr(self, name)
+            if given != value and not (name == "logit_bias" and not given):
+                raise UnsupportedError(f"{name} is not supported by this version: leave it at {value}, found {given!r}")
+
+
+def _token_ids(value: Any) -> frozenset[int]:
+    if isinstance(value, str | bytes) or not isinstance(value, Iterable):
+        raise Error(f"stop_token_ids must be a list of token ids, found {value!r}")
+    return frozenset(whole_number("a token of stop_token_ids", token, 0) for token in value)
+
+
+class SamplingOptions(TypedDict, total=False):
+    """Keyword arguments that override fields of `SamplingParams`; `max_tokens` is a parameter of its own."""
+
+    min_tokens: int
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    repeat_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logit_bias: Mapping[int, float] | None
+    seed: int | None
+    stop: str | Sequence[str]
+    stop_token_ids: Iterable[int]
+    ignore_eos: bool
+    logprobs: int | None
+    n: int
+    json_schema: Mapping[str, Any] | str | None
+    regex: str | None
+    grammar: str | None
+    special: bool
+
+
+def merge(
+    params: SamplingParams | None,
+    defaults: SamplingParams,
+    max_tokens: int | NotGiven | None,
+    options: Mapping[str, Any],
+) -> SamplingParams:
+    """`params`, or `defaults` where there are none, with the keyword arguments of a call in place of its fields."""
+    if not isinstance(params, SamplingParams | None):
+        raise Error(f"params must be SamplingParams, found {params!r}")
+    given = {} if max_tokens is NOT_GIVEN else {"max_tokens": max_tokens}
+    return (defaults if params is None else params).override({**given, **options})
+
+
+DEFAULTS = SamplingParams()
+"""What `generate` and `stream` use."""
+CHAT_DEFAULTS = SamplingParams(max_tokens=1024)
+"""What `Chat.send` and `Chat.stream` use."""
+
+
+class SamplerState:
+    """The buffers that one generation samples with, allocated once.
+
+    `vocab_size` is how many tokens may be chosen: ids 0 to `vocab_size` - 1.
+
+    Attributes: `settings` float64 [SETTINGS], `recent` int32 [REPEAT_WINDOW] (a ring of the latest tokens), `counts`
+    int64 [1] (tokens that `recent` has seen), `state` uint64 [1] (of the random generator), `ids` int32 [vocab_size]
+    (scratch).
+    """
+
+    def __init__(self, params: SamplingParams, vocab_size: int) -> None:
+        self.settings = np.zeros(SETTINGS, np.float64)
+        self.settings[TEMPERATURE] = params.temperature if params.temperature >= MIN_TEMPERATURE else 0.0
+        self.settings[TOP_K] = min(params.top_k, vocab_size)
+        self.settings[TOP_P] = params.top_p
+        self.settings[MIN_P] = params.min_p
+        self.settings[REPETITION_PENALTY] = params.repetition_penalty
         self.ids = np.zeros(vocab_size, np.int32)
         self.recent = np.zeros(REPEAT_WINDOW, np.int32)
         self.counts = np.zeros(1, np.int64)
-        number = int.from_bytes(os.urandom(8), "little") if seed is None else whole_number("seed", seed) & (1 << 64) - 1
-        self.state = np.array([number], np.uint64)
+        seed = int.from_bytes(os.urandom(8), "little") if params.seed in (None, -1) else params.seed
+        assert seed is not None
+        self.state = np.array([seed & (1 << 64) - 1], np.uint64)
         self.addresses = (*(array.ctypes.data for array in self.operands), len(self.ids))
-        """What `cpu.walk_and_sample` takes: the operands' addresses, and how many tokens may be drawn."""
+        """The operands' addresses, and how many tokens may be chosen: arguments of the CPU's compiled loop."""
 
     def remember(self, tokens: Iterable[int]) -> None:
-        """Let the repeat penalty see these tokens: a prompt."""
+        """Show tokens, usually those of a prompt, to the repetition penalty."""
         for token in tokens:
             if not 0 <= token < len(self.ids):
-                continue  # it is never drawn, so there is nothing to penalise
+                continue  # it is never chosen, so there is nothing to penalise
             self.recent[self.counts[0] % REPEAT_WINDOW] = token
             self.counts[0] += 1
 
     @property
     def is_argmax(self) -> bool:
-        """Whether these settings come down to the largest logit as it is."""
-        return bool(self.settings[0] == 0 and self.settings[4] == 1)
+        """Whether these settings always choose the largest logit of the model."""
+        return bool(self.settings[TEMPERATURE] == 0 and self.settings[REPETITION_PENALTY] == 1)
 
     @property
     def operands(self) -> tuple[np.ndarray, ...]:
-        """What `sampling.sample` takes after the logits."""
+        """Arguments of `cpu.sampling.sample` after the logits."""
         return self.settings, self.recent, self.counts, self.state, self.ids
 
     def __call__(self, logits: np.ndarray) -> int:
-        """The next token, or -1 if `logits` [vocab] hold a NaN. They are changed."""
+        """The next token, or -1 if `logits` float32 [vocab] hold a NaN. Overwrites the logits."""
         if len(logits) < len(self.ids):
-            raise Error(f"this sampler draws from {len(self.ids):,} tokens, there are {len(logits):,} logits")
-        from .cpu.sampling import sample  # not before: a GPU samples by itself, and Numba takes its time
+            raise Error(f"this sampler chooses from {len(self.ids):,} tokens, but there are {len(logits):,} logits")
+        from .cpu.sampling import sample  # late: importing Numba takes time, and a GPU does not need it
 
         return int(sample(logits, *self.operands))

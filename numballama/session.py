@@ -1,23 +1,26 @@
-"""`Session`: a token history and the KV cache that goes with it."""
+"""`Session`: the tokens of one sequence and its KV cache. `SharedSession`: a session that callers take in turn."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import contextlib
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from .backend import Program
-from .errors import ContextError, Error
-from .sampling import Sampler
+from .errors import FORKED, ContextError, DeviceError, Error
+from .sampling import SamplerState
 from .validation import whole_number
 
 
 class Session:
-    """Tokens seen so far, in a KV cache that holds `context` of them.
+    """The tokens that a sequence has so far. The KV cache has room for `context` of them.
 
-    `decode` is a program for one token, `prompt` one for a chunk of several. The history grows only after a run has
-    ended, so an interrupt between two steps leaves a session that can go on: the next run writes the same places
-    again.
+    `decode` is a program for one token, `prompt` one for a chunk of several. `tokens` grows only after a run has
+    ended. So an interrupt inside a run leaves a session that can continue: the next run writes the same cache
+    positions again.
     """
 
     def __init__(self, decode: Program, prompt: Program, context: int, vocab_size: int, sequence: int = 0) -> None:
@@ -32,8 +35,10 @@ class Session:
         """float32 [vocab]: logits after the last token of the last run. A view that the next run overwrites."""
         return self._last.value("logits")[0]
 
-    def check(self, ids: Iterable[object]) -> list[int]:
-        """The ids, checked. Raises `Error` for none or one outside the vocabulary, `ContextError` for too many."""
+    def validate_token_ids(self, ids: Iterable[object]) -> list[int]:
+        """The ids as a list of int. Raises `Error` if there are none or one is outside the vocabulary, `ContextError`
+        for more than the context holds.
+        """
         try:
             tokens = [whole_number("a token", token) for token in ids]
         except TypeError:
@@ -50,32 +55,32 @@ class Session:
             )
         return tokens
 
-    def rewind(self, length: int = 0) -> None:
-        """Forget all tokens after the first `length`; the cache keeps what belongs to those."""
+    def truncate(self, length: int = 0) -> None:
+        """Forget all tokens after the first `length`. The cache entries of those stay valid."""
         del self.tokens[length:]
 
-    def common(self, ids: Sequence[int]) -> int:
-        """How many of `ids`, the last excepted, are the beginning of the history: what need not be computed again."""
-        most = min(len(self.tokens), len(ids) - 1)
-        return next((n for n in range(most) if self.tokens[n] != ids[n]), max(most, 0))
+    def common_prefix_length(self, ids: Sequence[int]) -> int:
+        """How many of the first `ids` the cache holds. The last id never counts: its logits must be computed."""
+        limit = min(len(self.tokens), len(ids) - 1)
+        return next((n for n in range(limit) if self.tokens[n] != ids[n]), max(limit, 0))
 
-    def prefill(self, ids: Sequence[int], sampler: Sampler | None = None) -> int | None:
-        """Append tokens, a chunk a run; logits are computed for the last one only. Returns a sampler's choice."""
+    def prefill(self, ids: Sequence[int], sampler: SamplerState | None = None) -> int | None:
+        """Append tokens, a chunk a run. Computes logits for the last token only. Returns the sampler's next token."""
         if not ids:
             raise Error("there is no token to append")
         *whole, rest = (ids[start : start + self._chunk] for start in range(0, len(ids), self._chunk))
         for chunk in whole:
-            self.feed(self._prompt, chunk)
+            self.set_inputs(self._prompt, chunk)
             self._prompt.run(len(chunk), 0, self._prompt.prefill_end)
             self.tokens.extend(chunk)
         return self._run(self._decode if len(rest) == 1 else self._prompt, rest, sampler)
 
-    def step(self, token: int, sampler: Sampler | None = None) -> int | None:
-        """Append one token: one call into compiled code. With a sampler, returns the next token."""
+    def step(self, token: int, sampler: SamplerState | None = None) -> int | None:
+        """Append one token, in one call into compiled code. Returns the sampler's next token."""
         return self._run(self._decode, (token,), sampler)
 
-    def feed(self, program: Program, ids: Sequence[int]) -> None:
-        """Write the inputs of a run that continues this session. Raises `ContextError` when the cache is full."""
+    def set_inputs(self, program: Program, ids: Sequence[int]) -> None:
+        """Write the inputs of a run that appends `ids`. Raises `ContextError` when they do not fit the cache."""
         start, count = len(self.tokens), len(ids)
         if not all(0 <= token < self.vocab_size for token in ids):  # a kernel would read beside the embedding table
             raise Error(f"a token is not in the vocabulary of {self.vocab_size:,}: {list(ids)}")
@@ -85,11 +90,53 @@ class Session:
         program.inputs["positions"][:count] = range(start, start + count)
         program.inputs["sequences"][:count] = self._sequence
 
-    def _run(self, program: Program, ids: Sequence[int], sampler: Sampler | None) -> int | None:
+    def _run(self, program: Program, ids: Sequence[int], sampler: SamplerState | None) -> int | None:
         if sampler is not None and len(sampler.ids) > self.vocab_size:
-            raise Error(f"the sampler draws from {len(sampler.ids):,} tokens, the vocabulary has {self.vocab_size:,}")
-        self.feed(program, ids)
+            raise Error(f"the sampler chooses from {len(sampler.ids):,} tokens, the vocabulary has {self.vocab_size:,}")
+        self.set_inputs(program, ids)
         self._last = program
         token = program.run(len(ids), sampler=sampler)
         self.tokens.extend(ids)
         return None if sampler is None else token
+
+
+class SharedSession:
+    """One session that the streams of a model use in turn, from any thread.
+
+    `owner` is the stream whose tokens the KV cache holds. Another stream that takes the session computes its own
+    tokens again.
+    """
+
+    def __init__(self, session: Session) -> None:
+        self.owner: object = None
+        self._session: Session | None = session
+        self._lock, self._pid = threading.RLock(), os.getpid()
+
+    @property
+    def session(self) -> Session:
+        """The session. Raises `Error` once the model is closed."""
+        if self._session is None:
+            raise Error("this model is closed; compile it again")
+        return self._session
+
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[None]:
+        """Keep other threads out. Raises `DeviceError` in a forked child, where a lost thread may hold the lock."""
+        if os.getpid() != self._pid:
+            raise DeviceError(FORKED)
+        with self._lock:
+            yield
+
+    @contextlib.contextmanager
+    def reset(self) -> Iterator[Session]:
+        """The session, empty; emptied again afterwards. Streams that are under way compute their tokens again."""
+        session, self.owner = self.session, None
+        session.truncate()
+        try:
+            yield session
+        finally:
+            session.truncate()
+
+    def close(self) -> None:
+        """From here on `session` raises `Error`."""
+        self._session = None

@@ -1,4 +1,4 @@
-"""Arguments from outside, turned into what the code works with, or into an `Error` that names them."""
+"""Checks of arguments from outside: they return the value in the type that the code works with, or raise `Error`."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from typing import Any
 from .errors import Error
 
 
-def whole_number(name: str, value: Any, least: int | None = None) -> int:
-    """`value` as an int; NumPy integers are welcome, 1.0 is not. Raises `Error` below `least`."""
+def whole_number(name: str, value: Any, minimum: int | None = None) -> int:
+    """`value` as an int. NumPy integers are accepted, 1.0 is not. Raises `Error` below `minimum`."""
     try:
         number = operator.index(value)
     except TypeError:
         raise Error(f"{name} must be a whole number, found {value!r}") from None
-    if least is not None and number < least:
-        raise Error(f"{name} must be at least {least}, found {number}")
+    if minimum is not None and number < minimum:
+        raise Error(f"{name} must be at least {minimum}, found {number}")
     return number
 
 
-def real_number(name: str, value: Any, least: float, most: float, meaning: str) -> float:
-    """`value` as a float within [least, most]; `meaning` says in the error what is wanted."""
+def real_number(name: str, value: Any, minimum: float, maximum: float, expected: str) -> float:
+    """`value` as a float in [minimum, maximum]. Raises `Error` that says `expected`, also for NaN."""
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         number = float("nan")
-    if not least <= number <= most:
-        raise Error(f"{name} must be {meaning}, found {value!r}")
+    if not minimum <= number <= maximum:
+        raise Error(f"{name} must be {expected}, found {value!r}")
     return number
 
 
 def strings(name: str, value: Any) -> Sequence[str]:
-    """One string or several, as several."""
-    given = (value,) if isinstance(value, str) else value
-    if not isinstance(given, Sequence) or not all(isinstance(item, str) for item in given):
-        raise Error(f"{name} must be a string or several, found {value!r}")
-    return given
+    """One string or a sequence of strings, as a sequence. Raises `Error` for anything else."""
+    items = (value,) if isinstance(value, str) else value
+    if not isinstance(items, Sequence) or not all(isinstance(item, str) for item in items):
+        raise Error(f"{name} must be a string or a list of strings, found {value!r}")
+    return items

@@ -15,7 +15,7 @@ import numpy as np
 from .. import __version__, progress
 from ..errors import ContextError
 from ..memory import format_bytes, peak_bytes
-from ..sampling import Sampler
+from ..sampling import SamplerState, SamplingParams
 from ..validation import whole_number
 from .traffic import bytes_per_token
 
@@ -99,13 +99,13 @@ def bench(model: Model, prompt_tokens: int = 128, tokens: int = 64, repeats: int
         )
     rng = np.random.default_rng(0)
     prompt = rng.integers(0, model.config.vocab_size, prompt_tokens).tolist()
-    sampler = Sampler(model.config.vocab_size, temperature=0)
+    sampler = SamplerState(SamplingParams(temperature=0), model.config.vocab_size)
     prefill_times: list[float] = []
     decode_times: list[float] = []
-    with model.using(), progress.progress_bar("benchmark") as report, model.fresh_session() as session:
+    with model.exclusive(), progress.progress_bar("benchmark") as report, model.reset_session() as session:
         for index in range(repeats + 1):
             report("", index, repeats + 1)
-            session.rewind()
+            session.truncate()
             start = time.perf_counter()
             token = session.prefill(prompt, sampler)
             first = time.perf_counter()

@@ -120,10 +120,10 @@ def profile(model: Model, position: int, bandwidth: float) -> Profile:
     """
     program, backend = model.program, model.backend
     graph = model.plan.graph
-    with model.using(), model.fresh_session() as session:
+    with model.exclusive(), model.reset_session() as session:
         if position:
             session.prefill([token % model.config.vocab_size for token in range(1, position + 1)])
-        session.feed(program, [0])
+        session.set_inputs(program, [0])
         sizes = [step_bytes(graph, op, backend.weight_nbytes, position) for op in graph.ops]
         kernels = program.kernel_names()
         described = [_describe(op) for op in graph.ops]

@@ -1,37 +1,39 @@
-"""`Chat`: turns of a conversation, rendered by a chat template, each answered from the KV cache of those before it."""
+"""`Chat`: messages through a model's chat template. Each turn reuses what the KV cache holds of those before."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ContextError, Error, Interrupted
-from ..tokenizers.base import Tokenizer, TokenKind
-from . import template as templates
-from .template import ChatTemplate
+from ..generate import FinishReason, GenerationResponse
+from ..sampling import CHAT_DEFAULTS, NOT_GIVEN, NotGiven, SamplingOptions, SamplingParams, merge
+from .encoder import ConversationEncoder
+from .template import ChatTemplate, Message, stop_token_ids
 
 if TYPE_CHECKING:
-    from ..model import Model, Piece
+    from typing_extensions import Unpack
 
-_GUARDS = [chr(code) for code in range(0xFDD0, 0xFDF0)]  # Unicode's noncharacters: no text has a use for them all
+    from ..model import Model
 
 
 @dataclass
 class Turn:
-    """Figures of a turn: tokens of the whole rendered conversation, of those how many the KV cache still held, and the
-    answer's tokens, its end included, with their speed (of those after the first; 0.0 before).
-
-    `finish_reason` is as in `Piece`; None when the answer was interrupted, or is under way.
-    """
+    """Figures of a turn."""
 
     prompt_tokens: int
+    """Tokens of the whole rendered conversation."""
     reused_tokens: int = 0
+    """Of these, how many the KV cache held already."""
     tokens: int = 0
+    """Tokens of the answer, its end included."""
     tokens_per_second: float = 0.0
-    finish_reason: str | None = None
+    """Speed of the answer's tokens after the first. 0.0 before."""
+    finish_reason: FinishReason | None = None
+    """As in `GenerationResponse`. None when the answer was interrupted, or is not complete yet."""
+    stop_reason: str | int | None = None
+    """As in `GenerationResponse`."""
 
     @property
     def prefilled_tokens(self) -> int:
@@ -42,23 +44,41 @@ class Turn:
 class Chat:
     """A conversation. Use `model.chat()`; see there for the arguments.
 
-    Special tokens spelled out in what is said ("<|im_end|>") stay text. Each turn computes only what the KV cache does
-    not hold: the new message, and whatever the template renders otherwise than before. Several chats with one model
-    take turns with its cache. `turn` has the last turn's figures, or is None.
+    Special tokens that a message spells out ("<|im_end|>") stay text. A turn computes only what the KV cache does not
+    hold: the new message, and what the template renders differently than before. Several chats of one model take turns
+    with its cache. `turn` has the figures of the last turn, or is None.
     """
 
-    def __init__(self, model: Model, tokenizer: Tokenizer, system: str | None, source: str | None) -> None:
-        self._model, self._tokenizer = model, tokenizer
-        self.template: ChatTemplate = templates.choose(source, tokenizer)
-        self._enders = templates.stop_token_ids(tokenizer)
+    def __init__(
+        self,
+        model: Model,
+        encoder: ConversationEncoder,
+        system: str | None = None,
+        messages: Sequence[Message] | None = None,
+        template_kwargs: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._model, self._encoder = model, encoder
+        self._variables = dict(template_kwargs or {})
+        self._stop_token_ids = stop_token_ids(encoder.tokenizer)
         self.turn: Turn | None = None
-        self._said: list[dict[str, str]] = []
-        self._rendered, self._ids = "", list[int]()
-        self.system = system
+        self._history: list[dict[str, Any]] = []
+        self._rendered, self._ids = "", list[int]()  # what the model has read and written, as text and as ids
+        self.system = None
+        if messages is not None:
+            self.messages = messages
+        if system is not None:
+            if self._system is not None:
+                raise Error("the system message is given twice: by system= and as the first of messages=")
+            self.system = system
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The chat template."""
+        return self._encoder.template
 
     @property
     def system(self) -> str | None:
-        """The system message. It may be set at any time; the next turn then computes the whole conversation anew."""
+        """The system message. After a change, the next turn computes the whole conversation again."""
         return self._system
 
     @system.setter
@@ -68,25 +88,45 @@ class Chat:
         self._system = text or None
 
     @property
-    def messages(self) -> list[dict[str, str]]:
-        """The conversation so far, a copy: {"role": "system" | "user" | "assistant", "content": text} each."""
+    def messages(self) -> list[dict[str, Any]]:
+        """The conversation so far, a copy: {"role": "system" | "user" | "assistant", "content": text} each.
+
+        It can be set, to continue a saved conversation.
+        """
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
-        return system + [dict(message) for message in self._said]
+        return system + [dict(message) for message in self._history]
+
+    @messages.setter
+    def messages(self, messages: Sequence[Message]) -> None:
+        if not isinstance(messages, Sequence) or isinstance(messages, str):
+            raise Error(f"messages must be a list, found {messages!r}")
+        history = [_checked(message) for message in messages]
+        first_is_system = bool(history) and history[0]["role"] == "system"
+        self._system = history.pop(0)["content"] or None if first_is_system else None
+        self._history, self.turn = history, None
+        self._rendered, self._ids = "", []
 
     def reset(self) -> None:
-        """Forget what was said; the system message stays."""
-        self._said, self.turn = [], None
+        """Forget the messages, except the system message."""
+        self._history, self.turn = [], None
 
-    def send(self, text: str, **options: Any) -> str:
-        """Say something; returns the answer. `options` are those of `stream`.
+    def send(
+        self,
+        text: str,
+        max_tokens: int | NotGiven | None = NOT_GIVEN,
+        *,
+        params: SamplingParams | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> str:
+        """Send a message; returns the answer. The arguments are those of `stream`.
 
         Ctrl-C raises `Interrupted` with the answer so far, which stays in the conversation.
         """
         answer: list[str] = []
-        with self._model.using():
+        with self._model.exclusive():
             try:
-                for piece in self.stream(text, **options):
-                    answer.append(piece.text)
+                for response in self.stream(text, max_tokens, params=params, **options):
+                    answer.append(response.text)
             except KeyboardInterrupt:
                 raise Interrupted("".join(answer)) from None
         return "".join(answer)
@@ -94,104 +134,67 @@ class Chat:
     def stream(
         self,
         text: str,
-        max_tokens: int = 1024,
-        temperature: float = 0.8,
-        top_k: int = 40,
-        top_p: float = 0.95,
-        min_p: float = 0.0,
-        repeat_penalty: float = 1.0,
-        seed: int | None = None,
-        stop: str | Sequence[str] = (),
-    ) -> Iterator[Piece]:
-        """Say something; yields the answer, a `Piece` a token. Other arguments are as in `Model.stream`.
+        max_tokens: int | NotGiven | None = NOT_GIVEN,
+        *,
+        params: SamplingParams | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Iterator[GenerationResponse]:
+        """Send a message; yields the answer, a `GenerationResponse` a token.
 
-        A message is part of the conversation once its answer has begun, and an answer as far as it was read. Raises
-        `ContextError`, and leaves the conversation as it was, when it no longer fits the context: nothing is dropped
-        silently. Raises `Error` when the template refuses it.
+        `max_tokens` is 1024 unless it or `params` is given. The other arguments are as in `Model.stream`. The message
+        becomes part of the conversation with the answer's first token, and the answer as far as it was read.
+
+        Raises `ContextError`, and leaves the conversation as it was, when it no longer fits the context: no message is
+        dropped silently. Raises `Error` when the template refuses the message.
         """
         if not isinstance(text, str):
             raise Error(f"a message must be a string, found {text!r}")
-        said = [*self._said, {"role": "user", "content": text}]
-        rendered, ids = self._encode(said)
+        settings = merge(params, CHAT_DEFAULTS, max_tokens, options)
+        if not settings.ignore_eos:
+            settings = replace(settings, stop_token_ids={*settings.stop_token_ids, *self._stop_token_ids})
+        history = [*self._history, {"role": "user", "content": text}]
+        rendered, ids = self._encode(history)
         if len(ids) > self._model.context:
             raise ContextError(
                 f"the conversation would have {len(ids):,} tokens and the context holds {self._model.context:,}: "
-                "reset() the chat, say less, or compile with a larger context="
+                "reset() the chat, shorten the message, or compile with a larger context="
             )
-        options = (max_tokens, temperature, top_k, top_p, min_p, repeat_penalty, seed, stop)
-        pieces = self._model.stream_ids(ids, *options, at_start=True, enders=self._enders, keep=True)
-        return self._answer(said, rendered, ids, pieces)
+        responses = self._model.stream_ids(ids, params=settings, strip_leading_space=True, reuse_prefix=True)
+        return self._answer(history, rendered, ids, responses)
 
-    def _answer(
-        self, said: list[dict[str, str]], rendered: str, ids: list[int], pieces: Iterator[Piece]
-    ) -> Iterator[Piece]:
-        """The pieces; what they say enters the conversation before each is handed on."""
-        before, turn, tokens = self._said, Turn(len(ids)), list[int]()
-        answer = {"role": "assistant", "content": ""}
-        said = [*said, answer]
-        decoder = self._tokenizer.decoder(strip_leading_space=False)
-        spoken = rendered
-        for piece in pieces:
-            if self._said is not (said if tokens else before):
-                raise Error("the conversation went on without this answer")
-            tokens.append(piece.token)
-            self._said, self.turn = said, turn
-            turn.reused_tokens, turn.tokens = piece.reused, len(tokens)
-            turn.tokens_per_second, turn.finish_reason = piece.tokens_per_second, piece.finish_reason
-            answer["content"] += piece.text
-            # what the model has read and said, as text and as ids: the next turn continues it where it can
-            if piece.finish_reason != "eos":
-                spoken += decoder.push(piece.token)
-                ids.append(piece.token)
-            if piece.finish_reason is not None:
-                spoken += decoder.flush()
-            self._rendered, self._ids = spoken, ids
-            yield piece
-
-    def _encode(self, said: list[dict[str, str]]) -> tuple[str, list[int]]:
+    def _encode(self, history: Sequence[Message]) -> tuple[str, list[int]]:
         """The conversation rendered, and its ids."""
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
-        messages = system + said
-        guard = self._guard_for(messages)
-        rendered = self.template.render([self._guarded(message, guard) for message in messages])
-        known = self._rendered if self._said else ""
-        rest = rendered.removeprefix(known)
-        if known and len(rest) < len(rendered) and self._special.match(rest):
-            return rendered, [*self._ids, *self._tokenizer.encode_guarded(rest, guard)]
-        if guard:
-            return rendered, self._tokenizer.encode_guarded(rendered, guard)
-        return rendered, self._tokenizer.encode(rendered, bos=False, special=True)
+        known = self._rendered if self._history else ""
+        return self._encoder.encode_after(known, self._ids, [*system, *history], self._variables)
 
-    @cached_property
-    def _special(self) -> re.Pattern[str]:
-        return _any_of(self._tokenizer.special_tokens)
-
-    @cached_property
-    def _silent(self) -> re.Pattern[str]:
-        """Special tokens without a text: an answer that spells one did not say the token."""
-        special = self._tokenizer.special_tokens.items()
-        return _any_of(text for text, token in special if self._tokenizer.entry(token)[0] is TokenKind.CONTROL)
-
-    def _guard_for(self, messages: list[dict[str, str]]) -> str:
-        """A character that no message has, if any message spells a special token."""
-        if not any(self._special.search(message["content"]) for message in messages):
-            return ""
-        for guard in _GUARDS:
-            if not any(guard in message["content"] for message in messages):
-                return guard
-        raise Error("the messages hold special tokens and all of Unicode's noncharacters: that is no text")
-
-    def _guarded(self, message: dict[str, str], guard: str) -> dict[str, str]:
-        """The message with the guard in every special token that it spells."""
-        if not guard:
-            return message
-        pattern = self._silent if message["role"] == "assistant" else self._special
-        content = message["content"]
-        while pattern.search(content):  # again: what overlapped with a token is one now
-            content = pattern.sub(lambda match: f"{match[0][0]}{guard}{match[0][1:]}", content)
-        return message | {"content": content}
+    def _answer(
+        self, history: list[dict[str, Any]], rendered: str, ids: list[int], responses: Iterator[GenerationResponse]
+    ) -> Iterator[GenerationResponse]:
+        """The responses. The text of each enters the conversation before it is yielded."""
+        before, turn, tokens = self._history, Turn(len(ids)), list[int]()
+        answer = {"role": "assistant", "content": ""}
+        history = [*history, answer]
+        decoder = self._encoder.tokenizer.decoder(strip_leading_space=False)
+        for response in responses:
+            if self._history is not (history if tokens else before):
+                raise Error("the conversation was continued without this answer")
+            tokens.append(response.token)
+            self._history, self.turn = history, turn
+            turn.reused_tokens, turn.tokens = response.cached_tokens, len(tokens)
+            turn.tokens_per_second = response.tokens_per_second
+            turn.finish_reason, turn.stop_reason = response.finish_reason, response.stop_reason
+            answer["content"] += response.text
+            if not isinstance(response.stop_reason, int):  # a stop token is no part of the answer
+                rendered += decoder.push(response.token)
+                ids.append(response.token)
+            if response.finish_reason is not None:
+                rendered += decoder.flush()
+            self._rendered, self._ids = rendered, ids
+            yield response
 
 
-def _any_of(texts: Any) -> re.Pattern[str]:
-    longest_first = sorted((text for text in texts if len(text) > 1), key=len, reverse=True)
-    return re.compile("|".join(map(re.escape, longest_first)) if longest_first else r"(?!)")
+def _checked(message: Any) -> dict[str, Any]:
+    if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+        raise Error(f'a message must be {{"role": text, "content": text}}, found {message!r:.200}')
+    return dict(message)

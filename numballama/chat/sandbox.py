@@ -1,11 +1,25 @@
-"""jinja2's sandbox with a budget: a template that nobody vouches for ends soon and stays small.
+"""jinja2's sandbox with limits on time and memory, because a chat template is a program from a downloaded file.
 
-jinja2's own sandbox keeps a template from the program around it, but lets it run for ever and fill the memory. Here no
-value heavier than a budget comes into being, and time is looked at wherever a template can repeat something:
+jinja2's own `ImmutableSandboxedEnvironment` keeps a template away from Python's internals, from files and from the
+program's objects. It does not stop a template that runs forever or fills the memory, and a server that loads a hostile
+model file must survive it. So `Budget` limits processor time, output, the size of a value and the size of all values
+together. The limits are checked where a template can repeat or enlarge something:
 
-* what makes values (literals, operators, calls, filters) is weighed, by its parts before and by its result after;
-* a loop runs over a list made beforehand, a step at a time, and what a template prints is counted;
-* methods and filters whose result can be the product of two inputs are refused when that product is too large.
+* literals, slices, operators, calls and filters: the size of the result, and of the inputs where a result can be as
+  large as the product of two of them (`"x" * n`, `replace`, `join`, `indent`);
+* loops: at each step. They run over a list that is made and checked beforehand;
+* output: at each print, and for the constant text of a loop's body at each step.
+
+Not limited: the time of a single call into jinja2 or Python. Calls that are slow for their size are refused instead
+(`_REMOVED_FILTERS`, wide format fields, large powers). docs/sandbox.md says what this means for a user.
+
+This uses these internals of jinja2, which a later version may change (hence `jinja2>=3.1.6,<4`; 3.1.6 closed the last
+known way out of its sandbox):
+
+* `Environment._parse`, overridden to rewrite the syntax tree (`_InsertChecks`) before code is generated from it;
+* the filters' calling convention, when `nodes.Filter` nodes call the checks under names that no template can spell;
+* `Environment.call`, `call_binop`, `wrap_str_format` and `finalize`, which generated code calls;
+* `Namespace._Namespace__attrs`, where a `namespace()` keeps its values.
 """
 
 from __future__ import annotations
@@ -30,42 +44,47 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 SECONDS = 0.5
-"""Processor time of a rendering. Real templates take a thousandth of that."""
-WEIGHT, PRODUCT = 1 << 22, 1 << 23
-"""Characters, about, that a value may hold; and that a method may make of two inputs. Both grow with the messages."""
-CONTAINER = 16
-"""What an item of a list or mapping weighs, besides its own weight."""
+"""Processor time of one rendering. Real templates take about a thousandth of it."""
+MAX_SIZE = 1 << 22
+"""Size of a value, about its characters (see `size_of`). Grows with the messages."""
+MAX_PRODUCT = 1 << 23
+"""Product of the sizes of a call's two largest inputs. Grows with the messages."""
+ITEM_SIZE = 16
+"""Size of an item of a list or mapping, besides the size of its value."""
 
-_WIDE = re.compile(r"%(\([^()]*\))?[-+ #0]*\d*\.?(\*|\d{3})")
-"""A %-field of 100 characters and more, or of as many as an argument says."""
-_WITHOUT_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
-"""Filters whose time grows faster than their input, and that no chat template uses."""
+_WIDE_FIELD = re.compile(r"%(\([^()]*\))?[-+ #0]*\d*\.?(\*|\d{3})")
+"""A %-format field of 100 or more characters, or whose width is an argument."""
+_REMOVED_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
+"""Filters whose time grows faster than their input. No known chat template uses them."""
 
 
 class Budget:
-    """What one rendering may still use."""
+    """What one rendering may still use. `inputs` is the size of the messages and other variables.
+
+    Every method raises `SecurityError` when a limit is exceeded.
+    """
 
     def __init__(self, inputs: int = 0) -> None:
-        self.weight, self.product = max(WEIGHT, 8 * inputs), max(PRODUCT, 64 * inputs)
-        self._output, self._values = self.weight, 8 * self.weight
+        self.max_size, self.max_product = max(MAX_SIZE, 8 * inputs), max(MAX_PRODUCT, 64 * inputs)
+        self._output_left, self._values_left = self.max_size, 8 * self.max_size
         self._deadline = time.thread_time() + SECONDS
 
-    def check(self) -> None:
-        """Raise `SecurityError` once the time is over."""
+    def check_time(self) -> None:
         if time.thread_time() > self._deadline:
             raise SecurityError(f"it takes longer than {SECONDS:g} s")
 
     def write(self, characters: int) -> None:
-        self._output -= characters
-        if self._output < 0:
+        """Count output."""
+        self._output_left -= characters
+        if self._output_left < 0:
             raise SecurityError("it writes too much")
 
-    def weigh(self, value: Any) -> Any:
-        """`value`, new, if it is not too heavy."""
-        if weight_of(value, self.weight) > self.weight:
-            raise SecurityError(f"it makes a value of more than {self.weight:,} characters")
-        self._values -= CONTAINER * len(value) if isinstance(value, list | tuple | dict) else _length(value)
-        if self._values < 0:
+    def check_value(self, value: Any) -> Any:
+        """Check and count a new value; returns it."""
+        if size_of(value, self.max_size) > self.max_size:
+            raise SecurityError(f"it makes a value of more than {self.max_size:,} characters")
+        self._values_left -= ITEM_SIZE * len(value) if isinstance(value, list | tuple | dict) else _length(value)
+        if self._values_left < 0:
             raise SecurityError("it makes too many values")
         return value
 
@@ -74,31 +93,34 @@ def _length(value: Any) -> int:
     return len(value) if isinstance(value, str | bytes) else 0
 
 
-def weight_of(value: Any, most: int) -> int:
-    """Characters in a value and all that it holds, each item counted wherever it stands; stops beyond `most`."""
+def size_of(value: Any, limit: int) -> int:
+    """Characters in a value and in all it contains, plus `ITEM_SIZE` an item. Stops counting above `limit`.
+
+    An object that is contained twice counts twice.
+    """
     total, rest = 0, [value]
-    while rest and total <= most:
+    while rest and total <= limit:
         item = rest.pop()
         if isinstance(item, str | bytes):
             total += len(item)
         elif isinstance(item, Mapping):
-            total += CONTAINER * len(item)
-            rest += [*item.keys(), *item.values()] if total <= most else []
+            total += ITEM_SIZE * len(item)
+            rest += [*item.keys(), *item.values()] if total <= limit else []
         elif isinstance(item, list | tuple | set | frozenset):
-            total += CONTAINER * len(item)
-            rest += item if total <= most else []
+            total += ITEM_SIZE * len(item)
+            rest += item if total <= limit else []
         elif isinstance(item, Namespace):
-            total += CONTAINER
+            total += ITEM_SIZE
             rest.append(object.__getattribute__(item, "_Namespace__attrs"))
         elif isinstance(item, int):
-            total += item.bit_length() // 8 if item.bit_length() <= 64 else most + 1
-        elif isinstance(item, Sized):  # a range, a mapping's views
-            total += CONTAINER * len(item)
+            total += item.bit_length() // 8 if item.bit_length() <= 64 else limit + 1
+        elif isinstance(item, Sized):  # a range, the views of a mapping
+            total += ITEM_SIZE * len(item)
     return total
 
 
-class _Steps(list[Any]):
-    """What a loop runs over, looking at the budget at every step."""
+class _CheckedList(list[Any]):
+    """The list that a loop runs over. Checks the budget at each step; `printed` is the loop's constant text."""
 
     def __init__(self, items: Iterable[Any], budget: Budget, printed: int) -> None:
         super().__init__(items)
@@ -106,13 +128,13 @@ class _Steps(list[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         for item in super().__iter__():
-            self._budget.check()
+            self._budget.check_time()
             self._budget.write(self._printed)
             yield item
 
 
-class _Guarded(NodeTransformer):
-    """Sends what a template makes and repeats through the environment's private filters."""
+class _InsertChecks(NodeTransformer):
+    """Wraps what enlarges or repeats a value in calls of the environment's private filters."""
 
     def _filter(self, node: nodes.Node, name: str, *arguments: nodes.Expr) -> nodes.Filter:
         return nodes.Filter(node, name, list(arguments), [], None, None, lineno=node.lineno)
@@ -123,7 +145,7 @@ class _Guarded(NodeTransformer):
         printed = sum(len(data.data) for part in node.body for data in part.find_all(nodes.TemplateData))
         printed += sum(len(part.data) for part in node.body if isinstance(part, nodes.TemplateData))
         self.generic_visit(node)
-        node.iter = self._filter(node.iter, _EACH, nodes.Const(printed, lineno=node.lineno))
+        node.iter = self._filter(node.iter, _LOOP, nodes.Const(printed, lineno=node.lineno))
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
@@ -132,23 +154,24 @@ class _Guarded(NodeTransformer):
 
     def _literal(self, node: nodes.Expr) -> nodes.Expr:
         self.generic_visit(node)
-        return node if getattr(node, "ctx", "load") != "load" else self._filter(node, _WEIGH)
+        return node if getattr(node, "ctx", "load") != "load" else self._filter(node, _CHECK)
 
     visit_List = visit_Tuple = visit_Dict = _literal  # noqa: N815  (jinja2's names)
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Expr:
         self.generic_visit(node)
-        return self._filter(node, _WEIGH) if isinstance(node.arg, nodes.Slice) else node
+        return self._filter(node, _CHECK) if isinstance(node.arg, nodes.Slice) else node
 
     def visit_FilterBlock(self, node: nodes.FilterBlock) -> nodes.Node:
         raise jinja2.TemplateSyntaxError("filter blocks are not supported", node.lineno)
 
 
-_EACH, _CONCAT, _WEIGH = "numballama each", "numballama concat", "numballama weigh"  # no template can spell these
+_LOOP, _CONCAT, _CHECK = "numballama loop", "numballama concat", "numballama check"
+"""Names of the private filters. A filter's name in a template has no spaces."""
 
 
 class _Generation(Extension):
-    """`{% generation %}…{% endgeneration %}`, which marks for training what an assistant says, and prints it."""
+    """`{% generation %}…{% endgeneration %}`: prints its body. Training uses it to find what an assistant wrote."""
 
     tags = {"generation"}  # noqa: RUF012  (as jinja2 declares it)
 
@@ -158,7 +181,7 @@ class _Generation(Extension):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment of one template; `budget` is that of the rendering under way."""
+    """The environment of one template. `budget` is that of the current rendering."""
 
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
 
@@ -169,107 +192,109 @@ class Sandbox(ImmutableSandboxedEnvironment):
             lstrip_blocks=True,
             extensions=[loopcontrols, _Generation],
             finalize=self._finalize,
-            optimized=False,
+            optimized=False,  # constant folding would compute before a budget applies
         )
         del self.globals["lipsum"]
-        for name in _WITHOUT_FILTERS:
+        for name in _REMOVED_FILTERS:
             del self.filters[name]
         self.globals |= {"raise_exception": _raise, "strftime_now": lambda form: datetime.now().strftime(form)}
         self.filters["tojson"] = _to_json
-        self.filters = {name: self._guard(name, function) for name, function in self.filters.items()}
-        self.filters |= {_EACH: self._each, _CONCAT: self._concat, _WEIGH: self._weigh}
+        self.filters = {name: self._checked_filter(name, function) for name, function in self.filters.items()}
+        self.filters |= {_LOOP: self._loop, _CONCAT: self._concat, _CHECK: self._check}
 
     def _parse(self, source: str, name: str | None, filename: str | None) -> nodes.Template:
-        tree: nodes.Template = _Guarded().visit(super()._parse(source, name, filename))
+        tree: nodes.Template = _InsertChecks().visit(super()._parse(source, name, filename))
         tree.set_environment(self)
         return tree
 
-    # What the generated code calls
+    # Called by the generated code
 
     def call(__self, __context: Any, __obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805
-        __self.budget.check()
+        __self.budget.check_time()
         owner = getattr(__obj, "__self__", None)
         if isinstance(owner, str | bytes):
             __self._require_product([owner, *args, *kwargs.values()])
-        made = __self._made(super().call(__context, __obj, *args, **kwargs))
-        if isinstance(__obj, Macro):  # a call block prints what it makes as it is
-            __self.budget.write(len(made))
-        return made
+        result = __self._checked(super().call(__context, __obj, *args, **kwargs))
+        if isinstance(__obj, Macro):  # a call block prints the result without `finalize`
+            __self.budget.write(len(result))
+        return result
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
-        self.budget.check()
+        self.budget.check_time()
         if operator == "*" and not (isinstance(left, int | float) and isinstance(right, int | float)):
             self._require_product([left, right])
         elif operator == "**" and isinstance(left, int) and isinstance(right, int) and abs(right) > 64:
             raise SecurityError("it raises a number to a power above 64")
         elif operator == "%" and isinstance(left, str):
-            _require_narrow(left, _WIDE.search(left) is not None)
-        return self.budget.weigh(super().call_binop(context, operator, left, right))
+            _require_narrow(left, _WIDE_FIELD.search(left) is not None)
+        return self.budget.check_value(super().call_binop(context, operator, left, right))
 
     def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
-        wrapped = super().wrap_str_format(value)  # None but for the methods that format
+        wrapped = super().wrap_str_format(value)  # None unless `value` is str.format or format_map
         if wrapped is not None:
             specs = [spec or "" for _, _, spec, _ in string.Formatter().parse(value.__self__)]
             _require_narrow(value.__self__, any("{" in spec or re.search(r"\d{3}", spec) for spec in specs))
         return wrapped
 
     def _finalize(self, value: Any) -> Any:
-        self.budget.check()
-        self.budget.write(weight_of(value, self.budget.weight))
+        """Count a value that is printed."""
+        self.budget.check_time()
+        self.budget.write(size_of(value, self.budget.max_size))
         return value
 
-    def _each(self, items: Iterable[Any], printed: int) -> list[Any]:
-        made = items if isinstance(items, list | tuple) else self._made(iter(items))
-        return _Steps(made, self.budget, printed)
+    def _loop(self, items: Iterable[Any], printed: int) -> list[Any]:
+        checked = items if isinstance(items, list | tuple) else self._checked(iter(items))
+        return _CheckedList(checked, self.budget, printed)
 
     def _concat(self, parts: list[Any]) -> str:
-        self.budget.check()
-        return self._made("".join(map(str, self.budget.weigh(parts))))
+        self.budget.check_time()
+        return self._checked("".join(map(str, self.budget.check_value(parts))))
 
-    def _weigh(self, value: Any) -> Any:
-        self.budget.check()
-        return self.budget.weigh(value)
+    def _check(self, value: Any) -> Any:
+        self.budget.check_time()
+        return self.budget.check_value(value)
 
-    def _guard(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """A filter that is charged for. A generator that it returns becomes a list, as far as the budget goes."""
+    def _checked_filter(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """A filter with checks of its inputs and its result. If it returns a generator, the result is a list."""
 
         @functools.wraps(function)
-        def guarded(*args: Any, **kwargs: Any) -> Any:
-            self.budget.check()
+        def checked(*args: Any, **kwargs: Any) -> Any:
+            self.budget.check_time()
             if name == "format":
-                _require_narrow(str(args[0]), _WIDE.search(str(args[0])) is not None)
+                _require_narrow(str(args[0]), _WIDE_FIELD.search(str(args[0])) is not None)
             if name == "sum" and not isinstance(kwargs.get("start", args[3] if len(args) > 3 else 0), int | float):
-                raise SecurityError("it sums what are no numbers")
+                raise SecurityError("it sums values that are not numbers")
             self._require_product([*args, *kwargs.values()])
-            return self._made(function(*args, **kwargs))
+            return self._checked(function(*args, **kwargs))
 
-        return guarded
+        return checked
 
-    # What they have in common
+    # Checks of values
 
-    def _made(self, value: Any) -> Any:
+    def _checked(self, value: Any) -> Any:
+        """`value`; an iterator becomes a list, of which no more is made than the budget allows."""
         if not isinstance(value, Iterator):
-            return self.budget.weigh(value)
-        found: list[Any] = []
-        left = self.budget.weight
+            return self.budget.check_value(value)
+        items: list[Any] = []
+        left = self.budget.max_size
         for item in value:
-            self.budget.check()
-            found.append(item)
-            if (left := left - CONTAINER - weight_of(item, left)) < 0:
-                raise SecurityError(f"it makes a value of more than {self.budget.weight:,} characters")
-        return found
+            self.budget.check_time()
+            items.append(item)
+            if (left := left - ITEM_SIZE - size_of(item, left)) < 0:
+                raise SecurityError(f"it makes a value of more than {self.budget.max_size:,} characters")
+        return items
 
     def _require_product(self, inputs: list[Any]) -> None:
-        """Refuse inputs the heaviest two of which could make too much of each other. A number weighs itself."""
-        weights = [
+        """Refuse inputs if the product of their two largest sizes is too large. The size of a number is its value."""
+        sizes = [
             abs(int(item))
             if isinstance(item, int | float) and abs(item) < 1e18
-            else weight_of(item, self.budget.weight)
+            else size_of(item, self.budget.max_size)
             for item in inputs
             if isinstance(item, Sized | int | float) and not isinstance(item, Context)
         ]
-        largest = sorted(weights)[-2:]
-        if len(largest) == 2 and largest[0] * largest[1] > self.budget.product:
+        largest = sorted(sizes)[-2:]
+        if len(largest) == 2 and largest[0] * largest[1] > self.budget.max_product:
             raise SecurityError(f"it may make a value of {largest[0] * largest[1]:,} characters")
 
 
@@ -279,7 +304,7 @@ def _require_narrow(form: str, wide: bool) -> None:
 
 
 class Refusal(jinja2.TemplateError):
-    """The template itself refuses the messages."""
+    """The template called `raise_exception`: it refuses the messages."""
 
 
 def _raise(message: str) -> None:
@@ -289,7 +314,7 @@ def _raise(message: str) -> None:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """As transformers has it: without HTML's escapes, which jinja2's own would write."""
+    """The filter as transformers has it: without the HTML escapes that jinja2's own writes."""
     if isinstance(value, Undefined):
         raise jinja2.UndefinedError("a value that is written as JSON is undefined")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

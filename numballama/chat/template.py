@@ -3,71 +3,28 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Error
 from ..tokenizers.base import Tokenizer, TokenKind
+from .builtin_templates import BUILTIN_TEMPLATES, END_OF_TURN_TOKENS
 
 if TYPE_CHECKING:
     from .sandbox import Sandbox
 
 Message = Mapping[str, Any]
-"""A turn: {"role": "system" | "user" | "assistant", "content": text}."""
+"""{"role": "system" | "user" | "assistant", "content": text}; a template may know further keys."""
 
 MAX_TEMPLATE = 1 << 16
-"""Characters of a template; the longest known have 20,000."""
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-LLAMA3 = (
-    "{{ bos_token }}"
-    "{% for message in messages %}"
-    "{{ '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n' + message['content'] | trim + '<|eot_id|>' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
-LLAMA2 = (
-    "{% if messages[0]['role'] == 'system' %}"
-    "{% set system = '<<SYS>>\n' + messages[0]['content'] + '\n<</SYS>>\n\n' %}{% set messages = messages[1:] %}"
-    "{% else %}{% set system = '' %}{% endif %}"
-    "{% for message in messages %}"
-    "{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('user and assistant must take turns') }}"
-    "{% endif %}"
-    "{% if message['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + ((system if loop.first else '') + message['content']) | trim + ' [/INST]' }}"
-    "{% else %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}"
-    "{% endfor %}"
-)
-BUILT_IN: Sequence[tuple[str, str, tuple[str, ...]]] = (
-    ("ChatML", CHATML, ("<|im_start|>", "<|im_end|>")),
-    ("Llama 3's", LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
-    ("Llama 2's", LLAMA2, ("<s>", "</s>")),
-)
-"""Name, template and the special tokens that a vocabulary must have for it; the first that fits is taken."""
-
-ENDS_OF_TURN = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end|>",
-    "<end_of_turn>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-)
-"""Special tokens that end a turn or a text in whichever vocabulary has them, as llama.cpp takes them too."""
+"""Largest size of a template in characters. The longest known have 20,000."""
 
 
 class ChatTemplate:
-    """A jinja2 template, run in a sandbox with a budget of time and memory.
+    """A jinja2 template. It runs in a sandbox with limits on time and memory, see `sandbox`.
 
-    `name` says in messages which one it is. Raises `Error` when it does not compile.
+    `name` names it in error messages. Raises `Error` when it does not compile.
     """
 
     def __init__(self, source: str, tokenizer: Tokenizer, name: str = "the chat template") -> None:
@@ -75,7 +32,7 @@ class ChatTemplate:
             raise Error(f"{name} has {len(source):,} characters; supported are {MAX_TEMPLATE:,}")
         self.source, self.name = source, name
         ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        self._words = {word: "" if token is None else tokenizer.piece(token) for word, token in ids.items()}
+        self._token_texts = {word: "" if token is None else tokenizer.piece(token) for word, token in ids.items()}
         self._lock = threading.Lock()
         _ = self._compiled
 
@@ -90,19 +47,19 @@ class ChatTemplate:
             raise Error(f"{self.name} does not compile: {_one_line(error)}") from None
 
     def render(self, messages: Iterable[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The conversation as text, special tokens spelled out; `variables` are what else the template may ask for.
+        """The conversation as text, with special tokens spelled out. `variables` are further names for the template.
 
-        Raises `Error` when the template fails, refuses the messages, or uses more time or memory than it may.
+        Raises `Error` when the template fails, refuses the messages, or exceeds its time or memory.
         """
-        from .sandbox import Budget, Refusal, weight_of
+        from .sandbox import Budget, Refusal, size_of
 
         messages = [dict(message) for message in messages]
-        given: dict[str, Any] = {"tools": None, "documents": None, **self._words, **variables}
+        names: dict[str, Any] = {"tools": None, "documents": None, **self._token_texts, **variables}
         environment, template = self._compiled
         with self._lock:
-            environment.budget = Budget(weight_of([messages, given], 1 << 40))
+            environment.budget = Budget(size_of([messages, names], 1 << 40))
             try:
-                text: str = template.render(messages=messages, add_generation_prompt=add_generation_prompt, **given)
+                text: str = template.render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
             except Refusal as error:
                 raise Error(f"{self.name} refuses this conversation: {_one_line(error)}") from None
             except Exception as error:
@@ -115,25 +72,25 @@ def _one_line(error: Exception) -> str:
 
 
 def choose(source: str | None, tokenizer: Tokenizer) -> ChatTemplate:
-    """The file's own template, or for a file without one the built-in one whose special tokens the vocabulary has.
+    """The template `source`, or for None the built-in one whose special tokens the vocabulary has.
 
-    Raises `Error` when there is none of either.
+    Raises `Error` when the vocabulary fits none of these.
     """
     if source is not None:
         return ChatTemplate(source, tokenizer)
     special = tokenizer.special_tokens
-    for name, text, needed in BUILT_IN:
-        if all(token in special for token in needed):
-            return ChatTemplate(text, tokenizer, f"{name} chat template")
+    for builtin in BUILTIN_TEMPLATES:
+        if all(token in special for token in builtin.special_tokens):
+            return ChatTemplate(builtin.source, tokenizer, f"{builtin.name} chat template")
     raise Error(
-        "the model carries no chat template, and its vocabulary has the special tokens of none that is built in: "
-        f"{', '.join(name for name, *_ in BUILT_IN)}"
+        "the model carries no chat template, and its vocabulary does not have the special tokens of a built-in one "
+        f"({', '.join(builtin.name for builtin in BUILTIN_TEMPLATES)}): pass one, as template= or --chat-template"
     )
 
 
 def stop_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Ids of the vocabulary's special tokens that end a turn, EOS among them."""
     special = tokenizer.special_tokens
-    found = {special[token] for token in ENDS_OF_TURN if token in special}
-    silent = {token for token in found if tokenizer.entry(token)[0] is TokenKind.CONTROL}
-    return frozenset(silent if tokenizer.eos_id is None else {*silent, tokenizer.eos_id})
+    ids = {special[token] for token in END_OF_TURN_TOKENS if token in special}
+    ids = {token for token in ids if tokenizer.entry(token)[0] is TokenKind.CONTROL}
+    return frozenset(ids if tokenizer.eos_id is None else {*ids, tokenizer.eos_id})

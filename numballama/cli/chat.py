@@ -1,55 +1,86 @@
-"""`numballama chat`: a conversation in a terminal, or lines in and answers out through a pipe."""
+"""`numballama chat`: a conversation on a terminal; through a pipe, a message a line and the answers on stdout."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .. import progress
 from ..errors import Error
+from ..sampling import CHAT_DEFAULTS, SamplingParams
+from .args import MODEL_HELP, load, model_options, sampling_options, sampling_params
 
 if TYPE_CHECKING:
     from ..chat.conversation import Chat
 
 HELP = """\
 /reset           forget the conversation; the system message stays
-/system [TEXT]   set the system message, or without TEXT show it; "/system none" takes it away
+/system [TEXT]   set the system message, or without TEXT show it; "/system none" removes it
 /help            this list
 /exit            end (so does Ctrl-D)
-Ctrl-C stops an answer. A line that ends with a backslash goes on in the next one."""
+Ctrl-C stops an answer. A line that ends with a backslash continues on the next one."""
 
 
-def converse(chat: Chat, options: dict[str, Any]) -> None:
-    """Answer line after line of stdin until it ends; on a terminal an error or Ctrl-C ends a turn only."""
-    person = sys.stdin.isatty()
-    if person:
+def add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    chat = commands.add_parser(
+        "chat",
+        help="talk with a model",
+        description="A conversation: in a terminal, or with a message a line from stdin and the answers on stdout.",
+        epilog="In the conversation, /help lists the commands. Ctrl-C stops an answer, Ctrl-D ends.",
+    )
+    chat.add_argument("model", help=MODEL_HELP)
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    chat.add_argument("--chat-template", metavar="FILE", help="a jinja2 template in place of the model's own")
+    model_options(chat)
+    sampling_options(chat, CHAT_DEFAULTS)
+    chat.set_defaults(run=run_chat)
+
+
+def run_chat(arguments: argparse.Namespace) -> None:
+    template = None
+    if arguments.chat_template is not None:
+        try:
+            template = Path(arguments.chat_template).read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise Error(f"{arguments.chat_template}: cannot be read: {error}") from None
+    params = sampling_params(arguments)
+    with load(arguments) as model:
+        run_repl(model.chat(arguments.system, template=template), params)
+
+
+def run_repl(chat: Chat, params: SamplingParams) -> None:
+    """Answer each line of stdin until it ends. On a terminal, an error or Ctrl-C ends only the turn."""
+    interactive = sys.stdin.isatty()
+    if interactive:
         progress.info(_dim("/help lists the commands, Ctrl-D ends."))
-    for line in _lines(person):
+    for line in _lines(interactive):
         try:
             if line.startswith("/"):
-                if not _obey(chat, line):
+                if not handle_command(chat, line):
                     return
             elif line.strip():
-                _answer(chat, line, options)
+                _answer(chat, line, params)
         except Error as error:
-            if not person:
+            if not interactive:
                 raise
             print(f"numballama: {error}", file=sys.stderr)
         except KeyboardInterrupt:
-            if not person:
+            if not interactive:
                 raise
 
 
-def _lines(person: bool) -> Iterator[str]:
-    """What is typed, or comes through the pipe, a message each."""
-    if not person:
+def _lines(interactive: bool) -> Iterator[str]:
+    """The messages of stdin. On a terminal, a backslash at the end of a line joins it with the next."""
+    if not interactive:
         for line in sys.stdin:
             yield line.rstrip("\r\n")
         return
-    with contextlib.suppress(ImportError):  # it is what lets a line be edited
+    with contextlib.suppress(ImportError):  # importing it makes input() editable
         import readline  # noqa: F401
     while True:
         try:
@@ -72,8 +103,8 @@ def _ask(prompt: str) -> str:
     return input()
 
 
-def _obey(chat: Chat, line: str) -> bool:
-    """Run a command; False ends the conversation."""
+def handle_command(chat: Chat, line: str) -> bool:
+    """Run a line that begins with a slash. Returns False to end the conversation."""
     command, _, rest = line.partition(" ")
     rest = rest.strip()
     if command in ("/exit", "/quit"):
@@ -92,23 +123,27 @@ def _obey(chat: Chat, line: str) -> bool:
     return True
 
 
-def _answer(chat: Chat, text: str, options: dict[str, Any]) -> None:
-    """Print the answer as it comes, then on a terminal the turn's figures."""
+def _answer(chat: Chat, text: str, params: SamplingParams) -> None:
+    """Print the answer as it comes; afterwards, on a terminal, the turn's figures."""
     before = chat.turn
     try:
-        for piece in chat.stream(text, **options):
-            sys.stdout.write(piece.text)
+        for response in chat.stream(text, params=params):
+            sys.stdout.write(response.text)
             sys.stdout.flush()
     finally:
         sys.stdout.write("\n")
         sys.stdout.flush()
         turn = chat.turn
         if turn is not None and turn is not before:
-            ends = {"length": ", cut at --max-tokens", "context": ", the context is full", None: ", stopped"}
+            ending = ""
+            if turn.finish_reason is None:
+                ending = ", stopped"
+            elif turn.finish_reason == "length":
+                ending = ", the context is full" if turn.stop_reason == "context" else ", cut at --max-tokens"
             progress.info(
                 _dim(
                     f"{turn.prefilled_tokens:,} tokens read, {turn.reused_tokens:,} from the cache; {turn.tokens:,} "
-                    f"written, {turn.tokens_per_second:,.1f} tokens/s{ends.get(turn.finish_reason, '')}"
+                    f"written, {turn.tokens_per_second:,.1f} tokens/s{ending}"
                 )
             )
 

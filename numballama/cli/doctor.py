@@ -1,7 +1,8 @@
-"""What this machine offers, and what is missing: packages, CPU, GPUs, the cache of compiled kernels."""
+"""`numballama doctor`: packages, CPU, GPUs and the cache of compiled kernels of this machine, and what is missing."""
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import os
 import platform
@@ -17,11 +18,20 @@ from ..memory import available_bytes, format_bytes
 
 PACKAGES = ("numba", "llvmlite", "numpy", "sentencepiece", "rich")
 CUDA_PACKAGES = ("numba-cuda", "cuda-bindings")
-MOST_DEVICES = 64
+MAX_DEVICES = 64
 
 
-def examine() -> str:
-    """A report for a person: a line a fact, what is missing with what to do about it."""
+def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    doctor = commands.add_parser(
+        "doctor",
+        help="show what this machine offers",
+        description="Packages, CPU, GPUs and the cache of compiled kernels: what was found, and what is missing.",
+    )
+    doctor.set_defaults(run=lambda arguments: print(report()))
+
+
+def report() -> str:
+    """A fact a line; for what is missing, what to do about it."""
     free = available_bytes()
     lines = [
         f"numballama {__version__}, Python {platform.python_version()} ({sys.executable})",
@@ -36,13 +46,13 @@ def examine() -> str:
 
 
 def _versions(names: tuple[str, ...]) -> str:
-    found = []
+    versions = []
     for name in names:
         try:
-            found.append(f"{name} {metadata.version(name)}")
+            versions.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
-            found.append(f"{name} missing")
-    return ", ".join(found)
+            versions.append(f"{name} missing")
+    return ", ".join(versions)
 
 
 def _folder(path: Path) -> str:
@@ -52,14 +62,14 @@ def _folder(path: Path) -> str:
 
 
 def _cuda() -> Iterator[str]:
-    """What stands between this machine and device="cuda", as far as one gets."""
+    """Lines on the CUDA driver and each GPU, or the reason why device="cuda" does not work."""
     try:
         from ..cuda.compiler import require_compiler
         from ..cuda.driver import Device, versions
 
         require_compiler()
         yield f"kernels in {_folder(cuda_cache_directory())}"
-        for index in itertools.islice(itertools.count(), MOST_DEVICES):
+        for index in itertools.islice(itertools.count(), MAX_DEVICES):
             try:
                 device = Device(f"cuda:{index}")
             except DeviceError:
@@ -71,8 +81,8 @@ def _cuda() -> Iterator[str]:
                 f"cuda:{index}: {device.name}, compute capability {capability}, {device.n_sms} multiprocessors, "
                 f"{format_bytes(device.free_bytes)} of {format_bytes(device.total_bytes)} free"
             )
-        found = versions()
-        yield f"driver {found['driver'] or 'of unknown version'}, which brings CUDA {found['cuda']}"
+        installed = versions()
+        yield f"driver {installed['driver'] or 'of unknown version'}, which brings CUDA {installed['cuda']}"
         yield "device='auto' takes cuda"
     except DeviceError as error:
         yield str(error)

@@ -17,7 +17,7 @@ from ..fusion import fuse
 from ..ir import DTYPES, Graph, Value
 from ..plan import ALIGNMENT, Plan, Step, lower
 from ..quantization.types import TYPE_TRAITS
-from ..sampling import Sampler
+from ..sampling import SamplerState, SamplingParams
 from ..validation import whole_number
 from . import bandwidth, timing
 from .compiler import compile_step
@@ -76,7 +76,7 @@ class CpuProgram:
         """For each step the kernel that computes it."""
         return [step.kernel.name for step in self.plan.steps]
 
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: Sampler | None = None) -> int:
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
         """Run steps [begin, end) for the first `tokens` tokens of the inputs: one call into compiled code.
 
         With a sampler, returns the next token: sampled from the logits in the same call, or the graph's own argmax if
@@ -215,7 +215,7 @@ class CpuBackend:
         if report:
             report("run_steps", 0, 1)
         decode.run(1, 0, 0)
-        decode.run(1, 0, 0, Sampler(decode.value("logits").shape[1], seed=0))
+        decode.run(1, 0, 0, SamplerState(SamplingParams(seed=0), decode.value("logits").shape[1]))
 
     def _bind(
         self,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import NOT_NUMBERS, DeviceError, Error
-from ..sampling import REPEAT_WINDOW, REPETITION_PENALTY, SETTINGS, TEMPERATURE, Sampler
+from ..sampling import REPEAT_WINDOW, REPETITION_PENALTY, SETTINGS, TEMPERATURE, SamplerState
 from .driver import Device, Memory, Pinned, PreparedLaunch
 from .launch import ITEM_BYTES, Array, Launch
 from .ops import sampling
@@ -52,7 +52,7 @@ class DeviceSamplerState:
             self.arrays[name] = self.memory.array(offset, (count,), dtype)
             offset += aligned(count * ITEM_BYTES[dtype])
 
-    def send(self, sampler: Sampler) -> None:
+    def send(self, sampler: SamplerState) -> None:
         """Put a copy of a sampler's state into the stream, after waiting for all that is in it."""
         self._device.synchronize()
         for name, array in self.arrays.items():
@@ -77,7 +77,7 @@ class _LastStep:
     token: int
     position: int
     sequence: int
-    sampler: Sampler
+    sampler: SamplerState
     count: int
     """Tokens that the sampler had counted."""
 
@@ -132,7 +132,7 @@ class DecodePipeline:
 
     # Tokens
 
-    def next_token(self, tokens: int, sampler: Sampler) -> int:
+    def next_token(self, tokens: int, sampler: SamplerState) -> int:
         """Run the plan for the program's inputs and return the next token; queue more steps where they continue.
 
         Raises `Error` for logits that are not numbers.
@@ -143,7 +143,7 @@ class DecodePipeline:
             self.discard_pending()
             raise
 
-    def _next_token(self, tokens: int, sampler: Sampler) -> int:
+    def _next_token(self, tokens: int, sampler: SamplerState) -> int:
         program = self._program
         n = 0 if self._is_greedy(sampler) else len(sampler.ids)
         token_in, position, sequence = (
@@ -185,7 +185,7 @@ class DecodePipeline:
         self._last = _LastStep(token, position + 1, sequence, sampler, int(sampler.counts[0]))
         return token
 
-    def _is_greedy(self, sampler: Sampler) -> bool:
+    def _is_greedy(self, sampler: SamplerState) -> bool:
         return sampler.is_argmax and len(sampler.ids) == self._program.array("logits").shape[1]
 
     def _launch(self, n: int, position: int, sequence: int) -> None:

@@ -24,10 +24,11 @@ from numballama.quantization.convert import dequantize, quantize_int8
 from numballama.quantization.types import BLOCKS
 from numballama.reference import ReferenceBackend
 from numballama.registry import find
-from numballama.sampling import Sampler
+from numballama.sampling import SamplerState
 from tests.helpers.bounds import BOUNDS, U, check_step, read
 from tests.helpers.cuda_host import converted, graph_of
 from tests.helpers.random_models import random_checkpoint
+from tests.helpers.sampling import make_sampler
 
 SHARE = 1e-3
 """Largest difference of two float32 computations of a whole model, as a fraction of the largest element."""
@@ -261,8 +262,8 @@ def check_argmax(bench: Bench, x: np.ndarray) -> None:
 
 
 def draw(
-    bench: Bench, logits: np.ndarray, sampler: Sampler, times: int = 1, drawn: int | None = None
-) -> tuple[list[int], Sampler]:
+    bench: Bench, logits: np.ndarray, sampler: SamplerState, times: int = 1, drawn: int | None = None
+) -> tuple[list[int], SamplerState]:
     """Tokens that the device draws, one after the other, from the same logits; `sampler` holds its state afterwards."""
     n = len(sampler.ids) if drawn is None else drawn
     arrays = {name: bench.put(getattr(sampler, name)) for name in ("settings", "recent", "counts", "state")}
@@ -276,7 +277,7 @@ def draw(
     return tokens, sampler
 
 
-def candidates(logits: np.ndarray, sampler: Sampler) -> set[int]:
+def candidates(logits: np.ndarray, sampler: SamplerState) -> set[int]:
     """Tokens that the CPU sampler's filters keep, for logits after the repetition penalty."""
     ids = np.arange(len(sampler.ids), dtype=np.int32)
     _, top_k, top_p, min_p, _ = sampler.settings
@@ -305,7 +306,7 @@ def gumbel(state: int, n: int) -> np.ndarray:
     return -np.log(-np.log(u))
 
 
-def penalised(logits: np.ndarray, sampler: Sampler) -> np.ndarray:
+def penalised(logits: np.ndarray, sampler: SamplerState) -> np.ndarray:
     """Logits after the repeat penalty."""
     out = logits.astype(np.float32).copy()
     penalty = np.float32(sampler.settings[4])
@@ -314,7 +315,7 @@ def penalised(logits: np.ndarray, sampler: Sampler) -> np.ndarray:
     return out
 
 
-def expected(logits: np.ndarray, sampler: Sampler) -> tuple[int, float]:
+def expected(logits: np.ndarray, sampler: SamplerState) -> tuple[int, float]:
     """(token chosen by the noise of the sampler's state, its lead over the next); -1 if logits are not numbers."""
     n = len(sampler.ids)
     changed = penalised(logits, sampler)[:n]
@@ -334,7 +335,7 @@ def check_draws(bench: Bench, logits: np.ndarray, times: int = 1, **settings: An
 
     A lead below 1e-4 may go either way: it is float32 against float64.
     """
-    sampler = Sampler(len(logits), **settings)
+    sampler = make_sampler(len(logits), **settings)
     for _ in range(times):
         want, lead = expected(logits, sampler)
         before = int(sampler.counts[0]), int(sampler.state[0])
@@ -356,7 +357,7 @@ def check_top_k(bench: Bench, logits: np.ndarray, top_k: int, draws: int) -> Non
         best, second = scores[kept][np.argsort(-scores[kept])[:2]]
         if inside[scores.argmax()] or best - second < 1e-3:
             continue
-        (token,), _ = draw(bench, logits, Sampler(len(logits), 50.0, top_k, top_p=1.0, seed=seed))
+        (token,), _ = draw(bench, logits, make_sampler(len(logits), 50.0, top_k, top_p=1.0, seed=seed))
         assert token == kept[scores[kept].argmax()], (token, top_k, seed)
         draws -= 1
         if not draws:

@@ -19,7 +19,7 @@ import numballama
 from numballama.config import HALF_SPLIT, INTERLEAVED, ModelConfig
 from numballama.model import Model
 from numballama.quantization.convert import to_bf16, to_f16
-from numballama.sampling import Sampler
+from numballama.sampling import SamplerState
 from tests.cuda.checks import Pair
 from tests.helpers.bounds import TOKENIZERS
 
@@ -78,9 +78,9 @@ def compiled_story(models: Path, name: str, **options: Any) -> Model:
     return numballama.compile(models / f"{name}.bin", models / TOKENIZERS[name], device="cuda", **options)
 
 
-def told(model: Model, sampler: Sampler, count: int, prompt: Sequence[int] = (1, 5, 9)) -> list[int]:
+def told(model: Model, sampler: SamplerState, count: int, prompt: Sequence[int] = (1, 5, 9)) -> list[int]:
     """Tokens after a prompt, from an empty cache."""
-    model.session.rewind()
+    model.session.truncate()
     tokens: list[Any] = [model.session.prefill(list(prompt), sampler)]
     while len(tokens) < count:
         tokens.append(model.session.step(tokens[-1], sampler))

@@ -34,7 +34,7 @@ from numballama.cuda.ops import attention, sampling
 from numballama.ir import Graph, Value
 from numballama.model import Model
 from numballama.reference import ReferenceBackend
-from numballama.sampling import Sampler
+from numballama.sampling import SamplerState
 from numballama.session import Session
 from tests.cuda.checks import (
     Bench,
@@ -54,6 +54,7 @@ from tests.cuda.checks import (
     poison,
 )
 from tests.helpers.bounds import as_weight, check_step
+from tests.helpers.sampling import make_sampler
 
 if hasattr(os, "sched_setaffinity") and (core := os.environ.get("NUMBALLAMA_TEST_CORE")):
     cores = sorted(os.sched_getaffinity(0))
@@ -251,12 +252,12 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_filters(bench: Bench, settings: dict[str, Any]) -> None:
     """Seeds for which the noise would choose a token that the filters leave out, and one for each of some they keep."""
-    sampler = Sampler(len(LOGITS), **settings)
+    sampler = make_sampler(len(LOGITS), **settings)
     kept, chosen = candidates(LOGITS, sampler), {}
     assert 0 < len(kept) < len(LOGITS)
     for seed in range(3000):
         sampler.state[0] = seed
-        free = Sampler(len(LOGITS), sampler.settings[0], 0, 1.0, seed=seed)
+        free = make_sampler(len(LOGITS), sampler.settings[0], 0, 1.0, seed=seed)
         with_filters, lead = expected(LOGITS, sampler)
         if lead > 1e-3:
             chosen.setdefault((with_filters, expected(LOGITS, free)[0] in kept), seed)
@@ -271,9 +272,9 @@ def test_equal_logits_and_the_first_of_them(bench: Bench) -> None:
     logits = np.zeros(60, np.float32)
     logits[50:] = -1
     for seed in range(3):
-        (token,), _ = draw(bench, logits, Sampler(60, top_k=4, top_p=1.0, seed=seed))
+        (token,), _ = draw(bench, logits, make_sampler(60, top_k=4, top_p=1.0, seed=seed))
         assert token < 4
-    assert draw(bench, logits, Sampler(60, temperature=0))[0] == [0]
+    assert draw(bench, logits, make_sampler(60, temperature=0))[0] == [0]
 
 
 @cuda.jit
@@ -334,11 +335,11 @@ def test_top_k_among_more_than_four(bench: Bench, fewer_bins: None) -> None:
     # top-p takes whole bins, but of what top-k leaves
     equals = np.zeros(60, np.float32)
     for seed in range(9):
-        (token,), _ = draw(bench, equals, Sampler(60, top_k=5, top_p=0.9, seed=seed))
+        (token,), _ = draw(bench, equals, make_sampler(60, top_k=5, top_p=0.9, seed=seed))
         assert token < 5
     few = np.array([2, *[1.9] * 3, *[1.7] * 40], np.float32)  # half of the first six's mass is that of the first four
     for seed in range(9):
-        (token,), _ = draw(bench, few, Sampler(44, 50.0, top_k=6, top_p=0.5, seed=seed))
+        (token,), _ = draw(bench, few, make_sampler(44, 50.0, top_k=6, top_p=0.5, seed=seed))
         assert token < 4
 
 
@@ -346,10 +347,10 @@ def test_numbers_that_are_none(bench: Bench) -> None:
     for bad in (np.nan, np.inf):
         broken = LOGITS.copy()
         broken[17] = bad
-        sampler = Sampler(len(broken), seed=4)
+        sampler = make_sampler(len(broken), seed=4)
         assert draw(bench, broken, sampler)[0] == [-1]
         assert sampler.counts[0] == 0 and sampler.state[0] == 4
-    assert draw(bench, broken, Sampler(len(broken), temperature=0))[0] == [17]  # infinity is the largest number
+    assert draw(bench, broken, make_sampler(len(broken), temperature=0))[0] == [17]  # infinity is the largest number
     hidden = LOGITS.copy()
     hidden[::2] = -np.inf  # what never comes, never comes
     check_draws(bench, hidden, times=2, top_k=0, top_p=1.0, temperature=5.0, seed=1)
@@ -357,7 +358,7 @@ def test_numbers_that_are_none(bench: Bench) -> None:
 
 def test_a_penalty_and_a_padded_vocabulary(bench: Bench) -> None:
     logits = np.concatenate([LOGITS, np.full(10, 50, np.float32)])  # behind the vocabulary: never drawn
-    sampler = Sampler(len(LOGITS), temperature=0, repeat_penalty=3.0)
+    sampler = make_sampler(len(LOGITS), temperature=0, repeat_penalty=3.0)
     best = int(LOGITS.argmax())
     sampler.remember([best, best, 5])
     want, _ = expected(LOGITS, sampler)
@@ -380,8 +381,8 @@ def test_a_session_that_runs_ahead() -> None:
     session = Session(decode, prompt, context, 12)
     ids = pair.ids(5, 3)
 
-    def told(sampler: Sampler, count: int, read_at: Sequence[int] = ()) -> list[int]:
-        session.rewind()
+    def told(sampler: SamplerState, count: int, read_at: Sequence[int] = ()) -> list[int]:
+        session.truncate()
         tokens: list[Any] = [session.prefill(ids, sampler)]
         while len(tokens) < count:
             if len(tokens) in read_at:
@@ -398,14 +399,14 @@ def test_a_session_that_runs_ahead() -> None:
             reference.run(1)
         return reference.value("logits")[0]
 
-    greedy = told(Sampler(12, temperature=0), 7)
+    greedy = told(make_sampler(12, temperature=0), 7)
     assert [int(logits_after([*ids, *greedy[:count]]).argmax()) for count in range(7)] == greedy
     assert len(session.tokens) == context  # the last steps did not go beyond it
-    assert told(Sampler(12, temperature=0), 6, read_at=(2, 4)) == greedy[:6]
-    session.rewind(5)  # in the middle of what was computed ahead
-    assert session.step(greedy[2], Sampler(12, temperature=0)) == greedy[3]
-    drawn = told(Sampler(12, seed=3), 3)
-    assert told(Sampler(12, seed=3), 3, read_at=(2,)) == drawn
+    assert told(make_sampler(12, temperature=0), 6, read_at=(2, 4)) == greedy[:6]
+    session.truncate(5)  # in the middle of what was computed ahead
+    assert session.step(greedy[2], make_sampler(12, temperature=0)) == greedy[3]
+    drawn = told(make_sampler(12, seed=3), 3)
+    assert told(make_sampler(12, seed=3), 3, read_at=(2,)) == drawn
 
 
 def test_a_nan_in_the_model_is_an_error() -> None:
@@ -415,7 +416,7 @@ def test_a_nan_in_the_model_is_an_error() -> None:
     session.prefill([1, 2])
     norm = pair.cuda.weights.operands["norm"]
     pair.cuda.device.fill(norm.address, 0xFF, 4)
-    for sampler in (Sampler(20, temperature=0), Sampler(20, seed=1)):
+    for sampler in (make_sampler(20, temperature=0), make_sampler(20, seed=1)):
         with pytest.raises(Error, match="not numbers"):
             session.step(3, sampler)
 

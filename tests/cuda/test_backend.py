@@ -23,8 +23,8 @@ from numballama.config import ModelConfig
 from numballama.cuda import backend as cuda
 from numballama.cuda import driver
 from numballama.model import Model
-from numballama.sampling import Sampler
 from tests.cuda.gpu import SHAPE, SLACK, told
+from tests.helpers.sampling import make_sampler
 
 
 def test_close_gives_the_memory_back(card: driver.Device, tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_a_hundred_models_one_after_the_other(card: driver.Device, tmp_path: Pat
     for turn in range(100):
         with numballama.compile(path, device="cuda") as model:
             logits = model.logits([1, 2, 3])
-            model.session.prefill([1, 2, 3], Sampler(300, seed=1))
+            model.session.prefill([1, 2, 3], make_sampler(300, seed=1))
         want = logits if want is None else want
         np.testing.assert_array_equal(logits, want)
         if turn % 19 == 4:
@@ -103,11 +103,11 @@ def test_a_cell_that_is_run_again_and_again(card: driver.Device, tmp_path: Path)
 
 
 def test_running_takes_no_memory(card: driver.Device, model: Model) -> None:
-    told(model, Sampler(300, seed=1), 5)
-    told(model, Sampler(300, temperature=0), 5)
+    told(model, make_sampler(300, seed=1), 5)
+    told(model, make_sampler(300, temperature=0), 5)
     before = card.free_bytes
-    told(model, Sampler(300, seed=2), 60)
-    told(model, Sampler(300, temperature=0), 60)
+    told(model, make_sampler(300, seed=2), 60)
+    told(model, make_sampler(300, temperature=0), 60)
     assert card.free_bytes == before
 
 

@@ -20,9 +20,9 @@ import numballama
 from numballama.cuda.decode_pipeline import LOOKAHEAD, DecodePipeline
 from numballama.model import Model
 from numballama.reference import ReferenceBackend
-from numballama.sampling import Sampler
 from tests.cuda.checks import close, feed
 from tests.cuda.gpu import SHAPE, compiled_story, told
+from tests.helpers.sampling import make_sampler
 
 
 def reference_logits(model: Model, tokens: Sequence[int]) -> np.ndarray:
@@ -37,10 +37,10 @@ def reference_logits(model: Model, tokens: Sequence[int]) -> np.ndarray:
 def test_reading_logits_between_steps(model: Model, options: dict[str, Any]) -> None:
     """What the host reads belongs to the last token that it was given, and reading changes nothing."""
     prompt = [1, 5, 9]
-    want = told(model, Sampler(300, **options), 30)
-    sampler, session = Sampler(300, **options), model.session
+    want = told(model, make_sampler(300, **options), 30)
+    sampler, session = make_sampler(300, **options), model.session
     logits = reference_logits(model, [*prompt, *want])
-    session.rewind()
+    session.truncate()
     tokens: list[Any] = [session.prefill(prompt, sampler)]
     while len(tokens) < 30:
         if len(tokens) % 4 == 2:
@@ -53,15 +53,15 @@ def test_reading_logits_between_steps(model: Model, options: dict[str, Any]) -> 
 def test_rewinding_and_other_tokens(model: Model) -> None:
     """After a rewind, or another token than the sampled one, decoding goes on from there."""
     prompt, session = [1, 5, 9], model.session
-    want = told(model, Sampler(300, temperature=0), 30)
-    sampler = Sampler(300, temperature=0)
+    want = told(model, make_sampler(300, temperature=0), 30)
+    sampler = make_sampler(300, temperature=0)
     for back in (1, 2, 5, 20):
-        session.rewind(len(prompt) + 29 - back)
+        session.truncate(len(prompt) + 29 - back)
         for place in range(29 - back, 29):
             assert session.step(want[place], sampler) == want[place + 1]
     other = (want[3] + 1) % 300
-    fresh = told(model, Sampler(300, temperature=0), 5, [*prompt, *want[:3], other])
-    session.rewind()
+    fresh = told(model, make_sampler(300, temperature=0), 5, [*prompt, *want[:3], other])
+    session.truncate()
     session.prefill(prompt, sampler)
     for token in want[:3]:
         session.step(token, sampler)
@@ -74,23 +74,23 @@ def test_rewinding_and_other_tokens(model: Model) -> None:
 def test_the_end_of_the_context(model: Model) -> None:
     """The last steps of a full cache are those of a run that stops earlier; nothing is written beyond."""
     count = SHAPE.context - 3 + 1
-    full = told(model, Sampler(300, seed=2), count)
+    full = told(model, make_sampler(300, seed=2), count)
     assert len(model.session.tokens) == SHAPE.context
     with pytest.raises(numballama.ContextError):
-        model.session.step(full[-1], Sampler(300, seed=2))
-    assert told(model, Sampler(300, seed=2), count - 5) == full[:-5]
+        model.session.step(full[-1], make_sampler(300, seed=2))
+    assert told(model, make_sampler(300, seed=2), count - 5) == full[:-5]
     logits = reference_logits(model, [1, 5, 9, *full[:-1]])
-    told(model, Sampler(300, seed=2), count)
+    told(model, make_sampler(300, seed=2), count)
     close(model.session.logits, logits[-1], "logits at the last place")
 
 
 def test_another_sampler_mid_way(model: Model) -> None:
-    want = told(model, Sampler(300, temperature=0), 20)
+    want = told(model, make_sampler(300, temperature=0), 20)
     session = model.session
     for switch in (1, 2, 3, 7):
-        second = Sampler(300, temperature=0)
-        told(model, Sampler(300, seed=6), switch)
-        session.rewind(3)
+        second = make_sampler(300, temperature=0)
+        told(model, make_sampler(300, seed=6), switch)
+        session.truncate(3)
         tokens: list[Any] = want[:1]
         while len(tokens) < 20:
             tokens.append(session.step(tokens[-1], second))
@@ -136,7 +136,7 @@ def test_an_interrupt_while_a_token_is_awaited(models: Path, monkeypatch: pytest
 
 
 def test_a_token_is_one_launch(model: Model) -> None:
-    for sampler in (Sampler(300, seed=1), Sampler(300, temperature=0)):
+    for sampler in (make_sampler(300, seed=1), make_sampler(300, temperature=0)):
         told(model, sampler, 10)
         before, steps = model.program.entries, 50
         tokens = told(model, sampler, steps)

@@ -126,14 +126,14 @@ def test_prefill_in_chunks_equals_token_by_token(drawn: dict[str, Any], data: st
         session = Session(decode, chunked, context, pair.config.vocab_size)
         session.prefill(ids)
         results = {"chunks": session.logits.copy()}
-        session.rewind()
+        session.truncate()
         for token in ids:
             session.step(token)
         results["steps"] = session.logits.copy()
         kept = data.draw(st.integers(0, count - 1), "kept by rewind")
         for token in pair.ids(3, min(3, context - count)):
             session.step(token)
-        session.rewind(kept)
+        session.truncate(kept)
         session.prefill(ids[kept:])
         results["rewound"] = session.logits.copy()
         feed(everything, ids, 0)

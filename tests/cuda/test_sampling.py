@@ -17,9 +17,9 @@ pytestmark = pytest.mark.gpu
 from numballama import Error
 from numballama.cuda.ops import sampling
 from numballama.model import Model
-from numballama.sampling import Sampler
 from tests.cuda.checks import Bench, candidates, check_draws, draw
 from tests.cuda.gpu import LOGITS, told
+from tests.helpers.sampling import make_sampler
 
 SETTINGS: list[dict[str, Any]] = [
     {"top_k": 0, "top_p": 1.0, "temperature": 1.0},
@@ -35,7 +35,7 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("settings_", SETTINGS, ids=str)
 def test_the_distribution_of_20000_draws(bench: Bench, settings_: dict[str, Any]) -> None:
     """Chi-square against the exact probabilities after the filters, at a level of one in a million."""
-    sampler = Sampler(len(LOGITS), seed=11, **settings_)
+    sampler = make_sampler(len(LOGITS), seed=11, **settings_)
     arrays = {name: bench.put(getattr(sampler, name)) for name in ("settings", "recent", "counts", "state")}
     following, on_device = bench.empty((1,), "i32"), bench.put(LOGITS.reshape(1, -1))
     launches = sampling.sample(on_device, len(LOGITS), **arrays, next_token=following)
@@ -73,41 +73,45 @@ def test_draws_follow_the_noise(bench: Bench, settings_: dict[str, Any], vocab: 
 
 def test_greedy_penalties_and_padding(bench: Bench) -> None:
     best = int(LOGITS.argmax())
-    assert draw(bench, LOGITS, Sampler(50, temperature=0))[0] == [best]
-    assert draw(bench, LOGITS, Sampler(50, top_k=1, seed=3), times=5)[0] == [best] * 5
+    assert draw(bench, LOGITS, make_sampler(50, temperature=0))[0] == [best]
+    assert draw(bench, LOGITS, make_sampler(50, top_k=1, seed=3), times=5)[0] == [best] * 5
     check_draws(bench, LOGITS, times=100, temperature=0, repeat_penalty=1.5)
     check_draws(bench, LOGITS, times=100, temperature=1.0, repeat_penalty=1.3, seed=8)
     padded = np.concatenate([LOGITS, np.full(14, 99, np.float32)])
-    tokens, _ = draw(bench, padded, Sampler(50, temperature=50.0, top_k=0, top_p=1.0, seed=1), times=300)
+    tokens, _ = draw(bench, padded, make_sampler(50, temperature=50.0, top_k=0, top_p=1.0, seed=1), times=300)
     assert min(tokens) >= 0 and max(tokens) < 50 and len(set(tokens)) > 40
-    assert draw(bench, padded, Sampler(50, temperature=0))[0] == [best]
+    assert draw(bench, padded, make_sampler(50, temperature=0))[0] == [best]
 
 
 def test_logits_that_are_no_numbers(bench: Bench) -> None:
     for bad in (np.nan, np.inf):
         broken = LOGITS.copy()
         broken[17] = bad
-        assert draw(bench, broken, Sampler(50, seed=4))[0] == [-1]
-    assert draw(bench, broken, Sampler(50, temperature=0))[0] == [17]
+        assert draw(bench, broken, make_sampler(50, seed=4))[0] == [-1]
+    assert draw(bench, broken, make_sampler(50, temperature=0))[0] == [17]
 
 
 def test_seeds(model: Model) -> None:
-    first = told(model, Sampler(300, seed=1), 40)
-    assert told(model, Sampler(300, seed=1), 40) == first
-    assert len({tuple(told(model, Sampler(300, seed=seed), 20)) for seed in range(5)}) == 5
-    cold = told(model, Sampler(300, temperature=0), 40)
-    assert told(model, Sampler(300, top_k=1, seed=9), 40) == cold
-    assert told(model, Sampler(300, temperature=0, repeat_penalty=1.0), 40) == cold
-    assert len(set(told(model, Sampler(300, temperature=0, repeat_penalty=50.0), 40))) > len(set(cold))
+    first = told(model, make_sampler(300, seed=1), 40)
+    assert told(model, make_sampler(300, seed=1), 40) == first
+    assert len({tuple(told(model, make_sampler(300, seed=seed), 20)) for seed in range(5)}) == 5
+    cold = told(model, make_sampler(300, temperature=0), 40)
+    assert told(model, make_sampler(300, top_k=1, seed=9), 40) == cold
+    assert told(model, make_sampler(300, temperature=0, repeat_penalty=1.0), 40) == cold
+    assert len(set(told(model, make_sampler(300, temperature=0, repeat_penalty=50.0), 40))) > len(set(cold))
 
 
 def test_a_nan_in_the_weights_is_an_error(model: Model) -> None:
-    told(model, Sampler(300, seed=1), 3)
+    told(model, make_sampler(300, seed=1), 3)
     backend = model.backend
     backend.device.make_current()
     backend.device.fill(backend.weights.operands["norm"].address, 0xFF, 4)
-    for sampler in (Sampler(300, temperature=0), Sampler(300, seed=1), Sampler(300, temperature=0, repeat_penalty=2.0)):
-        model.session.rewind()
+    for sampler in (
+        make_sampler(300, temperature=0),
+        make_sampler(300, seed=1),
+        make_sampler(300, temperature=0, repeat_penalty=2.0),
+    ):
+        model.session.truncate()
         with pytest.raises(Error, match="not numbers"):
             model.session.prefill([1, 2], sampler)
         with pytest.raises(Error, match="not numbers"):

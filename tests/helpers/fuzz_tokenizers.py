@@ -7,7 +7,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from numballama.chat.template import CHATML, choose, stop_token_ids
+from numballama.chat.builtin_templates import CHATML
+from numballama.chat.template import choose, stop_token_ids
 from numballama.errors import Error
 from numballama.formats.hf.text_files import read_text_files
 from numballama.formats.tokenizer_files import load_tokenizer

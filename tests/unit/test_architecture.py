@@ -42,17 +42,18 @@ ORDER = """
             kernels.gemv kernels_cuda kernels.gemm kernels.decode_attention kernels.prefill_attention \
             kernels.sampling kernels.copy compiler driver compile_worker weights decode_pipeline program bandwidth \
             timing backend
-    reference backend session generate
+    reference backend session
     bench: traffic debug profiler trace benchmark
     tokenizers: base sentencepiece_proto sentencepiece scored llama2c gguf pretokenizers bpe tiktoken huggingface
     formats: limits tensor_names tensors json_reader rope_permute safetensors gguf.header gguf.split gguf.tokenizer \
             hf.text_settings tokenizer_files hf.text_files llama2c.layout llama2c.llama2c llama2c.kuiper \
             gguf.reader gguf.writer hf.config hf.reader hf.writer meta.torch_zip meta.reader
     loader
-    chat: sandbox template conversation
+    generate
+    chat: builtin_templates sandbox template encoder conversation
     export inspection
     model
-    cli: doctor chat main
+    cli: args bench chat doctor export generate inspect main
     __main__
 """
 """The flow, from left to right: a module imports only what stands before it.

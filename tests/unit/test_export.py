@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
@@ -295,26 +293,3 @@ def test_rows_that_are_no_blocks(tmp_path: Path) -> None:
     with pytest.raises(Error, match="cannot become q8_0: its rows of 24 numbers"):
         export_model(path, tmp_path / "copy", "gguf", "q8_0")
     assert not (tmp_path / "copy").exists()
-
-
-def run(*words: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "numballama", "export", *map(str, words)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=100)
-
-
-def test_command_line(tmp_path: Path) -> None:
-    path, _ = save(tmp_path, "llama2c-v1", WIDE)
-    done = run(path, tmp_path / "copy.gguf", "--to", "gguf", "--quant", "q8_0")
-    assert done.returncode == 0
-    lines = done.stdout.splitlines()
-    assert lines[0].split() == ["tensor", "from", "to", "bytes", "relative", "RMS", "error"]
-    name, before, after, size, error = lines[1].split()
-    assert (name, before, after, size) == ("tok_embeddings", "f32", "q8_0", f"{300 * 64 // 32 * 34:,}")
-    assert 1e-3 < float(error) < 1e-2
-    assert lines[-1].startswith(f"{tmp_path / 'copy.gguf'}: 16 matrices converted, 0 as they were")
-    assert "do not say rope_pairing" in done.stderr
-    assert run(path, tmp_path / "two.gguf", "--to", "gguf", "--quiet", "--rope-pairing", "half").stderr == ""
-    assert open_checkpoint(tmp_path / "two.gguf").config.rope_pairing == INTERLEAVED  # permuted
-    failed = run(path, tmp_path / "no", "--to", "gguf", "--quant", "int8")
-    assert failed.returncode == 1 and "gguf cannot hold 'int8'" in failed.stderr and not (tmp_path / "no").exists()
-    assert run(path, tmp_path / "no").returncode == 2

@@ -1,5 +1,4 @@
-"""What a user of `Model` sees: text in pieces, how it ends, what is refused, and that nothing disturbs the next
-call."""
+"""Generated text: what a stream yields and when, how a text ends, and that streams do not disturb each other."""
 
 from __future__ import annotations
 
@@ -11,85 +10,43 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 import numballama
-from numballama import ContextError, DeviceError, Error, Model, UnsupportedError
-from numballama.config import ModelConfig
-from numballama.cpu import CpuBackend
+from numballama import (
+    ContextError,
+    Error,
+    GenerationResponse,
+    Interrupted,
+    Model,
+    SamplingParams,
+    UnsupportedError,
+    generate,
+)
 from numballama.generate import StopStringFilter
-from numballama.model import Interrupted, Piece
 from tests.helpers.bounds import shared_model, story_model
 from tests.helpers.random_models import save
-
-CHUNK = CpuBackend.prefill_chunk
-TINY = ModelConfig(16, 24, 2, 4, 2, 300, 2 * CHUNK + 10)
-WORDS = [
-    " ",
-    *"abcdefghijklmnopqrstuvwxyz",
-    " the",
-    "the",
-    "th",
-    "he",
-    "ab",
-    "abc",
-    "é",
-    "…",
-    " a",
-    " b",
-    " story",
-    "story",
-]
-
-
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A llama2.c tokenizer of 300 tokens: bytes, letters, a few words."""
-    bytes_ = [b"<0x%02X>" % byte for byte in range(256)]
-    pieces = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *bytes_, *(word.encode() for word in WORDS)]
-    pieces += [b"w%d" % index for index in range(300 - len(pieces))]
-    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.bin"
-    entries = (struct.pack("<fi", float(len(piece)), len(piece)) + piece for piece in pieces)
-    path.write_bytes(struct.pack("<i", max(map(len, pieces))) + b"".join(entries))
-    return path
-
-
-@pytest.fixture(scope="module")
-def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save(tmp_path_factory.mktemp("tiny"), "llama2c-v0", TINY, seed=5)[0]
+from tests.helpers.tiny import FIRST_BYTE, TINY, WORDS, InterruptAt, ids_of, joined
 
 
 @pytest.fixture
-def model(file: Path, tokenizer: Path) -> Model:
-    return shared_model(file, tokenizer, device="cpu")
+def model(tiny_file: Path, tiny_tokenizer: Path) -> Model:
+    return shared_model(tiny_file, tiny_tokenizer, device="cpu")
 
 
 @pytest.fixture
-def scripted(file: Path, tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def scripted(tiny_file: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function that makes the model choose given tokens, or the bytes of a text, after any prompt."""
-    with numballama.compile(file, tokenizer, device="cpu") as model:
+    with numballama.compile(tiny_file, tiny_tokenizer, device="cpu") as model:
 
         def speak(tokens: Sequence[int] | bytes) -> Model:
             script = iter([byte + 3 for byte in tokens] if isinstance(tokens, bytes) else tokens)
-            monkeypatch.setattr(model, "_next", lambda stream, history, sampler: next(script))
+            monkeypatch.setattr(generate, "next_token", lambda shared, stream, history, sampler: next(script))
             return model
 
         yield speak
-
-
-def ids_of(model: Model, text: str) -> list[int]:
-    assert model.tokenizer is not None
-    return model.tokenizer.encode(text, bos=False)
-
-
-def joined(pieces: Sequence[Piece]) -> str:
-    return "".join(piece.text for piece in pieces)
-
-
-# The stream
 
 
 def test_generate_is_the_stream_joined(model: Model) -> None:
@@ -97,14 +54,14 @@ def test_generate_is_the_stream_joined(model: Model) -> None:
         pieces = list(model.stream("the story", max_tokens=30, temperature=1.5, seed=seed))
         assert model.generate("the story", max_tokens=30, temperature=1.5, seed=seed) == joined(pieces)
         assert all(piece.finish_reason is None for piece in pieces[:-1])
-        assert pieces[-1].finish_reason in ("length", "eos")
+        assert pieces[-1].finish_reason in ("length", "stop")
         assert str(pieces[0]) == pieces[0].text
         assert pieces[0].tokens_per_second == 0.0
         assert all(piece.tokens_per_second > 0 for piece in pieces[1:])
 
 
-def test_tokens_are_those_of_the_reference(file: Path, tokenizer: Path, model: Model) -> None:
-    oracle = shared_model(file, tokenizer, device="reference")
+def test_tokens_are_those_of_the_reference(tiny_file: Path, tiny_tokenizer: Path, model: Model) -> None:
+    oracle = shared_model(tiny_file, tiny_tokenizer, device="reference")
     for settings in (
         {"temperature": 0},
         {"temperature": 0, "repeat_penalty": 1.3},
@@ -143,7 +100,7 @@ def test_characters_are_never_split(model: Model, seed: int) -> None:
     """At a high temperature bytes come in any order; what is shown is what a strict decoder makes of all of them."""
     pieces = list(model.stream("ab", max_tokens=60, temperature=50.0, top_k=0, top_p=1.0, seed=seed))
     assert model.tokenizer is not None
-    tokens = [piece.token for piece in pieces if piece.finish_reason != "eos"]
+    tokens = [piece.token for piece in pieces if piece.finish_reason != "stop"]
     assert sum(3 <= token < 259 for token in tokens) > 10, "hardly any bytes: the test says nothing"
     decoder = model.tokenizer.decoder(strip_leading_space=False)
     assert joined(pieces) == "".join([*map(decoder.push, tokens), decoder.flush()])
@@ -161,7 +118,7 @@ def test_a_character_comes_with_its_last_byte(scripted: Any) -> None:
 
 def test_cut_character_at_eos(scripted: Any) -> None:
     pieces = list(scripted([0xE2 + 3, 2]).stream("x", max_tokens=9))
-    assert [(piece.text, piece.finish_reason) for piece in pieces] == [("", None), ("\ufffd", "eos")]
+    assert [(piece.text, piece.finish_reason) for piece in pieces] == [("", None), ("\ufffd", "stop")]
 
 
 # How a text ends
@@ -171,40 +128,41 @@ def test_cut_character_at_eos(scripted: Any) -> None:
 def test_ends_at_eos_and_in_these_files_at_bos(scripted: Any, ender: int) -> None:
     pieces = list(scripted([262, 263, ender, 264]).stream("x", max_tokens=9))
     assert [piece.token for piece in pieces] == [262, 263, ender]
-    assert [piece.finish_reason for piece in pieces] == [None, None, "eos"]
+    assert [piece.finish_reason for piece in pieces] == [None, None, "stop"]
+    assert [piece.stop_reason for piece in pieces] == [None, None, ender]
     assert pieces[-1].text == ""
 
 
 def test_max_tokens(model: Model) -> None:
     assert model.generate("x", max_tokens=0) == "" and list(model.stream("x", max_tokens=0)) == []
     (piece,) = model.stream("x", max_tokens=1, temperature=0)
-    assert piece.finish_reason in ("length", "eos")
+    assert piece.finish_reason in ("length", "stop")
     with pytest.raises(Error, match="max_tokens must be at least 0"):
         model.stream("x", max_tokens=-1)
 
 
-def test_ends_where_the_context_is_full(file: Path, tokenizer: Path) -> None:
+def test_ends_where_the_context_is_full(tiny_file: Path, tiny_tokenizer: Path) -> None:
     """The last token that fits is computed from, what it gives is shown, and nothing more."""
-    with numballama.compile(file, tokenizer, device="cpu", context=12) as model:
+    with numballama.compile(tiny_file, tiny_tokenizer, device="cpu", context=12) as model:
         for seed in range(20):
             pieces = list(model.stream("ab c", max_tokens=100, temperature=1.0, seed=seed))
             prompt = [1, *ids_of(model, "ab c")]
-            if pieces[-1].finish_reason != "eos":
-                assert pieces[-1].finish_reason == "context"
+            if pieces[-1].finish_reason != "stop":
+                assert (pieces[-1].finish_reason, pieces[-1].stop_reason) == ("length", "context")
                 assert len(prompt) + len(pieces) == 12 + 1
                 assert len(model.session.tokens) == 12
                 return
     pytest.fail("every text ended before the context did")
 
 
-def test_a_prompt_may_fill_the_context_and_not_more(file: Path, tokenizer: Path) -> None:
-    with numballama.compile(file, tokenizer, device="cpu", context=10) as model:
+def test_a_prompt_may_fill_the_context_and_not_more(tiny_file: Path, tiny_tokenizer: Path) -> None:
+    with numballama.compile(tiny_file, tiny_tokenizer, device="cpu", context=10) as model:
         word = "x" * 9
         assert len(ids_of(model, word)) == 10, "a space and nine letters"
         with pytest.raises(ContextError, match="the prompt has 11 tokens and the context 10"):
             model.generate(word)
         pieces = list(model.stream("x" * 8, temperature=0))
-        assert len(pieces) == 1 and pieces[0].finish_reason in ("context", "eos")
+        assert len(pieces) == 1 and pieces[0].stop_reason in ("context", 1, 2)
         with pytest.raises(ContextError):
             model.logits(range(11))
         assert model.logits(range(10)).shape == (10, 300)
@@ -239,7 +197,7 @@ def test_stop_string_inside_one_token_and_held_text_at_eos(scripted: Any) -> Non
     story = 259 + WORDS.index(" story")
     assert scripted([story, story]).generate("x", max_tokens=9, stop="to") == " s"
     pieces = list(scripted([story, 2]).stream("x", max_tokens=9, stop="y!"))
-    assert [(piece.text, piece.finish_reason) for piece in pieces] == [(" stor", None), ("y", "eos")]
+    assert [(piece.text, piece.finish_reason) for piece in pieces] == [(" stor", None), ("y", "stop")]
 
 
 @given(st.lists(st.text("ab.", max_size=4)), st.lists(st.text("ab.", max_size=4), max_size=3))
@@ -248,178 +206,29 @@ def test_stop_filter_by_its_definition(parts: list[str], stops: list[str]) -> No
     text, wanted = "".join(parts), [stop for stop in stops if stop]
     seen, shown, filter_ = "", "", StopStringFilter(stops)
     for part in parts:
-        if filter_.stopped:
+        if filter_.found is not None:
             assert filter_.push(part) == ""
             continue
         seen += part
         shown += filter_.push(part)
         assert seen.startswith(shown)
         places = [seen.find(stop) for stop in wanted if stop in seen]
-        assert filter_.stopped == bool(places)
+        assert (filter_.found is not None) == bool(places)
         if places:
-            assert shown == seen[: min(places)]
+            assert shown == seen[: min(places)] and seen[min(places) :].startswith(filter_.found)
         else:
             held = seen[len(shown) :]
             assert not held or any(stop.startswith(held) for stop in wanted), "held back without need"
             assert not any(seen.endswith(stop[:n]) and n > len(held) for stop in wanted for n in range(1, len(stop)))
-    if not filter_.stopped:
+    if filter_.found is None:
         assert shown + filter_.flush() == text
     assert filter_.flush() == ""
-
-
-# What is refused
-
-
-def test_prompts_that_are_refused(model: Model) -> None:
-    with pytest.raises(Error, match="the prompt is empty"):
-        model.generate("")
-    with pytest.raises(ContextError, match="context"):
-        model.generate("x" * 500)
-    with pytest.raises(Error, match="not valid Unicode"):
-        model.generate("\ud800")
-    with pytest.raises(Error, match="temperature"):
-        model.stream("x", temperature=-1)  # at once, not at the first piece
-    assert model.generate("x", max_tokens=2, temperature=0) == model.generate("x", max_tokens=2, temperature=0)
-
-
-@pytest.mark.parametrize(
-    ("ids", "message"), [([], "empty"), ([1, 300], "token 1 of the prompt is 300"), ([-1], "is -1")]
-)
-def test_ids_that_are_refused(model: Model, ids: list[int], message: str) -> None:
-    with pytest.raises(Error, match=message):
-        model.logits(ids)
-
-
-def test_logits_take_any_integers(model: Model) -> None:
-    want = model.logits([1, 5, 299])
-    assert want.shape == (3, 300) and want.dtype == np.float32
-    for ids in (np.array([1, 5, 299]), (1, 5, 299), iter([1, 5, 299]), np.array([1, 5, 299], np.uint16)):
-        np.testing.assert_array_equal(model.logits(ids), want)
-    assert not np.shares_memory(model.logits([1]), model.logits([1])), "the caller owns them"
-
-
-def test_without_a_tokenizer(file: Path) -> None:
-    with numballama.compile(file, device="cpu") as model:
-        assert model.tokenizer is None
-        assert model.logits([1, 2]).shape == (2, 300)
-        for call in (model.generate, model.stream):
-            with pytest.raises(Error, match="carries no tokenizer"):
-                call("x")
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"device": "cuda"}, DeviceError, "cuda"),
-        ({"device": "cuda:1"}, DeviceError, "cuda:1"),
-        ({"device": "abacus"}, DeviceError, "unknown device 'abacus'"),
-        ({"dtype": "f8"}, UnsupportedError, "dtype 'f8' is not supported; there are f32, f16, bf16, int8"),
-        ({"kv_dtype": "int8"}, UnsupportedError, "kv_dtype 'int8' is not supported; there are f32, f16, bf16"),
-        ({"context": 0}, Error, "context must be at least 1"),
-        ({"context": 1 << 50}, ContextError, "KV cache"),
-        ({"threads": 0}, Error, "threads must be at least 1"),
-        ({"rope_pairing": "sideways"}, Error, "rope_pairing"),
-        ({"rope_theta": 0.0}, Error, "rope_theta"),
-        ({"norm_eps": -1.0}, Error, "norm_eps"),
-        ({"fusions": ["magic"]}, Error, "unknown fusion magic"),
-    ],
-    ids=str,
-)
-def test_arguments_that_are_refused(file: Path, options: dict[str, Any], error: type[Error], message: str) -> None:
-    with pytest.raises(error, match=message):
-        numballama.compile(file, **{"device": "cpu", **options})
-
-
-def test_no_path_is_the_story_model_of_the_package() -> None:
-    with numballama.compile(None, device="cpu") as model:
-        assert model.path.name == "story.gguf"
-        assert model.generate("Once upon a time", max_tokens=8, temperature=0).startswith(", there was a")
-
-
-# What can be chosen
-
-
-def test_overrides_change_the_model_and_the_notes(file: Path, model: Model) -> None:
-    ids, own = [1, 5, 9, 30], model.logits([1, 5, 9, 30])
-    assert any("rope_theta" in note and "assumed" in note for note in model.notes)
-    for options in ({"rope_pairing": "half"}, {"rope_theta": 50.0}, {"norm_eps": 0.1}):
-        with numballama.compile(file, device="cpu", **options) as other:  # type: ignore[arg-type]
-            ((name, value),) = options.items()
-            assert getattr(other.config, name) == value
-            assert np.abs(other.logits(ids) - own).max() > 1e-3
-            assert not any(name in note for note in other.notes)
-            with numballama.compile(file, device="reference", **options) as oracle:  # type: ignore[arg-type]
-                assert np.abs(other.logits(ids) - oracle.logits(ids)).max() < 1e-4
-
-
-@pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "int8"])
-def test_dtype_converts_linear_weights(file: Path, dtype: str) -> None:
-    with numballama.compile(file, device="cpu", dtype=dtype) as model:
-        types = {name: weight.type.name for name, weight in model.weights.items()}
-        assert types["layers.0.wq"] == types["tok_embeddings"] == dtype  # tied: the table is the classifier
-        assert types["norm"] == types["layers.1.ffn_norm"] == "f32"
-
-
-def test_untied_embedding_table_keeps_its_type(tmp_path: Path) -> None:
-    config = ModelConfig(16, 24, 1, 4, 2, 40, 8, tied_embeddings=False)
-    path, _ = save(tmp_path, "llama2c-v0", config)
-    with numballama.compile(path, device="cpu", dtype="int8") as model:
-        assert model.weights["tok_embeddings"].type.name == "f32" and model.weights["output"].type.name == "int8"
-
-
-@pytest.mark.parametrize(("kv_dtype", "size"), [(None, 4), ("f32", 4), ("f16", 2), ("bf16", 2)])
-def test_kv_dtype(file: Path, kv_dtype: str | None, size: int) -> None:
-    with numballama.compile(file, device="cpu", kv_dtype=kv_dtype, context=20) as model:
-        assert model.kv.nbytes == 2 * TINY.n_layers * TINY.n_kv_heads * 20 * TINY.head_dim * size
-        assert model.context == 20
-
-
-def test_context_beyond_the_models_own_is_noted(file: Path) -> None:
-    with numballama.compile(file, device="cpu", context=TINY.context + 1) as model:
-        assert model.context == TINY.context + 1 and any("poor" in note for note in model.notes)
-        assert np.isfinite(model.logits(np.arange(TINY.context + 1))).all()
-
-
-def test_auto_says_what_it_chose(file: Path) -> None:
-    with numballama.compile(file) as model:
-        assert model.device == "cpu" and any("cpu" in note for note in model.notes)
-        assert "cpu" in repr(model)
-    with numballama.compile(file, device="reference") as oracle, pytest.raises(Error, match="no plan"):
-        _ = oracle.plan
-
-
-# Prompts through chunks
-
-
-@pytest.mark.parametrize(
-    "length", [1, 2, 3, CHUNK - 1, CHUNK, CHUNK + 1, CHUNK + 2, 2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 1]
-)
-def test_prompt_lengths_around_the_chunk(file: Path, tokenizer: Path, model: Model, length: int) -> None:
-    ids = [int(token) for token in np.random.default_rng(length).integers(3, 300, length)]
-    want = shared_model(file, tokenizer, device="reference").logits(ids)
-    assert np.abs(model.logits(ids) - want).max() < 1e-4
-    model.session.rewind()
-    model.session.prefill(ids)
-    assert model.session.tokens == ids
-    assert np.abs(model.session.logits - want[-1]).max() < 1e-4
-    model.session.rewind(length // 2)
-    model.session.prefill(ids[length // 2 :])
-    assert np.abs(model.session.logits - want[-1]).max() < 1e-4
-
-
-def test_session_refuses_what_does_not_fit(model: Model) -> None:
-    model.session.rewind()
-    model.session.prefill(list(range(3, 3 + TINY.context)))
-    for call in (lambda: model.session.step(3), lambda: model.session.prefill([3, 4])):
-        with pytest.raises(ContextError, match="do not fit"):
-            call()
-    model.session.rewind()
 
 
 # One model, many users
 
 
-def tokens_of(stream: Iterator[Piece]) -> list[int]:
+def tokens_of(stream: Iterator[GenerationResponse]) -> list[int]:
     return [piece.token for piece in stream]
 
 
@@ -455,38 +264,6 @@ def test_two_threads(model: Model) -> None:
     assert together == alone
 
 
-def test_close_and_use_after(file: Path, tokenizer: Path) -> None:
-    with numballama.compile(file, tokenizer, device="cpu") as model:
-        stream = model.stream("ab", max_tokens=50, temperature=0)
-        next(stream)
-    for call in (
-        lambda: model.generate("x"),
-        lambda: model.logits([1]),
-        lambda: next(stream),
-        lambda: model.stream("x"),
-    ):
-        with pytest.raises(Error, match="closed"):
-            call()
-    model.close()  # again: nothing
-    assert model.config.vocab_size == 300 and "Model" in repr(model)
-
-
-class InterruptAt:
-    """A program's `run` that is interrupted at its nth call, before or after the computation."""
-
-    def __init__(self, run: Any, nth: int, after: bool) -> None:
-        self.run, self.left, self.after = run, nth, after
-
-    def __call__(self, *args: Any, **options: Any) -> Any:
-        self.left -= 1
-        if self.left == 0 and not self.after:
-            raise KeyboardInterrupt
-        result = self.run(*args, **options)
-        if self.left == 0:
-            raise KeyboardInterrupt
-        return result
-
-
 @pytest.mark.parametrize("after", [False, True])
 @pytest.mark.parametrize("nth", [1, 2, 5])
 @pytest.mark.parametrize("which", ["_decode", "_prompt"])
@@ -508,41 +285,137 @@ def test_interrupt_keeps_the_text_and_the_model(
     assert model.generate(prompt, max_tokens=12, temperature=0.9, seed=3) == joined(whole)
 
 
-def test_an_interrupted_stream_goes_on_where_it_was(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two steps of a run: the history has not grown, so the next run does the same again."""
-    whole = tokens_of(model.stream("ab", max_tokens=6, temperature=0))
-    session = model.session
-    session.rewind()
-    prompt = [1, *ids_of(model, "ab")]
-    session.prefill(prompt)
-    monkeypatch.setattr(session._decode, "run", InterruptAt(session._decode.run, 1, after=True))  # type: ignore[attr-defined]
-    with pytest.raises(KeyboardInterrupt):
-        session.step(whole[0])
-    assert session.tokens == prompt
-    session.step(whole[0])
-    assert session.logits.argmax() == whole[1]
+# Settings
 
 
-def test_damaged_weights_are_an_error_and_not_a_token(tmp_path: Path, tokenizer: Path) -> None:
+def test_params_and_keywords(model: Model) -> None:
+    params = SamplingParams(max_tokens=9, temperature=1.5, seed=3)
+    want = model.generate("the story", 9, temperature=1.5, seed=3)
+    assert model.generate("the story", params=params) == want
+    assert model.generate("the story", params=SamplingParams(seed=3), max_tokens=9, temperature=1.5) == want
+    assert joined(list(model.stream("the story", params=params))) == want
+    assert len(list(model.stream("the story", 2, params=params))) <= 2
+    assert params == SamplingParams(max_tokens=9, temperature=1.5, seed=3)
+
+
+def test_settings_that_are_refused_at_once(model: Model) -> None:
+    for call in (model.generate, model.stream):
+        with pytest.raises(Error, match="unknown sampling option heat; choose from max_tokens"):
+            call("x", heat=1)  # type: ignore[call-overload, call-arg]
+        with pytest.raises(UnsupportedError, match="min_tokens"):
+            call("x", min_tokens=3)
+        with pytest.raises(Error, match="params must be SamplingParams"):
+            call("x", params={"seed": 1})  # type: ignore[call-overload, arg-type]
+
+
+def test_max_tokens_none_goes_to_the_end_of_the_context(tiny_file: Path, tiny_tokenizer: Path) -> None:
+    with numballama.compile(tiny_file, tiny_tokenizer, device="cpu", context=20) as model:
+        responses = list(model.stream("ab", max_tokens=None, ignore_eos=True, temperature=1.0, seed=1))
+        prompt = 1 + len(ids_of(model, "ab"))
+        assert len(responses) == 20 - prompt + 1
+        assert (responses[-1].finish_reason, responses[-1].stop_reason) == ("length", "context")
+
+
+def test_ignore_eos(scripted: Any) -> None:
+    """EOS, and in these files BOS, add no text and do not end it; ids of the caller's do."""
+    tokens = [FIRST_BYTE + ord("a"), 2, 1, FIRST_BYTE + ord("b"), 2, 280, FIRST_BYTE + ord("c")]
+    responses = list(scripted(tokens).stream("x", max_tokens=9, ignore_eos=True, stop_token_ids=[280]))
+    assert joined(responses) == "ab" and [response.token for response in responses] == tokens[:6]
+    assert (responses[-1].finish_reason, responses[-1].stop_reason) == ("stop", 280)
+
+
+def test_stop_token_ids(scripted: Any) -> None:
+    responses = list(scripted([262, 270, 271]).stream("x", max_tokens=9, stop_token_ids={270}))
+    assert (responses[-1].token, responses[-1].finish_reason, responses[-1].stop_reason) == (270, "stop", 270)
+    assert responses[-1].text == "" and len(responses) == 2
+    assert list(scripted([262, 2]).stream("x", max_tokens=9, stop_token_ids={270}))[-1].stop_reason == 2
+
+
+def test_stop_string_is_the_reason(scripted: Any) -> None:
+    last = list(scripted(b"one. two").stream("x", max_tokens=9, stop=["two", ". "]))[-1]
+    assert (last.finish_reason, last.stop_reason) == ("stop", ". ")
+    last = list(scripted(b"one").stream("x", max_tokens=3, stop=["two"]))[-1]
+    assert (last.finish_reason, last.stop_reason) == ("length", None)
+
+
+def test_special_tokens_in_a_prompt(tiny_file: Path, models: Path) -> None:
+    model = story_model(models, "stories260K", device="cpu")
+    assert model.tokenizer is not None
+    for special in (False, True):
+        ids = model.tokenizer.encode("a</s>b", special=special)
+        (first,) = model.stream("a</s>b", 1, temperature=0, special=special)
+        assert first.prompt_tokens == len(ids)
+        assert first.token == model.logits(ids)[-1].argmax()
+
+
+def test_responses_say_what_was_read(model: Model) -> None:
+    ids = [1, *ids_of(model, "the story")]
+    first, *_, last = model.stream("the story", 3, temperature=0)
+    assert first.prompt_tokens == last.prompt_tokens == len(ids) and first.cached_tokens == 0
+    assert first.logprobs is None
+    again = next(model.stream_ids(ids, 3, temperature=0, reuse_prefix=True))
+    assert again.cached_tokens == len(ids) - 1 and again.token == first.token
+    assert numballama.Piece is GenerationResponse, "the old name"
+
+
+# Several prompts
+
+
+def test_a_list_of_prompts(model: Model) -> None:
+    prompts = ["ab", None, "the story"]
+    alone = [model.generate(prompt, 8, seed=3) for prompt in prompts]
+    assert model.generate(prompts, 8, seed=3) == alone
+    assert model.generate(tuple(prompts), params=SamplingParams(max_tokens=8, seed=3)) == alone
+    each = [SamplingParams(seed=seed, temperature=1.5) for seed in (1, 2, 3)]
+    alone = [model.generate(prompt, 8, params=params) for prompt, params in zip(prompts, each, strict=True)]
+    assert model.generate(prompts, 8, params=each) == alone
+    assert model.generate([]) == []
+
+
+def test_lists_that_are_refused(model: Model) -> None:
+    with pytest.raises(Error, match="2 prompts and 1 params"):
+        model.generate(["a", "b"], params=[SamplingParams()])
+    with pytest.raises(Error, match="single prompt"):
+        model.generate("a", params=[SamplingParams()])  # type: ignore[call-overload]
+    with pytest.raises(Error, match="the prompt is empty"):
+        model.generate(["a", ""])
+    for wrong in (7, b"ab", ["a", 7]):
+        with pytest.raises(Error, match="the prompt must be a string"):
+            model.generate(wrong)  # type: ignore[call-overload]
+
+
+def test_an_interrupt_keeps_the_finished_texts(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = model.generate(["ab", "the"], 5, temperature=0, ignore_eos=True)
+    monkeypatch.setattr(model.session._decode, "run", InterruptAt(model.session._decode.run, 7, after=False))
+    with pytest.raises(Interrupted) as caught:
+        model.generate(["ab", "the"], 5, temperature=0, ignore_eos=True)
+    assert caught.value.finished == whole[:1]
+    assert caught.value.text and whole[1].startswith(caught.value.text) and caught.value.text != whole[1]
+
+
+# Damaged weights
+
+
+def test_damaged_weights_are_an_error_and_not_a_token(tmp_path: Path, tiny_tokenizer: Path) -> None:
     path, _ = save(tmp_path, "llama2c-v0", TINY)
     data = bytearray(path.read_bytes())
     data[28 + 4 * 300 * 16 + 4 : 28 + 4 * 300 * 16 + 8] = struct.pack("<f", float("nan"))  # second number of a norm
     path.write_bytes(data)
     for device in ("cpu", "reference"):
-        with numballama.compile(path, tokenizer, device=device) as model:
+        with numballama.compile(path, tiny_tokenizer, device=device) as model:
             for settings in ({"temperature": 0}, {"seed": 1}, {"temperature": 0, "repeat_penalty": 2.0}):
                 with pytest.raises(Error, match="not numbers"):
                     model.generate("ab", max_tokens=3, **settings)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("damage", [float("nan"), float("inf"), 1e38])
-def test_damaged_weights_show_through_int8_activations(tmp_path: Path, tokenizer: Path, damage: float) -> None:
+def test_damaged_weights_show_through_int8_activations(tmp_path: Path, tiny_tokenizer: Path, damage: float) -> None:
     """int8 has no NaN: the scales carry it to the logits."""
     path, _ = save(tmp_path, "llama2c-v2", TINY)
     data = bytearray(path.read_bytes())
     data[256 + 4 : 256 + 8] = struct.pack("<f", damage)  # second number of the first norm
     path.write_bytes(data)
-    with numballama.compile(path, tokenizer, device="cpu") as model:
+    with numballama.compile(path, tiny_tokenizer, device="cpu") as model:
         for settings in ({"temperature": 0}, {"seed": 1}):
             with pytest.raises(Error, match="not numbers"):
                 model.generate("ab", max_tokens=3, **settings)  # type: ignore[arg-type]
@@ -559,7 +432,7 @@ def test_stories_in_real_utf8(models: Path) -> None:
     held = 0
     for seed in range(10):
         pieces = list(model.stream("Über", max_tokens=100, temperature=30.0, top_k=0, top_p=1.0, seed=seed))
-        data = [model.tokenizer.token_bytes(piece.token) for piece in pieces if piece.finish_reason != "eos"]
+        data = [model.tokenizer.token_bytes(piece.token) for piece in pieces if piece.finish_reason != "stop"]
         strict = codecs.getincrementaldecoder("utf-8")("replace")
         for piece, following in pairwise(pieces):
             held += piece.text == "" and following.text != ""

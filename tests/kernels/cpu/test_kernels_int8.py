@@ -253,7 +253,7 @@ def test_damaged_weights_show(tmp_path: Path, damage: float) -> None:
 
 
 def test_arguments(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UnsupportedError, match="activations 'int4' is not supported; there are f32, int8"):
+    with pytest.raises(UnsupportedError, match="activations 'int4' is not supported; choose from f32, int8"):
         numballama.compile(mixed, device="cpu", activations="int4")
     monkeypatch.setattr(model, "choose_device", lambda device: ("cuda", "of a test"))
     monkeypatch.setattr(model, "backend_class", lambda device: SimpleNamespace(activation_types=("f32",)))

@@ -14,6 +14,7 @@ import numballama
 from numballama.bench import debug
 from numballama.errors import Error
 from tests.helpers.random_models import save
+from tests.helpers.sampling import make_sampler
 
 IDS = [1, 5, 7, 2]
 
@@ -24,8 +25,8 @@ def run(path: Path, device: str) -> tuple[np.ndarray, list[int]]:
         logits = model.logits(IDS)
         drawn: list[int] = []
         for temperature in (0.0, 1.0):
-            sampler = numballama.model.Sampler(model.config.vocab_size, temperature, seed=3)
-            with model.using(), model.fresh_session() as session:
+            sampler = make_sampler(model.config.vocab_size, temperature, seed=3)
+            with model.exclusive(), model.reset_session() as session:
                 token = session.prefill(IDS, sampler)
                 for _ in range(3):
                     assert token is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import pty
 import re
@@ -9,13 +10,14 @@ import select
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.bpe import chat_model
+from tests.helpers.command_line import Called, call
 
 LONG = 60
 COMMAND = (sys.executable, "-m", "numballama", "chat")
@@ -155,37 +157,52 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(path: Path) -> None:
         assert "Traceback" not in t.shown
 
 
-def test_an_error_ends_a_turn_and_not_the_chat(path: Path) -> None:
-    with terminal(*COMMAND, path, "--temperature", 0, "--max-tokens", 4, "--context", 64) as t:
-        t.wait_for("> ")
-        t.answer("word " * 60 + "\n")
-        t.wait_for(r"numballama: the conversation would have \d+ tokens and the context holds 64[\s\S]*> ")
-        since = len(t.shown)
-        t.answer("hi\n")
-        t.wait_for(rf"{FIGURES}[\s\S]*> ", since)
-        t.answer("\x04")
-        assert t.ends() == 0
+# In this process
 
 
-def piped(text: str, *words: object) -> subprocess.CompletedProcess[str]:
-    command = [*COMMAND, *map(str, words)]
-    return subprocess.run(command, input=text, capture_output=True, text=True, timeout=LONG, errors="replace")
+class Typed(io.StringIO):
+    """A stdin that says it is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
-def test_through_a_pipe(path: Path, tmp_path: Path) -> None:
+Talk = Callable[..., Called]
+
+
+@pytest.fixture
+def talk(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Talk:
+    """Call `numballama chat` with this text on stdin."""
+
+    def with_text(text: str, *words: object, stdin: type[io.StringIO] = io.StringIO) -> Called:
+        monkeypatch.setattr(sys, "stdin", stdin(text))
+        return call(capsys, "chat", *words)
+
+    return with_text
+
+
+def test_an_error_ends_a_turn_and_not_the_chat(path: Path, talk: Talk) -> None:
+    words = (path, "--temperature", 0, "--max-tokens", 4, "--context", 64)
+    done = talk("word " * 60 + "\nhi\n", *words, stdin=Typed)
+    assert done.code == 0
+    assert re.search(r"numballama: the conversation would have \d+ tokens and the context holds 64", done.err)
+    assert done.out.count("\n") == 1 + done.out[:-1].count("\n") and done.out.strip(), "the second turn was answered"
+
+
+def test_through_a_pipe(path: Path, tmp_path: Path, talk: Talk) -> None:
     words = (path, "--temperature", 0, "--max-tokens", 5)
-    done = piped("hello\n\nmore\n", *words)
-    assert done.returncode == 0 and done.stderr == ""
-    assert piped("hello\n/reset\nhello", *words).stdout == piped("hello\n", *words).stdout * 2
-    first = piped("hello\n", *words).stdout
-    assert first.endswith("\n") and done.stdout.startswith(first) and len(done.stdout) > len(first)
-    assert piped("", *words).stdout == ""
-    assert piped("/exit\nhello\n", *words).stdout == ""
-    system = piped("hello\n", *words, "--system", "Be a pirate.").stdout
-    assert system == piped("/system Be a pirate.\nhello\n", *words).stdout != first
+    done = talk("hello\n\nmore\n", *words)
+    assert done.code == 0 and done.err == ""
+    assert talk("hello\n/reset\nhello", *words).out == talk("hello\n", *words).out * 2
+    first = talk("hello\n", *words).out
+    assert first.endswith("\n") and done.out.startswith(first) and len(done.out) > len(first)
+    assert talk("", *words).out == ""
+    assert talk("/exit\nhello\n", *words).out == ""
+    system = talk("hello\n", *words, "--system", "Be a pirate.").out
+    assert system == talk("/system Be a pirate.\nhello\n", *words).out != first
     template = tmp_path / "t.jinja"
     template.write_text("{{ messages[-1].content }}")
-    assert piped("hello\n", *words, "--chat-template", template).stdout != first
+    assert talk("hello\n", *words, "--chat-template", template).out != first
 
 
 @pytest.mark.parametrize(
@@ -196,6 +213,6 @@ def test_through_a_pipe(path: Path, tmp_path: Path) -> None:
         (("--context", "8"), "the context holds 8"),
     ],
 )
-def test_errors_of_a_pipe_exit_with_1(path: Path, words: tuple[str, ...], expected: str) -> None:
-    done = piped("hello\n", path, *words)
-    assert done.returncode == 1 and expected in done.stderr and "Traceback" not in done.stderr
+def test_errors_of_a_pipe_exit_with_1(path: Path, talk: Talk, words: tuple[str, ...], expected: str) -> None:
+    done = talk("hello\n", path, *words)
+    assert done.code == 1 and expected in done.err and "Traceback" not in done.err

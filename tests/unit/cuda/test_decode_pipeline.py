@@ -22,8 +22,9 @@ from numballama.cuda.decode_pipeline import LOOKAHEAD, N_SLOTS
 from numballama.cuda.program import CudaProgram
 from numballama.errors import Error
 from numballama.graph import KVLayout
-from numballama.sampling import Sampler
+from numballama.sampling import SamplerState
 from tests.helpers.random_models import random_checkpoint
+from tests.helpers.sampling import make_sampler
 
 CONFIG = ModelConfig(16, 16, 1, 2, 1, 40, 24)
 VOCAB = CONFIG.vocab_size
@@ -75,7 +76,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKernels]:
     backend.close()
 
 
-def step(program: CudaProgram, token: int, position: int, sampler: Sampler) -> int:
+def step(program: CudaProgram, token: int, position: int, sampler: SamplerState) -> int:
     program.inputs["ids"][0], program.inputs["positions"][0], program.inputs["sequences"][0] = token, position, 0
     return program.run(1, sampler=sampler)
 
@@ -88,7 +89,7 @@ def test_there_are_more_slots_than_steps_in_flight() -> None:
 
 def test_steps_run_ahead_of_the_host(kernels: FakeKernels) -> None:
     """From the second token on `LOOKAHEAD` steps are queued; at the context's end none beyond it."""
-    sampler, token = Sampler(VOCAB, temperature=0), 5
+    sampler, token = make_sampler(VOCAB, temperature=0), 5
     for position in range(CONFIG.context):
         want = following(token, position)
         token = step(kernels.program, token, position, sampler)
@@ -99,7 +100,7 @@ def test_steps_run_ahead_of_the_host(kernels: FakeKernels) -> None:
 
 
 def test_another_token_than_the_sampled_one_discards_what_is_queued(kernels: FakeKernels) -> None:
-    sampler = Sampler(VOCAB, temperature=0)
+    sampler = make_sampler(VOCAB, temperature=0)
     token = step(kernels.program, 1, 0, sampler)
     token = step(kernels.program, token, 1, sampler)
     other = (token + 1) % VOCAB
@@ -110,7 +111,7 @@ def test_another_token_than_the_sampled_one_discards_what_is_queued(kernels: Fak
 
 
 def test_another_sampler_starts_over(kernels: FakeKernels) -> None:
-    first, second = Sampler(VOCAB, temperature=0), Sampler(VOCAB, temperature=0)
+    first, second = make_sampler(VOCAB, temperature=0), make_sampler(VOCAB, temperature=0)
     token = step(kernels.program, 1, 0, first)
     token = step(kernels.program, token, 1, first)
     assert step(kernels.program, token, 2, second) == following(token, 2)
@@ -118,7 +119,7 @@ def test_another_sampler_starts_over(kernels: FakeKernels) -> None:
 
 def test_reading_a_value_recomputes_the_hosts_step(kernels: FakeKernels) -> None:
     """Steps ahead of the host have overwritten it. The next step starts from the host's inputs."""
-    sampler = Sampler(VOCAB, temperature=0)
+    sampler = make_sampler(VOCAB, temperature=0)
     first = step(kernels.program, 1, 0, sampler)
     second = step(kernels.program, first, 1, sampler)
     assert int(kernels.program.value("next")[0]) == second
@@ -127,7 +128,7 @@ def test_reading_a_value_recomputes_the_hosts_step(kernels: FakeKernels) -> None
 
 def test_logits_that_are_not_numbers(kernels: FakeKernels) -> None:
     """The error comes with the step that has them, although steps ahead of it have run; then decoding goes on."""
-    sampler, token = Sampler(VOCAB, temperature=0), 1
+    sampler, token = make_sampler(VOCAB, temperature=0), 1
     kernels.broken_at = 3
     for position in range(3):
         token = step(kernels.program, token, position, sampler)
@@ -139,7 +140,7 @@ def test_logits_that_are_not_numbers(kernels: FakeKernels) -> None:
 
 def test_another_program_discards_what_is_queued(kernels: FakeKernels) -> None:
     """Programs share the KV cache."""
-    backend, sampler = kernels.program.backend, Sampler(VOCAB, temperature=0)
+    backend, sampler = kernels.program.backend, make_sampler(VOCAB, temperature=0)
     first = step(kernels.program, 1, 0, sampler)
     token = step(kernels.program, first, 1, sampler)
     kv = KVLayout.of(CONFIG, CONFIG.context, "f32")

@@ -275,7 +275,7 @@ def test_eos_ends_the_text(tmp_path: Path) -> None:
         with numballama.compile(other, threads=1) as model:
             pieces = list(model.stream("abc", temperature=0, max_tokens=5))
             assert [piece.token for piece in pieces] == first[: first.index(end) + 1]
-            assert pieces[-1].finish_reason == "eos"
+            assert pieces[-1].finish_reason == "stop"
     report = str(numballama.inspect(save(tmp_path / "q.gguf", kind=Q8_0, tokenizer=letters(300))))
     assert "GGUF v3" in report
     assert "q8_0" in report

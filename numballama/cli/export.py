@@ -1,0 +1,44 @@
+"""`numballama export`: a model in another format."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from .args import MODEL_HELP, config_options, hidden_alias
+
+
+def add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    export = commands.add_parser(
+        "export",
+        help="write a model in another format",
+        description="Write a model in another format; --dtype converts its matrices. Prints the error of each "
+        "converted matrix: root mean squared error over root mean square.",
+        epilog="example: numballama export ~/models/SmolLM2-135M smollm2.gguf --to gguf --dtype q8_0",
+    )
+    export.add_argument("source", help=MODEL_HELP)
+    export.add_argument("target", help="the file to write; for safetensors a directory")
+    export.add_argument(
+        "--to",
+        required=True,
+        metavar="FORMAT",
+        help="llama2c-v0, llama2c-v1, llama2c-v2, kuiper, kuiper-int8, gguf or safetensors",
+    )
+    export.add_argument(
+        "--dtype", metavar="TYPE", help="f32, f16, bf16, q8_0, q4_0 or int8, as the format allows (default: unchanged)"
+    )
+    hidden_alias(export, "--quant", "dtype")
+    export.add_argument("--tokenizer", metavar="FILE", help="to put beside the model, where the format can hold it")
+    config_options(export)
+    export.set_defaults(run=run_export)
+
+
+def run_export(arguments: argparse.Namespace) -> None:
+    from ..export import export_model
+
+    names = ("tokenizer", "rope_pairing", "rope_theta", "norm_eps")
+    options = {name: getattr(arguments, name) for name in names}
+    done = export_model(arguments.source, arguments.target, arguments.to, arguments.dtype, **options)
+    print(done)
+    for note in () if arguments.quiet else done.notes:  # also without a terminal: a log should show what was lost
+        print(note, file=sys.stderr)

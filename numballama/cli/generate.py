@@ -1,0 +1,87 @@
+"""`numballama generate` and `numballama story`: a text, printed as it is generated."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, TextIO
+
+from .. import progress
+from ..sampling import SamplingParams
+from .args import MODEL_HELP, STORY_MODEL, hidden_alias, load, model_options, sampling_options, sampling_params
+
+if TYPE_CHECKING:
+    from ..generate import GenerationResponse
+
+OPENINGS = {
+    "once": "Once upon a time, there was a",
+    "dragon": "Once there was a shy dragon who lived near the forest.",
+    "rain": "It was a rainy day and Tom wanted to",
+    "box": "One day, Mia found a little box in the garden.",
+    "friends": "A frog and a mouse were best friends.",
+    "moon": "Every night, the little owl looked at the moon.",
+}
+"""Choices of `story --opening`."""
+STORY_DEFAULTS = SamplingParams(max_tokens=400)
+
+
+def add_story(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    story = commands.add_parser(
+        "story", help="tell a story", description="Tell a story, from an opening or from nothing."
+    )
+    opening = story.add_mutually_exclusive_group()
+    opening.add_argument("prompt", nargs="?", help="the story's opening; without one the model begins itself")
+    opening.add_argument("--opening", choices=OPENINGS, help="begin with one of these instead")
+    story.add_argument("--model", metavar="FILE", help=f"{MODEL_HELP} ({STORY_MODEL})")
+    model_options(story)
+    sampling_options(story, STORY_DEFAULTS)
+    hidden_alias(story, "--length", "max_tokens", type=int)
+    story.set_defaults(run=run_story)
+
+
+def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    generate = commands.add_parser(
+        "generate",
+        help="continue a prompt",
+        description="Continue a prompt; prints the continuation only.",
+        epilog='example: numballama generate llama2_7b.bin --tokenizer tokenizer.model "The sky is"',
+    )
+    generate.add_argument("model", help=MODEL_HELP)
+    generate.add_argument("prompt", help="the text to continue; - reads it from stdin")
+    model_options(generate)
+    sampling_options(generate)
+    generate.set_defaults(run=run_generate)
+
+
+def run_story(arguments: argparse.Namespace) -> None:
+    opening = OPENINGS[arguments.opening] if arguments.opening else arguments.prompt
+    params = sampling_params(arguments)
+    with load(arguments) as model:
+        responses = model.stream(opening, params=params)
+        sys.stdout.write(opening or "")
+        show(responses, sys.stdout)
+
+
+def run_generate(arguments: argparse.Namespace) -> None:
+    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    params = sampling_params(arguments)
+    with load(arguments) as model:
+        show(model.stream(prompt, params=params), sys.stdout)
+
+
+def show(responses: Iterable[GenerationResponse], out: TextIO) -> None:
+    """Print text as it comes; afterwards, on a terminal, the speed. The text stays there after Ctrl-C."""
+    count, started, last = 0, time.perf_counter(), None
+    try:
+        for last in responses:
+            count += 1
+            out.write(last.text)
+            out.flush()
+    finally:
+        out.write("\n")
+        out.flush()
+        if last is not None and count > 1:
+            seconds = time.perf_counter() - started
+            progress.info(f"\n{count} tokens in {seconds:.2f} s, {last.tokens_per_second:,.0f} tokens/s")

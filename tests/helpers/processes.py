@@ -1,0 +1,28 @@
+"""Code run in a Python process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numballama
+
+PACKAGE = Path(numballama.__file__).parent
+
+
+def run_python(code: str, *arguments: object, timeout: float = 120, **environment: str) -> Any:
+    """Run code in a new process; what it prints last, as JSON. A hang fails by the timeout."""
+    found = subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        cwd=os.path.abspath(os.sep),  # where no package lies that would come before PYTHONPATH's
+        env={**os.environ, "PYTHONPATH": str(PACKAGE.parent), **environment},
+    )
+    assert found.returncode == 0, f"exit code {found.returncode}\n{found.stdout[-2000:]}\n{found.stderr[-4000:]}"
+    return json.loads(found.stdout.splitlines()[-1])

@@ -1,0 +1,179 @@
+"""Sessions: prompts in chunks, what fits, interrupts. A token is one entry into compiled code and allocates nothing."""
+
+from __future__ import annotations
+
+import gc
+import sys
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numba.core.runtime import _nrt_python as nrt
+from numba.core.runtime import rtsys
+
+from numballama import ContextError, Model
+from numballama.config import ModelConfig
+from numballama.cpu.sampling import greedy
+from tests.helpers.bounds import shared_model
+from tests.helpers.random_models import save
+from tests.helpers.sampling import make_sampler
+from tests.helpers.tiny import CHUNK, TINY, InterruptAt, ids_of
+
+WIDE = ModelConfig(64, 8192, 1, 4, 2, 20000, 600)
+IDS = [1, 5, 9, 77, 3]
+SAMPLED: dict[str, Any] = {
+    "temperature": 1.0,
+    "top_k": 40,
+    "top_p": 0.9,
+    "min_p": 0.01,
+    "repeat_penalty": 1.2,
+    "seed": 1,
+}
+
+
+@pytest.fixture
+def model(tiny_file: Path, tiny_tokenizer: Path) -> Model:
+    return shared_model(tiny_file, tiny_tokenizer, device="cpu")
+
+
+@pytest.mark.parametrize(
+    "length", [1, 2, 3, CHUNK - 1, CHUNK, CHUNK + 1, CHUNK + 2, 2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 1]
+)
+def test_prompt_lengths_around_the_chunk(tiny_file: Path, tiny_tokenizer: Path, model: Model, length: int) -> None:
+    ids = [int(token) for token in np.random.default_rng(length).integers(3, 300, length)]
+    want = shared_model(tiny_file, tiny_tokenizer, device="reference").logits(ids)
+    assert np.abs(model.logits(ids) - want).max() < 1e-4
+    model.session.truncate()
+    model.session.prefill(ids)
+    assert model.session.tokens == ids
+    assert np.abs(model.session.logits - want[-1]).max() < 1e-4
+    model.session.truncate(length // 2)
+    model.session.prefill(ids[length // 2 :])
+    assert np.abs(model.session.logits - want[-1]).max() < 1e-4
+
+
+def test_session_refuses_what_does_not_fit(model: Model) -> None:
+    model.session.truncate()
+    model.session.prefill(list(range(3, 3 + TINY.context)))
+    for call in (lambda: model.session.step(3), lambda: model.session.prefill([3, 4])):
+        with pytest.raises(ContextError, match="do not fit"):
+            call()
+    model.session.truncate()
+
+
+def test_an_interrupted_stream_goes_on_where_it_was(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between two steps of a run: the history has not grown, so the next run does the same again."""
+    whole = [response.token for response in model.stream("ab", max_tokens=6, temperature=0)]
+    session = model.session
+    session.truncate()
+    prompt = [1, *ids_of(model, "ab")]
+    session.prefill(prompt)
+    monkeypatch.setattr(session._decode, "run", InterruptAt(session._decode.run, 1, after=True))  # type: ignore[attr-defined]
+    with pytest.raises(KeyboardInterrupt):
+        session.step(whole[0])
+    assert session.tokens == prompt
+    session.step(whole[0])
+    assert session.logits.argmax() == whole[1]
+
+
+# A token
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    """A model whose rows are large enough to be noticed where memory is counted."""
+    return shared_model(save(tmp_path_factory.mktemp("wide"), "llama2c-v0", WIDE)[0], device="cpu")
+
+
+SAMPLERS = pytest.mark.parametrize(
+    "settings", [{"temperature": 0}, SAMPLED, {"temperature": 0, "repeat_penalty": 1.5}], ids=str
+)
+
+
+def decode(model: Model, settings: dict[str, Any], steps: int) -> Callable[[], None]:
+    """A loop of `steps` tokens, warmed up."""
+    session, sampler = model.session, make_sampler(model.config.vocab_size, **settings)
+    session.truncate()
+    session.prefill(IDS)
+
+    def loop() -> None:
+        for _ in range(steps):
+            session.step(7, sampler)
+
+    loop()
+    return loop
+
+
+@SAMPLERS
+def test_a_token_is_one_entry_into_compiled_code(wide: Model, settings: dict[str, Any]) -> None:
+    program = wide.session._decode
+    loop = decode(wide, settings, 50)
+    before = program.entries  # type: ignore[attr-defined]
+    loop()
+    assert program.entries - before == 50  # type: ignore[attr-defined]
+
+
+def test_a_prompt_is_one_entry_a_chunk(wide: Model) -> None:
+    session = wide.session
+    session.truncate()
+    before = session._prompt.entries  # type: ignore[attr-defined]
+    session.prefill([5] * 200)
+    assert session._prompt.entries - before == 4  # type: ignore[attr-defined]
+
+
+@SAMPLERS
+def test_compiled_code_allocates_nothing(wide: Model, settings: dict[str, Any]) -> None:
+    """Not even the record that Numba makes of an array that is handed over: what goes in are addresses."""
+    loop = decode(wide, settings, 50)
+    nrt.memsys_enable_stats()
+    try:
+        before = rtsys.get_allocation_stats()
+        loop()
+        after = rtsys.get_allocation_stats()
+        greedy(np.zeros(4, np.float32))
+        counted = rtsys.get_allocation_stats()
+    finally:
+        nrt.memsys_disable_stats()
+    assert after == before
+    assert counted.alloc > after.alloc, "the counter counts"
+
+
+@SAMPLERS
+def test_python_keeps_nothing_of_a_token(wide: Model, settings: dict[str, Any]) -> None:
+    """The history grows by an id a token, here a small one that Python has anyway. Ten blocks are the loop's own and
+    the interpreter's; one a token would be 200."""
+    loop = decode(wide, settings, 200)
+    gc.collect()
+    gc.disable()
+    try:
+        before = sys.getallocatedblocks()
+        loop()
+        assert sys.getallocatedblocks() - before <= 20
+    finally:
+        gc.enable()
+
+
+@SAMPLERS
+def test_no_array_is_made_for_a_token(wide: Model, settings: dict[str, Any]) -> None:
+    """The highest memory during the loop, Python's and NumPy's, is below the smallest row of this model but its
+    residual stream: a copy of the logits would be 80 KB, of a hidden row 32 KB."""
+    loop = decode(wide, settings, 100)
+    tracemalloc.start()
+    try:
+        loop()
+        wide.session.truncate(len(IDS))
+        tracemalloc.reset_peak()
+        before, _ = tracemalloc.get_traced_memory()
+        loop()
+        now, peak = tracemalloc.get_traced_memory()
+        assert peak - before < 8192 and now - before < 4096
+        domain = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
+        kept = tracemalloc.take_snapshot().filter_traces([domain])
+        assert sum(trace.size for trace in kept.traces) == 0, "NumPy holds memory of the loop's making"
+        wide.session.logits.copy()
+        assert tracemalloc.get_traced_memory()[1] - before > 80_000, "the measure notices a copy of the logits"
+    finally:
+        tracemalloc.stop()
