@@ -1,11 +1,12 @@
-"""numballama on the CPU beside its peers, in one run: every program once a round, medians over the rounds.
+"""Compare numballama on the CPU with its peers in one run: each program once a round, medians over the rounds.
 
 python benchmarks/cpu.py MODEL TOKENIZER --llama2c ./run --llama-cpp PYTHON MODEL.gguf --out benchmarks/results/…json
 
 `--llama2c` is karpathy/llama2.c's run, built with `gcc -Ofast -fopenmp -march=native run.c -lm`; `--llama-cpp` an
 interpreter that has llama-cpp-python, and the same weights as GGUF (peers/make_gguf.py). Either may be left out.
-Machines are shared: only the ratios of one run mean something. Also measured, in fresh processes: import, command to
-first token with cached kernels and with an empty cache, and peak memory.
+Other programs may slow the machine down: compare figures of one run only. Also measured, in new processes: the import,
+the time from command to first token with cached kernels and with an empty cache, and peak memory. benchmarks/compare.py
+compares two commits.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ FIGURES = ("decode_tokens_per_second", "prefill_tokens_per_second")
 
 
 def command(*words: object, **environment: str) -> str:
-    """The standard output of a program; its failure is ours."""
+    """The standard output of a program. Raises `CalledProcessError` if it fails."""
     done = subprocess.run(
         [str(word) for word in words], env=os.environ | environment, check=True, capture_output=True, text=True
     )
@@ -36,14 +37,14 @@ def command(*words: object, **environment: str) -> str:
 
 
 def numballama(options: argparse.Namespace) -> dict[str, Any]:
-    """One process of our own bench."""
+    """`numballama bench` in a process of its own."""
     words = ("--threads", options.threads, "--prompt-tokens", options.prompt_tokens, "--tokens", options.tokens)
     words += ("--activations", options.activations)
     return json.loads(command(sys.executable, "-m", "numballama", "bench", options.model, *words, "--json"))
 
 
 def llama2c(options: argparse.Namespace) -> dict[str, Any]:
-    """llama2.c reports its own tokens/s; a prompt is read token by token there."""
+    """The tokens/s that llama2.c reports itself; it reads a prompt token by token."""
     steps = options.prompt_tokens + options.tokens
     words = (options.llama2c, options.model, "-z", options.tokenizer_bin, "-t", 0, "-n", steps)
     done = subprocess.run(
@@ -60,7 +61,7 @@ def llama2c(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def llama_cpp(options: argparse.Namespace) -> dict[str, Any]:
-    """llama.cpp, by its own interpreter."""
+    """llama.cpp, run by the interpreter that has llama-cpp-python."""
     interpreter, gguf = options.llama_cpp
     words = (gguf, options.threads, options.prompt_tokens, options.tokens, *(["--no-repack"] * options.no_repack))
     return json.loads(command(interpreter, HERE / "peers" / "llama_cpp_bench.py", *words))
@@ -116,7 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--llama2c", metavar="RUN")
     parser.add_argument("--llama-cpp", nargs=2, metavar=("PYTHON", "GGUF"))
     parser.add_argument("--no-repack", action="store_true", help="keep llama.cpp from repacking weights (AMX crashes)")
-    parser.add_argument("--activations", default="f32", help="ours: f32, or int8 as llama.cpp has them")
+    parser.add_argument("--activations", default="f32", help="of numballama: f32, or int8 as llama.cpp has them")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--prompt-tokens", type=int, default=128)

@@ -1,12 +1,13 @@
-"""numballama on an NVIDIA GPU: models of real shapes with random weights, beside llama.cpp where that is installed.
+"""Measure numballama on an NVIDIA GPU with models of real shapes and random weights, beside llama.cpp if installed.
 
 python benchmarks/gpu.py [--quick] [--models TinyLlama-1.1B:bf16 Llama-2-7B] [--out FILE.json]
 
-Speed does not depend on what a model knows, so weights are made on the spot, one matrix of each shape for all layers.
-Each is a tensor of its own on the device, so no cache sees one twice. Decoding is 128 tokens one by one after a short
-prompt, the prompt 512 tokens, each a median of several rounds. llama.cpp's `llama-bench`, if the PATH has it, runs the
-same shapes from a GGUF file written to a temporary folder ($TMPDIR: up to 14 GB). Results so far are written after each
-model: an interrupted run loses one.
+Speed does not depend on the weights' values, so one random matrix of each shape serves all layers. On the device each
+layer has a copy of its own, so no cache holds a weight that is read again. Decoding is 128 tokens after a short prompt,
+the prompt has 512 tokens; both are medians of several rounds. If `llama-bench` is on the PATH, llama.cpp runs the same
+shapes from a GGUF file in a temporary folder ($TMPDIR: up to 14 GB). Results are written after each model, so an
+interrupted run loses one. benchmarks/compare.py compares two commits: it calls `random_checkpoint`, `compiled`,
+`seconds_of_decoding` and `seconds_of_prompt` of each commit's copy of this file, so keep their parameters.
 """
 
 from __future__ import annotations
@@ -34,11 +35,13 @@ from unittest import mock
 import numpy as np
 
 from numballama import loader
+from numballama.backend import open_backend
 from numballama.bench.benchmark import machine
+from numballama.bench.traffic import bytes_per_token
 from numballama.checkpoint import Checkpoint, Weight
 from numballama.config import NAMED_SHAPES
-from numballama.export import WRITERS
 from numballama.files import atomic_write
+from numballama.formats.gguf.writer import write_gguf
 from numballama.model import Model
 from numballama.quantization.convert import convert
 from numballama.quantization.types import F32, WeightType
@@ -46,15 +49,15 @@ from numballama.sampling import Sampler
 
 HERE = Path(__file__).parent
 GROUP = 64
-"""Of int8 weights, as KuiperLLama has them; llama.cpp's 8-bit type, blocks of 32, runs beside it."""
+"""Elements that share a scale in int8 weights, as in KuiperLLama's files."""
 SHORT, TOKENS, PROMPT = 8, 128, 512
 NEAR, FAR, STEPS = 128, 4096, 64
-"""Contexts at which decoding is compared, and the steps timed there."""
+"""Positions at which decoding is compared, and the steps timed at each."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A model and what is asked of it, in tokens/s on one H200; `peer` is what llama.cpp reached there (NOTES.md)."""
+    """A model and its goals, in tokens/s on one H200. `peer` is what llama.cpp reached there (NOTES.md)."""
 
     shape: str
     type: str
@@ -90,7 +93,7 @@ LARGE = "Llama-2-7B"
 
 
 def random_checkpoint(shape: str, kind: str) -> Checkpoint:
-    """A model of a named shape; layers share their memory on the host."""
+    """A model of a named shape with random weights; its layers share one array of each shape on the host."""
     config, rng = NAMED_SHAPES[shape], np.random.default_rng(0)
     noise = rng.standard_normal(1 << 22, dtype=np.float32)
     target = WeightType(kind, GROUP if kind == "int8" else 0)
@@ -126,7 +129,7 @@ def compiled(checkpoint: Checkpoint, device: str, context: int) -> Iterator[Mode
 
 
 def seconds_of_decoding(model: Model, before: Sequence[int], steps: int) -> float:
-    """Seconds a token, greedy, after the tokens `before`; the first step, which starts the chain, is not timed."""
+    """Seconds a token of greedy decoding after `before`. The first step starts the chain and is not timed."""
     sampler = Sampler(model.config.vocab_size, temperature=0)
     session = model.session
     session.rewind()
@@ -156,8 +159,6 @@ def medians_of(rounds: int, measure: Any, *arguments: Any) -> tuple[float, list[
 
 def speed(case: Case, device: str, rounds: int, bandwidth: float) -> tuple[dict[str, Any], Checkpoint]:
     """Everything that is measured of one model."""
-    from numballama.bench.profiler import step_bytes_of_token
-
     checkpoint = random_checkpoint(case.shape, case.type)
     config = checkpoint.config
     ids = np.random.default_rng(1).integers(0, config.vocab_size, PROMPT).tolist()
@@ -167,16 +168,16 @@ def speed(case: Case, device: str, rounds: int, bandwidth: float) -> tuple[dict[
             prompt = None
             if model.context >= PROMPT:
                 prompt, _ = medians_of(rounds, seconds_of_prompt, model, ids)
-        nbytes = step_bytes_of_token(model, SHORT + TOKENS // 2)
+        nbytes = bytes_per_token(model, SHORT + TOKENS // 2)
         found = {
             "decode_tokens_per_second": 1 / decode,
             "decode_rounds": [1 / seconds for seconds in all_decode],
             "prefill_tokens_per_second": PROMPT / prompt if prompt else None,
             "bytes_per_token": nbytes,
             "bandwidth_fraction": nbytes / decode / bandwidth if bandwidth else None,
-            "device_memory_bytes": model._backend.memory_bytes if model.device != "cpu" else None,
+            "device_memory_bytes": model.backend.memory_bytes,
             "load_s": model.load_s,
-            "kernels": getattr(model._backend, "compiled", None),
+            "kernels": getattr(model.backend, "compiled", None),
         }
     return found, checkpoint
 
@@ -210,7 +211,7 @@ def first_token_s(device: str, story: Sequence[str], cache: str) -> float:
 
 
 def first_tokens(device: str, story: Sequence[str], rounds: int) -> dict[str, Any]:
-    """The same with an empty kernel cache, and again with the cache that this has filled."""
+    """Seconds to the first token with an empty kernel cache, then with the cache that this has filled."""
     with tempfile.TemporaryDirectory() as cache:
         empty = first_token_s(device, story, cache)
         cached = [first_token_s(device, story, cache) for _ in range(rounds)]
@@ -231,7 +232,7 @@ def llama_bench(program: str, checkpoint: Checkpoint, kind: str, rounds: int) ->
         return {}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.gguf"
-        WRITERS["gguf"](path, checkpoint.config, weights, name=checkpoint.path.name)
+        write_gguf(path, checkpoint.config, weights, name=checkpoint.path.name)
         words = (program, "-m", path, "-p", PROMPT, "-n", TOKENS, "-r", rounds, "-ngl", 99, "-fa", 1, "-o", "json")
         done = subprocess.run([str(word) for word in words], capture_output=True, text=True, check=False)
     if done.returncode:
@@ -324,7 +325,7 @@ def commit() -> str | None:
 
 
 def chosen(wanted: Sequence[str] | None, quick: bool) -> list[Case]:
-    """The cases of a list of shapes and shape:type pairs. A pair that the table lacks is measured without a goal."""
+    """The cases of a list of shapes and shape:type pairs. A pair that is not in the table has no goal."""
     if not wanted:
         return [case for case in CASES if not (quick and case.shape == LARGE)]
     known = {case.name: case for case in CASES}
@@ -338,7 +339,7 @@ def chosen(wanted: Sequence[str] | None, quick: bool) -> list[Case]:
 
 
 def story_words() -> list[str]:
-    """What `story` tells with: stories15M if it is beside the repository, else the model inside the package."""
+    """Options of `story` for stories15M, if it lies beside the repository; else none, for the packaged model."""
     folder = Path(os.environ.get("NUMBALLAMA_TEST_MODELS", HERE.parent.parent / "shared" / "models"))
     model, tokenizer = folder / "stories15M.bin", folder / "llama2_tokenizer.model"
     return ["--model", str(model), "--tokenizer", str(tokenizer)] if model.exists() and tokenizer.exists() else []
@@ -352,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="three rounds, no 7B, no first-token time")
     parser.add_argument("--only-models", action="store_true", help="neither the long context nor first-token times")
     parser.add_argument("--no-first-token", action="store_true", help="no new processes, which take minutes")
-    parser.add_argument("--commit", default=commit(), help="what is measured (default: git's word)")
+    parser.add_argument("--commit", default=commit(), help="what is measured (default: git describe)")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/DATE-cuda-GPU.json")
     options = parser.parse_args(arguments)
     rounds = min(3, options.rounds) if options.quick else options.rounds
@@ -364,13 +365,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "machine": machine(), "memory_bandwidth_bytes_per_second": None, "llama-bench": peer, "models": {},
     }  # fmt: skip
     if options.device.startswith("cuda"):
-        from numballama.bench import bandwidth as bench_cuda
-        from numballama.cuda.backend import CudaBackend
-
-        backend = CudaBackend({"one": Weight((1,), F32, np.ones(1, np.float32))}, options.device)
-        result["machine"]["gpu"] = bench_cuda.describe(backend.device)
-        result["memory_bandwidth_bytes_per_second"] = bench_cuda.measure_bandwidth(backend)
-        device = backend.device
+        backend = open_backend(options.device, {"one": Weight((1,), F32, np.ones(1, np.float32))})
+        result["machine"] |= backend.machine()
+        result["memory_bandwidth_bytes_per_second"] = backend.measure_bandwidth()
+        device = getattr(backend, "device", None)  # for its free bytes
         backend.close()
     where = re.sub(r"\W+", "-", result["machine"].get("gpu", {}).get("name", options.device)).strip("-").lower()
     out = options.out or HERE / "results" / f"{datetime.date.today().isoformat()}-cuda-{where}.json"

@@ -14,7 +14,7 @@ import numpy as np
 from numballama import loader
 from numballama.checkpoint import Weight
 from numballama.config import NAMED_SHAPES, ModelConfig
-from numballama.export import WRITERS
+from numballama.formats.gguf.writer import write_gguf
 from numballama.quantization.convert import convert
 from numballama.quantization.types import F32, TYPE_TRAITS, WeightType
 
@@ -58,7 +58,7 @@ def main() -> None:
             weights[name] = convert(Weight(extents, F32, numbers), WeightType(own))
     # llama.cpp wants a vocabulary: any of the right size will do
     tokenizer = loader.load_tokenizer(sys.argv[4]) if len(sys.argv) > 4 else None
-    WRITERS["gguf"](target, config, weights, tokenizer=tokenizer, name=f"{shape}, random")
+    write_gguf(target, config, weights, tokenizer=tokenizer, name=f"{shape}, random")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Draw docs/decode-step.svg from a profile: how long each kind of step takes, and how long the memory makes it take.
+"""Draw docs/decode-step.svg from a profile: the time of each kind of step beside the least time the memory allows.
 
 numballama bench MODEL --device cuda --profile --json > profile.json
 python docs/draw_profile.py profile.json [OUT.svg]
@@ -17,7 +17,10 @@ COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b79a20", "#72b7b2", "#9d755d", "#b
 
 
 def draw(profile: dict[str, Any]) -> str:
-    """The picture: a bar for each kind of step, all its instances together, with its floor marked; then the whole."""
+    """The picture as SVG: for each kind of step a bar, the time of all its instances, with its floor marked.
+
+    The floor is the bytes that the steps must move, divided by the memory's bandwidth. Below are the sum and the whole.
+    """
     bandwidth = profile["memory_bandwidth_bytes_per_second"]
     bars = [
         (f"{row['name']} × {row['count']}", row["count"] * row["seconds"], row["count"] * row["nbytes"])
@@ -33,8 +36,8 @@ def draw(profile: dict[str, Any]) -> str:
         'font-family="sans-serif" font-size="13">'
         f'<rect width="{WIDTH}" height="{height}" fill="#fff"/>'
         f'<text x="12" y="22" font-size="16">{escape(_title(profile))}</text>'
-        f'<text x="12" y="42" fill="#555">bars: time of all instances; black marks: the floor that '
-        f"{bandwidth / 1e9:,.0f} GB/s set; right: µs, and the floor's share</text>"
+        f'<text x="12" y="42" fill="#555">bars: time of all instances; black marks: least time at '
+        f"{bandwidth / 1e9:,.0f} GB/s; right: µs, and the mark's share of the bar</text>"
     ]
     for i, (name, seconds, nbytes) in enumerate(bars):
         y, floor = TOP + ROW * i, nbytes / bandwidth
@@ -51,8 +54,8 @@ def draw(profile: dict[str, Any]) -> str:
     for name, seconds, nbytes in (("sum of the steps", profile["sum_of_steps_s"], profile["bytes"]), whole):
         parts.append(
             f'<text x="{LEFT - 8}" y="{y + 14}" text-anchor="end">{name}</text><text x="{LEFT}" y="{y + 14}">'
-            f"{seconds * 1e6:,.1f} µs, {nbytes / seconds / 1e9:,.0f} GB/s, {nbytes / bandwidth / seconds:.0%} of what "
-            "memory gives</text>"
+            f"{seconds * 1e6:,.1f} µs, {nbytes / seconds / 1e9:,.0f} GB/s, {nbytes / bandwidth / seconds:.0%} of the "
+            "memory's bandwidth</text>"
         )
         y += 22
     return "\n".join([*parts, "</svg>\n"])

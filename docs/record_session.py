@@ -1,6 +1,6 @@
-"""Record a real terminal session as docs/session.svg, the picture of the README.
+"""Record a real terminal session as docs/session.svg, the README's picture.
 
-python docs/record_session.py        (where the command numballama is on the PATH)
+python docs/record_session.py        (the command numballama must be on the PATH)
 """
 
 import io
@@ -18,20 +18,20 @@ COMMANDS = ("numballama story --seed 7", "numballama bench --threads 2")
 
 
 def on_a_terminal(command: str, folder: Path) -> str:
-    """What a person would have seen: both streams of a command whose terminal is 100 columns wide."""
-    ours, theirs = pty.openpty()
+    """Run a command in a terminal 100 columns wide; returns what it wrote to both streams."""
+    controller, terminal = pty.openpty()
     process = subprocess.Popen(
-        command, shell=True, cwd=folder, stdout=theirs, stderr=theirs, env=os.environ | {"COLUMNS": "100"}
+        command, shell=True, cwd=folder, stdout=terminal, stderr=terminal, env=os.environ | {"COLUMNS": "100"}
     )
-    os.close(theirs)
-    seen = b""
+    os.close(terminal)
+    output = b""
     try:
-        while more := os.read(ours, 4096):
-            seen += more
-    except OSError:  # Linux reports the end of a terminal so
+        while more := os.read(controller, 4096):
+            output += more
+    except OSError:  # on Linux this is the end of a terminal's output
         pass
     process.wait()
-    return seen.decode().replace("\r\n", "\n").rstrip("\n")
+    return output.decode().replace("\r\n", "\n").rstrip("\n")
 
 
 def main() -> None:
@@ -43,7 +43,7 @@ def main() -> None:
             console.print(Text.from_ansi(on_a_terminal(command, Path(folder))))
             console.print()
     picture = console.export_svg(title="numballama")
-    picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)  # a picture fetches nothing
+    picture = re.sub(r"@font-face \{.*?\}\s*", "", picture, flags=re.DOTALL)  # no fonts from the network
     Path(__file__).with_name("session.svg").write_text(picture)
 
 

@@ -115,7 +115,7 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
     from . import hub
     from .formats.tokenizer_files import load_tokenizer
 
-    return load_tokenizer(hub.local(path, hub.TEXT))
+    return load_tokenizer(hub.resolve(path, hub.TOKENIZER_FILES))
 
 
 def __getattr__(name: str) -> Any:

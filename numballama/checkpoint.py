@@ -1,9 +1,9 @@
-"""What a reader hands over: `Checkpoint`, a config with named weights that are views of an mmapped file."""
+"""`Checkpoint`, what every reader returns: a config, and named weights that are views of a mapped file."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,73 +11,93 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .config import ModelConfig
+from .errors import Error
 
 if TYPE_CHECKING:
     from .quantization.types import WeightType
     from .tokenizers.base import Tokenizer
 
 
-@dataclass(frozen=True)
 class Weight:
-    """One tensor of a checkpoint, not copied from its file.
+    """One tensor of a checkpoint, usually a view of its file. Not changed after it is made.
 
-    `data` holds the payload in C order: float32 for "f32", uint16 bit patterns for "f16" and "bf16", int8 for "int8",
-    shaped like `shape` (rows, columns) or (length,); for block types the blocks' bytes, uint8 (rows, columns / numbers
-    of a block · bytes of a block, see `quantization.types`). `scales` is the float32 vector of an "int8" weight: number
-    i of the flat payload has scale i // group. Views may be read-only and, in some files, unaligned.
+    `shape` is (rows, columns) or (length,). `data` holds the elements in C order: float32 for "f32", uint16 bit
+    patterns for "f16" and "bf16", int8 for "int8", each of that shape. For block types it holds the bytes of the
+    blocks: uint8 (rows, columns / elements of a block · bytes of a block). `scales` is the float32 vector of an "int8"
+    weight: element i of the flat data has scale i // group. Arrays may be read-only and, in some files, unaligned.
     """
 
-    shape: tuple[int, ...]
-    type: WeightType
-    data: np.ndarray
-    scales: np.ndarray | None = None
+    def __init__(
+        self, shape: tuple[int, ...], type: WeightType, data: np.ndarray, scales: np.ndarray | None = None
+    ) -> None:
+        self.shape, self.type = shape, type
+        self._data: np.ndarray | None = data
+        self._scales = scales
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(shape={self.shape}, type={self.type})"
+
+    @property
+    def data(self) -> np.ndarray:
+        assert self._data is not None
+        return self._data
+
+    @property
+    def scales(self) -> np.ndarray | None:
+        return self._scales
 
     @property
     def nbytes(self) -> int:
-        """Bytes a step reads to use the whole weight."""
+        """Bytes that a step reads to use the whole weight."""
         return self.data.nbytes + (self.scales.nbytes if self.scales is not None else 0)
 
 
 class LazyWeight(Weight):
-    """A weight whose numbers are made when `data` is asked for: each time, or with `keep` once."""
+    """A weight that `make` computes when `data` is asked for: each time, or once if `cache`."""
 
     def __init__(
-        self, shape: tuple[int, ...], type: WeightType, make: Callable[[], Weight], keep: bool = False
+        self, shape: tuple[int, ...], type: WeightType, make: Callable[[], Weight], cache: bool = False
     ) -> None:
-        vars(self).update(shape=shape, type=type, _make=make, _keep=keep, _made=None)
-
-    def make(self) -> Weight:
-        """The weight itself, made for the caller and not kept."""
-        result: Weight = vars(self)["_make"]()
-        return result
-
-    def _result(self) -> Weight:
-        own = vars(self)
-        result: Weight = own["_made"] or self.make()
-        if own["_keep"]:
-            own["_made"] = result
-        return result
+        self.shape, self.type = shape, type
+        self.make = make
+        """Computes the weight for the caller, who owns it."""
+        self._cache = cache
+        self._data = self._scales = None
 
     @property
-    def data(self) -> np.ndarray:  # type: ignore[override]
-        result = self._result()
-        vars(self)["_scales"] = result.scales  # small, and asked for next
-        return result.data
+    def data(self) -> np.ndarray:
+        if self._data is not None:
+            return self._data
+        weight = self.make()
+        self._scales = weight.scales  # small, and asked for next
+        if self._cache:
+            self._data = weight.data
+        return weight.data
 
     @property
-    def scales(self) -> np.ndarray | None:  # type: ignore[override]
-        if self.type.group and "_scales" not in vars(self):
-            vars(self)["_scales"] = self._result().scales
-        return vars(self).get("_scales")
+    def scales(self) -> np.ndarray | None:
+        if self.type.group and self._scales is None:
+            _ = self.data
+        return self._scales
 
     @property
     def nbytes(self) -> int:
         return self.type.nbytes(math.prod(self.shape))
 
 
+def require_weights(config: ModelConfig, weights: Mapping[str, Weight]) -> None:
+    """Raise `Error` unless `weights` are exactly those of `config`, each of the shape that it gives."""
+    expected = config.weight_shapes()
+    if wrong := expected.keys() ^ weights.keys():
+        raise Error(f"weights and config do not belong together: {', '.join(sorted(wrong))} in one but not the other")
+    for name, shape in expected.items():
+        if weights[name].shape != shape:
+            raise Error(f"weight {name} has shape {weights[name].shape}, its config says {shape}")
+
+
 @dataclass
 class Checkpoint:
-    """A model file, opened: nothing of its weights is read yet."""
+    """An opened model file. No weight has been read yet."""
 
     path: Path
     format: str
@@ -85,17 +105,17 @@ class Checkpoint:
     "GGUF v3", "Hugging Face, qwen2" or "Meta"."""
     config: ModelConfig
     weights: dict[str, Weight]
-    """Canonical name (see `ModelConfig.weight_shapes`) → weight."""
+    """Name in `ModelConfig.weight_shapes` → weight."""
     int8_activations: bool = False
-    """The format's own program multiplies int8 weights with int8 activations (llama2.c's runq)."""
+    """The format's own program (llama2.c's runq) multiplies int8 weights with int8 activations."""
     bos_is_stop_token: bool = False
     """Stories in this format end with BOS as well as with EOS."""
     stop_token_ids: tuple[int, ...] = ()
-    """Ids that the file names as the end of a text or of a turn; the tokenizer's EOS ends a text anyway."""
+    """Ids that the file names as the end of a text or of a turn. The tokenizer's EOS always ends a text."""
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
-    assumed: tuple[str, ...] = ()
-    """Names of the `ModelConfig` fields that the file does not state and nobody gave: their defaults stand."""
+    defaulted_fields: tuple[str, ...] = ()
+    """Names of `ModelConfig` fields that neither the file nor the caller states, so that their defaults are used."""
     notes: list[str] = field(default_factory=list)
     """What a user should know about how the file was understood, a sentence each."""
 

@@ -1,40 +1,97 @@
-"""From any reader to any writer that can hold the model: `numballama export`."""
+"""`numballama export`: a model of any format that is read, written in any format that can hold it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 from . import loader, progress
-from .checkpoint import Checkpoint, Weight
+from .checkpoint import Checkpoint, LazyWeight, Weight
+from .config import ModelConfig
 from .errors import UnsupportedError
 from .files import expand_user
-from .formats.gguf.writer import write_gguf
+from .formats.gguf.writer import MetadataValue, write_gguf
+from .formats.hf.text_files import tokenizer_texts
 from .formats.hf.writer import write_safetensors
 from .formats.llama2c.kuiper import write_fp32, write_int8
-from .formats.llama2c.reader import write_v0, write_v1, write_v2
+from .formats.llama2c.llama2c import write_v0, write_v1, write_v2
 from .memory import format_bytes
 from .quantization import policy
-from .quantization.convert import DEFAULT_GROUP, relative_error
+from .quantization.convert import DEFAULT_GROUP, convert, relative_error
 from .quantization.types import BLOCKS, F32, WeightType
 from .tokenizers.base import Tokenizer
 from .tokenizers.bpe import BPETokenizer
-from .tokenizers.huggingface import text_files
 
-WRITERS: dict[str, Callable[..., list[str]]] = {
-    "llama2c-v0": write_v0,
-    "llama2c-v1": write_v1,
-    "llama2c-v2": write_v2,
-    "kuiper": write_fp32,
-    "kuiper-int8": write_int8,
-    "gguf": write_gguf,
-    "safetensors": write_safetensors,
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """What a format may hold beside config and weights. A writer ignores what its format has no place for."""
+
+    group_size: int = DEFAULT_GROUP
+    """Elements of an int8 group."""
+    name: str | None = None
+    """Name of the model."""
+    tokenizer: Tokenizer | None = None
+    chat_template: str | None = None
+    metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
+    """Further keys of a GGUF file."""
+    bos_id: int | None = None
+    eos_ids: Sequence[int] = ()
+    files: Sequence[Path] = ()
+    """Files to copy into a Hugging Face directory."""
+    texts: Mapping[str, str] = field(default_factory=dict)
+    """File name → content, to be written into a Hugging Face directory."""
+
+
+_DEFAULTS = WriteOptions()
+
+
+class Writer(Protocol):
+    """Writes a model, completely or not at all. Returns notes on what the format cannot hold."""
+
+    def __call__(
+        self,
+        path: str | PathLike[str],
+        config: ModelConfig,
+        weights: Mapping[str, Weight],
+        options: WriteOptions = ...,
+    ) -> list[str]: ...
+
+
+def _without_options(write: Callable[[str | PathLike[str], ModelConfig, Mapping[str, Weight]], list[str]]) -> Writer:
+    return lambda path, config, weights, options=_DEFAULTS: write(path, config, weights)
+
+
+def _with_groups(write: Callable[[str | PathLike[str], ModelConfig, Mapping[str, Weight], int], list[str]]) -> Writer:
+    return lambda path, config, weights, options=_DEFAULTS: write(path, config, weights, options.group_size)
+
+
+def _gguf(
+    path: str | PathLike[str], config: ModelConfig, weights: Mapping[str, Weight], options: WriteOptions = _DEFAULTS
+) -> list[str]:
+    o = options
+    return write_gguf(path, config, weights, o.tokenizer, o.name, o.chat_template, o.metadata)
+
+
+def _safetensors(
+    path: str | PathLike[str], config: ModelConfig, weights: Mapping[str, Weight], options: WriteOptions = _DEFAULTS
+) -> list[str]:
+    return write_safetensors(path, config, weights, options.bos_id, options.eos_ids, options.files, options.texts)
+
+
+WRITERS: dict[str, Writer] = {
+    "llama2c-v0": _without_options(write_v0),
+    "llama2c-v1": _without_options(write_v1),
+    "llama2c-v2": _with_groups(write_v2),
+    "kuiper": _without_options(write_fp32),
+    "kuiper-int8": _with_groups(write_int8),
+    "gguf": _gguf,
+    "safetensors": _safetensors,
 }
-"""Name → `write(path, config, weights)`. The int8 formats also take `group_size`, GGUF a `tokenizer` and more.
-safetensors writes a directory. Each returns notes on what the format cannot hold."""
+"""Format → its writer. "safetensors" is a Hugging Face directory, the others are single files."""
 
 FLOAT_ONLY = ("llama2c-v0", "llama2c-v1", "kuiper")
 INT8_ONLY = ("llama2c-v2", "kuiper-int8")
@@ -44,7 +101,7 @@ QUANTS: dict[str, tuple[str, ...]] = {
     "gguf": ("f32", "f16", "bf16", "q8_0", "q4_0"),
     "safetensors": ("f32", "f16", "bf16"),
 }
-"""Format → the types that `quantize` may be. GGUF also holds its other block types, as they come."""
+"""Format → values of `quantize`. GGUF also holds the other block types, if the source has them."""
 
 _GROUPS = (64, 32, 16, 8, 4)
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
@@ -60,14 +117,15 @@ _COMPANIONS = (
 
 @dataclass(frozen=True)
 class Row:
-    """A matrix that was written: its types before and after, its bytes, and how far its numbers moved: the root of
-    the mean squared error over that of the mean square. 0.0 is exact."""
+    """A matrix that was written."""
 
     name: str
     before: WeightType
     after: WeightType
     nbytes: int
+    """Bytes written."""
     error: float
+    """Relative RMS error of the conversion: RMS of the difference over RMS of the source; 0.0 is exact."""
 
 
 @dataclass(frozen=True)
@@ -85,10 +143,45 @@ class Exported:
         for row in changed:
             error = f"{row.error:.2e}" if row.error else "0"
             lines.append(f"{row.name:{width}}  {row.before!s:8} {row.after!s:8} {row.nbytes:13,}  {error:>18}")
-        kept = len(self.rows) - len(changed)
+        same = len(self.rows) - len(changed)
         size = format_bytes(sum(row.nbytes for row in self.rows))
-        total = f"{len(changed)} matrices converted, {kept} as they were, {size}"
+        total = f"{len(changed)} matrices converted, {same} as they were, {size}"
         return "\n".join([*lines, f"{self.path}: {total}"])
+
+
+class Converting(Mapping[str, Weight]):
+    """Weights that are converted to `types` one at a time, when a writer asks for their data; never all in memory.
+
+    `report(name, before, after)` is called for each matrix whose data was asked for.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, Weight],
+        types: Mapping[str, WeightType],
+        report: Callable[[str, Weight, Weight], None],
+    ) -> None:
+        self._weights, self._types, self._report = weights, types, report
+
+    def __getitem__(self, name: str) -> Weight:
+        source = self._weights[name]
+        kind = self._types.get(name, source.type)
+        if len(source.shape) != 2:
+            return source
+
+        def make() -> Weight:
+            before = source.make() if isinstance(source, LazyWeight) else source  # not cached by the source
+            after = convert(before, kind)
+            self._report(name, before, after)
+            return after
+
+        return LazyWeight(source.shape, kind, make)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
 
 
 def export_model(
@@ -101,48 +194,47 @@ def export_model(
     rope_theta: float | None = None,
     norm_eps: float | None = None,
 ) -> Exported:
-    """Write the model at `source` (None: the story model) to `path` in format `to`, a name of `WRITERS`.
+    """Write the model at `source` (None: the story model) to `path` in format `to`, a key of `WRITERS`.
 
     `quantize` is one of `QUANTS[to]`; None keeps the types of the source where the format can hold them. The target is
-    there whole or not at all. Matrices are converted one at a time, as they are written. Raises `UnsupportedError` for
-    what the format cannot hold, `FormatError` for a damaged source, `Error` for arguments that make no sense.
+    written completely or not at all. Matrices are converted one at a time, while they are written. Raises
+    `UnsupportedError` for what the format cannot hold, `FormatError` for a damaged source, `Error` for bad arguments.
     """
     if to not in WRITERS:
-        raise UnsupportedError(f"unknown format {to!r}; there are {', '.join(WRITERS)}")
+        raise UnsupportedError(f"unknown format {to!r}; choose from {', '.join(WRITERS)}")
     if quantize is not None and quantize not in QUANTS[to]:
         raise UnsupportedError(f"{to} cannot hold {quantize!r}; it holds {', '.join(QUANTS[to])}")
     opened = loader.open_checkpoint(
         source, tokenizer, rope_pairing=rope_pairing, rope_theta=rope_theta, norm_eps=norm_eps
     )
     notes = list(opened.notes)
-    name = Path(opened.path if source is None else source)  # a hub id's own name, not that of a folder in a cache
-    options = _options(opened, to, name.stem if opened.path.is_file() else name.name, tokenizer, notes)
-    types = _types(opened, to, quantize, options)
+    origin = Path(opened.path if source is None else source)  # a hub id's own name, not that of a folder in a cache
+    options = _options(opened, to, origin.stem if opened.path.is_file() else origin.name, tokenizer, notes)
+    types = _types(opened, to, quantize, options.group_size)
     matrices = [name for name, weight in opened.weights.items() if len(weight.shape) == 2]
     rows: dict[str, Row] = {}
-    with progress.progress_bar(f"writing {to}") as report:
+    with progress.progress_bar(f"writing {to}") as show:
 
-        def done(name: str, before: Weight, after: Weight) -> None:
+        def report(name: str, before: Weight, after: Weight) -> None:
             error = 0.0 if before.type == after.type else relative_error(before, after)
             rows[name] = Row(name, before.type, after.type, after.nbytes, error)
-            report(name, len(rows), len(matrices))
+            show(name, len(rows), len(matrices))
 
-        weights = policy.Converting(opened.weights, types, done)
-        notes += WRITERS[to](path, opened.config, weights, **options)
+        notes += WRITERS[to](path, opened.config, Converting(opened.weights, types, report), options)
     return Exported(expand_user(path), tuple(rows[name] for name in matrices if name in rows), tuple(notes))
 
 
-def _types(opened: Checkpoint, to: str, quantize: str | None, options: dict[str, Any]) -> dict[str, WeightType]:
-    """Name → type of the matrices that change."""
+def _types(opened: Checkpoint, to: str, quantize: str | None, group_size: int) -> dict[str, WeightType]:
+    """Name → new type, of the matrices that are converted."""
     if to in FLOAT_ONLY:
         return {name: F32 for name, weight in opened.weights.items() if len(weight.shape) == 2}
     if to in INT8_ONLY:
-        kept = ("tok_embeddings",) if to == "kuiper-int8" else ()
-        kind = WeightType("int8", options["group_size"])
-        return {n: F32 if n in kept else kind for n, weight in opened.weights.items() if len(weight.shape) == 2}
+        floats = ("tok_embeddings",) if to == "kuiper-int8" else ()
+        int8 = WeightType("int8", group_size)
+        return {n: F32 if n in floats else int8 for n, weight in opened.weights.items() if len(weight.shape) == 2}
     if quantize is None:
-        held = (*QUANTS[to], *(BLOCKS if to == "gguf" else ()))
-        if unknown := [w.type for w in opened.weights.values() if w.type.name not in held]:
+        supported = (*QUANTS[to], *(BLOCKS if to == "gguf" else ()))
+        if unknown := [w.type for w in opened.weights.values() if w.type.name not in supported]:
             raise UnsupportedError(
                 f"{to} cannot hold weights of type {unknown[0]}: choose one of {', '.join(QUANTS[to])}"
             )
@@ -150,67 +242,70 @@ def _types(opened: Checkpoint, to: str, quantize: str | None, options: dict[str,
 
 
 def _options(
-    opened: Checkpoint, to: str, name: str, tokenizer: str | PathLike[str] | None, notes: list[str]
-) -> dict[str, Any]:
-    """What the writer takes beside config and weights."""
-    own = opened.tokenizer
+    opened: Checkpoint, to: str, name: str, tokenizer_path: str | PathLike[str] | None, notes: list[str]
+) -> WriteOptions:
+    """What the writer takes beside config and weights; adds to `notes` what it cannot take."""
     if to == "gguf":
-        options: dict[str, Any] = {"name": name, "chat_template": opened.chat_template}
-        if own is not None:
-            try:
-                own.vocabulary()
-            except UnsupportedError as error:
-                notes.append(f"the tokenizer is left out: {error}")
-                own = None
-        enders = [token for token in opened.stop_token_ids if own is not None and token != own.eos_id]
-        if enders:  # beside EOS there is place for one
-            options["metadata"] = {"tokenizer.ggml.eot_token_id": enders[0]}
-        if enders[1:]:
-            notes.append(f"GGUF has no place for more ids that end a text: {', '.join(map(str, enders[1:]))} are lost")
-        return options | {"tokenizer": own}
+        return _gguf_options(opened, name, notes)
+    tokenizer = opened.tokenizer
     if to == "safetensors":
-        ids = dict.fromkeys(
-            [*opened.stop_token_ids, *([own.eos_id] if own is not None and own.eos_id is not None else [])]
+        eos = () if tokenizer is None or tokenizer.eos_id is None else (tokenizer.eos_id,)
+        files = _tokenizer_files(opened, tokenizer_path)
+        return WriteOptions(
+            bos_id=None if tokenizer is None else tokenizer.bos_id,
+            eos_ids=tuple(dict.fromkeys([*opened.stop_token_ids, *eos])),
+            files=files,
+            texts={} if tokenizer is None or files else _texts(tokenizer, opened, notes),
         )
-        files = _files(opened, tokenizer)
-        texts = {} if own is None or files else _texts(own, opened, notes)
-        return {"bos_id": None if own is None else own.bos_id, "eos_ids": tuple(ids), "files": files, "texts": texts}
-    if own is not None and tokenizer is None:
+    if tokenizer is not None and tokenizer_path is None:
         notes.append(f"{to} files hold no tokenizer: give the one of {opened.path} when opening the copy")
-    if to in INT8_ONLY:
-        return {"group_size": _group(opened)}
-    return {}
+    return WriteOptions(group_size=_group_size(opened)) if to in INT8_ONLY else _DEFAULTS
 
 
-def _group(opened: Checkpoint) -> int:
-    """The group size of int8 weights: the source's, if it has one, else the largest that fills all rows."""
+def _gguf_options(opened: Checkpoint, name: str, notes: list[str]) -> WriteOptions:
+    tokenizer = opened.tokenizer
+    if tokenizer is not None:
+        try:
+            tokenizer.vocabulary()
+        except UnsupportedError as error:
+            notes.append(f"the tokenizer is left out: {error}")
+            tokenizer = None
+    stops = [token for token in opened.stop_token_ids if tokenizer is not None and token != tokenizer.eos_id]
+    if stops[1:]:  # beside EOS there is one key
+        notes.append(f"GGUF has no place for more ids that end a text: {', '.join(map(str, stops[1:]))} are lost")
+    metadata: dict[str, MetadataValue] = {"tokenizer.ggml.eot_token_id": stops[0]} if stops else {}
+    return WriteOptions(name=name, tokenizer=tokenizer, chat_template=opened.chat_template, metadata=metadata)
+
+
+def _group_size(opened: Checkpoint) -> int:
+    """The int8 group size of the source, if it has one, else the largest that divides all rows."""
     groups = {weight.type.group for weight in opened.weights.values() if weight.type.group}
     if len(groups) == 1:
         return groups.pop()
     widths = (opened.config.dim, opened.config.hidden_dim)
-    return next((g for g in _GROUPS if not any(width % g for width in widths)), DEFAULT_GROUP)
+    return next((group for group in _GROUPS if not any(width % group for width in widths)), DEFAULT_GROUP)
 
 
-def _texts(own: Tokenizer, opened: Checkpoint, notes: list[str]) -> dict[str, str]:
-    """Files of a tokenizer, made for a Hugging Face directory; none, and a note why, where it cannot hold this one."""
+def _texts(tokenizer: Tokenizer, opened: Checkpoint, notes: list[str]) -> dict[str, str]:
+    """Tokenizer files for a Hugging Face directory; none, and a note, if they cannot express this tokenizer."""
     try:
-        texts = text_files(own, opened.chat_template, opened.config.context)
+        texts = tokenizer_texts(tokenizer, opened.chat_template, opened.config.context)
     except UnsupportedError as error:
         notes.append(f"the tokenizer is left out: {error}")
         return {}
-    if isinstance(own, BPETokenizer) and (lost := own.unreachable):
+    if isinstance(tokenizer, BPETokenizer) and (lost := tokenizer.unreachable):
         notes.append(f"tokens {', '.join(map(str, lost[:8]))} are spelled like others: the tokenizer is without them")
     return texts
 
 
-def _files(opened: Checkpoint, tokenizer: str | PathLike[str] | None) -> tuple[Path, ...]:
-    """The files of a tokenizer to copy: those of the source's directory, or the one that was given."""
-    if tokenizer is None:
-        if not opened.format.startswith(("Hugging Face", "Meta")):  # what lies beside other files is not theirs
+def _tokenizer_files(opened: Checkpoint, tokenizer_path: str | PathLike[str] | None) -> tuple[Path, ...]:
+    """The tokenizer files to copy: those of the source's directory, or the ones that were given."""
+    if tokenizer_path is None:
+        if not opened.format.startswith(("Hugging Face", "Meta")):  # other formats do not own the files beside them
             return ()
         directory = opened.path if opened.path.is_dir() else opened.path.parent
         return tuple(path for name in _COMPANIONS if (path := directory / name).is_file())
-    given = expand_user(tokenizer)
+    given = expand_user(tokenizer_path)
     if given.is_dir():
         return tuple(path for name in _COMPANIONS if (path := given / name).is_file())
     return (given,) if given.name in _TOKENIZERS else ()

@@ -1,4 +1,4 @@
-"""Files as this package opens and writes them: regular files only, mapped read-only; replaced whole or not at all."""
+"""Opens files as read-only mappings, and writes files and directories atomically."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a
 
 @dataclass(frozen=True)
 class MappedFile:
-    """A regular file of `size` > 0 bytes, mapped read-only; `data` lives as long as any view of it."""
+    """A regular file of `size` > 0 bytes, mapped read-only. `data` stays mapped while any view of it is alive."""
 
     path: Path
     size: int
@@ -28,7 +28,7 @@ class MappedFile:
 
 
 def map_file(path: str | os.PathLike[str]) -> MappedFile:
-    """Map the regular file at `path` (`~` expands); nothing of it is read yet.
+    """Map the regular file at `path` (`~` is expanded). Nothing is read yet.
 
     Raises `Error` when it is missing, unreadable or not a regular file, and `FormatError` when it is empty.
     """
@@ -50,7 +50,7 @@ def map_file(path: str | os.PathLike[str]) -> MappedFile:
             raise Error(f"{path}: is {kind}, expected a regular file")
         if status.st_size == 0:
             raise FormatError("the file is empty", path=path)
-        if sys.version_info >= (3, 13):  # earlier ones keep a duplicate of the descriptor open
+        if sys.version_info >= (3, 13):  # earlier versions keep a duplicate of the descriptor open
             data = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ, trackfd=False)
         else:
             data = mmap.mmap(descriptor, status.st_size, access=mmap.ACCESS_READ)
@@ -63,11 +63,11 @@ def map_file(path: str | os.PathLike[str]) -> MappedFile:
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
-    """Open a new file that takes the place of `path` when the block ends well; otherwise `path` stays as it was.
+    """Open a temporary file that replaces `path` when the block succeeds. If it raises, `path` is not changed.
 
-    Raises `Error` when the file cannot be written or `path` is something else than a regular file.
+    Raises `Error` when the file cannot be written or `path` is not a regular file.
     """
-    target = Path(os.path.realpath(expand_user(path)))  # through a link, not in its place
+    target = Path(os.path.realpath(expand_user(path)))  # writes through a link, does not replace it
     if os.path.exists(target) and not os.path.isfile(target):
         raise Error(f"{target}: is not a regular file, so it is not overwritten")
     temporary = target.with_name(f".numballama-{os.urandom(8).hex()}.tmp")
@@ -88,21 +88,21 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def atomic_write_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Make a new directory that takes the place of `path` when the block ends well; otherwise nothing is left of it.
+    """Make a temporary directory that becomes `path` when the block succeeds. If it raises, the directory is deleted.
 
-    Raises `Error` when `path` is there and no empty directory, or cannot be written.
+    Raises `Error` when `path` exists and is not an empty directory, or when it cannot be written.
     """
     target = Path(os.path.realpath(expand_user(path)))
     if os.path.lexists(target) and not (target.is_dir() and not any(target.iterdir())):
-        raise Error(f"{target}: is there already, and no empty directory; it is not overwritten")
+        raise Error(f"{target}: exists and is not an empty directory, so it is not overwritten")
     temporary = target.with_name(f".numballama-{os.urandom(8).hex()}.tmp")
     try:
         try:
             temporary.mkdir()
             yield temporary
             for file in temporary.iterdir():
-                with open(file, "rb") as written:
-                    os.fsync(written.fileno())
+                with open(file, "rb") as stream:
+                    os.fsync(stream.fileno())
             os.replace(temporary, target)
         except OSError as error:
             raise Error(f"{target}: cannot be written: {error}") from error
@@ -112,7 +112,7 @@ def atomic_write_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def expand_user(path: str | os.PathLike[str]) -> Path:
-    """`path` with a leading `~` or `~user` expanded; raises `Error` when there is no such home."""
+    """`path` with a leading `~` or `~user` expanded. Raises `Error` when there is no such home."""
     try:
         return Path(path).expanduser()
     except TypeError:

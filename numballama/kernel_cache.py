@@ -29,11 +29,10 @@ KERNEL_SOURCES = (
     "cpu/matmul.py",
     "kernels_cpu.py",
     "cpu/kernels_int8.py",
+    "cpu/bandwidth.py",
     "cpu/executor.py",
-    "cpu/backend.py",
     "sampling.py",
     "cpu/sampling.py",
-    "bench/benchmark.py",
 )
 """Every file of the package that compiled code is made from; a test keeps the list complete."""
 
@@ -59,15 +58,16 @@ def cuda_cache_directory() -> Path:
 
 
 def is_current(folder: Path) -> bool:
-    """Whether the GPU's sources are still what a folder of ours is named by.
+    """Whether the GPU's sources still have the state that `folder` is named after; True for a folder of another name.
 
-    Kernels are imported when one must be compiled, which may be long after the folder was found: one that was edited
-    meanwhile is not to be kept there.
+    Kernels are imported when one must be compiled, which may be long after the folder was found: a kernel that was
+    edited in between must not be kept there.
     """
     return not _OUR_FOLDER.fullmatch(folder.name) or folder.name == _cuda_name()
 
 
 def _cuda_name() -> str:
+    """The name of the GPU's folder: a hash of all CUDA sources and of the compiler's version."""
     try:
         compiler = version("numba-cuda")
     except PackageNotFoundError:

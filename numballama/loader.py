@@ -1,4 +1,4 @@
-"""Open a model file: recognise its format by content, hand over to that format's reader, and fit a tokenizer to it."""
+"""Opens model files: recognises the format by content, calls its reader, and checks that the tokenizer fits."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .formats import safetensors
 from .formats.gguf import reader as gguf
 from .formats.gguf.header import MAGIC as GGUF_MAGIC
 from .formats.hf import reader as hf
-from .formats.llama2c import kuiper
-from .formats.llama2c import reader as llama2c
+from .formats.hf.text_files import read_text_files
+from .formats.llama2c import kuiper, llama2c
 from .formats.meta import reader as meta
-from .formats.meta import torch_zip as torchfile
-from .formats.tokenizer_files import load_tokenizer, read_text_files
+from .formats.meta import torch_zip
+from .formats.tokenizer_files import load_tokenizer
 from .tokenizers.base import Tokenizer
 
 SUPPORTED = (
@@ -26,17 +26,18 @@ SUPPORTED = (
     "(consolidated.*.pth)"
 )
 
-# Long enough that no llama2.c v0 header begins so: its first four bytes are the model's dim.
-_FOREIGN = {
+_UNSUPPORTED_MAGICS = {
     b"\x80\x02}q": "a pickle",
     b"\x80\x04\x95": "a pickle",
     b"\x89HDF": "an HDF5 file",
 }
-_PADDING = 8, 512  # a vocabulary is padded to a multiple of at least the first, by less than the second
+"""First bytes → kind of file. As the header of llama2.c v0, which begins with dim, they would make no sense."""
 
+_PADDING_MULTIPLE, _MAX_PADDING = 8, 512
+"""A vocabulary is padded to a multiple of the first number, by less than the second."""
 
 STORY_MODEL = Path(__file__).with_name("story.gguf")
-"""The model inside this package: short stories in 5.5 million parameters, made by training/ of this project."""
+"""The model inside this package: short stories, 5.5 million parameters, made by training/ of this project."""
 
 
 def open_checkpoint(
@@ -47,86 +48,91 @@ def open_checkpoint(
     rope_theta: float | None = None,
     norm_eps: float | None = None,
 ) -> Checkpoint:
-    """Open the model file at `path`, with the tokenizer whose path is given, else the file's own; no weight is read.
+    """Open the model at `path` with its own tokenizer, or with the one at `tokenizer`. No weight is read yet.
 
-    Without a path it is the story model of this package. A directory is a Hugging Face model, and so is a hub id
-    "owner/name", which is downloaded unless a file or directory has that name.
-    `rope_pairing` ("interleaved" or "half"), `rope_theta` and `norm_eps` override what the file says or leaves out;
-    what then still is assumed stands in `Checkpoint.notes`. Raises `FormatError` for damaged files, `UnsupportedError`
-    for formats that are known but not read yet, and `Error` when a file cannot be opened, an override makes no sense
-    or the tokenizer belongs to a model of another vocabulary.
+    `path` is a file, a directory of Hugging Face or Meta, or a hub id "owner/name", which is downloaded unless a file
+    or directory has that name; None is the story model of this package. `rope_pairing` ("interleaved" or "half"),
+    `rope_theta` and `norm_eps` override the file. Defaults that are used for them are listed in `Checkpoint.notes`.
+
+    Raises `FormatError` for damaged files, `UnsupportedError` for known formats that are not read, and `Error` when a
+    file cannot be opened, an override is invalid, or the tokenizer belongs to a model with another vocabulary.
     """
-    opened = _read(STORY_MODEL if path is None else path, tokenizer is None)
-    given = {"rope_pairing": rope_pairing, "rope_theta": rope_theta, "norm_eps": norm_eps}
+    opened = _read(STORY_MODEL if path is None else path, load_tokenizer=tokenizer is None)
+    overrides = {"rope_pairing": rope_pairing, "rope_theta": rope_theta, "norm_eps": norm_eps}
     opened.config = opened.config.with_overrides(rope_pairing, rope_theta, norm_eps)
-    opened.assumed = tuple(name for name in opened.assumed if given[name] is None)
-    if opened.assumed:
-        values = ", ".join(f"{name}={getattr(opened.config, name)!r}" for name in opened.assumed)
+    opened.defaulted_fields = tuple(name for name in opened.defaulted_fields if overrides[name] is None)
+    if opened.defaulted_fields:
+        values = ", ".join(f"{name}={getattr(opened.config, name)!r}" for name in opened.defaulted_fields)
         opened.notes.append(f"{opened.format} files do not say {values}: assumed")
     if tokenizer is not None:
-        tokenizer = hub.local(tokenizer, hub.TEXT)
+        tokenizer = hub.resolve(tokenizer, hub.TOKENIZER_FILES)
         opened.tokenizer = load_tokenizer(tokenizer)
-        if os.path.isdir(expand_user(tokenizer)):  # what else it says of text serves a model that says nothing
-            found = read_text_files(tokenizer, own_tokenizer=False)
-            opened.chat_template = opened.chat_template or found.chat_template
-            opened.stop_token_ids = opened.stop_token_ids or found.stop_token_ids
+        if os.path.isdir(expand_user(tokenizer)):  # it may say what the model's files do not
+            texts = read_text_files(tokenizer, load_tokenizer=False)
+            opened.chat_template = opened.chat_template or texts.chat_template
+            opened.stop_token_ids = opened.stop_token_ids or texts.stop_token_ids
     if opened.tokenizer is not None:
         _require_fit(opened, opened.tokenizer, tokenizer)
     return opened
 
 
 open = open_checkpoint
-"""`loader.open`, the short name."""
+"""Short name for callers: `loader.open`."""
 
 
-def _read(path: str | PathLike[str], own_tokenizer: bool) -> Checkpoint:
-    path = hub.local(path)
+def _read(path: str | PathLike[str], load_tokenizer: bool) -> Checkpoint:
+    path = hub.resolve(path)
     directory = expand_user(path)
     if os.path.isdir(directory):
         if hf.is_directory_of(directory):
-            return hf.read(directory, own_tokenizer)
+            return hf.read(directory, load_tokenizer)
         if meta.is_directory_of(directory):
-            return meta.read(directory, own_tokenizer)
+            return meta.read(directory, load_tokenizer)
         raise FormatError(f"is a directory without a model; supported are {SUPPORTED}", path=path)
     file = map_file(path)
     if file.data[: len(llama2c.MAGIC)] == llama2c.MAGIC:
         return llama2c.read(file)
     if file.data[: len(GGUF_MAGIC)] == GGUF_MAGIC:
-        return gguf.read(file, own_tokenizer)
+        return gguf.read(file, load_tokenizer)
     if safetensors.looks_like(file):
-        return hf.read(file.path.parent, own_tokenizer, file)
-    if file.data[:4] == torchfile.MAGIC or file.data[: len(torchfile.LEGACY)] == torchfile.LEGACY:
-        return meta.read_file(file, own_tokenizer)
-    if foreign := _foreign(file):
-        raise UnsupportedError(f"{path}: {foreign}, which is not read yet; supported are {SUPPORTED}")
+        return hf.read(file.path.parent, load_tokenizer, file)
+    if file.data[:4] == torch_zip.MAGIC or file.data[: len(torch_zip.LEGACY)] == torch_zip.LEGACY:
+        return meta.read_file(file, load_tokenizer)
+    if kind := _unsupported_kind(file):
+        raise UnsupportedError(f"{path}: {kind}, which is not read yet; supported are {SUPPORTED}")
     return kuiper.read(file)
 
 
-def _foreign(file: MappedFile) -> str | None:
-    """What the file is, if its first bytes are those of a known format that is not read."""
+def _unsupported_kind(file: MappedFile) -> str | None:
+    """The kind of a file in a known format that is not read; None for other files."""
     head = file.data[:9]
-    for magic, kind in _FOREIGN.items():
+    for magic, kind in _UNSUPPORTED_MAGICS.items():
         if head.startswith(magic):
             return kind
     return None
 
 
 def _require_fit(opened: Checkpoint, tokenizer: Tokenizer, path: str | PathLike[str] | None) -> None:
-    """Raise `Error` unless the model's vocabulary is the tokenizer's, as it is or padded for the hardware's sake.
+    """Raise `Error` unless the tokenizer has the model's vocabulary, or the model's is the tokenizer's with padding.
 
-    `path` is the tokenizer's; None means that the model's file holds it, so that it may be padded in any way.
+    `path` is the tokenizer's; None means that it comes from the model's own files, so that any padding is accepted.
     """
-    model, own = opened.config.vocab_size, tokenizer.vocab_size
-    if model == own:
+    embeddings, tokens = opened.config.vocab_size, tokenizer.vocab_size
+    if embeddings == tokens:
         return
-    if path is None and own > model:
+    if path is None and tokens > embeddings:
         raise FormatError(
-            "more tokens than embeddings", path=opened.path, expected=f"at most {model:,} tokens", found=f"{own:,}"
+            "more tokens than embeddings",
+            path=opened.path,
+            expected=f"at most {embeddings:,} tokens",
+            found=f"{tokens:,}",
         )
-    multiple, most = _PADDING
-    if path is not None and (model % multiple or not own < model < own + most):
+    padded = embeddings % _PADDING_MULTIPLE == 0 and tokens < embeddings < tokens + _MAX_PADDING
+    if path is not None and not padded:
         raise Error(
-            f"{path}: a tokenizer of {own:,} tokens does not belong to a model of {model:,}; "
+            f"{path}: a tokenizer of {tokens:,} tokens does not belong to a model of {embeddings:,}; "
             f"give the one that {opened.path} was made with"
         )
-    opened.notes.append(f"the last {model - own} of the model's {model:,} tokens are padding, unknown to the tokenizer")
+    opened.notes.append(
+        f"the last {embeddings - tokens} of the model's {embeddings:,} tokens are padding, unknown to the tokenizer"
+    )

@@ -1,4 +1,4 @@
-"""Memory: how much is available, sizes rounded up, and how they are printed."""
+"""The host's memory: how much is available, how much was used, sizes rounded up, and sizes as text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .errors import Error
 
 
 def available_bytes() -> int | None:
-    """Memory that a new allocation could use without swapping, or None where the system does not tell."""
+    """Bytes that a new allocation could use without swapping. None if the system does not tell: only Linux does."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:
@@ -22,7 +22,7 @@ def available_bytes() -> int | None:
 
 
 def peak_bytes() -> int | None:
-    """The most memory this process has had resident, or None where the system does not tell."""
+    """The most bytes that this process has had resident. None if the system does not tell: Windows does not."""
     try:
         import resource
     except ImportError:
@@ -42,17 +42,21 @@ def round_up(count: int, multiple: int) -> int:
 
 
 SHORTER = "a smaller context= takes less"
+"""Advice for `require_available` where the size grows with the context."""
 
 
 def require_available(nbytes: int, what: str, advice: str, error: type[Error] = Error) -> None:
-    """Raise `error` if `nbytes` more memory is not to be had: `what` says for what, `advice` what to do."""
+    """Raise `error` if fewer than `nbytes` bytes are available. The message says what needs them, and the advice.
+
+    Does nothing where the system does not tell how much is available.
+    """
     free = available_bytes()
     if free is not None and nbytes > free:
         raise error(f"{what} takes {format_bytes(nbytes)}, {format_bytes(free)} are free; {advice}")
 
 
 def format_bytes(nbytes: float) -> str:
-    """Bytes as a person reads them: 58.0 MiB."""
+    """A number of bytes with its unit, such as "58.0 MiB"."""
     size, unit = float(nbytes), "B"
     for larger in ("KiB", "MiB", "GiB"):
         if size < 1024:

@@ -10,18 +10,18 @@ import time
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
-from typing import Any
 
 import numpy as np
 
 from . import ir, loader, memory, plan, progress
+from .backend import ACTIVATIONS, KV_TYPES, Backend, Program, backend_class, choose_device, open_backend
+from .bench import debug
 from .chat.conversation import Chat
 from .checkpoint import Checkpoint, Weight
 from .config import ModelConfig
 from .errors import FORKED, ContextError, DeviceError, Error, Interrupted, UnsupportedError
 from .generate import StopStringFilter
 from .graph import KVLayout, build
-from .kernel_cache import cuda_cache_directory
 from .memory import format_bytes
 from .quantization import policy
 from .quantization.convert import convert
@@ -31,10 +31,7 @@ from .session import Session
 from .tokenizers.base import Decoder, Tokenizer
 from .validation import strings, whole_number
 
-CHUNK, CUDA_CHUNK = 64, 512
-"""Tokens of a prompt that one run handles."""
-KV_TYPES = ("f32", "f16", "bf16")
-ACTIVATIONS = ("f32", "int8")
+CLOSED = "this model is closed; compile it again"
 
 
 @dataclass(frozen=True)
@@ -90,9 +87,10 @@ class Model:
             if value not in known:
                 there_are = ", ".join(str(each) for each in known if each is not None)
                 raise UnsupportedError(f"{name} {value!r} is not supported; there are {there_are}")
-        self.device, why = _choose_device(device)
+        self.device, why = choose_device(device)
+        kind = backend_class(self.device)
         self.activations = activations
-        if activations != "f32" and self._on_gpu:
+        if activations not in kind.activation_types:
             raise UnsupportedError(f"activations {activations!r} are for the CPU, not for {self.device}: device='cpu'")
         self._checkpoint: Checkpoint = loader.open_checkpoint(
             model_path, tokenizer, rope_pairing=rope_pairing, rope_theta=rope_theta, norm_eps=norm_eps
@@ -106,32 +104,34 @@ class Model:
         if device == "auto":
             self.notes.append(f"device {self.device}, chosen because {why}")
         self.context = _choose_context(self.config, context, self.notes)
-        self.kv = KVLayout.of(self.config, self.context, kv_dtype or ("f16" if self._on_gpu else "f32"))
+        self.kv = KVLayout.of(self.config, self.context, kv_dtype or kind.default_kv_dtype)
         progress.info(
             f"{self._checkpoint.format}: {format_bytes(self._checkpoint.nbytes)} of weights mapped, "
             f"{format_bytes(self.kv.nbytes)} KV cache for {self.context:,} tokens ({self.kv.dtype})"
         )
-        if not self._on_gpu:
+        if kind.in_host_memory:
             memory.require_available(
                 self.kv.nbytes, f"a KV cache for {self.context:,} tokens", memory.SHORTER, ContextError
             )
 
+        self._backend: Backend | None = None
+        self._program: Program | None = None
         self._lock, self._pid = threading.RLock(), os.getpid()
         self._stream: object = None
         self._fusions = fusions
         self.weights: Mapping[str, Weight] = self._convert(dtype)
         if activations == "int8" and not any(w.type.name in (*VEC_DOT_TYPE, "int8") for w in self.weights.values()):
             self.notes.append("no weight of this model is quantised, so no activations are rounded to int8")
-        self._backend: Any = _backend(self.device, self.weights, threads)
+        backend = self._backend = open_backend(self.device, self.weights, threads)
         try:
-            self._compile()
+            self._compile(backend)
         except BaseException:
-            self._backend.close()  # device memory is not to wait for a traceback to be forgotten
+            backend.close()  # device memory is not to wait for a traceback to be forgotten
             raise
-        self.notes += self._backend.notes
+        self.notes += backend.notes
         for note in self.notes:
             progress.info(note)
-        self.threads: int = self._backend.workers
+        self.threads: int = backend.workers
         self.load_s = time.perf_counter() - started
 
     def _convert(self, dtype: str | None) -> Mapping[str, Weight]:
@@ -159,37 +159,45 @@ class Model:
         int8 = self._checkpoint.int8_activations
         return build(self.config, types, self.kv, tokens, logits, int8, self.activations)
 
-    def _compile(self) -> None:
+    def _compile(self, backend: Backend) -> None:
         self.graph = self._build(1, "last")
+        self._chunk = min(backend.prefill_chunk, self.context)
+        debug.print_graph(self.graph)
         with progress.progress_bar("compiling kernels") as report:
-            decode = self._decode = self._backend.program(self.graph, self._fusions, report)
-            prompt = self._backend.program(self._build(self._chunk, "last"), self._fusions, report)
-            self._backend.prepare(decode, report)
+            decode = self._program = backend.program(self.graph, self._fusions, report)
+            prompt = backend.program(self._build(self._chunk, "last"), self._fusions, report)
+            backend.prepare(decode, report)
+        decode, prompt = debug.watched(decode, backend), debug.watched(prompt, backend)
         self._session: Session | None = Session(decode, prompt, self.context, self.config.vocab_size)
-        self._all_logits: Any = None
+        self._all_logits: Program | None = None
 
     @property
-    def _on_gpu(self) -> bool:
-        return self.device.startswith("cuda")
+    def backend(self) -> Backend:
+        """What holds the weights and the KV cache. Raises `Error` once the model is closed."""
+        if self._backend is None:
+            raise Error(CLOSED)
+        return self._backend
 
     @property
-    def _chunk(self) -> int:
-        return min(CUDA_CHUNK if self._on_gpu else CHUNK, self.context)
+    def program(self) -> Program:
+        """The program of a decode step. Raises `Error` once the model is closed."""
+        if self._program is None:
+            raise Error(CLOSED)
+        return self._program
 
     @property
     def plan(self) -> plan.Plan:
         """The decode plan: steps, kernels, memory map. Raises `Error` on the reference, which has none."""
-        _ = self.session  # a closed model has none
-        if self.device == "reference":
+        found = self.program.plan
+        if found is None:
             raise Error("the reference interprets the graph and has no plan; see model.graph")
-        found: plan.Plan = self._decode.plan
         return found
 
     @property
     def session(self) -> Session:
         """The model's token history and KV cache. Raises `Error` once the model is closed."""
         if self._session is None:
-            raise Error("this model is closed; compile it again")
+            raise Error(CLOSED)
         return self._session
 
     @contextlib.contextmanager
@@ -219,7 +227,7 @@ class Model:
                 if self._backend is not None:
                     self._backend.close()
             finally:
-                self._session = self._decode = self._all_logits = self._backend = None
+                self._session = self._program = self._all_logits = self._backend = None
                 self.weights = {}
                 self._checkpoint.weights = {}
 
@@ -241,19 +249,21 @@ class Model:
         with self.using():
             session = self.session
             tokens = session.check(ids)
-            if self._all_logits is None:
+            program = self._all_logits
+            if program is None:
                 graph = self._build(self._chunk, "all")
                 with progress.progress_bar("compiling kernels") as report:
-                    self._all_logits = self._backend.program(graph, self._fusions, report)
+                    program = self.backend.program(graph, self._fusions, report)
+                program = self._all_logits = debug.watched(program, self.backend)
             out = np.empty((len(tokens), self.config.vocab_size), np.float32)
-            step = len(self._all_logits.inputs["ids"])
+            step = len(program.inputs["ids"])
             with self.fresh_session():
                 for start in range(0, len(tokens), step):
                     chunk = tokens[start : start + step]
-                    session.feed(self._all_logits, chunk)
-                    self._all_logits.run(len(chunk))
+                    session.feed(program, chunk)
+                    program.run(len(chunk))
                     session.tokens.extend(chunk)
-                    out[start : start + len(chunk)] = self._all_logits.value("logits")[: len(chunk)]
+                    out[start : start + len(chunk)] = program.value("logits")[: len(chunk)]
             return out
 
     def generate(
@@ -347,7 +357,8 @@ class Model:
         ends = {tokenizer.eos_id, *self._checkpoint.stop_token_ids, *enders}
         if self._checkpoint.bos_is_stop_token:
             ends.add(tokenizer.bos_id)
-        return self._pieces(ids, max_tokens, sampler, tokenizer.decoder(at_start=at_start), stops, ends, keep)
+        decoder = tokenizer.decoder(strip_leading_space=at_start)
+        return self._pieces(ids, max_tokens, sampler, decoder, stops, ends, keep)
 
     def _pieces(
         self,
@@ -426,31 +437,6 @@ class Model:
         return self.tokenizer
 
 
-def _choose_device(device: str) -> tuple[str, str]:
-    """The device, and the reason where it was left to us."""
-    if not isinstance(device, str):
-        raise DeviceError(f"device must be a string, found {device!r}")
-    if device == "auto":
-        try:
-            from .cuda.driver import Device
-
-            found = Device()
-            cuda_cache_directory()
-            return "cuda", f"this machine has {found}"
-        except DeviceError as error:
-            return "cpu", str(error)
-    if device.partition(":")[0] == "cuda":
-        try:
-            from .cuda.driver import Device
-        except DeviceError as error:
-            raise DeviceError(f"device {device!r}: {error}") from error.__cause__
-        Device(device)  # before a file is opened, and so is what compiles kernels
-        cuda_cache_directory()
-    elif device not in ("cpu", "reference"):
-        raise DeviceError(f"unknown device {device!r}; there are 'cpu', 'cuda', 'cuda:N', 'reference' and 'auto'")
-    return device, ""
-
-
 def _choose_context(config: ModelConfig, context: int | None, notes: list[str]) -> int:
     if context is None:
         return config.default_context
@@ -458,17 +444,3 @@ def _choose_context(config: ModelConfig, context: int | None, notes: list[str]) 
     if context > config.context:
         notes.append(f"context {context:,}: the model was made for {config.context:,}, later text may be poor")
     return context
-
-
-def _backend(device: str, weights: Mapping[str, Weight], threads: int | None) -> Any:
-    if device == "reference":
-        from .reference import ReferenceBackend
-
-        return ReferenceBackend(weights, threads)
-    if device.startswith("cuda"):
-        from .cuda.backend import CudaBackend
-
-        return CudaBackend(weights, device)
-    from .cpu.backend import CpuBackend
-
-    return CpuBackend(weights, threads)

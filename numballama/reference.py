@@ -6,8 +6,8 @@ can be compared value by value: a backend is right when it agrees with this file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -19,6 +19,9 @@ from .quantization.convert import dequantize, quantize_int8
 from .quantization.types import ACTIVATION_QUANT, BLOCKS
 from .registry import find, kernel
 from .sampling import Sampler
+
+if TYPE_CHECKING:
+    from .backend import Activations, BackendName, KVType, Program
 
 ANY = "*"
 F64_BUDGET = 1 << 30
@@ -184,11 +187,16 @@ class ReferenceProgram:
         self.inputs = {v.name: np.zeros(v.shape, DTYPES[v.dtype]) for v in graph.values.values() if v.kind == "input"}
         self.values: dict[str, np.ndarray] = {}
         self.entries = 0
+        self.plan = None
         self.prefill_end = graph.first("last")
 
     def value(self, name: str) -> np.ndarray:
         """What the last run computed, for its tokens only."""
         return self.values[name]
+
+    def kernel_names(self) -> list[str]:
+        """For each op the function that computes it."""
+        return [self._function(op).__name__ for op in self.graph.ops]
 
     def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: Sampler | None = None) -> int:
         """Interpret ops [begin, end) for the first `tokens` tokens; with a sampler, draw the next token."""
@@ -202,11 +210,12 @@ class ReferenceProgram:
             raise Error(NOT_NUMBERS)
         return token
 
+    def _function(self, op: Op) -> Callable[..., Any]:
+        return find(op.kind, self.backend.name, [self.graph.values[name].dtype for name in op.inputs]).function
+
     def _compute(self, op: Op) -> None:
-        types = [self.graph.values[name].dtype for name in op.inputs]
         attrs: Mapping[str, Any] = op.attrs
-        function = find(op.kind, self.backend.name, types).function
-        results = function(*(self._operand(name) for name in op.inputs), **attrs)
+        results = self._function(op)(*(self._operand(name) for name in op.inputs), **attrs)
         for name, result in zip(op.outputs, results if isinstance(results, tuple) else (results,), strict=True):
             value = self.graph.values[name]
             self.values[name] = result if value.alias else result.astype(DTYPES[value.dtype], copy=False)
@@ -233,8 +242,14 @@ def _block_mins(weight: Weight) -> np.ndarray:
 class ReferenceBackend:
     """Weights and KV cache of the reference."""
 
-    name = "reference"
+    name: ClassVar[BackendName] = "reference"
+    prefill_chunk: ClassVar[int] = 64
+    default_kv_dtype: ClassVar[KVType] = "f32"
+    activation_types: ClassVar[tuple[Activations, ...]] = ("f32", "int8")
+    in_host_memory: ClassVar[bool] = True
     workers = 1
+    description = "reference"
+    memory_bytes = None
 
     def __init__(self, weights: Mapping[str, Weight], threads: int | None = None) -> None:
         self.weights = weights
@@ -243,6 +258,26 @@ class ReferenceBackend:
         self._converted: dict[str, np.ndarray] = {}
         small = 8 * sum(int(np.prod(w.shape)) for w in weights.values()) <= F64_BUDGET
         self._dtype = np.float64 if small else np.float32
+
+    def machine(self) -> dict[str, dict[str, Any]]:
+        """Empty: a report describes the host anyway."""
+        return {}
+
+    def weight_nbytes(self, name: str) -> int:
+        """Bytes of a weight: as in the file."""
+        return self.weights[name].nbytes
+
+    def measure_bandwidth(self) -> None:
+        """None: what NumPy takes in float64 says nothing about the memory."""
+
+    def time_steps(
+        self, program: Program, kinds: Sequence[Hashable], nbytes: Sequence[int]
+    ) -> tuple[list[float], float]:
+        """Raises `Error`: there is no plan."""
+        raise Error("the reference has no plan whose steps could be timed; pass --device cpu or --device cuda")
+
+    def synchronize(self) -> None:
+        """Nothing to wait for."""
 
     def weight(self, name: str) -> np.ndarray:
         """A weight as float64, or as float32 where all would not fit the budget."""
@@ -261,7 +296,7 @@ class ReferenceBackend:
     def close(self) -> None:
         """Nothing is held that the last reference does not free."""
 
-    def prepare(self, decode: ReferenceProgram, report: Callable[[str, int, int], None] | None = None) -> None:
+    def prepare(self, decode: Program, report: Callable[[str, int, int], None] | None = None) -> None:
         """Nothing is compiled here."""
 
     def program(

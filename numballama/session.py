@@ -3,24 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
 
 import numpy as np
 
+from .backend import Program
 from .errors import ContextError, Error
 from .sampling import Sampler
 from .validation import whole_number
-
-
-class Program(Protocol):
-    """What a backend makes of a graph."""
-
-    inputs: dict[str, np.ndarray]
-    prefill_end: int
-
-    def value(self, name: str) -> np.ndarray: ...
-
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: Sampler | None = None) -> int: ...
 
 
 class Session:
@@ -43,22 +32,23 @@ class Session:
         """float32 [vocab]: logits after the last token of the last run. A view that the next run overwrites."""
         return self._last.value("logits")[0]
 
-    def check(self, ids: Iterable[Any]) -> list[int]:
+    def check(self, ids: Iterable[object]) -> list[int]:
         """The ids, checked. Raises `Error` for none or one outside the vocabulary, `ContextError` for too many."""
         try:
-            ids = [whole_number("a token", token) for token in ids]
+            tokens = [whole_number("a token", token) for token in ids]
         except TypeError:
             raise Error(f"token ids must be a sequence of whole numbers, found {ids!r}") from None
-        if not ids:
+        if not tokens:
             raise Error("the prompt is empty: at least one token is needed to start from")
-        for index, token in enumerate(ids):
+        for index, token in enumerate(tokens):
             if not 0 <= token < self.vocab_size:
                 raise Error(f"token {index} of the prompt is {token}; the vocabulary has 0 to {self.vocab_size - 1}")
-        if len(ids) > self.context:
+        if len(tokens) > self.context:
             raise ContextError(
-                f"the prompt has {len(ids)} tokens and the context {self.context}; shorten it, or compile with context="
+                f"the prompt has {len(tokens)} tokens and the context {self.context}; "
+                "shorten it, or compile with context="
             )
-        return ids
+        return tokens
 
     def rewind(self, length: int = 0) -> None:
         """Forget all tokens after the first `length`; the cache keeps what belongs to those."""

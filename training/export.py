@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 import numballama
 from numballama.checkpoint import Weight
 from numballama.config import ModelConfig
-from numballama.export import WRITERS
+from numballama.formats.gguf.writer import write_gguf
 from numballama.quantization.convert import convert
 from numballama.quantization.types import F32, Q8_0
 
@@ -65,9 +65,9 @@ def main() -> None:
     card = HERE / "card"
     card.mkdir(exist_ok=True)
     about = {"general.license": "apache-2.0", "general.description": "Short stories; see training/ of numballama"}
-    WRITERS["gguf"](TARGET, config, quantized, tokenizer=tokenizer, name="numballama story", metadata=about)
+    write_gguf(TARGET, config, quantized, tokenizer=tokenizer, name="numballama story", metadata=about)
     as_float = options.out / "student-f32.gguf"
-    WRITERS["gguf"](as_float, config, weights, tokenizer=tokenizer, name="numballama story, float32")
+    write_gguf(as_float, config, weights, tokenizer=tokenizer, name="numballama story, float32")
 
     texts = [
         t for t in (options.stories / "held-out.txt").read_text(encoding="utf-8", errors="ignore").split("\0") if t

@@ -6,7 +6,7 @@ python make_gguf.py MODEL TOKENIZER.model OUT.gguf [f32|f16|bf16|q8_0|q4_0|q4_1]
 import sys
 
 from numballama import loader
-from numballama.export import WRITERS
+from numballama.formats.gguf.writer import write_gguf
 from numballama.quantization.convert import convert
 from numballama.quantization.types import BF16, F16, F32, Q4_0, Q4_1, Q8_0
 
@@ -20,7 +20,7 @@ def main() -> None:
         name: convert(weight, TYPES[kind] if len(weight.shape) == 2 else F32)
         for name, weight in checkpoint.weights.items()
     }
-    WRITERS["gguf"](target, checkpoint.config, weights, tokenizer=checkpoint.tokenizer)
+    write_gguf(target, checkpoint.config, weights, tokenizer=checkpoint.tokenizer)
 
 
 if __name__ == "__main__":

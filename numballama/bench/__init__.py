@@ -1,1 +1,1 @@
-"""Speed, memory, and where the time of a step goes."""
+"""Measure speed and memory, and show where the time of a step goes."""

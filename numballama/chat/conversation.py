@@ -129,7 +129,7 @@ class Chat:
         before, turn, tokens = self._said, Turn(len(ids)), list[int]()
         answer = {"role": "assistant", "content": ""}
         said = [*said, answer]
-        decoder = self._tokenizer.decoder(at_start=False)
+        decoder = self._tokenizer.decoder(strip_leading_space=False)
         spoken = rendered
         for piece in pieces:
             if self._said is not (said if tokens else before):

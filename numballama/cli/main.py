@@ -267,26 +267,28 @@ def _export(arguments: argparse.Namespace) -> None:
 
 def _bench(arguments: argparse.Namespace) -> None:
     with _load(arguments) as model:
-        from ..bench.benchmark import as_text, bench
+        from ..bench import trace
+        from ..bench.benchmark import bench
         from ..bench.profiler import profile, require_plan
 
         profiled = arguments.profile or arguments.trace is not None
         if profiled:
             require_plan(model)
-        result = bench(model, arguments.prompt_tokens, arguments.tokens, arguments.repeats)
+        measured = bench(model, arguments.prompt_tokens, arguments.tokens, arguments.repeats)
+        result = measured.to_dict()
         if profiled:
             position = arguments.prompt_tokens + arguments.tokens // 2
-            found = profile(model, position, result["memory_bandwidth_bytes_per_second"])
+            found = profile(model, position, measured.memory_bandwidth_bytes_per_second or 0.0)
             result["profile"] = found.to_dict()
             if arguments.trace is not None:
-                found.write_trace(arguments.trace)
-    print(json.dumps(result, indent=2) if arguments.json else as_text(result))
+                trace.write_trace(found, arguments.trace)
+    print(json.dumps(result, indent=2) if arguments.json else measured.as_text())
     if profiled and not arguments.json:
         print()
         if sys.stdout.isatty():
-            found.show()
+            trace.show(found)
         else:
-            print(found.as_text())
+            print(trace.as_text(found))
 
 
 def _doctor(arguments: argparse.Namespace) -> None:

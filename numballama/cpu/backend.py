@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numba
 import numpy as np
@@ -19,6 +19,7 @@ from ..plan import ALIGNMENT, Plan, Step, lower
 from ..quantization.types import TYPE_TRAITS
 from ..sampling import Sampler
 from ..validation import whole_number
+from . import bandwidth, timing
 from .compiler import compile_step
 from .executor import (
     ADDRESS,
@@ -33,6 +34,9 @@ from .executor import (
 )
 from .fork import refuse_forked
 from .vecdot import RECORD_TYPES
+
+if TYPE_CHECKING:
+    from ..backend import Activations, BackendName, KVType, Program
 
 SHORT_RUNS = 3
 """Runs in a row with fewer workers than requested after which a program requests only as many as came."""
@@ -60,13 +64,17 @@ class CpuProgram:
         self._requested_workers = plan.workers
         self._short_runs = 0
         self.inputs = {v.name: values[v.name] for v in plan.graph.values.values() if v.kind == "input"}
-        self.prefill_end = plan.prefill_end
+        self.graph, self.prefill_end = plan.graph, plan.prefill_end
         self.entries = 0
         """How often compiled code was entered."""
 
     def value(self, name: str) -> np.ndarray:
         """The memory of a value, as an array of its shape. Outside the value's lifetime it may hold another's data."""
         return self._values[name]
+
+    def kernel_names(self) -> list[str]:
+        """For each step the kernel that computes it."""
+        return [step.kernel.name for step in self.plan.steps]
 
     def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: Sampler | None = None) -> int:
         """Run steps [begin, end) for the first `tokens` tokens of the inputs: one call into compiled code.
@@ -121,7 +129,11 @@ class CpuBackend:
     `DeviceError` in a child that was forked after workers had started.
     """
 
-    name = "cpu"
+    name: ClassVar[BackendName] = "cpu"
+    prefill_chunk: ClassVar[int] = 64
+    default_kv_dtype: ClassVar[KVType] = "f32"
+    activation_types: ClassVar[tuple[Activations, ...]] = ("f32", "int8")
+    in_host_memory: ClassVar[bool] = True
 
     def __init__(self, weights: Mapping[str, Weight], threads: int | None = None) -> None:
         refuse_forked()
@@ -133,6 +145,38 @@ class CpuBackend:
         if threads is not None and threads > limit:
             self.notes.append(f"{threads} threads asked for, {limit} used: set NUMBA_NUM_THREADS before Numba starts")
         self.states: dict[str, np.ndarray] = {}
+
+    @property
+    def description(self) -> str:
+        """The device in a word; `machine` has nothing to add."""
+        return self.name
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """None: everything lies in the host's memory."""
+        return None
+
+    def machine(self) -> dict[str, dict[str, Any]]:
+        """Empty: a report describes the host anyway."""
+        return {}
+
+    def weight_nbytes(self, name: str) -> int:
+        """Bytes of a weight: as in the file."""
+        return self.weights[name].nbytes
+
+    def measure_bandwidth(self) -> float:
+        """Bytes a second that the workers together read from main memory."""
+        with parallel_region(self.workers):
+            return bandwidth.measure_bandwidth(self.workers)
+
+    def time_steps(
+        self, program: Program, kinds: Sequence[Hashable], nbytes: Sequence[int]
+    ) -> tuple[list[float], float]:
+        """Seconds of each step and of the whole run. Every step is timed by itself, whatever its kind."""
+        return timing.time_steps(program)
+
+    def synchronize(self) -> None:
+        """Nothing to wait for: a run ends when its work has."""
 
     def program(
         self,
@@ -166,7 +210,7 @@ class CpuBackend:
     def close(self) -> None:
         """Does nothing: memory is freed with the last reference to it."""
 
-    def prepare(self, decode: CpuProgram, report: Callable[[str, int, int], None] | None = None) -> None:
+    def prepare(self, decode: Program, report: Callable[[str, int, int], None] | None = None) -> None:
         """Compile or load the executor and the sampler and start the workers, before the first token needs them."""
         if report:
             report("run_steps", 0, 1)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Hashable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from .. import progress
 from ..checkpoint import Weight
+from ..errors import Error
 from ..fusion import fuse
 from ..ir import Graph
 from ..kernel_cache import cuda_cache_directory
@@ -20,6 +21,9 @@ from .launch import Array, Launch, Specialization
 from .program import CudaProgram
 from .weights import Weights, aligned
 
+if TYPE_CHECKING:
+    from ..backend import Activations, BackendName, KVType, Program
+
 
 class _Owned(Protocol):
     """Device memory that the backend gives back when it is closed."""
@@ -30,10 +34,21 @@ class _Owned(Protocol):
     def free(self) -> object: ...
 
 
+def _of_cuda(program: Program) -> CudaProgram:
+    """The program, which must be one of this backend's."""
+    if not isinstance(program, CudaProgram):
+        raise Error(f"the CUDA backend cannot use a {type(program).__name__}; pass a program that it made")
+    return program
+
+
 class CudaBackend:
     """Weights and KV cache on one GPU."""
 
-    name = "cuda"
+    name: ClassVar[BackendName] = "cuda"
+    prefill_chunk: ClassVar[int] = 512
+    default_kv_dtype: ClassVar[KVType] = "f16"
+    activation_types: ClassVar[tuple[Activations, ...]] = ("f32",)
+    in_host_memory: ClassVar[bool] = False
 
     def __init__(self, weights: Mapping[str, Weight], device: str = "cuda") -> None:
         self.device = Device(device)
@@ -65,6 +80,40 @@ class CudaBackend:
     def memory_bytes(self) -> int:
         """Device memory that weights, KV cache and programs have taken; running takes no more."""
         return sum(owned.nbytes for owned in self._owned)
+
+    @property
+    def description(self) -> str:
+        """The GPU: number and name."""
+        return str(self.device)
+
+    def machine(self) -> dict[str, dict[str, Any]]:
+        """The GPU's name, size and driver, as a benchmark reports them."""
+        from .bandwidth import describe
+
+        return {"gpu": describe(self.device)}
+
+    def weight_nbytes(self, name: str) -> int:
+        """Bytes of a weight in the layout that kernels read."""
+        return int(self.weights.operands[name].nbytes)
+
+    def measure_bandwidth(self) -> float:
+        """Bytes a second that a copy reads and writes. Raises `DeviceError` if too little memory is free."""
+        from .bandwidth import measure_bandwidth
+
+        return measure_bandwidth(self)
+
+    def time_steps(
+        self, program: Program, kinds: Sequence[Hashable], nbytes: Sequence[int]
+    ) -> tuple[list[float], float]:
+        """Seconds of each step and of the whole run. Steps of a kind are measured together."""
+        from .timing import time_steps
+
+        return time_steps(_of_cuda(program), kinds, nbytes)
+
+    def synchronize(self) -> None:
+        """Wait until the stream is done. Raises `DeviceError` if a kernel failed."""
+        self.device.make_current()
+        self.device.synchronize()
 
     def program(
         self, graph: Graph, fusions: bool | Sequence[str] = True, report: progress.Report | None = None
@@ -113,8 +162,9 @@ class CudaBackend:
             self.compiled["hits" if code.cached else "misses"] += 1
             self._loaded[kernel] = LoadedKernel(self.device, code)
 
-    def prepare(self, decode: CudaProgram, report: progress.Report | None = None) -> None:
+    def prepare(self, decode: Program, report: progress.Report | None = None) -> None:
         """Compile the kernels of all programs so far, and of sampling, so that the first token need not wait."""
+        decode = _of_cuda(decode)
         vocab = decode.array("logits").shape[1]
         programs = [owned for owned in self._owned if isinstance(owned, CudaProgram)]
         steps = [launches for program in programs for launches in program.all_launches]

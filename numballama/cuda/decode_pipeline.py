@@ -1,6 +1,6 @@
 """Decode steps that are queued ahead of the host, so that the GPU never waits for it.
 
-Token, position and the sampler's state lie in device memory. The last kernel of a step, `advance`, writes the new token
+Token, position and the sampler's state are in device memory. The last kernel of a step, `advance`, writes the new token
 where the next step reads it, so the next step can be in the stream before the host has seen this one's token. The host
 gets tokens through slots in pinned memory: step n writes one 64-bit word, n in its upper half and the token in its
 lower half, to slot n mod `N_SLOTS`, and the host polls that word.
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import NOT_NUMBERS, DeviceError, Error
-from ..sampling import REPEAT_WINDOW, SETTINGS, Sampler
+from ..sampling import REPEAT_WINDOW, REPETITION_PENALTY, SETTINGS, TEMPERATURE, Sampler
 from .driver import Device, Memory, Pinned, PreparedLaunch
 from .launch import ITEM_BYTES, Array, Launch
 from .ops import sampling
@@ -172,16 +172,16 @@ class DecodePipeline:
         token = self._await_token(self._pending[0].number)
         self._pending.popleft()
         if token < 0:
-            if self._pending:  # compute this step's values again, for whoever looks for the cause
+            if self._pending:  # compute this step's values again, so that `value` shows the cause
                 program.run_steps(tokens, 0, len(program.plan.steps))
             raise Error(NOT_NUMBERS)
         if n:
             sampler.recent[sampler.counts[0] % REPEAT_WINDOW] = token
             sampler.counts[0] += 1
-            if sampler.settings[0] > 0:
+            if sampler.settings[TEMPERATURE] > 0:
                 with np.errstate(over="ignore"):
                     sampler.state[0] += np.uint64(0x9E3779B97F4A7C15)
-        self._penalized_tokens = tokens if n and sampler.settings[4] != 1 else 0
+        self._penalized_tokens = tokens if n and sampler.settings[REPETITION_PENALTY] != 1 else 0
         self._last = _LastStep(token, position + 1, sequence, sampler, int(sampler.counts[0]))
         return token
 

@@ -108,7 +108,8 @@ class CudaProgram:
 
     def _bind(self, backend: CudaBackend, plan: Plan) -> None:
         device = backend.device
-        self.plan, self.backend, self.prefill_end, self._device = plan, backend, plan.prefill_end, device
+        self.plan, self.graph, self.backend, self._device = plan, plan.graph, backend, device
+        self.prefill_end = plan.prefill_end
         self.run_inputs = RunInputs(device, plan.graph)
         self.inputs = self.run_inputs.host
         self._owned.append(self.run_inputs.memory)
@@ -219,6 +220,10 @@ class CudaProgram:
         """Prepare the launches of all variants now, so that a long context need not wait for its own later."""
         for start in (0, *self.variant_starts):
             self._prepared_from(start)
+
+    def kernel_names(self) -> list[str]:
+        """For each step the kernels it launches at the inputs' positions, joined by "+"."""
+        return ["+".join(launch.name for launch in launches) for launches in self.prepared_launches]
 
     def max_position(self, tokens: int) -> int:
         """The largest position of the first `tokens` inputs; 0 for a graph without positions."""

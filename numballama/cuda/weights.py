@@ -30,7 +30,7 @@ def aligned(nbytes: int) -> int:
 
 @dataclass(frozen=True)
 class WeightLayout:
-    """How a weight lies in device memory: all rows of the payload, then all rows of the scales."""
+    """How a weight is stored in device memory: all rows of the payload, then all rows of the scales."""
 
     weight: Weight
     payload: str
@@ -53,7 +53,7 @@ class WeightLayout:
         return self.scales_offset + aligned(scales)
 
     def operand(self, address: int) -> Array | Matrix:
-        """The weight as kernels take it, once it lies at `address`."""
+        """The weight at `address` as kernels take it."""
         shape = self.weight.shape
         payload = Array(address, shape, self.payload)
         if len(shape) == 1:

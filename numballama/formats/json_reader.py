@@ -1,4 +1,4 @@
-"""JSON from a file that nobody vouches for: one object, bounded in size, every key once; values asked for by type."""
+"""Reads JSON from untrusted files: one object of bounded size, without repeated keys. Getters check types."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from ..errors import FormatError
 from ..files import MappedFile, map_file
 
 MAX_JSON = 3 << 20
-"""Bytes. Parsed, the worst JSON takes 25 times its size; the directory of a model of 1,000 layers takes 1.3 MB."""
+"""Bytes. Parsed JSON can take 25 times its size. The directory of a model with 1,000 layers has 1.3 MB."""
 
 
 def read_object(path: Path) -> Keys:
-    """The object that the file holds. Raises `FormatError` when it holds something else, `Error` without a file."""
+    """The object in the file. Raises `FormatError` when the file holds something else, `Error` when there is none."""
     return parse_object(file := map_file(path), 0, file.size, path.name)
 
 
 def parse_object(file: MappedFile, begin: int, end: int, what: str) -> Keys:
-    """The object in bytes [begin, end) of a file, called `what` in errors. Raises `FormatError` when it is none."""
+    """The object in bytes [begin, end) of a file, called `what` in errors. Raises `FormatError` for anything else."""
     if end - begin > MAX_JSON:
         raise FormatError(
             f"{what} is too long",
@@ -31,10 +31,10 @@ def parse_object(file: MappedFile, begin: int, end: int, what: str) -> Keys:
         )
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found = dict(pairs)
-        if len(found) < len(pairs):
+        table = dict(pairs)
+        if len(table) < len(pairs):
             raise ValueError("a key is there twice")
-        return found
+        return table
 
     try:
         value = json.loads(file.data[begin:end].decode("utf-8"), object_pairs_hook=unique)
@@ -54,7 +54,7 @@ class Keys:
         self.values, self.path, self.what = values, path, what
 
     def fault(self, key: str, expected: str) -> FormatError:
-        """What to raise for the value of a key."""
+        """The error for a bad value of a key."""
         found = _short(self.values[key]) if key in self.values else "no such key"
         return FormatError(f"bad {self.what}", path=self.path, where=f"key {key}", expected=expected, found=found)
 
@@ -83,7 +83,7 @@ class Keys:
         return value
 
     def inner(self, key: str) -> Keys | None:
-        """The object under a key; None when there is none."""
+        """The object under a key; None when the key is missing or null."""
         value = self.values.get(key)
         if value is None:
             return None

@@ -1,4 +1,4 @@
-"""RoPE's two pairings as one permutation of rows: what a writer does for a format that implies the other one."""
+"""Permutes rows of q and k from one RoPE pairing to the other, for formats that imply a pairing."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ..config import INTERLEAVED, ModelConfig
 
 
 def row_order(config: ModelConfig, name: str, pairing: str) -> npt.NDArray[np.int64] | None:
-    """The rows of weight `name` in the order that `pairing` wants them in; None where they stay.
+    """Order of the rows of weight `name` for `pairing`: row i of the result is row order[i]. None if nothing moves.
 
-    Queries and keys are turned, so their projections, biases and norms are affected. Interleaved: dimension i of a
-    head's first half and of its second become neighbours. A row moves whole, whatever its type.
+    It concerns the projections, biases and norms of queries and keys, which RoPE rotates. From half-split to
+    interleaved, dimension i of a head's first half and of its second half become neighbours.
     """
     heads = {"wq": config.n_heads, "bq": config.n_heads, "wk": config.n_kv_heads, "bk": config.n_kv_heads}
     heads |= {"q_norm": 1, "k_norm": 1}

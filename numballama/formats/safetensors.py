@@ -1,7 +1,7 @@
 """The safetensors container: a length, a JSON directory, then the tensors. https://github.com/huggingface/safetensors
 
-The library of that name copies every tensor it hands to NumPy and has no bfloat16 there; the format is a page. Here a
-tensor is a view of the mapping, and no claim of the directory is believed before it is compared with the file's size.
+The safetensors library copies every tensor for NumPy, and has no bfloat16 there. Here a tensor is a view of the mapped
+file. Every claim of the directory is compared with the size of the file before it is used.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ import json
 import math
 import struct
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import TypeGuard
 
@@ -19,9 +18,9 @@ import numpy as np
 from ..checkpoint import Weight
 from ..errors import FormatError, UnsupportedError
 from ..files import MappedFile
-from ..quantization.convert import convert
 from ..quantization.types import BF16, F16, F32, WeightType
 from .json_reader import Keys, parse_object
+from .tensors import TensorInfo, view_weight
 
 DTYPES: dict[str, int] = {
     "BOOL": 8, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
@@ -35,25 +34,14 @@ WEIGHT_TYPES: dict[str, tuple[WeightType, type[np.generic]]] = {
     "F16": (F16, np.uint16),
     "BF16": (BF16, np.uint16),
 }
-"""Name of an element type that weights may have → our type, and the elements of `Weight.data`."""
+"""Element types that weights may have → our type, and the elements of `Weight.data`."""
 
 _MAX_DIMS = 8
 _ALIGNMENT = 8
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor of a file: `nbytes` bytes from byte `offset`, in C order."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
 def looks_like(file: MappedFile) -> bool:
-    """Whether a file begins as this format does."""
+    """Whether the file begins with a length that fits it and a JSON object."""
     return file.data[8:9] == b"{" and int.from_bytes(file.data[:8], "little") < file.size
 
 
@@ -69,11 +57,11 @@ def directory(file: MappedFile) -> dict[str, TensorInfo]:
             found=f"{length:,}",
         )
     keys = parse_object(file, 8, 8 + length, "the directory")
-    found = {name: _info(file, keys, name, 8 + length) for name in keys.values if name != "__metadata__"}
-    for before, after in pairwise(sorted(found.values(), key=lambda info: (info.offset, info.nbytes))):
+    tensors = {name: _info(file, keys, name, 8 + length) for name in keys.values if name != "__metadata__"}
+    for before, after in pairwise(sorted(tensors.values(), key=lambda info: (info.offset, info.nbytes))):
         if before.offset + before.nbytes > after.offset:
             raise FormatError(f"tensors {before.name} and {after.name} overlap", path=file.path, where=after.offset)
-    return found
+    return tensors
 
 
 def _info(file: MappedFile, keys: Keys, name: str, start: int) -> TensorInfo:
@@ -92,38 +80,31 @@ def _info(file: MappedFile, keys: Keys, name: str, start: int) -> TensorInfo:
     bits = math.prod(shape) * DTYPES[dtype]
     if bits % 8 or bits // 8 != span[1] - span[0]:
         raise entry.fault("data_offsets", f"{-(-bits // 8):,} bytes for {dtype} {shape}")
-    return TensorInfo(name, dtype, tuple(shape), start + span[0], span[1] - span[0])
+    return TensorInfo(file, name, dtype, tuple(shape), start + span[0], span[1] - span[0])
 
 
 def _naturals(value: object) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 63 for item in value)
 
 
-def view(file: MappedFile, info: TensorInfo, shape: tuple[int, ...]) -> Weight:
-    """The tensor as a weight of that shape: a matrix as a view, a vector, which is small, as float32.
+def view(info: TensorInfo, shape: tuple[int, ...]) -> Weight:
+    """The tensor as a weight of `shape`: a matrix as a view of the file, a vector as float32.
 
     Raises `FormatError` for another shape and `UnsupportedError` for a type that weights cannot have.
     """
     if info.shape != shape:
         raise FormatError(
             "a tensor has the wrong shape",
-            path=file.path,
+            path=info.file.path,
             where=f"tensor {info.name}",
             expected=shape,
             found=info.shape,
         )
-    if info.dtype not in WEIGHT_TYPES:
-        raise UnsupportedError(
-            f"{file.path}: tensor {info.name} has type {info.dtype}; supported are {', '.join(WEIGHT_TYPES)}"
-        )
-    kind, element = WEIGHT_TYPES[info.dtype]
-    data = np.frombuffer(file.data, element, math.prod(shape), info.offset)
-    weight = Weight(shape, kind, data.reshape(shape))
-    return weight if len(shape) == 2 else convert(weight, F32)
+    return view_weight(info, shape, WEIGHT_TYPES)
 
 
 def header(tensors: Iterable[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]) -> bytes:
-    """The bytes before the data of a file that holds these (name, element type, shape), one after another."""
+    """The length and directory of a file that holds these tensors (name, element type, shape) one after another."""
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     at = 0
     for name, dtype, shape in tensors:

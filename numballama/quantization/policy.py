@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 
-from ..checkpoint import LazyWeight, Weight
+from ..checkpoint import Weight
 from ..config import ModelConfig
 from ..errors import Error
-from .convert import DEFAULT_GROUP, convert
+from .convert import DEFAULT_GROUP
 from .types import FALLBACK_TYPE, TYPE_TRAITS, WeightType
 
 DTYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")
 """What `dtype` and `--quant` may be."""
-
-Done = Callable[[str, Weight, Weight], None]
-"""done(name, source, result), once a weight is converted"""
-
 
 def weight_type(dtype: str, name: str, columns: int) -> WeightType:
     """The type of weight `name`, with rows of `columns` elements, for a user's `dtype`. Int8 groups divide rows if they
@@ -58,33 +54,3 @@ def types_to_convert(
         and (name != "tok_embeddings" or config.tied_embeddings or embeddings)
         and weight.type.name != dtype
     }
-
-
-class Converting(Mapping[str, Weight]):
-    """Weights of which some are converted when a writer asks for their numbers, one at a time: never all in memory.
-
-    `done` is called for every matrix whose numbers were asked for.
-    """
-
-    def __init__(self, weights: Mapping[str, Weight], types: Mapping[str, WeightType], done: Done) -> None:
-        self._weights, self._types, self._done = weights, types, done
-
-    def __getitem__(self, name: str) -> Weight:
-        source = self._weights[name]
-        kind = self._types.get(name, source.type)
-        if len(source.shape) != 2:
-            return source
-
-        def make() -> Weight:
-            whole = source.make() if isinstance(source, LazyWeight) else source
-            result = convert(whole, kind)
-            self._done(name, whole, result)
-            return result
-
-        return LazyWeight(source.shape, kind, make)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._weights)
-
-    def __len__(self) -> int:
-        return len(self._weights)

@@ -1,1 +1,1 @@
-"""Kinds of tokenizers, a module each."""
+"""Tokenizers, text ↔ ids: a module for each kind. `numballama.formats.tokenizer_files` opens their files."""

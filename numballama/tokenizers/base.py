@@ -1,4 +1,4 @@
-"""What every tokenizer is: text to ids and back, streams of ids to whole characters, a vocabulary to write."""
+"""`Tokenizer`, the base class of all of them: text ↔ ids, a decoder for streams, a vocabulary for writers."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from typing import SupportsIndex
 from ..errors import Error
 
 MAX_VOCAB = 1 << 20
-"""Tokens that a vocabulary may have: four times the largest that is known, and a bound on the memory one takes."""
+"""Maximum number of tokens in a vocabulary: four times the largest known one. It bounds the memory that one takes."""
 
-SPACE = "▁"  # stands for a space in the pieces of a vocabulary
+SPACE = "▁"  # a space, in the pieces of a vocabulary
 UNKNOWN_TEXT = " ⁇ ".encode()  # as sentencepiece shows it
 BYTE_PIECE = re.compile(rb"<0x([0-9A-F]{2})>")
 
 
 class TokenKind(Enum):
-    """What a token contributes to text: characters, raw bytes of UTF-8 that may end inside a character (a byte piece
-    is one, a token of byte-level BPE several), nothing, or a mark for what was unknown."""
+    """What a token contributes to text: characters; bytes of UTF-8, which may end inside a character (one for a byte
+    piece, several for a token of byte-level BPE); nothing; or a mark for unknown text."""
 
     TEXT = "text"
     BYTE = "byte"
@@ -33,7 +33,7 @@ class TokenKind(Enum):
 
 
 class Strip(Enum):
-    """Leading spaces that decoding takes away, because encoding put one there: none, the first, or every one."""
+    """Leading spaces that decoding removes because encoding added one: none, the first, or all."""
 
     NONE = 0
     ONE = 1
@@ -41,24 +41,24 @@ class Strip(Enum):
 
 
 class PieceType(IntEnum):
-    """What a piece of a vocabulary is, as sentencepiece and GGUF number it."""
+    """Type of a piece, numbered as in sentencepiece and GGUF."""
 
     NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
 
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """A vocabulary in the terms of GGUF's tokenizers: "llama" is sentencepiece's BPE, "gpt2" byte-level BPE.
+    """A vocabulary as GGUF describes it. `model` "llama" is sentencepiece's BPE, "gpt2" is byte-level BPE.
 
-    "llama": `pieces` spell a space as ▁, but for those that are user-defined, and have `scores`. "gpt2": `pieces` spell
-    bytes as GPT-2 does, two pieces that make a third stand in `merges` ("a b"), the first merge first, and `pre` names
-    what cuts a text into words. `add_bos`, `add_eos` and `add_space_prefix` say what encoding adds to a text.
+    "llama": `pieces` have `scores` and write a space as ▁, except user-defined ones. "gpt2": `pieces` write bytes as
+    GPT-2 does, `merges` lists pairs of pieces that join ("a b"), first merge first, and `pre` names the pre-tokenizer.
+    `add_bos`, `add_eos` and `add_space_prefix` say what encoding adds to a text.
     """
 
     pieces: Sequence[bytes]
     scores: Sequence[float]
     types: Sequence[int]
-    """A `PieceType` each."""
+    """`PieceType` of each piece."""
     bos_id: int | None
     eos_id: int | None
     unknown_id: int | None
@@ -66,20 +66,21 @@ class Vocabulary:
     add_eos: bool = False
     add_space_prefix: bool = True
     notes: tuple[str, ...] = ()
-    """In what the tokenizer that it was taken from is more than these terms can say, a sentence each."""
+    """What the source tokenizer does that this description cannot express, a sentence each."""
     model: str = "llama"
     merges: Sequence[bytes] = ()
     pre: str | None = None
 
 
 class Tokenizer(ABC):
-    """Text ↔ ids of one vocabulary. Every method that takes an id raises `Error` for one outside the vocabulary."""
+    """Text ↔ ids of one vocabulary. Methods that take an id raise `Error` if it is outside the vocabulary."""
 
     add_bos, add_eos = True, False
-    """Whether the vocabulary wants BOS before a text, and EOS after it."""
+    """Whether encoding puts BOS before a text, and EOS after it."""
 
     invalid = "numballama.replace-bytes"
-    """How `decode` shows bytes that are no UTF-8, as Python names it: one U+FFFD a byte, as sentencepiece does."""
+    """Python's name for how `decode` replaces invalid UTF-8. This one writes one U+FFFD for each byte, as
+    sentencepiece does."""
 
     def __init__(self, vocab_size: int, bos_id: int | None, eos_id: int | None, strip: Strip) -> None:
         self.vocab_size, self.bos_id, self.eos_id = vocab_size, bos_id, eos_id
@@ -87,11 +88,11 @@ class Tokenizer(ABC):
         self._entries: dict[int, tuple[TokenKind, bytes]] = {}
 
     def encode(self, text: str, bos: bool = True, special: bool = False) -> list[int]:
-        """`text` → ids; if `bos`, with BOS first where the vocabulary wants it (and EOS last, which hardly one does).
+        """`text` → ids. With `bos`, adds BOS and EOS where the vocabulary asks for them (`add_bos`, `add_eos`).
 
-        Control tokens spelled out in `text` ("<s>", "</s>") stay text, unless `special`: then they become their ids,
-        and what stands between them is encoded as texts of their own. Raises `Error` when `text` holds a lone
-        surrogate, which no Unicode text does.
+        Special tokens written out in `text` ("<s>", "</s>") stay text. With `special` they become their ids, and the
+        text between them is encoded as separate texts. Raises `Error` when `text` holds a lone surrogate, which is
+        not valid Unicode.
         """
         _require_unicode(text)
         ids = [self.bos_id] if bos and self.add_bos and self.bos_id is not None else []
@@ -99,55 +100,56 @@ class Tokenizer(ABC):
         return [*ids, self.eos_id] if bos and self.add_eos and self.eos_id is not None else ids
 
     def encode_guarded(self, text: str, guard: str) -> list[int]:
-        """Like `encode(text, bos=False, special=True)`, but a control token spelled with `guard` inside stays text.
+        """Like `encode(text, bos=False, special=True)`, but a special token with `guard` inside stays text.
 
-        `guard` is a character that `text` holds for this alone: none of it is left in what is encoded.
+        `guard` is a character that occurs in `text` for this purpose only. It is removed before encoding.
         """
         _require_unicode(text)
         ids: list[int] = []
-        for part in self._control_pattern.split(text):
-            control = self._controls.get(part)
-            ids += [control] if control is not None else self._encode_text(part.replace(guard, ""))
+        special_tokens = self.special_tokens
+        for part in self._special_pattern.split(text):
+            token = special_tokens.get(part)
+            ids += [token] if token is not None else self._encode_text(part.replace(guard, ""))
         return ids
 
     @property
+    @abstractmethod
     def special_tokens(self) -> Mapping[str, int]:
-        """Spelling → id of what `encode(…, special=True)` takes for a token and `special=False` for text."""
-        return self._controls
+        """Text → id of the tokens that `encode` produces with `special=True` only, control tokens among them."""
 
     def prepare(self) -> None:  # noqa: B027  (most have nothing to do)
-        """Do now what the first text would wait for. Raises `FormatError` for damage that only then shows."""
+        """Do the work that the first `encode` would wait for. Raises `FormatError` for damage that shows only now."""
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
-        """Ids → text, without the leading space that encoding adds; bytes that are no UTF-8 become U+FFFD."""
+        """Ids → text, without the leading space that encoding adds. Invalid UTF-8 becomes U+FFFD."""
         decoder = self.decoder()
         return "".join([*map(decoder.push, ids), decoder.flush()])
 
-    def decoder(self, at_start: bool = True) -> Decoder:
-        """A `Decoder` for a stream of ids; `at_start` False when its text continues another, so that spaces stay."""
-        return Decoder(self, self._strip if at_start else Strip.NONE)
+    def decoder(self, strip_leading_space: bool = True) -> Decoder:
+        """A `Decoder` for a stream of ids. `strip_leading_space` False: its text continues another, so spaces stay."""
+        return Decoder(self, self._strip if strip_leading_space else Strip.NONE)
 
     def token_bytes(self, token: SupportsIndex) -> bytes:
-        """The bytes of UTF-8 that a token contributes to text, its leading space included; control tokens have none."""
+        """The UTF-8 bytes that a token contributes to text, with its leading space; b"" for control tokens."""
         return self.entry(token)[1]
 
     def entry(self, token: SupportsIndex) -> tuple[TokenKind, bytes]:
-        """The kind and the bytes of a token; looked up once, so that a vocabulary costs nothing until it is used."""
+        """Kind and bytes of a token. Cached on first use, so that opening a vocabulary stays cheap."""
         checked = self._check(token)
         if (entry := self._entries.get(checked)) is None:
             entry = self._entries[checked] = self._read_entry(checked)
         return entry
 
     def piece(self, token: SupportsIndex) -> str:
-        """A token as the vocabulary spells it, for display: "▁the", "<0x0A>", "<s>"."""
+        """A token as the vocabulary writes it, for display: "▁the", "<0x0A>", "<s>"."""
         return self._read_piece(self._check(token))
 
     @abstractmethod
     def vocabulary(self) -> Vocabulary:
-        """The vocabulary, to be written to a file. Raises `UnsupportedError` when these terms cannot express it."""
+        """The vocabulary, for writers. Raises `UnsupportedError` when `Vocabulary` cannot express it."""
 
     def _encode_special(self, text: str) -> list[int]:
-        """Ids of valid Unicode text in which control tokens are spelled out."""
+        """Ids of valid Unicode text, special tokens included."""
         return self.encode_guarded(text, "") if text else []
 
     def _check(self, token: SupportsIndex) -> int:
@@ -157,18 +159,13 @@ class Tokenizer(ABC):
         return checked
 
     @cached_property
-    def _control_pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self._controls, key=len, reverse=True)
+    def _special_pattern(self) -> re.Pattern[str]:
+        longest_first = sorted(self.special_tokens, key=len, reverse=True)
         return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else r"(?!)")
-
-    @property
-    @abstractmethod
-    def _controls(self) -> dict[str, int]:
-        """Spelling → id of the control tokens, and of others that text must not become by itself."""
 
     @abstractmethod
     def _encode_text(self, text: str) -> list[int]:
-        """Ids of valid Unicode text; none for the empty one."""
+        """Ids of valid Unicode text, without special tokens; [] for ""."""
 
     @abstractmethod
     def _read_entry(self, token: int) -> tuple[TokenKind, bytes]: ...
@@ -178,7 +175,7 @@ class Tokenizer(ABC):
 
 
 class Decoder:
-    """Ids one at a time → text that never ends inside a character."""
+    """Turns a stream of ids into text that never ends inside a character."""
 
     def __init__(self, tokenizer: Tokenizer, strip: Strip) -> None:
         self._tokenizer = tokenizer
@@ -186,7 +183,7 @@ class Decoder:
         self._utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer.invalid)
 
     def push(self, token: SupportsIndex) -> str:
-        """The text that is complete with `token`: "" while a character's bytes are not all there."""
+        """The text that `token` completes; "" while bytes of a character are missing."""
         kind, data = self._tokenizer.entry(token)
         if kind is TokenKind.BYTE:
             self._strip = Strip.NONE
@@ -198,10 +195,10 @@ class Decoder:
             data = stripped
         elif data:
             self._strip = Strip.NONE
-        return self._utf8.decode(data, True)  # True: any token that is no byte ends a character cut short
+        return self._utf8.decode(data, True)  # True: other tokens end an unfinished character
 
     def flush(self) -> str:
-        """End the text: bytes held back, which no longer become a character, are given as U+FFFD."""
+        """End the text: the bytes of an unfinished character become U+FFFD."""
         return self._utf8.decode(b"", True)
 
 
@@ -218,5 +215,5 @@ def _replace_bytes(error: UnicodeError) -> tuple[str, int]:
     return "\ufffd" * (error.end - error.start), error.end
 
 
-# One U+FFFD a byte, as sentencepiece does; Python's own "replace" gives one for a whole truncated character.
+# Python's own "replace" writes one U+FFFD for a whole truncated character, sentencepiece one for each byte.
 codecs.register_error(Tokenizer.invalid, _replace_bytes)

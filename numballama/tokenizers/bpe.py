@@ -1,4 +1,4 @@
-"""Byte-pair encoding by the `tokenizers` library: byte-level, as GPT-2 began it, and sentencepiece's in its JSON."""
+"""Byte-pair encoding by the tokenizers library: byte-level BPE, and sentencepiece's BPE as `tokenizer.json` has it."""
 
 from __future__ import annotations
 
@@ -11,29 +11,29 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Error, FormatError, UnsupportedError
 from .base import BYTE_PIECE, SPACE, PieceType, Strip, Tokenizer, TokenKind, Vocabulary
-from .pretokenizers import pre_name
+from .pretokenizers import pre_tokenizer_name
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
 
 
-def _byte_letters() -> dict[str, int]:
-    """GPT-2's letter for each byte, to the byte: visible Latin-1 is itself, the others follow from U+0100."""
+def _unicode_to_byte() -> dict[str, int]:
+    """GPT-2's `bytes_to_unicode`, inverted: visible Latin-1 stands for itself, the other bytes follow from U+0100."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
-BYTES = _byte_letters()
-LETTERS = {byte: letter for letter, byte in BYTES.items()}
+UNICODE_TO_BYTE = _unicode_to_byte()
+BYTE_TO_UNICODE = {byte: character for character, byte in UNICODE_TO_BYTE.items()}
 
 
 class BPETokenizer(Tokenizer):
-    """A BPE model that the library encodes with; text and pieces are taken apart here.
+    """A BPE model. The library encodes; decoding is done here.
 
-    `build` makes the library's tokenizer, when it is first needed: large ones take half a second. Its added tokens are
-    in it, each special or not: `added` maps their spelling to ids, and `special` are the ids of those that contribute
-    no text. `pieces[id]` is None where the ids have a hole.
+    `build` makes the library's tokenizer when it is first needed, because large ones take half a second. It contains
+    the added tokens, which `added` maps to their ids; those in `special` contribute no text. `pieces[id]` is None where
+    an id is not used.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class BPETokenizer(Tokenizer):
         self._added_ids = frozenset(self._added.values())
         self._byte_level = byte_level
         if byte_level:
-            self.invalid = "replace"  # as the library does: one U+FFFD for a character cut short
+            self.invalid = "replace"  # as the library does: one U+FFFD for an unfinished character
 
     def prepare(self) -> None:
         _ = self._library
@@ -64,48 +64,50 @@ class BPETokenizer(Tokenizer):
     @cached_property
     def _library(self) -> Library:
         assert self._build is not None
-        library, self._build = self._build(), None  # which may keep a whole file mapped
+        library, self._build = self._build(), None  # `build` may keep a whole file mapped
         return library
 
     @cached_property
     def _plain(self) -> Library:
-        """The library's tokenizer without added tokens: what text alone becomes."""
+        """The library's tokenizer without added tokens, for text that must not become one."""
         from tokenizers import Tokenizer as Library
 
         plain = Library(self._library.model)
         for part in ("normalizer", "pre_tokenizer"):
-            if (found := getattr(self._library, part)) is not None:
-                setattr(plain, part, found)
+            if (value := getattr(self._library, part)) is not None:
+                setattr(plain, part, value)
         return plain
 
     @property
-    def _controls(self) -> dict[str, int]:
+    def special_tokens(self) -> Mapping[str, int]:
         return self._added
 
     def _encode_text(self, text: str) -> list[int]:
         ids = self._run(self._plain, text)
-        if not self._added_ids.isdisjoint(ids):  # a word that is an added token, and that the model holds as well
-            ids = [part for token in ids for part in (self._spell(token) if token in self._added_ids else [token])]
+        if not self._added_ids.isdisjoint(ids):  # a word that is an added token and is in the model as well
+            ids = [
+                part for token in ids for part in (self._byte_tokens(token) if token in self._added_ids else [token])
+            ]
         return ids
 
     def _encode_special(self, text: str) -> list[int]:
         return self._run(self._library, text)
 
     def _run(self, library: Library, text: str) -> list[int]:
-        with faults("the tokenizer's own rules fail on this text"):
+        with library_errors("the tokenizer's own rules fail on this text"):
             return list(library.encode(text, add_special_tokens=False).ids)
 
-    def _spell(self, token: int) -> list[int]:
-        """The tokens of an added token's bytes, one each."""
+    def _byte_tokens(self, token: int) -> list[int]:
+        """An added token as tokens of single bytes."""
         piece = self._pieces[token] or ""
         if not self._byte_level:
-            letters = [f"<0x{byte:02X}>" for byte in piece.replace(SPACE, " ").encode()]
-        elif all(letter in BYTES for letter in piece):
-            letters = list(piece)
+            pieces = [f"<0x{byte:02X}>" for byte in piece.replace(SPACE, " ").encode()]
+        elif all(character in UNICODE_TO_BYTE for character in piece):
+            pieces = list(piece)
         else:
-            letters = [LETTERS[byte] for byte in piece.encode()]
-        found = map(self._library.model.token_to_id, letters)
-        return [part for part in found if part is not None and part != token]
+            pieces = [BYTE_TO_UNICODE[byte] for byte in piece.encode()]
+        ids = map(self._library.model.token_to_id, pieces)
+        return [part for part in ids if part is not None and part != token]
 
     def _read_entry(self, token: int) -> tuple[TokenKind, bytes]:
         piece = self._pieces[token]
@@ -114,14 +116,12 @@ class BPETokenizer(Tokenizer):
         if token in self._added_ids:
             return TokenKind.TEXT, piece.encode()
         if self._byte_level:
-            known = all(letter in BYTES for letter in piece)
-            return TokenKind.BYTE, bytes(map(BYTES.__getitem__, piece)) if known else piece.encode()
+            known = all(character in UNICODE_TO_BYTE for character in piece)
+            return TokenKind.BYTE, bytes(map(UNICODE_TO_BYTE.__getitem__, piece)) if known else piece.encode()
         if match := BYTE_PIECE.fullmatch(piece.encode()):
             data = bytes([int(match[1], 16)])
-            return (
-                TokenKind.TEXT if data == b" " else TokenKind.BYTE,
-                data,
-            )  # the library strips this space as it does any other
+            # TEXT, because the library strips this space like any other
+            return (TokenKind.TEXT if data == b" " else TokenKind.BYTE), data
         return TokenKind.TEXT, piece.replace(SPACE, " ").encode()
 
     def _read_piece(self, token: int) -> str:
@@ -129,8 +129,8 @@ class BPETokenizer(Tokenizer):
 
     def vocabulary(self) -> Vocabulary:
         if not self._byte_level:
-            raise UnsupportedError("GGUF cannot hold a BPE of sentencepiece's kind with merges in place of scores")
-        if (pre := pre_name(self._library)) is None:
+            raise UnsupportedError("GGUF cannot hold a sentencepiece BPE that has merges in place of scores")
+        if (pre := pre_tokenizer_name(self._library)) is None:
             raise UnsupportedError(f"GGUF has no name for this pre-tokenizer: {self._library.pre_tokenizer}")
         merges = json.loads(self._library.model.__getstate__())["merges"]
         types = [PieceType.NORMAL if piece is not None else PieceType.UNUSED for piece in self._pieces]
@@ -156,56 +156,58 @@ class BPETokenizer(Tokenizer):
         )
 
     def to_json(self) -> str:
-        """A `tokenizer.json` of it, which puts BOS and EOS where the vocabulary wants them."""
-        written = json.loads(self._library.to_str())
-        ends = [self.bos_id if self.add_bos else None], [self.eos_id if self.add_eos else None]
-        before, after = ([self.piece(token) for token in tokens if token is not None] for tokens in ends)
+        """The content of a `tokenizer.json`, with a post-processor that adds BOS and EOS as `encode` does."""
+        data = json.loads(self._library.to_str())
+        before = [self.piece(self.bos_id)] if self.add_bos and self.bos_id is not None else []
+        after = [self.piece(self.eos_id)] if self.add_eos and self.eos_id is not None else []
         if before or after:
 
-            def around(text: str, type_id: int) -> list[Any]:
+            def template(sequence: str, type_id: int) -> list[Any]:
                 first, last = (
-                    [{"SpecialToken": {"id": name, "type_id": type_id}} for name in n] for n in (before, after)
+                    [{"SpecialToken": {"id": name, "type_id": type_id}} for name in names] for names in (before, after)
                 )
-                return [*first, {"Sequence": {"id": text, "type_id": type_id}}, *last]
+                return [*first, {"Sequence": {"id": sequence, "type_id": type_id}}, *last]
 
             ids = {self.piece(token): token for token in (self.bos_id, self.eos_id) if token is not None}
-            written["post_processor"] = {
+            data["post_processor"] = {
                 "type": "TemplateProcessing",
-                "single": around("A", 0),
-                "pair": around("A", 0) + around("B", 1),
-                "special_tokens": {n: {"id": n, "ids": [ids[n]], "tokens": [n]} for n in {*before, *after}},
+                "single": template("A", 0),
+                "pair": template("A", 0) + template("B", 1),
+                "special_tokens": {
+                    name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in {*before, *after}
+                },
             }
-        return json.dumps(written, ensure_ascii=False) + "\n"
+        return json.dumps(data, ensure_ascii=False) + "\n"
 
     @property
     def unreachable(self) -> list[int]:
-        """Ids that no text becomes, because others are spelled like them: a `tokenizer.json` cannot hold them."""
+        """Ids whose text is another id's as well. No text becomes them, and a `tokenizer.json` cannot hold them."""
         find = self._library.token_to_id
         return [token for token, piece in enumerate(self._pieces) if piece is not None and find(piece) != token]
 
 
 @contextlib.contextmanager
-def faults(message: str, path: str | PathLike[str] | None = None) -> Iterator[None]:
-    """What the library raises, a Rust panic included, as an `Error`; a `FormatError` when a file is at fault."""
+def library_errors(message: str, path: str | PathLike[str] | None = None) -> Iterator[None]:
+    """Turn what the library raises, Rust panics included, into an `Error`; into a `FormatError` if `path` is given."""
     try:
         yield
     except Error:
         raise
     except Exception as error:
-        raise _fault(message, path, error) from None
+        raise _error(message, path, error) from None
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # which is no Exception, and cannot be imported
+        if type(error).__name__ != "PanicException":  # not an Exception, and cannot be imported
             raise
-        raise _fault(message, path, error) from None
+        raise _error(message, path, error) from None
 
 
-def _fault(message: str, path: str | PathLike[str] | None, error: BaseException) -> Error:
-    found = " ".join(str(error).split())[:300]
-    return Error(f"{message}: {found}") if path is None else FormatError(message, path=path, found=found)
+def _error(message: str, path: str | PathLike[str] | None, error: BaseException) -> Error:
+    text = " ".join(str(error).split())[:300]
+    return Error(f"{message}: {text}") if path is None else FormatError(message, path=path, found=text)
 
 
-def library_from(model: Any, pre_tokenizer: Any, added: Sequence[tuple[str, bool]]) -> Library:
-    """A byte-level tokenizer of the library: a model, what cuts text into words, and (spelling, special) to add."""
+def build_library(model: Any, pre_tokenizer: Any, added: Sequence[tuple[str, bool]]) -> Library:
+    """The library's byte-level tokenizer with this model and pre-tokenizer; `added` lists (text, special)."""
     from tokenizers import AddedToken, decoders
     from tokenizers import Tokenizer as Library
 

@@ -1,32 +1,33 @@
-"""sentencepiece's `.model` files, encoded by the library itself."""
+"""sentencepiece's `.model` files; the sentencepiece library encodes."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedError
 from ..files import MappedFile
-from . import sentencepiece_proto as protobuf
 from .base import BYTE_PIECE, MAX_VOCAB, SPACE, PieceType, Strip, Tokenizer, TokenKind, Vocabulary
+from .sentencepiece_proto import message_fields
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece model; the library encodes."""
+    """A tokenizer on top of the library's processor."""
 
     def __init__(self, model: SentencePieceProcessor) -> None:
         bos, eos = (token if token >= 0 else None for token in (model.bos_id(), model.eos_id()))
         super().__init__(model.vocab_size(), bos, eos, _observe_strip(model))
         self._model = model
-        # All of them now, 5 ms for 32,000: a piece that is no UTF-8 shall stop loading, not a story half told.
+        # All pieces now (5 ms for 32,000): one with invalid UTF-8 must fail here, not in the middle of a stream.
         self._pieces: list[str] = model.id_to_piece(list(range(self.vocab_size)))
         self._unknown = model.decode([model.unk_id()]).encode()
 
     @cached_property
-    def _controls(self) -> dict[str, int]:
+    def special_tokens(self) -> Mapping[str, int]:  # type: ignore[override]
         return {piece: token for token, piece in enumerate(self._pieces) if piece and self._model.is_control(token)}
 
     def _encode_text(self, text: str) -> list[int]:
@@ -50,15 +51,15 @@ class SentencePieceTokenizer(Tokenizer):
         scores: list[float] = []
         types: list[int] = []
         specs: dict[int, dict[int, Any]] = {_TRAINER: {}, _NORMALIZER: {}}
-        for number, value in protobuf.fields(self._model.serialized_model_proto()):
+        for number, value in message_fields(self._model.serialized_model_proto()):
             if number == _PIECE:
-                found: dict[int, Any] = dict(protobuf.fields(value))
-                kind, piece = found.get(3, PieceType.NORMAL), found.get(1, b"")
+                entry: dict[int, Any] = dict(message_fields(value))
+                kind, piece = entry.get(3, PieceType.NORMAL), entry.get(1, b"")
                 pieces.append(piece.replace(SPACE.encode(), b" ") if kind == PieceType.USER_DEFINED else piece)
-                scores.append(found.get(2, 0.0))
+                scores.append(entry.get(2, 0.0))
                 types.append(kind)
             elif number in specs:
-                specs[number] |= protobuf.fields(value)
+                specs[number] |= message_fields(value)
         trainer, normalizer = specs[_TRAINER], specs[_NORMALIZER]
         if trainer.get(3, 1) != 2:
             raise UnsupportedError("a sentencepiece model whose model_type is not BPE cannot be expressed")
@@ -77,14 +78,14 @@ class SentencePieceTokenizer(Tokenizer):
         return Vocabulary(pieces, scores, types, bos, eos, unknown, add_space_prefix=prefix, notes=tuple(notes))
 
 
-# Fields of sentencepiece's ModelProto. Of a piece: 1 its text, 2 its score, 3 its type. Of the trainer's specification:
-# 3 model_type (2 is BPE), 24 treat_whitespace_as_suffix. Of the normaliser's: 2 precompiled_charsmap,
-# 3 add_dummy_prefix, 4 remove_extra_whitespaces, 5 escape_whitespaces (all true unless said otherwise).
+# Fields of sentencepiece's ModelProto. Piece: 1 text, 2 score, 3 type. TrainerSpec: 3 model_type (2 is BPE),
+# 24 treat_whitespace_as_suffix. NormalizerSpec: 2 precompiled_charsmap, 3 add_dummy_prefix,
+# 4 remove_extra_whitespaces, 5 escape_whitespaces (3 to 5 are true by default).
 _PIECE, _TRAINER, _NORMALIZER = 1, 2, 3
 
 
 def _observe_strip(model: SentencePieceProcessor) -> Strip:
-    """Which leading spaces the model's own decoding takes away: its Python interface does not say, so try."""
+    """Which leading spaces the library removes when it decodes. Its Python interface does not say, so try."""
     space = model.piece_to_id(SPACE)
     if model.is_unknown(space):
         return Strip.ONE
@@ -93,8 +94,8 @@ def _observe_strip(model: SentencePieceProcessor) -> Strip:
 
 
 def read_sentencepiece(file: MappedFile) -> SentencePieceTokenizer | None:
-    """The sentencepiece model in the file, or None when the library finds none there."""
-    if file.data[0] != 0x0A:  # the tag of the first piece: spares the library files that cannot be one
+    """The sentencepiece model in the file; None when the library does not accept it."""
+    if file.data[0] != 0x0A:  # the tag of the first piece: rejects other files before the library is imported
         return None
     from sentencepiece import SentencePieceProcessor  # 0.03 s to import
 

@@ -1,5 +1,5 @@
-"""As much of the protobuf wire format as it takes to read a sentencepiece model: its Python interface hides the types
-of its pieces and how it normalises text.
+"""A reader for the protobuf wire format. sentencepiece's Python interface hides the types of pieces and how text is
+normalised; both are fields of its `ModelProto`.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from ..errors import FormatError
 _VARINT, _I64, _BYTES, _I32 = 0, 1, 2, 5
 
 
-def fields(message: bytes) -> Iterator[tuple[int, Any]]:
-    """(number, value) of every field of a message: an int, a float, or bytes, whatever the schema makes of these.
+def message_fields(message: bytes) -> Iterator[tuple[int, Any]]:
+    """(number, value) of each field of a message. Values are int, float or bytes, as the wire type says.
 
-    Raises `FormatError` for what is no message.
+    Raises `FormatError` for a damaged message.
     """
     at = 0
 

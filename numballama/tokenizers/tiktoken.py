@@ -1,4 +1,4 @@
-"""tiktoken's files, as Meta publishes Llama 3's `tokenizer.model`: a line a token, its bytes in base64 and its rank."""
+"""tiktoken's files, such as Llama 3's `tokenizer.model`: one line for each token, its bytes in base64 and its rank."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from operator import itemgetter
 from ..errors import FormatError
 from ..files import MappedFile
 from .base import MAX_VOCAB
-from .bpe import LETTERS, BPETokenizer, faults, library_from
-from .pretokenizers import LLAMA3, pre_tokenizer
+from .bpe import BYTE_TO_UNICODE, BPETokenizer, build_library, library_errors
+from .pretokenizers import LLAMA3, build_pre_tokenizer
 
-LONGEST = 1 << 10
-"""Bytes of a token; Llama 3's longest has 128."""
+MAX_TOKEN = 1 << 10
+"""Bytes of a token; the longest of Llama 3 has 128."""
 
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]{1,7}\r?\n")
 _NAMED = {
@@ -31,7 +31,7 @@ _SPECIAL = 256
 
 
 def _special_tokens() -> list[str]:
-    """What follows the ranks, as Llama 3.1 names it: where it has no name of its own, reserved and numbered."""
+    """The 256 tokens after the ranks, by Llama 3.1's names; those without one are "reserved" and numbered."""
     names: list[str] = []
     reserved = 0
     for number in range(_SPECIAL):
@@ -44,12 +44,12 @@ def _special_tokens() -> list[str]:
 
 
 def looks_like_tiktoken(file: MappedFile) -> bool:
-    """Whether the file begins with such a line."""
-    return _LINE.match(file.data[:LONGEST]) is not None
+    """Whether the first line has base64 and a rank."""
+    return _LINE.match(file.data[:MAX_TOKEN]) is not None
 
 
 def read_tiktoken(file: MappedFile) -> BPETokenizer:
-    """Llama 3's tokenizer: the file's tokens by rank, then 256 control tokens; BOS before a text.
+    """Llama 3's tokenizer: the tokens of the file by rank, then 256 control tokens. Encoding adds BOS.
 
     Raises `FormatError` with the byte offset for damaged files.
     """
@@ -61,10 +61,10 @@ def read_tiktoken(file: MappedFile) -> BPETokenizer:
         text, _, rank = line.strip().partition(b" ")
         try:
             token = base64.b64decode(text, validate=True)
-            if int(rank) != len(ranks) or token in ranks or not 0 < len(token) <= LONGEST:
+            if int(rank) != len(ranks) or token in ranks or not 0 < len(token) <= MAX_TOKEN:
                 raise ValueError
         except (binascii.Error, ValueError):
-            expected = f"base64 of a new token of 1 to {LONGEST:,} bytes, a space and {len(ranks)}"
+            expected = f"base64 of a new token of 1 to {MAX_TOKEN:,} bytes, a space and {len(ranks)}"
             raise FormatError(
                 "bad tiktoken file", path=file.path, where=offset, expected=expected, found=line[:60]
             ) from None
@@ -74,16 +74,16 @@ def read_tiktoken(file: MappedFile) -> BPETokenizer:
         offset = end + 1 if end >= 0 else file.size
     from tokenizers import models
 
-    spelled = {token: "".join(map(LETTERS.__getitem__, token)) for token in ranks}
+    texts = {token: "".join(map(BYTE_TO_UNICODE.__getitem__, token)) for token in ranks}
     special = _special_tokens()
-    vocabulary = {spelled[token]: rank for token, rank in ranks.items()}
-    with faults("bad tiktoken file", file.path):
+    vocabulary = {texts[token]: rank for token, rank in ranks.items()}
+    with library_errors("bad tiktoken file", file.path):
         model = models.BPE(
             vocab=vocabulary,
-            merges=[(spelled[a], spelled[b]) for a, b in _merges(ranks)],
+            merges=[(texts[a], texts[b]) for a, b in _merges(ranks)],
             ignore_merges=LLAMA3.ignore_merges,
         )
-        library = library_from(model, pre_tokenizer(LLAMA3), [(name, True) for name in special])
+        library = build_library(model, build_pre_tokenizer(LLAMA3), [(name, True) for name in special])
     added = {name: len(ranks) + number for number, name in enumerate(special)}
     names = {number: token for token, number in added.items()}
     bos, eos = added["<|begin_of_text|>"], added["<|end_of_text|>"]
@@ -92,10 +92,10 @@ def read_tiktoken(file: MappedFile) -> BPETokenizer:
 
 
 def _merges(ranks: dict[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """Pairs of tokens that make a third, by the third's rank: tiktoken merges whatever makes the lowest."""
-    found: list[tuple[bytes, bytes]] = []
+    """Pairs of tokens that join to a third, by the rank of the third: tiktoken merges the pair with the lowest."""
+    result: list[tuple[bytes, bytes]] = []
     for token in ranks:
         cuts = ((token[:n], token[n:]) for n in range(1, len(token)))
         pairs = [(ranks[a], ranks[b], a, b) for a, b in cuts if a in ranks and b in ranks]
-        found += [(a, b) for _, _, a, b in sorted(pairs, key=itemgetter(0, 1))]
-    return found
+        result += [(a, b) for _, _, a, b in sorted(pairs, key=itemgetter(0, 1))]
+    return result

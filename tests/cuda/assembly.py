@@ -24,9 +24,9 @@ from tests.helpers.random_models import random_checkpoint
 
 GROUPED = ModelConfig(64, 96, 1, 8, 2, 40, 300)
 SINGLE = ModelConfig(64, 96, 1, 8, 8, 40, 300)
-"""Contexts so long that attention changes on the way."""
+"""Contexts long enough for attention's long-context variant."""
 ODD = ModelConfig(24, 10, 1, 4, 2, 11, 7)
-"""Heads of six numbers, which are not read 16 bytes at a time."""
+"""Heads of six elements, which are not read 16 bytes at a time."""
 BLOCKS = ModelConfig(256, 256, 1, 8, 2, 40, 16)
 """Rows are whole blocks of 256."""
 BIASED = ModelConfig(64, 96, 1, 8, 2, 40, 16, qkv_bias=True)

@@ -28,7 +28,7 @@ SLACK = 8 << 20
 SHAPE = ModelConfig(64, 96, 2, 4, 2, 300, 64)
 """Of the model in the fixture `model`."""
 ROUNDED = 2.0**-5
-"""Of the largest logit: what operands in 16 bits, as tensor cores take them, may change in a whole model."""
+"""How far 16-bit operands, as tensor cores take them, may move logits of a whole model: a share of the largest."""
 
 
 KINDS = ("f32", "f16", "bf16", "int8", "int8 activations")
@@ -52,7 +52,7 @@ MODELS = st.fixed_dictionaries({
 
 
 WIDE = ModelConfig(256, 640, 2, 8, 2, 777, 600, rope_pairing=HALF_SPLIT)
-"""Rows of several chunks, which warps share; heads of 32 numbers; blocks of all sizes fit."""
+"""Rows of several chunks, which warps share; heads of 32 elements; blocks of all sizes fit."""
 WHOLE_BLOCKS = ModelConfig(1280, 768, 1, 20, 4, 300, 600, rope_pairing=HALF_SPLIT)
 """Rows are whole blocks of 256; of the last two chunks of a row, part of one or none."""
 

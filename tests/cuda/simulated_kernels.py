@@ -480,7 +480,7 @@ def test_memory_is_given_back_whatever_fails(monkeypatch: pytest.MonkeyPatch, ow
                 assert not left, f"call {calls} of {name}: {sorted(entry[2] for entry in left)}"
                 del kept
         if model is not None:
-            assert model._backend.memory_bytes > 6_000_000
+            assert model.backend.memory_bytes > 6_000_000
             model.close()
             assert {entry for entry in HostMemory.live if entry[2] != "pinned memory"} == before
             assert calls > 5

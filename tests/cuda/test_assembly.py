@@ -38,7 +38,7 @@ STACK = {
     "gate_up_kernel": {"9.0": 32, "8.0": 64, "7.5": 48},
     "qkv_kernel": {"9.0": 40, "8.0": 80, "7.5": 56},
     "qkv_rope_kernel": {"9.0": 72, "8.0": 40, "7.5": 16},
-    # older cards' assembler keeps more at hand than there are registers
+    # for older cards the assembler keeps more values than there are registers
     "attention_grouped_kernel": {"8.0": 160, "7.5": 160},
     "attention_single_kernel": {"8.0": 56, "7.5": 56},
     "attention_128_kernel": {"8.0": 8, "7.5": 48},  # a real 7.5 has too little shared memory for it to be launched

@@ -36,7 +36,7 @@ def test_close_gives_the_memory_back(card: driver.Device, tmp_path: Path) -> Non
     model = numballama.compile(path, device="cuda", kv_dtype="f32")
     taken = before - card.free_bytes
     assert taken >= model._checkpoint.nbytes + model.kv.nbytes
-    assert abs(taken - model._backend.memory_bytes) < 16 << 20
+    assert abs(taken - model.backend.memory_bytes) < 16 << 20
     model.close()
     assert before - card.free_bytes < SLACK
 

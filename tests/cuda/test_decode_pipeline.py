@@ -51,7 +51,7 @@ def test_reading_logits_between_steps(model: Model, options: dict[str, Any]) -> 
 
 
 def test_rewinding_and_other_tokens(model: Model) -> None:
-    """A rewind, and a token that was not drawn, begin anew from there."""
+    """After a rewind, or another token than the sampled one, decoding goes on from there."""
     prompt, session = [1, 5, 9], model.session
     want = told(model, Sampler(300, temperature=0), 30)
     sampler = Sampler(300, temperature=0)
@@ -138,7 +138,7 @@ def test_an_interrupt_while_a_token_is_awaited(models: Path, monkeypatch: pytest
 def test_a_token_is_one_launch(model: Model) -> None:
     for sampler in (Sampler(300, seed=1), Sampler(300, temperature=0)):
         told(model, sampler, 10)
-        before, steps = model._decode.entries, 50
+        before, steps = model.program.entries, 50
         tokens = told(model, sampler, steps)
         assert len(tokens) == steps
-        assert model._decode.entries - before <= steps + LOOKAHEAD
+        assert model.program.entries - before <= steps + LOOKAHEAD

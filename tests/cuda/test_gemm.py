@@ -19,6 +19,8 @@ import numballama
 from numballama import registry
 from numballama.errors import DeviceError
 
+pytestmark = pytest.mark.slow
+
 if any(find_spec(name) is None for name in ("numba_cuda", "cuda")):
     pytest.skip("kernels are not compiled: NVIDIA's packages are not installed", allow_module_level=True)
 

@@ -103,7 +103,7 @@ def test_seeds(model: Model) -> None:
 
 def test_a_nan_in_the_weights_is_an_error(model: Model) -> None:
     told(model, Sampler(300, seed=1), 3)
-    backend = model._backend
+    backend = model.backend
     backend.device.make_current()
     backend.device.fill(backend.weights.operands["norm"].address, 0xFF, 4)
     for sampler in (Sampler(300, temperature=0), Sampler(300, seed=1), Sampler(300, temperature=0, repeat_penalty=2.0)):

@@ -20,17 +20,19 @@ import pytest
 
 from tests.helpers.cuda_host import missing_packages
 
+pytestmark = pytest.mark.slow
+
 if reason := missing_packages():
     pytest.skip(f"no CUDA simulator: {reason}", allow_module_level=True)
 
-HERE = Path(__file__).parent
+ROOT, FOLDER = Path(__file__).parents[2], "tests/cuda"
 PROCESSES = 2
 TIMEOUT_S = 580
 
 
 def tests_of(name: str) -> list[str]:
     """`file::function` of the tests in a file, which cannot be imported here."""
-    tree = ast.parse((HERE / name).read_text(encoding="utf-8"))
+    tree = ast.parse((ROOT / FOLDER / name).read_text(encoding="utf-8"))
     functions = (node.name for node in tree.body if isinstance(node, ast.FunctionDef))
     return [f"{name}::{function}" for function in functions if function.startswith("test_")]
 
@@ -39,11 +41,11 @@ TESTS = [test for name in ("simulated_kernels.py", "simulated_detection.py") for
 
 
 def start(*arguments: str, core: int = 0) -> subprocess.Popen[str]:
-    path = os.pathsep.join([str(HERE.parents[1]), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {"NUMBA_ENABLE_CUDASIM": "1", "NUMBALLAMA_TEST_CORE": str(core), "PYTHONPATH": path}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     return subprocess.Popen(
-        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=HERE,
+        command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT,
         env={**os.environ, **environment},
     )  # fmt: skip
 
@@ -67,9 +69,9 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         for item in request.session.items
         if isinstance(item, pytest.Function) and item.function is test_in_the_simulator
     ]
-    listed, _ = start("--collect-only", *selected).communicate(timeout=120)
-    cases = [line.rpartition("/")[2] for line in listed.splitlines() if "::" in line]
-    assert {case.partition("[")[0] for case in cases} == set(selected), listed
+    listed, _ = start("--collect-only", *(f"{FOLDER}/{test}" for test in selected)).communicate(timeout=300)
+    cases = [line for line in listed.splitlines() if line.startswith(f"{FOLDER}/") and "::" in line]
+    assert {case.partition("[")[0] for case in cases} == {f"{FOLDER}/{test}" for test in selected}, listed
     folder = tmp_path_factory.mktemp("simulator")
     reports = [folder / f"{core}.xml" for core in range(PROCESSES)]
     processes = [

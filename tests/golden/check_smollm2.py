@@ -68,13 +68,13 @@ def layers(model_path: str, target: str, count: int) -> None:
     """A model of the first layers of another: the same embedding, the same classifier."""
     from dataclasses import replace
 
-    from numballama.export import WRITERS
+    from numballama.formats.gguf.writer import write_gguf
     from numballama.loader import open_checkpoint
 
     opened = open_checkpoint(model_path)
     config = replace(opened.config, n_layers=count)
     weights = {name: opened.weights[name] for name in config.weight_shapes()}
-    WRITERS["gguf"](target, config, weights, tokenizer=opened.tokenizer, chat_template=opened.chat_template)
+    write_gguf(target, config, weights, tokenizer=opened.tokenizer, chat_template=opened.chat_template)
 
 
 def theirs(model_path: str, target: str, source: str, flash: int, chunk: int) -> None:

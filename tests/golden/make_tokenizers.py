@@ -82,11 +82,11 @@ def transformers(folder: Path) -> None:
 def vocabularies(folder: Path) -> None:
     sys.path.insert(0, str(HERE.parent))
     from numballama.formats.tokenizer_files import load_tokenizer
-    from numballama.tokenizers.pretokenizers import WORDS
+    from numballama.tokenizers.pretokenizers import PRE_TOKENIZERS
     from tests.helpers.bpe import real, vocabulary_gguf
 
     folder.mkdir(exist_ok=True)
-    for pre in WORDS:
+    for pre in PRE_TOKENIZERS:
         (folder / f"small-{pre}.gguf").write_bytes(vocabulary_gguf(load_tokenizer(SMALL).vocabulary(), pre))
     for name in REAL:
         if (path := real(name)) is not None:

@@ -15,7 +15,7 @@ from numballama.config import ModelConfig
 from numballama.formats.gguf.writer import write_gguf
 from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.tokenizers.base import Vocabulary
-from numballama.tokenizers.pretokenizers import WORDS, pre_tokenizer
+from numballama.tokenizers.pretokenizers import PRE_TOKENIZERS, build_pre_tokenizer
 from tests.golden.lines import lines
 from tests.helpers.gguf_files import ARRAY, CONFIG, STRING, array, container, entry, text, u32
 from tests.helpers.random_models import MODELS, random_checkpoint
@@ -36,8 +36,8 @@ def trained(
         )
         initial, special = [], ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     else:
-        library = Library(models.BPE(ignore_merges=WORDS[pre].ignore_merges))
-        library.pre_tokenizer = pre_tokenizer(WORDS[pre])
+        library = Library(models.BPE(ignore_merges=PRE_TOKENIZERS[pre].ignore_merges))
+        library.pre_tokenizer = build_pre_tokenizer(PRE_TOKENIZERS[pre])
         library.decoder = decoders.ByteLevel()
         initial, special = _letters(), []
     if nfc:
@@ -64,9 +64,9 @@ def trained(
 
 
 def _letters() -> list[str]:
-    from numballama.tokenizers.bpe import BYTES
+    from numballama.tokenizers.bpe import UNICODE_TO_BYTE
 
-    return sorted(BYTES)
+    return sorted(UNICODE_TO_BYTE)
 
 
 def save_json(folder: Path, library: Library, beside: Mapping[str, Any] | None = None, /, **files: Any) -> Path:

@@ -168,10 +168,11 @@ def install(
     compile_kernel: Callable[[Any, tuple[int, int], Path | None], Any] | None = None,
     capability: tuple[int, int] = (9, 0),
     n_sms: int = 2,
+    patch: Callable[[Any, str, Any], None] = setattr,
 ) -> None:
     """From now on the CUDA backend works on `HostDevice`: launches are handed to `run`, kernels to `compile_kernel`.
 
-    For a process of its own: nothing puts the driver back.
+    It lasts for the rest of the process, unless `patch` is a `monkeypatch.setattr`.
     """
     from numballama.cuda import backend, compiler, decode_pipeline, driver, program, weights
 
@@ -185,7 +186,8 @@ def install(
     def nothing(*arguments: Any) -> Any:
         return compiler.Cubin(b"", "", 0, 0, 0)
 
-    HostDevice.capability, HostDevice.n_sms = capability, n_sms
+    patch(HostDevice, "capability", capability)
+    patch(HostDevice, "n_sms", n_sms)
     for name, replacement in {
         "Device": HostDevice,
         "Memory": HostMemory,
@@ -199,5 +201,5 @@ def install(
         users = [module for module in (backend, program, decode_pipeline, weights) if hasattr(module, name)]
         assert users, f"nothing uses {name} any more: tests/helpers/cuda_host.py stands in for it"
         for module in users:
-            setattr(module, name, replacement)
-    driver.Device = HostDevice  # `compile` asks whether there is a GPU
+            patch(module, name, replacement)
+    patch(driver, "Device", HostDevice)  # `compile` asks whether there is a GPU

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from numballama.chat.template import CHATML, choose, stop_token_ids
 from numballama.errors import Error
-from numballama.formats.tokenizer_files import load_tokenizer, read_text_files
+from numballama.formats.hf.text_files import read_text_files
+from numballama.formats.tokenizer_files import load_tokenizer
 from tests.golden.make_templates import CONVERSATIONS, OWN
 from tests.golden.make_tokenizers import SMALL
 from tests.helpers.bpe import CHAT_CONFIG, SPECIAL, save_json, trained, vocabulary_gguf
@@ -42,10 +43,10 @@ def tiktoken(folder: Path) -> Path:
     """A line a token, by rank."""
     import base64
 
-    from numballama.tokenizers.bpe import BYTES
+    from numballama.tokenizers.bpe import UNICODE_TO_BYTE
 
     path = folder / "tokenizer.model"
-    tokens = [bytes(BYTES[letter] for letter in piece) for piece in _by_rank()]
+    tokens = [bytes(UNICODE_TO_BYTE[letter] for letter in piece) for piece in _by_rank()]
     path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
     return path
 

@@ -17,7 +17,7 @@ from numballama.formats.gguf.writer import write_gguf
 from numballama.quantization.convert import convert
 from numballama.quantization.types import BF16, BLOCKS, F16, F32, Q4_0, Q4_1, Q8_0, WeightType
 from numballama.tokenizers.base import PieceType, Vocabulary
-from numballama.tokenizers.scored import GgufTokenizer
+from numballama.tokenizers.gguf import GgufTokenizer
 from tests.helpers.random_models import random_checkpoint
 
 CONFIG = ModelConfig(32, 64, 2, 4, 2, 300, 16, tied_embeddings=False)

@@ -17,7 +17,8 @@ import pytest
 
 import numballama
 from numballama import loader
-from numballama.export import WRITERS
+from numballama.export import WRITERS, WriteOptions
+from numballama.formats.gguf.writer import write_gguf
 from numballama.model import Model
 from numballama.quantization.convert import convert
 from numballama.quantization.types import WeightType
@@ -40,7 +41,7 @@ def v2_files(models: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     for name in NAMES:
         source = loader.open_checkpoint(models / f"{name}.bin")
         files[name] = folder / f"{name}.bin"
-        WRITERS["llama2c-v2"](files[name], source.config, source.weights, group_size=32)
+        WRITERS["llama2c-v2"](files[name], source.config, source.weights, WriteOptions(group_size=32))
     return files
 
 
@@ -93,7 +94,7 @@ def test_4_bit_files_in_llama_cpp(models: Path, tmp_path: Path, kind: str) -> No
         name: convert(weight, WeightType(kind)) if len(weight.shape) == 2 else weight
         for name, weight in source.weights.items()
     }
-    WRITERS["gguf"](path := tmp_path / "m.gguf", source.config, weights, tokenizer=source.tokenizer)
+    write_gguf(path := tmp_path / "m.gguf", source.config, weights, tokenizer=source.tokenizer)
     expected = (GOLDEN / f"llama_cpp_stories15M_{kind}.txt").read_text(encoding="utf-8")
     with numballama.compile(path, device="cpu") as model:
         assert model.generate("Once upon a time", temperature=0, max_tokens=40) == expected

@@ -37,6 +37,7 @@ def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_a_run(tmp_path: Path) -> None:
     program = tmp_path / "llama-bench"
     program.write_text(LLAMA_BENCH)
@@ -89,11 +90,53 @@ def test_models_are_chosen(script: ModuleType) -> None:
         script.chosen(["GPT-9"], False)
 
 
+@pytest.mark.slow
 def test_far_context(script: ModuleType) -> None:
     cost = script.context_cost("cpu", 1, "stories260K", 256)
     assert cost["far"] == 256 and cost["near"] == 128 and cost["ratio"] > 0
 
 
+@pytest.mark.slow
 def test_first_token(script: ModuleType) -> None:
     found = script.first_tokens("cpu", [], 1)
     assert 0 < found["cached_s"] < found["empty_cache_s"]
+
+
+# Two checkouts
+
+COMPARE = SCRIPT.with_name("compare.py")
+
+
+def compare(*words: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(COMPARE), *map(str, words)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
+def test_comparing_a_checkout_with_itself(tmp_path: Path) -> None:
+    out = tmp_path / "compare.json"
+    words = ["--against", COMPARE.parents[1], "--device", "cpu", "--threads", 1, "--rounds", 2, "--tokens", 4]
+    words += ["--prompt-tokens", 8, "--models", "stories260K:f32", "--out", out]
+    done = compare(*words)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())["models"]["stories260K:f32"]
+    assert found["this"]["tokens"] == 4 and found["against"]["prompt_tokens"] == 8
+    for what in ("decode", "prefill"):
+        assert found[what]["this_tokens_per_second"] > 0 and len(found[what]["rounds"]["against"]) == 2
+        assert found[what]["ratio"] > 0 and found[what]["ratio_of_best"] > 0
+    assert "| stories260K:f32 |" in done.stdout
+    again = compare(*words)
+    assert again.returncode == 0 and again.stderr == "", "what the file has is not measured again"
+    assert again.stdout == done.stdout
+
+
+def test_a_checkout_that_fails_does_not_end_the_comparison(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").mkdir()
+    (tmp_path / "benchmarks" / "gpu.py").write_text("raise SystemExit('of a test')")
+    done = compare("--against", tmp_path, "--device", "cpu", "--models", "stories260K:f32", "--rounds", 1)
+    assert done.returncode == 0 and "of a test" in done.stderr
+    assert "| stories260K:f32 | failed: " in done.stdout and "ended with exit status 1" in done.stdout
+
+
+def test_what_cannot_be_compared(tmp_path: Path) -> None:
+    assert "--against PATH is missing" in compare().stderr
+    assert "it is no checkout of numballama" in compare("--against", tmp_path).stderr

@@ -19,11 +19,11 @@ import pytest
 
 import numballama
 from numballama import graph, ir, registry
+from numballama.backend import KV_TYPES
 from numballama.cli import main as cli
 from numballama.export import export_model
 from numballama.formats.hf import config as hf_config
 from numballama.formats.hf import reader as hf
-from numballama.model import KV_TYPES
 from numballama.quantization import policy
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.loader import open_checkpoint
 from numballama.tokenizers.base import Vocabulary
 from numballama.tokenizers.bpe import BPETokenizer
-from numballama.tokenizers.pretokenizers import WORDS
+from numballama.tokenizers.pretokenizers import PRE_TOKENIZERS
 from tests.golden.lines import lines
 from tests.helpers.bpe import ADDED, CHAT_CONFIG, SPECIAL, chat_model, save_json, trained
 from tests.helpers.gguf_files import CONFIG, edited, u32
@@ -31,7 +31,7 @@ TEXTS = [
 ]
 
 
-@pytest.mark.parametrize("pre", WORDS)
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 @pytest.mark.parametrize(("bos", "eos"), [(False, False), (True, False), (True, True), (False, True)])
 def test_a_gguf_becomes_a_directory(tmp_path: Path, pre: str, bos: bool, eos: bool) -> None:
     if (bos, eos) != (True, False) and pre not in ("smollm", "llama-bpe"):

@@ -19,11 +19,13 @@ from hypothesis import strategies as st
 import numballama
 from numballama import ContextError, DeviceError, Error, Model, UnsupportedError
 from numballama.config import ModelConfig
+from numballama.cpu import CpuBackend
 from numballama.generate import StopStringFilter
-from numballama.model import CHUNK, Interrupted, Piece
+from numballama.model import Interrupted, Piece
 from tests.helpers.bounds import shared_model, story_model
 from tests.helpers.random_models import save
 
+CHUNK = CpuBackend.prefill_chunk
 TINY = ModelConfig(16, 24, 2, 4, 2, 300, 2 * CHUNK + 10)
 WORDS = [
     " ",
@@ -143,7 +145,7 @@ def test_characters_are_never_split(model: Model, seed: int) -> None:
     assert model.tokenizer is not None
     tokens = [piece.token for piece in pieces if piece.finish_reason != "eos"]
     assert sum(3 <= token < 259 for token in tokens) > 10, "hardly any bytes: the test says nothing"
-    decoder = model.tokenizer.decoder(at_start=False)
+    decoder = model.tokenizer.decoder(strip_leading_space=False)
     assert joined(pieces) == "".join([*map(decoder.push, tokens), decoder.flush()])
 
 

@@ -15,7 +15,7 @@ from numballama.config import ModelConfig
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.export import WRITERS
 from numballama.loader import open_checkpoint
-from numballama.tokenizers.scored import Llama2cTokenizer
+from numballama.tokenizers.llama2c import Llama2cTokenizer
 from tests.helpers.random_models import random_checkpoint
 
 SMALL = ModelConfig(16, 12, 1, 4, 2, 264, 8)
@@ -40,11 +40,11 @@ def model(tmp_path: Path) -> Path:
 def test_overrides_replace_and_the_rest_is_noted(model: Path) -> None:
     assert loader.open is open_checkpoint
     opened = open_checkpoint(model)
-    assert opened.assumed == ("rope_pairing", "rope_theta", "norm_eps")
+    assert opened.defaulted_fields == ("rope_pairing", "rope_theta", "norm_eps")
     assert "rope_pairing='interleaved', rope_theta=10000.0, norm_eps=1e-05" in opened.notes[-1]
     opened = open_checkpoint(model, rope_pairing="half-split", rope_theta=5e5)
     assert (opened.config.rope_pairing, opened.config.rope_theta) == ("half", 5e5)
-    assert opened.assumed == ("norm_eps",)
+    assert opened.defaulted_fields == ("norm_eps",)
     assert "norm_eps=1e-05" in opened.notes[-1]
     assert "theta" not in opened.notes[-1]
     assert open_checkpoint(model, rope_pairing="half", rope_theta=1e6, norm_eps=1e-6).notes == []

@@ -37,11 +37,11 @@ GEMM_TILE, GEMM_K_STEP = 128, 64
 GEMM_THREADS = 128
 GEMM_TILE_BYTES = GEMM_TILE * GEMM_K_STEP * 2
 GEMM_F32_THREADS, GEMM_F32_K_STEP, GEMM_F32_X_STRIDE, GEMM_F32_W_STRIDE = 256, 16, 64 + 4, 128 + 4
-"""float32: a block computes 64 tokens × 128 columns, a thread 8 × 4. 16 columns of X and W at a time lie in shared
+"""float32: a block computes 64 tokens × 128 columns, a thread 8 × 4. 16 columns of X and W at a time are in shared
 memory, transposed so that elements of one column are neighbours; the strides count float32.
 """
 GEMM_STAGED_BYTES = 544
-"""Distance in bytes of two rows of 128 float32 results in shared memory. Rows that one group of lanes writes lie in
+"""Distance in bytes of two rows of 128 float32 results in shared memory. Rows that one group of lanes writes are in
 different banks.
 """
 

@@ -60,7 +60,7 @@ class StreamLayout(NamedTuple):
     pairs_per_block: int
     """Pairs of rows of each block."""
     extra_pairs: int
-    """The first so many blocks have one pair more."""
+    """How many blocks, from the first on, have one pair more."""
     prefetch: int
     """Stages that are copied before the first one is used."""
 

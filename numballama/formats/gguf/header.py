@@ -1,7 +1,7 @@
-"""GGUF's container: the metadata and the tensor directory of a file that nobody vouches for.
+"""GGUF's container: reads the metadata and the tensor directory of an untrusted file.
 
-Every count, length and offset is compared with the file's size before it is believed, and a value is decoded when it
-is asked for: until then it is a place in the file. So opening costs what the directory costs, whatever a file claims.
+Every count, length and offset is compared with the size of the file before it is used. A metadata value is decoded when
+it is asked for; until then only its place is known. So the cost of opening depends on the directory, not on its claims.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -21,19 +21,20 @@ import numpy.typing as npt
 from ...errors import FormatError, UnsupportedError
 from ...files import MappedFile
 from ...quantization.types import TYPE_TRAITS
+from ..tensors import TensorInfo
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 DEFAULT_ALIGNMENT = 32
-"""Bytes; every tensor's offset is a multiple of `general.alignment`, which is this unless the file says otherwise."""
+"""Default of `general.alignment`, in bytes. The offset of every tensor is a multiple of it."""
 
 MAX_ENTRIES, MAX_STRINGS, MAX_NAME, MAX_DIMS = 1 << 16, 1 << 22, 1 << 16, 4
-"""Metadata keys, and tensors; strings in all arrays together; bytes of a name. The first two bound memory and time by
-less than a large file's size would: today's largest vocabularies have 0.3 million tokens and 0.6 million merges."""
+"""Limits on: metadata keys, and tensors; strings in all arrays together; bytes of a name; dimensions. The first two
+bound memory and time for large files. The largest vocabularies have 0.3 million tokens and 0.6 million merges."""
 
 
 class ValueType(IntEnum):
-    """Types of metadata values, as the format numbers them."""
+    """Types of metadata values, by the format's numbers."""
 
     UINT8, INT8, UINT16, INT16, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64, INT64, FLOAT64 = range(13)
 
@@ -90,7 +91,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Field:
-    """Where a metadata value lies: `count` items of `type` from byte `offset`; a scalar is one item, no array."""
+    """Place of a metadata value: `count` items of `type` from byte `offset`. A scalar is one item that is no array."""
 
     type: ValueType
     offset: int
@@ -101,20 +102,8 @@ class Field:
         return f"an array of {self.count:,} {self.type.name}" if self.array else self.type.name
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor of the directory: numbers in C order with `shape`, outermost first, from byte `offset` of `file`."""
-
-    file: MappedFile
-    name: str
-    type: str
-    shape: tuple[int, ...]
-    offset: int
-    nbytes: int
-
-
 class Header:
-    """Metadata and tensor directory of a GGUF file, checked. Values are reached by key, in the type asked for.
+    """Checked metadata and tensor directory of a GGUF file. A getter for each type returns the value of a key.
 
     `fields` and `tensors` are in file order. Raises `FormatError` with the byte offset for a damaged file, and
     `UnsupportedError` for other versions, big-endian files and unknown tensor types. The getters raise `FormatError`
@@ -149,13 +138,13 @@ class Header:
     # Metadata, decoded
 
     def integer(self, key: str, default: int | None = None) -> int | None:
-        """The integer of a key, whatever its width; `default` when the key is missing."""
+        """The integer of a key, of any width; `default` when the key is missing."""
         return self._get(
             key, "an integer", lambda f: f.type in _INTEGERS and not f.array, lambda f: int(self._scalar(f)), default
         )
 
     def number(self, key: str, default: float | None = None) -> float | None:
-        """The number of a key. A float32 becomes the shortest decimal that it is the float32 of: 1e-5 stays 1e-5."""
+        """The number of a key. A float32 becomes the shortest decimal that rounds to it, so that 1e-5 stays 1e-5."""
         wanted = (*_INTEGERS, ValueType.FLOAT32, ValueType.FLOAT64)
         return self._get(
             key, "a number", lambda f: f.type in wanted and not f.array, lambda f: float(str(self._scalar(f))), default
@@ -182,7 +171,7 @@ class Header:
         return self._get(key, "a string", lambda f: f.type is ValueType.STRING and not f.array, decode, default)
 
     def numbers(self, key: str) -> npt.NDArray[Any] | None:
-        """The array of numbers of a key, as a view of the file in the file's own type; None when it is missing."""
+        """The array of numbers of a key, a view of the file in its own type; None when the key is missing."""
 
         def decode(field: Field) -> npt.NDArray[Any]:
             return np.frombuffer(self._data, SCALARS[field.type], field.count, field.offset)
@@ -190,26 +179,26 @@ class Header:
         return self._get(key, "an array of numbers", lambda f: f.array and f.type in SCALARS, decode, None)
 
     def strings(self, key: str) -> list[bytes] | None:
-        """The array of strings of a key, as bytes: pieces of a vocabulary need not be UTF-8. None when missing."""
+        """The array of strings of a key, as bytes, because pieces may not be UTF-8; None when the key is missing."""
 
         def decode(field: Field) -> list[bytes]:
             data, offset, unpack = self._data, field.offset, _U64.unpack_from
-            found = []
+            strings = []
             for _ in range(field.count):
                 end = offset + 8 + unpack(data, offset)[0]
-                found.append(data[offset + 8 : end])
+                strings.append(data[offset + 8 : end])
                 offset = end
-            return found
+            return strings
 
         return self._get(key, "an array of strings", lambda f: f.array and f.type is ValueType.STRING, decode, None)
 
     def _get(
-        self, key: str, wanted: str, fits: Callable[[Field], bool], decode: Callable[[Field], T], default: T | None
+        self, key: str, expected: str, fits: Callable[[Field], bool], decode: Callable[[Field], T], default: T | None
     ) -> T | None:
         if (field := self.fields.get(key)) is None:
             return default
         if not fits(field):
-            raise self._fault(f"metadata key {key} has the wrong type", field.offset, wanted, field)
+            raise self._fault(f"metadata key {key} has the wrong type", field.offset, expected, field)
         return decode(field)
 
     def _scalar(self, field: Field) -> Any:
@@ -221,7 +210,7 @@ class Header:
         return FormatError(message, path=self.path, where=where, expected=expected, found=found)
 
     def _require(self, nbytes: int, what: str) -> None:
-        """Raise `FormatError` unless that many bytes follow."""
+        """Raise `FormatError` unless `nbytes` bytes follow."""
         if nbytes > self.size - self._at:
             left = self.size - self._at
             raise self._fault(f"the file ends in {what}", self._at, f"{nbytes:,} bytes", f"{left:,}")
@@ -232,10 +221,10 @@ class Header:
         self._at += kind.size
         return value
 
-    def _count(self, what: str, least: int) -> int:
-        """A number of entries, each of at least `least` bytes."""
+    def _count(self, what: str, min_bytes: int) -> int:
+        """Read a number of entries, each of at least `min_bytes` bytes."""
         where, count = self._at, self._read(_U64, f"the number of {what}")
-        limit = min((self.size - self._at) // least, MAX_ENTRIES)
+        limit = min((self.size - self._at) // min_bytes, MAX_ENTRIES)
         if count > limit:
             raise self._fault(f"too many {what} for this file", where, f"at most {limit:,}", f"{count:,}")
         return count
@@ -303,15 +292,15 @@ class Header:
         )
 
     def _read_alignment(self) -> int:
-        found = self.integer("general.alignment", DEFAULT_ALIGNMENT)
-        assert found is not None
-        if found <= 0 or found & (found - 1):
+        alignment = self.integer("general.alignment", DEFAULT_ALIGNMENT)
+        assert alignment is not None
+        if alignment <= 0 or alignment & (alignment - 1):
             where = self.fields["general.alignment"].offset
-            raise self._fault("bad general.alignment", where, "a power of two", f"{found:,}")
-        return found
+            raise self._fault("bad general.alignment", where, "a power of two", f"{alignment:,}")
+        return alignment
 
     def _read_tensor(self) -> tuple[TensorInfo, int]:
-        """A directory entry, its offset still relative to the data, and where that offset stands."""
+        """Read a directory entry. Returns it, with its offset relative to the data, and where the offset is stored."""
         where, name = self._at, self._name("a tensor")
         if name in self.tensors:
             raise self._fault(f"tensor {name} is there twice", where, "distinct names", name)
@@ -339,7 +328,7 @@ class Header:
         return info, where
 
     def _place(self, info: TensorInfo, where: int) -> None:
-        """Make the offset one of the file."""
+        """Make the offset relative to the file."""
         start = self.data_offset + info.offset
         if start + info.nbytes > self.size:
             raise self._fault(
@@ -366,7 +355,7 @@ _INTEGERS = tuple(kind for kind, dtype in SCALARS.items() if dtype.kind in "ui" 
 
 
 def require(value: T | None, header: Header, key: str) -> T:
-    """`value`, which the metadata key `key` must give. Raises `FormatError` when it is None."""
+    """`value`, read from the metadata key `key`. Raises `FormatError` when it is None."""
     if value is None:
         raise FormatError("a metadata key is missing", path=header.path, expected=key, found="no such key")
     return value

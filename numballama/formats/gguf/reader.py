@@ -1,9 +1,7 @@
-"""GGUF, llama.cpp's format: architectures of the Llama family, weights as they lie in the file, or in the files of a
-split model.
+"""GGUF, llama.cpp's format: metadata keys become a `ModelConfig`, tensors become `Weight`s that are views of the file.
 
-For "llama", which Mistral and SmolLM2 are as well, llama.cpp rotates neighbouring dimensions, and its converters
-permute q and k to that: RoPE pairs are interleaved. For "qwen2" and "qwen3" they are left half-split.
-`gguf_header` reads the container; here its keys become a `ModelConfig`, and its tensors `Weight`s.
+In architecture "llama", which includes Mistral and SmolLM2, llama.cpp rotates neighbouring dimensions and its
+converters permute q and k to match: RoPE pairs are interleaved. In "qwen2" and "qwen3" they stay half-split.
 """
 
 from __future__ import annotations
@@ -19,16 +17,18 @@ from ...config import HALF_SPLIT, INTERLEAVED, ModelConfig, RopeScaling
 from ...errors import Error, FormatError, UnsupportedError
 from ...files import MappedFile
 from ...memory import format_bytes
-from ...quantization.convert import EXACT, convert
-from ...quantization.types import F32, FALLBACK_TYPE, TYPE_TRAITS, WeightType
+from ...quantization.convert import EXACT
+from ...quantization.types import FALLBACK_TYPE, TYPE_TRAITS, WeightType
 from ...rope import rope_divisors
-from ..llama2c.layout import MAX_CONTEXT, MAX_LAYERS
-from ..tokenizer_files import from_gguf
-from .header import Header, TensorInfo, require
+from ..limits import MAX_CONTEXT, MAX_LAYERS
+from ..tensor_names import TensorNames
+from ..tensors import TensorInfo, view_weight
+from .header import Header, require
 from .split import open_header
+from .tokenizer import read_gguf_tokenizer
 
 ARCHITECTURES = {"llama": INTERLEAVED, "qwen2": HALF_SPLIT, "qwen3": HALF_SPLIT}
-"""Supported architecture → how its RoPE pairs dimensions."""
+"""Supported architecture → its RoPE pairing."""
 
 WEIGHT_TYPES = {
     name.upper(): (WeightType(name), traits.storage)
@@ -37,50 +37,44 @@ WEIGHT_TYPES = {
 }
 """Name of a tensor type → our type, and the elements of `Weight.data`."""
 
-_TOP = {"tok_embeddings": "token_embd.weight", "norm": "output_norm.weight", "output": "output.weight"}
 ROPE_FACTORS = "rope_freqs.weight"
 _ORIGINAL_CONTEXTS = (8192, *(1 << bits for bits in range(5, 18)))
-"""Contexts of models that Llama 3.1's rule is looked for with; the published ones' first."""
-_LAYER = {
-    "attn_norm": "attn_norm.weight",
-    "wq": "attn_q.weight",
-    "wk": "attn_k.weight",
-    "wv": "attn_v.weight",
-    "wo": "attn_output.weight",
-    "ffn_norm": "ffn_norm.weight",
-    "w1": "ffn_gate.weight",
-    "w2": "ffn_down.weight",
-    "w3": "ffn_up.weight",
-    "bq": "attn_q.bias",
-    "bk": "attn_k.bias",
-    "bv": "attn_v.bias",
-    "bo": "attn_output.bias",
-    "b1": "ffn_gate.bias",
-    "b2": "ffn_down.bias",
-    "b3": "ffn_up.bias",
-    "q_norm": "attn_q_norm.weight",
-    "k_norm": "attn_k_norm.weight",
-}
+"""Original contexts to try when recognising Llama 3.1's RoPE scaling; that of the published models first."""
+TENSOR_NAMES = TensorNames(
+    top={"tok_embeddings": "token_embd.weight", "norm": "output_norm.weight", "output": "output.weight"},
+    layer={
+        "attn_norm": "attn_norm.weight",
+        "wq": "attn_q.weight",
+        "wk": "attn_k.weight",
+        "wv": "attn_v.weight",
+        "wo": "attn_output.weight",
+        "ffn_norm": "ffn_norm.weight",
+        "w1": "ffn_gate.weight",
+        "w2": "ffn_down.weight",
+        "w3": "ffn_up.weight",
+        "bq": "attn_q.bias",
+        "bk": "attn_k.bias",
+        "bv": "attn_v.bias",
+        "bo": "attn_output.bias",
+        "b1": "ffn_gate.bias",
+        "b2": "ffn_down.bias",
+        "b3": "ffn_up.bias",
+        "q_norm": "attn_q_norm.weight",
+        "k_norm": "attn_k_norm.weight",
+    },
+    prefix="blk",
+)
 
 _NEUTRAL: Mapping[str, tuple[float, ...]] = {
     "expert_count": (0,),
     "rope.scaling.attn_factor": (0, 1),
     "attention.scale": (0,),
 }
-"""Keys of what this version does not compute → the values that ask for nothing; llama.cpp takes 0 for "not given"."""
+"""Keys of features that are not computed → values that do not need them. llama.cpp takes 0 for "not given"."""
 
 
-def tensor_name(name: str) -> str:
-    """The name in a GGUF file of the weight that is `name` in `ModelConfig.weight_shapes`."""
-    if name in _TOP:
-        return _TOP[name]
-    _, layer, short = name.split(".")
-    return f"blk.{layer}.{_LAYER[short]}"
-
-
-def read(file: MappedFile, own_tokenizer: bool = True) -> Checkpoint:
-    """Open a GGUF file, with the tokenizer that it holds unless `own_tokenizer` is False. A part of a split model opens
-    all of it.
+def read(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
+    """Open a GGUF file, with its tokenizer unless `load_tokenizer` is False. A part of a split model opens all parts.
 
     Raises `FormatError` for damaged files, `UnsupportedError` for architectures, tensor types and metadata that ask
     for what this version cannot do. A tokenizer of an unsupported kind is left out, with a note.
@@ -89,7 +83,7 @@ def read(file: MappedFile, own_tokenizer: bool = True) -> Checkpoint:
     _require_supported(header)
     config = _config(header)
     weights = {name: _weight(header, name, shape) for name, shape in config.weight_shapes().items()}
-    known = {ROPE_FACTORS, *(tensor_name(name) for name in weights)}
+    known = {ROPE_FACTORS, *(TENSOR_NAMES[name] for name in weights)}
     if extra := [name for name in header.tensors if name not in known]:
         raise UnsupportedError(
             f"{file.path}: tensor {extra[0]} has no place in a {_architecture(header)} model of this version"
@@ -106,9 +100,9 @@ def read(file: MappedFile, own_tokenizer: bool = True) -> Checkpoint:
     )
     if 0 < config.window < config.context:
         opened.notes.append(f"tokens see the last {config.window:,} only (attention.sliding_window)")
-    if own_tokenizer:
+    if load_tokenizer:
         try:
-            opened.tokenizer = from_gguf(header)
+            opened.tokenizer = read_gguf_tokenizer(header)
         except UnsupportedError as error:
             opened.notes.append(f"its tokenizer is left out: {error}")
     return opened
@@ -155,7 +149,7 @@ def _config(header: Header) -> ModelConfig:
             found=f"{len(header.tensors)} tensors",
         )
     dim, n_heads = integer("embedding_length"), integer("attention.head_count")
-    first = {short for short, theirs in _LAYER.items() if f"blk.0.{theirs}" in header.tensors}
+    first = {short for short in TENSOR_NAMES.layer if TENSOR_NAMES[f"layers.0.{short}"] in header.tensors}
     try:
         config = ModelConfig(
             dim=dim,
@@ -180,7 +174,7 @@ def _config(header: Header) -> ModelConfig:
     except (FormatError, UnsupportedError):
         raise
     except Error as error:
-        raise FormatError(f"a model that cannot be: {error}", path=header.path) from None
+        raise FormatError(f"an impossible model: {error}", path=header.path) from None
     for key in ("attention.value_length", "rope.dimension_count"):
         if (found := integer(key, config.head_dim)) != config.head_dim:
             raise UnsupportedError(
@@ -190,8 +184,9 @@ def _config(header: Header) -> ModelConfig:
 
 
 def _rope_scaling(header: Header, config: ModelConfig) -> RopeScaling | None:
-    """By a factor for all frequencies, in which case no key for the type means linear, or by a tensor of one factor for
-    each pair, as llama.cpp's converter writes for Llama 3.1: its rule is recognised in the numbers.
+    """Scaling by one factor for all frequencies (type "linear", also if there is no key for the type), or by a tensor
+    with a factor for each pair. llama.cpp's converter writes such a tensor for Llama 3.1, whose rule is recognised from
+    the numbers.
     """
     architecture = _architecture(header)
     kind = header.text(f"{architecture}.rope.scaling.type", "linear")
@@ -222,17 +217,17 @@ def _rope_scaling(header: Header, config: ModelConfig) -> RopeScaling | None:
 
 
 def _weight(header: Header, name: str, shape: tuple[int, ...]) -> Weight:
-    """A view of the tensor; norms and biases, which are small, become float32."""
-    theirs = tensor_name(name)
-    if (info := header.tensors.get(theirs)) is None:
+    """The weight as a view of its tensor; norms and biases, which are small, become float32."""
+    file_name = TENSOR_NAMES[name]
+    if (info := header.tensors.get(file_name)) is None:
         raise FormatError(
-            "a tensor is missing", path=header.path, where=f"tensor {theirs}", expected=shape, found="none"
+            "a tensor is missing", path=header.path, where=f"tensor {file_name}", expected=shape, found="none"
         )
     if _squeezed(info.shape, len(shape)) != shape:
         raise FormatError(
             "a tensor has the wrong shape",
             path=info.file.path,
-            where=f"tensor {theirs}",
+            where=f"tensor {file_name}",
             expected=shape,
             found=info.shape,
         )
@@ -240,25 +235,18 @@ def _weight(header: Header, name: str, shape: tuple[int, ...]) -> Weight:
 
 
 def _squeezed(shape: tuple[int, ...], n_dims: int) -> tuple[int, ...]:
-    """The shape without outer dimensions of 1 in excess of `n_dims`."""
+    """`shape` without outer dimensions of 1 beyond `n_dims`."""
     excess = max(len(shape) - n_dims, 0)
     return shape[excess:] if shape[:excess] == (1,) * excess else shape
 
 
 def _view(info: TensorInfo, shape: tuple[int, ...]) -> Weight:
-    supported = WEIGHT_TYPES if len(shape) == 2 else {name: WEIGHT_TYPES[name] for name in ("F32", "F16", "BF16")}
-    if info.type not in supported:
-        raise UnsupportedError(
-            f"{info.file.path}: tensor {info.name} has type {info.type}; supported are {', '.join(supported)}"
-        )
-    kind, element = supported[info.type]
-    data = np.frombuffer(info.file.data, element, info.nbytes // element.itemsize, info.offset)
-    weight = Weight(shape, kind, data.reshape(shape[0], -1) if len(shape) == 2 else data)
-    return weight if len(shape) == 2 else convert(weight, F32)
+    types = WEIGHT_TYPES if len(shape) == 2 else {name: WEIGHT_TYPES[name] for name in ("F32", "F16", "BF16")}
+    return view_weight(info, shape, types)
 
 
 def _conversions(weights: Mapping[str, Weight]) -> list[str]:
-    """A note for each type of which backends have no kernels."""
+    """A note for each type that no backend has kernels for."""
     notes = []
     for kind, target in FALLBACK_TYPE.items():
         if names := [name for name, weight in weights.items() if weight.type.name == kind]:

@@ -1,7 +1,8 @@
-"""Models split over several GGUF files, as llama.cpp's gguf-split and the gguf package name and number them.
+"""Models split over several GGUF files, as llama.cpp's gguf-split and the gguf package write them.
 
-Every part says in its metadata which it is (`split.no`, from 0), of how many (`split.count`) and how many tensors all
-have together (`split.tensors.count`); the first holds all other metadata. Names end in -00001-of-00003.gguf.
+The metadata of each part give its number (`split.no`, from 0), the number of parts (`split.count`) and the number of
+tensors in all parts (`split.tensors.count`). The first part holds all other metadata. Names end in
+-00001-of-00003.gguf.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _NAME = re.compile(r"(?P<stem>.*)-(?P<part>\d{5})-of-(?P<count>\d{5})\.gguf", re
 
 
 def open_header(file: MappedFile) -> tuple[Header, list[str]]:
-    """The header of a GGUF file, and notes. Of a split model it is the first part's, with the tensors of all parts.
+    """The header of a GGUF file, and notes. For a split model: the first part's header with the tensors of all parts.
 
     Raises `FormatError` for parts that are missing or do not belong together, and what `Header` and `map_file` raise.
     """
@@ -27,7 +28,7 @@ def open_header(file: MappedFile) -> tuple[Header, list[str]]:
         return given, []
     if (match := _NAME.fullmatch(file.path.name)) is None:
         raise FormatError(
-            f"one of {count:,} parts of a model under a name that does not lead to the others",
+            f"one of {count:,} parts of a model, renamed so that the others cannot be found",
             path=file.path,
             expected=f"…-{_number(given) + 1:05}-of-{count:05}.gguf",
             found=file.path.name,
@@ -36,7 +37,7 @@ def open_header(file: MappedFile) -> tuple[Header, list[str]]:
     _require_numbers(given, part, int(match["count"]))
     headers = [given if index == part else _open(file, match["stem"], index, count) for index in range(count)]
     first = headers[0]
-    expected, found = first.integer("split.tensors.count"), sum(len(header.tensors) for header in headers)
+    expected, total = first.integer("split.tensors.count"), sum(len(header.tensors) for header in headers)
     for header in headers[1:]:
         for name in header.tensors:
             if (other := first.tensors.get(name)) is not None:
@@ -44,13 +45,13 @@ def open_header(file: MappedFile) -> tuple[Header, list[str]]:
                     f"a tensor that {other.file.path.name} holds as well", path=header.path, where=f"tensor {name}"
                 )
         first.tensors.update(header.tensors)
-    if expected is not None and expected != found:
+    if expected is not None and expected != total:
         raise FormatError(
             "the parts do not hold all tensors",
             path=first.path,
             where=first.fields["split.tensors.count"].offset,
             expected=f"{expected:,}",
-            found=f"{found:,}",
+            found=f"{total:,}",
         )
     notes = [f"part {part + 1} of {count} was given: all parts are opened, from the first"] if part else []
     return first, notes
@@ -71,19 +72,19 @@ def _open(given: MappedFile, stem: str, index: int, count: int) -> Header:
 
 
 def _number(header: Header) -> int:
-    found = header.integer("split.no", 0)
-    assert found is not None
-    return found
+    number = header.integer("split.no", 0)
+    assert number is not None
+    return number
 
 
 def _require_numbers(header: Header, index: int, count: int) -> None:
-    """Raise `FormatError` unless a part's metadata say what its name says."""
-    found = _number(header), header.integer("split.count", 0)
-    if found != (index, count):
+    """Raise `FormatError` unless the metadata of a part agree with its file name."""
+    numbers = _number(header), header.integer("split.count", 0)
+    if numbers != (index, count):
         raise FormatError(
-            "the metadata do not say what the file's name says",
+            "split.no and split.count contradict the file name",
             path=header.path,
             where=header.fields[key].offset if (key := "split.no") in header.fields else key,
             expected=f"split.no {index} of split.count {count}",
-            found=f"{found[0]} of {found[1]}",
+            found=f"{numbers[0]} of {numbers[1]}",
         )

@@ -1,13 +1,16 @@
-"""A GGUF file's tokenizer "gpt2": byte-level BPE from tokens, merges and the name of a pre-tokenizer."""
+"""Tokenizers in the metadata of GGUF files: "llama" (sentencepiece's BPE) and "gpt2" (byte-level BPE)."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from ...errors import FormatError, UnsupportedError
-from ...tokenizers.base import MAX_VOCAB, PieceType
-from ...tokenizers.bpe import BPETokenizer, faults, library_from
-from ...tokenizers.pretokenizers import WORDS, pre_tokenizer
+from ...tokenizers.base import BYTE_PIECE, MAX_VOCAB, PieceType, Tokenizer, Vocabulary
+from ...tokenizers.bpe import BPETokenizer, build_library, library_errors
+from ...tokenizers.gguf import GgufTokenizer
+from ...tokenizers.pretokenizers import PRE_TOKENIZERS, build_pre_tokenizer
 from .header import Header
 
 if TYPE_CHECKING:
@@ -16,42 +19,106 @@ if TYPE_CHECKING:
 _KEY = "tokenizer.ggml."
 
 
-def bpe_from_gguf(header: Header) -> BPETokenizer:
-    """The tokenizer, with llama.cpp's ids: a control or user-defined token is one only where it is asked for.
+def read_gguf_tokenizer(header: Header) -> Tokenizer | None:
+    """The tokenizer in a file's metadata; None if it holds none. Some damage shows only in `Tokenizer.prepare`.
 
-    Raises `FormatError` for damaged metadata, `UnsupportedError` for a pre-tokenizer of unknown name.
+    Raises `FormatError` for damaged metadata, `UnsupportedError` for another kind of tokenizer.
     """
+    model = header.text(f"{_KEY}model")
+    if model in (None, "none", "no_vocab"):
+        return None
+    if model == "llama":
+        return _read_llama(header)
+    if model == "gpt2":
+        return _read_gpt2(header)
+    kind = {"bert": "WordPiece", "t5": "unigram"}.get(str(model), "unknown")
+    raise UnsupportedError(
+        f"{header.path}: tokenizer {model!r} ({kind}) is not read; supported are 'llama' (sentencepiece) and "
+        "'gpt2' (byte-level BPE)"
+    )
 
-    def fault(name: str, expected: str, found: object) -> FormatError:
-        where = f"metadata key {_KEY}{name}"
-        return FormatError("bad vocabulary", path=header.path, where=where, expected=expected, found=found)
 
-    if (words := WORDS.get(pre := header.text(f"{_KEY}pre", "default") or "default")) is None:
-        raise UnsupportedError(
-            f"{header.path}: pre-tokenizer {pre!r} is not known; known are {', '.join(map(repr, WORDS))}"
-        )
-    pieces = [piece.decode(errors="replace") for piece in header.strings(f"{_KEY}tokens") or []]
+def _fault(header: Header, name: str, expected: str, found: object) -> FormatError:
+    where = f"metadata key {_KEY}{name}"
+    return FormatError("bad vocabulary", path=header.path, where=where, expected=expected, found=found)
+
+
+def _pieces(header: Header) -> list[bytes]:
+    pieces = header.strings(f"{_KEY}tokens") or []
     if not 0 < len(pieces) <= MAX_VOCAB:
-        raise fault("tokens", f"1 to {MAX_VOCAB:,} pieces", f"{len(pieces):,}")
-    if f"{_KEY}merges" not in header.fields:
-        raise fault("merges", "merges of two pieces", "no such key")
-    types = header.numbers(f"{_KEY}token_type")
-    if types is not None and len(types) != len(pieces):
-        raise fault("token_type", f"{len(pieces):,} numbers", f"{len(types):,}")
+        raise _fault(header, "tokens", f"1 to {MAX_VOCAB:,} pieces", f"{len(pieces):,}")
+    return pieces
 
-    def special(name: str) -> int | None:
-        found = header.integer(f"{_KEY}{name}_token_id")
-        return found if found is not None and 0 <= found < len(pieces) else None  # files say -1 for "none"
 
-    bos, eos = special("bos"), special("eos")
-    kinds = [PieceType.NORMAL] * len(pieces) if types is None else [int(kind) for kind in types.tolist()]
-    for token in (bos, eos, special("eot"), special("eom")):  # whatever their type: a text never contains them
+def _numbers(header: Header, name: str, count: int) -> np.ndarray | None:
+    """The array of a key, one number for each piece; None when the key is missing."""
+    numbers = header.numbers(f"{_KEY}{name}")
+    if numbers is not None and len(numbers) != count:
+        raise _fault(header, name, f"{count:,} numbers", f"{len(numbers):,}")
+    return numbers
+
+
+def _token_id(header: Header, name: str, count: int, default: int | None = None) -> int | None:
+    """The id of a special token such as "bos". Files write -1 for "none"; so any id outside the vocabulary is None."""
+    token = header.integer(f"{_KEY}{name}_token_id", default)
+    return token if token is not None and 0 <= token < count else None
+
+
+def _read_llama(header: Header) -> GgufTokenizer:
+    """Defaults for missing keys are llama.cpp's: unknown, BOS and EOS are 0, 1 and 2; encoding adds BOS and a space."""
+    pieces = _pieces(header)
+    count = len(pieces)
+    scores, numbers = _numbers(header, "scores", count), _numbers(header, "token_type", count)
+    if scores is None:
+        raise _fault(header, "scores", "a score for each piece", "none")
+    bos, eos, unknown = (_token_id(header, name, count, n) for name, n in (("bos", 1), ("eos", 2), ("unknown", 0)))
+    if numbers is not None:
+        types = [int(number) for number in numbers.tolist()]
+    else:
+        types = [PieceType.BYTE if BYTE_PIECE.fullmatch(piece) else PieceType.NORMAL for piece in pieces]
+        if unknown is not None:
+            types[unknown] = PieceType.UNKNOWN
+    for token in (bos, eos):  # control tokens, whatever their type: text never contains them
         if token is not None:
-            kinds[token] = PieceType.CONTROL
-    wanted = (PieceType.CONTROL, PieceType.USER_DEFINED, PieceType.UNKNOWN)
-    added = {pieces[token]: token for token, kind in enumerate(kinds) if kind in wanted and pieces[token]}
-    silent = frozenset(token for token, kind in enumerate(kinds) if kind in (PieceType.CONTROL, PieceType.UNKNOWN))
-    add_bos, add_eos = (header.flag(f"{_KEY}add_{name}_token") for name in ("bos", "eos"))
+            types[token] = PieceType.CONTROL
+    return GgufTokenizer(
+        Vocabulary(
+            pieces,
+            scores.tolist(),
+            types,
+            bos,
+            eos,
+            unknown,
+            add_bos=header.flag(f"{_KEY}add_bos_token") is not False,
+            add_eos=header.flag(f"{_KEY}add_eos_token") is True,
+            add_space_prefix=header.flag(f"{_KEY}add_space_prefix") is not False,
+        )
+    )
+
+
+def _read_gpt2(header: Header) -> BPETokenizer:
+    """Ids are llama.cpp's: text becomes a control or user-defined token only if the caller asks for it.
+
+    Raises `UnsupportedError` for a pre-tokenizer of unknown name.
+    """
+    name = header.text(f"{_KEY}pre", "default") or "default"
+    if (rules := PRE_TOKENIZERS.get(name)) is None:
+        raise UnsupportedError(
+            f"{header.path}: pre-tokenizer {name!r} is not known; known are {', '.join(map(repr, PRE_TOKENIZERS))}"
+        )
+    pieces = [piece.decode(errors="replace") for piece in _pieces(header)]
+    count = len(pieces)
+    if f"{_KEY}merges" not in header.fields:
+        raise _fault(header, "merges", "merges of two pieces", "no such key")
+    numbers = _numbers(header, "token_type", count)
+    types = [PieceType.NORMAL] * count if numbers is None else [int(number) for number in numbers.tolist()]
+    bos, eos, eot, eom = (_token_id(header, name, count) for name in ("bos", "eos", "eot", "eom"))
+    for token in (bos, eos, eot, eom):  # control tokens, whatever their type: text never contains them
+        if token is not None:
+            types[token] = PieceType.CONTROL
+    special = (PieceType.CONTROL, PieceType.USER_DEFINED, PieceType.UNKNOWN)
+    added = {pieces[token]: token for token, kind in enumerate(types) if kind in special and pieces[token]}
+    silent = frozenset(token for token, kind in enumerate(types) if kind in (PieceType.CONTROL, PieceType.UNKNOWN))
 
     def build() -> Library:
         from tokenizers import models  # 0.03 s to import
@@ -60,14 +127,16 @@ def bpe_from_gguf(header: Header) -> BPETokenizer:
         for number, merge in enumerate(header.strings(f"{_KEY}merges") or []):
             left, space, right = merge[1:].partition(b" ")
             if not space:
-                raise fault("merges", "two pieces with a space between them", f"{merge[:40]!r} (number {number:,})")
+                found = f"{merge[:40]!r} (number {number:,})"
+                raise _fault(header, "merges", "two pieces with a space between them", found)
             merges.append(((merge[:1] + left).decode(errors="replace"), right.decode(errors="replace")))
         vocabulary = {piece: token for token, piece in reversed(list(enumerate(pieces)))} | added
-        with faults("bad vocabulary", header.path):
-            model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=words.ignore_merges)
-            special = [(piece, token in silent) for piece, token in added.items()]
-            return library_from(model, pre_tokenizer(words), special)
+        with library_errors("bad vocabulary", header.path):
+            model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rules.ignore_merges)
+            added_tokens = [(piece, token in silent) for piece, token in added.items()]
+            return build_library(model, build_pre_tokenizer(rules), added_tokens)
 
+    add_bos, add_eos = (header.flag(f"{_KEY}add_{name}_token") for name in ("bos", "eos"))
     return BPETokenizer(
         build,
         pieces,
@@ -75,6 +144,6 @@ def bpe_from_gguf(header: Header) -> BPETokenizer:
         silent,
         bos,
         eos,
-        add_bos=words.add_bos if add_bos is None else add_bos,
+        add_bos=rules.add_bos if add_bos is None else add_bos,
         add_eos=add_eos is True,
     )

@@ -1,4 +1,4 @@
-"""Writing GGUF version 3, as llama.cpp reads it: weights in the type they have, a tokenizer and a few words beside."""
+"""Writes GGUF version 3 for llama.cpp: weights in their own type, tokenizer, chat template and further metadata."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from os import PathLike
 
 import numpy as np
 
-from ...checkpoint import Weight
+from ...checkpoint import Weight, require_weights
 from ...config import HALF_SPLIT, ModelConfig
 from ...errors import Error, UnsupportedError
 from ...files import atomic_write
@@ -18,7 +18,7 @@ from ...rope import rope_divisors
 from ...tokenizers.base import Tokenizer, Vocabulary
 from ..rope_permute import row_order
 from .header import DEFAULT_ALIGNMENT, MAGIC, ValueType
-from .reader import ARCHITECTURES, ROPE_FACTORS, tensor_name
+from .reader import ARCHITECTURES, ROPE_FACTORS, TENSOR_NAMES
 
 _VERSION = 3
 _TYPES = {name: traits.gguf_id for name, traits in TYPE_TRAITS.items() if traits.gguf_id is not None}
@@ -27,8 +27,9 @@ _QUANTIZATION_VERSION = 2
 _NO_TOKEN = 0xFFFFFFFF
 _CODES = {ValueType.UINT32: "I", ValueType.FLOAT32: "f", ValueType.BOOL: "?"}
 
-Value = str | bool | int | float
-Entry = tuple[str, ValueType, Value | Sequence[bytes] | np.ndarray]
+MetadataValue = str | bool | int | float
+"""A value that `write_gguf` stores under a key of the caller's."""
+Entry = tuple[str, ValueType, MetadataValue | Sequence[bytes] | np.ndarray]
 
 
 def write_gguf(
@@ -38,11 +39,11 @@ def write_gguf(
     tokenizer: Tokenizer | None = None,
     name: str | None = None,
     chat_template: str | None = None,
-    metadata: Mapping[str, Value] | None = None,
+    metadata: Mapping[str, MetadataValue] | None = None,
 ) -> list[str]:
-    """Write GGUF, whole or not at all; returns notes on what the format cannot hold.
+    """Write GGUF, completely or not at all. Returns notes on what the format cannot hold.
 
-    Matrices are written in the type they have (`convert` makes them f16, bf16, q8_0, q4_0 or q4_1), norms and
+    Matrices keep their type (`convert` makes them f16, bf16, q8_0, q4_0 or q4_1), norms and
     biases as f32. The architecture is "qwen3" for models with q/k norms, "qwen2" for half-split ones with q/k/v biases
     and no others, else "llama"; rows of q and k are permuted to the RoPE pairing that it implies. `name` is
     `general.name`; `metadata` are further keys with their values, such as `{"general.license": "mit"}` (int: uint32,
@@ -51,12 +52,9 @@ def write_gguf(
     """
     if type(config) is not ModelConfig:
         raise UnsupportedError(f"writing GGUF of a {type(config).__name__} is not supported")
+    require_weights(config, weights)
     expected = config.weight_shapes()
-    if wrong := expected.keys() ^ weights.keys():
-        raise Error(f"weights and config do not belong together: {', '.join(sorted(wrong))} in one but not the other")
-    for weight_name, shape in expected.items():
-        if weights[weight_name].shape != shape:
-            raise Error(f"weight {weight_name} has shape {weights[weight_name].shape}, its config says {shape}")
+    for weight_name in expected:
         if weights[weight_name].type.name not in _TYPES:
             raise UnsupportedError(
                 f"GGUF cannot hold {weight_name} as {weights[weight_name].type}; convert it to {', '.join(_TYPES)}"
@@ -100,7 +98,7 @@ def _architecture(config: ModelConfig) -> str:
 
 
 def _lost(config: ModelConfig, architecture: str) -> list[str]:
-    """What the format cannot hold, and what it holds but llama.cpp passes over."""
+    """What the format cannot hold, or llama.cpp ignores."""
     notes = []
     if config.rope_scaling is not None and config.rope_scaling.kind == "dynamic":
         notes.append(
@@ -116,10 +114,10 @@ def _lost(config: ModelConfig, architecture: str) -> list[str]:
 
 
 class _Tensor:
-    """A weight as the file holds it; nothing is copied before it is written."""
+    """A weight as the file will hold it. Its data is copied when it is written."""
 
     def __init__(self, config: ModelConfig, architecture: str, name: str, weight: Weight) -> None:
-        self.name = name if name == ROPE_FACTORS else tensor_name(name)
+        self.name = name if name == ROPE_FACTORS else TENSOR_NAMES[name]
         self.matrix = len(weight.shape) == 2
         self._weight = weight
         self.type = weight.type.name if self.matrix else F32.name
@@ -210,7 +208,7 @@ def _vocabulary_entries(vocabulary: Vocabulary) -> list[Entry]:
     ]
 
 
-def _type_of(key: str, value: Value) -> ValueType:
+def _type_of(key: str, value: MetadataValue) -> ValueType:
     for python, kind in (
         (bool, ValueType.BOOL),
         (str, ValueType.STRING),
@@ -226,8 +224,8 @@ def _string(data: bytes) -> bytes:
     return struct.pack("<Q", len(data)) + data
 
 
-def _pack(key: str, kind: ValueType, value: Value | Sequence[bytes] | np.ndarray) -> bytes:
-    """A metadata entry; an array is what is neither a number nor a str."""
+def _pack(key: str, kind: ValueType, value: MetadataValue | Sequence[bytes] | np.ndarray) -> bytes:
+    """The bytes of a metadata entry. Values that are neither numbers nor str are arrays."""
     head = _string(key.encode())
     if isinstance(value, str):
         return head + struct.pack("<I", kind) + _string(value.encode())

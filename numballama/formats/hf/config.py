@@ -1,7 +1,7 @@
-"""Hugging Face's `config.json` ↔ `ModelConfig`: the architectures that are a Llama with a part more or less.
+"""Hugging Face's `config.json` ↔ `ModelConfig`, for architectures of the Llama family.
 
-Defaults are those of the configuration classes of transformers, which older files leave out. What a file asks for and
-the graph does not compute ends in `UnsupportedError` naming key and value.
+Missing keys get the defaults of transformers' configuration classes. A feature that the graph does not compute raises
+`UnsupportedError` naming key and value.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 from ...config import HALF_SPLIT, ModelConfig, RopeScaling
 from ...errors import Error, FormatError, UnsupportedError
 from ..json_reader import Keys
-from ..llama2c.layout import MAX_CONTEXT, MAX_LAYERS
+from ..limits import MAX_CONTEXT, MAX_LAYERS
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"context": 2048},
@@ -21,7 +21,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen2": {"context": 32768, "kv_heads": 32},
     "qwen3": {"context": 32768, "kv_heads": 32, "head_dim": 128},
 }
-"""Supported `model_type` → what transformers assumes for keys that are missing."""
+"""Supported `model_type` → transformers' defaults for missing keys."""
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "hidden_act": (None, "silu"),
@@ -32,12 +32,12 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
 }
-"""Keys of what is not computed → the values that ask for nothing."""
+"""Keys of features that are not computed → values that do not need them."""
 
 
 def config_of(keys: Keys) -> ModelConfig:
-    """The `ModelConfig` of a `config.json`. Raises `FormatError` for one that cannot be, `UnsupportedError` for what
-    is not computed here.
+    """The `ModelConfig` of a `config.json`. Raises `FormatError` for impossible values, `UnsupportedError` for features
+    that are not computed here.
     """
     kind = keys.text("model_type")
     if kind not in READERS:
@@ -46,7 +46,7 @@ def config_of(keys: Keys) -> ModelConfig:
 
 
 def read_llama(keys: Keys, kind: str = "llama") -> ModelConfig:
-    """The config of a `kind` of model: a key of `DEFAULTS`, whose `model_type` may be another one's."""
+    """The config of a model like those of type `kind`, a key of `DEFAULTS`; the file may have another `model_type`."""
     _require_neutral(keys)
     defaults = DEFAULTS[kind]
     dim, n_heads = keys.integer("hidden_size"), keys.integer("num_attention_heads")
@@ -79,15 +79,15 @@ def read_llama(keys: Keys, kind: str = "llama") -> ModelConfig:
     except (FormatError, UnsupportedError):
         raise
     except Error as error:
-        raise FormatError(f"a model that cannot be: {error}", path=keys.path) from None
+        raise FormatError(f"an impossible model: {error}", path=keys.path) from None
 
 
 READERS: dict[str, Callable[[Keys], ModelConfig]] = {kind: partial(read_llama, kind=kind) for kind in DEFAULTS}
-"""`model_type` → what reads the rest of the file."""
+"""`model_type` → function that reads the rest of the file."""
 
 
 def _is_null(keys: Keys) -> bool:
-    """An explicit null means as many key/value heads as heads; a missing key the class's default."""
+    """An explicit null means as many key/value heads as heads; a missing key means the class default."""
     return "num_key_value_heads" in keys.values and keys.values["num_key_value_heads"] is None
 
 
@@ -165,7 +165,7 @@ def _window(keys: Keys, kind: str, n_layers: int) -> int:
 
 
 def config_json(config: ModelConfig, dtype: str, ids: dict[str, Any]) -> dict[str, Any]:
-    """What `config.json` says of a model whose weights are stored as `dtype`; `ids` are bos_token_id and the like.
+    """Content of `config.json` for a model whose weights are stored as `dtype`; `ids` has bos_token_id and the like.
 
     Raises `UnsupportedError` when none of the architectures computes what `config` says.
     """
@@ -212,7 +212,7 @@ def config_json(config: ModelConfig, dtype: str, ids: dict[str, Any]) -> dict[st
 
 
 def _kind(config: ModelConfig) -> tuple[str, str]:
-    """(model_type, class) of the architecture that computes what `config` says. Raises `UnsupportedError` for none."""
+    """(model_type, class) of the architecture that computes `config`. Raises `UnsupportedError` if there is none."""
     scaling = config.rope_scaling
     if type(config) is not ModelConfig:
         raise UnsupportedError(f"writing a Hugging Face directory of a {type(config).__name__} is not supported")

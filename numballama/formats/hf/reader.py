@@ -1,4 +1,4 @@
-"""Hugging Face directories: `config.json` beside safetensors, one file or several with an index. RoPE is half-split."""
+"""Hugging Face directories: `config.json` and safetensors, one file or several with an index. RoPE is half-split."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from ...errors import FormatError, UnsupportedError
 from ...files import MappedFile, map_file
 from .. import safetensors
 from ..json_reader import read_object
-from ..tokenizer_files import read_text_files
+from ..tensor_names import TensorNames
+from ..tensors import TensorInfo
 from .config import config_of
+from .text_files import read_text_files
 
 CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
 _TOP = {"tok_embeddings": "model.embed_tokens.weight", "norm": "model.norm.weight", "output": "lm_head.weight"}
@@ -36,28 +38,24 @@ _LAYER = {
     "k_norm": "self_attn.k_norm.weight",
 }
 LAYER_NAMES: dict[str, dict[str, str]] = {}
-"""`model_type` → names of layers' weights that are others there than in `_LAYER`."""
-_WITHOUT_USE = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|lm_head\.weight")
-"""Tensors that older files carry and nobody needs; a classifier is needed only where it is not tied."""
+"""`model_type` → names of layer weights that differ from `_LAYER`."""
+_UNUSED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|lm_head\.weight")
+"""Tensors that a file may hold although they are not used: tables of RoPE, and the classifier of a tied model."""
 
 
-def tensor_name(name: str, kind: str = "llama") -> str:
-    """The name in a Hugging Face file of the weight that is `name` in `ModelConfig.weight_shapes`; `kind` is the
-    file's `model_type`."""
-    if name in _TOP:
-        return _TOP[name]
-    _, layer, short = name.split(".")
-    return f"model.layers.{layer}.{(_LAYER | LAYER_NAMES.get(kind, {}))[short]}"
+def tensor_names(model_type: str = "llama") -> TensorNames:
+    """What models of this `model_type` call their weights."""
+    return TensorNames(_TOP, _LAYER | LAYER_NAMES.get(model_type, {}), "model.layers")
 
 
 def is_directory_of(directory: Path) -> bool:
-    """Whether a directory looks like one of these: a config, or weights that want one."""
+    """Whether the directory holds a `config.json` or safetensors."""
     return (directory / CONFIG).exists() or any(directory.glob("*.safetensors"))
 
 
-def read(directory: Path, own_tokenizer: bool = True, only: MappedFile | None = None) -> Checkpoint:
-    """Open a directory, with its tokenizer unless `own_tokenizer` is False; `only` is the file that was asked for in
-    it, when it was a file.
+def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile | None = None) -> Checkpoint:
+    """Open a directory, with its tokenizer unless `load_tokenizer` is False. `single_file` is the file of weights in it
+    that the caller asked for, if it was a file.
 
     Raises `FormatError` for damaged or missing files, `UnsupportedError` for configurations and tensor types that
     this version does not compute. A tokenizer that cannot be read yet is left out, with a note.
@@ -66,19 +64,19 @@ def read(directory: Path, own_tokenizer: bool = True, only: MappedFile | None = 
         raise FormatError("safetensors without their config", path=directory, expected=CONFIG, found="no such file")
     keys = read_object(directory / CONFIG)
     config, kind = config_of(keys), keys.text("model_type")
-    tensors = _tensors(directory, only)
+    tensors, names = _tensors(directory, single_file), tensor_names(kind)
     weights: dict[str, Weight] = {}
     for name, shape in config.weight_shapes().items():
-        if (found := tensors.pop(theirs := tensor_name(name, kind), None)) is None:
+        if (info := tensors.pop(file_name := names[name], None)) is None:
             raise FormatError(
-                "a tensor is missing", path=directory, where=f"tensor {theirs}", expected=shape, found="none"
+                "a tensor is missing", path=directory, where=f"tensor {file_name}", expected=shape, found="none"
             )
-        weights[name] = safetensors.view(*found, shape)
-    if extra := [name for name in tensors if not _WITHOUT_USE.fullmatch(name)]:
+        weights[name] = safetensors.view(info, shape)
+    if extra := [name for name in tensors if not _UNUSED.fullmatch(name)]:
         raise UnsupportedError(f"{directory}: tensor {extra[0][:100]} has no place in a {kind} model of this version")
-    text = read_text_files(directory, own_tokenizer)
+    text = read_text_files(directory, load_tokenizer)
     return Checkpoint(
-        path=directory if only is None else only.path,
+        path=directory if single_file is None else single_file.path,
         format=f"Hugging Face, {kind}",
         config=config,
         weights=weights,
@@ -89,25 +87,25 @@ def read(directory: Path, own_tokenizer: bool = True, only: MappedFile | None = 
     )
 
 
-def _tensors(directory: Path, only: MappedFile | None) -> dict[str, tuple[MappedFile, safetensors.TensorInfo]]:
-    """Every tensor of a directory with the file it is in."""
+def _tensors(directory: Path, single_file: MappedFile | None) -> dict[str, TensorInfo]:
+    """All tensors of the directory by name."""
     index = directory / INDEX
     names = sorted(path.name for path in directory.glob("*.safetensors"))
-    if index.exists() and (only is None or only.path.name in _shards(index).values()):
+    if index.exists() and (single_file is None or single_file.path.name in _shards(index).values()):
         return _sharded(directory, _shards(index))
-    if only is None and SINGLE not in names and len(names) != 1:
+    if single_file is None and SINGLE not in names and len(names) != 1:
         raise FormatError(
-            "no weights that can be told to be the model's",
+            "it is not clear which file holds the weights",
             path=directory,
             expected=f"{SINGLE}, {INDEX} or one file *.safetensors",
             found=f"{len(names)} files",
         )
-    file = only or map_file(directory / (SINGLE if SINGLE in names else names[0]))
-    return {name: (file, info) for name, info in safetensors.directory(file).items()}
+    file = single_file or map_file(directory / (SINGLE if SINGLE in names else names[0]))
+    return safetensors.directory(file)
 
 
 def _shards(index: Path) -> dict[str, str]:
-    """Tensor → file name. Raises `FormatError` for an index that leads anywhere but to files beside it."""
+    """Tensor → file name. Raises `FormatError` unless every file is one beside the index."""
     keys = read_object(index)
     if (table := keys.inner("weight_map")) is None:
         raise keys.fault("weight_map", "an object")
@@ -117,13 +115,13 @@ def _shards(index: Path) -> dict[str, str]:
     return table.values
 
 
-def _sharded(directory: Path, table: dict[str, str]) -> dict[str, tuple[MappedFile, safetensors.TensorInfo]]:
-    parts: dict[str, tuple[MappedFile, dict[str, safetensors.TensorInfo]]] = {}
+def _sharded(directory: Path, table: dict[str, str]) -> dict[str, TensorInfo]:
+    parts: dict[str, tuple[MappedFile, dict[str, TensorInfo]]] = {}
     for name in dict.fromkeys(table.values()):
         if not (directory / name).exists():
             raise FormatError("a part of the model is missing", path=directory, expected=name, found="no such file")
         parts[name] = (file := map_file(directory / name)), safetensors.directory(file)
-    found = {}
+    tensors = {}
     for tensor, name in table.items():
         file, infos = parts[name]
         if tensor not in infos:
@@ -134,5 +132,5 @@ def _sharded(directory: Path, table: dict[str, str]) -> dict[str, tuple[MappedFi
                 expected="the tensor",
                 found=f"{len(infos)} others",
             )
-        found[tensor] = file, infos[tensor]
-    return found
+        tensors[tensor] = infos[tensor]
+    return tensors

@@ -1,6 +1,4 @@
-"""Writing a Hugging Face directory: `config.json`, `generation_config.json`, `model.safetensors` and what files of a
-tokenizer there are.
-"""
+"""Writes a Hugging Face directory: `config.json`, `generation_config.json`, `model.safetensors`, tokenizer files."""
 
 from __future__ import annotations
 
@@ -13,16 +11,16 @@ from typing import Any
 
 import numpy as np
 
-from ...checkpoint import Weight
+from ...checkpoint import Weight, require_weights
 from ...config import HALF_SPLIT, ModelConfig
-from ...errors import Error, UnsupportedError
+from ...errors import UnsupportedError
 from ...files import atomic_write_directory
 from ...quantization.convert import convert
 from ...quantization.types import F32
 from .. import safetensors
 from ..rope_permute import row_order
 from .config import config_json
-from .reader import CONFIG, SINGLE, tensor_name
+from .reader import CONFIG, SINGLE, tensor_names
 
 _DTYPES = {kind.name: name for name, (kind, _) in safetensors.WEIGHT_TYPES.items()}
 _TORCH = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
@@ -37,20 +35,17 @@ def write_safetensors(
     files: Sequence[Path] = (),
     texts: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """Write a directory that transformers loads, whole or not at all; `path` must not exist, or be an empty directory.
-    Returns notes on what the format cannot hold.
+    """Write a directory that transformers loads, completely or not at all. `path` must not exist, or be an empty
+    directory. Returns notes on what the format cannot hold.
 
-    Matrices are written in the type they have, f32, f16 or bf16, norms and biases as f32, rows of q and k in the
-    half-split order that the format implies. `files` are copied into the directory, `texts` (file name → content)
-    written there. Raises `UnsupportedError` for other weight types or a config that no architecture there has, `Error`
-    when weights and config do not belong together or the directory cannot be written.
+    Matrices keep their type, f32, f16 or bf16. Norms and biases become f32. Rows of q and k are put in half-split
+    order, which the format implies. `files` are copied into the directory; `texts` (file name → content) are written
+    there. Raises `UnsupportedError` for other weight types or a config that no architecture has, `Error` when weights
+    and config do not match or the directory cannot be written.
     """
+    require_weights(config, weights)
     expected = config.weight_shapes()
-    if wrong := expected.keys() ^ weights.keys():
-        raise Error(f"weights and config do not belong together: {', '.join(sorted(wrong))} in one but not the other")
-    for name, shape in expected.items():
-        if weights[name].shape != shape:
-            raise Error(f"weight {name} has shape {weights[name].shape}, its config says {shape}")
+    for name in expected:
         if weights[name].type.name not in _DTYPES:
             raise UnsupportedError(
                 f"safetensors cannot hold {name} as {weights[name].type}; convert it to {', '.join(_DTYPES)}"
@@ -60,8 +55,9 @@ def write_safetensors(
     if len(eos_ids) == 1:
         ids["eos_token_id"] = eos_ids[0]
     settings = config_json(config, _TORCH[max(set(kinds), key=kinds.count)], ids)
+    names = tensor_names()
     tensors = [
-        (tensor_name(name), _DTYPES[weights[name].type.name if len(shape) == 2 else F32.name], shape)
+        (names[name], _DTYPES[weights[name].type.name if len(shape) == 2 else F32.name], shape)
         for name, shape in expected.items()
     ]
     with atomic_write_directory(path) as directory:

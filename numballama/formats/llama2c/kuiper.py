@@ -1,6 +1,7 @@
-"""Files without a magic: llama2.c v0, KuiperLLama fp32 and KuiperLLama int8 ("version 3").
+"""KuiperLLama's formats fp32 and int8 ("version 3"), and recognising files without a magic.
 
-Nothing in them says which they are. The header gives the exact size that each would have, and the file's own decides.
+Nothing in a file tells it from llama2.c v0. The header gives the exact size that each format would have, so the size of
+the file decides.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from .layout import (
     tensors_of,
     write_file,
 )
-from .reader import legacy_layout
+from .llama2c import legacy_layout
 
 _FP32_HEADER, _INT8_HEADER = 28, 32  # seven int32; int8: group_size as well
 
@@ -53,7 +54,7 @@ def int8_layout(config: ModelConfig, group_size: int) -> Layout:
 def read(file: MappedFile) -> Checkpoint:
     """Open a file without a magic as the format whose size it has.
 
-    Raises `FormatError` when the header cannot be one, or when no format has that size: it lists them, closest first.
+    Raises `FormatError` when the header is impossible, or when no format has that size; it lists them, closest first.
     """
     require_header(file, _FP32_HEADER, "llama2.c v0 or KuiperLLama")
     layouts = candidates(file)
@@ -75,7 +76,7 @@ def read(file: MappedFile) -> Checkpoint:
 
 
 def candidates(file: MappedFile) -> list[Layout]:
-    """The layouts that a file with this header may have; raises `FormatError` when the header cannot be one."""
+    """The layouts that a file with this header may have. Raises `FormatError` when the header is impossible."""
     config = parse_config(file, 0, "a file that begins with no known magic, so llama2.c v0 or KuiperLLama,", tied=None)
     found = []
     if file.size >= _INT8_HEADER:

@@ -1,7 +1,7 @@
-"""What the llama2.c family of formats shares: a shape header, then tensors end to end with nothing between them.
+"""What the formats of the llama2.c family share: a header with the shape, then tensors without gaps.
 
-A format is a function from a `ModelConfig` to a `Layout`, the list of its tensors in file order. The reader, the
-writer, the error messages and the tests that cut files apart all walk that one list.
+Each format is a function from `ModelConfig` to `Layout`, the list of its tensors in file order. Reading, writing, error
+messages and the tests of damaged files all use that list.
 """
 
 from __future__ import annotations
@@ -15,21 +15,22 @@ from typing import BinaryIO
 
 import numpy as np
 
-from ...checkpoint import Checkpoint, Weight
+from ...checkpoint import Checkpoint, Weight, require_weights
 from ...config import ModelConfig
-from ...errors import Error, FormatError, UnsupportedError
+from ...errors import FormatError, UnsupportedError
 from ...files import MappedFile, atomic_write
 from ...quantization.convert import convert
 from ...quantization.types import F32, WeightType
+from ..limits import MAX_CONTEXT, MAX_LAYERS
 
 FIELDS = ("dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "vocab_size", "context")
-"""The seven int32 that every header of the family holds, in this order."""
+"""The seven int32 of every header, in this order."""
 
 NOT_IN_FILE = ("rope_pairing", "rope_theta", "norm_eps")
-"""`ModelConfig` fields that no format of the family holds."""
+"""`ModelConfig` fields that none of the formats stores."""
 
-MAX_LAYERS, MAX_CONTEXT, MAX_GROUP = 1024, 1 << 24, 1 << 16
-"""Bounds on what the size of a file does not bound: objects made for a layer, and tables as long as the context."""
+MAX_GROUP = 1 << 16
+"""Elements of an int8 group."""
 
 _FREQS = ("freqs_cos", "freqs_sin")
 _FREQ_ROWS = 4096  # rows of those tables computed at a time
@@ -37,7 +38,7 @@ _FREQ_ROWS = 4096  # rows of those tables computed at a time
 
 @dataclass(frozen=True)
 class Tensor:
-    """One tensor in C order; an int8 one is its payload, then its float32 scales."""
+    """One tensor in C order. An int8 tensor has its data first, then its float32 scales."""
 
     name: str
     shape: tuple[int, ...]
@@ -54,7 +55,7 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Run:
-    """Tensors that stand one after another: once in the file, or, if `layers` > 0, that sequence once a layer."""
+    """Consecutive tensors: once in the file, or, if `layers` > 0, once for each layer."""
 
     tensors: tuple[Tensor, ...]
     layers: int = 0
@@ -70,7 +71,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Layout:
-    """Where every tensor of a file lies. Sizes are known without listing the layers, however many a header claims."""
+    """Place of every tensor in a file. Sizes are computed without a loop over layers, whose number is untrusted."""
 
     format: str
     config: ModelConfig
@@ -93,7 +94,7 @@ class Layout:
                     offset += tensor.nbytes
 
     def locate(self, offset: int) -> str:
-        """Name what lies at byte `offset`, as error messages call it; only for offsets within the layout."""
+        """Name of what is at byte `offset`, for error messages; `offset` must be within the layout."""
         if offset < self.header_size:
             return "the header"
         offset -= self.header_size
@@ -110,11 +111,11 @@ class Layout:
         raise ValueError("offset beyond the layout")
 
     def end_of(self, size: int) -> int | str:
-        """Where a file of `size` bytes parts from this layout: the tensor it ends in, or the offset of what follows."""
+        """Where a file of `size` bytes differs from the layout: the tensor it ends in, or the offset of extra bytes."""
         return self.locate(size) if size < self.nbytes else self.nbytes
 
     def misfit(self, size: int) -> str:
-        """Say how a file of `size` bytes differs from this layout."""
+        """How a file of `size` bytes differs from this layout, in words."""
         if size < self.nbytes:
             return f"the file ends in {self.locate(size)}, {self.nbytes - size:,} bytes short"
         return f"{size - self.nbytes:,} bytes follow the last tensor"
@@ -127,7 +128,7 @@ def _full_name(run: Run, layer: int, tensor: Tensor) -> str:
 def tensors_of(config: ModelConfig, weight_type: WeightType = F32) -> dict[str, Tensor]:
     """Short name ("wq", "tok_embeddings") → its tensor: norms and biases float32, matrices of `weight_type`.
 
-    "output" is among them whether or not the config ties it, for formats that store it all the same.
+    "output" is always among them, because some formats store it even if the config ties it.
     """
     table = (config.vocab_size, config.dim)
     shapes = config.layer_shapes() | {"norm": (config.dim,), "tok_embeddings": table, "output": table}
@@ -135,7 +136,7 @@ def tensors_of(config: ModelConfig, weight_type: WeightType = F32) -> dict[str, 
 
 
 def freqs_of(config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """The tables of RoPE cosines and sines that legacy files carry and nobody needs."""
+    """The tables of RoPE cosines and sines that legacy files hold; they are not used."""
     cos, sin = (Tensor(name, (config.context, config.head_dim // 2)) for name in _FREQS)
     return cos, sin
 
@@ -144,11 +145,10 @@ def freqs_of(config: ModelConfig) -> tuple[Tensor, Tensor]:
 
 
 def parse_config(file: MappedFile, offset: int, what: str, tied: bool | None) -> ModelConfig:
-    """Read the seven int32 at byte `offset` of a file said to be `what`.
+    """Read the seven int32 at byte `offset`. `what` names the file in errors.
 
-    `tied` None: the sign of vocab_size tells, negative meaning that the classifier is not tied.
-
-    Raises `FormatError` with the offset of the first field that cannot be.
+    `tied` None: the sign of vocab_size decides; negative means that the classifier is not tied. Raises `FormatError`
+    with the offset of the first impossible field.
     """
     values = dict(zip(FIELDS, struct.unpack_from("<7i", file.data, offset), strict=True))
     if tied is None:
@@ -164,7 +164,7 @@ def parse_config(file: MappedFile, offset: int, what: str, tied: bool | None) ->
 
 
 def _fault(values: Mapping[str, int]) -> tuple[str, str] | None:
-    """(name, what was expected) of the first header field that cannot be, or None. Python's ints do not overflow."""
+    """(name, what is expected) of the first impossible header field, or None. Python's ints do not overflow."""
     for name in FIELDS:
         if values[name] <= 0:
             return name, "a positive number"
@@ -193,7 +193,7 @@ def require_header(file: MappedFile, size: int, format_name: str) -> None:
 
 
 def checkpoint(file: MappedFile, layout: Layout, *, int8_activations: bool = False) -> Checkpoint:
-    """Make views of every weight of `file`; raises `FormatError` when it has not exactly the size of `layout`."""
+    """The checkpoint of `file`; its weights are views. Raises `FormatError` unless it has exactly the layout's size."""
     if layout.nbytes != file.size:
         raise FormatError(
             f"not a whole {layout.format} file: {layout.misfit(file.size)}",
@@ -210,13 +210,13 @@ def checkpoint(file: MappedFile, layout: Layout, *, int8_activations: bool = Fal
         weights={name: views[name] for name in layout.config.weight_shapes()},
         int8_activations=int8_activations,
         bos_is_stop_token=True,
-        assumed=NOT_IN_FILE,
+        defaulted_fields=NOT_IN_FILE,
         notes=list(layout.notes),
     )
 
 
 def _view(file: MappedFile, tensor: Tensor, offset: int) -> Weight:
-    """A weight whose arrays are read-only views of the mapping, which lives as long as they do."""
+    """A weight whose arrays are read-only views of the mapped file."""
     if not tensor.type.group:
         data = np.frombuffer(file.data, "<f4", tensor.numel, offset)
         return Weight(tensor.shape, tensor.type, data.reshape(tensor.shape))
@@ -266,17 +266,12 @@ def require_group(group_size: int) -> WeightType:
 
 
 def write_file(path: str | PathLike[str], header: bytes, layout: Layout, weights: Mapping[str, Weight]) -> list[str]:
-    """Write a file of `layout`, whole or not at all, and return notes on what the format cannot hold.
+    """Write a file of `layout`, completely or not at all. Returns notes on what the format cannot hold.
 
     Raises `Error` when `weights` are not those of the layout's config, or the file cannot be written.
     """
     config = layout.config
-    expected = config.weight_shapes()
-    if wrong := expected.keys() ^ weights.keys():
-        raise Error(f"weights and config do not belong together: {', '.join(sorted(wrong))} in one but not the other")
-    for name, shape in expected.items():
-        if weights[name].shape != shape:
-            raise Error(f"weight {name} has shape {weights[name].shape}, its config says {shape}")
+    require_weights(config, weights)
     with atomic_write(path) as file:
         file.write(header)
         for tensor, _ in layout.sections():

@@ -1,5 +1,5 @@
-"""Meta's own checkpoints: `params.json` beside `consolidated.00.pth`, or several of them, one for each GPU they were
-made on. RoPE pairs are interleaved.
+"""Meta's checkpoints: `params.json` and `consolidated.00.pth`, or several such parts, one for each GPU of the
+training run. RoPE pairs are interleaved.
 """
 
 from __future__ import annotations
@@ -15,30 +15,35 @@ from ...errors import Error, FormatError, UnsupportedError
 from ...files import MappedFile, map_file
 from ...memory import format_bytes
 from ...quantization.types import WeightType
+from .. import tokenizer_files
 from ..json_reader import Keys, read_object
-from ..llama2c.layout import MAX_CONTEXT, MAX_LAYERS
-from ..tokenizer_files import load_tokenizer
+from ..limits import MAX_CONTEXT, MAX_LAYERS
+from ..tensor_names import TensorNames
 from .torch_zip import TorchFile
 
 PARAMS = "params.json"
 _PART = re.compile(r"consolidated\.(\d{2})\.pth")
 
-_TOP = {"tok_embeddings": "tok_embeddings.weight", "norm": "norm.weight", "output": "output.weight"}
-_LAYER = {
-    "attn_norm": "attention_norm.weight",
-    "wq": "attention.wq.weight",
-    "wk": "attention.wk.weight",
-    "wv": "attention.wv.weight",
-    "wo": "attention.wo.weight",
-    "ffn_norm": "ffn_norm.weight",
-    "w1": "feed_forward.w1.weight",
-    "w2": "feed_forward.w2.weight",
-    "w3": "feed_forward.w3.weight",
-}
-_WITHOUT_USE = ("rope.freqs",)
+TENSOR_NAMES = TensorNames(
+    top={"tok_embeddings": "tok_embeddings.weight", "norm": "norm.weight", "output": "output.weight"},
+    layer={
+        "attn_norm": "attention_norm.weight",
+        "wq": "attention.wq.weight",
+        "wk": "attention.wk.weight",
+        "wv": "attention.wv.weight",
+        "wo": "attention.wo.weight",
+        "ffn_norm": "ffn_norm.weight",
+        "w1": "feed_forward.w1.weight",
+        "w2": "feed_forward.w2.weight",
+        "w3": "feed_forward.w3.weight",
+    },
+    prefix="layers",
+)
+_UNUSED = ("rope.freqs",)
 _SPLIT_COLUMNS = ("wo", "w2")
-"""Weights whose columns are spread over the parts (row-parallel, in Megatron's words); other matrices' rows are, and
-vectors are in all. The embedding's were columns for Llama 1 and 2 and are rows for Llama 3: its shape tells."""
+"""Weights whose columns are split over the parts (row-parallel, in Megatron's terms). Other matrices are split by rows,
+and vectors are in every part. The embedding is split by columns in Llama 1 and 2 and by rows in Llama 3, as its shape
+tells."""
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "moe": (None,), "moe_args": (None,), "quantization_args": (None,), "quantization": (None,), "lora_args": (None,),
@@ -46,22 +51,14 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 }  # fmt: skip
 
 
-def tensor_name(name: str) -> str:
-    """The name in Meta's files of the weight that is `name` in `ModelConfig.weight_shapes`."""
-    if name in _TOP:
-        return _TOP[name]
-    _, layer, short = name.split(".")
-    return f"layers.{layer}.{_LAYER[short]}"
-
-
 def is_directory_of(directory: Path) -> bool:
-    """Whether a directory looks like one of these."""
+    """Whether the directory holds a `params.json` and a part."""
     return (directory / PARAMS).exists() and any(_PART.fullmatch(path.name) for path in directory.glob("*.pth"))
 
 
-def read(directory: Path, own_tokenizer: bool = True, only: MappedFile | None = None) -> Checkpoint:
-    """Open a directory, with the `tokenizer.model` in it unless `own_tokenizer` is False; `only` is the file that was
-    asked for in it, when it was a file of another name.
+def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile | None = None) -> Checkpoint:
+    """Open a directory, with its `tokenizer.model` unless `load_tokenizer` is False. `single_file` is the checkpoint in
+    it that the caller asked for, if its name is not that of a part.
 
     Raises `FormatError` for damaged or missing files and for pickles that want code to run, `UnsupportedError` for
     what this version does not compute.
@@ -71,33 +68,33 @@ def read(directory: Path, own_tokenizer: bool = True, only: MappedFile | None = 
             "a PyTorch checkpoint without its params", path=directory, expected=PARAMS, found="no such file"
         )
     keys = read_object(directory / PARAMS)
-    parts = [TorchFile(file) for file in ([only] if only else _files(directory))]
+    parts = [TorchFile(file) for file in ([single_file] if single_file else _files(directory))]
     notes: list[str] = []
     config = _config(keys, parts, notes)
     weights = {name: _weight(parts, name, shape) for name, shape in config.weight_shapes().items()}
-    known = {*_WITHOUT_USE, *map(tensor_name, weights)}
+    known = {*_UNUSED, *(TENSOR_NAMES[name] for name in weights)}
     if extra := [name for part in parts for name in part.tensors if name not in known]:
         raise UnsupportedError(f"{directory}: tensor {extra[0][:100]} has no place in a model of this version")
     opened = Checkpoint(
-        path=only.path if only else directory, format="Meta", config=config, weights=weights, notes=notes
+        path=single_file.path if single_file else directory, format="Meta", config=config, weights=weights, notes=notes
     )
     if len(parts) > 1:
         size = sum(weight.nbytes for weight in weights.values() if isinstance(weight, LazyWeight))
         notes.append(f"{len(parts)} parts are merged in memory, {format_bytes(size)} of it")
-    if own_tokenizer and (directory / "tokenizer.model").exists():
+    if load_tokenizer and (directory / "tokenizer.model").exists():
         try:
-            opened.tokenizer = load_tokenizer(directory / "tokenizer.model")
+            opened.tokenizer = tokenizer_files.load_tokenizer(directory / "tokenizer.model")
         except UnsupportedError as error:
             notes.append(f"its tokenizer is left out: {error}")
     return opened
 
 
-def read_file(file: MappedFile, own_tokenizer: bool = True) -> Checkpoint:
-    """Open a PyTorch file with the `params.json` beside it; a part of several stands for them all."""
+def read_file(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
+    """Open a PyTorch file with the `params.json` beside it. One part of several opens all of them."""
     directory = file.path.parent
     if not (directory / PARAMS).exists():
-        TorchFile(file)  # what is wrong with the file itself comes before what is missing beside it
-    return read(directory, own_tokenizer, None if _PART.fullmatch(file.path.name) else file)
+        TorchFile(file)  # damage to the file itself is reported first
+    return read(directory, load_tokenizer, None if _PART.fullmatch(file.path.name) else file)
 
 
 def _files(directory: Path) -> list[MappedFile]:
@@ -125,11 +122,11 @@ def _config(keys: Keys, parts: list[TorchFile], notes: list[str]) -> ModelConfig
         if keys.values.get(key) not in values:
             raise UnsupportedError(f"{keys.path}: {key} is {str(keys.values[key])[:80]}, which is not supported")
     dim, n_heads = keys.integer("dim"), keys.integer("n_heads")
-    rows, columns = _shape(parts, _TOP["tok_embeddings"])
+    rows, columns = _shape(parts, TENSOR_NAMES["tok_embeddings"])
     vocab_size = keys.integer("vocab_size", -1, least=-1)
     if vocab_size <= 0:  # Llama 1 and 2: the tokenizer knows
         vocab_size = rows if columns * len(parts) == dim else rows * len(parts)
-    hidden_dim = _shape(parts, "layers.0.feed_forward.w1.weight")[0] * len(parts)
+    hidden_dim = _shape(parts, TENSOR_NAMES["layers.0.w1"])[0] * len(parts)
     theta, eps, scaled = (
         keys.number("rope_theta", 10000.0),
         keys.number("norm_eps"),
@@ -154,18 +151,18 @@ def _config(keys: Keys, parts: list[TorchFile], notes: list[str]) -> ModelConfig
             norm_eps=eps,
             rope_theta=theta,
             rope_pairing=INTERLEAVED,
-            tied_embeddings=_TOP["output"] not in parts[0].tensors,
+            tied_embeddings=TENSOR_NAMES["output"] not in parts[0].tensors,
             window=keys.integer("sliding_window", 0, least=0),
             rope_scaling=scaling,
         )
     except FormatError:
         raise
     except Error as error:
-        raise FormatError(f"a model that cannot be: {error}", path=keys.path) from None
+        raise FormatError(f"an impossible model: {error}", path=keys.path) from None
 
 
 def _scaling(keys: Keys, dim: int, notes: list[str]) -> RopeScaling:
-    """Llama 3.1's rule; its factor is 8, but 32 for the two small models of Llama 3.2, and no early file says so."""
+    """Llama 3.1's scaling. Its factor is 8, or 32 for the two small models of Llama 3.2; early files do not say it."""
     small = dim < 4096
     factor = keys.number("rope_scaling_factor", 32.0 if small else 8.0)
     if "rope_scaling_factor" not in keys.values:
@@ -179,15 +176,15 @@ def _scaling(keys: Keys, dim: int, notes: list[str]) -> RopeScaling:
 
 
 def _weight(parts: list[TorchFile], name: str, shape: tuple[int, ...]) -> Weight:
-    """A view of the tensor, or its parts in one."""
-    theirs, short, views, types = tensor_name(name), name.rpartition(".")[2], list[Weight](), set[WeightType]()
+    """A view of the tensor, or its parts, concatenated on first use."""
+    file_name, short, views, types = TENSOR_NAMES[name], name.rpartition(".")[2], list[Weight](), set[WeightType]()
     axis = 1 if short in _SPLIT_COLUMNS else 0
     for part in parts if len(shape) == 2 else parts[:1]:
-        if theirs not in part.tensors:
+        if file_name not in part.tensors:
             raise FormatError(
-                "a tensor is missing", path=part.file.path, where=f"tensor {theirs}", expected=shape, found="none"
+                "a tensor is missing", path=part.file.path, where=f"tensor {file_name}", expected=shape, found="none"
             )
-        found = part.tensors[theirs].shape
+        found = part.tensors[file_name].shape
         if short == "tok_embeddings" and len(found) == 2 and found[0] == shape[0]:
             axis = 1
         wanted = tuple(n // len(parts) if at == axis and len(shape) == 2 else n for at, n in enumerate(shape))
@@ -195,17 +192,17 @@ def _weight(parts: list[TorchFile], name: str, shape: tuple[int, ...]) -> Weight
             raise FormatError(
                 "a tensor has the wrong shape",
                 path=part.file.path,
-                where=f"tensor {theirs}",
+                where=f"tensor {file_name}",
                 expected=wanted,
                 found=found,
             )
-        views.append(part.view(theirs))
+        views.append(part.view(file_name))
         types.add(views[-1].type)
     if len(types) > 1:
-        raise UnsupportedError(f"{parts[0].file.path.parent}: the parts of {theirs} have different types")
+        raise UnsupportedError(f"{parts[0].file.path.parent}: the parts of {file_name} have different types")
     if len(views) == 1:
         return views[0]
     kind = views[0].type
     return LazyWeight(
-        shape, kind, lambda: Weight(shape, kind, np.concatenate([v.data for v in views], axis)), keep=True
+        shape, kind, lambda: Weight(shape, kind, np.concatenate([v.data for v in views], axis)), cache=True
     )

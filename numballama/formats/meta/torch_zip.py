@@ -1,38 +1,43 @@
 """PyTorch's checkpoint files (`torch.save`, since 1.6): a zip archive of a pickle and one raw member for each storage.
 
-Nothing of the pickle is executed. The standard library's table of its operations takes it apart, and a machine that
-knows lists, dicts, tuples and three functions by name turns it into records; whatever else it names is refused.
-Members are stored, not compressed, so that a tensor is a view of the mapping.
+Nothing of the pickle is executed. `_Unpickler` knows some twenty of its operations, the classes of storages, and three
+functions by name, and makes records of them; everything else is refused. It extends the pure-Python unpickler of the
+standard library: in C's, one operation such as `LONG_BINPUT 0x3fffffff` allocates 17 GB for its memo, which is an
+array there and a dict here.
+
+Members of the archive are stored, not compressed, so that a tensor is a view of the mapped file.
 """
 
 from __future__ import annotations
 
 import io
 import math
-import pickletools
+import pickle
 import struct
-from collections.abc import Callable, Iterator
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import pairwise
+from typing import Any, NoReturn, TypeGuard
 
 import numpy as np
 
 from ...checkpoint import Weight
 from ...errors import FormatError, UnsupportedError
 from ...files import MappedFile
-from ...quantization.convert import convert
 from ...quantization.types import BF16, F16, F32, WeightType
+from ..tensors import TensorInfo, view_weight
 
 MAGIC = b"PK\x03\x04"
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-"""The first bytes of what torch.save wrote before version 1.6: a pickle of a magic number."""
+"""First bytes of what torch.save wrote before version 1.6: a pickle of a magic number."""
 
-MAX_PICKLE, MAX_MEMBERS, MAX_TENSORS = 1 << 20, 1 << 16, 1 << 16
-"""Bytes of the pickle (a model of 126 layers takes 0.2 MB), members of the archive, and tensors."""
-
-_END, _END64, _LOCATOR64 = struct.Struct("<4s4H2IH"), struct.Struct("<4sQ2H2I4Q"), struct.Struct("<4sIQI")
-_CENTRAL, _LOCAL = struct.Struct("<4s6H3I5H2I"), struct.Struct("<4s5H3I2H")
-_MANY = 0xFFFFFFFF
+MAX_PICKLE = 1 << 19
+"""Bytes of the pickle; that of a model with 126 layers has 0.2 million. An operation of one byte may make an object of
+100 bytes."""
+MAX_DIRECTORY = 1 << 21
+"""Bytes of the archive's directory; an entry takes about 100."""
+MAX_TENSORS = 1 << 16
 
 _STORAGES: dict[str, tuple[WeightType, type[np.generic]]] = {
     "FloatStorage": (F32, np.float32),
@@ -42,20 +47,9 @@ _STORAGES: dict[str, tuple[WeightType, type[np.generic]]] = {
 _OTHER_STORAGES = ("Double", "Long", "Int", "Short", "Char", "Byte", "Bool", "ComplexFloat", "ComplexDouble")
 
 
-@dataclass(frozen=True)
-class TensorInfo:
-    """A tensor of a file: `numel` numbers of storage `key`, whose type is `kind`, from number `start`, in C order."""
-
-    name: str
-    kind: str
-    key: str
-    start: int
-    shape: tuple[int, ...]
-
-
 class TorchFile:
-    """The tensors of a file, by name. Raises `FormatError` for a damaged file or one that wants code to run, and
-    `UnsupportedError` for kinds of files and tensors that are not read.
+    """The tensors of a file, by name. Raises `FormatError` for a damaged file or a pickle that could run code, and
+    `UnsupportedError` for files and tensors of kinds that are not read.
     """
 
     def __init__(self, file: MappedFile) -> None:
@@ -73,31 +67,35 @@ class TorchFile:
         if (order := self._members.get(f"{self._prefix}byteorder")) and self._bytes(order, 16) != b"little":
             raise UnsupportedError(f"{file.path}: a big-endian checkpoint; supported are little-endian ones")
         data = self._bytes(self._members[pickles[0]], MAX_PICKLE)
-        self.tensors: dict[str, TensorInfo] = dict(self._named(_Machine(file, data).result))
+        self.tensors: dict[str, TensorInfo] = dict(self._infos(_unpickle(file, data)))
+
+    def view(self, name: str) -> Weight:
+        """The tensor: a matrix as a view of the file, a vector, which is small, as float32."""
+        info = self.tensors[name]
+        return view_weight(info, info.shape, _STORAGES)
 
     def _fault(self, message: str, expected: object, found: object, where: str | int | None = None) -> FormatError:
         return FormatError(message, path=self.file.path, where=where, expected=expected, found=found)
 
-    def _bytes(self, place: tuple[int, int], most: int) -> bytes:
-        offset, size = place
-        if size > most:
-            raise self._fault("a member is too long", f"at most {most:,} bytes", f"{size:,}", offset)
-        return self.file.data[offset : offset + size]
+    def _bytes(self, member: _Member, limit: int) -> bytes:
+        if member.size > limit:
+            raise self._fault("a member is too long", f"at most {limit:,} bytes", f"{member.size:,}", member.offset)
+        return self.file.data[member.offset : member.offset + member.size]
 
-    def _named(self, result: object) -> Iterator[tuple[str, TensorInfo]]:
-        if not isinstance(result, dict):
-            raise self._fault("the pickle is no table of tensors", "a dict", type(result).__name__)
-        if len(result) > MAX_TENSORS:
-            raise self._fault("too many tensors", f"at most {MAX_TENSORS:,}", f"{len(result):,}")
-        for name, tensor in result.items():
+    def _infos(self, table: object) -> Iterator[tuple[str, TensorInfo]]:
+        if not isinstance(table, dict):
+            raise self._fault("the pickle is no table of tensors", "a dict", type(table).__name__)
+        if len(table) > MAX_TENSORS:
+            raise self._fault("too many tensors", f"at most {MAX_TENSORS:,}", f"{len(table):,}")
+        for name, tensor in table.items():
             if not isinstance(name, str) or not isinstance(tensor, _Tensor):
                 raise self._fault(
                     "the pickle is no table of tensors", "a name for each tensor", f"{type(tensor).__name__}"
                 )
-            yield name, self._checked(name, tensor)
+            yield name, self._info(name, tensor)
 
-    def _checked(self, name: str, tensor: _Tensor) -> TensorInfo:
-        """A tensor that lies within its storage, row after row."""
+    def _info(self, name: str, tensor: _Tensor) -> TensorInfo:
+        """Where the tensor lies: in its storage, row after row."""
         storage, where = tensor.storage, f"tensor {name[:100]}"
         if storage.kind not in _STORAGES:
             raise UnsupportedError(
@@ -107,93 +105,101 @@ class TorchFile:
         for extent in reversed(tensor.shape):
             strides.insert(0, step)
             step *= extent
-        wanted = [stride for stride, extent in zip(strides, tensor.shape, strict=True) if extent > 1]
-        if wanted != [stride for stride, extent in zip(tensor.strides, tensor.shape, strict=True) if extent > 1]:
+        expected = [stride for stride, extent in zip(strides, tensor.shape, strict=True) if extent > 1]
+        if expected != [stride for stride, extent in zip(tensor.strides, tensor.shape, strict=True) if extent > 1]:
             raise UnsupportedError(f"{self.file.path}: {where} does not lie in C order")
-        if (place := self._members.get(f"{self._prefix}data/{storage.key}")) is None:
+        if (member := self._members.get(f"{self._prefix}data/{storage.key}")) is None:
             raise self._fault("the storage of a tensor is missing", f"member data/{storage.key[:50]}", "none", where)
-        held = place[1] // _STORAGES[storage.kind][0].nbytes(1)
-        if tensor.start + math.prod(tensor.shape) > held:
+        item = _STORAGES[storage.kind][0].nbytes(1)
+        numel, capacity = math.prod(tensor.shape), member.size // item
+        if tensor.start + numel > capacity:
             raise self._fault(
-                "a tensor does not fit its storage", f"at most {held:,} numbers",
-                f"{tensor.start:,} + {math.prod(tensor.shape):,}", where,
+                "a tensor does not fit its storage", f"at most {capacity:,} numbers",
+                f"{tensor.start:,} + {numel:,}", where,
             )  # fmt: skip
-        return TensorInfo(name, storage.kind, storage.key, tensor.start, tensor.shape)
-
-    def view(self, name: str) -> Weight:
-        """The tensor: a matrix as a view, a vector, which is small, as float32."""
-        info = self.tensors[name]
-        kind, element = _STORAGES[info.kind]
-        offset = self._members[f"{self._prefix}data/{info.key}"][0] + info.start * kind.nbytes(1)
-        data = np.frombuffer(self.file.data, element, math.prod(info.shape), offset)
-        weight = Weight(info.shape, kind, data.reshape(info.shape))
-        return weight if len(info.shape) == 2 else convert(weight, F32)
+        offset = member.offset + tensor.start * item
+        return TensorInfo(self.file, name, storage.kind, tensor.shape, offset, numel * item)
 
 
 # ---- the archive ----
 
 
-def _members(file: MappedFile) -> dict[str, tuple[int, int]]:
-    """Name → (offset, size) of every member. Nothing is believed before it is compared with the file's size."""
-    size, data = file.size, file.data
+@dataclass(frozen=True)
+class _Member:
+    """Bytes of a member, as they lie in the file."""
 
-    def fault(message: str, where: int) -> FormatError:
+    offset: int
+    size: int
+
+
+class _ArchiveReader:
+    """The mapped file as `zipfile` reads it, which asks for the whole directory at once and trusts its size."""
+
+    def __init__(self, file: MappedFile) -> None:
+        self._data, self._size, self._at = file.data, file.size, 0
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        at = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
+        if at < 0:
+            raise OSError("an offset before the file")
+        self._at = at
+        return at
+
+    def tell(self) -> int:
+        return self._at
+
+    def seekable(self) -> bool:
+        return True
+
+    def read(self, size: int | None = -1) -> bytes:
+        rest = max(self._size - self._at, 0)
+        size = rest if size is None or size < 0 else min(size, rest)
+        if size > MAX_DIRECTORY:
+            raise OSError(f"a directory of {size:,} bytes, more than {MAX_DIRECTORY:,}")
+        self._at += size
+        return self._data[self._at - size : self._at]
+
+
+def _members(file: MappedFile) -> dict[str, _Member]:
+    """Name → place of every member. Members are stored, have distinct names, lie in the file and do not overlap."""
+
+    def fault(message: object, where: int | None = None) -> FormatError:
         return FormatError(f"a damaged zip archive: {message}", path=file.path, where=where)
 
-    def unpack(kind: struct.Struct, at: int, magic: bytes, what: str) -> tuple[Any, ...]:
-        if not 0 <= at <= size - kind.size or data[at : at + 4] != magic:
-            raise fault(f"no {what}", max(min(at, size), 0))
-        return kind.unpack_from(data, at)
-
-    end = size - _END.size
-    _, _, _, _, count, length, start, _ = unpack(_END, end, b"PK\x05\x06", "end of the directory; cut short?")
-    if count == 0xFFFF or _MANY in (length, start):
-        at = unpack(_LOCATOR64, end - _LOCATOR64.size, b"PK\x06\x07", "zip64 locator")[2]
-        *_, count, length, start = unpack(_END64, at, b"PK\x06\x06", "zip64 end of the directory")
-    if count > MAX_MEMBERS or start > end or length > end - start:
-        raise fault(f"a directory of {count:,} members in {length:,} bytes", end)
-    found: dict[str, tuple[int, int]] = {}
-    at = start
-    for _ in range(count):
-        fields = unpack(_CENTRAL, at, b"PK\x01\x02", "directory entry")
-        flags, method, packed, plain = fields[3], fields[4], fields[8], fields[9]
-        name_size, extra_size, note_size, local = fields[10], fields[11], fields[12], fields[16]
-        extra_at = at + _CENTRAL.size + name_size
-        name = data[at + _CENTRAL.size : extra_at].decode("utf-8", "replace")
-        plain, packed, local = _wide(data[extra_at : extra_at + extra_size], plain, packed, local)
-        if method or flags & 1 or plain != packed:
+    try:
+        with zipfile.ZipFile(_ArchiveReader(file)) as archive:  # type: ignore[call-overload]
+            entries: list[zipfile.ZipInfo] = archive.infolist()
+    except (zipfile.BadZipFile, OSError, ValueError, IndexError, struct.error, NotImplementedError) as error:
+        raise fault(f"{str(error)[:100]}; is the file cut short?") from None
+    if not entries:
+        raise fault("it has no members")
+    members: dict[str, _Member] = {}
+    for entry in entries:
+        name, at = entry.filename, entry.header_offset
+        if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.file_size != entry.compress_size:
             raise fault(f"member {name[:80]} is compressed or encrypted", at)
-        own = unpack(_LOCAL, local, MAGIC, f"member {name[:80]}")
-        offset = local + _LOCAL.size + own[9] + own[10]
-        if offset > size or plain > size - offset:
-            raise fault(f"member {name[:80]} lies beyond the end", at)
-        if name in found:
+        if name in members:
             raise fault(f"member {name[:80]} is there twice", at)
-        found[name] = offset, plain
-        at = extra_at + extra_size + note_size
-    return found
-
-
-def _wide(extra: bytes, *values: int) -> list[int]:
-    """The values, those of 2^32 - 1 from the zip64 part of an entry's extra bytes."""
-    at = 0
-    while at + 4 <= len(extra):
-        kind, length = struct.unpack_from("<HH", extra, at)
-        if kind == 1:
-            wide = iter(struct.unpack_from(f"<{min(length, len(extra) - at - 4) // 8}Q", extra, at + 4))
-            return [next(wide, value) if value == _MANY else value for value in values]
-        at += 4 + length
-    return list(values)
+        if not 0 <= at <= file.size - zipfile.sizeFileHeader or file.data[at : at + len(MAGIC)] != MAGIC:  # type: ignore[attr-defined]
+            raise fault(f"no member {name[:80]}", max(min(at, file.size), 0))
+        name_size, extra_size = struct.unpack_from("<HH", file.data, at + 26)  # may differ from the directory's
+        offset = at + zipfile.sizeFileHeader + name_size + extra_size  # type: ignore[attr-defined]
+        if entry.file_size > file.size - offset:
+            raise fault(f"member {name[:80]} lies beyond the end", at)
+        members[name] = _Member(offset, entry.file_size)
+    for before, after in pairwise(sorted(entries, key=lambda entry: entry.header_offset)):
+        member = members[before.filename]
+        if member.offset + member.size > after.header_offset:
+            raise fault(f"members {before.filename[:80]} and {after.filename[:80]} overlap", after.header_offset)
+    return members
 
 
 # ---- the pickle ----
 
 
 @dataclass(frozen=True)
-class _Name:
-    """Something of a module, named and never looked up."""
-
-    text: str
+class _StorageType:
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -206,163 +212,129 @@ class _Storage:
 class _Tensor:
     storage: _Storage
     start: int
+    """Elements before the tensor in its storage."""
     shape: tuple[int, ...]
     strides: tuple[int, ...]
 
 
-_REBUILD = "torch._utils _rebuild_tensor_v2"
-_PARAMETER = "torch._utils _rebuild_parameter"
-_ORDERED = "collections OrderedDict"
-_KNOWN = {_REBUILD, _PARAMETER, _ORDERED}
-_KNOWN |= {f"torch {kind}" for kind in _STORAGES} | {f"torch {kind}Storage" for kind in _OTHER_STORAGES}
-
-_MARK = object()
-_OPCODES = {opcode.code.encode("latin-1"): opcode for opcode in pickletools.opcodes}
+class _RefusedError(Exception):
+    """The pickle contains something that could run code."""
 
 
-class _Machine:
-    """A pickle's stack machine without the power to call anything."""
+def _rebuild_tensor(storage: object, start: object, shape: object, strides: object, *_: object) -> _Tensor:
+    numbers = _naturals((start,)) and _naturals(shape) and _naturals(strides)
+    if not isinstance(storage, _Storage) or not numbers or len(shape) != len(strides):  # type: ignore[arg-type]
+        raise ValueError("a tensor must have a storage and whole numbers")
+    return _Tensor(storage, start, shape, strides)  # type: ignore[arg-type]
 
-    def __init__(self, file: MappedFile, data: bytes) -> None:
-        self._file, self._stack, self._memo = file, list[Any](), dict[int, Any]()
-        self.result: Any = None
-        place, code, stream = 0, b"", io.BytesIO(data)
-        try:
-            while code != b".":
-                place = stream.tell()
-                if not (code := stream.read(1)):
-                    raise ValueError("it ends without its last operation")
-                opcode = _OPCODES[code]
-                if (action := _ACTIONS.get(opcode.name)) is None:
-                    raise self._refused(f"the operation {opcode.name}")
-                if opcode.name == "GLOBAL":  # the library's reader takes escapes apart, with warnings
-                    action(self, f"{stream.readline()[:-1].decode('ascii')} {stream.readline()[:-1].decode('ascii')}")
-                else:
-                    action(self, opcode.arg.reader(stream) if opcode.arg else None)
-        except FormatError:
-            raise
-        except (ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError) as error:
-            text = str(error)[:100]
-            raise FormatError(f"a damaged pickle: {text}", path=file.path, where=f"byte {place} of data.pkl") from None
 
-    def _refused(self, what: str) -> FormatError:
-        return FormatError(
-            "the pickle asks for more than tensors, which is refused: it might run code",
-            path=self._file.path,
-            where="data.pkl",
-            expected="dicts of tensors",
-            found=what[:100],
-        )
+def _rebuild_parameter(tensor: object, *_: object) -> _Tensor:
+    if not isinstance(tensor, _Tensor):
+        raise ValueError("a parameter without a tensor")
+    return tensor
 
-    def push(self, value: Any) -> None:
-        self._stack.append(value)
 
-    def pop(self) -> Any:
-        if (value := self._stack.pop()) is _MARK:
-            raise ValueError("a mark where a value should be")
-        return value
+def _ordered_dict() -> dict[object, object]:
+    return {}
 
-    def top(self, kind: type) -> Any:
-        if not isinstance(self._stack[-1], kind):
-            raise ValueError(f"no {kind.__name__} to add to")
-        return self._stack[-1]
 
-    def after_mark(self) -> list[Any]:
-        """What was pushed since the last mark, taken off with it."""
-        at = len(self._stack) - 1
-        while self._stack[at] is not _MARK:
-            at -= 1
-            if at < 0:
-                raise ValueError("no mark")
-        found = self._stack[at + 1 :]
-        del self._stack[at:]
-        return found
+def _naturals(value: object) -> TypeGuard[tuple[int, ...]]:
+    """Whether the value is a tuple of at most 8 ints that are not negative."""
+    return isinstance(value, tuple) and len(value) <= 8 and all(type(n) is int and 0 <= n < 1 << 62 for n in value)
 
-    def several(self, count: int) -> None:
-        values = [self.pop() for _ in range(count)]
-        self.push(tuple(reversed(values)))
 
-    def set_item(self) -> None:
-        value, key = self.pop(), self.pop()
-        self.set_items([key, value])
+_GLOBALS: dict[tuple[str, str], object] = {
+    ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
+    ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
+    ("collections", "OrderedDict"): _ordered_dict,
+    **{("torch", kind): _StorageType(kind) for kind in _STORAGES},
+    **{("torch", f"{kind}Storage"): _StorageType(f"{kind}Storage") for kind in _OTHER_STORAGES},
+}
+"""(module, name) → what stands for it here."""
 
-    def set_items(self, items: list[Any]) -> None:
-        target = self.top(dict)
+_OPCODES = (
+    pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE,
+    pickle.EMPTY_DICT, pickle.EMPTY_LIST, pickle.EMPTY_TUPLE, pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2,
+    pickle.TUPLE3, pickle.APPEND, pickle.APPENDS, pickle.GLOBAL, pickle.BINPERSID, pickle.REDUCE, pickle.MEMOIZE,
+    pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET, pickle.BININT, pickle.BININT1,
+    pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINUNICODE,
+)  # fmt: skip
+"""Operations that behave as in every pickle; `_Unpickler` adds three. STACK_GLOBAL, INST, OBJ, NEWOBJ and EXT, which
+can call or name other things, are among those that are refused."""
+
+
+class _Dispatch(dict[int, Callable[[Any], None]]):
+    """Operation → method. Others are refused by name."""
+
+    def __missing__(self, code: int) -> NoReturn:
+        names = (name for name in pickle.__all__ if getattr(pickle, name) == bytes([code]))
+        raise _RefusedError(f"the operation {next(names, hex(code))}")
+
+
+class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
+    """Makes records of tensors, without calling or importing what the pickle names."""
+
+    stack: list[Any]
+    pop_mark: Callable[[], list[Any]]
+
+    def find_class(self, module: str, name: str) -> object:
+        if (module, name) not in _GLOBALS:
+            raise _RefusedError(f"{module}.{name}")
+        return _GLOBALS[module, name]
+
+    def persistent_load(self, pid: object) -> _Storage:
+        """`pid` is ("storage", its class, the name of its member, a device, how many numbers)."""
+        if not isinstance(pid, tuple) or len(pid) < 3:
+            raise ValueError("a persistent id that is no storage")
+        what, kind, key = pid[:3]
+        if not isinstance(what, str) or what != "storage" or not isinstance(kind, _StorageType):
+            raise ValueError("a persistent id that is no storage")
+        if not isinstance(key, str):
+            raise ValueError("a storage without the name of its member")
+        return _Storage(kind.kind, key)
+
+    def load_setitem(self) -> None:
+        value, key = self.stack.pop(), self.stack.pop()
+        self._set([key, value])
+
+    def load_setitems(self) -> None:
+        self._set(self.pop_mark())
+
+    def _set(self, items: Sequence[object]) -> None:
+        """Keys are strings or numbers: to hash a tuple that is nested a million times would crash Python."""
+        target = self.stack[-1]
+        if not isinstance(target, dict):
+            raise ValueError("no dict to add to")
         for key, value in zip(items[::2], items[1::2], strict=True):
-            if not isinstance(key, (str, int)):
+            if not isinstance(key, str | int):
                 raise ValueError("a key that is no string")
             target[key] = value
 
-    def name(self, text: str) -> None:
-        if text not in _KNOWN:
-            raise self._refused(text.replace(" ", "."))
-        self.push(_Name(text))
+    def load_build(self) -> None:
+        """Drop the attributes of an OrderedDict: a state_dict has `_metadata`."""
+        self.stack.pop()
 
-    def storage(self) -> None:
-        """A persistent id: ("storage", its class, its member's name, a device, how many numbers)."""
-        what, kind, key, *_ = self.pop()
-        if what != "storage" or not isinstance(kind, _Name) or not isinstance(key, str):
-            raise ValueError("a persistent id that is no storage")
-        self.push(_Storage(kind.text.rpartition(" ")[2], key))
-
-    def reduce(self) -> None:
-        arguments, function = self.pop(), self.pop()
-        if not isinstance(function, _Name) or not isinstance(arguments, tuple):
-            raise ValueError("a call of what is no name")
-        if function.text == _ORDERED and not arguments:
-            self.push({})
-        elif function.text == _PARAMETER and arguments and isinstance(arguments[0], _Tensor):
-            self.push(arguments[0])
-        elif function.text == _REBUILD:
-            storage, start, shape, strides, *_ = arguments
-            if not isinstance(storage, _Storage) or not _naturals((start,), shape, strides):
-                raise ValueError("a tensor of other parts than a storage and whole numbers")
-            self.push(_Tensor(storage, start, shape, strides))
-        else:
-            raise self._refused(f"a call of {function.text.replace(' ', '.')}")
-
-    def stop(self) -> None:
-        self.result = self.pop()
+    dispatch = _Dispatch({code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES})  # type: ignore[attr-defined]
+    dispatch[pickle.SETITEM[0]] = load_setitem
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+    dispatch[pickle.BUILD[0]] = load_build
 
 
-def _naturals(*values: Any) -> bool:
-    return all(
-        isinstance(value, tuple)
-        and len(value) <= 8
-        and all(type(item) is int and 0 <= item < 1 << 62 for item in value)
-        for value in values
-    ) and len(values[-1]) == len(values[-2])
-
-
-_ACTIONS: dict[str, Callable[[_Machine, Any], object]] = {
-    "PROTO": lambda m, x: None,
-    "FRAME": lambda m, x: None,
-    "STOP": lambda m, x: m.stop(),
-    "MARK": lambda m, x: m.push(_MARK),
-    "NONE": lambda m, x: m.push(None),
-    "NEWTRUE": lambda m, x: m.push(True),
-    "NEWFALSE": lambda m, x: m.push(False),
-    "EMPTY_DICT": lambda m, x: m.push({}),
-    "EMPTY_LIST": lambda m, x: m.push([]),
-    "EMPTY_TUPLE": lambda m, x: m.push(()),
-    "TUPLE": lambda m, x: m.push(tuple(m.after_mark())),
-    "TUPLE1": lambda m, x: m.several(1),
-    "TUPLE2": lambda m, x: m.several(2),
-    "TUPLE3": lambda m, x: m.several(3),
-    "APPEND": lambda m, x: (value := m.pop(), m.top(list).append(value)),
-    "APPENDS": lambda m, x: (values := m.after_mark(), m.top(list).extend(values)),
-    "SETITEM": lambda m, x: m.set_item(),
-    "SETITEMS": lambda m, x: m.set_items(m.after_mark()),
-    "BUILD": lambda m, x: m.pop(),  # attributes of an OrderedDict: a state_dict's _metadata
-    "GLOBAL": lambda m, x: m.name(x),
-    "BINPERSID": lambda m, x: m.storage(),
-    "REDUCE": lambda m, x: m.reduce(),
-    "MEMOIZE": lambda m, x: m._memo.__setitem__(len(m._memo), m._stack[-1]),
-    **dict.fromkeys(("BINPUT", "LONG_BINPUT"), lambda m, x: m._memo.__setitem__(x, m._stack[-1])),
-    **dict.fromkeys(("BINGET", "LONG_BINGET"), lambda m, x: m.push(m._memo[x])),
-    **dict.fromkeys(
-        ("BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"),
-        lambda m, x: m.push(x),
-    ),
-}
-"""Operation → what it does to the machine; the rest, STACK_GLOBAL, INST, OBJ, NEWOBJ and EXT among them, is refused."""
+def _unpickle(file: MappedFile, data: bytes) -> object:
+    stream = io.BytesIO(data)
+    try:
+        return _Unpickler(stream).load()
+    except _RefusedError as error:
+        raise FormatError(
+            "the pickle asks for more than tensors, which is refused: it might run code",
+            path=file.path,
+            where="data.pkl",
+            expected="dicts of tensors",
+            found=str(error)[:100],
+        ) from None
+    except (
+        pickle.UnpicklingError, ValueError, IndexError, KeyError, TypeError, AttributeError, OverflowError, EOFError,
+        struct.error,
+    ) as error:  # fmt: skip
+        where = f"before byte {stream.tell():,} of data.pkl"
+        raise FormatError(f"a damaged pickle: {str(error)[:100]}", path=file.path, where=where) from None

@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -74,6 +75,7 @@ def test_rounding_is_ggmls_to_the_bit(ggml: Mapping[str, np.ndarray], kind: str)
     assert (scales[6] == 0).any() and (np.abs(numbers[5]).max() == 127) and scales.dtype == np.float32
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", VEC_DOT_TYPE)
 @pytest.mark.parametrize("device", ["cpu", "reference"])
 def test_products_are_ggmls(ggml: Mapping[str, np.ndarray], name: str, device: str) -> None:
@@ -145,6 +147,7 @@ def build(config: ModelConfig, weights: Mapping[str, Weight], tokens: int, logit
     return graph.build(config, types, kv, tokens, logits, activations="int8")
 
 
+@pytest.mark.slow
 @given(
     st.lists(st.sampled_from([*VEC_DOT_TYPE, *VEC_DOT_TYPE, "f32", "f16", "int8"]), min_size=1, max_size=4),
     st.booleans() | st.sets(st.sampled_from(list(FUSIONS))).map(sorted),
@@ -207,6 +210,7 @@ def mixed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 IDS = [int(token) for token in np.random.default_rng(1).integers(0, 50, 20)]
 
 
+@pytest.mark.slow
 def test_compile_rounds_on_request_only(mixed: Path) -> None:
     results = {}
     for options in ({}, {"activations": "f32"}, {"activations": "int8"}):
@@ -224,6 +228,7 @@ def test_compile_rounds_on_request_only(mixed: Path) -> None:
     assert between < 0.1, "not to the bit: a number that is rounded the other way moves all that follow"
 
 
+@pytest.mark.slow
 def test_a_prompt_in_chunks_and_steps(mixed: Path) -> None:
     """Rows and panels add up in different orders, so the same as above, and no more."""
     with numballama.compile(mixed, device="cpu", threads=2, activations="int8") as opened:
@@ -236,6 +241,7 @@ def test_a_prompt_in_chunks_and_steps(mixed: Path) -> None:
             assert np.sqrt(((session.logits - wanted[step]) ** 2).mean()) < 0.1 * size
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [np.nan, np.inf])
 def test_damaged_weights_show(tmp_path: Path, damage: float) -> None:
     weights = blocks_model(CONFIG, ["q4_k", "q8_0"], 0)
@@ -249,7 +255,8 @@ def test_damaged_weights_show(tmp_path: Path, damage: float) -> None:
 def test_arguments(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedError, match="activations 'int4' is not supported; there are f32, int8"):
         numballama.compile(mixed, device="cpu", activations="int4")
-    monkeypatch.setattr(model, "_choose_device", lambda device: ("cuda", "of a test"))
+    monkeypatch.setattr(model, "choose_device", lambda device: ("cuda", "of a test"))
+    monkeypatch.setattr(model, "backend_class", lambda device: SimpleNamespace(activation_types=("f32",)))
     with pytest.raises(UnsupportedError, match="activations 'int8' are for the CPU, not for cuda"):
         numballama.compile(mixed, activations="int8")
 
@@ -264,6 +271,7 @@ def test_a_model_without_quantised_weights_says_so(tmp_path: Path) -> None:
         assert "quantize" in op_kinds(opened.graph), "groups of int8 weights are met as llama2.c's are"
 
 
+@pytest.mark.slow
 def test_the_command_line_passes_it_on(mixed: Path) -> None:
     program = [sys.executable, "-m", "numballama", "bench", str(mixed), "--device", "cpu", "--json"]
     short = ["--prompt-tokens", "4", "--tokens", "2", "--repeats", "1", "--context", "8", "--activations"]
@@ -315,6 +323,7 @@ sys.stdout.flush()
 SSE_AND_AVX2 = "+sse2,+sse3,+ssse3,+sse4.1,+sse4.2,+avx,+avx2,+fma,+f16c,+bmi,+bmi2"
 
 
+@pytest.mark.slow
 def test_any_cpu_gives_the_same(tmp_path: Path) -> None:
     """With `vpdpbusd` of either kind, and on a CPU that has none: integer sums are exact, so floats differ by the order
     of sums."""
@@ -335,6 +344,7 @@ def test_any_cpu_gives_the_same(tmp_path: Path) -> None:
             assert np.abs(first - other).max() <= 1e-5 * np.abs(first).max()
 
 
+@pytest.mark.slow
 def test_the_instruction_is_used_where_it_is(tmp_path: Path) -> None:
     if not cpu_features().get("avx512vnni") and not cpu_features().get("avxvnni"):
         pytest.skip("this CPU has no vpdpbusd")

@@ -13,7 +13,8 @@ import pytest
 from numballama.chat import sandbox
 from numballama.chat.template import BUILT_IN, MAX_TEMPLATE, ChatTemplate, choose, stop_token_ids
 from numballama.errors import Error
-from numballama.formats.tokenizer_files import load_tokenizer, read_text_files
+from numballama.formats.hf.text_files import read_text_files
+from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.tokenizers.base import Tokenizer
 from tests.golden.make_templates import CONVERSATIONS, GOLDEN, OWN, VARIABLES
 from tests.golden.make_tokenizers import SMALL

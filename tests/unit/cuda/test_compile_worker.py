@@ -170,7 +170,7 @@ except KeyboardInterrupt:
 
 
 def test_kernels_that_were_edited_or_replaced_meanwhile_are_not_kept(tmp_path: Path) -> None:
-    """They are imported long after the folder was named by their sources; and a notebook may put its own in place."""
+    """They are imported long after the folder was named after their sources, and a notebook may replace one."""
     found = program(
         """
 from numba import cuda
@@ -200,7 +200,7 @@ print(json.dumps([*found, replaced.cached, kept(now)]))
 
 
 def test_only_kernels_of_the_package_are_kept(tmp_path: Path) -> None:
-    """The cache's folder is named by the package's sources: a kernel of somebody else's file would be served stale."""
+    """The cache's folder is named after the package's sources: a kernel of another file could be stale there."""
     (tmp_path / "mine.py").write_text("from numba import cuda\n@cuda.jit\ndef mine(x):\n    x[0] = 1\n")
     found = program(
         f"sys.path.insert(0, {str(tmp_path)!r})\nimport mine\n"

@@ -12,7 +12,7 @@ from hypothesis.extra import numpy as hnp
 
 from numballama.checkpoint import Weight
 from numballama.errors import Error
-from numballama.formats.gguf.reader import tensor_name
+from numballama.formats.gguf.reader import TENSOR_NAMES
 from numballama.loader import open_checkpoint
 from numballama.quantization import blocks
 from numballama.quantization.convert import EXACT, convert, dequantize
@@ -129,9 +129,9 @@ def test_every_tensor_of_a_real_model_is_what_the_gguf_package_reads(models: Pat
     gguf = pytest.importorskip("gguf")
     opened, types = open_checkpoint(path), set()
     theirs = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
-    assert {tensor_name(name) for name in opened.weights} == theirs.keys()
+    assert {TENSOR_NAMES[name] for name in opened.weights} == theirs.keys()
     for name, weight in opened.weights.items():
-        tensor = theirs[tensor_name(name)]
+        tensor = theirs[TENSOR_NAMES[name]]
         wanted = gguf.quants.dequantize(tensor.data, tensor.tensor_type).reshape(weight.shape)
         np.testing.assert_array_equal(dequantize(weight).view(np.uint32), wanted.view(np.uint32), name)
         types.add(weight.type.name)

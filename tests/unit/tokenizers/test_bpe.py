@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Callable
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +11,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
-from tokenizers import models, pre_tokenizers
+from tokenizers import pre_tokenizers
 
 import numballama
 from numballama.config import ModelConfig
 from numballama.errors import Error, FormatError, UnsupportedError
-from numballama.formats.tokenizer_files import load_tokenizer, read_text_files
+from numballama.formats.hf.text_files import read_text_files
+from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.loader import open_checkpoint
 from numballama.tokenizers.base import PieceType, Tokenizer, TokenKind
-from numballama.tokenizers.bpe import BYTES, BPETokenizer
-from numballama.tokenizers.pretokenizers import WORDS
+from numballama.tokenizers.bpe import UNICODE_TO_BYTE, BPETokenizer
+from numballama.tokenizers.pretokenizers import PRE_TOKENIZERS
 from tests.golden.lines import lines
 from tests.golden.make_tokenizers import GOLDEN, SAMPLE, SMALL, digest, digests, with_special
 from tests.helpers.bpe import ADDED, CHAT_CONFIG, SPECIAL, chat_model, real, save_json, trained, vocabulary_gguf
@@ -56,10 +54,6 @@ def test_the_lines_are_those_of_the_golden_file() -> None:
     assert digest([[ord(character) for character in line] for line in lines()]) == LINES_DIGEST
 
 
-def test_every_name_of_a_pre_tokenizer_has_a_witness() -> None:
-    assert {f"small-{pre}" for pre in WORDS} <= set(PEERS)
-
-
 @pytest.mark.parametrize("name", PEERS)
 def test_ids_are_the_peers(name: str, tmp_path: Path) -> None:
     tokenizer, peer = opened(name, tmp_path), PEERS[name]
@@ -73,18 +67,12 @@ def test_ids_are_the_peers(name: str, tmp_path: Path) -> None:
         assert [tokenizer.decode(line) for line in ids] == list(lines())
 
 
-def test_pre_tokenizers_differ() -> None:
-    """The small vocabulary shows which one cut a text."""
-    kinds = {tuple(PEERS[f"small-{pre}"]["lines"]) for pre in WORDS}
-    assert len(kinds) == len(set(WORDS.values()))
-
-
 @pytest.fixture(scope="module", params=["smollm", "llama-bpe", "nfc", "metaspace", "bos"])
 def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Library, BPETokenizer]:
     """(the library's, ours from its JSON)."""
     kind = request.param
     library = trained(
-        kind if kind in WORDS else "qwen2", nfc=kind == "nfc", metaspace=kind == "metaspace", bos=kind == "bos"
+        kind if kind in PRE_TOKENIZERS else "qwen2", nfc=kind == "nfc", metaspace=kind == "metaspace", bos=kind == "bos"
     )
     ours = load_tokenizer(save_json(tmp_path_factory.mktemp("bpe"), library))
     assert isinstance(ours, BPETokenizer)
@@ -133,7 +121,9 @@ def test_any_ids(pair: tuple[Library, BPETokenizer], data: st.DataObject) -> Non
 def test_a_character_appears_with_its_last_byte(pair: tuple[Library, BPETokenizer]) -> None:
     library, ours = pair
     if ours.entry(library.token_to_id("a"))[0] is TokenKind.BYTE:
-        spelled = [library.token_to_id({byte: letter for letter, byte in BYTES.items()}[b]) for b in "🙂é".encode()]
+        spelled = [
+            library.token_to_id({byte: letter for letter, byte in UNICODE_TO_BYTE.items()}[b]) for b in "🙂é".encode()
+        ]
         decoder = ours.decoder()
         assert [decoder.push(token) for token in spelled] == ["", "", "", "🙂", "", "é"]
         assert [decoder.push(token) for token in spelled[:2]] == ["", ""]
@@ -169,57 +159,6 @@ def test_a_special_token_among_the_words_is_not_made_of_text(tmp_path: Path) -> 
 # ---- BOS, EOS and the files beside ----
 
 
-@pytest.mark.parametrize(
-    ("bos", "config", "expected"),
-    [
-        (False, {}, (False, False)),
-        (True, {}, (True, False)),
-        (True, CHAT_CONFIG, (True, False)),
-        (True, CHAT_CONFIG | {"add_bos_token": False}, (False, False)),
-        (False, CHAT_CONFIG | {"add_bos_token": True, "add_eos_token": True}, (True, True)),
-        (False, {"add_bos_token": True}, (False, False)),  # there is no BOS
-        (False, CHAT_CONFIG | {"add_bos_token": None}, (False, False)),
-        (False, {"bos_token": {"content": "<|begin_of_text|>"}, "add_bos_token": True}, (True, False)),
-    ],
-)
-def test_bos_and_eos(tmp_path: Path, bos: bool, config: dict[str, Any], expected: tuple[bool, bool]) -> None:
-    """tokenizer_config.json's word, as transformers takes it, else the post-processor's."""
-    tokenizer = load_tokenizer(save_json(tmp_path, trained(bos=bos), config))
-    first, last = (tokenizer.special_tokens[token] for token in ("<|begin_of_text|>", "<|im_end|>"))
-    plain = tokenizer.encode("hi", bos=False)
-    assert tokenizer.encode("hi") == [first] * expected[0] + plain + [last] * expected[1]
-    assert (tokenizer.add_bos, tokenizer.add_eos) == expected
-    if "eos_token" in config:
-        assert tokenizer.eos_id == last
-
-
-def test_the_special_tokens_map_names_them_too(tmp_path: Path) -> None:
-    tokenizer = load_tokenizer(save_json(tmp_path, trained(), None, special_tokens_map=CHAT_CONFIG))
-    assert tokenizer.piece(tokenizer.bos_id or 0) == "<|begin_of_text|>"
-    assert tokenizer.piece(tokenizer.eos_id or 0) == "<|im_end|>"
-
-
-def test_what_a_directory_says(tmp_path: Path) -> None:
-    config = CHAT_CONFIG | {"chat_template": [{"name": "tool", "template": "t"}, {"name": "default", "template": "d"}]}
-    save_json(tmp_path, trained(), config, generation_config={"eos_token_id": [603, 601]}, config={"eos_token_id": 2})
-    found = read_text_files(tmp_path)
-    assert isinstance(found.tokenizer, BPETokenizer)
-    assert (found.chat_template, found.stop_token_ids, found.notes) == ("d", (603, 601), ())
-    assert read_text_files(tmp_path, own_tokenizer=False).tokenizer is None
-    (tmp_path / "generation_config.json").unlink()
-    (tmp_path / "chat_template.jinja").write_text("j")
-    assert (read_text_files(tmp_path).chat_template, read_text_files(tmp_path).stop_token_ids) == ("j", (2,))
-    library = Library(models.WordPiece({"[UNK]": 0}, unk_token="[UNK]"))
-    library.pre_tokenizer = pre_tokenizers.Whitespace()
-    save_json(tmp_path, library)
-    assert "WordPiece" in read_text_files(tmp_path).notes[0] and read_text_files(tmp_path).tokenizer is None
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    assert read_text_files(empty) == replace(found, tokenizer=None, chat_template=None, stop_token_ids=())
-    with pytest.raises(Error, match="no such directory"):
-        read_text_files(tmp_path / "missing")
-
-
 def test_which_file_of_a_directory(tmp_path: Path, models: Path) -> None:
     with pytest.raises(FormatError, match=r"without a tokenizer.*tokenizer\.json"):
         load_tokenizer(tmp_path)
@@ -253,49 +192,6 @@ def test_a_directory_as_the_tokenizer_of_a_model(tmp_path: Path) -> None:
     opened = open_checkpoint(model, folder)
     assert (opened.chat_template, opened.stop_token_ids) == ("T", (3,))
     assert opened.tokenizer is not None and opened.tokenizer.vocab_size == 607
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "message"),
-    [
-        ("tokenizer_config", "[]", r"tokenizer_config\.json: not a JSON object"),
-        ("tokenizer_config", "{", r"tokenizer_config\.json: not JSON"),
-        ("tokenizer_config", "[" * 100_000, "not JSON"),
-        ("tokenizer_config", '{"add_bos_token": "yes"}', "add_bos_token; expected true or false; found 'yes'"),
-        ("tokenizer_config", '{"chat_template": 7}', "chat_template; expected a template"),
-        ("generation_config", '{"eos_token_id": ["x"]}', "eos_token_id; expected a token id"),
-        ("tokenizer", "{}", r"not a tokenizer\.json"),
-        ("tokenizer", '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 99999999}, "merges": []}}', "tokens"),
-        ("tokenizer", '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}', "1 to 1,048,576"),
-        (
-            "tokenizer",
-            '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}',
-            "not a",
-        ),
-    ],
-)
-def test_damaged_files(tmp_path: Path, name: str, content: str, message: str) -> None:
-    save_json(tmp_path, trained(vocab_size=300))
-    (tmp_path / f"{name}.json").write_text(content)
-    with pytest.raises(FormatError, match=message):
-        read_text_files(tmp_path)
-
-
-@settings(max_examples=60)
-@given(edits=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 255)), min_size=1, max_size=4))
-def test_damaged_json_ends_in_an_error_or_in_a_tokenizer(tmp_path: Path, edits: list[tuple[int, int]]) -> None:
-    data = bytearray(SMALL.read_bytes())
-    for offset, byte in edits:
-        data[offset % len(data)] = byte
-    path = tmp_path / "tokenizer.json"
-    path.unlink(missing_ok=True)
-    path.write_bytes(data)
-    try:
-        tokenizer = load_tokenizer(path)
-        tokenizer.encode("Once upon a time 🙂\0 <s>", special=True)
-    except Error:
-        return
-    tokenizer.decode(range(tokenizer.vocab_size))
 
 
 # ---- GGUF ----
@@ -357,78 +253,3 @@ def test_an_empty_name_and_llama_3s_bos(tmp_path: Path) -> None:
         tokenizer = load_tokenizer(path)
         assert digests([tokenizer.encode(line, bos=False) for line in lines()]) == PEERS[f"small-{named}"]["lines"]
         assert tokenizer.add_bos is bos
-
-
-# ---- tiktoken ----
-
-
-def tiktoken_file(path: Path, vocabulary: list[str]) -> Path:
-    """The file of tokens in GPT-2's letters, by rank."""
-    tokens = (bytes(BYTES[letter] for letter in token) for token in vocabulary)
-    path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
-    return path
-
-
-def tiktoken_encode(ranks: dict[bytes, int], word: bytes) -> list[int]:
-    """What tiktoken does: the pair of lowest rank, the leftmost of equals, until none is left."""
-    if word in ranks:
-        return [ranks[word]]
-    parts = [word[i : i + 1] for i in range(len(word))]
-    while True:
-        pairs = [(ranks[a + b], i) for i, (a, b) in enumerate(pairwise(parts)) if a + b in ranks]
-        if not pairs:
-            return [ranks[part] for part in parts]
-        _, i = min(pairs)
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-
-
-def ranked() -> list[str]:
-    """A vocabulary in the order of ranks: bytes, then what merges made."""
-    found = json.loads(trained("llama-bpe", 1000).to_str())["model"]["vocab"]
-    return sorted(found, key=lambda token: (len(token) > 1, found[token]))
-
-
-def test_tiktoken_files(tmp_path: Path) -> None:
-    vocabulary = ranked()
-    tokenizer = load_tokenizer(tiktoken_file(tmp_path / "tokenizer.model", vocabulary))
-    ranks = {bytes(BYTES[letter] for letter in token): rank for rank, token in enumerate(vocabulary)}
-    cut = trained("llama-bpe", 300).pre_tokenizer
-    for line in lines()[::3]:
-        words = [bytes(BYTES[letter] for letter in word) for word, _ in cut.pre_tokenize_str(line)]
-        expected = [token for word in words for token in tiktoken_encode(ranks, word)]
-        assert tokenizer.encode(line, bos=False) == expected
-        assert tokenizer.decode(expected) == line
-    names = [tokenizer.piece(token) for token in range(1000, 1256)]
-    assert names[:2] == ["<|begin_of_text|>", "<|end_of_text|>"] and names[9] == "<|eot_id|>"
-    assert names[2] == "<|reserved_special_token_0|>" and names[255] == "<|reserved_special_token_247|>"
-    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (1256, 1000, 1001)
-    assert tokenizer.encode("a<|eot_id|>", special=True)[::2] == [1000, 1009]
-    assert 1009 not in tokenizer.encode("a<|eot_id|>")
-
-
-def test_llama_3s_tiktoken_file_is_its_tokenizer_json(tmp_path: Path) -> None:
-    if (path := real("llama3_2")) is None:
-        pytest.skip("no real tokenizer llama3_2 in NUMBALLAMA_TEST_MODELS")
-    json_ = load_tokenizer(path)
-    vocabulary = [json_.piece(token) for token in range(128_000)]
-    tokenizer = load_tokenizer(tiktoken_file(tmp_path / "tokenizer.model", vocabulary))
-    assert [tokenizer.piece(token) for token in range(128_256)] == [json_.piece(token) for token in range(128_256)]
-    assert digests([tokenizer.encode(line, bos=False) for line in lines()]) == PEERS["llama3_2"]["lines"]
-    assert tokenizer.encode("hi") == json_.encode("hi")
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (lambda data: data[:-1] + b"x\n", "found"),
-        (lambda data: data.replace(b" 7\n", b" 8\n"), "a space and 7"),
-        (lambda data: data + data[:5] + b" 1000\n", "a new token"),
-        (lambda data: data + b"*** 1000\n", r"at byte \d"),
-        (lambda data: data + base64.b64encode(b"x" * 2000) + b" 1000\n", "1 to 1,024 bytes"),
-    ],
-)
-def test_damaged_tiktoken_files(tmp_path: Path, damage: Callable[[bytes], bytes], message: str) -> None:
-    path = tiktoken_file(tmp_path / "tokenizer.model", ranked())
-    path.write_bytes(damage(path.read_bytes()))
-    with pytest.raises(FormatError, match=message):
-        load_tokenizer(path)

@@ -6,8 +6,6 @@ import contextlib
 import random
 import struct
 import time
-import tracemalloc
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,16 +15,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import numballama
-from numballama.config import HALF_SPLIT, ModelConfig
+from numballama.config import ModelConfig
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.files import map_file
 from numballama.formats.gguf.header import TENSOR_TYPES, Header
-from numballama.formats.gguf.reader import tensor_name
+from numballama.formats.gguf.reader import TENSOR_NAMES
 from numballama.formats.gguf.writer import write_gguf
-from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.loader import open_checkpoint
-from numballama.quantization.convert import convert, dequantize
 from numballama.quantization.types import BF16, F16, F32, Q8_0, WeightType
 from tests.helpers.gguf_files import (
     ARRAY,
@@ -36,7 +31,6 @@ from tests.helpers.gguf_files import (
     TYPES,
     U32,
     array,
-    container,
     edited,
     entries_of,
     entry,
@@ -48,7 +42,7 @@ from tests.helpers.gguf_files import (
     u32,
     weights_of,
 )
-from tests.helpers.random_models import configs, random_checkpoint, reference_logits
+from tests.helpers.random_models import configs
 
 # ---- round trips ----
 
@@ -67,7 +61,7 @@ def test_models_round_trip(tmp_path: Path, config: ModelConfig, kind: WeightType
     assert write_gguf(path, config, weights, name="a name") == []
     opened = open_checkpoint(path)
     assert opened.config == config
-    assert (opened.format, opened.tokenizer, opened.notes, opened.assumed) == ("GGUF v3", None, [], ())
+    assert (opened.format, opened.tokenizer, opened.notes, opened.defaulted_fields) == ("GGUF v3", None, [], ())
     assert not opened.bos_is_stop_token
     assert list(opened.weights) == list(config.weight_shapes())
     for name, weight in opened.weights.items():
@@ -130,7 +124,7 @@ def test_the_gguf_package_writes_the_same_file(tmp_path: Path, kind: str) -> Non
         data = weight.data.view(
             {"F16": np.float16, "BF16": np.uint8}.get(kind, weight.data.dtype) if raw else np.float32
         )
-        w.add_tensor(tensor_name(name), data, raw_dtype=raw)
+        w.add_tensor(TENSOR_NAMES[name], data, raw_dtype=raw)
     w.write_header_to_file()
     w.write_kv_data_to_file()
     w.write_tensors_to_file()
@@ -138,98 +132,9 @@ def test_the_gguf_package_writes_the_same_file(tmp_path: Path, kind: str) -> Non
     assert ours.read_bytes() == theirs.read_bytes()
 
 
-@pytest.mark.parametrize("kind", TYPES)
-def test_the_gguf_package_reads_what_we_write(tmp_path: Path, kind: str) -> None:
-    gguf = pytest.importorskip("gguf")
-    path = save(tmp_path / "m.gguf", kind=TYPES[kind], tokenizer=letters(300), name="tiny")
-    header, reader = Header(map_file(path)), gguf.GGUFReader(path)
-    theirs = {name: field for name, field in reader.fields.items() if not name.startswith("GGUF.")}
-    assert list(theirs) == list(header.fields)
-    assert header.text("general.name") == theirs["general.name"].contents() == "tiny"
-    assert header.integer("llama.context_length") == theirs["llama.context_length"].contents() == 16
-    assert header.number("llama.attention.layer_norm_rms_epsilon") == 1e-5
-    assert header.flag("tokenizer.ggml.add_bos_token") is theirs["tokenizer.ggml.add_bos_token"].contents() is True
-    tokens = theirs["tokenizer.ggml.tokens"]
-    assert header.strings("tokenizer.ggml.tokens") == [bytes(tokens.parts[index]) for index in tokens.data]
-    for key in ("scores", "token_type"):
-        numbers = header.numbers(f"tokenizer.ggml.{key}")
-        assert numbers is not None
-        assert numbers.tolist() == theirs[f"tokenizer.ggml.{key}"].contents()
-    for ours, other in zip(header.tensors.values(), reader.tensors, strict=True):
-        assert (ours.name, ours.type, list(ours.shape[::-1])) == (other.name, other.tensor_type.name, list(other.shape))
-        assert (ours.offset, ours.nbytes) == (other.data_offset, other.n_bytes)
-    opened = open_checkpoint(path)
-    for name, weight in opened.weights.items():
-        their = next(t for t in reader.tensors if t.name == tensor_name(name))
-        wanted = gguf.quants.dequantize(their.data, their.tensor_type)
-        np.testing.assert_array_equal(dequantize(weight), wanted.reshape(weight.shape))
-
-
 def test_types_are_ggmls() -> None:
     gguf = pytest.importorskip("gguf")
     assert {int(kind): (kind.name, *size) for kind, size in gguf.GGML_QUANT_SIZES.items()} == TENSOR_TYPES
-
-
-@pytest.mark.parametrize("kind", TYPES)
-def test_half_split_models_are_permuted(tmp_path: Path, kind: str) -> None:
-    """To the last bit the permutation of llama.cpp's converter, and the same logits."""
-    config = replace(CONFIG, rope_pairing=HALF_SPLIT, qkv_bias=True, o_bias=True)
-    weights = weights_of(config, TYPES[kind])
-    path = tmp_path / "m.gguf"
-    write_gguf(path, config, weights)
-    opened = open_checkpoint(path)
-    assert opened.config == replace(config, rope_pairing="interleaved")
-    for name, heads in (("wq", 4), ("wk", 2), ("bq", 4), ("bk", 2)):
-        numbers = weights[f"layers.1.{name}"].data
-        wanted = numbers.reshape(heads, 2, len(numbers) // heads // 2, *numbers.shape[1:]).swapaxes(1, 2)
-        np.testing.assert_array_equal(opened.weights[f"layers.1.{name}"].data, wanted.reshape(numbers.shape))
-    if kind == "F32":
-        got = numballama.compile(path, device="reference").logits(range(10))
-        np.testing.assert_allclose(got, reference_logits(config, weights, range(10)), atol=1e-5)
-
-
-def test_narrow_norms_become_float32(tmp_path: Path) -> None:
-    """F16 and BF16 norms, which some converters write, and outer dimensions of 1."""
-    path = save(tmp_path / "m.gguf")
-    header, data = Header(map_file(path)), bytearray(path.read_bytes())
-    info = header.tensors["output_norm.weight"]
-    name = data.index(b"output_norm.weight")
-    kind_at = name + len("output_norm.weight") + 4 + 8
-    for number, kind in ((1, F16), (30, BF16)):
-        norm = random_checkpoint(CONFIG).weights["norm"]
-        narrow = convert(norm, kind)
-        struct.pack_into("<I", data, kind_at, number)
-        data[info.offset : info.offset + 64] = narrow.data.tobytes()
-        path.write_bytes(data)
-        weight = open_checkpoint(path).weights["norm"]
-        assert weight.type == F32
-        np.testing.assert_array_equal(weight.data, dequantize(narrow))
-    struct.pack_into("<I", data, kind_at, 8)
-    path.write_bytes(data)
-    with pytest.raises(UnsupportedError, match=r"output_norm\.weight has type Q8_0; supported are F32, F16, BF16$"):
-        open_checkpoint(path)
-
-
-def test_the_writer_refuses(tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    with pytest.raises(UnsupportedError, match="cannot hold tok_embeddings as int8/32; convert it to f32"):
-        save(path, kind=WeightType("int8", 32))
-    with pytest.raises(Error, match="output in one but not the other"):
-        write_gguf(path, CONFIG, weights_of(replace(CONFIG, tied_embeddings=True)))
-    with pytest.raises(Error, match="wq has shape"):
-        write_gguf(path, replace(CONFIG, head_dim=4), weights_of(CONFIG))
-    with pytest.raises(Error, match=r"301 tokens does not belong to a model of 300"):
-        save(path, tokenizer=letters(301))
-    with pytest.raises(Error, match="repeats a key"):
-        save(path, metadata={"general.architecture": "gpt2"})
-    for value in (1 << 32, -1, 1e300):
-        with pytest.raises(UnsupportedError, match="too small"):
-            save(path, metadata={"a": value})
-    with pytest.raises(Error, match="found list"):
-        save(path, metadata={"a": [1]})  # type: ignore[dict-item]
-    with pytest.raises(UnsupportedError, match="rope"):
-        save(path, replace(CONFIG, rope_theta=1e300))
-    assert not list(tmp_path.iterdir())
 
 
 # ---- metadata that asks for more or less ----
@@ -295,40 +200,6 @@ def test_what_asks_for_nothing_is_accepted(tmp_path: Path, changes: dict[str, by
     assert open_checkpoint(path).config == CONFIG
 
 
-@pytest.mark.parametrize("alignment", [8, 32, 256])
-def test_other_alignments(tmp_path: Path, alignment: int) -> None:
-    gguf = pytest.importorskip("gguf")
-    path, other = save(tmp_path / "m.gguf"), tmp_path / "other.gguf"
-    w = gguf.GGUFWriter(other, "llama")
-    w.add_custom_alignment(alignment)
-    for field in gguf.GGUFReader(path).fields.values():
-        if not field.name.startswith(("GGUF.", "general.")):
-            w.add_key_value(field.name, field.contents(), field.types[0])
-    opened = open_checkpoint(path)
-    for name, weight in opened.weights.items():
-        w.add_tensor(tensor_name(name), weight.data)
-    w.write_header_to_file()
-    w.write_kv_data_to_file()
-    w.write_tensors_to_file()
-    w.close()
-    again = open_checkpoint(other)
-    assert again.config == opened.config
-    for name, weight in opened.weights.items():
-        np.testing.assert_array_equal(again.weights[name].data, weight.data)
-
-
-def test_version_2_and_other_versions(tmp_path: Path) -> None:
-    path = save(tmp_path / "m.gguf")
-    data = bytearray(path.read_bytes())
-    for version, order, message in ((1, "<", "version 1"), (4, "<", "version 4"), (3, ">", "big-endian"), (2, "<", "")):
-        struct.pack_into(f"{order}I", data, 4, version)
-        path.write_bytes(data)
-        if message:
-            with pytest.raises(UnsupportedError, match=message):
-                open_checkpoint(path)
-    assert open_checkpoint(path).format == "GGUF v2"
-
-
 @pytest.mark.parametrize(
     ("key", "change", "message"),
     [
@@ -345,7 +216,7 @@ def test_version_2_and_other_versions(tmp_path: Path) -> None:
         ("llama.block_count", entry("llama.block_count", ARRAY, array(U32, 1, bytes(4))), "found an array of 1 UINT32"),
         ("llama.context_length", u32("llama.context_length", 0xFFFFFFFF), "context_length"),
         ("llama.feed_forward_length", u32("llama.feed_forward_length", 96), "wrong shape"),
-        ("llama.attention.head_count", u32("llama.attention.head_count", 5), "cannot be"),
+        ("llama.attention.head_count", u32("llama.attention.head_count", 5), "an impossible model"),
         ("llama.attention.head_count", u32("llama.attention.head_count", 33), "key_length"),
         ("llama.attention.head_count_kv", u32("llama.attention.head_count_kv", 3), "multiple of n_kv_heads"),
         ("llama.vocab_size", u32("llama.vocab_size", 299), "wrong shape"),
@@ -398,71 +269,6 @@ def test_unsupported_tensor_types_are_named(tmp_path: Path) -> None:
 
 
 # ---- damage ----
-
-HOSTILE = {
-    "no GGUF": b"GGUX" + bytes(40),
-    "the magic alone": b"GGUF",
-    "half a count": b"GGUF" + struct.pack("<IQ", 3, 0) + b"\0\0",
-    "many tensors": b"GGUF" + struct.pack("<IQQ", 3, 1 << 62, 0) + bytes(100),
-    "many keys": b"GGUF" + struct.pack("<IQQ", 3, 0, (1 << 64) - 1) + bytes(100),
-    "more keys than bytes": b"GGUF" + struct.pack("<IQQ", 3, 0, 9) + bytes(100),
-    "an array of 2^40": container([entry("a", ARRAY, array(U32, 1 << 40))], [], bytes(100)),
-    "2^40 strings": container([entry("a", ARRAY, array(STRING, 1 << 40))], [], bytes(100)),
-    "2^61 numbers": container([entry("a", ARRAY, array(10, 1 << 61))], [], bytes(100)),
-    "arrays in arrays": container([entry("a", ARRAY, array(ARRAY, 1, array(U32, 1, bytes(4))))], []),
-    "a long string": container([entry("a", STRING, struct.pack("<Q", 1 << 63))], [], bytes(50)),
-    "a string of 2^64-1": container([entry("a", STRING, struct.pack("<Q", (1 << 64) - 1))], [], bytes(50)),
-    "strings that end early": container([entry("a", ARRAY, array(STRING, 2, text("b") + b"\1"))], [], align=1),
-    "a type of 13": container([entry("a", 13, bytes(8))], []),
-    "a type of 13 in an array": container([entry("a", ARRAY, array(13, 1, bytes(8)))], []),
-    "a key twice": container([u32("a", 1), u32("a", 1)], []),
-    "an empty key": container([u32("", 1)], []),
-    "a long key": b"GGUF" + struct.pack("<IQQQ", 3, 0, 1, 1 << 40) + bytes(50),
-    "a key that is no UTF-8": container([entry(b"\xff\xfe", U32, bytes(4))], []),
-    "alignment 0": container([u32("general.alignment", 0)], []),
-    "alignment 3": container([u32("general.alignment", 3)], []),
-    "alignment as text": container([entry("general.alignment", STRING, text("32"))], []),
-    "alignment 2^31": container([u32("general.alignment", 1 << 31)], [tensor("t", [1])], bytes(4)),
-    "a tensor twice": container([], [tensor("t", [1]), tensor("t", [1], offset=32)], bytes(64)),
-    "a tensor's name that is no UTF-8": container([], [tensor(b"\xc3", [1])], bytes(64)),
-    "five dimensions": container([], [tensor("t", [1] * 5)], bytes(64)),
-    "2^32-1 dimensions": container([], [text("t") + b"\xff" * 4 + bytes(50)], bytes(64)),
-    "no numbers": container([], [tensor("t", [4, 0])], bytes(64)),
-    "2^64 numbers and more": container([], [tensor("t", [1 << 63] * 4)], bytes(64)),
-    "blocks cut apart": container([], [tensor("t", [33], 8)], bytes(64)),
-    "off the grid": container([], [tensor("t", [1], offset=4)], bytes(64)),
-    "behind the end": container([], [tensor("t", [16], offset=32)], bytes(64)),
-    "far behind the end": container([], [tensor("t", [1], offset=1 << 63)], bytes(64)),
-    "one on another": container([], [tensor("t", [16]), tensor("u", [1], offset=32)], bytes(128)),
-}
-
-
-@pytest.mark.parametrize("what", HOSTILE)
-@pytest.mark.parametrize("function", [open_checkpoint, load_tokenizer, numballama.inspect])
-def test_hostile_containers(tmp_path: Path, what: str, function: Callable[[Path], Any]) -> None:
-    path = tmp_path / "hostile.gguf"
-    path.write_bytes(HOSTILE[what])
-    tracemalloc.start()
-    started = time.perf_counter()
-    with pytest.raises(FormatError) as caught:
-        function(path)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert peak < 1 << 20
-    assert time.perf_counter() - started < 1
-    assert caught.value.path == path
-    if what != "no GGUF":
-        assert caught.value.where is not None or caught.value.expected is not None
-
-
-def test_many_strings_are_refused_before_they_are_read(tmp_path: Path) -> None:
-    path = tmp_path / "m.gguf"
-    count = (1 << 22) + 1
-    path.write_bytes(container([entry("a", ARRAY, array(STRING, count, bytes(8 * count)))], []))
-    started = time.perf_counter()
-    with pytest.raises(FormatError, match="too many strings"):
-        open_checkpoint(path)
-    assert time.perf_counter() - started < 0.5
 
 
 @pytest.fixture(scope="module")
@@ -532,22 +338,3 @@ def test_mutations_end_in_an_error_or_in_a_model(tmp_path: Path, sample: bytes) 
                 tokenizer.encode("Once upon a time 🙂\0 <s>", special=True)
     assert 100 < opened < 2500
     assert time.perf_counter() - started < 15
-
-
-def test_a_large_vocabulary_opens_quickly(tmp_path: Path) -> None:
-    """32,000 pieces: the header in a few milliseconds, and next to no memory until they are asked for."""
-    config = replace(CONFIG, vocab_size=32000)
-    path = save(tmp_path / "m.gguf", config, Q8_0, tokenizer=letters(32000))
-    times = []
-    for _ in range(5):
-        started = time.perf_counter()
-        Header(map_file(path))
-        times.append(time.perf_counter() - started)
-    assert min(times) < 0.05
-    tracemalloc.start()
-    header = Header(map_file(path))
-    assert tracemalloc.get_traced_memory()[1] < 200_000
-    assert len(header.strings("tokenizer.ggml.tokens") or []) == 32000
-    open_checkpoint(path)
-    assert tracemalloc.get_traced_memory()[1] < 16_000_000
-    tracemalloc.stop()

@@ -1,34 +1,36 @@
-"""What a benchmark asks of an NVIDIA GPU: what it is, and what its memory gives."""
+"""The bandwidth of a GPU's memory, measured by a copy, and what a benchmark's report says about the GPU."""
 
 from __future__ import annotations
 
 import statistics
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ..cuda.backend import CudaBackend
-from ..cuda.driver import CudaGraph, Device, Memory, Stopwatch, versions
-from ..cuda.kernels.copy import BLOCK_ELEMENTS, copy
 from ..errors import DeviceError
 from ..memory import format_bytes
+from .driver import CudaGraph, Device, Memory, Stopwatch, versions
+from .kernels.copy import BLOCK_ELEMENTS, copy
+
+if TYPE_CHECKING:
+    from .backend import CudaBackend
 
 COPY_BYTES = 1 << 30
 """Bytes of the array that is copied: more than any cache holds."""
-LEAST_COPY_BYTES = 1 << 28
+MIN_COPY_BYTES = 1 << 28
 COPIES = 4
-"""Copies in one measurement, one behind the other."""
+"""Copies in one measurement, one after the other."""
 
 
 def measure_bandwidth(backend: CudaBackend, repeats: int = 7) -> float:
-    """Bytes a second that a copy moves, read and written: the median of several measurements.
+    """Bytes a second that a copy moves, those read and those written: the median of several measurements.
 
-    Raises `DeviceError` where the device has no memory left to copy in.
+    Raises `DeviceError` if the device has too little free memory for two arrays.
     """
     device, block = backend.device, 4 * BLOCK_ELEMENTS
     nbytes = min(COPY_BYTES, device.free_bytes * 2 // 5) // block * block
-    if nbytes < LEAST_COPY_BYTES:
+    if nbytes < MIN_COPY_BYTES:
         raise DeviceError(
             f"{device}: its bandwidth cannot be measured with {format_bytes(device.free_bytes)} of free memory; "
-            f"{format_bytes(3 * LEAST_COPY_BYTES)} are needed beside the model"
+            f"{format_bytes(3 * MIN_COPY_BYTES)} are needed beside the model"
         )
     memory = Memory(device, 2 * nbytes, "two arrays to copy")
     try:
@@ -47,7 +49,9 @@ def measure_bandwidth(backend: CudaBackend, repeats: int = 7) -> float:
 
 
 def describe(device: Device) -> dict[str, Any]:
-    """What a figure was measured on."""
+    """The GPU in a benchmark's report: name, compute capability, multiprocessors, bytes of memory and of L2 cache, and
+    the versions of driver and compiler.
+    """
     return {
         "name": device.name,
         "compute_capability": "{}.{}".format(*device.capability),

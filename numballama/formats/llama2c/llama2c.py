@@ -68,7 +68,7 @@ def _norms_first(config: ModelConfig, *matrix_type: WeightType) -> tuple[Run, ..
 
 
 def read(file: MappedFile) -> Checkpoint:
-    """Open a v1 or v2 file, which begins with `MAGIC`.
+    """Open a v1 or v2 file; both begin with `MAGIC`.
 
     Raises `FormatError` when the header or the size is wrong, and `UnsupportedError` for another version.
     """
@@ -99,7 +99,7 @@ def read(file: MappedFile) -> Checkpoint:
 
 
 def write_v0(path: str | PathLike[str], config: ModelConfig, weights: Mapping[str, Weight]) -> list[str]:
-    """Write llama2.c v0 (float32), whole or not at all; returns notes on what the format cannot hold.
+    """Write llama2.c v0 (float32), completely or not at all. Returns notes on what the format cannot hold.
 
     Raises `UnsupportedError` when the format has no place for something that `config` needs, else `Error`.
     """
@@ -118,7 +118,7 @@ def write_v2(
 ) -> list[str]:
     """Write llama2.c v2 (int8 matrices, float32 norms); otherwise as `write_v0`.
 
-    Any `group_size` will do here; llama2.c's own runq wants one that divides dim and hidden_dim, and a note says so.
+    Any `group_size` works here. llama2.c's runq needs one that divides dim and hidden_dim, as a note says.
     """
     _refuse_biases(config, "llama2.c v2")
     require_group(group_size)

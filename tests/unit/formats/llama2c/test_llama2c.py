@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from numballama.checkpoint import Weight
 from numballama.config import ModelConfig, RopeScaling
 from numballama.errors import Error, UnsupportedError
-from numballama.export import WRITERS
+from numballama.export import WRITERS, WriteOptions
+from numballama.formats.limits import MAX_LAYERS
 from numballama.formats.llama2c import layout
 from numballama.loader import open_checkpoint
 from numballama.quantization.convert import convert, quantize_int8
@@ -59,7 +60,7 @@ def test_float_formats_round_trip(tmp_path: Path, config: ModelConfig, name: str
 @given(config=configs(), name=st.sampled_from(list(INT8_FORMATS)), group=st.integers(1, 100))
 def test_int8_formats_round_trip(tmp_path: Path, config: ModelConfig, name: str, group: int) -> None:
     source, path = random_checkpoint(config), tmp_path / "model.bin"
-    WRITERS[name](path, config, source.weights, group_size=group)
+    WRITERS[name](path, config, source.weights, WriteOptions(group_size=group))
     opened = open_checkpoint(path)
     assert opened.config == config
     assert opened.format == INT8_FORMATS[name]
@@ -69,7 +70,7 @@ def test_int8_formats_round_trip(tmp_path: Path, config: ModelConfig, name: str,
         plain = len(weight.shape) == 1 or weight_name in kept
         assert_same(weight, convert(source.weights[weight_name], F32 if plain else WeightType("int8", group)))
     again = path.with_suffix(".again")
-    WRITERS[name](again, opened.config, opened.weights, group_size=group)  # int8 stays as it is
+    WRITERS[name](again, opened.config, opened.weights, WriteOptions(group_size=group))  # int8 stays as it is
     assert again.read_bytes() == path.read_bytes()
 
 
@@ -193,13 +194,13 @@ def test_writers_refuse_what_a_format_cannot_hold(tmp_path: Path) -> None:
             more = replace(SMALL, **change)
             with pytest.raises(UnsupportedError, match=f"has no place for .*{message}"):
                 write(path, more, random_checkpoint(more).weights)
-        deep = replace(SMALL, n_layers=layout.MAX_LAYERS + 1)
+        deep = replace(SMALL, n_layers=MAX_LAYERS + 1)
         with pytest.raises(UnsupportedError, match="n_layers"):
             write(path, deep, {})
     for name in INT8_FORMATS:
         for group in (0, -64, layout.MAX_GROUP + 1):
             with pytest.raises(UnsupportedError, match="group"):
-                WRITERS[name](path, SMALL, random_checkpoint(SMALL).weights, group_size=group)
+                WRITERS[name](path, SMALL, random_checkpoint(SMALL).weights, WriteOptions(group_size=group))
     assert not list(tmp_path.iterdir())
 
 

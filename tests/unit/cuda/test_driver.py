@@ -1,6 +1,4 @@
-"""Machines that cannot run CUDA: what is asked for and is not there is said, with what to do about it; nothing is
-chosen in silence.
-"""
+"""Devices on machines that cannot run CUDA: errors say what is missing and what to do; nothing is chosen silently."""
 
 from __future__ import annotations
 
@@ -68,6 +66,7 @@ needs_packages = pytest.mark.skipif(
 )
 
 
+@pytest.mark.slow
 @needs_packages
 @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
 def test_without_a_driver_or_a_device(device: str) -> None:
@@ -78,6 +77,7 @@ def test_without_a_driver_or_a_device(device: str) -> None:
         assert "use device='cpu'" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [WITHOUT_PACKAGES, WITHOUT_DEVICES], ids=["no packages", "no device"])
 def test_auto_takes_the_cpu_and_says_why(hidden: str) -> None:
     said = python(
@@ -127,24 +127,26 @@ def test_auto_takes_the_cpu_without_the_compiler() -> None:
     """Though there is a GPU: other packages bring the driver's bindings along."""
     said = python(
         "from importlib.metadata import PackageNotFoundError\n"
-        "from numballama import DeviceError, kernel_cache, model\n"
+        "from numballama import DeviceError, backend, kernel_cache\n"
         "from numballama.cuda import driver\n"
         "def version(name):\n    raise PackageNotFoundError(name)\n"
         "kernel_cache.version, driver.Device = version, lambda name='cuda': 'a GPU'\n"
-        "print(*model._choose_device('auto'))\n"
-        "try:\n    model._choose_device('cuda')\n"
+        "print(*backend.choose_device('auto'))\n"
+        "try:\n    backend.choose_device('cuda')\n"
         "except DeviceError as error:\n    print('DeviceError:', error)\n"
     )
     auto, explicit = said.splitlines()
     assert auto.startswith("cpu numba-cuda is missing; install it") and explicit.startswith("DeviceError: numba-cuda")
 
 
+@pytest.mark.slow
 @needs_packages
 @pytest.mark.parametrize("device", ["cuda:x", "cuda:", "cuda:-1"])
 def test_a_name_is_looked_at_before_the_driver(device: str) -> None:
     assert python(REPORT, device).strip() == f"DeviceError: device {device!r} is not 'cuda' or 'cuda:N'"
 
 
+@pytest.mark.slow
 def test_the_rest_works_without_the_packages() -> None:
     """Importing, inspecting and the CPU need none of NVIDIA's packages; the doctor says that they are missing."""
     said = python(

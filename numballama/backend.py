@@ -1,0 +1,201 @@
+"""What a device must be able to do: `Backend` and `Program`, and `open_backend`, which makes the one for a device.
+
+A backend holds the weights and the KV cache of one device and makes a `Program` of each graph. `cpu` and `cuda` lower
+the graph to a plan; `reference` interprets it. Everything that runs a model (`Session`, `Model`, the benchmark, the
+profiler) uses these two protocols and no backend's own class.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+import numpy as np
+
+from .checkpoint import Weight
+from .errors import DeviceError
+from .ir import Graph
+from .kernel_cache import cuda_cache_directory
+from .plan import Plan
+from .progress import Report
+from .sampling import Sampler
+
+BackendName = Literal["cpu", "cuda", "reference"]
+KVType = Literal["f32", "f16", "bf16"]
+Activations = Literal["f32", "int8"]
+KV_TYPES: tuple[KVType, ...] = ("f32", "f16", "bf16")
+ACTIVATIONS: tuple[Activations, ...] = ("f32", "int8")
+
+
+@runtime_checkable
+class Program(Protocol):
+    """A graph made ready to run on a device: write `inputs`, call `run`, read `value`."""
+
+    entries: int
+    """How often the host has entered compiled code or started work on the device."""
+
+    @property
+    def graph(self) -> Graph:
+        """The graph as it runs: after the fusions, if the backend has any."""
+
+    @property
+    def plan(self) -> Plan | None:
+        """The graph lowered for the device. None on the reference, which interprets the graph."""
+
+    @property
+    def inputs(self) -> Mapping[str, np.ndarray]:
+        """Arrays in the host's memory that the next run reads: `ids`, `positions` and `sequences`, int32 [tokens]."""
+
+    @property
+    def prefill_end(self) -> int:
+        """The first step that only the last token of a prompt needs. All chunks but the last stop before it."""
+
+    def value(self, name: str) -> np.ndarray:
+        """A value of the last run, in its declared shape. The next run may overwrite it."""
+
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: Sampler | None = None) -> int:
+        """Run steps [begin, end) for the first `tokens` tokens of the inputs.
+
+        Returns the next token if there is a sampler, otherwise 0. Raises `Error` if a kernel fails or the logits hold
+        NaN, `DeviceError` if the device fails.
+        """
+
+    def kernel_names(self) -> list[str]:
+        """For each step the kernel that computes it at the inputs' positions; several are joined by "+"."""
+
+
+@runtime_checkable
+class Backend(Protocol):
+    """Weights and KV cache of one device, and the programs that use them."""
+
+    name: ClassVar[BackendName]
+    prefill_chunk: ClassVar[int]
+    """Most tokens of a prompt in one run."""
+    default_kv_dtype: ClassVar[KVType]
+    """Element type of the KV cache, if the user asks for none."""
+    activation_types: ClassVar[tuple[Activations, ...]]
+    """Types that the activations of linear layers may be rounded to."""
+    in_host_memory: ClassVar[bool]
+    """Whether weights and KV cache lie in the host's memory."""
+
+    @property
+    def workers(self) -> int:
+        """How many workers share a step: threads of a CPU, multiprocessors (SMs) of a GPU."""
+
+    @property
+    def notes(self) -> list[str]:
+        """What the backend chose differently from what was asked for, a sentence each."""
+
+    @property
+    def description(self) -> str:
+        """The device in one line, such as "cuda:0 (NVIDIA H200)"."""
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Device memory that weights, KV cache and programs take. None in the host's memory."""
+
+    def machine(self) -> dict[str, dict[str, Any]]:
+        """What the report of a benchmark says about the device, ready for JSON. Empty for the host itself."""
+
+    def program(self, graph: Graph, fusions: bool | Sequence[str] = True, report: Report | None = None) -> Program:
+        """Fuse, lower and bind a graph. `fusions` are all, none, or those of these names."""
+
+    def prepare(self, decode: Program, report: Report | None = None) -> None:
+        """Compile or load all that the first token would otherwise wait for. `decode` is the program for one token."""
+
+    def weight_nbytes(self, name: str) -> int:
+        """Bytes of a weight as this backend stores it."""
+
+    def measure_bandwidth(self) -> float | None:
+        """Bytes a second that the device's memory gives now. None where that says nothing: on the reference.
+
+        Raises `DeviceError` if too little memory is free to measure with.
+        """
+
+    def time_steps(
+        self, program: Program, kinds: Sequence[Hashable], nbytes: Sequence[int]
+    ) -> tuple[list[float], float]:
+        """Seconds of each step of a program for one token, and of the whole run; medians.
+
+        `kinds` has one entry a step: steps of equal kind do the same work on different weights and may be measured
+        together. `nbytes` are the bytes that each step must move. Raises `Error` on the reference.
+        """
+
+    def synchronize(self) -> None:
+        """Wait until the device has done all its work."""
+
+    def close(self) -> None:
+        """Free what the device holds. The backend and its programs cannot be used afterwards."""
+
+
+def choose_device(device: str) -> tuple[str, str]:
+    """The device to use, and for "auto" the reason for the choice ("" otherwise).
+
+    Raises `DeviceError` for an unknown name, and for "cuda" or "cuda:N" without such a GPU or without the packages that
+    it needs: another device is never used in its place.
+    """
+    if not isinstance(device, str):
+        raise DeviceError(f"device must be a string, found {device!r}")
+    if device == "auto":
+        try:
+            from .cuda.driver import Device
+
+            found = Device()
+            cuda_cache_directory()
+            return "cuda", f"this machine has {found}"
+        except DeviceError as error:
+            return "cpu", str(error)
+    if _backend_name(device) == "cuda":
+        try:
+            from .cuda.driver import Device
+        except DeviceError as error:
+            raise DeviceError(f"device {device!r}: {error}") from error.__cause__
+        Device(device)  # now: before a file is opened
+        cuda_cache_directory()
+    return device, ""
+
+
+def _backend_name(device: str) -> BackendName:
+    if device in ("cpu", "reference"):
+        return "cpu" if device == "cpu" else "reference"
+    if device.partition(":")[0] == "cuda":
+        return "cuda"
+    raise DeviceError(f"unknown device {device!r}; choose from 'cpu', 'cuda', 'cuda:N', 'reference' and 'auto'")
+
+
+def backend_class(device: str) -> type[Backend]:
+    """The class of a device's backend; its class attributes are known before a weight is read."""
+    name = _backend_name(device)
+    if name == "cuda":
+        from .cuda.backend import CudaBackend
+
+        return CudaBackend
+    if name == "cpu":
+        from .cpu.backend import CpuBackend
+
+        return CpuBackend
+    from .reference import ReferenceBackend
+
+    return ReferenceBackend
+
+
+def open_backend(device: str, weights: Mapping[str, Weight], threads: int | None = None) -> Backend:
+    """A backend that holds `weights` on `device`: "cpu", "cuda", "cuda:N", "reference" or "auto".
+
+    `threads` is how many workers the CPU uses (default: Numba's number of threads). Raises `DeviceError` as
+    `choose_device` does.
+    """
+    if device == "auto":
+        device, _ = choose_device(device)
+    name = _backend_name(device)
+    if name == "cuda":
+        from .cuda.backend import CudaBackend
+
+        return CudaBackend(weights, device)
+    if name == "cpu":
+        from .cpu.backend import CpuBackend
+
+        return CpuBackend(weights, threads)
+    from .reference import ReferenceBackend
+
+    return ReferenceBackend(weights, threads)

@@ -1,0 +1,39 @@
+"""The bytes that a step must move: with the memory's bandwidth they set the least time it can take.
+
+They are the weights that the step reads, the part of the KV cache that it reads, and what it writes into the cache.
+Activations are not counted: they stay in caches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from ..ir import Graph, Op
+
+if TYPE_CHECKING:
+    from ..model import Model
+
+
+def step_bytes(graph: Graph, op: Op, weight_nbytes: Callable[[str], int], position: int, tokens: int = 1) -> int:
+    """Bytes that an op must move for `tokens` tokens of one sequence, the last of them at `position`.
+
+    Of an embedding table it reads one row a token. `weight_nbytes` gives the bytes of a weight where it lies: a GPU
+    has its own layout.
+    """
+    writes = any(graph.values[name].kind == "state" for name in op.outputs)
+    total = 0
+    for value in graph.operands(op.inputs):
+        if value.kind == "weight":
+            nbytes = weight_nbytes(value.name)
+            total += nbytes // value.shape[0] * tokens if op.kind == "embedding" else nbytes
+        elif value.kind == "state":
+            sequences, _, context, _ = value.shape
+            total += value.nbytes // (sequences * context) * (tokens if writes else position + 1)
+    return total
+
+
+def bytes_per_token(model: Model, position: int) -> int:
+    """Bytes that a decode step at `position` must move."""
+    graph, weight_nbytes = model.program.graph, model.backend.weight_nbytes
+    return sum(step_bytes(graph, op, weight_nbytes, position) for op in graph.ops)

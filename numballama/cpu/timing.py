@@ -1,0 +1,34 @@
+"""Time the steps of a program on the CPU."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..backend import Program
+
+ROUNDS = 40
+SHORTEST_S = 1e-9
+"""Least seconds of a step: a rate is computed from them."""
+
+
+def time_steps(program: Program) -> tuple[list[float], float]:
+    """Seconds of each step and of the whole run, for one token; medians.
+
+    Every step is entered by itself, in order, so caches hold what they hold in a real run. The time that entering
+    compiled code takes is subtracted.
+    """
+
+    def seconds(begin: int, end: int) -> float:
+        start = time.perf_counter()
+        program.run(1, begin, end)
+        return time.perf_counter() - start
+
+    count = len(program.graph.ops)
+    rounds = [[seconds(i, i + 1) for i in range(count)] for _ in range(ROUNDS + 1)][1:]
+    entry = statistics.median(seconds(0, 0) for _ in range(ROUNDS))
+    whole = statistics.median(seconds(0, count) for _ in range(ROUNDS))
+    steps = [max(statistics.median(times) - entry, SHORTEST_S) for times in zip(*rounds, strict=True)]
+    return steps, max(whole - entry, SHORTEST_S)

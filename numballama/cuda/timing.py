@@ -1,0 +1,68 @@
+"""Time the steps of a program on a GPU.
+
+Steps of a kind are measured together: the launches of all layers' instances, captured as one graph. No weight is then
+read twice, and each kernel starts while the one before ends, as in a real step. A whole step runs before each
+measurement, so that caches hold what they hold in a real one.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Hashable, Sequence
+from typing import TYPE_CHECKING
+
+from .driver import CudaGraph, Stopwatch
+
+if TYPE_CHECKING:
+    from .program import CudaProgram
+
+ROUNDS = 9
+SMALL_BYTES = 1 << 20
+"""A step that moves fewer bytes is repeated within a measurement: in a real step, too, it finds them in a cache."""
+SMALL_REPEATS = 24
+WHOLE_STEPS = 10
+"""Whole steps in one measurement, one after the other."""
+SHORTEST_S = 1e-9
+"""Least seconds of a step: a rate is computed from them."""
+
+
+def time_steps(program: CudaProgram, kinds: Sequence[Hashable], nbytes: Sequence[int]) -> tuple[list[float], float]:
+    """Seconds of each step and of the whole run, for one token; medians.
+
+    Steps of equal kind get their mean. `nbytes` are the bytes that each step must move.
+    """
+    device, step_launches = program.backend.device, program.prepared_launches
+    watch = Stopwatch(device)
+    program.run(1)  # sends the inputs to the device, where they stay
+    whole = CudaGraph(device, [launch for launches in step_launches for launch in launches])
+
+    def median(indices: Sequence[int]) -> float:
+        """Of these steps, one after the other. The device is busy when they are queued, so the host is not timed."""
+        graph = CudaGraph(device, [launch for index in indices for launch in step_launches[index]])
+
+        def once() -> float:
+            whole.replay()
+            return watch.measure(graph.replay)
+
+        once()
+        return statistics.median(once() for _ in range(ROUNDS))
+
+    groups: dict[Hashable, list[int]] = {}
+    for index, kind in enumerate(kinds):
+        groups.setdefault(kind, []).append(index)
+    smallest = min(range(len(nbytes)), key=nbytes.__getitem__)
+    one, many = median([smallest]), median([smallest] * 33)
+    replay_s = max(0.0, one - (many - one) / 32)  # what a replay takes beside its kernels
+    times = [0.0] * len(kinds)
+    for indices in groups.values():
+        repeats = -(-SMALL_REPEATS // len(indices)) if nbytes[indices[0]] < SMALL_BYTES else 1
+        each = (median(indices * repeats) - replay_s) / (len(indices) * repeats)
+        for index in indices:
+            times[index] = max(each, SHORTEST_S)
+
+    def whole_steps() -> None:
+        for _ in range(WHOLE_STEPS):
+            whole.replay()
+
+    whole_steps()
+    return times, statistics.median(watch.measure(whole_steps) for _ in range(ROUNDS)) / WHOLE_STEPS

@@ -1,0 +1,75 @@
+"""What a Hugging Face directory holds about text: tokenizer, chat template and stop ids, read and written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from os import PathLike
+from typing import Any
+
+from ...errors import Error, UnsupportedError
+from ...files import expand_user
+from ...tokenizers.base import Tokenizer
+from ...tokenizers.bpe import BPETokenizer
+from ...tokenizers.sentencepiece import SentencePieceTokenizer
+from .. import tokenizer_files
+from .text_settings import TextSettings
+
+
+@dataclass(frozen=True)
+class TextFiles:
+    """What a directory says about text. `Checkpoint` has fields of the same names."""
+
+    tokenizer: Tokenizer | None
+    chat_template: str | None
+    stop_token_ids: tuple[int, ...]
+    """Ids that end a text, from generation_config.json, else config.json. The tokenizer's EOS is not among them unless
+    a file lists it."""
+    notes: tuple[str, ...]
+
+
+def read_text_files(directory: str | PathLike[str], load_tokenizer: bool = True) -> TextFiles:
+    """Read tokenizer, chat template and stop ids of a directory; each may be missing.
+
+    `load_tokenizer` False leaves the tokenizer out. A tokenizer of an unsupported kind is left out with a note. Raises
+    `FormatError` for damaged files, `Error` when there is no such directory.
+    """
+    folder = expand_user(directory)
+    if not folder.is_dir():
+        raise Error(f"{directory}: no such directory")
+    settings, tokenizer, notes = TextSettings(folder), None, []
+    if load_tokenizer and tokenizer_files.find_tokenizer(folder) is not None:
+        try:
+            tokenizer = tokenizer_files.load_tokenizer(folder)
+        except UnsupportedError as error:
+            notes.append(f"its tokenizer is left out: {error}")
+    if isinstance(tokenizer, SentencePieceTokenizer):
+        added = settings.tokenizer_config.get("added_tokens_decoder")
+        ids = [int(key) for key in added if key.isdecimal()] if isinstance(added, dict) else []
+        unknown = [token for token in ids if token >= tokenizer.vocab_size]
+        if unknown:
+            notes.append(f"{len(unknown)} added tokens, which tokenizer.model does not have, are left out")
+    return TextFiles(tokenizer, settings.chat_template, settings.stop_token_ids, tuple(notes))
+
+
+def tokenizer_texts(tokenizer: Tokenizer, chat_template: str | None, context: int) -> dict[str, str]:
+    """File name → content of the files that describe a tokenizer; `context` is the model's, in tokens.
+
+    Raises `UnsupportedError` for tokenizers other than BPE, because a `tokenizer.json` needs merges.
+    """
+    if not isinstance(tokenizer, BPETokenizer):
+        raise UnsupportedError(f"a {type(tokenizer).__name__} has no merges, which a tokenizer.json must have")
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "add_bos_token": tokenizer.add_bos,
+        "add_eos_token": tokenizer.add_eos,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": context,
+    }
+    for name, token in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
+        if token is not None:
+            settings[name] = tokenizer.piece(token)
+    if chat_template is not None:
+        settings["chat_template"] = chat_template
+    config = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+    return {"tokenizer.json": tokenizer.to_json(), "tokenizer_config.json": config}

@@ -1,0 +1,114 @@
+"""The tokenizer that GGUF calls "llama": sentencepiece's BPE, from pieces, scores and types.
+
+The sentencepiece library, given a `ModelProto` built from these, agrees on every line of tests/golden/lines.py unless
+there are user-defined pieces: it does not start a new text behind one, so 4,562 of 5,000 lines that hold one get other
+ids than llama.cpp's. It also refuses vocabularies with an empty piece or two of one text, and takes twice the time to
+load (32,000 pieces: 56 ms and 37 ms of import, against 26 ms), though it encodes 10 times as fast.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from functools import cached_property
+
+from ..errors import Error
+from .base import BYTE_PIECE, SPACE, UNKNOWN_TEXT, PieceType, Strip, TokenKind, Vocabulary
+from .scored import MERGED, NO_TOKEN, ScoredTokenizer
+
+
+class GgufTokenizer(ScoredTokenizer):
+    """Ids are sentencepiece's for the model that the vocabulary came from, if that model neither normalises text nor
+    has user-defined pieces.
+
+    User-defined pieces are cut out of a text first, the longest first. The text between them is encoded as separate
+    texts, each with its own space in front, as llama.cpp does and as such models were trained.
+    """
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        v = self._vocabulary = vocabulary
+        reserved = (PieceType.UNKNOWN, PieceType.CONTROL, PieceType.USER_DEFINED, PieceType.BYTE)
+        ids = {piece: token for token, piece in enumerate(v.pieces) if v.types[token] not in reserved}
+        strip = Strip.ONE if v.add_space_prefix else Strip.NONE
+        super().__init__(v.pieces, v.scores, ids, v.bos_id, v.eos_id, strip)
+        self.add_bos, self.add_eos = v.add_bos, v.add_eos
+        self._byte_ids = {
+            int(match[1], 16): token
+            for token, kind in enumerate(v.types)
+            if kind == PieceType.BYTE and (match := BYTE_PIECE.fullmatch(v.pieces[token]))
+        }
+        tokens = [token for token, kind in enumerate(v.types) if kind == PieceType.USER_DEFINED and v.pieces[token]]
+        tokens.sort(key=lambda token: -len(v.pieces[token]))
+        self._user_defined = [(v.pieces[token].decode(errors="replace"), token) for token in tokens]
+
+    @cached_property
+    def special_tokens(self) -> Mapping[str, int]:  # type: ignore[override]
+        controls = (token for token, kind in enumerate(self._vocabulary.types) if kind == PieceType.CONTROL)
+        return {text: token for token in controls if (text := self._pieces[token].decode(errors="replace"))}
+
+    def _encode_text(self, text: str) -> list[int]:
+        parts: list[str | int] = [text]
+        for piece, token in self._user_defined:
+            if piece in text:
+                parts = [item for part in parts for item in _cut(part, piece, token)]
+        ids: list[int] = []
+        for part in parts:
+            ids += [part] if isinstance(part, int) else self._encode_part(part)
+        return ids
+
+    def _encode_part(self, text: str) -> list[int]:
+        if not text:
+            return []
+        prefix = SPACE if self._vocabulary.add_space_prefix else ""
+        symbols = [character.encode() for character in prefix + text.replace(" ", SPACE)]
+        ids = [self._ids.get(symbol, NO_TOKEN) for symbol in symbols]
+        pairs = self._merge(symbols, ids)
+        # A stack, from the right. Unused pieces take part in merges but are taken apart again at the end.
+        stack = [symbol for symbol, token in zip(symbols, ids, strict=True) if token != MERGED]
+        backwards: list[int] = []
+        while stack:
+            symbol = stack.pop()
+            token = self._ids.get(symbol)
+            if token is not None and self._vocabulary.types[token] != PieceType.UNUSED:
+                backwards.append(token)
+            elif symbol in pairs:
+                stack += pairs[symbol]
+            else:
+                backwards += reversed(self._byte_fallback(symbol))
+        unknown = self._vocabulary.unknown_id
+        result: list[int] = []
+        for token in reversed(backwards):
+            if token != unknown or not result or result[-1] != unknown:  # a run of unknown characters is one token
+                result.append(token)
+        return result
+
+    def _byte_fallback(self, symbol: bytes) -> list[int]:
+        """The byte tokens of a character that is no piece, else the unknown token."""
+        if all(byte in self._byte_ids for byte in symbol):
+            return [self._byte_ids[byte] for byte in symbol]
+        if (unknown := self._vocabulary.unknown_id) is None:
+            raise Error(f"the vocabulary has no token for {symbol.decode(errors='replace')!r}, nor for unknown text")
+        return [unknown]
+
+    def _read_entry(self, token: int) -> tuple[TokenKind, bytes]:
+        kind, piece = self._vocabulary.types[token], self._pieces[token]
+        if kind == PieceType.CONTROL:
+            return TokenKind.CONTROL, b""
+        if kind == PieceType.UNKNOWN:
+            return TokenKind.UNKNOWN, UNKNOWN_TEXT
+        if kind == PieceType.BYTE and (match := BYTE_PIECE.fullmatch(piece)):
+            return TokenKind.BYTE, bytes([int(match[1], 16)])
+        return TokenKind.TEXT, piece if kind == PieceType.USER_DEFINED else piece.replace(SPACE.encode(), b" ")
+
+    def _read_piece(self, token: int) -> str:
+        return self._pieces[token].decode(errors="replace")
+
+    def vocabulary(self) -> Vocabulary:
+        return self._vocabulary
+
+
+def _cut(part: str | int, piece: str, token: int) -> Iterable[str | int]:
+    """The part, with `token` in place of each occurrence of `piece`."""
+    if isinstance(part, int):
+        return [part]
+    texts = part.split(piece)
+    return [item for text in texts for item in (text, token)][:-1]

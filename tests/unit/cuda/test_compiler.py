@@ -1,0 +1,35 @@
+"""What the compiler refuses before it compiles. Compiled kernels are tested in tests/cuda/test_assembly.py."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from tests.helpers.cuda_host import missing_packages
+
+if reason := missing_packages():
+    pytest.skip(f"kernels cannot be compiled: {reason}", allow_module_level=True)
+
+from numballama.cuda import compiler
+from numballama.cuda.launch import named
+from numballama.cuda.ops import elementwise
+from numballama.errors import Error
+from tests.unit.cuda.test_launch import CTX, array
+
+
+@pytest.mark.parametrize("fault", ["swapped", "missing", "renamed", "extra"])
+def test_other_names_are_an_error_when_the_kernel_is_compiled(fault: str) -> None:
+    """It names the kernel, the expected parameters and the found ones."""
+    (launch,) = elementwise.bias(CTX, array(1, 64), array(64), array(1, 64))
+    x = dict(launch.arguments)
+    arguments = {
+        "swapped": named(tokens=x["tokens"], weight=x["weight"], x=x["x"], out=x["out"], columns=64),
+        "missing": named(tokens=x["tokens"], x=x["x"], weight=x["weight"], out=x["out"]),
+        "renamed": named(tokens=x["tokens"], x=x["x"], weights=x["weight"], out=x["out"], columns=64),
+        "extra": named(**x, rows=1),
+    }[fault]
+    with pytest.raises(Error, match=r"numballama\.kernels_cuda\.bias_kernel") as caught:
+        compiler.to_ptx(replace(launch, arguments=arguments).specialization, (9, 0))
+    assert "its parameters are (tokens, x, weight, out, columns)" in str(caught.value)
+    assert f"a launch passes ({', '.join(arguments)})" in str(caught.value)

@@ -1,0 +1,104 @@
+"""Programs of the CUDA backend on a device that computes nothing: binding, variants of launches, runs and errors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from tests.helpers.cuda_host import converted, graph_of, install, missing_packages
+
+if reason := missing_packages():
+    pytest.skip(f"the backend cannot be imported: {reason}", allow_module_level=True)
+
+from numballama.config import ModelConfig
+from numballama.cuda.backend import CudaBackend
+from numballama.cuda.program import CudaProgram, bind_step
+from numballama.errors import Error
+from numballama.graph import KVLayout
+from tests.helpers.random_models import random_checkpoint
+
+CONFIG = ModelConfig(64, 96, 2, 8, 2, 40, 600)
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The launches that were run."""
+    launches: list[Any] = []
+    install(run=launches.append, n_sms=132, patch=monkeypatch.setattr)
+    return launches
+
+
+def program_for(tokens: int) -> CudaProgram:
+    weights = converted(random_checkpoint(CONFIG).weights, "q8_0")
+    kv = KVLayout.of(CONFIG, CONFIG.context, "f16")
+    return CudaBackend(weights).program(graph_of(CONFIG, weights, kv, tokens))
+
+
+def test_a_run_launches_the_steps_that_it_is_asked_for(ran: list[Any]) -> None:
+    program = program_for(1)
+    program.inputs["positions"][:] = 0
+    program.run(1)
+    assert [launch.name for launch in ran] == [one.name for step in program.launches for one in step]
+    ran.clear()
+    program.run(1, 2, 4)
+    assert [launch.name for launch in ran] == [one.name for step in program.launches[2:4] for one in step]
+    assert program.entries == 2
+
+
+def test_a_long_context_has_launches_of_its_own(ran: list[Any]) -> None:
+    """From the variant's position on, and only attention changes."""
+    program = program_for(1)
+    assert program.variant_starts == [256]
+    names = {}
+    for position in (0, 255, 256, 599):
+        program.inputs["positions"][:] = position
+        ran.clear()
+        program.run(1)
+        names[position] = [launch.name for launch in ran]
+    assert names[0] == names[255] and names[256] == names[599]
+    changed = {pair for pair in zip(names[0], names[256], strict=True) if pair[0] != pair[1]}
+    assert changed == {("attention_single_kernel", "attention_grouped_kernel")}
+
+
+@pytest.mark.parametrize(("tokens", "begin", "end"), [(0, 0, None), (5, 0, None), (1, 3, 2), (1, -1, None), (1, 0, 99)])
+def test_runs_that_do_not_exist(ran: list[Any], tokens: int, begin: int, end: int | None) -> None:
+    program = program_for(4)
+    with pytest.raises(Error, match=f"cannot run {tokens} tokens of 4, steps {begin} to"):
+        program.run(tokens, begin, end)
+    assert not ran
+
+
+def test_a_launch_function_with_another_parameter(ran: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error names the function, the parameter, and what the operator has."""
+    program = program_for(1)
+    step = next(step for step in program.plan.steps if step.op.kind == "norm_qkv_rope")
+    op = replace(step.op, attrs={name: value for name, value in step.op.attrs.items() if name != "eps"})
+    with pytest.raises(Error, match=r"norm_qkv_rope has a parameter eps, but norm_qkv_rope has no .*; it has "):
+        bind_step(
+            replace(step, op=op), program.plan.graph, program.ctx, program.values | program.backend.weights.operands
+        )
+
+
+def test_a_closed_model(ran: list[Any]) -> None:
+    program = program_for(1)
+    program.backend.close()
+    with pytest.raises(Error, match="closed"):
+        program.run(1)
+    with pytest.raises(Error, match="closed"):
+        program.value("logits")
+
+
+def test_inputs_are_sent_as_they_were(ran: list[Any]) -> None:
+    """Also when more runs follow than there are pinned copies: each run has its own inputs."""
+    program = program_for(4)
+    for turn in range(2 * program.run_inputs.PINNED_COPIES + 1):
+        program.inputs["ids"][:] = turn
+        program.run_inputs.send(3, turn)
+        out = np.empty(4, np.int32)
+        program.backend.device.read(program.array("ids").address, out)
+        assert out.tolist() == [turn] * 4
+        program.backend.device.read(program.run_inputs.tokens.address, out[:1])
+        assert out[0] == 3

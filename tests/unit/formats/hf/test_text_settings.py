@@ -1,0 +1,51 @@
+"""The small files of a Hugging Face directory: stop ids and chat templates."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from numballama.errors import FormatError
+from numballama.loader import open_checkpoint
+
+HF = Path(__file__).parents[3] / "golden" / "hf"
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Callable[[str], Path]:
+    """A model of the golden ones, to be changed."""
+
+    def make(name: str) -> Path:
+        return Path(shutil.copytree(HF / f"{name}-0", tmp_path / name, dirs_exist_ok=True))
+
+    return make
+
+
+def edit(folder: Path, changes: dict[str, Any], name: str = "config.json") -> Path:
+    """Keys replaced; None takes a key away."""
+    values = json.loads((folder / name).read_text()) | changes
+    (folder / name).write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
+    return folder
+
+
+def test_stop_ids_and_templates(copy: Callable[[str], Path]) -> None:
+    folder = copy("llama")
+    edit(folder, {"eos_token_id": [2, 7, 9]}, "generation_config.json")
+    assert open_checkpoint(folder).stop_token_ids == (2, 7, 9)
+    edit(folder, {"eos_token_id": None}, "generation_config.json")
+    assert open_checkpoint(edit(folder, {"eos_token_id": 5})).stop_token_ids == (5,)
+    (folder / "tokenizer_config.json").write_text('{"chat_template": "{{ a }}"}')
+    assert open_checkpoint(folder).chat_template == "{{ a }}"
+    named = [{"name": "tools", "template": "no"}, {"name": "default", "template": "yes"}]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert open_checkpoint(folder).chat_template == "yes"
+    (folder / "chat_template.jinja").write_text("{{ ä }}", encoding="utf-8")
+    assert open_checkpoint(folder).chat_template == "{{ ä }}"
+    (folder / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(FormatError, match="UTF-8"):
+        open_checkpoint(folder)

@@ -1,0 +1,77 @@
+"""Files are mapped read-only, and written completely or not at all."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from numballama.errors import Error, FormatError
+from numballama.files import atomic_write, atomic_write_directory, expand_user, map_file
+
+
+def test_only_regular_files_are_mapped(tmp_path: Path) -> None:
+    (tmp_path / "data").write_bytes(b"abc")
+    file = map_file(tmp_path / "data")
+    assert (file.size, file.data[:]) == (3, b"abc")
+    (tmp_path / "empty").touch()
+    os.mkfifo(tmp_path / "fifo")
+    for name, kind, message in (
+        ("missing", Error, "no such file"),
+        ("", Error, "is a directory"),
+        ("fifo", Error, "is a FIFO"),
+        ("empty", FormatError, "the file is empty"),
+        ("a\0b", Error, "cannot be opened"),
+    ):
+        with pytest.raises(kind, match=message):
+            map_file(tmp_path / name)
+
+
+def test_a_file_is_replaced_when_the_block_succeeds(tmp_path: Path) -> None:
+    path = tmp_path / "data"
+    path.write_bytes(b"old")
+
+    def fail() -> None:
+        with atomic_write(path) as file:
+            file.write(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert path.read_bytes() == b"old"
+    with atomic_write(path) as file:
+        file.write(b"new")
+        assert path.read_bytes() == b"old"
+    assert path.read_bytes() == b"new"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(Error, match="is not a regular file"), atomic_write(tmp_path):
+        pass
+
+
+def test_a_directory_appears_when_the_block_succeeds(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+
+    def fail() -> None:
+        with atomic_write_directory(path) as directory:
+            (directory / "part").write_bytes(b"half")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail()
+    assert not list(tmp_path.iterdir())
+    with atomic_write_directory(path) as directory:
+        (directory / "part").write_bytes(b"whole")
+        assert not path.exists()
+    assert (path / "part").read_bytes() == b"whole"
+    with pytest.raises(Error, match="exists and is not an empty directory"), atomic_write_directory(path):
+        pass
+
+
+def test_paths(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert expand_user("~/x") == Path("/somewhere/x")
+    with pytest.raises(Error, match="must be a string or a Path"):
+        expand_user(3)  # type: ignore[arg-type]
+    with pytest.raises(Error, match="~nobody-of-this-name"):
+        expand_user("~nobody-of-this-name/x")

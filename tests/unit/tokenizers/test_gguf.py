@@ -1,0 +1,126 @@
+"""GGUF's tokenizer "llama": unused and user-defined pieces, and text without byte tokens."""
+
+from __future__ import annotations
+
+import io
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+
+from numballama.formats.gguf.writer import write_gguf
+from numballama.formats.tokenizer_files import load_tokenizer
+from numballama.loader import open_checkpoint
+from numballama.tokenizers.base import PieceType, Tokenizer
+from numballama.tokenizers.gguf import GgufTokenizer
+from numballama.tokenizers.sentencepiece_proto import message_fields
+from tests.helpers.gguf_files import (
+    CONFIG,
+    weights_of,
+)
+
+STORY_BEGINS = "once upon a time there was a little girl who loved to play in the garden with her red ball"
+
+
+WORDS = STORY_BEGINS.split(" ")
+
+
+def trained(**options: Any) -> SentencePieceProcessor:
+    """A small sentencepiece model, trained as the story model's tokenizer is, unless `options` say otherwise."""
+    rng = random.Random(1)
+    lines = [
+        " ".join(rng.choices(WORDS, k=12)).capitalize() + rng.choice([".", "!", "?  Yes", " 12"]) for _ in range(300)
+    ]
+    out = io.BytesIO()
+    options = {
+        "vocab_size": 380,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "remove_extra_whitespaces": False,
+    } | options
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=out,
+        normalization_rule_name=options.pop("normalization_rule_name", "identity"),
+        minloglevel=2,
+        **options,
+    )
+    return SentencePieceProcessor(model_proto=out.getvalue())
+
+
+def through_gguf(folder: Path, processor: SentencePieceProcessor) -> tuple[Tokenizer, Tokenizer]:
+    """The processor's model by the library, and by ours after it went through a GGUF file."""
+    model, path = folder / "t.model", folder / "t.gguf"
+    model.write_bytes(processor.serialized_model_proto())
+    library = load_tokenizer(model)
+    config = replace(CONFIG, vocab_size=processor.vocab_size())
+    write_gguf(path, config, weights_of(config), tokenizer=library)
+    ours = open_checkpoint(path).tokenizer
+    assert ours is not None
+    assert isinstance(ours, GgufTokenizer)
+    assert ours.vocabulary() == replace(library.vocabulary(), notes=())
+    return library, ours
+
+
+@given(text=st.text(st.characters(max_codepoint=0x300), max_size=30))
+def test_without_byte_fallback_the_unknown_is_one_token(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    library, ours = _no_bytes(tmp_path_factory)
+    assert ours.encode(text) == library.encode(text)
+
+
+_cached: dict[str, tuple[Tokenizer, Tokenizer]] = {}  # hypothesis calls a test many times
+
+
+def _no_bytes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, Tokenizer]:
+    if not _cached:
+        _cached["no bytes"] = through_gguf(
+            tmp_path_factory.mktemp("bytes"), trained(byte_fallback=False, vocab_size=90)
+        )
+    return _cached["no bytes"]
+
+
+def varint(number: int) -> bytes:
+    return bytes([number]) if number < 128 else bytes([number & 127 | 128]) + varint(number >> 7)
+
+
+def with_unused(proto: bytes, chosen: Callable[[bytes], bool]) -> bytes:
+    """A sentencepiece model in which the normal pieces that are `chosen` are unused ones."""
+    out = b""
+    for number, value in message_fields(proto):
+        if number == 1:
+            piece = dict(message_fields(value))
+            if piece.get(3, 1) == 1 and chosen(piece[1]):
+                value += b"\x18" + bytes([PieceType.UNUSED])
+        out += varint(number << 3 | 2) + varint(len(value)) + value
+    return out
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_unused_pieces_are_taken_apart_again(tmp_path: Path, seed: int) -> None:
+    rng = random.Random(seed)
+    proto = with_unused(trained().serialized_model_proto(), lambda piece: rng.random() < 0.4)
+    library, ours = through_gguf(tmp_path, SentencePieceProcessor(model_proto=proto))
+    assert PieceType.UNUSED in library.vocabulary().types
+    for _ in range(300):
+        words = rng.choices([*WORDS, "▁", "x"], k=5)
+        line = " ".join(words) + "".join(rng.choices("once upatimlgr ▁", k=20))
+        assert ours.encode(line) == library.encode(line)
+
+
+def test_pieces_of_the_users_own_come_first(tmp_path: Path) -> None:
+    """Longest first, and what stands between them is a text of its own: llama.cpp's rule, and its ids."""
+    library, ours = through_gguf(tmp_path, trained(user_defined_symbols=["<sep>", "<sep>x", "▁▁"], vocab_size=390))
+    sep, sepx, spaces = (next(t for t in range(390) if ours.piece(t) == p) for p in ("<sep>", "<sep>x", "  "))
+    once, red = ours.encode("once", bos=False), ours.encode("red", bos=False)
+    assert ours.encode("once<sep>red", bos=False) == [*once, sep, *red]
+    assert ours.encode("<sep>xred<sep>", bos=False) == [sepx, *red, sep]
+    assert ours.encode("once  red", bos=False) == [*once, spaces, *red]
+    assert ours.decode([*once, sep, spaces]) == "once<sep>  "
+    assert library.vocabulary().types[sep] == PieceType.USER_DEFINED
+    assert ours.encode("<s>red<sep></s>", bos=False, special=True) == [1, *red, sep, 2]

@@ -1,0 +1,123 @@
+"""llama2.c's `tokenizer.bin`: ids are those of `run.c`; damaged files end in an error."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
+
+from numballama.errors import FormatError
+from numballama.formats.tokenizer_files import load_tokenizer
+from numballama.tokenizers.base import Tokenizer
+from numballama.tokenizers.llama2c import Llama2cTokenizer
+
+PAIRS = {"tok512": ("tok512.model", "tok512.bin"), "llama2": ("llama2_tokenizer.model", "tokenizer_llama2.bin")}
+
+
+FIXED = [b"<unk>", b"\n<s>\n", b"\n</s>\n", *(b"<0x%02X>" % byte for byte in range(256))]
+
+
+Pair: TypeAlias = tuple[Tokenizer, Tokenizer, SentencePieceProcessor]
+
+
+_loaded: dict[Path, Tokenizer] = {}
+
+
+def load(path: Path) -> Tokenizer:
+    if path not in _loaded:
+        _loaded[path] = load_tokenizer(path)
+    return _loaded[path]
+
+
+@pytest.fixture(params=[name for pair in PAIRS.values() for name in pair])
+def tokenizer(request: pytest.FixtureRequest, models: Path) -> Tokenizer:
+    return load(models / request.param)
+
+
+@pytest.fixture(params=PAIRS)
+def pair(request: pytest.FixtureRequest, models: Path) -> Pair:
+    """(ours from .model, ours from .bin, the library)."""
+    model, binary = (models / name for name in PAIRS[request.param])
+    return load(model), load(binary), SentencePieceProcessor(str(model))
+
+
+def write_bin(path: Path, pieces: Sequence[bytes], scores: Sequence[float]) -> Path:
+    entries = (struct.pack("<fi", s, len(p)) + p for p, s in zip(pieces, scores, strict=True))
+    path.write_bytes(struct.pack("<i", max(map(len, pieces))) + b"".join(entries))
+    return path
+
+
+def llama2c_encode(pieces: Sequence[bytes], scores: Sequence[float], text: str) -> list[int]:
+    """What run.c's encode() does: every round, look at every pair. Control tokens and bytes cannot be spelled out."""
+    vocabulary = {piece: token for token, piece in reversed(list(enumerate(pieces))) if token >= len(FIXED)}
+    tokens: list[int] = []
+    for character in " " + text if text else "":
+        data = character.encode()
+        tokens += [vocabulary[data]] if data in vocabulary else [byte + 3 for byte in data]
+    while True:
+        best_score, best_id, best_index = -1e10, -1, -1
+        for index in range(len(tokens) - 1):
+            token = vocabulary.get(pieces[tokens[index]] + pieces[tokens[index + 1]], -1)
+            if token != -1 and scores[token] > best_score:
+                best_score, best_id, best_index = scores[token], token, index
+        if best_index == -1:
+            return tokens
+        tokens[best_index : best_index + 2] = [best_id]
+
+
+def test_reserved_pieces_cannot_be_spelled(tmp_path: Path) -> None:
+    """Not even where every step on the way to them is a piece."""
+    reserved = ["<unk>", "\n<s>\n", "\n</s>\n", "<0x41>"]
+    steps = dict.fromkeys([*" <unk>\ns/0x41", *(text[:n] for text in reserved for n in range(2, len(text)))])
+    pieces = [*FIXED, *(step.encode() for step in steps)]
+    tokenizer = load_tokenizer(write_bin(tmp_path / "t.bin", pieces, [0.0] * len(pieces)))
+    for text in reserved:
+        assert min(tokenizer.encode(text, bos=False)) >= len(FIXED)
+
+
+@settings(max_examples=60)
+@given(text=st.one_of(st.text(max_size=60), st.text("aeoth .,\n", max_size=80), st.text(" ", max_size=70)))
+@pytest.mark.parametrize("name", ["tok512.bin", "tokenizer_llama2.bin"])
+def test_bin_encodes_as_llama2c_with_real_vocabularies(models: Path, name: str, text: str) -> None:
+    tokenizer = load(models / name)
+    assert isinstance(tokenizer, Llama2cTokenizer)
+    expected = llama2c_encode(tokenizer._pieces, tokenizer._scores, text)
+    assert tokenizer.encode(text, bos=False) == expected
+
+
+@given(text=st.text(max_size=60))
+def test_bin_brings_any_text_back(models: Path, text: str) -> None:
+    for name in ("tok512.bin", "tokenizer_llama2.bin"):
+        tokenizer = load(models / name)
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_truncated_bin(tmp_path: Path) -> None:
+    path = write_bin(tmp_path / "t.bin", [*FIXED, b" ", b"a", b" a"], [0.0] * (len(FIXED) + 3))
+    data = path.read_bytes()
+    assert load_tokenizer(path).encode("a", bos=False) == [261]
+    for size in [*range(1, 60), *range(len(data) - 40, len(data))]:
+        path.write_bytes(data[:size])
+        with contextlib.suppress(FormatError):
+            assert load_tokenizer(path).vocab_size < 262  # cut between two tokens: nothing in the file tells
+    path.write_bytes(data + b"\0")
+    with pytest.raises(FormatError, match="score and length"):
+        load_tokenizer(path)
+
+
+def test_hostile_lengths(tmp_path: Path) -> None:
+    path = tmp_path / "t.bin"
+    for longest, length in ((1 << 30, 1 << 30), (-1, 5), (0, 0), (5, -1), (5, (1 << 31) - 1)):
+        path.write_bytes(struct.pack("<ifi", longest, 0, length) + b"abcde")
+        with pytest.raises(FormatError, match=r"nor a sentencepiece model, nor a llama2\.c tokenizer\.bin.*at byte"):
+            load_tokenizer(path)
+    write_bin(path, [b"<unk>"] * 300, [0.0] * 300)
+    with pytest.raises(FormatError, match="<0x00>"):
+        load_tokenizer(path)

@@ -1,0 +1,31 @@
+"""Fields of protobuf messages, and damage that ends in an error."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from numballama.errors import FormatError
+from numballama.tokenizers.sentencepiece_proto import message_fields
+
+
+def test_fields_of_every_wire_type() -> None:
+    message = b"\x08\x96\x01" + b"\x12\x03abc" + b"\x1d" + struct.pack("<f", 1.5) + b"\x21" + struct.pack("<d", -2.0)
+    assert list(message_fields(message)) == [(1, 150), (2, b"abc"), (3, 1.5), (4, -2.0)]
+    assert list(message_fields(b"")) == []
+
+
+@pytest.mark.parametrize("message", [b"\x08", b"\x08" + b"\xff" * 11, b"\x12\x05abc", b"\x1d\0\0", b"\x0b\0"])
+def test_damage(message: bytes) -> None:
+    with pytest.raises(FormatError, match="a damaged protobuf message"):
+        list(message_fields(message))
+
+
+@given(data=st.binary(max_size=60))
+def test_any_bytes_end_in_fields_or_an_error(data: bytes) -> None:
+    with contextlib.suppress(FormatError):
+        assert all(number >= 0 for number, _ in message_fields(data))
