@@ -133,6 +133,7 @@ def kernel(op: str, backend: str, *types: Types, **scratch: ScratchShape) -> Cal
             _rule_of(made)
         elif backend in CONVENTIONS:
             check_signature(target, made)
+        load(backend)  # first, so that a user's kernel replaces the package's and not the other way round
         entries = _kernels.setdefault((op, backend), [])
         entries[:] = [entry for entry in entries if entry.types != types]
         entries.insert(0, made)

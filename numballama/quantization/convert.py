@@ -58,7 +58,7 @@ def convert(weight: Weight, target: WeightType) -> Weight:
         raise Error(
             f"rows of {weight.shape[-1]} numbers are not a whole number of {target}'s blocks of {traits.block_size}"
         )
-    group = target.group or traits.block_size
+    group = traits.block_size if traits.is_block else max(target.group, 1)
     data = np.empty(numel // traits.block_size * traits.block_bytes // traits.storage.itemsize, traits.storage)
     scales = np.empty(ceil_div(numel, group), np.float32) if target.name == "int8" else None
     step = max(_CHUNK // group, 1) * group  # no group is cut in two

@@ -1,4 +1,4 @@
-"""What the tests of kernels, models and the runtime share: programs whose parts run one after the other, poisoned
+"""What the tests of kernels, models and the runtime share: programs whose workers run one after the other, poisoned
 memory, and what an op means: the reference's value with a bound on how far float32 arithmetic may be from it.
 
 The bounds are those of rounding-error analysis (Higham, Accuracy and Stability of Numerical Algorithms, ch. 3): a sum
@@ -23,6 +23,7 @@ from numballama.checkpoint import Weight
 from numballama.cpu import backend as cpu
 from numballama.cpu.backend import CpuBackend, CpuProgram
 from numballama.cpu.compiler import compile_step
+from numballama.cpu.executor import ADDRESS, MAX_TOKENS, OPERANDS
 from numballama.ir import Graph, Op
 from numballama.model import Model
 from numballama.quantization import blocks
@@ -50,7 +51,7 @@ def _compile_once(function: Callable[..., Any], operands: tuple[Any, ...]) -> An
 
 
 def cpu_backend(weights: Mapping[str, Weight] | None = None, workers: int = 1) -> CpuBackend:
-    """A backend whose plans are for `workers` parts, which may be more than there are threads: see `run_parts`."""
+    """A backend whose plans are for `workers` workers, which may be more than there are threads (see `run_workers`)."""
     backend = CpuBackend(weights or {})
     backend.workers = workers
     return backend
@@ -65,13 +66,12 @@ def compiled(backend: CpuBackend, graph: Graph, fusions: bool | Sequence[str] = 
 _STEP = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 4)
 
 
-def run_parts(program: CpuProgram, tokens: int, step: int, order: Sequence[int]) -> None:
-    """One step of a program, its parts one after the other in this order: they are independent, so any order will
-    do."""
+def run_workers(program: CpuProgram, tokens: int, step: int, order: Sequence[int]) -> None:
+    """Run one step of a program, its workers one after the other in this order: their shares do not depend on it."""
     row = program.table[step]
-    function = _STEP(int(row[cpu.ADDRESS]))
-    for part in order:
-        assert function(row[cpu.OPERANDS :].ctypes.data, part, len(order), min(tokens, int(row[cpu.ROWS]))) == 0
+    function = _STEP(int(row[ADDRESS]))
+    for worker in order:
+        assert function(row[OPERANDS:].ctypes.data, worker, len(order), min(tokens, int(row[MAX_TOKENS]))) == 0
 
 
 def as_weight(values: np.ndarray, kind: str = "f32", group: int = 0, misaligned: bool = False) -> Weight:

@@ -1,4 +1,4 @@
-"""Every CPU kernel against the NumPy reference: a graph of one op, lowered and bound as for a model, its parts run in
+"""Every CPU kernel against the NumPy reference: a graph of one op, lowered and bound as for a model, its workers run in
 any order.
 
 Tolerances are the error bounds of `support`: they follow from the data. What only moves or rounds numbers is compared
@@ -23,12 +23,12 @@ from numballama.checkpoint import Weight
 from numballama.cpu.backend import CpuProgram
 from numballama.cpu.compiler import FAST_MATH
 from numballama.ir import DTYPES, Graph, Value
-from numballama.kernels_cpu import CACHE, LARGEST, LINEAR, SMALLEST, exp
+from numballama.kernels_cpu import MAX_EXPONENT, MIN_EXPONENT, exp
 from numballama.quantization.activations import quantize_activations
 from numballama.quantization.convert import dequantize, from_bf16, from_f16, to_bf16, to_f16
-from numballama.quantization.types import BLOCKS, VEC_DOT_TYPE
+from numballama.quantization.types import BLOCKS, KV_TYPES, LINEAR_TYPES, VEC_DOT_TYPE
 from numballama.reference import ReferenceBackend
-from tests.helpers.bounds import as_weight, check_step, compiled, cpu_backend, poison, read, run_parts
+from tests.helpers.bounds import as_weight, check_step, compiled, cpu_backend, poison, read, run_workers
 
 SIZES = st.one_of(
     st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 33, 63, 64, 65, 96, 100, 127, 128, 130, 160, 172, 192, 256])
@@ -49,7 +49,7 @@ class Case:
         self.scale = np.float32(draw(st.sampled_from([1.0, 1.0, 1e-4, 1e4])))
         self.rows = draw(st.sampled_from([1, 2, 3, 4, 5, 7, 8, 9]))
         self.tokens = draw(st.integers(1, self.rows))
-        self.type = draw(st.sampled_from(LINEAR))
+        self.type = draw(st.sampled_from(LINEAR_TYPES))
         self.group = draw(GROUPS)
 
     def numbers(self, *shape: int) -> np.ndarray:
@@ -134,7 +134,7 @@ class Case:
         self.sequence = self.input("sequences", places // self.context)
         self.interleaved = self.draw(st.integers(0, 1))
         self.window = self.draw(st.sampled_from([0, 0, 1, 2, 5, 100]))
-        self.cache_type = self.draw(st.sampled_from(CACHE))
+        self.cache_type = self.draw(st.sampled_from(KV_TYPES))
 
     def cache(self, name: str) -> Value:
         shape = (self.sequences, self.kv_heads, self.context, self.head_dim)
@@ -439,41 +439,41 @@ def test_kernel_agrees_with_reference(name: str, data: st.DataObject) -> None:
     build, passes = CASES[name]
     c = Case(data.draw)
     graph = build(c)
-    parts = data.draw(st.integers(1, 5), "parts")
-    backend = cpu_backend(c.weights, parts)
+    workers = data.draw(st.integers(1, 5), "workers")
+    backend = cpu_backend(c.weights, workers)
     backend.states |= {state: array.copy() for state, array in c.states.items()}
     program = compiled(backend, graph, passes)
     assert program.plan.steps[0].kernel.name == name
     program.arena[:] = 0xFF  # inputs too: what lies after the run's tokens is nobody's
     for operand, array in c.arrays.items():
         program.inputs[operand][: c.tokens] = array[: c.tokens]
-    order = data.draw(st.permutations(range(parts)), "order of the parts")
+    order = data.draw(st.permutations(range(workers)), "order of the workers")
     reference = ReferenceBackend(c.weights)
     for step in range(len(program.plan.steps)):
-        check_step(program, step, c.tokens, reference, lambda step=step: run_parts(program, c.tokens, step, order))
+        check_step(program, step, c.tokens, reference, lambda step=step: run_workers(program, c.tokens, step, order))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_walk_gives_what_the_parts_give(threads: int) -> None:
-    """All workers at once, through the real walk: bit for bit the same numbers, for each part's sums are its own."""
+def test_all_workers_at_once_give_what_they_give_one_by_one(threads: int) -> None:
+    """All workers at once, through the real executor: the same bits, because no sum is split between workers."""
     rng = np.random.default_rng(threads)
-    graph = Graph("walk")
+    graph = Graph("executor")
     x = graph.input("x", (5, 65), "f32")
     h = graph.add("rmsnorm", x, graph.weight("n", (65,), "f32"), out="h", eps=1e-5)
     y = graph.add("linear", h, graph.weight("w", (77, 65), "f32"), out="y")
     graph.outputs = [graph.add("argmax", y, out="z").name, "y"]
     weights = {n: as_weight(rng.standard_normal(s, dtype=np.float32)) for n, s in (("n", (65,)), ("w", (77, 65)))}
     results = []
-    for walked in (True, False):
+    for at_once in (True, False):
         program = compiled(cpu_backend(weights, threads), graph)
         poison(program)
         program.inputs["x"][:] = np.random.default_rng(9).standard_normal((5, 65), dtype=np.float32)
-        if walked:
+        if at_once:
             assert program.run(3) == 0
         else:
             for step in range(len(program.plan.steps)):
-                run_parts(program, 3, step, range(threads))
+                run_workers(program, 3, step, range(threads))
         results.append((program.value("y")[:3].copy(), program.value("z")[:3].copy()))
     np.testing.assert_array_equal(results[0][0], results[1][0])
     np.testing.assert_array_equal(results[0][1], results[1][1])
@@ -543,7 +543,9 @@ def exponentials(x: np.ndarray, out: np.ndarray) -> None:
 
 def test_exp_is_good_to_a_unit_in_kernels() -> None:
     """Of all float32 numbers in its range the worst has 1.023. Reordered, as its callers may be, it would be 4.6."""
-    x = np.concatenate([np.linspace(a, b, 300_001, dtype=np.float32) for a, b in ((SMALLEST, LARGEST), (-1, 1))])
+    x = np.concatenate(
+        [np.linspace(a, b, 300_001, dtype=np.float32) for a, b in ((MIN_EXPONENT, MAX_EXPONENT), (-1, 1))]
+    )
     found = np.empty_like(x)
     exponentials(x, found)
     wanted = np.exp(x.astype(np.float64))
@@ -621,7 +623,7 @@ def test_a_16_bit_weight_decodes_exactly(kind: str) -> None:
     weight = Weight(bits.shape, as_weight(np.ones((1, 1), np.float32), kind).type, bits)
     program = compiled(cpu_backend({"table": weight}, 3), graph)
     program.inputs["ids"][:] = range(1024)
-    run_parts(program, 1024, 0, range(3))
+    run_workers(program, 1024, 0, range(3))
     want = dequantize(weight)
     got = program.value("y")
     np.testing.assert_array_equal(got, want)
@@ -629,7 +631,7 @@ def test_a_16_bit_weight_decodes_exactly(kind: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", LINEAR)
+@pytest.mark.parametrize("kind", LINEAR_TYPES)
 @pytest.mark.parametrize("magnitude", [1e-30, 1e-15, 1e15, 1e30])
 def test_linear_of_huge_and_small_numbers(kind: str, magnitude: float) -> None:
     rng = np.random.default_rng(3)
@@ -640,7 +642,7 @@ def test_linear_of_huge_and_small_numbers(kind: str, magnitude: float) -> None:
     program: CpuProgram = compiled(cpu_backend(weights), graph)
     program.inputs["x"][:] = rng.standard_normal((4, n), dtype=np.float32) * np.float32(magnitude)
     for tokens in (1, 4):
-        check_step(program, 0, tokens, ReferenceBackend(weights), lambda t=tokens: run_parts(program, t, 0, [0]))
+        check_step(program, 0, tokens, ReferenceBackend(weights), lambda t=tokens: run_workers(program, t, 0, [0]))
 
 
 def test_rmsnorm_of_huge_and_small_rows() -> None:
@@ -652,4 +654,4 @@ def test_rmsnorm_of_huge_and_small_rows() -> None:
         weights = {"w": as_weight(np.linspace(-2, 2, 33, dtype=np.float32))}
         program = compiled(cpu_backend(weights), graph)
         program.inputs["x"][:] = np.random.default_rng(0).standard_normal((2, 33)) * magnitude
-        check_step(program, 0, 2, ReferenceBackend(weights), lambda p=program: run_parts(p, 2, 0, [0]))
+        check_step(program, 0, 2, ReferenceBackend(weights), lambda p=program: run_workers(p, 2, 0, [0]))

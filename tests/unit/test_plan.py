@@ -19,9 +19,8 @@ from numballama.errors import Error, UnsupportedError
 from numballama.fusion import FUSIONS, fuse
 from numballama.graph import KVLayout, build
 from numballama.ir import Graph, verify
-from numballama.kernels_cpu import CACHE
 from numballama.plan import ALIGNMENT, Plan, lower, verify_plan
-from numballama.quantization.types import F32, WeightType
+from numballama.quantization.types import F32, KV_TYPES, WeightType
 from tests.helpers.random_models import configs
 
 SMALL = ModelConfig(16, 24, 2, 4, 2, 20, 8)
@@ -247,7 +246,7 @@ def test_missing_kernel_names_op_types_and_what_exists() -> None:
 def test_a_kernel_without_a_window_is_not_used_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_kernels", {key: list(found) for key, found in registry._kernels.items()})
 
-    @registry.kernel("attention", "cpu", "f32", CACHE, "i32", "i32", CACHE)
+    @registry.kernel("attention", "cpu", "f32", KV_TYPES, "i32", "i32", KV_TYPES)
     def blind(part, parts, tokens, q, k_cache, positions, sequences, v_cache, out):  # type: ignore[no-untyped-def]
         raise AssertionError("never compiled")
 

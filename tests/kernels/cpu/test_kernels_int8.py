@@ -348,10 +348,12 @@ def test_any_cpu_gives_the_same(tmp_path: Path) -> None:
 def test_the_instruction_is_used_where_it_is(tmp_path: Path) -> None:
     if not cpu_features().get("avx512vnni") and not cpu_features().get("avxvnni"):
         pytest.skip("this CPU has no vpdpbusd")
-    code = "import numba\nfrom numballama.cpu import kernels_int8 as k\nfrom numballama.cpu.vecdot import KINDS\n"
+    code = (
+        "import numba\nfrom numballama.cpu import kernels_int8 as k\nfrom numballama.cpu.vecdot import RECORD_TYPES\n"
+    )
     code += "from numba import types as t\nA = lambda kind, n=2: t.Array(kind, n, 'C')\n"
     code += "from numballama.cpu.compiler import compile_step\n"
-    code += "f = numba.njit((t.int64, t.int64, t.int64, A(t.int8), A(t.float32), A(t.int32), A(KINDS['q8_0']), "
+    code += "f = numba.njit((t.int64, t.int64, t.int64, A(t.int8), A(t.float32), A(t.int32), A(RECORD_TYPES['q8_0']), "
     code += "A(t.float32), A(t.float32)))(k.linear_blocks_int8)\n"
     code += "asm = next(iter(f.inspect_asm().values()))\nprint('vpdpbusd' in asm, '{1to16}' in asm)"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}

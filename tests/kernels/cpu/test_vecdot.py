@@ -16,28 +16,29 @@ from hypothesis import strategies as st
 import numballama
 from numballama.checkpoint import Weight
 from numballama.config import ModelConfig
-from numballama.cpu.vecdot import KINDS
+from numballama.cpu.vecdot import RECORD_TYPES
 from numballama.errors import Error
 from numballama.export import WRITERS
 from numballama.ir import Graph
-from numballama.kernels_cpu import LINEAR
 from numballama.quantization.convert import convert, dequantize
-from numballama.quantization.types import BLOCKS, FALLBACK_TYPE, Q4_0, Q8_0, TYPE_TRAITS, WeightType
+from numballama.quantization.types import BLOCKS, FALLBACK_TYPE, LINEAR_TYPES, Q4_0, Q8_0, TYPE_TRAITS, WeightType
 from numballama.reference import ReferenceBackend
-from tests.helpers.bounds import check_step, compiled, cpu_backend, run_parts
+from tests.helpers.bounds import check_step, compiled, cpu_backend, run_workers
 from tests.helpers.gguf_files import random_blocks
 from tests.helpers.random_models import random_checkpoint
 
-NATIVE = sorted(KINDS)
+NATIVE = sorted(RECORD_TYPES)
 halves = st.floats(width=16, allow_nan=False, allow_infinity=False)
 """Factors of blocks: negative, subnormal, zero too."""
 
 
 def test_the_layouts_are_the_formats() -> None:
-    sizes = {name: (TYPE_TRAITS[name].block_size, TYPE_TRAITS[name].record.itemsize) for name in KINDS}
+    sizes = {name: (TYPE_TRAITS[name].block_size, TYPE_TRAITS[name].record.itemsize) for name in RECORD_TYPES}
     assert sizes == {name: BLOCKS[name] for name in NATIVE}
-    assert KINDS.keys() == BLOCKS.keys() - FALLBACK_TYPE.keys()
-    assert set(LINEAR) >= KINDS.keys() and {target.name for target in FALLBACK_TYPE.values()} <= set(LINEAR)
+    assert RECORD_TYPES.keys() == BLOCKS.keys() - FALLBACK_TYPE.keys()
+    assert set(LINEAR_TYPES) >= RECORD_TYPES.keys() and {target.name for target in FALLBACK_TYPE.values()} <= set(
+        LINEAR_TYPES
+    )
 
 
 @pytest.mark.parametrize("name", NATIVE)
@@ -53,7 +54,7 @@ def test_the_layouts_are_the_formats() -> None:
 def test_products_with_rows_of_blocks(
     name: str, rows: int, count: int, tokens: int, odd: bool, extreme: float, seed: int
 ) -> None:
-    """Up to three tokens go row by row (`row_dot`), more through decoded tiles (`decode_rows`)."""
+    """Up to three tokens go row by row (`row_dot`), more through decoded tiles (`dequantize_rows`)."""
     rng = np.random.default_rng(seed)
     weight = random_blocks(name, rows, count, rng, extreme, odd)
     graph = Graph("case")
@@ -61,7 +62,7 @@ def test_products_with_rows_of_blocks(
     graph.outputs = [graph.add("linear", x, graph.weight("w", weight.shape, name), out="y").name]
     program = compiled(cpu_backend({"w": weight}, workers=2), graph)
     program.inputs["x"][:] = rng.standard_normal(x.shape, np.float32)
-    check_step(program, 0, tokens, ReferenceBackend({"w": weight}), lambda: run_parts(program, tokens, 0, (1, 0)))
+    check_step(program, 0, tokens, ReferenceBackend({"w": weight}), lambda: run_workers(program, tokens, 0, (1, 0)))
 
 
 @pytest.mark.parametrize("name", NATIVE)
@@ -131,20 +132,20 @@ GENERIC = """
 import sys
 import numba, numpy as np
 from tests.helpers.gguf_files import random_blocks
-from numballama.cpu.vecdot import KINDS, decode_blocks, dot_blocks
+from numballama.cpu.vecdot import RECORD_TYPES, dequantize_blocks, dot_blocks
 from numballama.quantization.convert import convert, dequantize
 from numballama.quantization.types import TYPE_TRAITS
 
 @numba.njit
 def decode(weight, out):
-    decode_blocks(weight, 0, out, 0, weight.size)
+    dequantize_blocks(weight, 0, out, 0, weight.size)
 
 @numba.njit
 def dot(weight, x):
     return dot_blocks(weight, 0, x, 0, weight.size)
 
 rng = np.random.default_rng(0)
-for name in KINDS:
+for name in RECORD_TYPES:
     for count in (1, 4, 7):
         weight = random_blocks(name, 1, count, rng, odd=True)
         wanted, out = dequantize(weight)[0], np.empty(weight.shape[1], np.float32)
@@ -169,7 +170,7 @@ def test_any_cpu_decodes_blocks(generic: bool) -> None:
 
 
 COUNT_MISSES = """
-import sys, numballama, numballama.cpu as cpu
+import sys, numballama, numballama.cpu.backend as cpu
 misses, real = [], cpu.compile_step
 def counting(function, operands):
     found = real(function, operands)

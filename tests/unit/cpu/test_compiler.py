@@ -1,11 +1,74 @@
-"""The flags of compiled functions."""
+"""What depends on Numba's private API, and the flags of compiled functions: look here first after a Numba upgrade."""
 
 from __future__ import annotations
 
+import ctypes
+import struct
+from collections.abc import Callable
+from typing import Any
+
 import numba
 import numpy as np
+from numba import types
 
 from numballama.cpu import compiler as jit
+
+STEP = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 4)
+
+
+def call(function: Callable[..., Any], kinds: list[Any], slots: list[int], *leading: int) -> int:
+    """Compile a kernel and call it by its address; returns its status."""
+    compiled = jit.compile_step(function, kinds)
+    operands = np.array(slots, np.int64)
+    return STEP(compiled.address)(operands.ctypes.data, *leading)
+
+
+def every_kind(worker, n_workers, tokens, matrix, pair, factor, count, out):  # type: ignore[no-untyped-def]
+    vector, group = pair
+    out[0, 0], out[0, 1], out[0, 2] = worker, n_workers, tokens
+    out[1, 0], out[1, 1], out[1, 2] = matrix[1, 2], vector[group], factor * count
+
+
+def test_operands_are_read_from_slots_in_the_order_of_parameters() -> None:
+    matrix, vector = np.arange(6, dtype=np.float32).reshape(2, 3), np.arange(4, dtype=np.int8)
+    out = np.zeros((2, 3))
+    kinds = [
+        types.Array(types.float32, 2, "C"),
+        types.Tuple((types.Array(types.int8, 1, "C"), types.int64)),
+        types.float64,
+        types.int64,
+        types.Array(types.float64, 2, "C"),
+    ]
+    slots = [
+        *(matrix.ctypes.data, 2, 3),
+        *(vector.ctypes.data, 4, 3),
+        *(struct.unpack("<q", struct.pack("<d", 0.5))[0], 7),
+        *(out.ctypes.data, 2, 3),
+    ]
+    assert call(every_kind, kinds, slots, 4, 9, 11) == 0
+    np.testing.assert_array_equal(out, [[4, 9, 11], [5, 3, 3.5]])
+
+
+def raising(worker, n_workers, tokens, out):  # type: ignore[no-untyped-def]
+    if tokens > 1:
+        raise ValueError("too many")
+    out[0] = 1
+
+
+def test_a_kernel_that_raises_has_a_status() -> None:
+    out = np.zeros(1)
+    kinds, slots = [types.Array(types.float64, 1, "C")], [out.ctypes.data, 1]
+    assert call(raising, kinds, slots, 0, 1, 1) == 0 and out[0] == 1
+    assert call(raising, kinds, slots, 0, 1, 2) != 0
+
+
+def test_a_function_without_a_source_file_is_compiled_but_not_cached() -> None:
+    space: dict[str, Any] = {}
+    exec("def typed_in(worker, n_workers, tokens, out):\n    out[0] = tokens", space)
+    out = np.zeros(1)
+    kinds, slots = [types.Array(types.float64, 1, "C")], [out.ctypes.data, 1]
+    assert call(space["typed_in"], kinds, slots, 0, 1, 5) == 0 and out[0] == 5
+    assert jit.compile_step(space["typed_in"], kinds).cache_hits == 0
 
 
 @jit.exact_device

@@ -1,0 +1,66 @@
+"""Binding: what a program accepts, how it reports a failed kernel, and how it adapts to missing workers."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from numballama import registry
+from numballama.cpu.backend import RETRY_INTERVAL, SHORT_RUNS
+from numballama.errors import Error
+from numballama.ir import Graph
+from numballama.plan import ALIGNMENT
+from tests.helpers.bounds import compiled, cpu_backend
+
+
+def doubled(tokens: int = 4) -> Graph:
+    graph = Graph("doubled")
+    x = graph.input("x", (tokens, 8), "f32")
+    graph.outputs = [graph.add("add", x, x, out="y").name]
+    return graph
+
+
+@pytest.mark.parametrize(("tokens", "begin", "end"), [(0, 0, 1), (5, 0, 1), (1, 1, 0), (1, 0, 2), (1, -1, 1)])
+def test_a_run_outside_the_plan_is_refused(tokens: int, begin: int, end: int) -> None:
+    program = compiled(cpu_backend(), doubled())
+    with pytest.raises(Error, match="cannot run"):
+        program.run(tokens, begin, end)
+
+
+def test_only_the_tokens_of_the_run_are_computed() -> None:
+    program = compiled(cpu_backend(), doubled())
+    program.inputs["x"][:], program.value("y")[:] = 3, -1
+    assert program.run(2) == 0
+    np.testing.assert_array_equal(program.value("y")[:, 0], [6, 6, -1, -1])
+
+
+def test_values_are_aligned() -> None:
+    program = compiled(cpu_backend(), doubled())
+    assert all(program.value(name).ctypes.data % ALIGNMENT == 0 for name in ("x", "y"))
+
+
+def test_a_kernel_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.load("cpu")
+    monkeypatch.setattr(registry, "_kernels", {key: list(found) for key, found in registry._kernels.items()})
+
+    @registry.kernel("add", "cpu", "f32", "f32")
+    def failing(worker, n_workers, tokens, a, b, out):  # type: ignore[no-untyped-def]
+        if tokens == 3:
+            raise ValueError("three")
+
+    program = compiled(cpu_backend(), doubled())
+    assert program.run(2) == 0
+    with pytest.raises(Error, match="a kernel failed"):
+        program.run(3)
+
+
+def test_missing_workers_are_requested_again_later() -> None:
+    program = compiled(cpu_backend(workers=4), doubled())
+    program.entries = 1
+    for _ in range(SHORT_RUNS):
+        assert program._requested_workers == 4
+        program._adjust_workers(2)
+    assert program._requested_workers == 2, "the threading layer gave two again and again"
+    program.entries = RETRY_INTERVAL
+    program._adjust_workers(2)
+    assert program._requested_workers == 4

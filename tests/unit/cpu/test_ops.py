@@ -1,0 +1,60 @@
+"""The table of the CPU's kernels: names that exist, signatures that fit, and no Numba to read it."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+from numballama import kernels_cpu, registry
+from numballama.cpu import kernels_int8, ops
+from numballama.cpu.matmul import TILE
+from numballama.registry import Kernel, KernelRef
+
+HERE = (kernels_cpu.__name__, kernels_int8.__name__)
+
+
+def own_kernels() -> list[Kernel]:
+    registry.load("cpu")
+    found = [kernel for (_, backend), entries in registry._kernels.items() if backend == "cpu" for kernel in entries]
+    return [kernel for kernel in found if isinstance(kernel.target, KernelRef) and kernel.target.module in HERE]
+
+
+def test_every_name_is_a_function_whose_signature_fits_the_rule() -> None:
+    kernels = own_kernels()
+    assert len(kernels) >= 35
+    for kernel in kernels:
+        assert kernel.function.__name__ == kernel.name  # raises where the signature does not fit
+
+
+def test_every_kernel_of_the_two_files_is_registered() -> None:
+    registered = {kernel.function for kernel in own_kernels()}
+    for module in (kernels_cpu, kernels_int8):
+        for name, value in vars(module).items():
+            if getattr(value, "__module__", "") == module.__name__ and type(value).__name__ == "function":
+                assert value in registered, f"{module.__name__}.{name} has three leading parameters but no entry"
+
+
+def test_the_table_is_read_without_numba() -> None:
+    code = "import sys\nfrom numballama import registry\n"
+    code += "assert registry.find('linear', 'cpu', ['f32', 'q8_0']).name == 'linear'\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert "numballama.cpu.ops" in done.stdout.split()
+    assert not {"numba", "llvmlite", "numballama.kernels_cpu"} & set(done.stdout.split())
+
+
+def test_shapes_of_scratch_arrays() -> None:
+    x, weight = (64, 256), (100, 256)
+    assert ops.dequantized_tile(weight=1)(x, weight, workers=3) == (3, TILE, 256)
+    assert ops.product(0, weight=1)(x, weight, workers=3) == (64, 100)
+    assert ops.each_worker_x(x, weight, workers=3) == (3, 64, 256)
+    assert ops.each_worker_scores(x, (1, 4, 32, 8), workers=3) == (3, 32)
+    # panel and factors, stage, products
+    assert ops.panels()(x, weight, workers=3) == (3, 16 * 256 // 4 + 2 * 256 + 16 * 256 // 4 + 8 * 16)
+
+
+def test_a_users_kernel_replaces_ours_whichever_came_first() -> None:
+    code = "from numballama import registry\n@registry.kernel('add', 'cpu', 'f32', 'f32')\n"
+    code += "def mine(worker, n_workers, tokens, a, b, out): ...\n"
+    code += "print(registry.find('add', 'cpu', ['f32', 'f32']).name)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.split() == ["mine"]
