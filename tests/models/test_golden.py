@@ -24,6 +24,8 @@ from numballama.quantization.convert import convert
 from numballama.quantization.types import WeightType
 from tests.helpers.bounds import TOKENIZERS, shared_model, story_model
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = list(TOKENIZERS)
 ANY_FLIP = 1.0

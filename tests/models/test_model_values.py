@@ -124,6 +124,7 @@ class Pair:
         return [int(token) for token in rng.integers(0, self.config.vocab_size, count)]
 
 
+@pytest.mark.slow
 @given(FLOAT_MODELS | ROUNDING_MODELS, st.booleans() | st.sets(st.sampled_from(list(FUSIONS))).map(sorted), st.data())
 @settings(max_examples=100)
 def test_every_value_of_prefill_and_decode(
@@ -145,6 +146,7 @@ def test_every_value_of_prefill_and_decode(
                 start += count
 
 
+@pytest.mark.slow
 @given(FLOAT_MODELS)
 @settings(max_examples=15)
 def test_fused_and_unfused_give_the_same(drawn: dict[str, Any]) -> None:
@@ -163,6 +165,7 @@ def test_fused_and_unfused_give_the_same(drawn: dict[str, Any]) -> None:
     assert np.abs(results[0] - results[1]).max() <= SHARE * largest
 
 
+@pytest.mark.slow
 @given(FLOAT_MODELS, st.data())
 @settings(max_examples=20)
 def test_prefill_in_chunks_equals_token_by_token(drawn: dict[str, Any], data: st.DataObject) -> None:
@@ -229,6 +232,7 @@ def test_sessions_of_two_sequences_share_programs() -> None:
                 assert np.abs(got[2 * (place - 6) + sequence] - want).max() <= SHARE * np.abs(want).max()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "kv", "most"),
     [("f32", "f16", 2.0**-9), ("f32", "bf16", 2.0**-6), ("int8 activations", "f32", 2.0**-5)],

@@ -32,6 +32,11 @@ ORDER = """
     checkpoint
     quantization: types blocks activations convert policy
     files hub
+    tokenizers: sentencepiece_proto base sentencepiece pretokenizers bpe tiktoken huggingface scored llama2c gguf
+    formats: limits tensors tensor_names json_reader rope_permute safetensors gguf.header gguf.split gguf.tokenizer \
+            gguf.reader gguf.writer hf.config hf.text_settings tokenizer_files hf.text_files hf.reader hf.writer \
+            llama2c.layout llama2c.llama2c llama2c.kuiper meta.torch_zip meta.reader
+    loader
     visualize ir ops registry graph fusion plan
     kernel_cache
     sampling
@@ -42,18 +47,12 @@ ORDER = """
             kernels.gemv kernels_cuda kernels.gemm kernels.decode_attention kernels.prefill_attention \
             kernels.sampling kernels.copy compiler driver compile_worker weights decode_pipeline program bandwidth \
             timing backend
-    reference backend session
-    bench: traffic debug profiler trace benchmark
-    tokenizers: base sentencepiece_proto sentencepiece scored llama2c gguf pretokenizers bpe tiktoken huggingface
-    formats: limits tensor_names tensors json_reader rope_permute safetensors gguf.header gguf.split gguf.tokenizer \
-            hf.text_settings tokenizer_files hf.text_files llama2c.layout llama2c.llama2c llama2c.kuiper \
-            gguf.reader gguf.writer hf.config hf.reader hf.writer meta.torch_zip meta.reader
-    loader
-    generate
-    chat: builtin_templates sandbox template encoder conversation
+    reference backend session generate
+    chat: sandbox builtin_templates template encoder conversation
     export inspection
+    bench: traffic debug profiler trace benchmark
     model
-    cli: args bench chat doctor export generate inspect main
+    cli: args doctor inspect generate chat bench export main
     __main__
 """
 """The flow, from left to right: a module imports only what stands before it.

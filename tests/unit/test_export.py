@@ -35,6 +35,7 @@ WIDE = ModelConfig(64, 96, 2, 4, 2, 300, 16, tied_embeddings=False)
 # ---- safetensors ----
 
 
+@pytest.mark.slow
 @settings(max_examples=80)
 @given(config=architectures(), pairing=st.sampled_from([INTERLEAVED, HALF_SPLIT]), seed=st.integers(0, 99))
 def test_safetensors_keep_config_and_logits(
@@ -187,6 +188,7 @@ def test_relative_error_over_chunks() -> None:
     assert relative_error(zeros, convert(zeros, F16)) == 0
 
 
+@pytest.mark.slow
 def test_one_matrix_in_memory_at_a_time(tmp_path: Path) -> None:
     config = ModelConfig(256, 1024, 6, 4, 4, 300, 16)
     path, source = save(tmp_path, "llama2c-v1", config)
@@ -258,6 +260,7 @@ def test_tokenizer_files_are_copied(tmp_path: Path, models: Path) -> None:
     assert (tmp_path / "again" / "tokenizer_config.json").exists() and (tmp_path / "again" / "tokenizer.model").exists()
 
 
+@pytest.mark.slow
 def test_the_story_model_goes_round(tmp_path: Path) -> None:
     """GGUF → safetensors → llama2.c → GGUF, and still the same story: bf16 numbers are float32 numbers."""
     export_model(None, tmp_path / "hf", "safetensors", "f32")

@@ -408,6 +408,7 @@ def test_damaged_weights_are_an_error_and_not_a_token(tmp_path: Path, tiny_token
                     model.generate("ab", max_tokens=3, **settings)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [float("nan"), float("inf"), 1e38])
 def test_damaged_weights_show_through_int8_activations(tmp_path: Path, tiny_tokenizer: Path, damage: float) -> None:
     """int8 has no NaN: the scales carry it to the logits."""

@@ -90,6 +90,7 @@ def first(copy: Copy) -> Any:
     return copy.use("llama2c-v0", "llama2c-v2")
 
 
+@pytest.mark.slow
 def test_a_second_process_compiles_nothing(copy: Copy, first: Any) -> None:
     assert first["misses"] > 20, "the first process does compile"
     entries = sorted(copy.cache.rglob("*.nb[ic]"))
@@ -112,6 +113,7 @@ EDITS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "old", "new", "changed"), EDITS, ids=[edit[0] for edit in EDITS])
 def test_editing_a_kernel_source_changes_the_result(
     copy: Copy, first: Any, name: str, old: str, new: str, changed: str
@@ -200,6 +202,7 @@ def test_list_of_kernel_sources_is_complete() -> None:
     assert set(kernel_cache.KERNEL_SOURCES) == wanted
 
 
+@pytest.mark.slow
 def test_cache_falls_back_where_it_cannot_write(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")

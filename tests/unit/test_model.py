@@ -111,6 +111,7 @@ def test_overrides_change_the_model_and_the_notes(tiny_file: Path, model: Model)
                 assert np.abs(other.logits(ids) - oracle.logits(ids)).max() < 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["f32", "f16", "bf16", "int8"])
 def test_dtype_converts_linear_weights(tiny_file: Path, dtype: str) -> None:
     with numballama.compile(tiny_file, device="cpu", dtype=dtype) as model:
@@ -126,6 +127,7 @@ def test_untied_embedding_table_keeps_its_type(tmp_path: Path) -> None:
         assert model.weights["tok_embeddings"].type.name == "f32" and model.weights["output"].type.name == "int8"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kv_dtype", "size"), [(None, 4), ("f32", 4), ("f16", 2), ("bf16", 2)])
 def test_kv_dtype(tiny_file: Path, kv_dtype: str | None, size: int) -> None:
     with numballama.compile(tiny_file, device="cpu", kv_dtype=kv_dtype, context=20) as model:
@@ -192,6 +194,7 @@ print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_child_forked_while_a_lock_is_held_gets_an_error() -> None:
     assert run_python(FORKED) == 7

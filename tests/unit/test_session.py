@@ -141,6 +141,7 @@ def test_compiled_code_allocates_nothing(wide: Model, settings: dict[str, Any]) 
     assert counted.alloc > after.alloc, "the counter counts"
 
 
+@pytest.mark.slow
 @SAMPLERS
 def test_python_keeps_nothing_of_a_token(wide: Model, settings: dict[str, Any]) -> None:
     """The history grows by an id a token, here a small one that Python has anyway. Ten blocks are the loop's own and
@@ -156,6 +157,7 @@ def test_python_keeps_nothing_of_a_token(wide: Model, settings: dict[str, Any]) 
         gc.enable()
 
 
+@pytest.mark.slow
 @SAMPLERS
 def test_no_array_is_made_for_a_token(wide: Model, settings: dict[str, Any]) -> None:
     """The highest memory during the loop, Python's and NumPy's, is below the smallest row of this model but its

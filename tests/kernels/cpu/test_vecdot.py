@@ -41,6 +41,7 @@ def test_the_layouts_are_the_formats() -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NATIVE)
 @settings(max_examples=40)
 @given(
@@ -65,6 +66,7 @@ def test_products_with_rows_of_blocks(
     check_step(program, 0, tokens, ReferenceBackend({"w": weight}), lambda: run_workers(program, tokens, 0, (1, 0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NATIVE)
 @settings(max_examples=20)
 @given(data=st.data(), rows=st.integers(1, 9), count=st.integers(1, 9), extreme=halves, seed=st.integers(0, 2**32 - 1))
@@ -114,6 +116,7 @@ def logits_agree(path: Path, ids: list[int]) -> None:
             np.testing.assert_allclose(model.session.logits, wanted[step], atol=1e-4 * np.abs(wanted).max())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixture", MIXTURES)
 def test_models_of_mixed_types_agree_with_the_reference(tmp_path: Path, mixture: str) -> None:
     config = ModelConfig(256, 256, 2, 4, 2, 50, 24, tied_embeddings=mixture == "Q4_0")
@@ -158,6 +161,7 @@ print("permvar" in next(iter(decode.inspect_llvm().values())))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generic", [False, True])
 def test_any_cpu_decodes_blocks(generic: bool) -> None:
     """With AVX-512 some types are looked up in registers, elsewhere computed: the same numbers, to the bit."""
@@ -182,6 +186,7 @@ print(len(misses), sum(misses))
 """
 
 
+@pytest.mark.slow
 def test_a_second_process_finds_the_kernels_of_block_types(tmp_path: Path) -> None:
     """Record types are part of the cache's keys: they must come out equal in every process."""
     path = tmp_path / "model.gguf"
@@ -220,6 +225,7 @@ def test_what_runs_as_another_type_is_noted(tmp_path: Path) -> None:
 CONFIG = ModelConfig(64, 96, 2, 4, 2, 50, 24, tied_embeddings=False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [Q8_0, Q4_0], ids=str)
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_agrees_with_the_reference(tmp_path: Path, tied: bool, kind: WeightType) -> None:
@@ -232,6 +238,7 @@ def test_a_model_agrees_with_the_reference(tmp_path: Path, tied: bool, kind: Wei
         assert {w.type for w in model.weights.values() if len(w.shape) == 2} == {kind}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "near"), [(Q8_0, 0.05), (Q4_0, 0.5)], ids=str)
 def test_compile_converts_linear_weights(tmp_path: Path, kind: WeightType, near: float) -> None:
     source, path = random_checkpoint(CONFIG), tmp_path / "model.bin"

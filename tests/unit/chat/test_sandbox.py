@@ -94,6 +94,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", HOSTILE)
 def test_hostile_templates_end_soon_and_small(name: str, small: Tokenizer) -> None:
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.thread_time()

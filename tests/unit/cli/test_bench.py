@@ -10,6 +10,7 @@ import pytest
 from tests.helpers.command_line import call
 
 
+@pytest.mark.slow
 def test_bench_json_has_the_promised_keys(models: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ("bench", models / "stories260K.bin", "--device", "cpu", "--threads", 2, "--prompt-tokens", 16)
     found = json.loads(call(capsys, *words, "--max-tokens", 8, "--json", "--repeats", 2).out)

@@ -102,6 +102,7 @@ def terminal(*words: object, **environment: str) -> Iterator[Terminal]:
 FIGURES = r"(\d[\d,]*) tokens read, (\d[\d,]*) from the cache; (\d+) written, [\d,.]+ tokens/s"
 
 
+@pytest.mark.slow
 def test_a_conversation(path: Path) -> None:
     with terminal(*COMMAND, path, "--temperature", 0, "--max-tokens", 8) as t:
         t.wait_for(r"/help lists the commands[\s\S]*> ")
@@ -133,6 +134,7 @@ def test_a_conversation(path: Path) -> None:
         assert "Traceback" not in t.shown
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_answer_and_not_the_chat(path: Path) -> None:
     with terminal(*COMMAND, path, "--temperature", 0, "--max-tokens", 4000, "--threads", 1, NO_COLOR="1") as t:
         t.wait_for("> ")
@@ -181,6 +183,7 @@ def talk(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) ->
     return with_text
 
 
+@pytest.mark.slow
 def test_an_error_ends_a_turn_and_not_the_chat(path: Path, talk: Talk) -> None:
     words = (path, "--temperature", 0, "--max-tokens", 4, "--context", 64)
     done = talk("word " * 60 + "\nhi\n", *words, stdin=Typed)
@@ -189,6 +192,7 @@ def test_an_error_ends_a_turn_and_not_the_chat(path: Path, talk: Talk) -> None:
     assert done.out.count("\n") == 1 + done.out[:-1].count("\n") and done.out.strip(), "the second turn was answered"
 
 
+@pytest.mark.slow
 def test_through_a_pipe(path: Path, tmp_path: Path, talk: Talk) -> None:
     words = (path, "--temperature", 0, "--max-tokens", 5)
     done = talk("hello\n\nmore\n", *words)

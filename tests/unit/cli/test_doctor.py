@@ -23,6 +23,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
         folder.cache_clear()
 
 
+@pytest.mark.slow
 def test_doctor_says_what_there_is(cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     done = call(capsys, "doctor")
     assert done.code == 0 and done.err == ""

@@ -23,6 +23,7 @@ def model260k(models: Path) -> tuple[str, str]:
     return str(models / "stories260K.bin"), str(models / "tok512.model")
 
 
+@pytest.mark.slow
 def test_story_tells_a_story(story15m: tuple[str, ...], capsys: Capture) -> None:
     done = call(capsys, "story", *story15m, "--temperature", 0, "--max-tokens", 30)
     assert done.code == 0
@@ -32,6 +33,7 @@ def test_story_tells_a_story(story15m: tuple[str, ...], capsys: Capture) -> None
     assert call(capsys, "story", *story15m, "--temperature", 0, "--length", 30) == done, "the old spelling"
 
 
+@pytest.mark.slow
 def test_story_prints_its_opening_and_follows_the_seed(story15m: tuple[str, ...], capsys: Capture) -> None:
     first, second, other = (
         call(capsys, "story", "A dog", *story15m, "--seed", seed, "--max-tokens", 20).out for seed in (1, 1, 2)
@@ -46,6 +48,7 @@ def test_the_model_of_the_package_tells_the_stories(capsys: Capture) -> None:
     assert call(capsys, "story", "--opening", "snow").code == 2
 
 
+@pytest.mark.slow
 def test_generate_prints_the_continuation_only(
     model260k: tuple[str, str], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,6 +61,7 @@ def test_generate_prints_the_continuation_only(
     assert direct.out.startswith(" a time, there was")
 
 
+@pytest.mark.slow
 def test_generate_stops_before_a_stop_string(model260k: tuple[str, str], capsys: Capture) -> None:
     model, tokenizer = model260k
     words = ("generate", model, "Once upon", "--tokenizer", tokenizer, "--temperature", 0)

@@ -69,6 +69,7 @@ def story15m(models: Path) -> tuple[str, ...]:
     return ("--model", str(models / "stories15M.bin"), "--tokenizer", str(models / "llama2_tokenizer.model"))
 
 
+@pytest.mark.slow
 def test_the_package_tells_a_story_by_itself(tmp_path: Path) -> None:
     done = run("story", "--seed", 1, cwd=tmp_path)
     assert done.returncode == 0 and done.stdout.startswith("Once upon a time") and len(done.stdout) > 200
@@ -104,6 +105,7 @@ def on_terminal(words: tuple[object, ...], until: str, then: int | None = None) 
     return (text + rest).decode(), shown.decode(errors="replace"), process.returncode
 
 
+@pytest.mark.slow
 def test_a_terminal_gets_notes_and_speed(story15m: tuple[str, ...]) -> None:
     text, shown, code = on_terminal(("story", *story15m, "--temperature", 0, "--max-tokens", 20), "Once")
     assert code == 0 and text.startswith("Once upon a time")
@@ -112,6 +114,7 @@ def test_a_terminal_gets_notes_and_speed(story15m: tuple[str, ...]) -> None:
     assert quiet[1] == ""
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_text(story15m: tuple[str, ...]) -> None:
     """The story takes half a second with one worker; the signal comes with its first words."""
     words = ("story", *story15m, "--temperature", 0, "--threads", 1)
@@ -122,6 +125,7 @@ def test_ctrl_c_keeps_the_text(story15m: tuple[str, ...]) -> None:
     assert "interrupted" in shown and "Traceback" not in shown
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_no_error(story15m: tuple[str, ...]) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "numballama", "story", *story15m],

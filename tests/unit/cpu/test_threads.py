@@ -62,6 +62,7 @@ VARIANTS: list[tuple[str, dict[str, str]]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("threads", "environment"), VARIANTS, ids=str)
 def test_any_number_of_threads(
     files: dict[str, Path], wanted: np.ndarray, threads: str, environment: dict[str, str]
@@ -77,6 +78,7 @@ def test_more_threads_than_there_may_be_are_noted(files: dict[str, Path]) -> Non
         assert any(f"{limit + 1} threads asked for" in note for note in model.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layer", ["omp", "workqueue"])
 def test_two_python_threads_at_once(files: dict[str, Path], wanted: np.ndarray, layer: str) -> None:
     """Each with a model of its own and both with one: the workqueue layer aborts the process on two parallel
@@ -99,6 +101,7 @@ print(json.dumps([len(results), results[0], spread]))
     check(one, wanted)
 
 
+@pytest.mark.slow
 def test_numbas_own_thread_count_is_put_back(files: dict[str, Path]) -> None:
     code = f"""{LOGITS}
 import numba
@@ -110,6 +113,7 @@ print(json.dumps(numba.get_num_threads()))
     assert run_python(code, files["llama2c-v0"], NUMBA_NUM_THREADS="4") == 3
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_fork_after_use_is_an_error_and_not_a_hang(files: dict[str, Path], wanted: np.ndarray) -> None:
     code = f"""{LOGITS}
@@ -132,6 +136,7 @@ print(json.dumps([os.waitstatus_to_exitcode(status), model.logits([1, 5, 9, 77, 
     check(logits, wanted)
 
 
+@pytest.mark.slow
 def test_spawned_child(files: dict[str, Path], wanted: np.ndarray, tmp_path: Path) -> None:
     """Parent and child each compile the model, as the error after a fork advises."""
     script = tmp_path / "spawned.py"
@@ -156,6 +161,7 @@ if __name__ == "__main__":
         check(logits, wanted)
 
 
+@pytest.mark.slow
 def test_any_cpu_tells_the_story(tmp_path: Path) -> None:
     code = "import json, numballama; m = numballama.compile(None, kv_dtype='f16', threads=1)\n"
     code += "print(json.dumps(m.generate('Once upon a time', max_tokens=5, temperature=0)))"

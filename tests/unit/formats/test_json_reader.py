@@ -40,6 +40,7 @@ HOSTILE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", HOSTILE)
 def test_hostile_directories(copy: Callable[[str], Path], what: str) -> None:
     folder = copy("llama")

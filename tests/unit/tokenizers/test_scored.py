@@ -82,6 +82,7 @@ few = st.text("ab ", max_size=5).map(str.encode)
 scores_with_ties = st.one_of(st.integers(-3, 0).map(float), st.sampled_from([float("nan"), -1e10, float("inf"), -1e9]))
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(vocabulary=st.lists(st.tuples(few, scores_with_ties), max_size=25), text=st.text("ab é", max_size=40))
 def test_bin_encodes_as_llama2c_where_scores_tie(

@@ -71,6 +71,7 @@ def test_model_brings_text_back_as_the_library_does(pair: Pair, text: str) -> No
         assert model.decode(ids) == text.replace("▁", " ")
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(data=st.data())
 def test_any_ids_decode_as_in_the_library(pair: Pair, data: st.DataObject) -> None:

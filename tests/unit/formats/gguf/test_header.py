@@ -137,6 +137,7 @@ def test_many_strings_are_refused_before_they_are_read(tmp_path: Path) -> None:
     assert time.perf_counter() - started < 0.5
 
 
+@pytest.mark.slow
 def test_a_large_vocabulary_opens_quickly(tmp_path: Path) -> None:
     """32,000 pieces: the header in a few milliseconds, and next to no memory until they are asked for."""
     config = replace(CONFIG, vocab_size=32000)

@@ -279,6 +279,7 @@ def sample(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return path.read_bytes()
 
 
+@pytest.mark.slow
 def test_truncation_at_every_boundary(tmp_path: Path, sample: bytes) -> None:
     path = tmp_path / "m.gguf"
     path.write_bytes(sample)
@@ -296,6 +297,7 @@ def test_truncation_at_every_boundary(tmp_path: Path, sample: bytes) -> None:
             open_checkpoint(path)
 
 
+@pytest.mark.slow
 def test_mutations_end_in_an_error_or_in_a_model(tmp_path: Path, sample: bytes) -> None:
     """Bits, bytes, words of extreme values, cuts and moves, most of them in the directory; the same ones every time."""
     rng = random.Random(4)

@@ -96,6 +96,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return through_gguf(folder, trained(add_dummy_prefix=request.param == "trained"))
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(
     text=st.one_of(
@@ -119,6 +120,7 @@ def test_a_story_and_long_runs(pair: tuple[Tokenizer, Tokenizer]) -> None:
         assert ours.encode(story) == library.encode(story)
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(data=st.data())
 def test_any_ids_decode_as_sentencepieces(pair: tuple[Tokenizer, Tokenizer], data: Any) -> None:
@@ -258,6 +260,7 @@ def test_the_files_tokenizer_and_the_users(tmp_path: Path, models: Path) -> None
 # ---- end to end ----
 
 
+@pytest.mark.slow
 def test_eos_ends_the_text(tmp_path: Path) -> None:
     """Whatever token the file names, of the end of a text or of a turn; BOS does not end it."""
     path = save(

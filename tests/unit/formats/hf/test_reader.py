@@ -138,6 +138,7 @@ def write(folder: Path, head: dict[str, Any] | bytes, data: bytes) -> None:
     (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
+@pytest.mark.slow
 def test_truncation_at_every_tensor(copy: Callable[[str], Path]) -> None:
     folder = copy("llama")
     data = (folder / "model.safetensors").read_bytes()
@@ -170,6 +171,7 @@ def mutated(data: bytes, rng: random.Random, head: int) -> bytes:
     return bytes(changed)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", ["model-00002-of-00003.safetensors", "config.json", "model.safetensors.index.json"])
 def test_mutations_end_in_an_error_or_in_a_model(copy: Callable[[str], Path], which: str) -> None:
     folder, rng = copy("qwen3-f16-sharded"), random.Random(7)

@@ -29,6 +29,7 @@ def copy(tmp_path: Path) -> Callable[[str], Path]:
     return lambda name: Path(shutil.copytree(META / name, tmp_path / name, dirs_exist_ok=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda path: path.name)
 @pytest.mark.parametrize("device", ["reference", "cpu"])
 def test_logits_are_those_of_transformers(folder: Path, device: str) -> None:
@@ -162,6 +163,7 @@ def test_truncation(copy: Callable[[str], Path]) -> None:
             open_checkpoint(folder)
 
 
+@pytest.mark.slow
 def test_mutations_end_in_an_error_or_in_a_model(copy: Callable[[str], Path]) -> None:
     """Bits, bytes, words, cuts and moves, in the pickle, in the archive's directory and elsewhere."""
     rng, folder = random.Random(11), copy("llama2")
