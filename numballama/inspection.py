@@ -11,6 +11,7 @@ from typing import Any
 
 from . import loader
 from .config import ModelConfig
+from .cpu import ops  # noqa: F401 (registers the kernels)
 from .fusion import fuse
 from .graph import KVLayout, build
 from .ir import Graph

@@ -83,6 +83,12 @@ class Kernel:
         return self.target.name if isinstance(self.target, KernelRef) else self.target.__name__
 
     @property
+    def built_in(self) -> bool:
+        """Whether the kernel is one of this package."""
+        module = self.target.module if isinstance(self.target, KernelRef) else self.target.__module__
+        return module.partition(".")[0] == __package__
+
+    @property
     def function(self) -> Callable[..., Any]:
         """The function. Raises `Error` for one behind a `KernelRef` whose signature does not fit the op's rule."""
         if not isinstance(self.target, KernelRef):
@@ -121,7 +127,7 @@ def kernel(op: str, backend: str, *types: Types, **scratch: ScratchShape) -> Cal
     op's inputs and outputs under the names and in the order of its rule, without outputs that are updated in place,
     then attributes and scratch arrays by name. A keyword of `kernel` names a scratch parameter; its value maps
     (input shapes, workers) to a shape. A later registration for the same types replaces the earlier one, so that a
-    notebook cell can be run again.
+    notebook cell can be run again; a user's kernel is preferred to the package's.
 
     Raises `Error` for an op without a rule and for a signature that does not fit it. A `KernelRef` is checked when its
     function is first asked for.
@@ -133,10 +139,10 @@ def kernel(op: str, backend: str, *types: Types, **scratch: ScratchShape) -> Cal
             _rule_of(made)
         elif backend in CONVENTIONS:
             check_signature(target, made)
-        load(backend)  # first, so that a user's kernel replaces the package's and not the other way round
         entries = _kernels.setdefault((op, backend), [])
-        entries[:] = [entry for entry in entries if entry.types != types]
-        entries.insert(0, made)
+        entries[:] = [entry for entry in entries if entry.types != types or entry.built_in < made.built_in]
+        # a user's kernel comes before the package's, whichever of the two is registered first
+        entries.insert(len(entries) if made.built_in else 0, made)
         return target
 
     return register
@@ -198,23 +204,12 @@ def _quoted(name: str | None) -> str:
     return "nothing" if name is None else f"`{name}`"
 
 
-_HOMES = {
-    "cpu": ("numballama.cpu.ops",),
-    "cuda": ("numballama.cuda.ops",),
-    "reference": ("numballama.reference",),
-}
-"""The modules that register a backend's kernels when they are imported; they are, before the first question about
-them."""
-
-
-def load(backend: str) -> None:
-    """Import the modules that register a backend's kernels, with what those import."""
-    for home in _HOMES.get(backend, ()):
-        importlib.import_module(home)
-
-
 def _entries(op: str, backend: str) -> list[Kernel]:
-    load(backend)
+    if not any(each == backend for _, each in _kernels):
+        raise Error(
+            f"no kernels of backend {backend!r} are registered; import the backend first (numballama.cpu.ops, "
+            "numballama.cuda.ops, numballama.reference)"
+        )
     return _kernels.get((op, backend), [])
 
 

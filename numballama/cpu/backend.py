@@ -19,7 +19,7 @@ from ..plan import ALIGNMENT, Plan, Step, lower
 from ..quantization.types import TYPE_TRAITS
 from ..sampling import SamplerState, SamplingParams
 from ..validation import whole_number
-from . import bandwidth, timing
+from . import bandwidth, ops, timing  # noqa: F401 (ops registers the kernels)
 from .compiler import compile_step
 from .executor import (
     ADDRESS,

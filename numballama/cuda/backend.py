@@ -13,6 +13,7 @@ from ..ir import Graph
 from ..kernel_cache import cuda_cache_directory
 from ..memory import format_bytes
 from ..plan import lower
+from . import ops  # noqa: F401 (registers the kernels)
 from .compile_worker import compile_ahead
 from .compiler import compile_kernel
 from .decode_pipeline import DeviceSamplerState

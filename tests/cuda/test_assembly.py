@@ -75,7 +75,7 @@ def finish(process: subprocess.Popen[str], out: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def assembled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
-    """Capability → what `cuda_assembly` found; a process for each of them."""
+    """Capability → what `assembly` found; a process for each of them."""
     files = {capability: tmp_path_factory.mktemp("ptx") / f"{capability}.json" for capability in CAPABILITIES}
     processes = {capability: start(capability, out) for capability, out in files.items()}
     try:
@@ -90,14 +90,14 @@ def described(kernel: dict[str, Any]) -> str:
 
 
 def test_every_kernel_of_the_package_is_among_them(assembled: dict[str, dict[str, Any]]) -> None:
-    """The models of `cuda_assembly` launch all that there is, in every type that the registry offers it for."""
+    """The models of `assembly` launch all that there is, in every type that the registry offers it for."""
     script = (
         "import json, sys\n"
         "import importlib, pkgutil\n"
         "import numballama.kernels_cuda\n"
         "from numballama import registry\n"
         "from numballama.cuda import kernels\n"
-        "registry.load('cuda')\n"
+        "import numballama.cuda.ops\n"
         "for each in pkgutil.iter_modules(kernels.__path__, 'numballama.cuda.kernels.'):\n"
         "    if each.name.rpartition('.')[2] != 'copy':  # a yardstick, no operator\n"
         "        importlib.import_module(each.name)\n"
