@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Protocol
 
 from ..quantization.types import LINEAR_TYPES, TYPE_TRAITS
@@ -149,7 +150,7 @@ class Launch:
     long_context_variant: tuple[int, Launch] | None = None
     """`(position, launch)`: a faster variant to use from this position on, such as split-K attention."""
 
-    @property
+    @cached_property
     def specialization(self) -> Specialization:
         """What its machine code depends on."""
         parameters = tuple(
