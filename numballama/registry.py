@@ -205,7 +205,7 @@ def _quoted(name: str | None) -> str:
 
 
 def _entries(op: str, backend: str) -> list[Kernel]:
-    if not any(each == backend for _, each in _kernels):
+    if backend in CONVENTIONS and not any(each == backend for _, each in _kernels):
         raise Error(
             f"no kernels of backend {backend!r} are registered; import the backend first (numballama.cpu.ops, "
             "numballama.cuda.ops, numballama.reference)"

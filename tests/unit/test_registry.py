@@ -154,3 +154,9 @@ def test_every_kernel_of_the_package_fits_its_rule() -> None:
     assert len(entries) > 40
     for entry in entries:
         registry.check_signature(entry.function, entry)
+
+
+def test_a_look_up_before_the_backend_is_imported_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_kernels", {})
+    with pytest.raises(Error, match=r"no kernels of backend 'cpu' are registered; import the backend first"):
+        registry.has("add", "cpu", ["f32", "f32"])
