@@ -68,7 +68,7 @@ def worker(checkout: Path, model_name: str, device: str, tokens: int, prompt: in
     context = min(config.context, max(1024, prompt))
     ids = [(7919 * i + 13) % config.vocab_size for i in range(min(prompt, context))]
     tokens = min(tokens, context - SHORT - 2)
-    with gpu.compiled(checkpoint, device, context) as model, model.exclusive():
+    with gpu.compiled(checkpoint, device, context) as model:
         actions: dict[str, Callable[[], float]] = {
             "decode": lambda: 1 / gpu.seconds_of_decoding(model, ids[:SHORT], tokens),
             "prefill": lambda: len(ids) / gpu.seconds_of_prompt(model, ids),
