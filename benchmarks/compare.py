@@ -92,7 +92,8 @@ class Checkout:
     def __init__(self, path: Path, model: str, options: argparse.Namespace) -> None:
         words = ["--worker", path, "--models", model, "--device", options.device]
         words += ["--tokens", options.tokens, "--prompt-tokens", options.prompt_tokens]
-        environment = os.environ | {"PYTHONPATH": str(path)}
+        others = os.environ.get("PYTHONPATH", "")
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(path), others]) if others else str(path)}
         if options.threads:
             environment["NUMBA_NUM_THREADS"] = str(options.threads)
         command = [sys.executable, str(HERE / "compare.py"), *(str(word) for word in words)]
