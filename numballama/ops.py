@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .ir import Shaped, Shapes, Value, expect, fused_rule, rule
+from .memory import ceil_div
 from .quantization.types import ACTIVATION_QUANT, VEC_DOT_TYPE
 
 Inputs = Sequence[Value]
@@ -57,7 +58,7 @@ def _quantize(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     """x[T, D] → int8 x[T, D], and a scale for each `group` elements of a row, [T, ceil(D / group)]"""
     (x,) = inputs
     expect(x.dtype == "f32" and len(x.shape) == 2 and attrs["group"] > 0, "wants x f32[T, D] and a positive group")
-    return [(x.shape, "i8"), ((x.shape[0], -(-x.shape[1] // attrs["group"])), "f32")]
+    return [(x.shape, "i8"), ((x.shape[0], ceil_div(x.shape[1], attrs["group"])), "f32")]
 
 
 def _quantized(activation: str, shape: tuple[int, ...]) -> list[Shaped]:
@@ -107,7 +108,7 @@ def _linear(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
             f"a weight of {weight.dtype} wants x as quantize_{activation} makes it",
         )
     elif x.dtype == "i8":
-        scales = (x.shape[0], -(-x.shape[1] // attrs["group"]))
+        scales = (x.shape[0], ceil_div(x.shape[1], attrs["group"]))
         expect(inputs[1].shape == scales, "wants one scale for each group of x")
     expect(len(weight.shape) == 2 and x.shape[1] == weight.shape[1], "x[T, K] must fit weight[N, K]")
     return [((x.shape[0], weight.shape[0]), "f32")]
