@@ -12,6 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 from . import ir, ops
@@ -88,7 +89,7 @@ class Kernel:
         module = self.target.module if isinstance(self.target, KernelRef) else self.target.__module__
         return module.partition(".")[0] == __package__
 
-    @property
+    @cached_property
     def function(self) -> Callable[..., Any]:
         """The function. Raises `Error` for one behind a `KernelRef` whose signature does not fit the op's rule."""
         if not isinstance(self.target, KernelRef):
@@ -97,12 +98,12 @@ class Kernel:
         check_signature(function, self)
         return function
 
-    @property
+    @cached_property
     def parameters(self) -> list[str]:
         """Names of the function's parameters, in order."""
         return list(inspect.signature(self.function).parameters)
 
-    @property
+    @cached_property
     def named(self) -> list[str]:
         """Parameters after the operands: attributes of the op and scratch arrays, in order."""
         return self.parameters[len(operand_names(self)) :]
