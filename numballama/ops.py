@@ -90,12 +90,13 @@ def _linear_inputs(before: Sequence[str], after: Sequence[str] = ()) -> tuple[tu
     return tuple((*activations, *before, *after) for activations in ACTIVATIONS)
 
 
-@rule("linear", inputs=_linear_inputs(("weight",)), attrs=("group",))
+@rule("linear", inputs=_linear_inputs(("weight",)), attrs=("group",), optional=("group",))
 def _linear(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     """x[T, K], weight[N, K] → x · weightᵀ, [T, N].
 
     An int8 weight may take xq[T, K] and xs[T, ceil(K / group)], the results of `quantize`; a weight of blocks, the
-    three results of the `quantize_…` that its type wants (`VEC_DOT_TYPE`).
+    three results of the `quantize_…` that its type wants (`VEC_DOT_TYPE`). `group` is optional: an int8 weight carries
+    it.
     """
     x, weight = inputs[0], inputs[-1]
     expect((x.dtype == "i8") == (len(inputs) > 2), "wants (x, weight), (xq, xs, weight) or (xq, xs, sums, weight)")
@@ -203,9 +204,9 @@ def _argmax(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
 _QKV, _GATE_UP = ("wq", "wk", "wv"), ("w1", "w3")
 _CACHES = {"k_cache_out": "k_cache", "v_cache_out": "v_cache"}
 
-fused_rule("linear_add", inputs=_linear_inputs(("weight", "residual")), attrs=("group",))
-fused_rule("qkv", inputs=_linear_inputs(_QKV), outputs=("q", "k", "v"), attrs=("group",))
-fused_rule("gate_up", inputs=_linear_inputs(_GATE_UP), attrs=("group",))
+fused_rule("linear_add", inputs=_linear_inputs(("weight", "residual")), attrs=("group",), optional=("group",))
+fused_rule("qkv", inputs=_linear_inputs(_QKV), outputs=("q", "k", "v"), attrs=("group",), optional=("group",))
+fused_rule("gate_up", inputs=_linear_inputs(_GATE_UP), attrs=("group",), optional=("group",))
 fused_rule("norm_linear", inputs=("x", "norm", "weight"), attrs=("eps",))
 fused_rule("norm_qkv", inputs=("x", "norm", *_QKV), outputs=("q", "k", "v"), attrs=("eps",))
 fused_rule("norm_gate_up", inputs=("x", "norm", *_GATE_UP), attrs=("eps",))

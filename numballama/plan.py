@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from . import registry
-from .errors import Error, UnsupportedError
+from .errors import Error
 from .fusion import operand_types
 from .ir import Graph, Op, Value, verify
 from .memory import round_up
@@ -108,8 +108,6 @@ def lower(graph: Graph, backend: str, workers: int = 1) -> Plan:
 
 def _step(graph: Graph, op: Op, backend: str, workers: int) -> Step:
     kernel = registry.find(op.kind, backend, operand_types(graph, op.inputs))
-    if op.attrs.get("window") and "window" not in kernel.parameters:  # it would see all positions, and nobody notice
-        raise UnsupportedError(f"the {backend} kernel {kernel.name} has no sliding window, which this model needs")
     shapes = [value.shape for value in graph.operands(op.inputs)]
     scratch = tuple(
         Value(f"{op.outputs[0]}/{name}", tuple(shape(*shapes, workers=workers)), "f32", "temp")

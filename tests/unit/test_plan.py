@@ -243,20 +243,18 @@ def test_missing_kernel_names_op_types_and_what_exists() -> None:
         lower(graph, "abacus")
 
 
-def test_a_kernel_without_a_window_is_not_used_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_kernels", {key: list(found) for key, found in registry._kernels.items()})
+def test_a_kernel_without_a_window_is_not_used_for_one() -> None:
+    """It is refused where it is defined, whether or not a model has a window."""
 
-    @registry.kernel("attention", "cpu", "f32", KV_TYPES, "i32", "i32", KV_TYPES)
-    def blind(part, parts, tokens, q, k_cache, positions, sequences, v_cache, out):  # type: ignore[no-untyped-def]
+    def blind(worker, n_workers, tokens, q, k_cache, positions, sequences, v_cache, out):  # type: ignore[no-untyped-def]
         raise AssertionError("never compiled")
 
+    with pytest.raises(Error, match="cpu kernel blind for attention: attribute `window` changes the result"):
+        registry.kernel("attention", "cpu", "f32", KV_TYPES, "i32", "i32", KV_TYPES)(blind)
     for window in (0, 3):
-        graph = fuse(llama(replace(SMALL, window=window)), "cpu")
-        if window:
-            with pytest.raises(UnsupportedError, match="cpu kernel blind has no sliding window"):
-                lower(graph, "cpu")
-        else:
-            assert any(step.kernel.name == "blind" for step in lower(graph, "cpu").steps)
+        plan = lower(fuse(llama(replace(SMALL, window=window)), "cpu"), "cpu")
+        kernels = [step.kernel for step in plan.steps if step.op.kind == "attention"]
+        assert len(kernels) == SMALL.n_layers and all("window" in kernel.named for kernel in kernels)
 
 
 def test_fusions_leave_alone_what_has_no_kernel() -> None:
