@@ -7,25 +7,25 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, get_args, overload
 
 import numpy as np
 
 from . import ir, loader, memory, plan, progress
-from .backend import ACTIVATIONS, KV_TYPES, Backend, Program, backend_class, choose_device, open_backend
+from .backend import Backend, Program, backend_class, choose_device, open_backend
 from .bench import debug
 from .chat.conversation import Chat
 from .chat.encoder import ConversationEncoder
 from .chat.template import Message
 from .checkpoint import Checkpoint, Weight
-from .config import ModelConfig
+from .config import ModelConfig, RopePairing
 from .errors import ContextError, Error, Interrupted, UnsupportedError
 from .generate import GenerationResponse, generate_tokens
-from .graph import KVLayout, build
+from .graph import KVLayout, Logits, build
 from .memory import format_bytes
 from .quantization import policy
 from .quantization.convert import convert
-from .quantization.types import VEC_DOT_TYPE
+from .quantization.types import KV_TYPES, VEC_DOT_TYPE, ActivationType, KVType
 from .sampling import (
     DEFAULTS,
     NOT_GIVEN,
@@ -59,21 +59,21 @@ class Model:
         tokenizer: str | PathLike[str] | None = None,
         *,
         device: str = "auto",
-        dtype: str | None = None,
+        dtype: policy.Dtype | None = None,
         context: int | None = None,
-        kv_dtype: str | None = None,
+        kv_dtype: KVType | None = None,
         threads: int | None = None,
-        rope_pairing: str | None = None,
+        rope_pairing: RopePairing | None = None,
         rope_theta: float | None = None,
         norm_eps: float | None = None,
         fusions: bool | Sequence[str] = True,
-        activations: str = "f32",
+        activations: ActivationType = "f32",
     ) -> None:
         started = time.perf_counter()
         for name, value, known in (
             ("dtype", dtype, (None, *policy.DTYPES)),
             ("kv_dtype", kv_dtype, (None, *KV_TYPES)),
-            ("activations", activations, ACTIVATIONS),
+            ("activations", activations, get_args(ActivationType)),
         ):
             if value not in known:
                 choices = ", ".join(str(each) for each in known if each is not None)
@@ -123,7 +123,7 @@ class Model:
         self.threads: int = backend.workers
         self.load_s = time.perf_counter() - started
 
-    def _convert(self, dtype: str | None) -> Mapping[str, Weight]:
+    def _convert(self, dtype: policy.Dtype | None) -> Mapping[str, Weight]:
         """The weights, with those of linear layers converted to `dtype`. A tied classifier converts the embedding too.
 
         Weights of a type that no backend has kernels for are converted in any case.
@@ -143,7 +143,7 @@ class Model:
                 converted[name] = convert(weights[name], target)
         return converted
 
-    def _build(self, tokens: int, logits: str) -> ir.Graph:
+    def _build(self, tokens: int, logits: Logits) -> ir.Graph:
         types = {name: weight.type for name, weight in self.weights.items()}
         int8 = self._checkpoint.int8_activations
         return build(self.config, types, self.kv, tokens, logits, int8, self.activations)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Literal, get_args
 
 from ..checkpoint import Weight
 from ..config import ModelConfig
@@ -10,7 +11,8 @@ from ..errors import Error
 from .convert import DEFAULT_GROUP
 from .types import FALLBACK_TYPE, TYPE_TRAITS, WeightType
 
-DTYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")
+Dtype = Literal["f32", "f16", "bf16", "int8", "q8_0", "q4_0"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 """What `dtype` and `--quant` may be."""
 
 

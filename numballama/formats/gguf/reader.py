@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from ...checkpoint import Checkpoint, Weight
-from ...config import HALF_SPLIT, INTERLEAVED, ModelConfig, RopeScaling
+from ...config import HALF_SPLIT, INTERLEAVED, ModelConfig, RopePairing, RopeScaling
 from ...errors import Error, FormatError, UnsupportedError
 from ...files import MappedFile
 from ...memory import format_bytes
@@ -27,7 +27,7 @@ from .header import Header, require
 from .split import open_header
 from .tokenizer import read_gguf_tokenizer
 
-ARCHITECTURES = {"llama": INTERLEAVED, "qwen2": HALF_SPLIT, "qwen3": HALF_SPLIT}
+ARCHITECTURES: dict[str, RopePairing] = {"llama": INTERLEAVED, "qwen2": HALF_SPLIT, "qwen3": HALF_SPLIT}
 """Supported architecture → its RoPE pairing."""
 
 WEIGHT_TYPES = {
