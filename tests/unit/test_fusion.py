@@ -79,14 +79,6 @@ def test_biases_between_the_projections_do_not_hinder() -> None:
     assert kinds(fused)["norm_qkv"] == 2 and kinds(fused)["bias"] == 6
 
 
-def test_int8_activations_are_quantised_once_for_all_readers() -> None:
-    graph = llama(kind="int8", int8=True)
-    assert kinds(graph)["quantize"] == 4 * SMALL.n_layers + 1
-    fused = fuse(graph, "cpu")
-    verify(fused)
-    assert kinds(fused)["qkv"] == kinds(fused)["gate_up"] == 2 and kinds(fused)["linear_add"] == 4
-
-
 def test_unknown_pass() -> None:
     with pytest.raises(Error, match=r"unknown fusion magic; there are attention, qkv"):
         fuse(llama(), "cpu", ["qkv", "magic"])
