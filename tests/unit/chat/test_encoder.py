@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import numballama
 from numballama.chat.encoder import ConversationEncoder
 from numballama.errors import Error
 from numballama.model import Model
-from tests.helpers.bpe import chat_model
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return chat_model(tmp_path_factory.mktemp("chat"))
-
-
-@pytest.fixture
-def model(path: Path) -> Iterator[Model]:
-    with numballama.compile(path, threads=1) as model:
-        yield model
 
 
 def test_special_tokens_in_what_is_said_stay_text(model: Model) -> None:
