@@ -94,13 +94,7 @@ def view(info: TensorInfo, shape: tuple[int, ...]) -> Weight:
     Raises `FormatError` for another shape and `UnsupportedError` for a type that weights cannot have.
     """
     if info.shape != shape:
-        raise FormatError(
-            "a tensor has the wrong shape",
-            path=info.file.path,
-            where=f"tensor {info.name}",
-            expected=shape,
-            found=info.shape,
-        )
+        raise info.wrong_shape(shape)
     return view_weight(info, shape, WEIGHT_TYPES)
 
 
