@@ -8,7 +8,7 @@ still ends (programmatic dependent launch, on cards that have it). `decode_pipel
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -78,7 +78,7 @@ def bind_step(step: Step, graph: Graph, ctx: LaunchContext, operands: Mapping[st
     `operands` maps the names of values and of the step's scratch to device memory. Raises `Error` for a launch function
     that has a parameter which the operator does not provide.
     """
-    arguments: list[Any] = [operands[value.name] for value in graph.operands(step.op.inputs)]
+    arguments: list[Array | Matrix | float] = [operands[value.name] for value in graph.operands(step.op.inputs)]
     # an output that updates an input in place is that input's memory: it is no operand of its own
     arguments += [operands[value.name] for value in graph.operands(step.op.outputs) if value.alias is None]
     scratch: dict[str, Value] = dict(zip(step.kernel.scratch, step.scratch, strict=True))
