@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
@@ -19,12 +18,11 @@ from .chat.encoder import ConversationEncoder
 from .chat.template import Message
 from .checkpoint import Checkpoint, Weight
 from .config import ModelConfig, RopePairing
-from .errors import ContextError, Error, Interrupted, UnsupportedError
+from .errors import CLOSED, ContextError, Error, Interrupted, UnsupportedError
 from .generate import GenerationResponse, generate_tokens
 from .graph import KVLayout, Logits, build
 from .memory import format_bytes
 from .quantization import policy
-from .quantization.convert import convert
 from .quantization.types import KV_TYPES, VEC_DOT_TYPE, ActivationType, KVType
 from .sampling import (
     DEFAULTS,
@@ -41,8 +39,6 @@ from .validation import whole_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-CLOSED = "this model is closed; compile it again"
 
 
 class Model:
@@ -108,7 +104,7 @@ class Model:
         self._backend: Backend | None = None
         self._program: Program | None = None
         self._fusions = fusions
-        self.weights: Mapping[str, Weight] = self._convert(dtype)
+        self.weights: Mapping[str, Weight] = policy.convert_weights(self.config, self._checkpoint.weights, dtype)
         if activations == "int8" and not any(w.type.name in (*VEC_DOT_TYPE, "int8") for w in self.weights.values()):
             self.notes.append("no weight of this model is quantised, so no activations are rounded to int8")
         backend = self._backend = open_backend(self.device, self.weights, threads)
@@ -122,26 +118,6 @@ class Model:
             progress.info(note)
         self.threads: int = backend.workers
         self.load_s = time.perf_counter() - started
-
-    def _convert(self, dtype: policy.Dtype | None) -> Mapping[str, Weight]:
-        """The weights, with those of linear layers converted to `dtype`. A tied classifier converts the embedding too.
-
-        Weights of a type that no backend has kernels for are converted in any case.
-        """
-        weights = self._checkpoint.weights
-        targets = policy.fallback_types(weights) | policy.types_to_convert(self.config, weights, dtype)
-        if not targets:
-            return weights
-        converted = dict(weights)
-        what = dtype or ", ".join(dict.fromkeys(target.name for target in targets.values()))
-        hint = "leave dtype= out to use the file's own types" if dtype else "use a file of another quantisation"
-        size = sum(target.nbytes(math.prod(weights[name].shape)) for name, target in targets.items())
-        memory.require_available(size, f"a copy of the linear weights as {what}", hint)
-        with progress.progress_bar(f"converting to {what}") as report:
-            for done, (name, target) in enumerate(targets.items()):
-                report(name, done, len(targets))
-                converted[name] = convert(weights[name], target)
-        return converted
 
     def _build(self, tokens: int, logits: Logits) -> ir.Graph:
         types = {name: weight.type for name, weight in self.weights.items()}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import Error
+from ..errors import CLOSED, Error
 from ..ir import DTYPES, Graph, Value
 from ..plan import Plan, Step
 from ..sampling import SamplerState
@@ -199,7 +199,7 @@ class CudaProgram:
 
     def _require_open(self) -> None:
         if self._freed:
-            raise Error("this model is closed; compile it again")
+            raise Error(CLOSED)
 
     # Launches
 
