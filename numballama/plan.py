@@ -1,4 +1,4 @@
-"""`Graph` → `Plan`: kernels chosen, lifetimes found, every value placed in one arena."""
+"""`Graph` → `Plan`: chooses kernels, computes lifetimes and places every value in one arena."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .ir import Graph, Op, Value, verify
 from .visualize import draw_plan
 
 ALIGNMENT = 64
-"""Bytes; a cache line and the widest vector register."""
+"""Alignment of values in bytes: a cache line, and the widest vector register."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """An op with its kernel. It handles `max_tokens` tokens at most; only it uses the arena values in `scratch`."""
+    """An op with its kernel, for up to `max_tokens` tokens. `scratch` are arena values that only this step uses."""
 
     op: Op
     kernel: registry.Kernel
@@ -50,17 +50,17 @@ class Plan:
 
     @property
     def unshared_bytes(self) -> int:
-        """What one buffer a value would take."""
+        """Bytes that the arena would have if every value had a buffer of its own."""
         return sum(_aligned(placement.nbytes) for placement in self.placements.values())
 
     @property
     def prefill_end(self) -> int:
-        """The first step that only the last token of a run needs: a chunk of a prompt before its last stops here."""
+        """Index of the first step that only the last token of a prompt needs. All chunks but the last stop there."""
         return self.graph.first("last")
 
     @property
     def sampling_start(self) -> int:
-        """The first step that a sampler replaces: the argmax at the end, or the number of steps if there is none."""
+        """Index of the step that a sampler replaces: the argmax at the end, or the number of steps if there is none."""
         return len(self.steps) - (self.steps[-1].op.kind == "argmax")
 
     def __str__(self) -> str:
@@ -111,7 +111,7 @@ def lower(graph: Graph, backend: str, workers: int = 1) -> Plan:
 
 def _step(graph: Graph, op: Op, backend: str, workers: int) -> Step:
     kernel = registry.find(op.kind, backend, operand_types(graph, op.inputs))
-    if op.attrs.get("window") and "window" not in kernel.parameters:  # it would see all positions, and nobody notice
+    if op.attrs.get("window") and "window" not in kernel.parameters:  # else it would attend to all, silently
         raise UnsupportedError(f"the {backend} kernel {kernel.name} has no sliding window, which this model needs")
     shapes = [value.shape for value in graph.operands(op.inputs)]
     scratch = tuple(
