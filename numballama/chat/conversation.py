@@ -1,5 +1,4 @@
-"""`Chat`: a conversation through a model's chat template. Each turn reuses the earlier turns' tokens in the KV cache.
-"""
+"""`Chat`: a conversation through a model's chat template. Each turn reuses the earlier turns' tokens in the KV cache."""
 
 from __future__ import annotations
 
@@ -45,9 +44,9 @@ class Turn:
 class Chat:
     """A conversation. Use `model.chat()`; see there for the arguments.
 
-    Special tokens that a message spells out ("<|im_end|>") are encoded as text. A turn computes only tokens that are not
-    in the KV cache: the new message, and whatever the template renders differently than before. Several chats of one
-    model share its cache. `turn` describes the last turn; None before the first.
+    Special tokens that a message spells out ("<|im_end|>") are encoded as text. A turn computes only tokens that are
+    not in the KV cache: the new message, and whatever the template renders differently than before. Several chats of
+    one model share its cache. `turn` describes the last turn; None before the first.
     """
 
     def __init__(

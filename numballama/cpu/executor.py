@@ -16,7 +16,7 @@ A kernel is an ordinary function of arrays and scalars: `rmsnorm(worker, n_worke
 
 This function reads slots of `operands` in the order of the parameters. An array takes a slot for the address of its
 data and one for each extent (it is in C order, so strides follow). A float takes a slot for its 64 bits, an integer one
-for its value, and a tuple the slots of its members. The function returns 0, or Numba's status code if the kernel raised.
+for its value, and a tuple the slots of its members. The result is 0, or Numba's status code if the kernel raised.
 
 Every worker runs every row and waits for the others at a barrier after it, 0.1 to 0.3 µs per step. Starting threads for
 each step would take ten times as long. No Python runs between steps.

@@ -135,7 +135,7 @@ class DecodePipeline:
     def next_token(self, tokens: int, sampler: SamplerState) -> int:
         """Run the plan for the program's inputs and return the next token. Queues the steps that are likely to follow.
 
-        Raises `Error` for logits that are not numbers.
+        Raises `Error` if the logits hold NaN.
         """
         try:
             return self._next_token(tokens, sampler)

@@ -257,7 +257,7 @@ class CudaProgram:
         """Run steps [begin, end) for the first `tokens` tokens of the inputs: one graph launch.
 
         With a sampler, run all steps, sample the next token on the device and return it; without one, return 0. Raises
-        `Error` for logits that are not numbers, `DeviceError` when the device fails.
+        `Error` if the logits hold NaN, `DeviceError` when the device fails.
         """
         last = len(self.plan.steps) if end is None else end
         if not (1 <= tokens <= self.plan.tokens and 0 <= begin <= last <= len(self.plan.steps)):

@@ -205,7 +205,7 @@ def merge_groups(max_score, exp_sum, acc, lanes, shared, head_dim, inverse_head_
     """Merge the block's groups of lanes into shared memory: head h's values at h · (head_dim + 4), then its maximum and
     its sum of exponentials.
 
-    Every group writes what it has; one warp a head computes the groups' weights from their maxima; one thread an
+    Every group writes what it has; one warp a head computes the groups' weights from their maxima; one thread per
     element adds up.
     """
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
