@@ -1,4 +1,4 @@
-"""`Chat`: a conversation through a model's chat template. Each turn reuses the earlier turns' tokens in the KV cache."""
+"""`Chat`: a conversation through a model's chat template. Each turn reuses the KV cache of earlier turns."""
 
 from __future__ import annotations
 

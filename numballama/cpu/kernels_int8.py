@@ -71,7 +71,7 @@ def quantize_32(x, t, g, out, scales):
 
 @device
 def quantize_groups_32(worker, n_workers, tokens, x, out, scales, sums, scaled):
-    """Quantise a worker's groups of all tokens. If `scaled`, sums are multiplied by the scale and rounded to float16."""
+    """Quantise a worker's groups of all tokens. If `scaled`, sums are multiplied by the scale, rounded to float16."""
     begin, end = partition(tokens * scales.shape[1], worker, n_workers, 1)
     for unit in range(begin, end):
         t, g = divmod(unit, scales.shape[1])

@@ -138,9 +138,7 @@ class BPETokenizer(Tokenizer):
             types[token] = PieceType.CONTROL if token in self._special else PieceType.USER_DEFINED
         notes: tuple[str, ...] = ()
         if self._library.normalizer is not None:
-            notes = (
-                "the tokenizer normalises its text, which GGUF does not: ids differ on text that is not normalised",
-            )
+            notes = ("the tokenizer normalises text, which GGUF does not: ids differ on text that is not normalised",)
         return Vocabulary(
             [f"[HOLE{token}]".encode() if p is None else p.encode() for token, p in enumerate(self._pieces)],
             (),

@@ -87,9 +87,7 @@ def candidates(file: MappedFile) -> list[Layout]:
         if 1 <= group <= MAX_GROUP:
             found.append(int8_layout(config, group))
             if config.tied_embeddings:
-                note = (
-                    "the header says that the embeddings are tied, but the file has a classifier: it is used"
-                )
+                note = "the header says that the embeddings are tied, but the file has a classifier: it is used"
                 untied = replace(config, tied_embeddings=False)
                 found.append(replace(int8_layout(untied, group), notes=(note,)))
     biases = (

@@ -36,7 +36,7 @@ _MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 
 def legacy_layout(config: ModelConfig) -> Layout:
-    """v0, all float32. KuiperLLama's fp32 is the same and, if `config.qkv_bias`, has biases after each layer's q, k, v."""
+    """v0, all float32. KuiperLLama's fp32 is the same, with biases after each layer's q, k, v if `config.qkv_bias`."""
     t, n = tensors_of(config), config.n_layers
     biases = {"wq": "bq", "wk": "bk", "wv": "bv"} if config.qkv_bias else {}
 

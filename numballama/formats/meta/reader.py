@@ -162,7 +162,7 @@ def _config(keys: Keys, parts: list[TorchFile], notes: list[str]) -> ModelConfig
 
 
 def _scaling(keys: Keys, dim: int, notes: list[str]) -> RopeScaling:
-    """Llama 3.1's scaling. Its factor is 8, or 32 for the two small models of Llama 3.2. Early files do not state it."""
+    """Llama 3.1's scaling. Its factor is 8, or 32 for the two small models of Llama 3.2. Early files omit it."""
     small = dim < 4096
     factor = keys.number("rope_scaling_factor", 32.0 if small else 8.0)
     if "rope_scaling_factor" not in keys.values:
