@@ -75,20 +75,20 @@ def compile(
         "owner/name", which is downloaded; None for the small story model inside this package.
     tokenizer: path of a tokenizer, for model files that carry none (GGUF files do). Without one, only `logits` works.
     device: "cpu", "cuda" (an NVIDIA GPU; "cuda:1" for the second one), "reference" (NumPy: slow, defines the results)
-        or "auto", which takes the fastest of this machine and says which in `notes`.
+        or "auto": the fastest device of this machine, which `notes` names.
     dtype: "f32", "f16", "bf16", "int8", "q8_0" or "q4_0" converts the linear weights; None keeps the file's types.
     context: size of the KV cache in tokens; default the model's own, at most 4096.
     kv_dtype: type of the KV cache: "f32" (default on the CPU), "f16" (default on a GPU) or "bf16".
-    threads: CPU workers; default all that this process may use.
+    threads: number of CPU workers; default: as many as this process may use.
     rope_pairing: "interleaved" or "half". Like `rope_theta` and `norm_eps`, it replaces the file's value, or gives one
         that the file lacks.
     fusions: which fusion passes join ops: all (True), none (False) or those named. The logits stay the same.
-    activations: "f32", or "int8" to round the activations that quantised weights are multiplied with, in blocks, as
-        llama.cpp does on the CPU. Prompts are faster then, and logits differ by that rounding. llama2.c v2 files always
-        use int8, as their own program does.
+    activations: "f32", or "int8" to quantise the inputs of quantised weights to int8 in blocks, as llama.cpp does on
+        the CPU. Prompts are then processed faster, and logits differ by the rounding. llama2.c v2 files always use
+        int8, as llama2.c itself does.
     max_sequences: sequences in one step. This version supports 1.
     gpus: GPUs that share the model. This version supports 1.
-    kv_tokens: size of the KV cache in tokens of all sequences. This version supports None: one context.
+    kv_tokens: size of the KV cache in tokens, over all sequences. This version supports None: one context.
 
     Raises `FormatError` for a damaged file, `UnsupportedError` for what this version cannot do, `DeviceError` for a
     device that cannot be used, `Error` for arguments out of range.
@@ -132,8 +132,8 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
     """Open a tokenizer: a `tokenizer.json`, a sentencepiece or tiktoken `.model`, a llama2.c `.bin`, a GGUF file (also
     one without a model), a directory with one of these, or a hub id "owner/name".
 
-    Raises `FormatError` for a damaged file or one of another kind, `UnsupportedError` for a kind that this version
-    cannot read.
+    Raises `FormatError` for a file that is damaged or no tokenizer, `UnsupportedError` for a type of tokenizer that
+    this version cannot read.
     """
     from . import hub
     from .formats.tokenizer_files import load_tokenizer

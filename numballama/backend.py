@@ -1,4 +1,4 @@
-"""What a device must be able to do: `Backend` and `Program`, and `open_backend`, which makes the one for a device.
+"""The protocols `Backend` and `Program`, which every device implements, and `open_backend`, which opens a device.
 
 A backend holds the weights and the KV cache of one device and makes a `Program` of each graph. `cpu` and `cuda` lower
 the graph to a plan; `reference` interprets it. Everything that runs a model (`Session`, `Model`, the benchmark, the
@@ -29,11 +29,11 @@ class Program(Protocol):
     """A graph made ready to run on a device: write `inputs`, call `run`, read `value`."""
 
     entries: int
-    """How often the host has entered compiled code or started work on the device."""
+    """Number of times that the host has entered compiled code or started work on the device."""
 
     @property
     def graph(self) -> Graph:
-        """The graph as it runs: after the fusions, if the backend has any."""
+        """The graph that runs: after fusion, if the backend fuses."""
 
     @property
     def plan(self) -> Plan | None:
@@ -41,11 +41,11 @@ class Program(Protocol):
 
     @property
     def inputs(self) -> Mapping[str, np.ndarray]:
-        """Arrays in the host's memory that the next run reads: `ids`, `positions` and `sequences`, int32 [tokens]."""
+        """Arrays in host memory that the next run reads: `ids`, `positions` and `sequences`, int32 [tokens]."""
 
     @property
     def prefill_end(self) -> int:
-        """The first step that only the last token of a prompt needs. All chunks but the last stop before it."""
+        """Index of the first step that only the last token of a prompt needs. All chunks but the last stop there."""
 
     def value(self, name: str) -> np.ndarray:
         """A value of the last run, in its declared shape. The next run may overwrite it."""
@@ -58,7 +58,7 @@ class Program(Protocol):
         """
 
     def kernel_names(self) -> list[str]:
-        """For each step the kernel that computes it at the inputs' positions; several are joined by "+"."""
+        """Names of each step's kernels at the positions in `inputs`; several names are joined by "+"."""
 
 
 @runtime_checkable
@@ -67,21 +67,21 @@ class Backend(Protocol):
 
     name: ClassVar[BackendName]
     prefill_chunk: ClassVar[int]
-    """Most tokens of a prompt in one run."""
+    """Maximum number of prompt tokens in one run."""
     default_kv_dtype: ClassVar[KVType]
-    """Element type of the KV cache, if the user asks for none."""
+    """Element type of the KV cache unless the user chooses one."""
     activation_types: ClassVar[tuple[ActivationType, ...]]
-    """Types that the activations of linear layers may be rounded to."""
+    """Types that the inputs of linear layers may be quantised to."""
     in_host_memory: ClassVar[bool]
-    """Whether weights and KV cache lie in the host's memory."""
+    """Whether weights and KV cache are in host memory."""
 
     @property
     def workers(self) -> int:
-        """How many workers share a step: threads of a CPU, multiprocessors (SMs) of a GPU."""
+        """Number of workers that share a step: threads of a CPU, multiprocessors (SMs) of a GPU."""
 
     @property
     def notes(self) -> list[str]:
-        """What the backend chose differently from what was asked for, a sentence each."""
+        """Where the backend deviates from what the caller requested, one sentence each."""
 
     @property
     def description(self) -> str:
@@ -89,22 +89,22 @@ class Backend(Protocol):
 
     @property
     def memory_bytes(self) -> int | None:
-        """Device memory that weights, KV cache and programs take. None in the host's memory."""
+        """Bytes of device memory that weights, KV cache and programs take. None if they are in host memory."""
 
     def machine(self) -> dict[str, dict[str, Any]]:
-        """What the report of a benchmark says about the device, ready for JSON. Empty for the host itself."""
+        """Facts about the device for a benchmark's report, as JSON values. Empty if the device is the host."""
 
     def program(self, graph: Graph, fusions: bool | Sequence[str] = True, report: Report | None = None) -> Program:
         """Fuse, lower and bind a graph. `fusions` are all, none, or those of these names."""
 
     def prepare(self, decode: Program, report: Report | None = None) -> None:
-        """Compile or load all that the first token would otherwise wait for. `decode` is the program for one token."""
+        """Compile or load everything that would delay the first token. `decode` is the program for one token."""
 
     def weight_nbytes(self, name: str) -> int:
         """Bytes of a weight as this backend stores it."""
 
     def measure_bandwidth(self) -> float | None:
-        """Bytes a second that the device's memory gives now. None where that says nothing: on the reference.
+        """Measure the device's memory bandwidth in bytes per second. None on the reference, where it means nothing.
 
         Raises `DeviceError` if too little memory is free to measure with.
         """
@@ -114,8 +114,8 @@ class Backend(Protocol):
     ) -> tuple[list[float], float]:
         """Seconds of each step of a program for one token, and of the whole run; medians.
 
-        `kinds` has one entry a step: steps of equal kind do the same work on different weights and may be measured
-        together. `nbytes` are the bytes that each step must move. Raises `Error` on the reference.
+        `kinds` and `nbytes` have one entry per step. Steps of equal kind do the same work on different weights and may
+        be measured together. `nbytes` are the bytes that a step must move. Raises `Error` on the reference.
         """
 
     def synchronize(self) -> None:
@@ -179,7 +179,7 @@ def backend_class(device: str) -> type[Backend]:
 def open_backend(device: str, weights: Mapping[str, Weight], threads: int | None = None) -> Backend:
     """A backend that holds `weights` on `device`: "cpu", "cuda", "cuda:N", "reference" or "auto".
 
-    `threads` is how many workers the CPU uses (default: Numba's number of threads). Raises `DeviceError` as
+    `threads` is the number of workers on the CPU (default: Numba's number of threads). Raises `DeviceError` as
     `choose_device` does.
     """
     if device == "auto":

@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 class Weight:
-    """One tensor of a checkpoint, usually a view of its file. Not changed after it is made.
+    """One tensor of a checkpoint, usually a view of its file. Immutable.
 
     `shape` is (rows, columns) or (length,). `data` holds the elements in C order: float32 for "f32", uint16 bit
     patterns for "f16" and "bf16", int8 for "int8", each of that shape. For block types it holds the bytes of the
-    blocks: uint8 (rows, columns / elements of a block · bytes of a block). `scales` is the float32 vector of an "int8"
-    weight: element i of the flat data has scale i // group. Arrays may be read-only and, in some files, unaligned.
+    blocks: uint8 (rows, columns / block_size · block_bytes). `scales` is the float32 vector of an "int8" weight:
+    element i of the flat data has scale i // group. Arrays may be read-only and, in some files, unaligned.
     """
 
     def __init__(
@@ -48,7 +48,7 @@ class Weight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that a step reads to use the whole weight."""
+        """Bytes of the weight, scales included: what a step reads to use all of it."""
         return self.data.nbytes + (self.scales.nbytes if self.scales is not None else 0)
 
 
@@ -60,7 +60,7 @@ class LazyWeight(Weight):
     ) -> None:
         self.shape, self.type = shape, type
         self.make = make
-        """Computes the weight for the caller, who owns it."""
+        """Computes the weight. The caller may keep or change it."""
         self._cache = cache
         self._data = self._scales = None
 
@@ -108,7 +108,7 @@ class Checkpoint:
 
     path: Path
     format: str
-    """As `inspect` names it: "llama2.c v0", "llama2.c v1", "llama2.c v2", "KuiperLLama fp32", "KuiperLLama int8",
+    """Name that `inspect` prints: "llama2.c v0", "llama2.c v1", "llama2.c v2", "KuiperLLama fp32", "KuiperLLama int8",
     "GGUF v3", "Hugging Face, qwen2" or "Meta"."""
     config: ModelConfig
     weights: dict[str, Weight]
@@ -118,13 +118,13 @@ class Checkpoint:
     bos_is_stop_token: bool = False
     """Stories in this format end with BOS as well as with EOS."""
     stop_token_ids: tuple[int, ...] = ()
-    """Ids that the file names as the end of a text or of a turn. The tokenizer's EOS always ends a text."""
+    """Ids that end a text or a turn according to the file. The tokenizer's EOS always ends a text."""
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
     defaulted_fields: tuple[str, ...] = ()
-    """Names of `ModelConfig` fields that neither the file nor the caller states, so that their defaults are used."""
+    """Names of `ModelConfig` fields that have their default because neither the file nor the caller gives them."""
     notes: list[str] = field(default_factory=list)
-    """What a user should know about how the file was understood, a sentence each."""
+    """Notes for the user on how the file was interpreted, one sentence each."""
 
     @property
     def nbytes(self) -> int:

@@ -23,7 +23,7 @@ _PAIRING_NAMES: dict[str, RopePairing] = {
 }
 
 DEFAULT_CONTEXT = 4096
-"""Limit of the default size of the KV cache, in tokens. `context=` asks for more."""
+"""Upper limit of the default size of the KV cache, in tokens. `context=` may exceed it."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class ModelConfig:
             raise Error(f"ModelConfig.window must be from 0 to 2^31, found {self.window}")
         scaling = self.rope_scaling
         if scaling and scaling.kind == "factors" and len(scaling.factors) != self.head_dim // 2:
-            raise Error(f"RoPE has {self.head_dim // 2} pairs a head, found {len(scaling.factors)} factors")
+            raise Error(f"RoPE has {self.head_dim // 2} pairs per head, found {len(scaling.factors)} factors")
         if scaling and scaling.kind == "dynamic" and self.head_dim == 2:
             raise Error("dynamic RoPE scaling needs heads of more than 2 dimensions")
 

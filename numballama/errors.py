@@ -51,7 +51,7 @@ class ContextError(Error):
 class Interrupted(KeyboardInterrupt):
     """Ctrl-C during `generate` or `send`. The model can be used again at once.
 
-    Attributes: `text` is what had been generated; for a list of prompts, `finished` has the texts of those before.
+    Attributes: `text` is the text generated so far. For a list of prompts, `finished` has the texts of those before.
     """
 
     def __init__(self, text: str, finished: Sequence[str] = ()) -> None:

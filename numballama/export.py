@@ -1,4 +1,4 @@
-"""`numballama export`: a model of any format that is read, written in any format that can hold it."""
+"""`numballama export`: writes a model of any readable format in another format."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from .tokenizers.bpe import BPETokenizer
 
 @dataclass(frozen=True)
 class WriteOptions:
-    """What a format may hold beside config and weights. A writer ignores what its format has no place for."""
+    """What a format may hold besides config and weights. A writer ignores the fields that its format cannot hold."""
 
     group_size: int = DEFAULT_GROUP
-    """Elements of an int8 group."""
+    """Elements per int8 group."""
     name: str | None = None
     """Name of the model."""
     tokenizer: Tokenizer | None = None
     chat_template: str | None = None
     metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
-    """Further keys of a GGUF file."""
+    """Additional metadata of a GGUF file."""
     bos_id: int | None = None
     eos_ids: Sequence[int] = ()
     files: Sequence[Path] = ()
@@ -117,7 +117,7 @@ _COMPANIONS = (
 
 @dataclass(frozen=True)
 class Row:
-    """A matrix that was written."""
+    """One row of the report: a matrix that was written."""
 
     name: str
     before: WeightType
@@ -130,7 +130,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export did; prints as a table."""
+    """The result of an export. Prints as a table."""
 
     path: Path
     rows: tuple[Row, ...]
@@ -150,9 +150,9 @@ class Exported:
 
 
 class Converting(Mapping[str, Weight]):
-    """Weights that are converted to `types` one at a time, when a writer asks for their data; never all in memory.
+    """Weights that are converted to `types` one at a time, when a writer reads their data. Never all are in memory.
 
-    `report(name, before, after)` is called for each matrix whose data was asked for.
+    `report(name, before, after)` is called for each matrix whose data was read.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ def export_model(
 
 
 def _types(opened: Checkpoint, to: str, quantize: str | None, group_size: int) -> dict[str, WeightType]:
-    """Name → new type, of the matrices that are converted."""
+    """Name → new type, for the matrices to convert."""
     if to in FLOAT_ONLY:
         return {name: F32 for name, weight in opened.weights.items() if len(weight.shape) == 2}
     if to in INT8_ONLY:
@@ -244,7 +244,7 @@ def _types(opened: Checkpoint, to: str, quantize: str | None, group_size: int) -
 def _options(
     opened: Checkpoint, to: str, name: str, tokenizer_path: str | PathLike[str] | None, notes: list[str]
 ) -> WriteOptions:
-    """What the writer takes beside config and weights; adds to `notes` what it cannot take."""
+    """The options of the writer. Adds to `notes` what the format cannot hold."""
     if to == "gguf":
         return _gguf_options(opened, name, notes)
     tokenizer = opened.tokenizer
@@ -271,14 +271,14 @@ def _gguf_options(opened: Checkpoint, name: str, notes: list[str]) -> WriteOptio
             notes.append(f"the tokenizer is left out: {error}")
             tokenizer = None
     stops = [token for token in opened.stop_token_ids if tokenizer is not None and token != tokenizer.eos_id]
-    if stops[1:]:  # beside EOS there is one key
-        notes.append(f"GGUF has no place for more ids that end a text: {', '.join(map(str, stops[1:]))} are lost")
+    if stops[1:]:  # GGUF has one key besides EOS
+        notes.append(f"GGUF holds two ids that end a text; left out: {', '.join(map(str, stops[1:]))}")
     metadata: dict[str, MetadataValue] = {"tokenizer.ggml.eot_token_id": stops[0]} if stops else {}
     return WriteOptions(name=name, tokenizer=tokenizer, chat_template=opened.chat_template, metadata=metadata)
 
 
 def _group_size(opened: Checkpoint) -> int:
-    """The int8 group size of the source, if it has one, else the largest that divides all rows."""
+    """The int8 group size of the source if it has one, otherwise the largest that divides all rows."""
     groups = {weight.type.group for weight in opened.weights.values() if weight.type.group}
     if len(groups) == 1:
         return groups.pop()
@@ -294,14 +294,14 @@ def _texts(tokenizer: Tokenizer, opened: Checkpoint, notes: list[str]) -> dict[s
         notes.append(f"the tokenizer is left out: {error}")
         return {}
     if isinstance(tokenizer, BPETokenizer) and (lost := tokenizer.unreachable):
-        notes.append(f"tokens {', '.join(map(str, lost[:8]))} are spelled like others: the tokenizer is without them")
+        notes.append(f"tokens {', '.join(map(str, lost[:8]))} have the text of other tokens: left out of the tokenizer")
     return texts
 
 
 def _tokenizer_files(opened: Checkpoint, tokenizer_path: str | PathLike[str] | None) -> tuple[Path, ...]:
     """The tokenizer files to copy: those of the source's directory, or the ones that were given."""
     if tokenizer_path is None:
-        if not opened.format.startswith(("Hugging Face", "Meta")):  # other formats do not own the files beside them
+        if not opened.format.startswith(("Hugging Face", "Meta")):  # others may lie beside other models' files
             return ()
         directory = opened.path if opened.path.is_dir() else opened.path.parent
         return tuple(path for name in _COMPANIONS if (path := directory / name).is_file())

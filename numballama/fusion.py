@@ -1,7 +1,7 @@
 """Fusion passes: `Graph` → `Graph` with groups of ops replaced by one op that a backend has a kernel for.
 
-Each pass can be switched off, and the logits stay the same. A fused op keeps the ops it replaced in its `body`: they
-are its meaning, and give its shapes.
+Each pass can be switched off, and the logits stay the same. A fused op keeps the ops that it replaced in its `body`,
+which defines its meaning and its shapes.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _only_reader(graph: Graph, readers: Mapping[str, list[Op]], op: Op, kind: st
 
 
 def _attention(graph: Graph) -> Groups:
-    """Scores, softmax and the weighted sum: scores stay in a worker's scratch instead of the arena."""
+    """Scores, softmax and the weighted sum. Scores are in a worker's scratch array instead of the arena."""
     readers = graph.consumers()
     for op in graph.ops:
         if op.kind == "attention_scores":
@@ -42,7 +42,7 @@ def _attention(graph: Graph) -> Groups:
 
 
 def _qkv(graph: Graph) -> Groups:
-    """Three linear ops of one input become one step."""
+    """The three linear ops for queries, keys and values, which read one input."""
     for users in graph.consumers().values():
         linears = [op for op in users if op.kind == "linear"]
         if len(linears) == 3 and len({op.inputs[:-1] for op in linears}) == 1:
@@ -86,7 +86,7 @@ def _rope_kv(graph: Graph) -> Groups:
 
 
 def _norm(graph: Graph) -> Groups:
-    """A norm and the linear step that reads it: every worker normalises for itself, which costs less than a barrier."""
+    """A norm and the linear step that reads it. Every worker computes the norm: that costs less than a barrier."""
     readers = graph.consumers()
     for op in graph.ops:
         if op.kind == "rmsnorm":
@@ -96,7 +96,7 @@ def _norm(graph: Graph) -> Groups:
 
 
 def _qkv_rope(graph: Graph) -> Groups:
-    """A norm, three linear ops, RoPE and both writes to the KV cache: both rows of a RoPE pair are in one worker."""
+    """A norm, three linear ops, RoPE and both writes to the KV cache. One worker computes both rows of a RoPE pair."""
     readers = graph.consumers()
     for op in graph.ops:
         if op.kind == "norm_qkv" and (user := _only_reader(graph, readers, op, "rope_kv_write")):
@@ -116,13 +116,12 @@ FUSIONS: dict[str, Callable[[Graph], Groups]] = {
 
 
 def operand_types(graph: Graph, inputs: Iterable[str]) -> list[str]:
-    """The types by which the registry knows an op's kernel."""
+    """Types of an op's inputs, as the registry names them."""
     return [graph.values[name].dtype for name in inputs]
 
 
 def fuse(graph: Graph, backend: str, passes: bool | Sequence[str] = True) -> Graph:
-    """Run fusion passes: all (True), none (False) or those named. A group that `backend` has no kernel for is left
-    alone.
+    """Run fusion passes: all (True), none (False) or those named. A group without a kernel on `backend` is not fused.
 
     Raises `Error` for a pass that does not exist.
     """
@@ -135,8 +134,8 @@ def fuse(graph: Graph, backend: str, passes: bool | Sequence[str] = True) -> Gra
 
 
 def _join(graph: Graph, groups: list[tuple[str, list[Op]]], backend: str) -> Graph:
-    """Replace each group by one op, at the place of its last member. If another op reads a result before that, the
-    place of the first member is tried.
+    """Replace each group by one op, at the position of its last member. If another op reads a result before that, try
+    the position of the first member.
     """
     readers = graph.consumers()
     place = {id(op): index for index, op in enumerate(graph.ops)}

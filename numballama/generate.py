@@ -1,4 +1,4 @@
-"""The generation loop: token ids in, `GenerationResponse`s out, one a token."""
+"""The generation loop: from token ids to one `GenerationResponse` per token."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class GenerationResponse:
-    """One generated token, and the text that became final with it. `str()` of it is the text."""
+    """One generated token, and the text that became final with it. `str()` returns the text."""
 
     text: str
-    """Whole characters only, and never a part of a stop string. Often "" while a character or stop string is open."""
+    """Whole characters only, and never a part of a stop string. "" while a character or stop string is incomplete."""
     token: int
     finish_reason: FinishReason | None = None
-    """None except on the last response. "stop": the model ended the text, or a stop string came. "length": `max_tokens`
-    or the context is used up."""
+    """None except in the last response. "stop": an end-of-sequence token or a stop string was generated. "length":
+    `max_tokens` or the end of the context was reached."""
     stop_reason: str | int | None = None
     """With "stop": the stop string, or the id of the token that ended the text. With "length": "context" if the context
     is full, otherwise None."""
@@ -32,7 +32,7 @@ class GenerationResponse:
     prompt_tokens: int = 0
     """Tokens of the prompt."""
     cached_tokens: int = 0
-    """Of these, how many the KV cache held already."""
+    """Tokens of the prompt that were in the KV cache already."""
     tokens_per_second: float = 0.0
     """Speed of the tokens after the first, without the prompt. 0.0 on the first."""
 
@@ -53,8 +53,8 @@ def generate_tokens(
 ) -> Iterator[GenerationResponse]:
     """Continue `ids`, until `max_tokens` (None: no limit), a stop string, a stop token or the end of the context.
 
-    `reuse_prefix`: start from what the KV cache holds of the beginning of `ids`, whichever stream computed it.
-    Otherwise all are computed, and nothing depends on what came before.
+    `reuse_prefix`: reuse the tokens at the beginning of `ids` that are in the KV cache, whichever stream computed them.
+    Otherwise all are computed, and the result does not depend on earlier calls.
     """
     stream, history, started = object(), list(ids), 0.0
     stops = StopStringFilter(stop)
@@ -107,7 +107,7 @@ def acquire_session(shared: SharedSession, stream: object, history: Sequence[int
 
 
 def next_token(shared: SharedSession, stream: object, history: Sequence[int], sampler: SamplerState) -> int:
-    """The token after `history`. Computes what the cache lacks: the last token, or after another stream all."""
+    """The token after `history`. Computes what the cache lacks: the last token, or all after another stream."""
     with shared.exclusive():
         session = shared.session
         if shared.owner is not stream:
@@ -154,5 +154,5 @@ class StopStringFilter:
 
     @staticmethod
     def _partial(text: str, stop: str) -> int:
-        """Length of the longest end of `text` that begins `stop`."""
+        """Length of the longest suffix of `text` that is a prefix of `stop`."""
         return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)

@@ -35,7 +35,7 @@ class KVLayout:
 
     @classmethod
     def of(cls, config: ModelConfig, context: int, dtype: KVType = "f32", sequences: int = 1) -> KVLayout:
-        """The layout for a model, in `context` tokens."""
+        """The layout for a model and `context` tokens."""
         return cls(config.n_layers, sequences, config.n_kv_heads, context, config.head_dim, dtype)
 
     @property
@@ -50,7 +50,7 @@ class KVLayout:
 
 
 class Builder:
-    """A graph under construction, and the parts that layers of all architectures are made of."""
+    """A graph under construction, and the building blocks of all architectures' layers."""
 
     def __init__(
         self,
@@ -83,7 +83,7 @@ class Builder:
         return self.graph.add("rmsnorm", x, self.weight(name), out=out, eps=self.config.norm_eps)
 
     def linear(self, x: Value, name: str, out: str) -> Value:
-        """x · weightᵀ. Where activations are int8, x is quantised first, once for all weights that want it alike."""
+        """x · weightᵀ. Where activations are int8, x is quantised first, once per way of quantising."""
         graph, weight_type = self.graph, self._types[name]
         if weight_type.name not in self._activation_types:
             return graph.add("linear", x, self.weight(name), out=out)
@@ -137,8 +137,8 @@ def llama_layer(b: Builder, x: Value, p: str) -> Value:
 
 
 LAYERS: dict[type[ModelConfig], Callable[[Builder, Value, str], Value]] = {ModelConfig: llama_layer}
-"""Class of a model's config → what one layer computes. An architecture that a `ModelConfig` cannot describe has a
-subclass of it, and a function here."""
+"""Class of a config → function that adds one layer to the graph. An architecture that `ModelConfig` cannot describe has
+a subclass of it, and a function here."""
 
 
 def build(
@@ -150,7 +150,7 @@ def build(
     int8_activations: bool = False,
     activations: ActivationType = "f32",
 ) -> Graph:
-    """The graph of a model for up to `tokens` tokens a run.
+    """The graph of a model for up to `tokens` tokens per run.
 
     `types` maps each name of `config.weight_shapes()` to its type. `logits` is "last" (logits[1, vocab] of the run's
     last token, and `next`[1], its argmax) or "all" (logits[tokens, vocab]). With `int8_activations` the input of

@@ -25,14 +25,14 @@ TOKENIZER_FILES = (
     "merges.txt",
     "chat_template.jinja",
 )
-"""Files that a tokenizer is read from, and those that say how it is used."""
+"""Files of a tokenizer and of its settings."""
 
 MODEL_FILES = ("model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES)
 """Files that `formats.hf` reads. The rest of a repository (other formats, pictures) is not downloaded."""
 
 
 def is_id(name: str) -> bool:
-    """Whether `name` can be a hub id: two words with one slash, and no ending of a model file."""
+    """Whether `name` can be a hub id: two words with one slash between them, without the suffix of a model file."""
     return bool(_ID.fullmatch(name)) and ".." not in name and not name.lower().endswith(_FILES)
 
 
@@ -47,8 +47,8 @@ def download(name: str, patterns: Sequence[str] = MODEL_FILES) -> Path:
     """Download the files of model `name` that match `patterns`, unless they are in the hub's cache; returns their
     directory.
 
-    Raises `Error` when the library is missing or the files cannot be downloaded. It says what to download and where to
-    put it.
+    Raises `Error` when the library is missing or the files cannot be downloaded. The message says what to download and
+    where to put it.
     """
     by_hand = (
         f"or download config.json, generation_config.json, {', '.join(MODEL_FILES[:2])} and the tokenizer's files from "
@@ -69,7 +69,7 @@ def download(name: str, patterns: Sequence[str] = MODEL_FILES) -> Path:
         reason = {401: "it needs a login (hf auth login)", 403: "its licence must be accepted there first"}.get(status)
         reason = reason or ("there is no such model" if status == 404 else f"the hub answers {status}")
         raise Error(f"{name}: no such file or directory, and on the hub {reason}; {by_hand}") from error
-    except Exception as error:  # the hub library, its HTTP library and the system raise many kinds
+    except Exception as error:  # the hub library, its HTTP library and the system raise many classes
         offline = "the hub is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "the hub is out of reach"
         raise Error(
             f"{name}: no such file or directory, and {offline}; on a machine that reaches it, run "

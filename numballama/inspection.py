@@ -1,4 +1,4 @@
-"""What a model file holds and what running it would take, found without reading a weight."""
+"""Describes a model file and the memory that running it takes, without reading weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _LATER_LAYER = re.compile(r"\blayers\.[1-9]")
 
 
 class Inspection:
-    """`numballama.inspect`: attributes for programs, a report when printed.
+    """Result of `numballama.inspect`. Prints as a report.
 
     `format`, `config`, `tokenizer`, `notes`, `tensors` (name → (type, shape)), `graph` (one token, as declared),
     `plan` (the graph fused and lowered for the CPU with one worker; no kernel is compiled), `memory` (bytes of weights,
@@ -47,7 +47,7 @@ class Inspection:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the weights are."""
+        """Number of parameters: elements of all weights."""
         return sum(math.prod(shape) for _, shape in self.tensors.values())
 
     @cached_property
@@ -56,7 +56,7 @@ class Inspection:
         return {"weights": self._weight_bytes, "kv_cache": self.kv.nbytes, "arena": self.plan.arena_bytes}
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it but graph and plan, for JSON."""
+        """Everything except graph and plan, as JSON values."""
         return {
             "path": str(self.path),
             "format": self.format,
@@ -69,11 +69,11 @@ class Inspection:
         }
 
     def report(self, full: bool = False) -> str:
-        """The report as text; unless `full`, layers after the first, which are like it, are left out."""
+        """The report as text. Unless `full`, only the first layer is listed; the others are like it."""
 
         def shorten(text: str) -> list[str]:
             lines = text.splitlines()
-            # what a line computes, or is about, stands behind its arrow, where it has one
+            # a line with an arrow has its result, which names the layer, after the arrow
             return lines if full else [line for line in lines if not _LATER_LAYER.search(line.rpartition("→")[2])]
 
         rest = (

@@ -1,12 +1,12 @@
-"""The intermediate representation: named values, ops over them, and what makes a graph well formed.
+"""The intermediate representation: named values, ops over them, and the checks of a well-formed graph.
 
 A `Graph` is a list of ops in single assignment form. Every shape and type is known when an op is added: the op's rule
-in `RULES` computes them from its inputs (`ops.py` has the rules). Nothing here knows a device, a file or a model. A
-fused op keeps the ops it replaced in `body`: they are its meaning, and its shapes follow from them.
+in `RULES` computes them from its inputs (`ops.py` has the rules). Nothing here depends on a device, a file format or a
+model. A fused op keeps the ops that it replaced in `body`, which defines its meaning and its shapes.
 
-A value has one of five kinds: "input" (written by the caller before a run), "weight", "constant" (numbers the graph
-carries), "state" (outlives a run: the KV cache) and "temp" (computed by an op). An op that updates a state gives it a
-new name that stands for the same memory (`Value.alias`), so that the order of writes and reads is in the data flow.
+A value has one of five kinds: "input" (written by the caller before a run), "weight", "constant" (elements stored in
+the graph), "state" (kept from run to run: the KV cache) and "temp" (computed by an op). An op that updates a state
+gives it a new name for the same memory (`Value.alias`), so that the data flow has the order of writes and reads.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "i8": np.dtype(np.int8),
     "i32": np.dtype(np.int32),
 }
-"""Types of values that a plan holds memory for. Weights may have more types: their bytes lie as their file has them."""
+"""Types of the values that a plan places in memory. Weights may have others: they keep the layout of their file."""
 
 
 ValueKind = Literal["input", "weight", "constant", "state", "temp"]
@@ -54,7 +54,9 @@ class Value:
 
 @dataclass(frozen=True)
 class Op:
-    """One computation, named by `kind`, over values' names. `body` is what a fused op replaced."""
+    """One computation. `kind` is the op's name, `inputs` and `outputs` are names of values, `body` holds the ops that a
+    fused op replaced.
+    """
 
     kind: str
     inputs: tuple[str, ...]
@@ -76,13 +78,13 @@ Names = tuple[str, ...]
 
 @dataclass(frozen=True)
 class Rule:
-    """What an op is called with. Kernels of every backend are compared with it when they are registered.
+    """The signature of an op. Kernels of every backend are compared with it when they are registered.
 
-    `inputs` are the names of its inputs, or several tuples of names where the op takes operands of different counts.
-    `inplace` maps an output to the input whose memory it updates: such an output is no operand of its own.
+    `inputs` are the names of its inputs: one tuple for each number of operands that the op may take. `inplace` maps an
+    output to the input whose memory it updates: such an output is not a separate operand.
     `shapes` computes the outputs' shapes and dtypes; None for a fused op, whose body gives them.
     `optional` are the attributes that a kernel may do without, because an operand carries them too. A kernel takes all
-    others: one that ignored a value would compute something else, and nobody would notice.
+    others: if it ignored a value, it would silently compute something else.
     """
 
     kind: str
@@ -103,7 +105,7 @@ class Rule:
 
     @property
     def results(self) -> Names:
-        """The outputs that are operands of a kernel: those that no input holds already."""
+        """The outputs that are operands of a kernel: all that are not updated in place."""
         return tuple(name for name in self.outputs if name not in self.inplace)
 
 
@@ -145,7 +147,7 @@ def fused_rule(
     inplace: Mapping[str, str] | None = None,
     optional: Sequence[str] = (),
 ) -> None:
-    """Declare an op that only a fusion pass makes. Its shapes and its meaning are those of the ops it replaces."""
+    """Declare an op that only fusion passes make. The ops that it replaces define its shapes and its meaning."""
     RULES[kind] = _rule(kind, inputs, outputs, attrs, inplace, optional, None)
 
 
@@ -213,13 +215,13 @@ class Graph:
         return self.values[name] if self.values.get(name) == value else self._declare(value)
 
     def state(self, name: str, shape: Sequence[int], dtype: str) -> Value:
-        """Declare memory that outlives a run."""
+        """Declare memory that keeps its content from run to run."""
         return self._declare(Value(name, tuple(shape), dtype, "state"))
 
-    def constant(self, name: str, numbers: Sequence[float]) -> Value:
-        """Declare a float32 vector whose numbers are part of the graph."""
-        self.constants[name] = numbers
-        return self._declare(Value(name, (len(numbers),), "f32", "constant"))
+    def constant(self, name: str, elements: Sequence[float]) -> Value:
+        """Declare a float32 vector whose elements are part of the graph."""
+        self.constants[name] = elements
+        return self._declare(Value(name, (len(elements),), "f32", "constant"))
 
     @overload
     def add(self, kind: str, *inputs: Value, out: str, **attrs: Any) -> Value: ...
@@ -252,7 +254,7 @@ class Graph:
         return next((index for index, op in enumerate(self.ops) if op.kind == kind), len(self.ops))
 
     def root(self, name: str) -> str:
-        """The value whose memory `name` stands for: itself, or the state it updates."""
+        """The value that owns the memory of `name`: itself, or the state that it updates."""
         alias = self.values[name].alias
         return name if alias is None else self.root(alias)
 
@@ -328,7 +330,7 @@ def _expect_attributes(op: Op, rule: Rule) -> None:
 def _result(
     rule: Rule, names: Names, inputs: Sequence[Value], which: str, name: str, shape: tuple[int, ...], dtype: str
 ) -> Value:
-    """The value `name` that output `which` of a rule gives."""
+    """The value `name`, which is output `which` of an op with this rule."""
     if which not in rule.inplace:
         return Value(name, shape, dtype, "temp")
     updated = inputs[names.index(rule.inplace[which])]
@@ -342,7 +344,7 @@ def _result(
 
 
 def verify(graph: Graph) -> None:
-    """Check single assignment, order, types, shapes and that no op reads a state that was since updated.
+    """Check single assignment, order, types and shapes, and that no op reads a state after another op has updated it.
 
     Raises `Error` naming the op.
     """
@@ -360,5 +362,5 @@ def verify(graph: Graph) -> None:
                 stale[value.alias] = value.name
     missing = [name for name in graph.outputs if name not in known]
     expect(not missing, f"graph outputs {missing} are never computed")
-    for name, numbers in graph.constants.items():
-        expect(graph.values[name].shape == (len(numbers),), f"constant {name} has {len(numbers)} numbers")
+    for name, elements in graph.constants.items():
+        expect(graph.values[name].shape == (len(elements),), f"constant {name} has {len(elements)} elements")

@@ -1,6 +1,6 @@
-"""Where compiled kernels are kept: a folder for each state of the sources and versions that they depend on.
+"""Folders for compiled kernels. A folder's name is a hash of the sources and versions that its kernels depend on.
 
-So an entry is never stale. A GPU's folder is found, and its kernels are loaded from it, without Numba.
+So an entry is never stale. Kernels of a GPU are found and loaded without importing Numba.
 """
 
 from __future__ import annotations
@@ -35,17 +35,17 @@ KERNEL_SOURCES = (
     "sampling.py",
     "cpu/sampling.py",
 )
-"""Every file of the package that compiled code is made from; a test keeps the list complete."""
+"""Every file of the package that is compiled. A test keeps the list complete."""
 
 KEPT_CACHES = 6
-"""Cache directories of older sources that are left for other checkouts and environments to use."""
+"""Number of cache folders of other sources that are kept, because other checkouts and environments may use them."""
 
 
 @lru_cache(maxsize=1)
 def cache_directory() -> Path:
-    """Where the CPU's compiled kernels are kept.
+    """The folder of the CPU's compiled kernels.
 
-    Numba itself looks only at the file of the function that it caches, so an edited helper elsewhere would go unseen.
+    Numba's own cache checks only the file of the cached function, so it would miss an edited helper in another file.
     """
     import numba
 
@@ -54,15 +54,15 @@ def cache_directory() -> Path:
 
 @lru_cache(maxsize=1)
 def cuda_cache_directory() -> Path:
-    """Where the GPU's compiled kernels are kept. Raises `DeviceError` without the compiler that makes them."""
+    """The folder of the GPU's compiled kernels. Raises `DeviceError` if numba-cuda is missing."""
     return _folder(_cuda_name(), os.environ.get("NUMBA_CACHE_DIR", ""))
 
 
 def is_current(folder: Path) -> bool:
-    """Whether the GPU's sources still have the state that `folder` is named after; True for a folder of another name.
+    """Whether the GPU's sources still have the hash that `folder` is named after; True for a folder of another name.
 
-    Kernels are imported when one must be compiled, which may be long after the folder was found: a kernel that was
-    edited in between must not be kept there.
+    Kernels are imported when one must be compiled, which may be long after the folder was chosen. A kernel that was
+    edited in between must not be stored there.
     """
     return not _OUR_FOLDER.fullmatch(folder.name) or folder.name == _cuda_name()
 
@@ -80,7 +80,7 @@ def _cuda_name() -> str:
 
 
 def _name(sources: Iterable[str], versions: str) -> str:
-    """Of a folder, by the state of some sources and the versions of what compiles them."""
+    """Name of a folder: a hash of source files and of the compilers' versions."""
     from . import __version__
 
     digest = hashlib.sha256(f"{versions} {__version__} {sys.version_info[:2]}".encode())
@@ -92,9 +92,9 @@ def _name(sources: Iterable[str], versions: str) -> str:
 def _folder(name: str, numbas: str) -> Path:
     """A folder for compiled kernels.
 
-    It lies in $NUMBALLAMA_CACHE, else in a folder numballama of Numba's own setting (for GPUs: its environment
-    variable), $XDG_CACHE_HOME or ~/.cache. Where nothing can be written, a folder of this process, below the system's
-    temporary one, takes its place.
+    It is in $NUMBALLAMA_CACHE if that is set. Otherwise it is in a subfolder `numballama` of Numba's cache setting (for
+    GPUs: its environment variable), of $XDG_CACHE_HOME or of ~/.cache. If none can be written, the process uses a
+    temporary folder.
     """
     base = os.environ.get("NUMBALLAMA_CACHE") or numbas or os.environ.get("XDG_CACHE_HOME") or ""
     root = Path(base).expanduser() if base else Path("~/.cache").expanduser()
@@ -114,7 +114,7 @@ def _folder(name: str, numbas: str) -> Path:
 
 _OUR_FOLDER = re.compile("[0-9a-f]{16}")
 _MARK = "numballama-kernels"
-"""A file by which a folder is known to be one of ours: nothing else is ever removed."""
+"""File that marks a folder as ours. Only marked folders are removed."""
 
 
 def _prune(root: Path, current: Path) -> None:

@@ -167,7 +167,7 @@ def rope(worker, n_workers, tokens, x, angles, out, head_dim, interleaved):
 
 @device
 def kv_index(sequence, head, position):
-    """Where a KV cache has the rows of one sequence and KV head from `position` on, one behind the other.
+    """Index of the rows of one sequence and KV head in a KV cache, from `position` on. They are contiguous.
 
     `cache[kv_index(…)]` is [positions, head_dim]; its row 0 belongs to `position`. All kernels address caches by this.
     """
@@ -360,7 +360,7 @@ def gate_up_int8(worker, n_workers, tokens, xq, xs, w1, w3, out, gate_buffer):
 
 @device
 def normalize_all(x, weight, eps, out, tokens):
-    """RMSNorm of all tokens. Every worker does it for itself: that takes less time than waiting at a barrier."""
+    """RMSNorm of all tokens. Every worker computes all of it: that takes less time than waiting at a barrier."""
     for t in range(tokens):
         normalize(x, weight, eps, out, t)
 
@@ -387,7 +387,7 @@ def norm_gate_up(worker, n_workers, tokens, x, norm, w1, w3, out, eps, normed, g
 def rope_kv_write(
     worker, n_workers, tokens, q, angles, k, k_cache, positions, sequences, v, v_cache, out, head_dim, interleaved
 ):
-    """RoPE of the queries into `out` and of the keys into the cache; values are copied into theirs."""
+    """Write RoPE of the queries to `out`, RoPE of the keys to the key cache and the values to the value cache."""
     heads, kv_heads = q.shape[1] // head_dim, k_cache.shape[1]
     begin, end = partition(tokens * heads, worker, n_workers, 1)
     for unit in range(begin, end):

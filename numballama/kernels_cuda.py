@@ -1,6 +1,6 @@
-"""The plain operators as CUDA kernels: one thread an element, or one block or warp a row. The readable file.
+"""The plain operators as CUDA kernels: one thread per element, or one block or warp per row. Read this file first.
 
-What a newcomer to CUDA has to know:
+What a newcomer to CUDA needs to know:
 
 - A kernel is a function that many threads run at the same time. Each finds out which one it is:
   `cuda.threadIdx.x` is its number in its *block* of `THREADS` threads, `cuda.blockIdx` is its block's number in the
@@ -10,8 +10,8 @@ What a newcomer to CUDA has to know:
   and maxima that are built from these. Blocks do not wait for each other.
 - Operands are pointers into device memory, without shapes. Rows lie one after the other: element k of token t is at
   `t * columns + k`. Sizes are arguments. float32 unless stated.
-- The grid is as large as a program's most tokens. `is_padding_token(tokens)` tells a block that this run has no token
-  for it.
+- The grid has room for the maximum number of tokens of a program. `is_padding_token(tokens)` is true in a block whose
+  token this run does not have.
 - `pdl_sync()` comes before a kernel reads another kernel's results or writes its own: on sm_90 a kernel is launched
   before the previous one has ended (programmatic dependent launch).
 
@@ -45,7 +45,7 @@ from .cuda.quant_traits import has_scales, is_packed, load_element, scale_in, sc
 
 @cuda.jit
 def embedding_kernel(tokens, ids, table, stride, scales, scale_stride, shift, out, columns):
-    """out[t] = row ids[t] of the table, dequantised. A thread an element."""
+    """out[t] = row ids[t] of the table, dequantised. One thread per element."""
     if is_padding_token(tokens):
         return
     pdl_sync()
@@ -64,7 +64,7 @@ def embedding_kernel(tokens, ids, table, stride, scales, scale_stride, shift, ou
 
 @cuda.jit
 def rope_angles_kernel(tokens, positions, frequencies, out, pairs):
-    """cos and sin of position · frequency: out[t] is [cos of all pairs, sin of all pairs]. A thread a pair.
+    """cos and sin of position · frequency: out[t] is [cos of all pairs, sin of all pairs]. One thread per pair.
 
     In float64: at position 100,000 a float32 angle would be off by 0.004.
     """
@@ -80,7 +80,7 @@ def rope_angles_kernel(tokens, positions, frequencies, out, pairs):
 
 @cuda.jit
 def rmsnorm_kernel(tokens, x, weight, out, columns, eps):
-    """x / sqrt(mean(x²) + eps) · weight (Zhang and Sennrich, RMSNorm, 2019). A block a token."""
+    """x / sqrt(mean(x²) + eps) · weight (Zhang and Sennrich, RMSNorm, 2019). One block per token."""
     if is_padding_token(tokens):
         return
     pdl_sync()
@@ -97,7 +97,7 @@ def rmsnorm_kernel(tokens, x, weight, out, columns, eps):
 
 @cuda.jit
 def head_norm_kernel(tokens, x, weight, out, columns, head_dim, eps):
-    """RMSNorm of every head by itself; `weight` is float32[head_dim]. A warp a head."""
+    """RMSNorm of every head by itself; `weight` is float32[head_dim]. One warp per head."""
     if is_padding_token(tokens):
         return
     pdl_sync()
@@ -115,7 +115,7 @@ def head_norm_kernel(tokens, x, weight, out, columns, head_dim, eps):
 
 @cuda.jit
 def quantize_kernel(tokens, x, out, scales, columns, group, groups):
-    """x to int8 in groups, as llama2.c's runq: scale max|x| / 127, rounded half away from zero. A warp a group."""
+    """x to int8 in groups, as llama2.c's runq: scale max|x| / 127, rounded half away from zero. One warp per group."""
     if is_padding_token(tokens):
         return
     pdl_sync()
@@ -142,7 +142,7 @@ def quantize_kernel(tokens, x, out, scales, columns, group, groups):
 
 @cuda.jit
 def bias_kernel(tokens, x, weight, out, columns):
-    """out = x + weight, the same float32[columns] for every token. A thread an element."""
+    """out = x + weight, the same float32[columns] for every token. One thread per element."""
     if is_padding_token(tokens):
         return
     pdl_sync()
@@ -153,7 +153,7 @@ def bias_kernel(tokens, x, weight, out, columns):
 
 @cuda.jit
 def rope_kernel(tokens, x, angles, out, columns, head_dim, interleaved):
-    """Rotate pairs of elements by the position's angles (Su et al., RoFormer, 2021). A thread a pair.
+    """Rotate pairs of elements by the position's angles (Su et al., RoFormer, 2021). One thread per pair.
 
     A head's pairs are neighbours if `interleaved`, else elements i and i + head_dim / 2.
     """
@@ -187,7 +187,7 @@ def kv_write_kernel(tokens, x, cache, positions, sequences, heads, context, head
 @cuda.jit
 def rope_kv_write_kernel(tokens, q, angles, k, k_cache, positions, sequences, v, v_cache, out, q_rows, kv_rows,
                          head_dim, interleaved, context):  # fmt: skip
-    """RoPE of queries into `out`, of keys into the cache; values into the cache as they are. A thread a pair."""
+    """Write RoPE of queries to `out`, RoPE of keys and unchanged values to the caches. One thread per pair."""
     if is_padding_token(tokens):
         return
     pdl_sync()
@@ -213,9 +213,9 @@ def rope_kv_write_kernel(tokens, q, angles, k, k_cache, positions, sequences, v,
 @cuda.jit
 def attention_scores_kernel(tokens, q, k_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim,
                             window):  # fmt: skip
-    """out[t, head, p] = q · k[p] / sqrt(head_dim), -inf for positions p that token t does not see. A thread a position.
+    """out[t, head, p] = q · k[p] / sqrt(head_dim), -inf for positions p that token t does not see.
 
-    `shared_by` query heads share a key head (grouped queries).
+    One thread per position. `shared_by` query heads share a key head (grouped-query attention).
     """
     if is_padding_token(tokens):
         return
@@ -238,7 +238,7 @@ def attention_scores_kernel(tokens, q, k_cache, positions, sequences, out, kv_he
 def softmax_kernel(tokens, x, out, columns):
     """out = exp(x - max(x)) / sum(exp(x - max(x))) of each row; without the maximum exponentials could overflow.
 
-    A block a row: blockIdx.x is the head, blockIdx.y the token.
+    One block per row: blockIdx.x is the head, blockIdx.y the token.
     """
     if is_padding_token(tokens):
         return
@@ -262,7 +262,7 @@ def softmax_kernel(tokens, x, out, columns):
 @cuda.jit
 def attention_values_kernel(tokens, weights, v_cache, positions, sequences, out, kv_heads, shared_by, context,
                             head_dim, window):  # fmt: skip
-    """out[t, head] = sum of weights[t, head, p] · v[p] over the positions that token t sees. A thread a dimension."""
+    """out[t, head] = sum of weights[t, head, p] · v[p] over positions p that token t sees. One thread per dimension."""
     if is_padding_token(tokens):
         return
     pdl_sync()
@@ -278,7 +278,7 @@ def attention_values_kernel(tokens, weights, v_cache, positions, sequences, out,
 
 @cuda.jit
 def swiglu_kernel(tokens, gate, up, out, columns):
-    """out = silu(gate) · up. A thread an element."""
+    """out = silu(gate) · up. One thread per element."""
     if is_padding_token(tokens):
         return
     pdl_sync()
@@ -289,7 +289,7 @@ def swiglu_kernel(tokens, gate, up, out, columns):
 
 @cuda.jit
 def add_kernel(tokens, a, b, out, columns):
-    """out = a + b. A thread an element."""
+    """out = a + b. One thread per element."""
     if is_padding_token(tokens):
         return
     pdl_sync()
@@ -300,7 +300,7 @@ def add_kernel(tokens, a, b, out, columns):
 
 @cuda.jit
 def last_kernel(tokens, x, out, columns):
-    """out = the row of the run's last token. A thread an element."""
+    """out = the row of the run's last token. One thread per element."""
     pdl_sync()
     k = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
     if k < columns:

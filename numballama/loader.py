@@ -32,10 +32,10 @@ _UNSUPPORTED_MAGICS = {
     b"\x80\x04\x95": "a pickle",
     b"\x89HDF": "an HDF5 file",
 }
-"""First bytes → kind of file. As the header of llama2.c v0, which begins with dim, they would make no sense."""
+"""First bytes → type of file. None of them is a plausible header of llama2.c v0, which begins with dim."""
 
 _PADDING_MULTIPLE, _MAX_PADDING = 8, 512
-"""A vocabulary is padded to a multiple of the first number, by less than the second."""
+"""A vocabulary may be padded to a multiple of `_PADDING_MULTIPLE`, by fewer tokens than `_MAX_PADDING`."""
 
 STORY_MODEL = Path(__file__).with_name("story.gguf")
 """The model inside this package: short stories, 5.5 million parameters, made by training/ of this project."""
@@ -105,7 +105,7 @@ def _read(path: str | PathLike[str], load_tokenizer: bool) -> Checkpoint:
 
 
 def _unsupported_kind(file: MappedFile) -> str | None:
-    """The kind of a file in a known format that is not read; None for other files."""
+    """Name of a known format that is not supported; None for other files."""
     head = file.data[:9]
     for magic, kind in _UNSUPPORTED_MAGICS.items():
         if head.startswith(magic):

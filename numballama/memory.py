@@ -22,7 +22,7 @@ def available_bytes() -> int | None:
 
 
 def peak_bytes() -> int | None:
-    """The most bytes that this process has had resident. None if the system does not tell: Windows does not."""
+    """Maximum resident bytes of this process so far. None if the system does not tell: Windows does not."""
     try:
         import resource
     except ImportError:
@@ -32,7 +32,7 @@ def peak_bytes() -> int | None:
 
 
 def ceil_div(count: int, size: int) -> int:
-    """How many pieces of `size` hold `count`: count / size, rounded up."""
+    """count / size, rounded up."""
     return -(-count // size)
 
 
@@ -42,7 +42,7 @@ def round_up(count: int, multiple: int) -> int:
 
 
 SHORTER = "a smaller context= takes less"
-"""Advice for `require_available` where the size grows with the context."""
+"""Advice for `require_available` if the size grows with the context."""
 
 
 def require_available(nbytes: int, what: str, advice: str, error: type[Error] = Error) -> None:

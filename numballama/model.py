@@ -46,7 +46,7 @@ class Model:
 
     Attributes: `path`, `config`, `tokenizer` (or None), `weights`, `graph` (as declared, for one token), `device`,
     `threads`, `context`, `kv` (the cache's layout), `activations`, `notes` (what was assumed or chosen, a sentence
-    each), `load_s` (seconds that compiling took).
+    each), `load_s` (seconds that loading and compiling took).
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Model:
 
     @property
     def backend(self) -> Backend:
-        """What holds the weights and the KV cache. Raises `Error` once the model is closed."""
+        """The backend, which holds the weights and the KV cache. Raises `Error` once the model is closed."""
         if self._backend is None:
             raise Error(CLOSED)
         return self._backend
@@ -168,7 +168,7 @@ class Model:
         return self._shared.exclusive()
 
     def reset_session(self) -> contextlib.AbstractContextManager[Session]:
-        """The session, empty; emptied again afterwards. Streams that are under way compute their tokens again."""
+        """Empty the session for the block, and again after it. Running streams compute their tokens again."""
         return self._shared.reset()
 
     def close(self) -> None:
@@ -246,14 +246,14 @@ class Model:
         params: SamplingParams | Sequence[SamplingParams] | None = None,
         **options: Unpack[SamplingOptions],
     ) -> str | list[str]:
-        """The continuation of a prompt, as text; of a list of prompts, a list of texts. None starts from BOS alone.
+        """Continue a prompt and return the text. For a list of prompts, return a list. None starts from BOS alone.
 
-        `params` are the settings, for a list of prompts also one for each; `max_tokens` and `options` replace fields of
-        them (see `SamplingParams`). `temperature=0` is greedy. The text ends at EOS (in llama2.c and KuiperLLama files
-        also at BOS), before a stop string, at `max_tokens` or at the end of the context.
+        `params` are the settings: one for all prompts, or a list with one for each. `max_tokens` and `options` replace
+        fields of them (see `SamplingParams`). `temperature=0` is greedy. The text ends at EOS (in llama2.c and
+        KuiperLLama files also at BOS), before a stop string, at `max_tokens` or at the end of the context.
 
-        Raises `ContextError` for a prompt that does not fit; `Error` for an empty one, a wrong or unknown option, or
-        without a tokenizer; `Interrupted`, with the text so far, on Ctrl-C.
+        Raises `ContextError` for a prompt that does not fit; `Error` for an empty prompt, an invalid or unknown option,
+        or a model without a tokenizer; `Interrupted`, with the text so far, on Ctrl-C.
         """
         if isinstance(prompt, str | None):
             streams = [self.stream(prompt, max_tokens, params=_one(params), **options)]
@@ -282,11 +282,11 @@ class Model:
         params: SamplingParams | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Iterator[GenerationResponse]:
-        """Like `generate` of one prompt, but yields a `GenerationResponse` a token as soon as it is known.
+        """Like `generate` for one prompt, but yields a `GenerationResponse` for each token as soon as it is known.
 
-        Arguments are checked by the call, not by the first response. Text never ends inside a character, and a stop
-        string is never shown in part. Several streams of one model may be read in turn or from several threads: each
-        takes the KV cache over and computes again what it needs.
+        Arguments are checked by the call, not by the first response. Text never ends inside a character, and no part of
+        a stop string is ever yielded. Several streams of one model may be read alternately or from several threads:
+        each takes over the KV cache and computes its tokens again.
         """
         session, tokenizer = self.session, self._require_tokenizer()
         if not (prompt is None or isinstance(prompt, str)):
@@ -295,7 +295,7 @@ class Model:
             raise Error("the prompt is empty; None starts from the beginning-of-text token alone")
         settings = merge(params, DEFAULTS, max_tokens, options)
         ids = tokenizer.encode(prompt or "", bos=True, special=settings.special)
-        if prompt is None and tokenizer.bos_id is not None:  # even where the vocabulary does not want it before a text
+        if prompt is None and tokenizer.bos_id is not None:  # also if this tokenizer puts no BOS before a text
             ids = [tokenizer.bos_id]
         return self.stream_ids(session.validate_token_ids(ids), params=settings, strip_leading_space=prompt is None)
 
@@ -312,12 +312,12 @@ class Model:
         """Like `stream`, from token ids instead of text.
 
         `strip_leading_space`: the output is a new text, so drop the space that the tokenizer's encoder prepends.
-        `reuse_prefix`: start from what the KV cache holds of the beginning of `ids`, whichever stream computed it.
-        Otherwise all are computed, and nothing depends on what came before.
+        `reuse_prefix`: reuse the tokens at the beginning of `ids` that are in the KV cache, whichever stream computed
+        them. Otherwise all are computed, and the result does not depend on earlier calls.
         """
         ids, tokenizer = self.session.validate_token_ids(ids), self._require_tokenizer()
         settings = merge(params, DEFAULTS, max_tokens, options)
-        # a vocabulary may be padded: tokens that the tokenizer does not know are never chosen
+        # the vocabulary may be padded: tokens that the tokenizer lacks are never chosen
         sampler = SamplerState(settings, min(self.config.vocab_size, tokenizer.vocab_size))
         sampler.remember(ids)
         return generate_tokens(
@@ -332,7 +332,7 @@ class Model:
         )
 
     def _stop_token_ids(self, params: SamplingParams, tokenizer: Tokenizer) -> frozenset[int]:
-        """Ids that end a text: those of `params`, and unless it ignores them those of the file and the tokenizer."""
+        """Ids that end a text: those of `params` and, unless it ignores EOS, those of the file and the tokenizer."""
         own: set[int | None] = set()
         if not params.ignore_eos:
             own = {tokenizer.eos_id, *self._checkpoint.stop_token_ids}
@@ -350,9 +350,9 @@ class Model:
     ) -> list[int] | str:
         """A conversation as the model's chat template writes it: token ids, or with `tokenize=False` text.
 
-        `messages` are {"role": "system" | "user" | "assistant", "content": text} each. `add_generation_prompt` ends it
-        where the model's answer begins. `tools` and `template_kwargs` are handed to the template. In the ids, special
-        tokens that a message spells out ("<|im_end|>") stay ordinary text.
+        Each message is {"role": "system" | "user" | "assistant", "content": text}. `add_generation_prompt` adds the
+        beginning of the model's answer. `tools` and `template_kwargs` are passed to the template. Special tokens that a
+        message spells out ("<|im_end|>") are encoded as ordinary text.
 
         Raises `Error` without a tokenizer or a template, or when the template refuses the messages.
         """
@@ -373,9 +373,9 @@ class Model:
         """A conversation with the model.
 
         `system` is the system message. `messages` is a conversation to continue, as `Chat.messages` gives it; it may
-        begin with a system message instead. `template` is a chat template in jinja2; default the file's own, or for a
-        file without one the built-in one that the vocabulary is made for. `template_kwargs` are handed to the template
-        (`enable_thinking=False`).
+        begin with a system message instead. `template` is a chat template in jinja2. Its default is the file's own or,
+        for a file without one, the built-in template that fits the vocabulary. `template_kwargs` are passed to the
+        template (`enable_thinking=False`).
 
         Raises `Error` without a tokenizer or a template.
         """
@@ -417,5 +417,5 @@ def _choose_context(config: ModelConfig, context: int | None, notes: list[str]) 
         return config.default_context
     context = whole_number("context", context, 1)
     if context > config.context:
-        notes.append(f"context {context:,}: the model was made for {config.context:,}, later text may be poor")
+        notes.append(f"context {context:,}: the model was trained for {config.context:,}, beyond that it gets worse")
     return context

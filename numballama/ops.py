@@ -83,7 +83,7 @@ for _activation in ACTIVATION_QUANT:
     rule(f"quantize_{_activation}", inputs=("x",), outputs=("out", "scales", "sums"))(_quantize_as(_activation))
 
 ACTIVATIONS = (("x",), ("xq", "xs"), ("xq", "xs", "sums"))
-"""What a linear op takes for x: float32; int8 in groups, with scales; or what `quantize_q8_0` and the like give."""
+"""Operands of a linear op that stand for x: float32; int8 in groups, with scales; or the results of `quantize_q8_…`."""
 
 
 def _linear_inputs(before: Sequence[str], after: Sequence[str] = ()) -> tuple[tuple[str, ...], ...]:

@@ -1,4 +1,4 @@
-"""`Graph` → `Plan`: kernels chosen, lifetimes found, every value placed in one arena."""
+"""`Graph` → `Plan`: chooses kernels, computes lifetimes and places every value in one arena."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .memory import round_up
 from .visualize import draw_plan
 
 ALIGNMENT = 64
-"""Bytes; a cache line and the widest vector register."""
+"""Alignment of values in bytes: a cache line, and the widest vector register."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """An op with its kernel. It handles `max_tokens` tokens at most; only it uses the arena values in `scratch`."""
+    """An op with its kernel, for up to `max_tokens` tokens. `scratch` are arena values that only this step uses."""
 
     op: Op
     kernel: registry.Kernel
@@ -51,17 +51,17 @@ class Plan:
 
     @property
     def unshared_bytes(self) -> int:
-        """What one buffer a value would take."""
+        """Bytes that the arena would have if every value had a buffer of its own."""
         return sum(round_up(placement.nbytes, ALIGNMENT) for placement in self.placements.values())
 
     @property
     def prefill_end(self) -> int:
-        """The first step that only the last token of a run needs: a chunk of a prompt before its last stops here."""
+        """Index of the first step that only the last token of a prompt needs. All chunks but the last stop there."""
         return self.graph.first("last")
 
     @property
     def sampling_start(self) -> int:
-        """The first step that a sampler replaces: the argmax at the end, or the number of steps if there is none."""
+        """Index of the step that a sampler replaces: the argmax at the end, or the number of steps if there is none."""
         return len(self.steps) - (self.steps[-1].op.kind == "argmax")
 
     def __str__(self) -> str:

@@ -1,4 +1,4 @@
-"""What every op means: its definition in NumPy, float32 values with float64 sums.
+"""The definition of every op, in NumPy: float32 values, sums in float64.
 
 The reference interprets the graph as declared, without fusions, plan or arena. It keeps every value, so that a backend
 can be compared value by value: a backend is right when it agrees with this file.
@@ -181,7 +181,7 @@ def argmax(x: np.ndarray) -> np.ndarray:
 
 
 class ReferenceProgram:
-    """A graph with its operands, run op by op: the interface of `cpu.CpuProgram`."""
+    """A graph with its operands, run op by op. Implements `backend.Program`."""
 
     def __init__(self, graph: Graph, backend: ReferenceBackend) -> None:
         self.graph, self.backend = graph, backend
@@ -192,11 +192,11 @@ class ReferenceProgram:
         self.prefill_end = graph.first("last")
 
     def value(self, name: str) -> np.ndarray:
-        """What the last run computed, for its tokens only."""
+        """A value of the last run, for the run's tokens only."""
         return self.values[name]
 
     def kernel_names(self) -> list[str]:
-        """For each op the function that computes it."""
+        """Name of the function that computes each op."""
         return [self._function(op).__name__ for op in self.graph.ops]
 
     def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
@@ -229,7 +229,7 @@ class ReferenceProgram:
             return np.array(self.graph.constants[name], np.float32)
         if value.kind == "state":
             root = self.graph.root(name)
-            # float16 and bfloat16 caches are kept as float32: the reference is what they approximate
+            # float16 and bfloat16 caches are float32 here, because they approximate the reference
             return self.backend.states.setdefault(root, np.zeros(value.shape, np.float32))
         return self.values[name]
 
@@ -269,7 +269,7 @@ class ReferenceBackend:
         return self.weights[name].nbytes
 
     def measure_bandwidth(self) -> None:
-        """None: what NumPy takes in float64 says nothing about the memory."""
+        """None: NumPy in float64 is too slow to say anything about the memory."""
 
     def time_steps(
         self, program: Program, kinds: Sequence[Hashable], nbytes: Sequence[int]
@@ -281,7 +281,7 @@ class ReferenceBackend:
         """Nothing to wait for."""
 
     def weight(self, name: str) -> np.ndarray:
-        """A weight as float64, or as float32 where all would not fit the budget."""
+        """A weight as float64, or as float32 if all weights together exceed F64_BUDGET."""
         if name not in self._converted:
             array: np.ndarray = dequantize(self.weights[name])
             if self._dtype == np.float64:
@@ -295,10 +295,10 @@ class ReferenceBackend:
         return self._converted[name]
 
     def close(self) -> None:
-        """Nothing is held that the last reference does not free."""
+        """Does nothing: memory is freed with the last reference to it."""
 
     def prepare(self, decode: Program, report: Callable[[str, int, int], None] | None = None) -> None:
-        """Nothing is compiled here."""
+        """Does nothing: the reference compiles nothing."""
 
     def program(
         self,
@@ -306,5 +306,5 @@ class ReferenceBackend:
         fusions: bool | Sequence[str] = True,
         report: Callable[[str, int, int], None] | None = None,
     ) -> ReferenceProgram:
-        """Fusions are not for the reference: it runs the graph as it is declared."""
+        """A program that runs the graph as declared. `fusions` has no effect on the reference."""
         return ReferenceProgram(graph, self)

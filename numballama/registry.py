@@ -1,8 +1,8 @@
-"""The one registry: (op, backend, operand types) → kernel.
+"""The kernel registry: (op, backend, operand types) → kernel.
 
 `@kernel` enters a kernel where it is defined, and compares its signature with the op's rule (`ops.py`): a parameter
 that is misspelt, missing or in another place is an `Error` then, and not a wrong result later. Each backend imports the
-modules of its kernels; nothing is imported by a look-up.
+modules of its kernels; a look-up imports nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .errors import Error, UnsupportedError
 from .ir import Rule
 
 Types = str | tuple[str, ...]
-"""What one operand may be: a type's name, several, or "*" for any."""
+"""Accepted types of one operand: a type's name, several names, or "*" for any."""
 ScratchShape = Callable[..., tuple[int, ...]]
 """shape(*input shapes, workers=…) → the shape of a scratch array."""
 
@@ -68,7 +68,7 @@ F = TypeVar("F", bound="Callable[..., Any] | KernelRef")
 
 @dataclass(frozen=True)
 class Kernel:
-    """What computes an op on a backend for given operand types.
+    """The implementation of an op on a backend for given operand types.
 
     `target` is the function, or a `KernelRef` that names it. `scratch` gives the shapes of its float32 scratch arrays.
     """
@@ -178,7 +178,7 @@ def _convention(backend: str) -> Convention:
 def check_signature(function: Callable[..., Any], kernel: Kernel) -> None:
     """Raise `Error` unless a kernel's function has the parameters that its op's rule asks for, and no others.
 
-    Names of the leading parameters are free; they are told apart by their place.
+    The leading parameters may have any names, because they are passed by position.
     """
     found, wanted = list(inspect.signature(function).parameters), operand_names(kernel)
     rule, leading = _rule_of(kernel), len(_convention(kernel.backend).leading)

@@ -19,13 +19,13 @@ from .errors import Error, UnsupportedError
 from .validation import real_number, strings, whole_number
 
 REPEAT_WINDOW = 64
-"""How many of the latest tokens the repetition penalty looks at (llama.cpp's repeat_last_n)."""
+"""Number of latest tokens that the repetition penalty applies to (llama.cpp's repeat_last_n)."""
 TEMPERATURE, TOP_K, TOP_P, MIN_P, REPETITION_PENALTY = range(5)
 """Indices into `SamplerState.settings`."""
 SETTINGS = 5
 """Length of `SamplerState.settings`."""
 MIN_TEMPERATURE = 1e-5
-"""A lower temperature counts as 0, because logits divided by it would overflow."""
+"""A lower temperature is treated as 0, because logits divided by it would overflow."""
 
 
 class NotGiven(Enum):
@@ -35,7 +35,7 @@ class NotGiven(Enum):
 
 
 NOT_GIVEN: Literal[NotGiven.NOT_GIVEN] = NotGiven.NOT_GIVEN
-"""Default of `max_tokens` arguments: take the value of `SamplingParams`. None has a meaning there."""
+"""Default of `max_tokens` arguments: use the value of `SamplingParams`. (None means no limit.)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,11 +61,11 @@ class SamplingParams:
     repetition_penalty: float = 1.0
     """Above 1: make tokens among the last 64, the prompt's included, less likely. 1: off. Also `repeat_penalty`."""
     presence_penalty: float = 0.0
-    """OpenAI's penalty on tokens that the output has. Not supported yet: only 0."""
+    """OpenAI's penalty on tokens that the output contains. Not supported yet: only 0."""
     frequency_penalty: float = 0.0
-    """OpenAI's penalty on tokens, for each time that the output has them. Not supported yet: only 0."""
+    """OpenAI's penalty on tokens, for each time that the output contains them. Not supported yet: only 0."""
     logit_bias: Mapping[int, float] | None = field(default=None, hash=False)
-    """Token id → what is added to its logit. Not supported yet: only None or empty."""
+    """Token id → value to add to its logit. Not supported yet: only None or empty."""
     seed: int | None = None
     """The same seed gives the same tokens on one machine. None or -1: a random one."""
     stop: str | Sequence[str] = ()
@@ -73,11 +73,11 @@ class SamplingParams:
     stop_token_ids: Iterable[int] = frozenset()
     """Token ids that end the text, besides those of the model file. They add nothing to it."""
     ignore_eos: bool = False
-    """Go on after an end-of-sequence token of the model file; `stop_token_ids` end the text even so."""
+    """Continue after an end-of-sequence token of the model file. `stop_token_ids` still end the text."""
     logprobs: int | None = None
-    """How many log probabilities to return for each token. Not supported yet: only None."""
+    """Number of log probabilities to return for each token. Not supported yet: only None."""
     n: int = 1
-    """How many texts to generate for each prompt. Not supported yet: only 1."""
+    """Number of texts to generate for each prompt. Not supported yet: only 1."""
     json_schema: Mapping[str, Any] | str | None = field(default=None, hash=False)
     """Generate JSON of this schema. Not supported yet: only None."""
     regex: str | None = None
@@ -224,7 +224,7 @@ class SamplerState:
         """The operands' addresses, and how many tokens may be chosen: arguments of the CPU's compiled loop."""
 
     def remember(self, tokens: Iterable[int]) -> None:
-        """Show tokens, usually those of a prompt, to the repetition penalty."""
+        """Add tokens, usually those of a prompt, to those that the repetition penalty applies to."""
         for token in tokens:
             if not 0 <= token < len(self.ids):
                 continue  # it is never chosen, so there is nothing to penalise

@@ -1,4 +1,4 @@
-"""`Session`: the tokens of one sequence and its KV cache. `SharedSession`: a session that callers take in turn."""
+"""`Session`: the tokens of one sequence and its KV cache. `SharedSession`: a session that several callers share."""
 
 from __future__ import annotations
 
@@ -16,11 +16,10 @@ from .validation import whole_number
 
 
 class Session:
-    """The tokens that a sequence has so far. The KV cache has room for `context` of them.
+    """The tokens of a sequence so far, and the programs that append to them. The KV cache holds up to `context` tokens.
 
     `decode` is a program for one token, `prompt` one for a chunk of several. `tokens` grows only after a run has
-    ended. So an interrupt inside a run leaves a session that can continue: the next run writes the same cache
-    positions again.
+    ended, so a session can continue after an interrupt: the next run writes the same cache positions again.
     """
 
     def __init__(self, decode: Program, prompt: Program, context: int, vocab_size: int, sequence: int = 0) -> None:
@@ -60,12 +59,12 @@ class Session:
         del self.tokens[length:]
 
     def common_prefix_length(self, ids: Sequence[int]) -> int:
-        """How many of the first `ids` the cache holds. The last id never counts: its logits must be computed."""
+        """Number of leading `ids` that are in the cache. The last id never counts: its logits must be computed."""
         limit = min(len(self.tokens), len(ids) - 1)
         return next((n for n in range(limit) if self.tokens[n] != ids[n]), max(limit, 0))
 
     def prefill(self, ids: Sequence[int], sampler: SamplerState | None = None) -> int | None:
-        """Append tokens, a chunk a run. Computes logits for the last token only. Returns the sampler's next token."""
+        """Append tokens, one run per chunk. Computes logits for the last only. Returns the sampler's next token."""
         if not ids:
             raise Error("there is no token to append")
         *whole, rest = (ids[start : start + self._chunk] for start in range(0, len(ids), self._chunk))
@@ -82,7 +81,7 @@ class Session:
     def set_inputs(self, program: Program, ids: Sequence[int]) -> None:
         """Write the inputs of a run that appends `ids`. Raises `ContextError` when they do not fit the cache."""
         start, count = len(self.tokens), len(ids)
-        if not all(0 <= token < self.vocab_size for token in ids):  # a kernel would read beside the embedding table
+        if not all(0 <= token < self.vocab_size for token in ids):  # a kernel would read outside the embedding table
             raise Error(f"a token is not in the vocabulary of {self.vocab_size:,}: {list(ids)}")
         if start + count > self.context:
             raise ContextError(f"{start} tokens are in the context of {self.context}, {count} more do not fit")
@@ -101,7 +100,7 @@ class Session:
 
 
 class SharedSession:
-    """One session that the streams of a model use in turn, from any thread.
+    """One session that the streams of a model share, from any thread.
 
     `owner` is the stream whose tokens the KV cache holds. Another stream that takes the session computes its own
     tokens again.
@@ -129,7 +128,7 @@ class SharedSession:
 
     @contextlib.contextmanager
     def reset(self) -> Iterator[Session]:
-        """The session, empty; emptied again afterwards. Streams that are under way compute their tokens again."""
+        """Empty the session for the block, and again after it. Running streams compute their tokens again."""
         session, self.owner = self.session, None
         session.truncate()
         try:
@@ -138,5 +137,5 @@ class SharedSession:
             session.truncate()
 
     def close(self) -> None:
-        """From here on `session` raises `Error`."""
+        """Drop the session. Afterwards `session` raises `Error`."""
         self._session = None

@@ -1,4 +1,4 @@
-"""Checks of arguments from outside: they return the value in the type that the code works with, or raise `Error`."""
+"""Checks of user arguments. Each returns the value in the type that the code uses, or raises `Error`."""
 
 from __future__ import annotations
 

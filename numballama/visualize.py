@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def draw_graph(graph: Graph) -> str:
-    """SVG of a graph: each op below the last of those it reads from, with a line from each of them."""
+    """SVG of a graph: each op is below the ops that it reads from, with a line from each of them."""
     depth: dict[str, int] = {}
     spots: dict[str, tuple[int, int]] = {}
     rows: dict[int, int] = {}
@@ -62,6 +62,6 @@ def draw_plan(plan: Plan) -> str:
 
 
 def _colour(index: int) -> str:
-    """Light colours, neighbours far apart."""
+    """A light colour; neighbouring indices get different hues."""
     red, green, blue = (int(255 * part) for part in hls_to_rgb(index * 0.13 % 1, 0.72, 0.6))
     return f"#{red:02x}{green:02x}{blue:02x}"

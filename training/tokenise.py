@@ -73,7 +73,7 @@ def main() -> None:
         tokens = np.concatenate(list(pool.map(encode, paths, [model] * len(paths))))
     np.save(options.out / "tokens.npy", tokens)
     size = sum(path.stat().st_size for path in paths)
-    print(f"{len(tokens):,} tokens of {size:,} bytes: {size / len(tokens):.2f} bytes a token")
+    print(f"{len(tokens):,} tokens of {size:,} bytes: {size / len(tokens):.2f} bytes per token")
 
 
 if __name__ == "__main__":

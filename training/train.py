@@ -165,7 +165,7 @@ def main() -> None:
         if step == first + 100 and not steps:
             a_step = (time.time() - measured) / 80
             steps = step + int((options.seconds - (time.time() - started)) / a_step)
-            print(f"{a_step * 1000:.0f} ms a step: {steps:,} steps", flush=True)
+            print(f"{a_step * 1000:.0f} ms per step: {steps:,} steps", flush=True)
         if step % 500 == 0:
             bits = bits_per_byte(model, rows[:500], sum_bytes(own_tokenizer, rows[:500]))
             print(

@@ -1,4 +1,4 @@
-"""Measure how fast a model runs here, and what share of this machine's memory bandwidth it uses."""
+"""Measure the speed of a model on this machine, and the share of the memory bandwidth that it uses."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class BenchResult:
-    """What `bench` measured; speeds and times are medians.
+    """Result of `bench`. Speeds and times are medians.
 
-    On a GPU `threads` are its multiprocessors, the memory bandwidth is what a copy reads and writes, and
-    `device_memory_bytes` is what the model takes there (None on the CPU).
+    On a GPU, `threads` is the number of multiprocessors, the memory bandwidth counts the bytes that a copy reads and
+    writes, and `device_memory_bytes` is the device memory that the model takes (None on the CPU).
     """
 
     model: str
@@ -46,22 +46,22 @@ class BenchResult:
     time_to_first_token_s: float
     load_s: float
     peak_memory_bytes: int | None
-    """The most memory that this process has had resident, if the system tells."""
+    """Maximum resident memory of this process. None if the system does not tell."""
     device_memory_bytes: int | None
     bytes_per_token: int
     """Bytes that a decode step in the middle of the answer must read."""
     bytes_per_second: float
     memory_bandwidth_bytes_per_second: float | None
     bandwidth_fraction: float | None
-    """Share of the memory bandwidth that decoding uses: above 1 if the weights fit a cache. None on the reference."""
+    """Fraction of the memory bandwidth that decoding uses; above 1 if weights are in a cache. None on the reference."""
     machine: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
-        """All fields, for JSON."""
+        """All fields as JSON values."""
         return asdict(self)
 
     def as_text(self) -> str:
-        """The result for a person, in a few lines."""
+        """The result as a few lines of text."""
         gpu = self.machine.get("gpu")
         where = f"{self.device}, {self.threads} threads"
         if gpu:
@@ -87,8 +87,8 @@ class BenchResult:
 def bench(model: Model, prompt_tokens: int = 128, tokens: int = 64, repeats: int = 5) -> BenchResult:
     """Time a prompt of random tokens and greedy decoding after it; medians of `repeats` runs.
 
-    Raises `ContextError` if prompt and answer do not fit the context, `DeviceError` if the device has no memory left
-    to measure its bandwidth with.
+    Raises `ContextError` if prompt and answer do not fit the context, `DeviceError` if the device has too little free
+    memory for the bandwidth measurement.
     """
     prompt_tokens = whole_number("prompt_tokens", prompt_tokens, 1)
     tokens, repeats = whole_number("tokens", tokens, 1), whole_number("repeats", repeats, 1)
@@ -114,7 +114,7 @@ def bench(model: Model, prompt_tokens: int = 128, tokens: int = 64, repeats: int
             prefill_times.append(first - start)
             decode_times.append(time.perf_counter() - first)
     prefill, decode = statistics.median(prefill_times[1:]), statistics.median(decode_times[1:])
-    peak = peak_bytes()  # before the bandwidth is measured, which takes memory of its own
+    peak = peak_bytes()  # before the bandwidth measurement, which allocates memory itself
     backend, nbytes = model.backend, bytes_per_token(model, prompt_tokens + tokens // 2)
     rate, bandwidth = nbytes * tokens / decode, backend.measure_bandwidth()
     return BenchResult(

@@ -25,7 +25,7 @@ GRAPH, PLAN, STEPS = 1, 2, 3
 
 
 def level() -> int:
-    """The level that the environment asks for; 0 if it asks for none. Raises `Error` for other values than 0 to 3."""
+    """The level that the environment sets; 0 if it sets none. Raises `Error` for values other than 0 to 3."""
     word = os.environ.get(VARIABLE, "").strip() or "0"
     if word not in ("0", "1", "2", "3"):
         raise Error(f"{VARIABLE} is {word!r}; choose 1 (graph), 2 (also plans), 3 (also each step of each run) or 0")
@@ -59,7 +59,7 @@ class WatchedProgram:
 
     @property
     def entries(self) -> int:
-        """How often the program was entered, the entries for printing included."""
+        """Number of times that the program was entered, including the entries for printing."""
         return self._program.entries
 
     @entries.setter
@@ -110,7 +110,7 @@ class WatchedProgram:
         return self._program.run(tokens, begin, end, sampler)
 
     def _seconds(self, tokens: int, index: int, kernel: str) -> float:
-        """Seconds of a step by the host's clock; what is done at its first run only is not counted."""
+        """Seconds of a step by the host's clock, without the work that only its first run does."""
         if (index, kernel) not in self._warm:
             self._warm.add((index, kernel))
             self._program.run(tokens, index, index + 1)

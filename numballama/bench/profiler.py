@@ -1,8 +1,8 @@
-"""Profile one decode step: which kernel takes how long, and how near that is to the least time the memory allows.
+"""Profile one decode step: the time of each kernel, and how close it is to the minimum that the memory allows.
 
 Each step of the plan is measured by itself, as `Backend.time_steps` says. Neighbouring steps overlap in a real run, so
-the sum of the steps is not the time of the whole: both are shown. A step's least time is the bytes that it must move
-(`traffic.step_bytes`) divided by the measured bandwidth.
+the sum of the steps is not the time of the whole: both are shown. The minimum time of a step is the bytes that it must
+move (`traffic.step_bytes`) divided by the measured bandwidth.
 """
 
 from __future__ import annotations
@@ -23,9 +23,7 @@ MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "tok_embeddings", "output"
 
 @dataclass(frozen=True)
 class StepTime:
-    """A step of the plan, measured. `layer` is None outside the layers; `weights` are short names, separated by
-    spaces.
-    """
+    """A measured step of the plan. `layer` is None outside the layers. `weights` are short names, joined by spaces."""
 
     index: int
     op: str
@@ -43,8 +41,10 @@ class StepTime:
 
 @dataclass(frozen=True)
 class StepKind:
-    """All steps with the same name and kernel. `seconds` and `nbytes` are the mean of one step, `rate` is in bytes a
-    second, and `share` is of the sum of all steps.
+    """All steps with the same name and kernel.
+
+    `seconds` and `nbytes` are means of one step. `rate` is in bytes per second. `share` is the fraction of the time of
+    all steps.
     """
 
     name: str
@@ -54,14 +54,15 @@ class StepKind:
     nbytes: float
     rate: float
     bandwidth_fraction: float
-    """`rate` as a share of the memory's bandwidth: 1 is as fast as memory allows."""
+    """`rate` divided by the memory bandwidth: 1 is as fast as memory allows."""
     share: float
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A decode step measured at `position` of a context. `bandwidth` is the memory's, in bytes a second; `whole_s` are
-    the seconds of the whole step as it runs.
+    """A decode step measured at `position` of a context.
+
+    `bandwidth` is the memory bandwidth in bytes per second. `whole_s` is the time of the whole step in seconds.
     """
 
     model: str
@@ -98,7 +99,7 @@ class Profile:
         return kinds
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, for JSON; units are in the keys."""
+        """All fields as JSON values; units are in the keys."""
         return {
             "model": self.model,
             "device": self.device,
@@ -115,7 +116,7 @@ class Profile:
 def profile(model: Model, position: int, bandwidth: float) -> Profile:
     """Measure every step of one decode step, after `position` tokens of context.
 
-    `bandwidth`, in bytes a second, is the memory's. Raises `Error` on the reference, which has no plan, and
+    `bandwidth`, in bytes per second, is the memory's. Raises `Error` on the reference, which has no plan, and
     `ContextError` if the position is outside the context.
     """
     program, backend = model.program, model.backend

@@ -25,7 +25,7 @@ def _note(profile: Profile) -> str:
 
 
 def _cells(profile: Profile) -> list[tuple[str, ...]]:
-    """A line for each kind of step, then the sum, then the whole step."""
+    """One line for each kind of step, then the sum, then the whole step."""
     cells: list[tuple[str, ...]] = [
         (
             kind.name, kind.kernel, f"{kind.count}", f"{kind.seconds * 1e6:,.2f}", f"{kind.nbytes / 1e6:,.2f}",
@@ -60,7 +60,7 @@ def as_text(profile: Profile) -> str:
 
 
 def show(profile: Profile) -> None:
-    """Print the table for a person at a terminal."""
+    """Print the table on a terminal."""
     from rich.console import Console
     from rich.table import Table
 
@@ -99,7 +99,7 @@ def chrome_trace(profile: Profile) -> dict[str, Any]:
 def _event(
     profile: Profile, name: str, category: str, thread: int, start: float, seconds: float, nbytes: int
 ) -> dict[str, Any]:
-    """A complete event ("X"); `start` and `seconds` in seconds, the format's own unit is µs."""
+    """A complete event ("X"). `start` and `seconds` are in seconds; the format uses µs."""
     rate = nbytes / seconds
     return {
         "name": name, "cat": category, "ph": "X", "pid": 1, "tid": thread, "ts": start * 1e6, "dur": seconds * 1e6,

@@ -1,7 +1,7 @@
-"""The bytes that a step must move: with the memory's bandwidth they set the least time it can take.
+"""The bytes that a step must move. Divided by the memory bandwidth, they give the minimum time of the step.
 
-They are the weights that the step reads, the part of the KV cache that it reads, and what it writes into the cache.
-Activations are not counted: they stay in caches.
+Counted are the weights and the part of the KV cache that the step reads, and what it writes to the KV cache.
+Activations are not counted, because they stay in the processor's caches.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 def step_bytes(graph: Graph, op: Op, weight_nbytes: Callable[[str], int], position: int, tokens: int = 1) -> int:
     """Bytes that an op must move for `tokens` tokens of one sequence, the last of them at `position`.
 
-    Of an embedding table it reads one row a token. `weight_nbytes` gives the bytes of a weight where it lies: a GPU
-    has its own layout.
+    An embedding table counts as one row per token. `weight_nbytes` gives the bytes of a weight in the backend's layout.
     """
     writes = any(graph.values[name].kind == "state" for name in op.outputs)
     total = 0

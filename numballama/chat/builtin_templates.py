@@ -1,4 +1,4 @@
-"""Chat templates for model files that carry none, and the special tokens that they are recognised by."""
+"""Chat templates for model files without one, and the special tokens that tell which template fits."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ BUILTIN_TEMPLATES = (
     BuiltinTemplate("Llama 3's", LLAMA3, ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>")),
     BuiltinTemplate("Llama 2's", LLAMA2, ("<s>", "</s>")),
 )
-"""The first whose special tokens the vocabulary has is used."""
+"""Built-in templates. The first whose special tokens are in the vocabulary is used."""
 
 END_OF_TURN_TOKENS = (
     "<|im_end|>",
@@ -56,4 +56,4 @@ END_OF_TURN_TOKENS = (
     "<|endoftext|>",
     "<|end_of_text|>",
 )
-"""Special tokens that end a turn or a text in any vocabulary that has them. llama.cpp has the same list."""
+"""Special tokens that end a turn or a text, in every vocabulary that has them. llama.cpp has the same list."""

@@ -1,4 +1,4 @@
-"""`Chat`: messages through a model's chat template. Each turn reuses what the KV cache holds of those before."""
+"""`Chat`: a conversation through a model's chat template. Each turn reuses the KV cache of earlier turns."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Turn:
-    """Figures of a turn."""
+    """Token counts and speed of one turn: a message and its answer."""
 
     prompt_tokens: int
     """Tokens of the whole rendered conversation."""
     reused_tokens: int = 0
-    """Of these, how many the KV cache held already."""
+    """Tokens of the conversation that were in the KV cache already."""
     tokens: int = 0
     """Tokens of the answer, its end included."""
     tokens_per_second: float = 0.0
-    """Speed of the answer's tokens after the first. 0.0 before."""
+    """Speed of the answer's tokens after the first. 0.0 until the second."""
     finish_reason: FinishReason | None = None
-    """As in `GenerationResponse`. None when the answer was interrupted, or is not complete yet."""
+    """As in `GenerationResponse`. None if the answer was interrupted or is not complete yet."""
     stop_reason: str | int | None = None
     """As in `GenerationResponse`."""
 
@@ -44,9 +44,9 @@ class Turn:
 class Chat:
     """A conversation. Use `model.chat()`; see there for the arguments.
 
-    Special tokens that a message spells out ("<|im_end|>") stay text. A turn computes only what the KV cache does not
-    hold: the new message, and what the template renders differently than before. Several chats of one model take turns
-    with its cache. `turn` has the figures of the last turn, or is None.
+    Special tokens that a message spells out ("<|im_end|>") are encoded as text. A turn computes only tokens that are
+    not in the KV cache: the new message, and whatever the template renders differently than before. Several chats of
+    one model share its cache. `turn` describes the last turn; None before the first.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Chat:
         self._stop_token_ids = stop_token_ids(encoder.tokenizer)
         self.turn: Turn | None = None
         self._history: list[dict[str, Any]] = []
-        self._rendered, self._ids = "", list[int]()  # what the model has read and written, as text and as ids
+        self._rendered, self._ids = "", list[int]()  # the conversation as the model has seen it, as text and as ids
         self.system = None
         if messages is not None:
             self.messages = messages
@@ -118,7 +118,7 @@ class Chat:
         params: SamplingParams | None = None,
         **options: Unpack[SamplingOptions],
     ) -> str:
-        """Send a message; returns the answer. The arguments are those of `stream`.
+        """Send a message and return the answer. The arguments are those of `stream`.
 
         Ctrl-C raises `Interrupted` with the answer so far, which stays in the conversation.
         """
@@ -139,10 +139,10 @@ class Chat:
         params: SamplingParams | None = None,
         **options: Unpack[SamplingOptions],
     ) -> Iterator[GenerationResponse]:
-        """Send a message; yields the answer, a `GenerationResponse` a token.
+        """Send a message and yield the answer: a `GenerationResponse` for each token.
 
         `max_tokens` is 1024 unless it or `params` is given. The other arguments are as in `Model.stream`. The message
-        becomes part of the conversation with the answer's first token, and the answer as far as it was read.
+        is added to the conversation with the first token of the answer; of the answer, the tokens that were read are.
 
         Raises `ContextError`, and leaves the conversation as it was, when it no longer fits the context: no message is
         dropped silently. Raises `Error` when the template refuses the message.
@@ -185,7 +185,7 @@ class Chat:
             turn.tokens_per_second = response.tokens_per_second
             turn.finish_reason, turn.stop_reason = response.finish_reason, response.stop_reason
             answer["content"] += response.text
-            if not isinstance(response.stop_reason, int):  # a stop token is no part of the answer
+            if not isinstance(response.stop_reason, int):  # a stop token is not part of the answer
                 rendered += decoder.push(response.token)
                 ids.append(response.token)
             if response.finish_reason is not None:

@@ -1,9 +1,10 @@
 """`ConversationEncoder`: messages to the token ids that a model continues.
 
 A user may write "<|im_end|>" in a message. If that became the token, the message could end its turn and speak for
-somebody else. So every special token that a message spells out gets a guard: a character after its first one that no
-message has. The template copies it into its text, `Tokenizer.encode_guarded` sees no token there, and removes it. The
-guards are Unicode's noncharacters, which are reserved for use inside a program.
+another role. So a guard is inserted after the first character of every special token that a message spells out: a
+character that no message contains. The template copies the guard to its text. `Tokenizer.encode_guarded` finds no
+special token there and removes the guard. Guards are Unicode's noncharacters, which are reserved for use inside a
+program.
 """
 
 from __future__ import annotations
@@ -31,13 +32,13 @@ class ConversationEncoder:
         self.template: ChatTemplate = choose(source, tokenizer)
 
     def encode(self, messages: Sequence[Message], **variables: Any) -> list[int]:
-        """Ids of a conversation; `variables` are handed to the template. Raises `Error` when the template fails."""
+        """Ids of a conversation. `variables` are passed to the template. Raises `Error` when the template fails."""
         return self.encode_after("", [], messages, variables)[1]
 
     def encode_after(
         self, known: str, known_ids: Sequence[int], messages: Sequence[Message], variables: Mapping[str, Any]
     ) -> tuple[str, list[int]]:
-        """The conversation rendered, and its ids. If it begins with the text `known`, they begin with `known_ids`."""
+        """The rendered conversation and its ids. If the text begins with `known`, the ids begin with `known_ids`."""
         if not isinstance(messages, Sequence) or not all(isinstance(message, Mapping) for message in messages):
             raise Error(f'messages must be a list of {{"role": …, "content": …}}, found {messages!r:.200}')
         guard = self._guard_for([*messages, variables])
@@ -62,12 +63,12 @@ class ConversationEncoder:
 
     @cached_property
     def _control(self) -> re.Pattern[str]:
-        """Matches special tokens that decode to no text. An answer that spells one out did not contain the token."""
+        """Matches special tokens that decode to no text. If an answer's text has one, it was generated as text."""
         special = self.tokenizer.special_tokens.items()
         return _any_of(text for text, token in special if self.tokenizer.entry(token)[0] is TokenKind.CONTROL)
 
     def _guard_for(self, values: Any) -> str:
-        """A character that no string in `values` has; "" if none spells out a special token."""
+        """A character that no string in `values` contains; "" if no string spells out a special token."""
         texts = list(_strings(values))
         if not any(self._special.search(text) for text in texts):
             return ""

@@ -44,11 +44,11 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 SECONDS = 0.5
-"""Processor time of one rendering. Real templates take about a thousandth of it."""
+"""Limit of the processor time of one rendering. Real templates take about a thousandth of it."""
 MAX_SIZE = 1 << 22
-"""Size of a value, about its characters (see `size_of`). Grows with the messages."""
+"""Limit of the size of a value, roughly in characters (see `size_of`). Grows with the messages."""
 MAX_PRODUCT = 1 << 23
-"""Product of the sizes of a call's two largest inputs. Grows with the messages."""
+"""Limit of the product of the sizes of a call's two largest inputs. Grows with the messages."""
 ITEM_SIZE = 16
 """Size of an item of a list or mapping, besides the size of its value."""
 
@@ -59,7 +59,7 @@ _REMOVED_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 
 
 class Budget:
-    """What one rendering may still use. `inputs` is the size of the messages and other variables.
+    """Time and memory that one rendering may still use. `inputs` is the size of the messages and other variables.
 
     Every method raises `SecurityError` when a limit is exceeded.
     """
@@ -94,7 +94,7 @@ def _length(value: Any) -> int:
 
 
 def size_of(value: Any, limit: int) -> int:
-    """Characters in a value and in all it contains, plus `ITEM_SIZE` an item. Stops counting above `limit`.
+    """Characters in a value and in all it contains, plus `ITEM_SIZE` per item. Stops counting above `limit`.
 
     An object that is contained twice counts twice.
     """
@@ -134,7 +134,7 @@ class _CheckedList(list[Any]):
 
 
 class _InsertChecks(NodeTransformer):
-    """Wraps what enlarges or repeats a value in calls of the environment's private filters."""
+    """Wraps expressions that enlarge or repeat a value in calls of the environment's private filters."""
 
     def _filter(self, node: nodes.Node, name: str, *arguments: nodes.Expr) -> nodes.Filter:
         return nodes.Filter(node, name, list(arguments), [], None, None, lineno=node.lineno)
@@ -181,7 +181,7 @@ class _Generation(Extension):
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
-    """The environment of one template. `budget` is that of the current rendering."""
+    """The environment of one template. `budget` is the budget of the current rendering."""
 
     intercepted_binops = frozenset(("+", "-", "*", "/", "//", "%", "**"))
 
@@ -272,7 +272,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     # Checks of values
 
     def _checked(self, value: Any) -> Any:
-        """`value`; an iterator becomes a list, of which no more is made than the budget allows."""
+        """`value`, checked. An iterator becomes a list; reading it stops when the budget is exceeded."""
         if not isinstance(value, Iterator):
             return self.budget.check_value(value)
         items: list[Any] = []
@@ -314,7 +314,7 @@ def _raise(message: str) -> None:
 def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
-    """The filter as transformers has it: without the HTML escapes that jinja2's own writes."""
+    """The filter `tojson` as in transformers: without the HTML escapes of jinja2's own."""
     if isinstance(value, Undefined):
         raise jinja2.UndefinedError("a value that is written as JSON is undefined")
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)

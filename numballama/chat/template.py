@@ -1,4 +1,4 @@
-"""Chat templates: a conversation as the text that a model was trained to continue."""
+"""Chat templates: render a conversation as the text that a model was trained to continue."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from .sandbox import Sandbox
 
 Message = Mapping[str, Any]
-"""{"role": "system" | "user" | "assistant", "content": text}; a template may know further keys."""
+"""{"role": "system" | "user" | "assistant", "content": text}. A template may use more keys."""
 
 MAX_TEMPLATE = 1 << 16
-"""Largest size of a template in characters. The longest known have 20,000."""
+"""Maximum size of a template in characters. The longest known have 20,000."""
 
 
 class ChatTemplate:
@@ -47,7 +47,7 @@ class ChatTemplate:
             raise Error(f"{self.name} does not compile: {_one_line(error)}") from None
 
     def render(self, messages: Iterable[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
-        """The conversation as text, with special tokens spelled out. `variables` are further names for the template.
+        """The conversation as text, with special tokens spelled out. `variables` are more variables for the template.
 
         Raises `Error` when the template fails, refuses the messages, or exceeds its time or memory.
         """
@@ -72,9 +72,9 @@ def _one_line(error: Exception) -> str:
 
 
 def choose(source: str | None, tokenizer: Tokenizer) -> ChatTemplate:
-    """The template `source`, or for None the built-in one whose special tokens the vocabulary has.
+    """The template `source`. For None, the built-in template whose special tokens are in the vocabulary.
 
-    Raises `Error` when the vocabulary fits none of these.
+    Raises `Error` when no built-in template fits the vocabulary.
     """
     if source is not None:
         return ChatTemplate(source, tokenizer)

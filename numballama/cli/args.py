@@ -35,11 +35,11 @@ SAMPLING_HELP = {
 """Fields of `SamplingParams` that are options, with their help."""
 
 ROPE_PAIRINGS = {"neox": "half", "normal": "interleaved"}
-"""llama.cpp's names → ours."""
+"""llama.cpp's names of RoPE pairings → ours."""
 
 
 def model_options(command: argparse.ArgumentParser) -> None:
-    """Options that `load` hands to `compile`."""
+    """Add the options that `load` passes to `compile`."""
     group = command.add_argument_group("model")
     tokenizer_option(group)
     group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N, or reference (NumPy, slow)")
@@ -62,7 +62,7 @@ def tokenizer_option(group: argparse._ActionsContainer) -> None:
 
 
 def config_options(group: argparse._ActionsContainer) -> None:
-    """Values that some model files lack, and --quiet."""
+    """Add options for values that some model files lack, and --quiet."""
     group.add_argument(
         "--rope-pairing",
         type=lambda name: ROPE_PAIRINGS.get(name, name),
@@ -74,7 +74,7 @@ def config_options(group: argparse._ActionsContainer) -> None:
 
 
 def sampling_options(command: argparse.ArgumentParser, defaults: SamplingParams = DEFAULTS) -> None:
-    """An option for each field in SAMPLING_HELP. Unless it is given, the value is that of `defaults`."""
+    """Add an option for each field in SAMPLING_HELP. Its default is the value in `defaults`."""
     group = command.add_argument_group("sampling")
     types = {field.name: str(field.type) for field in dataclasses.fields(SamplingParams)}
     for name, text in SAMPLING_HELP.items():
@@ -91,12 +91,12 @@ def sampling_options(command: argparse.ArgumentParser, defaults: SamplingParams 
 
 
 def hidden_alias(group: argparse._ActionsContainer, option: str, dest: str, **options: Any) -> None:
-    """Accept an option's old name, without a word in --help."""
+    """Accept the old name of an option, hidden in --help."""
     group.add_argument(option, dest=dest, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)
 
 
 def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
-    """The settings that the sampling options give. Raises `Error` for a value out of range."""
+    """The `SamplingParams` of the sampling options. Raises `Error` for a value out of range."""
     return SamplingParams(**{name: getattr(arguments, name) for name in SAMPLING_HELP})
 
 

@@ -1,4 +1,4 @@
-"""`numballama chat`: a conversation on a terminal; through a pipe, a message a line and the answers on stdout."""
+"""`numballama chat`: a conversation on a terminal. Through a pipe, stdin has one message per line."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     chat = commands.add_parser(
         "chat",
         help="talk with a model",
-        description="A conversation: in a terminal, or with a message a line from stdin and the answers on stdout.",
+        description="A conversation: on a terminal, or with one message per line on stdin and the answers on stdout.",
         epilog="In the conversation, /help lists the commands. Ctrl-C stops an answer, Ctrl-D ends.",
     )
     chat.add_argument("model", help=MODEL_HELP)
@@ -124,7 +124,7 @@ def handle_command(chat: Chat, line: str) -> bool:
 
 
 def _answer(chat: Chat, text: str, params: SamplingParams) -> None:
-    """Print the answer as it comes; afterwards, on a terminal, the turn's figures."""
+    """Print the answer as it is generated. On a terminal, print token counts and speed after it."""
     before = chat.turn
     try:
         for response in chat.stream(text, params=params):

@@ -31,7 +31,7 @@ def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
 
 
 def report() -> str:
-    """A fact a line; for what is missing, what to do about it."""
+    """The report: one fact per line. A line about something missing says what to do."""
     free = available_bytes()
     lines = [
         f"numballama {__version__}, Python {platform.python_version()} ({sys.executable})",
@@ -62,7 +62,7 @@ def _folder(path: Path) -> str:
 
 
 def _cuda() -> Iterator[str]:
-    """Lines on the CUDA driver and each GPU, or the reason why device="cuda" does not work."""
+    """Lines about the CUDA driver and each GPU, or the reason why device="cuda" does not work."""
     try:
         from ..cuda.compiler import require_compiler
         from ..cuda.driver import Device, versions

@@ -72,7 +72,7 @@ def run_generate(arguments: argparse.Namespace) -> None:
 
 
 def show(responses: Iterable[GenerationResponse], out: TextIO) -> None:
-    """Print text as it comes; afterwards, on a terminal, the speed. The text stays there after Ctrl-C."""
+    """Print text as it is generated. On a terminal, print the speed after it. Text already printed survives Ctrl-C."""
     count, started, last = 0, time.perf_counter(), None
     try:
         for last in responses:

@@ -1,4 +1,4 @@
-"""The command line. Text goes to stdout, everything else to stderr. Each command has a module here."""
+"""The command line. Text goes to stdout, everything else to stderr. Each command is a module of this package."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ __all__ = ["CpuBackend", "CpuProgram"]
 
 
 def __getattr__(name: str) -> Any:
-    """Import the backend, and Numba with it, when it is first asked for."""
+    """Import the backend, and Numba with it, when it is first used."""
     if name in __all__:
         from . import backend
 

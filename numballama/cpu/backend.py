@@ -40,16 +40,16 @@ if TYPE_CHECKING:
     from ..quantization.types import ActivationType, KVType
 
 SHORT_RUNS = 3
-"""Runs in a row with fewer workers than requested after which a program requests only as many as came."""
+"""After this number of consecutive runs with too few workers, a program requests only as many as started."""
 RETRY_INTERVAL = 500
-"""Runs after which such a program requests all workers again."""
+"""After this number of runs, such a program requests all workers again."""
 
 
 class CpuProgram:
     """A plan bound to memory: write `inputs`, call `run`, read `value`.
 
     `table` is the step table (see `executor`), `values` gives each value's memory as an array, `arena` is the memory of
-    temporaries. `keep_alive` is whatever else the addresses in the table point to.
+    temporaries. `keep_alive` holds everything else that the addresses in the table point to.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class CpuProgram:
         self.inputs = {v.name: values[v.name] for v in plan.graph.values.values() if v.kind == "input"}
         self.graph, self.prefill_end = plan.graph, plan.prefill_end
         self.entries = 0
-        """How often compiled code was entered."""
+        """Number of calls into compiled code."""
 
     def value(self, name: str) -> np.ndarray:
         """The memory of a value, as an array of its shape. Outside the value's lifetime it may hold another's data."""
@@ -81,8 +81,8 @@ class CpuProgram:
         """Run steps [begin, end) for the first `tokens` tokens of the inputs: one call into compiled code.
 
         With a sampler, returns the next token: sampled from the logits in the same call, or the graph's own argmax if
-        the sampler's settings amount to it. Without one, returns 0. Raises `Error` when a kernel failed or the logits
-        are not numbers, `DeviceError` in a forked child.
+        the settings are greedy. Without one, returns 0. Raises `Error` when a kernel failed or the logits hold NaN,
+        `DeviceError` in a forked child.
         """
         greedy = sampler is not None and sampler.is_argmax and len(sampler.ids) == self._logits[1]
         if greedy:
@@ -149,12 +149,12 @@ class CpuBackend:
 
     @property
     def description(self) -> str:
-        """The device in a word; `machine` has nothing to add."""
+        """The name of the device."""
         return self.name
 
     @property
     def memory_bytes(self) -> int | None:
-        """None: everything lies in the host's memory."""
+        """None: everything is in host memory."""
         return None
 
     def machine(self) -> dict[str, dict[str, Any]]:
@@ -166,7 +166,7 @@ class CpuBackend:
         return self.weights[name].nbytes
 
     def measure_bandwidth(self) -> float:
-        """Bytes a second that the workers together read from main memory."""
+        """Bytes per second that the workers together read from main memory."""
         with parallel_region(self.workers):
             return bandwidth.measure_bandwidth(self.workers)
 
@@ -177,7 +177,7 @@ class CpuBackend:
         return timing.time_steps(program)
 
     def synchronize(self) -> None:
-        """Nothing to wait for: a run ends when its work has."""
+        """Does nothing: a run returns when its work is done."""
 
     def program(
         self,
@@ -246,9 +246,10 @@ class CpuBackend:
     def _operands(
         self, plan: Plan, step: Step, named: Sequence[str], values: Mapping[str, np.ndarray]
     ) -> tuple[tuple[Any, ...], list[int]]:
-        """Numba types and table slots of what a kernel takes: inputs, outputs, then the `named` attributes and scratch.
+        """Numba types and table slots of a kernel's arguments: inputs, outputs, then the `named` attributes and
+        scratch.
 
-        An output that updates a state in place is the memory of an input, so the kernel has it already.
+        An output that updates a state in place shares the memory of an input, so it is not passed.
         """
         graph = plan.graph
         kinds: list[Any] = []
@@ -285,7 +286,7 @@ _ELEMENTS = {
     "i32": types.int32,
     **RECORD_TYPES,
 }
-"""Numba type of an element of each dtype; signedness tells the two 16-bit formats apart (see `intrinsics.as_f32`)."""
+"""dtype → Numba type of an element. The sign tells the two 16-bit formats apart (see `intrinsics.as_f32`)."""
 
 
 def _array_operand(dtype: str, array: np.ndarray) -> tuple[Any, list[int]]:

@@ -1,4 +1,4 @@
-"""The bandwidth of main memory: all workers read an array that no cache can hold."""
+"""Measures the bandwidth of main memory: all workers read an array that is larger than any cache."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ READ_BYTES = 1 << 30
 
 @jit(parallel=True)
 def read_all(x, workers, sums):
-    """Sum x in `workers` parts at once: every byte is loaded once, and nothing else happens."""
+    """Sum x in `workers` parts in parallel. Loads every byte once and does nothing else."""
     size = (x.shape[0] + workers - 1) // workers
     for worker in prange(workers):
         total = np.float32(0)
@@ -27,7 +27,7 @@ def read_all(x, workers, sums):
 
 
 def measure_bandwidth(workers: int, repeats: int = 5) -> float:
-    """Bytes a second that `workers` workers read together: the median of several passes.
+    """Bytes per second that `workers` workers read together: the median of several passes.
 
     The caller has entered a parallel region for that many workers.
     """

@@ -1,4 +1,4 @@
-"""How this package compiles with Numba: options, cache, and the C function behind which a kernel is called.
+"""How this package compiles with Numba: options, cache, and the C function through which a kernel is called.
 
 Everything that depends on Numba's private API is here: `compile_step` replaces the C wrapper that Numba makes for a
 `cfunc`. The calling convention is explained in `executor`.
@@ -64,7 +64,7 @@ def device(function: Callable[..., Any]) -> Any:
 def exact_device(function: Callable[..., Any]) -> Any:
     """Like `device`, but arithmetic is done as written: no reordering, no fused multiply-add.
 
-    `fastmath=False` must be said: without it, Numba gives a function the flags of its first caller.
+    `fastmath=False` must be explicit: without it, Numba compiles a function with the flags of its first caller.
     """
     return numba.njit(fastmath=False, error_model="numpy", nogil=True)(function)
 
@@ -107,7 +107,7 @@ class _StepLower(Lower):  # type: ignore[misc]
         self.library.add_ir_module(module)
 
     def _array(self, builder: Any, kind: Any, address: Any, shape: list[Any]) -> Any:
-        """An array in C order that does not own its memory."""
+        """Build a Numba array in C order that does not own its memory."""
         array = make_array(kind)(self.context, builder)
         item = ir.Constant(ir.IntType(64), self.context.get_abi_sizeof(self.context.get_data_type(kind.dtype)))
         strides = [item]

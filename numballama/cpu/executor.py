@@ -1,6 +1,6 @@
 """How the CPU runs a plan: a table of steps, and one call into compiled code in which all workers run the table.
 
-The step table is an int64 array with one row a step. Here the row of an `rmsnorm` of up to 64 tokens:
+The step table is an int64 array with one row per step. Here the row of an `rmsnorm` of up to 64 tokens:
 
     column  0           1            2 …
             ADDRESS     MAX_TOKENS   OPERANDS
@@ -10,15 +10,15 @@ The step table is an int64 array with one row a step. Here the row of an `rmsnor
             the kernel   of this step  x: data, T, D        weight: data, D   out: data, T, D      eps    unused
 
 A kernel is an ordinary function of arrays and scalars: `rmsnorm(worker, n_workers, tokens, x, weight, out, eps)`.
-`compiler.compile_step` compiles it behind a C function that any code can call by its address:
+`compiler.compile_step` compiles it with a C wrapper, which any code can call by its address:
 
     int32_t kernel(int64_t *operands, int64_t worker, int64_t n_workers, int64_t tokens);
 
-This function reads slots of `operands` in the order of the parameters. An array takes the address of its data and its
-extents (it is in C order, so strides follow), a float its 64 bits, an integer itself, and a tuple what its members
-take. It returns 0, or Numba's status code when the kernel raised.
+This function reads slots of `operands` in the order of the parameters. An array takes a slot for the address of its
+data and one for each extent (it is in C order, so strides follow). A float takes a slot for its 64 bits, an integer one
+for its value, and a tuple the slots of its members. The result is 0, or Numba's status code if the kernel raised.
 
-Every worker runs every row and waits for the others at a barrier after it, 0.1 to 0.3 µs a step. Starting threads for
+Every worker runs every row and waits for the others at a barrier after it, 0.1 to 0.3 µs per step. Starting threads for
 each step would take ten times as long. No Python runs between steps.
 """
 
@@ -28,8 +28,8 @@ import contextlib
 import os
 from collections.abc import Iterator
 
-# An idle worker sleeps soon: by default libgomp spins so long that it takes the core from other work, our second worker
-# included. Numba reads this when it starts its threads. A value that the user has set stays.
+# Make idle workers sleep soon: by default libgomp spins so long that other work, and our own workers, lack the core.
+# Numba reads this when it starts its threads. A value that the user has set is kept.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import numpy as np
@@ -47,18 +47,18 @@ ADDRESS, MAX_TOKENS, OPERANDS = 0, 1, 2
 TICKET, BARRIER, N_WORKERS, ERRORS, SYNC_SIZE = 0, 8, 16, 24, 32
 """Elements of the int64 array by which workers synchronise, 64 bytes apart so that each has a cache line.
 
-TICKET counts workers that have come, BARRIER those that have finished a step, N_WORKERS is how many take part, and
-ERRORS how many kernel calls have failed.
+TICKET counts workers that have arrived, BARRIER those that have finished a step. N_WORKERS is the number of workers
+that take part, ERRORS the number of kernel calls that have failed.
 """
 CLOSED = 1 << 32
 """Added to TICKET when no further worker may join."""
 SPIN_LIMIT = 2000
-"""Rounds, some 50 µs, that a waiting worker spins before it yields the core in each round."""
+"""Number of polls, about 50 µs, after which a waiting worker yields the core between polls."""
 POLL_LIMIT = 20000
-"""Rounds of yielding, some ms, after which the first worker stops waiting for others to join."""
+"""Number of polls with yielding, a few ms, after which the first worker stops waiting for others to join."""
 
 KERNEL_FAILED = -2
-"""What `run_and_sample` returns in place of a token when a kernel failed."""
+"""Result of `run_and_sample`, in place of a token, when a kernel failed."""
 
 
 @device
@@ -78,8 +78,8 @@ def join_workers(index, requested, sync):
     """(worker, n_workers) for iteration `index` of the parallel loop; (-1, 0) if it comes too late to take part.
 
     A threading layer may start fewer threads than requested (OMP_THREAD_LIMIT) and run the iterations one after the
-    other. Waiting for all of them would never end. So the first worker stops waiting after a while, and those that have
-    come by then share the work.
+    other. Waiting for all of them would never end. So the first worker stops waiting after a while, and the workers
+    that have arrived by then share the work.
     """
     ticket = atomic_add(sync, TICKET, 1)
     if ticket >= CLOSED:
@@ -159,7 +159,7 @@ many threads as there are cores."""
 
 @contextlib.contextmanager
 def parallel_region(workers: int) -> Iterator[None]:
-    """The only parallel region of this process, with Numba's number of threads set to `workers` for its time.
+    """Enter the only parallel region of this process, with Numba's number of threads set to `workers` inside it.
 
     Raises `DeviceError` in a child that was forked after workers had started.
     """

@@ -1,4 +1,4 @@
-"""What `os.fork` means for the CPU backend: locks come out free, workers do not come along."""
+"""`os.fork` and the CPU backend: in a forked child, locks are free and worker threads do not exist."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..errors import FORKED, DeviceError
 
 
 class ForkSafeLock:
-    """A reentrant lock for `with`. A forked child gets it free: the thread that held it exists in the parent only."""
+    """A reentrant lock for `with`. It is free in a forked child, where the thread that held it does not exist."""
 
     def __init__(self) -> None:
         self._reset()
@@ -30,7 +30,7 @@ class ForkSafeLock:
 
 
 _started_in: set[int] = set()
-"""Process ids in which workers were started: this process and those it was forked from."""
+"""Ids of processes that have started workers: this process and those that it was forked from."""
 
 
 def mark_workers_started() -> None:
@@ -39,6 +39,6 @@ def mark_workers_started() -> None:
 
 
 def refuse_forked() -> None:
-    """Raise `DeviceError` in a child that was forked after workers had started: its copies of them do not run."""
+    """Raise `DeviceError` in a child that was forked after workers had started: they do not run in the child."""
     if _started_in - {os.getpid()}:
         raise DeviceError(FORKED)

@@ -1,4 +1,4 @@
-"""Intrinsics for what Numba's Python lacks on a CPU: 16-bit floats, atomics, vector loads, a call by address."""
+"""Intrinsics for features that Numba lacks on the CPU: 16-bit floats, atomics, vector loads, calls by address."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _float_to_half(builder: Any, value: Any) -> Any:
     odd = builder.and_(builder.lshr(magnitude, _const(13)), _const(1))
     rounded = builder.lshr(builder.add(magnitude, builder.add(odd, _const(0xFFF))), _const(13))
     normal = builder.sub(rounded, _const(112 << 10))
-    # adding 0.5 rounds a small number to a multiple of 2^-24, the unit of subnormal float16
+    # adding 0.5 rounds a small value to a multiple of 2^-24, the unit of subnormal float16
     tiny = builder.fadd(builder.bitcast(magnitude, FLOAT), ir.Constant(FLOAT, 0.5))
     subnormal = builder.sub(builder.bitcast(tiny, INT32), _const(0x3F000000))
     half = builder.select(builder.icmp_unsigned("<", magnitude, _const(0x38800000)), subnormal, normal)
@@ -120,7 +120,7 @@ def f32_to(typingctx: Any, like: Any, value: Any) -> Any:
 
 
 BLOCK = 32
-"""Elements that the dot products below take at once."""
+"""Number of elements that the dot products below multiply at a time."""
 
 
 def load_block(context: Any, builder: Any, kind: Any, array: Any, index: Any) -> Any:
@@ -146,7 +146,7 @@ def add_lanes(builder: Any, vector: Any) -> Any:
 def dot_block_int8(typingctx: Any, weights: Any, i: Any, x: Any, j: Any) -> Any:
     """Dot product of BLOCK int8 weights from flat index i and BLOCK int8 elements of x from j, as int32.
 
-    Written with vectors, because LLVM unrolls so short a loop into scalar code before it vectorises. LLVM selects the
+    Written with vectors, because LLVM unrolls such a short loop to scalar code before it vectorises. LLVM selects the
     machine's instructions.
     """
 
@@ -331,7 +331,7 @@ i32_at, i64_at, u64_at = _array_at(types.int32), _array_at(types.int64), _array_
 
 
 def _call_void(builder: Any, name: str, result: Any) -> None:
-    """Call a C function or LLVM intrinsic that takes nothing."""
+    """Call a C function or LLVM intrinsic without arguments."""
     kind = ir.FunctionType(result, [])
     builder.call(builder.module.globals.get(name) or ir.Function(builder.module, kind, name), [])
 

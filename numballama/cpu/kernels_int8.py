@@ -1,7 +1,7 @@
 """Operators on the CPU with int8 activations and weights of GGUF blocks, as llama.cpp computes them.
 
-Activations are quantised in one of three ways, by the weight's type (`VEC_DOT_TYPE`). What each of them stores is
-explained in `quantization.activations`; these kernels agree with it to the bit. Conventions are those of `kernels_cpu`.
+The weight's type selects one of three ways to quantise activations (`VEC_DOT_TYPE`). `quantization.activations` defines
+them, and these kernels agree with it to the bit. Conventions are those of `kernels_cpu`.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ def quantize_32(x, t, g, out, scales):
 
 @device
 def quantize_groups_32(worker, n_workers, tokens, x, out, scales, sums, scaled):
-    """A worker's groups of all tokens, with the sum of each; if `scaled`, times its scale and rounded to float16."""
+    """Quantise a worker's groups of all tokens. If `scaled`, sums are multiplied by the scale, rounded to float16."""
     begin, end = partition(tokens * scales.shape[1], worker, n_workers, 1)
     for unit in range(begin, end):
         t, g = divmod(unit, scales.shape[1])
@@ -124,7 +124,7 @@ def quantize_q8_k(worker, n_workers, tokens, x, out, scales, sums):
 
 @device
 def fill_panel(weight, row, end, panel, scales, mins, stage):
-    """Unpack PANEL_ROWS rows of a weight into a panel (see `vecdot_int8`). The last row is repeated past `end`."""
+    """Unpack PANEL_ROWS rows of a weight to a panel (see `vecdot_int8`). Rows past `end` repeat the last one."""
     blocks, block_size = weight.shape[1], panel.shape[0] // (PANEL_ROWS // 4) // weight.shape[1]
     stage_blocks = STAGE_ELEMENTS // block_size
     for b in range(0, blocks, stage_blocks):

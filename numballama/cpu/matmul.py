@@ -6,11 +6,11 @@ Shapes: x is [T, K] and a weight has N rows of K elements; out[t, n] = x[t] · w
 * records[N, blocks of a row] of a GGUF block type (see `vecdot`);
 * (int8[N, K], float32 scales, group): element i of the flat payload has scale i // group.
 
-Only `row_dot` and `dequantize_rows` tell them apart. A new kind of weight is one more branch in each; a new block type
-is a decoder in `vecdot`.
+Only `row_dot` and `dequantize_rows` tell them apart. A new storage needs a branch in each of these, a new block type a
+decoder in `vecdot`.
 
-A single token reads every weight once and little else, so it takes at least the weights' bytes over the memory
-bandwidth. A prompt's chunk uses each row for all its tokens: tiles of 4 rows × 4 tokens keep 16 sums in registers.
+A single token reads every weight once and little else, so its minimum time is the weights' bytes divided by the memory
+bandwidth. A chunk of a prompt uses each row for all its tokens: tiles of 4 rows × 4 tokens keep 16 sums in registers.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _OPTIONS = {"fastmath": FAST_MATH, "error_model": "numpy"}
 
 @device
 def partition(n, worker, n_workers, grain):
-    """[begin, end): the items of range(n) that a worker does. Only the end of the range splits a grain."""
+    """[begin, end): a worker's share of range(n). It is in multiples of `grain`, except at the end of the range."""
     grains = (n + grain - 1) // grain
     begin, end = grains * worker // n_workers * grain, grains * (worker + 1) // n_workers * grain
     return min(begin, n), min(end, n)
@@ -176,7 +176,7 @@ def matmul_rows(weight, x, out, begin, end, tokens, buffer):
         return
     for r in range(begin, end, TILE):
         dequantize_rows(weight, r, min(TILE, end - r), buffer)
-        # past the end, compute the last row and token again: the same values to the same place, and no remainder loops
+        # past the end, compute the last row and token again: this writes the same values and avoids remainder loops
         r1, r2, r3 = min(r + 1, end - 1), min(r + 2, end - 1), min(r + 3, end - 1)
         for t in range(0, tokens, TILE):
             t1, t2, t3 = min(t + 1, tokens - 1), min(t + 2, tokens - 1), min(t + 3, tokens - 1)

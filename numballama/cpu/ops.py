@@ -1,8 +1,8 @@
-"""The CPU's kernels: for each operator and the types of its inputs, the function that computes it.
+"""Registers the CPU's kernels: for each op and the types of its inputs, the function that computes it.
 
-Only names of functions stand here. Their modules, and Numba with them, are imported when a kernel is compiled, so a
-plan can be made and shown without Numba. Functions are in `kernels_cpu` and `cpu.kernels_int8`, and are called as
-`kernels_cpu` explains.
+Functions are only named here. Their modules, and Numba with them, are imported when a kernel is compiled, so a plan can
+be made and printed without Numba. The functions are in `kernels_cpu` and `cpu.kernels_int8`; `kernels_cpu` explains how
+they are called.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from .tiling import TILE, panel_buffer_size
 BLOCK_TYPES = tuple(VEC_DOT_TYPE)
 """Types that are multiplied with int8 activations, which come with scales and sums."""
 SUM_TYPES = tuple(dict.fromkeys(quant.sum_dtype for quant in ACTIVATION_QUANT.values()))
-"""Types of these sums."""
+"""Types of the sums that come with int8 activations."""
 
 Shape = tuple[int, ...]
 
@@ -25,7 +25,7 @@ def plain(op: str, *types: Types, name: str = "", **scratch: ScratchShape) -> No
 
 
 def int8(op: str, *types: Types, name: str = "", **scratch: ScratchShape) -> None:
-    """The same for a function of `cpu.kernels_int8`."""
+    """Like `plain`, for a function of `cpu.kernels_int8`."""
     kernel(op, "cpu", *types, **scratch)(KernelRef("numballama.cpu.kernels_int8", name or op))
 
 
@@ -38,7 +38,7 @@ def dequantized_tile(weight: int) -> ScratchShape:
 
 
 def panels(x: int = 0) -> ScratchShape:
-    """What a product by panels takes for rows as wide as x, for each worker."""
+    """A panel buffer for rows as wide as x, for each worker."""
     return lambda *inputs, workers: (workers, panel_buffer_size(inputs[x][1]))
 
 

@@ -1,8 +1,8 @@
 """Sampling on the CPU: from logits to the next token, in compiled functions. `SamplerState` owns their buffers.
 
-The order is llama.cpp's: repetition penalty; top-k, top-p and min-p on the model's own probabilities; then temperature
-on what is left. Each filter takes the candidates `ids[:n]`, moves those it keeps to the front and returns their number.
-Nothing here allocates. logits is float32[V], ids int32[at most V].
+The order is llama.cpp's: repetition penalty, then top-k, top-p and min-p on the model's own probabilities, then
+temperature on the remaining candidates. Each filter reads the candidates `ids[:n]`, moves those that it keeps to the
+front and returns their number. Nothing here allocates. logits is float32[V], ids int32[at most V].
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def sample(logits, settings, recent, counts, state, ids):
         token = greedy(logits[:n])
     else:
         not_finite = False
-        for i in range(n):  # filters only compare, so they would drop a NaN and nobody would see it
+        for i in range(n):  # filters only compare, so they would silently drop a NaN
             ids[i] = i
             not_finite |= not logits[i] < np.inf
         if not_finite:

@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 ROUNDS = 40
 SHORTEST_S = 1e-9
-"""Least seconds of a step: a rate is computed from them."""
+"""Lower bound of a step's time in seconds, so that a rate computed from it is finite."""
 
 
 def time_steps(program: Program) -> tuple[list[float], float]:
     """Seconds of each step and of the whole run, for one token; medians.
 
-    Every step is entered by itself, in order, so caches hold what they hold in a real run. The time that entering
-    compiled code takes is subtracted.
+    Every step is a separate call, in order, so caches have the content that they have in a real run. The time of a call
+    into compiled code is subtracted.
     """
 
     def seconds(begin: int, end: int) -> float:

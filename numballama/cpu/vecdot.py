@@ -1,9 +1,9 @@
-"""Products of float32 activations with rows of GGUF blocks, and the dequantised blocks.
+"""Dot products of float32 activations with rows of GGUF blocks, and dequantisation of blocks.
 
-A weight of a block type is an array [rows, blocks of a row] of records. The record type says where a block's fields are
-(`TYPE_TRAITS`), and by it compiled code tells block types apart. Each block type has one small decoder here. It emits
-vector instructions that give 16 consecutive elements as float32. The loops around it, for a dot product or for storing
-the elements, are written once for all types. All is written with vectors, because LLVM does not vectorise such loops.
+A weight of a block type is an array [rows, blocks of a row] of records. The record type (`TYPE_TRAITS`) has a block's
+fields, and tells block types apart in compiled code. Each block type has one small decoder here. It emits vector
+instructions that give 16 consecutive elements as float32. The loops around it, for a dot product or for storing the
+elements, are written once for all types. Everything uses vectors, because LLVM does not vectorise such loops.
 
 An element has the same bits as in `quantization.blocks`: a block's factors multiply exactly, so a fused multiply-add
 rounds once, as separate operations do.
@@ -70,14 +70,14 @@ class Block:
         return (self.builder.sext if signed else self.builder.zext)(elements, _vector(INT32))
 
     def broadcast(self, number: Any, count: int = LANES) -> Any:
-        """A vector with one number in all lanes."""
+        """A vector with the same value in all lanes."""
         one = self.builder.insert_element(
             ir.Constant(_vector(number.type, count), ir.Undefined), number, _int(INT32, 0)
         )
         return self.builder.shuffle_vector(one, one, _all(_vector(INT32, count), 0))
 
     def lane(self, vector: Any, lane: int) -> Any:
-        """A vector with one lane of another in all lanes."""
+        """A vector with the value of one lane of `vector` in all lanes."""
         return self.builder.shuffle_vector(vector, vector, _all(_vector(INT32), lane))
 
     def floats(self, elements: Any) -> Any:
@@ -197,7 +197,7 @@ _DECODERS: dict[str, Callable[[Block], Iterator[tuple[int, Any]]]] = {
 def for_blocks(builder: Any, name: str, blocks: Any, locate: Any, body: Callable[[Any, Block], None]) -> None:
     """Emit a loop of body(index, block) over `blocks` blocks at addresses locate(index). It prefetches later blocks.
 
-    The loop takes four small blocks a round.
+    The loop is unrolled by four for small blocks.
     """
     kind = ir.FunctionType(ir.VoidType(), [INT8.as_pointer(), INT32, INT32, INT32])
     prefetch = builder.module.declare_intrinsic("llvm.prefetch", [INT8.as_pointer()], kind)
@@ -231,7 +231,7 @@ def _for_vectors(builder: Any, name: str, blocks: Any, locate: Any, use: Any) ->
 
 
 def locator(context: Any, builder: Any, kind: Any, array: Any, first: Any) -> Any:
-    """A function: index of a block, counted from flat index `first` of an array → its address."""
+    """A function from the index of a block, counted from flat index `first` of an array, to its address."""
 
     def locate(block: Any) -> Any:
         pointer = element(context, builder, kind, array, builder.add(first, block))

@@ -1,9 +1,9 @@
-"""Products of int8 activations with rows of GGUF blocks: integer products, group by group, times the group's scales.
+"""Dot products of int8 activations with rows of GGUF blocks: integer products of each group, times the group's scales.
 
 An element of a block is scale · (q - zero point) or scale · q + minimum, where the quant q is from 0 to 255. `vpdpbusd`
 (AVX512-VNNI, AVX-VNNI) multiplies such a q with a signed element of x: it adds four byte products to each 32-bit lane.
-The zero point is subtracted by means of the sums of groups that come with x, in integers and so exactly. CPUs without
-this instruction make the same sums from 16-bit products.
+The sums of groups that come with x subtract the zero point, in integers and so exactly. CPUs without this instruction
+compute the same sums from 16-bit products.
 
 For few tokens, `dot_blocks_int8` computes one row as its blocks come from memory. For more, `unpack_blocks` and
 `interleave` turn PANEL_ROWS rows into a panel, in which four elements of each row lie side by side. Then one
@@ -28,14 +28,14 @@ from .tiling import PANEL_ROWS, PANEL_TOKENS, STAGE_ELEMENTS, UNPACK_ELEMENTS
 from .vecdot import INT8, TYPE_NAMES, Block, for_blocks, locator, six_bit_factors
 
 ZERO_POINTS = {name: 128 if TYPE_TRAITS[name].bits == 8 else TYPE_TRAITS[name].zero_point for name in VEC_DOT_TYPE}
-"""Block type → the unsigned quant that means 0. The decoders here add 128 to signed quants."""
+"""Block type → zero point, the unsigned quant that means 0. The decoders here add 128 to signed quants."""
 SCALE_GROUPS = {name: TYPE_TRAITS[name].scale_group for name in VEC_DOT_TYPE}
 """Block type → elements that share a scale."""
 
 
 @dataclass(frozen=True)
 class _Chunk:
-    """UNPACK_ELEMENTS elements of a block, from number `first` on, as LLVM values.
+    """UNPACK_ELEMENTS elements of a block, from index `first` on, as LLVM values.
 
     `quants` is <32 x i8>, unsigned; `scales` has a float32 for each of their scale groups; `minimum` is a float32.
     """
@@ -63,12 +63,12 @@ def _lanes(lanes: Any) -> Any:
 
 
 def _concat(builder: Any, *vectors: Any) -> Any:
-    """Two vectors of one length, one behind the other."""
+    """Concatenate two vectors of equal length."""
     return builder.shuffle_vector(*vectors, _lanes(range(2 * vectors[0].type.count)))
 
 
 def _broadcast(builder: Any, number: Any, count: int) -> Any:
-    """A vector with one number in all lanes."""
+    """A vector with the same value in all lanes."""
     one = builder.insert_element(ir.Constant(_vector(number.type, count), ir.Undefined), number, _int(0, INT32))
     return builder.shuffle_vector(one, one, _lanes([0] * count))
 
@@ -129,7 +129,7 @@ _DECODERS: dict[str, Callable[[Block], Iterator[_Chunk]]] = {
 
 
 def _add_products(builder: Any, sums: Any, unsigned: Any, signed: Any) -> Any:
-    """sums[i] + the products of bytes 4i to 4i + 3 of `unsigned` and `signed`: what `vpdpbusd` computes."""
+    """sums[i] + the products of bytes 4i to 4i + 3 of `unsigned` and `signed`, as `vpdpbusd` computes them."""
     count, features = sums.type.count, cpu_features()
     if count == 16 and not features.get("avx512vnni"):
         halves = [

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class _Owned(Protocol):
-    """Device memory that the backend gives back when it is closed."""
+    """Device memory that the backend frees when it is closed."""
 
     @property
     def nbytes(self) -> int: ...
@@ -58,7 +58,7 @@ class CudaBackend:
         self.states: dict[str, Array] = {}
         """The KV cache: device memory by the name of its value."""
         self.compiled = {"hits": 0, "misses": 0}
-        """Kernels that came from the cache, and kernels that were compiled."""
+        """Number of kernels that came from the cache, and of kernels that were compiled."""
         self.current: CudaProgram | None = None
         """The program that ran last."""
         self._loaded: dict[Specialization, LoadedKernel] = {}
@@ -80,7 +80,7 @@ class CudaBackend:
 
     @property
     def memory_bytes(self) -> int:
-        """Device memory that weights, KV cache and programs have taken; running takes no more."""
+        """Bytes of device memory that weights, KV cache and programs have allocated. A run allocates no more."""
         return sum(owned.nbytes for owned in self._owned)
 
     @property
@@ -99,7 +99,7 @@ class CudaBackend:
         return int(self.weights.operands[name].nbytes)
 
     def measure_bandwidth(self) -> float:
-        """Bytes a second that a copy reads and writes. Raises `DeviceError` if too little memory is free."""
+        """Bytes per second that a copy reads and writes. Raises `DeviceError` if too little memory is free."""
         from .bandwidth import measure_bandwidth
 
         return measure_bandwidth(self)
@@ -122,8 +122,9 @@ class CudaBackend:
     ) -> CudaProgram:
         """Fuse, lower and bind a graph.
 
-        Kernels are compiled by `prepare`, for all programs together; after `prepare` here; without it when a program
-        first runs. `report(kernel, done, total)` is called before each kernel.
+        `prepare` compiles the kernels of all programs made before it. After `prepare`, kernels are compiled here.
+        Without `prepare`, they are compiled when a program first runs. `report(kernel, done, total)` is called before
+        each kernel.
         """
         plan = lower(fuse(graph, self.name, fusions), self.name, self.device.n_sms)
         new = [
@@ -165,7 +166,7 @@ class CudaBackend:
             self._loaded[kernel] = LoadedKernel(self.device, code)
 
     def prepare(self, decode: Program, report: progress.Report | None = None) -> None:
-        """Compile the kernels of all programs so far, and of sampling, so that the first token need not wait."""
+        """Compile the kernels of all programs so far, and those of sampling, so that the first token does not wait."""
         decode = _of_cuda(decode)
         vocab = decode.array("logits").shape[1]
         programs = [owned for owned in self._owned if isinstance(owned, CudaProgram)]
@@ -176,7 +177,7 @@ class CudaBackend:
             program.prepare_variants()
 
     def close(self) -> None:
-        """Give all device memory back now."""
+        """Free all device memory now."""
         try:
             self.device.make_current()
             self.device.synchronize()

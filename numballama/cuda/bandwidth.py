@@ -1,4 +1,4 @@
-"""The bandwidth of a GPU's memory, measured by a copy, and what a benchmark's report says about the GPU."""
+"""Measures a GPU's memory bandwidth by a copy, and describes the GPU for a benchmark's report."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COPIES = 4
 
 
 def measure_bandwidth(backend: CudaBackend, repeats: int = 7) -> float:
-    """Bytes a second that a copy moves, those read and those written: the median of several measurements.
+    """Bytes per second that a copy moves, those read and those written: the median of several measurements.
 
     Raises `DeviceError` if the device has too little free memory for two arrays.
     """
@@ -49,7 +49,7 @@ def measure_bandwidth(backend: CudaBackend, repeats: int = 7) -> float:
 
 
 def describe(device: Device) -> dict[str, Any]:
-    """The GPU in a benchmark's report: name, compute capability, multiprocessors, bytes of memory and of L2 cache, and
+    """Facts for a benchmark's report: name, compute capability, multiprocessors, bytes of memory and of L2 cache, and
     the versions of driver and compiler.
     """
     return {

@@ -1,12 +1,12 @@
-"""Kernels that are not in the cache yet, compiled by several processes, since Numba compiles one at a time.
+"""Compiles kernels that are not in the cache in several processes, because Numba compiles one at a time.
 
-This process takes part. Its workers are fresh interpreters (`python -m numballama.cuda.compile_worker`): they read on
-standard input which kernels to compile, a line of JSON each, and answer on standard output once a kernel is in the
-cache. None of them needs a GPU. What a worker cannot compile, for whatever reason, this process compiles.
+This process compiles too. Its workers are fresh interpreters (`python -m numballama.cuda.compile_worker`). They read
+the kernels to compile from standard input, one line of JSON each, and answer on standard output once a kernel is in the
+cache. None of them needs a GPU. This process compiles whatever a worker cannot.
 
-Why not concurrent.futures.ProcessPoolExecutor: a forked process cannot go on with the driver's state and the threads
-that it inherits, and a spawned one imports the user's `__main__` again, which runs a script that has no
-`if __name__ == "__main__"` a second time. A worker here gets this process's module search path and nothing else of it.
+Why not concurrent.futures.ProcessPoolExecutor: a forked process cannot use the driver's state and the threads that it
+inherits. A spawned one imports the user's `__main__` again, which runs a script without `if __name__ == "__main__"` a
+second time. A worker here inherits only this process's module search path.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from .compiler import Cubin, cache_entry, compile_kernel
 from .launch import Specialization
 
 MIN_KERNELS = 3
-"""Fewer kernels than this are compiled before a worker has imported what it needs."""
+"""With fewer kernels, all are compiled before a worker has imported what it needs."""
 MIN_WORKERS, MAX_WORKERS = 2, 8
-"""A worker takes a second to start, and two cores are no faster with one than without."""
+"""Limits of the number of workers. A worker takes a second to start, and one alone makes two cores no faster."""
 TIMEOUT_S = 60.0
-"""Longer than any kernel takes: after so long without an answer the workers are given up."""
+"""Seconds without an answer after which the workers are abandoned. No kernel takes that long."""
 COMMAND = ("-m", "numballama.cuda.compile_worker")
 """The interpreter's arguments for a worker."""
 
@@ -46,11 +46,11 @@ def compile_ahead(
     report: progress.Report | None = None,
     workers: int | None = None,
 ) -> dict[int, Cubin]:
-    """Compile the kernels that are not in `cache`, with `workers` processes beside this one (by default one a core).
+    """Compile the kernels that are not in `cache`, with `workers` more processes (default: one for each other core).
 
-    Returns index → machine code of those that were compiled, all of them if nothing goes wrong; the cache then has them
-    too. `report(kernel, done, total)` is called as they become ready. For few kernels, and where no second Python can
-    be started, it does nothing and returns {}.
+    Returns index → machine code of the kernels that were compiled, which are now in the cache too; after a failure some
+    may be missing. `report(kernel, done, total)` is called as they become ready. If the kernels are few, or no second
+    Python can be started, does nothing and returns {}.
     """
     missing = []
     for index, kernel in enumerate(kernels):
@@ -87,7 +87,7 @@ def _environment() -> dict[str, str]:
 
 
 class _WorkerPool:
-    """Worker processes and the kernels to compile. A thread for each process hands it one kernel after the other."""
+    """Worker processes and the kernels to compile. A thread for each process sends it one kernel after the other."""
 
     def __init__(
         self,
@@ -130,7 +130,7 @@ class _WorkerPool:
 
     @contextlib.contextmanager
     def _processes(self) -> Iterator[None]:
-        """Workers, which end with the block in any case: Ctrl-C leaves none behind."""
+        """Run workers during the block. They end with it in any case: Ctrl-C leaves none behind."""
         processes: list[subprocess.Popen[str]] = []
         threads: list[threading.Thread] = []
         flags = ["-B"] * sys.dont_write_bytecode
@@ -163,7 +163,7 @@ class _WorkerPool:
                             pipe.close()
 
     def _feed(self, process: subprocess.Popen[str]) -> None:
-        """Hand a worker one kernel after the other, until none is left or the worker fails."""
+        """Send a worker one kernel after the other, until none is left or the worker fails."""
         assert process.stdin is not None and process.stdout is not None
         index = None
         try:
@@ -194,9 +194,9 @@ def _write_line(file: IO[str], message: Any) -> None:
 
 
 def main() -> None:
-    """A worker: compile the kernels that standard input names, a line each, until it ends."""
+    """Run a worker: compile the kernels that standard input names, one per line, until it ends."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # what a library prints is no answer
+    os.dup2(2, 1)  # keep output of libraries apart from the answers
     job = json.loads(sys.stdin.readline())
     with contextlib.suppress(ImportError):
         importlib.import_module("_numba_cuda_redirector")  # numba-cuda's .pth file, where this interpreter skipped it

@@ -1,4 +1,4 @@
-"""From a kernel to machine code: Python → PTX (Numba) → cubin (nvJitLink) → the cache. No step needs a GPU."""
+"""Compiles a kernel to machine code: Python → PTX (Numba) → cubin (nvJitLink) → the cache. No step needs a GPU."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class Cubin:
     entry: str
     """The kernel's name in the machine code."""
     registers: int
-    """Registers a thread."""
+    """Registers per thread."""
     stack_bytes: int
     local_bytes: int
-    """Bytes of local memory a thread: what was spilled."""
+    """Bytes of local memory per thread, where registers are spilled."""
     cached: bool = False
     """Whether it came from the cache."""
 
@@ -57,7 +57,7 @@ class _Facts:
 
 
 def signature(types_: Sequence[str]) -> tuple[Any, ...]:
-    """Numba's types for the types of parameters: "f16*" is a pointer, "i64" and "f32" are numbers."""
+    """Numba's types for the types of parameters: "f16*" is a pointer, "i64" and "f32" are scalars."""
     from numba.cuda import types
 
     from .quant_traits import ELEMENT_TYPES
@@ -82,10 +82,10 @@ def check_parameters(kernel: Specialization) -> None:
 
 @contextlib.contextmanager
 def _compiling_for(capability: tuple[int, int]) -> Iterator[None]:
-    """Let Numba compile the device functions that a kernel calls for this capability.
+    """Make Numba compile device functions for this capability.
 
-    Numba asks the present GPU, if there is one, and keeps what it compiled: a process compiles for one capability only.
-    Raises `Error` for a second one.
+    Numba would otherwise ask the current GPU. It keeps the functions it has compiled, so a process can compile for one
+    capability only. Raises `Error` for a second one.
     """
     from numba.cuda import dispatcher
 
@@ -208,7 +208,7 @@ _PACKAGE = Path(__file__).parent.parent
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file that other processes see whole or not at all. Without space on the disk nothing is cached."""
+    """Write a file atomically: other processes see all of it or nothing. If the disk is full, nothing is cached."""
     try:
         handle, name = tempfile.mkstemp(dir=path.parent)
         with os.fdopen(handle, "wb") as file:

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from .program import CudaProgram
 
 LOOKAHEAD = 2
-"""Steps that are queued beyond the one whose token the host waits for."""
+"""Number of steps to queue beyond the one whose token the host waits for."""
 N_SLOTS = 64
-"""Slots for tokens; a power of two above `LOOKAHEAD`."""
+"""Number of slots for tokens; a power of two above `LOOKAHEAD`."""
 POLL_LIMIT = 2000
 """Polls of a slot, some µs each, before the host asks whether the device still works."""
 
@@ -53,7 +53,7 @@ class DeviceSamplerState:
             offset += aligned(count * ITEM_BYTES[dtype])
 
     def send(self, sampler: SamplerState) -> None:
-        """Put a copy of a sampler's state into the stream, after waiting for all that is in it."""
+        """Wait for the stream, then enqueue a copy of a sampler's state to the device."""
         self._device.synchronize()
         for name, array in self.arrays.items():
             offset = array.address - self.memory.address
@@ -63,7 +63,7 @@ class DeviceSamplerState:
 
 @dataclass(frozen=True)
 class _PendingStep:
-    """A decode step in the stream whose token the host has not taken yet."""
+    """A decode step in the stream whose token the host has not read yet."""
 
     number: int
     position: int
@@ -72,14 +72,14 @@ class _PendingStep:
 
 @dataclass(frozen=True)
 class _LastStep:
-    """The step after the last token that the host took; a run that asks for it continues what is queued."""
+    """The step after the last token that the host read. A run with these inputs continues with the queued steps."""
 
     token: int
     position: int
     sequence: int
     sampler: SamplerState
     count: int
-    """Tokens that the sampler had counted."""
+    """Number of tokens that the sampler had counted."""
 
 
 class DecodePipeline:
@@ -97,7 +97,7 @@ class DecodePipeline:
         self.launched = 0
         """Number of the last step that was put into the stream."""
 
-    # What follows a plan's steps
+    # Launches after a plan's steps
 
     def tail(self, n: int) -> list[Launch]:
         """Launches after the plan: sample over the first `n` tokens of the vocabulary (0: greedy, the plan's own
@@ -133,9 +133,9 @@ class DecodePipeline:
     # Tokens
 
     def next_token(self, tokens: int, sampler: SamplerState) -> int:
-        """Run the plan for the program's inputs and return the next token; queue more steps where they continue.
+        """Run the plan for the program's inputs and return the next token. Queues the steps that are likely to follow.
 
-        Raises `Error` for logits that are not numbers.
+        Raises `Error` if the logits hold NaN.
         """
         try:
             return self._next_token(tokens, sampler)
@@ -215,13 +215,13 @@ class DecodePipeline:
         self._last = None
 
     def logits_unchanged(self) -> None:
-        """The logits in memory are as the plan computed them: there is nothing to recompute."""
+        """Record that the logits in memory are those of the plan, so that nothing is recomputed."""
         self._penalized_tokens = 0
 
     def recompute_last(self) -> None:
-        """Run the host's last step again, if its values are to be read and are no longer in memory.
+        """Run the host's last step again if its values are no longer in memory, so that they can be read.
 
-        That is if the device has gone ahead of the host, or the repetition penalty has changed the logits.
+        They are gone if the device has run ahead of the host, or if the repetition penalty has changed the logits.
         """
         tokens = 1 if self._pending and self._last is not None else self._penalized_tokens
         if tokens:

@@ -1,7 +1,7 @@
-"""A GPU as the host sees it: devices, memory, loaded kernels, launches and CUDA graphs, through NVIDIA's driver.
+"""The host's view of a GPU: devices, memory, loaded kernels, launches and CUDA graphs, through NVIDIA's driver API.
 
-Kernels are launched by the driver's own call with plain integers: a launch by Numba takes the host 24 µs, this one 8,
-and a launch inside a CUDA graph less than one. `compiler` makes the machine code.
+Kernels are launched by a driver call with plain integers. A launch by Numba takes 24 µs of host time, this one 8, and a
+launch inside a CUDA graph less than one. `compiler` makes the machine code.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MIN_CAPABILITY = (7, 5)
 
 
 def check(result: tuple[Any, ...]) -> Any:
-    """The values that a driver call returns. Raises `DeviceError` with the driver's name and text of a failure."""
+    """Check a driver call and return its values. Raises `DeviceError` with the driver's error name and text."""
     code, *values = result
     if int(code):
         _, name = driver.cuGetErrorName(code)
@@ -97,7 +97,7 @@ def _free_host(context: Any, address: int) -> None:
 
 
 class Device:
-    """A GPU with a stream of its own, in the process's primary context, which other libraries share."""
+    """A GPU with its own stream, in the process's primary context, which other libraries share."""
 
     def __init__(self, name: str = "cuda") -> None:
         match = re.fullmatch(r"cuda(?::(\d+))?", name)
@@ -181,7 +181,7 @@ class Device:
 
 
 def versions() -> dict[str, str | None]:
-    """The versions of the driver (None where the system does not tell) and of CUDA that it supports."""
+    """Versions of the driver (None if the system does not tell) and of the CUDA that it supports."""
     number = int(check(driver.cuDriverGetVersion()))
     found = None
     with contextlib.suppress(OSError):
@@ -252,12 +252,12 @@ class PreparedLaunch:
         self._config = config
 
     def __call__(self) -> None:
-        """Put the launch into the stream."""
+        """Enqueue the launch in the stream."""
         check(driver.cuLaunchKernelEx(self._config, self._kernel.handle, self._arguments, 0))
 
 
 _capturing = threading.Lock()
-"""One capture at a time: a capture is of one stream, but the driver keeps its state for the whole process."""
+"""Held during a capture. A capture is of one stream, but the driver keeps its state for the whole process."""
 
 
 class CudaGraph:
@@ -284,7 +284,7 @@ class CudaGraph:
         self._destroy = weakref.finalize(self, _destroy_graph, device.context, self._graph)
 
     def replay(self) -> None:
-        """Put the whole graph into the stream."""
+        """Enqueue the whole graph in the stream."""
         check(driver.cuGraphLaunch(self._graph, self._device.stream))
 
 

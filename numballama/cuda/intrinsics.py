@@ -203,7 +203,7 @@ def ex2_approx(typingctx, x):  # type: ignore[no-untyped-def]
 
 
 def _copy(text: str, plain: str) -> Any:
-    """cp.async of a size; cards before sm_80 load and store at once."""
+    """cp.async of one size. Before sm_80 it is a load and a store, complete at once."""
 
     def typing(typingctx, to, source, count):  # type: ignore[no-untyped-def]
         def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -359,10 +359,10 @@ def ld_global_v4_u32(typingctx, where):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def no_unroll(typingctx):  # type: ignore[no-untyped-def]
-    """Keep the compiler from unrolling the loop that this is in, if its trip count is not a constant. No instruction.
+    """Keep the compiler from unrolling the enclosing loop, if its trip count is not a constant. Emits no instruction.
 
-    Kernels of a step are so short that fetching their instructions takes visible time: code that runs once must be
-    small.
+    Kernels of a step are so short that fetching their instructions takes measurable time. So code that runs once must
+    be small.
     """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -395,7 +395,7 @@ kernel may only read what no kernel of the same run writes: weights, inputs, key
 
 griddepcontrol_launch_dependents = intrinsic(_for_sm_90("griddepcontrol.launch_dependents;"))
 """griddepcontrol.launch_dependents: the next kernel's blocks may start once all blocks of this one have come here or
-ended (sm_90). They fill their rings while this kernel still works, and wait before they read its results.
+ended (sm_90). They fill their rings while this kernel is still running, and wait before they read its results.
 """
 
 

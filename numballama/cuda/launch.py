@@ -1,4 +1,4 @@
-"""What the host knows of a launch: operands in device memory, a kernel's arguments by name, grid and shared memory.
+"""Descriptions of launches: operands in device memory, a kernel's arguments by name, grid and shared memory.
 
 Nothing here imports Numba or NVIDIA's packages: a kernel is named by a `KernelRef` until it must be compiled.
 """
@@ -15,12 +15,12 @@ from ..quantization.types import LINEAR_TYPES, TYPE_TRAITS
 from ..registry import KernelRef
 
 PAYLOAD_TYPE = {name: "int8" if TYPE_TRAITS[name].bits == 8 else name for name in LINEAR_TYPES}
-"""Type of a weight → type of its payload in device memory. Scales are stored apart, so that of q8_0 is int8."""
+"""Type of a weight → type of its payload in device memory. Scales are stored separately, so q8_0 becomes int8."""
 QUANTIZED = tuple(dict.fromkeys(payload for payload in PAYLOAD_TYPE.values() if not TYPE_TRAITS[payload].is_float))
 """Types of payloads that have scales."""
 ITEM_BYTES = {payload: TYPE_TRAITS[payload].storage.itemsize for payload in PAYLOAD_TYPE.values()}
 ITEM_BYTES |= {"i8": 1, "i32": 4, "i64": 8, "f64": 8, "u64": 8, "u8": 1, "u32": 4}
-"""Bytes of an element. One of "q4_0" and the other packed types is a byte, which holds two 4-bit numbers."""
+"""Type → bytes of an element. An element of "q4_0" and the other packed types is a byte with two 4-bit quants."""
 
 
 def _elements_per_16_bytes(payload: str) -> int:
@@ -30,8 +30,8 @@ def _elements_per_16_bytes(payload: str) -> int:
 
 
 ELEMENTS_PER_16_BYTES = {payload: _elements_per_16_bytes(payload) for payload in PAYLOAD_TYPE.values()}
-"""Type of a payload → elements in 16 bytes of it. Those of q6_k hold the lower bits of 32 elements, in two groups of 16
-that have scales of their own: here it has 16."""
+"""Type of a payload → elements in 16 bytes of it. 16 bytes of q6_k hold the lower bits of 32 elements, in two groups of
+16 with a scale each; they count as 16 here."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Matrix:
         return self.shape[0] * (self.stride + scales)
 
     def arguments(self, name: str = "weight") -> dict[str, Argument]:
-        """The five arguments by which a kernel takes a weight; its parameter for the payload is called `name`."""
+        """The five arguments that pass a weight to a kernel, whose parameter for the payload is called `name`."""
         return {
             name: self.payload,
             "stride": self.stride,
@@ -98,9 +98,9 @@ class CudaKernel(Protocol):
 
 @dataclass(frozen=True)
 class Specialization:
-    """All that a kernel's machine code depends on, except the device: the kernel, its parameters, threads a block.
+    """What a kernel's machine code depends on, besides the device: the kernel, its parameters and threads per block.
 
-    `parameters` are (name, type) in order. A type is "f16*" for a pointer, "i64" or "f32" for a number. The names are
+    `parameters` are (name, type) in order. A type is "f16*" for a pointer, "i64" or "f32" for a scalar. The names are
     compared with those of the kernel when it is compiled (`compiler.check_parameters`).
     """
 
@@ -136,10 +136,10 @@ class Specialization:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel with its grid (blocks), threads a block, arguments and bytes of dynamic shared memory.
+    """A kernel with its grid (blocks), threads per block, arguments and bytes of dynamic shared memory.
 
     `kernel` is a `@cuda.jit` function, or a `KernelRef` that names one. `arguments` maps each of its parameters to an
-    argument, in the kernel's order. Write them as `named(tokens=…, x=…)`: no two arguments can change places unnoticed.
+    argument, in the kernel's order. Write them as `named(tokens=…, x=…)`, so that swapped arguments are an error.
     """
 
     kernel: KernelRef | CudaKernel
@@ -152,7 +152,7 @@ class Launch:
 
     @cached_property
     def specialization(self) -> Specialization:
-        """What its machine code depends on."""
+        """The kernel and all that its machine code depends on."""
         parameters = tuple(
             (name, f"{a.dtype}*" if isinstance(a, Array) else "f32" if isinstance(a, float) else "i64")
             for name, a in self.arguments.items()
@@ -177,16 +177,16 @@ class Launch:
 
 @dataclass(frozen=True)
 class LaunchContext:
-    """What an operator's launch function may know of the device and of the program it is bound for."""
+    """Facts about the device and the program, for an operator's launch function."""
 
     n_sms: int
     """Streaming multiprocessors of the device."""
     shared_limit: int
     """Bytes of shared memory a block may have."""
     tokens: Array
-    """i32[1] in device memory: how many tokens the current run has; at most the program's `max_tokens`."""
+    """i32[1] in device memory: number of tokens of the current run, at most the program's `max_tokens`."""
     zeros: Callable[[int], Array]
-    """zeros(n): n int32 that belong to the program, 0 at first. Kernels leave them 0."""
+    """zeros(n): allocate n int32 for the program, initially 0. Kernels set them back to 0."""
 
 
 def named(**arguments: Argument) -> dict[str, Argument]:

@@ -8,7 +8,7 @@ Swizzle: 16-bit tiles lie in shared memory in rows of 128 or 256 bytes. Chunk c 
 c xor (r mod 8), so the eight rows of one column of chunks lie in different banks. Rows begin at multiples of 128, so
 moving by two chunks is an xor of the whole address.
 
-`memory` arguments are pointers of which only the element type matters: uint16 for float16, int16 for bfloat16.
+Of a `memory` argument, a pointer, only the element type matters: uint16 for float16, int16 for bfloat16.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def _zeros(count: int) -> Any:
 
 
 zeros32, zeros64, zeros128 = (_zeros(count) for count in (32, 64, 128))
-"""Tuples of zeros in float32: a lane's part of a sum of tiles, before anything is added."""
+"""Tuples of float32 zeros: the initial value of a lane's sums."""
 
 
 @intrinsic
@@ -156,7 +156,7 @@ def ldmatrix_x4(typingctx, sums, a_at, b_at):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def mma_m16n8k16(typingctx, memory, sums, words):  # type: ignore[no-untyped-def]
-    """sums + A · Bᵀ of the fragments that `ldmatrix_x4` loaded, in the 16-bit type of `memory`: 8 tiles a row."""
+    """sums + A · Bᵀ of the fragments that `ldmatrix_x4` loaded, in the 16-bit type of `memory`: 8 tiles per row."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         totals, parts = _parts(builder, sums, args[1]), _parts(builder, words, args[2])
@@ -206,7 +206,7 @@ def ldmatrix_queries(typingctx, sums, at):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def mma_qk(typingctx, memory, queries, keys_at):  # type: ignore[no-untyped-def]
-    """Scores Q · Kᵀ of 16 queries and 64 keys, 32 float32 a lane. Lane l's address is of key (l mod 8) + 8 (l / 16),
+    """Scores Q · Kᵀ of 16 queries and 64 keys, 32 float32 per lane. Lane l's address is of key (l mod 8) + 8 (l / 16),
     chunk (l / 8) mod 2.
     """
 
@@ -303,8 +303,8 @@ row_scale = _by_row(None, lambda builder, x, rows: [builder.fmul(x[i], rows[i //
 
 @intrinsic
 def causal_mask(typingctx, scores, first, second):  # type: ignore[no-untyped-def]
-    """Scores with -infinity for keys after the last that a row may see: the lane's keys number `first` in its first row
-    and `second` in its second, counted from the lane's first key.
+    """Scores with -infinity for keys that a row does not see. The last that it sees is the lane's key number `first` in
+    its first row and number `second` in its second, counted from the lane's first key.
     """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]

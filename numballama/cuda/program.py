@@ -1,8 +1,8 @@
 """A plan bound to device memory: arena, inputs, launches, and the runs of its steps as CUDA graphs.
 
-All device memory is taken when a program is made. A step's launches are captured once as a CUDA graph, and once more
-for long contexts, where other kernels are faster. A replay runs them all; each kernel starts while the one before it
-still ends (programmatic dependent launch, on cards that have it). `decode_pipeline` queues steps ahead of the host.
+All device memory is allocated when a program is made. The launches of a run are captured once as a CUDA graph, and
+again for long contexts, where other kernels are faster. A replay runs them all. On sm_90 each kernel starts before the
+previous one has ended (programmatic dependent launch). `decode_pipeline` queues steps ahead of the host.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class RunInputs:
     """
 
     PINNED_COPIES = 8
-    """Runs whose inputs may wait in the stream at a time."""
+    """Maximum number of runs whose inputs wait in the stream."""
 
     def __init__(self, device: Device, graph: Graph) -> None:
         self._device = device
@@ -61,7 +61,7 @@ class RunInputs:
         self.device = {v.name: self.memory.array(offsets[v.name], v.shape, v.dtype) for v in values}
 
     def send(self, tokens: int, step: int) -> None:
-        """Put a copy of the present inputs into the stream. The decode step after it has number `step` + 1."""
+        """Enqueue a copy of the current inputs to the device. The decode step after it has number `step` + 1."""
         self._host_tokens[0], self._host_step[0] = tokens, step
         copy = self._sent % self.PINNED_COPIES
         if copy == 0 and self._sent:
@@ -79,7 +79,7 @@ def bind_step(step: Step, graph: Graph, ctx: LaunchContext, operands: Mapping[st
     that has a parameter which the operator does not provide.
     """
     arguments: list[Array | Matrix | float] = [operands[value.name] for value in graph.operands(step.op.inputs)]
-    # an output that updates an input in place is that input's memory: it is no operand of its own
+    # an output that updates an input in place is that input's memory: it is not a separate operand
     arguments += [operands[value.name] for value in graph.operands(step.op.outputs) if value.alias is None]
     scratch: dict[str, Value] = dict(zip(step.kernel.scratch, step.scratch, strict=True))
     for name in step.kernel.named:
@@ -117,7 +117,7 @@ class CudaProgram:
         self._owned.append(self.arena)
         device.fill(self.arena.address, 0, plan.arena_bytes)
         self.entries = 0
-        """How often the host has put work into the stream."""
+        """Number of times that the host has enqueued work in the stream."""
         self.values = self._place_values()
         self.ctx = LaunchContext(device.n_sms, device.shared_limit, self.run_inputs.tokens, self._zeros)
         operands = self.values | backend.weights.operands
@@ -126,12 +126,12 @@ class CudaProgram:
         self.variant_starts = sorted({
             launch.long_context_variant[0] for step in self.launches for launch in step if launch.long_context_variant
         })  # fmt: skip
-        """Positions from which on some launches have a faster variant."""
+        """Positions at which some launches change to a faster variant."""
         self._prepared: dict[int, list[list[PreparedLaunch]]] = {}
         self.pipeline = DecodePipeline(self)
 
     def _place_values(self) -> dict[str, Array | Matrix]:
-        """Device memory of each value and scratch array but the weights."""
+        """Allocate device memory for each value and scratch array, except weights."""
         plan, values = self.plan, dict[str, Array | Matrix](self.run_inputs.device)
         placed = {value.name: value for step in plan.steps for value in step.scratch} | plan.graph.values
         for name, place in plan.placements.items():
@@ -147,7 +147,7 @@ class CudaProgram:
     # Memory
 
     def array(self, name: str) -> Array:
-        """The device memory of a value that is no weight."""
+        """The device memory of a value that is not a weight."""
         value = self.values[name]
         assert isinstance(value, Array)
         return value
@@ -191,7 +191,7 @@ class CudaProgram:
         return sum(memory.nbytes for memory in self._owned)
 
     def free(self) -> None:
-        """Give the memory back."""
+        """Free the memory."""
         self._freed = True
         self._graphs.clear()
         for memory in self._owned:
@@ -213,16 +213,16 @@ class CudaProgram:
 
     @property
     def prepared_launches(self) -> list[list[PreparedLaunch]]:
-        """The prepared launches of each step, in the variants for the present inputs' positions."""
+        """The prepared launches of each step, in the variants for the positions of the current inputs."""
         return self._prepared_from(self.variant_start(self.max_position(self.plan.tokens)))
 
     def prepare_variants(self) -> None:
-        """Prepare the launches of all variants now, so that a long context need not wait for its own later."""
+        """Prepare the launches of all variants now, so that a long context does not wait for them later."""
         for start in (0, *self.variant_starts):
             self._prepared_from(start)
 
     def kernel_names(self) -> list[str]:
-        """For each step the kernels it launches at the inputs' positions, joined by "+"."""
+        """Names of the kernels that each step launches at the inputs' positions, joined by "+"."""
         return ["+".join(launch.name for launch in launches) for launches in self.prepared_launches]
 
     def max_position(self, tokens: int) -> int:
@@ -230,7 +230,7 @@ class CudaProgram:
         return int(self.inputs["positions"][:tokens].max()) if "positions" in self.inputs else 0
 
     def variant_start(self, position: int) -> int:
-        """The last of `variant_starts` that a position has reached; 0 before the first."""
+        """The largest of `variant_starts` that is not above a position; 0 before the first."""
         return max((start for start in self.variant_starts if start <= position), default=0)
 
     def _prepared_from(self, start: int) -> list[list[PreparedLaunch]]:
@@ -245,7 +245,7 @@ class CudaProgram:
         return [launch for step in self._prepared_from(start)[begin:end] for launch in step]
 
     def replay(self, key: GraphKey, launches: Callable[[], list[PreparedLaunch]]) -> None:
-        """Put a captured graph into the stream; the first time `launches` says what is captured."""
+        """Enqueue a captured graph in the stream. The first time, `launches` gives the launches to capture."""
         if key not in self._graphs:
             self._graphs[key] = CudaGraph(self._device, launches())
         self._graphs[key].replay()
@@ -257,7 +257,7 @@ class CudaProgram:
         """Run steps [begin, end) for the first `tokens` tokens of the inputs: one graph launch.
 
         With a sampler, run all steps, sample the next token on the device and return it; without one, return 0. Raises
-        `Error` for logits that are not numbers, `DeviceError` when the device fails.
+        `Error` if the logits hold NaN, `DeviceError` when the device fails.
         """
         last = len(self.plan.steps) if end is None else end
         if not (1 <= tokens <= self.plan.tokens and 0 <= begin <= last <= len(self.plan.steps)):
@@ -273,13 +273,13 @@ class CudaProgram:
         return 0
 
     def run_steps(self, tokens: int, begin: int, end: int) -> None:
-        """Run steps [begin, end) for the present inputs, without sampling."""
+        """Run steps [begin, end) for the current inputs, without sampling."""
         start = self.variant_start(self.max_position(tokens))
         self.run_inputs.send(tokens, self.pipeline.launched)
         self.replay((begin, end, start), lambda: self.prepared_steps(begin, end, start))
 
     def _claim_backend(self) -> None:
-        """Programs share the KV cache and the sampler's state, so steps that another one has queued are discarded."""
+        """Discard the steps that another program has queued: programs share the KV cache and the sampler's state."""
         self._require_open()
         self._device.make_current()
         before, self.backend.current = self.backend.current, self

@@ -1,8 +1,8 @@
-"""What kernels ask of a weight's or a KV cache's storage type, which is the element type of its pointer.
+"""Properties of storage types in kernels. The storage type of a weight or KV cache is the element type of its pointer.
 
 uint16 is float16, int16 is bfloat16, uint8 is two 4-bit integers of q4_0, `Packed` the integers of other block types.
-The first half answers questions about the type at compile time, so `if has_scales(weight)` costs nothing. The second
-half loads, stores and multiplies elements according to the type. Tables come from `quantization/types.py`.
+The first half are compile-time constants, so `if has_scales(weight)` costs nothing. The second half loads, stores and
+multiplies elements according to the type. The tables come from `quantization/types.py`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ PER_16_BYTES = {ELEMENT_TYPES[payload].name: count for payload, count in ELEMENT
 SCALED = tuple(ELEMENT_TYPES[payload].name for payload in QUANTIZED)
 """Names of the element types of weights that have scales."""
 ZERO_POINTS = {ELEMENT_TYPES[payload].name: float(TYPE_TRAITS[payload].zero_point) for payload in QUANTIZED}
-"""Name of such an element type → the unsigned integer that means 0."""
+"""Name of such an element type → its zero point, the unsigned quant that means 0."""
 
 
 def _constant(kind: Any, value: Any) -> Any:
@@ -71,10 +71,10 @@ is_packed = _constant(types.boolean, lambda name: name in PACKED)
 """is_packed(pointer): whether the element type is one of `PACKED`."""
 
 is_q4_1, is_q4_k, is_q6_k = (_constant(types.boolean, name.__eq__) for name in ("q4_1", "q4_k", "q6_k"))
-"""is_q4_k(pointer) …: whether it is this element type."""
+"""is_q4_k(pointer) and the like: whether the element type is this one."""
 
 zero_point = _constant(types.float32, lambda name: ZERO_POINTS.get(name) or 1.0)
-"""zero_point(pointer): zero point of the unsigned integers; the block's sum of activations is multiplied by it. 1 for
+"""zero_point(pointer): zero point of the unsigned quants; the block's sum of activations is multiplied by it. 1 for
 types that store a minimum of each block instead.
 """
 

@@ -1,15 +1,15 @@
-"""Rows of GGUF blocks repacked for the GPU, to be read in aligned words: the quants' lower four bits in one matrix (the
-payload), all else in another (the scales).
+"""Repacks rows of GGUF blocks for the GPU, which reads aligned words. The quants' lower four bits go to one matrix (the
+payload), everything else to another (the scales).
 
 Payload: 16 bytes for 32 quants, in the order of q4_0: byte j has quant j in its low half and j + 16 in its high half.
 
 Scales, type by type:
 
 - q4_1: for each block a word of two float16, d and m.
-- q4_k: a record of 80 bytes for 1024 elements, with the payload 4.625 bits an element. For each 32 elements two bytes,
+- q4_k: a record of 80 bytes for 1024 elements, with the payload 4.625 bits per element. For each 32 elements two bytes,
   their scale and min; then for each 256 a word of two float16, d and dmin. The last record of a row is padded with
   zeros.
-- q6_k: a record of 168 bytes for 512 elements, with the payload 6.625 bits an element. For each 32 elements 8 bytes
+- q6_k: a record of 168 bytes for 512 elements, with the payload 6.625 bits per element. For each 32 elements 8 bytes
   with the quants' upper two bits; then for each 16 a signed byte, their scale; then for each 256 a word, whose low half
   is the float16 d. The upper bits of quants j, j + 4, j + 8 and j + 12 are in byte j, lowest first; those of j + 16 …
   are in byte j + 4. The last record of a row is padded with zeros.
@@ -27,22 +27,22 @@ from ..quantization.blocks import Bytes
 from ..quantization.types import BLOCKS
 
 CHUNK_ELEMENTS = 1 << 17
-"""Elements that are repacked at a time, so that they and their results stay in the CPU's cache."""
+"""Number of elements to repack at a time. They and their results stay in the CPU's cache."""
 LOW, FOUR = np.uint64(0x0F0F0F0F0F0F0F0F), np.uint64(4)
 SIXTEEN = np.dtype(np.complex128)
-"""A NumPy type of 16 bytes, which are copied at once and unchanged."""
+"""A NumPy type of 16 bytes, which copies them at once and unchanged."""
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a block type is laid out in device memory."""
+    """The layout of a block type in device memory."""
 
     scales: str
     """Type of an element of the scales' matrix."""
     record: tuple[int, int]
-    """(elements of the scales' matrix, elements of the weight) of a record. A row's last one may be partly padding."""
+    """(elements of the scales' matrix, elements of the weight) per record. A row's last one may be partly padding."""
     split: Callable[[Bytes], tuple[Bytes, ...]]
-    """Blocks [blocks, bytes of a block] → their payload and their parts of a record, each [blocks, bytes]."""
+    """Splits blocks [blocks, bytes of a block] into their payload and their parts of a record, each [blocks, bytes]."""
 
     def stride(self, columns: int) -> int:
         """Elements of a row of the scales' matrix, for rows of `columns` elements."""
@@ -120,8 +120,8 @@ def _q6_k(blocks: Bytes) -> tuple[Bytes, ...]:
     count = len(blocks)
     payload = np.empty((count, 2, 2, 2, 16), np.uint8)
     _halves(blocks[:, :128].reshape(count, 2, 2, 32), payload)
-    # For each 128 elements 32 bytes, whose bits 2 p and 2 p + 1 belong to the p-th 32 of them: word w has elements from
-    # 4 w on, word w + 4 those 16 further. Wanted are words p with fields w: a transposition of 4 × 4 fields.
+    # 128 elements have 32 bytes, whose bits 2 p and 2 p + 1 belong to the p-th 32 elements. Word w has elements from 4
+    # w on, word w + 4 those 16 further. The result has words p with fields w: a transposition of 4 × 4 fields.
     words = np.ascontiguousarray(blocks[:, 128:192]).view(np.uint32).reshape(-1, 2, 4)
     fields = np.ascontiguousarray(words.transpose(2, 0, 1)).reshape(4, -1).view(np.uint64)
     for a, b in ((0, 2), (1, 3)):

@@ -1,8 +1,8 @@
 """Time the steps of a program on a GPU.
 
-Steps of a kind are measured together: the launches of all layers' instances, captured as one graph. No weight is then
-read twice, and each kernel starts while the one before ends, as in a real step. A whole step runs before each
-measurement, so that caches hold what they hold in a real one.
+Steps of equal kind are measured together: the launches of all layers are captured as one graph. So no weight is read
+twice, and each kernel starts before the previous one has ended, as in a real step. A whole step runs before each
+measurement, so that caches have the content that they have in a real step.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 ROUNDS = 9
 SMALL_BYTES = 1 << 20
-"""A step that moves fewer bytes is repeated within a measurement: in a real step, too, it finds them in a cache."""
+"""A step that moves fewer bytes is repeated within a measurement, because its data is in a cache in a real step too."""
 SMALL_REPEATS = 24
 WHOLE_STEPS = 10
-"""Whole steps in one measurement, one after the other."""
+"""Number of whole steps in one measurement."""
 SHORTEST_S = 1e-9
-"""Least seconds of a step: a rate is computed from them."""
+"""Lower bound of a step's time in seconds, so that a rate computed from it is finite."""
 
 
 def time_steps(program: CudaProgram, kinds: Sequence[Hashable], nbytes: Sequence[int]) -> tuple[list[float], float]:
@@ -38,7 +38,7 @@ def time_steps(program: CudaProgram, kinds: Sequence[Hashable], nbytes: Sequence
     whole = CudaGraph(device, [launch for launches in step_launches for launch in launches])
 
     def median(indices: Sequence[int]) -> float:
-        """Of these steps, one after the other. The device is busy when they are queued, so the host is not timed."""
+        """Median seconds of these steps. The device is busy while they are queued, so host time is not included."""
         graph = CudaGraph(device, [launch for index in indices for launch in step_launches[index]])
 
         def once() -> float:
@@ -53,7 +53,7 @@ def time_steps(program: CudaProgram, kinds: Sequence[Hashable], nbytes: Sequence
         groups.setdefault(kind, []).append(index)
     smallest = min(range(len(nbytes)), key=nbytes.__getitem__)
     one, many = median([smallest]), median([smallest] * 33)
-    replay_s = max(0.0, one - (many - one) / 32)  # what a replay takes beside its kernels
+    replay_s = max(0.0, one - (many - one) / 32)  # the overhead of a replay
     times = [0.0] * len(kinds)
     for indices in groups.values():
         repeats = ceil_div(SMALL_REPEATS, len(indices)) if nbytes[indices[0]] < SMALL_BYTES else 1

@@ -1,4 +1,4 @@
-"""A model's weights in device memory: how kernels want each laid out, and the upload through pinned buffers."""
+"""A model's weights in device memory: the layout that kernels read, and the upload through pinned buffers."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class WeightLayout:
         return self.scales_offset + aligned(scales)
 
     def operand(self, address: int) -> Array | Matrix:
-        """The weight at `address` as kernels take it."""
+        """The weight at `address`, as an operand of kernels."""
         shape = self.weight.shape
         payload = Array(address, shape, self.payload)
         if len(shape) == 1:
@@ -111,7 +111,7 @@ def _padded(rows: np.ndarray, stride: int) -> np.ndarray:
 
 
 def layout_of(weight: Weight) -> WeightLayout:
-    """How a weight is stored. Int8 groups that cross rows are divided into ones that do not, or become float32."""
+    """The layout for a weight. Int8 groups that cross rows are divided into smaller ones, or dequantised to float32."""
     kind, columns = weight.type.name, weight.shape[-1]
     if kind in ("f32", "f16", "bf16"):
         width = columns * ITEM_BYTES[kind]

@@ -11,11 +11,12 @@ from ..errors import FormatError
 from ..files import MappedFile, map_file
 
 MAX_JSON = 3 << 20
-"""Bytes. Parsed JSON can take 25 times its size. The directory of a model with 1,000 layers has 1.3 MB."""
+"""Maximum size in bytes. Parsed JSON can take 25 times its size. The directory of a model with 1,000 layers has 1.3 MB.
+"""
 
 
 def read_object(path: Path) -> Keys:
-    """The object in the file. Raises `FormatError` when the file holds something else, `Error` when there is none."""
+    """The object in the file. Raises `FormatError` when the file holds something else, `Error` when it is missing."""
     return parse_object(file := map_file(path), 0, file.size, path.name)
 
 
@@ -33,7 +34,7 @@ def parse_object(file: MappedFile, begin: int, end: int, what: str) -> Keys:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         table = dict(pairs)
         if len(table) < len(pairs):
-            raise ValueError("a key is there twice")
+            raise ValueError("a key occurs twice")
         return table
 
     try:
@@ -46,8 +47,8 @@ def parse_object(file: MappedFile, begin: int, end: int, what: str) -> Keys:
 
 
 class Keys:
-    """The keys of a JSON object. Getters give the default for a key that is missing or null, and raise `FormatError`
-    naming the key for a value of another type or out of range.
+    """The keys of a JSON object. Getters return the default for a key that is missing or null. They raise
+    `FormatError`, naming the key, for a value of another type or out of range.
     """
 
     def __init__(self, values: dict[str, Any], path: Path, what: str) -> None:

@@ -1,7 +1,7 @@
-"""Bounds on what a header may claim, where the size of the file does not bound it."""
+"""Limits on values of a header that the size of the file does not limit."""
 
 MAX_LAYERS = 1024
-"""Objects are made for each layer before its weights are looked for."""
+"""Maximum number of layers. Objects are made for each layer before its weights are looked up."""
 
 MAX_CONTEXT = 1 << 24
-"""Tokens. Tables as long as the context are computed from it."""
+"""Maximum context in tokens. Some tables have one row for each position."""

@@ -9,9 +9,9 @@ from ..config import INTERLEAVED, ModelConfig
 
 
 def row_order(config: ModelConfig, name: str, pairing: str) -> npt.NDArray[np.int64] | None:
-    """Order of the rows of weight `name` for `pairing`: row i of the result is row order[i]. None if nothing moves.
+    """Order of the rows of weight `name` for `pairing`: row i of the result is row order[i]. None if no row moves.
 
-    It concerns the projections, biases and norms of queries and keys, which RoPE rotates. From half-split to
+    Only projections, biases and norms of queries and keys change, because RoPE rotates these. From half-split to
     interleaved, dimension i of a head's first half and of its second half become neighbours.
     """
     heads = {"wq": config.n_heads, "bq": config.n_heads, "wk": config.n_kv_heads, "bk": config.n_kv_heads}

@@ -1,7 +1,7 @@
 """The safetensors container: a length, a JSON directory, then the tensors. https://github.com/huggingface/safetensors
 
-The safetensors library copies every tensor for NumPy, and has no bfloat16 there. Here a tensor is a view of the mapped
-file. Every claim of the directory is compared with the size of the file before it is used.
+The safetensors library copies every tensor for NumPy, and does not support bfloat16 there. Here a tensor is a view of
+the mapped file. Every length and offset is compared with the size of the file before it is used.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ WEIGHT_TYPES: dict[str, tuple[WeightType, type[np.generic]]] = {
     "F16": (F16, np.uint16),
     "BF16": (BF16, np.uint16),
 }
-"""Element types that weights may have → our type, and the elements of `Weight.data`."""
+"""Element types that weights may have → (our type, element type of `Weight.data`)."""
 
 _MAX_DIMS = 8
 _ALIGNMENT = 8

@@ -1,4 +1,4 @@
-"""What a format calls the weights of a model."""
+"""Names of a model's weights in a file format."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class TensorNames:
     top: Mapping[str, str]
     """Weights outside the layers: "tok_embeddings" → the whole name."""
     layer: Mapping[str, str]
-    """Weights of a layer: "wq" → what follows `prefix` and the layer's number."""
+    """Weights of a layer: "wq" → the name after `prefix` and the layer's number."""
     prefix: str
 
     def __getitem__(self, name: str) -> str:

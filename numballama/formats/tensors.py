@@ -1,4 +1,4 @@
-"""A tensor as it lies in a file, and a weight that is a view of it."""
+"""Position and type of a tensor in a file, and a weight that is a view of it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ..quantization.types import F32, WeightType
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """A tensor of a file, in C order: `nbytes` bytes from byte `offset`. `type` is the format's own name."""
+    """A tensor of a file, in C order: `nbytes` bytes from byte `offset`. `type` is the format's name of it."""
 
     file: MappedFile
     name: str

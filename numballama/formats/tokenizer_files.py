@@ -1,4 +1,4 @@
-"""`load_tokenizer`: opens every kind of tokenizer file, recognised by its content."""
+"""`load_tokenizer`: opens tokenizer files of every supported format, recognised by content."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ _NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer.bin")
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
     """Open the tokenizer file at `path`, recognised by its content, or the one in a directory.
 
-    In a directory it takes `tokenizer.json`, else `tokenizer.model`, else `tokenizer.bin`, else the only GGUF file. The
-    files beside a `tokenizer.json` say whether encoding adds BOS and EOS. Raises `FormatError` for a damaged file or an
-    unknown format, `UnsupportedError` for a known format that is not read, and `Error` when it cannot be opened.
+    In a directory it looks for `tokenizer.json`, `tokenizer.model`, `tokenizer.bin` and a single GGUF file, in this
+    order. The files beside a `tokenizer.json` say whether encoding adds BOS and EOS. Raises `FormatError` for a damaged
+    file or an unknown format, `UnsupportedError` for a known format that is not supported, and `Error` when the file
+    cannot be opened.
     """
     directory = expand_user(path)
     if os.path.isdir(directory):

@@ -1,1 +1,1 @@
-"""Weight types and conversions between them: one table of types, blocks, activations."""
+"""Weight types and conversions between them: the table of types, GGUF's blocks, and int8 activations."""

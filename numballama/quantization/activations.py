@@ -1,4 +1,4 @@
-"""How llama.cpp quantises activations to int8 for products with block types: the definition, in NumPy.
+"""Definition in NumPy of how llama.cpp quantises activations to int8 for products with block types.
 
 Float32 rows [T, D] become int8 quants [T, D], float32 scales [T, D / group] and sums of the quants [T, D / sum_group];
 `ACTIVATION_QUANT` has the sizes. The arithmetic is ggml's on x86 (quantize_row_q8_0, _q8_1, _q8_K), to the bit: a
@@ -28,7 +28,7 @@ Quantized = tuple[Quants, Floats, npt.NDArray[Any]]
 
 MAX_QUANT = np.float32(127)
 MIN_MAGNITUDE = np.float32(2.0**-120)
-"""Groups whose largest magnitude is below become zeros."""
+"""Groups whose largest magnitude is smaller become zeros."""
 
 
 def quantize_activations(kind: str, rows: Floats) -> Quantized:

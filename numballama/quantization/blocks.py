@@ -1,4 +1,4 @@
-"""GGUF's block types in NumPy: blocks to float32, exactly as ggml computes them, and for some types back.
+"""GGUF's block types in NumPy: decoding of blocks to float32 exactly as ggml does, and encoding for some types.
 
 Blocks are bytes, uint8 (blocks, block_bytes), or records, one a block, whose fields `TYPE_TRAITS` names. Values are
 float32 (blocks, block_size). Layouts and arithmetic are those of ggml-common.h and ggml-quants.c. Elements of a block's
@@ -50,8 +50,8 @@ def encode_f16(values: Floats) -> npt.NDArray[np.uint16]:
 
 
 def saturate(bits: npt.NDArray[np.uint16], values: Floats, infinity: int) -> npt.NDArray[np.uint16]:
-    """Replace infinity by the largest finite value wherever `values` are finite: one infinite weight would make all
-    logits NaN. Changes `bits` and returns it.
+    """Replace infinity by the largest finite value where `values` are finite, because one infinite weight would make
+    all logits NaN. Changes `bits` and returns it.
     """
     overflowed = ((bits & 0x7FFF) == infinity) & np.isfinite(values)
     bits[overflowed] -= 1
@@ -67,8 +67,9 @@ def _half(bits: npt.NDArray[Any]) -> Floats:
 
 
 def _unpack(packed: Bytes, bits: int, run: int) -> Bytes:
-    """Integers of `bits` bits, [n, bytes] → [n, bytes · 8 / bits]: for each `run` bytes first the lowest bits of all
-    its bytes, then the next ones."""
+    """Unpack integers of `bits` bits, [n, bytes] → [n, bytes · 8 / bits]: of each run of `run` bytes first the lowest
+    bits of all bytes, then the next ones.
+    """
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     quants = (packed.reshape(len(packed), -1, 1, run) >> shifts) & np.uint8((1 << bits) - 1)
     return quants.reshape(len(packed), -1)
@@ -188,7 +189,7 @@ REPACKERS: dict[tuple[str, str], Callable[[Records, Records], None]] = {
     ("q5_0", "q8_0"): _q5_0_to_q8_0,
     ("q3_k", "q6_k"): _q3_k_to_q6_k,
 }
-"""(type, another that holds every value it can hold) → a function that fills blocks of the second type, exactly."""
+"""(type, another type that can hold all its values) → function that fills blocks of the second type, exactly."""
 
 
 def repack(name: str, target: str, blocks: Bytes, out: Bytes) -> None:
@@ -252,5 +253,5 @@ def round_half_away(ratios: Floats) -> Floats:
     rounded = np.trunc(ratios)
     # Not trunc(ratio + 0.5): that would lift 0.49999997 to 1.
     rounded += np.copysign(np.abs(ratios - rounded) >= 0.5, ratios)
-    # Only a subnormal scale, itself rounded coarsely, leads beyond the range.
+    # Only a subnormal scale, which is itself rounded coarsely, gives values outside the range.
     return np.clip(rounded, -127, 127, out=rounded)

@@ -1,4 +1,4 @@
-"""Conversion between weight types, in chunks: beside the result it takes a few MB, however large the weight is."""
+"""Conversion between weight types, in chunks: besides the result it takes a few MB, however large the weight is."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from .blocks import (
 from .types import BF16, BLOCKS, F16, F32, WeightType
 
 DEFAULT_GROUP = 64
-"""Elements that share a scale in an int8 weight, unless the caller or the file says otherwise."""
+"""Default number of elements that share a scale in an int8 weight."""
 
 EXACT = frozenset(REPACKERS)
-"""(type, another) for block types that `convert` turns into another without changing a value."""
+"""Pairs (type, target) of block types that `convert` converts without changing a value."""
 
 _TARGETS = ("f32", "f16", "bf16", "int8", *ENCODERS)
 _CHUNK = 1 << 18  # elements: 1 MB as float32, so a chunk and its temporaries stay in the L2 cache
@@ -56,7 +56,7 @@ def convert(weight: Weight, target: WeightType) -> Weight:
     numel, traits = math.prod(weight.shape), target.traits
     if traits.is_block and weight.shape[-1] % traits.block_size:
         raise Error(
-            f"rows of {weight.shape[-1]} numbers are not a whole number of {target}'s blocks of {traits.block_size}"
+            f"rows of {weight.shape[-1]} elements are not a whole number of {target}'s blocks of {traits.block_size}"
         )
     group = traits.block_size if traits.is_block else max(target.group, 1)
     data = np.empty(numel // traits.block_size * traits.block_bytes // traits.storage.itemsize, traits.storage)
@@ -92,7 +92,7 @@ def dequantize(weight: Weight) -> npt.NDArray[np.float32]:
 
 
 def relative_error(source: Weight, result: Weight) -> float:
-    """How far `result` is from `source`: root mean squared error, divided by the root mean square of `source`."""
+    """Relative RMS error of `result`: root mean squared error, divided by the root mean square of `source`."""
     squared_error = total = 0.0
     for start in range(0, numel := math.prod(source.shape), _CHUNK):
         stop = min(start + _CHUNK, numel)

@@ -1,4 +1,4 @@
-"""Which weights change their type when a model is compiled with `dtype=…` or exported, to which, and the change."""
+"""Which weights are converted, to which type and how, when a model is compiled with `dtype=…` or exported."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from .types import FALLBACK_TYPE, TYPE_TRAITS, WeightType
 
 Dtype = Literal["f32", "f16", "bf16", "int8", "q8_0", "q4_0"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
-"""What `dtype` and `--quant` may be."""
+"""Values of `dtype=` and `--dtype`."""
 
 
 def weight_type(dtype: str, name: str, columns: int) -> WeightType:
-    """The type of weight `name`, with rows of `columns` elements, for a user's `dtype`. Int8 groups divide rows if they
-    can, which is faster.
+    """The type of weight `name`, with rows of `columns` elements, for a user's `dtype`. Int8 groups divide rows if
+    possible, which is faster.
 
     Raises `Error` if the rows are not whole blocks.
     """
@@ -29,8 +29,8 @@ def weight_type(dtype: str, name: str, columns: int) -> WeightType:
         return WeightType("int8", next((group for group in groups if columns % group == 0), DEFAULT_GROUP))
     if columns % (block := TYPE_TRAITS[dtype].block_size):
         raise Error(
-            f"{name} cannot become {dtype}: its rows of {columns} numbers are not a whole number of blocks of {block}; "
-            "int8 takes any rows"
+            f"{name} cannot become {dtype}: its rows of {columns} elements are not a whole number of blocks of "
+            f"{block}; int8 takes any rows"
         )
     return WeightType(dtype)
 
@@ -45,7 +45,7 @@ def fallback_types(weights: Mapping[str, Weight]) -> dict[str, WeightType]:
 def types_to_convert(
     config: ModelConfig, weights: Mapping[str, Weight], dtype: str | None, embeddings: bool = False
 ) -> dict[str, WeightType]:
-    """Name → type to convert to, for the weights that a user's `dtype` concerns and that do not have it yet.
+    """Name → type to convert to, for the weights that a user's `dtype` applies to and that do not have it yet.
 
     These are the matrices of linear layers, and the embedding table if it is the classifier too or `embeddings` is
     set. Vectors stay float32. `dtype` None changes nothing.

@@ -1,4 +1,4 @@
-"""How weights are stored: `TYPE_TRAITS` holds every fact about a storage type, and other tables are derived from it.
+"""Storage types of weights: `TYPE_TRAITS` has every fact about them, and other tables are derived from it.
 
 Names, ids, block layouts and field names are ggml's (`type_traits` in ggml.c, ggml-common.h).
 """
@@ -15,7 +15,7 @@ from ..memory import ceil_div
 
 @dataclass(frozen=True)
 class TypeTraits:
-    """What is true of every weight of one storage type."""
+    """Facts about one storage type of weights."""
 
     name: str
     bits: int
@@ -26,19 +26,19 @@ class TypeTraits:
     """One block in a file. `d`, `m` and `dmin` are float16 bits: the factor of the scales, the block's minimum, and the
     factor of the minimums."""
     gguf_id: int | None = None
-    """Type of a tensor in a GGUF file."""
+    """Number of the type in a GGUF file."""
     ftype: int | None = None
     """`general.file_type` of a GGUF file whose matrices mostly have this type."""
     scale_group: int = 0
-    """Elements that share a scale. 0: no scales, or, for int8, `WeightType.group` says."""
+    """Elements that share a scale. 0: no scales or, for int8, see `WeightType.group`."""
     zero_point: int = 0
-    """An unsigned quant that means 0: an element is scale · (quant - zero_point)."""
+    """The unsigned quant that means 0: an element is scale · (quant - zero_point)."""
     has_min: bool = False
     """Each scale has a minimum beside it: an element is scale · quant + minimum."""
     vec_dot_type: str | None = None
     """How int8 activations are quantised for a product with this type, a key of `ACTIVATION_QUANT`."""
     fallback: str | None = None
-    """The type that a weight is converted to when a model is loaded, for want of kernels."""
+    """For a type without kernels: the type that a weight is converted to when a model is loaded."""
 
     @property
     def block_bytes(self) -> int:
@@ -85,7 +85,7 @@ TYPE_TRAITS: dict[str, TypeTraits] = {
         TypeTraits(
             "q5_0", 5, 32, _block(("d", "<u2"), ("qh", "u1", 4), ("qs", "u1", 16)),
             gguf_id=6, ftype=8, scale_group=32, zero_point=16, vec_dot_type="q8_0",
-            fallback="q8_0",  # which holds the same numbers
+            fallback="q8_0",  # holds the same values
         ),
         TypeTraits(
             "q5_1", 5, 32, _block(("d", "<u2"), ("m", "<u2"), ("qh", "u1", 4), ("qs", "u1", 16)),
@@ -98,7 +98,7 @@ TYPE_TRAITS: dict[str, TypeTraits] = {
         TypeTraits(
             "q3_k", 3, 256, _block(("hmask", "u1", 32), ("qs", "u1", 64), ("scales", "u1", 12), ("d", "<u2")),
             gguf_id=11, ftype=12, scale_group=16, zero_point=4, vec_dot_type="q8_k",
-            fallback="q6_k",  # which holds the same numbers
+            fallback="q6_k",  # holds the same values
         ),
         TypeTraits(
             "q4_k", 4, 256, _block(("d", "<u2"), ("dmin", "<u2"), ("scales", "u1", 12), ("qs", "u1", 128)),
@@ -122,8 +122,8 @@ TYPE_TRAITS: dict[str, TypeTraits] = {
 class WeightType:
     """The storage type of a weight.
 
-    `name` is a key of `TYPE_TRAITS`. `group` is for "int8" only, whose scales are float32 numbers in an array of their
-    own: one for every `group` consecutive elements of the flat tensor, of which the last group may be short.
+    `name` is a key of `TYPE_TRAITS`. `group` is for "int8" only, whose float32 scales are in a separate array: one for
+    every `group` consecutive elements of the flat tensor. The last group may be short.
     """
 
     name: str
@@ -152,7 +152,7 @@ Q4_K = WeightType("q4_k")
 Q6_K = WeightType("q6_k")
 
 LINEAR_TYPES = tuple(name for name, traits in TYPE_TRAITS.items() if not traits.fallback)
-"""Types that every backend multiplies with as they are."""
+"""Types for which every backend has kernels."""
 
 KVType = Literal["f32", "f16", "bf16"]
 KV_TYPES = tuple(name for name, traits in TYPE_TRAITS.items() if traits.is_float)
@@ -165,12 +165,12 @@ BLOCKS = {name: (traits.block_size, traits.block_bytes) for name, traits in TYPE
 """GGUF's block types → (elements of a block, its bytes)."""
 
 FALLBACK_TYPE = {name: WeightType(traits.fallback) for name, traits in TYPE_TRAITS.items() if traits.fallback}
-"""Types that files have and backends do not → what such a weight becomes when a model is loaded."""
+"""Types without kernels → the type that such a weight is converted to when a model is loaded."""
 
 VEC_DOT_TYPE = {
     name: traits.vec_dot_type for name, traits in TYPE_TRAITS.items() if traits.vec_dot_type and not traits.fallback
 }
-"""Block types that backends multiply with int8 activations → how these are quantised, as in llama.cpp."""
+"""Block types with kernels for int8 activations → how these activations are quantised, as in llama.cpp."""
 
 
 class ActivationQuant(NamedTuple):
@@ -179,9 +179,9 @@ class ActivationQuant(NamedTuple):
     group: int
     """Elements that share a scale."""
     sum_group: int
-    """Elements that each sum is over."""
+    """Elements per sum."""
     sum_dtype: str
-    """"i32": a sum of int8 numbers; "f32": that times the group's scale, rounded to float16."""
+    """"i32": the sum of int8 quants; "f32": this sum times the group's scale, rounded to float16."""
 
 
 ACTIVATION_QUANT = {
@@ -189,4 +189,4 @@ ACTIVATION_QUANT = {
     "q8_1": ActivationQuant(32, 32, "f32"),
     "q8_k": ActivationQuant(256, 16, "i32"),
 }
-"""Name of a way to quantise activations, ggml's type of them → its sizes."""
+"""ggml's name of a type of quantised activations → its sizes."""

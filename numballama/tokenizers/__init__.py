@@ -1,1 +1,1 @@
-"""Tokenizers, text ↔ ids: a module for each kind. `numballama.formats.tokenizer_files` opens their files."""
+"""Tokenizers, text ↔ ids: a module for each type. `numballama.formats.tokenizer_files` opens their files."""

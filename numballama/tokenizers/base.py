@@ -1,4 +1,4 @@
-"""`Tokenizer`, the base class of all of them: text ↔ ids, a decoder for streams, a vocabulary for writers."""
+"""`Tokenizer`, the base class of all tokenizers: text ↔ ids, a decoder for streams, a vocabulary for writers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from typing import SupportsIndex
 from ..errors import Error
 
 MAX_VOCAB = 1 << 20
-"""Maximum number of tokens in a vocabulary: four times the largest known one. It bounds the memory that one takes."""
+"""Maximum number of tokens in a vocabulary: four times the largest known one. It limits memory."""
 
 SPACE = "▁"  # a space, in the pieces of a vocabulary
 UNKNOWN_TEXT = " ⁇ ".encode()  # as sentencepiece shows it
@@ -23,8 +23,9 @@ BYTE_PIECE = re.compile(rb"<0x([0-9A-F]{2})>")
 
 
 class TokenKind(Enum):
-    """What a token contributes to text: characters; bytes of UTF-8, which may end inside a character (one for a byte
-    piece, several for a token of byte-level BPE); nothing; or a mark for unknown text."""
+    """What a token contributes to text: whole characters; bytes of UTF-8 that may end inside a character (one for a
+    byte piece, several for a token of byte-level BPE); nothing; or a mark for unknown text.
+    """
 
     TEXT = "text"
     BYTE = "byte"
@@ -66,7 +67,7 @@ class Vocabulary:
     add_eos: bool = False
     add_space_prefix: bool = True
     notes: tuple[str, ...] = ()
-    """What the source tokenizer does that this description cannot express, a sentence each."""
+    """Features of the source tokenizer that this description cannot express, one sentence each."""
     model: str = "llama"
     merges: Sequence[bytes] = ()
     pre: str | None = None
@@ -79,8 +80,9 @@ class Tokenizer(ABC):
     """Whether encoding puts BOS before a text, and EOS after it."""
 
     invalid = "numballama.replace-bytes"
-    """Python's name for how `decode` replaces invalid UTF-8. This one writes one U+FFFD for each byte, as
-    sentencepiece does."""
+    """Python's name of the error handler with which `decode` replaces invalid UTF-8. This one writes one U+FFFD for
+    each byte, as sentencepiece does.
+    """
 
     def __init__(self, vocab_size: int, bos_id: int | None, eos_id: int | None, strip: Strip) -> None:
         self.vocab_size, self.bos_id, self.eos_id = vocab_size, bos_id, eos_id
@@ -118,7 +120,7 @@ class Tokenizer(ABC):
         """Text → id of the tokens that `encode` produces with `special=True` only, control tokens among them."""
 
     def prepare(self) -> None:  # noqa: B027  (most have nothing to do)
-        """Do the work that the first `encode` would wait for. Raises `FormatError` for damage that shows only now."""
+        """Do the work that would delay the first `encode`. Raises `FormatError` for damage that is found only now."""
 
     def decode(self, ids: Iterable[SupportsIndex]) -> str:
         """Ids → text, without the leading space that encoding adds. Invalid UTF-8 becomes U+FFFD."""

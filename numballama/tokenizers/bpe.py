@@ -31,9 +31,9 @@ BYTE_TO_UNICODE = {byte: character for character, byte in UNICODE_TO_BYTE.items(
 class BPETokenizer(Tokenizer):
     """A BPE model. The library encodes; decoding is done here.
 
-    `build` makes the library's tokenizer when it is first needed, because large ones take half a second. It contains
-    the added tokens, which `added` maps to their ids; those in `special` contribute no text. `pieces[id]` is None where
-    an id is not used.
+    `build` makes the library's tokenizer when it is first needed, because a large one takes half a second. It contains
+    the added tokens, which `added` maps to their ids; those in `special` contribute no text. `pieces[id]` is None for
+    an unused id.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class BPETokenizer(Tokenizer):
 
     def _encode_text(self, text: str) -> list[int]:
         ids = self._run(self._plain, text)
-        if not self._added_ids.isdisjoint(ids):  # a word that is an added token and is in the model as well
+        if not self._added_ids.isdisjoint(ids):  # a word that is both an added token and in the model
             ids = [
                 part for token in ids for part in (self._byte_tokens(token) if token in self._added_ids else [token])
             ]
@@ -138,7 +138,7 @@ class BPETokenizer(Tokenizer):
             types[token] = PieceType.CONTROL if token in self._special else PieceType.USER_DEFINED
         notes: tuple[str, ...] = ()
         if self._library.normalizer is not None:
-            notes = ("the tokenizer normalises its text, which GGUF does not: ids differ on text that is not normal",)
+            notes = ("the tokenizer normalises text, which GGUF does not: ids differ on text that is not normalised",)
         return Vocabulary(
             [f"[HOLE{token}]".encode() if p is None else p.encode() for token, p in enumerate(self._pieces)],
             (),
@@ -181,14 +181,14 @@ class BPETokenizer(Tokenizer):
 
     @property
     def unreachable(self) -> list[int]:
-        """Ids whose text is another id's as well. No text becomes them, and a `tokenizer.json` cannot hold them."""
+        """Ids with the same text as another id. Encoding never gives them, and a `tokenizer.json` cannot hold them."""
         find = self._library.token_to_id
         return [token for token, piece in enumerate(self._pieces) if piece is not None and find(piece) != token]
 
 
 @contextlib.contextmanager
 def library_errors(message: str, path: str | PathLike[str] | None = None) -> Iterator[None]:
-    """Turn what the library raises, Rust panics included, into an `Error`; into a `FormatError` if `path` is given."""
+    """Turn the library's exceptions, Rust panics included, into an `Error`, or a `FormatError` if `path` is given."""
     try:
         yield
     except Error:

@@ -1,9 +1,10 @@
 """The tokenizer that GGUF calls "llama": sentencepiece's BPE, from pieces, scores and types.
 
-The sentencepiece library, given a `ModelProto` built from these, agrees on every line of tests/golden/lines.py unless
-there are user-defined pieces: it does not start a new text behind one, so 4,562 of 5,000 lines that hold one get other
-ids than llama.cpp's. It also refuses vocabularies with an empty piece or two of one text, and takes twice the time to
-load (32,000 pieces: 56 ms and 37 ms of import, against 26 ms), though it encodes 10 times as fast.
+Why not the sentencepiece library, with a `ModelProto` built from these: it agrees on every line of
+tests/golden/lines.py, but not if there are user-defined pieces. It does not start a new text after such a piece, so
+4,562 of 5,000 lines with one get other ids than llama.cpp's. It also refuses vocabularies with an empty piece or with
+two pieces of the same text. It encodes 10 times as fast, but takes longer to load (32,000 pieces: 56 ms and 37 ms of
+import, against 26 ms).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ class GgufTokenizer(ScoredTokenizer):
     """Ids are sentencepiece's for the model that the vocabulary came from, if that model neither normalises text nor
     has user-defined pieces.
 
-    User-defined pieces are cut out of a text first, the longest first. The text between them is encoded as separate
-    texts, each with its own space in front, as llama.cpp does and as such models were trained.
+    User-defined pieces are cut out of a text first, the longest first. The parts between them are encoded as separate
+    texts, each with a space in front, as llama.cpp does and as such models were trained.
     """
 
     def __init__(self, vocabulary: Vocabulary) -> None:
@@ -82,7 +83,7 @@ class GgufTokenizer(ScoredTokenizer):
         return result
 
     def _byte_fallback(self, symbol: bytes) -> list[int]:
-        """The byte tokens of a character that is no piece, else the unknown token."""
+        """The byte tokens of a character that is not a piece; the unknown token if there are no byte tokens."""
         if all(byte in self._byte_ids for byte in symbol):
             return [self._byte_ids[byte] for byte in symbol]
         if (unknown := self._vocabulary.unknown_id) is None:

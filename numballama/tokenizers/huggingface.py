@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
 
 MAX_TOKENIZER = 1 << 27
-"""Bytes of a tokenizer.json; the largest known has 33 million."""
+"""Maximum size of a tokenizer.json in bytes. The largest known has 33 million."""
 
 
 @dataclass(frozen=True)
 class TokenSettings:
-    """What the files beside a tokenizer say about BOS and EOS; None where they do not say it."""
+    """BOS and EOS according to the files beside a tokenizer. None: the files do not say."""
 
     bos: str | None = None
     """Text of the token."""
@@ -77,7 +77,7 @@ class _Rules:
 
 
 def _rules(library: Library, settings: TokenSettings, ids: Mapping[str, int], path: Path) -> _Rules:
-    """What encoding puts before and after a text: as the settings say, else as the post-processor does."""
+    """Tokens that encoding adds to a text: according to the settings, otherwise according to the post-processor."""
     bos, eos = (ids.get(text or "") for text in (settings.bos, settings.eos))
     with library_errors("a tokenizer.json whose post-processor fails", path):
         encoded = library.encode("a")

@@ -1,5 +1,5 @@
-"""Pre-tokenizers: the regular expressions that split a text into words, within which byte-level BPE merges, by the
-names that GGUF gives them."""
+"""Pre-tokenizers by their names in GGUF: regular expressions that split a text into words. Byte-level BPE merges only
+within a word."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ _QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 
 @dataclass(frozen=True)
 class PreTokenizer:
-    """Regular expressions, each of which splits further what the one before it left."""
+    """Regular expressions. Each of them splits the results of the previous one."""
 
     patterns: tuple[str, ...]
     ignore_merges: bool = False
-    """A word that is a token becomes that token, whether merges lead there or not."""
+    """A word that is a token becomes that token, even if merges do not lead to it."""
     add_bos: bool = False
-    """Unless the file says otherwise."""
+    """Whether encoding adds BOS, unless the file says otherwise."""
 
 
 LLAMA3 = PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True)
@@ -50,7 +50,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {
     "refact": DIGITS,
     "command-r": DIGITS,
 }
-"""`tokenizer.ggml.pre` → what it means. Writers use the first of several names for one pre-tokenizer."""
+"""`tokenizer.ggml.pre` → pre-tokenizer. Writers use the first of several names for the same one."""
 
 
 def build_pre_tokenizer(rules: PreTokenizer) -> LibraryPreTokenizer:

@@ -1,4 +1,4 @@
-"""Merging by score, the core of sentencepiece's BPE: what llama2c.py and gguf.py share."""
+"""Merging by score, the core of sentencepiece's BPE, for llama2c.py and gguf.py."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ NO_TOKEN, MERGED = -1, -2
 
 
 class ScoredTokenizer(Tokenizer):
-    """A vocabulary of pieces with scores. Encoding repeatedly joins the adjacent pair whose joint piece has the best
-    score, the leftmost of equals.
+    """A vocabulary of pieces with scores. Encoding repeatedly joins the adjacent pair whose joint piece has the highest
+    score; of equal scores, the leftmost pair.
 
     `ids` maps the pieces that a merge may produce to their ids.
     """

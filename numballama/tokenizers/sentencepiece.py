@@ -65,13 +65,13 @@ class SentencePieceTokenizer(Tokenizer):
             raise UnsupportedError("a sentencepiece model whose model_type is not BPE cannot be expressed")
         if trainer.get(24, 0) or not normalizer.get(5, 1):
             raise UnsupportedError(
-                "a sentencepiece model that puts spaces behind words, or drops them, cannot be expressed"
+                "a sentencepiece model that puts spaces after words, or drops them, cannot be expressed"
             )
         notes = []
         if normalizer.get(2) or normalizer.get(4, 1):
             notes.append(
                 "the sentencepiece model normalises its text (Unicode forms, repeated spaces), which GGUF does not: "
-                "ids differ on text that is not normal"
+                "ids differ on text that is not normalised"
             )
         bos, eos, unknown = self.bos_id, self.eos_id, self._model.unk_id()
         prefix = bool(normalizer.get(3, 1))

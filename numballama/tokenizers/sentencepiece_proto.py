@@ -1,5 +1,5 @@
-"""A reader for the protobuf wire format. sentencepiece's Python interface hides the types of pieces and how text is
-normalised; both are fields of its `ModelProto`.
+"""A reader of the protobuf wire format. sentencepiece's Python interface does not give the types of pieces and the
+normalisation of text; both are fields of its `ModelProto`.
 """
 
 from __future__ import annotations

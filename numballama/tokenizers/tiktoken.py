@@ -14,7 +14,7 @@ from .bpe import BYTE_TO_UNICODE, BPETokenizer, build_library, library_errors
 from .pretokenizers import LLAMA3, build_pre_tokenizer
 
 MAX_TOKEN = 1 << 10
-"""Bytes of a token; the longest of Llama 3 has 128."""
+"""Maximum size of a token in bytes. The longest of Llama 3 has 128."""
 
 _LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} [0-9]{1,7}\r?\n")
 _NAMED = {
@@ -31,7 +31,7 @@ _SPECIAL = 256
 
 
 def _special_tokens() -> list[str]:
-    """The 256 tokens after the ranks, by Llama 3.1's names; those without one are "reserved" and numbered."""
+    """The 256 tokens after the ranks, with Llama 3.1's names. Tokens without a name are "reserved" and numbered."""
     names: list[str] = []
     reserved = 0
     for number in range(_SPECIAL):

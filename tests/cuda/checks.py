@@ -150,7 +150,7 @@ def close(got: np.ndarray, want: np.ndarray, what: str, share: float = SHARE) ->
 def check_runs(
     pair: Pair, counts: Sequence[int], chunk: int, fusions: bool | Sequence[str], logits: str = "last"
 ) -> None:
-    """Prefill and decoding of every sequence, step by step: `counts` tokens a run, 1 by the decode program."""
+    """Prefill and decoding of every sequence, step by step: `counts` tokens per run, 1 by the decode program."""
     prefill, decode = pair.programs(chunk, logits, fusions), pair.programs(1, "last", fusions)
     poison(prefill[0])
     poison(decode[0])

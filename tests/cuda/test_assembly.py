@@ -33,7 +33,7 @@ REGISTERS = 65536
 STACK = {
     # sine and cosine of float64 reduce large angles in a function of their own, which keeps a table of digits
     "rope_angles_kernel": {"9.0": 40, "8.0": 40, "7.5": 40},
-    # three blocks leave 80 registers a thread: some addresses of quantised weights are put aside while x is staged
+    # three blocks leave 80 registers per thread: some addresses of quantised weights are put aside while x is staged
     "linear_kernel": {"9.0": 16, "8.0": 56, "7.5": 40},
     "gate_up_kernel": {"9.0": 32, "8.0": 64, "7.5": 48},
     "qkv_kernel": {"9.0": 40, "8.0": 80, "7.5": 56},

@@ -41,7 +41,7 @@ def vocabulary(folder: Path) -> Path:
 
 
 def tiktoken(folder: Path) -> Path:
-    """A line a token, by rank."""
+    """A line per token, by rank."""
     import base64
 
     from numballama.tokenizers.bpe import UNICODE_TO_BYTE

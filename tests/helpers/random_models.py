@@ -57,7 +57,7 @@ def save(folder: Path, name: str, config: ModelConfig = SMALL, seed: int = 0) ->
 
 @st.composite
 def configs(draw: st.DrawFn, biases: bool = False) -> ModelConfig:
-    """Small shapes of every kind: one head or many, 1 to 8 queries a key, odd sizes, tied or not, biases if asked."""
+    """Small shapes of every kind: one head or many, 1 to 8 queries per key, odd sizes, tied or not, biases if asked."""
     n_kv_heads = draw(st.integers(1, 3))
     n_heads = n_kv_heads * draw(st.integers(1, 8))
     return ModelConfig(

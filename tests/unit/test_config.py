@@ -27,7 +27,7 @@ CONFIG = ModelConfig(64, 96, 2, 4, 2, 40, 16)
         ("norm_eps", -1e-6, "norm_eps must be finite and not negative"),
         ("norm_eps", math.nan, "norm_eps must be finite and not negative"),
         ("window", -1, "window must be from 0"),
-        ("rope_scaling", RopeScaling("factors", factors=(1.0,)), "8 pairs a head, found 1 factors"),
+        ("rope_scaling", RopeScaling("factors", factors=(1.0,)), "8 pairs per head, found 1 factors"),
     ],
 )
 def test_contradictions_are_refused(field: str, value: Any, match: str) -> None:

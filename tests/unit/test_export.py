@@ -230,7 +230,7 @@ def test_ids_that_end_a_turn_go_along(tmp_path: Path) -> None:
     write_safetensors(tmp_path / "Model-2.5", config, random_checkpoint(config).weights, eos_ids=(2, 7, 9))
     save_gguf(tmp_path / "tokenizer.gguf", WIDE, tokenizer=letters(300))
     done = export_model(tmp_path / "Model-2.5", tmp_path / "m.gguf", "gguf", tokenizer=tmp_path / "tokenizer.gguf")
-    assert done.notes == ("GGUF has no place for more ids that end a text: 9 are lost",)
+    assert done.notes == ("GGUF holds two ids that end a text; left out: 9",)
     assert set(open_checkpoint(tmp_path / "m.gguf").stop_token_ids) == {2, 7}
     assert Header(map_file(tmp_path / "m.gguf")).text("general.name") == "Model-2.5"
 

@@ -1,4 +1,4 @@
-"""What every kernel file uses: decorators, the start of a kernel, KV-cache addressing and small arithmetic."""
+"""Helpers of all kernel files: decorators, the start of a kernel, KV-cache addressing and small arithmetic."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def pdl_sync():
 def is_padding_token(tokens):
     """Whether this block's token, blockIdx.y, is beyond the tokens[0] tokens of this run.
 
-    A program is launched with a grid for the most tokens it can take. Blocks of the tokens that are missing return.
+    A program is launched with a grid for its maximum number of tokens. Blocks without a token return at once.
     """
     return cuda.gridDim.y > 1 and cuda.blockIdx.y >= tokens[0]
 

@@ -1,8 +1,8 @@
-"""Copy of a large array: the memory bandwidth that this device reaches, as a yardstick for every other kernel.
+"""Copies a large array, to measure the memory bandwidth that this device reaches. Other kernels are compared with it.
 
 Shape: float32[n], n a multiple of `BLOCK_ELEMENTS`, larger than any cache. Each thread moves 16 bytes four times and
 has all four loads in flight; a block's loads are contiguous, so a warp reads whole cache lines. Bytes moved are those
-read plus those written; the floor is that number divided by the memory's bandwidth.
+read plus those written; the floor is that number divided by the memory bandwidth.
 """
 
 from __future__ import annotations

@@ -8,11 +8,11 @@ Data layout. The keys of one head are contiguous, so a warp reads one stream. A 
 lanes, 16 bytes each, and a warp holds 32 / lanes keys at once. Each such group of lanes keeps a running maximum, sum of
 exponentials and weighted sum of values; groups are merged at the end in shared memory.
 
-Why. The step reads 2 · length · head_dim · bytes a KV head and does little arithmetic, so bandwidth is the floor: with
-8 KV heads of 128 float16 a length of 8,192 is 34 MB a layer, 7 µs at 4.8 TB/s. Hence:
+Why. The step reads 2 · length · head_dim elements per KV head and does little arithmetic, so bandwidth is the floor:
+with 8 KV heads of 128 float16, a length of 8,192 is 34 MB per layer, 7 µs at 4.8 TB/s. Hence:
 
 - Keys come through a ring in shared memory by asynchronous copies that start before q is known.
-- A short context has one block a head. A long context is split over blocks (split-K, as Flash-Decoding), and query
+- A short context has one block per head. A long context is split over blocks (split-K, as Flash-Decoding), and query
   heads that share a KV head are computed `HEADS_PER_BLOCK` at a time, so that a key is read once for them. The block
   that finishes last merges the splits; no second kernel is launched.
 """
@@ -62,7 +62,7 @@ from .params import PLAIN_ATTENTION_THREADS as PLAIN_THREADS
 from .reduce import block_max, block_sum, warp_max, warp_sum
 
 LOWEST_SCORE = np.float32(-1e30)
-"""Score of a key that is not there, and maximum of no scores. Finite: the difference of two is 0 and not NaN."""
+"""Score of a key that does not exist, and maximum of no scores. Finite, so that the difference of two is 0, not NaN."""
 
 
 @device
@@ -81,8 +81,8 @@ def fetch_keys(slot, key_at, value_at, byte_step, wanted, next_wanted):
 
 @device
 def lane_position(begin, k_cache, head_dim, lanes):
-    """What of the keys from `begin` on is this lane's: (its first key, distance to its next key, first element that it
-    holds of each key, whether it holds any: head_dim may be less than the lanes can hold).
+    """This lane's share of the keys from `begin` on: (first key, distance to the next key, first element of each key,
+    whether it has any). `head_dim` may be smaller than the lanes have room for.
     """
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
     keys_at_once = 32 // lanes
@@ -205,7 +205,7 @@ def merge_groups(max_score, exp_sum, acc, lanes, shared, head_dim, inverse_head_
     """Merge the block's groups of lanes into shared memory: head h's values at h · (head_dim + 4), then its maximum and
     its sum of exponentials.
 
-    Every group writes what it has; one warp a head computes the groups' weights from their maxima; one thread an
+    Every group writes what it has; one warp a head computes the groups' weights from their maxima; one thread per
     element adds up.
     """
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
@@ -260,10 +260,10 @@ def merge_groups(max_score, exp_sum, acc, lanes, shared, head_dim, inverse_head_
 
 @device
 def split_weights(partials, first, splits, heads_here, splits_used, head_dim, shared):
-    """Weights of each head's splits from their maxima, and the total of their weighted sums, into shared memory.
+    """Write the weights of each head's splits, and the total of their weighted sums of exponentials, to shared memory.
 
-    A warp a head, a lane a split: element SPLIT_WEIGHTS · h + i is split i's weight, SPLIT_WEIGHTS · h + MAX_SPLITS
-    the total.
+    One warp per head, one lane per split. Element SPLIT_WEIGHTS · h + i is the weight of split i, and element
+    SPLIT_WEIGHTS · h + MAX_SPLITS the total.
     """
     lane, warp, part_size = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, head_dim + 2
     if warp < heads_here:
@@ -290,8 +290,8 @@ def weighted_element(partials, first, part_size, shared, weights_at, part, split
 
 @device
 def split_range(length, window, part, splits):
-    """(begin, end, splits used): the keys of split number `part`, for a token that is the last of `length`. It has none
-    unless part < splits used.
+    """(begin, end, splits used): the keys of split number `part`, for a token that is the last of `length`. A split
+    beyond `splits used` has none.
     """
     first = first_visible(length, window)
     seen = length - first
@@ -318,7 +318,7 @@ def write_output(
     shared,
     is_last,
 ):
-    """Write what `merge_groups` left: the result, or this block's split; the last block to finish merges the splits."""
+    """Write the result of `merge_groups`, or this block's split of it. The last block to finish merges the splits."""
     width, part_size = head_dim + 4, head_dim + 2
     if splits_used > 1:
         for n in range(cuda.threadIdx.x, heads_here * part_size, THREADS):
@@ -351,8 +351,9 @@ def write_output(
 def decode_attention(q, k_cache, v_cache, position, sequence, out, partials, counters, kv_heads, shared_by,
                      context, head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim,
                      max_score, exp_sum, acc, is_last):  # fmt: skip
-    """The body of both kernels, for `max_score.size` heads a block: blockIdx.x is a group of heads, blockIdx.y the
-    token, blockIdx.z the split of the keys.
+    """The body of both kernels, for `max_score.size` heads per block.
+
+    blockIdx.x is a group of heads, blockIdx.y the token, blockIdx.z the split of the keys.
     """
     shared = cuda.shared.array(0, np.float32)
     t, group, heads_a_block, splits = cuda.blockIdx.y, cuda.blockIdx.x, max_score.size, cuda.gridDim.z
@@ -385,7 +386,7 @@ def decode_attention(q, k_cache, v_cache, position, sequence, out, partials, cou
 def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, partials, counters,
                              kv_heads, shared_by, context, head_dim, window, lanes, subgroups,
                              inverse_subgroups, inverse_head_dim):  # fmt: skip
-    """`HEADS_PER_BLOCK` query heads of one KV head a block, for long contexts: a key is read once for all of them."""
+    """Each block computes `HEADS_PER_BLOCK` query heads of one KV head and reads a key once. For long contexts."""
     if is_padding_token(tokens):
         return
     is_last = cuda.shared.array(1, np.int32)
@@ -403,7 +404,7 @@ def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, 
 def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, partials, counters,
                             kv_heads, shared_by, context, head_dim, window, lanes, subgroups,
                             inverse_subgroups, inverse_head_dim):  # fmt: skip
-    """One head a block: for short contexts, and for heads that share no keys."""
+    """Each block computes one head. For short contexts, and for heads that share no keys."""
     if is_padding_token(tokens):
         return
     is_last = cuda.shared.array(1, np.int32)
@@ -419,7 +420,7 @@ def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, o
 def attention_plain_kernel(
     tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim, window
 ):
-    """Attention for heads that are not whole 16 bytes. A block a head; a thread a key, then a thread an element."""
+    """Attention for heads that are not whole 16 bytes. One block per head; one thread per key, then per element."""
     if is_padding_token(tokens):
         return
     pdl_sync()

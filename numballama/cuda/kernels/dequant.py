@@ -14,14 +14,14 @@ from ..quant_traits import is_packed, is_q4_1, is_q4_k, is_q6_k, scale_bytes, sc
 from .common import device
 
 FOUR_RECORD, FOUR_WORDS, FOUR_FACTORS = 80, 20, 64
-"""q4_k: bytes and words of a record, and the byte offset of d and dmin in it. A record is for a warp's 32 lanes, with
-32 elements each: first the words with 8-bit scales and mins, one for two lanes; then those with d and dmin, one for
-eight lanes.
+"""q4_k: bytes and words of a record, and the byte offset of d and dmin in it. A record is for a warp's 32 lanes of 32
+elements each: first words with 8-bit scales and mins, one for two lanes, then words with d and dmin, one for eight
+lanes.
 """
 SIX_RECORD, SIX_SCALES, SIX_FACTORS = 168, 128, 160
-"""q6_k: bytes of a record, and the byte offsets of its scales and of d. A record is for 16 lanes, with 32 elements
-each: first 8 bytes a lane with the upper bits; then the words with 8-bit scales, one for two lanes; then those with d,
-one for eight lanes.
+"""q6_k: bytes of a record, and the byte offsets of its scales and of d. A record is for 16 lanes of 32 elements each:
+first 8 bytes per lane with the upper bits, then words with 8-bit scales, one for two lanes, then words with d, one for
+eight lanes.
 """
 
 
@@ -29,8 +29,8 @@ one for eight lanes.
 def factors_of(payload, scale_mins, odd, d_dmin):
     """(scale, min) of a q4_1 or q4_k block as float32: an element is scale · integer + min.
 
-    `scale_mins` is the word with the block's scale and min. A word of q4_k serves two blocks, this one is the second
-    if `odd`; `d_dmin` is the word of their superblock. ggml subtracts dmin · m, hence the negation.
+    `scale_mins` is the word with the block's scale and min. A word of q4_k serves two blocks; this block is the second
+    one if `odd`. `d_dmin` is the word of their superblock. ggml subtracts dmin · m, hence the negation.
     """
     if is_q4_k(payload):
         half, byte = scale_mins >> (np.uint32(16) if odd else np.uint32(0)), np.uint32(255)
@@ -45,8 +45,8 @@ def factors_of(payload, scale_mins, odd, d_dmin):
 def factors_q6_k(scales, odd, d_word):
     """(scale of the first 16, scale of the last 16) of 32 elements of q6_k.
 
-    `scales` is the word with the scales of two such 32, this one the second if `odd`; `d_word` is the word with d of
-    their superblock.
+    `scales` is the word with the scales of two such runs of 32; this run is the second one if `odd`. `d_word` is the
+    word with d of their superblock.
     """
     half, d = scales >> (np.uint32(16) if odd else np.uint32(0)), cvt_f32_f16(d_word)
     return d * cvt_f32_s8(half), d * cvt_f32_s8(half >> np.uint32(8))
@@ -57,7 +57,7 @@ def factors_q6_k(scales, odd, d_word):
 
 @device
 def first_scale(payload, scales, scale, lane):
-    """Byte offset from the row's first scale to the word that this lane copies first; `scale` is its scale's index."""
+    """Byte offset from the row's first scale to the word that this lane copies first. `scale` is its scale's index."""
     if is_q4_k(payload):
         return 4 * lane
     if is_q6_k(payload):
@@ -67,7 +67,7 @@ def first_scale(payload, scales, scale, lane):
 
 @device
 def chunk_scales(payload, scales, elements, shift):
-    """Bytes from a chunk's scales to the next chunk's. A chunk of a row is 16 bytes a lane, `elements` elements."""
+    """Bytes from a chunk's scales to the next chunk's. A chunk of a row is 16 bytes per lane, `elements` elements."""
     if is_packed(payload) and not is_q4_1(payload):
         return FOUR_RECORD if is_q4_k(payload) else SIX_RECORD
     return ((32 * elements) >> shift) * scale_bytes(scales)
@@ -78,10 +78,10 @@ def chunk_scales(payload, scales, elements, shift):
 
 @device
 def block_at(payload, where, block):
-    """What turns the 32 integers of a row's block into elements; the row's scales begin at address `where`.
+    """Upper bits, scales and min of a block of 32 quants. The row's scales begin at address `where`.
 
-    Returns (upper bits of the first 16 integers, upper bits of the last 16, scale of the first 16, scale of the last
-    16, min). Upper bits are 0 for 4-bit types, min is 0 for q6_k.
+    Returns (upper bits of the first 16 quants, upper bits of the last 16, scale of the first 16, scale of the last 16,
+    min). Upper bits are 0 for 4-bit types, min is 0 for q6_k.
     """
     high, high2, block_min = np.uint32(0), np.uint32(0), np.float32(0)
     scale, scale2 = np.float32(0), np.float32(0)

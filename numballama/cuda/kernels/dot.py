@@ -6,7 +6,7 @@ A chunk of a row is 16 bytes for each of a warp's 32 lanes. Layouts of a chunk o
 - float32 and 16-bit weights: float32, four elements at a time in the order in which lanes read them. Element 4q + i of
   lane l's 16 bytes is at 132 q + 4 l + i. The step is 132 instead of 128 to avoid bank conflicts when x is written.
 - int8 and 4-bit weights: 24-bit fixed point, as three planes of bytes (low, middle, high), then one scale for the
-  elements that meet a lane's 16 bytes. That is as precise as float32, and `dp4a` multiplies four elements at once.
+  elements that one lane multiplies. That is as precise as float32, and `dp4a` multiplies four elements at once.
 - q6_k: a lane's 16 bytes are the lower four bits of 32 neighbours. A stage of a row is one such chunk with its upper
   bits and scales. It counts as two chunks of half as many elements: the lanes' first 16 elements, and their last 16.
 """
@@ -56,7 +56,7 @@ from .reduce import warp_sum
 
 @device
 def row_bytes(payload):
-    """Bytes that one row takes in a stage of a warp's ring: two chunks, and for each a word a lane with its scale."""
+    """Bytes that one row takes in a stage of a warp's ring: two chunks, and for each a word per lane with its scale."""
     if is_q6_k(payload):
         return Q6_K_FACTORS_AT + SCALE_BYTES
     return 2 * (CHUNK_BYTES + SCALE_BYTES) if has_scales(payload) else 2 * CHUNK_BYTES
@@ -70,7 +70,7 @@ def payload_step(payload):
 
 @device
 def elements_together(payload):
-    """Neighbouring elements of a row that one lane reads."""
+    """Number of neighbouring elements of a row that one lane reads."""
     return 32 if is_q6_k(payload) else per_16_bytes(payload)
 
 
@@ -128,7 +128,7 @@ def multiply_packed(slot, payload, odd, shared, x_at, lane):
         total = scale * multiply_six(lower(words), high[0], shared, x_at, lane)
         total += scale2 * multiply_six(upper(words), high[1], shared, next_x, lane)
     else:
-        # factors are computed where they are used and words loaded again, because registers are short
+        # factors are computed where they are used, and words loaded again, to save registers
         at = slot + SCALES_AT - 12 * lane
         d_dmin_at = at
         if is_q4_k(payload):  # a word serves several lanes
@@ -182,7 +182,7 @@ def multiply_nibbles(slot, shared, x_at, lane):
 
 @device
 def multiply_six(nibbles, high, shared, x_at, lane):
-    """Sum of a lane's 16 integers of 6 bits, less the zero point 32, times its x."""
+    """Dot product of a lane's x and its 16 quants of 6 bits, minus their zero point 32."""
     plane, mask, zero = shared_address(shared, x_at) + lane * 16, np.uint32(0x30303030), np.int32(0)
     w = (
         nibbles[0] | ((high << np.uint32(4)) & mask), nibbles[1] | ((high << np.uint32(2)) & mask),
@@ -240,10 +240,9 @@ def multiply_fixed(slot, payload, shared, x_at, lane):
 
 @device
 def stage_x(x, start, norm, normed, columns, payload, shared, x_at, sums_at):
-    """Stage x in shared memory, times the norm's weight if `normed`: each warp then leaves its sum of squares at
-    `sums_at`.
+    """Stage x in shared memory; the last pair of chunks is padded with zeros.
 
-    The last pair of chunks is padded with zeros.
+    If `normed`, x is multiplied by the norm's weight, and each warp writes its sum of squares to `sums_at`.
     """
     elements = per_16_bytes(payload)
     width = 64 * elements
@@ -347,8 +346,8 @@ MOST = np.float32(8388600)
 def put_fixed(shared, x_at, k, elements, payload, v):
     """Stage elements k to k + 3 as 24-bit integers in three planes of bytes. All lanes of a warp must call it.
 
-    The elements that meet a lane's 16 bytes share a scale, which maps the largest to 2^23. So an element is off by at
-    most 2^-24 of the largest, as with float32 rounding; but sums of products are exact, and four weights take three
+    The elements that one lane multiplies share a scale, which maps the largest to 2^23. So the error of an element is
+    at most 2^-24 of the largest, as with float32 rounding. But sums of products are exact, and four weights take three
     instructions (`dp4a`) instead of twelve. After the planes come the lanes' scales, then their sums of x times the
     weight's zero point.
     """

@@ -2,16 +2,16 @@
 
 Tensor cores take 16-bit operands:
 
-- X becomes bfloat16 where W is, else float16, in a pass of its own that also does RMSNorm (`round_kernel`). Each row is
-  multiplied by a power of two that brings its largest element to [2^14, 2^15), and its results are divided by it
-  again, exactly.
+- X is rounded to bfloat16 if W is bfloat16, otherwise to float16. A separate kernel does this and RMSNorm
+  (`round_kernel`). Each row is multiplied by a power of two that brings its largest element to [2^14, 2^15), and its
+  results are divided by the same power, exactly.
 - Quantised weights are first dequantised to float16 in scratch memory (`expand_kernel`): a few hundred MB of traffic
   against some 10^11 operations. float32 weights stay float32 and are multiplied without tensor cores.
-- A block of four warps computes 128 tokens × 128 columns, 64 × 64 a warp, so a lane holds 128 sums. 64 columns of X and
-  W at a time come into a ring of `stages` in shared memory by asynchronous copies. A lane loads its fragments of the
+- A block of four warps computes 128 tokens × 128 columns, 64 × 64 per warp, so a lane holds 128 sums. Asynchronous
+  copies bring 64 columns of X and W at a time to a ring of `stages` in shared memory. A lane loads its fragments of the
   next 16 columns while it multiplies the last 16.
-- At the end the sums go through shared memory in two halves, where each operator finishes them in its own way: a
-  residual; SwiGLU, whose block computes 64 columns of each of its two weights; RoPE and the writes to the KV cache.
+- At the end the sums go to shared memory in two halves, and each operator has its own epilogue: a residual; SwiGLU,
+  whose block computes 64 columns of each of its two weights; RoPE and the writes to the KV cache.
 
 Why these sizes: the 64 × 64 × 16 products of a warp take 51 cycles at the rate of `mma.sync`, and its fragments take 32
 cycles of shared memory. Smaller tiles of a warp would wait for shared memory. The floor is arithmetic: 2 · T · N · K
@@ -137,7 +137,7 @@ def load4(x, start, k, columns, even):
 
 @cuda.jit
 def expand_kernel(weight, stride, scales, scale_stride, shift, out, first, columns):
-    """Rows of a quantised weight, from `first` on, as float16: integer times scale, rounded once. A block a row."""
+    """Rows of a quantised weight, from `first` on, as float16: integer times scale, rounded once. One block per row."""
     pdl_sync()
     elements = per_16_bytes(weight)
     row = first + cuda.blockIdx.x
@@ -160,8 +160,8 @@ def expand_kernel(weight, stride, scales, scale_stride, shift, out, first, colum
 
 @device
 def row_mask(rows_left, n_rows):
-    """Bit mask of the rows that exist, of a thread's `n_rows` rows that are 16 apart; `rows_left` rows exist from its
-    first on.
+    """Bit mask of a thread's `n_rows` rows, which are 16 apart: bit i is set if row i exists. `rows_left` is the number
+    of rows from its first one to the end.
     """
     return (1 << max(0, min((rows_left + 15) >> 4, n_rows))) - 1
 
@@ -175,7 +175,7 @@ def fetch_rows(to, source, step, rows, which, inside):
 
 @device
 def wait_for_stage(stages):
-    """Wait until all stages but the newest `stages` - 2 that this thread started to copy have arrived."""
+    """Wait until at most the newest `stages` - 2 of the stages that this thread copies are pending."""
     if stages == 3:
         cp_async_wait_group(1)
     elif stages == 4:
@@ -192,8 +192,8 @@ def multiply_tile(
 ):
     """Sums of a tile: 128 tokens of X from address `x_at` on, times 64 rows of W from `a_at` on and 64 from `b_at` on.
 
-    `x_rows`, `a_rows` and `b_rows` rows of these exist, the others count as zeros. `early` if the predecessor does not
-    write W. The ring begins at shared address `base`; a stage is X's tile, then W's.
+    `x_rows`, `a_rows` and `b_rows` rows of these exist, the others count as zeros. `early`: the preceding kernel does
+    not write W. The ring begins at shared address `base`; a stage is X's tile, then W's.
     """
     thread = cuda.threadIdx.x
     lane, warp = thread & 31, thread >> 5
@@ -275,8 +275,8 @@ def stage_half(half, sums, base):
 
 @device
 def finish_linear(shared, scales, scaled, residual, added, out, first_token, tokens, first_row, end, rows):
-    """Write 64 tokens × 128 columns of shared memory to `out`, times the tokens' scales if `scaled`, plus `residual` if
-    `added`."""
+    """Write 64 tokens × 128 columns from shared memory to `out`, times the tokens' scales if `scaled`, plus `residual`
+    if `added`."""
     column = (cuda.threadIdx.x & 31) * 4
     n = first_row + column
     for r in range(cuda.threadIdx.x >> 5, min(64, tokens - first_token), cuda.blockDim.x >> 5):
@@ -367,8 +367,8 @@ def gemm_gate_up_kernel(tokens, x, padded, scales, w1, w3, stride, early, out, b
 def gemm_qkv_rope_kernel(tokens, x, padded, scales, wq, wk, wv, stride, early, angles, positions, sequences, q, k_cache,
                          v_cache, q_rows, kv_rows, q_tiles, kv_tiles, heads_a_tile, kv_heads, head_dim, interleaved,
                          context, columns, stages):  # fmt: skip
-    """RoPE(x · Wqᵀ) into q, RoPE(x · Wkᵀ) and x · Wvᵀ into the caches. A block has whole heads of one weight; a thread
-    finishes one pair of elements of every other token.
+    """Write RoPE(x · Wqᵀ) to q, RoPE(x · Wkᵀ) and x · Wvᵀ to the caches. A block computes whole heads of one weight. A
+    thread finishes one pair of elements of every other token.
     """
     first_token, tile = cuda.blockIdx.x * TILE, cuda.blockIdx.y
     if first_token >= tokens[0]:

@@ -1,19 +1,19 @@
 """GEMV: linear layers for a few tokens. Every weight is read once, in a stream that never stalls.
 
-y[N] = W[N, K] · x[K] for each token. Two operations a weight: memory bandwidth is the floor. An SM of an H200 gets 31
-bytes a nanosecond, and 26 KB must be in flight at any time to cover the memory's latency. W of 4096 × 4096 in float16
+y[N] = W[N, K] · x[K] for each token. Two operations per weight: memory bandwidth is the floor. An SM of an H200 gets 31
+bytes per nanosecond, and 26 KB must be in flight at any time to cover the memory's latency. W of 4096 × 4096 in float16
 is 34 MB: 7 µs at 4.8 TB/s.
 
-- Each warp copies two chunks (16 bytes a lane) of two rows at a time into a ring in shared memory, `STAGES` - 1 stages
+- Each warp copies two chunks (16 bytes per lane) of two rows at a time to a ring in shared memory, `STAGES` - 1 stages
   ahead of the stage that it multiplies. A lane reads only what it copied itself, so the ring needs no barrier. Copies
   start before the kernel waits for its predecessor: when x arrives, the first weights are already there.
-- Rows are processed in pairs (`a`, `b`), which halves the reads of x. A pair is two neighbouring rows; or a row of the
-  gate and one of up; or, of queries and keys, two dimensions that RoPE rotates together.
-- `slices` warps share a pair of rows, and each takes every `slices`-th stage of it. Their sums meet in shared memory
-  after the last row, behind one barrier, and one thread a row finishes them.
+- Rows are processed in pairs (`a`, `b`), which halves the reads of x. A pair is two neighbouring rows, or a row of the
+  gate and one of up, or two dimensions of queries or keys that RoPE rotates together.
+- `slices` warps share a pair of rows, and each takes every `slices`-th stage of it. They write their sums to shared
+  memory after the last row. After one barrier, one thread per row adds them up.
 - x is staged in shared memory in a layout that depends on the weight's type (`dot.py`).
-- RMSNorm costs no pass of its own: x is multiplied by the norm's weight while it is staged, and since the rest of the
-  norm is one factor for the whole vector, every sum is multiplied by it at the end.
+- RMSNorm needs no separate pass: x is multiplied by the norm's weight while it is staged. The rest of the norm is one
+  factor for the whole vector, and every sum is multiplied by it at the end.
 """
 
 from __future__ import annotations
@@ -44,12 +44,14 @@ from .params import GEMV_WARPS as WARPS
 from .reduce import warp_sum2
 
 LINEAR, GATE_UP, QKV = 0, 1, 2
-"""Modes: the two rows of a pair are neighbours in one weight, the same row of two weights, or see `place` for three."""
+"""Modes. The rows of a pair are neighbours in one weight (LINEAR), the same row of two weights (GATE_UP), or two rows
+of one of three weights (QKV, see `place`).
+"""
 
 
 @device
 def place(mode, pair, rows):
-    """(weight, row of a, row of b) of a pair; `rows` says how rows make pairs (`stream`)."""
+    """(weight, row of a, row of b) of a pair. `rows` tells which rows are paired (see `stream`)."""
     _, q_pairs, k_pairs, half, inverse_half = rows
     weight, a, b = 0, 2 * pair, 2 * pair + 1
     if mode == GATE_UP:
@@ -108,7 +110,7 @@ def fetch(slot, source, scales, count, next_count, left, payload, scale_step, la
 
 @device
 def pairs_of_block(layout):
-    """How many pairs of rows this block computes: pair number `local` of them is blockIdx.x + local · gridDim.x."""
+    """Number of pairs of rows that this block computes. Its pair `local` is blockIdx.x + local · gridDim.x of all."""
     return layout[6] + (1 if cuda.blockIdx.x < layout[7] else 0)
 
 
@@ -144,14 +146,14 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
            second, wanted):  # fmt: skip
     """Compute the sums of this block's pairs of rows, in slices, into shared memory. Ends with a barrier.
 
-    Returns early[first] and early[second] if `wanted`: operands of the kernel's end, loaded as soon as the predecessor
+    Returns early[first] and early[second] if `wanted`: operands of the epilogue, loaded as soon as the preceding kernel
     has finished.
 
     `rows` is (last row of a LINEAR weight, which replaces a row after the end; pairs of queries; pairs of keys; half;
     1 / half). If `half` is not 0, row i of queries and keys is paired with row i + half of its head. `weights` and
     `scales` are three addresses, or pointers, and the distance of two rows. `layout` is what the host computed: slices,
     log2 of slices, the float32 indices of x, of its sums of squares and of the partial sums in shared memory, chunks of
-    a row, pairs a block, blocks with one pair more, and stages to copy ahead.
+    a row, pairs per block, blocks with one pair more, and stages to copy ahead.
     """
     slices, log2_slices, x_at, sums_at, partial_at, chunks, _, _, prefetch = layout
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
@@ -161,7 +163,7 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     ring = shared_address(shared, 0) + warp * (STAGES * 2 * row_slot) + lane * 16
     lane_place = ring, lane, slice_index, slices, groups
 
-    # what this lane copies first in row 0: its 16 bytes of the first chunk of its slice
+    # this lane's first copy in row 0: its 16 bytes of the first chunk of its slice
     s0, s1, s2, scale_stride = scales
     scale, size = (lane * elements) >> shift, scale_bytes(s0)
     odd, scale_step = scale & 1, chunk_scales(payload, s0, elements, shift)
@@ -316,7 +318,7 @@ def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, wq_scales,
                     shift, angles, positions, sequences, q, k_cache, v_cache, q_rows, kv_rows, head_dim, interleaved,
                     context, kv_heads, inverse_head_dim, columns, slices, log2_slices, x_at, sums_at, partial_at,
                     chunks, pairs_per_block, extra_pairs, prefetch):  # fmt: skip
-    """RoPE(Wq · x) into q, RoPE(Wk · x) and Wv · x into the caches at the token's position; x may be norm(x)."""
+    """Write RoPE(Wq · x) to q, RoPE(Wk · x) and Wv · x to the caches at the token's position. x may be norm(x)."""
     if is_padding_token(tokens):
         return
     shared = cuda.shared.array(0, np.float32)

@@ -1,6 +1,6 @@
-"""Sizes that kernels are compiled with and that their launches depend on: the one place where both sides read them.
+"""Sizes that kernels are compiled with and that their launches depend on. Both sides import them from here.
 
-No Numba here: launch functions (`cuda/ops`) import this at every start. A kernel file imports its family's names
+No Numba here: launch functions (`cuda/ops`) import this at every start. A kernel file imports the names of its family
 without the prefix.
 """
 
@@ -9,23 +9,23 @@ from __future__ import annotations
 # Plain operators (`kernels_cuda`)
 
 ELEMENTWISE_THREADS = 256
-"""Threads a block."""
+"""Threads per block."""
 
 # Linear layers for a few tokens (`gemv`, `dot`)
 
 GEMV_WARPS = 8
 GEMV_THREADS = 32 * GEMV_WARPS
 CHUNK_BYTES, SCALE_BYTES = 512, 128
-"""A chunk of a row is 16 bytes of payload a lane; its scales are 4 bytes a lane. A stage holds two chunks of a row."""
+"""A chunk of a row is 16 bytes of payload per lane, its scales 4 bytes per lane. A stage has two chunks of a row."""
 SCALES_AT = 2 * CHUNK_BYTES
-"""Byte offset of a row's scales in a pipeline stage. Payload is 16 bytes a lane and scales 4, hence the correction of
-12 bytes a lane where they are addressed.
+"""Byte offset of a row's scales in a pipeline stage. Payload is 16 bytes per lane and scales 4, hence the correction of
+12 bytes per lane where they are addressed.
 """
 Q6_K_HIGH_AT, Q6_K_SCALES_AT, Q6_K_FACTORS_AT = CHUNK_BYTES, CHUNK_BYTES + 256, CHUNK_BYTES + 256 + SCALE_BYTES
 """Byte offsets in a q6_k row of a stage: the quants' upper two bits, the scales, the blocks' float16 factors."""
 X_LANE_STRIDE = 132
-"""Distance in float32 between two rows of a chunk of x in shared memory. It is no multiple of 32, so that writing x
-has no bank conflicts either (`dot`).
+"""Distance in float32 between two rows of a chunk of x in shared memory. It is not a multiple of 32, so writes of x
+have no bank conflicts (see `dot`).
 """
 GEMV_STAGES = 4
 """Stages of a warp's ring in shared memory; a power of two."""
@@ -33,7 +33,7 @@ GEMV_STAGES = 4
 # Linear layers for many tokens (`gemm`)
 
 GEMM_TILE, GEMM_K_STEP = 128, 64
-"""Tokens and columns of Y that a block computes; columns of X and W that it takes at a time."""
+"""Tokens and columns of Y that a block computes; columns of X and W per stage."""
 GEMM_THREADS = 128
 GEMM_TILE_BYTES = GEMM_TILE * GEMM_K_STEP * 2
 GEMM_F32_THREADS, GEMM_F32_K_STEP, GEMM_F32_X_STRIDE, GEMM_F32_W_STRIDE = 256, 16, 64 + 4, 128 + 4
@@ -50,23 +50,23 @@ different banks.
 ATTENTION_THREADS = 256
 ATTENTION_WARPS = ATTENTION_THREADS // 32
 HEADS_PER_BLOCK = 2
-"""Query heads that share keys and that one block computes together, where the context is long."""
+"""Query heads with the same keys that one block computes together in a long context."""
 SPLIT_FROM, MIN_SPLIT_KEYS = 256, 128
-"""Up to `SPLIT_FROM` keys one block does alone. A longer context is split over blocks of at least `MIN_SPLIT_KEYS`."""
+"""One block computes up to `SPLIT_FROM` keys. A longer context is split over blocks of at least `MIN_SPLIT_KEYS`."""
 ATTENTION_STAGES, ATTENTION_STAGE_BYTES = 2, 64 * ATTENTION_THREADS
-"""The ring through which keys come: a stage has 16 bytes a lane of two keys and of their values. The kernel waits for
-all copies but the last group, so its depth is fixed.
+"""The ring of keys and values: a stage has 16 bytes per lane of two keys and of their values. The kernel waits for all
+copies but the last group, so its depth is fixed.
 """
 MAX_SPLITS = 32
-"""Most blocks that share a head's context: a lane each when their results are combined."""
+"""Maximum number of blocks that share a head's context. One lane each combines their results."""
 SPLIT_WEIGHTS = MAX_SPLITS + 1
-"""float32 a head that combining them leaves in shared memory."""
+"""float32 per head that combining the splits writes to shared memory."""
 PLAIN_ATTENTION_THREADS = 128
 
 # Attention of many tokens (`prefill_attention`)
 
 PREFILL_ATTENTION_TILE, PREFILL_ATTENTION_THREADS = 64, 128
-"""Queries a block, which are also the keys it takes at a time; threads a block."""
+"""Queries per block, which is also the number of keys per tile; threads per block."""
 
 # Sampling (`sampling`)
 

@@ -4,14 +4,14 @@ out = softmax(Q · Kᵀ / sqrt(head_dim)) · V in one pass over keys and values 
 query with the keys up to its own position. Shapes: q and out [T, n_heads · head_dim] in float32, caches [sequences,
 n_kv_heads, context, head_dim] in float16 or bfloat16; head_dim is a multiple of 8, at most 128.
 
-Data layout. Each of four warps has 16 queries. Their fragments stay in registers, and so do the sums over values;
-scores become the weights' fragments where they are. Tiles of 64 keys and 64 values come into two stages of shared
-memory, one ahead of the one in use. A head is padded with zeros to 64 or 128 elements. Queries may belong to any
-sequences: a tile's tokens are taken in runs of one sequence.
+Data layout. Each of four warps has 16 queries. Their fragments stay in registers, and so do the sums over values.
+Scores have the layout of the weights' fragments, so they stay in registers too. Tiles of 64 keys and 64 values are
+copied to two stages of shared memory, one ahead of the one in use. A head is padded with zeros to 64 or 128 elements.
+Queries may belong to any sequences: a tile's tokens are processed in runs of one sequence.
 
-Why. The work is 4 · T · length / 2 · head_dim operations a head: tensor cores do some 600 · 10^12 a second on an H200,
-and K and V are read once for 64 queries, so arithmetic is the floor. Operands have the cache's 16-bit type, queries and
-weights are rounded to it; sums, maxima and exponentials are float32.
+Why. The work is 4 · T · length / 2 · head_dim operations per head. Tensor cores of an H200 do some 600 · 10^12 per
+second, and K and V are read once for 64 queries, so arithmetic is the floor. Operands have the cache's 16-bit type;
+queries and weights are rounded to it. Sums, maxima and exponentials are float32.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from .reduce import quad_max, quad_sum
 
 @device
 def stage_queries(q, start, row_elements, rows, head_dim, width, factor, k_cache, base):
-    """Write a tile's queries, times `factor`, to shared memory, in rows of `width` elements; zeros for no query."""
+    """Write a tile's queries, times `factor`, to shared memory in rows of `width` elements; zeros for missing queries."""
     chunks = width // 8
     zero = np.float32(0)
     for n in range(cuda.threadIdx.x, TILE * chunks, THREADS):
@@ -93,7 +93,7 @@ def fetch_tile(base, k_at, v_at, first, length, head_dim, width):
 
 @device
 def run_of_sequence(sequences, positions, first, begin, rows):
-    """(end of the run of one sequence that begins at row `begin`, largest position in it)."""
+    """(end, largest position) of the run of tokens of one sequence that begins at row `begin`."""
     sequence, lane = sequences[first + begin], cuda.threadIdx.x & 31
     end, last_position = np.int32(rows), np.int32(-1)
     for i in range(2):

@@ -1,7 +1,7 @@
 """Reductions over the lanes of a warp and over the threads of a block.
 
 Within a warp, values are exchanged by butterfly shuffles, so every lane gets the result. A block reduction writes one
-value a warp into `scratch`, 32 elements of shared memory, and has two barriers: all threads of the block must call it.
+value per warp to `scratch`, 32 elements of shared memory. It has two barriers: all threads of the block must call it.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def warp_sum(x):
 
 @device
 def warp_sum2(a, b):
-    """Two sums over the 32 lanes for the shuffles of one: that of `a` in lanes 0 to 15, that of `b` in the others."""
+    """Two sums over the 32 lanes with the shuffles of one: the sum of `a` in lanes 0 to 15, of `b` in the others."""
     high = cuda.threadIdx.x & 16
     x = (b if high else a) + cuda.shfl_xor_sync(FULL_MASK, a if high else b, 16)
     x += cuda.shfl_xor_sync(FULL_MASK, x, 8)
@@ -90,9 +90,9 @@ def block_max(x, scratch):
 
 @device
 def is_replaced_by(value, index, other, other_index):
-    """Whether an argmax takes (other, other_index) instead of (value, index).
+    """Whether (other, other_index) precedes (value, index) in an argmax.
 
-    A NaN wins over every number; of equal values the one with the smaller index wins.
+    A NaN counts as larger than every number. Of equal values, the one with the smaller index precedes.
     """
     if is_nan(value) != is_nan(other):
         return is_nan(other)

@@ -6,8 +6,8 @@ min-p, repetition penalty. Output: one token id, -1 if the logits hold a NaN or 
 One block of 1,024 threads makes three passes over the logits (512 KB for 128,256 tokens, which fit the L2 cache): the
 largest logit; a histogram of the distances from it, which tells what top-k and top-p can keep; the candidates.
 
-Nothing is sorted. A candidate's rank among a few is counted, probability masses are sums of integers, and the draw is
-the largest of logit / temperature plus Gumbel noise, which is a draw from the softmax (Gumbel, 1954) and needs no
+Nothing is sorted. The rank of a candidate among a few is counted, and probability masses are sums of integers. The
+token with the largest logit / temperature plus Gumbel noise is a draw from the softmax (Gumbel, 1954) and needs no
 order. So the result does not depend on the order in which threads run.
 """
 
@@ -25,7 +25,7 @@ from .reduce import block_argmax, is_replaced_by
 
 BIN_BITS, PER_NAT = 11, np.float32(64)
 BINS = 1 << BIN_BITS
-"""Bins of the histogram: distances from the largest logit in steps of 1 / PER_NAT, up to 32; the rest in the last."""
+"""Bins of the histogram: distances from the largest logit in steps of 1 / PER_NAT, up to 32. The last has the rest."""
 RANK_KEY_BITS = 54
 """Bits of a `rank_key`: 32 of a logit and 22 of a token id."""
 CANDIDATES = 2048
@@ -45,7 +45,7 @@ def splitmix64(z):
 @device
 def gumbel(state, token):
     """Gumbel noise -log(-log u) of a token; u in (0, 1) is a hash of the generator's state and the token."""
-    # hashed twice: the state advances by the same constant, and noise must not move from a token to its neighbour
+    # hashed twice: the state advances by the same constant, and a token must not get the last noise of its neighbour
     bits = splitmix64(splitmix64(state) + np.uint64(token + 1) * np.uint64(0x9E3779B97F4A7C15))
     u = (np.float32(bits >> np.uint64(41)) + np.float32(0.5)) * np.float32(2.0**-23)  # exact, and below 1
     return -math.log(-math.log(u))
@@ -61,7 +61,7 @@ def clear(sums):
 
 @device
 def running_sums(sums):
-    """Replace shared sums[BINS] by its inclusive prefix sums (Hillis and Steele, 1986). Two elements a thread."""
+    """Replace shared sums[BINS] by its inclusive prefix sums (Hillis and Steele, 1986). Two elements per thread."""
     offset = 1
     while offset < BINS:
         first, second = np.int64(0), np.int64(0)
@@ -158,9 +158,9 @@ def apply_repetition_penalty(logits, penalty, recent, n_recent):
 
 @device
 def top_k_cut(logits, n, largest, top_k, sums, result):
-    """Which bins top-k can keep: (last bin, bin that is kept in part, last rank key kept in it, few candidates).
+    """The bins that top-k can keep: (last bin, bin that is kept in part, last rank key kept in it, few candidates).
 
-    If the bins up to the last hold few candidates, these are ranked later; else the last bin is cut at a rank key.
+    If the bins up to the last hold few candidates, these are ranked later. Otherwise the last bin is cut at a rank key.
     """
     thread = cuda.threadIdx.x
     clear(sums)
@@ -200,7 +200,7 @@ def draw_from_few(logits, n, largest, last_bin, settings, state, tokens, scores,
             tokens[at], scores[at] = np.int32(i), logits[i]
     cuda.syncthreads()
     count = result[2]
-    for pass_number in range(2):  # first the mass of all that top-k keeps, then which of them to keep
+    for pass_number in range(2):  # first the mass of all that top-k keeps, then the filters
         for j in range(thread, count, THREADS):
             rank, above = 0, np.int64(0)
             for i in range(count):
@@ -313,8 +313,8 @@ def sample_kernel(logits, n, settings, recent, counts, state, next_token):
 def advance_kernel(next_token, ids, positions, step, slots_address, n_slots):
     """Make the new token the next step's input and publish it to the host: step << 32 | token in slot step % n_slots.
 
-    `slots_address` is the address of int64[n_slots] in memory that the host reads. A failed draw, -1, goes on with
-    token 0.
+    `slots_address` is the address of int64[n_slots] in memory that the host reads. After a failed draw, -1, the next
+    step continues with token 0.
     """
     pdl_sync()
     if cuda.threadIdx.x == 0:

@@ -5,7 +5,7 @@ A launch function gets a `LaunchContext`, then the operator's operands as `Array
 `@kernel`. The kernels are in `kernels_cuda` (plain operators) and `cuda/kernels`; they are only named here
 (`KernelRef`) and imported, and Numba with them, when one must be compiled.
 
-Letters in shapes: T tokens at most, D the model's width, K and N a weight's columns and rows, S sequences, C the KV
+Shapes: T tokens at most, D the model's width, K and N a weight's columns and rows, S sequences, C the KV
 cache's length.
 """
 

@@ -1,8 +1,8 @@
 """Launches of attention over the KV cache, for single tokens and for many.
 
-Single tokens (`kernels/decode_attention.py`): a short context is one block's for each head. A long one is split over
-blocks, and query heads that share keys (grouped queries) are computed by one block, `HEADS_PER_BLOCK` at a time, so
-that a key is read once for them. Many tokens (`kernels/prefill_attention.py`) use tensor cores.
+Single tokens (`kernels/decode_attention.py`): in a short context one block computes each head. A long context is split
+over blocks, and one block computes `HEADS_PER_BLOCK` query heads that share keys (grouped-query attention), so that a
+key is read once for them. Many tokens (`kernels/prefill_attention.py`) use tensor cores.
 """
 
 from __future__ import annotations
@@ -61,14 +61,14 @@ def attention(
     ctx: LaunchContext, q: Array, k_cache: Array, positions: Array, sequences: Array, v_cache: Array, out: Array,
     window: int, partials: Array,
 ) -> list[Launch]:  # fmt: skip
-    """`partials` [T, heads, splits, head_dim + 2] float32: what blocks that share a context leave to be combined."""
+    """`partials` [T, heads, splits, head_dim + 2] float32: results of blocks that share a context, to be combined."""
     if _for_tensor_cores(ctx, q, k_cache, v_cache, window):
         return _prefill(ctx, q, k_cache, positions, sequences, v_cache, out)
     return _decode(ctx, q, k_cache, positions, sequences, v_cache, out, window, partials)
 
 
 def _for_tensor_cores(ctx: LaunchContext, q: Array, k_cache: Array, v_cache: Array, window: int) -> bool:
-    """Whether the kernels for many tokens take these operands: no float32 cache, no sliding window, heads up to 128.
+    """Whether the kernels for many tokens support these operands: no float32 cache, no sliding window, heads up to 128.
 
     Before sm_80, whose cards have at least 100 KB of shared memory, tensor cores and copies need more registers than a
     head of more than 64 elements leaves.
@@ -96,7 +96,7 @@ def _prefill(
 
 
 def _splits(ctx: LaunchContext, blocks: int, context: int) -> int:
-    """Blocks that share a head's context: as many as fill the SMs once, since a second wave only starts later."""
+    """Number of blocks that share a head's context: as many as fill the SMs once, because a second wave would wait."""
     return max(1, min(ceil_div(context, MIN_SPLIT_KEYS), ctx.n_sms // blocks))
 
 

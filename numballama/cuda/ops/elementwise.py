@@ -24,11 +24,11 @@ LAST = KernelRef(KERNELS, "last_kernel")
 ARGMAX = KernelRef(KERNELS, "argmax_kernel")
 
 ARGMAX_BLOCKS = 64
-"""Most blocks that share a row's maximum."""
+"""Maximum number of blocks that share a row of an argmax."""
 
 
 def blocks_for(elements: int) -> int:
-    """Blocks that give each element a thread."""
+    """Number of blocks for one thread per element."""
     return ceil_div(elements, THREADS)
 
 

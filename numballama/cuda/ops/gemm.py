@@ -36,13 +36,13 @@ GEMM_GATE_UP = KernelRef(KERNELS, "gemm_gate_up_kernel")
 GEMM_QKV_ROPE = KernelRef(KERNELS, "gemm_qkv_rope_kernel")
 
 FEW = 8
-"""Up to this many tokens `gemv` is faster, which reads the weights once for each of them."""
+"""Up to this number of tokens, `gemv` is faster, although it reads the weights once for each token."""
 MAX_EXPANDED = 1 << 26
-"""Elements of a weight that are expanded to float16 at a time, where not all of them are needed at once."""
+"""Elements of a weight that are expanded to float16 at a time, unless all of them are needed at once."""
 
 
 class _Workspace:
-    """Scratch memory, allocated piece by piece."""
+    """Scratch memory of an operator, from which arrays are allocated one after the other."""
 
     def __init__(self, memory: Array) -> None:
         self._memory, self.used = memory, 0
@@ -55,7 +55,7 @@ class _Workspace:
 
     @property
     def rest(self) -> Array:
-        """What is left of it, as float32."""
+        """The memory that is left, as float32."""
         return Array(self._memory.address + self.used, (self._memory.shape[0] - self.used // 4,), "f32")
 
 
@@ -64,12 +64,12 @@ def _padded(columns: int) -> int:
 
 
 def _expanded_rows(rows: int, columns: int) -> int:
-    """How many rows of a weight are expanded at a time."""
+    """Number of rows of a weight that are expanded at a time."""
     return min(rows, max(GEMM_TILE, MAX_EXPANDED // columns // GEMM_TILE * GEMM_TILE))
 
 
 def _stages(ctx: LaunchContext, blocks: int) -> int:
-    """Stages of the ring in shared memory: five where an SM has one block, else so few that two blocks fit."""
+    """Stages of the ring in shared memory: five if an SM has one block, otherwise as many as let two blocks fit."""
     affordable = ctx.shared_limit // (2 * GEMM_TILE_BYTES)
     return min(5 if blocks <= ctx.n_sms else 3, affordable)
 
@@ -121,7 +121,7 @@ def _rows(weight: Matrix, begin: int, end: int, expanded: Array | None) -> _Rows
 
 
 def _operand_type(weight: Matrix) -> str:
-    """The type in which tensor cores take a weight, and X beside it."""
+    """The type that a weight, and X with it, has on tensor cores."""
     return "bf16" if weight.payload.dtype == "bf16" else "f16"
 
 

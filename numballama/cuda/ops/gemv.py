@@ -30,9 +30,9 @@ kernel's blocks pile up on the SMs that finish first, and others have nothing to
 
 
 def stage_of(payload: str) -> tuple[int, int, int]:
-    """By a payload's type: elements a lane takes of a chunk, bytes of a row in a stage, float32 of a chunk of x.
+    """Sizes for a payload's type: (elements per lane of a chunk, bytes of a row in a stage, float32 of a chunk of x).
 
-    On the device: `numbers_together`, `row_bytes` and `x_step` in `kernels/dot.py`.
+    The same on the device: `elements_together`, `row_bytes` and `x_step` in `kernels/dot.py`.
     """
     elements = ELEMENTS_PER_16_BYTES[payload]
     if payload in QUANTIZED:
@@ -42,7 +42,7 @@ def stage_of(payload: str) -> tuple[int, int, int]:
 
 
 class StreamLayout(NamedTuple):
-    """How a block shares its work and its shared memory out: the last arguments of every kernel here.
+    """How a block divides its work and its shared memory: the last arguments of every kernel here.
 
     Offsets count float32 in shared memory.
     """
@@ -61,7 +61,7 @@ class StreamLayout(NamedTuple):
     pairs_per_block: int
     """Pairs of rows of each block."""
     extra_pairs: int
-    """How many blocks, from the first on, have one pair more."""
+    """Number of blocks, from the first on, that have one pair more."""
     prefetch: int
     """Stages that are copied before the first one is used."""
 
@@ -127,7 +127,7 @@ def gate_up(
 def _qkv_input(
     ctx: LaunchContext, x: Array, norm: Array | None, eps: float, wq: Matrix, wk: Matrix, wv: Matrix
 ) -> tuple[dict[str, Argument], _Shape]:
-    """The arguments that the kernels for q, k and v begin with. The three weights have one type and as many columns."""
+    """First arguments of the kernels for q, k and v. The three weights have the same type and number of columns."""
     arguments = named(
         **_input(ctx, x, norm, eps), wq=wq.payload, wk=wk.payload, wv=wv.payload, stride=wq.stride,
         wq_scales=wq.scales, wk_scales=wk.scales, wv_scales=wv.scales, scale_stride=wq.scale_stride, shift=wq.shift,

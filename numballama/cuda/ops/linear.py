@@ -1,7 +1,7 @@
-"""The linear operators: each registered once, for few tokens by `gemv`, for many by `gemm`.
+"""The linear operators. Each is registered once, and uses `gemv` for few tokens and `gemm` for many.
 
-`residual` is added to the result, `norm` is the weight of an RMSNorm before it. A fused operator streams weights of one
-type: where a model mixes types, the fusion is left out.
+`residual` is added to the result, `norm` is the weight of an RMSNorm before it. A fused operator needs weights of one
+type: if a model mixes types, the ops are not fused.
 """
 
 from __future__ import annotations

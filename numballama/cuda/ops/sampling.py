@@ -1,6 +1,6 @@
 """Launches after a decode step: sample the next token, and make it the input of the next step.
 
-These are no operators of a graph. `decode_pipeline` appends them to a plan's steps.
+These are not operators of a graph. `decode_pipeline` appends them to a plan's steps.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """GGUF's container: reads the metadata and the tensor directory of an untrusted file.
 
 Every count, length and offset is compared with the size of the file before it is used. A metadata value is decoded when
-it is asked for; until then only its place is known. So the cost of opening depends on the directory, not on its claims.
+a getter is called; until then only its position is stored. So opening costs no more than the bytes that are there.
 https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
@@ -35,7 +35,7 @@ bound memory and time for large files. The largest vocabularies have 0.3 million
 
 
 class ValueType(IntEnum):
-    """Types of metadata values, by the format's numbers."""
+    """Types of metadata values, numbered as in the format."""
 
     UINT8, INT8, UINT16, INT16, UINT32, INT32, FLOAT32, BOOL, STRING, ARRAY, UINT64, INT64, FLOAT64 = range(13)
 
@@ -77,14 +77,14 @@ _UNREAD_TYPES = {
     40: ("NVFP4", 64, 36),
     41: ("Q1_0", 128, 18),
 }
-"""Types that weights of this package cannot have. Their sizes are for checking the directory of a file."""
+"""Types that this package cannot read as weights. Their sizes are needed to check the directory of a file."""
 _READ_TYPES = {
     traits.gguf_id: (traits.name.upper(), traits.block_size, traits.block_bytes)
     for traits in TYPE_TRAITS.values()
     if traits.gguf_id is not None
 }
 TENSOR_TYPES = dict(sorted((_READ_TYPES | _UNREAD_TYPES).items()))
-"""ggml's number of a tensor type → its name, elements of a block, bytes of a block."""
+"""ggml's number of a tensor type → (name, elements of a block, bytes of a block)."""
 
 _U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
 T = TypeVar("T")
@@ -92,7 +92,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Field:
-    """Place of a metadata value: `count` items of `type` from byte `offset`. A scalar is one item that is no array."""
+    """Position of a metadata value: `count` items of `type` from byte `offset`. A scalar has `array` False."""
 
     type: ValueType
     offset: int
@@ -104,7 +104,7 @@ class Field:
 
 
 class Header:
-    """Checked metadata and tensor directory of a GGUF file. A getter for each type returns the value of a key.
+    """Checked metadata and tensor directory of a GGUF file. Each type has a getter, which returns the value of a key.
 
     `fields` and `tensors` are in file order. Raises `FormatError` with the byte offset for a damaged file, and
     `UnsupportedError` for other versions, big-endian files and unknown tensor types. The getters raise `FormatError`
@@ -139,20 +139,20 @@ class Header:
     # Metadata, decoded
 
     def integer(self, key: str, default: int | None = None) -> int | None:
-        """The integer of a key, of any width; `default` when the key is missing."""
+        """The integer under a key, of any width; `default` when the key is missing."""
         return self._get(
             key, "an integer", lambda f: f.type in _INTEGERS and not f.array, lambda f: int(self._scalar(f)), default
         )
 
     def number(self, key: str, default: float | None = None) -> float | None:
-        """The number of a key. A float32 becomes the shortest decimal that rounds to it, so that 1e-5 stays 1e-5."""
+        """The number under a key. A float32 becomes the shortest decimal that rounds to it, so that 1e-5 stays 1e-5."""
         wanted = (*_INTEGERS, ValueType.FLOAT32, ValueType.FLOAT64)
         return self._get(
             key, "a number", lambda f: f.type in wanted and not f.array, lambda f: float(str(self._scalar(f))), default
         )
 
     def flag(self, key: str, default: bool | None = None) -> bool | None:
-        """The truth value of a key."""
+        """The boolean under a key."""
 
         def decode(field: Field) -> bool:
             value = int(self._scalar(field))
@@ -163,7 +163,7 @@ class Header:
         return self._get(key, "true or false", lambda f: f.type is ValueType.BOOL and not f.array, decode, default)
 
     def text(self, key: str, default: str | None = None) -> str | None:
-        """The string of a key."""
+        """The string under a key."""
 
         def decode(field: Field) -> str:
             length = _U64.unpack_from(self._data, field.offset)[0]
@@ -172,7 +172,7 @@ class Header:
         return self._get(key, "a string", lambda f: f.type is ValueType.STRING and not f.array, decode, default)
 
     def numbers(self, key: str) -> npt.NDArray[Any] | None:
-        """The array of numbers of a key, a view of the file in its own type; None when the key is missing."""
+        """The array of numbers under a key: a view of the file, in the file's type. None when the key is missing."""
 
         def decode(field: Field) -> npt.NDArray[Any]:
             return np.frombuffer(self._data, SCALARS[field.type], field.count, field.offset)
@@ -180,7 +180,7 @@ class Header:
         return self._get(key, "an array of numbers", lambda f: f.array and f.type in SCALARS, decode, None)
 
     def strings(self, key: str) -> list[bytes] | None:
-        """The array of strings of a key, as bytes, because pieces may not be UTF-8; None when the key is missing."""
+        """The array of strings under a key, as bytes, because pieces may not be UTF-8. None when the key is missing."""
 
         def decode(field: Field) -> list[bytes]:
             data, offset, unpack = self._data, field.offset, _U64.unpack_from
@@ -223,7 +223,7 @@ class Header:
         return value
 
     def _count(self, what: str, min_bytes: int) -> int:
-        """Read a number of entries, each of at least `min_bytes` bytes."""
+        """Read a count of entries, each of at least `min_bytes` bytes."""
         where, count = self._at, self._read(_U64, f"the number of {what}")
         limit = min((self.size - self._at) // min_bytes, MAX_ENTRIES)
         if count > limit:
@@ -254,7 +254,7 @@ class Header:
     def _read_field(self) -> None:
         where, key = self._at, self._name("a metadata key")
         if key in self.fields:
-            raise self._fault(f"metadata key {key} is there twice", where, "distinct keys", key)
+            raise self._fault(f"metadata key {key} occurs twice", where, "distinct keys", key)
         kind, array, count = self._value_type(key), False, 1
         if kind is ValueType.ARRAY:
             array, where, kind = True, self._at, self._value_type(key)
@@ -288,7 +288,7 @@ class Header:
         raise self._fault(
             f"the file ends in a string of metadata key {key}",
             self._at,
-            f"{at - self._at:,} bytes and what follows them",
+            f"more than {at - self._at:,} bytes",
             f"{self.size - self._at:,}",
         )
 
@@ -301,10 +301,10 @@ class Header:
         return alignment
 
     def _read_tensor(self) -> tuple[TensorInfo, int]:
-        """Read a directory entry. Returns it, with its offset relative to the data, and where the offset is stored."""
+        """Read a directory entry. Returns it, with an offset relative to the data, and the position of this offset."""
         where, name = self._at, self._name("a tensor")
         if name in self.tensors:
-            raise self._fault(f"tensor {name} is there twice", where, "distinct names", name)
+            raise self._fault(f"tensor {name} occurs twice", where, "distinct names", name)
         where, n_dims = self._at, self._read(_U32, f"the dimensions of tensor {name}")
         if n_dims > MAX_DIMS:
             raise self._fault(f"tensor {name} has too many dimensions", where, f"at most {MAX_DIMS}", f"{n_dims:,}")
@@ -319,7 +319,7 @@ class Header:
             )
         kind, block, block_bytes = TENSOR_TYPES[number]
         if (columns := dims[0] if dims else 1) % block:
-            raise self._fault(f"a row of tensor {name} is no whole number of {kind} blocks", where, block, columns)
+            raise self._fault(f"a row of tensor {name} is not a whole number of {kind} blocks", where, block, columns)
         nbytes = math.prod(dims) // block * block_bytes
         where, offset = self._at, self._read(_U64, f"the offset of tensor {name}")
         if offset % self.alignment:
@@ -329,11 +329,11 @@ class Header:
         return info, where
 
     def _place(self, info: TensorInfo, where: int) -> None:
-        """Make the offset relative to the file."""
+        """Make the offset of a tensor relative to the file."""
         start = self.data_offset + info.offset
         if start + info.nbytes > self.size:
             raise self._fault(
-                f"tensor {info.name}, {info.type} of shape {info.shape}, leaves the file",
+                f"tensor {info.name}, {info.type} of shape {info.shape}, extends beyond the file",
                 where,
                 f"a file of {start + info.nbytes:,} bytes",
                 f"{self.size:,}",

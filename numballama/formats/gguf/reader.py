@@ -1,7 +1,7 @@
 """GGUF, llama.cpp's format: metadata keys become a `ModelConfig`, tensors become `Weight`s that are views of the file.
 
-In architecture "llama", which includes Mistral and SmolLM2, llama.cpp rotates neighbouring dimensions and its
-converters permute q and k to match: RoPE pairs are interleaved. In "qwen2" and "qwen3" they stay half-split.
+RoPE pairs are interleaved in architecture "llama", which includes Mistral and SmolLM2: llama.cpp rotates neighbouring
+dimensions, and its converters permute q and k to match. In "qwen2" and "qwen3" they stay half-split.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ _NEUTRAL: Mapping[str, tuple[float, ...]] = {
     "rope.scaling.attn_factor": (0, 1),
     "attention.scale": (0,),
 }
-"""Keys of features that are not computed → values that do not need them. llama.cpp takes 0 for "not given"."""
+"""Keys of unsupported features → values that turn them off. llama.cpp treats 0 as "not given"."""
 
 
 def read(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
     """Open a GGUF file, with its tokenizer unless `load_tokenizer` is False. A part of a split model opens all parts.
 
-    Raises `FormatError` for damaged files, `UnsupportedError` for architectures, tensor types and metadata that ask
-    for what this version cannot do. A tokenizer of an unsupported kind is left out, with a note.
+    Raises `FormatError` for damaged files, `UnsupportedError` for architectures, tensor types and metadata that this
+    version does not support. An unsupported tokenizer is left out, with a note.
     """
     header, notes = open_header(file)
     _require_supported(header)
@@ -143,7 +143,7 @@ def _config(header: Header) -> ModelConfig:
 
     if (table := header.tensors.get("token_embd.weight")) is None:
         raise FormatError(
-            "a model without a vocabulary's embeddings",
+            "a model without an embedding table",
             path=header.path,
             expected="token_embd.weight",
             found=f"{len(header.tensors)} tensors",
@@ -184,9 +184,9 @@ def _config(header: Header) -> ModelConfig:
 
 
 def _rope_scaling(header: Header, config: ModelConfig) -> RopeScaling | None:
-    """Scaling by one factor for all frequencies (type "linear", also if there is no key for the type), or by a tensor
-    with a factor for each pair. llama.cpp's converter writes such a tensor for Llama 3.1, whose rule is recognised from
-    the numbers.
+    """RoPE scaling by one factor for all frequencies (type "linear", which is also the default), or by a tensor with a
+    factor for each pair. llama.cpp's converter writes such a tensor for Llama 3.1, whose parameters are recovered from
+    the factors.
     """
     architecture = _architecture(header)
     kind = header.text(f"{architecture}.rope.scaling.type", "linear")
@@ -243,6 +243,6 @@ def _conversions(weights: Mapping[str, Weight]) -> list[str]:
         if names := [name for name, weight in weights.items() if weight.type.name == kind]:
             grows = sum(target.nbytes(math.prod(weights[name].shape)) for name in names)
             which = f"{names[0]}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
-            exactly = "with the same numbers" if (kind, target.name) in EXACT else "rounded"
+            exactly = "with the same values" if (kind, target.name) in EXACT else "rounded"
             notes.append(f"{kind.upper()} ({which}) runs as {target}, {exactly}: a copy of {format_bytes(grows)}")
     return notes

@@ -1,7 +1,7 @@
-"""Models split over several GGUF files, as llama.cpp's gguf-split and the gguf package write them.
+"""Opens models that are split over several GGUF files, as llama.cpp's gguf-split and the gguf package write them.
 
 The metadata of each part give its number (`split.no`, from 0), the number of parts (`split.count`) and the number of
-tensors in all parts (`split.tensors.count`). The first part holds all other metadata. Names end in
+tensors in all parts (`split.tensors.count`). All other metadata are in the first part. File names end in
 -00001-of-00003.gguf.
 """
 

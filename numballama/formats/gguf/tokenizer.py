@@ -22,7 +22,7 @@ _KEY = "tokenizer.ggml."
 def read_gguf_tokenizer(header: Header) -> Tokenizer | None:
     """The tokenizer in a file's metadata; None if it holds none. Some damage shows only in `Tokenizer.prepare`.
 
-    Raises `FormatError` for damaged metadata, `UnsupportedError` for another kind of tokenizer.
+    Raises `FormatError` for damaged metadata, `UnsupportedError` for another type of tokenizer.
     """
     model = header.text(f"{_KEY}model")
     if model in (None, "none", "no_vocab"):
@@ -59,7 +59,7 @@ def _numbers(header: Header, name: str, count: int) -> np.ndarray | None:
 
 
 def _token_id(header: Header, name: str, count: int, default: int | None = None) -> int | None:
-    """The id of a special token such as "bos". Files write -1 for "none"; so any id outside the vocabulary is None."""
+    """The id of a special token such as "bos". None for an id outside the vocabulary: files write -1 for "none"."""
     token = header.integer(f"{_KEY}{name}_token_id", default)
     return token if token is not None and 0 <= token < count else None
 

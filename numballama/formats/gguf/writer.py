@@ -28,7 +28,7 @@ _NO_TOKEN = 0xFFFFFFFF
 _CODES = {ValueType.UINT32: "I", ValueType.FLOAT32: "f", ValueType.BOOL: "?"}
 
 MetadataValue = str | bool | int | float
-"""A value that `write_gguf` stores under a key of the caller's."""
+"""Type of the values in the `metadata` argument of `write_gguf`."""
 Entry = tuple[str, ValueType, MetadataValue | Sequence[bytes] | np.ndarray]
 
 
@@ -43,12 +43,13 @@ def write_gguf(
 ) -> list[str]:
     """Write GGUF, completely or not at all. Returns notes on what the format cannot hold.
 
-    Matrices keep their type (`convert` makes them f16, bf16, q8_0, q4_0 or q4_1), norms and
-    biases as f32. The architecture is "qwen3" for models with q/k norms, "qwen2" for half-split ones with q/k/v biases
-    and no others, else "llama"; rows of q and k are permuted to the RoPE pairing that it implies. `name` is
-    `general.name`; `metadata` are further keys with their values, such as `{"general.license": "mit"}` (int: uint32,
-    float: float32). Raises `UnsupportedError` for other weight types or a tokenizer that GGUF cannot express, `Error`
-    when weights, config and tokenizer do not belong together.
+    Matrices keep their type (`convert` makes them f16, bf16, q8_0, q4_0 or q4_1). Norms and biases are written as f32.
+    The architecture is "qwen3" for models with q/k norms, "qwen2" for half-split models with q/k/v biases and no other
+    biases, otherwise "llama". Rows of q and k are permuted to the RoPE pairing of the architecture. `name` becomes
+    `general.name`. `metadata` has additional keys, such as `{"general.license": "mit"}` (int: uint32, float: float32).
+
+    Raises `UnsupportedError` for other weight types or a tokenizer that GGUF cannot express, `Error` when weights,
+    config and tokenizer do not belong together.
     """
     if type(config) is not ModelConfig:
         raise UnsupportedError(f"writing GGUF of a {type(config).__name__} is not supported")
@@ -94,7 +95,7 @@ def _architecture(config: ModelConfig) -> str:
 
 
 def _lost(config: ModelConfig, architecture: str) -> list[str]:
-    """What the format cannot hold, or llama.cpp ignores."""
+    """Notes on what the format cannot hold, and on what llama.cpp ignores."""
     notes = []
     if config.rope_scaling is not None and config.rope_scaling.kind == "dynamic":
         notes.append(
@@ -110,7 +111,7 @@ def _lost(config: ModelConfig, architecture: str) -> list[str]:
 
 
 class _Tensor:
-    """A weight as the file will hold it. Its data is copied when it is written."""
+    """A weight in the layout of the file. Its data is copied when it is written."""
 
     def __init__(self, config: ModelConfig, architecture: str, name: str, weight: Weight) -> None:
         self.name = name if name == ROPE_FACTORS else TENSOR_NAMES[name]
@@ -221,7 +222,7 @@ def _string(data: bytes) -> bytes:
 
 
 def _pack(key: str, kind: ValueType, value: MetadataValue | Sequence[bytes] | np.ndarray) -> bytes:
-    """The bytes of a metadata entry. Values that are neither numbers nor str are arrays."""
+    """The bytes of a metadata entry. `value` is a scalar, a str or an array."""
     head = _string(key.encode())
     if isinstance(value, str):
         return head + struct.pack("<I", kind) + _string(value.encode())

@@ -1,1 +1,1 @@
-"""Hugging Face directories: config.json, safetensors, what they say about text."""
+"""Hugging Face directories: config.json, safetensors, tokenizer and chat template."""

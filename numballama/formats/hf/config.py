@@ -1,7 +1,7 @@
 """Hugging Face's `config.json` ↔ `ModelConfig`, for architectures of the Llama family.
 
-Missing keys get the defaults of transformers' configuration classes. A feature that the graph does not compute raises
-`UnsupportedError` naming key and value.
+Missing keys get the defaults of transformers' configuration classes. A feature that the graph does not support raises
+`UnsupportedError` with key and value.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
 }
-"""Keys of features that are not computed → values that do not need them."""
+"""Keys of unsupported features → values that turn them off."""
 
 
 def config_of(keys: Keys) -> ModelConfig:
-    """The `ModelConfig` of a `config.json`. Raises `FormatError` for impossible values, `UnsupportedError` for features
-    that are not computed here.
+    """The `ModelConfig` of a `config.json`. Raises `FormatError` for impossible values, `UnsupportedError` for
+    unsupported features.
     """
     kind = keys.text("model_type")
     if kind not in READERS:
@@ -90,7 +90,7 @@ READERS: dict[str, Callable[[Keys], ModelConfig]] = {kind: partial(read_llama, k
 
 
 def _is_null(keys: Keys) -> bool:
-    """An explicit null means as many key/value heads as heads; a missing key means the class default."""
+    """Whether `num_key_value_heads` is null: that means as many as heads. A missing key means the class default."""
     return "num_key_value_heads" in keys.values and keys.values["num_key_value_heads"] is None
 
 
@@ -107,7 +107,7 @@ def _require_neutral(keys: Keys) -> None:
 
 
 def _rope(keys: Keys, context: int) -> tuple[float, RopeScaling | None]:
-    """(theta, scaling): transformers 5 writes both into `rope_parameters`, earlier ones `rope_theta` beside
+    """(theta, scaling). transformers 5 writes both to `rope_parameters`, earlier versions write `rope_theta` and
     `rope_scaling`."""
     name = "rope_scaling" if keys.values.get("rope_scaling") else "rope_parameters"
     own = keys.inner(name)
@@ -141,7 +141,7 @@ def _rope(keys: Keys, context: int) -> tuple[float, RopeScaling | None]:
 
 
 def _window(keys: Keys, kind: str, n_layers: int) -> int:
-    """The sliding window of all layers. Raises `UnsupportedError` where only some have one."""
+    """The sliding window of all layers. Raises `UnsupportedError` if only some layers have one."""
     if kind == "llama":
         return 0
     null = "sliding_window" in keys.values and keys.values["sliding_window"] is None
@@ -170,7 +170,7 @@ def _window(keys: Keys, kind: str, n_layers: int) -> int:
 def config_json(config: ModelConfig, dtype: str, ids: dict[str, Any]) -> dict[str, Any]:
     """Content of `config.json` for a model whose weights are stored as `dtype`; `ids` has bos_token_id and the like.
 
-    Raises `UnsupportedError` when none of the architectures computes what `config` says.
+    Raises `UnsupportedError` when none of the architectures fits `config`.
     """
     kind, name = _kind(config)
     scaling = config.rope_scaling
@@ -195,7 +195,7 @@ def config_json(config: ModelConfig, dtype: str, ids: dict[str, Any]) -> dict[st
         "rms_norm_eps": config.norm_eps,
         "tie_word_embeddings": config.tied_embeddings,
         "rope_parameters": rope,
-        "rope_theta": config.rope_theta,  # where transformers before 5 looks
+        "rope_theta": config.rope_theta,  # read by transformers before 5
         "dtype": dtype,
         "torch_dtype": dtype,
         **ids,

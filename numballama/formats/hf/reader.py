@@ -40,11 +40,11 @@ _LAYER = {
 LAYER_NAMES: dict[str, dict[str, str]] = {}
 """`model_type` → names of layer weights that differ from `_LAYER`."""
 _UNUSED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|lm_head\.weight")
-"""Tensors that a file may hold although they are not used: tables of RoPE, and the classifier of a tied model."""
+"""Tensors in a file that are ignored: tables of RoPE, and the classifier of a model with tied embeddings."""
 
 
 def tensor_names(model_type: str = "llama") -> TensorNames:
-    """What models of this `model_type` call their weights."""
+    """Names of the tensors in models of this `model_type`."""
     return TensorNames(_TOP, _LAYER | LAYER_NAMES.get(model_type, {}), "model.layers")
 
 
@@ -54,11 +54,11 @@ def is_directory_of(directory: Path) -> bool:
 
 
 def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile | None = None) -> Checkpoint:
-    """Open a directory, with its tokenizer unless `load_tokenizer` is False. `single_file` is the file of weights in it
-    that the caller asked for, if it was a file.
+    """Open a directory, with its tokenizer unless `load_tokenizer` is False. `single_file` is the file of weights in
+    the directory, if the caller gave the path of a file.
 
     Raises `FormatError` for damaged or missing files, `UnsupportedError` for configurations and tensor types that
-    this version does not compute. A tokenizer that cannot be read yet is left out, with a note.
+    this version does not support. An unsupported tokenizer is left out, with a note.
     """
     if not (directory / CONFIG).exists():
         raise FormatError("safetensors without their config", path=directory, expected=CONFIG, found="no such file")
@@ -105,7 +105,7 @@ def _tensors(directory: Path, single_file: MappedFile | None) -> dict[str, Tenso
 
 
 def _shards(index: Path) -> dict[str, str]:
-    """Tensor → file name. Raises `FormatError` unless every file is one beside the index."""
+    """Tensor → file name. Raises `FormatError` unless every file is in the directory of the index."""
     keys = read_object(index)
     if (table := keys.inner("weight_map")) is None:
         raise keys.fault("weight_map", "an object")

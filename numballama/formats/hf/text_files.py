@@ -1,4 +1,4 @@
-"""What a Hugging Face directory holds about text: tokenizer, chat template and stop ids, read and written."""
+"""Reads and writes the files of a Hugging Face directory that concern text: tokenizer, chat template, stop ids."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .text_settings import TextSettings
 
 @dataclass(frozen=True)
 class TextFiles:
-    """What a directory says about text. `Checkpoint` has fields of the same names."""
+    """Tokenizer, chat template and stop ids of a directory. `Checkpoint` has fields of the same names."""
 
     tokenizer: Tokenizer | None
     chat_template: str | None
@@ -31,8 +31,8 @@ class TextFiles:
 def read_text_files(directory: str | PathLike[str], load_tokenizer: bool = True) -> TextFiles:
     """Read tokenizer, chat template and stop ids of a directory; each may be missing.
 
-    `load_tokenizer` False leaves the tokenizer out. A tokenizer of an unsupported kind is left out with a note. Raises
-    `FormatError` for damaged files, `Error` when there is no such directory.
+    `load_tokenizer` False leaves the tokenizer out. An unsupported tokenizer is left out with a note. Raises
+    `FormatError` for damaged files, `Error` when the directory does not exist.
     """
     folder = expand_user(directory)
     if not folder.is_dir():

@@ -13,13 +13,13 @@ from ...files import map_file
 from ...tokenizers.huggingface import TokenSettings
 
 MAX_SETTINGS = 1 << 24
-"""Bytes of one of these files."""
+"""Maximum size of one of these files in bytes."""
 
 
 class TextSettings:
-    """What a directory's small files say about text. Each file may be missing, and is read on first use.
+    """Settings in a directory's small files. Each file may be missing, and is read on first use.
 
-    Raises `FormatError`, naming file and key, for what cannot be read or has the wrong type.
+    Raises `FormatError`, naming file and key, for a file that cannot be read and a value of the wrong type.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -62,7 +62,9 @@ class TextSettings:
 
     @cached_property
     def chat_template(self) -> str | None:
-        """`chat_template.jinja`, else tokenizer_config.json's; of several templates the one named "default"."""
+        """From `chat_template.jinja`, otherwise from tokenizer_config.json: of several templates the one named
+        "default".
+        """
         if (path := self.directory / "chat_template.jinja").is_file():
             try:
                 return _data(path).decode()
@@ -78,7 +80,7 @@ class TextSettings:
 
     @cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
-        """Ids that end a text, of `generation_config.json`, else of `config.json`."""
+        """Ids that end a text, from `generation_config.json`, otherwise from `config.json`."""
         for name in ("generation_config.json", "config.json"):
             value = self._read(name).get("eos_token_id")
             ids = value if isinstance(value, list) else [] if value is None else [value]

@@ -1,7 +1,7 @@
-"""KuiperLLama's formats fp32 and int8 ("version 3"), and recognising files without a magic.
+"""KuiperLLama's formats fp32 and int8 ("version 3"), and recognition of files without a magic number.
 
-Nothing in a file tells it from llama2.c v0. The header gives the exact size that each format would have, so the size of
-the file decides.
+No field of a file distinguishes these formats from llama2.c v0. The header gives the exact size that each format would
+have, so the size of the file decides.
 """
 
 from __future__ import annotations
@@ -52,9 +52,10 @@ def int8_layout(config: ModelConfig, group_size: int) -> Layout:
 
 
 def read(file: MappedFile) -> Checkpoint:
-    """Open a file without a magic as the format whose size it has.
+    """Open a file without a magic number as the format that matches its size.
 
-    Raises `FormatError` when the header is impossible, or when no format has that size; it lists them, closest first.
+    Raises `FormatError` when the header is impossible or no format has this size. The message lists the formats,
+    closest first.
     """
     require_header(file, _FP32_HEADER, "llama2.c v0 or KuiperLLama")
     layouts = candidates(file)
@@ -81,12 +82,12 @@ def candidates(file: MappedFile) -> list[Layout]:
     found = []
     if file.size >= _INT8_HEADER:
         group = struct.unpack_from("<i", file.data, _FP32_HEADER)[0]
-        # In a float32 file this is the first weight, whose bits are a small integer only when it is all but zero.
-        # So int8 comes first: by accident its size can equal a float32 one's, but not with such a group as well.
+        # In a float32 file these are the bits of the first weight, which form a small integer only if it is almost 0.
+        # So int8 comes first: its size can equal that of a float32 format by accident, but not with a valid group too.
         if 1 <= group <= MAX_GROUP:
             found.append(int8_layout(config, group))
             if config.tied_embeddings:
-                note = "the header says that embeddings and classifier are one, yet a classifier is there: it is used"
+                note = "the header says that the embeddings are tied, but the file has a classifier: it is used"
                 untied = replace(config, tied_embeddings=False)
                 found.append(replace(int8_layout(untied, group), notes=(note,)))
     biases = (
@@ -104,7 +105,7 @@ def _describe(layout: Layout) -> str:
 
 
 def write_fp32(path: str | PathLike[str], config: ModelConfig, weights: Mapping[str, Weight]) -> list[str]:
-    """Write KuiperLLama fp32: llama2.c v0, with q/k/v biases if `config` has them. Otherwise as `llama2c.write_v0`."""
+    """Write KuiperLLama fp32: llama2.c v0, with q/k/v biases if `config` has them. In other respects as `write_v0`."""
     return write_file(path, pack_config(config, "KuiperLLama fp32", signed_vocab=True), legacy_layout(config), weights)
 
 

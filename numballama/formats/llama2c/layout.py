@@ -1,4 +1,4 @@
-"""What the formats of the llama2.c family share: a header with the shape, then tensors without gaps.
+"""Common code of the llama2.c family of formats: a header with the sizes, then tensors without gaps.
 
 Each format is a function from `ModelConfig` to `Layout`, the list of its tensors in file order. Reading, writing, error
 messages and the tests of damaged files all use that list.
@@ -31,7 +31,7 @@ NOT_IN_FILE = ("rope_pairing", "rope_theta", "norm_eps")
 """`ModelConfig` fields that none of the formats stores."""
 
 MAX_GROUP = 1 << 16
-"""Elements of an int8 group."""
+"""Maximum number of elements in an int8 group."""
 
 _FREQS = ("freqs_cos", "freqs_sin")
 _FREQ_ROWS = 4096  # rows of those tables computed at a time
@@ -72,7 +72,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Layout:
-    """Place of every tensor in a file. Sizes are computed without a loop over layers, whose number is untrusted."""
+    """Positions of all tensors in a file. Sizes are computed without a loop over layers, whose number is untrusted."""
 
     format: str
     config: ModelConfig
@@ -86,7 +86,7 @@ class Layout:
         return self.header_size + sum(run.nbytes for run in self.runs)
 
     def sections(self) -> Iterator[tuple[Tensor, int]]:
-        """Every tensor under its full name ("layers.0.wq") with its byte offset, in file order."""
+        """Every tensor with its full name ("layers.0.wq") and its byte offset, in file order."""
         offset = self.header_size
         for run in self.runs:
             for layer in range(run.layers or 1):
@@ -95,7 +95,7 @@ class Layout:
                     offset += tensor.nbytes
 
     def locate(self, offset: int) -> str:
-        """Name of what is at byte `offset`, for error messages; `offset` must be within the layout."""
+        """Name of the tensor at byte `offset`, for error messages. `offset` must be within the layout."""
         if offset < self.header_size:
             return "the header"
         offset -= self.header_size
@@ -112,7 +112,9 @@ class Layout:
         raise ValueError("offset beyond the layout")
 
     def end_of(self, size: int) -> int | str:
-        """Where a file of `size` bytes differs from the layout: the tensor it ends in, or the offset of extra bytes."""
+        """Where a file of `size` bytes differs from the layout: the tensor that it ends in, or the offset of extra
+        bytes.
+        """
         return self.locate(size) if size < self.nbytes else self.nbytes
 
     def misfit(self, size: int) -> str:
@@ -165,7 +167,7 @@ def parse_config(file: MappedFile, offset: int, what: str, tied: bool | None) ->
 
 
 def _fault(values: Mapping[str, int]) -> tuple[str, str] | None:
-    """(name, what is expected) of the first impossible header field, or None. Python's ints do not overflow."""
+    """(name, expected value) of the first impossible header field, or None. Python's ints do not overflow."""
     for name in FIELDS:
         if values[name] <= 0:
             return name, "a positive number"
@@ -232,7 +234,7 @@ def _view(file: MappedFile, tensor: Tensor, offset: int) -> Weight:
 def pack_config(config: ModelConfig, format_name: str, signed_vocab: bool) -> bytes:
     """The seven int32 of a header. `signed_vocab`: a negative vocab_size says that the classifier is not tied.
 
-    Raises `UnsupportedError` when the family has no way to express `config`.
+    Raises `UnsupportedError` when these formats cannot express `config`.
     """
     values = {name: getattr(config, name) for name in FIELDS}
     wanted = {
@@ -247,7 +249,7 @@ def pack_config(config: ModelConfig, format_name: str, signed_vocab: bool) -> by
         raise UnsupportedError(f"{format_name} has no place for {', '.join(lacking)}")
     if config.q_dim != config.dim:
         raise UnsupportedError(
-            f"{format_name} has heads of dim / n_heads = {config.dim / config.n_heads:g} numbers, not {config.head_dim}"
+            f"{format_name} has heads of dim / n_heads = {config.dim / config.n_heads:g}, not {config.head_dim}"
         )
     if fault := _fault(values):
         raise UnsupportedError(f"{format_name} cannot hold {fault[0]} {values[fault[0]]}: it must be {fault[1]}")
@@ -262,7 +264,7 @@ def pack_config(config: ModelConfig, format_name: str, signed_vocab: bool) -> by
 def require_group(group_size: int) -> WeightType:
     """The int8 type with that group size; raises `UnsupportedError` when the formats cannot express it."""
     if not 1 <= group_size <= MAX_GROUP:
-        raise UnsupportedError(f"an int8 group has 1 to {MAX_GROUP:,} numbers, found a group size of {group_size}")
+        raise UnsupportedError(f"an int8 group has 1 to {MAX_GROUP:,} elements, found a group size of {group_size}")
     return WeightType("int8", group_size)
 
 

@@ -36,7 +36,7 @@ _MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3")
 
 
 def legacy_layout(config: ModelConfig) -> Layout:
-    """v0, all float32; KuiperLLama's fp32 is the same with, if `config.qkv_bias`, a bias after each layer's q, k, v."""
+    """v0, all float32. KuiperLLama's fp32 is the same, with biases after each layer's q, k, v if `config.qkv_bias`."""
     t, n = tensors_of(config), config.n_layers
     biases = {"wq": "bq", "wk": "bk", "wv": "bv"} if config.qkv_bias else {}
 
@@ -101,7 +101,7 @@ def read(file: MappedFile) -> Checkpoint:
 def write_v0(path: str | PathLike[str], config: ModelConfig, weights: Mapping[str, Weight]) -> list[str]:
     """Write llama2.c v0 (float32), completely or not at all. Returns notes on what the format cannot hold.
 
-    Raises `UnsupportedError` when the format has no place for something that `config` needs, else `Error`.
+    Raises `UnsupportedError` when the format cannot hold something that `config` needs, otherwise `Error`.
     """
     _refuse_biases(config, "llama2.c v0")
     return write_file(path, pack_config(config, "llama2.c v0", signed_vocab=True), legacy_layout(config), weights)
@@ -125,7 +125,7 @@ def write_v2(
     header = _header(2, config, struct.pack("<i", group_size))
     notes = write_file(path, header, v2_layout(config, group_size), weights)
     if config.dim % group_size or config.hidden_dim % group_size:
-        notes.append(f"groups of {group_size} straddle rows here, which llama2.c's runq does not read rightly")
+        notes.append(f"groups of {group_size} cross rows of this model, which llama2.c's runq reads wrongly")
     return notes
 
 

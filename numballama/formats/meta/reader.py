@@ -42,8 +42,8 @@ TENSOR_NAMES = TensorNames(
 _UNUSED = ("rope.freqs",)
 _SPLIT_COLUMNS = ("wo", "w2")
 """Weights whose columns are split over the parts (row-parallel, in Megatron's terms). Other matrices are split by rows,
-and vectors are in every part. The embedding is split by columns in Llama 1 and 2 and by rows in Llama 3, as its shape
-tells."""
+and vectors are in every part. The embedding is split by columns in Llama 1 and 2 and by rows in Llama 3; its shape
+tells which."""
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "moe": (None,), "moe_args": (None,), "quantization_args": (None,), "quantization": (None,), "lora_args": (None,),
@@ -58,10 +58,10 @@ def is_directory_of(directory: Path) -> bool:
 
 def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile | None = None) -> Checkpoint:
     """Open a directory, with its `tokenizer.model` unless `load_tokenizer` is False. `single_file` is the checkpoint in
-    it that the caller asked for, if its name is not that of a part.
+    it that the caller gave, if its name is not that of a part.
 
-    Raises `FormatError` for damaged or missing files and for pickles that want code to run, `UnsupportedError` for
-    what this version does not compute.
+    Raises `FormatError` for damaged or missing files and for pickles that could run code, `UnsupportedError` for
+    features that this version does not support.
     """
     if not (directory / PARAMS).exists():
         raise FormatError(
@@ -124,7 +124,7 @@ def _config(keys: Keys, parts: list[TorchFile], notes: list[str]) -> ModelConfig
     dim, n_heads = keys.integer("dim"), keys.integer("n_heads")
     rows, columns = _shape(parts, TENSOR_NAMES["tok_embeddings"])
     vocab_size = keys.integer("vocab_size", -1, least=-1)
-    if vocab_size <= 0:  # Llama 1 and 2: the tokenizer knows
+    if vocab_size <= 0:  # Llama 1 and 2: use the tokenizer's size
         vocab_size = rows if columns * len(parts) == dim else rows * len(parts)
     hidden_dim = _shape(parts, TENSOR_NAMES["layers.0.w1"])[0] * len(parts)
     theta, eps, scaled = (
@@ -133,7 +133,7 @@ def _config(keys: Keys, parts: list[TorchFile], notes: list[str]) -> ModelConfig
         keys.flag("use_scaled_rope", False),
     )
     scaling = _scaling(keys, dim, notes) if scaled else None
-    # nothing states it; these are the published models'
+    # no file states the context; these are the values of the published models
     context = 131072 if scaled else 8192 if theta == 500000 else 2048 if eps == 1e-6 else 4096
     context = keys.integer("max_seq_len", context, most=MAX_CONTEXT)
     if "max_seq_len" not in keys.values:
@@ -162,7 +162,7 @@ def _config(keys: Keys, parts: list[TorchFile], notes: list[str]) -> ModelConfig
 
 
 def _scaling(keys: Keys, dim: int, notes: list[str]) -> RopeScaling:
-    """Llama 3.1's scaling. Its factor is 8, or 32 for the two small models of Llama 3.2; early files do not say it."""
+    """Llama 3.1's scaling. Its factor is 8, or 32 for the two small models of Llama 3.2. Early files omit it."""
     small = dim < 4096
     factor = keys.number("rope_scaling_factor", 32.0 if small else 8.0)
     if "rope_scaling_factor" not in keys.values:

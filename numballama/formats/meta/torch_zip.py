@@ -1,9 +1,9 @@
 """PyTorch's checkpoint files (`torch.save`, since 1.6): a zip archive of a pickle and one raw member for each storage.
 
-Nothing of the pickle is executed. `_Unpickler` knows some twenty of its operations, the classes of storages, and three
+Nothing in the pickle is executed. `_Unpickler` accepts some twenty operations, the classes of storages, and three
 functions by name, and makes records of them; everything else is refused. It extends the pure-Python unpickler of the
-standard library: in C's, one operation such as `LONG_BINPUT 0x3fffffff` allocates 17 GB for its memo, which is an
-array there and a dict here.
+standard library. In the C unpickler the memo is an array, so one operation such as `LONG_BINPUT 0x3fffffff` allocates
+17 GB; in Python it is a dict.
 
 Members of the archive are stored, not compressed, so that a tensor is a view of the mapped file.
 """
@@ -30,13 +30,13 @@ from ..tensors import TensorInfo, view_weight
 
 MAGIC = b"PK\x03\x04"
 LEGACY = b"\x80\x02\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
-"""First bytes of what torch.save wrote before version 1.6: a pickle of a magic number."""
+"""First bytes of files from torch.save before version 1.6: a pickle of a magic number."""
 
 MAX_PICKLE = 1 << 19
-"""Bytes of the pickle; that of a model with 126 layers has 0.2 million. An operation of one byte may make an object of
-100 bytes."""
+"""Maximum size of the pickle in bytes. A model with 126 layers has 0.2 million. An operation of one byte may make an
+object of 100 bytes."""
 MAX_DIRECTORY = 1 << 21
-"""Bytes of the archive's directory; an entry takes about 100."""
+"""Maximum size of the archive's directory in bytes. An entry takes about 100."""
 MAX_TENSORS = 1 << 16
 
 _STORAGES: dict[str, tuple[WeightType, type[np.generic]]] = {
@@ -49,7 +49,7 @@ _OTHER_STORAGES = ("Double", "Long", "Int", "Short", "Char", "Byte", "Bool", "Co
 
 class TorchFile:
     """The tensors of a file, by name. Raises `FormatError` for a damaged file or a pickle that could run code, and
-    `UnsupportedError` for files and tensors of kinds that are not read.
+    `UnsupportedError` for unsupported files and tensors.
     """
 
     def __init__(self, file: MappedFile) -> None:
@@ -84,18 +84,18 @@ class TorchFile:
 
     def _infos(self, table: object) -> Iterator[tuple[str, TensorInfo]]:
         if not isinstance(table, dict):
-            raise self._fault("the pickle is no table of tensors", "a dict", type(table).__name__)
+            raise self._fault("the pickle is not a table of tensors", "a dict", type(table).__name__)
         if len(table) > MAX_TENSORS:
             raise self._fault("too many tensors", f"at most {MAX_TENSORS:,}", f"{len(table):,}")
         for name, tensor in table.items():
             if not isinstance(name, str) or not isinstance(tensor, _Tensor):
                 raise self._fault(
-                    "the pickle is no table of tensors", "a name for each tensor", f"{type(tensor).__name__}"
+                    "the pickle is not a table of tensors", "a name for each tensor", f"{type(tensor).__name__}"
                 )
             yield name, self._info(name, tensor)
 
     def _info(self, name: str, tensor: _Tensor) -> TensorInfo:
-        """Where the tensor lies: in its storage, row after row."""
+        """Position of the tensor in the file. Raises unless it is in C order within its storage."""
         storage, where = tensor.storage, f"tensor {name[:100]}"
         if storage.kind not in _STORAGES:
             raise UnsupportedError(
@@ -114,7 +114,7 @@ class TorchFile:
         numel, capacity = math.prod(tensor.shape), member.size // item
         if tensor.start + numel > capacity:
             raise self._fault(
-                "a tensor does not fit its storage", f"at most {capacity:,} numbers",
+                "a tensor does not fit its storage", f"at most {capacity:,} elements",
                 f"{tensor.start:,} + {numel:,}", where,
             )  # fmt: skip
         offset = member.offset + tensor.start * item
@@ -126,14 +126,14 @@ class TorchFile:
 
 @dataclass(frozen=True)
 class _Member:
-    """Bytes of a member, as they lie in the file."""
+    """Position and size of a member's bytes in the file."""
 
     offset: int
     size: int
 
 
 class _ArchiveReader:
-    """The mapped file as `zipfile` reads it, which asks for the whole directory at once and trusts its size."""
+    """The mapped file, for `zipfile`, which reads the whole directory at once and trusts its size."""
 
     def __init__(self, file: MappedFile) -> None:
         self._data, self._size, self._at = file.data, file.size, 0
@@ -161,7 +161,7 @@ class _ArchiveReader:
 
 
 def _members(file: MappedFile) -> dict[str, _Member]:
-    """Name → place of every member. Members are stored, have distinct names, lie in the file and do not overlap."""
+    """Name → position of every member. Checks that members are uncompressed, distinct, in the file and disjoint."""
 
     def fault(message: object, where: int | None = None) -> FormatError:
         return FormatError(f"a damaged zip archive: {message}", path=file.path, where=where)
@@ -179,7 +179,7 @@ def _members(file: MappedFile) -> dict[str, _Member]:
         if entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1 or entry.file_size != entry.compress_size:
             raise fault(f"member {name[:80]} is compressed or encrypted", at)
         if name in members:
-            raise fault(f"member {name[:80]} is there twice", at)
+            raise fault(f"member {name[:80]} occurs twice", at)
         if not 0 <= at <= file.size - zipfile.sizeFileHeader or file.data[at : at + len(MAGIC)] != MAGIC:  # type: ignore[attr-defined]
             raise fault(f"no member {name[:80]}", max(min(at, file.size), 0))
         name_size, extra_size = struct.unpack_from("<HH", file.data, at + 26)  # may differ from the directory's
@@ -250,7 +250,7 @@ _GLOBALS: dict[tuple[str, str], object] = {
     **{("torch", kind): _StorageType(kind) for kind in _STORAGES},
     **{("torch", f"{kind}Storage"): _StorageType(f"{kind}Storage") for kind in _OTHER_STORAGES},
 }
-"""(module, name) → what stands for it here."""
+"""(module, name) in a pickle → replacement here."""
 
 _OPCODES = (
     pickle.PROTO, pickle.FRAME, pickle.STOP, pickle.MARK, pickle.NONE, pickle.NEWTRUE, pickle.NEWFALSE,
@@ -259,12 +259,13 @@ _OPCODES = (
     pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET, pickle.BININT, pickle.BININT1,
     pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINUNICODE,
 )  # fmt: skip
-"""Operations that behave as in every pickle; `_Unpickler` adds three. STACK_GLOBAL, INST, OBJ, NEWOBJ and EXT, which
-can call or name other things, are among those that are refused."""
+"""Operations that are inherited from the standard unpickler; `_Unpickler` adds three. All others are refused, among
+them STACK_GLOBAL, INST, OBJ, NEWOBJ and EXT, which can name or call other objects.
+"""
 
 
 class _Dispatch(dict[int, Callable[[Any], None]]):
-    """Operation → method. Others are refused by name."""
+    """Operation → method. Raises for other operations, with their name."""
 
     def __missing__(self, code: int) -> NoReturn:
         names = (name for name in pickle.__all__ if getattr(pickle, name) == bytes([code]))
@@ -283,7 +284,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         return _GLOBALS[module, name]
 
     def persistent_load(self, pid: object) -> _Storage:
-        """`pid` is ("storage", its class, the name of its member, a device, how many numbers)."""
+        """`pid` is ("storage", its class, the name of its member, a device, the number of elements)."""
         if not isinstance(pid, tuple) or len(pid) < 3:
             raise ValueError("a persistent id that is no storage")
         what, kind, key = pid[:3]
@@ -301,7 +302,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         self._set(self.pop_mark())
 
     def _set(self, items: Sequence[object]) -> None:
-        """Keys are strings or numbers: to hash a tuple that is nested a million times would crash Python."""
+        """Accept only strings and numbers as keys: hashing a tuple that is nested a million times crashes Python."""
         target = self.stack[-1]
         if not isinstance(target, dict):
             raise ValueError("no dict to add to")
@@ -311,7 +312,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
             target[key] = value
 
     def load_build(self) -> None:
-        """Drop the attributes of an OrderedDict: a state_dict has `_metadata`."""
+        """Drop the attributes of an OrderedDict, such as the `_metadata` of a state_dict."""
         self.stack.pop()
 
     dispatch = _Dispatch({code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES})  # type: ignore[attr-defined]

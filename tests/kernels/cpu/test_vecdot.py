@@ -164,7 +164,7 @@ print("permvar" in next(iter(decode.inspect_llvm().values())))
 @pytest.mark.slow
 @pytest.mark.parametrize("generic", [False, True])
 def test_any_cpu_decodes_blocks(generic: bool) -> None:
-    """With AVX-512 some types are looked up in registers, elsewhere computed: the same numbers, to the bit."""
+    """With AVX-512 some types are looked up in registers, elsewhere computed: the same values, to the bit."""
     plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""} if generic else {}
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | plain
     command = [sys.executable, "-c", GENERIC]
@@ -209,10 +209,10 @@ def test_what_runs_as_another_type_is_noted(tmp_path: Path) -> None:
     WRITERS["gguf"](path, config, mixed_weights(config, MIXTURES["converted"]))
     inspected = numballama.inspect(path)
     assert inspected.notes == [
-        "Q5_0 (layers.0.wq and 1 more) runs as q8_0, with the same numbers: a copy of 136.0 KiB",
+        "Q5_0 (layers.0.wq and 1 more) runs as q8_0, with the same values: a copy of 136.0 KiB",
         "Q5_1 (layers.0.wk and 1 more) runs as f16, rounded: a copy of 128.0 KiB",
         "Q2_K (layers.0.wv and 1 more) runs as f16, rounded: a copy of 128.0 KiB",
-        "Q3_K (layers.0.w1 and 1 more) runs as q6_k, with the same numbers: a copy of 105.0 KiB",
+        "Q3_K (layers.0.w1 and 1 more) runs as q6_k, with the same values: a copy of 105.0 KiB",
         "Q5_K (tok_embeddings and 7 more) runs as f16, rounded: a copy of 818.0 KiB",
     ]
     assert inspected.tensors["layers.0.w3"] == ("q5_k", (256, 256))

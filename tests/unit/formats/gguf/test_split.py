@@ -162,7 +162,7 @@ def test_tensors_of_two_parts_and_of_none(parts: list[Path]) -> None:
 def test_damage_names_the_part(parts: list[Path]) -> None:
     data = parts[1].read_bytes()
     replace(parts[1], data[:-100])
-    with pytest.raises(FormatError, match="leaves the file") as caught:
+    with pytest.raises(FormatError, match="extends beyond the file") as caught:
         open_checkpoint(parts[0])
     assert caught.value.path == parts[1]
     replace(parts[1], b"GGUX" + data[4:])

@@ -47,7 +47,7 @@ def test_rows_that_are_not_whole_blocks_are_refused(tmp_path: Path, kind: str) -
     path = tmp_path / "other.gguf"
     path.write_bytes(data)
     with pytest.raises(
-        FormatError, match=rf"a row of tensor {name.decode()} is no whole number of {kind} blocks"
+        FormatError, match=rf"a row of tensor {name.decode()} is not a whole number of {kind} blocks"
     ) as caught:
         open_checkpoint(path)
     assert (caught.value.expected, caught.value.found) == (256, 32)

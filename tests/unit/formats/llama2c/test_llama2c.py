@@ -225,7 +225,7 @@ def test_what_a_file_cannot_say_is_noted(tmp_path: Path) -> None:
     assert "rope_pairing='half', rope_theta=500000.0:" in notes[0]
     notes = WRITERS["llama2c-v2"](tmp_path / "x", SMALL, random_checkpoint(SMALL).weights)
     assert len(notes) == 1
-    assert "straddle" in notes[0]
+    assert "cross rows" in notes[0]
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path: Path) -> None:
