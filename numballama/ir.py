@@ -115,7 +115,6 @@ RULES: dict[str, Rule] = {}
 
 def rule(
     kind: str,
-    *,
     inputs: Sequence[str] | Sequence[Sequence[str]] = (),
     outputs: Sequence[str] = ("out",),
     attrs: Sequence[str] = (),

@@ -207,7 +207,9 @@ class ReferenceProgram:
             self._compute(op)
         if sampler is None:
             return 0
-        if (token := sampler(self.values["logits"][0].copy())) < 0:
+        from .cpu.sampling import choose_token  # late: Numba takes time to import, and only a sampler needs it
+
+        if (token := choose_token(sampler, self.values["logits"][0].copy())) < 0:
             raise Error(NOT_NUMBERS)
         return token
 

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from . import ir, ops
 from .errors import Error, UnsupportedError
 from .ir import Rule
+from .quantization.types import TYPE_TRAITS
 
 Types = str | tuple[str, ...]
 """Accepted types of one operand: a type's name, several names, or "*" for any."""
@@ -137,9 +138,10 @@ def kernel(op: str, backend: str, *types: Types, **scratch: ScratchShape) -> Cal
 
     def register(target: F) -> F:
         made = Kernel(op, backend, types, target, scratch)
+        _check_names(made)
         if isinstance(target, KernelRef):
             _rule_of(made)
-        elif backend in CONVENTIONS:
+        else:
             check_signature(target, made)
         entries = _kernels.setdefault((op, backend), [])
         entries[:] = [entry for entry in entries if entry.types != types or entry.built_in < made.built_in]
@@ -148,6 +150,21 @@ def kernel(op: str, backend: str, *types: Types, **scratch: ScratchShape) -> Cal
         return target
 
     return register
+
+
+def _check_names(kernel: Kernel) -> None:
+    """Raise `Error` for a backend or an operand type that does not exist: nothing would ever find the kernel."""
+    if kernel.backend not in CONVENTIONS:
+        raise Error(
+            f"kernel {kernel.name}: unknown backend {kernel.backend!r}; choose from {', '.join(sorted(CONVENTIONS))}"
+        )
+    known = {"*", *ir.DTYPES, *TYPE_TRAITS}
+    for types in kernel.types:
+        for name in (types,) if isinstance(types, str) else types:
+            if name not in known:
+                raise Error(
+                    f"kernel {kernel.name}: unknown operand type {name!r}; choose from {', '.join(sorted(known))}"
+                )
 
 
 def _rule_of(kernel: Kernel) -> Rule:
@@ -188,7 +205,8 @@ def check_signature(function: Callable[..., Any], kernel: Kernel) -> None:
     for index, name in enumerate(wanted):
         here = found[index] if index < len(found) else None
         if index < leading:
-            if here is None or here in wanted[leading:] or here in allowed:
+            misplaced = here in wanted and here != name  # another leading parameter, or an operand
+            if here is None or misplaced or here in allowed:
                 raise Error(f"{where}: parameter {index + 1} must be `{name}`, found {_quoted(here)}; {expected}")
         elif here != name:
             raise Error(f"{where}: parameter {index + 1} must be `{name}`, found {_quoted(here)}; {expected}")

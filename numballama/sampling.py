@@ -240,11 +240,3 @@ class SamplerState:
     def operands(self) -> tuple[np.ndarray, ...]:
         """Arguments of `cpu.sampling.sample` after the logits."""
         return self.settings, self.recent, self.counts, self.state, self.ids
-
-    def __call__(self, logits: np.ndarray) -> int:
-        """The next token, or -1 if `logits` float32 [vocab] hold a NaN. Overwrites the logits."""
-        if len(logits) < len(self.ids):
-            raise Error(f"this sampler chooses from {len(self.ids):,} tokens, but there are {len(logits):,} logits")
-        from .cpu.sampling import sample  # late: importing Numba takes time, and a GPU does not need it
-
-        return int(sample(logits, *self.operands))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..ir import Graph, Op
+from ..ir import Graph, Op, Value
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -27,9 +27,16 @@ def step_bytes(graph: Graph, op: Op, weight_nbytes: Callable[[str], int], positi
             nbytes = weight_nbytes(value.name)
             total += nbytes // value.shape[0] * tokens if op.kind == "embedding" else nbytes
         elif value.kind == "state":
-            sequences, _, context, _ = value.shape
-            total += value.nbytes // (sequences * context) * (tokens if writes else position + 1)
+            total += _state_bytes(value, tokens if writes else position + 1)
     return total
+
+
+def _state_bytes(state: Value, positions: int) -> int:
+    """Bytes of `positions` positions of a KV cache [sequences, heads, context, head_dim]; of another state, all."""
+    if len(state.shape) != 4:
+        return state.nbytes
+    sequences, _, context, _ = state.shape
+    return state.nbytes // (sequences * context) * positions
 
 
 def bytes_per_token(model: Model, position: int) -> int:

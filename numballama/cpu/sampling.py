@@ -11,7 +11,8 @@ import math
 
 import numpy as np
 
-from ..sampling import MIN_P, REPETITION_PENALTY, TEMPERATURE, TOP_K, TOP_P
+from ..errors import Error
+from ..sampling import MIN_P, REPETITION_PENALTY, TEMPERATURE, TOP_K, TOP_P, SamplerState
 from .compiler import jit
 
 
@@ -193,3 +194,13 @@ def sample(logits, settings, recent, counts, state, ids):
     recent[counts[0] % recent.shape[0]] = token
     counts[0] += 1
     return token
+
+
+def choose_token(sampler: SamplerState, logits: np.ndarray) -> int:
+    """The token that a sampler chooses from `logits` float32 [vocab], or -1 if they hold a NaN. Overwrites the logits.
+
+    Raises `Error` for fewer logits than tokens that the sampler chooses from.
+    """
+    if len(logits) < len(sampler.ids):
+        raise Error(f"this sampler chooses from {len(sampler.ids):,} tokens, but there are {len(logits):,} logits")
+    return int(sample(logits, *sampler.operands))

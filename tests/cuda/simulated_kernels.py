@@ -257,7 +257,7 @@ def test_filters(bench: Bench, settings: dict[str, Any]) -> None:
     assert 0 < len(kept) < len(LOGITS)
     for seed in range(3000):
         sampler.state[0] = seed
-        free = make_sampler(len(LOGITS), sampler.settings[0], 0, 1.0, seed=seed)
+        free = make_sampler(len(LOGITS), sampler.settings[0], 0, top_p=1.0, seed=seed)
         with_filters, lead = expected(LOGITS, sampler)
         if lead > 1e-3:
             chosen.setdefault((with_filters, expected(LOGITS, free)[0] in kept), seed)

@@ -64,12 +64,6 @@ FLAT_PARTS = ("kernels_cpu", "kernels_cuda")
 """Flat modules that belong to a package: the kernels that a reader looks at first."""
 
 
-LATE_IMPORTS = {
-    ("sampling", "cpu.sampling"): "Numba is imported when the first token is drawn; a GPU does not need it",
-}
-"""Imports inside functions that point to the right, and why."""
-
-
 @lru_cache
 def order() -> list[tuple[str, str]]:
     """`ORDER` as (module, its group); the group is the package, or the flat module itself."""
@@ -167,7 +161,6 @@ def test_imports_point_to_the_left() -> None:
         and module in place
         and not (target in PACKAGES and module.startswith(f"{target}."))
         and place[target] >= place[module]
-        and (module, target) not in LATE_IMPORTS
     )
 
 
@@ -178,11 +171,7 @@ def test_no_circle_of_imports_between_packages() -> None:
     for module, path in MODULES.items():
         group = groups.get(module, module.split(".")[0])
         if module:
-            targets = {
-                target
-                for name, _ in imports(path)
-                if (target := target_of(name)) and (module, target) not in LATE_IMPORTS
-            }
+            targets = {target for name, _ in imports(path) if (target := target_of(name))}
             graph.setdefault(group, set()).update({groups.get(t, t.split(".")[0]) for t in targets} - {group})
     assert {"config", "ir"} <= graph["graph"], "the graph is about something"
     try:

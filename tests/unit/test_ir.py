@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from numballama import ir, kernels_cpu  # noqa: F401  (fills the registry)
+import numballama.cpu.ops  # noqa: F401 (registers the kernels)
+from numballama import ir
 from numballama.errors import Error
 from numballama.fusion import fuse
 from numballama.ir import Graph, Op, Value, verify
@@ -270,6 +271,12 @@ def test_a_rule_without_proper_names_is_refused(names: Mapping[str, Any], messag
     with pytest.raises(Error, match=message):
         ir.rule("sub", **names)(same_shape)
     assert "sub" not in ir.RULES
+
+
+@pytest.mark.usefixtures("own_rules")
+def test_inputs_may_be_given_by_position() -> None:
+    ir.rule("sub", ("a", "b"))(same_shape)
+    assert ir.RULES["sub"].inputs == (("a", "b"),) and ir.RULES["sub"].outputs == ("out",)
 
 
 @pytest.mark.usefixtures("own_rules")

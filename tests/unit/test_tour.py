@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -107,3 +108,5 @@ def test_a_token_passes_through_few_files() -> None:
     print("python:", *python, "compiled:", *compiled)
     assert python[0] == "model.py" and "kernels_cpu.py" in compiled and "cpu/matmul.py" in compiled
     assert len(python) + len(compiled) <= 9, (python, compiled)
+    (chain,) = re.findall(r"^model\.py → .*$", tour().PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(chain.split(" → ")) == {*python, *compiled}

@@ -21,7 +21,7 @@ from numballama.errors import Error
 from numballama.export import WRITERS
 from numballama.ir import Graph
 from numballama.quantization.convert import convert, dequantize
-from numballama.quantization.types import BLOCKS, FALLBACK_TYPE, LINEAR_TYPES, Q4_0, Q8_0, TYPE_TRAITS, WeightType
+from numballama.quantization.types import BLOCKS, F16, FALLBACK_TYPE, LINEAR_TYPES, Q4_0, Q8_0, TYPE_TRAITS, WeightType
 from numballama.reference import ReferenceBackend
 from tests.helpers.bounds import check_step, compiled, cpu_backend, run_workers
 from tests.helpers.gguf_files import random_blocks
@@ -101,7 +101,7 @@ def mixed_weights(config: ModelConfig, types: dict[str, str]) -> dict[str, Weigh
             if kind in BLOCKS:
                 weights[name] = random_blocks(kind, weight.shape[0], weight.shape[1] // BLOCKS[kind][0], rng)
             elif kind == "f16":
-                weights[name] = convert(weight, numballama.config.F16)
+                weights[name] = convert(weight, F16)
     return weights
 
 

@@ -9,7 +9,7 @@ from tests.helpers.processes import run_python
 HALVES = """
 import json
 import numba, numpy as np
-from numballama.lowlevel_cpu import as_f32, f32_to
+from numballama.cpu.intrinsics import as_f32, f32_to
 
 @numba.njit
 def decode(bits, out):

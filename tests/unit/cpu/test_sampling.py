@@ -16,6 +16,7 @@ from numba.core.runtime import _nrt_python as nrt
 from numba.core.runtime import rtsys
 
 from numballama.cpu import sampling
+from numballama.cpu.sampling import choose_token
 from numballama.sampling import REPEAT_WINDOW
 from tests.helpers.sampling import make_sampler
 
@@ -216,7 +217,7 @@ def test_sample_follows_its_definition(settings: dict[str, Any]) -> None:
     for _ in range(20000):
         drawing.counts[0] = 0  # the repeat penalty sees the prompt alone, every time
         drawing.remember(prompt)
-        counts[drawing(logits.copy())] += 1
+        counts[choose_token(drawing, logits.copy())] += 1
     want = expected_distribution(
         logits, prompt, full["temperature"], full["top_k"], full["top_p"], full["min_p"], full["repeat_penalty"]
     )
@@ -227,7 +228,7 @@ def test_sample_follows_its_definition(settings: dict[str, Any]) -> None:
 
 def support_of(logits: np.ndarray, **settings: Any) -> set[int]:
     drawing = make_sampler(len(logits), seed=3, **settings)
-    return {drawing(logits.copy()) for _ in range(3000)}
+    return {choose_token(drawing, logits.copy()) for _ in range(3000)}
 
 
 def test_order_of_the_filters() -> None:
@@ -244,7 +245,7 @@ def test_order_of_the_filters() -> None:
     for seed in range(60):
         drawing = make_sampler(4, temperature=1, top_k=2, top_p=1, repeat_penalty=100, seed=seed)
         drawing.remember([0])
-        drawn.add(drawing(np.array([3, 2, 1, 0.5], np.float32)))
+        drawn.add(choose_token(drawing, np.array([3, 2, 1, 0.5], np.float32)))
     assert drawn == {1, 2}
 
 
@@ -257,18 +258,18 @@ def test_nan_logits_give_minus_one(settings: dict[str, Any], bad: float) -> None
     for place in range(50):
         logits = np.random.default_rng(place).standard_normal(50).astype(np.float32)
         logits[place] = bad
-        assert make_sampler(50, seed=1, **settings)(logits) == -1, place
+        assert choose_token(make_sampler(50, seed=1, **settings), logits) == -1, place
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_infinite_logits(settings: dict[str, Any]) -> None:
     """Masked tokens are never drawn; nothing but masks, or a logit that overflowed, is no distribution."""
     logits = np.full(20, -np.inf, np.float32)
-    assert make_sampler(20, seed=1, **settings)(logits.copy()) == -1
+    assert choose_token(make_sampler(20, seed=1, **settings), logits.copy()) == -1
     logits[[4, 9]] = 1
-    assert {make_sampler(20, seed=seed, **settings)(logits.copy()) for seed in range(40)} == {4, 9}
+    assert {choose_token(make_sampler(20, seed=seed, **settings), logits.copy()) for seed in range(40)} == {4, 9}
     logits[5] = np.inf
-    assert make_sampler(20, seed=1, **settings)(logits.copy()) == -1
+    assert choose_token(make_sampler(20, seed=1, **settings), logits.copy()) == -1
 
 
 @njit
