@@ -140,7 +140,7 @@ def test_verify_constants() -> None:
     graph = model()
     graph.constant("c", [1.0, 2.0])
     graph.constants["c"] = [1.0]
-    with pytest.raises(Error, match="constant c has 1 numbers"):
+    with pytest.raises(Error, match="constant c has 1 elements"):
         verify(graph)
 
 
