@@ -1,4 +1,4 @@
-"""Export: from every reader to every writer that can hold the model, the same logits; what is lost is said."""
+"""Export: from every reader to every writer that can hold the model, the same logits; notes name what is lost."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_safetensors_keep_config_and_logits(
 
 
 def test_most_architectures_can_be_written() -> None:
-    """The property above does not pass by refusing everything."""
+    """The property above does not hold only because everything is refused."""
     able = []
     for biases in range(8):
         for norm in (False, True):

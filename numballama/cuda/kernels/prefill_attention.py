@@ -54,7 +54,7 @@ from .reduce import quad_max, quad_sum
 
 @device
 def stage_queries(q, start, row_elements, rows, head_dim, width, factor, k_cache, base):
-    """Write a tile's queries, times `factor`, to shared memory in rows of `width` elements; zeros for missing queries."""
+    """Write a tile's queries, times `factor`, to shared memory in rows of `width` elements. Absent queries are 0."""
     chunks = width // 8
     zero = np.float32(0)
     for n in range(cuda.threadIdx.x, TILE * chunks, THREADS):

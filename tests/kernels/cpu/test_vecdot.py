@@ -1,4 +1,4 @@
-"""Weights of GGUF's blocks on the CPU, of every bit pattern, and whole models: against the dequantised numbers."""
+"""Weights of GGUF's blocks on the CPU, of every bit pattern, and whole models: against the dequantised elements."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The safetensors container: bad entries of its directory are named."""
+"""The safetensors container: errors name bad entries of its directory."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HF = Path(__file__).parents[2] / "golden" / "hf"
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Callable[[str], Path]:
-    """A model of the golden ones, to be changed."""
+    """A copy of a golden model, to be changed."""
 
     def make(name: str) -> Path:
         return Path(shutil.copytree(HF / f"{name}-0", tmp_path / name, dirs_exist_ok=True))

@@ -52,7 +52,7 @@ def write_bin(path: Path, pieces: Sequence[bytes], scores: Sequence[float]) -> P
 
 
 def llama2c_encode(pieces: Sequence[bytes], scores: Sequence[float], text: str) -> list[int]:
-    """What run.c's encode() does: every round, look at every pair. Control tokens and bytes cannot be spelled out."""
+    """run.c's encode(): look at every pair in each round. Control tokens and bytes cannot be spelled out."""
     vocabulary = {piece: token for token, piece in reversed(list(enumerate(pieces))) if token >= len(FIXED)}
     tokens: list[int] = []
     for character in " " + text if text else "":
@@ -97,7 +97,7 @@ def test_bin_encodes_as_llama2c_where_scores_tie(
 
 
 def test_long_prompts_are_quick(models: Path) -> None:
-    """Quadratic, these would take hours."""
+    """A quadratic algorithm would take hours."""
     tokenizer = load(models / "tokenizer_llama2.bin")
     for text in ("a" * 50_000, " " * 50_000):
         assert tokenizer.decode(tokenizer.encode(text)) == text

@@ -23,7 +23,7 @@ HF = Path(__file__).parents[3] / "golden" / "hf"
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Callable[[str], Path]:
-    """A model of the golden ones, to be changed."""
+    """A copy of a golden model, to be changed."""
 
     def make(name: str) -> Path:
         return Path(shutil.copytree(HF / f"{name}-0", tmp_path / name, dirs_exist_ok=True))
@@ -32,7 +32,7 @@ def copy(tmp_path: Path) -> Callable[[str], Path]:
 
 
 def edit(folder: Path, changes: dict[str, Any], name: str = "config.json") -> Path:
-    """Keys replaced; None takes a key away."""
+    """Replace keys of a JSON file; None removes a key."""
     values = json.loads((folder / name).read_text()) | changes
     (folder / name).write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
     return folder

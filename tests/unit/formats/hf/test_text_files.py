@@ -1,4 +1,4 @@
-"""What a Hugging Face directory says about text: its tokenizer, and how it is found."""
+"""Tokenizer, chat template and stop ids of a Hugging Face directory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HF = Path(__file__).parents[3] / "golden" / "hf"
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Callable[[str], Path]:
-    """A model of the golden ones, to be changed."""
+    """A copy of a golden model, to be changed."""
 
     def make(name: str) -> Path:
         return Path(shutil.copytree(HF / f"{name}-0", tmp_path / name, dirs_exist_ok=True))
