@@ -68,7 +68,7 @@ def worker(checkout: Path, model_name: str, device: str, tokens: int, prompt: in
     context = min(config.context, max(1024, prompt))
     ids = [(7919 * i + 13) % config.vocab_size for i in range(min(prompt, context))]
     tokens = min(tokens, context - SHORT - 2)
-    with gpu.compiled(checkpoint, device, context) as model, model.exclusive():
+    with gpu.compiled(checkpoint, device, context) as model:
         actions: dict[str, Callable[[], float]] = {
             "decode": lambda: 1 / gpu.seconds_of_decoding(model, ids[:SHORT], tokens),
             "prefill": lambda: len(ids) / gpu.seconds_of_prompt(model, ids),
@@ -92,7 +92,8 @@ class Checkout:
     def __init__(self, path: Path, model: str, options: argparse.Namespace) -> None:
         words = ["--worker", path, "--models", model, "--device", options.device]
         words += ["--tokens", options.tokens, "--prompt-tokens", options.prompt_tokens]
-        environment = os.environ | {"PYTHONPATH": str(path)}
+        others = os.environ.get("PYTHONPATH", "")
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(path), others]) if others else str(path)}
         if options.threads:
             environment["NUMBA_NUM_THREADS"] = str(options.threads)
         command = [sys.executable, str(HERE / "compare.py"), *(str(word) for word in words)]

@@ -19,10 +19,13 @@ from .errors import ContextError, DeviceError, Error, FormatError, Interrupted, 
 
 if TYPE_CHECKING:
     from .chat.conversation import Chat
+    from .config import RopePairing
     from .generate import GenerationResponse
     from .generate import GenerationResponse as Piece
     from .inspection import Inspection
     from .model import Model
+    from .quantization.policy import Dtype
+    from .quantization.types import ActivationType, KVType
     from .sampling import SamplingParams
     from .tokenizers.base import Tokenizer
 
@@ -51,15 +54,15 @@ def compile(
     model_path: str | PathLike[str] | None,
     tokenizer: str | PathLike[str] | None = None,
     device: str = "auto",
-    dtype: str | None = None,
+    dtype: Dtype | None = None,
     context: int | None = None,
-    kv_dtype: str | None = None,
+    kv_dtype: KVType | None = None,
     threads: int | None = None,
-    rope_pairing: str | None = None,
+    rope_pairing: RopePairing | None = None,
     rope_theta: float | None = None,
     norm_eps: float | None = None,
     fusions: bool | Sequence[str] = True,
-    activations: str = "f32",
+    activations: ActivationType = "f32",
     max_sequences: int = 1,
     gpus: int = 1,
     kv_tokens: int | None = None,

@@ -18,13 +18,10 @@ from .ir import Graph
 from .kernel_cache import cuda_cache_directory
 from .plan import Plan
 from .progress import Report
+from .quantization.types import ActivationType, KVType
 from .sampling import SamplerState
 
 BackendName = Literal["cpu", "cuda", "reference"]
-KVType = Literal["f32", "f16", "bf16"]
-Activations = Literal["f32", "int8"]
-KV_TYPES: tuple[KVType, ...] = ("f32", "f16", "bf16")
-ACTIVATIONS: tuple[Activations, ...] = ("f32", "int8")
 
 
 @runtime_checkable
@@ -73,7 +70,7 @@ class Backend(Protocol):
     """Maximum number of prompt tokens in one run."""
     default_kv_dtype: ClassVar[KVType]
     """Element type of the KV cache unless the user chooses one."""
-    activation_types: ClassVar[tuple[Activations, ...]]
+    activation_types: ClassVar[tuple[ActivationType, ...]]
     """Types that the inputs of linear layers may be quantised to."""
     in_host_memory: ClassVar[bool]
     """Whether weights and KV cache are in host memory."""

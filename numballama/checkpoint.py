@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from .config import ModelConfig
-from .errors import Error
+from .errors import Error, UnsupportedError
 
 if TYPE_CHECKING:
     from .quantization.types import WeightType
@@ -93,6 +93,13 @@ def require_weights(config: ModelConfig, weights: Mapping[str, Weight]) -> None:
     for name, shape in expected.items():
         if weights[name].shape != shape:
             raise Error(f"weight {name} has shape {weights[name].shape}, its config says {shape}")
+
+
+def require_types(weights: Mapping[str, Weight], types: Collection[str], what: str) -> None:
+    """Raise `UnsupportedError` for a weight whose type is not one of `types`: those that `what` can hold."""
+    for name, weight in weights.items():
+        if weight.type.name not in types:
+            raise UnsupportedError(f"{what} cannot hold {name} as {weight.type}; convert it to {', '.join(types)}")
 
 
 @dataclass

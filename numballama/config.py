@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Final, Literal, get_args
 
 from .errors import Error
 from .validation import real_number
 
-INTERLEAVED, HALF_SPLIT = "interleaved", "half"
+RopePairing = Literal["interleaved", "half"]
+RopeScalingKind = Literal["linear", "dynamic", "llama3", "factors"]
+
+INTERLEAVED: Final = "interleaved"
+HALF_SPLIT: Final = "half"
 """Which dimensions of a head RoPE rotates as a pair: (2i, 2i + 1), or (i, i + head_dim / 2)."""
 
-_PAIRING_NAMES = {
+_PAIRING_NAMES: dict[str, RopePairing] = {
     "interleaved": INTERLEAVED,
     "half": HALF_SPLIT,
     "half-split": HALF_SPLIT,
@@ -35,7 +40,7 @@ class RopeScaling:
     `rope.rope_frequencies` computes them. Raises `Error` for values out of range.
     """
 
-    kind: str
+    kind: RopeScalingKind
     factor: float = 1.0
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
@@ -44,7 +49,7 @@ class RopeScaling:
     factors: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.kind not in ("linear", "dynamic", "llama3", "factors"):
+        if self.kind not in get_args(RopeScalingKind):
             raise Error(f"RopeScaling.kind must be linear, dynamic, llama3 or factors, found {self.kind!r}")
         if not 1 <= self.factor < float("inf"):
             raise Error(f"RopeScaling.factor must be at least 1 and finite, found {self.factor}")
@@ -75,7 +80,7 @@ class ModelConfig:
     """0 means dim / n_heads."""
     norm_eps: float = 1e-5
     rope_theta: float = 10000.0
-    rope_pairing: str = INTERLEAVED
+    rope_pairing: RopePairing = INTERLEAVED
     tied_embeddings: bool = True
     """The output layer uses the embedding table."""
     qkv_bias: bool = False
@@ -164,7 +169,7 @@ class ModelConfig:
         return shapes
 
     def with_overrides(
-        self, rope_pairing: str | None = None, rope_theta: float | None = None, norm_eps: float | None = None
+        self, rope_pairing: RopePairing | None = None, rope_theta: float | None = None, norm_eps: float | None = None
     ) -> ModelConfig:
         """A copy with these values where they are not None. Raises `Error` for values out of range."""
         given = {"rope_pairing": rope_pairing, "rope_theta": rope_theta, "norm_eps": norm_eps}

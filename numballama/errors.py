@@ -64,5 +64,7 @@ FORKED = (
     "use multiprocessing's 'spawn' method and compile the model in the child"
 )
 """Message of the `DeviceError` in a forked child."""
+CLOSED = "this model is closed; compile it again"
+"""Message of the `Error` for a model that is used after `close`."""
 NOT_NUMBERS = "the logits are not numbers: the weights may be damaged"
 """Message of the `Error` for logits with a NaN."""

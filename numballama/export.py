@@ -10,7 +10,7 @@ from typing import Protocol
 
 from . import loader, progress
 from .checkpoint import Checkpoint, LazyWeight, Weight
-from .config import ModelConfig
+from .config import ModelConfig, RopePairing
 from .errors import UnsupportedError
 from .files import expand_user
 from .formats.gguf.writer import MetadataValue, write_gguf
@@ -190,7 +190,7 @@ def export_model(
     to: str,
     quantize: str | None = None,
     tokenizer: str | PathLike[str] | None = None,
-    rope_pairing: str | None = None,
+    rope_pairing: RopePairing | None = None,
     rope_theta: float | None = None,
     norm_eps: float | None = None,
 ) -> Exported:

@@ -8,11 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 from .config import INTERLEAVED, ModelConfig
 from .ir import DTYPES, Graph, Value
-from .quantization.types import VEC_DOT_TYPE, WeightType
+from .quantization.types import VEC_DOT_TYPE, ActivationType, KVType, WeightType
 from .rope import rope_frequencies
+
+Logits = Literal["last", "all"]
+"""Which tokens of a run have logits."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +31,10 @@ class KVLayout:
     n_kv_heads: int
     context: int
     head_dim: int
-    dtype: str = "f32"
+    dtype: KVType = "f32"
 
     @classmethod
-    def of(cls, config: ModelConfig, context: int, dtype: str = "f32", sequences: int = 1) -> KVLayout:
+    def of(cls, config: ModelConfig, context: int, dtype: KVType = "f32", sequences: int = 1) -> KVLayout:
         """The layout for a model and `context` tokens."""
         return cls(config.n_layers, sequences, config.n_kv_heads, context, config.head_dim, dtype)
 
@@ -56,7 +60,7 @@ class Builder:
         kv: KVLayout,
         tokens: int,
         int8_activations: bool,
-        activations: str,
+        activations: ActivationType,
     ) -> None:
         self.graph, self.config = graph, config
         self._types, self._kv = types, kv
@@ -142,9 +146,9 @@ def build(
     types: Mapping[str, WeightType],
     kv: KVLayout,
     tokens: int = 1,
-    logits: str = "last",
+    logits: Logits = "last",
     int8_activations: bool = False,
-    activations: str = "f32",
+    activations: ActivationType = "f32",
 ) -> Graph:
     """The graph of a model for up to `tokens` tokens per run.
 

@@ -83,6 +83,8 @@ class Rule:
     `inputs` are the names of its inputs: one tuple for each number of operands that the op may take. `inplace` maps an
     output to the input whose memory it updates: such an output is not a separate operand.
     `shapes` computes the outputs' shapes and dtypes; None for a fused op, whose body gives them.
+    `optional` are the attributes that a kernel may do without, because an operand carries them too. A kernel takes all
+    others: if it ignored a value, it would silently compute something else.
     """
 
     kind: str
@@ -91,6 +93,7 @@ class Rule:
     attrs: Names
     inplace: Mapping[str, str]
     shapes: Shapes | None
+    optional: Names = ()
 
     def inputs_of(self, count: int) -> Names:
         """The names of `count` inputs. Raises `Error` when the op does not take that many."""
@@ -117,17 +120,19 @@ def rule(
     outputs: Sequence[str] = ("out",),
     attrs: Sequence[str] = (),
     inplace: Mapping[str, str] | None = None,
+    optional: Sequence[str] = (),
 ) -> Callable[[Shapes], Shapes]:
     """Declare an op by the names of its inputs, outputs and attributes.
 
     The decorated function maps (input values, attributes) to the (shape, dtype) of each output, and raises `Error` for
     operands that do not fit. `inputs` may be several tuples, for an op that takes operands of different counts.
-    `inplace={"out": "cache"}` says that output "out" is input "cache", updated. Raises `Error` for names that are
-    missing, given twice, or in `inplace` but not declared.
+    `inplace={"out": "cache"}` says that output "out" is input "cache", updated. `optional` are those of `attrs` that a
+    kernel may leave out. Raises `Error` for names that are missing, given twice, or in `inplace` or `optional` but not
+    declared.
     """
 
     def register(function: Shapes) -> Shapes:
-        RULES[kind] = _rule(kind, inputs, outputs, attrs, inplace, function)
+        RULES[kind] = _rule(kind, inputs, outputs, attrs, inplace, optional, function)
         return function
 
     return register
@@ -140,9 +145,10 @@ def fused_rule(
     outputs: Sequence[str] = ("out",),
     attrs: Sequence[str] = (),
     inplace: Mapping[str, str] | None = None,
+    optional: Sequence[str] = (),
 ) -> None:
     """Declare an op that only fusion passes make. The ops that it replaces define its shapes and its meaning."""
-    RULES[kind] = _rule(kind, inputs, outputs, attrs, inplace, None)
+    RULES[kind] = _rule(kind, inputs, outputs, attrs, inplace, optional, None)
 
 
 def _rule(
@@ -151,6 +157,7 @@ def _rule(
     outputs: Sequence[str],
     attrs: Sequence[str],
     inplace: Mapping[str, str] | None,
+    optional: Sequence[str],
     shapes: Shapes | None,
 ) -> Rule:
     example = f"@rule({kind!r}, inputs=('x', 'weight'), outputs=('out',), attrs=('eps',))"
@@ -159,7 +166,7 @@ def _rule(
             raise Error(f"the rule of {kind} names no {what}; declare them like this: {example}")
     several = tuple((names,) if isinstance(names, str) else tuple(names) for names in inputs)
     named = (tuple(name for (name,) in several),) if isinstance(inputs[0], str) else several
-    made = Rule(kind, named, tuple(outputs), tuple(attrs), dict(inplace or {}), shapes)
+    made = Rule(kind, named, tuple(outputs), tuple(attrs), dict(inplace or {}), shapes, tuple(optional))
     for names in made.inputs:
         every = (*names, *made.results, *made.attrs)
         if twice := sorted({name for name in every if every.count(name) > 1}):
@@ -170,6 +177,10 @@ def _rule(
                     f"the rule of {kind}: inplace says that output {output} updates input {updated}; outputs are "
                     f"({', '.join(made.outputs)}), inputs ({', '.join(names)})"
                 )
+    if unknown := [name for name in made.optional if name not in made.attrs]:
+        raise Error(
+            f"the rule of {kind}: optional names {', '.join(unknown)}; its attributes are ({', '.join(made.attrs)})"
+        )
     return made
 
 
@@ -282,13 +293,15 @@ def _infer(op: Op, values: Mapping[str, Value]) -> list[Value]:
     """The output values of an op, by its rule or by its body. Raises `Error` when they do not fit."""
     missing = [name for name in op.inputs if name not in values]
     expect(not missing, f"{op.kind}: input {', '.join(missing)} is not defined before its use")
+    rule = RULES.get(op.kind)
     if op.body:
+        if rule is not None:
+            _expect_attributes(op, rule)
         inner = {name: values[name] for name in op.inputs}
         for part in op.body:
             inner |= {value.name: value for value in _infer(part, inner)}
         expect(all(name in inner for name in op.outputs), f"{op.kind}: its body does not compute {op.outputs}")
         return [inner[name] for name in op.outputs]
-    rule = RULES.get(op.kind)
     known = ", ".join(sorted(kind for kind, each in RULES.items() if each.shapes))
     if rule is None or rule.shapes is None:
         made_by = "; it is made by a fusion pass, and has no body here" if rule else ""
@@ -296,8 +309,7 @@ def _infer(op: Op, values: Mapping[str, Value]) -> list[Value]:
     inputs = [values[name] for name in op.inputs]
     try:
         names = rule.inputs_of(len(inputs))
-        unknown = sorted(set(op.attrs) - set(rule.attrs))
-        expect(not unknown, f"has no attribute {', '.join(unknown)}; its attributes are ({', '.join(rule.attrs)})")
+        _expect_attributes(op, rule)
         shaped = rule.shapes(inputs, op.attrs)
         expect(len(shaped) == len(op.outputs), f"has {len(shaped)} outputs, {len(op.outputs)} are named")
         return [
@@ -306,6 +318,13 @@ def _infer(op: Op, values: Mapping[str, Value]) -> list[Value]:
         ]
     except (Error, ValueError, IndexError, KeyError) as error:
         raise Error(f"{op.kind}({', '.join(map(str, inputs))}) {dict(op.attrs)}: {error}") from error
+
+
+def _expect_attributes(op: Op, rule: Rule) -> None:
+    """Raise `Error` for an attribute that the rule does not name: no kernel could take it."""
+    unknown = sorted(set(op.attrs) - set(rule.attrs))
+    names = ", ".join(rule.attrs)
+    expect(not unknown, f"{op.kind} has no attribute {', '.join(unknown)}; its attributes are ({names})")
 
 
 def _result(

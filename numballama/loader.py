@@ -8,6 +8,7 @@ from pathlib import Path
 
 from . import hub
 from .checkpoint import Checkpoint
+from .config import RopePairing
 from .errors import Error, FormatError, UnsupportedError
 from .files import MappedFile, expand_user, map_file
 from .formats import safetensors
@@ -44,7 +45,7 @@ def open_checkpoint(
     path: str | PathLike[str] | None,
     tokenizer: str | PathLike[str] | None = None,
     *,
-    rope_pairing: str | None = None,
+    rope_pairing: RopePairing | None = None,
     rope_theta: float | None = None,
     norm_eps: float | None = None,
 ) -> Checkpoint:

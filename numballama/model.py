@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any, get_args, overload
 
 import numpy as np
 
 from . import ir, loader, memory, plan, progress
-from .backend import ACTIVATIONS, KV_TYPES, Backend, Program, backend_class, choose_device, open_backend
+from .backend import Backend, Program, backend_class, choose_device, open_backend
 from .bench import debug
 from .chat.conversation import Chat
 from .chat.encoder import ConversationEncoder
 from .chat.template import Message
 from .checkpoint import Checkpoint, Weight
-from .config import ModelConfig
-from .errors import ContextError, Error, Interrupted, UnsupportedError
+from .config import ModelConfig, RopePairing
+from .errors import CLOSED, ContextError, Error, Interrupted, UnsupportedError
 from .generate import GenerationResponse, generate_tokens
-from .graph import KVLayout, build
+from .graph import KVLayout, Logits, build
 from .memory import format_bytes
 from .quantization import policy
-from .quantization.convert import convert
-from .quantization.types import VEC_DOT_TYPE
+from .quantization.types import KV_TYPES, VEC_DOT_TYPE, ActivationType, KVType
 from .sampling import (
     DEFAULTS,
     NOT_GIVEN,
@@ -42,8 +40,6 @@ from .validation import whole_number
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-CLOSED = "this model is closed; compile it again"
-
 
 class Model:
     """A compiled model. Use `numballama.compile`; see there for the arguments.
@@ -59,21 +55,21 @@ class Model:
         tokenizer: str | PathLike[str] | None = None,
         *,
         device: str = "auto",
-        dtype: str | None = None,
+        dtype: policy.Dtype | None = None,
         context: int | None = None,
-        kv_dtype: str | None = None,
+        kv_dtype: KVType | None = None,
         threads: int | None = None,
-        rope_pairing: str | None = None,
+        rope_pairing: RopePairing | None = None,
         rope_theta: float | None = None,
         norm_eps: float | None = None,
         fusions: bool | Sequence[str] = True,
-        activations: str = "f32",
+        activations: ActivationType = "f32",
     ) -> None:
         started = time.perf_counter()
         for name, value, known in (
             ("dtype", dtype, (None, *policy.DTYPES)),
             ("kv_dtype", kv_dtype, (None, *KV_TYPES)),
-            ("activations", activations, ACTIVATIONS),
+            ("activations", activations, get_args(ActivationType)),
         ):
             if value not in known:
                 choices = ", ".join(str(each) for each in known if each is not None)
@@ -108,7 +104,7 @@ class Model:
         self._backend: Backend | None = None
         self._program: Program | None = None
         self._fusions = fusions
-        self.weights: Mapping[str, Weight] = self._convert(dtype)
+        self.weights: Mapping[str, Weight] = policy.convert_weights(self.config, self._checkpoint.weights, dtype)
         if activations == "int8" and not any(w.type.name in (*VEC_DOT_TYPE, "int8") for w in self.weights.values()):
             self.notes.append("no weight of this model is quantised, so no activations are rounded to int8")
         backend = self._backend = open_backend(self.device, self.weights, threads)
@@ -123,27 +119,7 @@ class Model:
         self.threads: int = backend.workers
         self.load_s = time.perf_counter() - started
 
-    def _convert(self, dtype: str | None) -> Mapping[str, Weight]:
-        """The weights, with those of linear layers converted to `dtype`. A tied classifier converts the embedding too.
-
-        Weights of a type that no backend has kernels for are converted in any case.
-        """
-        weights = self._checkpoint.weights
-        targets = policy.fallback_types(weights) | policy.types_to_convert(self.config, weights, dtype)
-        if not targets:
-            return weights
-        converted = dict(weights)
-        what = dtype or ", ".join(dict.fromkeys(target.name for target in targets.values()))
-        hint = "leave dtype= out to use the file's own types" if dtype else "use a file of another quantisation"
-        size = sum(target.nbytes(math.prod(weights[name].shape)) for name, target in targets.items())
-        memory.require_available(size, f"a copy of the linear weights as {what}", hint)
-        with progress.progress_bar(f"converting to {what}") as report:
-            for done, (name, target) in enumerate(targets.items()):
-                report(name, done, len(targets))
-                converted[name] = convert(weights[name], target)
-        return converted
-
-    def _build(self, tokens: int, logits: str) -> ir.Graph:
+    def _build(self, tokens: int, logits: Logits) -> ir.Graph:
         types = {name: weight.type for name, weight in self.weights.items()}
         int8 = self._checkpoint.int8_activations
         return build(self.config, types, self.kv, tokens, logits, int8, self.activations)

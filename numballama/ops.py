@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .ir import Shaped, Shapes, Value, expect, fused_rule, rule
+from .memory import ceil_div
 from .quantization.types import ACTIVATION_QUANT, VEC_DOT_TYPE
 
 Inputs = Sequence[Value]
@@ -57,7 +58,7 @@ def _quantize(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     """x[T, D] → int8 x[T, D], and a scale for each `group` elements of a row, [T, ceil(D / group)]"""
     (x,) = inputs
     expect(x.dtype == "f32" and len(x.shape) == 2 and attrs["group"] > 0, "wants x f32[T, D] and a positive group")
-    return [(x.shape, "i8"), ((x.shape[0], -(-x.shape[1] // attrs["group"])), "f32")]
+    return [(x.shape, "i8"), ((x.shape[0], ceil_div(x.shape[1], attrs["group"])), "f32")]
 
 
 def _quantized(activation: str, shape: tuple[int, ...]) -> list[Shaped]:
@@ -89,12 +90,13 @@ def _linear_inputs(before: Sequence[str], after: Sequence[str] = ()) -> tuple[tu
     return tuple((*activations, *before, *after) for activations in ACTIVATIONS)
 
 
-@rule("linear", inputs=_linear_inputs(("weight",)), attrs=("group",))
+@rule("linear", inputs=_linear_inputs(("weight",)), attrs=("group",), optional=("group",))
 def _linear(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     """x[T, K], weight[N, K] → x · weightᵀ, [T, N].
 
     An int8 weight may take xq[T, K] and xs[T, ceil(K / group)], the results of `quantize`; a weight of blocks, the
-    three results of the `quantize_…` that its type wants (`VEC_DOT_TYPE`).
+    three results of the `quantize_…` that its type wants (`VEC_DOT_TYPE`). `group` is optional: an int8 weight carries
+    it.
     """
     x, weight = inputs[0], inputs[-1]
     expect((x.dtype == "i8") == (len(inputs) > 2), "wants (x, weight), (xq, xs, weight) or (xq, xs, sums, weight)")
@@ -107,7 +109,7 @@ def _linear(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
             f"a weight of {weight.dtype} wants x as quantize_{activation} makes it",
         )
     elif x.dtype == "i8":
-        scales = (x.shape[0], -(-x.shape[1] // attrs["group"]))
+        scales = (x.shape[0], ceil_div(x.shape[1], attrs["group"]))
         expect(inputs[1].shape == scales, "wants one scale for each group of x")
     expect(len(weight.shape) == 2 and x.shape[1] == weight.shape[1], "x[T, K] must fit weight[N, K]")
     return [((x.shape[0], weight.shape[0]), "f32")]
@@ -202,9 +204,9 @@ def _argmax(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
 _QKV, _GATE_UP = ("wq", "wk", "wv"), ("w1", "w3")
 _CACHES = {"k_cache_out": "k_cache", "v_cache_out": "v_cache"}
 
-fused_rule("linear_add", inputs=_linear_inputs(("weight", "residual")), attrs=("group",))
-fused_rule("qkv", inputs=_linear_inputs(_QKV), outputs=("q", "k", "v"), attrs=("group",))
-fused_rule("gate_up", inputs=_linear_inputs(_GATE_UP), attrs=("group",))
+fused_rule("linear_add", inputs=_linear_inputs(("weight", "residual")), attrs=("group",), optional=("group",))
+fused_rule("qkv", inputs=_linear_inputs(_QKV), outputs=("q", "k", "v"), attrs=("group",), optional=("group",))
+fused_rule("gate_up", inputs=_linear_inputs(_GATE_UP), attrs=("group",), optional=("group",))
 fused_rule("norm_linear", inputs=("x", "norm", "weight"), attrs=("eps",))
 fused_rule("norm_qkv", inputs=("x", "norm", *_QKV), outputs=("q", "k", "v"), attrs=("eps",))
 fused_rule("norm_gate_up", inputs=("x", "norm", *_GATE_UP), attrs=("eps",))

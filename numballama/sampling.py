@@ -147,7 +147,7 @@ class SamplingParams:
                 raise UnsupportedError(f"{name} is not supported by this version: leave it at {value}, found {given!r}")
 
 
-def _token_ids(value: Any) -> frozenset[int]:
+def _token_ids(value: object) -> frozenset[int]:
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise Error(f"stop_token_ids must be a list of token ids, found {value!r}")
     return frozenset(whole_number("a token of stop_token_ids", token, 0) for token in value)

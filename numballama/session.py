@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 import numpy as np
 
 from .backend import Program
-from .errors import FORKED, ContextError, DeviceError, Error
+from .errors import CLOSED, FORKED, ContextError, DeviceError, Error
 from .sampling import SamplerState
 from .validation import whole_number
 
@@ -115,7 +115,7 @@ class SharedSession:
     def session(self) -> Session:
         """The session. Raises `Error` once the model is closed."""
         if self._session is None:
-            raise Error("this model is closed; compile it again")
+            raise Error(CLOSED)
         return self._session
 
     @contextlib.contextmanager

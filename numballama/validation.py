@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Sequence
-from typing import Any
+from typing import SupportsFloat, SupportsIndex, cast
 
 from .errors import Error
 
 
-def whole_number(name: str, value: Any, minimum: int | None = None) -> int:
+def whole_number(name: str, value: object, minimum: int | None = None) -> int:
     """`value` as an int. NumPy integers are accepted, 1.0 is not. Raises `Error` below `minimum`."""
     try:
-        number = operator.index(value)
+        number = operator.index(cast("SupportsIndex", value))
     except TypeError:
         raise Error(f"{name} must be a whole number, found {value!r}") from None
     if minimum is not None and number < minimum:
@@ -20,10 +20,10 @@ def whole_number(name: str, value: Any, minimum: int | None = None) -> int:
     return number
 
 
-def real_number(name: str, value: Any, minimum: float, maximum: float, expected: str) -> float:
+def real_number(name: str, value: object, minimum: float, maximum: float, expected: str) -> float:
     """`value` as a float in [minimum, maximum]. Raises `Error` that says `expected`, also for NaN."""
     try:
-        number = float(value)
+        number = float(cast("SupportsFloat | str", value))
     except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if not minimum <= number <= maximum:
@@ -31,7 +31,7 @@ def real_number(name: str, value: Any, minimum: float, maximum: float, expected:
     return number
 
 
-def strings(name: str, value: Any) -> Sequence[str]:
+def strings(name: str, value: object) -> Sequence[str]:
     """One string or a sequence of strings, as a sequence. Raises `Error` for anything else."""
     items = (value,) if isinstance(value, str) else value
     if not isinstance(items, Sequence) or not all(isinstance(item, str) for item in items):

@@ -36,7 +36,8 @@ from .fork import refuse_forked
 from .vecdot import RECORD_TYPES
 
 if TYPE_CHECKING:
-    from ..backend import Activations, BackendName, KVType, Program
+    from ..backend import BackendName, Program
+    from ..quantization.types import ActivationType, KVType
 
 SHORT_RUNS = 3
 """After this number of consecutive runs with too few workers, a program requests only as many as started."""
@@ -132,7 +133,7 @@ class CpuBackend:
     name: ClassVar[BackendName] = "cpu"
     prefill_chunk: ClassVar[int] = 64
     default_kv_dtype: ClassVar[KVType] = "f32"
-    activation_types: ClassVar[tuple[Activations, ...]] = ("f32", "int8")
+    activation_types: ClassVar[tuple[ActivationType, ...]] = ("f32", "int8")
     in_host_memory: ClassVar[bool] = True
 
     def __init__(self, weights: Mapping[str, Weight], threads: int | None = None) -> None:

@@ -23,7 +23,8 @@ from .program import CudaProgram
 from .weights import Weights, aligned
 
 if TYPE_CHECKING:
-    from ..backend import Activations, BackendName, KVType, Program
+    from ..backend import BackendName, Program
+    from ..quantization.types import ActivationType, KVType
 
 
 class _Owned(Protocol):
@@ -48,7 +49,7 @@ class CudaBackend:
     name: ClassVar[BackendName] = "cuda"
     prefill_chunk: ClassVar[int] = 512
     default_kv_dtype: ClassVar[KVType] = "f16"
-    activation_types: ClassVar[tuple[Activations, ...]] = ("f32",)
+    activation_types: ClassVar[tuple[ActivationType, ...]] = ("f32",)
     in_host_memory: ClassVar[bool] = False
 
     def __init__(self, weights: Mapping[str, Weight], device: str = "cuda") -> None:

@@ -192,8 +192,3 @@ class LaunchContext:
 def named(**arguments: Argument) -> dict[str, Argument]:
     """The arguments of a launch, by the names of the kernel's parameters and in their order."""
     return arguments
-
-
-def ceil_div(a: int, b: int) -> int:
-    """a / b, rounded up."""
-    return -(-a // b)

@@ -8,11 +8,11 @@ previous one has ended (programmatic dependent launch). `decode_pipeline` queues
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ..errors import Error
+from ..errors import CLOSED, Error
 from ..ir import DTYPES, Graph, Value
 from ..plan import Plan, Step
 from ..sampling import SamplerState
@@ -78,8 +78,8 @@ def bind_step(step: Step, graph: Graph, ctx: LaunchContext, operands: Mapping[st
     `operands` maps the names of values and of the step's scratch to device memory. Raises `Error` for a launch function
     that has a parameter which the operator does not provide.
     """
-    arguments: list[Any] = [operands[value.name] for value in graph.operands(step.op.inputs)]
-    # an output that updates an input in place has that input's memory: it is not a separate operand
+    arguments: list[Array | Matrix | float] = [operands[value.name] for value in graph.operands(step.op.inputs)]
+    # an output that updates an input in place is that input's memory: it is not a separate operand
     arguments += [operands[value.name] for value in graph.operands(step.op.outputs) if value.alias is None]
     scratch: dict[str, Value] = dict(zip(step.kernel.scratch, step.scratch, strict=True))
     for name in step.kernel.named:
@@ -199,7 +199,7 @@ class CudaProgram:
 
     def _require_open(self) -> None:
         if self._freed:
-            raise Error("this model is closed; compile it again")
+            raise Error(CLOSED)
 
     # Launches
 

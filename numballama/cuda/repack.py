@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..memory import ceil_div
 from ..quantization.blocks import Bytes
 from ..quantization.types import BLOCKS
 
@@ -46,7 +47,7 @@ class Layout:
     def stride(self, columns: int) -> int:
         """Elements of a row of the scales' matrix, for rows of `columns` elements."""
         elements, covered = self.record
-        return -(-columns // covered) * elements
+        return ceil_div(columns, covered) * elements
 
 
 def split_rows(kind: str, rows: Bytes) -> tuple[Bytes, Bytes]:

@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING
 
+from ..memory import ceil_div
 from .driver import CudaGraph, Stopwatch
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def time_steps(program: CudaProgram, kinds: Sequence[Hashable], nbytes: Sequence
     replay_s = max(0.0, one - (many - one) / 32)  # the overhead of a replay
     times = [0.0] * len(kinds)
     for indices in groups.values():
-        repeats = -(-SMALL_REPEATS // len(indices)) if nbytes[indices[0]] < SMALL_BYTES else 1
+        repeats = ceil_div(SMALL_REPEATS, len(indices)) if nbytes[indices[0]] < SMALL_BYTES else 1
         each = (median(indices * repeats) - replay_s) / (len(indices) * repeats)
         for index in indices:
             times[index] = max(each, SHORTEST_S)

@@ -11,6 +11,7 @@ import numpy as np
 
 from .. import progress
 from ..checkpoint import Weight
+from ..memory import round_up
 from ..quantization.convert import convert
 from ..quantization.types import BLOCKS, F16, TYPE_TRAITS
 from . import repack
@@ -25,7 +26,7 @@ STAGING = 32 << 20
 
 def aligned(nbytes: int) -> int:
     """Bytes, rounded up to a multiple of `ALIGNMENT`."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+    return round_up(nbytes, ALIGNMENT)
 
 
 @dataclass(frozen=True)
@@ -114,11 +115,11 @@ def layout_of(weight: Weight) -> WeightLayout:
     kind, columns = weight.type.name, weight.shape[-1]
     if kind in ("f32", "f16", "bf16"):
         width = columns * ITEM_BYTES[kind]
-        return WeightLayout(weight, kind, width if len(weight.shape) == 1 else -(-width // 16) * 16)
+        return WeightLayout(weight, kind, width if len(weight.shape) == 1 else round_up(width, 16))
     if kind in ("q8_0", "q4_0"):
         elements, nbytes = BLOCKS[kind]
         count = columns // elements
-        return WeightLayout(weight, PAYLOAD_TYPE[kind], count * (nbytes - 2), "f16", -(-count // 2) * 2, elements)
+        return WeightLayout(weight, PAYLOAD_TYPE[kind], count * (nbytes - 2), "f16", round_up(count, 2), elements)
     if kind in repack.LAYOUTS:
         blocks = repack.LAYOUTS[kind]
         return WeightLayout(
@@ -132,7 +133,7 @@ def layout_of(weight: Weight) -> WeightLayout:
         group = min(group, 512)  # a chunk: 16 bytes for each lane of a warp; no group spans two
         if group >= 16:
             return WeightLayout(weight, "int8", columns, "f32", columns // group, group)
-        return WeightLayout(weight, "f32", -(-columns * 4 // 16) * 16)
+        return WeightLayout(weight, "f32", round_up(columns * 4, 16))
     return layout_of(convert(weight, F16))  # block types that no kernel reads
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from ..checkpoint import Weight
 from ..errors import FormatError, UnsupportedError
 from ..files import MappedFile
+from ..memory import ceil_div
 from ..quantization.types import BF16, F16, F32, WeightType
 from .json_reader import Keys, parse_object
 from .tensors import TensorInfo, view_weight
@@ -79,7 +80,7 @@ def _info(file: MappedFile, keys: Keys, name: str, start: int) -> TensorInfo:
         raise entry.fault("data_offsets", f"a begin and an end within {file.size - start:,} bytes")
     bits = math.prod(shape) * DTYPES[dtype]
     if bits % 8 or bits // 8 != span[1] - span[0]:
-        raise entry.fault("data_offsets", f"{-(-bits // 8):,} bytes for {dtype} {shape}")
+        raise entry.fault("data_offsets", f"{ceil_div(bits, 8):,} bytes for {dtype} {shape}")
     return TensorInfo(file, name, dtype, tuple(shape), start + span[0], span[1] - span[0])
 
 
@@ -93,13 +94,7 @@ def view(info: TensorInfo, shape: tuple[int, ...]) -> Weight:
     Raises `FormatError` for another shape and `UnsupportedError` for a type that weights cannot have.
     """
     if info.shape != shape:
-        raise FormatError(
-            "a tensor has the wrong shape",
-            path=info.file.path,
-            where=f"tensor {info.name}",
-            expected=shape,
-            found=info.shape,
-        )
+        raise info.wrong_shape(shape)
     return view_weight(info, shape, WEIGHT_TYPES)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..checkpoint import Weight
-from ..errors import UnsupportedError
+from ..errors import FormatError, UnsupportedError
 from ..files import MappedFile
 from ..quantization.convert import convert
 from ..quantization.types import F32, WeightType
@@ -26,6 +26,13 @@ class TensorInfo:
     """Outermost dimension first."""
     offset: int
     nbytes: int
+
+    def wrong_shape(self, expected: object) -> FormatError:
+        """The error for a tensor whose shape is not the one that the model's config asks for."""
+        where = f"tensor {self.name}"
+        return FormatError(
+            "a tensor has the wrong shape", path=self.file.path, where=where, expected=expected, found=self.shape
+        )
 
 
 def view_weight(

@@ -1,16 +1,20 @@
-"""Which weights are converted, and to which type, when a model is compiled with `dtype=…` or exported."""
+"""Which weights are converted, to which type and how, when a model is compiled with `dtype=…` or exported."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from typing import Literal, get_args
 
+from .. import memory, progress
 from ..checkpoint import Weight
 from ..config import ModelConfig
 from ..errors import Error
-from .convert import DEFAULT_GROUP
+from .convert import DEFAULT_GROUP, convert
 from .types import FALLBACK_TYPE, TYPE_TRAITS, WeightType
 
-DTYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0")
+Dtype = Literal["f32", "f16", "bf16", "int8", "q8_0", "q4_0"]
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 """Values of `dtype=` and `--dtype`."""
 
 
@@ -55,3 +59,24 @@ def types_to_convert(
         and (name != "tok_embeddings" or config.tied_embeddings or embeddings)
         and weight.type.name != dtype
     }
+
+
+def convert_weights(config: ModelConfig, weights: Mapping[str, Weight], dtype: Dtype | None) -> Mapping[str, Weight]:
+    """The weights, with those of linear layers converted to `dtype`. A tied classifier converts the embedding too.
+
+    Weights of a type that no backend has kernels for are converted in any case. Raises `Error` where the memory for the
+    converted weights is missing.
+    """
+    targets = fallback_types(weights) | types_to_convert(config, weights, dtype)
+    if not targets:
+        return weights
+    converted = dict(weights)
+    what = dtype or ", ".join(dict.fromkeys(target.name for target in targets.values()))
+    hint = "leave dtype= out to use the file's own types" if dtype else "use a file of another quantisation"
+    size = sum(target.nbytes(math.prod(weights[name].shape)) for name, target in targets.items())
+    memory.require_available(size, f"a copy of the linear weights as {what}", hint)
+    with progress.progress_bar(f"converting to {what}") as report:
+        for done, (name, target) in enumerate(targets.items()):
+            report(name, done, len(targets))
+            converted[name] = convert(weights[name], target)
+    return converted

@@ -6,7 +6,7 @@ Names, ids, block layouts and field names are ggml's (`type_traits` in ggml.c, g
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -154,8 +154,12 @@ Q6_K = WeightType("q6_k")
 LINEAR_TYPES = tuple(name for name, traits in TYPE_TRAITS.items() if not traits.fallback)
 """Types for which every backend has kernels."""
 
+KVType = Literal["f32", "f16", "bf16"]
 KV_TYPES = tuple(name for name, traits in TYPE_TRAITS.items() if traits.is_float)
-"""Types of the KV cache."""
+"""Types of the KV cache: those that `KVType` lists."""
+
+ActivationType = Literal["f32", "int8"]
+"""What the activations of linear layers are when a weight is multiplied with them."""
 
 BLOCKS = {name: (traits.block_size, traits.block_bytes) for name, traits in TYPE_TRAITS.items() if traits.is_block}
 """GGUF's block types → (elements of a block, its bytes)."""

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 
+from numballama.tokenizers.base import Tokenizer
+from tests.helpers.hf_files import HF
 from tests.helpers.random_models import save
+from tests.helpers.sentencepiece_models import PAIRS, Pair, load
 from tests.helpers.tiny import TINY, write_tokenizer
 
 
@@ -20,3 +26,25 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random model of that vocabulary."""
     return save(tmp_path_factory.mktemp("tiny"), "llama2c-v0", TINY, seed=5)[0]
+
+
+@pytest.fixture(params=[name for pair in PAIRS.values() for name in pair])
+def tokenizer(request: pytest.FixtureRequest, models: Path) -> Tokenizer:
+    return load(models / request.param)
+
+
+@pytest.fixture(params=PAIRS)
+def pair(request: pytest.FixtureRequest, models: Path) -> Pair:
+    """(ours from .model, ours from .bin, the library)."""
+    model, binary = (models / name for name in PAIRS[request.param])
+    return load(model), load(binary), SentencePieceProcessor(str(model))
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Callable[[str], Path]:
+    """A copy of a golden model, to be changed."""
+
+    def make(name: str) -> Path:
+        return Path(shutil.copytree(HF / f"{name}-0", tmp_path / name, dirs_exist_ok=True))
+
+    return make

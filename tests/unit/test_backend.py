@@ -10,12 +10,13 @@ import pytest
 
 import numballama
 from numballama import backend as backends
-from numballama.backend import KV_TYPES, Backend, Program, backend_class, choose_device, open_backend
+from numballama.backend import Backend, Program, backend_class, choose_device, open_backend
 from numballama.bench.debug import WatchedProgram
 from numballama.config import ModelConfig
 from numballama.errors import DeviceError, Error
 from numballama.graph import KVLayout, build
 from numballama.model import Model
+from numballama.quantization.types import KV_TYPES
 from tests.helpers.random_models import random_checkpoint, save
 
 CONFIG = ModelConfig(16, 24, 2, 4, 2, 30, 40)

@@ -19,12 +19,12 @@ import pytest
 
 import numballama
 from numballama import graph, ir, registry
-from numballama.backend import KV_TYPES
 from numballama.cli import main as cli
 from numballama.export import export_model
 from numballama.formats.hf import config as hf_config
 from numballama.formats.hf import reader as hf
 from numballama.quantization import policy
+from numballama.quantization.types import KV_TYPES
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

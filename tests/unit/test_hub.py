@@ -14,18 +14,6 @@ from numballama import hub
 from numballama.errors import Error, FormatError
 from numballama.loader import open_checkpoint
 
-HF = Path(__file__).parents[1] / "golden" / "hf"
-
-
-@pytest.fixture
-def copy(tmp_path: Path) -> Callable[[str], Path]:
-    """A copy of a golden model, to be changed."""
-
-    def make(name: str) -> Path:
-        return Path(shutil.copytree(HF / f"{name}-0", tmp_path / name, dirs_exist_ok=True))
-
-    return make
-
 
 def test_hub_ids() -> None:
     for name in ("HuggingFaceTB/SmolLM2-135M", "Qwen/Qwen2.5-0.5B", "a/b"):

@@ -173,6 +173,16 @@ def test_verify_body_of_a_fused_op(body: Callable[[tuple[Op, ...]], tuple[Op, ..
         verify(graph)
 
 
+def test_verify_attributes_of_a_fused_op() -> None:
+    """An attribute of its body that the fused op's rule does not name would reach no kernel."""
+    graph = fused()
+    edit(graph, 0, attrs={"group": 4})
+    verify(graph)
+    edit(graph, 0, attrs={"window": 4})
+    with pytest.raises(Error, match=r"linear_add has no attribute window; its attributes are \(group\)"):
+        verify(graph)
+
+
 def test_verify_fused_op_without_body() -> None:
     graph = fused()
     edit(graph, 0, body=())
@@ -253,6 +263,7 @@ def same_shape(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[ir.Sha
         ({"inputs": ("a",), "attrs": ("out",)}, "has out twice"),
         ({"inputs": ("a",), "inplace": {"out": "b"}}, r"output out updates input b; outputs are \(out\), inputs \(a\)"),
         ({"inputs": ("a",), "inplace": {"y": "a"}}, "output y updates input a"),
+        ({"inputs": ("a",), "attrs": ("by",), "optional": ("on",)}, r"optional names on; its attributes are \(by\)"),
     ],
 )
 def test_a_rule_without_proper_names_is_refused(names: Mapping[str, Any], message: str) -> None:

@@ -1,13 +1,11 @@
-"""Fusion passes and the planner: lifetimes, the arena, the checks of a plan, and its printed form."""
+"""The planner: lifetimes, the arena, the checks of a plan, and its printed form."""
 
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
-from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given, settings
@@ -17,45 +15,14 @@ from numballama import registry
 from numballama.config import ModelConfig
 from numballama.errors import Error, UnsupportedError
 from numballama.fusion import FUSIONS, fuse
-from numballama.graph import KVLayout, build
+from numballama.graph import Logits
 from numballama.ir import Graph, verify
 from numballama.plan import ALIGNMENT, Plan, lower, verify_plan
-from numballama.quantization.types import F32, KV_TYPES, WeightType
+from numballama.quantization.types import KV_TYPES
+from tests.helpers.graphs import SMALL, graphs, llama
 from tests.helpers.random_models import configs
 
-SMALL = ModelConfig(16, 24, 2, 4, 2, 20, 8)
-
-
-def llama(
-    config: ModelConfig = SMALL, tokens: int = 1, logits: str = "last", kind: str = "f32", int8: bool = False
-) -> Graph:
-    types = {name: WeightType(kind, 32) if len(shape) == 2 else F32 for name, shape in config.weight_shapes().items()}
-    return build(config, types, KVLayout.of(config, config.context), tokens, logits, int8)
-
-
 # The arena
-
-
-@st.composite
-def graphs(draw: st.DrawFn) -> Graph:
-    """Any graph of ops that need nothing but their inputs: values of all sizes, read late, often, or never."""
-    graph = Graph("random")
-    shapes = draw(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 70)), min_size=1, max_size=3))
-    live = [graph.input(f"in{index}", shape, "f32") for index, shape in enumerate(shapes)]
-    for index in range(draw(st.integers(1, 25))):
-        a = draw(st.sampled_from(live))
-        kind = draw(st.sampled_from(["add", "swiglu", "last", "quantize"]))
-        if kind == "quantize":
-            _, scales = graph.add(kind, a, out=(f"q{index}", f"s{index}"), group=draw(st.integers(1, 9)))
-            live.append(scales)
-        elif kind == "last":
-            live.append(graph.add(kind, a, out=f"v{index}"))
-        else:
-            b = draw(st.sampled_from([value for value in live if value.shape == a.shape]))
-            live.append(graph.add(kind, a, b, out=f"v{index}"))
-    computed = [name for op in graph.ops for name in op.outputs]
-    graph.outputs = draw(st.lists(st.sampled_from(computed), min_size=1, max_size=3, unique=True))
-    return graph
 
 
 def needed(plan: Plan) -> list[set[str]]:
@@ -111,7 +78,7 @@ def test_no_two_live_values_share_bytes(graph: Graph, workers: int) -> None:
 )  # fmt: skip
 @settings(max_examples=40)
 def test_arena_of_models(
-    config: ModelConfig, tokens: int, logits: str, int8: bool, workers: int, fusions: bool | list[str]
+    config: ModelConfig, tokens: int, logits: Logits, int8: bool, workers: int, fusions: bool | list[str]
 ) -> None:
     graph = llama(config, tokens, logits, "int8" if int8 else "f32", int8)
     fused = fuse(graph, "cpu", fusions)
@@ -243,116 +210,18 @@ def test_missing_kernel_names_op_types_and_what_exists() -> None:
         lower(graph, "abacus")
 
 
-def test_a_kernel_without_a_window_is_not_used_for_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "_kernels", {key: list(found) for key, found in registry._kernels.items()})
+def test_a_kernel_without_a_window_is_not_used_for_one() -> None:
+    """It is refused where it is defined, whether or not a model has a window."""
 
-    @registry.kernel("attention", "cpu", "f32", KV_TYPES, "i32", "i32", KV_TYPES)
-    def blind(part, parts, tokens, q, k_cache, positions, sequences, v_cache, out):  # type: ignore[no-untyped-def]
+    def blind(worker, n_workers, tokens, q, k_cache, positions, sequences, v_cache, out):  # type: ignore[no-untyped-def]
         raise AssertionError("never compiled")
 
+    with pytest.raises(Error, match="cpu kernel blind for attention: attribute `window` changes the result"):
+        registry.kernel("attention", "cpu", "f32", KV_TYPES, "i32", "i32", KV_TYPES)(blind)
     for window in (0, 3):
-        graph = fuse(llama(replace(SMALL, window=window)), "cpu")
-        if window:
-            with pytest.raises(UnsupportedError, match="cpu kernel blind has no sliding window"):
-                lower(graph, "cpu")
-        else:
-            assert any(step.kernel.name == "blind" for step in lower(graph, "cpu").steps)
-
-
-def test_fusions_leave_alone_what_has_no_kernel() -> None:
-    """The reference registers no fused kernel, so that fusing for it changes nothing."""
-    graph = llama()
-    assert fuse(graph, "reference").ops == graph.ops
-
-
-# Fusion passes
-
-CHANGES: dict[str, dict[str, int]] = {
-    "attention": {"attention_scores": -2, "softmax": -2, "attention_values": -2, "attention": 2},
-    "qkv": {"linear": -6, "qkv": 2},
-    "gate_up": {"linear": -4, "swiglu": -2, "gate_up": 2},
-    "residual": {"linear": -4, "add": -4, "linear_add": 4},
-    "rope_kv": {"rope": -4, "kv_write": -4, "rope_kv_write": 2},
-    "norm": {
-        "rmsnorm": -1,
-        "linear": -1,
-        "norm_linear": 1,
-    },  # alone it finds only the classifier: others read thrice, twice
-    "qkv_rope": {},  # the CPU has no kernel for what it makes
-}
-
-
-def kinds(graph: Graph) -> Counter[str]:
-    return Counter(op.kind for op in graph.ops)
-
-
-def test_every_pass_is_counted() -> None:
-    assert set(CHANGES) == set(FUSIONS)
-
-
-@pytest.mark.parametrize("name", CHANGES)
-def test_pass_alone(name: str) -> None:
-    graph = llama()
-    before, after = kinds(graph), kinds(fuse(graph, "cpu", [name]))
-    change = {kind: after[kind] - before[kind] for kind in before | after if after[kind] != before[kind]}
-    assert change == CHANGES[name]
-
-
-def test_a_pass_without_a_kernel_leaves_the_graph_alone() -> None:
-    """The CPU has none for `qkv_rope`; where there is one, a layer has a step less."""
-    assert fuse(llama(), "cpu", True).ops == fuse(llama(), "cpu", [name for name in FUSIONS if name != "qkv_rope"]).ops
-    pytest.importorskip("numba.cuda.core.targetconfig", reason="numba-cuda is not installed", exc_type=ImportError)
-    found = kinds(fuse(llama(), "cuda"))
-    assert found["norm_qkv_rope"] == 2 and not {"norm_qkv", "rope_kv_write"} & found.keys()
-
-
-@pytest.mark.parametrize("off", [name for name in FUSIONS if name != "qkv_rope"])
-def test_pass_switched_off(off: str) -> None:
-    """Without a pass the ops that it makes are gone, and every other pass still finds its own."""
-    made = {"attention": "attention", "qkv": "qkv", "gate_up": "gate_up", "residual": "linear_add"}
-    made |= {"rope_kv": "rope_kv_write", "norm": "norm_"}
-    found = kinds(fuse(llama(), "cpu", [name for name in FUSIONS if name != off]))
-    assert not any(
-        kind.endswith(made[off]) or kind.startswith(made[off]) for kind in found if "attention_" not in kind
-    ), found
-    everything = kinds(fuse(llama(), "cpu"))
-    assert sum(found.values()) > sum(everything.values())
-
-
-def test_all_passes_and_none() -> None:
-    graph = llama()
-    assert fuse(graph, "cpu", False).ops == graph.ops == fuse(graph, "cpu", []).ops
-    layer = {"norm_qkv": 2, "rope_kv_write": 2, "attention": 2, "linear_add": 4, "norm_gate_up": 2}
-    assert kinds(fuse(graph, "cpu", True)) == {"rope_angles": 1, "embedding": 1, **layer, "norm_linear": 1, "argmax": 1}
-    assert fuse(graph, "cpu", list(reversed(FUSIONS))).ops == fuse(graph, "cpu").ops, "passes run in their own order"
-
-
-def test_biases_between_the_projections_do_not_hinder() -> None:
-    fused = fuse(llama(replace(SMALL, qkv_bias=True)), "cpu")
-    verify(fused)
-    assert kinds(fused)["norm_qkv"] == 2 and kinds(fused)["bias"] == 6
-
-
-def test_int8_activations_are_quantised_once_for_all_readers() -> None:
-    graph = llama(kind="int8", int8=True)
-    assert kinds(graph)["quantize"] == 4 * SMALL.n_layers + 1
-    fused = fuse(graph, "cpu")
-    verify(fused)
-    assert kinds(fused)["qkv"] == kinds(fused)["gate_up"] == 2 and kinds(fused)["linear_add"] == 4
-
-
-def test_unknown_pass() -> None:
-    with pytest.raises(Error, match=r"unknown fusion magic; there are attention, qkv"):
-        fuse(llama(), "cpu", ["qkv", "magic"])
-
-
-def test_a_value_that_is_an_output_is_not_fused_away() -> None:
-    graph = llama()
-    scores = next(op.outputs[0] for op in graph.ops if op.kind == "attention_scores")
-    graph.outputs.append(scores)
-    fused = fuse(graph, "cpu")
-    verify(fused)
-    assert scores in fused.values and kinds(fused)["attention"] == SMALL.n_layers - 1
+        plan = lower(fuse(llama(replace(SMALL, window=window)), "cpu"), "cpu")
+        kernels = [step.kernel for step in plan.steps if step.op.kind == "attention"]
+        assert len(kernels) == SMALL.n_layers and all("window" in kernel.named for kernel in kernels)
 
 
 # What a person sees
@@ -373,28 +242,3 @@ def test_plan_prints_steps_offsets_and_savings() -> None:
     saved = 1 - plan.arena_bytes / plan.unshared_bytes
     assert f"arena {plan.arena_bytes:,} bytes" in lines[-1] and f"({saved:.0%} saved)" in lines[-1]
     assert str(len(plan.steps)) in repr(plan)
-
-
-def rectangles(svg: str) -> Sequence[ElementTree.Element]:
-    return ElementTree.fromstring(svg).findall("{http://www.w3.org/2000/svg}rect")
-
-
-@given(graphs())
-@settings(max_examples=25)
-def test_svg_has_a_rectangle_a_value_inside_the_picture(graph: Graph) -> None:
-    plan = lower(graph, "cpu")
-    background, *found = rectangles(plan._repr_svg_())
-    assert len(found) == len(plan.placements)
-    for rectangle, name in zip(found, plan.placements, strict=True):
-        x, y, w, h = (float(rectangle.attrib[key]) for key in ("x", "y", "width", "height"))
-        assert w > 0 and h > 0 and x >= 0 and x + w <= float(background.attrib["width"]) + 0.2
-        assert y > -1 and y + h <= float(background.attrib["height"])
-        title = rectangle.find("{http://www.w3.org/2000/svg}title")
-        assert title is not None and (title.text or "").startswith(f"{name}:")
-
-
-def test_svg_escapes_names() -> None:
-    graph = Graph("<&>")
-    x = graph.input("a<b>&\"'", (1, 4), "f32")
-    graph.outputs = [graph.add("add", x, x, out="</title>").name]
-    assert len(rectangles(lower(graph, "cpu")._repr_svg_())) == 3

@@ -22,7 +22,7 @@ def own_entries() -> Iterator[None]:
     """Remove the rules and kernels that a test declares."""
     rules, kernels = dict(ir.RULES), {key: list(entries) for key, entries in registry._kernels.items()}
 
-    @rule("sub", inputs=("a", "b"), outputs=("out",), attrs=("scale",))
+    @rule("sub", inputs=("a", "b"), outputs=("out",), attrs=("scale",), optional=("scale",))
     def sub(inputs: Sequence[Value], attrs: Mapping[str, Any]) -> list[ir.Shaped]:
         return [(inputs[0].shape, "f32")]
 
@@ -65,6 +65,30 @@ def test_a_kernel_with_the_wrong_parameters_is_refused(
     with pytest.raises(Error, match=message):
         kernel("sub", backend, "f32", "f32", **{name: lambda *shapes, workers: (1,) for name in scratch})(function)
     assert not registry.has("sub", backend, ["f32", "f32"])
+
+
+def test_a_kernel_must_take_every_attribute_that_is_not_optional(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For all backends, and for a kernel by name when it is loaded."""
+    rule("pow", inputs=("x",), attrs=("exponent", "hint"), optional=("hint",))(lambda inputs, attrs: [((1,), "f32")])
+
+    def on_cpu(worker, n_workers, tokens, x, out, hint): ...  # type: ignore[no-untyped-def]
+    def on_cuda(ctx, x, out): ...  # type: ignore[no-untyped-def]
+    def meaning(x): ...  # type: ignore[no-untyped-def]
+    def right(worker, n_workers, tokens, x, out, exponent): ...  # type: ignore[no-untyped-def]
+
+    message = "attribute `exponent` changes the result, so it must be a parameter"
+    for backend, function in (("cpu", on_cpu), ("cuda", on_cuda), ("reference", meaning)):
+        with pytest.raises(Error, match=message):
+            kernel("pow", backend, "f32")(function)
+        assert not registry.has("pow", backend, ["f32"])
+    kernel("pow", "cpu", "f32")(right)
+    (tmp_path / "lazy_pow.py").write_text("def without(worker, n_workers, tokens, x, out): ...\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    kernel("pow", "cpu", "f32")(KernelRef("lazy_pow", "without"))
+    with pytest.raises(Error, match=message):
+        _ = registry.find("pow", "cpu", ["f32"]).function
 
 
 def test_swapped_parameters_overwrite_no_input() -> None:

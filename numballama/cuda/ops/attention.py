@@ -9,7 +9,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from ...quantization.types import KV_TYPES as CACHE
+from ...memory import ceil_div
+from ...quantization.types import KV_TYPES
 from ...registry import KernelRef, kernel
 from ..kernels.params import (
     ATTENTION_STAGE_BYTES,
@@ -25,7 +26,7 @@ from ..kernels.params import (
     SPLIT_FROM,
     SPLIT_WEIGHTS,
 )
-from ..launch import Array, Launch, LaunchContext, ceil_div, named
+from ..launch import Array, Launch, LaunchContext, named
 from .gemm import FEW
 
 DECODE = "numballama.cuda.kernels.decode_attention"
@@ -45,10 +46,10 @@ ATTENTION_128 = KernelRef(PREFILL, "attention_128_kernel")
     "attention",
     "cuda",
     "f32",
-    CACHE,
+    KV_TYPES,
     "i32",
     "i32",
-    CACHE,
+    KV_TYPES,
     partials=lambda q, k, positions, sequences, v, workers: (
         q[0],
         q[1] // k[3],
@@ -143,7 +144,7 @@ def _decode(
 # The operators as the graph declares them
 
 
-@kernel("attention_scores", "cuda", "f32", CACHE, "i32", "i32")
+@kernel("attention_scores", "cuda", "f32", KV_TYPES, "i32", "i32")
 def attention_scores(
     ctx: LaunchContext, q: Array, k_cache: Array, positions: Array, sequences: Array, out: Array, window: int
 ) -> list[Launch]:
@@ -163,7 +164,7 @@ def softmax(ctx: LaunchContext, x: Array, out: Array) -> list[Launch]:
     return [Launch(SOFTMAX, (heads, tokens), ATTENTION_THREADS, arguments)]
 
 
-@kernel("attention_values", "cuda", "f32", CACHE, "i32", "i32")
+@kernel("attention_values", "cuda", "f32", KV_TYPES, "i32", "i32")
 def attention_values(
     ctx: LaunchContext, weights: Array, v_cache: Array, positions: Array, sequences: Array, out: Array, window: int
 ) -> list[Launch]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from ...quantization.types import KV_TYPES as CACHE
-from ...quantization.types import LINEAR_TYPES as MATRIX
+from ...memory import ceil_div
+from ...quantization.types import KV_TYPES, LINEAR_TYPES
 from ...registry import KernelRef, kernel
 from ..kernels.params import ELEMENTWISE_THREADS as THREADS
-from ..launch import Array, Launch, LaunchContext, Matrix, ceil_div, named
+from ..launch import Array, Launch, LaunchContext, Matrix, named
 
 KERNELS = "numballama.kernels_cuda"
 EMBEDDING = KernelRef(KERNELS, "embedding_kernel")
@@ -32,7 +32,7 @@ def blocks_for(elements: int) -> int:
     return ceil_div(elements, THREADS)
 
 
-@kernel("embedding", "cuda", "i32", MATRIX)
+@kernel("embedding", "cuda", "i32", LINEAR_TYPES)
 def embedding(ctx: LaunchContext, ids: Array, table: Matrix, out: Array) -> list[Launch]:
     tokens, columns = out.shape
     arguments = named(tokens=ctx.tokens, ids=ids, **table.arguments("table"), out=out, columns=columns)
@@ -84,7 +84,7 @@ def rope(ctx: LaunchContext, x: Array, angles: Array, out: Array, head_dim: int,
     return [Launch(ROPE, (blocks_for(columns // 2), tokens), THREADS, arguments)]
 
 
-@kernel("kv_write", "cuda", "f32", CACHE, "i32", "i32")
+@kernel("kv_write", "cuda", "f32", KV_TYPES, "i32", "i32")
 def kv_write(ctx: LaunchContext, x: Array, cache: Array, positions: Array, sequences: Array) -> list[Launch]:
     _, heads, context, head_dim = cache.shape
     arguments = named(
@@ -94,7 +94,7 @@ def kv_write(ctx: LaunchContext, x: Array, cache: Array, positions: Array, seque
     return [Launch(KV_WRITE, (blocks_for(heads * head_dim), x.shape[0]), THREADS, arguments)]
 
 
-@kernel("rope_kv_write", "cuda", "f32", "f32", "f32", CACHE, "i32", "i32", "f32", CACHE)
+@kernel("rope_kv_write", "cuda", "f32", "f32", "f32", KV_TYPES, "i32", "i32", "f32", KV_TYPES)
 def rope_kv_write(
     ctx: LaunchContext, q: Array, angles: Array, k: Array, k_cache: Array, positions: Array, sequences: Array, v: Array,
     v_cache: Array, out: Array, head_dim: int, interleaved: int,

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ...memory import ceil_div, round_up
 from ...registry import KernelRef
 from ..kernels.params import (
     GEMM_F32_K_STEP,
@@ -23,7 +24,7 @@ from ..kernels.params import (
     GEMM_TILE,
     GEMM_TILE_BYTES,
 )
-from ..launch import Array, Launch, LaunchContext, Matrix, ceil_div, named
+from ..launch import Array, Launch, LaunchContext, Matrix, named
 from . import elementwise
 
 KERNELS = "numballama.cuda.kernels.gemm"
@@ -48,7 +49,7 @@ class _Workspace:
 
     def allocate(self, shape: tuple[int, ...], dtype: str) -> Array:
         array = Array(self._memory.address + self.used, shape, dtype)
-        self.used += ceil_div(array.nbytes, 64) * 64
+        self.used += round_up(array.nbytes, 64)
         assert self.used <= self._memory.nbytes
         return array
 
@@ -59,7 +60,7 @@ class _Workspace:
 
 
 def _padded(columns: int) -> int:
-    return ceil_div(columns, GEMM_K_STEP) * GEMM_K_STEP
+    return round_up(columns, GEMM_K_STEP)
 
 
 def _expanded_rows(rows: int, columns: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ...memory import ceil_div
 from ...registry import KernelRef
 from ..kernels.params import (
     CHUNK_BYTES,
@@ -14,7 +15,7 @@ from ..kernels.params import (
     SCALE_BYTES,
     X_LANE_STRIDE,
 )
-from ..launch import ELEMENTS_PER_16_BYTES, QUANTIZED, Argument, Array, Launch, LaunchContext, Matrix, ceil_div, named
+from ..launch import ELEMENTS_PER_16_BYTES, QUANTIZED, Argument, Array, Launch, LaunchContext, Matrix, named
 
 KERNELS = "numballama.cuda.kernels.gemv"
 LINEAR = KernelRef(KERNELS, "linear_kernel")

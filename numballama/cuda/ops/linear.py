@@ -6,11 +6,11 @@ type: if a model mixes types, the ops are not fused.
 
 from __future__ import annotations
 
-from ...quantization.types import KV_TYPES as CACHE
-from ...quantization.types import LINEAR_TYPES as MATRIX
+from ...memory import ceil_div
+from ...quantization.types import KV_TYPES, LINEAR_TYPES
 from ...registry import KernelRef, kernel
 from ..kernels.params import ELEMENTWISE_THREADS
-from ..launch import Array, Launch, LaunchContext, Matrix, ceil_div, named
+from ..launch import Array, Launch, LaunchContext, Matrix, named
 from . import gemm, gemv
 from .gemm import FEW, workspace_shape
 
@@ -85,7 +85,7 @@ def norm_qkv_rope(
     )
 
 
-for _type in MATRIX:
+for _type in LINEAR_TYPES:
     kernel("linear", "cuda", "f32", _type, workspace=workspace_shape(_type, 1, 1))(linear)
     kernel("linear_add", "cuda", "f32", _type, "f32", workspace=workspace_shape(_type, 1, 1))(linear_add)
     kernel("norm_linear", "cuda", "f32", "f32", _type, workspace=workspace_shape(_type, 2, 1))(norm_linear)
@@ -95,7 +95,7 @@ for _type in MATRIX:
     )(norm_gate_up)  # fmt: skip
     kernel("qkv", "cuda", "f32", _type, _type, _type, workspace=workspace_shape(_type, 1, 3))(qkv)
     kernel("norm_qkv", "cuda", "f32", "f32", _type, _type, _type, workspace=workspace_shape(_type, 2, 3))(norm_qkv)
-    for _cache in CACHE:
+    for _cache in KV_TYPES:
         kernel(
             "norm_qkv_rope", "cuda", "f32", "f32", _type, _type, _type, "f32", _cache, "i32", "i32", _cache,
             workspace=workspace_shape(_type, 2, 3, whole=True, results=3),

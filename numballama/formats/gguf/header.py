@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from ...errors import FormatError, UnsupportedError
 from ...files import MappedFile
+from ...memory import round_up
 from ...quantization.types import TYPE_TRAITS
 from ..tensors import TensorInfo
 
@@ -130,7 +131,7 @@ class Header:
             self._read_field()
         self.alignment = self._read_alignment()
         directory = [self._read_tensor() for _ in range(n_tensors)]
-        self.data_offset = -(-self._at // self.alignment) * self.alignment
+        self.data_offset = round_up(self._at, self.alignment)
         for info, where in directory:
             self._place(info, where)
         self._require_apart()

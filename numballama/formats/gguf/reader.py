@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 
 from ...checkpoint import Checkpoint, Weight
-from ...config import HALF_SPLIT, INTERLEAVED, ModelConfig, RopeScaling
+from ...config import HALF_SPLIT, INTERLEAVED, ModelConfig, RopePairing, RopeScaling
 from ...errors import Error, FormatError, UnsupportedError
 from ...files import MappedFile
 from ...memory import format_bytes
@@ -27,7 +27,7 @@ from .header import Header, require
 from .split import open_header
 from .tokenizer import read_gguf_tokenizer
 
-ARCHITECTURES = {"llama": INTERLEAVED, "qwen2": HALF_SPLIT, "qwen3": HALF_SPLIT}
+ARCHITECTURES: dict[str, RopePairing] = {"llama": INTERLEAVED, "qwen2": HALF_SPLIT, "qwen3": HALF_SPLIT}
 """Supported architecture → its RoPE pairing."""
 
 WEIGHT_TYPES = {
@@ -200,10 +200,7 @@ def _rope_scaling(header: Header, config: ModelConfig) -> RopeScaling | None:
     if factor != 1:
         raise UnsupportedError(f"{header.path}: both {ROPE_FACTORS} and {keys[0]} {factor:g}; one of them is supported")
     if _squeezed(info.shape, 1) != (pairs := config.head_dim // 2,):
-        where = f"tensor {ROPE_FACTORS}"
-        raise FormatError(
-            "a tensor has the wrong shape", path=header.path, where=where, expected=pairs, found=info.shape
-        )
+        raise info.wrong_shape(pairs)
     factors = _view(info, (pairs,)).data
     if not (np.isfinite(factors) & (factors > 0)).all():
         raise FormatError("a factor is not positive", path=header.path, where=f"tensor {ROPE_FACTORS}")
@@ -224,13 +221,7 @@ def _weight(header: Header, name: str, shape: tuple[int, ...]) -> Weight:
             "a tensor is missing", path=header.path, where=f"tensor {file_name}", expected=shape, found="none"
         )
     if _squeezed(info.shape, len(shape)) != shape:
-        raise FormatError(
-            "a tensor has the wrong shape",
-            path=info.file.path,
-            where=f"tensor {file_name}",
-            expected=shape,
-            found=info.shape,
-        )
+        raise info.wrong_shape(shape)
     return _view(info, shape)
 
 

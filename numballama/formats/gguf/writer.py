@@ -8,7 +8,7 @@ from os import PathLike
 
 import numpy as np
 
-from ...checkpoint import Weight, require_weights
+from ...checkpoint import Weight, require_types, require_weights
 from ...config import HALF_SPLIT, ModelConfig
 from ...errors import Error, UnsupportedError
 from ...files import atomic_write
@@ -54,12 +54,8 @@ def write_gguf(
     if type(config) is not ModelConfig:
         raise UnsupportedError(f"writing GGUF of a {type(config).__name__} is not supported")
     require_weights(config, weights)
+    require_types(weights, _TYPES, "GGUF")
     expected = config.weight_shapes()
-    for weight_name in expected:
-        if weights[weight_name].type.name not in _TYPES:
-            raise UnsupportedError(
-                f"GGUF cannot hold {weight_name} as {weights[weight_name].type}; convert it to {', '.join(_TYPES)}"
-            )
     architecture = _architecture(config)
     tensors = [_Tensor(config, architecture, weight_name, weights[weight_name]) for weight_name in expected]
     scaling = config.rope_scaling

@@ -10,10 +10,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from ...config import HALF_SPLIT, ModelConfig, RopeScaling
+from ...config import HALF_SPLIT, ModelConfig, RopeScaling, RopeScalingKind
 from ...errors import Error, FormatError, UnsupportedError
 from ..json_reader import Keys
 from ..limits import MAX_CONTEXT, MAX_LAYERS
+
+ROPE_TYPES: dict[str, RopeScalingKind] = {"linear": "linear", "dynamic": "dynamic", "llama3": "llama3"}
+"""Hugging Face's `rope_type` → ours."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"context": 2048},
@@ -119,10 +122,10 @@ def _rope(keys: Keys, context: int) -> tuple[float, RopeScaling | None]:
     kind = own.text("rope_type", own.text("type", "default"))
     if kind == "default":
         return theta, None
-    if kind not in ("linear", "dynamic", "llama3"):
+    if kind not in ROPE_TYPES:
         raise UnsupportedError(
             f"{keys.path}: rope_type of {name} is {kind[:60]!r}, which is not supported; supported are default, "
-            "linear, dynamic, llama3"
+            f"{', '.join(ROPE_TYPES)}"
         )
     more: dict[str, Any] = {}
     if kind == "llama3":
@@ -130,7 +133,7 @@ def _rope(keys: Keys, context: int) -> tuple[float, RopeScaling | None]:
         original = keys.integer("original_max_position_embeddings", context)
         more["original_context"] = own.integer("original_max_position_embeddings", original)
     try:
-        return theta, RopeScaling(kind, own.number("factor"), **more)
+        return theta, RopeScaling(ROPE_TYPES[kind], own.number("factor"), **more)
     except FormatError:
         raise
     except Error as error:

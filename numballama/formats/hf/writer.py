@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ...checkpoint import Weight, require_weights
+from ...checkpoint import Weight, require_types, require_weights
 from ...config import HALF_SPLIT, ModelConfig
-from ...errors import UnsupportedError
 from ...files import atomic_write_directory
 from ...quantization.convert import convert
 from ...quantization.types import F32
@@ -44,12 +43,8 @@ def write_safetensors(
     and config do not match or the directory cannot be written.
     """
     require_weights(config, weights)
+    require_types(weights, _DTYPES, "safetensors")
     expected = config.weight_shapes()
-    for name in expected:
-        if weights[name].type.name not in _DTYPES:
-            raise UnsupportedError(
-                f"safetensors cannot hold {name} as {weights[name].type}; convert it to {', '.join(_DTYPES)}"
-            )
     kinds = [weights[name].type.name for name, shape in expected.items() if len(shape) == 2]
     ids: dict[str, Any] = {"bos_token_id": bos_id, "eos_token_id": (list(eos_ids) if len(eos_ids) > 1 else None)}
     if len(eos_ids) == 1:

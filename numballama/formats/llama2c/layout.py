@@ -19,6 +19,7 @@ from ...checkpoint import Checkpoint, Weight, require_weights
 from ...config import ModelConfig
 from ...errors import FormatError, UnsupportedError
 from ...files import MappedFile, atomic_write
+from ...memory import ceil_div
 from ...quantization.convert import convert
 from ...quantization.types import F32, WeightType
 from ..limits import MAX_CONTEXT, MAX_LAYERS
@@ -223,7 +224,7 @@ def _view(file: MappedFile, tensor: Tensor, offset: int) -> Weight:
         data = np.frombuffer(file.data, "<f4", tensor.numel, offset)
         return Weight(tensor.shape, tensor.type, data.reshape(tensor.shape))
     payload = np.frombuffer(file.data, np.int8, tensor.numel, offset).reshape(tensor.shape)
-    n_scales = -(-tensor.numel // tensor.type.group)
+    n_scales = ceil_div(tensor.numel, tensor.type.group)
     return Weight(tensor.shape, tensor.type, payload, np.frombuffer(file.data, "<f4", n_scales, offset + tensor.numel))
 
 

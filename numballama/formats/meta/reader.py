@@ -189,13 +189,7 @@ def _weight(parts: list[TorchFile], name: str, shape: tuple[int, ...]) -> Weight
             axis = 1
         wanted = tuple(n // len(parts) if at == axis and len(shape) == 2 else n for at, n in enumerate(shape))
         if found != wanted or (len(shape) == 2 and shape[axis] % len(parts)):
-            raise FormatError(
-                "a tensor has the wrong shape",
-                path=part.file.path,
-                where=f"tensor {file_name}",
-                expected=wanted,
-                found=found,
-            )
+            raise part.tensors[file_name].wrong_shape(wanted)
         views.append(part.view(file_name))
         types.add(views[-1].type)
     if len(types) > 1:

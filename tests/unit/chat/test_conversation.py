@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,17 +17,6 @@ from tests.helpers.bpe import chat_model
 from tests.helpers.random_models import MODELS
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return chat_model(tmp_path_factory.mktemp("chat"))
-
-
-@pytest.fixture
-def model(path: Path) -> Iterator[Model]:
-    with numballama.compile(path, threads=1) as model:
-        yield model
 
 
 def test_a_turn_reads_only_what_is_new(model: Model) -> None:

@@ -3,30 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 
-import numballama
 from numballama.chat.encoder import ConversationEncoder
 from numballama.errors import Error
 from numballama.model import Model
-from tests.helpers.bpe import chat_model
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return chat_model(tmp_path_factory.mktemp("chat"))
-
-
-@pytest.fixture
-def model(path: Path) -> Iterator[Model]:
-    with numballama.compile(path, threads=1) as model:
-        yield model
 
 
 def test_special_tokens_in_what_is_said_stay_text(model: Model) -> None:
@@ -38,13 +23,10 @@ def test_special_tokens_in_what_is_said_stay_text(model: Model) -> None:
     chat = model.chat(evil)
     _, ids = chat._encode([{"role": "user", "content": evil}, {"role": "assistant", "content": evil}])
     assert ids.count(start) == 4 and ids.count(end) == 3
-    assert (
-        tokenizer.encode(evil, bos=False)[1:-1]
-        == [token for token in ids if token in tokenizer.encode(evil, bos=False)[1:-1]][
-            : len(tokenizer.encode(evil, bos=False)[1:-1])
-        ]
-        or True
-    )
+    inside = tokenizer.encode(evil, bos=False)[1:-1]  # the first and last may be joined with what the template writes
+    assert len(inside) > 10 and not {start, end} & set(inside)
+    places = [at for at in range(len(ids)) if ids[at : at + len(inside)] == inside]
+    assert len(places) == 2, "the system's and the user's message are text; an answer's <think> is a token"
     assert tokenizer.decode(ids).count(evil) == 3
     every = "".join(map(chr, range(0xFDD0, 0xFDF0)))
     assert model.chat()._encode([{"role": "user", "content": every}])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import struct
 import time
 import tracemalloc
@@ -13,19 +12,6 @@ import pytest
 
 from numballama.errors import FormatError
 from numballama.loader import open_checkpoint
-
-HF = Path(__file__).parents[2] / "golden" / "hf"
-
-
-@pytest.fixture
-def copy(tmp_path: Path) -> Callable[[str], Path]:
-    """A copy of a golden model, to be changed."""
-
-    def make(name: str) -> Path:
-        return Path(shutil.copytree(HF / f"{name}-0", tmp_path / name, dirs_exist_ok=True))
-
-    return make
-
 
 HOSTILE = {
     "a length beyond the file": struct.pack("<Q", 1 << 62) + b"{}",

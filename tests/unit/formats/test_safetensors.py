@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -13,18 +12,6 @@ import pytest
 
 from numballama.errors import Error, FormatError
 from numballama.loader import open_checkpoint
-
-HF = Path(__file__).parents[2] / "golden" / "hf"
-
-
-@pytest.fixture
-def copy(tmp_path: Path) -> Callable[[str], Path]:
-    """A copy of a golden model, to be changed."""
-
-    def make(name: str) -> Path:
-        return Path(shutil.copytree(HF / f"{name}-0", tmp_path / name, dirs_exist_ok=True))
-
-    return make
 
 
 def write(folder: Path, head: dict[str, Any] | bytes, data: bytes) -> None:

@@ -3,41 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeAlias
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceProcessor
 
 from numballama.errors import Error, FormatError
 from numballama.formats.tokenizer_files import load_tokenizer
-from numballama.tokenizers.base import Tokenizer
-
-PAIRS = {"tok512": ("tok512.model", "tok512.bin"), "llama2": ("llama2_tokenizer.model", "tokenizer_llama2.bin")}
-
-Pair: TypeAlias = tuple[Tokenizer, Tokenizer, SentencePieceProcessor]
-
-_loaded: dict[Path, Tokenizer] = {}
-
-
-def load(path: Path) -> Tokenizer:
-    if path not in _loaded:
-        _loaded[path] = load_tokenizer(path)
-    return _loaded[path]
-
-
-@pytest.fixture(params=[name for pair in PAIRS.values() for name in pair])
-def tokenizer(request: pytest.FixtureRequest, models: Path) -> Tokenizer:
-    return load(models / request.param)
-
-
-@pytest.fixture(params=PAIRS)
-def pair(request: pytest.FixtureRequest, models: Path) -> Pair:
-    """(ours from .model, ours from .bin, the library)."""
-    model, binary = (models / name for name in PAIRS[request.param])
-    return load(model), load(binary), SentencePieceProcessor(str(model))
-
 
 # ---- damage ----
 

@@ -67,3 +67,18 @@ def test_types_without_kernels_fall_back() -> None:
         for name in (*FALLBACK_TYPE, "q8_0", "q4_k")
     }
     assert policy.fallback_types(weights) == FALLBACK_TYPE
+
+
+def test_weights_are_converted_where_they_must_be() -> None:
+    """Others are the same objects; without a target the mapping itself comes back."""
+    weights = weights_of(CONFIG)
+    assert policy.convert_weights(CONFIG, weights, None) is weights
+    converted = policy.convert_weights(CONFIG, weights, "q8_0")
+    changed = {name for name, weight in converted.items() if weight is not weights[name]}
+    assert changed == MATRICES | {"output"} and {converted[name].type for name in changed} == {Q8_0}
+
+
+def test_a_copy_that_does_not_fit_says_how_to_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy.memory, "available_bytes", lambda: 10)
+    with pytest.raises(Error, match=r"a copy of the linear weights as f16 takes .*leave dtype= out"):
+        policy.convert_weights(CONFIG, weights_of(CONFIG), "f16")

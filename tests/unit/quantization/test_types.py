@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import numpy as np
 import pytest
 
@@ -20,6 +22,7 @@ from numballama.quantization.types import (
     LINEAR_TYPES,
     TYPE_TRAITS,
     VEC_DOT_TYPE,
+    KVType,
     WeightType,
 )
 
@@ -30,7 +33,7 @@ FTYPE_NAMES = {"f32": "ALL_F32", "q3_k": "MOSTLY_Q3_K_M", "q4_k": "MOSTLY_Q4_K_M
 
 def test_linear_and_kv_types() -> None:
     assert LINEAR_TYPES == ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
-    assert KV_TYPES == ("f32", "f16", "bf16")
+    assert KV_TYPES == ("f32", "f16", "bf16") == get_args(KVType)
     assert set(LINEAR_TYPES) | FALLBACK_TYPE.keys() == TYPE_TRAITS.keys()
     assert {target.name for target in FALLBACK_TYPE.values()} <= set(LINEAR_TYPES)
 
@@ -86,9 +89,9 @@ def test_zero_point_and_minimum_are_the_decoders(name: str) -> None:
 
 @pytest.mark.parametrize("name", RUNNABLE_BLOCKS)
 def test_every_runnable_block_type_has_cpu_decoders(name: str) -> None:
-    assert name in vecdot.KINDS
+    assert name in vecdot.RECORD_TYPES
     assert name in vecdot._DECODERS
-    assert vecdot.KINDS[name].size == TYPE_TRAITS[name].block_bytes
+    assert vecdot.RECORD_TYPES[name].size == TYPE_TRAITS[name].block_bytes
     assert name in VEC_DOT_TYPE
     assert name in vecdot_int8._DECODERS
 

@@ -2,70 +2,18 @@
 
 from __future__ import annotations
 
-import io
 import random
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor
 
-from numballama.formats.gguf.writer import write_gguf
-from numballama.formats.tokenizer_files import load_tokenizer
-from numballama.loader import open_checkpoint
 from numballama.tokenizers.base import PieceType, Tokenizer
-from numballama.tokenizers.gguf import GgufTokenizer
 from numballama.tokenizers.sentencepiece_proto import message_fields
-from tests.helpers.gguf_files import (
-    CONFIG,
-    weights_of,
-)
-
-STORY_BEGINS = "once upon a time there was a little girl who loved to play in the garden with her red ball"
-
-
-WORDS = STORY_BEGINS.split(" ")
-
-
-def trained(**options: Any) -> SentencePieceProcessor:
-    """A small sentencepiece model, trained as the story model's tokenizer is, unless `options` say otherwise."""
-    rng = random.Random(1)
-    lines = [
-        " ".join(rng.choices(WORDS, k=12)).capitalize() + rng.choice([".", "!", "?  Yes", " 12"]) for _ in range(300)
-    ]
-    out = io.BytesIO()
-    options = {
-        "vocab_size": 380,
-        "model_type": "bpe",
-        "byte_fallback": True,
-        "remove_extra_whitespaces": False,
-    } | options
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=out,
-        normalization_rule_name=options.pop("normalization_rule_name", "identity"),
-        minloglevel=2,
-        **options,
-    )
-    return SentencePieceProcessor(model_proto=out.getvalue())
-
-
-def through_gguf(folder: Path, processor: SentencePieceProcessor) -> tuple[Tokenizer, Tokenizer]:
-    """The processor's model by the library, and by ours after it went through a GGUF file."""
-    model, path = folder / "t.model", folder / "t.gguf"
-    model.write_bytes(processor.serialized_model_proto())
-    library = load_tokenizer(model)
-    config = replace(CONFIG, vocab_size=processor.vocab_size())
-    write_gguf(path, config, weights_of(config), tokenizer=library)
-    ours = open_checkpoint(path).tokenizer
-    assert ours is not None
-    assert isinstance(ours, GgufTokenizer)
-    assert ours.vocabulary() == replace(library.vocabulary(), notes=())
-    return library, ours
+from tests.helpers.sentencepiece_models import WORDS, through_gguf, trained
 
 
 @given(text=st.text(st.characters(max_codepoint=0x300), max_size=30))

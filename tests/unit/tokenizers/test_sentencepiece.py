@@ -3,38 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TypeAlias
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceProcessor
 
-from numballama.formats.tokenizer_files import load_tokenizer
-from numballama.tokenizers.base import Tokenizer
-
-PAIRS = {"tok512": ("tok512.model", "tok512.bin"), "llama2": ("llama2_tokenizer.model", "tokenizer_llama2.bin")}
-
-
-Pair: TypeAlias = tuple[Tokenizer, Tokenizer, SentencePieceProcessor]
-
-
-_loaded: dict[Path, Tokenizer] = {}
-
-
-def load(path: Path) -> Tokenizer:
-    if path not in _loaded:
-        _loaded[path] = load_tokenizer(path)
-    return _loaded[path]
-
-
-@pytest.fixture(params=PAIRS)
-def pair(request: pytest.FixtureRequest, models: Path) -> Pair:
-    """(ours from .model, ours from .bin, the library)."""
-    model, binary = (models / name for name in PAIRS[request.param])
-    return load(model), load(binary), SentencePieceProcessor(str(model))
-
+from tests.helpers.sentencepiece_models import PAIRS, Pair, load
 
 words = st.lists(
     st.text("abcdefghijklmnopqrstuvwxyzABCDEFGHIJ.,!?'\"-0123456789:;()", min_size=1, max_size=9), max_size=15

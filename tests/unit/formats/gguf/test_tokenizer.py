@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import random
 import struct
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sentencepiece import SentencePieceProcessor, SentencePieceTrainer
+from sentencepiece import SentencePieceProcessor
 
 import numballama
 from numballama.errors import Error, FormatError, UnsupportedError
@@ -21,7 +19,6 @@ from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.loader import open_checkpoint
 from numballama.quantization.types import Q8_0
 from numballama.tokenizers.base import Tokenizer
-from numballama.tokenizers.gguf import GgufTokenizer
 from tests.helpers.gguf_files import (
     ARRAY,
     BOOL,
@@ -40,51 +37,11 @@ from tests.helpers.gguf_files import (
     u32,
     weights_of,
 )
+from tests.helpers.sentencepiece_models import through_gguf, trained
 
 # ---- tokenizers ----
 
 STORY = "Once upon a time, there was a little girl named Lily. She said: “I'd like a café crème!”\nThe end. 12 34  5\t6"
-
-
-STORY_BEGINS = "once upon a time there was a little girl who loved to play in the garden with her red ball"
-WORDS = STORY_BEGINS.split(" ")
-
-
-def trained(**options: Any) -> SentencePieceProcessor:
-    """A small sentencepiece model, trained as the story model's tokenizer is, unless `options` say otherwise."""
-    rng = random.Random(1)
-    lines = [
-        " ".join(rng.choices(WORDS, k=12)).capitalize() + rng.choice([".", "!", "?  Yes", " 12"]) for _ in range(300)
-    ]
-    out = io.BytesIO()
-    options = {
-        "vocab_size": 380,
-        "model_type": "bpe",
-        "byte_fallback": True,
-        "remove_extra_whitespaces": False,
-    } | options
-    SentencePieceTrainer.train(
-        sentence_iterator=iter(lines),
-        model_writer=out,
-        normalization_rule_name=options.pop("normalization_rule_name", "identity"),
-        minloglevel=2,
-        **options,
-    )
-    return SentencePieceProcessor(model_proto=out.getvalue())
-
-
-def through_gguf(folder: Path, processor: SentencePieceProcessor) -> tuple[Tokenizer, Tokenizer]:
-    """The processor's model by the library, and by ours after it went through a GGUF file."""
-    model, path = folder / "t.model", folder / "t.gguf"
-    model.write_bytes(processor.serialized_model_proto())
-    library = load_tokenizer(model)
-    config = replace(CONFIG, vocab_size=processor.vocab_size())
-    write_gguf(path, config, weights_of(config), tokenizer=library)
-    ours = open_checkpoint(path).tokenizer
-    assert ours is not None
-    assert isinstance(ours, GgufTokenizer)
-    assert ours.vocabulary() == replace(library.vocabulary(), notes=())
-    return library, ours
 
 
 @pytest.fixture(scope="module", params=["trained", "no prefix", "llama2"])

@@ -17,25 +17,7 @@ from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.loader import open_checkpoint
 from numballama.quantization.convert import dequantize
 from numballama.quantization.types import BF16, F16, F32
-
-HF = Path(__file__).parents[3] / "golden" / "hf"
-
-
-@pytest.fixture
-def copy(tmp_path: Path) -> Callable[[str], Path]:
-    """A copy of a golden model, to be changed."""
-
-    def make(name: str) -> Path:
-        return Path(shutil.copytree(HF / f"{name}-0", tmp_path / name, dirs_exist_ok=True))
-
-    return make
-
-
-def edit(folder: Path, changes: dict[str, Any], name: str = "config.json") -> Path:
-    """Replace keys of a JSON file; None removes a key."""
-    values = json.loads((folder / name).read_text()) | changes
-    (folder / name).write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
-    return folder
+from tests.helpers.hf_files import HF, edit
 
 
 def test_tied_by_missing_tensors_is_no_guess(copy: Callable[[str], Path]) -> None:

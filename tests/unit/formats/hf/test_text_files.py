@@ -17,19 +17,8 @@ from numballama.formats.hf.writer import write_safetensors
 from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.loader import open_checkpoint
 from numballama.tokenizers.bpe import BPETokenizer
+from tests.helpers.hf_files import HF
 from tests.helpers.random_models import random_checkpoint
-
-HF = Path(__file__).parents[3] / "golden" / "hf"
-
-
-@pytest.fixture
-def copy(tmp_path: Path) -> Callable[[str], Path]:
-    """A copy of a golden model, to be changed."""
-
-    def make(name: str) -> Path:
-        return Path(shutil.copytree(HF / f"{name}-0", tmp_path / name, dirs_exist_ok=True))
-
-    return make
 
 
 def test_the_directorys_tokenizer(copy: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,34 +3,14 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from numballama.errors import FormatError
 from numballama.loader import open_checkpoint
-
-HF = Path(__file__).parents[3] / "golden" / "hf"
-
-
-@pytest.fixture
-def copy(tmp_path: Path) -> Callable[[str], Path]:
-    """A copy of a golden model, to be changed."""
-
-    def make(name: str) -> Path:
-        return Path(shutil.copytree(HF / f"{name}-0", tmp_path / name, dirs_exist_ok=True))
-
-    return make
-
-
-def edit(folder: Path, changes: dict[str, Any], name: str = "config.json") -> Path:
-    """Replace keys of a JSON file; None removes a key."""
-    values = json.loads((folder / name).read_text()) | changes
-    (folder / name).write_text(json.dumps({key: value for key, value in values.items() if value is not None}))
-    return folder
+from tests.helpers.hf_files import edit
 
 
 def test_stop_ids_and_templates(copy: Callable[[str], Path]) -> None:

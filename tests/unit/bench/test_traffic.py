@@ -1,0 +1,33 @@
+"""The bytes that a step must move. Those of a whole model are counted by hand in test_profiler.py."""
+
+from __future__ import annotations
+
+import math
+
+from numballama.bench.traffic import step_bytes
+from numballama.ir import Graph, Op
+from tests.helpers.graphs import SMALL, llama
+
+KV_ROW = 4 * SMALL.kv_dim
+
+
+def of(graph: Graph, kind: str, position: int = 5, tokens: int = 1) -> int:
+    op: Op = graph.ops[graph.first(kind)]
+    return step_bytes(graph, op, lambda name: 4 * math.prod(graph.values[name].shape), position, tokens)
+
+
+def test_weights_are_read_whole_and_the_embedding_by_rows() -> None:
+    graph = llama(tokens=3)
+    assert of(graph, "linear") == of(graph, "linear", tokens=3) == 4 * SMALL.q_dim * SMALL.dim
+    assert of(graph, "rmsnorm") == 4 * SMALL.dim
+    assert of(graph, "embedding") == 4 * SMALL.dim and of(graph, "embedding", tokens=3) == 3 * 4 * SMALL.dim
+
+
+def test_the_cache_is_written_for_new_tokens_and_read_up_to_the_position() -> None:
+    graph = llama(tokens=3)
+    assert of(graph, "kv_write") == KV_ROW and of(graph, "kv_write", tokens=3) == 3 * KV_ROW
+    assert of(graph, "attention_scores", position=5) == of(graph, "attention_values", position=5) == 6 * KV_ROW
+
+
+def test_activations_cost_nothing() -> None:
+    assert of(llama(), "softmax") == of(llama(), "add") == 0
