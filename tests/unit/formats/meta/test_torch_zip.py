@@ -1,4 +1,4 @@
-"""PyTorch's zip archives: hostile pickles and archives end in an error, without running code or allocating much memory."""
+"""PyTorch's zip archives: hostile pickles and archives end in an error, without running code or taking memory."""
 
 from __future__ import annotations
 
