@@ -293,6 +293,6 @@ def test_senseless_requests(tmp_path: Path, to: str, quantize: str | None, messa
 
 def test_rows_that_are_no_blocks(tmp_path: Path) -> None:
     path, _ = save(tmp_path, "llama2c-v1")
-    with pytest.raises(Error, match="cannot become q8_0: its rows of 24 numbers"):
+    with pytest.raises(Error, match="cannot become q8_0: its rows of 24 elements"):
         export_model(path, tmp_path / "copy", "gguf", "q8_0")
     assert not (tmp_path / "copy").exists()
