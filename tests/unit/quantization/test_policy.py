@@ -57,7 +57,7 @@ def test_rows_are_whole_blocks(dtype: str) -> None:
     size = TYPE_TRAITS[dtype].block_size
     assert policy.weight_type(dtype, "w", 3 * size).name == dtype
     if size > 1:
-        with pytest.raises(Error, match=rf"w cannot become {dtype}: its rows of {size + 1} numbers .* of {size}"):
+        with pytest.raises(Error, match=rf"w cannot become {dtype}: its rows of {size + 1} elements .* of {size}"):
             policy.weight_type(dtype, "w", size + 1)
 
 
