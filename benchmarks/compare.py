@@ -1,14 +1,14 @@
-"""Compare this checkout with another one on one machine in one sitting: decode and prompt speed of random models.
+"""Compare this checkout with another one on one machine in one run: decode and prompt speed of random models.
 
 git worktree add ../before a9d2e4e
 python benchmarks/compare.py --against ../before --out compare.json                  # the table of benchmarks/gpu.py
 python benchmarks/compare.py --against ../before --device cpu --out compare-cpu.json
 
-Each checkout runs in a process of its own, with its own package on the path, and measures with its own
+Each checkout runs in a separate process, with its own package on the path, and measures with its own
 benchmarks/gpu.py: `random_checkpoint`, `compiled`, `seconds_of_decoding` and `seconds_of_prompt`, which every commit to
-compare must have. Both hold the model at the same time and are asked in turns, so a change in the machine's speed meets
-both. Results are written after each model; a second call with the same --out measures only what is missing. Peers and
-first-token times are not measured here: see benchmarks/gpu.py and benchmarks/cpu.py.
+compare must have. Both hold the model at the same time and measure alternately, so a change in the machine's speed
+affects both. Results are written after each model; a second call with the same --out measures only what is missing.
+Peers and first-token times are not measured here: see benchmarks/gpu.py and benchmarks/cpu.py.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ GPU_MODELS = (
 CPU_MODELS = ("stories15M:f32", "TinyLlama-1.1B:q8_0")
 LEAST = {"decode": 0.98, "prefill": 0.97}
 """Smallest ratio, this checkout's speed to the other's, that does not count as slower. It is the ratio of medians;
-`ratio_of_best` in the JSON is the one to look at where other work disturbs the machine."""
+On a machine with other work, look at `ratio_of_best` in the JSON."""
 SHORT = 8
-"""Tokens before the timed decoding."""
+"""Number of tokens before the timed decoding."""
 ENOUGH_S, MOST_REPEATS = 0.25, 40
-"""A measurement is repeated until it has taken so many seconds, at most so often; its median counts."""
+"""A measurement is repeated for `ENOUGH_S` seconds, but at most `MOST_REPEATS` times. Its median counts."""
 TIMEOUT_S = 300
 
 
@@ -47,7 +47,7 @@ TIMEOUT_S = 300
 
 
 def worker(checkout: Path, model_name: str, device: str, tokens: int, prompt: int) -> None:
-    """Compile the model, report how, then measure whatever a line of stdin names, until stdin ends."""
+    """Compile the model and report it. Then measure what each line of stdin names, until stdin ends."""
     reply_to = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # nothing but replies goes to the pipe
 
@@ -114,7 +114,7 @@ class Checkout:
         return found
 
     def measure(self, what: str) -> float:
-        """Tokens a second of "decode" or "prefill"."""
+        """Tokens per second of "decode" or "prefill"."""
         assert self._process.stdin is not None
         self._process.stdin.write(what.encode() + b"\n")
         return float(self.read()["rate"])
@@ -185,7 +185,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def commit(path: Path) -> str:
-    """What is checked out there, or the folder's name outside a repository."""
+    """The commit that is checked out in `path`; the folder's name outside a repository."""
     words = ["git", "-C", str(path), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()

@@ -1,4 +1,4 @@
-"""Compare numballama on the CPU with its peers in one run: each program once a round, medians over the rounds.
+"""Compare numballama on the CPU with its peers in one run: each program once per round, medians over the rounds.
 
 python benchmarks/cpu.py MODEL TOKENIZER --llama2c ./run --llama-cpp PYTHON MODEL.gguf --out benchmarks/results/…json
 
@@ -37,7 +37,7 @@ def command(*words: object, **environment: str) -> str:
 
 
 def numballama(options: argparse.Namespace) -> dict[str, Any]:
-    """`numballama bench` in a process of its own."""
+    """Run `numballama bench` in a separate process."""
     words = ("--threads", options.threads, "--prompt-tokens", options.prompt_tokens, "--tokens", options.tokens)
     words += ("--activations", options.activations)
     return json.loads(command(sys.executable, "-m", "numballama", "bench", options.model, *words, "--json"))

@@ -3,7 +3,7 @@
 python benchmarks/gpu.py [--quick] [--models TinyLlama-1.1B:bf16 Llama-2-7B] [--out FILE.json]
 
 Speed does not depend on the weights' values, so one random matrix of each shape serves all layers. On the device each
-layer has a copy of its own, so no cache holds a weight that is read again. Decoding is 128 tokens after a short prompt,
+layer has its own copy, so no weight is read from a cache. Decoding is 128 tokens after a short prompt,
 the prompt has 512 tokens; both are medians of several rounds. If `llama-bench` is on the PATH, llama.cpp runs the same
 shapes from a GGUF file in a temporary folder ($TMPDIR: up to 14 GB). Results are written after each model, so an
 interrupted run loses one. benchmarks/compare.py compares two commits: it calls `random_checkpoint`, `compiled`,
@@ -113,7 +113,7 @@ def random_checkpoint(shape: str, kind: str) -> Checkpoint:
 
 @contextlib.contextmanager
 def compiled(checkpoint: Checkpoint, device: str, context: int) -> Iterator[Model]:
-    """The checkpoint's model on the device; all of the device's memory is given back at the end."""
+    """The checkpoint's model on the device; all device memory is freed at the end."""
     copy = replace(checkpoint)  # a closed model empties its own
     with mock.patch.object(loader, "open_checkpoint", return_value=copy):
         model = Model(checkpoint.path, device=device, context=context)
@@ -129,7 +129,7 @@ def compiled(checkpoint: Checkpoint, device: str, context: int) -> Iterator[Mode
 
 
 def seconds_of_decoding(model: Model, before: Sequence[int], steps: int) -> float:
-    """Seconds a token of greedy decoding after `before`. The first step starts the chain and is not timed."""
+    """Seconds per token of greedy decoding after `before`. The first step starts the chain and is not timed."""
     sampler = SamplerState(SamplingParams(temperature=0), model.config.vocab_size)
     session = model.session
     session.truncate()
@@ -158,7 +158,7 @@ def medians_of(rounds: int, measure: Any, *arguments: Any) -> tuple[float, list[
 
 
 def speed(case: Case, device: str, rounds: int, bandwidth: float) -> tuple[dict[str, Any], Checkpoint]:
-    """Everything that is measured of one model."""
+    """All measurements of one model."""
     checkpoint = random_checkpoint(case.shape, case.type)
     config = checkpoint.config
     ids = np.random.default_rng(1).integers(0, config.vocab_size, PROMPT).tolist()
@@ -317,7 +317,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def commit() -> str | None:
-    """What is checked out, or None outside of a repository."""
+    """The commit that is checked out; None outside a repository."""
     with contextlib.suppress(OSError, subprocess.CalledProcessError):
         words = ["git", "-C", str(HERE), "describe", "--always", "--dirty"]
         return subprocess.run(words, check=True, capture_output=True, text=True).stdout.strip()
@@ -339,7 +339,7 @@ def chosen(wanted: Sequence[str] | None, quick: bool) -> list[Case]:
 
 
 def story_words() -> list[str]:
-    """Options of `story` for stories15M, if it lies beside the repository; else none, for the packaged model."""
+    """Options of `story` for stories15M, if it is beside the repository; otherwise none, for the packaged model."""
     folder = Path(os.environ.get("NUMBALLAMA_TEST_MODELS", HERE.parent.parent / "shared" / "models"))
     model, tokenizer = folder / "stories15M.bin", folder / "llama2_tokenizer.model"
     return ["--model", str(model), "--tokenizer", str(tokenizer)] if model.exists() and tokenizer.exists() else []

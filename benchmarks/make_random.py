@@ -32,7 +32,7 @@ def mixture(kind: str, name: str, config: ModelConfig) -> str:
 
 
 def random_blocks(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> Weight:
-    """Blocks of random bits, scaled so that their numbers are about as large as those of the other types here."""
+    """Blocks of random bits, scaled so that their elements are about as large as those of the other types."""
     data = rng.integers(0, 256, WeightType(kind).nbytes(math.prod(shape)), np.uint8)
     blocks = data.view(TYPE_TRAITS[kind].record)
     blocks["d"] = np.float16(0.1 / 32 / 32 * shape[-1] ** -0.5).view(np.uint16)
@@ -51,12 +51,12 @@ def main() -> None:
             weights[name] = Weight(extents, F32, np.ones(extents, np.float32))
             continue
         own = mixture(kind, name, config)
-        if own in ("q4_k", "q6_k"):  # nothing here writes these from numbers
+        if own in ("q4_k", "q6_k"):  # nothing here encodes these types
             weights[name] = random_blocks(own, extents, rng)
         else:
             numbers = np.resize(noise, math.prod(extents)).reshape(extents) * np.float32(extents[-1] ** -0.5)
             weights[name] = convert(Weight(extents, F32, numbers), WeightType(own))
-    # llama.cpp wants a vocabulary: any of the right size will do
+    # llama.cpp needs a vocabulary of the right size
     tokenizer = loader.load_tokenizer(sys.argv[4]) if len(sys.argv) > 4 else None
     write_gguf(target, config, weights, tokenizer=tokenizer, name=f"{shape}, random")
 

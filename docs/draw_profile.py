@@ -1,4 +1,4 @@
-"""Draw docs/decode-step.svg from a profile: the time of each kind of step beside the least time the memory allows.
+"""Draw docs/decode-step.svg from a profile: the time of each kind of step, and the minimum time that the memory allows.
 
 numballama bench MODEL --device cuda --profile --json > profile.json
 python docs/draw_profile.py profile.json [OUT.svg]

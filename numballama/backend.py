@@ -81,7 +81,7 @@ class Backend(Protocol):
 
     @property
     def notes(self) -> list[str]:
-        """Where the backend deviates from what the caller requested, one sentence each."""
+        """Deviations from what the caller requested, one sentence each."""
 
     @property
     def description(self) -> str:

@@ -192,9 +192,9 @@ def merge(
 
 
 DEFAULTS = SamplingParams()
-"""What `generate` and `stream` use."""
+"""Default settings of `generate` and `stream`."""
 CHAT_DEFAULTS = SamplingParams(max_tokens=1024)
-"""What `Chat.send` and `Chat.stream` use."""
+"""Default settings of `Chat.send` and `Chat.stream`."""
 
 
 class SamplerState:

@@ -1,4 +1,4 @@
-"""Stage 4: the trained student becomes numballama/story.gguf, and is measured in the form in which it ships.
+"""Stage 4: export the trained student to numballama/story.gguf, and measure it as it ships.
 
 python export.py OUT TOKENS STORIES        (the folders of train.py, tokenise.py and sample.py; needs numballama
 installed)

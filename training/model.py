@@ -33,7 +33,7 @@ class Shape:
 
 
 def rope_table(shape: Shape, device: torch.device) -> Tensor:
-    """complex64 [context, head_dim / 2]: the turn of each pair (2i, 2i+1) at each position."""
+    """complex64 [context, head_dim / 2]: the rotation of each pair (2i, 2i+1) at each position."""
     rates = shape.rope_theta ** (-torch.arange(0, shape.head_dim, 2, device=device) / shape.head_dim)
     angles = torch.outer(torch.arange(shape.context, device=device), rates)
     return torch.stack([angles.cos(), angles.sin()], dim=-1)

@@ -1,4 +1,4 @@
-"""Stage 1: let the teacher tell stories, many at once, and write those that it finished.
+"""Stage 1: generate stories with the teacher, many at once, and write those that it finished.
 
 python sample.py TEACHER.bin TOKENIZER.model OUT [--seconds 240] [--batch 8192] [--seed 1]
 

@@ -74,7 +74,7 @@ class CpuProgram:
         return self._values[name]
 
     def kernel_names(self) -> list[str]:
-        """For each step the kernel that computes it."""
+        """Name of each step's kernel."""
         return [step.kernel.name for step in self.plan.steps]
 
     def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:

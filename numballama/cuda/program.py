@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from .backend import CudaBackend
 
 GraphKey = tuple[str | int, ...]
-"""What a captured graph runs: (first step, end, variant start), or ("step", tokens to sample from, variant start)."""
+"""Key of a captured graph: (first step, end, variant start), or ("step", tokens to sample from, variant start)."""
 
 
 class RunInputs:

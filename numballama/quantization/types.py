@@ -159,7 +159,7 @@ KV_TYPES = tuple(name for name, traits in TYPE_TRAITS.items() if traits.is_float
 """Types of the KV cache: those that `KVType` lists."""
 
 ActivationType = Literal["f32", "int8"]
-"""What the activations of linear layers are when a weight is multiplied with them."""
+"""Types of the activations of linear layers."""
 
 BLOCKS = {name: (traits.block_size, traits.block_bytes) for name, traits in TYPE_TRAITS.items() if traits.is_block}
 """GGUF's block types → (elements of a block, its bytes)."""

@@ -3,8 +3,8 @@
     python -m tests.cuda.assembly 9.0 out.json
 
 A process compiles for one capability, so test_assembly.py starts this three times. The result is a list of kernels
-with what the assembler says of them, and the opcodes of their PTX: those are kept beside the machine code in the
-package's own cache, for kernels that come from there.
+with the assembler's report and the opcodes of their PTX. The opcodes are stored beside the machine code in the
+package's cache, for kernels that come from there.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ ODD = ModelConfig(24, 10, 1, 4, 2, 11, 7)
 BLOCKS = ModelConfig(256, 256, 1, 8, 2, 40, 16)
 """Rows are whole blocks of 256."""
 BIASED = ModelConfig(64, 96, 1, 8, 2, 40, 16, qkv_bias=True)
-"""With biases q, k and v are computed in one step, and turned in another."""
+"""With biases, q, k and v are computed in one step and rotated in another."""
 
 BIASED_BLOCKS = ModelConfig(256, 256, 1, 8, 2, 40, 16, qkv_bias=True)
 NORMED = ModelConfig(64, 96, 1, 8, 2, 40, 16, qk_norm=True)

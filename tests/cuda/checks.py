@@ -93,7 +93,7 @@ def poison(program: Any) -> None:
 
 
 def poison_dead(program: Any, step: int) -> np.ndarray:
-    """Fill with 0xFF what belongs to no value that is computed before `step` and needed in it or later.
+    """Fill all memory with 0xFF, except values that are computed before `step` and needed in it or later.
 
     Returns which bytes of the arena `step` may write.
     """
@@ -307,7 +307,7 @@ def gumbel(state: int, n: int) -> np.ndarray:
 
 
 def penalised(logits: np.ndarray, sampler: SamplerState) -> np.ndarray:
-    """Logits after the repeat penalty."""
+    """Logits after the repetition penalty."""
     out = logits.astype(np.float32).copy()
     penalty = np.float32(sampler.settings[4])
     for token in {int(t) for t in sampler.recent[: min(int(sampler.counts[0]), len(sampler.recent))]}:
@@ -316,7 +316,7 @@ def penalised(logits: np.ndarray, sampler: SamplerState) -> np.ndarray:
 
 
 def expected(logits: np.ndarray, sampler: SamplerState) -> tuple[int, float]:
-    """(token chosen by the noise of the sampler's state, its lead over the next); -1 if logits are not numbers."""
+    """(token chosen by the noise of the sampler's state, its lead over the next); -1 if the logits hold NaN."""
     n = len(sampler.ids)
     changed = penalised(logits, sampler)[:n]
     if np.isnan(changed).any() or (np.isposinf(changed).any() and sampler.settings[0] > 0):
@@ -349,7 +349,7 @@ def check_draws(bench: Bench, logits: np.ndarray, times: int = 1, **settings: An
 
 
 def check_top_k(bench: Bench, logits: np.ndarray, top_k: int, draws: int) -> None:
-    """Top-k keeps the k largest, of equals the first: asked with noise that would choose one behind them."""
+    """Top-k keeps the k largest, of equals the first: checked with noise that would choose a token after them."""
     kept = np.lexsort((np.arange(len(logits)), -logits))[:top_k]
     inside = np.isin(np.arange(len(logits)), kept)
     for seed in range(2000):
@@ -390,7 +390,7 @@ def check_quantize(bench: Bench, x: np.ndarray, group: int) -> None:
 
 QUANTISED = ("int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
 LEAST = ("q4_1", "q4_k")
-"""Types whose numbers are scale · integer + least, with factors of both at the beginning of a block."""
+"""Types with a minimum: an element is scale · quant + min, with the factors of both at the beginning of a block."""
 
 
 def magnitudes(weight: Weight) -> np.ndarray:
@@ -409,8 +409,8 @@ def bounds_of(reference: ReferenceBackend) -> Iterator[None]:
 
     An exponential is a power of two, whose exponent is rounded when it is multiplied by log2(e): a relative error of
     the result that grows with the exponent. With quantised weights x is in fixed point (`cuda/kernels/dot.py`): a
-    number is off by 2^-24 of the largest of those that meet a lane's 16 bytes, 16 or 32 neighbours, or by itself where
-    that is below 1e-30. Numbers that are scale · integer + least are multiplied in two sums, each of which is rounded.
+    number is off by 2^-24 of the largest of those that one lane multiplies, 16 or 32 neighbours, or by itself where
+    that is below 1e-30. Elements that are scale · quant + min are multiplied in two sums, each of which is rounded.
     """
     weights = reference.weights
     parts = {name: magnitudes(weight) for name, weight in weights.items() if weight.type.name in LEAST}

@@ -1,4 +1,4 @@
-"""Fixtures of the tests on a GPU. The backend is imported when one is used: the simulator must come before it."""
+"""Fixtures of the tests on a GPU. They import the backend late: the simulator must come first."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def model(tmp_path: Path) -> Iterator[Model]:
 
 @pytest.fixture
 def card() -> Device:
-    """The GPU, after what earlier tests left was collected."""
+    """The GPU, after garbage of earlier tests was collected."""
     from numballama.cuda.driver import Device
 
     gc.collect()

@@ -30,7 +30,7 @@ ROUNDING = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8} | dict.fromkeys(QUANTI
 float16 and bfloat16 weights are exact, quantised ones become float16 (2^-11 for each factor).
 """
 UNTOUCHED = np.float32(-77.5)
-"""What results are filled with before a case: rows of padding tokens must keep it."""
+"""Value that results are filled with before a case. Rows of padding tokens must keep it."""
 
 
 def within(x: np.ndarray, weight: np.ndarray, kind: str) -> np.ndarray:
@@ -143,7 +143,7 @@ class Real:
 
 
 def upload(machine: Any, values: np.ndarray, kind: str, group: int = 32) -> tuple[Any, np.ndarray]:
-    """(weight on the machine in the backend's layout, the elements that it stands for)."""
+    """(weight on the machine in the backend's layout, its elements in float32)."""
     from numballama.cuda.weights import layout_of
 
     weight = as_weight(values.astype(np.float32), kind, group if kind == "int8" else 0)

@@ -1,4 +1,4 @@
-"""What the tests on a GPU share: shapes of models, random models, and ways to run them."""
+"""Helpers of the tests on a GPU: shapes of models, random models, and ways to run them."""
 
 # ruff: noqa: E402
 from __future__ import annotations
@@ -24,11 +24,11 @@ from tests.cuda.checks import Pair
 from tests.helpers.bounds import TOKENIZERS
 
 SLACK = 8 << 20
-"""Bytes of device memory that the driver may keep for itself: it takes code and bookkeeping in pieces of 2 MB."""
+"""Bytes of device memory that the driver may keep for itself: it allocates code and bookkeeping 2 MB at a time."""
 SHAPE = ModelConfig(64, 96, 2, 4, 2, 300, 64)
-"""Of the model in the fixture `model`."""
+"""Shape of the model in the fixture `model`."""
 ROUNDED = 2.0**-5
-"""How far 16-bit operands, as tensor cores take them, may move logits of a whole model: a share of the largest."""
+"""Maximum error of a whole model's logits with 16-bit operands on tensor cores, as a fraction of the largest logit."""
 
 
 KINDS = ("f32", "f16", "bf16", "int8", "int8 activations")
@@ -58,7 +58,7 @@ WHOLE_BLOCKS = ModelConfig(1280, 768, 1, 20, 4, 300, 600, rope_pairing=HALF_SPLI
 
 
 LOGITS = np.random.default_rng(3).permutation(np.linspace(-6, 3, 50)).astype(np.float32)
-"""Fifty, each in a bin of the histogram of its own."""
+"""Fifty logits, each in a separate bin of the histogram."""
 
 
 def fill_cache(pair: Pair, program: Any) -> None:
@@ -79,7 +79,7 @@ def compiled_story(models: Path, name: str, **options: Any) -> Model:
 
 
 def told(model: Model, sampler: SamplerState, count: int, prompt: Sequence[int] = (1, 5, 9)) -> list[int]:
-    """Tokens after a prompt, from an empty cache."""
+    """Tokens that are generated after a prompt, from an empty cache."""
     model.session.truncate()
     tokens: list[Any] = [model.session.prefill(list(prompt), sampler)]
     while len(tokens) < count:

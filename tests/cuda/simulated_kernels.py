@@ -62,9 +62,9 @@ if hasattr(os, "sched_setaffinity") and (core := os.environ.get("NUMBALLAMA_TEST
 
 SMALL = ModelConfig(16, 24, 1, 4, 2, 20, 8)
 BLOCKS = ModelConfig(64, 32, 1, 4, 2, 33, 8, rope_pairing=HALF_SPLIT)
-"""Rows are whole blocks of 32, heads of 16 numbers."""
+"""Rows are whole blocks of 32, heads have 16 elements."""
 ODD = ModelConfig(18, 7, 1, 3, 1, 11, 8, tied_embeddings=False)
-"""Heads of 6 numbers, which no 16 bytes hold; rows of 18 and 7; an odd number of rows."""
+"""Heads of 6 elements, which are not whole 16 bytes; rows of 18 and 7; an odd number of rows."""
 
 
 @pytest.fixture(autouse=True)
@@ -203,7 +203,7 @@ def test_whole_runs(config: ModelConfig) -> None:
 
 
 def test_copies_that_are_done_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As cards before sm_80 do."""
+    """Before sm_80, copies are complete at once."""
     monkeypatch.setattr(simulation, "asynchronous", False)
     check_runs(Pair(BLOCKS, "q8_0"), [2, 1], 2, True)
 
@@ -239,7 +239,7 @@ def test_quantize(bench: Bench) -> None:
 
 
 LOGITS = np.random.default_rng(3).permutation(np.arange(40) * 0.17 - 4).astype(np.float32)
-"""Forty, all in different bins of the histogram."""
+"""Forty logits, all in different bins of the histogram."""
 SETTINGS: list[dict[str, Any]] = [
     {"top_k": 7, "top_p": 1.0},
     {"top_k": 0, "top_p": 0.6, "temperature": 1.7},
@@ -294,7 +294,7 @@ CROWDS = st.lists(
     | st.floats(-0.0078125, 0.0078125, width=32) | st.floats(-100, -31, width=32),
     min_size=2, max_size=70,
 )  # fmt: skip
-"""Logits of which many fall into one bin of the histogram, the first or the last."""
+"""Logits, many of them in one bin of the histogram, the first or the last."""
 
 
 @pytest.fixture
@@ -425,7 +425,7 @@ def test_a_nan_in_the_model_is_an_error() -> None:
 
 
 def test_comparisons_can_fail() -> None:
-    """A kernel that is left out is noticed, in every step."""
+    """Leaving out the kernel of any step makes a comparison fail."""
     pair = Pair(SMALL)
     program, _ = pair.programs(1)
     for step in range(len(program.plan.steps)):
@@ -450,7 +450,7 @@ def check_runs_of(pair: Pair, program: Any) -> None:
 
 
 def count_down(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, calls: int) -> None:
-    """Let a method fail when it has been called so often."""
+    """Make a method fail at its nth call."""
     before, left = getattr(owner, name), [calls]
 
     def failing(*arguments: Any, **named: Any) -> Any:
@@ -464,7 +464,7 @@ def count_down(monkeypatch: pytest.MonkeyPatch, owner: type, name: str, calls: i
 
 @pytest.mark.parametrize(("owner", "name"), [(HostMemory, "__init__"), (HostDevice, "write"), (HostDevice, "fill")])
 def test_memory_is_given_back_whatever_fails(monkeypatch: pytest.MonkeyPatch, owner: type, name: str) -> None:
-    """At once: while the exception, and with it every object on the way, is still at hand."""
+    """Memory is freed at once, while the exception still holds references to every object."""
     with pytest.raises(MemoryError):  # what the test itself leaves behind is there now
         raise MemoryError
     for calls in (*range(12), *(12 << i for i in range(12))):

@@ -28,7 +28,7 @@ PACKAGE = Path(numballama.__file__).parent
 CAPABILITIES = ("7.5", "8.0", "9.0")
 """The oldest that CUDA 13 compiles for; the first with asynchronous copies; the first with early starts."""
 REGISTERS = 65536
-"""Of a multiprocessor, of all these cards."""
+"""Registers of a multiprocessor on all these cards."""
 
 STACK = {
     # sine and cosine of float64 reduce large angles in a function of their own, which keeps a table of digits
@@ -43,7 +43,7 @@ STACK = {
     "attention_single_kernel": {"8.0": 56, "7.5": 56},
     "attention_128_kernel": {"8.0": 8, "7.5": 48},  # a real 7.5 has too little shared memory for it to be launched
 }
-"""The most bytes of stack a kernel may use on a card, where that is not 0: for all types of its operands."""
+"""Maximum bytes of stack of a kernel on a card, if not 0, for all types of its operands."""
 
 STACK_OF_BLOCKS = {
     # words with several factors want a register or two more than those with one scale
@@ -55,7 +55,7 @@ STACK_OF_BLOCKS = {
 """The same for weights of q4_1, q4_k and q6_k."""
 
 STREAMING = {"linear_kernel", "gate_up_kernel", "qkv_kernel", "qkv_rope_kernel"}
-"""Kernels that copy weights behind their own back, into shared memory."""
+"""Kernels that copy weights to shared memory asynchronously."""
 
 
 def start(capability: str, out: Path) -> subprocess.Popen[str]:
@@ -151,7 +151,7 @@ def test_instructions_that_a_card_has(assembled: dict[str, dict[str, Any]], capa
 
 
 def test_the_parser_sees_instructions() -> None:
-    """The check above is about something."""
+    """The check above finds instructions at all."""
     from tests.cuda.assembly import opcodes
 
     text = (

@@ -1,4 +1,4 @@
-"""The CUDA backend's memory and devices on a GPU: what is taken is given back, and running takes nothing."""
+"""The CUDA backend's memory and devices on a GPU: all memory is freed, and runs allocate none."""
 
 # ruff: noqa: E402
 from __future__ import annotations
@@ -28,7 +28,7 @@ from tests.helpers.sampling import make_sampler
 
 
 def test_close_gives_the_memory_back(card: driver.Device, tmp_path: Path) -> None:
-    """By the driver's own figure, at once."""
+    """Memory is freed at once, according to the driver."""
     path, _ = save(tmp_path, "llama2c-v0", ModelConfig(1024, 4096, 4, 8, 8, 8192, 2048))
     numballama.compile(path, device="cuda", context=16).close()  # what the driver keeps for good, it has now
     gc.collect()
@@ -46,7 +46,7 @@ def test_close_gives_the_memory_back(card: driver.Device, tmp_path: Path) -> Non
 def test_an_exception_gives_the_memory_back(
     card: driver.Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: type, name: str
 ) -> None:
-    """At once, while its traceback still holds every object: a notebook keeps it."""
+    """Memory is freed at once, while the traceback still holds every object, as in a notebook."""
     path, _ = save(tmp_path, "llama2c-v0", ModelConfig(1024, 4096, 4, 8, 8, 8192, 512))
     numballama.compile(path, device="cuda", context=16).close()
     gc.collect()
@@ -118,7 +118,7 @@ def test_devices_that_are_not_there(device: str) -> None:
 
 
 def test_a_model_that_does_not_fit(card: driver.Device, tmp_path: Path) -> None:
-    """It is said before anything is computed, and nothing of it stays."""
+    """The error comes before anything is computed, and no memory stays allocated."""
     path, _ = save(tmp_path, "llama2c-v0", ModelConfig(64, 64, 1, 32, 32, 64, 64))
     before, needed = card.free_bytes, 2 * 64 * 2  # bytes of keys and values of a token
     with pytest.raises(DeviceError, match=r"KV cache takes .* are free"):

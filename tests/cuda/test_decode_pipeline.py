@@ -98,7 +98,7 @@ def test_another_sampler_mid_way(model: Model) -> None:
 
 
 def test_streams_in_turns_and_ctrl_c(models: Path) -> None:
-    """Each stream takes the cache over from the other; one that is given up leaves no trace."""
+    """Each stream takes over the cache from the other; an abandoned stream has no effect."""
     with compiled_story(models, "stories260K", kv_dtype="f32") as model:
         prompts = "Once upon a time", "The little dog"
         want = [[piece.token for piece in model.stream(prompt, max_tokens=30, seed=3)] for prompt in prompts]

@@ -28,7 +28,7 @@ HERE, PACKAGE = Path(__file__).parent, Path(numballama.__file__).parent
 
 
 def run_cases(*arguments: str) -> str:
-    """`gemm_cases` in a process of its own: one compiles for one capability."""
+    """Run `gemm_cases` in a separate process, because a process compiles for one capability."""
     path = os.pathsep.join([str(PACKAGE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
         [sys.executable, "-m", "tests.cuda.gemm_cases", *arguments],
@@ -41,7 +41,7 @@ def run_cases(*arguments: str) -> str:
 @pytest.mark.parametrize("capability", ["7.5", "9.0"])
 def test_emulated(capability: str) -> None:
     """Every kernel within its bounds, for cards without and with m16n8k16, bfloat16 and asynchronous copies; none of
-    their numbers left the registers."""
+    their values are spilled to local memory."""
     assert "attention bf16" in run_cases(capability)
 
 

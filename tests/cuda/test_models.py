@@ -180,7 +180,7 @@ def test_prompts_of_many_tokens(kind: str, kv: str, most: float) -> None:
 
 
 def test_sessions_of_two_sequences_share_programs() -> None:
-    """Their tokens come in turns, and neither sees the other's part of the cache."""
+    """Their tokens alternate, and neither reads the other's part of the cache."""
     pair = Pair(ModelConfig(16, 24, 2, 4, 2, 30, 12), seed=4, sequences=2)
     (decode, reference), (prompt, _) = pair.programs(1), pair.programs(4)
     poison(decode)

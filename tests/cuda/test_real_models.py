@@ -45,7 +45,7 @@ def test_greedy_tokens_and_logits_equal_the_reference(models: Path, name: str, d
 
 @pytest.mark.parametrize("name", ["stories260K", "stories15M"])
 def test_stories_begin_alike_with_a_cache_of_16_bits(models: Path, name: str) -> None:
-    """The default: choices agree but where the reference hesitates by less than rounding makes."""
+    """The default: choices agree, except where the reference's two best logits are closer than rounding errors."""
     oracle = story_model(models, name, device="reference")
     ids = [1, *greedy(oracle)]
     want = oracle.logits(ids)

@@ -1,4 +1,4 @@
-"""Sampling on a GPU: its distribution, its noise, its filters, and logits that are not numbers."""
+"""Sampling on a GPU: its distribution, its noise, its filters, and logits with NaN."""
 
 # ruff: noqa: E402
 from __future__ import annotations

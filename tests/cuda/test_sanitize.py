@@ -34,7 +34,7 @@ def test_sanitize_models(kind: str, fusions: bool) -> None:
 
 
 def test_sanitize_other_shapes() -> None:
-    """Odd sizes, heads of six numbers, int8 activations, a context in parts."""
+    """Odd sizes, heads of six numbers, int8 activations, a split context."""
     for config, kind, kv, int8 in (
         (ModelConfig(18, 7, 1, 3, 1, 11, 8, tied_embeddings=False), "f16", "bf16", False),
         (ModelConfig(64, 32, 1, 4, 4, 33, 8), "int8", "f32", True),

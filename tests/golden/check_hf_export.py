@@ -1,4 +1,5 @@
-"""Directories that we write, in transformers: its logits for them against those of the golden model they came from.
+"""Directories that numballama writes, read by transformers: its logits for them against those of the golden model they
+came from.
 
     numballama export FOLDER COPY --to safetensors          # in numballama's environment; also by way of a GGUF file
     python tests/golden/check_hf_export.py FOLDER COPY …    # in transformers': pairs of them

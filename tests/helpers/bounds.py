@@ -1,10 +1,9 @@
-"""What the tests of kernels, models and the runtime share: programs whose workers run one after the other, poisoned
-memory, and what an op means: the reference's value with a bound on how far float32 arithmetic may be from it.
+"""Helpers for tests of kernels, models and the runtime: programs whose workers run one after the other, poisoned
+memory, and the expected result of an op: the reference's value with a bound on the error of float32 arithmetic.
 
 The bounds are those of rounding-error analysis (Higham, Accuracy and Stability of Numerical Algorithms, ch. 3): a sum
 of n products in any order is off by at most n·U·sum|a·b|, and a fused op's bound is carried through the ops it
-replaced. So the tolerance of a comparison follows from its data; no number here is tuned to what a kernel happens to
-give.
+replaced. So the tolerance of a comparison follows from its data; no number here is tuned to the results of a kernel.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ TINY = 2.0**-126
 """The smallest normal float32: below it rounding errors are absolute, not relative."""
 
 Bounded = tuple[np.ndarray, np.ndarray]
-"""A value, and for each of its numbers how far another computation of it may be off."""
+"""A value, and the maximum error of another computation for each of its elements."""
 
 
 # Programs
@@ -75,8 +74,8 @@ def run_workers(program: CpuProgram, tokens: int, step: int, order: Sequence[int
 
 
 def as_weight(values: np.ndarray, kind: str = "f32", group: int = 0, misaligned: bool = False) -> Weight:
-    """A weight of these numbers; `misaligned` puts its bytes at an odd address and makes them read-only, as a file
-    does."""
+    """A weight with these elements; `misaligned` puts its bytes at an odd address and makes them read-only, as in a
+    file."""
     if kind in BLOCKS and kind not in blocks.ENCODERS:  # numbers as large as these, but not these
         rng, count = np.random.default_rng(values.size), values.shape[1] // BLOCKS[kind][0]
         weight = random_blocks(kind, len(values), count, rng, size=float(np.std(values)))
@@ -104,7 +103,7 @@ def poison(program: CpuProgram) -> None:
 
 
 def poison_dead(program: CpuProgram, step: int) -> np.ndarray:
-    """Fill with 0xFF what belongs to no value that was computed before `step` and is needed in it or later.
+    """Fill all memory with 0xFF, except values that were computed before `step` and are needed in it or later.
 
     Returns which bytes of the arena `step` may write: those of its results and of its scratch.
     """
@@ -120,14 +119,14 @@ def poison_dead(program: CpuProgram, step: int) -> np.ndarray:
 
 
 def stored(array: np.ndarray, dtype: str) -> np.ndarray:
-    """A copy of a value's memory as numbers: 16-bit formats become float32."""
+    """A copy of a value's memory, with 16-bit formats as float32."""
     if dtype == "f16":
         return from_f16(array)
     return from_bf16(array) if dtype == "bf16" else array.copy()
 
 
 def read(program: CpuProgram, name: str, tokens: int) -> np.ndarray:
-    """What a value holds now: of a temporary the rows of the run's tokens, of a state all."""
+    """The content of a value: all of a state, but of a temporary only the rows of the run's tokens."""
     value = program.plan.graph.values[name]
     array = program.value(name)
     return stored(array if value.kind == "state" else array[: min(tokens, value.shape[0])], value.dtype)
@@ -135,7 +134,7 @@ def read(program: CpuProgram, name: str, tokens: int) -> np.ndarray:
 
 @lru_cache(maxsize=8)  # the reference keeps a float64 copy of all weights
 def shared_model(path: Path, tokenizer: Path | None = None, **options: Any) -> Model:
-    """A compiled model that all tests of a run share: nobody may close it."""
+    """A compiled model that all tests of a run share: no test may close it."""
     return numballama.compile(path, tokenizer, **options)
 
 
@@ -225,7 +224,7 @@ def _sum(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.
 
 @bound("rope")
 def _rope(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
-    """A turn mixes the two numbers of a pair, and their errors, with factors of at most 1."""
+    """A rotation mixes the two elements of a pair, and their errors, with factors of at most 1."""
     pairs = attrs["head_dim"] // 2
     shape, axis = ((len(x[0]), -1, pairs, 2), 3) if attrs["interleaved"] else ((len(x[0]), -1, 2, pairs), 2)
 
@@ -324,7 +323,7 @@ BOUNDS |= {f"quantize_{kind}": _exactly_rounded(kind) for kind in ACTIVATION_QUA
 
 
 def assert_within(got: np.ndarray, want: Bounded, what: str) -> None:
-    """Numbers as far from the reference's as their bound allows; infinities and NaNs exactly where it has them."""
+    """Assert that values are within their bound of the reference's, with infinities and NaNs in the same places."""
     value, error = want
     assert got.shape == value.shape, f"{what}: shape {got.shape}, not {value.shape}"
     with np.errstate(invalid="ignore"):
@@ -342,8 +341,9 @@ def assert_within(got: np.ndarray, want: Bounded, what: str) -> None:
 
 
 def _in_float16(want: Bounded, got: np.ndarray) -> Bounded:
-    """Bounds of numbers that float16 holds: infinite where all that is allowed is too large for it, and, where a part
-    is, either `got`'s infinity of that sign or a number within the bounds."""
+    """Bounds after rounding to float16. A value is infinite if all values within its bounds are too large for float16.
+    If only a part of them is, it may be an infinity of that sign, or a number within the bounds.
+    """
     numbers, error = want
     must = np.abs(numbers) - error >= 65520
     may = np.isinf(got) & (np.copysign(1, got) * numbers + error >= 65520)
@@ -354,8 +354,8 @@ def _in_float16(want: Bounded, got: np.ndarray) -> Bounded:
 def check_step(
     program: CpuProgram, step: int, tokens: int, weights: ReferenceBackend, execute: Callable[[], object]
 ) -> None:
-    """Run one step by `execute` and compare all that it wrote with its op's meaning on the operands as they stood
-    before."""
+    """Run one step by `execute` and compare all that it wrote with the op's definition on the operands as they
+    were before."""
     graph, op = program.plan.graph, program.plan.steps[step].op
     operands: dict[str, np.ndarray] = {}
     for name in op.inputs:

@@ -105,7 +105,7 @@ def real(name: str) -> Path | None:
 
 
 def vocabulary_gguf(vocabulary: Vocabulary, pre: str | None = None) -> bytes:
-    """A GGUF file that holds a byte-level vocabulary and nothing else."""
+    """A GGUF file with only a byte-level vocabulary."""
     v, key = vocabulary, "tokenizer.ggml."
 
     def texts(values: Sequence[bytes]) -> bytes:

@@ -8,7 +8,7 @@ from numballama.cli.main import main
 
 
 class Called(NamedTuple):
-    """What a call left: its exit code, stdout and stderr."""
+    """The result of a call: exit code, stdout and stderr."""
 
     code: int
     out: str

@@ -1,8 +1,8 @@
 """The CUDA backend without a GPU: a device whose memory is the host's.
 
 `install` puts it in the place of `cuda.driver`'s classes, wherever the backend uses them, for the rest of the process.
-So the backend's own code binds plans, weights and inputs. The caller chooses what a launch does: nothing where kernels
-are only compiled (tests/cuda/test_assembly.py), or run by the simulator (tests/cuda/test_simulator.py).
+So the backend's code itself binds plans, weights and inputs. The caller chooses what a launch does: nothing where
+kernels are only compiled (tests/cuda/test_assembly.py), or run by the simulator (tests/cuda/test_simulator.py).
 """
 
 from __future__ import annotations
@@ -64,7 +64,9 @@ MIXTURES = {
     "q4_k_m": {"wv": "q6_k", "w2": "q6_k", "output": "q6_k", "": "q4_k"},
     "all": {"wq": "q4_0", "wk": "q4_1", "wv": "q8_0", "w1": "q4_k", "w3": "q6_k", "wo": "f32", "w2": "q4_1", "": "f16"},
 }
-"""Types of matrices by the last part of their names, "" for the others: a Q4_K_M file's, and as mixed as can be."""
+"""Types of matrices by the last part of their names, "" for the others: those of a Q4_K_M file, and a mixture of all
+types.
+"""
 
 
 def converted(weights: Mapping[str, Weight], kind: str, group: int = 32) -> dict[str, Weight]:
@@ -93,9 +95,9 @@ class HostMemory:
     """`driver.Memory`: aligned host memory; its address is real. Fresh memory is 0xAA, as no kernel may count on 0."""
 
     live: list[tuple[int, int, str]] = []  # noqa: RUF012
-    """(address, bytes, what) of all that is taken, in order of addresses."""
+    """(address, bytes, what) of all allocations, in order of addresses."""
     epoch = 0
-    """Counts what was taken: an address may be another's from now on."""
+    """Counts allocations: an address may be reused after the next one."""
 
     def __init__(self, device: HostDevice, nbytes: int, what: str) -> None:
         self.nbytes = max(nbytes, 1)
@@ -137,10 +139,10 @@ class HostDevice:
         return "the host"
 
     def make_current(self) -> None:
-        """There is one."""
+        """Does nothing: there is only one device."""
 
     def synchronize(self) -> None:
-        """All is done at once."""
+        """Does nothing: all work is done at once."""
 
     def write(self, address: int, source: int, nbytes: int) -> None:
         ctypes.memmove(address, source, nbytes)
@@ -170,7 +172,7 @@ def install(
     n_sms: int = 2,
     patch: Callable[[Any, str, Any], None] = setattr,
 ) -> None:
-    """From now on the CUDA backend works on `HostDevice`: launches are handed to `run`, kernels to `compile_kernel`.
+    """Make the CUDA backend work on `HostDevice`: launches are passed to `run`, kernels to `compile_kernel`.
 
     It lasts for the rest of the process, unless `patch` is a `monkeypatch.setattr`.
     """

@@ -1,7 +1,7 @@
 """Mutated model files, for every format: python tests/helpers/fuzz_formats.py CASES [FORMAT …] [--seed N]
 
-A case takes the valid files of a format, damages them and opens what is left. Whatever the files have become, that ends
-in a model or in a `numballama.Error`, within 2 seconds, in memory of the files' size and 100 MB. The first case that
+A case damages valid files of a format and opens the result. That must give a model or a `numballama.Error` within 2
+seconds, with no more memory than the files' size and 100 MB. The first case that
 does otherwise ends the run; its files stay where the message says, and the same seed makes it again. `test_fuzz.py`
 runs a sample.
 
@@ -82,7 +82,7 @@ def gguf_split(folder: Path) -> Path:
 
 
 def binary(name: str) -> Maker:
-    """A format of `formats.WRITERS` that is one file without names."""
+    """A format of `formats.WRITERS` that is one file without tensor names."""
     return lambda folder: save_random(folder, name)[0]
 
 
@@ -296,7 +296,7 @@ def limits(size: int) -> Iterator[None]:
 
 
 def write(folder: Path, files: Files) -> int:
-    """Write the files anew; returns their bytes."""
+    """Write the files again; returns their bytes."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, content in files.items():

@@ -1,4 +1,4 @@
-"""What `fuzz_formats.py` damages of tokenizers and chat templates, and what is done with the result."""
+"""Tokenizers and chat templates for `fuzz_formats.py`: valid files, and how the damaged ones are opened."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ MAKERS: dict[str, Callable[[Path], Path]] = {
 
 
 def examine(path: Path) -> None:
-    """Open what is there, take text apart and put it together again, render a conversation."""
+    """Open the tokenizer, encode and decode text, and render a conversation."""
     folder = path if path.is_dir() else path.parent
     found = read_text_files(folder)
     tokenizer = found.tokenizer or load_tokenizer(path)

@@ -1,4 +1,4 @@
-"""GGUF files for tests: small models, and containers put together by hand."""
+"""GGUF files for tests: small models, and containers built by hand."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def container(
 
 
 def entries_of(data: bytes) -> dict[str, tuple[int, int]]:
-    """Key → where its whole metadata entry begins and ends, by a walk of this test's own."""
+    """Key → (begin, end) of its metadata entry, found by a parser of this test's own."""
     sizes = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
     at, found = 24, {}
 

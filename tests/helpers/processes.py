@@ -1,4 +1,4 @@
-"""Code run in a Python process of its own."""
+"""Runs code in a separate Python process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGE = Path(numballama.__file__).parent
 
 
 def run_python(code: str, *arguments: object, timeout: float = 120, **environment: str) -> Any:
-    """Run code in a new process; what it prints last, as JSON. A hang fails by the timeout."""
+    """Run code in a new process and return the last line that it prints, as JSON. A hang fails by the timeout."""
     found = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)],
         capture_output=True,

@@ -1,4 +1,4 @@
-"""Random models of any shape, and where the real models lie."""
+"""Random models of any shape, and the folder of real models."""
 
 from __future__ import annotations
 

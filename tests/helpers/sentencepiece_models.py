@@ -47,7 +47,7 @@ def write_bin(path: Path, pieces: Sequence[bytes], scores: Sequence[float]) -> P
 
 
 def llama2c_encode(pieces: Sequence[bytes], scores: Sequence[float], text: str) -> list[int]:
-    """What run.c's encode() does: every round, look at every pair. Control tokens and bytes cannot be spelled out."""
+    """run.c's encode(): look at every pair in each round. Control tokens and bytes cannot be spelled out."""
     vocabulary = {piece: token for token, piece in reversed(list(enumerate(pieces))) if token >= len(FIXED)}
     tokens: list[int] = []
     for character in " " + text if text else "":

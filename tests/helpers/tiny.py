@@ -1,4 +1,4 @@
-"""A tiny random model with a tokenizer of 300 tokens, for tests of what happens around the kernels."""
+"""A tiny random model with a tokenizer of 300 tokens, for tests of the code around the kernels."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Every CPU kernel against the NumPy reference: a graph of one op, lowered and bound as for a model, its workers run in
 any order.
 
-Tolerances are the error bounds of `support`: they follow from the data. What only moves or rounds numbers is compared
-exactly.
+Tolerances are the error bounds of `tests.helpers.bounds`: they follow from the data. Ops that only move or round
+values are compared exactly.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Case:
         return self.rng.standard_normal(shape, dtype=np.float32) * self.scale
 
     def columns(self) -> int:
-        """Of a weight of this case's type: rows of blocks are whole blocks, here up to 8 small or 2 large ones."""
+        """Columns of a weight of this case's type: for block types whole blocks, here up to 8 small or 2 large ones."""
         columns: int = self.draw(SIZES)
         numbers, _ = BLOCKS.get(self.type, (1, 1))
         return min(-(-columns // min(numbers, 128)) * numbers, 512)
@@ -311,7 +311,7 @@ def _(c: Case) -> Graph:
 
 
 def _qkv_types(c: Case) -> Sequence[str]:
-    """Mostly one type; files with a mixture exist too. Each mixture is compiled anew, so there is one."""
+    """Mostly one type; files with a mixture exist too. Each mixture must be compiled, so only one is tested."""
     return c.draw(st.sampled_from([(c.type,) * 3, (c.type,) * 3, ("int8", "f32", "bf16")]))
 
 
@@ -392,7 +392,7 @@ def _(c: Case) -> Graph:
 
 
 def _layer(c: Case) -> tuple[Value, Value, Value]:
-    """RoPE and writes as a model has them: (q turned, k cache, v cache)."""
+    """RoPE and writes as a model has them: (rotated q, k cache, v cache)."""
     c.heads()
     angles = c.angles()
     width = c.kv_heads * c.head_dim
@@ -482,7 +482,7 @@ def test_all_workers_at_once_give_what_they_give_one_by_one(threads: int) -> Non
 
 
 def run_op(kind: str, *arrays: np.ndarray, outputs: Sequence[str] = ("y",), **attrs: Any) -> list[np.ndarray]:
-    """One op of plain inputs, walked by one worker."""
+    """Run one op of plain inputs with one worker."""
     graph = Graph("one")
     inputs = [graph.input(f"x{i}", a.shape, {"f": "f32", "i": "i32"}[a.dtype.kind]) for i, a in enumerate(arrays)]
     graph.add(kind, *inputs, out=outputs, **attrs)

@@ -29,7 +29,7 @@ pytestmark = pytest.mark.slow
 GOLDEN = Path(__file__).parents[1] / "golden"
 NAMES = list(TOKENIZERS)
 ANY_FLIP = 1.0
-"""More than int8 activations that round otherwise change a logit of these models (0.8 at most was seen)."""
+"""Upper limit of the change of a logit when int8 activations round differently (0.8 was the largest seen)."""
 
 
 def greedy(model: Model, count: int = 200) -> list[int]:
@@ -116,8 +116,9 @@ def test_fused_and_unfused_tell_the_same_story(models: Path, name: str, options:
 @pytest.mark.parametrize("kv_dtype", ["f16", "bf16"])
 @pytest.mark.parametrize("name", NAMES)
 def test_16_bit_cache_stays_close(models: Path, name: str, kv_dtype: str) -> None:
-    """The choices agree but where the reference hesitates: keys and values are rounded by 2^-11 or 2^-8 of
-    themselves."""
+    """The choices agree, except where the reference's two best logits are close: keys and values are rounded by 2^-11
+    or 2^-8 of themselves.
+    """
     oracle, fast = story_model(models, name, device="reference"), story_model(models, name, kv_dtype=kv_dtype)
     ids = [1, *greedy(oracle)]
     want, got = oracle.logits(ids), fast.logits(ids)

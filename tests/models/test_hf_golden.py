@@ -67,7 +67,7 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
 
 @pytest.mark.parametrize(("name", "change"), CHANGES)
 def test_the_comparison_notices(name: str, change: dict[str, Any]) -> None:
-    """Any one number of the configuration wrong: the logits are off by far more than the tolerance."""
+    """With any one value of the configuration wrong, the logits differ by far more than the tolerance."""
     ids, logits = expected(HF / name)
     opened = open_checkpoint(HF / name)
     config = replace(opened.config, **change)

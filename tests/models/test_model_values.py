@@ -2,10 +2,10 @@
 reference.
 
 After each step its op is compared on the operands that the CPU itself had, within the bounds of rounding (see
-`support`), and no other live byte may have changed: so by induction every value is right, whatever int8 activations or
-a 16-bit cache round. Where all arithmetic is float32, the value is also compared with that of the same name in the
-reference's own run of the unfused graph. Before every step all bytes that hold no value the rest of the plan needs are
-NaN, and the unwritten part of the KV cache from the beginning.
+`tests.helpers.bounds`), and no other live byte may have changed: so by induction every value is right, whatever int8
+activations or a 16-bit cache round. Where all arithmetic is float32, the value is also compared with that of the same
+name in the reference's own run of the unfused graph. Before every step all bytes that hold no value the rest of the
+plan needs are NaN, and the unwritten part of the KV cache from the beginning.
 """
 
 from __future__ import annotations
@@ -33,9 +33,10 @@ from tests.helpers.random_models import architectures, random_checkpoint
 
 TYPES = {"f32": F32, "f16": WeightType("f16"), "bf16": WeightType("bf16")}
 SHARE = 1e-3
-"""Of the largest number of a value: how much two right float32 computations of a whole model may differ. Each op adds
-some 1e-7, norms of rows that nearly cancel magnify it (600 random models: 2e-5 at most). Wrong wiring gives differences
-near 1."""
+"""Largest difference of two right float32 computations of a whole model, as a fraction of a value's largest element.
+Each op adds some 1e-7, norms of rows that nearly cancel magnify it (600 random models: 2e-5 at most). Wrong wiring
+gives differences near 1.
+"""
 
 
 def converted(weights: Mapping[str, Weight], kind: str, group: int) -> dict[str, Weight]:
@@ -101,7 +102,7 @@ def models(kinds: Sequence[str], caches: Sequence[str]) -> st.SearchStrategy[dic
 FLOAT_MODELS = models(["f32", "f16", "bf16", "int8"], ["f32"])
 """Weights of any type, all arithmetic in float32."""
 ROUNDING_MODELS = models(["f32", "int8", "int8 activations", "int8 activations"], ["f32", "f16", "bf16"])
-"""With int8 activations or a 16-bit cache, or both."""
+"""Models with int8 activations or a 16-bit cache, or both."""
 
 
 class Pair:
@@ -208,7 +209,7 @@ def test_prefill_in_chunks_equals_token_by_token(drawn: dict[str, Any], data: st
 
 
 def test_sessions_of_two_sequences_share_programs() -> None:
-    """Their tokens come in turns, and neither sees the other's part of the cache."""
+    """Their tokens alternate, and neither reads the other's part of the cache."""
     config = ModelConfig(16, 24, 2, 4, 2, 30, 12)
     drawn = {"config": config, "pairing": INTERLEAVED, "kind": "f32", "group": 32, "kv": "f32", "seed": 4, "workers": 1}
     pair = Pair(drawn, sequences=2)
@@ -257,7 +258,7 @@ def test_rounding_on_the_way_stays_small(kind: str, kv: str, most: float) -> Non
 
 
 def test_a_step_that_is_skipped_is_noticed() -> None:
-    """The comparison itself: without each step of a plan in turn, some comparison fails."""
+    """When any single step of a plan is skipped, some comparison fails."""
     drawn = {
         "config": ModelConfig(16, 24, 1, 2, 1, 20, 8),
         "pairing": INTERLEAVED,

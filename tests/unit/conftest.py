@@ -42,7 +42,7 @@ def pair(request: pytest.FixtureRequest, models: Path) -> Pair:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Callable[[str], Path]:
-    """A model of the golden ones, to be changed."""
+    """A copy of a golden model, to be changed."""
 
     def make(name: str) -> Path:
         return Path(shutil.copytree(HF / f"{name}-0", tmp_path / name, dirs_exist_ok=True))

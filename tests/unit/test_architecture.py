@@ -1,7 +1,7 @@
 """Rules of the design that are checked by parsing the sources.
 
 Which module may import which, where `numba.cuda` is imported, which modules compute nothing, what importing the package
-costs, where each module's tests are, and which words are not used. Each test collects all violations and lists them in
+loads, where each module's tests are, and which words are not used. Each test collects all violations and lists them in
 one message.
 """
 
@@ -55,7 +55,7 @@ ORDER = """
     cli: args doctor inspect generate chat bench export main
     __main__
 """
-"""The flow, from left to right: a module imports only what stands before it.
+"""The flow, from left to right: a module imports only modules before it.
 
 A line with a colon is a package and its modules. The others are flat modules.
 """
@@ -100,7 +100,7 @@ def tree_of(path: Path) -> ast.Module:
 
 @lru_cache
 def imports(path: Path) -> tuple[Import, ...]:
-    """All that a file imports, inside functions too. Not what stands under `if TYPE_CHECKING`."""
+    """All imports of a file, inside functions too, except those under `if TYPE_CHECKING`."""
     return tuple(_imports(path))
 
 
@@ -181,7 +181,7 @@ def test_no_circle_of_imports_between_packages() -> None:
 
 
 def test_the_parser_sees_imports() -> None:
-    """The checks above are about something."""
+    """The checks above find imports at all."""
     targets = {target_of(name) for name, _ in imports(MODULES["model"])}
     assert {"loader", "session", "backend", "errors"} <= targets
     assert "tokenizers.base" not in {target_of(name) for name, _ in imports(MODULES["checkpoint"])}  # TYPE_CHECKING
@@ -362,7 +362,7 @@ HEAVY = {
 
 
 def test_importing_the_package_is_cheap() -> None:
-    """`benchmarks/opening.py` measures how cheap."""
+    """`benchmarks/opening.py` measures the time."""
     loaded = modules_after("import numballama")
     assert "numballama.errors" in loaded
     assert not tops(loaded) & (HEAVY | {"numpy"})
@@ -398,5 +398,5 @@ def test_a_gpu_with_kernels_in_the_cache_needs_no_numba() -> None:
 
 
 def test_compiling_sees_numba() -> None:
-    """The check above would notice."""
+    """The check above finds Numba when it is imported."""
     assert "numba" in modules_after("import numballama.cpu.backend")

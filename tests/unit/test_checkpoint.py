@@ -1,4 +1,4 @@
-"""Weights: a lazy one is made when its data is asked for; `require_weights` compares names and shapes with a config."""
+"""Weights: a lazy one is computed when its data is read; `require_weights` compares names and shapes with a config."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every Python block of README and docs runs in an empty folder, one namespace a page; so do the examples.
+"""Every Python block of README and docs runs in an empty folder, with one namespace per page; so do the examples.
 
 The blocks of docs/cuda.md do what a machine without a GPU can, and the rest where there is one. Of commands in shell
 blocks, the words are checked.
@@ -33,7 +33,7 @@ BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 @pytest.fixture(autouse=True)
 def registries() -> Iterator[None]:
-    """What a page registers is gone with its test."""
+    """Remove what a page registers after its test."""
     with ExitStack() as stack:
         for table in (ir.RULES, graph.LAYERS, hf_config.READERS, hf.LAYER_NAMES):
             stack.enter_context(patch.dict(table))  # type: ignore[arg-type]
@@ -62,7 +62,7 @@ SHELL = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
 def commands() -> list[str]:
-    """What pages tell to type after `numballama`."""
+    """The commands of the pages, after the word `numballama`."""
     found = [block for page in PAGES for block in SHELL.findall(page.read_text(encoding="utf-8"))]
     lines = [line for block in found for line in block.splitlines()]
     parts = [part.strip() for line in lines for part in re.split(r"&&|[|;]", line)]

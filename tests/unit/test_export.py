@@ -1,4 +1,4 @@
-"""Export: from every reader to every writer that can hold the model, the same logits; what is lost is said."""
+"""Export: from every reader to every writer that can hold the model, the same logits; notes name what is lost."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_safetensors_keep_config_and_logits(
 
 
 def test_most_architectures_can_be_written() -> None:
-    """The property above does not pass by refusing everything."""
+    """The property above does not hold only because everything is refused."""
     able = []
     for biases in range(8):
         for norm in (False, True):
@@ -293,6 +293,6 @@ def test_senseless_requests(tmp_path: Path, to: str, quantize: str | None, messa
 
 def test_rows_that_are_no_blocks(tmp_path: Path) -> None:
     path, _ = save(tmp_path, "llama2c-v1")
-    with pytest.raises(Error, match="cannot become q8_0: its rows of 24 numbers"):
+    with pytest.raises(Error, match="cannot become q8_0: its rows of 24 elements"):
         export_model(path, tmp_path / "copy", "gguf", "q8_0")
     assert not (tmp_path / "copy").exists()

@@ -83,7 +83,7 @@ def test_a_tokenizer_given_beside_the_model(tmp_path: Path) -> None:
 
 
 def test_tokens_spelled_alike_are_named(tmp_path: Path) -> None:
-    """Of two tokens of one spelling, a `tokenizer.json` has place for one."""
+    """Of two tokens with the same text, a `tokenizer.json` can hold one."""
     path = chat_model(tmp_path)
     vocabulary = load_tokenizer(path).vocabulary()
     pieces = list(vocabulary.pieces)
@@ -103,7 +103,7 @@ def test_tokens_spelled_alike_are_named(tmp_path: Path) -> None:
 
 
 def test_no_token_ends_a_text(tmp_path: Path) -> None:
-    """Files write 4,294,967,295 for an id that there is not: it is no end of a text, nor part of a config."""
+    """Files write 4,294,967,295 for a missing id: it is not a stop token, nor part of a config."""
     path = chat_model(tmp_path)
     path.write_bytes(edited(path, {"tokenizer.ggml.eos_token_id": u32("tokenizer.ggml.eos_token_id", 0xFFFFFFFF)}))
     assert open_checkpoint(path).stop_token_ids == ()

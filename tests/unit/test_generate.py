@@ -97,7 +97,7 @@ def test_continuation_keeps_its_leading_space_and_a_text_from_nothing_does_not(s
 
 @pytest.mark.parametrize("seed", range(6))
 def test_characters_are_never_split(model: Model, seed: int) -> None:
-    """At a high temperature bytes come in any order; what is shown is what a strict decoder makes of all of them."""
+    """At a high temperature bytes come in any order; the text is what a strict decoder makes of all of them."""
     pieces = list(model.stream("ab", max_tokens=60, temperature=50.0, top_k=0, top_p=1.0, seed=seed))
     assert model.tokenizer is not None
     tokens = [piece.token for piece in pieces if piece.finish_reason != "stop"]
@@ -142,7 +142,7 @@ def test_max_tokens(model: Model) -> None:
 
 
 def test_ends_where_the_context_is_full(tiny_file: Path, tiny_tokenizer: Path) -> None:
-    """The last token that fits is computed from, what it gives is shown, and nothing more."""
+    """The last token that fits is computed, its successor is shown, and nothing more."""
     with numballama.compile(tiny_file, tiny_tokenizer, device="cpu", context=12) as model:
         for seed in range(20):
             pieces = list(model.stream("ab c", max_tokens=100, temperature=1.0, seed=seed))

@@ -1,4 +1,4 @@
-"""The intermediate representation: how a graph is put together, and what `verify` finds in a broken one."""
+"""The intermediate representation: how a graph is built, and which mistakes `verify` finds."""
 
 from __future__ import annotations
 
@@ -244,7 +244,7 @@ def test_replace_ops_drops_what_is_not_computed() -> None:
 
 @pytest.fixture
 def own_rules(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rules that a test declares are gone after it."""
+    """Remove the rules that a test declares."""
     monkeypatch.setattr(ir, "RULES", dict(ir.RULES))
 
 

@@ -64,7 +64,7 @@ print(json.dumps({
 
 
 class Copy:
-    """A copy of the package whose sources may be edited, with a kernel cache of its own."""
+    """A copy of the package whose sources may be edited, with its own kernel cache."""
 
     def __init__(self, folder: Path, files: dict[str, Path]) -> None:
         self.package, self.files = folder / "numballama", files
@@ -86,7 +86,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory, files: dict[str, Path]) -> Co
 
 @pytest.fixture(scope="module")
 def first(copy: Copy) -> Any:
-    """What the first process with an empty cache found."""
+    """Result of the first process, which starts with an empty cache."""
     return copy.use("llama2c-v0", "llama2c-v2")
 
 
@@ -136,7 +136,7 @@ def test_editing_a_kernel_source_changes_the_result(
 
 
 def test_every_kernel_source_counts_for_the_cache(tmp_path: Path) -> None:
-    """The folder depends on the text of each file of the list, and on nothing as fickle as times."""
+    """The folder depends on the text of each file of the list, and not on modification times."""
     package = tmp_path / "numballama"
     shutil.copytree(PACKAGE, package, ignore=shutil.ignore_patterns("__pycache__"))
     code = """

@@ -1,4 +1,4 @@
-"""Opening model files: recognised by content, overridden by the caller, and never a hang or a foreign exception."""
+"""Opening model files: they are recognised by content, arguments override them, and every failure is an Error."""
 
 from __future__ import annotations
 

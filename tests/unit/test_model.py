@@ -1,4 +1,4 @@
-"""`compile` and `Model`: what it refuses, what can be chosen, and what it does once it is closed."""
+"""`compile` and `Model`: refused arguments, choices, and behaviour after `close`."""
 
 from __future__ import annotations
 

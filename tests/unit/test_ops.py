@@ -1,4 +1,4 @@
-"""The rule of every op: what it gives for operands that fit, and what it refuses."""
+"""The rule of every op: shapes for operands that fit, and errors for others."""
 
 from __future__ import annotations
 

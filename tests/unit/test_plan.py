@@ -1,4 +1,4 @@
-"""The planner: lifetimes, the arena, the checks of a plan, and how it shows itself."""
+"""The planner: lifetimes, the arena, the checks of a plan, and its printed form."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Notes and progress bars: on a terminal only, and only after a while."""
+"""Notes and progress bars: only on a terminal, and bars only after a delay."""
 
 from __future__ import annotations
 

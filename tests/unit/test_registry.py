@@ -19,7 +19,7 @@ from numballama.registry import KernelRef, kernel
 
 @pytest.fixture(autouse=True)
 def own_entries() -> Iterator[None]:
-    """Rules and kernels that a test declares are gone after it."""
+    """Remove the rules and kernels that a test declares."""
     rules, kernels = dict(ir.RULES), {key: list(entries) for key, entries in registry._kernels.items()}
 
     @rule("sub", inputs=("a", "b"), outputs=("out",), attrs=("scale",), optional=("scale",))

@@ -126,7 +126,7 @@ def test_a_prompt_is_one_entry_a_chunk(wide: Model) -> None:
 
 @SAMPLERS
 def test_compiled_code_allocates_nothing(wide: Model, settings: dict[str, Any]) -> None:
-    """Not even the record that Numba makes of an array that is handed over: what goes in are addresses."""
+    """Not even the record that Numba makes of an array argument: the arguments are addresses."""
     loop = decode(wide, settings, 50)
     nrt.memsys_enable_stats()
     try:
@@ -144,8 +144,8 @@ def test_compiled_code_allocates_nothing(wide: Model, settings: dict[str, Any]) 
 @pytest.mark.slow
 @SAMPLERS
 def test_python_keeps_nothing_of_a_token(wide: Model, settings: dict[str, Any]) -> None:
-    """The history grows by an id a token, here a small one that Python has anyway. Ten blocks are the loop's own and
-    the interpreter's; one a token would be 200."""
+    """The history grows by one id per token, here a small one that Python has anyway. Ten blocks are the loop's own and
+    the interpreter's; one per token would be 200."""
     loop = decode(wide, settings, 200)
     gc.collect()
     gc.disable()

@@ -1,4 +1,4 @@
-"""docs/tour.md: its anchors are where it says, and a token's way is as short as it says."""
+"""docs/tour.md: its anchors have the right lines, and its list of files is the path of a token."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checks of arguments: what is accepted, and errors that name the argument and what was found."""
+"""Checks of arguments: accepted values, and errors that name the argument and the value."""
 
 from __future__ import annotations
 

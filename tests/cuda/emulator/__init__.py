@@ -1,7 +1,7 @@
-"""An emulator of PTX in NumPy: it runs what Numba compiled a kernel to, where there is no GPU.
+"""An emulator of PTX in NumPy: it runs kernels as compiled by Numba, without a GPU.
 
-It is for what Numba's simulator cannot run: fragments of tensor cores, swizzled shared memory and asynchronous copies,
-by their description in NVIDIA's PTX ISA and not by what a kernel hopes.
+It runs what Numba's simulator cannot: fragments of tensor cores, swizzled shared memory and asynchronous copies. It
+follows their description in NVIDIA's PTX ISA, not the assumptions of a kernel.
 
 What it emulates: the threads of a block, as elements of arrays, each register being one array. Where threads diverge,
 those with the lowest program counter run first, which lets them meet again. It is strict where a GPU is lenient: loads
@@ -31,7 +31,7 @@ __all__ = ["Memory", "Program", "from_16", "round_16", "run"]
 def run(
     program: Program, memory: Memory, grid: Sequence[int], threads: int, arguments: Sequence[Any], shared_bytes: int = 0
 ) -> dict[str, int]:
-    """All blocks of a launch, one after the other. Returns how often each instruction was executed."""
+    """Run all blocks of a launch, one after the other. Returns how often each instruction was executed."""
     grid = (*grid, 1, 1)[:3]
     total: dict[str, int] = {}
     for z in range(grid[2]):

@@ -12,7 +12,7 @@ from tests.cuda.emulator.program import BASE, NUMPY, SHARED, WIDTHS, Memory, Pro
 
 
 class Block:
-    """One block at work."""
+    """A running block."""
 
     def __init__(
         self, program: Program, memory: Memory, arguments: Sequence[Any], threads: int, index: Sequence[int],
@@ -63,7 +63,7 @@ class Block:
                     self.counter[mask] = at
 
     def _step(self, statement: Statement, at: int, mask: np.ndarray) -> bool:
-        """Whether the threads may have parted, or stopped."""
+        """Execute one instruction. Returns whether threads may have diverged or stopped."""
         active = mask
         if statement.guard:
             guard = self.registers[statement.guard]

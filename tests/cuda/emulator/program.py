@@ -21,7 +21,7 @@ NUMPY = {"u8": np.uint8, "s8": np.int8, "b8": np.uint8, "u16": np.uint16, "s16":
 
 
 class Memory:
-    """Global memory: allocations with 0xFF between them, which nobody may touch."""
+    """Global memory: allocations with guard bytes 0xFF between them, which no kernel may access."""
 
     def __init__(self, size: int = 1 << 24) -> None:
         self.bytes = np.full(size, 0xFF, np.uint8)
@@ -61,7 +61,7 @@ def _split(text: str) -> tuple[Any, ...]:
 
 
 class Program:
-    """A kernel's PTX, read."""
+    """A parsed kernel."""
 
     def __init__(self, ptx: str) -> None:
         ptx = re.sub(r"//[^\n]*", "", ptx)

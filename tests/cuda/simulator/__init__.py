@@ -157,7 +157,7 @@ class BlockManager:
         self.error = self.error or error
 
     def hand_on(self, lane: Lane | None) -> None:
-        """Let the next thread run, and come back when it is this one's turn again."""
+        """Let the next thread run. Returns when this thread may continue."""
         following = self._next()
         if following is None:
             self._finished.release()
@@ -170,7 +170,7 @@ class BlockManager:
                 raise _Aborted
 
     def _next(self) -> Lane | None:
-        """The thread whose turn it is; None when all are done."""
+        """The thread to run next; None when all are done."""
         if self.error is not None:
             return next((lane for lane in self._lanes if lane.state != "done"), None)
         for _ in range(len(self._warps)):
@@ -190,7 +190,7 @@ class BlockManager:
         return self._next()
 
     def _exchange(self, warp: list[Lane], ready: deque[Lane]) -> bool:
-        """Do a shuffle that all lanes of a warp have come to."""
+        """Do a shuffle that all lanes of a warp have reached."""
         if not any(lane.state == "shuffle" for lane in warp):
             return False
         if len({(lane.state, lane.apart) for lane in warp}) > 1:
@@ -245,7 +245,7 @@ class _Shared:
 
 
 class _Module(FakeCUDAModule):  # type: ignore[misc]
-    """What kernels find as `cuda`."""
+    """The `cuda` module that simulated kernels see."""
 
     def __init__(self, grid: Any, block: Any, shared_bytes: int) -> None:
         super().__init__(grid, block, 0)
@@ -304,7 +304,7 @@ class Pointer:
 
 
 class Simulation:
-    """What the kernels of a run leave behind for each other."""
+    """State that the kernels of a run share."""
 
     def __init__(self) -> None:
         self.order = random.Random(0)
@@ -326,7 +326,7 @@ class Simulation:
             self._writing.add(word)
 
     def check(self, address: int, nbytes: int) -> None:
-        """Raises where so many bytes are not aligned, or not in memory that was taken."""
+        """Raises unless these bytes are aligned and inside an allocation."""
         found = bisect_right(self._starts, address) - 1
         start, size, what = self._regions[found] if found >= 0 else (0, 0, "nothing")
         if address % nbytes or not start <= address <= address + nbytes <= start + size:
@@ -343,7 +343,7 @@ class Simulation:
         module._shared = self.shared = _Shared(module.shared_bytes)
 
     def run(self, launch: Any) -> None:
-        """All blocks of a launch, one after the other."""
+        """Run all blocks of a launch, one after the other."""
         self.launches += 1
         self._written, self._writing = self._writing, set()
         self._regions = list(HostMemory.live)  # others may be forgotten meanwhile

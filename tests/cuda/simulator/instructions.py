@@ -1,4 +1,4 @@
-"""Python functions that do what the intrinsics do; `EMULATED` says which is which.
+"""Python functions that emulate the intrinsics; `EMULATED` maps the intrinsics' names to them.
 
 Values are NumPy scalars of the intrinsic's type where rounding or bits matter, Python integers elsewhere.
 """
@@ -15,7 +15,7 @@ from tests.cuda.simulator import PACKED, Pointer, lane, simulation
 
 
 def _numbers(name: str, words: Any) -> np.ndarray:
-    """Numbers in 16 bytes of a type without scales."""
+    """The elements in 16 bytes of a type without scales."""
     raw = np.array(words, np.uint32)
     if name == "float32":
         return raw.view(np.float32)
@@ -246,4 +246,4 @@ EMULATED: dict[str, Callable[..., Any]] = {
     "atom_add_1": _atom_add_1,
     "store_release_system": _store_release_system,
 }
-"""Name of an intrinsic → what stands in for it."""
+"""Name of an intrinsic → its emulation."""

@@ -55,7 +55,7 @@ def halves(blocks: np.ndarray, at: int) -> np.ndarray:
 
 
 def as_ggml_rounded(ggml: Mapping[str, np.ndarray], kind: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Numbers, scales and sums from ggml's blocks."""
+    """Quants, scales and sums from ggml's blocks."""
     x, stored = ggml["x"], ggml[f"x_{kind}"]
     blocks = stored.reshape(len(x), x.shape[1] // ACTIVATION_QUANT[kind][0], -1)
     if kind == "q8_k":
@@ -125,7 +125,7 @@ def test_groups_with_no_answer() -> None:
 
 CONFIG = ModelConfig(256, 512, 2, 4, 2, 50, 24, tied_embeddings=False)
 NARROW = ModelConfig(96, 160, 2, 4, 2, 50, 24, tied_embeddings=True)
-"""Of widths that are no multiple of a panel's stretch."""
+"""Rows whose lengths are not multiples of a panel's stage."""
 
 
 def blocks_model(config: ModelConfig, kinds: list[str], seed: int) -> dict[str, Weight]:
@@ -230,7 +230,7 @@ def test_compile_rounds_on_request_only(mixed: Path) -> None:
 
 @pytest.mark.slow
 def test_a_prompt_in_chunks_and_steps(mixed: Path) -> None:
-    """Rows and panels add up in different orders, so the same as above, and no more."""
+    """Rows and panels add up in different orders, so hence the same tolerance as above."""
     with numballama.compile(mixed, device="cpu", threads=2, activations="int8") as opened:
         wanted, size = opened.logits(IDS), 0.0
         session = opened.session

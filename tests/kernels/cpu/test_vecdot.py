@@ -1,4 +1,4 @@
-"""Weights of GGUF's blocks on the CPU, of every bit pattern, and whole models: against the dequantised numbers."""
+"""Weights of GGUF's blocks on the CPU, of every bit pattern, and whole models: against the dequantised elements."""
 
 from __future__ import annotations
 
@@ -259,5 +259,5 @@ def test_rows_that_blocks_do_not_fill_are_named(tmp_path: Path, dtype: str) -> N
     config = ModelConfig(64, 100, 1, 4, 4, 50, 24)
     path = tmp_path / "model.bin"
     WRITERS["llama2c-v1"](path, config, random_checkpoint(config).weights)
-    with pytest.raises(Error, match=rf"layers\.0\.w2 cannot become {dtype}: its rows of 100 numbers"):
+    with pytest.raises(Error, match=rf"layers\.0\.w2 cannot become {dtype}: its rows of 100 elements"):
         numballama.compile(path, dtype=dtype, threads=1)

@@ -14,7 +14,7 @@ from tests.golden.make_tokenizers import SMALL
 
 @pytest.fixture(scope="module")
 def small() -> Tokenizer:
-    """<s> and </s> are BOS and EOS."""
+    """A tokenizer in which <s> and </s> are BOS and EOS."""
     tokenizer = load_tokenizer(SMALL)
     tokenizer.bos_id, tokenizer.eos_id = (tokenizer.special_tokens[token] for token in ("<s>", "</s>"))
     return tokenizer

@@ -1,4 +1,4 @@
-"""Conversations: what is read again and what is not, what stays of an answer, and what cannot be said."""
+"""Conversations: tokens that are computed again, interrupted answers, refused messages."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_turn_reads_only_what_is_new(model: Model) -> None:
 
 
 def test_what_the_cache_holds_changes_no_answer(model: Model) -> None:
-    """A conversation continued gives the tokens that the same ids give from an empty cache."""
+    """A continued conversation gives the tokens that the same ids give from an empty cache."""
     chat = model.chat()
     chat.send("hello", **GREEDY)
     said = [*chat._history, {"role": "user", "content": "more"}]

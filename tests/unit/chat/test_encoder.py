@@ -15,7 +15,7 @@ GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
 
 
 def test_special_tokens_in_what_is_said_stay_text(model: Model) -> None:
-    """Nobody can end their turn and speak for another, whatever they spell; the template's own tokens are tokens."""
+    """No message can end its turn and speak for another role. Special tokens that the template writes are tokens."""
     tokenizer = model.tokenizer
     assert tokenizer is not None
     start, end = (tokenizer.special_tokens[token] for token in ("<|im_start|>", "<|im_end|>"))

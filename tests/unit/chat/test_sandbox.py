@@ -1,4 +1,4 @@
-"""The sandbox of chat templates: hostile ones end soon and stay small, long conversations fit."""
+"""The sandbox of chat templates: hostile templates end soon with little memory, long conversations fit."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.golden.make_tokenizers import SMALL
 
 @pytest.fixture(scope="module")
 def small() -> Tokenizer:
-    """<s> and </s> are BOS and EOS."""
+    """A tokenizer in which <s> and </s> are BOS and EOS."""
     tokenizer = load_tokenizer(SMALL)
     tokenizer.bos_id, tokenizer.eos_id = (tokenizer.special_tokens[token] for token in ("<s>", "</s>"))
     return tokenizer
@@ -105,7 +105,7 @@ def test_hostile_templates_end_soon_and_small(name: str, small: Tokenizer) -> No
 
 
 def test_long_conversations_fit_the_budget(small: Tokenizer) -> None:
-    """What is allowed grows with what is said: megabytes, and thousands of turns."""
+    """The limits grow with the messages: megabytes, and thousands of turns."""
     template = ChatTemplate(OWN["macros"].partition("{% call")[0] + "{{ messages | tojson | length }}", small)
     turns = [{"role": "user", "content": "x\n" * 100}, {"role": "assistant", "content": "y" * 100}]
     rendered = template.render(turns * 1000)

@@ -26,7 +26,7 @@ SOURCES |= {f"own {name}": source for name, source in OWN.items()}
 
 @pytest.fixture(scope="module")
 def small() -> Tokenizer:
-    """<s> and </s> are BOS and EOS."""
+    """A tokenizer in which <s> and </s> are BOS and EOS."""
     tokenizer = load_tokenizer(SMALL)
     tokenizer.bos_id, tokenizer.eos_id = (tokenizer.special_tokens[token] for token in ("<s>", "</s>"))
     return tokenizer

@@ -1,4 +1,4 @@
-"""`numballama chat` as a person at a terminal and as a pipe meet it."""
+"""`numballama chat` on a terminal and in a pipe."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Terminal:
-    """A program in a pseudo terminal of its own: what is typed goes in, what is shown comes out."""
+    """A program in a pseudo terminal: sends what is typed and reads what is shown."""
 
     def __init__(self, *words: object, **environment: str) -> None:
         self._ours, theirs = pty.openpty()

@@ -82,7 +82,7 @@ def left_alone(x: float) -> float:
 
 
 def test_exact_arithmetic_stays_so_in_kernels() -> None:
-    """Numba has functions without flags of their own take their caller's, with which nothing would be rounded here."""
+    """Numba compiles functions without flags with those of their caller, and those would remove the rounding here."""
 
     @numba.njit(fastmath=jit.FAST_MATH)  # type: ignore[untyped-decorator]
     def kernel(x: np.ndarray, exact: np.ndarray, fast: np.ndarray) -> None:

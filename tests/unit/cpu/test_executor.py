@@ -31,7 +31,7 @@ def test_elements_of_the_synchronisation_array_have_cache_lines_of_their_own() -
 
 
 def test_a_worker_that_comes_alone_goes_on_alone() -> None:
-    """One thread that runs all iterations in turn: the first stops waiting, the others are too late."""
+    """One thread runs all iterations in turn: the first one stops waiting, the others come too late."""
     sync = np.zeros(SYNC_SIZE, np.int64)
 
     @numba.njit  # type: ignore[untyped-decorator]

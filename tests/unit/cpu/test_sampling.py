@@ -1,4 +1,4 @@
-"""Sampling on the CPU: each filter against its definition, what is drawn against its distribution."""
+"""Sampling on the CPU: each filter against its definition, draws against their distribution."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ LOGITS = hnp.arrays(
     ),
 ).filter(lambda logits: np.isfinite(logits).any())
 CANDIDATES = st.integers(0, 2**32 - 1)
-"""Seed of an order of the candidates: a filter may be handed any subset in any order."""
+"""Seed of an order of the candidates: a filter may get any subset in any order."""
 
 
 def candidates(logits: np.ndarray, seed: int, fraction: float = 1.0) -> tuple[np.ndarray, int]:
@@ -254,7 +254,7 @@ def test_order_of_the_filters() -> None:
 )
 @pytest.mark.parametrize("bad", [math.nan, -math.nan])
 def test_nan_logits_give_minus_one(settings: dict[str, Any], bad: float) -> None:
-    """Wherever the NaN stands: a filter must not just leave it behind."""
+    """Wherever the NaN is: a filter must not silently drop it."""
     for place in range(50):
         logits = np.random.default_rng(place).standard_normal(50).astype(np.float32)
         logits[place] = bad
@@ -263,7 +263,7 @@ def test_nan_logits_give_minus_one(settings: dict[str, Any], bad: float) -> None
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)
 def test_infinite_logits(settings: dict[str, Any]) -> None:
-    """Masked tokens are never drawn; nothing but masks, or a logit that overflowed, is no distribution."""
+    """Masked tokens are never drawn; with only masked tokens, or a logit that overflowed, nothing is drawn."""
     logits = np.full(20, -np.inf, np.float32)
     assert choose_token(make_sampler(20, seed=1, **settings), logits.copy()) == -1
     logits[[4, 9]] = 1
@@ -289,7 +289,9 @@ def sample_often(times, logits, settings, recent, counts, state, ids):
 
 
 def allocations(function: Callable[..., object], times: int, operands: tuple[np.ndarray, ...]) -> int:
-    """How many blocks a call takes from the runtime of compiled code. One an array is Numba's own, to hand it over."""
+    """How many blocks a call takes from the runtime of compiled code. Numba itself allocates one per array that is
+    passed.
+    """
     function(times, *operands)  # compile first
     nrt.memsys_enable_stats()
     try:

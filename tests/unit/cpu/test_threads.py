@@ -81,7 +81,7 @@ def test_more_threads_than_there_may_be_are_noted(files: dict[str, Path]) -> Non
 @pytest.mark.slow
 @pytest.mark.parametrize("layer", ["omp", "workqueue"])
 def test_two_python_threads_at_once(files: dict[str, Path], wanted: np.ndarray, layer: str) -> None:
-    """Each with a model of its own and both with one: the workqueue layer aborts the process on two parallel
+    """Each thread with its own model, and both with one: the workqueue layer aborts the process on two parallel
     regions."""
     code = f"""{LOGITS}
 shared = numballama.compile(sys.argv[1], device="cpu")

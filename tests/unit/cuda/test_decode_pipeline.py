@@ -1,6 +1,6 @@
-"""Decode steps that are queued ahead of the host, on a device that computes no model.
+"""Decode steps that are queued ahead of the host, on a fake device.
 
-In the place of the kernels the next token is a function of token and position; `advance` does what its kernel does.
+The next token is a function of token and position instead of a model's output. `advance` does what its kernel does.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class FakeKernels:
         self.program: Any = None
         self.steps = 0
         self.broken_at = -1
-        """The position whose logits are not numbers."""
+        """The position whose logits are NaN."""
 
     def _int32(self, array: Any) -> Any:
         return ctypes.c_int32.from_address(array.address)

@@ -111,7 +111,7 @@ def test_a_device_is_looked_for_before_the_file_is_opened() -> None:
 
 
 def test_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The driver's package alone does not do."""
+    """The driver's package alone is not enough."""
 
     def version(name: str) -> str:
         raise metadata.PackageNotFoundError(name)
@@ -124,7 +124,7 @@ def test_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @needs_packages
 def test_auto_takes_the_cpu_without_the_compiler() -> None:
-    """Though there is a GPU: other packages bring the driver's bindings along."""
+    """Although there is a GPU: other packages may install the driver's bindings."""
     said = python(
         "from importlib.metadata import PackageNotFoundError\n"
         "from numballama import DeviceError, backend, kernel_cache\n"

@@ -56,7 +56,7 @@ def launches_of_plans() -> Iterator[Launch]:
 
 
 def other_launches() -> Iterator[Launch]:
-    """What is launched beside a plan's steps."""
+    """Launches that are not part of a plan's steps."""
     token, state = array(1, dtype="i32"), array(1, dtype="u64")
     yield from sampling.sample(
         array(1, 40), 40, settings=array(5, dtype="f64"), recent=array(64, dtype="i32"), counts=array(1, dtype="i64"),

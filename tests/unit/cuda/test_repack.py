@@ -14,7 +14,7 @@ from tests.helpers.gguf_files import random_blocks
 
 
 def in_16_bytes(integers: np.ndarray) -> np.ndarray:
-    """Byte j of 16 has number j in its low half and j + 16 in its high one."""
+    """Byte j of 16 has quant j in its low half and j + 16 in its high half."""
     packed = integers.reshape(len(integers), -1, 16)
     return np.concatenate([packed & 15, packed >> 4], axis=2).reshape(len(integers), -1).astype(np.float32)
 

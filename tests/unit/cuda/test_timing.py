@@ -1,4 +1,4 @@
-"""How steps are timed on a GPU, measured on one that is made up."""
+"""How steps are timed on a GPU, tested with a fake GPU."""
 
 import importlib
 import sys
@@ -40,7 +40,7 @@ class MadeUpGpu:
 
 
 def test_gpu_times_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each kind by itself, without what a replay takes beside its kernels; small steps many times over."""
+    """Each kind by itself, without the overhead of a replay; small steps are repeated."""
     gpu = MadeUpGpu([1e-6, 20e-6, 5e-6, 22e-6, 5e-6, 60e-6])
     monkeypatch.setitem(sys.modules, "numballama.cuda.driver", gpu.driver)
     monkeypatch.setitem(sys.modules, "numballama.cuda.timing", ModuleType("not used"))  # put back afterwards

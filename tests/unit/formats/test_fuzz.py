@@ -1,4 +1,4 @@
-"""A sample of the format fuzzer's cases, and that its checks notice what they are there for."""
+"""A sample of the format fuzzer's cases, and tests that its checks work."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.helpers import fuzz_formats
 pytestmark = pytest.mark.slow
 
 SAMPLE = 150
-"""Cases of each format; the script runs as many as one likes."""
+"""Number of cases per format. The script runs any number."""
 
 
 @pytest.mark.parametrize("name", fuzz_formats.FORMATS)

@@ -1,4 +1,4 @@
-"""Limits on what a header may claim hold in every format that states it in words."""
+"""Limits on sizes in a header hold in every format that states them as text."""
 
 from __future__ import annotations
 

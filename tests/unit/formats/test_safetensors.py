@@ -1,4 +1,4 @@
-"""The safetensors container: bad entries of its directory are named."""
+"""The safetensors container: errors name bad entries of its directory."""
 
 from __future__ import annotations
 

@@ -98,7 +98,7 @@ def test_finite_values_stay_finite_and_others_are_refused(name: str, most: float
         values[0, 7] = bad
         with pytest.raises(Error, match=f"NaN or infinity, which {name}"):
             encoded(name, values)
-    with pytest.raises(Error, match="rows of 33 numbers"):
+    with pytest.raises(Error, match="rows of 33 elements"):
         encoded(name, np.ones((32, 33), np.float32))
 
 

@@ -1,4 +1,4 @@
-"""What all tokenizers share: special tokens, streams in whole characters, ids and text that are refused."""
+"""Common behaviour of all tokenizers: special tokens, streams in whole characters, refused ids and text."""
 
 from __future__ import annotations
 

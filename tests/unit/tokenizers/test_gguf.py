@@ -62,7 +62,7 @@ def test_unused_pieces_are_taken_apart_again(tmp_path: Path, seed: int) -> None:
 
 
 def test_pieces_of_the_users_own_come_first(tmp_path: Path) -> None:
-    """Longest first, and what stands between them is a text of its own: llama.cpp's rule, and its ids."""
+    """Longest first, and the text between them is encoded separately: llama.cpp's rule, and its ids."""
     library, ours = through_gguf(tmp_path, trained(user_defined_symbols=["<sep>", "<sep>x", "▁▁"], vocab_size=390))
     sep, sepx, spaces = (next(t for t in range(390) if ours.piece(t) == p) for p in ("<sep>", "<sep>x", "  "))
     once, red = ours.encode("once", bos=False), ours.encode("red", bos=False)

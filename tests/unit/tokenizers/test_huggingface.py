@@ -34,7 +34,7 @@ from tests.helpers.bpe import CHAT_CONFIG, save_json, trained
     ],
 )
 def test_bos_and_eos(tmp_path: Path, bos: bool, config: dict[str, Any], expected: tuple[bool, bool]) -> None:
-    """tokenizer_config.json's word, as transformers takes it, else the post-processor's."""
+    """tokenizer_config.json decides, as in transformers; without it the post-processor."""
     tokenizer = load_tokenizer(save_json(tmp_path, trained(bos=bos), config))
     first, last = (tokenizer.special_tokens[token] for token in ("<|begin_of_text|>", "<|im_end|>"))
     plain = tokenizer.encode("hi", bos=False)

@@ -40,7 +40,7 @@ def test_bin_encodes_as_llama2c_where_scores_tie(
 
 
 def test_long_prompts_are_quick(models: Path) -> None:
-    """Quadratic, these would take hours."""
+    """A quadratic algorithm would take hours."""
     tokenizer = load(models / "tokenizer_llama2.bin")
     for text in ("a" * 50_000, " " * 50_000):
         assert tokenizer.decode(tokenizer.encode(text)) == text

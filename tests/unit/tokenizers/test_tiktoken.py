@@ -22,14 +22,14 @@ PEERS: dict[str, Any] = json.loads(GOLDEN.read_text())
 
 
 def tiktoken_file(path: Path, vocabulary: list[str]) -> Path:
-    """The file of tokens in GPT-2's letters, by rank."""
+    """A file with these tokens, which are written in GPT-2's characters, by rank."""
     tokens = (bytes(UNICODE_TO_BYTE[letter] for letter in token) for token in vocabulary)
     path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
     return path
 
 
 def tiktoken_encode(ranks: dict[bytes, int], word: bytes) -> list[int]:
-    """What tiktoken does: the pair of lowest rank, the leftmost of equals, until none is left."""
+    """tiktoken's algorithm: merge the pair of lowest rank, the leftmost of equals, until none is left."""
     if word in ranks:
         return [ranks[word]]
     parts = [word[i : i + 1] for i in range(len(word))]

@@ -1,4 +1,4 @@
-"""GGUF's container: damaged and hostile files are refused before their claims cost anything."""
+"""GGUF's container: damaged and hostile files are refused before they cost memory or time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""GGUF: what is written comes back, as the gguf package reads and writes it; nothing hostile gets beyond an Error."""
+"""GGUF: files are read back as written, the gguf package agrees, and hostile files end in an Error."""
 
 from __future__ import annotations
 

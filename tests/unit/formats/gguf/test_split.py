@@ -71,13 +71,13 @@ def test_what_the_gguf_package_splits(tmp_path: Path, small_first: bool) -> None
 
 
 def replace(path: Path, data: bytes) -> None:
-    """A new file, not the old one with other bytes: that may be mapped still."""
+    """Replace a file by a new one. The old one may still be mapped, so its bytes must not change."""
     path.unlink()
     path.write_bytes(data)
 
 
 def rewritten(path: Path, **numbers: int | None) -> None:
-    """A part with other numbers in its metadata: `no`, `count`, `tensors_count`; None leaves one out."""
+    """A part with other values in its metadata: `no`, `count`, `tensors_count`; None leaves one out."""
     changes: dict[str, bytes | None] = {}
     for name, value in numbers.items():
         key = f"split.{name.replace('_', '.')}"

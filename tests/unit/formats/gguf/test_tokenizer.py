@@ -97,7 +97,7 @@ def test_every_piece(pair: tuple[Tokenizer, Tokenizer]) -> None:
 def test_models_that_cannot_be_expressed(tmp_path: Path, models: Path) -> None:
     for options, message in (
         ({"model_type": "unigram", "vocab_size": 300}, "not BPE"),
-        ({"treat_whitespace_as_suffix": True}, "behind words"),
+        ({"treat_whitespace_as_suffix": True}, "after words"),
     ):
         path = tmp_path / "t.model"
         path.write_bytes(trained(**options).serialized_model_proto())

@@ -1,4 +1,4 @@
-"""What a Hugging Face directory says about text: its tokenizer, and how it is found."""
+"""Tokenizer, chat template and stop ids of a Hugging Face directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Hugging Face directories that are written: complete or not there, aligned, readable by the safetensors library."""
+"""Writing Hugging Face directories: completely or not at all, aligned, readable by the safetensors library."""
 
 from __future__ import annotations
 

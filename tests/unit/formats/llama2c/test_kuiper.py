@@ -1,4 +1,4 @@
-"""Files without a magic: their size decides, and candidates are listed."""
+"""Files without a magic number: their size decides, and errors list the candidates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Damaged and hostile checkpoints: none gets further than an Error, which says where the file is wrong."""
+"""Damaged and hostile checkpoints: each ends in an Error that says where the file is wrong."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The five checkpoint formats: what is saved comes back, and nothing is saved that would not."""
+"""The five checkpoint formats: models are read back as written, and what a format cannot hold is refused."""
 
 from __future__ import annotations
 

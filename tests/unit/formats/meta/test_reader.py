@@ -1,4 +1,4 @@
-"""Meta's checkpoints: logits of transformers (golden/make_meta.py), parts merged, pickles that want to run code."""
+"""Meta's checkpoints: logits of transformers (golden/make_meta.py), merged parts, pickles that try to run code."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def archive(path: Path, data: bytes, storages: dict[str, bytes] | None = None, *
 
 
 class Runs:
-    """What a hostile pickle holds: a call."""
+    """An object whose pickle calls a function."""
 
     def __init__(self, *call: Any) -> None:
         self.call = call
