@@ -1,8 +1,8 @@
 """`NUMBALLAMA_DEBUG`: print what runs, on stderr. 1: the graph; 2: also the plans; 3: also each step of each run.
 
-At level 3 every run is done twice: first step by step, each step timed and printed, then as usual. A repeated step writes
-the same values again, so the results are those of an ordinary run; only the speed is not. The exception is an op of your
-own that updates a state from its old value, as a running sum does: it adds twice.
+At level 3 every run is done twice: first step by step, each step timed and printed, then as usual. A repeated step
+writes the same values again, so the results are those of an ordinary run; only the speed is not. The exception is an op
+of your own that computes a state from its old value, as a running sum does: it adds twice.
 """
 
 from __future__ import annotations

@@ -153,7 +153,7 @@ def test_the_rest_works_without_the_packages() -> None:
         WITHOUT_PACKAGES + "import numballama\n"
         "print(numballama.inspect(None))\n"
         "from numballama.cli import doctor\n"
-        "print(doctor.examine())\n"
+        "print(doctor.report())\n"
         "print(sorted(name for name in sys.modules if name.startswith(('cuda', 'numba_cuda'))))\n"
     )
     assert "pip install 'numballama[cuda]'" in said and "takes cpu" in said
