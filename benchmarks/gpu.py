@@ -35,7 +35,7 @@ from unittest import mock
 import numpy as np
 
 from numballama import loader
-from numballama.backend import open_backend
+from numballama.backend import backend_class, open_backend
 from numballama.bench.benchmark import machine
 from numballama.bench.traffic import bytes_per_token
 from numballama.checkpoint import Checkpoint, Weight
@@ -364,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "what": "GPU, random weights", "device": options.device, "rounds": rounds, "commit": options.commit,
         "machine": machine(), "memory_bandwidth_bytes_per_second": None, "llama-bench": peer, "models": {},
     }  # fmt: skip
-    if options.device.startswith("cuda"):
+    if not backend_class(options.device).in_host_memory:
         backend = open_backend(options.device, {"one": Weight((1,), F32, np.ones(1, np.float32))})
         result["machine"] |= backend.machine()
         result["memory_bandwidth_bytes_per_second"] = backend.measure_bandwidth()

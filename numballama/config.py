@@ -20,6 +20,8 @@ _PAIRING_NAMES: dict[str, RopePairing] = {
     "half": HALF_SPLIT,
     "half-split": HALF_SPLIT,
     "half_split": HALF_SPLIT,
+    "neox": HALF_SPLIT,  # llama.cpp's names
+    "normal": INTERLEAVED,
 }
 
 DEFAULT_CONTEXT = 4096

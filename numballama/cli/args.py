@@ -34,9 +34,6 @@ SAMPLING_HELP = {
 }
 """Fields of `SamplingParams` that are options, with their help."""
 
-ROPE_PAIRINGS = {"neox": "half", "normal": "interleaved"}
-"""llama.cpp's names of RoPE pairings → ours."""
-
 
 def model_options(command: argparse.ArgumentParser) -> None:
     """Add the options that `load` passes to `compile`."""
@@ -65,7 +62,6 @@ def config_options(group: argparse._ActionsContainer) -> None:
     """Add options for values that some model files lack, and --quiet."""
     group.add_argument(
         "--rope-pairing",
-        type=lambda name: ROPE_PAIRINGS.get(name, name),
         help="interleaved (llama.cpp: normal) or half (neox), for a file that does not say",
     )
     group.add_argument("--rope-theta", type=float, metavar="X", help="RoPE's base, for a file that does not say")

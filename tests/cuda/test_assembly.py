@@ -192,7 +192,7 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 from numballama.errors import DeviceError
 from numballama.kernel_cache import cuda_cache_directory
-from numballama import kernels_cuda as basic_kernels
+from numballama import kernels_cuda
 from numballama.cuda import compiler
 from numballama.cuda.launch import Specialization
 
@@ -223,7 +223,7 @@ for _ in range(2):
 assert not list(cache.glob("wrong*"))  # what is refused is not kept
 
 parameters = ("tokens", "i32*"), ("a", "f32*"), ("b", "f32*"), ("out", "f32*"), ("columns", "i64")
-add = Specialization(basic_kernels.add_kernel, parameters, 256)
+add = Specialization(kernels_cuda.add_kernel, parameters, 256)
 first = compiler.compile_kernel(add, (8, 0), cache)
 (file,) = cache.glob("add_kernel*.cubin")
 second = compiler.compile_kernel(add, (8, 0), cache)

@@ -19,7 +19,7 @@ the witness for the weights, their decoding and the whole model is llama.cpp bui
 
 (or only its libraries, from the sources in its sdist, in a folder that LLAMA_CPP_LIB_PATH names). There the bars hold.
 To tell rounding from a mistake without it, give llama.cpp the same weights as plain floats, written by `numballama
-export FILE.gguf FLOAT.gguf --to gguf --quant f32` (or f16).
+export FILE.gguf FLOAT.gguf --to gguf --dtype f32` (or f16).
 
 Rounding makes steps of small differences, and layer after layer makes more of them: so see first how far llama.cpp is
 from itself, with `--flash 0` (attention in other order) or `--flash 0 --chunk 1` (a token at a time), and how that and

@@ -37,7 +37,7 @@ def test_renderings_are_the_peers(name: str, small: Tokenizer) -> None:
     if name in SOURCES:
         template = ChatTemplate(SOURCES[name], small)
     elif (path := real(name)) is None:
-        pytest.skip(f"no real tokenizer {name} in NUMBALLAMA_TEST_MODELS; see bpe_support.real")
+        pytest.skip(f"no real tokenizer {name} in NUMBALLAMA_TEST_MODELS; see tests.helpers.bpe.real")
     else:
         found = read_text_files(path.parent)
         assert found.tokenizer is not None

@@ -11,14 +11,14 @@ import numba
 import numpy as np
 from numba import types
 
-from numballama.cpu import compiler as jit
+from numballama.cpu import compiler
 
 STEP = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 4)
 
 
 def call(function: Callable[..., Any], kinds: list[Any], slots: list[int], *leading: int) -> int:
     """Compile a kernel and call it by its address; returns its status."""
-    compiled = jit.compile_step(function, kinds)
+    compiled = compiler.compile_step(function, kinds)
     operands = np.array(slots, np.int64)
     return STEP(compiled.address)(operands.ctypes.data, *leading)
 
@@ -68,15 +68,15 @@ def test_a_function_without_a_source_file_is_compiled_but_not_cached() -> None:
     out = np.zeros(1)
     kinds, slots = [types.Array(types.float64, 1, "C")], [out.ctypes.data, 1]
     assert call(space["typed_in"], kinds, slots, 0, 1, 5) == 0 and out[0] == 5
-    assert jit.compile_step(space["typed_in"], kinds).cache_hits == 0
+    assert compiler.compile_step(space["typed_in"], kinds).cache_hits == 0
 
 
-@jit.exact_device
+@compiler.exact_device
 def to_a_multiple_of_four(x: float) -> float:
     return (x + 2.0**54) - 2.0**54
 
 
-@jit.device
+@compiler.device
 def left_alone(x: float) -> float:
     return (x + 2.0**54) - 2.0**54
 
@@ -84,7 +84,7 @@ def left_alone(x: float) -> float:
 def test_exact_arithmetic_stays_so_in_kernels() -> None:
     """Numba compiles functions without flags with those of their caller, and those would remove the rounding here."""
 
-    @numba.njit(fastmath=jit.FAST_MATH)  # type: ignore[untyped-decorator]
+    @numba.njit(fastmath=compiler.FAST_MATH)  # type: ignore[untyped-decorator]
     def kernel(x: np.ndarray, exact: np.ndarray, fast: np.ndarray) -> None:
         for i in range(x.shape[0]):
             exact[i], fast[i] = to_a_multiple_of_four(x[i]), left_alone(x[i])

@@ -20,7 +20,7 @@ import json, os, subprocess, sys
 from functools import partial
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from numballama.cuda.ops import elementwise as basic
+from numballama.cuda.ops import elementwise
 from numballama.cuda import compile_worker as compile, compiler
 from numballama.cuda.launch import Array, LaunchContext, Specialization
 
@@ -30,8 +30,8 @@ def array(*shape, dtype="f32"):
 ctx = LaunchContext(2, 99 << 10, array(1, dtype="i32"), lambda n: array(n, dtype="i32"))
 x = array(1, 64)
 launches = [
-    *basic.add(ctx, x, x, x), *basic.swiglu(ctx, x, x, x), *basic.last(ctx, x, x), *basic.bias(ctx, x, array(64), x),
-    *basic.rmsnorm(ctx, x, array(64), x, 1e-5),
+    *elementwise.add(ctx, x, x, x), *elementwise.swiglu(ctx, x, x, x), *elementwise.last(ctx, x, x),
+    *elementwise.bias(ctx, x, array(64), x), *elementwise.rmsnorm(ctx, x, array(64), x, 1e-5),
 ]
 kernels = [launch.specialization for launch in launches]
 cache, told, started = Path(sys.argv[2]), [], []
@@ -189,8 +189,8 @@ found = [kept(now), kept(cache / ("0" * 16))]
 def add_kernel(tokens, a, b, out, columns):
     out[0] = 1
 
-from numballama import kernels_cuda as basic_kernels
-basic_kernels.add_kernel = add_kernel
+from numballama import kernels_cuda
+kernels_cuda.add_kernel = add_kernel
 replaced = compiler.compile_kernel(kernel, (9, 0), now)
 print(json.dumps([*found, replaced.cached, kept(now)]))
 """,

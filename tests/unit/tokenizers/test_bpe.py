@@ -37,7 +37,7 @@ def opened(name: str, folder: Path) -> Tokenizer:
     if kind == "small":
         data = vocabulary_gguf(load_tokenizer(SMALL).vocabulary(), rest)
     elif (path := real(rest if kind == "gguf" else name)) is None:
-        pytest.skip(f"no real tokenizer {name} in NUMBALLAMA_TEST_MODELS; see bpe_support.real")
+        pytest.skip(f"no real tokenizer {name} in NUMBALLAMA_TEST_MODELS; see tests.helpers.bpe.real")
     elif kind != "gguf":
         return load_tokenizer(path)
     else:
