@@ -42,10 +42,10 @@ def test_heads_divide_the_width_unless_their_own_is_given() -> None:
     assert (config.q_dim, config.kv_dim) == (64, 32)
 
 
-@pytest.mark.parametrize("name", ["half", "half-split", "half_split"])
+@pytest.mark.parametrize("name", ["half", "half-split", "half_split", "neox"])
 def test_spellings_of_the_pairing(name: str) -> None:
     assert replace(CONFIG, rope_pairing=name).rope_pairing == HALF_SPLIT
-    assert CONFIG.rope_pairing == INTERLEAVED
+    assert CONFIG.rope_pairing == replace(CONFIG, rope_pairing="normal").rope_pairing == INTERLEAVED
 
 
 @pytest.mark.parametrize(
