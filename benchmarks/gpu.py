@@ -333,7 +333,7 @@ def chosen(wanted: Sequence[str] | None, quick: bool) -> list[Case]:
     for word in wanted:
         shape, _, kind = word.partition(":")
         if shape not in NAMED_SHAPES:
-            raise SystemExit(f"no shape {shape!r}; there are {', '.join(NAMED_SHAPES)}")
+            raise SystemExit(f"no shape {shape!r}; choose from {', '.join(NAMED_SHAPES)}")
         found += [known.get(word) or Case(shape, kind)] if kind else [case for case in CASES if case.shape == shape]
     return found
 

@@ -127,7 +127,7 @@ def fuse(graph: Graph, backend: str, passes: bool | Sequence[str] = True) -> Gra
     """
     names = list(FUSIONS) if passes is True else strings("fusions", passes or ())
     if unknown := set(names) - set(FUSIONS):
-        raise Error(f"unknown fusion {', '.join(sorted(unknown))}; there are {', '.join(FUSIONS)}")
+        raise Error(f"unknown fusion {', '.join(sorted(unknown))}; choose from {', '.join(FUSIONS)}")
     for name in (n for n in FUSIONS if n in names):
         graph = _join(graph, list(FUSIONS[name](graph)), backend)
     return graph

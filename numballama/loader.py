@@ -68,7 +68,7 @@ def open_checkpoint(
     if tokenizer is not None:
         tokenizer = hub.resolve(tokenizer, hub.TOKENIZER_FILES)
         opened.tokenizer = load_tokenizer(tokenizer)
-        if os.path.isdir(expand_user(tokenizer)):  # it may say what the model's files do not
+        if os.path.isdir(expand_user(tokenizer)):  # its chat template and stop tokens serve a model without any
             texts = read_text_files(tokenizer, load_tokenizer=False)
             opened.chat_template = opened.chat_template or texts.chat_template
             opened.stop_token_ids = opened.stop_token_ids or texts.stop_token_ids

@@ -173,7 +173,7 @@ def test_lanes_that_copy_for_others(monkeypatch: pytest.MonkeyPatch, asynchronou
 
 
 def test_a_mixture_of_block_types() -> None:
-    """Of a Q4_K_M file: q/k/v of different types are not joined, gate and up are."""
+    """The mixture of types in a Q4_K_M file: q, k and v of different types are not joined, gate and up are."""
     HostDevice.shared_limit = 227 << 10
     config = ModelConfig(256, 256, 1, 4, 1, 5, 4)
     pair = Pair(config, "q4_k_m")

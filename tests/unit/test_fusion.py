@@ -81,7 +81,7 @@ def test_biases_between_the_projections_do_not_hinder() -> None:
 
 
 def test_unknown_pass() -> None:
-    with pytest.raises(Error, match=r"unknown fusion magic; there are attention, qkv"):
+    with pytest.raises(Error, match=r"unknown fusion magic; choose from attention, qkv"):
         fuse(llama(), "cpu", ["qkv", "magic"])
 
 
