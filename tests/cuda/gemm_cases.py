@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+import numballama.cuda.ops  # noqa: F401 (registers the kernels)
 from numballama import registry
 from numballama.quantization.convert import convert
 from numballama.quantization.types import F32

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 import numballama
+import numballama.cuda.ops
 from numballama import registry
 from numballama.errors import DeviceError
 
