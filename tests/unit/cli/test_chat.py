@@ -190,7 +190,7 @@ def test_an_error_ends_a_turn_and_not_the_chat(path: Path, talk: Talk) -> None:
     assert done.code == 0
     assert re.search(r"numballama: the conversation would have \d+ tokens and the context holds 64", done.err)
     alone = talk("hi\n", *words, stdin=Typed)
-    assert alone.out.strip() and done.out == "\n" + alone.out, "an empty line ends the first turn; the second is as if alone"
+    assert alone.out.strip() and done.out == "\n" + alone.out, "the first turn ends with an empty line"
 
 
 @pytest.mark.slow
