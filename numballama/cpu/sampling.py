@@ -93,8 +93,9 @@ def keep_top_p(logits, ids, n, p):
     total = 0.0
     for i in range(n):
         total += math.exp(logits[ids[i]] - largest)
-    # candidates below this bound cannot be among the kept, even if all of them were as large: do not sort them
-    lower_bound = (1 - p) / max(1, n - 1) * total
+    # Candidates below this bound cannot be kept, even if all of them were as large, so they are not sorted. Only the
+    # likeliest, whose power is 1, is always kept: of few candidates it may lie below the bound.
+    lower_bound = min((1 - p) / max(1, n - 1) * total, 1.0)
     kept = 0
     for i in range(n):
         if math.exp(logits[ids[i]] - largest) >= lower_bound:

@@ -100,27 +100,15 @@ def test_a_second_process_compiles_nothing(copy: Copy, first: Any) -> None:
     assert sorted(copy.cache.rglob("*.nb[ic]")) == entries, "the cache does not grow"
 
 
-EDITS = [
-    # a helper in a file other than that of the kernels which use it
-    (
-        "cpu/intrinsics.py",
-        "        return bits\n",
-        "        return builder.fmul(bits, ir.Constant(FLOAT, 1.5))\n",
-        "logits",
-    ),
-    ("cpu/executor.py", "min(tokens, row[MAX_TOKENS])", "min(tokens, row[MAX_TOKENS]) * (step != begin)", "logits"),
-    ("cpu/sampling.py", "token = draw(logits, ids, n, temperature, state)", "token = ids[n - 1]", "tokens"),
-]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "old", "new", "changed"), EDITS, ids=[edit[0] for edit in EDITS])
-def test_editing_a_kernel_source_changes_the_result(
-    copy: Copy, first: Any, name: str, old: str, new: str, changed: str
-) -> None:
-    path = copy.package / name
+def test_editing_a_kernel_source_changes_the_result(copy: Copy, first: Any) -> None:
+    """One edit from end to end: a helper in another file than that of the kernels which use it. That each source counts is
+    the next test's matter.
+    """
+    path = copy.package / "cpu" / "intrinsics.py"
+    old, new = "        return bits\n", "        return builder.fmul(bits, ir.Constant(FLOAT, 1.5))\n"
     source, times = path.read_text(), path.stat()
-    assert source.count(old) == 1, f"{old!r} is no longer in {name}: choose another edit"
+    assert source.count(old) == 1, f"{old!r} is no longer in {path}: choose another edit"
     try:
         path.write_text(source.replace(old, new))
         edited = copy.use("llama2c-v0")
@@ -128,9 +116,7 @@ def test_editing_a_kernel_source_changes_the_result(
         path.write_text(source)
         os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert edited["misses"] > 0
-    assert edited["results"][0][changed] != first["results"][0][changed]
-    if changed == "tokens":
-        assert edited["results"][0]["logits"] == first["results"][0]["logits"]
+    assert edited["results"][0]["logits"] != first["results"][0]["logits"]
     again = copy.use("llama2c-v0")
     assert again["results"][0] == first["results"][0] and again["misses"] == 0, "the old sources find their old cache"
 

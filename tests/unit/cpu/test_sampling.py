@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from numba import njit
@@ -64,6 +64,7 @@ def test_top_k_keeps_the_k_largest_in_order(logits: np.ndarray, seed: int, k: in
 
 
 @given(LOGITS, CANDIDATES, st.floats(0.01, 1.0))
+@example(np.array([0, 1], np.float32), 0, 0.25)  # the likeliest has less than 1 - p
 def test_top_p_keeps_the_fewest_that_reach_p(logits: np.ndarray, seed: int, p: float) -> None:
     ids, n = candidates(logits, seed)
     given = ids.copy()
