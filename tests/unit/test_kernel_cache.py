@@ -102,9 +102,7 @@ def test_a_second_process_compiles_nothing(copy: Copy, first: Any) -> None:
 
 @pytest.mark.slow
 def test_editing_a_kernel_source_changes_the_result(copy: Copy, first: Any) -> None:
-    """One edit from end to end: a helper in another file than that of the kernels which use it. That each source counts is
-    the next test's matter.
-    """
+    """One edit from end to end, of a helper in another file than the kernels that use it. The next test covers the rest."""
     path = copy.package / "cpu" / "intrinsics.py"
     old, new = "        return bits\n", "        return builder.fmul(bits, ir.Constant(FLOAT, 1.5))\n"
     source, times = path.read_text(), path.stat()
