@@ -112,6 +112,7 @@ def compare(*words: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
 
 
+@pytest.mark.slow
 def test_comparing_a_checkout_with_itself(tmp_path: Path) -> None:
     out = tmp_path / "compare.json"
     words = ["--against", COMPARE.parents[1], "--device", "cpu", "--threads", 1, "--rounds", 2, "--tokens", 4]
@@ -129,6 +130,7 @@ def test_comparing_a_checkout_with_itself(tmp_path: Path) -> None:
     assert again.stdout == done.stdout
 
 
+@pytest.mark.slow
 def test_a_checkout_that_fails_does_not_end_the_comparison(tmp_path: Path) -> None:
     (tmp_path / "benchmarks").mkdir()
     (tmp_path / "benchmarks" / "gpu.py").write_text("raise SystemExit('of a test')")

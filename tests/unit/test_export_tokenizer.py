@@ -31,6 +31,7 @@ TEXTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 @pytest.mark.parametrize(("bos", "eos"), [(False, False), (True, False), (True, True), (False, True)])
 def test_a_gguf_becomes_a_directory(tmp_path: Path, pre: str, bos: bool, eos: bool) -> None:

@@ -171,6 +171,7 @@ def test_a_prompt_may_fill_the_context_and_not_more(tiny_file: Path, tiny_tokeni
 # Stop strings
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "stop", "shown", "reason"),
     [

@@ -98,6 +98,7 @@ def test_no_path_is_the_story_model_of_the_package() -> None:
         assert model.generate("Once upon a time", max_tokens=8, temperature=0).startswith(", there was a")
 
 
+@pytest.mark.slow
 def test_overrides_change_the_model_and_the_notes(tiny_file: Path, model: Model) -> None:
     ids, own = [1, 5, 9, 30], model.logits([1, 5, 9, 30])
     assert any("rope_theta" in note and "assumed" in note for note in model.notes)

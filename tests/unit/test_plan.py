@@ -66,12 +66,14 @@ def check_arena(plan: Plan) -> None:
     assert plan.unshared_bytes == sum(-(-place.nbytes // ALIGNMENT) * ALIGNMENT for place in plan.placements.values())
 
 
+@pytest.mark.slow
 @given(graphs(), st.integers(1, 3))
 @settings(max_examples=60)
 def test_no_two_live_values_share_bytes(graph: Graph, workers: int) -> None:
     check_arena(lower(graph, "cpu", workers))
 
 
+@pytest.mark.slow
 @given(
     configs(biases=True), st.integers(1, 5), st.sampled_from(["last", "all"]), st.booleans(), st.integers(1, 3),
     st.booleans() | st.sets(st.sampled_from(list(FUSIONS))).map(sorted),

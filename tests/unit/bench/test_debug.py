@@ -70,6 +70,7 @@ def test_other_values_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
         assert debug.level() == 0
 
 
+@pytest.mark.slow
 def test_text_stays_on_stdout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(debug.VARIABLE, "1")
     words = [

@@ -197,6 +197,7 @@ def test_a_saved_conversation_is_continued(model: Model) -> None:
     assert chat.system is None and len(chat.messages) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", ["text", 7, [7], ["text"], [{"role": "user"}], [{"role": "user", "content": None}]])
 def test_messages_that_are_refused(model: Model, wrong: Any) -> None:
     with pytest.raises(Error, match=r"messages? must be"):

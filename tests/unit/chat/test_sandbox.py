@@ -117,6 +117,7 @@ def test_long_conversations_fit_the_budget(small: Tokenizer) -> None:
     assert len(filters.render([{"role": "user", "content": "word " * 500_000}])) == 2_499_999
 
 
+@pytest.mark.slow
 def test_the_budget_is_of_one_rendering(small: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     formats = "{{ '**%s** %-5d|' % ('a', 3) }}{{ '{{\"k\": {}}}'.format(12345) }}{{ '20240 {:>4}'.format('é') }}"
     assert ChatTemplate(formats, small).render([]) == '**a** 3    |{"k": 12345}20240    é'

@@ -41,6 +41,7 @@ def test_story_prints_its_opening_and_follows_the_seed(story15m: tuple[str, ...]
     assert first.startswith("A dog") and first == second != other
 
 
+@pytest.mark.slow
 def test_the_model_of_the_package_tells_the_stories(capsys: Capture) -> None:
     done = call(capsys, "story", "--seed", 1)
     assert done.code == 0 and done.out == call(capsys, "story", "--seed", 1).out

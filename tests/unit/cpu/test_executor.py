@@ -6,6 +6,7 @@ from itertools import pairwise
 
 import numba
 import numpy as np
+import pytest
 
 from numballama.cpu import executor
 from numballama.cpu.executor import (
@@ -30,6 +31,7 @@ def test_elements_of_the_synchronisation_array_have_cache_lines_of_their_own() -
     assert places[0] == 0 and all(8 * (b - a) >= 64 for a, b in pairwise(places))
 
 
+@pytest.mark.slow
 def test_a_worker_that_comes_alone_goes_on_alone() -> None:
     """One thread runs all iterations in turn: the first one stops waiting, the others come too late."""
     sync = np.zeros(SYNC_SIZE, np.int64)

@@ -35,6 +35,7 @@ print(json.dumps([same(decoded, exact), same(encoded.view(np.float16), numbers.a
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("generic", [False, True])
 def test_float16_is_converted_with_and_without_the_cpu(generic: bool) -> None:
     """A CPU without such instructions (or a user who has Numba compile for any) gets them in integer arithmetic."""

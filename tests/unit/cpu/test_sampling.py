@@ -303,6 +303,7 @@ def allocations(function: Callable[..., object], times: int, operands: tuple[np.
         nrt.memsys_disable_stats()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [*SETTINGS, {"temperature": 0}], ids=str)
 def test_sampling_allocates_nothing(settings: dict[str, Any]) -> None:
     logits = np.random.default_rng(0).standard_normal(3000).astype(np.float32)

@@ -52,6 +52,7 @@ def python(script: str, *arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", ["cuda", "cuda:0", "cuda:7"])
 def test_without_the_packages(device: str) -> None:
     """The message names what could not be imported and the command that installs it."""

@@ -14,6 +14,7 @@ from numballama.formats.tokenizer_files import load_tokenizer
 # ---- damage ----
 
 
+@pytest.mark.slow
 @settings(max_examples=100)
 @given(edits=st.lists(st.tuples(st.integers(0, 500), st.integers(0, 255)), min_size=1, max_size=5))
 @pytest.mark.parametrize("name", ["tok512.bin", "tok512.model"])

@@ -246,6 +246,7 @@ def test_damaged_vocabularies(
         load_tokenizer(path)
 
 
+@pytest.mark.slow
 def test_an_empty_name_and_llama_3s_bos(tmp_path: Path) -> None:
     """Without a name the pre-tokenizer is llama.cpp's default one; Llama 3's wants BOS, if not told otherwise."""
     path = tmp_path / "v.gguf"

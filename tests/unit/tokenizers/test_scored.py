@@ -39,6 +39,7 @@ def test_bin_encodes_as_llama2c_where_scores_tie(
         assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
+@pytest.mark.slow
 def test_long_prompts_are_quick(models: Path) -> None:
     """A quadratic algorithm would take hours."""
     tokenizer = load(models / "tokenizer_llama2.bin")

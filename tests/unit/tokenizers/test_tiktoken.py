@@ -47,6 +47,7 @@ def ranked() -> list[str]:
     return sorted(found, key=lambda token: (len(token) > 1, found[token]))
 
 
+@pytest.mark.slow
 def test_tiktoken_files(tmp_path: Path) -> None:
     vocabulary = ranked()
     tokenizer = load_tokenizer(tiktoken_file(tmp_path / "tokenizer.model", vocabulary))

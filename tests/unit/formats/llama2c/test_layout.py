@@ -41,6 +41,7 @@ def boundaries(plan: layout.Layout) -> Iterator[tuple[int, str]]:
             yield offset + tensor.numel, f"the scales of {tensor.name}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIG_AT)
 @pytest.mark.parametrize("tied", [True, False])
 def test_truncation_at_every_boundary_names_the_tensor(tmp_path: Path, name: str, tied: bool) -> None:
@@ -133,6 +134,7 @@ def test_version_and_flag_are_checked(tmp_path: Path) -> None:
         open_checkpoint(path)
 
 
+@pytest.mark.slow
 @settings(max_examples=150)
 @given(
     name=st.sampled_from([name for name in WRITERS if name != "safetensors"]),  # that is a directory: test_hf.py

@@ -108,6 +108,7 @@ def test_tensors_of_a_pickle_by_hand(tmp_path: Path) -> None:
     np.testing.assert_array_equal(TorchFile(map_file(path)).view("w").data, numbers[2:].reshape(2, 7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("data", "message"),
     [
@@ -236,6 +237,7 @@ def test_a_large_directory_is_not_read(tmp_path: Path) -> None:
         TorchFile(map_file(path))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "data",
     [
@@ -257,6 +259,7 @@ def test_memory_is_bounded_by_the_size_of_the_pickle(tmp_path: Path, data: bytes
     tracemalloc.stop()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nested", [b")" + b"\x85" * 400_000, b"]q\0h\0a"], ids=["tuples", "a list in itself"])
 def test_deep_and_circular_values(tmp_path: Path, nested: bytes) -> None:
     """As keys, arguments, persistent ids and results: nothing hashes, compares or prints them."""
