@@ -539,6 +539,7 @@ def exponentials(x: np.ndarray, out: np.ndarray) -> None:
         out[i] = exp(x[i])
 
 
+@pytest.mark.slow
 def test_exp_is_good_to_a_unit_in_kernels() -> None:
     """Of all float32 numbers in its range the worst has 1.023. Reordered, as its callers may be, it would be 4.6."""
     x = np.concatenate(

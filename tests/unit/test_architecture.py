@@ -381,6 +381,7 @@ def test_graph_and_loader_need_no_compiler() -> None:
     assert not tops(modules_after("import numballama.loader, numballama.graph, numballama.plan")) & HEAVY
 
 
+@pytest.mark.slow
 def test_a_gpu_with_kernels_in_the_cache_needs_no_numba() -> None:
     """Its import takes longer than all else of a start."""
     pytest.importorskip("cuda.bindings")
@@ -397,6 +398,7 @@ def test_a_gpu_with_kernels_in_the_cache_needs_no_numba() -> None:
     assert not tops(loaded) & {"numba", "llvmlite", "numba_cuda"}
 
 
+@pytest.mark.slow
 def test_compiling_sees_numba() -> None:
     """The check above finds Numba when it is imported."""
     assert "numba" in modules_after("import numballama.cpu.backend")

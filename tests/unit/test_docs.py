@@ -49,6 +49,7 @@ def blocks(page: Path) -> list[str]:
 CUDA_PAGE = ROOT / "docs" / "cuda.md"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "page", [page for page in PAGES if blocks(page) and page != CUDA_PAGE], ids=lambda page: page.name
 )
@@ -92,6 +93,7 @@ def test_cuda_blocks_are_compiled(tmp_path: Path) -> None:
     assert "registers, 0 bytes of local memory" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_architecture_of_the_docs_is_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

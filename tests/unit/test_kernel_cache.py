@@ -119,6 +119,7 @@ def test_editing_a_kernel_source_changes_the_result(copy: Copy, first: Any) -> N
     assert again["results"][0] == first["results"][0] and again["misses"] == 0, "the old sources find their old cache"
 
 
+@pytest.mark.slow
 def test_every_kernel_source_counts_for_the_cache(tmp_path: Path) -> None:
     """The folder depends on the text of each file of the list, and not on modification times."""
     package = tmp_path / "numballama"
@@ -161,6 +162,7 @@ def siblings(path: Path) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_list_of_kernel_sources_is_complete() -> None:
     """A file is listed that imports Numba, or the modules whose functions are compiled. Files of kernels alone import
     only these, and the registry, errors and checks, which leave no trace in compiled code. GPU kernels have a cache of

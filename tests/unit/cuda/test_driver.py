@@ -105,6 +105,7 @@ def test_on_this_very_machine(tmp_path: Path) -> None:
         assert any(note.startswith("device cpu, chosen because ") for note in model.notes)
 
 
+@pytest.mark.slow
 def test_a_device_is_looked_for_before_the_file_is_opened() -> None:
     """A wrong device is not blamed on the file."""
     said = python(WITHOUT_PACKAGES + REPORT.replace("compile(None", "compile('no such file'"))
@@ -123,6 +124,7 @@ def test_without_the_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
         kernel_cache.cuda_cache_directory()
 
 
+@pytest.mark.slow
 @needs_packages
 def test_auto_takes_the_cpu_without_the_compiler() -> None:
     """Although there is a GPU: other packages may install the driver's bindings."""

@@ -47,6 +47,7 @@ from tests.helpers.random_models import configs
 # ---- round trips ----
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(config=configs(biases=True), kind=st.sampled_from([F32, F16, BF16]), seed=st.integers(0, 99), data=st.data())
 def test_models_round_trip(tmp_path: Path, config: ModelConfig, kind: WeightType, seed: int, data: Any) -> None:

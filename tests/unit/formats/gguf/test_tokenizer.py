@@ -71,6 +71,7 @@ def test_ids_and_text_are_sentencepieces(pair: tuple[Tokenizer, Tokenizer], text
     assert ours.decode(ids) == library.decode(ids) == text.replace("▁", " ")
 
 
+@pytest.mark.slow
 def test_a_story_and_long_runs(pair: tuple[Tokenizer, Tokenizer]) -> None:
     library, ours = pair
     for story in (STORY, "a" * 5000, " " * 5000, "🙂" * 500, STORY * 20):
