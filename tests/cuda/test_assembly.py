@@ -67,7 +67,7 @@ def start(capability: str, out: Path) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str], out: Path) -> dict[str, Any]:
-    output, _ = process.communicate(timeout=500)
+    output, _ = process.communicate(timeout=1200)
     assert process.returncode == 0, output
     result: dict[str, Any] = json.loads(out.read_text())
     return result

@@ -33,7 +33,7 @@ def run_cases(*arguments: str) -> str:
     path = os.pathsep.join([str(PACKAGE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
         [sys.executable, "-m", "tests.cuda.gemm_cases", *arguments],
-        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=500, check=False,
+        capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=1200, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
     return result.stdout

@@ -27,7 +27,7 @@ if reason := missing_packages():
 
 ROOT, FOLDER = Path(__file__).parents[2], "tests/cuda"
 PROCESSES = 2
-TIMEOUT_S = 580
+TIMEOUT_S = 1200
 
 
 def names_of_tests(name: str) -> list[str]:
