@@ -180,16 +180,12 @@ def operand_names(kernel: Kernel) -> list[str]:
     """The parameters that a kernel begins with: its backend's leading ones, inputs and outputs. Raises `Error` for a
     number of types that the op does not take.
     """
-    rule, convention = _rule_of(kernel), _convention(kernel.backend)
+    rule, convention = _rule_of(kernel), CONVENTIONS[kernel.backend]
     try:
         inputs = rule.inputs_of(len(kernel.types))
     except Error as error:
         raise Error(f"kernel {kernel.name} has {len(kernel.types)} types: {error}") from None
     return [*convention.leading, *inputs, *(rule.results if convention.takes_outputs else ())]
-
-
-def _convention(backend: str) -> Convention:
-    return CONVENTIONS[backend]
 
 
 def check_signature(function: Callable[..., Any], kernel: Kernel) -> None:
@@ -198,7 +194,7 @@ def check_signature(function: Callable[..., Any], kernel: Kernel) -> None:
     The leading parameters may have any names, because they are passed by position.
     """
     found, wanted = list(inspect.signature(function).parameters), operand_names(kernel)
-    rule, leading = _rule_of(kernel), len(_convention(kernel.backend).leading)
+    rule, leading = _rule_of(kernel), len(CONVENTIONS[kernel.backend].leading)
     allowed = {*rule.attrs, *kernel.scratch}
     where = f"{kernel.backend} kernel {kernel.name} for {kernel.op}"
     expected = f"expected ({', '.join(wanted)}), then any of ({', '.join(sorted(allowed))}); found ({', '.join(found)})"
