@@ -41,17 +41,28 @@ class Program(Protocol):
 
     @property
     def inputs(self) -> Mapping[str, np.ndarray]:
-        """Arrays in host memory that the next run reads: `ids`, `positions` and `sequences`, int32 [tokens]."""
+        """Arrays in host memory that the next run reads: `ids`, `positions` and `sequences`, int32 [tokens], and `rows`.
+
+        `sequences` are slots of the page table, `rows` the numbers of the rows with logits, int32 [rows at most].
+        """
 
     @property
     def prefill_end(self) -> int:
-        """Index of the first step that only the last token of a prompt needs. All chunks but the last stop there."""
+        """Index of the first step that only rows with logits need. A run without such rows stops there."""
 
     def value(self, name: str) -> np.ndarray:
         """A value of the last run, in its declared shape. The next run may overwrite it."""
 
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
-        """Run steps [begin, end) for the first `tokens` tokens of the inputs.
+    def run(
+        self,
+        tokens: int,
+        begin: int = 0,
+        end: int | None = None,
+        sampler: SamplerState | None = None,
+        rows: int = 1,
+    ) -> int:
+        """Run steps [begin, end) for the first `tokens` tokens of the inputs, of which the first `rows` of the input
+        `rows` have logits.
 
         Returns the next token if there is a sampler, otherwise 0. Raises `Error` if a kernel fails or the logits hold
         NaN, `DeviceError` if the device fails.
@@ -99,6 +110,9 @@ class Backend(Protocol):
 
     def prepare(self, decode: Program, report: Report | None = None) -> None:
         """Compile or load everything that would delay the first token. `decode` is the program for one token."""
+
+    def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
+        """Write page numbers into row `slot` of the page table, from entry `first` on. Later runs see them."""
 
     def weight_nbytes(self, name: str) -> int:
         """Bytes of a weight as this backend stores it."""

@@ -6,8 +6,8 @@ these three parameters come the op's inputs and outputs as its rule in `ops` nam
 scratch arrays by name. `cpu.ops` registers each kernel for types of inputs and gives the shapes of its scratch arrays;
 `cpu.compiler` compiles it with Numba for the types that a model needs.
 
-Shapes: T tokens at most, D the model's width, K and N a weight's columns and rows, S sequences, C the cache's length.
-A KV cache is [S, kv_heads, C, head_dim].
+Shapes: T tokens at most, D the model's width, K and N a weight's columns and rows. A KV cache is [pages, kv_heads,
+page, head_dim]; `ops` says how positions of a sequence are found in it.
 """
 
 from __future__ import annotations
@@ -166,20 +166,21 @@ def rope(worker, n_workers, tokens, x, angles, out, head_dim, interleaved):
 
 
 @device
-def kv_index(sequence, head, position):
-    """Index of the rows of one sequence and KV head in a KV cache, from `position` on. They are contiguous.
+def kv_index(page_table, sequence, head, position, page):
+    """Index of the rows of one sequence and KV head in a KV cache, from `position` to the end of its page.
 
-    `cache[kv_index(…)]` is [positions, head_dim]; its row 0 belongs to `position`. All kernels address caches by this.
+    `cache[kv_index(…)]` is [rows, head_dim]; its row 0 belongs to `position`. `page` is the number of tokens in a page.
+    All kernels address caches by this.
     """
-    return sequence, head, slice(position, None)
+    return page_table[sequence, position // page], head, slice(position % page, None)
 
 
-def kv_write(worker, n_workers, tokens, x, cache, positions, sequences):
-    heads, head_dim = cache.shape[1], cache.shape[3]
+def kv_write(worker, n_workers, tokens, x, cache, positions, sequences, page_table):
+    heads, page, head_dim = cache.shape[1:]
     begin, end = partition(tokens * heads, worker, n_workers, 1)
     for unit in range(begin, end):
         t, h = divmod(unit, heads)
-        row = cache[kv_index(sequences[t], h, positions[t])][0]
+        row = cache[kv_index(page_table, sequences[t], h, positions[t], page)][0]
         for d in range(head_dim):
             row[d] = f32_to(row[d], x[t, h * head_dim + d])
 
@@ -215,10 +216,8 @@ def softmax_in_place(x, length):
 
 
 @device
-def weighted_sum(weights, values, length, out):
-    """out = sum over i < length of weights[i] · values[i], of one head."""
-    for d in range(out.shape[0]):
-        out[d] = 0
+def add_weighted(weights, values, length, out):
+    """out += sum over i < length of weights[i] · values[i], of one head."""
     i = 0
     while i + 4 <= length:  # four positions a pass: a quarter of the loads and stores of `out`
         w0, w1, w2, w3 = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
@@ -232,15 +231,39 @@ def weighted_sum(weights, values, length, out):
             out[d] += weights[rest] * as_f32(values[rest, d])
 
 
-def attention_scores(worker, n_workers, tokens, q, k_cache, positions, sequences, out, window):
+@device
+def attend_keys(q, k_cache, page_table, sequence, head, first, end, scale, scores):
+    """scores[i] = q · key · scale, with the key of position first + i, for positions [first, end) of one KV head."""
+    position = first
+    while position < end:
+        keys = k_cache[kv_index(page_table, sequence, head, position, k_cache.shape[2])]
+        count = min(keys.shape[0], end - position)
+        qk_dot(q, keys, count, scale, scores[position - first :])
+        position += count
+
+
+@device
+def attend_values(weights, v_cache, page_table, sequence, head, first, end, out):
+    """out = sum of weights[i] · value, with the value of position first + i, for positions [first, end)."""
+    for d in range(out.shape[0]):
+        out[d] = 0
+    position = first
+    while position < end:
+        values = v_cache[kv_index(page_table, sequence, head, position, v_cache.shape[2])]
+        count = min(values.shape[0], end - position)
+        add_weighted(weights[position - first :], values, count, out)
+        position += count
+
+
+def attention_scores(worker, n_workers, tokens, q, k_cache, positions, sequences, page_table, out, window):
     head_dim, heads = k_cache.shape[3], out.shape[1]
     group, scale = heads // k_cache.shape[1], np.float32(1 / math.sqrt(head_dim))
     begin, end = partition(tokens * heads, worker, n_workers, 1)
     for unit in range(begin, end):
         t, h = divmod(unit, heads)
         first, end_visible = first_visible(positions[t], window), positions[t] + 1
-        query, keys = q[t, h * head_dim : (h + 1) * head_dim], k_cache[kv_index(sequences[t], h // group, first)]
-        qk_dot(query, keys, end_visible - first, scale, out[t, h, first:])
+        query = q[t, h * head_dim : (h + 1) * head_dim]
+        attend_keys(query, k_cache, page_table, sequences[t], h // group, first, end_visible, scale, out[t, h, first:])
         out[t, h, :first] = -np.inf
         out[t, h, end_visible:] = -np.inf
 
@@ -254,15 +277,17 @@ def softmax(worker, n_workers, tokens, x, out):
         softmax_in_place(out[t, h], x.shape[2])
 
 
-def attention_values(worker, n_workers, tokens, weights, v_cache, positions, sequences, out, window):
+def attention_values(worker, n_workers, tokens, weights, v_cache, positions, sequences, page_table, out, window):
     head_dim, heads = v_cache.shape[3], weights.shape[1]
     group = heads // v_cache.shape[1]
     begin, end = partition(tokens * heads, worker, n_workers, 1)
     for unit in range(begin, end):
         t, h = divmod(unit, heads)
-        first = first_visible(positions[t], window)
-        values, length = v_cache[kv_index(sequences[t], h // group, first)], positions[t] + 1 - first
-        weighted_sum(weights[t, h, first:], values, length, out[t, h * head_dim : (h + 1) * head_dim])
+        first, end_visible = first_visible(positions[t], window), positions[t] + 1
+        head_out = out[t, h * head_dim : (h + 1) * head_dim]
+        attend_values(
+            weights[t, h, first:], v_cache, page_table, sequences[t], h // group, first, end_visible, head_out
+        )
 
 
 def swiglu(worker, n_workers, tokens, gate, up, out):
@@ -280,10 +305,11 @@ def add(worker, n_workers, tokens, a, b, out):
             out[t, k] = a[t, k] + b[t, k]
 
 
-def last(worker, n_workers, tokens, x, out):
+def rows(worker, n_workers, tokens, x, rows, out):
     begin, end = partition(out.shape[1], worker, n_workers, 16)
-    for k in range(begin, end):
-        out[0, k] = x[tokens - 1, k]
+    for t in range(tokens):
+        for k in range(begin, end):
+            out[t, k] = x[rows[t], k]
 
 
 @device
@@ -385,8 +411,9 @@ def norm_gate_up(worker, n_workers, tokens, x, norm, w1, w3, out, eps, normed, g
 
 
 def rope_kv_write(
-    worker, n_workers, tokens, q, angles, k, k_cache, positions, sequences, v, v_cache, out, head_dim, interleaved
-):
+    worker, n_workers, tokens, q, angles, k, k_cache, positions, sequences, page_table, v, v_cache, out, head_dim,
+    interleaved,
+):  # fmt: skip
     """Write RoPE of the queries to `out`, RoPE of the keys to the key cache and the values to the value cache."""
     heads, kv_heads = q.shape[1] // head_dim, k_cache.shape[1]
     begin, end = partition(tokens * heads, worker, n_workers, 1)
@@ -395,22 +422,22 @@ def rope_kv_write(
         d = h * head_dim
         apply_rope(q[t, d : d + head_dim], angles[t], interleaved, out[t, d : d + head_dim])
         if h < kv_heads:
-            place = kv_index(sequences[t], h, positions[t])
+            place = kv_index(page_table, sequences[t], h, positions[t], k_cache.shape[2])
             apply_rope(k[t, d : d + head_dim], angles[t], interleaved, k_cache[place][0])
             row = v_cache[place][0]
             for i in range(head_dim):
                 row[i] = f32_to(row[i], v[t, d + i])
 
 
-def attention(worker, n_workers, tokens, q, k_cache, positions, sequences, v_cache, out, window, scores):
+def attention(worker, n_workers, tokens, q, k_cache, positions, sequences, page_table, v_cache, out, window, scores):
     """One head of one token at a time. Later tokens see more positions, so workers take units in turn."""
     head_dim = k_cache.shape[3]
     heads = q.shape[1] // head_dim
     group, scale = heads // k_cache.shape[1], np.float32(1 / math.sqrt(head_dim))
     for unit in range(worker, tokens * heads, n_workers):
         t, h = divmod(unit, heads)
-        d, first = h * head_dim, first_visible(positions[t], window)
-        visible, length = kv_index(sequences[t], h // group, first), positions[t] + 1 - first
-        qk_dot(q[t, d : d + head_dim], k_cache[visible], length, scale, scores[worker])
-        softmax_in_place(scores[worker], length)
-        weighted_sum(scores[worker], v_cache[visible], length, out[t, d : d + head_dim])
+        d, first, end = h * head_dim, first_visible(positions[t], window), positions[t] + 1
+        sequence, kv_head, own = sequences[t], h // group, scores[worker]
+        attend_keys(q[t, d : d + head_dim], k_cache, page_table, sequence, kv_head, first, end, scale, own)
+        softmax_in_place(own, end - first)
+        attend_values(own, v_cache, page_table, sequence, kv_head, first, end, out[t, d : d + head_dim])

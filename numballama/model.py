@@ -125,12 +125,13 @@ class Model:
         return build(self.config, types, self.kv, tokens, logits, int8, self.activations)
 
     def _compile(self, backend: Backend) -> None:
-        self.graph = self._build(1, "last")
+        self.graph = self._build(1, "rows")
         self._chunk = min(backend.prefill_chunk, self.context)
         debug.print_graph(self.graph)
         with progress.progress_bar("compiling kernels") as report:
             decode = self._program = backend.program(self.graph, self._fusions, report)
-            prompt = backend.program(self._build(self._chunk, "last"), self._fusions, report)
+            prompt = backend.program(self._build(self._chunk, "rows"), self._fusions, report)
+            backend.set_pages(0, 0, range(1, self.kv.pages))
             backend.prepare(decode, report)
         decode, prompt = debug.watched(decode, backend), debug.watched(prompt, backend)
         self._shared = SharedSession(Session(decode, prompt, self.context, self.config.vocab_size))
@@ -213,7 +214,7 @@ class Model:
                 for start in range(0, len(tokens), step):
                     chunk = tokens[start : start + step]
                     session.set_inputs(program, chunk)
-                    program.run(len(chunk))
+                    program.run(len(chunk), 0, program.graph.first("argmax"))
                     session.tokens.extend(chunk)
                     out[start : start + len(chunk)] = program.value("logits")[: len(chunk)]
             return out

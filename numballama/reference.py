@@ -13,7 +13,8 @@ import numpy as np
 
 from .checkpoint import Weight
 from .errors import NOT_NUMBERS, Error
-from .ir import DTYPES, Graph, Op
+from .graph import PAGE_TABLE
+from .ir import DTYPES, Graph, Op, Value
 from .quantization.activations import Quantized, quantize_activations
 from .quantization.convert import dequantize, quantize_int8
 from .quantization.types import ACTIVATION_QUANT, BLOCKS
@@ -113,12 +114,29 @@ def rope(x: np.ndarray, angles: np.ndarray, head_dim: int, interleaved: int) -> 
     return out.reshape(x.shape)
 
 
-@kernel("kv_write", "reference", ANY, ANY, ANY, ANY)
-def kv_write(x: np.ndarray, cache: np.ndarray, positions: np.ndarray, sequences: np.ndarray) -> np.ndarray:
+def sequence_rows(page_table: np.ndarray, sequence: int, page: int, positions: slice) -> tuple[np.ndarray, np.ndarray]:
+    """Pages of these positions of a sequence, and their places in the pages."""
+    where = np.arange(positions.start, positions.stop)
+    return page_table[sequence, where // page], where % page
+
+
+@kernel("kv_write", "reference", ANY, ANY, ANY, ANY, ANY)
+def kv_write(
+    x: np.ndarray, cache: np.ndarray, positions: np.ndarray, sequences: np.ndarray, page_table: np.ndarray
+) -> np.ndarray:
     heads = x.reshape(len(x), cache.shape[1], cache.shape[3])
     for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
-        cache[sequence, :, position] = heads[t]
+        page, place = divmod(position, cache.shape[2])
+        cache[page_table[sequence, page], :, place] = heads[t]
     return cache
+
+
+def visible_rows(
+    cache: np.ndarray, page_table: np.ndarray, sequence: int, position: int, window: int, heads: int
+) -> np.ndarray:
+    """What a token sees of a cache, float64 [positions, heads, head_dim]; query heads share a KV head."""
+    pages, places = sequence_rows(page_table, sequence, cache.shape[2], seen(position, window))
+    return np.repeat(cache[pages, :, places], heads // cache.shape[1], axis=1).astype(np.float64)
 
 
 def seen(position: int, window: int) -> slice:
@@ -126,17 +144,21 @@ def seen(position: int, window: int) -> slice:
     return slice(max(position + 1 - window, 0) if window else 0, position + 1)
 
 
-@kernel("attention_scores", "reference", ANY, ANY, ANY, ANY)
+@kernel("attention_scores", "reference", ANY, ANY, ANY, ANY, ANY)
 def attention_scores(
-    q: np.ndarray, k_cache: np.ndarray, positions: np.ndarray, sequences: np.ndarray, window: int
+    q: np.ndarray,
+    k_cache: np.ndarray,
+    positions: np.ndarray,
+    sequences: np.ndarray,
+    page_table: np.ndarray,
+    window: int,
 ) -> np.ndarray:
     head_dim = k_cache.shape[3]
     heads = q.reshape(len(q), -1, head_dim)
-    shared = heads.shape[1] // k_cache.shape[1]
-    out = np.full((*heads.shape[:2], k_cache.shape[2]), -np.inf)
+    out = np.full((*heads.shape[:2], page_table.shape[1] * k_cache.shape[2]), -np.inf)
     for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
-        keys = np.repeat(k_cache[sequence, :, seen(position, window)], shared, axis=0).astype(np.float64)
-        out[t, :, seen(position, window)] = np.einsum("hd,hpd->hp", heads[t], keys) / np.sqrt(head_dim)
+        keys = visible_rows(k_cache, page_table, sequence, position, window, heads.shape[1])
+        out[t, :, seen(position, window)] = np.einsum("hd,phd->hp", heads[t], keys) / np.sqrt(head_dim)
     return out
 
 
@@ -146,15 +168,19 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-@kernel("attention_values", "reference", ANY, ANY, ANY, ANY)
+@kernel("attention_values", "reference", ANY, ANY, ANY, ANY, ANY)
 def attention_values(
-    weights: np.ndarray, v_cache: np.ndarray, positions: np.ndarray, sequences: np.ndarray, window: int
+    weights: np.ndarray,
+    v_cache: np.ndarray,
+    positions: np.ndarray,
+    sequences: np.ndarray,
+    page_table: np.ndarray,
+    window: int,
 ) -> np.ndarray:
-    shared = weights.shape[1] // v_cache.shape[1]
     out = np.zeros((*weights.shape[:2], v_cache.shape[3]))
     for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
-        values = np.repeat(v_cache[sequence, :, seen(position, window)], shared, axis=0).astype(np.float64)
-        out[t] = np.einsum("hp,hpd->hd", weights[t, :, seen(position, window)], values)
+        values = visible_rows(v_cache, page_table, sequence, position, window, weights.shape[1])
+        out[t] = np.einsum("hp,phd->hd", weights[t, :, seen(position, window)], values)
     return out.reshape(len(weights), -1)
 
 
@@ -170,9 +196,9 @@ def add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a.astype(np.float64) + b
 
 
-@kernel("last", "reference", ANY)
-def last(x: np.ndarray) -> np.ndarray:
-    return x[-1:]
+@kernel("rows", "reference", ANY, ANY)
+def rows(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return x[rows]
 
 
 @kernel("argmax", "reference", ANY)
@@ -189,7 +215,7 @@ class ReferenceProgram:
         self.values: dict[str, np.ndarray] = {}
         self.entries = 0
         self.plan = None
-        self.prefill_end = graph.first("last")
+        self.prefill_end = graph.first("rows")
 
     def value(self, name: str) -> np.ndarray:
         """A value of the last run, for the run's tokens only."""
@@ -199,10 +225,17 @@ class ReferenceProgram:
         """Name of the function that computes each op."""
         return [self._function(op).__name__ for op in self.graph.ops]
 
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
+    def run(
+        self,
+        tokens: int,
+        begin: int = 0,
+        end: int | None = None,
+        sampler: SamplerState | None = None,
+        rows: int = 1,
+    ) -> int:
         """Interpret ops [begin, end) for the first `tokens` tokens; with a sampler, draw the next token."""
         if begin == 0:
-            self.values = {name: array[:tokens] for name, array in self.inputs.items()}
+            self.values = {name: array[: rows if name == "rows" else tokens] for name, array in self.inputs.items()}
         for op in self.graph.ops[begin:end]:
             self._compute(op)
         if sampler is None:
@@ -231,8 +264,7 @@ class ReferenceProgram:
             return np.array(self.graph.constants[name], np.float32)
         if value.kind == "state":
             root = self.graph.root(name)
-            # float16 and bfloat16 caches are float32 here, because they approximate the reference
-            return self.backend.states.setdefault(root, np.zeros(value.shape, np.float32))
+            return self.backend.state(root, value)
         return self.values[name]
 
 
@@ -296,6 +328,15 @@ class ReferenceBackend:
             self._converted[name] = array
         return self._converted[name]
 
+    def state(self, name: str, value: Value) -> np.ndarray:
+        """The memory of a state. A KV cache is float32 whatever its type; `kv_write` rounds to the type."""
+        dtype = np.int32 if value.dtype == "i32" else np.float32
+        return self.states.setdefault(name, np.zeros(value.shape, dtype))
+
+    def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
+        """Write page numbers into a row of the page table, from entry `first` on."""
+        self.states[PAGE_TABLE][slot, first : first + len(pages)] = pages
+
     def close(self) -> None:
         """Does nothing: memory is freed with the last reference to it."""
 
@@ -309,4 +350,7 @@ class ReferenceBackend:
         report: Callable[[str, int, int], None] | None = None,
     ) -> ReferenceProgram:
         """A program that runs the graph as declared. `fusions` has no effect on the reference."""
+        table = graph.values.get(PAGE_TABLE)
+        if table is not None:
+            self.state(PAGE_TABLE, table)
         return ReferenceProgram(graph, self)

@@ -88,6 +88,8 @@ class Session:
         program.inputs["ids"][:count] = ids
         program.inputs["positions"][:count] = range(start, start + count)
         program.inputs["sequences"][:count] = self._sequence
+        if "rows" in program.inputs:
+            program.inputs["rows"][0] = count - 1
 
     def _run(self, program: Program, ids: Sequence[int], sampler: SamplerState | None) -> int | None:
         if sampler is not None and len(sampler.ids) > self.vocab_size:

@@ -95,7 +95,14 @@ class WatchedProgram:
         """The program's kernels."""
         return self._program.kernel_names()
 
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
+    def run(
+        self,
+        tokens: int,
+        begin: int = 0,
+        end: int | None = None,
+        sampler: SamplerState | None = None,
+        rows: int = 1,
+    ) -> int:
         """Run and print the steps one at a time, then run them as usual."""
         steps = range(begin, len(self.graph.ops) if end is None else end)
         position = int(self.inputs["positions"][tokens - 1]) if "positions" in self.inputs else 0

@@ -14,6 +14,7 @@ from .. import memory, progress
 from ..checkpoint import Weight
 from ..errors import NOT_NUMBERS, Error
 from ..fusion import fuse
+from ..graph import PAGE_TABLE
 from ..ir import DTYPES, Graph, Value
 from ..plan import ALIGNMENT, Plan, Step, lower
 from ..quantization.types import TYPE_TRAITS
@@ -26,6 +27,7 @@ from .executor import (
     KERNEL_FAILED,
     MAX_TOKENS,
     N_WORKERS,
+    OF_ROWS,
     OPERANDS,
     SYNC_SIZE,
     parallel_region,
@@ -77,7 +79,14 @@ class CpuProgram:
         """Name of each step's kernel."""
         return [step.kernel.name for step in self.plan.steps]
 
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
+    def run(
+        self,
+        tokens: int,
+        begin: int = 0,
+        end: int | None = None,
+        sampler: SamplerState | None = None,
+        rows: int = 1,
+    ) -> int:
         """Run steps [begin, end) for the first `tokens` tokens of the inputs: one call into compiled code.
 
         With a sampler, returns the next token: sampled from the logits in the same call, or the graph's own argmax if
@@ -95,7 +104,7 @@ class CpuProgram:
                 f"cannot run {tokens} tokens of {self.plan.tokens}, steps {begin} to {end} of {len(self.table)}"
             )
         requested = self._requested_workers
-        steps = (*self._table_address, begin, end, tokens, requested, self._sync_address)
+        steps = (*self._table_address, begin, end, tokens, rows, requested, self._sync_address)
         with parallel_region(requested):
             self.entries += 1
             if sampler is None:
@@ -208,6 +217,10 @@ class CpuBackend:
                 values[value.name] = np.array(plan.graph.constants[value.name], np.float32)
         return self._bind(plan, values, arena, report)
 
+    def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
+        """Write page numbers into a row of the page table, from entry `first` on."""
+        self.states[PAGE_TABLE][slot, first : first + len(pages)] = pages
+
     def close(self) -> None:
         """Does nothing: memory is freed with the last reference to it."""
 
@@ -239,7 +252,7 @@ class CpuBackend:
             compiled[function, kinds] = compile_step(function, list(kinds))
         table = np.zeros((len(bound), OPERANDS + max(len(slots) for _, slots in bound)), np.int64)
         for row, step, key, (_, slots) in zip(table, plan.steps, needed, bound, strict=True):
-            row[ADDRESS], row[MAX_TOKENS] = compiled[key].address, step.max_tokens
+            row[ADDRESS], row[MAX_TOKENS], row[OF_ROWS] = compiled[key].address, step.max_tokens, step.of_rows
             row[OPERANDS : OPERANDS + len(slots)] = slots
         return CpuProgram(plan, table, values, arena, (compiled, tuple(self.weights.values())))
 

@@ -2,12 +2,12 @@
 
 The step table is an int64 array with one row per step. Here the row of an `rmsnorm` of up to 64 tokens:
 
-    column  0           1            2 …
-            ADDRESS     MAX_TOKENS   OPERANDS
-           ┌───────────┬────────────┬────────────────────┬─────────────────┬────────────────────┬──────┬───
-           │ 0x7f31…40 │ 64         │ 0x7f30…00  64  288 │ 0x7f2f…00  288  │ 0x7f30…80  64  288 │ bits │ 0 …
-           └───────────┴────────────┴────────────────────┴─────────────────┴────────────────────┴──────┴───
-            the kernel   of this step  x: data, T, D        weight: data, D   out: data, T, D      eps    unused
+    column  0           1            2         3 …
+            ADDRESS     MAX_TOKENS   OF_ROWS   OPERANDS
+           ┌───────────┬────────────┬─────────┬────────────────────┬─────────────────┬────────────────────┬──────┬───
+           │ 0x7f31…40 │ 64         │ 0       │ 0x7f30…00  64  288 │ 0x7f2f…00  288  │ 0x7f30…80  64  288 │ bits │ 0 …
+           └───────────┴────────────┴─────────┴────────────────────┴─────────────────┴────────────────────┴──────┴───
+            the kernel   of this step  all      x: data, T, D        weight: data, D   out: data, T, D      eps    unused
 
 A kernel is an ordinary function of arrays and scalars: `rmsnorm(worker, n_workers, tokens, x, weight, out, eps)`.
 `compiler.compile_step` compiles it with a C wrapper, which any code can call by its address:
@@ -41,8 +41,9 @@ from .fork import ForkSafeLock, mark_workers_started, refuse_forked
 from .intrinsics import atomic_add, atomic_load, call_step, f32_at, f64_at, i32_at, i64_at, pause, u64_at, yield_core
 from .sampling import sample
 
-ADDRESS, MAX_TOKENS, OPERANDS = 0, 1, 2
-"""Columns of the step table: address of the kernel, most tokens that the step handles, first operand slot."""
+ADDRESS, MAX_TOKENS, OF_ROWS, OPERANDS = 0, 1, 2, 3
+"""Columns of the step table: address of the kernel, most tokens that the step handles, 1 if it handles only the run's
+rows with logits, first operand slot."""
 
 TICKET, BARRIER, N_WORKERS, ERRORS, SYNC_SIZE = 0, 8, 16, 24, 32
 """Elements of the int64 array by which workers synchronise, 64 bytes apart so that each has a cache line.
@@ -99,12 +100,13 @@ def join_workers(index, requested, sync):
 
 
 @device
-def worker_loop(table, stride, begin, end, tokens, worker, n_workers, sync):
+def worker_loop(table, stride, begin, end, tokens, rows, worker, n_workers, sync):
     """Run steps [begin, end) as one of `n_workers` workers."""
     for step in range(begin, end):
         row = i64_at(table + step * stride, OPERANDS)
         operands = table + step * stride + 8 * OPERANDS
-        status = call_step(row[ADDRESS], operands, worker, n_workers, min(tokens, row[MAX_TOKENS]))
+        count = rows if row[OF_ROWS] else tokens
+        status = call_step(row[ADDRESS], operands, worker, n_workers, min(count, row[MAX_TOKENS]))
         if status != 0:
             atomic_add(sync, ERRORS, 1)
         if n_workers > 1:
@@ -113,8 +115,10 @@ def worker_loop(table, stride, begin, end, tokens, worker, n_workers, sync):
 
 
 @jit(parallel=True)
-def run_steps(table, stride, begin, end, tokens, requested, sync_address):
+def run_steps(table, stride, begin, end, tokens, rows, requested, sync_address):
     """Run steps [begin, end) of a step table for `tokens` tokens; returns how many kernel calls failed.
+
+    `rows` is how many of the tokens have logits.
 
     `table` and `sync_address` (of SYNC_SIZE int64) are addresses and `stride` is the bytes of a row: if arrays were
     passed, Numba would allocate a record for each in every call. `requested` is the number of workers to ask for.
@@ -123,23 +127,23 @@ def run_steps(table, stride, begin, end, tokens, requested, sync_address):
     for i in range(sync.shape[0]):  # Numba makes a parallel region of an assignment to a slice
         sync[i] = 0
     if requested == 1:
-        worker_loop(table, stride, begin, end, tokens, 0, 1, sync)
+        worker_loop(table, stride, begin, end, tokens, rows, 0, 1, sync)
     else:
         for index in prange(requested):
             worker, n_workers = join_workers(np.int64(index), requested, sync)
             if worker >= 0:
-                worker_loop(table, stride, begin, end, tokens, worker, n_workers, sync)
+                worker_loop(table, stride, begin, end, tokens, rows, worker, n_workers, sync)
     return sync[ERRORS]
 
 
 @jit
-def run_and_sample(table, stride, begin, end, tokens, requested, sync_address, logits, sampler):
+def run_and_sample(table, stride, begin, end, tokens, rows, requested, sync_address, logits, sampler):
     """`run_steps`, then the next token by `sampling.sample`; KERNEL_FAILED if a kernel failed, -1 for a NaN.
 
     `logits` is (address, vocab_size). `sampler` is `SamplerState.addresses`: the addresses of settings, recent, counts,
     state and ids, then the number of ids.
     """
-    if run_steps(table, stride, begin, end, tokens, requested, sync_address) != 0:
+    if run_steps(table, stride, begin, end, tokens, rows, requested, sync_address) != 0:
         return KERNEL_FAILED
     settings, recent, counts, state, ids, n_ids = sampler
     return sample(
