@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import numpy as np
+
 from .. import progress
 from ..checkpoint import Weight
 from ..errors import Error
 from ..fusion import fuse
+from ..graph import PAGE_TABLE
 from ..ir import Graph
 from ..kernel_cache import cuda_cache_directory
 from ..memory import format_bytes
@@ -17,7 +20,7 @@ from . import ops  # noqa: F401 (registers the kernels)
 from .compile_worker import compile_ahead
 from .compiler import compile_kernel
 from .decode_pipeline import DeviceSamplerState
-from .driver import Device, LoadedKernel, Memory, PreparedLaunch
+from .driver import Device, LoadedKernel, Memory, Pinned, PreparedLaunch
 from .launch import Array, Launch, Specialization
 from .program import CudaProgram
 from .weights import Weights, aligned
@@ -34,6 +37,29 @@ class _Owned(Protocol):
     def nbytes(self) -> int: ...
 
     def free(self) -> object: ...
+
+
+class StagedWrites:
+    """Copies of int32 to device memory, in the stream, through a ring of pinned memory."""
+
+    CAPACITY = 8192
+    """Integers that may wait in the stream."""
+
+    def __init__(self, device: Device) -> None:
+        self._device, self._used = device, 0
+        self._pinned = Pinned(device, 4 * self.CAPACITY)
+        self._words = self._pinned.bytes.view(np.int32)
+
+    def write(self, address: int, numbers: Sequence[int]) -> None:
+        """Enqueue a copy of numbers to a device address. `numbers` may change at once."""
+        for begin in range(0, len(numbers), self.CAPACITY):
+            part = numbers[begin : begin + self.CAPACITY]
+            if self._used + len(part) > self.CAPACITY:
+                self._device.synchronize()  # all copies out of the ring are done
+                self._used = 0
+            self._words[self._used : self._used + len(part)] = part
+            self._device.write(address + 4 * begin, self._pinned.address + 4 * self._used, 4 * len(part))
+            self._used += len(part)
 
 
 def _of_cuda(program: Program) -> CudaProgram:
@@ -67,6 +93,7 @@ class CudaBackend:
         self.weights = Weights(self.device, weights)
         self._owned.append(self.weights)
         try:
+            self._page_writes = StagedWrites(self.device)
             self.sampler_state = DeviceSamplerState(self.device)
         except BaseException:
             self.close()
@@ -143,6 +170,19 @@ class CudaBackend:
         if self._prepared:
             self._compile_all(program.all_launches, report)
         return program
+
+    def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
+        """Write page numbers into row `slot` of the page table, from entry `first` on: a copy in the stream, before all
+        later runs.
+
+        Raises `Error` for entries that the table does not have.
+        """
+        table = self.states[PAGE_TABLE]
+        rows, columns = table.shape
+        if not (0 <= slot < rows and 0 <= first <= first + len(pages) <= columns):
+            raise Error(f"entries {first} to {first + len(pages)} of row {slot}: the page table is {rows} by {columns}")
+        self.device.make_current()
+        self._page_writes.write(table.address + 4 * (slot * columns + first), pages)
 
     def prepare_launches(self, steps: Sequence[Sequence[Launch]]) -> list[list[PreparedLaunch]]:
         """Compile the launches' kernels, or take them from the cache, load them and build the driver's structures."""

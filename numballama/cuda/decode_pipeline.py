@@ -165,7 +165,7 @@ class DecodePipeline:
             self._launch(n, position, sequence)
         if continues:
             ahead = self._pending[-1].position + 1
-            limit = next(v.shape[2] for v in program.plan.graph.values.values() if v.kind == "state")
+            limit = program.context_limit
             while len(self._pending) <= LOOKAHEAD and ahead < limit:
                 self._launch(n, ahead, sequence)
                 ahead += 1

@@ -8,11 +8,13 @@ previous one has ended (programmatic dependent launch). `decode_pipeline` queues
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import CLOSED, Error
+from ..graph import PAGE_TABLE
 from ..ir import DTYPES, Graph, Value
 from ..plan import Plan, Step
 from ..sampling import SamplerState
@@ -29,7 +31,8 @@ GraphKey = tuple[str | int, ...]
 
 
 class RunInputs:
-    """The inputs of a run: the number of tokens and the graph's inputs, in one block of memory on either side.
+    """The inputs of a run: the numbers of tokens and of rows with logits, and the graph's inputs, in one block of memory
+    on either side.
 
     The host writes `host`; `send` copies it to the device.
     """
@@ -49,20 +52,22 @@ class RunInputs:
         self.memory = Memory(device, size, "the inputs")
         self._sent = 0
         self._mirror = np.zeros(size, np.uint8)
-        self._host_tokens = self._mirror[:4].view(np.int32)
+        self._host_counts = self._mirror[:8].view(np.int32)
         self._host_step = self._mirror[8:16].view(np.int64)
         self.host = {
             v.name: self._mirror[offsets[v.name] :][: v.nbytes].view(DTYPES[v.dtype]).reshape(v.shape) for v in values
         }
         self.tokens = self.memory.array(0, (1,), "i32")
         """i32[1] in device memory: tokens of the run."""
+        self.rows = self.memory.array(4, (1,), "i32")
+        """i32[1] in device memory: rows of the run with logits."""
         self.step = self.memory.array(8, (1,), "i64")
         """i64[1] in device memory: the number of the last decode step; `advance` counts it up."""
         self.device = {v.name: self.memory.array(offsets[v.name], v.shape, v.dtype) for v in values}
 
-    def send(self, tokens: int, step: int) -> None:
+    def send(self, tokens: int, step: int, rows: int = 1) -> None:
         """Enqueue a copy of the current inputs to the device. The decode step after it has number `step` + 1."""
-        self._host_tokens[0], self._host_step[0] = tokens, step
+        self._host_counts[:], self._host_step[0] = (tokens, rows), step
         copy = self._sent % self.PINNED_COPIES
         if copy == 0 and self._sent:
             self._device.synchronize()  # all pinned copies have been read
@@ -120,11 +125,14 @@ class CudaProgram:
         """Number of times that the host has enqueued work in the stream."""
         self.values = self._place_values()
         self.ctx = LaunchContext(device.n_sms, device.shared_limit, self.run_inputs.tokens, self._zeros)
+        of_rows = replace(self.ctx, tokens=self.run_inputs.rows)
         operands = self.values | backend.weights.operands
-        self.launches = [bind_step(step, plan.graph, self.ctx, operands) for step in plan.steps]
+        self.launches = [
+            bind_step(step, plan.graph, of_rows if step.of_rows else self.ctx, operands) for step in plan.steps
+        ]
         """The launches of each step."""
         self.variant_starts = sorted({
-            launch.long_context_variant[0] for step in self.launches for launch in step if launch.long_context_variant
+            start for step in self.launches for launch in step for start in launch.variant_starts
         })  # fmt: skip
         """Positions at which some launches change to a faster variant."""
         self._prepared: dict[int, list[list[PreparedLaunch]]] = {}
@@ -229,6 +237,13 @@ class CudaProgram:
         """The largest position of the first `tokens` inputs; 0 for a graph without positions."""
         return int(self.inputs["positions"][:tokens].max()) if "positions" in self.inputs else 0
 
+    @property
+    def context_limit(self) -> int:
+        """Tokens that fit a row of the page table; 0 for a graph without a KV cache."""
+        states = [value for value in self.graph.values.values() if value.kind == "state"]
+        pages = max((value.shape[2] for value in states if len(value.shape) == 4), default=0)
+        return pages * max((value.shape[1] for value in states if value.name == PAGE_TABLE), default=0)
+
     def variant_start(self, position: int) -> int:
         """The largest of `variant_starts` that is not above a position; 0 before the first."""
         return max((start for start in self.variant_starts if start <= position), default=0)
@@ -253,8 +268,16 @@ class CudaProgram:
 
     # Runs
 
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
-        """Run steps [begin, end) for the first `tokens` tokens of the inputs: one graph launch.
+    def run(
+        self,
+        tokens: int,
+        begin: int = 0,
+        end: int | None = None,
+        sampler: SamplerState | None = None,
+        rows: int = 1,
+    ) -> int:
+        """Run steps [begin, end) for the first `tokens` tokens of the inputs: one graph launch. The first `rows` of the
+        input `rows` have logits.
 
         With a sampler, run all steps, sample the next token on the device and return it; without one, return 0. Raises
         `Error` if the logits hold NaN, `DeviceError` when the device fails.
@@ -269,13 +292,13 @@ class CudaProgram:
             return self.pipeline.next_token(tokens, sampler)
         self.pipeline.discard_pending()
         self.pipeline.logits_unchanged()
-        self.run_steps(tokens, begin, last)
+        self.run_steps(tokens, begin, last, rows)
         return 0
 
-    def run_steps(self, tokens: int, begin: int, end: int) -> None:
+    def run_steps(self, tokens: int, begin: int, end: int, rows: int = 1) -> None:
         """Run steps [begin, end) for the current inputs, without sampling."""
         start = self.variant_start(self.max_position(tokens))
-        self.run_inputs.send(tokens, self.pipeline.launched)
+        self.run_inputs.send(tokens, self.pipeline.launched, rows)
         self.replay((begin, end, start), lambda: self.prepared_steps(begin, end, start))
 
     def _claim_backend(self) -> None:

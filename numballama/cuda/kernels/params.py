@@ -61,6 +61,9 @@ MAX_SPLITS = 32
 """Maximum number of blocks that share a head's context. One lane each combines their results."""
 SPLIT_WEIGHTS = MAX_SPLITS + 1
 """float32 per head that combining the splits writes to shared memory."""
+ROW_SPLIT_KEYS = 256
+"""Keys of a split where a run has many rows. In contexts longer than `MAX_SPLITS` of these it is doubled until the
+splits suffice."""
 PLAIN_ATTENTION_THREADS = 128
 
 # Attention of many tokens (`prefill_attention`)

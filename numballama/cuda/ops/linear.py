@@ -72,17 +72,18 @@ def norm_qkv(
 
 def norm_qkv_rope(
     ctx: LaunchContext, x: Array, norm: Array, wq: Matrix, wk: Matrix, wv: Matrix, angles: Array, k_cache: Array,
-    positions: Array, sequences: Array, v_cache: Array, out: Array, workspace: Array, eps: float, head_dim: int,
-    interleaved: int,
+    positions: Array, sequences: Array, page_table: Array, v_cache: Array, out: Array, workspace: Array, eps: float,
+    head_dim: int, interleaved: int,
 ) -> list[Launch]:  # fmt: skip
     if x.shape[0] > FEW:
         return gemm.norm_qkv_rope(
-            ctx, x, norm, wq, wk, wv, angles, k_cache, positions, sequences, v_cache, out, workspace, eps, head_dim,
-            interleaved,
+            ctx, x, norm, wq, wk, wv, angles, k_cache, positions, sequences, page_table, v_cache, out, workspace, eps,
+            head_dim, interleaved,
         )  # fmt: skip
     return gemv.norm_qkv_rope(
-        ctx, x, norm, wq, wk, wv, angles, k_cache, positions, sequences, v_cache, out, eps, head_dim, interleaved
-    )
+        ctx, x, norm, wq, wk, wv, angles, k_cache, positions, sequences, page_table, v_cache, out, eps, head_dim,
+        interleaved,
+    )  # fmt: skip
 
 
 for _type in LINEAR_TYPES:
@@ -97,7 +98,7 @@ for _type in LINEAR_TYPES:
     kernel("norm_qkv", "cuda", "f32", "f32", _type, _type, _type, workspace=workspace_shape(_type, 2, 3))(norm_qkv)
     for _cache in KV_TYPES:
         kernel(
-            "norm_qkv_rope", "cuda", "f32", "f32", _type, _type, _type, "f32", _cache, "i32", "i32", _cache,
+            "norm_qkv_rope", "cuda", "f32", "f32", _type, _type, _type, "f32", _cache, "i32", "i32", "i32", _cache,
             workspace=workspace_shape(_type, 2, 3, whole=True, results=3),
         )(norm_qkv_rope)  # fmt: skip
 
