@@ -115,7 +115,7 @@ class WatchedProgram:
             total += seconds
             _print(self._line(index, kernels[index], tokens, position, seconds))
         _print(f"  {total * 1e6:,.1f} µs in all, one step at a time")
-        return self._program.run(tokens, begin, end, sampler)
+        return self._program.run(tokens, begin, end, sampler, rows)
 
     def _seconds(self, tokens: int, index: int, kernel: str) -> float:
         """Seconds of a step by the host's clock, without the work that only its first run does."""
