@@ -18,7 +18,7 @@ import numpy as np
 from ..errors import NOT_NUMBERS, DeviceError, Error
 from ..sampling import REPEAT_WINDOW, REPETITION_PENALTY, SETTINGS, TEMPERATURE, SamplerState
 from .driver import Device, Memory, Pinned, PreparedLaunch
-from .launch import ITEM_BYTES, Array, Launch
+from .launch import ITEM_BYTES, Array, Launch, RowKind
 from .ops import sampling
 from .weights import aligned
 
@@ -124,11 +124,11 @@ class DecodePipeline:
             (self._prepared_tails[n],) = self._backend.prepare_launches([self.tail(n)])
         return self._prepared_tails[n]
 
-    def _whole_step(self, n: int, start: int) -> list[PreparedLaunch]:
+    def _whole_step(self, n: int, start: int, kinds: tuple[RowKind, ...]) -> list[PreparedLaunch]:
         """The launches of a decode step; sampling takes the place of the plan's argmax."""
         plan = self._program.plan
         end = plan.sampling_start if n else len(plan.steps)
-        return self._program.prepared_steps(0, end, start) + self._prepared_tail(n)
+        return self._program.prepared_steps(0, end, start, kinds) + self._prepared_tail(n)
 
     # Tokens
 
@@ -189,8 +189,8 @@ class DecodePipeline:
         return sampler.is_argmax and len(sampler.ids) == self._program.array("logits").shape[1]
 
     def _launch(self, n: int, position: int, sequence: int) -> None:
-        start = self._program.variant_start(position)
-        self._program.replay(("step", n, start), lambda: self._whole_step(n, start))
+        start, kinds = self._program.variant_start(position), self._program.run_inputs.row_kinds
+        self._program.replay(("step", n, start, *kinds), lambda: self._whole_step(n, start, kinds))
         self.launched += 1
         self._pending.append(_PendingStep(self.launched, position, sequence))
 

@@ -232,7 +232,7 @@ class PreparedLaunch:
                 f"{device}: {launch.name} needs {launch.shared_bytes:,} bytes of shared memory, a block may have "
                 f"{kernel.shared_limit:,}; use device='cpu'"
             )
-        self.name = launch.name
+        self.name, self.only_for = launch.name, launch.only_for
         self._kernel = kernel
         values = tuple(a.address if isinstance(a, Array) else a for a in launch.arguments.values())
         types = tuple(ctypes.c_float if isinstance(a, float) else ctypes.c_int64 for a in launch.arguments.values())

@@ -201,7 +201,7 @@ class LaunchContext:
     tokens: Array
     """i32[1] in device memory: number of tokens of the current run, at most the program's `max_tokens`."""
     tiles: Array
-    """i32[max_tokens, 2] in device memory: (first row, rows) of the run's tiles, as `program.tiles_of` makes them."""
+    """i32[1 + max_tokens, 2] in device memory: the run's rows in tiles, as `program.write_tiles` lists them."""
     zeros: Callable[[int], Array]
     """zeros(n): allocate n int32 for the program, initially 0. Kernels set them back to 0."""
 

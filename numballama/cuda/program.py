@@ -7,7 +7,7 @@ previous one has ended (programmatic dependent launch). `decode_pipeline` queues
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,14 +20,41 @@ from ..plan import Plan, Step
 from ..sampling import SamplerState
 from .decode_pipeline import DecodePipeline
 from .driver import CudaGraph, Device, Memory, Pinned, PreparedLaunch
-from .launch import Array, Launch, LaunchContext, Matrix
+from .kernels.params import PREFILL_ATTENTION_TILE
+from .launch import Array, Launch, LaunchContext, Matrix, RowKind
 from .weights import ALIGNMENT, aligned
 
 if TYPE_CHECKING:
     from .backend import CudaBackend
 
 GraphKey = tuple[str | int, ...]
-"""Key of a captured graph: (first step, end, variant start), or ("step", tokens to sample from, variant start)."""
+"""Key of a captured graph: (first step, end, variant start, …), or ("step", tokens to sample from, variant start, …),
+followed by the kinds of rows in the run.
+"""
+
+
+def write_tiles(positions: np.ndarray, sequences: np.ndarray, out: np.ndarray) -> None:
+    """List the rows of a run in tiles i32[1 + at least T, 2] for `prefill_attention` and `decode_attention`.
+
+    `out[0]` is (tiles, single rows). The tiles follow: (first row, rows), up to 64 rows of one sequence whose positions
+    follow each other; those with most keys first. Single rows, without such a neighbour, are listed from the end on:
+    (row, 1).
+    """
+    joined = (sequences[1:] == sequences[:-1]) & (positions[1:] == positions[:-1] + 1)
+    starts = np.concatenate([[0], 1 + np.flatnonzero(~joined)])
+    lengths = np.diff(starts, append=len(positions))
+    alone = starts[lengths == 1]
+    starts, lengths = starts[lengths > 1], lengths[lengths > 1]
+    each = -(-lengths // PREFILL_ATTENTION_TILE)
+    chunk = np.repeat(np.arange(len(starts)), each)
+    inside = PREFILL_ATTENTION_TILE * (np.arange(len(chunk)) - (np.cumsum(each) - each)[chunk])
+    first = starts[chunk] + inside
+    order = np.argsort(-positions[first], kind="stable")
+    out[0] = len(first), len(alone)
+    out[1 : 1 + len(first), 0] = first[order]
+    out[1 : 1 + len(first), 1] = np.minimum(PREFILL_ATTENTION_TILE, (lengths[chunk] - inside)[order])
+    if len(alone):
+        out[-len(alone) :, 0], out[-len(alone) :, 1] = alone[::-1], 1
 
 
 class RunInputs:
@@ -47,6 +74,10 @@ class RunInputs:
         for value in values:
             offsets[value.name] = size
             size += aligned(value.nbytes)
+        where = [graph.values.get(name) for name in ("positions", "sequences")]
+        self.max_tokens = where[0].shape[0] if all(where) and where[0] else 0
+        tiles_at, tiles_shape = size, (1 + self.max_tokens, 2)
+        size += aligned(8 * tiles_shape[0])
         self.nbytes = size
         self._pinned = Pinned(device, size * self.PINNED_COPIES)
         self.memory = Memory(device, size, "the inputs")
@@ -57,6 +88,9 @@ class RunInputs:
         self.host = {
             v.name: self._mirror[offsets[v.name] :][: v.nbytes].view(DTYPES[v.dtype]).reshape(v.shape) for v in values
         }
+        self._host_tiles = self._mirror[tiles_at:][: 8 * tiles_shape[0]].view(np.int32).reshape(tiles_shape)
+        self.tiles = self.memory.array(tiles_at, tiles_shape, "i32")
+        """i32[1 + max tokens, 2] in device memory: what `write_tiles` wrote."""
         self.tokens = self.memory.array(0, (1,), "i32")
         """i32[1] in device memory: tokens of the run."""
         self.rows = self.memory.array(4, (1,), "i32")
@@ -65,9 +99,17 @@ class RunInputs:
         """i64[1] in device memory: the number of the last decode step; `advance` counts it up."""
         self.device = {v.name: self.memory.array(offsets[v.name], v.shape, v.dtype) for v in values}
 
+    @property
+    def row_kinds(self) -> tuple[RowKind, ...]:
+        """What kinds of rows the run has that was sent last."""
+        tiles, alone = self._host_tiles[0]
+        return ("chunks",) * bool(tiles) + ("single rows",) * bool(alone)
+
     def send(self, tokens: int, step: int, rows: int = 1) -> None:
         """Enqueue a copy of the current inputs to the device. The decode step after it has number `step` + 1."""
         self._host_counts[:], self._host_step[0] = (tokens, rows), step
+        if self.max_tokens > 1:
+            write_tiles(self.host["positions"][:tokens], self.host["sequences"][:tokens], self._host_tiles)
         copy = self._sent % self.PINNED_COPIES
         if copy == 0 and self._sent:
             self._device.synchronize()  # all pinned copies have been read
@@ -124,7 +166,9 @@ class CudaProgram:
         self.entries = 0
         """Number of times that the host has enqueued work in the stream."""
         self.values = self._place_values()
-        self.ctx = LaunchContext(device.n_sms, device.shared_limit, self.run_inputs.tokens, self._zeros)
+        self.ctx = LaunchContext(
+            device.n_sms, device.shared_limit, self.run_inputs.tokens, self.run_inputs.tiles, self._zeros
+        )
         of_rows = replace(self.ctx, tokens=self.run_inputs.rows)
         operands = self.values | backend.weights.operands
         self.launches = [
@@ -255,9 +299,18 @@ class CudaProgram:
             self._prepared[start] = self.backend.prepare_launches(launches)
         return self._prepared[start]
 
-    def prepared_steps(self, begin: int, end: int, start: int) -> list[PreparedLaunch]:
-        """The launches of steps [begin, end), one after the other, in the variants from `start` on."""
-        return [launch for step in self._prepared_from(start)[begin:end] for launch in step]
+    def prepared_steps(
+        self, begin: int, end: int, start: int, kinds: Collection[RowKind] = ("chunks", "single rows")
+    ) -> list[PreparedLaunch]:
+        """The launches of steps [begin, end), one after the other, in the variants from `start` on, for runs that have
+        rows of these kinds.
+        """
+        return [
+            launch
+            for step in self._prepared_from(start)[begin:end]
+            for launch in step
+            if launch.only_for is None or launch.only_for in kinds
+        ]
 
     def replay(self, key: GraphKey, launches: Callable[[], list[PreparedLaunch]]) -> None:
         """Enqueue a captured graph in the stream. The first time, `launches` gives the launches to capture."""
@@ -299,7 +352,8 @@ class CudaProgram:
         """Run steps [begin, end) for the current inputs, without sampling."""
         start = self.variant_start(self.max_position(tokens))
         self.run_inputs.send(tokens, self.pipeline.launched, rows)
-        self.replay((begin, end, start), lambda: self.prepared_steps(begin, end, start))
+        kinds = self.run_inputs.row_kinds
+        self.replay((begin, end, start, *kinds), lambda: self.prepared_steps(begin, end, start, kinds))
 
     def _claim_backend(self) -> None:
         """Discard the steps that another program has queued: programs share the KV cache and the sampler's state."""

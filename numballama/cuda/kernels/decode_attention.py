@@ -464,18 +464,17 @@ def rows_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out
                    listed, max_score, exp_sum, acc, is_last):  # fmt: skip
     """The body of the kernels for many rows, each of its own sequence and length.
 
-    blockIdx.x is a group of heads, blockIdx.y the row; if `listed`, the row is that of an entry of `tiles`, counted
-    from their end, which has one row. A row's splits depend on its length alone, so its result does
+    blockIdx.x is a group of heads, blockIdx.y the row; if `listed`, the row that `tiles` lists in this place, counted
+    from their end. A row's splits depend on its length alone, so its result does
     not depend on other rows. A block computes every gridDim.z-th split, and none if its first one does not exist.
     """
     t = cuda.blockIdx.y
     if listed:
-        at = 2 * (cuda.gridDim.y - 1 - t)
-        t = np.int64(tiles[at])
-        if tiles[at + 1] != 1:
-            if cuda.blockIdx.y == 0:
+        if t >= tiles[1]:
+            if t == 0:
                 griddepcontrol_wait()  # a kernel must not end before the preceding one
             return
+        t = np.int64(tiles[2 * (cuda.gridDim.y - t)])
     position, sequence = positions[t], sequences[t]
     first = first_visible(position + 1, window)
     seen, keys = position + 1 - first, ROW_SPLIT_KEYS

@@ -8,7 +8,7 @@ Data layout. Each of four warps has 16 queries. Their fragments stay in register
 Scores have the layout of the weights' fragments, so they stay in registers too. Tiles of 64 keys and 64 values are
 copied to two stages of shared memory, one ahead of the one in use. A head is padded with zeros to 64 or 128 elements.
 The host divides a run into tiles of up to 64 tokens of one sequence whose positions follow each other
-(`program.tiles_of`); tokens that stand alone are left to `decode_attention`. A block computes one head of a tile.
+(`program.write_tiles`); tokens that stand alone are left to `decode_attention`. A block computes one head of a tile.
 
 Why. The work is 4 · T · length / 2 · head_dim operations per head. Tensor cores of an H200 do some 600 · 10^12 per
 second, and K and V are read once for 64 queries, so arithmetic is the floor. Operands have the cache's 16-bit type;
@@ -126,7 +126,8 @@ def attend(q, k_cache, v_cache, pages, positions, sequences, first, rows, out, k
     _, table_stride, log2_page = pages
     table_row, head_bytes = np.int64(sequences[first]) * table_stride, (head_dim * 2) << log2_page
     at = (head // shared_by) * head_bytes
-    k_at, v_at, page_bytes, length = address(k_cache, 0) + at, address(v_cache, 0) + at, kv_heads * head_bytes, start + rows
+    k_at, v_at = address(k_cache, 0) + at, address(v_cache, 0) + at
+    page_bytes, length = kv_heads * head_bytes, start + rows
     cuda.syncthreads()  # no thread reads the queries any more
     fetch_tile(base, k_at, v_at, pages, table_row, page_bytes, 0, length, head_dim, width)
     stage_at = 0
@@ -159,14 +160,12 @@ def attend(q, k_cache, v_cache, pages, positions, sequences, first, rows, out, k
 @launch_bounds(min_blocks=2)
 @cuda.jit
 def attention_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page, tiles,
-                        n_tiles, out, kv_heads, shared_by, head_dim):  # fmt: skip
+                        out, kv_heads, shared_by, head_dim):  # fmt: skip
     """Heads of up to 64 elements."""
     pages = page_table, table_stride, log2_page
     pdl_sync()
-    for tile in range(cuda.blockIdx.x, n_tiles, cuda.gridDim.x):
-        first, rows = np.int64(tiles[2 * tile]), np.int64(tiles[2 * tile + 1])
-        if rows < 2:
-            return
+    for tile in range(cuda.blockIdx.x, tiles[0], cuda.gridDim.x):
+        first, rows = np.int64(tiles[2 * tile + 2]), np.int64(tiles[2 * tile + 3])
         cuda.syncthreads()  # no thread reads the tile before this one
         attend(q, k_cache, v_cache, pages, positions, sequences, first, rows, out, kv_heads, shared_by, head_dim,
                zeros32())  # fmt: skip
@@ -175,14 +174,12 @@ def attention_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_
 @launch_bounds(min_blocks=2)
 @cuda.jit
 def attention_128_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page, tiles,
-                         n_tiles, out, kv_heads, shared_by, head_dim):  # fmt: skip
+                         out, kv_heads, shared_by, head_dim):  # fmt: skip
     """Heads of up to 128 elements."""
     pages = page_table, table_stride, log2_page
     pdl_sync()
-    for tile in range(cuda.blockIdx.x, n_tiles, cuda.gridDim.x):
-        first, rows = np.int64(tiles[2 * tile]), np.int64(tiles[2 * tile + 1])
-        if rows < 2:
-            return
+    for tile in range(cuda.blockIdx.x, tiles[0], cuda.gridDim.x):
+        first, rows = np.int64(tiles[2 * tile + 2]), np.int64(tiles[2 * tile + 3])
         cuda.syncthreads()  # no thread reads the tile before this one
         attend(q, k_cache, v_cache, pages, positions, sequences, first, rows, out, kv_heads, shared_by, head_dim,
                zeros64())  # fmt: skip

@@ -95,12 +95,12 @@ def _prefill(
     _, kv_heads, _, head_dim = k_cache.shape
     heads = q.shape[1] // head_dim
     kernel_ref, width = (ATTENTION_64, 64) if head_dim <= 64 else (ATTENTION_128, 128)
-    n_tiles = ctx.tiles.shape[0]
+    most_tiles = ctx.tiles.shape[0] - 1
     arguments = named(
-        tokens=ctx.tokens, q=q, k_cache=k_cache, v_cache=v_cache, **where, tiles=ctx.tiles, n_tiles=n_tiles, out=out,
+        tokens=ctx.tokens, q=q, k_cache=k_cache, v_cache=v_cache, **where, tiles=ctx.tiles, out=out,
         kv_heads=kv_heads, shared_by=heads // kv_heads, head_dim=head_dim,
     )  # fmt: skip
-    grid = min(n_tiles, ceil_div(q.shape[0], PREFILL_ATTENTION_TILE) + MORE_TILES), heads
+    grid = min(most_tiles, ceil_div(q.shape[0], PREFILL_ATTENTION_TILE) + MORE_TILES), heads
     shared = 2 * 2 * PREFILL_ATTENTION_TILE * 2 * width  # two stages of keys and values in 16 bits
     return [Launch(kernel_ref, grid, PREFILL_ATTENTION_THREADS, arguments, shared, only_for="chunks")]
 
