@@ -48,6 +48,7 @@ ORDER = """
             kernels.sampling kernels.copy compiler driver compile_worker weights decode_pipeline program bandwidth \
             timing backend
     reference backend session generate
+    engine: interrupts sequence pages runner request driver stats scheduler engine
     chat: sandbox builtin_templates template encoder conversation
     export inspection
     bench: traffic debug profiler trace benchmark
