@@ -25,12 +25,10 @@ from .executor import (
     ADDRESS,
     KERNEL_FAILED,
     MAX_TOKENS,
-    N_WORKERS,
     OPERANDS,
-    SYNC_SIZE,
-    parallel_region,
     run_and_sample,
     run_steps,
+    worker_threads,
 )
 from .fork import refuse_forked
 from .vecdot import RECORD_TYPES
@@ -38,11 +36,6 @@ from .vecdot import RECORD_TYPES
 if TYPE_CHECKING:
     from ..backend import BackendName, Program
     from ..quantization.types import ActivationType, KVType
-
-SHORT_RUNS = 3
-"""After this number of consecutive runs with too few workers, a program requests only as many as started."""
-RETRY_INTERVAL = 500
-"""After this number of runs, such a program requests all workers again."""
 
 
 class CpuProgram:
@@ -57,13 +50,9 @@ class CpuProgram:
     ) -> None:
         self.plan, self.table, self.arena = plan, table, arena
         self._values, self._keep_alive = values, keep_alive
-        self._sync = np.zeros(SYNC_SIZE, np.int64)
         self._table_address = table.ctypes.data, table.strides[0]
-        self._sync_address = self._sync.ctypes.data
         logits = values.get("logits", table)
         self._logits = logits.ctypes.data, logits.shape[-1]
-        self._requested_workers = plan.workers
-        self._short_runs = 0
         self.inputs = {v.name: values[v.name] for v in plan.graph.values.values() if v.kind == "input"}
         self.graph, self.prefill_end = plan.graph, plan.prefill_end
         self.entries = 0
@@ -94,33 +83,18 @@ class CpuProgram:
             raise Error(
                 f"cannot run {tokens} tokens of {self.plan.tokens}, steps {begin} to {end} of {len(self.table)}"
             )
-        requested = self._requested_workers
-        steps = (*self._table_address, begin, end, tokens, requested, self._sync_address)
-        with parallel_region(requested):
+        steps = (*self._table_address, begin, end, tokens, self.plan.workers, worker_threads.address)
+        with worker_threads.region(self.plan.workers):
             self.entries += 1
             if sampler is None:
                 token = KERNEL_FAILED if run_steps(*steps) else 0
             else:
                 token = run_and_sample(*steps, self._logits, sampler.addresses)
-        if self.plan.workers > 1:
-            self._adjust_workers(int(self._sync[N_WORKERS]) if requested > 1 else 1)
         if token == 0 and greedy:
             token = self._values["next"][0]
         if token < 0:
             raise Error("a kernel failed" if token == KERNEL_FAILED else NOT_NUMBERS)
         return int(token)
-
-    def _adjust_workers(self, present: int) -> None:
-        """If the threading layer repeatedly starts fewer workers than requested, continue with those.
-
-        Otherwise each run would wait for the missing ones. All are requested again every `RETRY_INTERVAL` runs.
-        """
-        self._short_runs = self._short_runs + 1 if present < self._requested_workers else 0
-        if self._short_runs == SHORT_RUNS:
-            progress.log.info("only %d of %d workers start: going on with %d", present, self.plan.workers, present)
-            self._requested_workers, self._short_runs = present, 0
-        if self._requested_workers < self.plan.workers and self.entries % RETRY_INTERVAL == 0:
-            self._requested_workers = self.plan.workers
 
 
 class CpuBackend:
@@ -167,8 +141,7 @@ class CpuBackend:
 
     def measure_bandwidth(self) -> float:
         """Bytes per second that the workers together read from main memory."""
-        with parallel_region(self.workers):
-            return bandwidth.measure_bandwidth(self.workers)
+        return bandwidth.measure_bandwidth(self.workers)
 
     def time_steps(
         self, program: Program, kinds: Sequence[Hashable], nbytes: Sequence[int]
