@@ -14,7 +14,6 @@ from .. import memory, progress
 from ..checkpoint import Weight
 from ..errors import NOT_NUMBERS, Error
 from ..fusion import fuse
-from ..graph import PAGE_TABLE
 from ..ir import DTYPES, Graph, Value
 from ..plan import ALIGNMENT, Plan, Step, lower
 from ..quantization.types import TYPE_TRAITS
@@ -26,13 +25,10 @@ from .executor import (
     ADDRESS,
     KERNEL_FAILED,
     MAX_TOKENS,
-    N_WORKERS,
-    OF_ROWS,
     OPERANDS,
-    SYNC_SIZE,
-    parallel_region,
     run_and_sample,
     run_steps,
+    worker_threads,
 )
 from .fork import refuse_forked
 from .vecdot import RECORD_TYPES
@@ -40,11 +36,6 @@ from .vecdot import RECORD_TYPES
 if TYPE_CHECKING:
     from ..backend import BackendName, Program
     from ..quantization.types import ActivationType, KVType
-
-SHORT_RUNS = 3
-"""After this number of consecutive runs with too few workers, a program requests only as many as started."""
-RETRY_INTERVAL = 500
-"""After this number of runs, such a program requests all workers again."""
 
 
 class CpuProgram:
@@ -59,13 +50,9 @@ class CpuProgram:
     ) -> None:
         self.plan, self.table, self.arena = plan, table, arena
         self._values, self._keep_alive = values, keep_alive
-        self._sync = np.zeros(SYNC_SIZE, np.int64)
         self._table_address = table.ctypes.data, table.strides[0]
-        self._sync_address = self._sync.ctypes.data
         logits = values.get("logits", table)
         self._logits = logits.ctypes.data, logits.shape[-1]
-        self._requested_workers = plan.workers
-        self._short_runs = 0
         self.inputs = {v.name: values[v.name] for v in plan.graph.values.values() if v.kind == "input"}
         self.graph, self.prefill_end = plan.graph, plan.prefill_end
         self.entries = 0
@@ -79,14 +66,7 @@ class CpuProgram:
         """Name of each step's kernel."""
         return [step.kernel.name for step in self.plan.steps]
 
-    def run(
-        self,
-        tokens: int,
-        begin: int = 0,
-        end: int | None = None,
-        sampler: SamplerState | None = None,
-        rows: int = 1,
-    ) -> int:
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
         """Run steps [begin, end) for the first `tokens` tokens of the inputs: one call into compiled code.
 
         With a sampler, returns the next token: sampled from the logits in the same call, or the graph's own argmax if
@@ -103,33 +83,18 @@ class CpuProgram:
             raise Error(
                 f"cannot run {tokens} tokens of {self.plan.tokens}, steps {begin} to {end} of {len(self.table)}"
             )
-        requested = self._requested_workers
-        steps = (*self._table_address, begin, end, tokens, rows, requested, self._sync_address)
-        with parallel_region(requested):
+        steps = (*self._table_address, begin, end, tokens, self.plan.workers, worker_threads.address)
+        with worker_threads.region(self.plan.workers):
             self.entries += 1
             if sampler is None:
                 token = KERNEL_FAILED if run_steps(*steps) else 0
             else:
                 token = run_and_sample(*steps, self._logits, sampler.addresses)
-        if self.plan.workers > 1:
-            self._adjust_workers(int(self._sync[N_WORKERS]) if requested > 1 else 1)
         if token == 0 and greedy:
             token = self._values["next"][0]
         if token < 0:
             raise Error("a kernel failed" if token == KERNEL_FAILED else NOT_NUMBERS)
         return int(token)
-
-    def _adjust_workers(self, present: int) -> None:
-        """If the threading layer repeatedly starts fewer workers than requested, continue with those.
-
-        Otherwise each run would wait for the missing ones. All are requested again every `RETRY_INTERVAL` runs.
-        """
-        self._short_runs = self._short_runs + 1 if present < self._requested_workers else 0
-        if self._short_runs == SHORT_RUNS:
-            progress.log.info("only %d of %d workers start: going on with %d", present, self.plan.workers, present)
-            self._requested_workers, self._short_runs = present, 0
-        if self._requested_workers < self.plan.workers and self.entries % RETRY_INTERVAL == 0:
-            self._requested_workers = self.plan.workers
 
 
 class CpuBackend:
@@ -176,8 +141,7 @@ class CpuBackend:
 
     def measure_bandwidth(self) -> float:
         """Bytes per second that the workers together read from main memory."""
-        with parallel_region(self.workers):
-            return bandwidth.measure_bandwidth(self.workers)
+        return bandwidth.measure_bandwidth(self.workers)
 
     def time_steps(
         self, program: Program, kinds: Sequence[Hashable], nbytes: Sequence[int]
@@ -217,10 +181,6 @@ class CpuBackend:
                 values[value.name] = np.array(plan.graph.constants[value.name], np.float32)
         return self._bind(plan, values, arena, report)
 
-    def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
-        """Write page numbers into a row of the page table, from entry `first` on."""
-        self.states[PAGE_TABLE][slot, first : first + len(pages)] = pages
-
     def close(self) -> None:
         """Does nothing: memory is freed with the last reference to it."""
 
@@ -252,7 +212,7 @@ class CpuBackend:
             compiled[function, kinds] = compile_step(function, list(kinds))
         table = np.zeros((len(bound), OPERANDS + max(len(slots) for _, slots in bound)), np.int64)
         for row, step, key, (_, slots) in zip(table, plan.steps, needed, bound, strict=True):
-            row[ADDRESS], row[MAX_TOKENS], row[OF_ROWS] = compiled[key].address, step.max_tokens, step.of_rows
+            row[ADDRESS], row[MAX_TOKENS] = compiled[key].address, step.max_tokens
             row[OPERANDS : OPERANDS + len(slots)] = slots
         return CpuProgram(plan, table, values, arena, (compiled, tuple(self.weights.values())))
 

@@ -28,7 +28,9 @@ TESTS = Path(__file__).parents[1]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = """
-    errors validation config rope memory progress
+    errors
+    host: cgroup environment interrupts
+    validation config rope memory progress
     checkpoint
     quantization: types blocks activations convert policy
     files hub
@@ -40,7 +42,7 @@ ORDER = """
     visualize ir ops registry graph fusion plan
     kernel_cache
     sampling
-    cpu: fork compiler intrinsics vecdot tiling vecdot_int8 matmul kernels_cpu kernels_int8 ops sampling executor \
+    cpu: fork compiler intrinsics workers vecdot tiling vecdot_int8 matmul kernels_cpu kernels_int8 ops sampling executor \
             bandwidth timing backend
     cuda: repack launch lowering intrinsics quant_traits kernels.params mma ops.gemv ops.elementwise ops.gemm \
             ops.linear ops.attention ops.sampling kernels.common kernels.reduce kernels.dequant kernels.dot \
