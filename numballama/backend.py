@@ -19,7 +19,7 @@ from .kernel_cache import cuda_cache_directory
 from .plan import Plan
 from .progress import Report
 from .quantization.types import ActivationType, KVType
-from .sampling import SamplerState
+from .sampling import SamplerTable
 
 BackendName = Literal["cpu", "cuda", "reference"]
 
@@ -50,7 +50,7 @@ class Program(Protocol):
     def value(self, name: str) -> np.ndarray:
         """A value of the last run, in its declared shape. The next run may overwrite it."""
 
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerTable | None = None) -> int:
         """Run steps [begin, end) for the first `tokens` tokens of the inputs.
 
         Returns the next token if there is a sampler, otherwise 0. Raises `Error` if a kernel fails or the logits hold

@@ -18,7 +18,7 @@ from .quantization.activations import Quantized, quantize_activations
 from .quantization.convert import dequantize, quantize_int8
 from .quantization.types import ACTIVATION_QUANT, BLOCKS
 from .registry import find, kernel
-from .sampling import SamplerState
+from .sampling import SamplerTable
 
 if TYPE_CHECKING:
     from .backend import BackendName, Program
@@ -199,7 +199,7 @@ class ReferenceProgram:
         """Name of the function that computes each op."""
         return [self._function(op).__name__ for op in self.graph.ops]
 
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerTable | None = None) -> int:
         """Interpret ops [begin, end) for the first `tokens` tokens; with a sampler, draw the next token."""
         if begin == 0:
             self.values = {name: array[:tokens] for name, array in self.inputs.items()}
@@ -207,9 +207,10 @@ class ReferenceProgram:
             self._compute(op)
         if sampler is None:
             return 0
-        from .cpu.sampling import choose_token  # late: Numba takes time to import, and only a sampler needs it
+        from .cpu.sampling import choose_tokens  # late: Numba takes time to import, and only a sampler needs it
 
-        if (token := choose_token(sampler, self.values["logits"][0].copy())) < 0:
+        sampled = choose_tokens(sampler, self.values["logits"][:1], np.zeros(1, np.int32))
+        if (token := int(sampled.tokens[0])) < 0:
             raise Error(NOT_NUMBERS)
         return token
 

@@ -18,7 +18,7 @@ from ..backend import Backend, Program
 from ..errors import Error
 from ..ir import Graph
 from ..plan import Plan
-from ..sampling import SamplerState
+from ..sampling import SamplerTable
 from .traffic import step_bytes
 
 VARIABLE = "NUMBALLAMA_DEBUG"
@@ -95,7 +95,7 @@ class WatchedProgram:
         """The program's kernels."""
         return self._program.kernel_names()
 
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerTable | None = None) -> int:
         """Run and print the steps one at a time, then run them as usual."""
         steps = range(begin, len(self.graph.ops) if end is None else end)
         position = int(self.inputs["positions"][tokens - 1]) if "positions" in self.inputs else 0

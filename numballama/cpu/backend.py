@@ -17,7 +17,7 @@ from ..fusion import fuse
 from ..ir import DTYPES, Graph, Value
 from ..plan import ALIGNMENT, Plan, Step, lower
 from ..quantization.types import TYPE_TRAITS
-from ..sampling import SamplerState, SamplingParams
+from ..sampling import Sampled, SamplerTable, SamplingParams
 from ..validation import whole_number
 from . import bandwidth, ops, timing  # noqa: F401 (ops registers the kernels)
 from .compiler import compile_step
@@ -61,7 +61,8 @@ class CpuProgram:
         self._table_address = table.ctypes.data, table.strides[0]
         self._sync_address = self._sync.ctypes.data
         logits = values.get("logits", table)
-        self._logits = logits.ctypes.data, logits.shape[-1]
+        self._slot, self._sampled = np.zeros(1, np.int32), Sampled.empty(1, 0)
+        self._row = logits.ctypes.data, self._slot.ctypes.data
         self._requested_workers = plan.workers
         self._short_runs = 0
         self.inputs = {v.name: values[v.name] for v in plan.graph.values.values() if v.kind == "input"}
@@ -77,14 +78,14 @@ class CpuProgram:
         """Name of each step's kernel."""
         return [step.kernel.name for step in self.plan.steps]
 
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerTable | None = None) -> int:
         """Run steps [begin, end) for the first `tokens` tokens of the inputs: one call into compiled code.
 
         With a sampler, returns the next token: sampled from the logits in the same call, or the graph's own argmax if
         the settings are greedy. Without one, returns 0. Raises `Error` when a kernel failed or the logits hold NaN,
         `DeviceError` in a forked child.
         """
-        greedy = sampler is not None and sampler.is_argmax and len(sampler.ids) == self._logits[1]
+        greedy = sampler is not None and sampler.is_argmax(0)
         if greedy:
             sampler = None
         if end is None:
@@ -101,7 +102,7 @@ class CpuProgram:
             if sampler is None:
                 token = KERNEL_FAILED if run_steps(*steps) else 0
             else:
-                token = run_and_sample(*steps, self._logits, sampler.addresses)
+                token = run_and_sample(*steps, *self._row, sampler.address, self._sampled.addresses)
         if self.plan.workers > 1:
             self._adjust_workers(int(self._sync[N_WORKERS]) if requested > 1 else 1)
         if token == 0 and greedy:
@@ -216,7 +217,9 @@ class CpuBackend:
         if report:
             report("run_steps", 0, 1)
         decode.run(1, 0, 0)
-        decode.run(1, 0, 0, SamplerState(SamplingParams(seed=0), decode.value("logits").shape[1]))
+        sampler = SamplerTable(1, decode.value("logits").shape[1])
+        sampler.assign(0, SamplingParams(seed=0))
+        decode.run(1, 0, 0, sampler)
 
     def _bind(
         self,

@@ -35,11 +35,10 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 import numpy as np
 from numba import get_num_threads, prange, set_num_threads
 
-from ..sampling import REPEAT_WINDOW, SETTINGS
 from .compiler import device, jit
 from .fork import ForkSafeLock, mark_workers_started, refuse_forked
-from .intrinsics import atomic_add, atomic_load, call_step, f32_at, f64_at, i32_at, i64_at, pause, u64_at, yield_core
-from .sampling import sample
+from .intrinsics import atomic_add, atomic_load, call_step, i32_at, i64_at, pause, yield_core
+from .sampling import sample_rows
 
 ADDRESS, MAX_TOKENS, OPERANDS = 0, 1, 2
 """Columns of the step table: address of the kernel, most tokens that the step handles, first operand slot."""
@@ -133,23 +132,15 @@ def run_steps(table, stride, begin, end, tokens, requested, sync_address):
 
 
 @jit
-def run_and_sample(table, stride, begin, end, tokens, requested, sync_address, logits, sampler):
-    """`run_steps`, then the next token by `sampling.sample`; KERNEL_FAILED if a kernel failed, -1 for a NaN.
+def run_and_sample(table, stride, begin, end, tokens, requested, sync_address, logits, slots, sampler, out):
+    """`run_steps`, then the next token of one row by `sampling.sample_rows`, which explains the last four arguments.
 
-    `logits` is (address, vocab_size). `sampler` is `SamplerState.addresses`: the addresses of settings, recent, counts,
-    state and ids, then the number of ids.
+    Returns the token; KERNEL_FAILED if a kernel failed, -1 for a NaN.
     """
     if run_steps(table, stride, begin, end, tokens, requested, sync_address) != 0:
-        return KERNEL_FAILED
-    settings, recent, counts, state, ids, n_ids = sampler
-    return sample(
-        f32_at(logits[0], logits[1]),
-        f64_at(settings, SETTINGS),
-        i32_at(recent, REPEAT_WINDOW),
-        i64_at(counts, 1),
-        u64_at(state, 1),
-        i32_at(ids, n_ids),
-    )
+        return np.int64(KERNEL_FAILED)
+    sample_rows(0, 1, 1, logits, slots, sampler, out)
+    return np.int64(i32_at(out[0], 1)[0])
 
 
 _region = ForkSafeLock()

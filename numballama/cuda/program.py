@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import CLOSED, Error
 from ..ir import DTYPES, Graph, Value
 from ..plan import Plan, Step
-from ..sampling import SamplerState
+from ..sampling import SamplerTable
 from .decode_pipeline import DecodePipeline
 from .driver import CudaGraph, Device, Memory, Pinned, PreparedLaunch
 from .launch import Array, Launch, LaunchContext, Matrix
@@ -253,7 +253,7 @@ class CudaProgram:
 
     # Runs
 
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerTable | None = None) -> int:
         """Run steps [begin, end) for the first `tokens` tokens of the inputs: one graph launch.
 
         With a sampler, run all steps, sample the next token on the device and return it; without one, return 0. Raises
