@@ -326,9 +326,9 @@ class SamplerTable:
     ) -> None:
         """Start a generation in a slot, or resume one that has generated `output`, with the draws that it had left.
 
-        `stop_token_ids` end the text; `min_tokens` holds them back. A `params.seed` of None draws a new seed. Raises `Error`,
-        and leaves the slot as it was, for a token of `logit_bias` outside the vocabulary, and for `min_tokens` with
-        more than MAX_BIASES stop tokens.
+        `stop_token_ids` are all tokens that end the text: `min_tokens` holds them back. A `params.seed` of None draws a
+        new seed. Raises `Error`, and leaves the slot as it was, for a token of `logit_bias` outside the vocabulary, and
+        for `min_tokens` with more than MAX_BIASES stop tokens.
         """
         bias = dict(params.logit_bias or {})
         if outside := [token for token in bias if token >= self.vocab_size]:
