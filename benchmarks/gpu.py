@@ -45,7 +45,7 @@ from numballama.formats.gguf.writer import write_gguf
 from numballama.model import Model
 from numballama.quantization.convert import convert
 from numballama.quantization.types import F32, WeightType
-from numballama.sampling import SamplerState, SamplingParams
+from numballama.sampling import SamplerTable
 
 HERE = Path(__file__).parent
 GROUP = 64
@@ -130,7 +130,7 @@ def compiled(checkpoint: Checkpoint, device: str, context: int) -> Iterator[Mode
 
 def seconds_of_decoding(model: Model, before: Sequence[int], steps: int) -> float:
     """Seconds per token of greedy decoding after `before`. The first step starts the chain and is not timed."""
-    sampler = SamplerState(SamplingParams(temperature=0), model.config.vocab_size)
+    sampler = SamplerTable(1, model.config.vocab_size)  # greedy
     session = model.session
     session.truncate()
     token = session.prefill(before, sampler)
@@ -143,7 +143,7 @@ def seconds_of_decoding(model: Model, before: Sequence[int], steps: int) -> floa
 
 def seconds_of_prompt(model: Model, prompt: Sequence[int]) -> float:
     """Seconds until the first token after a prompt."""
-    sampler = SamplerState(SamplingParams(temperature=0), model.config.vocab_size)
+    sampler = SamplerTable(1, model.config.vocab_size)  # greedy
     model.session.truncate()
     start = time.perf_counter()
     model.session.prefill(prompt, sampler)

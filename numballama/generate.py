@@ -7,7 +7,7 @@ from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from .sampling import SamplerState
+from .sampling import SamplerTable
 from .session import SharedSession
 from .tokenizers.base import Decoder
 
@@ -43,7 +43,7 @@ class GenerationResponse:
 def generate_tokens(
     shared: SharedSession,
     ids: Sequence[int],
-    sampler: SamplerState,
+    sampler: SamplerTable,
     decoder: Decoder,
     *,
     max_tokens: int | None = None,
@@ -106,7 +106,7 @@ def acquire_session(shared: SharedSession, stream: object, history: Sequence[int
         return len(session.tokens)
 
 
-def next_token(shared: SharedSession, stream: object, history: Sequence[int], sampler: SamplerState) -> int:
+def next_token(shared: SharedSession, stream: object, history: Sequence[int], sampler: SamplerTable) -> int:
     """The token after `history`. Computes what the cache lacks: the last token, or all after another stream."""
     with shared.exclusive():
         session = shared.session

@@ -28,7 +28,7 @@ from .sampling import (
     DEFAULTS,
     NOT_GIVEN,
     NotGiven,
-    SamplerState,
+    SamplerTable,
     SamplingOptions,
     SamplingParams,
     merge,
@@ -318,9 +318,12 @@ class Model:
         """
         ids, tokenizer = self.session.validate_token_ids(ids), self._require_tokenizer()
         settings = merge(params, DEFAULTS, max_tokens, options)
+        if settings.n > 1 or settings.logprobs is not None:
+            raise UnsupportedError("a stream of one text has neither n > 1 nor logprobs: leave them at their defaults")
+        vocab, stop_token_ids = self.config.vocab_size, self._stop_token_ids(settings, tokenizer)
         # the vocabulary may be padded: tokens that the tokenizer lacks are never chosen
-        sampler = SamplerState(settings, min(self.config.vocab_size, tokenizer.vocab_size))
-        sampler.remember(ids)
+        sampler = SamplerTable(1, vocab, min(vocab, tokenizer.vocab_size))
+        sampler.assign(0, settings, ids, stop_token_ids=stop_token_ids)
         return generate_tokens(
             self._shared,
             ids,
@@ -328,7 +331,7 @@ class Model:
             tokenizer.decoder(strip_leading_space=strip_leading_space),
             max_tokens=settings.max_tokens,
             stop=settings.stop,
-            stop_token_ids=self._stop_token_ids(settings, tokenizer),
+            stop_token_ids=stop_token_ids,
             reuse_prefix=reuse_prefix,
         )
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from .backend import Program
 from .errors import CLOSED, FORKED, ContextError, DeviceError, Error
-from .sampling import SamplerState
+from .sampling import SamplerTable
 from .validation import whole_number
 
 
@@ -63,7 +63,7 @@ class Session:
         limit = min(len(self.tokens), len(ids) - 1)
         return next((n for n in range(limit) if self.tokens[n] != ids[n]), max(limit, 0))
 
-    def prefill(self, ids: Sequence[int], sampler: SamplerState | None = None) -> int | None:
+    def prefill(self, ids: Sequence[int], sampler: SamplerTable | None = None) -> int | None:
         """Append tokens, one run per chunk. Computes logits for the last only. Returns the sampler's next token."""
         if not ids:
             raise Error("there is no token to append")
@@ -74,7 +74,7 @@ class Session:
             self.tokens.extend(chunk)
         return self._run(self._decode if len(rest) == 1 else self._prompt, rest, sampler)
 
-    def step(self, token: int, sampler: SamplerState | None = None) -> int | None:
+    def step(self, token: int, sampler: SamplerTable | None = None) -> int | None:
         """Append one token, in one call into compiled code. Returns the sampler's next token."""
         return self._run(self._decode, (token,), sampler)
 
@@ -91,9 +91,9 @@ class Session:
         if "rows" in program.inputs:
             program.inputs["rows"][0] = count - 1
 
-    def _run(self, program: Program, ids: Sequence[int], sampler: SamplerState | None) -> int | None:
-        if sampler is not None and len(sampler.ids) > self.vocab_size:
-            raise Error(f"the sampler chooses from {len(sampler.ids):,} tokens, the vocabulary has {self.vocab_size:,}")
+    def _run(self, program: Program, ids: Sequence[int], sampler: SamplerTable | None) -> int | None:
+        if sampler is not None and sampler.vocab_size != self.vocab_size:
+            raise Error(f"the sampler has {sampler.vocab_size:,} tokens, the vocabulary {self.vocab_size:,}")
         self.set_inputs(program, ids)
         self._last = program
         token = program.run(len(ids), sampler=sampler)

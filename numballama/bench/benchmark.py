@@ -15,7 +15,7 @@ import numpy as np
 from .. import __version__, progress
 from ..errors import ContextError
 from ..memory import format_bytes, peak_bytes
-from ..sampling import SamplerState, SamplingParams
+from ..sampling import SamplerTable
 from ..validation import whole_number
 from .traffic import bytes_per_token
 
@@ -99,7 +99,7 @@ def bench(model: Model, prompt_tokens: int = 128, tokens: int = 64, repeats: int
         )
     rng = np.random.default_rng(0)
     prompt = rng.integers(0, model.config.vocab_size, prompt_tokens).tolist()
-    sampler = SamplerState(SamplingParams(temperature=0), model.config.vocab_size)
+    sampler = SamplerTable(1, model.config.vocab_size)  # greedy
     prefill_times: list[float] = []
     decode_times: list[float] = []
     with model.exclusive(), progress.progress_bar("benchmark") as report, model.reset_session() as session:

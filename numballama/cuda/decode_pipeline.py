@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import NOT_NUMBERS, DeviceError, Error
-from ..sampling import REPEAT_WINDOW, REPETITION_PENALTY, SETTINGS, TEMPERATURE, SamplerState
+from ..sampling import REPEAT_WINDOW, SETTINGS, SamplerTable
 from .driver import Device, Memory, Pinned, PreparedLaunch
 from .launch import ITEM_BYTES, Array, Launch, RowKind
 from .ops import sampling
@@ -52,12 +52,12 @@ class DeviceSamplerState:
             self.arrays[name] = self.memory.array(offset, (count,), dtype)
             offset += aligned(count * ITEM_BYTES[dtype])
 
-    def send(self, sampler: SamplerState) -> None:
+    def send(self, sampler: SamplerTable) -> None:
         """Wait for the stream, then enqueue a copy of a sampler's state to the device."""
         self._device.synchronize()
         for name, array in self.arrays.items():
             offset = array.address - self.memory.address
-            self._pinned.bytes[offset : offset + array.nbytes] = getattr(sampler, name).view(np.uint8)
+            self._pinned.bytes[offset : offset + array.nbytes] = getattr(sampler, name)[:1].reshape(-1).view(np.uint8)
         self._device.write(self.memory.address, self._pinned.address, self.nbytes)
 
 
@@ -77,7 +77,7 @@ class _LastStep:
     token: int
     position: int
     sequence: int
-    sampler: SamplerState
+    sampler: SamplerTable
     count: int
     """Number of tokens that the sampler had counted."""
 
@@ -132,7 +132,7 @@ class DecodePipeline:
 
     # Tokens
 
-    def next_token(self, tokens: int, sampler: SamplerState) -> int:
+    def next_token(self, tokens: int, sampler: SamplerTable) -> int:
         """Run the plan for the program's inputs and return the next token. Queues the steps that are likely to follow.
 
         Raises `Error` if the logits hold NaN.
@@ -143,9 +143,9 @@ class DecodePipeline:
             self.discard_pending()
             raise
 
-    def _next_token(self, tokens: int, sampler: SamplerState) -> int:
+    def _next_token(self, tokens: int, sampler: SamplerTable) -> int:
         program = self._program
-        n = 0 if self._is_greedy(sampler) else len(sampler.ids)
+        n = 0 if sampler.is_argmax(0) else sampler.n_candidates
         token_in, position, sequence = (
             int(program.inputs[name][tokens - 1]) for name in ("ids", "positions", "sequences")
         )
@@ -153,7 +153,7 @@ class DecodePipeline:
         continues = (
             tokens == program.plan.tokens == 1 and last is not None and last.sampler is sampler
             and (last.token, last.position, last.sequence, last.count)
-            == (token_in, position, sequence, int(sampler.counts[0]))
+            == (token_in, position, sequence, int(sampler.generated[0]))
         )  # fmt: skip
         if not (continues and self._pending):
             self.discard_pending()
@@ -176,17 +176,10 @@ class DecodePipeline:
                 program.run_steps(tokens, 0, len(program.plan.steps))
             raise Error(NOT_NUMBERS)
         if n:
-            sampler.recent[sampler.counts[0] % REPEAT_WINDOW] = token
-            sampler.counts[0] += 1
-            if sampler.settings[TEMPERATURE] > 0:
-                with np.errstate(over="ignore"):
-                    sampler.state[0] += np.uint64(0x9E3779B97F4A7C15)
-        self._penalized_tokens = tokens if n and sampler.settings[REPETITION_PENALTY] != 1 else 0
-        self._last = _LastStep(token, position + 1, sequence, sampler, int(sampler.counts[0]))
+            sampler.accept(0, token)
+        self._penalized_tokens = tokens if n and sampler.changes_logits(0) else 0
+        self._last = _LastStep(token, position + 1, sequence, sampler, int(sampler.generated[0]))
         return token
-
-    def _is_greedy(self, sampler: SamplerState) -> bool:
-        return sampler.is_argmax and len(sampler.ids) == self._program.array("logits").shape[1]
 
     def _launch(self, n: int, position: int, sequence: int) -> None:
         start, kinds = self._program.variant_start(position), self._program.run_inputs.row_kinds

@@ -31,7 +31,7 @@ import numballama
 from numba.core.dispatcher import Dispatcher
 from numballama import SamplingParams
 from numballama.cpu import backend, executor, sampling
-from numballama.sampling import SamplerState
+from numballama.sampling import SamplerTable
 
 hits = []
 real = backend.compile_step
@@ -46,14 +46,15 @@ for path, options in zip(sys.argv[1:], ({}, {"kv_dtype": "f16"})):
     model = numballama.compile(path, device="cpu", **options)
     ids = [1, 5, 9, 77, 3]
     logits = model.logits(ids)[-1].tolist()
-    sampler = SamplerState(SamplingParams(seed=1, repeat_penalty=1.2), model.config.vocab_size)
+    sampler = SamplerTable(1, model.config.vocab_size)
+    sampler.assign(0, SamplingParams(seed=1, repeat_penalty=1.2))
     model.session.truncate()
     tokens = [model.session.prefill(ids, sampler)]
     for _ in range(8):
         tokens.append(model.session.step(tokens[-1], sampler))
     results.append({"logits": logits, "tokens": tokens})
 used = {id(v): v for m in (executor, sampling) for v in vars(m).values() if isinstance(v, Dispatcher)}.values()
-counted = [d.stats for d in used if d.__name__ in ("run_steps", "run_and_sample", "sample")]
+counted = [d.stats for d in used if d.__name__ in ("run_steps", "run_and_sample", "sample_rows")]
 print(json.dumps({
     "results": results,
     "hits": sum(h > 0 for h in hits) + sum(sum(s.cache_hits.values()) for s in counted),
