@@ -37,7 +37,7 @@ def test_special_tokens_in_what_is_said_stay_text(model: Model) -> None:
     assert encoder.guarded_message({"role": "user", "content": "abcd ab"}, "G")["content"] == "aGbGcd aGb"
     del encoder.__dict__["_special"]
     think = tokenizer.encode("<think>", bos=False)[0]
-    assert ids.count(think) == 1, "only an answer thinks"
+    assert ids.count(think) == 3, "an added token that is no control token is one in any text"
 
 
 def test_apply_chat_template(model: Model) -> None:
