@@ -9,7 +9,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
-from functools import cached_property
 from typing import SupportsIndex
 
 from ..errors import Error
@@ -20,6 +19,10 @@ MAX_VOCAB = 1 << 20
 SPACE = "▁"  # a space, in the pieces of a vocabulary
 UNKNOWN_TEXT = " ⁇ ".encode()  # as sentencepiece shows it
 BYTE_PIECE = re.compile(rb"<0x([0-9A-F]{2})>")
+
+
+Span = tuple[str, bool]
+"""(text, trusted): a part of a text, and whether control tokens that it spells are tokens."""
 
 
 class TokenKind(Enum):
@@ -92,32 +95,39 @@ class Tokenizer(ABC):
     def encode(self, text: str, bos: bool = True, special: bool = False) -> list[int]:
         """`text` → ids. With `bos`, adds BOS and EOS where the vocabulary asks for them (`add_bos`, `add_eos`).
 
-        Special tokens written out in `text` ("<s>", "</s>") stay text. With `special` they become their ids, and the
-        text between them is encoded as separate texts. Raises `Error` when `text` holds a lone surrogate, which is
-        not valid Unicode.
+        Control tokens spelled in `text` ("<s>", "<|im_end|>") are encoded as ordinary text. With `special` they become
+        their ids. Other added tokens (runs of spaces, "<think>") become their ids in any case. Raises `Error` when
+        `text` holds a lone surrogate, which is not valid Unicode.
         """
+        return self.encode_spans([(text, special)], bos)
+
+    def encode_spans(self, spans: Sequence[Span], bos: bool = False) -> list[int]:
+        """Ids of one text, given as spans `(text, trusted)`. Control tokens are recognised in trusted spans only.
+
+        Everything else is as in one `encode` of the joined text: normalisation, pre-tokenisation and merges work
+        across the borders of spans, and so do added tokens that are no control tokens. A control token whose spelling
+        is not trusted as a whole is encoded as ordinary text. `bos` and errors are as in `encode`.
+        """
+        text = "".join(part for part, _ in spans)
         _require_unicode(text)
         ids = [self.bos_id] if bos and self.add_bos and self.bos_id is not None else []
-        ids += self._encode_special(text) if special else self._encode_text(text)
+        if text:
+            ids += self._encode(text, b"".join((b"\1" if trusted else b"\0") * len(part) for part, trusted in spans))
         return [*ids, self.eos_id] if bos and self.add_eos and self.eos_id is not None else ids
 
     def encode_guarded(self, text: str, guard: str) -> list[int]:
-        """Like `encode(text, bos=False, special=True)`, but a special token with `guard` inside stays text.
+        """Like `encode(text, bos=False, special=True)`, but a control token with `guard` inside stays text.
 
         `guard` is a character that occurs in `text` for this purpose only. It is removed before encoding.
         """
-        _require_unicode(text)
-        ids: list[int] = []
-        special_tokens = self.special_tokens
-        for part in self._special_pattern.split(text):
-            token = special_tokens.get(part)
-            ids += [token] if token is not None else self._encode_text(part.replace(guard, ""))
-        return ids
+        *parts, last = text.split(guard) if guard else [text]
+        spans = [span for part in parts for span in ((part[:-1], True), (part[-1:], False))]
+        return self.encode_spans([*spans, (last, True)])
 
     @property
     @abstractmethod
     def special_tokens(self) -> Mapping[str, int]:
-        """Text → id of the tokens that `encode` produces with `special=True` only, control tokens among them."""
+        """Text → id of the control tokens: those that `encode` produces with `special=True` only."""
 
     def prepare(self) -> None:  # noqa: B027  (most have nothing to do)
         """Do the work that would delay the first `encode`. Raises `FormatError` for damage that is found only now."""
@@ -150,24 +160,15 @@ class Tokenizer(ABC):
     def vocabulary(self) -> Vocabulary:
         """The vocabulary, for writers. Raises `UnsupportedError` when `Vocabulary` cannot express it."""
 
-    def _encode_special(self, text: str) -> list[int]:
-        """Ids of valid Unicode text, special tokens included."""
-        return self.encode_guarded(text, "") if text else []
-
     def _check(self, token: SupportsIndex) -> int:
         checked = operator.index(token)  # NumPy's integers become Python's
         if not 0 <= checked < self.vocab_size:
             raise Error(f"token id {checked} is outside the vocabulary of {self.vocab_size:,}")
         return checked
 
-    @cached_property
-    def _special_pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else r"(?!)")
-
     @abstractmethod
-    def _encode_text(self, text: str) -> list[int]:
-        """Ids of valid Unicode text, without special tokens; [] for ""."""
+    def _encode(self, text: str, trusted: bytes) -> list[int]:
+        """Ids of valid Unicode text that is not empty. `trusted[i]` is 1 where character i is in a trusted span."""
 
     @abstractmethod
     def _read_entry(self, token: int) -> tuple[TokenKind, bytes]: ...
@@ -198,6 +199,10 @@ class Decoder:
         elif data:
             self._strip = Strip.NONE
         return self._utf8.decode(data, True)  # True: other tokens end an unfinished character
+
+    def hidden(self, token: SupportsIndex) -> str:
+        """What a control token is called ("<|im_end|>"), which is no part of the text; "" for other tokens."""
+        return self._tokenizer.piece(token) if self._tokenizer.entry(token)[0] is TokenKind.CONTROL else ""
 
     def flush(self) -> str:
         """End the text: the bytes of an unfinished character become U+FFFD."""

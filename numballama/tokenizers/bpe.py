@@ -14,6 +14,7 @@ from .base import BYTE_PIECE, SPACE, PieceType, Strip, Tokenizer, TokenKind, Voc
 from .pretokenizers import pre_tokenizer_name
 
 if TYPE_CHECKING:
+    from tokenizers import AddedToken
     from tokenizers import Tokenizer as Library
 
 
@@ -26,6 +27,10 @@ def _unicode_to_byte() -> dict[str, int]:
 
 UNICODE_TO_BYTE = _unicode_to_byte()
 BYTE_TO_UNICODE = {byte: character for character, byte in UNICODE_TO_BYTE.items()}
+
+
+_GUARDS = (*range(0xFDD0, 0xFDF0), *range(0xF0000, 0xFFFFE))
+"""Code points that no text is expected to contain: Unicode's noncharacters, then a plane for private use."""
 
 
 class BPETokenizer(Tokenizer):
@@ -55,6 +60,7 @@ class BPETokenizer(Tokenizer):
         self._pieces, self._added, self._special = pieces, dict(added), special
         self._added_ids = frozenset(self._added.values())
         self._byte_level = byte_level
+        self._guarded: tuple[str, Library, Mapping[int, int]] | None = None
         if byte_level:
             self.invalid = "replace"  # as the library does: one U+FFFD for an unfinished character
 
@@ -67,35 +73,76 @@ class BPETokenizer(Tokenizer):
         library, self._build = self._build(), None  # `build` may keep a whole file mapped
         return library
 
-    @cached_property
-    def _plain(self) -> Library:
-        """The library's tokenizer without added tokens, for text that must not become one."""
-        from tokenizers import Tokenizer as Library
-
-        plain = Library(self._library.model)
-        for part in ("normalizer", "pre_tokenizer"):
-            if (value := getattr(self._library, part)) is not None:
-                setattr(plain, part, value)
-        return plain
-
     @property
     def special_tokens(self) -> Mapping[str, int]:
-        return self._added
+        return {text: token for text, token in self._added.items() if token in self._special}
 
-    def _encode_text(self, text: str) -> list[int]:
-        ids = self._run(self._plain, text)
-        if not self._added_ids.isdisjoint(ids):  # a word that is both an added token and in the model
-            ids = [
-                part for token in ids for part in (self._byte_tokens(token) if token in self._added_ids else [token])
+    def _encode(self, text: str, trusted: bytes) -> list[int]:
+        with library_errors("the tokenizer's own rules fail on this text"):
+            found = self._library.encode(text, add_special_tokens=False)
+            ids: list[int] = list(found.ids)
+            if 0 not in trusted or self._special.isdisjoint(ids):
+                return ids
+            places = [
+                self._place(text, *pair) for pair in zip(ids, found.offsets, strict=True) if pair[0] in self._special
             ]
+            tokens = [start for start, end in places if 0 not in trusted[start:end]]
+            return ids if len(tokens) == len(places) else self._encode_guarded(text, tokens)
+
+    def _place(self, text: str, token: int, offsets: tuple[int, int]) -> tuple[int, int]:
+        """(start, end) of an added token's spelling in `text`, without white space that its flags make part of it."""
+        start, end = offsets
+        content = self._pieces[token] or ""
+        if (at := text.find(content, start, end)) >= 0:
+            return at, at + len(content)
+        return end - len(text[start:end].lstrip()), end  # spelled in another way, which the normalizer makes the same
+
+    def _encode_guarded(self, text: str, tokens: Sequence[int]) -> list[int]:
+        """Ids of `text` in which the control tokens that start at `tokens` are tokens, and others are ordinary text.
+
+        A guard, which is a character that the text does not contain, is put in front of these tokens. A second library
+        tokenizer knows control tokens with the guard in front, and takes those without it for text. So one encode of
+        the whole text does it.
+        """
+        guard = next(guard for guard in map(chr, _GUARDS) if guard not in text)
+        if self._guarded is None or self._guarded[0] != guard:
+            self._guarded = guard, *self._guarded_library(guard)
+        _, library, controls = self._guarded
+        starts = [0, *tokens]
+        guarded = guard.join(text[start:end] for start, end in zip(starts, [*tokens, len(text)], strict=True))
+        found = library.encode(guarded, add_special_tokens=False)
+        ids: list[int] = []
+        for token, (start, end) in zip(found.ids, found.offsets, strict=True):
+            if token in controls and guard in guarded[start:end]:
+                ids.append(controls[token])
+            else:  # a word of the model may be a control token
+                ids += self._byte_tokens(token) if token in self._special else [token]
         return ids
 
-    def _encode_special(self, text: str) -> list[int]:
-        return self._run(self._library, text)
+    def _guarded_library(self, guard: str) -> tuple[Library, dict[int, int]]:
+        """A tokenizer that knows control tokens with `guard` in front, and the ids that it gives them → their ids.
 
-    def _run(self, library: Library, text: str) -> list[int]:
-        with library_errors("the tokenizer's own rules fail on this text"):
-            return list(library.encode(text, add_special_tokens=False).ids)
+        It takes control tokens without the guard for text.
+        """
+        from tokenizers import Tokenizer as Library
+
+        library = Library(self._library.model)
+        for part in ("normalizer", "pre_tokenizer"):
+            if (value := getattr(self._library, part)) is not None:
+                setattr(library, part, value)
+        library.encode_special_tokens = True  # the library's name for: leave them in the text
+        entries = sorted(self._library.get_added_tokens_decoder().items())
+        library.add_tokens([copy_token(entry, special=token in self._special) for token, entry in entries])
+        normalizer = library.normalizer
+        guarded: dict[int, AddedToken] = {}
+        for token, entry in entries:
+            if token in self._special:
+                text = guard + entry.content
+                kept = normalizer is None or guard in normalizer.normalize_str(text)
+                guarded[token] = copy_token(entry, text, special=False, normalized=entry.normalized and kept)
+        library.add_tokens(list(guarded.values()))
+        ids = ((library.token_to_id(entry.content), token) for token, entry in guarded.items())
+        return library, {other: token for other, token in ids if other is not None}
 
     def _byte_tokens(self, token: int) -> list[int]:
         """An added token as tokens of single bytes."""
@@ -204,6 +251,15 @@ def library_errors(message: str, path: str | PathLike[str] | None = None) -> Ite
 def _error(message: str, path: str | PathLike[str] | None, error: BaseException) -> Error:
     text = " ".join(str(error).split())[:300]
     return Error(f"{message}: {text}") if path is None else FormatError(message, path=path, found=text)
+
+
+def copy_token(token: AddedToken, content: str | None = None, **flags: bool) -> AddedToken:
+    """A copy of the library's added token with another content or other flags."""
+    from tokenizers import AddedToken
+
+    names = ("single_word", "lstrip", "rstrip", "normalized", "special")
+    kept: dict[str, bool] = {name: getattr(token, name) for name in names}
+    return AddedToken(token.content if content is None else content, **(kept | flags))
 
 
 def build_library(model: Any, pre_tokenizer: Any, added: Sequence[tuple[str, bool]]) -> Library:

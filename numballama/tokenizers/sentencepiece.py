@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import UnsupportedError
 from ..files import MappedFile
 from .base import BYTE_PIECE, MAX_VOCAB, SPACE, PieceType, Strip, Tokenizer, TokenKind, Vocabulary
+from .partition import AddedToken, Partition
 from .sentencepiece_proto import message_fields
 
 if TYPE_CHECKING:
@@ -27,11 +28,18 @@ class SentencePieceTokenizer(Tokenizer):
         self._unknown = model.decode([model.unk_id()]).encode()
 
     @cached_property
+    def _partition(self) -> Partition:
+        return Partition(AddedToken(text, token, True) for text, token in self.special_tokens.items())
+
+    @cached_property
     def special_tokens(self) -> Mapping[str, int]:  # type: ignore[override]
         return {piece: token for token, piece in enumerate(self._pieces) if piece and self._model.is_control(token)}
 
-    def _encode_text(self, text: str) -> list[int]:
-        return list(self._model.encode(text))
+    def _encode(self, text: str, trusted: bytes) -> list[int]:
+        ids: list[int] = []
+        for part in self._partition.split(text, trusted):
+            ids += [part] if isinstance(part, int) else self._model.encode(part)
+        return ids
 
     def _read_entry(self, token: int) -> tuple[TokenKind, bytes]:
         if self._model.is_control(token):

@@ -26,7 +26,7 @@ def test_special_tokens_in_what_is_said_stay_text(model: Model) -> None:
     inside = tokenizer.encode(evil, bos=False)[1:-1]  # the first and last may be joined with what the template writes
     assert len(inside) > 10 and not {start, end} & set(inside)
     places = [at for at in range(len(ids)) if ids[at : at + len(inside)] == inside]
-    assert len(places) == 2, "the system's and the user's message are text; an answer's <think> is a token"
+    assert len(places) == 3, "the messages are text, except <think>, which is no control token"
     assert tokenizer.decode(ids).count(evil) == 3
     every = "".join(map(chr, range(0xFDD0, 0xFDF0)))
     assert model.chat()._encode([{"role": "user", "content": every}])
@@ -36,8 +36,8 @@ def test_special_tokens_in_what_is_said_stay_text(model: Model) -> None:
     encoder.__dict__["_special"] = re.compile("ab|bcd")  # tokens that overlap are guarded one after the other
     assert encoder.guarded_message({"role": "user", "content": "abcd ab"}, "G")["content"] == "aGbGcd aGb"
     del encoder.__dict__["_special"]
-    think = tokenizer.special_tokens["<think>"]
-    assert ids.count(think) == 1, "only an answer thinks"
+    think = tokenizer.encode("<think>", bos=False)[0]
+    assert ids.count(think) == 3, "an added token that is no control token is one in any text"
 
 
 def test_apply_chat_template(model: Model) -> None:
