@@ -91,6 +91,8 @@ class Backend(Protocol):
     """Types that the inputs of linear layers may be quantised to."""
     in_host_memory: ClassVar[bool]
     """Whether weights and KV cache are in host memory."""
+    mixed_tokens: ClassVar[int]
+    """Maximum number of rows of a run in which others decode beside a prompt: they must not wait for long."""
     lookahead: ClassVar[int]
     """Runs that may be submitted before the one whose tokens are awaited is done. 0: `submit` does the work."""
     decode_sizes: ClassVar[tuple[int, ...]]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from .checkpoint import Weight
-from .errors import NOT_NUMBERS, Error
+from .errors import Error
 from .graph import PAGE_TABLE
 from .ir import DTYPES, Graph, Op, Value
 from .memory import available_bytes
@@ -284,6 +284,7 @@ class ReferenceBackend:
     default_kv_dtype: ClassVar[KVType] = "f32"
     activation_types: ClassVar[tuple[ActivationType, ...]] = ("f32", "int8")
     in_host_memory: ClassVar[bool] = True
+    mixed_tokens: ClassVar[int] = 16
     lookahead: ClassVar[int] = 0
     decode_sizes: ClassVar[tuple[int, ...]] = (1,)
     workers = 1

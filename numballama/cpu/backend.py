@@ -10,7 +10,7 @@ import numba
 import numpy as np
 from numba import types
 
-from .. import memory, progress
+from .. import memory
 from ..checkpoint import Weight
 from ..errors import Error
 from ..fusion import fuse
@@ -105,7 +105,7 @@ class CpuProgram:
                 if token >= 0:
                     table.accept(slot, token)
             return 0
-        self._record[LOGITS], self._record[SLOTS], self._record[SAMPLER] = self._logits, slots.ctypes.data, table.address
+        self._record[LOGITS:OUT] = self._logits, slots.ctypes.data, table.address
         self._record[OUT:] = sampled.addresses
         self._run_steps(tokens, 0, self.plan.sampling_start, rows)
         return 0
@@ -138,6 +138,7 @@ class CpuBackend:
     default_kv_dtype: ClassVar[KVType] = "f32"
     activation_types: ClassVar[tuple[ActivationType, ...]] = ("f32", "int8")
     in_host_memory: ClassVar[bool] = True
+    mixed_tokens: ClassVar[int] = 16
     lookahead: ClassVar[int] = 0
     decode_sizes: ClassVar[tuple[int, ...]] = (1,)
 

@@ -120,7 +120,7 @@ class Engine:
         """
         self._driver.check_process()
         settings = DEFAULTS if params is None else params
-        ids = self._validate(prompt)
+        ids = self.validate(prompt)
         number = next(self._numbers)
         state = RequestState(f"request-{number}" if request_id is None else request_id, process)
         room = self.capacity - len(ids) + 1
@@ -155,7 +155,7 @@ class Engine:
                 self._driver.lock.notify_all()
         return Request(self, state)
 
-    def _validate(self, prompt: Iterable[int]) -> list[int]:
+    def validate(self, prompt: Iterable[int]) -> list[int]:
         """The prompt as a list of int. Raises `Error`, or `ContextError` if it can never fit."""
         given = list(prompt)
         ids = np.array(given) if given else np.zeros(0, np.int64)

@@ -75,7 +75,7 @@ class ModelRunner:
         output: Sequence[int],
         stop_ids: frozenset[int],
     ) -> None:
-        """Start sampling in a slot, or resume after `output`. Raises `Error` for params that the model cannot follow."""
+        """Start sampling in a slot, or resume after `output`. Raises `Error` for params that it cannot follow."""
         self.table.assign(slot, params, prompt, output, stop_ids)
 
     def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
@@ -93,6 +93,8 @@ class ModelRunner:
         inputs = program.inputs
         inputs["ids"][:rows], inputs["positions"][:rows] = batch.ids, batch.positions
         inputs["sequences"][:rows] = batch.slots
+        if not self.lookahead and batch.decodes:
+            inputs["ids"][: batch.decodes] = self.table.last_token[batch.slots[: batch.decodes]]
         if "rows" in inputs:
             inputs["rows"][:wanted] = batch.logits
         if wanted:
