@@ -58,7 +58,7 @@ def write_tiles(positions: np.ndarray, sequences: np.ndarray, out: np.ndarray) -
 
 
 class RunInputs:
-    """The inputs of a run: the numbers of tokens and of rows with logits, the graph's inputs and the run's tiles, in one
+    """The inputs of a run: numbers of tokens and of rows with logits, the graph's inputs and the run's tiles, in one
     block of memory on either side.
 
     The host writes `host`; `send` copies it to the device.

@@ -11,13 +11,18 @@ ends at once.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numba import cuda
 
-from ..intrinsics import griddepcontrol_wait
-from .common import device, first_visible, is_padding_token, launch_bounds
-from .decode_attention import attend_split
+from ..intrinsics import address, ex2_approx, griddepcontrol_wait
+from ..quant_traits import load_element
+from .common import LOG2_E, device, first_visible, is_padding_token, kv_index, launch_bounds, pdl_sync
+from .decode_attention import LOWEST_SCORE, attend_split
 from .params import HEADS_PER_BLOCK, ROW_SPLIT_KEYS
+from .params import PLAIN_ATTENTION_THREADS as PLAIN_THREADS
+from .reduce import block_max, block_sum
 
 
 @device
@@ -85,3 +90,46 @@ def attention_grouped_rows_kernel(tokens, q, k_cache, v_cache, positions, sequen
     rows_attention(tokens, q, k_cache, v_cache, (page_table, table_stride, log2_page), positions, sequences, out,
                    partials, counters, kv_heads, shared_by, head_dim, window, lanes, subgroups, inverse_subgroups,
                    inverse_head_dim, splits, tiles, listed, max_score, exp_sum, acc, is_last)  # fmt: skip
+
+
+@cuda.jit
+def attention_plain_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page, out,
+                           kv_heads, shared_by, head_dim, window):  # fmt: skip
+    """Attention for heads that are not whole 16 bytes. One block per head; one thread per key, then per element."""
+    if is_padding_token(tokens):
+        return
+    pdl_sync()
+    shared = cuda.shared.array(0, np.float32)  # a tile's weights, then the weighted values so far
+    scratch = cuda.shared.array(32, np.float32)
+    t, head, thread = cuda.blockIdx.y, cuda.blockIdx.x, cuda.threadIdx.x
+    q_at = (t * kv_heads * shared_by + head) * head_dim
+    pages, sequence, kv_head = (page_table, table_stride, log2_page), sequences[t], head // shared_by
+    length = positions[t] + 1
+    factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
+    max_score, exp_sum = LOWEST_SCORE, np.float32(0)
+    for d in range(thread, head_dim, PLAIN_THREADS):
+        shared[PLAIN_THREADS + d] = 0
+    for first in range(first_visible(length, window), length, PLAIN_THREADS):
+        score = LOWEST_SCORE
+        if first + thread < length:
+            score = np.float32(0)
+            key = address(k_cache, kv_index(pages, sequence, kv_head, first + thread, kv_heads, head_dim))
+            for d in range(head_dim):
+                score += q[q_at + d] * load_element(k_cache, key, d)
+            score *= factor
+        new_max = max(max_score, block_max(score, scratch))
+        weight = ex2_approx(score - new_max) if first + thread < length else np.float32(0)
+        rescale = ex2_approx(max_score - new_max)
+        exp_sum = exp_sum * rescale + block_sum(weight, scratch)
+        shared[thread] = weight
+        max_score = new_max
+        cuda.syncthreads()
+        for d in range(thread, head_dim, PLAIN_THREADS):
+            value = shared[PLAIN_THREADS + d] * rescale
+            for p in range(min(PLAIN_THREADS, length - first)):
+                at = address(v_cache, kv_index(pages, sequence, kv_head, first + p, kv_heads, head_dim))
+                value += shared[p] * load_element(v_cache, at, d)
+            shared[PLAIN_THREADS + d] = value
+        cuda.syncthreads()
+    for d in range(thread, head_dim, PLAIN_THREADS):
+        out[q_at + d] = shared[PLAIN_THREADS + d] / exp_sum
