@@ -34,7 +34,7 @@ followed by the kinds of rows in the run.
 
 
 def write_tiles(positions: np.ndarray, sequences: np.ndarray, out: np.ndarray) -> None:
-    """List the rows of a run in tiles i32[1 + at least T, 2] for `prefill_attention` and `decode_attention`.
+    """List the rows of a run in tiles i32[1 + at least T, 2] for `prefill_attention` and `rows_attention`.
 
     `out[0]` is (tiles, single rows). The tiles follow: (first row, rows), up to 64 rows of one sequence whose positions
     follow each other; those with most keys first. Single rows, without such a neighbour, are listed from the end on:
@@ -58,8 +58,8 @@ def write_tiles(positions: np.ndarray, sequences: np.ndarray, out: np.ndarray) -
 
 
 class RunInputs:
-    """The inputs of a run: the numbers of tokens and of rows with logits, and the graph's inputs, in one block of memory
-    on either side.
+    """The inputs of a run: numbers of tokens and of rows with logits, the graph's inputs and the run's tiles, in one
+    block of memory on either side.
 
     The host writes `host`; `send` copies it to the device.
     """
@@ -102,8 +102,8 @@ class RunInputs:
     @property
     def row_kinds(self) -> tuple[RowKind, ...]:
         """What kinds of rows the run has that was sent last."""
-        tiles, alone = self._host_tiles[0]
-        return ("chunks",) * bool(tiles) + ("single rows",) * bool(alone)
+        kinds: tuple[RowKind, RowKind] = ("chunks", "single rows")
+        return tuple(kind for kind, count in zip(kinds, self._host_tiles[0], strict=True) if count)
 
     def send(self, tokens: int, step: int, rows: int = 1) -> None:
         """Enqueue a copy of the current inputs to the device. The decode step after it has number `step` + 1."""

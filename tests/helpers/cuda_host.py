@@ -180,7 +180,7 @@ def install(
 
     class HostLaunch:
         def __init__(self, device: HostDevice, kernel: Any, launch: Any) -> None:
-            self.name, self.launch = launch.name, launch
+            self.name, self.launch, self.only_for = launch.name, launch, launch.only_for
 
         def __call__(self) -> None:
             run(self.launch)

@@ -394,7 +394,7 @@ def test_a_gpu_with_kernels_in_the_cache_needs_no_numba() -> None:
         "from numballama.cuda import compiler, launch\n"
         "from numballama.cuda.ops import elementwise\n"
         "array = launch.Array(256, (4, 64), 'f32')\n"
-        "ctx = launch.LaunchContext(4, 1 << 16, array, lambda n: array)\n"
+        "ctx = launch.LaunchContext(4, 1 << 16, array, array, lambda n: array)\n"
         "(one,) = elementwise.add(ctx, array, array, array)\n"
         "assert compiler.cache_entry(one.specialization, (9, 0), Path('cache')) is not None"
     )

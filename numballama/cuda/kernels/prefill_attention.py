@@ -8,7 +8,7 @@ Data layout. Each of four warps has 16 queries. Their fragments stay in register
 Scores have the layout of the weights' fragments, so they stay in registers too. Tiles of 64 keys and 64 values are
 copied to two stages of shared memory, one ahead of the one in use. A head is padded with zeros to 64 or 128 elements.
 The host divides a run into tiles of up to 64 tokens of one sequence whose positions follow each other
-(`program.write_tiles`); tokens that stand alone are left to `decode_attention`. A block computes one head of a tile.
+(`program.write_tiles`); tokens that stand alone are left to `rows_attention`. A block computes one head of a tile.
 
 Why. The work is 4 · T · length / 2 · head_dim operations per head. Tensor cores of an H200 do some 600 · 10^12 per
 second, and K and V are read once for 64 queries, so arithmetic is the floor. Operands have the cache's 16-bit type;

@@ -2,8 +2,9 @@
 
 A single token (`kernels/decode_attention.py`): in a short context one block computes each head. A long context is split
 over blocks, and one block computes `HEADS_PER_BLOCK` query heads that share keys (grouped-query attention), so that a
-key is read once for them. Rows of many sequences: the same, but a row's splits depend on its length only, so that its
-result does not depend on other rows. Prompts (`kernels/prefill_attention.py`) use tensor cores.
+key is read once for them. Rows of many sequences (`kernels/rows_attention.py`): the same, but a row's splits depend on
+its length only, so that its result does not depend on other rows. Prompts (`kernels/prefill_attention.py`) use tensor
+cores.
 """
 
 from __future__ import annotations
@@ -33,11 +34,12 @@ from ..launch import Argument, Array, Launch, LaunchContext, named, paged
 from .gemm import FEW
 
 DECODE = "numballama.cuda.kernels.decode_attention"
-ATTENTION_PLAIN = KernelRef(DECODE, "attention_plain_kernel")
 ATTENTION_SINGLE = KernelRef(DECODE, "attention_single_kernel")
 ATTENTION_GROUPED = KernelRef(DECODE, "attention_grouped_kernel")
-ATTENTION_ROWS = KernelRef(DECODE, "attention_rows_kernel")
-ATTENTION_GROUPED_ROWS = KernelRef(DECODE, "attention_grouped_rows_kernel")
+ROWS = "numballama.cuda.kernels.rows_attention"
+ATTENTION_PLAIN = KernelRef(ROWS, "attention_plain_kernel")
+ATTENTION_ROWS = KernelRef(ROWS, "attention_rows_kernel")
+ATTENTION_GROUPED_ROWS = KernelRef(ROWS, "attention_grouped_rows_kernel")
 PLAIN = "numballama.kernels_cuda"
 ATTENTION_SCORES = KernelRef(PLAIN, "attention_scores_kernel")
 ATTENTION_VALUES = KernelRef(PLAIN, "attention_values_kernel")
