@@ -152,7 +152,7 @@ class Engine:
                     self._last_step = time.monotonic()
                 self._requests[state.id] = state
                 self._inbox.append(state)
-                self._driver.lock.notify_all()
+                self._driver.notify()
         return Request(self, state)
 
     def _validate(self, prompt: Iterable[int]) -> list[int]:
@@ -321,21 +321,24 @@ class Engine:
         self.scheduler.collected(run)
         self._hand_out(run, sampled)
         self._steps += 1
+        self._generated_tokens += len(run.sampled)
         self._last_step = now = time.monotonic()
         if now >= self._rates.next_sample:
             self._rates.sample(now, self._prompt_tokens, self._generated_tokens)
 
     def _hand_out(self, run: Run, sampled: SampledTokens) -> None:
         """Add the tokens of a run to their sequences, and what is made of them to their requests."""
-        for row, (sequence, token) in enumerate(zip(run.sampled, sampled.tokens.tolist(), strict=True)):
+        tokens = sampled.tokens.tolist()
+        for row, sequence in enumerate(run.sampled):
             if sequence.status is Status.FINISHED:
                 continue
-            self._handling = state = _state(sequence)
+            token, state = tokens[row], sequence.request
+            assert state is not None
+            self._handling = state
             if token < 0:
                 self._end(state, Error(NOT_NUMBERS))
                 continue
             sequence.ids.append(token)
-            self._generated_tokens += 1
             reason: FinishReason | None = None
             stop: int | str | None = None
             if token in sequence.stop_ids:
