@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import overload
-
-import numpy as np
 
 from ..errors import NOT_NUMBERS, ContextError, DeviceError, Error
 from ..sampling import DEFAULTS, SamplingParams
@@ -157,17 +156,15 @@ class Engine:
 
     def _validate(self, prompt: Iterable[int]) -> list[int]:
         """The prompt as a list of int. Raises `Error`, or `ContextError` if it can never fit."""
-        given = list(prompt)
-        ids = np.array(given) if given else np.zeros(0, np.int64)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise Error("token ids must be whole numbers")
-        if not len(ids):
+        try:
+            ids = list(map(operator.index, prompt))
+        except TypeError:
+            raise Error(f"token ids must be a sequence of whole numbers, found {prompt!r}") from None
+        if not ids:
             raise Error("the prompt is empty: at least one token is needed to start from")
-        if ids.min() < 0 or ids.max() >= self.runner.vocab_size:
-            index = int(np.flatnonzero((ids < 0) | (ids >= self.runner.vocab_size))[0])
-            raise Error(
-                f"token {index} of the prompt is {ids[index]}; the vocabulary has 0 to {self.runner.vocab_size - 1}"
-            )
+        if min(ids) < 0 or max(ids) >= self.runner.vocab_size:
+            index, token = next((n, t) for n, t in enumerate(ids) if not 0 <= t < self.runner.vocab_size)
+            raise Error(f"token {index} of the prompt is {token}; the vocabulary has 0 to {self.runner.vocab_size - 1}")
         if len(ids) > self.capacity:
             limit = (
                 f"the context {self.context:,}; shorten it, or compile with context="
@@ -175,7 +172,7 @@ class Engine:
                 else f"all pages of the KV cache {self.capacity:,}; shorten it, or compile with kv_tokens="
             )
             raise ContextError(f"the prompt has {len(ids):,} tokens and {limit}")
-        return ids.tolist()
+        return ids
 
     def cancel(self, request_id: str) -> bool:
         """End a request at the next step, from any thread. False if there is none of this id."""
