@@ -39,8 +39,10 @@ class Driver:
         name: str,
     ) -> None:
         self._step, self._has_work, self._fail, self._name = step, has_work, fail, name
-        self.lock = threading.Condition(threading.Lock())
+        self.lock = threading.Lock()
         """Held for a few instructions at a time, never during a step."""
+        self._changed = threading.Condition(self.lock)
+        self._listeners = 0  # threads that wait for `_changed`
         self._stepping: int | None = None  # identity of the thread that may call `step`
         self._sleeping: dict[RequestState, None] = {}  # requests whose readers sleep on a lock, in order
         self._thread: threading.Thread | None = None
@@ -90,6 +92,19 @@ class Driver:
         if self._stepping == threading.get_ident():
             raise Error("a callback cannot wait for responses: it runs in the thread that generates them")
 
+    def notify(self) -> None:
+        """Tell the engine's thread, and those who wait for their turn, that something has changed. The lock is held."""
+        if self._listeners:
+            self._changed.notify_all()
+
+    def _listen(self) -> None:
+        """Wait for `notify`. The lock is held."""
+        self._listeners += 1
+        try:
+            self._changed.wait()
+        finally:
+            self._listeners -= 1
+
     def _leave(self) -> None:
         """Let another thread step."""
         with self.lock:
@@ -99,7 +114,7 @@ class Driver:
     def _pass_on(self) -> None:
         """Wake somebody who can step, if nobody does. The lock is held."""
         if self._stepping is None:
-            self.lock.notify_all()
+            self.notify()
             if self._sleeping and self._nobody_steps:
                 _wake(self._sleeping, next(iter(self._sleeping)))
 
@@ -169,7 +184,7 @@ class Driver:
         while True:
             with self.lock:
                 while not self._stopping and (self._stepping is not None or self._pausing or not self._has_work()):
-                    self.lock.wait()
+                    self._listen()
                 if self._stopping:
                     return
                 self._stepping = threading.get_ident()
@@ -189,7 +204,7 @@ class Driver:
             if thread is None:
                 return
             self._stopping = True
-            self.lock.notify_all()
+            self.notify()
         thread.join()
         with self.lock:
             if self._thread is thread:
@@ -201,11 +216,11 @@ class Driver:
         with self.lock:
             self._check_callback()
             self.closed = True
-            self.lock.notify_all()
+            self.notify()
         self.stop()
         with self.lock:
             while self._stepping is not None:
-                self.lock.wait()
+                self._listen()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -216,7 +231,7 @@ class Driver:
             self._pausing += 1
             try:
                 while self._stepping is not None:
-                    self.lock.wait()
+                    self._listen()
                 self._stepping = threading.get_ident()
             finally:
                 self._pausing -= 1

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 import os
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import overload
-
-import numpy as np
 
 from ..errors import NOT_NUMBERS, ContextError, DeviceError, Error
 from ..sampling import DEFAULTS, SamplingParams
@@ -152,22 +151,20 @@ class Engine:
                     self._last_step = time.monotonic()
                 self._requests[state.id] = state
                 self._inbox.append(state)
-                self._driver.lock.notify_all()
+                self._driver.notify()
         return Request(self, state)
 
     def validate(self, prompt: Iterable[int]) -> list[int]:
         """The prompt as a list of int. Raises `Error`, or `ContextError` if it can never fit."""
-        given = list(prompt)
-        ids = np.array(given) if given else np.zeros(0, np.int64)
-        if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise Error("token ids must be whole numbers")
-        if not len(ids):
+        try:
+            ids = list(map(operator.index, prompt))
+        except TypeError:
+            raise Error(f"token ids must be a sequence of whole numbers, found {prompt!r}") from None
+        if not ids:
             raise Error("the prompt is empty: at least one token is needed to start from")
-        if ids.min() < 0 or ids.max() >= self.runner.vocab_size:
-            index = int(np.flatnonzero((ids < 0) | (ids >= self.runner.vocab_size))[0])
-            raise Error(
-                f"token {index} of the prompt is {ids[index]}; the vocabulary has 0 to {self.runner.vocab_size - 1}"
-            )
+        if min(ids) < 0 or max(ids) >= self.runner.vocab_size:
+            index, token = next((n, t) for n, t in enumerate(ids) if not 0 <= t < self.runner.vocab_size)
+            raise Error(f"token {index} of the prompt is {token}; the vocabulary has 0 to {self.runner.vocab_size - 1}")
         if len(ids) > self.capacity:
             limit = (
                 f"the context {self.context:,}; shorten it, or compile with context="
@@ -175,7 +172,7 @@ class Engine:
                 else f"all pages of the KV cache {self.capacity:,}; shorten it, or compile with kv_tokens="
             )
             raise ContextError(f"the prompt has {len(ids):,} tokens and {limit}")
-        return ids.tolist()
+        return ids
 
     def cancel(self, request_id: str) -> bool:
         """End a request at the next step, from any thread. False if there is none of this id."""
@@ -321,21 +318,24 @@ class Engine:
         self.scheduler.collected(run)
         self._hand_out(run, sampled)
         self._steps += 1
+        self._generated_tokens += len(run.sampled)
         self._last_step = now = time.monotonic()
         if now >= self._rates.next_sample:
             self._rates.sample(now, self._prompt_tokens, self._generated_tokens)
 
     def _hand_out(self, run: Run, sampled: SampledTokens) -> None:
         """Add the tokens of a run to their sequences, and what is made of them to their requests."""
-        for row, (sequence, token) in enumerate(zip(run.sampled, sampled.tokens.tolist(), strict=True)):
+        tokens = sampled.tokens.tolist()
+        for row, sequence in enumerate(run.sampled):
             if sequence.status is Status.FINISHED:
                 continue
-            self._handling = state = _state(sequence)
+            token, state = tokens[row], sequence.request
+            assert state is not None
+            self._handling = state
             if token < 0:
                 self._end(state, Error(NOT_NUMBERS))
                 continue
             sequence.ids.append(token)
-            self._generated_tokens += 1
             reason: FinishReason | None = None
             stop: int | str | None = None
             if token in sequence.stop_ids:

@@ -19,7 +19,7 @@ class Match(Generic[Writer]):
     pages: list[int]
     """Computed pages, in order."""
     node: Hashable
-    """Node of the last of them; the root if there are none."""
+    """Node of the last of them, or of the root if there are none."""
     awaited: int = 0
     """The last of the pages after them that somebody is computing just now, or 0."""
     writer: Writer | None = None
@@ -83,8 +83,9 @@ class BlockManager(Generic[Writer]):
 
     def match(self, root: Hashable, ids: Sequence[int]) -> Match[Writer]:
         """Find the pages that hold the beginning of `ids`. The last id never counts: its logits must be computed."""
-        size, found = self.page, Match[Writer]([], root)
-        node = root
+        size = self.page
+        node: Hashable = (root,)  # a tuple is no node of a page, whatever the root is
+        found = Match[Writer]([], node)
         for start in range(0, (len(ids) - 1) // size * size, size):
             page = self._index.get((node, tuple(ids[start : start + size])))
             if page is None:

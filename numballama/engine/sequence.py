@@ -95,7 +95,7 @@ class Sequence:
         """Rows may be planned for positions below this without a further look."""
         self.entered = self.published = self.publish_at = 0
         """Pages in the prefix cache's index; pages computed; positions computed when the next page is full."""
-        self.chain: Hashable = self.root
+        self.chain: Hashable = None
         """Node of the last entered page."""
 
     @property

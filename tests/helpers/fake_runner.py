@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from numballama.engine.request import TokenEvent
 from numballama.engine.runner import FEED, Batch
 from numballama.sampling import SamplingParams
 
@@ -45,7 +47,7 @@ class FakeRunner:
     """Runs are done when they are collected, `lookahead` or more submits after their own, as on a GPU.
 
     A page holds the ids written to it. A row reads the ids of its whole history through the page table as it stood at
-    the submit. `after_submit` and `before_collect` are called with the number of the run.
+    the submit. `before_submit` and `before_collect` are called with the number of the run.
     """
 
     max_sequences: int = 4
@@ -55,6 +57,7 @@ class FakeRunner:
     pages_per_sequence: int = 16
     lookahead: int = 0
     vocab_size: int = 1000
+    before_submit: Callable[[int], None] = lambda number: None
     before_collect: Callable[[int], None] = lambda number: None
     nan_after: dict[int, int] = field(default_factory=dict)
     """Prompt's first token → number of output tokens after which its logits are NaN."""
@@ -73,7 +76,6 @@ class FakeRunner:
         self.results: dict[int, FakeSampled] = {}
         self.in_flight: deque[int] = deque()
         self.batches: list[Batch] = []
-        self.thread: int | None = None
         self.busy = threading.Lock()
 
     def start(
@@ -92,10 +94,12 @@ class FakeRunner:
     def submit(self, batch: Batch) -> int:
         assert self.busy.acquire(blocking=False), "one thread at a time drives a runner"
         try:
+            self.before_submit(self.runs)
             assert 1 <= batch.rows <= self.max_tokens
             assert len(self.in_flight) <= self.lookahead, "too many runs in flight"
             self.check_shape(batch)
             copied = Batch(*(a.copy() for a in (batch.ids, batch.positions, batch.slots, batch.logits)), batch.decodes)
+            self.batches.append(copied)
             number = self.runs
             self.runs += 1
             self.rows += batch.rows
@@ -149,6 +153,8 @@ class FakeRunner:
         elif what == "pages":
             slot, first, pages = arguments
             self.table[slot, first : first + len(pages)] = pages
+        elif what == "poison":
+            self.content[arguments[0]] = POISON
         elif what == "mask":
             slot, mask = arguments
             self.masks.pop(slot, None)
@@ -194,5 +200,15 @@ class FakeRunner:
         return token
 
     def poison(self, pages: Sequence[int]) -> None:
-        """Overwrite pages that nobody may read any more."""
-        self.content[list(pages)] = POISON
+        """Overwrite pages that nobody may read any more, after the runs submitted so far."""
+        self.queue.append(("poison", (list(pages),)))
+
+
+def make_params(**options: Any) -> SamplingParams:
+    """Greedy settings, changed by `options`."""
+    return SamplingParams(**{"temperature": 0, "max_tokens": 8, **options})
+
+
+def tokens_of(request: Iterable[TokenEvent], index: int = 0) -> list[int]:
+    """Read one of a request's sequences to the end."""
+    return [event.token for event in request if event.index == index]
