@@ -208,19 +208,6 @@ def st_shared_units(typingctx, sums, at, part):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def ld_global_cg_v4_f32(typingctx, where):  # type: ignore[no-untyped-def]
-    """ld.global.cg.v4.f32: four float32 from a 16-byte aligned global address, past the multiprocessor's own cache."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        kind = ir.LiteralStructType([F32] * 4)
-        text = "ld.global.cg.v4.f32 {$0, $1, $2, $3}, [$4];"
-        loaded = call_asm(builder, kind, text, "=f,=f,=f,=f,l,~{memory}", args)
-        return context.make_tuple(builder, FLOATS4, [builder.extract_value(loaded, i) for i in range(4)])
-
-    return FLOATS4(types.int64), codegen
-
-
-@intrinsic
 def st_global_v4_f32(typingctx, where, a, b, c, d):  # type: ignore[no-untyped-def]
     """st.global.v4.f32: four float32 to a 16-byte aligned global address."""
 
@@ -229,3 +216,14 @@ def st_global_v4_f32(typingctx, where, a, b, c, d):  # type: ignore[no-untyped-d
         return context.get_dummy_value()
 
     return types.void(types.int64, *[types.float32] * 4), codegen
+
+
+@intrinsic
+def st_global_f32(typingctx, where, number):  # type: ignore[no-untyped-def]
+    """st.global.f32: a float32 to a 4-byte aligned global address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        call_asm(builder, VOID, "st.global.f32 [$0], $1;", "l,f,~{memory}", args)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), codegen

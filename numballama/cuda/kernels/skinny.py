@@ -9,7 +9,8 @@ row (`round_kernel`). Memory bandwidth is the floor: W of 4096 × 4096 in float1
   shared memory, `stages` - 1 steps ahead, without a barrier, from one tile to the next. The first copies start before
   the kernel waits for its predecessor.
 - At the end of a tile the `k_warps` warps with the same rows add their sums up through shared memory, in the order of
-  the warps. Slices go to `partials`; the last block of a tile to arrive adds them up in the order of the slices.
+  the warps. If there is one slice, they finish the results. Otherwise the sums of the slices go to `partials`, and
+  `skinny_sum_kernel` adds them up in the order of the slices.
 - So an element's sum has one order, whatever the number of tokens. Its row of X alone decides on its bits.
 
 A unit is what a warp has of 8 tokens: two tiles of 16 rows × 8 tokens, eight float32 per lane. With a gate, one tile has
@@ -23,16 +24,15 @@ from numba import cuda
 
 from ..fragments import (
     is_float32,
-    ld_global_cg_v4_f32,
     mma_step,
     pieces_of,
     splat_half,
+    st_global_f32,
     st_global_v4_f32,
     st_shared_units,
 )
 from ..intrinsics import (
     address,
-    atom_add_1,
     cp_async_4,
     cp_async_8,
     cp_async_16,
@@ -51,7 +51,7 @@ from ..intrinsics import (
 )
 from ..mma import zeros8, zeros16, zeros32, zeros64
 from ..quant_traits import has_scales, is_q4_1, is_q4_k, is_q6_k, scale_bytes
-from .common import device, launch_bounds, silu_and_mul
+from .common import device, launch_bounds, pdl_sync, silu_and_mul
 from .dequant import FOUR_FACTORS, FOUR_RECORD, SIX_FACTORS, SIX_RECORD, SIX_SCALES, factors_of, factors_q6_k
 from .params import SKINNY_ROWS as ROWS
 from .params import SKINNY_STEP_BYTES as STEP_BYTES
@@ -61,6 +61,8 @@ from .params import SKINNY_PLANE_BYTES as PLANE
 
 HIGH_AT = 3 * PLANE
 """Byte offset of q6_k's upper bits after a stage's payload."""
+UNIT = 256
+"""Sums of a unit, as float32."""
 
 
 # Rows
@@ -228,44 +230,37 @@ def stage_x(x, padded, first_token, tokens, rows, first_column, row_bytes, paylo
 
 
 @device
-def store(out, at, value, residual, added):
-    """out[at] = value, plus the residual if `added`."""
-    out[at] = value + residual[at] if added else value
-
-
-@device
-def put(row, token, value, rows, kv_rows, residual, added, outs):
-    """One element of the result: of the first weight, or of keys or values after it."""
-    q, k, v = outs
-    if row < rows:
-        store(q, token * rows + row, value, residual, added)
-    elif row < rows + kv_rows:
-        k[token * kv_rows + row - rows] = value
-    elif row < rows + 2 * kv_rows:
-        v[token * kv_rows + row - rows - kv_rows] = value
+def put_row(row, token, here, a, b, rows, kv_rows, residual, added, outs):
+    """Write a row's results for two tokens from `token` on, `here` of which exist. Rows of keys and values come after
+    those of the first weight.
+    """
+    width = rows if row < rows else kv_rows
+    inside = row if row < rows else (row - rows if row < rows + kv_rows else row - rows - kv_rows)
+    if row < rows + 2 * kv_rows:
+        out = address(outs[0], 0) if row < rows else address(outs[1] if row < rows + kv_rows else outs[2], 0)
+        at = token * width + inside
+        if here > 0:
+            st_global_f32(out + 4 * at, a + residual[at] if added else a)
+        if here > 1:
+            st_global_f32(out + 4 * (at + width), b + residual[at + width] if added else b)
 
 
 @device
 def finish_unit(paired, group, token, tokens, x_scales, upper, lower, rows, kv_rows, residual, added, outs):
     """Write a unit's sums: `upper` of rows l / 4 and 8 more, `lower` of rows 16 further, for two tokens from `token`."""
-    row = (cuda.threadIdx.x & 31) >> 2
-    for i in range(2):
-        if token + i < tokens:
-            scale, n = x_scales[token + i], token + i
-            a, b = (upper[0], upper[2]) if i == 0 else (upper[1], upper[3])
-            c, d = (lower[0], lower[2]) if i == 0 else (lower[1], lower[3])
-            if paired:
-                first = group * 16 + row
-                if first < rows:
-                    outs[0][n * rows + first] = silu_and_mul(a * scale, c * scale)
-                if first + 8 < rows:
-                    outs[0][n * rows + first + 8] = silu_and_mul(b * scale, d * scale)
-            else:
-                first = group * ROWS + row
-                put(first, n, a * scale, rows, kv_rows, residual, added, outs)
-                put(first + 8, n, b * scale, rows, kv_rows, residual, added, outs)
-                put(first + 16, n, c * scale, rows, kv_rows, residual, added, outs)
-                put(first + 24, n, d * scale, rows, kv_rows, residual, added, outs)
+    here = tokens - token
+    scale = x_scales[token] if here > 0 else np.float32(0)
+    scale2 = x_scales[token + 1] if here > 1 else np.float32(0)
+    row = (group << (4 if paired else 5)) + ((cuda.threadIdx.x & 31) >> 2)
+    a, b, c, d = upper[0] * scale, upper[1] * scale2, upper[2] * scale, upper[3] * scale2
+    e, f, g, h = lower[0] * scale, lower[1] * scale2, lower[2] * scale, lower[3] * scale2
+    if paired:
+        a, b, c, d = silu_and_mul(a, e), silu_and_mul(b, f), silu_and_mul(c, g), silu_and_mul(d, h)
+    put_row(row, token, here, a, b, rows, kv_rows, residual, added, outs)
+    put_row(row + 8, token, here, c, d, rows, kv_rows, residual, added, outs)
+    if not paired:
+        put_row(row + 16, token, here, e, f, rows, kv_rows, residual, added, outs)
+        put_row(row + 24, token, here, g, h, rows, kv_rows, residual, added, outs)
 
 
 @device
@@ -275,24 +270,46 @@ def add4(a, b):
 
 
 @device
-def sum_of_slices(where, slices, distance):
-    """A unit's two tiles, added up over all slices, `distance` bytes apart from address `where` on."""
-    upper, lower = ld_global_cg_v4_f32(where), ld_global_cg_v4_f32(where + 512)
-    for s in range(1, slices, 2):
-        no_unroll()
-        at = where + s * distance
-        other = where + min(s + 1, slices - 1) * distance
-        a, b = ld_global_cg_v4_f32(at), ld_global_cg_v4_f32(at + 512)
-        c, d = ld_global_cg_v4_f32(other), ld_global_cg_v4_f32(other + 512)
-        upper, lower = add4(upper, a), add4(lower, b)
-        if s + 1 < slices:
-            upper, lower = add4(upper, c), add4(lower, d)
+def add_slice(partials, at, here, upper, lower):
+    """(upper, lower) plus the two tiles of a unit at this index, if `here`."""
+    if here:
+        upper, lower = add4(upper, ld_v4_f32(partials, at)), add4(lower, ld_v4_f32(partials, at + 128))
     return upper, lower
+
+
+@cuda.jit
+def skinny_sum_kernel(tokens, partials, x_scales, paired, residual, added, q, k, v, rows, kv_rows, slices, groups,
+                      log2_units, log2_row_warps):  # fmt: skip
+    """Add up the slices' sums and finish the results. A warp has a unit: blockIdx.x counts eight groups of 32 rows,
+    blockIdx.y units of 8 tokens.
+    """
+    pdl_sync()
+    lane, group = cuda.threadIdx.x & 31, cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)
+    token = 8 * cuda.blockIdx.y
+    if token >= tokens[0] or group >= groups:
+        return
+    units, row_warps = 1 << log2_units, 1 << log2_row_warps
+    token_tile, unit = cuda.blockIdx.y >> log2_units, cuda.blockIdx.y & (units - 1)
+    tile, row_warp = group >> log2_row_warps, group & (row_warps - 1)
+    tiles = (groups + row_warps - 1) >> log2_row_warps
+    at = ((token_tile * tiles + tile) * slices * row_warps + row_warp) * units + unit
+    distance = row_warps * units * UNIT
+    at = at * UNIT + 4 * lane
+    zero = np.float32(0)
+    upper, lower = (zero, zero, zero, zero), (zero, zero, zero, zero)
+    for s in range(0, slices, 4):
+        no_unroll()
+        upper, lower = add_slice(partials, at + s * distance, True, upper, lower)
+        upper, lower = add_slice(partials, at + (s + 1) * distance, s + 1 < slices, upper, lower)
+        upper, lower = add_slice(partials, at + (s + 2) * distance, s + 2 < slices, upper, lower)
+        upper, lower = add_slice(partials, at + (s + 3) * distance, s + 3 < slices, upper, lower)
+    finish_unit(paired, group, token + 2 * (lane & 3), tokens[0], x_scales, upper, lower, rows, kv_rows, residual, added,
+                (q, k, v))  # fmt: skip
 
 
 @device
 def skinny(zeros, tokens, x, padded, x_scales, w0, w1, w2, stride, s0, s1, s2, scale_stride, shift, paired, residual,
-           added, outs, rows, kv_rows, partials, counters, tiles, slices, slice_steps, log2_k_warps, stages,
+           added, outs, rows, kv_rows, partials, tiles, slices, slice_steps, log2_k_warps, stages,
            slot_bytes):  # fmt: skip
     """The body of all kernels here, for `zeros.size` / 8 units. blockIdx.x counts tiles of rows that blocks begin with,
     blockIdx.y tiles of tokens, blockIdx.z slices of K.
@@ -311,7 +328,6 @@ def skinny(zeros, tokens, x, padded, x_scales, w0, w1, w2, stride, s0, s1, s2, s
     ring_at = x_at + 8 * units * x_row
     sums_at = ring_at + WARPS * stages * slot_bytes
     sums_index = (sums_at - x_at) >> 2
-    unit_floats = 256
     together = units if units < UNITS else 2
     ring = ring_at + warp * (stages * slot_bytes)
     size = scale_bytes(s0)
@@ -375,11 +391,11 @@ def skinny(zeros, tokens, x, padded, x_scales, w0, w1, w2, stride, s0, s1, s2, s
             while local < together:
                 no_unroll()
                 unit = part * together + local
-                at = sums_index + ((row_warp << log2_k_warps) * together + local) * unit_floats + 4 * lane
+                at = sums_index + ((row_warp << log2_k_warps) * together + local) * UNIT + 4 * lane
                 upper, lower = ld_v4_f32(shared, at), ld_v4_f32(shared, at + 128)
                 for k in range(1, k_warps):
                     no_unroll()
-                    other = at + k * (together * unit_floats)
+                    other = at + k * (together * UNIT)
                     upper, lower = add4(upper, ld_v4_f32(shared, other)), add4(lower, ld_v4_f32(shared, other + 128))
                 token = first_token + 8 * unit
                 if token < tokens[0]:
@@ -387,32 +403,10 @@ def skinny(zeros, tokens, x, padded, x_scales, w0, w1, w2, stride, s0, s1, s2, s
                         finish_unit(paired, group, token + 2 * (lane & 3), tokens[0], x_scales, upper, lower, rows,
                                     kv_rows, residual, added, outs)  # fmt: skip
                     else:
-                        to = address(partials, (slot_of_tile * units + unit) * unit_floats + 4 * lane)
+                        to = address(partials, (slot_of_tile * units + unit) * UNIT + 4 * lane)
                         st_global_v4_f32(to, upper[0], upper[1], upper[2], upper[3])
                         st_global_v4_f32(to + 512, lower[0], lower[1], lower[2], lower[3])
                 local += k_warps
-        if slices > 1:
-            cuda.syncthreads()
-            if cuda.threadIdx.x == 0:
-                counter = cuda.blockIdx.y * tiles + tile
-                last = atom_add_1(address(counters, counter)) == slices - 1
-                shared[sums_index] = np.float32(1) if last else np.float32(0)
-                if last:
-                    counters[counter] = 0
-            cuda.syncthreads()
-            if shared[sums_index] != np.float32(0):
-                distance = row_warps * units * (4 * unit_floats)
-                unit = np.int64(k_warp)
-                while unit < units:
-                    no_unroll()
-                    token = first_token + 8 * unit
-                    if token < tokens[0]:
-                        first = slot_of_tile - cuda.blockIdx.z * row_warps
-                        where = address(partials, (first * units + unit) * unit_floats + 4 * lane)
-                        upper, lower = sum_of_slices(where, slices, distance)
-                        finish_unit(paired, group, token + 2 * (lane & 3), tokens[0], x_scales, upper, lower, rows,
-                                    kv_rows, residual, added, outs)  # fmt: skip
-                    unit += k_warps
         tile += cuda.gridDim.x
     cp_async_wait_all()
 
@@ -420,42 +414,42 @@ def skinny(zeros, tokens, x, padded, x_scales, w0, w1, w2, stride, s0, s1, s2, s
 @launch_bounds(min_blocks=2)
 @cuda.jit
 def skinny_8_kernel(tokens, x, padded, x_scales, w0, w1, w2, stride, s0, s1, s2, scale_stride, shift, paired, residual,
-                    added, q, k, v, rows, kv_rows, partials, counters, tiles, slices, slice_steps, log2_k_warps,
+                    added, q, k, v, rows, kv_rows, partials, tiles, slices, slice_steps, log2_k_warps,
                     stages, slot_bytes):  # fmt: skip
     """x · Wᵀ of blocks of up to 8 tokens."""
     skinny(zeros8(), tokens, x, padded, x_scales, w0, w1, w2, stride, s0, s1, s2, scale_stride, shift, paired, residual,
-           added, (q, k, v), rows, kv_rows, partials, counters, tiles, slices, slice_steps, log2_k_warps, stages,
+           added, (q, k, v), rows, kv_rows, partials, tiles, slices, slice_steps, log2_k_warps, stages,
            slot_bytes)  # fmt: skip
 
 
 @launch_bounds(min_blocks=2)
 @cuda.jit
 def skinny_16_kernel(tokens, x, padded, x_scales, w0, w1, w2, stride, s0, s1, s2, scale_stride, shift, paired, residual,
-                     added, q, k, v, rows, kv_rows, partials, counters, tiles, slices, slice_steps, log2_k_warps,
+                     added, q, k, v, rows, kv_rows, partials, tiles, slices, slice_steps, log2_k_warps,
                      stages, slot_bytes):  # fmt: skip
     """x · Wᵀ of blocks of up to 16 tokens."""
     skinny(zeros16(), tokens, x, padded, x_scales, w0, w1, w2, stride, s0, s1, s2, scale_stride, shift, paired, residual,
-           added, (q, k, v), rows, kv_rows, partials, counters, tiles, slices, slice_steps, log2_k_warps, stages,
+           added, (q, k, v), rows, kv_rows, partials, tiles, slices, slice_steps, log2_k_warps, stages,
            slot_bytes)  # fmt: skip
 
 
 @launch_bounds(min_blocks=2)
 @cuda.jit
 def skinny_32_kernel(tokens, x, padded, x_scales, w0, w1, w2, stride, s0, s1, s2, scale_stride, shift, paired, residual,
-                     added, q, k, v, rows, kv_rows, partials, counters, tiles, slices, slice_steps, log2_k_warps,
+                     added, q, k, v, rows, kv_rows, partials, tiles, slices, slice_steps, log2_k_warps,
                      stages, slot_bytes):  # fmt: skip
     """x · Wᵀ of blocks of up to 32 tokens."""
     skinny(zeros32(), tokens, x, padded, x_scales, w0, w1, w2, stride, s0, s1, s2, scale_stride, shift, paired, residual,
-           added, (q, k, v), rows, kv_rows, partials, counters, tiles, slices, slice_steps, log2_k_warps, stages,
+           added, (q, k, v), rows, kv_rows, partials, tiles, slices, slice_steps, log2_k_warps, stages,
            slot_bytes)  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def skinny_64_kernel(tokens, x, padded, x_scales, w0, w1, w2, stride, s0, s1, s2, scale_stride, shift, paired, residual,
-                     added, q, k, v, rows, kv_rows, partials, counters, tiles, slices, slice_steps, log2_k_warps,
+                     added, q, k, v, rows, kv_rows, partials, tiles, slices, slice_steps, log2_k_warps,
                      stages, slot_bytes):  # fmt: skip
     """x · Wᵀ of blocks of up to 64 tokens."""
     skinny(zeros64(), tokens, x, padded, x_scales, w0, w1, w2, stride, s0, s1, s2, scale_stride, shift, paired, residual,
-           added, (q, k, v), rows, kv_rows, partials, counters, tiles, slices, slice_steps, log2_k_warps, stages,
+           added, (q, k, v), rows, kv_rows, partials, tiles, slices, slice_steps, log2_k_warps, stages,
            slot_bytes)  # fmt: skip

@@ -29,12 +29,16 @@ KERNELS = "numballama.cuda.kernels.skinny"
 SKINNY = {units: KernelRef(KERNELS, f"skinny_{8 * units}_kernel") for units in (1, 2, 4, 8)}
 """Units of 8 tokens of a block → the kernel for them."""
 
+SUM = KernelRef(KERNELS, "skinny_sum_kernel")
+
 MOST = 64
 """Up to this number of tokens these kernels are faster than `gemm`."""
 SCALE_PLANES = {"q4_0": 2, "q4_1": 4, "q4_k": 3, "q6_k": 3 + 8}
 """Type of a payload → words of scales, and of q6_k's upper bits, of a row in a step."""
 SHARED_BYTES = 227 << 10
 """Shared memory of a block on cards that have the most, for which K is divided."""
+RESERVED_BYTES = 1 << 10
+"""Shared memory that the system keeps of each block."""
 STAGES = 4
 
 
@@ -83,7 +87,7 @@ def divide(payload: str, scales: str, groups: int, columns: int, n_sms: int) -> 
             mine = ceil_div(tiles, max(1, n_sms // slices)) * max(1, slices / n_sms)
             streamed = mine * ceil_div(slice_steps, k_warps) * SKINNY_WARPS * slot / 30  # ns at 30 bytes per ns
             staged = 24 * 2 * slice_steps * per_step / 50
-            added = mine * (300 + (slices > 1) * 500) + (slices > 1) * (1000 + 100 * slices)
+            added = mine * 500 + (slices > 1) * (1500 + 24 * groups * SKINNY_ROWS * slices * 8 / 4000)
             candidates.append((streamed + staged + added, Division(k_warps, slice_steps, slices, tiles)))
     return min(candidates, key=lambda pair: pair[0])[1]
 
@@ -113,24 +117,35 @@ def _launch(
         stages //= 2
     token_tiles = ceil_div(tokens, 8 * units)
     rounded = _rounded(ctx, x, norm, eps, _operand_type(first), workspace)
-    partials, counters = x, ctx.tokens
+    partials = x
     if division.slices > 1:
         kept = token_tiles * 8 * units * division.tiles * division.row_warps * SKINNY_ROWS * division.slices
-        partials, counters = workspace.allocate((kept,), "f32"), ctx.zeros(token_tiles * division.tiles)
+        partials = workspace.allocate((kept,), "f32")
     w = [*weights, first, first][:3]
     out = [*outs, outs[0], outs[0]][:3]
+    finish = named(
+        paired=int(paired), residual=residual or x, added=int(residual is not None), q=out[0], k=out[1], v=out[2],
+        rows=rows, kv_rows=kv_rows,
+    )  # fmt: skip
     arguments = named(
         tokens=ctx.tokens, x=rounded.x, padded=rounded.x.shape[1], x_scales=rounded.scales, w0=w[0].payload,
         w1=w[1].payload, w2=w[2].payload, stride=first.stride, s0=w[0].scales, s1=w[1].scales, s2=w[2].scales,
-        scale_stride=first.scale_stride, shift=first.shift, paired=int(paired), residual=residual or x,
-        added=int(residual is not None), q=out[0], k=out[1], v=out[2], rows=rows, kv_rows=kv_rows, partials=partials,
-        counters=counters, tiles=division.tiles, slices=division.slices, slice_steps=division.slice_steps,
+        scale_stride=first.scale_stride, shift=first.shift, **finish, partials=partials, tiles=division.tiles, slices=division.slices, slice_steps=division.slice_steps,
         log2_k_warps=division.k_warps.bit_length() - 1, stages=stages, slot_bytes=slot,
     )  # fmt: skip
-    per_slice = min(division.tiles, max(1, ctx.n_sms // division.slices))
-    grid = per_slice, token_tiles, division.slices
     shared = _shared_bytes(units, stages, slot, width)
-    return [*rounded.launches, Launch(SKINNY[units], grid, SKINNY_THREADS, arguments, shared)]
+    per_sm = 2 if units < SKINNY_UNITS and 2 * (shared + RESERVED_BYTES) <= ctx.shared_limit + RESERVED_BYTES else 1
+    per_slice = min(division.tiles, max(1, per_sm * ctx.n_sms // division.slices))
+    grid = per_slice, token_tiles, division.slices
+    launches = [*rounded.launches, Launch(SKINNY[units], grid, SKINNY_THREADS, arguments, shared)]
+    if division.slices > 1:
+        arguments = named(
+            tokens=ctx.tokens, partials=partials, x_scales=rounded.scales, **finish, slices=division.slices,
+            groups=groups, log2_units=units.bit_length() - 1, log2_row_warps=division.row_warps.bit_length() - 1,
+        )  # fmt: skip
+        grid = ceil_div(groups, SKINNY_WARPS), ceil_div(tokens, 8)
+        launches.append(Launch(SUM, grid, SKINNY_THREADS, arguments))
+    return launches
 
 
 def linear(
