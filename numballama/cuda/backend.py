@@ -16,10 +16,10 @@ from ..plan import lower
 from . import ops  # noqa: F401 (registers the kernels)
 from .compile_worker import compile_ahead
 from .compiler import compile_kernel
-from .decode_pipeline import DeviceSamplerState
 from .driver import Device, LoadedKernel, Memory, PreparedLaunch
 from .launch import Array, Launch, Specialization
 from .program import CudaProgram
+from .sampler_table import DeviceSamplerTable
 from .weights import Weights, aligned
 
 if TYPE_CHECKING:
@@ -66,12 +66,7 @@ class CudaBackend:
         self._owned: list[_Owned] = []
         self.weights = Weights(self.device, weights)
         self._owned.append(self.weights)
-        try:
-            self.sampler_state = DeviceSamplerState(self.device)
-        except BaseException:
-            self.close()
-            raise
-        self._owned.append(self.sampler_state.memory)
+        self._sampler_table: DeviceSamplerTable | None = None
 
     @property
     def workers(self) -> int:
@@ -143,6 +138,13 @@ class CudaBackend:
         if self._prepared:
             self._compile_all(program.all_launches, report)
         return program
+
+    def sampler_table(self, vocab_size: int) -> DeviceSamplerTable:
+        """The state with which programs sample, in device memory; made when it is first needed."""
+        if self._sampler_table is None:
+            self._sampler_table = DeviceSamplerTable(self.device, 1, vocab_size)
+            self._owned.append(self._sampler_table)
+        return self._sampler_table
 
     def prepare_launches(self, steps: Sequence[Sequence[Launch]]) -> list[list[PreparedLaunch]]:
         """Compile the launches' kernels, or take them from the cache, load them and build the driver's structures."""

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..errors import NOT_NUMBERS, DeviceError, Error
-from ..sampling import REPEAT_WINDOW, SETTINGS, SamplerTable
-from .driver import Device, Memory, Pinned, PreparedLaunch
-from .launch import ITEM_BYTES, Array, Launch
+from ..sampling import SamplerTable
+from .driver import Pinned, PreparedLaunch
+from .launch import Array, Launch
 from .ops import sampling
-from .weights import aligned
+from .sampler_table import DeviceSampled
 
 if TYPE_CHECKING:
     from .program import CudaProgram
@@ -31,34 +31,6 @@ N_SLOTS = 64
 """Number of slots for tokens; a power of two above `LOOKAHEAD`."""
 POLL_LIMIT = 2000
 """Polls of a slot, some µs each, before the host asks whether the device still works."""
-
-
-class DeviceSamplerState:
-    """The sampler's state in device memory."""
-
-    def __init__(self, device: Device) -> None:
-        sizes = {
-            "settings": (SETTINGS, "f64"),
-            "recent": (REPEAT_WINDOW, "i32"),
-            "counts": (1, "i64"),
-            "state": (1, "u64"),
-        }
-        self._device, offset = device, 0
-        self.nbytes = sum(aligned(count * ITEM_BYTES[dtype]) for count, dtype in sizes.values())
-        self._pinned = Pinned(device, self.nbytes)
-        self.memory = Memory(device, self.nbytes, "the sampler's state")
-        self.arrays: dict[str, Array] = {}
-        for name, (count, dtype) in sizes.items():
-            self.arrays[name] = self.memory.array(offset, (count,), dtype)
-            offset += aligned(count * ITEM_BYTES[dtype])
-
-    def send(self, sampler: SamplerTable) -> None:
-        """Wait for the stream, then enqueue a copy of a sampler's state to the device."""
-        self._device.synchronize()
-        for name, array in self.arrays.items():
-            offset = array.address - self.memory.address
-            self._pinned.bytes[offset : offset + array.nbytes] = getattr(sampler, name)[:1].reshape(-1).view(np.uint8)
-        self._device.write(self.memory.address, self._pinned.address, self.nbytes)
 
 
 @dataclass(frozen=True)
@@ -89,6 +61,8 @@ class DecodePipeline:
         self._program, self._backend, self._device = program, program.backend, program.backend.device
         self._slots = Pinned(self._device, 8 * N_SLOTS)
         self._slot_words = self._slots.bytes.view(np.int64)
+        self.sampled = DeviceSampled(self._device, 1)
+        self._zero = program.ctx.zeros(1)
         self._tails: dict[int, list[Launch]] = {}
         self._prepared_tails: dict[int, list[PreparedLaunch]] = {}
         self._pending: deque[_PendingStep] = deque()
@@ -105,13 +79,12 @@ class DecodePipeline:
         """
         if n not in self._tails:
             program, launches = self._program, []
-            next_token = program.array("next")
+            next_token, logits = program.array("next"), program.array("logits")
             if n:
-                state = self._backend.sampler_state.arrays
-                launches += sampling.sample(
-                    program.array("logits"), n, settings=state["settings"], recent=state["recent"],
-                    counts=state["counts"], state=state["state"], next_token=next_token,
-                )  # fmt: skip
+                table = self._backend.sampler_table(logits.shape[1])
+                row = Array(logits.address, (1, logits.shape[1]), logits.dtype)
+                out = self.sampled.arrays | {"next_token": next_token}
+                launches += sampling.sample(program.ctx.tokens, row, self._zero, table.arrays, out, logprobs=False)
             launches += sampling.advance(
                 next_token=next_token, ids=program.array("ids"), positions=program.array("positions"),
                 step=program.run_inputs.step, slots_address=self._slots.address, n_slots=N_SLOTS,
@@ -161,7 +134,7 @@ class DecodePipeline:
                 self.launched += N_SLOTS  # words of steps that were discarded, or never launched, match no later step
                 program.run_inputs.send(tokens, self.launched)
                 if n:
-                    self._backend.sampler_state.send(sampler)
+                    self._backend.sampler_table(sampler.vocab_size).send(sampler, 0)
             self._launch(n, position, sequence)
         if continues:
             ahead = self._pending[-1].position + 1

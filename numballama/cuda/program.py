@@ -129,6 +129,7 @@ class CudaProgram:
         """Positions at which some launches change to a faster variant."""
         self._prepared: dict[int, list[list[PreparedLaunch]]] = {}
         self.pipeline = DecodePipeline(self)
+        self._owned.append(self.pipeline.sampled.memory)
 
     def _place_values(self) -> dict[str, Array | Matrix]:
         """Allocate device memory for each value and scratch array, except weights."""
