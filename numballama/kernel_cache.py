@@ -100,7 +100,7 @@ def _cuda_name() -> str:
     except PackageNotFoundError:
         raise DeviceError("numba-cuda is missing; install it with: pip install 'numballama[cuda]'") from None
     here = Path(__file__).parent
-    sources = ["quantization/types.py", "kernels_cuda.py"]
+    sources = ["quantization/types.py", "sampling.py", "kernels_cuda.py"]
     sources += sorted(str(path.relative_to(here)) for path in (here / "cuda").rglob("*.py"))
     return _name(sources, f"cuda {compiler}")
 

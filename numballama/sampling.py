@@ -333,7 +333,9 @@ class SamplerTable:
         self.bias_ids, self.bias_values = np.zeros((slots, 0), np.int32), np.zeros((slots, 0), np.float32)
         self.mask = np.zeros((0, -(-vocab_size // 32)), np.uint32)
         self.assigned, self.masked = [0] * slots, [0] * slots
-        """How often `assign` and `set_mask` have changed a slot; a copy of the table compares it with its own."""
+        self.changes = 0
+        """How often `assign` and `set_mask` have changed a slot; a copy of the table compares it with its own. `changes`
+        counts both over all slots."""
         workers = min(slots, os.cpu_count() or 1)
         self._scratch_ids = np.empty((workers, vocab_size), np.int32)
         self._scratch_logits = np.empty((workers, vocab_size), np.float32)
@@ -406,6 +408,7 @@ class SamplerTable:
         self.state[slot] = seed + draws * GOLDEN & (1 << 64) - 1
         self.last_token[slot] = output[-1] if output else prompt[-1] if prompt else 0
         self.assigned[slot] += 1
+        self.changes += 1
 
     def release(self, slot: int) -> None:
         """End the generation of a slot. Until the next one the slot is greedy."""
@@ -414,6 +417,7 @@ class SamplerTable:
         self.info[slot] = 0
         self.info[slot, [N_CANDIDATES, N_LOGPROBS]] = self.n_candidates, -1
         self.assigned[slot] += 1
+        self.changes += 1
 
     def set_mask(self, slot: int, mask: NDArray[np.uint32] | None) -> None:
         """Allow only the tokens whose bits are set in `mask` uint32 [ceil(vocab_size / 32)], or all again for None."""
@@ -427,6 +431,7 @@ class SamplerTable:
             self.mask[slot] = mask
         self.info[slot, HAS_MASK] = mask is not None
         self.masked[slot] += 1
+        self.changes += 1
 
     def accept(self, slot: int, token: int) -> None:
         """Add a token that a GPU has sampled, as `cpu.sampling.sample_rows` adds those that it samples."""

@@ -185,7 +185,9 @@ class WorkerThreads:
         refuse_forked()
         with self._region:
             if len(self._threads) + 1 < workers and (found := self.start(workers)) < workers:
-                raise DeviceError(f"{workers} workers are needed, and the system starts only {found}: pass threads={found}")
+                raise DeviceError(
+                    f"{workers} workers are needed, and the system starts only {found}: pass threads={found}"
+                )
             yield
 
     def _sleeping_place(self, worker: int) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:

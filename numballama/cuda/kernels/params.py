@@ -91,3 +91,9 @@ PREFILL_ATTENTION_TILE, PREFILL_ATTENTION_THREADS = 64, 128
 # Sampling (`sampling`)
 
 SAMPLING_THREADS = 1024
+RECORD_BYTES = 512
+"""Bytes of a slot's record in device memory: the fields of a `SamplerTable`'s row, one after the other."""
+ROW_COUNTS, ROW_BIAS, ROW_MASK, ROW_LOGITS = range(4)
+"""Addresses in a record of what only some slots need, 0 without: int32 output counts [vocab]; biases and stop tokens,
+(id, float32) each; mask words; float32 [vocab] for a copy of the model's logits.
+"""

@@ -156,7 +156,9 @@ def fetch_step(cursor, place, slot, payload, scales, bases, scale_bases, shape):
         if step >= steps:
             step = k_warp
             tile += cuda.gridDim.x
-            a, b, c, d, mine = rows_of(paired, min(tile, tiles - 1) * row_warps + row_warp, rows, kv_rows, bases, scale_bases)
+            a, b, c, d, mine = rows_of(
+                paired, min(tile, tiles - 1) * row_warps + row_warp, rows, kv_rows, bases, scale_bases
+            )
     cp_async_commit()
     return tile, step, a, b, c, d, mine
 
