@@ -64,12 +64,12 @@ class Driver:
         """Return when a response of the request is there, or the request has ended. Steps the engine if nobody does."""
         self.check_process()
         while not state.ready:
-            with DeferredInterrupt():
-                if self._drive(state):
+            with DeferredInterrupt() as interrupt:
+                if self._drive(state, interrupt):
                     return
             self._sleep(state)
 
-    def _drive(self, state: RequestState) -> bool:
+    def _drive(self, state: RequestState, interrupt: DeferredInterrupt) -> bool:
         """Step until the request is ready. False: another thread steps."""
         with self.lock:
             self._check_callback()
@@ -77,7 +77,7 @@ class Driver:
                 return state.ready
             self._stepping = threading.get_ident()
         try:
-            while not (state.ready or self._thread is not None or self.closed or self._pausing):
+            while not (state.ready or interrupt.arrived or self._thread is not None or self.closed or self._pausing):
                 self._step()
         finally:
             self._leave()
@@ -90,7 +90,9 @@ class Driver:
 
     def _check_callback(self) -> None:
         if self._stepping == threading.get_ident():
-            raise Error("a callback cannot wait for responses: it runs in the thread that generates them")
+            raise Error(
+                "a callback cannot wait for responses, stop or close: it runs in the thread that steps the engine"
+            )
 
     def notify(self) -> None:
         """Tell the engine's thread, and those who wait for their turn, that something has changed. The lock is held."""

@@ -127,16 +127,22 @@ class Engine:
         state.context_bound = settings.max_tokens is None or room < settings.max_tokens
         state.logprobs = settings.logprobs is not None
         root: Hashable = ("salt", salt) if reuse_prefix else ("request", number)
-        stop_ids = frozenset(stop_token_ids)
-        seeds = _seeds(settings)
+        stops = frozenset(stop_token_ids)
         if most:
             state.sequences = [
                 Sequence(
-                    ids, own, most, order=(priority, number, index), index=index, root=root, stop_ids=stop_ids,
-                    constraint=None if constraint is None else constraint(), request=state,
+                    ids,
+                    own,
+                    most,
+                    order=(priority, number, index),
+                    index=index,
+                    root=root,
+                    stop_token_ids=stops,
+                    constraint=None if constraint is None else constraint(),
+                    request=state,
                 )
-                for index, own in enumerate(seeds)
-            ]  # fmt: skip
+                for index, own in enumerate(_seeded(settings))
+            ]
         state.live, state.done = len(state.sequences), not most
         with self._driver.lock:
             if self._failure is not None:
@@ -228,9 +234,17 @@ class Engine:
         with self._driver.paused():
             if self._failure is not None:
                 raise self._failure
-            while self._runs:
-                self._collect()
-            self._wake()
+            try:
+                while self._runs:
+                    self._collect()
+            except Exception as error:
+                self._fail(error)
+                raise
+            except BaseException:
+                self._recover()
+                raise
+            finally:
+                self._wake()
             self._requeue()
             yield
 
@@ -296,7 +310,7 @@ class Engine:
                     sequence.params,
                     sequence.ids[: sequence.prompt_tokens],
                     sequence.output,
-                    sequence.stop_ids,
+                    sequence.stop_token_ids,
                 )
                 if sequence.constraint is not None:
                     self.runner.set_mask(sequence.slot, sequence.constraint.mask())
@@ -338,7 +352,7 @@ class Engine:
             sequence.ids.append(token)
             reason: FinishReason | None = None
             stop: int | str | None = None
-            if token in sequence.stop_ids:
+            if token in sequence.stop_token_ids:
                 reason, stop = "stop", token
             elif len(sequence.ids) > sequence.end:
                 reason, stop = "length", "context" if state.context_bound else None
@@ -454,7 +468,7 @@ def _logprobs(sampled: SampledTokens, row: int) -> TokenLogprobs:
     return TokenLogprobs(float(sampled.logprobs[row]), top)
 
 
-def _seeds(params: SamplingParams) -> list[SamplingParams]:
+def _seeded(params: SamplingParams) -> list[SamplingParams]:
     """The params of each sequence. Each has a seed of its own, so that a preempted one can continue its draws."""
     seed = params.seed
     if seed is None or seed == -1:

@@ -117,7 +117,7 @@ class Request(Generic[R]):
     @property
     def cached_tokens(self) -> int:
         """Tokens of the prompt that were in the KV cache when the request was admitted; 0 before that."""
-        return self._state.sequences[0].cached_tokens
+        return self._state.sequences[0].cached_tokens if self._state.sequences else 0
 
     @property
     def preemptions(self) -> int:

@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from ..sampling import SamplingParams
 
 FEED = -1
-"""An id in `Batch.ids`: the token that this row's slot sampled last."""
+"""An id in `Batch.ids`: the token that this row's slot sampled last. After -1 (see `SampledTokens.tokens`) any valid id
+will do: nobody reads what it leads to."""
 
 
 @dataclass
@@ -101,7 +102,7 @@ class Runner(Protocol):
         params: SamplingParams,
         prompt: Sequence[int],
         output: Sequence[int],
-        stop_ids: frozenset[int],
+        stop_token_ids: frozenset[int],
     ) -> None:
         """Start sampling in a slot, or resume after `output` (`SamplerTable.assign`).
 

@@ -81,12 +81,6 @@ class Scheduler:
         return len(self.prefilling) + len(self.decoding)
 
     @property
-    def unfinished(self) -> int:
-        """Number of sequences that have not ended."""
-        preempted = sum(each.status is Status.PREEMPTED for each in tuple(self.leaving))
-        return self.running + self.queued + preempted
-
-    @property
     def queued(self) -> int:
         """Number of sequences that wait for a slot, for pages, or for pages that another computes."""
         return len(self.waiting) + sum(map(len, tuple(self._parked.values())))

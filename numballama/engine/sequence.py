@@ -52,7 +52,7 @@ class Sequence:
     __slots__ = (
         "allowed", "cached_tokens", "chain", "computed", "constraint", "end", "entered", "ids", "in_flight", "index",
         "order", "pages", "params", "parked_on", "pending", "planned", "preemptions", "prompt_tokens", "publish_at",
-        "published", "request", "root", "slot", "status", "stop_ids",
+        "published", "request", "root", "slot", "status", "stop_token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -64,14 +64,14 @@ class Sequence:
         order: Order,
         index: int = 0,
         root: Hashable = None,
-        stop_ids: frozenset[int] = frozenset(),
+        stop_token_ids: frozenset[int] = frozenset(),
         constraint: Constraint | None = None,
         request: RequestState | None = None,
     ) -> None:
         self.order = order
         """(priority, arrival, index): the least is first to be admitted and last to be preempted."""
         self.request, self.index = request, index
-        self.params, self.stop_ids, self.constraint = params, stop_ids, constraint
+        self.params, self.stop_token_ids, self.constraint = params, stop_token_ids, constraint
         self.root = root
         """Under which node its first page is looked up: it holds the salt."""
         self.ids = list(prompt)

@@ -79,7 +79,12 @@ class FakeRunner:
         self.busy = threading.Lock()
 
     def start(
-        self, slot: int, params: SamplingParams, prompt: Sequence[int], output: Sequence[int], stop_ids: frozenset[int]
+        self,
+        slot: int,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        stop_token_ids: frozenset[int],
     ) -> None:
         assert 0 <= slot < self.max_sequences
         self.queue.append(("start", (slot, params, list(prompt), list(output))))
@@ -212,3 +217,14 @@ def make_params(**options: Any) -> SamplingParams:
 def tokens_of(request: Iterable[TokenEvent], index: int = 0) -> list[int]:
     """Read one of a request's sequences to the end."""
     return [event.token for event in request if event.index == index]
+
+
+def read_until_error(request: Iterable[TokenEvent]) -> tuple[list[int], Exception | None]:
+    """A request's tokens, and the error that it ends with."""
+    tokens = []
+    try:
+        for event in request:
+            tokens.append(event.token)
+    except Exception as error:
+        return tokens, error
+    return tokens, None

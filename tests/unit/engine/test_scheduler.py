@@ -366,4 +366,9 @@ class Machine(RuleBasedStateMachine):
 
 
 class TestMachine(Machine.TestCase):
-    settings = settings(suppress_health_check=list(HealthCheck), stateful_step_count=30)
+    settings = settings(suppress_health_check=list(HealthCheck), stateful_step_count=15)
+
+
+@pytest.mark.slow
+class TestLongMachine(Machine.TestCase):
+    settings = settings(suppress_health_check=list(HealthCheck), stateful_step_count=50, max_examples=200)
