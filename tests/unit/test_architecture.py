@@ -30,7 +30,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 ORDER = """
     errors validation config rope memory progress
     checkpoint
-    quantization: types blocks activations convert policy
+    quantization: types blocks activations convert kv policy
     files hub
     tokenizers: sentencepiece_proto base sentencepiece pretokenizers bpe tiktoken huggingface scored llama2c gguf
     formats: limits tensors tensor_names json_reader rope_permute safetensors gguf.header gguf.split gguf.tokenizer \
@@ -40,12 +40,12 @@ ORDER = """
     visualize ir ops registry graph fusion plan
     kernel_cache
     sampling
-    cpu: fork compiler intrinsics vecdot tiling vecdot_int8 matmul kernels_cpu kernels_int8 ops sampling executor \
+    cpu: fork compiler intrinsics vecdot tiling vecdot_int8 matmul kv_cache kernels_cpu kernels_int8 ops sampling executor \
             bandwidth timing backend
     cuda: repack launch lowering intrinsics quant_traits kernels.params mma ops.gemv ops.elementwise ops.gemm \
             ops.linear ops.attention ops.sampling kernels.common kernels.reduce kernels.dequant kernels.dot \
-            kernels.gemv kernels_cuda kernels.gemm kernels.decode_attention kernels.prefill_attention \
-            kernels.sampling kernels.copy compiler driver compile_worker weights decode_pipeline program bandwidth \
+            kernels.gemv kernels_cuda kernels.gemm kernels.decode_attention kernels.rows_attention \
+            kernels.prefill_attention kernels.sampling kernels.copy compiler driver compile_worker weights decode_pipeline program bandwidth \
             timing backend
     reference backend session generate
     chat: sandbox builtin_templates template encoder conversation
