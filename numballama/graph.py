@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from typing import Literal
 
 from .config import INTERLEAVED, ModelConfig
-from .errors import UnsupportedError
 from .ir import Graph, Value, nbytes_of
 from .memory import ceil_div
-from .quantization.types import KV_BLOCK, VEC_DOT_TYPE, ActivationType, KVType, WeightType
+from .quantization.types import VEC_DOT_TYPE, ActivationType, KVType, WeightType
 from .rope import rope_frequencies
 
 Logits = Literal["rows", "all"]
@@ -53,14 +52,8 @@ class KVLayout:
     ) -> KVLayout:
         """The layout for a model and up to `slots` sequences of up to `context` tokens each.
 
-        `tokens` is how many tokens all sequences may have together, default slots · context. Raises `UnsupportedError`
-        for a type that cannot store heads of the model's size.
+        `tokens` is how many tokens all sequences may have together, default slots · context.
         """
-        if dtype == "q8_0" and config.head_dim % KV_BLOCK:
-            raise UnsupportedError(
-                f"a KV cache of q8_0 has blocks of {KV_BLOCK} elements, this model's heads have {config.head_dim}; use "
-                "kv_dtype='f16'"
-            )
         each = ceil_div(context, page)
         pages = 1 + (slots * each if tokens is None else ceil_div(tokens, page))
         return cls(config.n_layers, pages, config.n_kv_heads, page, config.head_dim, slots, each, dtype)

@@ -19,6 +19,7 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from .errors import Error
+from .memory import ceil_div
 from .quantization.types import KV_BLOCK
 from .visualize import draw_graph
 
@@ -32,14 +33,15 @@ DTYPES: dict[str, np.dtype[Any]] = {
 }
 """Types of the values that a plan places in memory. Weights may have others: they keep the layout of their file.
 
-q8_0 is for states, the KV cache: int8 quants in the value's shape, then a float16 scale for every 32 of them.
+q8_0 is for states, the KV cache: int8 quants in the value's shape, then a float16 scale for every 32 of them along the
+last dimension, of which the last may have fewer.
 """
 
 
 def nbytes_of(shape: Sequence[int], dtype: str) -> int:
     """Bytes of an array of a type of `DTYPES`."""
-    count = math.prod(shape)
-    return count * DTYPES[dtype].itemsize + (2 * count // KV_BLOCK if dtype == "q8_0" else 0)
+    scales = math.prod(shape[:-1]) * ceil_div(shape[-1], KV_BLOCK) if dtype == "q8_0" else 0
+    return math.prod(shape) * DTYPES[dtype].itemsize + 2 * scales
 
 
 ValueKind = Literal["input", "weight", "constant", "state", "temp"]

@@ -11,7 +11,7 @@ import numpy as np
 from ..kernels_cpu import add_columns, multiply_by_silu
 from .compiler import device, exact_device
 from .intrinsics import as_f32, f32_to
-from .kv_cache import INFINITY_BITS, INT8_MAX, MIN_LARGEST
+from .kv_cache import INT8_MAX, MIN_LARGEST
 from .matmul import partition
 from .tiling import PANEL_ROWS, PANEL_TOKENS, STAGE_ELEMENTS, TILE, UNPACK_ELEMENTS
 from .vecdot_int8 import (
@@ -23,6 +23,10 @@ from .vecdot_int8 import (
     round_to_int8,
     unpack_blocks,
 )
+
+INFINITY_BITS = 0x7F800000
+"""Bits of float32 infinity. The bits of a NaN's magnitude are larger."""
+
 
 @exact_device
 def as_half(x):

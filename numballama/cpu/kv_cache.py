@@ -1,8 +1,8 @@
 """The KV cache in memory, as kernels of the CPU write and read it.
 
 A cache [pages, kv_heads, page, head_dim] is an array of float32, float16 or bfloat16, or a pair for q8_0: int8 quants
-in this shape, and a float16 scale for each block of 32 of them. Only this file tells them apart. `place` is an index of
-`kernels_cpu.kv_index`: rows of one page and head.
+in this shape, and a float16 scale for each block of 32 of them along head_dim; the last may be shorter. Only this file
+tells them apart. `place` is an index of `kernels_cpu.kv_index`: rows of one page and head.
 """
 
 from __future__ import annotations
@@ -16,15 +16,13 @@ from numba.extending import intrinsic, overload
 
 from .compiler import FAST_MATH, exact_device
 from .intrinsics import FLOAT, add_lanes, as_f32, load_block, saturate_to
-from .vecdot_int8 import float_of_bits, largest_bits, round_to_int8
 
 BLOCK = 32
 """Elements that share a scale."""
 INT8_MAX = np.float32(127)
-INFINITY_BITS = 0x7F800000
-"""Bits of float32 infinity. The bits of a NaN's magnitude are larger."""
 MIN_LARGEST = np.float32(2.0**-120)
 """A block whose largest magnitude is smaller becomes zeros: the reciprocal of its scale might not be finite."""
+ROUNDER = np.float32(1.5 * 2.0**23)
 _OPTIONS = {"fastmath": FAST_MATH, "error_model": "numpy"}
 
 
@@ -89,26 +87,28 @@ def _round_row(cache, place, x, t, first):
 
 
 def _quantize_row(cache, place, x, t, first):
-    quants, scales = cache[0][place], cache[1][place]
-    for block in range(scales.shape[1]):
-        quantize_block(x, t * x.shape[1] + first + BLOCK * block, quants, scales, block)
+    quants, scales = cache[0][place][0], cache[1][place][0]
+    for block in range(scales.shape[0]):
+        begin = BLOCK * block
+        end = min(begin + BLOCK, quants.shape[0])
+        scales[block] = quantize_block(x[t, first + begin : first + end], quants[begin:end], scales[block])
 
 
 @exact_device
-def quantize_block(x, at, quants, scales, block):
-    """Quantise 32 elements of x from flat index `at` on to a block of the first row, as ggml's quantize_row_q8_0.
+def quantize_block(x, quants, like):
+    """Quantise a block as ggml's quantize_row_q8_0. Returns its scale as float16, the type of `like`.
 
     int8 has no NaN: a block with NaN or infinity gets the scale NaN, which carries it to the logits.
     """
-    bits = largest_bits(x, at)
-    largest = float_of_bits(bits)
-    scale = np.float32(np.nan) if bits >= INFINITY_BITS else largest / INT8_MAX
-    scales[0, block] = saturate_to(scales[0, block], scale)
-    if bits >= INFINITY_BITS or largest < MIN_LARGEST:
-        for d in range(BLOCK * block, BLOCK * block + BLOCK):
-            quants[0, d] = 0
-    else:
-        round_to_int8(x, at, INT8_MAX / largest, quants, BLOCK * block, BLOCK)
+    largest, not_finite = np.float32(0), False
+    for d in range(x.shape[0]):
+        largest = max(largest, abs(x[d]))
+        not_finite |= not abs(x[d]) < np.float32(np.inf)
+    factor = np.float32(0) if not_finite or largest < MIN_LARGEST else INT8_MAX / largest
+    for d in range(x.shape[0]):
+        # adding 1.5 · 2^23 rounds to an integer, ties to even
+        quants[d] = np.int8((x[d] * factor + ROUNDER) - ROUNDER) if factor > 0 else np.int8(0)
+    return saturate_to(like, np.float32(np.nan) if not_finite else largest / INT8_MAX)
 
 
 def qk_dot(q: Any, keys: Any, length: int, scale: Any, scores: Any) -> Any:
@@ -130,11 +130,18 @@ def _qk_dot_floats(q, keys, length, scale, scores):
 
 def _qk_dot_quants(q, keys, length, scale, scores):
     quants, scales = keys
+    n = quants.shape[1]
+    whole = n // BLOCK
     for i in range(length):
         total = np.float32(0)
-        for block in range(scales.shape[1]):
+        for block in range(whole):
             at = BLOCK * block
-            total += dot_quants(quants, i * quants.shape[1] + at, q, at) * as_f32(scales[i, block])
+            total += dot_quants(quants, i * n + at, q, at) * as_f32(scales[i, block])
+        rest = np.float32(0)
+        for d in range(BLOCK * whole, n):
+            rest += np.float32(quants[i, d]) * q[d]
+        if n > BLOCK * whole:
+            total += rest * as_f32(scales[i, whole])
         scores[i] = total * scale
 
 
@@ -166,6 +173,7 @@ def _add_weighted_quants(weights, values, length, out):
     for i in range(length):
         for block in range(scales.shape[1]):
             factor = weights[i] * as_f32(scales[i, block])
-            o, v = out[BLOCK * block : BLOCK * block + BLOCK], quants[i, BLOCK * block : BLOCK * block + BLOCK]
+            begin, end = BLOCK * block, min(BLOCK * block + BLOCK, out.shape[0])
+            o, v = out[begin:end], quants[i, begin:end]
             for d in range(o.shape[0]):
                 o[d] += factor * np.float32(v[d])

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 
+from ..memory import ceil_div, round_up
 from .activations import quantize_activations
 from .convert import from_bf16, from_f16, to_bf16, to_f16
 from .types import KV_BLOCK, KVType
@@ -17,17 +18,22 @@ Floats = npt.NDArray[np.float32]
 def split_q8_0(
     memory: npt.NDArray[np.uint8], shape: tuple[int, ...]
 ) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.uint16]]:
-    """The quants, in the cache's shape, and the float16 scales [.., head_dim / 32] in the memory of a q8_0 cache."""
+    """The quants, in the cache's shape, and the float16 scales [.., blocks of a row] in the memory of a q8_0 cache."""
     count = math.prod(shape)
-    scales = memory[count:].view(np.uint16).reshape(*shape[:-1], shape[-1] // KV_BLOCK)
+    scales = memory[count:].view(np.uint16).reshape(*shape[:-1], ceil_div(shape[-1], KV_BLOCK))
     return memory[:count].view(np.int8).reshape(shape), scales
+
+
+def _of_elements(scales: Floats, columns: int) -> Floats:
+    """Scales of blocks [.., blocks] repeated for the elements [.., columns] of a row."""
+    return np.repeat(scales, KV_BLOCK, axis=-1)[..., :columns]
 
 
 def stored(memory: npt.NDArray[np.generic], shape: tuple[int, ...], dtype: KVType) -> Floats:
     """What a cache's memory holds, float32 in the cache's shape."""
     if dtype == "q8_0":
         quants, scales = split_q8_0(memory.reshape(-1).view(np.uint8), shape)
-        return np.multiply(quants, np.repeat(from_f16(scales), KV_BLOCK, axis=-1), dtype=np.float32)
+        return np.multiply(quants, _of_elements(from_f16(scales), shape[-1]), dtype=np.float32)
     if dtype == "f32":
         return memory.astype(np.float32).reshape(shape)
     return (from_f16 if dtype == "f16" else from_bf16)(memory.view(np.uint16).reshape(shape))
@@ -45,7 +51,10 @@ def round_to(x: Floats, dtype: KVType) -> Floats:
     if dtype == "bf16":
         return from_bf16(to_bf16(x))
     if dtype == "q8_0":
-        quants, scales, _ = quantize_activations("q8_0", x.reshape(-1, x.shape[-1]))
-        factors = np.repeat(from_f16(to_f16(scales)), KV_BLOCK, axis=1)
-        return np.multiply(quants, factors, dtype=np.float32).reshape(x.shape)
+        columns = x.shape[-1]
+        padded = np.zeros((x.size // columns, round_up(columns, KV_BLOCK)), np.float32)  # zeros change no scale
+        padded[:, :columns] = x.reshape(-1, columns)
+        quants, scales, _ = quantize_activations("q8_0", padded)
+        factors = _of_elements(from_f16(to_f16(scales)), columns)
+        return np.multiply(quants[:, :columns], factors, dtype=np.float32).reshape(x.shape)
     return x

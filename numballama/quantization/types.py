@@ -160,7 +160,7 @@ KV_TYPES: tuple[KVType, ...] = get_args(KVType)
 FLOAT_KV_TYPES = tuple(name for name in KV_TYPES if TYPE_TRAITS[name].is_float)
 """Those of them whose elements are stored one by one."""
 KV_BLOCK = TYPE_TRAITS["q8_0"].block_size
-"""Elements along head_dim that share a scale in a q8_0 cache: head_dim is a multiple of it."""
+"""Elements along head_dim that share a scale in a q8_0 cache. The last of a head may be fewer."""
 
 ActivationType = Literal["f32", "int8"]
 """Types of the activations of linear layers."""
