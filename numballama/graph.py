@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from .config import INTERLEAVED, ModelConfig
-from .ir import DTYPES, Graph, Value
+from .ir import Graph, Value, nbytes_of
 from .memory import ceil_div
 from .quantization.types import VEC_DOT_TYPE, ActivationType, KVType, WeightType
 from .rope import rope_frequencies
@@ -82,7 +81,7 @@ class KVLayout:
     @property
     def nbytes(self) -> int:
         """Bytes of the whole cache, without the page table."""
-        return 2 * self.n_layers * math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return 2 * self.n_layers * nbytes_of(self.shape, self.dtype)
 
 
 PAGE_TABLE = "page_table"

@@ -35,6 +35,7 @@ KERNEL_SOURCES = (
     "cpu/vecdot_int8.py",
     "cpu/tiling.py",
     "cpu/matmul.py",
+    "cpu/kv_cache.py",
     "kernels_cpu.py",
     "cpu/kernels_int8.py",
     "cpu/bandwidth.py",

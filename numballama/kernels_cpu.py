@@ -17,7 +17,8 @@ import math
 import numpy as np
 
 from .cpu.compiler import device, ordered_device
-from .cpu.intrinsics import as_f32, f32_to, power_of_two
+from .cpu.intrinsics import power_of_two, saturate_to
+from .cpu.kv_cache import add_weighted, kv_rows, kv_shape, qk_dot, row_count, store_row
 from .cpu.matmul import dequantize_rows, matmul, matmul_int8, partition
 
 
@@ -152,8 +153,8 @@ def apply_rope(x, angles, interleaved, out):
     for i in range(pairs):
         a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + pairs)
         cos, sin = angles[i], angles[pairs + i]
-        out[a] = f32_to(out[a], x[a] * cos - x[b] * sin)
-        out[b] = f32_to(out[b], x[a] * sin + x[b] * cos)
+        out[a] = saturate_to(out[a], x[a] * cos - x[b] * sin)
+        out[b] = saturate_to(out[b], x[a] * sin + x[b] * cos)
 
 
 def rope(worker, n_workers, tokens, x, angles, out, head_dim, interleaved):
@@ -170,35 +171,24 @@ def kv_index(page_table, sequence, head, position, page):
     """Index of the rows of one sequence and KV head in a KV cache, from `position` to the end of its page.
 
     `cache[kv_index(…)]` is [rows, head_dim]; its row 0 belongs to `position`. `page` is the number of tokens in a page.
+    `cpu.kv_cache` reads and writes these rows.
     All kernels address caches by this.
     """
     return page_table[sequence, position // page], head, slice(position % page, None)
 
 
 def kv_write(worker, n_workers, tokens, x, cache, positions, sequences, page_table):
-    heads, page, head_dim = cache.shape[1:]
+    heads, page, head_dim = kv_shape(cache)
     begin, end = partition(tokens * heads, worker, n_workers, 1)
     for unit in range(begin, end):
         t, h = divmod(unit, heads)
-        row = cache[kv_index(page_table, sequences[t], h, positions[t], page)][0]
-        for d in range(head_dim):
-            row[d] = f32_to(row[d], x[t, h * head_dim + d])
+        store_row(cache, kv_index(page_table, sequences[t], h, positions[t], page), x, t, h * head_dim)
 
 
 @device
 def first_visible(position, window):
     """The first position that a token attends to: it sees `window` positions, its own included, or all if 0."""
     return max(position + 1 - window, 0) if window > 0 else 0
-
-
-@device
-def qk_dot(q, keys, length, scale, scores):
-    """scores[i] = q · keys[i] · scale for i < length, of one head."""
-    for i in range(length):
-        total = np.float32(0)
-        for d in range(q.shape[0]):
-            total += q[d] * as_f32(keys[i, d])
-        scores[i] = total * scale
 
 
 @device
@@ -216,28 +206,12 @@ def softmax_in_place(x, length):
 
 
 @device
-def add_weighted(weights, values, length, out):
-    """out += sum over i < length of weights[i] · values[i], of one head."""
-    i = 0
-    while i + 4 <= length:  # four positions a pass: a quarter of the loads and stores of `out`
-        w0, w1, w2, w3 = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
-        for d in range(out.shape[0]):
-            out[d] += (w0 * as_f32(values[i, d]) + w1 * as_f32(values[i + 1, d])) + (
-                w2 * as_f32(values[i + 2, d]) + w3 * as_f32(values[i + 3, d])
-            )
-        i += 4
-    for rest in range(i, length):
-        for d in range(out.shape[0]):
-            out[d] += weights[rest] * as_f32(values[rest, d])
-
-
-@device
 def attend_keys(q, k_cache, page_table, sequence, head, first, end, scale, scores):
     """scores[i] = q · key · scale, with the key of position first + i, for positions [first, end) of one KV head."""
     position = first
     while position < end:
-        keys = k_cache[kv_index(page_table, sequence, head, position, k_cache.shape[2])]
-        count = min(keys.shape[0], end - position)
+        keys = kv_rows(k_cache, kv_index(page_table, sequence, head, position, kv_shape(k_cache)[1]))
+        count = min(row_count(keys), end - position)
         qk_dot(q, keys, count, scale, scores[position - first :])
         position += count
 
@@ -249,15 +223,15 @@ def attend_values(weights, v_cache, page_table, sequence, head, first, end, out)
         out[d] = 0
     position = first
     while position < end:
-        values = v_cache[kv_index(page_table, sequence, head, position, v_cache.shape[2])]
-        count = min(values.shape[0], end - position)
+        values = kv_rows(v_cache, kv_index(page_table, sequence, head, position, kv_shape(v_cache)[1]))
+        count = min(row_count(values), end - position)
         add_weighted(weights[position - first :], values, count, out)
         position += count
 
 
 def attention_scores(worker, n_workers, tokens, q, k_cache, positions, sequences, page_table, out, window):
-    head_dim, heads = k_cache.shape[3], out.shape[1]
-    group, scale = heads // k_cache.shape[1], np.float32(1 / math.sqrt(head_dim))
+    (kv_heads, _, head_dim), heads = kv_shape(k_cache), out.shape[1]
+    group, scale = heads // kv_heads, np.float32(1 / math.sqrt(head_dim))
     begin, end = partition(tokens * heads, worker, n_workers, 1)
     for unit in range(begin, end):
         t, h = divmod(unit, heads)
@@ -278,8 +252,8 @@ def softmax(worker, n_workers, tokens, x, out):
 
 
 def attention_values(worker, n_workers, tokens, weights, v_cache, positions, sequences, page_table, out, window):
-    head_dim, heads = v_cache.shape[3], weights.shape[1]
-    group = heads // v_cache.shape[1]
+    (kv_heads, _, head_dim), heads = kv_shape(v_cache), weights.shape[1]
+    group = heads // kv_heads
     begin, end = partition(tokens * heads, worker, n_workers, 1)
     for unit in range(begin, end):
         t, h = divmod(unit, heads)
@@ -424,16 +398,14 @@ def rope_kv_write(
         if h < kv_heads:
             place = kv_index(page_table, sequences[t], h, positions[t], k_cache.shape[2])
             apply_rope(k[t, d : d + head_dim], angles[t], interleaved, k_cache[place][0])
-            row = v_cache[place][0]
-            for i in range(head_dim):
-                row[i] = f32_to(row[i], v[t, d + i])
+            store_row(v_cache, place, v, t, d)
 
 
 def attention(worker, n_workers, tokens, q, k_cache, positions, sequences, page_table, v_cache, out, window, scores):
     """One head of one token at a time. Later tokens see more positions, so workers take units in turn."""
-    head_dim = k_cache.shape[3]
+    kv_heads, _, head_dim = kv_shape(k_cache)
     heads = q.shape[1] // head_dim
-    group, scale = heads // k_cache.shape[1], np.float32(1 / math.sqrt(head_dim))
+    group, scale = heads // kv_heads, np.float32(1 / math.sqrt(head_dim))
     for unit in range(worker, tokens * heads, n_workers):
         t, h = divmod(unit, heads)
         d, first, end = h * head_dim, first_visible(positions[t], window), positions[t] + 1

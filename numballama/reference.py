@@ -18,13 +18,14 @@ from .ir import DTYPES, Graph, Op, Value
 from .memory import available_bytes
 from .quantization.activations import Quantized, quantize_activations
 from .quantization.convert import dequantize, quantize_int8
-from .quantization.types import ACTIVATION_QUANT, BLOCKS
+from .quantization.kv import round_to
+from .quantization.types import ACTIVATION_QUANT, BLOCKS, KV_TYPES, KVType
 from .registry import find, kernel
 from .sampling import Sampled, SamplerTable
 
 if TYPE_CHECKING:
     from .backend import BackendName, Program
-    from .quantization.types import ActivationType, KVType
+    from .quantization.types import ActivationType
 
 ANY = "*"
 F64_BUDGET = 1 << 30
@@ -121,15 +122,23 @@ def sequence_rows(page_table: np.ndarray, sequence: int, page: int, positions: s
     return page_table[sequence, where // page], where % page
 
 
-@kernel("kv_write", "reference", ANY, ANY, ANY, ANY, ANY)
-def kv_write(
-    x: np.ndarray, cache: np.ndarray, positions: np.ndarray, sequences: np.ndarray, page_table: np.ndarray
-) -> np.ndarray:
-    heads = x.reshape(len(x), cache.shape[1], cache.shape[3])
-    for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
-        page, place = divmod(position, cache.shape[2])
-        cache[page_table[sequence, page], :, place] = heads[t]
-    return cache
+def _write_rounded(dtype: KVType) -> Callable[..., np.ndarray]:
+    """`kv_write` into a cache that holds what the type can store, as float32."""
+
+    def kv_write(
+        x: np.ndarray, cache: np.ndarray, positions: np.ndarray, sequences: np.ndarray, page_table: np.ndarray
+    ) -> np.ndarray:
+        heads = round_to(x.reshape(len(x), cache.shape[1], cache.shape[3]), dtype)
+        for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
+            page, place = divmod(position, cache.shape[2])
+            cache[page_table[sequence, page], :, place] = heads[t]
+        return cache
+
+    return kv_write
+
+
+for _type in KV_TYPES:
+    kernel("kv_write", "reference", ANY, _type, ANY, ANY, ANY)(_write_rounded(_type))
 
 
 def visible_rows(

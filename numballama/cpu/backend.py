@@ -17,6 +17,7 @@ from ..fusion import fuse
 from ..graph import PAGE_TABLE
 from ..ir import DTYPES, Graph, Value
 from ..plan import ALIGNMENT, Plan, Step, lower
+from ..quantization.kv import split_q8_0
 from ..quantization.types import TYPE_TRAITS
 from ..sampling import Sampled, SamplerTable
 from ..validation import whole_number
@@ -213,7 +214,8 @@ class CpuBackend:
             values[name] = place_bytes.view(DTYPES[value.dtype]).reshape(value.shape)
         for value in plan.graph.values.values():
             if value.kind == "state" and value.alias is None and value.name not in self.states:
-                self.states[value.name] = _aligned_zeros(value.nbytes).view(DTYPES[value.dtype]).reshape(value.shape)
+                state = _aligned_zeros(value.nbytes).view(DTYPES[value.dtype])
+                self.states[value.name] = state if value.dtype == "q8_0" else state.reshape(value.shape)
             if value.kind == "state":
                 values[value.name] = self.states[plan.graph.root(value.name)]
             elif value.kind == "constant":
@@ -311,7 +313,12 @@ def _array_operand(dtype: str, array: np.ndarray) -> tuple[Any, list[int]]:
 
 
 def _operand(value: Value, values: Mapping[str, np.ndarray]) -> tuple[Any, list[int]]:
-    return _array_operand(value.dtype, values[value.name])
+    array = values[value.name]
+    if value.dtype != "q8_0":
+        return _array_operand(value.dtype, array)
+    quants, scales = split_q8_0(array, value.shape)
+    (kind, slots), (scale_kind, scale_slots) = _array_operand("i8", quants), _array_operand("f16", scales)
+    return types.Tuple((kind, scale_kind)), [*slots, *scale_slots]
 
 
 def _weight_operand(weight: Weight) -> tuple[Any, list[int]]:

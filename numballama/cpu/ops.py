@@ -7,7 +7,7 @@ they are called.
 
 from __future__ import annotations
 
-from ..quantization.types import ACTIVATION_QUANT, KV_TYPES, LINEAR_TYPES, VEC_DOT_TYPE
+from ..quantization.types import ACTIVATION_QUANT, FLOAT_KV_TYPES, KV_TYPES, LINEAR_TYPES, VEC_DOT_TYPE
 from ..registry import KernelRef, ScratchShape, Types, kernel
 from .tiling import TILE, panel_buffer_size
 
@@ -110,5 +110,5 @@ plain(
     "norm_gate_up", "f32", "f32", LINEAR_TYPES, LINEAR_TYPES,
     normed=each_worker_x, gate_buffer=product(0, weight=2), dequant_buffer=dequantized_tile(weight=2),
 )  # fmt: skip
-plain("rope_kv_write", "f32", "f32", "f32", KV_TYPES, "i32", "i32", "i32", "f32", KV_TYPES)
+plain("rope_kv_write", "f32", "f32", "f32", FLOAT_KV_TYPES, "i32", "i32", "i32", "f32", FLOAT_KV_TYPES)
 plain("attention", "f32", KV_TYPES, "i32", "i32", "i32", KV_TYPES, scores=each_worker_scores)

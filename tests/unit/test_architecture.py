@@ -32,7 +32,7 @@ ORDER = """
     host: cgroup environment interrupts
     validation config rope memory progress
     checkpoint
-    quantization: types blocks activations convert policy
+    quantization: types blocks activations convert kv policy
     files hub
     tokenizers: sentencepiece_proto base sentencepiece pretokenizers bpe tiktoken huggingface scored llama2c gguf
     formats: limits tensors tensor_names json_reader rope_permute safetensors gguf.header gguf.split gguf.tokenizer \
@@ -42,13 +42,13 @@ ORDER = """
     visualize ir ops registry graph fusion plan
     kernel_cache
     sampling
-    cpu: fork compiler intrinsics workers vecdot tiling vecdot_int8 matmul kernels_cpu kernels_int8 ops sampling \
-            executor bandwidth timing backend
+    cpu: fork compiler intrinsics workers vecdot tiling vecdot_int8 matmul kv_cache kernels_cpu kernels_int8 ops \
+            sampling executor bandwidth timing backend
     cuda: repack launch lowering intrinsics quant_traits kernels.params mma fragments ops.gemv ops.elementwise \
             ops.gemm ops.skinny ops.linear ops.attention ops.sampling kernels.common kernels.reduce kernels.dequant \
             kernels.dot kernels.gemv kernels_cuda kernels.gemm kernels.skinny kernels.decode_attention \
-            kernels.prefill_attention kernels.sampling kernels.copy compiler driver compile_worker weights \
-            sampler_table decode_pipeline program bandwidth timing backend
+            kernels.rows_attention kernels.prefill_attention kernels.sampling kernels.copy compiler driver \
+            compile_worker weights sampler_table decode_pipeline program bandwidth timing backend
     reference backend session
     engine: interrupts sequence pages runner request driver stats scheduler engine capacity model_runner
     generate

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from ...memory import ceil_div
-from ...quantization.types import KV_TYPES
+from ...quantization.types import FLOAT_KV_TYPES
 from ...registry import KernelRef, kernel
 from ..kernels.params import (
     ATTENTION_STAGE_BYTES,
@@ -63,7 +63,7 @@ def _partials(
     return (q[0], q[1] // k[3], min(MAX_SPLITS, splits), k[3] + 2)
 
 
-@kernel("attention", "cuda", "f32", KV_TYPES, "i32", "i32", "i32", KV_TYPES, partials=_partials)
+@kernel("attention", "cuda", "f32", FLOAT_KV_TYPES, "i32", "i32", "i32", FLOAT_KV_TYPES, partials=_partials)
 def attention(
     ctx: LaunchContext, q: Array, k_cache: Array, positions: Array, sequences: Array, page_table: Array, v_cache: Array,
     out: Array, window: int, partials: Array,
@@ -191,7 +191,7 @@ def _by_length(rows: Callable[[int], Launch], most_keys: int, most_splits: int, 
 # The operators as the graph declares them
 
 
-@kernel("attention_scores", "cuda", "f32", KV_TYPES, "i32", "i32", "i32")
+@kernel("attention_scores", "cuda", "f32", FLOAT_KV_TYPES, "i32", "i32", "i32")
 def attention_scores(
     ctx: LaunchContext, q: Array, k_cache: Array, positions: Array, sequences: Array, page_table: Array, out: Array,
     window: int,
@@ -212,7 +212,7 @@ def softmax(ctx: LaunchContext, x: Array, out: Array) -> list[Launch]:
     return [Launch(SOFTMAX, (heads, tokens), ATTENTION_THREADS, arguments)]
 
 
-@kernel("attention_values", "cuda", "f32", KV_TYPES, "i32", "i32", "i32")
+@kernel("attention_values", "cuda", "f32", FLOAT_KV_TYPES, "i32", "i32", "i32")
 def attention_values(
     ctx: LaunchContext, weights: Array, v_cache: Array, positions: Array, sequences: Array, page_table: Array,
     out: Array, window: int,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ...memory import ceil_div
-from ...quantization.types import KV_TYPES, LINEAR_TYPES
+from ...quantization.types import FLOAT_KV_TYPES, LINEAR_TYPES
 from ...registry import KernelRef, kernel
 from ..kernels.params import ELEMENTWISE_THREADS as THREADS
 from ..launch import Array, Launch, LaunchContext, Matrix, named, paged
@@ -84,7 +84,7 @@ def rope(ctx: LaunchContext, x: Array, angles: Array, out: Array, head_dim: int,
     return [Launch(ROPE, (blocks_for(columns // 2), tokens), THREADS, arguments)]
 
 
-@kernel("kv_write", "cuda", "f32", KV_TYPES, "i32", "i32", "i32")
+@kernel("kv_write", "cuda", "f32", FLOAT_KV_TYPES, "i32", "i32", "i32")
 def kv_write(
     ctx: LaunchContext, x: Array, cache: Array, positions: Array, sequences: Array, page_table: Array
 ) -> list[Launch]:
@@ -96,7 +96,7 @@ def kv_write(
     return [Launch(KV_WRITE, (blocks_for(heads * head_dim), x.shape[0]), THREADS, arguments)]
 
 
-@kernel("rope_kv_write", "cuda", "f32", "f32", "f32", KV_TYPES, "i32", "i32", "i32", "f32", KV_TYPES)
+@kernel("rope_kv_write", "cuda", "f32", "f32", "f32", FLOAT_KV_TYPES, "i32", "i32", "i32", "f32", FLOAT_KV_TYPES)
 def rope_kv_write(
     ctx: LaunchContext, q: Array, angles: Array, k: Array, k_cache: Array, positions: Array, sequences: Array,
     page_table: Array, v: Array, v_cache: Array, out: Array, head_dim: int, interleaved: int,

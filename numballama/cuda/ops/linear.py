@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from ...memory import ceil_div
-from ...quantization.types import KV_TYPES, LINEAR_TYPES
+from ...quantization.types import FLOAT_KV_TYPES, LINEAR_TYPES
 from ...registry import KernelRef, kernel
 from ..kernels.params import ELEMENTWISE_THREADS
 from ..launch import Array, Launch, LaunchContext, Matrix, named
@@ -146,7 +146,7 @@ for _type in LINEAR_TYPES:
     )(norm_gate_up)  # fmt: skip
     kernel("qkv", "cuda", "f32", _type, _type, _type, workspace=_workspace(_type, 1, 3))(qkv)
     kernel("norm_qkv", "cuda", "f32", "f32", _type, _type, _type, workspace=_workspace(_type, 2, 3))(norm_qkv)
-    for _cache in KV_TYPES:
+    for _cache in FLOAT_KV_TYPES:
         kernel(
             "norm_qkv_rope", "cuda", "f32", "f32", _type, _type, _type, "f32", _cache, "i32", "i32", "i32", _cache,
             workspace=_workspace(_type, 2, 3, rope=True),
