@@ -215,7 +215,7 @@ _prepared: set[Path] = set()
 
 
 def _prepare(folder: Path) -> None:
-    """Make a folder for entries, and clear what is old in it and beside it. Raises `OSError` where it cannot be made."""
+    """Make a folder for entries, and clear what is old in it and beside it. Raises `OSError` if it cannot be made."""
     if folder in _prepared and folder.is_dir():
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ import numpy as np
 
 from .checkpoint import Weight
 from .errors import NOT_NUMBERS, Error
+from .host import environment
 from .ir import DTYPES, Graph, Op
 from .quantization.activations import Quantized, quantize_activations
 from .quantization.convert import dequantize, quantize_int8
@@ -207,6 +208,7 @@ class ReferenceProgram:
             self._compute(op)
         if sampler is None:
             return 0
+        environment.import_numba()
         from .cpu.sampling import choose_token  # late: Numba takes time to import, and only a sampler needs it
 
         if (token := choose_token(sampler, self.values["logits"][0].copy())) < 0:

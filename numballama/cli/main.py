@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 
 from .. import __version__, progress
 from ..errors import Error
+from ..host.interrupts import INTERRUPTED
 from .bench import add_bench
 from .chat import add_chat
 from .doctor import add_doctor
@@ -16,8 +17,9 @@ from .export import add_export
 from .generate import add_generate, add_story
 from .inspect import add_inspect
 
-FAILED, INTERRUPTED, BROKEN_PIPE = 1, 130, 141
-"""Exit codes: an `Error`; Ctrl-C and a closed pipe, as shells report them. Wrong usage ends with argparse's 2."""
+FAILED, BROKEN_PIPE = 1, 141
+"""Exit codes: an `Error`; a closed pipe, as shells report it. Ctrl-C is `INTERRUPTED`. Wrong usage ends with argparse's
+2."""
 
 
 def parser() -> argparse.ArgumentParser:

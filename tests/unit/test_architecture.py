@@ -28,9 +28,9 @@ TESTS = Path(__file__).parents[1]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = """
-    errors
+    errors validation progress
     host: cgroup environment interrupts
-    validation config rope memory progress
+    config rope memory
     checkpoint
     quantization: types blocks activations convert policy
     files hub
@@ -42,8 +42,8 @@ ORDER = """
     visualize ir ops registry graph fusion plan
     kernel_cache
     sampling
-    cpu: fork compiler intrinsics workers vecdot tiling vecdot_int8 matmul kernels_cpu kernels_int8 ops sampling executor \
-            bandwidth timing backend
+    cpu: fork compiler intrinsics workers vecdot tiling vecdot_int8 matmul kernels_cpu kernels_int8 ops sampling \
+            executor bandwidth timing backend
     cuda: repack launch lowering intrinsics quant_traits kernels.params mma ops.gemv ops.elementwise ops.gemm \
             ops.linear ops.attention ops.sampling kernels.common kernels.reduce kernels.dequant kernels.dot \
             kernels.gemv kernels_cuda kernels.gemm kernels.decode_attention kernels.prefill_attention \

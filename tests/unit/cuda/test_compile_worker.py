@@ -140,7 +140,7 @@ print(json.dumps([answers, len(list(cache.iterdir()))]))
 @pytest.mark.parametrize(
     "case",
     [
-        "compile._cores = lambda: 2; ahead = partial(ahead, None)",
+        "compile.usable_cores = lambda: 2; ahead = partial(ahead, None)",
         "kernels = kernels[:2]",
         "sys.frozen = True",
         "sys.executable = '/opt/some/editor'",
@@ -214,6 +214,6 @@ def test_only_kernels_of_the_package_are_kept(tmp_path: Path) -> None:
 
 
 def test_there_are_as_many_workers_as_cores_for_them(tmp_path: Path) -> None:
-    text = "compile._cores = lambda: {}\nahead(None)\nprint(json.dumps(len(started)))"
+    text = "compile.usable_cores = lambda: {}\nahead(None)\nprint(json.dumps(len(started)))"
     assert program(text.format(4), tmp_path / "4") == 3
     assert program(text.format(64), tmp_path / "64") == 5, "no more than kernels"
