@@ -84,7 +84,7 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
         return
     for mount in mounts:
         before, _, after = mount.partition(" - ")
-        fields, (kind, *_, options) = before.split(), (after.split() or [""])
+        fields, (kind, *_, options) = before.split(), [*after.split(), "", ""][:3]
         if len(fields) < 5 or kind != ("cgroup" if controller else "cgroup2"):
             continue
         if controller and controller not in options.split(","):

@@ -19,7 +19,7 @@ from tests.helpers.processes import PACKAGE
 
 MOMENTS = 14
 STORY = [sys.executable, "-m", "numballama", "story", "--max-tokens", "4", "--temperature", "0", "--device", "cpu"]
-BEGINNING = "Once upon a time,"
+BEGINNING = "Once upon a time"
 
 
 def interrupt() -> None:
