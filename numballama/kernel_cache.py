@@ -81,8 +81,10 @@ def is_current(folder: Path) -> bool:
     """
     if not _OUR_FOLDER.fullmatch(folder.name):
         return True
-    with contextlib.suppress(OSError, DeviceError):
-        return folder.name == _cuda_name() or folder.name == _cpu_name()
+    for name in (_cpu_name, _cuda_name) if "numba" in sys.modules else (_cuda_name,):
+        with contextlib.suppress(OSError, DeviceError):
+            if folder.name == name():
+                return True
     return False
 
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from .checkpoint import Weight
 from .errors import NOT_NUMBERS, Error
-from .host import environment
+from .host import environment, interrupts
 from .ir import DTYPES, Graph, Op
 from .quantization.activations import Quantized, quantize_activations
 from .quantization.convert import dequantize, quantize_int8
@@ -208,10 +208,12 @@ class ReferenceProgram:
             self._compute(op)
         if sampler is None:
             return 0
-        environment.import_numba()
-        from .cpu.sampling import choose_token  # late: Numba takes time to import, and only a sampler needs it
+        with interrupts.deferred():  # Numba may compile
+            environment.import_numba()
+            from .cpu.sampling import choose_token  # late: Numba takes time to import, and only a sampler needs it
 
-        if (token := choose_token(sampler, self.values["logits"][0].copy())) < 0:
+            token = choose_token(sampler, self.values["logits"][0].copy())
+        if token < 0:
             raise Error(NOT_NUMBERS)
         return token
 

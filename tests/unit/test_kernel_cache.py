@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from numballama import kernel_cache
 from numballama.config import ModelConfig
+from numballama.errors import DeviceError
 from tests.helpers import fuzz_kernel_cache
 from tests.helpers.processes import PACKAGE, run_python
 from tests.helpers.random_models import save
@@ -325,6 +326,21 @@ def test_what_a_killed_writer_left_is_removed_after_a_while(tmp_path: Path) -> N
     os.utime(old, (1, 1))
     kernel_cache.store(tmp_path / "b.kernel", "key", b"content")
     assert {path.name for path in tmp_path.iterdir()} == {"a.kernel.2.tmp", "b.kernel"}
+
+
+def test_kernels_of_edited_sources_are_not_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each kind of folder is known by its name, also where the other kind cannot be named."""
+
+    def missing() -> str:
+        raise DeviceError("numba-cuda is missing")
+
+    for name, other in (("_cpu_name", "_cuda_name"), ("_cuda_name", "_cpu_name")):
+        with monkeypatch.context() as patch:
+            patch.setattr(kernel_cache, other, missing)
+            patch.setattr(kernel_cache, name, lambda: "0" * 16)
+            assert kernel_cache.is_current(tmp_path / ("0" * 16))
+            assert not kernel_cache.is_current(tmp_path / ("1" * 16)), "the sources were edited"
+            assert kernel_cache.is_current(tmp_path / "a folder of a test")
 
 
 @pytest.fixture

@@ -124,9 +124,7 @@ def test_in_a_container_only_its_own_part_is_mounted(tmp_path: Path, version: st
 
 
 @pytest.mark.parametrize(("quota", "cores"), [(1_000, 1), (100_000, 1), (149_000, 1), (150_000, 2), (6_400_000, 4)])
-def test_a_quota_is_rounded_to_cores(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: int, cores: int
-) -> None:
+def test_a_quota_is_rounded_to_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: int, cores: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))
     assert cgroup.usable_cores(machine(tmp_path, V2, [Group(), Group((quota, 100_000))])) == cores
 
