@@ -99,7 +99,8 @@ def fuzz(cases: int, seed: int, folder: Path, seconds: float = 1e9) -> tuple[flo
     """Damage and load `cases` times, or for some seconds; returns the seconds and how the loads ended."""
     counts: Counter[str] = Counter()
     started = time.perf_counter()
-    with mock.patch.object(kernel_cache, "cache_directory", lambda: folder), mock.patch.object(kernel_cache, "_note"):
+    here = mock.patch.object(kernel_cache, "cache_directory", return_value=folder)
+    with here, mock.patch.object(kernel_cache, "_note"):
         context = registry.cpu_target.target_context
         paths, keys = {}, {}
         for function in FUNCTIONS:

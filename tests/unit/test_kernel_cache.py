@@ -387,5 +387,5 @@ def test_usage_and_clearing(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_damaged_entries_of_all_kinds_cost_only_time(tmp_path: Path) -> None:
     """Through Numba: the results are right, and the next process finds whole entries."""
-    seconds, counts = fuzz_kernel_cache.fuzz(60, 0, tmp_path)
+    _, counts = fuzz_kernel_cache.fuzz(60, 0, tmp_path)
     assert sum(counts.values()) == 60 and counts["compiled again"] > 20, counts

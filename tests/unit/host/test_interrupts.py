@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,41 +27,42 @@ def interrupt() -> None:
     signal.raise_signal(signal.SIGINT)
 
 
+def deferred(*actions: Callable[[], object]) -> None:
+    """Do these in a block."""
+    with interrupts.deferred():
+        for action in actions:
+            action()
+
+
 def test_an_interrupt_waits_for_the_end_of_the_block() -> None:
-    done = []
-    with pytest.raises(KeyboardInterrupt), interrupts.deferred():
-        interrupt()
-        done.append("the block")
+    done: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        deferred(interrupt, lambda: done.append("the block"))
     assert done == ["the block"]
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_a_second_interrupt_ends_the_block() -> None:
-    done = []
-    with pytest.raises(KeyboardInterrupt), interrupts.deferred():
-        interrupt()
-        interrupt()
-        done.append("the block")
+    done: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        deferred(interrupt, interrupt, lambda: done.append("the block"))
     assert done == []
 
 
 def test_an_interrupt_that_became_another_error_is_an_interrupt() -> None:
-    with pytest.raises(KeyboardInterrupt), interrupts.deferred():
-        interrupt()
-        try:
-            interrupt()
-        except KeyboardInterrupt:
-            raise RuntimeError("LLVM") from None
-    with pytest.raises(ValueError, match="no interrupt"), interrupts.deferred():
-        raise ValueError("no interrupt")
+    def fail() -> None:
+        raise RuntimeError("LLVM")
+
+    with pytest.raises(KeyboardInterrupt):
+        deferred(interrupt, fail)
+    with pytest.raises(RuntimeError, match="LLVM"):
+        deferred(fail)
 
 
 def test_of_nested_blocks_the_outermost_raises() -> None:
-    done = []
-    with pytest.raises(KeyboardInterrupt), interrupts.deferred():
-        with interrupts.deferred():
-            interrupt()
-        done.append("between")
+    done: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        deferred(lambda: deferred(interrupt), lambda: done.append("between"))
     assert done == ["between"]
 
 
