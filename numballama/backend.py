@@ -14,6 +14,7 @@ import numpy as np
 
 from .checkpoint import Weight
 from .errors import DeviceError
+from .host import environment, interrupts
 from .ir import Graph
 from .kernel_cache import cuda_cache_directory
 from .plan import Plan
@@ -200,7 +201,9 @@ def backend_class(device: str) -> type[Backend]:
 
         return CudaBackend
     if name == "cpu":
-        from .cpu.backend import CpuBackend
+        with interrupts.deferred():
+            environment.import_numba()
+            from .cpu.backend import CpuBackend
 
         return CpuBackend
     from .reference import ReferenceBackend
@@ -222,7 +225,9 @@ def open_backend(device: str, weights: Mapping[str, Weight], threads: int | None
 
         return CudaBackend(weights, device)
     if name == "cpu":
-        from .cpu.backend import CpuBackend
+        with interrupts.deferred():
+            environment.import_numba()
+            from .cpu.backend import CpuBackend
 
         return CpuBackend(weights, threads)
     from .reference import ReferenceBackend

@@ -82,8 +82,10 @@ def is_current(folder: Path) -> bool:
     """
     if not _OUR_FOLDER.fullmatch(folder.name):
         return True
-    with contextlib.suppress(OSError, DeviceError):
-        return folder.name == _cuda_name() or folder.name == _cpu_name()
+    for name in (_cpu_name, _cuda_name) if "numba" in sys.modules else (_cuda_name,):
+        with contextlib.suppress(OSError, DeviceError):
+            if folder.name == name():
+                return True
     return False
 
 
@@ -216,7 +218,7 @@ _prepared: set[Path] = set()
 
 
 def _prepare(folder: Path) -> None:
-    """Make a folder for entries, and clear what is old in it and beside it. Raises `OSError` where it cannot be made."""
+    """Make a folder for entries, and clear what is old in it and beside it. Raises `OSError` if it cannot be made."""
     if folder in _prepared and folder.is_dir():
         return
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ import numpy as np
 from .checkpoint import Weight
 from .errors import Error
 from .graph import PAGE_TABLE
+from .host import environment, interrupts
 from .ir import DTYPES, Graph, Op, Value
 from .memory import available_bytes
 from .quantization.activations import Quantized, quantize_activations
@@ -244,13 +245,15 @@ class ReferenceProgram:
 
     def submit(self, tokens: int, rows: int, table: SamplerTable) -> int:
         """Interpret all ops and sample a token for each of `rows` rows."""
-        from .cpu.sampling import choose_tokens  # late: Numba takes time to import, and only a sampler needs it
-
         self.run(tokens, 0, None, rows)
         slots = self.values["sequences"]
         if "rows" in self.inputs:
             slots = slots[self.values["rows"]]
-        self._sampled = choose_tokens(table, self.values["logits"][:rows], slots[:rows])
+        with interrupts.deferred():  # Numba may compile
+            environment.import_numba()
+            from .cpu.sampling import choose_tokens  # late: Numba takes time to import, and only a sampler needs it
+
+            self._sampled = choose_tokens(table, self.values["logits"][:rows], slots[:rows])
         return 0
 
     def collect(self, ticket: int) -> Sampled:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -15,6 +16,8 @@ from ..checkpoint import Weight
 from ..errors import Error
 from ..fusion import fuse
 from ..graph import PAGE_TABLE
+from ..host import interrupts
+from ..host.cgroup import cpu_quota, usable_cores
 from ..ir import DTYPES, Graph, Value
 from ..plan import ALIGNMENT, Plan, Step, lower
 from ..quantization.kv import split_q8_0
@@ -130,8 +133,8 @@ class CpuProgram:
 class CpuBackend:
     """Weights and KV cache in host memory, and programs that use them.
 
-    `threads` is the number of workers that share a step; default and maximum is Numba's number of threads. Raises
-    `DeviceError` in a child that was forked after workers had started.
+    `threads` is the number of workers that share a step. The maximum is Numba's number of threads; the default too,
+    unless a container's CPU quota is below. Raises `DeviceError` in a child that was forked after workers had started.
     """
 
     name: ClassVar[BackendName] = "cpu"
@@ -145,11 +148,18 @@ class CpuBackend:
 
     def __init__(self, weights: Mapping[str, Weight], threads: int | None = None) -> None:
         refuse_forked()
-        limit = numba.config.NUMBA_NUM_THREADS
+        limit, cores, quota = numba.config.NUMBA_NUM_THREADS, usable_cores(), cpu_quota()
+        default = limit if "NUMBA_NUM_THREADS" in os.environ else min(limit, cores)
         threads = None if threads is None else whole_number("threads", threads, 1)
         self.weights = weights
-        self.workers = min(threads or limit, limit)
+        wanted = min(threads or default, limit)
+        with interrupts.deferred():
+            self.workers = worker_threads.start(wanted)
         self.notes: list[str] = []
+        if self.workers < wanted:
+            self.notes.append(f"{wanted} threads wanted, {self.workers} used: the system starts no more")
+        if quota is not None and threads is None and default < limit:
+            self.notes.append(f"{default} threads, because this container has a quota of {quota:.3g} cores")
         if threads is not None and threads > limit:
             self.notes.append(f"{threads} threads asked for, {limit} used: set NUMBA_NUM_THREADS before Numba starts")
         self.states: dict[str, np.ndarray] = {}
@@ -233,7 +243,8 @@ class CpuBackend:
         """Compile or load the executor and the sampler and start the workers, before the first token needs them."""
         if report:
             report("run_steps", 0, 1)
-        decode.run(1, 0, 0)
+        with interrupts.deferred():
+            decode.run(1, 0, 0)
 
     def _bind(
         self,

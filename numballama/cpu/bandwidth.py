@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import Any
 
 import numpy as np
 from numba import types
@@ -31,7 +32,7 @@ def measure_bandwidth(workers: int, repeats: int = 5) -> float:
     x = np.ones(nbytes // 4, np.float32)  # not zeros: the kernel would map them all to one page, which a cache holds
     sums = np.zeros(workers, np.float32)
     floats = types.Array(types.float32, 1, "C")
-    compiled = compile_step(read_all, [floats, floats])
+    compiled: Any = compile_step(read_all, [floats, floats])
     table = np.zeros((1, OPERANDS + 4), np.int64)
     table[0, ADDRESS], table[0, MAX_TOKENS] = compiled.address, 1
     table[0, OPERANDS:] = x.ctypes.data, x.size, sums.ctypes.data, sums.size

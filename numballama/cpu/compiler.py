@@ -14,10 +14,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..host import environment, interrupts
-
-environment.check_numba()
-
 import numba
 from llvmlite import ir
 from numba import types
@@ -32,6 +28,7 @@ from numba.core.typed_passes import NativeLowering
 from numba.np.arrayobj import make_array, populate_array
 
 from .. import kernel_cache
+from ..host import interrupts
 from .fork import ForkSafeLock
 
 FAST_MATH = {"reassoc", "contract", "nsz"}
@@ -229,14 +226,21 @@ class _StepCompiler(CompilerBase):  # type: ignore[misc]
         return [pipeline]
 
 
+class _CFunc(CFunc):  # type: ignore[misc]
+    """Numba's compiled C callback, with our cache."""
+
+    def enable_caching(self) -> None:
+        self._cache = KernelCache(self.__wrapped__, f"step, {_text(_STEP_OPTIONS)}")
+
+
 _STEP_OPTIONS = {"fastmath": FAST_MATH, "error_model": "numpy"}
-_steps: dict[tuple[Callable[..., Any], tuple[Any, ...]], CFunc] = {}
+_steps: dict[tuple[Callable[..., Any], tuple[Any, ...]], _CFunc] = {}
 """What `compile_step` has returned. Numba keeps compiled code for as long as the process lives, so a model that is
 compiled again must not compile its kernels again."""
 _steps_lock = ForkSafeLock()
 
 
-def compile_step(function: Callable[..., Any], operands: list[Any]) -> CFunc:
+def compile_step(function: Callable[..., Any], operands: list[Any]) -> _CFunc:
     """Compile a kernel for operands of these Numba types, or load it from the cache. Once a process.
 
     The function's first three parameters are worker, n_workers and tokens. The result has `address` and `cache_hits`.
@@ -249,7 +253,7 @@ def compile_step(function: Callable[..., Any], operands: list[Any]) -> CFunc:
         if found is None:
             signature = types.void(types.int64, types.int64, types.int64, *operands)
             with interrupts.deferred():
-                found = CFunc(
+                found = _CFunc(
                     function,
                     sigutils.normalize_signature(signature),
                     locals={},
@@ -257,7 +261,7 @@ def compile_step(function: Callable[..., Any], operands: list[Any]) -> CFunc:
                     pipeline_class=_StepCompiler,
                 )
                 if _has_source_file(function):
-                    found._cache = KernelCache(function, f"step, {_text(_STEP_OPTIONS)}")
+                    found.enable_caching()
                 found.compile()
                 _steps[wanted] = found
     return found

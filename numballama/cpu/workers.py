@@ -181,13 +181,11 @@ class WorkerThreads:
 
     @contextlib.contextmanager
     def region(self, workers: int) -> Iterator[None]:
-        """Keep other callers out while a job runs. Raises `DeviceError` as `start` does, and where threads are missing."""
+        """Keep other callers out while a job runs. Raises `DeviceError` as `start` does, and for missing threads."""
         refuse_forked()
         with self._region:
             if len(self._threads) + 1 < workers and (found := self.start(workers)) < workers:
-                raise DeviceError(
-                    f"{workers} workers are needed, and the system starts only {found}: pass threads={found}"
-                )
+                raise DeviceError(f"{workers} workers are needed, the system starts only {found}: pass threads={found}")
             yield
 
     def _sleeping_place(self, worker: int) -> tuple[ctypes.c_void_p, ctypes.c_void_p]:

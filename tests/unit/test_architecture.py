@@ -28,9 +28,9 @@ TESTS = Path(__file__).parents[1]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = """
-    errors
+    errors validation progress
     host: cgroup environment interrupts
-    validation config rope memory progress
+    config rope memory
     checkpoint
     quantization: types blocks activations convert kv policy
     files hub
