@@ -73,7 +73,7 @@ def generate_tokens(
         if token in stop_token_ids:
             finish_reason, stop_reason = "stop", token
         else:
-            text = stops.push(decoder.push(token))
+            text = stops.push(decoder.push(token), decoder.hidden(token))
             if stops.found is not None:
                 finish_reason, stop_reason = "stop", stops.found
             elif index + 1 == max_tokens:
@@ -126,31 +126,38 @@ def next_token(shared: SharedSession, stream: object, history: Sequence[int], sa
 class StopStringFilter:
     """Holds back text that may be the beginning of a stop string.
 
-    `push(text)` returns the text that is safe to show. `found` is None until a stop string is complete; the text before
-    it is the end. `flush()` returns the text that is still held back when generation ends for another reason.
+    `push(text, hidden)` returns the text that is safe to show. `hidden` follows `text` and is never shown: what a
+    control token is called, which a stop string may spell. `found` is None until a stop string is complete; the text
+    before it is the end. `flush()` returns the text that is still held back when generation ends for another reason.
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
         self._stops = [stop for stop in stops if stop]
-        self._held = ""
+        self._held: list[tuple[str, bool]] = []
+        """Characters that are held back, and whether they are shown."""
         self.found: str | None = None
 
-    def push(self, text: str) -> str:
+    def push(self, text: str, hidden: str = "") -> str:
         if not self._stops or self.found is not None:
             return "" if self.found is not None else text
-        text = self._held + text
+        held = [*self._held, *((character, True) for character in text), *((character, False) for character in hidden)]
+        text = "".join(character for character, _ in held)
         places = [(text.find(stop), stop) for stop in self._stops if stop in text]
         if places:
             place, self.found = min(places, key=lambda found: found[0])
-            self._held = ""
-            return text[:place]
-        held = max(self._partial(text, stop) for stop in self._stops)
-        self._held = text[len(text) - held :]
-        return text[: len(text) - held]
+            self._held = []
+            return self._shown(held[:place])
+        safe = len(text) - max(self._partial(text, stop) for stop in self._stops)
+        self._held = held[safe:]
+        return self._shown(held[:safe])
 
     def flush(self) -> str:
-        held, self._held = self._held, ""
-        return held
+        held, self._held = self._held, []
+        return self._shown(held)
+
+    @staticmethod
+    def _shown(characters: Iterable[tuple[str, bool]]) -> str:
+        return "".join(character for character, shown in characters if shown)
 
     @staticmethod
     def _partial(text: str, stop: str) -> int:
