@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, get_args, overload
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, overload
 
 import numpy as np
 
@@ -14,8 +14,8 @@ from . import ir, loader, memory, plan, progress
 from .backend import Backend, Program, backend_class, choose_device, open_backend
 from .bench import debug
 from .chat.conversation import Chat
-from .chat.encoder import ConversationEncoder
-from .chat.template import Message
+from .chat.encoder import NO_BOS, SPELLED, ConversationEncoder, note_once, spells_control_tokens
+from .chat.template import Message, TemplateSet, refuse_options
 from .checkpoint import Checkpoint, Weight
 from .config import ModelConfig, RopePairing
 from .errors import CLOSED, ContextError, Error, Interrupted, UnsupportedError
@@ -189,6 +189,11 @@ class Model:
     def __exit__(self, *exc: object) -> None:
         self.close()
 
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise Error(
+            "a model can be neither copied nor pickled: pass its path, and call numballama.compile() where it is needed"
+        )
+
     def __repr__(self) -> str:
         c = self.config
         return f"<Model {self.path.name}: {c.n_layers} layers, dim {c.dim}, on {self.device}, context {self.context}>"
@@ -295,6 +300,8 @@ class Model:
             raise Error("the prompt is empty; None starts from the beginning-of-text token alone")
         settings = merge(params, DEFAULTS, max_tokens, options)
         ids = tokenizer.encode(prompt or "", bos=True, special=settings.special)
+        if prompt is not None and not settings.special and spells_control_tokens(tokenizer, prompt):
+            note_once(self.notes, SPELLED)
         if prompt is None and tokenizer.bos_id is not None:  # also if this tokenizer puts no BOS before a text
             ids = [tokenizer.bos_id]
         return self.stream_ids(session.validate_token_ids(ids), params=settings, strip_leading_space=prompt is None)
@@ -351,16 +358,22 @@ class Model:
         """A conversation as the model's chat template writes it: token ids, or with `tokenize=False` text.
 
         Each message is {"role": "system" | "user" | "assistant", "content": text}. `add_generation_prompt` adds the
-        beginning of the model's answer. `tools` and `template_kwargs` are passed to the template. Special tokens that a
-        message spells out ("<|im_end|>") are encoded as ordinary text.
+        beginning of the model's answer. `tools` and `template_kwargs` are passed to the template, except
+        `chat_template`: another template, or the name of one of the file's. Control tokens that a message spells out
+        ("<|im_end|>") are encoded as ordinary text.
 
         Raises `Error` without a tokenizer or a template, or when the template refuses the messages.
         """
-        encoder = ConversationEncoder(self._require_tokenizer(), self._checkpoint.chat_template)
+        wanted = template_kwargs.pop("chat_template", None)
+        refuse_options(template_kwargs)
+        encoder = ConversationEncoder(self._require_tokenizer(), wanted, self._templates(), tools is not None)
         variables = {"add_generation_prompt": add_generation_prompt, "tools": tools, **template_kwargs}
-        if tokenize:
-            return encoder.encode(messages, **variables)
-        return encoder.template.render(messages, **variables)
+        if not tokenize:
+            return encoder.template.render(messages, **variables)
+        ids = encoder.encode(messages, **variables)
+        if encoder.misses_bos(ids):
+            note_once(self.notes, NO_BOS)
+        return ids
 
     def chat(
         self,
@@ -373,14 +386,19 @@ class Model:
         """A conversation with the model.
 
         `system` is the system message. `messages` is a conversation to continue, as `Chat.messages` gives it; it may
-        begin with a system message instead. `template` is a chat template in jinja2. Its default is the file's own or,
-        for a file without one, the built-in template that fits the vocabulary. `template_kwargs` are passed to the
-        template (`enable_thinking=False`).
+        begin with a system message instead. `template` is a chat template in jinja2, or the name of one of the file's.
+        Its default is the file's own or, for a file without one, the built-in template that fits the vocabulary.
+        `template_kwargs` are passed to the template (`enable_thinking=False`).
 
         Raises `Error` without a tokenizer or a template.
         """
-        encoder = ConversationEncoder(self._require_tokenizer(), template or self._checkpoint.chat_template)
+        refuse_options(template_kwargs)
+        tools = template_kwargs.get("tools") is not None
+        encoder = ConversationEncoder(self._require_tokenizer(), template, self._templates(), tools)
         return Chat(self, encoder, system, messages, template_kwargs)
+
+    def _templates(self) -> TemplateSet:
+        return TemplateSet(self._checkpoint.chat_templates, self._checkpoint.template_tokens)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

@@ -81,7 +81,8 @@ def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile |
         config=config,
         weights=weights,
         tokenizer=text.tokenizer,
-        chat_template=text.chat_template,
+        chat_templates=text.chat_templates,
+        template_tokens=text.template_tokens,
         stop_token_ids=text.stop_token_ids,
         notes=list(text.notes),
     )

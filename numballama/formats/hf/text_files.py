@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -21,11 +22,17 @@ class TextFiles:
     """Tokenizer, chat template and stop ids of a directory. `Checkpoint` has fields of the same names."""
 
     tokenizer: Tokenizer | None
-    chat_template: str | None
+    chat_templates: Mapping[str, str]
+    template_tokens: Mapping[str, str]
     stop_token_ids: tuple[int, ...]
     """Ids that end a text, from generation_config.json, else config.json. The tokenizer's EOS is not among them unless
     a file lists it."""
     notes: tuple[str, ...]
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template named "default"."""
+        return self.chat_templates.get("default")
 
 
 def read_text_files(directory: str | PathLike[str], load_tokenizer: bool = True) -> TextFiles:
@@ -49,7 +56,8 @@ def read_text_files(directory: str | PathLike[str], load_tokenizer: bool = True)
         unknown = [token for token in ids if token >= tokenizer.vocab_size]
         if unknown:
             notes.append(f"{len(unknown)} added tokens, which tokenizer.model does not have, are left out")
-    return TextFiles(tokenizer, settings.chat_template, settings.stop_token_ids, tuple(notes))
+    templates, tokens = settings.chat_templates, settings.template_tokens
+    return TextFiles(tokenizer, templates, tokens, settings.stop_token_ids, tuple(notes))
 
 
 def tokenizer_texts(tokenizer: Tokenizer, chat_template: str | None, context: int) -> dict[str, str]:
