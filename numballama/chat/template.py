@@ -25,9 +25,6 @@ Message = Mapping[str, Any]
 MAX_TEMPLATE = 1 << 16
 """Maximum size of a template in characters. The longest known have 20,000."""
 
-RESERVED = ("messages", "self", "context")
-"""Names that cannot be variables of a template: the conversation itself, and jinja2's own."""
-
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of a message's reasoning. Templates read one of the first two."""
 _MAX_DEPTH = 64
@@ -74,9 +71,6 @@ class ChatTemplate:
         """
         from .sandbox import Budget, Refusal, size_of
 
-        for name in RESERVED:
-            if name in variables:
-                raise Error(f"{name!r} cannot be a variable of a chat template: the template has it already")
         names: dict[str, Any] = {"tools": None, "documents": None, **self._tokens, **plain_variables(variables)}
         given = plain_messages(messages)
         environment, template = self._compiled

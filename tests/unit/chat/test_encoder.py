@@ -24,7 +24,8 @@ from tests.helpers.bpe import CHAT_CONFIG, save_json, trained
 END, START = "<|im_end|>", "<|im_start|>"
 QWEN3 = (
     "{%- for m in messages %}"
-    "{%- if m.role == 'user' and not (m.content.startswith('<tool_response>') and m.content.endswith('</tool_response>')) %}"
+    "{%- if m.role == 'user' and not (m.content.startswith('<tool_response>') "
+    "and m.content.endswith('</tool_response>')) %}"
     "{{- '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}"
     "{%- elif '</think>' in m.content %}"
     "{%- set reasoning = m.content.split('</think>')[0].rstrip('\n').split('<think>')[-1].lstrip('\n') %}"
@@ -70,10 +71,26 @@ def encoder_of(name: str) -> ConversationEncoder:
     return ConversationEncoder(tokenizer(), TEMPLATES[name])
 
 
-PIECES = st.sampled_from(
-    ["def f():\n    return 1\n        x", "    ", " ", "\n", "a", "Größe 🙂", "<think>", "</think>", "<tool_response>"]
-    + ["</tool_response>", "<tool_call>", "<", "|", ">", "<|", "|>", "im_end", '"', "'", "\\", "{{ x }}", "A", "&lt;"]
-)
+TAGS = [
+    "<think>",
+    "</think>",
+    "<tool_response>",
+    "</tool_response>",
+    "<tool_call>",
+    "'",
+    "\\",
+    "{{x}}",
+    "A",
+    "&lt;",
+    "im_end",
+    "<",
+    "|",
+    ">",
+    "<|",
+    "|>",
+]
+WORDS = ["def f():\n    return 1\n        x", "    ", " ", "\n", "a", "Größe 🙂", '"']
+PIECES = st.sampled_from([*WORDS, *TAGS])
 CONTROLS = st.sampled_from([START, END, "<s>", "</s>", "[INST]", "<|user|>", "<|im_end|>x", "<|im_<|im_end|>end|>"])
 
 
