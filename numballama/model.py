@@ -394,7 +394,7 @@ class Model:
         """
         refuse_options(template_kwargs)
         tools = template_kwargs.get("tools") is not None
-        encoder = ConversationEncoder(self._require_tokenizer(), template, self._templates(), tools)
+        encoder = ConversationEncoder(self._require_tokenizer(), template or None, self._templates(), tools)
         return Chat(self, encoder, system, messages, template_kwargs)
 
     def _templates(self) -> TemplateSet:

@@ -43,7 +43,7 @@ def chat_templates(header: Header) -> dict[str, str]:
     key = "tokenizer.chat_template"
     names = {"default": key}
     names |= {name.removeprefix(f"{key}."): name for name in header.fields if name.startswith(f"{key}.")}
-    return {name: text for name, full in names.items() if (text := header.text(full)) is not None}
+    return {name: text for name, full in names.items() if (text := header.text(full))}
 
 
 def template_tokens(header: Header, tokenizer: Tokenizer) -> dict[str, str]:

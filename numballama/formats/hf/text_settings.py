@@ -80,7 +80,7 @@ class TextSettings:
 
     def _named_templates(self, file: str, value: object) -> dict[str, str]:
         """A value of the key "chat_template": a template, or several with their names."""
-        if value is None:
+        if not value and value in (None, "", []):
             return {}
         if isinstance(value, str):
             return {"default": value}

@@ -71,26 +71,10 @@ def encoder_of(name: str) -> ConversationEncoder:
     return ConversationEncoder(tokenizer(), TEMPLATES[name])
 
 
-TAGS = [
-    "<think>",
-    "</think>",
-    "<tool_response>",
-    "</tool_response>",
-    "<tool_call>",
-    "'",
-    "\\",
-    "{{x}}",
-    "A",
-    "&lt;",
-    "im_end",
-    "<",
-    "|",
-    ">",
-    "<|",
-    "|>",
-]
+TAGS = ["<think>", "</think>", "<tool_response>", "</tool_response>", "<tool_call>", "&lt;", "{{x}}"]
+SIGNS = ["'", "\\", "A", "im_end", "<", "|", ">", "<|", "|>"]
 WORDS = ["def f():\n    return 1\n        x", "    ", " ", "\n", "a", "Größe 🙂", '"']
-PIECES = st.sampled_from([*WORDS, *TAGS])
+PIECES = st.sampled_from([*WORDS, *TAGS, *SIGNS])
 CONTROLS = st.sampled_from([START, END, "<s>", "</s>", "[INST]", "<|user|>", "<|im_end|>x", "<|im_<|im_end|>end|>"])
 
 
