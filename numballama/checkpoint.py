@@ -120,6 +120,8 @@ class Checkpoint:
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end a text or a turn according to the file. The tokenizer's EOS always ends a text."""
     tokenizer: Tokenizer | None = None
+    tokenizer_error: str = ""
+    """Why the file's own tokenizer was left out; "" if it was not, or there is none."""
     chat_template: str | None = None
     defaulted_fields: tuple[str, ...] = ()
     """Names of `ModelConfig` fields that have their default because neither the file nor the caller gives them."""

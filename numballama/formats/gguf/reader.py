@@ -104,6 +104,7 @@ def read(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
         try:
             opened.tokenizer = read_gguf_tokenizer(header)
         except UnsupportedError as error:
+            opened.tokenizer_error = str(error)
             opened.notes.append(f"its tokenizer is left out: {error}")
     return opened
 

@@ -81,6 +81,7 @@ def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile |
         config=config,
         weights=weights,
         tokenizer=text.tokenizer,
+        tokenizer_error=text.tokenizer_error,
         chat_template=text.chat_template,
         stop_token_ids=text.stop_token_ids,
         notes=list(text.notes),
