@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import Error
-from ..tokenizers.base import Tokenizer, TokenKind
-from .builtin_templates import BUILTIN_TEMPLATES, END_OF_TURN_TOKENS
+from ..tokenizers.base import Tokenizer
+from .builtin_templates import BUILTIN_TEMPLATES
 
 if TYPE_CHECKING:
     from .sandbox import Sandbox
@@ -226,7 +226,4 @@ def choose(source: str | None, tokenizer: Tokenizer, tokens: Mapping[str, str] |
 
 def stop_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Ids of the vocabulary's special tokens that end a turn, EOS among them."""
-    special = tokenizer.special_tokens
-    ids = {special[token] for token in END_OF_TURN_TOKENS if token in special}
-    ids = {token for token in ids if tokenizer.entry(token)[0] is TokenKind.CONTROL}
-    return frozenset(ids if tokenizer.eos_id is None else {*ids, tokenizer.eos_id})
+    return tokenizer.eog_ids

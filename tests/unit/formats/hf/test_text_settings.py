@@ -83,6 +83,8 @@ def test_tokens_that_templates_see(tmp_path: Path) -> None:
         "boi_token": "<boi>",
         "pad_token": "[PAD]",
     }
+    assert settings.template_tokens == expected | {"bos_token": "<other>"}
+    settings = write(tmp_path, tokenizer_config=config | {"added_tokens_decoder": {}})
     assert settings.template_tokens == expected
     assert write(tmp_path, tokenizer_config={"extra_special_tokens": ["<x>"]}).template_tokens == {
         "pad_token": "[PAD]",
