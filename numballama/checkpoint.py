@@ -120,6 +120,8 @@ class Checkpoint:
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end a text or a turn according to the file. The tokenizer's EOS always ends a text."""
     tokenizer: Tokenizer | None = None
+    tokenizer_error: str = ""
+    """Why the file's own tokenizer was left out; "" if it was not, or there is none."""
     chat_templates: Mapping[str, str] = field(default_factory=dict)
     """Name → chat template in jinja2. "default" is the usual one, "tool_use" the one for conversations with tools."""
     template_tokens: Mapping[str, str] = field(default_factory=dict)

@@ -75,6 +75,8 @@ def open_checkpoint(
             opened.stop_token_ids = opened.stop_token_ids or texts.stop_token_ids
     if opened.tokenizer is not None:
         _require_fit(opened, opened.tokenizer, tokenizer)
+        opened.tokenizer.limit(opened.config.vocab_size)
+        opened.notes += opened.tokenizer.notes
     return opened
 
 

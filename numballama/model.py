@@ -405,7 +405,7 @@ class Model:
         """Ids that end a text: those of `params` and, unless it ignores EOS, those of the file and the tokenizer."""
         own: set[int | None] = set()
         if not params.ignore_eos:
-            own = {tokenizer.eos_id, *self._checkpoint.stop_token_ids}
+            own = {*tokenizer.eog_ids, *self._checkpoint.stop_token_ids}
             if self._checkpoint.bos_is_stop_token:
                 own.add(tokenizer.bos_id)
         return frozenset(params.stop_token_ids) | {token for token in own if token is not None}
@@ -457,7 +457,7 @@ class Model:
         """
         refuse_options(template_kwargs)
         tools = template_kwargs.get("tools") is not None
-        encoder = ConversationEncoder(self._require_tokenizer(), template, self._templates(), tools)
+        encoder = ConversationEncoder(self._require_tokenizer(), template or None, self._templates(), tools)
         return Chat(self, encoder, system, messages, template_kwargs)
 
     def _templates(self) -> TemplateSet:
@@ -465,8 +465,9 @@ class Model:
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
+            why = f", because {self._checkpoint.tokenizer_error}" if self._checkpoint.tokenizer_error else ""
             raise Error(
-                f"{self.path.name} carries no tokenizer: pass its file to compile(…, tokenizer=…), "
+                f"{self.path.name} carries no tokenizer{why}: pass its file to compile(…, tokenizer=…), "
                 "--tokenizer on the command line"
             )
         return self.tokenizer

@@ -53,4 +53,5 @@ def require_known(what: str, names: Iterable[str], known: Iterable[str], others:
     if meant is None and len(unknown) == 1:
         meant = next(iter(get_close_matches(unknown[0], known, 1, 0.75)), None)
     hint = "; choose from" if meant is None else f": use {meant}. Choose from"
-    raise Error(f"unknown {what} {', '.join(unknown)}{hint} {', '.join(known)}")
+    shown = ", ".join(name if name.isidentifier() and len(name) < 50 else f"{name!r:.50}" for name in unknown[:5])
+    raise Error(f"unknown {what} {shown}{hint} {', '.join(known)}")

@@ -46,14 +46,3 @@ BUILTIN_TEMPLATES = (
     BuiltinTemplate("Llama 2's", LLAMA2, ("<s>", "</s>")),
 )
 """Built-in templates. The first whose special tokens are in the vocabulary is used."""
-
-END_OF_TURN_TOKENS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end|>",
-    "<end_of_turn>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-)
-"""Special tokens that end a turn or a text, in every vocabulary that has them. llama.cpp has the same list."""

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ..errors import Error
-from ..tokenizers.base import Tokenizer, TokenKind
-from .builtin_templates import BUILTIN_TEMPLATES, END_OF_TURN_TOKENS
+from ..tokenizers.base import Tokenizer
+from .builtin_templates import BUILTIN_TEMPLATES
 
 if TYPE_CHECKING:
     from .sandbox import Sandbox
@@ -24,9 +24,6 @@ Message = Mapping[str, Any]
 
 MAX_TEMPLATE = 1 << 16
 """Maximum size of a template in characters. The longest known have 20,000."""
-
-RESERVED = ("messages", "self", "context")
-"""Names that cannot be variables of a template: the conversation itself, and jinja2's own."""
 
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 """Names of a message's reasoning. Templates read one of the first two."""
@@ -74,9 +71,6 @@ class ChatTemplate:
         """
         from .sandbox import Budget, Refusal, size_of
 
-        for name in RESERVED:
-            if name in variables:
-                raise Error(f"{name!r} cannot be a variable of a chat template: the template has it already")
         names: dict[str, Any] = {"tools": None, "documents": None, **self._tokens, **plain_variables(variables)}
         given = plain_messages(messages)
         environment, template = self._compiled
@@ -232,7 +226,4 @@ def choose(source: str | None, tokenizer: Tokenizer, tokens: Mapping[str, str] |
 
 def stop_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Ids of the vocabulary's special tokens that end a turn, EOS among them."""
-    special = tokenizer.special_tokens
-    ids = {special[token] for token in END_OF_TURN_TOKENS if token in special}
-    ids = {token for token in ids if tokenizer.entry(token)[0] is TokenKind.CONTROL}
-    return frozenset(ids if tokenizer.eos_id is None else {*ids, tokenizer.eos_id})
+    return tokenizer.eog_ids

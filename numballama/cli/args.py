@@ -196,11 +196,10 @@ _PHRASES = {
     "compile with context=": "use --context",
     "compile(…, tokenizer=…), --tokenizer on the command line": "--tokenizer",
     "template= or --chat-template": "--chat-template",
-    "special=True (--special)": "--special",
 }
 """What an error says to a Python program → what it says on the command line."""
 _OPTIONS = "|".join([*MODEL_OPTIONS, *SAMPLING_HELP, "prompt_tokens", "repeats"])
-_KEYWORD = re.compile(rf"(?<![\w.-])({_OPTIONS})=(?:'([^' ]*)'|([\w.:/-]*))")
+_KEYWORD = re.compile(rf"(?<![^\s(:;,])({_OPTIONS})=(?:'([^' ]*)'|([\w.:/-]*))")
 _SUBJECT = re.compile(rf"^({_OPTIONS})(?= (?:must be|\S+ is not supported|is not supported)\b)")
 
 

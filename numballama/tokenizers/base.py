@@ -9,9 +9,11 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
+from functools import cached_property
 from typing import SupportsIndex
 
 from ..errors import Error
+from .eog import eog_ids
 
 MAX_VOCAB = 1 << 20
 """Maximum number of tokens in a vocabulary: four times the largest known one. It limits memory."""
@@ -87,8 +89,12 @@ class Tokenizer(ABC):
     each byte, as sentencepiece does.
     """
 
+    notes: tuple[str, ...] = ()
+    """What the user should know about how the files were interpreted, one sentence each."""
+
     def __init__(self, vocab_size: int, bos_id: int | None, eos_id: int | None, strip: Strip) -> None:
         self.vocab_size, self.bos_id, self.eos_id = vocab_size, bos_id, eos_id
+        self._limit = vocab_size
         self._strip = strip
         self._entries: dict[int, tuple[TokenKind, bytes]] = {}
 
@@ -110,10 +116,41 @@ class Tokenizer(ABC):
         """
         text = "".join(part for part, _ in spans)
         _require_unicode(text)
-        ids = [self.bos_id] if bos and self.add_bos and self.bos_id is not None else []
+        ids: list[int] = []
         if text:
-            ids += self._encode(text, b"".join((b"\1" if trusted else b"\0") * len(part) for part, trusted in spans))
-        return [*ids, self.eos_id] if bos and self.add_eos and self.eos_id is not None else ids
+            ids = self._encode(text, b"".join((b"\1" if trusted else b"\0") * len(part) for part, trusted in spans))
+            if max(ids, default=0) >= self._limit:
+                ids = [part for token in ids for part in (self._spell(token) if token >= self._limit else [token])]
+        return [*self._before, *ids, *self._after] if bos else ids
+
+    @property
+    def _before(self) -> Sequence[int]:
+        """Ids that encoding puts before a text."""
+        return [self.bos_id] if self.add_bos and self.bos_id is not None else []
+
+    @property
+    def _after(self) -> Sequence[int]:
+        """Ids that encoding puts after a text."""
+        return [self.eos_id] if self.add_eos and self.eos_id is not None else []
+
+    def limit(self, rows: int) -> None:
+        """Encode text without ids from `rows` on, for which the model's embedding has no row.
+
+        A token beyond is spelled by tokens of single bytes. BOS and EOS beyond are not added.
+        """
+        self._limit = min(rows, self.vocab_size)
+        self.add_bos = self.add_bos and self.bos_id is not None and self.bos_id < rows
+        self.add_eos = self.add_eos and self.eos_id is not None and self.eos_id < rows
+
+    def _spell(self, token: int) -> list[int]:
+        """The text of a token as tokens of single bytes, as far as the vocabulary has them."""
+        found = (self._byte_token(byte) for byte in self._read_text(token))
+        return [byte for byte in found if byte is not None and byte != token and byte < self._limit]
+
+    def _read_text(self, token: int) -> bytes:
+        """The bytes of a token, those of a control token as well."""
+        kind, data = self.entry(token)
+        return self._read_piece(token).encode() if kind is TokenKind.CONTROL else data
 
     def encode_guarded(self, text: str, guard: str) -> list[int]:
         """Like `encode(text, bos=False, special=True)`, but a control token with `guard` inside stays text.
@@ -128,6 +165,11 @@ class Tokenizer(ABC):
     @abstractmethod
     def special_tokens(self) -> Mapping[str, int]:
         """Text → id of the control tokens: those that `encode` produces with `special=True` only."""
+
+    @cached_property
+    def eog_ids(self) -> frozenset[int]:
+        """Ids that end a generation: EOS, and control tokens with a name that says so. See `eog`."""
+        return eog_ids(self.special_tokens, self.eos_id)
 
     def prepare(self) -> None:  # noqa: B027  (most have nothing to do)
         """Do the work that would delay the first `encode`. Raises `FormatError` for damage that is found only now."""
@@ -169,6 +211,10 @@ class Tokenizer(ABC):
     @abstractmethod
     def _encode(self, text: str, trusted: bytes) -> list[int]:
         """Ids of valid Unicode text that is not empty. `trusted[i]` is 1 where character i is in a trusted span."""
+
+    @abstractmethod
+    def _byte_token(self, byte: int) -> int | None:
+        """The token of a single byte; None when the vocabulary has none."""
 
     @abstractmethod
     def _read_entry(self, token: int) -> tuple[TokenKind, bytes]: ...

@@ -89,6 +89,9 @@ class GgufTokenizer(ScoredTokenizer):
             raise Error(f"the vocabulary has no token for {symbol.decode(errors='replace')!r}, nor for unknown text")
         return [unknown]
 
+    def _byte_token(self, byte: int) -> int | None:
+        return self._byte_ids.get(byte)
+
     def _read_entry(self, token: int) -> tuple[TokenKind, bytes]:
         kind, piece = self._vocabulary.types[token], self._pieces[token]
         if kind == PieceType.CONTROL:

@@ -45,6 +45,9 @@ class Llama2cTokenizer(ScoredTokenizer):
         self._merge([self._pieces[token] for token in ids], ids)
         return [token for token in ids if token != MERGED]
 
+    def _byte_token(self, byte: int) -> int:
+        return byte + self.FIRST_BYTE
+
     def vocabulary(self) -> Vocabulary:
         types = [PieceType.UNKNOWN, PieceType.CONTROL, PieceType.CONTROL, *[PieceType.BYTE] * 256]
         types += [PieceType.NORMAL] * (self.vocab_size - len(types))

@@ -34,7 +34,8 @@ ORDER = """
     checkpoint
     quantization: types blocks activations convert kv policy
     files hub
-    tokenizers: sentencepiece_proto base sentencepiece pretokenizers bpe tiktoken huggingface scored llama2c gguf
+    tokenizers: eog base partition sentencepiece_proto sentencepiece pretokenizers library bpe tiktoken huggingface \
+            scored llama2c gguf
     formats: limits tensors tensor_names json_reader rope_permute safetensors gguf.header gguf.split gguf.tokenizer \
             gguf.reader gguf.writer hf.config hf.text_settings tokenizer_files hf.text_files hf.reader hf.writer \
             llama2c.layout llama2c.llama2c llama2c.kuiper meta.torch_zip meta.reader

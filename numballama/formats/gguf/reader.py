@@ -106,6 +106,7 @@ def read(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
             if opened.tokenizer is not None:
                 opened.template_tokens = template_tokens(header, opened.tokenizer)
         except UnsupportedError as error:
+            opened.tokenizer_error = str(error)
             opened.notes.append(f"its tokenizer is left out: {error}")
     return opened
 

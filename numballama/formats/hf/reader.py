@@ -83,6 +83,7 @@ def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile |
         tokenizer=text.tokenizer,
         chat_templates=text.chat_templates,
         template_tokens=text.template_tokens,
+        tokenizer_error=text.tokenizer_error,
         stop_token_ids=text.stop_token_ids,
         notes=list(text.notes),
     )

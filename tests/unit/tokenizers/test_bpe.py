@@ -22,7 +22,8 @@ from numballama.formats.hf.text_files import read_text_files
 from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.loader import open_checkpoint
 from numballama.tokenizers.base import PieceType, Tokenizer, TokenKind
-from numballama.tokenizers.bpe import UNICODE_TO_BYTE, BPETokenizer
+from numballama.tokenizers.bpe import BPETokenizer
+from numballama.tokenizers.library import UNICODE_TO_BYTE
 from numballama.tokenizers.pretokenizers import PRE_TOKENIZERS
 from tests.golden.lines import lines
 from tests.golden.make_tokenizers import GOLDEN, SAMPLE, SMALL, digest, digests, with_special
