@@ -76,5 +76,5 @@ def find_tokenizer(directory: Path) -> Path | None:
     for name in _NAMES:
         if (path := directory / name).is_file():
             return path
-    files = sorted(directory.glob("*.gguf"))
+    files = sorted(path for path in directory.glob("*.gguf") if not path.name.startswith("."))
     return files[0] if len(files) == 1 else None

@@ -211,6 +211,11 @@ def test_the_files_tokenizer_and_the_users(tmp_path: Path, models: Path) -> None
     }
     bare = save(tmp_path / "bare.gguf", replace(CONFIG, vocab_size=299))
     bare.write_bytes(edited(bare, tokens))
+    opened = open_checkpoint(bare)  # one token more than rows
+    assert opened.tokenizer is not None and opened.tokenizer.vocab_size == 300
+    assert opened.notes[-1] == "the tokenizer has 300 tokens, the embedding 299 rows: 'piece13' cannot be used"
+    bare = save(tmp_path / "bare.gguf", replace(CONFIG, vocab_size=260))
+    bare.write_bytes(edited(bare, tokens))
     with pytest.raises(FormatError, match="more tokens than embeddings"):
         open_checkpoint(bare)
 
