@@ -55,14 +55,18 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open the model at `path` with its own tokenizer, or with the one at `tokenizer`. No weight is read yet.
 
-    `path` is a file, a directory of Hugging Face or Meta, or a hub id "owner/name", which is downloaded unless a file
-    or directory has that name; None is the story model of this package. `rope_pairing` ("interleaved" or "half"),
+    `path` is a file, a directory of Hugging Face or Meta, or a model of the hub ("owner/name", "owner/name:Q4_K_M" or
+    "owner/name/file.gguf"), which is downloaded unless a file or directory has that name; None is the story model of
+    this package. `rope_pairing` ("interleaved" or "half"),
     `rope_theta` and `norm_eps` override the file. Defaults that are used for them are listed in `Checkpoint.notes`.
 
     Raises `FormatError` for damaged files, `UnsupportedError` for known formats that are not read, and `Error` when a
     file cannot be opened, an override is invalid, or the tokenizer belongs to a model with another vocabulary.
     """
-    opened = _read(STORY_MODEL if path is None else path, load_tokenizer=tokenizer is None)
+    notes: list[str] = []
+    found = STORY_MODEL if path is None else hub.locate(path, notes)
+    opened = _read(found, load_tokenizer=tokenizer is None)
+    opened.notes[:0] = notes
     overrides = {"rope_pairing": rope_pairing, "rope_theta": rope_theta, "norm_eps": norm_eps}
     opened.config = opened.config.with_overrides(rope_pairing, rope_theta, norm_eps)
     opened.defaulted_fields = tuple(name for name in opened.defaulted_fields if overrides[name] is None)
@@ -86,7 +90,6 @@ open = open_checkpoint
 
 
 def _read(path: str | PathLike[str], load_tokenizer: bool) -> Checkpoint:
-    path = hub.resolve(path)
     directory = expand_user(path)
     if os.path.isdir(directory):
         return _read_directory(directory, path, load_tokenizer)
