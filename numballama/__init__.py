@@ -72,7 +72,8 @@ def compile(
     Parameters
     ----------
     model_path: a model file, whose format is recognised by its content; a directory from Hugging Face or Meta; a hub id
-        "owner/name", which is downloaded; None for the small story model inside this package.
+        "owner/name", or "owner/name:Q4_K_M" for one of its GGUF files, which is downloaded; None for the small story
+        model inside this package.
     tokenizer: path of a tokenizer, for model files that carry none (GGUF files do). Without one, only `logits` works.
     device: "cpu", "cuda" (an NVIDIA GPU; "cuda:1" for the second one), "reference" (NumPy: slow, defines the results)
         or "auto": the fastest device of this machine, which `notes` names.

@@ -37,8 +37,9 @@ ORDER = """
     tokenizers: eog base partition sentencepiece_proto sentencepiece pretokenizers library bpe tiktoken huggingface \
             scored llama2c gguf
     formats: limits tensors tensor_names json_reader rope_permute safetensors gguf.header gguf.split gguf.tokenizer \
-            gguf.reader gguf.writer hf.config hf.text_settings tokenizer_files hf.text_files hf.reader hf.writer \
-            llama2c.layout llama2c.llama2c llama2c.kuiper meta.torch_zip meta.reader
+            gguf.reader gguf.writer meta.torch_zip hf.config hf.tensor_map hf.weight_files hf.quantized \
+            hf.text_settings tokenizer_files hf.text_files hf.reader hf.writer llama2c.layout llama2c.llama2c \
+            llama2c.kuiper meta.reader
     loader
     visualize ir ops registry graph fusion plan
     kernel_cache
