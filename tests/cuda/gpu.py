@@ -81,8 +81,8 @@ def compiled_story(models: Path, name: str, **options: Any) -> Model:
 
 def told(model: Model, sampler: SamplerTable, count: int, prompt: Sequence[int] = (1, 5, 9)) -> list[int]:
     """Tokens that are generated after a prompt, from an empty cache."""
-    model.session.truncate()
-    tokens: list[Any] = [model.session.prefill(list(prompt), sampler)]
-    while len(tokens) < count:
-        tokens.append(model.session.step(tokens[-1], sampler))
+    with model.exclusive() as session:
+        tokens: list[Any] = [session.prefill(list(prompt), sampler)]
+        while len(tokens) < count:
+            tokens.append(session.step(tokens[-1], sampler))
     return tokens
