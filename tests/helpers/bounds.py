@@ -25,7 +25,7 @@ from numballama.cpu.compiler import compile_step
 from numballama.cpu.executor import ADDRESS, MAX_TOKENS, OPERANDS
 from numballama.ir import Graph, Op
 from numballama.model import Model
-from numballama.quantization import blocks
+from numballama.quantization import blocks, kv
 from numballama.quantization.convert import convert, from_bf16, from_f16
 from numballama.quantization.types import ACTIVATION_QUANT, BLOCKS, F32, WeightType
 from numballama.reference import ReferenceBackend, seen, visible_rows
@@ -129,6 +129,8 @@ def read(program: CpuProgram, name: str, tokens: int) -> np.ndarray:
     """The content of a value: all of a state, but of a temporary only the rows of the run's tokens."""
     value = program.plan.graph.values[name]
     array = program.value(name)
+    if value.dtype == "q8_0":
+        return kv.stored(array, value.shape, "q8_0")
     return stored(array if value.kind == "state" else array[: min(tokens, value.shape[0])], value.dtype)
 
 

@@ -40,13 +40,13 @@ ORDER = """
     visualize ir ops registry graph fusion plan
     kernel_cache
     sampling
-    cpu: fork compiler intrinsics vecdot tiling vecdot_int8 matmul kv_cache kernels_cpu kernels_int8 ops sampling executor \
-            bandwidth timing backend
+    cpu: fork compiler intrinsics vecdot tiling vecdot_int8 matmul kv_cache kernels_cpu kernels_int8 ops sampling \
+            executor bandwidth timing backend
     cuda: repack launch lowering intrinsics quant_traits kernels.params mma ops.gemv ops.elementwise ops.gemm \
             ops.linear ops.attention ops.sampling kernels.common kernels.reduce kernels.dequant kernels.dot \
-            kernels.gemv kernels_cuda kernels.gemm kernels.decode_attention kernels.rows_attention \
-            kernels.prefill_attention kernels.sampling kernels.copy compiler driver compile_worker weights decode_pipeline program bandwidth \
-            timing backend
+            kernels.gemv kernels_cuda kernels.kv_q8_0 kernels.gemm kernels.kv_source kernels.decode_attention \
+            kernels.rows_attention kernels.prefill_attention kernels.sampling kernels.copy compiler driver \
+            compile_worker weights decode_pipeline program bandwidth timing backend
     reference backend session generate
     chat: sandbox builtin_templates template encoder conversation
     export inspection
