@@ -208,6 +208,23 @@ def st_shared_units(typingctx, sums, at, part):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def st_global_units(typingctx, sums, at):  # type: ignore[no-untyped-def]
+    """Store all units of a lane's sums, as `st_shared_units` does, to a global address."""
+    units = sums.count // 8
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        totals = _parts(builder, sums, args[0])
+        for unit in range(units):
+            for i in range(2):
+                place = 4 * (i * units + unit)
+                text = f"st.global.v4.f32 [$0+{1024 * unit + 512 * i}], {{$1, $2, $3, $4}};"
+                call_asm(builder, VOID, text, "l,f,f,f,f,~{memory}", [args[1], *totals[place : place + 4]])
+        return context.get_dummy_value()
+
+    return types.void(sums, types.int64), codegen
+
+
+@intrinsic
 def st_global_v4_f32(typingctx, where, a, b, c, d):  # type: ignore[no-untyped-def]
     """st.global.v4.f32: four float32 to a 16-byte aligned global address."""
 

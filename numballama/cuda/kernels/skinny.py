@@ -8,7 +8,7 @@ row (`round_kernel`). Memory bandwidth is the floor: W of 4096 × 4096 in float1
   has 32 rows; of the 64-byte steps of their slice it takes every `k_warps`-th. It copies them to a ring of its own in
   shared memory, `stages` - 1 steps ahead, without a barrier, from one tile to the next. The first copies start before
   the kernel waits for its predecessor.
-- At the end of a tile the `k_warps` warps with the same rows add their sums up through shared memory, in the order of
+- At the end of a tile the `k_warps` warps (1 to 8) with the same rows add their sums up through shared memory, in the order of
   the warps. If there is one slice, they finish the results. Otherwise the sums of the slices go to `partials`, and
   `skinny_sum_kernel` adds them up in the order of the slices.
 - So an element's sum has one order, whatever the number of tokens. Its row of X alone decides on its bits.
@@ -28,6 +28,7 @@ from ..fragments import (
     pieces_of,
     splat_half,
     st_global_f32,
+    st_global_units,
     st_global_v4_f32,
     st_shared_units,
 )
@@ -69,36 +70,40 @@ UNIT = 256
 
 
 @device
-def addresses_of(paired, group, i, rows, kv_rows, weights, scales):
-    """Addresses of row `i` of a group of 32 rows, and of its scales. A row after the end is the last one instead."""
+def rows_of(paired, group, rows, kv_rows, weights, scales):
+    """Addresses of this lane's four rows of a group, 8 apart, and of the scales that it copies: of row number `lane`.
+
+    A group has rows of one weight, or 16 rows of the gate and the same of up. A row after the end is the last instead.
+    """
     w0, w1, w2, stride = weights
     s0, s1, s2, scale_stride = scales
+    first, last, base, scale_base = group * ROWS, rows - 1, w0, s0
     if paired:
-        row = min(group * 16 + (i & 15), rows - 1)
-        base, scale_base = (w0, s0) if i < 16 else (w1, s1)
-    else:
-        row = min(group * ROWS + i, rows + 2 * kv_rows - 1)
-        base, scale_base = w0, s0
-        if row >= rows + kv_rows:
-            row -= rows + kv_rows
+        first = group * 16
+    elif first >= rows:
+        first -= rows
+        last = kv_rows - 1
+        base, scale_base = w1, s1
+        if first >= kv_rows:
+            first -= kv_rows
             base, scale_base = w2, s2
-        elif row >= rows:
-            row -= rows
-            base, scale_base = w1, s1
-    return base + row * stride, scale_base + row * scale_stride
-
-
-@device
-def rows_of(paired, group, rows, kv_rows, weights, scales):
-    """Addresses of this lane's four rows of a group, 8 apart, and of the scales that it copies: of row number `lane`."""
+    last -= first
     lane = cuda.threadIdx.x & 31
-    g, t = lane >> 2, (lane & 3) << 4
-    a, _ = addresses_of(paired, group, g, rows, kv_rows, weights, scales)
-    b, _ = addresses_of(paired, group, g + 8, rows, kv_rows, weights, scales)
-    c, _ = addresses_of(paired, group, g + 16, rows, kv_rows, weights, scales)
-    d, _ = addresses_of(paired, group, g + 24, rows, kv_rows, weights, scales)
-    _, mine = addresses_of(paired, group, lane, rows, kv_rows, weights, scales)
-    return a + t, b + t, c + t, d + t, mine
+    g = lane >> 2
+    base += first * stride + ((lane & 3) << 4)
+    scale_base += first * scale_stride
+    other, second, mine = base, 16, lane
+    if paired:
+        other, second, mine = base + (w1 - w0), 0, lane & 15
+        if lane >= 16:
+            scale_base += s1 - s0
+    a, b = np.int32(min(g, last)), np.int32(min(g + 8, last))
+    c, d = np.int32(min(g + second, last)), np.int32(min(g + second + 8, last))
+    step = np.int32(stride)
+    return (
+        base + a * step, base + b * step, other + c * step, other + d * step,
+        scale_base + np.int32(min(mine, last)) * np.int32(scale_stride),
+    )  # fmt: skip
 
 
 # Copies of a step: 64 bytes of each row, and their scales
@@ -334,6 +339,8 @@ def skinny(zeros, tokens, x, padded, x_scales, w0, w1, w2, stride, s0, s1, s2, s
     if not has_scales(w0):
         size = 0
 
+    direct = k_warps == 1 and slices > 1  # a warp's sums are all of its slice
+
     # this warp's steps of W
     first_step = cuda.blockIdx.z * slice_steps
     row_steps = (stride + 63) >> 6
@@ -345,11 +352,11 @@ def skinny(zeros, tokens, x, padded, x_scales, w0, w1, w2, stride, s0, s1, s2, s
     tile = np.int64(cuda.blockIdx.x)
     a, b, c, d, mine = rows_of(paired, tile * row_warps + row_warp, rows, kv_rows, bases, scale_bases)
     cursor = (tile if k_warp < steps else tiles), k_warp, a, b, c, d, mine
-    stage = np.int64(0)
-    while stage < stages - 1:
+    ring_end, writing, reading = ring + stages * slot_bytes, ring, ring
+    while writing < ring_end - slot_bytes:
         no_unroll()
-        cursor = fetch_step(cursor, place, ring + stage * slot_bytes, w0, s0, bases, scale_bases, shape)
-        stage += 1
+        cursor = fetch_step(cursor, place, writing, w0, s0, bases, scale_bases, shape)
+        writing += slot_bytes
     griddepcontrol_wait()
     stage_x(x, padded, first_token, tokens[0], 8 * units, first_step * (32 * pieces), x_row, w0, x_at)
     cp_async_commit()
@@ -364,25 +371,28 @@ def skinny(zeros, tokens, x, padded, x_scales, w0, w1, w2, stride, s0, s1, s2, s
         while step < steps:
             if has_scales(w0):
                 cuda.syncwarp()  # all lanes have read what others copied for them
-            cursor = fetch_step(
-                cursor, place, ring + (stage & (stages - 1)) * slot_bytes, w0, s0, bases, scale_bases, shape
-            )
-            stage += 1
+            cursor = fetch_step(cursor, place, writing, w0, s0, bases, scale_bases, shape)
+            writing = writing + slot_bytes if writing + slot_bytes < ring_end else ring
             wait_for_step(stages)
             if has_scales(w0):
                 cuda.syncwarp()
-            slot = ring + (stage & (stages - 1)) * slot_bytes
             g = lane >> 2
             sums = mma_step(
-                w0, s0, sums, load_row(slot, w0, s0, g), load_row(slot, w0, s0, g + 8),
-                load_row(slot, w0, s0, g + 16), load_row(slot, w0, s0, g + 24),
+                w0, s0, sums, load_row(reading, w0, s0, g), load_row(reading, w0, s0, g + 8),
+                load_row(reading, w0, s0, g + 16), load_row(reading, w0, s0, g + 24),
                 token_row + ((step * (64 * pieces) + ((lane & 3) << 4)) ^ odd), 8 * x_row,
             )  # fmt: skip
+            reading = reading + slot_bytes if reading + slot_bytes < ring_end else ring
             step += k_warps
 
         group = tile * row_warps + row_warp
         slot_of_tile = ((cuda.blockIdx.y * tiles + tile) * slices + cuda.blockIdx.z) * row_warps + row_warp
-        for part in range(units // together):
+        parts = units // together
+        if direct:
+            parts = 0
+            to = address(partials, slot_of_tile * units * UNIT + 4 * lane)
+            st_global_units(sums, to)
+        for part in range(parts):
             no_unroll()
             cuda.syncthreads()  # the sums of the last ones have been read
             st_shared_units(sums, sums_at + warp * (1024 * together) + 16 * lane, part)

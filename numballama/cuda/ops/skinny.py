@@ -82,12 +82,13 @@ def divide(payload: str, scales: str, groups: int, columns: int, n_sms: int) -> 
     candidates = []
     for slice_steps in range(2, min(most, round_up(steps, 2)) + 1, 2):
         slices = ceil_div(steps, slice_steps)
-        for k_warps in (2, 4, 8):
+        for k_warps in (1, 2, 4, 8):
             tiles = ceil_div(groups, SKINNY_WARPS // k_warps)
             mine = ceil_div(tiles, max(1, n_sms // slices)) * max(1, slices / n_sms)
             streamed = mine * ceil_div(slice_steps, k_warps) * SKINNY_WARPS * slot / 30  # ns at 30 bytes per ns
             staged = 24 * 2 * slice_steps * per_step / 50
-            added = mine * 500 + (slices > 1) * (1500 + 24 * groups * SKINNY_ROWS * slices * 8 / 4000)
+            summed = (slices > 1) * (1000 + 2 * 24 * groups * SKINNY_ROWS * slices * 4 / 4000)
+            added = mine * (100 if k_warps == 1 and slices > 1 else 1000) + summed
             candidates.append((streamed + staged + added, Division(k_warps, slice_steps, slices, tiles)))
     return min(candidates, key=lambda pair: pair[0])[1]
 
@@ -168,7 +169,20 @@ def qkv(
     memory: Array,
 ) -> list[Launch]:  # fmt: skip
     """q, k and v = x · Wqᵀ, x · Wkᵀ, x · Wvᵀ, after RMSNorm of x where `norm` is given."""
-    return _launch(ctx, x, norm, eps, weights, outs, False, None, _Workspace(memory))
+    return _qkv(ctx, x, norm, eps, weights, outs, _Workspace(memory))
+
+
+def _qkv(
+    ctx: LaunchContext, x: Array, norm: Array | None, eps: float, weights: Sequence[Matrix], outs: Sequence[Array],
+    workspace: _Workspace,
+) -> list[Launch]:  # fmt: skip
+    if all(weight.shape[0] % SKINNY_ROWS == 0 for weight in weights):
+        return _launch(ctx, x, norm, eps, weights, outs, False, None, workspace)
+    launches = []
+    for weight, out in zip(weights, outs, strict=True):  # a group of rows would have two weights
+        part = _Workspace(workspace.rest)
+        launches += _launch(ctx, x, norm, eps, [weight], [out], False, None, part)
+    return launches
 
 
 def norm_qkv_rope(
@@ -179,7 +193,7 @@ def norm_qkv_rope(
     """q, k and v of norm(x); q rotated into `out`, k rotated and v into the KV cache."""
     workspace, weights = _Workspace(memory), (wq, wk, wv)
     q, k, v = (workspace.allocate((x.shape[0], w.shape[0]), "f32") for w in weights)
-    return _launch(ctx, x, norm, eps, weights, (q, k, v), False, None, workspace) + elementwise.rope_kv_write(
+    return _qkv(ctx, x, norm, eps, weights, (q, k, v), workspace) + elementwise.rope_kv_write(
         ctx, q, angles, k, k_cache, positions, sequences, v, v_cache, out, head_dim, interleaved
     )
 
@@ -198,13 +212,16 @@ def workspace_shape(
         if dtype == "f32" or tokens == 1 or tokens > MOST:
             return larger(*operands, workers=workers)
         rows = [weight[0] for weight in weights]
-        groups = ceil_div(rows[0], 16) if paired else ceil_div(sum(rows), SKINNY_ROWS)
-        division = divide(PAYLOAD_TYPE[dtype], "f32" if dtype == "int8" else "f16", groups, columns, workers)
-        kept = [4 * tokens * n for n in rows] if results else []
-        if division.slices > 1:
-            padded = round_up(tokens, 8 * _units(tokens))
-            kept.append(4 * padded * division.tiles * division.row_warps * SKINNY_ROWS * division.slices)
-        sizes = [*kept, 2 * tokens * _padded(columns), 4 * tokens]
+        apart = count == 3 and any(n % SKINNY_ROWS for n in rows)
+        sizes = [4 * tokens * n for n in rows] if results else []
+        sizes += [2 * tokens * _padded(columns), 4 * tokens]
+        sums = []
+        for n in rows if apart else [rows[0] if paired else sum(rows)]:
+            groups = ceil_div(n, 16 if paired else SKINNY_ROWS)
+            division = divide(PAYLOAD_TYPE[dtype], "f32" if dtype == "int8" else "f16", groups, columns, workers)
+            padded = round_up(tokens, 8 * _units(tokens)) if division.slices > 1 else 0
+            sums.append(4 * padded * division.tiles * division.row_warps * SKINNY_ROWS * division.slices)
+        sizes.append(max(sums))
         # int8 with groups that no kernel reads is stored as float32
         other = larger(*operands, workers=workers) if dtype == "int8" else (0,)
         return (max(sum(ceil_div(nbytes, 64) * 16 for nbytes in sizes), *other),)
