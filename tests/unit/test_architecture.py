@@ -44,7 +44,8 @@ ORDER = """
             bandwidth timing backend
     cuda: repack launch lowering intrinsics quant_traits kernels.params mma fragments ops.gemv ops.elementwise \
             ops.gemm ops.skinny ops.linear ops.attention ops.sampling kernels.common kernels.reduce kernels.dequant kernels.dot \
-            kernels.gemv kernels_cuda kernels.gemm kernels.skinny kernels.decode_attention kernels.prefill_attention \
+            kernels.gemv kernels_cuda kernels.gemm kernels.skinny_x kernels.skinny_sum kernels.skinny \
+            kernels.decode_attention kernels.prefill_attention \
             kernels.sampling kernels.copy compiler driver compile_worker weights decode_pipeline program bandwidth \
             timing backend
     reference backend session generate

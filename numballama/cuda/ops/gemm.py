@@ -37,8 +37,6 @@ GEMM_QKV_ROPE = KernelRef(KERNELS, "gemm_qkv_rope_kernel")
 
 FEW = 8
 """Up to this number of tokens, `gemv` is faster, although it reads the weights once for each token."""
-ROUND_THREADS = 1024
-"""A row is short beside the latency of reading it."""
 MAX_EXPANDED = 1 << 26
 """Elements of a weight that are expanded to float16 at a time, unless all of them are needed at once."""
 
@@ -96,7 +94,7 @@ def _rounded(
         tokens=ctx.tokens, x=x, norm=norm or x, normed=int(norm is not None), eps=eps, out=out, scales=scales,
         columns=columns, padded=_padded(columns),
     )  # fmt: skip
-    return _Rounded(out, scales, [Launch(ROUND, (tokens,), ROUND_THREADS, arguments)])
+    return _Rounded(out, scales, [Launch(ROUND, (tokens,), 256, arguments)])
 
 
 @dataclass(frozen=True)
