@@ -100,7 +100,10 @@ def compile(
     ):
         if value != supported:
             raise UnsupportedError(f"{name}={value!r} is not supported by this version: leave it at {supported}")
-    from .model import Model
+    from .host import interrupts
+
+    with interrupts.deferred():
+        from .model import Model
 
     return Model(
         model_path,

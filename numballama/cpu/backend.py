@@ -198,9 +198,9 @@ class CpuBackend:
         """Compile or load the executor and the sampler and start the workers, before the first token needs them."""
         if report:
             report("run_steps", 0, 1)
-        with interrupts.deferred():
-            decode.run(1, 0, 0)
-            decode.run(1, 0, 0, SamplerState(SamplingParams(seed=0), decode.value("logits").shape[1]))
+        for sampler in (None, SamplerState(SamplingParams(seed=0), decode.value("logits").shape[1])):
+            with interrupts.deferred():
+                decode.run(1, 0, 0, sampler)
 
     def _bind(
         self,
