@@ -35,6 +35,7 @@ KERNEL_SOURCES = (
     "cpu/vecdot_int8.py",
     "cpu/tiling.py",
     "cpu/matmul.py",
+    "cpu/kv_cache.py",
     "kernels_cpu.py",
     "cpu/kernels_int8.py",
     "cpu/bandwidth.py",
@@ -102,7 +103,7 @@ def _cuda_name() -> str:
     except PackageNotFoundError:
         raise DeviceError("numba-cuda is missing; install it with: pip install 'numballama[cuda]'") from None
     here = Path(__file__).parent
-    sources = ["quantization/types.py", "kernels_cuda.py"]
+    sources = ["quantization/types.py", "sampling.py", "kernels_cuda.py"]
     sources += sorted(str(path.relative_to(here)) for path in (here / "cuda").rglob("*.py"))
     return _name(sources, f"cuda {compiler}")
 

@@ -2,12 +2,12 @@
 
 The step table is an int64 array with one row per step. Here the row of an `rmsnorm` of up to 64 tokens:
 
-    column  0           1            2 …
-            ADDRESS     MAX_TOKENS   OPERANDS
-           ┌───────────┬────────────┬────────────────────┬─────────────────┬────────────────────┬──────┬───
-           │ 0x7f31…40 │ 64         │ 0x7f30…00  64  288 │ 0x7f2f…00  288  │ 0x7f30…80  64  288 │ bits │ 0 …
-           └───────────┴────────────┴────────────────────┴─────────────────┴────────────────────┴──────┴───
-            the kernel   of this step  x: data, T, D        weight: data, D   out: data, T, D      eps    unused
+    column  0           1            2         3 …
+            ADDRESS     MAX_TOKENS   OF_ROWS   OPERANDS
+           ┌───────────┬────────────┬─────────┬────────────────────┬─────────────────┬────────────────────┬──────┬───
+           │ 0x7f31…40 │ 64         │ 0       │ 0x7f30…00  64  288 │ 0x7f2f…00  288  │ 0x7f30…80  64  288 │ bits │ 0 …
+           └───────────┴────────────┴─────────┴────────────────────┴─────────────────┴────────────────────┴──────┴───
+            the kernel   of this step  all       x: data, T, D        weight: data, D   out: data, T, D      eps   unused
 
 A kernel is an ordinary function of arrays and scalars: `rmsnorm(worker, n_workers, tokens, x, weight, out, eps)`.
 `compiler.compile_step` compiles it with a C wrapper, which any code can call by its address:
@@ -24,10 +24,9 @@ threads and how they wait. No Python runs between steps.
 
 from __future__ import annotations
 
-from ..sampling import REPEAT_WINDOW, SETTINGS
 from .compiler import device, jit
-from .intrinsics import atomic_add, call_step, f32_at, f64_at, i32_at, i64_at, u64_at
-from .sampling import sample
+from .intrinsics import atomic_add, call_step, i64_at
+from .sampling import sample_rows
 from .workers import (
     BARRIER,
     BASE,
@@ -44,44 +43,58 @@ from .workers import (
     wait_for_job,
 )
 
-ADDRESS, MAX_TOKENS, OPERANDS = 0, 1, 2
-"""Columns of the step table: address of the kernel, most tokens that the step handles, first operand slot."""
+ADDRESS, MAX_TOKENS, OF_ROWS, OPERANDS = 0, 1, 2, 3
+"""Columns of the step table: address of the kernel, most tokens that the step handles, 1 if it handles only the run's
+rows with logits, first operand slot."""
 
-TABLE, STRIDE, BEGIN, END, TOKENS = range(JOB + FIELDS, JOB + FIELDS + 5)
-"""Elements of the synchronisation array that hold a job: the arguments of `run_steps`."""
+TABLE, STRIDE, BEGIN, END, TOKENS, ROWS = range(6)
+"""Elements of a run, int64[RUN_SIZE]: address and bytes of a row of the step table, the steps [BEGIN, END) to run, and
+how many tokens and rows with logits the run has."""
+LOGITS, SLOTS, SAMPLER, OUT = 6, 7, 8, 9
+"""More elements, for a run that samples: the arguments of `sampling.sample_rows`; SAMPLER is 0 if none is sampled. OUT
+is the first of five."""
+RUN_SIZE = 14
 
-KERNEL_FAILED = -2
-"""Result of `run_and_sample`, in place of a token, when a kernel failed."""
+RUN = JOB + FIELDS
+"""Element of the synchronisation array that holds the address of the job's run."""
 
 
 @device
-def worker_loop(table, stride, begin, end, tokens, worker, n_workers, sync):
-    """Run steps [begin, end) as one of `n_workers` workers."""
-    base = sync[JOB + BASE]
+def worker_loop(address, worker, n_workers, sync):
+    """Run the steps of a run, then sample, as one of `n_workers` workers."""
+    run, base = i64_at(address, RUN_SIZE), sync[JOB + BASE]
+    begin, end = run[BEGIN], run[END]
     for step in range(begin, end):
-        row = i64_at(table + step * stride, OPERANDS)
-        operands = table + step * stride + 8 * OPERANDS
-        status = call_step(row[ADDRESS], operands, worker, n_workers, min(tokens, row[MAX_TOKENS]))
+        row = i64_at(run[TABLE] + step * run[STRIDE], OPERANDS)
+        operands = run[TABLE] + step * run[STRIDE] + 8 * OPERANDS
+        count = run[ROWS] if row[OF_ROWS] != 0 else run[TOKENS]
+        status = call_step(row[ADDRESS], operands, worker, n_workers, min(count, row[MAX_TOKENS]))
         if status != 0:
             atomic_add(sync, ERRORS, 1)
         if n_workers > 1:
             atomic_add(sync, BARRIER, 1)
             barrier_wait(sync, BARRIER, base + (step - begin + 1) * n_workers)
+    if run[SAMPLER] != 0:
+        out = (run[OUT], run[OUT + 1], run[OUT + 2], run[OUT + 3], run[OUT + 4])
+        sample_rows(worker, n_workers, run[ROWS], run[LOGITS], run[SLOTS], run[SAMPLER], out)
+        if n_workers > 1:
+            atomic_add(sync, BARRIER, 1)
+            barrier_wait(sync, BARRIER, base + (end - begin + 1) * n_workers)
 
 
 @jit
-def run_steps(table, stride, begin, end, tokens, requested, sync_address):
-    """Run steps [begin, end) of a step table for `tokens` tokens; returns how many kernel calls failed.
+def run_steps(run, requested, sync_address):
+    """Run the steps of a run, then sample if it says so; returns how many kernel calls failed.
 
-    `table` and `sync_address` (of `workers`) are addresses and `stride` is the bytes of a row: if arrays were passed,
-    Numba would allocate a record for each in every call. `requested` is the number of workers, which have been started.
+    `run` and `sync_address` (of `workers`) are addresses: if arrays were passed, Numba would allocate a record for each
+    in every call. `requested` is the number of workers, which have been started.
     """
     sync = i64_at(sync_address, SYNC_SIZE)
     begin_job(sync, requested)
-    if requested > 1 and begin < end:
-        sync[TABLE], sync[STRIDE], sync[BEGIN], sync[END], sync[TOKENS] = table, stride, begin, end, tokens
+    if requested > 1:
+        sync[RUN] = run
         start_job(sync_address, requested)
-    worker_loop(table, stride, begin, end, tokens, 0, requested, sync)
+    worker_loop(run, 0, requested, sync)
     return sync[ERRORS]
 
 
@@ -94,29 +107,7 @@ def serve(sync_address, worker):
         mail = wait_for_job(sync_address, worker, mail)
         if sync[JOB + STOPPED] != 0:
             return
-        worker_loop(
-            sync[TABLE], sync[STRIDE], sync[BEGIN], sync[END], sync[TOKENS], worker, sync[JOB + N_WORKERS], sync
-        )
-
-
-@jit
-def run_and_sample(table, stride, begin, end, tokens, requested, sync_address, logits, sampler):
-    """`run_steps`, then the next token by `sampling.sample`; KERNEL_FAILED if a kernel failed, -1 for a NaN.
-
-    `logits` is (address, vocab_size). `sampler` is `SamplerState.addresses`: the addresses of settings, recent, counts,
-    state and ids, then the number of ids.
-    """
-    if run_steps(table, stride, begin, end, tokens, requested, sync_address) != 0:
-        return KERNEL_FAILED
-    settings, recent, counts, state, ids, n_ids = sampler
-    return sample(
-        f32_at(logits[0], logits[1]),
-        f64_at(settings, SETTINGS),
-        i32_at(recent, REPEAT_WINDOW),
-        i64_at(counts, 1),
-        u64_at(state, 1),
-        i32_at(ids, n_ids),
-    )
+        worker_loop(sync[RUN], worker, sync[JOB + N_WORKERS], sync)
 
 
 worker_threads = WorkerThreads(serve)

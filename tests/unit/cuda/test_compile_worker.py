@@ -27,10 +27,11 @@ from numballama.cuda.launch import Array, LaunchContext, Specialization
 def array(*shape, dtype="f32"):
     return Array(0, shape, dtype)
 
-ctx = LaunchContext(2, 99 << 10, array(1, dtype="i32"), lambda n: array(n, dtype="i32"))
+ctx = LaunchContext(2, 99 << 10, array(1, dtype="i32"), array(2, 2, dtype="i32"), lambda n: array(n, dtype="i32"))
 x = array(1, 64)
 launches = [
-    *elementwise.add(ctx, x, x, x), *elementwise.swiglu(ctx, x, x, x), *elementwise.last(ctx, x, x),
+    *elementwise.add(ctx, x, x, x), *elementwise.swiglu(ctx, x, x, x),
+    *elementwise.rows(ctx, x, array(1, dtype="i32"), x),
     *elementwise.bias(ctx, x, array(64), x), *elementwise.rmsnorm(ctx, x, array(64), x, 1e-5),
 ]
 kernels = [launch.specialization for launch in launches]

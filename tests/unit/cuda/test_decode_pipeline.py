@@ -22,7 +22,7 @@ from numballama.cuda.decode_pipeline import LOOKAHEAD, N_SLOTS
 from numballama.cuda.program import CudaProgram
 from numballama.errors import Error
 from numballama.graph import KVLayout
-from numballama.sampling import SamplerState
+from numballama.sampling import SamplerTable
 from tests.helpers.random_models import random_checkpoint
 from tests.helpers.sampling import make_sampler
 
@@ -69,14 +69,14 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKernels]:
     fake = FakeKernels()
     install(run=fake, patch=monkeypatch.setattr)
     weights = random_checkpoint(CONFIG).weights
-    kv = KVLayout.of(CONFIG, CONFIG.context, "f32")
+    kv = KVLayout.of(CONFIG, CONFIG.context, "f32", page=8)
     backend = CudaBackend(weights)
     fake.program = backend.program(graph_of(CONFIG, weights, kv, 1))
     yield fake
     backend.close()
 
 
-def step(program: CudaProgram, token: int, position: int, sampler: SamplerState) -> int:
+def step(program: CudaProgram, token: int, position: int, sampler: SamplerTable) -> int:
     program.inputs["ids"][0], program.inputs["positions"][0], program.inputs["sequences"][0] = token, position, 0
     return program.run(1, sampler=sampler)
 
@@ -143,7 +143,7 @@ def test_another_program_discards_what_is_queued(kernels: FakeKernels) -> None:
     backend, sampler = kernels.program.backend, make_sampler(VOCAB, temperature=0)
     first = step(kernels.program, 1, 0, sampler)
     token = step(kernels.program, first, 1, sampler)
-    kv = KVLayout.of(CONFIG, CONFIG.context, "f32")
+    kv = KVLayout.of(CONFIG, CONFIG.context, "f32", page=8)
     other = backend.program(graph_of(CONFIG, random_checkpoint(CONFIG).weights, kv, 4))
     for name in ("ids", "positions", "sequences"):
         other.inputs[name][:] = 0
