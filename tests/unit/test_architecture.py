@@ -45,8 +45,8 @@ ORDER = """
     cuda: repack launch lowering intrinsics quant_traits kernels.params mma ops.gemv ops.elementwise ops.gemm \
             ops.linear ops.attention ops.sampling kernels.common kernels.reduce kernels.dequant kernels.dot \
             kernels.gemv kernels_cuda kernels.gemm kernels.decode_attention kernels.prefill_attention \
-            kernels.sampling kernels.copy compiler driver compile_worker weights sampler_table decode_pipeline program \
-            bandwidth timing backend
+            kernels.logits kernels.sampling kernels.copy compiler driver compile_worker weights sampler_table \
+            decode_pipeline program bandwidth timing backend
     reference backend session generate
     chat: sandbox builtin_templates template encoder conversation
     export inspection
