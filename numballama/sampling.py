@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import Error, UnsupportedError
-from .validation import real_number, strings, whole_number
+from .validation import real_number, require_known, strings, whole_number
 
 REPEAT_WINDOW = 64
 """Number of latest tokens that the repetition penalty applies to (llama.cpp's repeat_last_n)."""
@@ -39,6 +39,36 @@ GOLDEN = 0x9E3779B97F4A7C15
 """What the state of a SplitMix64 generator advances by: 2^64 divided by the golden ratio."""
 FEED = -1
 """An id in a run's `ids`: the token that this row's slot sampled last, `SamplerTable.last_token`."""
+
+
+OTHER_NAMES = {
+    "max_new_tokens": "max_tokens",
+    "max_completion_tokens": "max_tokens",
+    "max_output_tokens": "max_tokens",
+    "n_predict": "max_tokens",
+    "num_predict": "max_tokens",
+    "max_length": "max_tokens, which does not count the prompt",
+    "min_new_tokens": "min_tokens",
+    "temp": "temperature",
+    "do_sample": "temperature: 0 is greedy, above 0 samples",
+    "typical_p": "top_p or min_p",
+    "repeat_last_n": "repetition_penalty, of the last 64 tokens",
+    "stop_strings": "stop",
+    "stop_sequences": "stop",
+    "eos_token_id": "stop_token_ids",
+    "num_return_sequences": "n",
+    "best_of": "n",
+    "top_logprobs": "logprobs",
+    "skip_special_tokens": "stop_token_ids and ignore_eos; control tokens are never part of the text",
+    "parse_special": "special",
+    "guided_json": "json_schema",
+    "guided_regex": "regex",
+    "response_format": "json_schema",
+    "stream": "the method stream() in place of generate()",
+    "streamer": "the method stream() in place of generate()",
+    "echo": "prompt + model.generate(prompt)",
+}
+"""What other libraries call an option → what to use here."""
 
 
 class NotGiven(Enum):
@@ -82,7 +112,8 @@ class SamplingParams:
     seed: int | None = None
     """The same seed gives the same tokens on one machine. None or -1: a random one."""
     stop: str | Sequence[str] = ()
-    """Strings that end the text. They are not part of it."""
+    """Strings that end the text. They are not part of it. They may spell control tokens ("<|im_end|>"), which are not
+    part of the text in any case."""
     stop_token_ids: Iterable[int] = frozenset()
     """Token ids that end the text, besides those of the model file. They add nothing to it."""
     ignore_eos: bool = False
@@ -100,9 +131,15 @@ class SamplingParams:
     grammar: str | None = None
     """Generate text of this grammar. Not supported yet: only None."""
     special: bool = False
-    """Whether special tokens that a prompt's text spells out ("</s>") are tokens. False: they are ordinary text."""
+    """Whether control tokens that a prompt or a message spells out ("</s>") are tokens. False: they are text."""
     repeat_penalty: InitVar[float | None] = None
-    """llama.cpp's name for `repetition_penalty`; an argument only, not a field."""
+    """llama.cpp's name for `repetition_penalty`: an argument, and the same value to read."""
+
+    def __new__(cls, **options: object) -> SamplingParams:
+        """Raises `Error`, which names the right one, for an option that does not exist."""
+        known = [each.name for each in dataclasses.fields(cls)]
+        require_known("sampling option", [name for name in options if name != "repeat_penalty"], known, OTHER_NAMES)
+        return super().__new__(cls)
 
     def __post_init__(self, repeat_penalty: float | None) -> None:
         penalty_name = "repetition_penalty"
@@ -130,7 +167,7 @@ class SamplingParams:
             self._set("logprobs", whole_number("logprobs", self.logprobs, 0))
             if self.logprobs > MAX_LOGPROBS:
                 raise Error(f"logprobs must be at most {MAX_LOGPROBS}, found {self.logprobs}")
-        self._set("stop", tuple(strings("stop", self.stop)))
+        self._set("stop", () if self.stop is None else tuple(strings("stop", self.stop)))
         self._set("stop_token_ids", _token_ids(self.stop_token_ids))
         self._set("n", whole_number("n", self.n, 1))
         if self.n > MAX_N:
@@ -143,10 +180,6 @@ class SamplingParams:
         """A copy with other values of some fields. Raises `Error` that names an unknown field and the known ones."""
         if not options:
             return self
-        known = [each.name for each in dataclasses.fields(self)]
-        unknown = [name for name in options if name not in (*known, "repeat_penalty")]
-        if unknown:
-            raise Error(f"unknown sampling option {', '.join(unknown)}; choose from {', '.join(known)}")
         changes = dict(options)
         if changes.get("repeat_penalty") is not None:
             changes.setdefault("repetition_penalty", 1.0)
@@ -162,7 +195,14 @@ class SamplingParams:
                 raise UnsupportedError(f"{name} is not supported by this version: leave it at None, found {given!r}")
 
 
+# `dataclasses.replace` must not pass the other name back, and reading it gives the value
+del SamplingParams.__dataclass_fields__["repeat_penalty"]
+SamplingParams.repeat_penalty = property(lambda self: self.repetition_penalty)  # type: ignore[attr-defined]
+
+
 def _token_ids(value: object) -> frozenset[int]:
+    if value is None:  # the default of vLLM
+        return frozenset()
     if isinstance(value, str | bytes) or not isinstance(value, Iterable):
         raise Error(f"stop_token_ids must be a list of token ids, found {value!r}")
     return frozenset(whole_number("a token of stop_token_ids", token, 0) for token in value)
@@ -195,8 +235,8 @@ class SamplingOptions(TypedDict, total=False):
     frequency_penalty: float
     logit_bias: Mapping[int, float] | None
     seed: int | None
-    stop: str | Sequence[str]
-    stop_token_ids: Iterable[int]
+    stop: str | Sequence[str] | None
+    stop_token_ids: Iterable[int] | None
     ignore_eos: bool
     logprobs: int | None
     n: int
@@ -293,7 +333,9 @@ class SamplerTable:
         self.bias_ids, self.bias_values = np.zeros((slots, 0), np.int32), np.zeros((slots, 0), np.float32)
         self.mask = np.zeros((0, -(-vocab_size // 32)), np.uint32)
         self.assigned, self.masked = [0] * slots, [0] * slots
-        """How often `assign` and `set_mask` have changed a slot; a copy of the table compares it with its own."""
+        self.changes = 0
+        """How often `assign` and `set_mask` have changed a slot; a copy of the table compares it with its own. `changes`
+        counts both over all slots."""
         workers = min(slots, os.cpu_count() or 1)
         self._scratch_ids = np.empty((workers, vocab_size), np.int32)
         self._scratch_logits = np.empty((workers, vocab_size), np.float32)
@@ -366,6 +408,7 @@ class SamplerTable:
         self.state[slot] = seed + draws * GOLDEN & (1 << 64) - 1
         self.last_token[slot] = output[-1] if output else prompt[-1] if prompt else 0
         self.assigned[slot] += 1
+        self.changes += 1
 
     def release(self, slot: int) -> None:
         """End the generation of a slot. Until the next one the slot is greedy."""
@@ -374,6 +417,7 @@ class SamplerTable:
         self.info[slot] = 0
         self.info[slot, [N_CANDIDATES, N_LOGPROBS]] = self.n_candidates, -1
         self.assigned[slot] += 1
+        self.changes += 1
 
     def set_mask(self, slot: int, mask: NDArray[np.uint32] | None) -> None:
         """Allow only the tokens whose bits are set in `mask` uint32 [ceil(vocab_size / 32)], or all again for None."""
@@ -387,6 +431,7 @@ class SamplerTable:
             self.mask[slot] = mask
         self.info[slot, HAS_MASK] = mask is not None
         self.masked[slot] += 1
+        self.changes += 1
 
     def accept(self, slot: int, token: int) -> None:
         """Add a token that a GPU has sampled, as `cpu.sampling.sample_rows` adds those that it samples."""

@@ -20,7 +20,7 @@ from numballama.cuda.kernels.params import RECORD_BYTES
 from numballama.cuda.launch import ITEM_BYTES, Array, Launch, LaunchContext
 from numballama.cuda.ops import sampling
 from numballama.cuda.sampler_table import DeviceSampled, DeviceSamplerTable
-from numballama.graph import KVLayout
+from numballama.graph import PAGE_TABLE, KVLayout
 from numballama.ir import DTYPES
 from numballama.quantization.convert import dequantize, quantize_int8
 from numballama.quantization.types import BLOCKS
@@ -40,6 +40,7 @@ from numballama.sampling import (
 )
 from tests.helpers.bounds import BOUNDS, U, check_step, read
 from tests.helpers.cuda_host import converted, graph_of
+from tests.helpers.paging import give_pages
 from tests.helpers.random_models import random_checkpoint
 from tests.helpers.sampling import (
     changed_logits,
@@ -62,22 +63,32 @@ class Pair:
     def __init__(
         self, config: ModelConfig, kind: str = "f32", kv: str = "f32", seed: int = 0, group: int = 32,
         sequences: int = 1, int8_activations: bool = False, scale: float = 1.0, context: int | None = None,
+        page: int | None = None,
     ) -> None:  # fmt: skip
         self.config, self.int8 = config, int8_activations
         checkpoint = random_checkpoint(config, seed)
         for weight in checkpoint.weights.values():
             weight.data[...] *= np.float32(scale if len(weight.shape) == 2 else 1)
         self.weights = converted(checkpoint.weights, kind, group)
-        self.kv = KVLayout.of(config, context or config.context, kv, sequences)
+        self.context = context or config.context
+        self.kv = KVLayout.of(config, self.context, kv, sequences, page=page or (4 if self.context <= 64 else 32))
         self.cuda, self.reference = cuda.CudaBackend(self.weights), ReferenceBackend(self.weights)
         self.floats = kv == "f32" and not int8_activations
 
-    def graph(self, tokens: int, logits: str = "last") -> Any:
+    def graph(self, tokens: int, logits: str = "rows") -> Any:
         return graph_of(self.config, self.weights, self.kv, tokens, logits, self.int8)
 
-    def programs(self, tokens: int, logits: str = "last", fusions: bool | Sequence[str] = True) -> tuple[Any, Any]:
+    def programs(self, tokens: int, logits: str = "rows", fusions: bool | Sequence[str] = True) -> tuple[Any, Any]:
         graph = self.graph(tokens, logits)
-        return self.cuda.program(graph, fusions), self.reference.program(graph)
+        made = self.cuda.program(graph, fusions), self.reference.program(graph)
+        for backend in (self.cuda, self.reference):
+            self.table = give_pages(backend, self.kv, seed=5)
+        return made
+
+    def of_sequence(self, cache: np.ndarray, sequence: int, length: int) -> np.ndarray:
+        """A sequence's first `length` keys or values, [length, heads, head_dim], from a cache in pages."""
+        where = np.arange(length)
+        return cache[self.table[sequence, where // self.kv.page], :, where % self.kv.page]
 
     def ids(self, seed: int, count: int) -> list[int]:
         rng = np.random.default_rng(seed)
@@ -91,6 +102,8 @@ def feed(program: Any, ids: Sequence[int], start: int, sequence: int = 0) -> Non
     program.inputs["ids"][: len(ids)] = ids
     program.inputs["positions"][: len(ids)] = range(start, start + len(ids))
     program.inputs["sequences"][: len(ids)] = sequence
+    if "rows" in program.inputs:
+        program.inputs["rows"][0] = len(ids) - 1
 
 
 def arena(program: Any) -> np.ndarray:
@@ -102,12 +115,13 @@ def arena(program: Any) -> np.ndarray:
 
 
 def poison(program: Any) -> None:
-    """Fill the arena and the KV cache with 0xFF: every float there is a NaN."""
+    """Fill the arena and the KV cache with 0xFF, not the page table: every float there is a NaN."""
     device = program.backend.device
     device.make_current()
     device.fill(program.arena.address, 0xFF, program.plan.arena_bytes)
-    for state in program.backend.states.values():
-        device.fill(state.address, 0xFF, state.nbytes)
+    for name, state in program.backend.states.items():
+        if name != PAGE_TABLE:
+            device.fill(state.address, 0xFF, state.nbytes)
     device.synchronize()
 
 
@@ -131,7 +145,9 @@ def poison_dead(program: Any, step: int) -> np.ndarray:
     return own
 
 
-def run_checked(program: Any, reference: Any, ids: Sequence[int], start: int, sequence: int, whole: bool) -> None:
+def run_checked(
+    pair: Pair, program: Any, reference: Any, ids: Sequence[int], start: int, sequence: int, whole: bool
+) -> None:
     """One run, step by step: each op on the operands as the device has them, within the bounds of rounding; no other
     byte of the arena changes. With `whole` every value is also compared with the reference's own run.
     """
@@ -146,15 +162,16 @@ def run_checked(program: Any, reference: Any, ids: Sequence[int], start: int, se
         own = poison_dead(program, step)
         before = arena(program)
         with bounds_of(reference.backend):
-            check_step(program, step, tokens, reference.backend, lambda step=step: program.run(tokens, step, step + 1))
+            check_step(
+                program, step, tokens, reference.backend, lambda step=step: program.run(tokens, step, step + 1), rows=1
+            )
         np.testing.assert_array_equal(arena(program)[~own], before[~own], err_msg=f"step {step} wrote to others' bytes")
         for name in planned.op.outputs if whole else ():
-            got, want = read(program, name, tokens), reference.values[name]
+            got, want = read(program, name, 1 if planned.of_rows else tokens), reference.values[name]
             if graph.values[name].dtype == "i32":
                 continue  # argmax chooses among near equals; the op itself was compared above
             if graph.values[name].kind == "state":
-                seen = slice(0, start + tokens)
-                got, want = got[sequence, :, seen], want[sequence, :, seen]
+                got, want = (pair.of_sequence(cache, sequence, start + tokens) for cache in (got, want))
             masked = np.isneginf(want)
             np.testing.assert_array_equal(np.isneginf(got), masked, err_msg=name)
             close(got[~masked], want[~masked], f"step {step} {planned.op.kind}: {name}")
@@ -167,19 +184,19 @@ def close(got: np.ndarray, want: np.ndarray, what: str, share: float = SHARE) ->
 
 
 def check_runs(
-    pair: Pair, counts: Sequence[int], chunk: int, fusions: bool | Sequence[str], logits: str = "last"
+    pair: Pair, counts: Sequence[int], chunk: int, fusions: bool | Sequence[str], logits: str = "rows"
 ) -> None:
     """Prefill and decoding of every sequence, step by step: `counts` tokens per run, 1 by the decode program."""
-    prefill, decode = pair.programs(chunk, logits, fusions), pair.programs(1, "last", fusions)
+    prefill, decode = pair.programs(chunk, logits, fusions), pair.programs(1, "rows", fusions)
     poison(prefill[0])
     poison(decode[0])
-    for sequence in range(pair.kv.sequences):
+    for sequence in range(pair.kv.slots):
         start = 0
         for turn, count in enumerate(counts):
-            count = min(count, pair.kv.context - start)
+            count = min(count, pair.context - start)
             if count > 0:
                 programs = decode if count == 1 and turn else prefill
-                run_checked(*programs, pair.ids(turn, count), start, sequence, pair.floats)
+                run_checked(pair, *programs, pair.ids(turn, count), start, sequence, pair.floats)
                 start += count
 
 
@@ -187,7 +204,7 @@ def check_whole_runs(
     pair: Pair, counts: Sequence[int], chunk: int, fusions: bool | Sequence[str], share: float = SHARE
 ) -> None:
     """The same runs, each as one launch of a graph, in which kernels overlap: the logits of all their tokens."""
-    prefill, decode = pair.programs(chunk, "all", fusions), pair.programs(1, "last", fusions)
+    prefill, decode = pair.programs(chunk, "all", fusions), pair.programs(1, "rows", fusions)
     poison(prefill[0])
     poison(decode[0])
     start = 0
@@ -212,8 +229,9 @@ class Bench:
         self.device = self.backend.device
         self._keep: list[Any] = []
         self.ctx = LaunchContext(
-            self.device.n_sms, self.device.shared_limit, self.put(np.array([1], np.int32)), self._zeros
-        )
+            self.device.n_sms, self.device.shared_limit, self.put(np.array([1], np.int32)),
+            self.put(np.zeros((2, 2), np.int32)), self._zeros,
+        )  # fmt: skip
 
     def _zeros(self, count: int) -> Array:
         return self.put(np.zeros(count, np.int32))

@@ -17,6 +17,7 @@ require_gpu()
 
 import numballama
 from numballama.config import HALF_SPLIT, INTERLEAVED, ModelConfig
+from numballama.graph import PAGE_TABLE
 from numballama.model import Model
 from numballama.quantization.convert import to_bf16, to_f16
 from numballama.sampling import SamplerTable
@@ -64,7 +65,7 @@ LOGITS = np.random.default_rng(3).permutation(np.linspace(-6, 3, 50)).astype(np.
 def fill_cache(pair: Pair, program: Any) -> None:
     """Random keys and values at every position."""
     rng = np.random.default_rng(7)
-    for state in pair.cuda.states:
+    for state in set(pair.cuda.states) - {PAGE_TABLE}:
         numbers = rng.standard_normal(pair.kv.shape, dtype=np.float32)
         rounded = {"f32": lambda a: a, "f16": to_f16, "bf16": to_bf16}[pair.kv.dtype](numbers)
         program.write(state, rounded)

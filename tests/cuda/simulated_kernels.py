@@ -461,7 +461,7 @@ def check_runs_of(pair: Pair, program: Any) -> None:
     from tests.cuda.checks import run_checked
 
     poison(program)
-    run_checked(program, pair.reference.program(pair.graph(1)), [1], 0, 0, True)
+    run_checked(pair, program, pair.reference.program(pair.graph(1)), [1], 0, 0, True)
 
 
 # What is taken is given back

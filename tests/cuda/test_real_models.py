@@ -89,8 +89,9 @@ def test_two_thousand_steps_of_a_large_model() -> None:
 
     for kv, most in (("f32", 2e-3), ("f16", 2.0**-6)):
         backend = cuda.CudaBackend(weights)
-        graph = graph_of(config, weights, KVLayout.of(config, 2048, kv), 1)
-        decode = backend.program(graph)
+        layout = KVLayout.of(config, 2048, kv)
+        decode = backend.program(graph_of(config, weights, layout, 1))
+        backend.set_pages(0, 0, range(1, layout.pages))
         session = Session(decode, decode, 2048, config.vocab_size)
         try:
             for place, token in enumerate(ids):

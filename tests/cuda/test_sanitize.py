@@ -45,7 +45,7 @@ def test_sanitize_other_shapes() -> None:
     pair = Pair(ModelConfig(32, 16, 1, 4, 2, 20, 600), "f32", "f16")
     program, reference = pair.programs(1)
     fill_cache(pair, program)
-    run_checked(program, reference, [1], 590, 0, False)
+    run_checked(pair, program, reference, [1], 590, 0, False)
     pair.close()
 
 

@@ -28,7 +28,7 @@ from numballama.model import Model
 from numballama.quantization import blocks
 from numballama.quantization.convert import convert, from_bf16, from_f16
 from numballama.quantization.types import ACTIVATION_QUANT, BLOCKS, F32, WeightType
-from numballama.reference import ReferenceBackend, seen
+from numballama.reference import ReferenceBackend, seen, visible_rows
 from numballama.registry import find
 from tests.helpers.gguf_files import random_blocks
 
@@ -95,10 +95,10 @@ def _odd(array: np.ndarray) -> np.ndarray:
 
 
 def poison(program: CpuProgram) -> None:
-    """Fill the arena and the KV cache with 0xFF: every float there is a NaN."""
+    """Fill the arena and the KV cache with 0xFF, not the page table: every float there is a NaN."""
     program.arena[:] = 0xFF
     for value in program.plan.graph.values.values():
-        if value.kind == "state":
+        if value.kind == "state" and value.dtype != "i32":
             program.value(value.name).view(np.uint8)[...] = 0xFF
 
 
@@ -180,7 +180,7 @@ def bound(kind: str) -> Callable[[Any], Any]:
 
 
 @bound("embedding")
-@bound("last")
+@bound("rows")
 @bound("argmax")
 def _exact(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
     return np.zeros(out.shape)
@@ -240,7 +240,8 @@ def _kv_write(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -
     result = np.zeros(out.shape)
     heads = e[0].reshape(len(x[0]), out.shape[1], out.shape[3])
     for t, (sequence, position) in enumerate(zip(x[3], x[2], strict=True)):
-        result[sequence, :, position] = heads[t] + TINY * (e[0].any() > 0)
+        page, place = divmod(position, out.shape[2])
+        result[x[4][sequence, page], :, place] = heads[t] + TINY * (e[0].any() > 0)
     return result
 
 
@@ -255,14 +256,14 @@ def _storage(error: np.ndarray, written: np.ndarray, dtype: str) -> np.ndarray:
 
 @bound("attention_scores")
 def _scores(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
-    q, cache, positions, sequences = x[:4]
+    q, cache, positions, sequences, page_table = x[:5]
     head_dim = cache.shape[3]
     heads = np.abs(q.reshape(len(q), -1, head_dim).astype(np.float64))
     result = np.zeros(out.shape)
     for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
         which = seen(position, attrs["window"])
-        keys = np.abs(np.repeat(cache[sequence, :, which], heads.shape[1] // cache.shape[1], axis=0))
-        result[t, :, which] = (head_dim + 8) * U * np.einsum("hd,hpd->hp", heads[t], keys) / head_dim**0.5
+        keys = np.abs(visible_rows(cache, page_table, sequence, position, attrs["window"], heads.shape[1]))
+        result[t, :, which] = (head_dim + 8) * U * np.einsum("hd,phd->hp", heads[t], keys) / head_dim**0.5
     return result + TINY
 
 
@@ -278,14 +279,12 @@ def _softmax(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) ->
 
 @bound("attention_values")
 def _values(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
-    weights, cache, positions, sequences = x[:4]
+    weights, cache, positions, sequences, page_table = x[:5]
     result = np.zeros((len(weights), weights.shape[1], cache.shape[3]))
     for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
         n, which = position + 1, seen(position, attrs["window"])
-        values = np.abs(
-            np.repeat(cache[sequence, :, which], weights.shape[1] // cache.shape[1], axis=0).astype(np.float64)
-        )
-        result[t] = np.einsum("hp,hpd->hd", (n + 8) * U * weights[t, :, which] + e[0][t, :, which], values)
+        values = np.abs(visible_rows(cache, page_table, sequence, position, attrs["window"], weights.shape[1]))
+        result[t] = np.einsum("hp,phd->hd", (n + 8) * U * weights[t, :, which] + e[0][t, :, which], values)
     return result.reshape(out.shape) + TINY
 
 
@@ -352,11 +351,17 @@ def _in_float16(want: Bounded, got: np.ndarray) -> Bounded:
 
 
 def check_step(
-    program: CpuProgram, step: int, tokens: int, weights: ReferenceBackend, execute: Callable[[], object]
+    program: CpuProgram,
+    step: int,
+    tokens: int,
+    weights: ReferenceBackend,
+    execute: Callable[[], object],
+    rows: int | None = None,
 ) -> None:
     """Run one step by `execute` and compare all that it wrote with the op's definition on the operands as they
-    were before."""
+    were before. `rows` is how many tokens have logits, default all."""
     graph, op = program.plan.graph, program.plan.steps[step].op
+    count = rows if rows is not None and program.plan.steps[step].of_rows else tokens
     operands: dict[str, np.ndarray] = {}
     for name in op.inputs:
         kind = graph.values[name].kind
@@ -365,11 +370,11 @@ def check_step(
         elif kind == "constant":
             operands[name] = np.array(graph.constants[name], np.float32)
         else:
-            operands[name] = read(program, name, tokens)
+            operands[name] = read(program, name, tokens if (op.kind, name) == ("rows", op.inputs[0]) else count)
     wanted = meaning(op, operands, graph)
     execute()
     for name, want in wanted.items():
-        got = read(program, name, tokens)
+        got = read(program, name, count)
         if graph.values[name].dtype == "f16":  # of the cache: what float16 cannot hold is infinite
             want = _in_float16(want, got)
         assert_within(got, want, f"step {step} {op.kind}: {name}")

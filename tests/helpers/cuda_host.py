@@ -81,7 +81,7 @@ def converted(weights: Mapping[str, Weight], kind: str, group: int = 32) -> dict
 
 
 def graph_of(
-    config: ModelConfig, weights: Mapping[str, Weight], kv: KVLayout, tokens: int, logits: str = "last",
+    config: ModelConfig, weights: Mapping[str, Weight], kv: KVLayout, tokens: int, logits: str = "rows",
     int8_activations: bool = False,
 ) -> Graph:  # fmt: skip
     """The graph of a model with these weights."""
@@ -180,7 +180,7 @@ def install(
 
     class HostLaunch:
         def __init__(self, device: HostDevice, kernel: Any, launch: Any) -> None:
-            self.name, self.launch = launch.name, launch
+            self.name, self.launch, self.only_for = launch.name, launch, launch.only_for
 
         def __call__(self) -> None:
             run(self.launch)

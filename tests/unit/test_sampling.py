@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import pickle
 from typing import Any
 
 import numpy as np
@@ -119,6 +121,42 @@ def test_repeat_penalty_is_another_name() -> None:
     assert SamplingParams(repetition_penalty=1.3).override({"repetition_penalty": 1.5}).repetition_penalty == 1.5
     with pytest.raises(Error, match="one setting"):
         SamplingParams(repeat_penalty=1.3, repetition_penalty=1.2)
+
+
+def test_repeat_penalty_can_be_read_and_replaced() -> None:
+    for params in (SamplingParams(repeat_penalty=1.3), SamplingParams(repetition_penalty=1.3)):
+        assert params.repeat_penalty == params.repetition_penalty == 1.3
+        assert dataclasses.replace(params, seed=1).repeat_penalty == 1.3
+        assert dataclasses.replace(params, repetition_penalty=1.1).repeat_penalty == 1.1
+        assert copy.deepcopy(params) == copy.copy(params) == pickle.loads(pickle.dumps(params)) == params
+    assert SamplingParams().repeat_penalty == 1.0
+    assert SamplingParams(repeat_penalty=SamplingParams(repeat_penalty=1.3).repeat_penalty).repeat_penalty == 1.3
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("max_new_tokens", "use max_tokens"), ("n_predict", "use max_tokens"), ("temp", "use temperature"),
+        ("do_sample", "use temperature: 0 is greedy"), ("stop_sequences", "use stop"), ("topk", "use top_k"),
+        ("eos_token_id", "use stop_token_ids"), ("repitition_penalty", "use repetition_penalty"),
+        ("temprature", "use temperature"),
+        ("stream", "the method stream"), ("num_return_sequences", "use n"), ("nonsense", "choose from max_tokens"),
+    ],
+)  # fmt: skip
+def test_names_of_other_libraries_are_told_ours(name: str, ours: str) -> None:
+    for call in (lambda: SamplingParams(**{name: 1}), lambda: SamplingParams().override({name: 1})):
+        with pytest.raises(Error, match=f"unknown sampling option {name}[:;] .*{ours}"):
+            call()
+
+
+def test_values_of_other_libraries() -> None:
+    """OpenAI's stop=None, vLLM's stop_token_ids=None, NumPy's numbers, tuples and generators of ids."""
+    assert SamplingParams(stop=None, stop_token_ids=None, seed=None, max_tokens=None) == SamplingParams(max_tokens=None)  # type: ignore[arg-type]
+    given = SamplingParams(max_tokens=np.int64(3), top_k=np.int32(4), temperature=np.float32(0.5), seed=np.uint8(7))
+    assert given == SamplingParams(max_tokens=3, top_k=4, temperature=0.5, seed=7)
+    assert all(type(value) in (int, float) for value in (given.max_tokens, given.top_k, given.temperature, given.seed))
+    assert SamplingParams(stop_token_ids=(t for t in np.array([1, 2]))).stop_token_ids == {1, 2}
+    assert SamplingParams(stop=("a", np.str_("b"))).stop == ("a", "b")
 
 
 def test_override_names_what_is_unknown_and_what_there_is() -> None:

@@ -52,9 +52,15 @@ def is_padding_token(tokens):
 
 
 @device
-def kv_index(sequence, kv_head, position, n_kv_heads, context, head_dim):
-    """Index of the first element of one key or value in a KV cache [sequences, n_kv_heads, context, head_dim]."""
-    return ((sequence * n_kv_heads + kv_head) * context + position) * head_dim
+def kv_index(pages, sequence, kv_head, position, n_kv_heads, head_dim):
+    """Index of the first element of one key or value in a KV cache [pages, n_kv_heads, page, head_dim].
+
+    `pages` is (page table, length of one of its rows, log2 of the tokens in a page).
+    """
+    page_table, table_stride, log2_page = pages
+    page = page_table[sequence * table_stride + (position >> log2_page)]
+    place = position & ((1 << log2_page) - 1)
+    return (((page * n_kv_heads + kv_head) << log2_page) + place) * head_dim
 
 
 @device

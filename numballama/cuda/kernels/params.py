@@ -45,6 +45,23 @@ GEMM_STAGED_BYTES = 544
 different banks.
 """
 
+# Linear layers for 2 to 64 tokens (`skinny`)
+
+SKINNY_WARPS = 8
+SKINNY_THREADS = 32 * SKINNY_WARPS
+SKINNY_ROWS, SKINNY_STEP_BYTES = 32, 32 * 64
+"""Rows of W of a warp; bytes of payload that a warp copies per step: 64 of each of its rows."""
+SKINNY_UNITS = 8
+"""Most units of 8 tokens of a block."""
+SKINNY_PLANE_BYTES = 4 * SKINNY_ROWS
+"""A plane of scales in a stage: a word for each row of a warp."""
+
+
+def units_together(units: int) -> int:
+    """Units whose sums are in shared memory at a time, of `units`; fewer of the largest, beside which X is largest."""
+    return units if units < SKINNY_UNITS else 2
+
+
 # Attention of single tokens (`decode_attention`)
 
 ATTENTION_THREADS = 256
@@ -61,6 +78,9 @@ MAX_SPLITS = 32
 """Maximum number of blocks that share a head's context. One lane each combines their results."""
 SPLIT_WEIGHTS = MAX_SPLITS + 1
 """float32 per head that combining the splits writes to shared memory."""
+ROW_SPLIT_KEYS = 256
+"""Keys of a split where a run has many rows. In contexts longer than `MAX_SPLITS` of these it is doubled until the
+splits suffice."""
 PLAIN_ATTENTION_THREADS = 128
 
 # Attention of many tokens (`prefill_attention`)

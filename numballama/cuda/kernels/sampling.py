@@ -479,17 +479,37 @@ def logprobs_kernel(n_rows, logits, vocab, slots, n_slots, info, rows, normalize
 
 
 @cuda.jit
-def advance_kernel(next_token, ids, positions, step, slots_address, n_slots):
-    """Make the new token the next step's input and publish it to the host: step << 32 | token in slot step % n_slots.
+def advance_kernel(
+    n_rows, next_token, slots, n_slots, last_token, ids, positions, continues, count, words, n_runs, max_rows
+):
+    """Note each row's token as its slot's latest and publish it to the host, run << 32 | token, in the row's word.
 
-    `slots_address` is the address of int64[n_slots] in memory that the host reads. After a failed draw, -1, the next
-    step continues with token 0.
+    `words` is the address of int64[n_runs, max_rows] in memory that the host reads; run n has the row n % n_runs.
+    `count[0]` is the number of runs so far. With `continues` the token is the row's next input, at the next position.
+    After a failed draw, -1, the slot continues with token 0.
     """
     pdl_sync()
+    rows, number = n_rows[0], count[0] + 1
+    cuda.syncthreads()
+    for r in range(cuda.threadIdx.x, rows, cuda.blockDim.x):
+        token, slot = next_token[r], slots[r]
+        known = max(token, 0)
+        if 0 <= slot < n_slots:
+            last_token[slot] = known
+        if continues != 0:
+            ids[r] = known
+            positions[r] += 1
+        word = words + 8 * ((number % n_runs) * max_rows + r)
+        store_release_system(word, (number << 32) | (np.int64(token) & 0xFFFFFFFF))
     if cuda.threadIdx.x == 0:
-        token = next_token[0]
-        ids[0] = max(token, 0)
-        positions[0] += 1
-        number = step[0] + 1
-        step[0] = number
-        store_release_system(slots_address + 8 * (number % n_slots), (number << 32) | (np.int64(token) & 0xFFFFFFFF))
+        count[0] = number
+
+
+@cuda.jit
+def feed_kernel(tokens, ids, sequences, n_slots, last_token):
+    """Replace each id below 0 by the token that the row's slot sampled last."""
+    pdl_sync()
+    for t in range(cuda.threadIdx.x, tokens[0], cuda.blockDim.x):
+        slot = sequences[t]
+        if ids[t] < 0 and 0 <= slot < n_slots:
+            ids[t] = last_token[slot]

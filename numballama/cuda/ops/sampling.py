@@ -15,6 +15,8 @@ KERNELS = "numballama.cuda.kernels.sampling"
 LOGPROBS = KernelRef(KERNELS, "logprobs_kernel")
 SAMPLE = KernelRef(KERNELS, "sample_kernel")
 ADVANCE = KernelRef(KERNELS, "advance_kernel")
+FEED = KernelRef(KERNELS, "feed_kernel")
+ADVANCE_THREADS = 256
 
 
 def sample(
@@ -43,10 +45,19 @@ def sample(
 
 
 def advance(
-    *, next_token: Array, ids: Array, positions: Array, step: Array, slots_address: int, n_slots: int
-) -> list[Launch]:
-    """Write the new token where the next step reads it, and the token with its step number where the host reads it."""
+    *, n_rows: Array, next_token: Array, slots: Array, last_token: Array, ids: Array, positions: Array, continues: int,
+    count: Array, words: int, n_runs: int, max_rows: int,
+) -> list[Launch]:  # fmt: skip
+    """Note each row's token as its slot's latest and publish it to the host. `continues`: also make it the row's next
+    input."""
     arguments = named(
-        next_token=next_token, ids=ids, positions=positions, step=step, slots_address=slots_address, n_slots=n_slots
-    )
-    return [Launch(ADVANCE, (1,), 32, arguments)]
+        n_rows=n_rows, next_token=next_token, slots=slots, n_slots=last_token.shape[0], last_token=last_token, ids=ids,
+        positions=positions, continues=continues, count=count, words=words, n_runs=n_runs, max_rows=max_rows,
+    )  # fmt: skip
+    return [Launch(ADVANCE, (1,), ADVANCE_THREADS, arguments)]
+
+
+def feed(*, tokens: Array, ids: Array, sequences: Array, last_token: Array) -> list[Launch]:
+    """Replace each id of FEED by the token that the row's slot sampled last."""
+    arguments = named(tokens=tokens, ids=ids, sequences=sequences, n_slots=last_token.shape[0], last_token=last_token)
+    return [Launch(FEED, (1,), ADVANCE_THREADS, arguments)]

@@ -141,7 +141,7 @@ def blocks_model(config: ModelConfig, kinds: list[str], seed: int) -> dict[str, 
     return weights
 
 
-def build(config: ModelConfig, weights: Mapping[str, Weight], tokens: int, logits: str = "last") -> Graph:
+def build(config: ModelConfig, weights: Mapping[str, Weight], tokens: int, logits: str = "rows") -> Graph:
     kv = KVLayout.of(config, config.context)
     types = {name: weight.type for name, weight in weights.items()}
     return graph.build(config, types, kv, tokens, logits, activations="int8")

@@ -69,7 +69,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKernels]:
     fake = FakeKernels()
     install(run=fake, patch=monkeypatch.setattr)
     weights = random_checkpoint(CONFIG).weights
-    kv = KVLayout.of(CONFIG, CONFIG.context, "f32")
+    kv = KVLayout.of(CONFIG, CONFIG.context, "f32", page=8)
     backend = CudaBackend(weights)
     fake.program = backend.program(graph_of(CONFIG, weights, kv, 1))
     yield fake
@@ -143,7 +143,7 @@ def test_another_program_discards_what_is_queued(kernels: FakeKernels) -> None:
     backend, sampler = kernels.program.backend, make_sampler(VOCAB, temperature=0)
     first = step(kernels.program, 1, 0, sampler)
     token = step(kernels.program, first, 1, sampler)
-    kv = KVLayout.of(CONFIG, CONFIG.context, "f32")
+    kv = KVLayout.of(CONFIG, CONFIG.context, "f32", page=8)
     other = backend.program(graph_of(CONFIG, random_checkpoint(CONFIG).weights, kv, 4))
     for name in ("ids", "positions", "sequences"):
         other.inputs[name][:] = 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -33,7 +34,7 @@ def array(*shape: int, dtype: str = "f32") -> Array:
     return Array(next(ADDRESSES), shape, dtype)
 
 
-CTX = LaunchContext(132, 227 << 10, array(1, dtype="i32"), lambda n: array(n, dtype="i32"))
+CTX = LaunchContext(132, 227 << 10, array(1, dtype="i32"), array(65, 2, dtype="i32"), lambda n: array(n, dtype="i32"))
 
 
 def launches_of_plans() -> Iterator[Launch]:
@@ -41,7 +42,7 @@ def launches_of_plans() -> Iterator[Launch]:
     for config, kind, kv, fusions, int8 in CASES:
         weights = converted(random_checkpoint(config).weights, kind)
         layout = KVLayout.of(config, config.context, kv)
-        for tokens, logits in ((1, "last"), (4, "last"), (64, "all")):
+        for tokens, logits in ((1, "rows"), (4, "rows"), (64, "all")):
             graph = graph_of(config, weights, layout, tokens, logits, int8)
             plan = lower(fuse(graph, "cuda", fusions), "cuda", CTX.n_sms)
             operands: dict[str, Array | Matrix] = {
@@ -51,9 +52,7 @@ def launches_of_plans() -> Iterator[Launch]:
                 operands.setdefault(value.name, array(*value.shape, dtype=value.dtype))
             for step in plan.steps:
                 for launch in bind_step(step, plan.graph, CTX, operands):
-                    yield launch
-                    if launch.long_context_variant:
-                        yield launch.long_context_variant[1]
+                    yield from (launch.variant_for(start) for start in (0, *launch.variant_starts))
 
 
 def other_launches() -> Iterator[Launch]:
@@ -86,6 +85,10 @@ def test_the_variant_for_a_position() -> None:
     launch = Launch(elementwise.ADD, (1,), 32, {}, long_context_variant=(256, long))
     assert launch.variant_for(255) is launch and launch.variant_for(256) is launch.variant_for(9000) is long
     assert long.variant_for(9000) is long
+    assert launch.variant_starts == [256] and long.variant_starts == []
+    longer = replace(launch, long_context_variant=(100, launch))
+    assert [longer.variant_for(position) for position in (99, 100, 256)] == [longer, launch, long]
+    assert longer.variant_starts == [100, 256]
 
 
 def test_a_weights_arguments() -> None:
