@@ -50,8 +50,8 @@ ORDER = """
             ops.gemm ops.skinny ops.linear ops.attention ops.sampling kernels.common kernels.reduce kernels.dequant \
             kernels.dot kernels.gemv kernels_cuda kernels.kv_q8_0 kernels.gemm kernels.skinny_x kernels.skinny_sum \
             kernels.skinny kernels.kv_source kernels.decode_attention kernels.rows_attention \
-            kernels.prefill_attention kernels.sampling kernels.copy compiler driver compile_worker weights \
-            sampler_table decode_pipeline program bandwidth timing backend
+            kernels.prefill_attention kernels.logits kernels.sampling kernels.copy compiler driver compile_worker \
+            weights sampler_table decode_pipeline program bandwidth timing backend
     reference backend session
     engine: interrupts sequence pages runner request driver stats scheduler engine capacity model_runner
     generate
