@@ -97,7 +97,10 @@ def compile(
     """
     if gpus != 1:
         raise UnsupportedError(f"gpus={gpus!r} is not supported by this version: leave it at 1")
-    from .model import Model
+    from .host import interrupts
+
+    with interrupts.deferred():
+        from .model import Model
 
     return Model(
         model_path,

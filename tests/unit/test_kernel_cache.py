@@ -41,11 +41,11 @@ from numballama import SamplingParams
 from numballama.cpu import backend, executor, sampling
 from numballama.sampling import SamplerTable
 
-hits = []
+compiled = {}
 real = backend.compile_step
 def counting(function, operands):
     found = real(function, operands)
-    hits.append(found.cache_hits)
+    compiled[id(found)] = found  # once each: the second model has some kernels of the first
     return found
 backend.compile_step = counting
 
@@ -56,17 +56,18 @@ for path, options in zip(sys.argv[1:], ({}, {"kv_dtype": "f16"})):
     logits = model.logits(ids)[-1].tolist()
     sampler = SamplerTable(1, model.config.vocab_size)
     sampler.assign(0, SamplingParams(seed=1, repeat_penalty=1.2))
-    model.session.truncate()
-    tokens = [model.session.prefill(ids, sampler)]
-    for _ in range(8):
-        tokens.append(model.session.step(tokens[-1], sampler))
+    with model.exclusive() as session:
+        tokens = [session.prefill(ids, sampler)]
+        for _ in range(8):
+            tokens.append(session.step(tokens[-1], sampler))
     results.append({"logits": logits, "tokens": tokens})
 used = {id(v): v for m in (executor, sampling) for v in vars(m).values() if isinstance(v, Dispatcher)}.values()
-counted = [d.stats for d in used if d.__name__ in ("run_steps", "run_and_sample", "sample_rows")]
+counted = [d.stats for d in used if d.__name__ in ("run_steps", "serve", "sample_rows")]
 print(json.dumps({
     "results": results,
-    "hits": sum(h > 0 for h in hits) + sum(sum(s.cache_hits.values()) for s in counted),
-    "misses": sum(h == 0 for h in hits) + sum(sum(s.cache_misses.values()) for s in counted),
+    "hits": sum(found.cache_hits > 0 for found in compiled.values()),
+    "misses": sum(found.cache_hits == 0 for found in compiled.values()),
+    "others": sum(sum(s.cache_misses.values()) for s in counted),
     "file": numballama.__file__,
 }))
 """
@@ -101,10 +102,10 @@ def first(copy: Copy) -> Any:
 
 @pytest.mark.slow
 def test_a_second_process_compiles_nothing(copy: Copy, first: Any) -> None:
-    assert first["misses"] > 20, "the first process does compile"
+    assert first["misses"] > 20 and first["others"] == 3, "the first process does compile"
     entries = sorted(copy.cache.rglob("*.kernel"))
     second = copy.use("llama2c-v0", "llama2c-v2")
-    assert second["misses"] == 0 and second["hits"] >= first["misses"]
+    assert second["misses"] == second["others"] == 0 and second["hits"] == first["misses"]
     assert second["results"] == first["results"]
     assert sorted(copy.cache.rglob("*.kernel")) == entries, "the cache does not grow"
 
@@ -125,7 +126,7 @@ def test_editing_a_kernel_source_changes_the_result(copy: Copy, first: Any) -> N
     assert edited["misses"] > 0
     assert edited["results"][0]["logits"] != first["results"][0]["logits"]
     again = copy.use("llama2c-v0")
-    assert again["results"][0] == first["results"][0] and again["misses"] == 0, "the old sources find their old cache"
+    assert again["results"][0] == first["results"][0] and again["misses"] == again["others"] == 0, "the old sources find their old cache"
 
 
 @pytest.mark.slow
@@ -194,7 +195,6 @@ def test_list_of_kernel_sources_is_complete() -> None:
         wanted |= sources[name] - {"numba", "registry.py", "errors.py", "validation.py"}
     wanted.add("sampling.py")  # `cpu.executor` has its constants in compiled code
     wanted.remove("kernel_cache.py")  # asks for Numba's version, and compiles nothing
-    wanted -= {"host/cgroup.py", "host/interrupts.py", "memory.py"}  # leave no trace in compiled code
     assert set(kernel_cache.KERNEL_SOURCES) == wanted
 
 
