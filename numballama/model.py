@@ -6,7 +6,7 @@ import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, get_args, overload
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, overload
 
 import numpy as np
 
@@ -23,7 +23,7 @@ from .engine.engine import Engine
 from .engine.model_runner import ModelRunner
 from .engine.request import Request
 from .errors import CLOSED, NOT_NUMBERS, Error, Interrupted, UnsupportedError
-from .generate import GenerationResponse, TextEngine, TextStreams
+from .generate import GenerationResponse, HowToSubmit, TextEngine, TextStreams
 from .graph import Logits, build
 from .memory import format_bytes
 from .quantization import policy
@@ -43,15 +43,6 @@ from .validation import whole_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-class HowToSubmit(TypedDict, total=False):
-    """Keyword arguments of `submit` that go to the engine as they are."""
-
-    priority: int
-    request_id: str | None
-    reuse_prefix: bool
-    salt: str | None
 
 
 class Model:
