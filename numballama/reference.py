@@ -12,15 +12,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from .checkpoint import Weight
-from .errors import NOT_NUMBERS, Error
+from .errors import Error
 from .graph import PAGE_TABLE
+from .host import environment, interrupts
 from .ir import DTYPES, Graph, Op, Value
+from .memory import available_bytes
 from .quantization.activations import Quantized, quantize_activations
 from .quantization.convert import dequantize, quantize_int8
 from .quantization.kv import round_to
 from .quantization.types import ACTIVATION_QUANT, BLOCKS, KV_TYPES, KVType
 from .registry import find, kernel
-from .sampling import SamplerState
+from .sampling import Sampled, SamplerTable
 
 if TYPE_CHECKING:
     from .backend import BackendName, Program
@@ -242,26 +244,29 @@ class ReferenceProgram:
         """Name of the function that computes each op."""
         return [self._function(op).__name__ for op in self.graph.ops]
 
-    def run(
-        self,
-        tokens: int,
-        begin: int = 0,
-        end: int | None = None,
-        sampler: SamplerState | None = None,
-        rows: int = 1,
-    ) -> int:
-        """Interpret ops [begin, end) for the first `tokens` tokens; with a sampler, draw the next token."""
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, rows: int = 1) -> None:
+        """Interpret ops [begin, end) for the first `tokens` tokens, of which `rows` have logits."""
         if begin == 0:
             self.values = {name: array[: rows if name == "rows" else tokens] for name, array in self.inputs.items()}
         for op in self.graph.ops[begin:end]:
             self._compute(op)
-        if sampler is None:
-            return 0
-        from .cpu.sampling import choose_token  # late: Numba takes time to import, and only a sampler needs it
 
-        if (token := choose_token(sampler, self.values["logits"][0].copy())) < 0:
-            raise Error(NOT_NUMBERS)
-        return token
+    def submit(self, tokens: int, rows: int, table: SamplerTable) -> int:
+        """Interpret all ops and sample a token for each of `rows` rows."""
+        self.run(tokens, 0, None, rows)
+        slots = self.values["sequences"]
+        if "rows" in self.inputs:
+            slots = slots[self.values["rows"]]
+        with interrupts.deferred():  # Numba may compile
+            environment.import_numba()
+            from .cpu.sampling import choose_tokens  # late: Numba takes time to import, and only a sampler needs it
+
+            self._sampled = choose_tokens(table, self.values["logits"][:rows], slots[:rows])
+        return 0
+
+    def collect(self, ticket: int) -> Sampled:
+        """What the last run sampled."""
+        return self._sampled
 
     def _function(self, op: Op) -> Callable[..., Any]:
         return find(op.kind, self.backend.name, [self.graph.values[name].dtype for name in op.inputs]).function
@@ -299,6 +304,9 @@ class ReferenceBackend:
     default_kv_dtype: ClassVar[KVType] = "f32"
     activation_types: ClassVar[tuple[ActivationType, ...]] = ("f32", "int8")
     in_host_memory: ClassVar[bool] = True
+    mixed_tokens: ClassVar[int] = 16
+    lookahead: ClassVar[int] = 0
+    decode_sizes: ClassVar[tuple[int, ...]] = (1,)
     workers = 1
     description = "reference"
     memory_bytes = None
@@ -327,6 +335,13 @@ class ReferenceBackend:
     ) -> tuple[list[float], float]:
         """Raises `Error`: there is no plan."""
         raise Error("the reference has no plan whose steps could be timed; pass --device cpu or --device cuda")
+
+    def free_bytes(self) -> int | None:
+        """Bytes of host memory that are free."""
+        return available_bytes()
+
+    def discard_runs(self) -> None:
+        """Does nothing: a run is done when `submit` returns."""
 
     def synchronize(self) -> None:
         """Nothing to wait for."""

@@ -175,6 +175,10 @@ class Device:
         check(driver.cuMemcpyDtoHAsync(out.ctypes.data, address, out.nbytes, self.stream))
         self.synchronize()
 
+    def fetch(self, address: int, target: int, nbytes: int) -> None:
+        """Copy to pinned memory at the host address `target`, in the stream."""
+        check(driver.cuMemcpyDtoHAsync(target, address, nbytes, self.stream))
+
     def fill(self, address: int, byte: int, nbytes: int) -> None:
         """Set bytes, in the stream."""
         check(driver.cuMemsetD8Async(address, byte, nbytes, self.stream))

@@ -371,6 +371,17 @@ def st_global_f16(typingctx, where, x):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def st_global_u32(typingctx, where, word):  # type: ignore[no-untyped-def]
+    """st.global.u32: write a word to a 4-byte aligned global address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.store(args[1], builder.inttoptr(args[0], I32.as_pointer(1)), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.uint32), codegen
+
+
+@intrinsic
 def no_unroll(typingctx):  # type: ignore[no-untyped-def]
     """Keep the compiler from unrolling the enclosing loop, if its trip count is not a constant. Emits no instruction.
 

@@ -17,7 +17,7 @@ from ..errors import CLOSED, Error
 from ..graph import PAGE_TABLE
 from ..ir import DTYPES, Graph, Value
 from ..plan import Plan, Step
-from ..sampling import SamplerState
+from ..sampling import Sampled, SamplerTable
 from .decode_pipeline import DecodePipeline
 from .driver import CudaGraph, Device, Memory, Pinned, PreparedLaunch
 from .kernels.params import PREFILL_ATTENTION_TILE
@@ -28,8 +28,8 @@ if TYPE_CHECKING:
     from .backend import CudaBackend
 
 GraphKey = tuple[str | int, ...]
-"""Key of a captured graph: (first step, end, variant start, …), or ("step", tokens to sample from, variant start, …),
-followed by the kinds of rows in the run.
+"""Key of a captured graph: (first step, end, variant start, …), or ("run", kind of tail, variant start, …), followed by
+the kinds of rows in the run.
 """
 
 
@@ -78,16 +78,20 @@ class RunInputs:
         self.max_tokens = where[0].shape[0] if all(where) and where[0] else 0
         tiles_at, tiles_shape = size, (1 + self.max_tokens, 2)
         size += aligned(8 * tiles_shape[0])
+        logits = graph.values.get("logits")
+        self.max_rows = logits.shape[0] if logits is not None else 1
+        slots_at = size
+        size += aligned(4 * self.max_rows)
         self.nbytes = size
         self._pinned = Pinned(device, size * self.PINNED_COPIES)
         self.memory = Memory(device, size, "the inputs")
         self._sent = 0
         self._mirror = np.zeros(size, np.uint8)
         self._host_counts = self._mirror[:8].view(np.int32)
-        self._host_step = self._mirror[8:16].view(np.int64)
         self.host = {
             v.name: self._mirror[offsets[v.name] :][: v.nbytes].view(DTYPES[v.dtype]).reshape(v.shape) for v in values
         }
+        self._host_slots = self._mirror[slots_at:][: 4 * self.max_rows].view(np.int32)
         self._host_tiles = self._mirror[tiles_at:][: 8 * tiles_shape[0]].view(np.int32).reshape(tiles_shape)
         self.tiles = self.memory.array(tiles_at, tiles_shape, "i32")
         """i32[1 + max tokens, 2] in device memory: what `write_tiles` wrote."""
@@ -95,8 +99,8 @@ class RunInputs:
         """i32[1] in device memory: tokens of the run."""
         self.rows = self.memory.array(4, (1,), "i32")
         """i32[1] in device memory: rows of the run with logits."""
-        self.step = self.memory.array(8, (1,), "i64")
-        """i64[1] in device memory: the number of the last decode step; `advance` counts it up."""
+        self.slots = self.memory.array(slots_at, (self.max_rows,), "i32")
+        """i32[most rows with logits] in device memory: the slot of each row that is sampled."""
         self.device = {v.name: self.memory.array(offsets[v.name], v.shape, v.dtype) for v in values}
 
     @property
@@ -105,9 +109,11 @@ class RunInputs:
         kinds: tuple[RowKind, RowKind] = ("chunks", "single rows")
         return tuple(kind for kind, count in zip(kinds, self._host_tiles[0], strict=True) if count)
 
-    def send(self, tokens: int, step: int, rows: int = 1) -> None:
-        """Enqueue a copy of the current inputs to the device. The decode step after it has number `step` + 1."""
-        self._host_counts[:], self._host_step[0] = (tokens, rows), step
+    def send(self, tokens: int, rows: int, slots: np.ndarray | None = None) -> None:
+        """Enqueue a copy of the current inputs to the device. `slots` are those of the `rows` rows that are sampled."""
+        self._host_counts[:] = tokens, rows
+        if slots is not None:
+            self._host_slots[:rows] = slots
         if self.max_tokens > 1:
             write_tiles(self.host["positions"][:tokens], self.host["sequences"][:tokens], self._host_tiles)
         copy = self._sent % self.PINNED_COPIES
@@ -160,9 +166,7 @@ class CudaProgram:
         self.run_inputs = RunInputs(device, plan.graph)
         self.inputs = self.run_inputs.host
         self._owned.append(self.run_inputs.memory)
-        self.arena = Memory(device, plan.arena_bytes, f"the arena of {plan.graph.name}")
-        self._owned.append(self.arena)
-        device.fill(self.arena.address, 0, plan.arena_bytes)
+        self.arena = backend.arena(plan.arena_bytes, f"the arena of {plan.graph.name}")
         self.entries = 0
         """Number of times that the host has enqueued work in the stream."""
         self.values = self._place_values()
@@ -181,6 +185,7 @@ class CudaProgram:
         """Positions at which some launches change to a faster variant."""
         self._prepared: dict[int, list[list[PreparedLaunch]]] = {}
         self.pipeline = DecodePipeline(self)
+        self._owned.append(self.pipeline.sampled.memory)
 
     def _place_values(self) -> dict[str, Array | Matrix]:
         """Allocate device memory for each value and scratch array, except weights."""
@@ -222,7 +227,6 @@ class CudaProgram:
         """A copy of a value's memory. Outside the value's lifetime the memory holds other values."""
         self._require_open()
         self._device.make_current()
-        self.pipeline.recompute_last()
         array = self.array(name)
         shape = (array.nbytes,) if array.dtype == "q8_0" else array.shape
         out = np.empty(shape, DTYPES[array.dtype])
@@ -322,19 +326,11 @@ class CudaProgram:
 
     # Runs
 
-    def run(
-        self,
-        tokens: int,
-        begin: int = 0,
-        end: int | None = None,
-        sampler: SamplerState | None = None,
-        rows: int = 1,
-    ) -> int:
-        """Run steps [begin, end) for the first `tokens` tokens of the inputs: one graph launch. The first `rows` of the
-        input `rows` have logits.
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, rows: int = 1) -> None:
+        """Run steps [begin, end) for the first `tokens` tokens of the inputs: one graph launch. `rows` of them have
+        logits.
 
-        With a sampler, run all steps, sample the next token on the device and return it; without one, return 0. Raises
-        `Error` if the logits hold NaN, `DeviceError` when the device fails.
+        Raises `DeviceError` when the device fails.
         """
         last = len(self.plan.steps) if end is None else end
         if not (1 <= tokens <= self.plan.tokens and 0 <= begin <= last <= len(self.plan.steps)):
@@ -342,25 +338,32 @@ class CudaProgram:
                 f"cannot run {tokens} tokens of {self.plan.tokens}, steps {begin} to {last} of {len(self.plan.steps)}"
             )
         self._claim_backend()
-        if sampler is not None:
-            return self.pipeline.next_token(tokens, sampler)
-        self.pipeline.discard_pending()
-        self.pipeline.logits_unchanged()
+        self.pipeline.forget()
         self.run_steps(tokens, begin, last, rows)
-        return 0
+
+    def submit(self, tokens: int, rows: int, table: SamplerTable) -> int:
+        """Start a run of all steps that samples a token for each of `rows` rows: one graph launch. Returns its ticket."""
+        if not (1 <= rows <= tokens <= self.plan.tokens):
+            raise Error(f"cannot run {tokens} tokens of {self.plan.tokens} and sample for {rows} rows")
+        self._claim_backend()
+        return self.pipeline.submit(tokens, rows, table)
+
+    def collect(self, ticket: int) -> Sampled:
+        """Wait for a run and return what it sampled. Raises `DeviceError` when the device fails."""
+        self._device.make_current()
+        return self.pipeline.collect(ticket)
 
     def run_steps(self, tokens: int, begin: int, end: int, rows: int = 1) -> None:
         """Run steps [begin, end) for the current inputs, without sampling."""
         start = self.variant_start(self.max_position(tokens))
-        self.run_inputs.send(tokens, self.pipeline.launched, rows)
+        self.run_inputs.send(tokens, rows)
         kinds = self.run_inputs.row_kinds
         self.replay((begin, end, start, *kinds), lambda: self.prepared_steps(begin, end, start, kinds))
 
     def _claim_backend(self) -> None:
-        """Discard the steps that another program has queued: programs share the KV cache and the sampler's state."""
+        """Tell the program that ran before that its next run follows another's: programs share the KV cache."""
         self._require_open()
         self._device.make_current()
         before, self.backend.current = self.backend.current, self
         if before is not None and before is not self:
-            before.pipeline.discard_pending()
-            before.pipeline.logits_unchanged()  # its last step cannot be recomputed: the KV cache may change now
+            before.pipeline.forget()

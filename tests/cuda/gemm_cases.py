@@ -20,7 +20,9 @@ import numpy as np
 
 import numballama.cuda.ops  # noqa: F401 (registers the kernels)
 from numballama import registry
+from numballama.cuda.ops import skinny
 from numballama.cuda.program import write_tiles
+from numballama.kernel_cache import cuda_cache_directory
 from numballama.quantization.convert import convert
 from numballama.quantization.types import F32
 from tests.cuda.emulator import Memory, Program, from_16, round_16, run
@@ -86,7 +88,7 @@ class Emulated:
             if key not in self.programs:
                 ptx = compiler.to_ptx(key, self.capability)
                 code = compiler.assemble(ptx, self.capability)
-                if key.source[0].endswith((".kernels.gemm", ".kernels.prefill_attention")):
+                if key.source[0].endswith((".kernels.gemm", ".kernels.skinny", ".kernels.prefill_attention")):
                     left = code.stack_bytes, code.local_bytes
                     assert left == (0, 0), f"{launch.name}: bytes of stack and local memory {left}"
                 self.programs[key] = Program(ptx)
@@ -136,7 +138,7 @@ class Real:
         for launch in launches:
             key = launch.specialization
             if key not in self.functions:
-                code = compiler.compile_kernel(key, self.device.capability, None)
+                code = compiler.compile_kernel(key, self.device.capability, cuda_cache_directory())
                 self.functions[key] = driver.LoadedKernel(self.device, code)
             made.append(driver.PreparedLaunch(self.device, self.functions[key], launch))
         return made
@@ -451,12 +453,12 @@ def in_parts(machine: Any) -> float:
         gemm.MAX_EXPANDED = before
 
 
-def main(machines: Callable[[int], Any]) -> dict[str, str]:
-    """Run all cases. Returns case → what went wrong."""
+def check_all(machine_of: Callable[[int], Any], to_check: Sequence[Case]) -> dict[str, str]:
+    """Run cases. Returns case → what went wrong."""
     wrong: dict[str, str] = {}
-    for name, tokens, check in [*cases(), ("expanded in pieces", 10, in_parts)]:
+    for name, tokens, check in to_check:
         start = time.perf_counter()
-        machine = machines(tokens)
+        machine = machine_of(tokens)
         try:
             worst = check(machine)
         except AssertionError as error:
@@ -467,13 +469,18 @@ def main(machines: Callable[[int], Any]) -> dict[str, str]:
     return wrong
 
 
-if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        major, minor = map(int, sys.argv[1].split("."))
-        failed = main(lambda tokens: Emulated((major, minor), tokens))
-    else:
-        from numballama.cuda.driver import Device
+def machine_maker(arguments: Sequence[str]) -> Callable[[int], Any]:
+    """(tokens of a run) → a machine: emulated for the capability that is the first argument, else the GPU."""
+    if arguments:
+        major, minor = map(int, arguments[0].split("."))
+        return lambda tokens: Emulated((major, minor), tokens)
+    from numballama.cuda.driver import Device
 
-        real = Device()
-        failed = main(lambda tokens: Real(real, tokens))
+    real = Device()
+    return lambda tokens: Real(real, tokens)
+
+
+if __name__ == "__main__":
+    skinny.MOST = 1  # so that few tokens, which are quick to emulate, run here
+    failed = check_all(machine_maker(sys.argv[1:]), [*cases(), ("expanded in pieces", 10, in_parts)])
     sys.exit(len(failed) > 0)

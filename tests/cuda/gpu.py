@@ -19,7 +19,7 @@ import numballama
 from numballama.config import HALF_SPLIT, INTERLEAVED, ModelConfig
 from numballama.graph import PAGE_TABLE
 from numballama.model import Model
-from numballama.sampling import SamplerState
+from numballama.sampling import SamplerTable
 from tests.cuda.checks import Pair
 from tests.helpers.bounds import TOKENIZERS
 from tests.helpers.paging import in_cache
@@ -78,7 +78,7 @@ def compiled_story(models: Path, name: str, **options: Any) -> Model:
     return numballama.compile(models / f"{name}.bin", models / TOKENIZERS[name], device="cuda", **options)
 
 
-def told(model: Model, sampler: SamplerState, count: int, prompt: Sequence[int] = (1, 5, 9)) -> list[int]:
+def told(model: Model, sampler: SamplerTable, count: int, prompt: Sequence[int] = (1, 5, 9)) -> list[int]:
     """Tokens that are generated after a prompt, from an empty cache."""
     model.session.truncate()
     tokens: list[Any] = [model.session.prefill(list(prompt), sampler)]

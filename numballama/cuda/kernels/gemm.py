@@ -33,6 +33,7 @@ from ..intrinsics import (
     cp_async_commit,
     cp_async_wait_all,
     cp_async_wait_group,
+    griddepcontrol_launch_dependents,
     griddepcontrol_wait,
     ld_global_u32,
     ld_global_v4_u32,
@@ -78,9 +79,10 @@ STAGED = STAGED_BYTES // 4
 def round_kernel(tokens, x, norm, normed, eps, out, scales, columns, padded):
     """out[t] = x[t], or norm(x[t]), in 16 bits, times a power of two whose inverse is scales[t]; padded with zeros."""
     t = cuda.blockIdx.x
+    griddepcontrol_launch_dependents()  # at once: the next kernel's copies of weights can start
     if t >= tokens[0]:
         return
-    pdl_sync()
+    griddepcontrol_wait()
     scratch = cuda.shared.array(32, np.float32)
     warp_largest = cuda.shared.array(32, np.int32)
     row, width = t * columns, cuda.blockDim.x

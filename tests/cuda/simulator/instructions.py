@@ -192,6 +192,12 @@ def _store_release_system(where: int, number: int) -> None:
     ctypes.c_int64.from_address(int(where)).value = int(number)
 
 
+def _st_global_u32(where: int, word: Any) -> None:
+    simulation.check(where, 4)
+    simulation.note_write(where, 4)
+    ctypes.c_uint32.from_address(int(where)).value = int(word)
+
+
 _UNSIGNED = list(range(256))
 _SIGNED = [byte - 256 * (byte > 127) for byte in range(256)]
 
@@ -263,6 +269,7 @@ EMULATED: dict[str, Callable[..., Any]] = {
     "ld_shared_u32": _shared_words(1),
     "ld_global_u32": lambda where: _words(simulation.load(where, 4))[0],
     "ld_global_v4_u32": lambda where: _words(simulation.load(where, 16)),
+    "st_global_u32": _st_global_u32,
     "no_unroll": lambda: None,
     "griddepcontrol_wait": _griddepcontrol_wait,
     "griddepcontrol_launch_dependents": _griddepcontrol_launch_dependents,

@@ -22,7 +22,7 @@ from numballama.cuda.decode_pipeline import LOOKAHEAD, N_SLOTS
 from numballama.cuda.program import CudaProgram
 from numballama.errors import Error
 from numballama.graph import KVLayout
-from numballama.sampling import SamplerState
+from numballama.sampling import SamplerTable
 from tests.helpers.random_models import random_checkpoint
 from tests.helpers.sampling import make_sampler
 
@@ -76,7 +76,7 @@ def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKernels]:
     backend.close()
 
 
-def step(program: CudaProgram, token: int, position: int, sampler: SamplerState) -> int:
+def step(program: CudaProgram, token: int, position: int, sampler: SamplerTable) -> int:
     program.inputs["ids"][0], program.inputs["positions"][0], program.inputs["sequences"][0] = token, position, 0
     return program.run(1, sampler=sampler)
 

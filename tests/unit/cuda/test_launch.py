@@ -18,6 +18,7 @@ from numballama.cuda.kernels.copy import copy
 from numballama.cuda.launch import Array, Launch, LaunchContext, Matrix, named
 from numballama.cuda.ops import elementwise, sampling
 from numballama.cuda.program import bind_step
+from numballama.cuda.sampler_table import FIELDS
 from numballama.cuda.weights import layout_of
 from numballama.fusion import fuse
 from numballama.graph import KVLayout
@@ -56,11 +57,10 @@ def launches_of_plans() -> Iterator[Launch]:
 
 def other_launches() -> Iterator[Launch]:
     """Launches that are not part of a plan's steps."""
-    token, state = array(1, dtype="i32"), array(1, dtype="u64")
-    yield from sampling.sample(
-        array(1, 40), 40, settings=array(5, dtype="f64"), recent=array(64, dtype="i32"), counts=array(1, dtype="i64"),
-        state=state, next_token=token,
-    )  # fmt: skip
+    token, floats = array(1, dtype="i32"), array(1)
+    table = {name: array(64, dtype=dtype) for name, (_, dtype) in FIELDS.items()} | {"last_token": token}
+    out = {"next_token": token, "logprobs": floats, "normalizers": floats, "top_ids": token, "top_logprobs": floats}
+    yield from sampling.sample(token, array(1, 40), token, table, out, logprobs=True)
     yield from sampling.advance(
         next_token=token, ids=token, positions=token, step=array(1, dtype="i64"), slots_address=4096, n_slots=64
     )

@@ -1,0 +1,212 @@
+"""Linear layers for 2 to 64 tokens: how the kernels of `kernels/skinny.py` are launched. `linear` registers them.
+
+An operator is one kernel that rounds X to 16 bits (`gemm`'s), and one that streams the weights and finishes the results.
+How K is divided (`Division`) depends on the weight and on the number of multiprocessors, never on the number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ...memory import ceil_div, round_up
+from ...registry import KernelRef
+from ..kernels.params import (
+    SKINNY_PLANE_BYTES,
+    SKINNY_ROWS,
+    SKINNY_STEP_BYTES,
+    SKINNY_THREADS,
+    SKINNY_UNITS,
+    SKINNY_WARPS,
+    units_together,
+)
+from ..launch import PAYLOAD_TYPE, Array, Launch, LaunchContext, Matrix, named
+from . import elementwise
+from .gemm import _operand_type, _padded, _rounded, _Workspace
+
+KERNELS = "numballama.cuda.kernels.skinny"
+SKINNY = {units: KernelRef(KERNELS, f"skinny_{8 * units}_kernel") for units in (1, 2, 4, 8)}
+"""Units of 8 tokens of a block → the kernel for them."""
+
+SUM = KernelRef(KERNELS, "skinny_sum_kernel")
+
+MOST = 64
+"""Up to this number of tokens these kernels are faster than `gemm`."""
+SCALE_PLANES = {"q4_0": 2, "q4_1": 4, "q4_k": 3, "q6_k": 3 + 8}
+"""Type of a payload → words of scales, and of q6_k's upper bits, of a row in a step."""
+SHARED_BYTES = 227 << 10
+"""Shared memory of a block on cards that have the most, for which K is divided."""
+RESERVED_BYTES = 1 << 10
+"""Shared memory that the system keeps of each block."""
+STAGES = 4
+
+
+def slot_bytes(payload: str, scales: str) -> int:
+    """Bytes of a stage of a warp's ring: payload, then scales."""
+    planes = (4 if scales == "f32" else 1) if payload == "int8" else SCALE_PLANES.get(payload, 0)
+    return SKINNY_STEP_BYTES + planes * SKINNY_PLANE_BYTES
+
+
+def step_columns(payload: str) -> int:
+    """Columns of 64 bytes of payload."""
+    return {"f16": 32, "bf16": 32, "int8": 64}.get(payload, 128)
+
+
+@dataclass(frozen=True)
+class Division:
+    """How W is divided among blocks and warps."""
+
+    k_warps: int
+    """Warps of a block that share their rows and divide K; a power of two."""
+    slice_steps: int
+    """Steps of K (64 bytes of a row) of a block."""
+    slices: int
+    """Blocks that divide K."""
+    tiles: int
+    """Tiles of rows; a tile is what the warps of a block have."""
+
+    @property
+    def row_warps(self) -> int:
+        """Groups of 32 rows of a tile."""
+        return SKINNY_WARPS // self.k_warps
+
+
+@lru_cache
+def divide(payload: str, scales: str, groups: int, columns: int, n_sms: int) -> Division:
+    """The division of `groups` · 32 rows of `columns` columns that takes the least time, by a simple model."""
+    per_step, slot = step_columns(payload), slot_bytes(payload, scales)
+    steps = ceil_div(columns, per_step)
+    fixed = SKINNY_WARPS * (STAGES * slot + 1024 * units_together(SKINNY_UNITS)) + 16
+    most = max(2, (SHARED_BYTES - fixed) // (2 * 8 * SKINNY_UNITS * per_step) // 2 * 2)
+    candidates = []
+    for slice_steps in range(2, min(most, round_up(steps, 2)) + 1, 2):
+        slices = ceil_div(steps, slice_steps)
+        for k_warps in (2, 4, 8):
+            tiles = ceil_div(groups, SKINNY_WARPS // k_warps)
+            mine = ceil_div(tiles, max(1, n_sms // slices)) * max(1, slices / n_sms)
+            streamed = mine * ceil_div(slice_steps, k_warps) * SKINNY_WARPS * slot / 30  # ns at 30 bytes per ns
+            staged = 24 * 2 * slice_steps * per_step / 50
+            added = mine * 500 + (slices > 1) * (1500 + 24 * groups * SKINNY_ROWS * slices * 8 / 4000)
+            candidates.append((streamed + staged + added, Division(k_warps, slice_steps, slices, tiles)))
+    return min(candidates, key=lambda pair: pair[0])[1]
+
+
+def _shared_bytes(units: int, stages: int, slot: int, slice_columns: int) -> int:
+    return 2 * 8 * units * slice_columns + SKINNY_WARPS * (stages * slot + 1024 * units_together(units)) + 16
+
+
+def _units(tokens: int) -> int:
+    return next((units for units in SKINNY if 8 * units >= tokens), SKINNY_UNITS)
+
+
+def _launch(
+    ctx: LaunchContext, x: Array, norm: Array | None, eps: float, weights: Sequence[Matrix], outs: Sequence[Array],
+    paired: bool, residual: Array | None, workspace: _Workspace,
+) -> list[Launch]:  # fmt: skip
+    """The launches for weights of one type: one, a gate and up (`paired`), or queries, keys and values."""
+    first, tokens, columns = weights[0], x.shape[0], x.shape[1]
+    payload, slot = first.payload.dtype, slot_bytes(first.payload.dtype, first.scales.dtype)
+    rows, kv_rows = first.shape[0], 0 if paired or len(weights) == 1 else weights[1].shape[0]
+    groups = ceil_div(rows, 16) if paired else ceil_div(rows + 2 * kv_rows, SKINNY_ROWS)
+    division = divide(payload, first.scales.dtype, groups, columns, ctx.n_sms)
+    units, stages, width = _units(tokens), STAGES, division.slice_steps * step_columns(payload)
+    while units > 1 and _shared_bytes(units, stages, slot, width) > ctx.shared_limit:
+        units //= 2
+    while stages > 1 and _shared_bytes(units, stages, slot, width) > ctx.shared_limit:
+        stages //= 2
+    token_tiles = ceil_div(tokens, 8 * units)
+    rounded = _rounded(ctx, x, norm, eps, _operand_type(first), workspace)
+    partials = x
+    if division.slices > 1:
+        kept = token_tiles * 8 * units * division.tiles * division.row_warps * SKINNY_ROWS * division.slices
+        partials = workspace.allocate((kept,), "f32")
+    w = [*weights, first, first][:3]
+    out = [*outs, outs[0], outs[0]][:3]
+    finish = named(
+        paired=int(paired), residual=residual or x, added=int(residual is not None), q=out[0], k=out[1], v=out[2],
+        rows=rows, kv_rows=kv_rows,
+    )  # fmt: skip
+    arguments = named(
+        tokens=ctx.tokens, x=rounded.x, padded=rounded.x.shape[1], x_scales=rounded.scales, w0=w[0].payload,
+        w1=w[1].payload, w2=w[2].payload, stride=first.stride, s0=w[0].scales, s1=w[1].scales, s2=w[2].scales,
+        scale_stride=first.scale_stride, shift=first.shift, **finish, partials=partials, tiles=division.tiles, slices=division.slices, slice_steps=division.slice_steps,
+        log2_k_warps=division.k_warps.bit_length() - 1, stages=stages, slot_bytes=slot,
+    )  # fmt: skip
+    shared = _shared_bytes(units, stages, slot, width)
+    per_sm = 2 if units < SKINNY_UNITS and 2 * (shared + RESERVED_BYTES) <= ctx.shared_limit + RESERVED_BYTES else 1
+    per_slice = min(division.tiles, max(1, per_sm * ctx.n_sms // division.slices))
+    grid = per_slice, token_tiles, division.slices
+    launches = [*rounded.launches, Launch(SKINNY[units], grid, SKINNY_THREADS, arguments, shared)]
+    if division.slices > 1:
+        arguments = named(
+            tokens=ctx.tokens, partials=partials, x_scales=rounded.scales, **finish, slices=division.slices,
+            groups=groups, log2_units=units.bit_length() - 1, log2_row_warps=division.row_warps.bit_length() - 1,
+        )  # fmt: skip
+        grid = ceil_div(groups, SKINNY_WARPS), ceil_div(tokens, 8)
+        launches.append(Launch(SUM, grid, SKINNY_THREADS, arguments))
+    return launches
+
+
+def linear(
+    ctx: LaunchContext, x: Array, norm: Array | None, eps: float, weight: Matrix, residual: Array | None, out: Array,
+    memory: Array,
+) -> list[Launch]:  # fmt: skip
+    """out[T, N] = x[T, K] · W[N, K]ᵀ, after RMSNorm of x where `norm` is given, plus `residual`."""
+    return _launch(ctx, x, norm, eps, [weight], [out], False, residual, _Workspace(memory))
+
+
+def gate_up(
+    ctx: LaunchContext, x: Array, norm: Array | None, eps: float, w1: Matrix, w3: Matrix, out: Array, memory: Array
+) -> list[Launch]:
+    """out[T, N] = silu(x · W1ᵀ) · (x · W3ᵀ). The two weights have one type and one shape."""
+    return _launch(ctx, x, norm, eps, [w1, w3], [out], True, None, _Workspace(memory))
+
+
+def qkv(
+    ctx: LaunchContext, x: Array, norm: Array | None, eps: float, weights: Sequence[Matrix], outs: Sequence[Array],
+    memory: Array,
+) -> list[Launch]:  # fmt: skip
+    """q, k and v = x · Wqᵀ, x · Wkᵀ, x · Wvᵀ, after RMSNorm of x where `norm` is given."""
+    return _launch(ctx, x, norm, eps, weights, outs, False, None, _Workspace(memory))
+
+
+def norm_qkv_rope(
+    ctx: LaunchContext, x: Array, norm: Array, wq: Matrix, wk: Matrix, wv: Matrix, angles: Array, k_cache: Array,
+    positions: Array, sequences: Array, page_table: Array, v_cache: Array, out: Array, memory: Array, eps: float, head_dim: int,
+    interleaved: int,
+) -> list[Launch]:  # fmt: skip
+    """q, k and v of norm(x); q rotated into `out`, k rotated and v into the KV cache."""
+    workspace, weights = _Workspace(memory), (wq, wk, wv)
+    q, k, v = (workspace.allocate((x.shape[0], w.shape[0]), "f32") for w in weights)
+    return _launch(ctx, x, norm, eps, weights, (q, k, v), False, None, workspace) + elementwise.rope_kv_write(
+        ctx, q, angles, k, k_cache, positions, sequences, page_table, v, v_cache, out, head_dim, interleaved
+    )
+
+
+def workspace_shape(
+    dtype: str, first: int, count: int, paired: bool, results: int, larger: Callable[..., tuple[int, ...]]
+) -> Callable[..., tuple[int, ...]]:
+    """The shape (float32) of an operator's workspace as a function of its operands' shapes.
+
+    Operands from number `first` on are its `count` weights, of type `dtype`; `paired` if they are a gate and up. The
+    last `results` results are kept in the workspace. `larger` is the same for `gemm`, for more tokens.
+    """
+
+    def shape(*operands: tuple[int, ...], workers: int) -> tuple[int, ...]:
+        (tokens, columns), weights = operands[0], operands[first : first + count]
+        if dtype == "f32" or tokens == 1 or tokens > MOST:
+            return larger(*operands, workers=workers)
+        rows = [weight[0] for weight in weights]
+        groups = ceil_div(rows[0], 16) if paired else ceil_div(sum(rows), SKINNY_ROWS)
+        division = divide(PAYLOAD_TYPE[dtype], "f32" if dtype == "int8" else "f16", groups, columns, workers)
+        kept = [4 * tokens * n for n in rows] if results else []
+        if division.slices > 1:
+            padded = round_up(tokens, 8 * _units(tokens))
+            kept.append(4 * padded * division.tiles * division.row_warps * SKINNY_ROWS * division.slices)
+        sizes = [*kept, 2 * tokens * _padded(columns), 4 * tokens]
+        # int8 with groups that no kernel reads is stored as float32
+        other = larger(*operands, workers=workers) if dtype == "int8" else (0,)
+        return (max(sum(ceil_div(nbytes, 64) * 16 for nbytes in sizes), *other),)
+
+    return shape
