@@ -340,21 +340,6 @@ def st_global_rows(typingctx, elements, first_at, second_at, first, second):  # 
 
 
 @intrinsic
-def st_shared_rows(typingctx, elements, first_at, second_at):  # type: ignore[no-untyped-def]
-    """Store a lane's elements of two rows to float32 rows at shared addresses."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        parts = _parts(builder, elements, args[0])
-        where = [_short(context, builder, args[1], first_at), _short(context, builder, args[2], second_at)]
-        for i in range(len(parts) // 2):
-            text = f"st.shared.v2.f32 [$0+{32 * (i // 2)}], {{$1, $2}};"
-            call_asm(builder, VOID, text, "r,f,f,~{memory}", [where[i % 2], *parts[2 * i : 2 * i + 2]])
-        return context.get_dummy_value()
-
-    return types.void(elements, first_at, second_at), codegen
-
-
-@intrinsic
 def fma_outer(typingctx, sums, a, b):  # type: ignore[no-untyped-def]
     """Outer product: sums[i, j] + a[i] · b[j] in float32. All are tuples, rows of `sums` one after the other."""
 

@@ -19,7 +19,7 @@ from typing import Any
 from numballama.config import ModelConfig
 from numballama.cuda.launch import Specialization
 from numballama.graph import KVLayout
-from tests.helpers.cuda_host import HostDevice, converted, graph_of, install
+from tests.helpers.cuda_host import converted, graph_of, install
 from tests.helpers.random_models import random_checkpoint
 
 GROUPED = ModelConfig(64, 96, 1, 8, 2, 40, 300)
@@ -97,7 +97,6 @@ def main(capability: tuple[int, int], out: Path) -> None:
 
     compiler.to_ptx = remembering
     install(compile_kernel=compile_kernel, capability=capability)
-    HostDevice.shared_limit = 227 << 10  # as on the largest cards: attention on tensor cores of heads of 128
     ops = set()
     for config, kind, kv, fusions, int8 in CASES:
         weights = converted(random_checkpoint(config).weights, kind)

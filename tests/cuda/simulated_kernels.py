@@ -18,7 +18,6 @@ from tests.cuda.simulator import launch, simulation  # first: it replaces what k
 from tests.helpers.cuda_host import HostDevice, HostMemory, install
 
 install(run=simulation.run, n_sms=2)
-HostDevice.shared_limit = 64 << 10  # too little for attention on tensor cores, which the simulator does not have
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st

@@ -9,10 +9,9 @@ from __future__ import annotations
 import pytest
 
 from tests.cuda.simulator import simulation  # first: it replaces what kernels import
-from tests.helpers.cuda_host import HostDevice, install
+from tests.helpers.cuda_host import install
 
 install(run=simulation.run, n_sms=2)
-HostDevice.shared_limit = 64 << 10  # too little for attention on tensor cores, which the simulator does not have
 
 import numpy as np
 

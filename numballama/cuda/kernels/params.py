@@ -81,8 +81,6 @@ SPLIT_WEIGHTS = MAX_SPLITS + 1
 ROW_SPLIT_KEYS = 256
 """Keys of a split where a run has many rows. In contexts longer than `MAX_SPLITS` of these it is doubled until the
 splits suffice."""
-GROUP_ATTENTION_WARPS, GROUP_ATTENTION_THREADS = 4, 128
-"""Warps of a block on tensor cores (`group_attention`), each with tiles of 64 keys; threads per block."""
 PLAIN_ATTENTION_THREADS = 128
 
 # Attention of many tokens (`prefill_attention`)

@@ -20,8 +20,6 @@ from ..kernels.params import (
     ATTENTION_STAGES,
     ATTENTION_THREADS,
     ATTENTION_WARPS,
-    GROUP_ATTENTION_THREADS,
-    GROUP_ATTENTION_WARPS,
     HEADS_PER_BLOCK,
     MAX_SPLITS,
     MIN_SPLIT_KEYS,
@@ -46,9 +44,6 @@ PLAIN = "numballama.kernels_cuda"
 ATTENTION_SCORES = KernelRef(PLAIN, "attention_scores_kernel")
 ATTENTION_VALUES = KernelRef(PLAIN, "attention_values_kernel")
 SOFTMAX = KernelRef(PLAIN, "softmax_kernel")
-GROUP = "numballama.cuda.kernels.group_attention"
-ATTENTION_GROUP_64 = KernelRef(GROUP, "attention_group_64_kernel")
-ATTENTION_GROUP_128 = KernelRef(GROUP, "attention_group_128_kernel")
 PREFILL = "numballama.cuda.kernels.prefill_attention"
 ATTENTION_64 = KernelRef(PREFILL, "attention_64_kernel")
 ATTENTION_128 = KernelRef(PREFILL, "attention_128_kernel")
@@ -150,23 +145,6 @@ def _decode(
         return Launch(kernel_ref, (blocks, tokens, blocks_of_keys), ATTENTION_THREADS, arguments, shared)
 
     most_splits = partials.shape[2]
-    if tokens > 1 and _for_groups(ctx, shared_by, k_cache, v_cache):
-        width = 64 if head_dim <= 64 else 128
-        arguments = named(
-            tokens=ctx.tokens, q=q, k_cache=k_cache, v_cache=v_cache, **where, out=out, partials=partials,
-            counters=counters, **shape, inverse_head_dim=1 / head_dim, splits=most_splits, tiles=ctx.tiles,
-            listed=int(listed),
-        )  # fmt: skip
-        stages = GROUP_ATTENTION_WARPS * 2 * PREFILL_ATTENTION_TILE * 2 * width
-
-        def group(blocks_of_keys: int) -> Launch:
-            return Launch(
-                ATTENTION_GROUP_64 if width == 64 else ATTENTION_GROUP_128, (kv_heads, tokens, blocks_of_keys),
-                GROUP_ATTENTION_THREADS, arguments, stages + 16 * 2 * width + 16,
-                only_for="single rows" if listed else None,
-            )  # fmt: skip
-
-        return [_by_length(group, _most_seen(window, context), most_splits, max(4, ROW_BLOCKS // tokens))]
     if tokens > 1:
         rows_kernel, together = (ATTENTION_GROUPED_ROWS, HEADS_PER_BLOCK) if shared_by > 1 else (ATTENTION_ROWS, 1)
 
@@ -185,13 +163,6 @@ def _decode(
     else:
         long = launch(ATTENTION_SINGLE, 1, most_splits)
     return [replace(short, long_context_variant=(SPLIT_FROM, long))]
-
-
-def _for_groups(ctx: LaunchContext, shared_by: int, k_cache: Array, v_cache: Array) -> bool:
-    """Whether the kernels on tensor cores support these operands: a cache of 16 bits, 2 to 16 heads that share keys."""
-    same_type = k_cache.dtype == v_cache.dtype and k_cache.dtype in ("f16", "bf16")
-    fits = k_cache.shape[3] <= (128 if ctx.shared_limit >= 160 << 10 else 64 if ctx.shared_limit > 68 << 10 else 0)
-    return same_type and fits and 2 <= shared_by <= 16
 
 
 def _most_seen(window: int, context: int) -> int:
