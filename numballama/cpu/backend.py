@@ -37,7 +37,6 @@ from .executor import (
     ROWS,
     RUN_SIZE,
     SAMPLER,
-    SLOTS,
     STRIDE,
     TABLE,
     run_steps,
