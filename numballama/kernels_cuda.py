@@ -34,6 +34,7 @@ from .cuda.kernels.common import (
     is_nan,
     is_padding_token,
     kv_index,
+    load_kv,
     pdl_sync,
     silu_and_mul,
 )
@@ -213,8 +214,8 @@ def rope_kv_write_kernel(tokens, q, angles, k, k_cache, positions, sequences, pa
 
 
 @cuda.jit
-def attention_scores_kernel(tokens, q, k_cache, positions, sequences, page_table, table_stride, log2_page, out,
-                            kv_heads, shared_by, head_dim, window):  # fmt: skip
+def attention_scores_kernel(tokens, q, k_cache, positions, sequences, page_table, table_stride, log2_page,
+                            scales_at, out, kv_heads, shared_by, head_dim, window):  # fmt: skip
     """out[t, head, p] = q · k[p] / sqrt(head_dim), -inf for positions p that token t does not see.
 
     One thread per position. `shared_by` query heads share a key head (grouped-query attention).
@@ -229,10 +230,10 @@ def attention_scores_kernel(tokens, q, k_cache, positions, sequences, page_table
     for p in range(cuda.threadIdx.x, context, THREADS):
         score = np.float32(-np.inf)
         if first_visible(positions[t] + 1, window) <= p <= positions[t]:
-            key = address(k_cache, kv_index(pages, sequences[t], head // shared_by, p, kv_heads, head_dim))
+            key = kv_index(pages, sequences[t], head // shared_by, p, kv_heads, head_dim)
             score = np.float32(0)
             for d in range(head_dim):
-                score += q[(t * heads + head) * head_dim + d] * load_element(k_cache, key, d)
+                score += q[(t * heads + head) * head_dim + d] * load_kv(k_cache, scales_at, key, head_dim, d)
             score *= factor
         out[(t * heads + head) * context + p] = score
 
@@ -263,8 +264,8 @@ def softmax_kernel(tokens, x, out, columns):
 
 
 @cuda.jit
-def attention_values_kernel(tokens, weights, v_cache, positions, sequences, page_table, table_stride, log2_page, out,
-                            kv_heads, shared_by, head_dim, window):  # fmt: skip
+def attention_values_kernel(tokens, weights, v_cache, positions, sequences, page_table, table_stride, log2_page,
+                            scales_at, out, kv_heads, shared_by, head_dim, window):  # fmt: skip
     """out[t, head] = sum of weights[t, head, p] · v[p] over positions p that token t sees. One thread per dimension."""
     if is_padding_token(tokens):
         return
@@ -275,8 +276,8 @@ def attention_values_kernel(tokens, weights, v_cache, positions, sequences, page
     for d in range(cuda.threadIdx.x, head_dim, THREADS):
         total = np.float32(0)
         for p in range(first_visible(positions[t] + 1, window), positions[t] + 1):
-            value = address(v_cache, kv_index(pages, sequences[t], head // shared_by, p, kv_heads, head_dim))
-            total += weights[row * context + p] * load_element(v_cache, value, d)
+            value = kv_index(pages, sequences[t], head // shared_by, p, kv_heads, head_dim)
+            total += weights[row * context + p] * load_kv(v_cache, scales_at, value, head_dim, d)
         out[row * head_dim + d] = total
 
 

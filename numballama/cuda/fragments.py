@@ -2,7 +2,8 @@
 
 A product's order of k is free if both factors agree on it. Of 64 bytes of a row, the four lanes of a group hold 16 each,
 and of the activations the same columns. So a lane's 16 bytes are the fragments of one or more products as they are: 8
-columns of a 16-bit type, 16 of int8, 32 of a 4-bit type. A piece is 8 of these columns, 16 bytes of activations.
+columns of a 16-bit type, 16 of int8, 32 of a 4-bit type. A piece is 8 of these columns, 16 bytes of activations. For
+4-bit types, of which two are taken from each half of a word, the second and third of four activations are exchanged.
 
 A lane's part of a row is eight words (`WORDS8`): 16 bytes of payload, two factors, and for q6_k two words of upper bits.
 Factors are two equal float16, or the bits of a float32; `cuda/kernels/skinny.py` loads them.
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
@@ -101,16 +103,22 @@ def _int8(builder: Any, words: list[Any], scale: Any, wide: bool) -> list[Any]:
 
 def _nibbles(builder: Any, word: Any, high: bool, zero: int) -> list[Any]:
     """Two words of float16: four 4-bit integers minus `zero`, from the low or the high halves of a word's bytes."""
-    in_pairs, made = _prmt(builder, word, word, _word(0x3120)), []
-    for shift in (0, 8):
-        bits = builder.and_(_shifted(builder, in_pairs, shift + 4 * high), _word(0x000F000F))
-        biased = _word(0x64006400 + zero * 0x10001)  # 1024 + zero
-        made.append(_two(builder, "sub", builder.or_(bits, _word(0x64006400)), biased))
+    made = []
+    for half in (word, _shifted(builder, word, 8)):
+        if high:  # 1024 + 16 · integer; its 16th part minus 64 + zero is exact
+            pair = builder.or_(builder.and_(half, _word(0x00F000F0)), _word(0x64006400))
+            least = int(np.float16(-64 - zero).view(np.uint16)) * 0x10001
+            made.append(_two(builder, "fma.rn", pair, _word(0x2C002C00), _word(least)))
+        else:  # 1024 + integer
+            pair = builder.or_(builder.and_(half, _word(0x000F000F)), _word(0x64006400))
+            made.append(_two(builder, "sub", pair, _word(0x64006400 + zero * 0x10001)))
     return made
 
 
 def _four_bits(builder: Any, name: str, row: list[Any], piece: int) -> list[Any]:
-    """A piece of q4_0, q4_1, q4_k or q6_k. A word has four elements of the first 16 and four of the last."""
+    """A piece of q4_0, q4_1, q4_k or q6_k. A word has four elements of the first 16 and four of the last. Of four, the
+    result has the first and the third in one word.
+    """
     last, first, made = piece >= 2, 2 * (piece & 1), []
     for i in (first, first + 1):
         if name == "uint8":
@@ -129,7 +137,7 @@ def _four_bits(builder: Any, name: str, row: list[Any], piece: int) -> list[Any]
             integers = builder.or_(integers, builder.shl(upper, _word(4)))
             scale = builder.bitcast(row[4 + last], F32)
             numbers = [builder.fmul(x, scale) for x in _bytes_as_f32(builder, integers, 32)]
-        made += _rounded(builder, numbers)
+        made += _rounded(builder, [numbers[0], numbers[2], numbers[1], numbers[3]])
     return made
 
 
@@ -205,6 +213,23 @@ def st_shared_units(typingctx, sums, at, part):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(sums, at, part), codegen
+
+
+@intrinsic
+def st_global_units(typingctx, sums, at):  # type: ignore[no-untyped-def]
+    """Store all units of a lane's sums, as `st_shared_units` does, to a global address."""
+    units = sums.count // 8
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        totals = _parts(builder, sums, args[0])
+        for unit in range(units):
+            for i in range(2):
+                place = 4 * (i * units + unit)
+                text = f"st.global.v4.f32 [$0+{1024 * unit + 512 * i}], {{$1, $2, $3, $4}};"
+                call_asm(builder, VOID, text, "l,f,f,f,f,~{memory}", [args[1], *totals[place : place + 4]])
+        return context.get_dummy_value()
+
+    return types.void(sums, types.int64), codegen
 
 
 @intrinsic

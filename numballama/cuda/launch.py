@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Literal, Protocol
 
 from ..errors import UnsupportedError
+from ..ir import nbytes_of
 from ..quantization.types import LINEAR_TYPES, TYPE_TRAITS
 from ..registry import KernelRef
 
@@ -20,8 +21,9 @@ PAYLOAD_TYPE = {name: "int8" if TYPE_TRAITS[name].bits == 8 else name for name i
 QUANTIZED = tuple(dict.fromkeys(payload for payload in PAYLOAD_TYPE.values() if not TYPE_TRAITS[payload].is_float))
 """Types of payloads that have scales."""
 ITEM_BYTES = {payload: TYPE_TRAITS[payload].storage.itemsize for payload in PAYLOAD_TYPE.values()}
-ITEM_BYTES |= {"i8": 1, "i32": 4, "i64": 8, "f64": 8, "u64": 8, "u8": 1, "u32": 4}
-"""Type → bytes of an element. An element of "q4_0" and the other packed types is a byte with two 4-bit quants."""
+ITEM_BYTES |= {"q8_0": 1, "i8": 1, "i32": 4, "i64": 8, "f64": 8, "u64": 8, "u8": 1, "u32": 4}
+"""Type → bytes of an element. An element of "q4_0" and the other packed types is a byte with two 4-bit quants,
+one of "q8_0" a quant of a KV cache."""
 
 
 def _elements_per_16_bytes(payload: str) -> int:
@@ -45,6 +47,8 @@ class Array:
 
     @property
     def nbytes(self) -> int:
+        if self.dtype == "q8_0":
+            return nbytes_of(self.shape, self.dtype)
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
@@ -204,6 +208,11 @@ class LaunchContext:
     """i32[1 + max_tokens, 2] in device memory: the run's rows in tiles, as `program.write_tiles` lists them."""
     zeros: Callable[[int], Array]
     """zeros(n): allocate n int32 for the program, initially 0. Kernels set them back to 0."""
+
+
+def scales_of(cache: Array) -> dict[str, Argument]:
+    """The argument for kernels that know q8_0: bytes from the beginning of a cache's quants to that of its scales."""
+    return named(scales_at=math.prod(cache.shape))
 
 
 def named(**arguments: Argument) -> dict[str, Argument]:

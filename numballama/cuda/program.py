@@ -228,7 +228,8 @@ class CudaProgram:
         self._require_open()
         self._device.make_current()
         array = self.array(name)
-        out = np.empty(array.shape, DTYPES[array.dtype])
+        shape = (array.nbytes,) if array.dtype == "q8_0" else array.shape
+        out = np.empty(shape, DTYPES[array.dtype])
         self._device.read(array.address, out)
         return out
 

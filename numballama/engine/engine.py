@@ -398,10 +398,13 @@ class Engine:
         self._forget(state, error)
 
     def _forget(self, state: RequestState, error: BaseException | None) -> None:
-        self._requests.pop(state.id, None)
-        state.error = error
-        state.done = True
+        """Tell the request's reader that it has ended. It is known until then, so that an interrupt cannot lose it."""
+        if not state.done:
+            state.error = error
+            state.done = True
         self._touched.append(state)
+        if self._requests.get(state.id) is state:
+            del self._requests[state.id]
 
     def _end_all(self, error: BaseException) -> None:
         """End all requests, whatever state the scheduler is in."""
@@ -417,8 +420,8 @@ class Engine:
 
     def _wake(self) -> None:
         if self._touched:
-            touched, self._touched = self._touched, []
-            self._driver.wake(touched)
+            self._driver.wake(self._touched)
+            self._touched.clear()
 
     def _fail(self, error: BaseException) -> None:
         """The device has failed: end all requests, and refuse further ones."""
@@ -447,7 +450,9 @@ class Engine:
         torn, self._handling = self._handling, None
         kept: list[Sequence] = []
         for state in states:
-            if state is torn:
+            if state.done:
+                self._forget(state, None)
+            elif state is torn:
                 self._forget(state, Error("interrupted while a token was handed out; submit the request again"))
             elif state.cancelled:
                 self._forget(state, None)

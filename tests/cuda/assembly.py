@@ -49,6 +49,8 @@ CASES: list[tuple[ModelConfig, str, str, Any, bool]] = [
     *((GROUPED, "f32", kv, ["attention", "rope_kv"], False) for kv in ("f32", "bf16")),
     *((GROUPED, "f32", kv, False, False) for kv in ("f32", "f16", "bf16")),
     (GROUPED, "int8", "f16", True, True),
+    *((config, "f16", "q8_0", fusions, False) for config in (GROUPED, SINGLE) for fusions in (True, False)),
+    (ODD, "f32", "q8_0", ["attention"], False),
     (NORMED, "f32", "f16", True, False),
     *((WIDE, "f32", kv, ["attention"], False) for kv in ("f16", "bf16")),
 ]  # fmt: skip

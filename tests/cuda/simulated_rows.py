@@ -21,11 +21,11 @@ from numballama.cuda.backend import StagedWrites
 from numballama.cuda.kernels import rows_attention
 from numballama.cuda.ops import attention
 from numballama.graph import PAGE_TABLE
-from tests.cuda.checks import Pair
+from tests.cuda.checks import Pair, check_runs
 from tests.cuda.row_checks import Step, check_alone, check_rows, check_whole_rows
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "kv"), [(3, 1, "f16"), (1, 1, "f32")])
+@pytest.mark.parametrize(("heads", "kv_heads", "kv"), [(3, 1, "f16"), (1, 1, "f32"), (2, 1, "q8_0")])
 def test_rows_of_many_sequences(monkeypatch: pytest.MonkeyPatch, heads: int, kv_heads: int, kv: str) -> None:
     """Sequences of different lengths in one run, in splits of two keys, of which a block may compute two; a run's rows
     are chunks and single tokens, mixed.
@@ -38,6 +38,14 @@ def test_rows_of_many_sequences(monkeypatch: pytest.MonkeyPatch, heads: int, kv_
     steps: list[Step] = [[(0, 1), (2, 5)], [(1, 1), (0, 1), (2, 1)], [(2, 3), (0, 2)], [(2, 1), (1, 1)]]
     check_rows(pair, steps, 6, ["attention", "rope_kv"])
     check_whole_rows(pair, steps, 6)
+
+
+@pytest.mark.parametrize("fusions", [False, True])
+@pytest.mark.parametrize("head_dim", [6, 40])
+def test_a_cache_of_q8_0(fusions: bool, head_dim: int) -> None:
+    """Heads of one short block, and of a whole one and a short one."""
+    pair = Pair(ModelConfig(8, 4, 1, 2, 1, 7, 6, head_dim=head_dim), "f32", "q8_0")
+    check_runs(pair, [2, 1, 1], 2, fusions)
 
 
 def test_a_row_does_not_depend_on_its_neighbours() -> None:

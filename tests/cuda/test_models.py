@@ -56,7 +56,7 @@ def test_every_value_of_a_wider_model(kind: str, kv: str) -> None:
         pair.close()
 
 
-@pytest.mark.parametrize("kv", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize("kv", ["f32", "f16", "bf16", "q8_0"])
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(4, 1, 64), (2, 2, 128), (5, 1, 80), (3, 1, 6)])
 def test_a_long_context(kv: str, heads: int, kv_heads: int, head_dim: int) -> None:
     """Attention over up to 9,000 positions, of one token and of five."""

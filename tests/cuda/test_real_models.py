@@ -34,12 +34,12 @@ def test_greedy_tokens_and_logits_equal_the_reference(models: Path, name: str, d
     tokens = greedy(oracle)
     with compiled_story(models, name, dtype=dtype, kv_dtype="f32") as model:
         assert greedy(model) == tokens
-        session, ids = model.session, [1, *tokens[:60]]
+        ids = [1, *tokens[:60]]
         want = oracle.logits(ids)
-        session.truncate()
-        for place, token in enumerate(ids):
-            session.step(token)
-            close(session.logits, want[place], f"logits {place}", 1e-4)
+        with model.exclusive() as session:
+            for place, token in enumerate(ids):
+                session.step(token)
+                close(session.logits, want[place], f"logits {place}", 1e-4)
         close(model.logits(ids), want, "logits of all", 1e-4 if dtype is None else ROUNDED)
 
 

@@ -54,7 +54,8 @@ def test_every_value_of_runs_of_many_sequences(drawn: dict[str, Any], page: int,
 
 
 @pytest.mark.parametrize(("kind", "kv", "share"), [
-    ("f32", "f32", SHARE), ("f16", "f16", ROUNDED), ("bf16", "bf16", ROUNDED), ("q4_0", "f16", ROUNDED),
+    ("f32", "f32", SHARE), ("f32", "q8_0", ROUNDED), ("f16", "f16", ROUNDED), ("bf16", "bf16", ROUNDED),
+    ("q4_0", "f16", ROUNDED),
 ])  # fmt: skip
 @pytest.mark.parametrize("page", [16, 32, 64])
 def test_chunks_and_single_rows_mixed(kind: str, kv: str, share: float, page: int) -> None:
@@ -74,7 +75,7 @@ def test_chunks_and_single_rows_mixed(kind: str, kv: str, share: float, page: in
         pair.close()
 
 
-@pytest.mark.parametrize(("kv", "heads", "kv_heads"), [("f16", 8, 2), ("bf16", 4, 4), ("f32", 6, 2)])
+@pytest.mark.parametrize(("kv", "heads", "kv_heads"), [("f16", 8, 2), ("bf16", 4, 4), ("f32", 6, 2), ("q8_0", 8, 2)])
 def test_a_row_does_not_depend_on_its_neighbours(kv: str, heads: int, kv_heads: int) -> None:
     """Bit for bit, at lengths of one split and of several; by programs for few rows and for more."""
     pair = Pair(ModelConfig(64, 96, 1, heads, kv_heads, 100, 1500, head_dim=64), "f32", kv, sequences=4)
@@ -85,7 +86,7 @@ def test_a_row_does_not_depend_on_its_neighbours(kv: str, heads: int, kv_heads: 
         pair.close()
 
 
-@pytest.mark.parametrize("kv", ["f16", "f32"])
+@pytest.mark.parametrize("kv", ["f16", "f32", "q8_0"])
 def test_long_and_short_rows_in_one_run(kv: str) -> None:
     """A row of 9,000 keys beside rows of a few, in a cache that is full of numbers."""
     from tests.cuda.gpu import fill_cache

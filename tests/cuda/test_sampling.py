@@ -120,8 +120,8 @@ def test_a_nan_in_the_weights_is_an_error(model: Model) -> None:
         make_sampler(300, seed=1),
         make_sampler(300, temperature=0, repeat_penalty=2.0),
     ):
-        model.session.truncate()
-        with pytest.raises(Error, match="not numbers"):
-            model.session.prefill([1, 2], sampler)
-        with pytest.raises(Error, match="not numbers"):
-            model.session.step(3, sampler)
+        with model.exclusive() as session:
+            with pytest.raises(Error, match="not numbers"):
+                session.prefill([1, 2], sampler)
+            with pytest.raises(Error, match="not numbers"):
+                session.step(3, sampler)

@@ -25,9 +25,9 @@ from numballama.cpu.compiler import compile_step
 from numballama.cpu.executor import ADDRESS, MAX_TOKENS, OPERANDS
 from numballama.ir import Graph, Op
 from numballama.model import Model
-from numballama.quantization import blocks
+from numballama.quantization import blocks, kv
 from numballama.quantization.convert import convert, from_bf16, from_f16
-from numballama.quantization.types import ACTIVATION_QUANT, BLOCKS, F32, WeightType
+from numballama.quantization.types import ACTIVATION_QUANT, BLOCKS, F32, KV_BLOCK, WeightType
 from numballama.reference import ReferenceBackend, seen, visible_rows
 from numballama.registry import find
 from tests.helpers.gguf_files import random_blocks
@@ -129,6 +129,8 @@ def read(program: CpuProgram, name: str, tokens: int) -> np.ndarray:
     """The content of a value: all of a state, but of a temporary only the rows of the run's tokens."""
     value = program.plan.graph.values[name]
     array = program.value(name)
+    if value.dtype == "q8_0":
+        return kv.stored(array, value.shape, "q8_0")
     return stored(array if value.kind == "state" else array[: min(tokens, value.shape[0])], value.dtype)
 
 
@@ -246,10 +248,16 @@ def _kv_write(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -
 
 
 def _storage(error: np.ndarray, written: np.ndarray, dtype: str) -> np.ndarray:
-    """Rounding to the cache's type: half a unit in the last of 11 (float16) or 8 (bfloat16) places. Others' places:
-    none."""
+    """Rounding to the cache's type: half a unit in the last of 11 (float16) or 8 (bfloat16) places, or in q8_0 half of
+    the block's scale, which is rounded to float16. Others' places: none."""
     if dtype == "f32":
         return error
+    if dtype == "q8_0":
+        largest = np.abs(np.nan_to_num(written, posinf=0, neginf=0)) + error
+        for first in range(0, written.shape[-1], KV_BLOCK):
+            block = largest[..., first : first + KV_BLOCK]
+            block[...] = block.max(axis=-1, keepdims=True)
+        return error + largest * ((0.5 + 1e-4) / 127 + 2.0**-11) + 127 * 2.0**-25
     rounding, least = (2.0**-11, 2.0**-25) if dtype == "f16" else (2.0**-8, 2.0**-134)
     return error * (1 + rounding) + rounding * np.abs(np.nan_to_num(written)) + least
 
@@ -339,15 +347,14 @@ def assert_within(got: np.ndarray, want: Bounded, what: str) -> None:
         )
 
 
-def _in_float16(want: Bounded, got: np.ndarray) -> Bounded:
-    """Bounds after rounding to float16. A value is infinite if all values within its bounds are too large for float16.
-    If only a part of them is, it may be an infinity of that sign, or a number within the bounds.
-    """
+LARGEST = {"f16": 65504.0, "bf16": float(from_bf16(np.array([0x7F7F], np.uint16))[0]), "q8_0": 127 * 65504.0}
+"""The largest number of a cache's type, which stands for all finite numbers beyond it."""
+
+
+def _saturated(want: Bounded, dtype: str) -> Bounded:
+    """Bounds after what is finite and beyond the type became its largest number."""
     numbers, error = want
-    must = np.abs(numbers) - error >= 65520
-    may = np.isinf(got) & (np.copysign(1, got) * numbers + error >= 65520)
-    infinite = np.where(must, np.copysign(np.float32(np.inf), numbers), got)
-    return np.where(must | may, infinite, numbers), np.where(must | may, 0, error)
+    return np.where(np.isfinite(numbers), np.clip(numbers, -LARGEST[dtype], LARGEST[dtype]), numbers), error
 
 
 def check_step(
@@ -375,6 +382,6 @@ def check_step(
     execute()
     for name, want in wanted.items():
         got = read(program, name, count)
-        if graph.values[name].dtype == "f16":  # of the cache: what float16 cannot hold is infinite
-            want = _in_float16(want, got)
+        if graph.values[name].dtype in LARGEST:
+            want = _saturated(want, graph.values[name].dtype)
         assert_within(got, want, f"step {step} {op.kind}: {name}")

@@ -29,7 +29,7 @@ from numballama.quantization.convert import dequantize, from_bf16, from_f16, to_
 from numballama.quantization.types import BLOCKS, KV_TYPES, LINEAR_TYPES, VEC_DOT_TYPE
 from numballama.reference import ReferenceBackend
 from tests.helpers.bounds import as_weight, check_step, compiled, cpu_backend, poison, read, run_workers
-from tests.helpers.paging import shuffled_table
+from tests.helpers.paging import in_cache, shuffled_table
 
 SIZES = st.one_of(
     st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 33, 63, 64, 65, 96, 100, 127, 128, 130, 160, 172, 192, 256])
@@ -144,8 +144,7 @@ class Case:
 
     def cache(self, name: str) -> Value:
         shape = (1 + self.sequences * self.pages_per_sequence, self.kv_heads, self.page, self.head_dim)
-        numbers = self.numbers(*shape)
-        self.states[name] = {"f32": lambda a: a, "f16": to_f16, "bf16": to_bf16}[self.cache_type](numbers)
+        self.states[name] = in_cache(self.numbers(*shape), self.cache_type)
         return self.graph.state(name, shape, self.cache_type)
 
     def angles(self) -> Value:
@@ -608,13 +607,11 @@ def test_cache_rounds_every_kind_of_number_to_the_nearest(dtype: str) -> None:
     program.inputs["p"][:], program.inputs["s"][:] = range(tokens), 0
     program.run(tokens)
     got = program.value("cache").reshape(-1)
-    if dtype == "f16":
-        with np.errstate(over="ignore"):
-            want = numbers.astype(np.float16).view(np.uint16)
-    else:
-        wide = numbers.view(np.uint32).astype(np.uint64)
-        want = ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).astype(np.uint16)
+    with np.errstate(over="ignore"):
+        want = (to_f16 if dtype == "f16" else to_bf16)(numbers)
     nan = np.isnan(numbers)
+    assert not np.isinf(read(program, "cache", 0).reshape(-1)[np.isfinite(numbers)]).any()  # the largest number instead
+    assert np.isinf(read(program, "cache", 0).reshape(-1)[np.isinf(numbers)]).all()
     np.testing.assert_array_equal(got[~nan], want[~nan])
     assert np.isnan(read(program, "cache", 0).reshape(-1)[nan]).all()
 

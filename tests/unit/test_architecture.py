@@ -48,9 +48,10 @@ ORDER = """
             sampling executor bandwidth timing backend
     cuda: repack launch lowering intrinsics quant_traits kernels.params mma fragments ops.gemv ops.elementwise \
             ops.gemm ops.skinny ops.linear ops.attention ops.sampling kernels.common kernels.reduce kernels.dequant \
-            kernels.dot kernels.gemv kernels_cuda kernels.gemm kernels.skinny kernels.decode_attention \
-            kernels.rows_attention kernels.prefill_attention kernels.sampling kernels.copy compiler driver \
-            compile_worker weights sampler_table decode_pipeline program bandwidth timing backend
+            kernels.dot kernels.gemv kernels_cuda kernels.kv_q8_0 kernels.gemm kernels.skinny_x kernels.skinny_sum \
+            kernels.skinny kernels.kv_source kernels.decode_attention kernels.rows_attention \
+            kernels.prefill_attention kernels.logits kernels.sampling kernels.copy compiler driver compile_worker \
+            weights sampler_table decode_pipeline program bandwidth timing backend
     reference backend session
     engine: interrupts sequence pages runner request driver stats scheduler engine capacity model_runner
     generate

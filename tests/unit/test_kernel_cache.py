@@ -56,13 +56,13 @@ for path, options in zip(sys.argv[1:], ({}, {"kv_dtype": "f16"})):
     logits = model.logits(ids)[-1].tolist()
     sampler = SamplerTable(1, model.config.vocab_size)
     sampler.assign(0, SamplingParams(seed=1, repeat_penalty=1.2))
-    model.session.truncate()
-    tokens = [model.session.prefill(ids, sampler)]
-    for _ in range(8):
-        tokens.append(model.session.step(tokens[-1], sampler))
+    with model.exclusive() as session:
+        tokens = [session.prefill(ids, sampler)]
+        for _ in range(8):
+            tokens.append(session.step(tokens[-1], sampler))
     results.append({"logits": logits, "tokens": tokens})
 used = {id(v): v for m in (executor, sampling) for v in vars(m).values() if isinstance(v, Dispatcher)}.values()
-counted = [d.stats for d in used if d.__name__ in ("run_steps", "run_and_sample", "sample_rows")]
+counted = [d.stats for d in used if d.__name__ in ("run_steps", "serve", "sample_rows")]
 print(json.dumps({
     "results": results,
     "hits": sum(found.cache_hits > 0 for found in compiled.values()),

@@ -2,7 +2,8 @@
 
 out = softmax(q · Kᵀ / sqrt(head_dim)) · V for each head, in one pass over keys and values (online softmax: Milakov and
 Gimelshein, 2018; Dao et al., FlashAttention, 2022). Shapes: q and out [T, n_heads · head_dim] in float32, caches
-[pages, n_kv_heads, page, head_dim] in float32, float16 or bfloat16.
+[pages, n_kv_heads, page, head_dim] in float32, float16, bfloat16 or q8_0 (int8 quants, and behind
+them all a float16 scale for each 32 elements of a head).
 
 Data layout. The keys of one head in a page are contiguous. A key is spread over `lanes` neighbouring lanes, 16 bytes
 each, and a warp holds 32 / lanes keys at once. A lane looks up the page of its next key while it computes with one
@@ -30,21 +31,19 @@ from numba import cuda
 from ..intrinsics import (
     address,
     atom_add_1,
-    cp_async_16,
     cp_async_commit,
     cp_async_wait_all,
     cp_async_wait_group,
     ex2_approx,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
-    ld_global_v4_u32,
     ld_shared_v4_u32,
     ld_v4_f32,
     no_unroll,
     shared_address,
     st_v4_f32,
 )
-from ..quant_traits import per_16_bytes, unpack8
+from ..quant_traits import per_16_bytes
 from .common import (
     FULL_MASK,
     LOG2_E,
@@ -53,6 +52,7 @@ from .common import (
     first_visible,
     launch_bounds,
 )
+from .kv_source import elements_of, fetch_16_bytes, load_16_bytes, page_of, source_of_keys
 from .params import ATTENTION_STAGE_BYTES as STAGE_BYTES
 from .params import ATTENTION_STAGES as STAGES
 from .params import ATTENTION_THREADS as THREADS
@@ -65,57 +65,17 @@ LOWEST_SCORE = np.float32(-1e30)
 
 
 @device
-def row_bytes(cache, head_dim):
-    """Bytes of one key of one head in a cache."""
-    return address(cache, head_dim) - address(cache, 0)
-
-
-@device
-def page_of(source, position, wanted):
-    """Page that holds a position of the sequence, page 0 if it is not wanted: then the table may have no such entry."""
-    page_table, row, log2_page = source[:3]
-    page = np.int32(0)
-    if wanted:
-        page = page_table[row + (position >> log2_page)]
-    return page
-
-
-@device
-def key_offset(source, page, position):
-    """Byte offset of the lane's 16 bytes of a key in the key cache, which is that of its value in the value cache."""
-    _, _, log2_page, page_bytes, bytes_of_row, first, _, _ = source
-    return page * page_bytes + (position & ((1 << log2_page) - 1)) * bytes_of_row + first
-
-
-@device
-def source_of_keys(pages, sequence, kv_head, kv_heads, k_cache, v_cache, head_dim, d):
-    """Where a lane reads keys and values: (page table, the sequence's row in it, log2 of the tokens in a page, bytes of
-    a page, bytes of a key, offset of the lane's bytes in a page, addresses of the caches of keys and of values).
-    """
-    page_table, table_stride, log2_page = pages
-    bytes_of_row = row_bytes(k_cache, head_dim)
-    bytes_of_head = bytes_of_row << log2_page
-    first = kv_head * bytes_of_head + row_bytes(k_cache, d)
-    return (
-        page_table, sequence * table_stride, log2_page, kv_heads * bytes_of_head, bytes_of_row, first,
-        address(k_cache, 0), address(v_cache, 0),
-    )  # fmt: skip
-
-
-@device
-def fetch_keys(slot, source, p, step, page, next_page, wanted, next_wanted):
+def fetch_keys(slot, source, k_cache, v_cache, p, step, page, next_page, wanted, next_wanted):
     """Start copying this lane's 16 bytes of two keys, at positions `p` and `p` + `step`, and of their values, to
     `slot`. `page` and `next_page` are their pages.
 
     Zeros are written for keys that are not wanted; their addresses are not read.
     """
-    count, next_count = 16 if wanted else 0, 16 if next_wanted else 0
-    keys, values = source[6:]
-    at, next_at = key_offset(source, page, p), key_offset(source, next_page, p + step)
-    cp_async_16(slot, keys + at, count)
-    cp_async_16(slot + 16 * THREADS, values + at, count)
-    cp_async_16(slot + 32 * THREADS, keys + next_at, next_count)
-    cp_async_16(slot + 48 * THREADS, values + next_at, next_count)
+    keys, values = source[6:8]
+    fetch_16_bytes(slot, k_cache, keys, source, page, p, wanted)
+    fetch_16_bytes(slot + 16 * THREADS, v_cache, values, source, page, p, wanted)
+    fetch_16_bytes(slot + 32 * THREADS, k_cache, keys, source, next_page, p + step, next_wanted)
+    fetch_16_bytes(slot + 48 * THREADS, v_cache, values, source, next_page, p + step, next_wanted)
     cp_async_commit()
 
 
@@ -132,7 +92,7 @@ def lane_position(begin, k_cache, head_dim, lanes):
 
 
 @device
-def prefetch_keys(source, p, step, has_elements, cached_end, ring):
+def prefetch_keys(source, k_cache, v_cache, p, step, has_elements, cached_end, ring):
     """Start copying the lane's first keys and values before `cached_end` into all stages of the ring, from its key at
     position `p` on.
     """
@@ -140,7 +100,8 @@ def prefetch_keys(source, p, step, has_elements, cached_end, ring):
         no_unroll()
         wanted, next_wanted = has_elements and p < cached_end, has_elements and p + step < cached_end
         page, next_page = page_of(source, p, wanted), page_of(source, p + step, next_wanted)
-        fetch_keys(ring + stage * STAGE_BYTES, source, p, step, page, next_page, wanted, next_wanted)
+        slot = ring + stage * STAGE_BYTES
+        fetch_keys(slot, source, k_cache, v_cache, p, step, page, next_page, wanted, next_wanted)
         p += 2 * step
 
 
@@ -177,19 +138,21 @@ def online_softmax_update(query, key, next_key, value, next_value, valid, next_v
 
 @device
 def attend_keys(q, q_at, heads_here, source, k_cache, v_cache, begin, end, position, head_dim, lanes, factor, max_score,
-                exp_sum, acc, ring, new_at):  # fmt: skip
+                exp_sum, acc, ring, new_page):  # fmt: skip
     """Attend to this warp's share of keys [begin, end) for `max_score.size` heads.
 
     Leaves each lane's maximum, sum of exponentials and weighted values in `max_score`, `exp_sum` and `acc`. `factor` is
     log2(e) / sqrt(head_dim), since exponentials are powers of 2. A lane reads from the ring only what it copied itself,
-    so no barrier is needed. The token's own key, at `position` and at offset `new_at` in the cache, is written by the
-    kernel before this one and cannot be prefetched: it is loaded here, and the first lanes add it last. Ends with a
-    barrier.
+    so no barrier is needed. The token's own key, at `position` in page `new_page`, is written by the kernel before this
+    one and cannot be prefetched: it is loaded here, and the first lanes add it last. Ends with a barrier.
     """
     n_elements, cached_end = per_16_bytes(k_cache), min(end, position)
     p, step, d, has_elements = lane_position(begin, k_cache, head_dim, lanes)
-    keys, values = source[6:]
-    new_key, new_value = ld_global_v4_u32(keys + new_at), ld_global_v4_u32(values + new_at)
+    keys, values = source[6:8]
+    blocks, block = (head_dim + 31) >> 5, d >> 5
+    odd = (p * blocks + block) & 1  # of all of the lane's keys: `step` is even
+    new_key = load_16_bytes(k_cache, keys, source, new_page, position)
+    new_value = load_16_bytes(v_cache, values, source, new_page, position)
     query = cuda.local.array((HEADS_PER_BLOCK, 8), np.float32)
     for h in range(max_score.size):
         max_score[h], exp_sum[h] = LOWEST_SCORE, np.float32(0)
@@ -208,17 +171,19 @@ def attend_keys(q, q_at, heads_here, source, k_cache, v_cache, begin, end, posit
         wanted, next_wanted = has_elements and ahead < cached_end, has_elements and ahead + step < cached_end
         page, next_page = page_of(source, ahead, wanted), page_of(source, ahead + step, next_wanted)
         cp_async_wait_group(1)
-        key, value = unpack8(k_cache, ld_shared_v4_u32(slot)), unpack8(v_cache, ld_shared_v4_u32(slot + 16 * THREADS))
-        next_key = unpack8(k_cache, ld_shared_v4_u32(slot + 32 * THREADS))
-        next_value = unpack8(v_cache, ld_shared_v4_u32(slot + 48 * THREADS))
+        key = elements_of(k_cache, ld_shared_v4_u32(slot), odd)
+        value = elements_of(v_cache, ld_shared_v4_u32(slot + 16 * THREADS), odd)
+        next_key = elements_of(k_cache, ld_shared_v4_u32(slot + 32 * THREADS), odd)
+        next_value = elements_of(v_cache, ld_shared_v4_u32(slot + 48 * THREADS), odd)
         online_softmax_update(query, key, next_key, value, next_value, p < cached_end, p + step <
                               cached_end, lanes, max_score, exp_sum, acc)  # fmt: skip
-        fetch_keys(slot, source, ahead, step, page, next_page, wanted, next_wanted)
+        fetch_keys(slot, source, k_cache, v_cache, ahead, step, page, next_page, wanted, next_wanted)
         slot = ring + STAGE_BYTES if slot == ring else ring
         p += 2 * step
         ahead += 2 * step
     if cached_end < end and cuda.threadIdx.x < 32:
-        key, value = unpack8(k_cache, new_key), unpack8(v_cache, new_value)
+        odd = (position * blocks + block) & 1
+        key, value = elements_of(k_cache, new_key, odd), elements_of(v_cache, new_value, odd)
         online_softmax_update(
             query, key, key, value, value, cuda.threadIdx.x < lanes, False, lanes, max_score, exp_sum, acc
         )
@@ -393,11 +358,11 @@ def attend_split(q, k_cache, v_cache, pages, t, position, sequence, out, partial
     source = source_of_keys(pages, sequence, kv_head, kv_heads, k_cache, v_cache, head_dim, d)
     if not early:
         griddepcontrol_wait()
-    prefetch_keys(source, p, step, has_elements, min(end, position), ring)
-    new_at = key_offset(source, page_of(source, position, True), position)
+    prefetch_keys(source, k_cache, v_cache, p, step, has_elements, min(end, position), ring)
+    new_page = page_of(source, position, True)
     griddepcontrol_wait()
     attend_keys(q, first_head * head_dim, heads_here, source, k_cache, v_cache, begin, end, position, head_dim, lanes,
-                factor, max_score, exp_sum, acc, ring, new_at)  # fmt: skip
+                factor, max_score, exp_sum, acc, ring, new_page)  # fmt: skip
     griddepcontrol_launch_dependents()  # not earlier: the next kernel's copies would compete with this one's loads
     merge_groups(max_score, exp_sum, acc, lanes, shared, head_dim, inverse_head_dim, per_16_bytes(k_cache))
     counter = t * cuda.gridDim.x + group
@@ -426,8 +391,8 @@ def decode_attention(q, k_cache, v_cache, pages, position, sequence, out, partia
 @launch_bounds(min_blocks=2)
 @cuda.jit
 def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
-                             out, partials, counters, kv_heads, shared_by, head_dim, window, lanes, subgroups,
-                             inverse_subgroups, inverse_head_dim):  # fmt: skip
+                             scales_at, out, partials, counters, kv_heads, shared_by, head_dim, window, lanes,
+                             subgroups, inverse_subgroups, inverse_head_dim):  # fmt: skip
     """One token. Each block computes `HEADS_PER_BLOCK` query heads of one KV head and reads a key once. For long
     contexts.
     """
@@ -435,21 +400,23 @@ def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, 
     max_score = cuda.local.array(HEADS_PER_BLOCK, np.float32)
     exp_sum = cuda.local.array(HEADS_PER_BLOCK, np.float32)
     acc = cuda.local.array((HEADS_PER_BLOCK, 8), np.float32)
-    decode_attention(q, k_cache, v_cache, (page_table, table_stride, log2_page), positions[0], sequences[0], out,
-                     partials, counters, kv_heads, shared_by, head_dim, window, lanes, subgroups, inverse_subgroups,
-                     inverse_head_dim, max_score, exp_sum, acc, is_last)  # fmt: skip
+    pages = page_table, table_stride, log2_page, scales_at
+    decode_attention(q, k_cache, v_cache, pages, positions[0], sequences[0], out, partials, counters, kv_heads,
+                     shared_by, head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, max_score,
+                     exp_sum, acc, is_last)  # fmt: skip
 
 
 @launch_bounds(min_blocks=2)
 @cuda.jit
-def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page, out,
-                            partials, counters, kv_heads, shared_by, head_dim, window, lanes, subgroups,
+def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
+                            scales_at, out, partials, counters, kv_heads, shared_by, head_dim, window, lanes, subgroups,
                             inverse_subgroups, inverse_head_dim):  # fmt: skip
     """One token. Each block computes one head. For short contexts, and for heads that share no keys."""
     is_last = cuda.shared.array(1, np.int32)
     max_score = cuda.local.array(1, np.float32)
     exp_sum = cuda.local.array(1, np.float32)
     acc = cuda.local.array((1, 8), np.float32)
-    decode_attention(q, k_cache, v_cache, (page_table, table_stride, log2_page), positions[0], sequences[0], out,
-                     partials, counters, kv_heads, shared_by, head_dim, window, lanes, subgroups, inverse_subgroups,
-                     inverse_head_dim, max_score, exp_sum, acc, is_last)  # fmt: skip
+    pages = page_table, table_stride, log2_page, scales_at
+    decode_attention(q, k_cache, v_cache, pages, positions[0], sequences[0], out, partials, counters, kv_heads,
+                     shared_by, head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, max_score,
+                     exp_sum, acc, is_last)  # fmt: skip

@@ -53,6 +53,12 @@ SKINNY_ROWS, SKINNY_STEP_BYTES = 32, 32 * 64
 """Rows of W of a warp; bytes of payload that a warp copies per step: 64 of each of its rows."""
 SKINNY_UNITS = 8
 """Most units of 8 tokens of a block."""
+SKINNY_FUSED_UNITS = 2
+"""Up to this number of units each block rounds its part of X itself."""
+SKINNY_SLICE_COLUMNS = 1024
+"""Most columns of a slice: a lane rounds up to 32 of them."""
+SKINNY_UNIT = 256
+"""Sums of a unit of 8 tokens, as float32."""
 SKINNY_PLANE_BYTES = 4 * SKINNY_ROWS
 """A plane of scales in a stage: a word for each row of a warp."""
 

@@ -16,9 +16,8 @@ import math
 import numpy as np
 from numba import cuda
 
-from ..intrinsics import address, ex2_approx, griddepcontrol_wait
-from ..quant_traits import load_element
-from .common import LOG2_E, device, first_visible, is_padding_token, kv_index, launch_bounds, pdl_sync
+from ..intrinsics import ex2_approx, griddepcontrol_wait
+from .common import LOG2_E, device, first_visible, is_padding_token, kv_index, launch_bounds, load_kv, pdl_sync
 from .decode_attention import LOWEST_SCORE, attend_split
 from .params import HEADS_PER_BLOCK, ROW_SPLIT_KEYS
 from .params import PLAIN_ATTENTION_THREADS as PLAIN_THREADS
@@ -59,8 +58,8 @@ def rows_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out
 
 @launch_bounds(min_blocks=2)
 @cuda.jit
-def attention_rows_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page, out,
-                          partials, counters, kv_heads, shared_by, head_dim, window, lanes, subgroups,
+def attention_rows_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
+                          scales_at, out, partials, counters, kv_heads, shared_by, head_dim, window, lanes, subgroups,
                           inverse_subgroups, inverse_head_dim, splits, tiles, listed):  # fmt: skip
     """Many rows, with heads that share no keys."""
     if is_padding_token(tokens):
@@ -69,16 +68,17 @@ def attention_rows_kernel(tokens, q, k_cache, v_cache, positions, sequences, pag
     max_score = cuda.local.array(1, np.float32)
     exp_sum = cuda.local.array(1, np.float32)
     acc = cuda.local.array((1, 8), np.float32)
-    rows_attention(tokens, q, k_cache, v_cache, (page_table, table_stride, log2_page), positions, sequences, out,
-                   partials, counters, kv_heads, shared_by, head_dim, window, lanes, subgroups, inverse_subgroups,
+    pages = page_table, table_stride, log2_page, scales_at
+    rows_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads,
+                   shared_by, head_dim, window, lanes, subgroups, inverse_subgroups,
                    inverse_head_dim, splits, tiles, listed, max_score, exp_sum, acc, is_last)  # fmt: skip
 
 
 @launch_bounds(min_blocks=2)
 @cuda.jit
 def attention_grouped_rows_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride,
-                                  log2_page, out, partials, counters, kv_heads, shared_by, head_dim, window, lanes,
-                                  subgroups, inverse_subgroups, inverse_head_dim, splits, tiles,
+                                  log2_page, scales_at, out, partials, counters, kv_heads, shared_by, head_dim, window,
+                                  lanes, subgroups, inverse_subgroups, inverse_head_dim, splits, tiles,
                                   listed):  # fmt: skip
     """Many rows. Each block computes `HEADS_PER_BLOCK` query heads of one KV head of a row and reads a key once."""
     if is_padding_token(tokens):
@@ -87,14 +87,15 @@ def attention_grouped_rows_kernel(tokens, q, k_cache, v_cache, positions, sequen
     max_score = cuda.local.array(HEADS_PER_BLOCK, np.float32)
     exp_sum = cuda.local.array(HEADS_PER_BLOCK, np.float32)
     acc = cuda.local.array((HEADS_PER_BLOCK, 8), np.float32)
-    rows_attention(tokens, q, k_cache, v_cache, (page_table, table_stride, log2_page), positions, sequences, out,
-                   partials, counters, kv_heads, shared_by, head_dim, window, lanes, subgroups, inverse_subgroups,
+    pages = page_table, table_stride, log2_page, scales_at
+    rows_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads,
+                   shared_by, head_dim, window, lanes, subgroups, inverse_subgroups,
                    inverse_head_dim, splits, tiles, listed, max_score, exp_sum, acc, is_last)  # fmt: skip
 
 
 @cuda.jit
-def attention_plain_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page, out,
-                           kv_heads, shared_by, head_dim, window):  # fmt: skip
+def attention_plain_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
+                           scales_at, out, kv_heads, shared_by, head_dim, window):  # fmt: skip
     """Attention for heads that are not whole 16 bytes. One block per head; one thread per key, then per element."""
     if is_padding_token(tokens):
         return
@@ -113,9 +114,9 @@ def attention_plain_kernel(tokens, q, k_cache, v_cache, positions, sequences, pa
         score = LOWEST_SCORE
         if first + thread < length:
             score = np.float32(0)
-            key = address(k_cache, kv_index(pages, sequence, kv_head, first + thread, kv_heads, head_dim))
+            key = kv_index(pages, sequence, kv_head, first + thread, kv_heads, head_dim)
             for d in range(head_dim):
-                score += q[q_at + d] * load_element(k_cache, key, d)
+                score += q[q_at + d] * load_kv(k_cache, scales_at, key, head_dim, d)
             score *= factor
         new_max = max(max_score, block_max(score, scratch))
         weight = ex2_approx(score - new_max) if first + thread < length else np.float32(0)
@@ -127,8 +128,8 @@ def attention_plain_kernel(tokens, q, k_cache, v_cache, positions, sequences, pa
         for d in range(thread, head_dim, PLAIN_THREADS):
             value = shared[PLAIN_THREADS + d] * rescale
             for p in range(min(PLAIN_THREADS, length - first)):
-                at = address(v_cache, kv_index(pages, sequence, kv_head, first + p, kv_heads, head_dim))
-                value += shared[p] * load_element(v_cache, at, d)
+                at = kv_index(pages, sequence, kv_head, first + p, kv_heads, head_dim)
+                value += shared[p] * load_kv(v_cache, scales_at, at, head_dim, d)
             shared[PLAIN_THREADS + d] = value
         cuda.syncthreads()
     for d in range(thread, head_dim, PLAIN_THREADS):

@@ -40,9 +40,10 @@ from ...sampling import (
 )
 from ..intrinsics import float_as_uint, ld_global_u32, st_global_u32, store_release_system, uint_as_float
 from .common import device, is_nan, pdl_sync
+from .logits import apply_biases, apply_mask, apply_output_penalties, apply_repetition_penalty, load4
 from .params import RECORD_BYTES, ROW_BIAS, ROW_COUNTS, ROW_LOGITS, ROW_MASK
 from .params import SAMPLING_THREADS as THREADS
-from .reduce import block_argmax, block_sum, is_replaced_by
+from .reduce import block_argmax, block_sum, is_replaced_by, warp_sum
 
 BIN_BITS, PER_NAT = 11, np.float32(64)
 BINS = 1 << BIN_BITS
@@ -117,28 +118,28 @@ def rank_key(logit, token):
 
 
 @device
-def rank_key_in_bin(logits, first, n, largest, border_bin, count, sums, result):
+def rank_key_in_bin(logits, first, n, largest, border_bin, count, counts, result):
     """The rank key of the `count`-th token of bin `border_bin`, found by radix selection.
 
-    BIN_BITS of the key are determined at a time, by a histogram of the keys that agree so far. `sums` is shared
-    int64[BINS], `result` shared int32[2]. The row's logits are logits[first : first + n], here and below.
+    BIN_BITS of the key are determined at a time, by a histogram of the keys that agree so far. `counts` is shared
+    int32[BINS], `result` shared int32[2]. The row's logits are logits[first : first + n], here and below.
     """
     prefix, digits = np.int64(0), (RANK_KEY_BITS + BIN_BITS - 1) // BIN_BITS
     for digit in range(digits):
         shift = BIN_BITS * (digits - 1 - digit)
-        clear(sums)
+        clear(counts)
         for i in range(cuda.threadIdx.x, n, THREADS):
             if bin_of(logits[first + i], largest) == border_bin:
                 key = rank_key(logits[first + i], i)
                 if key >> (shift + BIN_BITS) == prefix:
-                    cuda.atomic.add(sums, (key >> shift) & (BINS - 1), 1)
+                    cuda.atomic.add(counts, (key >> shift) & (BINS - 1), 1)
         cuda.syncthreads()
-        running_sums(sums)
+        running_sums(counts)
         for i in range(cuda.threadIdx.x, BINS, THREADS):
             before = np.int64(0)
             if i > 0:
-                before = sums[i - 1]
-            if before < count and sums[i] >= count:
+                before = counts[i - 1]
+            if before < count and counts[i] >= count:
                 result[0], result[1] = np.int32(i), np.int32(before)
         cuda.syncthreads()
         prefix = (prefix << BIN_BITS) | result[0]
@@ -153,100 +154,102 @@ def mass_of(logit, largest):
     return np.int64(math.exp(np.float64(logit - largest)) * MASS)
 
 
-# What changes the logits, in this order; every thread of the block calls the phases below
-
-
-@device
-def apply_mask(logits, first, n, mask):
-    """Set the logits of tokens whose bit is 0 in the words at the address `mask` to -inf."""
-    for i in range(cuda.threadIdx.x, n, THREADS):
-        if (ld_global_u32(mask + 4 * (i >> 5)) >> np.uint32(i & 31)) & np.uint32(1) == 0:
-            logits[first + i] = np.float32(-np.inf)
-
-
-@device
-def apply_biases(logits, first, n, biases, n_bias, n_stop):
-    """Set the logits of stop tokens to -inf, then add the biases.
-
-    At the address `biases`, an id and a float32 for each of `n_bias` biases, then for `n_stop` stop tokens.
-    """
-    for i in range(n_bias + cuda.threadIdx.x, n_bias + n_stop, THREADS):
-        token = np.int64(ld_global_u32(biases + 8 * i))
-        if token < n:
-            logits[first + token] = np.float32(-np.inf)
-    cuda.syncthreads()
-    for i in range(cuda.threadIdx.x, n_bias, THREADS):
-        token = np.int64(ld_global_u32(biases + 8 * i))
-        if token < n:
-            logits[first + token] += uint_as_float(ld_global_u32(biases + 8 * i + 4))
-    cuda.syncthreads()
-
-
-@device
-def apply_repetition_penalty(logits, first, penalty, recent, n_recent):
-    """Divide positive and multiply negative logits of the last `n_recent` tokens by `penalty`, each token once (Keskar
-    et al., CTRL, 2019). `recent` is (pointer, index of the slot's first).
-    """
-    thread, (ring, begin) = cuda.threadIdx.x, recent
-    if penalty != 1 and thread < n_recent:
-        token, is_first = ring[begin + thread], True
-        for i in range(thread):
-            is_first = is_first and ring[begin + i] != token
-        if is_first:
-            logit = logits[first + token]
-            logits[first + token] = logit / penalty if logit > 0 else logit * penalty
-
-
-@device
-def apply_output_penalties(logits, first, n, counts, frequency, presence):
-    """Subtract OpenAI's penalties of tokens that were generated; int32 counts are at the address `counts`."""
-    for i in range(cuda.threadIdx.x, n, THREADS):
-        count = ld_global_u32(counts + 4 * i)
-        if count > 0:
-            logits[first + i] = (logits[first + i] - frequency * np.float32(count)) - presence
-
-
 # The phases of `sample_kernel`
 
 
 @device
-def top_k_cut(logits, first, n, largest, top_k, sums, result):
+def larger(value, index, other, other_index):
+    """The one of two (logit, token) that precedes in an argmax."""
+    if is_replaced_by(value, index, other, np.int32(other_index)):
+        return other, np.int32(other_index)
+    return value, index
+
+
+@device
+def row_argmax(logits, first, n, is_aligned, values, indices):
+    """(largest logit, its first token), in every thread; a NaN is larger than every number."""
+    largest, token = np.float32(-np.inf), np.int32(n)
+    for i in range(4 * cuda.threadIdx.x, n, 4 * THREADS):
+        a, b, c, d = load4(logits, first, i, n, is_aligned)
+        largest, token = larger(largest, token, a, i)
+        largest, token = larger(largest, token, b, i + 1)
+        largest, token = larger(largest, token, c, i + 2)
+        largest, token = larger(largest, token, d, i + 3)
+    return block_argmax(largest, token, values, indices)
+
+
+@device
+def count_bin(counts, logit, largest):
+    """Count a logit in its bin. Returns 1 instead for the last bin, in which many can be, all those of a mask."""
+    b = bin_of(logit, largest)
+    if b == BINS - 1:
+        return np.int32(1)
+    cuda.atomic.add(counts, b, 1)
+    return np.int32(0)
+
+
+@device
+def top_k_cut(logits, first, n, is_aligned, largest, top_k, counts, result):
     """The bins that top-k can keep: (last bin, bin that is kept in part, last rank key kept in it, few candidates).
 
     If the bins up to the last hold few candidates, these are ranked later. Otherwise the last bin is cut at a rank key.
+    `counts` is shared int32[BINS]: 32 bits, because a shared atomic addition of 64 is a loop.
     """
-    thread = cuda.threadIdx.x
-    clear(sums)
-    for i in range(thread, n, THREADS):
-        cuda.atomic.add(sums, bin_of(logits[first + i], largest), 1)
+    thread, rest = cuda.threadIdx.x, np.int32(0)
+    clear(counts)
+    for i in range(4 * thread, n, 4 * THREADS):
+        a, b, c, d = load4(logits, first, i, n, is_aligned)
+        rest += count_bin(counts, a, largest)
+        if i + 1 < n:
+            rest += count_bin(counts, b, largest)
+        if i + 2 < n:
+            rest += count_bin(counts, c, largest)
+        if i + 3 < n:
+            rest += count_bin(counts, d, largest)
+    rest = warp_sum(rest)
+    if thread & 31 == 0 and rest > 0:
+        cuda.atomic.add(counts, BINS - 1, rest)
     cuda.syncthreads()
-    running_sums(sums)
+    running_sums(counts)
     for i in range(thread, BINS, THREADS):
-        if sums[i] >= top_k and (i == 0 or sums[i - 1] < top_k):
-            result[0], result[1] = np.int32(i), np.int32(sums[i])
+        if counts[i] >= top_k and (i == 0 or counts[i - 1] < top_k):
+            result[0], result[1] = np.int32(i), np.int32(counts[i])
     cuda.syncthreads()
     last_bin, border_bin, last_key = result[0], np.int32(BINS), np.int64(0)
     few = result[1] <= CANDIDATES
     if not few:
         border_bin, count = last_bin, np.int64(top_k)
         if border_bin > 0:
-            count -= sums[border_bin - 1]
+            count -= counts[border_bin - 1]
         cuda.syncthreads()
-        last_key = rank_key_in_bin(logits, first, n, largest, border_bin, count, sums, result)
+        last_key = rank_key_in_bin(logits, first, n, largest, border_bin, count, counts, result)
     cuda.syncthreads()
     return last_bin, border_bin, last_key, few
 
 
 @device
-def collect(logits, first, n, largest, cut, tokens, scores, result):
-    """Collect the candidates that the cut of top-k keeps, in any order; returns their number. result[2] is 0 before."""
+def collect_one(logit, i, largest, cut, tokens, scores, result):
+    """Add a token to the candidates if the cut of top-k keeps it."""
     last_bin, border_bin, last_key = cut
-    for i in range(cuda.threadIdx.x, n, THREADS):
-        logit = logits[first + i]
-        b = bin_of(logit, largest)
-        if b <= last_bin and (b < border_bin or rank_key(logit, i) <= last_key):
-            at = cuda.atomic.add(result, 2, 1)
-            tokens[at], scores[at] = np.int32(i), logit
+    b = bin_of(logit, largest)
+    if b <= last_bin and (b < border_bin or rank_key(logit, i) <= last_key):
+        at = cuda.atomic.add(result, 2, 1)
+        tokens[at], scores[at] = np.int32(i), logit
+
+
+@device
+def collect(logits, first, n, is_aligned, largest, cut, tokens, scores, result):
+    """Collect the candidates that the cut of top-k keeps, in any order; returns their number. result[2] is 0 before."""
+    for i in range(4 * cuda.threadIdx.x, n, 4 * THREADS):
+        a, b, c, d = load4(logits, first, i, n, is_aligned)
+        if bin_of(max(max(a, b), max(c, d)), largest) <= cut[0]:
+            collect_one(a, i, largest, cut, tokens, scores, result)
+            if i + 1 < n:
+                collect_one(b, i + 1, largest, cut, tokens, scores, result)
+            if i + 2 < n:
+                collect_one(c, i + 2, largest, cut, tokens, scores, result)
+            if i + 3 < n:
+                collect_one(d, i + 3, largest, cut, tokens, scores, result)
     cuda.syncthreads()
     return result[2]
 
@@ -294,7 +297,9 @@ def draw_from_bins(logits, first, n, largest, cut, settings, state, sums, result
         for i in range(thread, n, THREADS):
             b = bin_of(logits[first + i], largest)
             if b < border_bin or (b == border_bin and rank_key(logits[first + i], i) <= last_key):
-                cuda.atomic.add(sums, b, mass_of(logits[first + i], largest))
+                mass = mass_of(logits[first + i], largest)
+                if mass > 0:  # most of the last bin have none
+                    cuda.atomic.add(sums, b, mass)
         cuda.syncthreads()
         running_sums(sums)
         enough = top_p * sums[BINS - 1]
@@ -330,6 +335,7 @@ def sample_kernel(
     values = cuda.shared.array(32, np.float32)
     indices = cuda.shared.array(32, np.int32)
     sums = cuda.shared.array(BINS, np.int64)
+    bin_counts = cuda.shared.array(BINS, np.int32)
     tokens = cuda.shared.array(CANDIDATES, np.int32)
     scores = cuda.shared.array(CANDIDATES, np.float32)
     result = cuda.shared.array(4, np.int32)
@@ -340,7 +346,7 @@ def sample_kernel(
     if row >= n_rows[0] or slot < 0 or slot >= n_slots:
         return
     eight, four = slot * (RECORD_BYTES // 8), slot * (RECORD_BYTES // 4)  # where the record's fields begin
-    first, n = row * vocab, np.int64(info[four + N_CANDIDATES])
+    first, n, is_aligned = row * vocab, np.int64(info[four + N_CANDIDATES]), vocab & 3 == 0
     temperature, top_k = settings[eight + TEMPERATURE], int(settings[eight + TOP_K])
     top_p, min_p = settings[eight + TOP_P], settings[eight + MIN_P]
     n_bias, n_stop, penalty = info[four + N_BIAS], info[four + N_STOP], np.float32(settings[eight + REPETITION_PENALTY])
@@ -363,11 +369,7 @@ def sample_kernel(
             apply_output_penalties(logits, first, n, rows[eight + ROW_COUNTS], frequency, presence)
             cuda.syncthreads()
 
-    largest, token = np.float32(-np.inf), np.int32(n)
-    for i in range(thread, n, THREADS):
-        if is_replaced_by(largest, token, logits[first + i], np.int32(i)):
-            largest, token = logits[first + i], np.int32(i)
-    largest, token = block_argmax(largest, token, values, indices)
+    largest, token = row_argmax(logits, first, n, is_aligned, values, indices)
     is_infinite = abs(largest) == np.float32(np.inf)
     is_invalid = is_nan(largest) or (is_infinite and (temperature > 0 or (is_changed and largest < 0)))
     token = min(token, np.int32(n - 1))
@@ -375,14 +377,16 @@ def sample_kernel(
     if temperature > 0 and top_k != 1 and not is_invalid:
         last_bin, border_bin, last_key, few = np.int32(BINS - 1), np.int32(BINS), np.int64(0), False
         if 0 < top_k < n:
-            last_bin, border_bin, last_key, few = top_k_cut(logits, first, n, largest, top_k, sums, result)
+            last_bin, border_bin, last_key, few = top_k_cut(
+                logits, first, n, is_aligned, largest, top_k, bin_counts, result
+            )
         if thread == 0:
             result[2] = 0
             whole[0] = 0
         cuda.syncthreads()
         filters, cut = (temperature, top_k, top_p, min_p), (last_bin, border_bin, last_key)
         if few:
-            count = collect(logits, first, n, largest, cut, tokens, scores, result)
+            count = collect(logits, first, n, is_aligned, largest, cut, tokens, scores, result)
             best, best_token = draw_from_few(largest, count, filters, state[eight], tokens, scores, whole, np.int32(n))
         else:
             best, best_token = draw_from_bins(logits, first, n, largest, cut, filters, state[eight], sums, result)
@@ -421,7 +425,7 @@ def logprobs_kernel(n_rows, logits, vocab, slots, n_slots, info, rows, normalize
     """
     values = cuda.shared.array(32, np.float32)
     indices = cuda.shared.array(32, np.int32)
-    sums = cuda.shared.array(BINS, np.int64)
+    bin_counts = cuda.shared.array(BINS, np.int32)
     tokens = cuda.shared.array(CANDIDATES, np.int32)
     scores = cuda.shared.array(CANDIDATES, np.float32)
     result = cuda.shared.array(4, np.int32)
@@ -437,22 +441,20 @@ def logprobs_kernel(n_rows, logits, vocab, slots, n_slots, info, rows, normalize
         top_logprobs[row * MAX_LOGPROBS + thread] = np.float32(np.nan)
     if wanted < 0:
         return
-    first, n, copy = row * vocab, np.int64(info[four + N_CANDIDATES]), rows[eight + ROW_LOGITS]
-    largest, token = np.float32(-np.inf), np.int32(n)
-    for i in range(thread, n, THREADS):
-        logit = logits[first + i]
-        if is_replaced_by(largest, token, logit, np.int32(i)):
-            largest, token = logit, np.int32(i)
-        if copy != 0:
-            st_global_u32(copy + 4 * i, float_as_uint(logit))
-    largest, token = block_argmax(largest, token, values, indices)
+    first, n, is_aligned = row * vocab, np.int64(info[four + N_CANDIDATES]), vocab & 3 == 0
+    copy = rows[eight + ROW_LOGITS]
+    if copy != 0:
+        for i in range(thread, n, THREADS):
+            st_global_u32(copy + 4 * i, float_as_uint(logits[first + i]))
+    largest, _ = row_argmax(logits, first, n, is_aligned, values, indices)
     if is_nan(largest) or abs(largest) == np.float32(np.inf):
         if thread == 0:
             normalizers[row] = np.float32(np.nan)
         return
     total = np.float32(0)
-    for i in range(thread, n, THREADS):
-        total += math.exp(logits[first + i] - largest)
+    for i in range(4 * thread, n, 4 * THREADS):
+        a, b, c, d = load4(logits, first, i, n, is_aligned)
+        total += (math.exp(a - largest) + math.exp(b - largest)) + (math.exp(c - largest) + math.exp(d - largest))
     cuda.syncthreads()  # `values` is read until here
     normalizer = largest + math.log(block_sum(total, values))
     if thread == 0:
@@ -463,9 +465,9 @@ def logprobs_kernel(n_rows, logits, vocab, slots, n_slots, info, rows, normalize
         return
     last_bin, border_bin, last_key = np.int32(BINS - 1), np.int32(BINS), np.int64(0)
     if count < n:
-        last_bin, border_bin, last_key, _ = top_k_cut(logits, first, n, largest, count, sums, result)
+        last_bin, border_bin, last_key, _ = top_k_cut(logits, first, n, is_aligned, largest, count, bin_counts, result)
     cuda.syncthreads()
-    found = collect(logits, first, n, largest, (last_bin, border_bin, last_key), tokens, scores, result)
+    found = collect(logits, first, n, is_aligned, largest, (last_bin, border_bin, last_key), tokens, scores, result)
     for j in range(thread, found, THREADS):
         rank = 0
         for i in range(found):

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from ...memory import ceil_div
-from ...quantization.types import FLOAT_KV_TYPES
+from ...quantization.types import KV_TYPES
 from ...registry import KernelRef, kernel
 from ..kernels.params import (
     ATTENTION_STAGE_BYTES,
@@ -30,7 +30,7 @@ from ..kernels.params import (
     SPLIT_FROM,
     SPLIT_WEIGHTS,
 )
-from ..launch import Argument, Array, Launch, LaunchContext, named, paged
+from ..launch import Argument, Array, Launch, LaunchContext, named, paged, scales_of
 from .gemm import FEW
 
 DECODE = "numballama.cuda.kernels.decode_attention"
@@ -63,7 +63,7 @@ def _partials(
     return (q[0], q[1] // k[3], min(MAX_SPLITS, splits), k[3] + 2)
 
 
-@kernel("attention", "cuda", "f32", FLOAT_KV_TYPES, "i32", "i32", "i32", FLOAT_KV_TYPES, partials=_partials)
+@kernel("attention", "cuda", "f32", KV_TYPES, "i32", "i32", "i32", KV_TYPES, partials=_partials)
 def attention(
     ctx: LaunchContext, q: Array, k_cache: Array, positions: Array, sequences: Array, page_table: Array, v_cache: Array,
     out: Array, window: int, partials: Array,
@@ -79,13 +79,13 @@ def attention(
 def _for_tensor_cores(
     ctx: LaunchContext, q: Array, k_cache: Array, v_cache: Array, page_table: Array, window: int
 ) -> bool:
-    """Whether the kernels for many tokens support these operands: no float32 cache, no sliding window, heads up to 128.
+    """Whether the kernels for many tokens support these operands: a cache of 16 bits, no window, heads up to 128.
 
     Before sm_80, whose cards have at least 100 KB of shared memory, tensor cores and copies need more registers than a
     head of more than 64 elements leaves.
     """
     page, head_dim = k_cache.shape[2:]
-    same_type = k_cache.dtype == v_cache.dtype != "f32"
+    same_type = k_cache.dtype == v_cache.dtype and k_cache.dtype in ("f16", "bf16")
     fits = head_dim <= (128 if ctx.shared_limit > 64 << 10 else 64)
     windowed = 0 < window < page_table.shape[1] * page
     return q.shape[0] > FEW and same_type and fits and head_dim % 8 == 0 and not windowed
@@ -121,9 +121,10 @@ def _decode(
     _, kv_heads, _, head_dim = k_cache.shape
     heads = q.shape[1] // head_dim
     shared_by, elements = heads // kv_heads, 4 if k_cache.dtype == "f32" else 8
-    operands = named(tokens=ctx.tokens, q=q, k_cache=k_cache, v_cache=v_cache, **where, out=out)
+    operands = named(tokens=ctx.tokens, q=q, k_cache=k_cache, v_cache=v_cache, **where, **scales_of(k_cache), out=out)
     shape = named(kv_heads=kv_heads, shared_by=shared_by, head_dim=head_dim, window=window)
-    if head_dim % elements or head_dim > 32 * elements or k_cache.dtype != v_cache.dtype:
+    odd_pages = k_cache.dtype == "q8_0" and k_cache.shape[2] == 1  # a scale may lie in either half of a word
+    if head_dim % elements or head_dim > 32 * elements or k_cache.dtype != v_cache.dtype or odd_pages:
         shared = 4 * (PLAIN_ATTENTION_THREADS + head_dim)
         return [Launch(ATTENTION_PLAIN, (heads, tokens), PLAIN_ATTENTION_THREADS, named(**operands, **shape), shared)]
     lanes = 1 << (ceil_div(head_dim, elements) - 1).bit_length()
@@ -191,7 +192,7 @@ def _by_length(rows: Callable[[int], Launch], most_keys: int, most_splits: int, 
 # The operators as the graph declares them
 
 
-@kernel("attention_scores", "cuda", "f32", FLOAT_KV_TYPES, "i32", "i32", "i32")
+@kernel("attention_scores", "cuda", "f32", KV_TYPES, "i32", "i32", "i32")
 def attention_scores(
     ctx: LaunchContext, q: Array, k_cache: Array, positions: Array, sequences: Array, page_table: Array, out: Array,
     window: int,
@@ -199,8 +200,8 @@ def attention_scores(
     tokens, heads, _ = out.shape
     _, kv_heads, _, head_dim = k_cache.shape
     arguments = named(
-        tokens=ctx.tokens, q=q, k_cache=k_cache, **paged(k_cache, positions, sequences, page_table), out=out,
-        kv_heads=kv_heads, shared_by=heads // kv_heads, head_dim=head_dim, window=window,
+        tokens=ctx.tokens, q=q, k_cache=k_cache, **paged(k_cache, positions, sequences, page_table),
+        **scales_of(k_cache), out=out, kv_heads=kv_heads, shared_by=heads // kv_heads, head_dim=head_dim, window=window,
     )  # fmt: skip
     return [Launch(ATTENTION_SCORES, (heads, tokens), ATTENTION_THREADS, arguments)]
 
@@ -212,7 +213,7 @@ def softmax(ctx: LaunchContext, x: Array, out: Array) -> list[Launch]:
     return [Launch(SOFTMAX, (heads, tokens), ATTENTION_THREADS, arguments)]
 
 
-@kernel("attention_values", "cuda", "f32", FLOAT_KV_TYPES, "i32", "i32", "i32")
+@kernel("attention_values", "cuda", "f32", KV_TYPES, "i32", "i32", "i32")
 def attention_values(
     ctx: LaunchContext, weights: Array, v_cache: Array, positions: Array, sequences: Array, page_table: Array,
     out: Array, window: int,
@@ -221,6 +222,6 @@ def attention_values(
     _, kv_heads, _, head_dim = v_cache.shape
     arguments = named(
         tokens=ctx.tokens, weights=weights, v_cache=v_cache, **paged(v_cache, positions, sequences, page_table),
-        out=out, kv_heads=kv_heads, shared_by=heads // kv_heads, head_dim=head_dim, window=window,
+        **scales_of(v_cache), out=out, kv_heads=kv_heads, shared_by=heads // kv_heads, head_dim=head_dim, window=window,
     )  # fmt: skip
     return [Launch(ATTENTION_VALUES, (heads, tokens), ATTENTION_THREADS, arguments)]

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ...memory import ceil_div
-from ...quantization.types import FLOAT_KV_TYPES, LINEAR_TYPES
+from ...quantization.types import FLOAT_KV_TYPES, KV_BLOCK, LINEAR_TYPES
 from ...registry import KernelRef, kernel
 from ..kernels.params import ELEMENTWISE_THREADS as THREADS
-from ..launch import Array, Launch, LaunchContext, Matrix, named, paged
+from ..launch import Argument, Array, Launch, LaunchContext, Matrix, named, paged, scales_of
 
 KERNELS = "numballama.kernels_cuda"
 EMBEDDING = KernelRef(KERNELS, "embedding_kernel")
@@ -22,6 +22,10 @@ SWIGLU = KernelRef(KERNELS, "swiglu_kernel")
 ADD = KernelRef(KERNELS, "add_kernel")
 ROWS = KernelRef(KERNELS, "rows_kernel")
 ARGMAX = KernelRef(KERNELS, "argmax_kernel")
+
+KV_Q8_0 = "numballama.cuda.kernels.kv_q8_0"
+KV_WRITE_Q8_0 = KernelRef(KV_Q8_0, "kv_write_q8_0_kernel")
+ROPE_KV_WRITE_Q8_0 = KernelRef(KV_Q8_0, "rope_kv_write_q8_0_kernel")
 
 ARGMAX_BLOCKS = 64
 """Maximum number of blocks that share a row of an argmax."""
@@ -96,6 +100,25 @@ def kv_write(
     return [Launch(KV_WRITE, (blocks_for(heads * head_dim), x.shape[0]), THREADS, arguments)]
 
 
+def _blocks(head_dim: int) -> dict[str, Argument]:
+    """Arguments of kernels that write q8_0: blocks of a head, and 1 / blocks."""
+    blocks = ceil_div(head_dim, KV_BLOCK)
+    return named(blocks=blocks, inverse_blocks=1 / blocks)
+
+
+@kernel("kv_write", "cuda", "f32", "q8_0", "i32", "i32", "i32")
+def kv_write_q8_0(
+    ctx: LaunchContext, x: Array, cache: Array, positions: Array, sequences: Array, page_table: Array
+) -> list[Launch]:
+    _, heads, _, head_dim = cache.shape
+    arguments = named(
+        tokens=ctx.tokens, x=x, cache=cache, **paged(cache, positions, sequences, page_table), **scales_of(cache),
+        heads=heads, head_dim=head_dim, **_blocks(head_dim),
+    )  # fmt: skip
+    grid = ceil_div(heads * ceil_div(head_dim, KV_BLOCK), THREADS // 32), x.shape[0]
+    return [Launch(KV_WRITE_Q8_0, grid, THREADS, arguments)]
+
+
 @kernel("rope_kv_write", "cuda", "f32", "f32", "f32", FLOAT_KV_TYPES, "i32", "i32", "i32", "f32", FLOAT_KV_TYPES)
 def rope_kv_write(
     ctx: LaunchContext, q: Array, angles: Array, k: Array, k_cache: Array, positions: Array, sequences: Array,
@@ -108,6 +131,21 @@ def rope_kv_write(
         kv_rows=k.shape[1], head_dim=head_dim, interleaved=interleaved,
     )  # fmt: skip
     return [Launch(ROPE_KV_WRITE, (blocks_for(q_rows // 2), tokens), THREADS, arguments)]
+
+
+@kernel("rope_kv_write", "cuda", "f32", "f32", "f32", "q8_0", "i32", "i32", "i32", "f32", "q8_0")
+def rope_kv_write_q8_0(
+    ctx: LaunchContext, q: Array, angles: Array, k: Array, k_cache: Array, positions: Array, sequences: Array,
+    page_table: Array, v: Array, v_cache: Array, out: Array, head_dim: int, interleaved: int,
+) -> list[Launch]:  # fmt: skip
+    heads, kv_heads = q.shape[1] // head_dim, k_cache.shape[1]
+    arguments = named(
+        tokens=ctx.tokens, q=q, angles=angles, k=k, k_cache=k_cache,
+        **paged(k_cache, positions, sequences, page_table), **scales_of(k_cache), v=v, v_cache=v_cache, out=out,
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, interleaved=interleaved, **_blocks(head_dim),
+    )  # fmt: skip
+    grid = ceil_div((heads + 2 * kv_heads) * ceil_div(head_dim, KV_BLOCK), THREADS // 32), q.shape[0]
+    return [Launch(ROPE_KV_WRITE_Q8_0, grid, THREADS, arguments)]
 
 
 @kernel("swiglu", "cuda", "f32", "f32")

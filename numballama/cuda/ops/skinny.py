@@ -13,23 +13,27 @@ from functools import lru_cache
 from ...memory import ceil_div, round_up
 from ...registry import KernelRef
 from ..kernels.params import (
+    SKINNY_FUSED_UNITS,
     SKINNY_PLANE_BYTES,
     SKINNY_ROWS,
+    SKINNY_SLICE_COLUMNS,
     SKINNY_STEP_BYTES,
     SKINNY_THREADS,
+    SKINNY_UNIT,
     SKINNY_UNITS,
     SKINNY_WARPS,
     units_together,
 )
 from ..launch import PAYLOAD_TYPE, Array, Launch, LaunchContext, Matrix, named
 from . import elementwise
-from .gemm import _operand_type, _padded, _rounded, _Workspace
+from .gemm import _operand_type, _padded, _Workspace
 
 KERNELS = "numballama.cuda.kernels.skinny"
 SKINNY = {units: KernelRef(KERNELS, f"skinny_{8 * units}_kernel") for units in (1, 2, 4, 8)}
 """Units of 8 tokens of a block → the kernel for them."""
 
-SUM = KernelRef(KERNELS, "skinny_sum_kernel")
+ROUND = KernelRef(f"{KERNELS}_x", "skinny_round_kernel")
+SUM = KernelRef(f"{KERNELS}_sum", "skinny_sum_kernel")
 
 MOST = 64
 """Up to this number of tokens these kernels are faster than `gemm`."""
@@ -78,16 +82,17 @@ def divide(payload: str, scales: str, groups: int, columns: int, n_sms: int) -> 
     per_step, slot = step_columns(payload), slot_bytes(payload, scales)
     steps = ceil_div(columns, per_step)
     fixed = SKINNY_WARPS * (STAGES * slot + 1024 * units_together(SKINNY_UNITS)) + 16
-    most = max(2, (SHARED_BYTES - fixed) // (2 * 8 * SKINNY_UNITS * per_step) // 2 * 2)
+    most = min((SHARED_BYTES - fixed) // (2 * 8 * SKINNY_UNITS), SKINNY_SLICE_COLUMNS) // per_step // 2 * 2
     candidates = []
     for slice_steps in range(2, min(most, round_up(steps, 2)) + 1, 2):
         slices = ceil_div(steps, slice_steps)
-        for k_warps in (2, 4, 8):
+        for k_warps in (1, 2, 4, 8):
             tiles = ceil_div(groups, SKINNY_WARPS // k_warps)
             mine = ceil_div(tiles, max(1, n_sms // slices)) * max(1, slices / n_sms)
             streamed = mine * ceil_div(slice_steps, k_warps) * SKINNY_WARPS * slot / 30  # ns at 30 bytes per ns
             staged = 24 * 2 * slice_steps * per_step / 50
-            added = mine * 500 + (slices > 1) * (1500 + 24 * groups * SKINNY_ROWS * slices * 8 / 4000)
+            summed = 2 * 24 * groups * SKINNY_ROWS * slices * 4 / 4000 + 500 * ceil_div(slices, 4)
+            added = mine * (100 if k_warps == 1 else 1000) + summed
             candidates.append((streamed + staged + added, Division(k_warps, slice_steps, slices, tiles)))
     return min(candidates, key=lambda pair: pair[0])[1]
 
@@ -98,6 +103,11 @@ def _shared_bytes(units: int, stages: int, slot: int, slice_columns: int) -> int
 
 def _units(tokens: int) -> int:
     return next((units for units in SKINNY if 8 * units >= tokens), SKINNY_UNITS)
+
+
+def _partial_floats(division: Division, units: int) -> int:
+    """Sums of all slices for `units` units of 8 tokens."""
+    return units * SKINNY_UNIT * division.tiles * division.row_warps * division.slices
 
 
 def _launch(
@@ -116,35 +126,41 @@ def _launch(
     while stages > 1 and _shared_bytes(units, stages, slot, width) > ctx.shared_limit:
         stages //= 2
     token_tiles = ceil_div(tokens, 8 * units)
-    rounded = _rounded(ctx, x, norm, eps, _operand_type(first), workspace)
-    partials = x
-    if division.slices > 1:
-        kept = token_tiles * 8 * units * division.tiles * division.row_warps * SKINNY_ROWS * division.slices
-        partials = workspace.allocate((kept,), "f32")
-    w = [*weights, first, first][:3]
-    out = [*outs, outs[0], outs[0]][:3]
-    finish = named(
-        paired=int(paired), residual=residual or x, added=int(residual is not None), q=out[0], k=out[1], v=out[2],
-        rows=rows, kv_rows=kv_rows,
-    )  # fmt: skip
+    rounded, padded = Array(x.address, (0,), _operand_type(first)), _padded(columns)
+    scales, squares = (workspace.allocate((division.slices, tokens), "f32") for _ in range(2))
+    partials = workspace.allocate((_partial_floats(division, token_tiles * units),), "f32")
+    given = named(tokens=ctx.tokens, x=x, norm=norm or x, normed=int(norm is not None))
+    launches = []
+    if units > SKINNY_FUSED_UNITS:
+        rounded = workspace.allocate((tokens, padded), rounded.dtype)
+        arguments = named(
+            **given, rounded=rounded, padded=padded, scales=scales, squares=squares, capacity=tokens, columns=columns,
+            slice_columns=width, pieces=step_columns(payload) // 32,
+        )  # fmt: skip
+        launches.append(Launch(ROUND, (ceil_div(tokens, SKINNY_WARPS), division.slices), SKINNY_THREADS, arguments))
+    w, out = [*weights, first, first][:3], [*outs, outs[0], outs[0]][:3]
     arguments = named(
-        tokens=ctx.tokens, x=rounded.x, padded=rounded.x.shape[1], x_scales=rounded.scales, w0=w[0].payload,
-        w1=w[1].payload, w2=w[2].payload, stride=first.stride, s0=w[0].scales, s1=w[1].scales, s2=w[2].scales,
-        scale_stride=first.scale_stride, shift=first.shift, **finish, partials=partials, tiles=division.tiles, slices=division.slices, slice_steps=division.slice_steps,
-        log2_k_warps=division.k_warps.bit_length() - 1, stages=stages, slot_bytes=slot,
+        **given, rounded=rounded, padded=padded, scales=scales, squares=squares, capacity=tokens, columns=columns,
+        w0=w[0].payload, w1=w[1].payload, w2=w[2].payload, stride=first.stride, s0=w[0].scales, s1=w[1].scales,
+        s2=w[2].scales, scale_stride=first.scale_stride, shift=first.shift, paired=int(paired), rows=rows,
+        kv_rows=kv_rows, partials=partials, tiles=division.tiles, slices=division.slices,
+        slice_steps=division.slice_steps, log2_k_warps=division.k_warps.bit_length() - 1, stages=stages,
+        slot_bytes=slot,
     )  # fmt: skip
     shared = _shared_bytes(units, stages, slot, width)
     per_sm = 2 if units < SKINNY_UNITS and 2 * (shared + RESERVED_BYTES) <= ctx.shared_limit + RESERVED_BYTES else 1
     per_slice = min(division.tiles, max(1, per_sm * ctx.n_sms // division.slices))
     grid = per_slice, token_tiles, division.slices
-    launches = [*rounded.launches, Launch(SKINNY[units], grid, SKINNY_THREADS, arguments, shared)]
-    if division.slices > 1:
-        arguments = named(
-            tokens=ctx.tokens, partials=partials, x_scales=rounded.scales, **finish, slices=division.slices,
-            groups=groups, log2_units=units.bit_length() - 1, log2_row_warps=division.row_warps.bit_length() - 1,
-        )  # fmt: skip
-        grid = ceil_div(groups, SKINNY_WARPS), ceil_div(tokens, 8)
-        launches.append(Launch(SUM, grid, SKINNY_THREADS, arguments))
+    launches.append(Launch(SKINNY[units], grid, SKINNY_THREADS, arguments, shared))
+    arguments = named(
+        tokens=ctx.tokens, partials=partials, scales=scales, squares=squares, capacity=tokens,
+        normed=int(norm is not None), eps=eps, columns=columns, paired=int(paired), residual=residual or x,
+        added=int(residual is not None), q=out[0], k=out[1], v=out[2], rows=rows, kv_rows=kv_rows,
+        slices=division.slices, groups=groups, log2_units=units.bit_length() - 1,
+        log2_row_warps=division.row_warps.bit_length() - 1,
+    )  # fmt: skip
+    grid = ceil_div(groups, SKINNY_WARPS), ceil_div(tokens, 8)
+    launches.append(Launch(SUM, grid, SKINNY_THREADS, arguments))
     return launches
 
 
@@ -168,7 +184,20 @@ def qkv(
     memory: Array,
 ) -> list[Launch]:  # fmt: skip
     """q, k and v = x · Wqᵀ, x · Wkᵀ, x · Wvᵀ, after RMSNorm of x where `norm` is given."""
-    return _launch(ctx, x, norm, eps, weights, outs, False, None, _Workspace(memory))
+    return _qkv(ctx, x, norm, eps, weights, outs, _Workspace(memory))
+
+
+def _qkv(
+    ctx: LaunchContext, x: Array, norm: Array | None, eps: float, weights: Sequence[Matrix], outs: Sequence[Array],
+    workspace: _Workspace,
+) -> list[Launch]:  # fmt: skip
+    if all(weight.shape[0] % SKINNY_ROWS == 0 for weight in weights):
+        return _launch(ctx, x, norm, eps, weights, outs, False, None, workspace)
+    launches = []
+    for weight, out in zip(weights, outs, strict=True):  # a group of rows would have two weights
+        part = _Workspace(workspace.rest)
+        launches += _launch(ctx, x, norm, eps, [weight], [out], False, None, part)
+    return launches
 
 
 def norm_qkv_rope(
@@ -179,7 +208,7 @@ def norm_qkv_rope(
     """q, k and v of norm(x); q rotated into `out`, k rotated and v into the KV cache."""
     workspace, weights = _Workspace(memory), (wq, wk, wv)
     q, k, v = (workspace.allocate((x.shape[0], w.shape[0]), "f32") for w in weights)
-    return _launch(ctx, x, norm, eps, weights, (q, k, v), False, None, workspace) + elementwise.rope_kv_write(
+    return _qkv(ctx, x, norm, eps, weights, (q, k, v), workspace) + elementwise.rope_kv_write(
         ctx, q, angles, k, k_cache, positions, sequences, page_table, v, v_cache, out, head_dim, interleaved
     )
 
@@ -198,13 +227,17 @@ def workspace_shape(
         if dtype == "f32" or tokens == 1 or tokens > MOST:
             return larger(*operands, workers=workers)
         rows = [weight[0] for weight in weights]
-        groups = ceil_div(rows[0], 16) if paired else ceil_div(sum(rows), SKINNY_ROWS)
-        division = divide(PAYLOAD_TYPE[dtype], "f32" if dtype == "int8" else "f16", groups, columns, workers)
-        kept = [4 * tokens * n for n in rows] if results else []
-        if division.slices > 1:
-            padded = round_up(tokens, 8 * _units(tokens))
-            kept.append(4 * padded * division.tiles * division.row_warps * SKINNY_ROWS * division.slices)
-        sizes = [*kept, 2 * tokens * _padded(columns), 4 * tokens]
+        apart = count == 3 and any(n % SKINNY_ROWS for n in rows)
+        sizes = [4 * tokens * n for n in rows] if results else []
+        sizes.append(2 * tokens * _padded(columns))
+        sums = []
+        for n in rows if apart else [rows[0] if paired else sum(rows)]:
+            groups = ceil_div(n, 16 if paired else SKINNY_ROWS)
+            division = divide(PAYLOAD_TYPE[dtype], "f32" if dtype == "int8" else "f16", groups, columns, workers)
+            units = round_up(tokens, 8 * _units(tokens)) // 8
+            scales = round_up(4 * division.slices * tokens, 64)
+            sums.append(2 * scales + 4 * _partial_floats(division, units))
+        sizes.append(max(sums))
         # int8 with groups that no kernel reads is stored as float32
         other = larger(*operands, workers=workers) if dtype == "int8" else (0,)
         return (max(sum(ceil_div(nbytes, 64) * 16 for nbytes in sizes), *other),)

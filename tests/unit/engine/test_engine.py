@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 import weakref
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -11,6 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from numballama.engine import engine as engine_module
+from numballama.engine import pages as pages_module
+from numballama.engine import scheduler as scheduler_module
+from numballama.engine import sequence as sequence_module
 from numballama.engine.engine import Engine
 from numballama.engine.request import Request, TokenEvent
 from numballama.errors import NOT_NUMBERS, ContextError, DeviceError, Error
@@ -430,6 +436,55 @@ def test_an_interrupted_step_is_computed_again(where: str, nth: int, lookahead: 
         assert tokens_of(other) == alone([number] * 5, 12)
     settle(engine)
     check_engine(engine, runner)
+
+
+class InterruptAtLine:
+    """Traces the engine's step and raises KeyboardInterrupt before the nth of its lines."""
+
+    def __init__(self, nth: int) -> None:
+        self.left = nth
+
+    def __call__(self, frame: FrameType, event: str, arg: object) -> InterruptAtLine | None:
+        if frame.f_code.co_filename not in TORN or not self.is_step(frame):
+            return None
+        if event == "line":
+            self.left -= 1
+            if self.left == -1:
+                raise KeyboardInterrupt
+        return self
+
+    @staticmethod
+    def is_step(frame: FrameType | None) -> bool:
+        while frame is not None and frame.f_code.co_name != "_step":
+            frame = frame.f_back
+        return frame is not None
+
+
+TORN = {module.__file__ for module in (engine_module, scheduler_module, pages_module, sequence_module)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("start", [0, 60, 120])
+def test_a_step_torn_at_any_line_loses_nothing(start: int) -> None:
+    """What two Ctrl-C do. Only the request whose token is being handed out can fail, and says so."""
+    for nth in range(start, 3000, 181):
+        engine, runner = make(lookahead=start // 60, pages=12, max_sequences=3, max_tokens=8)
+        others = [engine.submit([number] * 5, make_params(max_tokens=9)) for number in range(3)]
+        own = engine.submit([9] * 6, make_params(max_tokens=6))
+        before = sys.gettrace()
+        sys.settrace(InterruptAtLine(nth))
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                list(own)
+        finally:
+            sys.settrace(before)
+        for number, other in enumerate(others):
+            tokens, error = read_until_error(other)
+            assert tokens == alone([number] * 5, 9)[: len(tokens)]
+            assert len(tokens) == 9 if error is None else "interrupted while a token" in str(error)
+        settle(engine)
+        check_engine(engine, runner)
+        assert engine.stats().pages_used == 0
 
 
 def test_statistics() -> None:
