@@ -7,7 +7,7 @@ The step table is an int64 array with one row per step. Here the row of an `rmsn
            ┌───────────┬────────────┬─────────┬────────────────────┬─────────────────┬────────────────────┬──────┬───
            │ 0x7f31…40 │ 64         │ 0       │ 0x7f30…00  64  288 │ 0x7f2f…00  288  │ 0x7f30…80  64  288 │ bits │ 0 …
            └───────────┴────────────┴─────────┴────────────────────┴─────────────────┴────────────────────┴──────┴───
-            the kernel   of this step  all      x: data, T, D        weight: data, D   out: data, T, D      eps    unused
+            the kernel   of this step  all       x: data, T, D        weight: data, D   out: data, T, D      eps  unused
 
 A kernel is an ordinary function of arrays and scalars: `rmsnorm(worker, n_workers, tokens, x, weight, out, eps)`.
 `compiler.compile_step` compiles it with a C wrapper, which any code can call by its address:
