@@ -11,20 +11,7 @@ from numba import types
 
 from ..memory import available_bytes
 from .compiler import compile_step
-from .executor import (
-    ADDRESS,
-    BEGIN,
-    END,
-    MAX_TOKENS,
-    OPERANDS,
-    ROWS,
-    RUN_SIZE,
-    STRIDE,
-    TABLE,
-    TOKENS,
-    run_steps,
-    worker_threads,
-)
+from .executor import ADDRESS, BEGIN, MAX_TOKENS, OPERANDS, ROWS, describe_run, run_steps, worker_threads
 
 READ_BYTES = 1 << 30
 """Bytes of the array that is read: more than any cache holds."""
@@ -49,15 +36,8 @@ def measure_bandwidth(workers: int, repeats: int = 5) -> float:
     table = np.zeros((1, OPERANDS + 4), np.int64)
     table[0, ADDRESS], table[0, MAX_TOKENS] = compiled.address, 1
     table[0, OPERANDS:] = x.ctypes.data, x.size, sums.ctypes.data, sums.size
-    run = np.zeros(RUN_SIZE, np.int64)
-    run[TABLE], run[STRIDE], run[BEGIN], run[END], run[TOKENS], run[ROWS] = (
-        table.ctypes.data,
-        table.strides[0],
-        0,
-        1,
-        1,
-        1,
-    )
+    run = describe_run(table)
+    run[BEGIN:ROWS] = 0, 1, 1
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()

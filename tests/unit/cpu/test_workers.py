@@ -17,14 +17,12 @@ from numballama.cpu import workers
 from numballama.cpu.compiler import compile_step
 from numballama.cpu.executor import (
     ADDRESS,
-    END,
+    BEGIN,
     MAX_TOKENS,
     OPERANDS,
     ROWS,
     RUN_SIZE,
-    STRIDE,
-    TABLE,
-    TOKENS,
+    describe_run,
     run_steps,
     serve,
     worker_threads,
@@ -57,14 +55,13 @@ def run(n_workers: int, steps: int, on: WorkerThreads = worker_threads) -> list[
     log = np.zeros((MOST, steps + 1), np.int64)
     log[:, 0] = 1
     compiled = compile_step(follow, [types.int64, types.Array(types.int64, 2, "C")])
-    table = np.zeros((steps, OPERANDS + 4), np.int64)
-    for step, row in enumerate(table):
+    table = np.zeros((max(steps, 1), OPERANDS + 4), np.int64)
+    for step, row in enumerate(table[:steps]):
         row[ADDRESS], row[MAX_TOKENS] = compiled.address, 1
         row[OPERANDS:] = step, log.ctypes.data, *log.shape
     with _one_at_a_time, on.region(n_workers):
-        _run[:] = 0
-        _run[TABLE], _run[STRIDE], _run[END] = table.ctypes.data, 8 * (OPERANDS + 4), steps
-        _run[TOKENS] = _run[ROWS] = 1
+        _run[:] = describe_run(table)
+        _run[BEGIN:ROWS] = 0, steps, 1
         failed = run_steps(_run.ctypes.data, n_workers, on.address)
         _run[:] = 1
     assert failed == 0
