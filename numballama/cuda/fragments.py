@@ -1,11 +1,11 @@
 """Weights as fragments of `mma.m16n8k16`: 16 bytes of a row in a lane, decoded to 16 bits in registers.
 
-A product's order of k is free if both factors agree on it. Of 64 bytes of a row, the four lanes of a group hold 16 each,
-and of the activations the same columns. So a lane's 16 bytes are the fragments of one or more products as they are: 8
-columns of a 16-bit type, 16 of int8, 32 of a 4-bit type. A piece is 8 of these columns, 16 bytes of activations. For
+A product's order of k is free if both factors agree on it. The four lanes of a group hold 64 bytes of a row, 16 bytes
+each, and of the activations the same columns. So a lane's 16 bytes are the fragments of one or more products as they
+are: 8 columns of a 16-bit type, 16 of int8, 32 of a 4-bit type. A piece is 8 columns, 16 bytes of activations. For
 4-bit types, of which two are taken from each half of a word, the second and third of four activations are exchanged.
 
-A lane's part of a row is eight words (`WORDS8`): 16 bytes of payload, two factors, and for q6_k two words of upper bits.
+A lane's part of a row is eight words (`WORDS8`): 16 bytes of payload, two factors, for q6_k two words of upper bits.
 Factors are two equal float16, or the bits of a float32; `cuda/kernels/skinny.py` loads them.
 
 Decoded elements have the values that `expand_kernel` gives them: integer times scale, plus the minimum, rounded once to
@@ -153,9 +153,9 @@ def _piece(builder: Any, name: str, wide: bool, row: list[Any], piece: int) -> l
 def mma_step(typingctx, memory, scales, sums, a, b, c, d, x_at, x_step):  # type: ignore[no-untyped-def]
     """sums + W · Xᵀ of 64 bytes of 32 rows of W: a lane's parts of four rows 8 apart, `WORDS8` each.
 
-    `sums` are two rows of tiles 16 × 8, one for each 8 tokens. `x_at` is the shared address of the lane's first piece of
-    its token among the first 8, in 64 bytes of pieces; 8 tokens more are `x_step` bytes further. Of two neighbouring 64
-    bytes, tokens with odd numbers have the second one first.
+    `sums` are two rows of tiles 16 × 8, one for each 8 tokens. `x_at` is the shared address of the first piece of the
+    lane's token among the first 8; pieces are 64 bytes apart, 8 tokens `x_step` bytes. Of two neighbouring 64 bytes,
+    tokens with odd numbers have the second one first.
     """
     name, wide, tokens = memory.dtype.name, scales.dtype.name == "float32", sums.count // 8
 
@@ -190,7 +190,7 @@ def mma_step(typingctx, memory, scales, sums, a, b, c, d, x_at, x_step):  # type
 @intrinsic
 def st_shared_units(typingctx, sums, at, part):  # type: ignore[no-untyped-def]
     """Store `units_together` units of a lane's sums, from number `part` times as many on: of each, four float32 of its
-    first tile at `at`, four of its second 512 bytes further. A unit is two tiles of 8 tokens; units are 1024 bytes apart.
+    first tile at `at`, four of its second 512 bytes further. A unit is two tiles of 8 tokens and takes 1024 bytes.
     """
     units = sums.count // 8
     together = units_together(units)

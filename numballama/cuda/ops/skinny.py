@@ -1,6 +1,8 @@
 """Linear layers for 2 to 64 tokens: how the kernels of `kernels/skinny.py` are launched. `linear` registers them.
 
-An operator is one kernel that rounds X to 16 bits (`gemm`'s), and one that streams the weights and finishes the results.
+An operator is a kernel that streams the weights and one that adds up the slices of K and finishes the results. Before
+them, for more tokens than a unit or two, a kernel rounds X to 16 bits.
+
 How K is divided (`Division`) depends on the weight and on the number of multiprocessors, never on the number of tokens.
 """
 
@@ -159,8 +161,7 @@ def _launch(
         slices=division.slices, groups=groups, log2_units=units.bit_length() - 1,
         log2_row_warps=division.row_warps.bit_length() - 1,
     )  # fmt: skip
-    grid = ceil_div(groups, SKINNY_WARPS), ceil_div(tokens, 8)
-    launches.append(Launch(SUM, grid, SKINNY_THREADS, arguments))
+    launches.append(Launch(SUM, (ceil_div(groups, SKINNY_WARPS), ceil_div(tokens, 8)), SKINNY_THREADS, arguments))
     return launches
 
 
