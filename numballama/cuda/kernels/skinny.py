@@ -222,7 +222,7 @@ def load_row(slot, payload, scales, row):
 @device
 def skinny(zeros, tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, weights, weight_scales,
            shift, paired, rows, kv_rows, partials, tiles, slices, slice_steps, log2_k_warps, stages,
-           slot_bytes):  # fmt: skip
+           slot_bytes, bias):  # fmt: skip
     """The body of all kernels here, for `zeros.size` / 8 units. blockIdx.x counts tiles of rows that blocks begin with,
     blockIdx.y tiles of tokens, blockIdx.z slices of K.
     """
@@ -294,7 +294,7 @@ def skinny(zeros, tokens, x, norm, normed, rounded, padded, scales, squares, cap
             sums = mma_step(
                 w0, s0, sums, load_row(reading, w0, s0, g), load_row(reading, w0, s0, g + 8),
                 load_row(reading, w0, s0, g + 16), load_row(reading, w0, s0, g + 24),
-                token_row + ((step * (64 * pieces) + ((lane & 3) << 4)) ^ odd), 8 * x_row,
+                token_row + ((step * (64 * pieces) + ((lane & 3) << 4)) ^ odd), 8 * x_row, bias,
             )  # fmt: skip
             reading = reading + slot_bytes if reading + slot_bytes < ring_end else ring
             step += k_warps
@@ -333,41 +333,41 @@ def skinny(zeros, tokens, x, norm, normed, rounded, padded, scales, squares, cap
 @cuda.jit
 def skinny_8_kernel(tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, w0, w1, w2, stride,
                     s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, partials, tiles, slices, slice_steps,
-                    log2_k_warps, stages, slot_bytes):  # fmt: skip
+                    log2_k_warps, stages, slot_bytes, bias):  # fmt: skip
     """Sums of x · Wᵀ of blocks of up to 8 tokens."""
     skinny(zeros8(), tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns,
            (w0, w1, w2, stride), (s0, s1, s2, scale_stride), shift, paired, rows, kv_rows, partials, tiles, slices,
-           slice_steps, log2_k_warps, stages, slot_bytes)  # fmt: skip
+           slice_steps, log2_k_warps, stages, slot_bytes, bias)  # fmt: skip
 
 
 @launch_bounds(min_blocks=2)
 @cuda.jit
 def skinny_16_kernel(tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, w0, w1, w2, stride,
                      s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, partials, tiles, slices, slice_steps,
-                     log2_k_warps, stages, slot_bytes):  # fmt: skip
+                     log2_k_warps, stages, slot_bytes, bias):  # fmt: skip
     """Sums of x · Wᵀ of blocks of up to 16 tokens."""
     skinny(zeros16(), tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns,
            (w0, w1, w2, stride), (s0, s1, s2, scale_stride), shift, paired, rows, kv_rows, partials, tiles, slices,
-           slice_steps, log2_k_warps, stages, slot_bytes)  # fmt: skip
+           slice_steps, log2_k_warps, stages, slot_bytes, bias)  # fmt: skip
 
 
-@launch_bounds(min_blocks=2)
+@launch_bounds(min_blocks=1)
 @cuda.jit
 def skinny_32_kernel(tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, w0, w1, w2, stride,
                      s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, partials, tiles, slices, slice_steps,
-                     log2_k_warps, stages, slot_bytes):  # fmt: skip
+                     log2_k_warps, stages, slot_bytes, bias):  # fmt: skip
     """Sums of x · Wᵀ of blocks of up to 32 tokens."""
     skinny(zeros32(), tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns,
            (w0, w1, w2, stride), (s0, s1, s2, scale_stride), shift, paired, rows, kv_rows, partials, tiles, slices,
-           slice_steps, log2_k_warps, stages, slot_bytes)  # fmt: skip
+           slice_steps, log2_k_warps, stages, slot_bytes, bias)  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def skinny_64_kernel(tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, w0, w1, w2, stride,
                      s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, partials, tiles, slices, slice_steps,
-                     log2_k_warps, stages, slot_bytes):  # fmt: skip
+                     log2_k_warps, stages, slot_bytes, bias):  # fmt: skip
     """Sums of x · Wᵀ of blocks of up to 64 tokens."""
     skinny(zeros64(), tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns,
            (w0, w1, w2, stride), (s0, s1, s2, scale_stride), shift, paired, rows, kv_rows, partials, tiles, slices,
-           slice_steps, log2_k_warps, stages, slot_bytes)  # fmt: skip
+           slice_steps, log2_k_warps, stages, slot_bytes, bias)  # fmt: skip
