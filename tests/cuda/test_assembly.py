@@ -39,6 +39,8 @@ STACK = {
     "qkv_kernel": {"9.0": 40, "8.0": 80, "7.5": 56},
     "qkv_rope_kernel": {"9.0": 72, "8.0": 40, "7.5": 16},
     # for older cards the assembler keeps more values than there are registers
+    "skinny_8_kernel": {"8.0": 112, "7.5": 112},
+    "skinny_16_kernel": {"8.0": 112, "7.5": 112},
     "attention_grouped_kernel": {"8.0": 160, "7.5": 160},
     "attention_single_kernel": {"8.0": 56, "7.5": 56},
     "attention_128_kernel": {"8.0": 8, "7.5": 48},  # a real 7.5 has too little shared memory for it to be launched
@@ -51,10 +53,12 @@ STACK_OF_BLOCKS = {
     "gate_up_kernel": {"9.0": 32, "8.0": 72, "7.5": 72},
     "qkv_kernel": {"9.0": 48, "8.0": 88, "7.5": 72},
     "qkv_rope_kernel": {"9.0": 80, "8.0": 40, "7.5": 16},
+    "skinny_8_kernel": {"8.0": 112, "7.5": 112},
+    "skinny_16_kernel": {"8.0": 112, "7.5": 112},
 }
 """The same for weights of q4_1, q4_k and q6_k."""
 
-STREAMING = {"linear_kernel", "gate_up_kernel", "qkv_kernel", "qkv_rope_kernel"}
+STREAMING = {"linear_kernel", "gate_up_kernel", "qkv_kernel", "qkv_rope_kernel", "skinny_8_kernel", "skinny_64_kernel"}
 """Kernels that copy weights to shared memory asynchronously."""
 
 

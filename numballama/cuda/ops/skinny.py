@@ -95,7 +95,7 @@ def divide(payload: str, scales: str, groups: int, columns: int, n_sms: int) -> 
             mine = (one + two) / 2 * max(1, slices / n_sms)
             streamed = mine * ceil_div(slice_steps, k_warps) * SKINNY_WARPS * slot / 30  # ns at 30 bytes per ns
             staged = 24 * 2 * slice_steps * per_step / 50
-            summed = 2 * 24 * groups * SKINNY_ROWS * slices * 4 / 4000 + 500 * ceil_div(slices, 4)
+            summed = 2 * 40 * groups * SKINNY_ROWS * slices * 4 / 3500 + 500 * ceil_div(slices, 4)
             added = mine * (100 if k_warps == 1 else 2000) + summed
             candidates.append((streamed + staged + added, Division(k_warps, slice_steps, slices, tiles)))
     return min(candidates, key=lambda pair: pair[0])[1]
