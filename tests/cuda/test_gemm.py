@@ -48,7 +48,7 @@ def test_emulated(capability: str) -> None:
 
 @pytest.mark.parametrize("capability", ["7.5", "9.0"])
 def test_few_tokens_emulated(capability: str) -> None:
-    """The same for linear layers of 2 to 64 tokens; a row's bits do not depend on other rows or on their number."""
+    """The same for linear layers of 2 to 128 tokens; a row's bits do not depend on other rows or on their number."""
     assert "same rows q6_k: the same bits" in run_cases(capability, module="skinny_cases")
 
 

@@ -1,4 +1,4 @@
-"""Skinny GEMM: linear layers for 2 to 64 tokens, Y[T, N] = X[T, K] · W[N, K]ᵀ on tensor cores, with sums in float32.
+"""Skinny GEMM: linear layers for 2 to 128 tokens, Y[T, N] = X[T, K] · W[N, K]ᵀ on tensor cores, with sums in float32.
 
 W is streamed once from memory and decoded to 16 bits in registers (`cuda/fragments.py`). Its rows are the 16 rows of
 `mma.m16n8k16`, tokens the 8 columns, so that two tokens waste little. X is rounded to 16 bits (`skinny_x`). Memory

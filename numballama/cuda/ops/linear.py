@@ -1,4 +1,4 @@
-"""The linear operators. Each is registered once, and uses `gemv` for one token, `skinny` for some, `gemm` for many.
+"""The linear operators. Each is registered once: `gemv` for one token, `skinny` for up to 128, `gemm` for more.
 
 float32 weights have no kernel in `skinny`: `gemv` multiplies them with up to `FEW` tokens, and `gemm` with more.
 

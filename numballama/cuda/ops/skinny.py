@@ -1,4 +1,4 @@
-"""Linear layers for 2 to 64 tokens: how the kernels of `kernels/skinny.py` are launched. `linear` registers them.
+"""Linear layers for 2 to 128 tokens: how the kernels of `kernels/skinny.py` are launched. `linear` registers them.
 
 An operator is a kernel that streams the weights and one that adds up the slices of K and finishes the results. Before
 them, for more tokens than a unit or two, a kernel rounds X to 16 bits.
@@ -207,8 +207,8 @@ def _qkv(
 
 def norm_qkv_rope(
     ctx: LaunchContext, x: Array, norm: Array, wq: Matrix, wk: Matrix, wv: Matrix, angles: Array, k_cache: Array,
-    positions: Array, sequences: Array, page_table: Array, v_cache: Array, out: Array, memory: Array, eps: float, head_dim: int,
-    interleaved: int,
+    positions: Array, sequences: Array, page_table: Array, v_cache: Array, out: Array, memory: Array, eps: float,
+    head_dim: int, interleaved: int,
 ) -> list[Launch]:  # fmt: skip
     """q, k and v of norm(x); q rotated into `out`, k rotated and v into the KV cache."""
     workspace, weights = _Workspace(memory), (wq, wk, wv)
