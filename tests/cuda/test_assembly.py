@@ -43,6 +43,8 @@ STACK = {
     "attention_single_kernel": {"8.0": 88, "7.5": 88},
     "attention_grouped_rows_kernel": {"8.0": 248, "7.5": 248},
     "attention_rows_kernel": {"8.0": 128, "7.5": 128},
+    "skinny_8_kernel": {"8.0": 112, "7.5": 112},
+    "skinny_16_kernel": {"8.0": 112, "7.5": 112},
     "attention_128_kernel": {"8.0": 8, "7.5": 48},  # a real 7.5 has too little shared memory for it to be launched
 }
 """Maximum bytes of stack of a kernel on a card, if not 0, for all types of its operands."""
@@ -53,6 +55,8 @@ STACK_OF_BLOCKS = {
     "gate_up_kernel": {"9.0": 32, "8.0": 72, "7.5": 72},
     "qkv_kernel": {"9.0": 48, "8.0": 88, "7.5": 72},
     "qkv_rope_kernel": {"9.0": 80, "8.0": 40, "7.5": 16},
+    "skinny_8_kernel": {"8.0": 112, "7.5": 112},
+    "skinny_16_kernel": {"8.0": 112, "7.5": 112},
 }
 """The same for weights of q4_1, q4_k and q6_k."""
 
@@ -65,7 +69,7 @@ STACK_OF_Q8_0 = {
 }
 """The same for a KV cache of q8_0."""
 
-STREAMING = {"linear_kernel", "gate_up_kernel", "qkv_kernel", "qkv_rope_kernel"}
+STREAMING = {"linear_kernel", "gate_up_kernel", "qkv_kernel", "qkv_rope_kernel", "skinny_8_kernel", "skinny_64_kernel"}
 """Kernels that copy weights to shared memory asynchronously."""
 
 
