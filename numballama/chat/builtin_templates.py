@@ -26,8 +26,8 @@ LLAMA2 = (
     "{{ raise_exception('user and assistant must take turns') }}"
     "{% endif %}"
     "{% if message['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + ((system if loop.first else '') + message['content']) | trim + ' [/INST]' }}"
-    "{% else %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}"
+    "{{ bos_token }}{{ '[INST] ' + ((system if loop.first else '') + message['content']) | trim + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] | trim + ' ' }}{{ eos_token }}{% endif %}"
     "{% endfor %}"
 )
 

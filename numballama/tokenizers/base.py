@@ -246,6 +246,10 @@ class Decoder:
             self._strip = Strip.NONE
         return self._utf8.decode(data, True)  # True: other tokens end an unfinished character
 
+    def hidden(self, token: SupportsIndex) -> str:
+        """What a control token is called ("<|im_end|>"), which is no part of the text; "" for other tokens."""
+        return self._tokenizer.piece(token) if self._tokenizer.entry(token)[0] is TokenKind.CONTROL else ""
+
     def flush(self) -> str:
         """End the text: the bytes of an unfinished character become U+FFFD."""
         return self._utf8.decode(b"", True)

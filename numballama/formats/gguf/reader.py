@@ -25,7 +25,7 @@ from ..tensor_names import TensorNames
 from ..tensors import TensorInfo, view_weight
 from .header import Header, require
 from .split import open_header
-from .tokenizer import read_gguf_tokenizer
+from .tokenizer import chat_templates, read_gguf_tokenizer, template_tokens
 
 ARCHITECTURES: dict[str, RopePairing] = {"llama": INTERLEAVED, "qwen2": HALF_SPLIT, "qwen3": HALF_SPLIT}
 """Supported architecture → its RoPE pairing."""
@@ -95,14 +95,19 @@ def read(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
         config=config,
         weights=weights,
         stop_token_ids=tuple(token for token in ends if token is not None and 0 <= token < config.vocab_size),
-        chat_template=header.text("tokenizer.chat_template"),
+        chat_templates=chat_templates(header),
         notes=notes + _conversions(weights),
     )
+    stated = header.integer(key := f"{_architecture(header)}.vocab_size", config.vocab_size)
+    if stated != config.vocab_size:
+        opened.notes.append(f"{key} is {stated:,}, the embedding has {config.vocab_size:,} rows: the rows count")
     if 0 < config.window < config.context:
         opened.notes.append(f"tokens see the last {config.window:,} only (attention.sliding_window)")
     if load_tokenizer:
         try:
             opened.tokenizer = read_gguf_tokenizer(header)
+            if opened.tokenizer is not None:
+                opened.template_tokens = template_tokens(header, opened.tokenizer)
         except UnsupportedError as error:
             opened.tokenizer_error = str(error)
             opened.notes.append(f"its tokenizer is left out: {error}")
@@ -158,7 +163,7 @@ def _config(header: Header) -> ModelConfig:
             n_layers=integer("block_count", most=MAX_LAYERS),
             n_heads=n_heads,
             n_kv_heads=integer("attention.head_count_kv", n_heads),
-            vocab_size=integer("vocab_size", math.prod(table.shape[:1])),
+            vocab_size=math.prod(table.shape[:1]),  # whatever the key says
             context=integer("context_length", most=MAX_CONTEXT),
             head_dim=integer("attention.key_length", dim // n_heads),
             norm_eps=require(header.number(key := f"{architecture}.attention.layer_norm_rms_epsilon"), header, key),

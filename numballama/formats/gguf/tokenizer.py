@@ -52,6 +52,21 @@ def read_gguf_tokenizer(header: Header) -> Tokenizer | None:
     )
 
 
+def chat_templates(header: Header) -> dict[str, str]:
+    """Name → chat template: `tokenizer.chat_template` is "default", `tokenizer.chat_template.NAME` is NAME."""
+    key = "tokenizer.chat_template"
+    names = {"default": key}
+    names |= {name.removeprefix(f"{key}."): name for name in header.fields if name.startswith(f"{key}.")}
+    return {name: text for name, full in names.items() if (text := header.text(full))}
+
+
+def template_tokens(header: Header, tokenizer: Tokenizer) -> dict[str, str]:
+    """Special tokens that a chat template sees as variables: "pad_token" … → text. BOS and EOS are the tokenizer's."""
+    keys = {"pad": "padding", "unk": "unknown", "sep": "seperator", "cls": "cls", "mask": "mask"}  # as GGUF spells them
+    ids = {name: _token_id(header, key, tokenizer.vocab_size) for name, key in keys.items()}
+    return {f"{name}_token": tokenizer.piece(token) for name, token in ids.items() if token is not None}
+
+
 def _fault(header: Header, name: str, expected: str, found: object) -> FormatError:
     where = f"metadata key {_KEY}{name}"
     return FormatError("bad vocabulary", path=header.path, where=where, expected=expected, found=found)

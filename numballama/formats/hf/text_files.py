@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -20,12 +21,18 @@ class TextFiles:
     """Tokenizer, chat template and stop ids of a directory. `Checkpoint` has fields of the same names."""
 
     tokenizer: Tokenizer | None
-    chat_template: str | None
+    chat_templates: Mapping[str, str]
+    template_tokens: Mapping[str, str]
     stop_token_ids: tuple[int, ...]
     """Ids that end a text, from generation_config.json, else config.json. The tokenizer's EOS is not among them unless
     a file lists it."""
     notes: tuple[str, ...]
     tokenizer_error: str = ""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template named "default"."""
+        return self.chat_templates.get("default")
 
 
 def read_text_files(directory: str | PathLike[str], load_tokenizer: bool = True) -> TextFiles:
@@ -44,7 +51,8 @@ def read_text_files(directory: str | PathLike[str], load_tokenizer: bool = True)
         except UnsupportedError as unsupported:
             error = str(unsupported)
     notes = (f"its tokenizer is left out: {error}",) if error else ()
-    return TextFiles(tokenizer, settings.chat_template, settings.stop_token_ids, notes, error)
+    templates, tokens = settings.chat_templates, settings.template_tokens
+    return TextFiles(tokenizer, templates, tokens, settings.stop_token_ids, notes, error)
 
 
 def tokenizer_texts(tokenizer: Tokenizer, chat_template: str | None, context: int) -> dict[str, str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -118,22 +118,49 @@ class TextSettings:
         return value
 
     @cached_property
-    def chat_template(self) -> str | None:
-        """From `chat_template.jinja`, otherwise from tokenizer_config.json: of several templates the one named
-        "default".
+    def chat_templates(self) -> Mapping[str, str]:
+        """Name → chat template; "default" is the usual one.
+
+        From `chat_template.jinja` and `additional_chat_templates/NAME.jinja`, else from tokenizer_config.json, else
+        from `chat_template.json`. The first of these that has any is taken, as transformers does.
         """
+        files = {path.stem: path for path in sorted((self.directory / "additional_chat_templates").glob("*.jinja"))}
         if (path := self.directory / "chat_template.jinja").is_file():
-            try:
-                return _data(path).decode()
-            except UnicodeDecodeError as error:
-                raise FormatError("not UTF-8", path=path, where=error.start) from None
-        template = self.tokenizer_config.get("chat_template")
-        if isinstance(template, Sequence) and not isinstance(template, str):
-            named = {item.get("name"): item.get("template") for item in template if isinstance(item, Mapping)}
-            template = named.get("default")
-        if not isinstance(template, str | None):
-            raise self._fault("tokenizer_config.json", "chat_template", "a template", template)
-        return template
+            files["default"] = path
+        if files:
+            return {name: _text(path) for name, path in files.items()}
+        for name in ("tokenizer_config.json", "chat_template.json"):
+            if found := self._named_templates(name, self._read(name).get("chat_template")):
+                return found
+        return {}
+
+    def _named_templates(self, file: str, value: object) -> dict[str, str]:
+        """A value of the key "chat_template": a template, or several with their names."""
+        if not value and value in (None, "", []):
+            return {}
+        if isinstance(value, str):
+            return {"default": value}
+        items: list[Any] = list(value.items()) if isinstance(value, Mapping) else []
+        if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
+            items = [(item.get("name"), item.get("template")) for item in value]
+        if not items or not all(isinstance(part, str) for item in items for part in item):
+            raise self._fault(file, "chat_template", "a template, or a list of names and templates", value)
+        return dict(items)
+
+    @cached_property
+    def template_tokens(self) -> Mapping[str, str]:
+        """The special tokens that templates see as variables: "bos_token", "pad_token" … → text of the token.
+
+        As transformers' `special_tokens_map`: every key that ends in "_token" and has a text, also those of
+        `extra_special_tokens`.
+        """
+        found: dict[str, str] = {}
+        for table in (self._special_tokens_map, self.tokenizer_config):
+            extra = table.get("extra_special_tokens")
+            for name in [*table, *(extra if isinstance(extra, Mapping) else ())]:
+                if name.endswith("_token") and (text := self.token(name)) is not None:
+                    found[name] = text
+        return found
 
     @cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -169,3 +196,10 @@ def _data(path: Path) -> bytes:
     if file.size > MAX_SETTINGS:
         raise FormatError("too large", path=path, expected=f"at most {MAX_SETTINGS:,} bytes", found=f"{file.size:,}")
     return file.data[:]
+
+
+def _text(path: Path) -> str:
+    try:
+        return _data(path).decode()
+    except UnicodeDecodeError as error:
+        raise FormatError("not UTF-8", path=path, where=error.start) from None

@@ -181,7 +181,9 @@ def test_what_a_directory_says(tmp_path: Path) -> None:
     assert "WordPiece" in read_text_files(tmp_path).notes[0] and read_text_files(tmp_path).tokenizer is None
     empty = tmp_path / "empty"
     empty.mkdir()
-    assert read_text_files(empty) == replace(found, tokenizer=None, chat_template=None, stop_token_ids=())
+    assert read_text_files(empty) == replace(
+        found, tokenizer=None, chat_templates={}, template_tokens={}, stop_token_ids=()
+    )
     with pytest.raises(Error, match="no such directory"):
         read_text_files(tmp_path / "missing")
 
