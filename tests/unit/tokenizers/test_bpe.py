@@ -266,7 +266,7 @@ def test_what_gguf_cannot_hold(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "pre", "kind", "message"),
     [
-        ({}, "klingon", UnsupportedError, "'klingon' .*is not known; known are 87 names of llama.cpp, such as '"),
+        ({}, "klingon", UnsupportedError, "'klingon' .*is not known; known are 86 names of llama.cpp, such as '"),
         ({"merges": [b"ab"]}, None, FormatError, "merges; expected two pieces.*number 0"),
         ({"merges": [b"zz qq"]}, None, FormatError, "bad vocabulary"),
         ({"types": [1]}, None, FormatError, "token_type; expected 1,805 numbers"),
