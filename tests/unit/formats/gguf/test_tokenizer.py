@@ -213,11 +213,9 @@ def test_names_of_tokens_that_end_a_turn_count(tmp_path: Path, kind: str) -> Non
         path.write_bytes(vocabulary_only(tokens=tokens, token_type=kinds, scores=scores))
     else:
         vocabulary = load_tokenizer(SMALL).vocabulary()
-        pieces = [*vocabulary.pieces, b"<|eot_id|>", b"<think>", b"<|fim_prefix|>", b"</s>", b"</"]
+        pieces = [*vocabulary.pieces, b"<|eot_id|>", b"<think>", b"<|fim_prefix|>", b"<eos>", b"eos>"]
         types = [*vocabulary.types, 1, 4, 1, 1, 1]
-        merges = [*vocabulary.merges, b"< /", b"</ s>", b"s >"]
-        pieces.append(b"s>")
-        types.append(1)
+        merges = [*vocabulary.merges, b"< eos>"]
         path.write_bytes(vocabulary_gguf(replace(vocabulary, pieces=pieces, types=types, merges=merges), "gpt-2"))
     tokenizer = load_tokenizer(path)
     end, think, fim = (pieces.index(name) for name in (b"<|eot_id|>", b"<think>", b"<|fim_prefix|>"))
@@ -228,8 +226,8 @@ def test_names_of_tokens_that_end_a_turn_count(tmp_path: Path, kind: str) -> Non
     assert {end, think, fim} & set(tokenizer.encode(spelled, special=True)) == {end, think, fim}
     assert {end, think} <= set(tokenizer.encode_spans([("a<|eot_id|>", False), ("a<|eot_id|><think>", True)]))
     if kind == "gpt2":
-        word = pieces.index(b"</s>")
-        assert word not in tokenizer.eog_ids and tokenizer.decode([word]) == "</s>", "merges make it: a word"
+        word = pieces.index(b"<eos>")
+        assert word not in tokenizer.eog_ids and tokenizer.decode([word]) == "<eos>", "merges make it: a word"
 
 
 def test_a_missing_pre_tokenizer_is_noted(tmp_path: Path) -> None:
