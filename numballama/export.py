@@ -264,7 +264,13 @@ def _options(
 
 
 def _gguf_options(opened: Checkpoint, name: str, notes: list[str]) -> WriteOptions:
-    tokenizer, vocabulary, rows = opened.tokenizer, None, opened.config.vocab_size
+    config, tokenizer, vocabulary = opened.config, opened.tokenizer, None
+    if config.qk_norm and (config.qkv_bias or config.o_bias or config.mlp_bias):
+        raise UnsupportedError(
+            f"{opened.path}: llama.cpp has no architecture with q/k norms and biases, and would not open the file; "
+            "safetensors can hold the model"
+        )
+    rows = config.vocab_size
     if tokenizer is not None:
         try:
             vocabulary = _cut(tokenizer.vocabulary(), rows)
