@@ -177,7 +177,7 @@ def _sentencepiece(folder: Path, **options: Any) -> int:
     } | options  # fmt: skip
     sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(text), model_writer=model, **settings)
     (folder / "tokenizer.model").write_bytes(model.getvalue())
-    bos = {} if settings["bos_id"] < 0 else {"bos_token": "<s>"}
+    bos = {} if settings["bos_id"] < 0 else {"bos_token": "<s>", "add_bos_token": True}
     config = {"tokenizer_class": "LlamaTokenizer", "eos_token": "</s>", "unk_token": "<unk>", "legacy": False} | bos
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).vocab_size()
@@ -324,6 +324,7 @@ def llama_cpp_says(path: Path, ours: dict[str, Any]) -> tuple[list[int], list[li
 
 
 def transformers_says(path: Path, ours: dict[str, Any]) -> tuple[list[int], list[list[int]]]:
+    import tokenizers
     import torch
     import transformers
 
@@ -342,6 +343,9 @@ def transformers_says(path: Path, ours: dict[str, Any]) -> tuple[list[int], list
     found = []
     if ours["ids"] is not None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+        if type(tokenizer).__name__ == "Qwen2Tokenizer":  # of model types qwen2 and qwen3, whatever the file says
+            library = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
+            return ids[len(PROMPT) :], [library.encode(text).ids for text in TEXTS]
         found = [list(tokenizer(text).input_ids) for text in TEXTS]
     return ids[len(PROMPT) :], found
 
