@@ -120,11 +120,21 @@ class Checkpoint:
     stop_token_ids: tuple[int, ...] = ()
     """Ids that end a text or a turn according to the file. The tokenizer's EOS always ends a text."""
     tokenizer: Tokenizer | None = None
-    chat_template: str | None = None
+    tokenizer_error: str = ""
+    """Why the file's own tokenizer was left out; "" if it was not, or there is none."""
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
+    """Name → chat template in jinja2. "default" is the usual one, "tool_use" the one for conversations with tools."""
+    template_tokens: Mapping[str, str] = field(default_factory=dict)
+    """Special tokens that a template sees as variables, "pad_token" for instance → text of the token."""
     defaulted_fields: tuple[str, ...] = ()
     """Names of `ModelConfig` fields that have their default because neither the file nor the caller gives them."""
     notes: list[str] = field(default_factory=list)
     """Notes for the user on how the file was interpreted, one sentence each."""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The chat template named "default"."""
+        return self.chat_templates.get("default")
 
     @property
     def nbytes(self) -> int:

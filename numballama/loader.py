@@ -78,10 +78,13 @@ def open_checkpoint(
         opened.tokenizer = load_tokenizer(tokenizer)
         if os.path.isdir(expand_user(tokenizer)):  # its chat template and stop tokens serve a model without any
             texts = read_text_files(tokenizer, load_tokenizer=False)
-            opened.chat_template = opened.chat_template or texts.chat_template
+            opened.chat_templates = opened.chat_templates or texts.chat_templates
+            opened.template_tokens = opened.template_tokens or texts.template_tokens
             opened.stop_token_ids = opened.stop_token_ids or texts.stop_token_ids
     if opened.tokenizer is not None:
         _require_fit(opened, opened.tokenizer, tokenizer)
+        opened.tokenizer.limit(opened.config.vocab_size)
+        opened.notes += opened.tokenizer.notes
     return opened
 
 

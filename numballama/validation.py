@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
 from typing import SupportsFloat, SupportsIndex, cast
 
 from .errors import Error
@@ -37,3 +38,20 @@ def strings(name: str, value: object) -> Sequence[str]:
     if not isinstance(items, Sequence) or not all(isinstance(item, str) for item in items):
         raise Error(f"{name} must be a string or a list of strings, found {value!r}")
     return items
+
+
+def require_known(what: str, names: Iterable[str], known: Iterable[str], others: Mapping[str, str]) -> None:
+    """Raise `Error` for a name that is not among the `known` ones. It says which is meant, where that can be guessed.
+
+    `others`: names of other libraries → what to use instead.
+    """
+    known = list(known)
+    unknown = [name for name in names if name not in known]
+    if not unknown:
+        return
+    meant = others.get(unknown[0])
+    if meant is None and len(unknown) == 1:
+        meant = next(iter(get_close_matches(unknown[0], known, 1, 0.75)), None)
+    hint = "; choose from" if meant is None else f": use {meant}. Choose from"
+    shown = ", ".join(name if name.isidentifier() and len(name) < 50 else f"{name!r:.50}" for name in unknown[:5])
+    raise Error(f"unknown {what} {shown}{hint} {', '.join(known)}")

@@ -26,8 +26,8 @@ LLAMA2 = (
     "{{ raise_exception('user and assistant must take turns') }}"
     "{% endif %}"
     "{% if message['role'] == 'user' %}"
-    "{{ bos_token + '[INST] ' + ((system if loop.first else '') + message['content']) | trim + ' [/INST]' }}"
-    "{% else %}{{ ' ' + message['content'] | trim + ' ' + eos_token }}{% endif %}"
+    "{{ bos_token }}{{ '[INST] ' + ((system if loop.first else '') + message['content']) | trim + ' [/INST]' }}"
+    "{% else %}{{ ' ' + message['content'] | trim + ' ' }}{{ eos_token }}{% endif %}"
     "{% endfor %}"
 )
 
@@ -46,14 +46,3 @@ BUILTIN_TEMPLATES = (
     BuiltinTemplate("Llama 2's", LLAMA2, ("<s>", "</s>")),
 )
 """Built-in templates. The first whose special tokens are in the vocabulary is used."""
-
-END_OF_TURN_TOKENS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end|>",
-    "<end_of_turn>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-)
-"""Special tokens that end a turn or a text, in every vocabulary that has them. llama.cpp has the same list."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import ContextError, Error, Interrupted
-from ..generate import FinishReason, GenerationResponse
+from ..engine.request import FinishReason
+from ..generate import GenerationResponse
 from ..sampling import CHAT_DEFAULTS, NOT_GIVEN, NotGiven, SamplingOptions, SamplingParams, merge
-from .encoder import ConversationEncoder
+from .encoder import NO_BOS, ConversationEncoder, note_once
 from .template import ChatTemplate, Message, stop_token_ids
 
 if TYPE_CHECKING:
@@ -44,9 +45,9 @@ class Turn:
 class Chat:
     """A conversation. Use `model.chat()`; see there for the arguments.
 
-    Special tokens that a message spells out ("<|im_end|>") are encoded as text. A turn computes only tokens that are
-    not in the KV cache: the new message, and whatever the template renders differently than before. Several chats of
-    one model share its cache. `turn` describes the last turn; None before the first.
+    Control tokens that a message spells out ("<|im_end|>") are encoded as text, unless `special=True`. A turn computes
+    only tokens that are not in the KV cache: the new message, and whatever the template renders differently than
+    before. Several chats of one model share its cache. `turn` describes the last turn; None before the first.
     """
 
     def __init__(
@@ -70,6 +71,23 @@ class Chat:
             if self._system is not None:
                 raise Error("the system message is given twice: by system= and as the first of messages=")
             self.system = system
+
+    def __copy__(self) -> Chat:
+        """A chat that continues from here; both use the same model."""
+        other = Chat(self._model, self._encoder, template_kwargs=self._variables)
+        other.messages = self.messages
+        other._rendered, other._ids, other.turn = (
+            self._rendered,
+            list(self._ids),
+            replace(self.turn) if self.turn else None,
+        )
+        return other
+
+    def __deepcopy__(self, memo: object) -> Chat:
+        return self.__copy__()
+
+    def __reduce_ex__(self, protocol: object) -> NoReturn:
+        raise Error("a chat cannot be pickled: save chat.messages, and continue with model.chat(messages=…)")
 
     @property
     def template(self) -> ChatTemplate:
@@ -123,12 +141,11 @@ class Chat:
         Ctrl-C raises `Interrupted` with the answer so far, which stays in the conversation.
         """
         answer: list[str] = []
-        with self._model.exclusive():
-            try:
-                for response in self.stream(text, max_tokens, params=params, **options):
-                    answer.append(response.text)
-            except KeyboardInterrupt:
-                raise Interrupted("".join(answer)) from None
+        try:
+            for response in self.stream(text, max_tokens, params=params, **options):
+                answer.append(response.text)
+        except KeyboardInterrupt:
+            raise Interrupted("".join(answer)) from None
         return "".join(answer)
 
     def stream(
@@ -153,7 +170,9 @@ class Chat:
         if not settings.ignore_eos:
             settings = replace(settings, stop_token_ids={*settings.stop_token_ids, *self._stop_token_ids})
         history = [*self._history, {"role": "user", "content": text}]
-        rendered, ids = self._encode(history)
+        rendered, ids = self._encode(history, settings.special)
+        if self._encoder.misses_bos(ids):
+            note_once(self._model.notes, NO_BOS)
         if len(ids) > self._model.context:
             raise ContextError(
                 f"the conversation would have {len(ids):,} tokens and the context holds {self._model.context:,}: "
@@ -162,11 +181,11 @@ class Chat:
         responses = self._model.stream_ids(ids, params=settings, strip_leading_space=True, reuse_prefix=True)
         return self._answer(history, rendered, ids, responses)
 
-    def _encode(self, history: Sequence[Message]) -> tuple[str, list[int]]:
-        """The conversation rendered, and its ids."""
+    def _encode(self, history: Sequence[Message], special: bool = False) -> tuple[str, list[int]]:
+        """The conversation rendered, and its ids. `special`: control tokens that messages spell are tokens."""
         system = [] if self._system is None else [{"role": "system", "content": self._system}]
         known = self._rendered if self._history else ""
-        return self._encoder.encode_after(known, self._ids, [*system, *history], self._variables)
+        return self._encoder.encode_after(known, self._ids, [*system, *history], self._variables, special)
 
     def _answer(
         self, history: list[dict[str, Any]], rendered: str, ids: list[int], responses: Iterator[GenerationResponse]

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
 import threading
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from ..errors import Error
-from ..tokenizers.base import Tokenizer, TokenKind
-from .builtin_templates import BUILTIN_TEMPLATES, END_OF_TURN_TOKENS
+from ..tokenizers.base import Tokenizer
+from .builtin_templates import BUILTIN_TEMPLATES
 
 if TYPE_CHECKING:
     from .sandbox import Sandbox
@@ -20,19 +25,32 @@ Message = Mapping[str, Any]
 MAX_TEMPLATE = 1 << 16
 """Maximum size of a template in characters. The longest known have 20,000."""
 
+_REASONING = ("reasoning_content", "thinking", "reasoning")
+"""Names of a message's reasoning. Templates read one of the first two."""
+_MAX_DEPTH = 64
+
 
 class ChatTemplate:
     """A jinja2 template. It runs in a sandbox with limits on time and memory, see `sandbox`.
 
-    `name` names it in error messages. Raises `Error` when it does not compile.
+    The template sees the tokenizer's `bos_token` and `eos_token` and `tokens`, other special tokens by the names of
+    their variables ("pad_token" → text). As in transformers, a token that does not exist is undefined. `name` names the
+    template in error messages. Raises `Error` when it does not compile.
     """
 
-    def __init__(self, source: str, tokenizer: Tokenizer, name: str = "the chat template") -> None:
+    def __init__(
+        self,
+        source: str,
+        tokenizer: Tokenizer,
+        name: str = "the chat template",
+        tokens: Mapping[str, str] | None = None,
+    ) -> None:
         if len(source) > MAX_TEMPLATE:
             raise Error(f"{name} has {len(source):,} characters; supported are {MAX_TEMPLATE:,}")
         self.source, self.name = source, name
         ids = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
-        self._token_texts = {word: "" if token is None else tokenizer.piece(token) for word, token in ids.items()}
+        own = {word: tokenizer.piece(token) for word, token in ids.items() if token is not None}
+        self._tokens = {**(tokens or {}), **own}
         self._lock = threading.Lock()
         _ = self._compiled
 
@@ -53,13 +71,13 @@ class ChatTemplate:
         """
         from .sandbox import Budget, Refusal, size_of
 
-        messages = [dict(message) for message in messages]
-        names: dict[str, Any] = {"tools": None, "documents": None, **self._token_texts, **variables}
+        names: dict[str, Any] = {"tools": None, "documents": None, **self._tokens, **plain_variables(variables)}
+        given = plain_messages(messages)
         environment, template = self._compiled
         with self._lock:
-            environment.budget = Budget(size_of([messages, names], 1 << 40))
+            environment.budget = Budget(size_of([given, names], 1 << 40))
             try:
-                text: str = template.render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
+                text: str = template.render(messages=given, add_generation_prompt=add_generation_prompt, **names)
             except Refusal as error:
                 raise Error(f"{self.name} refuses this conversation: {_one_line(error)}") from None
             except Exception as error:
@@ -71,17 +89,135 @@ def _one_line(error: Exception) -> str:
     return f"{' '.join(str(error).split())[:300]} ({type(error).__name__})"
 
 
-def choose(source: str | None, tokenizer: Tokenizer) -> ChatTemplate:
+_OTHERS = {
+    "return_tensors": "ids are a list of int; numpy.array(ids) is what tensors are made of",
+    "return_dict": "ids are returned as a list",
+    "return_assistant_tokens_mask": "ids are returned as a list, without a mask",
+    "padding": "one conversation is encoded at a time",
+    "truncation": "a conversation that does not fit the context is an error",
+    "max_length": "a conversation that does not fit the context is an error",
+    "continue_final_message": "pass add_generation_prompt=False and a template that leaves the last message open",
+    "sanitize_control_tokens": "control tokens in messages are always encoded as text",
+    "tokenizer_kwargs": "a template's text is encoded in one way only",
+}
+"""Arguments of transformers' `apply_chat_template` that are no variables of templates → what to do instead."""
+
+
+def refuse_options(variables: Mapping[str, object]) -> None:
+    """Raise `Error` for an argument of transformers' `apply_chat_template` that would have no effect."""
+    for name, instead in _OTHERS.items():
+        if variables.get(name):
+            raise Error(f"{name} is not supported: {instead}")
+
+
+def plain_messages(messages: Iterable[object]) -> list[dict[str, Any]]:
+    """Messages as templates see them in transformers: dicts of plain values, without keys whose value is None.
+
+    A message may be a mapping, a dataclass or a pydantic model (the OpenAI client's). Its reasoning has the names
+    "reasoning_content" and "thinking". Raises `Error` for anything else.
+    """
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
+        raise Error(f'messages must be a list of {{"role": …, "content": …}}, found {messages!r:.200}')
+    found = []
+    for given in messages:
+        message = _plain(given)
+        if not isinstance(message, dict):
+            raise Error(f'messages must be a list of {{"role": …, "content": …}}, found {given!r:.200} among them')
+        message = {key: value for key, value in message.items() if value is not None}
+        reasoning = next((message[name] for name in _REASONING if name in message), None)
+        if reasoning is not None:
+            message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
+        found.append(message)
+    return found
+
+
+def plain_variables(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """Variables as templates see them: plain values. Raises `Error` for tools that are no JSON schemas."""
+    tools = variables.get("tools")
+    if tools is not None:
+        if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Iterable):
+            raise Error(f"tools must be a list of JSON schemas, found {tools!r:.200}")
+        tools = [_plain(tool) for tool in tools]
+        if wrong := next((tool for tool in tools if not isinstance(tool, dict)), None):
+            raise Error(
+                f'a tool must be a JSON schema, {{"type": "function", "function": …}}, found {wrong!r:.200}: '
+                "transformers.utils.get_json_schema makes one of a Python function"
+            )
+        variables = {**variables, "tools": tools}
+    return {name: _plain(value) for name, value in variables.items()}
+
+
+def _plain(value: object, depth: int = 0) -> Any:
+    """The value in plain Python types: a template must not reach the methods of other objects. As in transformers."""
+    if depth > _MAX_DEPTH:
+        raise Error(f"messages and variables of a chat template may be nested {_MAX_DEPTH} deep")
+    if value is None or isinstance(value, bool):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)  # of a subclass, an enum or NumPy's, the text alone
+    if isinstance(value, int):
+        return int.__int__(value)
+    if isinstance(value, float):
+        return float.__float__(value)
+    if isinstance(value, Mapping):
+        return {_plain(key, depth + 1): _plain(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        items = [_plain(item, depth + 1) for item in value]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, np.generic):
+        return _plain(value.item(), depth + 1)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [each.name for each in dataclasses.fields(value)]
+        return {name: _plain(getattr(value, name), depth + 1) for name in names}
+    if callable(dump := getattr(value, "model_dump", None)):
+        return _plain(dump(), depth + 1)
+    return f"<{type(value).__name__}>"
+
+
+@dataclass(frozen=True)
+class TemplateSet:
+    """The chat templates of a model file by name, and the special tokens that they see (see `ChatTemplate`)."""
+
+    named: Mapping[str, str] = field(default_factory=dict)
+    """ "default" is the usual one, "tool_use" the one for conversations with tools."""
+    tokens: Mapping[str, str] = field(default_factory=dict)
+
+    def choose(self, tokenizer: Tokenizer, wanted: str | None = None, tools: bool = False) -> ChatTemplate:
+        """The template `wanted`: a name in `named`, or a template itself. None: transformers' choice.
+
+        That is "tool_use" if the conversation has `tools`, otherwise "default". If the file has no templates, it is the
+        built-in template whose special tokens are in the vocabulary. Raises `Error` when there is none of these.
+        """
+        if wanted is not None and not isinstance(wanted, str):
+            raise Error(f"a chat template must be a string in jinja2, or the name of one, found {wanted!r:.200}")
+        if wanted is not None and wanted not in self.named:
+            if re.fullmatch(r"[\w-]+", wanted):  # a name: no template is a single word
+                names = ", ".join(map(repr, self.named)) or "none with a name"
+                raise Error(f"the model has no chat template {wanted!r}; it has {names}")
+            return ChatTemplate(wanted, tokenizer, tokens=self.tokens)
+        if self.named:
+            name = wanted or ("tool_use" if tools and "tool_use" in self.named else "default")
+            if name not in self.named:
+                raise Error(
+                    f"the model has the chat templates {', '.join(map(repr, self.named))} and none named 'default': "
+                    "choose one, with template= or --chat-template"
+                )
+            label = "the chat template" if name == "default" else f"the chat template {name!r}"
+            return ChatTemplate(self.named[name], tokenizer, label, self.tokens)
+        return choose(None, tokenizer, self.tokens)
+
+
+def choose(source: str | None, tokenizer: Tokenizer, tokens: Mapping[str, str] | None = None) -> ChatTemplate:
     """The template `source`. For None, the built-in template whose special tokens are in the vocabulary.
 
     Raises `Error` when no built-in template fits the vocabulary.
     """
     if source is not None:
-        return ChatTemplate(source, tokenizer)
+        return ChatTemplate(source, tokenizer, tokens=tokens)
     special = tokenizer.special_tokens
     for builtin in BUILTIN_TEMPLATES:
         if all(token in special for token in builtin.special_tokens):
-            return ChatTemplate(builtin.source, tokenizer, f"{builtin.name} chat template")
+            return ChatTemplate(builtin.source, tokenizer, f"{builtin.name} chat template", tokens)
     raise Error(
         "the model carries no chat template, and its vocabulary does not have the special tokens of a built-in one "
         f"({', '.join(builtin.name for builtin in BUILTIN_TEMPLATES)}): pass one, as template= or --chat-template"
@@ -90,7 +226,4 @@ def choose(source: str | None, tokenizer: Tokenizer) -> ChatTemplate:
 
 def stop_token_ids(tokenizer: Tokenizer) -> frozenset[int]:
     """Ids of the vocabulary's special tokens that end a turn, EOS among them."""
-    special = tokenizer.special_tokens
-    ids = {special[token] for token in END_OF_TURN_TOKENS if token in special}
-    ids = {token for token in ids if tokenizer.entry(token)[0] is TokenKind.CONTROL}
-    return frozenset(ids if tokenizer.eos_id is None else {*ids, tokenizer.eos_id})
+    return tokenizer.eog_ids

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..errors import Error
 from ..sampling import DEFAULTS, SamplingParams
 
 if TYPE_CHECKING:
@@ -21,13 +25,13 @@ MODEL_OPTIONS = (
 """Arguments of `compile` that are options of the same name."""
 
 SAMPLING_HELP = {
-    "max_tokens": "generate at most N tokens",
+    "max_tokens": "generate at most N tokens; -1: until the context is full",
     "temperature": "0 always takes the likeliest token, higher is more random",
     "top_k": "choose among the N likeliest tokens; 0: off",
     "top_p": "choose among the likeliest tokens that sum to X; 1: off",
     "min_p": "drop tokens less likely than X times the likeliest; 0: off",
     "repetition_penalty": "above 1 makes recent tokens less likely",
-    "seed": "the same seed gives the same text",
+    "seed": "the same seed gives the same text; -1: a random one",
     "stop": "end before this text; may be repeated",
     "ignore_eos": "go on after the end of the text",
     "special": "special tokens spelled out in the prompt are tokens",
@@ -80,10 +84,21 @@ def sampling_options(command: argparse.ArgumentParser, defaults: SamplingParams 
         elif name == "stop":
             group.add_argument(option, action="append", default=[], metavar="TEXT", help=text)
         else:
-            kind, metavar = (int, "N") if types[name].startswith("int") else (float, "X")
+            whole = types[name].startswith("int")
+            kind = _max_tokens if name == "max_tokens" else int if whole else float
+            metavar = "N" if whole else "X"
             text += "" if default is None else f" (default {default:g})"
             group.add_argument(option, type=kind, default=default, metavar=metavar, help=text)
     hidden_alias(group, "--repeat-penalty", "repetition_penalty", type=float)
+
+
+def _max_tokens(text: str) -> int | None:
+    """A number of tokens; -1, as in llama.cpp, is no limit."""
+    number = int(text)
+    return None if number == -1 else number
+
+
+_max_tokens.__name__ = "int"  # argparse names it: "invalid int value"
 
 
 def hidden_alias(group: argparse._ActionsContainer, option: str, dest: str, **options: Any) -> None:
@@ -101,3 +116,100 @@ def load(arguments: argparse.Namespace) -> Model:
     from .. import compile
 
     return compile(arguments.model, **{name: getattr(arguments, name) for name in MODEL_OPTIONS})
+
+
+# Chat templates
+
+
+def template_options(command: argparse.ArgumentParser) -> None:
+    """Add --chat-template and --template-arg."""
+    group = command.add_argument_group("chat template")
+    group.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="a file in jinja2 in place of the model's own template, or the name of one of the model's (tool_use)",
+    )
+    group.add_argument(
+        "--template-arg",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="a variable for the template, the value in JSON (enable_thinking=false); may be repeated",
+    )
+
+
+def read_template(argument: str | None) -> str | None:
+    """The template of --chat-template: the text of a file, or a name. Raises `Error` for a file that is no text."""
+    if argument is None or (re.fullmatch(r"[\w-]+", argument) and not Path(argument).exists()):
+        return argument
+    try:
+        return Path(argument).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise Error(f"{argument}: cannot be read: {error}") from None
+
+
+def template_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Name → value of all --template-arg. Raises `Error` for one that is not NAME=VALUE.
+
+    A value that is not JSON is a text. True, False and None are what they are in Python.
+    """
+    found: dict[str, Any] = {}
+    for argument in arguments.template_arg:
+        name, equals, value = argument.partition("=")
+        if not equals or not name.isidentifier() or name in _NOT_VARIABLES:
+            raise Error(f"--template-arg must be NAME=VALUE, such as enable_thinking=false, found {argument!r}")
+        try:
+            found[name] = _PYTHON[value] if value in _PYTHON else json.loads(value)
+        except (ValueError, RecursionError) as error:
+            if value.lstrip()[:1] in ("{", "[", '"'):
+                raise Error(f"--template-arg {name}: the value is not JSON: {error}") from None
+            found[name] = value
+    return found
+
+
+_PYTHON = {"True": True, "False": False, "None": None}
+_NOT_VARIABLES = ("messages", "system", "template", "add_generation_prompt", "self", "context")
+"""Names that are no variables of a template, because chat sets them or Python has them."""
+
+
+# Texts and errors
+
+
+def require_text(arguments: argparse.Namespace) -> None:
+    """Raise `Error` for an argument that is no text. The names of files may be any bytes."""
+    for name in ("prompt", "system", "stop", "template_arg"):
+        value = getattr(arguments, name, None)
+        for text in value if isinstance(value, list) else [value]:
+            try:
+                (text or "").encode()
+            except UnicodeEncodeError as error:
+                byte = ord(error.object[error.start]) - 0xDC00
+                where = "the prompt" if name == "prompt" else f"--{name.replace('_', '-')}"
+                found = f"0x{byte:02x} at character {error.start}"
+                raise Error(f"{where} is not valid text in this terminal's encoding: found {found}") from None
+
+
+_PHRASES = {
+    "None starts from the beginning-of-text token alone": "`numballama story --model …` begins without one",
+    "reset() the chat": "begin a new conversation (/reset on a terminal)",
+    "compile with a larger context=": "use a larger --context",
+    "compile with context=": "use --context",
+    "compile(…, tokenizer=…), --tokenizer on the command line": "--tokenizer",
+    "template= or --chat-template": "--chat-template",
+}
+"""What an error says to a Python program → what it says on the command line."""
+_OPTIONS = "|".join([*MODEL_OPTIONS, *SAMPLING_HELP, "prompt_tokens", "repeats"])
+_KEYWORD = re.compile(rf"(?<![^\s(:;,])({_OPTIONS})=(?:'([^' ]*)'|([\w.:/-]*))")
+_SUBJECT = re.compile(rf"^({_OPTIONS})(?= (?:must be|\S+ is not supported|is not supported)\b)")
+
+
+def in_options(message: str) -> str:
+    """An error message with the command line's options in place of Python's arguments."""
+    for phrase, ours in _PHRASES.items():
+        message = message.replace(phrase, ours)
+    message = _SUBJECT.sub(lambda found: _option(found[1]), message)
+    return _KEYWORD.sub(lambda found: f"{_option(found[1])} {found[2] or found[3] or ''}".rstrip(), message)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"

@@ -1,4 +1,4 @@
-"""`numballama chat`: a conversation on a terminal. Through a pipe, stdin has one message per line."""
+"""`numballama chat`: a conversation on a terminal. Through a pipe, stdin has one message per line, and no commands."""
 
 from __future__ import annotations
 
@@ -7,13 +7,23 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from .. import progress
 from ..errors import Error
 from ..sampling import CHAT_DEFAULTS, SamplingParams
-from .args import MODEL_HELP, load, model_options, sampling_options, sampling_params
+from .args import (
+    MODEL_HELP,
+    in_options,
+    load,
+    model_options,
+    read_template,
+    sampling_options,
+    sampling_params,
+    template_arguments,
+    template_options,
+)
+from .streams import is_terminal, read_lines, say
 
 if TYPE_CHECKING:
     from ..chat.conversation import Chat
@@ -23,7 +33,8 @@ HELP = """\
 /system [TEXT]   set the system message, or without TEXT show it; "/system none" removes it
 /help            this list
 /exit            end (so does Ctrl-D)
-Ctrl-C stops an answer. A line that ends with a backslash continues on the next one."""
+Ctrl-C stops an answer. A line that ends with a backslash continues on the next one.
+To send a message that begins with a slash, type a space before it."""
 
 
 def add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -31,36 +42,33 @@ def add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         "chat",
         help="talk with a model",
         description="A conversation: on a terminal, or with one message per line on stdin and the answers on stdout.",
-        epilog="In the conversation, /help lists the commands. Ctrl-C stops an answer, Ctrl-D ends.",
+        epilog="On a terminal, /help lists the commands. Ctrl-C stops an answer, Ctrl-D ends.",
     )
     chat.add_argument("model", help=MODEL_HELP)
     chat.add_argument("--system", metavar="TEXT", help="the system message")
-    chat.add_argument("--chat-template", metavar="FILE", help="a jinja2 template in place of the model's own")
+    template_options(chat)
     model_options(chat)
     sampling_options(chat, CHAT_DEFAULTS)
     chat.set_defaults(run=run_chat)
 
 
 def run_chat(arguments: argparse.Namespace) -> None:
-    template = None
-    if arguments.chat_template is not None:
-        try:
-            template = Path(arguments.chat_template).read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise Error(f"{arguments.chat_template}: cannot be read: {error}") from None
+    template, variables = read_template(arguments.chat_template), template_arguments(arguments)
     params = sampling_params(arguments)
+    interactive = is_terminal()
     with load(arguments) as model:
-        run_repl(model.chat(arguments.system, template=template), params)
+        run_repl(model.chat(arguments.system, template=template, **variables), params, interactive)
 
 
-def run_repl(chat: Chat, params: SamplingParams) -> None:
-    """Answer each line of stdin until it ends. On a terminal, an error or Ctrl-C ends only the turn."""
-    interactive = sys.stdin.isatty()
+def run_repl(chat: Chat, params: SamplingParams, interactive: bool) -> None:
+    """Answer each line of stdin until it ends. On a terminal, some lines are commands, and an error or Ctrl-C ends only
+    the turn. Through a pipe every line is a message, "/etc/passwd is what?" too.
+    """
     if interactive:
         progress.info(_dim("/help lists the commands, Ctrl-D ends."))
     for line in _lines(interactive):
         try:
-            if line.startswith("/"):
+            if interactive and line.startswith("/"):
                 if not handle_command(chat, line):
                     return
             elif line.strip():
@@ -68,7 +76,7 @@ def run_repl(chat: Chat, params: SamplingParams) -> None:
         except Error as error:
             if not interactive:
                 raise
-            print(f"numballama: {error}", file=sys.stderr)
+            say(f"numballama: {in_options(str(error))}")
         except KeyboardInterrupt:
             if not interactive:
                 raise
@@ -77,8 +85,7 @@ def run_repl(chat: Chat, params: SamplingParams) -> None:
 def _lines(interactive: bool) -> Iterator[str]:
     """The messages of stdin. On a terminal, a backslash at the end of a line joins it with the next."""
     if not interactive:
-        for line in sys.stdin:
-            yield line.rstrip("\r\n")
+        yield from read_lines()
         return
     with contextlib.suppress(ImportError):  # importing it makes input() editable
         import readline  # noqa: F401
@@ -92,6 +99,9 @@ def _lines(interactive: bool) -> Iterator[str]:
             return
         except KeyboardInterrupt:
             print("\nCtrl-D or /exit ends.", file=sys.stderr)
+            continue
+        except UnicodeDecodeError as error:
+            print(f"what was typed is not {error.encoding.upper()} text", file=sys.stderr)
             continue
         yield line
 
@@ -119,7 +129,7 @@ def handle_command(chat: Chat, line: str) -> bool:
     elif command == "/help":
         print(HELP, file=sys.stderr)
     else:
-        print(f"there is no command {command}; /help lists them", file=sys.stderr)
+        print(f"there is no command {command}; /help lists them. A space in front makes it a message", file=sys.stderr)
     return True
 
 

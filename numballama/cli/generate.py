@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, TextIO
 from .. import progress
 from ..sampling import SamplingParams
 from .args import MODEL_HELP, STORY_MODEL, hidden_alias, load, model_options, sampling_options, sampling_params
+from .streams import read_stdin
 
 if TYPE_CHECKING:
     from ..generate import GenerationResponse
@@ -65,7 +66,7 @@ def run_story(arguments: argparse.Namespace) -> None:
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
-    prompt = sys.stdin.read() if arguments.prompt == "-" else arguments.prompt
+    prompt = read_stdin() if arguments.prompt == "-" else arguments.prompt
     params = sampling_params(arguments)
     with load(arguments) as model:
         show(model.stream(prompt, params=params), sys.stdout)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from .. import __version__, progress
 from ..errors import Error
+from ..host.interrupts import INTERRUPTED
+from . import streams
+from .args import in_options, require_text
 from .bench import add_bench
 from .chat import add_chat
 from .doctor import add_doctor
@@ -16,13 +19,27 @@ from .export import add_export
 from .generate import add_generate, add_story
 from .inspect import add_inspect
 
-FAILED, INTERRUPTED, BROKEN_PIPE = 1, 130, 141
-"""Exit codes: an `Error`; Ctrl-C and a closed pipe, as shells report them. Wrong usage ends with argparse's 2."""
+if TYPE_CHECKING:
+    from _typeshed import SupportsWrite
+
+FAILED, BROKEN_PIPE = 1, 141
+"""Exit codes: an `Error`; a closed pipe, as shells report it. Ctrl-C is `INTERRUPTED`. Wrong usage ends with argparse's
+2."""
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse's, which tells when --help cannot be written."""
+
+    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
+        if file is sys.stdout:
+            file.write(message)
+        else:
+            super()._print_message(message, file)
 
 
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line."""
-    main = argparse.ArgumentParser(
+    main: argparse.ArgumentParser = _Parser(
         prog="numballama",
         description="LLaMA inference compiled from Python.",
         epilog="numballama COMMAND --help explains a command. Text goes to stdout, notes and progress to stderr.",
@@ -36,20 +53,51 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
-    parsed = parser().parse_args(arguments)
-    progress.quiet = getattr(parsed, "quiet", False)
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows another one
-    command: Callable[[argparse.Namespace], None] = parsed.run
     try:
-        command(parsed)
+        streams.prepare()
+        _run(parser().parse_args(arguments))
+    except SystemExit:  # --help, --version, wrong usage
+        if (code := _flush()) != 0:
+            return code
+        raise
     except Error as error:
-        print(f"numballama: {error}", file=sys.stderr)
-        return FAILED
+        streams.say(f"numballama: {in_options(str(error))}")
+        return _flush() or FAILED
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        streams.say("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains again when it exits
-        return BROKEN_PIPE
+    except OSError as error:
+        return _failed(error)
+    return _flush()
+
+
+def _run(parsed: argparse.Namespace) -> None:
+    progress.quiet = getattr(parsed, "quiet", False)
+    require_text(parsed)
+    command: Callable[[argparse.Namespace], None] = parsed.run
+    command(parsed)
+
+
+def _flush() -> int:
+    """Write what is left of stdout; returns 0, or the exit code when that fails."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        return _failed(error)
+    except (AttributeError, ValueError):  # it is closed, which has been said
+        return FAILED
     return 0
+
+
+def _failed(error: OSError) -> int:
+    """Say in a line why a file or stdout cannot be used. A pipe that its reader closed is no error to tell."""
+    if isinstance(error, BrokenPipeError):
+        streams.abandon_stdout()
+        return BROKEN_PIPE
+    reason = error.strerror or error
+    if error.filename is None:
+        streams.abandon_stdout()
+        streams.say(f"numballama: stdout cannot be written: {reason}")
+    else:
+        streams.say(f"numballama: {error.filename}: {reason}")
+    return FAILED

@@ -6,11 +6,13 @@ import os
 from os import PathLike
 from pathlib import Path
 
-from ..errors import FormatError
-from ..files import expand_user, map_file
+from ..errors import FormatError, UnsupportedError
+from ..files import MappedFile, expand_user, map_file
 from ..tokenizers.base import Tokenizer
+from ..tokenizers.eog import EOG_NAMES, not_eog
 from ..tokenizers.huggingface import read_tokenizer_json
 from ..tokenizers.llama2c import read_llama2c
+from ..tokenizers.partition import AddedToken
 from ..tokenizers.sentencepiece import SentencePieceTokenizer, read_sentencepiece
 from ..tokenizers.tiktoken import looks_like_tiktoken, read_tiktoken
 from .gguf.header import MAGIC as GGUF_MAGIC
@@ -28,22 +30,32 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
     """Open the tokenizer file at `path`, recognised by its content, or the one in a directory.
 
     In a directory it looks for `tokenizer.json`, `tokenizer.model`, `tokenizer.bin` and a single GGUF file, in this
-    order. The files beside a `tokenizer.json` say whether encoding adds BOS and EOS. Raises `FormatError` for a damaged
-    file or an unknown format, `UnsupportedError` for a known format that is not supported, and `Error` when the file
-    cannot be opened.
+    order; a file that is not supported gives way to the next. The small files beside a `tokenizer.json` and a
+    sentencepiece model (`tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`) are read too.
+
+    Raises `FormatError` for a damaged file or an unknown format, `UnsupportedError` for a known format that is not
+    supported, and `Error` when the file cannot be opened.
     """
     directory = expand_user(path)
-    if os.path.isdir(directory):
-        if (chosen := find_tokenizer(directory)) is None:
-            raise FormatError(
-                "a directory without a tokenizer", path=path, expected=f"one of {', '.join(_NAMES)}, *.gguf"
-            )
-        tokenizer = load_tokenizer(chosen)
-        if isinstance(tokenizer, SentencePieceTokenizer):  # the model does not say it; the files beside it may
-            settings = TextSettings(directory).tokens
-            tokenizer.add_bos = tokenizer.add_bos if settings.add_bos is None else settings.add_bos
-            tokenizer.add_eos = tokenizer.add_eos if settings.add_eos is None else settings.add_eos
+    if not os.path.isdir(directory):
+        return _load_file(path)
+    if not (files := find_tokenizers(directory)):
+        raise FormatError("a directory without a tokenizer", path=path, expected=f"one of {', '.join(_NAMES)}, *.gguf")
+    unsupported: UnsupportedError | None = None
+    for file in files:
+        try:
+            tokenizer = _load_file(file)
+        except UnsupportedError as error:
+            unsupported = unsupported or error
+            continue
+        if unsupported is not None:
+            tokenizer.notes = (f"{file.name} is used, because {unsupported}", *tokenizer.notes)
         return tokenizer
+    assert unsupported is not None
+    raise unsupported
+
+
+def _load_file(path: str | PathLike[str]) -> Tokenizer:
     file = map_file(path)
     if file.data[: len(GGUF_MAGIC)] == GGUF_MAGIC:
         if (in_gguf := read_gguf_tokenizer(Header(file))) is None:
@@ -60,7 +72,7 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
         return read_llama2c(file)
     except FormatError as error:
         fault = error
-    if (model := read_sentencepiece(file)) is None:
+    if (model := _read_sentencepiece(file)) is None:
         raise FormatError(
             f"not a tokenizer of a known kind, nor a sentencepiece model, nor a llama2.c tokenizer.bin ({SUPPORTED})",
             path=path,
@@ -71,10 +83,34 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
     return model
 
 
-def find_tokenizer(directory: Path) -> Path | None:
-    """The file that holds a directory's tokenizer; None if there is none."""
-    for name in _NAMES:
-        if (path := directory / name).is_file():
-            return path
-    files = sorted(path for path in directory.glob("*.gguf") if not path.name.startswith("."))
-    return files[0] if len(files) == 1 else None
+def _read_sentencepiece(file: MappedFile) -> SentencePieceTokenizer | None:
+    """The sentencepiece model, with what the files beside it add and say."""
+    settings = TextSettings(file.path.parent).tokens
+    # transformers: LlamaTokenizer puts a space in front of a text only, unless `legacy` says otherwise
+    legacy = settings.tokenizer_class != "LlamaTokenizer" if settings.legacy is None else settings.legacy
+    exceptions = not_eog(entry.text for entry in settings.added)
+    added = [
+        AddedToken(
+            entry.text,
+            entry.token,
+            entry.special or entry.text in settings.special or entry.text in EOG_NAMES - exceptions,
+            entry.lstrip,
+            entry.rstrip,
+        )
+        for entry in settings.added
+    ]
+    if (model := read_sentencepiece(file, added, settings.eos, legacy)) is None:
+        return None
+    if settings.add_bos is not None:  # the model does not say it; BOS is usual
+        model.add_bos = settings.add_bos
+    model.add_eos = settings.add_eos is True
+    if settings.eos is not None and model.piece(model.eos_id or 0) != settings.eos:
+        model.notes = (f"the tokenizer has no {settings.eos!r}, its EOS according to the files beside it",)
+    return model
+
+
+def find_tokenizers(directory: Path) -> list[Path]:
+    """The files that may hold a directory's tokenizer, the preferred one first."""
+    files = [path for name in _NAMES if (path := directory / name).is_file()]
+    gguf = sorted(path for path in directory.glob("*.gguf") if not path.name.startswith("."))
+    return [*files, *(gguf if len(gguf) == 1 else [])]

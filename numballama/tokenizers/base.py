@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import SupportsIndex
 
 from ..errors import Error
+from .eog import eog_ids
 
 MAX_VOCAB = 1 << 20
 """Maximum number of tokens in a vocabulary: four times the largest known one. It limits memory."""
@@ -20,6 +21,10 @@ MAX_VOCAB = 1 << 20
 SPACE = "▁"  # a space, in the pieces of a vocabulary
 UNKNOWN_TEXT = " ⁇ ".encode()  # as sentencepiece shows it
 BYTE_PIECE = re.compile(rb"<0x([0-9A-F]{2})>")
+
+
+Span = tuple[str, bool]
+"""(text, trusted): a part of a text, and whether control tokens that it spells are tokens."""
 
 
 class TokenKind(Enum):
@@ -84,40 +89,87 @@ class Tokenizer(ABC):
     each byte, as sentencepiece does.
     """
 
+    notes: tuple[str, ...] = ()
+    """What the user should know about how the files were interpreted, one sentence each."""
+
     def __init__(self, vocab_size: int, bos_id: int | None, eos_id: int | None, strip: Strip) -> None:
         self.vocab_size, self.bos_id, self.eos_id = vocab_size, bos_id, eos_id
+        self._limit = vocab_size
         self._strip = strip
         self._entries: dict[int, tuple[TokenKind, bytes]] = {}
 
     def encode(self, text: str, bos: bool = True, special: bool = False) -> list[int]:
         """`text` → ids. With `bos`, adds BOS and EOS where the vocabulary asks for them (`add_bos`, `add_eos`).
 
-        Special tokens written out in `text` ("<s>", "</s>") stay text. With `special` they become their ids, and the
-        text between them is encoded as separate texts. Raises `Error` when `text` holds a lone surrogate, which is
-        not valid Unicode.
+        Control tokens spelled in `text` ("<s>", "<|im_end|>") are encoded as ordinary text. With `special` they become
+        their ids. Other added tokens (runs of spaces, "<think>") become their ids in any case. Raises `Error` when
+        `text` holds a lone surrogate, which is not valid Unicode.
         """
+        return self.encode_spans([(text, special)], bos)
+
+    def encode_spans(self, spans: Sequence[Span], bos: bool = False) -> list[int]:
+        """Ids of one text, given as spans `(text, trusted)`. Control tokens are recognised in trusted spans only.
+
+        Everything else is as in one `encode` of the joined text: normalisation, pre-tokenisation and merges work
+        across the borders of spans, and so do added tokens that are no control tokens. A control token whose spelling
+        is not trusted as a whole is encoded as ordinary text. `bos` and errors are as in `encode`.
+        """
+        text = "".join(part for part, _ in spans)
         _require_unicode(text)
-        ids = [self.bos_id] if bos and self.add_bos and self.bos_id is not None else []
-        ids += self._encode_special(text) if special else self._encode_text(text)
-        return [*ids, self.eos_id] if bos and self.add_eos and self.eos_id is not None else ids
+        ids: list[int] = []
+        if text:
+            ids = self._encode(text, b"".join((b"\1" if trusted else b"\0") * len(part) for part, trusted in spans))
+            if max(ids, default=0) >= self._limit:
+                ids = [part for token in ids for part in (self._spell(token) if token >= self._limit else [token])]
+        return [*self._before, *ids, *self._after] if bos else ids
+
+    @property
+    def _before(self) -> Sequence[int]:
+        """Ids that encoding puts before a text."""
+        return [self.bos_id] if self.add_bos and self.bos_id is not None else []
+
+    @property
+    def _after(self) -> Sequence[int]:
+        """Ids that encoding puts after a text."""
+        return [self.eos_id] if self.add_eos and self.eos_id is not None else []
+
+    def limit(self, rows: int) -> None:
+        """Encode text without ids from `rows` on, for which the model's embedding has no row.
+
+        A token beyond is spelled by tokens of single bytes. BOS and EOS beyond are not added.
+        """
+        self._limit = min(rows, self.vocab_size)
+        self.add_bos = self.add_bos and self.bos_id is not None and self.bos_id < rows
+        self.add_eos = self.add_eos and self.eos_id is not None and self.eos_id < rows
+
+    def _spell(self, token: int) -> list[int]:
+        """The text of a token as tokens of single bytes, as far as the vocabulary has them."""
+        found = (self._byte_token(byte) for byte in self._read_text(token))
+        return [byte for byte in found if byte is not None and byte != token and byte < self._limit]
+
+    def _read_text(self, token: int) -> bytes:
+        """The bytes of a token, those of a control token as well."""
+        kind, data = self.entry(token)
+        return self._read_piece(token).encode() if kind is TokenKind.CONTROL else data
 
     def encode_guarded(self, text: str, guard: str) -> list[int]:
-        """Like `encode(text, bos=False, special=True)`, but a special token with `guard` inside stays text.
+        """Like `encode(text, bos=False, special=True)`, but a control token with `guard` inside stays text.
 
         `guard` is a character that occurs in `text` for this purpose only. It is removed before encoding.
         """
-        _require_unicode(text)
-        ids: list[int] = []
-        special_tokens = self.special_tokens
-        for part in self._special_pattern.split(text):
-            token = special_tokens.get(part)
-            ids += [token] if token is not None else self._encode_text(part.replace(guard, ""))
-        return ids
+        *parts, last = text.split(guard) if guard else [text]
+        spans = [span for part in parts for span in ((part[:-1], True), (part[-1:], False))]
+        return self.encode_spans([*spans, (last, True)])
 
     @property
     @abstractmethod
     def special_tokens(self) -> Mapping[str, int]:
-        """Text → id of the tokens that `encode` produces with `special=True` only, control tokens among them."""
+        """Text → id of the control tokens: those that `encode` produces with `special=True` only."""
+
+    @cached_property
+    def eog_ids(self) -> frozenset[int]:
+        """Ids that end a generation: EOS, and control tokens with a name that says so. See `eog`."""
+        return eog_ids(self.special_tokens, self.eos_id)
 
     def prepare(self) -> None:  # noqa: B027  (most have nothing to do)
         """Do the work that would delay the first `encode`. Raises `FormatError` for damage that is found only now."""
@@ -150,24 +202,19 @@ class Tokenizer(ABC):
     def vocabulary(self) -> Vocabulary:
         """The vocabulary, for writers. Raises `UnsupportedError` when `Vocabulary` cannot express it."""
 
-    def _encode_special(self, text: str) -> list[int]:
-        """Ids of valid Unicode text, special tokens included."""
-        return self.encode_guarded(text, "") if text else []
-
     def _check(self, token: SupportsIndex) -> int:
         checked = operator.index(token)  # NumPy's integers become Python's
         if not 0 <= checked < self.vocab_size:
             raise Error(f"token id {checked} is outside the vocabulary of {self.vocab_size:,}")
         return checked
 
-    @cached_property
-    def _special_pattern(self) -> re.Pattern[str]:
-        longest_first = sorted(self.special_tokens, key=len, reverse=True)
-        return re.compile(f"({'|'.join(map(re.escape, longest_first))})" if longest_first else r"(?!)")
+    @abstractmethod
+    def _encode(self, text: str, trusted: bytes) -> list[int]:
+        """Ids of valid Unicode text that is not empty. `trusted[i]` is 1 where character i is in a trusted span."""
 
     @abstractmethod
-    def _encode_text(self, text: str) -> list[int]:
-        """Ids of valid Unicode text, without special tokens; [] for ""."""
+    def _byte_token(self, byte: int) -> int | None:
+        """The token of a single byte; None when the vocabulary has none."""
 
     @abstractmethod
     def _read_entry(self, token: int) -> tuple[TokenKind, bytes]: ...
@@ -198,6 +245,10 @@ class Decoder:
         elif data:
             self._strip = Strip.NONE
         return self._utf8.decode(data, True)  # True: other tokens end an unfinished character
+
+    def hidden(self, token: SupportsIndex) -> str:
+        """What a control token is called ("<|im_end|>"), which is no part of the text; "" for other tokens."""
+        return self._tokenizer.piece(token) if self._tokenizer.entry(token)[0] is TokenKind.CONTROL else ""
 
     def flush(self) -> str:
         """End the text: the bytes of an unfinished character become U+FFFD."""

@@ -2,130 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
-from os import PathLike
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from ..errors import Error, FormatError, UnsupportedError
-from .base import BYTE_PIECE, SPACE, PieceType, Strip, Tokenizer, TokenKind, Vocabulary
+from ..errors import UnsupportedError
+from .base import PieceType, Vocabulary
+from .library import LibraryTokenizer
 from .pretokenizers import pre_tokenizer_name
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
 
 
-def _unicode_to_byte() -> dict[str, int]:
-    """GPT-2's `bytes_to_unicode`, inverted: visible Latin-1 stands for itself, the other bytes follow from U+0100."""
-    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [byte for byte in range(256) if byte not in visible]
-    return {chr(byte): byte for byte in visible} | {chr(256 + n): byte for n, byte in enumerate(others)}
-
-
-UNICODE_TO_BYTE = _unicode_to_byte()
-BYTE_TO_UNICODE = {byte: character for character, byte in UNICODE_TO_BYTE.items()}
-
-
-class BPETokenizer(Tokenizer):
-    """A BPE model. The library encodes; decoding is done here.
-
-    `build` makes the library's tokenizer when it is first needed, because a large one takes half a second. It contains
-    the added tokens, which `added` maps to their ids; those in `special` contribute no text. `pieces[id]` is None for
-    an unused id.
-    """
-
-    def __init__(
-        self,
-        build: Callable[[], Library],
-        pieces: Sequence[str | None],
-        added: Mapping[str, int],
-        special: frozenset[int],
-        bos_id: int | None = None,
-        eos_id: int | None = None,
-        add_bos: bool = False,
-        add_eos: bool = False,
-        strip: Strip = Strip.NONE,
-        byte_level: bool = True,
-    ) -> None:
-        super().__init__(len(pieces), bos_id, eos_id, strip)
-        self.add_bos, self.add_eos = add_bos, add_eos
-        self._build: Callable[[], Library] | None = build
-        self._pieces, self._added, self._special = pieces, dict(added), special
-        self._added_ids = frozenset(self._added.values())
-        self._byte_level = byte_level
-        if byte_level:
-            self.invalid = "replace"  # as the library does: one U+FFFD for an unfinished character
-
-    def prepare(self) -> None:
-        _ = self._library
-
-    @cached_property
-    def _library(self) -> Library:
-        assert self._build is not None
-        library, self._build = self._build(), None  # `build` may keep a whole file mapped
-        return library
-
-    @cached_property
-    def _plain(self) -> Library:
-        """The library's tokenizer without added tokens, for text that must not become one."""
-        from tokenizers import Tokenizer as Library
-
-        plain = Library(self._library.model)
-        for part in ("normalizer", "pre_tokenizer"):
-            if (value := getattr(self._library, part)) is not None:
-                setattr(plain, part, value)
-        return plain
-
-    @property
-    def special_tokens(self) -> Mapping[str, int]:
-        return self._added
-
-    def _encode_text(self, text: str) -> list[int]:
-        ids = self._run(self._plain, text)
-        if not self._added_ids.isdisjoint(ids):  # a word that is both an added token and in the model
-            ids = [
-                part for token in ids for part in (self._byte_tokens(token) if token in self._added_ids else [token])
-            ]
-        return ids
-
-    def _encode_special(self, text: str) -> list[int]:
-        return self._run(self._library, text)
-
-    def _run(self, library: Library, text: str) -> list[int]:
-        with library_errors("the tokenizer's own rules fail on this text"):
-            return list(library.encode(text, add_special_tokens=False).ids)
-
-    def _byte_tokens(self, token: int) -> list[int]:
-        """An added token as tokens of single bytes."""
-        piece = self._pieces[token] or ""
-        if not self._byte_level:
-            pieces = [f"<0x{byte:02X}>" for byte in piece.replace(SPACE, " ").encode()]
-        elif all(character in UNICODE_TO_BYTE for character in piece):
-            pieces = list(piece)
-        else:
-            pieces = [BYTE_TO_UNICODE[byte] for byte in piece.encode()]
-        ids = map(self._library.model.token_to_id, pieces)
-        return [part for part in ids if part is not None and part != token]
-
-    def _read_entry(self, token: int) -> tuple[TokenKind, bytes]:
-        piece = self._pieces[token]
-        if piece is None or token in self._special:
-            return TokenKind.CONTROL, b""
-        if token in self._added_ids:
-            return TokenKind.TEXT, piece.encode()
-        if self._byte_level:
-            known = all(character in UNICODE_TO_BYTE for character in piece)
-            return TokenKind.BYTE, bytes(map(UNICODE_TO_BYTE.__getitem__, piece)) if known else piece.encode()
-        if match := BYTE_PIECE.fullmatch(piece.encode()):
-            data = bytes([int(match[1], 16)])
-            # TEXT, because the library strips this space like any other
-            return (TokenKind.TEXT if data == b" " else TokenKind.BYTE), data
-        return TokenKind.TEXT, piece.replace(SPACE, " ").encode()
-
-    def _read_piece(self, token: int) -> str:
-        return self._pieces[token] or ""
+class BPETokenizer(LibraryTokenizer):
+    """A BPE model."""
 
     def vocabulary(self) -> Vocabulary:
         if not self._byte_level:
@@ -155,55 +46,11 @@ class BPETokenizer(Tokenizer):
             pre=pre,
         )
 
-    def to_json(self) -> str:
-        """The content of a `tokenizer.json`, with a post-processor that adds BOS and EOS as `encode` does."""
-        data = json.loads(self._library.to_str())
-        before = [self.piece(self.bos_id)] if self.add_bos and self.bos_id is not None else []
-        after = [self.piece(self.eos_id)] if self.add_eos and self.eos_id is not None else []
-        if before or after:
-
-            def template(sequence: str, type_id: int) -> list[Any]:
-                first, last = (
-                    [{"SpecialToken": {"id": name, "type_id": type_id}} for name in names] for names in (before, after)
-                )
-                return [*first, {"Sequence": {"id": sequence, "type_id": type_id}}, *last]
-
-            ids = {self.piece(token): token for token in (self.bos_id, self.eos_id) if token is not None}
-            data["post_processor"] = {
-                "type": "TemplateProcessing",
-                "single": template("A", 0),
-                "pair": template("A", 0) + template("B", 1),
-                "special_tokens": {
-                    name: {"id": name, "ids": [ids[name]], "tokens": [name]} for name in {*before, *after}
-                },
-            }
-        return json.dumps(data, ensure_ascii=False) + "\n"
-
     @property
     def unreachable(self) -> list[int]:
         """Ids with the same text as another id. Encoding never gives them, and a `tokenizer.json` cannot hold them."""
         find = self._library.token_to_id
         return [token for token, piece in enumerate(self._pieces) if piece is not None and find(piece) != token]
-
-
-@contextlib.contextmanager
-def library_errors(message: str, path: str | PathLike[str] | None = None) -> Iterator[None]:
-    """Turn the library's exceptions, Rust panics included, into an `Error`, or a `FormatError` if `path` is given."""
-    try:
-        yield
-    except Error:
-        raise
-    except Exception as error:
-        raise _error(message, path, error) from None
-    except BaseException as error:
-        if type(error).__name__ != "PanicException":  # not an Exception, and cannot be imported
-            raise
-        raise _error(message, path, error) from None
-
-
-def _error(message: str, path: str | PathLike[str] | None, error: BaseException) -> Error:
-    text = " ".join(str(error).split())[:300]
-    return Error(f"{message}: {text}") if path is None else FormatError(message, path=path, found=text)
 
 
 def build_library(model: Any, pre_tokenizer: Any, added: Sequence[tuple[str, bool]]) -> Library:

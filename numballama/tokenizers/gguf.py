@@ -9,11 +9,12 @@ import, against 26 ms).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from functools import cached_property
 
 from ..errors import Error
 from .base import BYTE_PIECE, SPACE, UNKNOWN_TEXT, PieceType, Strip, TokenKind, Vocabulary
+from .partition import AddedToken, Partition
 from .scored import MERGED, NO_TOKEN, ScoredTokenizer
 
 
@@ -37,28 +38,26 @@ class GgufTokenizer(ScoredTokenizer):
             for token, kind in enumerate(v.types)
             if kind == PieceType.BYTE and (match := BYTE_PIECE.fullmatch(v.pieces[token]))
         }
-        tokens = [token for token, kind in enumerate(v.types) if kind == PieceType.USER_DEFINED and v.pieces[token]]
-        tokens.sort(key=lambda token: -len(v.pieces[token]))
-        self._user_defined = [(v.pieces[token].decode(errors="replace"), token) for token in tokens]
+        control = (PieceType.CONTROL, PieceType.UNKNOWN)
+        self._partition = Partition(
+            AddedToken(v.pieces[token].decode(errors="replace"), token, kind in control)
+            for token, kind in enumerate(v.types)
+            if kind in control or kind == PieceType.USER_DEFINED
+        )
 
     @cached_property
     def special_tokens(self) -> Mapping[str, int]:  # type: ignore[override]
-        controls = (token for token, kind in enumerate(self._vocabulary.types) if kind == PieceType.CONTROL)
+        kinds = (PieceType.CONTROL, PieceType.UNKNOWN)
+        controls = (token for token, kind in enumerate(self._vocabulary.types) if kind in kinds)
         return {text: token for token in controls if (text := self._pieces[token].decode(errors="replace"))}
 
-    def _encode_text(self, text: str) -> list[int]:
-        parts: list[str | int] = [text]
-        for piece, token in self._user_defined:
-            if piece in text:
-                parts = [item for part in parts for item in _cut(part, piece, token)]
+    def _encode(self, text: str, trusted: bytes) -> list[int]:
         ids: list[int] = []
-        for part in parts:
+        for part in self._partition.split(text, trusted):
             ids += [part] if isinstance(part, int) else self._encode_part(part)
         return ids
 
     def _encode_part(self, text: str) -> list[int]:
-        if not text:
-            return []
         prefix = SPACE if self._vocabulary.add_space_prefix else ""
         symbols = [character.encode() for character in prefix + text.replace(" ", SPACE)]
         ids = [self._ids.get(symbol, NO_TOKEN) for symbol in symbols]
@@ -90,6 +89,9 @@ class GgufTokenizer(ScoredTokenizer):
             raise Error(f"the vocabulary has no token for {symbol.decode(errors='replace')!r}, nor for unknown text")
         return [unknown]
 
+    def _byte_token(self, byte: int) -> int | None:
+        return self._byte_ids.get(byte)
+
     def _read_entry(self, token: int) -> tuple[TokenKind, bytes]:
         kind, piece = self._vocabulary.types[token], self._pieces[token]
         if kind == PieceType.CONTROL:
@@ -105,11 +107,3 @@ class GgufTokenizer(ScoredTokenizer):
 
     def vocabulary(self) -> Vocabulary:
         return self._vocabulary
-
-
-def _cut(part: str | int, piece: str, token: int) -> Iterable[str | int]:
-    """The part, with `token` in place of each occurrence of `piece`."""
-    if isinstance(part, int):
-        return [part]
-    texts = part.split(piece)
-    return [item for text in texts for item in (text, token)][:-1]

@@ -2,39 +2,69 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import FormatError, UnsupportedError
 from ..files import MappedFile
-from .base import MAX_VOCAB, Strip
-from .bpe import BPETokenizer, library_errors
+from .base import MAX_VOCAB, SPACE, Strip
+from .bpe import BPETokenizer
+from .eog import EOG_NAMES, not_eog
+from .library import BYTE_LEVEL, Decoding, LibraryTokenizer, copy_token, library_errors, library_nodes, library_parts
 
 if TYPE_CHECKING:
+    from tokenizers import AddedToken
     from tokenizers import Tokenizer as Library
 
 MAX_TOKENIZER = 1 << 27
 """Maximum size of a tokenizer.json in bytes. The largest known has 33 million."""
 
 
+_PROBE = "Ab1 e\u0301\ufb01\u00a0\U0001f642\u4e00\n\t \x00 \u2581"
+"""Damaged rules that do not fail on this text hardly fail on any."""
+
+
+@dataclass(frozen=True)
+class AddedTokenSetting:
+    """A token that a file beside the tokenizer adds to its vocabulary."""
+
+    text: str
+    token: int
+    special: bool = False
+    lstrip: bool = False
+    rstrip: bool = False
+    normalized: bool = False
+    single_word: bool = False
+
+
 @dataclass(frozen=True)
 class TokenSettings:
-    """BOS and EOS according to the files beside a tokenizer. None: the files do not say."""
+    """What the files beside a tokenizer say about it. None: they do not say."""
 
     bos: str | None = None
     """Text of the token."""
     eos: str | None = None
+    special: tuple[str, ...] = ()
+    """Texts of all tokens that have a name there, such as "pad_token"."""
+    added: tuple[AddedTokenSetting, ...] = ()
+    """By id."""
     add_bos: bool | None = None
     add_eos: bool | None = None
+    add_prefix_space: bool | None = None
+    legacy: bool | None = None
+    tokenizer_class: str | None = None
+    """transformers' class, without "Fast" at its end."""
+    model_type: str | None = None
 
 
-def read_tokenizer_json(file: MappedFile, settings: TokenSettings) -> BPETokenizer:
-    """The BPE of a `tokenizer.json`; `settings` are those of the files beside it.
+def read_tokenizer_json(file: MappedFile, settings: TokenSettings) -> LibraryTokenizer:
+    """The tokenizer of a `tokenizer.json`; `settings` are those of the files beside it.
 
-    Raises `FormatError` for damaged files, `UnsupportedError` for models other than BPE.
+    Raises `FormatError` for damaged files, `UnsupportedError` for WordPiece and unknown decoders.
     """
     if file.size > MAX_TOKENIZER:
         raise FormatError(
@@ -47,10 +77,14 @@ def read_tokenizer_json(file: MappedFile, settings: TokenSettings) -> BPETokeniz
         library = Library.from_buffer(file.data[:])
         library.no_truncation()
         library.no_padding()
+    if isinstance(library.model, models.WordPiece):
+        raise UnsupportedError(f"{file.path}: a WordPiece model; supported are BPE, Unigram and WordLevel")
+    notes: list[str] = []
+    with library_errors("not a tokenizer.json", file.path):
+        _use_class(library, settings)
+        _add_tokens(library, settings)
         ids: dict[str, int] = library.get_vocab(with_added_tokens=True)
-        decoder = json.loads(library.decoder.__getstate__()) if library.decoder is not None else {}
-    if not isinstance(library.model, models.BPE):
-        raise UnsupportedError(f"{file.path}: a {type(library.model).__name__} model; supported is BPE")
+        decoding = _decoding(library, file.path, notes)
     size = max(ids.values(), default=-1) + 1
     if not 0 < size <= MAX_VOCAB:
         raise FormatError("bad vocabulary", path=file.path, expected=f"1 to {MAX_VOCAB:,} tokens", found=f"{size:,}")
@@ -59,57 +93,194 @@ def read_tokenizer_json(file: MappedFile, settings: TokenSettings) -> BPETokeniz
         pieces[token] = piece
     entries = library.get_added_tokens_decoder()
     added = {entry.content: token for token, entry in entries.items()}
-    rules = _rules(library, settings, added | ids, file.path)
-    special = frozenset(token for token, entry in entries.items() if entry.special)
+    rules = _rules(library, settings, ids, file.path, notes)
+    exceptions = not_eog(added)
+    special = {token for token, entry in entries.items() if entry.special}
+    special |= {token for text, token in added.items() if text in EOG_NAMES and text not in exceptions}
     special |= {token for token in (rules.bos, rules.eos) if token is not None}
-    strip, byte_level = _decoding(decoder, file.path)
-    return BPETokenizer(
-        lambda: library, pieces, added, special, rules.bos, rules.eos, rules.add_bos, rules.add_eos, strip, byte_level
+    of = BPETokenizer if isinstance(library.model, models.BPE) else LibraryTokenizer
+    return of(
+        lambda: library,
+        pieces,
+        added,
+        frozenset(special),
+        rules.bos,
+        rules.eos,
+        rules.add_bos,
+        rules.add_eos,
+        decoding,
+        rules.template,
+        tuple(notes),
     )
+
+
+# ---- what the files beside it change ----
+
+
+def _use_class(library: Library, settings: TokenSettings) -> None:
+    """The rules of transformers' `LlamaTokenizer`, which replace those of a file of that class.
+
+    Its `legacy` says whether each text between added tokens gets a space in front, or only one at the beginning.
+    """
+    from tokenizers import decoders, models, pre_tokenizers
+
+    of_class = settings.tokenizer_class == "LlamaTokenizer" and settings.model_type not in ("mistral", "qwen2")
+    if not of_class or not isinstance(library.model, models.BPE) or "ByteLevel" in library_parts(library):
+        return
+    prefix = settings.add_prefix_space is not False
+    scheme = "never" if not prefix else "always" if settings.legacy else "first"
+    library.normalizer = None
+    library.pre_tokenizer = pre_tokenizers.Metaspace("▁", prepend_scheme=scheme, split=False)
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    library.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
+
+
+def _add_tokens(library: Library, settings: TokenSettings) -> None:
+    """Add the tokens that the files beside it add, with their flags, and tokens of the model with special names."""
+    from tokenizers import AddedToken
+
+    entries = {entry.content: entry for entry in library.get_added_tokens_decoder().values()}
+    new: dict[str, AddedToken] = {}
+    for a in settings.added:
+        new[a.text] = AddedToken(
+            a.text,
+            single_word=a.single_word,
+            lstrip=a.lstrip,
+            rstrip=a.rstrip,
+            normalized=a.normalized,
+            special=a.special or a.text in settings.special,
+        )
+    for text in settings.special:
+        if text not in new and library.token_to_id(text) is not None:
+            entry = entries.get(text)
+            known = AddedToken(text, normalized=False) if entry is None else entry
+            new[text] = copy_token(known, special=True)
+    for text in EOG_NAMES.difference(entries, new):
+        if _is_apart(library, text):
+            new[text] = AddedToken(text, special=True, normalized=False)
+    library.add_tokens([token for token in new.values() if token.content])
+
+
+def _is_apart(library: Library, text: str) -> bool:
+    """Whether `text` is a token of a BPE that merges do not make: a control token that the file does not mark as one.
+
+    Qwen's "</s>" is a word like others.
+    """
+    from tokenizers import models
+
+    token, model = library.token_to_id(text), library.model
+    if token is None or not isinstance(model, models.BPE):
+        return False
+    if not model.ignore_merges:
+        return [found.id for found in model.tokenize(text)] != [token]
+    merges = json.loads(model.__getstate__())["merges"]
+    return all((merge if isinstance(merge, str) else " ".join(merge)).replace(" ", "", 1) != text for merge in merges)
+
+
+# ---- what is put around a text ----
 
 
 @dataclass(frozen=True)
 class _Rules:
     bos: int | None
     eos: int | None
-    add_bos: bool
-    add_eos: bool
+    add_bos: bool = False
+    add_eos: bool = False
+    template: tuple[Sequence[int], Sequence[int]] | None = None
 
 
-def _rules(library: Library, settings: TokenSettings, ids: Mapping[str, int], path: Path) -> _Rules:
-    """Tokens that encoding adds to a text: according to the settings, otherwise according to the post-processor."""
+def _rules(library: Library, settings: TokenSettings, ids: Mapping[str, int], path: Path, notes: list[str]) -> _Rules:
+    """Tokens that encoding adds to a text: those of the post-processor, as in transformers 5, which ignores
+    `add_bos_token` and `add_eos_token` beside a tokenizer.json.
+    """
     bos, eos = (ids.get(text or "") for text in (settings.bos, settings.eos))
-    with library_errors("a tokenizer.json whose post-processor fails", path):
-        encoded = library.encode("a")
-    mask = list(encoded.special_tokens_mask)
-    inner = mask.index(0) if 0 in mask else len(mask)
-    before = list(encoded.ids[:inner])
-    after = list(encoded.ids[len(mask) - mask[::-1].index(0) :]) if 0 in mask else []
-    add_bos, add_eos = settings.add_bos, settings.add_eos
-    if add_bos is None and add_eos is None:
-        bos = before[0] if bos is None and len(before) == 1 else bos
-        eos = after[0] if eos is None and len(after) == 1 else eos
-        if before not in ([], [bos]) or after not in ([], [eos]):
-            raise UnsupportedError(
-                f"{path}: its post-processor puts ids {before} before a text and {after} after it; "
-                f"supported are BOS ({bos}) and EOS ({eos})"
+    if settings.eos is not None and eos is None:
+        notes.append(f"the tokenizer has no {settings.eos!r}, its EOS according to the files beside it")
+    before, after = _around(library, path)
+    bos = before[0] if bos is None and len(before) == 1 else bos
+    eos = after[0] if eos is None and len(after) == 1 else eos
+    for flag, name, token, added in (
+        (settings.add_bos, "add_bos_token", bos, before),
+        (settings.add_eos, "add_eos_token", eos, after),
+    ):
+        if flag is not None and token is not None and flag != (token in added):
+            says = f"{name} is {str(flag).lower()}, but the post-processor of tokenizer.json"
+            notes.append(
+                f"{says} {'adds' if token in added else 'does not add'} it, and is followed as in transformers"
             )
-        add_bos, add_eos = bool(before), bool(after)
-    return _Rules(bos, eos, bool(add_bos) and bos is not None, bool(add_eos) and eos is not None)
+    if before in ([], [bos]) and after in ([], [eos]):
+        return _Rules(bos, eos, bool(before), bool(after))
+    return _Rules(bos, eos, bos in before, eos in after, (before, after))
 
 
-def _decoding(decoder: Mapping[str, Any], path: Path) -> tuple[Strip, bool]:
-    """Which leading spaces decoding removes, and whether pieces are byte-level."""
-    parts = decoder.get("decoders", []) if decoder.get("type") == "Sequence" else [decoder]
-    kinds = {part.get("type"): part for part in parts}
+def _around(library: Library, path: Path) -> tuple[list[int], list[int]]:
+    """Ids that the post-processor puts before and after a text."""
+    with library_errors("a tokenizer.json whose post-processor fails", path):
+        _require_template(library, path)
+        with contextlib.suppress(Exception):  # unknown text is an error of some vocabularies, but never a panic
+            library.encode(_PROBE)
+        text = _encodable(library)
+        encoded, bare = library.encode(text), library.encode(text, add_special_tokens=False)
+    ids, inner = list(encoded.ids), len(bare.ids)
+    mask = list(encoded.special_tokens_mask)
+    start = mask.index(0) if 0 in mask else len(mask) - inner
+    return ids[:start], ids[start + inner :]
+
+
+def _encodable(library: Library) -> str:
+    """A short text that the vocabulary has tokens for."""
+    for text in ("a", *list(library.get_vocab())[:10]):
+        with contextlib.suppress(Exception):
+            library.encode(text)
+            return text
+    return ""
+
+
+def _require_template(library: Library, path: Path) -> None:
+    """Raise `FormatError` for a template with a token that it does not define: the library would panic."""
+    state = json.loads(library.post_processor.__getstate__()) if library.post_processor is not None else {}
+    for node in library_nodes(state, "processors"):
+        if node.get("type") != "TemplateProcessing":
+            continue
+        for part in (*node.get("single", []), *node.get("pair", [])):
+            name = part.get("SpecialToken", {}).get("id")
+            if name is not None and name not in node.get("special_tokens", {}):
+                raise FormatError(
+                    "a post-processor with a token that is not there",
+                    path=path,
+                    where="key post_processor",
+                    expected="a token of its special_tokens",
+                    found=repr(name)[:100],
+                )
+
+
+# ---- decoding ----
+
+
+def _decoding(library: Library, path: Path, notes: list[str]) -> Decoding:
+    """How to decode. A file without a decoder is decoded as its pre-tokenizer encodes."""
+    if library.decoder is None:
+        parts = library_parts(library)
+        if "ByteLevel" in parts:
+            notes.append("tokenizer.json has no decoder; text is decoded as its pre-tokenizer ByteLevel encodes")
+            return BYTE_LEVEL
+        spaces = "Metaspace" in parts or parts.get("Replace", {}).get("content") == SPACE
+        if spaces:
+            notes.append(f"tokenizer.json has no decoder; text is decoded with {SPACE} as a space")
+            never = parts.get("Metaspace", {}).get("prepend_scheme") == "never"
+            return Decoding(Strip.NONE if never else Strip.ONE)
+        notes.append("tokenizer.json has no decoder; a space is put between tokens, as the tokenizers library does")
+        return Decoding(Strip.ONE, separator=b" ")
+    state = json.loads(library.decoder.__getstate__())
+    kinds = {str(node.get("type")): node for node in library_nodes(state, "decoders")}
     if "ByteLevel" in kinds:
-        return Strip.NONE, True
+        return BYTE_LEVEL
     if "Metaspace" in kinds:
         never = kinds["Metaspace"].get("prepend_scheme") == "never"
-        return Strip.NONE if never else Strip.ONE, False
-    if "ByteFallback" in kinds:
+        return Decoding(Strip.NONE if never else Strip.ONE)
+    if "ByteFallback" in kinds or kinds.get("Replace", {}).get("content") == " ":
         strip = kinds.get("Strip", {})
-        return Strip.ONE if strip.get("content") == " " and strip.get("start") else Strip.NONE, False
+        return Decoding(Strip.ONE if strip.get("content") == " " and strip.get("start") else Strip.NONE)
     raise UnsupportedError(
-        f"{path}: decoder {decoder.get('type')!r}; supported are ByteLevel, ByteFallback and Metaspace"
+        f"{path}: decoder {state.get('type')!r}; supported are ByteLevel, ByteFallback, Replace and Metaspace"
     )

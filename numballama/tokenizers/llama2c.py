@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from ..errors import FormatError
 from ..files import MappedFile
 from .base import MAX_VOCAB, SPACE, UNKNOWN_TEXT, PieceType, Strip, TokenKind, Vocabulary
+from .partition import AddedToken, Partition
 from .scored import MERGED, ScoredTokenizer
 
 
@@ -23,14 +24,19 @@ class Llama2cTokenizer(ScoredTokenizer):
         # Backwards, so that of equal pieces the first wins. Control tokens and bytes cannot be written out in text.
         ids = {pieces[token]: token for token in range(len(pieces) - 1, self.FIRST_PIECE - 1, -1)}
         super().__init__(pieces, scores, ids, bos_id=1, eos_id=2, strip=Strip.ONE)
+        self._partition = Partition(AddedToken(text, token, True) for text, token in self.special_tokens.items())
 
     @property
     def special_tokens(self) -> Mapping[str, int]:
         return {"<s>": 1, "</s>": 2}
 
-    def _encode_text(self, text: str) -> list[int]:
-        if not text:
-            return []
+    def _encode(self, text: str, trusted: bytes) -> list[int]:
+        ids: list[int] = []
+        for part in self._partition.split(text, trusted):
+            ids += [part] if isinstance(part, int) else self._encode_part(part)
+        return ids
+
+    def _encode_part(self, text: str) -> list[int]:
         ids: list[int] = []
         for character in f" {text}":
             data = character.encode()
@@ -38,6 +44,9 @@ class Llama2cTokenizer(ScoredTokenizer):
             ids += [token] if token is not None else [byte + self.FIRST_BYTE for byte in data]
         self._merge([self._pieces[token] for token in ids], ids)
         return [token for token in ids if token != MERGED]
+
+    def _byte_token(self, byte: int) -> int:
+        return byte + self.FIRST_BYTE
 
     def vocabulary(self) -> Vocabulary:
         types = [PieceType.UNKNOWN, PieceType.CONTROL, PieceType.CONTROL, *[PieceType.BYTE] * 256]

@@ -2,43 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import UnsupportedError
 from ..files import MappedFile
 from .base import BYTE_PIECE, MAX_VOCAB, SPACE, PieceType, Strip, Tokenizer, TokenKind, Vocabulary
-from .sentencepiece_proto import message_fields
+from .eog import EOG_NAMES, not_eog
+from .partition import AddedToken, Partition
+from .sentencepiece_proto import message_bytes, message_fields
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A tokenizer on top of the library's processor."""
+    """A tokenizer on top of the library's processor, with `added` tokens that the model does not have.
 
-    def __init__(self, model: SentencePieceProcessor) -> None:
+    Text between added and control tokens is encoded by the library: each part as a new text (`legacy`, as llama.cpp
+    and sentencepiece itself do), or without the space in front that the model adds to a text, except for the first.
+    """
+
+    def __init__(
+        self,
+        model: SentencePieceProcessor,
+        added: Sequence[AddedToken] = (),
+        eos_id: int | None = None,
+        legacy: bool = True,
+    ) -> None:
         bos, eos = (token if token >= 0 else None for token in (model.bos_id(), model.eos_id()))
-        super().__init__(model.vocab_size(), bos, eos, _observe_strip(model))
-        self._model = model
+        size = max([model.vocab_size(), *(entry.token + 1 for entry in added)])
+        super().__init__(size, bos, eos if eos_id is None else eos_id, _observe_strip(model))
+        self._model, self._legacy = model, legacy
         # All pieces now (5 ms for 32,000): one with invalid UTF-8 must fail here, not in the middle of a stream.
-        self._pieces: list[str] = model.id_to_piece(list(range(self.vocab_size)))
+        self._pieces: list[str] = model.id_to_piece(list(range(model.vocab_size())))
+        self._pieces += [""] * (size - len(self._pieces))
+        self._added = {entry.token: entry for entry in added}
+        for entry in added:
+            self._pieces[entry.token] = entry.text
         self._unknown = model.decode([model.unk_id()]).encode()
 
     @cached_property
-    def special_tokens(self) -> Mapping[str, int]:  # type: ignore[override]
-        return {piece: token for token, piece in enumerate(self._pieces) if piece and self._model.is_control(token)}
+    def _partition(self) -> Partition:
+        controls = (
+            AddedToken(text, token, True) for text, token in self.special_tokens.items() if token not in self._added
+        )
+        return Partition([*controls, *self._added.values()])
 
-    def _encode_text(self, text: str) -> list[int]:
-        return list(self._model.encode(text))
+    @cached_property
+    def _continuing(self) -> SentencePieceProcessor:
+        """The model, but without a space in front of a text."""
+        return changed_model(self._model.serialized_model_proto(), add_dummy_prefix=False)
+
+    @cached_property
+    def special_tokens(self) -> Mapping[str, int]:  # type: ignore[override]
+        found = {
+            piece: token for token, piece in enumerate(self._pieces) if piece and self._kind(token) is TokenKind.CONTROL
+        }
+        unknown = self._model.unk_id()
+        return found | {self._pieces[unknown]: unknown}
+
+    def _kind(self, token: int) -> TokenKind | None:
+        """CONTROL for a control token, TEXT for another added one, None for a piece of the model that is neither."""
+        if (entry := self._added.get(token)) is not None:
+            return TokenKind.CONTROL if entry.control else TokenKind.TEXT
+        if token >= self._model.vocab_size() or self._model.is_control(token):
+            return TokenKind.CONTROL
+        return None
+
+    def _encode(self, text: str, trusted: bytes) -> list[int]:
+        ids: list[int] = []
+        for number, part in enumerate(self._partition.split(text, trusted)):
+            if isinstance(part, int):
+                ids.append(part)
+            else:
+                model = self._model if self._legacy or number == 0 else self._continuing
+                ids += model.encode(part)
+        return ids
+
+    def _byte_token(self, byte: int) -> int | None:
+        token: int = self._model.piece_to_id(f"<0x{byte:02X}>")
+        return token if self._model.is_byte(token) else None
 
     def _read_entry(self, token: int) -> tuple[TokenKind, bytes]:
-        if self._model.is_control(token):
-            return TokenKind.CONTROL, b""
+        piece = self._pieces[token]
+        if (kind := self._kind(token)) is not None:
+            return kind, b"" if kind is TokenKind.CONTROL else piece.encode()
         if self._model.is_unknown(token):
             return TokenKind.UNKNOWN, self._unknown
-        piece = self._pieces[token]
         if self._model.is_byte(token) and (match := BYTE_PIECE.fullmatch(piece.encode())):
             return TokenKind.BYTE, bytes([int(match[1], 16)])
         return TokenKind.TEXT, piece.replace(SPACE, " ").encode()
@@ -60,6 +112,13 @@ class SentencePieceTokenizer(Tokenizer):
                 types.append(kind)
             elif number in specs:
                 specs[number] |= message_fields(value)
+        for token in range(len(pieces), self.vocab_size):
+            pieces.append(self._pieces[token].encode() or f"[PAD{token}]".encode())
+            scores.append(0.0)
+            types.append(PieceType.UNUSED)
+        for token, known in self._added.items():
+            pieces[token] = known.text.encode()
+            types[token] = PieceType.CONTROL if known.control else PieceType.USER_DEFINED
         trainer, normalizer = specs[_TRAINER], specs[_NORMALIZER]
         if trainer.get(3, 1) != 2:
             raise UnsupportedError("a sentencepiece model whose model_type is not BPE cannot be expressed")
@@ -93,15 +152,55 @@ def _observe_strip(model: SentencePieceProcessor) -> Strip:
     return {0: Strip.ALL, 1: Strip.ONE}.get(left, Strip.NONE)
 
 
-def read_sentencepiece(file: MappedFile) -> SentencePieceTokenizer | None:
-    """The sentencepiece model in the file; None when the library does not accept it."""
+def read_sentencepiece(
+    file: MappedFile, added: Sequence[AddedToken] = (), eos: str | None = None, legacy: bool = True
+) -> SentencePieceTokenizer | None:
+    """The sentencepiece model in the file; None when the library does not accept it.
+
+    `added` are tokens that other files add, `eos` is the text of EOS if it is not the model's, `legacy` as in
+    `SentencePieceTokenizer`. Pieces with a name of `EOG_NAMES` become control tokens.
+    """
     if file.data[0] != 0x0A:  # the tag of the first piece: rejects other files before the library is imported
         return None
     from sentencepiece import SentencePieceProcessor  # 0.03 s to import
 
-    model = SentencePieceProcessor()
+    model, data = SentencePieceProcessor(), file.data[:]
     try:
-        model.LoadFromSerializedProto(file.data[:])
-        return SentencePieceTokenizer(model) if 0 < model.vocab_size() <= MAX_VOCAB else None
+        model.LoadFromSerializedProto(data)
+        if not 0 < model.vocab_size() <= MAX_VOCAB:
+            return None
+        names = {name: token for name in EOG_NAMES if not model.is_unknown(token := model.piece_to_id(name))}
+        marked = [token for name, token in names.items() if name not in not_eog(names)]
+        if not all(map(model.is_control, marked)):
+            model = changed_model(data, control=marked)
+        entries = {entry.text: entry for entry in added}
+        end = entries[eos].token if eos in entries else model.piece_to_id(eos) if eos is not None else None
+        if end is not None and end < model.vocab_size() and model.is_unknown(end):
+            end = None
+        return SentencePieceTokenizer(model, added, end, legacy)
     except (RuntimeError, ValueError, IndexError):
         return None
+
+
+def changed_model(
+    data: bytes, control: Collection[int] = (), add_dummy_prefix: bool | None = None
+) -> SentencePieceProcessor:
+    """The model with another setting, and with the pieces of the ids `control` as control tokens."""
+    from sentencepiece import SentencePieceProcessor
+
+    fields: list[tuple[int, int | float | bytes]] = []
+    token = 0
+    for number, value in message_fields(data):
+        if number == _PIECE:
+            if token in control:
+                value = message_bytes(
+                    [*(pair for pair in message_fields(value) if pair[0] != 3), (3, PieceType.CONTROL)]
+                )
+            token += 1
+        elif number == _NORMALIZER and add_dummy_prefix is not None:
+            kept = [pair for pair in message_fields(value) if pair[0] != 3]
+            value = message_bytes([*kept, (3, int(add_dummy_prefix))])
+        fields.append((number, value))
+    model = SentencePieceProcessor()
+    model.LoadFromSerializedProto(message_bytes(fields))
+    return model

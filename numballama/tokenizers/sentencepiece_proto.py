@@ -1,11 +1,11 @@
-"""A reader of the protobuf wire format. sentencepiece's Python interface does not give the types of pieces and the
-normalisation of text; both are fields of its `ModelProto`.
+"""Reads and writes fields in protobuf's wire format. sentencepiece's Python interface does not give the types of pieces
+and the normalisation of text, nor change them; both are fields of its `ModelProto`.
 """
 
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ..errors import FormatError
@@ -46,3 +46,25 @@ def message_fields(message: bytes) -> Iterator[tuple[int, Any]]:
             )
         data, at = message[at : at + length], at + length
         yield number, data if wire == _BYTES else struct.unpack("<f" if wire == _I32 else "<d", data)[0]
+
+
+def field_bytes(number: int, value: int | float | bytes) -> bytes:
+    """A field of a message: a varint for an int, 32 bits for a float, a length and the bytes otherwise."""
+    if isinstance(value, float):
+        return _varint(number * 8 + _I32) + struct.pack("<f", value)
+    if isinstance(value, int):
+        return _varint(number * 8 + _VARINT) + _varint(value)
+    return _varint(number * 8 + _BYTES) + _varint(len(value)) + value
+
+
+def message_bytes(fields: Iterable[tuple[int, int | float | bytes]]) -> bytes:
+    """A message with these fields."""
+    return b"".join(field_bytes(number, value) for number, value in fields)
+
+
+def _varint(value: int) -> bytes:
+    data = bytearray()
+    while value > 0x7F:
+        data.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*data, value])

@@ -10,7 +10,8 @@ from operator import itemgetter
 from ..errors import FormatError
 from ..files import MappedFile
 from .base import MAX_VOCAB
-from .bpe import BYTE_TO_UNICODE, BPETokenizer, build_library, library_errors
+from .bpe import BPETokenizer, build_library
+from .library import BYTE_TO_UNICODE, library_errors
 from .pretokenizers import LLAMA3, build_pre_tokenizer
 
 MAX_TOKEN = 1 << 10

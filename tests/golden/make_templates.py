@@ -70,6 +70,26 @@ OWN = {
     "{{ messages | sum(attribute='size') if false else '' }}{{ 'l1\\nl2' | indent(2) }}{{ [1, 1, 2] | unique | list }}",
 }
 
+VARIABLES_TEMPLATE = (
+    "{{ bos_token }}{{ eos_token }}[{{ pad_token }}{{ unk_token }}]{{ pad_token is defined }}{{ sep_token is defined }}"
+    "{{ tools is none }}{{ documents is none }}{{ nothing is defined }}{{ add_generation_prompt }}{{ enable_thinking }}"
+    "{% for m in messages %}{{ m.keys() | list }}{{ m.reasoning_content }}{{ m.thinking }}{{ m.content is defined }}"
+    "{% endfor %}{{ dict(a=1).a }}{{ namespace(x=2).x }}{{ tools }}{{ documents | tojson }}{{ extra }}"
+)
+"""What transformers passes to a template besides messages."""
+TOKENS = {"pad_token": "[PAD]", "unk_token": "<unk>"}
+TALK: list[dict[str, Any]] = [
+    {"role": "user", "content": "three", "name": None},
+    {"role": "assistant", "content": None, "reasoning": "so", "tool_calls": [{"function": {"name": "f"}}]},
+]
+CASES: list[dict[str, Any]] = [
+    {},
+    {"add_generation_prompt": True, "enable_thinking": False},
+    {"tools": [{"type": "function", "function": {"name": "f", "parameters": {}}}], "tools_in_user_message": False},
+    {"documents": [{"title": "t", "text": "x"}], "extra": (1, "a"), "bos_token": "<B>"},
+    {"extra": {"a": [1.5, None, True]}, "pad_token": None},
+]
+
 BUILT_IN = {"ChatML": "chatml", "Llama 3's": "llama3"}
 """Not Llama 2's: llama.cpp leaves out spaces that Meta's own code writes. Nor does it write BOS."""
 
@@ -95,11 +115,16 @@ def transformers(folder: Path) -> None:
         found = {"peer": f"transformers {library.__version__}", "renderings": apply(False)}
         return found if template else found | {"ids": apply(True)}
 
-    for name in REAL:
+    for name in REAL if folder.exists() else ():
         write(name, renderings(library.AutoTokenizer.from_pretrained(folder / f"tokenizer-{name}"), None))
-    small = library.PreTrainedTokenizerFast(tokenizer_file=str(HERE / "small.json"), bos_token="<s>", eos_token="</s>")
+    json_file, ends = str(HERE / "small.json"), {"bos_token": "<s>", "eos_token": "</s>"}
+    small = library.PreTrainedTokenizerFast(tokenizer_file=json_file, **ends)
     for name, template in OWN.items():
         write(f"own {name}", renderings(small, template))
+    small = library.PreTrainedTokenizerFast(tokenizer_file=json_file, **ends, **TOKENS)
+    options: dict[str, Any] = {"chat_template": VARIABLES_TEMPLATE, "tokenize": False}
+    found = [small.apply_chat_template(TALK, **options, **case) for case in CASES]
+    write("variables", {"peer": f"transformers {library.__version__}", "renderings": found})
 
 
 def llama_cpp(_: Path) -> None:

@@ -79,14 +79,20 @@ def transformers(folder: Path) -> None:
         record(name, f"transformers {library.__version__}", encode, special)
 
 
+def distinct() -> list[str]:
+    """A name for each set of rules: the first of those that share it."""
+    from numballama.tokenizers.pretokenizers import PRE_TOKENIZERS
+
+    return list({rules: name for name, rules in reversed(PRE_TOKENIZERS.items())}.values())[::-1]
+
+
 def vocabularies(folder: Path) -> None:
     sys.path.insert(0, str(HERE.parent))
     from numballama.formats.tokenizer_files import load_tokenizer
-    from numballama.tokenizers.pretokenizers import PRE_TOKENIZERS
     from tests.helpers.bpe import real, vocabulary_gguf
 
     folder.mkdir(exist_ok=True)
-    for pre in PRE_TOKENIZERS:
+    for pre in distinct():
         (folder / f"small-{pre}.gguf").write_bytes(vocabulary_gguf(load_tokenizer(SMALL).vocabulary(), pre))
     for name in REAL:
         if (path := real(name)) is not None:

@@ -64,7 +64,7 @@ def trained(
 
 
 def _letters() -> list[str]:
-    from numballama.tokenizers.bpe import UNICODE_TO_BYTE
+    from numballama.tokenizers.library import UNICODE_TO_BYTE
 
     return sorted(UNICODE_TO_BYTE)
 

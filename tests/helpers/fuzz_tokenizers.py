@@ -44,7 +44,7 @@ def tiktoken(folder: Path) -> Path:
     """A line per token, by rank."""
     import base64
 
-    from numballama.tokenizers.bpe import UNICODE_TO_BYTE
+    from numballama.tokenizers.library import UNICODE_TO_BYTE
 
     path = folder / "tokenizer.model"
     tokens = [bytes(UNICODE_TO_BYTE[letter] for letter in piece) for piece in _by_rank()]

@@ -226,6 +226,39 @@ def test_stop_filter_by_its_definition(parts: list[str], stops: list[str]) -> No
     assert filter_.flush() == ""
 
 
+@given(
+    st.lists(st.tuples(st.text("ab.", max_size=3), st.sampled_from(["", "", "<e>", "a>"])), max_size=5),
+    st.lists(st.sampled_from(["<e>", "a<e>", "b.", "<e>a", ">", "", "zz", "ba>"]), max_size=3),
+)
+def test_stop_filter_sees_names_of_control_tokens(parts: list[tuple[str, str]], stops: list[str]) -> None:
+    """They count for stop strings and are never shown."""
+    whole, visible, shown, filter_ = "", "", "", StopStringFilter(stops)
+    for text, hidden in parts:
+        shown += filter_.push(text, hidden)
+        whole, visible = whole + text + hidden, visible + text
+        places = [whole.find(stop) for stop in stops if stop and stop in whole]
+        assert (filter_.found is not None) == bool(places)
+        if places:
+            before = whole[: min(places)]
+            count = sum(1 for _ in before)
+            marks = [flag for text, hidden in parts for flag in [True] * len(text) + [False] * len(hidden)]
+            assert shown == "".join(c for c, flag in zip(before, marks[:count], strict=True) if flag)
+            return
+        assert visible.startswith(shown)
+    assert shown + filter_.flush() == visible
+
+
+def test_a_stop_string_may_be_a_control_token(scripted: Any) -> None:
+    story = 259 + WORDS.index(" story")
+    options: dict[str, Any] = {"max_tokens": 3, "ignore_eos": True}
+    assert scripted([story, 2, story]).generate("x", **options) == " story story", "its name is not shown"
+    pieces = list(scripted([story, 2, story]).stream("x", **options, stop="</s>"))
+    assert [(piece.text, piece.stop_reason) for piece in pieces] == [(" story", None), ("", "</s>")]
+    pieces = list(scripted([story, 2, story]).stream("x", **options, stop="y</s> st"))
+    assert "".join(piece.text for piece in pieces) == " stor" and pieces[-1].stop_reason == "y</s> st"
+    assert scripted([story, 2, story]).generate("x", max_tokens=3, ignore_eos=True, stop="y</s>!") == " story story"
+
+
 # One model, many users
 
 
@@ -303,8 +336,9 @@ def test_settings_that_are_refused_at_once(model: Model) -> None:
     for call in (model.generate, model.stream):
         with pytest.raises(Error, match="unknown sampling option heat; choose from max_tokens"):
             call("x", heat=1)  # type: ignore[call-overload, call-arg]
-        with pytest.raises(UnsupportedError, match="min_tokens"):
-            call("x", min_tokens=3)
+        for options in ({"n": 2}, {"logprobs": 3}):
+            with pytest.raises(UnsupportedError, match="neither n > 1 nor logprobs"):
+                call("x", **options)  # type: ignore[call-overload]
         with pytest.raises(Error, match="params must be SamplingParams"):
             call("x", params={"seed": 1})  # type: ignore[call-overload, arg-type]
 

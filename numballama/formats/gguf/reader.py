@@ -25,7 +25,7 @@ from ..tensor_names import TensorNames
 from ..tensors import TensorInfo, view_weight
 from .header import Header, require
 from .split import open_header
-from .tokenizer import read_gguf_tokenizer
+from .tokenizer import chat_templates, read_gguf_tokenizer, template_tokens
 
 ARCHITECTURES: dict[str, RopePairing] = {"llama": INTERLEAVED, "qwen2": HALF_SPLIT, "qwen3": HALF_SPLIT}
 """Supported architecture → its RoPE pairing."""
@@ -95,7 +95,7 @@ def read(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
         config=config,
         weights=weights,
         stop_token_ids=tuple(token for token in ends if token is not None and 0 <= token < config.vocab_size),
-        chat_template=header.text("tokenizer.chat_template"),
+        chat_templates=chat_templates(header),
         notes=notes + _conversions(weights),
     )
     stated = header.integer(key := f"{_architecture(header)}.vocab_size", config.vocab_size)
@@ -106,7 +106,10 @@ def read(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
     if load_tokenizer:
         try:
             opened.tokenizer = read_gguf_tokenizer(header)
+            if opened.tokenizer is not None:
+                opened.template_tokens = template_tokens(header, opened.tokenizer)
         except UnsupportedError as error:
+            opened.tokenizer_error = str(error)
             opened.notes.append(f"its tokenizer is left out: {error}")
     return opened
 

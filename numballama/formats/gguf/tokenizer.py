@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Sequence
+from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ...errors import FormatError, UnsupportedError
 from ...tokenizers.base import BYTE_PIECE, MAX_VOCAB, PieceType, Tokenizer, Vocabulary
-from ...tokenizers.bpe import BPETokenizer, build_library, library_errors
+from ...tokenizers.bpe import BPETokenizer, build_library
+from ...tokenizers.eog import EOG_NAMES, not_eog
 from ...tokenizers.gguf import GgufTokenizer
-from ...tokenizers.pretokenizers import PRE_TOKENIZERS, build_pre_tokenizer
+from ...tokenizers.library import library_errors
+from ...tokenizers.pretokenizers import DEFAULT, NOT_BYTE_LEVEL, PRE_TOKENIZERS, PreTokenizer, build_pre_tokenizer
 from .header import Header
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer as Library
 
 _KEY = "tokenizer.ggml."
+
+_FIM_NAMES = frozenset(
+    [
+        *("<|fim_prefix|>", "<fim-prefix>", "<fim_prefix>", "<｜fim▁begin｜>", "<PRE>", "▁<PRE>", "<|code_prefix|>"),
+        *("<|fim_suffix|>", "<fim-suffix>", "<fim_suffix>", "<｜fim▁hole｜>", "<SUF>", "▁<SUF>", "<|code_suffix|>"),
+        *("<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>", "<|code_middle|>"),
+        *("<|prefix|>", "<|suffix|>", "<|middle|>"),
+    ]
+)
+"""Names of tokens around a gap in a text. llama.cpp takes them for control tokens, whatever their type."""
 
 
 def read_gguf_tokenizer(header: Header) -> Tokenizer | None:
@@ -36,6 +50,21 @@ def read_gguf_tokenizer(header: Header) -> Tokenizer | None:
         f"{header.path}: tokenizer {model!r} ({kind}) is not read; supported are 'llama' (sentencepiece) and "
         "'gpt2' (byte-level BPE)"
     )
+
+
+def chat_templates(header: Header) -> dict[str, str]:
+    """Name → chat template: `tokenizer.chat_template` is "default", `tokenizer.chat_template.NAME` is NAME."""
+    key = "tokenizer.chat_template"
+    names = {"default": key}
+    names |= {name.removeprefix(f"{key}."): name for name in header.fields if name.startswith(f"{key}.")}
+    return {name: text for name, full in names.items() if (text := header.text(full))}
+
+
+def template_tokens(header: Header, tokenizer: Tokenizer) -> dict[str, str]:
+    """Special tokens that a chat template sees as variables: "pad_token" … → text. BOS and EOS are the tokenizer's."""
+    keys = {"pad": "padding", "unk": "unknown", "sep": "seperator", "cls": "cls", "mask": "mask"}  # as GGUF spells them
+    ids = {name: _token_id(header, key, tokenizer.vocab_size) for name, key in keys.items()}
+    return {f"{name}_token": tokenizer.piece(token) for name, token in ids.items() if token is not None}
 
 
 def _fault(header: Header, name: str, expected: str, found: object) -> FormatError:
@@ -78,10 +107,8 @@ def _read_llama(header: Header) -> GgufTokenizer:
         types = [PieceType.BYTE if BYTE_PIECE.fullmatch(piece) else PieceType.NORMAL for piece in pieces]
         if unknown is not None:
             types[unknown] = PieceType.UNKNOWN
-    for token in (bos, eos):  # control tokens, whatever their type: text never contains them
-        if token is not None:
-            types[token] = PieceType.CONTROL
-    return GgufTokenizer(
+    notes = _mark_control(types, [piece.decode(errors="replace") for piece in pieces], (bos, eos))
+    tokenizer = GgufTokenizer(
         Vocabulary(
             pieces,
             scores.tolist(),
@@ -94,28 +121,24 @@ def _read_llama(header: Header) -> GgufTokenizer:
             add_space_prefix=header.flag(f"{_KEY}add_space_prefix") is not False,
         )
     )
+    tokenizer.notes = tuple(notes)
+    return tokenizer
 
 
 def _read_gpt2(header: Header) -> BPETokenizer:
-    """Ids are llama.cpp's: text becomes a control or user-defined token only if the caller asks for it.
+    """Ids are llama.cpp's.
 
-    Raises `UnsupportedError` for a pre-tokenizer of unknown name.
+    Raises `UnsupportedError` for a pre-tokenizer that is not known.
     """
-    name = header.text(f"{_KEY}pre", "default") or "default"
-    if (rules := PRE_TOKENIZERS.get(name)) is None:
-        raise UnsupportedError(
-            f"{header.path}: pre-tokenizer {name!r} is not known; known are {', '.join(map(repr, PRE_TOKENIZERS))}"
-        )
+    rules, notes = _pre_tokenizer(header)
     pieces = [piece.decode(errors="replace") for piece in _pieces(header)]
     count = len(pieces)
     if f"{_KEY}merges" not in header.fields:
         raise _fault(header, "merges", "merges of two pieces", "no such key")
     numbers = _numbers(header, "token_type", count)
-    types = [PieceType.NORMAL] * count if numbers is None else [int(number) for number in numbers.tolist()]
+    types: list[int] = [PieceType.NORMAL] * count if numbers is None else [int(number) for number in numbers.tolist()]
     bos, eos, eot, eom = (_token_id(header, name, count) for name in ("bos", "eos", "eot", "eom"))
-    for token in (bos, eos, eot, eom):  # control tokens, whatever their type: text never contains them
-        if token is not None:
-            types[token] = PieceType.CONTROL
+    notes += _mark_control(types, pieces, (bos, eos, eot, eom), lambda name: _is_merged(header, name))
     special = (PieceType.CONTROL, PieceType.USER_DEFINED, PieceType.UNKNOWN)
     added = {pieces[token]: token for token, kind in enumerate(types) if kind in special and pieces[token]}
     silent = frozenset(token for token, kind in enumerate(types) if kind in (PieceType.CONTROL, PieceType.UNKNOWN))
@@ -146,4 +169,53 @@ def _read_gpt2(header: Header) -> BPETokenizer:
         eos,
         add_bos=rules.add_bos if add_bos is None else add_bos,
         add_eos=add_eos is True,
+        notes=tuple(notes),
     )
+
+
+def _pre_tokenizer(header: Header) -> tuple[PreTokenizer, list[str]]:
+    """The pre-tokenizer that a file names, and notes. As in llama.cpp, a missing name is "default", with a warning."""
+    name = header.text(f"{_KEY}pre")
+    if not name:
+        said = "the file names no pre-tokenizer (tokenizer.ggml.pre), 'default' is used as in llama.cpp"
+        return DEFAULT, [
+            f"{said}: text may be split otherwise than in training, and answers be worse; convert it again"
+        ]
+    if name in NOT_BYTE_LEVEL:
+        raise UnsupportedError(f"{header.path}: pre-tokenizer {name!r} of a BPE that is not byte-level is not read")
+    if (rules := PRE_TOKENIZERS.get(name)) is None:
+        raise UnsupportedError(
+            f"{header.path}: pre-tokenizer {name[:100]!r} (tokenizer.ggml.pre: how text is split into words) is not "
+            f"known; known are {len(PRE_TOKENIZERS)} names of llama.cpp, such as "
+            f"{', '.join(map(repr, get_close_matches(name[:100], PRE_TOKENIZERS, cutoff=0.0)))}"
+        )
+    return rules, []
+
+
+def _mark_control(
+    types: list[int],
+    pieces: Sequence[str],
+    ids: Iterable[int | None],
+    is_word: Callable[[str], bool] = lambda name: False,
+) -> list[str]:
+    """Make tokens that a file calls BOS, EOS, … (`ids`) or whose name says so control tokens, whatever their type.
+
+    A name for which `is_word` is true is an ordinary word. Returns notes.
+    """
+    for token in ids:
+        if token is not None:
+            types[token] = PieceType.CONTROL
+    skipped, changed = not_eog(pieces), []
+    for token, piece in enumerate(pieces):
+        if types[token] in (PieceType.CONTROL, PieceType.UNUSED) or piece not in EOG_NAMES | _FIM_NAMES:
+            continue
+        if piece not in skipped and (types[token] != PieceType.NORMAL or not is_word(piece)):
+            types[token] = PieceType.CONTROL
+            changed.append(piece)
+    names = ", ".join(changed[:5]) + (" …" if len(changed) > 5 else "")
+    return [f"control tokens by their names, not their types: {names}"] if changed else []
+
+
+def _is_merged(header: Header, name: str) -> bool:
+    """Whether merges make the token: then it is a word, such as Qwen's "</s>"."""
+    return any(merge.replace(b" ", b"", 1) == name.encode() for merge in header.strings(f"{_KEY}merges") or [])

@@ -97,7 +97,9 @@ def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile |
         config=config,
         weights=weights,
         tokenizer=text.tokenizer,
-        chat_template=text.chat_template,
+        chat_templates=text.chat_templates,
+        template_tokens=text.template_tokens,
+        tokenizer_error=text.tokenizer_error,
         stop_token_ids=text.stop_token_ids,
         notes=[*notes, *_conversions(scheme, weights), *text.notes],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
@@ -11,7 +12,6 @@ from ...errors import Error, UnsupportedError
 from ...files import expand_user
 from ...tokenizers.base import Tokenizer
 from ...tokenizers.bpe import BPETokenizer
-from ...tokenizers.sentencepiece import SentencePieceTokenizer
 from .. import tokenizer_files
 from .text_settings import TextSettings
 
@@ -21,11 +21,18 @@ class TextFiles:
     """Tokenizer, chat template and stop ids of a directory. `Checkpoint` has fields of the same names."""
 
     tokenizer: Tokenizer | None
-    chat_template: str | None
+    chat_templates: Mapping[str, str]
+    template_tokens: Mapping[str, str]
     stop_token_ids: tuple[int, ...]
     """Ids that end a text, from generation_config.json, else config.json. The tokenizer's EOS is not among them unless
     a file lists it."""
     notes: tuple[str, ...]
+    tokenizer_error: str = ""
+
+    @property
+    def chat_template(self) -> str | None:
+        """The template named "default"."""
+        return self.chat_templates.get("default")
 
 
 def read_text_files(directory: str | PathLike[str], load_tokenizer: bool = True) -> TextFiles:
@@ -37,19 +44,15 @@ def read_text_files(directory: str | PathLike[str], load_tokenizer: bool = True)
     folder = expand_user(directory)
     if not folder.is_dir():
         raise Error(f"{directory}: no such directory")
-    settings, tokenizer, notes = TextSettings(folder), None, []
-    if load_tokenizer and tokenizer_files.find_tokenizer(folder) is not None:
+    settings, tokenizer, error = TextSettings(folder), None, ""
+    if load_tokenizer and tokenizer_files.find_tokenizers(folder):
         try:
             tokenizer = tokenizer_files.load_tokenizer(folder)
-        except UnsupportedError as error:
-            notes.append(f"its tokenizer is left out: {error}")
-    if isinstance(tokenizer, SentencePieceTokenizer):
-        added = settings.tokenizer_config.get("added_tokens_decoder")
-        ids = [int(key) for key in added if key.isdecimal()] if isinstance(added, dict) else []
-        unknown = [token for token in ids if token >= tokenizer.vocab_size]
-        if unknown:
-            notes.append(f"{len(unknown)} added tokens, which tokenizer.model does not have, are left out")
-    return TextFiles(tokenizer, settings.chat_template, settings.stop_token_ids, tuple(notes))
+        except UnsupportedError as unsupported:
+            error = str(unsupported)
+    notes = (f"its tokenizer is left out: {error}",) if error else ()
+    templates, tokens = settings.chat_templates, settings.template_tokens
+    return TextFiles(tokenizer, templates, tokens, settings.stop_token_ids, notes, error)
 
 
 def tokenizer_texts(tokenizer: Tokenizer, chat_template: str | None, context: int) -> dict[str, str]:

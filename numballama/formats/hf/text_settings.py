@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from ...errors import FormatError
 from ...files import map_file
-from ...tokenizers.huggingface import TokenSettings
+from ...tokenizers.base import MAX_VOCAB
+from ...tokenizers.huggingface import AddedTokenSetting, TokenSettings
 
 MAX_SETTINGS = 1 << 24
 """Maximum size of one of these files in bytes."""
+
+
+_NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
+
+
+def _token_text(value: object) -> str | None:
+    """The text of a token: a string, or an AddedToken written out."""
+    value = value.get("content") if isinstance(value, Mapping) else value
+    return value if isinstance(value, str) and value else None
 
 
 class TextSettings:
@@ -31,27 +42,73 @@ class TextSettings:
 
     @cached_property
     def tokens(self) -> TokenSettings:
-        """BOS and EOS, and whether encoding adds them."""
+        """What concerns the tokenizer."""
+        name = self.tokenizer_config.get("tokenizer_class") or self._read("config.json").get("tokenizer_class")
+        kind = self._read("config.json").get("model_type")
+        special = tuple(dict.fromkeys(self._special_texts()))
         return TokenSettings(
             bos=self.token("bos_token"),
             eos=self.token("eos_token"),
+            special=special,
+            added=self._added_tokens(special),
             add_bos=self.flag("add_bos_token"),
             add_eos=self.flag("add_eos_token"),
+            add_prefix_space=self.flag("add_prefix_space"),
+            legacy=self.flag("legacy"),
+            tokenizer_class=name.removesuffix("Fast") if isinstance(name, str) else None,
+            model_type=kind if isinstance(kind, str) else None,
         )
 
     def token(self, name: str) -> str | None:
-        """The text of "bos_token", "eos_token", …, from tokenizer_config.json, else special_tokens_map.json."""
-        for table in (self.tokenizer_config, self._special_tokens_map):
-            value = table.get(name)
-            if isinstance(value, Mapping):  # an AddedToken written out
-                value = value.get("content")
-            if isinstance(value, str):
-                return value
+        """The text of "bos_token", "eos_token", …, from tokenizer_config.json and special_tokens_map.json.
+
+        As in transformers 5, special_tokens_map.json comes first, unless tokenizer_config.json has the key
+        added_tokens_decoder.
+        """
+        tables = [self.tokenizer_config, self._special_tokens_map]
+        if "added_tokens_decoder" not in self.tokenizer_config:
+            tables.reverse()
+        for table in tables:
+            extra = table.get("extra_special_tokens")
+            value = table.get(name, extra.get(name) if isinstance(extra, Mapping) else None)
+            if (text := _token_text(value)) is not None:
+                return text
         return None
 
     @cached_property
     def _special_tokens_map(self) -> Mapping[str, Any]:
         return self._read("special_tokens_map.json")
+
+    def _special_texts(self) -> Iterator[str]:
+        """Texts of all special tokens that have a name, and of those in lists of more."""
+        for name in (*_NAMES, *(key for key in self.tokenizer_config if key.endswith("_token"))):
+            if (text := self.token(name)) is not None:
+                yield text
+        for table in (self.tokenizer_config, self._special_tokens_map):
+            for name in ("additional_special_tokens", "extra_special_tokens"):
+                more = table.get(name)
+                values = list(more.values()) if isinstance(more, Mapping) else more if isinstance(more, list) else []
+                yield from (text for value in values if (text := _token_text(value)) is not None)
+
+    def _added_tokens(self, special: Collection[str]) -> tuple[AddedTokenSetting, ...]:
+        """Tokens of added_tokens_decoder in tokenizer_config.json, else of added_tokens.json, by id."""
+        file, key = "tokenizer_config.json", "added_tokens_decoder"
+        found: list[AddedTokenSetting] = []
+        if isinstance(table := self.tokenizer_config.get(key), Mapping):
+            for name, entry in table.items():
+                entry = {"content": entry} if isinstance(entry, str) else entry
+                text = _token_text(entry)
+                if not name.isdecimal() or int(name) >= MAX_VOCAB or text is None:
+                    raise self._fault(file, key, "ids of tokens with their content", {name: entry})
+                flags = {flag: entry.get(flag, False) is True for flag in _FLAGS}
+                found.append(AddedTokenSetting(text, int(name), **flags))
+        else:
+            file, key = "added_tokens.json", ""
+            for text, token in self._read(file).items():
+                if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < MAX_VOCAB:
+                    raise self._fault(file, text[:100], "a token id", token)
+                found.append(AddedTokenSetting(text, token, text in special, normalized=text not in special))
+        return tuple(sorted(found, key=lambda token: token.token))
 
     def flag(self, name: str) -> bool | None:
         """A key of tokenizer_config.json that is true, false or missing."""
@@ -61,22 +118,49 @@ class TextSettings:
         return value
 
     @cached_property
-    def chat_template(self) -> str | None:
-        """From `chat_template.jinja`, otherwise from tokenizer_config.json: of several templates the one named
-        "default".
+    def chat_templates(self) -> Mapping[str, str]:
+        """Name → chat template; "default" is the usual one.
+
+        From `chat_template.jinja` and `additional_chat_templates/NAME.jinja`, else from tokenizer_config.json, else
+        from `chat_template.json`. The first of these that has any is taken, as transformers does.
         """
+        files = {path.stem: path for path in sorted((self.directory / "additional_chat_templates").glob("*.jinja"))}
         if (path := self.directory / "chat_template.jinja").is_file():
-            try:
-                return _data(path).decode()
-            except UnicodeDecodeError as error:
-                raise FormatError("not UTF-8", path=path, where=error.start) from None
-        template = self.tokenizer_config.get("chat_template")
-        if isinstance(template, Sequence) and not isinstance(template, str):
-            named = {item.get("name"): item.get("template") for item in template if isinstance(item, Mapping)}
-            template = named.get("default")
-        if not isinstance(template, str | None):
-            raise self._fault("tokenizer_config.json", "chat_template", "a template", template)
-        return template
+            files["default"] = path
+        if files:
+            return {name: _text(path) for name, path in files.items()}
+        for name in ("tokenizer_config.json", "chat_template.json"):
+            if found := self._named_templates(name, self._read(name).get("chat_template")):
+                return found
+        return {}
+
+    def _named_templates(self, file: str, value: object) -> dict[str, str]:
+        """A value of the key "chat_template": a template, or several with their names."""
+        if not value and value in (None, "", []):
+            return {}
+        if isinstance(value, str):
+            return {"default": value}
+        items: list[Any] = list(value.items()) if isinstance(value, Mapping) else []
+        if isinstance(value, list) and all(isinstance(item, Mapping) for item in value):
+            items = [(item.get("name"), item.get("template")) for item in value]
+        if not items or not all(isinstance(part, str) for item in items for part in item):
+            raise self._fault(file, "chat_template", "a template, or a list of names and templates", value)
+        return dict(items)
+
+    @cached_property
+    def template_tokens(self) -> Mapping[str, str]:
+        """The special tokens that templates see as variables: "bos_token", "pad_token" … → text of the token.
+
+        As transformers' `special_tokens_map`: every key that ends in "_token" and has a text, also those of
+        `extra_special_tokens`.
+        """
+        found: dict[str, str] = {}
+        for table in (self._special_tokens_map, self.tokenizer_config):
+            extra = table.get("extra_special_tokens")
+            for name in [*table, *(extra if isinstance(extra, Mapping) else ())]:
+                if name.endswith("_token") and (text := self.token(name)) is not None:
+                    found[name] = text
+        return found
 
     @cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
@@ -112,3 +196,10 @@ def _data(path: Path) -> bytes:
     if file.size > MAX_SETTINGS:
         raise FormatError("too large", path=path, expected=f"at most {MAX_SETTINGS:,} bytes", found=f"{file.size:,}")
     return file.data[:]
+
+
+def _text(path: Path) -> str:
+    try:
+        return _data(path).decode()
+    except UnicodeDecodeError as error:
+        raise FormatError("not UTF-8", path=path, where=error.start) from None

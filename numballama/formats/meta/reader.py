@@ -85,6 +85,7 @@ def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile |
         try:
             opened.tokenizer = tokenizer_files.load_tokenizer(directory / "tokenizer.model")
         except UnsupportedError as error:
+            opened.tokenizer_error = str(error)
             notes.append(f"its tokenizer is left out: {error}")
     return opened
 

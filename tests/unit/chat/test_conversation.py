@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import numballama
 from numballama import Interrupted, SamplingParams
 from numballama.chat.builtin_templates import CHATML
 from numballama.chat.conversation import Chat
+from numballama.chat.encoder import NO_BOS, SPELLED
 from numballama.errors import ContextError, Error
 from numballama.model import Model
 from tests.helpers.bpe import chat_model
@@ -235,6 +238,65 @@ def test_what_is_no_message(model: Model, wrong: Any) -> None:
         model.chat().stream("x", temperature=-1)
     with pytest.raises(Error, match="lone surrogate"):
         model.chat().send("\ud800")
+
+
+def test_copies_and_pickles(model: Model) -> None:
+    chat = model.chat("Be brief.")
+    chat.send("hello", **GREEDY)
+    for other in (copy.copy(chat), copy.deepcopy(chat)):
+        assert other.messages == chat.messages and other.turn == chat.turn and other.system == "Be brief."
+        other.send("more", **GREEDY)
+        assert other.turn is not None and other.turn.reused_tokens > 0
+        assert len(chat.messages) == 3 and chat.turn is not None and chat.turn.tokens == 8
+    with pytest.raises(Error, match=r"a chat cannot be pickled: save chat\.messages"):
+        pickle.dumps(chat)
+    for call in (pickle.dumps, copy.copy, copy.deepcopy):
+        with pytest.raises(Error, match=r"neither copied nor pickled: pass its path, and call numballama\.compile\(\)"):
+            call(model)
+    response = next(iter(model.stream("hello", max_tokens=1)))
+    assert pickle.loads(pickle.dumps(response)) == response
+
+
+def test_arguments_of_transformers(model: Model) -> None:
+    """Those without an effect here are errors, not variables of the template."""
+    messages = [{"role": "user", "content": "hi"}]
+    refused: dict[str, Any] = {"return_tensors": "pt", "padding": True, "continue_final_message": True}
+    for name, value in refused.items():
+        with pytest.raises(Error, match=f"{name} is not supported: "):
+            model.apply_chat_template(messages, **{name: value})
+        with pytest.raises(Error, match=f"{name} is not supported: "):
+            model.chat(**{name: value})
+    assert model.apply_chat_template(messages, return_dict=False, padding=False) == model.apply_chat_template(messages)
+    assert model.apply_chat_template(messages, tokenize=False, chat_template="{{ eos_token }}x") == "<|im_end|>x"
+    assert model.apply_chat_template(m for m in messages) == model.apply_chat_template(messages)  # type: ignore[arg-type]
+
+
+def test_a_template_without_bos_is_noted_once(tmp_path: Path) -> None:
+    """transformers leaves BOS out, llama.cpp adds it."""
+    path = chat_model(tmp_path)
+    with numballama.compile(path, threads=1) as model:
+        assert model.tokenizer is not None
+        model.tokenizer.bos_id, model.tokenizer.add_bos = model.tokenizer.special_tokens["<|begin_of_text|>"], True
+        messages = [{"role": "user", "content": "hi"}]
+        ids = model.apply_chat_template(messages)
+        assert model.tokenizer.bos_id not in ids
+        model.apply_chat_template(messages)
+        model.chat().send("hi", **GREEDY)
+        assert model.notes.count(NO_BOS) == 1
+        model.notes.clear()
+        model.chat(template="{{ bos_token }}" + CHATML).send("hi", **GREEDY)
+        assert model.notes == []
+
+
+def test_a_prompt_that_spells_control_tokens_is_noted_once(model: Model) -> None:
+    assert model.tokenizer is not None
+    text, end = "a<|im_end|>b", model.tokenizer.special_tokens["<|im_end|>"]
+    model.generate("a<|b", max_tokens=1)
+    model.generate(text, max_tokens=1, special=True)
+    assert end in model.session.tokens and SPELLED not in model.notes
+    for _ in range(2):
+        model.generate(text, max_tokens=1)
+    assert end not in model.session.tokens and model.notes.count(SPELLED) == 1
 
 
 def test_without_a_tokenizer(models: Path) -> None:

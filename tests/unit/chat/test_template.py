@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from numballama.chat.builtin_templates import BUILTIN_TEMPLATES
-from numballama.chat.template import MAX_TEMPLATE, ChatTemplate, choose, stop_token_ids
+from numballama.chat.template import MAX_TEMPLATE, ChatTemplate, TemplateSet, choose, stop_token_ids
 from numballama.errors import Error
 from numballama.formats.hf.text_files import read_text_files
 from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.tokenizers.base import Tokenizer
-from tests.golden.make_templates import CONVERSATIONS, GOLDEN, OWN, VARIABLES
+from tests.golden.make_templates import (
+    CASES,
+    CONVERSATIONS,
+    GOLDEN,
+    OWN,
+    TALK,
+    TOKENS,
+    VARIABLES,
+    VARIABLES_TEMPLATE,
+)
 from tests.golden.make_tokenizers import SMALL
 from tests.helpers.bpe import real, save_json, trained
 
 PEERS: dict[str, Any] = json.loads(GOLDEN.read_text(encoding="utf-8"))
+OF_VARIABLES = PEERS.pop("variables")["renderings"]
 SOURCES = {f"built-in {name}": source for name, source, _ in BUILTIN_TEMPLATES}
 SOURCES |= {f"own {name}": source for name, source in OWN.items()}
 
@@ -52,6 +65,72 @@ def test_renderings_are_the_peers(name: str, small: Tokenizer) -> None:
             assert rendered.removeprefix("<s>" if name == "built-in Llama 3's" else "") == next(expected)
     assert len(PEERS[name]["renderings"]) == 2 * len(CONVERSATIONS)
     assert ids == PEERS[name].get("ids", [])
+
+
+@pytest.mark.parametrize("number", range(len(CASES)))
+def test_variables_are_transformers(number: int, small: Tokenizer) -> None:
+    template = ChatTemplate(VARIABLES_TEMPLATE, small, tokens=TOKENS)
+    given = {"add_generation_prompt": False, **CASES[number]}
+    assert template.render(TALK, **given) == OF_VARIABLES[number]
+
+
+def test_messages_of_other_libraries(small: Tokenizer) -> None:
+    """Dataclasses and pydantic's models are messages; a template sees plain values only."""
+
+    @dataclass
+    class Part:
+        text: str
+
+    @dataclass
+    class Said:
+        role: str
+        content: list[Part]
+
+    class Model:
+        def model_dump(self) -> dict[str, object]:
+            return {"role": "assistant", "content": np.str_("b"), "refusal": None, "n": np.int64(3), "ok": np.bool_(0)}
+
+    template = ChatTemplate("{{ messages }}{{ x }}{{ enum }}", small)
+    rendered = template.render([Said("user", [Part("a")]), Model()], x=object(), enum=Kind.A)  # type: ignore[list-item]
+    assert rendered == (
+        "[{'role': 'user', 'content': [{'text': 'a'}]}, {'role': 'assistant', 'content': 'b', 'n': 3, 'ok': False}]"
+        "<object>a"
+    )
+    for wrong in ("text", {"role": "user"}, 7, ["text"], [[{"role": "user"}]]):
+        with pytest.raises(Error, match="messages must be a list of"):
+            template.render(wrong)  # type: ignore[arg-type]
+    deep: list[object] = []
+    for _ in range(100):
+        deep = [deep]
+    with pytest.raises(Error, match="nested 64 deep"):
+        template.render([{"role": "user", "content": deep}])
+    for tools in ("f", {"a": 1}, [print], ["f"], 7):
+        with pytest.raises(Error, match=r"tools? must be a (list of )?JSON schema"):
+            template.render([], tools=tools)
+
+
+class Kind(str, Enum):
+    A = "a"
+
+
+def test_a_file_with_several_templates(small: Tokenizer) -> None:
+    """transformers' choice: tool_use with tools, otherwise default; without that, an error that names them."""
+    both = TemplateSet({"default": "D", "tool_use": "{{ 'T' }}", "rag": "{{ 'R' }}"}, {"pad_token": "[PAD]"})
+    assert [both.choose(small, tools=tools).source for tools in (False, True)] == ["D", "{{ 'T' }}"]
+    assert both.choose(small, "rag").source == "{{ 'R' }}" and both.choose(small, "default").source == "D"
+    assert both.choose(small, "{{ pad_token }}").render([]) == "[PAD]"
+    with pytest.raises(Error, match="no chat template 'nope'; it has 'default', 'tool_use', 'rag'"):
+        both.choose(small, "nope")
+    with pytest.raises(Error, match="the chat template 'rag' fails"):
+        TemplateSet({"rag": "{{ a.b.c }}"}).choose(small, "rag").render([])
+    some = TemplateSet({"tool_use": "T", "rag": "R"})
+    assert some.choose(small, tools=True).source == "T"
+    with pytest.raises(Error, match=r"chat templates 'tool_use', 'rag' and none named 'default'.*--chat-template"):
+        some.choose(small)
+    with pytest.raises(Error, match="'nope'; it has none with a name"):
+        TemplateSet().choose(small, "nope")
+    with pytest.raises(Error, match="must be a string in jinja2"):
+        TemplateSet().choose(small, 7)  # type: ignore[arg-type]
 
 
 def test_the_vocabulary_chooses(small: Tokenizer, tmp_path: Path, models: Path) -> None:

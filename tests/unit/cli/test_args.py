@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import numballama
 from numballama import SamplingParams
-from numballama.cli.args import SAMPLING_HELP, sampling_params
+from numballama.cli.args import (
+    _PHRASES,
+    SAMPLING_HELP,
+    in_options,
+    read_template,
+    sampling_params,
+    template_arguments,
+)
 from numballama.cli.main import parser
+from numballama.errors import Error
 from tests.helpers.command_line import call
 
 
@@ -53,3 +64,70 @@ def test_other_spellings(words: tuple[str, ...], name: str, value: object) -> No
 )
 def test_old_spellings_are_not_shown(capsys: pytest.CaptureFixture[str], command: str, old: str) -> None:
     assert f" {old} " not in call(capsys, command, "--help").out
+
+
+def test_numbers_that_other_programs_use() -> None:
+    """-1 tokens are no limit, as in llama.cpp; seed -1 is a random one."""
+    parsed = parser().parse_args(["generate", "m", "x", "--max-tokens", "-1", "--seed", "-1"])
+    assert sampling_params(parsed) == SamplingParams(max_tokens=None, seed=-1)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("enable_thinking=false", False), ("a=1.5", 1.5), ('a={"b": [1, null]}', {"b": [1, None]}), ("a=x y", "x y"),
+        ("a=", ""), ("a=b=c", "b=c"), ("a=False", False), ("a=None", None), ("a=26 Jul 2024", "26 Jul 2024"),
+        ('a="quoted"', "quoted"), ("größe=1", 1),
+    ],
+)  # fmt: skip
+def test_template_arguments(given: str, expected: object) -> None:
+    parsed = parser().parse_args(["chat", "m", "--template-arg", "z=0", "--template-arg", given])
+    assert template_arguments(parsed) == {"z": 0, given.partition("=")[0]: expected}
+
+
+@pytest.mark.parametrize(
+    "wrong", ["a", "=1", "a b=1", "messages=[]", "template=x", "add_generation_prompt=false", "a={", 'a="', "a=[1,]"]
+)
+def test_template_arguments_that_are_refused(wrong: str) -> None:
+    with pytest.raises(Error, match="--template-arg"):
+        template_arguments(parser().parse_args(["chat", "m", "--template-arg", wrong]))
+    deep = parser().parse_args(["chat", "m", "--template-arg", "a=" + "[" * 100_000])
+    with pytest.raises(Error, match="is not JSON"):
+        template_arguments(deep)
+
+
+def test_a_template_is_a_file_or_a_name(tmp_path: Path) -> None:
+    (tmp_path / "t").write_text("{{ ä }}", encoding="utf-8")
+    assert read_template(str(tmp_path / "t")) == "{{ ä }}"
+    assert (read_template("tool_use"), read_template(None)) == ("tool_use", None)
+    (tmp_path / "t").write_bytes(b"\xff")
+    for wrong in (tmp_path / "t", tmp_path, tmp_path / "missing.jinja"):
+        with pytest.raises(Error, match="cannot be read"):
+            read_template(str(wrong))
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        ("top_p must be above 0", "--top-p must be above 0"),
+        ("kv_dtype 'x' is not supported; choose from f32", "--kv-dtype 'x' is not supported; choose from f32"),
+        ("for the CPU: device='cpu'", "for the CPU: --device cpu"),
+        ("shorten it, or compile with context=", "shorten it, or use --context"),
+        ("x carries no tokenizer: pass its file to compile(…, tokenizer=…), --tokenizer on the command line",
+         "x carries no tokenizer: pass its file to --tokenizer"),
+        ("pass one, as template= or --chat-template", "pass one, as --chat-template"),
+        ("/a/device=1/context: no such file", "/a/device=1/context: no such file"),
+        ("the prompt is empty; None starts from the beginning-of-text token alone",
+         "the prompt is empty; `numballama story --model …` begins without one"),
+    ],
+)  # fmt: skip
+def test_errors_speak_of_options(error: str, expected: str) -> None:
+    assert in_options(error) == expected
+
+
+def test_phrases_are_those_of_the_errors() -> None:
+    """Each phrase that is replaced occurs in the sources: an error that changes must not lose its translation."""
+    package = Path(numballama.__file__).parent
+    sources = "".join(path.read_text(encoding="utf-8") for path in package.rglob("*.py") if path.name != "args.py")
+    joined = re.sub(r'"\s*\n\s*f?"', "", sources)
+    assert [phrase for phrase in _PHRASES if phrase not in joined] == []

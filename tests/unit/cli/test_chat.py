@@ -122,7 +122,8 @@ def test_a_conversation(path: Path) -> None:
             ("/system Be a pirate.", ""),
             ("/system", r"Be a pirate\."),
             ("/help", "Ctrl-C stops an answer"),
-            ("/nonsense", "there is no command /nonsense"),
+            ("/nonsense", "there is no command /nonsense; /help lists them. A space in front makes it a message"),
+            (" /etc/passwd is what?", FIGURES),
             ("/reset", ""),
             ("a\\\nb", FIGURES),
         ):
@@ -198,16 +199,27 @@ def test_through_a_pipe(path: Path, tmp_path: Path, talk: Talk) -> None:
     words = (path, "--temperature", 0, "--max-tokens", 5)
     done = talk("hello\n\nmore\n", *words)
     assert done.code == 0 and done.err == ""
-    assert talk("hello\n/reset\nhello", *words).out == talk("hello\n", *words).out * 2
     first = talk("hello\n", *words).out
     assert first.endswith("\n") and done.out.startswith(first) and len(done.out) > len(first)
     assert talk("", *words).out == ""
-    assert talk("/exit\nhello\n", *words).out == ""
-    system = talk("hello\n", *words, "--system", "Be a pirate.").out
-    assert system == talk("/system Be a pirate.\nhello\n", *words).out != first
+    assert talk("hello\n", *words, "--system", "Be a pirate.").out != first
+    for text in ("/etc/passwd is what?", "/exit", "/system Be a pirate."):
+        asked = talk(f"{text}\nhello\n", *words)
+        assert asked.code == 0 and asked.err == "" and asked.out.count("\n") >= 2, "through a pipe all is text"
+        assert asked.out != first
     template = tmp_path / "t.jinja"
     template.write_text("{{ messages[-1].content }}")
     assert talk("hello\n", *words, "--chat-template", template).out != first
+
+
+@pytest.mark.slow
+def test_template_arguments_reach_the_template(path: Path, tmp_path: Path, talk: Talk) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text("{{ raise_exception(say ~ n) if say else 'x' }}")
+    words = (path, "--max-tokens", 2, "--chat-template", template)
+    assert talk("hello\n", *words).code == 0
+    done = talk("hello\n", *words, "--template-arg", "say=ahoy", "--template-arg", "n=7")
+    assert done.code == 1 and "refuses this conversation: ahoy7" in done.err
 
 
 @pytest.mark.parametrize(
@@ -215,7 +227,10 @@ def test_through_a_pipe(path: Path, tmp_path: Path, talk: Talk) -> None:
     [
         (("--chat-template", "missing.jinja"), "missing.jinja: cannot be read"),
         (("--temperature", "-1"), "temperature"),
-        (("--context", "8"), "the context holds 8"),
+        (("--context", "8"), "the context holds 8: begin a new conversation (/reset on a terminal), shorten"),
+        (("--chat-template", "tool_use"), "the model has no chat template 'tool_use'; it has none with a name"),
+        (("--template-arg", "x"), "--template-arg must be NAME=VALUE"),
+        (("--template-arg", "return_tensors=pt"), "return_tensors is not supported"),
     ],
 )
 def test_errors_of_a_pipe_exit_with_1(path: Path, talk: Talk, words: tuple[str, ...], expected: str) -> None:

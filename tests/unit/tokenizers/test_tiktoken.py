@@ -13,7 +13,7 @@ import pytest
 
 from numballama.errors import FormatError
 from numballama.formats.tokenizer_files import load_tokenizer
-from numballama.tokenizers.bpe import UNICODE_TO_BYTE
+from numballama.tokenizers.library import UNICODE_TO_BYTE
 from tests.golden.lines import lines
 from tests.golden.make_tokenizers import GOLDEN, digests
 from tests.helpers.bpe import real, trained

@@ -225,6 +225,27 @@ def test_the_files_tokenizer_and_the_users(tmp_path: Path, models: Path) -> None
 
 
 @pytest.mark.slow
+def test_named_templates_and_tokens_that_they_see(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.gguf", CONFIG, tokenizer=letters(300), chat_template="{{ pad_token }}{{ unk_token }}")
+    key, other = "tokenizer.chat_template", path.with_suffix(".named.gguf")
+    more = {
+        f"{key}.tool_use": entry(f"{key}.tool_use", STRING, text("T")),
+        f"{key}.x": entry(f"{key}.x", STRING, text("")),
+    }
+    more |= {"pad": u32("tokenizer.ggml.padding_token_id", 5), "sep": u32("tokenizer.ggml.seperator_token_id", 1 << 31)}
+    other.write_bytes(edited(path, more))
+    opened = open_checkpoint(other)
+    assert opened.tokenizer is not None
+    assert opened.chat_templates == {"default": "{{ pad_token }}{{ unk_token }}", "tool_use": "T"}
+    piece = opened.tokenizer.piece
+    assert opened.template_tokens == {"pad_token": piece(5), "unk_token": piece(0)}
+    with numballama.compile(other, threads=1) as model:
+        messages = [{"role": "user", "content": "a"}]
+        assert model.apply_chat_template(messages, tokenize=False) == piece(5) + piece(0)
+        assert model.apply_chat_template(messages, tokenize=False, tools=[]) == "T"
+        assert model.chat(tools=[{"type": "function"}]).template.source == "T"
+
+
 def test_eos_ends_the_text(tmp_path: Path) -> None:
     """Whatever token the file names, of the end of a text or of a turn; BOS does not end it."""
     path = save(

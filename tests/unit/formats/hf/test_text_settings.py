@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 
 from numballama.errors import FormatError
+from numballama.formats.hf.text_files import read_text_files
+from numballama.formats.hf.text_settings import TextSettings
 from numballama.loader import open_checkpoint
 from tests.helpers.hf_files import edit
 
@@ -29,3 +31,62 @@ def test_stop_ids_and_templates(copy: Callable[[str], Path]) -> None:
     (folder / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(FormatError, match="UTF-8"):
         open_checkpoint(folder)
+
+
+def write(folder: Path, **files: object) -> TextSettings:
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return TextSettings(folder)
+
+
+def test_where_templates_are(tmp_path: Path) -> None:
+    """As transformers 5 reads them: files in jinja2 in place of the config, chat_template.json only without these."""
+    assert TextSettings(tmp_path).chat_templates == {}
+    assert write(tmp_path, chat_template={"chat_template": "json"}).chat_templates == {"default": "json"}
+    for nothing in (None, "", []):
+        assert write(tmp_path, tokenizer_config={"chat_template": nothing}).chat_templates == {"default": "json"}
+    assert write(tmp_path, chat_template={"chat_template": {"a": "A"}}).chat_templates == {"a": "A"}
+    named = [{"name": "tool_use", "template": "T"}, {"name": "rag", "template": "R"}]
+    assert write(tmp_path, tokenizer_config={"chat_template": named}).chat_templates == {"tool_use": "T", "rag": "R"}
+    assert write(tmp_path, tokenizer_config={"chat_template": "one"}).chat_templates == {"default": "one"}
+    (tmp_path / "additional_chat_templates").mkdir()
+    (tmp_path / "additional_chat_templates" / "rag.jinja").write_text("R2")
+    (tmp_path / "additional_chat_templates" / "notes.txt").write_text("no")
+    assert TextSettings(tmp_path).chat_templates == {"rag": "R2"}, "without a default, as transformers"
+    (tmp_path / "chat_template.jinja").write_text("D")
+    assert TextSettings(tmp_path).chat_templates == {"rag": "R2", "default": "D"}
+    assert read_text_files(tmp_path).chat_template == "D"
+
+
+@pytest.mark.parametrize(
+    "wrong", [7, [7], [{"name": "a"}], [{"template": "a"}], [{"name": 1, "template": "x"}], {"a": 1}]
+)
+@pytest.mark.parametrize("file", ["tokenizer_config", "chat_template"])
+def test_templates_of_the_wrong_shape(tmp_path: Path, file: str, wrong: object) -> None:
+    settings = write(tmp_path, **{file: {"chat_template": wrong}})
+    with pytest.raises(FormatError, match=rf"{file}\.json.*key chat_template; expected a template, or a list of names"):
+        _ = settings.chat_templates
+
+
+def test_tokens_that_templates_see(tmp_path: Path) -> None:
+    config = {
+        "bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}, "unk_token": None, "add_bos_token": True,
+        "extra_special_tokens": {"image_token": "<img>"}, "model_max_length": 5, "boi_token": "<boi>",
+    }  # fmt: skip
+    settings = write(
+        tmp_path, tokenizer_config=config, special_tokens_map={"pad_token": "[PAD]", "bos_token": "<other>"}
+    )
+    expected = {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "image_token": "<img>",
+        "boi_token": "<boi>",
+        "pad_token": "[PAD]",
+    }
+    assert settings.template_tokens == expected | {"bos_token": "<other>"}
+    settings = write(tmp_path, tokenizer_config=config | {"added_tokens_decoder": {}})
+    assert settings.template_tokens == expected
+    assert write(tmp_path, tokenizer_config={"extra_special_tokens": ["<x>"]}).template_tokens == {
+        "pad_token": "[PAD]",
+        "bos_token": "<other>",
+    }
