@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, overload
 
@@ -295,7 +296,7 @@ class Model:
         """
         session, tokenizer = self.session, self._require_tokenizer()
         if not (prompt is None or isinstance(prompt, str)):
-            raise Error(f"the prompt must be a string or None, found {prompt!r}")
+            raise Error(f"the prompt must be a string or None, found {prompt!r:.200}; stream_ids() takes token ids")
         if prompt == "":
             raise Error("the prompt is empty; None starts from the beginning-of-text token alone")
         settings = merge(params, DEFAULTS, max_tokens, options)
@@ -366,7 +367,7 @@ class Model:
         """
         wanted = template_kwargs.pop("chat_template", None)
         refuse_options(template_kwargs)
-        encoder = ConversationEncoder(self._require_tokenizer(), wanted, self._templates(), tools is not None)
+        encoder = self._encoder(wanted, tools is not None)
         variables = {"add_generation_prompt": add_generation_prompt, "tools": tools, **template_kwargs}
         if not tokenize:
             return encoder.template.render(messages, **variables)
@@ -394,11 +395,23 @@ class Model:
         """
         refuse_options(template_kwargs)
         tools = template_kwargs.get("tools") is not None
-        encoder = ConversationEncoder(self._require_tokenizer(), template or None, self._templates(), tools)
-        return Chat(self, encoder, system, messages, template_kwargs)
+        return Chat(self, self._encoder(template or None, tools), system, messages, template_kwargs)
 
-    def _templates(self) -> TemplateSet:
-        return TemplateSet(self._checkpoint.chat_templates, self._checkpoint.template_tokens)
+    def _encoder(self, template: str | None, tools: bool) -> ConversationEncoder:
+        """The encoder for a template, see `TemplateSet.choose`. The latest are kept: one takes milliseconds to make."""
+        key = (template, tools)
+        encoder = self._encoders.get(key) if isinstance(template, str | None) else None
+        if encoder is None:
+            templates = TemplateSet(self._checkpoint.chat_templates, self._checkpoint.template_tokens)
+            encoder = ConversationEncoder(self._require_tokenizer(), template, templates, tools)
+            if len(self._encoders) >= 8:
+                self._encoders.clear()
+            self._encoders[key] = encoder
+        return encoder
+
+    @cached_property
+    def _encoders(self) -> dict[tuple[str | None, bool], ConversationEncoder]:
+        return {}
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

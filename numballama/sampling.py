@@ -16,7 +16,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 
 from .errors import Error, UnsupportedError
-from .validation import real_number, require_known, strings, whole_number
+from .validation import flag, real_number, require_known, strings, whole_number
 
 REPEAT_WINDOW = 64
 """Number of latest tokens that the repetition penalty applies to (llama.cpp's repeat_last_n)."""
@@ -147,6 +147,8 @@ class SamplingParams:
         self._set("stop", () if self.stop is None else tuple(strings("stop", self.stop)))
         self._set("stop_token_ids", _token_ids(self.stop_token_ids))
         self._set("n", whole_number("n", self.n, 1))
+        for name in ("ignore_eos", "special"):
+            self._set(name, flag(name, getattr(self, name)))
         self._refuse_unsupported()
 
     def override(self, options: Mapping[str, Any]) -> SamplingParams:

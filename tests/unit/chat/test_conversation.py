@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import numballama
@@ -255,6 +257,33 @@ def test_copies_and_pickles(model: Model) -> None:
             call(model)
     response = next(iter(model.stream("hello", max_tokens=1)))
     assert pickle.loads(pickle.dumps(response)) == response
+
+
+def test_messages_of_any_iterable(model: Model) -> None:
+    @dataclass
+    class Said:
+        role: str
+        content: str
+
+    chat = model.chat(messages=(Said("user", "a"), {"role": "assistant", "content": np.str_("b")}))  # type: ignore[arg-type]
+    expected = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert chat.messages == expected and type(chat.messages[1]["content"]) is str
+    chat.messages = (dict(message) for message in expected)  # type: ignore[assignment]
+    assert chat.messages == expected
+    for wrong in ({"role": "user", "content": "a"}, b"x"):
+        with pytest.raises(Error, match="messages must be a list"):
+            chat.messages = wrong  # type: ignore[assignment]
+    assert chat.messages == expected
+
+
+def test_templates_are_compiled_once(model: Model) -> None:
+    assert model.chat().template is model.chat().template is not model.chat(template=CHATML + " ").template
+    for number in range(20):
+        model.chat(template=f"{{{{ {number} }}}}")
+    assert len(model._encoders) <= 8
+    for wrong in (7, [CHATML], Path("t.jinja")):
+        with pytest.raises(Error, match="a chat template must be a text in jinja2"):
+            model.chat(template=wrong)  # type: ignore[arg-type]
 
 
 def test_arguments_of_transformers(model: Model) -> None:
