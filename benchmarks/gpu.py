@@ -45,7 +45,7 @@ from numballama.formats.gguf.writer import write_gguf
 from numballama.model import Model
 from numballama.quantization.convert import convert
 from numballama.quantization.types import F32, WeightType
-from numballama.sampling import SamplerState, SamplingParams
+from numballama.sampling import SamplingParams
 
 HERE = Path(__file__).parent
 GROUP = 64
@@ -112,11 +112,11 @@ def random_checkpoint(shape: str, kind: str) -> Checkpoint:
 
 
 @contextlib.contextmanager
-def compiled(checkpoint: Checkpoint, device: str, context: int) -> Iterator[Model]:
-    """The checkpoint's model on the device; all device memory is freed at the end."""
+def compiled(checkpoint: Checkpoint, device: str, context: int, **options: Any) -> Iterator[Model]:
+    """The checkpoint's model on the device; all device memory is freed at the end. `options` are those of `Model`."""
     copy = replace(checkpoint)  # a closed model empties its own
     with mock.patch.object(loader, "open_checkpoint", return_value=copy):
-        model = Model(checkpoint.path, device=device, context=context)
+        model = Model(checkpoint.path, device=device, context=context, **options)
     try:
         yield model
     finally:
@@ -128,26 +128,25 @@ def compiled(checkpoint: Checkpoint, device: str, context: int) -> Iterator[Mode
 # Measurements
 
 
+def event_times(model: Model, prompt: Sequence[int], tokens: int) -> list[float]:
+    """Times of submitting a prompt and of each of `tokens` greedy tokens, all computed by the engine."""
+    times = [time.perf_counter()]
+    params = SamplingParams(temperature=0, max_tokens=tokens)
+    for _ in model.token_engine.submit(prompt, params, reuse_prefix=False):
+        times.append(time.perf_counter())
+    return times
+
+
 def seconds_of_decoding(model: Model, before: Sequence[int], steps: int) -> float:
     """Seconds per token of greedy decoding after `before`. The first step starts the chain and is not timed."""
-    sampler = SamplerState(SamplingParams(temperature=0), model.config.vocab_size)
-    session = model.session
-    session.truncate()
-    token = session.prefill(before, sampler)
-    token = session.step(token or 0, sampler)
-    start = time.perf_counter()
-    for _ in range(steps):
-        token = session.step(token or 0, sampler)
-    return (time.perf_counter() - start) / steps
+    times = event_times(model, before, steps + 2)
+    return (times[-1] - times[2]) / steps
 
 
 def seconds_of_prompt(model: Model, prompt: Sequence[int]) -> float:
     """Seconds until the first token after a prompt."""
-    sampler = SamplerState(SamplingParams(temperature=0), model.config.vocab_size)
-    model.session.truncate()
-    start = time.perf_counter()
-    model.session.prefill(prompt, sampler)
-    return time.perf_counter() - start
+    times = event_times(model, prompt, 1)
+    return times[1] - times[0]
 
 
 def medians_of(rounds: int, measure: Any, *arguments: Any) -> tuple[float, list[float]]:
@@ -163,11 +162,10 @@ def speed(case: Case, device: str, rounds: int, bandwidth: float) -> tuple[dict[
     config = checkpoint.config
     ids = np.random.default_rng(1).integers(0, config.vocab_size, PROMPT).tolist()
     with compiled(checkpoint, device, min(config.context, 1024)) as model:
-        with model.exclusive():
-            decode, all_decode = medians_of(rounds, seconds_of_decoding, model, ids[:SHORT], TOKENS)
-            prompt = None
-            if model.context >= PROMPT:
-                prompt, _ = medians_of(rounds, seconds_of_prompt, model, ids)
+        decode, all_decode = medians_of(rounds, seconds_of_decoding, model, ids[:SHORT], TOKENS)
+        prompt = None
+        if model.context >= PROMPT:
+            prompt, _ = medians_of(rounds, seconds_of_prompt, model, ids)
         nbytes = bytes_per_token(model, SHORT + TOKENS // 2)
         found = {
             "decode_tokens_per_second": 1 / decode,
@@ -186,7 +184,7 @@ def context_cost(device: str, rounds: int, shape: str = "TinyLlama-1.1B", far: i
     """Decoding far into the context against decoding near its beginning; keys and values are float16."""
     checkpoint = random_checkpoint(shape, "f16")
     ids = np.random.default_rng(2).integers(0, checkpoint.config.vocab_size, far).tolist()
-    with compiled(checkpoint, device, far + STEPS + 8) as model, model.exclusive():
+    with compiled(checkpoint, device, far + STEPS + 8) as model:
         near, _ = medians_of(rounds, seconds_of_decoding, model, ids[:NEAR], STEPS)
         distant, _ = medians_of(rounds, seconds_of_decoding, model, ids, STEPS)
         prompt, _ = medians_of(1, seconds_of_prompt, model, ids)

@@ -72,12 +72,13 @@ def compile(
     Parameters
     ----------
     model_path: a model file, whose format is recognised by its content; a directory from Hugging Face or Meta; a hub id
-        "owner/name", which is downloaded; None for the small story model inside this package.
+        "owner/name", or "owner/name:Q4_K_M" for one of its GGUF files, which is downloaded; None for the small story
+        model inside this package.
     tokenizer: path of a tokenizer, for model files that carry none (GGUF files do). Without one, only `logits` works.
     device: "cpu", "cuda" (an NVIDIA GPU; "cuda:1" for the second one), "reference" (NumPy: slow, defines the results)
         or "auto": the fastest device of this machine, which `notes` names.
     dtype: "f32", "f16", "bf16", "int8", "q8_0" or "q4_0" converts the linear weights; None keeps the file's types.
-    context: size of the KV cache in tokens; default the model's own, at most 4096.
+    context: tokens that a sequence may have; default the model's own, at most 4096.
     kv_dtype: type of the KV cache: "f32" (default on the CPU), "f16" (default on a GPU) or "bf16".
     threads: number of CPU workers; default: as many as this process may use.
     rope_pairing: "interleaved" or "half". Like `rope_theta` and `norm_eps`, it replaces the file's value, or gives one
@@ -86,21 +87,20 @@ def compile(
     activations: "f32", or "int8" to quantise the inputs of quantised weights to int8 in blocks, as llama.cpp does on
         the CPU. Prompts are then processed faster, and logits differ by the rounding. llama2.c v2 files always use
         int8, as llama2.c itself does.
-    max_sequences: sequences in one step. This version supports 1.
+    max_sequences: sequences that generate at the same time, a token each per step; others wait.
     gpus: GPUs that share the model. This version supports 1.
-    kv_tokens: size of the KV cache in tokens, over all sequences. This version supports None: one context.
+    kv_tokens: size of the KV cache in tokens, over all sequences; default max_sequences · context, or what fits in
+        memory, which `notes` say.
 
     Raises `FormatError` for a damaged file, `UnsupportedError` for what this version cannot do, `DeviceError` for a
     device that cannot be used, `Error` for arguments out of range.
     """
-    for name, value, supported in (
-        ("max_sequences", max_sequences, 1),
-        ("gpus", gpus, 1),
-        ("kv_tokens", kv_tokens, None),
-    ):
-        if value != supported:
-            raise UnsupportedError(f"{name}={value!r} is not supported by this version: leave it at {supported}")
-    from .model import Model
+    if gpus != 1:
+        raise UnsupportedError(f"gpus={gpus!r} is not supported by this version: leave it at 1")
+    from .host import interrupts
+
+    with interrupts.deferred():
+        from .model import Model
 
     return Model(
         model_path,
@@ -115,6 +115,8 @@ def compile(
         norm_eps=norm_eps,
         fusions=fusions,
         activations=activations,
+        max_sequences=max_sequences,
+        kv_tokens=kv_tokens,
     )
 
 

@@ -14,12 +14,13 @@ import numpy as np
 
 from .checkpoint import Weight
 from .errors import DeviceError
+from .host import environment, interrupts
 from .ir import Graph
 from .kernel_cache import cuda_cache_directory
 from .plan import Plan
 from .progress import Report
 from .quantization.types import ActivationType, KVType
-from .sampling import SamplerState
+from .sampling import Sampled, SamplerTable
 
 BackendName = Literal["cpu", "cuda", "reference"]
 
@@ -41,20 +42,37 @@ class Program(Protocol):
 
     @property
     def inputs(self) -> Mapping[str, np.ndarray]:
-        """Arrays in host memory that the next run reads: `ids`, `positions` and `sequences`, int32 [tokens]."""
+        """Arrays in host memory that the next run reads: `ids`, `positions` and `sequences`, int32 [tokens], and `rows`.
+
+        `sequences` are slots of the page table, `rows` the numbers of the rows with logits, int32 [rows at most].
+        """
 
     @property
     def prefill_end(self) -> int:
-        """Index of the first step that only the last token of a prompt needs. All chunks but the last stop there."""
+        """Index of the first step that only rows with logits need. A run without such rows stops there."""
 
     def value(self, name: str) -> np.ndarray:
         """A value of the last run, in its declared shape. The next run may overwrite it."""
 
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, rows: int = 1) -> None:
         """Run steps [begin, end) for the first `tokens` tokens of the inputs.
 
-        Returns the next token if there is a sampler, otherwise 0. Raises `Error` if a kernel fails or the logits hold
-        NaN, `DeviceError` if the device fails.
+        `rows` is how many of them have logits: the first ones of the input `rows` name them. Raises `Error` if a kernel
+        fails, `DeviceError` if the device fails.
+        """
+
+    def submit(self, tokens: int, rows: int, table: SamplerTable) -> int:
+        """Start a run of all steps that samples a token for each of `rows` rows with logits; returns its ticket.
+
+        Inputs are copied. An id of FEED stands for the token that its row's slot has sampled last. Without the input
+        `rows`, every token has logits. Up to `Backend.lookahead` + 1 runs may be in flight; on the CPU the run is done
+        when this returns. Raises as `run` does.
+        """
+
+    def collect(self, ticket: int) -> Sampled:
+        """Wait for a run and return what it sampled. Tickets are collected in order, each once.
+
+        A row whose logits hold NaN has token -1. Raises `DeviceError` if the device fails.
         """
 
     def kernel_names(self) -> list[str]:
@@ -74,6 +92,12 @@ class Backend(Protocol):
     """Types that the inputs of linear layers may be quantised to."""
     in_host_memory: ClassVar[bool]
     """Whether weights and KV cache are in host memory."""
+    mixed_tokens: ClassVar[int]
+    """Maximum number of rows of a run in which others decode beside a prompt: they must not wait for long."""
+    lookahead: ClassVar[int]
+    """Runs that may be submitted before the one whose tokens are awaited is done. 0: `submit` does the work."""
+    decode_sizes: ClassVar[tuple[int, ...]]
+    """Numbers of sequences for which a program of their own decodes faster than one for a chunk of a prompt."""
 
     @property
     def workers(self) -> int:
@@ -100,6 +124,9 @@ class Backend(Protocol):
     def prepare(self, decode: Program, report: Report | None = None) -> None:
         """Compile or load everything that would delay the first token. `decode` is the program for one token."""
 
+    def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
+        """Write page numbers into row `slot` of the page table, from entry `first` on. Later runs see them."""
+
     def weight_nbytes(self, name: str) -> int:
         """Bytes of a weight as this backend stores it."""
 
@@ -117,6 +144,12 @@ class Backend(Protocol):
         `kinds` and `nbytes` have one entry per step. Steps of equal kind do the same work on different weights and may
         be measured together. `nbytes` are the bytes that a step must move. Raises `Error` on the reference.
         """
+
+    def free_bytes(self) -> int | None:
+        """Bytes that the KV cache may take. None if the system does not tell."""
+
+    def discard_runs(self) -> None:
+        """Wait until the device is idle, and forget the tickets of runs in flight."""
 
     def synchronize(self) -> None:
         """Wait until the device has done all its work."""
@@ -168,7 +201,9 @@ def backend_class(device: str) -> type[Backend]:
 
         return CudaBackend
     if name == "cpu":
-        from .cpu.backend import CpuBackend
+        with interrupts.deferred():
+            environment.import_numba()
+            from .cpu.backend import CpuBackend
 
         return CpuBackend
     from .reference import ReferenceBackend
@@ -190,7 +225,9 @@ def open_backend(device: str, weights: Mapping[str, Weight], threads: int | None
 
         return CudaBackend(weights, device)
     if name == "cpu":
-        from .cpu.backend import CpuBackend
+        with interrupts.deferred():
+            environment.import_numba()
+            from .cpu.backend import CpuBackend
 
         return CpuBackend(weights, threads)
     from .reference import ReferenceBackend

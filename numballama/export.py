@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Protocol
@@ -22,7 +22,7 @@ from .memory import format_bytes
 from .quantization import policy
 from .quantization.convert import DEFAULT_GROUP, convert, relative_error
 from .quantization.types import BLOCKS, F32, WeightType
-from .tokenizers.base import Tokenizer
+from .tokenizers.base import Tokenizer, Vocabulary
 from .tokenizers.bpe import BPETokenizer
 
 
@@ -34,7 +34,8 @@ class WriteOptions:
     """Elements per int8 group."""
     name: str | None = None
     """Name of the model."""
-    tokenizer: Tokenizer | None = None
+    vocabulary: Vocabulary | None = None
+    """Of a GGUF file. At most as many tokens as the embedding has rows."""
     chat_template: str | None = None
     metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
     """Additional metadata of a GGUF file."""
@@ -73,7 +74,7 @@ def _gguf(
     path: str | PathLike[str], config: ModelConfig, weights: Mapping[str, Weight], options: WriteOptions = _DEFAULTS
 ) -> list[str]:
     o = options
-    return write_gguf(path, config, weights, o.tokenizer, o.name, o.chat_template, o.metadata)
+    return write_gguf(path, config, weights, o.vocabulary, o.name, o.chat_template, o.metadata)
 
 
 def _safetensors(
@@ -263,18 +264,35 @@ def _options(
 
 
 def _gguf_options(opened: Checkpoint, name: str, notes: list[str]) -> WriteOptions:
-    tokenizer = opened.tokenizer
+    tokenizer, vocabulary, rows = opened.tokenizer, None, opened.config.vocab_size
     if tokenizer is not None:
         try:
-            tokenizer.vocabulary()
+            vocabulary = _cut(tokenizer.vocabulary(), rows)
         except UnsupportedError as error:
             notes.append(f"the tokenizer is left out: {error}")
-            tokenizer = None
-    stops = [token for token in opened.stop_token_ids if tokenizer is not None and token != tokenizer.eos_id]
+    stops = [token for token in opened.stop_token_ids if vocabulary is not None and token != vocabulary.eos_id]
+    stops = [token for token in stops if token < rows]
     if stops[1:]:  # GGUF has one key besides EOS
         notes.append(f"GGUF holds two ids that end a text; left out: {', '.join(map(str, stops[1:]))}")
     metadata: dict[str, MetadataValue] = {"tokenizer.ggml.eot_token_id": stops[0]} if stops else {}
-    return WriteOptions(name=name, tokenizer=tokenizer, chat_template=opened.chat_template, metadata=metadata)
+    return WriteOptions(name=name, vocabulary=vocabulary, chat_template=opened.chat_template, metadata=metadata)
+
+
+def _cut(vocabulary: Vocabulary, rows: int) -> Vocabulary:
+    """The vocabulary without tokens that the embedding has no row for: llama.cpp refuses them."""
+    bos, eos, unknown = (
+        None if token is None or token >= rows else token
+        for token in (vocabulary.bos_id, vocabulary.eos_id, vocabulary.unknown_id)
+    )
+    return replace(
+        vocabulary,
+        pieces=vocabulary.pieces[:rows],
+        scores=vocabulary.scores[:rows],
+        types=vocabulary.types[:rows],
+        bos_id=bos,
+        eos_id=eos,
+        unknown_id=unknown,
+    )
 
 
 def _group_size(opened: Checkpoint) -> int:

@@ -1,17 +1,17 @@
-"""The generation loop: from token ids to one `GenerationResponse` per token."""
+"""Text from tokens: what the engine's requests yield to a reader, and stop strings."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol
 
-from .sampling import SamplerState
-from .session import SharedSession
+from .engine.engine import Engine
+from .engine.request import FinishReason, Request, TokenEvent, TokenLogprobs
+from .engine.stats import EngineStats
+from .sampling import SamplingParams
 from .tokenizers.base import Decoder
-
-FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -27,100 +27,98 @@ class GenerationResponse:
     stop_reason: str | int | None = None
     """With "stop": the stop string, or the id of the token that ended the text. With "length": "context" if the context
     is full, otherwise None."""
-    logprobs: None = None
-    """Log probabilities. This version computes none."""
+    logprobs: TokenLogprobs | None = None
+    """Log probability of the token, and the likeliest in its place. None unless `SamplingParams.logprobs` asks."""
     prompt_tokens: int = 0
     """Tokens of the prompt."""
     cached_tokens: int = 0
-    """Tokens of the prompt that were in the KV cache already."""
+    """Tokens of the prompt that were in the KV cache already: whole pages of it."""
     tokens_per_second: float = 0.0
     """Speed of the tokens after the first, without the prompt. 0.0 on the first."""
+    index: int = 0
+    """Which of the `n` texts of the request this token continues."""
 
     def __str__(self) -> str:
         return self.text
 
 
-def generate_tokens(
-    shared: SharedSession,
-    ids: Sequence[int],
-    sampler: SamplerState,
-    decoder: Decoder,
-    *,
-    max_tokens: int | None = None,
-    stop: Iterable[str] = (),
-    stop_token_ids: Container[int] = (),
-    reuse_prefix: bool = False,
-) -> Iterator[GenerationResponse]:
-    """Continue `ids`, until `max_tokens` (None: no limit), a stop string, a stop token or the end of the context.
+class TextStream:
+    """Makes a `GenerationResponse` of each token of one sequence. A stop string ends it."""
 
-    `reuse_prefix`: reuse the tokens at the beginning of `ids` that are in the KV cache, whichever stream computed them.
-    Otherwise all are computed, and the result does not depend on earlier calls.
-    """
-    stream, history, started = object(), list(ids), 0.0
-    stops = StopStringFilter(stop)
-    if max_tokens == 0:
-        return
-    context = shared.session.context
-    cached = acquire_session(shared, stream, history) if reuse_prefix else 0
-    index = 0
-    while True:
-        token = next_token(shared, stream, history, sampler)
+    def __init__(self, decoder: Decoder, stop: Iterable[str]) -> None:
+        self._decoder, self._stops = decoder, StopStringFilter(stop)
+        self._started, self._count = 0.0, 0
+
+    def __call__(self, event: TokenEvent) -> GenerationResponse:
         now = time.perf_counter()
-        started = started or now
-        finish_reason: FinishReason | None = None
-        stop_reason: str | int | None = None
-        text = ""
-        if token in stop_token_ids:
-            finish_reason, stop_reason = "stop", token
-        else:
-            text = stops.push(decoder.push(token), decoder.hidden(token))
+        self._started = self._started or now
+        stops, text, finish_reason, stop_reason = self._stops, "", event.finish_reason, event.stop_reason
+        if finish_reason != "stop":
+            text = stops.push(self._decoder.push(event.token), self._decoder.hidden(event.token))
             if stops.found is not None:
                 finish_reason, stop_reason = "stop", stops.found
-            elif index + 1 == max_tokens:
-                finish_reason = "length"
-            elif len(history) == context:
-                finish_reason, stop_reason = "length", "context"
         if finish_reason is not None and stops.found is None:
-            text += stops.push(decoder.flush())
+            text += stops.push(self._decoder.flush())
             text += stops.flush()
-        yield GenerationResponse(
-            text,
-            token,
-            finish_reason,
-            stop_reason,
-            prompt_tokens=len(ids),
-            cached_tokens=cached,
-            tokens_per_second=index / (now - started) if index else 0.0,
-        )
-        if finish_reason is not None:
-            return
-        history.append(token)
-        index += 1
+        speed = self._count / (now - self._started) if self._count else 0.0
+        self._count += 1
+        return GenerationResponse(
+            text, event.token, finish_reason, stop_reason, event.logprobs, event.prompt_tokens, event.cached_tokens,
+            speed, event.index,
+        )  # fmt: skip
 
 
-def acquire_session(shared: SharedSession, stream: object, history: Sequence[int]) -> int:
-    """Give the session to `stream` and keep the cached prefix of `history`. Returns the number of reused tokens."""
-    with shared.exclusive():
-        session, shared.owner = shared.session, stream
-        session.truncate(session.common_prefix_length(history))
-        return len(session.tokens)
+class TextStreams:
+    """A `TextStream` for each sequence of a request."""
+
+    def __init__(self, decoder: Callable[[], Decoder], stop: Sequence[str], n: int) -> None:
+        self._streams = [TextStream(decoder(), stop) for _ in range(n)]
+
+    def __call__(self, event: TokenEvent) -> GenerationResponse:
+        return self._streams[event.index](event)
 
 
-def next_token(shared: SharedSession, stream: object, history: Sequence[int], sampler: SamplerState) -> int:
-    """The token after `history`. Computes what the cache lacks: the last token, or all after another stream."""
-    with shared.exclusive():
-        session = shared.session
-        if shared.owner is not stream:
-            shared.owner = stream
-            session.truncate()
-        known = len(session.tokens)
-        token = (
-            session.step(history[-1], sampler)
-            if known == len(history) - 1 and known
-            else session.prefill(history[known:], sampler)
-        )
-        assert token is not None
-        return token
+class Submit(Protocol):
+    """`Model.submit`."""
+
+    def __call__(
+        self,
+        prompt: str | Iterable[int] | None,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        request_id: str | None = None,
+        reuse_prefix: bool = True,
+        salt: str | None = None,
+    ) -> Request[GenerationResponse]: ...
+
+
+class TextEngine:
+    """A model's engine, for many requests at once. A thread of its own runs it inside `with model.engine() as engine:`.
+
+    `submit(prompt, params, priority=0)` takes text or token ids, from any thread or event loop, and returns a
+    `Request`: iterate over it, with `for` or `async for`, to read a `GenerationResponse` for each token; `cancel()`
+    ends it. A lower `priority` comes first. `reuse_prefix`: take tokens at the beginning of the prompt from the KV
+    cache, if a request with the same `salt` has computed them.
+    """
+
+    def __init__(self, engine: Engine, submit: Submit) -> None:
+        self._engine, self.submit = engine, submit
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request at the next step, from any thread. False if there is none of this id."""
+        return self._engine.cancel(request_id)
+
+    def stats(self) -> EngineStats:
+        """What the engine is doing now, and what it has done."""
+        return self._engine.stats()
+
+    def __enter__(self) -> TextEngine:
+        self._engine.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._engine.stop()
 
 
 class StopStringFilter:

@@ -5,48 +5,87 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 from .config import INTERLEAVED, ModelConfig
-from .ir import DTYPES, Graph, Value
+from .ir import Graph, Value, nbytes_of
+from .memory import ceil_div
 from .quantization.types import VEC_DOT_TYPE, ActivationType, KVType, WeightType
 from .rope import rope_frequencies
 
-Logits = Literal["last", "all"]
-"""Which tokens of a run have logits."""
+Logits = Literal["rows", "all"]
+"""Which tokens of a run have logits: those that its input `rows` names, or all."""
+
+PAGE = 32
+"""Tokens in a page of the KV cache, unless the caller chooses another number."""
 
 
 @dataclass(frozen=True)
 class KVLayout:
-    """Layout of the KV cache: for each layer two arrays [sequences, n_kv_heads, context, head_dim].
+    """Layout of the KV cache: for each layer keys and values [pages, n_kv_heads, page, head_dim], and a page table.
 
-    All positions of one head are contiguous, so that attention reads memory in one stream.
+    A page holds `page` tokens of one sequence. Inside a page the positions of one head are contiguous. Page 0 belongs
+    to no sequence: rows that pad a run write there. The page table i32[slots + 1, pages_per_sequence] names the pages
+    of the sequence in each slot; its last row is for padding and names page 0 only.
     """
 
     n_layers: int
-    sequences: int
+    pages: int
     n_kv_heads: int
-    context: int
+    page: int
     head_dim: int
+    slots: int
+    pages_per_sequence: int
     dtype: KVType = "f32"
 
     @classmethod
-    def of(cls, config: ModelConfig, context: int, dtype: KVType = "f32", sequences: int = 1) -> KVLayout:
-        """The layout for a model and `context` tokens."""
-        return cls(config.n_layers, sequences, config.n_kv_heads, context, config.head_dim, dtype)
+    def of(
+        cls,
+        config: ModelConfig,
+        context: int,
+        dtype: KVType = "f32",
+        slots: int = 1,
+        tokens: int | None = None,
+        page: int = PAGE,
+    ) -> KVLayout:
+        """The layout for a model and up to `slots` sequences of up to `context` tokens each.
+
+        `tokens` is how many tokens all sequences may have together, default slots · context.
+        """
+        each = ceil_div(context, page)
+        pages = 1 + (slots * each if tokens is None else ceil_div(tokens, page))
+        return cls(config.n_layers, pages, config.n_kv_heads, page, config.head_dim, slots, each, dtype)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         """Shape of the keys, or of the values, of one layer."""
-        return (self.sequences, self.n_kv_heads, self.context, self.head_dim)
+        return (self.pages, self.n_kv_heads, self.page, self.head_dim)
+
+    @property
+    def table_shape(self) -> tuple[int, int]:
+        """Shape of the page table."""
+        return (self.slots + 1, self.pages_per_sequence)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that fit the cache, over all sequences."""
+        return (self.pages - 1) * self.page
+
+    @property
+    def max_length(self) -> int:
+        """Tokens that fit one row of the page table."""
+        return self.pages_per_sequence * self.page
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the whole cache."""
-        return 2 * self.n_layers * math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        """Bytes of the whole cache, without the page table."""
+        return 2 * self.n_layers * nbytes_of(self.shape, self.dtype)
+
+
+PAGE_TABLE = "page_table"
+"""Name of the page table among a graph's states."""
 
 
 class Builder:
@@ -70,8 +109,9 @@ class Builder:
         self._shapes = config.weight_shapes()
         self._quantized: dict[tuple[str, str], tuple[Value, ...]] = {}
         self.ids = graph.input("ids", (tokens,), "i32")
-        self._where = graph.input("positions", (tokens,), "i32"), graph.input("sequences", (tokens,), "i32")
-        frequencies = graph.constant("rope_frequencies", rope_frequencies(config, kv.context))
+        positions, sequences = (graph.input(name, (tokens,), "i32") for name in ("positions", "sequences"))
+        self._where = positions, sequences, graph.state(PAGE_TABLE, kv.table_shape, "i32")
+        frequencies = graph.constant("rope_frequencies", rope_frequencies(config, kv.max_length))
         self._angles = graph.add("rope_angles", self._where[0], frequencies, out="angles")
 
     def weight(self, name: str) -> Value:
@@ -146,27 +186,27 @@ def build(
     types: Mapping[str, WeightType],
     kv: KVLayout,
     tokens: int = 1,
-    logits: Logits = "last",
+    logits: Logits = "rows",
     int8_activations: bool = False,
     activations: ActivationType = "f32",
 ) -> Graph:
     """The graph of a model for up to `tokens` tokens per run.
 
-    `types` maps each name of `config.weight_shapes()` to its type. `logits` is "last" (logits[1, vocab] of the run's
-    last token, and `next`[1], its argmax) or "all" (logits[tokens, vocab]). With `int8_activations` the input of
-    every int8 weight is quantised first, in the weight's groups; with `activations` "int8" that of every weight of
-    blocks as well, as `VEC_DOT_TYPE` says.
+    `types` maps each name of `config.weight_shapes()` to its type. The result is `logits`[R, vocab] and `next`[R],
+    their argmax. With `logits` "all", or for a single token, every token has logits: R = `tokens`. With "rows", the
+    input `rows` names those that have: R is the number of slots, or `tokens` if that is less. With `int8_activations`
+    the input of every int8 weight is quantised first, in the weight's groups; with `activations` "int8" that of every
+    weight of blocks as well, as `VEC_DOT_TYPE` says.
     """
     graph = Graph(f"llama, {tokens} token{'s' if tokens > 1 else ''}")
     b = Builder(graph, config, types, kv, tokens, int8_activations, activations)
     x = graph.add("embedding", b.ids, b.weight("tok_embeddings"), out="x")
     for layer in range(config.n_layers):
         x = LAYERS[type(config)](b, x, f"layers.{layer}.")
-    if logits == "last" and tokens > 1:
-        x = graph.add("last", x, out="x_last")
+    if logits == "rows" and tokens > 1:
+        rows = graph.input("rows", (min(kv.slots, tokens),), "i32")
+        x = graph.add("rows", x, rows, out="x_rows")
     x = b.norm(x, "norm", "final")
     result = b.linear(x, "tok_embeddings" if config.tied_embeddings else "output", "logits")
-    graph.outputs = [result.name]
-    if logits == "last":
-        graph.outputs.append(graph.add("argmax", result, out="next").name)
+    graph.outputs = [result.name, graph.add("argmax", result, out="next").name]
     return graph

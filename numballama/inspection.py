@@ -92,7 +92,7 @@ class Inspection:
             "",
             "memory",
             f"  weights     {format_bytes(memory['weights'])}, mapped from the file",
-            f"  KV cache    {format_bytes(memory['kv_cache'])} for {self.kv.context:,} tokens, {self.kv.dtype}",
+            f"  KV cache    {format_bytes(memory['kv_cache'])} for {self.kv.tokens:,} tokens, {self.kv.dtype}",
             f"  arena       {format_bytes(memory['arena'])} for one token",
             "",
             f"tensors{rest}",

@@ -19,6 +19,8 @@ from typing import Any, Literal, overload
 import numpy as np
 
 from .errors import Error
+from .memory import ceil_div
+from .quantization.types import KV_BLOCK
 from .visualize import draw_graph
 
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -27,8 +29,19 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "bf16": np.dtype(np.uint16),
     "i8": np.dtype(np.int8),
     "i32": np.dtype(np.int32),
+    "q8_0": np.dtype(np.uint8),
 }
-"""Types of the values that a plan places in memory. Weights may have others: they keep the layout of their file."""
+"""Types of the values that a plan places in memory. Weights may have others: they keep the layout of their file.
+
+q8_0 is for states, the KV cache: int8 quants in the value's shape, then a float16 scale for every 32 of them along the
+last dimension, of which the last may have fewer.
+"""
+
+
+def nbytes_of(shape: Sequence[int], dtype: str) -> int:
+    """Bytes of an array of a type of `DTYPES`."""
+    scales = math.prod(shape[:-1]) * ceil_div(shape[-1], KV_BLOCK) if dtype == "q8_0" else 0
+    return math.prod(shape) * DTYPES[dtype].itemsize + 2 * scales
 
 
 ValueKind = Literal["input", "weight", "constant", "state", "temp"]
@@ -46,7 +59,7 @@ class Value:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        return nbytes_of(self.shape, self.dtype)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype}[{', '.join(map(str, self.shape))}]"

@@ -6,8 +6,8 @@ these three parameters come the op's inputs and outputs as its rule in `ops` nam
 scratch arrays by name. `cpu.ops` registers each kernel for types of inputs and gives the shapes of its scratch arrays;
 `cpu.compiler` compiles it with Numba for the types that a model needs.
 
-Shapes: T tokens at most, D the model's width, K and N a weight's columns and rows, S sequences, C the cache's length.
-A KV cache is [S, kv_heads, C, head_dim].
+Shapes: T tokens at most, D the model's width, K and N a weight's columns and rows. A KV cache is [pages, kv_heads,
+page, head_dim]; `ops` says how positions of a sequence are found in it.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import math
 import numpy as np
 
 from .cpu.compiler import device, ordered_device
-from .cpu.intrinsics import as_f32, f32_to, power_of_two
+from .cpu.intrinsics import power_of_two, saturate_to
+from .cpu.kv_cache import add_weighted, kv_rows, kv_shape, qk_dot, row_count, store_row
 from .cpu.matmul import dequantize_rows, matmul, matmul_int8, partition
 
 
@@ -152,8 +153,8 @@ def apply_rope(x, angles, interleaved, out):
     for i in range(pairs):
         a, b = (2 * i, 2 * i + 1) if interleaved else (i, i + pairs)
         cos, sin = angles[i], angles[pairs + i]
-        out[a] = f32_to(out[a], x[a] * cos - x[b] * sin)
-        out[b] = f32_to(out[b], x[a] * sin + x[b] * cos)
+        out[a] = saturate_to(out[a], x[a] * cos - x[b] * sin)
+        out[b] = saturate_to(out[b], x[a] * sin + x[b] * cos)
 
 
 def rope(worker, n_workers, tokens, x, angles, out, head_dim, interleaved):
@@ -166,38 +167,28 @@ def rope(worker, n_workers, tokens, x, angles, out, head_dim, interleaved):
 
 
 @device
-def kv_index(sequence, head, position):
-    """Index of the rows of one sequence and KV head in a KV cache, from `position` on. They are contiguous.
+def kv_index(page_table, sequence, head, position, page):
+    """Index of the rows of one sequence and KV head in a KV cache, from `position` to the end of its page.
 
-    `cache[kv_index(…)]` is [positions, head_dim]; its row 0 belongs to `position`. All kernels address caches by this.
+    `cache[kv_index(…)]` is [rows, head_dim]; its row 0 belongs to `position`. `page` is the number of tokens in a page.
+    `cpu.kv_cache` reads and writes these rows.
+    All kernels address caches by this.
     """
-    return sequence, head, slice(position, None)
+    return page_table[sequence, position // page], head, slice(position % page, None)
 
 
-def kv_write(worker, n_workers, tokens, x, cache, positions, sequences):
-    heads, head_dim = cache.shape[1], cache.shape[3]
+def kv_write(worker, n_workers, tokens, x, cache, positions, sequences, page_table):
+    heads, page, head_dim = kv_shape(cache)
     begin, end = partition(tokens * heads, worker, n_workers, 1)
     for unit in range(begin, end):
         t, h = divmod(unit, heads)
-        row = cache[kv_index(sequences[t], h, positions[t])][0]
-        for d in range(head_dim):
-            row[d] = f32_to(row[d], x[t, h * head_dim + d])
+        store_row(cache, kv_index(page_table, sequences[t], h, positions[t], page), x, t, h * head_dim)
 
 
 @device
 def first_visible(position, window):
     """The first position that a token attends to: it sees `window` positions, its own included, or all if 0."""
     return max(position + 1 - window, 0) if window > 0 else 0
-
-
-@device
-def qk_dot(q, keys, length, scale, scores):
-    """scores[i] = q · keys[i] · scale for i < length, of one head."""
-    for i in range(length):
-        total = np.float32(0)
-        for d in range(q.shape[0]):
-            total += q[d] * as_f32(keys[i, d])
-        scores[i] = total * scale
 
 
 @device
@@ -215,32 +206,38 @@ def softmax_in_place(x, length):
 
 
 @device
-def weighted_sum(weights, values, length, out):
-    """out = sum over i < length of weights[i] · values[i], of one head."""
+def attend_keys(q, k_cache, page_table, sequence, head, first, end, scale, scores):
+    """scores[i] = q · key · scale, with the key of position first + i, for positions [first, end) of one KV head."""
+    position = first
+    while position < end:
+        keys = kv_rows(k_cache, kv_index(page_table, sequence, head, position, kv_shape(k_cache)[1]))
+        count = min(row_count(keys), end - position)
+        qk_dot(q, keys, count, scale, scores[position - first :])
+        position += count
+
+
+@device
+def attend_values(weights, v_cache, page_table, sequence, head, first, end, out):
+    """out = sum of weights[i] · value, with the value of position first + i, for positions [first, end)."""
     for d in range(out.shape[0]):
         out[d] = 0
-    i = 0
-    while i + 4 <= length:  # four positions a pass: a quarter of the loads and stores of `out`
-        w0, w1, w2, w3 = weights[i], weights[i + 1], weights[i + 2], weights[i + 3]
-        for d in range(out.shape[0]):
-            out[d] += (w0 * as_f32(values[i, d]) + w1 * as_f32(values[i + 1, d])) + (
-                w2 * as_f32(values[i + 2, d]) + w3 * as_f32(values[i + 3, d])
-            )
-        i += 4
-    for rest in range(i, length):
-        for d in range(out.shape[0]):
-            out[d] += weights[rest] * as_f32(values[rest, d])
+    position = first
+    while position < end:
+        values = kv_rows(v_cache, kv_index(page_table, sequence, head, position, kv_shape(v_cache)[1]))
+        count = min(row_count(values), end - position)
+        add_weighted(weights[position - first :], values, count, out)
+        position += count
 
 
-def attention_scores(worker, n_workers, tokens, q, k_cache, positions, sequences, out, window):
-    head_dim, heads = k_cache.shape[3], out.shape[1]
-    group, scale = heads // k_cache.shape[1], np.float32(1 / math.sqrt(head_dim))
+def attention_scores(worker, n_workers, tokens, q, k_cache, positions, sequences, page_table, out, window):
+    (kv_heads, _, head_dim), heads = kv_shape(k_cache), out.shape[1]
+    group, scale = heads // kv_heads, np.float32(1 / math.sqrt(head_dim))
     begin, end = partition(tokens * heads, worker, n_workers, 1)
     for unit in range(begin, end):
         t, h = divmod(unit, heads)
         first, end_visible = first_visible(positions[t], window), positions[t] + 1
-        query, keys = q[t, h * head_dim : (h + 1) * head_dim], k_cache[kv_index(sequences[t], h // group, first)]
-        qk_dot(query, keys, end_visible - first, scale, out[t, h, first:])
+        query = q[t, h * head_dim : (h + 1) * head_dim]
+        attend_keys(query, k_cache, page_table, sequences[t], h // group, first, end_visible, scale, out[t, h, first:])
         out[t, h, :first] = -np.inf
         out[t, h, end_visible:] = -np.inf
 
@@ -254,15 +251,17 @@ def softmax(worker, n_workers, tokens, x, out):
         softmax_in_place(out[t, h], x.shape[2])
 
 
-def attention_values(worker, n_workers, tokens, weights, v_cache, positions, sequences, out, window):
-    head_dim, heads = v_cache.shape[3], weights.shape[1]
-    group = heads // v_cache.shape[1]
+def attention_values(worker, n_workers, tokens, weights, v_cache, positions, sequences, page_table, out, window):
+    (kv_heads, _, head_dim), heads = kv_shape(v_cache), weights.shape[1]
+    group = heads // kv_heads
     begin, end = partition(tokens * heads, worker, n_workers, 1)
     for unit in range(begin, end):
         t, h = divmod(unit, heads)
-        first = first_visible(positions[t], window)
-        values, length = v_cache[kv_index(sequences[t], h // group, first)], positions[t] + 1 - first
-        weighted_sum(weights[t, h, first:], values, length, out[t, h * head_dim : (h + 1) * head_dim])
+        first, end_visible = first_visible(positions[t], window), positions[t] + 1
+        head_out = out[t, h * head_dim : (h + 1) * head_dim]
+        attend_values(
+            weights[t, h, first:], v_cache, page_table, sequences[t], h // group, first, end_visible, head_out
+        )
 
 
 def swiglu(worker, n_workers, tokens, gate, up, out):
@@ -280,10 +279,11 @@ def add(worker, n_workers, tokens, a, b, out):
             out[t, k] = a[t, k] + b[t, k]
 
 
-def last(worker, n_workers, tokens, x, out):
+def rows(worker, n_workers, tokens, x, rows, out):
     begin, end = partition(out.shape[1], worker, n_workers, 16)
-    for k in range(begin, end):
-        out[0, k] = x[tokens - 1, k]
+    for t in range(tokens):
+        for k in range(begin, end):
+            out[t, k] = x[rows[t], k]
 
 
 @device
@@ -385,8 +385,9 @@ def norm_gate_up(worker, n_workers, tokens, x, norm, w1, w3, out, eps, normed, g
 
 
 def rope_kv_write(
-    worker, n_workers, tokens, q, angles, k, k_cache, positions, sequences, v, v_cache, out, head_dim, interleaved
-):
+    worker, n_workers, tokens, q, angles, k, k_cache, positions, sequences, page_table, v, v_cache, out, head_dim,
+    interleaved,
+):  # fmt: skip
     """Write RoPE of the queries to `out`, RoPE of the keys to the key cache and the values to the value cache."""
     heads, kv_heads = q.shape[1] // head_dim, k_cache.shape[1]
     begin, end = partition(tokens * heads, worker, n_workers, 1)
@@ -395,22 +396,20 @@ def rope_kv_write(
         d = h * head_dim
         apply_rope(q[t, d : d + head_dim], angles[t], interleaved, out[t, d : d + head_dim])
         if h < kv_heads:
-            place = kv_index(sequences[t], h, positions[t])
+            place = kv_index(page_table, sequences[t], h, positions[t], k_cache.shape[2])
             apply_rope(k[t, d : d + head_dim], angles[t], interleaved, k_cache[place][0])
-            row = v_cache[place][0]
-            for i in range(head_dim):
-                row[i] = f32_to(row[i], v[t, d + i])
+            store_row(v_cache, place, v, t, d)
 
 
-def attention(worker, n_workers, tokens, q, k_cache, positions, sequences, v_cache, out, window, scores):
+def attention(worker, n_workers, tokens, q, k_cache, positions, sequences, page_table, v_cache, out, window, scores):
     """One head of one token at a time. Later tokens see more positions, so workers take units in turn."""
-    head_dim = k_cache.shape[3]
+    kv_heads, _, head_dim = kv_shape(k_cache)
     heads = q.shape[1] // head_dim
-    group, scale = heads // k_cache.shape[1], np.float32(1 / math.sqrt(head_dim))
+    group, scale = heads // kv_heads, np.float32(1 / math.sqrt(head_dim))
     for unit in range(worker, tokens * heads, n_workers):
         t, h = divmod(unit, heads)
-        d, first = h * head_dim, first_visible(positions[t], window)
-        visible, length = kv_index(sequences[t], h // group, first), positions[t] + 1 - first
-        qk_dot(q[t, d : d + head_dim], k_cache[visible], length, scale, scores[worker])
-        softmax_in_place(scores[worker], length)
-        weighted_sum(scores[worker], v_cache[visible], length, out[t, d : d + head_dim])
+        d, first, end = h * head_dim, first_visible(positions[t], window), positions[t] + 1
+        sequence, kv_head, own = sequences[t], h // group, scores[worker]
+        attend_keys(q[t, d : d + head_dim], k_cache, page_table, sequence, kv_head, first, end, scale, own)
+        softmax_in_place(own, end - first)
+        attend_values(own, v_cache, page_table, sequence, kv_head, first, end, out[t, d : d + head_dim])

@@ -34,6 +34,7 @@ from .cuda.kernels.common import (
     is_nan,
     is_padding_token,
     kv_index,
+    load_kv,
     pdl_sync,
     silu_and_mul,
 )
@@ -172,7 +173,7 @@ def rope_kernel(tokens, x, angles, out, columns, head_dim, interleaved):
 
 
 @cuda.jit
-def kv_write_kernel(tokens, x, cache, positions, sequences, heads, context, head_dim):
+def kv_write_kernel(tokens, x, cache, positions, sequences, page_table, table_stride, log2_page, heads, head_dim):
     """Write x, keys or values of each token, into the cache at the token's position, rounded to its type."""
     if is_padding_token(tokens):
         return
@@ -180,13 +181,14 @@ def kv_write_kernel(tokens, x, cache, positions, sequences, heads, context, head
     t, k = cuda.blockIdx.y, cuda.blockIdx.x * THREADS + cuda.threadIdx.x
     if k < heads * head_dim:
         head = k // head_dim
-        at = kv_index(sequences[t], head, positions[t], heads, context, head_dim) + k - head * head_dim
+        pages = page_table, table_stride, log2_page
+        at = kv_index(pages, sequences[t], head, positions[t], heads, head_dim) + k - head * head_dim
         store_element(cache, at, x[t * heads * head_dim + k])
 
 
 @cuda.jit
-def rope_kv_write_kernel(tokens, q, angles, k, k_cache, positions, sequences, v, v_cache, out, q_rows, kv_rows,
-                         head_dim, interleaved, context):  # fmt: skip
+def rope_kv_write_kernel(tokens, q, angles, k, k_cache, positions, sequences, page_table, table_stride, log2_page, v,
+                         v_cache, out, q_rows, kv_rows, head_dim, interleaved):  # fmt: skip
     """Write RoPE of queries to `out`, RoPE of keys and unchanged values to the caches. One thread per pair."""
     if is_padding_token(tokens):
         return
@@ -202,7 +204,8 @@ def rope_kv_write_kernel(tokens, q, angles, k, k_cache, positions, sequences, v,
         out[t * q_rows + a] = x * cos - y * sin
         out[t * q_rows + a + apart] = x * sin + y * cos
     if a + apart < kv_rows:
-        at = kv_index(sequences[t], head, positions[t], kv_rows // head_dim, context, head_dim) + a - head * head_dim
+        pages = page_table, table_stride, log2_page
+        at = kv_index(pages, sequences[t], head, positions[t], kv_rows // head_dim, head_dim) + a - head * head_dim
         x, y = k[t * kv_rows + a], k[t * kv_rows + a + apart]
         store_element(k_cache, at, x * cos - y * sin)
         store_element(k_cache, at + apart, x * sin + y * cos)
@@ -211,8 +214,8 @@ def rope_kv_write_kernel(tokens, q, angles, k, k_cache, positions, sequences, v,
 
 
 @cuda.jit
-def attention_scores_kernel(tokens, q, k_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim,
-                            window):  # fmt: skip
+def attention_scores_kernel(tokens, q, k_cache, positions, sequences, page_table, table_stride, log2_page,
+                            scales_at, out, kv_heads, shared_by, head_dim, window):  # fmt: skip
     """out[t, head, p] = q · k[p] / sqrt(head_dim), -inf for positions p that token t does not see.
 
     One thread per position. `shared_by` query heads share a key head (grouped-query attention).
@@ -221,15 +224,16 @@ def attention_scores_kernel(tokens, q, k_cache, positions, sequences, out, kv_he
         return
     pdl_sync()
     t, head = cuda.blockIdx.y, cuda.blockIdx.x
-    heads = kv_heads * shared_by
-    keys = address(k_cache, kv_index(sequences[t], head // shared_by, 0, kv_heads, context, head_dim))
+    heads, context = kv_heads * shared_by, table_stride << log2_page
+    pages = page_table, table_stride, log2_page
     factor = np.float32(1) / np.float32(math.sqrt(np.float32(head_dim)))
     for p in range(cuda.threadIdx.x, context, THREADS):
         score = np.float32(-np.inf)
         if first_visible(positions[t] + 1, window) <= p <= positions[t]:
+            key = kv_index(pages, sequences[t], head // shared_by, p, kv_heads, head_dim)
             score = np.float32(0)
             for d in range(head_dim):
-                score += q[(t * heads + head) * head_dim + d] * load_element(k_cache, keys, p * head_dim + d)
+                score += q[(t * heads + head) * head_dim + d] * load_kv(k_cache, scales_at, key, head_dim, d)
             score *= factor
         out[(t * heads + head) * context + p] = score
 
@@ -260,19 +264,20 @@ def softmax_kernel(tokens, x, out, columns):
 
 
 @cuda.jit
-def attention_values_kernel(tokens, weights, v_cache, positions, sequences, out, kv_heads, shared_by, context,
-                            head_dim, window):  # fmt: skip
+def attention_values_kernel(tokens, weights, v_cache, positions, sequences, page_table, table_stride, log2_page,
+                            scales_at, out, kv_heads, shared_by, head_dim, window):  # fmt: skip
     """out[t, head] = sum of weights[t, head, p] · v[p] over positions p that token t sees. One thread per dimension."""
     if is_padding_token(tokens):
         return
     pdl_sync()
     t, head = cuda.blockIdx.y, cuda.blockIdx.x
-    row = t * kv_heads * shared_by + head
-    values = address(v_cache, kv_index(sequences[t], head // shared_by, 0, kv_heads, context, head_dim))
+    row, context = t * kv_heads * shared_by + head, table_stride << log2_page
+    pages = page_table, table_stride, log2_page
     for d in range(cuda.threadIdx.x, head_dim, THREADS):
         total = np.float32(0)
         for p in range(first_visible(positions[t] + 1, window), positions[t] + 1):
-            total += weights[row * context + p] * load_element(v_cache, values, p * head_dim + d)
+            value = kv_index(pages, sequences[t], head // shared_by, p, kv_heads, head_dim)
+            total += weights[row * context + p] * load_kv(v_cache, scales_at, value, head_dim, d)
         out[row * head_dim + d] = total
 
 
@@ -299,12 +304,14 @@ def add_kernel(tokens, a, b, out, columns):
 
 
 @cuda.jit
-def last_kernel(tokens, x, out, columns):
-    """out = the row of the run's last token. One thread per element."""
+def rows_kernel(tokens, x, rows, out, columns):
+    """out[t] = row rows[t] of x. One thread per element."""
+    if is_padding_token(tokens):
+        return
     pdl_sync()
-    k = cuda.blockIdx.x * THREADS + cuda.threadIdx.x
+    t, k = cuda.blockIdx.y, cuda.blockIdx.x * THREADS + cuda.threadIdx.x
     if k < columns:
-        out[k] = x[(tokens[0] - 1) * columns + k]
+        out[t * columns + k] = x[rows[t] * columns + k]
 
 
 @cuda.jit

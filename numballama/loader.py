@@ -13,8 +13,10 @@ from .errors import Error, FormatError, UnsupportedError
 from .files import MappedFile, expand_user, map_file
 from .formats import safetensors
 from .formats.gguf import reader as gguf
+from .formats.gguf import split
 from .formats.gguf.header import MAGIC as GGUF_MAGIC
 from .formats.hf import reader as hf
+from .formats.hf import weight_files
 from .formats.hf.text_files import read_text_files
 from .formats.llama2c import kuiper, llama2c
 from .formats.meta import reader as meta
@@ -23,8 +25,8 @@ from .formats.tokenizer_files import load_tokenizer
 from .tokenizers.base import Tokenizer
 
 SUPPORTED = (
-    "llama2.c v0, v1 and v2, KuiperLLama fp32 and int8, GGUF, directories of Hugging Face (safetensors) and of Meta "
-    "(consolidated.*.pth)"
+    "llama2.c v0, v1 and v2, KuiperLLama fp32 and int8, GGUF, directories of Hugging Face (safetensors or "
+    "pytorch_model.bin) and of Meta (consolidated.*.pth)"
 )
 
 _UNSUPPORTED_MAGICS = {
@@ -36,6 +38,8 @@ _UNSUPPORTED_MAGICS = {
 
 _PADDING_MULTIPLE, _MAX_PADDING = 8, 512
 """A vocabulary may be padded to a multiple of `_PADDING_MULTIPLE`, by fewer tokens than `_MAX_PADDING`."""
+_MAX_BEYOND = 1 / 8
+"""A model's own tokenizer may have this share of tokens more than the embedding has rows, and a few."""
 
 STORY_MODEL = Path(__file__).with_name("story.gguf")
 """The model inside this package: short stories, 5.5 million parameters, made by training/ of this project."""
@@ -51,14 +55,18 @@ def open_checkpoint(
 ) -> Checkpoint:
     """Open the model at `path` with its own tokenizer, or with the one at `tokenizer`. No weight is read yet.
 
-    `path` is a file, a directory of Hugging Face or Meta, or a hub id "owner/name", which is downloaded unless a file
-    or directory has that name; None is the story model of this package. `rope_pairing` ("interleaved" or "half"),
+    `path` is a file, a directory of Hugging Face or Meta, or a model of the hub ("owner/name", "owner/name:Q4_K_M" or
+    "owner/name/file.gguf"), which is downloaded unless a file or directory has that name; None is the story model of
+    this package. `rope_pairing` ("interleaved" or "half"),
     `rope_theta` and `norm_eps` override the file. Defaults that are used for them are listed in `Checkpoint.notes`.
 
     Raises `FormatError` for damaged files, `UnsupportedError` for known formats that are not read, and `Error` when a
     file cannot be opened, an override is invalid, or the tokenizer belongs to a model with another vocabulary.
     """
-    opened = _read(STORY_MODEL if path is None else path, load_tokenizer=tokenizer is None)
+    notes: list[str] = []
+    found = STORY_MODEL if path is None else hub.locate(path, notes)
+    opened = _read(found, load_tokenizer=tokenizer is None)
+    opened.notes[:0] = notes
     overrides = {"rope_pairing": rope_pairing, "rope_theta": rope_theta, "norm_eps": norm_eps}
     opened.config = opened.config.with_overrides(rope_pairing, rope_theta, norm_eps)
     opened.defaulted_fields = tuple(name for name in opened.defaulted_fields if overrides[name] is None)
@@ -85,14 +93,9 @@ open = open_checkpoint
 
 
 def _read(path: str | PathLike[str], load_tokenizer: bool) -> Checkpoint:
-    path = hub.resolve(path)
     directory = expand_user(path)
     if os.path.isdir(directory):
-        if hf.is_directory_of(directory):
-            return hf.read(directory, load_tokenizer)
-        if meta.is_directory_of(directory):
-            return meta.read(directory, load_tokenizer)
-        raise FormatError(f"is a directory without a model; supported are {SUPPORTED}", path=path)
+        return _read_directory(directory, path, load_tokenizer)
     file = map_file(path)
     if file.data[: len(llama2c.MAGIC)] == llama2c.MAGIC:
         return llama2c.read(file)
@@ -100,11 +103,31 @@ def _read(path: str | PathLike[str], load_tokenizer: bool) -> Checkpoint:
         return gguf.read(file, load_tokenizer)
     if safetensors.looks_like(file):
         return hf.read(file.path.parent, load_tokenizer, file)
-    if file.data[:4] == torch_zip.MAGIC or file.data[: len(torch_zip.LEGACY)] == torch_zip.LEGACY:
+    if torch_zip.looks_like(file):
+        folder = file.path.parent
+        if (folder / hf.CONFIG).exists() and not (folder / meta.PARAMS).exists():
+            return hf.read(folder, load_tokenizer, file)
         return meta.read_file(file, load_tokenizer)
     if kind := _unsupported_kind(file):
         raise UnsupportedError(f"{path}: {kind}, which is not read yet; supported are {SUPPORTED}")
     return kuiper.read(file)
+
+
+def _read_directory(directory: Path, path: str | PathLike[str], load_tokenizer: bool) -> Checkpoint:
+    """Weights of Hugging Face first, then Meta's, then the only GGUF of the directory, split or not."""
+    if weight_files.has_weights(directory):
+        return hf.read(directory, load_tokenizer)
+    if meta.is_directory_of(directory):
+        return meta.read(directory, load_tokenizer)
+    files = [directory / name for name in weight_files.visible(directory, ".gguf")]
+    if models := split.first_parts(files):
+        if len(models) == 1:
+            return gguf.read(map_file(models[0]), load_tokenizer)
+        names = ", ".join(file.name for file in models[:8])
+        raise FormatError(f"a directory of {len(models)} GGUF models; give the path of one: {names}", path=path)
+    if hf.is_directory_of(directory):
+        return hf.read(directory, load_tokenizer)
+    raise FormatError(f"is a directory without a model; supported are {SUPPORTED}", path=path)
 
 
 def _unsupported_kind(file: MappedFile) -> str | None:
@@ -117,20 +140,29 @@ def _unsupported_kind(file: MappedFile) -> str | None:
 
 
 def _require_fit(opened: Checkpoint, tokenizer: Tokenizer, path: str | PathLike[str] | None) -> None:
-    """Raise `Error` unless the tokenizer has the model's vocabulary, or the model's is the tokenizer's with padding.
+    """Raise `Error` unless the tokenizer has the model's vocabulary, or one of them has a few tokens more.
 
-    `path` is the tokenizer's; None means that it comes from the model's own files, so that any padding is accepted.
+    `path` is the tokenizer's; None means that it comes from the model's own files, so that any padding is accepted, and
+    tokens beyond the embedding with a note. Such an id is never sampled, and a prompt that has one is an error.
     """
     embeddings, tokens = opened.config.vocab_size, tokenizer.vocab_size
     if embeddings == tokens:
         return
     if path is None and tokens > embeddings:
-        raise FormatError(
-            "more tokens than embeddings",
-            path=opened.path,
-            expected=f"at most {embeddings:,} tokens",
-            found=f"{tokens:,}",
+        if tokens - embeddings > 1 + embeddings * _MAX_BEYOND:
+            raise FormatError(
+                "more tokens than embeddings",
+                path=opened.path,
+                expected=f"at most {embeddings:,} tokens",
+                found=f"{tokens:,}",
+            )
+        first, last = (repr(tokenizer.piece(token)) for token in (embeddings, tokens - 1))
+        which = first if tokens == embeddings + 1 else f"{first} to {last}"
+        opened.notes.append(
+            f"the tokenizer has {tokens:,} tokens, the embedding {embeddings:,} rows: {which} cannot be used"
         )
+        opened.stop_token_ids = tuple(token for token in opened.stop_token_ids if token < embeddings)
+        return
     padded = embeddings % _PADDING_MULTIPLE == 0 and tokens < embeddings < tokens + _MAX_PADDING
     if path is not None and not padded:
         raise Error(

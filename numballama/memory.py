@@ -6,18 +6,28 @@ import sys
 from pathlib import Path
 
 from .errors import Error
+from .host.cgroup import ROOT, memory_left
 
 
-def available_bytes() -> int | None:
-    """Bytes that a new allocation could use without swapping. None if the system does not tell: only Linux does."""
+def available_bytes(root: Path = ROOT) -> int | None:
+    """Bytes that a new allocation could use without swapping, within the container's memory limit.
+
+    None if the system does not tell: only Linux does. `root` is the root of the file system.
+    """
+    left = memory_left(root)
+    free = _available_to_all(root)
+    return left if free is None else free if left is None else min(free, left)
+
+
+def _available_to_all(root: Path) -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = (root / "proc/meminfo").read_text().splitlines()
     except OSError:
         return None
     fields = dict(line.split(":", 1) for line in lines if ":" in line)
     try:
         return int(fields["MemAvailable"].split()[0]) * 1024
-    except (KeyError, ValueError):
+    except (KeyError, ValueError, IndexError):
         return None
 
 

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NoReturn, get_args, overload
+from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, get_args, overload
 
 import numpy as np
 
@@ -19,9 +19,13 @@ from .chat.encoder import NO_BOS, SPELLED, ConversationEncoder, note_once, spell
 from .chat.template import Message, TemplateSet, refuse_options
 from .checkpoint import Checkpoint, Weight
 from .config import ModelConfig, RopePairing
-from .errors import CLOSED, ContextError, Error, Interrupted, UnsupportedError
-from .generate import GenerationResponse, generate_tokens
-from .graph import KVLayout, Logits, build
+from .engine.capacity import kv_layout
+from .engine.engine import Engine
+from .engine.model_runner import ModelRunner
+from .engine.request import Request
+from .errors import CLOSED, NOT_NUMBERS, Error, Interrupted, UnsupportedError
+from .generate import GenerationResponse, TextEngine, TextStreams
+from .graph import Logits, build
 from .memory import format_bytes
 from .quantization import policy
 from .quantization.types import KV_TYPES, VEC_DOT_TYPE, ActivationType, KVType
@@ -29,17 +33,26 @@ from .sampling import (
     DEFAULTS,
     NOT_GIVEN,
     NotGiven,
-    SamplerState,
+    SamplerTable,
     SamplingOptions,
     SamplingParams,
     merge,
 )
-from .session import Session, SharedSession
+from .session import Session
 from .tokenizers.base import Tokenizer
 from .validation import whole_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+class HowToSubmit(TypedDict, total=False):
+    """Keyword arguments of `submit` that go to the engine as they are."""
+
+    priority: int
+    request_id: str | None
+    reuse_prefix: bool
+    salt: str | None
 
 
 class Model:
@@ -65,6 +78,8 @@ class Model:
         norm_eps: float | None = None,
         fusions: bool | Sequence[str] = True,
         activations: ActivationType = "f32",
+        max_sequences: int = 1,
+        kv_tokens: int | None = None,
     ) -> None:
         started = time.perf_counter()
         for name, value, known in (
@@ -92,18 +107,16 @@ class Model:
         if device == "auto":
             self.notes.append(f"device {self.device}, chosen because {why}")
         self.context = _choose_context(self.config, context, self.notes)
-        self.kv = KVLayout.of(self.config, self.context, kv_dtype or kind.default_kv_dtype)
-        progress.info(
-            f"{self._checkpoint.format}: {format_bytes(self._checkpoint.nbytes)} of weights mapped, "
-            f"{format_bytes(self.kv.nbytes)} KV cache for {self.context:,} tokens ({self.kv.dtype})"
-        )
-        if kind.in_host_memory:
-            memory.require_available(
-                self.kv.nbytes, f"a KV cache for {self.context:,} tokens", memory.SHORTER, ContextError
-            )
+        self.max_sequences = whole_number("max_sequences", max_sequences, 1)
+        kv_tokens = None if kv_tokens is None else whole_number("kv_tokens", kv_tokens, 1)
+        self._kv_arguments = kv_dtype or kind.default_kv_dtype, self.max_sequences, kv_tokens
+        progress.info(f"{self._checkpoint.format}: {format_bytes(self._checkpoint.nbytes)} of weights mapped")
+        if kind.in_host_memory:  # before weights are converted
+            kv_layout(self.config, self.context, *self._kv_arguments, memory.available_bytes(), [])
 
         self._backend: Backend | None = None
         self._program: Program | None = None
+        self._engine: Engine | None = None
         self._fusions = fusions
         self.weights: Mapping[str, Weight] = policy.convert_weights(self.config, self._checkpoint.weights, dtype)
         if activations == "int8" and not any(w.type.name in (*VEC_DOT_TYPE, "int8") for w in self.weights.values()):
@@ -126,16 +139,25 @@ class Model:
         return build(self.config, types, self.kv, tokens, logits, int8, self.activations)
 
     def _compile(self, backend: Backend) -> None:
-        self.graph = self._build(1, "last")
-        self._chunk = min(backend.prefill_chunk, self.context)
+        self.kv = kv_layout(self.config, self.context, *self._kv_arguments, backend.free_bytes(), self.notes)
+        progress.info(f"{format_bytes(self.kv.nbytes)} KV cache for {self.kv.tokens:,} tokens ({self.kv.dtype})")
+        self.graph = self._build(1, "rows")
         debug.print_graph(self.graph)
+        vocab = self.config.vocab_size
+        # the vocabulary may be padded: tokens that the tokenizer lacks are never chosen
+        candidates = min(vocab, self.tokenizer.vocab_size) if self.tokenizer else vocab
+        table = SamplerTable(self.max_sequences, vocab, candidates)
+        chunk = min(backend.prefill_chunk, self.context)
         with progress.progress_bar("compiling kernels") as report:
-            decode = self._program = backend.program(self.graph, self._fusions, report)
-            prompt = backend.program(self._build(self._chunk, "last"), self._fusions, report)
-            backend.prepare(decode, report)
-        decode, prompt = debug.watched(decode, backend), debug.watched(prompt, backend)
-        self._shared = SharedSession(Session(decode, prompt, self.context, self.config.vocab_size))
+            self._runner = ModelRunner(backend, self.kv, table, self._build, chunk, self._program_of)
+            self._program, _ = self._runner.compile(report)
+            backend.prepare(self._program, report)
+            self._runner.prepare(report)
+        self._engine = Engine(self._runner, context=self.context, mixed_tokens=backend.mixed_tokens)
         self._all_logits: Program | None = None
+
+    def _program_of(self, graph: ir.Graph, report: progress.Report | None = None) -> Program:
+        return debug.watched(self.backend.program(graph, self._fusions, report), self.backend)
 
     @property
     def backend(self) -> Backend:
@@ -159,30 +181,47 @@ class Model:
             raise Error("the reference interprets the graph and has no plan; see model.graph")
         return found
 
+    def engine(self) -> TextEngine:
+        """The model's engine, for many requests at once, from any thread or event loop: see `TextEngine`.
+
+        `generate`, `stream` and chats go through the same engine. How many sequences a step holds is `max_sequences` of
+        `compile`. Raises `Error` once the model is closed.
+        """
+        return TextEngine(self.token_engine, self.submit)
+
     @property
-    def session(self) -> Session:
-        """The model's token history and KV cache. Raises `Error` once the model is closed."""
-        return self._shared.session
+    def token_engine(self) -> Engine:
+        """The engine below text: token ids in, token events out. Raises `Error` once the model is closed."""
+        if self._engine is None:
+            raise Error(CLOSED)
+        return self._engine
 
-    def exclusive(self) -> contextlib.AbstractContextManager[None]:
-        """Keep other threads from the session. Raises `DeviceError` in a forked child."""
-        return self._shared.exclusive()
+    @contextlib.contextmanager
+    def exclusive(self) -> Iterator[Session]:
+        """Have the device and an empty session for the block, for measurements. Requests wait, and compute their tokens
+        again after it.
 
-    def reset_session(self) -> contextlib.AbstractContextManager[Session]:
-        """Empty the session for the block, and again after it. Running streams compute their tokens again."""
-        return self._shared.reset()
+        Raises `Error` once the model is closed, `DeviceError` in a forked child.
+        """
+        with self.token_engine.exclusive():
+            pages = min(self.kv.pages - 1, self.kv.pages_per_sequence)
+            self.backend.set_pages(0, 0, range(1, pages + 1))
+            context = min(self.context, pages * self.kv.page)
+            yield Session(self._runner.decode, self._runner.prompt, context, self.config.vocab_size)
 
     def close(self) -> None:
         """Free the KV cache, the arenas, device memory and the mapping of the file. The model can no longer be used."""
-        with self.exclusive():
-            try:
-                if self._backend is not None:
-                    self._backend.close()
-            finally:
-                self._shared.close()
-                self._program = self._all_logits = self._backend = None
-                self.weights = {}
-                self._checkpoint.weights = {}
+        engine, backend = self._engine, self._backend
+        if engine is None or backend is None:
+            return
+        engine.close()
+        try:
+            backend.close()
+        finally:
+            self._engine = self._program = self._all_logits = self._backend = None
+            del self._runner
+            self.weights = {}
+            self._checkpoint.weights = {}
 
     def __enter__(self) -> Model:
         return self
@@ -202,27 +241,28 @@ class Model:
     def logits(self, ids: Iterable[int]) -> np.ndarray:
         """float32 [len(ids), vocab]: the logits after each token, computed from an empty cache.
 
-        Raises `Error` for no ids or ids outside the vocabulary, `ContextError` for more than fit.
+        Raises `Error` for no ids, for ids outside the vocabulary and for logits that are NaN, `ContextError` for more ids
+        than fit.
         """
-        with self.exclusive():
-            session = self.session
-            tokens = session.validate_token_ids(ids)
+        engine = self.token_engine
+        tokens = engine.validate(ids)
+        with self.exclusive() as session:
             program = self._all_logits
             if program is None:
-                graph = self._build(self._chunk, "all")
                 with progress.progress_bar("compiling kernels") as report:
-                    program = self.backend.program(graph, self._fusions, report)
-                program = self._all_logits = debug.watched(program, self.backend)
+                    graph = self._build(min(self.backend.prefill_chunk, self.context), "all")
+                    program = self._all_logits = self._program_of(graph, report)
             out = np.empty((len(tokens), self.config.vocab_size), np.float32)
             step = len(program.inputs["ids"])
-            with self.reset_session():
-                for start in range(0, len(tokens), step):
-                    chunk = tokens[start : start + step]
-                    session.set_inputs(program, chunk)
-                    program.run(len(chunk))
-                    session.tokens.extend(chunk)
-                    out[start : start + len(chunk)] = program.value("logits")[: len(chunk)]
-            return out
+            for start in range(0, len(tokens), step):
+                chunk = tokens[start : start + step]
+                session.set_inputs(program, chunk)
+                program.run(len(chunk), 0, program.graph.first("argmax"), len(chunk))
+                session.tokens.extend(chunk)
+                out[start : start + len(chunk)] = program.value("logits")[: len(chunk)]
+        if np.isnan(out).any():
+            raise Error(NOT_NUMBERS)
+        return out
 
     @overload
     def generate(
@@ -269,15 +309,14 @@ class Model:
                 self.stream(text, max_tokens, params=own, **options) for text, own in zip(prompt, each, strict=True)
             ]
         texts: list[str] = []
-        with self.exclusive():
-            for stream in streams:
-                parts: list[str] = []
-                try:
-                    for response in stream:
-                        parts.append(response.text)
-                except KeyboardInterrupt:
-                    raise Interrupted("".join(parts), texts) from None
-                texts.append("".join(parts))
+        for stream in streams:
+            parts: list[str] = []
+            try:
+                for response in stream:
+                    parts.append(response.text)
+            except KeyboardInterrupt:
+                raise Interrupted("".join(parts), texts) from None
+            texts.append("".join(parts))
         return texts[0] if isinstance(prompt, str | None) else texts
 
     def stream(
@@ -291,21 +330,59 @@ class Model:
         """Like `generate` for one prompt, but yields a `GenerationResponse` for each token as soon as it is known.
 
         Arguments are checked by the call, not by the first response. Text never ends inside a character, and no part of
-        a stop string is ever yielded. Several streams of one model may be read alternately or from several threads:
-        each takes over the KV cache and computes its tokens again.
+        a stop string is ever yielded. Several streams of one model may be read alternately or from several threads: they
+        advance together, as many at a time as `max_sequences` of `compile`.
         """
-        session, tokenizer = self.session, self._require_tokenizer()
+        return iter(self._submit_text(prompt, merge(params, DEFAULTS, max_tokens, options)))
+
+    def _submit_text(
+        self, prompt: str | None, settings: SamplingParams, **how: Unpack[HowToSubmit]
+    ) -> Request[GenerationResponse]:
+        """Submit a prompt as text. None: the beginning-of-text token alone."""
+        tokenizer = self._require_tokenizer()
         if not (prompt is None or isinstance(prompt, str)):
             raise Error(f"the prompt must be a string or None, found {prompt!r:.200}; stream_ids() takes token ids")
         if prompt == "":
             raise Error("the prompt is empty; None starts from the beginning-of-text token alone")
-        settings = merge(params, DEFAULTS, max_tokens, options)
         ids = tokenizer.encode(prompt or "", bos=True, special=settings.special)
         if prompt is not None and not settings.special and spells_control_tokens(tokenizer, prompt):
             note_once(self.notes, SPELLED)
         if prompt is None and tokenizer.bos_id is not None:  # also if this tokenizer puts no BOS before a text
             ids = [tokenizer.bos_id]
-        return self.stream_ids(session.validate_token_ids(ids), params=settings, strip_leading_space=prompt is None)
+        return self._submit_ids(ids, settings, prompt is None, **how)
+
+    def _submit_ids(
+        self, ids: Iterable[int], settings: SamplingParams, strip_leading_space: bool, **how: Unpack[HowToSubmit]
+    ) -> Request[GenerationResponse]:
+        """Submit token ids. `strip_leading_space`: the output is a new text, so drop the space that the tokenizer's
+        encoder prepends."""
+        tokenizer = self._require_tokenizer()
+        streams = TextStreams(
+            lambda: tokenizer.decoder(strip_leading_space=strip_leading_space), settings.stop, settings.n
+        )
+        stop_token_ids = self._stop_token_ids(settings, tokenizer)
+        return self.token_engine.submit(ids, settings, stop_token_ids=stop_token_ids, process=streams, **how)
+
+    def submit(
+        self,
+        prompt: str | Iterable[int] | None,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        request_id: str | None = None,
+        reuse_prefix: bool = True,
+        salt: str | None = None,
+    ) -> Request[GenerationResponse]:
+        """Queue a prompt, text or token ids, and return the request to read. `TextEngine` explains the arguments.
+
+        Raises `ContextError` for a prompt that can never fit; `Error` for an empty or invalid one, an id in use, or a
+        model without a tokenizer.
+        """
+        how = HowToSubmit(priority=priority, request_id=request_id, reuse_prefix=reuse_prefix, salt=salt)
+        settings = merge(params, DEFAULTS, NOT_GIVEN, {})
+        if prompt is None or isinstance(prompt, str):
+            return self._submit_text(prompt, settings, **how)
+        return self._submit_ids(prompt, settings, False, **how)
 
     def stream_ids(
         self,
@@ -314,30 +391,16 @@ class Model:
         *,
         params: SamplingParams | None = None,
         strip_leading_space: bool = False,
-        reuse_prefix: bool = False,
+        reuse_prefix: bool = True,
         **options: Unpack[SamplingOptions],
     ) -> Iterator[GenerationResponse]:
         """Like `stream`, from token ids instead of text.
 
         `strip_leading_space`: the output is a new text, so drop the space that the tokenizer's encoder prepends.
-        `reuse_prefix`: reuse the tokens at the beginning of `ids` that are in the KV cache, whichever stream computed
-        them. Otherwise all are computed, and the result does not depend on earlier calls.
+        `reuse_prefix`: reuse tokens at the beginning of `ids` that are in the KV cache, whoever computed them.
         """
-        ids, tokenizer = self.session.validate_token_ids(ids), self._require_tokenizer()
         settings = merge(params, DEFAULTS, max_tokens, options)
-        # the vocabulary may be padded: tokens that the tokenizer lacks are never chosen
-        sampler = SamplerState(settings, min(self.config.vocab_size, tokenizer.vocab_size))
-        sampler.remember(ids)
-        return generate_tokens(
-            self._shared,
-            ids,
-            sampler,
-            tokenizer.decoder(strip_leading_space=strip_leading_space),
-            max_tokens=settings.max_tokens,
-            stop=settings.stop,
-            stop_token_ids=self._stop_token_ids(settings, tokenizer),
-            reuse_prefix=reuse_prefix,
-        )
+        return iter(self._submit_ids(ids, settings, strip_leading_space, reuse_prefix=reuse_prefix))
 
     def _stop_token_ids(self, params: SamplingParams, tokenizer: Tokenizer) -> frozenset[int]:
         """Ids that end a text: those of `params` and, unless it ignores EOS, those of the file and the tokenizer."""

@@ -3,8 +3,12 @@
 Plain ops are what a model's graph is declared with (`graph.py`); `reference.py` says in NumPy what each computes. Fused
 ops are made by the passes of `fusion.py`, each from the plain ops that it replaces.
 
-Shapes: T tokens of a run at most, D the model's width, K and N a weight's columns and rows, S sequences, C the tokens
-that the KV cache holds for each.
+Shapes: T tokens of a run at most, R of them with logits, D the model's width, K and N a weight's columns and rows.
+
+The KV cache is in pages: for each layer keys and values [pages, kv_heads, page, head_dim], where `page` is a number of
+tokens. `page_table` i32[slots + 1, P] says where the pages of a sequence are: position p of the sequence in slot s is
+in page `page_table[s, p // page]`, at place `p % page`. So a sequence has at most C = P · page tokens. `sequences`
+gives the slot of each token. The last row of the table is for padding: it names page 0, which no sequence has.
 """
 
 from __future__ import annotations
@@ -132,27 +136,36 @@ def _rope(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     return [(x.shape, "f32")]
 
 
-@rule("kv_write", inputs=("x", "cache", "positions", "sequences"), inplace={"out": "cache"})
+_WHERE = ("positions", "sequences", "page_table")
+
+
+def _expect_where(tokens: int, positions: Value, sequences: Value, page_table: Value) -> None:
+    expect(positions.shape == sequences.shape == (tokens,), "wants a position and a sequence for each token")
+    expect(page_table.dtype == "i32" and len(page_table.shape) == 2, "wants a page table i32[slots + 1, P]")
+
+
+@rule("kv_write", inputs=("x", "cache", *_WHERE), inplace={"out": "cache"})
 def _kv_write(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
-    """x[T, kv_heads · head_dim], cache[S, kv_heads, C, head_dim], positions[T], sequences[T] → the cache, updated"""
-    x, cache, positions, sequences = inputs
+    """x[T, kv_heads · head_dim], cache, positions[T], sequences[T], page_table → the cache, updated"""
+    x, cache, *where = inputs
     expect(len(cache.shape) == 4 and x.shape[1] == cache.shape[1] * cache.shape[3], "x must fit the cache's heads")
-    expect(positions.shape == sequences.shape == x.shape[:1], "wants a position and a sequence for each token")
+    _expect_where(x.shape[0], *where)
     return [(cache.shape, cache.dtype)]
 
 
-@rule("attention_scores", inputs=("q", "k_cache", "positions", "sequences"), attrs=("window",))
+@rule("attention_scores", inputs=("q", "k_cache", *_WHERE), attrs=("window",))
 def _attention_scores(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
-    """q[T, heads · head_dim], keys, positions, sequences → q · k / sqrt(head_dim), [T, heads, C].
+    """q[T, heads · head_dim], keys, positions, sequences, page_table → q · k / sqrt(head_dim), [T, heads, C].
 
     A score is -inf where a token does not see a key: after the token's position and, if `window` > 0, at its
     position - window and before.
     """
-    q, cache = inputs[:2]
+    q, cache, *where = inputs
     heads, rest = divmod(q.shape[1], cache.shape[3])
     expect(rest == 0 and heads % cache.shape[1] == 0, "q's heads must be a multiple of the cache's")
     expect(attrs["window"] >= 0, "wants a window, 0 for none")
-    return [((q.shape[0], heads, cache.shape[2]), "f32")]
+    _expect_where(q.shape[0], *where)
+    return [((q.shape[0], heads, where[2].shape[1] * cache.shape[2]), "f32")]
 
 
 @rule("softmax", inputs=("x",))
@@ -161,12 +174,13 @@ def _softmax(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     return [(inputs[0].shape, "f32")]
 
 
-@rule("attention_values", inputs=("weights", "v_cache", "positions", "sequences"), attrs=("window",))
+@rule("attention_values", inputs=("weights", "v_cache", *_WHERE), attrs=("window",))
 def _attention_values(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
-    """probabilities[T, heads, C], values, positions, sequences → the weighted sum of the values that a token sees (see
-    `attention_scores`), [T, heads · head_dim]"""
-    weights, cache = inputs[:2]
-    expect(weights.shape[2] == cache.shape[2], "probabilities must cover the cache")
+    """probabilities[T, heads, C], values, positions, sequences, page_table → the weighted sum of the values that a
+    token sees (see `attention_scores`), [T, heads · head_dim]"""
+    weights, cache, *where = inputs
+    _expect_where(weights.shape[0], *where)
+    expect(weights.shape[2] == where[2].shape[1] * cache.shape[2], "probabilities must cover a sequence's pages")
     expect(attrs["window"] >= 0, "wants a window, 0 for none")
     return [((weights.shape[0], weights.shape[1] * cache.shape[3]), "f32")]
 
@@ -187,10 +201,12 @@ def _add(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     return [(a.shape, "f32")]
 
 
-@rule("last", inputs=("x",))
-def _last(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
-    """x[T, D] → the row of the run's last token, [1, D]"""
-    return [((1, inputs[0].shape[1]), "f32")]
+@rule("rows", inputs=("x", "rows"))
+def _rows(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
+    """x[T, D], rows[R] → row rows[r] of x for each r, [R, D]"""
+    x, rows = inputs
+    expect(rows.dtype == "i32" and len(rows.shape) == 1, "wants the numbers of rows, i32[R]")
+    return [((rows.shape[0], x.shape[1]), "f32")]
 
 
 @rule("argmax", inputs=("x",))
@@ -210,17 +226,17 @@ fused_rule("gate_up", inputs=_linear_inputs(_GATE_UP), attrs=("group",), optiona
 fused_rule("norm_linear", inputs=("x", "norm", "weight"), attrs=("eps",))
 fused_rule("norm_qkv", inputs=("x", "norm", *_QKV), outputs=("q", "k", "v"), attrs=("eps",))
 fused_rule("norm_gate_up", inputs=("x", "norm", *_GATE_UP), attrs=("eps",))
-fused_rule("attention", inputs=("q", "k_cache", "positions", "sequences", "v_cache"), attrs=("window",))
+fused_rule("attention", inputs=("q", "k_cache", *_WHERE, "v_cache"), attrs=("window",))
 fused_rule(
     "rope_kv_write",
-    inputs=("q", "angles", "k", "k_cache", "positions", "sequences", "v", "v_cache"),
+    inputs=("q", "angles", "k", "k_cache", *_WHERE, "v", "v_cache"),
     outputs=("out", *_CACHES),
     attrs=("head_dim", "interleaved"),
     inplace=_CACHES,
 )
 fused_rule(
     "norm_qkv_rope",
-    inputs=("x", "norm", *_QKV, "angles", "k_cache", "positions", "sequences", "v_cache"),
+    inputs=("x", "norm", *_QKV, "angles", "k_cache", *_WHERE, "v_cache"),
     outputs=("out", *_CACHES),
     attrs=("eps", "head_dim", "interleaved"),
     inplace=_CACHES,

@@ -19,12 +19,16 @@ ALIGNMENT = 64
 
 @dataclass(frozen=True)
 class Step:
-    """An op with its kernel, for up to `max_tokens` tokens. `scratch` are arena values that only this step uses."""
+    """An op with its kernel, for up to `max_tokens` tokens. `scratch` are arena values that only this step uses.
+
+    A step with `of_rows` handles the rows that `rows` has picked: those with logits, not all of the run.
+    """
 
     op: Op
     kernel: registry.Kernel
     max_tokens: int
     scratch: tuple[Value, ...]
+    of_rows: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,8 +60,8 @@ class Plan:
 
     @property
     def prefill_end(self) -> int:
-        """Index of the first step that only the last token of a prompt needs. All chunks but the last stop there."""
-        return self.graph.first("last")
+        """Index of the first step that only rows with logits need. A run without such rows stops there."""
+        return self.graph.first("rows")
 
     @property
     def sampling_start(self) -> int:
@@ -96,7 +100,8 @@ def lower(graph: Graph, backend: str, workers: int = 1) -> Plan:
     Raises `UnsupportedError` where the backend has no kernel, `Error` where the graph is not well formed.
     """
     verify(graph)
-    steps = tuple(_step(graph, op, backend, workers) for op in graph.ops)
+    picked = _picked_rows(graph)
+    steps = tuple(_step(graph, op, backend, workers, not picked.isdisjoint(op.outputs)) for op in graph.ops)
     lifetimes = _lifetimes(graph, steps)
     placements = _place(lifetimes)
     arena = max((place.offset + round_up(place.nbytes, ALIGNMENT) for place in placements.values()), default=0)
@@ -106,7 +111,16 @@ def lower(graph: Graph, backend: str, workers: int = 1) -> Plan:
     return plan
 
 
-def _step(graph: Graph, op: Op, backend: str, workers: int) -> Step:
+def _picked_rows(graph: Graph) -> set[str]:
+    """The values that have a row for each row with logits: results of `rows`, and all that is computed from them."""
+    picked: set[str] = set()
+    for op in graph.ops:
+        if op.kind == "rows" or not picked.isdisjoint(op.inputs):
+            picked.update(op.outputs)
+    return picked
+
+
+def _step(graph: Graph, op: Op, backend: str, workers: int, of_rows: bool) -> Step:
     kernel = registry.find(op.kind, backend, operand_types(graph, op.inputs))
     shapes = [value.shape for value in graph.operands(op.inputs)]
     scratch = tuple(
@@ -114,7 +128,9 @@ def _step(graph: Graph, op: Op, backend: str, workers: int) -> Step:
         for name, shape in kernel.scratch.items()
     )
     moving = [value for value in graph.operands((*op.inputs, *op.outputs)) if value.kind in ("input", "temp")]
-    return Step(op, kernel, max(value.shape[0] for value in moving), scratch)
+    if of_rows:
+        moving = graph.operands(op.outputs)
+    return Step(op, kernel, max(value.shape[0] for value in moving), scratch, of_rows)
 
 
 def _lifetimes(graph: Graph, steps: Iterable[Step]) -> list[tuple[Value, int, int]]:

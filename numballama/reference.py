@@ -12,17 +12,21 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from .checkpoint import Weight
-from .errors import NOT_NUMBERS, Error
-from .ir import DTYPES, Graph, Op
+from .errors import Error
+from .graph import PAGE_TABLE
+from .host import environment, interrupts
+from .ir import DTYPES, Graph, Op, Value
+from .memory import available_bytes
 from .quantization.activations import Quantized, quantize_activations
 from .quantization.convert import dequantize, quantize_int8
-from .quantization.types import ACTIVATION_QUANT, BLOCKS
+from .quantization.kv import round_to
+from .quantization.types import ACTIVATION_QUANT, BLOCKS, KV_TYPES, KVType
 from .registry import find, kernel
-from .sampling import SamplerState
+from .sampling import Sampled, SamplerTable
 
 if TYPE_CHECKING:
     from .backend import BackendName, Program
-    from .quantization.types import ActivationType, KVType
+    from .quantization.types import ActivationType
 
 ANY = "*"
 F64_BUDGET = 1 << 30
@@ -113,12 +117,37 @@ def rope(x: np.ndarray, angles: np.ndarray, head_dim: int, interleaved: int) -> 
     return out.reshape(x.shape)
 
 
-@kernel("kv_write", "reference", ANY, ANY, ANY, ANY)
-def kv_write(x: np.ndarray, cache: np.ndarray, positions: np.ndarray, sequences: np.ndarray) -> np.ndarray:
-    heads = x.reshape(len(x), cache.shape[1], cache.shape[3])
-    for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
-        cache[sequence, :, position] = heads[t]
-    return cache
+def sequence_rows(page_table: np.ndarray, sequence: int, page: int, positions: slice) -> tuple[np.ndarray, np.ndarray]:
+    """Pages of these positions of a sequence, and their places in the pages."""
+    where = np.arange(positions.start, positions.stop)
+    return page_table[sequence, where // page], where % page
+
+
+def _write_rounded(dtype: KVType) -> Callable[..., np.ndarray]:
+    """`kv_write` into a cache that holds what the type can store, as float32."""
+
+    def kv_write(
+        x: np.ndarray, cache: np.ndarray, positions: np.ndarray, sequences: np.ndarray, page_table: np.ndarray
+    ) -> np.ndarray:
+        heads = round_to(x.reshape(len(x), cache.shape[1], cache.shape[3]), dtype)
+        for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
+            page, place = divmod(position, cache.shape[2])
+            cache[page_table[sequence, page], :, place] = heads[t]
+        return cache
+
+    return kv_write
+
+
+for _type in KV_TYPES:
+    kernel("kv_write", "reference", ANY, _type, ANY, ANY, ANY)(_write_rounded(_type))
+
+
+def visible_rows(
+    cache: np.ndarray, page_table: np.ndarray, sequence: int, position: int, window: int, heads: int
+) -> np.ndarray:
+    """What a token sees of a cache, float64 [positions, heads, head_dim]; query heads share a KV head."""
+    pages, places = sequence_rows(page_table, sequence, cache.shape[2], seen(position, window))
+    return np.repeat(cache[pages, :, places], heads // cache.shape[1], axis=1).astype(np.float64)
 
 
 def seen(position: int, window: int) -> slice:
@@ -126,17 +155,21 @@ def seen(position: int, window: int) -> slice:
     return slice(max(position + 1 - window, 0) if window else 0, position + 1)
 
 
-@kernel("attention_scores", "reference", ANY, ANY, ANY, ANY)
+@kernel("attention_scores", "reference", ANY, ANY, ANY, ANY, ANY)
 def attention_scores(
-    q: np.ndarray, k_cache: np.ndarray, positions: np.ndarray, sequences: np.ndarray, window: int
+    q: np.ndarray,
+    k_cache: np.ndarray,
+    positions: np.ndarray,
+    sequences: np.ndarray,
+    page_table: np.ndarray,
+    window: int,
 ) -> np.ndarray:
     head_dim = k_cache.shape[3]
     heads = q.reshape(len(q), -1, head_dim)
-    shared = heads.shape[1] // k_cache.shape[1]
-    out = np.full((*heads.shape[:2], k_cache.shape[2]), -np.inf)
+    out = np.full((*heads.shape[:2], page_table.shape[1] * k_cache.shape[2]), -np.inf)
     for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
-        keys = np.repeat(k_cache[sequence, :, seen(position, window)], shared, axis=0).astype(np.float64)
-        out[t, :, seen(position, window)] = np.einsum("hd,hpd->hp", heads[t], keys) / np.sqrt(head_dim)
+        keys = visible_rows(k_cache, page_table, sequence, position, window, heads.shape[1])
+        out[t, :, seen(position, window)] = np.einsum("hd,phd->hp", heads[t], keys) / np.sqrt(head_dim)
     return out
 
 
@@ -146,15 +179,19 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return powers / powers.sum(axis=-1, keepdims=True)
 
 
-@kernel("attention_values", "reference", ANY, ANY, ANY, ANY)
+@kernel("attention_values", "reference", ANY, ANY, ANY, ANY, ANY)
 def attention_values(
-    weights: np.ndarray, v_cache: np.ndarray, positions: np.ndarray, sequences: np.ndarray, window: int
+    weights: np.ndarray,
+    v_cache: np.ndarray,
+    positions: np.ndarray,
+    sequences: np.ndarray,
+    page_table: np.ndarray,
+    window: int,
 ) -> np.ndarray:
-    shared = weights.shape[1] // v_cache.shape[1]
     out = np.zeros((*weights.shape[:2], v_cache.shape[3]))
     for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
-        values = np.repeat(v_cache[sequence, :, seen(position, window)], shared, axis=0).astype(np.float64)
-        out[t] = np.einsum("hp,hpd->hd", weights[t, :, seen(position, window)], values)
+        values = visible_rows(v_cache, page_table, sequence, position, window, weights.shape[1])
+        out[t] = np.einsum("hp,phd->hd", weights[t, :, seen(position, window)], values)
     return out.reshape(len(weights), -1)
 
 
@@ -170,9 +207,9 @@ def add(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return a.astype(np.float64) + b
 
 
-@kernel("last", "reference", ANY)
-def last(x: np.ndarray) -> np.ndarray:
-    return x[-1:]
+@kernel("rows", "reference", ANY, ANY)
+def rows(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    return x[rows]
 
 
 @kernel("argmax", "reference", ANY)
@@ -189,7 +226,7 @@ class ReferenceProgram:
         self.values: dict[str, np.ndarray] = {}
         self.entries = 0
         self.plan = None
-        self.prefill_end = graph.first("last")
+        self.prefill_end = graph.first("rows")
 
     def value(self, name: str) -> np.ndarray:
         """A value of the last run, for the run's tokens only."""
@@ -199,19 +236,29 @@ class ReferenceProgram:
         """Name of the function that computes each op."""
         return [self._function(op).__name__ for op in self.graph.ops]
 
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
-        """Interpret ops [begin, end) for the first `tokens` tokens; with a sampler, draw the next token."""
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, rows: int = 1) -> None:
+        """Interpret ops [begin, end) for the first `tokens` tokens, of which `rows` have logits."""
         if begin == 0:
-            self.values = {name: array[:tokens] for name, array in self.inputs.items()}
+            self.values = {name: array[: rows if name == "rows" else tokens] for name, array in self.inputs.items()}
         for op in self.graph.ops[begin:end]:
             self._compute(op)
-        if sampler is None:
-            return 0
-        from .cpu.sampling import choose_token  # late: Numba takes time to import, and only a sampler needs it
 
-        if (token := choose_token(sampler, self.values["logits"][0].copy())) < 0:
-            raise Error(NOT_NUMBERS)
-        return token
+    def submit(self, tokens: int, rows: int, table: SamplerTable) -> int:
+        """Interpret all ops and sample a token for each of `rows` rows."""
+        self.run(tokens, 0, None, rows)
+        slots = self.values["sequences"]
+        if "rows" in self.inputs:
+            slots = slots[self.values["rows"]]
+        with interrupts.deferred():  # Numba may compile
+            environment.import_numba()
+            from .cpu.sampling import choose_tokens  # late: Numba takes time to import, and only a sampler needs it
+
+            self._sampled = choose_tokens(table, self.values["logits"][:rows], slots[:rows])
+        return 0
+
+    def collect(self, ticket: int) -> Sampled:
+        """What the last run sampled."""
+        return self._sampled
 
     def _function(self, op: Op) -> Callable[..., Any]:
         return find(op.kind, self.backend.name, [self.graph.values[name].dtype for name in op.inputs]).function
@@ -231,8 +278,7 @@ class ReferenceProgram:
             return np.array(self.graph.constants[name], np.float32)
         if value.kind == "state":
             root = self.graph.root(name)
-            # float16 and bfloat16 caches are float32 here, because they approximate the reference
-            return self.backend.states.setdefault(root, np.zeros(value.shape, np.float32))
+            return self.backend.state(root, value)
         return self.values[name]
 
 
@@ -250,6 +296,9 @@ class ReferenceBackend:
     default_kv_dtype: ClassVar[KVType] = "f32"
     activation_types: ClassVar[tuple[ActivationType, ...]] = ("f32", "int8")
     in_host_memory: ClassVar[bool] = True
+    mixed_tokens: ClassVar[int] = 16
+    lookahead: ClassVar[int] = 0
+    decode_sizes: ClassVar[tuple[int, ...]] = (1,)
     workers = 1
     description = "reference"
     memory_bytes = None
@@ -279,6 +328,13 @@ class ReferenceBackend:
         """Raises `Error`: there is no plan."""
         raise Error("the reference has no plan whose steps could be timed; pass --device cpu or --device cuda")
 
+    def free_bytes(self) -> int | None:
+        """Bytes of host memory that are free."""
+        return available_bytes()
+
+    def discard_runs(self) -> None:
+        """Does nothing: a run is done when `submit` returns."""
+
     def synchronize(self) -> None:
         """Nothing to wait for."""
 
@@ -296,6 +352,15 @@ class ReferenceBackend:
             self._converted[name] = array
         return self._converted[name]
 
+    def state(self, name: str, value: Value) -> np.ndarray:
+        """The memory of a state. A KV cache is float32 whatever its type; `kv_write` rounds to the type."""
+        dtype = np.int32 if value.dtype == "i32" else np.float32
+        return self.states.setdefault(name, np.zeros(value.shape, dtype))
+
+    def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
+        """Write page numbers into a row of the page table, from entry `first` on."""
+        self.states[PAGE_TABLE][slot, first : first + len(pages)] = pages
+
     def close(self) -> None:
         """Does nothing: memory is freed with the last reference to it."""
 
@@ -309,4 +374,7 @@ class ReferenceBackend:
         report: Callable[[str, int, int], None] | None = None,
     ) -> ReferenceProgram:
         """A program that runs the graph as declared. `fusions` has no effect on the reference."""
+        table = graph.values.get(PAGE_TABLE)
+        if table is not None:
+            self.state(PAGE_TABLE, table)
         return ReferenceProgram(graph, self)

@@ -15,7 +15,7 @@ import numpy as np
 from .. import __version__, progress
 from ..errors import ContextError
 from ..memory import format_bytes, peak_bytes
-from ..sampling import SamplerState, SamplingParams
+from ..sampling import SamplingParams
 from ..validation import whole_number
 from .traffic import bytes_per_token
 
@@ -99,20 +99,19 @@ def bench(model: Model, prompt_tokens: int = 128, tokens: int = 64, repeats: int
         )
     rng = np.random.default_rng(0)
     prompt = rng.integers(0, model.config.vocab_size, prompt_tokens).tolist()
-    sampler = SamplerState(SamplingParams(temperature=0), model.config.vocab_size)
+    params = SamplingParams(temperature=0, max_tokens=tokens + 1)
     prefill_times: list[float] = []
     decode_times: list[float] = []
-    with model.exclusive(), progress.progress_bar("benchmark") as report, model.reset_session() as session:
+    with progress.progress_bar("benchmark") as report:
         for index in range(repeats + 1):
             report("", index, repeats + 1)
-            session.truncate()
-            start = time.perf_counter()
-            token = session.prefill(prompt, sampler)
-            first = time.perf_counter()
-            for _ in range(tokens):
-                token = session.step(token or 0, sampler)
+            start = first = end = time.perf_counter()
+            for _ in model.token_engine.submit(prompt, params, reuse_prefix=False):
+                end = time.perf_counter()
+                if first == start:
+                    first = end
             prefill_times.append(first - start)
-            decode_times.append(time.perf_counter() - first)
+            decode_times.append(end - first)
     prefill, decode = statistics.median(prefill_times[1:]), statistics.median(decode_times[1:])
     peak = peak_bytes()  # before the bandwidth measurement, which allocates memory itself
     backend, nbytes = model.backend, bytes_per_token(model, prompt_tokens + tokens // 2)

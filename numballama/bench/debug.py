@@ -18,7 +18,7 @@ from ..backend import Backend, Program
 from ..errors import Error
 from ..ir import Graph
 from ..plan import Plan
-from ..sampling import SamplerState
+from ..sampling import Sampled, SamplerTable
 from .traffic import step_bytes
 
 VARIABLE = "NUMBALLAMA_DEBUG"
@@ -95,8 +95,21 @@ class WatchedProgram:
         """The program's kernels."""
         return self._program.kernel_names()
 
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, rows: int = 1) -> None:
         """Run and print the steps one at a time, then run them as usual."""
+        self._print_steps(tokens, begin, end)
+        self._program.run(tokens, begin, end, rows)
+
+    def submit(self, tokens: int, rows: int, table: SamplerTable) -> int:
+        """Run and print the steps one at a time, then start the run as usual."""
+        self._print_steps(tokens, 0, None)
+        return self._program.submit(tokens, rows, table)
+
+    def collect(self, ticket: int) -> Sampled:
+        """What the program's run sampled."""
+        return self._program.collect(ticket)
+
+    def _print_steps(self, tokens: int, begin: int, end: int | None) -> None:
         steps = range(begin, len(self.graph.ops) if end is None else end)
         position = int(self.inputs["positions"][tokens - 1]) if "positions" in self.inputs else 0
         positions = f"positions {position - tokens + 1} to {position}" if tokens > 1 else f"position {position}"
@@ -108,7 +121,6 @@ class WatchedProgram:
             total += seconds
             _print(self._line(index, kernels[index], tokens, position, seconds))
         _print(f"  {total * 1e6:,.1f} µs in all, one step at a time")
-        return self._program.run(tokens, begin, end, sampler)
 
     def _seconds(self, tokens: int, index: int, kernel: str) -> float:
         """Seconds of a step by the host's clock, without the work that only its first run does."""

@@ -121,7 +121,7 @@ def profile(model: Model, position: int, bandwidth: float) -> Profile:
     """
     program, backend = model.program, model.backend
     graph = model.plan.graph
-    with model.exclusive(), model.reset_session() as session:
+    with model.exclusive() as session:
         if position:
             session.prefill([token % model.config.vocab_size for token in range(1, position + 1)])
         session.set_inputs(program, [0])

@@ -32,11 +32,11 @@ def step_bytes(graph: Graph, op: Op, weight_nbytes: Callable[[str], int], positi
 
 
 def _state_bytes(state: Value, positions: int) -> int:
-    """Bytes of `positions` positions of a KV cache [sequences, heads, context, head_dim]; of another state, all."""
+    """Bytes of `positions` positions of a KV cache [pages, heads, page, head_dim]; of another state, all."""
     if len(state.shape) != 4:
         return state.nbytes
-    sequences, _, context, _ = state.shape
-    return state.nbytes // (sequences * context) * positions
+    pages, _, page, _ = state.shape
+    return state.nbytes // (pages * page) * positions
 
 
 def bytes_per_token(model: Model, position: int) -> int:

@@ -6,8 +6,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from ..engine.request import FinishReason
 from ..errors import ContextError, Error, Interrupted
-from ..generate import FinishReason, GenerationResponse
+from ..generate import GenerationResponse
 from ..sampling import CHAT_DEFAULTS, NOT_GIVEN, NotGiven, SamplingOptions, SamplingParams, merge
 from .encoder import NO_BOS, ConversationEncoder, note_once
 from .template import ChatTemplate, Message, plain_message, stop_token_ids
@@ -140,12 +141,11 @@ class Chat:
         Ctrl-C raises `Interrupted` with the answer so far, which stays in the conversation.
         """
         answer: list[str] = []
-        with self._model.exclusive():
-            try:
-                for response in self.stream(text, max_tokens, params=params, **options):
-                    answer.append(response.text)
-            except KeyboardInterrupt:
-                raise Interrupted("".join(answer)) from None
+        try:
+            for response in self.stream(text, max_tokens, params=params, **options):
+                answer.append(response.text)
+        except KeyboardInterrupt:
+            raise Interrupted("".join(answer)) from None
         return "".join(answer)
 
     def stream(

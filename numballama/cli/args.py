@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..model import Model
 
 STORY_MODEL = "default: the story model inside this package"
-MODEL_HELP = "a model file, directory or hub id"
+MODEL_HELP = "a model file, directory or hub id (owner/name, owner/name:Q4_K_M)"
 
 MODEL_OPTIONS = (
     "tokenizer", "device", "dtype", "context", "kv_dtype", "threads", "rope_pairing", "rope_theta", "norm_eps",

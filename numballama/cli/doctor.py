@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
-from .. import __version__
-from ..errors import DeviceError
-from ..kernel_cache import cache_directory, cuda_cache_directory
+from .. import __version__, kernel_cache
+from ..errors import DeviceError, Error
+from ..host import environment
+from ..host.cgroup import cpu_quota, usable_cores
 from ..memory import available_bytes, format_bytes
 
 PACKAGES = ("numba", "llvmlite", "numpy", "sentencepiece", "rich")
@@ -27,22 +28,46 @@ def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="show what this machine offers",
         description="Packages, CPU, GPUs and the cache of compiled kernels: what was found, and what is missing.",
     )
-    doctor.set_defaults(run=lambda arguments: print(report()))
+    doctor.add_argument(
+        "--clear-cache", action="store_true", help="remove all compiled kernels, so that they are compiled again"
+    )
+    doctor.set_defaults(run=lambda arguments: print(clear_cache() if arguments.clear_cache else report()))
 
 
 def report() -> str:
     """The report: one fact per line. A line about something missing says what to do."""
-    free = available_bytes()
+    free, quota = available_bytes(), cpu_quota()
     lines = [
         f"numballama {__version__}, Python {platform.python_version()} ({sys.executable})",
-        f"system       {platform.system()} {platform.machine()}, {os.cpu_count()} cores"
-        + (f", {format_bytes(free)} of memory free" if free else ""),
+        f"system       {platform.system()} {platform.machine()}, {os.cpu_count()} cores, {usable_cores()} usable"
+        + (f" (a quota of {quota:.3g})" if quota is not None else "")
+        + (f", {format_bytes(free)} of memory free" if free is not None else ""),
         f"packages     {_versions(PACKAGES)}",
-        f"CPU kernels  {_folder(cache_directory())}",
+        f"CPU kernels  {_cpu_kernels()}",
         f"CUDA         {_versions(CUDA_PACKAGES)}",
         *(f"             {line}" for line in _cuda()),
     ]
     return "\n".join(lines)
+
+
+def clear_cache() -> str:
+    """Remove the compiled kernels of all versions, for CPU and GPU; returns what was done, a line for each folder."""
+    roots = {kernel_cache.cache_root(numbas) for numbas in ("", os.environ.get("NUMBA_CACHE_DIR", ""))}
+    lines = []
+    for root in sorted(root for root in roots if root is not None):
+        removed = kernel_cache.clear(root)
+        if removed.problem:
+            raise Error(f"{root}: not all compiled kernels could be removed: {removed.problem}")
+        lines.append(f"removed {removed.entries:,} compiled kernels, {format_bytes(removed.nbytes)}, from {root}")
+    return "\n".join(lines) or "there is no cache: no home directory, and NUMBALLAMA_CACHE is not set"
+
+
+def _cpu_kernels() -> str:
+    try:
+        environment.import_numba()
+    except DeviceError as error:
+        return str(error)
+    return _folder(kernel_cache.cache_directory())
 
 
 def _versions(names: tuple[str, ...]) -> str:
@@ -55,10 +80,12 @@ def _versions(names: tuple[str, ...]) -> str:
     return ", ".join(versions)
 
 
-def _folder(path: Path) -> str:
-    files = [file for file in path.iterdir() if file.is_file()]
-    writable = "" if os.access(path, os.W_OK) else ", not writable"
-    return f"{path} ({len(files)} files, {format_bytes(sum(file.stat().st_size for file in files))}{writable})"
+def _folder(path: Path | None) -> str:
+    if path is None:
+        return f"are not kept: there is no home directory; {kernel_cache.ADVICE}"
+    usage = kernel_cache.Usage.of(path)
+    problem = f"; new ones are not kept: {usage.problem}; {kernel_cache.ADVICE}" if usage.problem else ""
+    return f"{path} ({usage.entries:,} kernels, {format_bytes(usage.nbytes)}{problem})"
 
 
 def _cuda() -> Iterator[str]:
@@ -68,7 +95,7 @@ def _cuda() -> Iterator[str]:
         from ..cuda.driver import Device, versions
 
         require_compiler()
-        yield f"kernels in {_folder(cuda_cache_directory())}"
+        yield f"kernels in {_folder(kernel_cache.cuda_cache_directory())}"
         for index in itertools.islice(itertools.count(), MAX_DEVICES):
             try:
                 device = Device(f"cuda:{index}")

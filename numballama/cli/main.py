@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from .. import __version__, progress
 from ..errors import Error
+from ..host.interrupts import INTERRUPTED
 from . import streams
 from .args import in_options, require_text
 from .bench import add_bench
@@ -21,8 +22,9 @@ from .inspect import add_inspect
 if TYPE_CHECKING:
     from _typeshed import SupportsWrite
 
-FAILED, INTERRUPTED, BROKEN_PIPE = 1, 130, 141
-"""Exit codes: an `Error`; Ctrl-C and a closed pipe, as shells report them. Wrong usage ends with argparse's 2."""
+FAILED, BROKEN_PIPE = 1, 141
+"""Exit codes: an `Error`; a closed pipe, as shells report it. Ctrl-C is `INTERRUPTED`. Wrong usage ends with argparse's
+2."""
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -10,27 +11,37 @@ import numba
 import numpy as np
 from numba import types
 
-from .. import memory, progress
+from .. import memory
 from ..checkpoint import Weight
-from ..errors import NOT_NUMBERS, Error
+from ..errors import Error
 from ..fusion import fuse
+from ..graph import PAGE_TABLE
+from ..host import interrupts
+from ..host.cgroup import cpu_quota, usable_cores
 from ..ir import DTYPES, Graph, Value
 from ..plan import ALIGNMENT, Plan, Step, lower
+from ..quantization.kv import split_q8_0
 from ..quantization.types import TYPE_TRAITS
-from ..sampling import SamplerState, SamplingParams
+from ..sampling import Sampled, SamplerTable
 from ..validation import whole_number
 from . import bandwidth, ops, timing  # noqa: F401 (ops registers the kernels)
 from .compiler import compile_step
 from .executor import (
     ADDRESS,
-    KERNEL_FAILED,
+    BEGIN,
+    LOGITS,
     MAX_TOKENS,
-    N_WORKERS,
+    OF_ROWS,
     OPERANDS,
-    SYNC_SIZE,
-    parallel_region,
-    run_and_sample,
+    OUT,
+    ROWS,
+    RUN_SIZE,
+    SAMPLER,
+    SLOTS,
+    STRIDE,
+    TABLE,
     run_steps,
+    worker_threads,
 )
 from .fork import refuse_forked
 from .vecdot import RECORD_TYPES
@@ -38,11 +49,6 @@ from .vecdot import RECORD_TYPES
 if TYPE_CHECKING:
     from ..backend import BackendName, Program
     from ..quantization.types import ActivationType, KVType
-
-SHORT_RUNS = 3
-"""After this number of consecutive runs with too few workers, a program requests only as many as started."""
-RETRY_INTERVAL = 500
-"""After this number of runs, such a program requests all workers again."""
 
 
 class CpuProgram:
@@ -57,13 +63,12 @@ class CpuProgram:
     ) -> None:
         self.plan, self.table, self.arena = plan, table, arena
         self._values, self._keep_alive = values, keep_alive
-        self._sync = np.zeros(SYNC_SIZE, np.int64)
-        self._table_address = table.ctypes.data, table.strides[0]
-        self._sync_address = self._sync.ctypes.data
+        self._record = np.zeros(RUN_SIZE, np.int64)
+        self._record[TABLE], self._record[STRIDE] = table.ctypes.data, table.strides[0]
+        self._record_address = self._record.ctypes.data
         logits = values.get("logits", table)
-        self._logits = logits.ctypes.data, logits.shape[-1]
-        self._requested_workers = plan.workers
-        self._short_runs = 0
+        self._logits, self._slots = logits.ctypes.data, np.zeros(len(logits), np.int32)
+        self._sampled = Sampled.empty(0, 0)
         self.inputs = {v.name: values[v.name] for v in plan.graph.values.values() if v.kind == "input"}
         self.graph, self.prefill_end = plan.graph, plan.prefill_end
         self.entries = 0
@@ -77,57 +82,59 @@ class CpuProgram:
         """Name of each step's kernel."""
         return [step.kernel.name for step in self.plan.steps]
 
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, rows: int = 1) -> None:
         """Run steps [begin, end) for the first `tokens` tokens of the inputs: one call into compiled code.
 
-        With a sampler, returns the next token: sampled from the logits in the same call, or the graph's own argmax if
-        the settings are greedy. Without one, returns 0. Raises `Error` when a kernel failed or the logits hold NaN,
-        `DeviceError` in a forked child.
+        `rows` of them have logits. Raises `Error` when a kernel failed, `DeviceError` in a forked child.
         """
-        greedy = sampler is not None and sampler.is_argmax and len(sampler.ids) == self._logits[1]
-        if greedy:
-            sampler = None
-        if end is None:
-            # a sampler replaces the argmax at the graph's end
-            end = len(self.plan.steps) if sampler is None else self.plan.sampling_start
+        self._record[SAMPLER] = 0
+        self._run_steps(tokens, begin, len(self.plan.steps) if end is None else end, rows)
+
+    def submit(self, tokens: int, rows: int, table: SamplerTable) -> int:
+        """Run all steps and sample a token for each of `rows` rows: one call into compiled code.
+
+        Raises as `run` does. If all rows are greedy, the graph's own argmax gives their tokens.
+        """
+        slots, chosen = self._slots[:rows], self.inputs.get("rows")
+        sequences = self.inputs["sequences"]
+        slots[:] = sequences[:rows] if chosen is None else sequences[chosen[:rows]]
+        n_top = table.top_logprobs(slots)
+        self._sampled = sampled = Sampled.empty(rows, max(n_top, 0))
+        end = len(self.plan.steps)
+        if n_top < 0 and all(table.is_argmax(slot) for slot in slots.tolist()):
+            self._record[SAMPLER] = 0
+            self._run_steps(tokens, 0, end, rows)
+            sampled.tokens[:] = self._values["next"][:rows]
+            for slot, token in zip(slots.tolist(), sampled.tokens.tolist(), strict=True):
+                if token >= 0:
+                    table.accept(slot, token)
+            return 0
+        self._record[LOGITS:OUT] = self._logits, slots.ctypes.data, table.address
+        self._record[OUT:] = sampled.addresses
+        self._run_steps(tokens, 0, self.plan.sampling_start, rows)
+        return 0
+
+    def collect(self, ticket: int) -> Sampled:
+        """What the last run sampled."""
+        return self._sampled
+
+    def _run_steps(self, tokens: int, begin: int, end: int, rows: int) -> None:
         if not (1 <= tokens <= self.plan.tokens and 0 <= begin <= end <= len(self.plan.steps)):
             raise Error(
                 f"cannot run {tokens} tokens of {self.plan.tokens}, steps {begin} to {end} of {len(self.table)}"
             )
-        requested = self._requested_workers
-        steps = (*self._table_address, begin, end, tokens, requested, self._sync_address)
-        with parallel_region(requested):
+        self._record[BEGIN : ROWS + 1] = begin, end, tokens, rows
+        with worker_threads.region(self.plan.workers):
             self.entries += 1
-            if sampler is None:
-                token = KERNEL_FAILED if run_steps(*steps) else 0
-            else:
-                token = run_and_sample(*steps, self._logits, sampler.addresses)
-        if self.plan.workers > 1:
-            self._adjust_workers(int(self._sync[N_WORKERS]) if requested > 1 else 1)
-        if token == 0 and greedy:
-            token = self._values["next"][0]
-        if token < 0:
-            raise Error("a kernel failed" if token == KERNEL_FAILED else NOT_NUMBERS)
-        return int(token)
-
-    def _adjust_workers(self, present: int) -> None:
-        """If the threading layer repeatedly starts fewer workers than requested, continue with those.
-
-        Otherwise each run would wait for the missing ones. All are requested again every `RETRY_INTERVAL` runs.
-        """
-        self._short_runs = self._short_runs + 1 if present < self._requested_workers else 0
-        if self._short_runs == SHORT_RUNS:
-            progress.log.info("only %d of %d workers start: going on with %d", present, self.plan.workers, present)
-            self._requested_workers, self._short_runs = present, 0
-        if self._requested_workers < self.plan.workers and self.entries % RETRY_INTERVAL == 0:
-            self._requested_workers = self.plan.workers
+            if run_steps(self._record_address, self.plan.workers, worker_threads.address):
+                raise Error("a kernel failed")
 
 
 class CpuBackend:
     """Weights and KV cache in host memory, and programs that use them.
 
-    `threads` is the number of workers that share a step; default and maximum is Numba's number of threads. Raises
-    `DeviceError` in a child that was forked after workers had started.
+    `threads` is the number of workers that share a step. The maximum is Numba's number of threads; the default too,
+    unless a container's CPU quota is below. Raises `DeviceError` in a child that was forked after workers had started.
     """
 
     name: ClassVar[BackendName] = "cpu"
@@ -135,14 +142,24 @@ class CpuBackend:
     default_kv_dtype: ClassVar[KVType] = "f32"
     activation_types: ClassVar[tuple[ActivationType, ...]] = ("f32", "int8")
     in_host_memory: ClassVar[bool] = True
+    mixed_tokens: ClassVar[int] = 16
+    lookahead: ClassVar[int] = 0
+    decode_sizes: ClassVar[tuple[int, ...]] = (1,)
 
     def __init__(self, weights: Mapping[str, Weight], threads: int | None = None) -> None:
         refuse_forked()
-        limit = numba.config.NUMBA_NUM_THREADS
+        limit, cores, quota = numba.config.NUMBA_NUM_THREADS, usable_cores(), cpu_quota()
+        default = limit if "NUMBA_NUM_THREADS" in os.environ else min(limit, cores)
         threads = None if threads is None else whole_number("threads", threads, 1)
         self.weights = weights
-        self.workers = min(threads or limit, limit)
+        wanted = min(threads or default, limit)
+        with interrupts.deferred():
+            self.workers = worker_threads.start(wanted)
         self.notes: list[str] = []
+        if self.workers < wanted:
+            self.notes.append(f"{wanted} threads wanted, {self.workers} used: the system starts no more")
+        if quota is not None and threads is None and default < limit:
+            self.notes.append(f"{default} threads, because this container has a quota of {quota:.3g} cores")
         if threads is not None and threads > limit:
             self.notes.append(f"{threads} threads asked for, {limit} used: set NUMBA_NUM_THREADS before Numba starts")
         self.states: dict[str, np.ndarray] = {}
@@ -167,14 +184,20 @@ class CpuBackend:
 
     def measure_bandwidth(self) -> float:
         """Bytes per second that the workers together read from main memory."""
-        with parallel_region(self.workers):
-            return bandwidth.measure_bandwidth(self.workers)
+        return bandwidth.measure_bandwidth(self.workers)
 
     def time_steps(
         self, program: Program, kinds: Sequence[Hashable], nbytes: Sequence[int]
     ) -> tuple[list[float], float]:
         """Seconds of each step and of the whole run. Every step is timed by itself, whatever its kind."""
         return timing.time_steps(program)
+
+    def free_bytes(self) -> int | None:
+        """Bytes of host memory that are free."""
+        return memory.available_bytes()
+
+    def discard_runs(self) -> None:
+        """Does nothing: a run is done when `submit` returns."""
 
     def synchronize(self) -> None:
         """Does nothing: a run returns when its work is done."""
@@ -201,12 +224,17 @@ class CpuBackend:
             values[name] = place_bytes.view(DTYPES[value.dtype]).reshape(value.shape)
         for value in plan.graph.values.values():
             if value.kind == "state" and value.alias is None and value.name not in self.states:
-                self.states[value.name] = _aligned_zeros(value.nbytes).view(DTYPES[value.dtype]).reshape(value.shape)
+                state = _aligned_zeros(value.nbytes).view(DTYPES[value.dtype])
+                self.states[value.name] = state if value.dtype == "q8_0" else state.reshape(value.shape)
             if value.kind == "state":
                 values[value.name] = self.states[plan.graph.root(value.name)]
             elif value.kind == "constant":
                 values[value.name] = np.array(plan.graph.constants[value.name], np.float32)
         return self._bind(plan, values, arena, report)
+
+    def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
+        """Write page numbers into a row of the page table, from entry `first` on."""
+        self.states[PAGE_TABLE][slot, first : first + len(pages)] = pages
 
     def close(self) -> None:
         """Does nothing: memory is freed with the last reference to it."""
@@ -215,8 +243,8 @@ class CpuBackend:
         """Compile or load the executor and the sampler and start the workers, before the first token needs them."""
         if report:
             report("run_steps", 0, 1)
-        decode.run(1, 0, 0)
-        decode.run(1, 0, 0, SamplerState(SamplingParams(seed=0), decode.value("logits").shape[1]))
+        with interrupts.deferred():
+            decode.run(1, 0, 0)
 
     def _bind(
         self,
@@ -239,7 +267,7 @@ class CpuBackend:
             compiled[function, kinds] = compile_step(function, list(kinds))
         table = np.zeros((len(bound), OPERANDS + max(len(slots) for _, slots in bound)), np.int64)
         for row, step, key, (_, slots) in zip(table, plan.steps, needed, bound, strict=True):
-            row[ADDRESS], row[MAX_TOKENS] = compiled[key].address, step.max_tokens
+            row[ADDRESS], row[MAX_TOKENS], row[OF_ROWS] = compiled[key].address, step.max_tokens, step.of_rows
             row[OPERANDS : OPERANDS + len(slots)] = slots
         return CpuProgram(plan, table, values, arena, (compiled, tuple(self.weights.values())))
 
@@ -296,7 +324,12 @@ def _array_operand(dtype: str, array: np.ndarray) -> tuple[Any, list[int]]:
 
 
 def _operand(value: Value, values: Mapping[str, np.ndarray]) -> tuple[Any, list[int]]:
-    return _array_operand(value.dtype, values[value.name])
+    array = values[value.name]
+    if value.dtype != "q8_0":
+        return _array_operand(value.dtype, array)
+    quants, scales = split_q8_0(array, value.shape)
+    (kind, slots), (scale_kind, scale_slots) = _array_operand("i8", quants), _array_operand("f16", scales)
+    return types.Tuple((kind, scale_kind)), [*slots, *scale_slots]
 
 
 def _weight_operand(weight: Weight) -> tuple[Any, list[int]]:

@@ -4,40 +4,42 @@ from __future__ import annotations
 
 import statistics
 import time
+from typing import Any
 
 import numpy as np
-from numba import prange
+from numba import types
 
 from ..memory import available_bytes
-from .compiler import jit
+from .compiler import compile_step
+from .executor import ADDRESS, MAX_TOKENS, OPERANDS, run_steps, worker_threads
 
 READ_BYTES = 1 << 30
 """Bytes of the array that is read: more than any cache holds."""
 
 
-@jit(parallel=True)
-def read_all(x, workers, sums):
-    """Sum x in `workers` parts in parallel. Loads every byte once and does nothing else."""
-    size = (x.shape[0] + workers - 1) // workers
-    for worker in prange(workers):
-        total = np.float32(0)
-        for i in range(worker * size, min((worker + 1) * size, x.shape[0])):
-            total += x[i]
-        sums[worker] = total
+def read_all(worker, n_workers, tokens, x, sums):
+    """Sum this worker's part of x. Loads every byte once and does nothing else."""
+    size = (x.shape[0] + n_workers - 1) // n_workers
+    total = np.float32(0)
+    for i in range(worker * size, min((worker + 1) * size, x.shape[0])):
+        total += x[i]
+    sums[worker] = total
 
 
 def measure_bandwidth(workers: int, repeats: int = 5) -> float:
-    """Bytes per second that `workers` workers read together: the median of several passes.
-
-    The caller has entered a parallel region for that many workers.
-    """
+    """Bytes per second that `workers` workers read together: the median of several passes."""
     nbytes = min(READ_BYTES, (available_bytes() or READ_BYTES) // 4)
     x = np.ones(nbytes // 4, np.float32)  # not zeros: the kernel would map them all to one page, which a cache holds
     sums = np.zeros(workers, np.float32)
-    read_all(x, workers, sums)
+    floats = types.Array(types.float32, 1, "C")
+    compiled: Any = compile_step(read_all, [floats, floats])
+    table = np.zeros((1, OPERANDS + 4), np.int64)
+    table[0, ADDRESS], table[0, MAX_TOKENS] = compiled.address, 1
+    table[0, OPERANDS:] = x.ctypes.data, x.size, sums.ctypes.data, sums.size
     times = []
-    for _ in range(repeats):
+    for _ in range(repeats + 1):
         start = time.perf_counter()
-        read_all(x, workers, sums)
+        with worker_threads.region(workers):
+            run_steps(table.ctypes.data, table.strides[0], 0, 1, 1, workers, worker_threads.address)
         times.append(time.perf_counter() - start)
-    return nbytes / statistics.median(times)
+    return nbytes / statistics.median(times[1:])

@@ -1,26 +1,34 @@
 """How this package compiles with Numba: options, cache, and the C function through which a kernel is called.
 
-Everything that depends on Numba's private API is here: `compile_step` replaces the C wrapper that Numba makes for a
-`cfunc`. The calling convention is explained in `executor`.
+Everything that depends on Numba's private API is here: `KernelCache` replaces Numba's cache, and `compile_step` the C
+wrapper that Numba makes for a `cfunc`. The calling convention is explained in `executor`.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+import hashlib
+import json
+import pickle
+from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numba
 from llvmlite import ir
 from numba import types
-from numba.core.compiler import CompilerBase, DefaultPassBuilder
+from numba.core import sigutils
+from numba.core.caching import CompileResultCacheImpl, _Cache
+from numba.core.ccallback import CFunc
+from numba.core.compiler import CompilerBase, CompileResult, DefaultPassBuilder
 from numba.core.compiler_machinery import PassManager, register_pass
 from numba.core.lowering import Lower
+from numba.core.serialize import dumps
 from numba.core.typed_passes import NativeLowering
 from numba.np.arrayobj import make_array, populate_array
 
-from ..kernel_cache import cache_directory
+from .. import kernel_cache
+from ..host import interrupts
 from .fork import ForkSafeLock
 
 FAST_MATH = {"reassoc", "contract", "nsz"}
@@ -28,18 +36,90 @@ FAST_MATH = {"reassoc", "contract", "nsz"}
 infinity keep their meaning, because attention is masked with -inf.
 """
 
-_cache_setting = ForkSafeLock()
+_SETTINGS = ("OPT", "BOUNDSCHECK", "LOOP_VECTORIZE", "SLP_VECTORIZE", "ENABLE_AVX", "DEBUGINFO_DEFAULT")
+"""Settings of Numba, from the environment, that change machine code."""
+_PACKAGE = Path(__file__).parent.parent
 
 
-@contextlib.contextmanager
-def _our_cache() -> Iterator[None]:
-    """Set Numba's cache folder to ours. Numba reads this global setting when a function is decorated."""
-    with _cache_setting:
-        before, numba.config.CACHE_DIR = numba.config.CACHE_DIR, str(cache_directory())
+class KernelCache(_Cache):  # type: ignore[misc]
+    """Compiled code of one function, in `kernel_cache`. `options` tells apart what is compiled in different ways.
+
+    Why not Numba's own cache: its index maps signatures to numbered files, and is read, changed and written without a
+    lock. Two processes can store a kernel under the number of another one. It raises on damaged files.
+    """
+
+    def __init__(self, function: Callable[..., Any], options: str) -> None:
+        self._function, self._options = function, options
+        self._enabled = True
+
+    @property
+    def cache_path(self) -> str | None:
+        folder = kernel_cache.cache_directory()
+        return None if folder is None else str(folder)
+
+    def enable(self) -> None:
+        self._enabled = True
+
+    def disable(self) -> None:
+        self._enabled = False
+
+    def flush(self) -> None:
+        """Numba calls this before it compiles all signatures again; the new entries replace the old ones."""
+
+    def load_overload(self, sig: Any, target_context: Any) -> CompileResult | None:
+        target_context.refresh()
+        entry = self._entry(sig, target_context.codegen())
+        if entry is None or (content := kernel_cache.load(*entry)) is None:
+            return None
         try:
-            yield
-        finally:
-            numba.config.CACHE_DIR = before
+            found = CompileResult._rebuild(target_context, *pickle.loads(content))
+            if tuple(found.signature.args) == tuple(sigutils.normalize_signature(sig)[0]):
+                return found
+        except Exception:  # whatever Numba makes of an entry that it cannot use
+            kernel_cache.discard(entry[0])
+        return None
+
+    def save_overload(self, sig: Any, data: CompileResult) -> None:
+        entry = self._entry(sig, data.codegen)
+        if entry is None or data.lifted or data.library.has_dynamic_globals:
+            return
+        if kernel_cache.is_current(entry[0].parent):
+            kernel_cache.store(*entry, dumps(CompileResultCacheImpl.reduce(None, data)))
+
+    def _entry(self, sig: Any, codegen: Any) -> tuple[Path, str] | None:
+        """File and key of a signature; None if it is not cached. A key has all that the machine code depends on.
+
+        A file outside this package is in the key with its digest, but not in the file's name, so that a kernel that is
+        edited replaces its old entry.
+        """
+        folder = kernel_cache.cache_directory()
+        code = self._function.__code__
+        identity = [*self._place, self._function.__qualname__, code.co_firstlineno, str(sig), codegen.magic_tuple()]
+        name = json.dumps([*identity, self._options], default=str)
+        if folder is None or not self._enabled or " at 0x" in name:  # the address of an object in this process
+            return None
+        settings = [getattr(numba.config, setting, None) for setting in _SETTINGS]
+        key = json.dumps([name, hashlib.sha256(code.co_code).hexdigest(), self._content, settings], default=str)
+        digest = hashlib.sha256(name.encode()).hexdigest()[:24]
+        return folder / f"{self._function.__name__.strip('<>')}-{digest}.kernel", key
+
+    @cached_property
+    def _place(self) -> list[str]:
+        """Where the function is: a file of this package, whose content is in the folder's name, or another file."""
+        path = Path(self._function.__code__.co_filename)
+        if path.is_relative_to(_PACKAGE):
+            return ["numballama", path.relative_to(_PACKAGE).as_posix()]
+        return ["", str(path)]
+
+    @cached_property
+    def _content(self) -> str:
+        """Digest of what the folder's name does not tell: a file outside this package, and a closure's variables."""
+        digest = hashlib.sha256()
+        if not self._place[0]:
+            digest.update(Path(self._place[1]).read_bytes())
+        if self._function.__closure__ is not None:
+            digest.update(dumps(tuple(cell.cell_contents for cell in self._function.__closure__)))
+        return digest.hexdigest()
 
 
 def _has_source_file(function: Callable[..., Any]) -> bool:
@@ -52,8 +132,16 @@ def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:
     if function is None:
         return lambda f: jit(f, **options)
     options = {"fastmath": FAST_MATH, "error_model": "numpy", "nogil": True, **options}
-    with _our_cache():
-        return numba.njit(cache=True, **options)(function)
+    dispatcher = numba.njit(**options)(function)
+    if _has_source_file(function):
+        dispatcher._cache = KernelCache(function, _text(options))
+    return dispatcher
+
+
+def _text(options: dict[str, Any]) -> str:
+    return ", ".join(
+        f"{name}={sorted(value) if isinstance(value, set) else value!r}" for name, value in sorted(options.items())
+    )
 
 
 def device(function: Callable[..., Any]) -> Any:
@@ -138,18 +226,42 @@ class _StepCompiler(CompilerBase):  # type: ignore[misc]
         return [pipeline]
 
 
-def compile_step(function: Callable[..., Any], operands: list[Any]) -> Any:
-    """Compile a kernel for operands of these Numba types, or load it from the cache.
+class _CFunc(CFunc):  # type: ignore[misc]
+    """Numba's compiled C callback, with our cache."""
 
-    The function's first three parameters are worker, n_workers and tokens. The result has `address` and `cache_hits`;
-    the code lives as long as the result. A function typed into a notebook is not cached, because it has no source file.
+    def enable_caching(self) -> None:
+        self._cache = KernelCache(self.__wrapped__, f"step, {_text(_STEP_OPTIONS)}")
+
+
+_STEP_OPTIONS = {"fastmath": FAST_MATH, "error_model": "numpy"}
+_steps: dict[tuple[Callable[..., Any], tuple[Any, ...]], _CFunc] = {}
+"""What `compile_step` has returned. Numba keeps compiled code for as long as the process lives, so a model that is
+compiled again must not compile its kernels again."""
+_steps_lock = ForkSafeLock()
+
+
+def compile_step(function: Callable[..., Any], operands: list[Any]) -> _CFunc:
+    """Compile a kernel for operands of these Numba types, or load it from the cache. Once a process.
+
+    The function's first three parameters are worker, n_workers and tokens. The result has `address` and `cache_hits`.
+    A function typed into a notebook is not cached on disk, because it has no source file. Ctrl-C raises
+    KeyboardInterrupt after the kernel.
     """
-    signature = types.void(types.int64, types.int64, types.int64, *operands)
-    with _our_cache():
-        return numba.cfunc(
-            signature,
-            cache=_has_source_file(function),
-            pipeline_class=_StepCompiler,
-            fastmath=FAST_MATH,
-            error_model="numpy",
-        )(function)
+    wanted = function, tuple(operands)
+    with _steps_lock:
+        found = _steps.get(wanted)
+        if found is None:
+            signature = types.void(types.int64, types.int64, types.int64, *operands)
+            with interrupts.deferred():
+                found = _CFunc(
+                    function,
+                    sigutils.normalize_signature(signature),
+                    locals={},
+                    options=dict(_STEP_OPTIONS),
+                    pipeline_class=_StepCompiler,
+                )
+                if _has_source_file(function):
+                    found.enable_caching()
+                found.compile()
+                _steps[wanted] = found
+    return found

@@ -20,13 +20,21 @@ class ForkSafeLock:
     def _reset(self) -> None:
         self._lock = threading.RLock()
 
+    def acquire(self, timeout: float = -1) -> bool:
+        """Take the lock, within `timeout` seconds if that is not negative; returns whether it was taken."""
+        return self._lock.acquire(timeout=timeout)
+
+    def release(self) -> None:
+        """Give the lock back."""
+        self._lock.release()
+
     def __enter__(self) -> None:
-        self._lock.acquire()
+        self.acquire()
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._lock.release()
+        self.release()
 
 
 _started_in: set[int] = set()

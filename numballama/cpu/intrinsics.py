@@ -98,23 +98,45 @@ def as_f32(typingctx: Any, stored: Any) -> Any:
     return types.float32(stored), codegen
 
 
+def _rounded_to(builder: Any, like: Any, number: Any) -> Any:
+    """A float32 in the format of elements of type `like` (see `as_f32`), rounded to nearest even."""
+    if like == types.uint16:
+        return _float_to_half(builder, number)
+    if like == types.int16:
+        # add just under half of the last kept place, and its lowest bit
+        bits = builder.bitcast(number, INT32)
+        odd = builder.and_(builder.lshr(bits, ir.Constant(INT32, 16)), ir.Constant(INT32, 1))
+        rounded = builder.add(bits, builder.add(odd, ir.Constant(INT32, 0x7FFF)))
+        is_nan = builder.fcmp_unordered("uno", number, number)
+        rounded = builder.select(is_nan, ir.Constant(INT32, 0x7FC00000), rounded)
+        return builder.trunc(builder.lshr(rounded, ir.Constant(INT32, 16)), INT16)
+    return number
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def f32_to(typingctx: Any, like: Any, value: Any) -> Any:
     """A float32 rounded to the nearest value of the format in which `like` is stored (see `as_f32`)."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        _, number = args
-        if like == types.uint16:
-            return _float_to_half(builder, number)
-        if like == types.int16:
-            # round to nearest even: add just under half of the last kept place, and its lowest bit
-            bits = builder.bitcast(number, INT32)
-            odd = builder.and_(builder.lshr(bits, ir.Constant(INT32, 16)), ir.Constant(INT32, 1))
-            rounded = builder.add(bits, builder.add(odd, ir.Constant(INT32, 0x7FFF)))
-            is_nan = builder.fcmp_unordered("uno", number, number)
-            rounded = builder.select(is_nan, ir.Constant(INT32, 0x7FC00000), rounded)
-            return builder.trunc(builder.lshr(rounded, ir.Constant(INT32, 16)), INT16)
-        return number
+        return _rounded_to(builder, like, args[1])
+
+    return like(like, types.float32), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def saturate_to(typingctx: Any, like: Any, value: Any) -> Any:
+    """`f32_to`, but a finite number beyond the format becomes its largest finite value, not infinity."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        if like not in (types.uint16, types.int16):
+            return args[1]
+        bits = _rounded_to(builder, like, args[1])
+        infinity = ir.Constant(INT16, 0x7C00 if like == types.uint16 else 0x7F80)
+        magnitude = builder.and_(bits, ir.Constant(INT16, 0x7FFF))
+        plain = builder.and_(builder.bitcast(args[1], INT32), _const(0x7FFFFFFF))
+        finite = builder.icmp_unsigned("<", plain, _const(0x7F800000))
+        overflowed = builder.and_(builder.icmp_unsigned("==", magnitude, infinity), finite)
+        return builder.sub(bits, builder.zext(overflowed, INT16))
 
     return like(like, types.float32), codegen
 

@@ -11,6 +11,7 @@ import numpy as np
 from ..kernels_cpu import add_columns, multiply_by_silu
 from .compiler import device, exact_device
 from .intrinsics import as_f32, f32_to
+from .kv_cache import INT8_MAX, MIN_LARGEST
 from .matmul import partition
 from .tiling import PANEL_ROWS, PANEL_TOKENS, STAGE_ELEMENTS, TILE, UNPACK_ELEMENTS
 from .vecdot_int8 import (
@@ -23,11 +24,8 @@ from .vecdot_int8 import (
     unpack_blocks,
 )
 
-INT8_MAX = np.float32(127)
 INFINITY_BITS = 0x7F800000
 """Bits of float32 infinity. The bits of a NaN's magnitude are larger."""
-MIN_LARGEST = np.float32(2.0**-120)
-"""A group whose largest magnitude is smaller becomes zeros: the reciprocal of its scale might not be finite."""
 
 
 @exact_device

@@ -7,7 +7,7 @@ they are called.
 
 from __future__ import annotations
 
-from ..quantization.types import ACTIVATION_QUANT, KV_TYPES, LINEAR_TYPES, VEC_DOT_TYPE
+from ..quantization.types import ACTIVATION_QUANT, FLOAT_KV_TYPES, KV_TYPES, LINEAR_TYPES, VEC_DOT_TYPE
 from ..registry import KernelRef, ScratchShape, Types, kernel
 from .tiling import TILE, panel_buffer_size
 
@@ -53,8 +53,8 @@ def each_worker_x(*inputs: Shape, workers: int) -> Shape:
 
 
 def each_worker_scores(*inputs: Shape, workers: int) -> Shape:
-    """The scores of one head of one token, for each worker; input 1 is the cache of keys."""
-    return (workers, inputs[1][2])
+    """The scores of one head of one token, for each worker; input 1 is the cache of keys, input 4 the page table."""
+    return (workers, inputs[4][1] * inputs[1][2])
 
 
 # The ops that `graph` declares
@@ -72,13 +72,13 @@ plain("linear", "i8", "f32", "int8", name="linear_int8")
 int8("linear", "i8", "f32", SUM_TYPES, BLOCK_TYPES, name="linear_blocks_int8", panel_buffer=panels())
 plain("bias", "f32", "f32")
 plain("rope", "f32", "f32")
-plain("kv_write", "f32", KV_TYPES, "i32", "i32")
-plain("attention_scores", "f32", KV_TYPES, "i32", "i32")
+plain("kv_write", "f32", KV_TYPES, "i32", "i32", "i32")
+plain("attention_scores", "f32", KV_TYPES, "i32", "i32", "i32")
 plain("softmax", "f32")
-plain("attention_values", "f32", KV_TYPES, "i32", "i32")
+plain("attention_values", "f32", KV_TYPES, "i32", "i32", "i32")
 plain("swiglu", "f32", "f32")
 plain("add", "f32", "f32")
-plain("last", "f32")
+plain("rows", "f32", "i32")
 plain("argmax", "f32")
 
 # The ops that fusion passes build
@@ -110,5 +110,5 @@ plain(
     "norm_gate_up", "f32", "f32", LINEAR_TYPES, LINEAR_TYPES,
     normed=each_worker_x, gate_buffer=product(0, weight=2), dequant_buffer=dequantized_tile(weight=2),
 )  # fmt: skip
-plain("rope_kv_write", "f32", "f32", "f32", KV_TYPES, "i32", "i32", "f32", KV_TYPES)
-plain("attention", "f32", KV_TYPES, "i32", "i32", KV_TYPES, scores=each_worker_scores)
+plain("rope_kv_write", "f32", "f32", "f32", FLOAT_KV_TYPES, "i32", "i32", "i32", "f32", FLOAT_KV_TYPES)
+plain("attention", "f32", KV_TYPES, "i32", "i32", "i32", KV_TYPES, scores=each_worker_scores)

@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
+import numpy as np
+
 from .. import progress
 from ..checkpoint import Weight
 from ..errors import Error
 from ..fusion import fuse
+from ..graph import PAGE_TABLE
 from ..ir import Graph
 from ..kernel_cache import cuda_cache_directory
 from ..memory import format_bytes
@@ -16,10 +19,11 @@ from ..plan import lower
 from . import ops  # noqa: F401 (registers the kernels)
 from .compile_worker import compile_ahead
 from .compiler import compile_kernel
-from .decode_pipeline import DeviceSamplerState
+from .decode_pipeline import LOOKAHEAD, Mailbox
 from .driver import Device, LoadedKernel, Memory, PreparedLaunch
 from .launch import Array, Launch, Specialization
 from .program import CudaProgram
+from .sampler_table import DeviceSamplerTable, Staging
 from .weights import Weights, aligned
 
 if TYPE_CHECKING:
@@ -34,6 +38,10 @@ class _Owned(Protocol):
     def nbytes(self) -> int: ...
 
     def free(self) -> object: ...
+
+
+RESERVED_BYTES = 256 << 20
+"""Bytes of device memory that are kept for programs, captured graphs and compiled kernels."""
 
 
 def _of_cuda(program: Program) -> CudaProgram:
@@ -51,6 +59,9 @@ class CudaBackend:
     default_kv_dtype: ClassVar[KVType] = "f16"
     activation_types: ClassVar[tuple[ActivationType, ...]] = ("f32",)
     in_host_memory: ClassVar[bool] = False
+    mixed_tokens: ClassVar[int] = 128
+    lookahead: ClassVar[int] = LOOKAHEAD
+    decode_sizes: ClassVar[tuple[int, ...]] = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 
     def __init__(self, weights: Mapping[str, Weight], device: str = "cuda") -> None:
         self.device = Device(device)
@@ -66,12 +77,15 @@ class CudaBackend:
         self._owned: list[_Owned] = []
         self.weights = Weights(self.device, weights)
         self._owned.append(self.weights)
+        self._sampler_table: DeviceSamplerTable | None = None
+        self._arena: Memory | None = None
         try:
-            self.sampler_state = DeviceSamplerState(self.device)
+            self._page_writes = Staging(self.device)
+            self.mailbox = Mailbox(self.device)
         except BaseException:
             self.close()
             raise
-        self._owned.append(self.sampler_state.memory)
+        self._owned.append(self.mailbox.memory)
 
     @property
     def workers(self) -> int:
@@ -141,8 +155,49 @@ class CudaBackend:
         program = CudaProgram(self, plan)
         self._owned.append(program)
         if self._prepared:
-            self._compile_all(program.all_launches, report)
+            self._compile_all([*program.all_launches, *program.pipeline.all_launches()], report)
         return program
+
+    def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
+        """Write page numbers into row `slot` of the page table, from entry `first` on: a copy in the stream, before all
+        later runs.
+
+        Raises `Error` for entries that the table does not have.
+        """
+        table = self.states[PAGE_TABLE]
+        rows, columns = table.shape
+        if not (0 <= slot < rows and 0 <= first <= first + len(pages) <= columns):
+            raise Error(f"entries {first} to {first + len(pages)} of row {slot}: the page table is {rows} by {columns}")
+        self.device.make_current()
+        numbers = np.array(pages, np.int32)
+        self._page_writes.write(table.address + 4 * (slot * columns + first), numbers.view(np.uint8))
+
+    def sampler_table(self, vocab_size: int) -> DeviceSamplerTable:
+        """The state with which programs sample, a row for each slot of the page table; made when it is first needed."""
+        if self._sampler_table is None:
+            slots = self.states[PAGE_TABLE].shape[0] - 1
+            self._sampler_table = DeviceSamplerTable(self.device, slots, vocab_size)
+            self._owned.append(self._sampler_table)
+        return self._sampler_table
+
+    def arena(self, nbytes: int, what: str) -> Memory:
+        """Memory for the temporaries of a program. Programs share it: only one runs at a time."""
+        if self._arena is None or self._arena.nbytes < nbytes:
+            self._arena = Memory(self.device, nbytes, what)
+            self._owned.append(self._arena)
+            self.device.fill(self._arena.address, 0, nbytes)
+        return self._arena
+
+    def free_bytes(self) -> int | None:
+        """Bytes of device memory that the KV cache may take: what is free, without a share for programs."""
+        free = self.device.free_bytes
+        return max(free - max(free // 16, RESERVED_BYTES), 0)
+
+    def discard_runs(self) -> None:
+        """Wait until the device is idle, and forget the tickets of runs in flight."""
+        self.synchronize()
+        if self.current is not None:
+            self.current.pipeline.forget()
 
     def prepare_launches(self, steps: Sequence[Sequence[Launch]]) -> list[list[PreparedLaunch]]:
         """Compile the launches' kernels, or take them from the cache, load them and build the driver's structures."""
@@ -167,11 +222,11 @@ class CudaBackend:
 
     def prepare(self, decode: Program, report: progress.Report | None = None) -> None:
         """Compile the kernels of all programs so far, and those of sampling, so that the first token does not wait."""
-        decode = _of_cuda(decode)
-        vocab = decode.array("logits").shape[1]
+        _of_cuda(decode)
         programs = [owned for owned in self._owned if isinstance(owned, CudaProgram)]
         steps = [launches for program in programs for launches in program.all_launches]
-        self._compile_all([*steps, decode.pipeline.tail(0), decode.pipeline.tail(vocab)], report)
+        tails = [launches for program in programs for launches in program.pipeline.all_launches()]
+        self._compile_all([*steps, *tails], report)
         self._prepared = True
         for program in programs:
             program.prepare_variants()

@@ -16,8 +16,10 @@ import importlib
 import json
 import os
 import queue
+import signal
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -26,6 +28,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from .. import progress
+from ..host.cgroup import usable_cores
+from ..kernel_cache import Usage
 from .compiler import Cubin, cache_entry, compile_kernel
 from .launch import Specialization
 
@@ -42,11 +46,13 @@ COMMAND = ("-m", "numballama.cuda.compile_worker")
 def compile_ahead(
     kernels: Sequence[Specialization],
     capability: tuple[int, int],
-    cache: Path,
+    cache: Path | None,
     report: progress.Report | None = None,
     workers: int | None = None,
 ) -> dict[int, Cubin]:
     """Compile the kernels that are not in `cache`, with `workers` more processes (default: one for each other core).
+
+    Where `cache` is None or cannot be written, workers hand their kernels over in a temporary folder.
 
     Returns index → machine code of the kernels that were compiled, which are now in the cache too; after a failure some
     may be missing. `report(kernel, done, total)` is called as they become ready. If the kernels are few, or no second
@@ -54,19 +60,22 @@ def compile_ahead(
     """
     missing = []
     for index, kernel in enumerate(kernels):
-        entry = cache_entry(kernel, capability, cache)
-        if entry is not None and not entry.is_file():
+        entry = cache_entry(kernel, capability, cache or Path())
+        if entry is not None and not (cache is not None and entry.is_file()):
             missing.append(index)
     if workers is None:
-        workers = min(len(missing), _cores() - 1, MAX_WORKERS)
+        workers = min(len(missing), usable_cores() - 1, MAX_WORKERS)
         workers = workers if workers >= MIN_WORKERS else 0
     if len(missing) < MIN_KERNELS or workers < 1 or not _can_start_python():
         return {}
-    return _WorkerPool(kernels, missing, capability, cache, workers).run(report)
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with contextlib.ExitStack() as stack:
+        if cache is None or Usage.of(cache).problem:
+            try:
+                temporary = tempfile.TemporaryDirectory(prefix="numballama-", ignore_cleanup_errors=True)
+                cache = Path(stack.enter_context(temporary))
+            except OSError:
+                return {}
+        return _WorkerPool(kernels, missing, capability, cache, workers).run(report)
 
 
 def _can_start_python() -> bool:
@@ -195,6 +204,7 @@ def _write_line(file: IO[str], message: Any) -> None:
 
 def main() -> None:
     """Run a worker: compile the kernels that standard input names, one per line, until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; the process that started this ends it
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # keep output of libraries apart from the answers
     job = json.loads(sys.stdin.readline())

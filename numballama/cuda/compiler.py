@@ -6,9 +6,7 @@ import contextlib
 import hashlib
 import inspect
 import json
-import os
 import re
-import tempfile
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -16,8 +14,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from .. import kernel_cache
 from ..errors import DeviceError, Error
-from ..kernel_cache import is_current
+from ..host import interrupts
 from ..registry import KernelRef
 from .launch import Specialization
 
@@ -162,25 +161,24 @@ def assemble(ptx: str, capability: tuple[int, int]) -> Cubin:
 
 
 def compile_kernel(kernel: Specialization, capability: tuple[int, int], cache: Path | None) -> Cubin:
-    """A kernel's machine code, from the cache if it is there.
+    """A kernel's machine code, from the cache if it is there. Ctrl-C raises KeyboardInterrupt after the kernel.
 
     `cache` is `kernel_cache.cuda_cache_directory`, a folder for exactly these sources, so its entries are never stale.
     Without a cache, and for a kernel that is not part of this package, the kernel is compiled.
     """
-    path = cache_entry(kernel, capability, cache)
-    if path is not None:
+    entry = _entry(kernel, capability, cache)
+    if entry is not None and (content := kernel_cache.load(*entry)) is not None:
+        head, _, machine = content.partition(b"\n")
         try:
-            head, _, machine = path.read_bytes().partition(b"\n")
-            facts = json.loads(head)
-            if facts.pop("size") == len(machine):
-                return Cubin(machine, **facts, cached=True)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
-            pass  # missing or damaged: compile it
-    code = assemble(to_ptx(kernel, capability), capability)
-    path = cache_entry(kernel, capability, cache)  # the kernel's file has been imported now
-    if path is not None and is_current(path.parent):
+            return Cubin(machine, **asdict(_Facts(**json.loads(head))), cached=True)
+        except (ValueError, TypeError):
+            kernel_cache.discard(entry[0])
+    with interrupts.deferred():
+        code = assemble(to_ptx(kernel, capability), capability)
+    entry = _entry(kernel, capability, cache)  # the kernel's file has been imported now
+    if entry is not None and kernel_cache.is_current(entry[0].parent):
         facts = asdict(_Facts(code.entry, code.registers, code.stack_bytes, code.local_bytes))
-        _write_whole(path, json.dumps(facts | {"size": len(code.machine)}).encode() + b"\n" + code.machine)
+        kernel_cache.store(*entry, json.dumps(facts).encode() + b"\n" + code.machine)
     return code
 
 
@@ -189,6 +187,12 @@ def cache_entry(kernel: Specialization, capability: tuple[int, int], cache: Path
 
     The cache's folder is named after this package's own sources, so only kernels of these files are kept.
     """
+    entry = _entry(kernel, capability, cache)
+    return None if entry is None else entry[0]
+
+
+def _entry(kernel: Specialization, capability: tuple[int, int], cache: Path | None) -> tuple[Path, str] | None:
+    """File and key of a kernel, as `kernel_cache` takes them."""
     # a kernel that was loaded may have been replaced by another one since
     loaded = kernel.kernel.loaded() if isinstance(kernel.kernel, KernelRef) else kernel.kernel
     if loaded is None:
@@ -200,19 +204,8 @@ def cache_entry(kernel: Specialization, capability: tuple[int, int], cache: Path
     if cache is None or not (source.is_relative_to(_PACKAGE) and source.is_file()):
         return None
     parameters = ", ".join(f"{parameter}: {type_}" for parameter, type_ in kernel.parameters)
-    text = f"{module}.{name}({parameters}) {kernel.threads} sm_{capability}"
-    return cache / f"{name.rpartition('.')[2]}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.cubin"
+    key = f"{module}.{name}({parameters}) {kernel.threads} sm_{capability[0]}{capability[1]}"
+    return cache / f"{name.rpartition('.')[2]}-{hashlib.sha256(key.encode()).hexdigest()[:24]}.cubin", key
 
 
 _PACKAGE = Path(__file__).parent.parent
-
-
-def _write_whole(path: Path, content: bytes) -> None:
-    """Write a file atomically: other processes see all of it or nothing. If the disk is full, nothing is cached."""
-    try:
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(name, path)
-    except OSError:
-        pass

@@ -1,230 +1,248 @@
-"""Decode steps that are queued ahead of the host, so that the GPU never waits for it.
+"""Runs that sample, queued ahead of the host, so that the GPU never waits for it.
 
-Token, position and the sampler's state are in device memory. The last kernel of a step, `advance`, writes the new token
-where the next step reads it, so the next step can be in the stream before the host has seen this one's token. The host
-gets tokens through slots in pinned memory: step n writes one 64-bit word, n in its upper half and the token in its
-lower half, to slot n mod `N_SLOTS`, and the host polls that word.
+Tokens and the samplers' state are in device memory. The last kernel of a run, `advance`, notes each token as its slot's
+latest. A run whose id is FEED reads it from there, so it can be in the stream before the host has seen the token. After
+a decode run, `advance` also writes tokens and next positions to where the same run of the next tokens would read them:
+if it follows, the host sends nothing.
+
+The host gets tokens through pinned memory: run n writes a 64-bit word for each row, n in its upper half and the token
+in its lower half, to the words of n mod `N_RUNS`, and the host polls these.
 """
 
 from __future__ import annotations
 
 import time
-from collections import deque
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
-from ..errors import NOT_NUMBERS, DeviceError, Error
-from ..sampling import REPEAT_WINDOW, REPETITION_PENALTY, SETTINGS, TEMPERATURE, SamplerState
+from ..errors import DeviceError
+from ..sampling import FEED, Sampled, SamplerTable
 from .driver import Device, Memory, Pinned, PreparedLaunch
-from .launch import ITEM_BYTES, Array, Launch
+from .launch import Launch
 from .ops import sampling
-from .weights import aligned
+from .sampler_table import DeviceSampled
 
 if TYPE_CHECKING:
     from .program import CudaProgram
 
 LOOKAHEAD = 2
-"""Number of steps to queue beyond the one whose token the host waits for."""
-N_SLOTS = 64
-"""Number of slots for tokens; a power of two above `LOOKAHEAD`."""
+"""Number of runs to queue beyond the one whose tokens the host waits for."""
+N_RUNS = 8
+"""Number of runs that have words in the mailbox; a power of two above `LOOKAHEAD` + 1."""
+MAX_ROWS = 1024
+"""Rows of a run at most: the threads of a block."""
 POLL_LIMIT = 2000
-"""Polls of a slot, some µs each, before the host asks whether the device still works."""
+"""Polls, some µs each, before the host asks whether the device still works."""
 
 
-class DeviceSamplerState:
-    """The sampler's state in device memory."""
+class Mailbox:
+    """Where runs write their tokens for the host. All programs of a backend share it, and the count of runs.
+
+    `address` is that of int64 [N_RUNS, MAX_ROWS] in memory that the host reads. `count` i64 [1] in device memory is the
+    number of runs so far, `launched` the number that the host has put into the stream.
+    """
 
     def __init__(self, device: Device) -> None:
-        sizes = {
-            "settings": (SETTINGS, "f64"),
-            "recent": (REPEAT_WINDOW, "i32"),
-            "counts": (1, "i64"),
-            "state": (1, "u64"),
-        }
-        self._device, offset = device, 0
-        self.nbytes = sum(aligned(count * ITEM_BYTES[dtype]) for count, dtype in sizes.values())
-        self._pinned = Pinned(device, self.nbytes)
-        self.memory = Memory(device, self.nbytes, "the sampler's state")
-        self.arrays: dict[str, Array] = {}
-        for name, (count, dtype) in sizes.items():
-            self.arrays[name] = self.memory.array(offset, (count,), dtype)
-            offset += aligned(count * ITEM_BYTES[dtype])
+        self._device = device
+        self._pinned = Pinned(device, 8 * N_RUNS * MAX_ROWS)
+        self._words = self._pinned.bytes.view(np.int64).reshape(N_RUNS, MAX_ROWS)
+        self._words[:] = -1
+        self.memory = Memory(device, 8, "the count of runs")
+        device.fill(self.memory.address, 0, 8)
+        self.address = self._pinned.address
+        self.count = self.memory.array(0, (1,), "i64")
+        self.launched = 0
 
-    def send(self, sampler: SamplerState) -> None:
-        """Wait for the stream, then enqueue a copy of a sampler's state to the device."""
+    def wait(self, number: int, rows: int) -> NDArray[np.int32]:
+        """The tokens of run `number`, once they are there. Raises `DeviceError` if the device stops without them."""
+        words, tag = self._words[number % N_RUNS, :rows], number & 0x7FFFFFFF
+        polls = 0
+        while not self._arrived(words, tag):
+            polls += 1
+            if polls % POLL_LIMIT == 0:
+                idle = not self._device.busy  # asked before the words are read again: they may arrive in between
+                if idle and not self._arrived(words, tag):
+                    raise DeviceError(f"{self._device}: the stream is idle, but run {number} gave no tokens")
+                time.sleep(0)
+        return (words & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
+
+    @staticmethod
+    def _arrived(words: NDArray[np.int64], tag: int) -> bool:
+        if len(words) == 1:
+            return int(words[0]) >> 32 == tag
+        return bool(((words >> 32) == tag).all())
+
+
+class _Logprobs:
+    """Pinned copies of the log probabilities of the last N_RUNS runs of a program."""
+
+    def __init__(self, device: Device, sampled: DeviceSampled) -> None:
+        self._device, self._source = device, sampled.memory
+        self._arrays = {name: sampled.arrays[name] for name in ("logprobs", "top_ids", "top_logprobs")}
+        self._pinned = Pinned(device, N_RUNS * sampled.memory.nbytes)
+
+    def enqueue(self, number: int) -> None:
+        """Enqueue a copy of what run `number` has just written."""
+        size = self._source.nbytes
+        self._device.fetch(self._source.address, self._pinned.address + number % N_RUNS * size, size)
+
+    def read(self, number: int, out: Sampled) -> None:
+        """Wait for the stream, then write the results of run `number` to `out`."""
         self._device.synchronize()
-        for name, array in self.arrays.items():
-            offset = array.address - self.memory.address
-            self._pinned.bytes[offset : offset + array.nbytes] = getattr(sampler, name).view(np.uint8)
-        self._device.write(self.memory.address, self._pinned.address, self.nbytes)
-
-
-@dataclass(frozen=True)
-class _PendingStep:
-    """A decode step in the stream whose token the host has not read yet."""
-
-    number: int
-    position: int
-    sequence: int
-
-
-@dataclass(frozen=True)
-class _LastStep:
-    """The step after the last token that the host read. A run with these inputs continues with the queued steps."""
-
-    token: int
-    position: int
-    sequence: int
-    sampler: SamplerState
-    count: int
-    """Number of tokens that the sampler had counted."""
+        begin = number % N_RUNS * self._source.nbytes
+        for name, array in self._arrays.items():
+            target = getattr(out, name)
+            place = begin + array.address - self._source.address
+            found = self._pinned.bytes[place : place + array.nbytes].view(target.dtype).reshape(array.shape)
+            target[...] = found[: len(target)] if target.ndim == 1 else found[: len(target), : target.shape[1]]
 
 
 class DecodePipeline:
-    """The decode steps of one program, with sampling after the plan's steps."""
+    """The runs of one program that sample after the plan's steps."""
 
     def __init__(self, program: CudaProgram) -> None:
         self._program, self._backend, self._device = program, program.backend, program.backend.device
-        self._slots = Pinned(self._device, 8 * N_SLOTS)
-        self._slot_words = self._slots.bytes.view(np.int64)
-        self._tails: dict[int, list[Launch]] = {}
-        self._prepared_tails: dict[int, list[PreparedLaunch]] = {}
-        self._pending: deque[_PendingStep] = deque()
-        self._last: _LastStep | None = None
-        self._penalized_tokens = 0
-        self.launched = 0
-        """Number of the last step that was put into the stream."""
+        logits = program.values.get("logits")
+        self._vocab = logits.shape[-1] if logits is not None else 0
+        self.sampled = DeviceSampled(self._device, logits.shape[0] if logits is not None else 1)
+        self._tails: dict[str, list[Launch]] = {}
+        self._prepared_tails: dict[str, list[PreparedLaunch]] = {}
+        self._feed: list[PreparedLaunch] = []
+        self._logprobs: _Logprobs | None = None
+        self._wanted: dict[int, int] = {}
+        """Run → how many likeliest tokens its rows want at most, for runs that want log probabilities."""
+        self._rows: dict[int, int] = {}
+        self._last: tuple[int, int, SamplerTable, int] | None = None
+        """(tokens, rows, table, its changes) of the last run, which the next one may continue."""
+        self._kind = ""
+        self._positions = np.zeros(program.plan.tokens, np.int32)
+        self._sequences = np.zeros(program.plan.tokens, np.int32)
 
     # Launches after a plan's steps
 
-    def tail(self, n: int) -> list[Launch]:
-        """Launches after the plan: sample over the first `n` tokens of the vocabulary (0: greedy, the plan's own
-        argmax), then update the inputs for the next step.
-        """
-        if n not in self._tails:
-            program, launches = self._program, []
-            next_token = program.array("next")
-            if n:
-                state = self._backend.sampler_state.arrays
+    def tail(self, kind: str) -> list[Launch]:
+        """Launches after the plan. `kind` is "greedy" (the plan's own argmax has chosen), "sample" or "logprobs"."""
+        if kind not in self._tails:
+            program, mailbox = self._program, self._backend.mailbox
+            inputs, next_token = program.run_inputs, program.array("next")
+            table = self._backend.sampler_table(self._vocab)
+            launches: list[Launch] = []
+            if kind != "greedy":
                 launches += sampling.sample(
-                    program.array("logits"), n, settings=state["settings"], recent=state["recent"],
-                    counts=state["counts"], state=state["state"], next_token=next_token,
+                    inputs.rows, program.array("logits"), inputs.slots, table.arrays,
+                    self.sampled.arrays | {"next_token": next_token}, logprobs=kind == "logprobs",
                 )  # fmt: skip
             launches += sampling.advance(
-                next_token=next_token, ids=program.array("ids"), positions=program.array("positions"),
-                step=program.run_inputs.step, slots_address=self._slots.address, n_slots=N_SLOTS,
+                n_rows=inputs.rows, next_token=next_token, slots=inputs.slots, last_token=table.arrays["last_token"],
+                ids=program.array("ids"), positions=program.array("positions"), continues=int(self._decodes),
+                count=mailbox.count, words=mailbox.address, n_runs=N_RUNS, max_rows=MAX_ROWS,
             )  # fmt: skip
-            self._tails[n] = launches
-        return self._tails[n]
+            self._tails[kind] = launches
+        return self._tails[kind]
 
-    def _prepared_tail(self, n: int) -> list[PreparedLaunch]:
-        if n not in self._prepared_tails:
-            (self._prepared_tails[n],) = self._backend.prepare_launches([self.tail(n)])
-        return self._prepared_tails[n]
+    @property
+    def _decodes(self) -> bool:
+        """Whether every token of a run has logits, so that a run of the next tokens may follow."""
+        return "rows" not in self._program.inputs
 
-    def _whole_step(self, n: int, start: int) -> list[PreparedLaunch]:
-        """The launches of a decode step; sampling takes the place of the plan's argmax."""
-        plan = self._program.plan
-        end = plan.sampling_start if n else len(plan.steps)
-        return self._program.prepared_steps(0, end, start) + self._prepared_tail(n)
+    def all_launches(self) -> list[list[Launch]]:
+        """The launches of all tails, and the one that feeds tokens."""
+        return [self.tail("greedy"), self.tail("sample"), self._feed_launches()]
 
-    # Tokens
-
-    def next_token(self, tokens: int, sampler: SamplerState) -> int:
-        """Run the plan for the program's inputs and return the next token. Queues the steps that are likely to follow.
-
-        Raises `Error` if the logits hold NaN.
-        """
-        try:
-            return self._next_token(tokens, sampler)
-        except BaseException:  # such as Ctrl-C between a launch and its entry in the queue
-            self.discard_pending()
-            raise
-
-    def _next_token(self, tokens: int, sampler: SamplerState) -> int:
-        program = self._program
-        n = 0 if self._is_greedy(sampler) else len(sampler.ids)
-        token_in, position, sequence = (
-            int(program.inputs[name][tokens - 1]) for name in ("ids", "positions", "sequences")
-        )
-        last = self._last
-        continues = (
-            tokens == program.plan.tokens == 1 and last is not None and last.sampler is sampler
-            and (last.token, last.position, last.sequence, last.count)
-            == (token_in, position, sequence, int(sampler.counts[0]))
+    def _feed_launches(self) -> list[Launch]:
+        table, program = self._backend.sampler_table(self._vocab), self._program
+        return sampling.feed(
+            tokens=program.run_inputs.tokens, ids=program.array("ids"), sequences=program.array("sequences"),
+            last_token=table.arrays["last_token"],
         )  # fmt: skip
-        if not (continues and self._pending):
-            self.discard_pending()
+
+    def _whole_run(self, kind: str, start: int) -> list[PreparedLaunch]:
+        """The launches of a run; sampling takes the place of the plan's argmax."""
+        program = self._program
+        if kind not in self._prepared_tails:
+            (self._prepared_tails[kind],) = self._backend.prepare_launches([self.tail(kind)])
+        end = len(program.plan.steps) if kind == "greedy" else program.plan.sampling_start
+        return program.prepared_steps(0, end, start, program.run_inputs.row_kinds) + self._prepared_tails[kind]
+
+    def _feed_launch(self) -> list[PreparedLaunch]:
+        (prepared,) = self._backend.prepare_launches([self._feed_launches()])
+        return prepared
+
+    # Runs
+
+    def submit(self, tokens: int, rows: int, table: SamplerTable) -> int:
+        """Enqueue a run for the program's inputs; returns its number."""
+        program, inputs = self._program, self._program.inputs
+        positions, sequences = inputs["positions"][:tokens], inputs["sequences"][:tokens]
+        continues = self._last == (tokens, rows, table, table.changes) and self._continues(tokens)
+        if not continues:
+            self._start(tokens, rows, table)
+        start = program.variant_start(int(positions[0]) if tokens == 1 else int(positions.max()))
+        kind = self._kind
+        program.replay(("run", kind, start, *program.run_inputs.row_kinds), lambda: self._whole_run(kind, start))
+        mailbox = self._backend.mailbox
+        mailbox.launched += 1
+        number = mailbox.launched
+        if kind == "logprobs":
+            if self._logprobs is None:
+                self._logprobs = _Logprobs(self._device, self.sampled)
+            self._logprobs.enqueue(number)
+            self._wanted[number] = table.top_logprobs(self._slots(rows))
+        self._rows[number] = rows
+        if self._decodes:
             if not continues:
-                self.launched += N_SLOTS  # words of steps that were discarded, or never launched, match no later step
-                program.run_inputs.send(tokens, self.launched)
-                if n:
-                    self._backend.sampler_state.send(sampler)
-            self._launch(n, position, sequence)
-        if continues:
-            ahead = self._pending[-1].position + 1
-            limit = next(v.shape[2] for v in program.plan.graph.values.values() if v.kind == "state")
-            while len(self._pending) <= LOOKAHEAD and ahead < limit:
-                self._launch(n, ahead, sequence)
-                ahead += 1
-        token = self._await_token(self._pending[0].number)
-        self._pending.popleft()
-        if token < 0:
-            if self._pending:  # compute this step's values again, so that `value` shows the cause
-                program.run_steps(tokens, 0, len(program.plan.steps))
-            raise Error(NOT_NUMBERS)
-        if n:
-            sampler.recent[sampler.counts[0] % REPEAT_WINDOW] = token
-            sampler.counts[0] += 1
-            if sampler.settings[TEMPERATURE] > 0:
-                with np.errstate(over="ignore"):
-                    sampler.state[0] += np.uint64(0x9E3779B97F4A7C15)
-        self._penalized_tokens = tokens if n and sampler.settings[REPETITION_PENALTY] != 1 else 0
-        self._last = _LastStep(token, position + 1, sequence, sampler, int(sampler.counts[0]))
-        return token
+                self._sequences[:tokens] = sequences
+            self._positions[:tokens] = positions
+            self._positions[:tokens] += 1
+            self._last = (tokens, rows, table, table.changes)
+        return number
 
-    def _is_greedy(self, sampler: SamplerState) -> bool:
-        return sampler.is_argmax and len(sampler.ids) == self._program.array("logits").shape[1]
+    def _continues(self, tokens: int) -> bool:
+        """Whether the inputs are the tokens that follow those of the last run: the device has them already."""
+        inputs = self._program.inputs
+        ids, positions, sequences = inputs["ids"], inputs["positions"], inputs["sequences"]
+        if tokens == 1:
+            return bool(ids[0] == FEED and positions[0] == self._positions[0] and sequences[0] == self._sequences[0])
+        return bool(
+            (ids[:tokens] == FEED).all()
+            and (positions[:tokens] == self._positions[:tokens]).all()
+            and (sequences[:tokens] == self._sequences[:tokens]).all()
+        )
 
-    def _launch(self, n: int, position: int, sequence: int) -> None:
-        start = self._program.variant_start(position)
-        self._program.replay(("step", n, start), lambda: self._whole_step(n, start))
-        self.launched += 1
-        self._pending.append(_PendingStep(self.launched, position, sequence))
+    def _start(self, tokens: int, rows: int, table: SamplerTable) -> None:
+        """Send the inputs of a run that does not continue the last one."""
+        program, device_table = self._program, self._backend.sampler_table(self._vocab)
+        slots = self._slots(rows)
+        listed = slots.tolist()
+        device_table.update(table, listed)
+        if table.top_logprobs(slots) >= 0:
+            self._kind = "logprobs"
+        else:
+            self._kind = "greedy" if all(map(table.is_argmax, listed)) else "sample"
+        program.run_inputs.send(tokens, rows, slots)
+        if (program.inputs["ids"][:tokens] == FEED).any():
+            program.replay(("feed",), self._feed_launch)
 
-    def _await_token(self, number: int) -> int:
-        """The token of step `number`, once its slot has it. Raises `DeviceError` if the device stops without it."""
-        polls = 0
-        while True:
-            word = int(self._slot_words[number % N_SLOTS])
-            if word >> 32 & 0x7FFFFFFF == number & 0x7FFFFFFF:
-                return int(np.int64(word).astype(np.int32))
-            polls += 1
-            if polls % POLL_LIMIT == 0:
-                idle = not self._device.busy  # asked before the slot is read again: the token may arrive in between
-                word = int(self._slot_words[number % N_SLOTS])
-                if idle and word >> 32 & 0x7FFFFFFF != number & 0x7FFFFFFF:
-                    raise DeviceError(f"{self._device}: the stream is idle, but step {number} gave no token")
-                time.sleep(0)
+    def _slots(self, rows: int) -> NDArray[np.int32]:
+        """The slot of each row with logits."""
+        inputs = self._program.inputs
+        sequences: NDArray[np.int32] = inputs["sequences"]
+        return sequences[:rows] if self._decodes else sequences[inputs["rows"][:rows]]
 
-    def discard_pending(self) -> None:
-        """Ignore the steps that were queued ahead of the host; the next step starts from the host's inputs."""
-        self._pending.clear()
+    def collect(self, number: int) -> Sampled:
+        """Wait for a run and return what it sampled."""
+        rows = self._rows.pop(number)
+        wanted = self._wanted.pop(number, -1)
+        tokens = self._backend.mailbox.wait(number, rows)
+        out = Sampled.empty(rows, max(wanted, 0))
+        out.tokens[:] = tokens
+        if wanted >= 0:
+            assert self._logprobs is not None
+            self._logprobs.read(number, out)
+        return out
+
+    def forget(self) -> None:
+        """Another run has changed what the device holds: the next one must send its inputs."""
         self._last = None
-
-    def logits_unchanged(self) -> None:
-        """Record that the logits in memory are those of the plan, so that nothing is recomputed."""
-        self._penalized_tokens = 0
-
-    def recompute_last(self) -> None:
-        """Run the host's last step again if its values are no longer in memory, so that they can be read.
-
-        They are gone if the device has run ahead of the host, or if the repetition penalty has changed the logits.
-        """
-        tokens = 1 if self._pending and self._last is not None else self._penalized_tokens
-        if tokens:
-            self.discard_pending()
-            self.logits_unchanged()
-            self._program.run_steps(tokens, 0, len(self._program.plan.steps))

@@ -175,6 +175,10 @@ class Device:
         check(driver.cuMemcpyDtoHAsync(out.ctypes.data, address, out.nbytes, self.stream))
         self.synchronize()
 
+    def fetch(self, address: int, target: int, nbytes: int) -> None:
+        """Copy to pinned memory at the host address `target`, in the stream."""
+        check(driver.cuMemcpyDtoHAsync(target, address, nbytes, self.stream))
+
     def fill(self, address: int, byte: int, nbytes: int) -> None:
         """Set bytes, in the stream."""
         check(driver.cuMemsetD8Async(address, byte, nbytes, self.stream))
@@ -232,7 +236,7 @@ class PreparedLaunch:
                 f"{device}: {launch.name} needs {launch.shared_bytes:,} bytes of shared memory, a block may have "
                 f"{kernel.shared_limit:,}; use device='cpu'"
             )
-        self.name = launch.name
+        self.name, self.only_for = launch.name, launch.only_for
         self._kernel = kernel
         values = tuple(a.address if isinstance(a, Array) else a for a in launch.arguments.values())
         types = tuple(ctypes.c_float if isinstance(a, float) else ctypes.c_int64 for a in launch.arguments.values())

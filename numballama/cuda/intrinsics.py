@@ -30,6 +30,7 @@ from .lowering import (  # fmt: skip
     compiling_for,
     element_pointer,
     is_memory,
+    saturated_to_16,
 )
 
 WORDS2 = types.UniTuple(types.uint32, 2)
@@ -355,6 +356,29 @@ def ld_global_v4_u32(typingctx, where):  # type: ignore[no-untyped-def]
         return context.make_tuple(builder, signature.return_type, parts)
 
     return WORDS4(types.int64), codegen
+
+
+@intrinsic
+def st_global_u32(typingctx, where, word):  # type: ignore[no-untyped-def]
+    """st.global.u32: write a word to a 4-byte aligned global address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        builder.store(args[1], builder.inttoptr(args[0], I32.as_pointer(1)), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.uint32), codegen
+
+
+@intrinsic
+def st_global_f16(typingctx, where, x):  # type: ignore[no-untyped-def]
+    """st.global.b16: a float32 rounded to float16, at most its largest finite value if finite, to a global address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        bits = saturated_to_16(builder, "uint16", args[1])
+        builder.store(bits, builder.inttoptr(args[0], I16.as_pointer(1)), align=2)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), codegen
 
 
 @intrinsic

@@ -9,8 +9,10 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Literal, Protocol
 
+from ..errors import UnsupportedError
+from ..ir import nbytes_of
 from ..quantization.types import LINEAR_TYPES, TYPE_TRAITS
 from ..registry import KernelRef
 
@@ -19,8 +21,9 @@ PAYLOAD_TYPE = {name: "int8" if TYPE_TRAITS[name].bits == 8 else name for name i
 QUANTIZED = tuple(dict.fromkeys(payload for payload in PAYLOAD_TYPE.values() if not TYPE_TRAITS[payload].is_float))
 """Types of payloads that have scales."""
 ITEM_BYTES = {payload: TYPE_TRAITS[payload].storage.itemsize for payload in PAYLOAD_TYPE.values()}
-ITEM_BYTES |= {"i8": 1, "i32": 4, "i64": 8, "f64": 8, "u64": 8, "u8": 1, "u32": 4}
-"""Type → bytes of an element. An element of "q4_0" and the other packed types is a byte with two 4-bit quants."""
+ITEM_BYTES |= {"q8_0": 1, "i8": 1, "i32": 4, "i64": 8, "f64": 8, "u64": 8, "u8": 1, "u32": 4}
+"""Type → bytes of an element. An element of "q4_0" and the other packed types is a byte with two 4-bit quants,
+one of "q8_0" a quant of a KV cache."""
 
 
 def _elements_per_16_bytes(payload: str) -> int:
@@ -44,6 +47,8 @@ class Array:
 
     @property
     def nbytes(self) -> int:
+        if self.dtype == "q8_0":
+            return nbytes_of(self.shape, self.dtype)
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
@@ -134,6 +139,10 @@ class Specialization:
         return f"{self.name}({', '.join(f'{name}: {type_}' for name, type_ in self.parameters)})"
 
 
+RowKind = Literal["chunks", "single rows"]
+"""Rows of a run: neighbours in one sequence, as in a prompt, or a row that stands alone, as in decoding."""
+
+
 @dataclass(frozen=True)
 class Launch:
     """A kernel with its grid (blocks), threads per block, arguments and bytes of dynamic shared memory.
@@ -148,7 +157,11 @@ class Launch:
     arguments: Mapping[str, Argument]
     shared_bytes: int = 0
     long_context_variant: tuple[int, Launch] | None = None
-    """`(position, launch)`: a faster variant to use from this position on, such as split-K attention."""
+    """`(position, launch)`: a faster variant to use from this position on, such as split-K attention. It may have a
+    variant for later positions itself.
+    """
+    only_for: RowKind | None = None
+    """The launch is left out of runs that have no such rows."""
 
     @cached_property
     def specialization(self) -> Specialization:
@@ -172,7 +185,13 @@ class Launch:
     def variant_for(self, position: int) -> Launch:
         """The launch to use when the run's last token has this position."""
         variant = self.long_context_variant
-        return variant[1] if variant and position >= variant[0] else self
+        return variant[1].variant_for(position) if variant and position >= variant[0] else self
+
+    @property
+    def variant_starts(self) -> list[int]:
+        """Positions at which this launch changes to another variant."""
+        variant = self.long_context_variant
+        return [variant[0], *variant[1].variant_starts] if variant else []
 
 
 @dataclass(frozen=True)
@@ -185,10 +204,31 @@ class LaunchContext:
     """Bytes of shared memory a block may have."""
     tokens: Array
     """i32[1] in device memory: number of tokens of the current run, at most the program's `max_tokens`."""
+    tiles: Array
+    """i32[1 + max_tokens, 2] in device memory: the run's rows in tiles, as `program.write_tiles` lists them."""
     zeros: Callable[[int], Array]
     """zeros(n): allocate n int32 for the program, initially 0. Kernels set them back to 0."""
+
+
+def scales_of(cache: Array) -> dict[str, Argument]:
+    """The argument for kernels that know q8_0: bytes from the beginning of a cache's quants to that of its scales."""
+    return named(scales_at=math.prod(cache.shape))
 
 
 def named(**arguments: Argument) -> dict[str, Argument]:
     """The arguments of a launch, by the names of the kernel's parameters and in their order."""
     return arguments
+
+
+def paged(cache: Array, positions: Array, sequences: Array, page_table: Array) -> dict[str, Argument]:
+    """The arguments that tell a kernel where tokens lie in a KV cache [pages, n_kv_heads, page, head_dim].
+
+    Raises `UnsupportedError` if the page is not a power of two: kernels shift and mask.
+    """
+    page = cache.shape[2]
+    if page & (page - 1):
+        raise UnsupportedError(f"a page of {page} tokens: kernels for CUDA want a power of two, such as 32")
+    return named(
+        positions=positions, sequences=sequences, page_table=page_table, table_stride=page_table.shape[1],
+        log2_page=page.bit_length() - 1,
+    )  # fmt: skip

@@ -55,3 +55,14 @@ def rounded_to_16(builder: Any, name: str, x: Any) -> Any:
     quiet = builder.or_(bits, ir.Constant(I32, 0x400000))
     rounded = builder.select(builder.fcmp_unordered("uno", x, x), quiet, rounded)
     return builder.trunc(builder.lshr(rounded, ir.Constant(I32, 16)), I16)
+
+
+def saturated_to_16(builder: Any, name: str, x: Any) -> Any:
+    """`rounded_to_16`, but a finite number beyond the type becomes its largest finite value, not infinity."""
+    bits = rounded_to_16(builder, name, x)
+    infinity = ir.Constant(I16, 0x7C00 if name == "uint16" else 0x7F80)
+    magnitude = builder.and_(bits, ir.Constant(I16, 0x7FFF))
+    plain = builder.and_(builder.bitcast(x, I32), ir.Constant(I32, 0x7FFFFFFF))
+    finite = builder.icmp_unsigned("<", plain, ir.Constant(I32, 0x7F800000))
+    overflowed = builder.and_(builder.icmp_unsigned("==", magnitude, infinity), finite)
+    return builder.sub(bits, builder.zext(overflowed, I16))

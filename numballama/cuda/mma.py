@@ -129,7 +129,7 @@ def _zeros(count: int) -> Any:
     return intrinsic(typing)
 
 
-zeros32, zeros64, zeros128 = (_zeros(count) for count in (32, 64, 128))
+zeros8, zeros16, zeros32, zeros64, zeros128 = (_zeros(count) for count in (8, 16, 32, 64, 128))
 """Tuples of float32 zeros: the initial value of a lane's sums."""
 
 

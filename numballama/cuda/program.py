@@ -7,29 +7,59 @@ previous one has ended (programmatic dependent launch). `decode_pipeline` queues
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import CLOSED, Error
+from ..graph import PAGE_TABLE
 from ..ir import DTYPES, Graph, Value
 from ..plan import Plan, Step
-from ..sampling import SamplerState
+from ..sampling import Sampled, SamplerTable
 from .decode_pipeline import DecodePipeline
 from .driver import CudaGraph, Device, Memory, Pinned, PreparedLaunch
-from .launch import Array, Launch, LaunchContext, Matrix
+from .kernels.params import PREFILL_ATTENTION_TILE
+from .launch import Array, Launch, LaunchContext, Matrix, RowKind
 from .weights import ALIGNMENT, aligned
 
 if TYPE_CHECKING:
     from .backend import CudaBackend
 
 GraphKey = tuple[str | int, ...]
-"""Key of a captured graph: (first step, end, variant start), or ("step", tokens to sample from, variant start)."""
+"""Key of a captured graph: (first step, end, variant start, …), or ("run", kind of tail, variant start, …), followed by
+the kinds of rows in the run.
+"""
+
+
+def write_tiles(positions: np.ndarray, sequences: np.ndarray, out: np.ndarray) -> None:
+    """List the rows of a run in tiles i32[1 + at least T, 2] for `prefill_attention` and `rows_attention`.
+
+    `out[0]` is (tiles, single rows). The tiles follow: (first row, rows), up to 64 rows of one sequence whose positions
+    follow each other; those with most keys first. Single rows, without such a neighbour, are listed from the end on:
+    (row, 1).
+    """
+    joined = (sequences[1:] == sequences[:-1]) & (positions[1:] == positions[:-1] + 1)
+    starts = np.concatenate([[0], 1 + np.flatnonzero(~joined)])
+    lengths = np.diff(starts, append=len(positions))
+    alone = starts[lengths == 1]
+    starts, lengths = starts[lengths > 1], lengths[lengths > 1]
+    each = -(-lengths // PREFILL_ATTENTION_TILE)
+    chunk = np.repeat(np.arange(len(starts)), each)
+    inside = PREFILL_ATTENTION_TILE * (np.arange(len(chunk)) - (np.cumsum(each) - each)[chunk])
+    first = starts[chunk] + inside
+    order = np.argsort(-positions[first], kind="stable")
+    out[0] = len(first), len(alone)
+    out[1 : 1 + len(first), 0] = first[order]
+    out[1 : 1 + len(first), 1] = np.minimum(PREFILL_ATTENTION_TILE, (lengths[chunk] - inside)[order])
+    if len(alone):
+        out[-len(alone) :, 0], out[-len(alone) :, 1] = alone[::-1], 1
 
 
 class RunInputs:
-    """The inputs of a run: the number of tokens and the graph's inputs, in one block of memory on either side.
+    """The inputs of a run: numbers of tokens and of rows with logits, the graph's inputs and the run's tiles, in one
+    block of memory on either side.
 
     The host writes `host`; `send` copies it to the device.
     """
@@ -44,25 +74,48 @@ class RunInputs:
         for value in values:
             offsets[value.name] = size
             size += aligned(value.nbytes)
+        where = [graph.values.get(name) for name in ("positions", "sequences")]
+        self.max_tokens = where[0].shape[0] if all(where) and where[0] else 0
+        tiles_at, tiles_shape = size, (1 + self.max_tokens, 2)
+        size += aligned(8 * tiles_shape[0])
+        logits = graph.values.get("logits")
+        self.max_rows = logits.shape[0] if logits is not None else 1
+        slots_at = size
+        size += aligned(4 * self.max_rows)
         self.nbytes = size
         self._pinned = Pinned(device, size * self.PINNED_COPIES)
         self.memory = Memory(device, size, "the inputs")
         self._sent = 0
         self._mirror = np.zeros(size, np.uint8)
-        self._host_tokens = self._mirror[:4].view(np.int32)
-        self._host_step = self._mirror[8:16].view(np.int64)
+        self._host_counts = self._mirror[:8].view(np.int32)
         self.host = {
             v.name: self._mirror[offsets[v.name] :][: v.nbytes].view(DTYPES[v.dtype]).reshape(v.shape) for v in values
         }
+        self._host_slots = self._mirror[slots_at:][: 4 * self.max_rows].view(np.int32)
+        self._host_tiles = self._mirror[tiles_at:][: 8 * tiles_shape[0]].view(np.int32).reshape(tiles_shape)
+        self.tiles = self.memory.array(tiles_at, tiles_shape, "i32")
+        """i32[1 + max tokens, 2] in device memory: what `write_tiles` wrote."""
         self.tokens = self.memory.array(0, (1,), "i32")
         """i32[1] in device memory: tokens of the run."""
-        self.step = self.memory.array(8, (1,), "i64")
-        """i64[1] in device memory: the number of the last decode step; `advance` counts it up."""
+        self.rows = self.memory.array(4, (1,), "i32")
+        """i32[1] in device memory: rows of the run with logits."""
+        self.slots = self.memory.array(slots_at, (self.max_rows,), "i32")
+        """i32[most rows with logits] in device memory: the slot of each row that is sampled."""
         self.device = {v.name: self.memory.array(offsets[v.name], v.shape, v.dtype) for v in values}
 
-    def send(self, tokens: int, step: int) -> None:
-        """Enqueue a copy of the current inputs to the device. The decode step after it has number `step` + 1."""
-        self._host_tokens[0], self._host_step[0] = tokens, step
+    @property
+    def row_kinds(self) -> tuple[RowKind, ...]:
+        """What kinds of rows the run has that was sent last."""
+        kinds: tuple[RowKind, RowKind] = ("chunks", "single rows")
+        return tuple(kind for kind, count in zip(kinds, self._host_tiles[0], strict=True) if count)
+
+    def send(self, tokens: int, rows: int, slots: np.ndarray | None = None) -> None:
+        """Enqueue a copy of the current inputs to the device. `slots` are those of the `rows` rows that are sampled."""
+        self._host_counts[:] = tokens, rows
+        if slots is not None:
+            self._host_slots[:rows] = slots
+        if self.max_tokens > 1:
+            write_tiles(self.host["positions"][:tokens], self.host["sequences"][:tokens], self._host_tiles)
         copy = self._sent % self.PINNED_COPIES
         if copy == 0 and self._sent:
             self._device.synchronize()  # all pinned copies have been read
@@ -113,22 +166,26 @@ class CudaProgram:
         self.run_inputs = RunInputs(device, plan.graph)
         self.inputs = self.run_inputs.host
         self._owned.append(self.run_inputs.memory)
-        self.arena = Memory(device, plan.arena_bytes, f"the arena of {plan.graph.name}")
-        self._owned.append(self.arena)
-        device.fill(self.arena.address, 0, plan.arena_bytes)
+        self.arena = backend.arena(plan.arena_bytes, f"the arena of {plan.graph.name}")
         self.entries = 0
         """Number of times that the host has enqueued work in the stream."""
         self.values = self._place_values()
-        self.ctx = LaunchContext(device.n_sms, device.shared_limit, self.run_inputs.tokens, self._zeros)
+        self.ctx = LaunchContext(
+            device.n_sms, device.shared_limit, self.run_inputs.tokens, self.run_inputs.tiles, self._zeros
+        )
+        of_rows = replace(self.ctx, tokens=self.run_inputs.rows)
         operands = self.values | backend.weights.operands
-        self.launches = [bind_step(step, plan.graph, self.ctx, operands) for step in plan.steps]
+        self.launches = [
+            bind_step(step, plan.graph, of_rows if step.of_rows else self.ctx, operands) for step in plan.steps
+        ]
         """The launches of each step."""
         self.variant_starts = sorted({
-            launch.long_context_variant[0] for step in self.launches for launch in step if launch.long_context_variant
+            start for step in self.launches for launch in step for start in launch.variant_starts
         })  # fmt: skip
         """Positions at which some launches change to a faster variant."""
         self._prepared: dict[int, list[list[PreparedLaunch]]] = {}
         self.pipeline = DecodePipeline(self)
+        self._owned.append(self.pipeline.sampled.memory)
 
     def _place_values(self) -> dict[str, Array | Matrix]:
         """Allocate device memory for each value and scratch array, except weights."""
@@ -170,9 +227,9 @@ class CudaProgram:
         """A copy of a value's memory. Outside the value's lifetime the memory holds other values."""
         self._require_open()
         self._device.make_current()
-        self.pipeline.recompute_last()
         array = self.array(name)
-        out = np.empty(array.shape, DTYPES[array.dtype])
+        shape = (array.nbytes,) if array.dtype == "q8_0" else array.shape
+        out = np.empty(shape, DTYPES[array.dtype])
         self._device.read(array.address, out)
         return out
 
@@ -229,6 +286,13 @@ class CudaProgram:
         """The largest position of the first `tokens` inputs; 0 for a graph without positions."""
         return int(self.inputs["positions"][:tokens].max()) if "positions" in self.inputs else 0
 
+    @property
+    def context_limit(self) -> int:
+        """Tokens that fit a row of the page table; 0 for a graph without a KV cache."""
+        states = [value for value in self.graph.values.values() if value.kind == "state"]
+        pages = max((value.shape[2] for value in states if len(value.shape) == 4), default=0)
+        return pages * max((value.shape[1] for value in states if value.name == PAGE_TABLE), default=0)
+
     def variant_start(self, position: int) -> int:
         """The largest of `variant_starts` that is not above a position; 0 before the first."""
         return max((start for start in self.variant_starts if start <= position), default=0)
@@ -240,9 +304,18 @@ class CudaProgram:
             self._prepared[start] = self.backend.prepare_launches(launches)
         return self._prepared[start]
 
-    def prepared_steps(self, begin: int, end: int, start: int) -> list[PreparedLaunch]:
-        """The launches of steps [begin, end), one after the other, in the variants from `start` on."""
-        return [launch for step in self._prepared_from(start)[begin:end] for launch in step]
+    def prepared_steps(
+        self, begin: int, end: int, start: int, kinds: Collection[RowKind] = ("chunks", "single rows")
+    ) -> list[PreparedLaunch]:
+        """The launches of steps [begin, end), one after the other, in the variants from `start` on, for runs that have
+        rows of these kinds.
+        """
+        return [
+            launch
+            for step in self._prepared_from(start)[begin:end]
+            for launch in step
+            if launch.only_for is None or launch.only_for in kinds
+        ]
 
     def replay(self, key: GraphKey, launches: Callable[[], list[PreparedLaunch]]) -> None:
         """Enqueue a captured graph in the stream. The first time, `launches` gives the launches to capture."""
@@ -253,11 +326,11 @@ class CudaProgram:
 
     # Runs
 
-    def run(self, tokens: int, begin: int = 0, end: int | None = None, sampler: SamplerState | None = None) -> int:
-        """Run steps [begin, end) for the first `tokens` tokens of the inputs: one graph launch.
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, rows: int = 1) -> None:
+        """Run steps [begin, end) for the first `tokens` tokens of the inputs: one graph launch. `rows` of them have
+        logits.
 
-        With a sampler, run all steps, sample the next token on the device and return it; without one, return 0. Raises
-        `Error` if the logits hold NaN, `DeviceError` when the device fails.
+        Raises `DeviceError` when the device fails.
         """
         last = len(self.plan.steps) if end is None else end
         if not (1 <= tokens <= self.plan.tokens and 0 <= begin <= last <= len(self.plan.steps)):
@@ -265,24 +338,32 @@ class CudaProgram:
                 f"cannot run {tokens} tokens of {self.plan.tokens}, steps {begin} to {last} of {len(self.plan.steps)}"
             )
         self._claim_backend()
-        if sampler is not None:
-            return self.pipeline.next_token(tokens, sampler)
-        self.pipeline.discard_pending()
-        self.pipeline.logits_unchanged()
-        self.run_steps(tokens, begin, last)
-        return 0
+        self.pipeline.forget()
+        self.run_steps(tokens, begin, last, rows)
 
-    def run_steps(self, tokens: int, begin: int, end: int) -> None:
+    def submit(self, tokens: int, rows: int, table: SamplerTable) -> int:
+        """Start a run of all steps that samples a token for each of `rows` rows: one graph launch. Returns its ticket."""
+        if not (1 <= rows <= tokens <= self.plan.tokens):
+            raise Error(f"cannot run {tokens} tokens of {self.plan.tokens} and sample for {rows} rows")
+        self._claim_backend()
+        return self.pipeline.submit(tokens, rows, table)
+
+    def collect(self, ticket: int) -> Sampled:
+        """Wait for a run and return what it sampled. Raises `DeviceError` when the device fails."""
+        self._device.make_current()
+        return self.pipeline.collect(ticket)
+
+    def run_steps(self, tokens: int, begin: int, end: int, rows: int = 1) -> None:
         """Run steps [begin, end) for the current inputs, without sampling."""
         start = self.variant_start(self.max_position(tokens))
-        self.run_inputs.send(tokens, self.pipeline.launched)
-        self.replay((begin, end, start), lambda: self.prepared_steps(begin, end, start))
+        self.run_inputs.send(tokens, rows)
+        kinds = self.run_inputs.row_kinds
+        self.replay((begin, end, start, *kinds), lambda: self.prepared_steps(begin, end, start, kinds))
 
     def _claim_backend(self) -> None:
-        """Discard the steps that another program has queued: programs share the KV cache and the sampler's state."""
+        """Tell the program that ran before that its next run follows another's: programs share the KV cache."""
         self._require_open()
         self._device.make_current()
         before, self.backend.current = self.backend.current, self
         if before is not None and before is not self:
-            before.pipeline.discard_pending()
-            before.pipeline.logits_unchanged()  # its last step cannot be recomputed: the KV cache may change now
+            before.pipeline.forget()

@@ -15,7 +15,7 @@ from numba.cuda.extending import intrinsic, models, register_model
 
 from ..quantization.types import TYPE_TRAITS
 from .launch import ELEMENTS_PER_16_BYTES, QUANTIZED
-from .lowering import F16, F32, I8, I16, I32, I64, as_integer, element_pointer, fma, rounded_to_16
+from .lowering import F16, F32, I8, I16, I32, I64, as_integer, element_pointer, fma, saturated_to_16
 from .repack import LAYOUTS
 
 
@@ -34,15 +34,17 @@ PACKED = {name: Packed(name) for name in LAYOUTS}
 ELEMENT_TYPES: dict[str, Any] = PACKED | {
     "f32": types.float32, "f16": types.uint16, "bf16": types.int16, "int8": types.int8, "q4_0": types.uint8,
     "i8": types.int8, "i32": types.int32, "i64": types.int64, "f64": types.float64, "u64": types.uint64,
-    "u8": types.uint8, "u32": types.uint32,
+    "u8": types.uint8, "u32": types.uint32, "q8_0": Packed("q8_0"),
 }  # fmt: skip
-"""`Array.dtype` → element type of a pointer to it."""
+"""`Array.dtype` → element type of a pointer to it. "q8_0" is a KV cache: int8 quants, and scales behind them all."""
 
 
 # Compile-time constants
 
-PER_16_BYTES = {ELEMENT_TYPES[payload].name: count for payload, count in ELEMENTS_PER_16_BYTES.items()}
-"""Name of a pointer's element type → elements in 16 bytes of a weight or a KV cache."""
+PER_16_BYTES = {ELEMENT_TYPES[payload].name: count for payload, count in ELEMENTS_PER_16_BYTES.items()} | {"q8_0": 8}
+"""Name of a pointer's element type → elements in 16 bytes of a weight or a KV cache. In 16 bytes of shared memory there
+are 8 quants of a q8_0 cache and their scale.
+"""
 SCALED = tuple(ELEMENT_TYPES[payload].name for payload in QUANTIZED)
 """Names of the element types of weights that have scales."""
 ZERO_POINTS = {ELEMENT_TYPES[payload].name: float(TYPE_TRAITS[payload].zero_point) for payload in QUANTIZED}
@@ -72,6 +74,9 @@ is_packed = _constant(types.boolean, lambda name: name in PACKED)
 
 is_q4_1, is_q4_k, is_q6_k = (_constant(types.boolean, name.__eq__) for name in ("q4_1", "q4_k", "q6_k"))
 """is_q4_k(pointer) and the like: whether the element type is this one."""
+
+is_q8_0 = _constant(types.boolean, "q8_0".__eq__)
+"""is_q8_0(pointer): whether this is a KV cache of q8_0. A weight's q8_0 is int8 in device memory."""
 
 zero_point = _constant(types.float32, lambda name: ZERO_POINTS.get(name) or 1.0)
 """zero_point(pointer): zero point of the unsigned quants; the block's sum of activations is multiplied by it. 1 for
@@ -130,13 +135,23 @@ def dot_16_bytes(typingctx, memory, words, x, index, step):  # type: ignore[no-u
 
 @intrinsic
 def unpack8(typingctx, memory, words):  # type: ignore[no-untyped-def]
-    """The elements in 16 bytes of a float32 or 16-bit type as eight float32; the last four of float32 are 0."""
+    """The elements in 16 bytes of a float32 or 16-bit type as eight float32; the last four of float32 are 0. Of q8_0,
+    two words of quants times the float16 scale in the lower half of the third word.
+    """
     name = memory.dtype.name
-    if name not in ("float32", "uint16", "int16"):
+    if name not in ("float32", "uint16", "int16", "q8_0"):
         return None
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         parts = [builder.extract_value(args[1], i) for i in range(4)]
+        if name == "q8_0":
+            scale, quants = _half(builder, parts[2]), []
+            for i in range(8):
+                shifted = builder.lshr(parts[i // 4], ir.Constant(I32, 8 * (i % 4)))
+                kind = ir.FunctionType(F32, [I32])  # LLVM would widen the byte to 16 bits first
+                quant = builder.call(ir.InlineAsm(kind, "cvt.rn.f32.s8 $0, $1;", "=f,r"), [shifted])
+                quants.append(builder.fmul(quant, scale))
+            return context.make_tuple(builder, signature.return_type, quants)
         zero, count = ir.Constant(F32, 0.0), PER_16_BYTES[name]
         elements = [_unpack(builder, name, parts, i) if i < count else zero for i in range(8)]
         return context.make_tuple(builder, signature.return_type, elements)
@@ -166,7 +181,7 @@ def load_element(typingctx, memory, row, index):  # type: ignore[no-untyped-def]
             if name == "uint16":
                 return _half(builder, bits)
             return builder.bitcast(builder.shl(bits, ir.Constant(I32, 16)), F32)
-        if name == "int8":
+        if name in ("int8", "q8_0"):
             return builder.sitofp(load(I8, at), F32)
         inside = builder.and_(at, constant(31))
         byte = load(I8, builder.add(builder.mul(builder.lshr(at, constant(5)), constant(16)),
@@ -180,7 +195,9 @@ def load_element(typingctx, memory, row, index):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def store_element(typingctx, memory, index, value):  # type: ignore[no-untyped-def]
-    """memory[index] = value, rounded to nearest even to the type of a float32, float16 or bfloat16 pointer."""
+    """memory[index] = value, in the type of a KV cache: rounded to the nearest float32, float16 or bfloat16, ties to
+    even; what is finite stays finite. Of q8_0 the value is an integer, a quant.
+    """
     name = memory.dtype.name
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
@@ -188,8 +205,10 @@ def store_element(typingctx, memory, index, value):  # type: ignore[no-untyped-d
         where, x = element_pointer(context, builder, memory, args[0], at), args[2]
         if name == "float32":
             builder.store(x, where)
+        elif name == "q8_0":
+            builder.store(builder.fptosi(x, I8), where)
         else:
-            builder.store(rounded_to_16(builder, name, x), where)
+            builder.store(saturated_to_16(builder, name, x), where)
         return context.get_dummy_value()
 
     return types.void(memory, index, types.float32), codegen

@@ -1,4 +1,7 @@
-"""Reads JSON from untrusted files: one object of bounded size, without repeated keys. Getters check types."""
+"""Reads JSON from untrusted files: one object of bounded size. Getters check types.
+
+As in Python's json, and so in transformers, the last of several equal keys counts. A byte order mark is skipped.
+"""
 
 from __future__ import annotations
 
@@ -31,14 +34,8 @@ def parse_object(file: MappedFile, begin: int, end: int, what: str) -> Keys:
             found=end - begin,
         )
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        table = dict(pairs)
-        if len(table) < len(pairs):
-            raise ValueError("a key occurs twice")
-        return table
-
     try:
-        value = json.loads(file.data[begin:end].decode("utf-8"), object_pairs_hook=unique)
+        value = json.loads(file.data[begin:end].decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:  # ValueError: no UTF-8, no JSON, a number of 5,000 digits
         raise FormatError(f"{what} is not JSON: {error}", path=file.path, where=begin) from None
     if not isinstance(value, dict):

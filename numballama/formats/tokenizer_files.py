@@ -112,5 +112,5 @@ def _read_sentencepiece(file: MappedFile) -> SentencePieceTokenizer | None:
 def find_tokenizers(directory: Path) -> list[Path]:
     """The files that may hold a directory's tokenizer, the preferred one first."""
     files = [path for name in _NAMES if (path := directory / name).is_file()]
-    gguf = sorted(directory.glob("*.gguf"))
+    gguf = sorted(path for path in directory.glob("*.gguf") if not path.name.startswith("."))
     return [*files, *(gguf if len(gguf) == 1 else [])]

@@ -6,7 +6,7 @@ Names, ids, block layouts and field names are ggml's (`type_traits` in ggml.c, g
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 
@@ -154,9 +154,13 @@ Q6_K = WeightType("q6_k")
 LINEAR_TYPES = tuple(name for name, traits in TYPE_TRAITS.items() if not traits.fallback)
 """Types for which every backend has kernels."""
 
-KVType = Literal["f32", "f16", "bf16"]
-KV_TYPES = tuple(name for name, traits in TYPE_TRAITS.items() if traits.is_float)
-"""Types of the KV cache: those that `KVType` lists."""
+KVType = Literal["f32", "f16", "bf16", "q8_0"]
+KV_TYPES: tuple[KVType, ...] = get_args(KVType)
+"""Types of the KV cache."""
+FLOAT_KV_TYPES = tuple(name for name in KV_TYPES if TYPE_TRAITS[name].is_float)
+"""Those of them whose elements are stored one by one."""
+KV_BLOCK = TYPE_TRAITS["q8_0"].block_size
+"""Elements along head_dim that share a scale in a q8_0 cache. The last of a head may be fewer."""
 
 ActivationType = Literal["f32", "int8"]
 """Types of the activations of linear layers."""

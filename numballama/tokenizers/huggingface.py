@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..errors import FormatError, UnsupportedError
 from ..files import MappedFile
 from .base import MAX_VOCAB, SPACE, Strip
 from .bpe import BPETokenizer
 from .eog import EOG_NAMES, not_eog
-from .library import BYTE_LEVEL, Decoding, LibraryTokenizer, copy_token, library_errors
+from .library import BYTE_LEVEL, Decoding, LibraryTokenizer, copy_token, library_errors, library_nodes, library_parts
 
 if TYPE_CHECKING:
     from tokenizers import AddedToken
@@ -21,6 +22,10 @@ if TYPE_CHECKING:
 
 MAX_TOKENIZER = 1 << 27
 """Maximum size of a tokenizer.json in bytes. The largest known has 33 million."""
+
+
+_PROBE = "Ab1 e\u0301\ufb01\u00a0\U0001f642\u4e00\n\t \x00 \u2581"
+"""Damaged rules that do not fail on this text hardly fail on any."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +125,7 @@ def _use_class(library: Library, settings: TokenSettings) -> None:
     from tokenizers import decoders, models, pre_tokenizers
 
     of_class = settings.tokenizer_class == "LlamaTokenizer" and settings.model_type not in ("mistral", "qwen2")
-    if not of_class or not isinstance(library.model, models.BPE) or "ByteLevel" in _parts(library):
+    if not of_class or not isinstance(library.model, models.BPE) or "ByteLevel" in library_parts(library):
         return
     prefix = settings.add_prefix_space is not False
     scheme = "never" if not prefix else "always" if settings.legacy else "first"
@@ -212,18 +217,29 @@ def _around(library: Library, path: Path) -> tuple[list[int], list[int]]:
     """Ids that the post-processor puts before and after a text."""
     with library_errors("a tokenizer.json whose post-processor fails", path):
         _require_template(library, path)
-        encoded = library.encode("a")
-        bare = library.encode("a", add_special_tokens=False)
+        with contextlib.suppress(Exception):  # unknown text is an error of some vocabularies, but never a panic
+            library.encode(_PROBE)
+        text = _encodable(library)
+        encoded, bare = library.encode(text), library.encode(text, add_special_tokens=False)
     ids, inner = list(encoded.ids), len(bare.ids)
     mask = list(encoded.special_tokens_mask)
     start = mask.index(0) if 0 in mask else len(mask) - inner
     return ids[:start], ids[start + inner :]
 
 
+def _encodable(library: Library) -> str:
+    """A short text that the vocabulary has tokens for."""
+    for text in ("a", *list(library.get_vocab())[:10]):
+        with contextlib.suppress(Exception):
+            library.encode(text)
+            return text
+    return ""
+
+
 def _require_template(library: Library, path: Path) -> None:
     """Raise `FormatError` for a template with a token that it does not define: the library would panic."""
     state = json.loads(library.post_processor.__getstate__()) if library.post_processor is not None else {}
-    for node in _nodes(state, "processors"):
+    for node in library_nodes(state, "processors"):
         if node.get("type") != "TemplateProcessing":
             continue
         for part in (*node.get("single", []), *node.get("pair", [])):
@@ -241,32 +257,10 @@ def _require_template(library: Library, path: Path) -> None:
 # ---- decoding ----
 
 
-def _nodes(state: Mapping[str, Any], inner: str) -> Iterator[Mapping[str, Any]]:
-    """A part of the library given as JSON, or the parts of a sequence."""
-    if state.get("type") == "Sequence":
-        for child in state.get(inner, []):
-            yield from _nodes(child, inner)
-    else:
-        yield state
-
-
-def _parts(library: Library) -> dict[str, Mapping[str, Any]]:
-    """Type → description of the normalizers, pre-tokenizers and decoders of a library's tokenizer."""
-    found: dict[str, Mapping[str, Any]] = {}
-    for part, inner in (
-        (library.normalizer, "normalizers"),
-        (library.pre_tokenizer, "pretokenizers"),
-        (library.decoder, "decoders"),
-    ):
-        if part is not None:
-            found |= {str(node.get("type")): node for node in _nodes(json.loads(part.__getstate__()), inner)}
-    return found
-
-
 def _decoding(library: Library, path: Path, notes: list[str]) -> Decoding:
     """How to decode. A file without a decoder is decoded as its pre-tokenizer encodes."""
     if library.decoder is None:
-        parts = _parts(library)
+        parts = library_parts(library)
         if "ByteLevel" in parts:
             notes.append("tokenizer.json has no decoder; text is decoded as its pre-tokenizer ByteLevel encodes")
             return BYTE_LEVEL
@@ -278,7 +272,7 @@ def _decoding(library: Library, path: Path, notes: list[str]) -> Decoding:
         notes.append("tokenizer.json has no decoder; a space is put between tokens, as the tokenizers library does")
         return Decoding(Strip.ONE, separator=b" ")
     state = json.loads(library.decoder.__getstate__())
-    kinds = {str(node.get("type")): node for node in _nodes(state, "decoders")}
+    kinds = {str(node.get("type")): node for node in library_nodes(state, "decoders")}
     if "ByteLevel" in kinds:
         return BYTE_LEVEL
     if "Metaspace" in kinds:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
+import tempfile
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -95,24 +98,38 @@ class LibraryTokenizer(Tokenizer):
         return {text: token for text, token in self._added.items() if token in self._special}
 
     def _encode(self, text: str, trusted: bytes) -> list[int]:
-        with library_errors("the tokenizer's own rules fail on this text"):
-            found = self._library.encode(text, add_special_tokens=False)
-            ids: list[int] = list(found.ids)
+        with library_errors("the tokenizer's own rules fail on this text", quiet=self._may_panic):
+            encoding = self._library.encode(text, add_special_tokens=False)
+            ids: list[int] = list(encoding.ids)
             if 0 not in trusted or self._special.isdisjoint(ids):
                 return ids
-            places = [
-                self._place(text, *pair) for pair in zip(ids, found.offsets, strict=True) if pair[0] in self._special
-            ]
+            found = (
+                (token, place) for token, place in zip(ids, encoding.offsets, strict=True) if token in self._special
+            )
+            places = [place for pair in found if (place := self._place(text, *pair)) is not None]
             tokens = [start for start, end in places if 0 not in trusted[start:end]]
             return ids if len(tokens) == len(places) else self._encode_guarded(text, tokens)
 
-    def _place(self, text: str, token: int, offsets: tuple[int, int]) -> tuple[int, int]:
-        """(start, end) of an added token's spelling in `text`, without white space that its flags make part of it."""
+    @cached_property
+    def _may_panic(self) -> bool:
+        """Whether the library has rules that are known to panic on some text if their file is damaged."""
+        model = self._library.model
+        return "Precompiled" in library_parts(self._library) or bool(getattr(model, "continuing_subword_prefix", None))
+
+    def _place(self, text: str, token: int, offsets: tuple[int, int]) -> tuple[int, int] | None:
+        """(start, end) of an added token's spelling in `text`, without white space that its flags make part of it.
+
+        None when it is not spelled there: the unknown token stands for any text.
+        """
         start, end = offsets
         content = self._pieces[token] or ""
         if (at := text.find(content, start, end)) >= 0:
             return at, at + len(content)
-        return end - len(text[start:end].lstrip()), end  # spelled in another way, which the normalizer makes the same
+        inner, normalizer = text[start:end].strip(), self._library.normalizer
+        if not inner or normalizer is None or normalizer.normalize_str(inner) != normalizer.normalize_str(content):
+            return None
+        at = text.index(inner, start, end)  # another spelling, which the normalizer makes the same
+        return at, at + len(inner)
 
     def _encode_guarded(self, text: str, tokens: Sequence[int]) -> list[int]:
         """Ids of `text` in which the control tokens that start at `tokens` are tokens, and others are ordinary text.
@@ -166,11 +183,14 @@ class LibraryTokenizer(Tokenizer):
 
     @property
     def _before(self) -> Sequence[int]:
-        return super()._before if self._template is None else self._template[0]
+        return super()._before if self._template is None else self._within(self._template[0])
 
     @property
     def _after(self) -> Sequence[int]:
-        return super()._after if self._template is None else self._template[1]
+        return super()._after if self._template is None else self._within(self._template[1])
+
+    def _within(self, ids: Sequence[int]) -> list[int]:
+        return [token for token in ids if token < self._limit]
 
     def _byte_token(self, byte: int) -> int | None:
         found: int | None = self._library.model.token_to_id(
@@ -230,23 +250,85 @@ class LibraryTokenizer(Tokenizer):
 
 
 @contextlib.contextmanager
-def library_errors(message: str, path: str | PathLike[str] | None = None) -> Iterator[None]:
-    """Turn the library's exceptions, Rust panics included, into an `Error`, or a `FormatError` if `path` is given."""
+def library_errors(message: str, path: str | PathLike[str] | None = None, quiet: bool = False) -> Iterator[None]:
+    """Turn the library's exceptions, Rust panics included, into an `Error`, or a `FormatError` if `path` is given.
+
+    With `path` or `quiet`, what a panic prints is dropped.
+    """
     try:
-        yield
+        with _without_panics() if path is not None or quiet else contextlib.nullcontext():
+            yield
     except Error:
         raise
     except Exception as error:
         raise _error(message, path, error) from None
     except BaseException as error:
-        if type(error).__name__ != "PanicException":  # not an Exception, and cannot be imported
+        if not _is_panic(error):
             raise
         raise _error(message, path, error) from None
+
+
+def _is_panic(error: BaseException) -> bool:
+    return type(error).__name__ == "PanicException"  # not an Exception, and cannot be imported
 
 
 def _error(message: str, path: str | PathLike[str] | None, error: BaseException) -> Error:
     text = " ".join(str(error).split())[:300]
     return Error(f"{message}: {text}") if path is None else FormatError(message, path=path, found=text)
+
+
+_STDERR = threading.Lock()
+
+
+@contextlib.contextmanager
+def _without_panics() -> Iterator[None]:
+    """Hold back what is written to file descriptor 2, where Rust reports a panic before Python sees it.
+
+    It is written when the block ends; the report of a panic is not.
+    """
+    with _STDERR, contextlib.ExitStack() as stack:
+        try:
+            held = stack.enter_context(tempfile.TemporaryFile())
+            shown = os.dup(2)
+        except OSError:  # no standard error, or no space for the file
+            yield
+            return
+        os.dup2(held.fileno(), 2)
+        panic = False
+        try:
+            yield
+        except BaseException as error:
+            panic = _is_panic(error)
+            raise
+        finally:
+            os.dup2(shown, 2)
+            os.close(shown)
+            held.seek(0)
+            text = held.read()
+            with contextlib.suppress(OSError):
+                os.write(2, text.partition(b"\nthread '")[0] if panic else text)
+
+
+def library_nodes(state: Mapping[str, Any], inner: str) -> Iterator[Mapping[str, Any]]:
+    """A part of the library given as JSON, or the parts of a sequence, which it has under the key `inner`."""
+    if state.get("type") == "Sequence":
+        for child in state.get(inner, []):
+            yield from library_nodes(child, inner)
+    else:
+        yield state
+
+
+def library_parts(library: Library) -> dict[str, Mapping[str, Any]]:
+    """Type → description of the normalizers, pre-tokenizers and decoders of a library's tokenizer."""
+    found: dict[str, Mapping[str, Any]] = {}
+    for part, inner in (
+        (library.normalizer, "normalizers"),
+        (library.pre_tokenizer, "pretokenizers"),
+        (library.decoder, "decoders"),
+    ):
+        if part is not None:
+            found |= {str(node.get("type")): node for node in library_nodes(json.loads(part.__getstate__()), inner)}
+    return found
 
 
 def copy_token(token: AddedToken, content: str | None = None, **flags: bool) -> AddedToken:

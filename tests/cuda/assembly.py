@@ -49,6 +49,8 @@ CASES: list[tuple[ModelConfig, str, str, Any, bool]] = [
     *((GROUPED, "f32", kv, ["attention", "rope_kv"], False) for kv in ("f32", "bf16")),
     *((GROUPED, "f32", kv, False, False) for kv in ("f32", "f16", "bf16")),
     (GROUPED, "int8", "f16", True, True),
+    *((config, "f16", "q8_0", fusions, False) for config in (GROUPED, SINGLE) for fusions in (True, False)),
+    (ODD, "f32", "q8_0", ["attention"], False),
     (NORMED, "f32", "f16", True, False),
     *((WIDE, "f32", kv, ["attention"], False) for kv in ("f16", "bf16")),
 ]  # fmt: skip
@@ -100,7 +102,7 @@ def main(capability: tuple[int, int], out: Path) -> None:
         weights = converted(random_checkpoint(config).weights, kind)
         layout = KVLayout.of(config, config.context, kv)
         backend = cuda.CudaBackend(weights)
-        for tokens, logits in ((1, "last"), (4, "last"), (64, "all")):
+        for tokens, logits in ((1, "rows"), (4, "rows"), (12, "rows"), (24, "rows"), (64, "all"), (80, "all")):
             program = backend.program(graph_of(config, weights, layout, tokens, logits, int8), fusions)
             ops |= {step.op.kind for step in program.plan.steps}
             if tokens == 1:

@@ -20,10 +20,14 @@ import numpy as np
 
 import numballama.cuda.ops  # noqa: F401 (registers the kernels)
 from numballama import registry
+from numballama.cuda.ops import skinny
+from numballama.cuda.program import write_tiles
+from numballama.kernel_cache import cuda_cache_directory
 from numballama.quantization.convert import convert
 from numballama.quantization.types import F32
 from tests.cuda.emulator import Memory, Program, from_16, round_16, run
 from tests.helpers.bounds import U, as_weight
+from tests.helpers.paging import shuffled_table
 
 QUANTISED = ("int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
 ROUNDING = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8} | dict.fromkeys(QUANTISED, 2.0**-10)
@@ -60,7 +64,8 @@ class Emulated:
 
         self.capability, self.memory = capability, Memory(1 << 25)
         limit = {(7, 5): 64 << 10, (8, 0): 163 << 10}.get(capability, 227 << 10)
-        self.ctx = LaunchContext(132, limit, self.put(np.array([tokens], np.int32), "i32"), self.zeros)
+        counts, tiles = np.array([tokens], np.int32), np.zeros((2, 2), np.int32)
+        self.ctx = LaunchContext(132, limit, self.put(counts, "i32"), self.put(tiles, "i32"), self.zeros)
         self.executed: dict[str, int] = {}
 
     def zeros(self, count: int) -> Any:
@@ -83,7 +88,7 @@ class Emulated:
             if key not in self.programs:
                 ptx = compiler.to_ptx(key, self.capability)
                 code = compiler.assemble(ptx, self.capability)
-                if key.source[0].endswith((".kernels.gemm", ".kernels.prefill_attention")):
+                if key.source[0].endswith((".kernels.gemm", ".kernels.skinny", ".kernels.prefill_attention")):
                     left = code.stack_bytes, code.local_bytes
                     assert left == (0, 0), f"{launch.name}: bytes of stack and local memory {left}"
                 self.programs[key] = Program(ptx)
@@ -101,8 +106,9 @@ class Real:
         from numballama.cuda.launch import LaunchContext
 
         self.device, self._owned = device, []  # type: ignore[var-annotated]
+        counts, tiles = np.array([tokens], np.int32), np.zeros((2, 2), np.int32)
         self.ctx = LaunchContext(
-            device.n_sms, device.shared_limit, self.put(np.array([tokens], np.int32), "i32"), self.zeros
+            device.n_sms, device.shared_limit, self.put(counts, "i32"), self.put(tiles, "i32"), self.zeros
         )
         self.executed: dict[str, int] = {}
 
@@ -132,7 +138,7 @@ class Real:
         for launch in launches:
             key = launch.specialization
             if key not in self.functions:
-                code = compiler.compile_kernel(key, self.device.capability, None)
+                code = compiler.compile_kernel(key, self.device.capability, cuda_cache_directory())
                 self.functions[key] = driver.LoadedKernel(self.device, code)
             made.append(driver.PreparedLaunch(self.device, self.functions[key], launch))
         return made
@@ -260,16 +266,17 @@ def qkv_rope(machine: Any, kind: str, T: int, K: int, heads: tuple[int, int], he
     angle = rng.uniform(0, 6, (T, half))
     angles = np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
     positions, sequences = rng.permutation(context)[:T].astype(np.int32), rng.integers(0, 2, T).astype(np.int32)
-    shape = (2, heads[1], context, head_dim)
-    empty = np.full(shape, UNTOUCHED)
+    page, columns = 8, -(-context // 8)
+    table = shuffled_table(2, columns)
+    empty = np.full((1 + 2 * columns, heads[1], page, head_dim), UNTOUCHED)
     stored = empty if cache == "f32" else round_16(empty, cache)
     q = machine.put(np.full((T, rows[0]), UNTOUCHED), "f32")
     caches = [machine.put(stored, cache) for _ in range(2)]
-    types = ["f32", "f32", kind, kind, kind, "f32", cache, "i32", "i32", cache]
+    types = ["f32", "f32", kind, kind, kind, "f32", cache, "i32", "i32", "i32", cache]
     operands = [
         machine.put(x, "f32"), machine.put(norm, "f32"), *(m for m, _ in weights), machine.put(angles, "f32"),
         caches[0],
-        machine.put(positions, "i32"), machine.put(sequences, "i32"), caches[1],
+        machine.put(positions, "i32"), machine.put(sequences, "i32"), machine.put(table, "i32"), caches[1],
     ]  # fmt: skip
     machine.execute(launches_of(
         machine, "norm_qkv_rope", types, operands, [q], eps=EPS, head_dim=head_dim, interleaved=interleaved
@@ -297,31 +304,43 @@ def qkv_rope(machine: Any, kind: str, T: int, K: int, heads: tuple[int, int], he
         written = np.zeros(got.shape, bool)
         lines = np.empty((tokens, rows[1]))
         for t in range(tokens):
-            written[sequences[t], :, positions[t]] = True
-            lines[t] = got[sequences[t], :, positions[t]].reshape(-1)
+            at = table[sequences[t], positions[t] // page], slice(None), positions[t] % page
+            written[at] = True
+            lines[t] = got[at].reshape(-1)
         assert (got[~written] == UNTOUCHED).all(), "places of the cache that belong to no token of the run were written"
         worst = max(worst, compare(f"{'kv'[which - 1]} {kind}", lines, value[:tokens], error[:tokens], tokens))
     return worst
 
 
 def attention(machine: Any, cache: str, T: int, heads: tuple[int, int], head_dim: int, context: int,
-              positions: Sequence[int], sequences: Sequence[int], tokens: int) -> float:  # fmt: skip
-    """Attention with NaN in all keys and values that no token may see."""
+              positions: Sequence[int], sequences: Sequence[int], tokens: int, page: int = 32) -> float:  # fmt: skip
+    """Attention with NaN in all keys and values that no token may see: in free pages, in page 0, in a page's rest."""
     rng = np.random.default_rng(3)
     together = heads[0] // heads[1]
     q = rng.standard_normal((T, heads[0] * head_dim)).astype(np.float32)
-    bits = [round_16(rng.standard_normal((2, heads[1], context, head_dim)).astype(np.float32), cache) for _ in "kv"]
+    slots, columns = max(sequences) + 1, -(-context // page)
+    shape = (slots, heads[1], columns * page, head_dim)
+    bits = [round_16(rng.standard_normal(shape).astype(np.float32), cache) for _ in "kv"]
     keys, values = (from_16(part, cache) for part in bits)
-    where, whose = np.array(positions, np.int32), np.array(sequences, np.int32)
-    for s in range(2):
+    where, whose, table = np.array(positions, np.int32), np.array(sequences, np.int32), shuffled_table(slots, columns)
+    tiles = np.full((1 + T, 2), -1, np.int32)
+    write_tiles(where[:tokens], whose[:tokens], tiles)
+    machine.ctx = replace(machine.ctx, tiles=machine.put(tiles, "i32"))
+    pages = [np.full((1 + slots * columns, heads[1], page, head_dim), 0xFFFF, part.dtype) for part in bits]
+    for s in range(slots):
         seen = max((p for p, o in zip(positions[:tokens], sequences[:tokens], strict=True) if o == s), default=-1) + 1
-        for part in bits:
-            part[s, :, seen:] = 0xFFFF
+        at = np.arange(seen)
+        for part, paged in zip(bits, pages, strict=True):
+            paged[table[s, at // page], :, at % page] = np.moveaxis(part[s, :, :seen], 1, 0)
     out = machine.put(np.full((T, heads[0] * head_dim), UNTOUCHED), "f32")
-    types = ["f32", cache, "i32", "i32", cache]
-    operands = [machine.put(q, "f32"), machine.put(bits[0], cache), machine.put(where, "i32"),
-                machine.put(whose, "i32"), machine.put(bits[1], cache)]  # fmt: skip
-    machine.execute(launches_of(machine, "attention", types, operands, [out], window=0))
+    types = ["f32", cache, "i32", "i32", "i32", cache]
+    operands = [machine.put(q, "f32"), machine.put(pages[0], cache), machine.put(where, "i32"),
+                machine.put(whose, "i32"), machine.put(table, "i32"), machine.put(pages[1], cache)]  # fmt: skip
+    launches = launches_of(machine, "attention", types, operands, [out], window=0)
+    wanted = [*["chunks"] * bool(tiles[0, 0]), *["single rows"] * bool(tiles[0, 1])]
+    longest = int(where[:tokens].max())
+    launches = [launch.variant_for(longest) for launch in launches]
+    machine.execute([launch for launch in launches if launch.only_for is None or launch.only_for in wanted])
     want, error = np.zeros((T, heads[0], head_dim)), np.zeros((T, heads[0], head_dim))
     for t in range(tokens):
         for h in range(heads[0]):
@@ -336,10 +355,8 @@ def attention(machine: Any, cache: str, T: int, heads: tuple[int, int], head_dim
             shift = np.expm1(2 * off.max())
             want[t, h] = weight @ v
             error[t, h] = (shift + ROUNDING[cache] + (len(k) + 16) * U) * (1 + shift) * (weight @ np.abs(v)) + 2.0**-24
-    shape = (T, -1)
-    return compare(
-        f"attention {cache}", machine.get(out, np.float32), want.reshape(shape), error.reshape(shape), tokens
-    )
+    got, want, error = machine.get(out, np.float32), want.reshape(T, -1), error.reshape(T, -1)
+    return compare(f"attention {cache}", got, want, error, tokens)
 
 
 def not_finite(machine: Any, kind: str) -> float:
@@ -411,6 +428,13 @@ def cases() -> list[Case]:
     add("attention, heads of 8, any order", 10, attention, "f16", 12, (2, 1), 8, 40,
         [3, 1, 2, 0, 9, 8, 7, 6, 5, 4, 0, 0],
         [0] * 5 + [1] * 2 + [0] * 5)  # fmt: skip
+    # chunks of three prompts between rows of others, as in a step of an engine
+    chunks = [(2, range(70, 150)), (0, [99]), (4, range(5)), (1, [3]), (3, range(31, 33)), (5, [148])]
+    where = [position for _, chunk in chunks for position in chunk]
+    whose = [sequence for sequence, chunk in chunks for _ in chunk]
+    for cache, page in (("f16", 16), ("bf16", 64)):
+        add(f"attention {cache}, mixed, pages of {page}", 90, attention, cache, 96, (4, 2), 64, 150,
+            where + [0] * (96 - len(where)), whose + [0] * (96 - len(where)), page=page)  # fmt: skip
     for kind in ("f16", "bf16", "f32"):
         made.append((f"not_finite numbers, {kind}", 12, lambda machine, kind=kind: not_finite(machine, kind)))  # type: ignore[misc]
     return made
@@ -429,12 +453,12 @@ def in_parts(machine: Any) -> float:
         gemm.MAX_EXPANDED = before
 
 
-def main(machines: Callable[[int], Any]) -> dict[str, str]:
-    """Run all cases. Returns case → what went wrong."""
+def check_all(machine_of: Callable[[int], Any], to_check: Sequence[Case]) -> dict[str, str]:
+    """Run cases. Returns case → what went wrong."""
     wrong: dict[str, str] = {}
-    for name, tokens, check in [*cases(), ("expanded in pieces", 10, in_parts)]:
+    for name, tokens, check in to_check:
         start = time.perf_counter()
-        machine = machines(tokens)
+        machine = machine_of(tokens)
         try:
             worst = check(machine)
         except AssertionError as error:
@@ -445,13 +469,18 @@ def main(machines: Callable[[int], Any]) -> dict[str, str]:
     return wrong
 
 
-if __name__ == "__main__":
-    if len(sys.argv) > 1:
-        major, minor = map(int, sys.argv[1].split("."))
-        failed = main(lambda tokens: Emulated((major, minor), tokens))
-    else:
-        from numballama.cuda.driver import Device
+def machine_maker(arguments: Sequence[str]) -> Callable[[int], Any]:
+    """(tokens of a run) → a machine: emulated for the capability that is the first argument, else the GPU."""
+    if arguments:
+        major, minor = map(int, arguments[0].split("."))
+        return lambda tokens: Emulated((major, minor), tokens)
+    from numballama.cuda.driver import Device
 
-        real = Device()
-        failed = main(lambda tokens: Real(real, tokens))
+    real = Device()
+    return lambda tokens: Real(real, tokens)
+
+
+if __name__ == "__main__":
+    skinny.MOST = 1  # so that few tokens, which are quick to emulate, run here
+    failed = check_all(machine_maker(sys.argv[1:]), [*cases(), ("expanded in pieces", 10, in_parts)])
     sys.exit(len(failed) > 0)

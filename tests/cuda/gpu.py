@@ -17,11 +17,12 @@ require_gpu()
 
 import numballama
 from numballama.config import HALF_SPLIT, INTERLEAVED, ModelConfig
+from numballama.graph import PAGE_TABLE
 from numballama.model import Model
-from numballama.quantization.convert import to_bf16, to_f16
-from numballama.sampling import SamplerState
+from numballama.sampling import SamplerTable
 from tests.cuda.checks import Pair
 from tests.helpers.bounds import TOKENIZERS
+from tests.helpers.paging import in_cache
 
 SLACK = 8 << 20
 """Bytes of device memory that the driver may keep for itself: it allocates code and bookkeeping 2 MB at a time."""
@@ -46,7 +47,7 @@ MODELS = st.fixed_dictionaries({
     "pairing": st.sampled_from([INTERLEAVED, HALF_SPLIT]),
     "kind": st.sampled_from(KINDS),
     "group": st.sampled_from([1, 3, 16, 32, 64]),
-    "kv": st.sampled_from(["f32", "f16", "bf16"]),
+    "kv": st.sampled_from(["f32", "f16", "bf16", "q8_0"]),
     "seed": st.integers(0, 1000),
 })  # fmt: skip
 
@@ -64,10 +65,9 @@ LOGITS = np.random.default_rng(3).permutation(np.linspace(-6, 3, 50)).astype(np.
 def fill_cache(pair: Pair, program: Any) -> None:
     """Random keys and values at every position."""
     rng = np.random.default_rng(7)
-    for state in pair.cuda.states:
+    for state in set(pair.cuda.states) - {PAGE_TABLE}:
         numbers = rng.standard_normal(pair.kv.shape, dtype=np.float32)
-        rounded = {"f32": lambda a: a, "f16": to_f16, "bf16": to_bf16}[pair.kv.dtype](numbers)
-        program.write(state, rounded)
+        program.write(state, in_cache(numbers, pair.kv.dtype))
 
 
 def greedy(model: Model, count: int = 200) -> list[int]:
@@ -78,10 +78,10 @@ def compiled_story(models: Path, name: str, **options: Any) -> Model:
     return numballama.compile(models / f"{name}.bin", models / TOKENIZERS[name], device="cuda", **options)
 
 
-def told(model: Model, sampler: SamplerState, count: int, prompt: Sequence[int] = (1, 5, 9)) -> list[int]:
+def told(model: Model, sampler: SamplerTable, count: int, prompt: Sequence[int] = (1, 5, 9)) -> list[int]:
     """Tokens that are generated after a prompt, from an empty cache."""
-    model.session.truncate()
-    tokens: list[Any] = [model.session.prefill(list(prompt), sampler)]
-    while len(tokens) < count:
-        tokens.append(model.session.step(tokens[-1], sampler))
+    with model.exclusive() as session:
+        tokens: list[Any] = [session.prefill(list(prompt), sampler)]
+        while len(tokens) < count:
+            tokens.append(session.step(tokens[-1], sampler))
     return tokens

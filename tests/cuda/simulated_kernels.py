@@ -34,16 +34,18 @@ from numballama.cuda.ops import attention, sampling
 from numballama.ir import Graph, Value
 from numballama.model import Model
 from numballama.reference import ReferenceBackend
-from numballama.sampling import SamplerState
+from numballama.sampling import TEMPERATURE, SamplerTable, SamplingParams
 from numballama.session import Session
 from tests.cuda.checks import (
     Bench,
     Pair,
+    Slots,
     bounds_of,
     candidates,
     check_argmax,
     check_draws,
     check_quantize,
+    check_rows,
     check_runs,
     check_top_k,
     check_whole_runs,
@@ -257,7 +259,7 @@ def test_filters(bench: Bench, settings: dict[str, Any]) -> None:
     assert 0 < len(kept) < len(LOGITS)
     for seed in range(3000):
         sampler.state[0] = seed
-        free = make_sampler(len(LOGITS), sampler.settings[0], 0, top_p=1.0, seed=seed)
+        free = make_sampler(len(LOGITS), sampler.settings[0, TEMPERATURE], 0, top_p=1.0, seed=seed)
         with_filters, lead = expected(LOGITS, sampler)
         if lead > 1e-3:
             chosen.setdefault((with_filters, expected(LOGITS, free)[0] in kept), seed)
@@ -282,7 +284,7 @@ def places_kernel(logits, border, count, out):
     sums = cuda.shared.array(sampling_kernels.BINS, np.int64)
     found = cuda.shared.array(2, np.int32)  # the simulator tells arrays apart by their line
     griddepcontrol_wait()
-    place = sampling_kernels.rank_key_in_bin(logits, out.size, logits[0], border[0], count[0], sums, found)
+    place = sampling_kernels.rank_key_in_bin(logits, 0, out.size, logits[0], border[0], count[0], sums, found)
     for i in range(cuda.threadIdx.x, out.size, sampling_kernels.THREADS):
         out[i] = int(sampling_kernels.bin_of(logits[i], logits[0]) == border[0]) * (
             1 + int(sampling_kernels.rank_key(logits[i], i) <= place)
@@ -358,13 +360,29 @@ def test_numbers_that_are_none(bench: Bench) -> None:
 
 def test_a_penalty_and_a_padded_vocabulary(bench: Bench) -> None:
     logits = np.concatenate([LOGITS, np.full(10, 50, np.float32)])  # behind the vocabulary: never drawn
-    sampler = make_sampler(len(LOGITS), temperature=0, repeat_penalty=3.0)
-    best = int(LOGITS.argmax())
-    sampler.remember([best, best, 5])
+    best, n = int(LOGITS.argmax()), len(LOGITS)
+    sampler = make_sampler(len(logits), 0, repeat_penalty=3.0, prompt=[best, best, 5], n_candidates=n)
     want, _ = expected(LOGITS, sampler)
     assert want != best
     assert draw(bench, logits, sampler)[0] == [want]
-    assert [int(t) for t in sampler.recent[:4]] == [best, best, 5, want]
+    assert [int(t) for t in sampler.recent[0, :4]] == [best, best, 5, want]
+
+
+def test_rows_of_many_slots(bench: Bench, fewer_bins: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sampling_kernels, "CANDIDATES", 24)  # as many as the likeliest that can be asked for
+    check_rows(bench, 45, 3)
+
+
+def test_more_likeliest_tokens_than_are_ranked(bench: Bench, fewer_bins: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Equal logits in one bin: of the likeliest tokens those with the smaller ids are listed."""
+    monkeypatch.setattr(sampling_kernels, "CANDIDATES", 24)
+    table = SamplerTable(1, 60)
+    table.assign(0, SamplingParams(temperature=0, logprobs=20))
+    for logits in (np.zeros((1, 60)), np.where(np.arange(60) % 3, -0.001, 0.001)[None], np.full((1, 60), -np.inf)):
+        result = Slots(bench, table, 1).sample(logits, [0])
+        finite = np.isfinite(logits.max())
+        want = np.lexsort((np.arange(60), -logits[0]))[:20] if finite else np.full(20, -1)
+        assert result.top_ids[0].tolist() == want.tolist() and np.isnan(result.logprobs[0]) != finite
 
 
 # Sessions
@@ -381,7 +399,7 @@ def test_a_session_that_runs_ahead() -> None:
     session = Session(decode, prompt, context, 12)
     ids = pair.ids(5, 3)
 
-    def told(sampler: SamplerState, count: int, read_at: Sequence[int] = ()) -> list[int]:
+    def told(sampler: SamplerTable, count: int, read_at: Sequence[int] = ()) -> list[int]:
         session.truncate()
         tokens: list[Any] = [session.prefill(ids, sampler)]
         while len(tokens) < count:
@@ -443,7 +461,7 @@ def check_runs_of(pair: Pair, program: Any) -> None:
     from tests.cuda.checks import run_checked
 
     poison(program)
-    run_checked(program, pair.reference.program(pair.graph(1)), [1], 0, 0, True)
+    run_checked(pair, program, pair.reference.program(pair.graph(1)), [1], 0, 0, True)
 
 
 # What is taken is given back

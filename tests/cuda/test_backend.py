@@ -77,7 +77,7 @@ def test_a_hundred_models_one_after_the_other(card: driver.Device, tmp_path: Pat
     for turn in range(100):
         with numballama.compile(path, device="cuda") as model:
             logits = model.logits([1, 2, 3])
-            model.session.prefill([1, 2, 3], make_sampler(300, seed=1))
+            told(model, make_sampler(300, seed=1), 1, [1, 2, 3])
         want = logits if want is None else want
         np.testing.assert_array_equal(logits, want)
         if turn % 19 == 4:

@@ -34,12 +34,12 @@ def test_greedy_tokens_and_logits_equal_the_reference(models: Path, name: str, d
     tokens = greedy(oracle)
     with compiled_story(models, name, dtype=dtype, kv_dtype="f32") as model:
         assert greedy(model) == tokens
-        session, ids = model.session, [1, *tokens[:60]]
+        ids = [1, *tokens[:60]]
         want = oracle.logits(ids)
-        session.truncate()
-        for place, token in enumerate(ids):
-            session.step(token)
-            close(session.logits, want[place], f"logits {place}", 1e-4)
+        with model.exclusive() as session:
+            for place, token in enumerate(ids):
+                session.step(token)
+                close(session.logits, want[place], f"logits {place}", 1e-4)
         close(model.logits(ids), want, "logits of all", 1e-4 if dtype is None else ROUNDED)
 
 
@@ -89,8 +89,9 @@ def test_two_thousand_steps_of_a_large_model() -> None:
 
     for kv, most in (("f32", 2e-3), ("f16", 2.0**-6)):
         backend = cuda.CudaBackend(weights)
-        graph = graph_of(config, weights, KVLayout.of(config, 2048, kv), 1)
-        decode = backend.program(graph)
+        layout = KVLayout.of(config, 2048, kv)
+        decode = backend.program(graph_of(config, weights, layout, 1))
+        backend.set_pages(0, 0, range(1, layout.pages))
         session = Session(decode, decode, 2048, config.vocab_size)
         try:
             for place, token in enumerate(ids):

@@ -17,7 +17,8 @@ pytestmark = pytest.mark.gpu
 from numballama import Error
 from numballama.cuda.ops import sampling
 from numballama.model import Model
-from tests.cuda.checks import Bench, candidates, check_draws, draw
+from numballama.sampling import TEMPERATURE
+from tests.cuda.checks import Bench, Slots, candidates, check_draws, check_rows, draw
 from tests.cuda.gpu import LOGITS, told
 from tests.helpers.sampling import make_sampler
 
@@ -36,16 +37,18 @@ SETTINGS: list[dict[str, Any]] = [
 def test_the_distribution_of_20000_draws(bench: Bench, settings_: dict[str, Any]) -> None:
     """Chi-square against the exact probabilities after the filters, at a level of one in a million."""
     sampler = make_sampler(len(LOGITS), seed=11, **settings_)
-    arrays = {name: bench.put(getattr(sampler, name)) for name in ("settings", "recent", "counts", "state")}
-    following, on_device = bench.empty((1,), "i32"), bench.put(LOGITS.reshape(1, -1))
-    launches = sampling.sample(on_device, len(LOGITS), **arrays, next_token=following)
+    slots = Slots(bench, sampler, 1)
+    slots.device.update(sampler, [0])
+    arrays, following = (slots.device.arrays, slots.sampled.arrays), slots.sampled.arrays["next_token"]
+    on_device, which = bench.put(LOGITS.reshape(1, -1)), bench.put(np.zeros(1, np.int32))
+    launches = sampling.sample(bench.ctx.tokens, on_device, which, *arrays, logprobs=False)
     ((launch,),) = bench.backend.prepare_launches([launches])
     observed = np.zeros(len(LOGITS), int)
     for _ in range(20000):
         launch()
         observed[bench.get(following)[0]] += 1
     kept = sorted(candidates(LOGITS, sampler))
-    weights = np.exp(LOGITS[kept].astype(np.float64) / sampler.settings[0])
+    weights = np.exp(LOGITS[kept].astype(np.float64) / sampler.settings[0, TEMPERATURE])
     expected = 20000 * weights / weights.sum()
     assert observed.sum() == observed[kept].sum() == 20000
     order = np.argsort(expected)
@@ -78,9 +81,10 @@ def test_greedy_penalties_and_padding(bench: Bench) -> None:
     check_draws(bench, LOGITS, times=100, temperature=0, repeat_penalty=1.5)
     check_draws(bench, LOGITS, times=100, temperature=1.0, repeat_penalty=1.3, seed=8)
     padded = np.concatenate([LOGITS, np.full(14, 99, np.float32)])
-    tokens, _ = draw(bench, padded, make_sampler(50, temperature=50.0, top_k=0, top_p=1.0, seed=1), times=300)
+    hot = make_sampler(64, temperature=50.0, top_k=0, top_p=1.0, seed=1, n_candidates=50)
+    tokens, _ = draw(bench, padded, hot, times=300)
     assert min(tokens) >= 0 and max(tokens) < 50 and len(set(tokens)) > 40
-    assert draw(bench, padded, make_sampler(50, temperature=0))[0] == [best]
+    assert draw(bench, padded, make_sampler(64, temperature=0, n_candidates=50))[0] == [best]
 
 
 def test_logits_that_are_no_numbers(bench: Bench) -> None:
@@ -89,6 +93,11 @@ def test_logits_that_are_no_numbers(bench: Bench) -> None:
         broken[17] = bad
         assert draw(bench, broken, make_sampler(50, seed=4))[0] == [-1]
     assert draw(bench, broken, make_sampler(50, temperature=0))[0] == [17]
+
+
+@pytest.mark.parametrize(("vocab", "rows"), [(70, 7), (5000, 7), (128256, 7), (32000, 64), (2000, 256)])
+def test_rows_of_many_slots(bench: Bench, vocab: int, rows: int) -> None:
+    check_rows(bench, vocab, 5 if rows < 50 else 2, rows=rows)
 
 
 def test_seeds(model: Model) -> None:
@@ -111,8 +120,8 @@ def test_a_nan_in_the_weights_is_an_error(model: Model) -> None:
         make_sampler(300, seed=1),
         make_sampler(300, temperature=0, repeat_penalty=2.0),
     ):
-        model.session.truncate()
-        with pytest.raises(Error, match="not numbers"):
-            model.session.prefill([1, 2], sampler)
-        with pytest.raises(Error, match="not numbers"):
-            model.session.step(3, sampler)
+        with model.exclusive() as session:
+            with pytest.raises(Error, match="not numbers"):
+                session.prefill([1, 2], sampler)
+            with pytest.raises(Error, match="not numbers"):
+                session.step(3, sampler)

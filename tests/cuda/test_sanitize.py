@@ -17,7 +17,7 @@ pytestmark = pytest.mark.gpu
 
 from numballama.config import ModelConfig
 from numballama.session import Session
-from tests.cuda.checks import SHARE, Bench, Pair, check_draws, check_runs, check_whole_runs, run_checked
+from tests.cuda.checks import SHARE, Bench, Pair, check_draws, check_rows, check_runs, check_whole_runs, run_checked
 from tests.cuda.gpu import LOGITS, fill_cache
 from tests.helpers.sampling import make_sampler
 
@@ -45,7 +45,7 @@ def test_sanitize_other_shapes() -> None:
     pair = Pair(ModelConfig(32, 16, 1, 4, 2, 20, 600), "f32", "f16")
     program, reference = pair.programs(1)
     fill_cache(pair, program)
-    run_checked(program, reference, [1], 590, 0, False)
+    run_checked(pair, program, reference, [1], 590, 0, False)
     pair.close()
 
 
@@ -53,6 +53,7 @@ def test_sanitize_sampling(bench: Bench) -> None:
     check_draws(bench, LOGITS, times=2, seed=1)
     check_draws(bench, LOGITS, times=1, seed=1, top_k=0, top_p=0.8)
     check_draws(bench, LOGITS, times=2, seed=1, repeat_penalty=1.3, top_k=0, top_p=1.0, min_p=0.1)
+    check_rows(bench, 300, 2)
     pair = Pair(ModelConfig(16, 16, 1, 2, 1, 40, 12))
     (decode, _), (prompt, _) = pair.programs(1), pair.programs(2)
     for sampler in (make_sampler(40, seed=1), make_sampler(40, temperature=0)):

@@ -1,4 +1,4 @@
-"""The CUDA kernels without a GPU: the tests of `simulated_kernels.py` and `simulated_detection.py`, by their names.
+"""The CUDA kernels without a GPU: the tests of `simulated_kernels.py` and its neighbours, by their names.
 
 Numba's simulator is chosen by an environment variable before Numba is imported, so these tests run in two processes of
 their own, each with half of the selected tests, once a session. For each test there is one here with its name, which
@@ -37,7 +37,8 @@ def names_of_tests(name: str) -> list[str]:
     return [f"{name}::{function}" for function in functions if function.startswith("test_")]
 
 
-TESTS = [test for name in ("simulated_kernels.py", "simulated_detection.py") for test in names_of_tests(name)]
+FILES = ("simulated_kernels.py", "simulated_rows.py", "simulated_detection.py")
+TESTS = [test for name in FILES for test in names_of_tests(name)]
 
 
 def start(*arguments: str, core: int = 0) -> subprocess.Popen[str]:

@@ -25,10 +25,10 @@ from numballama.cpu.compiler import compile_step
 from numballama.cpu.executor import ADDRESS, MAX_TOKENS, OPERANDS
 from numballama.ir import Graph, Op
 from numballama.model import Model
-from numballama.quantization import blocks
+from numballama.quantization import blocks, kv
 from numballama.quantization.convert import convert, from_bf16, from_f16
-from numballama.quantization.types import ACTIVATION_QUANT, BLOCKS, F32, WeightType
-from numballama.reference import ReferenceBackend, seen
+from numballama.quantization.types import ACTIVATION_QUANT, BLOCKS, F32, KV_BLOCK, WeightType
+from numballama.reference import ReferenceBackend, seen, visible_rows
 from numballama.registry import find
 from tests.helpers.gguf_files import random_blocks
 
@@ -95,10 +95,10 @@ def _odd(array: np.ndarray) -> np.ndarray:
 
 
 def poison(program: CpuProgram) -> None:
-    """Fill the arena and the KV cache with 0xFF: every float there is a NaN."""
+    """Fill the arena and the KV cache with 0xFF, not the page table: every float there is a NaN."""
     program.arena[:] = 0xFF
     for value in program.plan.graph.values.values():
-        if value.kind == "state":
+        if value.kind == "state" and value.dtype != "i32":
             program.value(value.name).view(np.uint8)[...] = 0xFF
 
 
@@ -129,6 +129,8 @@ def read(program: CpuProgram, name: str, tokens: int) -> np.ndarray:
     """The content of a value: all of a state, but of a temporary only the rows of the run's tokens."""
     value = program.plan.graph.values[name]
     array = program.value(name)
+    if value.dtype == "q8_0":
+        return kv.stored(array, value.shape, "q8_0")
     return stored(array if value.kind == "state" else array[: min(tokens, value.shape[0])], value.dtype)
 
 
@@ -180,7 +182,7 @@ def bound(kind: str) -> Callable[[Any], Any]:
 
 
 @bound("embedding")
-@bound("last")
+@bound("rows")
 @bound("argmax")
 def _exact(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
     return np.zeros(out.shape)
@@ -240,29 +242,36 @@ def _kv_write(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -
     result = np.zeros(out.shape)
     heads = e[0].reshape(len(x[0]), out.shape[1], out.shape[3])
     for t, (sequence, position) in enumerate(zip(x[3], x[2], strict=True)):
-        result[sequence, :, position] = heads[t] + TINY * (e[0].any() > 0)
+        page, place = divmod(position, out.shape[2])
+        result[x[4][sequence, page], :, place] = heads[t] + TINY * (e[0].any() > 0)
     return result
 
 
 def _storage(error: np.ndarray, written: np.ndarray, dtype: str) -> np.ndarray:
-    """Rounding to the cache's type: half a unit in the last of 11 (float16) or 8 (bfloat16) places. Others' places:
-    none."""
+    """Rounding to the cache's type: half a unit in the last of 11 (float16) or 8 (bfloat16) places, or in q8_0 half of
+    the block's scale, which is rounded to float16. Others' places: none."""
     if dtype == "f32":
         return error
+    if dtype == "q8_0":
+        largest = np.abs(np.nan_to_num(written, posinf=0, neginf=0)) + error
+        for first in range(0, written.shape[-1], KV_BLOCK):
+            block = largest[..., first : first + KV_BLOCK]
+            block[...] = block.max(axis=-1, keepdims=True)
+        return error + largest * ((0.5 + 1e-4) / 127 + 2.0**-11) + 127 * 2.0**-25
     rounding, least = (2.0**-11, 2.0**-25) if dtype == "f16" else (2.0**-8, 2.0**-134)
     return error * (1 + rounding) + rounding * np.abs(np.nan_to_num(written)) + least
 
 
 @bound("attention_scores")
 def _scores(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
-    q, cache, positions, sequences = x[:4]
+    q, cache, positions, sequences, page_table = x[:5]
     head_dim = cache.shape[3]
     heads = np.abs(q.reshape(len(q), -1, head_dim).astype(np.float64))
     result = np.zeros(out.shape)
     for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
         which = seen(position, attrs["window"])
-        keys = np.abs(np.repeat(cache[sequence, :, which], heads.shape[1] // cache.shape[1], axis=0))
-        result[t, :, which] = (head_dim + 8) * U * np.einsum("hd,hpd->hp", heads[t], keys) / head_dim**0.5
+        keys = np.abs(visible_rows(cache, page_table, sequence, position, attrs["window"], heads.shape[1]))
+        result[t, :, which] = (head_dim + 8) * U * np.einsum("hd,phd->hp", heads[t], keys) / head_dim**0.5
     return result + TINY
 
 
@@ -278,14 +287,12 @@ def _softmax(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) ->
 
 @bound("attention_values")
 def _values(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
-    weights, cache, positions, sequences = x[:4]
+    weights, cache, positions, sequences, page_table = x[:5]
     result = np.zeros((len(weights), weights.shape[1], cache.shape[3]))
     for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
         n, which = position + 1, seen(position, attrs["window"])
-        values = np.abs(
-            np.repeat(cache[sequence, :, which], weights.shape[1] // cache.shape[1], axis=0).astype(np.float64)
-        )
-        result[t] = np.einsum("hp,hpd->hd", (n + 8) * U * weights[t, :, which] + e[0][t, :, which], values)
+        values = np.abs(visible_rows(cache, page_table, sequence, position, attrs["window"], weights.shape[1]))
+        result[t] = np.einsum("hp,phd->hd", (n + 8) * U * weights[t, :, which] + e[0][t, :, which], values)
     return result.reshape(out.shape) + TINY
 
 
@@ -340,23 +347,28 @@ def assert_within(got: np.ndarray, want: Bounded, what: str) -> None:
         )
 
 
-def _in_float16(want: Bounded, got: np.ndarray) -> Bounded:
-    """Bounds after rounding to float16. A value is infinite if all values within its bounds are too large for float16.
-    If only a part of them is, it may be an infinity of that sign, or a number within the bounds.
-    """
+LARGEST = {"f16": 65504.0, "bf16": float(from_bf16(np.array([0x7F7F], np.uint16))[0]), "q8_0": 127 * 65504.0}
+"""The largest number of a cache's type, which stands for all finite numbers beyond it."""
+
+
+def _saturated(want: Bounded, dtype: str) -> Bounded:
+    """Bounds after what is finite and beyond the type became its largest number."""
     numbers, error = want
-    must = np.abs(numbers) - error >= 65520
-    may = np.isinf(got) & (np.copysign(1, got) * numbers + error >= 65520)
-    infinite = np.where(must, np.copysign(np.float32(np.inf), numbers), got)
-    return np.where(must | may, infinite, numbers), np.where(must | may, 0, error)
+    return np.where(np.isfinite(numbers), np.clip(numbers, -LARGEST[dtype], LARGEST[dtype]), numbers), error
 
 
 def check_step(
-    program: CpuProgram, step: int, tokens: int, weights: ReferenceBackend, execute: Callable[[], object]
+    program: CpuProgram,
+    step: int,
+    tokens: int,
+    weights: ReferenceBackend,
+    execute: Callable[[], object],
+    rows: int | None = None,
 ) -> None:
     """Run one step by `execute` and compare all that it wrote with the op's definition on the operands as they
-    were before."""
+    were before. `rows` is how many tokens have logits, default all."""
     graph, op = program.plan.graph, program.plan.steps[step].op
+    count = rows if rows is not None and program.plan.steps[step].of_rows else tokens
     operands: dict[str, np.ndarray] = {}
     for name in op.inputs:
         kind = graph.values[name].kind
@@ -365,11 +377,11 @@ def check_step(
         elif kind == "constant":
             operands[name] = np.array(graph.constants[name], np.float32)
         else:
-            operands[name] = read(program, name, tokens)
+            operands[name] = read(program, name, tokens if (op.kind, name) == ("rows", op.inputs[0]) else count)
     wanted = meaning(op, operands, graph)
     execute()
     for name, want in wanted.items():
-        got = read(program, name, tokens)
-        if graph.values[name].dtype == "f16":  # of the cache: what float16 cannot hold is infinite
-            want = _in_float16(want, got)
+        got = read(program, name, count)
+        if graph.values[name].dtype in LARGEST:
+            want = _saturated(want, graph.values[name].dtype)
         assert_within(got, want, f"step {step} {op.kind}: {name}")

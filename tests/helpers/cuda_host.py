@@ -81,7 +81,7 @@ def converted(weights: Mapping[str, Weight], kind: str, group: int = 32) -> dict
 
 
 def graph_of(
-    config: ModelConfig, weights: Mapping[str, Weight], kv: KVLayout, tokens: int, logits: str = "last",
+    config: ModelConfig, weights: Mapping[str, Weight], kv: KVLayout, tokens: int, logits: str = "rows",
     int8_activations: bool = False,
 ) -> Graph:  # fmt: skip
     """The graph of a model with these weights."""
@@ -176,11 +176,11 @@ def install(
 
     It lasts for the rest of the process, unless `patch` is a `monkeypatch.setattr`.
     """
-    from numballama.cuda import backend, compiler, decode_pipeline, driver, program, weights
+    from numballama.cuda import backend, compiler, decode_pipeline, driver, program, sampler_table, weights
 
     class HostLaunch:
         def __init__(self, device: HostDevice, kernel: Any, launch: Any) -> None:
-            self.name, self.launch = launch.name, launch
+            self.name, self.launch, self.only_for = launch.name, launch, launch.only_for
 
         def __call__(self) -> None:
             run(self.launch)
@@ -200,7 +200,9 @@ def install(
         "compile_kernel": compile_kernel or nothing,
         "compile_ahead": lambda *arguments: {},
     }.items():
-        users = [module for module in (backend, program, decode_pipeline, weights) if hasattr(module, name)]
+        users = [
+            module for module in (backend, program, decode_pipeline, sampler_table, weights) if hasattr(module, name)
+        ]
         assert users, f"nothing uses {name} any more: tests/helpers/cuda_host.py stands in for it"
         for module in users:
             patch(module, name, replacement)

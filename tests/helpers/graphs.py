@@ -18,7 +18,7 @@ SMALL = ModelConfig(16, 24, 2, 4, 2, 20, 8)
 
 
 def llama(
-    config: ModelConfig = SMALL, tokens: int = 1, logits: Logits = "last", kind: str = "f32", int8: bool = False
+    config: ModelConfig = SMALL, tokens: int = 1, logits: Logits = "rows", kind: str = "f32", int8: bool = False
 ) -> Graph:
     types = {name: WeightType(kind, 32) if len(shape) == 2 else F32 for name, shape in config.weight_shapes().items()}
     return build(config, types, KVLayout.of(config, config.context), tokens, logits, int8)
@@ -36,11 +36,11 @@ def graphs(draw: st.DrawFn) -> Graph:
     live = [graph.input(f"in{index}", shape, "f32") for index, shape in enumerate(shapes)]
     for index in range(draw(st.integers(1, 25))):
         a = draw(st.sampled_from(live))
-        kind = draw(st.sampled_from(["add", "swiglu", "last", "quantize"]))
+        kind = draw(st.sampled_from(["add", "swiglu", "softmax", "quantize"]))
         if kind == "quantize":
             _, scales = graph.add(kind, a, out=(f"q{index}", f"s{index}"), group=draw(st.integers(1, 9)))
             live.append(scales)
-        elif kind == "last":
+        elif kind == "softmax":
             live.append(graph.add(kind, a, out=f"v{index}"))
         else:
             b = draw(st.sampled_from([value for value in live if value.shape == a.shape]))

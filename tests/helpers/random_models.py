@@ -16,6 +16,7 @@ from numballama.export import WRITERS
 from numballama.graph import KVLayout, build
 from numballama.quantization.types import F32
 from numballama.reference import ReferenceBackend
+from tests.helpers.paging import give_pages
 
 SMALL = ModelConfig(24, 10, 2, 6, 2, 11, 7, tied_embeddings=False)
 
@@ -39,8 +40,11 @@ def random_checkpoint(config: ModelConfig, seed: int = 0) -> Checkpoint:
 
 def reference_logits(config: ModelConfig, weights: Mapping[str, Weight], ids: Sequence[int]) -> np.ndarray:
     """Logits after each token, by the NumPy reference, in a cache just long enough."""
-    graph = build(config, {n: w.type for n, w in weights.items()}, KVLayout.of(config, len(ids)), len(ids), "all")
-    program = ReferenceBackend(weights).program(graph)
+    kv = KVLayout.of(config, len(ids))
+    graph = build(config, {n: w.type for n, w in weights.items()}, kv, len(ids), "all")
+    backend = ReferenceBackend(weights)
+    program = backend.program(graph)
+    give_pages(backend, kv)
     for name, values in (("ids", ids), ("positions", range(len(ids))), ("sequences", 0)):
         program.inputs[name][:] = values
     program.run(len(ids))

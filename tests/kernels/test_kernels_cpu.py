@@ -29,6 +29,7 @@ from numballama.quantization.convert import dequantize, from_bf16, from_f16, to_
 from numballama.quantization.types import BLOCKS, KV_TYPES, LINEAR_TYPES, VEC_DOT_TYPE
 from numballama.reference import ReferenceBackend
 from tests.helpers.bounds import as_weight, check_step, compiled, cpu_backend, poison, read, run_workers
+from tests.helpers.paging import in_cache, shuffled_table
 
 SIZES = st.one_of(
     st.integers(1, 9), st.sampled_from([15, 16, 17, 31, 33, 63, 64, 65, 96, 100, 127, 128, 130, 160, 172, 192, 256])
@@ -126,20 +127,24 @@ class Case:
             st.sampled_from([(1, 1), (1, 2), (1, 8), (2, 1), (2, 3), (3, 1), (2, 4)])
         )
         self.head_dim = self.draw(st.sampled_from([2, 4, 6, 8, 16, 18, 32, 48, 64, 66]))
-        self.sequences, self.context = self.draw(st.integers(1, 3)), self.draw(st.integers(1, 20))
+        self.sequences, self.page = self.draw(st.integers(1, 3)), self.draw(st.sampled_from([1, 3, 4, 16, 32]))
+        self.pages_per_sequence = self.draw(st.integers(1, 20 // self.page + 1))
+        self.context = self.page * self.pages_per_sequence
         self.rows = min(self.rows, self.sequences * self.context)
         self.tokens = min(self.tokens, self.rows)
         places = self.rng.permutation(self.sequences * self.context)[: self.rows].astype(np.int32)
         self.positions = self.input("positions", places % self.context)
         self.sequence = self.input("sequences", places // self.context)
+        table = shuffled_table(self.sequences, self.pages_per_sequence, self.draw(st.integers(0, 9)))
+        self.states["page_table"] = table
+        self.where = self.positions, self.sequence, self.graph.state("page_table", table.shape, "i32")
         self.interleaved = self.draw(st.integers(0, 1))
         self.window = self.draw(st.sampled_from([0, 0, 1, 2, 5, 100]))
         self.cache_type = self.draw(st.sampled_from(KV_TYPES))
 
     def cache(self, name: str) -> Value:
-        shape = (self.sequences, self.kv_heads, self.context, self.head_dim)
-        numbers = self.numbers(*shape)
-        self.states[name] = {"f32": lambda a: a, "f16": to_f16, "bf16": to_bf16}[self.cache_type](numbers)
+        shape = (1 + self.sequences * self.pages_per_sequence, self.kv_heads, self.page, self.head_dim)
+        self.states[name] = in_cache(self.numbers(*shape), self.cache_type)
         return self.graph.state(name, shape, self.cache_type)
 
     def angles(self) -> Value:
@@ -152,7 +157,7 @@ class Case:
         )
 
     def write(self, x: Value, name: str) -> Value:
-        return self.graph.add("kv_write", x, self.cache(name), self.positions, self.sequence, out=f"{name}'")
+        return self.graph.add("kv_write", x, self.cache(name), *self.where, out=f"{name}'")
 
 
 Build = Callable[[Case], Graph]
@@ -239,7 +244,7 @@ def _(c: Case) -> Graph:
 def _(c: Case) -> Graph:
     c.heads()
     q = c.x("q", c.rows, c.kv_heads * c.shared * c.head_dim)
-    c.graph.add("attention_scores", q, c.cache("k"), c.positions, c.sequence, out="y", window=c.window)
+    c.graph.add("attention_scores", q, c.cache("k"), *c.where, out="y", window=c.window)
     return c.done("y")
 
 
@@ -259,7 +264,7 @@ def _(c: Case) -> Graph:
     c.heads()
     weights = np.abs(c.numbers(c.rows, c.kv_heads * c.shared, c.context))
     weights = c.input("weights", weights / weights.sum(axis=2, keepdims=True))
-    c.graph.add("attention_values", weights, c.cache("v"), c.positions, c.sequence, out="y", window=c.window)
+    c.graph.add("attention_values", weights, c.cache("v"), *c.where, out="y", window=c.window)
     return c.done("y")
 
 
@@ -277,9 +282,11 @@ def _(c: Case) -> Graph:
     return c.done("y")
 
 
-@case("last")
+@case("rows")
 def _(c: Case) -> Graph:
-    c.graph.add("last", c.x("x", c.rows, c.draw(SIZES)), out="y")
+    x = c.x("x", c.rows, c.draw(SIZES))
+    chosen = c.rng.integers(0, c.tokens, c.draw(st.integers(1, c.rows))).astype(np.int32)
+    c.graph.add("rows", x, c.input("rows", chosen), out="y")
     return c.done("y")
 
 
@@ -405,7 +412,7 @@ def _layer(c: Case) -> tuple[Value, Value, Value]:
 def _(c: Case) -> Graph:
     q, k_cache, _ = _layer(c)
     # the pass starts from the scores; the comparison below is of every step, so they do no harm
-    c.graph.add("attention_scores", q, k_cache, c.positions, c.sequence, out="scores", window=c.window)
+    c.graph.add("attention_scores", q, k_cache, *c.where, out="scores", window=c.window)
     return c.done("scores")
 
 
@@ -416,9 +423,9 @@ def _(c: Case) -> Graph:
         c.scale, np.float32(4)
     )  # scores of 1e8 are known to a few units only: their exponentials mean nothing
     q = c.x("q", c.rows, c.kv_heads * c.shared * c.head_dim)
-    scores = c.graph.add("attention_scores", q, c.cache("k"), c.positions, c.sequence, out="scores", window=c.window)
+    scores = c.graph.add("attention_scores", q, c.cache("k"), *c.where, out="scores", window=c.window)
     p = c.graph.add("softmax", scores, out="p")
-    c.graph.add("attention_values", p, c.cache("v"), c.positions, c.sequence, out="y", window=c.window)
+    c.graph.add("attention_values", p, c.cache("v"), *c.where, out="y", window=c.window)
     return c.done("y")
 
 
@@ -593,20 +600,18 @@ def test_cache_rounds_every_kind_of_number_to_the_nearest(dtype: str) -> None:
     graph = Graph("cache")
     tokens = numbers.size // 64
     x, positions = graph.input("x", (tokens, 64), "f32"), graph.input("p", (tokens,), "i32")
-    cache = graph.state("cache", (1, 1, tokens, 64), dtype)
-    graph.add("kv_write", x, cache, positions, graph.input("s", (tokens,), "i32"), out="cache'")
+    cache, table = graph.state("cache", (1, 1, tokens, 64), dtype), graph.state("page_table", (1, 1), "i32")
+    graph.add("kv_write", x, cache, positions, graph.input("s", (tokens,), "i32"), table, out="cache'")
     program = compiled(cpu_backend(), graph)
     program.inputs["x"][:] = numbers.reshape(tokens, 64)
     program.inputs["p"][:], program.inputs["s"][:] = range(tokens), 0
     program.run(tokens)
     got = program.value("cache").reshape(-1)
-    if dtype == "f16":
-        with np.errstate(over="ignore"):
-            want = numbers.astype(np.float16).view(np.uint16)
-    else:
-        wide = numbers.view(np.uint32).astype(np.uint64)
-        want = ((wide + 0x7FFF + ((wide >> 16) & 1)) >> 16).astype(np.uint16)
+    with np.errstate(over="ignore"):
+        want = (to_f16 if dtype == "f16" else to_bf16)(numbers)
     nan = np.isnan(numbers)
+    assert not np.isinf(read(program, "cache", 0).reshape(-1)[np.isfinite(numbers)]).any()  # the largest number instead
+    assert np.isinf(read(program, "cache", 0).reshape(-1)[np.isinf(numbers)]).all()
     np.testing.assert_array_equal(got[~nan], want[~nan])
     assert np.isnan(read(program, "cache", 0).reshape(-1)[nan]).all()
 

@@ -26,9 +26,10 @@ from numballama.fusion import FUSIONS
 from numballama.graph import KVLayout, build
 from numballama.quantization.convert import convert
 from numballama.quantization.types import F32, WeightType
-from numballama.reference import ReferenceBackend, ReferenceProgram
+from numballama.reference import ReferenceBackend, ReferenceProgram, sequence_rows
 from numballama.session import Session
 from tests.helpers.bounds import check_step, compiled, cpu_backend, poison, poison_dead, read
+from tests.helpers.paging import give_pages
 from tests.helpers.random_models import architectures, random_checkpoint
 
 TYPES = {"f32": F32, "f16": WeightType("f16"), "bf16": WeightType("bf16")}
@@ -55,6 +56,8 @@ def feed(program: CpuProgram | ReferenceProgram, ids: Sequence[int], start: int,
     program.inputs["ids"][: len(ids)] = ids
     program.inputs["positions"][: len(ids)] = range(start, start + len(ids))
     program.inputs["sequences"][: len(ids)] = sequence
+    if "rows" in program.inputs:
+        program.inputs["rows"][0] = len(ids) - 1
 
 
 def run_checked(
@@ -69,15 +72,18 @@ def run_checked(
     for step, planned in enumerate(program.plan.steps):
         own = poison_dead(program, step)
         before = program.arena.copy()
-        check_step(program, step, tokens, reference.backend, lambda step=step: program.run(tokens, step, step + 1))
+        check_step(
+            program, step, tokens, reference.backend, lambda step=step: program.run(tokens, step, step + 1), rows=1
+        )
         np.testing.assert_array_equal(program.arena[~own], before[~own], err_msg=f"step {step} wrote to others' memory")
         for name in planned.op.outputs if whole else ():
-            got, want = read(program, name, tokens), reference.values[name]
+            got, want = read(program, name, 1 if planned.of_rows else tokens), reference.values[name]
             if graph.values[name].dtype == "i32":
                 continue  # argmax chooses among near equals; the op itself was compared above
             if graph.values[name].kind == "state":
-                seen = slice(0, start + tokens)
-                got, want = got[sequence, :, seen], want[sequence, :, seen]
+                where = reference.backend.states["page_table"], sequence, got.shape[2], slice(0, start + tokens)
+                pages, places = sequence_rows(*where)
+                got, want = got[pages, :, places], want[pages, :, places]
             masked = np.isneginf(want)
             np.testing.assert_array_equal(np.isneginf(got), masked, err_msg=name)
             largest = np.abs(want[~masked]).max()
@@ -96,6 +102,7 @@ def models(kinds: Sequence[str], caches: Sequence[str]) -> st.SearchStrategy[dic
         "kv": st.sampled_from(caches),
         "seed": st.integers(0, 1000),
         "workers": st.integers(1, 2),
+        "page": st.sampled_from([1, 3, 16, 32, 64]),
     })  # fmt: skip
 
 
@@ -113,13 +120,17 @@ class Pair:
         self.int8 = drawn["kind"] == "int8 activations"
         kind = "int8" if self.int8 else drawn["kind"]
         self.weights = converted(random_checkpoint(self.config, drawn["seed"]).weights, kind, drawn["group"])
-        self.kv = KVLayout.of(self.config, self.config.context, drawn["kv"], sequences)
+        page = drawn.get("page", 4)
+        self.kv = KVLayout.of(self.config, self.config.context, drawn["kv"], sequences, page=page)
         self.cpu, self.reference = cpu_backend(self.weights, drawn["workers"]), ReferenceBackend(self.weights)
         self.floats = drawn["kv"] == "f32" and not self.int8
 
     def programs(self, tokens: int, logits: str, fusions: bool | Sequence[str]) -> tuple[CpuProgram, ReferenceProgram]:
         graph = graph_of(self.config, self.weights, self.kv, tokens, logits, self.int8)
-        return compiled(self.cpu, graph, fusions), self.reference.program(graph)
+        programs = compiled(self.cpu, graph, fusions), self.reference.program(graph)
+        for backend in (self.cpu, self.reference):
+            give_pages(backend, self.kv)
+        return programs
 
     def ids(self, rng: np.random.Generator, count: int) -> list[int]:
         return [int(token) for token in rng.integers(0, self.config.vocab_size, count)]
@@ -133,12 +144,12 @@ def test_every_value_of_prefill_and_decode(
 ) -> None:
     pair = Pair(drawn, sequences=data.draw(st.integers(1, 2)))
     chunk = data.draw(st.integers(2, 9), "most tokens of a prefill")
-    prefill = pair.programs(chunk, data.draw(st.sampled_from(["last", "all"])), fusions)
-    decode = pair.programs(1, "last", fusions)
+    prefill = pair.programs(chunk, data.draw(st.sampled_from(["rows", "all"])), fusions)
+    decode = pair.programs(1, "rows", fusions)
     rng = np.random.default_rng(drawn["seed"])
     poison(prefill[0])
     poison(decode[0])
-    for sequence in range(pair.kv.sequences):
+    for sequence in range(pair.kv.slots):
         start = 0
         for programs, most in ((prefill, chunk), (prefill, chunk), (decode, 1), (decode, 1)):
             count = min(data.draw(st.integers(1, most)), pair.config.context - start)
@@ -176,8 +187,8 @@ def test_prefill_in_chunks_equals_token_by_token(drawn: dict[str, Any], data: st
     context = pair.config.context
     count = data.draw(st.integers(1, context))
     ids = pair.ids(np.random.default_rng(2), count)
-    decode, _ = pair.programs(1, "last", True)
-    chunked, _ = pair.programs(data.draw(st.integers(1, 8)), "last", True)
+    decode, _ = pair.programs(1, "rows", True)
+    chunked, _ = pair.programs(data.draw(st.integers(1, 8)), "rows", True)
     everything, reference = pair.programs(context, "all", True)
     for program in (decode, chunked, everything):
         poison(program)
@@ -213,7 +224,7 @@ def test_sessions_of_two_sequences_share_programs() -> None:
     config = ModelConfig(16, 24, 2, 4, 2, 30, 12)
     drawn = {"config": config, "pairing": INTERLEAVED, "kind": "f32", "group": 32, "kv": "f32", "seed": 4, "workers": 1}
     pair = Pair(drawn, sequences=2)
-    (decode, reference), (prompt, _) = pair.programs(1, "last", True), pair.programs(4, "last", True)
+    (decode, reference), (prompt, _) = pair.programs(1, "rows", True), pair.programs(4, "rows", True)
     poison(decode)
     sessions = [Session(decode, prompt, config.context, config.vocab_size, sequence) for sequence in (0, 1)]
     ids = [pair.ids(np.random.default_rng(sequence), 11) for sequence in (0, 1)]
@@ -267,7 +278,7 @@ def test_a_step_that_is_skipped_is_noticed() -> None:
         "kv": "f32",
     }
     pair = Pair({**drawn, "seed": 0, "workers": 1})
-    program, reference = pair.programs(3, "last", True)
+    program, reference = pair.programs(3, "rows", True)
     for skipped in range(len(program.plan.steps)):
         poison(program)
         run = program.run

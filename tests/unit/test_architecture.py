@@ -28,27 +28,33 @@ TESTS = Path(__file__).parents[1]
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = """
-    errors validation config rope memory progress
+    errors validation progress
+    host: cgroup environment interrupts
+    config rope memory
     checkpoint
-    quantization: types blocks activations convert policy
+    quantization: types blocks activations convert kv policy
     files hub
     tokenizers: eog base partition sentencepiece_proto sentencepiece pretokenizers library bpe tiktoken huggingface \
             scored llama2c gguf
     formats: limits tensors tensor_names json_reader rope_permute safetensors gguf.header gguf.split gguf.tokenizer \
-            gguf.reader gguf.writer hf.config hf.text_settings tokenizer_files hf.text_files hf.reader hf.writer \
-            llama2c.layout llama2c.llama2c llama2c.kuiper meta.torch_zip meta.reader
+            gguf.reader gguf.writer meta.torch_zip hf.config hf.tensor_map hf.weight_files hf.quantized \
+            hf.text_settings tokenizer_files hf.text_files hf.reader hf.writer llama2c.layout llama2c.llama2c \
+            llama2c.kuiper meta.reader
     loader
     visualize ir ops registry graph fusion plan
     kernel_cache
     sampling
-    cpu: fork compiler intrinsics vecdot tiling vecdot_int8 matmul kernels_cpu kernels_int8 ops sampling executor \
-            bandwidth timing backend
-    cuda: repack launch lowering intrinsics quant_traits kernels.params mma ops.gemv ops.elementwise ops.gemm \
-            ops.linear ops.attention ops.sampling kernels.common kernels.reduce kernels.dequant kernels.dot \
-            kernels.gemv kernels_cuda kernels.gemm kernels.decode_attention kernels.prefill_attention \
-            kernels.sampling kernels.copy compiler driver compile_worker weights decode_pipeline program bandwidth \
-            timing backend
-    reference backend session generate
+    cpu: fork compiler intrinsics workers vecdot tiling vecdot_int8 matmul kv_cache kernels_cpu kernels_int8 ops \
+            sampling executor bandwidth timing backend
+    cuda: repack launch lowering intrinsics quant_traits kernels.params mma fragments ops.gemv ops.elementwise \
+            ops.gemm ops.skinny ops.linear ops.attention ops.sampling kernels.common kernels.reduce kernels.dequant \
+            kernels.dot kernels.gemv kernels_cuda kernels.kv_q8_0 kernels.gemm kernels.skinny_x kernels.skinny_sum \
+            kernels.skinny kernels.kv_source kernels.decode_attention kernels.rows_attention \
+            kernels.prefill_attention kernels.logits kernels.sampling kernels.copy compiler driver compile_worker \
+            weights sampler_table decode_pipeline program bandwidth timing backend
+    reference backend session
+    engine: interrupts sequence pages runner request driver stats scheduler engine capacity model_runner
+    generate
     chat: sandbox builtin_templates template encoder conversation
     export inspection
     bench: traffic debug profiler trace benchmark
@@ -392,7 +398,7 @@ def test_a_gpu_with_kernels_in_the_cache_needs_no_numba() -> None:
         "from numballama.cuda import compiler, launch\n"
         "from numballama.cuda.ops import elementwise\n"
         "array = launch.Array(256, (4, 64), 'f32')\n"
-        "ctx = launch.LaunchContext(4, 1 << 16, array, lambda n: array)\n"
+        "ctx = launch.LaunchContext(4, 1 << 16, array, array, lambda n: array)\n"
         "(one,) = elementwise.add(ctx, array, array, array)\n"
         "assert compiler.cache_entry(one.specialization, (9, 0), Path('cache')) is not None"
     )

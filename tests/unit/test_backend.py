@@ -22,7 +22,7 @@ from tests.helpers.random_models import random_checkpoint, save
 CONFIG = ModelConfig(16, 24, 2, 4, 2, 30, 40)
 WEIGHTS = random_checkpoint(CONFIG).weights
 GRAPH = build(
-    CONFIG, {name: weight.type for name, weight in WEIGHTS.items()}, KVLayout.of(CONFIG, 40, "f32"), 4, "last"
+    CONFIG, {name: weight.type for name, weight in WEIGHTS.items()}, KVLayout.of(CONFIG, 40, "f32"), 4
 )
 
 
@@ -54,12 +54,14 @@ def test_programs_of_all_backends_agree(backend: Backend) -> None:
     backend.prepare(program)
     program.inputs["ids"][:3], program.inputs["positions"][:3] = [1, 2, 3], [0, 1, 2]
     before = program.entries
+    program.inputs["rows"][0] = 2
     assert program.run(3) == 0 and program.entries >= before
     expected = open_backend("reference", WEIGHTS).program(GRAPH)
     expected.inputs["ids"][:3], expected.inputs["positions"][:3] = [1, 2, 3], [0, 1, 2]
+    expected.inputs["rows"][0] = 2
     expected.run(3)
     np.testing.assert_allclose(program.value("logits"), expected.value("logits"), rtol=1e-4, atol=1e-4)
-    assert program.graph.ops[program.prefill_end].kind == "last"
+    assert program.graph.ops[program.prefill_end].kind == "rows"
     assert len(program.kernel_names()) == len(program.graph.ops)
     assert (program.plan is None) == (backend.name == "reference")
     backend.synchronize()

@@ -24,7 +24,7 @@ from numballama.formats.hf.writer import write_safetensors
 from numballama.loader import STORY_MODEL, open_checkpoint
 from numballama.quantization.convert import convert, dequantize, relative_error
 from numballama.quantization.types import BF16, F16, F32, Q8_0, WeightType
-from tests.helpers.gguf_files import letters
+from tests.helpers.gguf_files import edited, entries_of, letters, u32
 from tests.helpers.gguf_files import save as save_gguf
 from tests.helpers.random_models import SMALL, architectures, random_checkpoint, reference_logits, save
 
@@ -233,6 +233,23 @@ def test_ids_that_end_a_turn_go_along(tmp_path: Path) -> None:
     assert done.notes == ("GGUF holds two ids that end a text; left out: 9",)
     assert set(open_checkpoint(tmp_path / "m.gguf").stop_token_ids) == {2, 7}
     assert Header(map_file(tmp_path / "m.gguf")).text("general.name") == "Model-2.5"
+
+
+@pytest.mark.parametrize("rows", [296, 300, 304])
+def test_a_vocabulary_and_an_embedding_of_different_sizes(tmp_path: Path, rows: int) -> None:
+    """A GGUF file gets a token for each row: the others are left out, missing ones are padding."""
+    config = replace(WIDE, vocab_size=rows)
+    data = save_gguf(tmp_path / "whole.gguf", WIDE, tokenizer=letters(300)).read_bytes()
+    tokens: dict[str, bytes | None] = {
+        key: data[start:end] for key, (start, end) in entries_of(data).items() if key.startswith("tokenizer.")
+    }
+    source = save_gguf(tmp_path / "source.gguf", config)
+    eot = u32("tokenizer.ggml.eot_token_id", 299)  # beyond the embedding in the first case
+    source.write_bytes(edited(source, tokens | {"tokenizer.ggml.eot_token_id": eot}))
+    export_model(source, tmp_path / "copy.gguf", "gguf")
+    opened = open_checkpoint(tmp_path / "copy.gguf")
+    assert opened.tokenizer is not None and opened.tokenizer.vocab_size == rows
+    assert set(opened.stop_token_ids) == ({2, 299} if rows >= 300 else {2})
 
 
 def test_parts_are_not_kept_in_memory_by_an_export(tmp_path: Path) -> None:

@@ -336,8 +336,9 @@ def test_settings_that_are_refused_at_once(model: Model) -> None:
     for call in (model.generate, model.stream):
         with pytest.raises(Error, match="unknown sampling option heat; choose from max_tokens"):
             call("x", heat=1)  # type: ignore[call-overload, call-arg]
-        with pytest.raises(UnsupportedError, match="min_tokens"):
-            call("x", min_tokens=3)
+        for options in ({"n": 2}, {"logprobs": 3}):
+            with pytest.raises(UnsupportedError, match="neither n > 1 nor logprobs"):
+                call("x", **options)  # type: ignore[call-overload]
         with pytest.raises(Error, match="params must be SamplingParams"):
             call("x", params={"seed": 1})  # type: ignore[call-overload, arg-type]
 

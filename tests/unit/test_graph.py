@@ -34,13 +34,18 @@ def test_a_layer_reads_like_the_model() -> None:
     assert {name for name, value in graph.values.items() if value.kind == "input"} == {"ids", "positions", "sequences"}
 
 
-def test_logits_of_the_last_token_or_of_all() -> None:
+def test_logits_of_chosen_rows_or_of_all() -> None:
     for tokens in (1, 4):
-        last, whole = llama(tokens=tokens), llama(tokens=tokens, logits="all")
-        assert last.outputs == ["logits", "next"] and whole.outputs == ["logits"]
-        assert last.values["logits"].shape == (1, SMALL.vocab_size) and last.values["next"].shape == (1,)
+        chosen, whole = llama(tokens=tokens), llama(tokens=tokens, logits="all")
+        assert chosen.outputs == whole.outputs == ["logits", "next"]
+        assert chosen.values["logits"].shape == (1, SMALL.vocab_size) and chosen.values["next"].shape == (1,)
         assert whole.values["logits"].shape == (tokens, SMALL.vocab_size)
-        assert kinds(last)["last"] == (tokens > 1) and kinds(whole)["last"] == 0
+        assert kinds(chosen)["rows"] == (tokens > 1) and kinds(whole)["rows"] == 0
+        assert ("rows" in chosen.values) == (tokens > 1)
+    types = dict.fromkeys(SMALL.weight_shapes(), F32)
+    for slots, tokens, rows in ((3, 5, 3), (3, 2, 2)):
+        graph = build(SMALL, types, KVLayout.of(SMALL, 8, slots=slots), tokens)
+        assert graph.values["rows"].shape == (rows,) and graph.values["logits"].shape == (rows, SMALL.vocab_size)
     assert llama().name == "llama, 1 token" and llama(tokens=4).name == "llama, 4 tokens"
 
 
@@ -109,9 +114,11 @@ def test_an_architecture_of_its_own_has_a_layer_of_its_own(monkeypatch: pytest.M
 
 
 def test_layout_of_the_kv_cache() -> None:
-    layout = KVLayout.of(SMALL, 7, "f16", sequences=3)
-    assert layout.shape == (3, SMALL.n_kv_heads, 7, SMALL.head_dim)
-    assert layout.nbytes == 2 * SMALL.n_layers * 3 * SMALL.n_kv_heads * 7 * SMALL.head_dim * 2
+    layout = KVLayout.of(SMALL, 7, "f16", slots=3, page=4)
+    assert layout.shape == (1 + 3 * 2, SMALL.n_kv_heads, 4, SMALL.head_dim)
+    assert layout.table_shape == (4, 2) and layout.max_length == 8 and layout.tokens == 24
+    assert layout.nbytes == 2 * SMALL.n_layers * 7 * SMALL.n_kv_heads * 4 * SMALL.head_dim * 2
+    assert KVLayout.of(SMALL, 7, "f16", slots=3, page=4, tokens=9).pages == 1 + 3
     graph = build(SMALL, dict.fromkeys(SMALL.weight_shapes(), F32), layout)
     states = [value for value in graph.values.values() if value.kind == "state" and value.alias is None]
-    assert sum(value.nbytes for value in states) == layout.nbytes
+    assert sum(value.nbytes for value in states if value.name != "page_table") == layout.nbytes

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,6 +15,9 @@ import numballama
 from numballama import hub
 from numballama.errors import Error, FormatError
 from numballama.loader import open_checkpoint
+from tests.helpers.gguf_files import CONFIG, save, split
+from tests.helpers.hf_files import tensors
+from tests.helpers.torch_files import save_torch
 
 
 def test_hub_ids() -> None:
@@ -57,6 +62,182 @@ def test_offline_says_what_to_download(monkeypatch: pytest.MonkeyPatch, tmp_path
     text = str(caught.value)
     assert text.startswith("owner/name: no such file or directory, and the hub is switched off (HF_HUB_OFFLINE)")
     assert "config.json" in text and "https://huggingface.co/owner/name" in text and str(tmp_path) in text
+
+
+# ---- names ----
+
+
+@pytest.mark.parametrize(
+    ("name", "repository", "tag", "file"),
+    [
+        ("a/b", "a/b", None, None),
+        ("bartowski/Llama-3.2-1B-Instruct-GGUF:Q4_K_M", "bartowski/Llama-3.2-1B-Instruct-GGUF", "Q4_K_M", None),
+        ("a/b:iq4_xs", "a/b", "iq4_xs", None),
+        ("a/b:UD-Q4_K_XL", "a/b", "UD-Q4_K_XL", None),
+        ("a/b:latest", "a/b", None, None),
+        ("a/b/c.gguf", "a/b", None, "c.gguf"),
+        ("a/b/Q4_K_M/c-00001-of-00002.GGUF", "a/b", None, "Q4_K_M/c-00001-of-00002.GGUF"),
+        ("hf.co/a/b:Q8_0", "a/b", "Q8_0", None),
+        ("https://huggingface.co/a/b", "a/b", None, None),
+        ("https://huggingface.co/a/b/tree/main", "a/b", None, None),
+        ("https://huggingface.co/a/b/blob/main/d/c.gguf", "a/b", None, "d/c.gguf"),
+        ("https://huggingface.co/a/b/resolve/main/c.gguf?download=true", "a/b", None, "c.gguf"),
+    ],
+)
+def test_names(name: str, repository: str, tag: str | None, file: str | None) -> None:
+    assert hub.parse(name) == hub.Name(repository, tag, file)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model", "a/b/c", "a/b:", "a/b:Q4 K", "a/b:../x", "a/b.gguf", "a/b.gguf:Q4", "../b/c.gguf", "./a/c.gguf",
+     "/a/b/c.gguf", "~/a/c.gguf", "a//b.gguf", "a/b/../c.gguf", "C:/a/b.gguf", "hf.co/a", "https://example.org/a/b",
+     "a/b/c.safetensors", ""],
+)  # fmt: skip
+def test_other_names(name: str) -> None:
+    assert hub.parse(name) is None
+
+
+# ---- which GGUF file ----
+
+GIB = 1 << 30
+FILES = {
+    "README.md": 9, "imatrix.dat": 9, "m-imatrix.gguf": 9, "mmproj-m-F16.gguf": GIB, "mtp-m-Q8_0.gguf": GIB,
+    "m-BF16.gguf": 16 * GIB, "m-F16.gguf": 16 * GIB, "m-IQ2_M.gguf": 2 * GIB, "m-Q2_K.gguf": 3 * GIB,
+    "m-Q4_K_M.gguf": 5 * GIB, "m-Q4_K_S.gguf": 4 * GIB, "m-Q6_K.gguf": 6 * GIB, "m-Q8_0.gguf": 8 * GIB,
+    "f32/m-f32-00001-of-00002.gguf": 16 * GIB, "f32/m-f32-00002-of-00002.gguf": 16 * GIB,
+    "m-Q5_K_M-00001-of-00003.gguf": 2 * GIB, "m-Q5_K_M-00003-of-00003.gguf": 2 * GIB,  # the second is missing
+}  # fmt: skip
+
+
+def chosen(name: str, free: int | None = None, files: dict[str, int] = FILES) -> str | None:
+    parsed = hub.parse(name)
+    assert parsed is not None
+    model = hub.choose(hub.gguf_models(files), parsed, free)
+    return None if model is None else model.parts[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "file"),
+    [
+        ("a/b:Q4_K_M", "m-Q4_K_M.gguf"),
+        ("a/b:q4_k_m", "m-Q4_K_M.gguf"),
+        ("a/b:Q4_K", None),
+        ("a/b:F16", "m-F16.gguf"),  # llama.cpp takes BF16, in which F16 stands as well
+        ("a/b:bf16", "m-BF16.gguf"),
+        ("a/b:f32", "f32/m-f32-00001-of-00002.gguf"),
+        ("a/b:IQ2_M", "m-IQ2_M.gguf"),  # asked for by name, read or not
+        ("a/b:Q5_K_M", None),
+        ("a/b:Q3_K_M", None),
+        ("a/b/M-Q2_K.gguf", "m-Q2_K.gguf"),
+        ("a/b/f32/m-f32-00002-of-00002.gguf", "f32/m-f32-00001-of-00002.gguf"),
+        ("a/b/m-Q3_K.gguf", None),
+    ],
+)
+def test_a_gguf_file_by_type_or_name(name: str, file: str | None) -> None:
+    assert chosen(name, free=1) == file, "what is asked for is not measured against the memory"
+
+
+@pytest.mark.parametrize(
+    ("free", "file"),
+    [(None, "m-Q4_K_M.gguf"), (100 * GIB, "m-Q4_K_M.gguf"), (6 * GIB, "m-Q4_K_S.gguf"), (4 * GIB, "m-Q2_K.gguf"),
+     (GIB, "m-Q2_K.gguf")],
+)  # fmt: skip
+def test_without_a_type_the_memory_decides(free: int | None, file: str) -> None:
+    assert chosen("a/b", free) == file
+
+
+def test_without_a_type_and_without_the_preferred_ones() -> None:
+    files = {name: size for name, size in FILES.items() if "Q4_K_M" not in name}
+    assert chosen("a/b", 100 * GIB, files) == "m-Q8_0.gguf"
+    files = {name: size for name, size in files.items() if "Q8_0" not in name}
+    assert chosen("a/b", 100 * GIB, files) == "f32/m-f32-00001-of-00002.gguf"
+    assert chosen("a/b", 30 * GIB, files) in ("m-F16.gguf", "m-BF16.gguf")
+    assert chosen("a/b", 1, {"model.gguf": 5}) == "model.gguf"
+    assert chosen("a/b", 1, {"m-IQ1_S.gguf": 5}) == "m-IQ1_S.gguf", "an error will say what it is"
+    assert chosen("a/b", 1, {"README.md": 5}) is None
+
+
+class FakeHub:
+    """A hub of one repository in place of the library's functions. `asked` has the patterns of every download."""
+
+    def __init__(self, folder: Path, online: bool = True) -> None:
+        self.folder, self.online, self.asked = folder, online, list[list[str]]()
+
+    def list_repo_tree(self, _: object, name: str, **options: Any) -> Any:
+        if not self.online:
+            raise ConnectionError("no network")
+        files = [path for path in self.folder.rglob("*") if path.is_file()]
+        return [SimpleNamespace(path=str(p.relative_to(self.folder)), size=p.stat().st_size) for p in sorted(files)]
+
+    def snapshot_download(self, name: str, allow_patterns: list[str] | None = None, **options: Any) -> str:
+        if not options.get("local_files_only"):
+            self.asked.append(allow_patterns or [])
+        return str(self.folder)
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHub:
+    library = pytest.importorskip("huggingface_hub")
+    folder = tmp_path / "cache"
+    folder.mkdir()
+    hub_ = FakeHub(folder)
+    monkeypatch.setattr(library, "snapshot_download", hub_.snapshot_download)
+    monkeypatch.setattr(library.HfApi, "list_repo_tree", lambda *a, **o: hub_.list_repo_tree(*a, **o))
+    monkeypatch.chdir(tmp_path)
+    return hub_
+
+
+@pytest.mark.parametrize("online", [True, False])
+def test_gguf_files_of_a_repository(fake: FakeHub, online: bool) -> None:
+    fake.online = online  # out of reach, the files of the cache count
+    for number, kind in enumerate(("Q4_0", "Q8_0", "F16")):
+        save(fake.folder / f"m-{kind}.gguf", replace(CONFIG, context=16 + number))
+    split(save(fake.folder / "big.gguf", replace(CONFIG, context=32)), 3, "m-F32")
+    (fake.folder / "big.gguf").unlink()
+    opened = open_checkpoint("owner/name:q4_0")
+    assert opened.config.context == 16 and opened.notes == [] and fake.asked == [["m-Q4_0.gguf"]]
+    assert open_checkpoint("owner/name/m-F16.gguf").config.context == 18
+    assert open_checkpoint("owner/name:F32").config.context == 32
+    assert fake.asked[-1] == [f"m-F32-0000{part}-of-00003.gguf" for part in (1, 2, 3)]
+    fake.asked.clear()
+    opened = open_checkpoint("owner/name")
+    assert opened.config.context == 17 and fake.asked == [list(hub.MODEL_FILES), ["m-Q8_0.gguf"]]
+    assert opened.notes == ["owner/name has 4 GGUF files: m-Q8_0.gguf is used; another one by 'owner/name:TYPE'"]
+    with pytest.raises(
+        Error, match=r"owner/name: on the hub it has no GGUF file of type Q2_K; its GGUF files are: m-F16"
+    ):
+        open_checkpoint("owner/name:Q2_K")
+    with pytest.raises(Error, match=r"no GGUF file m-Q9\.gguf"):
+        open_checkpoint("owner/name/m-Q9.gguf")
+
+
+def test_a_local_file_of_that_name_counts(fake: FakeHub, tmp_path: Path) -> None:
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    save(tmp_path / "owner" / "name" / "m.gguf")
+    assert open_checkpoint("owner/name/m.gguf").path == Path("owner/name/m.gguf") and fake.asked == []
+    assert open_checkpoint("owner/name").path == Path("owner/name/m.gguf") and fake.asked == []
+    save(tmp_path / "owner" / "name" / "n.gguf")
+    with pytest.raises(FormatError, match=r"2 GGUF models; give the path of one: m\.gguf, n\.gguf"):
+        open_checkpoint("owner/name")
+
+
+def test_repositories_of_pytorch_files_and_of_nothing(fake: FakeHub, copy: Callable[[str], Path]) -> None:
+    source = copy("llama")
+    (fake.folder / "config.json").write_text((source / "config.json").read_text())
+    (fake.folder / "README.md").write_text("a")
+    with pytest.raises(Error, match=r"no safetensors, GGUF or pytorch_model\.bin; its files: README\.md, config"):
+        open_checkpoint("owner/name")
+    save_torch(fake.folder / "pytorch_model.bin", tensors(source))
+    assert open_checkpoint("owner/name").config.n_layers == 2
+    assert fake.asked[-1] == [*hub.TOKENIZER_FILES, "pytorch_model.bin"]
+
+
+def test_a_typing_error_in_a_path_names_the_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    constants = pytest.importorskip("huggingface_hub.constants")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(Error, match=r"^models/llama/m\.gguf: no such file or directory, and the hub is switched off"):
+        open_checkpoint("models/llama/m.gguf")
 
 
 def test_without_the_library_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.gguf_files import letters, save, split
+
 pytest.importorskip("huggingface_hub")
 
 MODEL = Path(__file__).parents[1] / "golden" / "hf" / "qwen3-f16-sharded-0"
@@ -126,3 +128,31 @@ def test_a_hub_out_of_reach(tmp_path: Path) -> None:
     done = inspect("owner/name", tmp_path, "http://127.0.0.1:9")
     assert done.returncode == 1 and not done.stdout
     assert "the hub is out of reach" in done.stderr and "hf download owner/name" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_gguf_comes_from_a_hub_and_then_from_the_cache(server: Hub, tmp_path: Path) -> None:
+    split(save(tmp_path / "whole.gguf"), 2, "m-Q8_0")
+    save(tmp_path / "m-Q2_K.gguf", tokenizer=letters(300))
+    server.files = {path.name: path.read_bytes() for path in tmp_path.glob("m-*.gguf")} | {"README.md": b"x"}
+    parts = {"m-Q8_0-00001-of-00002.gguf", "m-Q8_0-00002-of-00002.gguf"}
+    done = inspect("owner/name:q8_0", tmp_path, server.endpoint)
+    assert done.returncode == 0 and "GGUF v3" in done.stdout, done.stderr
+    assert set(server.asked) == parts and len(server.asked) == 2
+    server.asked.clear()
+    plain = inspect("owner/name", tmp_path, server.endpoint)
+    assert plain.returncode == 0 and "has 2 GGUF files: m-Q8_0-00001-of-00002.gguf is used" in plain.stdout
+    for endpoint, more in ((server.endpoint, {"HF_HUB_OFFLINE": "1"}), ("http://127.0.0.1:9", {})):
+        assert inspect("owner/name:Q8_0", tmp_path, endpoint, **more).stdout == done.stdout
+        assert (
+            inspect("owner/name", tmp_path, endpoint, **more).stdout.splitlines()[1:3] == done.stdout.splitlines()[1:3]
+        )
+        missing = inspect("owner/name:Q2_K", tmp_path, endpoint, **more)
+        assert missing.returncode == 1 and "it has no GGUF file of type Q2_K" in missing.stderr
+        assert "Traceback" not in missing.stderr
+    assert not server.asked
+    other = inspect("owner/name/M-Q2_K.gguf", tmp_path, server.endpoint)
+    assert other.returncode == 0 and server.asked == ["m-Q2_K.gguf"], other.stderr
+    for name in ("owner/other:Q8_0", "owner/other/m.gguf"):
+        done = inspect(name, tmp_path, server.endpoint)
+        assert done.returncode == 1 and f"{name}: no such file or directory, and on the hub there is no" in done.stderr

@@ -67,10 +67,10 @@ def model() -> Graph:
     """A cache, written and read, and something after it."""
     graph = Graph("model")
     x, p, s = graph.input("x", (T, KV * P), "f32"), graph.input("p", (T,), "i32"), graph.input("s", (T,), "i32")
-    cache = graph.state("cache", *CACHE)
+    cache, table = graph.state("cache", *CACHE), graph.state("t", (2, 3), "i32")
     h = graph.add("rmsnorm", x, graph.weight("w", (KV * P,), "f32"), out="h", eps=0.0)
-    cache = graph.add("kv_write", h, cache, p, s, out="cache'")
-    scores = graph.add("attention_scores", h, cache, p, s, out="scores", window=0)
+    cache = graph.add("kv_write", h, cache, p, s, table, out="cache'")
+    scores = graph.add("attention_scores", h, cache, p, s, table, out="scores", window=0)
     graph.outputs = [graph.add("softmax", scores, out="y").name]
     verify(graph)
     return graph
@@ -201,15 +201,16 @@ def test_printed_form() -> None:
         "  input    p: i32[3]",
         "  input    s: i32[3]",
         "  state    cache: f16[2, 2, 7, 4]",
+        "  state    t: i32[2, 3]",
         "  weight   w: f32[8]",
         "  state    cache': f16[2, 2, 7, 4]",
         "     0 rmsnorm          (x, w) eps=0.0 → h: f32[3, 8]",
-        "     1 kv_write         (h, cache, p, s) → cache': f16[2, 2, 7, 4]",
-        "     2 attention_scores (h, cache', p, s) window=0 → scores: f32[3, 2, 7]",
-        "     3 softmax          (scores) → y: f32[3, 2, 7]",
+        "     1 kv_write         (h, cache, p, s, t) → cache': f16[2, 2, 7, 4]",
+        "     2 attention_scores (h, cache', p, s, t) window=0 → scores: f32[3, 2, 21]",
+        "     3 softmax          (scores) → y: f32[3, 2, 21]",
         "  outputs  y",
     ])  # fmt: skip
-    assert repr(model()) == "<Graph model: 4 ops, 9 values>"
+    assert repr(model()) == "<Graph model: 4 ops, 10 values>"
     assert str(model().ops[0]) == "h = rmsnorm(x, w) {eps=0.0}"
     assert str(Graph("empty")) == "graph empty\n  outputs  "
 
@@ -225,7 +226,7 @@ def test_consumers_and_root() -> None:
     assert [op.kind for op in readers["h"]] == ["kv_write", "attention_scores"]
     assert [op.kind for op in readers["cache'"]] == ["attention_scores"]
     assert readers["y"] == []
-    again = graph.add("kv_write", graph.values["h"], graph.values["cache'"], *graph.operands("ps"), out="cache''")
+    again = graph.add("kv_write", graph.values["h"], graph.values["cache'"], *graph.operands("pst"), out="cache''")
     assert graph.root(again.name) == graph.root("cache'") == "cache"
     assert graph.root("h") == "h"
     twice = graph.add("add", graph.values["y"], graph.values["y"], out="2y")

@@ -73,7 +73,7 @@ def test_without_a_tokenizer(tiny_file: Path) -> None:
         ({"device": "cuda:1"}, DeviceError, "cuda:1"),
         ({"device": "abacus"}, DeviceError, "unknown device 'abacus'"),
         ({"dtype": "f8"}, UnsupportedError, "dtype 'f8' is not supported; choose from f32, f16, bf16, int8"),
-        ({"kv_dtype": "int8"}, UnsupportedError, "kv_dtype 'int8' is not supported; choose from f32, f16, bf16"),
+        ({"kv_dtype": "int8"}, UnsupportedError, "kv_dtype 'int8' is not supported; choose from f32, f16, bf16, q8_0"),
         ({"context": 0}, Error, "context must be at least 1"),
         ({"context": 1 << 50}, ContextError, "KV cache"),
         ({"threads": 0}, Error, "threads must be at least 1"),

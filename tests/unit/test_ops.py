@@ -14,8 +14,9 @@ from numballama.quantization.types import VEC_DOT_TYPE
 
 Operand = tuple[tuple[int, ...], str]
 T, D, K, N, S, H, KV, C, P = 3, 8, 6, 5, 2, 4, 2, 7, 4  # KV heads of size P; q has H heads
-CACHE: Operand = ((S, KV, C, P), "f16")
+CACHE: Operand = ((S, KV, C, P), "f16")  # S pages of C tokens
 IDS: Operand = ((T,), "i32")
+TABLE: Operand = ((3, 2), "i32")
 CASES: dict[str, tuple[list[Operand], dict[str, Any], list[Operand]]] = {
     "embedding": ([IDS, ((9, D), "int8")], {}, [((T, D), "f32")]),
     "rope_angles": ([IDS, ((P // 2,), "f32")], {}, [((T, P), "f32")]),
@@ -28,13 +29,13 @@ CASES: dict[str, tuple[list[Operand], dict[str, Any], list[Operand]]] = {
     "linear": ([((T, K), "f32"), ((N, K), "bf16")], {}, [((T, N), "f32")]),
     "bias": ([((T, N), "f32"), ((N,), "f32")], {}, [((T, N), "f32")]),
     "rope": ([((T, H * P), "f32"), ((T, P), "f32")], {"head_dim": P, "interleaved": 1}, [((T, H * P), "f32")]),
-    "kv_write": ([((T, KV * P), "f32"), CACHE, IDS, IDS], {}, [CACHE]),
-    "attention_scores": ([((T, H * P), "f32"), CACHE, IDS, IDS], {"window": 3}, [((T, H, C), "f32")]),
+    "kv_write": ([((T, KV * P), "f32"), CACHE, IDS, IDS, TABLE], {}, [CACHE]),
+    "attention_scores": ([((T, H * P), "f32"), CACHE, IDS, IDS, TABLE], {"window": 3}, [((T, H, 2 * C), "f32")]),
     "softmax": ([((T, H, C), "f32")], {}, [((T, H, C), "f32")]),
-    "attention_values": ([((T, H, C), "f32"), CACHE, IDS, IDS], {"window": 0}, [((T, H * P), "f32")]),
+    "attention_values": ([((T, H, 2 * C), "f32"), CACHE, IDS, IDS, TABLE], {"window": 0}, [((T, H * P), "f32")]),
     "swiglu": ([((T, N), "f32"), ((T, N), "f32")], {}, [((T, N), "f32")]),
     "add": ([((T, N), "f32"), ((T, N), "f32")], {}, [((T, N), "f32")]),
-    "last": ([((T, D), "f32")], {}, [((1, D), "f32")]),
+    "rows": ([((T, D), "f32"), ((2,), "i32")], {}, [((2, D), "f32")]),
     "argmax": ([((T, N), "f32")], {}, [((T,), "i32")]),
 }
 REFUSED: list[tuple[str, list[Operand], dict[str, Any]]] = [
@@ -72,23 +73,26 @@ REFUSED: list[tuple[str, list[Operand], dict[str, Any]]] = [
     ("rope", [((T, H * P + 1), "f32"), ((T, P), "f32")], {"head_dim": P, "interleaved": 1}),
     ("rope", [((T, H * P), "f32"), ((T, P + 2), "f32")], {"head_dim": P, "interleaved": 1}),
     ("rope", [((T, H * P), "f32"), ((T + 1, P), "f32")], {"head_dim": P, "interleaved": 1}),
-    ("kv_write", [((T, KV * P + 1), "f32"), CACHE, IDS, IDS], {}),
-    ("kv_write", [((T, KV * P), "f32"), ((KV, C, P), "f32"), IDS, IDS], {}),
-    ("kv_write", [((T, KV * P), "f32"), CACHE, ((T + 1,), "i32"), IDS], {}),
-    ("kv_write", [((T, KV * P), "f32"), CACHE, IDS, ((1,), "i32")], {}),
+    ("kv_write", [((T, KV * P + 1), "f32"), CACHE, IDS, IDS, TABLE], {}),
+    ("kv_write", [((T, KV * P), "f32"), ((KV, C, P), "f32"), IDS, IDS, TABLE], {}),
+    ("kv_write", [((T, KV * P), "f32"), CACHE, ((T + 1,), "i32"), IDS, TABLE], {}),
+    ("kv_write", [((T, KV * P), "f32"), CACHE, IDS, ((1,), "i32"), TABLE], {}),
+    ("kv_write", [((T, KV * P), "f32"), CACHE, IDS, IDS, IDS], {}),
+    ("attention_scores", [((T, H * P), "f32"), CACHE, IDS, IDS, ((3, 2), "f32")], {"window": 0}),
     ("head_norm", [((T, H * P), "f32"), ((P + 1,), "f32")], {"eps": 1e-6}),
     ("head_norm", [((T, H, P), "f32"), ((P,), "f32")], {"eps": 1e-6}),
     ("head_norm", [((T, H * P), "f32"), ((P,), "f32")], {}),
-    ("attention_scores", [((T, 3 * P), "f32"), CACHE, IDS, IDS], {"window": 0}),
-    ("attention_scores", [((T, H * P + 1), "f32"), CACHE, IDS, IDS], {"window": 0}),
-    ("attention_scores", [((T, H * P), "f32"), CACHE, IDS, IDS], {}),
-    ("attention_scores", [((T, H * P), "f32"), CACHE, IDS, IDS], {"window": -1}),
-    ("attention_values", [((T, H, C + 1), "f32"), CACHE, IDS, IDS], {"window": 0}),
-    ("attention_values", [((T, H, C), "f32"), CACHE, IDS, IDS], {"window": -1}),
+    ("attention_scores", [((T, 3 * P), "f32"), CACHE, IDS, IDS, TABLE], {"window": 0}),
+    ("attention_scores", [((T, H * P + 1), "f32"), CACHE, IDS, IDS, TABLE], {"window": 0}),
+    ("attention_scores", [((T, H * P), "f32"), CACHE, IDS, IDS, TABLE], {}),
+    ("attention_scores", [((T, H * P), "f32"), CACHE, IDS, IDS, TABLE], {"window": -1}),
+    ("attention_values", [((T, H, C + 1), "f32"), CACHE, IDS, IDS, TABLE], {"window": 0}),
+    ("attention_values", [((T, H, 2 * C), "f32"), CACHE, IDS, IDS, TABLE], {"window": -1}),
     ("swiglu", [((T, N), "f32"), ((T, N + 1), "f32")], {}),
     ("add", [((T, N), "f32"), ((1, N), "f32")], {}),
     ("softmax", [], {}),
-    ("last", [((T,), "f32")], {}),
+    ("rows", [((T, D), "f32"), ((2,), "f32")], {}),
+    ("rows", [((T, D), "f32"), ((2, 1), "i32")], {}),
     ("argmax", [], {}),
 ]
 

@@ -75,7 +75,7 @@ def test_no_two_live_values_share_bytes(graph: Graph, workers: int) -> None:
 
 @pytest.mark.slow
 @given(
-    configs(biases=True), st.integers(1, 5), st.sampled_from(["last", "all"]), st.booleans(), st.integers(1, 3),
+    configs(biases=True), st.integers(1, 5), st.sampled_from(["rows", "all"]), st.booleans(), st.integers(1, 3),
     st.booleans() | st.sets(st.sampled_from(list(FUSIONS))).map(sorted),
 )  # fmt: skip
 @settings(max_examples=40)
@@ -98,16 +98,17 @@ def test_sharing_saves_most_of_the_memory() -> None:
 
 
 def test_max_tokens_of_steps() -> None:
-    """A step handles as many tokens as its values have; after `last` there is one."""
+    """A step handles as many tokens as its values have; from `rows` on there is one."""
     plan = lower(fuse(llama(tokens=5), "cpu"), "cpu")
     kinds = [step.op.kind for step in plan.steps]
-    assert [step.max_tokens for step in plan.steps[: kinds.index("last") + 1]] == [5] * (kinds.index("last") + 1)
-    assert {step.max_tokens for step in plan.steps[kinds.index("last") + 1 :]} == {1}
+    first = kinds.index("rows")
+    assert {(step.max_tokens, step.of_rows) for step in plan.steps[:first]} == {(5, False)}
+    assert {(step.max_tokens, step.of_rows) for step in plan.steps[first:]} == {(1, True)}
 
 
 def test_prefill_end_is_where_only_the_last_token_counts() -> None:
     prefill = lower(fuse(llama(tokens=4), "cpu"), "cpu")
-    assert prefill.steps[prefill.prefill_end].op.kind == "last"
+    assert prefill.steps[prefill.prefill_end].op.kind == "rows"
     written = {name for step in prefill.steps[: prefill.prefill_end] for name in step.op.outputs if "cache" in name}
     assert len(written) == 2 * SMALL.n_layers, "a run that stops at the head has filled the whole cache"
     for other in (llama(tokens=1), llama(tokens=4, logits="all")):
@@ -215,11 +216,11 @@ def test_missing_kernel_names_op_types_and_what_exists() -> None:
 def test_a_kernel_without_a_window_is_not_used_for_one() -> None:
     """It is refused where it is defined, whether or not a model has a window."""
 
-    def blind(worker, n_workers, tokens, q, k_cache, positions, sequences, v_cache, out):  # type: ignore[no-untyped-def]
+    def blind(worker, n_workers, tokens, q, k_cache, positions, sequences, page_table, v_cache, out):  # type: ignore[no-untyped-def]
         raise AssertionError("never compiled")
 
     with pytest.raises(Error, match="cpu kernel blind for attention: attribute `window` changes the result"):
-        registry.kernel("attention", "cpu", "f32", KV_TYPES, "i32", "i32", KV_TYPES)(blind)
+        registry.kernel("attention", "cpu", "f32", KV_TYPES, "i32", "i32", "i32", KV_TYPES)(blind)
     for window in (0, 3):
         plan = lower(fuse(llama(replace(SMALL, window=window)), "cpu"), "cpu")
         kernels = [step.kernel for step in plan.steps if step.op.kind == "attention"]

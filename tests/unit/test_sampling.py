@@ -1,4 +1,4 @@
-"""`SamplingParams`: defaults and checks. `SamplerState`: seeds, the window of the penalty, the argmax."""
+"""`SamplingParams`: defaults and checks. `SamplerTable`: seeds, resuming, the window of the penalty, the argmax."""
 
 from __future__ import annotations
 
@@ -11,20 +11,22 @@ from typing import Any
 import numpy as np
 import pytest
 
-from numballama.cpu.sampling import choose_token
+from numballama.cpu.sampling import choose_tokens
 from numballama.errors import Error, UnsupportedError
 from numballama.sampling import (
+    HAS_COUNTS,
+    MAX_BIASES,
     MIN_TEMPERATURE,
     REPEAT_WINDOW,
     REPETITION_PENALTY,
     SETTINGS,
     TEMPERATURE,
     TOP_K,
-    SamplerState,
+    SamplerTable,
     SamplingOptions,
     SamplingParams,
 )
-from tests.helpers.sampling import make_sampler
+from tests.helpers.sampling import choose_token, make_sampler, mask_of
 
 
 def test_the_same_seed_gives_the_same_tokens() -> None:
@@ -32,7 +34,7 @@ def test_the_same_seed_gives_the_same_tokens() -> None:
 
     def tokens(seed: int | None) -> list[int]:
         drawing = make_sampler(1000, temperature=1.5, top_k=0, top_p=1.0, seed=seed)
-        return [choose_token(drawing, logits.copy()) for _ in range(20)]
+        return [choose_token(drawing, logits) for _ in range(20)]
 
     assert tokens(1) == tokens(1) != tokens(2)
     assert tokens(None) != tokens(None)
@@ -41,19 +43,20 @@ def test_the_same_seed_gives_the_same_tokens() -> None:
 
 
 def test_repeat_penalty_sees_a_window_of_the_latest_tokens() -> None:
-    drawing = make_sampler(200, temperature=0, repeat_penalty=2.0)
     logits = np.zeros(200, np.float32)
     logits[5], logits[7] = 3, 2
-    assert choose_token(drawing, logits.copy()) == 5
-    assert choose_token(drawing, logits.copy()) == 7, "5 was remembered: 1.5 now"
-    drawing.remember([9] * (REPEAT_WINDOW - 1))
-    assert choose_token(drawing, logits.copy()) == 5, "the window has moved past 5, not yet past 7"
-    drawing = make_sampler(200, temperature=0, repeat_penalty=2.0)
-    drawing.remember([5, *[9] * (REPEAT_WINDOW - 1)])
-    assert choose_token(drawing, logits.copy()) == 7
-    drawing = make_sampler(200, temperature=0, repeat_penalty=2.0)
-    drawing.remember([5, *[9] * REPEAT_WINDOW])
-    assert choose_token(drawing, logits.copy()) == 5
+
+    def after(prompt: list[int]) -> int:
+        return choose_token(make_sampler(200, temperature=0, repeat_penalty=2.0, prompt=prompt), logits)
+
+    assert after([]) == 5
+    assert after([5, *[9] * (REPEAT_WINDOW - 1)]) == 7, "5 has 1.5 now"
+    assert after([5, *[9] * REPEAT_WINDOW]) == 5, "the window has moved past 5"
+    drawing = make_sampler(200, temperature=0, repeat_penalty=2.0, prompt=[5, *[9] * (REPEAT_WINDOW - 1)])
+    assert [choose_token(drawing, logits) for _ in range(3)] == [7, 5, 5], (
+        "7 is remembered, 5 is forgotten; then both are"
+    )
+    assert (logits[5], logits[7]) == (3, 2), "the model's logits stay"
 
 
 @pytest.mark.parametrize(
@@ -72,9 +75,23 @@ def test_settings_out_of_range(settings: dict[str, Any]) -> None:
 
 
 def test_is_argmax_only_where_nothing_else_changes_the_choice() -> None:
-    assert make_sampler(5, temperature=0).is_argmax
-    assert not make_sampler(5, temperature=0, repeat_penalty=1.1).is_argmax
-    assert not make_sampler(5).is_argmax
+    assert make_sampler(5, temperature=0).is_argmax(0)
+    others: list[dict[str, Any]] = [
+        {"repeat_penalty": 1.1}, {"temperature": 1}, {"presence_penalty": 1}, {"frequency_penalty": -1},
+        {"logit_bias": {1: 2}}, {"logprobs": 0}, {"n_candidates": 4},
+    ]  # fmt: skip
+    for settings in others:
+        assert not make_sampler(5, **{"temperature": 0, **settings}).is_argmax(0), settings
+    table = make_sampler(5, temperature=0)
+    table.set_mask(0, mask_of(np.ones(5, bool)))
+    assert not table.is_argmax(0)
+    table.set_mask(0, None)
+    assert table.is_argmax(0)
+    params = SamplingParams(temperature=0, min_tokens=2)
+    table.assign(0, params, stop_token_ids=[1])
+    assert not table.is_argmax(0)
+    table.assign(0, params)
+    assert table.is_argmax(0), "nothing is held back"
 
 
 # SamplingParams
@@ -172,36 +189,126 @@ def test_options_for_type_checkers_are_the_fields() -> None:
     [
         {"max_tokens": -1}, {"max_tokens": 1.5}, {"max_tokens": "3"}, {"min_tokens": -1}, {"n": 0}, {"seed": 1.5},
         {"seed": "x"}, {"stop": 3}, {"stop": [3]}, {"stop_token_ids": 3}, {"stop_token_ids": "12"},
-        {"stop_token_ids": ["a"]}, {"stop_token_ids": [-1]},
+        {"stop_token_ids": ["a"]}, {"stop_token_ids": [-1]}, {"min_tokens": 257}, {"n": 17}, {"n": 1.5},
+        {"presence_penalty": 2.1}, {"presence_penalty": math.nan}, {"frequency_penalty": -2.1},
+        {"frequency_penalty": "x"}, {"logprobs": 21}, {"logprobs": -1}, {"logprobs": 1.5}, {"logit_bias": [1]},
+        {"logit_bias": {-1: 0}}, {"logit_bias": {"1": 0}}, {"logit_bias": {1: 101}}, {"logit_bias": {1: math.nan}},
+        {"logit_bias": {1: None}},
     ],
     ids=str,
 )  # fmt: skip
 def test_values_that_are_refused(settings: dict[str, Any]) -> None:
     (name,) = settings
-    with pytest.raises(Error, match=f"{name} must be"):
+    with pytest.raises(Error, match=f"{name}.* must "):
         SamplingParams(**settings)
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [
-        {"min_tokens": 1}, {"presence_penalty": 0.5}, {"frequency_penalty": -0.5}, {"logit_bias": {3: 1.0}},
-        {"logprobs": 0}, {"logprobs": 5}, {"n": 2}, {"json_schema": {}}, {"json_schema": "{}"}, {"regex": "a"},
-        {"grammar": "root ::= x"},
-    ],
-    ids=str,
-)  # fmt: skip
+    "settings", [{"json_schema": {}}, {"json_schema": "{}"}, {"regex": "a"}, {"grammar": "root ::= x"}], ids=str
+)
 def test_settings_of_later_versions_are_refused_by_name(settings: dict[str, Any]) -> None:
     (name,) = settings
     with pytest.raises(UnsupportedError, match=f"^{name} is not supported"):
         SamplingParams(**settings)
 
 
-def test_settings_of_later_versions_that_have_no_effect() -> None:
-    SamplingParams(min_tokens=0, presence_penalty=0, frequency_penalty=0.0, logit_bias={}, n=1, logprobs=None)
+def test_biases_are_a_copy_and_bounded() -> None:
+    given = {np.int32(3): 1}
+    params = SamplingParams(logit_bias=given)
+    given[np.int32(4)] = 2
+    assert params.logit_bias == {3: 1.0}
+    SamplingParams(logit_bias=dict.fromkeys(range(MAX_BIASES), 1))
+    with pytest.raises(Error, match=r"at most 1,024 tokens, found 1,025"):
+        SamplingParams(logit_bias=dict.fromkeys(range(MAX_BIASES + 1), 1))
+    assert SamplingParams(min_tokens=300, max_tokens=None).min_tokens == 300
+
+
+# The table
 
 
 def test_settings_in_the_buffers() -> None:
-    state = SamplerState(SamplingParams(temperature=MIN_TEMPERATURE / 2, top_k=500, repetition_penalty=1.5), 100)
-    assert state.settings[TEMPERATURE] == 0 and state.settings[TOP_K] == 100
-    assert state.settings[REPETITION_PENALTY] == 1.5 and len(state.settings) == SETTINGS
+    table = make_sampler(100, MIN_TEMPERATURE / 2, 500, repetition_penalty=1.5)
+    settings = table.settings[0]
+    assert settings[TEMPERATURE] == 0 and settings[TOP_K] == 100
+    assert settings[REPETITION_PENALTY] == 1.5 and len(settings) == SETTINGS
+
+
+def test_what_is_not_needed_is_not_allocated() -> None:
+    table = SamplerTable(3, 1000)
+    table.assign(1, SamplingParams())
+    assert not table.output_counts.size and not table.bias_ids.size and not table.mask.size
+    table.assign(2, SamplingParams(logit_bias={1: 1, 2: 2}))
+    assert table.bias_ids.shape == (3, 2)
+    table.assign(0, SamplingParams(presence_penalty=1), output=[5, 5])
+    assert table.output_counts.shape == (3, 1000) and table.output_counts[0, 5] == 2
+    table.assign(0, SamplingParams(frequency_penalty=1))
+    assert not table.output_counts.any(), "a new generation has no output"
+    table.set_mask(1, np.zeros(32, np.uint32))
+    assert table.mask.shape == (3, 32)
+
+
+def test_errors_of_a_generations_start_leave_the_slot() -> None:
+    table = SamplerTable(2, 100)
+    table.assign(1, SamplingParams(seed=3, presence_penalty=1), [1, 2], [3])
+    before = [array[1].copy() for array in (table.settings, table.info, table.recent, table.state)]
+    for params, stop_ids, match in (
+        (SamplingParams(logit_bias={100: 1}), (), "token 100 is outside the vocabulary of 100 tokens"),
+        (SamplingParams(logit_bias={1 << 40: 1}), (), "outside the vocabulary"),
+    ):
+        with pytest.raises(Error, match=match):
+            table.assign(1, params, stop_token_ids=stop_ids)
+    with pytest.raises(Error, match=r"a mask must be uint32 \[4\], found float64 \[4\]"):
+        table.set_mask(1, np.zeros(4))  # type: ignore[arg-type]
+    with pytest.raises(Error, match=r"found uint32 \[3\]"):
+        table.set_mask(1, np.zeros(3, np.uint32))
+    for array, want in zip((table.settings, table.info, table.recent, table.state), before, strict=True):
+        np.testing.assert_array_equal(array[1], want)
+    wide = SamplerTable(1, 3000)
+    wide.assign(0, SamplingParams(min_tokens=1), stop_token_ids=range(MAX_BIASES))
+    with pytest.raises(Error, match="at most 1,024 stop tokens, found 1,025"):
+        wide.assign(0, SamplingParams(min_tokens=1), stop_token_ids=range(MAX_BIASES + 1))
+    with pytest.raises(Error, match="cannot choose from 11 tokens of 10"):
+        SamplerTable(1, 10, 11)
+
+
+def test_a_mask_and_a_bias_end_with_their_generation() -> None:
+    table = make_sampler(40, temperature=0, logit_bias={3: 50})
+    logits = np.arange(40, dtype=np.float32)
+    assert choose_token(table, logits) == 3
+    table.set_mask(0, mask_of(np.arange(40) == 7))
+    assert choose_token(table, logits) == 7
+    table.assign(0, SamplingParams(temperature=0))
+    assert choose_token(table, logits) == 39
+    table.release(0)
+    assert choose_token(table, logits) == 39 and table.is_argmax(0)
+
+
+def test_accept_is_what_the_compiled_function_does() -> None:
+    """The host's copy of a slot whose tokens a GPU samples stays what the CPU's would be."""
+    for settings in ({"presence_penalty": 1.0}, {"temperature": 0}, {"repeat_penalty": 1.5, "frequency_penalty": 1.0}):
+        sampled, followed = (make_sampler(50, **{"seed": 4, **settings}, prompt=[1, 2]) for _ in range(2))  # type: ignore[arg-type]
+        for step in range(70):
+            logits = np.random.default_rng(step).standard_normal(50).astype(np.float32)
+            followed.accept(0, choose_token(sampled, logits))
+            for name in ("recent", "counts", "generated", "state", "last_token", "output_counts"):
+                np.testing.assert_array_equal(getattr(sampled, name), getattr(followed, name), err_msg=name)
+        assert sampled.info[0, HAS_COUNTS] == ("temperature" not in settings)
+
+
+def test_what_is_wanted_of_slots() -> None:
+    table = SamplerTable(3, 50)
+    table.assign(0, SamplingParams(logprobs=0))
+    table.assign(1, SamplingParams(logprobs=7))
+    assert [table.top_logprobs(slots) for slots in ([0], [0, 1], [2], [])] == [0, 7, -1, -1]
+
+
+def test_rows_and_slots_that_do_not_fit() -> None:
+    table = SamplerTable(2, 50)
+    rows, wide = np.zeros((2, 50), np.float32), np.zeros((2, 51), np.float32)
+    for logits, slots in (
+        (wide, [0, 1]), (rows[0], [0]), (rows.astype(np.float64), [0, 1]), (rows, [0]), (rows, [0, 3]), (rows, [0, -1]),
+        (rows, [1, 1]),
+    ):  # fmt: skip
+        with pytest.raises(Error, match=r"found|slots must be"):
+            choose_tokens(table, logits, np.array(slots, np.int32))
+    assert choose_tokens(table, rows, np.array([2, 2], np.int32)).tokens.tolist() == [-1, -1], "padding may repeat"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import sys
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from numba.core.runtime import rtsys
 from numballama import ContextError, Model
 from numballama.config import ModelConfig
 from numballama.cpu.sampling import greedy
+from numballama.session import Session
 from tests.helpers.bounds import shared_model
 from tests.helpers.random_models import save
 from tests.helpers.sampling import make_sampler
@@ -39,6 +40,12 @@ def model(tiny_file: Path, tiny_tokenizer: Path) -> Model:
     return shared_model(tiny_file, tiny_tokenizer, device="cpu")
 
 
+@pytest.fixture
+def session(model: Model) -> Iterator[Session]:
+    with model.exclusive() as session:
+        yield session
+
+
 @pytest.mark.parametrize(
     "length", [1, 2, 3, CHUNK - 1, CHUNK, CHUNK + 1, CHUNK + 2, 2 * CHUNK - 1, 2 * CHUNK, 2 * CHUNK + 1]
 )
@@ -46,37 +53,35 @@ def test_prompt_lengths_around_the_chunk(tiny_file: Path, tiny_tokenizer: Path, 
     ids = [int(token) for token in np.random.default_rng(length).integers(3, 300, length)]
     want = shared_model(tiny_file, tiny_tokenizer, device="reference").logits(ids)
     assert np.abs(model.logits(ids) - want).max() < 1e-4
-    model.session.truncate()
-    model.session.prefill(ids)
-    assert model.session.tokens == ids
-    assert np.abs(model.session.logits - want[-1]).max() < 1e-4
-    model.session.truncate(length // 2)
-    model.session.prefill(ids[length // 2 :])
-    assert np.abs(model.session.logits - want[-1]).max() < 1e-4
+    with model.exclusive() as session:
+        session.prefill(ids)
+        assert session.tokens == ids
+        assert np.abs(session.logits - want[-1]).max() < 1e-4
+        session.truncate(length // 2)
+        session.prefill(ids[length // 2 :])
+        assert np.abs(session.logits - want[-1]).max() < 1e-4
 
 
-def test_session_refuses_what_does_not_fit(model: Model) -> None:
-    model.session.truncate()
-    model.session.prefill(list(range(3, 3 + TINY.context)))
-    for call in (lambda: model.session.step(3), lambda: model.session.prefill([3, 4])):
+def test_session_refuses_what_does_not_fit(session: Session) -> None:
+    session.prefill(list(range(3, 3 + TINY.context)))
+    for call in (lambda: session.step(3), lambda: session.prefill([3, 4])):
         with pytest.raises(ContextError, match="do not fit"):
             call()
-    model.session.truncate()
 
 
-def test_an_interrupted_stream_goes_on_where_it_was(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Between two steps of a run: the history has not grown, so the next run does the same again."""
+def test_an_interrupted_run_is_done_again(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The history has not grown, so the next run does the same again."""
     whole = [response.token for response in model.stream("ab", max_tokens=6, temperature=0)]
-    session = model.session
-    session.truncate()
     prompt = [1, *ids_of(model, "ab")]
-    session.prefill(prompt)
-    monkeypatch.setattr(session._decode, "run", InterruptAt(session._decode.run, 1, after=True))  # type: ignore[attr-defined]
-    with pytest.raises(KeyboardInterrupt):
+    with model.exclusive() as session:
+        session.prefill(prompt)
+        decode = session._decode
+        monkeypatch.setattr(decode, "run", InterruptAt(decode.run, 1, after=True))
+        with pytest.raises(KeyboardInterrupt):
+            session.step(whole[0])
+        assert session.tokens == prompt
         session.step(whole[0])
-    assert session.tokens == prompt
-    session.step(whole[0])
-    assert session.logits.argmax() == whole[1]
+        assert session.logits.argmax() == whole[1]
 
 
 # A token
@@ -93,10 +98,15 @@ SAMPLERS = pytest.mark.parametrize(
 )
 
 
-def decode(model: Model, settings: dict[str, Any], steps: int) -> Callable[[], None]:
+@pytest.fixture
+def wide_session(wide: Model) -> Iterator[Session]:
+    with wide.exclusive() as session:
+        yield session
+
+
+def decode(session: Session, settings: dict[str, Any], steps: int) -> Callable[[], None]:
     """A loop of `steps` tokens, warmed up."""
-    session, sampler = model.session, make_sampler(model.config.vocab_size, **settings)
-    session.truncate()
+    sampler = make_sampler(session.vocab_size, **settings)
     session.prefill(IDS)
 
     def loop() -> None:
@@ -108,26 +118,25 @@ def decode(model: Model, settings: dict[str, Any], steps: int) -> Callable[[], N
 
 
 @SAMPLERS
-def test_a_token_is_one_entry_into_compiled_code(wide: Model, settings: dict[str, Any]) -> None:
-    program = wide.session._decode
-    loop = decode(wide, settings, 50)
-    before = program.entries  # type: ignore[attr-defined]
+def test_a_token_is_one_entry_into_compiled_code(wide_session: Session, settings: dict[str, Any]) -> None:
+    program: Any = wide_session._decode
+    loop = decode(wide_session, settings, 50)
+    before = program.entries
     loop()
-    assert program.entries - before == 50  # type: ignore[attr-defined]
+    assert program.entries - before == 50
 
 
-def test_a_prompt_is_one_entry_a_chunk(wide: Model) -> None:
-    session = wide.session
-    session.truncate()
-    before = session._prompt.entries  # type: ignore[attr-defined]
-    session.prefill([5] * 200)
-    assert session._prompt.entries - before == 4  # type: ignore[attr-defined]
+def test_a_prompt_is_one_entry_a_chunk(wide_session: Session) -> None:
+    program: Any = wide_session._prompt
+    before = program.entries
+    wide_session.prefill([5] * 200)
+    assert program.entries - before == 4
 
 
 @SAMPLERS
-def test_compiled_code_allocates_nothing(wide: Model, settings: dict[str, Any]) -> None:
+def test_compiled_code_allocates_nothing(wide_session: Session, settings: dict[str, Any]) -> None:
     """Not even the record that Numba makes of an array argument: the arguments are addresses."""
-    loop = decode(wide, settings, 50)
+    loop = decode(wide_session, settings, 50)
     nrt.memsys_enable_stats()
     try:
         before = rtsys.get_allocation_stats()
@@ -143,10 +152,10 @@ def test_compiled_code_allocates_nothing(wide: Model, settings: dict[str, Any]) 
 
 @pytest.mark.slow
 @SAMPLERS
-def test_python_keeps_nothing_of_a_token(wide: Model, settings: dict[str, Any]) -> None:
+def test_python_keeps_nothing_of_a_token(wide_session: Session, settings: dict[str, Any]) -> None:
     """The history grows by one id per token, here a small one that Python has anyway. Ten blocks are the loop's own and
     the interpreter's; one per token would be 200."""
-    loop = decode(wide, settings, 200)
+    loop = decode(wide_session, settings, 200)
     gc.collect()
     gc.disable()
     try:
@@ -159,14 +168,14 @@ def test_python_keeps_nothing_of_a_token(wide: Model, settings: dict[str, Any]) 
 
 @pytest.mark.slow
 @SAMPLERS
-def test_no_array_is_made_for_a_token(wide: Model, settings: dict[str, Any]) -> None:
+def test_no_array_is_made_for_a_token(wide_session: Session, settings: dict[str, Any]) -> None:
     """The highest memory during the loop, Python's and NumPy's, is below the smallest row of this model but its
     residual stream: a copy of the logits would be 80 KB, of a hidden row 32 KB."""
-    loop = decode(wide, settings, 100)
+    loop = decode(wide_session, settings, 100)
     tracemalloc.start()
     try:
         loop()
-        wide.session.truncate(len(IDS))
+        wide_session.truncate(len(IDS))
         tracemalloc.reset_peak()
         before, _ = tracemalloc.get_traced_memory()
         loop()
@@ -175,7 +184,7 @@ def test_no_array_is_made_for_a_token(wide: Model, settings: dict[str, Any]) -> 
         domain = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
         kept = tracemalloc.take_snapshot().filter_traces([domain])
         assert sum(trace.size for trace in kept.traces) == 0, "NumPy holds memory of the loop's making"
-        wide.session.logits.copy()
+        wide_session.logits.copy()
         assert tracemalloc.get_traced_memory()[1] - before > 80_000, "the measure notices a copy of the logits"
     finally:
         tracemalloc.stop()

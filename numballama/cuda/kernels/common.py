@@ -7,7 +7,16 @@ from typing import Any
 import numpy as np
 from numba import cuda
 
-from ..intrinsics import ex2_approx, float_as_uint, griddepcontrol_launch_dependents, griddepcontrol_wait
+from ..intrinsics import (
+    address,
+    cvt_f32_f16,
+    ex2_approx,
+    float_as_uint,
+    griddepcontrol_launch_dependents,
+    griddepcontrol_wait,
+    ld_global_u32,
+)
+from ..quant_traits import is_q8_0, load_element
 
 FULL_MASK = 0xFFFFFFFF
 """All 32 lanes of a warp, for the shuffle functions."""
@@ -52,9 +61,31 @@ def is_padding_token(tokens):
 
 
 @device
-def kv_index(sequence, kv_head, position, n_kv_heads, context, head_dim):
-    """Index of the first element of one key or value in a KV cache [sequences, n_kv_heads, context, head_dim]."""
-    return ((sequence * n_kv_heads + kv_head) * context + position) * head_dim
+def kv_index(pages, sequence, kv_head, position, n_kv_heads, head_dim):
+    """Index of the first element of one key or value in a KV cache [pages, n_kv_heads, page, head_dim].
+
+    `pages` is (page table, length of one of its rows, log2 of the tokens in a page).
+    """
+    page_table, table_stride, log2_page = pages
+    page = page_table[sequence * table_stride + (position >> log2_page)]
+    place = position & ((1 << log2_page) - 1)
+    return (((page * n_kv_heads + kv_head) << log2_page) + place) * head_dim
+
+
+@device
+def kv_scale(cache, scales_at, index):
+    """Scale number `index` of a q8_0 cache."""
+    at = address(cache, scales_at + 2 * index)
+    return cvt_f32_f16(np.uint32(ld_global_u32(at & -4) >> np.uint32(8 * (at & 2))))
+
+
+@device
+def load_kv(cache, scales_at, row, head_dim, d):
+    """Element `d` of the key or value whose first element has index `row` in a cache of any type."""
+    x = load_element(cache, address(cache, row), d)
+    if is_q8_0(cache):
+        x *= kv_scale(cache, scales_at, row // head_dim * ((head_dim + 31) >> 5) + (d >> 5))
+    return x
 
 
 @device

@@ -2,11 +2,13 @@
 
 out = softmax(q · Kᵀ / sqrt(head_dim)) · V for each head, in one pass over keys and values (online softmax: Milakov and
 Gimelshein, 2018; Dao et al., FlashAttention, 2022). Shapes: q and out [T, n_heads · head_dim] in float32, caches
-[sequences, n_kv_heads, context, head_dim] in float32, float16 or bfloat16.
+[pages, n_kv_heads, page, head_dim] in float32, float16, bfloat16 or q8_0 (int8 quants, and behind
+them all a float16 scale for each 32 elements of a head).
 
-Data layout. The keys of one head are contiguous, so a warp reads one stream. A key is spread over `lanes` neighbouring
-lanes, 16 bytes each, and a warp holds 32 / lanes keys at once. Each such group of lanes keeps a running maximum, sum of
-exponentials and weighted sum of values; groups are merged at the end in shared memory.
+Data layout. The keys of one head in a page are contiguous. A key is spread over `lanes` neighbouring lanes, 16 bytes
+each, and a warp holds 32 / lanes keys at once. A lane looks up the page of its next key while it computes with one
+before it. Each such group of lanes keeps a running maximum, sum of exponentials and weighted sum of values; groups are
+merged at the end in shared memory.
 
 Why. The step reads 2 · length · head_dim elements per KV head and does little arithmetic, so bandwidth is the floor:
 with 8 KV heads of 128 float16, a length of 8,192 is 34 MB per layer, 7 µs at 4.8 TB/s. Hence:
@@ -15,6 +17,8 @@ with 8 KV heads of 128 float16, a length of 8,192 is 34 MB per layer, 7 µs at 4
 - A short context has one block per head. A long context is split over blocks (split-K, as Flash-Decoding), and query
   heads that share a KV head are computed `HEADS_PER_BLOCK` at a time, so that a key is read once for them. The block
   that finishes last merges the splits; no second kernel is launched.
+
+`rows_attention` does the same for many rows.
 """
 
 from __future__ import annotations
@@ -27,55 +31,51 @@ from numba import cuda
 from ..intrinsics import (
     address,
     atom_add_1,
-    cp_async_16,
     cp_async_commit,
     cp_async_wait_all,
     cp_async_wait_group,
     ex2_approx,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
-    ld_global_v4_u32,
     ld_shared_v4_u32,
     ld_v4_f32,
     no_unroll,
     shared_address,
     st_v4_f32,
 )
-from ..quant_traits import load_element, per_16_bytes, unpack8
+from ..quant_traits import per_16_bytes
 from .common import (
     FULL_MASK,
     LOG2_E,
     device,
     fast_divmod,
     first_visible,
-    is_padding_token,
-    kv_index,
     launch_bounds,
-    pdl_sync,
 )
+from .kv_source import elements_of, fetch_16_bytes, load_16_bytes, page_of, source_of_keys
 from .params import ATTENTION_STAGE_BYTES as STAGE_BYTES
 from .params import ATTENTION_STAGES as STAGES
 from .params import ATTENTION_THREADS as THREADS
 from .params import ATTENTION_WARPS as WARPS
 from .params import HEADS_PER_BLOCK, MAX_SPLITS, MIN_SPLIT_KEYS, SPLIT_FROM, SPLIT_WEIGHTS
-from .params import PLAIN_ATTENTION_THREADS as PLAIN_THREADS
-from .reduce import block_max, block_sum, warp_max, warp_sum
+from .reduce import warp_max, warp_sum
 
 LOWEST_SCORE = np.float32(-1e30)
 """Score of a key that does not exist, and maximum of no scores. Finite, so that the difference of two is 0, not NaN."""
 
 
 @device
-def fetch_keys(slot, key_at, value_at, byte_step, wanted, next_wanted):
-    """Start copying this lane's 16 bytes of two keys, `byte_step` bytes apart, and of their values, to `slot`.
+def fetch_keys(slot, source, k_cache, v_cache, p, step, page, next_page, wanted, next_wanted):
+    """Start copying this lane's 16 bytes of two keys, at positions `p` and `p` + `step`, and of their values, to
+    `slot`. `page` and `next_page` are their pages.
 
     Zeros are written for keys that are not wanted; their addresses are not read.
     """
-    count, next_count = 16 if wanted else 0, 16 if next_wanted else 0
-    cp_async_16(slot, key_at, count)
-    cp_async_16(slot + 16 * THREADS, value_at, count)
-    cp_async_16(slot + 32 * THREADS, key_at + byte_step, next_count)
-    cp_async_16(slot + 48 * THREADS, value_at + byte_step, next_count)
+    keys, values = source[6:8]
+    fetch_16_bytes(slot, k_cache, keys, source, page, p, wanted)
+    fetch_16_bytes(slot + 16 * THREADS, v_cache, values, source, page, p, wanted)
+    fetch_16_bytes(slot + 32 * THREADS, k_cache, keys, source, next_page, p + step, next_wanted)
+    fetch_16_bytes(slot + 48 * THREADS, v_cache, values, source, next_page, p + step, next_wanted)
     cp_async_commit()
 
 
@@ -92,23 +92,17 @@ def lane_position(begin, k_cache, head_dim, lanes):
 
 
 @device
-def prefetch_keys(cache_at, k_cache, v_cache, begin, cached_end, head_dim, lanes, ring):
-    """Start copying the first keys and values of [begin, cached_end) into all stages of the ring.
-
-    Returns the addresses of this lane's next key and value, and the bytes from one of its keys to the next.
+def prefetch_keys(source, k_cache, v_cache, p, step, has_elements, cached_end, ring):
+    """Start copying the lane's first keys and values before `cached_end` into all stages of the ring, from its key at
+    position `p` on.
     """
-    p, step, d, has_elements = lane_position(begin, k_cache, head_dim, lanes)
-    at = cache_at + p * head_dim + d
-    key_at, value_at = address(k_cache, at), address(v_cache, at)
-    byte_step = address(k_cache, at + step * head_dim) - key_at
     for stage in range(STAGES):
         no_unroll()
         wanted, next_wanted = has_elements and p < cached_end, has_elements and p + step < cached_end
-        fetch_keys(ring + stage * STAGE_BYTES, key_at, value_at, byte_step, wanted, next_wanted)
+        page, next_page = page_of(source, p, wanted), page_of(source, p + step, next_wanted)
+        slot = ring + stage * STAGE_BYTES
+        fetch_keys(slot, source, k_cache, v_cache, p, step, page, next_page, wanted, next_wanted)
         p += 2 * step
-        key_at += 2 * byte_step
-        value_at += 2 * byte_step
-    return key_at, value_at, byte_step
 
 
 @device
@@ -143,20 +137,22 @@ def online_softmax_update(query, key, next_key, value, next_value, valid, next_v
 
 
 @device
-def attend_keys(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, position, head_dim, lanes,
-                factor, max_score, exp_sum, acc, ring, prefetched):  # fmt: skip
+def attend_keys(q, q_at, heads_here, source, k_cache, v_cache, begin, end, position, head_dim, lanes, factor, max_score,
+                exp_sum, acc, ring, new_page):  # fmt: skip
     """Attend to this warp's share of keys [begin, end) for `max_score.size` heads.
 
     Leaves each lane's maximum, sum of exponentials and weighted values in `max_score`, `exp_sum` and `acc`. `factor` is
     log2(e) / sqrt(head_dim), since exponentials are powers of 2. A lane reads from the ring only what it copied itself,
-    so no barrier is needed. The token's own key, at `position`, is written by the kernel before this one and cannot be
-    prefetched: it is loaded here, and the first lanes add it last. Ends with a barrier.
+    so no barrier is needed. The token's own key, at `position` in page `new_page`, is written by the kernel before this
+    one and cannot be prefetched: it is loaded here, and the first lanes add it last. Ends with a barrier.
     """
     n_elements, cached_end = per_16_bytes(k_cache), min(end, position)
     p, step, d, has_elements = lane_position(begin, k_cache, head_dim, lanes)
-    key_at, value_at, byte_step = prefetched
-    at = cache_at + position * head_dim + d
-    new_key, new_value = ld_global_v4_u32(address(k_cache, at)), ld_global_v4_u32(address(v_cache, at))
+    keys, values = source[6:8]
+    blocks, block = (head_dim + 31) >> 5, d >> 5
+    odd = (p * blocks + block) & 1  # of all of the lane's keys: `step` is even
+    new_key = load_16_bytes(k_cache, keys, source, new_page, position)
+    new_value = load_16_bytes(v_cache, values, source, new_page, position)
     query = cuda.local.array((HEADS_PER_BLOCK, 8), np.float32)
     for h in range(max_score.size):
         max_score[h], exp_sum[h] = LOWEST_SCORE, np.float32(0)
@@ -172,27 +168,22 @@ def attend_keys(q, q_at, heads_here, cache_at, k_cache, v_cache, begin, end, pos
                     query[h, 4 + i] = high[i] * factor
     slot, ahead = ring, p + 2 * STAGES * step
     for _ in range(begin, cached_end, 2 * step):
+        wanted, next_wanted = has_elements and ahead < cached_end, has_elements and ahead + step < cached_end
+        page, next_page = page_of(source, ahead, wanted), page_of(source, ahead + step, next_wanted)
         cp_async_wait_group(1)
-        key, value = unpack8(k_cache, ld_shared_v4_u32(slot)), unpack8(v_cache, ld_shared_v4_u32(slot + 16 * THREADS))
-        next_key = unpack8(k_cache, ld_shared_v4_u32(slot + 32 * THREADS))
-        next_value = unpack8(v_cache, ld_shared_v4_u32(slot + 48 * THREADS))
+        key = elements_of(k_cache, ld_shared_v4_u32(slot), odd)
+        value = elements_of(v_cache, ld_shared_v4_u32(slot + 16 * THREADS), odd)
+        next_key = elements_of(k_cache, ld_shared_v4_u32(slot + 32 * THREADS), odd)
+        next_value = elements_of(v_cache, ld_shared_v4_u32(slot + 48 * THREADS), odd)
         online_softmax_update(query, key, next_key, value, next_value, p < cached_end, p + step <
                               cached_end, lanes, max_score, exp_sum, acc)  # fmt: skip
-        fetch_keys(
-            slot,
-            key_at,
-            value_at,
-            byte_step,
-            has_elements and ahead < cached_end,
-            has_elements and ahead + step < cached_end,
-        )
+        fetch_keys(slot, source, k_cache, v_cache, ahead, step, page, next_page, wanted, next_wanted)
         slot = ring + STAGE_BYTES if slot == ring else ring
         p += 2 * step
         ahead += 2 * step
-        key_at += 2 * byte_step
-        value_at += 2 * byte_step
     if cached_end < end and cuda.threadIdx.x < 32:
-        key, value = unpack8(k_cache, new_key), unpack8(v_cache, new_value)
+        odd = (position * blocks + block) & 1
+        key, value = elements_of(k_cache, new_key, odd), elements_of(v_cache, new_value, odd)
         online_softmax_update(
             query, key, key, value, value, cuda.threadIdx.x < lanes, False, lanes, max_score, exp_sum, acc
         )
@@ -348,112 +339,84 @@ def write_output(
 
 
 @device
-def decode_attention(q, k_cache, v_cache, position, sequence, out, partials, counters, kv_heads, shared_by,
-                     context, head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim,
-                     max_score, exp_sum, acc, is_last):  # fmt: skip
-    """The body of both kernels, for `max_score.size` heads per block.
+def attend_split(q, k_cache, v_cache, pages, t, position, sequence, out, partials, counters, kv_heads, shared_by,
+                 head_dim, lanes, subgroups, inverse_subgroups, inverse_head_dim, begin, end, part, splits, splits_used,
+                 early, max_score, exp_sum, acc, is_last):  # fmt: skip
+    """Attention of the block's heads of row `t` over keys [begin, end), split number `part` of `splits_used`.
 
-    blockIdx.x is a group of heads, blockIdx.y the token, blockIdx.z the split of the keys.
+    `splits` is the number of splits that `partials` has room for. `early`: no kernel of this run writes keys that the
+    token sees, but its own.
     """
     shared = cuda.shared.array(0, np.float32)
-    t, group, heads_a_block, splits = cuda.blockIdx.y, cuda.blockIdx.x, max_score.size, cuda.gridDim.z
+    group, heads_a_block = cuda.blockIdx.x, max_score.size
     kv_head, sub = fast_divmod(group, subgroups, inverse_subgroups)
     first_head = t * kv_heads * shared_by + kv_head * shared_by + sub * heads_a_block
     heads_here = min(heads_a_block, shared_by - sub * heads_a_block)
+    factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
+    ring = shared_address(shared, 4 * cuda.threadIdx.x)
+    p, step, d, has_elements = lane_position(begin, k_cache, head_dim, lanes)
+    source = source_of_keys(pages, sequence, kv_head, kv_heads, k_cache, v_cache, head_dim, d)
+    if not early:
+        griddepcontrol_wait()
+    prefetch_keys(source, k_cache, v_cache, p, step, has_elements, min(end, position), ring)
+    new_page = page_of(source, position, True)
+    griddepcontrol_wait()
+    attend_keys(q, first_head * head_dim, heads_here, source, k_cache, v_cache, begin, end, position, head_dim, lanes,
+                factor, max_score, exp_sum, acc, ring, new_page)  # fmt: skip
+    griddepcontrol_launch_dependents()  # not earlier: the next kernel's copies would compete with this one's loads
+    merge_groups(max_score, exp_sum, acc, lanes, shared, head_dim, inverse_head_dim, per_16_bytes(k_cache))
+    counter = t * cuda.gridDim.x + group
+    write_output(out, partials, address(counters, counter), first_head, heads_here, part, splits_used, splits, head_dim,
+                 inverse_head_dim, shared, is_last)  # fmt: skip
+    if splits_used > 1 and is_last[0] and cuda.threadIdx.x == 0:
+        counters[counter] = 0
+
+
+@device
+def decode_attention(q, k_cache, v_cache, pages, position, sequence, out, partials, counters, kv_heads, shared_by,
+                     head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, max_score, exp_sum, acc,
+                     is_last):  # fmt: skip
+    """The body of the kernels for a token, with `max_score.size` heads per block.
+
+    blockIdx.x is a group of heads, blockIdx.z the split of the keys.
+    """
+    splits = cuda.gridDim.z
     begin, end, splits_used = split_range(position + 1, window, cuda.blockIdx.z, splits)
     if cuda.blockIdx.z < splits_used:
-        cache_at = kv_index(sequence, kv_head, 0, kv_heads, context, head_dim)
-        factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
-        ring = shared_address(shared, 4 * cuda.threadIdx.x)
-        if cuda.gridDim.y > 1:
-            griddepcontrol_wait()  # it writes the keys of several tokens, and this token may attend to them
-        cached_end = min(end, position)
-        prefetched = prefetch_keys(cache_at, k_cache, v_cache, begin, cached_end, head_dim, lanes, ring)
-        griddepcontrol_wait()
-        attend_keys(q, first_head * head_dim, heads_here, cache_at, k_cache, v_cache, begin, end, position,
-                    head_dim, lanes, factor, max_score, exp_sum, acc, ring, prefetched)  # fmt: skip
-        griddepcontrol_launch_dependents()  # not earlier: the next kernel's copies would compete with this one's loads
-        merge_groups(max_score, exp_sum, acc, lanes, shared, head_dim, inverse_head_dim, per_16_bytes(k_cache))
-        counter = t * cuda.gridDim.x + group
-        write_output(out, partials, address(counters, counter), first_head, heads_here, cuda.blockIdx.z,
-                     splits_used, splits, head_dim, inverse_head_dim, shared, is_last)  # fmt: skip
-        if splits_used > 1 and is_last[0] and cuda.threadIdx.x == 0:
-            counters[counter] = 0
+        attend_split(q, k_cache, v_cache, pages, 0, position, sequence, out, partials, counters, kv_heads, shared_by,
+                     head_dim, lanes, subgroups, inverse_subgroups, inverse_head_dim, begin, end, cuda.blockIdx.z,
+                     splits, splits_used, True, max_score, exp_sum, acc, is_last)  # fmt: skip
 
 
 @launch_bounds(min_blocks=2)
 @cuda.jit
-def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, partials, counters,
-                             kv_heads, shared_by, context, head_dim, window, lanes, subgroups,
-                             inverse_subgroups, inverse_head_dim):  # fmt: skip
-    """Each block computes `HEADS_PER_BLOCK` query heads of one KV head and reads a key once. For long contexts."""
-    if is_padding_token(tokens):
-        return
+def attention_grouped_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
+                             scales_at, out, partials, counters, kv_heads, shared_by, head_dim, window, lanes,
+                             subgroups, inverse_subgroups, inverse_head_dim):  # fmt: skip
+    """One token. Each block computes `HEADS_PER_BLOCK` query heads of one KV head and reads a key once. For long
+    contexts.
+    """
     is_last = cuda.shared.array(1, np.int32)
-    position, sequence = positions[cuda.blockIdx.y], sequences[cuda.blockIdx.y]
     max_score = cuda.local.array(HEADS_PER_BLOCK, np.float32)
     exp_sum = cuda.local.array(HEADS_PER_BLOCK, np.float32)
     acc = cuda.local.array((HEADS_PER_BLOCK, 8), np.float32)
-    decode_attention(q, k_cache, v_cache, position, sequence, out, partials, counters, kv_heads, shared_by,
-                     context, head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim,
-                     max_score, exp_sum, acc, is_last)  # fmt: skip
+    pages = page_table, table_stride, log2_page, scales_at
+    decode_attention(q, k_cache, v_cache, pages, positions[0], sequences[0], out, partials, counters, kv_heads,
+                     shared_by, head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, max_score,
+                     exp_sum, acc, is_last)  # fmt: skip
 
 
 @launch_bounds(min_blocks=2)
 @cuda.jit
-def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, partials, counters,
-                            kv_heads, shared_by, context, head_dim, window, lanes, subgroups,
+def attention_single_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
+                            scales_at, out, partials, counters, kv_heads, shared_by, head_dim, window, lanes, subgroups,
                             inverse_subgroups, inverse_head_dim):  # fmt: skip
-    """Each block computes one head. For short contexts, and for heads that share no keys."""
-    if is_padding_token(tokens):
-        return
+    """One token. Each block computes one head. For short contexts, and for heads that share no keys."""
     is_last = cuda.shared.array(1, np.int32)
     max_score = cuda.local.array(1, np.float32)
     exp_sum = cuda.local.array(1, np.float32)
     acc = cuda.local.array((1, 8), np.float32)
-    decode_attention(q, k_cache, v_cache, positions[cuda.blockIdx.y], sequences[cuda.blockIdx.y], out,
-                     partials, counters, kv_heads, shared_by, context, head_dim, window, lanes, subgroups,
-                     inverse_subgroups, inverse_head_dim, max_score, exp_sum, acc, is_last)  # fmt: skip
-
-
-@cuda.jit
-def attention_plain_kernel(
-    tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim, window
-):
-    """Attention for heads that are not whole 16 bytes. One block per head; one thread per key, then per element."""
-    if is_padding_token(tokens):
-        return
-    pdl_sync()
-    shared = cuda.shared.array(0, np.float32)  # a tile's weights, then the weighted values so far
-    scratch = cuda.shared.array(32, np.float32)
-    t, head, thread = cuda.blockIdx.y, cuda.blockIdx.x, cuda.threadIdx.x
-    q_at = (t * kv_heads * shared_by + head) * head_dim
-    cache_at = kv_index(sequences[t], head // shared_by, 0, kv_heads, context, head_dim)
-    keys, values = address(k_cache, cache_at), address(v_cache, cache_at)
-    length = positions[t] + 1
-    factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
-    max_score, exp_sum = LOWEST_SCORE, np.float32(0)
-    for d in range(thread, head_dim, PLAIN_THREADS):
-        shared[PLAIN_THREADS + d] = 0
-    for first in range(first_visible(length, window), length, PLAIN_THREADS):
-        score = LOWEST_SCORE
-        if first + thread < length:
-            score = np.float32(0)
-            for d in range(head_dim):
-                score += q[q_at + d] * load_element(k_cache, keys, (first + thread) * head_dim + d)
-            score *= factor
-        new_max = max(max_score, block_max(score, scratch))
-        weight = ex2_approx(score - new_max) if first + thread < length else np.float32(0)
-        rescale = ex2_approx(max_score - new_max)
-        exp_sum = exp_sum * rescale + block_sum(weight, scratch)
-        shared[thread] = weight
-        max_score = new_max
-        cuda.syncthreads()
-        for d in range(thread, head_dim, PLAIN_THREADS):
-            value = shared[PLAIN_THREADS + d] * rescale
-            for p in range(min(PLAIN_THREADS, length - first)):
-                value += shared[p] * load_element(v_cache, values, (first + p) * head_dim + d)
-            shared[PLAIN_THREADS + d] = value
-        cuda.syncthreads()
-    for d in range(thread, head_dim, PLAIN_THREADS):
-        out[q_at + d] = shared[PLAIN_THREADS + d] / exp_sum
+    pages = page_table, table_stride, log2_page, scales_at
+    decode_attention(q, k_cache, v_cache, pages, positions[0], sequences[0], out, partials, counters, kv_heads,
+                     shared_by, head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, max_score,
+                     exp_sum, acc, is_last)  # fmt: skip

@@ -33,6 +33,7 @@ from ..intrinsics import (
     cp_async_commit,
     cp_async_wait_all,
     cp_async_wait_group,
+    griddepcontrol_launch_dependents,
     griddepcontrol_wait,
     ld_global_u32,
     ld_global_v4_u32,
@@ -78,9 +79,10 @@ STAGED = STAGED_BYTES // 4
 def round_kernel(tokens, x, norm, normed, eps, out, scales, columns, padded):
     """out[t] = x[t], or norm(x[t]), in 16 bits, times a power of two whose inverse is scales[t]; padded with zeros."""
     t = cuda.blockIdx.x
+    griddepcontrol_launch_dependents()  # at once: the next kernel's copies of weights can start
     if t >= tokens[0]:
         return
-    pdl_sync()
+    griddepcontrol_wait()
     scratch = cuda.shared.array(32, np.float32)
     warp_largest = cuda.shared.array(32, np.int32)
     row, width = t * columns, cuda.blockDim.x
@@ -364,9 +366,9 @@ def gemm_gate_up_kernel(tokens, x, padded, scales, w1, w3, stride, early, out, b
 
 @launch_bounds(min_blocks=2)
 @cuda.jit
-def gemm_qkv_rope_kernel(tokens, x, padded, scales, wq, wk, wv, stride, early, angles, positions, sequences, q, k_cache,
-                         v_cache, q_rows, kv_rows, q_tiles, kv_tiles, heads_a_tile, kv_heads, head_dim, interleaved,
-                         context, columns, stages):  # fmt: skip
+def gemm_qkv_rope_kernel(tokens, x, padded, scales, wq, wk, wv, stride, early, angles, positions, sequences, page_table,
+                         table_stride, log2_page, q, k_cache, v_cache, q_rows, kv_rows, q_tiles, kv_tiles, heads_a_tile,
+                         kv_heads, head_dim, interleaved, columns, stages):  # fmt: skip
     """Write RoPE(x · Wqᵀ) to q, RoPE(x · Wkᵀ) and x · Wvᵀ to the caches. A block computes whole heads of one weight. A
     thread finishes one pair of elements of every other token.
     """
@@ -411,7 +413,8 @@ def gemm_qkv_rope_kernel(tokens, x, padded, scales, wq, wk, wv, stride, early, a
                 if section == 0:
                     q[t * q_rows + first_row + a], q[t * q_rows + first_row + b] = u, v
                 else:
-                    at = kv_index(sequences[t], head, positions[t], kv_heads, context, head_dim) + d
+                    pages = page_table, table_stride, log2_page
+                    at = kv_index(pages, sequences[t], head, positions[t], kv_heads, head_dim) + d
                     if section == 1:
                         store_element(k_cache, at, u)
                         store_element(k_cache, at + b - a, v)

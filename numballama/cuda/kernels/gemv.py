@@ -315,9 +315,9 @@ def angle_index(local, pairs, row_pairs, head_dim, inverse_head_dim, interleaved
 @launch_bounds(min_blocks=3)
 @cuda.jit
 def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, wq_scales, wk_scales, wv_scales, scale_stride,
-                    shift, angles, positions, sequences, q, k_cache, v_cache, q_rows, kv_rows, head_dim, interleaved,
-                    context, kv_heads, inverse_head_dim, columns, slices, log2_slices, x_at, sums_at, partial_at,
-                    chunks, pairs_per_block, extra_pairs, prefetch):  # fmt: skip
+                    shift, angles, positions, sequences, page_table, table_stride, log2_page, q, k_cache, v_cache,
+                    q_rows, kv_rows, head_dim, interleaved, kv_heads, inverse_head_dim, columns, slices, log2_slices,
+                    x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs, prefetch):  # fmt: skip
     """Write RoPE(Wq · x) to q, RoPE(Wk · x) and Wv · x to the caches at the token's position. x may be norm(x)."""
     if is_padding_token(tokens):
         return
@@ -327,7 +327,8 @@ def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, wq_scales,
     layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs, prefetch
     inverse = np.float32(2) * inverse_head_dim
     row_pairs = 0, q_pairs, k_pairs, half, inverse
-    position, sequence = positions[t], sequences[t]
+    # index of the token's key of head 0, before the wait: no kernel writes the page table
+    new_at = kv_index((page_table, table_stride, log2_page), sequences[t], 0, positions[t], kv_heads, head_dim)
     angle = angle_index(cuda.threadIdx.x, pairs, row_pairs, head_dim, inverse_head_dim, interleaved) + t * head_dim
     cos, sin = stream(QKV, row_pairs, x, t * columns, norm, normed, wq,
                       (address(wq, 0), address(wk, 0), address(wv, 0), stride),
@@ -349,7 +350,7 @@ def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, wq_scales,
             q[t * q_rows + row] = a
             q[t * q_rows + row + apart] = b
         else:
-            at = kv_index(sequence, head, position, kv_heads, context, head_dim) + d
+            at = new_at + (head << log2_page) * head_dim + d
             if section == 1:
                 store_element(k_cache, at, a)
                 store_element(k_cache, at + apart, b)

@@ -45,6 +45,29 @@ GEMM_STAGED_BYTES = 544
 different banks.
 """
 
+# Linear layers for 2 to 64 tokens (`skinny`)
+
+SKINNY_WARPS = 8
+SKINNY_THREADS = 32 * SKINNY_WARPS
+SKINNY_ROWS, SKINNY_STEP_BYTES = 32, 32 * 64
+"""Rows of W of a warp; bytes of payload that a warp copies per step: 64 of each of its rows."""
+SKINNY_UNITS = 8
+"""Most units of 8 tokens of a block."""
+SKINNY_FUSED_UNITS = 2
+"""Up to this number of units each block rounds its part of X itself."""
+SKINNY_SLICE_COLUMNS = 1024
+"""Most columns of a slice: a lane rounds up to 32 of them."""
+SKINNY_UNIT = 256
+"""Sums of a unit of 8 tokens, as float32."""
+SKINNY_PLANE_BYTES = 4 * SKINNY_ROWS
+"""A plane of scales in a stage: a word for each row of a warp."""
+
+
+def units_together(units: int) -> int:
+    """Units whose sums are in shared memory at a time, of `units`; fewer of the largest, beside which X is largest."""
+    return units if units < SKINNY_UNITS else 2
+
+
 # Attention of single tokens (`decode_attention`)
 
 ATTENTION_THREADS = 256
@@ -61,6 +84,9 @@ MAX_SPLITS = 32
 """Maximum number of blocks that share a head's context. One lane each combines their results."""
 SPLIT_WEIGHTS = MAX_SPLITS + 1
 """float32 per head that combining the splits writes to shared memory."""
+ROW_SPLIT_KEYS = 256
+"""Keys of a split where a run has many rows. In contexts longer than `MAX_SPLITS` of these it is doubled until the
+splits suffice."""
 PLAIN_ATTENTION_THREADS = 128
 
 # Attention of many tokens (`prefill_attention`)
@@ -71,3 +97,9 @@ PREFILL_ATTENTION_TILE, PREFILL_ATTENTION_THREADS = 64, 128
 # Sampling (`sampling`)
 
 SAMPLING_THREADS = 1024
+RECORD_BYTES = 512
+"""Bytes of a slot's record in device memory: the fields of a `SamplerTable`'s row, one after the other."""
+ROW_COUNTS, ROW_BIAS, ROW_MASK, ROW_LOGITS = range(4)
+"""Addresses in a record of what only some slots need, 0 without: int32 output counts [vocab]; biases and stop tokens,
+(id, float32) each; mask words; float32 [vocab] for a copy of the model's logits.
+"""

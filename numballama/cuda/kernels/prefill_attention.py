@@ -1,13 +1,14 @@
 """Prefill attention: many query tokens on tensor cores, 64 queries of one head with 64 keys at a time.
 
 out = softmax(Q · Kᵀ / sqrt(head_dim)) · V in one pass over keys and values (Dao et al., FlashAttention-2, 2023), each
-query with the keys up to its own position. Shapes: q and out [T, n_heads · head_dim] in float32, caches [sequences,
-n_kv_heads, context, head_dim] in float16 or bfloat16; head_dim is a multiple of 8, at most 128.
+query with the keys up to its own position. Shapes: q and out [T, n_heads · head_dim] in float32, caches [pages,
+n_kv_heads, page, head_dim] in float16 or bfloat16; head_dim is a multiple of 8, at most 128.
 
 Data layout. Each of four warps has 16 queries. Their fragments stay in registers, and so do the sums over values.
 Scores have the layout of the weights' fragments, so they stay in registers too. Tiles of 64 keys and 64 values are
 copied to two stages of shared memory, one ahead of the one in use. A head is padded with zeros to 64 or 128 elements.
-Queries may belong to any sequences: a tile's tokens are processed in runs of one sequence.
+The host divides a run into tiles of up to 64 tokens of one sequence whose positions follow each other
+(`program.write_tiles`); tokens that stand alone are left to `rows_attention`. A block computes one head of a tile.
 
 Why. The work is 4 · T · length / 2 · head_dim operations per head. Tensor cores of an H200 do some 600 · 10^12 per
 second, and K and V are read once for 64 queries, so arithmetic is the floor. Operands have the cache's 16-bit type;
@@ -45,7 +46,7 @@ from ..mma import (
     zeros32,
     zeros64,
 )
-from .common import FULL_MASK, LOG2_E, device, kv_index, launch_bounds, pdl_sync
+from .common import LOG2_E, device, launch_bounds, pdl_sync
 from .decode_attention import LOWEST_SCORE
 from .params import PREFILL_ATTENTION_THREADS as THREADS
 from .params import PREFILL_ATTENTION_TILE as TILE
@@ -73,56 +74,40 @@ def stage_queries(q, start, row_elements, rows, head_dim, width, factor, k_cache
 
 
 @device
-def fetch_tile(base, k_at, v_at, first, length, head_dim, width):
-    """Start copying keys and values `first` to `first` + 63; zeros from `length` on and after `head_dim`."""
+def fetch_tile(base, k_at, v_at, pages, table_row, page_bytes, first, length, head_dim, width):
+    """Start copying keys and values `first` to `first` + 63 of a sequence; zeros from `length` on and after `head_dim`.
+
+    `k_at` and `v_at` are the addresses of the KV head in page 0, `table_row` the index of the sequence's row in the
+    page table, `page_bytes` the bytes of a page, all heads together.
+    """
+    page_table, _, log2_page = pages
     chunks = width // 8
     row, chunk = cuda.threadIdx.x // chunks, cuda.threadIdx.x & (chunks - 1)
     to = base + row * 2 * width + ((chunk ^ (row & 7)) << 4)
     step = THREADS // chunks  # a multiple of 8, so that all of a thread's rows are swizzled alike
-    at = (first + row) * head_dim * 2 + chunk * 16
     rows_left = length - first - row if 8 * chunk < head_dim else 0
-    k_from, v_from, bytes_on = k_at + at, v_at + at, step * head_dim * 2
+    position, in_page = first + row, (1 << log2_page) - 1
     for i in range(TILE // step):
-        count = 16 if i * step < rows_left else 0
-        cp_async_16(to + i * step * 2 * width, k_from, count)
-        cp_async_16(to + (TILE + i * step) * 2 * width, v_from, count)
-        k_from += bytes_on
-        v_from += bytes_on
+        count, page = 0, np.int32(0)
+        if i * step < rows_left:
+            count, page = 16, page_table[table_row + (position >> log2_page)]
+        at = page * page_bytes + (position & in_page) * head_dim * 2 + chunk * 16
+        cp_async_16(to + i * step * 2 * width, k_at + at, count)
+        cp_async_16(to + (TILE + i * step) * 2 * width, v_at + at, count)
+        position += step
     cp_async_commit()
 
 
 @device
-def run_of_sequence(sequences, positions, first, begin, rows):
-    """(end, largest position) of the run of tokens of one sequence that begins at row `begin`."""
-    sequence, lane = sequences[first + begin], cuda.threadIdx.x & 31
-    end, last_position = np.int32(rows), np.int32(-1)
-    for i in range(2):
-        row = lane + 32 * i
-        if begin <= row < rows and sequences[first + row] != sequence:
-            end = min(end, np.int32(row))
-    for i in range(5):
-        end = min(end, np.int32(cuda.shfl_xor_sync(FULL_MASK, end, 16 >> i)))
-    for i in range(2):
-        row = lane + 32 * i
-        if begin <= row < end:
-            last_position = max(last_position, np.int32(positions[first + row]))
-    for i in range(5):
-        last_position = max(last_position, np.int32(cuda.shfl_xor_sync(FULL_MASK, last_position, 16 >> i)))
-    return end, last_position
-
-
-@device
-def attend(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim, sums):
-    """The body of both kernels; `sums` is a lane's part of 16 queries' weighted values, width / 2 elements."""
-    # the last tokens have the most keys: their blocks start first
-    first, head = (cuda.gridDim.x - 1 - cuda.blockIdx.x) * TILE, cuda.blockIdx.y
-    if first >= tokens[0]:
-        return
-    pdl_sync()
+def attend(q, k_cache, v_cache, pages, positions, sequences, first, rows, out, kv_heads, shared_by, head_dim, sums):
+    """Attention of one head of a tile: `rows` tokens of one sequence, from row `first` of the run on. `sums` is a
+    lane's part of 16 queries' weighted values, width / 2 elements.
+    """
     shared = cuda.shared.array(0, np.float32)
-    base, width, rows = shared_address(shared, 0), 2 * len(sums), min(TILE, tokens[0] - first)
+    head, heads = cuda.blockIdx.y, cuda.gridDim.y
+    base, width = shared_address(shared, 0), 2 * len(sums)
     stage = 2 * TILE * 2 * width
-    lane, warp, heads = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, cuda.gridDim.y
+    lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
     factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
     stage_queries(
         q, (first * heads + head) * head_dim, heads * head_dim, rows, head_dim, width, factor, k_cache, base + stage
@@ -135,38 +120,36 @@ def attend(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, sha
 
     row0 = warp * 16 + (lane >> 2)
     row1 = row0 + 8
-    position0 = positions[first + row0] if row0 < rows else np.int32(-1)
-    position1 = positions[first + row1] if row1 < rows else np.int32(-1)
+    start = np.int64(positions[first])
+    last0, last1 = start + row0 if row0 < rows else -1, start + row1 if row1 < rows else -1
     max0, max1, sum_exp0, sum_exp1 = LOWEST_SCORE, LOWEST_SCORE, np.float32(0), np.float32(0)
-    begin = 0
-    while begin < rows:
-        end, last_position = run_of_sequence(sequences, positions, first, begin, rows)
-        last0 = position0 if begin <= row0 < end else np.int32(-1)
-        last1 = position1 if begin <= row1 < end else np.int32(-1)
-        at = kv_index(sequences[first + begin], head // shared_by, 0, kv_heads, context, head_dim)
-        k_at, v_at, length = address(k_cache, at), address(v_cache, at), last_position + 1
-        cuda.syncthreads()  # no thread reads the stages any more
-        fetch_tile(base, k_at, v_at, 0, length, head_dim, width)
-        stage_at = 0
-        for key in range(0, length, TILE):
-            cp_async_wait_all()
-            cuda.syncthreads()
-            if key + TILE < length:
-                fetch_tile(base + stage - stage_at, k_at, v_at, key + TILE, length, head_dim, width)
-            scores = mma_qk(k_cache, queries, k_lane + stage_at)
-            if key + TILE - 1 > min(last0, last1):
-                lane_key = key + 2 * (lane & 3)
-                scores = causal_mask(scores, last0 - lane_key, last1 - lane_key)
-            maxima = row_max(scores, max0, max1)
-            new_max0, new_max1 = quad_max(maxima[0]), quad_max(maxima[1])
-            rescale0, rescale1 = ex2_approx(max0 - new_max0), ex2_approx(max1 - new_max1)
-            max0, max1 = new_max0, new_max1
-            weights = row_exp2(scores, max0, max1)
-            totals = row_sum(weights, sum_exp0 * rescale0, sum_exp1 * rescale1)
-            sum_exp0, sum_exp1 = totals[0], totals[1]
-            sums = mma_pv(v_cache, row_scale(sums, rescale0, rescale1), weights, k_lane + stage_at + TILE * 2 * width)
-            stage_at = stage - stage_at
-        begin = end
+    _, table_stride, log2_page = pages
+    table_row, head_bytes = np.int64(sequences[first]) * table_stride, (head_dim * 2) << log2_page
+    at = (head // shared_by) * head_bytes
+    k_at, v_at = address(k_cache, 0) + at, address(v_cache, 0) + at
+    page_bytes, length = kv_heads * head_bytes, start + rows
+    cuda.syncthreads()  # no thread reads the queries any more
+    fetch_tile(base, k_at, v_at, pages, table_row, page_bytes, 0, length, head_dim, width)
+    stage_at = 0
+    for key in range(0, length, TILE):
+        cp_async_wait_all()
+        cuda.syncthreads()
+        if key + TILE < length:
+            fetch_tile(base + stage - stage_at, k_at, v_at, pages, table_row, page_bytes, key + TILE, length, head_dim,
+                       width)  # fmt: skip
+        scores = mma_qk(k_cache, queries, k_lane + stage_at)
+        if key + TILE - 1 > min(last0, last1):
+            lane_key = key + 2 * (lane & 3)
+            scores = causal_mask(scores, last0 - lane_key, last1 - lane_key)
+        maxima = row_max(scores, max0, max1)
+        new_max0, new_max1 = quad_max(maxima[0]), quad_max(maxima[1])
+        rescale0, rescale1 = ex2_approx(max0 - new_max0), ex2_approx(max1 - new_max1)
+        max0, max1 = new_max0, new_max1
+        weights = row_exp2(scores, max0, max1)
+        totals = row_sum(weights, sum_exp0 * rescale0, sum_exp1 * rescale1)
+        sum_exp0, sum_exp1 = totals[0], totals[1]
+        sums = mma_pv(v_cache, row_scale(sums, rescale0, rescale1), weights, k_lane + stage_at + TILE * 2 * width)
+        stage_at = stage - stage_at
     one = np.float32(1)
     sums = row_scale(sums, one / quad_sum(sum_exp0), one / quad_sum(sum_exp1))
     at = ((first + row0) * heads + head) * head_dim + 2 * (lane & 3)
@@ -176,15 +159,27 @@ def attend(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, sha
 
 @launch_bounds(min_blocks=2)
 @cuda.jit
-def attention_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim):
+def attention_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page, tiles,
+                        out, kv_heads, shared_by, head_dim):  # fmt: skip
     """Heads of up to 64 elements."""
-    attend(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim, zeros32())
+    pages = page_table, table_stride, log2_page
+    pdl_sync()
+    for tile in range(cuda.blockIdx.x, tiles[0], cuda.gridDim.x):
+        first, rows = np.int64(tiles[2 * tile + 2]), np.int64(tiles[2 * tile + 3])
+        cuda.syncthreads()  # no thread reads the tile before this one
+        attend(q, k_cache, v_cache, pages, positions, sequences, first, rows, out, kv_heads, shared_by, head_dim,
+               zeros32())  # fmt: skip
 
 
 @launch_bounds(min_blocks=2)
 @cuda.jit
-def attention_128_kernel(
-    tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim
-):
+def attention_128_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page, tiles,
+                         out, kv_heads, shared_by, head_dim):  # fmt: skip
     """Heads of up to 128 elements."""
-    attend(tokens, q, k_cache, v_cache, positions, sequences, out, kv_heads, shared_by, context, head_dim, zeros64())
+    pages = page_table, table_stride, log2_page
+    pdl_sync()
+    for tile in range(cuda.blockIdx.x, tiles[0], cuda.gridDim.x):
+        first, rows = np.int64(tiles[2 * tile + 2]), np.int64(tiles[2 * tile + 3])
+        cuda.syncthreads()  # no thread reads the tile before this one
+        attend(q, k_cache, v_cache, pages, positions, sequences, first, rows, out, kv_heads, shared_by, head_dim,
+               zeros64())  # fmt: skip

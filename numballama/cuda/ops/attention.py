@@ -1,12 +1,15 @@
 """Launches of attention over the KV cache, for single tokens and for many.
 
-Single tokens (`kernels/decode_attention.py`): in a short context one block computes each head. A long context is split
+A single token (`kernels/decode_attention.py`): in a short context one block computes each head. A long context is split
 over blocks, and one block computes `HEADS_PER_BLOCK` query heads that share keys (grouped-query attention), so that a
-key is read once for them. Many tokens (`kernels/prefill_attention.py`) use tensor cores.
+key is read once for them. Rows of many sequences (`kernels/rows_attention.py`): the same, but a row's splits depend on
+its length only, so that its result does not depend on other rows. Prompts (`kernels/prefill_attention.py`) use tensor
+cores.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from ...memory import ceil_div
@@ -23,16 +26,20 @@ from ..kernels.params import (
     PLAIN_ATTENTION_THREADS,
     PREFILL_ATTENTION_THREADS,
     PREFILL_ATTENTION_TILE,
+    ROW_SPLIT_KEYS,
     SPLIT_FROM,
     SPLIT_WEIGHTS,
 )
-from ..launch import Array, Launch, LaunchContext, named
+from ..launch import Argument, Array, Launch, LaunchContext, named, paged, scales_of
 from .gemm import FEW
 
 DECODE = "numballama.cuda.kernels.decode_attention"
-ATTENTION_PLAIN = KernelRef(DECODE, "attention_plain_kernel")
 ATTENTION_SINGLE = KernelRef(DECODE, "attention_single_kernel")
 ATTENTION_GROUPED = KernelRef(DECODE, "attention_grouped_kernel")
+ROWS = "numballama.cuda.kernels.rows_attention"
+ATTENTION_PLAIN = KernelRef(ROWS, "attention_plain_kernel")
+ATTENTION_ROWS = KernelRef(ROWS, "attention_rows_kernel")
+ATTENTION_GROUPED_ROWS = KernelRef(ROWS, "attention_grouped_rows_kernel")
 PLAIN = "numballama.kernels_cuda"
 ATTENTION_SCORES = KernelRef(PLAIN, "attention_scores_kernel")
 ATTENTION_VALUES = KernelRef(PLAIN, "attention_values_kernel")
@@ -41,58 +48,63 @@ PREFILL = "numballama.cuda.kernels.prefill_attention"
 ATTENTION_64 = KernelRef(PREFILL, "attention_64_kernel")
 ATTENTION_128 = KernelRef(PREFILL, "attention_128_kernel")
 
+MORE_TILES = 8
+"""Blocks for tiles that are not full, because chunks of several prompts share a run. Further tiles wait for these."""
+ROW_BLOCKS = 2048
+"""Blocks that share the keys of one head, over all rows of a run, where a long context has splits for so many."""
 
-@kernel(
-    "attention",
-    "cuda",
-    "f32",
-    KV_TYPES,
-    "i32",
-    "i32",
-    KV_TYPES,
-    partials=lambda q, k, positions, sequences, v, workers: (
-        q[0],
-        q[1] // k[3],
-        min(MAX_SPLITS, ceil_div(k[2], MIN_SPLIT_KEYS)) if q[0] <= FEW else 1,
-        k[3] + 2,
-    ),
-)
+
+def _partials(
+    q: tuple[int, ...], k: tuple[int, ...], positions: tuple[int, ...], sequences: tuple[int, ...],
+    table: tuple[int, ...], v: tuple[int, ...], workers: int,
+) -> tuple[int, ...]:  # fmt: skip
+    """Shape of an array for the results of a row's splits: [T, heads, splits, head_dim + 2]."""
+    splits = ceil_div(table[1] * k[2], MIN_SPLIT_KEYS if q[0] == 1 else ROW_SPLIT_KEYS)
+    return (q[0], q[1] // k[3], min(MAX_SPLITS, splits), k[3] + 2)
+
+
+@kernel("attention", "cuda", "f32", KV_TYPES, "i32", "i32", "i32", KV_TYPES, partials=_partials)
 def attention(
-    ctx: LaunchContext, q: Array, k_cache: Array, positions: Array, sequences: Array, v_cache: Array, out: Array,
-    window: int, partials: Array,
+    ctx: LaunchContext, q: Array, k_cache: Array, positions: Array, sequences: Array, page_table: Array, v_cache: Array,
+    out: Array, window: int, partials: Array,
 ) -> list[Launch]:  # fmt: skip
     """`partials` [T, heads, splits, head_dim + 2] float32: results of blocks that share a context, to be combined."""
-    if _for_tensor_cores(ctx, q, k_cache, v_cache, window):
-        return _prefill(ctx, q, k_cache, positions, sequences, v_cache, out)
-    return _decode(ctx, q, k_cache, positions, sequences, v_cache, out, window, partials)
+    where, chunks = paged(k_cache, positions, sequences, page_table), list[Launch]()
+    if _for_tensor_cores(ctx, q, k_cache, v_cache, page_table, window):
+        chunks = _prefill(ctx, q, k_cache, where, v_cache, out)
+    context = page_table.shape[1] * k_cache.shape[2]
+    return chunks + _decode(ctx, q, k_cache, where, v_cache, out, window, partials, context, bool(chunks))
 
 
-def _for_tensor_cores(ctx: LaunchContext, q: Array, k_cache: Array, v_cache: Array, window: int) -> bool:
-    """Whether the kernels for many tokens support these operands: no float32 cache, no sliding window, heads up to 128.
+def _for_tensor_cores(
+    ctx: LaunchContext, q: Array, k_cache: Array, v_cache: Array, page_table: Array, window: int
+) -> bool:
+    """Whether the kernels for many tokens support these operands: a cache of 16 bits, no window, heads up to 128.
 
     Before sm_80, whose cards have at least 100 KB of shared memory, tensor cores and copies need more registers than a
     head of more than 64 elements leaves.
     """
-    context, head_dim = k_cache.shape[2:]
-    same_type = k_cache.dtype == v_cache.dtype != "f32"
+    page, head_dim = k_cache.shape[2:]
+    same_type = k_cache.dtype == v_cache.dtype and k_cache.dtype in ("f16", "bf16")
     fits = head_dim <= (128 if ctx.shared_limit > 64 << 10 else 64)
-    windowed = 0 < window < context
+    windowed = 0 < window < page_table.shape[1] * page
     return q.shape[0] > FEW and same_type and fits and head_dim % 8 == 0 and not windowed
 
 
 def _prefill(
-    ctx: LaunchContext, q: Array, k_cache: Array, positions: Array, sequences: Array, v_cache: Array, out: Array
+    ctx: LaunchContext, q: Array, k_cache: Array, where: Mapping[str, Argument], v_cache: Array, out: Array
 ) -> list[Launch]:
-    _, kv_heads, context, head_dim = k_cache.shape
+    _, kv_heads, _, head_dim = k_cache.shape
     heads = q.shape[1] // head_dim
     kernel_ref, width = (ATTENTION_64, 64) if head_dim <= 64 else (ATTENTION_128, 128)
+    most_tiles = ctx.tiles.shape[0] - 1
     arguments = named(
-        tokens=ctx.tokens, q=q, k_cache=k_cache, v_cache=v_cache, positions=positions, sequences=sequences, out=out,
-        kv_heads=kv_heads, shared_by=heads // kv_heads, context=context, head_dim=head_dim,
+        tokens=ctx.tokens, q=q, k_cache=k_cache, v_cache=v_cache, **where, tiles=ctx.tiles, out=out,
+        kv_heads=kv_heads, shared_by=heads // kv_heads, head_dim=head_dim,
     )  # fmt: skip
-    grid = ceil_div(q.shape[0], PREFILL_ATTENTION_TILE), heads
+    grid = min(most_tiles, ceil_div(q.shape[0], PREFILL_ATTENTION_TILE) + MORE_TILES), heads
     shared = 2 * 2 * PREFILL_ATTENTION_TILE * 2 * width  # two stages of keys and values in 16 bits
-    return [Launch(kernel_ref, grid, PREFILL_ATTENTION_THREADS, arguments, shared)]
+    return [Launch(kernel_ref, grid, PREFILL_ATTENTION_THREADS, arguments, shared, only_for="chunks")]
 
 
 def _splits(ctx: LaunchContext, blocks: int, context: int) -> int:
@@ -101,37 +113,49 @@ def _splits(ctx: LaunchContext, blocks: int, context: int) -> int:
 
 
 def _decode(
-    ctx: LaunchContext, q: Array, k_cache: Array, positions: Array, sequences: Array, v_cache: Array, out: Array,
-    window: int, partials: Array,
+    ctx: LaunchContext, q: Array, k_cache: Array, where: Mapping[str, Argument], v_cache: Array, out: Array,
+    window: int, partials: Array, context: int, listed: bool,
 ) -> list[Launch]:  # fmt: skip
+    """`listed`: only for the rows that `ctx.tiles` lists alone, not for those of chunks of a prompt."""
     tokens = q.shape[0]
-    _, kv_heads, context, head_dim = k_cache.shape
+    _, kv_heads, _, head_dim = k_cache.shape
     heads = q.shape[1] // head_dim
     shared_by, elements = heads // kv_heads, 4 if k_cache.dtype == "f32" else 8
-    operands = named(
-        tokens=ctx.tokens, q=q, k_cache=k_cache, v_cache=v_cache, positions=positions, sequences=sequences, out=out
-    )
-    shape = named(kv_heads=kv_heads, shared_by=shared_by, context=context, head_dim=head_dim, window=window)
-    if head_dim % elements or head_dim > 32 * elements or k_cache.dtype != v_cache.dtype:
+    operands = named(tokens=ctx.tokens, q=q, k_cache=k_cache, v_cache=v_cache, **where, **scales_of(k_cache), out=out)
+    shape = named(kv_heads=kv_heads, shared_by=shared_by, head_dim=head_dim, window=window)
+    odd_pages = k_cache.dtype == "q8_0" and k_cache.shape[2] == 1  # a scale may lie in either half of a word
+    if head_dim % elements or head_dim > 32 * elements or k_cache.dtype != v_cache.dtype or odd_pages:
         shared = 4 * (PLAIN_ATTENTION_THREADS + head_dim)
         return [Launch(ATTENTION_PLAIN, (heads, tokens), PLAIN_ATTENTION_THREADS, named(**operands, **shape), shared)]
     lanes = 1 << (ceil_div(head_dim, elements) - 1).bit_length()
     counters = ctx.zeros(heads * tokens)
 
-    def launch(kernel_ref: KernelRef, heads_per_block: int, max_splits: int) -> Launch:
+    def launch(kernel_ref: KernelRef, heads_per_block: int, blocks_of_keys: int, **more: Argument) -> Launch:
+        """A launch with at most `blocks_of_keys` blocks for the keys of a head."""
         subgroups = ceil_div(shared_by, heads_per_block)
         blocks, lane_groups = kv_heads * subgroups, ATTENTION_WARPS * (32 // lanes)
-        splits = min(max_splits, _splits(ctx, blocks * tokens, context))
+        if tokens == 1:
+            blocks_of_keys = min(blocks_of_keys, _splits(ctx, blocks, context))
         combined = heads_per_block * max((head_dim + 4) * (lane_groups + 1) + lane_groups, SPLIT_WEIGHTS)
         shared = max(ATTENTION_STAGES * ATTENTION_STAGE_BYTES, 4 * combined)
         arguments = named(
             **operands, partials=partials, counters=counters, **shape, lanes=lanes, subgroups=subgroups,
-            inverse_subgroups=1 / subgroups, inverse_head_dim=1 / head_dim,
+            inverse_subgroups=1 / subgroups, inverse_head_dim=1 / head_dim, **more,
         )  # fmt: skip
-        return Launch(kernel_ref, (blocks, tokens, splits), ATTENTION_THREADS, arguments, shared)
+        return Launch(kernel_ref, (blocks, tokens, blocks_of_keys), ATTENTION_THREADS, arguments, shared)
 
-    short = launch(ATTENTION_SINGLE, 1, 1)
     most_splits = partials.shape[2]
+    if tokens > 1:
+        rows_kernel, together = (ATTENTION_GROUPED_ROWS, HEADS_PER_BLOCK) if shared_by > 1 else (ATTENTION_ROWS, 1)
+
+        def rows(blocks_of_keys: int) -> Launch:
+            made = launch(
+                rows_kernel, together, blocks_of_keys, splits=most_splits, tiles=ctx.tiles, listed=int(listed)
+            )
+            return replace(made, only_for="single rows" if listed else None)
+
+        return [_by_length(rows, _most_seen(window, context), most_splits, max(4, ROW_BLOCKS // tokens))]
+    short = launch(ATTENTION_SINGLE, 1, 1)
     if most_splits == 1 or 0 < window <= SPLIT_FROM:
         return [short]
     if shared_by > 1:
@@ -141,18 +165,43 @@ def _decode(
     return [replace(short, long_context_variant=(SPLIT_FROM, long))]
 
 
+def _most_seen(window: int, context: int) -> int:
+    """Keys that a token sees at most."""
+    return min(window, context) if window else context
+
+
+def _by_length(rows: Callable[[int], Launch], most_keys: int, most_splits: int, most_blocks: int) -> Launch:
+    """A launch for rows of many sequences with variants for longer contexts: 1, 4 and more blocks for a head's keys.
+
+    Blocks whose split does not exist end at once, but thousands of them take time. With fewer blocks than splits, a
+    block computes several.
+    """
+    blocks = [1, 4, MAX_SPLITS]
+    blocks = sorted({min(count, most_splits, most_blocks) for count in blocks})
+    made: Launch | None = None
+    for index in range(len(blocks) - 1, -1, -1):
+        launch = rows(blocks[index])
+        # from this many keys on, the blocks of this variant do not suffice
+        if made is not None and (start := blocks[index] * ROW_SPLIT_KEYS) < most_keys:
+            launch = replace(launch, long_context_variant=(start, made))
+        made = launch
+    assert made is not None
+    return made
+
+
 # The operators as the graph declares them
 
 
-@kernel("attention_scores", "cuda", "f32", KV_TYPES, "i32", "i32")
+@kernel("attention_scores", "cuda", "f32", KV_TYPES, "i32", "i32", "i32")
 def attention_scores(
-    ctx: LaunchContext, q: Array, k_cache: Array, positions: Array, sequences: Array, out: Array, window: int
-) -> list[Launch]:
-    tokens, heads, context = out.shape
+    ctx: LaunchContext, q: Array, k_cache: Array, positions: Array, sequences: Array, page_table: Array, out: Array,
+    window: int,
+) -> list[Launch]:  # fmt: skip
+    tokens, heads, _ = out.shape
     _, kv_heads, _, head_dim = k_cache.shape
     arguments = named(
-        tokens=ctx.tokens, q=q, k_cache=k_cache, positions=positions, sequences=sequences, out=out, kv_heads=kv_heads,
-        shared_by=heads // kv_heads, context=context, head_dim=head_dim, window=window,
+        tokens=ctx.tokens, q=q, k_cache=k_cache, **paged(k_cache, positions, sequences, page_table),
+        **scales_of(k_cache), out=out, kv_heads=kv_heads, shared_by=heads // kv_heads, head_dim=head_dim, window=window,
     )  # fmt: skip
     return [Launch(ATTENTION_SCORES, (heads, tokens), ATTENTION_THREADS, arguments)]
 
@@ -164,14 +213,15 @@ def softmax(ctx: LaunchContext, x: Array, out: Array) -> list[Launch]:
     return [Launch(SOFTMAX, (heads, tokens), ATTENTION_THREADS, arguments)]
 
 
-@kernel("attention_values", "cuda", "f32", KV_TYPES, "i32", "i32")
+@kernel("attention_values", "cuda", "f32", KV_TYPES, "i32", "i32", "i32")
 def attention_values(
-    ctx: LaunchContext, weights: Array, v_cache: Array, positions: Array, sequences: Array, out: Array, window: int
-) -> list[Launch]:
-    tokens, heads, context = weights.shape
+    ctx: LaunchContext, weights: Array, v_cache: Array, positions: Array, sequences: Array, page_table: Array,
+    out: Array, window: int,
+) -> list[Launch]:  # fmt: skip
+    tokens, heads, _ = weights.shape
     _, kv_heads, _, head_dim = v_cache.shape
     arguments = named(
-        tokens=ctx.tokens, weights=weights, v_cache=v_cache, positions=positions, sequences=sequences, out=out,
-        kv_heads=kv_heads, shared_by=heads // kv_heads, context=context, head_dim=head_dim, window=window,
+        tokens=ctx.tokens, weights=weights, v_cache=v_cache, **paged(v_cache, positions, sequences, page_table),
+        **scales_of(v_cache), out=out, kv_heads=kv_heads, shared_by=heads // kv_heads, head_dim=head_dim, window=window,
     )  # fmt: skip
     return [Launch(ATTENTION_VALUES, (heads, tokens), ATTENTION_THREADS, arguments)]

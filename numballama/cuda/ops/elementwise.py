@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ...memory import ceil_div
-from ...quantization.types import KV_TYPES, LINEAR_TYPES
+from ...quantization.types import FLOAT_KV_TYPES, KV_BLOCK, LINEAR_TYPES
 from ...registry import KernelRef, kernel
 from ..kernels.params import ELEMENTWISE_THREADS as THREADS
-from ..launch import Array, Launch, LaunchContext, Matrix, named
+from ..launch import Argument, Array, Launch, LaunchContext, Matrix, named, paged, scales_of
 
 KERNELS = "numballama.kernels_cuda"
 EMBEDDING = KernelRef(KERNELS, "embedding_kernel")
@@ -20,8 +20,12 @@ KV_WRITE = KernelRef(KERNELS, "kv_write_kernel")
 ROPE_KV_WRITE = KernelRef(KERNELS, "rope_kv_write_kernel")
 SWIGLU = KernelRef(KERNELS, "swiglu_kernel")
 ADD = KernelRef(KERNELS, "add_kernel")
-LAST = KernelRef(KERNELS, "last_kernel")
+ROWS = KernelRef(KERNELS, "rows_kernel")
 ARGMAX = KernelRef(KERNELS, "argmax_kernel")
+
+KV_Q8_0 = "numballama.cuda.kernels.kv_q8_0"
+KV_WRITE_Q8_0 = KernelRef(KV_Q8_0, "kv_write_q8_0_kernel")
+ROPE_KV_WRITE_Q8_0 = KernelRef(KV_Q8_0, "rope_kv_write_q8_0_kernel")
 
 ARGMAX_BLOCKS = 64
 """Maximum number of blocks that share a row of an argmax."""
@@ -84,28 +88,64 @@ def rope(ctx: LaunchContext, x: Array, angles: Array, out: Array, head_dim: int,
     return [Launch(ROPE, (blocks_for(columns // 2), tokens), THREADS, arguments)]
 
 
-@kernel("kv_write", "cuda", "f32", KV_TYPES, "i32", "i32")
-def kv_write(ctx: LaunchContext, x: Array, cache: Array, positions: Array, sequences: Array) -> list[Launch]:
-    _, heads, context, head_dim = cache.shape
+@kernel("kv_write", "cuda", "f32", FLOAT_KV_TYPES, "i32", "i32", "i32")
+def kv_write(
+    ctx: LaunchContext, x: Array, cache: Array, positions: Array, sequences: Array, page_table: Array
+) -> list[Launch]:
+    _, heads, _, head_dim = cache.shape
     arguments = named(
-        tokens=ctx.tokens, x=x, cache=cache, positions=positions, sequences=sequences, heads=heads, context=context,
+        tokens=ctx.tokens, x=x, cache=cache, **paged(cache, positions, sequences, page_table), heads=heads,
         head_dim=head_dim,
     )  # fmt: skip
     return [Launch(KV_WRITE, (blocks_for(heads * head_dim), x.shape[0]), THREADS, arguments)]
 
 
-@kernel("rope_kv_write", "cuda", "f32", "f32", "f32", KV_TYPES, "i32", "i32", "f32", KV_TYPES)
+def _blocks(head_dim: int) -> dict[str, Argument]:
+    """Arguments of kernels that write q8_0: blocks of a head, and 1 / blocks."""
+    blocks = ceil_div(head_dim, KV_BLOCK)
+    return named(blocks=blocks, inverse_blocks=1 / blocks)
+
+
+@kernel("kv_write", "cuda", "f32", "q8_0", "i32", "i32", "i32")
+def kv_write_q8_0(
+    ctx: LaunchContext, x: Array, cache: Array, positions: Array, sequences: Array, page_table: Array
+) -> list[Launch]:
+    _, heads, _, head_dim = cache.shape
+    arguments = named(
+        tokens=ctx.tokens, x=x, cache=cache, **paged(cache, positions, sequences, page_table), **scales_of(cache),
+        heads=heads, head_dim=head_dim, **_blocks(head_dim),
+    )  # fmt: skip
+    grid = ceil_div(heads * ceil_div(head_dim, KV_BLOCK), THREADS // 32), x.shape[0]
+    return [Launch(KV_WRITE_Q8_0, grid, THREADS, arguments)]
+
+
+@kernel("rope_kv_write", "cuda", "f32", "f32", "f32", FLOAT_KV_TYPES, "i32", "i32", "i32", "f32", FLOAT_KV_TYPES)
 def rope_kv_write(
-    ctx: LaunchContext, q: Array, angles: Array, k: Array, k_cache: Array, positions: Array, sequences: Array, v: Array,
-    v_cache: Array, out: Array, head_dim: int, interleaved: int,
+    ctx: LaunchContext, q: Array, angles: Array, k: Array, k_cache: Array, positions: Array, sequences: Array,
+    page_table: Array, v: Array, v_cache: Array, out: Array, head_dim: int, interleaved: int,
 ) -> list[Launch]:  # fmt: skip
     tokens, q_rows = q.shape
     arguments = named(
-        tokens=ctx.tokens, q=q, angles=angles, k=k, k_cache=k_cache, positions=positions, sequences=sequences, v=v,
-        v_cache=v_cache, out=out, q_rows=q_rows, kv_rows=k.shape[1], head_dim=head_dim, interleaved=interleaved,
-        context=k_cache.shape[2],
+        tokens=ctx.tokens, q=q, angles=angles, k=k, k_cache=k_cache,
+        **paged(k_cache, positions, sequences, page_table), v=v, v_cache=v_cache, out=out, q_rows=q_rows,
+        kv_rows=k.shape[1], head_dim=head_dim, interleaved=interleaved,
     )  # fmt: skip
     return [Launch(ROPE_KV_WRITE, (blocks_for(q_rows // 2), tokens), THREADS, arguments)]
+
+
+@kernel("rope_kv_write", "cuda", "f32", "f32", "f32", "q8_0", "i32", "i32", "i32", "f32", "q8_0")
+def rope_kv_write_q8_0(
+    ctx: LaunchContext, q: Array, angles: Array, k: Array, k_cache: Array, positions: Array, sequences: Array,
+    page_table: Array, v: Array, v_cache: Array, out: Array, head_dim: int, interleaved: int,
+) -> list[Launch]:  # fmt: skip
+    heads, kv_heads = q.shape[1] // head_dim, k_cache.shape[1]
+    arguments = named(
+        tokens=ctx.tokens, q=q, angles=angles, k=k, k_cache=k_cache,
+        **paged(k_cache, positions, sequences, page_table), **scales_of(k_cache), v=v, v_cache=v_cache, out=out,
+        heads=heads, kv_heads=kv_heads, head_dim=head_dim, interleaved=interleaved, **_blocks(head_dim),
+    )  # fmt: skip
+    grid = ceil_div((heads + 2 * kv_heads) * ceil_div(head_dim, KV_BLOCK), THREADS // 32), q.shape[0]
+    return [Launch(ROPE_KV_WRITE_Q8_0, grid, THREADS, arguments)]
 
 
 @kernel("swiglu", "cuda", "f32", "f32")
@@ -122,10 +162,11 @@ def add(ctx: LaunchContext, a: Array, b: Array, out: Array) -> list[Launch]:
     return [Launch(ADD, (blocks_for(columns), tokens), THREADS, arguments)]
 
 
-@kernel("last", "cuda", "f32")
-def last(ctx: LaunchContext, x: Array, out: Array) -> list[Launch]:
-    columns = x.shape[1]
-    return [Launch(LAST, (blocks_for(columns), 1), THREADS, named(tokens=ctx.tokens, x=x, out=out, columns=columns))]
+@kernel("rows", "cuda", "f32", "i32")
+def rows(ctx: LaunchContext, x: Array, rows: Array, out: Array) -> list[Launch]:
+    count, columns = out.shape
+    arguments = named(tokens=ctx.tokens, x=x, rows=rows, out=out, columns=columns)
+    return [Launch(ROWS, (blocks_for(columns), count), THREADS, arguments)]
 
 
 @kernel(

@@ -24,7 +24,7 @@ from ..kernels.params import (
     GEMM_TILE,
     GEMM_TILE_BYTES,
 )
-from ..launch import Array, Launch, LaunchContext, Matrix, named
+from ..launch import Array, Launch, LaunchContext, Matrix, named, paged
 from . import elementwise
 
 KERNELS = "numballama.cuda.kernels.gemm"
@@ -225,8 +225,8 @@ def gate_up(
 
 def norm_qkv_rope(
     ctx: LaunchContext, x: Array, norm: Array, wq: Matrix, wk: Matrix, wv: Matrix, angles: Array, k_cache: Array,
-    positions: Array, sequences: Array, v_cache: Array, out: Array, memory: Array, eps: float, head_dim: int,
-    interleaved: int,
+    positions: Array, sequences: Array, page_table: Array, v_cache: Array, out: Array, memory: Array, eps: float,
+    head_dim: int, interleaved: int,
 ) -> list[Launch]:  # fmt: skip
     """q, k and v of norm(x); q rotated into `out`, k rotated and v into the KV cache."""
     weights, workspace, tokens = (wq, wk, wv), _Workspace(memory), x.shape[0]
@@ -234,7 +234,7 @@ def norm_qkv_rope(
         q, k, v = (workspace.allocate((tokens, w.shape[0]), "f32") for w in weights)
         launches = linear(ctx, x, norm, eps, [(wq, q), (wk, k), (wv, v)], None, workspace.rest)
         return launches + elementwise.rope_kv_write(
-            ctx, q, angles, k, k_cache, positions, sequences, v, v_cache, out, head_dim, interleaved
+            ctx, q, angles, k, k_cache, positions, sequences, page_table, v, v_cache, out, head_dim, interleaved
         )
     rounded = _rounded(ctx, x, norm, eps, _operand_type(wq), workspace)
     rows = [_rows(w, 0, w.shape[0], *_expansions([w], w.shape[0], workspace)) for w in weights]
@@ -243,13 +243,13 @@ def norm_qkv_rope(
     q_tiles, kv_tiles = (ceil_div(n, heads_per_tile * head_dim) for n in (q_rows, kv_rows))
     grid = ceil_div(tokens, GEMM_TILE), q_tiles + 2 * kv_tiles
     stages = _stages(ctx, grid[0] * grid[1])
-    _, kv_heads, context, _ = k_cache.shape
+    kv_heads = k_cache.shape[1]
     arguments = named(
         tokens=ctx.tokens, x=rounded.x, padded=rounded.x.shape[1], scales=rounded.scales, wq=rows[0].payload,
         wk=rows[1].payload, wv=rows[2].payload, stride=rows[0].stride, early=rows[0].early, angles=angles,
-        positions=positions, sequences=sequences, q=out, k_cache=k_cache, v_cache=v_cache, q_rows=q_rows,
+        **paged(k_cache, positions, sequences, page_table), q=out, k_cache=k_cache, v_cache=v_cache, q_rows=q_rows,
         kv_rows=kv_rows, q_tiles=q_tiles, kv_tiles=kv_tiles, heads_a_tile=heads_per_tile, kv_heads=kv_heads,
-        head_dim=head_dim, interleaved=interleaved, context=context, columns=columns, stages=stages,
+        head_dim=head_dim, interleaved=interleaved, columns=columns, stages=stages,
     )  # fmt: skip
     return [
         *rounded.launches,

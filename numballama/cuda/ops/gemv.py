@@ -15,7 +15,7 @@ from ..kernels.params import (
     SCALE_BYTES,
     X_LANE_STRIDE,
 )
-from ..launch import ELEMENTS_PER_16_BYTES, QUANTIZED, Argument, Array, Launch, LaunchContext, Matrix, named
+from ..launch import ELEMENTS_PER_16_BYTES, QUANTIZED, Argument, Array, Launch, LaunchContext, Matrix, named, paged
 
 KERNELS = "numballama.cuda.kernels.gemv"
 LINEAR = KernelRef(KERNELS, "linear_kernel")
@@ -148,15 +148,16 @@ def qkv(
 
 def norm_qkv_rope(
     ctx: LaunchContext, x: Array, norm: Array, wq: Matrix, wk: Matrix, wv: Matrix, angles: Array, k_cache: Array,
-    positions: Array, sequences: Array, v_cache: Array, out: Array, eps: float, head_dim: int, interleaved: int,
+    positions: Array, sequences: Array, page_table: Array, v_cache: Array, out: Array, eps: float, head_dim: int,
+    interleaved: int,
 ) -> list[Launch]:  # fmt: skip
     """q, k and v of norm(x); q rotated into `out`, k rotated and v into the KV cache."""
     first, (grid, layout, shared) = _qkv_input(ctx, x, norm, eps, wq, wk, wv)
-    _, kv_heads, context, _ = k_cache.shape
+    kv_heads = k_cache.shape[1]
     (q_rows, columns), kv_rows = wq.shape, wk.shape[0]
     arguments = named(
-        **first, angles=angles, positions=positions, sequences=sequences, q=out, k_cache=k_cache, v_cache=v_cache,
-        q_rows=q_rows, kv_rows=kv_rows, head_dim=head_dim, interleaved=interleaved, context=context, kv_heads=kv_heads,
+        **first, angles=angles, **paged(k_cache, positions, sequences, page_table), q=out, k_cache=k_cache,
+        v_cache=v_cache, q_rows=q_rows, kv_rows=kv_rows, head_dim=head_dim, interleaved=interleaved, kv_heads=kv_heads,
         inverse_head_dim=1.0 / head_dim, columns=columns, **layout._asdict(),
     )  # fmt: skip
     return [Launch(QKV_ROPE, grid, GEMV_THREADS, arguments, shared)]

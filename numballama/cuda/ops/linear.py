@@ -1,4 +1,6 @@
-"""The linear operators. Each is registered once, and uses `gemv` for few tokens and `gemm` for many.
+"""The linear operators. Each is registered once, and uses `gemv` for one token, `skinny` for some, `gemm` for many.
+
+float32 weights have no kernel in `skinny`: `gemv` multiplies them with up to `FEW` tokens, and `gemm` with more.
 
 `residual` is added to the result, `norm` is the weight of an RMSNorm before it. A fused operator needs weights of one
 type: if a model mixes types, the ops are not fused.
@@ -6,99 +8,148 @@ type: if a model mixes types, the ops are not fused.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Literal
+
 from ...memory import ceil_div
-from ...quantization.types import KV_TYPES, LINEAR_TYPES
+from ...quantization.types import FLOAT_KV_TYPES, LINEAR_TYPES
 from ...registry import KernelRef, kernel
 from ..kernels.params import ELEMENTWISE_THREADS
 from ..launch import Array, Launch, LaunchContext, Matrix, named
-from . import gemm, gemv
-from .gemm import FEW, workspace_shape
+from . import gemm, gemv, skinny
+from .gemm import FEW
 
 LINEAR_INT8 = KernelRef("numballama.kernels_cuda", "linear_int8_kernel")
 
 
+def _kernels_for(x: Array, weight: Matrix) -> Literal["gemv", "skinny", "gemm"]:
+    """The kernels that are fastest for x and a weight of this type."""
+    tokens = x.shape[0]
+    if tokens == 1:
+        return "gemv"
+    if weight.payload.dtype == "f32":
+        return "gemv" if tokens <= FEW else "gemm"
+    return "skinny" if tokens <= skinny.MOST else "gemm"
+
+
+def _linear(
+    ctx: LaunchContext, x: Array, norm: Array | None, eps: float, weight: Matrix, residual: Array | None, out: Array,
+    workspace: Array,
+) -> list[Launch]:  # fmt: skip
+    kernels = _kernels_for(x, weight)
+    if kernels == "gemv":
+        return gemv.linear(ctx, x, norm, eps, weight, residual, out)
+    if kernels == "skinny":
+        return skinny.linear(ctx, x, norm, eps, weight, residual, out, workspace)
+    return gemm.linear(ctx, x, norm, eps, [(weight, out)], residual, workspace)
+
+
+def _gate_up(
+    ctx: LaunchContext, x: Array, norm: Array | None, eps: float, w1: Matrix, w3: Matrix, out: Array, workspace: Array
+) -> list[Launch]:
+    kernels = _kernels_for(x, w1)
+    if kernels == "gemv":
+        return gemv.gate_up(ctx, x, norm, eps, w1, w3, out)
+    if kernels == "skinny":
+        return skinny.gate_up(ctx, x, norm, eps, w1, w3, out, workspace)
+    return gemm.gate_up(ctx, x, norm, eps, w1, w3, out, workspace)
+
+
+def _qkv(
+    ctx: LaunchContext, x: Array, norm: Array | None, eps: float, weights: tuple[Matrix, Matrix, Matrix],
+    outs: tuple[Array, Array, Array], workspace: Array,
+) -> list[Launch]:  # fmt: skip
+    kernels = _kernels_for(x, weights[0])
+    if kernels == "gemv":
+        return gemv.qkv(ctx, x, norm, eps, *weights, *outs)
+    if kernels == "skinny":
+        return skinny.qkv(ctx, x, norm, eps, weights, outs, workspace)
+    return gemm.linear(ctx, x, norm, eps, list(zip(weights, outs, strict=True)), None, workspace)
+
+
 def linear(ctx: LaunchContext, x: Array, weight: Matrix, out: Array, workspace: Array) -> list[Launch]:
-    if x.shape[0] > FEW:
-        return gemm.linear(ctx, x, None, 0.0, [(weight, out)], None, workspace)
-    return gemv.linear(ctx, x, None, 0.0, weight, None, out)
+    return _linear(ctx, x, None, 0.0, weight, None, out, workspace)
 
 
 def linear_add(
     ctx: LaunchContext, x: Array, weight: Matrix, residual: Array, out: Array, workspace: Array
 ) -> list[Launch]:
-    if x.shape[0] > FEW:
-        return gemm.linear(ctx, x, None, 0.0, [(weight, out)], residual, workspace)
-    return gemv.linear(ctx, x, None, 0.0, weight, residual, out)
+    return _linear(ctx, x, None, 0.0, weight, residual, out, workspace)
 
 
 def norm_linear(
     ctx: LaunchContext, x: Array, norm: Array, weight: Matrix, out: Array, workspace: Array, eps: float
 ) -> list[Launch]:
-    if x.shape[0] > FEW:
-        return gemm.linear(ctx, x, norm, eps, [(weight, out)], None, workspace)
-    return gemv.linear(ctx, x, norm, eps, weight, None, out)
+    return _linear(ctx, x, norm, eps, weight, None, out, workspace)
 
 
 def gate_up(ctx: LaunchContext, x: Array, w1: Matrix, w3: Matrix, out: Array, workspace: Array) -> list[Launch]:
-    if x.shape[0] > FEW:
-        return gemm.gate_up(ctx, x, None, 0.0, w1, w3, out, workspace)
-    return gemv.gate_up(ctx, x, None, 0.0, w1, w3, out)
+    return _gate_up(ctx, x, None, 0.0, w1, w3, out, workspace)
 
 
 def norm_gate_up(
     ctx: LaunchContext, x: Array, norm: Array, w1: Matrix, w3: Matrix, out: Array, workspace: Array, eps: float
 ) -> list[Launch]:
-    if x.shape[0] > FEW:
-        return gemm.gate_up(ctx, x, norm, eps, w1, w3, out, workspace)
-    return gemv.gate_up(ctx, x, norm, eps, w1, w3, out)
+    return _gate_up(ctx, x, norm, eps, w1, w3, out, workspace)
 
 
 def qkv(
     ctx: LaunchContext, x: Array, wq: Matrix, wk: Matrix, wv: Matrix, q: Array, k: Array, v: Array, workspace: Array
 ) -> list[Launch]:
-    if x.shape[0] > FEW:
-        return gemm.linear(ctx, x, None, 0.0, [(wq, q), (wk, k), (wv, v)], None, workspace)
-    return gemv.qkv(ctx, x, None, 0.0, wq, wk, wv, q, k, v)
+    return _qkv(ctx, x, None, 0.0, (wq, wk, wv), (q, k, v), workspace)
 
 
 def norm_qkv(
     ctx: LaunchContext, x: Array, norm: Array, wq: Matrix, wk: Matrix, wv: Matrix, q: Array, k: Array, v: Array,
     workspace: Array, eps: float,
 ) -> list[Launch]:  # fmt: skip
-    if x.shape[0] > FEW:
-        return gemm.linear(ctx, x, norm, eps, [(wq, q), (wk, k), (wv, v)], None, workspace)
-    return gemv.qkv(ctx, x, norm, eps, wq, wk, wv, q, k, v)
+    return _qkv(ctx, x, norm, eps, (wq, wk, wv), (q, k, v), workspace)
 
 
 def norm_qkv_rope(
     ctx: LaunchContext, x: Array, norm: Array, wq: Matrix, wk: Matrix, wv: Matrix, angles: Array, k_cache: Array,
-    positions: Array, sequences: Array, v_cache: Array, out: Array, workspace: Array, eps: float, head_dim: int,
-    interleaved: int,
+    positions: Array, sequences: Array, page_table: Array, v_cache: Array, out: Array, workspace: Array, eps: float,
+    head_dim: int, interleaved: int,
 ) -> list[Launch]:  # fmt: skip
-    if x.shape[0] > FEW:
+    kernels = _kernels_for(x, wq)
+    if kernels == "skinny":
+        return skinny.norm_qkv_rope(
+            ctx, x, norm, wq, wk, wv, angles, k_cache, positions, sequences, page_table, v_cache, out, workspace, eps,
+            head_dim, interleaved,
+        )  # fmt: skip
+    if kernels == "gemm":
         return gemm.norm_qkv_rope(
-            ctx, x, norm, wq, wk, wv, angles, k_cache, positions, sequences, v_cache, out, workspace, eps, head_dim,
-            interleaved,
+            ctx, x, norm, wq, wk, wv, angles, k_cache, positions, sequences, page_table, v_cache, out, workspace, eps,
+            head_dim, interleaved,
         )  # fmt: skip
     return gemv.norm_qkv_rope(
-        ctx, x, norm, wq, wk, wv, angles, k_cache, positions, sequences, v_cache, out, eps, head_dim, interleaved
-    )
+        ctx, x, norm, wq, wk, wv, angles, k_cache, positions, sequences, page_table, v_cache, out, eps, head_dim,
+        interleaved,
+    )  # fmt: skip
+
+
+def _workspace(
+    dtype: str, first: int, count: int, *, paired: bool = False, rope: bool = False
+) -> Callable[..., tuple[int, ...]]:
+    """The workspace of an operator whose operands from number `first` on are `count` weights of type `dtype`."""
+    larger = gemm.workspace_shape(dtype, first, count, whole=rope, results=3 if rope else int(paired))
+    return skinny.workspace_shape(dtype, first, count, paired, 3 if rope else 0, larger)
 
 
 for _type in LINEAR_TYPES:
-    kernel("linear", "cuda", "f32", _type, workspace=workspace_shape(_type, 1, 1))(linear)
-    kernel("linear_add", "cuda", "f32", _type, "f32", workspace=workspace_shape(_type, 1, 1))(linear_add)
-    kernel("norm_linear", "cuda", "f32", "f32", _type, workspace=workspace_shape(_type, 2, 1))(norm_linear)
-    kernel("gate_up", "cuda", "f32", _type, _type, workspace=workspace_shape(_type, 1, 2, results=1))(gate_up)
+    kernel("linear", "cuda", "f32", _type, workspace=_workspace(_type, 1, 1))(linear)
+    kernel("linear_add", "cuda", "f32", _type, "f32", workspace=_workspace(_type, 1, 1))(linear_add)
+    kernel("norm_linear", "cuda", "f32", "f32", _type, workspace=_workspace(_type, 2, 1))(norm_linear)
+    kernel("gate_up", "cuda", "f32", _type, _type, workspace=_workspace(_type, 1, 2, paired=True))(gate_up)
     kernel(
-        "norm_gate_up", "cuda", "f32", "f32", _type, _type, workspace=workspace_shape(_type, 2, 2, results=1)
+        "norm_gate_up", "cuda", "f32", "f32", _type, _type, workspace=_workspace(_type, 2, 2, paired=True)
     )(norm_gate_up)  # fmt: skip
-    kernel("qkv", "cuda", "f32", _type, _type, _type, workspace=workspace_shape(_type, 1, 3))(qkv)
-    kernel("norm_qkv", "cuda", "f32", "f32", _type, _type, _type, workspace=workspace_shape(_type, 2, 3))(norm_qkv)
-    for _cache in KV_TYPES:
+    kernel("qkv", "cuda", "f32", _type, _type, _type, workspace=_workspace(_type, 1, 3))(qkv)
+    kernel("norm_qkv", "cuda", "f32", "f32", _type, _type, _type, workspace=_workspace(_type, 2, 3))(norm_qkv)
+    for _cache in FLOAT_KV_TYPES:
         kernel(
-            "norm_qkv_rope", "cuda", "f32", "f32", _type, _type, _type, "f32", _cache, "i32", "i32", _cache,
-            workspace=workspace_shape(_type, 2, 3, whole=True, results=3),
+            "norm_qkv_rope", "cuda", "f32", "f32", _type, _type, _type, "f32", _cache, "i32", "i32", "i32", _cache,
+            workspace=_workspace(_type, 2, 3, rope=True),
         )(norm_qkv_rope)  # fmt: skip
 
 

@@ -30,8 +30,9 @@ DEFAULT_ALIGNMENT = 32
 """Default of `general.alignment`, in bytes. The offset of every tensor is a multiple of it."""
 
 MAX_ENTRIES, MAX_STRINGS, MAX_NAME, MAX_DIMS = 1 << 16, 1 << 22, 1 << 16, 4
-"""Limits on: metadata keys, and tensors; strings in all arrays together; bytes of a name; dimensions. The first two
-bound memory and time for large files. The largest vocabularies have 0.3 million tokens and 0.6 million merges."""
+"""Limits on: metadata keys, and tensors; strings and arrays in all arrays together; bytes of a name; dimensions. The
+first two bound memory and time for large files. The largest vocabularies have 0.3 million tokens, 0.6 million merges.
+"""
 
 
 class ValueType(IntEnum):
@@ -92,7 +93,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Field:
-    """Position of a metadata value: `count` items of `type` from byte `offset`. A scalar has `array` False."""
+    """Position of a metadata value: `count` items of `type` from byte `offset`. A scalar has `array` False.
+
+    An array of arrays has type ARRAY. No key that this package reads has such a value, so no getter returns it.
+    """
 
     type: ValueType
     offset: int
@@ -230,17 +234,17 @@ class Header:
             raise self._fault(f"too many {what} for this file", where, f"at most {limit:,}", f"{count:,}")
         return count
 
-    def _name(self, what: str) -> str:
+    def _name(self, what: str, least: int = 1, errors: str = "strict") -> str:
         where, length = self._at, self._read(_U64, f"the length of {what}'s name")
-        if not 0 < length <= MAX_NAME:
-            raise self._fault(f"bad length of {what}'s name", where, f"1 to {MAX_NAME:,}", f"{length:,}")
+        if not least <= length <= MAX_NAME:
+            raise self._fault(f"bad length of {what}'s name", where, f"{least} to {MAX_NAME:,}", f"{length:,}")
         self._require(length, f"{what}'s name")
         self._at += length
-        return self._utf8(self._data[self._at - length : self._at], where + 8, f"{what}'s name")
+        return self._utf8(self._data[self._at - length : self._at], where + 8, f"{what}'s name", errors)
 
-    def _utf8(self, data: bytes, where: int, what: str) -> str:
+    def _utf8(self, data: bytes, where: int, what: str, errors: str = "strict") -> str:
         try:
-            return data.decode()
+            return data.decode(errors=errors)
         except UnicodeDecodeError as error:
             raise self._fault(f"{what} is not UTF-8", where, "UTF-8", data[error.start : error.start + 4]) from None
 
@@ -252,30 +256,40 @@ class Header:
             raise self._fault(f"metadata key {key} has an unknown type", where, "0 to 12", f"{number:,}") from None
 
     def _read_field(self) -> None:
-        where, key = self._at, self._name("a metadata key")
+        where, key = self._at, self._name("a metadata key", least=0, errors="backslashreplace")
         if key in self.fields:
             raise self._fault(f"metadata key {key} occurs twice", where, "distinct keys", key)
         kind, array, count = self._value_type(key), False, 1
         if kind is ValueType.ARRAY:
-            array, where, kind = True, self._at, self._value_type(key)
-            if kind is ValueType.ARRAY:
-                raise self._fault(f"metadata key {key} is an array of arrays", where, "an array of values", "ARRAY")
+            array, kind = True, self._value_type(key)
             count = self._read(_U64, f"the length of {key}")
         self.fields[key] = Field(kind, self._at, count, array)
-        if kind is ValueType.STRING:
-            self._skip_strings(key, count)
-        else:
-            nbytes = count * SCALARS[kind].itemsize
-            self._require(nbytes, f"metadata key {key}")
-            self._at += nbytes
+        nested = [(kind, count)]  # items that are still to be skipped, those that come first last
+        while nested:
+            kind, count = nested.pop()
+            if kind is ValueType.STRING:
+                self._skip_strings(key, count)
+            elif kind is ValueType.ARRAY:
+                if count:
+                    self._spend(key, 1)
+                    inner = self._value_type(key), self._read(_U64, f"the length of an array in {key}")
+                    nested += [(kind, count - 1), inner]
+            else:
+                nbytes = count * SCALARS[kind].itemsize
+                self._require(nbytes, f"metadata key {key}")
+                self._at += nbytes
 
-    def _skip_strings(self, key: str, count: int) -> None:
-        self._require(8 * count, f"metadata key {key}")
+    def _spend(self, key: str, count: int) -> None:
+        """Raise `FormatError` unless `count` more strings, or arrays in arrays, are within the limit."""
         if count > self._strings_left:
             raise self._fault(
                 f"metadata key {key} has too many strings", self._at, f"at most {self._strings_left:,}", f"{count:,}"
             )
         self._strings_left -= count
+
+    def _skip_strings(self, key: str, count: int) -> None:
+        self._require(8 * count, f"metadata key {key}")
+        self._spend(key, count)
         data, unpack, last, at = self._data, _U64.unpack_from, self.size - 8, self._at
         for _ in range(count):
             if at > last:

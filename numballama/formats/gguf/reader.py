@@ -98,6 +98,9 @@ def read(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
         chat_templates=chat_templates(header),
         notes=notes + _conversions(weights),
     )
+    stated = header.integer(key := f"{_architecture(header)}.vocab_size", config.vocab_size)
+    if stated != config.vocab_size:
+        opened.notes.append(f"{key} is {stated:,}, the embedding has {config.vocab_size:,} rows: the rows count")
     if 0 < config.window < config.context:
         opened.notes.append(f"tokens see the last {config.window:,} only (attention.sliding_window)")
     if load_tokenizer:
@@ -160,7 +163,7 @@ def _config(header: Header) -> ModelConfig:
             n_layers=integer("block_count", most=MAX_LAYERS),
             n_heads=n_heads,
             n_kv_heads=integer("attention.head_count_kv", n_heads),
-            vocab_size=integer("vocab_size", math.prod(table.shape[:1])),
+            vocab_size=math.prod(table.shape[:1]),  # whatever the key says
             context=integer("context_length", most=MAX_CONTEXT),
             head_dim=integer("attention.key_length", dim // n_heads),
             norm_eps=require(header.number(key := f"{architecture}.attention.layer_norm_rms_epsilon"), header, key),

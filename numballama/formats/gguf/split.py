@@ -8,6 +8,8 @@ tensors in all parts (`split.tensors.count`). All other metadata are in the firs
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
+from pathlib import Path
 
 from ...errors import FormatError
 from ...files import MappedFile, map_file
@@ -55,6 +57,12 @@ def open_header(file: MappedFile) -> tuple[Header, list[str]]:
         )
     notes = [f"part {part + 1} of {count} was given: all parts are opened, from the first"] if part else []
     return first, notes
+
+
+def first_parts(paths: Sequence[Path]) -> list[Path]:
+    """Those of the paths that stand for a model: files that are whole, and first parts. Nothing is opened."""
+    matches = {path: _NAME.fullmatch(path.name) for path in paths}
+    return [path for path, match in matches.items() if match is None or int(match["part"]) == 1]
 
 
 def _open(given: MappedFile, stem: str, index: int, count: int) -> Header:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from os import PathLike
 
 import numpy as np
@@ -15,7 +16,7 @@ from ...files import atomic_write
 from ...quantization.convert import convert
 from ...quantization.types import BLOCKS, F32, TYPE_TRAITS
 from ...rope import rope_divisors
-from ...tokenizers.base import Tokenizer, Vocabulary
+from ...tokenizers.base import PieceType, Tokenizer, Vocabulary
 from ..rope_permute import row_order
 from .header import DEFAULT_ALIGNMENT, MAGIC, ValueType
 from .reader import ARCHITECTURES, ROPE_FACTORS, TENSOR_NAMES
@@ -24,7 +25,8 @@ _VERSION = 3
 _TYPES = {name: traits.gguf_id for name, traits in TYPE_TRAITS.items() if traits.gguf_id is not None}
 _FILE_TYPES = {name: traits.ftype for name, traits in TYPE_TRAITS.items() if traits.ftype is not None}
 _QUANTIZATION_VERSION = 2
-_NO_TOKEN = 0xFFFFFFFF
+_PAD_SCORE = -1000.0
+"""Score of a padding token, as llama.cpp's converter writes it."""
 _CODES = {ValueType.UINT32: "I", ValueType.FLOAT32: "f", ValueType.BOOL: "?"}
 
 MetadataValue = str | bool | int | float
@@ -36,7 +38,7 @@ def write_gguf(
     path: str | PathLike[str],
     config: ModelConfig,
     weights: Mapping[str, Weight],
-    tokenizer: Tokenizer | None = None,
+    tokenizer: Tokenizer | Vocabulary | None = None,
     name: str | None = None,
     chat_template: str | None = None,
     metadata: Mapping[str, MetadataValue] | None = None,
@@ -47,6 +49,7 @@ def write_gguf(
     The architecture is "qwen3" for models with q/k norms, "qwen2" for half-split models with q/k/v biases and no other
     biases, otherwise "llama". Rows of q and k are permuted to the RoPE pairing of the architecture. `name` becomes
     `general.name`. `metadata` has additional keys, such as `{"general.license": "mit"}` (int: uint32, float: float32).
+    A vocabulary of fewer tokens than the model's is padded with unused ones, because llama.cpp wants one for each row.
 
     Raises `UnsupportedError` for other weight types or a tokenizer that GGUF cannot express, `Error` when weights,
     config and tokenizer do not belong together.
@@ -62,11 +65,9 @@ def write_gguf(
     if scaling is not None and scaling.kind in ("llama3", "factors"):
         factors = np.array(rope_divisors(config), np.float32)
         tensors.append(_Tensor(config, architecture, ROPE_FACTORS, Weight(factors.shape, F32, factors)))
-    vocabulary = None if tokenizer is None else tokenizer.vocabulary()
-    if vocabulary is not None and len(vocabulary.pieces) > config.vocab_size:
-        raise Error(
-            f"a tokenizer of {len(vocabulary.pieces):,} tokens does not belong to a model of {config.vocab_size:,}"
-        )
+    vocabulary = tokenizer.vocabulary() if isinstance(tokenizer, Tokenizer) else tokenizer
+    if vocabulary is not None:
+        vocabulary = _padded(vocabulary, config.vocab_size)
     entries = _entries(config, architecture, tensors, vocabulary, name, chat_template)
     entries += [(key, _type_of(key, value), value) for key, value in (metadata or {}).items()]
     if len({key for key, *_ in entries}) < len(entries):
@@ -84,6 +85,25 @@ def write_gguf(
             file.write(np.ascontiguousarray(tensor.data()).data)
             file.write(bytes(-tensor.nbytes % DEFAULT_ALIGNMENT))
     return _lost(config, architecture) + (list(vocabulary.notes) if vocabulary is not None else [])
+
+
+def _padded(vocabulary: Vocabulary, size: int) -> Vocabulary:
+    """The vocabulary with tokens [PADn] of type UNUSED, n their id, up to `size`. No two tokens have the same text."""
+    count = len(vocabulary.pieces)
+    if count > size:
+        raise Error(f"a tokenizer of {count:,} tokens does not belong to a model of {size:,}")
+    taken, pads = set(vocabulary.pieces), list[bytes]()
+    for token in range(count, size):
+        pad = b"[PAD%d]" % token
+        while pad in taken:
+            pad = b"[%s]" % pad
+        pads.append(pad)
+    return replace(
+        vocabulary,
+        pieces=[*vocabulary.pieces, *pads],
+        scores=[*vocabulary.scores, *[_PAD_SCORE] * len(pads)] if vocabulary.model == "llama" else vocabulary.scores,
+        types=[*vocabulary.types, *[PieceType.UNUSED] * len(pads)],
+    )
 
 
 def _architecture(config: ModelConfig) -> str:
@@ -196,7 +216,8 @@ def _vocabulary_entries(vocabulary: Vocabulary) -> list[Entry]:
         ("eos", vocabulary.eos_id),
         ("unknown", vocabulary.unknown_id),
     ):
-        entries.append((f"{key}{which}_token_id", u32, _NO_TOKEN if token is None else token))
+        if token is not None:
+            entries.append((f"{key}{which}_token_id", u32, token))
     return [
         *entries,
         (f"{key}add_bos_token", flag, vocabulary.add_bos and vocabulary.bos_id is not None),

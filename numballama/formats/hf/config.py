@@ -29,7 +29,6 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 _NEUTRAL: dict[str, tuple[object, ...]] = {
     "hidden_act": (None, "silu"),
     "partial_rotary_factor": (None, 1, 1.0),
-    "quantization_config": (None,),
     "num_local_experts": (None, 0, 1),
     "num_experts": (None, 0, 1),
     "is_encoder_decoder": (None, False),

@@ -1,21 +1,30 @@
-"""Hugging Face directories: `config.json` and safetensors, one file or several with an index. RoPE is half-split."""
+"""Hugging Face directories: `config.json` and weights in safetensors or `pytorch_model.bin`. RoPE is half-split.
+
+Where `config.json` and the tensors contradict each other, the tensors count and a note says so.
+"""
 
 from __future__ import annotations
 
-import re
+from dataclasses import replace
 from pathlib import Path
 
-from ...checkpoint import Checkpoint, Weight
-from ...errors import FormatError, UnsupportedError
-from ...files import MappedFile, map_file
-from .. import safetensors
+import numpy as np
+
+from ...checkpoint import Checkpoint, LazyWeight, Weight
+from ...config import ModelConfig
+from ...errors import FormatError
+from ...files import MappedFile
+from ...memory import format_bytes
 from ..json_reader import read_object
 from ..tensor_names import TensorNames
-from ..tensors import TensorInfo
+from ..tensors import TensorInfo, view_weight
+from . import weight_files
 from .config import config_of
+from .quantized import Scheme, scheme_of, take
+from .tensor_map import no_place, rename
 from .text_files import read_text_files
 
-CONFIG, INDEX, SINGLE = "config.json", "model.safetensors.index.json", "model.safetensors"
+CONFIG = "config.json"
 _TOP = {"tok_embeddings": "model.embed_tokens.weight", "norm": "model.norm.weight", "output": "lm_head.weight"}
 _LAYER = {
     "attn_norm": "input_layernorm.weight",
@@ -39,8 +48,8 @@ _LAYER = {
 }
 LAYER_NAMES: dict[str, dict[str, str]] = {}
 """`model_type` → names of layer weights that differ from `_LAYER`."""
-_UNUSED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|lm_head\.weight")
-"""Tensors in a file that are ignored: tables of RoPE, and the classifier of a model with tied embeddings."""
+_CHUNK = 1 << 22
+"""Bytes of two tensors that are compared at a time."""
 
 
 def tensor_names(model_type: str = "llama") -> TensorNames:
@@ -50,7 +59,7 @@ def tensor_names(model_type: str = "llama") -> TensorNames:
 
 def is_directory_of(directory: Path) -> bool:
     """Whether the directory holds a `config.json` or safetensors."""
-    return (directory / CONFIG).exists() or any(directory.glob("*.safetensors"))
+    return (directory / CONFIG).exists() or bool(weight_files.visible(directory, ".safetensors"))
 
 
 def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile | None = None) -> Checkpoint:
@@ -61,19 +70,26 @@ def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile |
     this version does not support. An unsupported tokenizer is left out, with a note.
     """
     if not (directory / CONFIG).exists():
-        raise FormatError("safetensors without their config", path=directory, expected=CONFIG, found="no such file")
+        raise FormatError("weights without their config", path=directory, expected=CONFIG, found="no such file")
     keys = read_object(directory / CONFIG)
-    config, kind = config_of(keys), keys.text("model_type")
-    tensors, names = _tensors(directory, single_file), tensor_names(kind)
+    config, scheme, kind = config_of(keys), scheme_of(keys), keys.text("model_type")
+    files = weight_files.find(directory, single_file)
+    tensors, names, notes = rename(files.infos), tensor_names(kind), list(files.notes)
+    config = _as_the_tensors_say(config, tensors, names, notes)
     weights: dict[str, Weight] = {}
     for name, shape in config.weight_shapes().items():
+        if scheme and (quantised := take(scheme, tensors, names[name], shape)):
+            weights[name] = quantised
+            continue
         if (info := tensors.pop(file_name := names[name], None)) is None:
-            raise FormatError(
-                "a tensor is missing", path=directory, where=f"tensor {file_name}", expected=shape, found="none"
-            )
-        weights[name] = safetensors.view(info, shape)
-    if extra := [name for name in tensors if not _UNUSED.fullmatch(name)]:
-        raise UnsupportedError(f"{directory}: tensor {extra[0][:100]} has no place in a {kind} model of this version")
+            where = f"tensor {file_name}"
+            raise FormatError("a tensor is missing", path=directory, where=where, expected=shape, found="none")
+        if info.shape != shape:
+            raise info.wrong_shape(shape)
+        weights[name] = view_weight(info, shape, weight_files.TYPES)
+    for name, info in tensors.items():
+        if not (scheme and name.endswith(".bias") and _is_zero(info)):  # GPTQ's tools write a bias for every matrix
+            raise no_place(info, name, kind)
     text = read_text_files(directory, load_tokenizer)
     return Checkpoint(
         path=directory if single_file is None else single_file.path,
@@ -85,54 +101,67 @@ def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile |
         template_tokens=text.template_tokens,
         tokenizer_error=text.tokenizer_error,
         stop_token_ids=text.stop_token_ids,
-        notes=list(text.notes),
+        notes=[*notes, *_conversions(scheme, weights), *text.notes],
     )
 
 
-def _tensors(directory: Path, single_file: MappedFile | None) -> dict[str, TensorInfo]:
-    """All tensors of the directory by name."""
-    index = directory / INDEX
-    names = sorted(path.name for path in directory.glob("*.safetensors"))
-    if index.exists() and (single_file is None or single_file.path.name in _shards(index).values()):
-        return _sharded(directory, _shards(index))
-    if single_file is None and SINGLE not in names and len(names) != 1:
-        raise FormatError(
-            "it is not clear which file holds the weights",
-            path=directory,
-            expected=f"{SINGLE}, {INDEX} or one file *.safetensors",
-            found=f"{len(names)} files",
+def _as_the_tensors_say(
+    config: ModelConfig, tensors: dict[str, TensorInfo], names: TensorNames, notes: list[str]
+) -> ModelConfig:
+    """`config` with the embedding's rows as vocabulary, and tied only if no other classifier is there.
+
+    Removes the classifier from `tensors`, or renames it, where the embedding is the same.
+    """
+    table, head = names["tok_embeddings"], names["output"]
+    stems = {name.rpartition(".")[0] for name in (table, head)}
+    parts = {stem: {n: t for n, t in tensors.items() if n.rpartition(".")[0] == stem} for stem in stems}
+    ours, theirs = (parts[name.rpartition(".")[0]] for name in (table, head))
+    if config.tied_embeddings and theirs:
+        renamed = {name.replace(head[: -len("weight")], table[: -len("weight")]): t for name, t in theirs.items()}
+        if not ours:  # transformers ties in this direction as well
+            tensors |= renamed
+        if not ours or (ours.keys() == renamed.keys() and all(_same(ours[name], renamed[name]) for name in ours)):
+            for name in theirs:
+                del tensors[name]
+        else:
+            config = replace(config, tied_embeddings=False)
+            notes.append(f"{CONFIG} ties the embeddings, but {head} is another matrix: it is used, as in transformers")
+    info = tensors.get(table)
+    if info is not None and len(info.shape) == 2 and 0 < info.shape[0] != config.vocab_size:
+        rows = info.shape[0]
+        notes.append(
+            f"vocab_size of {CONFIG} is {config.vocab_size:,}, the embedding has {rows:,} rows: the rows count"
         )
-    file = single_file or map_file(directory / (SINGLE if SINGLE in names else names[0]))
-    return safetensors.directory(file)
+        config = replace(config, vocab_size=rows)
+    return config
 
 
-def _shards(index: Path) -> dict[str, str]:
-    """Tensor → file name. Raises `FormatError` unless every file is in the directory of the index."""
-    keys = read_object(index)
-    if (table := keys.inner("weight_map")) is None:
-        raise keys.fault("weight_map", "an object")
-    for name, file in table.values.items():
-        if not isinstance(file, str) or not re.fullmatch(r"[\w.-]{1,200}\.safetensors", file):
-            raise table.fault(name, "the name of a .safetensors file beside the index")
-    return table.values
+def _bytes(info: TensorInfo) -> np.ndarray:
+    return np.frombuffer(info.file.data, np.uint8, info.nbytes, info.offset)
 
 
-def _sharded(directory: Path, table: dict[str, str]) -> dict[str, TensorInfo]:
-    parts: dict[str, tuple[MappedFile, dict[str, TensorInfo]]] = {}
-    for name in dict.fromkeys(table.values()):
-        if not (directory / name).exists():
-            raise FormatError("a part of the model is missing", path=directory, expected=name, found="no such file")
-        parts[name] = (file := map_file(directory / name)), safetensors.directory(file)
-    tensors = {}
-    for tensor, name in table.items():
-        file, infos = parts[name]
-        if tensor not in infos:
-            raise FormatError(
-                "a tensor is not in the file that the index names",
-                path=file.path,
-                where=f"tensor {tensor[:100]}",
-                expected="the tensor",
-                found=f"{len(infos)} others",
-            )
-        tensors[tensor] = infos[tensor]
-    return tensors
+def _same(one: TensorInfo, other: TensorInfo) -> bool:
+    """Whether two tensors hold the same bytes. Ends at the first difference."""
+    if (one.type, one.shape) != (other.type, other.shape):
+        return False
+    if (one.file, one.offset) == (other.file, other.offset):  # PyTorch's files share storages
+        return True
+    a, b = _bytes(one), _bytes(other)
+    return all(np.array_equal(a[at : at + _CHUNK], b[at : at + _CHUNK]) for at in range(0, len(a), _CHUNK))
+
+
+def _is_zero(info: TensorInfo) -> bool:
+    return len(info.shape) == 1 and not _bytes(info).any()
+
+
+def _conversions(scheme: Scheme | None, weights: dict[str, Weight]) -> list[str]:
+    """A note on what becomes of quantised weights."""
+    sizes: dict[str, int] = {}
+    for weight in weights.values():
+        if isinstance(weight, LazyWeight):
+            sizes[weight.type.name] = sizes.get(weight.type.name, 0) + weight.nbytes
+    return [
+        f"matrices quantised by {scheme.name} run as {kind}, converted in memory: {format_bytes(size)}"
+        for kind, size in sizes.items()
+        if scheme
+    ]

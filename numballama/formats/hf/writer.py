@@ -19,7 +19,8 @@ from ...quantization.types import F32
 from .. import safetensors
 from ..rope_permute import row_order
 from .config import config_json
-from .reader import CONFIG, SINGLE, tensor_names
+from .reader import CONFIG, tensor_names
+from .weight_files import SINGLE
 
 _DTYPES = {kind.name: name for name, (kind, _) in safetensors.WEIGHT_TYPES.items()}
 _TORCH = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}

@@ -39,21 +39,31 @@ MAX_DIRECTORY = 1 << 21
 """Maximum size of the archive's directory in bytes. An entry takes about 100."""
 MAX_TENSORS = 1 << 16
 
-_STORAGES: dict[str, tuple[WeightType, type[np.generic]]] = {
+STORAGES: dict[str, tuple[WeightType, type[np.generic]]] = {
     "FloatStorage": (F32, np.float32),
     "HalfStorage": (F16, np.uint16),
     "BFloat16Storage": (BF16, np.uint16),
 }
+"""Class of a storage → the type of its weights, and the elements of `Weight.data`."""
+_ITEM_BYTES = {kind: weight.nbytes(1) for kind, (weight, _) in STORAGES.items()} | {"IntStorage": 4}
+"""Bytes of an element. Tensors of 32-bit integers are packed weights, which `view` does not return."""
 _OTHER_STORAGES = ("Double", "Long", "Int", "Short", "Char", "Byte", "Bool", "ComplexFloat", "ComplexDouble")
 
 
+def looks_like(file: MappedFile) -> bool:
+    """Whether the file begins as `torch.save` writes it, now or before PyTorch 1.6."""
+    return file.data[: len(MAGIC)] == MAGIC or file.data[: len(LEGACY)] == LEGACY
+
+
 class TorchFile:
-    """The tensors of a file, by name. Raises `FormatError` for a damaged file or a pickle that could run code, and
-    `UnsupportedError` for unsupported files and tensors.
+    """The tensors of a file, by name, without those for whose name `ignored` is true.
+
+    Raises `FormatError` for a damaged file or a pickle that could run code, and `UnsupportedError` for unsupported
+    files and tensors.
     """
 
-    def __init__(self, file: MappedFile) -> None:
-        self.file = file
+    def __init__(self, file: MappedFile, ignored: Callable[[str], bool] = lambda name: False) -> None:
+        self.file, self._ignored = file, ignored
         if file.data[: len(LEGACY)] == LEGACY:
             raise UnsupportedError(
                 f"{file.path}: torch.save's format from before PyTorch 1.6; convert it with "
@@ -72,7 +82,7 @@ class TorchFile:
     def view(self, name: str) -> Weight:
         """The tensor: a matrix as a view of the file, a vector, which is small, as float32."""
         info = self.tensors[name]
-        return view_weight(info, info.shape, _STORAGES)
+        return view_weight(info, info.shape, STORAGES)
 
     def _fault(self, message: str, expected: object, found: object, where: str | int | None = None) -> FormatError:
         return FormatError(message, path=self.file.path, where=where, expected=expected, found=found)
@@ -92,14 +102,15 @@ class TorchFile:
                 raise self._fault(
                     "the pickle is not a table of tensors", "a name for each tensor", f"{type(tensor).__name__}"
                 )
-            yield name, self._info(name, tensor)
+            if not self._ignored(name):
+                yield name, self._info(name, tensor)
 
     def _info(self, name: str, tensor: _Tensor) -> TensorInfo:
         """Position of the tensor in the file. Raises unless it is in C order within its storage."""
         storage, where = tensor.storage, f"tensor {name[:100]}"
-        if storage.kind not in _STORAGES:
+        if storage.kind not in _ITEM_BYTES:
             raise UnsupportedError(
-                f"{self.file.path}: {where} is a {storage.kind}; supported are {', '.join(_STORAGES)}"
+                f"{self.file.path}: {where} is a {storage.kind}; supported are {', '.join(STORAGES)}"
             )
         strides, step = list[int](), 1
         for extent in reversed(tensor.shape):
@@ -110,7 +121,7 @@ class TorchFile:
             raise UnsupportedError(f"{self.file.path}: {where} does not lie in C order")
         if (member := self._members.get(f"{self._prefix}data/{storage.key}")) is None:
             raise self._fault("the storage of a tensor is missing", f"member data/{storage.key[:50]}", "none", where)
-        item = _STORAGES[storage.kind][0].nbytes(1)
+        item = _ITEM_BYTES[storage.kind]
         numel, capacity = math.prod(tensor.shape), member.size // item
         if tensor.start + numel > capacity:
             raise self._fault(
@@ -247,7 +258,7 @@ _GLOBALS: dict[tuple[str, str], object] = {
     ("torch._utils", "_rebuild_tensor_v2"): _rebuild_tensor,
     ("torch._utils", "_rebuild_parameter"): _rebuild_parameter,
     ("collections", "OrderedDict"): _ordered_dict,
-    **{("torch", kind): _StorageType(kind) for kind in _STORAGES},
+    **{("torch", kind): _StorageType(kind) for kind in STORAGES},
     **{("torch", f"{kind}Storage"): _StorageType(f"{kind}Storage") for kind in _OTHER_STORAGES},
 }
 """(module, name) in a pickle → replacement here."""

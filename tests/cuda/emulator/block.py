@@ -328,6 +328,27 @@ class Block:
             self.shared[indices] = 0xFF  # what was there is gone, what comes is not yet there
             self.copies[-1].append((indices, data))
 
+    def _atom(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        assert modifiers == ["global", "add", "u32"] and mask.sum() == 1, modifiers
+        memory, indices = self._bytes(self._address(operands[1])[mask], 4, False)
+        old = memory[indices].view(np.uint32).reshape(-1)
+        memory[indices] = (old + self._value(operands[2], "u32")[mask]).view(np.uint8).reshape(-1, 4)
+        whole = np.zeros(self.threads, np.uint32)
+        whole[mask] = old
+        self._set(operands[0], whole, mask)
+
+    def _prmt(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        assert modifiers == ["b32"]
+        a, b, selector = (self._value(name, "b32") for name in operands[1:])
+        both = np.stack([a, b], axis=1).view(np.uint8)  # little endian: the bytes of a, then of b
+        digits = selector[:, None] >> np.array([0, 4, 8, 12], np.uint32) & np.uint32(15)
+        assert (digits[mask] < 8).all(), "copies of a sign"
+        chosen = np.take_along_axis(both, (digits & np.uint32(7)).astype(np.int64), axis=1)
+        self._set(operands[0], chosen.view(np.uint32)[:, 0], mask)
+
+    def _fence(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        pass
+
     def _griddepcontrol(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
         pass
 
@@ -346,6 +367,10 @@ class Block:
             return
         if name in ("bfi", "bfe"):
             self._bits(name, kind, to, sources, mask)
+            return
+        if kind == "f16x2":  # exact in float64, rounded once
+            halves = [self._value(source, "b32").view(np.float16).reshape(-1, 2).astype(np.float64) for source in sources]
+            self._set(to, OPERATIONS[name](*halves).astype(np.float16).reshape(-1).view(np.uint32), mask)
             return
         values = [self._value(source, kind) for source in sources]
         if name in ("mul", "mad") and kind[0] in "us":

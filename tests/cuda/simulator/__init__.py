@@ -267,7 +267,7 @@ numba_simulator.BlockManager = BlockManager
 _ELEMENTS = {
     "f32": np.float32, "f16": np.uint16, "bf16": np.int16, "int8": np.int8, "i8": np.int8, "i32": np.int32,
     "i64": np.int64, "f64": np.float64, "u64": np.uint64, "q4_0": np.uint8,
-    "u8": np.uint8, "u32": np.uint32, "q4_1": np.uint8, "q4_k": np.uint8, "q6_k": np.uint8,
+    "u8": np.uint8, "u32": np.uint32, "q8_0": np.int8, "q4_1": np.uint8, "q4_k": np.uint8, "q6_k": np.uint8,
 }  # fmt: skip
 """As `compiler.signature` has them."""
 PACKED = ("q4_1", "q4_k", "q6_k")
@@ -279,7 +279,7 @@ class Pointer:
 
     def __init__(self, address: int, size: int, dtype: Any, shared: bool = False, kind: str = "") -> None:
         self.address, self.size, self.dtype, self.shared = address, size, np.dtype(dtype), shared
-        self.kind = kind if kind in PACKED else self.dtype.name
+        self.kind = kind if kind in (*PACKED, "q8_0") else self.dtype.name
         self.bytes_each = self.dtype.itemsize
         buffer = (ctypes.c_uint8 * max(size * self.bytes_each, 1)).from_address(address)
         self._view = np.frombuffer(buffer, self.dtype, size)

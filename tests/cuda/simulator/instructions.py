@@ -26,7 +26,7 @@ def _numbers(name: str, words: Any) -> np.ndarray:
 
 
 _PER_16 = {
-    "float32": 4, "uint16": 8, "int16": 8, "int8": 16, "uint8": 32, "q4_1": 32, "q4_k": 32, "q6_k": 16,
+    "float32": 4, "uint16": 8, "int16": 8, "int8": 16, "uint8": 32, "q4_1": 32, "q4_k": 32, "q6_k": 16, "q8_0": 8,
 }  # fmt: skip
 
 
@@ -64,6 +64,9 @@ def _dot_16_bytes(memory: Pointer, words: Any, x: Pointer, index: int, step: int
 
 
 def _unpack8(memory: Pointer, words: Any) -> tuple[Any, ...]:
+    if memory.kind == "q8_0":
+        scale = np.float32(np.uint16(int(words[2]) & 0xFFFF).view(np.float16))
+        return tuple(np.float32(quant) * scale for quant in np.array(words[:2], np.uint32).view(np.int8))
     numbers = list(_numbers(memory.dtype.name, words))
     assert len(numbers) in (4, 8)
     return tuple((numbers + [np.float32(0)] * 4)[:8])
@@ -85,12 +88,30 @@ def _store_element(memory: Pointer, index: int, value: Any) -> None:
     name, value = memory.dtype.name, np.float32(value)
     if name == "float32":
         memory[index] = value
+    elif memory.kind == "q8_0":
+        memory[index] = np.int8(value)
     elif name == "uint16":
-        memory[index] = np.float16(value).view(np.uint16)
+        memory[index] = _float16(value)
     else:
         bits = int(value.view(np.uint32))
         bits = bits | 0x400000 if np.isnan(value) else bits + 0x7FFF + (bits >> 16 & 1)
+        if np.isfinite(value) and bits >> 16 & 0x7FFF == 0x7F80:
+            bits -= 1 << 16
         memory[index] = np.uint16(bits >> 16 & 0xFFFF).view(np.int16)
+
+
+def _float16(value: Any) -> Any:
+    """The bits of a float32 as float16; what is finite stays finite."""
+    half = np.float16(value)
+    if np.isfinite(value) and np.isinf(half):
+        half = np.float16(np.copysign(65504, value))
+    return half.view(np.uint16)
+
+
+def _st_global_f16(where: int, value: Any) -> None:
+    simulation.check(where, 2)
+    simulation.note_write(where, 2)
+    ctypes.c_uint16.from_address(int(where)).value = int(_float16(np.float32(value)))
 
 
 def _scale_in(memory: Pointer, word: Any, index: int) -> Any:
@@ -171,6 +192,12 @@ def _store_release_system(where: int, number: int) -> None:
     ctypes.c_int64.from_address(int(where)).value = int(number)
 
 
+def _st_global_u32(where: int, word: Any) -> None:
+    simulation.check(where, 4)
+    simulation.note_write(where, 4)
+    ctypes.c_uint32.from_address(int(where)).value = int(word)
+
+
 _UNSIGNED = list(range(256))
 _SIGNED = [byte - 256 * (byte > 127) for byte in range(256)]
 
@@ -220,6 +247,8 @@ EMULATED: dict[str, Callable[..., Any]] = {
     "is_packed": lambda memory: memory.kind in PACKED,
     "is_q4_1": lambda memory: memory.kind == "q4_1",
     "is_q4_k": lambda memory: memory.kind == "q4_k",
+    "is_q8_0": lambda memory: memory.kind == "q8_0",
+    "st_global_f16": _st_global_f16,
     "is_q6_k": lambda memory: memory.kind == "q6_k",
     "zero_point": lambda memory: np.float32({"uint8": 8, "q6_k": 32}.get(memory.kind, 1)),
     "dot_16_bytes": _dot_16_bytes,
@@ -240,6 +269,7 @@ EMULATED: dict[str, Callable[..., Any]] = {
     "ld_shared_u32": _shared_words(1),
     "ld_global_u32": lambda where: _words(simulation.load(where, 4))[0],
     "ld_global_v4_u32": lambda where: _words(simulation.load(where, 16)),
+    "st_global_u32": _st_global_u32,
     "no_unroll": lambda: None,
     "griddepcontrol_wait": _griddepcontrol_wait,
     "griddepcontrol_launch_dependents": _griddepcontrol_launch_dependents,

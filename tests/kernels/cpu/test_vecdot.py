@@ -110,10 +110,10 @@ def logits_agree(path: Path, ids: list[int]) -> None:
     with numballama.compile(path, threads=1) as model:
         got = model.logits(ids)
         assert np.abs(got - wanted).max() <= 1e-4 * np.abs(wanted).max()
-        model.session.truncate()
-        for step, token in enumerate(ids[:4]):  # the kernels of one token
-            model.session.step(token) if step else model.session.prefill([token])
-            np.testing.assert_allclose(model.session.logits, wanted[step], atol=1e-4 * np.abs(wanted).max())
+        with model.exclusive() as session:
+            for step, token in enumerate(ids[:4]):  # the kernels of one token
+                session.step(token) if step else session.prefill([token])
+                np.testing.assert_allclose(session.logits, wanted[step], atol=1e-4 * np.abs(wanted).max())
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ def run(path: Path, device: str) -> tuple[np.ndarray, list[int]]:
         drawn: list[int] = []
         for temperature in (0.0, 1.0):
             sampler = make_sampler(model.config.vocab_size, temperature, seed=3)
-            with model.exclusive(), model.reset_session() as session:
+            with model.exclusive() as session:
                 token = session.prefill(IDS, sampler)
                 for _ in range(3):
                     assert token is not None

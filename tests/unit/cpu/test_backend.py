@@ -1,4 +1,4 @@
-"""Binding: what a program accepts, how it reports a failed kernel, and how it adapts to missing workers."""
+"""Binding: what a program accepts, and how it reports a failed kernel."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from numballama import registry
-from numballama.cpu.backend import RETRY_INTERVAL, SHORT_RUNS
 from numballama.errors import Error
 from numballama.ir import Graph
 from numballama.plan import ALIGNMENT
@@ -51,15 +50,3 @@ def test_a_kernel_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     assert program.run(2) == 0
     with pytest.raises(Error, match="a kernel failed"):
         program.run(3)
-
-
-def test_missing_workers_are_requested_again_later() -> None:
-    program = compiled(cpu_backend(workers=4), doubled())
-    program.entries = 1
-    for _ in range(SHORT_RUNS):
-        assert program._requested_workers == 4
-        program._adjust_workers(2)
-    assert program._requested_workers == 2, "the threading layer gave two again and again"
-    program.entries = RETRY_INTERVAL
-    program._adjust_workers(2)
-    assert program._requested_workers == 4

@@ -9,9 +9,11 @@ from typing import Any
 
 import numba
 import numpy as np
+import pytest
 from numba import types
 
 from numballama.cpu import compiler
+from tests.helpers.processes import run_python
 
 STEP = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 4)
 
@@ -94,3 +96,35 @@ def test_exact_arithmetic_stays_so_in_kernels() -> None:
     kernel(x, exact, fast)
     np.testing.assert_array_equal(exact, 4 * np.round(x / 4))
     np.testing.assert_array_equal(fast, x, "no reordering: the caller's flags have done nothing")
+
+
+def test_a_kernel_is_compiled_once_for_the_same_operands() -> None:
+    kinds = [types.Array(types.float64, 1, "C")]
+    first = compiler.compile_step(raising, kinds)
+    assert compiler.compile_step(raising, kinds) is first
+    assert compiler.compile_step(raising, [types.Array(types.float32, 1, "C")]) is not first
+
+
+@pytest.mark.slow
+def test_models_that_come_and_go_leave_nothing() -> None:
+    code = """
+import gc, json, sys, numballama
+def cycle():
+    with numballama.compile(None, device="cpu") as model:
+        model.generate("Once", max_tokens=2)
+        model.logits([1, 2, 3])
+def state():
+    gc.collect()
+    pages = int(open("/proc/self/statm").read().split()[1])
+    return pages * 4, sum(1 for _ in open("/proc/self/maps")), sum(1 for _ in __import__("os").scandir("/proc/self/fd"))
+for _ in range(20):
+    cycle()
+before = state()
+for _ in range(int(sys.argv[1])):
+    cycle()
+print(json.dumps([before, state()]))
+"""
+    cycles = 200
+    (kib, mappings, files), (kib_after, mappings_after, files_after) = run_python(code, cycles, timeout=600)
+    print(f"{cycles} cycles: {kib_after - kib:+} KiB, {mappings_after - mappings:+} mappings")
+    assert kib_after - kib < 8 * cycles and mappings_after - mappings < cycles // 10 and files_after == files

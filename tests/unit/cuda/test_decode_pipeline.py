@@ -1,14 +1,16 @@
-"""Decode steps that are queued ahead of the host, on a fake device.
+"""Runs that sample, queued ahead of the host, on a fake device.
 
-The next token is a function of token and position instead of a model's output. `advance` does what its kernel does.
+The next token is a function of token and position instead of a model's output. `advance` and `feed` do what their
+kernels do.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests.helpers.cuda_host import graph_of, install, missing_packages
@@ -18,16 +20,15 @@ if reason := missing_packages():
 
 from numballama.config import ModelConfig
 from numballama.cuda.backend import CudaBackend
-from numballama.cuda.decode_pipeline import LOOKAHEAD, N_SLOTS
+from numballama.cuda.decode_pipeline import LOOKAHEAD, MAX_ROWS, N_RUNS
 from numballama.cuda.program import CudaProgram
-from numballama.errors import Error
+from numballama.errors import DeviceError, Error
 from numballama.graph import KVLayout
-from numballama.sampling import SamplerState
+from numballama.sampling import FEED, SamplerTable, SamplingParams
 from tests.helpers.random_models import random_checkpoint
-from tests.helpers.sampling import make_sampler
 
 CONFIG = ModelConfig(16, 16, 1, 2, 1, 40, 24)
-VOCAB = CONFIG.vocab_size
+VOCAB, SLOTS = CONFIG.vocab_size, 3
 
 
 def following(token: int, position: int) -> int:
@@ -35,119 +36,161 @@ def following(token: int, position: int) -> int:
 
 
 class FakeKernels:
-    """Runs argmax and advance, in the order of the launches; counts whole steps."""
+    """Runs argmax, advance and feed, in the order of the launches."""
 
     def __init__(self) -> None:
-        self.program: Any = None
-        self.steps = 0
+        self.programs: list[Any] = []
+        self.fed = 0
+        """Number of times that ids were fed."""
         self.broken_at = -1
         """The position whose logits are NaN."""
+        self.lost = False
+        """Whether the device does not publish tokens."""
 
-    def _int32(self, array: Any) -> Any:
-        return ctypes.c_int32.from_address(array.address)
+    @staticmethod
+    def int32(array: Any) -> Any:
+        return (ctypes.c_int32 * int(np.prod(array.shape))).from_address(array.address)
 
     def __call__(self, launch: Any) -> None:
         arguments = launch.arguments
         if launch.name == "argmax_kernel":
-            values = self.program.values
-            token, position = (self._int32(values[name]).value for name in ("ids", "positions"))
-            result = -1 if position == self.broken_at else following(token, position)
-            self._int32(arguments["out"]).value = result
+            (program,) = (each for each in self.programs if each.array("next").address == arguments["out"].address)
+            ids, positions = (self.int32(program.array(name)) for name in ("ids", "positions"))
+            rows = list(range(len(ids))) if "rows" not in program.inputs else self.int32(program.array("rows"))
+            out = self.int32(arguments["out"])
+            for index in range(len(out)):
+                row = rows[index]
+                out[index] = -1 if positions[row] == self.broken_at else following(ids[row], positions[row])
+        elif launch.name == "feed_kernel":
+            self.fed += 1
+            ids, slots, last = (self.int32(arguments[name]) for name in ("ids", "sequences", "last_token"))
+            for t in range(self.int32(arguments["tokens"])[0]):
+                if ids[t] < 0:
+                    ids[t] = last[slots[t]]
         elif launch.name == "advance_kernel":
-            self.steps += 1
-            token = self._int32(arguments["next_token"]).value
-            self._int32(arguments["ids"]).value = max(token, 0)
-            self._int32(arguments["positions"]).value += 1
-            step = ctypes.c_int64.from_address(arguments["step"].address)
-            step.value += 1
-            slot = arguments["slots_address"] + 8 * (step.value % arguments["n_slots"])
-            ctypes.c_uint64.from_address(slot).value = (step.value & 0x7FFFFFFF) << 32 | token & 0xFFFFFFFF
+            self._advance(arguments)
+
+    def _advance(self, arguments: Any) -> None:
+        names = ("next_token", "slots", "last_token", "ids", "positions")
+        token, slots, last, ids, positions = (self.int32(arguments[name]) for name in names)
+        count = ctypes.c_int64.from_address(arguments["count"].address)
+        number = count.value + 1
+        for r in range(self.int32(arguments["n_rows"])[0]):
+            last[slots[r]] = max(token[r], 0)
+            if arguments["continues"]:
+                ids[r] = max(token[r], 0)
+                positions[r] += 1
+            word = arguments["words"] + 8 * (number % arguments["n_runs"] * arguments["max_rows"] + r)
+            if not self.lost:
+                ctypes.c_uint64.from_address(word).value = (number & 0x7FFFFFFF) << 32 | token[r] & 0xFFFFFFFF
+        count.value = number
 
 
 @pytest.fixture
 def kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeKernels]:
+    """Programs for one token, for three sequences, and for chunks."""
     fake = FakeKernels()
     install(run=fake, patch=monkeypatch.setattr)
     weights = random_checkpoint(CONFIG).weights
-    kv = KVLayout.of(CONFIG, CONFIG.context, "f32")
+    kv = KVLayout.of(CONFIG, CONFIG.context, "f32", page=8, slots=SLOTS)
     backend = CudaBackend(weights)
-    fake.program = backend.program(graph_of(CONFIG, weights, kv, 1))
+    for tokens, logits in ((1, "rows"), (3, "all"), (8, "rows")):
+        fake.programs.append(backend.program(graph_of(CONFIG, weights, kv, tokens, logits)))
     yield fake
     backend.close()
 
 
-def step(program: CudaProgram, token: int, position: int, sampler: SamplerState) -> int:
-    program.inputs["ids"][0], program.inputs["positions"][0], program.inputs["sequences"][0] = token, position, 0
-    return program.run(1, sampler=sampler)
+@pytest.fixture
+def table() -> SamplerTable:
+    made = SamplerTable(SLOTS, VOCAB)
+    for slot in range(SLOTS):
+        made.assign(slot, SamplingParams(temperature=0))
+    return made
 
 
-def test_there_are_more_slots_than_steps_in_flight() -> None:
-    """A step must not overwrite the slot of one whose token the host has not read."""
-    assert N_SLOTS > LOOKAHEAD + 1
-    assert N_SLOTS & (N_SLOTS - 1) == 0
+def submit(
+    program: CudaProgram, table: SamplerTable, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int] = (0,)
+) -> int:
+    for name, values in (("ids", ids), ("positions", positions), ("sequences", slots)):
+        program.inputs[name][: len(ids)] = values
+    return program.submit(len(ids), len(ids), table)
 
 
-def test_steps_run_ahead_of_the_host(kernels: FakeKernels) -> None:
-    """From the second token on `LOOKAHEAD` steps are queued; at the context's end none beyond it."""
-    sampler, token = make_sampler(VOCAB, temperature=0), 5
-    for position in range(CONFIG.context):
-        want = following(token, position)
-        token = step(kernels.program, token, position, sampler)
-        assert token == want
-        ahead = min(LOOKAHEAD, CONFIG.context - 1 - position) if position else 0
-        assert kernels.steps == position + 1 + ahead
-    assert kernels.program.entries == CONFIG.context
+def collect(program: CudaProgram, ticket: int) -> list[int]:
+    return program.collect(ticket).tokens.tolist()
 
 
-def test_another_token_than_the_sampled_one_discards_what_is_queued(kernels: FakeKernels) -> None:
-    sampler = make_sampler(VOCAB, temperature=0)
-    token = step(kernels.program, 1, 0, sampler)
-    token = step(kernels.program, token, 1, sampler)
-    other = (token + 1) % VOCAB
-    assert step(kernels.program, other, 2, sampler) == following(other, 2)
-    again = step(kernels.program, 1, 1, sampler)  # a rewind
-    assert again == following(1, 1)
-    assert step(kernels.program, again, 2, sampler) == following(again, 2)
+def test_there_are_more_words_than_runs_in_flight() -> None:
+    """A run must not overwrite the words of one whose tokens the host has not read."""
+    assert N_RUNS > LOOKAHEAD + 1 and N_RUNS & (N_RUNS - 1) == 0 and max(CudaBackend.decode_sizes) <= MAX_ROWS
+    assert CudaBackend.lookahead == LOOKAHEAD
 
 
-def test_another_sampler_starts_over(kernels: FakeKernels) -> None:
-    first, second = make_sampler(VOCAB, temperature=0), make_sampler(VOCAB, temperature=0)
-    token = step(kernels.program, 1, 0, first)
-    token = step(kernels.program, token, 1, first)
-    assert step(kernels.program, token, 2, second) == following(token, 2)
+def test_runs_ahead_of_the_host(kernels: FakeKernels, table: SamplerTable) -> None:
+    """A run whose token is not known yet is fed on the device, and sends nothing if it continues the one before."""
+    program = kernels.programs[0]
+    tickets = [submit(program, table, [5], [0])]
+    tickets += [submit(program, table, [FEED], [position]) for position in range(1, LOOKAHEAD + 1)]
+    token = 5
+    for position in range(12):
+        (found,) = collect(program, tickets.pop(0))
+        assert found == following(token, position)
+        token = found
+        tickets.append(submit(program, table, [FEED], [position + LOOKAHEAD + 1]))
+    assert kernels.fed == 0
+    assert program.entries == 12 + LOOKAHEAD + 1, "a run is one graph launch"
 
 
-def test_reading_a_value_recomputes_the_hosts_step(kernels: FakeKernels) -> None:
-    """Steps ahead of the host have overwritten it. The next step starts from the host's inputs."""
-    sampler = make_sampler(VOCAB, temperature=0)
-    first = step(kernels.program, 1, 0, sampler)
-    second = step(kernels.program, first, 1, sampler)
-    assert int(kernels.program.value("next")[0]) == second
-    assert step(kernels.program, second, 2, sampler) == following(second, 2)
+def test_rows_come_and_go(kernels: FakeKernels, table: SamplerTable) -> None:
+    """Rows of other slots, in another order, in another program: each continues with its slot's own token."""
+    one, three, chunk = kernels.programs
+    tokens = collect(three, submit(three, table, [1, 2, 3], [0, 5, 9], [0, 1, 2]))
+    assert tokens == [following(1, 0), following(2, 5), following(3, 9)]
+    again = collect(three, submit(three, table, [FEED] * 3, [1, 6, 10], [0, 1, 2]))
+    assert again == [following(tokens[0], 1), following(tokens[1], 6), following(tokens[2], 10)] and kernels.fed == 0
+    (last,) = collect(one, submit(one, table, [FEED], [11], [2]))
+    assert last == following(again[2], 11) and kernels.fed == 1
+    two = collect(three, submit(three, table, [FEED] * 2, [12, 2], [2, 0]))
+    assert two == [following(last, 12), following(again[0], 2)]
+    chunk.inputs["ids"][:4], chunk.inputs["positions"][:4] = [FEED, 7, 8, 9], [7, 0, 1, 2]
+    chunk.inputs["sequences"][:4], chunk.inputs["rows"][:2] = [1, 0, 0, 0], [0, 3]
+    assert collect(chunk, chunk.submit(4, 2, table)) == [following(again[1], 7), following(9, 2)]
+    (first,) = collect(one, submit(one, table, [FEED], [3], [0]))
+    assert first == following(following(9, 2), 3)
 
 
-def test_logits_that_are_not_numbers(kernels: FakeKernels) -> None:
-    """The error comes with the step that has them, although steps ahead of it have run; then decoding goes on."""
-    sampler, token = make_sampler(VOCAB, temperature=0), 1
-    kernels.broken_at = 3
-    for position in range(3):
-        token = step(kernels.program, token, position, sampler)
-    with pytest.raises(Error, match="not numbers"):
-        step(kernels.program, token, 3, sampler)
+def test_inputs_may_be_rewritten_at_once(kernels: FakeKernels, table: SamplerTable) -> None:
+    program = kernels.programs[0]
+    tickets = [submit(program, table, [token], [0]) for token in (1, 2, 3)]
+    assert [collect(program, ticket) for ticket in tickets] == [[following(token, 0)] for token in (1, 2, 3)]
+
+
+def test_a_slot_that_is_assigned_anew_is_sent(kernels: FakeKernels, table: SamplerTable) -> None:
+    """Its position could follow the last run's, but the device's token is another generation's."""
+    program = kernels.programs[0]
+    (token,) = collect(program, submit(program, table, [4], [0]))
+    table.assign(0, SamplingParams(temperature=0), output=[11])
+    (found,) = collect(program, submit(program, table, [FEED], [1]))
+    assert kernels.fed == 1 and found == following(11, 1) != following(token, 1)
+
+
+def test_logits_that_are_not_numbers_end_one_row(kernels: FakeKernels, table: SamplerTable) -> None:
+    program = kernels.programs[1]
+    kernels.broken_at = 5
+    tokens = collect(program, submit(program, table, [1, 2, 3], [0, 5, 9], [0, 1, 2]))
+    assert tokens == [following(1, 0), -1, following(3, 9)]
     kernels.broken_at = -1
-    assert step(kernels.program, token, 3, sampler) == following(token, 3)
+    assert collect(program, submit(program, table, [FEED] * 3, [1, 6, 10], [0, 1, 2]))[0] == following(tokens[0], 1)
 
 
-def test_another_program_discards_what_is_queued(kernels: FakeKernels) -> None:
-    """Programs share the KV cache."""
-    backend, sampler = kernels.program.backend, make_sampler(VOCAB, temperature=0)
-    first = step(kernels.program, 1, 0, sampler)
-    token = step(kernels.program, first, 1, sampler)
-    kv = KVLayout.of(CONFIG, CONFIG.context, "f32")
-    other = backend.program(graph_of(CONFIG, random_checkpoint(CONFIG).weights, kv, 4))
-    for name in ("ids", "positions", "sequences"):
-        other.inputs[name][:] = 0
-    other.run(2)
-    steps = kernels.steps
-    assert step(kernels.program, token, 2, sampler) == following(token, 2)
-    assert kernels.steps == steps + 1, "the queued steps were not used"
+def test_a_device_that_stops_is_noticed(kernels: FakeKernels, table: SamplerTable) -> None:
+    kernels.lost = True
+    ticket = submit(kernels.programs[0], table, [1], [0])
+    with pytest.raises(DeviceError, match=f"the stream is idle, but run {ticket} gave no tokens"):
+        collect(kernels.programs[0], ticket)
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(0, 0), (4, 1), (2, 3), (1, 0)])
+def test_runs_that_do_not_exist(kernels: FakeKernels, table: SamplerTable, tokens: int, rows: int) -> None:
+    with pytest.raises(Error, match=f"cannot run {tokens} tokens of 3 and sample for {rows} rows"):
+        kernels.programs[1].submit(tokens, rows, table)

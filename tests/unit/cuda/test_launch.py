@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 
@@ -17,6 +18,7 @@ from numballama.cuda.kernels.copy import copy
 from numballama.cuda.launch import Array, Launch, LaunchContext, Matrix, named
 from numballama.cuda.ops import elementwise, sampling
 from numballama.cuda.program import bind_step
+from numballama.cuda.sampler_table import FIELDS
 from numballama.cuda.weights import layout_of
 from numballama.fusion import fuse
 from numballama.graph import KVLayout
@@ -32,7 +34,7 @@ def array(*shape: int, dtype: str = "f32") -> Array:
     return Array(next(ADDRESSES), shape, dtype)
 
 
-CTX = LaunchContext(132, 227 << 10, array(1, dtype="i32"), lambda n: array(n, dtype="i32"))
+CTX = LaunchContext(132, 227 << 10, array(1, dtype="i32"), array(65, 2, dtype="i32"), lambda n: array(n, dtype="i32"))
 
 
 def launches_of_plans() -> Iterator[Launch]:
@@ -40,7 +42,7 @@ def launches_of_plans() -> Iterator[Launch]:
     for config, kind, kv, fusions, int8 in CASES:
         weights = converted(random_checkpoint(config).weights, kind)
         layout = KVLayout.of(config, config.context, kv)
-        for tokens, logits in ((1, "last"), (4, "last"), (64, "all")):
+        for tokens, logits in ((1, "rows"), (4, "rows"), (64, "all")):
             graph = graph_of(config, weights, layout, tokens, logits, int8)
             plan = lower(fuse(graph, "cuda", fusions), "cuda", CTX.n_sms)
             operands: dict[str, Array | Matrix] = {
@@ -50,18 +52,15 @@ def launches_of_plans() -> Iterator[Launch]:
                 operands.setdefault(value.name, array(*value.shape, dtype=value.dtype))
             for step in plan.steps:
                 for launch in bind_step(step, plan.graph, CTX, operands):
-                    yield launch
-                    if launch.long_context_variant:
-                        yield launch.long_context_variant[1]
+                    yield from (launch.variant_for(start) for start in (0, *launch.variant_starts))
 
 
 def other_launches() -> Iterator[Launch]:
     """Launches that are not part of a plan's steps."""
-    token, state = array(1, dtype="i32"), array(1, dtype="u64")
-    yield from sampling.sample(
-        array(1, 40), 40, settings=array(5, dtype="f64"), recent=array(64, dtype="i32"), counts=array(1, dtype="i64"),
-        state=state, next_token=token,
-    )  # fmt: skip
+    token, floats = array(1, dtype="i32"), array(1)
+    table = {name: array(64, dtype=dtype) for name, (_, dtype) in FIELDS.items()} | {"last_token": token}
+    out = {"next_token": token, "logprobs": floats, "normalizers": floats, "top_ids": token, "top_logprobs": floats}
+    yield from sampling.sample(token, array(1, 40), token, table, out, logprobs=True)
     yield from sampling.advance(
         next_token=token, ids=token, positions=token, step=array(1, dtype="i64"), slots_address=4096, n_slots=64
     )
@@ -86,6 +85,10 @@ def test_the_variant_for_a_position() -> None:
     launch = Launch(elementwise.ADD, (1,), 32, {}, long_context_variant=(256, long))
     assert launch.variant_for(255) is launch and launch.variant_for(256) is launch.variant_for(9000) is long
     assert long.variant_for(9000) is long
+    assert launch.variant_starts == [256] and long.variant_starts == []
+    longer = replace(launch, long_context_variant=(100, launch))
+    assert [longer.variant_for(position) for position in (99, 100, 256)] == [longer, launch, long]
+    assert longer.variant_starts == [100, 256]
 
 
 def test_a_weights_arguments() -> None:

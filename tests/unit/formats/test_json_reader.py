@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 import time
 import tracemalloc
@@ -39,3 +40,47 @@ def test_hostile_directories(copy: Callable[[str], Path], what: str) -> None:
     tracemalloc.stop()
     assert peak < len(HOSTILE[what]) + 100_000_000
     assert time.perf_counter() - started < 10  # traced; 2 s untraced
+
+
+# ---- what the peers accept ----
+
+
+def edited(folder: Path, name: str, change: Callable[[str], str], encoding: str = "utf-8") -> Path:
+    path = folder / name
+    text = change(path.read_text())
+    path.write_bytes(text.encode(encoding))
+    return folder
+
+
+NAMES = ("config.json", "generation_config.json", "model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_byte_order_mark(copy: Callable[[str], Path], name: str) -> None:
+    folder = copy("qwen3-f16-sharded")
+    whole = open_checkpoint(folder)
+    opened = open_checkpoint(edited(folder, name, lambda text: text, "utf-8-sig"))
+    assert opened.config == whole.config and opened.stop_token_ids == whole.stop_token_ids
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_of_equal_keys_the_last_counts(copy: Callable[[str], Path], name: str) -> None:
+    folder = copy("qwen3-f16-sharded")
+    whole = open_checkpoint(folder)
+    values = json.loads((folder / name).read_text())
+    first = dict.fromkeys(values, "nonsense")
+    doubled = json.dumps(first)[:-1] + ", " + json.dumps(values)[1:]
+    opened = open_checkpoint(edited(folder, name, lambda text: doubled))
+    assert opened.config == whole.config and opened.stop_token_ids == whole.stop_token_ids
+
+
+def test_of_equal_tensors_the_last_counts(copy: Callable[[str], Path]) -> None:
+    folder = copy("llama")
+    data = (folder / "model.safetensors").read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")
+    head = json.loads(data[8:start])
+    entry = json.dumps({"model.norm.weight": head["model.norm.weight"]})
+    text = (entry[:-1] + ", " + json.dumps(head)[1:]).encode()
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(struct.pack("<Q", len(text)) + text + data[start:])
+    assert open_checkpoint(folder).config.n_layers == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers
 
-from numballama.errors import Error, FormatError
+from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.formats.hf.text_files import read_text_files
 from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.tokenizers.bpe import BPETokenizer
+from tests.golden import make_tokenizer_classes
 from tests.golden.make_tokenizers import SMALL
 from tests.helpers.bpe import CHAT_CONFIG, save_json, trained
 
@@ -26,22 +28,135 @@ from tests.helpers.bpe import CHAT_CONFIG, save_json, trained
         (False, {}, (False, False)),
         (True, {}, (True, False)),
         (True, CHAT_CONFIG, (True, False)),
-        (True, CHAT_CONFIG | {"add_bos_token": False}, (False, False)),
-        (False, CHAT_CONFIG | {"add_bos_token": True, "add_eos_token": True}, (True, True)),
+        (True, CHAT_CONFIG | {"add_bos_token": False}, (True, False)),
+        (True, CHAT_CONFIG | {"add_eos_token": False}, (True, False)),
+        (False, CHAT_CONFIG | {"add_bos_token": True, "add_eos_token": True}, (False, False)),
         (False, {"add_bos_token": True}, (False, False)),  # there is no BOS
         (False, CHAT_CONFIG | {"add_bos_token": None}, (False, False)),
-        (False, {"bos_token": {"content": "<|begin_of_text|>"}, "add_bos_token": True}, (True, False)),
+        (True, {"bos_token": {"content": "<|begin_of_text|>"}, "add_bos_token": True}, (True, False)),
     ],
 )
 def test_bos_and_eos(tmp_path: Path, bos: bool, config: dict[str, Any], expected: tuple[bool, bool]) -> None:
-    """tokenizer_config.json decides, as in transformers; without it the post-processor."""
+    """The post-processor decides, as in transformers 5, not tokenizer_config.json. A contradiction is noted."""
     tokenizer = load_tokenizer(save_json(tmp_path, trained(bos=bos), config))
     first, last = (tokenizer.special_tokens[token] for token in ("<|begin_of_text|>", "<|im_end|>"))
     plain = tokenizer.encode("hi", bos=False)
     assert tokenizer.encode("hi") == [first] * expected[0] + plain + [last] * expected[1]
     assert (tokenizer.add_bos, tokenizer.add_eos) == expected
+    wrong = [
+        f"add_{name}_token"
+        for name, added in zip(("bos", "eos"), expected, strict=True)
+        if f"{name}_token" in config and config.get(f"add_{name}_token") not in (None, added)
+    ]
+    assert [note.split(" is ")[0] for note in tokenizer.notes] == wrong
     if "eos_token" in config:
         assert tokenizer.eos_id == last
+
+
+CLASSES: dict[str, Any] = json.loads(make_tokenizer_classes.GOLDEN.read_text())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("row", list(make_tokenizer_classes.combinations()), ids=str)
+def test_flags_and_classes_are_transformers(tmp_path: Path, row: tuple[str, str, str | None, str]) -> None:
+    """Ids of every combination of flags, post-processor and class. A class without flags of its own has one result."""
+    expected = CLASSES["rows"][" | ".join(map(str, row))]
+    for number, flags in enumerate(make_tokenizer_classes.settings()):
+        make_tokenizer_classes.write(tmp_path, *row, flags)
+        tokenizer = load_tokenizer(tmp_path)
+        ids = [tokenizer.encode(text, special=True) for text in make_tokenizer_classes.TEXTS]
+        assert ids == CLASSES["results"][expected[number % len(expected)]], flags
+
+
+def test_one_flag_leaves_the_other_alone(tmp_path: Path) -> None:
+    """A sample of the above."""
+    for flags in ({"add_eos_token": False}, {"add_bos_token": False}, {"add_eos_token": True}, {}):
+        make_tokenizer_classes.write(tmp_path, "bytes", "bos", None, "llama", flags)
+        assert load_tokenizer(tmp_path).encode("frog") == [1, 264]
+    for legacy, expected in ((True, [292, 2, 288]), (False, [292, 2, 287]), (None, [292, 2, 287])):
+        flags = {} if legacy is None else {"legacy": legacy}
+        make_tokenizer_classes.write(tmp_path, "normalizer", "none", "LlamaTokenizer", "llama", flags)
+        assert load_tokenizer(tmp_path).encode("frog</s>the", special=True) == expected
+
+
+def test_added_tokens_of_the_files_beside(tmp_path: Path) -> None:
+    """added_tokens_decoder, added_tokens.json and special_tokens_map.json add tokens and change flags."""
+    content = make_tokenizer_classes.tokenizer_json("bytes", "none")
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    think, size = content["added_tokens"][-2]["id"], content["added_tokens"][-1]["id"] + 1
+    config = {
+        "eos_token": "<|im_end|>",
+        "added_tokens_decoder": {str(size): {"content": "<|im_end|>", "special": True}},
+    }
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.eos_id, tokenizer.vocab_size, tokenizer.eog_ids) == (size, size + 1, {2, size})
+    assert tokenizer.encode("<|im_end|>", special=True) == [size] and size not in tokenizer.encode("<|im_end|>")
+    config["added_tokens_decoder"] = {str(think): {"content": "<think>", "special": True, "lstrip": True}}
+    config["eos_token"] = "</s>"
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.encode("x  <think>", special=True)[1:] == [think] and think not in tokenizer.encode("<think>")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": size}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
+    tokenizer = load_tokenizer(tmp_path)
+    assert (tokenizer.eos_id, tokenizer.vocab_size) == (size, size + 1)
+    (tmp_path / "added_tokens.json").unlink()
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.eos_id is None and "has no '<|im_end|>'" in tokenizer.notes[0]
+    for damage in ({"x": "y"}, {"x": -1}, {"x": True}, {"x": 1 << 40}):
+        (tmp_path / "added_tokens.json").write_text(json.dumps(damage))
+        with pytest.raises(FormatError, match="key x; expected a token id"):
+            load_tokenizer(tmp_path)
+
+
+def test_names_of_tokens_that_end_a_turn_count(tmp_path: Path) -> None:
+    """Whatever their flag, and also in the model alone. A word that merges make is a word."""
+    content = make_tokenizer_classes.tokenizer_json("bytes", "none")
+    content["added_tokens"][-2]["content"] = "<|im_end|>"
+    vocabulary = content["model"]["vocab"]
+    size = len(vocabulary)
+    content["added_tokens"] = content["added_tokens"][3:]
+    for number, piece in enumerate(("<|eot_id|>", "</", "s>", "</s>x")):
+        vocabulary[piece] = size + number
+    for entry in content["added_tokens"]:
+        entry["id"] += 4
+    content["model"]["merges"] += ["< /", "s >", "</ s>"]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    end = content["added_tokens"][0]["id"]
+    assert tokenizer.eog_ids == {end, size}
+    assert tokenizer.decode([end, size]) == ""
+    assert tokenizer.encode("<|im_end|>", special=True) == [end] and end not in tokenizer.encode("<|im_end|>")
+    assert tokenizer.encode("</s>") == [2] and tokenizer.decode([2]) == "</s>"
+
+
+def test_a_file_without_a_decoder(tmp_path: Path) -> None:
+    for kind in ("bytes", "normalizer", "metaspace", "unigram"):
+        content = make_tokenizer_classes.tokenizer_json(kind, "none") | {"decoder": None}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        tokenizer = load_tokenizer(tmp_path)
+        assert tokenizer.decode(tokenizer.encode("the frog é")) == "the frog é"
+        assert "has no decoder" in tokenizer.notes[0]
+    words = {"type": "WordLevel", "vocab": {"frog": 0, "the": 1, "<unk>": 2}, "unk_token": "<unk>"}
+    content |= {"model": words, "pre_tokenizer": {"type": "Whitespace"}, "added_tokens": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("the frog")) == Library.from_str(json.dumps(content)).decode([1, 0])
+
+
+def test_an_unsupported_file_gives_way_to_the_next(tmp_path: Path, request: pytest.FixtureRequest) -> None:
+    """The reason is a note, or stands in the error when there is no other file."""
+    pieces = {"type": "WordPiece", "vocab": {"[UNK]": 0}, "unk_token": "[UNK]", "continuing_subword_prefix": "##"}
+    content = {"version": "1.0", "added_tokens": [], "model": pieces | {"max_input_chars_per_word": 100}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(UnsupportedError, match="WordPiece"):
+        load_tokenizer(tmp_path)
+    folder: Path = request.getfixturevalue("models")
+    (tmp_path / "tokenizer.model").write_bytes((folder / "tok512.model").read_bytes())
+    tokenizer = load_tokenizer(tmp_path)
+    assert tokenizer.vocab_size == 512 and "tokenizer.model is used, because" in tokenizer.notes[0]
 
 
 def test_the_special_tokens_map_names_them_too(tmp_path: Path) -> None:

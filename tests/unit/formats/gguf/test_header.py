@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import numballama
 from numballama.errors import FormatError, UnsupportedError
@@ -28,6 +30,7 @@ from tests.helpers.gguf_files import (
     U32,
     array,
     container,
+    edited,
     entry,
     letters,
     save,
@@ -155,3 +158,62 @@ def test_a_large_vocabulary_opens_quickly(tmp_path: Path) -> None:
     open_checkpoint(path)
     assert tracemalloc.get_traced_memory()[1] < 16_000_000
     tracemalloc.stop()
+
+
+# ---- metadata that nothing reads ----
+
+
+@st.composite
+def values(draw: st.DrawFn, depth: int = 0) -> tuple[int, bytes]:
+    """(type, bytes) of a metadata value of any type, arrays in arrays among them."""
+    kind = draw(st.sampled_from([*SIZES, STRING, *([ARRAY] * 3 if depth < 4 else [])]))
+    if kind == STRING:
+        return kind, text(draw(st.binary(max_size=5)))
+    if kind != ARRAY:
+        return kind, draw(st.binary(min_size=SIZES[kind], max_size=SIZES[kind]))
+    inner = [draw(values(depth + 1)) for _ in range(draw(st.integers(0, 3)))]
+    first = inner[0][0] if inner else draw(st.sampled_from([*SIZES, STRING, ARRAY]))
+    same = [data for kind, data in inner if kind == first]
+    return ARRAY, array(first, len(same), b"".join(same))
+
+
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(found=values(), key=st.binary(max_size=20))
+def test_a_key_that_nothing_reads_may_hold_anything(
+    tmp_path_factory: pytest.TempPathFactory, found: tuple[int, bytes], key: bytes
+) -> None:
+    path = save(tmp_path_factory.mktemp("m") / "m.gguf")
+    whole, other = open_checkpoint(path), path.with_name("other.gguf")
+    other.write_bytes(edited(path, {"a useless key": entry(key, *found)}))
+    opened = open_checkpoint(other)
+    assert opened.config == whole.config and opened.notes == whole.notes
+    np.testing.assert_array_equal(opened.weights["norm"].data, whole.weights["norm"].data)
+
+
+def test_a_key_that_is_read_must_not_be_an_array_of_arrays(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.gguf", tokenizer=letters(300))
+    for key in ("llama.block_count", "tokenizer.ggml.tokens", "tokenizer.ggml.scores", "general.architecture"):
+        nested = entry(key, ARRAY, array(ARRAY, 1, array(U32, 1, bytes(4))))
+        path.write_bytes(edited(save(path, tokenizer=letters(300)), {key: nested}))
+        with pytest.raises(FormatError, match="wrong type"):
+            open_checkpoint(path)
+
+
+@pytest.mark.parametrize("depth", [1, 2, 10, 2000])
+def test_deep_arrays_cost_no_stack(tmp_path: Path, depth: int) -> None:
+    path = save(tmp_path / "m.gguf")
+    data = array(ARRAY, 1) * depth + array(U32, 1, bytes(4))
+    path.write_bytes(edited(path, {"deep": entry("deep", ARRAY, data)}))
+    assert open_checkpoint(path).config.n_layers == 2
+
+
+def test_arrays_in_arrays_are_counted(tmp_path: Path) -> None:
+    """They cost time: as many as strings are allowed."""
+    path = tmp_path / "m.gguf"
+    path.write_bytes(container([entry("a", ARRAY, array(ARRAY, 1 << 40, array(U32, 0) * 1000))], []))
+    with pytest.raises(FormatError):
+        open_checkpoint(path)

@@ -220,7 +220,6 @@ def test_what_asks_for_nothing_is_accepted(tmp_path: Path, changes: dict[str, by
         ("llama.attention.head_count", u32("llama.attention.head_count", 5), "an impossible model"),
         ("llama.attention.head_count", u32("llama.attention.head_count", 33), "key_length"),
         ("llama.attention.head_count_kv", u32("llama.attention.head_count_kv", 3), "multiple of n_kv_heads"),
-        ("llama.vocab_size", u32("llama.vocab_size", 299), "wrong shape"),
         ("llama.rope.freq_base", f32("llama.rope.freq_base", float("nan")), "rope_theta"),
         ("llama.rope.freq_base", f32("llama.rope.freq_base", 0.0), "rope_theta"),
         ("llama.attention.layer_norm_rms_epsilon", None, "layer_norm_rms_epsilon"),
@@ -233,6 +232,16 @@ def test_impossible_models(tmp_path: Path, key: str, change: bytes | None, messa
     path.write_bytes(edited(path, {key: change}))
     with pytest.raises(FormatError, match=message):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("stale", [1, 299, 301, 1 << 31])
+def test_a_stale_vocab_size(tmp_path: Path, stale: int) -> None:
+    """The embedding's rows count, whatever the key says."""
+    path = save(tmp_path / "m.gguf")
+    path.write_bytes(edited(path, {"llama.vocab_size": u32("llama.vocab_size", stale)}))
+    opened = open_checkpoint(path)
+    assert opened.config.vocab_size == 300
+    assert opened.notes == [f"llama.vocab_size is {stale:,}, the embedding has 300 rows: the rows count"]
 
 
 def test_tensors_too_few_and_too_many(tmp_path: Path) -> None:

@@ -190,7 +190,12 @@ def test_damaged_vocabularies(
 
 def test_the_files_tokenizer_and_the_users(tmp_path: Path, models: Path) -> None:
     config = replace(CONFIG, vocab_size=512)
-    path = save(tmp_path / "m.gguf", config, tokenizer=letters(300))
+    data = save(tmp_path / "small.gguf", tokenizer=letters(300)).read_bytes()
+    tokens: dict[str, bytes | None] = {
+        key: data[start:end] for key, (start, end) in entries_of(data).items() if key.startswith("tokenizer.")
+    }
+    path = save(tmp_path / "m.gguf", config)
+    path.write_bytes(edited(path, tokens))
     opened = open_checkpoint(path)
     assert opened.tokenizer is not None
     assert opened.tokenizer.vocab_size == 300
@@ -205,11 +210,12 @@ def test_the_files_tokenizer_and_the_users(tmp_path: Path, models: Path) -> None
     assert opened.tokenizer is None
     assert any("bert" in note for note in opened.notes)
     assert open_checkpoint(path, models / "tok512.bin").notes == []
-    data = save(path, config, tokenizer=letters(300)).read_bytes()
-    tokens: dict[str, bytes | None] = {
-        key: data[start:end] for key, (start, end) in entries_of(data).items() if key.startswith("tokenizer.")
-    }
     bare = save(tmp_path / "bare.gguf", replace(CONFIG, vocab_size=299))
+    bare.write_bytes(edited(bare, tokens))
+    opened = open_checkpoint(bare)  # one token more than rows
+    assert opened.tokenizer is not None and opened.tokenizer.vocab_size == 300
+    assert opened.notes[-1] == "the tokenizer has 300 tokens, the embedding 299 rows: 'piece13' cannot be used"
+    bare = save(tmp_path / "bare.gguf", replace(CONFIG, vocab_size=260))
     bare.write_bytes(edited(bare, tokens))
     with pytest.raises(FormatError, match="more tokens than embeddings"):
         open_checkpoint(bare)

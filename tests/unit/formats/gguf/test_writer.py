@@ -19,6 +19,8 @@ from numballama.formats.gguf.writer import write_gguf
 from numballama.loader import open_checkpoint
 from numballama.quantization.convert import convert, dequantize
 from numballama.quantization.types import BF16, F16, F32, WeightType
+from numballama.tokenizers.base import PieceType
+from numballama.tokenizers.gguf import GgufTokenizer
 from tests.helpers.gguf_files import (
     CONFIG,
     TYPES,
@@ -94,6 +96,28 @@ def test_narrow_norms_become_float32(tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(UnsupportedError, match=r"output_norm\.weight has type Q8_0; supported are F32, F16, BF16$"):
         open_checkpoint(path)
+
+
+@pytest.mark.parametrize("rows", [300, 301, 320, 512])
+def test_a_vocabulary_is_padded_to_the_rows(tmp_path: Path, rows: int) -> None:
+    """llama.cpp wants a token for each row. Ids that the vocabulary does not have are left out."""
+    vocabulary = letters(300).vocabulary()
+    pieces = [*vocabulary.pieces[:-1], b"[PAD301]"]  # a text of its own is no reason for two equal ones
+    own = replace(vocabulary, pieces=pieces, bos_id=None, unknown_id=None)
+    config = replace(CONFIG, vocab_size=rows)
+    write_gguf(tmp_path / "m.gguf", config, weights_of(config), own)
+    header = Header(map_file(tmp_path / "m.gguf"))
+    tokens, types = header.strings("tokenizer.ggml.tokens"), header.numbers("tokenizer.ggml.token_type")
+    scores = header.numbers("tokenizer.ggml.scores")
+    assert tokens is not None and types is not None and scores is not None
+    assert len(tokens) == len(types) == len(scores) == len(set(tokens)) == rows
+    assert tokens[:300] == pieces and set(types[300:].tolist()) <= {PieceType.UNUSED}
+    assert tokens[300:302] == [b"[PAD300]", b"[[PAD301]]"][: rows - 300]
+    assert {key for key in header.fields if key.endswith("_token_id")} == {"tokenizer.ggml.eos_token_id"}
+    opened = open_checkpoint(tmp_path / "m.gguf")
+    assert opened.tokenizer is not None and opened.notes == []
+    text = "a word, another [PAD300] [PAD301]"
+    assert opened.tokenizer.encode(text, bos=False) == GgufTokenizer(own).encode(text, bos=False)
 
 
 def test_the_writer_refuses(tmp_path: Path) -> None:

@@ -1,0 +1,130 @@
+"""The end of a skinny GEMM: the sums of the slices of K are added up in their order, and each operator finishes them.
+
+That is the factor of an RMSNorm, a residual or SwiGLU, and where a row of q, k and v belongs. A lane has the layout that
+`mma.m16n8k16` leaves: rows l / 4 and 8 further of two tiles, two neighbouring tokens of each. Sums lie in memory as the
+lanes had them, so all loads are 16 bytes. T · N · slices · 4 bytes are read, mostly from the L2 cache.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import cuda
+
+from ..fragments import st_global_f32
+from ..intrinsics import address, ld_v4_f32, no_unroll
+from .common import device, pdl_sync, silu_and_mul
+from .params import SKINNY_UNIT as UNIT
+from .params import SKINNY_WARPS as WARPS
+
+
+@device
+def put_row(row, token, here, a, b, rows, kv_rows, residual, added, outs):
+    """Write a row's results for two tokens from `token` on, `here` of which exist. Rows of keys and values come after
+    those of the first weight.
+    """
+    width = rows if row < rows else kv_rows
+    inside = row if row < rows else (row - rows if row < rows + kv_rows else row - rows - kv_rows)
+    if row < rows + 2 * kv_rows:
+        out = address(outs[0], 0) if row < rows else address(outs[1] if row < rows + kv_rows else outs[2], 0)
+        at = token * width + inside
+        if here > 0:
+            st_global_f32(out + 4 * at, a + residual[at] if added else a)
+        if here > 1:
+            st_global_f32(out + 4 * (at + width), b + residual[at + width] if added else b)
+
+
+@device
+def finish_unit(paired, group, token, here, factors, upper, lower, rows, kv_rows, residual, added, outs):
+    """Write a unit's sums: `upper` of rows l / 4 and 8 more, `lower` of rows 16 further, for two tokens from `token`, if
+    they are `here`, times their factors.
+    """
+    scale, scale2 = factors
+    row = (group << (4 if paired else 5)) + ((cuda.threadIdx.x & 31) >> 2)
+    a, b, c, d = upper[0] * scale, upper[1] * scale2, upper[2] * scale, upper[3] * scale2
+    e, f, g, h = lower[0] * scale, lower[1] * scale2, lower[2] * scale, lower[3] * scale2
+    if paired:
+        a, b, c, d = silu_and_mul(a, e), silu_and_mul(b, f), silu_and_mul(c, g), silu_and_mul(d, h)
+    put_row(row, token, here, a, b, rows, kv_rows, residual, added, outs)
+    put_row(row + 8, token, here, c, d, rows, kv_rows, residual, added, outs)
+    if not paired:
+        put_row(row + 16, token, here, e, f, rows, kv_rows, residual, added, outs)
+        put_row(row + 24, token, here, g, h, rows, kv_rows, residual, added, outs)
+
+
+@device
+def add4(a, b):
+    """Element-wise sum of four elements."""
+    return a[0] + b[0], a[1] + b[1], a[2] + b[2], a[3] + b[3]
+
+
+@device
+def times(sums, scale, scale2):
+    """A tile's sums times the factors of the lane's two tokens."""
+    return sums[0] * scale, sums[1] * scale2, sums[2] * scale, sums[3] * scale2
+
+
+@device
+def load_slice(partials, s, slices, at, distance, scales, squares, token, last, capacity):
+    """A slice's part of a unit: (upper tile, lower tile, scales of two tokens, their sums of squares). After the end, the
+    last slice again: loads that depend on nothing are in flight together.
+    """
+    s = min(s, slices - 1)
+    at += s * distance
+    a, b = s * capacity + token, s * capacity + last
+    return ld_v4_f32(partials, at), ld_v4_f32(partials, at + 128), scales[a], scales[b], squares[a], squares[b]
+
+
+@device
+def add_slice(sums, here, part):
+    """`sums`, plus a slice's part of them if it is `here`: (upper tile, lower tile, squares of two tokens)."""
+    upper, lower, square, square2 = sums
+    a, b, scale, scale2, more, more2 = part
+    if here:
+        upper, lower = add4(upper, times(a, scale, scale2)), add4(lower, times(b, scale, scale2))
+        square += more
+        square2 += more2
+    return upper, lower, square, square2
+
+
+@device
+def norm_factor(square, normed, columns, eps):
+    """1 / sqrt(mean(x²) + eps), or 1 without a norm."""
+    return np.float32(1) / np.float32(math.sqrt(square / np.float32(columns) + eps)) if normed else np.float32(1)
+
+
+@cuda.jit
+def skinny_sum_kernel(tokens, partials, scales, squares, capacity, normed, eps, columns, paired, residual, added, q, k, v,
+                      rows, kv_rows, slices, groups, log2_units, log2_row_warps):  # fmt: skip
+    """Add up the slices' sums and finish the results. A warp has a unit: blockIdx.x counts eight groups of 32 rows,
+    blockIdx.y units of 8 tokens.
+    """
+    pdl_sync()
+    lane, group = cuda.threadIdx.x & 31, cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)
+    token = 8 * cuda.blockIdx.y + 2 * (lane & 3)
+    if 8 * cuda.blockIdx.y >= tokens[0] or group >= groups:
+        return
+    units, row_warps = 1 << log2_units, 1 << log2_row_warps
+    token_tile, unit = cuda.blockIdx.y >> log2_units, cuda.blockIdx.y & (units - 1)
+    tile, row_warp = group >> log2_row_warps, group & (row_warps - 1)
+    tiles = (groups + row_warps - 1) >> log2_row_warps
+    at = ((token_tile * tiles + tile) * slices * row_warps + row_warp) * units + unit
+    distance = row_warps * units * UNIT
+    at = at * UNIT + 4 * lane
+    zero = np.float32(0)
+    sums = (zero, zero, zero, zero), (zero, zero, zero, zero), zero, zero
+    a, b = min(token, capacity - 1), min(token + 1, capacity - 1)
+    for s in range(0, slices, 4):
+        no_unroll()
+        first = load_slice(partials, s, slices, at, distance, scales, squares, a, b, capacity)
+        second = load_slice(partials, s + 1, slices, at, distance, scales, squares, a, b, capacity)
+        third = load_slice(partials, s + 2, slices, at, distance, scales, squares, a, b, capacity)
+        fourth = load_slice(partials, s + 3, slices, at, distance, scales, squares, a, b, capacity)
+        sums = add_slice(sums, True, first)
+        sums = add_slice(sums, s + 1 < slices, second)
+        sums = add_slice(sums, s + 2 < slices, third)
+        sums = add_slice(sums, s + 3 < slices, fourth)
+    upper, lower, square, square2 = sums
+    factors = norm_factor(square, normed, columns, eps), norm_factor(square2, normed, columns, eps)
+    finish_unit(paired, group, token, tokens[0] - token, factors, upper, lower, rows, kv_rows, residual, added, (q, k, v))

@@ -1,0 +1,185 @@
+"""X of a skinny GEMM: a slice of K of each row, after an RMSNorm's weight, rounded to 16 bits.
+
+A slice of a row is multiplied by a power of two that brings its largest element to [2^14, 2^15), so that float16 holds
+it, and rounded by one warp. For few tokens each block rounds its slice itself, on the way to shared memory. For more
+that would take longer than a kernel of its own, after which blocks copy what they need. Both compute the same bits.
+The rest of the norm is a factor for each row, from the slices' sums of squares (`skinny_sum`).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import cuda
+
+from ..fragments import pieces_of
+from ..intrinsics import (
+    address,
+    cp_async_16,
+    griddepcontrol_launch_dependents,
+    griddepcontrol_wait,
+    no_unroll,
+    uint_as_float,
+)
+from ..mma import cvt_rn_x2, st_global_v2_u32, st_shared_v4_u32
+from .common import FULL_MASK, device, magnitude_bits
+from .dot import squared
+from .gemm import load4
+from .params import SKINNY_WARPS as WARPS
+from .reduce import warp_sum
+
+
+@device
+def piece_of(x, start, norm, normed, k, inside, columns):
+    """(a piece of a row of x from column k on, zeros if not `inside`; the norm's weight for it, or x again)."""
+    zero, even = np.float32(0), columns & 3 == 0
+    a, b = (zero, zero, zero, zero), (zero, zero, zero, zero)
+    c, d = a, b
+    if inside:
+        a, b = load4(x, start, k, columns, even), load4(x, start, k + 4, columns, even)
+        if normed:
+            c, d = load4(norm, 0, k, columns, even), load4(norm, 0, k + 4, columns, even)
+    return a + b, c + d
+
+
+@device
+def normed_piece(piece, normed):
+    """(sum of squares of a piece, the piece times the norm's weight if `normed`, bits of the largest magnitude)."""
+    (a, b, c, d, e, f, g, h), w = piece
+    squares = squared((a, b, c, d)) + squared((e, f, g, h))
+    if normed:
+        a, b, c, d, e, f, g, h = (
+            a * w[0], b * w[1], c * w[2], d * w[3], e * w[4], f * w[5], g * w[6], h * w[7],
+        )  # fmt: skip
+    low = max(magnitude_bits(a), magnitude_bits(b), magnitude_bits(c), magnitude_bits(d))
+    high = max(magnitude_bits(e), magnitude_bits(f), magnitude_bits(g), magnitude_bits(h))
+    return squares, (a, b, c, d, e, f, g, h), max(low, high)
+
+
+@device
+def rounded_piece(rounded, v, up, pieces):
+    """A piece times a power of two, rounded to the 16-bit type of `rounded`: four words, in the order of `mma_step`."""
+    a, b, c, d, e, f, g, h = v
+    if pieces == 4:
+        b, c, f, g = c, b, g, f
+    return (
+        cvt_rn_x2(rounded, a * up, b * up), cvt_rn_x2(rounded, c * up, d * up),
+        cvt_rn_x2(rounded, e * up, f * up), cvt_rn_x2(rounded, g * up, h * up),
+    )  # fmt: skip
+
+
+@device
+def round_slice(x, start, norm, normed, first_column, row_pieces, columns, rounded, pieces):
+    """Round a warp's slice of a row: up to four pieces per lane, number `lane` and every 32nd after it.
+
+    Returns (their words, the factor that undoes the scale, the sum of squares). The scale is a power of two that brings
+    the slice's largest element to [2^14, 2^15).
+    """
+    lane = cuda.threadIdx.x & 31
+    k = first_column + 8 * lane
+    piece0 = piece_of(x, start, norm, normed, k, lane < row_pieces, columns)
+    piece1 = piece_of(x, start, norm, normed, k + 256, lane + 32 < row_pieces, columns)
+    piece2 = piece_of(x, start, norm, normed, k + 512, lane + 64 < row_pieces, columns)
+    piece3 = piece_of(x, start, norm, normed, k + 768, lane + 96 < row_pieces, columns)
+    squares0, v0, largest0 = normed_piece(piece0, normed)
+    squares1, v1, largest1 = normed_piece(piece1, normed)
+    squares2, v2, largest2 = normed_piece(piece2, normed)
+    squares3, v3, largest3 = normed_piece(piece3, normed)
+    squares = warp_sum((squares0 + squares1) + (squares2 + squares3))
+    largest = max(max(largest0, largest1), max(largest2, largest3))
+    for i in range(5):
+        largest = max(largest, np.int32(cuda.shfl_xor_sync(FULL_MASK, largest, 16 >> i)))
+    shift = 0
+    if largest < 0x7F800000:  # else it is infinity or NaN, which must show in the results
+        shift = min(14 - ((largest >> 23) - 127), 126)
+    up, down = uint_as_float(np.uint32((127 + shift) << 23)), uint_as_float(np.uint32((127 - shift) << 23))
+    words = (
+        rounded_piece(rounded, v0, up, pieces), rounded_piece(rounded, v1, up, pieces),
+        rounded_piece(rounded, v2, up, pieces), rounded_piece(rounded, v3, up, pieces),
+    )  # fmt: skip
+    return words, down, squares
+
+
+@device
+def put_words(rounded, at, padded_left, words, here):
+    """Write a piece to global memory, if it is `here`."""
+    if here and padded_left > 0:
+        to = address(rounded, at)
+        st_global_v2_u32(to, words[0], words[1])
+        st_global_v2_u32(to + 8, words[2], words[3])
+
+
+@cuda.jit
+def skinny_round_kernel(tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, slice_columns,
+                        pieces):
+    """Round X, a slice of a row per warp: rounded [T, padded], and per slice and token its scale and sum of squares.
+
+    blockIdx.x counts eight tokens, blockIdx.y slices.
+    """
+    griddepcontrol_launch_dependents()  # at once: the next kernel's copies of weights can start
+    t, lane = cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5), cuda.threadIdx.x & 31
+    griddepcontrol_wait()
+    if t >= tokens[0]:
+        return
+    first, row_pieces = cuda.blockIdx.y * slice_columns, slice_columns >> 3
+    words, down, total = round_slice(x, t * columns, norm, normed, first, row_pieces, columns, rounded, pieces)
+    if lane == 0:
+        scales[cuda.blockIdx.y * capacity + t], squares[cuda.blockIdx.y * capacity + t] = down, total
+    k = first + 8 * lane
+    at, left = t * padded + k, padded - k
+    put_words(rounded, at, left, words[0], lane < row_pieces)
+    put_words(rounded, at + 256, left - 256, words[1], lane + 32 < row_pieces)
+    put_words(rounded, at + 512, left - 512, words[2], lane + 64 < row_pieces)
+    put_words(rounded, at + 768, left - 768, words[3], lane + 96 < row_pieces)
+
+
+@device
+def place_of(i, n, pieces):
+    """Byte offset of piece `i` of token `n` in its row: those that one lane multiplies are 64 bytes apart; of two
+    neighbouring 64 bytes, tokens with odd numbers have the second first.
+    """
+    log2 = 0 if pieces == 1 else (1 if pieces == 2 else 2)
+    inside = i & (4 * pieces - 1)
+    return ((i - inside + ((inside & (pieces - 1)) << 2) + (inside >> log2)) ^ ((n & 1) << 2)) << 4
+
+
+@device
+def put_shared(row_at, i, n, pieces, row_pieces, words):
+    """Write piece `i` of token `n` to shared memory, if there is one."""
+    if i < row_pieces:
+        st_shared_v4_u32(row_at + place_of(i, n, pieces), words[0], words[1], words[2], words[3])
+
+
+@device
+def round_x(x, norm, normed, rounded, scales, squares, capacity, first_token, tokens, rows, first_column, columns,
+            row_bytes, payload, shared_at):  # fmt: skip
+    """Round the block's columns of `rows` tokens to shared memory, zeros for tokens that are missing. The first block
+    of a slice writes their scales and sums of squares.
+    """
+    lane, pieces, row_pieces = cuda.threadIdx.x & 31, pieces_of(payload), row_bytes >> 4
+    for n in range(cuda.threadIdx.x >> 5, rows, WARPS):
+        no_unroll()
+        t = first_token + n
+        words, down, total = round_slice(
+            x, t * columns, norm, normed, first_column, row_pieces if t < tokens else 0, columns, rounded,
+            pieces,
+        )
+        row_at = shared_at + n * row_bytes
+        put_shared(row_at, lane, n, pieces, row_pieces, words[0])
+        put_shared(row_at, lane + 32, n, pieces, row_pieces, words[1])
+        put_shared(row_at, lane + 64, n, pieces, row_pieces, words[2])
+        put_shared(row_at, lane + 96, n, pieces, row_pieces, words[3])
+        if cuda.blockIdx.x == 0 and lane == 0 and t < tokens:
+            scales[cuda.blockIdx.z * capacity + t], squares[cuda.blockIdx.z * capacity + t] = down, total
+
+
+@device
+def stage_x(x, padded, first_token, tokens, rows, first_column, row_bytes, payload, shared_at):
+    """Start copying the block's columns of `rows` rounded tokens to shared memory, zeros for what is missing."""
+    lane, pieces = cuda.threadIdx.x & 31, pieces_of(payload)
+    for n in range(cuda.threadIdx.x >> 5, rows, WARPS):
+        no_unroll()
+        source = address(x, (first_token + n) * padded + first_column)
+        for i in range(lane, row_bytes >> 4, 32):
+            no_unroll()
+            here = first_token + n < tokens and first_column + 8 * i < padded
+            cp_async_16(shared_at + n * row_bytes + place_of(i, n, pieces), source + 16 * i, 16 if here else 0)

@@ -1,0 +1,245 @@
+"""Linear layers for 2 to 64 tokens: how the kernels of `kernels/skinny.py` are launched. `linear` registers them.
+
+An operator is one kernel that rounds X to 16 bits (`gemm`'s), and one that streams the weights and finishes the results.
+How K is divided (`Division`) depends on the weight and on the number of multiprocessors, never on the number of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+from ...memory import ceil_div, round_up
+from ...registry import KernelRef
+from ..kernels.params import (
+    SKINNY_FUSED_UNITS,
+    SKINNY_PLANE_BYTES,
+    SKINNY_ROWS,
+    SKINNY_SLICE_COLUMNS,
+    SKINNY_STEP_BYTES,
+    SKINNY_THREADS,
+    SKINNY_UNIT,
+    SKINNY_UNITS,
+    SKINNY_WARPS,
+    units_together,
+)
+from ..launch import PAYLOAD_TYPE, Array, Launch, LaunchContext, Matrix, named
+from . import elementwise
+from .gemm import _operand_type, _padded, _Workspace
+
+KERNELS = "numballama.cuda.kernels.skinny"
+SKINNY = {units: KernelRef(KERNELS, f"skinny_{8 * units}_kernel") for units in (1, 2, 4, 8)}
+"""Units of 8 tokens of a block → the kernel for them."""
+
+ROUND = KernelRef(f"{KERNELS}_x", "skinny_round_kernel")
+SUM = KernelRef(f"{KERNELS}_sum", "skinny_sum_kernel")
+
+MOST = 64
+"""Up to this number of tokens these kernels are faster than `gemm`."""
+SCALE_PLANES = {"q4_0": 2, "q4_1": 4, "q4_k": 3, "q6_k": 3 + 8}
+"""Type of a payload → words of scales, and of q6_k's upper bits, of a row in a step."""
+SHARED_BYTES = 227 << 10
+"""Shared memory of a block on cards that have the most, for which K is divided."""
+RESERVED_BYTES = 1 << 10
+"""Shared memory that the system keeps of each block."""
+STAGES = 4
+
+
+def slot_bytes(payload: str, scales: str) -> int:
+    """Bytes of a stage of a warp's ring: payload, then scales."""
+    planes = (4 if scales == "f32" else 1) if payload == "int8" else SCALE_PLANES.get(payload, 0)
+    return SKINNY_STEP_BYTES + planes * SKINNY_PLANE_BYTES
+
+
+def step_columns(payload: str) -> int:
+    """Columns of 64 bytes of payload."""
+    return {"f16": 32, "bf16": 32, "int8": 64}.get(payload, 128)
+
+
+@dataclass(frozen=True)
+class Division:
+    """How W is divided among blocks and warps."""
+
+    k_warps: int
+    """Warps of a block that share their rows and divide K; a power of two."""
+    slice_steps: int
+    """Steps of K (64 bytes of a row) of a block."""
+    slices: int
+    """Blocks that divide K."""
+    tiles: int
+    """Tiles of rows; a tile is what the warps of a block have."""
+
+    @property
+    def row_warps(self) -> int:
+        """Groups of 32 rows of a tile."""
+        return SKINNY_WARPS // self.k_warps
+
+
+@lru_cache
+def divide(payload: str, scales: str, groups: int, columns: int, n_sms: int) -> Division:
+    """The division of `groups` · 32 rows of `columns` columns that takes the least time, by a simple model."""
+    per_step, slot = step_columns(payload), slot_bytes(payload, scales)
+    steps = ceil_div(columns, per_step)
+    fixed = SKINNY_WARPS * (STAGES * slot + 1024 * units_together(SKINNY_UNITS)) + 16
+    most = min((SHARED_BYTES - fixed) // (2 * 8 * SKINNY_UNITS), SKINNY_SLICE_COLUMNS) // per_step // 2 * 2
+    candidates = []
+    for slice_steps in range(2, min(most, round_up(steps, 2)) + 1, 2):
+        slices = ceil_div(steps, slice_steps)
+        for k_warps in (1, 2, 4, 8):
+            tiles = ceil_div(groups, SKINNY_WARPS // k_warps)
+            mine = ceil_div(tiles, max(1, n_sms // slices)) * max(1, slices / n_sms)
+            streamed = mine * ceil_div(slice_steps, k_warps) * SKINNY_WARPS * slot / 30  # ns at 30 bytes per ns
+            staged = 24 * 2 * slice_steps * per_step / 50
+            summed = 2 * 24 * groups * SKINNY_ROWS * slices * 4 / 4000 + 500 * ceil_div(slices, 4)
+            added = mine * (100 if k_warps == 1 else 1000) + summed
+            candidates.append((streamed + staged + added, Division(k_warps, slice_steps, slices, tiles)))
+    return min(candidates, key=lambda pair: pair[0])[1]
+
+
+def _shared_bytes(units: int, stages: int, slot: int, slice_columns: int) -> int:
+    return 2 * 8 * units * slice_columns + SKINNY_WARPS * (stages * slot + 1024 * units_together(units)) + 16
+
+
+def _units(tokens: int) -> int:
+    return next((units for units in SKINNY if 8 * units >= tokens), SKINNY_UNITS)
+
+
+def _partial_floats(division: Division, units: int) -> int:
+    """Sums of all slices for `units` units of 8 tokens."""
+    return units * SKINNY_UNIT * division.tiles * division.row_warps * division.slices
+
+
+def _launch(
+    ctx: LaunchContext, x: Array, norm: Array | None, eps: float, weights: Sequence[Matrix], outs: Sequence[Array],
+    paired: bool, residual: Array | None, workspace: _Workspace,
+) -> list[Launch]:  # fmt: skip
+    """The launches for weights of one type: one, a gate and up (`paired`), or queries, keys and values."""
+    first, tokens, columns = weights[0], x.shape[0], x.shape[1]
+    payload, slot = first.payload.dtype, slot_bytes(first.payload.dtype, first.scales.dtype)
+    rows, kv_rows = first.shape[0], 0 if paired or len(weights) == 1 else weights[1].shape[0]
+    groups = ceil_div(rows, 16) if paired else ceil_div(rows + 2 * kv_rows, SKINNY_ROWS)
+    division = divide(payload, first.scales.dtype, groups, columns, ctx.n_sms)
+    units, stages, width = _units(tokens), STAGES, division.slice_steps * step_columns(payload)
+    while units > 1 and _shared_bytes(units, stages, slot, width) > ctx.shared_limit:
+        units //= 2
+    while stages > 1 and _shared_bytes(units, stages, slot, width) > ctx.shared_limit:
+        stages //= 2
+    token_tiles = ceil_div(tokens, 8 * units)
+    rounded, padded = Array(x.address, (0,), _operand_type(first)), _padded(columns)
+    scales, squares = (workspace.allocate((division.slices, tokens), "f32") for _ in range(2))
+    partials = workspace.allocate((_partial_floats(division, token_tiles * units),), "f32")
+    given = named(tokens=ctx.tokens, x=x, norm=norm or x, normed=int(norm is not None))
+    launches = []
+    if units > SKINNY_FUSED_UNITS:
+        rounded = workspace.allocate((tokens, padded), rounded.dtype)
+        arguments = named(
+            **given, rounded=rounded, padded=padded, scales=scales, squares=squares, capacity=tokens, columns=columns,
+            slice_columns=width, pieces=step_columns(payload) // 32,
+        )  # fmt: skip
+        launches.append(Launch(ROUND, (ceil_div(tokens, SKINNY_WARPS), division.slices), SKINNY_THREADS, arguments))
+    w, out = [*weights, first, first][:3], [*outs, outs[0], outs[0]][:3]
+    arguments = named(
+        **given, rounded=rounded, padded=padded, scales=scales, squares=squares, capacity=tokens, columns=columns,
+        w0=w[0].payload, w1=w[1].payload, w2=w[2].payload, stride=first.stride, s0=w[0].scales, s1=w[1].scales,
+        s2=w[2].scales, scale_stride=first.scale_stride, shift=first.shift, paired=int(paired), rows=rows,
+        kv_rows=kv_rows, partials=partials, tiles=division.tiles, slices=division.slices,
+        slice_steps=division.slice_steps, log2_k_warps=division.k_warps.bit_length() - 1, stages=stages,
+        slot_bytes=slot,
+    )  # fmt: skip
+    shared = _shared_bytes(units, stages, slot, width)
+    per_sm = 2 if units < SKINNY_UNITS and 2 * (shared + RESERVED_BYTES) <= ctx.shared_limit + RESERVED_BYTES else 1
+    per_slice = min(division.tiles, max(1, per_sm * ctx.n_sms // division.slices))
+    grid = per_slice, token_tiles, division.slices
+    launches.append(Launch(SKINNY[units], grid, SKINNY_THREADS, arguments, shared))
+    arguments = named(
+        tokens=ctx.tokens, partials=partials, scales=scales, squares=squares, capacity=tokens,
+        normed=int(norm is not None), eps=eps, columns=columns, paired=int(paired), residual=residual or x,
+        added=int(residual is not None), q=out[0], k=out[1], v=out[2], rows=rows, kv_rows=kv_rows,
+        slices=division.slices, groups=groups, log2_units=units.bit_length() - 1,
+        log2_row_warps=division.row_warps.bit_length() - 1,
+    )  # fmt: skip
+    grid = ceil_div(groups, SKINNY_WARPS), ceil_div(tokens, 8)
+    launches.append(Launch(SUM, grid, SKINNY_THREADS, arguments))
+    return launches
+
+
+def linear(
+    ctx: LaunchContext, x: Array, norm: Array | None, eps: float, weight: Matrix, residual: Array | None, out: Array,
+    memory: Array,
+) -> list[Launch]:  # fmt: skip
+    """out[T, N] = x[T, K] · W[N, K]ᵀ, after RMSNorm of x where `norm` is given, plus `residual`."""
+    return _launch(ctx, x, norm, eps, [weight], [out], False, residual, _Workspace(memory))
+
+
+def gate_up(
+    ctx: LaunchContext, x: Array, norm: Array | None, eps: float, w1: Matrix, w3: Matrix, out: Array, memory: Array
+) -> list[Launch]:
+    """out[T, N] = silu(x · W1ᵀ) · (x · W3ᵀ). The two weights have one type and one shape."""
+    return _launch(ctx, x, norm, eps, [w1, w3], [out], True, None, _Workspace(memory))
+
+
+def qkv(
+    ctx: LaunchContext, x: Array, norm: Array | None, eps: float, weights: Sequence[Matrix], outs: Sequence[Array],
+    memory: Array,
+) -> list[Launch]:  # fmt: skip
+    """q, k and v = x · Wqᵀ, x · Wkᵀ, x · Wvᵀ, after RMSNorm of x where `norm` is given."""
+    return _qkv(ctx, x, norm, eps, weights, outs, _Workspace(memory))
+
+
+def _qkv(
+    ctx: LaunchContext, x: Array, norm: Array | None, eps: float, weights: Sequence[Matrix], outs: Sequence[Array],
+    workspace: _Workspace,
+) -> list[Launch]:  # fmt: skip
+    if all(weight.shape[0] % SKINNY_ROWS == 0 for weight in weights):
+        return _launch(ctx, x, norm, eps, weights, outs, False, None, workspace)
+    launches = []
+    for weight, out in zip(weights, outs, strict=True):  # a group of rows would have two weights
+        part = _Workspace(workspace.rest)
+        launches += _launch(ctx, x, norm, eps, [weight], [out], False, None, part)
+    return launches
+
+
+def norm_qkv_rope(
+    ctx: LaunchContext, x: Array, norm: Array, wq: Matrix, wk: Matrix, wv: Matrix, angles: Array, k_cache: Array,
+    positions: Array, sequences: Array, page_table: Array, v_cache: Array, out: Array, memory: Array, eps: float, head_dim: int,
+    interleaved: int,
+) -> list[Launch]:  # fmt: skip
+    """q, k and v of norm(x); q rotated into `out`, k rotated and v into the KV cache."""
+    workspace, weights = _Workspace(memory), (wq, wk, wv)
+    q, k, v = (workspace.allocate((x.shape[0], w.shape[0]), "f32") for w in weights)
+    return _qkv(ctx, x, norm, eps, weights, (q, k, v), workspace) + elementwise.rope_kv_write(
+        ctx, q, angles, k, k_cache, positions, sequences, page_table, v, v_cache, out, head_dim, interleaved
+    )
+
+
+def workspace_shape(
+    dtype: str, first: int, count: int, paired: bool, results: int, larger: Callable[..., tuple[int, ...]]
+) -> Callable[..., tuple[int, ...]]:
+    """The shape (float32) of an operator's workspace as a function of its operands' shapes.
+
+    Operands from number `first` on are its `count` weights, of type `dtype`; `paired` if they are a gate and up. The
+    last `results` results are kept in the workspace. `larger` is the same for `gemm`, for more tokens.
+    """
+
+    def shape(*operands: tuple[int, ...], workers: int) -> tuple[int, ...]:
+        (tokens, columns), weights = operands[0], operands[first : first + count]
+        if dtype == "f32" or tokens == 1 or tokens > MOST:
+            return larger(*operands, workers=workers)
+        rows = [weight[0] for weight in weights]
+        apart = count == 3 and any(n % SKINNY_ROWS for n in rows)
+        sizes = [4 * tokens * n for n in rows] if results else []
+        sizes.append(2 * tokens * _padded(columns))
+        sums = []
+        for n in rows if apart else [rows[0] if paired else sum(rows)]:
+            groups = ceil_div(n, 16 if paired else SKINNY_ROWS)
+            division = divide(PAYLOAD_TYPE[dtype], "f32" if dtype == "int8" else "f16", groups, columns, workers)
+            units = round_up(tokens, 8 * _units(tokens)) // 8
+            scales = round_up(4 * division.slices * tokens, 64)
+            sums.append(2 * scales + 4 * _partial_floats(division, units))
+        sizes.append(max(sums))
+        # int8 with groups that no kernel reads is stored as float32
+        other = larger(*operands, workers=workers) if dtype == "int8" else (0,)
+        return (max(sum(ceil_div(nbytes, 64) * 16 for nbytes in sizes), *other),)
+
+    return shape

@@ -1,0 +1,51 @@
+"""How large the KV cache is: what the caller asks for, and what fits in memory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..config import ModelConfig
+from ..errors import ContextError
+from ..graph import KVLayout
+from ..memory import SHORTER, format_bytes
+from ..quantization.types import KVType
+
+SHARE = 0.9
+"""Share of the free memory that the KV cache may take by itself. The rest is for programs and for others."""
+
+
+def kv_layout(
+    config: ModelConfig,
+    context: int,
+    dtype: KVType,
+    max_sequences: int,
+    kv_tokens: int | None,
+    free_bytes: int | None,
+    notes: list[str],
+) -> KVLayout:
+    """The layout of the KV cache for up to `max_sequences` sequences of up to `context` tokens each.
+
+    `kv_tokens` is how many tokens all sequences may have together; None: `max_sequences` · `context`, or less where
+    `free_bytes` (None: unknown) do not allow it, with a note. Raises `ContextError` where not even one context fits, or
+    not the `kv_tokens` that were asked for.
+    """
+    wanted = KVLayout.of(config, context, dtype, max_sequences, kv_tokens)
+    if free_bytes is None or wanted.nbytes <= free_bytes:
+        return wanted
+    least = KVLayout.of(config, context, dtype, max_sequences, context)
+    if kv_tokens is not None or least.nbytes > free_bytes:
+        what, advice = f"{context:,} tokens", SHORTER
+        if kv_tokens is not None:
+            what, advice = f"{kv_tokens:,} tokens", "a smaller kv_tokens= takes less"
+        needed = wanted if kv_tokens is not None else least
+        raise ContextError(
+            f"a KV cache for {what} takes {format_bytes(needed.nbytes)}, {format_bytes(free_bytes)} are free; {advice}"
+        )
+    each = wanted.nbytes // wanted.pages
+    pages = max(least.pages, int(free_bytes * SHARE) // each)
+    fitting = replace(wanted, pages=min(pages, wanted.pages))
+    notes.append(
+        f"the KV cache holds {fitting.tokens:,} tokens, not {max_sequences} × {context:,}: "
+        f"{format_bytes(free_bytes)} are free and all would take {format_bytes(wanted.nbytes)}"
+    )
+    return fitting

@@ -1,0 +1,264 @@
+"""`Driver`: who steps the engine, and how those who wait for its results are woken."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from ..errors import FORKED, DeviceError, Error
+from .interrupts import DeferredInterrupt
+from .request import RequestState
+
+if TYPE_CHECKING:
+    from _thread import LockType
+
+    Waiter = LockType | tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]
+
+
+class Driver:
+    """Lets one thread at a time call `step`.
+
+    Without a thread of its own (inline), whoever waits for a response and finds nobody stepping does it until the
+    response is there, then wakes another one who waits. After `start` a thread does it. Nobody polls: a waiting thread
+    sleeps on a lock of its own, a coroutine on a future, and each event loop is called once a step.
+
+    `has_work` tells whether `step` has anything to do. What `step` raises is for the reader who steps; in the thread it
+    is a reason to `fail`.
+    """
+
+    def __init__(
+        self,
+        step: Callable[[], None],
+        has_work: Callable[[], bool],
+        fail: Callable[[BaseException], None],
+        name: str,
+    ) -> None:
+        self._step, self._has_work, self._fail, self._name = step, has_work, fail, name
+        self.lock = threading.Lock()
+        """Held for a few instructions at a time, never during a step."""
+        self._changed = threading.Condition(self.lock)
+        self._listeners = 0  # threads that wait for `_changed`
+        self._stepping: int | None = None  # identity of the thread that may call `step`
+        self._sleeping: dict[RequestState, None] = {}  # requests whose readers sleep on a lock, in order
+        self._thread: threading.Thread | None = None
+        self._pausing = 0  # threads that are in `paused` or wait for it
+        self._stopping = self.closed = False
+        self._pid = os.getpid()
+
+    @property
+    def running(self) -> bool:
+        """Whether a thread steps the engine."""
+        return self._thread is not None
+
+    def check_process(self) -> None:
+        """Raise `DeviceError` in a forked child, where a lost thread may hold the lock."""
+        if os.getpid() != self._pid:
+            raise DeviceError(FORKED)
+
+    def wait(self, state: RequestState) -> None:
+        """Return when a response of the request is there, or the request has ended. Steps the engine if nobody does."""
+        self.check_process()
+        while not state.ready:
+            with DeferredInterrupt() as interrupt:
+                if self._drive(state, interrupt):
+                    return
+            self._sleep(state)
+
+    def _drive(self, state: RequestState, interrupt: DeferredInterrupt) -> bool:
+        """Step until the request is ready. False: another thread steps."""
+        with self.lock:
+            self._check_callback()
+            if not self._nobody_steps:
+                return state.ready
+            self._stepping = threading.get_ident()
+        try:
+            while not (state.ready or interrupt.arrived or self._thread is not None or self.closed or self._pausing):
+                self._step()
+        finally:
+            self._leave()
+        return state.ready
+
+    @property
+    def _nobody_steps(self) -> bool:
+        """Whether a reader may step. The lock is held."""
+        return self._stepping is None and self._thread is None and not (self.closed or self._pausing)
+
+    def _check_callback(self) -> None:
+        if self._stepping == threading.get_ident():
+            raise Error(
+                "a callback cannot wait for responses, stop or close: it runs in the thread that steps the engine"
+            )
+
+    def notify(self) -> None:
+        """Tell the engine's thread, and those who wait for their turn, that something has changed. The lock is held."""
+        if self._listeners:
+            self._changed.notify_all()
+
+    def _listen(self) -> None:
+        """Wait for `notify`. The lock is held."""
+        self._listeners += 1
+        try:
+            self._changed.wait()
+        finally:
+            self._listeners -= 1
+
+    def _leave(self) -> None:
+        """Let another thread step."""
+        with self.lock:
+            self._stepping = None
+            self._pass_on()
+
+    def _pass_on(self) -> None:
+        """Wake somebody who can step, if nobody does. The lock is held."""
+        if self._stepping is None:
+            self.notify()
+            if self._sleeping and self._nobody_steps:
+                _wake(self._sleeping, next(iter(self._sleeping)))
+
+    def _sleep(self, state: RequestState) -> None:
+        """Sleep until the request is ready or nobody steps."""
+        waiter = threading.Lock()
+        waiter.acquire()
+        try:
+            with DeferredInterrupt(), self.lock:
+                if state.ready or self._nobody_steps:
+                    return
+                _check_reader(state)
+                state.waiter = waiter
+                self._sleeping[state] = None
+            waiter.acquire()
+        finally:
+            with DeferredInterrupt(), self.lock:
+                if state.waiter is waiter:
+                    del self._sleeping[state]
+                    state.waiter = None
+                if state.ready or sys.exc_info()[0] is not None:
+                    self._pass_on()  # it may have been woken to step, and will not
+
+    async def wait_async(self, state: RequestState) -> None:
+        """Like `wait`, for a coroutine. Starts the engine's thread."""
+        self.check_process()
+        loop = asyncio.get_running_loop()
+        if self._thread is None:
+            self.start()
+        future = loop.create_future()
+        with self.lock:
+            self._check_callback()
+            if state.ready:
+                return
+            _check_reader(state)
+            state.waiter = loop, future
+        await future
+
+    def wake(self, states: Iterable[RequestState]) -> None:
+        """Wake the readers of requests that have something to read: one call for each event loop."""
+        loops: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+        with self.lock:
+            for state in states:
+                if state.waiter is None:
+                    continue
+                if isinstance(state.waiter, tuple):
+                    loop, future = state.waiter
+                    state.waiter = None
+                    loops.setdefault(loop, []).append(future)
+                else:
+                    _wake(self._sleeping, state)
+        for loop, futures in loops.items():
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
+                loop.call_soon_threadsafe(_resolve, futures)
+
+    def start(self) -> None:
+        """Step in a thread from now on."""
+        self.check_process()
+        with self.lock:
+            if self._thread is not None or self.closed:
+                return
+            self._stopping = False
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._thread.start()
+
+    def _run(self) -> None:
+        while True:
+            with self.lock:
+                while not self._stopping and (self._stepping is not None or self._pausing or not self._has_work()):
+                    self._listen()
+                if self._stopping:
+                    return
+                self._stepping = threading.get_ident()
+            try:
+                while self._has_work() and not (self._stopping or self._pausing):
+                    self._step()
+            except BaseException as error:
+                self._fail(error)
+            finally:
+                self._leave()
+
+    def stop(self) -> None:
+        """End the thread after its step. Requests go on as soon as somebody waits for them."""
+        with self.lock:
+            self._check_callback()
+            thread = self._thread
+            if thread is None:
+                return
+            self._stopping = True
+            self.notify()
+        thread.join()
+        with self.lock:
+            if self._thread is thread:
+                self._thread = None
+                self._pass_on()
+
+    def close(self) -> None:
+        """Let nobody step any more, and wait until nobody does."""
+        with self.lock:
+            self._check_callback()
+            self.closed = True
+            self.notify()
+        self.stop()
+        with self.lock:
+            while self._stepping is not None:
+                self._listen()
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nobody else steps during the block."""
+        self.check_process()
+        with self.lock:
+            self._check_callback()
+            self._pausing += 1
+            try:
+                while self._stepping is not None:
+                    self._listen()
+                self._stepping = threading.get_ident()
+            finally:
+                self._pausing -= 1
+        try:
+            yield
+        finally:
+            self._leave()
+
+
+def _check_reader(state: RequestState) -> None:
+    """Raise `Error` if somebody else waits for the request's responses."""
+    waiter = state.waiter
+    if waiter is not None and not (isinstance(waiter, tuple) and waiter[1].done()):
+        raise Error(f"request {state.id} is read by two readers at the same time; let one read its responses")
+
+
+def _wake(sleeping: dict[RequestState, None], state: RequestState) -> None:
+    """Wake a thread that sleeps for a request's response."""
+    del sleeping[state]
+    waiter, state.waiter = state.waiter, None
+    assert waiter is not None and not isinstance(waiter, tuple)
+    waiter.release()
+
+
+def _resolve(futures: list[asyncio.Future[None]]) -> None:
+    for future in futures:
+        if not future.done():
+            future.set_result(None)

@@ -1,0 +1,117 @@
+"""`ModelRunner`: runs the engine's batches on a backend, with one program for each size of batch."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..backend import Backend, Program
+from ..graph import KVLayout, Logits
+from ..ir import Graph
+from ..progress import Report
+from ..sampling import Sampled, SamplerTable, SamplingParams
+from .runner import Batch
+
+GraphOf = Callable[[int, Logits], Graph]
+"""graph_of(tokens, logits): the model's graph for runs of up to `tokens` tokens."""
+
+
+class ModelRunner:
+    """A model on a device. Implements `runner.Runner`.
+
+    `decode` is the program for one token, `prompt` the one for a chunk of prompts or any mixture. Others, for two and
+    more sequences that each decode a token, are made when they are first needed; `prepare` makes them all.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        kv: KVLayout,
+        table: SamplerTable,
+        graph_of: GraphOf,
+        chunk: int,
+        make: Callable[[Graph, Report | None], Program],
+    ) -> None:
+        self.backend, self.kv, self.table = backend, kv, table
+        self.max_sequences, self.page, self.pages = kv.slots, kv.page, kv.pages
+        self.pages_per_sequence, self.lookahead = kv.pages_per_sequence, backend.lookahead
+        self.vocab_size = table.vocab_size
+        self.max_tokens = max(chunk, kv.slots)
+        self._graph_of, self._make = graph_of, make
+        self._sizes = [size for size in backend.decode_sizes if size < kv.slots]
+        self._sizes.append(next((size for size in backend.decode_sizes if size >= kv.slots), 0))
+        self._decode: dict[int, Program] = {}
+        self._in_flight: deque[tuple[int, Program | None]] = deque()
+        self._submitted = 0
+
+    def compile(self, report: Report | None) -> tuple[Program, Program]:
+        """Make the programs for one token and for chunks; returns them."""
+        self.decode = self._decode[1] = self._make(self._graph_of(1, "rows"), report)
+        self.prompt = self._make(self._graph_of(self.max_tokens, "rows"), report)
+        return self.decode, self.prompt
+
+    def prepare(self, report: Report | None) -> None:
+        """Make the programs of all batch sizes now, so that no request waits for them."""
+        for size in self._sizes:
+            self._decode_program(size, report)
+
+    def _decode_program(self, rows: int, report: Report | None = None) -> Program:
+        """The program for `rows` sequences that decode a token each."""
+        size = next((size for size in self._sizes if size >= rows), 0)
+        if size == 0:
+            return self.prompt
+        if size not in self._decode:
+            self._decode[size] = self._make(self._graph_of(size, "all"), report)
+        return self._decode[size]
+
+    def start(
+        self,
+        slot: int,
+        params: SamplingParams,
+        prompt: Sequence[int],
+        output: Sequence[int],
+        stop_ids: frozenset[int],
+    ) -> None:
+        """Start sampling in a slot, or resume after `output`. Raises `Error` for params that it cannot follow."""
+        self.table.assign(slot, params, prompt, output, stop_ids)
+
+    def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
+        """Write page numbers into the slot's row of the page table, from entry `first` on."""
+        self.backend.set_pages(slot, first, pages)
+
+    def set_mask(self, slot: int, mask: NDArray[np.uint32] | None) -> None:
+        """Allow only the tokens of a bitmask in this slot. None allows all."""
+        self.table.set_mask(slot, mask)
+
+    def submit(self, batch: Batch) -> int:
+        """Start a run and return its ticket. Copies the batch's arrays."""
+        rows, wanted = batch.rows, len(batch.logits)
+        program = self._decode_program(rows) if batch.decodes == rows else self.prompt
+        inputs = program.inputs
+        inputs["ids"][:rows], inputs["positions"][:rows] = batch.ids, batch.positions
+        inputs["sequences"][:rows] = batch.slots
+        if not self.lookahead and batch.decodes:
+            inputs["ids"][: batch.decodes] = self.table.last_token[batch.slots[: batch.decodes]]
+        if "rows" in inputs:
+            inputs["rows"][:wanted] = batch.logits
+        if wanted:
+            ticket = program.submit(rows, wanted, self.table)
+        else:
+            program.run(rows, 0, program.prefill_end)
+            ticket = -1
+        self._submitted += 1
+        self._in_flight.append((ticket, program if wanted else None))
+        return self._submitted
+
+    def collect(self, ticket: int) -> Sampled:
+        """Wait for a run and return its tokens."""
+        of_program, program = self._in_flight.popleft()
+        return Sampled.empty(0, 0) if program is None else program.collect(of_program)
+
+    def reset(self) -> None:
+        """Wait for all runs in flight and forget their tickets."""
+        self._in_flight.clear()
+        self.backend.discard_runs()

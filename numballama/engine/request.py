@@ -1,0 +1,168 @@
+"""`Request`: the caller's handle on one submitted prompt. `TokenEvent`: one token of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Protocol, TypeVar
+
+from .sequence import Sequence
+
+if TYPE_CHECKING:
+    from .driver import Waiter
+
+FinishReason = Literal["stop", "length"]
+
+
+class TokenLogprobs(NamedTuple):
+    """The log probability of a token, and the likeliest tokens in its place."""
+
+    logprob: float
+    top: list[tuple[int, float]]
+    """(token, log probability), the likeliest first."""
+
+
+@dataclass(slots=True)
+class TokenEvent:
+    """One generated token."""
+
+    token: int
+    index: int
+    """Which of the request's `n` sequences it continues."""
+    finish_reason: FinishReason | None
+    """None except for a sequence's last token. "stop": it is one of the stop tokens. "length": `max_tokens` or the end
+    of the context was reached."""
+    stop_reason: int | str | None
+    """With "stop": the token. With "length": "context" if the context is full, otherwise None."""
+    logprobs: TokenLogprobs | None
+    """None unless the request's params ask for log probabilities."""
+    prompt_tokens: int
+    cached_tokens: int
+    """Tokens of the prompt that were in the KV cache already."""
+
+
+class Response(Protocol):
+    """What a request yields: a `TokenEvent`, or what its `process` makes of it."""
+
+    @property
+    def finish_reason(self) -> str | None:
+        """None, or why this was the last response of its sequence."""
+
+
+R = TypeVar("R", bound=Response)
+
+
+class RequestState:
+    """What the engine knows about a request. The engine refers to it, and not to the caller's `Request`."""
+
+    __slots__ = ("cancelled", "context_bound", "done", "error", "events", "id", "live", "logprobs", "process",
+                 "sequences", "waiter")  # fmt: skip
+
+    def __init__(self, request_id: str, process: Callable[[TokenEvent], Response | None] | None) -> None:
+        self.id, self.process = request_id, process
+        self.sequences: list[Sequence] = []
+        self.live = 0
+        """Sequences that have not ended."""
+        self.logprobs = False
+        """Whether its events have log probabilities."""
+        self.context_bound = False
+        """Whether the context ends a sequence before `max_tokens` does."""
+        self.events: deque[Response] = deque()
+        """Responses that have not been read."""
+        self.cancelled = False
+        self.done = False
+        """Whether no further response comes. Set after the last one has been appended."""
+        self.error: BaseException | None = None
+        """Why the request failed."""
+        self.waiter: Waiter | None = None
+        """Whom to wake when there is something to read: a lock to release, or a future of an event loop."""
+
+    @property
+    def ready(self) -> bool:
+        """Whether its reader need not wait."""
+        return bool(self.events) or self.done or self.cancelled
+
+
+class Waiting(Protocol):
+    """What a `Request` needs of its engine."""
+
+    def wait(self, state: RequestState) -> None: ...
+
+    async def wait_async(self, state: RequestState) -> None: ...
+
+    def cancel_state(self, state: RequestState) -> None: ...
+
+
+class Request(Generic[R]):
+    """A submitted prompt. Iterate over it, with `for` or `async for`, to read its responses as they come.
+
+    Iteration ends with the request, and raises the error that ended it. It is cancelled when `cancel` is called, when
+    an iteration ends early (`break`, an exception, a dropped iterator), and when the last reference to it is dropped.
+    Responses are for one reader: two iterations share them.
+    """
+
+    def __init__(self, engine: Waiting, state: RequestState) -> None:
+        self._engine, self._state = engine, state
+
+    @property
+    def id(self) -> str:
+        return self._state.id
+
+    @property
+    def finished(self) -> bool:
+        """Whether the engine has generated everything. Responses may be left to read."""
+        return self._state.done
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were in the KV cache when the request was admitted; 0 before that."""
+        return self._state.sequences[0].cached_tokens if self._state.sequences else 0
+
+    @property
+    def preemptions(self) -> int:
+        """How often one of its sequences gave its pages to others and computed them again."""
+        return sum(sequence.preemptions for sequence in self._state.sequences)
+
+    def cancel(self) -> None:
+        """End the request at the engine's next step. Nothing more can be read. From any thread, any number of times."""
+        self._engine.cancel_state(self._state)
+
+    def __iter__(self) -> Iterator[R]:
+        state = self._state
+        try:
+            while True:
+                done = state.done  # read before the responses: the last of them is there when it is set
+                if state.cancelled:
+                    return
+                if state.events:
+                    yield state.events.popleft()  # type: ignore[misc]
+                elif done:
+                    if state.error is not None:
+                        raise state.error
+                    return
+                else:
+                    self._engine.wait(state)
+        finally:
+            self.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[R]:
+        state = self._state
+        try:
+            while True:
+                done = state.done
+                if state.cancelled:
+                    return
+                if state.events:
+                    yield state.events.popleft()  # type: ignore[misc]
+                elif done:
+                    if state.error is not None:
+                        raise state.error
+                    return
+                else:
+                    await self._engine.wait_async(state)
+        finally:
+            self.cancel()
+
+    def __del__(self) -> None:
+        self.cancel()  # takes no lock, so it is safe wherever the garbage collector runs

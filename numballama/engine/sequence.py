@@ -1,0 +1,115 @@
+"""`Sequence`: one text that the engine generates, and how far it has come."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from collections.abc import Sequence as TokenIds
+from enum import Enum
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..sampling import SamplingParams
+
+if TYPE_CHECKING:
+    from .request import RequestState
+
+
+class Status(Enum):
+    """Where a sequence stands. It is set, never inferred from other fields."""
+
+    WAITING = "waiting"
+    """For a slot and pages, or for pages that another sequence computes."""
+    RUNNING = "running"
+    """It has a slot and pages."""
+    PREEMPTED = "preempted"
+    """It gives way to others. It waits again when none of its rows is in flight."""
+    FINISHED = "finished"
+    """It plans no more rows. Its slot and pages are free when none of its rows is in flight."""
+
+
+class Constraint(Protocol):
+    """Restricts a sequence's next token, as a grammar does."""
+
+    def mask(self) -> NDArray[np.uint32] | None:
+        """Bitmask uint32 [ceil(vocab_size / 32)] of the tokens that may come next. None: all."""
+
+    def accept(self, token: int) -> None:
+        """Advance by a sampled token."""
+
+
+Order = tuple[int, int, int]
+
+
+class Sequence:
+    """One sequence of a request. `position` counts from 0; a row computes the keys and values of one position.
+
+    `ids` are the prompt and the known output. After them come `pending` tokens that runs in flight sample. Positions
+    below `computed` are in the KV cache; rows of positions below `planned` have been submitted.
+    """
+
+    __slots__ = (
+        "allowed", "cached_tokens", "chain", "computed", "constraint", "end", "entered", "ids", "in_flight", "index",
+        "order", "pages", "params", "parked_on", "pending", "planned", "preemptions", "prompt_tokens", "publish_at",
+        "published", "request", "root", "slot", "status", "stop_token_ids",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        prompt: TokenIds[int],
+        params: SamplingParams,
+        max_tokens: int,
+        *,
+        order: Order,
+        index: int = 0,
+        root: Hashable = None,
+        stop_token_ids: frozenset[int] = frozenset(),
+        constraint: Constraint | None = None,
+        request: RequestState | None = None,
+    ) -> None:
+        self.order = order
+        """(priority, arrival, index): the least is first to be admitted and last to be preempted."""
+        self.request, self.index = request, index
+        self.params, self.stop_token_ids, self.constraint = params, stop_token_ids, constraint
+        self.root = root
+        """Under which node its first page is looked up: it holds the salt."""
+        self.ids = list(prompt)
+        self.prompt_tokens = len(self.ids)
+        self.end = self.prompt_tokens + max_tokens - 1
+        """Positions that are computed at most. The last token is never computed."""
+        self.status = Status.WAITING
+        self.cached_tokens = 0
+        """Tokens of the prompt that were in the KV cache when the sequence was first admitted."""
+        self.preemptions = 0
+        self.parked_on = 0
+        """The page that it waits for while another sequence computes it, or 0."""
+        self.vacate()
+
+    def vacate(self) -> None:
+        """Forget slot, pages and everything computed."""
+        self.slot = -1
+        self.pages: list[int] = []
+        self.planned = self.computed = self.pending = self.in_flight = 0
+        self.allowed = 0
+        """Rows may be planned for positions below this without a further look."""
+        self.entered = self.published = self.publish_at = 0
+        """Pages in the prefix cache's index; pages computed; positions computed when the next page is full."""
+        self.chain: Hashable = None
+        """Node of the last entered page."""
+
+    @property
+    def output_tokens(self) -> int:
+        """Known tokens after the prompt."""
+        return len(self.ids) - self.prompt_tokens
+
+    @property
+    def output(self) -> list[int]:
+        """The known tokens after the prompt."""
+        return self.ids[self.prompt_tokens :]
+
+    def __repr__(self) -> str:
+        counts = (
+            f"{self.prompt_tokens}+{self.output_tokens} tokens, {self.computed} computed, {self.in_flight} in flight"
+        )
+        return f"<Sequence {self.order} {self.status.value}: {counts}>"

@@ -1,0 +1,104 @@
+"""Cases for linear layers of 2 to 64 tokens on a GPU, as those of `gemm_cases.py`.
+
+    python -m tests.cuda.skinny_cases 9.0      # emulated, for one compute capability
+    python -m tests.cuda.skinny_cases          # on the GPU
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from tests.cuda.gemm_cases import (
+    EPS,
+    QUANTISED,
+    Case,
+    check_all,
+    gate_up,
+    launches_of,
+    linear,
+    machine_maker,
+    not_finite,
+    qkv_rope,
+    upload,
+)
+
+TYPES = ("f16", "bf16", *QUANTISED)
+
+
+def same_rows(machine_of: Callable[[int], Any], kind: str, K: int, N: int, counts: list[tuple[int, int]]) -> None:
+    """A row has the same bits in a run of any number of tokens, in any place and with any neighbours.
+
+    `counts`: (tokens that the program is made for, tokens of the run), the largest first.
+    """
+    rng = np.random.default_rng(5)
+    values, whole = rng.standard_normal((N, K)) * K**-0.5, rng.standard_normal((counts[0][0], K)).astype(np.float32)
+    norm, first = (1 + 0.3 * rng.standard_normal(K)).astype(np.float32), None
+    for capacity, tokens in counts:
+        machine = machine_of(tokens)
+        matrix, _ = upload(machine, values, kind)
+        start = (counts[0][1] - tokens) // 2
+        x = np.full((capacity, K), np.nan, np.float32)
+        x[:tokens] = whole[start : start + tokens]
+        out = machine.put(np.zeros((capacity, N), np.float32), "f32")
+        operands = [machine.put(x, "f32"), machine.put(norm, "f32"), matrix]
+        machine.execute(launches_of(machine, "norm_linear", ["f32", "f32", kind], operands, [out], eps=EPS))
+        got = machine.get(out, np.float32)
+        first = got[: counts[0][1]] if first is None else first
+        same = got[:tokens].view(np.uint32) == first[start : start + tokens].view(np.uint32)
+        assert same.all(), f"{kind}: {(~same).sum()} elements differ with {tokens} of {capacity} tokens"
+
+
+def cases() -> list[Case]:
+    """All cases: (name, tokens of the run, check)."""
+    made: list[Case] = []
+
+    def add(name: str, tokens: int, check: Callable[..., float], *arguments: Any, **named: Any) -> None:
+        made.append((name, tokens, lambda machine: check(machine, *arguments, tokens=tokens, **named)))
+
+    for kind in TYPES:
+        wide = kind in ("q4_k", "q6_k")
+        add(f"norm_linear {kind}, 2", 2, linear, kind, 2, 1280 if wide else 320, 40, residual=False, normed=True)
+        add(f"linear_add {kind}, 13 of 16", 13, linear, kind, 16, 768 if wide else 672, 104, residual=True, normed=False)
+        add(f"gate_up {kind}, 5 of 8", 5, gate_up, kind, 8, 512, 56, normed=True)
+    add("linear f16, 24", 24, linear, "f16", 24, 72, 20, residual=True, normed=False)
+    add("linear q4_0, 50 of 64", 50, linear, "q4_0", 64, 288, 72, residual=True, normed=False)
+    add("linear bf16, more columns than a slice", 3, linear, "bf16", 4, 2472, 132, residual=True, normed=False)
+    add("linear f16, odd sizes", 7, linear, "f16", 7, 37, 11, residual=True, normed=False)
+    add("linear int8, groups of 16", 4, linear, "int8", 4, 144, 33, residual=False, normed=False, group=16)
+    add("linear int8, groups of 512", 4, linear, "int8", 4, 1536, 33, residual=False, normed=False, group=512)
+    add("linear int8, groups that no kernel wants", 4, linear, "int8", 4, 36, 20, residual=False, normed=True, group=12)
+    add("gate_up f16, odd sizes", 6, gate_up, "f16", 6, 40, 67, normed=False)
+    for kind, heads, head_dim, interleaved, cache in (
+        ("f16", (4, 2), 64, 0, "f16"), ("bf16", (3, 1), 48, 1, "bf16"), ("q8_0", (2, 2), 96, 0, "f16"),
+        ("q4_1", (2, 1), 64, 0, "f16"), ("f16", (2, 1), 128, 1, "f32"),
+    ):  # fmt: skip
+        add(f"qkv {kind}, heads of {head_dim}", 7, qkv_rope, kind, 8, 64, heads, head_dim, interleaved, cache)
+    for kind in ("f16", "bf16", "q8_0"):
+        made.append((f"not_finite numbers, {kind}", 12, lambda machine, kind=kind: not_finite(machine, kind)))  # type: ignore[misc]
+    return made
+
+
+COUNTS = [(64, 41), (32, 30), (16, 9), (8, 8), (2, 2)]
+"""Programs and runs of `same_rows`."""
+
+
+def main(arguments: list[str]) -> int:
+    machine_of = machine_maker(arguments)
+    failed = check_all(machine_of, cases())
+    for kind in TYPES:
+        try:
+            same_rows(machine_of, kind, 1024, 72, COUNTS)
+        except AssertionError as error:
+            failed[kind] = str(error)
+            print(f"same rows {kind}: WRONG: {error}", flush=True)
+            continue
+        print(f"same rows {kind}: the same bits", flush=True)
+    return len(failed) > 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,53 @@
+"""`torch.save`'s files without PyTorch: a pickle written operation by operation, and a stored member per tensor."""
+
+from __future__ import annotations
+
+import struct
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+STORAGES = {
+    "float32": "Float",
+    "float16": "Half",
+    "uint16": "BFloat16",
+    "int32": "Int",
+    "bool": "Bool",
+    "int64": "Long",
+}
+"""Element type of an array → PyTorch's name; uint16 stands for the bits of bfloat16."""
+
+
+def save_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> Path:
+    """Write the arrays as `torch.save` writes a state_dict. Arrays that are the same object share a storage."""
+    keys: dict[int, str] = {}
+    items = b""
+    for name, array in tensors.items():
+        key = keys.setdefault(id(array), str(len(keys)))
+        kind = STORAGES[str(array.dtype)]
+        storage = b"(" + _text("storage") + f"ctorch\n{kind}Storage\n".encode() + _text(key) + _text("cpu")
+        storage += _number(array.size) + b"tQ"
+        strides = np.cumprod([1, *array.shape[:0:-1]])[::-1] if array.ndim else []
+        items += _text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + _number(0)
+        items += _numbers(array.shape) + _numbers(strides) + b"\x89ccollections\nOrderedDict\n)RtR"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
+        file.writestr("archive/data.pkl", b"\x80\2ccollections\nOrderedDict\n)R(" + items + b"u.")
+        file.writestr("archive/byteorder", "little")
+        for array in {id(array): array for array in tensors.values()}.values():
+            file.writestr(f"archive/data/{keys[id(array)]}", array.tobytes())
+        file.writestr("archive/version", "3\n")
+    return path
+
+
+def _text(value: str) -> bytes:
+    return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+
+def _number(value: int) -> bytes:
+    return b"J" + struct.pack("<i", value)
+
+
+def _numbers(values: object) -> bytes:
+    return b"(" + b"".join(_number(int(value)) for value in values) + b"t"  # type: ignore[attr-defined]

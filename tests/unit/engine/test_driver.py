@@ -1,0 +1,429 @@
+"""Who steps and who is woken: threads, coroutines, Ctrl-C, a forked child. Nobody waits for ever."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import random
+import signal
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from typing import Any
+
+import pytest
+
+from numballama.engine.engine import Engine
+from numballama.engine.request import Request, TokenEvent
+from numballama.errors import DeviceError, Error
+from tests.helpers.engine_machine import check_engine
+from tests.helpers.fake_runner import FakeRunner, expected, make_params, tokens_of
+
+PATIENCE = 120
+
+
+def make(**options: Any) -> tuple[Engine, FakeRunner]:
+    runner = FakeRunner(**{"max_sequences": 8, "max_tokens": 32, "pages": 60, **options})
+    return Engine(runner), runner
+
+
+def alone(prompt: list[int], count: int = 8) -> list[int]:
+    return expected(prompt, count, 1000)
+
+
+def settle(engine: Engine, runner: FakeRunner) -> None:
+    """Stop the thread, finish what is in flight, and check the books."""
+    engine.stop()
+    while engine._has_work():
+        engine._step()
+    check_engine(engine, runner)
+    assert engine.stats().pages_used == 0
+
+
+def in_threads(count: int, work: Callable[[int], None]) -> None:
+    """Call `work` in threads; raise what one of them raises, and fail if one does not end."""
+    errors: list[BaseException] = []
+
+    def run(number: int) -> None:
+        try:
+            work(number)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE)
+        assert not thread.is_alive(), "a reader waits for ever"
+    for error in errors:
+        raise error
+
+
+class CallbackError(Exception):
+    """What a callback raises."""
+
+
+def behave(engine: Engine, rng: random.Random, name: int) -> None:
+    """Read a request to its end, or leave it in one of many ways."""
+    prompt = [*([1] * rng.randrange(9)), name % 1000, *([2] * rng.randrange(9))]
+    most = rng.randrange(1, 12)
+    way = rng.choice(["read", "read", "read", "break", "cancel", "raise", "drop", "by another"])
+
+    def process(event: TokenEvent) -> TokenEvent:
+        if way == "raise":
+            raise CallbackError(name)
+        return event
+
+    request: Request[TokenEvent] = engine.submit(prompt, make_params(max_tokens=most), process=process)
+    if way == "drop":
+        return
+    if way == "by another":
+        threading.Timer(rng.random() / 50, request.cancel).start()
+    read = []
+    with contextlib.suppress(CallbackError):
+        for event in request:
+            read.append(event.token)
+            if way == "break":
+                break
+            if way == "cancel":
+                request.cancel()
+    assert read == alone(prompt, most)[: len(read)]
+    assert way != "read" or len(read) == most
+
+
+@pytest.mark.parametrize("threaded", [False, True], ids=["inline", "thread"])
+@pytest.mark.parametrize("lookahead", [0, 2])
+@pytest.mark.parametrize(("readers", "each"), [(8, 2), pytest.param(40, 5, marks=pytest.mark.slow)])
+def test_requests_from_many_threads(threaded: bool, lookahead: int, readers: int, each: int) -> None:
+    engine, runner = make(lookahead=lookahead)
+    if threaded:
+        engine.start()
+
+    def work(number: int) -> None:
+        rng = random.Random(number)
+        for turn in range(each):
+            behave(engine, rng, number * 10 + turn)
+
+    in_threads(readers, work)
+    settle(engine, runner)
+    assert engine.stats().requests == readers * each
+
+
+@pytest.mark.parametrize("count", [20, pytest.param(200, marks=pytest.mark.slow)])
+def test_requests_from_asyncio(count: int) -> None:
+    async def one(engine: Engine, number: int) -> None:
+        rng = random.Random(number)
+        prompt, most = [number % 7] * (1 + number % 11), 1 + number % 9
+        way = rng.choice(["read", "read", "break", "raise", "cancel", "task"])
+
+        def process(event: TokenEvent) -> TokenEvent:
+            if way == "raise":
+                raise CallbackError(number)
+            return event
+
+        read = []
+
+        async def consume() -> None:
+            async for event in engine.submit(prompt, make_params(max_tokens=most), process=process):
+                read.append(event.token)
+                if way == "break":
+                    break
+
+        if way == "cancel":
+            request = engine.submit(prompt, make_params(max_tokens=60))
+            asyncio.get_running_loop().call_later(rng.random() / 50, request.cancel)
+            async for event in request:
+                read.append(event.token)
+            most = 60
+        elif way == "task":
+            task = asyncio.ensure_future(consume())
+            await asyncio.sleep(rng.random() / 100)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        else:
+            with contextlib.suppress(CallbackError):
+                await consume()
+        assert read == alone(prompt, most)[: len(read)]
+        assert way != "read" or len(read) == most
+
+    async def everybody(engine: Engine) -> None:
+        await asyncio.wait_for(asyncio.gather(*(one(engine, number) for number in range(count))), PATIENCE)
+
+    engine, runner = make(lookahead=1)
+    asyncio.run(everybody(engine))
+    settle(engine, runner)
+
+
+def test_a_loop_is_called_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the number of its requests that have something to read."""
+    engine, _ = make(lookahead=1)
+    calls = 0
+
+    async def read(request: AsyncIterator[TokenEvent]) -> int:
+        return len([event async for event in request])
+
+    async def everybody() -> list[int]:
+        nonlocal calls
+        loop = asyncio.get_running_loop()
+        call = loop.call_soon_threadsafe
+
+        def count(*args: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += threading.current_thread() is engine._driver._thread
+            return call(*args, **options)
+
+        monkeypatch.setattr(loop, "call_soon_threadsafe", count)
+        requests = [engine.submit([number], make_params(max_tokens=20)) for number in range(8)]
+        return await asyncio.gather(*(read(aiter(request)) for request in requests))
+
+    assert asyncio.run(everybody()) == [20] * 8
+    assert calls <= engine.stats().steps
+    engine.close()
+
+
+def test_a_closed_loop_stops_nobody() -> None:
+    """Its coroutine is never woken; everybody else is."""
+    engine, _ = make()
+    loop = asyncio.new_event_loop()
+    request = engine.submit([1], make_params(max_tokens=50))
+    request._state.waiter = loop, loop.create_future()
+    loop.close()
+    assert tokens_of(engine.submit([2], make_params())) == alone([2])
+    engine.close()
+
+
+def test_whoever_waits_steps_for_all() -> None:
+    """Two readers, no thread: the one that leaves first hands over to the other."""
+    engine, runner = make(max_sequences=1)
+    results: dict[int, list[int]] = {}
+
+    def work(number: int) -> None:
+        results[number] = tokens_of(engine.submit([number] * 5, make_params(max_tokens=5)))
+
+    in_threads(12, work)
+    assert results == {number: alone([number] * 5, 5) for number in range(12)}
+    settle(engine, runner)
+
+
+def test_a_reader_that_leaves_while_others_sleep_wakes_one_of_them() -> None:
+    """The one that steps is slow and then goes away for good; its request ends, the other's does not."""
+    engine, runner = make(max_sequences=1)
+    started, gate = threading.Event(), threading.Event()
+
+    def hold(number: int) -> None:
+        started.set()
+        assert gate.wait(PATIENCE)
+
+    runner.before_collect = hold
+    short, long = engine.submit([1], make_params(max_tokens=1)), engine.submit([2], make_params(max_tokens=6))
+    results: dict[str, list[int]] = {}
+    stepping = threading.Thread(target=lambda: results.update(short=tokens_of(short)), daemon=True)
+    sleeping = threading.Thread(target=lambda: results.update(long=tokens_of(long)), daemon=True)
+    stepping.start()
+    assert started.wait(PATIENCE)
+    sleeping.start()
+    while not engine._driver._sleeping:
+        time.sleep(0.001)
+    gate.set()
+    for thread in (stepping, sleeping):
+        thread.join(PATIENCE)
+    assert results == {"short": alone([1], 1), "long": alone([2], 6)}
+
+
+def test_the_thread_takes_over_and_gives_back() -> None:
+    engine, runner = make(lookahead=1)
+    reader = iter(engine.submit([3], make_params(max_tokens=40)))
+    read = [next(reader).token]
+    engine.start()
+    engine.start()
+    read += [next(reader).token for _ in range(5)]
+    engine.stop()
+    engine.stop()
+    read += [next(reader).token for _ in range(5)]
+    engine.start()
+    assert read + [event.token for event in reader] == alone([3], 40)
+    settle(engine, runner)
+
+
+def test_the_thread_sleeps_when_there_is_nothing_to_do() -> None:
+    engine, runner = make(lookahead=1)
+    with engine:
+        assert tokens_of(engine.submit([3], make_params())) == alone([3])
+        while engine._has_work():
+            time.sleep(0.001)
+        time.sleep(0.01)
+        steps = engine.stats().steps
+        assert engine._driver._listeners == 1
+        time.sleep(0.02)
+        assert engine.stats().steps == steps and not runner.in_flight
+        assert tokens_of(engine.submit([4], make_params())) == alone([4])
+    assert not engine._driver.running
+
+
+def test_exclusive_waits_for_its_turn() -> None:
+    engine, runner = make(lookahead=1)
+    engine.start()
+    stop = threading.Event()
+
+    def work(number: int) -> None:
+        if number:
+            while not stop.is_set():
+                assert tokens_of(engine.submit([number] * 3, make_params())) == alone([number] * 3)
+        else:
+            for _ in range(10):
+                with engine.exclusive():
+                    assert not runner.in_flight
+                    runner.queue.append(("poison", (list(range(60)),)))
+            stop.set()
+
+    in_threads(5, work)
+    settle(engine, runner)
+
+
+def test_close_wakes_those_who_sleep() -> None:
+    engine, runner = make(max_sequences=1)
+    runner.before_collect = lambda number: time.sleep(0.002)
+    ready = threading.Barrier(6)
+
+    def work(number: int) -> None:
+        if number == 0:
+            ready.wait(PATIENCE)
+            time.sleep(0.01)
+            engine.close()
+        else:
+            request = engine.submit([number], make_params(max_tokens=64))
+            ready.wait(PATIENCE)
+            with pytest.raises(Error, match="this engine is closed"):
+                list(request)
+
+    in_threads(6, work)
+    assert not runner.in_flight
+
+
+def test_close_wakes_coroutines() -> None:
+    engine, runner = make()
+    runner.before_collect = lambda number: time.sleep(0.002)
+
+    async def read() -> None:
+        closer = threading.Timer(0.02, engine.close)
+        closer.start()
+        with pytest.raises(Error, match="this engine is closed"):
+            async for _ in engine.submit([1], make_params(max_tokens=64)):
+                pass
+
+    asyncio.run(asyncio.wait_for(read(), PATIENCE))
+
+
+def test_one_reader_a_request() -> None:
+    engine, runner = make(max_sequences=1)
+    started, gate = threading.Event(), threading.Event()
+
+    def hold(number: int) -> None:
+        started.set()
+        assert gate.wait(PATIENCE)
+
+    runner.before_collect = hold
+    stepping = threading.Thread(target=lambda: list(engine.submit([1], make_params(max_tokens=1))), daemon=True)
+    stepping.start()
+    assert started.wait(PATIENCE)
+    shared = engine.submit([2], make_params(max_tokens=4))
+    first = threading.Thread(target=lambda: engine.wait(shared._state), daemon=True)
+    first.start()
+    while not engine._driver._sleeping:
+        time.sleep(0.001)
+    with pytest.raises(Error, match="read by two readers"):
+        engine.wait(shared._state)
+    gate.set()
+    stepping.join(PATIENCE)
+    first.join(PATIENCE)
+    assert not first.is_alive()
+
+
+@contextlib.contextmanager
+def default_sigint() -> Iterator[None]:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("lookahead", [0, 1])
+def test_ctrl_c_while_this_thread_steps(lookahead: int) -> None:
+    """The step ends, its tokens are handed out; the caller's request is cancelled, the others go on."""
+    engine, runner = make(lookahead=lookahead)
+
+    def press(event: TokenEvent) -> TokenEvent:
+        if event.token == alone([6] * 5)[3]:
+            signal.raise_signal(signal.SIGINT)
+        return event
+
+    pressing = engine.submit([6] * 5, make_params(), process=press)
+    own, other = engine.submit([1], make_params(max_tokens=30)), engine.submit([2] * 9, make_params())
+    with default_sigint(), pytest.raises(KeyboardInterrupt):
+        list(own)
+    assert signal.getsignal(signal.SIGINT) is not None and list(own) == []
+    rows = runner.rows
+    assert tokens_of(pressing) == alone([6] * 5) and tokens_of(other) == alone([2] * 9)
+    assert runner.rows - rows <= 2 * 8, "nothing was computed again"
+    settle(engine, runner)
+
+
+def test_ctrl_c_does_not_wait_for_the_response() -> None:
+    """A long prompt: the step ends, and not the whole prompt."""
+    engine, runner = make(max_tokens=8, max_sequences=2, pages=600, pages_per_sequence=500)
+    runner.before_collect = lambda number: signal.raise_signal(signal.SIGINT) if number == 2 else None
+    with default_sigint(), pytest.raises(KeyboardInterrupt):
+        list(engine.submit([1] * 1000))
+    assert runner.runs == 3
+    settle(engine, runner)
+
+
+def test_ctrl_c_while_another_thread_steps() -> None:
+    engine, runner = make()
+    runner.before_collect = lambda number: time.sleep(0.001)
+    with engine, default_sigint():
+        own, other = engine.submit([1], make_params(max_tokens=64)), engine.submit([2] * 9, make_params())
+        timer = threading.Timer(0.01, lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            list(own)
+        assert tokens_of(other) == alone([2] * 9)
+
+
+def test_an_exit_in_a_callback_ends_an_engine_with_a_thread() -> None:
+    def leave(event: TokenEvent) -> TokenEvent:
+        raise SystemExit
+
+    engine, _ = make()
+    with engine, pytest.raises((SystemExit, Error)):
+        list(engine.submit([1], make_params(), process=leave))
+    inline, _ = make()
+    other = inline.submit([2], make_params())
+    with pytest.raises(SystemExit):
+        list(inline.submit([1], make_params(), process=leave))
+    assert tokens_of(other) == alone([2])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_child_is_refused() -> None:
+    engine, _ = make()
+    request = engine.submit([1], make_params())
+    engine.start()
+    child = os.fork()
+    if not child:
+        code = 1
+        try:
+            for action in (lambda: engine.submit([1]), lambda: engine.wait(request._state), engine.close, engine.start):
+                with pytest.raises(DeviceError, match="forked"):
+                    action()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert tokens_of(request) == alone([1])
+    engine.close()

@@ -1,0 +1,230 @@
+"""Matrices quantised by MLX, GPTQ and AWQ: packed here element by element, compared with scale · q + offset."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from numballama.errors import FormatError, UnsupportedError
+from numballama.loader import open_checkpoint
+from numballama.quantization.convert import dequantize
+from tests.helpers.hf_files import save_tensors, tensors
+
+DIM, HIDDEN, VOCAB = 64, 128, 40
+SHAPES = {
+    "self_attn.q_proj": (DIM, DIM), "self_attn.k_proj": (DIM // 2, DIM), "self_attn.v_proj": (DIM // 2, DIM),
+    "self_attn.o_proj": (DIM, DIM), "mlp.gate_proj": (HIDDEN, DIM), "mlp.up_proj": (HIDDEN, DIM),
+    "mlp.down_proj": (DIM, HIDDEN),
+}  # fmt: skip
+OURS = dict(zip(SHAPES, ("wq", "wk", "wv", "wo", "w1", "w3", "w2"), strict=True))
+CONFIG = {
+    "model_type": "llama", "vocab_size": VOCAB, "hidden_size": DIM, "intermediate_size": HIDDEN,
+    "num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""AWQ's packing: the element that stands at each position of a word, lowest bits first."""
+
+
+def pack(values: np.ndarray, bits: int, order: tuple[int, ...] | None = None) -> np.ndarray:
+    """Integers → 32-bit words along the last dimension, one element after another."""
+    count = 32 // bits
+    words = np.zeros((*values.shape[:-1], values.shape[-1] // count), np.uint32)
+    for word in range(words.shape[-1]):
+        for position, element in enumerate(order or range(count)):
+            words[..., word] |= values[..., word * count + element].astype(np.uint32) << np.uint32(bits * position)
+    return words
+
+
+def write(
+    folder: Path, method: str, bits: int, group: int, rng: np.random.Generator, dtype: str = "float16", **more: Any
+) -> dict[str, np.ndarray]:
+    """A directory with one layer of random quantised matrices; returns our name → their values in float64.
+
+    `more` may have "order" (GPTQ's act-order), "zero" (what GPTQ subtracts from a stored zero), "biases".
+    """
+    folder.mkdir()
+    arrays: dict[str, np.ndarray] = {}
+    wanted = {}
+    zero_add = more.get("zero", 1)
+    for name, (rows, columns) in SHAPES.items():
+        base, count = f"model.layers.0.{name}.", columns // group
+        q = rng.integers(0, 1 << bits, (rows, columns))
+        scale = (rng.random((rows, count)) * 0.02 + 0.001).astype(dtype)
+        groups = np.arange(columns) // group
+        if method == "mlx":
+            offset = (-scale.astype(np.float32) * 7).astype(dtype)
+            arrays |= {base + "weight": pack(q, bits), base + "scales": scale, base + "biases": offset}
+            wide = np.repeat(offset.astype(np.float64), group, 1)
+        else:
+            zeros = rng.integers(0, (1 << bits) - zero_add, (rows, count))
+            order = AWQ_ORDER if method == "awq" else None
+            packed = pack(q.T, bits, order) if method == "awq" else pack(q, bits).T
+            if more.get("order"):
+                groups = rng.permutation(groups)
+            if method == "gptq":
+                arrays[base + "g_idx"] = groups.astype(np.int32)
+                zero_add = more.get("zero", 1)
+            else:
+                zero_add = 0
+            arrays |= {
+                base + "qweight": np.ascontiguousarray(packed).view(np.int32),
+                base + "qzeros": pack(zeros.T, bits, order).view(np.int32),
+                base + "scales": np.ascontiguousarray(scale.T),
+            }
+            wide = -(scale.astype(np.float64) * (zeros + zero_add))[:, groups]
+            if more.get("biases"):
+                arrays[base + "bias"] = np.zeros(rows, np.float16)
+        wanted[f"layers.0.{OURS[name]}"] = scale.astype(np.float64)[:, groups] * q + wide
+    plain = {"embed_tokens": (VOCAB, DIM), "norm": (DIM,)}
+    plain |= {f"layers.0.{norm}": (DIM,) for norm in ("input_layernorm", "post_attention_layernorm")}
+    for name, shape in plain.items():
+        arrays[f"model.{name}.weight"] = rng.standard_normal(shape).astype(np.float16)
+    quantization: dict[str, Any] = {"group_size": group, "bits": bits}
+    if method != "mlx":
+        quantization |= {"quant_method": method} | ({"checkpoint_format": "gptq_v2"} if zero_add == 0 else {})
+    key = "quantization" if method == "mlx" else "quantization_config"
+    (folder / "config.json").write_text(json.dumps(CONFIG | {key: quantization}))
+    save_tensors(folder / "model.safetensors", arrays)
+    return wanted
+
+
+CASES = st.one_of(
+    st.tuples(st.just("mlx"), st.sampled_from([4, 8]), st.sampled_from([16, 32, 64])),
+    st.tuples(st.just("gptq"), st.sampled_from([4, 8]), st.sampled_from([16, 32, 64])),
+    st.tuples(st.just("awq"), st.just(4), st.sampled_from([32, 64])),
+)
+
+
+def check(folder: Path, method: str, bits: int, group: int, seed: int, order: bool = False, zero: int = 1) -> None:
+    rng = np.random.default_rng(seed)
+    wanted = write(folder, method, bits, group, rng, order=order, zero=zero, biases=method == "gptq")
+    opened = open_checkpoint(folder)
+    for name, values in wanted.items():
+        weight = opened.weights[name]
+        shuffled = order and values.shape[1] > group
+        exact = bits == 4 and group % 32 == 0 and not shuffled
+        assert weight.type.name == ("q4_1" if exact else "f16")
+        assert weight.data.nbytes == weight.nbytes
+        got = dequantize(weight).reshape(values.shape)
+        if method == "mlx" and exact:
+            np.testing.assert_allclose(got, values, rtol=1e-6, atol=1e-9)
+        else:  # half of float16's last bit of the largest term
+            np.testing.assert_allclose(got, values, rtol=0, atol=np.abs(values).max() * 2**-10)
+    kind = {"mlx": "MLX", "gptq": "GPTQ", "awq": "AWQ"}[method]
+    assert any(note.startswith(f"matrices quantised by {kind} run as") for note in opened.notes)
+
+
+@pytest.mark.parametrize(("method", "bits"), [("mlx", 4), ("mlx", 8), ("gptq", 4), ("gptq", 8), ("awq", 4)])
+def test_each_method(tmp_path: Path, method: str, bits: int) -> None:
+    check(tmp_path / "m", method, bits, 32, 1)
+
+
+@pytest.mark.slow
+@settings(max_examples=40, deadline=None)
+@given(case=CASES, order=st.booleans(), zero=st.sampled_from([0, 1]), seed=st.integers(0, 1 << 20))
+def test_matrices_are_scale_times_integer_plus_offset(
+    tmp_path_factory: pytest.TempPathFactory, case: tuple[str, int, int], order: bool, zero: int, seed: int
+) -> None:
+    method, bits, group = case
+    check(tmp_path_factory.mktemp("q") / "m", method, bits, group, seed, order and method == "gptq", zero)
+
+
+def test_mlx_quantises_the_embedding_and_layers_differ(tmp_path: Path) -> None:
+    """The shapes say how each matrix is quantised, whatever the configuration says of all."""
+    rng = np.random.default_rng(3)
+    write(tmp_path / "m", "mlx", 4, 32, rng)
+    arrays = tensors(tmp_path / "m")
+    q = rng.integers(0, 256, (VOCAB, DIM))
+    scale = (rng.random((VOCAB, 2)) * 0.01).astype(np.float16)
+    base = "model.embed_tokens."
+    arrays |= {base + "weight": pack(q, 8), base + "scales": scale, base + "biases": np.zeros_like(scale)}
+    save_tensors(tmp_path / "m" / "model.safetensors", arrays)
+    opened = open_checkpoint(tmp_path / "m")
+    got = dequantize(opened.weights["tok_embeddings"])
+    np.testing.assert_allclose(got, np.repeat(scale.astype(np.float32), 32, 1) * q, rtol=1e-3)
+    assert len(opened.notes) == 2 and "q4_1" in opened.notes[1] and "f16" in opened.notes[0]
+
+
+def test_bfloat16_scales(tmp_path: Path) -> None:
+    """MLX's usual type: eight bits of a scale fit float16."""
+    rng = np.random.default_rng(4)
+    write(tmp_path / "m", "mlx", 4, 64, rng)
+    arrays = tensors(tmp_path / "m")
+    name = "model.layers.0.mlp.up_proj."
+    narrow = {}
+    for part in ("scales", "biases"):
+        bits = (arrays[name + part].astype(np.float32).view(np.uint32) >> 16).astype(np.uint16)
+        arrays[name + part] = bits
+        narrow[part] = (bits.astype(np.uint32) << 16).view(np.float32)
+    save_tensors(tmp_path / "m" / "model.safetensors", arrays)
+    words = arrays[name + "weight"]
+    q = np.stack([words >> np.uint32(4 * n) & 15 for n in range(8)], -1).reshape(HIDDEN, DIM)
+    got = dequantize(open_checkpoint(tmp_path / "m").weights["layers.0.w3"])
+    np.testing.assert_array_equal(got, narrow["scales"].repeat(64, 1) * q + narrow["biases"].repeat(64, 1))
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, UnsupportedError, "quant_method.*fp8.*GPTQ"),
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, UnsupportedError, "AWQ"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, UnsupportedError, "bits': 3"),
+        ({"quantization_config": {"quant_method": "awq", "bits": 4, "version": "gemv"}}, UnsupportedError, "gemv"),
+        ({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, UnsupportedError, "mxfp4"),
+        ({"quantization_config": 7}, UnsupportedError, "quantization_config is 7"),
+        ({"quantization_config": []}, UnsupportedError, r"quantization_config is \[\]"),
+    ],
+)
+def test_other_schemes_are_named(
+    copy: Callable[[str], Path], changes: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    folder = copy("llama")
+    keys = json.loads((folder / "config.json").read_text()) | changes
+    (folder / "config.json").write_text(json.dumps(keys))
+    with pytest.raises(error, match=message):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize("method", ["mlx", "gptq", "awq"])
+def test_parts_that_do_not_fit(tmp_path: Path, method: str) -> None:
+    write(tmp_path / "m", method, 4, 32, np.random.default_rng(5))
+    whole = tensors(tmp_path / "m")
+    own = [name for name in whole if "up_proj." in name]
+    for name in own:
+        parts = {n: a for n, a in whole.items() if n != name}
+        save_tensors(tmp_path / "m" / "model.safetensors", parts)
+        if name.endswith("g_idx"):
+            open_checkpoint(tmp_path / "m")
+        else:
+            with pytest.raises((FormatError, UnsupportedError)):
+                open_checkpoint(tmp_path / "m")
+        save_tensors(tmp_path / "m" / "model.safetensors", parts | {name: whole[name][:-1].copy()})
+        with pytest.raises(FormatError):
+            open_checkpoint(tmp_path / "m")
+        save_tensors(tmp_path / "m" / "model.safetensors", parts | {name: np.ones(whole[name].shape, np.float32)})
+        if name.endswith(("scales", "biases")):
+            open_checkpoint(tmp_path / "m")
+        else:
+            with pytest.raises(UnsupportedError, match="has type F32"):
+                open_checkpoint(tmp_path / "m")
+    if method == "gptq":
+        name = next(n for n in own if n.endswith("g_idx"))
+        save_tensors(tmp_path / "m" / "model.safetensors", whole | {name: np.full_like(whole[name], -1)})
+        with pytest.raises(FormatError, match="a group is out of range"):
+            open_checkpoint(tmp_path / "m")
+
+
+def test_biases_of_a_gptq_model_that_are_not_zero(tmp_path: Path) -> None:
+    write(tmp_path / "m", "gptq", 4, 32, np.random.default_rng(6), biases=True)
+    arrays = tensors(tmp_path / "m") | {"model.layers.0.mlp.up_proj.bias": np.ones(HIDDEN, np.float16)}
+    save_tensors(tmp_path / "m" / "model.safetensors", arrays)
+    with pytest.raises(UnsupportedError, match="no place"):
+        open_checkpoint(tmp_path / "m")
