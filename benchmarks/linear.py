@@ -131,7 +131,9 @@ def main() -> None:
     if arguments.gemm_from is not None:
         linear.skinny.MOST = arguments.gemm_from - 1
     bench = Bench()
-    cases = [(kind, shape, tokens) for kind in arguments.types for shape in arguments.shapes for tokens in arguments.tokens]
+    cases = [
+        (kind, shape, tokens) for kind in arguments.types for shape in arguments.shapes for tokens in arguments.tokens
+    ]
     made = {}
     for kind, shape, tokens in cases:
         rows, columns = map(int, shape.split("x"))

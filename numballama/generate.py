@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 from .engine.engine import Engine
 from .engine.request import FinishReason, Request, TokenEvent, TokenLogprobs
@@ -76,6 +76,15 @@ class TextStreams:
 
     def __call__(self, event: TokenEvent) -> GenerationResponse:
         return self._streams[event.index](event)
+
+
+class HowToSubmit(TypedDict, total=False):
+    """Keyword arguments of `submit` that go to the engine as they are."""
+
+    priority: int
+    request_id: str | None
+    reuse_prefix: bool
+    salt: str | None
 
 
 class Submit(Protocol):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from os import PathLike
-from typing import TYPE_CHECKING, Any, NoReturn, TypedDict, get_args, overload
+from typing import TYPE_CHECKING, Any, NoReturn, get_args, overload
 
 import numpy as np
 
@@ -24,7 +24,7 @@ from .engine.engine import Engine
 from .engine.model_runner import ModelRunner
 from .engine.request import Request
 from .errors import CLOSED, NOT_NUMBERS, Error, Interrupted, UnsupportedError
-from .generate import GenerationResponse, TextEngine, TextStreams
+from .generate import GenerationResponse, HowToSubmit, TextEngine, TextStreams
 from .graph import Logits, build
 from .memory import format_bytes
 from .quantization import policy
@@ -44,15 +44,6 @@ from .validation import whole_number
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-
-class HowToSubmit(TypedDict, total=False):
-    """Keyword arguments of `submit` that go to the engine as they are."""
-
-    priority: int
-    request_id: str | None
-    reuse_prefix: bool
-    salt: str | None
 
 
 class Model:
@@ -241,8 +232,7 @@ class Model:
     def logits(self, ids: Iterable[int]) -> np.ndarray:
         """float32 [len(ids), vocab]: the logits after each token, computed from an empty cache.
 
-        Raises `Error` for no ids, for ids outside the vocabulary and for logits that are NaN, `ContextError` for more ids
-        than fit.
+        Raises `Error` for no ids, ids outside the vocabulary and logits that are NaN, `ContextError` for more than fit.
         """
         engine = self.token_engine
         tokens = engine.validate(ids)
@@ -257,11 +247,11 @@ class Model:
             for start in range(0, len(tokens), step):
                 chunk = tokens[start : start + step]
                 session.set_inputs(program, chunk)
-                program.run(len(chunk), 0, program.graph.first("argmax"), len(chunk))
+                program.run(len(chunk), rows=len(chunk))
+                if -1 in program.value("next")[: len(chunk)]:
+                    raise Error(NOT_NUMBERS)
                 session.tokens.extend(chunk)
                 out[start : start + len(chunk)] = program.value("logits")[: len(chunk)]
-        if np.isnan(out).any():
-            raise Error(NOT_NUMBERS)
         return out
 
     @overload
@@ -330,8 +320,8 @@ class Model:
         """Like `generate` for one prompt, but yields a `GenerationResponse` for each token as soon as it is known.
 
         Arguments are checked by the call, not by the first response. Text never ends inside a character, and no part of
-        a stop string is ever yielded. Several streams of one model may be read alternately or from several threads: they
-        advance together, as many at a time as `max_sequences` of `compile`.
+        a stop string is ever yielded. Several streams of one model may be read alternately or from several threads:
+        they advance together, as many at a time as `max_sequences` of `compile`.
         """
         return iter(self._submit_text(prompt, merge(params, DEFAULTS, max_tokens, options)))
 

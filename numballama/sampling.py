@@ -336,8 +336,8 @@ class SamplerTable:
         self.mask = np.zeros((0, -(-vocab_size // 32)), np.uint32)
         self.assigned, self.masked = [0] * slots, [0] * slots
         self.changes = 0
-        """How often `assign` and `set_mask` have changed a slot; a copy of the table compares it with its own. `changes`
-        counts both over all slots."""
+        """How often `assign` and `set_mask` have changed a slot; a copy of the table compares it with its own.
+        `changes` counts both over all slots."""
         workers = min(slots, os.cpu_count() or 1)
         self._scratch_ids = np.empty((workers, vocab_size), np.int32)
         self._scratch_logits = np.empty((workers, vocab_size), np.float32)

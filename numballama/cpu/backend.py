@@ -35,11 +35,9 @@ from .executor import (
     OPERANDS,
     OUT,
     ROWS,
-    RUN_SIZE,
     SAMPLER,
     SLOTS,
-    STRIDE,
-    TABLE,
+    describe_run,
     run_steps,
     worker_threads,
 )
@@ -63,8 +61,7 @@ class CpuProgram:
     ) -> None:
         self.plan, self.table, self.arena = plan, table, arena
         self._values, self._keep_alive = values, keep_alive
-        self._record = np.zeros(RUN_SIZE, np.int64)
-        self._record[TABLE], self._record[STRIDE] = table.ctypes.data, table.strides[0]
+        self._record = describe_run(table)
         self._record_address = self._record.ctypes.data
         logits = values.get("logits", table)
         self._logits, self._slots = logits.ctypes.data, np.zeros(len(logits), np.int32)

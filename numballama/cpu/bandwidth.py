@@ -11,7 +11,7 @@ from numba import types
 
 from ..memory import available_bytes
 from .compiler import compile_step
-from .executor import ADDRESS, MAX_TOKENS, OPERANDS, run_steps, worker_threads
+from .executor import ADDRESS, BEGIN, MAX_TOKENS, OPERANDS, ROWS, describe_run, run_steps, worker_threads
 
 READ_BYTES = 1 << 30
 """Bytes of the array that is read: more than any cache holds."""
@@ -36,10 +36,12 @@ def measure_bandwidth(workers: int, repeats: int = 5) -> float:
     table = np.zeros((1, OPERANDS + 4), np.int64)
     table[0, ADDRESS], table[0, MAX_TOKENS] = compiled.address, 1
     table[0, OPERANDS:] = x.ctypes.data, x.size, sums.ctypes.data, sums.size
+    run = describe_run(table)
+    run[BEGIN:ROWS] = 0, 1, 1
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()
         with worker_threads.region(workers):
-            run_steps(table.ctypes.data, table.strides[0], 0, 1, 1, workers, worker_threads.address)
+            run_steps(run.ctypes.data, workers, worker_threads.address)
         times.append(time.perf_counter() - start)
     return nbytes / statistics.median(times[1:])

@@ -24,6 +24,9 @@ threads and how they wait. No Python runs between steps.
 
 from __future__ import annotations
 
+import numpy as np
+from numpy.typing import NDArray
+
 from .compiler import device, jit
 from .intrinsics import atomic_add, call_step, i64_at
 from .sampling import sample_rows
@@ -108,6 +111,13 @@ def serve(sync_address, worker):
         if sync[JOB + STOPPED] != 0:
             return
         worker_loop(sync[RUN], worker, sync[JOB + N_WORKERS], sync)
+
+
+def describe_run(table: NDArray[np.int64]) -> NDArray[np.int64]:
+    """A run of no steps of this step table that samples nothing, int64[RUN_SIZE]."""
+    run = np.zeros(RUN_SIZE, np.int64)
+    run[TABLE], run[STRIDE] = table.ctypes.data, table.strides[0]
+    return run
 
 
 worker_threads = WorkerThreads(serve)

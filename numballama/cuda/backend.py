@@ -156,6 +156,7 @@ class CudaBackend:
         self._owned.append(program)
         if self._prepared:
             self._compile_all([*program.all_launches, *program.pipeline.all_launches()], report)
+            self._capture(program)
         return program
 
     def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
@@ -230,6 +231,12 @@ class CudaBackend:
         self._prepared = True
         for program in programs:
             program.prepare_variants()
+            self._capture(program)
+
+    def _capture(self, program: CudaProgram) -> None:
+        """Capture a program's graphs now if there may be several sequences: others would wait for it."""
+        if self.states[PAGE_TABLE].shape[0] > 2:
+            program.pipeline.capture()
 
     def close(self) -> None:
         """Free all device memory now."""

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from ..errors import DeviceError
 from ..sampling import FEED, Sampled, SamplerTable
 from .driver import Device, Memory, Pinned, PreparedLaunch
-from .launch import Launch
+from .launch import Launch, RowKind
 from .ops import sampling
 from .sampler_table import DeviceSampled
 
@@ -158,13 +158,31 @@ class DecodePipeline:
             last_token=table.arrays["last_token"],
         )  # fmt: skip
 
-    def _whole_run(self, kind: str, start: int) -> list[PreparedLaunch]:
+    def capture(self) -> None:
+        """Capture the graphs of likely runs now, so that none waits for it later."""
+        program = self._program
+        if program.run_inputs.max_tokens == 1:
+            mixtures: list[tuple[RowKind, ...]] = [()]
+        elif self._decodes:
+            mixtures = [("single rows",)]
+        else:
+            mixtures = [("chunks",), ("single rows",), ("chunks", "single rows")]
+        for start in (0, *program.variant_starts):
+            for kinds in mixtures:
+                for kind in ("greedy", "sample"):
+                    program.capture(("run", kind, start, *kinds), self._whole_run(kind, start, kinds))
+                if not self._decodes:
+                    end = program.prefill_end
+                    program.capture((0, end, start, *kinds), program.prepared_steps(0, end, start, kinds))
+        program.capture(("feed",), self._feed_launch())
+
+    def _whole_run(self, kind: str, start: int, kinds: tuple[RowKind, ...]) -> list[PreparedLaunch]:
         """The launches of a run; sampling takes the place of the plan's argmax."""
         program = self._program
         if kind not in self._prepared_tails:
             (self._prepared_tails[kind],) = self._backend.prepare_launches([self.tail(kind)])
         end = len(program.plan.steps) if kind == "greedy" else program.plan.sampling_start
-        return program.prepared_steps(0, end, start, program.run_inputs.row_kinds) + self._prepared_tails[kind]
+        return program.prepared_steps(0, end, start, kinds) + self._prepared_tails[kind]
 
     def _feed_launch(self) -> list[PreparedLaunch]:
         (prepared,) = self._backend.prepare_launches([self._feed_launches()])
@@ -180,8 +198,8 @@ class DecodePipeline:
         if not continues:
             self._start(tokens, rows, table)
         start = program.variant_start(int(positions[0]) if tokens == 1 else int(positions.max()))
-        kind = self._kind
-        program.replay(("run", kind, start, *program.run_inputs.row_kinds), lambda: self._whole_run(kind, start))
+        kind, kinds = self._kind, program.run_inputs.row_kinds
+        program.replay(("run", kind, start, *kinds), lambda: self._whole_run(kind, start, kinds))
         mailbox = self._backend.mailbox
         mailbox.launched += 1
         number = mailbox.launched

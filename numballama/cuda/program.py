@@ -317,6 +317,11 @@ class CudaProgram:
             if launch.only_for is None or launch.only_for in kinds
         ]
 
+    def capture(self, key: GraphKey, launches: list[PreparedLaunch]) -> None:
+        """Capture a graph, unless it has been."""
+        if key not in self._graphs:
+            self._graphs[key] = CudaGraph(self._device, launches)
+
     def replay(self, key: GraphKey, launches: Callable[[], list[PreparedLaunch]]) -> None:
         """Enqueue a captured graph in the stream. The first time, `launches` gives the launches to capture."""
         if key not in self._graphs:

@@ -12,11 +12,11 @@ from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import overload
 
 from ..errors import NOT_NUMBERS, ContextError, DeviceError, Error
-from ..sampling import DEFAULTS, SamplingParams
+from ..sampling import DEFAULTS, Sampled, SamplingParams
 from .driver import Driver
 from .pages import BlockManager
 from .request import FinishReason, R, Request, RequestState, Response, TokenEvent, TokenLogprobs
-from .runner import Runner, SampledTokens
+from .runner import Runner
 from .scheduler import Run, Scheduler
 from .sequence import Constraint, Sequence, Status
 from .stats import EngineStats, Rates
@@ -337,7 +337,7 @@ class Engine:
         if now >= self._rates.next_sample:
             self._rates.sample(now, self._prompt_tokens, self._generated_tokens)
 
-    def _hand_out(self, run: Run, sampled: SampledTokens) -> None:
+    def _hand_out(self, run: Run, sampled: Sampled) -> None:
         """Add the tokens of a run to their sequences, and what is made of them to their requests."""
         tokens = sampled.tokens.tolist()
         for row, sequence in enumerate(run.sampled):
@@ -467,7 +467,7 @@ def _state(sequence: Sequence) -> RequestState:
     return state
 
 
-def _logprobs(sampled: SampledTokens, row: int) -> TokenLogprobs:
+def _logprobs(sampled: Sampled, row: int) -> TokenLogprobs:
     ids, logprobs = sampled.top_ids[row].tolist(), sampled.top_logprobs[row].tolist()
     top = [(token, logprob) for token, logprob in zip(ids, logprobs, strict=True) if token >= 0]
     return TokenLogprobs(float(sampled.logprobs[row]), top)

@@ -73,10 +73,10 @@ class ModelRunner:
         params: SamplingParams,
         prompt: Sequence[int],
         output: Sequence[int],
-        stop_ids: frozenset[int],
+        stop_token_ids: frozenset[int],
     ) -> None:
         """Start sampling in a slot, or resume after `output`. Raises `Error` for params that it cannot follow."""
-        self.table.assign(slot, params, prompt, output, stop_ids)
+        self.table.assign(slot, params, prompt, output, stop_token_ids)
 
     def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
         """Write page numbers into the slot's row of the page table, from entry `first` on."""

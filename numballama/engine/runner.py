@@ -9,11 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ..sampling import SamplingParams
-
-FEED = -1
-"""An id in `Batch.ids`: the token that this row's slot sampled last. After -1 (see `SampledTokens.tokens`) any valid id
-will do: nobody reads what it leads to."""
+from ..sampling import Sampled, SamplingParams
 
 
 @dataclass
@@ -25,7 +21,8 @@ class Batch:
     """
 
     ids: NDArray[np.int32]
-    """[rows] token ids, or FEED."""
+    """[rows] token ids, or `sampling.FEED`. Where the slot's last token was -1, FEED may stand for any valid id: nobody
+    reads what it leads to."""
     positions: NDArray[np.int32]
     """[rows] the place of each token in its sequence."""
     slots: NDArray[np.int32]
@@ -38,26 +35,6 @@ class Batch:
     @property
     def rows(self) -> int:
         return len(self.ids)
-
-
-class SampledTokens(Protocol):
-    """What a run sampled for its R logit rows (`sampling.Sampled`)."""
-
-    @property
-    def tokens(self) -> NDArray[np.int32]:
-        """[R] ids. -1: the logits of the row hold a NaN."""
-
-    @property
-    def logprobs(self) -> NDArray[np.float32]:
-        """[R] the log probability of each token."""
-
-    @property
-    def top_ids(self) -> NDArray[np.int32]:
-        """[R, n] the likeliest tokens; -1 beyond what the row's slot asked for."""
-
-    @property
-    def top_logprobs(self) -> NDArray[np.float32]:
-        """[R, n] their log probabilities."""
 
 
 class Runner(Protocol):
@@ -118,7 +95,7 @@ class Runner(Protocol):
     def submit(self, batch: Batch) -> int:
         """Start a run and return its ticket. Copies the batch's arrays."""
 
-    def collect(self, ticket: int) -> SampledTokens:
+    def collect(self, ticket: int) -> Sampled:
         """Wait for a run and return its tokens. Tickets are collected in the order of their submits, each once."""
 
     def reset(self) -> None:

@@ -10,8 +10,9 @@ from operator import attrgetter
 import numpy as np
 
 from ..errors import Error
+from ..sampling import FEED
 from .pages import BlockManager
-from .runner import FEED, Batch
+from .runner import Batch
 from .sequence import Sequence, Status
 
 _order = attrgetter("order")

@@ -154,7 +154,7 @@ def run_checked(
     tokens, graph = len(ids), program.plan.graph
     feed(program, ids, start, sequence)
     program.backend.device.make_current()
-    program.run_inputs.send(tokens, 0)  # a run does; the first step's operands are compared before it
+    program.run_inputs.send(tokens, 1)  # a run does; the first step's operands are compared before it
     if whole:
         feed(reference, ids, start, sequence)
         reference.run(tokens)

@@ -43,7 +43,7 @@ def check_rows(pair: Pair, steps: Sequence[Step], rows: int, fusions: bool | Seq
         count = feed_rows(pair, [program, reference], step, lengths, number)
         program.backend.device.make_current()
         with_logits = len(step)
-        program.run_inputs.send(count, 0, with_logits)
+        program.run_inputs.send(count, with_logits)
         for index in range(len(program.plan.steps)):
             poison_dead(program, index)
 

@@ -151,7 +151,7 @@ def test_block_types(kind: str, columns: int, fusions: Sequence[str]) -> None:
         assert {step.op.kind for step in program.plan.steps} == {"embedding", "qkv", "gate_up", "linear_add"}
     poison(program)
     program.inputs["ids"][:], program.inputs["residual"][:] = [4, 1], rng.standard_normal((2, 5), np.float32)
-    program.run_inputs.send(2, 0)
+    program.run_inputs.send(2, 1)
     reference = ReferenceBackend(weights)
     with bounds_of(reference):
         for step in range(len(program.plan.steps)):
@@ -169,7 +169,7 @@ def test_lanes_that_copy_for_others(monkeypatch: pytest.MonkeyPatch, asynchronou
     program, reference = cuda_backend.CudaBackend(weights).program(graph), ReferenceBackend(weights)
     poison(program)
     program.inputs["x"][:] = rng.standard_normal((1, 12288), np.float32)
-    program.run_inputs.send(1, 0)
+    program.run_inputs.send(1, 1)
     with bounds_of(reference):
         check_step(program, 0, 1, reference, lambda: program.run(1))
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from numballama import Error
 from numballama.config import ModelConfig
-from numballama.cuda.backend import StagedWrites
+from numballama.cuda import backend as cuda_backend
+from numballama.cuda.sampler_table import Staging
 from numballama.cuda.kernels import rows_attention
 from numballama.cuda.ops import attention
 from numballama.graph import PAGE_TABLE
@@ -56,7 +57,7 @@ def test_a_row_does_not_depend_on_its_neighbours() -> None:
 
 def test_pages_are_written_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     """More of them than the ring of pinned memory holds, and again from its start."""
-    monkeypatch.setattr(StagedWrites, "CAPACITY", 5)
+    monkeypatch.setattr(cuda_backend, "Staging", lambda device: Staging(device, 20))
     pair = Pair(ModelConfig(16, 8, 1, 2, 1, 9, 44), sequences=2)
     pair.programs(1)
     backend = pair.cuda

@@ -1,7 +1,7 @@
 """Cases for linear layers of 2 to 64 tokens on a GPU, as those of `gemm_cases.py`.
 
-    python -m tests.cuda.skinny_cases 9.0      # emulated, for one compute capability
-    python -m tests.cuda.skinny_cases          # on the GPU
+python -m tests.cuda.skinny_cases 9.0      # emulated, for one compute capability
+python -m tests.cuda.skinny_cases          # on the GPU
 """
 
 from __future__ import annotations
@@ -62,7 +62,9 @@ def cases() -> list[Case]:
     for kind in TYPES:
         wide = kind in ("q4_k", "q6_k")
         add(f"norm_linear {kind}, 2", 2, linear, kind, 2, 1280 if wide else 320, 40, residual=False, normed=True)
-        add(f"linear_add {kind}, 13 of 16", 13, linear, kind, 16, 768 if wide else 672, 104, residual=True, normed=False)
+        add(
+            f"linear_add {kind}, 13 of 16", 13, linear, kind, 16, 768 if wide else 672, 104, residual=True, normed=False
+        )
         add(f"gate_up {kind}, 5 of 8", 5, gate_up, kind, 8, 512, 56, normed=True)
     add("linear f16, 24", 24, linear, "f16", 24, 72, 20, residual=True, normed=False)
     add("linear q4_0, 50 of 64", 50, linear, "q4_0", 64, 288, 72, residual=True, normed=False)

@@ -103,7 +103,7 @@ def test_long_and_short_rows_in_one_run(kv: str) -> None:
             ("rows", range(6)),
         ):  # fmt: skip
             program.inputs[name][:] = np.array(numbers)
-        program.run_inputs.send(6, 0, 6)
+        program.run_inputs.send(6, 6)
         for index in range(len(program.plan.steps)):
             poison_dead(program, index)
             with bounds_of(reference.backend):

@@ -12,18 +12,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from numballama.engine.request import TokenEvent
-from numballama.engine.runner import FEED, Batch
-from numballama.sampling import SamplingParams
+from numballama.engine.runner import Batch
+from numballama.sampling import FEED, Sampled, SamplingParams
 
 POISON = -7
-
-
-@dataclass
-class FakeSampled:
-    tokens: NDArray[np.int32]
-    logprobs: NDArray[np.float32]
-    top_ids: NDArray[np.int32]
-    top_logprobs: NDArray[np.float32]
 
 
 def next_token(history: Sequence[int], vocab_size: int, seed: int = 0) -> int:
@@ -73,7 +65,7 @@ class FakeRunner:
         self.outputs: list[list[int]] = [[] for _ in range(self.max_sequences)]
         self.masks: dict[int, NDArray[np.uint32]] = {}
         self.queue: deque[tuple[str, tuple[object, ...]]] = deque()
-        self.results: dict[int, FakeSampled] = {}
+        self.results: dict[int, Sampled] = {}
         self.in_flight: deque[int] = deque()
         self.batches: list[Batch] = []
         self.busy = threading.Lock()
@@ -130,7 +122,7 @@ class FakeRunner:
                 assert slot not in seen, "a sequence's rows are contiguous"
                 seen.add(slot)
 
-    def collect(self, ticket: int) -> FakeSampled:
+    def collect(self, ticket: int) -> Sampled:
         assert self.busy.acquire(blocking=False), "one thread at a time drives a runner"
         try:
             assert self.in_flight[0] == ticket, "tickets are collected in order"
@@ -183,7 +175,7 @@ class FakeRunner:
             history = self.content[pages].reshape(-1)[: position + 1].tolist()
             tokens.append(self.sample(slot, history))
         rows = len(tokens)
-        self.results[number] = FakeSampled(
+        self.results[number] = Sampled(
             np.array(tokens, np.int32),
             np.array([-token / 8 for token in tokens], np.float32),
             np.array([[token, 1] for token in tokens], np.int32).reshape(rows, 2),

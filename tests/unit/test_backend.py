@@ -21,9 +21,7 @@ from tests.helpers.random_models import random_checkpoint, save
 
 CONFIG = ModelConfig(16, 24, 2, 4, 2, 30, 40)
 WEIGHTS = random_checkpoint(CONFIG).weights
-GRAPH = build(
-    CONFIG, {name: weight.type for name, weight in WEIGHTS.items()}, KVLayout.of(CONFIG, 40, "f32"), 4
-)
+GRAPH = build(CONFIG, {name: weight.type for name, weight in WEIGHTS.items()}, KVLayout.of(CONFIG, 40, "f32"), 4)
 
 
 @pytest.fixture(params=["cpu", "reference"])

@@ -126,7 +126,9 @@ def test_editing_a_kernel_source_changes_the_result(copy: Copy, first: Any) -> N
     assert edited["misses"] > 0
     assert edited["results"][0]["logits"] != first["results"][0]["logits"]
     again = copy.use("llama2c-v0")
-    assert again["results"][0] == first["results"][0] and again["misses"] == again["others"] == 0, "the old sources find their old cache"
+    assert again["results"][0] == first["results"][0] and again["misses"] == again["others"] == 0, (
+        "the old sources find their old cache"
+    )
 
 
 @pytest.mark.slow

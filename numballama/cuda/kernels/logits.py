@@ -1,6 +1,7 @@
-"""What changes a row of logits before a token is chosen: mask, stop tokens, biases and penalties, in this order.
+"""A row of logits: how the threads of a block read it, its largest logit, and what changes it before a token is chosen.
 
-The row is logits[first : first + n]; every thread of the block calls each function, with a barrier between two.
+The row is logits[first : first + n]. Changes are mask, stop tokens, biases and penalties, in this order. All threads of
+the block call each of these functions, with a barrier between two.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from numba import cuda
 
 from ..intrinsics import ld_global_u32, ld_v4_f32, uint_as_float
 from .common import device
+from .reduce import block_argmax, is_replaced_by
 
 
 @device
@@ -25,6 +27,27 @@ def load4(logits, first, i, n, is_aligned):
     if i + 3 < n:
         d = logits[first + i + 3]
     return a, b, c, d
+
+
+@device
+def larger(value, index, other, other_index):
+    """The one of two (logit, token) that precedes in an argmax."""
+    if is_replaced_by(value, index, other, np.int32(other_index)):
+        return other, np.int32(other_index)
+    return value, index
+
+
+@device
+def row_argmax(logits, first, n, is_aligned, values, indices):
+    """(largest logit, its first token), in every thread; a NaN is larger than every number."""
+    largest, token = np.float32(-np.inf), np.int32(n)
+    for i in range(4 * cuda.threadIdx.x, n, 4 * cuda.blockDim.x):
+        a, b, c, d = load4(logits, first, i, n, is_aligned)
+        largest, token = larger(largest, token, a, i)
+        largest, token = larger(largest, token, b, i + 1)
+        largest, token = larger(largest, token, c, i + 2)
+        largest, token = larger(largest, token, d, i + 3)
+    return block_argmax(largest, token, values, indices)
 
 
 @device

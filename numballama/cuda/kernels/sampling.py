@@ -40,7 +40,7 @@ from ...sampling import (
 )
 from ..intrinsics import float_as_uint, ld_global_u32, st_global_u32, store_release_system, uint_as_float
 from .common import device, is_nan, pdl_sync
-from .logits import apply_biases, apply_mask, apply_output_penalties, apply_repetition_penalty, load4
+from .logits import apply_biases, apply_mask, apply_output_penalties, apply_repetition_penalty, load4, row_argmax
 from .params import RECORD_BYTES, ROW_BIAS, ROW_COUNTS, ROW_LOGITS, ROW_MASK
 from .params import SAMPLING_THREADS as THREADS
 from .reduce import block_argmax, block_sum, is_replaced_by, warp_sum
@@ -155,27 +155,6 @@ def mass_of(logit, largest):
 
 
 # The phases of `sample_kernel`
-
-
-@device
-def larger(value, index, other, other_index):
-    """The one of two (logit, token) that precedes in an argmax."""
-    if is_replaced_by(value, index, other, np.int32(other_index)):
-        return other, np.int32(other_index)
-    return value, index
-
-
-@device
-def row_argmax(logits, first, n, is_aligned, values, indices):
-    """(largest logit, its first token), in every thread; a NaN is larger than every number."""
-    largest, token = np.float32(-np.inf), np.int32(n)
-    for i in range(4 * cuda.threadIdx.x, n, 4 * THREADS):
-        a, b, c, d = load4(logits, first, i, n, is_aligned)
-        largest, token = larger(largest, token, a, i)
-        largest, token = larger(largest, token, b, i + 1)
-        largest, token = larger(largest, token, c, i + 2)
-        largest, token = larger(largest, token, d, i + 3)
-    return block_argmax(largest, token, values, indices)
 
 
 @device

@@ -127,4 +127,6 @@ def skinny_sum_kernel(tokens, partials, scales, squares, capacity, normed, eps, 
         sums = add_slice(sums, s + 3 < slices, fourth)
     upper, lower, square, square2 = sums
     factors = norm_factor(square, normed, columns, eps), norm_factor(square2, normed, columns, eps)
-    finish_unit(paired, group, token, tokens[0] - token, factors, upper, lower, rows, kv_rows, residual, added, (q, k, v))
+    finish_unit(
+        paired, group, token, tokens[0] - token, factors, upper, lower, rows, kv_rows, residual, added, (q, k, v)
+    )

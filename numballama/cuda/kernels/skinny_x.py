@@ -109,8 +109,9 @@ def put_words(rounded, at, padded_left, words, here):
 
 
 @cuda.jit
-def skinny_round_kernel(tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, slice_columns,
-                        pieces):
+def skinny_round_kernel(
+    tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, slice_columns, pieces
+):
     """Round X, a slice of a row per warp: rounded [T, padded], and per slice and token its scale and sum of squares.
 
     blockIdx.x counts eight tokens, blockIdx.y slices.
@@ -160,7 +161,14 @@ def round_x(x, norm, normed, rounded, scales, squares, capacity, first_token, to
         no_unroll()
         t = first_token + n
         words, down, total = round_slice(
-            x, t * columns, norm, normed, first_column, row_pieces if t < tokens else 0, columns, rounded,
+            x,
+            t * columns,
+            norm,
+            normed,
+            first_column,
+            row_pieces if t < tokens else 0,
+            columns,
+            rounded,
             pieces,
         )
         row_at = shared_at + n * row_bytes

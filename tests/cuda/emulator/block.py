@@ -369,7 +369,9 @@ class Block:
             self._bits(name, kind, to, sources, mask)
             return
         if kind == "f16x2":  # exact in float64, rounded once
-            halves = [self._value(source, "b32").view(np.float16).reshape(-1, 2).astype(np.float64) for source in sources]
+            halves = [
+                self._value(source, "b32").view(np.float16).reshape(-1, 2).astype(np.float64) for source in sources
+            ]
             self._set(to, OPERATIONS[name](*halves).astype(np.float16).reshape(-1).view(np.uint32), mask)
             return
         values = [self._value(source, kind) for source in sources]

@@ -15,7 +15,17 @@ from numba import types
 
 from numballama.cpu import workers
 from numballama.cpu.compiler import compile_step
-from numballama.cpu.executor import ADDRESS, MAX_TOKENS, OPERANDS, run_steps, serve, worker_threads
+from numballama.cpu.executor import (
+    ADDRESS,
+    BEGIN,
+    MAX_TOKENS,
+    OPERANDS,
+    ROWS,
+    describe_run,
+    run_steps,
+    serve,
+    worker_threads,
+)
 from numballama.cpu.workers import ASLEEP, BARRIER, ERRORS, FIRST_WORKER, JOB, MAIL, WORKER_SIZE, WorkerThreads
 from numballama.errors import DeviceError
 from tests.helpers.processes import run_python
@@ -39,12 +49,14 @@ def run(n_workers: int, steps: int, on: WorkerThreads = worker_threads) -> list[
     log = np.zeros((MOST, steps + 1), np.int64)
     log[:, 0] = 1
     compiled = compile_step(follow, [types.int64, types.Array(types.int64, 2, "C")])
-    table = np.zeros((steps, OPERANDS + 4), np.int64)
-    for step, row in enumerate(table):
+    table = np.zeros((max(steps, 1), OPERANDS + 4), np.int64)
+    for step, row in enumerate(table[:steps]):
         row[ADDRESS], row[MAX_TOKENS] = compiled.address, 1
         row[OPERANDS:] = step, log.ctypes.data, *log.shape
+    described = describe_run(table)
+    described[BEGIN:ROWS] = 0, steps, 1
     with on.region(n_workers):
-        failed = run_steps(table.ctypes.data, 8 * (OPERANDS + 4), 0, steps, 1, n_workers, on.address)
+        failed = run_steps(described.ctypes.data, n_workers, on.address)
     assert failed == 0
     return log[:, 1:].tolist()
 

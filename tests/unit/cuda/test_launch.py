@@ -62,8 +62,10 @@ def other_launches() -> Iterator[Launch]:
     out = {"next_token": token, "logprobs": floats, "normalizers": floats, "top_ids": token, "top_logprobs": floats}
     yield from sampling.sample(token, array(1, 40), token, table, out, logprobs=True)
     yield from sampling.advance(
-        next_token=token, ids=token, positions=token, step=array(1, dtype="i64"), slots_address=4096, n_slots=64
-    )
+        n_rows=token, next_token=token, slots=token, last_token=token, ids=token, positions=token, continues=1,
+        count=array(1, dtype="i64"), words=4096, n_runs=64, max_rows=1,
+    )  # fmt: skip
+    yield from sampling.feed(tokens=token, ids=token, sequences=token, last_token=token)
     yield from copy(array(4096), array(4096))
 
 

@@ -200,8 +200,7 @@ def test_a_failure_of_the_device_ends_everything(lookahead: int) -> None:
 
 def test_n_sequences_share_the_prompt(lookahead: int) -> None:
     engine, runner = make(lookahead=lookahead)
-    params = make_params(temperature=1.0, seed=11, max_tokens=5)
-    object.__setattr__(params, "n", 3)
+    params = make_params(temperature=1.0, seed=11, max_tokens=5, n=3)
     prompt = list(range(9))
     events = list(engine.submit(prompt, params))
     for index in range(3):
@@ -254,8 +253,7 @@ def test_a_random_seed_survives_preemption(lookahead: int) -> None:
 def test_log_probabilities(lookahead: int) -> None:
     engine, _ = make(lookahead=lookahead)
     params = make_params(max_tokens=2)
-    plain, wanted = engine.submit(PROMPT, params), engine.submit(PROMPT, make_params(max_tokens=2))
-    wanted._state.logprobs = True
+    plain, wanted = engine.submit(PROMPT, params), engine.submit(PROMPT, make_params(max_tokens=2, logprobs=2))
     assert [event.logprobs for event in plain] == [None, None]
     for event in wanted:
         assert event.logprobs is not None

@@ -7,7 +7,8 @@ import inspect
 import numpy as np
 import pytest
 
-from numballama.engine.runner import FEED, Batch, Runner
+from numballama.engine.runner import Batch, Runner
+from numballama.sampling import FEED
 from tests.helpers.fake_runner import FakeRunner, expected, make_params
 
 

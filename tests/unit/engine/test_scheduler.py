@@ -13,11 +13,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from numballama.engine.engine import Engine
 from numballama.engine.pages import BlockManager
 from numballama.engine.request import Request
-from numballama.engine.runner import FEED
 from numballama.engine.scheduler import Run, Scheduler
 from numballama.engine.sequence import Sequence, Status
 from numballama.errors import Error
-from numballama.sampling import SamplingParams
+from numballama.sampling import FEED, SamplingParams
 from tests.helpers.engine_machine import check_engine
 from tests.helpers.fake_runner import FakeRunner, expected, make_params
 
@@ -301,8 +300,7 @@ class Machine(RuleBasedStateMachine):
         reuse: bool,
         stops: frozenset[int],
     ) -> None:
-        params = make_params(max_tokens=most, seed=seed, temperature=0 if seed is None else 1)
-        object.__setattr__(params, "n", n)
+        params = make_params(max_tokens=most, seed=seed, temperature=0 if seed is None else 1, n=n)
         request = self.engine.submit(
             prompt, params, priority=priority, salt=salt, reuse_prefix=reuse, stop_token_ids=stops
         )
