@@ -15,7 +15,7 @@ from . import ir, loader, memory, plan, progress
 from .backend import Backend, Program, backend_class, choose_device, open_backend
 from .bench import debug
 from .chat.conversation import Chat
-from .chat.encoder import NO_BOS, SPELLED, ConversationEncoder, note_once, spells_control_tokens
+from .chat.encoder import NO_BOS, SPELLED, Encoders, note_once, spells_control_tokens
 from .chat.template import Message, TemplateSet, refuse_options
 from .checkpoint import Checkpoint, Weight
 from .config import ModelConfig, RopePairing
@@ -420,7 +420,7 @@ class Model:
         """
         wanted = template_kwargs.pop("chat_template", None)
         refuse_options(template_kwargs)
-        encoder = self._encoder(wanted, tools is not None)
+        encoder = self._encoders.get(self._require_tokenizer(), wanted, tools is not None)
         variables = {"add_generation_prompt": add_generation_prompt, "tools": tools, **template_kwargs}
         if not tokenize:
             return encoder.template.render(messages, **variables)
@@ -448,23 +448,12 @@ class Model:
         """
         refuse_options(template_kwargs)
         tools = template_kwargs.get("tools") is not None
-        return Chat(self, self._encoder(template or None, tools), system, messages, template_kwargs)
-
-    def _encoder(self, template: str | None, tools: bool) -> ConversationEncoder:
-        """The encoder for a template, see `TemplateSet.choose`. The latest are kept: one takes milliseconds to make."""
-        key = (template, tools)
-        encoder = self._encoders.get(key) if isinstance(template, str | None) else None
-        if encoder is None:
-            templates = TemplateSet(self._checkpoint.chat_templates, self._checkpoint.template_tokens)
-            encoder = ConversationEncoder(self._require_tokenizer(), template, templates, tools)
-            if len(self._encoders) >= 8:
-                self._encoders.clear()
-            self._encoders[key] = encoder
-        return encoder
+        encoder = self._encoders.get(self._require_tokenizer(), template or None, tools)
+        return Chat(self, encoder, system, messages, template_kwargs)
 
     @cached_property
-    def _encoders(self) -> dict[tuple[str | None, bool], ConversationEncoder]:
-        return {}
+    def _encoders(self) -> Encoders:
+        return Encoders(TemplateSet(self._checkpoint.chat_templates, self._checkpoint.template_tokens))
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
