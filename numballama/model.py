@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, overload
 
@@ -14,7 +15,7 @@ from . import ir, loader, memory, plan, progress
 from .backend import Backend, Program, backend_class, choose_device, open_backend
 from .bench import debug
 from .chat.conversation import Chat
-from .chat.encoder import NO_BOS, SPELLED, ConversationEncoder, note_once, spells_control_tokens
+from .chat.encoder import NO_BOS, SPELLED, Encoders, note_once, spells_control_tokens
 from .chat.template import Message, TemplateSet, refuse_options
 from .checkpoint import Checkpoint, Weight
 from .config import ModelConfig, RopePairing
@@ -330,7 +331,7 @@ class Model:
         """Submit a prompt as text. None: the beginning-of-text token alone."""
         tokenizer = self._require_tokenizer()
         if not (prompt is None or isinstance(prompt, str)):
-            raise Error(f"the prompt must be a string or None, found {prompt!r}")
+            raise Error(f"the prompt must be a string or None, found {prompt!r:.200}; stream_ids() takes token ids")
         if prompt == "":
             raise Error("the prompt is empty; None starts from the beginning-of-text token alone")
         ids = tokenizer.encode(prompt or "", bos=True, special=settings.special)
@@ -419,7 +420,7 @@ class Model:
         """
         wanted = template_kwargs.pop("chat_template", None)
         refuse_options(template_kwargs)
-        encoder = ConversationEncoder(self._require_tokenizer(), wanted, self._templates(), tools is not None)
+        encoder = self._encoders.get(self._require_tokenizer(), wanted, tools is not None)
         variables = {"add_generation_prompt": add_generation_prompt, "tools": tools, **template_kwargs}
         if not tokenize:
             return encoder.template.render(messages, **variables)
@@ -447,11 +448,12 @@ class Model:
         """
         refuse_options(template_kwargs)
         tools = template_kwargs.get("tools") is not None
-        encoder = ConversationEncoder(self._require_tokenizer(), template or None, self._templates(), tools)
+        encoder = self._encoders.get(self._require_tokenizer(), template or None, tools)
         return Chat(self, encoder, system, messages, template_kwargs)
 
-    def _templates(self) -> TemplateSet:
-        return TemplateSet(self._checkpoint.chat_templates, self._checkpoint.template_tokens)
+    @cached_property
+    def _encoders(self) -> Encoders:
+        return Encoders(TemplateSet(self._checkpoint.chat_templates, self._checkpoint.template_tokens))
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
