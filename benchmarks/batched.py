@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -89,8 +90,8 @@ def stall(model: Model, sequences: int, prompt: int) -> dict[str, float]:
             pass
     for _ in long:
         pass
-    before = [b - a for own in times for a, b in zip(own[20:100], own[21:100], strict=False)]
-    during = [b - a for own in times for a, b in zip(own, own[1:], strict=False) if arrived < b < late[0]]
+    before = [b - a for own in times for a, b in pairwise(own[20:100])]
+    during = [b - a for own in times for a, b in pairwise(own) if arrived < b < late[0]]
     usual = statistics.median(before)
     return {
         "usual_step_s": usual, "worst_gap_in_steps": max(during) / usual,

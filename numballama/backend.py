@@ -42,7 +42,7 @@ class Program(Protocol):
 
     @property
     def inputs(self) -> Mapping[str, np.ndarray]:
-        """Arrays in host memory that the next run reads: `ids`, `positions` and `sequences`, int32 [tokens], and `rows`.
+        """Arrays in host memory that the next run reads: `ids`, `positions`, `sequences` int32 [tokens], and `rows`.
 
         `sequences` are slots of the page table, `rows` the numbers of the rows with logits, int32 [rows at most].
         """

@@ -347,7 +347,7 @@ class CudaProgram:
         self.run_steps(tokens, begin, last, rows)
 
     def submit(self, tokens: int, rows: int, table: SamplerTable) -> int:
-        """Start a run of all steps that samples a token for each of `rows` rows: one graph launch. Returns its ticket."""
+        """Start a run of all steps that samples a token for each of `rows` rows: one graph launch. Returns a ticket."""
         if not (1 <= rows <= tokens <= self.plan.tokens):
             raise Error(f"cannot run {tokens} tokens of {self.plan.tokens} and sample for {rows} rows")
         self._claim_backend()
