@@ -81,7 +81,8 @@ def read_tokenizer_json(file: MappedFile, settings: TokenSettings) -> LibraryTok
         raise UnsupportedError(f"{file.path}: a WordPiece model; supported are BPE, Unigram and WordLevel")
     notes: list[str] = []
     with library_errors("not a tokenizer.json", file.path):
-        _use_class(library, settings)
+        if file.data.find(b'"ByteLevel"') < 0:  # transformers looks for it in the same way
+            _use_class(library, settings)
         _add_tokens(library, settings)
         ids: dict[str, int] = library.get_vocab(with_added_tokens=True)
         decoding = _decoding(library, file.path, notes)
@@ -125,7 +126,7 @@ def _use_class(library: Library, settings: TokenSettings) -> None:
     from tokenizers import decoders, models, pre_tokenizers
 
     of_class = settings.tokenizer_class == "LlamaTokenizer" and settings.model_type not in ("mistral", "qwen2")
-    if not of_class or not isinstance(library.model, models.BPE) or "ByteLevel" in library_parts(library):
+    if not of_class or not isinstance(library.model, models.BPE):
         return
     prefix = settings.add_prefix_space is not False
     scheme = "never" if not prefix else "always" if settings.legacy else "first"

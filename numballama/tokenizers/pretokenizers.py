@@ -121,15 +121,6 @@ _BY_RULES: tuple[tuple[str, PreTokenizer], ...] = (
         "spark2_5",
         PreTokenizer((r"\p{N}{1,3}", _CJK, rf"{_PUNCTUATED}|[\r\n]|\s+(?!\S)|\s+", r"\p{N}")),
     ),
-    (
-        "afmoe",
-        PreTokenizer(
-            (
-                r"[一-鿿㐀-䶿豈-﫿぀-ゟ゠-ヿ･-ﾟ⼀-⿟เ-๿຀-໿ក-៿က-႟ꩠ-ꩿꧠ-꧿가-힯ᄀ-ᇿ]+",
-                rf"{_THOUSANDS}|{_PUNCTUATED}[\r\n]*|{_SPACES}",
-            )
-        ),
-    ),
     ("falcon", PreTokenizer((r"[\p{P}\$\+<=>\^~\|`]+", _GPT2, r"[0-9][0-9][0-9]"))),
     ("bloom poro-chat gpt3-finnish", PreTokenizer((_WORDS,))),
     ("viking", PreTokenizer((_WORDS, r"\p{N}"))),
@@ -193,7 +184,7 @@ PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {name: rules for names, rules in _B
 The names are those of llama.cpp in llama-cpp-python 0.3.36, except for `NOT_READ`.
 """
 
-NOT_READ = ("gemma4", "granite-embed-multi-311m", "sarvam-moe", "whitespace", "kimi-k2")
+NOT_READ = ("gemma4", "granite-embed-multi-311m", "sarvam-moe", "whitespace", "kimi-k2", "afmoe")
 """Names of llama.cpp that are not read: their BPE is not byte-level, or their rules are no regular expressions."""
 
 
