@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, overload
 
@@ -14,7 +15,7 @@ from . import ir, loader, memory, plan, progress
 from .backend import Backend, Program, backend_class, choose_device, open_backend
 from .bench import debug
 from .chat.conversation import Chat
-from .chat.encoder import NO_BOS, SPELLED, ConversationEncoder, note_once, spells_control_tokens
+from .chat.encoder import NO_BOS, SPELLED, Encoders, note_once, spells_control_tokens
 from .chat.template import Message, TemplateSet, refuse_options
 from .checkpoint import Checkpoint, Weight
 from .config import ModelConfig, RopePairing
@@ -28,15 +29,7 @@ from .graph import Logits, build
 from .memory import format_bytes
 from .quantization import policy
 from .quantization.types import KV_TYPES, VEC_DOT_TYPE, ActivationType, KVType
-from .sampling import (
-    DEFAULTS,
-    NOT_GIVEN,
-    NotGiven,
-    SamplerTable,
-    SamplingOptions,
-    SamplingParams,
-    merge,
-)
+from .sampling import DEFAULTS, NOT_GIVEN, NotGiven, SamplerTable, SamplingOptions, SamplingParams, merge
 from .session import Session
 from .tokenizers.base import Tokenizer
 from .validation import whole_number
@@ -290,13 +283,11 @@ class Model:
         Raises `ContextError` for a prompt that does not fit; `Error` for an empty prompt, an invalid or unknown option,
         or a model without a tokenizer; `Interrupted`, with the text so far, on Ctrl-C.
         """
-        if isinstance(prompt, str | None):
-            streams = [self.stream(prompt, max_tokens, params=_one(params), **options)]
-        else:
-            each = _for_each(prompt, params)
-            streams = [
-                self.stream(text, max_tokens, params=own, **options) for text, own in zip(prompt, each, strict=True)
-            ]
+        prompts, each = ([prompt], [_one(params)]) if isinstance(prompt, str | None) else _for_each(prompt, params)
+        settings = [merge(own, DEFAULTS, max_tokens, options) for own in each]
+        if any(own.n > 1 for own in settings):
+            raise Error("n > 1 gives several texts, generate() returns one: read them from stream(), by response.index")
+        streams = [self._submit_text(text, own) for text, own in zip(prompts, settings, strict=True)]
         texts: list[str] = []
         for stream in streams:
             parts: list[str] = []
@@ -330,7 +321,7 @@ class Model:
         """Submit a prompt as text. None: the beginning-of-text token alone."""
         tokenizer = self._require_tokenizer()
         if not (prompt is None or isinstance(prompt, str)):
-            raise Error(f"the prompt must be a string or None, found {prompt!r}")
+            raise Error(f"the prompt must be a string or None, found {prompt!r:.200}; stream_ids() takes token ids")
         if prompt == "":
             raise Error("the prompt is empty; None starts from the beginning-of-text token alone")
         ids = tokenizer.encode(prompt or "", bos=True, special=settings.special)
@@ -419,7 +410,7 @@ class Model:
         """
         wanted = template_kwargs.pop("chat_template", None)
         refuse_options(template_kwargs)
-        encoder = ConversationEncoder(self._require_tokenizer(), wanted, self._templates(), tools is not None)
+        encoder = self._encoders.get(self._require_tokenizer(), wanted, tools is not None)
         variables = {"add_generation_prompt": add_generation_prompt, "tools": tools, **template_kwargs}
         if not tokenize:
             return encoder.template.render(messages, **variables)
@@ -447,11 +438,12 @@ class Model:
         """
         refuse_options(template_kwargs)
         tools = template_kwargs.get("tools") is not None
-        encoder = ConversationEncoder(self._require_tokenizer(), template or None, self._templates(), tools)
+        encoder = self._encoders.get(self._require_tokenizer(), template or None, tools)
         return Chat(self, encoder, system, messages, template_kwargs)
 
-    def _templates(self) -> TemplateSet:
-        return TemplateSet(self._checkpoint.chat_templates, self._checkpoint.template_tokens)
+    @cached_property
+    def _encoders(self) -> Encoders:
+        return Encoders(TemplateSet(self._checkpoint.chat_templates, self._checkpoint.template_tokens))
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -471,17 +463,17 @@ def _one(params: SamplingParams | Sequence[SamplingParams] | None) -> SamplingPa
 
 def _for_each(
     prompts: Sequence[str | None], params: SamplingParams | Sequence[SamplingParams] | None
-) -> Sequence[SamplingParams | None]:
-    """The settings of each prompt."""
+) -> tuple[Sequence[str | None], Sequence[SamplingParams | None]]:
+    """The prompts and the settings of each."""
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
         raise Error(f"the prompt must be a string, None or a list of these, found {prompts!r}")
     if not isinstance(params, Sequence):
-        return [params] * len(prompts)
+        return prompts, [params] * len(prompts)
     if len(params) != len(prompts):
         raise Error(
             f"there are {len(prompts)} prompts and {len(params)} params: pass one params for each, or one for all"
         )
-    return params
+    return prompts, params
 
 
 def _choose_context(config: ModelConfig, context: int | None, notes: list[str]) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import Error, UnsupportedError
-from .validation import real_number, require_known, strings, whole_number
+from .validation import flag, real_number, require_known, strings, whole_number
 
 REPEAT_WINDOW = 64
 """Number of latest tokens that the repetition penalty applies to (llama.cpp's repeat_last_n)."""
@@ -170,6 +170,8 @@ class SamplingParams:
         self._set("stop", () if self.stop is None else tuple(strings("stop", self.stop)))
         self._set("stop_token_ids", _token_ids(self.stop_token_ids))
         self._set("n", whole_number("n", self.n, 1))
+        for name in ("ignore_eos", "special"):
+            self._set(name, flag(name, getattr(self, name)))
         if self.n > MAX_N:
             raise Error(f"n must be at most {MAX_N}, found {self.n}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:

@@ -7,12 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import SupportsFloat, SupportsIndex, cast
 
+import numpy as np
+
 from .errors import Error
 
 
 def whole_number(name: str, value: object, minimum: int | None = None) -> int:
-    """`value` as an int. NumPy integers are accepted, 1.0 is not. Raises `Error` below `minimum`."""
+    """`value` as an int. NumPy integers are accepted, 1.0 and True are not. Raises `Error` below `minimum`."""
     try:
+        if isinstance(value, bool):  # `logprobs=True` is OpenAI's, and no number
+            raise TypeError
         number = operator.index(cast("SupportsIndex", value))
     except TypeError:
         raise Error(f"{name} must be a whole number, found {value!r}") from None
@@ -30,6 +34,13 @@ def real_number(name: str, value: object, minimum: float, maximum: float, expect
     if not minimum <= number <= maximum:
         raise Error(f"{name} must be {expected}, found {value!r}")
     return number
+
+
+def flag(name: str, value: object) -> bool:
+    """`value` as a bool: True, False, 1, 0 or NumPy's. Raises `Error` for others: "false" would be true."""
+    if isinstance(value, bool | int | np.bool_) and value in (0, 1):
+        return bool(value)
+    raise Error(f"{name} must be True or False, found {value!r}")
 
 
 def strings(name: str, value: object) -> Sequence[str]:

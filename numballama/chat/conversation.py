@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import ContextError, Error, Interrupted
 from ..engine.request import FinishReason
+from ..errors import ContextError, Error, Interrupted
 from ..generate import GenerationResponse
 from ..sampling import CHAT_DEFAULTS, NOT_GIVEN, NotGiven, SamplingOptions, SamplingParams, merge
 from .encoder import NO_BOS, ConversationEncoder, note_once
-from .template import ChatTemplate, Message, stop_token_ids
+from .template import ChatTemplate, Message, plain_message, stop_token_ids
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -115,9 +115,9 @@ class Chat:
         return system + [dict(message) for message in self._history]
 
     @messages.setter
-    def messages(self, messages: Sequence[Message]) -> None:
-        if not isinstance(messages, Sequence) or isinstance(messages, str):
-            raise Error(f"messages must be a list, found {messages!r}")
+    def messages(self, messages: Iterable[Message]) -> None:
+        if not isinstance(messages, Iterable) or isinstance(messages, str | bytes | Mapping):
+            raise Error(f"messages must be a list, found {messages!r:.200}")
         history = [_checked(message) for message in messages]
         first_is_system = bool(history) and history[0]["role"] == "system"
         self._system = history.pop(0)["content"] or None if first_is_system else None
@@ -167,6 +167,8 @@ class Chat:
         if not isinstance(text, str):
             raise Error(f"a message must be a string, found {text!r}")
         settings = merge(params, CHAT_DEFAULTS, max_tokens, options)
+        if settings.n > 1:
+            raise Error(f"a message has one answer in a chat: n must be 1, found {settings.n}")
         if not settings.ignore_eos:
             settings = replace(settings, stop_token_ids={*settings.stop_token_ids, *self._stop_token_ids})
         history = [*self._history, {"role": "user", "content": text}]
@@ -213,7 +215,8 @@ class Chat:
             yield response
 
 
-def _checked(message: Any) -> dict[str, Any]:
-    if not isinstance(message, Mapping) or not all(isinstance(message.get(key), str) for key in ("role", "content")):
+def _checked(given: object) -> dict[str, Any]:
+    message = plain_message(given)
+    if not all(isinstance(message.get(key), str) for key in ("role", "content")):
         raise Error(f'a message must be {{"role": text, "content": text}}, found {message!r:.200}')
-    return dict(message)
+    return message

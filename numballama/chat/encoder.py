@@ -157,6 +157,26 @@ class ConversationEncoder:
         return dict(zip(sorted(characters), free, strict=False)) if len(free) >= len(characters) else None
 
 
+class Encoders:
+    """The encoders of a model's templates. The latest `MOST` are kept, because one takes milliseconds to make."""
+
+    MOST = 8
+
+    def __init__(self, templates: TemplateSet) -> None:
+        self._templates = templates
+        self._made: dict[tuple[str | None, bool], ConversationEncoder] = {}
+
+    def get(self, tokenizer: Tokenizer, template: str | None, tools: bool) -> ConversationEncoder:
+        """The encoder for a template, see `TemplateSet.choose`. Raises `Error` as `ConversationEncoder`."""
+        found = self._made.get((template, tools)) if isinstance(template, str | None) else None
+        if found is None:
+            found = ConversationEncoder(tokenizer, template, self._templates, tools)
+            if len(self._made) >= self.MOST:
+                self._made.clear()
+            self._made[template, tools] = found
+        return found
+
+
 NO_BOS = (
     "the chat template writes no BOS token, with which this vocabulary begins a text: left out, as in transformers "
     "(llama.cpp adds it)"

@@ -8,6 +8,7 @@ import threading
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -110,20 +111,23 @@ def refuse_options(variables: Mapping[str, object]) -> None:
             raise Error(f"{name} is not supported: {instead}")
 
 
+def plain_message(given: object) -> dict[str, Any]:
+    """A message as a dict of plain values. It may be a mapping, a dataclass or a pydantic model. Raises `Error`."""
+    if not isinstance(message := _plain(given), dict):
+        raise Error(f'messages must be a list of {{"role": …, "content": …}}, found {given!r:.200} among them')
+    return message
+
+
 def plain_messages(messages: Iterable[object]) -> list[dict[str, Any]]:
     """Messages as templates see them in transformers: dicts of plain values, without keys whose value is None.
 
-    A message may be a mapping, a dataclass or a pydantic model (the OpenAI client's). Its reasoning has the names
-    "reasoning_content" and "thinking". Raises `Error` for anything else.
+    A message's reasoning has the names "reasoning_content" and "thinking". Raises `Error` for what is no message.
     """
     if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Iterable):
         raise Error(f'messages must be a list of {{"role": …, "content": …}}, found {messages!r:.200}')
     found = []
     for given in messages:
-        message = _plain(given)
-        if not isinstance(message, dict):
-            raise Error(f'messages must be a list of {{"role": …, "content": …}}, found {given!r:.200} among them')
-        message = {key: value for key, value in message.items() if value is not None}
+        message = {key: value for key, value in plain_message(given).items() if value is not None}
         reasoning = next((message[name] for name in _REASONING if name in message), None)
         if reasoning is not None:
             message = {"thinking": reasoning, **message, "reasoning_content": reasoning}
@@ -189,7 +193,8 @@ class TemplateSet:
         built-in template whose special tokens are in the vocabulary. Raises `Error` when there is none of these.
         """
         if wanted is not None and not isinstance(wanted, str):
-            raise Error(f"a chat template must be a string in jinja2, or the name of one, found {wanted!r:.200}")
+            hint = ": pass its text, path.read_text()" if isinstance(wanted, PathLike) else ""
+            raise Error(f"a chat template must be a text in jinja2, or the name of one, found {wanted!r:.200}{hint}")
         if wanted is not None and wanted not in self.named:
             if re.fullmatch(r"[\w-]+", wanted):  # a name: no template is a single word
                 names = ", ".join(map(repr, self.named)) or "none with a name"

@@ -159,6 +159,16 @@ def test_values_of_other_libraries() -> None:
     assert SamplingParams(stop=("a", np.str_("b"))).stop == ("a", "b")
 
 
+def test_bools_are_bools_and_no_numbers() -> None:
+    assert SamplingParams(ignore_eos=1, special=np.bool_(0)) == SamplingParams(ignore_eos=True)  # type: ignore[arg-type]
+    for wrong in ("false", None, 2, 1.0, [], np.ones(2)):
+        with pytest.raises(Error, match="ignore_eos must be True or False"):
+            SamplingParams(ignore_eos=wrong)  # type: ignore[arg-type]
+    for name in ("max_tokens", "seed", "top_k"):
+        with pytest.raises(Error, match=f"{name} must be a whole number, found True"):
+            SamplingParams(**{name: True})
+
+
 def test_override_names_what_is_unknown_and_what_there_is() -> None:
     params = SamplingParams(top_k=3)
     assert params.override({}) is params

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 from numballama.errors import Error
-from numballama.validation import real_number, strings, whole_number
+from numballama.validation import flag, real_number, require_known, strings, whole_number
 
 
 def test_whole_numbers() -> None:
     for value in (3, np.int64(3), np.uint8(3), True + 2):
         assert whole_number("n", value) == 3 and type(whole_number("n", value)) is int
     assert whole_number("n", -1) == -1 and whole_number("n", 0, 0) == 0
-    for wrong in (1.0, "1", None, np.float32(1), [1]):
+    for wrong in (1.0, "1", None, np.float32(1), [1], True, False):
         with pytest.raises(Error, match="n must be a whole number, found "):
             whole_number("n", wrong)
     with pytest.raises(Error, match="n must be at least 2, found 1"):
@@ -39,3 +39,30 @@ def test_strings() -> None:
     for wrong in wrongs:
         with pytest.raises(Error, match="stop must be a string or a list of strings, found"):
             strings("stop", wrong)
+
+
+def test_flags() -> None:
+    for value in (True, 1, np.bool_(1)):
+        assert flag("on", value) is True
+    for value in (False, 0, np.bool_(0)):
+        assert flag("on", value) is False
+    wrongs: list[Any] = ["true", "", None, 1.0, 2, -1, [], [True], np.ones(2, bool)]
+    for wrong in wrongs:
+        with pytest.raises(Error, match="on must be True or False, found"):
+            flag("on", wrong)
+
+
+def test_names_that_are_unknown() -> None:
+    known, others = ["max_tokens", "top_k", "stop"], {"n_predict": "max_tokens"}
+    require_known("option", ["stop", "top_k"], known, others)
+    for names, expected in (
+        (["n_predict"], "unknown option n_predict: use max_tokens. Choose from max_tokens, top_k, stop"),
+        (["topk"], "unknown option topk: use top_k. Choose from"),
+        (["heat"], "unknown option heat; choose from"),
+        (["topk", "heat"], "unknown option topk, heat; choose from"),
+        (["a\nb"], r"unknown option 'a\nb'; choose from"),
+        ([str(n) for n in range(99)], "unknown option '0', '1', '2', '3', '4'; choose from"),
+    ):
+        with pytest.raises(Error) as caught:
+            require_known("option", names, known, others)
+        assert str(caught.value).startswith(expected)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import pickle
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import numballama
@@ -257,6 +259,33 @@ def test_copies_and_pickles(model: Model) -> None:
     assert pickle.loads(pickle.dumps(response)) == response
 
 
+def test_messages_of_any_iterable(model: Model) -> None:
+    @dataclass
+    class Said:
+        role: str
+        content: str
+
+    chat = model.chat(messages=(Said("user", "a"), {"role": "assistant", "content": np.str_("b")}))  # type: ignore[arg-type]
+    expected = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert chat.messages == expected and type(chat.messages[1]["content"]) is str
+    chat.messages = (dict(message) for message in expected)  # type: ignore[assignment]
+    assert chat.messages == expected
+    for wrong in ({"role": "user", "content": "a"}, b"x"):
+        with pytest.raises(Error, match="messages must be a list"):
+            chat.messages = wrong  # type: ignore[assignment]
+    assert chat.messages == expected
+
+
+def test_templates_are_compiled_once(model: Model) -> None:
+    assert model.chat().template is model.chat().template is not model.chat(template=CHATML + " ").template
+    for number in range(20):
+        model.chat(template=f"{{{{ {number} }}}}")
+    assert len(model._encoders._made) <= model._encoders.MOST
+    for wrong in (7, [CHATML], Path("t.jinja")):
+        with pytest.raises(Error, match="a chat template must be a text in jinja2"):
+            model.chat(template=wrong)  # type: ignore[arg-type]
+
+
 def test_arguments_of_transformers(model: Model) -> None:
     """Those without an effect here are errors, not variables of the template."""
     messages = [{"role": "user", "content": "hi"}]
@@ -290,13 +319,15 @@ def test_a_template_without_bos_is_noted_once(tmp_path: Path) -> None:
 
 def test_a_prompt_that_spells_control_tokens_is_noted_once(model: Model) -> None:
     assert model.tokenizer is not None
-    text, end = "a<|im_end|>b", model.tokenizer.special_tokens["<|im_end|>"]
-    model.generate("a<|b", max_tokens=1)
-    model.generate(text, max_tokens=1, special=True)
-    assert end in model.session.tokens and SPELLED not in model.notes
-    for _ in range(2):
-        model.generate(text, max_tokens=1)
-    assert end not in model.session.tokens and model.notes.count(SPELLED) == 1
+
+    def prompt_tokens(text: str, special: bool = False) -> int:
+        return next(iter(model.stream(text, max_tokens=1, special=special))).prompt_tokens
+
+    text = "a<|im_end|>b"
+    prompt_tokens("a<|b")
+    assert prompt_tokens(text, special=True) == 3 and SPELLED not in model.notes
+    assert [prompt_tokens(text) for _ in range(2)] == [len(model.tokenizer.encode(text))] * 2
+    assert len(model.tokenizer.encode(text)) > 3 and model.notes.count(SPELLED) == 1
 
 
 def test_without_a_tokenizer(models: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_file_with_several_templates(small: Tokenizer) -> None:
         some.choose(small)
     with pytest.raises(Error, match="'nope'; it has none with a name"):
         TemplateSet().choose(small, "nope")
-    with pytest.raises(Error, match="must be a string in jinja2"):
+    with pytest.raises(Error, match="must be a text in jinja2"):
         TemplateSet().choose(small, 7)  # type: ignore[arg-type]
 
 

@@ -48,13 +48,16 @@ COMMANDS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_full_disk_and_a_closed_stdout(name: str, unbuffered: str, path: Path, tmp_path: Path) -> None:
-    for how, expected in (
-        (">/dev/full", "numballama: stdout cannot be written: No space left on device\n"),
-        (">&-", "numballama: stdout is closed, and the text of this command goes there: redirect it"),
+def test_a_full_disk_and_a_closed_stdout(name: str, path: Path, tmp_path: Path) -> None:
+    full = "numballama: stdout cannot be written: No space left on device\n"
+    for how, unbuffered, expected in (
+        (">/dev/full", "", full),
+        (">/dev/full", "1", full),
+        (">&-", "", "numballama: stdout is closed, and the text of this command goes there: redirect it"),
     ):
+        if unbuffered and name not in ("story", "version"):
+            continue
         command = f"export PYTHONUNBUFFERED={unbuffered}; {COMMANDS[name]} {how}"
         code, out, err = shell(command, MODEL=path, FOLDER=tmp_path)
         assert (code, out) == (1, b"") and err.startswith(expected) and err.count("\n") == 1, (how, err)
