@@ -343,7 +343,9 @@ def transformers_says(path: Path, ours: dict[str, Any]) -> tuple[list[int], list
     found = []
     if ours["ids"] is not None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
-        if type(tokenizer).__name__ == "Qwen2Tokenizer":  # of model types qwen2 and qwen3, whatever the file says
+        if not (path / "tokenizer.json").exists():
+            tokenizer = transformers.LlamaTokenizer.from_pretrained(path)
+        elif type(tokenizer).__name__ == "Qwen2Tokenizer":  # of model types qwen2 and qwen3, whatever the file says
             library = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
             return ids[len(PROMPT) :], [library.encode(text).ids for text in TEXTS]
         found = [list(tokenizer(text).input_ids) for text in TEXTS]
