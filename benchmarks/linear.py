@@ -27,8 +27,8 @@ from numballama.cuda.weights import layout_of
 from numballama.kernel_cache import cuda_cache_directory
 from numballama.quantization.types import TYPE_TRAITS, WeightType
 
-SHAPES = "4096x4096 12288x4096 22016x4096 4096x11008 32000x4096 2048x2048 11264x2048 2048x5632".split()
-TYPES = "f16 q8_0 q4_0 q4_k q6_k".split()
+SHAPES = ["4096x4096", "12288x4096", "22016x4096", "4096x11008", "32000x4096", "2048x2048", "11264x2048", "2048x5632"]
+TYPES = ["f16", "q8_0", "q4_0", "q4_k", "q6_k"]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128]
 POOL_BYTES = 1 << 30
 COUNT_BYTES = 400 << 20
@@ -74,7 +74,7 @@ class Bench:
         return self.array(np.zeros(count, np.int32), "i32")
 
     def launches(self, kind: str, shape: tuple[int, int], tokens: int, op: str) -> tuple[list[Launch], int, int]:
-        """Launches of an operator with several weights, their bytes, and how often it is launched. `op` is "linear" or "norm_gate_up"."""
+        """Launches of an operator with several weights, their bytes, and how often it is launched."""
         rows, columns = shape
         halves = 2 if op == "norm_gate_up" else 1
         layout = layout_of(empty_weight(kind, rows // halves, columns))

@@ -79,7 +79,7 @@ def compile(
         or "auto": the fastest device of this machine, which `notes` names.
     dtype: "f32", "f16", "bf16", "int8", "q8_0" or "q4_0" converts the linear weights; None keeps the file's types.
     context: tokens that a sequence may have; default the model's own, at most 4096.
-    kv_dtype: type of the KV cache: "f32" (default on the CPU), "f16" (default on a GPU) or "bf16".
+    kv_dtype: type of the KV cache: "f32" (default on the CPU), "f16" (default on a GPU), "bf16" or "q8_0".
     threads: number of CPU workers; default: as many as this process may use.
     rope_pairing: "interleaved" or "half". Like `rope_theta` and `norm_eps`, it replaces the file's value, or gives one
         that the file lacks.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
 from pathlib import Path
 from typing import Protocol
 
-from . import loader, progress
+from . import hub, loader, progress
 from .checkpoint import Checkpoint, LazyWeight, Weight
 from .config import ModelConfig, RopePairing
 from .errors import UnsupportedError
@@ -209,8 +210,7 @@ def export_model(
         source, tokenizer, rope_pairing=rope_pairing, rope_theta=rope_theta, norm_eps=norm_eps
     )
     notes = list(opened.notes)
-    origin = Path(opened.path if source is None else source)  # a hub id's own name, not that of a folder in a cache
-    options = _options(opened, to, origin.stem if opened.path.is_file() else origin.name, tokenizer, notes)
+    options = _options(opened, to, _name(source, opened), tokenizer, notes)
     types = _types(opened, to, quantize, options.group_size)
     matrices = [name for name, weight in opened.weights.items() if len(weight.shape) == 2]
     rows: dict[str, Row] = {}
@@ -223,6 +223,15 @@ def export_model(
 
         notes += WRITERS[to](path, opened.config, Converting(opened.weights, types, report), options)
     return Exported(expand_user(path), tuple(rows[name] for name in matrices if name in rows), tuple(notes))
+
+
+def _name(source: str | PathLike[str] | None, opened: Checkpoint) -> str:
+    """Name of the model: of its file, its directory, or its repository on the hub, not of a folder in a cache."""
+    given = hub.parse(source) if isinstance(source, str) and not os.path.exists(source) else None
+    if given is not None:
+        return Path(given.file).stem if given.file else given.repository.rpartition("/")[2]
+    origin = Path(opened.path if source is None else source)
+    return origin.stem if opened.path.is_file() else origin.name
 
 
 def _types(opened: Checkpoint, to: str, quantize: str | None, group_size: int) -> dict[str, WeightType]:
@@ -264,7 +273,13 @@ def _options(
 
 
 def _gguf_options(opened: Checkpoint, name: str, notes: list[str]) -> WriteOptions:
-    tokenizer, vocabulary, rows = opened.tokenizer, None, opened.config.vocab_size
+    config, tokenizer, vocabulary = opened.config, opened.tokenizer, None
+    if config.qk_norm and (config.qkv_bias or config.o_bias or config.mlp_bias):
+        raise UnsupportedError(
+            f"{opened.path}: llama.cpp has no architecture with q/k norms and biases, and would not open the file; "
+            "safetensors can hold the model"
+        )
+    rows = config.vocab_size
     if tokenizer is not None:
         try:
             vocabulary = _cut(tokenizer.vocabulary(), rows)

@@ -48,7 +48,7 @@ KERNEL_SOURCES = (
 
 KEPT_CACHES = 6
 """Number of cache folders of other sources that are kept, because other checkouts and environments may use them."""
-MAX_ENTRY_BYTES = 64 << 20
+MAX_ENTRY_BYTES = 16 << 20
 """A file that is larger is no entry. Kernels take up to a few hundred KiB."""
 TEMPORARY_S = 3600.0
 """Age in seconds after which a temporary file was left by a process that was killed."""

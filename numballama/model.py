@@ -29,15 +29,7 @@ from .graph import Logits, build
 from .memory import format_bytes
 from .quantization import policy
 from .quantization.types import KV_TYPES, VEC_DOT_TYPE, ActivationType, KVType
-from .sampling import (
-    DEFAULTS,
-    NOT_GIVEN,
-    NotGiven,
-    SamplerTable,
-    SamplingOptions,
-    SamplingParams,
-    merge,
-)
+from .sampling import DEFAULTS, NOT_GIVEN, NotGiven, SamplerTable, SamplingOptions, SamplingParams, merge
 from .session import Session
 from .tokenizers.base import Tokenizer
 from .validation import whole_number
@@ -291,13 +283,11 @@ class Model:
         Raises `ContextError` for a prompt that does not fit; `Error` for an empty prompt, an invalid or unknown option,
         or a model without a tokenizer; `Interrupted`, with the text so far, on Ctrl-C.
         """
-        if isinstance(prompt, str | None):
-            streams = [self.stream(prompt, max_tokens, params=_one(params), **options)]
-        else:
-            each = _for_each(prompt, params)
-            streams = [
-                self.stream(text, max_tokens, params=own, **options) for text, own in zip(prompt, each, strict=True)
-            ]
+        prompts, each = ([prompt], [_one(params)]) if isinstance(prompt, str | None) else _for_each(prompt, params)
+        settings = [merge(own, DEFAULTS, max_tokens, options) for own in each]
+        if any(own.n > 1 for own in settings):
+            raise Error("n > 1 gives several texts, generate() returns one: read them from stream(), by response.index")
+        streams = [self._submit_text(text, own) for text, own in zip(prompts, settings, strict=True)]
         texts: list[str] = []
         for stream in streams:
             parts: list[str] = []
@@ -473,17 +463,17 @@ def _one(params: SamplingParams | Sequence[SamplingParams] | None) -> SamplingPa
 
 def _for_each(
     prompts: Sequence[str | None], params: SamplingParams | Sequence[SamplingParams] | None
-) -> Sequence[SamplingParams | None]:
-    """The settings of each prompt."""
+) -> tuple[Sequence[str | None], Sequence[SamplingParams | None]]:
+    """The prompts and the settings of each."""
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
         raise Error(f"the prompt must be a string, None or a list of these, found {prompts!r}")
     if not isinstance(params, Sequence):
-        return [params] * len(prompts)
+        return prompts, [params] * len(prompts)
     if len(params) != len(prompts):
         raise Error(
             f"there are {len(prompts)} prompts and {len(params)} params: pass one params for each, or one for all"
         )
-    return params
+    return prompts, params
 
 
 def _choose_context(config: ModelConfig, context: int | None, notes: list[str]) -> int:

@@ -123,23 +123,31 @@ def sequence_rows(page_table: np.ndarray, sequence: int, page: int, positions: s
     return page_table[sequence, where // page], where % page
 
 
-def _write_rounded(dtype: KVType) -> Callable[..., np.ndarray]:
-    """`kv_write` into a cache that holds what the type can store, as float32."""
+@kernel("kv_write", "reference", ANY, "f32", ANY, ANY, ANY)
+def kv_write(
+    x: np.ndarray, cache: np.ndarray, positions: np.ndarray, sequences: np.ndarray, page_table: np.ndarray
+) -> np.ndarray:
+    heads = x.reshape(len(x), cache.shape[1], cache.shape[3])
+    for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
+        page, place = divmod(position, cache.shape[2])
+        cache[page_table[sequence, page], :, place] = heads[t]
+    return cache
 
-    def kv_write(
+
+def _write_as(dtype: KVType) -> None:
+    """Register `kv_write` for a cache of a type that rounds. It holds float32: what the type can store."""
+
+    @kernel("kv_write", "reference", ANY, dtype, ANY, ANY, ANY)
+    def kv_write_rounded(
         x: np.ndarray, cache: np.ndarray, positions: np.ndarray, sequences: np.ndarray, page_table: np.ndarray
     ) -> np.ndarray:
-        heads = round_to(x.reshape(len(x), cache.shape[1], cache.shape[3]), dtype)
-        for t, (sequence, position) in enumerate(zip(sequences, positions, strict=True)):
-            page, place = divmod(position, cache.shape[2])
-            cache[page_table[sequence, page], :, place] = heads[t]
-        return cache
-
-    return kv_write
+        heads = x.reshape(len(x), cache.shape[1], cache.shape[3])
+        return kv_write(round_to(heads, dtype), cache, positions, sequences, page_table)
 
 
 for _type in KV_TYPES:
-    kernel("kv_write", "reference", ANY, _type, ANY, ANY, ANY)(_write_rounded(_type))
+    if _type != "f32":
+        _write_as(_type)
 
 
 def visible_rows(

@@ -167,6 +167,8 @@ class Chat:
         if not isinstance(text, str):
             raise Error(f"a message must be a string, found {text!r}")
         settings = merge(params, CHAT_DEFAULTS, max_tokens, options)
+        if settings.n > 1:
+            raise Error(f"a message has one answer in a chat: n must be 1, found {settings.n}")
         if not settings.ignore_eos:
             settings = replace(settings, stop_token_ids={*settings.stop_token_ids, *self._stop_token_ids})
         history = [*self._history, {"role": "user", "content": text}]

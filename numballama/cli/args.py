@@ -48,7 +48,7 @@ def model_options(command: argparse.ArgumentParser) -> None:
         "--dtype", help="convert the linear weights: f32, f16, bf16, int8, q8_0 or q4_0 (default: as the file has them)"
     )
     group.add_argument("--context", type=int, metavar="N", help="size of the KV cache in tokens (default: the model's)")
-    group.add_argument("--kv-dtype", help="type of the KV cache: f32 (default on the CPU), f16 (on a GPU) or bf16")
+    group.add_argument("--kv-dtype", help="type of the KV cache: f32 (default on CPUs), f16 (on GPUs), bf16 or q8_0")
     group.add_argument(
         "--activations",
         default="f32",

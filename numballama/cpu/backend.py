@@ -36,7 +36,6 @@ from .executor import (
     OUT,
     ROWS,
     SAMPLER,
-    SLOTS,
     describe_run,
     run_steps,
     worker_threads,

@@ -7,7 +7,7 @@ The step table is an int64 array with one row per step. Here the row of an `rmsn
            ┌───────────┬────────────┬─────────┬────────────────────┬─────────────────┬────────────────────┬──────┬───
            │ 0x7f31…40 │ 64         │ 0       │ 0x7f30…00  64  288 │ 0x7f2f…00  288  │ 0x7f30…80  64  288 │ bits │ 0 …
            └───────────┴────────────┴─────────┴────────────────────┴─────────────────┴────────────────────┴──────┴───
-            the kernel   of this step  all       x: data, T, D        weight: data, D   out: data, T, D      eps   unused
+            the kernel   of this step  all       x: data, T, D        weight: data, D   out: data, T, D      eps  unused
 
 A kernel is an ordinary function of arrays and scalars: `rmsnorm(worker, n_workers, tokens, x, weight, out, eps)`.
 `compiler.compile_step` compiles it with a C wrapper, which any code can call by its address:
@@ -65,21 +65,23 @@ RUN = JOB + FIELDS
 @device
 def worker_loop(address, worker, n_workers, sync):
     """Run the steps of a run, then sample, as one of `n_workers` workers."""
+    # all that is read after a barrier is read here: the caller may write its next run once it has passed the last one
     run, base = i64_at(address, RUN_SIZE), sync[JOB + BASE]
-    begin, end = run[BEGIN], run[END]
+    table, stride, begin, end = run[TABLE], run[STRIDE], run[BEGIN], run[END]
+    tokens, rows, sampler = run[TOKENS], run[ROWS], run[SAMPLER]
     for step in range(begin, end):
-        row = i64_at(run[TABLE] + step * run[STRIDE], OPERANDS)
-        operands = run[TABLE] + step * run[STRIDE] + 8 * OPERANDS
-        count = run[ROWS] if row[OF_ROWS] != 0 else run[TOKENS]
+        row = i64_at(table + step * stride, OPERANDS)
+        operands = table + step * stride + 8 * OPERANDS
+        count = rows if row[OF_ROWS] != 0 else tokens
         status = call_step(row[ADDRESS], operands, worker, n_workers, min(count, row[MAX_TOKENS]))
         if status != 0:
             atomic_add(sync, ERRORS, 1)
         if n_workers > 1:
             atomic_add(sync, BARRIER, 1)
             barrier_wait(sync, BARRIER, base + (step - begin + 1) * n_workers)
-    if run[SAMPLER] != 0:
+    if sampler != 0:
         out = (run[OUT], run[OUT + 1], run[OUT + 2], run[OUT + 3], run[OUT + 4])
-        sample_rows(worker, n_workers, run[ROWS], run[LOGITS], run[SLOTS], run[SAMPLER], out)
+        sample_rows(worker, n_workers, rows, run[LOGITS], run[SLOTS], sampler, out)
         if n_workers > 1:
             atomic_add(sync, BARRIER, 1)
             barrier_wait(sync, BARRIER, base + (end - begin + 1) * n_workers)
@@ -92,9 +94,10 @@ def run_steps(run, requested, sync_address):
     `run` and `sync_address` (of `workers`) are addresses: if arrays were passed, Numba would allocate a record for each
     in every call. `requested` is the number of workers, which have been started.
     """
-    sync = i64_at(sync_address, SYNC_SIZE)
+    sync, record = i64_at(sync_address, SYNC_SIZE), i64_at(run, RUN_SIZE)
     begin_job(sync, requested)
-    if requested > 1:
+    # a job without a barrier would be over before the workers have read it
+    if requested > 1 and (record[BEGIN] < record[END] or record[SAMPLER] != 0):
         sync[RUN] = run
         start_job(sync_address, requested)
     worker_loop(run, 0, requested, sync)

@@ -1,11 +1,11 @@
 """Weights as fragments of `mma.m16n8k16`: 16 bytes of a row in a lane, decoded to 16 bits in registers.
 
-A product's order of k is free if both factors agree on it. Of 64 bytes of a row, the four lanes of a group hold 16 each,
-and of the activations the same columns. So a lane's 16 bytes are the fragments of one or more products as they are: 8
-columns of a 16-bit type, 16 of int8, 32 of a 4-bit type. A piece is 8 of these columns, 16 bytes of activations. For
+A product's order of k is free if both factors agree on it. The four lanes of a group hold 64 bytes of a row, 16 bytes
+each, and of the activations the same columns. So a lane's 16 bytes are the fragments of one or more products as they
+are: 8 columns of a 16-bit type, 16 of int8, 32 of a 4-bit type. A piece is 8 columns, 16 bytes of activations. For
 4-bit types, of which two are taken from each half of a word, the second and third of four activations are exchanged.
 
-A lane's part of a row is eight words (`WORDS8`): 16 bytes of payload, two factors, and for q6_k two words of upper bits.
+A lane's part of a row is eight words (`WORDS8`): 16 bytes of payload, two factors, for q6_k two words of upper bits.
 Factors are two equal float16, or the bits of a float32; `cuda/kernels/skinny.py` loads them.
 
 Decoded elements have the values that `expand_kernel` gives them: integer times scale, plus the minimum, rounded once to
@@ -101,31 +101,34 @@ def _int8(builder: Any, words: list[Any], scale: Any, wide: bool) -> list[Any]:
     return made
 
 
-def _nibbles(builder: Any, word: Any, high: bool, zero: int) -> list[Any]:
-    """Two words of float16: four 4-bit integers minus `zero`, from the low or the high halves of a word's bytes."""
+def _nibbles(builder: Any, word: Any, high: bool, zero: int, bias: Any) -> list[Any]:
+    """Two words of float16: four 4-bit integers minus `zero`, from the low or the high halves of a word's bytes.
+
+    `bias` is a word of two float16 1024.
+    """
     made = []
     for half in (word, _shifted(builder, word, 8)):
         if high:  # 1024 + 16 · integer; its 16th part minus 64 + zero is exact
-            pair = builder.or_(builder.and_(half, _word(0x00F000F0)), _word(0x64006400))
+            pair = builder.or_(builder.and_(half, _word(0x00F000F0)), bias)
             least = int(np.float16(-64 - zero).view(np.uint16)) * 0x10001
             made.append(_two(builder, "fma.rn", pair, _word(0x2C002C00), _word(least)))
         else:  # 1024 + integer
-            pair = builder.or_(builder.and_(half, _word(0x000F000F)), _word(0x64006400))
+            pair = builder.or_(builder.and_(half, _word(0x000F000F)), bias)
             made.append(_two(builder, "sub", pair, _word(0x64006400 + zero * 0x10001)))
     return made
 
 
-def _four_bits(builder: Any, name: str, row: list[Any], piece: int) -> list[Any]:
+def _four_bits(builder: Any, name: str, row: list[Any], piece: int, bias: Any) -> list[Any]:
     """A piece of q4_0, q4_1, q4_k or q6_k. A word has four elements of the first 16 and four of the last. Of four, the
     result has the first and the third in one word.
     """
     last, first, made = piece >= 2, 2 * (piece & 1), []
     for i in (first, first + 1):
         if name == "uint8":
-            made += [_two(builder, "mul", pair, row[4]) for pair in _nibbles(builder, row[i], last, 8)]
+            made += [_two(builder, "mul", pair, row[4]) for pair in _nibbles(builder, row[i], last, 8, bias)]
             continue
         if name == "q4_1":
-            pairs = _nibbles(builder, row[i], last, 0)
+            pairs = _nibbles(builder, row[i], last, 0, bias)
             made += [_two(builder, "fma.rn", pair, row[4], row[5]) for pair in pairs]
             continue
         integers = builder.and_(_shifted(builder, row[i], 4 * last), _word(0x0F0F0F0F))
@@ -141,21 +144,22 @@ def _four_bits(builder: Any, name: str, row: list[Any], piece: int) -> list[Any]
     return made
 
 
-def _piece(builder: Any, name: str, wide: bool, row: list[Any], piece: int) -> list[Any]:
+def _piece(builder: Any, name: str, wide: bool, row: list[Any], piece: int, bias: Any) -> list[Any]:
     if name in ("uint16", "int16"):
         return row[:4]
     if name == "int8":
         return _int8(builder, row[2 * piece : 2 * piece + 2], row[4], wide)
-    return _four_bits(builder, name, row, piece)
+    return _four_bits(builder, name, row, piece, bias)
 
 
 @intrinsic
-def mma_step(typingctx, memory, scales, sums, a, b, c, d, x_at, x_step):  # type: ignore[no-untyped-def]
+def mma_step(typingctx, memory, scales, sums, a, b, c, d, x_at, x_step, bias):  # type: ignore[no-untyped-def]
     """sums + W · Xᵀ of 64 bytes of 32 rows of W: a lane's parts of four rows 8 apart, `WORDS8` each.
 
-    `sums` are two rows of tiles 16 × 8, one for each 8 tokens. `x_at` is the shared address of the lane's first piece of
-    its token among the first 8, in 64 bytes of pieces; 8 tokens more are `x_step` bytes further. Of two neighbouring 64
-    bytes, tokens with odd numbers have the second one first.
+    `sums` are two rows of tiles 16 × 8, one for each 8 tokens. `x_at` is the shared address of the first piece of the
+    lane's token among the first 8; pieces are 64 bytes apart, 8 tokens `x_step` bytes. Of two neighbouring 64 bytes,
+    tokens with odd numbers have the second one first. `bias` is two float16 1024: `lop3` takes one constant and this
+    from a kernel's parameters, where a second constant would be moved to a register each time.
     """
     name, wide, tokens = memory.dtype.name, scales.dtype.name == "float32", sums.count // 8
 
@@ -165,8 +169,9 @@ def mma_step(typingctx, memory, scales, sums, a, b, c, d, x_at, x_step):  # type
         step = as_integer(context, builder, args[8], x_step, types.uint32)
         kind = "int16" if name == "int16" else "uint16"
         loaded = ir.LiteralStructType([I32] * 4)
+        two_1024 = as_integer(context, builder, args[9], bias, types.uint32)
         for piece in range(PIECES[name]):
-            first, second, third, fourth = (_piece(builder, name, wide, row, piece) for row in rows)
+            first, second, third, fourth = (_piece(builder, name, wide, row, piece, two_1024) for row in rows)
             at = builder.xor(where, _word(64)) if piece & 1 else where
             for j in range(tokens):
                 text = f"ld.shared.v4.u32 {{$0, $1, $2, $3}}, [$4+{128 * (piece >> 1)}];"
@@ -184,13 +189,13 @@ def mma_step(typingctx, memory, scales, sums, a, b, c, d, x_at, x_step):  # type
                         )
         return context.make_tuple(builder, sums, totals)
 
-    return sums(memory, scales, sums, WORDS8, WORDS8, WORDS8, WORDS8, x_at, x_step), codegen
+    return sums(memory, scales, sums, WORDS8, WORDS8, WORDS8, WORDS8, x_at, x_step, bias), codegen
 
 
 @intrinsic
 def st_shared_units(typingctx, sums, at, part):  # type: ignore[no-untyped-def]
     """Store `units_together` units of a lane's sums, from number `part` times as many on: of each, four float32 of its
-    first tile at `at`, four of its second 512 bytes further. A unit is two tiles of 8 tokens; units are 1024 bytes apart.
+    first tile at `at`, four of its second 512 bytes further. A unit is two tiles of 8 tokens and takes 1024 bytes.
     """
     units = sums.count // 8
     together = units_together(units)

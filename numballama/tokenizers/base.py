@@ -152,15 +152,6 @@ class Tokenizer(ABC):
         kind, data = self.entry(token)
         return self._read_piece(token).encode() if kind is TokenKind.CONTROL else data
 
-    def encode_guarded(self, text: str, guard: str) -> list[int]:
-        """Like `encode(text, bos=False, special=True)`, but a control token with `guard` inside stays text.
-
-        `guard` is a character that occurs in `text` for this purpose only. It is removed before encoding.
-        """
-        *parts, last = text.split(guard) if guard else [text]
-        spans = [span for part in parts for span in ((part[:-1], True), (part[-1:], False))]
-        return self.encode_spans([*spans, (last, True)])
-
     @property
     @abstractmethod
     def special_tokens(self) -> Mapping[str, int]:

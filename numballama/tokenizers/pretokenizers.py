@@ -23,7 +23,9 @@ _SPACES = r"\s*[\r\n]+|\s+(?!\S)|\s+"
 _OTHERS = r" ?[^\s\p{L}\p{N}]+"
 _CJK = r"[一-龥぀-ゟ゠-ヿ]+"
 _PUNCTUATED = r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+"
+_THOUSANDS = r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))"
 _WORDS = r" ?[^(\s|.,!?…。，、।۔،)]+"
+_DEEPSEEK_CJK = r"[一-龥ࠀ-一가-퟿&&\S]+"  # white space of Unicode is in no range of llama.cpp's
 _DEEPSEEK_LETTERS = (  # escaped, because some of them are equal to others after normalisation
     "A-Za-z\xb5\xc0-\xd6\xd8-\xf6\xf8-\u01ba\u01bc-\u01bf\u01c4-\u0293\u0295-\u02af\u0370-\u0373\u0376\u0377"
     "\u037b-\u037d\u037f\u0386\u0388-\u038a\u038c\u038e-\u03a1\u03a3-\u03f5\u03f7-\u0481\u048a-\u052f"
@@ -53,10 +55,8 @@ def _cased(kinds: str, upper: str, lower: str, end: str, numbers: str) -> str:
 _TEKKEN = _cased(r"\p{L}", "[^a-z]", "[^A-Z]", "", r"\p{N}")
 _GPT4O = _cased(r"\p{L}", "[^a-z]", "[^A-Z]", _END, r"\p{N}{1,3}")
 _GRANITE = _cased(r"\p{L}\p{M}", "[^a-z]", "[^A-Z]", _END, r"\p{N}{1,3}")
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_AYA = _cased(r"\p{L}\p{M}", _UPPER, _LOWER, _END, r"\p{N}{1,3}")
+_AYA = _cased(r"\p{L}\p{M}", r"\p{L}\p{M}", r"\p{L}\p{M}", _END, r"\p{N}{1,3}")  # to llama.cpp, \p{Lu} is \p{L}
 _YOUTU = _AYA.replace(r"\p{N}{1,3}", r"\p{N}")
-_KIMI = r"\p{Han}+|" + _cased(r"\p{L}\p{M}&&\P{Han}", _UPPER, _LOWER, _END, r"\p{N}{1,3}").replace("/", "")
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,7 @@ _BY_RULES: tuple[tuple[str, PreTokenizer], ...] = (
     ("tekken", PreTokenizer((_TEKKEN,), ignore_merges=True, add_bos=True)),
     ("gpt-4o llama4 kanana2 talkie minimax-m2", PreTokenizer((_GPT4O,))),
     ("granite-embed-multi-97m", PreTokenizer((_GRANITE,), ignore_merges=True)),
-    ("tiny_aya cohere2moe", PreTokenizer((r"\d{1,3}(?=(?:\d{3})*\b)", _AYA))),
-    ("kimi-k2", PreTokenizer((_KIMI,))),
+    ("tiny_aya cohere2moe", PreTokenizer((rf"{_THOUSANDS}|{_AYA}",))),
     (
         "youtu",
         PreTokenizer(
@@ -103,16 +102,16 @@ _BY_RULES: tuple[tuple[str, PreTokenizer], ...] = (
             (
                 r"[\r\n]",
                 rf"\s?[{_DEEPSEEK_LETTERS}]+",
-                r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
+                r"\s?[!-/:-~！-／：-～‘-‟　-。&&\S]+",
                 r"\s+$",
-                r"[一-龥ࠀ-一가-퟿]+",
+                _DEEPSEEK_CJK,
                 r"\p{N}+",
             )
         ),
     ),
     (
         "deepseek-coder",
-        PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", r"[一-龥ࠀ-一가-퟿]+", r"\p{N}")),
+        PreTokenizer((r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", _DEEPSEEK_CJK, r"\p{N}")),
     ),
     (
         "deepseek-v3 hunyuan-dense joyai-llm hy_v4",
@@ -126,9 +125,8 @@ _BY_RULES: tuple[tuple[str, PreTokenizer], ...] = (
         "afmoe",
         PreTokenizer(
             (
-                r"\p{N}{1,3}(?=(?:\p{N}{3})*(?!\p{N}))",
                 r"[一-鿿㐀-䶿豈-﫿぀-ゟ゠-ヿ･-ﾟ⼀-⿟เ-๿຀-໿ក-៿က-႟ꩠ-ꩿꧠ-꧿가-힯ᄀ-ᇿ]+",
-                rf"{_PUNCTUATED}[\r\n]*|{_SPACES}",
+                rf"{_THOUSANDS}|{_PUNCTUATED}[\r\n]*|{_SPACES}",
             )
         ),
     ),
@@ -160,7 +158,7 @@ _BY_RULES: tuple[tuple[str, PreTokenizer], ...] = (
             )
         ),
     ),
-    ("superbpe", PreTokenizer((r"\p{N}+", r"(?=(\d{3})+(?!\d))"))),
+    ("superbpe", PreTokenizer((r"\p{N}+", r"(?=([0-9]{3})+(?![0-9]))"))),
     (
         "bailingmoe bailingmoe2 llada-moe",
         PreTokenizer(
@@ -192,11 +190,11 @@ _BY_RULES: tuple[tuple[str, PreTokenizer], ...] = (
 PRE_TOKENIZERS: Mapping[str, PreTokenizer] = {name: rules for names, rules in _BY_RULES for name in names.split()}
 """`tokenizer.ggml.pre` → pre-tokenizer. Writers use the first of several names for the same one.
 
-The names are those of llama.cpp in llama-cpp-python 0.3.36, except for `NOT_BYTE_LEVEL`.
+The names are those of llama.cpp in llama-cpp-python 0.3.36, except for `NOT_READ`.
 """
 
-NOT_BYTE_LEVEL = ("gemma4", "granite-embed-multi-311m", "sarvam-moe", "whitespace")
-"""Names of llama.cpp whose BPE is not byte-level: not read."""
+NOT_READ = ("gemma4", "granite-embed-multi-311m", "sarvam-moe", "whitespace", "kimi-k2")
+"""Names of llama.cpp that are not read: their BPE is not byte-level, or their rules are no regular expressions."""
 
 
 def build_pre_tokenizer(rules: PreTokenizer) -> LibraryPreTokenizer:

@@ -102,7 +102,7 @@ def main(capability: tuple[int, int], out: Path) -> None:
         weights = converted(random_checkpoint(config).weights, kind)
         layout = KVLayout.of(config, config.context, kv)
         backend = cuda.CudaBackend(weights)
-        for tokens, logits in ((1, "rows"), (4, "rows"), (12, "rows"), (24, "rows"), (64, "all"), (80, "all")):
+        for tokens, logits in ((1, "rows"), (4, "rows"), (12, "rows"), (24, "rows"), (64, "all"), (136, "all")):
             program = backend.program(graph_of(config, weights, layout, tokens, logits, int8), fusions)
             ops |= {step.op.kind for step in program.plan.steps}
             if tokens == 1:

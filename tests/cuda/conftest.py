@@ -6,6 +6,7 @@ import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest import mock
 
 import pytest
 
@@ -45,3 +46,15 @@ def card() -> Device:
     device = Device("cuda")
     device.make_current()
     return device
+
+
+@pytest.fixture(scope="module")
+def exact_kernels() -> Iterator[None]:
+    """Linear layers of few tokens by `gemv`, whose results are as close to the reference's as float32 allows.
+
+    Tensor cores round activations to 16 bits: test_gemm.py has their bounds.
+    """
+    from numballama.cuda.ops import gemm, linear
+
+    with mock.patch.object(linear, "EXACT", gemm.FEW):
+        yield

@@ -1,4 +1,4 @@
-"""Cases for linear layers of 2 to 64 tokens on a GPU, as those of `gemm_cases.py`.
+"""Cases for linear layers of 2 to 128 tokens on a GPU, as those of `gemm_cases.py`.
 
 python -m tests.cuda.skinny_cases 9.0      # emulated, for one compute capability
 python -m tests.cuda.skinny_cases          # on the GPU

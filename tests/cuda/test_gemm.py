@@ -28,11 +28,11 @@ if any(find_spec(name) is None for name in ("numba_cuda", "cuda")):
 HERE, PACKAGE = Path(__file__).parent, Path(numballama.__file__).parent
 
 
-def run_cases(*arguments: str) -> str:
-    """Run `gemm_cases` in a separate process, because a process compiles for one capability."""
+def run_cases(*arguments: str, module: str = "gemm_cases") -> str:
+    """Run `gemm_cases`, or `skinny_cases`, in a separate process, because a process compiles for one capability."""
     path = os.pathsep.join([str(PACKAGE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
-        [sys.executable, "-m", "tests.cuda.gemm_cases", *arguments],
+        [sys.executable, "-m", f"tests.cuda.{module}", *arguments],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=1200, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
@@ -46,6 +46,12 @@ def test_emulated(capability: str) -> None:
     assert "attention bf16" in run_cases(capability)
 
 
+@pytest.mark.parametrize("capability", ["7.5", "9.0"])
+def test_few_tokens_emulated(capability: str) -> None:
+    """The same for linear layers of 2 to 128 tokens; a row's bits do not depend on other rows or on their number."""
+    assert "same rows q6_k: the same bits" in run_cases(capability, module="skinny_cases")
+
+
 @pytest.mark.gpu
 def test_on_the_gpu() -> None:
     from numballama.cuda.driver import Device
@@ -55,6 +61,7 @@ def test_on_the_gpu() -> None:
     except DeviceError as error:
         pytest.skip(f"no GPU: {error}")
     assert "attention bf16" in run_cases()
+    assert "same rows q6_k: the same bits" in run_cases(module="skinny_cases")
 
 
 def test_emulated_tensor_cores() -> None:

@@ -15,7 +15,7 @@ from tests.helpers.cuda_host import require_gpu
 
 require_gpu()
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_kernels")]
 
 from numballama.cuda import backend as cuda
 from numballama.cuda.ops import gemm

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import json
 import math
 import random
 import re
@@ -23,9 +24,11 @@ import sys
 import tempfile
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -39,8 +42,11 @@ from numballama.quantization.convert import convert
 from numballama.quantization.types import BF16, BLOCKS, F16
 from tests.helpers import fuzz_tokenizers
 from tests.helpers.gguf_files import HALVES, letters, random_blocks, split
+from tests.helpers.hf_files import tensors
+from tests.helpers.quantized_files import write as write_quantized
 from tests.helpers.random_models import random_checkpoint
 from tests.helpers.random_models import save as save_random
+from tests.helpers.torch_files import save_torch
 
 SECONDS = 2.0
 BYTES = 100 << 20
@@ -107,6 +113,32 @@ def golden(*names: str) -> Maker:
     return copy
 
 
+def hf_torch(folder: Path) -> Path:
+    """PyTorch's files with an index, and a buffer."""
+    golden("hf", "llama-0")(folder)
+    arrays = tensors(folder) | {"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
+    (folder / "model.safetensors").unlink()
+    names = list(arrays)
+    table = {}
+    for part in range(2):
+        name = f"pytorch_model-{part + 1:05}-of-00002.bin"
+        save_torch(folder / name, {key: arrays[key] for key in names[part::2]})
+        table |= dict.fromkeys(names[part::2], name)
+    (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": table}))
+    return folder
+
+
+def hf_quantized(method: Literal["mlx", "gptq", "awq"]) -> Maker:
+    """Matrices quantised by another tool, four bits in groups of 32."""
+
+    def make(folder: Path) -> Path:
+        shutil.rmtree(folder)
+        write_quantized(folder, method, 4, 32, np.random.default_rng(1), order=method == "gptq")
+        return folder
+
+    return make
+
+
 FORMATS: dict[str, Maker] = {
     "gguf": gguf_blocks,
     "gguf-small": gguf_small,
@@ -118,11 +150,19 @@ FORMATS: dict[str, Maker] = {
     "kuiper-int8": binary("kuiper-int8"),
     "hf": hugging_face,
     "hf-sharded": golden("hf", "qwen3-f16-sharded-0"),
+    "hf-torch": hf_torch,
+    "hf-mlx": hf_quantized("mlx"),
+    "hf-gptq": hf_quantized("gptq"),
+    "hf-awq": hf_quantized("awq"),
+    "hf-settings": golden("hf", "llama3-0"),
     "meta": golden("meta", "llama2"),
     "meta-parts": golden("meta", "llama3.1-2-parts"),
     **fuzz_tokenizers.MAKERS,
 }
 """Name → what writes a valid model of that format."""
+
+KEPT = {"hf-settings": ".safetensors"}
+"""Name → suffix of the files that are never damaged: `config.json` and `generation_config.json` are the others."""
 
 
 # Mutations
@@ -235,8 +275,15 @@ def _among_files(rng: random.Random, files: Files) -> None:
             files[name + rng.choice(("", ".bak", "2"))] = files.pop(name)
 
 
-def mutate(rng: random.Random, files: Files) -> None:
-    """Damage the files once, twice or more often."""
+def mutate(rng: random.Random, files: Files, kept: Files | None = None) -> None:
+    """Damage the files once, twice or more often, except those in `kept`."""
+    for name in kept or {}:
+        files.pop(name, None)
+    _mutate(rng, files)
+    files |= kept or {}
+
+
+def _mutate(rng: random.Random, files: Files) -> None:
     for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
         if not files:
             return
@@ -315,6 +362,10 @@ OPENERS = dict.fromkeys(fuzz_tokenizers.MAKERS, fuzz_tokenizers.examine)
 """Name → what is done with the files, where it is not `examine`."""
 
 
+CLASSES: Counter[tuple[str, str]] = Counter()
+"""(format, class of an error) → how often `fuzz` met it."""
+
+
 def fuzz(
     name: str, cases: int, seed: int, folder: Path, opener: Callable[[Path], None] | None = None
 ) -> tuple[int, int]:
@@ -327,11 +378,12 @@ def fuzz(
     model.mkdir(parents=True)
     path = FORMATS[name](model)
     valid: Files = {str(p.relative_to(model)): p.read_bytes() for p in sorted(model.rglob("*")) if p.is_file()}
+    kept = {file: data for file, data in valid.items() if file.endswith(KEPT.get(name, "nothing"))}
     opener(path)
     opened = refused = 0
     for case in range(cases):
         rng, files = random.Random(f"{name} {seed} {case}"), dict(valid)
-        mutate(rng, files)
+        mutate(rng, files, kept)
         size = write(model, files)
         faulthandler.dump_traceback_later(HANG, exit=True)
         try:
@@ -340,8 +392,9 @@ def fuzz(
                 try:
                     opener(path)
                     opened += 1
-                except Error:
+                except Error as error:
                     refused += 1
+                    CLASSES[name, type(error).__name__] += 1
         except Exception as error:
             raise AssertionError(f"{name}, seed {seed}, case {case}: {error!r}; see {model}") from error
         finally:
@@ -361,7 +414,9 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{name} in {folder / name}", flush=True)
         started = time.perf_counter()
         opened, refused = fuzz(name, asked.cases, asked.seed, folder)
-        print(f"  {opened:,} opened, {refused:,} refused, in {time.perf_counter() - started:.0f} s", flush=True)
+        classes = ", ".join(f"{count:,} {kind}" for (of, kind), count in CLASSES.most_common() if of == name)
+        seconds = time.perf_counter() - started
+        print(f"  {opened:,} opened, {refused:,} refused ({classes}), in {seconds:.0f} s", flush=True)
     shutil.rmtree(folder)
 
 

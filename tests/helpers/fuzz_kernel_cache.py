@@ -9,6 +9,7 @@ through Numba; of the rest, where Numba compiles, one in twenty does, up to the 
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import os
 import random
 import shutil
@@ -26,7 +27,9 @@ from numballama import kernel_cache
 from numballama.cpu import compiler
 
 SECONDS = 5.0
-"""No load may take longer."""
+"""No load may compute longer."""
+HANG_S = 120.0
+"""A load that takes longer, computing or waiting, hangs: the process ends with a traceback."""
 
 
 def remove(path: Path) -> None:
@@ -114,19 +117,21 @@ def fuzz(cases: int, seed: int, folder: Path, seconds: float = 1e9) -> tuple[flo
             rng = random.Random(f"{seed} {case}")
             function = rng.choice(list(FUNCTIONS))
             damage(rng, paths[function], list(whole.values()))
-            began = time.perf_counter()
+            began = time.process_time()
+            faulthandler.dump_traceback_later(HANG_S, exit=True)
             with warnings.catch_warnings():
                 warnings.simplefilter("error")
                 content = kernel_cache.load(paths[function], keys[function])
                 found = None if content is None and case % 20 else load(function)
             what = f"seed {seed}, case {case}"
             assert (content is None) == (found is None), f"{what}: an entry that Numba cannot load"
-            assert time.perf_counter() - began < SECONDS, f"{what}: a load took {time.perf_counter() - began:.1f} s"
+            assert time.process_time() - began < SECONDS, f"{what}: a load took {time.process_time() - began:.1f} s"
             assert found is None or found(7) == FUNCTIONS[function](7), f"{what}: a wrong result"
             counts["compiled again" if found is None else "loaded"] += 1
             remove(paths[function])
             content = whole[function].split(b"\n", 2)[2]
             assert kernel_cache.store(paths[function], keys[function], content), what
+    faulthandler.cancel_dump_traceback_later()
     return time.perf_counter() - started, counts
 
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from numballama.chat.builtin_templates import CHATML
 from numballama.chat.template import choose, stop_token_ids
@@ -13,8 +15,10 @@ from numballama.errors import Error
 from numballama.formats.hf.text_files import read_text_files
 from numballama.formats.tokenizer_files import load_tokenizer
 from tests.golden.make_templates import CONVERSATIONS, OWN
+from tests.golden.make_tokenizer_classes import tokenizer_json
 from tests.golden.make_tokenizers import SMALL
 from tests.helpers.bpe import CHAT_CONFIG, SPECIAL, save_json, trained, vocabulary_gguf
+from tests.helpers.sentencepiece_models import trained as trained_sentencepiece
 
 TEXT = "Once upon a time 🙂\0 <s> 12345 <|im_end|>"
 
@@ -64,10 +68,69 @@ def template(folder: Path) -> Path:
     return folder / "chat_template.jinja"
 
 
+SETTINGS: dict[str, Any] = {
+    "bos_token": "<s>",
+    "eos_token": {"content": "<|im_end|>", "lstrip": True, "special": True},
+    "pad_token": "<pad>",
+    "additional_special_tokens": ["<think>"],
+    "extra_special_tokens": {"image_token": "<image>"},
+    "add_bos_token": True,
+    "add_eos_token": False,
+    "add_prefix_space": True,
+    "legacy": False,
+    "tokenizer_class": "LlamaTokenizerFast",
+    "chat_template": [{"name": "default", "template": CHATML}],
+}
+GENERATION = {"eos_token_id": [2, 7], "bos_token_id": 1, "temperature": 0.6, "top_p": 0.9, "do_sample": True}
+
+
+def settings(folder: Path) -> Path:
+    """The small files beside a tokenizer.json, whose damage is in them more often than in the large one."""
+    content = tokenizer_json("metaspace", "bos")
+    size = content["added_tokens"][-1]["id"] + 1
+    flags = {"lstrip": True, "rstrip": False, "normalized": True, "single_word": False, "special": False}
+    added = {str(size): {"content": "<|im_end|>", **flags}, str(size + 1): {"content": "<|x|>", **flags}}
+    files = {
+        "tokenizer": content,
+        "tokenizer_config": SETTINGS | {"added_tokens_decoder": added},
+        "generation_config": GENERATION,
+        "config": {"model_type": "llama", "eos_token_id": 2},
+        "special_tokens_map": {"bos_token": "<s>", "unk_token": {"content": "<unk>"}},
+    }
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+    return folder
+
+
+def unigram(folder: Path) -> Path:
+    """A Unigram tokenizer.json alone."""
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer_json("unigram", "eos bos")), encoding="utf-8")
+    return folder
+
+
+def sentencepiece(folder: Path) -> Path:
+    """A sentencepiece model, and the files that add tokens to it."""
+    model = trained_sentencepiece(vocab_size=300)
+    (folder / "tokenizer.model").write_bytes(model.serialized_model_proto())
+    added = {"<|im_start|>": model.vocab_size(), "<|im_end|>": model.vocab_size() + 1}
+    files = {
+        "tokenizer_config": SETTINGS,
+        "generation_config": GENERATION,
+        "added_tokens": added,
+        "special_tokens_map": {"eos_token": "<|im_end|>"},
+    }
+    for name, value in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(value), encoding="utf-8")
+    return folder
+
+
 MAKERS: dict[str, Callable[[Path], Path]] = {
     "tokenizer-directory": directory,
     "tokenizer-gguf-bpe": vocabulary,
     "tokenizer-tiktoken": tiktoken,
+    "tokenizer-settings": settings,
+    "tokenizer-unigram": unigram,
+    "tokenizer-sentencepiece": sentencepiece,
     "chat-template": template,
 }
 
@@ -81,7 +144,7 @@ def examine(path: Path) -> None:
     with contextlib.suppress(Error):  # a vocabulary may lack what a text needs, and rules may fail on it
         tokenizer.encode(TEXT)
         tokenizer.encode(TEXT, special=True)
-        tokenizer.encode_guarded(TEXT.replace("<|", "<\ufdd0|"), "\ufdd0")
+        tokenizer.encode_spans([(TEXT, True), (TEXT, False), ("<s> ", True)], bos=True)
         tokenizer.vocabulary()
     stop_token_ids(tokenizer)
     if found.chat_template is not None:

@@ -235,6 +235,17 @@ def test_ids_that_end_a_turn_go_along(tmp_path: Path) -> None:
     assert Header(map_file(tmp_path / "m.gguf")).text("general.name") == "Model-2.5"
 
 
+def test_gguf_that_llama_cpp_would_not_open(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="no architecture with q/k norms and biases"):
+        export_model(GOLDEN / "hf" / "qwen3-biases-0", tmp_path / "m.gguf", "gguf")
+    assert not (tmp_path / "m.gguf").exists()
+    config = replace(WIDE, rope_pairing=HALF_SPLIT, qkv_bias=True, head_dim=8)
+    write_safetensors(tmp_path / "source", config, random_checkpoint(config).weights)
+    export_model(tmp_path / "source", tmp_path / "m.gguf", "gguf")
+    header = Header(map_file(tmp_path / "m.gguf"))
+    assert header.text("general.architecture") == "llama", "its qwen2 wants heads of dim / n_heads"
+
+
 @pytest.mark.parametrize("rows", [296, 300, 304])
 def test_a_vocabulary_and_an_embedding_of_different_sizes(tmp_path: Path, rows: int) -> None:
     """A GGUF file gets a token for each row: the others are left out, missing ones are padding."""

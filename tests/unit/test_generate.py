@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import signal
 import struct
 import threading
 from collections.abc import Iterator, Sequence
@@ -22,12 +23,13 @@ from numballama import (
     Interrupted,
     Model,
     SamplingParams,
-    UnsupportedError,
-    generate,
 )
-from numballama.generate import StopStringFilter
+from numballama.engine.request import TokenEvent, TokenLogprobs
+from numballama.generate import StopStringFilter, TextStream, TextStreams
+from numballama.sampling import Sampled
 from tests.helpers.bounds import shared_model, story_model
 from tests.helpers.random_models import save
+from tests.helpers.sentencepiece_models import load
 from tests.helpers.tiny import FIRST_BYTE, TINY, WORDS, InterruptAt, ids_of, joined
 
 
@@ -40,10 +42,19 @@ def model(tiny_file: Path, tiny_tokenizer: Path) -> Model:
 def scripted(tiny_file: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """A function that makes the model choose given tokens, or the bytes of a text, after any prompt."""
     with numballama.compile(tiny_file, tiny_tokenizer, device="cpu") as model:
+        runner = model.token_engine.runner
+        collect = runner.collect
 
         def speak(tokens: Sequence[int] | bytes) -> Model:
-            script = iter([byte + 3 for byte in tokens] if isinstance(tokens, bytes) else tokens)
-            monkeypatch.setattr(generate, "next_token", lambda shared, stream, history, sampler: next(script))
+            script = iter([byte + FIRST_BYTE for byte in tokens] if isinstance(tokens, bytes) else tokens)
+
+            def collect_scripted(ticket: int) -> Sampled:
+                sampled = collect(ticket)
+                for row in range(len(sampled.tokens)):
+                    sampled.tokens[row] = model._runner.table.last_token[0] = next(script)
+                return sampled
+
+            monkeypatch.setattr(runner, "collect", collect_scripted)
             return model
 
         yield speak
@@ -150,7 +161,6 @@ def test_ends_where_the_context_is_full(tiny_file: Path, tiny_tokenizer: Path) -
             if pieces[-1].finish_reason != "stop":
                 assert (pieces[-1].finish_reason, pieces[-1].stop_reason) == ("length", "context")
                 assert len(prompt) + len(pieces) == 12 + 1
-                assert len(model.session.tokens) == 12
                 return
     pytest.fail("every text ended before the context did")
 
@@ -266,6 +276,47 @@ def test_a_stop_string_may_be_a_control_token(scripted: Any) -> None:
     assert scripted([story, 2, story]).generate("x", max_tokens=3, ignore_eos=True, stop="y</s>!") == " story story"
 
 
+# Text of events
+
+
+def event(token: int, index: int = 0, **values: Any) -> TokenEvent:
+    defaults: dict[str, Any] = {"finish_reason": None, "stop_reason": None, "logprobs": None}
+    return TokenEvent(token, index, **{**defaults, **values}, prompt_tokens=5, cached_tokens=2)
+
+
+def test_a_text_stream_passes_on_what_an_event_says(model: Model) -> None:
+    assert model.tokenizer is not None
+    stream = TextStream(model.tokenizer.decoder(strip_leading_space=False), ())
+    logprobs = TokenLogprobs(-0.5, [(262, -0.5)])
+    first = stream(event(FIRST_BYTE + ord("a"), 3, logprobs=logprobs))
+    assert (first.text, first.token, first.index) == ("a", FIRST_BYTE + ord("a"), 3)
+    assert (first.prompt_tokens, first.cached_tokens, first.logprobs) == (5, 2, logprobs)
+    assert (first.finish_reason, first.tokens_per_second) == (None, 0.0)
+    last = stream(event(FIRST_BYTE + 0xC3, finish_reason="length", stop_reason="context"))
+    assert (last.text, last.finish_reason, last.stop_reason) == ("\ufffd", "length", "context")
+    assert last.tokens_per_second > 0
+
+
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=40), st.sampled_from(["", "€", "ñ€", "b"]))
+def test_sequences_of_a_request_do_not_share_held_text(tiny_tokenizer: Path, turns: list[int], stop: str) -> None:
+    """Bytes of three texts in any order: each text is what its own bytes give, up to the stop string."""
+    tokenizer = load(tiny_tokenizer)
+    texts = ["añ€😀", "€€ab", "x…ñ€b"]
+    left = [list(text.encode()) for text in texts]
+    streams = TextStreams(lambda: tokenizer.decoder(strip_leading_space=False), (stop,), 3)
+    shown, ended = ["", "", ""], [False] * 3
+    for index in [*turns, *(index for index in range(3) for _ in range(40))]:
+        if left[index] and not ended[index]:
+            byte = left[index].pop(0)
+            response = streams(event(FIRST_BYTE + byte, index, finish_reason=None if left[index] else "length"))
+            shown[index] += response.text
+            ended[index] = response.finish_reason is not None
+            assert response.index == index
+            assert (response.stop_reason == stop) == (response.finish_reason == "stop")
+    assert all(ended)
+    assert shown == [text.partition(stop)[0] if stop else text for text in texts]
+
+
 # One model, many users
 
 
@@ -305,25 +356,64 @@ def test_two_threads(model: Model) -> None:
     assert together == alone
 
 
-@pytest.mark.parametrize("after", [False, True])
+def interrupting(call: Any, nth: int, how: str) -> Any:
+    """`call`, with Ctrl-C in its nth call: "before" or "after" it, as if a handler raised; or "signal", as it comes."""
+    if how != "signal":
+        return InterruptAt(call, nth, how == "after")
+    left = [nth]
+
+    def signalling(*args: Any, **options: Any) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            signal.raise_signal(signal.SIGINT)
+        return call(*args, **options)
+
+    return signalling
+
+
+PROMPT = "a story " * 10
+INTERRUPTED: dict[str, Any] = {"max_tokens": 12, "temperature": 0.9, "seed": 3, "ignore_eos": True}
+
+
+@pytest.mark.parametrize("how", ["before", "after", "signal"])
 @pytest.mark.parametrize("nth", [1, 2, 5])
-@pytest.mark.parametrize("which", ["_decode", "_prompt"])
-def test_interrupt_keeps_the_text_and_the_model(
-    model: Model, monkeypatch: pytest.MonkeyPatch, which: str, nth: int, after: bool
+@pytest.mark.parametrize("which", ["submit", "collect"])
+def test_an_interrupt_keeps_the_text_and_the_model(
+    model: Model, monkeypatch: pytest.MonkeyPatch, which: str, nth: int, how: str
 ) -> None:
-    prompt = "a story " * 10
-    whole = list(model.stream(prompt, max_tokens=12, temperature=0.9, seed=3))
-    program = getattr(model.session, which)
-    interrupt = InterruptAt(program.run, nth, after)
-    monkeypatch.setattr(program, "run", interrupt)
-    if which == "_prompt" and nth > 2:
-        assert model.generate(prompt, max_tokens=12, temperature=0.9, seed=3) == joined(whole), "two chunks, no more"
-        return
+    """Wherever it comes, runs of the prompt included: the text is what was yielded, and the model is as before."""
+    with model.exclusive():
+        pass  # forgets the prompt's pages
+    whole = list(model.stream(PROMPT, **INTERRUPTED))
+    assert 64 < whole[0].prompt_tokens <= 128, "two runs, of which the second samples"
+    with model.exclusive():
+        pass
+    runner = model.token_engine.runner
+    monkeypatch.setattr(runner, which, interrupting(getattr(runner, which), nth, how))
     with pytest.raises(Interrupted) as caught:
-        model.generate(prompt, max_tokens=12, temperature=0.9, seed=3)
+        model.generate(PROMPT, **INTERRUPTED)
     assert isinstance(caught.value, KeyboardInterrupt)
-    assert caught.value.text == joined(whole[: 0 if which == "_prompt" else nth])
-    assert model.generate(prompt, max_tokens=12, temperature=0.9, seed=3) == joined(whole)
+    assert caught.value.text == joined(whole[: max(nth - 2, 0)])
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert model.generate(PROMPT, **INTERRUPTED) == joined(whole)
+    assert model.token_engine.stats().running == 0
+
+
+@pytest.mark.parametrize("which", ["decode", "prompt"])
+@pytest.mark.parametrize("after", [False, True])
+def test_an_interrupted_kernel(model: Model, monkeypatch: pytest.MonkeyPatch, which: str, after: bool) -> None:
+    """Others' streams go on as if nothing had happened."""
+    whole = list(model.stream(PROMPT, **INTERRUPTED))
+    with model.exclusive():
+        pass
+    other = model.stream("ab", **INTERRUPTED)
+    begun = [next(other).token for _ in range(3)]
+    program = getattr(model._runner, which)
+    monkeypatch.setattr(program, "submit", InterruptAt(program.submit, 1, after))
+    with pytest.raises(Interrupted):
+        model.generate(PROMPT, **INTERRUPTED)
+    assert model.generate(PROMPT, **INTERRUPTED) == joined(whole)
+    assert begun + [piece.token for piece in other] == tokens_of(model.stream("ab", **INTERRUPTED))
 
 
 # Settings
@@ -343,11 +433,11 @@ def test_settings_that_are_refused_at_once(model: Model) -> None:
     for call in (model.generate, model.stream):
         with pytest.raises(Error, match="unknown sampling option heat; choose from max_tokens"):
             call("x", heat=1)  # type: ignore[call-overload, call-arg]
-        for options in ({"n": 2}, {"logprobs": 3}):
-            with pytest.raises(UnsupportedError, match="neither n > 1 nor logprobs"):
-                call("x", **options)  # type: ignore[call-overload]
         with pytest.raises(Error, match="params must be SamplingParams"):
             call("x", params={"seed": 1})  # type: ignore[call-overload, arg-type]
+    for prompt in ("x", ["x", "y"]):
+        with pytest.raises(Error, match=r"n > 1 gives several texts, generate\(\) returns one"):
+            model.generate(prompt, n=2)  # type: ignore[call-overload]
 
 
 def test_max_tokens_none_goes_to_the_end_of_the_context(tiny_file: Path, tiny_tokenizer: Path) -> None:
@@ -394,10 +484,21 @@ def test_responses_say_what_was_read(model: Model) -> None:
     ids = [1, *ids_of(model, "the story")]
     first, *_, last = model.stream("the story", 3, temperature=0)
     assert first.prompt_tokens == last.prompt_tokens == len(ids) and first.cached_tokens == 0
-    assert first.logprobs is None
-    again = next(model.stream_ids(ids, 3, temperature=0, reuse_prefix=True))
-    assert again.cached_tokens == len(ids) - 1 and again.token == first.token
+    assert first.logprobs is None and first.index == 0
     assert numballama.Piece is GenerationResponse, "the old name"
+
+
+@pytest.mark.parametrize(("length", "pages"), [(31, 0), (32, 0), (33, 1), (64, 1), (65, 2)])
+def test_whole_pages_of_a_prompt_are_reused(model: Model, length: int, pages: int) -> None:
+    """All but the last token may come from the cache, whose pages hold 32 tokens; the next token is the same."""
+    with model.exclusive():
+        pass
+    ids = [1, *range(3, 3 + length - 1)]
+    first = next(model.stream_ids(ids, 1, temperature=0))
+    assert first.cached_tokens == 0
+    for reuse in (True, False):
+        again = next(model.stream_ids(ids, 1, temperature=0, reuse_prefix=reuse))
+        assert again.cached_tokens == (32 * pages if reuse else 0) and again.token == first.token
 
 
 # Several prompts
@@ -428,7 +529,8 @@ def test_lists_that_are_refused(model: Model) -> None:
 
 def test_an_interrupt_keeps_the_finished_texts(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = model.generate(["ab", "the"], 5, temperature=0, ignore_eos=True)
-    monkeypatch.setattr(model.session._decode, "run", InterruptAt(model.session._decode.run, 7, after=False))
+    decode = model._runner.decode
+    monkeypatch.setattr(decode, "submit", InterruptAt(decode.submit, 7, after=False))
     with pytest.raises(Interrupted) as caught:
         model.generate(["ab", "the"], 5, temperature=0, ignore_eos=True)
     assert caught.value.finished == whole[:1]

@@ -14,6 +14,9 @@ import pytest
 import numballama
 from numballama import hub
 from numballama.errors import Error, FormatError
+from numballama.export import export_model
+from numballama.files import map_file
+from numballama.formats.gguf.header import Header
 from numballama.loader import open_checkpoint
 from tests.helpers.gguf_files import CONFIG, save, split
 from tests.helpers.hf_files import tensors
@@ -210,6 +213,19 @@ def test_gguf_files_of_a_repository(fake: FakeHub, online: bool) -> None:
         open_checkpoint("owner/name:Q2_K")
     with pytest.raises(Error, match=r"no GGUF file m-Q9\.gguf"):
         open_checkpoint("owner/name/m-Q9.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [("owner/Model-2.5-GGUF:q4_0", "Model-2.5-GGUF"), ("owner/Model-2.5-GGUF/m.1-Q4_0.gguf", "m.1-Q4_0"),
+     ("owner/Model-2.5-GGUF", "Model-2.5-GGUF")],
+)  # fmt: skip
+def test_an_exported_model_has_the_name_of_its_repository(
+    fake: FakeHub, tmp_path: Path, name: str, wanted: str
+) -> None:
+    save(fake.folder / "m.1-Q4_0.gguf")
+    export_model(name, tmp_path / "copy.gguf", "gguf")
+    assert Header(map_file(tmp_path / "copy.gguf")).text("general.name") == wanted
 
 
 def test_a_local_file_of_that_name_counts(fake: FakeHub, tmp_path: Path) -> None:

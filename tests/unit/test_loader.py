@@ -5,17 +5,21 @@ from __future__ import annotations
 import os
 import pickle
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import numballama
 from numballama import loader
 from numballama.config import ModelConfig
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.export import WRITERS
 from numballama.loader import open_checkpoint
 from numballama.tokenizers.llama2c import Llama2cTokenizer
+from tests.helpers.gguf_files import CONFIG, edited, entries_of, letters, u32
+from tests.helpers.gguf_files import save as save_gguf
 from tests.helpers.random_models import random_checkpoint
 
 SMALL = ModelConfig(16, 12, 1, 4, 2, 264, 8)
@@ -81,6 +85,24 @@ def test_padding_has_limits(tmp_path: Path) -> None:
         else:
             with pytest.raises(Error, match="does not belong"):
                 open_checkpoint(path, tokenizer)
+
+
+def test_tokens_beyond_the_embedding(tmp_path: Path) -> None:
+    """They are named, never sampled, and a prompt with one is an error, whatever the file says of them."""
+    whole = save_gguf(tmp_path / "whole.gguf", tokenizer=letters(300)).read_bytes()
+    entries = {key: whole[start:end] for key, (start, end) in entries_of(whole).items() if key.startswith("tokenizer.")}
+    path = save_gguf(tmp_path / "m.gguf", replace(CONFIG, vocab_size=298))
+    entries["tokenizer.ggml.eot_token_id"] = u32("tokenizer.ggml.eot_token_id", 299)
+    path.write_bytes(edited(path, entries))
+    opened = open_checkpoint(path)
+    assert opened.config.vocab_size == 298 and opened.stop_token_ids == (2,)
+    assert "the tokenizer has 300 tokens, the embedding 298 rows: 'piece12' to 'piece13' cannot be used" in opened.notes
+    with numballama.compile(path, device="reference") as model:
+        assert model.logits([1, 297]).shape == (2, 298)
+        for token in (298, 299):
+            with pytest.raises(Error, match=f"is {token}; the vocabulary has 0 to 297"):
+                model.logits([1, token])
+        model.generate("abc", max_tokens=3, ignore_eos=True)
 
 
 def test_real_models_with_their_tokenizers_and_with_the_wrong_ones(models: Path) -> None:

@@ -45,7 +45,7 @@ GEMM_STAGED_BYTES = 544
 different banks.
 """
 
-# Linear layers for 2 to 64 tokens (`skinny`)
+# Linear layers for 2 to 128 tokens (`skinny`)
 
 SKINNY_WARPS = 8
 SKINNY_THREADS = 32 * SKINNY_WARPS

@@ -1,7 +1,8 @@
-"""Skinny GEMM: linear layers for 2 to 64 tokens, Y[T, N] = X[T, K] · W[N, K]ᵀ on tensor cores, with sums in float32.
+"""Skinny GEMM: linear layers for 2 to 128 tokens, Y[T, N] = X[T, K] · W[N, K]ᵀ on tensor cores, with sums in float32.
 
 W is streamed once from memory and decoded to 16 bits in registers (`cuda/fragments.py`). Its rows are the 16 rows of
-`mma.m16n8k16`, tokens the 8 columns, so that two tokens waste little. X is rounded to 16 bits (`skinny_x`). Memory bandwidth is the floor: W of 4096 × 4096 in float16 is 34 MB, 8.3 µs at 4.05 TB/s.
+`mma.m16n8k16`, tokens the 8 columns, so that two tokens waste little. X is rounded to 16 bits (`skinny_x`). Memory
+bandwidth is the floor: W of 4096 × 4096 in float16 is 34 MB, 8.3 µs at 4.05 TB/s.
 
 - K is divided into slices. A block keeps its slice of X in shared memory and walks through tiles of rows of W. A warp
   has 32 rows; of the 64-byte steps of their slice it takes every `k_warps`-th. It copies them to a ring of its own in
@@ -11,8 +12,8 @@ W is streamed once from memory and decoded to 16 bits in registers (`cuda/fragme
   order of the warps. The sums go to `partials`, and `skinny_sum_kernel` adds the slices up in their order.
 - So an element's sum has one order, whatever the number of tokens. Its row of X alone decides on its bits.
 
-A unit is what a warp has of 8 tokens: two tiles of 16 rows × 8 tokens, eight float32 per lane. With a gate, one tile has
-rows of the gate and the other the same rows of up.
+A unit is what a warp has of 8 tokens: two tiles of 16 rows × 8 tokens, eight float32 per lane. With a gate, one tile
+has rows of the gate and the other the same rows of up.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def rows_of(paired, group, rows, kv_rows, weights, scales):
     first, last, base, scale_base = group * ROWS, rows - 1, w0, s0
     if paired:
         first = group * 16
-    elif first >= rows:
+    elif kv_rows > 0 and first >= rows:
         first -= rows
         last = kv_rows - 1
         base, scale_base = w1, s1
@@ -220,7 +221,8 @@ def load_row(slot, payload, scales, row):
 
 @device
 def skinny(zeros, tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, weights, weight_scales,
-           shift, paired, rows, kv_rows, partials, tiles, slices, slice_steps, log2_k_warps, stages, slot_bytes):  # fmt: skip
+           shift, paired, rows, kv_rows, partials, tiles, slices, slice_steps, log2_k_warps, stages,
+           slot_bytes, bias):  # fmt: skip
     """The body of all kernels here, for `zeros.size` / 8 units. blockIdx.x counts tiles of rows that blocks begin with,
     blockIdx.y tiles of tokens, blockIdx.z slices of K.
     """
@@ -292,12 +294,11 @@ def skinny(zeros, tokens, x, norm, normed, rounded, padded, scales, squares, cap
             sums = mma_step(
                 w0, s0, sums, load_row(reading, w0, s0, g), load_row(reading, w0, s0, g + 8),
                 load_row(reading, w0, s0, g + 16), load_row(reading, w0, s0, g + 24),
-                token_row + ((step * (64 * pieces) + ((lane & 3) << 4)) ^ odd), 8 * x_row,
+                token_row + ((step * (64 * pieces) + ((lane & 3) << 4)) ^ odd), 8 * x_row, bias,
             )  # fmt: skip
             reading = reading + slot_bytes if reading + slot_bytes < ring_end else ring
             step += k_warps
 
-        group = tile * row_warps + row_warp
         slot_of_tile = ((cuda.blockIdx.y * tiles + tile) * slices + cuda.blockIdx.z) * row_warps + row_warp
         parts = units // together
         if direct:
@@ -332,41 +333,41 @@ def skinny(zeros, tokens, x, norm, normed, rounded, padded, scales, squares, cap
 @cuda.jit
 def skinny_8_kernel(tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, w0, w1, w2, stride,
                     s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, partials, tiles, slices, slice_steps,
-                    log2_k_warps, stages, slot_bytes):  # fmt: skip
+                    log2_k_warps, stages, slot_bytes, bias):  # fmt: skip
     """Sums of x · Wᵀ of blocks of up to 8 tokens."""
-    skinny(zeros8(), tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, (w0, w1, w2, stride),
-           (s0, s1, s2, scale_stride), shift, paired, rows, kv_rows, partials, tiles, slices, slice_steps, log2_k_warps,
-           stages, slot_bytes)  # fmt: skip
+    skinny(zeros8(), tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns,
+           (w0, w1, w2, stride), (s0, s1, s2, scale_stride), shift, paired, rows, kv_rows, partials, tiles, slices,
+           slice_steps, log2_k_warps, stages, slot_bytes, bias)  # fmt: skip
 
 
 @launch_bounds(min_blocks=2)
 @cuda.jit
 def skinny_16_kernel(tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, w0, w1, w2, stride,
                      s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, partials, tiles, slices, slice_steps,
-                     log2_k_warps, stages, slot_bytes):  # fmt: skip
+                     log2_k_warps, stages, slot_bytes, bias):  # fmt: skip
     """Sums of x · Wᵀ of blocks of up to 16 tokens."""
-    skinny(zeros16(), tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, (w0, w1, w2, stride),
-           (s0, s1, s2, scale_stride), shift, paired, rows, kv_rows, partials, tiles, slices, slice_steps, log2_k_warps,
-           stages, slot_bytes)  # fmt: skip
+    skinny(zeros16(), tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns,
+           (w0, w1, w2, stride), (s0, s1, s2, scale_stride), shift, paired, rows, kv_rows, partials, tiles, slices,
+           slice_steps, log2_k_warps, stages, slot_bytes, bias)  # fmt: skip
 
 
-@launch_bounds(min_blocks=2)
+@launch_bounds(min_blocks=1)
 @cuda.jit
 def skinny_32_kernel(tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, w0, w1, w2, stride,
                      s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, partials, tiles, slices, slice_steps,
-                     log2_k_warps, stages, slot_bytes):  # fmt: skip
+                     log2_k_warps, stages, slot_bytes, bias):  # fmt: skip
     """Sums of x · Wᵀ of blocks of up to 32 tokens."""
-    skinny(zeros32(), tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, (w0, w1, w2, stride),
-           (s0, s1, s2, scale_stride), shift, paired, rows, kv_rows, partials, tiles, slices, slice_steps, log2_k_warps,
-           stages, slot_bytes)  # fmt: skip
+    skinny(zeros32(), tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns,
+           (w0, w1, w2, stride), (s0, s1, s2, scale_stride), shift, paired, rows, kv_rows, partials, tiles, slices,
+           slice_steps, log2_k_warps, stages, slot_bytes, bias)  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def skinny_64_kernel(tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, w0, w1, w2, stride,
                      s0, s1, s2, scale_stride, shift, paired, rows, kv_rows, partials, tiles, slices, slice_steps,
-                     log2_k_warps, stages, slot_bytes):  # fmt: skip
+                     log2_k_warps, stages, slot_bytes, bias):  # fmt: skip
     """Sums of x · Wᵀ of blocks of up to 64 tokens."""
-    skinny(zeros64(), tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, (w0, w1, w2, stride),
-           (s0, s1, s2, scale_stride), shift, paired, rows, kv_rows, partials, tiles, slices, slice_steps, log2_k_warps,
-           stages, slot_bytes)  # fmt: skip
+    skinny(zeros64(), tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns,
+           (w0, w1, w2, stride), (s0, s1, s2, scale_stride), shift, paired, rows, kv_rows, partials, tiles, slices,
+           slice_steps, log2_k_warps, stages, slot_bytes, bias)  # fmt: skip

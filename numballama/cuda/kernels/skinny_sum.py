@@ -1,8 +1,8 @@
-"""The end of a skinny GEMM: the sums of the slices of K are added up in their order, and each operator finishes them.
+"""The end of a skinny GEMM: sums of the slices of K are added up in their order, and each operator finishes them.
 
-That is the factor of an RMSNorm, a residual or SwiGLU, and where a row of q, k and v belongs. A lane has the layout that
-`mma.m16n8k16` leaves: rows l / 4 and 8 further of two tiles, two neighbouring tokens of each. Sums lie in memory as the
-lanes had them, so all loads are 16 bytes. T · N · slices · 4 bytes are read, mostly from the L2 cache.
+That is the factor of an RMSNorm, a residual or SwiGLU, and where a row of q, k and v belongs. Lanes have what
+`mma.m16n8k16` leaves to them: rows l / 4 and 8 further of two tiles, two neighbouring tokens of each. Sums lie in
+memory as lanes had them, so all loads are 16 bytes. T · N · slices · 4 bytes are read, mostly from the L2 cache.
 """
 
 from __future__ import annotations
@@ -20,7 +20,18 @@ from .params import SKINNY_WARPS as WARPS
 
 
 @device
-def put_row(row, token, here, a, b, rows, kv_rows, residual, added, outs):
+def old_row(row, token, here, rows, residual, added):
+    """A row's residual for two tokens from `token` on, `here` of which exist; zeros if there is none."""
+    a, b = np.float32(0), np.float32(0)
+    if added and row < rows:
+        at = token * rows + row
+        a = residual[at] if here > 0 else a
+        b = residual[at + rows] if here > 1 else b
+    return a, b
+
+
+@device
+def put_row(row, token, here, a, b, rows, kv_rows, outs):
     """Write a row's results for two tokens from `token` on, `here` of which exist. Rows of keys and values come after
     those of the first weight.
     """
@@ -30,27 +41,27 @@ def put_row(row, token, here, a, b, rows, kv_rows, residual, added, outs):
         out = address(outs[0], 0) if row < rows else address(outs[1] if row < rows + kv_rows else outs[2], 0)
         at = token * width + inside
         if here > 0:
-            st_global_f32(out + 4 * at, a + residual[at] if added else a)
+            st_global_f32(out + 4 * at, a)
         if here > 1:
-            st_global_f32(out + 4 * (at + width), b + residual[at + width] if added else b)
+            st_global_f32(out + 4 * (at + width), b)
 
 
 @device
-def finish_unit(paired, group, token, here, factors, upper, lower, rows, kv_rows, residual, added, outs):
-    """Write a unit's sums: `upper` of rows l / 4 and 8 more, `lower` of rows 16 further, for two tokens from `token`, if
-    they are `here`, times their factors.
+def finish_unit(paired, row, token, here, factors, upper, lower, olds, rows, kv_rows, outs):
+    """Write a unit's sums times the tokens' factors, plus their residuals: `upper` of `row` and 8 more, `lower` of rows
+    16 further, for two tokens from `token` on, of which `here` exist.
     """
     scale, scale2 = factors
-    row = (group << (4 if paired else 5)) + ((cuda.threadIdx.x & 31) >> 2)
     a, b, c, d = upper[0] * scale, upper[1] * scale2, upper[2] * scale, upper[3] * scale2
     e, f, g, h = lower[0] * scale, lower[1] * scale2, lower[2] * scale, lower[3] * scale2
     if paired:
         a, b, c, d = silu_and_mul(a, e), silu_and_mul(b, f), silu_and_mul(c, g), silu_and_mul(d, h)
-    put_row(row, token, here, a, b, rows, kv_rows, residual, added, outs)
-    put_row(row + 8, token, here, c, d, rows, kv_rows, residual, added, outs)
+    first, second, third, fourth = olds
+    put_row(row, token, here, a + first[0], b + first[1], rows, kv_rows, outs)
+    put_row(row + 8, token, here, c + second[0], d + second[1], rows, kv_rows, outs)
     if not paired:
-        put_row(row + 16, token, here, e, f, rows, kv_rows, residual, added, outs)
-        put_row(row + 24, token, here, g, h, rows, kv_rows, residual, added, outs)
+        put_row(row + 16, token, here, e + third[0], f + third[1], rows, kv_rows, outs)
+        put_row(row + 24, token, here, g + fourth[0], h + fourth[1], rows, kv_rows, outs)
 
 
 @device
@@ -67,8 +78,8 @@ def times(sums, scale, scale2):
 
 @device
 def load_slice(partials, s, slices, at, distance, scales, squares, token, last, capacity):
-    """A slice's part of a unit: (upper tile, lower tile, scales of two tokens, their sums of squares). After the end, the
-    last slice again: loads that depend on nothing are in flight together.
+    """A slice's part of a unit: (upper tile, lower tile, scales of two tokens, their sums of squares). After the end it
+    is the last slice again: loads that depend on nothing are in flight together.
     """
     s = min(s, slices - 1)
     at += s * distance
@@ -95,8 +106,8 @@ def norm_factor(square, normed, columns, eps):
 
 
 @cuda.jit
-def skinny_sum_kernel(tokens, partials, scales, squares, capacity, normed, eps, columns, paired, residual, added, q, k, v,
-                      rows, kv_rows, slices, groups, log2_units, log2_row_warps):  # fmt: skip
+def skinny_sum_kernel(tokens, partials, scales, squares, capacity, normed, eps, columns, paired, residual, added, q, k,
+                      v, rows, kv_rows, slices, groups, log2_units, log2_row_warps):  # fmt: skip
     """Add up the slices' sums and finish the results. A warp has a unit: blockIdx.x counts eight groups of 32 rows,
     blockIdx.y units of 8 tokens.
     """
@@ -114,6 +125,11 @@ def skinny_sum_kernel(tokens, partials, scales, squares, capacity, normed, eps, 
     at = at * UNIT + 4 * lane
     zero = np.float32(0)
     sums = (zero, zero, zero, zero), (zero, zero, zero, zero), zero, zero
+    here, row = tokens[0] - token, (group << (4 if paired else 5)) + (lane >> 2)
+    olds = (
+        old_row(row, token, here, rows, residual, added), old_row(row + 8, token, here, rows, residual, added),
+        old_row(row + 16, token, here, rows, residual, added), old_row(row + 24, token, here, rows, residual, added),
+    )  # fmt: skip
     a, b = min(token, capacity - 1), min(token + 1, capacity - 1)
     for s in range(0, slices, 4):
         no_unroll()
@@ -127,6 +143,4 @@ def skinny_sum_kernel(tokens, partials, scales, squares, capacity, normed, eps, 
         sums = add_slice(sums, s + 3 < slices, fourth)
     upper, lower, square, square2 = sums
     factors = norm_factor(square, normed, columns, eps), norm_factor(square2, normed, columns, eps)
-    finish_unit(
-        paired, group, token, tokens[0] - token, factors, upper, lower, rows, kv_rows, residual, added, (q, k, v)
-    )
+    finish_unit(paired, row, token, here, factors, upper, lower, olds, rows, kv_rows, (q, k, v))

@@ -1,4 +1,4 @@
-"""The linear operators. Each is registered once, and uses `gemv` for one token, `skinny` for some, `gemm` for many.
+"""The linear operators. Each is registered once: `gemv` for one token, `skinny` for up to 128, `gemm` for more.
 
 float32 weights have no kernel in `skinny`: `gemv` multiplies them with up to `FEW` tokens, and `gemm` with more.
 
@@ -21,15 +21,16 @@ from .gemm import FEW
 
 LINEAR_INT8 = KernelRef("numballama.kernels_cuda", "linear_int8_kernel")
 
+EXACT = 1
+"""Up to this number of tokens, `gemv` multiplies all types; it does not round activations to 16 bits."""
+
 
 def _kernels_for(x: Array, weight: Matrix) -> Literal["gemv", "skinny", "gemm"]:
     """The kernels that are fastest for x and a weight of this type."""
-    tokens = x.shape[0]
-    if tokens == 1:
+    tokens, in_float32 = x.shape[0], weight.payload.dtype == "f32"
+    if tokens <= (FEW if in_float32 else EXACT):
         return "gemv"
-    if weight.payload.dtype == "f32":
-        return "gemv" if tokens <= FEW else "gemm"
-    return "skinny" if tokens <= skinny.MOST else "gemm"
+    return "skinny" if tokens <= skinny.MOST and not in_float32 else "gemm"
 
 
 def _linear(

@@ -1,6 +1,8 @@
-"""Linear layers for 2 to 64 tokens: how the kernels of `kernels/skinny.py` are launched. `linear` registers them.
+"""Linear layers for 2 to 128 tokens: how the kernels of `kernels/skinny.py` are launched. `linear` registers them.
 
-An operator is one kernel that rounds X to 16 bits (`gemm`'s), and one that streams the weights and finishes the results.
+An operator is a kernel that streams the weights and one that adds up the slices of K and finishes the results. Before
+them, for more tokens than a unit or two, a kernel rounds X to 16 bits.
+
 How K is divided (`Division`) depends on the weight and on the number of multiprocessors, never on the number of tokens.
 """
 
@@ -35,8 +37,8 @@ SKINNY = {units: KernelRef(KERNELS, f"skinny_{8 * units}_kernel") for units in (
 ROUND = KernelRef(f"{KERNELS}_x", "skinny_round_kernel")
 SUM = KernelRef(f"{KERNELS}_sum", "skinny_sum_kernel")
 
-MOST = 64
-"""Up to this number of tokens these kernels are faster than `gemm`."""
+MOST = 128
+"""Up to this number of tokens these kernels are faster than `gemm`, or as fast with float16 weights."""
 SCALE_PLANES = {"q4_0": 2, "q4_1": 4, "q4_k": 3, "q6_k": 3 + 8}
 """Type of a payload → words of scales, and of q6_k's upper bits, of a row in a step."""
 SHARED_BYTES = 227 << 10
@@ -88,11 +90,13 @@ def divide(payload: str, scales: str, groups: int, columns: int, n_sms: int) -> 
         slices = ceil_div(steps, slice_steps)
         for k_warps in (1, 2, 4, 8):
             tiles = ceil_div(groups, SKINNY_WARPS // k_warps)
-            mine = ceil_div(tiles, max(1, n_sms // slices)) * max(1, slices / n_sms)
+            # tiles of a multiprocessor's blocks: one for many tokens, two for few
+            one, two = (per_sm * ceil_div(tiles, max(1, per_sm * n_sms // slices)) for per_sm in (1, 2))
+            mine = (one + two) / 2 * max(1, slices / n_sms)
             streamed = mine * ceil_div(slice_steps, k_warps) * SKINNY_WARPS * slot / 30  # ns at 30 bytes per ns
             staged = 24 * 2 * slice_steps * per_step / 50
-            summed = 2 * 24 * groups * SKINNY_ROWS * slices * 4 / 4000 + 500 * ceil_div(slices, 4)
-            added = mine * (100 if k_warps == 1 else 1000) + summed
+            summed = 2 * 40 * groups * SKINNY_ROWS * slices * 4 / 3500 + 500 * ceil_div(slices, 4)
+            added = mine * (100 if k_warps == 1 else 2000) + summed
             candidates.append((streamed + staged + added, Division(k_warps, slice_steps, slices, tiles)))
     return min(candidates, key=lambda pair: pair[0])[1]
 
@@ -145,10 +149,12 @@ def _launch(
         s2=w[2].scales, scale_stride=first.scale_stride, shift=first.shift, paired=int(paired), rows=rows,
         kv_rows=kv_rows, partials=partials, tiles=division.tiles, slices=division.slices,
         slice_steps=division.slice_steps, log2_k_warps=division.k_warps.bit_length() - 1, stages=stages,
-        slot_bytes=slot,
+        slot_bytes=slot, bias=0x64006400,
     )  # fmt: skip
     shared = _shared_bytes(units, stages, slot, width)
-    per_sm = 2 if units < SKINNY_UNITS and 2 * (shared + RESERVED_BYTES) <= ctx.shared_limit + RESERVED_BYTES else 1
+    per_sm = (
+        2 if units <= SKINNY_FUSED_UNITS and 2 * (shared + RESERVED_BYTES) <= ctx.shared_limit + RESERVED_BYTES else 1
+    )
     per_slice = min(division.tiles, max(1, per_sm * ctx.n_sms // division.slices))
     grid = per_slice, token_tiles, division.slices
     launches.append(Launch(SKINNY[units], grid, SKINNY_THREADS, arguments, shared))
@@ -159,8 +165,7 @@ def _launch(
         slices=division.slices, groups=groups, log2_units=units.bit_length() - 1,
         log2_row_warps=division.row_warps.bit_length() - 1,
     )  # fmt: skip
-    grid = ceil_div(groups, SKINNY_WARPS), ceil_div(tokens, 8)
-    launches.append(Launch(SUM, grid, SKINNY_THREADS, arguments))
+    launches.append(Launch(SUM, (ceil_div(groups, SKINNY_WARPS), ceil_div(tokens, 8)), SKINNY_THREADS, arguments))
     return launches
 
 
@@ -202,8 +207,8 @@ def _qkv(
 
 def norm_qkv_rope(
     ctx: LaunchContext, x: Array, norm: Array, wq: Matrix, wk: Matrix, wv: Matrix, angles: Array, k_cache: Array,
-    positions: Array, sequences: Array, page_table: Array, v_cache: Array, out: Array, memory: Array, eps: float, head_dim: int,
-    interleaved: int,
+    positions: Array, sequences: Array, page_table: Array, v_cache: Array, out: Array, memory: Array, eps: float,
+    head_dim: int, interleaved: int,
 ) -> list[Launch]:  # fmt: skip
     """q, k and v of norm(x); q rotated into `out`, k rotated and v into the KV cache."""
     workspace, weights = _Workspace(memory), (wq, wk, wv)

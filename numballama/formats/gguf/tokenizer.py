@@ -14,7 +14,7 @@ from ...tokenizers.bpe import BPETokenizer, build_library
 from ...tokenizers.eog import EOG_NAMES, not_eog
 from ...tokenizers.gguf import GgufTokenizer
 from ...tokenizers.library import library_errors
-from ...tokenizers.pretokenizers import DEFAULT, NOT_BYTE_LEVEL, PRE_TOKENIZERS, PreTokenizer, build_pre_tokenizer
+from ...tokenizers.pretokenizers import DEFAULT, NOT_READ, PRE_TOKENIZERS, PreTokenizer, build_pre_tokenizer
 from .header import Header
 
 if TYPE_CHECKING:
@@ -181,8 +181,9 @@ def _pre_tokenizer(header: Header) -> tuple[PreTokenizer, list[str]]:
         return DEFAULT, [
             f"{said}: text may be split otherwise than in training, and answers be worse; convert it again"
         ]
-    if name in NOT_BYTE_LEVEL:
-        raise UnsupportedError(f"{header.path}: pre-tokenizer {name!r} of a BPE that is not byte-level is not read")
+    if name in NOT_READ:
+        why = "its BPE is not byte-level, or its rules are no regular expressions"
+        raise UnsupportedError(f"{header.path}: pre-tokenizer {name!r} is not read: {why}")
     if (rules := PRE_TOKENIZERS.get(name)) is None:
         raise UnsupportedError(
             f"{header.path}: pre-tokenizer {name[:100]!r} (tokenizer.ggml.pre: how text is split into words) is not "

@@ -46,10 +46,11 @@ def write_gguf(
     """Write GGUF, completely or not at all. Returns notes on what the format cannot hold.
 
     Matrices keep their type (`convert` makes them f16, bf16, q8_0, q4_0 or q4_1). Norms and biases are written as f32.
-    The architecture is "qwen3" for models with q/k norms, "qwen2" for half-split models with q/k/v biases and no other
-    biases, otherwise "llama". Rows of q and k are permuted to the RoPE pairing of the architecture. `name` becomes
-    `general.name`. `metadata` has additional keys, such as `{"general.license": "mit"}` (int: uint32, float: float32).
-    A vocabulary of fewer tokens than the model's is padded with unused ones, because llama.cpp wants one for each row.
+    The architecture is "qwen3" for models with q/k norms, "qwen2" for half-split models with q/k/v biases, no other
+    biases and heads of dim / n_heads, otherwise "llama". Rows of q and k are permuted to the RoPE pairing of the
+    architecture. A vocabulary of fewer tokens than the model's is padded with unused ones, because llama.cpp wants one
+    for each row. `name` becomes `general.name`. `metadata` has additional keys, such as `{"general.license": "mit"}`
+    (int: uint32, float: float32).
 
     Raises `UnsupportedError` for other weight types or a tokenizer that GGUF cannot express, `Error` when weights,
     config and tokenizer do not belong together.
@@ -109,7 +110,8 @@ def _padded(vocabulary: Vocabulary, size: int) -> Vocabulary:
 def _architecture(config: ModelConfig) -> str:
     if config.qk_norm:
         return "qwen3"
-    if config.qkv_bias and not (config.o_bias or config.mlp_bias) and config.rope_pairing == HALF_SPLIT:
+    whole = config.q_dim == config.dim  # llama.cpp's qwen2 knows no other width of heads; its llama does
+    if config.qkv_bias and not (config.o_bias or config.mlp_bias) and config.rope_pairing == HALF_SPLIT and whole:
         return "qwen2"
     return "llama"
 

@@ -226,7 +226,8 @@ def _lazy(shape: tuple[int, ...], bits: int, group: int, part: Callable[[int, in
         data = np.empty((rows, width), kind.traits.storage)
         for start in range(0, rows, _ROWS):
             stop = min(start + _ROWS, rows)
-            data[start:stop] = _encode(kind, group, *part(start, stop))
+            with np.errstate(over="ignore", invalid="ignore"):  # scales that are no numbers give such weights
+                data[start:stop] = _encode(kind, group, *part(start, stop))
         return Weight(shape, kind, data)
 
     return LazyWeight(shape, kind, make, cache=True)

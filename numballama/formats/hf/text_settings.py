@@ -98,7 +98,7 @@ class TextSettings:
             for name, entry in table.items():
                 entry = {"content": entry} if isinstance(entry, str) else entry
                 text = _token_text(entry)
-                if not name.isdecimal() or int(name) >= MAX_VOCAB or text is None:
+                if not name.isdecimal() or len(name) > 7 or int(name) >= MAX_VOCAB or text is None:
                     raise self._fault(file, key, "ids of tokens with their content", {name: entry})
                 flags = {flag: entry.get(flag, False) is True for flag in _FLAGS}
                 found.append(AddedTokenSetting(text, int(name), **flags))

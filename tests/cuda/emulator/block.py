@@ -256,7 +256,8 @@ class Block:
         self._whole_warps(mask)
         to = operands[0].split("|")[0]
         lanes = np.arange(self.threads)
-        other = (lanes & ~31) | ((lanes & 31) ^ self._value(operands[2], "u32").astype(np.int64))
+        apart = np.where(mask, self._value(operands[2], "u32").astype(np.int64), 0)  # others' registers hold anything
+        other = (lanes & ~31) | ((lanes & 31) ^ apart)
         self._set(to, self._value(operands[1], "b32")[other], mask)
 
     def _whole_warps(self, mask: np.ndarray) -> None:

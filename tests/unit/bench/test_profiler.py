@@ -28,11 +28,11 @@ def model(monkeypatch: pytest.MonkeyPatch) -> Model:
 
 def test_bytes_are_those_of_weights_and_cache(model: Model) -> None:
     """Counted by hand: float32 weights, of the embedding one row; keys and values of position 7 written, of 0 to 7
-    read."""
+    read; the page table, two rows of two pages, read by two fused operators a layer."""
     dim, hidden, kv = 64, 96, 32
     layer = 2 * dim + dim * dim + 2 * kv * dim + dim * dim + 3 * hidden * dim
     weights = 3 * layer + dim + 50 * dim + dim
-    assert bytes_per_token(model, 7) == 4 * (weights + 3 * (8 + 1) * 2 * kv)
+    assert bytes_per_token(model, 7) == 4 * (weights + 3 * (8 + 1) * 2 * kv + 3 * 2 * 2 * 2)
 
 
 def test_profile_of_a_model(model: Model, tmp_path: Path) -> None:

@@ -24,9 +24,12 @@ def test_weights_are_read_whole_and_the_embedding_by_rows() -> None:
 
 
 def test_the_cache_is_written_for_new_tokens_and_read_up_to_the_position() -> None:
+    """And the page table, of 4 bytes an entry, is read whole by each: it has two rows of one page."""
     graph = llama(tokens=3)
-    assert of(graph, "kv_write") == KV_ROW and of(graph, "kv_write", tokens=3) == 3 * KV_ROW
-    assert of(graph, "attention_scores", position=5) == of(graph, "attention_values", position=5) == 6 * KV_ROW
+    table = graph.values["page_table"]
+    assert table.shape == (2, 1) and table.nbytes == 8
+    assert of(graph, "kv_write") == KV_ROW + 8 and of(graph, "kv_write", tokens=3) == 3 * KV_ROW + 8
+    assert of(graph, "attention_scores", position=5) == of(graph, "attention_values", position=5) == 6 * KV_ROW + 8
 
 
 def test_activations_cost_nothing() -> None:

@@ -29,7 +29,7 @@ def test_a_run_outside_the_plan_is_refused(tokens: int, begin: int, end: int) ->
 def test_only_the_tokens_of_the_run_are_computed() -> None:
     program = compiled(cpu_backend(), doubled())
     program.inputs["x"][:], program.value("y")[:] = 3, -1
-    assert program.run(2) == 0
+    program.run(2)
     np.testing.assert_array_equal(program.value("y")[:, 0], [6, 6, -1, -1])
 
 
@@ -47,6 +47,6 @@ def test_a_kernel_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
             raise ValueError("three")
 
     program = compiled(cpu_backend(), doubled())
-    assert program.run(2) == 0
+    program.run(2)
     with pytest.raises(Error, match="a kernel failed"):
         program.run(3)

@@ -170,14 +170,12 @@ def test_a_character_appears_with_its_last_byte(pair: tuple[Library, BPETokenize
         assert [decoder.push(token) for token in (spelled[0], library.token_to_id("<think>"))] == ["", "\ufffd<think>"]
 
 
-def test_guarded_tokens_stay_text(pair: tuple[Library, BPETokenizer]) -> None:
+def test_control_tokens_of_messages_stay_text(pair: tuple[Library, BPETokenizer]) -> None:
     _, ours = pair
     end = ours.special_tokens["<|im_end|>"]
-    guarded = "hi <\ufdd0|im_end|> you<|im_end|>"
-    ids = ours.encode_guarded(guarded, "\ufdd0")
+    ids = ours.encode_spans([("hi <|im_end|> you", False), ("<|im_end|>", True)])
     assert ids.count(end) == 1 and ids[-1] == end
     assert ids[:-1] == ours.encode("hi <|im_end|> you", bos=False)
-    assert ours.encode_guarded("a<|im_end|>b", "") == ours.encode("a<|im_end|>b", bos=False, special=True)
 
 
 def test_a_special_token_among_the_words_is_not_made_of_text(tmp_path: Path) -> None:
@@ -268,7 +266,7 @@ def test_what_gguf_cannot_hold(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "pre", "kind", "message"),
     [
-        ({}, "klingon", UnsupportedError, "'klingon' .*is not known; known are 87 names of llama.cpp, such as '"),
+        ({}, "klingon", UnsupportedError, "'klingon' .*is not known; known are 86 names of llama.cpp, such as '"),
         ({"merges": [b"ab"]}, None, FormatError, "merges; expected two pieces.*number 0"),
         ({"merges": [b"zz qq"]}, None, FormatError, "bad vocabulary"),
         ({"types": [1]}, None, FormatError, "token_type; expected 1,805 numbers"),

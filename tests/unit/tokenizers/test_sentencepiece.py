@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentencepiece import SentencePieceProcessor
 
-from tests.helpers.sentencepiece_models import PAIRS, Pair, load
+from numballama.formats.tokenizer_files import load_tokenizer
+from numballama.tokenizers.base import Tokenizer
+from tests.helpers.sentencepiece_models import PAIRS, Pair, load, trained
 
 words = st.lists(
     st.text("abcdefghijklmnopqrstuvwxyzABCDEFGHIJ.,!?'\"-0123456789:;()", min_size=1, max_size=9), max_size=15
@@ -68,3 +72,79 @@ def test_bytes_and_pieces(pair: Pair) -> None:
     assert model.token_bytes(1) == model.token_bytes(2) == b""
     assert model.token_bytes(3 + 0xFF) == b"\xff"
     assert model.token_bytes(np.int64(13)) == b"\n"
+
+
+# ---- what the files beside it add ----
+
+
+def directory(folder: Path, model: SentencePieceProcessor, **files: object) -> Tokenizer:
+    (folder / "tokenizer.model").write_bytes(model.serialized_model_proto())
+    for name, content in files.items():
+        (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
+    return load_tokenizer(folder)
+
+
+def test_added_tokens_beside_a_model(tmp_path: Path) -> None:
+    """added_tokens.json, or added_tokens_decoder of tokenizer_config.json, with flags; EOS may be one of them."""
+    model = trained()
+    size = model.vocab_size()
+    added = {"<|im_start|>": size, "<|im_end|>": size + 1, "<think>": size + 2}
+    tokenizer = directory(tmp_path, model, added_tokens=added, tokenizer_config={"eos_token": "<|im_end|>"})
+    assert (tokenizer.vocab_size, tokenizer.eos_id, tokenizer.notes) == (size + 3, size + 1, ())
+    assert tokenizer.eog_ids == {2, size + 1}
+    once = tokenizer.encode("once", bos=False)
+    assert tokenizer.encode("once<think>once<|im_end|>", bos=False, special=True) == [
+        *once, size + 2, *once, size + 1
+    ]  # fmt: skip
+    assert tokenizer.encode("<|im_end|>", bos=False) == model.encode("<|im_end|>")
+    assert tokenizer.decode([*once, size + 2, size + 1]) == "once<think>"
+    vocabulary = tokenizer.vocabulary()
+    assert vocabulary.pieces[-3:] == [b"<|im_start|>", b"<|im_end|>", b"<think>"]
+    decoder = {str(size + 2): {"content": "<x>", "special": True, "lstrip": True, "rstrip": True}}
+    config = {"eos_token": "<x>", "added_tokens_decoder": decoder}
+    tokenizer = directory(tmp_path, model, tokenizer_config=config)
+    assert (tokenizer.vocab_size, tokenizer.eos_id) == (size + 3, size + 2), "the file's id, as in llama.cpp"
+    assert tokenizer.encode("once  <x> \n once", bos=False, special=True) == [*once, size + 2, *once]
+    tokenizer = directory(tmp_path, model, tokenizer_config={"eos_token": "<y>"})
+    assert tokenizer.eos_id == 2 and "has no '<y>'" in tokenizer.notes[0]
+
+
+def test_legacy(tmp_path: Path) -> None:
+    """A space in front of each part, or of the text alone: as transformers decides it."""
+    model = trained()
+    once, plain = model.encode("once"), model.encode("<s>once")[-1:]
+    for config, legacy in (
+        ({}, True),
+        ({"legacy": False}, False),
+        ({"tokenizer_class": "LlamaTokenizer"}, False),
+        ({"tokenizer_class": "LlamaTokenizerFast", "legacy": True}, True),
+    ):
+        tokenizer = directory(tmp_path, model, tokenizer_config=config)
+        ids = tokenizer.encode("once</s>once", bos=False, special=True)
+        assert ids[: len(once) + 1] == [*once, 2]
+        assert (ids[len(once) + 1 :] == once) is legacy
+        assert ids[-1] == plain[-1] or legacy
+        assert tokenizer.decode(ids) == ("once once" if legacy else "onceonce")
+
+
+def test_flags_beside_a_model(tmp_path: Path) -> None:
+    """BOS unless add_bos_token is false, EOS if add_eos_token is true; one flag says nothing of the other."""
+    model = trained()
+    once = model.encode("once")
+    for bos in (None, False, True):
+        for eos in (None, False, True):
+            flags = {"add_bos_token": bos, "add_eos_token": eos}
+            config = {name: value for name, value in flags.items() if value is not None}
+            tokenizer = directory(tmp_path, model, tokenizer_config=config)
+            assert tokenizer.encode("once") == [1] * (bos is not False) + once + [2] * (eos is True)
+
+
+def test_a_user_defined_piece_that_ends_a_turn(tmp_path: Path) -> None:
+    """Its name makes it a control token: the library itself no longer finds it in text."""
+    model = trained(user_defined_symbols=["<|im_end|>", "<think>"])
+    end, think = model.piece_to_id("<|im_end|>"), model.piece_to_id("<think>")
+    tokenizer = directory(tmp_path, model)
+    assert end in model.encode("once<|im_end|>") and end not in tokenizer.encode("once<|im_end|>")
+    assert tokenizer.encode("once<|im_end|>", special=True)[-1] == end and tokenizer.decode([end]) == ""
+    assert tokenizer.eog_ids == {2, end}
+    assert think in tokenizer.encode("once<think>") and tokenizer.decode([think]) == "<think>"

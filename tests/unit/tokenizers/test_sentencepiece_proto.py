@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from numballama.errors import FormatError
-from numballama.tokenizers.sentencepiece_proto import message_fields
+from numballama.tokenizers.sentencepiece_proto import message_bytes, message_fields
 
 
 def test_fields_of_every_wire_type() -> None:
@@ -23,6 +23,14 @@ def test_fields_of_every_wire_type() -> None:
 def test_damage(message: bytes) -> None:
     with pytest.raises(FormatError, match="a damaged protobuf message"):
         list(message_fields(message))
+
+
+values = st.integers(0, 2**63) | st.binary(max_size=300) | st.floats(width=32, allow_nan=False)
+
+
+@given(fields=st.lists(st.tuples(st.integers(1, 2000), values), max_size=5))
+def test_what_is_written_is_read(fields: list[tuple[int, int | float | bytes]]) -> None:
+    assert list(message_fields(message_bytes(fields))) == fields
 
 
 @given(data=st.binary(max_size=60))

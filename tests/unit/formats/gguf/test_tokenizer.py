@@ -19,6 +19,8 @@ from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.loader import open_checkpoint
 from numballama.quantization.types import Q8_0
 from numballama.tokenizers.base import Tokenizer
+from tests.golden.make_tokenizers import SMALL
+from tests.helpers.bpe import vocabulary_gguf
 from tests.helpers.gguf_files import (
     ARRAY,
     BOOL,
@@ -186,6 +188,79 @@ def test_damaged_vocabularies(
     path.write_bytes(vocabulary_only(**changes))
     with pytest.raises(kind, match=message):
         load_tokenizer(path)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_names_of_tokens_that_end_a_turn_count(tmp_path: Path, kind: str) -> None:
+    """Whatever their type, as in llama.cpp, with a note; they are not printed, and not found in text."""
+    path = tmp_path / "v.gguf"
+    if kind == "llama":
+        pieces = [
+            b"<unk>",
+            b"<s>",
+            b"</s>",
+            "▁".encode(),
+            b"a",
+            "▁a".encode(),
+            b"<|eot_id|>",
+            b"<think>",
+            b"<|fim_prefix|>",
+        ]
+        types = [2, 3, 3, 1, 1, 1, 4, 4, 1]
+        tokens = entry("tokenizer.ggml.tokens", ARRAY, array(STRING, 9, b"".join(map(text, pieces))))
+        kinds = entry("tokenizer.ggml.token_type", ARRAY, array(5, 9, struct.pack("<9i", *types)))
+        scores = entry("tokenizer.ggml.scores", ARRAY, array(F32_, 9, struct.pack("<9f", *[0.0] * 9)))
+        path.write_bytes(vocabulary_only(tokens=tokens, token_type=kinds, scores=scores))
+    else:
+        vocabulary = load_tokenizer(SMALL).vocabulary()
+        pieces = [*vocabulary.pieces, b"<|eot_id|>", b"<think>", b"<|fim_prefix|>", b"<eos>", b"eos>"]
+        types = [*vocabulary.types, 1, 4, 1, 1, 1]
+        merges = [*vocabulary.merges, b"< eos>"]
+        path.write_bytes(vocabulary_gguf(replace(vocabulary, pieces=pieces, types=types, merges=merges), "gpt-2"))
+    tokenizer = load_tokenizer(path)
+    end, think, fim = (pieces.index(name) for name in (b"<|eot_id|>", b"<think>", b"<|fim_prefix|>"))
+    assert end in tokenizer.eog_ids and fim not in tokenizer.eog_ids and "<|eot_id|>" in tokenizer.notes[0]
+    assert tokenizer.decode([end, think, fim]) == "<think>"
+    spelled = "a<|eot_id|>a<think><|fim_prefix|>"
+    assert {end, think, fim} & set(tokenizer.encode(spelled)) == {think}
+    assert {end, think, fim} & set(tokenizer.encode(spelled, special=True)) == {end, think, fim}
+    assert {end, think} <= set(tokenizer.encode_spans([("a<|eot_id|>", False), ("a<|eot_id|><think>", True)]))
+    if kind == "gpt2":
+        word = pieces.index(b"<eos>")
+        assert word not in tokenizer.eog_ids and tokenizer.decode([word]) == "<eos>", "merges make it: a word"
+
+
+def test_a_missing_pre_tokenizer_is_noted(tmp_path: Path) -> None:
+    path = tmp_path / "v.gguf"
+    data = vocabulary_gguf(load_tokenizer(SMALL).vocabulary(), "default")
+    path.write_bytes(data)
+    expected = load_tokenizer(path).encode("It's 12345 <b>")
+    path.unlink()
+    path.write_bytes(edited_bytes(data, "tokenizer.ggml.pre"))
+    tokenizer = load_tokenizer(path)
+    assert "no pre-tokenizer" in tokenizer.notes[0] and tokenizer.encode("It's 12345 <b>") == expected
+    for name in ("gemma4", "kilngon"):
+        path.unlink()
+        path.write_bytes(vocabulary_gguf(load_tokenizer(SMALL).vocabulary(), name))
+        with pytest.raises(UnsupportedError, match=f"pre-tokenizer '{name}'"):
+            load_tokenizer(path)
+
+
+def edited_bytes(data: bytes, key: str) -> bytes:
+    """The file without a metadata key."""
+    kept = [data[start:end] for name, (start, end) in entries_of(data).items() if name != key]
+    return container(kept, [])
+
+
+def test_why_a_model_carries_no_tokenizer(tmp_path: Path) -> None:
+    """The reason stands in the error of everything that needs a tokenizer."""
+    path = save(tmp_path / "m.gguf", replace(CONFIG, vocab_size=512), tokenizer=letters(300))
+    path.write_bytes(edited(path, {"tokenizer.ggml.model": entry("tokenizer.ggml.model", STRING, text("bert"))}))
+    with (
+        numballama.compile(path, device="reference") as model,
+        pytest.raises(Error, match=r"carries no tokenizer, because .*'bert' \(WordPiece\) is not read"),
+    ):
+        model.generate("a")
 
 
 def test_the_files_tokenizer_and_the_users(tmp_path: Path, models: Path) -> None:
