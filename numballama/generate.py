@@ -139,22 +139,24 @@ class StopStringFilter:
     """
 
     def __init__(self, stops: Iterable[str]) -> None:
-        self._stops = [stop for stop in stops if stop]
+        self._searches = [_Search(stop) for stop in stops if stop]
         self._held: list[tuple[str, bool]] = []
         """Characters that are held back, and whether they are shown."""
         self.found: str | None = None
 
     def push(self, text: str, hidden: str = "") -> str:
-        if not self._stops or self.found is not None:
+        if not self._searches or self.found is not None:
             return "" if self.found is not None else text
-        held = [*self._held, *((character, True) for character in text), *((character, False) for character in hidden)]
-        text = "".join(character for character, _ in held)
-        places = [(text.find(stop), stop) for stop in self._stops if stop in text]
+        held, before = self._held, len(self._held)
+        held += [(character, True) for character in text]
+        held += [(character, False) for character in hidden]
+        ends = [(search.read(text + hidden), search.stop) for search in self._searches]
+        places = [(before + end - len(stop), stop) for end, stop in ends if end is not None]
         if places:
             place, self.found = min(places, key=lambda found: found[0])
             self._held = []
             return self._shown(held[:place])
-        safe = len(text) - max(self._partial(text, stop) for stop in self._stops)
+        safe = len(held) - max(search.matched for search in self._searches)
         self._held = held[safe:]
         return self._shown(held[:safe])
 
@@ -166,7 +168,26 @@ class StopStringFilter:
     def _shown(characters: Iterable[tuple[str, bool]]) -> str:
         return "".join(character for character, shown in characters if shown)
 
-    @staticmethod
-    def _partial(text: str, stop: str) -> int:
-        """Length of the longest suffix of `text` that is a prefix of `stop`."""
-        return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+class _Search:
+    """Knuth, Morris and Pratt's search for one string in a stream: constant time a character, however long it is."""
+
+    def __init__(self, stop: str) -> None:
+        self.stop, self.matched = stop, 0
+        """`matched`: length of the longest end of the text that is a beginning of `stop`."""
+        self._shorter = [0]  # of `stop`'s first n + 1 characters: the longest proper end that is also a beginning
+        for character in stop[1:]:
+            self._shorter.append(self._next(self._shorter[-1], character))
+
+    def _next(self, matched: int, character: str) -> int:
+        while matched and self.stop[matched] != character:
+            matched = self._shorter[matched - 1]
+        return matched + (self.stop[matched] == character)
+
+    def read(self, text: str) -> int | None:
+        """Continue with `text`. Returns how much of it ends the first occurrence; None if there is none yet."""
+        for index, character in enumerate(text):
+            self.matched = self._next(self.matched, character)
+            if self.matched == len(self.stop):
+                return index + 1
+        return None

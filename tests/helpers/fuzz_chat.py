@@ -250,6 +250,8 @@ def fuzz(cases: int, seed: int) -> Counter[str]:
     tokenizer().prepare()
     measured = sys.platform == "linux"
     for case in range(cases):
+        if case % 10_000 == 0 and case:
+            print(f"  {case:,}", flush=True)
         rng = random.Random(f"{seed} {case}")
         if measured and case % 16 == 0:
             Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here

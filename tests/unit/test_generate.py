@@ -258,6 +258,13 @@ def test_stop_filter_sees_names_of_control_tokens(parts: list[tuple[str, str]], 
     assert shown + filter_.flush() == visible
 
 
+def test_long_stop_strings_take_no_time() -> None:
+    """Constant time a character, also where much of the text is a beginning of the stop string."""
+    stops = StopStringFilter(["word " * 5000 + "!", "a" * 20_000 + "b"])
+    shown = "".join(stops.push("word a") for _ in range(500)) + "".join(stops.push("aaaa") for _ in range(1000))
+    assert stops.found is None and shown + stops.flush() == "word a" * 500 + "a" * 4000
+
+
 def test_a_stop_string_may_be_a_control_token(scripted: Any) -> None:
     story = 259 + WORDS.index(" story")
     options: dict[str, Any] = {"max_tokens": 3, "ignore_eos": True}
