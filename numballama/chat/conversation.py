@@ -6,8 +6,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import ContextError, Error, Interrupted
 from ..engine.request import FinishReason
+from ..errors import ContextError, Error, Interrupted
 from ..generate import GenerationResponse
 from ..sampling import CHAT_DEFAULTS, NOT_GIVEN, NotGiven, SamplingOptions, SamplingParams, merge
 from .encoder import NO_BOS, ConversationEncoder, note_once
