@@ -91,6 +91,8 @@ class CpuProgram:
 
         Raises as `run` does. If all rows are greedy, the graph's own argmax gives their tokens.
         """
+        if not 1 <= rows <= min(tokens, len(self._slots)):
+            raise Error(f"cannot run {tokens} tokens of {self.plan.tokens} and sample for {rows} rows")
         slots, chosen = self._slots[:rows], self.inputs.get("rows")
         sequences = self.inputs["sequences"]
         slots[:] = sequences[:rows] if chosen is None else sequences[chosen[:rows]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,10 +14,13 @@ from numballama.backend import Backend, Program, backend_class, choose_device, o
 from numballama.bench.debug import WatchedProgram
 from numballama.config import ModelConfig
 from numballama.errors import DeviceError, Error
-from numballama.graph import KVLayout, build
+from numballama.graph import PAGE_TABLE, KVLayout, Logits, build
 from numballama.model import Model
 from numballama.quantization.types import KV_TYPES
+from numballama.sampling import SamplerTable, SamplingParams
+from tests.helpers.paging import give_pages
 from tests.helpers.random_models import random_checkpoint, save
+from tests.helpers.sampling import choose_token, likeliest, log_softmax
 
 CONFIG = ModelConfig(16, 24, 2, 4, 2, 30, 40)
 WEIGHTS = random_checkpoint(CONFIG).weights
@@ -64,6 +67,130 @@ def test_programs_of_all_backends_agree(backend: Backend) -> None:
     assert len(program.kernel_names()) == len(program.graph.ops)
     assert (program.plan is None) == (backend.name == "reference")
     backend.synchronize()
+
+
+PAGED = KVLayout.of(CONFIG, 40, "f32", 3, page=8)
+PROMPTS = {2: [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5], 0: [8], 1: [9, 7, 9, 3, 2, 3, 8, 4]}
+"""Slot → prompt, in the order of a run: of two pages, of one token, of a whole page."""
+PARAMS = {
+    0: SamplingParams(temperature=0),
+    1: SamplingParams(temperature=1.5, top_k=0, seed=3),
+    2: SamplingParams(temperature=0, repetition_penalty=1.5, logprobs=2),
+}
+
+
+def paged_program(backend: Backend, tokens: int, logits: Logits) -> Program:
+    return backend.program(
+        build(CONFIG, {name: weight.type for name, weight in WEIGHTS.items()}, PAGED, tokens, logits)
+    )
+
+
+def fill(program: Program, rows: Sequence[tuple[int, int, int]]) -> None:
+    """Write rows of (id, position, slot)."""
+    for place, name in enumerate(("ids", "positions", "sequences")):
+        program.inputs[name][: len(rows)] = [row[place] for row in rows]
+
+
+def alone(history: Sequence[int], params: SamplingParams, prompt: int) -> tuple[int, np.ndarray]:
+    """What a slot samples after these tokens, of which `prompt` are the prompt: from the reference, all in one run."""
+    reference = open_backend("reference", WEIGHTS)
+    program = paged_program(reference, 20, "rows")
+    give_pages(reference, PAGED)
+    fill(program, [(token, position, 0) for position, token in enumerate(history)])
+    program.inputs["rows"][0] = len(history) - 1
+    program.run(len(history))
+    table = SamplerTable(1, CONFIG.vocab_size)
+    table.assign(0, params, history[:prompt], history[prompt:])
+    return choose_token(table, program.value("logits")[0]), program.value("logits")[0]
+
+
+@pytest.mark.parametrize("greedy", [False, True])
+def test_rows_of_several_sequences_give_what_each_gives_alone(backend: Backend, greedy: bool) -> None:
+    """Prompts of three slots in one run, then steps of all three, in both kinds of program; pages in any order."""
+    prompt, step = paged_program(backend, 20, "rows"), paged_program(backend, 3, "all")
+    give_pages(backend, PAGED, seed=4)
+    table = SamplerTable(3, CONFIG.vocab_size)
+    params = dict.fromkeys(PARAMS, PARAMS[0]) if greedy else PARAMS
+    histories = {slot: list(ids) for slot, ids in PROMPTS.items()}
+    for slot, ids in PROMPTS.items():
+        table.assign(slot, params[slot], ids)
+    rows = [(token, place, slot) for slot, ids in PROMPTS.items() for place, token in enumerate(ids)]
+    fill(prompt, rows)
+    prompt.inputs["rows"][:3] = np.cumsum([len(ids) for ids in PROMPTS.values()]) - 1
+    ticket, program = prompt.submit(len(rows), 3, table), prompt
+    for count in range(4):
+        program.inputs["ids"][:] = 0  # they have been copied
+        sampled = program.collect(ticket)
+        assert len(sampled.tokens) == 3 and sampled.top_ids.shape == (3, 0 if greedy else 2)
+        for row, slot in enumerate(PROMPTS):
+            token, logits = alone(histories[slot], params[slot], len(PROMPTS[slot]))
+            np.testing.assert_allclose(program.value("logits")[row], logits, rtol=1e-4, atol=1e-4)
+            assert sampled.tokens[row] == token == table.last_token[slot]
+            assert np.isnan(sampled.logprobs[row]) == (params[slot].logprobs is None)
+            if params[slot].logprobs is not None:
+                assert sampled.top_ids[row].tolist() == likeliest(logits, 2)
+                assert abs(sampled.logprobs[row] - log_softmax(logits)[token]) < 1e-4
+            histories[slot].append(token)
+        assert table.generated.tolist() == [count + 1] * 3
+        program = step if count % 2 == 0 else prompt
+        fill(program, [(ids[-1], len(ids) - 1, slot) for slot, ids in histories.items()])
+        prompt.inputs["rows"][:3] = range(3)
+        ticket = program.submit(3, 3, table)
+
+
+def test_rows_without_logits_only_write_the_cache(backend: Backend) -> None:
+    """A run may sample for some of its sequences: the others' state is as it was, and their tokens are in the cache."""
+    program = paged_program(backend, 20, "rows")
+    give_pages(backend, PAGED, seed=1)
+    table = SamplerTable(3, CONFIG.vocab_size)
+    for slot, ids in PROMPTS.items():
+        table.assign(slot, PARAMS[1], ids)
+    first, last = PROMPTS[2], PROMPTS[1]
+    rows = [(token, place, 2) for place, token in enumerate(first[:-1])]
+    rows += [(token, place, 1) for place, token in enumerate(last)]
+    fill(program, rows)
+    program.inputs["rows"][0] = len(rows) - 1
+    states = table.state.copy()
+    sampled = program.collect(program.submit(len(rows), 1, table))
+    assert sampled.tokens.tolist() == [alone(last, PARAMS[1], len(last))[0]]
+    assert table.generated.tolist() == [0, 1, 0] and (table.state == states).tolist() == [True, False, True]
+    fill(program, [(first[-1], len(first) - 1, 2)])
+    program.inputs["rows"][0] = 0
+    sampled = program.collect(program.submit(1, 1, table))
+    assert sampled.tokens.tolist() == [alone(first, PARAMS[1], len(first))[0]]
+
+
+def test_a_page_may_be_in_two_rows_of_the_page_table(backend: Backend) -> None:
+    program = paged_program(backend, 20, "rows")
+    pages = give_pages(backend, PAGED, seed=2)
+    shared = PROMPTS[1]
+    fill(program, [(token, place, 0) for place, token in enumerate(shared)])
+    program.run(len(shared), 0, program.prefill_end)
+    backend.set_pages(2, 0, [int(pages[0, 0])])
+    fill(program, [(7, len(shared), 2), (3, len(shared), 1)])
+    program.inputs["rows"][:2] = [1, 0]
+    program.run(2, rows=2)
+    want = alone([*shared, 7], PARAMS[0], len(shared))[1]
+    np.testing.assert_allclose(program.value("logits")[1], want, rtol=1e-4, atol=1e-4)
+    assert np.abs(program.value("logits")[0] - want).max() > 1e-2, "slot 1 has pages of its own"
+
+
+def test_numbers_that_are_none_are_one_rows_own(backend: Backend) -> None:
+    """A page of NaN: the row that reads it has the token -1, the other one its own."""
+    program = paged_program(backend, 20, "rows")
+    pages = give_pages(backend, PAGED, seed=3)
+    program.run(1)  # the reference makes its cache when it is first used
+    for name, memory in backend.states.items():  # type: ignore[attr-defined]
+        if name != PAGE_TABLE:
+            memory[pages[0, 0]] = np.nan
+    table = SamplerTable(3, CONFIG.vocab_size)
+    for settings in (PARAMS[0], PARAMS[1]):
+        for slot in range(3):
+            table.assign(slot, settings, [5])
+        fill(program, [(5, 3, 0), (5, 0, 1)])
+        program.inputs["rows"][:2] = range(2)
+        sampled = program.collect(program.submit(2, 2, table))
+        assert sampled.tokens.tolist() == [-1, alone([5], settings, 1)[0]]
 
 
 def test_steps_are_timed_on_the_cpu_only() -> None:

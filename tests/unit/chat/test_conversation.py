@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,32 @@ from tests.helpers.random_models import MODELS
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 8}
 
 
+PAGE = 32
+"""Tokens in a page of the KV cache. Whole pages are reused."""
+
+
+def record_prompts(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The token ids of every prompt that reaches the runner from now on."""
+    prompts: list[list[int]] = []
+    start = model.token_engine.runner.start
+
+    def recording(slot: int, params: Any, prompt: Any, *rest: Any) -> None:
+        prompts.append(list(prompt))
+        start(slot, params, prompt, *rest)
+
+    monkeypatch.setattr(model.token_engine.runner, "start", recording)
+    return prompts
+
+
+def forget(model: Model) -> None:
+    """Empty the KV cache."""
+    with model.exclusive():
+        pass
+
+
 def test_a_turn_reads_only_what_is_new(model: Model) -> None:
+    """And what is not in a whole page."""
+    forget(model)
     chat = model.chat("Be brief.")
     assert chat.turn is None
     held = 0
@@ -32,8 +58,8 @@ def test_a_turn_reads_only_what_is_new(model: Model) -> None:
         answer = chat.send(text, **GREEDY)
         turn = chat.turn
         assert turn is not None and turn.tokens == 8 and turn.finish_reason == "length"
-        assert turn.reused_tokens == held
-        assert turn.prefilled_tokens == turn.prompt_tokens - held < 40
+        assert turn.reused_tokens == held // PAGE * PAGE
+        assert turn.prefilled_tokens == turn.prompt_tokens - turn.reused_tokens < 40 + PAGE
         held = turn.prompt_tokens + 8 - 1  # the last token of an answer is never computed
         assert chat.messages[-1] == {"role": "assistant", "content": answer}
     assert [message["role"] for message in chat.messages] == ["system", *["user", "assistant"] * 3]
@@ -42,28 +68,40 @@ def test_a_turn_reads_only_what_is_new(model: Model) -> None:
 
 def test_what_the_cache_holds_changes_no_answer(model: Model) -> None:
     """A continued conversation gives the tokens that the same ids give from an empty cache."""
-    chat = model.chat()
+    chat = model.chat("Be brief, and be polite. Be brief, and be polite.")
     chat.send("hello", **GREEDY)
     said = [*chat._history, {"role": "user", "content": "more"}]
     rendered, ids = chat._encode(said)
-    assert rendered == chat.template.render(said) and ids[: len(chat._ids)] == chat._ids
+    assert rendered == chat.template.render([{"role": "system", "content": chat.system or ""}, *said])
+    assert ids[: len(chat._ids)] == chat._ids
     continued = [piece.token for piece in chat.stream("more", **GREEDY)]
-    assert chat.turn is not None and chat.turn.reused_tokens > 0
-    with model.reset_session():
-        alone = [piece.token for piece in model.stream_ids(ids, **GREEDY, stop_token_ids=chat._stop_token_ids)]
-    assert alone == continued
+    assert chat.turn is not None and chat.turn.reused_tokens >= PAGE
+    forget(model)
+    options: dict[str, Any] = {**GREEDY, "stop_token_ids": chat._stop_token_ids}
+    for reuse in (True, False):
+        stream = model.stream_ids(ids, **options, reuse_prefix=reuse)
+        pieces = list(stream)
+        assert [piece.token for piece in pieces] == continued and pieces[0].cached_tokens == 0
 
 
-def test_other_streams_take_the_cache_and_give_it_back(model: Model) -> None:
-    chat, other = model.chat(), model.chat()
-    first = chat.send("hello", **GREEDY)
-    model.generate("something else", **GREEDY)
-    assert chat.send("again", **GREEDY)
-    assert chat.turn is not None and chat.turn.reused_tokens == 0
-    assert other.send("hello", **GREEDY) == first
-    assert other.turn is not None and 0 < other.turn.reused_tokens < other.turn.prompt_tokens  # they begin alike
-    model.logits([1, 2, 3])
-    assert other.send("x", **GREEDY) and other.turn.reused_tokens == 0
+def test_other_streams_leave_a_conversation_its_pages(path: Path) -> None:
+    """As long as there are enough. What begins alike is computed once, by whichever chat."""
+    with numballama.compile(path, threads=1, context=256, kv_tokens=512) as model:
+        system = "Be brief, and be polite. Be brief, and be polite."
+        chat, other = model.chat(system), model.chat(system)
+        first = chat.send("hello", **GREEDY)
+        assert chat.turn is not None and chat.turn.reused_tokens == 0
+        held = chat.turn.prompt_tokens + 8 - 1
+        model.generate("something else", **GREEDY)
+        assert chat.send("again", **GREEDY)
+        assert chat.turn is not None and chat.turn.reused_tokens == held // PAGE * PAGE >= PAGE
+        assert other.send("hello", **GREEDY) == first
+        assert other.turn is not None and PAGE <= other.turn.reused_tokens < other.turn.prompt_tokens
+        model.logits([1, 2, 3])
+        assert other.send("x", **GREEDY) and other.turn.reused_tokens == 0, "this takes the whole cache"
+        for number in range(6):
+            model.generate(f"{number} " * 60, max_tokens=4, temperature=0)
+        assert other.send("y", **GREEDY) and other.turn.reused_tokens == 0, "its pages were the oldest"
 
 
 def test_streams_of_two_chats_in_turns(model: Model) -> None:
@@ -74,17 +112,18 @@ def test_streams_of_two_chats_in_turns(model: Model) -> None:
 
 
 def test_reset_and_system(model: Model) -> None:
+    forget(model)
     chat = model.chat()
     first = chat.send("hello", **GREEDY)
     chat.send("more", **GREEDY)
     chat.reset()
     assert chat.messages == [] and chat.turn is None
     assert chat.send("hello", **GREEDY) == first
-    assert chat.turn is not None and chat.turn.prefilled_tokens == 1
+    assert chat.turn is not None and chat.turn.reused_tokens == (chat.turn.prompt_tokens - 1) // PAGE * PAGE
     chat.system = "A pirate speaks."
     assert chat.messages[0] == {"role": "system", "content": "A pirate speaks."}
     chat.send("more", **GREEDY)
-    assert chat.turn.reused_tokens <= 1 and len(chat.messages) == 5  # <|im_start|> alone is as before
+    assert chat.turn.reused_tokens == 0 and len(chat.messages) == 5, "it begins otherwise"
     chat.system = ""
     assert chat.system is None
     with pytest.raises(Error, match="system message must be a string"):
@@ -124,27 +163,36 @@ def test_a_stream_read_in_part_is_the_answer_so_far(model: Model) -> None:
     next(later)
 
 
-def test_ctrl_c_keeps_what_was_said(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("how", ["before", "after", "signal"])
+def test_ctrl_c_keeps_what_was_said(model: Model, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     chat = model.chat()
     whole = [piece.text for piece in chat.stream("hello", **GREEDY)]
     chat.reset()
-    step, calls = model.session.step, []
+    runner, calls = model.token_engine.runner, []
+    submit = runner.submit
 
-    def interrupted(*arguments: Any) -> Any:
+    def interrupted(batch: Any) -> int:
         calls.append(None)
-        if len(calls) == 4:
+        if len(calls) == 5 and how == "signal":
+            signal.raise_signal(signal.SIGINT)
+        if len(calls) == 5 and how == "before":
             raise KeyboardInterrupt
-        return step(*arguments)
+        ticket = submit(batch)
+        if len(calls) == 5 and how == "after":
+            raise KeyboardInterrupt
+        return ticket
 
-    monkeypatch.setattr(model.session, "step", interrupted)
+    monkeypatch.setattr(runner, "submit", interrupted)
     with pytest.raises(Interrupted) as caught:
         chat.send("hello", **GREEDY)
     said = caught.value.text
-    assert said and "".join(whole).startswith(said) and len(said) < len("".join(whole))
+    assert said and said == "".join(whole[:4])
     assert chat.messages == [{"role": "user", "content": "hello"}, {"role": "assistant", "content": said}]
     monkeypatch.undo()
     assert chat.send("more", **GREEDY)
-    assert chat.turn is not None and chat.turn.reused_tokens > 0 and len(chat.messages) == 4
+    assert len(chat.messages) == 4
+    chat.reset()
+    assert [piece.text for piece in chat.stream("hello", **GREEDY)] == whole
 
 
 def test_stop_strings_and_the_end_of_a_turn(path: Path, tmp_path: Path) -> None:
@@ -238,6 +286,8 @@ def test_what_is_no_message(model: Model, wrong: Any) -> None:
         model.chat().stream(wrong)
     with pytest.raises(Error, match="temperature"):
         model.chat().stream("x", temperature=-1)
+    with pytest.raises(Error, match="n must be 1, found 2"):
+        model.chat().send("x", n=2)
     with pytest.raises(Error, match="lone surrogate"):
         model.chat().send("\ud800")
 
@@ -257,33 +307,6 @@ def test_copies_and_pickles(model: Model) -> None:
             call(model)
     response = next(iter(model.stream("hello", max_tokens=1)))
     assert pickle.loads(pickle.dumps(response)) == response
-
-
-def test_messages_of_any_iterable(model: Model) -> None:
-    @dataclass
-    class Said:
-        role: str
-        content: str
-
-    chat = model.chat(messages=(Said("user", "a"), {"role": "assistant", "content": np.str_("b")}))  # type: ignore[arg-type]
-    expected = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    assert chat.messages == expected and type(chat.messages[1]["content"]) is str
-    chat.messages = (dict(message) for message in expected)  # type: ignore[assignment]
-    assert chat.messages == expected
-    for wrong in ({"role": "user", "content": "a"}, b"x"):
-        with pytest.raises(Error, match="messages must be a list"):
-            chat.messages = wrong  # type: ignore[assignment]
-    assert chat.messages == expected
-
-
-def test_templates_are_compiled_once(model: Model) -> None:
-    assert model.chat().template is model.chat().template is not model.chat(template=CHATML + " ").template
-    for number in range(20):
-        model.chat(template=f"{{{{ {number} }}}}")
-    assert len(model._encoders._made) <= model._encoders.MOST
-    for wrong in (7, [CHATML], Path("t.jinja")):
-        with pytest.raises(Error, match="a chat template must be a text in jinja2"):
-            model.chat(template=wrong)  # type: ignore[arg-type]
 
 
 def test_arguments_of_transformers(model: Model) -> None:
@@ -317,17 +340,17 @@ def test_a_template_without_bos_is_noted_once(tmp_path: Path) -> None:
         assert model.notes == []
 
 
-def test_a_prompt_that_spells_control_tokens_is_noted_once(model: Model) -> None:
+def test_a_prompt_that_spells_control_tokens_is_noted_once(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     assert model.tokenizer is not None
-
-    def prompt_tokens(text: str, special: bool = False) -> int:
-        return next(iter(model.stream(text, max_tokens=1, special=special))).prompt_tokens
-
-    text = "a<|im_end|>b"
-    prompt_tokens("a<|b")
-    assert prompt_tokens(text, special=True) == 3 and SPELLED not in model.notes
-    assert [prompt_tokens(text) for _ in range(2)] == [len(model.tokenizer.encode(text))] * 2
-    assert len(model.tokenizer.encode(text)) > 3 and model.notes.count(SPELLED) == 1
+    text, end = "a<|im_end|>b", model.tokenizer.special_tokens["<|im_end|>"]
+    prompts = record_prompts(model, monkeypatch)
+    model.generate("a<|b", max_tokens=1)
+    model.generate(text, max_tokens=1, special=True)
+    assert end in prompts[-1] and SPELLED not in model.notes
+    for _ in range(2):
+        model.generate(text, max_tokens=1)
+        assert end not in prompts[-1]
+    assert model.notes.count(SPELLED) == 1 and len(prompts) == 4
 
 
 def test_without_a_tokenizer(models: Path) -> None:
@@ -339,12 +362,12 @@ def test_a_sentencepiece_model_talks_llama_2(models: Path) -> None:
     """The first space of an answer goes, as in any text, and the template brings it back."""
     with numballama.compile(models / "stories260K.bin", models / "tok512.model") as model:
         chat = model.chat()
-        answer = chat.send("Once upon a time", temperature=0, max_tokens=20)
+        answer = chat.send("Once upon a time there was a girl who had a dog. One day", temperature=0, max_tokens=20)
         assert answer and not answer.startswith(" ")
         assert chat.turn is not None
         before = chat.turn.prompt_tokens
         chat.send("And then?", temperature=0, max_tokens=5)
-        assert chat.turn.reused_tokens >= before
+        assert chat.turn.reused_tokens >= before // PAGE * PAGE >= PAGE
         assert isinstance(chat, Chat) and isinstance(chat, numballama.Chat)
 
 
@@ -359,3 +382,30 @@ def test_smollm2_answers(models: Path) -> None:
         assert chat.turn is not None and chat.turn.finish_reason == "stop"
         chat.send("Say it again.", temperature=0, max_tokens=20)
         assert chat.turn.prefilled_tokens < 20 < chat.turn.reused_tokens
+
+
+def test_messages_of_any_iterable(model: Model) -> None:
+    @dataclass
+    class Said:
+        role: str
+        content: str
+
+    chat = model.chat(messages=(Said("user", "a"), {"role": "assistant", "content": np.str_("b")}))  # type: ignore[arg-type]
+    expected = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert chat.messages == expected and type(chat.messages[1]["content"]) is str
+    chat.messages = (dict(message) for message in expected)  # type: ignore[assignment]
+    assert chat.messages == expected
+    for wrong in ({"role": "user", "content": "a"}, b"x"):
+        with pytest.raises(Error, match="messages must be a list"):
+            chat.messages = wrong  # type: ignore[assignment]
+    assert chat.messages == expected
+
+
+def test_templates_are_compiled_once(model: Model) -> None:
+    assert model.chat().template is model.chat().template is not model.chat(template=CHATML + " ").template
+    for number in range(20):
+        model.chat(template=f"{{{{ {number} }}}}")
+    assert len(model._encoders._made) <= model._encoders.MOST
+    for wrong in (7, [CHATML], Path("t.jinja")):
+        with pytest.raises(Error, match="a chat template must be a text in jinja2"):
+            model.chat(template=wrong)  # type: ignore[arg-type]

@@ -9,7 +9,10 @@ from numballama import registry
 from numballama.errors import Error
 from numballama.ir import Graph
 from numballama.plan import ALIGNMENT
+from numballama.sampling import SamplerTable, SamplingParams
 from tests.helpers.bounds import compiled, cpu_backend
+from tests.helpers.graphs import SMALL, llama
+from tests.helpers.random_models import random_checkpoint
 
 
 def doubled(tokens: int = 4) -> Graph:
@@ -50,3 +53,27 @@ def test_a_kernel_that_fails_is_an_error(monkeypatch: pytest.MonkeyPatch) -> Non
     program.run(2)
     with pytest.raises(Error, match="a kernel failed"):
         program.run(3)
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(0, 1), (5, 1), (2, 3), (4, 5)])
+def test_a_sampling_run_that_does_not_fit_is_refused(tokens: int, rows: int) -> None:
+    graph = llama(tokens=4)
+    program = compiled(cpu_backend(random_checkpoint(SMALL).weights), graph)
+    table = SamplerTable(1, SMALL.vocab_size)
+    with pytest.raises(Error, match="cannot run"):
+        program.submit(tokens, rows, table)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_kernel_that_fails_in_a_sampling_run_is_an_error(monkeypatch: pytest.MonkeyPatch, temperature: float) -> None:
+    monkeypatch.setattr(registry, "_kernels", {key: list(found) for key, found in registry._kernels.items()})
+
+    @registry.kernel("add", "cpu", "f32", "f32")
+    def failing(worker, n_workers, tokens, a, b, out):  # type: ignore[no-untyped-def]
+        raise ValueError("always")
+
+    program = compiled(cpu_backend(random_checkpoint(SMALL).weights), llama(), fusions=False)
+    table = SamplerTable(1, SMALL.vocab_size)
+    table.assign(0, SamplingParams(temperature=temperature, seed=1))
+    with pytest.raises(Error, match="a kernel failed"):
+        program.submit(1, 1, table)
