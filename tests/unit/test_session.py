@@ -183,7 +183,7 @@ def test_no_array_is_made_for_a_token(wide_session: Session, settings: dict[str,
         assert peak - before < 8192 and now - before < 4096
         domain = tracemalloc.DomainFilter(True, np.lib.tracemalloc_domain)
         kept = tracemalloc.take_snapshot().filter_traces([domain])
-        assert sum(trace.size for trace in kept.traces) == 0, "NumPy holds memory of the loop's making"
+        assert sum(trace.size for trace in kept.traces) <= 16, "NumPy holds more than the last token"
         wide_session.logits.copy()
         assert tracemalloc.get_traced_memory()[1] - before > 80_000, "the measure notices a copy of the logits"
     finally:
