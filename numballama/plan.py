@@ -105,7 +105,8 @@ def lower(graph: Graph, backend: str, workers: int = 1) -> Plan:
     lifetimes = _lifetimes(graph, steps)
     placements = _place(lifetimes)
     arena = max((place.offset + round_up(place.nbytes, ALIGNMENT) for place in placements.values()), default=0)
-    tokens = max(step.max_tokens for step in steps)
+    inputs = [value.shape[0] for value in graph.values.values() if value.kind == "input"]
+    tokens = max([*inputs, *(step.max_tokens for step in steps)])
     plan = Plan(graph, backend, tokens, workers, steps, placements, arena)
     verify_plan(plan)
     return plan

@@ -18,7 +18,7 @@ require_gpu()
 pytestmark = pytest.mark.gpu
 
 import numballama
-from numballama import DeviceError
+from numballama import ContextError, DeviceError
 from numballama.config import ModelConfig
 from numballama.cuda import backend as cuda
 from numballama.cuda import driver
@@ -121,6 +121,6 @@ def test_a_model_that_does_not_fit(card: driver.Device, tmp_path: Path) -> None:
     """The error comes before anything is computed, and no memory stays allocated."""
     path, _ = save(tmp_path, "llama2c-v0", ModelConfig(64, 64, 1, 32, 32, 64, 64))
     before, needed = card.free_bytes, 2 * 64 * 2  # bytes of keys and values of a token
-    with pytest.raises(DeviceError, match=r"KV cache takes .* are free"):
+    with pytest.raises(ContextError, match=r"a KV cache for .* takes .* are free"):
         numballama.compile(path, device="cuda", context=2 * card.total_bytes // needed)
     assert before - card.free_bytes < SLACK

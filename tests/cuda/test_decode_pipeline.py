@@ -22,12 +22,14 @@ from numballama.model import Model
 from numballama.reference import ReferenceBackend
 from tests.cuda.checks import close, feed
 from tests.cuda.gpu import SHAPE, compiled_story, told
+from tests.helpers.paging import give_pages
 from tests.helpers.sampling import make_sampler
 
 
 def reference_logits(model: Model, tokens: Sequence[int]) -> np.ndarray:
     backend = ReferenceBackend(model.weights)
     program = backend.program(model._build(len(tokens), "all"))
+    give_pages(backend, model.kv)
     feed(program, tokens, 0)
     program.run(len(tokens))
     return program.value("logits")

@@ -42,6 +42,8 @@ def qkv(case: Case, normed: bool) -> Graph:
 
 def norm_qkv_rope(case: Case) -> Graph:
     case.heads()
+    if case.cache_type == "q8_0":  # RoPE and writes are a step of their own
+        case.cache_type = "f16"
     width = case.kv_heads * case.head_dim
     x, angles = case.x("x", case.rows, case.columns()), case.angles()
     q, k, v = projections(case, case.norm(x), (width * case.shared, width))

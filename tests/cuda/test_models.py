@@ -105,7 +105,8 @@ def test_fused_and_unfused_give_the_same(drawn: dict[str, Any], data: st.DataObj
         pair.close()
     assert np.isfinite(results[1]).all()
     exact = tokens <= gemm.FEW or drawn["kind"] == "f32"
-    close(results[0], results[1], "logits", SHARE if exact else ROUNDED)
+    # fused and unfused kernels round activations at other places: each result may be off by ROUNDED
+    close(results[0], results[1], "logits", SHARE if exact else 2 * ROUNDED)
 
 
 @given(MODELS, st.data())

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ require_gpu()
 pytestmark = pytest.mark.gpu
 
 from numballama.config import HALF_SPLIT, ModelConfig
-from numballama.cuda.ops import gemm
+from numballama.cuda.ops import gemm, linear
 from tests.cuda.checks import SHARE, Pair
 from tests.cuda.gpu import MODELS, ROUNDED, pair_of
 from tests.cuda.row_checks import Step, check_alone, check_rows, check_whole_rows
@@ -48,7 +49,9 @@ def test_every_value_of_runs_of_many_sequences(drawn: dict[str, Any], page: int,
     slots, most = data.draw(st.integers(1, 4)), data.draw(st.integers(2, gemm.FEW))
     pair = pair_of(drawn, sequences=slots, page=page)
     try:
-        check_rows(pair, data.draw(steps(slots, pair.context, most)), most)
+        # by `gemv`: tensor cores round activations to 16 bits, which has bounds of its own
+        with mock.patch.object(linear, "EXACT", gemm.FEW):
+            check_rows(pair, data.draw(steps(slots, pair.context, most)), most)
     finally:
         pair.close()
 

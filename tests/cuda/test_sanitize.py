@@ -13,7 +13,7 @@ from tests.helpers.cuda_host import require_gpu
 
 require_gpu()
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("exact_kernels")]
 
 from numballama.config import ModelConfig
 from numballama.session import Session
