@@ -162,7 +162,8 @@ def check_batches(config: ModelConfig, device: str, dtype: KVType, page: int, da
     each = -(-config.context // page)
     pages = data.draw(st.integers(each, max(each, slots * each)), "pages")
     kv = replace(KVLayout.of(config, config.context, dtype, slots, page=page), pages=pages + 1)
-    backend = open_backend(device, random_checkpoint(config, data.draw(st.integers(0, 50), "seed")).weights, 1)
+    weights = random_checkpoint(config, data.draw(st.integers(0, 50), "seed")).weights
+    backend = open_backend(device, weights, data.draw(st.integers(1, 2), "workers"))
     engine = make_engine(backend, config, kv, data.draw(st.sampled_from([4, 9, 16]), "chunk"))
     wanted = data.draw(requests(config.vocab_size, config.context, page), "requests")
     together, _ = run_together(engine, wanted)
@@ -177,7 +178,7 @@ SMALL = ModelConfig(32, 48, 2, 4, 2, 80, 48)
 def test_preempted_requests_that_share_pages_equal_themselves_alone(device: str, dtype: KVType) -> None:
     """Nine sequences in three slots, in seven pages of 16 tokens: all that can happen does."""
     kv = replace(KVLayout.of(SMALL, SMALL.context, dtype, 3, page=16), pages=8)
-    engine = make_engine(open_backend(device, random_checkpoint(SMALL, 1).weights, 1), SMALL, kv, 8)
+    engine = make_engine(open_backend(device, random_checkpoint(SMALL, 1).weights, 2), SMALL, kv, 8)
     rng = np.random.default_rng(1)
     common = tuple(int(token) for token in rng.integers(0, 80, 20))
     wanted = [
