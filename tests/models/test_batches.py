@@ -174,7 +174,7 @@ SMALL = ModelConfig(32, 48, 2, 4, 2, 80, 48)
 
 
 @pytest.mark.parametrize("dtype", KV_TYPES)
-@pytest.mark.parametrize("device", ["cpu", "reference"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("reference", marks=pytest.mark.slow)])
 def test_preempted_requests_that_share_pages_equal_themselves_alone(device: str, dtype: KVType) -> None:
     """Nine sequences in three slots, in seven pages of 16 tokens: all that can happen does."""
     kv = replace(KVLayout.of(SMALL, SMALL.context, dtype, 3, page=16), pages=8)
