@@ -165,9 +165,11 @@ def test_example_story() -> None:
 @pytest.mark.slow
 def test_example_chat() -> None:
     words = [str(ROOT / "examples" / "chat.py")]
-    done = subprocess.run(
-        [sys.executable, *words], input="Hello.\nAnd then?\n", capture_output=True, text=True, check=True, timeout=300
-    )
+    first_message = "Tell me of a little girl and her dog, who went to the park and met a big friendly bear there."
+    done = subprocess.run(  # a prompt of more than the 32 tokens of a page
+        [sys.executable, *words], input=f"{first_message}\nAnd then?\n", capture_output=True, text=True, check=True,
+        timeout=300,
+    )  # fmt: skip
     assert len(done.stdout) > 20
     first, second = (line for line in done.stderr.splitlines() if "tokens read" in line)
     assert ", 0 from the cache" in first and ", 0 from the cache" not in second

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import threading
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +17,19 @@ from numballama import (
     ContextError,
     DeviceError,
     Error,
+    GenerationResponse,
     Model,
+    SamplingParams,
     UnsupportedError,
+    memory,
 )
+from numballama.backend import choose_device
 from numballama.config import ModelConfig
+from numballama.generate import TextEngine
 from tests.helpers.bounds import shared_model
 from tests.helpers.processes import run_python
 from tests.helpers.random_models import save
+from tests.helpers.sampling import likeliest, log_softmax
 from tests.helpers.tiny import TINY
 
 
@@ -69,8 +78,7 @@ def test_without_a_tokenizer(tiny_file: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"device": "cuda"}, DeviceError, "cuda"),
-        ({"device": "cuda:1"}, DeviceError, "cuda:1"),
+        ({"device": "cuda:99"}, DeviceError, "cuda:99"),
         ({"device": "abacus"}, DeviceError, "unknown device 'abacus'"),
         ({"dtype": "f8"}, UnsupportedError, "dtype 'f8' is not supported; choose from f32, f16, bf16, int8"),
         ({"kv_dtype": "int8"}, UnsupportedError, "kv_dtype 'int8' is not supported; choose from f32, f16, bf16, q8_0"),
@@ -81,9 +89,13 @@ def test_without_a_tokenizer(tiny_file: Path) -> None:
         ({"rope_theta": 0.0}, Error, "rope_theta"),
         ({"norm_eps": -1.0}, Error, "norm_eps"),
         ({"fusions": ["magic"]}, Error, "unknown fusion magic"),
-        ({"max_sequences": 2}, UnsupportedError, "max_sequences=2 is not supported by this version: leave it at 1"),
+        ({"max_sequences": 0}, Error, "max_sequences must be at least 1, found 0"),
+        ({"max_sequences": 1.5}, Error, "max_sequences must be"),
+        ({"max_sequences": None}, Error, "max_sequences must be"),
+        ({"kv_tokens": 0}, Error, "kv_tokens must be at least 1, found 0"),
+        ({"kv_tokens": "many"}, Error, "kv_tokens must be"),
+        ({"kv_tokens": 1 << 50}, ContextError, "a KV cache for 1,125,899,906,842,624 tokens .* a smaller kv_tokens="),
         ({"gpus": 2}, UnsupportedError, "gpus=2 is not supported"),
-        ({"kv_tokens": 4096}, UnsupportedError, "kv_tokens=4096 is not supported"),
     ],
     ids=str,
 )
@@ -132,7 +144,8 @@ def test_untied_embedding_table_keeps_its_type(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("kv_dtype", "size"), [(None, 4), ("f32", 4), ("f16", 2), ("bf16", 2)])
 def test_kv_dtype(tiny_file: Path, kv_dtype: str | None, size: int) -> None:
     with numballama.compile(tiny_file, device="cpu", kv_dtype=kv_dtype, context=20) as model:
-        assert model.kv.nbytes == 2 * TINY.n_layers * TINY.n_kv_heads * 20 * TINY.head_dim * size
+        tokens = 2 * 32  # the page of 20 tokens, and page 0
+        assert model.kv.nbytes == 2 * TINY.n_layers * TINY.n_kv_heads * tokens * TINY.head_dim * size
         assert model.context == 20
 
 
@@ -144,8 +157,9 @@ def test_context_beyond_the_models_own_is_noted(tiny_file: Path) -> None:
 
 def test_auto_says_what_it_chose(tiny_file: Path) -> None:
     with numballama.compile(tiny_file) as model:
-        assert model.device == "cpu" and any("cpu" in note for note in model.notes)
-        assert "cpu" in repr(model)
+        assert model.device == choose_device("auto")[0]
+        assert any(f"device {model.device}, chosen because" in note for note in model.notes)
+        assert model.device in repr(model)
     with numballama.compile(tiny_file, device="reference") as oracle, pytest.raises(Error, match="no plan"):
         _ = oracle.plan
 
@@ -164,6 +178,219 @@ def test_close_and_use_after(tiny_file: Path, tiny_tokenizer: Path) -> None:
             call()
     model.close()  # again: nothing
     assert model.config.vocab_size == 300 and "Model" in repr(model)
+
+
+# Many sequences
+
+MANY = 4
+PROMPTS = ["ab", None, "the story", "a story " * 9, "abc the abc", "q"]
+OPTIONS: dict[str, Any] = {"max_tokens": 12, "ignore_eos": True}
+
+
+@pytest.fixture
+def many(tiny_file: Path, tiny_tokenizer: Path) -> Model:
+    return shared_model(tiny_file, tiny_tokenizer, device="cpu", max_sequences=MANY)
+
+
+def params_of(number: int) -> SamplingParams:
+    """Greedy and seeded settings in turn."""
+    return SamplingParams(**OPTIONS, temperature=number % 2 * 1.2, seed=number)
+
+
+def tokens_of(responses: Iterable[GenerationResponse]) -> list[int]:
+    return [response.token for response in responses]
+
+
+def tokens_alone(model: Model) -> list[list[int]]:
+    """What each of PROMPTS gives with `params_of` its number, one after the other in a model of one sequence."""
+    return [tokens_of(model.stream(prompt, params=params_of(n))) for n, prompt in enumerate(PROMPTS)]
+
+
+def test_max_sequences_and_kv_tokens_give_the_cache(many: Model, tiny_file: Path) -> None:
+    assert (many.max_sequences, many.kv.slots) == (MANY, MANY)
+    assert many.kv.tokens >= MANY * many.context, "every sequence may have the whole context"
+    with numballama.compile(tiny_file, device="reference", max_sequences=3, kv_tokens=100) as model:
+        assert model.kv.tokens == 128 and model.kv.slots == 3, "whole pages"
+
+
+def test_a_list_of_prompts_gives_what_each_gives_alone(many: Model, model: Model) -> None:
+    alone = [model.generate(prompt, params=params_of(n)) for n, prompt in enumerate(PROMPTS)]
+    steps = many.token_engine.stats().steps
+    assert many.generate(PROMPTS, params=[params_of(n) for n in range(len(PROMPTS))]) == alone
+    assert many.token_engine.stats().steps - steps < 12 * len(PROMPTS) / 2, "they share steps"
+    greedy = [model.generate(prompt, temperature=0, **OPTIONS) for prompt in PROMPTS]
+    assert many.generate(tuple(PROMPTS), temperature=0, **OPTIONS) == greedy
+
+
+def test_streams_read_in_turns_give_what_each_gives_alone(many: Model, model: Model) -> None:
+    """Also if others take the device, and the whole cache, between two responses."""
+    alone = tokens_alone(model)
+    streams = [many.stream(prompt, params=params_of(n)) for n, prompt in enumerate(PROMPTS)]
+    together: list[list[int]] = [[] for _ in PROMPTS]
+    for turn in [0, 3, 3, 1, *range(len(PROMPTS)), 5, 5, 5, *[n for _ in range(13) for n in range(len(PROMPTS))]]:
+        together[turn] += tokens_of(response for response in [next(streams[turn], None)] if response is not None)
+        if turn == 3 and len(together[3]) % 3 == 0:
+            assert many.logits([5, 6]).shape == (2, 300)
+    assert together == alone
+
+
+def test_logits_are_the_same_while_streams_run(many: Model) -> None:
+    ids = [1, *range(3, 80)]
+    want = many.logits(ids)
+    stream = many.stream("the story", **OPTIONS, temperature=0)
+    whole = tokens_of(many.stream("the story", **OPTIONS, temperature=0))
+    got = tokens_of([next(stream), next(stream)])
+    np.testing.assert_array_equal(many.logits(ids), want)
+    assert got + tokens_of(stream) == whole
+
+
+@pytest.mark.parametrize("temperature", [0, 1.5])
+def test_several_texts_of_one_prompt(many: Model, model: Model, temperature: float) -> None:
+    """Text i is the one of the seed + i; the prompt is computed once."""
+    ids = [1, *range(3, 73)]
+    settings = SamplingParams(**OPTIONS, temperature=temperature, seed=40, n=5)
+    with many.exclusive():
+        pass  # empties the cache
+    before = many.token_engine.stats().prompt_tokens
+    texts, tokens = [""] * 5, [[] for _ in range(5)]  # type: ignore[var-annotated]
+    for response in many.engine().submit(ids, settings):
+        texts[response.index] += response.text
+        tokens[response.index].append(response.token)
+    computed = many.token_engine.stats().prompt_tokens - before
+    assert computed <= len(ids) + 4 * (len(ids) - 64), "of the others what is not in whole pages"
+    for index in range(5):
+        own = list(model.stream_ids(ids, params=settings.override({"n": 1, "seed": 40 + index})))
+        assert tokens[index] == tokens_of(own)
+        assert texts[index] == "".join(response.text for response in own)
+    assert {response.index for response in many.stream("ab", 2, n=3)} == {0, 1, 2}
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_logprobs(many: Model, count: int) -> None:
+    """Of the model's own logits, whatever changes the choice."""
+    assert many.tokenizer is not None
+    ids = many.tokenizer.encode("the story", bos=True)
+    other = many.stream("ab", **OPTIONS, seed=1)
+    next(other)  # without log probabilities, in the same runs
+    responses = list(many.stream("the story", **OPTIONS, logprobs=count, temperature=1.2, seed=5, repeat_penalty=1.3))
+    logits = many.logits([*ids, *tokens_of(responses)])
+    for response, row in zip(responses, logits[len(ids) - 1 :], strict=False):
+        want = log_softmax(row)
+        assert response.logprobs is not None and len(response.logprobs.top) == count
+        assert abs(response.logprobs.logprob - want[response.token]) < 1e-4
+        assert [token for token, _ in response.logprobs.top] == likeliest(row, count)
+        assert all(abs(logprob - want[token]) < 1e-4 for token, logprob in response.logprobs.top)
+    assert all(response.logprobs is None for response in other)
+
+
+def test_an_engine_for_threads(many: Model, model: Model) -> None:
+    alone = tokens_alone(model)
+    found: dict[int, list[int]] = {}
+    with many.engine() as engine:
+
+        def read(number: int) -> None:
+            which = number % len(PROMPTS)
+            found[number] = tokens_of(engine.submit(PROMPTS[which], params_of(which), priority=number % 3))
+
+        threads = [threading.Thread(target=read, args=(number,)) for number in range(18)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(120)
+        assert not any(thread.is_alive() for thread in threads)
+        stats = engine.stats()
+    assert [found[number] for number in range(18)] == [alone[number % len(PROMPTS)] for number in range(18)]
+    assert (stats.running, stats.waiting) == (0, 0) and stats.requests >= 18
+    assert many.generate("ab", params=params_of(0)), "without the thread the reader steps"
+
+
+def test_an_engine_for_asyncio(many: Model, model: Model) -> None:
+    alone = tokens_alone(model)
+
+    async def read(engine: TextEngine, number: int) -> list[int]:
+        request = engine.submit(PROMPTS[number], params_of(number), request_id=f"mine-{number}")
+        return [response.token async for response in request]
+
+    async def main() -> list[list[int]]:
+        with many.engine() as engine:
+            tasks = [asyncio.create_task(read(engine, number)) for number in range(len(PROMPTS))]
+            endless = engine.submit("ab", SamplingParams(max_tokens=None, ignore_eos=True), request_id="endless")
+            await anext(aiter(endless))
+            assert engine.cancel("endless") and not engine.cancel("nobody")
+            twice = engine.submit("ab", request_id="twice")
+            with pytest.raises(Error, match="the id 'twice' is running; choose another id"):
+                engine.submit("ab", request_id="twice")
+            twice.cancel()
+            return await asyncio.wait_for(asyncio.gather(*tasks), 120)
+
+    assert asyncio.run(main()) == alone
+
+
+def test_a_prompt_that_can_never_fit_the_pages_is_refused_at_once(tiny_file: Path, tiny_tokenizer: Path) -> None:
+    with numballama.compile(tiny_file, tiny_tokenizer, device="cpu", max_sequences=2, kv_tokens=32) as model:
+        assert model.context == TINY.context and model.kv.tokens == 32
+        for call in (model.stream_ids, model.engine().submit, model.logits):
+            with pytest.raises(ContextError, match=r"has 33 tokens and all pages of the KV cache 32; .* kv_tokens="):
+                call([5] * 33)
+        assert model.logits([5] * 32).shape == (32, 300)
+        # alone, a text ends where all pages are full; two of them take turns
+        responses = list(model.stream_ids([5] * 10, max_tokens=None, temperature=0, ignore_eos=True))
+        assert len(responses) == 32 - 10 + 1 and responses[-1].stop_reason == "context"
+        requests = [model.engine().submit([5] * 10, params_of(0).override({"max_tokens": None})) for _ in range(3)]
+        assert [tokens_of(request) for request in requests] == [tokens_of(responses)] * 3
+
+
+def test_preemption_changes_no_token(tiny_file: Path, tiny_tokenizer: Path, model: Model) -> None:
+    """Four sequences that need three pages each, in five pages."""
+    prompts = [[1, *range(start, start + 29)] for start in (3, 40, 80, 120)]
+    settings = [params_of(n).override({"max_tokens": 50}) for n in range(4)]
+    alone = [tokens_of(model.stream_ids(ids, params=own)) for ids, own in zip(prompts, settings, strict=True)]
+    with numballama.compile(tiny_file, tiny_tokenizer, device="cpu", max_sequences=4, kv_tokens=160) as small:
+        requests = [small.engine().submit(ids, own) for ids, own in zip(prompts, settings, strict=True)]
+        assert [tokens_of(request) for request in requests] == alone
+        assert sum(request.preemptions for request in requests) > 0
+
+
+def test_little_memory_is_noted(tiny_file: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "available_bytes", lambda: 700_000)
+    with numballama.compile(tiny_file, tiny_tokenizer, device="cpu", max_sequences=64) as model:
+        (note,) = [note for note in model.notes if "KV cache" in note]
+        assert f"the KV cache holds {model.kv.tokens:,} tokens, not 64 × {TINY.context}: 683.6 KiB are free" in note
+        assert TINY.context <= model.kv.tokens < 64 * TINY.context and model.kv.nbytes < 0.9 * 700_000
+        assert model.generate("ab", 3)
+    with pytest.raises(ContextError, match="kv_tokens"):
+        numballama.compile(tiny_file, device="cpu", max_sequences=64, kv_tokens=64 * TINY.context)
+
+
+@pytest.mark.parametrize("started", [False, True])
+def test_closing_ends_what_runs(tiny_file: Path, tiny_tokenizer: Path, started: bool) -> None:
+    """Readers that wait in threads get the error; so do those that have not begun to read."""
+    model = numballama.compile(tiny_file, tiny_tokenizer, device="cpu", max_sequences=2, context=4096)
+    engine, ended, endless = model.engine(), list[str](), SamplingParams(max_tokens=None, ignore_eos=True)
+    if started:
+        engine.__enter__()
+    begun = threading.Semaphore(0)
+
+    def read() -> None:
+        try:
+            for response in engine.submit("ab", endless):
+                if response.tokens_per_second == 0:
+                    begun.release()
+        except Error as error:
+            ended.append(str(error))
+
+    threads = [threading.Thread(target=read) for _ in range(3)]
+    unread = engine.submit("ab", endless)
+    for thread in threads:
+        thread.start()
+    assert begun.acquire(timeout=60)
+    model.close()
+    for thread in threads:
+        thread.join(60)
+    assert len(ended) == 3 and all("closed" in message for message in ended)
+    for call in (lambda: list(unread), model.engine, lambda: engine.submit("ab"), lambda: model.generate("ab")):
+        with pytest.raises(Error, match="closed"):
+            call()
 
 
 FORKED = """
