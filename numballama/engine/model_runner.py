@@ -22,8 +22,9 @@ GraphOf = Callable[[int, Logits], Graph]
 class ModelRunner:
     """A model on a device. Implements `runner.Runner`.
 
-    `decode` is the program for one token, `prompt` the one for a chunk of prompts or any mixture. Others, for two and
-    more sequences that each decode a token, are made when they are first needed; `prepare` makes them all.
+    `decode` is the program for one token, `prompt` the one for a chunk of prompts or any mixture. Others are made when
+    they are first needed: for two and more sequences that each decode a token, and for mixtures of few rows, in which
+    others decode beside a prompt. `prepare` makes them all.
     """
 
     def __init__(
@@ -44,6 +45,10 @@ class ModelRunner:
         self._sizes = [size for size in backend.decode_sizes if size < kv.slots]
         self._sizes.append(next((size for size in backend.decode_sizes if size >= kv.slots), 0))
         self._decode: dict[int, Program] = {}
+        few = min(max(backend.mixed_tokens, kv.slots), self.max_tokens)
+        self._few_rows = few if kv.slots > 1 and backend.decode_sizes[-1] > 1 else 0
+        """Rows of the program for mixtures of few rows; 0 where the one for chunks is as fast."""
+        self._mixed: Program | None = None
         self._in_flight: deque[tuple[int, Program | None]] = deque()
         self._submitted = 0
 
@@ -57,6 +62,8 @@ class ModelRunner:
         """Make the programs of all batch sizes now, so that no request waits for them."""
         for size in self._sizes:
             self._decode_program(size, report)
+        if self._few_rows:
+            self._mixed_program(self._few_rows, report)
 
     def _decode_program(self, rows: int, report: Report | None = None) -> Program:
         """The program for `rows` sequences that decode a token each."""
@@ -66,6 +73,14 @@ class ModelRunner:
         if size not in self._decode:
             self._decode[size] = self._make(self._graph_of(size, "all"), report)
         return self._decode[size]
+
+    def _mixed_program(self, rows: int, report: Report | None = None) -> Program:
+        """The program for a mixture of `rows` rows."""
+        if not 0 < rows <= self._few_rows < self.max_tokens:
+            return self.prompt
+        if self._mixed is None:
+            self._mixed = self._make(self._graph_of(self._few_rows, "rows"), report)
+        return self._mixed
 
     def start(
         self,
@@ -89,7 +104,7 @@ class ModelRunner:
     def submit(self, batch: Batch) -> int:
         """Start a run and return its ticket. Copies the batch's arrays."""
         rows, wanted = batch.rows, len(batch.logits)
-        program = self._decode_program(rows) if batch.decodes == rows else self.prompt
+        program = self._decode_program(rows) if batch.decodes == rows else self._mixed_program(rows)
         inputs = program.inputs
         inputs["ids"][:rows], inputs["positions"][:rows] = batch.ids, batch.positions
         inputs["sequences"][:rows] = batch.slots

@@ -27,6 +27,8 @@ CONFIG = ModelConfig(16, 24, 2, 4, 2, 60, 96)
 WEIGHTS = random_checkpoint(CONFIG, 3).weights
 TYPES = {name: weight.type for name, weight in WEIGHTS.items()}
 CHUNK = 16
+MIXED = 12
+"""Rows of a mixture of few rows."""
 PARAMS = [
     SamplingParams(temperature=0),
     SamplingParams(temperature=1.3, seed=5, top_k=0),
@@ -217,7 +219,7 @@ class Late:
 class Feeding:
     """A backend with lookahead and programs for 1, 2 and 4 sequences."""
 
-    lookahead, decode_sizes = 1, (1, 2, 4, 8)
+    lookahead, decode_sizes, mixed_tokens = 1, (1, 2, 4, 8), MIXED
 
     def __init__(self) -> None:
         self.reference = open_backend("reference", WEIGHTS)
@@ -262,12 +264,17 @@ def test_programs_for_decoding_are_made_once_for_each_size(feeding: Any, slots: 
     runner = make_runner(feeding, slots, made=made)
     assert made == [1, CHUNK], "the others are made when they are needed"
     runner.prepare(None)
-    assert sorted(made) == sorted([*sizes, CHUNK])
+    mixed = [MIXED] if slots > 1 else []
+    assert sorted(made) == sorted([*sizes, *mixed, CHUNK])
     for rows in range(1, slots + 1):
         program: Any = runner._decode_program(rows)
         least = next((size for size in sizes if size >= rows), CHUNK)
         assert len(program.inputs["ids"]) == least and ("rows" in program.inputs) == (least == CHUNK)
-    assert len(made) == len(sizes) + 1
+    for rows in (1, MIXED, MIXED + 1, CHUNK):
+        program = runner._mixed_program(rows)
+        assert "rows" in program.inputs
+        assert len(program.inputs["ids"]) == (MIXED if mixed and rows <= MIXED else CHUNK)
+    assert len(made) == len(sizes) + len(mixed) + 1
 
 
 def test_a_device_without_larger_sizes_decodes_in_the_program_of_chunks(backend: Backend) -> None:
