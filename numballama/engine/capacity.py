@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 from ..config import ModelConfig
-from ..errors import ContextError
+from ..errors import ContextError, Error
 from ..graph import KVLayout
 from ..memory import SHORTER, format_bytes
 from ..quantization.types import KVType
 
+MAX_SEQUENCES = 4096
+"""Largest `max_sequences`: tables have a row for each sequence, also while nobody uses it."""
 SHARE = 0.9
 """Share of the free memory that the KV cache may take by itself. The rest is for programs and for others."""
 
@@ -27,8 +29,10 @@ def kv_layout(
 
     `kv_tokens` is how many tokens all sequences may have together; None: `max_sequences` · `context`, or less where
     `free_bytes` (None: unknown) do not allow it, with a note. Raises `ContextError` where not even one context fits, or
-    not the `kv_tokens` that were asked for.
+    not the `kv_tokens` that were asked for; `Error` for more than MAX_SEQUENCES.
     """
+    if max_sequences > MAX_SEQUENCES:
+        raise Error(f"max_sequences must be at most {MAX_SEQUENCES:,}, found {max_sequences:,}; others wait their turn")
     wanted = KVLayout.of(config, context, dtype, max_sequences, kv_tokens)
     if free_bytes is None or wanted.nbytes <= free_bytes:
         return wanted

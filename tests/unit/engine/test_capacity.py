@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from numballama.config import ModelConfig
-from numballama.engine.capacity import SHARE, kv_layout
-from numballama.errors import ContextError
+from numballama.engine.capacity import MAX_SEQUENCES, SHARE, kv_layout
+from numballama.errors import ContextError, Error
 from numballama.graph import PAGE, KVLayout
 from numballama.quantization.types import KV_TYPES
 
@@ -54,6 +54,12 @@ def test_the_tokens_that_were_asked_for_or_an_error() -> None:
     assert kv_layout(CONFIG, CONTEXT, "f32", 2, 10_000, None, notes).tokens >= 10_000, "more than the contexts"
     with pytest.raises(ContextError, match=r"a KV cache for 65 tokens takes .* are free; a smaller kv_tokens="):
         kv_layout(CONFIG, CONTEXT, "f32", 8, 65, 4 * EACH - 1, [])
+
+
+def test_tables_have_no_more_rows_than_a_limit() -> None:
+    assert kv_layout(CONFIG, CONTEXT, "f32", MAX_SEQUENCES, 1000, None, []).slots == MAX_SEQUENCES
+    with pytest.raises(Error, match="max_sequences must be at most 4,096, found 4,097"):
+        kv_layout(CONFIG, CONTEXT, "f32", MAX_SEQUENCES + 1, 1000, None, [])
 
 
 @given(
