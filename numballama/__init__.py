@@ -87,7 +87,7 @@ def compile(
     activations: "f32", or "int8" to quantise the inputs of quantised weights to int8 in blocks, as llama.cpp does on
         the CPU. Prompts are then processed faster, and logits differ by the rounding. llama2.c v2 files always use
         int8, as llama2.c itself does.
-    max_sequences: sequences that generate at the same time, up to 4,096; others wait.
+    max_sequences: sequences that generate at the same time, up to 1,024; others wait.
     gpus: GPUs that share the model. This version supports 1.
     kv_tokens: size of the KV cache in tokens, over all sequences; default max_sequences · context, or what fits in
         memory, which `notes` say.

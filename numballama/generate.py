@@ -123,11 +123,11 @@ class TextEngine:
         return self._engine.stats()
 
     def __enter__(self) -> TextEngine:
-        self._engine.start()
+        self._engine.enter()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._engine.stop()
+        self._engine.leave()
 
 
 class StopStringFilter:

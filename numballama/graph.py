@@ -69,6 +69,11 @@ class KVLayout:
         return (self.slots + 1, self.pages_per_sequence)
 
     @property
+    def table_nbytes(self) -> int:
+        """Bytes of the page table."""
+        return nbytes_of(self.table_shape, "i32")
+
+    @property
     def tokens(self) -> int:
         """Tokens that fit the cache, over all sequences."""
         return (self.pages - 1) * self.page

@@ -287,16 +287,22 @@ class Model:
         settings = [merge(own, DEFAULTS, max_tokens, options) for own in each]
         if any(own.n > 1 for own in settings):
             raise Error("n > 1 gives several texts, generate() returns one: read them from stream(), by response.index")
-        streams = [self._submit_text(text, own) for text, own in zip(prompts, settings, strict=True)]
+        requests: list[Request[GenerationResponse]] = []
         texts: list[str] = []
-        for stream in streams:
-            parts: list[str] = []
-            try:
-                for response in stream:
-                    parts.append(response.text)
-            except KeyboardInterrupt:
-                raise Interrupted("".join(parts), texts) from None
-            texts.append("".join(parts))
+        try:
+            for text, own in zip(prompts, settings, strict=True):
+                requests.append(self._submit_text(text, own))
+            for request in requests:
+                parts: list[str] = []
+                try:
+                    for response in request:
+                        parts.append(response.text)
+                except KeyboardInterrupt:
+                    raise Interrupted("".join(parts), texts) from None
+                texts.append("".join(parts))
+        finally:
+            for request in requests:  # a traceback may keep them alive
+                request.cancel()
         return texts[0] if isinstance(prompt, str | None) else texts
 
     def stream(

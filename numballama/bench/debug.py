@@ -102,7 +102,10 @@ class WatchedProgram:
 
     def submit(self, tokens: int, rows: int, table: SamplerTable) -> int:
         """Run and print the steps one at a time, then start the run as usual."""
+        ids = self.inputs["ids"][:tokens].copy()
+        self.inputs["ids"][:tokens] = ids.clip(min=0)  # FEED is no row of the embedding; it is for `submit`
         self._print_steps(tokens, 0, None)
+        self.inputs["ids"][:tokens] = ids
         return self._program.submit(tokens, rows, table)
 
     def collect(self, ticket: int) -> Sampled:

@@ -197,8 +197,10 @@ class CudaBackend:
     def discard_runs(self) -> None:
         """Wait until the device is idle, and forget the tickets of runs in flight."""
         self.synchronize()
-        if self.current is not None:
-            self.current.pipeline.forget()
+        self.mailbox.resume()
+        for owned in self._owned:
+            if isinstance(owned, CudaProgram):
+                owned.pipeline.discard()
 
     def prepare_launches(self, steps: Sequence[Sequence[Launch]]) -> list[list[PreparedLaunch]]:
         """Compile the launches' kernels, or take them from the cache, load them and build the driver's structures."""
@@ -223,7 +225,6 @@ class CudaBackend:
 
     def prepare(self, decode: Program, report: progress.Report | None = None) -> None:
         """Compile the kernels of all programs so far, and those of sampling, so that the first token does not wait."""
-        _of_cuda(decode)
         programs = [owned for owned in self._owned if isinstance(owned, CudaProgram)]
         steps = [launches for program in programs for launches in program.all_launches]
         tails = [launches for program in programs for launches in program.pipeline.all_launches()]

@@ -48,7 +48,7 @@ class Mailbox:
         self._device = device
         self._pinned = Pinned(device, 8 * N_RUNS * MAX_ROWS)
         self._words = self._pinned.bytes.view(np.int64).reshape(N_RUNS, MAX_ROWS)
-        self._words[:] = -1
+        self._words[:] = 0
         self.memory = Memory(device, 8, "the count of runs")
         device.fill(self.memory.address, 0, 8)
         self.address = self._pinned.address
@@ -68,11 +68,17 @@ class Mailbox:
                 time.sleep(0)
         return (words & 0xFFFFFFFF).astype(np.uint32).view(np.int32)
 
+    def resume(self) -> None:
+        """Count on from the device's number of runs. The stream must be idle."""
+        count = np.zeros(1, np.int64)
+        self._device.read(self.memory.address, count)
+        self.launched = int(count[0])
+
     @staticmethod
     def _arrived(words: NDArray[np.int64], tag: int) -> bool:
         if len(words) == 1:
-            return int(words[0]) >> 32 == tag
-        return bool(((words >> 32) == tag).all())
+            return int(words[0]) >> 32 & 0x7FFFFFFF == tag
+        return bool(((words >> 32 & 0x7FFFFFFF) == tag).all())
 
 
 class _Logprobs:
@@ -149,7 +155,7 @@ class DecodePipeline:
 
     def all_launches(self) -> list[list[Launch]]:
         """The launches of all tails, and the one that feeds tokens."""
-        return [self.tail("greedy"), self.tail("sample"), self._feed_launches()]
+        return [self.tail("greedy"), self.tail("sample"), self.tail("logprobs"), self._feed_launches()]
 
     def _feed_launches(self) -> list[Launch]:
         table, program = self._backend.sampler_table(self._vocab), self._program
@@ -260,6 +266,12 @@ class DecodePipeline:
             assert self._logprobs is not None
             self._logprobs.read(number, out)
         return out
+
+    def discard(self) -> None:
+        """Forget the runs that were not collected."""
+        self._rows.clear()
+        self._wanted.clear()
+        self._last = None
 
     def forget(self) -> None:
         """Another run has changed what the device holds: the next one must send its inputs."""

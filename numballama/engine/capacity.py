@@ -10,7 +10,7 @@ from ..graph import KVLayout
 from ..memory import SHORTER, format_bytes
 from ..quantization.types import KVType
 
-MAX_SEQUENCES = 4096
+MAX_SEQUENCES = 1024
 """Largest `max_sequences`: tables have a row for each sequence, also while nobody uses it."""
 SHARE = 0.9
 """Share of the free memory that the KV cache may take by itself. The rest is for programs and for others."""
@@ -34,7 +34,13 @@ def kv_layout(
     if max_sequences > MAX_SEQUENCES:
         raise Error(f"max_sequences must be at most {MAX_SEQUENCES:,}, found {max_sequences:,}; others wait their turn")
     wanted = KVLayout.of(config, context, dtype, max_sequences, kv_tokens)
-    if free_bytes is None or wanted.nbytes <= free_bytes:
+    if free_bytes is not None and wanted.table_nbytes > free_bytes:
+        raise ContextError(
+            f"the page table of a KV cache for {max_sequences:,} × {context:,} tokens takes "
+            f"{format_bytes(wanted.table_nbytes)}, {format_bytes(free_bytes)} are free; {SHORTER}"
+        )
+    share = SHARE if max_sequences > 1 and kv_tokens is None else 1
+    if free_bytes is None or wanted.nbytes <= free_bytes * share:
         return wanted
     least = KVLayout.of(config, context, dtype, max_sequences, context)
     if kv_tokens is not None or least.nbytes > free_bytes:
@@ -50,6 +56,7 @@ def kv_layout(
     fitting = replace(wanted, pages=min(pages, wanted.pages))
     notes.append(
         f"the KV cache holds {fitting.tokens:,} tokens, not {max_sequences} × {context:,}: "
-        f"{format_bytes(free_bytes)} are free and all would take {format_bytes(wanted.nbytes)}"
+        f"{format_bytes(free_bytes)} are free, of which programs need a part, and all would take "
+        f"{format_bytes(wanted.nbytes)}"
     )
     return fitting

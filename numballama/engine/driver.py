@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     Waiter = LockType | tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]
 
 
+ENGINE_CLOSED = "this engine is closed"
+"""Message of the `Error` that ends requests when their engine is closed."""
+
+
 class Driver:
     """Lets one thread at a time call `step`.
 
@@ -45,6 +49,8 @@ class Driver:
         self._listeners = 0  # threads that wait for `_changed`
         self._stepping: int | None = None  # identity of the thread that may call `step`
         self._sleeping: dict[RequestState, None] = {}  # requests whose readers sleep on a lock, in order
+        self._awaiting: dict[RequestState, None] = {}  # requests whose readers await a future
+        self._users = 0  # those who want the thread
         self._thread: threading.Thread | None = None
         self._pausing = 0  # threads that are in `paused` or wait for it
         self._stopping = self.closed = False
@@ -152,7 +158,10 @@ class Driver:
             if state.ready:
                 return
             _check_reader(state)
+            if self._thread is None or self._stopping:
+                return  # it ends just now: the reader asks again, and starts another
             state.waiter = loop, future
+            self._awaiting[state] = None
         await future
 
     def wake(self, states: Iterable[RequestState]) -> None:
@@ -165,6 +174,7 @@ class Driver:
                 if isinstance(state.waiter, tuple):
                     loop, future = state.waiter
                     state.waiter = None
+                    self._awaiting.pop(state, None)
                     loops.setdefault(loop, []).append(future)
                 else:
                     _wake(self._sleeping, state)
@@ -172,10 +182,30 @@ class Driver:
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody reads any more
                 loop.call_soon_threadsafe(_resolve, futures)
 
+    def enter(self) -> None:
+        """Step in a thread as long as somebody who has entered has not left."""
+        with self.lock:
+            self._users += 1
+        self.start()
+
+    def leave(self) -> None:
+        """End the thread if nobody else has entered."""
+        with self.lock:
+            self._users -= 1
+            wanted = self._users > 0
+        if not wanted:
+            self.stop()
+
     def start(self) -> None:
         """Step in a thread from now on."""
         self.check_process()
         with self.lock:
+            ending = self._thread if self._stopping else None
+        if ending is not None and ending is not threading.current_thread():
+            ending.join()
+        with self.lock:
+            if self._thread is ending:
+                self._thread = None
             if self._thread is not None or self.closed:
                 return
             self._stopping = False
@@ -212,6 +242,8 @@ class Driver:
             if self._thread is thread:
                 self._thread = None
                 self._pass_on()
+            left = tuple(self._awaiting)
+        self.wake(left)  # they ask again, and start another thread
 
     def close(self) -> None:
         """Let nobody step any more, and wait until nobody does."""
@@ -234,6 +266,8 @@ class Driver:
             try:
                 while self._stepping is not None:
                     self._listen()
+                if self.closed:
+                    raise Error(ENGINE_CLOSED)
                 self._stepping = threading.get_ident()
             finally:
                 self._pausing -= 1

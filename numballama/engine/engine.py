@@ -13,16 +13,13 @@ from typing import overload
 
 from ..errors import NOT_NUMBERS, ContextError, DeviceError, Error
 from ..sampling import DEFAULTS, Sampled, SamplingParams
-from .driver import Driver
+from .driver import ENGINE_CLOSED, Driver
 from .pages import BlockManager
 from .request import FinishReason, R, Request, RequestState, Response, TokenEvent, TokenLogprobs
 from .runner import Runner
 from .scheduler import Run, Scheduler
 from .sequence import Constraint, Sequence, Status
 from .stats import EngineStats, Rates
-
-ENGINE_CLOSED = "this engine is closed"
-"""Message of the `Error` that ends requests when their engine is closed."""
 
 
 class Engine:
@@ -206,6 +203,14 @@ class Engine:
         """Step in a thread of the engine's own from now on."""
         self._driver.start()
 
+    def enter(self) -> None:
+        """Step in a thread as long as somebody who has entered has not left."""
+        self._driver.enter()
+
+    def leave(self) -> None:
+        """End the thread if nobody else has entered. Requests go on when they are read."""
+        self._driver.leave()
+
     def stop(self) -> None:
         """End the engine's thread. Requests go on when they are read."""
         self._driver.stop()
@@ -246,7 +251,11 @@ class Engine:
             finally:
                 self._wake()
             self._requeue()
-            yield
+            try:
+                yield
+            except BaseException:
+                self.runner.reset()  # a run may have been interrupted
+                raise
 
     def stats(self) -> EngineStats:
         """What the engine is doing now, and what it has done."""
@@ -312,12 +321,18 @@ class Engine:
                     sequence.output,
                     sequence.stop_token_ids,
                 )
-                if sequence.constraint is not None:
-                    self.runner.set_mask(sequence.slot, sequence.constraint.mask())
             except DeviceError:
                 raise
             except Error as error:  # its rows are in this run all the same, and nobody reads what they sample
                 self._end(_state(sequence), error)
+                continue
+            if sequence.constraint is not None:
+                try:
+                    mask = sequence.constraint.mask()
+                except Exception as error:
+                    self._end(_state(sequence), error)
+                else:
+                    self.runner.set_mask(sequence.slot, mask)
         for slot, first, pages in run.tables:
             self.runner.set_pages(slot, first, pages)
         run.ticket = self.runner.submit(run.batch)
@@ -480,4 +495,4 @@ def _seeded(params: SamplingParams) -> list[SamplingParams]:
         seed = int.from_bytes(os.urandom(7), "little")
     if params.n == 1 and (params.temperature == 0 or seed == params.seed):
         return [params]
-    return [params.override({"seed": seed + index, "n": 1}) for index in range(params.n)]
+    return [params.override({"seed": (seed + index) % 2**64, "n": 1}) for index in range(params.n)]

@@ -44,7 +44,7 @@ STACK = {
     "attention_grouped_rows_kernel": {"8.0": 248, "7.5": 248},
     "attention_rows_kernel": {"8.0": 128, "7.5": 128},
     "skinny_8_kernel": {"8.0": 112, "7.5": 112},
-    "skinny_16_kernel": {"8.0": 112, "7.5": 112},
+    "skinny_16_kernel": {"8.0": 128, "7.5": 120},
     "attention_128_kernel": {"8.0": 8, "7.5": 48},  # a real 7.5 has too little shared memory for it to be launched
 }
 """Maximum bytes of stack of a kernel on a card, if not 0, for all types of its operands."""
@@ -56,7 +56,7 @@ STACK_OF_BLOCKS = {
     "qkv_kernel": {"9.0": 48, "8.0": 88, "7.5": 72},
     "qkv_rope_kernel": {"9.0": 80, "8.0": 40, "7.5": 16},
     "skinny_8_kernel": {"8.0": 112, "7.5": 112},
-    "skinny_16_kernel": {"8.0": 112, "7.5": 112},
+    "skinny_16_kernel": {"8.0": 128, "7.5": 120},
 }
 """The same for weights of q4_1, q4_k and q6_k."""
 

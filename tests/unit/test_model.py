@@ -90,7 +90,7 @@ def test_without_a_tokenizer(tiny_file: Path) -> None:
         ({"norm_eps": -1.0}, Error, "norm_eps"),
         ({"fusions": ["magic"]}, Error, "unknown fusion magic"),
         ({"max_sequences": 0}, Error, "max_sequences must be at least 1, found 0"),
-        ({"max_sequences": 1 << 40}, Error, "max_sequences must be at most 4,096, found 1,099,511,627,776"),
+        ({"max_sequences": 1 << 40}, Error, "max_sequences must be at most 1,024, found 1,099,511,627,776"),
         ({"max_sequences": 1.5}, Error, "max_sequences must be"),
         ({"max_sequences": None}, Error, "max_sequences must be"),
         ({"kv_tokens": 0}, Error, "kv_tokens must be at least 1, found 0"),
