@@ -158,7 +158,7 @@ def load(path: Path, key: str) -> bytes | None:
             found = os.fstat(handle)
             if not stat.S_ISREG(found.st_mode) or found.st_size > MAX_ENTRY_BYTES:
                 raise ValueError("no entry")
-            head, body = file.readline(len(_HEAD) + 65), file.read(MAX_ENTRY_BYTES)
+            head, body = file.readline(len(_HEAD) + 65), file.read(found.st_size)
         if head != _head(body):
             raise ValueError("damaged")
     except (OSError, ValueError):
@@ -219,7 +219,7 @@ _prepared: set[Path] = set()
 
 def _prepare(folder: Path) -> None:
     """Make a folder for entries, and clear what is old in it and beside it. Raises `OSError` if it cannot be made."""
-    if folder in _prepared and folder.is_dir():
+    if folder in _prepared and os.path.isdir(folder):
         return
     folder.mkdir(parents=True, exist_ok=True)
     if _OUR_FOLDER.fullmatch(folder.name):
@@ -267,9 +267,9 @@ class Usage:
     def of(cls, folder: Path) -> Usage:
         """Count the entries of a folder, and try to write to it. A folder that does not exist is empty."""
         sizes = [found.st_size for found in _files(folder)]
-        existing = next((p for p in (folder, *folder.parents) if p.exists()), folder)
+        existing = next((p for p in (folder, *folder.parents) if os.path.exists(p)), folder)
         problem = ""
-        if not existing.is_dir():
+        if not os.path.isdir(existing):
             problem = f"{existing} is not a folder"
         elif not os.access(existing, os.W_OK | os.X_OK):
             problem = f"{existing} cannot be written"

@@ -66,6 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         streams.say("interrupted")
         return INTERRUPTED
+    except MemoryError:
+        streams.say("numballama: memory is short: a smaller model, a smaller --context or fewer sequences take less")
+        return _flush() or FAILED
     except OSError as error:
         return _failed(error)
     return _flush()

@@ -180,7 +180,7 @@ class CpuBackend:
         """Bytes of a weight: as in the file."""
         return self.weights[name].nbytes
 
-    def measure_bandwidth(self) -> float:
+    def measure_bandwidth(self) -> float | None:
         """Bytes per second that the workers together read from main memory."""
         return bandwidth.measure_bandwidth(self.workers)
 

@@ -15,6 +15,8 @@ from .executor import ADDRESS, BEGIN, MAX_TOKENS, OPERANDS, ROWS, describe_run, 
 
 READ_BYTES = 1 << 30
 """Bytes of the array that is read: more than any cache holds."""
+LEAST_BYTES = 1 << 24
+"""Smallest array that is worth reading where memory is short."""
 
 
 def read_all(worker, n_workers, tokens, x, sums):
@@ -26,9 +28,15 @@ def read_all(worker, n_workers, tokens, x, sums):
     sums[worker] = total
 
 
-def measure_bandwidth(workers: int, repeats: int = 5) -> float:
-    """Bytes per second that `workers` workers read together: the median of several passes."""
-    nbytes = min(READ_BYTES, (available_bytes() or READ_BYTES) // 4)
+def measure_bandwidth(workers: int, repeats: int = 5) -> float | None:
+    """Bytes per second that `workers` workers read together: the median of several passes.
+
+    None where memory is too short for an array that caches do not hold.
+    """
+    free = available_bytes()
+    nbytes = READ_BYTES if free is None else min(READ_BYTES, free // 4)
+    if nbytes < LEAST_BYTES:
+        return None
     x = np.ones(nbytes // 4, np.float32)  # not zeros: the kernel would map them all to one page, which a cache holds
     sums = np.zeros(workers, np.float32)
     floats = types.Array(types.float32, 1, "C")

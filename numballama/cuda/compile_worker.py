@@ -61,7 +61,7 @@ def compile_ahead(
     missing = []
     for index, kernel in enumerate(kernels):
         entry = cache_entry(kernel, capability, cache or Path())
-        if entry is not None and not (cache is not None and entry.is_file()):
+        if entry is not None and not (cache is not None and os.path.isfile(entry)):
             missing.append(index)
     if workers is None:
         workers = min(len(missing), usable_cores() - 1, MAX_WORKERS)
@@ -222,7 +222,7 @@ def main() -> None:
             kernel = Specialization(function, tuple((name, type_) for name, type_ in parameters), threads)
             compile_kernel(kernel, capability, cache)
             entry = cache_entry(kernel, capability, cache)
-            if entry is None or not entry.is_file():
+            if entry is None or not os.path.isfile(entry):
                 raise OSError(f"nothing can be written to {cache}")
             answer = {"ready": qualname}
         except Exception as error:

@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import kernel_cache
 from ..errors import DeviceError, Error
-from ..host import interrupts
+from ..host import environment, interrupts
 from ..registry import KernelRef
 from .launch import Specialization
 
@@ -107,7 +107,8 @@ _capability: tuple[int, int] | None = None
 
 
 def require_compiler() -> None:
-    """Raise `DeviceError` unless Numba's CUDA compiler is numba-cuda's."""
+    """Raise `DeviceError` unless Numba can be imported and its CUDA compiler is numba-cuda's."""
+    environment.import_numba()
     try:
         from numba import cuda
     except ImportError as error:

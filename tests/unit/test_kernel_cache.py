@@ -277,6 +277,21 @@ def test_a_damaged_entry_is_noted_once(tmp_path: Path, notes: pytest.LogCaptureF
     ]
 
 
+def test_a_folder_that_cannot_be_searched_is_a_problem_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before Python 3.12, `Path.exists` and the like raise there; root may search everywhere, so a patch refuses."""
+    stat = os.stat
+
+    def refuse(path: Any, *arguments: Any, **options: Any) -> os.stat_result:
+        if str(path).startswith(str(tmp_path)):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return stat(path, *arguments, **options)
+
+    monkeypatch.setattr(os, "stat", refuse)
+    assert kernel_cache.Usage.of(tmp_path / "x").entries == 0
+
+
 def test_a_full_disk_costs_a_line(tmp_path: Path, notes: pytest.LogCaptureFixture) -> None:
     """A limit on the size of files stands in for it: part of the entry is written."""
     kernel_cache._prepare(tmp_path)

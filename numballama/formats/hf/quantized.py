@@ -15,8 +15,10 @@ float16: exact for MLX's float16, rounded for others. All else is computed in fl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -26,7 +28,7 @@ from ...checkpoint import LazyWeight, Weight
 from ...errors import FormatError, UnsupportedError
 from ...quantization.convert import convert
 from ...quantization.types import F16, F32, Q4_1, TYPE_TRAITS, WeightType
-from ..json_reader import Keys
+from ..json_reader import Keys, read_object
 from ..tensors import TensorInfo, view_weight
 from .weight_files import TYPES
 
@@ -73,6 +75,33 @@ def scheme_of(keys: Keys) -> Scheme | None:
             case "awq" if bits == 4 and str(values.get("version", "gemm")).lower() == "gemm":
                 return Scheme("awq", 4)
         raise _unsupported(keys, key)
+    return None
+
+
+_OLDER = ("quantize_config.json", "quant_config.json")
+"""Files in which AutoGPTQ and AutoAWQ kept what is now `quantization_config` in `config.json`."""
+
+
+def with_older_config(keys: Keys, directory: Path) -> Keys:
+    """`keys`, with the `quantization_config` that an older tool wrote to a file of its own, if `keys` has none."""
+    if keys.values.get("quantization_config") is not None:
+        return keys
+    for name, method in zip(_OLDER, ("gptq", "awq"), strict=True):
+        if os.path.isfile(directory / name):
+            own = read_object(directory / name).values
+            return Keys({**keys.values, "quantization_config": {"quant_method": method, **own}}, keys.path, keys.what)
+    return keys
+
+
+def undeclared(directory: Path, tensors: Mapping[str, TensorInfo], name: str) -> UnsupportedError | None:
+    """The error for a matrix called `name` that is quantised although the config does not say so; None for others."""
+    base = name.removesuffix("weight")
+    for part in (f"{base}qweight", f"{name}.absmax", f"{base}SCB"):
+        if part in tensors:
+            return UnsupportedError(
+                f"{directory}: tensor {part[:100]} belongs to quantised weights, but config.json has no "
+                f"quantization_config; read are, with their config, {_READABLE}"
+            )
     return None
 
 

@@ -20,7 +20,7 @@ from ..tensor_names import TensorNames
 from ..tensors import TensorInfo, view_weight
 from . import weight_files
 from .config import config_of
-from .quantized import Scheme, scheme_of, take
+from .quantized import Scheme, scheme_of, take, undeclared, with_older_config
 from .tensor_map import no_place, rename
 from .text_files import read_text_files
 
@@ -71,7 +71,7 @@ def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile |
     """
     if not (directory / CONFIG).exists():
         raise FormatError("weights without their config", path=directory, expected=CONFIG, found="no such file")
-    keys = read_object(directory / CONFIG)
+    keys = with_older_config(read_object(directory / CONFIG), directory)
     config, scheme, kind = config_of(keys), scheme_of(keys), keys.text("model_type")
     files = weight_files.find(directory, single_file)
     tensors, names, notes = rename(files.infos), tensor_names(kind), list(files.notes)
@@ -81,6 +81,8 @@ def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile |
         if scheme and (quantised := take(scheme, tensors, names[name], shape)):
             weights[name] = quantised
             continue
+        if error := undeclared(directory, tensors, names[name]):
+            raise error
         if (info := tensors.pop(file_name := names[name], None)) is None:
             where = f"tensor {file_name}"
             raise FormatError("a tensor is missing", path=directory, where=where, expected=shape, found="none")

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from numballama.cli import main
 from tests.helpers.command_line import call
 
 LONG = 300
@@ -112,6 +113,15 @@ def test_a_terminal_gets_notes_and_speed(story15m: tuple[str, ...]) -> None:
     assert "KV cache" in shown and "tokens/s" in shown and "assumed" in shown
     quiet = on_terminal(("story", *story15m, "--max-tokens", 5, "--quiet"), "")
     assert quiet[1] == ""
+
+
+def test_memory_that_runs_out_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    def fail(parsed: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(main, "_run", fail)
+    code, text, shown = call(capsys, "doctor")
+    assert (code, text) == (1, "") and shown.startswith("numballama: memory is short: ") and shown.count("\n") == 1
 
 
 @pytest.mark.slow

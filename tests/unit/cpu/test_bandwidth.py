@@ -26,7 +26,15 @@ def test_a_small_machine_reads_a_quarter_of_what_is_free(monkeypatch: pytest.Mon
         made.append(size)
         return np.full(size, 1, dtype)
 
-    monkeypatch.setattr(bandwidth, "available_bytes", lambda: 1 << 20)
+    monkeypatch.setattr(bandwidth, "available_bytes", lambda: 80 << 20)
     monkeypatch.setattr(bandwidth.np, "ones", ones)
-    assert bandwidth.measure_bandwidth(2, repeats=4) > 0
-    assert made == [1 << 16]
+    rate = bandwidth.measure_bandwidth(2, repeats=4)
+    assert rate is not None and rate > 0
+    assert made == [5 << 20]
+
+
+@pytest.mark.parametrize("free", [0, (64 << 20) - 1])
+def test_nothing_is_allocated_where_memory_is_short(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
+    monkeypatch.setattr(bandwidth, "available_bytes", lambda: free)
+    monkeypatch.setattr(bandwidth.np, "ones", lambda *_: pytest.fail("an array is allocated"))
+    assert bandwidth.measure_bandwidth(2) is None

@@ -14,7 +14,7 @@ if reason := missing_packages():
 from numballama.cuda import compiler
 from numballama.cuda.launch import named
 from numballama.cuda.ops import elementwise
-from numballama.errors import Error
+from numballama.errors import DeviceError, Error
 from tests.unit.cuda.test_launch import CTX, array
 
 
@@ -33,3 +33,9 @@ def test_other_names_are_an_error_when_the_kernel_is_compiled(fault: str) -> Non
         compiler.to_ptx(replace(launch, arguments=arguments).specialization, (9, 0))
     assert "its parameters are (tokens, x, weight, out, columns)" in str(caught.value)
     assert f"a launch passes ({', '.join(arguments)})" in str(caught.value)
+
+
+def test_a_variable_that_numba_does_not_survive(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NUMBA_NUM_THREADS", "0")
+    with pytest.raises(DeviceError, match="NUMBA_NUM_THREADS=0: it must be a whole number"):
+        compiler.require_compiler()

@@ -115,6 +115,40 @@ def test_other_schemes_are_named(
         open_checkpoint(folder)
 
 
+OLDER = {
+    "gptq": ("quantize_config.json", {"bits": 4, "group_size": 32, "desc_act": False, "sym": False}),
+    "awq": ("quant_config.json", {"zero_point": True, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}),
+}
+"""Files that AutoGPTQ and AutoAWQ wrote before transformers had a key for them."""
+
+
+@pytest.mark.parametrize("method", sorted(OLDER))
+def test_the_config_of_an_older_tool(tmp_path: Path, method: str) -> None:
+    write(tmp_path / "m", method, 4, 32, np.random.default_rng(7))
+    wanted = open_checkpoint(tmp_path / "m")
+    keys = json.loads((tmp_path / "m" / "config.json").read_text())
+    del keys["quantization_config"]
+    (tmp_path / "m" / "config.json").write_text(json.dumps(keys))
+    with pytest.raises(UnsupportedError, match=r"q_proj.qweight belongs to quantised weights, but config.json has no"):
+        open_checkpoint(tmp_path / "m")
+    name, content = OLDER[method]
+    (tmp_path / "m" / name).write_text(json.dumps(content))
+    opened = open_checkpoint(tmp_path / "m")
+    for weight in wanted.weights:
+        np.testing.assert_array_equal(dequantize(opened.weights[weight]), dequantize(wanted.weights[weight]))
+
+
+def test_bitsandbytes_without_its_config(copy: Callable[[str], Path]) -> None:
+    folder = copy("llama")
+    (file,) = folder.glob("*.safetensors")
+    arrays = tensors(folder)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    arrays |= {name: np.zeros((DIM * DIM // 8, 1), np.uint32), f"{name}.absmax": np.ones(DIM, np.float32)}
+    save_tensors(file, arrays)
+    with pytest.raises(UnsupportedError, match=r"weight.absmax belongs to quantised weights"):
+        open_checkpoint(folder)
+
+
 @pytest.mark.parametrize("method", ["mlx", "gptq", "awq"])
 def test_parts_that_do_not_fit(tmp_path: Path, method: str) -> None:
     write(tmp_path / "m", method, 4, 32, np.random.default_rng(5))
