@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from os import PathLike
@@ -12,18 +13,20 @@ from typing import Protocol
 from . import hub, loader, progress
 from .checkpoint import Checkpoint, LazyWeight, Weight
 from .config import ModelConfig, RopePairing
-from .errors import UnsupportedError
+from .errors import Error, UnsupportedError
 from .files import expand_user
 from .formats.gguf.writer import MetadataValue, write_gguf
-from .formats.hf.text_files import tokenizer_texts
+from .formats.hf.text_files import DEFAULT_TEMPLATE, template_texts, tokenizer_texts
+from .formats.hf.text_settings import TextSettings
 from .formats.hf.writer import write_safetensors
 from .formats.llama2c.kuiper import write_fp32, write_int8
 from .formats.llama2c.llama2c import write_v0, write_v1, write_v2
+from .formats.tokenizer_files import find_tokenizers, load_tokenizer
 from .memory import format_bytes
 from .quantization import policy
 from .quantization.convert import DEFAULT_GROUP, convert, relative_error
 from .quantization.types import BLOCKS, F32, WeightType
-from .tokenizers.base import Tokenizer, Vocabulary
+from .tokenizers.base import SPACE, Tokenizer, Vocabulary
 from .tokenizers.bpe import BPETokenizer
 
 
@@ -37,7 +40,8 @@ class WriteOptions:
     """Name of the model."""
     vocabulary: Vocabulary | None = None
     """Of a GGUF file. At most as many tokens as the embedding has rows."""
-    chat_template: str | None = None
+    chat_templates: Mapping[str, str] = field(default_factory=dict)
+    """Name → chat template of a GGUF file. "default" is the usual one."""
     metadata: Mapping[str, MetadataValue] = field(default_factory=dict)
     """Additional metadata of a GGUF file."""
     bos_id: int | None = None
@@ -45,7 +49,7 @@ class WriteOptions:
     files: Sequence[Path] = ()
     """Files to copy into a Hugging Face directory."""
     texts: Mapping[str, str] = field(default_factory=dict)
-    """File name → content, to be written into a Hugging Face directory."""
+    """Path in a Hugging Face directory → content, to be written there."""
 
 
 _DEFAULTS = WriteOptions()
@@ -75,7 +79,7 @@ def _gguf(
     path: str | PathLike[str], config: ModelConfig, weights: Mapping[str, Weight], options: WriteOptions = _DEFAULTS
 ) -> list[str]:
     o = options
-    return write_gguf(path, config, weights, o.vocabulary, o.name, o.chat_template, o.metadata)
+    return write_gguf(path, config, weights, o.vocabulary, o.name, o.chat_templates, o.metadata)
 
 
 def _safetensors(
@@ -107,14 +111,21 @@ QUANTS: dict[str, tuple[str, ...]] = {
 
 _GROUPS = (64, 32, 16, 8, 4)
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
-_COMPANIONS = (
-    *_TOKENIZERS,
+_SETTINGS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
 )
+"""Files that belong to a tokenizer file beside them."""
+_TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
+"""Names of chat templates that are written. Those of a file can be anything, such as "../x"."""
+_SAMPLE = "Once upon a time, in 1999:\n  two spaces; naïve 🙂"
+"""Two tokenizers of the same tokens are taken for the same one if they agree on it."""
+_TOKEN_KEYS = {"pad_token": "padding", "sep_token": "seperator", "cls_token": "cls", "mask_token": "mask"}
+"""Name of a special token → what GGUF calls it, in its spelling. BOS, EOS and unknown are parts of `Vocabulary`."""
 
 
 @dataclass(frozen=True)
@@ -209,6 +220,8 @@ def export_model(
     opened = loader.open_checkpoint(
         source, tokenizer, rope_pairing=rope_pairing, rope_theta=rope_theta, norm_eps=norm_eps
     )
+    if tokenizer is not None:
+        tokenizer = hub.resolve(tokenizer, hub.TOKENIZER_FILES)  # downloaded by now, if it is one of the hub
     notes = list(opened.notes)
     options = _options(opened, to, _name(source, opened), tokenizer, notes)
     types = _types(opened, to, quantize, options.group_size)
@@ -256,41 +269,88 @@ def _options(
 ) -> WriteOptions:
     """The options of the writer. Adds to `notes` what the format cannot hold."""
     if to == "gguf":
-        return _gguf_options(opened, name, notes)
+        return _gguf_options(opened, name, tokenizer_path, notes)
     tokenizer = opened.tokenizer
     if to == "safetensors":
         eos = () if tokenizer is None or tokenizer.eos_id is None else (tokenizer.eos_id,)
         files = _tokenizer_files(opened, tokenizer_path)
+        texts = {} if tokenizer is None or files else _texts(tokenizer, opened, notes)
+        templates, files = _templates(opened, files, texts, notes)
         return WriteOptions(
             bos_id=None if tokenizer is None else tokenizer.bos_id,
             eos_ids=tuple(dict.fromkeys([*opened.stop_token_ids, *eos])),
             files=files,
-            texts={} if tokenizer is None or files else _texts(tokenizer, opened, notes),
+            texts=texts | templates,
         )
     if tokenizer is not None and tokenizer_path is None:
         notes.append(f"{to} files hold no tokenizer: give the one of {opened.path} when opening the copy")
     return WriteOptions(group_size=_group_size(opened)) if to in INT8_ONLY else _DEFAULTS
 
 
-def _gguf_options(opened: Checkpoint, name: str, notes: list[str]) -> WriteOptions:
-    config, tokenizer, vocabulary = opened.config, opened.tokenizer, None
+def _gguf_options(
+    opened: Checkpoint, name: str, tokenizer_path: str | PathLike[str] | None, notes: list[str]
+) -> WriteOptions:
+    config = opened.config
     if config.qk_norm and (config.qkv_bias or config.o_bias or config.mlp_bias):
         raise UnsupportedError(
             f"{opened.path}: llama.cpp has no architecture with q/k norms and biases, and would not open the file; "
             "safetensors can hold the model"
         )
     rows = config.vocab_size
-    if tokenizer is not None:
-        try:
-            vocabulary = _cut(tokenizer.vocabulary(), rows)
-        except UnsupportedError as error:
-            notes.append(f"the tokenizer is left out: {error}")
+    vocabulary = _vocabulary(opened, tokenizer_path, notes)
     stops = [token for token in opened.stop_token_ids if vocabulary is not None and token != vocabulary.eos_id]
     stops = [token for token in stops if token < rows]
     if stops[1:]:  # GGUF has one key besides EOS
         notes.append(f"GGUF holds two ids that end a text; left out: {', '.join(map(str, stops[1:]))}")
     metadata: dict[str, MetadataValue] = {"tokenizer.ggml.eot_token_id": stops[0]} if stops else {}
-    return WriteOptions(name=name, vocabulary=vocabulary, chat_template=opened.chat_template, metadata=metadata)
+    if vocabulary is not None:
+        ids = {piece: token for token, piece in reversed(list(enumerate(vocabulary.pieces)))}
+        for key, kind in _TOKEN_KEYS.items():
+            if (token := ids.get(opened.template_tokens.get(key, "").encode())) is not None:
+                metadata[f"tokenizer.ggml.{kind}_token_id"] = token
+    return WriteOptions(
+        name=name, vocabulary=vocabulary, chat_templates=_writable(opened.chat_templates, notes), metadata=metadata
+    )
+
+
+def _vocabulary(opened: Checkpoint, tokenizer_path: str | PathLike[str] | None, notes: list[str]) -> Vocabulary | None:
+    """The tokenizer for GGUF; None, and a note, if GGUF cannot express it.
+
+    A file of the same tokens beside it is taken if GGUF can express that one: `tokenizer.model` beside a
+    `tokenizer.json` with its merges.
+    """
+    tokenizer, rows = opened.tokenizer, opened.config.vocab_size
+    if tokenizer is None:
+        return None
+    try:
+        return _cut(tokenizer.vocabulary(), rows)
+    except UnsupportedError as error:
+        reason = error
+    directory = _tokenizer_directory(opened, tokenizer_path)
+    for file in find_tokenizers(directory) if directory is not None else ():
+        try:
+            other = load_tokenizer(file)
+            vocabulary = other.vocabulary()
+        except Error:
+            continue
+        if _same(tokenizer, other):
+            notes.append(f"the tokenizer is written from {file.name}, because {reason}")
+            bos, eos = (
+                own if own is not None else its
+                for own, its in ((tokenizer.bos_id, vocabulary.bos_id), (tokenizer.eos_id, vocabulary.eos_id))
+            )
+            add_bos, add_eos = tokenizer.add_bos, tokenizer.add_eos
+            return _cut(replace(vocabulary, bos_id=bos, eos_id=eos, add_bos=add_bos, add_eos=add_eos), rows)
+    notes.append(f"the tokenizer is left out: {reason}")
+    return None
+
+
+def _same(tokenizer: Tokenizer, other: Tokenizer) -> bool:
+    """Whether two tokenizers have the same tokens under the same ids, and split a sample alike."""
+    if tokenizer.vocab_size != other.vocab_size:
+        return False
+    both = ([each.piece(token).replace(SPACE, " ") for token in range(each.vocab_size)] for each in (tokenizer, other))
+    return next(both) == next(both) and tokenizer.encode(_SAMPLE, bos=False) == other.encode(_SAMPLE, bos=False)
 
 
 def _cut(vocabulary: Vocabulary, rows: int) -> Vocabulary:
@@ -321,8 +381,9 @@ def _group_size(opened: Checkpoint) -> int:
 
 def _texts(tokenizer: Tokenizer, opened: Checkpoint, notes: list[str]) -> dict[str, str]:
     """Tokenizer files for a Hugging Face directory; none, and a note, if they cannot express this tokenizer."""
+    template = opened.chat_template if opened.chat_templates.keys() == {"default"} else None
     try:
-        texts = tokenizer_texts(tokenizer, opened.chat_template, opened.config.context)
+        texts = tokenizer_texts(tokenizer, template, opened.config.context)
     except UnsupportedError as error:
         notes.append(f"the tokenizer is left out: {error}")
         return {}
@@ -331,14 +392,51 @@ def _texts(tokenizer: Tokenizer, opened: Checkpoint, notes: list[str]) -> dict[s
     return texts
 
 
+def _tokenizer_directory(opened: Checkpoint, tokenizer_path: str | PathLike[str] | None) -> Path | None:
+    """The directory whose files belong to the tokenizer; None for a model whose files may lie beside other models'."""
+    if tokenizer_path is not None:
+        given = expand_user(tokenizer_path)
+        return given if given.is_dir() else given.parent
+    if not opened.format.startswith(("Hugging Face", "Meta")):
+        return None
+    return opened.path if opened.path.is_dir() else opened.path.parent
+
+
 def _tokenizer_files(opened: Checkpoint, tokenizer_path: str | PathLike[str] | None) -> tuple[Path, ...]:
-    """The tokenizer files to copy: those of the source's directory, or the ones that were given."""
-    if tokenizer_path is None:
-        if not opened.format.startswith(("Hugging Face", "Meta")):  # others may lie beside other models' files
+    """The tokenizer files to copy: those of a directory, or the file that was given and those that belong to it.
+
+    A file that was given comes without other tokenizers of its directory, which readers may prefer to it.
+    """
+    directory = _tokenizer_directory(opened, tokenizer_path)
+    if directory is None:
+        return ()
+    names: tuple[str, ...] = (*_TOKENIZERS, *_SETTINGS)
+    if tokenizer_path is not None and not (given := expand_user(tokenizer_path)).is_dir():
+        if given.name not in _TOKENIZERS:
             return ()
-        directory = opened.path if opened.path.is_dir() else opened.path.parent
-        return tuple(path for name in _COMPANIONS if (path := directory / name).is_file())
-    given = expand_user(tokenizer_path)
-    if given.is_dir():
-        return tuple(path for name in _COMPANIONS if (path := given / name).is_file())
-    return (given,) if given.name in _TOKENIZERS else ()
+        names = (given.name, *_SETTINGS)
+    return tuple(path for name in names if (path := directory / name).is_file())
+
+
+def _templates(
+    opened: Checkpoint, files: tuple[Path, ...], texts: Mapping[str, str], notes: list[str]
+) -> tuple[dict[str, str], tuple[Path, ...]]:
+    """Chat templates to write as files of their own, and those of `files` to copy beside them. `texts` are written too.
+
+    The copy gets the templates of the opened model. If it has none, it gets those beside the tokenizer files.
+    """
+    beside = TextSettings(files[0].parent) if files else None
+    found = {} if beside is None else beside.chat_templates
+    wanted = opened.chat_templates or found
+    if beside is not None and found == wanted and not beside.named_template_files:  # they are in the files to copy
+        return {}, files
+    if texts and wanted.keys() <= {"default"}:  # it is in the tokenizer_config.json
+        return {}, files
+    return template_texts(_writable(wanted, notes)), tuple(path for path in files if path.name != DEFAULT_TEMPLATE)
+
+
+def _writable(templates: Mapping[str, str], notes: list[str]) -> dict[str, str]:
+    """The chat templates whose names can be names of files and of keys; a note names the others."""
+    if lost := [name for name in templates if not _TEMPLATE_NAME.fullmatch(name)]:
+        notes.append(f"chat templates with unusual names are left out: {', '.join(ascii(n[:40]) for n in lost[:8])}")
+    return {name: text for name, text in templates.items() if name not in lost}

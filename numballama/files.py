@@ -100,7 +100,7 @@ def atomic_write_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
         try:
             temporary.mkdir()
             yield temporary
-            for file in temporary.iterdir():
+            for file in filter(Path.is_file, temporary.rglob("*")):
                 with open(file, "rb") as stream:
                     os.fsync(stream.fileno())
             os.replace(temporary, target)

@@ -10,10 +10,17 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from sentencepiece import SentencePieceProcessor
+from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Library
 
+from numballama.config import HALF_SPLIT
+from numballama.errors import UnsupportedError
 from numballama.export import export_model
+from numballama.files import map_file
+from numballama.formats.gguf.header import Header
 from numballama.formats.gguf.writer import write_gguf
+from numballama.formats.hf.writer import write_safetensors
 from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.loader import open_checkpoint
 from numballama.tokenizers.base import Vocabulary
@@ -23,6 +30,8 @@ from tests.golden.lines import lines
 from tests.helpers.bpe import ADDED, CHAT_CONFIG, SPECIAL, chat_model, save_json, trained
 from tests.helpers.gguf_files import CONFIG, edited, u32
 from tests.helpers.random_models import random_checkpoint
+from tests.helpers.sentencepiece_models import STORY_BEGINS
+from tests.helpers.sentencepiece_models import trained as spm
 
 TEXTS = [
     *lines()[::60],
@@ -111,3 +120,153 @@ def test_no_token_ends_a_text(tmp_path: Path) -> None:
     export_model(path, tmp_path / "copy", "safetensors", "f32")
     assert json.loads((tmp_path / "copy" / "config.json").read_text())["eos_token_id"] is None
     assert "eos_token" not in json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text())
+
+
+# ---- what lies beside a tokenizer ----
+
+BESIDE = CHAT_CONFIG | {"pad_token": ADDED[2], "sep_token": ADDED[0], "mask_token": "no such token"}
+
+
+def directory(folder: Path, settings: dict[str, object], template: str | None = None) -> Path:
+    """A model in a Hugging Face directory, with a byte-level BPE."""
+    path = save_json(folder / "tokenizer", trained("smollm"), settings)
+    size = load_tokenizer(path).vocab_size
+    config = replace(CONFIG, vocab_size=size, rope_pairing=HALF_SPLIT)
+    write_safetensors(folder / "hf", config, random_checkpoint(config).weights, files=sorted(path.parent.iterdir()))
+    if template is not None:
+        (folder / "hf" / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    return folder / "hf"
+
+
+def named_templates(folder: Path, **templates: str) -> None:
+    (folder / "additional_chat_templates").mkdir(exist_ok=True)
+    for name, template in templates.items():
+        (folder / "additional_chat_templates" / f"{name}.jinja").write_text(template)
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_the_files_beside_a_given_tokenizer_go_along(tmp_path: Path, own: bool) -> None:
+    """They give EOS, added tokens and special tokens. A chat template is that of the model, if it has one."""
+    source = directory(tmp_path, CHAT_CONFIG, template="{{ own }}" if own else None)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (source / name).unlink()
+    given = save_json(tmp_path / "given", trained("smollm"), BESIDE | {"chat_template": "{{ given }}"})
+    added = {SPECIAL[0]: load_tokenizer(given).special_tokens[SPECIAL[0]]}
+    (given.parent / "added_tokens.json").write_text(json.dumps(added))
+    (given.parent / "tokenizer.model").write_bytes(b"of another model")
+    named_templates(given.parent, tools="{{ t }}")
+    done = export_model(source, tmp_path / "copy", "safetensors", tokenizer=given)
+    assert done.notes == ()
+    opened, wanted = open_checkpoint(tmp_path / "copy"), load_tokenizer(given)
+    assert opened.tokenizer is not None and opened.tokenizer.eos_id == wanted.eos_id is not None
+    assert json.loads((tmp_path / "copy" / "added_tokens.json").read_text()) == added
+    assert not (tmp_path / "copy" / "tokenizer.model").exists(), "it is not the one that was given"
+    assert opened.template_tokens == BESIDE
+    assert opened.chat_templates == ({"default": "{{ own }}"} if own else {"tools": "{{ t }}"})
+
+
+def test_the_template_of_the_model_goes_along_with_a_given_tokenizer(tmp_path: Path) -> None:
+    path = chat_model(tmp_path, template="{{ x }}")
+    given = tmp_path / "tokenizer" / "tokenizer.json"
+    export_model(path, tmp_path / "copy", "safetensors", "f32", tokenizer=given)
+    opened = open_checkpoint(tmp_path / "copy")
+    assert opened.chat_templates == {"default": "{{ x }}"}
+    assert opened.tokenizer is not None and opened.tokenizer.piece(opened.tokenizer.eos_id or 0) == SPECIAL[3]
+
+
+@pytest.mark.parametrize("default", [False, True])
+@pytest.mark.parametrize("named", [False, True])
+def test_chat_templates_go_round(tmp_path: Path, default: bool, named: bool) -> None:
+    source = directory(tmp_path, CHAT_CONFIG, template="{{ d }}" if default and not named else None)
+    templates = {"default": "{{ d }}\n"} if default else {}
+    if named:
+        named_templates(source, tool_use="{{ 'ü' }}", rag="{{ r }}")
+        templates |= {"tool_use": "{{ 'ü' }}", "rag": "{{ r }}"}
+        if default:
+            (source / "chat_template.jinja").write_text("{{ d }}\n")
+    templates = dict(open_checkpoint(source).chat_templates)
+    assert len(templates) == default + 2 * named
+    for number, (to, path) in enumerate([("safetensors", "a"), ("gguf", "b"), ("gguf", "c"), ("safetensors", "d")]):
+        done = export_model(source, tmp_path / path, to, None if number < 3 else "f32")
+        assert done.notes == () and open_checkpoint(tmp_path / path).chat_templates == templates
+        source = tmp_path / path
+    names = Header(map_file(tmp_path / "b")).strings("tokenizer.chat_templates")
+    assert sorted(names or []) == ([b"rag", b"tool_use"] if named else [])
+
+
+def test_names_of_chat_templates_are_not_trusted(tmp_path: Path) -> None:
+    several = [{"name": name, "template": "{{ x }}"} for name in ("default", "../x", "/tmp/x", "", ".", "ü", "good")]
+    source = directory(tmp_path, {**CHAT_CONFIG, "chat_template": several})
+    done = export_model(source, tmp_path / "m.gguf", "gguf")
+    note = r"chat templates with unusual names are left out: '../x', '/tmp/x', '', '.', '\xfc'"
+    assert done.notes == (note,)
+    (source / "tokenizer_config.json").rename(tmp_path / "tokenizer_config.json")
+    assert set(open_checkpoint(tmp_path / "m.gguf").chat_templates) == {"default", "good"}
+    path = tmp_path / "odd.gguf"
+    config, weights = open_checkpoint(tmp_path / "m.gguf").config, open_checkpoint(tmp_path / "m.gguf").weights
+    write_gguf(path, config, weights, load_tokenizer(tmp_path / "m.gguf"), None, {"../x": "{{ x }}", "good": "{{ y }}"})
+    done = export_model(path, tmp_path / "copy", "safetensors", "f32")
+    assert done.notes == ("chat templates with unusual names are left out: '../x'",)
+    assert open_checkpoint(tmp_path / "copy").chat_templates == {"good": "{{ y }}"}
+
+
+def test_special_tokens_that_templates_see_go_into_gguf(tmp_path: Path) -> None:
+    source = directory(tmp_path, BESIDE)
+    export_model(source, tmp_path / "m.gguf", "gguf")
+    opened = open_checkpoint(tmp_path / "m.gguf")
+    assert opened.template_tokens == {"pad_token": ADDED[2], "sep_token": ADDED[0]}
+    export_model(tmp_path / "m.gguf", tmp_path / "again.gguf", "gguf")
+    assert open_checkpoint(tmp_path / "again.gguf").template_tokens == opened.template_tokens
+
+
+# ---- a tokenizer that GGUF cannot express, and another file of the same one ----
+
+
+def with_merges(processor: SentencePieceProcessor) -> Library:
+    """The tokenizer.json of a sentencepiece BPE, as transformers writes it."""
+    pieces = [processor.IdToPiece(token) for token in range(processor.vocab_size())]
+    ids = {piece: token for token, piece in enumerate(pieces)}
+    pairs = [
+        (ids[piece], piece[:at], piece[at:])
+        for piece in pieces
+        if not processor.IsByte(ids[piece]) and ids[piece] > 2
+        for at in range(1, len(piece))
+        if piece[:at] in ids and piece[at:] in ids
+    ]
+    ordered = sorted(pairs, key=lambda pair: -processor.GetScore(pair[0]))
+    merges = [(left, right) for _, left, right in ordered]
+    library = Library(models.BPE(vocab=ids, merges=merges, byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    library.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    library.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
+    return library
+
+
+@pytest.mark.parametrize("beside", ["same", "other", "larger", "none"])
+@pytest.mark.parametrize("given", [False, True])
+def test_gguf_takes_the_tokenizer_model_beside_a_tokenizer_json(tmp_path: Path, beside: str, given: bool) -> None:
+    processor = spm()
+    names = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<unk>", "add_bos_token": True}
+    path = save_json(tmp_path / "tokenizer", with_merges(processor), names | {"tokenizer_class": "LlamaTokenizer"})
+    if beside != "none":
+        other = {"same": processor, "larger": spm(vocab_size=384)}.get(beside) or spm(user_defined_symbols=["xyz"])
+        (path.parent / "tokenizer.model").write_bytes(other.serialized_model_proto())
+    config = replace(CONFIG, vocab_size=processor.vocab_size(), rope_pairing=HALF_SPLIT)
+    files = [] if given else sorted(path.parent.iterdir())
+    write_safetensors(tmp_path / "hf", config, random_checkpoint(config).weights, files=files)
+    own = load_tokenizer(path)
+    with pytest.raises(UnsupportedError, match="merges in place of scores"):
+        own.vocabulary()
+    done = export_model(tmp_path / "hf", tmp_path / "m.gguf", "gguf", tokenizer=path if given else None)
+    copy = open_checkpoint(tmp_path / "m.gguf").tokenizer
+    if beside != "same":
+        assert "the tokenizer is left out: GGUF cannot hold a sentencepiece BPE" in done.notes[-1]
+        assert copy is None
+        return
+    assert "the tokenizer is written from tokenizer.model, because GGUF cannot hold" in "".join(done.notes)
+    assert copy is not None and (copy.bos_id, copy.eos_id) == (own.bos_id, own.eos_id) == (1, 2)
+    assert [copy.piece(token) for token in range(copy.vocab_size)] == [own.piece(t) for t in range(own.vocab_size)]
+    for text in (STORY_BEGINS, "Once upon  a time 12, ü🙂\n", ""):
+        assert copy.encode(text) == own.encode(text)

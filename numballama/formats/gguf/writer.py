@@ -40,7 +40,7 @@ def write_gguf(
     weights: Mapping[str, Weight],
     tokenizer: Tokenizer | Vocabulary | None = None,
     name: str | None = None,
-    chat_template: str | None = None,
+    chat_template: str | Mapping[str, str] | None = None,
     metadata: Mapping[str, MetadataValue] | None = None,
 ) -> list[str]:
     """Write GGUF, completely or not at all. Returns notes on what the format cannot hold.
@@ -49,8 +49,9 @@ def write_gguf(
     The architecture is "qwen3" for models with q/k norms, "qwen2" for half-split models with q/k/v biases, no other
     biases and heads of dim / n_heads, otherwise "llama". Rows of q and k are permuted to the RoPE pairing of the
     architecture. A vocabulary of fewer tokens than the model's is padded with unused ones, because llama.cpp wants one
-    for each row. `name` becomes `general.name`. `metadata` has additional keys, such as `{"general.license": "mit"}`
-    (int: uint32, float: float32).
+    for each row. `name` becomes `general.name`. `chat_template` is a template, or name → template for several of
+    which "default" is the usual one. `metadata` has additional keys, such as `{"general.license": "mit"}` (int: uint32,
+    float: float32).
 
     Raises `UnsupportedError` for other weight types or a tokenizer that GGUF cannot express, `Error` when weights,
     config and tokenizer do not belong together.
@@ -69,7 +70,8 @@ def write_gguf(
     vocabulary = tokenizer.vocabulary() if isinstance(tokenizer, Tokenizer) else tokenizer
     if vocabulary is not None:
         vocabulary = _padded(vocabulary, config.vocab_size)
-    entries = _entries(config, architecture, tensors, vocabulary, name, chat_template)
+    templates = {"default": chat_template} if isinstance(chat_template, str) else chat_template or {}
+    entries = _entries(config, architecture, tensors, vocabulary, name, templates)
     entries += [(key, _type_of(key, value), value) for key, value in (metadata or {}).items()]
     if len({key for key, *_ in entries}) < len(entries):
         raise Error(f"metadata repeats a key that is written anyway: {', '.join(metadata or {})}")
@@ -161,7 +163,7 @@ def _entries(
     tensors: Sequence[_Tensor],
     vocabulary: Vocabulary | None,
     name: str | None,
-    chat_template: str | None,
+    templates: Mapping[str, str],
 ) -> list[Entry]:
     u32, f32, text = ValueType.UINT32, ValueType.FLOAT32, ValueType.STRING
     numbers = [tensor.type for tensor in tensors if tensor.matrix]
@@ -195,8 +197,11 @@ def _entries(
         entries.append(("tokenizer.ggml.model", text, "no_vocab"))
     else:
         entries += _vocabulary_entries(vocabulary)
-    if chat_template is not None:
-        entries.append(("tokenizer.chat_template", text, chat_template))
+    if named := [each for each in templates if each != "default"]:
+        entries.append(("tokenizer.chat_templates", text, [each.encode() for each in named]))
+    entries += [(f"tokenizer.chat_template.{each}", text, templates[each]) for each in named]
+    if "default" in templates:
+        entries.append(("tokenizer.chat_template", text, templates["default"]))
     return entries
 
 

@@ -13,7 +13,10 @@ from ...files import expand_user
 from ...tokenizers.base import Tokenizer
 from ...tokenizers.bpe import BPETokenizer
 from .. import tokenizer_files
-from .text_settings import TextSettings
+from .text_settings import NAMED_TEMPLATES, TextSettings
+
+DEFAULT_TEMPLATE = "chat_template.jinja"
+"""File of the chat template named "default"."""
 
 
 @dataclass(frozen=True)
@@ -76,3 +79,14 @@ def tokenizer_texts(tokenizer: Tokenizer, chat_template: str | None, context: in
         settings["chat_template"] = chat_template
     config = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
     return {"tokenizer.json": tokenizer.to_json(), "tokenizer_config.json": config}
+
+
+def template_texts(templates: Mapping[str, str]) -> dict[str, str]:
+    """Path in the directory → content of the files that hold chat templates, given as name → template.
+
+    Names become names of files, so the caller must not give any that lead elsewhere.
+    """
+    return {
+        DEFAULT_TEMPLATE if name == "default" else f"{NAMED_TEMPLATES}/{name}.jinja": text
+        for name, text in templates.items()
+    }

@@ -17,6 +17,9 @@ MAX_SETTINGS = 1 << 24
 """Maximum size of one of these files in bytes."""
 
 
+NAMED_TEMPLATES = "additional_chat_templates"
+"""Folder of the chat templates with names, NAME.jinja."""
+
 _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
 
@@ -124,7 +127,7 @@ class TextSettings:
         From `chat_template.jinja` and `additional_chat_templates/NAME.jinja`, else from tokenizer_config.json, else
         from `chat_template.json`. The first of these that has any is taken, as transformers does.
         """
-        files = {path.stem: path for path in sorted((self.directory / "additional_chat_templates").glob("*.jinja"))}
+        files = {path.stem: path for path in self.named_template_files}
         if (path := self.directory / "chat_template.jinja").is_file():
             files["default"] = path
         if files:
@@ -133,6 +136,11 @@ class TextSettings:
             if found := self._named_templates(name, self._read(name).get("chat_template")):
                 return found
         return {}
+
+    @property
+    def named_template_files(self) -> list[Path]:
+        """The files of chat templates with names."""
+        return sorted((self.directory / NAMED_TEMPLATES).glob("*.jinja"))
 
     def _named_templates(self, file: str, value: object) -> dict[str, str]:
         """A value of the key "chat_template": a template, or several with their names."""

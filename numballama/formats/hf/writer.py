@@ -39,9 +39,9 @@ def write_safetensors(
     directory. Returns notes on what the format cannot hold.
 
     Matrices keep their type, f32, f16 or bf16. Norms and biases become f32. Rows of q and k are put in half-split
-    order, which the format implies. `files` are copied into the directory; `texts` (file name → content) are written
-    there. Raises `UnsupportedError` for other weight types or a config that no architecture has, `Error` when weights
-    and config do not match or the directory cannot be written.
+    order, which the format implies. `files` are copied into the directory; `texts` (path in the directory → content)
+    are written there. Raises `UnsupportedError` for other weight types or a config that no architecture has, `Error`
+    when weights and config do not match or the directory cannot be written.
     """
     require_weights(config, weights)
     require_types(weights, _DTYPES, "safetensors")
@@ -63,6 +63,7 @@ def write_safetensors(
         for file in files:
             shutil.copyfile(file, directory / file.name)
         for name, text in (texts or {}).items():
+            (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_text(text, encoding="utf-8")
         with open(directory / SINGLE, "xb") as out:
             out.write(safetensors.header(tensors, {"format": "pt"}))
