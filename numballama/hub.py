@@ -28,6 +28,7 @@ _NAME = re.compile(
 )
 _SITE = re.compile(r"(https?://)?(www\.)?(hf\.co|huggingface\.co)/", re.I)
 _BRANCH = re.compile(r"/(blob|resolve|tree)/main(?=/|$)")
+_REVISION = re.compile(rf"{_REPOSITORY}/(blob|resolve|tree)/(?P<revision>[^/]+)")
 _FILES = (".bin", ".gguf", ".safetensors", ".pth", ".pt", ".model", ".json")
 
 TOKENIZER_FILES = (
@@ -41,6 +42,8 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
     "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
 )
 """Files of a tokenizer and of its settings."""
 
@@ -50,7 +53,7 @@ MODEL_FILES = ("model*.safetensors", "model.safetensors.index.json", *TOKENIZER_
 _TORCH = re.compile(r"pytorch_model[\w.-]*\.bin(\.index\.json)?")
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})", re.DOTALL | re.I)
 _TYPE = re.compile(r"[-.]([A-Z0-9_]+)$", re.I)
-_READABLE = re.compile(r"F32|B?F16|Q8_0|Q[45]_[01]|Q[2-6]_K(_[SML]|_XL)?", re.I)
+_READABLE = re.compile(r"FP?32|FP?16|BF16|Q8_0|Q[45]_[01]|Q[2-6]_K(_[SML]|_XL)?", re.I)
 _NO_MODEL = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 """Parts of names of GGUF files that are no language model by themselves."""
 PREFERRED = ("Q4_K_M", "Q8_0")
@@ -87,9 +90,15 @@ def is_id(name: str) -> bool:
 
 
 def parse(name: str) -> Name | None:
-    """The parts of a name, or of an address on the hub's site; None if it can be no model of the hub."""
+    """The parts of a name, or of an address on the hub's site; None if it can be no model of the hub.
+
+    Raises `Error` for an address of another branch or commit than main.
+    """
     if site := _SITE.match(name):
-        name = _BRANCH.sub("", name[site.end() :].partition("?")[0], count=1)
+        address = name[site.end() :].partition("?")[0]
+        if (other := _REVISION.match(address)) and other["revision"] != "main":
+            raise Error(f"{name}: the branch main of a model is read only, not {other['revision'][:80]!r}")
+        name = _BRANCH.sub("", address, count=1)
     match = _NAME.fullmatch(name)
     if match is None or ".." in name or "//" in name or not is_id(match["repository"]):
         return None

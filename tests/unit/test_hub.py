@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,6 +102,19 @@ def test_other_names(name: str) -> None:
     assert hub.parse(name) is None
 
 
+def test_addresses_of_other_branches() -> None:
+    for kind in ("blob", "resolve", "tree"):
+        with pytest.raises(Error, match="the branch main of a model is read only, not 'abc123'"):
+            hub.parse(f"https://huggingface.co/a/b/{kind}/abc123/c.gguf")
+    assert hub.parse("a/b/resolve/abc123/c.gguf") is not None, "a folder of a repository"
+
+
+def test_all_files_of_chat_templates_are_downloaded() -> None:
+    """Those that `formats.hf` reads."""
+    assert {"chat_template.jinja", "chat_template.json"} < set(hub.TOKENIZER_FILES)
+    assert fnmatch("additional_chat_templates/tool_use.jinja", hub.TOKENIZER_FILES[-1])
+
+
 # ---- which GGUF file ----
 
 GIB = 1 << 30
@@ -159,6 +173,7 @@ def test_without_a_type_and_without_the_preferred_ones() -> None:
     assert chosen("a/b", 1, {"model.gguf": 5}) == "model.gguf"
     assert chosen("a/b", 1, {"m-IQ1_S.gguf": 5}) == "m-IQ1_S.gguf", "an error will say what it is"
     assert chosen("a/b", 1, {"README.md": 5}) is None
+    assert chosen("a/b", 100, {"m-IQ1_S.gguf": 9, "m-FP16.gguf": 5}) == "m-FP16.gguf", "another name of F16"
 
 
 class FakeHub:
