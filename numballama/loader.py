@@ -39,7 +39,9 @@ _UNSUPPORTED_MAGICS = {
 _PADDING_MULTIPLE, _MAX_PADDING = 8, 512
 """A vocabulary may be padded to a multiple of `_PADDING_MULTIPLE`, by fewer tokens than `_MAX_PADDING`."""
 _MAX_BEYOND = 1 / 8
-"""A model's own tokenizer may have this share of tokens more than the embedding has rows, and a few."""
+"""A tokenizer may have this share of tokens more than the embedding has rows, and one."""
+_MAX_ADDED = 256
+"""A tokenizer that is given beside the model has fewer tokens more than this: added ones."""
 
 STORY_MODEL = Path(__file__).with_name("story.gguf")
 """The model inside this package: short stories, 5.5 million parameters, made by training/ of this project."""
@@ -142,14 +144,16 @@ def _unsupported_kind(file: MappedFile) -> str | None:
 def _require_fit(opened: Checkpoint, tokenizer: Tokenizer, path: str | PathLike[str] | None) -> None:
     """Raise `Error` unless the tokenizer has the model's vocabulary, or one of them has a few tokens more.
 
-    `path` is the tokenizer's; None means that it comes from the model's own files, so that any padding is accepted, and
-    tokens beyond the embedding with a note. Such an id is never sampled, and a prompt that has one is an error.
+    `path` is the tokenizer's; None means that it comes from the model's own files, so that any padding is accepted.
+    Tokens beyond the embedding are accepted with a note. Such an id is never sampled, and a prompt that has one is an
+    error.
     """
     embeddings, tokens = opened.config.vocab_size, tokenizer.vocab_size
     if embeddings == tokens:
         return
-    if path is None and tokens > embeddings:
-        if tokens - embeddings > 1 + embeddings * _MAX_BEYOND:
+    few = 0 < tokens - embeddings <= 1 + embeddings * _MAX_BEYOND
+    if tokens > embeddings and (path is None or (few and tokens - embeddings < _MAX_ADDED)):
+        if not few:
             raise FormatError(
                 "more tokens than embeddings",
                 path=opened.path,

@@ -62,7 +62,9 @@ def test_senseless_overrides(model: Path, override: dict[str, Any]) -> None:
         open_checkpoint(model, **override)
 
 
-@pytest.mark.parametrize(("vocab_size", "fits"), [(264, True), (263, True), (259, True), (265, False), (300, False)])
+@pytest.mark.parametrize(
+    ("vocab_size", "fits"), [(264, True), (263, True), (259, True), (265, True), (297, True), (300, False)]
+)
 def test_tokenizer_must_fit(model: Path, tmp_path: Path, vocab_size: int, fits: bool) -> None:
     path = write_tokenizer(tmp_path / "t.bin", vocab_size)
     if not fits:
@@ -71,7 +73,8 @@ def test_tokenizer_must_fit(model: Path, tmp_path: Path, vocab_size: int, fits: 
         return
     opened = open_checkpoint(model, path)
     assert isinstance(opened.tokenizer, Llama2cTokenizer)
-    assert any("padding" in note for note in opened.notes) == (vocab_size != 264)
+    assert any("padding" in note for note in opened.notes) == (vocab_size < 264)
+    assert any("cannot be used" in note for note in opened.notes) == (vocab_size > 264)
 
 
 def test_padding_has_limits(tmp_path: Path) -> None:
