@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from codecs import BOM_UTF8
 from os import PathLike
 from pathlib import Path
 
@@ -64,7 +65,7 @@ def _load_file(path: str | PathLike[str]) -> Tokenizer:
             )
         in_gguf.prepare()
         return in_gguf
-    if file.data[:64].lstrip().startswith(b"{"):
+    if file.data[:64].removeprefix(BOM_UTF8).lstrip().startswith(b"{"):
         return read_tokenizer_json(file, TextSettings(file.path.parent).tokens)
     if looks_like_tiktoken(file):
         return read_tiktoken(file)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from codecs import BOM_UTF8
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +75,7 @@ def read_tokenizer_json(file: MappedFile, settings: TokenSettings) -> LibraryTok
     from tokenizers import models
 
     with library_errors("not a tokenizer.json", file.path):
-        library = Library.from_buffer(file.data[:])
+        library = Library.from_buffer(file.data[:].removeprefix(BOM_UTF8))
         library.no_truncation()
         library.no_padding()
     if isinstance(library.model, models.WordPiece):

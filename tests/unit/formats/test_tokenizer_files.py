@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from numballama.errors import Error, FormatError
 from numballama.formats.tokenizer_files import load_tokenizer
+from tests.helpers.bpe import save_json, trained
 
 # ---- damage ----
 
@@ -40,6 +41,13 @@ def test_random_bytes_are_no_tokenizer(tmp_path: Path, data: bytes, sentencepiec
     path.write_bytes(b"\n" + data if sentencepiece_like else data)
     with pytest.raises(Error):
         load_tokenizer(path)
+
+
+def test_a_byte_order_mark_is_skipped(tmp_path: Path) -> None:
+    path = save_json(tmp_path, trained("smollm"))
+    ids = load_tokenizer(path).encode("Once upon a time")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_tokenizer(path).encode("Once upon a time") == ids
 
 
 def test_other_tokenizer_files_are_named(tmp_path: Path, models: Path) -> None:
