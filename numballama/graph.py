@@ -37,7 +37,8 @@ class KVLayout:
     page: int
     head_dim: int
     slots: int
-    pages_per_sequence: int
+    context: int
+    """Tokens that a sequence may have. RoPE frequencies with dynamic scaling are those of a text of this length."""
     dtype: KVType = "f32"
 
     @classmethod
@@ -54,9 +55,13 @@ class KVLayout:
 
         `tokens` is how many tokens all sequences may have together, default slots · context.
         """
-        each = ceil_div(context, page)
-        pages = 1 + (slots * each if tokens is None else ceil_div(tokens, page))
-        return cls(config.n_layers, pages, config.n_kv_heads, page, config.head_dim, slots, each, dtype)
+        pages = 1 + (slots * ceil_div(context, page) if tokens is None else ceil_div(tokens, page))
+        return cls(config.n_layers, pages, config.n_kv_heads, page, config.head_dim, slots, context, dtype)
+
+    @property
+    def pages_per_sequence(self) -> int:
+        """Entries in a row of the page table: pages that a whole context takes."""
+        return ceil_div(self.context, self.page)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -77,11 +82,6 @@ class KVLayout:
     def tokens(self) -> int:
         """Tokens that fit the cache, over all sequences."""
         return (self.pages - 1) * self.page
-
-    @property
-    def max_length(self) -> int:
-        """Tokens that fit one row of the page table."""
-        return self.pages_per_sequence * self.page
 
     @property
     def nbytes(self) -> int:
@@ -116,7 +116,7 @@ class Builder:
         self.ids = graph.input("ids", (tokens,), "i32")
         positions, sequences = (graph.input(name, (tokens,), "i32") for name in ("positions", "sequences"))
         self._where = positions, sequences, graph.state(PAGE_TABLE, kv.table_shape, "i32")
-        frequencies = graph.constant("rope_frequencies", rope_frequencies(config, kv.max_length))
+        frequencies = graph.constant("rope_frequencies", rope_frequencies(config, kv.context))
         self._angles = graph.add("rope_angles", self._where[0], frequencies, out="angles")
 
     def weight(self, name: str) -> Value:

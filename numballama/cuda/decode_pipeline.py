@@ -50,7 +50,11 @@ class Mailbox:
         self._words = self._pinned.bytes.view(np.int64).reshape(N_RUNS, MAX_ROWS)
         self._words[:] = 0
         self.memory = Memory(device, 8, "the count of runs")
-        device.fill(self.memory.address, 0, 8)
+        try:
+            device.fill(self.memory.address, 0, 8)
+        except BaseException:
+            self.memory.free()
+            raise
         self.address = self._pinned.address
         self.count = self.memory.array(0, (1,), "i64")
         self.launched = 0

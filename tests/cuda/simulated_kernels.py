@@ -30,7 +30,7 @@ from numballama.cuda import backend as cuda_backend
 from numballama.cuda.intrinsics import griddepcontrol_wait
 from numballama.cuda.kernels import decode_attention as attention_kernels
 from numballama.cuda.kernels import sampling as sampling_kernels
-from numballama.cuda.ops import attention, sampling
+from numballama.cuda.ops import attention, linear, sampling
 from numballama.ir import Graph, Value
 from numballama.model import Model
 from numballama.reference import ReferenceBackend
@@ -61,6 +61,9 @@ from tests.helpers.sampling import make_sampler
 if hasattr(os, "sched_setaffinity") and (core := os.environ.get("NUMBALLAMA_TEST_CORE")):
     cores = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {cores[int(core) % len(cores)]})  # threads hand on three times as fast on one core
+
+linear.EXACT = linear.FEW
+"""The simulator has no tensor cores: `gemv` multiplies a few tokens here, and skinny_cases.py tests `skinny`."""
 
 SMALL = ModelConfig(16, 24, 1, 4, 2, 20, 8)
 BLOCKS = ModelConfig(64, 32, 1, 4, 2, 33, 8, rope_pairing=HALF_SPLIT)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -39,17 +41,28 @@ def run_cases(*arguments: str, module: str = "gemm_cases") -> str:
     return result.stdout
 
 
-@pytest.mark.parametrize("capability", ["7.5", "9.0"])
-def test_emulated(capability: str) -> None:
+CAPABILITIES = ("7.5", "9.0")
+
+
+@pytest.fixture(scope="module")
+def emulated() -> Iterator[dict[tuple[str, str], Future[str]]]:
+    """(module, capability) → what it printed: two processes at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        pairs = [(module, capability) for module in ("gemm_cases", "skinny_cases") for capability in CAPABILITIES]
+        yield {pair: pool.submit(run_cases, pair[1], module=pair[0]) for pair in pairs}
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_emulated(capability: str, emulated: dict[tuple[str, str], Future[str]]) -> None:
     """Every kernel within its bounds, for cards without and with m16n8k16, bfloat16 and asynchronous copies; none of
     their values are spilled to local memory."""
-    assert "attention bf16" in run_cases(capability)
+    assert "attention bf16" in emulated["gemm_cases", capability].result()
 
 
-@pytest.mark.parametrize("capability", ["7.5", "9.0"])
-def test_few_tokens_emulated(capability: str) -> None:
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_few_tokens_emulated(capability: str, emulated: dict[tuple[str, str], Future[str]]) -> None:
     """The same for linear layers of 2 to 128 tokens; a row's bits do not depend on other rows or on their number."""
-    assert "same rows q6_k: the same bits" in run_cases(capability, module="skinny_cases")
+    assert "same rows q6_k: the same bits" in emulated["skinny_cases", capability].result()
 
 
 @pytest.mark.gpu

@@ -129,6 +129,7 @@ class HostDevice:
     capability = (9, 0)
     n_sms = 2
     shared_limit = 99 << 10
+    free_bytes = 1 << 34
     busy = False
     stream = None
 

@@ -116,7 +116,7 @@ def test_an_architecture_of_its_own_has_a_layer_of_its_own(monkeypatch: pytest.M
 def test_layout_of_the_kv_cache() -> None:
     layout = KVLayout.of(SMALL, 7, "f16", slots=3, page=4)
     assert layout.shape == (1 + 3 * 2, SMALL.n_kv_heads, 4, SMALL.head_dim)
-    assert layout.table_shape == (4, 2) and layout.max_length == 8 and layout.tokens == 24
+    assert layout.table_shape == (4, 2) and layout.context == 7 and layout.tokens == 24
     assert layout.nbytes == 2 * SMALL.n_layers * 7 * SMALL.n_kv_heads * 4 * SMALL.head_dim * 2
     assert KVLayout.of(SMALL, 7, "f16", slots=3, page=4, tokens=9).pages == 1 + 3
     graph = build(SMALL, dict.fromkeys(SMALL.weight_shapes(), F32), layout)
