@@ -207,6 +207,7 @@ def test_bandwidth(monkeypatch: pytest.MonkeyPatch) -> None:
     from numballama.cpu import bandwidth
 
     monkeypatch.setattr(bandwidth, "READ_BYTES", 1 << 22)
+    monkeypatch.setattr(bandwidth, "LEAST_BYTES", 1 << 20)
     found = open_backend("cpu", WEIGHTS, 1).measure_bandwidth()
     assert found is not None and 1e8 < found < 1e13
     assert open_backend("reference", WEIGHTS).measure_bandwidth() is None

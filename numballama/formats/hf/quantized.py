@@ -96,10 +96,11 @@ def with_older_config(keys: Keys, directory: Path) -> Keys:
 def undeclared(directory: Path, tensors: Mapping[str, TensorInfo], name: str) -> UnsupportedError | None:
     """The error for a matrix called `name` that is quantised although the config does not say so; None for others."""
     base = name.removesuffix("weight")
-    for part in (f"{base}qweight", f"{name}.absmax", f"{base}SCB"):
+    tools = {f"{base}qweight": "GPTQ or AWQ", f"{name}.absmax": "bitsandbytes", f"{base}SCB": "bitsandbytes"}
+    for part, tool in tools.items():
         if part in tensors:
             return UnsupportedError(
-                f"{directory}: tensor {part[:100]} belongs to quantised weights, but config.json has no "
+                f"{directory}: tensor {part[:100]} belongs to weights quantised by {tool}, but config.json has no "
                 f"quantization_config; read are, with their config, {_READABLE}"
             )
     return None
