@@ -129,7 +129,9 @@ def test_the_config_of_an_older_tool(tmp_path: Path, method: str) -> None:
     keys = json.loads((tmp_path / "m" / "config.json").read_text())
     del keys["quantization_config"]
     (tmp_path / "m" / "config.json").write_text(json.dumps(keys))
-    with pytest.raises(UnsupportedError, match=r"q_proj.qweight belongs to weights quantised by GPTQ or AWQ, but config.json has no"):
+    with pytest.raises(
+        UnsupportedError, match=r"q_proj.qweight belongs to weights quantised by GPTQ or AWQ, but config.json has no"
+    ):
         open_checkpoint(tmp_path / "m")
     name, content = OLDER[method]
     (tmp_path / "m" / name).write_text(json.dumps(content))
