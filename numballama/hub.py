@@ -47,7 +47,13 @@ TOKENIZER_FILES = (
 )
 """Files of a tokenizer and of its settings."""
 
-MODEL_FILES = ("model*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES)
+MODEL_FILES = (
+    "model*.safetensors",
+    "model.safetensors.index.json",
+    "quantize_config.json",
+    "quant_config.json",
+    *TOKENIZER_FILES,
+)
 """Files that `formats.hf` reads. The rest of a repository (other formats, pictures) is not downloaded."""
 
 _TORCH = re.compile(r"pytorch_model[\w.-]*\.bin(\.index\.json)?")
