@@ -64,7 +64,7 @@ class BlockManager(Generic[Writer]):
 
     @property
     def cached(self) -> int:
-        """Pages that nobody uses, whose tokens can be found again."""
+        """Pages that no sequence uses, kept for prompts that begin with the same tokens."""
         return len(self._cached)
 
     @property

@@ -296,7 +296,7 @@ class Scheduler:
     def _publish(self, sequence: Sequence) -> None:
         """Let others share the pages that are full and computed."""
         if sequence.status is Status.FINISHED:
-            return  # rows in flight may have computed tokens that nobody knows
+            return  # runs in flight may have sampled tokens that are not collected yet
         while sequence.computed >= sequence.publish_at:
             number = sequence.published
             if number >= sequence.entered:

@@ -20,7 +20,7 @@ class EngineStats:
     """Sequences that wait for a slot or for pages."""
     pages_used: int
     pages_cached: int
-    """Pages that nobody uses, whose tokens can be found again."""
+    """Pages that no sequence uses, kept for prompts that begin with the same tokens."""
     pages_free: int
     prefix_queries: int
     """Prompt tokens that were looked up in the prefix cache."""
