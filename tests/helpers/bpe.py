@@ -25,9 +25,17 @@ ADDED = ("<think>", "</think>", "<tool_call>")
 
 
 def trained(
-    pre: str = "llama-bpe", vocab_size: int = 600, bos: bool = False, nfc: bool = False, metaspace: bool = False
+    pre: str = "llama-bpe",
+    vocab_size: int = 600,
+    bos: bool = False,
+    eos: bool = False,
+    nfc: bool = False,
+    metaspace: bool = False,
 ) -> Library:
-    """A BPE of that many tokens, before `SPECIAL` and `ADDED`, of a sample of `lines`."""
+    """A BPE of that many tokens, before `SPECIAL` and `ADDED`, of a sample of `lines`.
+
+    With `bos` and `eos`, its post-processor puts SPECIAL[0] before a text and SPECIAL[3] after it.
+    """
     if metaspace:
         library = Library(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
         library.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -56,9 +64,11 @@ def trained(
         library = Library.from_str(json.dumps(found))
     library.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL])
     library.add_tokens([AddedToken(token, special=False, normalized=False) for token in ADDED])
-    if bos:
+    around = ([SPECIAL[0]] * bos, [SPECIAL[3]] * eos)
+    if bos or eos:
         library.post_processor = processors.TemplateProcessing(
-            single=f"{SPECIAL[0]} $A", special_tokens=[(SPECIAL[0], library.token_to_id(SPECIAL[0]))]
+            single=" ".join([*around[0], "$A", *around[1]]),
+            special_tokens=[(token, library.token_to_id(token)) for token in (*around[0], *around[1])],
         )
     return library
 

@@ -46,8 +46,7 @@ TEXTS = [
 def test_a_gguf_becomes_a_directory(tmp_path: Path, pre: str, bos: bool, eos: bool) -> None:
     if (bos, eos) != (True, False) and pre not in ("smollm", "llama-bpe"):
         return
-    settings = CHAT_CONFIG | {"add_bos_token": bos, "add_eos_token": eos}
-    own = load_tokenizer(save_json(tmp_path / "given", trained(pre), settings))
+    own = load_tokenizer(save_json(tmp_path / "given", trained(pre, bos=bos, eos=eos), CHAT_CONFIG))
     config = replace(CONFIG, vocab_size=own.vocab_size)
     path, copy = tmp_path / "m.gguf", tmp_path / "copy"
     write_gguf(path, config, random_checkpoint(config).weights, tokenizer=own, chat_template="{{ 'ü' }}\n{{ x }}")
@@ -67,8 +66,8 @@ def test_a_gguf_becomes_a_directory(tmp_path: Path, pre: str, bos: bool, eos: bo
         assert library.encode(text).ids == ids, "the library's own post-processor"
         assert library.encode(text, "b").ids == ids + own.encode("b")
         assert opened.tokenizer.decode(ids) == own.decode(ids) == library.decode(ids)
-    assert ids[:1] == [own.bos_id] if bos else ids[:1] == [own.special_tokens[SPECIAL[0]]]
-    assert (ids[-1] == own.eos_id) is eos
+    ids = own.encode("frog")
+    assert (ids[0] == own.bos_id) is bos and (ids[-1] == own.eos_id) is eos
     # and back: what GGUF says of it is the same again
     export_model(copy, tmp_path / "back.gguf", "gguf")
     back = open_checkpoint(tmp_path / "back.gguf")

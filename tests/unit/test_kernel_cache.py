@@ -102,7 +102,7 @@ def first(copy: Copy) -> Any:
 
 @pytest.mark.slow
 def test_a_second_process_compiles_nothing(copy: Copy, first: Any) -> None:
-    assert first["misses"] > 20 and first["others"] > 0, "the first process does compile"
+    assert first["hits"] == 0 < min(first["misses"], first["others"]), "the first process does compile, all of it"
     entries = sorted(copy.cache.rglob("*.kernel"))
     second = copy.use("llama2c-v0", "llama2c-v2")
     assert second["misses"] == second["others"] == 0 and second["hits"] == first["misses"]
