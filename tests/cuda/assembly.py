@@ -19,6 +19,7 @@ from typing import Any
 from numballama.config import ModelConfig
 from numballama.cuda.launch import Specialization
 from numballama.graph import KVLayout
+from tests.cuda.gemm_cases import OLDER
 from tests.helpers.cuda_host import HostDevice, converted, graph_of, install
 from tests.helpers.random_models import random_checkpoint
 
@@ -55,6 +56,12 @@ CASES: list[tuple[ModelConfig, str, str, Any, bool]] = [
     *((WIDE, "f32", kv, ["attention"], False) for kv in ("f16", "bf16")),
 ]  # fmt: skip
 """Every type of weights, each with one KV cache; every type of cache with each kernel that reads or writes it."""
+
+
+def cases_for(capability: tuple[int, int]) -> list[tuple[ModelConfig, str, str, Any, bool]]:
+    """Cases of a card: all for sm_90. Before, every kernel too, but only types of weights that are emulated there."""
+    return [case for case in CASES if capability == (9, 0) or case[1] in ("f32", *OLDER) or case[4]]
+
 
 OPCODE = re.compile(r"^\s*(?:@!?%?\w+\s+)?([a-z]\w*(?:\.[\w:]+)*)(?=[\s;])", re.MULTILINE)
 
@@ -99,7 +106,7 @@ def main(capability: tuple[int, int], out: Path) -> None:
     HostDevice.shared_limit = 227 << 10  # as of sm_90: with less, tiles of some sizes are not used
     install(compile_kernel=compile_kernel, capability=capability)
     ops = set()
-    for config, kind, kv, fusions, int8 in CASES:
+    for config, kind, kv, fusions, int8 in cases_for(capability):
         weights = converted(random_checkpoint(config).weights, kind)
         layout = KVLayout.of(config, config.context, kv)
         backend = cuda.CudaBackend(weights)

@@ -7,7 +7,7 @@ python -m tests.cuda.skinny_cases          # on the GPU
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from tests.cuda.gemm_cases import (
     Case,
     check_all,
     gate_up,
+    kinds_of,
     launches_of,
     linear,
     machine_maker,
@@ -52,14 +53,14 @@ def same_rows(machine_of: Callable[[int], Any], kind: str, K: int, N: int, count
         assert same.all(), f"{kind}: {(~same).sum()} elements differ with {tokens} of {capacity} tokens"
 
 
-def cases() -> list[Case]:
-    """All cases: (name, tokens of the run, check)."""
+def cases(kinds: Sequence[str]) -> list[Case]:
+    """All cases of these types: (name, tokens of the run, check)."""
     made: list[Case] = []
 
     def add(name: str, tokens: int, check: Callable[..., float], *arguments: Any, **named: Any) -> None:
         made.append((name, tokens, lambda machine: check(machine, *arguments, tokens=tokens, **named)))
 
-    for kind in TYPES:
+    for kind in kinds:
         wide = kind in ("q4_k", "q6_k")
         add(f"norm_linear {kind}, 2", 2, linear, kind, 2, 1280 if wide else 320, 40, residual=False, normed=True)
         add(
@@ -70,14 +71,18 @@ def cases() -> list[Case]:
     add("linear q4_0, 50 of 64", 50, linear, "q4_0", 64, 288, 72, residual=True, normed=False)
     add("linear bf16, more columns than a slice", 3, linear, "bf16", 4, 2472, 132, residual=True, normed=False)
     add("linear f16, odd sizes", 7, linear, "f16", 7, 37, 11, residual=True, normed=False)
-    add("linear int8, groups of 16", 4, linear, "int8", 4, 144, 33, residual=False, normed=False, group=16)
-    add("linear int8, groups of 512", 4, linear, "int8", 4, 1536, 33, residual=False, normed=False, group=512)
-    add("linear int8, groups that no kernel wants", 4, linear, "int8", 4, 36, 20, residual=False, normed=True, group=12)
+    groups = (("of 16", 144, False, 16), ("of 512", 1536, False, 512), ("that no kernel wants", 36, True, 12))
+    for what, columns, normed, group in groups if "int8" in kinds else ():
+        add(
+            f"linear int8, groups {what}", 4, linear, "int8", 4, columns, 33, residual=False, normed=normed, group=group
+        )
     add("gate_up f16, odd sizes", 6, gate_up, "f16", 6, 40, 67, normed=False)
     for kind, heads, head_dim, interleaved, cache in (
         ("f16", (4, 2), 64, 0, "f16"), ("bf16", (3, 1), 48, 1, "bf16"), ("q8_0", (2, 2), 96, 0, "f16"),
         ("q4_1", (2, 1), 64, 0, "f16"), ("f16", (2, 1), 128, 1, "f32"),
     ):  # fmt: skip
+        if kind not in kinds:
+            continue
         add(f"qkv {kind}, heads of {head_dim}", 7, qkv_rope, kind, 8, 64, heads, head_dim, interleaved, cache)
     for kind in ("f16", "bf16", "q8_0"):
         made.append((f"not_finite numbers, {kind}", 12, lambda machine, kind=kind: not_finite(machine, kind)))  # type: ignore[misc]
@@ -90,8 +95,9 @@ COUNTS = [(64, 41), (32, 30), (16, 9), (8, 8), (2, 2)]
 
 def main(arguments: list[str]) -> int:
     machine_of = machine_maker(arguments)
-    failed = check_all(machine_of, cases())
-    for kind in TYPES:
+    kinds = kinds_of(arguments, TYPES)
+    failed = check_all(machine_of, cases(kinds))
+    for kind in kinds:
         try:
             same_rows(machine_of, kind, 1024, 72, COUNTS)
         except AssertionError as error:

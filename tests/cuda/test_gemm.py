@@ -55,14 +55,14 @@ def emulated() -> Iterator[dict[tuple[str, str], Future[str]]]:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_emulated(capability: str, emulated: dict[tuple[str, str], Future[str]]) -> None:
     """Every kernel within its bounds, for cards without and with m16n8k16, bfloat16 and asynchronous copies; none of
-    their values are spilled to local memory."""
+    their values are spilled to local memory. For sm_75 of some types (`gemm_cases.OLDER`)."""
     assert "attention bf16" in emulated["gemm_cases", capability].result()
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_few_tokens_emulated(capability: str, emulated: dict[tuple[str, str], Future[str]]) -> None:
     """The same for linear layers of 2 to 128 tokens; a row's bits do not depend on other rows or on their number."""
-    assert "same rows q6_k: the same bits" in emulated["skinny_cases", capability].result()
+    assert "same rows q4_k: the same bits" in emulated["skinny_cases", capability].result()
 
 
 @pytest.mark.gpu

@@ -41,9 +41,9 @@ FILES = ("simulated_kernels.py", "simulated_rows.py", "simulated_detection.py")
 TESTS = [test for name in FILES for test in names_of_tests(name)]
 
 
-def start(*arguments: str, core: int = 0) -> subprocess.Popen[str]:
+def start(*arguments: str) -> subprocess.Popen[str]:
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
-    environment = {"NUMBA_ENABLE_CUDASIM": "1", "NUMBALLAMA_TEST_CORE": str(core), "PYTHONPATH": path}
+    environment = {"NUMBA_ENABLE_CUDASIM": "1", "PYTHONPATH": path}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments]
     return subprocess.Popen(
         command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=ROOT,
@@ -76,7 +76,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     folder = tmp_path_factory.mktemp("simulator")
     reports = [folder / f"{core}.xml" for core in range(PROCESSES)]
     processes = [
-        start("--tb=short", f"--junitxml={report}", *cases[core::PROCESSES], core=core)
+        start("--tb=short", f"--junitxml={report}", *cases[core::PROCESSES])
         for core, report in enumerate(reports)
         if cases[core::PROCESSES]
     ]

@@ -31,7 +31,6 @@ import math
 import os
 import random
 import sys
-import threading
 import types as python_types
 from bisect import bisect_right
 from collections import deque
@@ -40,6 +39,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+from greenlet import greenlet
 
 assert os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", "the simulator is chosen before Numba is imported"
 
@@ -84,50 +84,45 @@ class _Aborted(BaseException):
     """Ends the threads of a block in which another one failed."""
 
 
-class Lane(threading.Thread):
-    """A simulated thread; it serves one block after the other."""
+class Lane:
+    """A simulated thread of a block, as a greenlet: it runs until it comes to a barrier or a shuffle."""
 
-    def __init__(self, number: int) -> None:
-        super().__init__(daemon=True)
-        self.number, self.threadIdx, self.warp = number, Dim3(number, 0, 0), number >> 5
-        self.turn = threading.Lock()
-        self.turn.acquire()
-        self.start()
-
-    def prepare(self, block: BlockManager, position: tuple[int, ...], function: Callable[[], None]) -> None:
-        self.block, self.blockIdx, self.function = block, Dim3(*position), function
+    def __init__(self, number: int, block: BlockManager, position: Dim3, function: Callable[[], None]) -> None:
+        self.number, self.threadIdx, self.blockIdx, self.warp = number, Dim3(number, 0, 0), position, number >> 5
+        self.block, self.function = block, function
         self.waited = False
         self.copies: list[tuple[int, int, int, bool]] = []
         self.groups: deque[list[tuple[int, int, int, bool]]] = deque()
         self.state, self.value, self.apart = "ready", None, 0
+        self._greenlet = greenlet(self._run)
+        self.go_on = self._greenlet.switch
+        """Run it on, from the thread that runs the block. Returns when it waits for others or has ended."""
 
-    def run(self) -> None:
-        np.seterr(all="ignore")  # of this thread; a kernel's infinities and NaNs are its own affair
-        while True:
-            self.turn.acquire()
-            try:
-                self.function()
-                self.state = "done"
-            except _Aborted:
-                self.state = "done"
-            except BaseException as error:
-                self.state = "done"
-                error.add_note(f"in thread {self.number} of block {self.blockIdx}") if hasattr(error, "add_note") else 0
-                self.block.fail(error)
-            self.block.hand_on(None)
+    def _run(self) -> None:
+        np.seterr(all="ignore")  # of this greenlet; a kernel's infinities and NaNs are its own affair
+        try:
+            self.function()
+        except _Aborted:
+            pass
+        except BaseException as error:
+            error.add_note(f"in thread {self.number} of block {self.blockIdx}") if hasattr(error, "add_note") else 0
+            self.block.fail(error)
+        self.state = "done"
+
+    def _wait(self, state: str) -> None:
+        self.state = state
+        self._greenlet.parent.switch()
+        if self.block.error is not None:
+            raise _Aborted
 
     def syncthreads(self) -> None:
-        self.state = "barrier"
-        self.block.hand_on(self)
+        self._wait("barrier")
 
     def shuffle(self, value: Any, apart: int) -> Any:
         """The value of the lane whose number differs in the bits of `apart`."""
-        self.state, self.value, self.apart = "shuffle", value, apart
-        self.block.hand_on(self)
+        self.value, self.apart = value, apart
+        self._wait("shuffle")
         return self.value
-
-
-_lanes: list[Lane] = []
 
 
 class BlockManager:
@@ -138,36 +133,24 @@ class BlockManager:
         assert self._count % 32 == 0 and set(rest) <= {1}, "blocks are whole warps in one dimension"
 
     def run(self, position: tuple[int, ...], *arguments: Any) -> None:
-        while len(_lanes) < self._count:
-            _lanes.append(Lane(len(_lanes)))
         simulation.begin_block()
-        self._lanes, self.error = _lanes[: self._count], None
-        for lane in self._lanes:
-            lane.prepare(self, position, lambda: self._function(*arguments))
+        self.error: BaseException | None = None
+        place = Dim3(*position)
+        self._lanes = [Lane(i, self, place, lambda: self._function(*arguments)) for i in range(self._count)]
         warps = [self._lanes[first : first + 32] for first in range(0, self._count, 32)]
         self._warps = deque((warp, deque(warp)) for warp in simulation.order.sample(warps, len(warps)))
-        self._finished = threading.Lock()
-        self._finished.acquire()
-        self.hand_on(None)
-        self._finished.acquire()
+        before, simulation.running = simulation.running, None
+        try:
+            while (following := self._next()) is not None:
+                simulation.running = following
+                following.go_on()
+        finally:
+            simulation.running = before
         if self.error is not None:
             raise self.error
 
     def fail(self, error: BaseException) -> None:
         self.error = self.error or error
-
-    def hand_on(self, lane: Lane | None) -> None:
-        """Let the next thread run. Returns when this thread may continue."""
-        following = self._next()
-        if following is None:
-            self._finished.release()
-        elif following is not lane:
-            following.turn.release()
-        if lane is not None:
-            if following is not lane:
-                lane.turn.acquire()
-            if self.error is not None:
-                raise _Aborted
 
     def _next(self) -> Lane | None:
         """The thread to run next; None when all are done."""
@@ -206,7 +189,7 @@ class BlockManager:
 
 def lane() -> Any:
     """The simulated thread that runs."""
-    return threading.current_thread()
+    return simulation.running
 
 
 class _Shared:
@@ -250,6 +233,17 @@ class _Module(FakeCUDAModule):  # type: ignore[misc]
     def __init__(self, grid: Any, block: Any, shared_bytes: int) -> None:
         super().__init__(grid, block, 0)
         self.shared_bytes = shared_bytes
+
+    @property
+    def threadIdx(self) -> Dim3:
+        return lane().threadIdx
+
+    @property
+    def blockIdx(self) -> Dim3:
+        return lane().blockIdx
+
+    def syncthreads(self) -> None:
+        lane().syncthreads()
 
     def syncwarp(self) -> None:
         lane().shuffle(None, 1)
@@ -310,6 +304,7 @@ class Simulation:
         self.order = random.Random(0)
         self.asynchronous = True
         self.launches = 0
+        self.running: Lane | None = None
         self._writing: set[int] = set()
         self._written: set[int] = set()
         self._epoch = -1
