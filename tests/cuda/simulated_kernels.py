@@ -76,13 +76,14 @@ def _processors() -> Iterator[None]:
 # Programs
 
 
-@pytest.mark.parametrize("fusions", [False, True])
 @pytest.mark.parametrize(
-    ("config", "kind", "kv"),
+    ("config", "kind", "kv", "fusions"),
     [
-        (SMALL, "f32", "f32"), (SMALL, "bf16", "f16"), (SMALL, "f16", "bf16"), (SMALL, "int8", "f32"),
-        (BLOCKS, "q4_0", "f32"), (BLOCKS, "q4_1", "f32"), (BLOCKS, "q8_0", "bf16"), (ODD, "f32", "f32"),
-        (ODD, "bf16", "f16"), (ODD, "int8", "bf16"),
+        (SMALL, "f32", "f32", True), (SMALL, "bf16", "f16", True), (SMALL, "f16", "bf16", True),
+        (SMALL, "int8", "f32", True), (BLOCKS, "q4_0", "f32", True), (BLOCKS, "q4_1", "f32", True),
+        (BLOCKS, "q8_0", "bf16", True), (ODD, "f32", "f32", True), (ODD, "bf16", "f16", True), (ODD, "int8", "bf16", True),
+        # unfused, linear layers are the same kernel without what is fused to it
+        (SMALL, "bf16", "f16", False), (BLOCKS, "q4_0", "f32", False), (ODD, "f32", "f32", False),
     ],
 )  # fmt: skip
 def test_every_value(config: ModelConfig, kind: str, kv: str, fusions: bool) -> None:
@@ -90,15 +91,19 @@ def test_every_value(config: ModelConfig, kind: str, kv: str, fusions: bool) -> 
     check_runs(Pair(config, kind, kv, seed=1), [2, 1], 3, fusions)
 
 
-@pytest.mark.parametrize("pairing", [INTERLEAVED, HALF_SPLIT])
-@pytest.mark.parametrize("fusions", [["attention", "qkv", "rope_kv"], ["attention", "gate_up", "residual", "norm"]])
+@pytest.mark.parametrize(
+    ("pairing", "fusions"),
+    [
+        (INTERLEAVED, ["attention", "qkv", "rope_kv"]),
+        (HALF_SPLIT, ["attention", "gate_up", "residual", "norm"]),
+    ],
+)
 def test_some_fusions_and_biases(pairing: str, fusions: list[str]) -> None:
     config = ModelConfig(24, 20, 1, 3, 3, 30, 6, rope_pairing=pairing, qkv_bias=True)
     check_runs(Pair(config, seed=2, sequences=2), [2, 1], 3, fusions)
 
 
-@pytest.mark.parametrize("fusions", [False, True])
-@pytest.mark.parametrize("head_dim", [6, 8])
+@pytest.mark.parametrize(("fusions", "head_dim"), [(False, 6), (True, 8)])
 def test_a_window_and_normed_heads(fusions: bool, head_dim: int) -> None:
     """A token sees the last 3 positions, its own with them; queries and keys are normed head by head."""
     config = ModelConfig(16, 12, 1, 2, 1, 9, 9, head_dim=head_dim, qk_norm=True, window=3)
