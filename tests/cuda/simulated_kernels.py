@@ -81,7 +81,8 @@ def _processors() -> Iterator[None]:
     [
         (SMALL, "f32", "f32", True), (SMALL, "bf16", "f16", True), (SMALL, "f16", "bf16", True),
         (SMALL, "int8", "f32", True), (BLOCKS, "q4_0", "f32", True), (BLOCKS, "q4_1", "f32", True),
-        (BLOCKS, "q8_0", "bf16", True), (ODD, "f32", "f32", True), (ODD, "bf16", "f16", True), (ODD, "int8", "bf16", True),
+        (BLOCKS, "q8_0", "bf16", True), (ODD, "f32", "f32", True), (ODD, "bf16", "f16", True),
+        (ODD, "int8", "bf16", True),
         # unfused, linear layers are the same kernel without what is fused to it
         (SMALL, "bf16", "f16", False), (BLOCKS, "q4_0", "f32", False), (ODD, "f32", "f32", False),
     ],
