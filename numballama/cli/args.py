@@ -111,11 +111,11 @@ def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
     return SamplingParams(**{name: getattr(arguments, name) for name in SAMPLING_HELP})
 
 
-def load(arguments: argparse.Namespace) -> Model:
-    """Compile `arguments.model` with the model options."""
+def load(arguments: argparse.Namespace, **options: Any) -> Model:
+    """Compile `arguments.model` with the model options, and others of `compile`."""
     from .. import compile
 
-    return compile(arguments.model, **{name: getattr(arguments, name) for name in MODEL_OPTIONS})
+    return compile(arguments.model, **{name: getattr(arguments, name) for name in MODEL_OPTIONS}, **options)
 
 
 # Chat templates

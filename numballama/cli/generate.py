@@ -6,11 +6,14 @@ import argparse
 import sys
 import time
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from .. import progress
+from ..errors import Error
 from ..sampling import SamplingParams
 from .args import MODEL_HELP, STORY_MODEL, hidden_alias, load, model_options, sampling_options, sampling_params
+from .batch import run_batch
 from .streams import read_stdin
 
 if TYPE_CHECKING:
@@ -46,14 +49,40 @@ def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     generate = commands.add_parser(
         "generate",
         help="continue a prompt",
-        description="Continue a prompt; prints the continuation only.",
-        epilog='example: numballama generate llama2_7b.bin --tokenizer tokenizer.model "The sky is"',
+        description="Continue a prompt; prints the continuation only. Or answer all prompts of a file.",
+        epilog='examples: numballama generate llama2_7b.bin --tokenizer tokenizer.model "The sky is"\n'
+        "numballama generate owner/name:Q4_K_M --input prompts.jsonl --output answers.jsonl --max-sequences 8",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     generate.add_argument("model", help=MODEL_HELP)
-    generate.add_argument("prompt", help="the text to continue; - reads it from stdin")
+    prompt = generate.add_argument("prompt", help="the text to continue; - reads it from stdin")
+    batch = generate.add_argument_group("many prompts")
+    batch.add_argument(
+        "--input",
+        metavar="FILE",
+        action=_in_place_of(prompt),
+        help='JSON Lines: a text, or {"prompt" or "messages", "id", options such as "max_tokens"} a line',
+    )
+    batch.add_argument("--output", metavar="FILE", help="JSON Lines to write; what it has already is not done again")
+    batch.add_argument(
+        "--max-sequences", type=int, default=8, metavar="N", help="prompts answered at a time (default 8)"
+    )
     model_options(generate)
     sampling_options(generate)
     generate.set_defaults(run=run_generate)
+
+
+def _in_place_of(positional: argparse.Action) -> type[argparse.Action]:
+    """An option with which a positional argument need not be given. With nargs="?" it could not follow an option."""
+
+    class InPlaceOf(argparse.Action):
+        def __call__(
+            self, parser: object, namespace: argparse.Namespace, values: object, option: object = None
+        ) -> None:
+            positional.required = False
+            setattr(namespace, self.dest, values)
+
+    return InPlaceOf
 
 
 def run_story(arguments: argparse.Namespace) -> None:
@@ -66,10 +95,24 @@ def run_story(arguments: argparse.Namespace) -> None:
 
 
 def run_generate(arguments: argparse.Namespace) -> None:
+    if arguments.input or arguments.output:
+        run_file(arguments)
+        return
     prompt = read_stdin() if arguments.prompt == "-" else arguments.prompt
     params = sampling_params(arguments)
     with load(arguments) as model:
         show(model.stream(prompt, params=params), sys.stdout)
+
+
+def run_file(arguments: argparse.Namespace) -> None:
+    """Answer the prompts of a file. Raises `Error` after the last answer when some prompts were refused."""
+    if arguments.prompt is not None or not (arguments.input and arguments.output):
+        raise Error("--input and --output go together, and without a prompt")
+    params = sampling_params(arguments)
+    with load(arguments, max_sequences=arguments.max_sequences) as model:
+        failed = run_batch(model, Path(arguments.input), Path(arguments.output), params)
+    if failed:
+        raise Error(f'{failed:,} prompts were refused: their lines of {arguments.output} have "error"')
 
 
 def show(responses: Iterable[GenerationResponse], out: TextIO) -> None:

@@ -1,0 +1,124 @@
+"""`numballama generate --input FILE --output FILE`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import numballama
+from numballama.cli.batch import finished_ids, read_tasks, run_batch
+from numballama.errors import Error, FormatError
+from numballama.sampling import SamplingParams
+from tests.helpers.command_line import call
+
+STORY = Path(numballama.__file__).with_name("story.gguf")
+GREEDY = SamplingParams(temperature=0, max_tokens=8)
+LINES: list[Any] = [
+    "Once upon a time",
+    {"id": "dog", "prompt": "A dog", "max_tokens": 3},
+    {"custom_id": 7, "prompt": [1, 5, 9]},
+    {"id": "long", "prompt": "word " * 3000},
+    {"id": "chat", "messages": [{"role": "user", "content": "Hi"}]},
+    "The end",
+]
+
+
+def write(path: Path, lines: list[Any]) -> Path:
+    path.write_text("".join(json.dumps(line) + "\n\n" for line in lines), encoding="utf-8")
+    return path
+
+
+def answers(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    with numballama.compile(None, device="cpu", max_sequences=3) as made:
+        yield made
+
+
+@pytest.mark.slow
+def test_each_line_gets_its_answer(tmp_path: Path, model: numballama.Model) -> None:
+    source, target = write(tmp_path / "in.jsonl", LINES), tmp_path / "out.jsonl"
+    assert run_batch(model, source, target, GREEDY) == 1
+    found = answers(target)
+    assert [each["id"] for each in found] == [1, "dog", 7, "long", "chat", 11], "without an id, the line's number"
+    assert [found[i]["text"] for i in (0, 5)] == model.generate(["Once upon a time", "The end"], params=GREEDY)
+    assert found[1]["text"] == model.generate("A dog", params=GREEDY, max_tokens=3)
+    assert found[2]["completion_tokens"] == 8 and found[2]["prompt_tokens"] == 3
+    assert set(found[3]) == {"id", "error"} and "context" in found[3]["error"]
+    assert found[4]["finish_reason"] in ("stop", "length")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kept", [0, 0.4, 1.5, 5.99, 6])
+def test_a_run_that_was_interrupted_goes_on(tmp_path: Path, model: numballama.Model, kept: float) -> None:
+    """The file may end anywhere in a line, as when the process was killed."""
+    source, target = write(tmp_path / "in.jsonl", LINES), tmp_path / "out.jsonl"
+    run_batch(model, source, target, GREEDY)
+    whole = target.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    cut = b"".join(lines[: int(kept)])
+    if kept % 1:
+        cut += lines[int(kept)][: int(kept % 1 * len(lines[int(kept)]))]
+    target.write_bytes(cut)
+    run_batch(model, source, target, GREEDY)
+    assert target.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{", "3", "[]", "{}", '{"prompt": 3}', '{"messages": "x"}', '{"prompt": "a", "messages": []}', '{"id": "a"}',
+        '{"prompt": "a", "n": 2}', '{"prompt": "a", "temperature": -1}', '{"prompt": "a", "tmperature": 1}',
+        '{"prompt": "a", "id": [1]}', '{"prompt": "a", "id": 1, "custom_id": 2}', '"\\ud800', "[" * 100_000,
+    ],
+)  # fmt: skip
+def test_a_wrong_line_is_named(tmp_path: Path, line: str) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_text(f'"a"\n{line}\n"b"\n', encoding="utf-8")
+    with pytest.raises(FormatError, match=r"in\.jsonl.*line 2"):
+        list(read_tasks(path, GREEDY))
+
+
+def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "in.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf"a"\n"\xff"\n')
+    with pytest.raises(FormatError, match="line 2"):
+        list(read_tasks(path, GREEDY))
+
+
+def test_a_file_of_something_else_is_not_written(tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    for text in ('{"id": 1}\nnotes\n', "[1]\n", '{"id": [1]}\n'):
+        path.write_text(text)
+        with pytest.raises(FormatError, match="name another --output"):
+            finished_ids(path)
+        assert path.read_text() == text
+    assert finished_ids(tmp_path / "none") == set()
+
+
+def test_ids_must_differ_and_files_too(tmp_path: Path) -> None:
+    source = write(tmp_path / "in.jsonl", [{"id": "a", "prompt": "x"}, {"id": "a", "prompt": "y"}])
+    with pytest.raises(FormatError, match="found 'a'"):
+        run_batch(None, source, tmp_path / "out.jsonl", GREEDY)  # type: ignore[arg-type]
+    with pytest.raises(Error, match="both --input and --output"):
+        run_batch(None, source, source, GREEDY)  # type: ignore[arg-type]
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source, target = write(tmp_path / "in.jsonl", ["Once"]), tmp_path / "out.jsonl"
+    words = ("generate", STORY, "--device", "cpu", "--max-tokens", 2)
+    assert call(capsys, *words).code == call(capsys, *words, "--output", target).code == 2, "no prompt"
+    for wrong in (("--input", source), ("Once", "--output", target), ("Once", "--input", source, "--output", target)):
+        done = call(capsys, *words, *wrong)
+        assert done.code == 1 and "--input" in done.err and done.err.count("\n") == 1
+    done = call(capsys, *words, "--input", source, "--output", target)
+    assert done == (0, "", "") and [each["id"] for each in answers(target)] == [1]
+    done = call(capsys, *words, "--input", tmp_path / "none", "--output", target)
+    assert done.code == 1 and "none" in done.err
