@@ -13,13 +13,14 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from numballama.config import ModelConfig
 from numballama.cuda.launch import Specialization
 from numballama.graph import KVLayout
-from tests.cuda.gemm_cases import OLDER
+from tests.cuda.gemm_cases import kinds_of
 from tests.helpers.cuda_host import HostDevice, converted, graph_of, install
 from tests.helpers.random_models import random_checkpoint
 
@@ -58,9 +59,10 @@ CASES: list[tuple[ModelConfig, str, str, Any, bool]] = [
 """Every type of weights, each with one KV cache; every type of cache with each kernel that reads or writes it."""
 
 
-def cases_for(capability: tuple[int, int]) -> list[tuple[ModelConfig, str, str, Any, bool]]:
-    """Cases of a card: all for sm_90. Before, every kernel too, but only types of weights that are emulated there."""
-    return [case for case in CASES if capability == (9, 0) or case[1] in ("f32", *OLDER) or case[4]]
+def cases_for(arguments: Sequence[str]) -> list[tuple[ModelConfig, str, str, Any, bool]]:
+    """Cases of a command line: all for sm_90. Before, every kernel too, but fewer types (`gemm_cases.OLDER`)."""
+    kinds = {"f32", *kinds_of(arguments, (kind for _, kind, *_ in CASES))}
+    return [case for case in CASES if case[1] in kinds or case[4]]
 
 
 OPCODE = re.compile(r"^\s*(?:@!?%?\w+\s+)?([a-z]\w*(?:\.[\w:]+)*)(?=[\s;])", re.MULTILINE)
@@ -72,7 +74,9 @@ def opcodes(ptx: str) -> list[str]:
     return sorted(set(OPCODE.findall(text)))
 
 
-def main(capability: tuple[int, int], out: Path) -> None:
+def main(arguments: Sequence[str]) -> None:
+    major, _, minor = arguments[0].partition(".")
+    capability, out = (int(major), int(minor)), Path(arguments[1])
     from numballama.cuda import backend as cuda
     from numballama.cuda import compiler
 
@@ -106,7 +110,7 @@ def main(capability: tuple[int, int], out: Path) -> None:
     HostDevice.shared_limit = 227 << 10  # as of sm_90: with less, tiles of some sizes are not used
     install(compile_kernel=compile_kernel, capability=capability)
     ops = set()
-    for config, kind, kv, fusions, int8 in cases_for(capability):
+    for config, kind, kv, fusions, int8 in cases_for(arguments):
         weights = converted(random_checkpoint(config).weights, kind)
         layout = KVLayout.of(config, config.context, kv)
         backend = cuda.CudaBackend(weights)
@@ -122,5 +126,4 @@ def main(capability: tuple[int, int], out: Path) -> None:
 
 
 if __name__ == "__main__":
-    major, _, minor = sys.argv[1].partition(".")
-    main((int(major), int(minor)), Path(sys.argv[2]))
+    main(sys.argv[1:])

@@ -379,14 +379,15 @@ def not_finite(machine: Any, kind: str) -> float:
 Case = tuple[str, int, Callable[[Any], float]]
 
 
-OLDER = ("f16", "bf16", "q8_0", "q4_k")
-"""Types that are emulated for cards before sm_90. Their tensor cores take other shapes and bfloat16 is converted, but a
-block is decoded by the same instructions. `all` as an argument emulates every type for them too."""
+OLDER = {"7.5": ("f16", "bf16", "q4_k"), "8.0": ("f16",)}
+"""Types of weights that are tried for cards before sm_90: what tensor cores read there differs. A block of another type
+is decoded by the same instructions as on sm_90. `all` as an argument tries every type there too."""
 
 
 def kinds_of(arguments: Sequence[str], kinds: Iterable[str]) -> tuple[str, ...]:
-    """Those of `kinds` that a command line asks for: all on a GPU, for sm_90 and with `all`."""
-    return tuple(k for k in kinds if not arguments or arguments[0] == "9.0" or "all" in arguments or k in OLDER)
+    """Those of `kinds` that a command line asks for; without arguments, on a GPU, all."""
+    some = OLDER.get(arguments[0]) if arguments and "all" not in arguments else None
+    return tuple(kind for kind in kinds if some is None or kind in some)
 
 
 def cases(kinds: Container[str]) -> list[Case]:

@@ -199,7 +199,7 @@ def test_a_context_split_over_blocks(monkeypatch: pytest.MonkeyPatch, heads: int
     pair = Pair(ModelConfig(4 * heads, 4, 1, heads, kv_heads, 9, 16, head_dim=8), "f32", kv)
     decode = pair.programs(1)[0]
     assert any(launch.variant_for(3).grid[2:] == (4,) for launches in decode.launches for launch in launches)
-    check_runs(pair, [3, 1, 1, 3, 1], 3, ["attention"])
+    check_runs(pair, [3, 1, 3, 1], 3, ["attention"])
 
 
 @pytest.mark.parametrize("config", [SMALL, ODD])

@@ -132,7 +132,7 @@ def test_every_kernel_of_the_package_is_among_them(assembled: dict[str, dict[str
         assert set(ops) - set(found["ops"]) <= {"qkv", "gate_up"}
     keys = {key: {(k["kernel"], tuple(k["kinds"])) for k in assembled[key]["kernels"]} for key in CAPABILITIES}
     assert len(keys["9.0"]) == len(assembled["9.0"]["kernels"]) > 50
-    assert keys["7.5"] == keys["8.0"] <= keys["9.0"], "older cards: the same kernels, for fewer types of weights"
+    assert keys["7.5"] | keys["8.0"] <= keys["9.0"], "older cards: the same kernels, for fewer types of weights"
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
