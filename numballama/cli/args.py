@@ -101,6 +101,19 @@ def _max_tokens(text: str) -> int | None:
 _max_tokens.__name__ = "int"  # argparse names it: "invalid int value"
 
 
+def in_place_of(positional: argparse.Action) -> type[argparse.Action]:
+    """An option with which a positional argument need not be given. With nargs="?" it could not follow an option."""
+
+    class InPlaceOf(argparse.Action):
+        def __call__(
+            self, parser: object, namespace: argparse.Namespace, values: object, option: object = None
+        ) -> None:
+            positional.required = False
+            setattr(namespace, self.dest, values)
+
+    return InPlaceOf
+
+
 def hidden_alias(group: argparse._ActionsContainer, option: str, dest: str, **options: Any) -> None:
     """Accept the old name of an option, hidden in --help."""
     group.add_argument(option, dest=dest, default=argparse.SUPPRESS, help=argparse.SUPPRESS, **options)

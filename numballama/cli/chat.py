@@ -15,6 +15,7 @@ from ..sampling import CHAT_DEFAULTS, SamplingParams
 from .args import (
     MODEL_HELP,
     in_options,
+    in_place_of,
     load,
     model_options,
     read_template,
@@ -23,6 +24,7 @@ from .args import (
     template_arguments,
     template_options,
 )
+from .remote import RemoteChat
 from .streams import is_terminal, read_lines, say
 
 if TYPE_CHECKING:
@@ -44,7 +46,12 @@ def add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
         description="A conversation: on a terminal, or with one message per line on stdin and the answers on stdout.",
         epilog="On a terminal, /help lists the commands. Ctrl-C stops an answer, Ctrl-D ends.",
     )
-    chat.add_argument("model", help=MODEL_HELP)
+    model = chat.add_argument("model", help=MODEL_HELP)
+    chat.add_argument(
+        "--url",
+        action=in_place_of(model),
+        help="talk with the model of a server instead (http://127.0.0.1:8000); its key is $NUMBALLAMA_API_KEY",
+    )
     chat.add_argument("--system", metavar="TEXT", help="the system message")
     template_options(chat)
     model_options(chat)
@@ -56,11 +63,16 @@ def run_chat(arguments: argparse.Namespace) -> None:
     template, variables = read_template(arguments.chat_template), template_arguments(arguments)
     params = sampling_params(arguments)
     interactive = is_terminal()
+    if arguments.url is not None:
+        if arguments.model is not None:
+            raise Error("--url takes the server's model: leave out the model file")
+        run_repl(RemoteChat(arguments.url, arguments.system), params, interactive)
+        return
     with load(arguments) as model:
         run_repl(model.chat(arguments.system, template=template, **variables), params, interactive)
 
 
-def run_repl(chat: Chat, params: SamplingParams, interactive: bool) -> None:
+def run_repl(chat: Chat | RemoteChat, params: SamplingParams, interactive: bool) -> None:
     """Answer each line of stdin until it ends. On a terminal, some lines are commands, and an error or Ctrl-C ends only
     the turn. Through a pipe every line is a message, "/etc/passwd is what?" too.
     """
@@ -113,7 +125,7 @@ def _ask(prompt: str) -> str:
     return input()
 
 
-def handle_command(chat: Chat, line: str) -> bool:
+def handle_command(chat: Chat | RemoteChat, line: str) -> bool:
     """Run a line that begins with a slash. Returns False to end the conversation."""
     command, _, rest = line.partition(" ")
     rest = rest.strip()
@@ -133,7 +145,7 @@ def handle_command(chat: Chat, line: str) -> bool:
     return True
 
 
-def _answer(chat: Chat, text: str, params: SamplingParams) -> None:
+def _answer(chat: Chat | RemoteChat, text: str, params: SamplingParams) -> None:
     """Print the answer as it is generated. On a terminal, print token counts and speed after it."""
     before = chat.turn
     try:

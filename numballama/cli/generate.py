@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, TextIO
 from .. import progress
 from ..errors import Error
 from ..sampling import SamplingParams
-from .args import MODEL_HELP, STORY_MODEL, hidden_alias, load, model_options, sampling_options, sampling_params
+from .args import (
+    MODEL_HELP,
+    STORY_MODEL,
+    hidden_alias,
+    in_place_of,
+    load,
+    model_options,
+    sampling_options,
+    sampling_params,
+)
 from .batch import run_batch
 from .streams import read_stdin
 
@@ -60,7 +69,7 @@ def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     batch.add_argument(
         "--input",
         metavar="FILE",
-        action=_in_place_of(prompt),
+        action=in_place_of(prompt),
         help='JSON Lines: a text, or {"prompt" or "messages", "id", options such as "max_tokens"} a line',
     )
     batch.add_argument("--output", metavar="FILE", help="JSON Lines to write; what it has already is not done again")
@@ -70,19 +79,6 @@ def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) 
     model_options(generate)
     sampling_options(generate)
     generate.set_defaults(run=run_generate)
-
-
-def _in_place_of(positional: argparse.Action) -> type[argparse.Action]:
-    """An option with which a positional argument need not be given. With nargs="?" it could not follow an option."""
-
-    class InPlaceOf(argparse.Action):
-        def __call__(
-            self, parser: object, namespace: argparse.Namespace, values: object, option: object = None
-        ) -> None:
-            positional.required = False
-            setattr(namespace, self.dest, values)
-
-    return InPlaceOf
 
 
 def run_story(arguments: argparse.Namespace) -> None:

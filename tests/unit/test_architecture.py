@@ -59,7 +59,7 @@ ORDER = """
     export inspection
     bench: traffic debug profiler trace benchmark
     model
-    cli: streams args doctor inspect batch generate chat bench export main
+    cli: streams args doctor inspect batch generate remote chat bench export main
     __main__
 """
 """The flow, from left to right: a module imports only modules before it.
