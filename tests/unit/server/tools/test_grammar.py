@@ -1,0 +1,152 @@
+"""Grammars: what llguidance accepts are calls that the parser reads and that fit the tools' schemas."""
+
+from __future__ import annotations
+
+import json
+import random
+from dataclasses import replace
+from typing import Any
+
+import jsonschema
+import pytest
+
+from numballama.errors import Error
+from numballama.server.tools import choose_format
+from tests.helpers.tool_texts import FORMATS, TEMPLATES, TOOLS, Answer, answer, events
+
+llguidance = pytest.importorskip("llguidance")
+BYTES = llguidance.LLTokenizer("byte")
+
+RICH: list[dict[str, Any]] = [
+    *TOOLS,
+    {
+        "type": "function",
+        "function": {
+            "name": "order-2_x",
+            "parameters": {
+                "$defs": {"Item": {"type": "object", "properties": {"id": {"type": "integer"}}, "required": ["id"]}},
+                "type": "object",
+                "properties": {
+                    "items": {"type": "array", "items": {"$ref": "#/$defs/Item"}, "maxItems": 2},
+                    "size": {"enum": ["S", "M\"}</tool_call>"]},
+                    "note": {"anyOf": [{"type": "string", "maxLength": 5}, {"type": "null"}]},
+                    "code": {"type": "string", "pattern": "^[A-Z]{2}[0-9]$"},
+                },
+                "required": ["items", "size"],
+                "additionalProperties": False,
+            },
+        },
+    },
+    {"type": "function", "function": {"name": "anything", "parameters": {}}},
+]  # fmt: skip
+SCHEMAS = {tool["function"]["name"]: tool["function"].get("parameters") for tool in RICH}
+
+
+def matcher(grammar: str) -> Any:
+    found = llguidance.LLMatcher(BYTES, grammar)
+    assert not found.is_error(), found.get_error()
+    return found
+
+
+def accepts(grammar: str, text: str) -> bool:
+    found = matcher(grammar)
+    data = list(text.encode())
+    return bool(found.try_consume_tokens(data) == len(data) and found.is_accepting())
+
+
+def walk(grammar: str, seed: int) -> str:
+    """A random text that the grammar accepts. It prefers to end strings and objects."""
+    from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
+
+    random_ = random.Random(seed)
+    state, mask, text = matcher(grammar), allocate_token_bitmask(1, BYTES.vocab_size), bytearray()
+    while True:
+        fill_next_token_bitmask(state, mask)
+        allowed = [code for code in range(128) if mask[0, code // 32] >> (code % 32) & 1]
+        if state.is_accepting() and (not allowed or random_.random() < 0.3):
+            return text.decode()
+        assert allowed and len(text) < 5000, text
+        closers = [code for code in allowed if chr(code) in '"}]<']
+        chosen = random_.choice(closers if closers and random_.random() < 0.7 else allowed)
+        assert state.consume_token(chosen)
+        text.append(chosen)
+
+
+def check(found: Answer) -> None:
+    assert found.calls and not found.content
+    for name, arguments in found.calls:
+        value = json.loads(arguments)
+        assert isinstance(value, dict)
+        schema = SCHEMAS[name]
+        if schema is None:
+            assert value == {}
+        else:
+            jsonschema.validate(value, schema)
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_accepted_texts_are_valid_calls(name: str) -> None:
+    grammar = replace(FORMATS[name], reasoning=None).grammar(RICH, "required", True)
+    found = []
+    for seed in range(12):
+        text = walk(grammar, seed)
+        found.append(answer(events(FORMATS[name].parser(RICH), text)))
+        check(found[-1])
+    assert len({call[0] for each in found for call in each.calls}) == 4, "each tool is called"
+    assert any(len(each.calls) > 1 for each in found)
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_named_calls(name: str) -> None:
+    grammar = replace(FORMATS[name], reasoning=None).grammar(RICH, "get_weather", True)
+    for seed in range(4):
+        ((called, arguments),) = answer(events(FORMATS[name].parser(RICH), walk(grammar, seed))).calls
+        assert called == "get_weather" and "city" in json.loads(arguments)
+
+
+def test_what_is_accepted() -> None:
+    one = '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
+    many, single = (FORMATS["hermes"].grammar(TOOLS, "required", parallel) for parallel in (True, False))
+    assert accepts(many, one) and accepts(single, one)
+    assert accepts(many, f"{one}\n{one}") and not accepts(single, f"{one}\n{one}")
+    assert not accepts(many, "Hello") and not accepts(many, one.replace("time", "other"))
+    assert not accepts(FORMATS["hermes"].grammar(TOOLS, "get_weather", True), one)
+    assert accepts(FORMATS["llama"].grammar(TOOLS, "time"), '{"name": "time", "parameters": {}}')
+    assert accepts(FORMATS["mistral named"].grammar(TOOLS), "[TOOL_CALLS]time[ARGS]{}" * 2)
+    assert accepts(FORMATS["mistral id"].grammar(TOOLS), "[TOOL_CALLS]time[CALL_ID]abc123XYZ[ARGS]{}")
+    assert accepts(FORMATS["mistral"].grammar(TOOLS), '[TOOL_CALLS][{"name": "time", "arguments": {}}]')
+
+
+def test_reasoning_may_come_first() -> None:
+    call = '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
+    grammar = FORMATS["qwen3"].grammar(TOOLS)
+    assert accepts(grammar, call) and accepts(grammar, f"<think>\nhm</thin\n</think>\n\n{call}")
+    assert not accepts(grammar, f"hm</think>{call}") and not accepts(grammar, "<think>hm</think>")
+    inside = FORMATS["qwen3"].grammar(TOOLS, in_reasoning=True)
+    assert accepts(inside, f"hm</think>\n{call}") and not accepts(inside, call)
+    assert not accepts(FORMATS["hermes"].grammar(TOOLS), f"<think>hm</think>{call}")
+
+
+def test_markers_that_are_control_tokens() -> None:
+    """They are ids in the grammar. The byte tokenizer's stand in for them."""
+    special = {"[TOOL_CALLS]": ord("T"), "[ARGS]": ord("A"), "[THINK]": ord("("), "[/THINK]": ord(")"), "[INST]": 3}
+    found = choose_format(TEMPLATES["magistral"], special)
+    assert found.tokens_to_show == special.keys() - {"[INST]"}
+    grammar = found.grammar(TOOLS)
+    assert accepts(grammar, "TtimeA{}") and accepts(grammar, "(hm)TtimeA{}TtimeA{}")
+    assert not accepts(grammar, "[TOOL_CALLS]timeA{}") and not accepts(grammar, "(hm[/THINK]TtimeA{}")
+
+
+def test_the_largest_list_of_tools_compiles() -> None:
+    tools = [{**RICH[2], "function": {**RICH[2]["function"], "name": f"f{number}"}} for number in range(128)]
+    text = '{"name": "f127", "parameters": {"items": [{"id": 1}], "size": "S"}}'
+    assert accepts(FORMATS["llama"].grammar(tools), text)
+
+
+def test_errors() -> None:
+    with pytest.raises(Error, match="no tool is named 'other'"):
+        FORMATS["llama"].grammar(TOOLS, "other")
+    with pytest.raises(Error, match="there are no tools"):
+        FORMATS["llama"].grammar([], "required")
+    with pytest.raises(Error, match=r"tools\[0\]\.function\.name"):
+        FORMATS["llama"].grammar([{"type": "function", "function": {"name": "a b"}}])
