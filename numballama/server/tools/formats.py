@@ -29,6 +29,8 @@ class ToolFormat:
     call_text: CallText
     in_template: bool = True
     """Whether the chat template describes tools in this format. If not, `instructions` do; see `conversation`."""
+    system_role: bool = True
+    """Whether the chat template accepts a system message."""
     reasoning: tuple[str, str] | None = None
     """The markers around reasoning; None for a model without it."""
     special_tokens: Mapping[str, int | None] = field(default_factory=dict)
@@ -75,18 +77,18 @@ class ToolFormat:
 
     def conversation(
         self, messages: Iterable[object], tools: Sequence[Mapping[str, Any]] | None
-    ) -> tuple[list[dict[str, Any]], Sequence[Mapping[str, Any]] | None]:
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
         """OpenAI's messages and tools as (messages, `tools`) for the chat template.
 
         A template that knows the format gets the tools, and calls and results as `tool_messages` makes them. Another
         one gets no tools: `instructions` are in the system message, and calls and results are text. Raises `Error`
         as `check_tools` and `tool_messages`.
         """
-        checked = check_tools(tools)
+        check_tools(tools)
         if self.in_template:
             plain = tool_messages(messages, short_ids=self.dialect.short_ids, one_call_each=self.name == "llama")
-            return plain, tools if checked else None
-        return plain_conversation(messages, self.call_text, self.instructions(tools)), None
+            return plain, [_for_template(tool) for tool in tools] if tools else None
+        return plain_conversation(messages, self.call_text, self.instructions(tools), self.system_role), None
 
     def instructions(self, tools: Sequence[Mapping[str, Any]] | None) -> str | None:
         """A text for the system message that describes the tools; None if the template does, or there are no tools.
@@ -104,6 +106,14 @@ class ToolFormat:
             "plain text.\nThe functions, with JSON schemas of their arguments:\n"
             + "\n".join(json.dumps(_described(tool), ensure_ascii=False) for tool in checked)
         )
+
+
+def _for_template(tool: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool with all that templates read without looking whether it is there. Its other keys and their order stay."""
+    function = tool["function"]
+    parameters = {"type": "object", "properties": {}} | dict(function.get("parameters") or {})
+    description = function.get("description") or ""
+    return {"type": "function", **tool, "function": {**function, "description": description, "parameters": parameters}}
 
 
 def _described(tool: Tool) -> dict[str, Any]:
@@ -131,6 +141,10 @@ _OTHER_CALLS = ("<function=", "<parameter=", "<arg_key>", "<invoke", "<tool_call
 """Templates with these have another format, also if they mention markers of a known one."""
 
 
+_NO_SYSTEM = re.compile(r"raise_exception\([^)]*system role", re.IGNORECASE)
+"""What templates have that refuse a system message, such as Gemma 2's."""
+
+
 def choose_format(template: str | None, special_tokens: Collection[str]) -> ToolFormat:
     """The format of a model with this chat template and these control tokens.
 
@@ -156,7 +170,8 @@ def choose_format(template: str | None, special_tokens: Collection[str]) -> Tool
         dialect, call_text = {"hermes": _HERMES, "llama": _LLAMA, "json": _JSON}[name]
     ids = special_tokens if isinstance(special_tokens, Mapping) else dict.fromkeys(special_tokens)
     shown = {marker: ids[marker] for marker in _markers(dialect, reasoning) if marker in ids}
-    return ToolFormat(name, dialect, call_text, in_template, reasoning, shown)
+    system_role = not _NO_SYSTEM.search(text) and ("system" in text or "raise_exception" not in text)
+    return ToolFormat(name, dialect, call_text, in_template, system_role, reasoning, shown)
 
 
 def _choose(template: str, special_tokens: Collection[str]) -> tuple[str, bool]:

@@ -11,12 +11,13 @@ from .grammar import CallText
 
 
 def plain_conversation(
-    messages: Iterable[object], call_text: CallText, instructions: str | None
+    messages: Iterable[object], call_text: CallText, instructions: str | None, system_role: bool = True
 ) -> list[dict[str, Any]]:
     """OpenAI's messages without tool calls and results: any template can render them.
 
-    `instructions` are added to the system message. Calls become text of the assistant, spelled as the model is told to
-    write them. The results that follow a message become one message of the user. Raises `Error` as `tool_messages`.
+    `instructions` are added to the system message, without `system_role` to the first message of the user. Calls become
+    text of the assistant, spelled as the model is told to write them. The results that follow a message become one
+    message of the user. Raises `Error` as `tool_messages`.
     """
     found: list[dict[str, Any]] = []
     results: dict[str, Any] | None = None
@@ -36,7 +37,7 @@ def plain_conversation(
             parts = [*content, {"type": "text", "text": text}] if isinstance(content, list) else None
             message["content"] = parts or "\n".join(filter(None, [content, text]))
         found.append(message)
-    return _with_instructions(found, instructions) if instructions else found
+    return _with_instructions(found, instructions, system_role) if instructions else found
 
 
 def _spelled(function: Mapping[str, Any], call_text: CallText) -> str:
@@ -44,13 +45,22 @@ def _spelled(function: Mapping[str, Any], call_text: CallText) -> str:
     return f"{call_text.begin}{function['name']}{call_text.middle}{arguments}{call_text.end}"
 
 
-def _with_instructions(messages: list[dict[str, Any]], instructions: str) -> list[dict[str, Any]]:
-    """Messages with the instructions at the end of the system message; a new one if there is none."""
-    if not messages or messages[0].get("role") not in ("system", "developer"):
+def _with_instructions(messages: list[dict[str, Any]], instructions: str, system_role: bool) -> list[dict[str, Any]]:
+    """Messages with the instructions at the end of the system message, or at the beginning of the first of the user."""
+    roles = [message.get("role") for message in messages]
+    if roles and roles[0] in ("system", "developer"):
+        return [_joined(messages[0], instructions, at_end=True), *messages[1:]]
+    if system_role or "user" not in roles:
         return [{"role": "system", "content": instructions}, *messages]
-    system, content = messages[0], messages[0].get("content")
+    at = roles.index("user")
+    return [*messages[:at], _joined(messages[at], instructions, at_end=False), *messages[at + 1 :]]
+
+
+def _joined(message: Mapping[str, Any], text: str, at_end: bool) -> dict[str, Any]:
+    """A message with more text."""
+    content = message.get("content")
     if isinstance(content, list):
-        content = [*content, {"type": "text", "text": f"\n\n{instructions}"}]
-    else:
-        content = "\n\n".join(filter(None, [content, instructions]))
-    return [{**system, "content": content}, *messages[1:]]
+        part = {"type": "text", "text": f"\n\n{text}" if at_end else f"{text}\n\n"}
+        return {**message, "content": [*content, part] if at_end else [part, *content]}
+    both = [content, text] if at_end else [text, content]
+    return {**message, "content": "\n\n".join(filter(None, both))}

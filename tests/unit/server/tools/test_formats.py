@@ -93,7 +93,11 @@ def test_instructions() -> None:
 
 def test_conversation() -> None:
     talk = [{"role": "user", "content": "?"}]
-    assert FORMATS["hermes"].conversation(talk, TOOLS) == (talk, TOOLS)
+    messages, tools = FORMATS["hermes"].conversation(talk, TOOLS)
+    assert tools is not None and messages == talk and tools[0] == TOOLS[0]
+    assert tools[1]["function"] == {
+        "name": "time", "description": "", "parameters": {"type": "object", "properties": {}},
+    }  # fmt: skip
     assert FORMATS["hermes"].conversation(talk, []) == (talk, None)
     messages, tools = FORMATS["json"].conversation(talk, TOOLS)
     assert tools is None and [each["role"] for each in messages] == ["system", "user"]

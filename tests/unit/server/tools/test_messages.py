@@ -38,6 +38,19 @@ def test_instructions_are_added_to_the_system_message() -> None:
     assert plain_conversation(TALK[:1], CallText(), None) == TALK[:1]
 
 
+def test_a_template_may_refuse_a_system_message() -> None:
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    for template in (refusing, "{{ raise_exception('roles must alternate') }}"):
+        found = choose_format(template, [])
+        assert not found.system_role
+        messages, _ = found.conversation(TALK[:2], [{"type": "function", "function": {"name": "f1"}}])
+        assert [each["role"] for each in messages] == ["user", "assistant"]
+        assert messages[0]["content"].startswith("You can call functions") and messages[0]["content"].endswith("\n\nHi")
+    parts = plain_conversation([{"role": "user", "content": [{"type": "text", "text": "A"}]}], CallText(), "B", False)
+    assert parts[0]["content"] == [{"type": "text", "text": "B\n\n"}, {"type": "text", "text": "A"}]
+    assert choose_format(None, []).system_role
+
+
 def test_what_the_model_is_told_is_what_the_parser_reads() -> None:
     """The text of an earlier call is a call again."""
     found = choose_format(None, ["<tool_call>"])
