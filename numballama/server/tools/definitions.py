@@ -82,7 +82,7 @@ def _check_parameters(place: str, schema: object) -> Mapping[str, Any]:
     if next((True for depth in _depths(schema) if depth > MAX_DEPTH), False):
         raise Error(f"{place} is nested deeper than {MAX_DEPTH}")
     try:
-        size = len(json.dumps(schema))
+        size = len(json.dumps(schema, allow_nan=False))
     except (TypeError, ValueError) as error:
         raise Error(f"{place} is not JSON: {error}") from None
     if size > MAX_SCHEMA:

@@ -57,6 +57,7 @@ def test_tools() -> None:
         ([tool(parameters=nested(100_000))], "nested deeper than 64"),
         ([tool(parameters={"const": "x" * (256 << 10)})], "at most 262,144"),
         ([tool(parameters={"const": {1}})], "is not JSON"),
+        ([tool(parameters={"const": float("nan")})], "is not JSON"),
     ],
 )
 def test_invalid_tools_are_refused(tools: Any, message: str) -> None:
