@@ -153,9 +153,8 @@ class Parser:
             at = _end_of_space(data, at)
             if at == len(data):
                 return at
-            if (
-                self._may_reason and (end := self._marker(data, at, self._reasoning[0])) is not None
-            ):  # the prompt has one already
+            # the prompt has the first marker; some models write it once more
+            if self._may_reason and (end := self._marker(data, at, self._reasoning[0])) is not None:
                 self._may_reason = not end
                 return end or at
             self._keep_space = True

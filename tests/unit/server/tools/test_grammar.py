@@ -127,14 +127,34 @@ def test_reasoning_may_come_first() -> None:
     assert not accepts(FORMATS["hermes"].grammar(TOOLS), f"<think>hm</think>{call}")
 
 
+class Vocabulary:
+    """Bytes and control tokens, as llguidance wants a tokenizer."""
+
+    special = ("[TOOL_CALLS]", "[ARGS]", "[THINK]", "[/THINK]", "</s>")
+    tokens = (*(bytes([code]) for code in range(256)), *(b"\xff" + token.encode() for token in special))
+    special_token_ids, bos_token_id, eos_token_id = [*range(256, 261)], None, 260
+
+    def __call__(self, text: str | bytes) -> list[int]:
+        return list(text.encode() if isinstance(text, str) else text)
+
+
 def test_markers_that_are_control_tokens() -> None:
-    """They are ids in the grammar. The byte tokenizer's stand in for them."""
-    special = {"[TOOL_CALLS]": ord("T"), "[ARGS]": ord("A"), "[THINK]": ord("("), "[/THINK]": ord(")"), "[INST]": 3}
+    """They are ids in the grammar: their spelling in ordinary tokens is something else."""
+    vocabulary = Vocabulary()
+    special = {token: 256 + n for n, token in enumerate(vocabulary.special)}
     found = choose_format(TEMPLATES["magistral"], special)
-    assert found.tokens_to_show == special.keys() - {"[INST]"}
+    assert found.tokens_to_show == special.keys() - {"</s>"}
+    tokenizer = llguidance.LLTokenizer(llguidance.TokenizerWrapper(vocabulary), n_vocab=261, eos_token=260)
     grammar = found.grammar(TOOLS)
-    assert accepts(grammar, "TtimeA{}") and accepts(grammar, "(hm)TtimeA{}TtimeA{}")
-    assert not accepts(grammar, "[TOOL_CALLS]timeA{}") and not accepts(grammar, "(hm[/THINK]TtimeA{}")
+
+    def accepts_tokens(text: str) -> bool:
+        """The text's control tokens are the capitals."""
+        ids = [{"T": 256, "A": 257, "B": 258, "E": 259}.get(each, ord(each)) for each in text]
+        state = llguidance.LLMatcher(tokenizer, grammar)
+        return bool(state.try_consume_tokens(ids) == len(ids) and state.is_accepting())
+
+    assert accepts_tokens("TtimeA{}") and accepts_tokens("BhmETtimeA{}TtimeA{}")
+    assert not accepts_tokens("[tool]timeA{}") and not accepts_tokens("BhmTtimeA{}") and not accepts_tokens("hi")
 
 
 def test_the_largest_list_of_tools_compiles() -> None:
