@@ -88,7 +88,7 @@ def check(found: Answer) -> None:
 def test_accepted_texts_are_valid_calls(name: str) -> None:
     grammar = replace(FORMATS[name], reasoning=None).grammar(RICH, "required", True)
     found = []
-    for seed in range(12):
+    for seed in range(8):
         text = walk(grammar, seed)
         found.append(answer(events(FORMATS[name].parser(RICH), text)))
         check(found[-1])
@@ -99,7 +99,7 @@ def test_accepted_texts_are_valid_calls(name: str) -> None:
 @pytest.mark.parametrize("name", sorted(FORMATS))
 def test_named_calls(name: str) -> None:
     grammar = replace(FORMATS[name], reasoning=None).grammar(RICH, "get_weather", True)
-    for seed in range(4):
+    for seed in range(2):
         ((called, arguments),) = answer(events(FORMATS[name].parser(RICH), walk(grammar, seed))).calls
         assert called == "get_weather" and "city" in json.loads(arguments)
 
