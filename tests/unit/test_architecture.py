@@ -55,10 +55,12 @@ ORDER = """
     reference backend session
     engine: interrupts sequence pages runner request driver stats scheduler engine capacity model_runner
     generate
-    chat: sandbox builtin_templates template encoder conversation
+    chat: sandbox builtin_templates template tool_messages encoder conversation
     export inspection
     bench: traffic debug profiler trace benchmark
     model
+    server: tools.definitions tools.events tools.scanner tools.call tools.parser tools.grammar tools.messages \
+            tools.formats
     cli: streams args doctor inspect batch generate remote chat bench export main
     __main__
 """
