@@ -1,0 +1,184 @@
+"""Measure servers of OpenAI's interface side by side: tokens/s, time to the first token, time between tokens.
+
+python benchmarks/serve.py ours=http://127.0.0.1:8000 llama.cpp=http://127.0.0.1:8080 [--clients 1 4 8] [--out FILE]
+
+Each round runs every server in turn. Closed loop: so many clients, each sends its next request when the last answer has
+ended. With `--rate X` requests arrive at random instead (Poisson, X a second), whoever is still busy. Requests are
+streamed chat completions, greedy, of prompts that differ from the first word, so no cache helps. Tokens are those of
+`usage`. Times are of the client, in ms: the first token counts from the moment at which the request is written.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count, pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from numballama.bench.benchmark import machine
+from numballama.files import atomic_write
+
+WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
+
+
+@dataclass
+class Answer:
+    """What a client saw of one request. Times are of `time.perf_counter`."""
+
+    sent: float
+    arrivals: list[float] = field(default_factory=list)
+    """When each event with text arrived."""
+    ended: float = 0.0
+    tokens: int = 0
+    prompt_tokens: int = 0
+    error: str = ""
+
+
+def prompt_of(words: int, seed: int) -> str:
+    chosen = random.Random(seed)
+    return f"{seed} " + " ".join(chosen.choice(WORDS) for _ in range(words)) + "\nTell me a long story about this."
+
+
+async def ask(url: str, body: dict[str, Any]) -> Answer:
+    """Send a request on a connection of its own and read the answer's events."""
+    parts = urlsplit(url)
+    reader, writer = await asyncio.open_connection(parts.hostname, parts.port or 80, limit=1 << 20)
+    data = json.dumps(body).encode()
+    key = os.environ.get("NUMBALLAMA_API_KEY")
+    head = [
+        "POST /v1/chat/completions HTTP/1.0", f"Host: {parts.netloc}", "Content-Type: application/json",
+        f"Content-Length: {len(data)}", "Connection: close", *([f"Authorization: Bearer {key}"] if key else []),
+    ]  # fmt: skip
+    answer = Answer(time.perf_counter())
+    try:
+        writer.write("\r\n".join([*head, "", ""]).encode() + data)
+        status = (await reader.readline()).split()
+        if status[1:2] != [b"200"]:
+            answer.error = (await reader.read(2000)).decode("utf-8", "replace")[-300:]
+        while line := await reader.readline():
+            name, _, text = line.partition(b": ")
+            if name == b"data" and text.strip() != b"[DONE]":
+                _take(answer, json.loads(text))
+    finally:
+        writer.close()
+    answer.ended = time.perf_counter()
+    return answer
+
+
+def _take(answer: Answer, chunk: dict[str, Any]) -> None:
+    if "error" in chunk:
+        answer.error = str(chunk["error"])
+    for choice in chunk.get("choices", ()):
+        if choice.get("delta", {}).get("content"):
+            answer.arrivals.append(time.perf_counter())
+    if usage := chunk.get("usage"):
+        answer.tokens, answer.prompt_tokens = usage["completion_tokens"], usage["prompt_tokens"]
+
+
+async def closed_loop(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> list[Answer]:
+    """Each client sends its next request when its last answer has ended."""
+    waiting, answers = iter(bodies), list[Answer]()
+
+    async def client() -> None:
+        for body in waiting:
+            answers.append(await ask(url, body))
+
+    await asyncio.gather(*(client() for _ in range(clients)))
+    return answers
+
+
+async def open_loop(url: str, bodies: Sequence[dict[str, Any]], rate: float, seed: int) -> list[Answer]:
+    """Requests arrive at random, `rate` a second on average."""
+    chosen, tasks = random.Random(seed), list[asyncio.Task[Answer]]()
+    for body in bodies:
+        tasks.append(asyncio.create_task(ask(url, body)))
+        await asyncio.sleep(chosen.expovariate(rate))
+    return list(await asyncio.gather(*tasks))
+
+
+def figures(answers: Sequence[Answer]) -> dict[str, Any]:
+    """Rates and percentiles of one round."""
+    good = [each for each in answers if not each.error and each.arrivals]
+    failed = [each.error or "no text" for each in answers if each.error or not each.arrivals]
+    if not good:
+        return {"failed": len(failed), "first_error": failed[0]}
+    seconds = max(each.ended for each in good) - min(each.sent for each in good)
+    first = [1e3 * (each.arrivals[0] - each.sent) for each in good]
+    between = [1e3 * (b - a) for each in good for a, b in pairwise(each.arrivals)] or [0.0]
+    whole = [1e3 * (each.ended - each.sent) for each in good]
+    return {
+        "requests": len(good), "failed": len(failed), "first_error": failed[0] if failed else None, "seconds": seconds,
+        "tokens_per_second": sum(each.tokens for each in good) / seconds,
+        "requests_per_second": len(good) / seconds,
+        "prompt_tokens": statistics.mean(each.prompt_tokens for each in good),
+        **{f"{name}_ms": percentiles(v) for name, v in (("ttft", first), ("inter_token", between), ("e2e", whole))},
+    }  # fmt: skip
+
+
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    ordered = sorted(values)
+    return {f"p{p}": ordered[min(int(p / 100 * len(ordered)), len(ordered) - 1)] for p in (50, 90, 99)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("servers", nargs="+", metavar="NAME=URL")
+    parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 8])
+    parser.add_argument("--rate", type=float, help="requests a second that arrive at random, in place of clients")
+    parser.add_argument("--requests", type=int, default=4, help="requests a round, for each client (default 4)")
+    parser.add_argument("--prompt-words", type=int, default=60)
+    parser.add_argument("--max-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    servers = dict(each.split("=", 1) for each in args.servers)
+    seeds = count()
+
+    def bodies(number: int, tokens: int) -> list[dict[str, Any]]:
+        return [
+            {"model": "any", "messages": [{"role": "user", "content": prompt_of(args.prompt_words, next(seeds))}],
+             "max_tokens": tokens, "temperature": 0, "ignore_eos": True, "stream": True,
+             "stream_options": {"include_usage": True}}
+            for _ in range(number)
+        ]  # fmt: skip
+
+    found: dict[str, Any] = {
+        "what": "servers, closed loop",
+        "machine": machine(),
+        "arguments": vars(args) | {"out": None},
+    }
+    for load in [args.rate] if args.rate else args.clients:
+        rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
+        for number in range(args.rounds + 1):
+            for name, url in servers.items():
+                if args.rate:
+                    work = open_loop(url, bodies(args.requests * 8, args.max_tokens), args.rate, number)
+                else:
+                    work = closed_loop(url, bodies(args.requests * load, args.max_tokens), load)
+                result = figures(asyncio.run(work))
+                if number:  # the first round only warms up
+                    rounds[name].append(result)
+        label = f"{load:g} a second" if args.rate else f"{load} clients"
+        found[label] = {}
+        for name, results in rounds.items():
+            rate = statistics.median(each.get("tokens_per_second", 0.0) for each in results)
+            ttft = statistics.median(each["ttft_ms"]["p50"] if "ttft_ms" in each else float("nan") for each in results)
+            failed = sum(each["failed"] for each in results)
+            found[label][name] = {"tokens_per_second": rate, "ttft_p50_ms": ttft, "failed": failed, "rounds": results}
+            print(f"{label}: {name}: {rate:,.1f} tokens/s, first token {ttft:,.0f} ms, {failed} failed", flush=True)
+    if args.out:
+        with atomic_write(args.out) as file:
+            file.write(json.dumps(found, indent=1).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()
