@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
+import re
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +24,7 @@ from numballama import (
     SamplingParams,
     UnsupportedError,
     memory,
+    validation,
 )
 from numballama.backend import choose_device
 from numballama.config import ModelConfig
@@ -103,6 +106,29 @@ def test_without_a_tokenizer(tiny_file: Path) -> None:
 def test_arguments_that_are_refused(tiny_file: Path, options: dict[str, Any], error: type[Error], message: str) -> None:
     with pytest.raises(error, match=message):
         numballama.compile(tiny_file, **{"device": "cpu", **options})
+
+
+def test_names_of_other_libraries_are_told_ours(tiny_file: Path) -> None:
+    ours = [*inspect.signature(numballama.compile).parameters]
+    with pytest.raises(Error) as found:
+        numballama.compile(tiny_file, nonsense=1, rubbish=2)  # type: ignore[call-arg]
+    assert str(found.value) == f"unknown option of compile() nonsense, rubbish; choose from {', '.join(ours)}"
+    more = {"tokeniser": "tokenizer", "contxt": "context", "temperature": "temperature (generate())"}
+    more |= {"max_new_tokens": "max_tokens (generate())"}
+    for name, meant in {**validation.OTHER_OPTIONS, **more}.items():
+        assert name not in ours
+        with pytest.raises(Error) as found:
+            numballama.compile(tiny_file, **{name: 1, "context": 8})
+        assert str(found.value).startswith(f"unknown option of compile() {name}: use {meant}. Choose from model_path, ")
+    for meant in validation.OTHER_OPTIONS.values():  # it names one of ours, or where else to look
+        assert re.match("|".join(ours), meant) or re.search(r"variable HF_|generate\(\)|model\.\w+\(|logging", meant), (
+            meant
+        )
+    for name, why in validation.NEEDLESS_OPTIONS.items():
+        with pytest.raises(Error, match=re.escape(f"{name}: leave it out, {why}")):
+            numballama.compile(tiny_file, **{name: 1})
+    with pytest.raises(Error, match="unknown option of compile\\(\\) model: use model_path, the first argument"):
+        numballama.compile(model=tiny_file)  # type: ignore[call-arg]
 
 
 def test_no_path_is_the_story_model_of_the_package() -> None:
