@@ -171,6 +171,7 @@ def choose_device(device: str) -> tuple[str, str]:
             from .cuda.driver import Device
 
             found = Device()
+            environment.refuse_simulator()
             cuda_cache_directory()
             return "cuda", f"this machine has {found}"
         except DeviceError as error:
@@ -181,6 +182,7 @@ def choose_device(device: str) -> tuple[str, str]:
         except DeviceError as error:
             raise DeviceError(f"device {device!r}: {error}") from error.__cause__
         Device(device)  # now: before a file is opened
+        environment.refuse_simulator()
         cuda_cache_directory()
     return device, ""
 
