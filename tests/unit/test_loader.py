@@ -197,7 +197,7 @@ def test_how_many_tokens_a_tokenizer_may_have_beyond_the_embedding(rows: int, mo
     )
     fits = more <= 1 + rows // 8 and (path is None or more < 256)
     if more > 0 and not fits:
-        with pytest.raises(Error, match="more tokens than embeddings|does not belong to a model of"):
+        with pytest.raises(Error, match=r"more tokens than embeddings|does not belong to a model of"):
             loader._require_fit(opened, tokenizer, path)
     elif more > 0:
         loader._require_fit(opened, tokenizer, path)
