@@ -16,7 +16,7 @@ from .backend import Backend, Program, backend_class, choose_device, open_backen
 from .bench import debug
 from .chat.conversation import Chat
 from .chat.encoder import NO_BOS, SPELLED, Encoders, note_once, spells_control_tokens
-from .chat.template import Message, TemplateSet, refuse_options
+from .chat.template import Message, TemplateSet, conversation_of, refuse_options
 from .checkpoint import Checkpoint, Weight
 from .config import ModelConfig, RopePairing
 from .engine.capacity import kv_layout
@@ -399,28 +399,28 @@ class Model:
 
     def apply_chat_template(
         self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool = True,
+        messages: Sequence[Message] | None = None,
+        add_generation_prompt: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tokenize: bool = True,
         **template_kwargs: Any,
     ) -> list[int] | str:
         """A conversation as the model's chat template writes it: token ids, or with `tokenize=False` text.
 
-        Each message is {"role": "system" | "user" | "assistant", "content": text}. `add_generation_prompt` adds the
-        beginning of the model's answer. `tools` and `template_kwargs` are passed to the template, except
-        `chat_template`: another template, or the name of one of the file's. Control tokens that a message spells out
-        ("<|im_end|>") are encoded as ordinary text.
+        Each message is {"role": "system" | "user" | "assistant", "content": text}; `conversation=` is another name of
+        the list. `add_generation_prompt` adds the beginning of the model's answer. That is the default, unless
+        `continue_final_message=True`: then the text ends with that of the last message. `tools` and `template_kwargs`
+        are passed to the template, except `chat_template`: another template, or the name of one of the file's. Control
+        tokens that a message spells out ("<|im_end|>") are encoded as ordinary text.
 
         Raises `Error` without a tokenizer or a template, or when the template refuses the messages.
         """
         wanted = template_kwargs.pop("chat_template", None)
-        refuse_options(template_kwargs)
+        given, variables = conversation_of(messages, add_generation_prompt, {"tools": tools, **template_kwargs})
         encoder = self._encoders.get(self._require_tokenizer(), wanted, tools is not None)
-        variables = {"add_generation_prompt": add_generation_prompt, "tools": tools, **template_kwargs}
         if not tokenize:
-            return encoder.template.render(messages, **variables)
-        ids = encoder.encode(messages, **variables)
+            return encoder.template.render(given, **variables)
+        ids = encoder.encode(given, **variables)
         if encoder.misses_bos(ids):
             note_once(self.notes, NO_BOS)
         return ids
