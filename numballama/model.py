@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, overload
 
@@ -132,7 +132,8 @@ class Model:
         table = SamplerTable(self.max_sequences, vocab, candidates)
         chunk = min(backend.prefill_chunk, self.context)
         with progress.progress_bar("compiling kernels") as report:
-            self._runner = ModelRunner(backend, self.kv, table, self._build, chunk, self._program_of)
+            note = partial(note_once, self.notes)
+            self._runner = ModelRunner(backend, self.kv, table, self._build, chunk, self._program_of, note)
             self._program, _ = self._runner.compile(report)
             backend.prepare(self._program, report)
             self._runner.prepare(report)
@@ -244,6 +245,7 @@ class Model:
                     raise Error(NOT_NUMBERS)
                 session.tokens.extend(chunk)
                 out[start : start + len(chunk)] = program.value("logits")[: len(chunk)]
+            self._runner.look_at_page(1)  # the first of an exclusive session
         return out
 
     @overload

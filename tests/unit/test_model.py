@@ -27,11 +27,15 @@ from numballama import (
     validation,
 )
 from numballama.backend import choose_device
+from numballama.checkpoint import Weight
 from numballama.config import ModelConfig
+from numballama.engine.model_runner import SATURATED
+from numballama.export import WRITERS
 from numballama.generate import TextEngine
+from numballama.quantization.types import F32
 from tests.helpers.bounds import shared_model
 from tests.helpers.processes import run_python
-from tests.helpers.random_models import save
+from tests.helpers.random_models import random_checkpoint, save
 from tests.helpers.sampling import likeliest, log_softmax
 from tests.helpers.tiny import TINY
 
@@ -453,3 +457,22 @@ print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_child_forked_while_a_lock_is_held_gets_an_error() -> None:
     assert run_python(FORKED) == 7
+
+
+@pytest.mark.parametrize("how", ["generate", "logits", "both"])
+@pytest.mark.parametrize("scale", [1.0, 1e7])
+def test_a_cache_that_saturates_is_among_the_notes(
+    tmp_path: Path, tiny_tokenizer: Path, how: str, scale: float
+) -> None:
+    weights = dict(random_checkpoint(TINY).weights)
+    value = weights["layers.0.wv"]
+    weights["layers.0.wv"] = Weight(value.shape, F32, value.data * np.float32(scale))
+    WRITERS["llama2c-v0"](tmp_path / "m.bin", TINY, weights)
+    with numballama.compile(tmp_path / "m.bin", tiny_tokenizer, device="reference", kv_dtype="f16") as model:
+        before = len(model.notes)
+        for _ in range(2):
+            if how != "logits":
+                model.generate("ab", max_tokens=2, temperature=0)
+            if how != "generate":
+                model.logits([1, 5, 9])
+        assert model.notes[before:] == [SATURATED] * (scale > 1)
