@@ -59,7 +59,10 @@ class ModelRunner:
         self._submitted = 0
         self._note = note if kv.dtype == "f16" else None
         """Takes the note on a float16 cache; None once its first page was looked at."""
-        self._first_page = 0
+        self._first_pages: dict[int, int] = {}
+        """Slot → page in which its sequence begins, until one was looked at."""
+        self._looked_at: int | None = None
+        """The page to look at: of the first run that samples a token."""
 
     def compile(self, report: Report | None) -> tuple[Program, Program]:
         """Make the programs for one token and for chunks; returns them."""
@@ -105,7 +108,7 @@ class ModelRunner:
     def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
         """Write page numbers into the slot's row of the page table, from entry `first` on."""
         if self._note is not None and first == 0 and pages:
-            self._first_page = self._first_page or pages[0]
+            self._first_pages[slot] = pages[0]
         self.backend.set_pages(slot, first, pages)
 
     def set_mask(self, slot: int, mask: NDArray[np.uint32] | None) -> None:
@@ -123,6 +126,8 @@ class ModelRunner:
             inputs["ids"][: batch.decodes] = self.table.last_token[batch.slots[: batch.decodes]]
         if "rows" in inputs:
             inputs["rows"][:wanted] = batch.logits
+        if self._note is not None and self._looked_at is None and wanted:
+            self._looked_at = self._first_pages.get(int(batch.slots[batch.logits[0]]))
         if wanted:
             ticket = program.submit(rows, wanted, self.table)
         else:
@@ -138,8 +143,8 @@ class ModelRunner:
         if program is None:
             return Sampled.empty(0, 0)
         sampled = program.collect(of_program)
-        if self._note is not None:
-            self.look_at_page(self._first_page)
+        if self._note is not None and self._looked_at is not None:
+            self.look_at_page(self._looked_at)
         return sampled
 
     def look_at_page(self, page: int) -> None:
@@ -148,6 +153,7 @@ class ModelRunner:
         Huge keys and values are a model's answer to its first tokens. To count them all, kernels would have to.
         """
         note, self._note = self._note, None
+        self._first_pages.clear()
         if note is not None and any(map(has_largest_f16, self.backend.cache_page(page))):
             note(SATURATED)
 

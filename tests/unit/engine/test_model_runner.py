@@ -312,6 +312,7 @@ def test_a_float16_cache_that_saturates_is_noted_once(device: str, kv_dtype: KVT
     table = SamplerTable(2, CONFIG.vocab_size)
     runner = ModelRunner(backend, kv, table, graph_of, CHUNK, lambda graph, _: backend.program(graph), notes.append)
     runner.compile(None)
+    runner.set_pages(0, 0, [1])  # of a request that is cancelled before it runs
     for slot, pages in ((1, [5, 3, 7]), (0, [4, 2, 6])):
         runner.set_pages(slot, 0, pages[:1])
         runner.set_pages(slot, 1, pages[1:])
