@@ -10,10 +10,11 @@ Importing this package is cheap: Numba is imported when a model is compiled.
 
 from __future__ import annotations
 
+import functools
 import importlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import ContextError, DeviceError, Error, FormatError, Interrupted, UnsupportedError
 
@@ -50,6 +51,26 @@ __all__ = [
 ]
 
 
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def _explains_names(function: _Function) -> _Function:
+    """The function, which raises `Error` for a keyword that it does not have. The error names ours."""
+    known = function.__code__.co_varnames[: function.__code__.co_argcount]
+
+    @functools.wraps(function)
+    def checked(*positional: Any, **named: Any) -> Any:
+        if not named.keys() <= set(known):
+            from .sampling import OTHER_NAMES, SamplingOptions
+            from .validation import refuse_options
+
+            refuse_options(named, known, {**{name: name for name in SamplingOptions.__annotations__}, **OTHER_NAMES})
+        return function(*positional, **named)
+
+    return checked  # type: ignore[return-value]
+
+
+@_explains_names
 def compile(
     model_path: str | PathLike[str] | None,
     tokenizer: str | PathLike[str] | None = None,
@@ -93,7 +114,7 @@ def compile(
         memory, which `notes` say.
 
     Raises `FormatError` for a damaged file, `UnsupportedError` for what this version cannot do, `DeviceError` for a
-    device that cannot be used, `Error` for arguments out of range.
+    device that cannot be used, `Error` for arguments out of range or with other names (`n_ctx`), which names ours.
     """
     if gpus != 1:
         raise UnsupportedError(f"gpus={gpus!r} is not supported by this version: leave it at 1")

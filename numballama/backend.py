@@ -7,7 +7,7 @@ profiler) uses these two protocols and no backend's own class.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -127,6 +127,12 @@ class Backend(Protocol):
     def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
         """Write page numbers into row `slot` of the page table, from entry `first` on. Later runs see them."""
 
+    def cache_page(self, page: int) -> Iterator[np.ndarray]:
+        """What a page of the KV cache holds after all runs so far: keys and values of each layer, in host memory.
+
+        [n_kv_heads, page, head_dim] each, of the cache's type (16-bit types as their bits), or float32. Not for q8_0.
+        """
+
     def weight_nbytes(self, name: str) -> int:
         """Bytes of a weight as this backend stores it."""
 
@@ -171,6 +177,7 @@ def choose_device(device: str) -> tuple[str, str]:
             from .cuda.driver import Device
 
             found = Device()
+            environment.refuse_simulator()
             cuda_cache_directory()
             return "cuda", f"this machine has {found}"
         except DeviceError as error:
@@ -181,6 +188,7 @@ def choose_device(device: str) -> tuple[str, str]:
         except DeviceError as error:
             raise DeviceError(f"device {device!r}: {error}") from error.__cause__
         Device(device)  # now: before a file is opened
+        environment.refuse_simulator()
         cuda_cache_directory()
     return device, ""
 

@@ -46,6 +46,8 @@ class WriteOptions:
     """Additional metadata of a GGUF file."""
     bos_id: int | None = None
     eos_ids: Sequence[int] = ()
+    token_ids: Mapping[str, int] = field(default_factory=dict)
+    """Other ids for the config of a Hugging Face directory: "pad_token" → id."""
     files: Sequence[Path] = ()
     """Files to copy into a Hugging Face directory."""
     texts: Mapping[str, str] = field(default_factory=dict)
@@ -85,7 +87,8 @@ def _gguf(
 def _safetensors(
     path: str | PathLike[str], config: ModelConfig, weights: Mapping[str, Weight], options: WriteOptions = _DEFAULTS
 ) -> list[str]:
-    return write_safetensors(path, config, weights, options.bos_id, options.eos_ids, options.files, options.texts)
+    o = options
+    return write_safetensors(path, config, weights, o.bos_id, o.eos_ids, o.files, o.texts, o.token_ids)
 
 
 WRITERS: dict[str, Writer] = {
@@ -124,6 +127,8 @@ _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 """Names of chat templates that are written. Those of a file can be anything, such as "../x"."""
 _SAMPLE = "Once upon a time, in 1999:\n  two spaces; naïve 🙂"
 """Two tokenizers of the same tokens are taken for the same one if they agree on it."""
+_NAMED_TOKENS = ("pad_token", "unk_token", "sep_token", "cls_token", "mask_token")
+"""Special tokens, besides BOS and EOS, whose ids a config.json may have."""
 _TOKEN_KEYS = {"pad_token": "padding", "sep_token": "seperator", "cls_token": "cls", "mask_token": "mask"}
 """Name of a special token → what GGUF calls it, in its spelling. BOS, EOS and unknown are parts of `Vocabulary`."""
 
@@ -279,12 +284,22 @@ def _options(
         return WriteOptions(
             bos_id=None if tokenizer is None else tokenizer.bos_id,
             eos_ids=tuple(dict.fromkeys([*opened.stop_token_ids, *eos])),
+            token_ids={} if tokenizer is None else _token_ids(tokenizer, opened),
             files=files,
             texts=texts | templates,
         )
     if tokenizer is not None and tokenizer_path is None:
         notes.append(f"{to} files hold no tokenizer: give the one of {opened.path} when opening the copy")
     return WriteOptions(group_size=_group_size(opened)) if to in INT8_ONLY else _DEFAULTS
+
+
+def _token_ids(tokenizer: Tokenizer, opened: Checkpoint) -> dict[str, int]:
+    """Ids of the special tokens that templates see, by name, without BOS and EOS. All have a row of the embedding."""
+    wanted = {name: opened.template_tokens[name] for name in _NAMED_TOKENS if name in opened.template_tokens}
+    rows = min(tokenizer.vocab_size, opened.config.vocab_size)
+    texts = set(wanted.values())
+    ids = {piece: token for token in reversed(range(rows)) if texts and (piece := tokenizer.piece(token)) in texts}
+    return {name: ids[text] for name, text in wanted.items() if text in ids}
 
 
 def _gguf_options(
@@ -383,7 +398,8 @@ def _texts(tokenizer: Tokenizer, opened: Checkpoint, notes: list[str]) -> dict[s
     """Tokenizer files for a Hugging Face directory; none, and a note, if they cannot express this tokenizer."""
     template = opened.chat_template if opened.chat_templates.keys() == {"default"} else None
     try:
-        texts = tokenizer_texts(tokenizer, template, opened.config.context)
+        named = {name: tokenizer.piece(token) for name, token in _token_ids(tokenizer, opened).items()}
+        texts = tokenizer_texts(tokenizer, template, opened.config.context, named)
     except UnsupportedError as error:
         notes.append(f"the tokenizer is left out: {error}")
         return {}

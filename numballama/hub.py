@@ -59,6 +59,7 @@ MODEL_FILES = (
 _TORCH = re.compile(r"pytorch_model[\w.-]*\.bin(\.index\.json)?")
 _SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})", re.DOTALL | re.I)
 _TYPE = re.compile(r"[-.]([A-Z0-9_]+)$", re.I)
+_IS_TYPE = re.compile(r"(I?Q|TQ)[1-8]_\w+|FP?(16|32)|BF16|(MX|NV)FP4(_\w+)?", re.I)
 _READABLE = re.compile(r"FP?32|FP?16|BF16|Q8_0|Q[45]_[01]|Q[2-6]_K(_[SML]|_XL)?", re.I)
 _NO_MODEL = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 """Parts of names of GGUF files that are no language model by themselves."""
@@ -87,7 +88,7 @@ class GgufModel:
     size: int
     """Bytes of all parts; 0 if unknown."""
     type: str
-    """The end of its name, in capital letters: "Q4_K_M"; "" if there is none."""
+    """The end of its name or, if that is no type, of its folder's, in capital letters: "Q4_K_M"; "" without any."""
 
 
 def is_id(name: str) -> bool:
@@ -174,24 +175,34 @@ def gguf_models(files: Mapping[str, int]) -> list[GgufModel]:
             parts = [f"{stem}-{part + 1:05}-of-{count:05}{path[-5:]}" for part in range(min(count, 1000))]
             if parts[0] != path or not all(part in files for part in parts):
                 continue
-        kind = _TYPE.search(stem)
-        found.append(GgufModel(tuple(parts), sum(files[part] for part in parts), kind[1].upper() if kind else ""))
+        found.append(GgufModel(tuple(parts), sum(files[part] for part in parts), _type_of(stem)))
     return found
+
+
+def _type_of(stem: str) -> str:
+    """The type in a path without suffix: the end of the file's name, else of its folder's; "" if there is none."""
+    folder, _, name = stem.rpartition("/")
+    own, outer = _TYPE.search(f"/{name}"), _TYPE.search(f"-{folder}")
+    if outer is not None and _IS_TYPE.fullmatch(outer[1]) and not (own and _IS_TYPE.fullmatch(own[1])):
+        own = outer
+    return own[1].upper() if own else ""
 
 
 def choose(models: Sequence[GgufModel], name: Name, free: int | None) -> GgufModel | None:
     """The model that a name means; None if there is none. `free` is the free memory in bytes, None if unknown.
 
     A file is found by its path, whatever the case, and by any part of a split model. A type is found in the path before
-    a dot or dash. Without either: of the models that are readable and fit the memory, the first of type Q4_K_M, else
-    Q8_0, else the largest; if none fits, the smallest.
+    a dot or dash, or as the end of a folder's name. Without either: of the models that are readable and fit the memory,
+    the first of type Q4_K_M, else Q8_0, else the largest; if none fits, the smallest.
     """
     if name.file is not None:
         asked = name.file.lower()
         return next((model for model in models if asked in map(str.lower, model.parts)), None)
     if name.tag is not None:
-        pattern = re.compile(re.escape(name.tag) + "[.-]", re.I)
-        found = [model for model in models if pattern.search(model.parts[0])]
+        found = []
+        for ends in ("[.-]", "/"):
+            pattern = re.compile(re.escape(name.tag) + ends, re.I)
+            found += [model for model in models if pattern.search(model.parts[0])]
         return next((model for model in found if model.type == name.tag.upper()), found[0] if found else None)
     readable = [model for model in models if not model.type or _READABLE.fullmatch(model.type)] or list(models)
     fitting = [model for model in readable if free is None or model.size <= free * MEMORY_SHARE]

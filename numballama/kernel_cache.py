@@ -182,7 +182,13 @@ def store(path: Path, key: str, content: bytes) -> bool:
         try:
             with open(temporary, "xb") as file:
                 file.write(_head(body) + body)
-            os.replace(temporary, path)
+            try:
+                os.replace(temporary, path)
+            except OSError:
+                if not path.is_dir():
+                    raise
+                _remove_folder(path)
+                os.replace(temporary, path)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
@@ -191,6 +197,13 @@ def store(path: Path, key: str, content: bytes) -> bool:
         _note("write", f"compiled kernels cannot be stored ({error}), so each start compiles them; {ADVICE}")
         return False
     return True
+
+
+def _remove_folder(path: Path) -> None:
+    """Remove a folder in an entry's place. It gets another name first, so that a process sees it or nothing."""
+    aside = path.with_name(f"{path.name}.{os.urandom(8).hex()}{_TEMPORARY}")
+    os.rename(path, aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 _HEAD = b"numballama kernel "
@@ -227,8 +240,8 @@ def _prepare(folder: Path) -> None:
         _prune(folder.parent, folder)
     with contextlib.suppress(OSError):
         for left in folder.glob(f"*{_TEMPORARY}"):
-            if left.stat().st_mtime < time.time() - TEMPORARY_S:
-                left.unlink()
+            if left.lstat().st_mtime < time.time() - TEMPORARY_S:
+                (shutil.rmtree if left.is_dir() and not left.is_symlink() else os.unlink)(left)
     _prepared.add(folder)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, overload
 
@@ -16,7 +16,7 @@ from .backend import Backend, Program, backend_class, choose_device, open_backen
 from .bench import debug
 from .chat.conversation import Chat
 from .chat.encoder import NO_BOS, SPELLED, Encoders, note_once, spells_control_tokens
-from .chat.template import Message, TemplateSet, refuse_options
+from .chat.template import Message, TemplateSet, conversation_of, refuse_options
 from .checkpoint import Checkpoint, Weight
 from .config import ModelConfig, RopePairing
 from .engine.capacity import kv_layout
@@ -132,7 +132,8 @@ class Model:
         table = SamplerTable(self.max_sequences, vocab, candidates)
         chunk = min(backend.prefill_chunk, self.context)
         with progress.progress_bar("compiling kernels") as report:
-            self._runner = ModelRunner(backend, self.kv, table, self._build, chunk, self._program_of)
+            note = partial(note_once, self.notes)
+            self._runner = ModelRunner(backend, self.kv, table, self._build, chunk, self._program_of, note)
             self._program, _ = self._runner.compile(report)
             backend.prepare(self._program, report)
             self._runner.prepare(report)
@@ -244,6 +245,7 @@ class Model:
                     raise Error(NOT_NUMBERS)
                 session.tokens.extend(chunk)
                 out[start : start + len(chunk)] = program.value("logits")[: len(chunk)]
+            self._runner.look_at_page(1)  # the first of an exclusive session
         return out
 
     @overload
@@ -399,28 +401,28 @@ class Model:
 
     def apply_chat_template(
         self,
-        messages: Sequence[Message],
-        add_generation_prompt: bool = True,
+        messages: Sequence[Message] | None = None,
+        add_generation_prompt: bool | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         tokenize: bool = True,
         **template_kwargs: Any,
     ) -> list[int] | str:
         """A conversation as the model's chat template writes it: token ids, or with `tokenize=False` text.
 
-        Each message is {"role": "system" | "user" | "assistant", "content": text}. `add_generation_prompt` adds the
-        beginning of the model's answer. `tools` and `template_kwargs` are passed to the template, except
-        `chat_template`: another template, or the name of one of the file's. Control tokens that a message spells out
-        ("<|im_end|>") are encoded as ordinary text.
+        Each message is {"role": "system" | "user" | "assistant", "content": text}; `conversation=` is another name of
+        the list. `add_generation_prompt` adds the beginning of the model's answer. That is the default, unless
+        `continue_final_message=True`: then the text ends with that of the last message. `tools` and `template_kwargs`
+        are passed to the template, except `chat_template`: another template, or the name of one of the file's. Control
+        tokens that a message spells out ("<|im_end|>") are encoded as ordinary text.
 
         Raises `Error` without a tokenizer or a template, or when the template refuses the messages.
         """
         wanted = template_kwargs.pop("chat_template", None)
-        refuse_options(template_kwargs)
+        given, variables = conversation_of(messages, add_generation_prompt, {"tools": tools, **template_kwargs})
         encoder = self._encoders.get(self._require_tokenizer(), wanted, tools is not None)
-        variables = {"add_generation_prompt": add_generation_prompt, "tools": tools, **template_kwargs}
         if not tokenize:
-            return encoder.template.render(messages, **variables)
-        ids = encoder.encode(messages, **variables)
+            return encoder.template.render(given, **variables)
+        ids = encoder.encode(given, **variables)
         if encoder.misses_bos(ids):
             note_once(self.notes, NO_BOS)
         return ids

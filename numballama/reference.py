@@ -6,7 +6,7 @@ can be compared value by value: a backend is right when it agrees with this file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -368,6 +368,10 @@ class ReferenceBackend:
     def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
         """Write page numbers into a row of the page table, from entry `first` on."""
         self.states[PAGE_TABLE][slot, first : first + len(pages)] = pages
+
+    def cache_page(self, page: int) -> Iterator[np.ndarray]:
+        """Views of the keys and values of each layer in a page of the KV cache, float32."""
+        return (state[page] for name, state in self.states.items() if name != PAGE_TABLE)
 
     def close(self) -> None:
         """Does nothing: memory is freed with the last reference to it."""

@@ -106,9 +106,7 @@ class ConversationEncoder:
             (lambda text: starts.sub(lambda found: marks.get(found[0], found[0]), text), True),
         ):
             try:
-                marked = {
-                    name: value if name.endswith("_token") else _marked(value, mark) for name, value in values.items()
-                }
+                marked = _marked_variables(values, mark)
                 again = self.template.render(_marked(given, mark, roles), **marked)
             except Error:  # it refuses what it does not know
                 continue
@@ -223,7 +221,10 @@ def _marked(value: Any, mark: Mark, roles: bool = True) -> Any:
 
 def _marked_variables(variables: Mapping[str, Any], mark: Mark) -> dict[str, Any]:
     """The variables with marks, except "bos_token" and its like: a caller who sets them means the token."""
-    return {name: value if name.endswith("_token") else _marked(value, mark) for name, value in variables.items()}
+    return {
+        name: value if name.endswith("_token") or name == "continue_final_message" else _marked(value, mark)
+        for name, value in variables.items()
+    }
 
 
 def _read_marks(text: str, marks: Mapping[str, str]) -> list[Span]:

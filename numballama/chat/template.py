@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from os import PathLike
@@ -65,15 +65,24 @@ class ChatTemplate:
         except Exception as error:
             raise Error(f"{self.name} does not compile: {_one_line(error)}") from None
 
-    def render(self, messages: Iterable[Message], add_generation_prompt: bool = True, **variables: Any) -> str:
+    def render(
+        self,
+        messages: Iterable[Message],
+        add_generation_prompt: bool = True,
+        continue_final_message: bool | str = False,
+        **variables: Any,
+    ) -> str:
         """The conversation as text, with special tokens spelled out. `variables` are more variables for the template.
 
-        Raises `Error` when the template fails, refuses the messages, or exceeds its time or memory.
+        With `continue_final_message` the text ends with that of the last message: its "content", or the key that is
+        given. Raises `Error` when the template fails, refuses the messages, or exceeds its time or memory, and when
+        the last message has no such text or the template does not show it.
         """
         from .sandbox import Budget, Refusal, size_of
 
         names: dict[str, Any] = {"tools": None, "documents": None, **self._tokens, **plain_variables(variables)}
         given = plain_messages(messages)
+        last = _leave_open(given, continue_final_message, self.source) if continue_final_message else None
         environment, template = self._compiled
         with self._lock:
             environment.budget = Budget(size_of([given, names], 1 << 40))
@@ -83,7 +92,47 @@ class ChatTemplate:
                 raise Error(f"{self.name} refuses this conversation: {_one_line(error)}") from None
             except Exception as error:
                 raise Error(f"{self.name} fails: {_one_line(error)}") from None
+        return text if last is None else _cut_after(text, last, self.name)
+
+
+_TAG = "CONTINUE_FINAL_MESSAGE_TAG "
+"""Stands after the text that is to be continued, while the template is rendered, as in transformers."""
+
+
+def _leave_open(messages: list[dict[str, Any]], continued: bool | str, source: str) -> str:
+    """Put `_TAG` after the text of the last message that is to be continued; returns that text without it.
+
+    `continued` is the text's key; True is "content". Raises `Error` if there is no such text, or the template's
+    `source` does not mention the key.
+    """
+    key = continued if isinstance(continued, str) else "content"
+    final = messages[-1] if messages else {}
+    text = final.get(key)
+    if text is None:
+        raise Error(f"continue_final_message: the last message has no {key!r} to continue")
+    keys = [other for other in _REASONING if final.get(other) == text] if key in _REASONING else [key]
+    if not any(each in source for each in keys):
+        raise Error(f"continue_final_message: the chat template does not show the {key!r} of messages")
+    if isinstance(text, str):
+        messages[-1] = {**final, **dict.fromkeys(keys, text + _TAG)}
         return text
+    blocks = [dict(block) if isinstance(block, dict) else block for block in text] if isinstance(text, list) else []
+    for block in reversed(blocks):
+        if isinstance(block, dict) and isinstance(found := block.get("text"), str):
+            block["text"] = found + _TAG
+            messages[-1] = {**final, key: blocks}
+            return found
+    raise Error(f"continue_final_message: the {key!r} of the last message has no text to continue")
+
+
+def _cut_after(rendered: str, text: str, name: str) -> str:
+    """A rendered conversation up to the end of the last message's `text`. Raises `Error` if it is not shown."""
+    at = rendered.rfind(_TAG.strip())
+    if at < 0 or text.strip() not in rendered:
+        raise Error(
+            f"continue_final_message: {name} does not show the last message as it is, so nothing can continue it"
+        )
+    return rendered[:at] if rendered.startswith(_TAG, at) else rendered[:at].rstrip()  # it trims messages
 
 
 def _one_line(error: Exception) -> str:
@@ -97,7 +146,7 @@ _OTHERS = {
     "padding": "one conversation is encoded at a time",
     "truncation": "a conversation that does not fit the context is an error",
     "max_length": "a conversation that does not fit the context is an error",
-    "continue_final_message": "pass add_generation_prompt=False and a template that leaves the last message open",
+    "continue_final_message": "model.apply_chat_template has it: pass its ids to model.stream_ids",
     "sanitize_control_tokens": "control tokens in messages are always encoded as text",
     "tokenizer_kwargs": "a template's text is encoded in one way only",
 }
@@ -109,6 +158,32 @@ def refuse_options(variables: Mapping[str, object]) -> None:
     for name, instead in _OTHERS.items():
         if variables.get(name):
             raise Error(f"{name} is not supported: {instead}")
+
+
+def conversation_of(
+    messages: Sequence[Message] | None, add_generation_prompt: bool | None, variables: Mapping[str, Any]
+) -> tuple[Sequence[Message], dict[str, Any]]:
+    """(messages, arguments of `ChatTemplate.render`) of a call of `apply_chat_template`, in transformers' names too.
+
+    `add_generation_prompt` None: unless the last message is continued. Raises `Error` for what contradicts itself or
+    has no effect.
+    """
+    variables = dict(variables)
+    other, continued = variables.pop("conversation", None), variables.pop("continue_final_message", False)
+    if (messages is None) == (other is None):
+        raise Error("a conversation is wanted once: as the first argument, or as messages= or conversation=")
+    if not isinstance(continued, bool | str | None):
+        raise Error(f"continue_final_message must be True, False or a key of messages, found {continued!r:.200}")
+    if continued and add_generation_prompt:
+        raise Error(
+            "continue_final_message and add_generation_prompt=True contradict each other: the model continues the last "
+            "message, or begins one"
+        )
+    refuse_options(variables)
+    if continued:
+        variables["continue_final_message"] = continued
+    prompted = not continued if add_generation_prompt is None else add_generation_prompt
+    return other if messages is None else messages, {"add_generation_prompt": prompted, **variables}
 
 
 def plain_message(given: object) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import struct
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numba
@@ -16,7 +15,7 @@ from ..checkpoint import Weight
 from ..errors import Error
 from ..fusion import fuse
 from ..graph import PAGE_TABLE
-from ..host import interrupts
+from ..host import environment, interrupts
 from ..host.cgroup import cpu_quota, usable_cores
 from ..ir import DTYPES, Graph, Value
 from ..plan import ALIGNMENT, Plan, Step, lower
@@ -147,7 +146,7 @@ class CpuBackend:
     def __init__(self, weights: Mapping[str, Weight], threads: int | None = None) -> None:
         refuse_forked()
         limit, cores, quota = numba.config.NUMBA_NUM_THREADS, usable_cores(), cpu_quota()
-        default = limit if "NUMBA_NUM_THREADS" in os.environ else min(limit, cores)
+        default = limit if environment.thread_limit() else min(limit, cores)
         threads = None if threads is None else whole_number("threads", threads, 1)
         self.weights = weights
         wanted = min(threads or default, limit)
@@ -233,6 +232,10 @@ class CpuBackend:
     def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
         """Write page numbers into a row of the page table, from entry `first` on."""
         self.states[PAGE_TABLE][slot, first : first + len(pages)] = pages
+
+    def cache_page(self, page: int) -> Iterator[np.ndarray]:
+        """Views of the keys and values of each layer in a page of the KV cache."""
+        return (state[page] for name, state in self.states.items() if name != PAGE_TABLE)
 
     def close(self) -> None:
         """Does nothing: memory is freed with the last reference to it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 import numpy as np
@@ -12,7 +12,7 @@ from ..checkpoint import Weight
 from ..errors import Error
 from ..fusion import fuse
 from ..graph import PAGE_TABLE
-from ..ir import Graph
+from ..ir import DTYPES, Graph
 from ..kernel_cache import cuda_cache_directory
 from ..memory import format_bytes
 from ..plan import lower
@@ -172,6 +172,15 @@ class CudaBackend:
         self.device.make_current()
         numbers = np.array(pages, np.int32)
         self._page_writes.write(table.address + 4 * (slot * columns + first), numbers.view(np.uint8))
+
+    def cache_page(self, page: int) -> Iterator[np.ndarray]:
+        """Copies of the keys and values of each layer in a page of the KV cache. Waits until the device is idle."""
+        self.device.make_current()
+        for name, state in self.states.items():
+            if name != PAGE_TABLE:
+                held = np.empty(state.shape[1:], DTYPES[state.dtype])
+                self.device.read(state.address + page * held.nbytes, held)
+                yield held
 
     def sampler_table(self, vocab_size: int) -> DeviceSamplerTable:
         """The state with which programs sample, a row for each slot of the page table; made when it is first needed."""

@@ -12,9 +12,14 @@ from ..backend import Backend, Program
 from ..graph import KVLayout, Logits
 from ..ir import Graph
 from ..progress import Report
+from ..quantization.kv import has_largest_f16
 from ..sampling import Sampled, SamplerTable, SamplingParams
 from .runner import Batch
 
+SATURATED = (
+    "keys or values of the first tokens are beyond ±65,504, the largest numbers of a float16 KV cache, and become "
+    "these: kv_dtype='bf16' or 'f32' (--kv-dtype) holds them"
+)
 GraphOf = Callable[[int, Logits], Graph]
 """graph_of(tokens, logits): the model's graph for runs of up to `tokens` tokens."""
 
@@ -35,6 +40,7 @@ class ModelRunner:
         graph_of: GraphOf,
         chunk: int,
         make: Callable[[Graph, Report | None], Program],
+        note: Callable[[str], None] | None = None,
     ) -> None:
         self.backend, self.kv, self.table = backend, kv, table
         self.max_sequences, self.page, self.pages = kv.slots, kv.page, kv.pages
@@ -51,6 +57,12 @@ class ModelRunner:
         self._mixed: Program | None = None
         self._in_flight: deque[tuple[int, Program | None]] = deque()
         self._submitted = 0
+        self._note = note if kv.dtype == "f16" else None
+        """Takes the note on a float16 cache; None once its first page was looked at."""
+        self._first_pages: dict[int, int] = {}
+        """Slot → page in which its sequence begins, until one was looked at."""
+        self._looked_at: int | None = None
+        """The page to look at: of the first run that samples a token."""
 
     def compile(self, report: Report | None) -> tuple[Program, Program]:
         """Make the programs for one token and for chunks; returns them."""
@@ -95,6 +107,8 @@ class ModelRunner:
 
     def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
         """Write page numbers into the slot's row of the page table, from entry `first` on."""
+        if self._note is not None and first == 0 and pages:
+            self._first_pages[slot] = pages[0]
         self.backend.set_pages(slot, first, pages)
 
     def set_mask(self, slot: int, mask: NDArray[np.uint32] | None) -> None:
@@ -112,6 +126,8 @@ class ModelRunner:
             inputs["ids"][: batch.decodes] = self.table.last_token[batch.slots[: batch.decodes]]
         if "rows" in inputs:
             inputs["rows"][:wanted] = batch.logits
+        if self._note is not None and self._looked_at is None and wanted:
+            self._looked_at = self._first_pages.get(int(batch.slots[batch.logits[0]]))
         if wanted:
             ticket = program.submit(rows, wanted, self.table)
         else:
@@ -124,7 +140,22 @@ class ModelRunner:
     def collect(self, ticket: int) -> Sampled:
         """Wait for a run and return its tokens."""
         of_program, program = self._in_flight.popleft()
-        return Sampled.empty(0, 0) if program is None else program.collect(of_program)
+        if program is None:
+            return Sampled.empty(0, 0)
+        sampled = program.collect(of_program)
+        if self._note is not None and self._looked_at is not None:
+            self.look_at_page(self._looked_at)
+        return sampled
+
+    def look_at_page(self, page: int) -> None:
+        """Note if a page of a float16 cache, in which a prompt begins, holds its largest number. Looks only once.
+
+        Huge keys and values are a model's answer to its first tokens. To count them all, kernels would have to.
+        """
+        note, self._note = self._note, None
+        self._first_pages.clear()
+        if note is not None and any(map(has_largest_f16, self.backend.cache_page(page))):
+            note(SATURATED)
 
     def reset(self) -> None:
         """Wait for all runs in flight and forget their tickets."""

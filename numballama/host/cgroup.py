@@ -82,6 +82,20 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
             break
     else:
         return
+    for base, group in _mounted(root, mounts, controller, path):
+        while group.is_relative_to(base):
+            yield group
+            group = group.parent
+
+
+def _mounted(root: Path, mounts: list[str], controller: str, path: str) -> list[tuple[Path, Path]]:
+    """(folder of a mount, folder of the group `path` in it), for the mounts of a hierarchy that show this process's
+    group. `mounts` are the lines of mountinfo.
+
+    A hierarchy may be mounted several times, and a mount show another part of it. Those count whose group lists this
+    process, else those that have a folder of its path, else one at the usual place.
+    """
+    named, others = [], []
     for mount in mounts:
         before, _, after = mount.partition(" - ")
         fields, (kind, *_, options) = before.split(), [*after.split(), "", ""][:3]
@@ -90,15 +104,27 @@ def _groups(root: Path, controller: str) -> Iterator[Path]:
         if controller and controller not in options.split(","):
             continue
         top, folder = (_unescaped(field) for field in fields[3:5])
-        # in a container, `path` may be the host's, of which only the part below `top` is mounted
-        relative = os.path.relpath(path, top) if (path + "/").startswith(top.rstrip("/") + "/") else "."
         base = root / folder.lstrip("/")
-        group = Path(os.path.normpath(base / relative))
-        group = group if group.is_relative_to(base) else base  # a namespace shows a group outside it as "/../…"
-        while group.is_relative_to(base):
-            yield group
-            group = group.parent
-        return
+        # in a container, `path` may be the host's, of which only the part below `top` is mounted
+        if (path + "/").startswith(top.rstrip("/") + "/"):
+            whole = group = Path(os.path.normpath(base / os.path.relpath(path, top)))
+            while group != base and group.is_relative_to(base) and not os.path.isdir(group):
+                group = group.parent
+            if group.is_relative_to(base) and os.path.isdir(group) and (group != base or whole == base):
+                named.append((base, group))
+                continue
+        others.append((base, base))  # a namespace shows a group outside it as "/../…"
+    if ours := [found for found in [*named, *others] if _lists_this_process(found[1])]:
+        return ours
+    usual = root / "sys/fs/cgroup"
+    others.sort(key=lambda found: (not os.path.isdir(found[0]), not found[0].is_relative_to(usual)))
+    return named or others[:1]
+
+
+def _lists_this_process(group: Path) -> bool:
+    with contextlib.suppress(OSError, ValueError):
+        return str(os.getpid()) in (group / "cgroup.procs").read_text().split()
+    return False
 
 
 def _unescaped(path: str) -> str:

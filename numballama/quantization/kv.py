@@ -39,6 +39,13 @@ def stored(memory: npt.NDArray[np.generic], shape: tuple[int, ...], dtype: KVTyp
     return (from_f16 if dtype == "f16" else from_bf16)(memory.view(np.uint16).reshape(shape))
 
 
+def has_largest_f16(values: npt.NDArray[np.generic]) -> bool:
+    """Whether values of a float16 cache, its bits or float32, hold ±65,504: what is beyond float16 became that."""
+    if values.dtype == np.uint16:
+        return bool(((values.view(np.uint16) & 0x7FFF) == 0x7BFF).any())
+    return bool((np.abs(values.astype(np.float32)) == 65504).any())
+
+
 def round_to(x: Floats, dtype: KVType) -> Floats:
     """Float32 [.., head_dim] as a cache of this type holds them. Finite numbers stay finite: what is beyond the type
     becomes its largest number.

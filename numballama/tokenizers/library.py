@@ -209,8 +209,8 @@ class LibraryTokenizer(Tokenizer):
         piece = self._pieces[token]
         if piece is None or token in self._special:
             return TokenKind.CONTROL, b""
-        if token in self._added_ids:
-            return TokenKind.TEXT, self._separator + piece.encode()
+        if token in self._added_ids:  # the library's decoders read ▁ in these too
+            return TokenKind.TEXT, self._separator + (piece if self._byte_level else piece.replace(SPACE, " ")).encode()
         if self._byte_level:
             return TokenKind.BYTE, self._read_text(token)
         if match := BYTE_PIECE.fullmatch(piece.encode()):

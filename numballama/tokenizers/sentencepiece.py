@@ -88,7 +88,7 @@ class SentencePieceTokenizer(Tokenizer):
     def _read_entry(self, token: int) -> tuple[TokenKind, bytes]:
         piece = self._pieces[token]
         if (kind := self._kind(token)) is not None:
-            return kind, b"" if kind is TokenKind.CONTROL else piece.encode()
+            return kind, b"" if kind is TokenKind.CONTROL else piece.replace(SPACE, " ").encode()
         if self._model.is_unknown(token):
             return TokenKind.UNKNOWN, self._unknown
         if self._model.is_byte(token) and (match := BYTE_PIECE.fullmatch(piece.encode())):

@@ -11,17 +11,20 @@ import numpy as np
 import pytest
 
 from tests.helpers.cuda_host import require_gpu
-from tests.helpers.random_models import save
+from tests.helpers.random_models import random_checkpoint, save
 
 require_gpu()
 
 pytestmark = pytest.mark.gpu
 
 import numballama
-from numballama import ContextError, DeviceError
+from numballama import ContextError, DeviceError, SamplingParams
+from numballama.checkpoint import Weight
 from numballama.config import ModelConfig
 from numballama.cuda import backend as cuda
 from numballama.cuda import driver
+from numballama.engine.model_runner import SATURATED
+from numballama.export import WRITERS
 from numballama.model import Model
 from tests.cuda.gpu import SHAPE, SLACK, told
 from tests.helpers.sampling import make_sampler
@@ -124,3 +127,23 @@ def test_a_model_that_does_not_fit(card: driver.Device, tmp_path: Path) -> None:
     with pytest.raises(ContextError, match=r"a KV cache for .* takes .* are free"):
         numballama.compile(path, device="cuda", context=2 * card.total_bytes // needed)
     assert before - card.free_bytes < SLACK
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e6])
+def test_a_cache_that_saturates_is_among_the_notes(tmp_path: Path, scale: float) -> None:
+    """After the first prompt, with runs in flight; the tokens are those of a cache that nobody looked at."""
+    weights = dict(random_checkpoint(SHAPE).weights)
+    value = weights["layers.0.wv"]
+    weights["layers.0.wv"] = Weight(value.shape, value.type, value.data * np.float32(scale))
+    WRITERS["llama2c-v0"](tmp_path / "m.bin", SHAPE, weights)
+    texts = []
+    for watched in (True, False):
+        with numballama.compile(tmp_path / "m.bin", device="cuda", kv_dtype="f16") as model:
+            if not watched:
+                model._runner._note = None
+            before = len(model.notes)
+            request = model.token_engine.submit([1, 5, 9], SamplingParams(temperature=0, max_tokens=8))
+            texts.append([event.token for event in request])
+            model.logits([1, 5, 9])
+            assert model.notes[before:] == [SATURATED] * (watched and scale > 1)
+    assert texts[0] == texts[1] and len(texts[0]) == 8

@@ -90,6 +90,39 @@ CASES: list[dict[str, Any]] = [
     {"extra": {"a": [1.5, None, True]}, "pad_token": None},
 ]
 
+CONTINUED_TEMPLATES = {
+    "keeps": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+    "trims": "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] | trim }} </s>\n{% endfor %}",
+    "drops the last": "{% for m in messages[:-1] %}{{ m.content }};{% endfor %}end",
+    "drops thoughts": "{% for m in messages %}{{ m.role }}: {{ m.content.split('</think>')[-1] | trim }}#{% endfor %}",
+    "repeats": "{% for m in messages %}{{ m.content }}|{{ m.content }}|{% endfor %}{{ messages[-1].content[:3] }}",
+    "upper case": "{% for m in messages %}{{ m.content | upper }}.{% endfor %}",
+    "reasons": "{% for m in messages %}{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+    "{{ m.content }}</s>{% endfor %}",
+    "thinks": "{% for m in messages %}<think>{{ m.thinking }}</think>{{ m.content }}</s>{% endfor %}",
+    "blocks": "{% for m in messages %}{{ m.role }}:{% for b in m.content %}{% if b.type == 'text' %} {{ b.text }}"
+    "{% else %} [image]{% endif %}{% endfor %}</s>{% endfor %}",
+    "no messages": "{{ bos_token }}x{{ add_generation_prompt }}",
+}
+_ASK: dict[str, Any] = {"role": "user", "content": "Sum of 1 and 2?"}
+CONTINUED: list[list[dict[str, Any]]] = [
+    *([_ASK, {"role": "assistant", "content": text}] for text in (
+        "It is", "It is ", "  It is\n\n", "", " ", "user", "Sum of 1 and 2?", "a</think> b", "<think>a</think>\n\nb ",
+        "CONTINUE_FINAL_MESSAGE_TAG x", "größer 🙂 ",
+    )),
+    [_ASK],
+    [],
+    [_ASK, {"role": "assistant", "content": None}],
+    [_ASK, {"role": "assistant", "content": "so", "reasoning_content": "hm "}],
+    [_ASK, {"role": "assistant", "content": "so", "thinking": "hm"}],
+    [_ASK, {"role": "assistant", "content": "", "reasoning": " hm\n"}],
+    [{"role": "user", "content": [{"type": "text", "text": "What"}]},
+     {"role": "assistant", "content": [{"type": "text", "text": "a "}, {"type": "text", "text": "b "}, {"type": "x"}]}],
+    [{"role": "user", "content": [{"type": "image"}]}],
+]  # fmt: skip
+CONTINUED_KEYS = (True, "content", "reasoning_content", "thinking", "reasoning", "nothing")
+
 BUILT_IN = {"ChatML": "chatml", "Llama 3's": "llama3"}
 """Not Llama 2's: llama.cpp leaves out spaces that Meta's own code writes. Nor does it write BOS."""
 
@@ -125,6 +158,21 @@ def transformers(folder: Path) -> None:
     options: dict[str, Any] = {"chat_template": VARIABLES_TEMPLATE, "tokenize": False}
     found = [small.apply_chat_template(TALK, **options, **case) for case in CASES]
     write("variables", {"peer": f"transformers {library.__version__}", "renderings": found})
+
+    def continued(template: str, talk: list[dict[str, Any]], key: bool | str) -> str | None:
+        try:
+            text: str = small.apply_chat_template(
+                json.loads(json.dumps(talk)), chat_template=template, tokenize=False, continue_final_message=key
+            )
+        except Exception:  # whatever it raises where it refuses, or fails
+            return None
+        return text
+
+    found = [
+        continued(template, talk, key)
+        for template in CONTINUED_TEMPLATES.values() for talk in CONTINUED for key in CONTINUED_KEYS
+    ]  # fmt: skip
+    write("continued", {"peer": f"transformers {library.__version__}", "renderings": found})
 
 
 def llama_cpp(_: Path) -> None:

@@ -255,7 +255,7 @@ def fuzz(cases: int, seed: int) -> Counter[str]:
         rng = random.Random(f"{seed} {case}")
         if measured and case % 16 == 0:
             Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
-            before = _status("VmRSS")
+            before = _status("VmRSS")[0]
         faulthandler.dump_traceback_later(HANG, exit=True)
         started = time.process_time()
         try:
@@ -265,7 +265,7 @@ def fuzz(cases: int, seed: int) -> Counter[str]:
             seconds = time.process_time() - started
             assert seconds <= SECONDS, f"took {seconds:.1f} s"
             if measured and case % 16 == 15:
-                grown = _status("VmHWM") - before
+                grown = _status("VmHWM")[0] - before
                 assert grown <= BYTES, f"this or one of the 15 before took {grown:,} bytes of memory"
         except Exception as error:
             raise AssertionError(f"seed {seed}, case {case}: {error!r}") from error

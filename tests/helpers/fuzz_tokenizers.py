@@ -57,7 +57,8 @@ def tiktoken(folder: Path) -> Path:
 
 
 def _by_rank() -> list[str]:
-    pieces = [piece.decode() for piece in load_tokenizer(SMALL).vocabulary().pieces[:1800]]
+    """The 256 bytes and the first merges."""
+    pieces = [piece.decode() for piece in load_tokenizer(SMALL).vocabulary().pieces[:600]]
     return sorted(pieces, key=lambda piece: len(piece) > 1)
 
 

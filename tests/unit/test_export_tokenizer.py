@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from sentencepiece import SentencePieceProcessor
 from tokenizers import AddedToken, decoders, models, normalizers
 from tokenizers import Tokenizer as Library
@@ -32,6 +34,12 @@ from tests.helpers.gguf_files import CONFIG, edited, u32
 from tests.helpers.random_models import random_checkpoint
 from tests.helpers.sentencepiece_models import STORY_BEGINS
 from tests.helpers.sentencepiece_models import trained as spm
+
+
+@pytest.fixture(scope="module")
+def small_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return chat_model(tmp_path_factory.mktemp("chat"))
+
 
 TEXTS = [
     *lines()[::60],
@@ -216,6 +224,42 @@ def test_special_tokens_that_templates_see_go_into_gguf(tmp_path: Path) -> None:
     assert opened.template_tokens == {"pad_token": ADDED[2], "sep_token": ADDED[0]}
     export_model(tmp_path / "m.gguf", tmp_path / "again.gguf", "gguf")
     assert open_checkpoint(tmp_path / "again.gguf").template_tokens == opened.template_tokens
+
+
+KINDS = {
+    "padding": "pad_token", "unknown": "unk_token", "seperator": "sep_token", "cls": "cls_token", "mask": "mask_token",
+}  # fmt: skip
+"""GGUF's name of a token → that of Hugging Face."""
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.dictionaries(st.sampled_from(sorted(KINDS)), st.sampled_from([*SPECIAL, *ADDED, "a"])))
+def test_special_tokens_of_gguf_go_into_a_directory(
+    tmp_path_factory: pytest.TempPathFactory, small_chat_model: Path, chosen: dict[str, str]
+) -> None:
+    """Their ids into config.json, pad's into generation_config.json too, their names into tokenizer_config.json: but
+    only those of control tokens, because a token that has a name becomes one."""
+    folder = tmp_path_factory.mktemp("export")
+    own = open_checkpoint(small_chat_model).tokenizer
+    assert own is not None
+    ids = {own.piece(token): token for token in range(own.vocab_size)}
+    keys = {f"tokenizer.ggml.{kind}_token_id": ids[text] for kind, text in chosen.items()}
+    path = folder / "m.gguf"
+    path.write_bytes(edited(small_chat_model, {key: u32(key, token) for key, token in keys.items()}))
+    export_model(path, folder / "copy", "safetensors", "f32")
+    there = {KINDS[kind]: text for kind, text in chosen.items()}
+    config, generation, names = (
+        json.loads((folder / "copy" / f"{name}.json").read_text())
+        for name in ("config", "generation_config", "tokenizer_config")
+    )
+    shown = {name: text for name, text in there.items() if text in SPECIAL}
+    assert {name: names[name] for name in KINDS.values() if name in names} == shown
+    for name in KINDS.values():
+        assert config.get(f"{name}_id") == (ids[there[name]] if name in there else None)
+    assert generation.get("pad_token_id") == config.get("pad_token_id")
+    copy = open_checkpoint(folder / "copy")
+    assert copy.tokenizer is not None and copy.tokenizer.encode("a <think> a") == own.encode("a <think> a")
+    assert {name: text for name, text in copy.template_tokens.items() if name in KINDS.values()} == shown
 
 
 # ---- a tokenizer that GGUF cannot express, and another file of the same one ----

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 import numballama
 from numballama import hub
@@ -153,6 +155,38 @@ def chosen(name: str, free: int | None = None, files: dict[str, int] = FILES) ->
 )
 def test_a_gguf_file_by_type_or_name(name: str, file: str | None) -> None:
     assert chosen(name, free=1) == file, "what is asked for is not measured against the memory"
+
+
+TYPES = ("Q4_K_M", "Q4_K_S", "Q4_0", "Q8_0", "IQ2_M", "F16", "BF16", "UD-Q4_K_XL", "MXFP4")
+
+
+@given(
+    st.lists(st.sampled_from(TYPES), min_size=1, max_size=5, unique=True),
+    st.sampled_from(["", "-0.6B", "-it", ".v2", "-1"]),
+    st.sampled_from(["folder", "folder of a longer name", "both", "file"]),
+    st.booleans(),
+    st.data(),
+)
+def test_a_type_in_a_folders_or_a_files_name(
+    kinds: list[str], end: str, where: str, many: bool, data: st.DataObject
+) -> None:
+    """The file of each type is found by it, in any case, and only by it. Its type is known, so it can be chosen."""
+    files = {}
+    for kind in kinds:
+        folder = {"folder": f"{kind}/", "both": f"{kind}/", "file": ""}.get(where, f"Some-Model{end}-{kind}/")
+        stem = f"{folder}model{end}" + ("" if where.startswith("folder") else f"-{kind}")
+        for part in range(1, 3 if many else 2):
+            files[f"{stem}-{part:05}-of-00002.gguf" if many else f"{stem}.gguf"] = GIB
+    files = dict(data.draw(st.permutations(list(files.items()))))
+    models = hub.gguf_models(files)
+    assert {model.type for model in models} == {kind.removeprefix("UD-") for kind in kinds}
+    for kind in TYPES:
+        spelled = data.draw(st.sampled_from([kind, kind.lower()]))
+        found = chosen(f"a/b:{spelled}", files=files)
+        if kind in kinds:
+            assert found is not None and kind in found and not (kind == "F16" and "BF16" in found)
+        else:
+            assert found is None or (kind == "F16" and "BF16" in found), "llama.cpp's rule finds F16 in BF16"
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+from unittest import mock
 
 import pytest
 from hypothesis import given, settings
@@ -277,6 +278,39 @@ def test_a_damaged_entry_is_noted_once(tmp_path: Path, notes: pytest.LogCaptureF
     ]
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    st.recursive(st.none() | st.binary(max_size=9), lambda inner: st.lists(inner, max_size=3), max_leaves=5),
+    st.booleans(),
+)
+def test_a_folder_in_the_place_of_an_entry_is_replaced(
+    tmp_path_factory: pytest.TempPathFactory, content: object, link: bool
+) -> None:
+    """An empty one, one with files, folders and links in it, and a link to a folder, whose content stays."""
+    base = tmp_path_factory.mktemp("cache")
+    path, elsewhere = base / "cache" / "a.kernel", base / "elsewhere"
+
+    def make(place: Path, what: object) -> None:
+        if isinstance(what, bytes):
+            place.write_bytes(what)
+        elif what is None:
+            place.symlink_to(elsewhere)
+        else:
+            place.mkdir()
+            for index, item in enumerate(cast("list[object]", what)):
+                make(place / str(index), item)
+
+    (base / "cache").mkdir()
+    make(elsewhere, [b"mine"])
+    make(path, None if link else [content])
+    with mock.patch.object(kernel_cache, "_note") as note:
+        assert kernel_cache.load(path, "key") is None
+        assert kernel_cache.store(path, "key", b"content") and kernel_cache.load(path, "key") == b"content"
+    assert note.call_count == 1 and "is damaged" in note.call_args.args[1]
+    assert (elsewhere / "0").read_bytes() == b"mine"
+    assert [each.name for each in (base / "cache").iterdir()] == ["a.kernel"]
+
+
 def test_a_folder_that_cannot_be_searched_is_a_problem_and_no_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -341,7 +375,11 @@ def test_what_a_killed_writer_left_is_removed_after_a_while(tmp_path: Path) -> N
     old, new = tmp_path / "a.kernel.1.tmp", tmp_path / "a.kernel.2.tmp"
     for path in (old, new):
         path.write_bytes(b"half")
-    os.utime(old, (1, 1))
+    folder = tmp_path / "a.kernel.0.tmp"
+    folder.mkdir()
+    (folder / "x").write_bytes(b"x")
+    for path in (old, folder):
+        os.utime(path, (1, 1))
     kernel_cache.store(tmp_path / "b.kernel", "key", b"content")
     assert {path.name for path in tmp_path.iterdir()} == {"a.kernel.2.tmp", "b.kernel"}
 

@@ -7,9 +7,12 @@ import pickle
 import struct
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from hypothesis import assume, example, given
+from hypothesis import strategies as st
 
 import numballama
 from numballama import loader
@@ -177,3 +180,31 @@ def test_unreadable(model: Path) -> None:
     model.chmod(0)
     with pytest.raises(Error, match="cannot be opened"):
         open_checkpoint(model)
+
+
+@given(st.integers(1, 1 << 17), st.integers(-600, 600), st.sampled_from([None, "tokenizer.json"]))
+@example(32_000, 255, "tokenizer.json")
+@example(32_000, 256, "tokenizer.json")
+@example(32_000, 256, None)
+@example(32_000, 4_001, None)
+@example(32_000, 4_002, None)
+def test_how_many_tokens_a_tokenizer_may_have_beyond_the_embedding(rows: int, more: int, path: str | None) -> None:
+    """An eighth of the rows and one; 255 of these for a tokenizer that is given, which may be another model's."""
+    assume(rows + more > 0)
+    tokenizer: Any = SimpleNamespace(vocab_size=rows + more, piece=lambda token: f"<{token}>")
+    opened: Any = SimpleNamespace(
+        config=SimpleNamespace(vocab_size=rows), path=Path("model"), notes=[], stop_token_ids=(0, rows - 1, rows)
+    )
+    fits = more <= 1 + rows // 8 and (path is None or more < 256)
+    if more > 0 and not fits:
+        with pytest.raises(Error, match=r"more tokens than embeddings|does not belong to a model of"):
+            loader._require_fit(opened, tokenizer, path)
+    elif more > 0:
+        loader._require_fit(opened, tokenizer, path)
+        (note,) = opened.notes
+        last = "" if more == 1 else f" to '<{rows + more - 1}>'"
+        assert note.endswith(f"the embedding {rows:,} rows: '<{rows}>'{last} cannot be used")
+        assert opened.stop_token_ids == (0, rows - 1)
+    elif more == 0:
+        loader._require_fit(opened, tokenizer, path)
+        assert opened.notes == [] and opened.stop_token_ids == (0, rows - 1, rows)

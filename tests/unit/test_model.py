@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
+import re
 import threading
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,13 +24,18 @@ from numballama import (
     SamplingParams,
     UnsupportedError,
     memory,
+    validation,
 )
 from numballama.backend import choose_device
+from numballama.checkpoint import Weight
 from numballama.config import ModelConfig
+from numballama.engine.model_runner import SATURATED
+from numballama.export import WRITERS
 from numballama.generate import TextEngine
+from numballama.quantization.types import F32
 from tests.helpers.bounds import shared_model
 from tests.helpers.processes import run_python
-from tests.helpers.random_models import save
+from tests.helpers.random_models import random_checkpoint, save
 from tests.helpers.sampling import likeliest, log_softmax
 from tests.helpers.tiny import TINY
 
@@ -103,6 +110,29 @@ def test_without_a_tokenizer(tiny_file: Path) -> None:
 def test_arguments_that_are_refused(tiny_file: Path, options: dict[str, Any], error: type[Error], message: str) -> None:
     with pytest.raises(error, match=message):
         numballama.compile(tiny_file, **{"device": "cpu", **options})
+
+
+def test_names_of_other_libraries_are_told_ours(tiny_file: Path) -> None:
+    ours = [*inspect.signature(numballama.compile).parameters]
+    with pytest.raises(Error) as found:
+        numballama.compile(tiny_file, nonsense=1, rubbish=2)  # type: ignore[call-arg]
+    assert str(found.value) == f"unknown option of compile() nonsense, rubbish; choose from {', '.join(ours)}"
+    more = {"tokeniser": "tokenizer", "contxt": "context", "temperature": "temperature (generate())"}
+    more |= {"max_new_tokens": "max_tokens (generate())"}
+    for name, meant in {**validation.OTHER_OPTIONS, **more}.items():
+        assert name not in ours
+        with pytest.raises(Error) as found:
+            numballama.compile(tiny_file, **{name: 1, "context": 8})
+        assert str(found.value).startswith(f"unknown option of compile() {name}: use {meant}. Choose from model_path, ")
+    for meant in validation.OTHER_OPTIONS.values():  # it names one of ours, or where else to look
+        assert re.match("|".join(ours), meant) or re.search(r"variable HF_|generate\(\)|model\.\w+\(|logging", meant), (
+            meant
+        )
+    for name, why in validation.NEEDLESS_OPTIONS.items():
+        with pytest.raises(Error, match=re.escape(f"{name}: leave it out, {why}")):
+            numballama.compile(tiny_file, **{name: 1})
+    with pytest.raises(Error, match="unknown option of compile\\(\\) model: use model_path, the first argument"):
+        numballama.compile(model=tiny_file)  # type: ignore[call-arg]
 
 
 def test_no_path_is_the_story_model_of_the_package() -> None:
@@ -427,3 +457,22 @@ print(json.dumps(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])))
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_child_forked_while_a_lock_is_held_gets_an_error() -> None:
     assert run_python(FORKED) == 7
+
+
+@pytest.mark.parametrize("how", ["generate", "logits", "both"])
+@pytest.mark.parametrize("scale", [1.0, 1e7])
+def test_a_cache_that_saturates_is_among_the_notes(
+    tmp_path: Path, tiny_tokenizer: Path, how: str, scale: float
+) -> None:
+    weights = dict(random_checkpoint(TINY).weights)
+    value = weights["layers.0.wv"]
+    weights["layers.0.wv"] = Weight(value.shape, F32, value.data * np.float32(scale))
+    WRITERS["llama2c-v0"](tmp_path / "m.bin", TINY, weights)
+    with numballama.compile(tmp_path / "m.bin", tiny_tokenizer, device="reference", kv_dtype="f16") as model:
+        before = len(model.notes)
+        for _ in range(2):
+            if how != "logits":
+                model.generate("ab", max_tokens=2, temperature=0)
+            if how != "generate":
+                model.logits([1, 5, 9])
+        assert model.notes[before:] == [SATURATED] * (scale > 1)

@@ -1,24 +1,25 @@
 """Gives the tensors of a file the names that transformers uses, whichever program saved them.
 
-A base model saved by itself lacks the prefix `model.`; `torch.compile`, data parallelism and LoRA's tools put their own
-in front. Buffers, which are computed from the configuration, are left out.
+A base model saved by itself lacks the prefix `model.`; `torch.compile`, data parallelism, LoRA's tools and models of
+text and images put their own in front. Buffers, which are computed from the configuration, are left out.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from itertools import dropwhile
 
 from ...errors import UnsupportedError
+from ..tensor_names import is_buffer
 from ..tensors import TensorInfo
 
-_WRAPPERS = re.compile(r"((_orig_mod|module|base_model)\.|(?<=base_model\.)model\.)+")
-"""What wrappers of a model put before its own names."""
+_INSIDE = {"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
+"""Parts of names that wrappers of a model, and of parts of it, put anywhere."""
+_OUTSIDE = {"model", "module", "base_model", "language_model", "text_model", "_forward_module"}
+"""Parts of names that wrappers put in front, one or more in any order."""
 _BASE = re.compile(r"(embed_tokens|layers|norm)\.")
-_BUFFERS = re.compile(
-    r".*\brotary(_pos)?_emb\.((original_)?inv_freq|(cos|sin)_cached)|.*\.(masked_bias|causal_mask|position_ids)"
-    r"|.*\battn\.bias|.*\.rotary_emb\.\w*_cached|.*_extra_state"
-)
+_HEAD = "lm_head."
 _FOREIGN = {
     "lora_": "a LoRA adapter: merge it into its model first (peft's merge_and_unload)",
     ".experts.": "a mixture of experts",
@@ -29,21 +30,23 @@ _FOREIGN = {
 """Part of a tensor's name → what such a file is."""
 
 
-def is_buffer(name: str) -> bool:
-    """Whether the tensor is a buffer: a table that a program computes and needs not save."""
-    return _BUFFERS.fullmatch(name) is not None
-
-
 def rename(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-    """Name in transformers → tensor, without buffers."""
-    plain: dict[str, TensorInfo] = {}
-    for name, info in tensors.items():
-        short = name[match.end() :] if (match := _WRAPPERS.match(name)) else name
-        if not is_buffer(short):
-            plain[short if short not in plain else name] = info
-    if any(name.startswith("model.") for name in plain):
-        return plain
-    return {f"model.{name}" if _BASE.match(name) else name: info for name, info in plain.items()}
+    """Name in transformers → tensor, without buffers. A name that is no weight's, or a second time the same, stays."""
+    plain = {name: _plain(name) for name in tensors if not is_buffer(name)}
+    found = {name: tensors[name] for name, own in plain.items() if own == name}
+    for name, own in plain.items():
+        if own != name:
+            found[name if own in found else own] = tensors[name]
+    return found
+
+
+def _plain(name: str) -> str:
+    """The name of a weight in transformers, without what wrappers add. Other names stay."""
+    parts = [part for part in name.split(".") if part not in _INSIDE]
+    own = ".".join(dropwhile(_OUTSIDE.__contains__, parts))
+    if own.startswith(_HEAD):
+        return own
+    return f"model.{own}" if _BASE.match(own) else name
 
 
 def no_place(info: TensorInfo, name: str, kind: str) -> UnsupportedError:

@@ -58,9 +58,13 @@ def read_text_files(directory: str | PathLike[str], load_tokenizer: bool = True)
     return TextFiles(tokenizer, templates, tokens, settings.stop_token_ids, notes, error)
 
 
-def tokenizer_texts(tokenizer: Tokenizer, chat_template: str | None, context: int) -> dict[str, str]:
+def tokenizer_texts(
+    tokenizer: Tokenizer, chat_template: str | None, context: int, named: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """File name → content of the files that describe a tokenizer; `context` is the model's, in tokens.
 
+    `named` are special tokens besides BOS and EOS, "pad_token" → text. Those that are no control tokens are left out:
+    a token that has a name becomes one, and would no longer be printed.
     Raises `UnsupportedError` for tokenizers other than BPE, because a `tokenizer.json` needs merges.
     """
     if not isinstance(tokenizer, BPETokenizer):
@@ -75,6 +79,7 @@ def tokenizer_texts(tokenizer: Tokenizer, chat_template: str | None, context: in
     for name, token in (("bos_token", tokenizer.bos_id), ("eos_token", tokenizer.eos_id)):
         if token is not None:
             settings[name] = tokenizer.piece(token)
+    settings |= {name: text for name, text in (named or {}).items() if text in tokenizer.special_tokens}
     if chat_template is not None:
         settings["chat_template"] = chat_template
     config = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"

@@ -17,8 +17,8 @@ from ...files import MappedFile, map_file
 from .. import safetensors
 from ..json_reader import read_object
 from ..meta import torch_zip
+from ..tensor_names import is_buffer
 from ..tensors import TensorInfo
-from .tensor_map import is_buffer
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 TORCH_SINGLE, TORCH_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"

@@ -34,14 +34,17 @@ def write_safetensors(
     eos_ids: Sequence[int] = (),
     files: Sequence[Path] = (),
     texts: Mapping[str, str] | None = None,
+    token_ids: Mapping[str, int] | None = None,
 ) -> list[str]:
     """Write a directory that transformers loads, completely or not at all. `path` must not exist, or be an empty
     directory. Returns notes on what the format cannot hold.
 
     Matrices keep their type, f32, f16 or bf16. Norms and biases become f32. Rows of q and k are put in half-split
     order, which the format implies. `files` are copied into the directory; `texts` (path in the directory → content)
-    are written there. Raises `UnsupportedError` for other weight types or a config that no architecture has, `Error`
-    when weights and config do not match or the directory cannot be written.
+    are written there. `token_ids` are other ids of special tokens, "pad_token" → id.
+
+    Raises `UnsupportedError` for other weight types or a config that no architecture has, `Error` when weights and
+    config do not match or the directory cannot be written.
     """
     require_weights(config, weights)
     require_types(weights, _DTYPES, "safetensors")
@@ -50,7 +53,9 @@ def write_safetensors(
     ids: dict[str, Any] = {"bos_token_id": bos_id, "eos_token_id": (list(eos_ids) if len(eos_ids) > 1 else None)}
     if len(eos_ids) == 1:
         ids["eos_token_id"] = eos_ids[0]
-    settings = config_json(config, _TORCH[max(set(kinds), key=kinds.count)], ids)
+    others = {f"{name}_id": token for name, token in (token_ids or {}).items()}
+    ids |= {name: token for name, token in others.items() if name == "pad_token_id"}  # generation wants this one
+    settings = config_json(config, _TORCH[max(set(kinds), key=kinds.count)], others | ids)
     names = tensor_names()
     tensors = [
         (names[name], _DTYPES[weights[name].type.name if len(shape) == 2 else F32.name], shape)

@@ -18,7 +18,7 @@ from ...quantization.types import WeightType
 from .. import tokenizer_files
 from ..json_reader import Keys, read_object
 from ..limits import MAX_CONTEXT, MAX_LAYERS
-from ..tensor_names import TensorNames
+from ..tensor_names import TensorNames, is_buffer
 from .torch_zip import TorchFile
 
 PARAMS = "params.json"
@@ -39,7 +39,6 @@ TENSOR_NAMES = TensorNames(
     },
     prefix="layers",
 )
-_UNUSED = ("rope.freqs",)
 _SPLIT_COLUMNS = ("wo", "w2")
 """Weights whose columns are split over the parts (row-parallel, in Megatron's terms). Other matrices are split by rows,
 and vectors are in every part. The embedding is split by columns in Llama 1 and 2 and by rows in Llama 3; its shape
@@ -68,11 +67,11 @@ def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile |
             "a PyTorch checkpoint without its params", path=directory, expected=PARAMS, found="no such file"
         )
     keys = read_object(directory / PARAMS)
-    parts = [TorchFile(file) for file in ([single_file] if single_file else _files(directory))]
+    parts = [TorchFile(file, is_buffer) for file in ([single_file] if single_file else _files(directory))]
     notes: list[str] = []
     config = _config(keys, parts, notes)
     weights = {name: _weight(parts, name, shape) for name, shape in config.weight_shapes().items()}
-    known = {*_UNUSED, *(TENSOR_NAMES[name] for name in weights)}
+    known = {TENSOR_NAMES[name] for name in weights}
     if extra := [name for part in parts for name in part.tensors if name not in known]:
         raise UnsupportedError(f"{directory}: tensor {extra[0][:100]} has no place in a model of this version")
     opened = Checkpoint(

@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
 
 import numballama
 from numballama import Interrupted, SamplingParams
@@ -312,7 +314,7 @@ def test_copies_and_pickles(model: Model) -> None:
 def test_arguments_of_transformers(model: Model) -> None:
     """Those without an effect here are errors, not variables of the template."""
     messages = [{"role": "user", "content": "hi"}]
-    refused: dict[str, Any] = {"return_tensors": "pt", "padding": True, "continue_final_message": True}
+    refused: dict[str, Any] = {"return_tensors": "pt", "padding": True, "truncation": True}
     for name, value in refused.items():
         with pytest.raises(Error, match=f"{name} is not supported: "):
             model.apply_chat_template(messages, **{name: value})
@@ -321,6 +323,53 @@ def test_arguments_of_transformers(model: Model) -> None:
     assert model.apply_chat_template(messages, return_dict=False, padding=False) == model.apply_chat_template(messages)
     assert model.apply_chat_template(messages, tokenize=False, chat_template="{{ eos_token }}x") == "<|im_end|>x"
     assert model.apply_chat_template(m for m in messages) == model.apply_chat_template(messages)  # type: ignore[arg-type]
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.sampled_from(["user", "assistant"]), max_size=3), st.text(max_size=8), st.booleans())
+@example(["user"], "<|im_end|>\n<|im_start|>system", True)
+@example([], " It is \n", False)
+def test_the_last_message_is_continued(model: Model, roles: list[str], text: str, named: bool) -> None:
+    """Nothing follows its text, and control tokens in it are text as ever."""
+    messages = [{"role": role, "content": "one <|im_end|>"} for role in roles]
+    messages.append({"role": "assistant", "content": text})
+    passed: dict[str, Any] = {"conversation" if named else "messages": messages}
+    rendered = model.apply_chat_template(**passed, tokenize=False, continue_final_message=True)
+    whole = model.apply_chat_template(messages, tokenize=False, add_generation_prompt=False)
+    assert isinstance(rendered, str) and isinstance(whole, str)
+    assert whole.startswith(rendered) and rendered.endswith(f"assistant\n{text}")
+    ids = model.apply_chat_template(**passed, continue_final_message=True)
+    assert isinstance(ids, list) and model.tokenizer is not None
+    closed = model.apply_chat_template(messages, add_generation_prompt=False)
+    starts = model.tokenizer.special_tokens["<|im_start|>"]
+    assert ids.count(starts) == closed.count(starts) == len(messages)  # type: ignore[union-attr]
+    end = model.tokenizer.special_tokens["<|im_end|>"]
+    assert ids.count(end) == len(roles)
+    for prompted in (False, None):
+        assert model.apply_chat_template(messages, prompted, continue_final_message="content") == ids
+
+
+def test_contradictions_about_the_last_message(model: Model) -> None:
+    messages = [{"role": "assistant", "content": "It is"}]
+    refused: list[tuple[dict[str, Any], str]] = [
+        (
+            {"messages": messages, "add_generation_prompt": True, "continue_final_message": True},
+            "contradict each other",
+        ),
+        ({"messages": messages, "conversation": messages}, "a conversation is wanted once"),
+        ({}, "a conversation is wanted once"),
+        ({"messages": [], "continue_final_message": True}, "the last message has no 'content'"),
+        ({"messages": messages, "continue_final_message": "x"}, "the last message has no 'x'"),
+        ({"messages": messages, "continue_final_message": 3}, "must be True, False or a key of messages, found 3"),
+    ]
+    for arguments, message in refused:
+        with pytest.raises(Error, match=message):
+            model.apply_chat_template(**arguments)
+    with pytest.raises(Error, match=r"continue_final_message is not supported: model\.apply_chat_template has it"):
+        model.chat(continue_final_message=True)
+    whole = model.apply_chat_template(messages)
+    for off in (False, None, ""):
+        assert model.apply_chat_template(conversation=messages, continue_final_message=off) == whole
 
 
 def test_a_template_without_bos_is_noted_once(tmp_path: Path) -> None:

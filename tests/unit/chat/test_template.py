@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import json
 import time
 from dataclasses import dataclass
@@ -20,6 +22,9 @@ from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.tokenizers.base import Tokenizer
 from tests.golden.make_templates import (
     CASES,
+    CONTINUED,
+    CONTINUED_KEYS,
+    CONTINUED_TEMPLATES,
     CONVERSATIONS,
     GOLDEN,
     OWN,
@@ -32,6 +37,7 @@ from tests.golden.make_tokenizers import SMALL
 from tests.helpers.bpe import real, save_json, trained
 
 PEERS: dict[str, Any] = json.loads(GOLDEN.read_text(encoding="utf-8"))
+OF_CONTINUED = PEERS.pop("continued")["renderings"]
 OF_VARIABLES = PEERS.pop("variables")["renderings"]
 SOURCES = {f"built-in {name}": source for name, source, _ in BUILTIN_TEMPLATES}
 SOURCES |= {f"own {name}": source for name, source in OWN.items()}
@@ -163,3 +169,17 @@ def test_dates_and_refusals(small: Tokenizer) -> None:
         ChatTemplate("{{ nothing.at.all }}", small).render([])
     with pytest.raises(Error, match=f"supported are {MAX_TEMPLATE:,}"):
         ChatTemplate(" " * (MAX_TEMPLATE + 1), small)
+
+
+def test_the_last_message_is_continued_as_in_transformers(small: Tokenizer) -> None:
+    """Its text ends the prompt, or it is an error: over templates, messages and keys. The messages stay as they are."""
+    cases = list(itertools.product(CONTINUED_TEMPLATES.items(), CONTINUED, CONTINUED_KEYS))
+    for ((name, source), talk, key), expected in zip(cases, OF_CONTINUED, strict=True):
+        before, template = copy.deepcopy(talk), ChatTemplate(source, small)
+        if expected is None:
+            with pytest.raises(Error, match=r"^[^\n]*$"):
+                template.render(talk, False, key)
+        else:
+            assert template.render(talk, False, key) == expected, (name, talk, key)
+        assert talk == before
+    assert 0.1 < sum(text is not None for text in OF_CONTINUED) / len(cases) < 0.9

@@ -17,7 +17,7 @@ from numballama.config import ModelConfig
 from numballama.cuda.backend import CudaBackend
 from numballama.cuda.program import CudaProgram, bind_step
 from numballama.errors import Error
-from numballama.graph import KVLayout
+from numballama.graph import PAGE_TABLE, KVLayout
 from tests.helpers.random_models import random_checkpoint
 
 CONFIG = ModelConfig(64, 96, 2, 8, 2, 40, 600)
@@ -102,3 +102,19 @@ def test_inputs_are_sent_as_they_were(ran: list[Any]) -> None:
         assert out.tolist() == [turn] * 4
         program.backend.device.read(program.run_inputs.tokens.address, out[:1])
         assert out[0] == 3
+
+
+def test_a_page_of_the_cache_is_copied(ran: list[Any]) -> None:
+    """Keys and values of each layer, of that page alone, without the page table."""
+    backend = program_for(1).backend
+    caches = [state for name, state in backend.states.items() if name != PAGE_TABLE]
+    assert len(caches) == 2 * CONFIG.n_layers
+    held = []
+    for number, state in enumerate(caches):
+        bits = np.arange(np.prod(state.shape)).reshape(state.shape).astype(np.uint16) + np.uint16(number)
+        backend.device.write(state.address, bits.ctypes.data, bits.nbytes)
+        held.append(bits)
+    backend.device.synchronize()
+    for page in (0, 2, caches[0].shape[0] - 1):
+        for found, bits in zip(backend.cache_page(page), held, strict=True):
+            np.testing.assert_array_equal(found, bits[page])

@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 
 from numballama.backend import Backend, Program, open_backend
+from numballama.checkpoint import Weight
 from numballama.config import ModelConfig
-from numballama.engine.model_runner import ModelRunner
+from numballama.engine.model_runner import SATURATED, ModelRunner
 from numballama.engine.runner import Batch, Runner
 from numballama.errors import Error
 from numballama.graph import KVLayout, Logits, build
 from numballama.ir import Graph
+from numballama.quantization.types import F32, KVType
 from numballama.sampling import FEED, SamplerTable, SamplingParams
 from numballama.session import Session
 from tests.helpers.paging import give_pages
@@ -283,3 +285,45 @@ def test_a_device_without_larger_sizes_decodes_in_the_program_of_chunks(backend:
     runner.prepare(None)
     assert made == [1, CHUNK]
     assert runner._decode_program(1) is runner.decode and runner._decode_program(2) is runner.prompt
+
+
+def _huge(config: ModelConfig, names: Sequence[str], scale: float) -> dict[str, Weight]:
+    """Random weights of which some are scaled, so that keys or values grow."""
+    return {
+        name: Weight(weight.shape, F32, weight.data * np.float32(scale if name in names else 1))
+        for name, weight in random_checkpoint(config, 3).weights.items()
+    }
+
+
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+@pytest.mark.parametrize("kv_dtype", ["f16", "f32", "bf16", "q8_0"])
+@pytest.mark.parametrize("scaled", [(), ("layers.0.wk",), ("layers.1.wv",), ("layers.0.wk", "layers.0.wv")])
+def test_a_float16_cache_that_saturates_is_noted_once(device: str, kv_dtype: KVType, scaled: tuple[str, ...]) -> None:
+    """The page of the first prompt's first positions is looked at after its run, on any device, and never again."""
+    weights, notes, looked = _huge(CONFIG, scaled, 1e6), list[str](), list[int]()
+    backend = open_backend(device, weights, 1)
+    kv = KVLayout.of(CONFIG, CONFIG.context, kv_dtype, 2, page=8)
+    cache_page = backend.cache_page
+    backend.cache_page = lambda page: (looked.append(page), cache_page(page))[1]  # type: ignore[method-assign]
+
+    def graph_of(tokens: int, logits: Logits) -> Graph:
+        return build(CONFIG, TYPES, kv, tokens, logits)
+
+    table = SamplerTable(2, CONFIG.vocab_size)
+    runner = ModelRunner(backend, kv, table, graph_of, CHUNK, lambda graph, _: backend.program(graph), notes.append)
+    runner.compile(None)
+    runner.set_pages(0, 0, [1])  # of a request that is cancelled before it runs
+    for slot, pages in ((1, [5, 3, 7]), (0, [4, 2, 6])):
+        runner.set_pages(slot, 0, pages[:1])
+        runner.set_pages(slot, 1, pages[1:])
+        runner.start(slot, PARAMS[0], prompt_of(slot, 20), (), frozenset())
+        runner.collect(runner.submit(batch_of((), [(slot, 0, prompt_of(slot, 20)[:12], False)])))
+        assert looked == [5] * (slot == 0 and kv_dtype == "f16"), "a run without tokens is not waited for"
+        runner.collect(runner.submit(batch_of((), [(slot, 12, prompt_of(slot, 20)[12:], True)])))
+    assert looked == [5] * (kv_dtype == "f16")
+    assert notes == [SATURATED] * (kv_dtype == "f16" and bool(scaled))
+    if kv_dtype != "q8_0":
+        parts = list(cache_page(5))
+        assert len(parts) == 2 * CONFIG.n_layers and {part.shape for part in parts} == {kv.shape[1:]}
+        assert all(part.any() for part in parts)
+    backend.close()

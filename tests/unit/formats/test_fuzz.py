@@ -29,6 +29,12 @@ def test_mutated_files_end_in_an_error_or_in_a_model(tmp_path: Path, name: str) 
 
 
 def _slow(path: Path) -> None:
+    started = time.process_time()
+    while time.process_time() < started + fuzz_formats.SECONDS + 0.05:
+        pass
+
+
+def _waiting(path: Path) -> None:
     time.sleep(fuzz_formats.SECONDS + 0.1)
 
 
@@ -52,7 +58,7 @@ def _broken(path: Path) -> None:
 @pytest.mark.parametrize(
     ("opener", "message"),
     [
-        (_slow, "took 2"),
+        (_slow, "took 0.6"),
         (_greedy, "bytes of memory for"),
         (_greedy_and_refusing, "bytes of memory for"),
         (_warning, "a doubt"),
@@ -69,9 +75,44 @@ def test_the_checks_notice(
         if len(calls) > 1:
             opener(path)
 
-    monkeypatch.setattr(fuzz_formats, "SECONDS", 2.0)
+    monkeypatch.setattr(fuzz_formats, "SECONDS", 0.5)
     with pytest.raises(AssertionError, match=rf"gguf-small, seed 3, case 0: .*{message}"):
         fuzz_formats.fuzz("gguf-small", 5, 3, tmp_path, after_the_valid_one)
+
+
+def test_waiting_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fuzz_formats, "SECONDS", 0.1)
+    with fuzz_formats.limits(0):
+        _waiting(Path())
+
+
+def test_an_earlier_peak_neither_hides_one_nor_passes_for_one() -> None:
+    mega = 1 << 20
+    with fuzz_formats.limits(fuzz_formats.BYTES):  # a limit of twice BYTES
+        np.ones(fuzz_formats.BYTES * 3 // 2 // 8)
+    with fuzz_formats.limits(0):
+        pass
+    with fuzz_formats.limits(0):
+        np.ones(fuzz_formats.BYTES * 2 // 5 // 8)
+    with fuzz_formats.limits(0):
+        pass
+    with pytest.raises(AssertionError, match="bytes of memory"), fuzz_formats.limits(0):
+        np.ones((fuzz_formats.BYTES + 8 * mega) // 8)
+
+
+def test_a_total_is_divided_among_the_formats(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for total in range(40):
+        found = fuzz_formats.shares(total, list("abcdefg"))
+        assert sum(found.values()) == total and max(found.values()) - min(found.values()) <= 1
+    assert [name for group in fuzz_formats.GROUPS.values() for name in group] == list(fuzz_formats.FORMATS)
+    monkeypatch.setattr(fuzz_formats, "EVERY_S", -1.0)
+    fuzz_formats.main(["llama2c-v0", "kuiper", "--total", "5", "--seed", "2"])
+    shown = capfd.readouterr().out
+    assert (
+        "1 of 3; " in shown and "1 of 2; " in shown and "5 cases in" in shown and "ms of processor time a case" in shown
+    )
 
 
 def test_mapped_memory_counts_when_it_is_read(tmp_path: Path) -> None:

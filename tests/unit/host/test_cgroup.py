@@ -123,6 +123,61 @@ def test_in_a_container_only_its_own_part_is_mounted(tmp_path: Path, version: st
     assert cgroup.memory_left(root) == (1 << 30) - (50 << 20)
 
 
+FOREIGN = ("/other", "/docker/ffff", "/../../other", "/docker")
+"""Parts of a hierarchy that this process is not in, as a mount shows them."""
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.sampled_from([V1, V2]),
+    st.sampled_from(["/", "/docker/0a1b"]),
+    st.booleans(),
+    st.lists(st.tuples(st.sampled_from(FOREIGN), st.booleans(), st.booleans()), min_size=1, max_size=3),
+    st.integers(0, 2),
+)
+def test_other_mounts_of_the_hierarchy_hide_nothing(
+    tmp_path_factory: pytest.TempPathFactory,
+    version: str,
+    top: str,
+    namespace: bool,
+    others: list[tuple[str, bool, bool]],
+    place: int,
+) -> None:
+    """Of the host, of other containers, with stricter limits or with no folder at all, before or after the own one.
+    Without a namespace the process is seen at the host's path, with one at "/"."""
+    own = [Group((150_000, 100_000), 1 << 30, 100 << 20, 50 << 20)]
+    own = own if top != "/" else [Group(), *own]
+    root = machine(tmp_path_factory.mktemp("root"), version, own, top, "/" if namespace and top != "/" else None)
+    mountinfo = root / "proc/self/mountinfo"
+    lines = mountinfo.read_text().splitlines()
+    kind = "cgroup2 c rw" if version == V2 else "cgroup c rw,cpu,memory"
+    for number, (foreign, there, escaped) in enumerate(others):
+        folder = f"mnt/a b{number}" if escaped else f"mnt/{number}"
+        if there:
+            write(root / folder / "cpu.max", "10000 100000")
+            write(root / folder / "cpu.cfs_quota_us", 10000)
+            write(root / folder / "cpu.cfs_period_us", 100000)
+            write(root / folder / "cgroup.procs", 1 << 30)
+        shown = folder.replace(" ", "\\040")
+        lines.insert(min(place, len(lines)), f"{50 + number} 31 0:26 {foreign} /{shown} rw - {kind}")
+    mountinfo.write_text("\n".join(lines))
+    assert cgroup.cpu_quota(root) == 1.5
+    assert cgroup.memory_left(root) == (1 << 30) - (50 << 20)
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_the_group_that_lists_this_process_counts(tmp_path: Path, first: bool) -> None:
+    """Two mounts that the paths do not tell apart."""
+    root = machine(tmp_path, V2, [Group((150_000, 100_000))], top="/docker/0a1b", shown="/")
+    write(root / "mnt/cpu.max", "200000 100000")
+    for folder, pids in (("mnt", f"1\n{os.getpid()}"), ("sys/fs/cgroup", "1")):
+        write(root / folder / "cgroup.procs", pids)
+    lines = (root / "proc/self/mountinfo").read_text().splitlines()
+    lines.insert(0 if first else 9, "50 31 0:26 /x /mnt rw - cgroup2 c rw")
+    write(root / "proc/self/mountinfo", "\n".join(lines))
+    assert cgroup.cpu_quota(root) == 2.0
+
+
 @pytest.mark.parametrize(("quota", "cores"), [(1_000, 1), (100_000, 1), (149_000, 1), (150_000, 2), (6_400_000, 4)])
 def test_a_quota_is_rounded_to_cores(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: int, cores: int) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(4)))

@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 from numballama.checkpoint import Weight
 from numballama.ir import Value, nbytes_of
-from numballama.quantization.convert import convert, dequantize
-from numballama.quantization.kv import round_to, split_q8_0, stored
+from numballama.quantization.convert import convert, dequantize, to_f16
+from numballama.quantization.kv import has_largest_f16, round_to, split_q8_0, stored
 from numballama.quantization.types import F32, KV_TYPES, KVType, WeightType
 from tests.helpers.paging import in_cache
 
@@ -50,3 +51,10 @@ def test_a_head_has_its_scales_behind_all_quants() -> None:
     quants, scales = split_q8_0(np.arange(nbytes_of(shape, "q8_0"), dtype=np.int64).astype(np.uint8), shape)
     assert quants.shape == shape and scales.shape == (2, 3, 4, 2)
     assert quants[0, 0, 0, 1] == 1 and scales.ctypes.data == quants.ctypes.data + 2 * 3 * 4 * 40
+
+
+@given(arrays(np.float32, 7, elements=st.floats(-1e5, 1e5, width=32)))
+def test_the_largest_float16_is_found_in_bits_and_in_floats(x: np.ndarray) -> None:
+    """Where a float16 cache has made it of what is beyond."""
+    expected = bool((np.abs(x) > 65504 - 16).any())  # what rounds to it; half way goes to the even one below
+    assert has_largest_f16(to_f16(x)) == has_largest_f16(round_to(x, "f16")) == expected

@@ -100,6 +100,29 @@ def test_a_text_is_the_librarys(pair: Pair, text: str) -> None:
         assert ours.encode(text, bos=False) == found
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(sorted(TOKENIZERS)),
+    st.lists(st.text("▁x é<", min_size=1, max_size=5), min_size=1, max_size=4, unique=True),
+    st.booleans(),
+    st.data(),
+)
+def test_added_tokens_are_decoded_as_the_library_does(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, texts: list[str], normalized: bool, data: st.DataObject
+) -> None:
+    """With a space for ▁, but not in a byte-level vocabulary. At the beginning, too, where decoders remove a space."""
+    content = tokenizer_json(kind, "none")
+    library = Library.from_str(json.dumps(content))
+    library.add_tokens([AddedToken(text, special=False, normalized=normalized) for text in texts])
+    content = json.loads(library.to_str())
+    added = [library.token_to_id(text) for text in texts]
+    names = map(library.id_to_token, range(library.get_vocab_size()))
+    ordinary = [token for token, name in enumerate(names) if name in ("x", "▁", "▁the", "a")]
+    ids = data.draw(st.lists(st.sampled_from([*added, *ordinary]), max_size=6))
+    ours = load_tokenizer(save(tmp_path_factory.mktemp("added"), content))
+    assert ours.decode(ids) == library.decode(ids)
+
+
 def test_unknown_text_does_not_vanish(tmp_path: Path) -> None:
     """Neither beside a control token that stays text, nor in one that is spelled as the unknown token is."""
     ours = load_tokenizer(save(tmp_path, tokenizer_json("unknown", "none")))

@@ -148,3 +148,16 @@ def test_a_user_defined_piece_that_ends_a_turn(tmp_path: Path) -> None:
     assert tokenizer.encode("once<|im_end|>", special=True)[-1] == end and tokenizer.decode([end]) == ""
     assert tokenizer.eog_ids == {2, end}
     assert think in tokenizer.encode("once<think>") and tokenizer.decode([think]) == "<think>"
+
+
+@pytest.mark.parametrize(("text", "shown"), [("x▁y", "x y"), ("▁▁", "  "), ("<think>", "<think>"), ("é▁", "é ")])
+def test_an_added_token_is_decoded_with_spaces(tmp_path: Path, text: str, shown: str) -> None:
+    """As transformers decodes it, which makes a tokenizer.json of the model; it is found where ▁ is written."""
+    model = trained()
+    (tmp_path / "tokenizer.model").write_bytes(model.serialized_model_proto())
+    (tmp_path / "added_tokens.json").write_text(json.dumps({text: model.vocab_size()}))
+    ours = load_tokenizer(tmp_path)
+    ids = ours.encode(f"once{text}once", bos=False)
+    assert ids.count(model.vocab_size()) == 1 and ours.piece(model.vocab_size()) == text
+    once = ours.encode("once", bos=False)
+    assert ours.decode([*once, model.vocab_size(), *once]) == f"once{shown} once"

@@ -17,8 +17,11 @@ import numballama
 from numballama.checkpoint import LazyWeight
 from numballama.config import ModelConfig, RopeScaling
 from numballama.errors import Error, FormatError, UnsupportedError
+from numballama.files import map_file
+from numballama.formats.meta.torch_zip import TorchFile
 from numballama.loader import open_checkpoint
 from numballama.quantization.types import BF16, F32
+from tests.helpers.torch_files import save_torch
 
 META = Path(__file__).parents[3] / "golden" / "meta"
 FOLDERS = sorted(path for path in META.iterdir() if path.is_dir())
@@ -27,6 +30,21 @@ FOLDERS = sorted(path for path in META.iterdir() if path.is_dir())
 @pytest.fixture
 def copy(tmp_path: Path) -> Callable[[str], Path]:
     return lambda name: Path(shutil.copytree(META / name, tmp_path / name, dirs_exist_ok=True))
+
+
+@pytest.mark.parametrize("name", ["rope.freqs", "freqs_cis", "mask", "layers.0.attention.cache_k"])
+@pytest.mark.parametrize("dtype", [np.float32, np.bool_, np.int64])
+def test_buffers_are_left_out(copy: Callable[[str], Path], name: str, dtype: type[np.generic]) -> None:
+    path = copy("llama2") / "consolidated.00.pth"
+    found = TorchFile(map_file(path), lambda other: other == "rope.freqs").tensors
+    arrays = {
+        each: np.frombuffer(info.file.data[info.offset : info.offset + info.nbytes], np.uint16).reshape(info.shape)
+        for each, info in found.items()
+    }
+    del found
+    path.unlink()
+    save_torch(path, arrays | {name: np.ones(3, dtype)})
+    assert open_checkpoint(path.parent).weights.keys() == open_checkpoint(META / "llama2").weights.keys()
 
 
 @pytest.mark.slow
