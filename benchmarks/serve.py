@@ -2,7 +2,7 @@
 
 python benchmarks/serve.py ours=http://127.0.0.1:8000 llama.cpp=http://127.0.0.1:8080 [--clients 1 4 8] [--out FILE]
 
-Each round runs every server in turn. Closed loop: so many clients, each sends its next request when the last answer has
+Each round runs every server in turn. Closed loop: each of N clients sends its next request when its last answer has
 ended. With `--rate X` requests arrive at random instead (Poisson, X a second), whoever is still busy. Requests are
 streamed chat completions, greedy, of prompts that differ from the first word, so no cache helps. Tokens are those of
 `usage`. Times are of the client, in ms: the first token counts from the moment at which the request is written.
@@ -23,6 +23,8 @@ from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+import numpy as np
 
 from numballama.bench.benchmark import machine
 from numballama.files import atomic_write
@@ -125,8 +127,7 @@ def figures(answers: Sequence[Answer]) -> dict[str, Any]:
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    return {f"p{p}": ordered[min(int(p / 100 * len(ordered)), len(ordered) - 1)] for p in (50, 90, 99)}
+    return {f"p{p}": float(np.quantile(values, p / 100)) for p in (50, 90, 99)}
 
 
 def main() -> None:

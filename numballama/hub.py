@@ -88,7 +88,7 @@ class GgufModel:
     size: int
     """Bytes of all parts; 0 if unknown."""
     type: str
-    """The end of its name or, if that is no type, of its folder's, in capital letters: "Q4_K_M"; "" without any."""
+    """Its type in upper case ("Q4_K_M"), from the end of its name, else of its folder's; "" without one."""
 
 
 def is_id(name: str) -> bool:

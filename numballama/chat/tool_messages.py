@@ -17,9 +17,9 @@ def tool_messages(
     """OpenAI's messages as templates of Hugging Face read them.
 
     Arguments of calls are mappings, not JSON text. A message with calls has a content, "" where it had none. A result's
-    content is text, and its "name" is the called function. With `short_ids`, ids of calls have 9 letters and digits:
-    Mistral's templates refuse others; equal ids stay equal. With `one_call_each`, a message with several calls becomes
-    several messages, each with its result behind it: Llama 3's templates refuse several calls.
+    content is text, and its "name" is the called function. With `short_ids`, ids of calls are 9 alphanumeric
+    characters: Mistral's templates refuse others; equal ids stay equal. With `one_call_each`, a message with several
+    calls becomes several messages, each with its result behind it: Llama 3's templates refuse several calls.
 
     The messages given are not changed. Raises `Error` that names the place, for calls that are none, or whose arguments
     are no JSON object.
@@ -88,7 +88,7 @@ def _result(place: str, message: dict[str, Any], names: Mapping[str, str], short
 
 
 def _short(given: str) -> str:
-    """An id of 9 letters and digits: the same for the same id."""
+    """An id of 9 alphanumeric characters: the same for the same id."""
     if len(given) == 9 and given.isalnum() and given.isascii():
         return given
     return hashlib.sha256(given.encode(errors="replace")).hexdigest()[:9]

@@ -80,14 +80,12 @@ class RemoteChat:
             with contextlib.closing(self._chunks(connection, body)) as chunks:
                 for chunk in chunks:
                     for choice in _maps(chunk.get("choices")):
-                        delta = choice.get("delta")
-                        part = delta.get("content") if isinstance(delta, Mapping) else None
-                        ended = choice.get("finish_reason") in ("stop", "length")
+                        part, ended = _text(choice), choice.get("finish_reason") in ("stop", "length")
                         if ended:
                             turn.finish_reason, turn.stop_reason = choice["finish_reason"], choice.get("stop_reason")
-                        if ended or (isinstance(part, str) and part):
+                        if part or ended:
                             self._messages, self.turn = [*history, answer], turn
-                        if isinstance(part, str) and part:
+                        if part:
                             first = first or time.perf_counter()
                             answer["content"] += part
                             yield Delta(part)
@@ -97,7 +95,7 @@ class RemoteChat:
         except http.client.HTTPException as error:
             raise Error(f"{self._url} does not answer as a web server: {error!r:.200}") from None
         finally:
-            connection.close()  # a server ends an answer that nobody reads
+            connection.close()  # which cancels what is left of the answer
 
     def _chunks(self, connection: http.client.HTTPConnection, body: Mapping[str, Any]) -> Chunks:
         """The JSON objects that a server sends as events."""
@@ -131,6 +129,13 @@ class RemoteChat:
 
 def _maps(found: object) -> list[Mapping[str, Any]]:
     return [each for each in found if isinstance(each, Mapping)] if isinstance(found, list) else []
+
+
+def _text(choice: Mapping[str, Any]) -> str:
+    """The text in a choice of a chunk; "" if it has none."""
+    delta = choice.get("delta")
+    part = delta.get("content") if isinstance(delta, Mapping) else None
+    return part if isinstance(part, str) else ""
 
 
 def _count(turn: Turn, usage: object, first: float) -> None:

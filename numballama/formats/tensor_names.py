@@ -36,5 +36,5 @@ _BUFFERS = re.compile(
 
 
 def is_buffer(name: str) -> bool:
-    """Whether a tensor is a buffer, such as a table for RoPE, a mask or a cache: a program computes it anew."""
+    """Whether a tensor is a buffer (a table for RoPE, a mask, a cache), which is computed and not loaded."""
     return _BUFFERS.fullmatch(name) is not None

@@ -61,7 +61,7 @@ CASES: list[tuple[ModelConfig, str, str, Any, bool]] = [
 
 def cases_for(arguments: Sequence[str]) -> list[tuple[ModelConfig, str, str, Any, bool]]:
     """Cases of a command line: all for sm_90. Before, every kernel too, but fewer types (`gemm_cases.OLDER`)."""
-    kinds = {"f32", *kinds_of(arguments, (kind for _, kind, *_ in CASES))}
+    kinds = kinds_of(arguments, (kind for _, kind, *_ in CASES))
     return [case for case in CASES if case[1] in kinds or case[4]]
 
 

@@ -379,7 +379,7 @@ def not_finite(machine: Any, kind: str) -> float:
 Case = tuple[str, int, Callable[[Any], float]]
 
 
-OLDER = {"7.5": ("f16", "bf16", "q4_k"), "8.0": ("f16",)}
+OLDER = {"7.5": ("f32", "f16", "bf16", "q4_k"), "8.0": ("f32", "f16")}
 """Types of weights that are tried for cards before sm_90: what tensor cores read there differs. A block of another type
 is decoded by the same instructions as on sm_90. `all` as an argument tries every type there too."""
 
@@ -391,20 +391,20 @@ def kinds_of(arguments: Sequence[str], kinds: Iterable[str]) -> tuple[str, ...]:
 
 
 def cases(kinds: Container[str]) -> list[Case]:
-    """All cases of these types: (name, tokens of the run, check)."""
+    """All cases of these types, of weights or of the KV cache: (name, tokens of the run, check)."""
     made: list[Case] = []
 
-    def add(name: str, tokens: int, check: Callable[..., float], *arguments: Any, **named: Any) -> None:
-        made.append((name, tokens, lambda machine: check(machine, *arguments, tokens=tokens, **named)))
+    def add(name: str, tokens: int, check: Callable[..., float], kind: str, *arguments: Any, **named: Any) -> None:
+        if kind in kinds:
+            made.append((name, tokens, lambda machine: check(machine, kind, *arguments, tokens=tokens, **named)))
 
-    for kind in (kind for kind in ("f16", "bf16", "f32", "q8_0", "q4_0", "int8") if kind in kinds):
+    for kind in ("f16", "bf16", "f32", "q8_0", "q4_0", "int8"):
         add(f"linear {kind}", 18, linear, kind, 20, 96, 136, residual=False, normed=False)
         add(f"norm_linear {kind}", 12, linear, kind, 12, 64, 40, residual=False, normed=True)
         add(f"gate_up {kind}", 9, gate_up, kind, 10, 128, 72, normed=True)
-    if "q4_1" in kinds:
-        add("linear q4_1", 18, linear, "q4_1", 20, 96, 136, residual=False, normed=False)
-        add("norm_linear q4_1", 12, linear, "q4_1", 12, 64, 40, residual=False, normed=True)
-    for kind in (kind for kind in ("q4_k", "q6_k") if kind in kinds):
+    add("linear q4_1", 18, linear, "q4_1", 20, 96, 136, residual=False, normed=False)
+    add("norm_linear q4_1", 12, linear, "q4_1", 12, 64, 40, residual=False, normed=True)
+    for kind in ("q4_k", "q6_k"):
         add(f"linear {kind}", 18, linear, kind, 20, 256, 136, residual=True, normed=False)
         add(f"norm_linear {kind}, some of the last record", 12, linear, kind, 12, 1280, 40, residual=False, normed=True)
         add(f"gate_up {kind}", 9, gate_up, kind, 10, 768, 72, normed=True)
@@ -412,8 +412,7 @@ def cases(kinds: Container[str]) -> list[Case]:
     add("linear bf16, more steps than stages", 30, linear, "bf16", 30, 712, 132, residual=True, normed=False)
     add("linear f16, odd sizes", 11, linear, "f16", 11, 37, 10, residual=True, normed=False)
     add("linear f32, odd sizes", 70, linear, "f32", 75, 37, 131, residual=True, normed=False)
-    if "int8" in kinds:
-        add("linear int8, odd groups", 9, linear, "int8", 12, 36, 20, residual=False, normed=True, group=12)
+    add("linear int8, odd groups", 9, linear, "int8", 12, 36, 20, residual=False, normed=True, group=12)
     add("linear, a run of few tokens", 2, linear, "f16", 300, 64, 130, residual=False, normed=False)
     add("gate_up f16, odd sizes", 10, gate_up, "f16", 10, 40, 67, normed=False)
     for kind, heads, head_dim, interleaved, cache in (
@@ -421,8 +420,6 @@ def cases(kinds: Container[str]) -> list[Case]:
         ("q4_1", (2, 1), 64, 0, "f16"), ("f16", (2, 1), 128, 1, "f32"), ("f32", (2, 1), 32, 0, "f16"),
         ("f16", (1, 1), 160, 0, "f16"),
     ):  # fmt: skip
-        if kind not in kinds:
-            continue
         add(f"qkv {kind}, heads of {head_dim}", 21, qkv_rope, kind, 23, 64, heads, head_dim, interleaved, cache)
     once, two = [0] * 70, [0] * 40 + [1] * 30
     for cache in ("f16", "bf16"):

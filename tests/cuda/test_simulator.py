@@ -74,11 +74,11 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     cases = [line for line in listed.splitlines() if line.startswith(f"{FOLDER}/") and "::" in line]
     assert {case.partition("[")[0] for case in cases} == {f"{FOLDER}/{test}" for test in selected}, listed
     folder = tmp_path_factory.mktemp("simulator")
-    reports = [folder / f"{core}.xml" for core in range(PROCESSES)]
+    reports = [folder / f"{part}.xml" for part in range(PROCESSES)]
     processes = [
-        start("--tb=short", f"--junitxml={report}", *cases[core::PROCESSES])
-        for core, report in enumerate(reports)
-        if cases[core::PROCESSES]
+        start("--tb=short", f"--junitxml={report}", *cases[part::PROCESSES])
+        for part, report in enumerate(reports)
+        if cases[part::PROCESSES]
     ]
     found: dict[str, list[str]] = {}
     try:

@@ -29,7 +29,7 @@ class CallText:
 
 
 CALL_ID = "\0"
-"""Stands in a `CallText` for an id of 9 letters and digits."""
+"""Stands in a `CallText` for an id of 9 alphanumeric characters."""
 
 
 def build(

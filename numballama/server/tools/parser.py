@@ -32,7 +32,7 @@ class Dialect:
     named: bool = False
     """As in `CallReader`, after a marker."""
     short_ids: bool = False
-    """Ids of calls are 9 letters and digits, as Mistral's templates want. Otherwise they are "call_" and 24."""
+    """Ids of calls are 9 alphanumeric characters, as Mistral's templates want. Otherwise "call_" and 24."""
 
 
 _SPACES = 16
