@@ -11,7 +11,7 @@ from ..files import MappedFile
 from .base import BYTE_PIECE, MAX_VOCAB, SPACE, PieceType, Strip, Tokenizer, TokenKind, Vocabulary
 from .eog import EOG_NAMES, not_eog
 from .partition import AddedToken, Partition
-from .sentencepiece_proto import message_bytes, message_fields
+from .sentencepiece_proto import known_fields, message_bytes, message_fields
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor
@@ -103,15 +103,15 @@ class SentencePieceTokenizer(Tokenizer):
         scores: list[float] = []
         types: list[int] = []
         specs: dict[int, dict[int, Any]] = {_TRAINER: {}, _NORMALIZER: {}}
-        for number, value in message_fields(self._model.serialized_model_proto()):
+        for number, value in known_fields(self._model.serialized_model_proto(), dict.fromkeys(_FIELDS, bytes)):
             if number == _PIECE:
-                entry: dict[int, Any] = dict(message_fields(value))
+                entry: dict[int, Any] = dict(known_fields(value, _FIELDS[number]))
                 kind, piece = entry.get(3, PieceType.NORMAL), entry.get(1, b"")
                 pieces.append(piece.replace(SPACE.encode(), b" ") if kind == PieceType.USER_DEFINED else piece)
                 scores.append(entry.get(2, 0.0))
                 types.append(kind)
-            elif number in specs:
-                specs[number] |= message_fields(value)
+            else:
+                specs[number] |= known_fields(value, _FIELDS[number])
         for token in range(len(pieces), self.vocab_size):
             pieces.append(self._pieces[token].encode() or f"[PAD{token}]".encode())
             scores.append(0.0)
@@ -141,6 +141,12 @@ class SentencePieceTokenizer(Tokenizer):
 # 24 treat_whitespace_as_suffix. NormalizerSpec: 2 precompiled_charsmap, 3 add_dummy_prefix,
 # 4 remove_extra_whitespaces, 5 escape_whitespaces (3 to 5 are true by default).
 _PIECE, _TRAINER, _NORMALIZER = 1, 2, 3
+_FIELDS: dict[int, dict[int, type]] = {
+    _PIECE: {1: bytes, 2: float, 3: int},
+    _TRAINER: {3: int, 24: int},
+    _NORMALIZER: {2: bytes, 3: int, 4: int, 5: int},
+}
+"""Message → number of a field that is read → its type."""
 
 
 def _observe_strip(model: SentencePieceProcessor) -> Strip:
@@ -191,13 +197,13 @@ def changed_model(
     fields: list[tuple[int, int | float | bytes]] = []
     token = 0
     for number, value in message_fields(data):
-        if number == _PIECE:
+        if number == _PIECE and isinstance(value, bytes):
             if token in control:
                 value = message_bytes(
                     [*(pair for pair in message_fields(value) if pair[0] != 3), (3, PieceType.CONTROL)]
                 )
             token += 1
-        elif number == _NORMALIZER and add_dummy_prefix is not None:
+        elif number == _NORMALIZER and isinstance(value, bytes) and add_dummy_prefix is not None:
             kept = [pair for pair in message_fields(value) if pair[0] != 3]
             value = message_bytes([*kept, (3, int(add_dummy_prefix))])
         fields.append((number, value))

@@ -5,7 +5,7 @@ and the normalisation of text, nor change them; both are fields of its `ModelPro
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ..errors import FormatError
@@ -46,6 +46,14 @@ def message_fields(message: bytes) -> Iterator[tuple[int, Any]]:
             )
         data, at = message[at : at + length], at + length
         yield number, data if wire == _BYTES else struct.unpack("<f" if wire == _I32 else "<d", data)[0]
+
+
+def known_fields(message: bytes, types: Mapping[int, type]) -> Iterator[tuple[int, Any]]:
+    """The fields of a message that have a number and type of `types`.
+
+    Others are unknown: protobuf, too, skips a field whose wire type is not that of its number.
+    """
+    return ((number, value) for number, value in message_fields(message) if isinstance(value, types.get(number, ())))
 
 
 def field_bytes(number: int, value: int | float | bytes) -> bytes:

@@ -13,6 +13,8 @@ from sentencepiece import SentencePieceProcessor
 
 from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.tokenizers.base import Tokenizer
+from numballama.tokenizers.sentencepiece import SentencePieceTokenizer, changed_model
+from numballama.tokenizers.sentencepiece_proto import message_bytes
 from tests.helpers.sentencepiece_models import PAIRS, Pair, load, trained
 
 words = st.lists(
@@ -161,3 +163,21 @@ def test_an_added_token_is_decoded_with_spaces(tmp_path: Path, text: str, shown:
     assert ids.count(model.vocab_size()) == 1 and ours.piece(model.vocab_size()) == text
     once = ours.encode("once", bos=False)
     assert ours.decode([*once, model.vocab_size(), *once]) == f"once{shown} once"
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_a_field_of_another_type_is_unknown(data: st.DataObject) -> None:
+    """As in the library, whose protobuf skips it: at the top, and in the trainer's and the normalizer's part."""
+    number = data.draw(st.integers(1, 5))
+    extra = message_bytes([(number, data.draw(st.integers(0, 9) | st.floats(0, 1, width=32)))])
+    proto = trained().serialized_model_proto() + extra
+    for part, field in ((2, (3, b"x")), (3, (4, b"x"))):  # numbers that are texts
+        if data.draw(st.booleans()):
+            proto += message_bytes([(part, message_bytes([field]))])
+    model = SentencePieceProcessor()
+    model.LoadFromSerializedProto(proto)
+    plain, own = SentencePieceTokenizer(trained()).vocabulary(), SentencePieceTokenizer(model).vocabulary()
+    assert own == plain
+    last = len(plain.pieces) - 1
+    assert not model.is_control(last) and changed_model(proto, control=[last]).is_control(last)
