@@ -379,7 +379,7 @@ def not_finite(machine: Any, kind: str) -> float:
 Case = tuple[str, int, Callable[[Any], float]]
 
 
-OLDER = {"7.5": ("f32", "f16", "bf16", "q4_k"), "8.0": ("f32", "f16")}
+OLDER = {"7.5": ("f32", "f16", "bf16", "q4_k"), "8.0": ("f32", "f16", "q8_0")}
 """Types of weights that are tried for cards before sm_90: what tensor cores read there differs. A block of another type
 is decoded by the same instructions as on sm_90. `all` as an argument tries every type there too."""
 
