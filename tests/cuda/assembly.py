@@ -3,13 +3,11 @@
     python -m tests.cuda.assembly 9.0 out.json
 
 A process compiles for one capability, so test_assembly.py starts this three times. The result is a list of kernels
-with the assembler's report and the opcodes of their PTX. The opcodes are stored beside the machine code in the
-package's cache, for kernels that come from there.
+with the assembler's report and the opcodes of their PTX.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 import sys
@@ -21,6 +19,7 @@ from numballama.config import ModelConfig
 from numballama.cuda.launch import Specialization
 from numballama.graph import KVLayout
 from tests.cuda.gemm_cases import kinds_of
+from tests.cuda.kept_ptx import compiled
 from tests.helpers.cuda_host import HostDevice, converted, graph_of, install
 from tests.helpers.random_models import random_checkpoint
 
@@ -78,35 +77,20 @@ def main(arguments: Sequence[str]) -> None:
     major, _, minor = arguments[0].partition(".")
     capability, out = (int(major), int(minor)), Path(arguments[1])
     from numballama.cuda import backend as cuda
-    from numballama.cuda import compiler
 
     found: dict[Specialization, dict[str, Any]] = {}
-    ptx_of: dict[str, str] = {}
-    to_ptx = compiler.to_ptx
-
-    def remembering(kernel: Specialization, capability: tuple[int, int]) -> str:
-        ptx_of["last"] = to_ptx(kernel, capability)
-        return ptx_of["last"]
 
     def compile_kernel(kernel: Specialization, capability: tuple[int, int], cache: Path | None) -> Any:
-        code = compiler.compile_kernel(kernel, capability, cache)
+        code, ptx = compiled(kernel, capability)
         if kernel not in found:
-            assert cache is not None
-            text = f"{kernel} {kernel.threads} {capability}"
-            beside = cache / f"{kernel.name}-{hashlib.sha256(text.encode()).hexdigest()[:24]}.opcodes"
-            if not code.cached:
-                beside.write_text(json.dumps(opcodes(ptx_of.pop("last"))))
-            elif not beside.is_file():  # it was compiled by something else than this test
-                beside.write_text(json.dumps(opcodes(to_ptx(kernel, capability))))
             found[kernel] = {
                 "kernel": kernel.name, "kinds": list(kernel.types), "threads": kernel.threads,
                 "registers": code.registers, "stack": code.stack_bytes, "local": code.local_bytes,
                 "cached": code.cached, "blocks": getattr(kernel.function.py_func, "min_blocks_per_sm", 1),
-                "bytes": len(code.machine), "opcodes": json.loads(beside.read_text()),
+                "bytes": len(code.machine), "opcodes": opcodes(ptx),
             }  # fmt: skip
         return code
 
-    compiler.to_ptx = remembering
     HostDevice.shared_limit = 227 << 10  # as of sm_90: with less, tiles of some sizes are not used
     install(compile_kernel=compile_kernel, capability=capability)
     ops = set()

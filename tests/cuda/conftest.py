@@ -52,7 +52,7 @@ def card() -> Device:
 def exact_kernels() -> Iterator[None]:
     """Linear layers of few tokens by `gemv`, whose results are as close to the reference's as float32 allows.
 
-    Tensor cores round activations to 16 bits: test_gemm.py has their bounds.
+    Tensor cores round activations to 16 bits: test_tensor_cores.py has their bounds.
     """
     from numballama.cuda.ops import gemm, linear
 

@@ -26,6 +26,7 @@ from numballama.kernel_cache import cuda_cache_directory
 from numballama.quantization.convert import convert
 from numballama.quantization.types import F32
 from tests.cuda.emulator import Memory, Program, from_16, round_16, run
+from tests.cuda.kept_ptx import compiled
 from tests.helpers.bounds import U, as_weight
 from tests.helpers.paging import shuffled_table
 
@@ -80,14 +81,12 @@ class Emulated:
         return self.memory.get(array.address, array.shape, dtype)
 
     def execute(self, launches: Sequence[Any]) -> None:
-        from numballama.cuda import compiler
         from numballama.cuda.launch import Array
 
         for launch in launches:
             key = launch.specialization
             if key not in self.programs:
-                ptx = compiler.to_ptx(key, self.capability)
-                code = compiler.assemble(ptx, self.capability)
+                code, ptx = compiled(key, self.capability)
                 older = self.capability < (9, 0)  # test_assembly.py has their limits
                 lean = (".kernels.gemm", ".kernels.prefill_attention", *(() if older else (".kernels.skinny",)))
                 if key.source[0].endswith(lean):

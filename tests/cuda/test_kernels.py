@@ -1,6 +1,6 @@
 """Single operators, and some that a fusion joins, on a GPU against the NumPy reference: random shapes and types.
 
-Kernels for more tokens than `gemm.FEW` have tests of their own in test_gemm.py, and run in test_models.py.
+Kernels for more tokens than `gemm.FEW` have tests of their own in test_tensor_cores.py, and run in test_models.py.
 """
 
 # ruff: noqa: E402
