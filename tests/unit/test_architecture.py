@@ -59,7 +59,9 @@ ORDER = """
     export inspection
     bench: traffic debug profiler trace benchmark
     model
-    cli: streams args doctor inspect generate chat bench export main
+    server: settings errors protocol params http metrics service generation logprobs call completions chat_core chat \
+            responses messages tokens answers openapi guard app run
+    cli: streams args doctor inspect generate chat serve bench export main
     __main__
 """
 """The flow, from left to right: a module imports only modules before it.
