@@ -40,6 +40,10 @@ class Call:
 
         Raises `ApiError`.
         """
+        vocabulary = self.service.model.config.vocab_size
+        if outside := [token for token in params.logit_bias or {} if token >= vocabulary]:
+            message = f"logit_bias: token {outside[0]} is outside the vocabulary of {vocabulary:,} tokens"
+            raise ApiError(message, param="logit_bias", code="invalid_value")
         salts = [salt for salt in (self.salt, request.cache_salt) if salt is not None]
         return await Generation.start(
             self.service,

@@ -57,7 +57,7 @@ class ApiError(Exception):
         return found | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
 
 
-_BRANCHES = {"str", "int", "float", "bool", "none", "model-fields"}
+_BRANCH = re.compile(r"(constrained-)?(str|int|float|bool|none|model-fields)|[A-Z]\w+|.*[\[({].*", re.DOTALL)
 
 
 def invalid_request(error: ValidationError) -> ApiError:
@@ -81,9 +81,7 @@ def invalid_request(error: ValidationError) -> ApiError:
 
 def _place(location: tuple[int | str, ...]) -> list[str]:
     """A location without the names of a union's branches, which pydantic adds to it."""
-    return [
-        str(step) for step in location if isinstance(step, int) or not (step in _BRANCHES or set(step) & set("[({"))
-    ]
+    return [str(step) for step in location if isinstance(step, int) or not _BRANCH.fullmatch(step)]
 
 
 _FIELD = re.compile(r"^([a-z_]+)(?= (?:must|is not supported)|:)")

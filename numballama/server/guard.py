@@ -74,7 +74,7 @@ class Guard:
         """Which key the request has. All are compared, each in constant time. Raises `ApiError` 401."""
         kind, _, bearer = headers.get("authorization", "").partition(" ")
         given = bearer.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")
-        found = [hmac.compare_digest(given.encode(), key) for key in self._keys]
+        found = [hmac.compare_digest(given.encode("latin-1"), key) for key in self._keys]
         if True not in found:
             what = "wrong" if given else "missing: send it as `Authorization: Bearer …` or X-Api-Key"
             raise ApiError(f"the API key is {what}", 401, code="invalid_api_key")

@@ -245,7 +245,7 @@ class Generation(Request):
     ) = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Stop | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_BIASES)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_BIASES // 2)] | None = None
     ignore_eos: bool | None = None
     min_tokens: Count | None = None
     max_tokens: Count | None = None

@@ -82,7 +82,7 @@ class Service:
         """One request at a time has the logits of its whole prompt in memory."""
         self._model: Model | None = None
         self._engine: TextEngine | None = None
-        self._admission = Admission(0, 1, 0)
+        self.admission = Admission(0, 1, 0)
         self._pool = ThreadPoolExecutor(THREADS, "numballama server")
 
     def ready(self, model: Model) -> None:
@@ -91,7 +91,7 @@ class Service:
         at_once = model.max_sequences
         waiting = 4 * at_once if settings.queue_sequences is None else settings.queue_sequences
         tokens = 4 * model.kv.tokens if settings.queue_tokens is None else settings.queue_tokens
-        self._admission = Admission(at_once + waiting, at_once, tokens)
+        self.admission = Admission(at_once + waiting, at_once, tokens)
         engine = model.engine()
         engine.__enter__()
         self.metrics.begin(settings.model_name or model.path.name)
@@ -141,7 +141,7 @@ class Service:
 
     def enter(self, sequences: int, tokens: int) -> Ticket:
         """Let a request in, see `Admission`."""
-        return self._admission.enter(sequences, tokens)
+        return self.admission.enter(sequences, tokens)
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
         """The result of a function, called in a thread: the event loop must not wait for a tokenizer or a template."""
