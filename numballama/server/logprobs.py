@@ -97,7 +97,7 @@ def prompt_logprobs(logits: np.ndarray, ids: Sequence[int], top: int) -> list[To
         rows -= rows.max(axis=1, keepdims=True)
         rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
         for row, token in zip(rows, ids[start + 1 : start + 1 + len(rows)], strict=True):
-            best = np.argpartition(-row, top)[:top] if 0 < top < len(row) else range(top)
+            best = np.argpartition(-row, top)[:top] if 0 < top < len(row) else range(min(top, len(row)))
             likeliest = sorted(((int(other), float(row[other])) for other in best), key=lambda one: (-one[1], one[0]))
             found.append(TokenLogprobs(float(row[token]), likeliest))
     return found

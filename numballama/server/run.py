@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("numballama.server")
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "[::1]")
+CANCELLED_WITHIN_S = 2
+"""Seconds that uvicorn gives requests which are still running after the time to drain."""
 LOADED_WITHIN_S = 5
 """After a signal: seconds that a model which is being loaded may take before the process ends without it."""
 
@@ -100,7 +102,7 @@ def serve(
     listener = listen(address)
     app = create_app(None, settings)
     service: Service = app.state.service
-    server = Server(_config(app, address, settings), service)
+    server = Server(server_config(app, address), service)
     found: list[Model] = []
     errors: list[BaseException] = []
     url = address_of(listener, address)
@@ -133,7 +135,7 @@ def serve(
         raise errors[0]
 
 
-def _config(app: object, address: Address, settings: Settings) -> uvicorn.Config:
+def server_config(app: object, address: Address) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
         log_config=None,
@@ -141,7 +143,7 @@ def _config(app: object, address: Address, settings: Settings) -> uvicorn.Config
         server_header=False,
         ws="none",
         proxy_headers=False,
-        timeout_graceful_shutdown=max(int(settings.drain_s), 1),
+        timeout_graceful_shutdown=CANCELLED_WITHIN_S,
         ssl_certfile=address.tls_certificate,
         ssl_keyfile=address.tls_key,
     )

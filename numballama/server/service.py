@@ -32,8 +32,8 @@ LOADING, DRAINING = "the model is being loaded", "the server is shutting down"
 class Admission:
     """Counts what has been let in, and refuses more than the limits."""
 
-    def __init__(self, sequences: int, at_once: int, tokens: int) -> None:
-        self.limit, self.at_once, self.token_limit = sequences, at_once, tokens
+    def __init__(self, sequences: int, slots: int, tokens: int) -> None:
+        self.limit, self.slots, self.token_limit = sequences, slots, tokens
         self.sequences = self.tokens = 0
         """Sequences of requests that have not ended; prompt tokens of those that wait for their first answer."""
 
@@ -42,7 +42,7 @@ class Admission:
         full = self.sequences >= self.limit
         if full or (self.tokens and self.tokens + tokens > self.token_limit):
             what = "requests" if full else "prompt tokens"
-            wait_s = 1 + min(self.sequences // self.at_once, 59)
+            wait_s = 1 + min(self.sequences // self.slots, 59)
             raise ApiError(f"too many {what} wait: try again later", 429, code="queue_full", retry_after=wait_s)
         return Ticket(self, sequences, tokens)
 
@@ -88,10 +88,10 @@ class Service:
     def ready(self, model: Model) -> None:
         """The model is loaded: start its engine's thread, and answer requests from now on."""
         settings = self.settings
-        at_once = model.max_sequences
-        waiting = 4 * at_once if settings.queue_sequences is None else settings.queue_sequences
+        slots = model.max_sequences
+        waiting = 4 * slots if settings.queue_sequences is None else settings.queue_sequences
         tokens = 4 * model.kv.tokens if settings.queue_tokens is None else settings.queue_tokens
-        self.admission = Admission(at_once + waiting, at_once, tokens)
+        self.admission = Admission(slots + waiting, slots, tokens)
         engine = model.engine()
         engine.__enter__()
         self.metrics.begin(settings.model_name or model.path.name)

@@ -15,7 +15,7 @@ from typing import Any
 from numballama.engine.stats import EngineStats
 from numballama.model import Model
 from numballama.server.app import create_app
-from numballama.server.run import Address, Server, _config, listen
+from numballama.server.run import Address, Server, listen, server_config
 from numballama.server.service import Service
 from numballama.server.settings import Settings
 
@@ -133,7 +133,7 @@ def serving(model: Model | None, settings: Settings | None = None) -> Iterator[R
     address = Address(port=0)
     listener = listen(address)
     app = create_app(model, settings)
-    server = Server(_config(app, address, settings), app.state.service)
+    server = Server(server_config(app, address), app.state.service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

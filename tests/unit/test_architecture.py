@@ -325,6 +325,10 @@ TESTED_ELSEWHERE = {
     "tests/kernels/cpu/test_kernels_int8.py: products beside ggml's": "cpu.vecdot_int8",
     "tests/unit/cli/test_bench.py, bench/test_profiler.py: what the command prints": "bench.benchmark",
     "tests/unit/cli/test_main.py: in a process of its own": "__main__",
+    "tests/unit/server/test_app.py: around every request": """
+        server.call server.generation server.guard server.metrics server.service server.settings
+    """,
+    "tests/unit/server/test_*.py: what the server answers is compared with them": "server.answers",
 }
 """Where the tests of modules are that have no test file of their name. A star stands for any name."""
 

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from numballama.model import Model
-from numballama.server.app import GETS, POSTS
 from numballama.server.answers import ErrorAnswer
+from numballama.server.app import GETS, POSTS
 from numballama.server.settings import Settings
 from tests.helpers.http_server import LONG, Running, eventually, read_until, serving
 
@@ -24,7 +24,9 @@ LONG_TEXT: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 500, "i
 
 
 @pytest.mark.parametrize("path", POSTS)
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b'{"a":' + b"[" * 10_000, b'{"n": NaN}'])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b'{"a":' + b"[" * 10_000, b'{"n": NaN}']
+)
 def test_a_body_that_is_no_request(server: Running, path: str, body: bytes) -> None:
     answer = server.post(path, body)
     assert answer.status == 400 and answer.error["type"] == "invalid_request_error"
@@ -61,10 +63,12 @@ def test_a_body_has_a_limit(model: Model) -> None:
 
 def test_a_body_that_does_not_come(model: Model) -> None:
     head = b"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
-    with serving(model, Settings(body_timeout_s=0.05)) as server:
-        with socket.create_connection(("127.0.0.1", server.port), timeout=LONG) as connection:
-            connection.sendall(head)
-            assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+    with (
+        serving(model, Settings(body_timeout_s=0.05)) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=LONG) as connection,
+    ):
+        connection.sendall(head)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408")
 
 
 # Keys and hosts
@@ -132,18 +136,15 @@ def test_too_many_requests(model: Model) -> None:
 
 
 def test_too_many_prompt_tokens(model: Model) -> None:
-    with serving(model, Settings(queue_tokens=100)) as server, model.engine() as engine:
-        others = [engine.submit("Once", None) for _ in range(4)]  # all slots, in the engine behind the server's back
-        first = server.begin("/v1/completions", LONG_TEXT | {"prompt": [5] * 300})  # alone: more than the limit
-        eventually(lambda: server.service.admission.tokens == 300 or others[0].finished, "the first request")
-        if server.service.admission.tokens:
-            answer = server.post("/v1/completions", LONG_TEXT | {"prompt": [5] * 10, "max_tokens": 1})
-            assert answer.status in (200, 429)
+    with serving(model, Settings(queue_tokens=100)) as server:
+        with model.exclusive():  # no request gets its first token
+            first = server.begin("/v1/completions", LONG_TEXT | {"prompt": [5] * 300})  # alone, more than the limit
+            eventually(lambda: server.service.admission.tokens == 300, "the first request")
+            answer = server.post("/v1/completions", LONG_TEXT | {"prompt": [5] * 10})
+            assert answer.status == 429 and "prompt tokens" in answer.error["message"]
+        eventually(lambda: server.service.admission.tokens == 0, "the first token")
         first.close()
-        for other in others:
-            other.cancel()
         eventually(lambda: server.idle, "the end of all requests")
-        assert server.service.admission.tokens == 0
 
 
 # Clients that leave

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -73,7 +74,7 @@ def test_log_probabilities(server: Running) -> None:
     assert all(entry["logprob"] == entry["top_logprobs"][0]["logprob"] for entry in content)  # greedy
     events = streamed(server, logprobs=True, top_logprobs=2)
     parts = [c["logprobs"]["content"] for event in events for c in event["choices"] if c["logprobs"]]
-    assert [entry["token"] for entry in sum(parts, [])] == [entry["token"] for entry in content]
+    assert [entry["token"] for entry in chain(*parts)] == [entry["token"] for entry in content]
     only = completed(server, logprobs=True)["choices"][0]["logprobs"]["content"]
     assert [entry["top_logprobs"] for entry in only] == [[]] * 12
 

@@ -85,7 +85,8 @@ def test_keys_and_limits(model: Model) -> None:
         with client("secret") as right:
             assert right.models.list().data
             options: dict[str, Any] = {"model": "m", "messages": MESSAGES, "max_tokens": 400}
-            with right.chat.completions.create(**options, stream=True, n=4):
-                with pytest.raises(openai.RateLimitError):
-                    right.chat.completions.create(**options)
+            stream = right.chat.completions.create(**options, stream=True, n=4)
+            with pytest.raises(openai.RateLimitError):
+                right.chat.completions.create(**options)
+            stream.close()
         eventually(lambda: server.idle, "the end of all requests")

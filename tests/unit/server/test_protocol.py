@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numballama.model import Model
-from numballama.server.app import POSTS
 from numballama.server.answers import ANSWERS, ErrorAnswer
+from numballama.server.app import POSTS
 from numballama.server.errors import ApiError
 from numballama.server.http import dumps
 from numballama.server.protocol import ChatRequest, CompletionRequest, Message, parse, template_message
@@ -78,14 +78,10 @@ STRANGE = st.one_of(
     st.lists(st.integers(-3, 5000), max_size=3), st.dictionaries(st.text(max_size=3), st.integers(), max_size=2),
 )  # fmt: skip
 TEXT = st.text(max_size=12)
-PROMPT = st.one_of(
-    TEXT, st.lists(TEXT, min_size=1, max_size=3), st.lists(st.integers(0, 4096), min_size=1, max_size=5)
-)
+PROMPT = st.one_of(TEXT, st.lists(TEXT, min_size=1, max_size=3), st.lists(st.integers(0, 4096), min_size=1, max_size=5))
 PART = st.fixed_dictionaries({"type": st.sampled_from(["text", "input_text", "image_url"]), "text": TEXT})
 ROLE = st.sampled_from(["user", "assistant", "system", "tool", "developer"])
-CALL = st.fixed_dictionaries(
-    {"id": TEXT, "function": st.fixed_dictionaries({"name": st.just("f"), "arguments": TEXT})}
-)
+CALL = st.fixed_dictionaries({"id": TEXT, "function": st.fixed_dictionaries({"name": st.just("f"), "arguments": TEXT})})
 CHAT_MESSAGES = st.lists(
     st.fixed_dictionaries(
         {"role": ROLE, "content": st.one_of(TEXT, st.lists(PART, max_size=2), st.none())},
@@ -132,11 +128,16 @@ FIELDS: dict[str, st.SearchStrategy[Any]] = {
     "chat_template_kwargs": st.dictionaries(st.sampled_from(["a", "tools", "x y", "enable_thinking"]), STRANGE),
     "response_format": st.one_of(
         st.fixed_dictionaries({"type": st.sampled_from(["text", "json_object"])}),
-        st.fixed_dictionaries({"type": st.just("json_schema"), "json_schema": st.fixed_dictionaries({"schema": SCHEMA})}),
+        st.fixed_dictionaries(
+            {"type": st.just("json_schema"), "json_schema": st.fixed_dictionaries({"schema": SCHEMA})}
+        ),
     ),
     "tools": st.lists(
         st.fixed_dictionaries(
-            {"type": st.just("function"), "function": st.fixed_dictionaries({"name": st.just("f"), "parameters": SCHEMA})}
+            {
+                "type": st.just("function"),
+                "function": st.fixed_dictionaries({"name": st.just("f"), "parameters": SCHEMA}),
+            }
         ),
         max_size=2,
     ),
@@ -182,6 +183,6 @@ def test_no_request_makes_the_server_fail(fuzzed: Running, request: tuple[str, d
         ErrorAnswer.model_validate(answer.json, strict=True)
         assert answer.error["type"] == "invalid_request_error"
     elif answer.headers["content-type"].startswith("text/event-stream"):
-        assert answer.events and not [event for event in answer.events if "error" in event and event["error"]]
+        assert answer.events and not [event for event in answer.events if event.get("error")]
     else:
         ANSWERS[path].model_validate(answer.json, strict=True)
