@@ -10,7 +10,7 @@ from typing import Any
 
 from ..engine.request import Request, TokenLogprobs
 from ..generate import GenerationResponse
-from ..sampling import SamplingParams
+from ..sampling import MAX_N, SamplingParams
 from .errors import ApiError, failed, refused
 from .service import Service, Ticket
 
@@ -91,6 +91,10 @@ class Generation:
         """
         self = cls(service, prompts, params.n, arrived)
         engine = service.engine
+        most = max(service.admission.token_limit, MAX_N * service.model.context)
+        if params.n * self.prompt_tokens > most:  # each text has a copy of its prompt
+            message = f"n times the tokens of all prompts is {params.n * self.prompt_tokens:,}; at most {most:,}"
+            raise ApiError(message, param=param, code="invalid_value")
         self._ticket = service.enter(len(self._choices), self.prompt_tokens)
 
         def submit(number: int) -> Request[GenerationResponse]:

@@ -96,7 +96,7 @@ def serve(
     """
     prepare_log(log_json)
     if settings.allowed_hosts is None and address.is_loopback and not settings.api_keys:
-        settings = replace(settings, allowed_hosts=LOOPBACK_NAMES)
+        settings = replace(settings, allowed_hosts=(*LOOPBACK_NAMES, address.host))
     if not address.is_loopback and not settings.api_keys:
         log.warning("%s can be reached from other machines, and no API key is needed: use --api-key", address.host)
     listener = listen(address)

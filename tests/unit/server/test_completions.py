@@ -201,6 +201,7 @@ def test_defaults_are_those_of_openai(server: Running, model: Model) -> None:
         ({"prompt": [1, "a"]}, "prompt.0"),
         ({"prompt": [1] * 513}, "prompt"),
         ({"prompt": "a " * 3000}, "prompt"),
+        ({"prompt": [[1] * 512] * 2, "n": 16}, "prompt"),
         ({"prompt": {"a": 1}}, "prompt"),
         ({"logprobs": 21}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
