@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +22,7 @@ from numballama.server import run
 from numballama.server.guard import JsonFormatter
 from numballama.server.run import Address, listen, serve
 from numballama.server.settings import Settings
-from tests.helpers.http_server import LONG, read_until
+from tests.helpers.http_server import LONG, Running, read_until
 
 
 @contextmanager
@@ -109,3 +110,17 @@ def test_a_line_of_json() -> None:
     record.fields = {"status": 200}
     line = json.loads(JsonFormatter().format(record))
     assert line["message"] == "a b" and line["status"] == 200 and line["level"] == "ERROR"
+
+
+def test_the_benchmark(server: Running, tmp_path: Path) -> None:
+    """`benchmarks/serve.py` on a running server: what it writes and prints."""
+    out = tmp_path / "out.json"
+    script = Path(__file__).parents[3] / "benchmarks" / "serve.py"
+    words = ["--clients", "2", "--rate", "50", "--requests", "3", "--max-tokens", "4", "--prompt-tokens", "5"]
+    command = [sys.executable, str(script), "--url", server.url, *words, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LONG)
+    assert done.returncode == 0, done.stderr
+    assert "| 2 clients |" in done.stdout and "| 50 a second |" in done.stdout
+    for run in json.loads(out.read_text(encoding="utf-8"))["runs"].values():
+        assert run["errors"] == 0 and run["requests"] == 3 and run["tokens_per_second"] > 0
+        assert run["time_to_first_token_s"]["p50"] <= run["end_to_end_s"]["p50"]
