@@ -371,6 +371,7 @@ def tops(modules: Iterable[str]) -> set[str]:
 
 HEAVY = {
     "numba", "llvmlite", "sentencepiece", "rich", "tokenizers", "jinja2", "safetensors", "torch", "huggingface_hub",
+    "starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance",
 }  # fmt: skip
 
 
