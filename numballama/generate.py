@@ -99,6 +99,7 @@ class Submit(Protocol):
         request_id: str | None = None,
         reuse_prefix: bool = True,
         salt: str | None = None,
+        strip_leading_space: bool = False,
     ) -> Request[GenerationResponse]: ...
 
 
@@ -108,7 +109,8 @@ class TextEngine:
     `submit(prompt, params, priority=0)` takes text or token ids, from any thread or event loop, and returns a
     `Request`: iterate over it, with `for` or `async for`, to read a `GenerationResponse` for each token; `cancel()`
     ends it. A lower `priority` comes first. `reuse_prefix`: take tokens at the beginning of the prompt from the KV
-    cache, if a request with the same `salt` has computed them.
+    cache, if a request with the same `salt` has computed them. `strip_leading_space`: after a prompt of ids
+    comes a new text, an answer, so drop the space that the tokenizer's encoder prepends.
     """
 
     def __init__(self, engine: Engine, submit: Submit) -> None:

@@ -360,6 +360,7 @@ class Model:
         request_id: str | None = None,
         reuse_prefix: bool = True,
         salt: str | None = None,
+        strip_leading_space: bool = False,
     ) -> Request[GenerationResponse]:
         """Queue a prompt, text or token ids, and return the request to read. `TextEngine` explains the arguments.
 
@@ -370,7 +371,7 @@ class Model:
         settings = merge(params, DEFAULTS, NOT_GIVEN, {})
         if prompt is None or isinstance(prompt, str):
             return self._submit_text(prompt, settings, **how)
-        return self._submit_ids(prompt, settings, False, **how)
+        return self._submit_ids(prompt, settings, strip_leading_space, **how)
 
     def stream_ids(
         self,

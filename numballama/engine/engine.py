@@ -277,6 +277,7 @@ class Engine:
             prompt_tokens_per_second=rates[0],
             generated_tokens_per_second=rates[1],
             stalled_s=time.monotonic() - self._last_step if self._requests else 0.0,
+            failure=self._failure,
         )
 
     def _has_work(self) -> bool:

@@ -120,6 +120,11 @@ class Request(Generic[R]):
         return self._state.sequences[0].cached_tokens if self._state.sequences else 0
 
     @property
+    def admitted_at(self) -> float:
+        """When its first sequence got a slot, on the clock of `time.monotonic`; 0 before that."""
+        return self._state.sequences[0].admitted_at if self._state.sequences else 0.0
+
+    @property
     def preemptions(self) -> int:
         """How often one of its sequences gave its pages to others and computed them again."""
         return sum(sequence.preemptions for sequence in self._state.sequences)
@@ -155,6 +160,31 @@ class Request(Generic[R]):
                     return
                 if state.events:
                     yield state.events.popleft()  # type: ignore[misc]
+                elif done:
+                    if state.error is not None:
+                        raise state.error
+                    return
+                else:
+                    await self._engine.wait_async(state)
+        finally:
+            self.cancel()
+
+    async def batches(self) -> AsyncIterator[list[R]]:
+        """Like `async for`, but yields all responses that are there at a time, at least one.
+
+        A reader that is slower than the engine then catches up.
+        """
+        state = self._state
+        try:
+            while True:
+                done = state.done
+                if state.cancelled:
+                    return
+                if state.events:
+                    found: list[R] = []
+                    while state.events:
+                        found.append(state.events.popleft())  # type: ignore[arg-type]
+                    yield found
                 elif done:
                     if state.error is not None:
                         raise state.error

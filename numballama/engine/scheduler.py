@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -259,6 +260,7 @@ class Scheduler:
         sequence.publish_at = known + self.pages.page
         if not sequence.preemptions:
             sequence.cached_tokens = known
+            sequence.admitted_at = time.monotonic()
             self.prefix_queries += sequence.prompt_tokens
             self.prefix_hits += known
         insort(self.prefilling, sequence, key=_order)

@@ -50,9 +50,9 @@ class Sequence:
     """
 
     __slots__ = (
-        "allowed", "cached_tokens", "chain", "computed", "constraint", "end", "entered", "ids", "in_flight", "index",
-        "order", "pages", "params", "parked_on", "pending", "planned", "preemptions", "prompt_tokens", "publish_at",
-        "published", "request", "root", "slot", "status", "stop_token_ids",
+        "admitted_at", "allowed", "cached_tokens", "chain", "computed", "constraint", "end", "entered", "ids",
+        "in_flight", "index", "order", "pages", "params", "parked_on", "pending", "planned", "preemptions",
+        "prompt_tokens", "publish_at", "published", "request", "root", "slot", "status", "stop_token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -81,6 +81,8 @@ class Sequence:
         self.status = Status.WAITING
         self.cached_tokens = 0
         """Tokens of the prompt that were in the KV cache when the sequence was first admitted."""
+        self.admitted_at = 0.0
+        """When it first got a slot, on the clock of `time.monotonic`; 0 before that."""
         self.preemptions = 0
         self.parked_on = 0
         """The page that it waits for while another sequence computes it, or 0."""

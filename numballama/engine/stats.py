@@ -41,6 +41,8 @@ class EngineStats:
     """Over the last 10 seconds."""
     stalled_s: float
     """Seconds since the last step ended; 0 when there is nothing to do."""
+    failure: BaseException | None = None
+    """Why the engine refuses all requests: its device has failed."""
 
 
 class Rates:

@@ -59,9 +59,10 @@ ORDER = """
     export inspection
     bench: traffic debug profiler trace benchmark
     model
-    server: tools.definitions tools.events tools.scanner tools.call tools.parser tools.grammar tools.messages \
-            tools.formats
-    cli: streams args doctor inspect batch generate remote chat bench export main
+    server: settings errors protocol params http metrics tools.definitions tools.events tools.scanner tools.call \
+            tools.parser tools.grammar tools.messages tools.formats service generation logprobs call completions \
+            chat_core chat responses messages tokens answers openapi guard app run
+    cli: streams args doctor inspect batch generate remote chat serve bench export main
     __main__
 """
 """The flow, from left to right: a module imports only modules before it.
@@ -325,6 +326,10 @@ TESTED_ELSEWHERE = {
     "tests/kernels/cpu/test_kernels_int8.py: products beside ggml's": "cpu.vecdot_int8",
     "tests/unit/cli/test_bench.py, bench/test_profiler.py: what the command prints": "bench.benchmark",
     "tests/unit/cli/test_main.py: in a process of its own": "__main__",
+    "tests/unit/server/test_app.py: around every request": """
+        server.call server.generation server.guard server.metrics server.service server.settings
+    """,
+    "tests/unit/server/test_*.py: what the server answers is compared with them": "server.answers",
 }
 """Where the tests of modules are that have no test file of their name. A star stands for any name."""
 
@@ -367,6 +372,7 @@ def tops(modules: Iterable[str]) -> set[str]:
 
 HEAVY = {
     "numba", "llvmlite", "sentencepiece", "rich", "tokenizers", "jinja2", "safetensors", "torch", "huggingface_hub",
+    "starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance",
 }  # fmt: skip
 
 

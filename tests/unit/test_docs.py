@@ -173,3 +173,16 @@ def test_example_chat() -> None:
     assert len(done.stdout) > 20
     first, second = (line for line in done.stderr.splitlines() if "tokens read" in line)
     assert ", 0 from the cache" in first and ", 0 from the cache" not in second
+
+
+@pytest.mark.slow
+def test_example_openai_client() -> None:
+    pytest.importorskip("openai")
+    pytest.importorskip("starlette")
+    from tests.helpers.http_server import serving
+
+    with numballama.compile(None, device="cpu", max_sequences=2) as model, serving(model) as server:
+        words = [str(ROOT / "examples" / "openai_client.py"), "--url", server.url]
+        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "60 written" in done.stdout and "' time'" in done.stdout

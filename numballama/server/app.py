@@ -1,0 +1,248 @@
+"""`create_app`: the ASGI application. What each path does, and what is around all of them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.requests import Request as HttpRequest
+from starlette.responses import PlainTextResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from .. import __version__
+from . import chat, chat_core, completions, messages, openapi, responses, tokens
+from .call import Call
+from .errors import ApiError, failed
+from .guard import KEY, Guard
+from .http import ClientGoneError, JsonResponse, error_response, read_body, until_gone
+from .metrics import CONTENT_TYPE
+from .protocol import (
+    MAX_PROMPTS,
+    MAX_STOP,
+    MAX_STOPS,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    Request,
+    TemplateRequest,
+    TokenizeRequest,
+    parse,
+)
+from .service import Service, log
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from ..model import Model
+
+T = TypeVar("T", bound=Request)
+Answer = Callable[[Call, Any], Awaitable[Response]]
+
+POSTS: dict[str, tuple[type[Request], Answer]] = {
+    "/v1/chat/completions": (ChatRequest, chat.answer),
+    "/v1/completions": (CompletionRequest, completions.answer),
+    "/v1/responses": (responses.ResponsesRequest, responses.answer),
+    "/v1/messages": (messages.MessagesRequest, messages.answer),
+    "/v1/messages/count_tokens": (messages.CountRequest, messages.count_tokens),
+    "/tokenize": (TokenizeRequest, tokens.tokenize),
+    "/detokenize": (DetokenizeRequest, tokens.detokenize),
+    "/apply-template": (TemplateRequest, tokens.apply_chat_template),
+}
+"""Path → the model of its body, and what answers it."""
+GETS = {
+    "/": "the page",
+    "/health": "whether requests are answered",
+    "/metrics": "figures for Prometheus",
+    "/openapi.json": "this document",
+    "/props": "the model and the limits",
+    "/v1/models": "the model, as a list",
+    "/v1/models/{name:path}": "the model",
+}
+"""Path → what it gives."""
+
+
+def create_app(model: Model | None, settings: Settings | None = None) -> Starlette:
+    """An ASGI application that serves a model.
+
+    `model` None: requests are answered with 503 until `app.state.service.ready(model)` is called, from any thread. The
+    application starts the engine's thread, and ends it when it shuts down; the model stays open.
+    """
+    service = Service(settings or Settings())
+    if model is not None:
+        service.ready(model)
+    gets: dict[str, Callable[[Service, HttpRequest], Awaitable[Response]]] = {
+        "/health": _health,
+        "/metrics": _metrics,
+        "/openapi.json": _openapi,
+        "/props": _props,
+        "/v1/models": _models,
+        "/v1/models/{name:path}": _model,
+    }
+    routes: list[BaseRoute] = [Route(path, partial(_get, service, answer)) for path, answer in gets.items()]
+    routes += [Route(path, partial(_post, service, *post), methods=["POST"]) for path, post in POSTS.items()]
+    routes += _page_routes()
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: Starlette) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            service.close()
+
+    app = Starlette(
+        routes=routes,
+        lifespan=lifespan,
+        middleware=[Middleware(Guard, service=service, paths=frozenset(POSTS) | frozenset(GETS))],
+        exception_handlers={ApiError: _api_error, HTTPException: _http_error, ClientGoneError: _client_gone},
+    )
+    app.state.service = service
+    return app
+
+
+def _page_routes() -> list[BaseRoute]:
+    """The routes of the chat page, or of a line of text where it is missing."""
+    try:
+        from .page import routes  # type: ignore[import-not-found]
+    except ImportError:
+        return [Route("/", _index)]
+    return list(routes())
+
+
+async def _index(request: HttpRequest) -> Response:
+    return PlainTextResponse("numballama serves OpenAI's interface at /v1; /openapi.json describes it.\n")
+
+
+async def _get(
+    service: Service, answer: Callable[[Service, HttpRequest], Awaitable[Response]], request: HttpRequest
+) -> Response:
+    return await _guarded(answer(service, request))
+
+
+async def _post(service: Service, kind: type[Request], answer: Answer, request: HttpRequest) -> Response:
+    settings, key = service.settings, request.scope.get(KEY)
+    call = Call(service, None if key is None else f"key-{key}")
+    body = await read_body(request, settings.max_body, settings.body_timeout_s)
+    if settings.log_prompts:
+        log.info("body: %s", body.decode("utf-8", "replace"))
+    found = await _guarded(until_gone(request.receive, _answer(call, kind, answer, body), settings.request_timeout_s))
+    found.headers["X-Request-Id"] = call.key
+    return found
+
+
+async def _answer(call: Call, kind: type[Request], answer: Answer, body: bytes) -> Response:
+    _ = call.service.model  # 503 before the body is looked at
+    parsed = await call.service.run(parse, kind, body) if len(body) > 1 << 16 else parse(kind, body)
+    found = await answer(call, parsed)
+    if parsed.ignored:
+        names = ",".join(name for name in parsed.ignored[:20] if name.isascii() and name.isidentifier())
+        found.headers["X-Ignored-Fields"] = names
+    return found
+
+
+async def _guarded(work: Awaitable[Response]) -> Response:
+    """The answer, or a 500 in OpenAI's shape for what nobody expected."""
+    try:
+        return await work
+    except (ApiError, ClientGoneError):
+        raise
+    except Exception as error:
+        log.exception("a request failed")
+        return error_response(failed(error))
+
+
+async def _api_error(request: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return error_response(error)
+
+
+async def _http_error(request: HttpRequest, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code)
+    answer = error_response(ApiError(error.detail, error.status_code, code=code))
+    answer.headers.update(error.headers or {})
+    return answer
+
+
+async def _client_gone(request: HttpRequest, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it; the log shows it
+
+
+async def _health(service: Service, request: HttpRequest) -> Response:
+    if (why := service.unhealthy()) is not None:
+        raise ApiError(why, 503, code="unhealthy", retry_after=5)
+    return JsonResponse({"status": "ok"})
+
+
+async def _metrics(service: Service, request: HttpRequest) -> Response:
+    return Response(service.metrics.text(), media_type=CONTENT_TYPE)
+
+
+async def _openapi(service: Service, request: HttpRequest) -> Response:
+    return JsonResponse(
+        openapi.document(
+            {path: kind for path, (kind, _) in POSTS.items()},
+            {path.replace(":path", ""): text for path, text in GETS.items()},
+        )
+    )
+
+
+def _described(service: Service) -> dict[str, Any]:
+    model = service.model
+    return {
+        "id": service.name,
+        "object": "model",
+        "created": service.started_s,
+        "owned_by": "numballama",
+        "root": service.name,
+        "parent": None,
+        "max_model_len": model.context,
+    }
+
+
+async def _models(service: Service, request: HttpRequest) -> Response:
+    return JsonResponse({"object": "list", "data": [_described(service)]})
+
+
+async def _model(service: Service, request: HttpRequest) -> Response:
+    name = request.path_params["name"]
+    if name != service.name:
+        raise ApiError(f"there is no model {name!r:.200}", 404, param="model", code="model_not_found")
+    return JsonResponse(_described(service))
+
+
+async def _props(service: Service, request: HttpRequest) -> Response:
+    model, settings = service.model, service.settings
+    tokenizer = model.tokenizer
+    template = await service.run(chat_core.chat_template, service)
+
+    def piece(token: int | None) -> str | None:
+        return None if tokenizer is None or token is None else tokenizer.piece(token)
+
+    return JsonResponse(
+        {
+            "model_name": service.name,
+            "build_info": f"numballama {__version__}",
+            "device": model.device,
+            "total_slots": model.max_sequences,
+            "context": model.context,
+            "kv_tokens": model.kv.tokens,
+            "vocab_size": model.config.vocab_size,
+            "chat_template": template,
+            "bos_token": piece(None if tokenizer is None else tokenizer.bos_id),
+            "eos_token": piece(None if tokenizer is None else tokenizer.eos_id),
+            "modalities": {"vision": False, "audio": False},
+            "tools": chat_core.tool_formats() is not None,
+            "default_generation_settings": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
+            "limits": {
+                "body_bytes": settings.max_body,
+                "prompts": MAX_PROMPTS,
+                "stop_strings": MAX_STOPS,
+                "stop_string_characters": MAX_STOP,
+                "request_seconds": settings.request_timeout_s,
+            },
+        }
+    )

@@ -1,0 +1,101 @@
+"""`Call`: one HTTP request on its way to the engine."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..sampling import SamplingParams
+from .errors import ApiError
+from .generation import Generation
+from .http import DONE, EventStream, dumps, event
+from .protocol import Generation as GenerationRequest
+from .service import Service
+
+
+@dataclass
+class Call:
+    """What is known of an HTTP request besides its body."""
+
+    service: Service
+    salt: str | None = None
+    """Requests with another salt share no pages of the KV cache: one for each API key."""
+    arrived: float = field(default_factory=time.monotonic)
+    created: int = field(default_factory=lambda: int(time.time()))
+    key: str = field(default_factory=lambda: uuid.uuid4().hex)
+    """A part of the ids of its answers."""
+
+    async def generate(
+        self,
+        request: GenerationRequest,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        param: str,
+        answers: bool = False,
+    ) -> Generation:
+        """Submit prompts. `param`: the field that they are from. `answers`: the texts are new, not continuations.
+
+        Raises `ApiError`.
+        """
+        vocabulary = self.service.model.config.vocab_size
+        if outside := [token for token in params.logit_bias or {} if token >= vocabulary]:
+            message = f"logit_bias: token {outside[0]} is outside the vocabulary of {vocabulary:,} tokens"
+            raise ApiError(message, param="logit_bias", code="invalid_value")
+        salts = [salt for salt in (self.salt, request.cache_salt) if salt is not None]
+        return await Generation.start(
+            self.service,
+            prompts,
+            params,
+            request_id=self.key,
+            arrived=self.arrived,
+            priority=request.priority or 0,
+            salt="/".join(salts) if salts else None,
+            strip_leading_space=answers,
+            param=param,
+        )
+
+    def stream(
+        self,
+        generation: Generation,
+        events: AsyncGenerator[bytes, None],
+        on_error: Callable[[ApiError], bytes] | None = None,
+    ) -> EventStream:
+        """The answer that sends `events`. `generation` ends with it."""
+        settings = self.service.settings
+        return EventStream(
+            events,
+            generation.cancel,
+            on_error or openai_error,
+            max(settings.request_timeout_s - (time.monotonic() - self.arrived), 0),
+            settings.keep_alive_s,
+        )
+
+
+def openai_error(error: ApiError) -> bytes:
+    """The last events of a stream that fails."""
+    return event({"error": error.body["error"]}) + DONE
+
+
+def chunk_writer(call: Call, kind: str, name: str, with_usage: bool) -> Callable[[dict[str, Any]], bytes]:
+    """A function that makes the event of a chunk from its choice. What all chunks have in common is written once.
+
+    A chunk has one choice, as OpenAI's: many clients read only the first. `kind` is their `object`, `name` their id.
+    `with_usage`: they carry `usage: null`, because a last one has figures.
+    """
+    head = {"id": name, "object": kind, "created": call.created, "model": call.service.name}
+    before = event(head)[: -len(b"}\n\n")] + b',"choices":['
+    after = b'],"usage":null}\n\n' if with_usage else b"]}\n\n"
+
+    def chunk(choice: dict[str, Any]) -> bytes:
+        return before + dumps(choice) + after
+
+    return chunk
+
+
+def usage_chunk(call: Call, kind: str, name: str, usage: dict[str, Any]) -> bytes:
+    """The chunk after all others, which has the figures and no choices."""
+    head = {"id": name, "object": kind, "created": call.created, "model": call.service.name}
+    return event({**head, "choices": [], "usage": usage})

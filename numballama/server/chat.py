@@ -1,0 +1,146 @@
+"""/v1/chat/completions."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from starlette.responses import Response
+
+from . import chat_core
+from .call import Call, chunk_writer, usage_chunk
+from .chat_core import Chat, Events
+from .http import DONE, JsonResponse
+from .logprobs import chat_logprobs
+from .protocol import ChatRequest
+
+KIND, CHUNK_KIND = "chat.completion", "chat.completion.chunk"
+
+
+async def answer(call: Call, request: ChatRequest) -> Response:
+    """The answer to a request, whole or as a stream. Raises `ApiError`."""
+    chat = await chat_core.start(call, request)
+    name = f"chatcmpl-{call.key}"
+    if request.stream:
+        return call.stream(chat.generation, _events(call, request, chat, name))
+    messages = await whole_messages(chat)
+    choices = [
+        {
+            "index": index,
+            "message": message.as_dict(),
+            "logprobs": chat_logprobs(call.service.tokenizer, message.tokens, message.logprobs)
+            if request.logprobs
+            else None,
+            "finish_reason": message.finish_reason,
+            "stop_reason": message.stop_reason,
+        }
+        for index, message in enumerate(messages)
+    ]
+    head = {"id": name, "object": KIND, "created": call.created, "model": call.service.name}
+    return JsonResponse({**head, "choices": choices, "usage": chat.generation.usage()})
+
+
+class WholeMessage:
+    """All events of one answer together."""
+
+    def __init__(self) -> None:
+        self.content = self.reasoning = ""
+        self.calls: list[dict[str, Any]] = []
+        self.tokens: list[int] = []
+        self.logprobs: list[Any] = []
+        self.finish_reason: str = "length"
+        self.stop_reason: str | int | None = None
+
+    def add(self, found: Events) -> None:
+        for event in found.events:
+            if event.kind == "content":
+                self.content += event.text
+            elif event.kind == "reasoning":
+                self.reasoning += event.text
+            elif event.kind == "call_start":
+                self.calls.append(_call(event.call_id, event.text, ""))
+            else:
+                self.calls[event.call]["function"]["arguments"] += event.text
+        self.tokens += found.tokens
+        self.logprobs += found.logprobs
+        if found.finish_reason is not None:
+            self.finish_reason, self.stop_reason = found.finish_reason, found.stop_reason
+
+    def as_dict(self) -> dict[str, Any]:
+        """The message in OpenAI's shape."""
+        message: dict[str, Any] = {"role": "assistant", "content": self.content, "refusal": None}
+        if self.reasoning:
+            message["reasoning_content"] = self.reasoning
+        if self.calls:
+            message["tool_calls"] = self.calls
+            message["content"] = self.content or None
+        return message
+
+
+async def whole_messages(chat: Chat) -> list[WholeMessage]:
+    """All answers, when they have ended."""
+    messages = [WholeMessage() for _ in range(chat.generation.choices)]
+    async for batch in chat.events():
+        for found in batch:
+            messages[found.choice].add(found)
+    return messages
+
+
+def _call(name: str, function: str, arguments: str) -> dict[str, Any]:
+    call_id = name or f"call_{uuid.uuid4().hex[:24]}"
+    return {"id": call_id, "type": "function", "function": {"name": function, "arguments": arguments}}
+
+
+async def _events(call: Call, request: ChatRequest, chat: Chat, name: str) -> AsyncGenerator[bytes, None]:
+    """The events of a stream."""
+    options = request.stream_options
+    with_usage = options is not None and bool(options.include_usage)
+    chunk = chunk_writer(call, CHUNK_KIND, name, with_usage)
+    for index in range(chat.generation.choices):
+        yield chunk(_choice(index, {"role": "assistant", "content": ""}, None))
+    async for batch in chat.events():
+        if data := b"".join(chunk(choice) for found in batch for choice in _deltas(call, request, found)):
+            yield data
+    if with_usage:
+        yield usage_chunk(call, CHUNK_KIND, name, chat.generation.usage())
+    yield DONE
+
+
+def _deltas(call: Call, request: ChatRequest, found: Events) -> list[dict[str, Any]]:
+    """Choices of chunks: one for each kind of event in a row, and one with the finish reason."""
+    choices: list[dict[str, Any]] = []
+    logprobs = chat_logprobs(call.service.tokenizer, found.tokens, found.logprobs) if request.logprobs else None
+    for event in found.events:
+        delta: dict[str, Any]
+        if event.kind == "content":
+            delta = {"content": event.text}
+        elif event.kind == "reasoning":
+            delta = {"reasoning_content": event.text}
+        elif event.kind == "call_start":
+            delta = {"tool_calls": [{"index": event.call, **_call(event.call_id, event.text, "")}]}
+        else:
+            delta = {"tool_calls": [{"index": event.call, "function": {"arguments": event.text}}]}
+        choices.append(_choice(found.choice, delta, logprobs))
+        logprobs = None
+    if logprobs is not None:
+        choices.append(_choice(found.choice, {}, logprobs))
+    if found.finish_reason is not None:
+        choices.append(_choice(found.choice, {}, None, found.finish_reason, found.stop_reason))
+    return choices
+
+
+def _choice(
+    index: int,
+    delta: dict[str, Any],
+    logprobs: dict[str, Any] | None,
+    finish_reason: str | None = None,
+    stop_reason: str | int | None = None,
+) -> dict[str, Any]:
+    return {
+        "index": index,
+        "delta": delta,
+        "logprobs": logprobs,
+        "finish_reason": finish_reason,
+        "stop_reason": stop_reason,
+    }

@@ -1,0 +1,113 @@
+"""`ApiError`: what a client is told when its request cannot be answered, in OpenAI's shape."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from ..errors import ContextError, DeviceError, Error, UnsupportedError
+
+MAX_MESSAGE = 1000
+"""Characters of a message. Longer ones are cut: they may quote the request."""
+
+INVALID, AUTHENTICATION, PERMISSION, NOT_FOUND = (
+    "invalid_request_error", "authentication_error", "permission_error", "not_found_error",
+)  # fmt: skip
+TOO_LARGE, RATE_LIMIT, SERVER, UNAVAILABLE, TIMEOUT = (
+    "request_too_large", "rate_limit_error", "server_error", "unavailable_error", "timeout_error",
+)  # fmt: skip
+_KINDS = {401: AUTHENTICATION, 403: PERMISSION, 404: NOT_FOUND, 413: TOO_LARGE, 429: RATE_LIMIT, 500: SERVER,
+          503: UNAVAILABLE, 504: TIMEOUT}  # fmt: skip
+
+
+class ApiError(Exception):
+    """An answer with an error status.
+
+    `param` is the field of the request that is wrong, or None. `code` is a word for programs, or None. `retry_after`:
+    seconds after which the client may try again.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        status: int = 400,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}…"
+        self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The body of the answer. `type` beside `error` is Anthropic's; OpenAI's clients do not read it."""
+        kind = _KINDS.get(self.status, INVALID)
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"type": "error", "error": error}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """Headers of the answer besides those of every answer."""
+        found = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return found | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+
+
+_BRANCH = re.compile(r"(constrained-)?(str|int|float|bool|none|model-fields)|[A-Z]\w+|.*[\[({].*", re.DOTALL)
+
+
+def invalid_request(error: ValidationError) -> ApiError:
+    """A 400 that names the first wrong field.
+
+    Where a value may have several types, pydantic reports an error for each: the one that came furthest is meant.
+    """
+    details: list[Mapping[str, Any]] = list(error.errors(include_url=False, include_context=False, include_input=False))
+    first_field = details[0]["loc"][:1]
+    of_field = [each for each in details if each["loc"][:1] == first_field]
+    places = [_place(each["loc"]) for each in of_field]
+    deepest = max(range(len(places)), key=lambda n: (len(places[n]), -n))
+    place, found = ".".join(places[deepest]), of_field[deepest]
+    same = [each["msg"] for each, where in zip(of_field, places, strict=True) if where == places[deepest]]
+    message = " or ".join(dict.fromkeys(same)) if found["type"].endswith("_type") else found["msg"]
+    if found["type"] == "json_invalid":
+        return ApiError(f"the body is not valid JSON: {message}", code="invalid_json")
+    code = "missing_required_parameter" if found["type"] == "missing" else "invalid_value"
+    return ApiError(f"{place}: {message}" if place else message, param=place or None, code=code)
+
+
+def _place(location: tuple[int | str, ...]) -> list[str]:
+    """A location without the names of a union's branches, which pydantic adds to it."""
+    return [str(step) for step in location if isinstance(step, int) or not _BRANCH.fullmatch(step)]
+
+
+_FIELD = re.compile(r"^([a-z_]+)(?= (?:must|is not supported)|:)")
+
+
+def refused(error: Exception, param: str | None = None, fields: Mapping[str, str] | None = None) -> ApiError:
+    """What to answer when the engine, a template or the tokenizer refuses a request.
+
+    `param`: the field that the request's text came from. `fields`: name of a sampling option → field of the request.
+    """
+    message = str(error)
+    if isinstance(error, ContextError):
+        return ApiError(message, param=param, code="context_length_exceeded")
+    if isinstance(error, DeviceError) or not isinstance(error, Error):
+        return failed(error)
+    named = _FIELD.match(message)
+    if named is not None and fields is not None and named[1] in fields:
+        param = fields[named[1]]
+        message = param + message[named.end() :]
+    code = "unsupported_value" if isinstance(error, UnsupportedError) else "invalid_value"
+    return ApiError(message, param=param, code=code)
+
+
+def failed(error: BaseException) -> ApiError:
+    """What to answer when a generation fails that was accepted."""
+    if isinstance(error, ApiError):
+        return error
+    message = str(error) if isinstance(error, Error) else "the server failed; its log says why"
+    return ApiError(message, 500, code="server_error")

@@ -1,0 +1,271 @@
+"""`Generation`: what the engine generates for one HTTP request, counted and timed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..engine.request import Request, TokenLogprobs
+from ..generate import GenerationResponse
+from ..sampling import MAX_N, SamplingParams
+from .errors import ApiError, failed, refused
+from .service import Service, Ticket
+
+
+@dataclass
+class Piece:
+    """What became known of one text at a time: one token, or several when the reader was slower than the engine."""
+
+    choice: int
+    """Which text: prompt · n + index."""
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    """Of each token; None unless the request asks for them."""
+    finish_reason: str | None = None
+    """None except in a text's last piece: "stop" or "length"."""
+    stop_reason: str | int | None = None
+    """As in `GenerationResponse`."""
+
+
+@dataclass
+class _Choice:
+    """Times and counts of one text."""
+
+    tokens: int = 0
+    first: float = 0.0
+    latest: float = 0.0
+
+
+class Generation:
+    """n texts for each of several prompts. `pieces` yields them as they come; `cancel` ends all.
+
+    `prompt_tokens`, `cached_tokens` and `generated_tokens` are sums over all prompts, so far.
+    """
+
+    def __init__(self, service: Service, prompts: Sequence[Sequence[int]], n: int, arrived: float) -> None:
+        self._service, self._arrived = service, arrived
+        self._lengths, self._n = [len(prompt) for prompt in prompts], n
+        self._requests: list[Request[GenerationResponse]] = []
+        self._ticket: Ticket | None = None
+        self._choices = [_Choice() for _ in range(n * len(prompts))]
+        self._begun: set[int] = set()
+        self._finished = 0
+        self._cached = [0] * len(prompts)
+        self.prompt_tokens = sum(self._lengths)
+
+    @property
+    def cached_tokens(self) -> int:
+        return sum(self._cached)
+
+    @property
+    def generated_tokens(self) -> int:
+        return sum(choice.tokens for choice in self._choices)
+
+    @property
+    def choices(self) -> int:
+        """Number of texts."""
+        return len(self._choices)
+
+    @classmethod
+    async def start(
+        cls,
+        service: Service,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        *,
+        request_id: str,
+        arrived: float,
+        priority: int = 0,
+        salt: str | None = None,
+        strip_leading_space: bool = False,
+        param: str | None = None,
+    ) -> Generation:
+        """Submit the prompts.
+
+        `arrived`: when the HTTP request came, on the clock of `time.monotonic`. `param`: the request's field that the
+        prompts are from. Raises `ApiError`: 400 for what the engine refuses, 429 when the queue is full.
+        """
+        self = cls(service, prompts, params.n, arrived)
+        engine = service.engine
+        most = max(service.admission.token_limit, MAX_N * service.model.context)
+        if params.n * self.prompt_tokens > most:  # each text has a copy of its prompt
+            message = f"n times the tokens of all prompts is {params.n * self.prompt_tokens:,}; at most {most:,}"
+            raise ApiError(message, param=param, code="invalid_value")
+        self._ticket = service.enter(len(self._choices), self.prompt_tokens)
+
+        def submit(number: int) -> Request[GenerationResponse]:
+            return engine.submit(
+                prompts[number],
+                params,
+                priority=priority,
+                request_id=f"{request_id}-{number}",
+                salt=salt,
+                strip_leading_space=strip_leading_space,
+            )
+
+        try:
+            for number in range(len(prompts)):
+                self._requests.append(await service.run(submit, number))
+        except BaseException as error:
+            self.cancel()
+            if not isinstance(error, Exception) or isinstance(error, ApiError):
+                raise
+            if (stats := service.stats) is not None and stats.failure is not None:
+                raise ApiError("the engine has failed; the server's log says why", 503, code="engine_failed") from None
+            answer = refused(error, param)
+            if answer.status >= 500:
+                service.report_failure(error)
+            raise answer from None
+        return self
+
+    def report_failure(self, error: BaseException) -> None:
+        """Log that it failed after it was accepted."""
+        self._service.report_failure(error)
+
+    def cancel(self) -> None:
+        """End what is still running, at the engine's next step, and give the place in the queue back."""
+        for request in self._requests:
+            request.cancel()
+        ticket, self._ticket = self._ticket, None
+        if ticket is not None:
+            ticket.leave()
+
+    async def pieces(self) -> AsyncGenerator[list[Piece], None]:
+        """Yield what is known of the texts as soon as it is: at most one piece of each at a time.
+
+        Ends when all texts have ended. Raises `ApiError` 500 when the engine fails.
+        """
+        try:
+            if len(self._requests) == 1:
+                async for responses in self._requests[0].batches():
+                    yield self._join(0, responses)
+            else:
+                async for number, responses in self._merged():
+                    yield self._join(number, responses)
+            if left := [n for n, choice in enumerate(self._choices) if not choice.tokens]:  # max_tokens is 0
+                yield [Piece(choice, finish_reason="length") for choice in left]
+        except ApiError:
+            raise
+        except Exception as error:
+            self._service.report_failure(error)
+            raise failed(error) from error
+        finally:
+            if self._finished < len(self._choices) and any(not request.finished for request in self._requests):
+                self._service.metrics.aborted.inc()
+            self.cancel()
+
+    async def _merged(self) -> AsyncGenerator[tuple[int, list[GenerationResponse]], None]:
+        """(prompt, responses) of all requests in the order in which they come."""
+        found: asyncio.Queue[tuple[int, list[GenerationResponse] | BaseException | None]] = asyncio.Queue()
+
+        async def read(number: int) -> None:
+            try:
+                async for responses in self._requests[number].batches():
+                    found.put_nowait((number, responses))
+                found.put_nowait((number, None))
+            except Exception as error:
+                found.put_nowait((number, error))
+
+        readers = [asyncio.ensure_future(read(number)) for number in range(len(self._requests))]
+        left = len(readers)
+        try:
+            while left:
+                number, responses = await found.get()
+                if responses is None:
+                    left -= 1
+                elif isinstance(responses, BaseException):
+                    raise responses
+                else:
+                    yield number, responses
+        finally:
+            for reader in readers:
+                reader.cancel()
+            await asyncio.gather(*readers, return_exceptions=True)
+
+    def _join(self, number: int, responses: list[GenerationResponse]) -> list[Piece]:
+        """One piece for each text of a prompt, of these responses."""
+        now = time.monotonic()
+        if number not in self._begun:
+            self._begin(number, responses[0], now)
+        pieces: dict[int, Piece] = {}
+        for response in responses:
+            choice = number * self._n + response.index
+            piece = pieces.get(choice)
+            if piece is None:
+                piece = pieces[choice] = Piece(choice)
+            piece.text += response.text
+            piece.tokens.append(response.token)
+            piece.logprobs.append(response.logprobs)
+            if response.finish_reason is not None:
+                piece.finish_reason, piece.stop_reason = response.finish_reason, response.stop_reason
+        for piece in pieces.values():
+            self._count(piece, now)
+        return list(pieces.values())
+
+    def _begin(self, number: int, response: GenerationResponse, now: float) -> None:
+        metrics, request = self._service.metrics, self._requests[number]
+        self._begun.add(number)
+        self._cached[number] = response.cached_tokens
+        if self._ticket is not None:
+            self._ticket.begun(self._lengths[number])
+        metrics.prompt_tokens.observe(self._lengths[number])
+        metrics.first_token.observe(now - self._arrived)
+        metrics.queue.observe(max(request.admitted_at - self._arrived, 0))
+        metrics.prefill.observe(max(now - request.admitted_at, 0))
+
+    def _count(self, piece: Piece, now: float) -> None:
+        metrics, choice = self._service.metrics, self._choices[piece.choice]
+        count = len(piece.tokens)
+        if choice.tokens:
+            for _ in range(count):
+                metrics.inter_token.observe((now - choice.latest) / count)
+        else:
+            choice.first = now
+        choice.tokens += count
+        choice.latest = now
+        if piece.finish_reason is not None:
+            self._finished += 1
+            metrics.success[piece.finish_reason].inc()
+            metrics.generated_tokens.observe(choice.tokens)
+            metrics.end_to_end.observe(now - self._arrived)
+            metrics.decode.observe(now - choice.first)
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens, in OpenAI's shape. The token that ends a text is counted, as in vLLM."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.generated_tokens,
+            "total_tokens": self.prompt_tokens + self.generated_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+@dataclass
+class WholeText:
+    """All pieces of one text together."""
+
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    finish_reason: str = "length"
+    stop_reason: str | int | None = None
+
+    def add(self, piece: Piece) -> None:
+        self.text += piece.text
+        self.tokens += piece.tokens
+        self.logprobs += piece.logprobs
+        if piece.finish_reason is not None:
+            self.finish_reason, self.stop_reason = piece.finish_reason, piece.stop_reason
+
+
+async def whole_texts(generation: Generation) -> list[WholeText]:
+    """All texts of a generation, when they have ended."""
+    texts = [WholeText() for _ in range(generation.choices)]
+    async for pieces in generation.pieces():
+        for piece in pieces:
+            texts[piece.choice].add(piece)
+    return texts

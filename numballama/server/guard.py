@@ -1,0 +1,107 @@
+"""`Guard`: what every request passes before its route: host, API key, shutting down; and the log."""
+
+from __future__ import annotations
+
+import hmac
+import json
+import logging
+import time
+from typing import Any
+from urllib.parse import quote
+
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import ApiError
+from .http import error_response
+from .service import DRAINING, Service
+
+log = logging.getLogger("numballama.server")
+
+OPEN = ("/health",)
+"""Paths that need no key."""
+UNCOUNTED = ("/health", "/metrics")
+"""Paths that are answered while the server shuts down, and that are no lines in the log."""
+KEY = "numballama.key"
+"""Where an ASGI scope holds the number of the API key that the request came with, or None."""
+
+
+class Guard:
+    """ASGI middleware. Answers 400 to a wrong Host header, 401 without a key, 503 while shutting down."""
+
+    def __init__(self, app: ASGIApp, service: Service, paths: frozenset[str]) -> None:
+        self._app, self._service, self._paths = app, service, paths
+        self._keys = [key.encode() for key in service.settings.api_keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status, path = time.monotonic(), 500, scope["path"]
+        counted = path not in UNCOUNTED
+
+        async def watched(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        self._service.active += counted
+        try:
+            self._check(scope, path)
+        except ApiError as error:
+            await error_response(error)(scope, receive, watched)
+        else:
+            await self._app(scope, receive, watched)
+        finally:
+            self._service.active -= counted
+            self._service.metrics.http.labels(path if path in self._paths else "other", str(status)).inc()
+            if counted:
+                _log(scope["method"], path, status, time.monotonic() - started)
+
+    def _check(self, scope: Scope, path: str) -> None:
+        headers = Headers(scope=scope)
+        hosts = self._service.settings.allowed_hosts
+        if hosts is not None and _name(headers.get("host", "")) not in hosts:
+            raise ApiError(f"the Host header must name one of {', '.join(hosts)}", 400, code="invalid_host")
+        scope[KEY] = None
+        if self._keys and path not in OPEN:
+            scope[KEY] = self._find(headers)
+        if self._service.draining and path not in UNCOUNTED:
+            raise ApiError(DRAINING, 503, code="draining", retry_after=5)
+
+    def _find(self, headers: Headers) -> int:
+        """Which key the request has. All are compared, each in constant time. Raises `ApiError` 401."""
+        kind, _, bearer = headers.get("authorization", "").partition(" ")
+        given = bearer.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")
+        found = [hmac.compare_digest(given.encode("latin-1"), key) for key in self._keys]
+        if True not in found:
+            what = "wrong" if given else "missing: send it as `Authorization: Bearer …` or X-Api-Key"
+            raise ApiError(f"the API key is {what}", 401, code="invalid_api_key")
+        return found.index(True)
+
+
+def _name(host: str) -> str:
+    """The name in a Host header, without the port."""
+    return host[: host.find("]") + 1] if host.startswith("[") else host.partition(":")[0].lower()
+
+
+def _log(method: str, path: str, status: int, seconds: float) -> None:
+    record: dict[str, Any] = {
+        "method": method,
+        "path": quote(path[:200]),
+        "status": status,
+        "seconds": round(seconds, 4),
+    }
+    log.info("%s %s %d %.3f s", *record.values(), extra={"fields": record})
+
+
+class JsonFormatter(logging.Formatter):
+    """A line of JSON for each record."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {"time": self.formatTime(record), "level": record.levelname, "message": record.getMessage()}
+        line |= getattr(record, "fields", {})
+        if record.exc_info:
+            line["exception"] = self.formatException(record.exc_info)
+        return json.dumps(line, ensure_ascii=False)

@@ -1,0 +1,303 @@
+"""/v1/messages and /v1/messages/count_tokens: Anthropic's interface, converted to a chat and back."""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import AsyncGenerator
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field
+from starlette.responses import Response
+
+from . import chat_core
+from .call import Call
+from .chat import WholeMessage, whole_messages
+from .chat_core import Chat
+from .errors import ApiError
+from .http import JsonResponse, event
+from .protocol import (
+    MAX_INT,
+    MAX_MESSAGES,
+    MAX_PARTS,
+    MAX_STOPS,
+    MAX_TOOLS,
+    NO_CODE,
+    ChatRequest,
+    Function,
+    FunctionCall,
+    FunctionChoice,
+    FunctionName,
+    Message,
+    Model,
+    Name,
+    NamedTool,
+    Object,
+    Request,
+    StopString,
+    Text,
+    Tool,
+    ToolCall,
+)
+
+
+class ResultPart(Model):
+    type: Literal["text"]
+    text: Text
+
+
+class Block(Model):
+    """A part of a message."""
+
+    type: Literal["text", "tool_use", "tool_result", "thinking", "redacted_thinking"]
+    text: Text | None = None
+    thinking: Text | None = None
+    id: Name | None = None
+    name: FunctionName | None = None
+    input: Object | None = None
+    tool_use_id: Name | None = None
+    content: Text | Annotated[list[ResultPart], Field(max_length=MAX_PARTS)] | None = None
+
+
+class Turn(Model):
+    role: Literal["user", "assistant"]
+    content: Text | Annotated[list[Block], Field(max_length=MAX_PARTS)]
+
+
+class MessagesTool(Model):
+    type: Literal["custom"] | None = None
+    name: FunctionName
+    description: Text | None = None
+    input_schema: Object
+
+
+class ToolChoice(Model):
+    type: Literal["auto", "any", "tool", "none"]
+    name: FunctionName | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class CountRequest(Request):
+    """/v1/messages/count_tokens."""
+
+    refused: ClassVar[dict[str, str]] = {**NO_CODE, "mcp_servers": "the server calls no tools"}
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES)]
+    model: Name | None = None
+    system: Text | Annotated[list[ResultPart], Field(max_length=MAX_PARTS)] | None = None
+    tools: Annotated[list[MessagesTool], Field(max_length=MAX_TOOLS)] | None = None
+    tool_choice: ToolChoice | None = None
+    chat_template_kwargs: Object | None = None
+
+
+class MessagesRequest(CountRequest):
+    """/v1/messages."""
+
+    max_tokens: Annotated[int, Field(ge=1, le=MAX_INT)]
+    stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=MAX_INT)] | None = None
+    stop_sequences: Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
+
+
+async def answer(call: Call, request: MessagesRequest) -> Response:
+    """The answer to a request, whole or as a stream. Raises `ApiError`."""
+    chat = await chat_core.start(call, chat_request(request))
+    if request.stream:
+        return call.stream(chat.generation, _events(call, chat), _error_event)
+    (message,) = await whole_messages(chat)
+    stopped = _stopped(message.finish_reason, message.stop_reason)
+    return JsonResponse(_message(call, chat, _content(message), stopped))
+
+
+async def count_tokens(call: Call, request: CountRequest) -> Response:
+    """How many tokens a request's prompt has."""
+    asked = chat_request(request)
+    used = await call.service.run(chat_core.used_tools, call.service, asked)
+    ids = await call.service.run(chat_core.prompt_ids, call.service, asked, "messages", used.offered)
+    return JsonResponse({"input_tokens": len(ids)})
+
+
+def chat_request(request: CountRequest) -> ChatRequest:
+    """The same request to /v1/chat/completions."""
+    messages: list[Message] = []
+    if request.system:
+        messages.append(Message(role="system", content=_joined(request.system)))
+    for index, turn in enumerate(request.messages):
+        _add(messages, turn, f"messages.{index}.content")
+    choice, wanted = request.tool_choice, None
+    if choice is not None and choice.type == "tool":
+        if choice.name is None:
+            param = "tool_choice.name"
+            raise ApiError(f"{param}: Field required", param=param, code="missing_required_parameter")
+        wanted = NamedTool(function=FunctionChoice(name=choice.name))
+    tools = [
+        Tool(function=Function(name=tool.name, description=tool.description, parameters=tool.input_schema))
+        for tool in request.tools or []
+    ]
+    settings: dict[str, Any] = {}
+    if isinstance(request, MessagesRequest):
+        settings = {
+            "max_tokens": request.max_tokens,
+            "temperature": request.temperature,
+            "top_p": request.top_p,
+            "top_k": request.top_k,
+            "stop": request.stop_sequences,
+        }
+    names: dict[str, Any] = {"auto": "auto", "any": "required", "none": "none"}
+    return ChatRequest(
+        messages=messages,
+        tools=tools or None,
+        tool_choice=wanted or (None if choice is None else names[choice.type]),
+        parallel_tool_calls=None if choice is None else not choice.disable_parallel_tool_use,
+        chat_template_kwargs=request.chat_template_kwargs,
+        **settings,
+    )
+
+
+def _joined(content: str | list[ResultPart] | None) -> str:
+    return "\n".join(part.text for part in content) if isinstance(content, list) else content or ""
+
+
+def _add(messages: list[Message], turn: Turn, place: str) -> None:
+    """Add a turn to the conversation. Results of calls are messages of their own, before the turn's text."""
+    if isinstance(turn.content, str):
+        messages.append(Message(role=turn.role, content=turn.content))
+        return
+    texts: list[str] = []
+    reasoning: list[str] = []
+    calls: list[ToolCall] = []
+    results: list[Message] = []
+    for index, block in enumerate(turn.content):
+        if block.type == "text":
+            texts.append(_required(block.text, f"{place}.{index}.text"))
+        elif block.type == "thinking":
+            reasoning.append(block.thinking or "")
+        elif block.type == "tool_use":
+            name = _required(block.name, f"{place}.{index}.name")
+            arguments = json.dumps(block.input or {}, ensure_ascii=False)
+            calls.append(ToolCall(id=block.id or "", function=FunctionCall(name=name, arguments=arguments)))
+        elif block.type == "tool_result":
+            results.append(Message(role="tool", content=_joined(block.content), tool_call_id=block.tool_use_id))
+    messages += results
+    if texts or calls or not results:
+        messages.append(
+            Message(
+                role=turn.role,
+                content="\n".join(texts),
+                reasoning_content="".join(reasoning) or None,
+                tool_calls=calls or None,
+            )
+        )
+
+
+def _required(value: str | None, place: str) -> str:
+    if value is None:
+        raise ApiError(f"{place}: Field required", param=place, code="missing_required_parameter")
+    return value
+
+
+def _stopped(finish_reason: str, stop_reason: str | int | None) -> dict[str, Any]:
+    """`stop_reason` and `stop_sequence` of an answer."""
+    if finish_reason == "stop" and isinstance(stop_reason, str):
+        return {"stop_reason": "stop_sequence", "stop_sequence": stop_reason}
+    reasons = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+    return {"stop_reason": reasons[finish_reason], "stop_sequence": None}
+
+
+def _usage(chat: Chat) -> dict[str, int]:
+    """Tokens in Anthropic's shape: `input_tokens` are those that were not in the cache."""
+    generation = chat.generation
+    return {
+        "input_tokens": generation.prompt_tokens - generation.cached_tokens,
+        "cache_creation_input_tokens": 0,
+        "cache_read_input_tokens": generation.cached_tokens,
+        "output_tokens": generation.generated_tokens,
+    }
+
+
+def _message(call: Call, chat: Chat, content: list[dict[str, Any]], stopped: dict[str, Any]) -> dict[str, Any]:
+    head = {"id": f"msg_{call.key}", "type": "message", "role": "assistant", "model": call.service.name}
+    return {**head, "content": content, **stopped, "usage": _usage(chat)}
+
+
+def _content(message: WholeMessage) -> list[dict[str, Any]]:
+    """The blocks of a whole answer."""
+    content: list[dict[str, Any]] = []
+    if message.reasoning:
+        content.append({"type": "thinking", "thinking": message.reasoning, "signature": ""})
+    if message.content:
+        content.append({"type": "text", "text": message.content})
+    for made in message.calls:
+        function = made["function"]
+        arguments = _object(function["arguments"])
+        content.append({"type": "tool_use", "id": made["id"], "name": function["name"], "input": arguments})
+    return content
+
+
+def _object(text: str) -> dict[str, Any]:
+    """The arguments of a call. A text that is no object of JSON, cut off by max_tokens, gives none."""
+    try:
+        found = json.loads(text or "{}")
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+class _Writer:
+    """Makes the events of a stream: blocks open and close one after the other."""
+
+    STARTS: ClassVar[dict[str, dict[str, Any]]] = {
+        "content": {"type": "text", "text": ""},
+        "reasoning": {"type": "thinking", "thinking": "", "signature": ""},
+    }
+
+    def __init__(self) -> None:
+        self._index = -1
+        self._kind: str | None = None
+
+    def write(self, found: chat_core.Event) -> bytes:
+        """The events for a part of an answer."""
+        kind = "call" if found.kind.startswith("call") else found.kind
+        data = b""
+        if kind != self._kind or found.kind == "call_start":
+            data = self.close()
+            self._kind, self._index = kind, self._index + 1
+            call_id = found.call_id or f"toolu_{uuid.uuid4().hex[:24]}"
+            block = self.STARTS.get(kind) or {"type": "tool_use", "id": call_id, "name": found.text, "input": {}}
+            data += _event("content_block_start", index=self._index, content_block=block)
+        if found.kind == "call_start":
+            return data
+        deltas = {
+            "content": {"type": "text_delta", "text": found.text},
+            "reasoning": {"type": "thinking_delta", "thinking": found.text},
+            "call": {"type": "input_json_delta", "partial_json": found.text},
+        }
+        return data + _event("content_block_delta", index=self._index, delta=deltas[kind])
+
+    def close(self) -> bytes:
+        """End the open block, if there is one."""
+        kind, self._kind = self._kind, None
+        return b"" if kind is None else _event("content_block_stop", index=self._index)
+
+
+def _event(kind: str, **data: Any) -> bytes:
+    return event({"type": kind, **data}, kind)
+
+
+async def _events(call: Call, chat: Chat) -> AsyncGenerator[bytes, None]:
+    """The events of a stream. The first does not know yet what is cached; the last has all figures."""
+    writer, stopped = _Writer(), _stopped("length", None)
+    nothing = {"stop_reason": None, "stop_sequence": None}
+    yield _event("message_start", message=_message(call, chat, [], nothing))
+    async for batch in chat.events():
+        for found in batch:
+            if data := b"".join(map(writer.write, found.events)):
+                yield data
+            if found.finish_reason is not None:
+                stopped = _stopped(found.finish_reason, found.stop_reason)
+    yield writer.close() + _event("message_delta", delta=stopped, usage=_usage(chat)) + _event("message_stop")
+
+
+def _error_event(error: ApiError) -> bytes:
+    return event(error.body, "error")

@@ -1,0 +1,107 @@
+"""`Metrics`: figures for Prometheus, with the names of vLLM under `numballama:`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from .service import Service
+
+PREFIX = "numballama:"
+CONTENT_TYPE = CONTENT_TYPE_LATEST
+SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
+"""Buckets of times to the first token."""
+TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5)
+REQUEST_SECONDS = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+
+
+class Metrics:
+    """Counters and histograms of one server, and gauges that ask its engine."""
+
+    def __init__(self, service: Service) -> None:
+        self._registry = CollectorRegistry()
+        self._registry.register(EngineFigures(service))
+        self.http = Counter(
+            f"{PREFIX}http_requests", "HTTP requests answered", ["path", "status"], registry=self._registry
+        )
+
+    def begin(self, name: str) -> None:
+        """The model is loaded and has this name: create what requests for it are counted with."""
+
+        def histogram(what: str, text: str, buckets: Iterable[float]) -> Histogram:
+            return Histogram(
+                PREFIX + what, text, ["model_name"], buckets=tuple(buckets), registry=self._registry
+            ).labels(name)
+
+        self.first_token = histogram(
+            "time_to_first_token_seconds", "From the request's arrival to its first token", SECONDS
+        )
+        self.inter_token = histogram("inter_token_latency_seconds", "Between tokens of one text", TOKEN_SECONDS)
+        self.end_to_end = histogram(
+            "e2e_request_latency_seconds", "From the request's arrival to its last token", REQUEST_SECONDS
+        )
+        self.queue = histogram("request_queue_time_seconds", "Waiting for a slot and for pages", REQUEST_SECONDS)
+        self.prefill = histogram("request_prefill_time_seconds", "From the slot to the first token", REQUEST_SECONDS)
+        self.decode = histogram("request_decode_time_seconds", "From the first token to the last one", REQUEST_SECONDS)
+        self.prompt_tokens = histogram("request_prompt_tokens", "Tokens of a prompt", TOKENS)
+        self.generated_tokens = histogram("request_generation_tokens", "Tokens generated for a prompt", TOKENS)
+        success = Counter(
+            f"{PREFIX}request_success", "Texts that ended", ["model_name", "finished_reason"], registry=self._registry
+        )
+        self.success = {reason: success.labels(name, reason) for reason in ("stop", "length")}
+        self.aborted = Counter(
+            f"{PREFIX}request_aborted",
+            "Requests whose client left, or that took too long",
+            ["model_name"],
+            registry=self._registry,
+        ).labels(name)
+
+    def text(self) -> bytes:
+        """All figures in Prometheus' text format."""
+        return generate_latest(self._registry)
+
+
+class EngineFigures(Collector):
+    """What the engine counts itself, read when Prometheus asks."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._service.stats
+        if stats is None:
+            return
+        name = self._service.name
+        pages = stats.pages_used + stats.pages_cached + stats.pages_free
+
+        def gauge(what: str, text: str, value: float) -> Metric:
+            found = GaugeMetricFamily(PREFIX + what, text, labels=["model_name"])
+            found.add_metric([name], value)
+            return found
+
+        def counter(what: str, text: str, value: float) -> Metric:
+            found = CounterMetricFamily(PREFIX + what, text, labels=["model_name"])
+            found.add_metric([name], value)
+            return found
+
+        yield gauge("num_requests_running", "Sequences that have a slot", stats.running)
+        yield gauge("num_requests_waiting", "Sequences that wait for a slot or for pages", stats.waiting)
+        yield gauge(
+            "kv_cache_usage_perc", "Used share of the KV cache's pages, 0 to 1", stats.pages_used / max(pages, 1)
+        )
+        yield gauge("kv_cache_pages_cached", "Pages kept for prompts that begin alike", stats.pages_cached)
+        yield gauge("engine_stalled_seconds", "Since the last step ended; 0 without work", stats.stalled_s)
+        yield gauge("prompt_tokens_per_second", "Over the last 10 seconds", stats.prompt_tokens_per_second)
+        yield gauge("generation_tokens_per_second", "Over the last 10 seconds", stats.generated_tokens_per_second)
+        yield counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache", stats.prefix_queries)
+        yield counter("prefix_cache_hits", "Prompt tokens found there", stats.prefix_hits)
+        yield counter("prompt_tokens", "Prompt tokens computed", stats.prompt_tokens)
+        yield counter("generation_tokens", "Tokens generated", stats.generated_tokens)
+        yield counter("num_preemptions", "Sequences that gave their pages to others", stats.preemptions)

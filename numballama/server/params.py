@@ -1,0 +1,79 @@
+"""`SamplingParams` of a request."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import Error
+from ..sampling import SamplingParams
+from .errors import ApiError, refused
+from .protocol import Generation, choice_pattern
+
+GREEDY_TOP_P = 1e-9
+"""`SamplingParams` takes no top_p of 0, which means the likeliest token alone."""
+_SAME_NAME = (
+    "temperature", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed", "stop",
+    "stop_token_ids", "ignore_eos", "min_tokens", "n",
+)  # fmt: skip
+
+
+def sampling_params(
+    request: Generation, max_tokens: int | None, logprobs: int | None, limit_field: str = "max_tokens", **more: Any
+) -> SamplingParams:
+    """The settings that a request asks for. What it leaves out is OpenAI's default: temperature 1, nothing cut off.
+
+    `limit_field` is the request's name for `max_tokens`; `more` are further fields of `SamplingParams`. Raises
+    `ApiError` 400.
+    """
+    options: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": logprobs, "temperature": 1.0, "top_k": 0}
+    options["top_p"] = 1.0 if request.top_p is None else max(request.top_p, GREEDY_TOP_P)
+    options |= {name: value for name in _SAME_NAME if (value := getattr(request, name)) is not None}
+    if request.top_k is not None:
+        options["top_k"] = max(request.top_k, 0)
+    if request.logit_bias:
+        options["logit_bias"] = {int(token): bias for token, bias in request.logit_bias.items()}
+    restriction = _restriction(request)
+    if restriction is not None:
+        name, value, place = restriction
+        if name in more:
+            raise ApiError(f"{place} cannot be used with a tool_choice that asks for a call", param=place)
+        options[name] = value
+    fields = {name: name for name in options} | {"max_tokens": limit_field}
+    if restriction is not None:
+        fields[restriction[0]] = restriction[2]
+    try:
+        return SamplingParams(**(options | more))
+    except Error as error:
+        raise refused(error, fields=fields | dict.fromkeys(more, "tool_choice")) from None
+
+
+def _restriction(request: Generation) -> tuple[str, Any, str] | None:
+    """(field of `SamplingParams`, its value, the request's field): what the answer must match. None: nothing."""
+    found: list[tuple[str, Any, str]] = []
+    form = request.response_format
+    if form is not None and form.type == "json_object":
+        found.append(("json_schema", {"type": "object"}, "response_format"))
+    elif form is not None and form.type == "json_schema":
+        if form.json_schema is None or form.json_schema.schema_ is None:
+            place = "response_format.json_schema" + ("" if form.json_schema is None else ".schema")
+            raise ApiError(f"{place}: Field required", param=place, code="missing_required_parameter")
+        found.append(("json_schema", form.json_schema.schema_, "response_format"))
+    for name in ("regex", "grammar", "json_schema"):
+        if (value := getattr(request, name)) is not None:
+            found.append((name, value, name))
+    structured = request.structured_outputs
+    if structured is not None:
+        place = "structured_outputs"
+        if structured.json_ is not None:
+            found.append(("json_schema", structured.json_, place))
+        if structured.json_object:
+            found.append(("json_schema", {"type": "object"}, place))
+        if structured.choice is not None:
+            found.append(("regex", choice_pattern(structured.choice), place))
+        found += [
+            (name, value, place) for name in ("regex", "grammar") if (value := getattr(structured, name)) is not None
+        ]
+    if len(found) > 1:
+        names = " and ".join(dict.fromkeys(place for _, _, place in found))
+        raise ApiError(f"an answer can be restricted in one way: {names} are given", param=found[1][2])
+    return found[0] if found else None

@@ -1,0 +1,166 @@
+"""`Service`: a model behind HTTP. What may enter, whether it is well, and where slow work runs."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..errors import Error
+from ..tokenizers.base import Tokenizer
+from .errors import ApiError
+from .metrics import Metrics
+from .settings import Settings
+
+if TYPE_CHECKING:
+    from ..engine.stats import EngineStats
+    from ..generate import TextEngine
+    from ..model import Model
+
+log = logging.getLogger("numballama.server")
+
+T = TypeVar("T")
+
+THREADS = 4
+"""Threads that tokenise and render templates."""
+LOADING, DRAINING = "the model is being loaded", "the server is shutting down"
+
+
+class Admission:
+    """Counts what has been let in, and refuses more than the limits."""
+
+    def __init__(self, sequences: int, slots: int, tokens: int) -> None:
+        self.limit, self.slots, self.token_limit = sequences, slots, tokens
+        self.sequences = self.tokens = 0
+        """Sequences of requests that have not ended; prompt tokens of those that wait for their first answer."""
+
+    def enter(self, sequences: int, tokens: int) -> Ticket:
+        """Let a request in. Raises `ApiError` 429 when the queue is full. One that comes alone is always let in."""
+        full = self.sequences >= self.limit
+        if full or (self.tokens and self.tokens + tokens > self.token_limit):
+            what = "requests" if full else "prompt tokens"
+            wait_s = 1 + min(self.sequences // self.slots, 59)
+            raise ApiError(f"too many {what} wait: try again later", 429, code="queue_full", retry_after=wait_s)
+        return Ticket(self, sequences, tokens)
+
+
+class Ticket:
+    """The place of a request that was let in. `begun` and `leave` give back what it holds, once."""
+
+    def __init__(self, admission: Admission, sequences: int, tokens: int) -> None:
+        self._admission, self._sequences, self._tokens = admission, sequences, tokens
+        admission.sequences += sequences
+        admission.tokens += tokens
+
+    def begun(self, tokens: int) -> None:
+        """So many tokens of its prompts have been computed."""
+        tokens = min(tokens, self._tokens)
+        self._tokens -= tokens
+        self._admission.tokens -= tokens
+
+    def leave(self) -> None:
+        """The request has ended."""
+        self.begun(self._tokens)
+        self._admission.sequences -= self._sequences
+        self._sequences = 0
+
+
+class Service:
+    """A model, once `ready` was called, and what the requests for it share."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics(self)
+        self.started_s = int(time.time())
+        self.draining = False
+        self.active = 0
+        """HTTP requests that are being answered, except those for /health and /metrics."""
+        self.logits_lock = asyncio.Lock()
+        """One request at a time has the logits of its whole prompt in memory."""
+        self._model: Model | None = None
+        self._engine: TextEngine | None = None
+        self.admission = Admission(0, 1, 0)
+        self._pool = ThreadPoolExecutor(THREADS, "numballama server")
+
+    def ready(self, model: Model) -> None:
+        """The model is loaded: start its engine's thread, and answer requests from now on."""
+        settings = self.settings
+        slots = model.max_sequences
+        waiting = 4 * slots if settings.queue_sequences is None else settings.queue_sequences
+        tokens = 4 * model.kv.tokens if settings.queue_tokens is None else settings.queue_tokens
+        self.admission = Admission(slots + waiting, slots, tokens)
+        engine = model.engine()
+        engine.__enter__()
+        self.metrics.begin(settings.model_name or model.path.name)
+        self._engine, self._model = engine, model
+
+    def close(self) -> None:
+        """End the engine's thread and the pool. The model stays open."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.__exit__(None, None, None)
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    @property
+    def loaded(self) -> bool:
+        return self._model is not None
+
+    @property
+    def model(self) -> Model:
+        """The model. Raises `ApiError` 503 while it is being loaded."""
+        if self._model is None:
+            raise ApiError(LOADING, 503, code="loading", retry_after=5)
+        return self._model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The model's tokenizer. Raises `ApiError` 503 while it is being loaded, 501 when there is none."""
+        if (tokenizer := self.model.tokenizer) is None:
+            raise ApiError("this model has no tokenizer: start the server with --tokenizer", 501, code="no_tokenizer")
+        return tokenizer
+
+    @property
+    def name(self) -> str:
+        """The name of the model."""
+        return self.settings.model_name or self.model.path.name
+
+    @property
+    def engine(self) -> TextEngine:
+        """The model's engine. Raises `ApiError` 503 while the model is being loaded and after `close`."""
+        if self._engine is None:
+            raise ApiError(DRAINING if self.loaded else LOADING, 503, code="unavailable", retry_after=5)
+        return self._engine
+
+    @property
+    def stats(self) -> EngineStats | None:
+        """What the engine does. None while the model is being loaded."""
+        return None if self._engine is None else self._engine.stats()
+
+    def enter(self, sequences: int, tokens: int) -> Ticket:
+        """Let a request in, see `Admission`."""
+        return self.admission.enter(sequences, tokens)
+
+    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
+        """The result of a function, called in a thread: the event loop must not wait for a tokenizer or a template."""
+        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+
+    def unhealthy(self) -> str | None:
+        """Why the server cannot answer requests now; None if it can."""
+        if not self.loaded:
+            return LOADING
+        if self.draining:
+            return DRAINING
+        stats = self.stats
+        if stats is not None and stats.failure is not None:
+            return f"the engine has failed: {stats.failure}"
+        if stats is not None and stats.stalled_s > self.settings.stall_s:
+            return f"requests wait and no step of the engine has ended for {stats.stalled_s:.0f} s"
+        return None
+
+    @staticmethod
+    def report_failure(error: BaseException) -> None:
+        """Log that a generation failed that was accepted."""
+        log.error("a generation failed: %s", error, exc_info=None if isinstance(error, Error) else error)

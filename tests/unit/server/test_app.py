@@ -1,0 +1,345 @@
+"""The application as a whole: paths, errors, keys, limits, clients that leave, health."""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+from typing import Any
+
+import pytest
+
+from numballama.model import Model
+from numballama.server.answers import ErrorAnswer
+from numballama.server.app import GETS, POSTS
+from numballama.server.settings import Settings
+from tests.helpers.http_server import LONG, Running, eventually, read_until, serving
+
+PATHS = [("GET", path.replace("{name:path}", "x")) for path in GETS] + [("POST", path) for path in POSTS]
+LONG_TEXT: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 500, "ignore_eos": True}
+
+
+# Errors
+
+
+@pytest.mark.parametrize("path", POSTS)
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b"3", b"null", b"\xff\xfe", b'{"a":' + b"[" * 10_000, b'{"n": NaN}']
+)
+def test_a_body_that_is_no_request(server: Running, path: str, body: bytes) -> None:
+    answer = server.post(path, body)
+    assert answer.status == 400 and answer.error["type"] == "invalid_request_error"
+    ErrorAnswer.model_validate(answer.json)
+
+
+def test_paths_and_methods_that_do_not_exist(server: Running) -> None:
+    assert server.get("/v1/embeddings").status == 404 and server.get("/v1/embeddings").error["code"] == "not_found"
+    assert server.get("/v1/completions").status == 405
+    assert server.post("/health", {}).error["code"] == "method_not_allowed"
+    assert server.request("OPTIONS", "/v1/models", Origin="http://evil.example").status == 405
+
+
+def test_no_other_site_may_read(server: Running) -> None:
+    answer = server.get("/v1/models", Origin="http://evil.example")
+    assert not [name for name in answer.headers if name.startswith("access-control")]
+
+
+def test_only_json(server: Running) -> None:
+    answer = server.post("/v1/completions", LONG_TEXT, Content_Type="text/plain")
+    assert answer.status == 415 and answer.error["code"] == "unsupported_media_type"
+    assert server.post("/tokenize", {"content": "a"}, Content_Type="application/json; charset=utf-8").status == 200
+
+
+def test_a_body_has_a_limit(model: Model) -> None:
+    with serving(model, Settings(max_body=1000)) as server:
+        assert server.post("/tokenize", {"content": "a" * 900}).status == 200
+        answer = server.post("/tokenize", {"content": "a" * 1000})
+        assert answer.status == 413 and answer.error["type"] == "request_too_large"
+        chunks = iter([b'{"content": "', *[b"a" * 100] * 20, b'"}'])  # no Content-Length
+        answer = server.request("POST", "/tokenize", chunks, Content_Type="application/json")  # type: ignore[arg-type]
+        assert answer.status == 413
+
+
+def test_a_body_that_does_not_come(model: Model) -> None:
+    head = b"POST /tokenize HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\nContent-Length: 9\r\n\r\n"
+    with (
+        serving(model, Settings(body_timeout_s=0.05)) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=LONG) as connection,
+    ):
+        connection.sendall(head)
+        assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+# Keys and hosts
+
+
+@pytest.mark.parametrize(("method", "path"), PATHS)
+def test_every_path_but_health_needs_a_key(keyed: Running, method: str, path: str) -> None:
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"X_Api_Key": "ones"}, {"Authorization": "Basic one"}):
+        answer = keyed.request(method, path, b"{}" if method == "POST" else None, **headers)
+        if path == "/health":
+            assert answer.status == 200
+        else:
+            assert answer.status == 401 and answer.error["code"] == "invalid_api_key"
+            assert answer.headers["www-authenticate"] == "Bearer"
+
+
+@pytest.fixture(scope="module")
+def keyed(model: Model) -> Any:
+    with serving(model, Settings(api_keys=("one", "schlüssel"))) as server:
+        yield server
+
+
+def test_keys(keyed: Running) -> None:
+    body = {"prompt": "Once there was a fox that liked to run and jump and play all day long in the sun. " * 3}
+    body |= {"max_tokens": 1, "temperature": 0}
+    answers = [
+        keyed.post("/v1/completions", body, **headers)
+        for headers in (
+            {"Authorization": "Bearer one"},
+            {"X_Api_Key": "one"},
+            {"Authorization": "bearer  schlüssel".encode().decode("latin-1")},
+        )
+    ]
+    assert [answer.status for answer in answers] == [200] * 3
+    cached = [answer.json["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
+    assert cached[0] == cached[2] == 0 and cached[1] > 0  # each key has a cache of its own
+
+
+def test_hosts(model: Model) -> None:
+    with serving(model, Settings(allowed_hosts=("localhost", "[::1]"))) as server:
+        for host, status in (
+            ("localhost", 200),
+            ("LOCALHOST:80", 200),
+            ("[::1]:8000", 200),
+            ("evil.example", 400),
+            ("localhost.evil.example:80", 400),
+        ):
+            assert server.get("/v1/models", Host=host).status == status
+
+
+# Queue
+
+
+def test_too_many_requests(model: Model) -> None:
+    with serving(model, Settings(queue_sequences=1)) as server:
+        held = [server.begin("/v1/completions", LONG_TEXT | {"stream": True}) for _ in range(5)]  # 4 run, 1 waits
+        eventually(lambda: server.service.admission.sequences == 5, "five requests")
+        answer = server.post("/v1/completions", LONG_TEXT)
+        assert answer.status == 429 and answer.error["code"] == "queue_full"
+        assert int(answer.headers["retry-after"]) >= 1
+        for connection in held:
+            connection.close()
+        eventually(lambda: server.idle, "the end of all requests")
+        assert server.post("/v1/completions", LONG_TEXT | {"max_tokens": 1}).status == 200
+
+
+def test_too_many_prompt_tokens(model: Model) -> None:
+    with serving(model, Settings(queue_tokens=100)) as server:
+        with model.exclusive():  # no request gets its first token
+            first = server.begin("/v1/completions", LONG_TEXT | {"prompt": [5] * 300})  # alone, more than the limit
+            eventually(lambda: server.service.admission.tokens == 300, "the first request")
+            answer = server.post("/v1/completions", LONG_TEXT | {"prompt": [5] * 10})
+            assert answer.status == 429 and "prompt tokens" in answer.error["message"]
+        eventually(lambda: server.service.admission.tokens == 0, "the first token")
+        first.close()
+        eventually(lambda: server.idle, "the end of all requests")
+
+
+# Clients that leave
+
+
+def is_running(server: Running) -> bool:
+    return server.stats.running > 0
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"])
+def test_a_client_leaves_while_tokens_are_generated(server: Running, path: str, stream: bool) -> None:
+    body = {"max_tokens": 490, "ignore_eos": True, "stream": stream, "input": "Hi"}
+    body |= {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "Hi"}]}
+    before = server.stats.requests
+    connection = server.begin(path, body)
+    eventually(lambda: server.stats.requests > before and (is_running(server) or server.idle), "the request")
+    connection.close()
+    eventually(lambda: server.idle, "the end of the request")
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_leaves_while_it_waits(server: Running, stream: bool) -> None:
+    held = [server.begin("/v1/completions", LONG_TEXT | {"n": 1, "seed": n}) for n in range(4)]
+    eventually(lambda: server.stats.running == 4, "four texts")
+    waiting = server.begin("/v1/completions", LONG_TEXT | {"stream": stream, "prompt": [7] * 200, "n": 2})
+    eventually(lambda: server.service.admission.sequences == 6, "the request")
+    waiting.close()
+    eventually(lambda: server.service.admission.sequences <= 4, "the end of the request that waits")
+    for connection in held:
+        connection.close()
+
+
+def test_others_go_on_when_a_client_leaves(server: Running) -> None:
+    """ik_llama.cpp #1929."""
+    body = {"prompt": "Once upon a time", "temperature": 0, "max_tokens": 200, "ignore_eos": True}
+    alone = server.post("/v1/completions", body).json["choices"]
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(server.post("/v1/completions", body).json["choices"]))
+    thread.start()
+    for stream in (True, False) * 4:
+        server.begin("/v1/completions", LONG_TEXT | {"stream": stream}).close()
+    thread.join()
+    assert found == [alone]
+
+
+def test_a_request_has_a_time_limit(model: Model) -> None:
+    with serving(model, Settings(request_timeout_s=0.05)) as server:
+        body = LONG_TEXT | {"n": 16, "prompt": ["a", "b", "c"]}
+        answer = server.post("/v1/completions", body)
+        assert answer.status == 504 and answer.error["code"] == "timeout"
+        answer = server.post("/v1/completions", body | {"stream": True})
+        assert answer.status == 504 or answer.events[-1]["error"]["code"] == "timeout"
+        eventually(lambda: server.idle, "the end of all requests")
+
+
+def test_a_silent_stream_sends_comments(model: Model) -> None:
+    with serving(model, Settings(keep_alive_s=0.02)) as server:
+        with model.exclusive():
+            connection = server.begin("/v1/completions", LONG_TEXT | {"stream": True, "max_tokens": 1})
+            read_until(connection, b": keep-alive\n\n")
+        connection.close()
+        eventually(lambda: server.idle, "the end of the request")
+
+
+# Health, metrics, properties
+
+
+def test_loading(model: Model) -> None:
+    with serving(None) as server:
+        for method, path in PATHS:
+            answer = server.request(method, path, b"{}" if method == "POST" else None)
+            if path in ("/", "/metrics", "/openapi.json"):
+                assert answer.status == 200
+            else:
+                assert answer.status == 503 and answer.headers["retry-after"]
+        server.service.ready(model)
+        assert server.get("/health").json == {"status": "ok"}
+        assert server.post("/v1/completions", LONG_TEXT | {"max_tokens": 1}).status == 200
+
+
+def test_health_sees_an_engine_that_stands_still(model: Model) -> None:
+    with serving(model, Settings(stall_s=0.05)) as server:
+        assert server.get("/health").status == 200
+        with model.exclusive():  # no step ends
+            connection = server.begin("/v1/completions", LONG_TEXT | {"max_tokens": 1})
+            eventually(lambda: server.get("/health").status == 503, "a bad health")
+            assert "no step" in server.get("/health").error["message"]
+        connection.recv(10)
+        connection.close()
+        eventually(lambda: server.get("/health").status == 200, "a good health")
+
+
+def test_draining(model: Model) -> None:
+    with serving(model) as server:
+        connection = server.begin("/v1/completions", LONG_TEXT | {"stream": True, "max_tokens": 100})
+        data = read_until(connection, b"data: ")
+        server.service.draining = True
+        answer = server.post("/v1/completions", LONG_TEXT)
+        assert answer.status == 503 and answer.error["code"] == "draining"
+        assert server.get("/health").status == 503 and server.get("/metrics").status == 200
+        data += read_until(connection, b"\r\n0\r\n\r\n")
+        assert data.rstrip(b"0\r\n").endswith(b"data: [DONE]")
+        connection.close()
+
+
+def samples(server: Running) -> dict[str, float]:
+    from prometheus_client.parser import text_string_to_metric_families
+
+    families = text_string_to_metric_families(server.get("/metrics").body.decode())
+    found: dict[str, float] = {}
+    for family in families:
+        for sample in family.samples:
+            found[sample.name] = found.get(sample.name, 0) + sample.value
+    return found
+
+
+def test_metrics(server: Running) -> None:
+    before = samples(server)
+    answer = server.post("/v1/completions", LONG_TEXT | {"max_tokens": 5, "n": 2})
+    assert answer.status == 200
+    after = samples(server)
+    grown = {name: value - before.get(name, 0) for name, value in after.items()}
+    prefix = "numballama:"
+    for name, count in (
+        ("time_to_first_token_seconds_count", 1),
+        ("inter_token_latency_seconds_count", 8),
+        ("e2e_request_latency_seconds_count", 2),
+        ("request_queue_time_seconds_count", 1),
+        ("request_success_total", 2),
+        ("request_generation_tokens_sum", 10),
+        ("generation_tokens_total", 10),
+        ("request_prompt_tokens_sum", 5),
+    ):
+        assert grown[prefix + name] == count, name
+    for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions_total"):
+        assert after[prefix + name] == 0
+    assert {f"{prefix}prefix_cache_queries_total", f"{prefix}prefix_cache_hits_total"} <= set(after)
+
+
+def test_models_and_properties(server: Running, model: Model) -> None:
+    (found,) = server.get("/v1/models").json["data"]
+    assert found["id"] == "story.gguf" and found["max_model_len"] == model.context
+    assert server.get("/v1/models/story.gguf").json == found
+    assert server.get("/v1/models/a/b").error["code"] == "model_not_found"
+    props = server.get("/props").json
+    assert props["total_slots"] == 4 and "[INST]" in props["chat_template"] and props["bos_token"] == "<s>"
+    assert "/" not in json.dumps(props["model_name"])
+
+
+def test_names_and_templates_of_the_operator(model: Model) -> None:
+    template = "{% for m in messages %}{{ m.content }}{{ mark }}{% endfor %}"
+    settings = Settings(model_name="storyteller", chat_template=template, template_kwargs={"mark": "!"})
+    with serving(model, settings) as server:
+        assert server.get("/v1/models").json["data"][0]["id"] == "storyteller"
+        body = {"messages": [{"role": "user", "content": "hi"}]}
+        assert server.post("/apply-template", body).json == {"prompt": "hi!"}
+        body["chat_template_kwargs"] = {"mark": "?"}  # type: ignore[assignment]
+        assert server.post("/apply-template", body).json == {"prompt": "hi?"}
+
+
+def test_many_clients_at_once(server: Running) -> None:
+    """Each gets what it gets alone."""
+    bodies = [
+        {"prompt": f"{name} went to", "temperature": 0, "max_tokens": 20, "stream": n % 2 == 0}
+        for n, name in enumerate(("Tom", "Lily", "Ben", "Mia", "Sam", "Anna", "Max", "Sue"))
+    ]
+
+    def text(body: dict[str, Any]) -> str:
+        answer = server.post("/v1/completions", body)
+        if not body["stream"]:
+            return str(answer.json["choices"][0]["text"])
+        return "".join(event["choices"][0]["text"] for event in answer.events)
+
+    alone = [text(body) for body in bodies]
+    found: dict[int, str] = {}
+    threads = [
+        threading.Thread(target=lambda n=n, body=body: found.update({n: text(body)})) for n, body in enumerate(bodies)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [found[n] for n in range(len(bodies))] == alone
+
+
+def test_no_prompt_in_the_log(model: Model, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    body = {"prompt": "a secret word", "max_tokens": 1}
+    with serving(model) as server:
+        server.post("/v1/completions", body)
+        server.post("/v1/completions", body | {"max_tokens": -1})
+        eventually(lambda: server.idle)
+    time.sleep(0)
+    assert "POST /v1/completions 200" in caplog.text and "secret" not in caplog.text
+    with serving(model, Settings(log_prompts=True)) as server:
+        server.post("/v1/completions", body)
+    assert "secret" in caplog.text

@@ -1,0 +1,41 @@
+"""Errors in OpenAI's shape."""
+
+from __future__ import annotations
+
+import pytest
+
+from numballama.errors import ContextError, DeviceError, Error, UnsupportedError
+from numballama.server.errors import MAX_MESSAGE, ApiError, failed, refused
+
+
+def test_the_shape() -> None:
+    error = ApiError("wrong", param="n", code="invalid_value", retry_after=3)
+    assert error.body == {
+        "type": "error",
+        "error": {"message": "wrong", "type": "invalid_request_error", "param": "n", "code": "invalid_value"},
+    }
+    assert error.headers == {"Retry-After": "3"}
+    assert ApiError("a", 401).headers == {"WWW-Authenticate": "Bearer"}
+    assert len(ApiError("x" * 10_000).message) == MAX_MESSAGE + 1
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "param", "code"),
+    [
+        (ContextError("the prompt is too long"), 400, "prompt", "context_length_exceeded"),
+        (UnsupportedError("regex is not supported by this version"), 400, "guided", "unsupported_value"),
+        (Error("min_tokens must be at most 3"), 400, "min_tokens", "invalid_value"),
+        (Error("the template refuses"), 400, "prompt", "invalid_value"),
+        (DeviceError("the card is gone"), 500, None, "server_error"),
+        (ValueError("a secret path"), 500, None, "server_error"),
+    ],
+)
+def test_what_the_engine_refuses(error: Exception, status: int, param: str | None, code: str) -> None:
+    found = refused(error, "prompt", {"regex": "guided", "min_tokens": "min_tokens"})
+    assert (found.status, found.param, found.code) == (status, param, code)
+    assert "secret" not in found.message
+
+
+def test_failures() -> None:
+    assert failed(Error("the logits are not numbers")).message == "the logits are not numbers"
+    assert failed(ValueError("x")).status == 500 and failed(own := ApiError("a", 504)) is own

@@ -1,0 +1,113 @@
+"""/v1/messages: requests and answers converted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from numballama.server.answers import MessagesAnswer
+from numballama.server.chat_core import Event
+from numballama.server.http import dumps
+from numballama.server.messages import MessagesRequest, _Writer, chat_request
+from numballama.server.protocol import parse, template_message
+from tests.helpers.http_server import Answered, Running
+
+PATH = "/v1/messages"
+GREEDY: dict[str, Any] = {
+    "model": "m", "messages": [{"role": "user", "content": "Tell me of a dog."}], "temperature": 0, "max_tokens": 10,
+}  # fmt: skip
+
+
+def converted(**body: Any) -> Any:
+    return chat_request(parse(MessagesRequest, dumps(GREEDY | body)))
+
+
+def test_an_answer(server: Running) -> None:
+    answer = server.post(PATH, GREEDY | {"system": "Be brief."}).json
+    MessagesAnswer.model_validate(answer, strict=True)
+    messages = [{"role": "system", "content": "Be brief."}, *GREEDY["messages"]]
+    chat = server.post("/v1/chat/completions", GREEDY | {"messages": messages}).json
+    assert answer["content"] == [{"type": "text", "text": chat["choices"][0]["message"]["content"]}]
+    usage = answer["usage"]
+    assert usage["input_tokens"] + usage["cache_read_input_tokens"] == chat["usage"]["prompt_tokens"]
+    assert answer["stop_reason"] == "max_tokens" and usage["output_tokens"] == 10
+    counted = server.post(f"{PATH}/count_tokens", {"system": "Be brief.", "messages": GREEDY["messages"]}).json
+    assert counted == {"input_tokens": chat["usage"]["prompt_tokens"]}
+
+
+def test_streamed_is_not_streamed(server: Running) -> None:
+    word = server.post(PATH, GREEDY).json["content"][0]["text"].split()[2]
+    body = GREEDY | {"stop_sequences": [word]}
+    whole, events = server.post(PATH, body).json, server.post(PATH, body | {"stream": True}).events
+    assert whole["stop_reason"] == "stop_sequence" and whole["stop_sequence"] == word
+    kinds = [event["type"] for event in events]
+    assert kinds[:2] == ["message_start", "content_block_start"]
+    assert kinds[-3:] == ["content_block_stop", "message_delta", "message_stop"]
+    text = "".join(event["delta"]["text"] for event in events if event["type"] == "content_block_delta")
+    assert text == whole["content"][0]["text"]
+    assert events[-2]["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": word}
+    assert events[-2]["usage"]["output_tokens"] == whole["usage"]["output_tokens"]
+
+
+def test_blocks_become_messages() -> None:
+    use = {"type": "tool_use", "id": "1", "name": "f", "input": {"x": 1}}
+    turns = [
+        {"role": "user", "content": [{"type": "text", "text": "u"}, {"type": "text", "text": "v"}]},
+        {"role": "assistant", "content": [{"type": "thinking", "thinking": "t"}, {"type": "text", "text": "a"}, use]},
+        {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "1", "content": "2"}]},
+    ]
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    system = [{"type": "text", "text": "s"}]
+    assert [template_message(message) for message in converted(system=system, messages=turns).messages] == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "u\nv"},
+        {"role": "assistant", "content": "a", "reasoning_content": "t", "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [({"type": "auto"}, "auto"), ({"type": "any"}, "required"), ({"type": "none"}, "none")],
+)
+def test_tool_choices(given: dict[str, Any], expected: str) -> None:
+    tools = [{"name": "f", "input_schema": {"type": "object"}}]
+    request = converted(tools=tools, tool_choice=given | {"disable_parallel_tool_use": True})
+    assert request.tool_choice == expected and request.parallel_tool_calls is False
+    assert request.tools[0].function.parameters == {"type": "object"}
+    assert converted(tools=tools, tool_choice={"type": "tool", "name": "f"}).tool_choice.function.name == "f"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"max_tokens": None}, "max_tokens"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"temperature": 1.5}, "temperature"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages.0.role"),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "source": {}}]}]}, "messages.0.content.0.type"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages.0.content.0.text"),
+        ({"stop_sequences": ["x"] * 17}, "stop_sequences"),
+        ({"mcp_servers": [{"url": "x"}]}, "mcp_servers"),
+        ({"tool_choice": {"type": "tool"}}, "tool_choice.name"),
+    ],
+)
+def test_wrong_fields(server: Running, body: dict[str, Any], param: str) -> None:
+    answer = server.post(PATH, GREEDY | body)
+    assert answer.status == 400 and answer.error["param"] == param, answer.body
+
+
+def test_events_of_reasoning_and_calls() -> None:
+    writer = _Writer()
+    found = [
+        Event("reasoning", "hm"), Event("content", "a"), Event("call_start", "f", 0, "c1"),
+        Event("call_arguments", "{", 0), Event("call_arguments", "}", 0), Event("call_start", "g", 1),
+    ]  # fmt: skip
+    data = b"".join(map(writer.write, found)) + writer.close()
+    events = Answered(200, {"content-type": "text/event-stream"}, data).events
+    starts = [event["content_block"]["type"] for event in events if event["type"] == "content_block_start"]
+    assert starts == ["thinking", "text", "tool_use", "tool_use"]
+    assert [event["index"] for event in events if event["type"] == "content_block_stop"] == [0, 1, 2, 3]
+    deltas = [event["delta"]["type"] for event in events if event["type"] == "content_block_delta"]
+    assert deltas == ["thinking_delta", "text_delta", "input_json_delta", "input_json_delta"]

@@ -1,0 +1,122 @@
+"""/v1/responses: requests and answers converted."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from numballama.server.answers import ResponsesAnswer
+from numballama.server.chat_core import Event
+from numballama.server.errors import ApiError
+from numballama.server.http import dumps
+from numballama.server.protocol import parse, template_message
+from numballama.server.responses import ResponsesRequest, _Writer, chat_request
+from tests.helpers.http_server import Answered, Running
+
+PATH = "/v1/responses"
+GREEDY: dict[str, Any] = {"input": "Tell me of a dog.", "temperature": 0, "max_output_tokens": 10}
+
+
+def converted(**body: Any) -> Any:
+    return chat_request(parse(ResponsesRequest, dumps(GREEDY | body)))
+
+
+def test_an_answer(server: Running) -> None:
+    answer = server.post(PATH, GREEDY | {"instructions": "Be brief.", "metadata": {"a": "b"}}).json
+    ResponsesAnswer.model_validate(answer)
+    (item,) = answer["output"]
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": GREEDY["input"]}]
+    body = {"messages": messages, "temperature": 0, "max_tokens": 10}
+    chat = server.post("/v1/chat/completions", body).json
+    assert item["content"][0]["text"] == chat["choices"][0]["message"]["content"]
+    assert answer["usage"]["input_tokens"] == chat["usage"]["prompt_tokens"]
+    assert answer["status"] == "incomplete" and answer["metadata"] == {"a": "b"} and answer["store"] is False
+
+
+def test_streamed_is_not_streamed(server: Running) -> None:
+    whole = server.post(PATH, GREEDY).json
+    events = server.post(PATH, GREEDY | {"stream": True}).events
+    assert [event["sequence_number"] for event in events] == list(range(len(events)))
+    kinds = [event["type"] for event in events]
+    assert kinds[:4] == [
+        "response.created", "response.in_progress", "response.output_item.added", "response.content_part.added",
+    ]  # fmt: skip
+    assert kinds[-4:] == [
+        "response.output_text.done", "response.content_part.done", "response.output_item.done", "response.incomplete",
+    ]  # fmt: skip
+    text = whole["output"][0]["content"][0]["text"]
+    assert "".join(event["delta"] for event in events if event["type"].endswith("text.delta")) == text
+    final = events[-1]["response"]
+    assert final["output"][0]["content"][0]["text"] == text and final["usage"]["output_tokens"] == 10
+
+
+def test_items_become_messages() -> None:
+    items = [
+        {"role": "developer", "content": "d"},
+        {"type": "message", "role": "user", "content": [{"type": "input_text", "text": "u"}]},
+        {"type": "reasoning", "summary": []},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "a"}]},
+        {"type": "function_call", "call_id": "1", "name": "f", "arguments": '{"x": 1}'},
+        {"type": "function_call_output", "call_id": "1", "output": "2"},
+    ]
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    assert [template_message(message) for message in converted(input=items).messages] == [
+        {"role": "system", "content": "d"},
+        {"role": "user", "content": "u"},
+        {"role": "assistant", "content": "a", "tool_calls": [call]},
+        {"role": "tool", "content": "2", "tool_call_id": "1"},
+    ]
+
+
+def test_formats_and_tools() -> None:
+    schema = {"type": "object"}
+    request = converted(
+        text={"format": {"type": "json_schema", "name": "n", "schema": schema}},
+        tools=[{"type": "function", "name": "f", "parameters": schema, "strict": True}],
+        tool_choice={"type": "function", "name": "f"},
+    )
+    assert request.response_format.json_schema.schema_ == schema
+    assert request.tools[0].function.name == "f" and request.tool_choice.function.name == "f"
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"input": []}, "input"),
+        ({"input": [{"role": "user"}]}, "input.0.content"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input.0.type"),
+        ({"input": [{"type": "function_call"}]}, "input.0.name"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input.0.content.0.type"),
+        ({"previous_response_id": "resp_1"}, "previous_response_id"),
+        ({"background": True}, "background"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+    ],
+)
+def test_wrong_fields(server: Running, body: dict[str, Any], param: str) -> None:
+    answer = server.post(PATH, GREEDY | body)
+    assert answer.status == 400 and answer.error["param"] == param, answer.body
+
+
+def test_events_of_reasoning_and_calls() -> None:
+    writer = _Writer()
+    found = [
+        Event("reasoning", "hm"), Event("content", "a"), Event("content", "b"), Event("call_start", "f", 0, "c1"),
+        Event("call_arguments", "{}", 0), Event("call_start", "g", 1), Event("call_arguments", "{}", 1),
+    ]  # fmt: skip
+    data = b"".join(writer.write([each]) for each in found) + writer.close()
+    events = Answered(200, {"content-type": "text/event-stream"}, data).events
+    assert [item["type"] for item in writer.items] == ["reasoning", "message", "function_call", "function_call"]
+    assert writer.items[2]["name"] == "f" and writer.items[2]["call_id"] == "c1" and writer.items[3]["call_id"]
+    assert writer.items[1]["content"][0]["text"] == "ab"
+    opened = [event["output_index"] for event in events if event["type"] == "response.output_item.added"]
+    closed = [event["output_index"] for event in events if event["type"] == "response.output_item.done"]
+    assert opened == closed == [0, 1, 2, 3]
+
+
+def test_input_without_a_message() -> None:
+    with pytest.raises(ApiError, match="no message"):
+        converted(input=[{"type": "reasoning"}])

@@ -1,0 +1,126 @@
+"""`numballama serve` in a process of its own, and the pieces of `run`."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from numballama.errors import Error
+from numballama.server import run
+from numballama.server.guard import JsonFormatter
+from numballama.server.run import Address, listen, serve
+from numballama.server.settings import Settings
+from tests.helpers.http_server import LONG, Running, read_until
+
+
+@contextmanager
+def process(*words: str) -> Iterator[tuple[subprocess.Popen[str], int, list[str]]]:
+    """(process, port, lines of stderr up to the line of curl)."""
+    command = [sys.executable, "-m", "numballama", "serve", "--port", "0", "--device", "cpu", *words]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as started:
+        try:
+            lines: list[str] = []
+            assert started.stderr is not None
+            for line in started.stderr:
+                lines.append(line)
+                if line.startswith("curl "):
+                    break
+            port = re.search(r"http://127\.0\.0\.1:(\d+)", "".join(lines))
+            assert port is not None, lines
+            yield started, int(port[1]), lines
+        finally:
+            started.kill()
+
+
+def post(port: int, body: Any, **headers: str) -> Any:
+    with closing(http.client.HTTPConnection("127.0.0.1", port, timeout=LONG)) as connection:
+        connection.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json", **headers})
+        answer = connection.getresponse()
+        return answer.status, json.loads(answer.read())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_process_drains(signum: signal.Signals) -> None:
+    """The command that it prints works, too."""
+    with process("--max-sequences", "2", "--log-json", "--api-key", "secret") as (started, port, lines):
+        assert "/health says when" in lines[0] and "numballama serves story.gguf at" in lines[1]
+        command = lines[2].strip()
+        assert command.startswith("curl http://127.0.0.1:") and "Authorization: Bearer …" in command
+        shown = json.loads(command.split("-d ")[1].strip("'"))
+        assert post(port, shown)[0] == 401
+        assert post(port, shown, Authorization="Bearer secret")[1]["usage"]["completion_tokens"] == 40
+        head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nX-Api-Key: secret\r\nContent-Type: application/json\r\n"
+        body = json.dumps({"prompt": "Once", "max_tokens": 300, "stream": True, "ignore_eos": True})
+        with socket.create_connection(("127.0.0.1", port), timeout=LONG) as connection:
+            connection.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n{body}".encode())
+            data = read_until(connection, b"data: ")
+            started.send_signal(signum)
+            data += read_until(connection, b"\r\n0\r\n\r\n")
+        assert b"data: [DONE]" in data and data.count(b'"text"') > 10
+        assert started.wait(LONG) == 0
+        assert started.stderr is not None
+        log = [json.loads(line) for line in started.stderr.read().splitlines()]
+        assert log[-1]["path"] == "/v1/completions" and log[-1]["status"] == 200 and "Once" not in json.dumps(log)
+
+
+def test_a_port_in_use_is_an_error() -> None:
+    with closing(listen(Address(port=0))) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(Error, match="--port 0 picks a free one"):
+            listen(Address(port=port))
+    with pytest.raises(Error, match=r"--host no\.such\.host\.invalid"):
+        listen(Address("no.such.host.invalid"))
+
+
+def test_what_a_model_cannot_do_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "prepare_log", lambda as_json: None)  # it is for a process of its own
+
+    def load() -> Any:
+        raise Error("there is no such model")
+
+    lines: list[str] = []
+    with pytest.raises(Error, match="no such model"):
+        serve(load, Settings(), Address(port=0), show=lines.append)
+    assert len(lines) == 1
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [("127.0.0.1", True), ("localhost", True), ("::1", True), ("127.1.2.3", True), ("0.0.0.0", False), ("::", False)],
+)
+def test_loopback(host: str, loopback: bool) -> None:
+    assert Address(host).is_loopback is loopback
+
+
+def test_a_line_of_json() -> None:
+    record = logging.LogRecord("x", logging.ERROR, "f", 1, "a %s", ("b",), None)
+    record.fields = {"status": 200}
+    line = json.loads(JsonFormatter().format(record))
+    assert line["message"] == "a b" and line["status"] == 200 and line["level"] == "ERROR"
+
+
+def test_the_benchmark(server: Running, tmp_path: Path) -> None:
+    """`benchmarks/serve.py` on a running server: what it writes and prints."""
+    out = tmp_path / "out.json"
+    script = Path(__file__).parents[3] / "benchmarks" / "serve.py"
+    words = ["--clients", "2", "--requests", "2", "--rounds", "1", "--max-tokens", "4", "--prompt-words", "5"]
+    command = [sys.executable, str(script), f"ours={server.url}", *words, "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=LONG)
+    assert done.returncode == 0, done.stderr
+    assert "2 clients: ours: " in done.stdout
+    (found,) = json.loads(out.read_text(encoding="utf-8"))["2 clients"]["ours"]["rounds"]
+    assert found["failed"] == 0 and found["requests"] == 4 and found["tokens_per_second"] > 0
+    assert found["ttft_ms"]["p50"] <= found["e2e_ms"]["p50"]
