@@ -53,7 +53,7 @@ ORDER = """
             kernels.prefill_attention kernels.logits kernels.sampling kernels.copy compiler driver compile_worker \
             weights sampler_table decode_pipeline program bandwidth timing backend
     reference backend session
-    engine: interrupts sequence pages runner request driver stats scheduler engine capacity model_runner
+    engine: interrupts sequence pages runner request constraints driver stats scheduler engine capacity model_runner
     generate
     chat: sandbox builtin_templates template encoder conversation
     export inspection
