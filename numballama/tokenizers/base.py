@@ -179,6 +179,11 @@ class Tokenizer(ABC):
         self.add_bos = self.add_bos and self.bos_id is not None and self.bos_id < rows
         self.add_eos = self.add_eos and self.eos_id is not None and self.eos_id < rows
 
+    @property
+    def usable(self) -> int:
+        """Ids from here on have no row in the model's embedding; `vocab_size` if all have one."""
+        return self._limit
+
     def _spell(self, token: int) -> list[int]:
         """The text of a token as tokens of single bytes, as far as the vocabulary has them."""
         found = (self._byte_token(byte) for byte in self._read_text(token))
