@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -53,7 +54,10 @@ def make_matcher(tokenizer: LLTokenizer, grammar: str) -> LLMatcher:
 
 def first_lines(error: str) -> str:
     """The message of llguidance's error, without its excerpt of the grammar and its state."""
-    return " ".join(error.partition("\n<state>")[0].partition("\n   1 |")[0].split())[:400]
+    if error.startswith("NoExtension"):
+        return "no text fits it"
+    message = error.partition("\n<state>")[0].partition("<non-verbose/>")[0]
+    return " ".join(re.split(r"\n +\d+ \|", message)[0].split())[:400]
 
 
 class Checker:

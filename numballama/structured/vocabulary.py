@@ -41,13 +41,13 @@ class VocabularyView:
 def token_bytes(tokenizer: Tokenizer) -> tuple[list[bytes], list[int]]:
     """Bytes of each token, and the ids of special ones: control tokens and those of unknown text.
 
-    Tokens that the model has no row for are empty, so that no grammar allows them.
+    No grammar allows an empty token: those that the model has no row for, and the byte that marks special tokens.
     """
     tokens: list[bytes] = []
     special: list[int] = []
     for token in range(tokenizer.vocab_size):
         kind, data = tokenizer.entry(token)
-        if token >= tokenizer.usable:
+        if token >= tokenizer.usable or data.startswith(SPECIAL):
             data = b""
         elif kind in (TokenKind.CONTROL, TokenKind.UNKNOWN):
             data = SPECIAL + (tokenizer.piece(token).encode() or b"[%d]" % token)
