@@ -14,7 +14,7 @@ from ..errors import Error, UnsupportedError
 from ..sampling import SamplingParams
 from ..tokenizers.base import Tokenizer
 from .checker import Checker
-from .constraint import Grammar, GrammarConstraint, MaskBlocks
+from .constraint import COPIES, Grammar, GrammarConstraint, MaskBlocks
 from .lark import MAX_GRAMMAR, check_grammar, regex_grammar, schema_grammar, to_lark
 from .schema import check_schema
 from .vocabulary import INSTALL, make_tokenizer
@@ -99,11 +99,18 @@ class GrammarCompiler:
         key = what, text
         with self._lock:
             grammar = self._kept.pop(key, None)
-            if grammar is not None and not grammar.failed and grammar.uses < MAX_USES:
+            if grammar is not None and (grammar.failed or grammar.uses >= MAX_USES):
+                tried, grammar = not grammar.failed, None
+            else:
+                tried = False
+            if grammar is not None:
                 self._kept[key] = grammar
                 grammar.uses += 1
-                return grammar
-        if grammar is None or grammar.failed:
+        if grammar is not None:
+            if grammar.uses < COPIES:
+                _with_deep_stack(grammar.add_copy)
+            return grammar
+        if not tried:
             _checker.check(trial, what)
         grammar = _with_deep_stack(lambda: Grammar(self._vocabulary, text, what))
         with self._lock:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Collection, Sequence
@@ -15,12 +16,17 @@ from ..errors import Error
 from .checker import first_lines, make_matcher
 
 if TYPE_CHECKING:
-    from llguidance import LLExecutor, LLTokenizer
+    from llguidance import LLExecutor, LLMatcher, LLTokenizer
 
 BLOCK = 64
 """Masks that lie one behind the other, so that one call computes many."""
 MASK_THREADS = 4
 """Most threads that compute masks of one step."""
+
+
+COPIES = 8
+"""Most copies of a compiled grammar. Texts of one copy share automata behind a lock, so their masks are computed one
+after the other."""
 
 
 class MaskBlocks:
@@ -55,24 +61,36 @@ class Grammar:
     """A compiled grammar and its first mask. Raises `Error` for one that cannot be followed, or allows no text."""
 
     def __init__(self, tokenizer: LLTokenizer, text: str, what: str) -> None:
-        self.what, self.tokenizer = what, tokenizer
-        self.matcher = make_matcher(tokenizer, text)
-        if self.matcher.is_error():
-            raise Error(f"{what} cannot be followed: {first_lines(self.matcher.get_error())}")
+        self.what, self.tokenizer, self._text = what, tokenizer, text
+        matcher = make_matcher(tokenizer, text)
+        if matcher.is_error():
+            raise Error(f"{what} cannot be followed: {first_lines(matcher.get_error())}")
         self.end = tokenizer.eos_token
         """The bit of a mask that says that the text may end here."""
         self.mask = np.zeros(-(-tokenizer.vocab_size // 32), np.uint32)
         """uint32 [words]: the first mask."""
-        self.matcher.unsafe_compute_mask_ptr(self.mask.ctypes.data, self.mask.nbytes)
-        if self.matcher.is_error():
+        matcher.unsafe_compute_mask_ptr(self.mask.ctypes.data, self.mask.nbytes)
+        if matcher.is_error():
             raise Error(f"{what} allows no text, or is too complex")
         others = self.mask.copy()
         others[self.end >> 5] &= ~np.uint32(1 << (self.end & 31))
         if not others.any():
             raise Error(f"{what} allows only the empty text")
         self.uses = 0
-        """Texts that have followed it. They share its automata, which grow."""
+        """How often it was asked for again. Its automata grow with its texts."""
         self.failed = False
+        self._copies = [matcher]
+        self._numbers = itertools.count()
+
+    def add_copy(self) -> None:
+        """Compile it once more, so that more masks can be computed at the same time."""
+        if len(self._copies) < COPIES:
+            self._copies.append(make_matcher(self.tokenizer, self._text))
+
+    def start(self) -> LLMatcher:
+        """A matcher for a new text."""
+        copies = self._copies
+        return copies[next(self._numbers) % len(copies)].deep_copy()
 
 
 class GrammarConstraint:
@@ -88,7 +106,7 @@ class GrammarConstraint:
         from llguidance import LLMatcher
 
         self._grammar, self._blocks = grammar, blocks
-        self._matcher = grammar.matcher.deep_copy()
+        self._matcher = grammar.start()
         self._nothing = LLMatcher(grammar.tokenizer, "{", log_level=0)  # no grammar, so it does no work
         self._block, self._row = blocks.borrow()
         self._computed = self._block[self._row]

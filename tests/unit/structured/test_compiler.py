@@ -16,6 +16,7 @@ import numballama
 from numballama import SamplingParams
 from numballama.errors import Error
 from numballama.structured import compile_constraint, compiler
+from numballama.structured.constraint import COPIES
 from numballama.tokenizers.base import Tokenizer
 
 pytest.importorskip("llguidance")
@@ -118,3 +119,20 @@ def test_many_threads_may_compile(story: Tokenizer) -> None:
     for thread in threads:
         thread.join()
     assert not errors
+
+
+def test_a_grammar_in_use_gets_copies(story: Tokenizer) -> None:
+    """So that masks of its texts are computed in parallel. Every copy allows the same."""
+    params, token = SamplingParams(regex="ab+"), story.encode_continuation(b"a")[0]
+    masks = set()
+    for _ in range(COPIES + 2):
+        make = compile_constraint(params, story, stop_token_ids=[2])
+        assert make is not None
+        constraint = make()
+        assert not constraint.accept(token)
+        mask = constraint.mask()
+        assert mask is not None
+        masks.add(mask.tobytes())
+    assert len(masks) == 1
+    (grammar,) = (found for (_, text), found in compiler._compiler_of(story)._kept.items() if "/ab+/" in text)
+    assert len(grammar._copies) == COPIES
