@@ -22,11 +22,11 @@ class GenerationResponse:
     """Whole characters only, and never a part of a stop string. "" while a character or stop string is incomplete."""
     token: int
     finish_reason: FinishReason | None = None
-    """None except in the last response. "stop": an end-of-sequence token or a stop string was generated. "length":
-    `max_tokens` or the end of the context was reached."""
+    """None except in the last response. "stop": an end-of-sequence token or a stop string was generated, or the grammar
+    ends here. "length": `max_tokens` or the end of the context was reached."""
     stop_reason: str | int | None = None
-    """With "stop": the stop string, or the id of the token that ended the text. With "length": "context" if the context
-    is full, otherwise None."""
+    """With "stop": the stop string, the id of the token that ended the text, or None if the grammar did. With "length":
+    "context" if the context is full, otherwise None."""
     logprobs: TokenLogprobs | None = None
     """Log probability of the token, and the likeliest in its place. None unless `SamplingParams.logprobs` asks."""
     prompt_tokens: int = 0
@@ -53,7 +53,7 @@ class TextStream:
         now = time.perf_counter()
         self._started = self._started or now
         stops, text, finish_reason, stop_reason = self._stops, "", event.finish_reason, event.stop_reason
-        if finish_reason != "stop":
+        if finish_reason != "stop" or stop_reason is None:  # a stop token adds nothing, the last one of a grammar does
             text = stops.push(self._decoder.push(event.token), self._decoder.hidden(event.token))
             if stops.found is not None:
                 finish_reason, stop_reason = "stop", stops.found

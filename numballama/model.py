@@ -31,6 +31,7 @@ from .quantization import policy
 from .quantization.types import KV_TYPES, VEC_DOT_TYPE, ActivationType, KVType
 from .sampling import DEFAULTS, NOT_GIVEN, NotGiven, SamplerTable, SamplingOptions, SamplingParams, merge
 from .session import Session
+from .structured.compiler import compile_constraint
 from .tokenizers.base import Tokenizer
 from .validation import whole_number
 
@@ -345,11 +346,13 @@ class Model:
         """Submit token ids. `strip_leading_space`: the output is a new text, so drop the space that the tokenizer's
         encoder prepends."""
         tokenizer = self._require_tokenizer()
-        streams = TextStreams(
-            lambda: tokenizer.decoder(strip_leading_space=strip_leading_space), settings.stop, settings.n
+        strip = strip_leading_space and not settings.is_constrained  # a grammar means the tokens' own text
+        streams = TextStreams(lambda: tokenizer.decoder(strip_leading_space=strip), settings.stop, settings.n)
+        stop_token_ids, vocab_size = self._stop_token_ids(settings, tokenizer), self.config.vocab_size
+        constraint = compile_constraint(settings, tokenizer, vocab_size=vocab_size, stop_token_ids=stop_token_ids)
+        return self.token_engine.submit(
+            ids, settings, stop_token_ids=stop_token_ids, process=streams, constraint=constraint, **how
         )
-        stop_token_ids = self._stop_token_ids(settings, tokenizer)
-        return self.token_engine.submit(ids, settings, stop_token_ids=stop_token_ids, process=streams, **how)
 
     def submit(
         self,

@@ -18,7 +18,7 @@ from typing import Any, Literal, TypedDict
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import Error, UnsupportedError
+from .errors import Error
 from .validation import flag, real_number, require_known, strings, whole_number
 
 REPEAT_WINDOW = 64
@@ -85,14 +85,14 @@ NOT_GIVEN: Literal[NotGiven.NOT_GIVEN] = NotGiven.NOT_GIVEN
 class SamplingParams:
     """The settings of one generation: how tokens are chosen and when the text ends.
 
-    Raises `Error` for a value that is out of range, `UnsupportedError` for a setting that this version does not have.
-    Use `override` for a copy with other values.
+    Raises `Error` for a value that is out of range. Use `override` for a copy with other values.
     """
 
     max_tokens: int | None = 256
     """Tokens to generate at most. None: until the context is full. A chat's default is 1024."""
     min_tokens: int = 0
-    """Tokens to generate before an end-of-sequence token or one of `stop_token_ids` may be chosen."""
+    """Tokens to generate before an end-of-sequence token or one of `stop_token_ids` may be chosen. The end of a grammar
+    ends the text in any case."""
     temperature: float = 0.8
     """The logits are divided by it: below 1 likely tokens gain, above 1 unlikely ones. 0: always the likeliest."""
     top_k: int = 40
@@ -125,11 +125,12 @@ class SamplingParams:
     n: int = 1
     """Number of texts to generate for the prompt, up to 16."""
     json_schema: Mapping[str, Any] | str | None = field(default=None, hash=False)
-    """Generate JSON of this schema. Not supported yet: only None."""
+    """Generate JSON of this schema: a mapping, or JSON text. {"type": "object"} or "json_object": any JSON object. What
+    would not be enforced is an `Error`. At most one of `json_schema`, `regex` and `grammar`; see docs/structured.md."""
     regex: str | None = None
-    """Generate text that matches this expression. Not supported yet: only None."""
+    """Generate text that this expression (Rust's syntax) matches as a whole."""
     grammar: str | None = None
-    """Generate text of this grammar. Not supported yet: only None."""
+    """Generate text of this grammar, in llguidance's Lark syntax or llama.cpp's GBNF."""
     special: bool = False
     """Whether control tokens that a prompt or a message spells out ("</s>") are tokens. False: they are text."""
     repeat_penalty: InitVar[float | None] = None
@@ -176,7 +177,7 @@ class SamplingParams:
             raise Error(f"n must be at most {MAX_N}, found {self.n}")
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise Error(f"min_tokens must be at most max_tokens, {self.max_tokens}, found {self.min_tokens}")
-        self._refuse_unsupported()
+        self._check_structure()
 
     def override(self, options: Mapping[str, Any]) -> SamplingParams:
         """A copy with other values of some fields. Raises `Error` that names an unknown field and the known ones."""
@@ -187,14 +188,28 @@ class SamplingParams:
             changes.setdefault("repetition_penalty", 1.0)
         return dataclasses.replace(self, **changes)
 
+    @property
+    def is_constrained(self) -> bool:
+        """Whether the text follows a schema, an expression or a grammar."""
+        return not (self.json_schema is None and self.regex is None and self.grammar is None)
+
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
 
-    def _refuse_unsupported(self) -> None:
-        """Raise `UnsupportedError` for a field that would have an effect, and has none in this version."""
-        for name in ("json_schema", "regex", "grammar"):
-            if (given := getattr(self, name)) is not None:
-                raise UnsupportedError(f"{name} is not supported by this version: leave it at None, found {given!r}")
+    def _check_structure(self) -> None:
+        """Check the form of `json_schema`, `regex` and `grammar`; `structured` checks what they say."""
+        if not self.is_constrained:
+            return
+        given = [name for name in ("json_schema", "regex", "grammar") if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise Error(f"{given[0]} and {given[1]} cannot be followed at once: pass only one of them")
+        for name in given:
+            value = getattr(self, name)
+            if not isinstance(value, str | Mapping if name == "json_schema" else str):
+                raise Error(f"{name} must be {'a mapping or JSON text' if name == 'json_schema' else 'text'}, "
+                            f"found {value!r:.100}")  # fmt: skip
+        if self.ignore_eos:
+            raise Error(f"ignore_eos cannot be used with {given[0]}: the text ends where the grammar lets it")
 
 
 # `dataclasses.replace` must not pass the other name back, and reading it gives the value

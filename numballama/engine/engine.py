@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import operator
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from typing import overload
 
-from ..errors import NOT_NUMBERS, ContextError, DeviceError, Error
+from ..errors import NOT_NUMBERS, DeviceError, Error
 from ..sampling import DEFAULTS, Sampled, SamplingParams
+from .constraints import Advance, ConstraintWorker
 from .driver import ENGINE_CLOSED, Driver
 from .pages import BlockManager
-from .request import FinishReason, R, Request, RequestState, Response, TokenEvent, TokenLogprobs
+from .request import FinishReason, R, Request, RequestState, Response, TokenEvent, TokenLogprobs, check_prompt
 from .runner import Runner
 from .scheduler import Run, Scheduler
-from .sequence import Constraint, Sequence, Status
+from .sequence import Constraint, Sequence, Status, seeded
 from .stats import EngineStats, Rates
 
 
@@ -48,6 +47,7 @@ class Engine:
         self._inbox: deque[RequestState] = deque()  # submitted, and not yet with the scheduler
         self._cancelled: deque[RequestState] = deque()
         self._runs: deque[Run] = deque()  # in flight, the oldest first
+        self._constraints = ConstraintWorker()
         self._touched: list[RequestState] = []  # requests whose readers must be woken after this step
         self._handling: RequestState | None = None  # whose token is being handed out
         self._failure: BaseException | None = None
@@ -109,7 +109,8 @@ class Engine:
         `process` is called with each token, in the thread that steps the engine, and returns what the request yields:
         anything with a `finish_reason`, which ends the sequence if it is not None; or None, which yields nothing. What
         it raises ends this request and is raised where it is read. It may submit and cancel, and must not wait for
-        responses. `constraint` makes the object that restricts the tokens of one sequence.
+        responses. `constraint` makes the object that restricts the tokens of one sequence. It is not asked about stop
+        tokens. When it says that the text is complete, the sequence ends with "stop".
 
         Raises `ContextError` for a prompt that can never fit, `Error` for an invalid one, for an id in use, and when
         the engine is closed, `DeviceError` in a forked child, and the device's error after it has failed.
@@ -138,7 +139,7 @@ class Engine:
                     constraint=None if constraint is None else constraint(),
                     request=state,
                 )
-                for index, own in enumerate(_seeded(settings))
+                for index, own in enumerate(seeded(settings))
             ]
         state.live, state.done = len(state.sequences), not most
         with self._driver.lock:
@@ -159,23 +160,7 @@ class Engine:
 
     def validate(self, prompt: Iterable[int]) -> list[int]:
         """The prompt as a list of int. Raises `Error`, or `ContextError` if it can never fit."""
-        try:
-            ids = list(map(operator.index, prompt))
-        except TypeError:
-            raise Error(f"token ids must be a sequence of whole numbers, found {prompt!r}") from None
-        if not ids:
-            raise Error("the prompt is empty: at least one token is needed to start from")
-        if min(ids) < 0 or max(ids) >= self.runner.vocab_size:
-            index, token = next((n, t) for n, t in enumerate(ids) if not 0 <= t < self.runner.vocab_size)
-            raise Error(f"token {index} of the prompt is {token}; the vocabulary has 0 to {self.runner.vocab_size - 1}")
-        if len(ids) > self.capacity:
-            limit = (
-                f"the context {self.context:,}; shorten it, or compile with context="
-                if self.capacity == self.context
-                else f"all pages of the KV cache {self.capacity:,}; shorten it, or compile with kv_tokens="
-            )
-            raise ContextError(f"the prompt has {len(ids):,} tokens and {limit}")
-        return ids
+        return check_prompt(prompt, self.runner.vocab_size, self.context, self.capacity)
 
     def cancel(self, request_id: str) -> bool:
         """End a request at the next step, from any thread. False if there is none of this id."""
@@ -219,6 +204,7 @@ class Engine:
         """End all requests with an `Error`, and wait for the runs in flight. Further requests are refused."""
         self._driver.check_process()
         self._driver.close()
+        self._constraints.close()
         self._end_all(Error(ENGINE_CLOSED))
         while self._runs and self._failure is None:
             try:
@@ -288,11 +274,15 @@ class Engine:
         try:
             if self._inbox or self._cancelled:
                 self._take_inbox()
+            if self._constraints.waiting:
+                self._take_advanced()
             runs = self._runs
             while len(runs) <= self._lookahead and (run := self.scheduler.plan()) is not None:
                 self._submit(run)
             if runs:
                 self._collect()
+            elif self._constraints.waiting:
+                self._constraints.wait()
             elif self._requests and not (self._inbox or self._cancelled):
                 raise Error(f"the scheduler plans nothing for {list(self._requests)}: {self.stats()}")
         except Exception as error:
@@ -327,18 +317,20 @@ class Engine:
             except Error as error:  # its rows are in this run all the same, and nobody reads what they sample
                 self._end(_state(sequence), error)
                 continue
-            if sequence.constraint is not None:
-                try:
-                    mask = sequence.constraint.mask()
-                except Exception as error:
-                    self._end(_state(sequence), error)
-                else:
-                    self.runner.set_mask(sequence.slot, mask)
+            self._set_mask(sequence)
         for slot, first, pages in run.tables:
             self.runner.set_pages(slot, first, pages)
         run.ticket = self.runner.submit(run.batch)
         self._prompt_tokens += run.batch.rows - run.batch.decodes
         self._runs.append(run)
+
+    def _set_mask(self, sequence: Sequence) -> None:
+        """Tell the runner what a sequence's constraint allows."""
+        if sequence.constraint is not None:
+            try:
+                self.runner.set_mask(sequence.slot, sequence.constraint.mask())
+            except Exception as error:
+                self._end(_state(sequence), error)
 
     def _collect(self) -> None:
         """Wait for the oldest run and hand its tokens out."""
@@ -356,47 +348,70 @@ class Engine:
     def _hand_out(self, run: Run, sampled: Sampled) -> None:
         """Add the tokens of a run to their sequences, and what is made of them to their requests."""
         tokens = sampled.tokens.tolist()
-        for row, sequence in enumerate(run.sampled):
+        advances: list[Advance] = []
+        try:
+            for row, sequence in enumerate(run.sampled):
+                if sequence.status is Status.FINISHED:
+                    continue
+                token, state = tokens[row], _state(sequence)
+                self._handling = state
+                if token < 0:
+                    self._end(state, Error(NOT_NUMBERS))
+                    continue
+                sequence.ids.append(token)
+                logprobs = TokenLogprobs.of(sampled, row) if state.logprobs else None
+                if token in sequence.stop_token_ids:
+                    self._deliver(sequence, state, token, logprobs, "stop", token)
+                elif sequence.constraint is None:
+                    self._deliver(sequence, state, token, logprobs)
+                else:  # what the token ends is known when the constraint has accepted it
+                    sequence.advancing = True
+                    advances.append(Advance(sequence, token, logprobs))
+            self._handling = None
+        finally:
+            if advances:
+                self._constraints.put(advances)
+
+    def _take_advanced(self) -> None:
+        """Deliver tokens that constraints have accepted, and set the next masks."""
+        for advance in self._constraints.take():
+            sequence, result = advance.sequence, advance.result
+            sequence.advancing = False
             if sequence.status is Status.FINISHED:
                 continue
-            token, state = tokens[row], sequence.request
-            assert state is not None
-            self._handling = state
-            if token < 0:
-                self._end(state, Error(NOT_NUMBERS))
+            state = self._handling = _state(sequence)
+            if isinstance(result, Exception):
+                self._end(state, result)
                 continue
-            sequence.ids.append(token)
-            reason: FinishReason | None = None
-            stop: int | str | None = None
-            if token in sequence.stop_token_ids:
-                reason, stop = "stop", token
-            elif len(sequence.ids) > sequence.end:
-                reason, stop = "length", "context" if state.context_bound else None
-            event = TokenEvent(
-                token,
-                sequence.index,
-                reason,
-                stop,
-                _logprobs(sampled, row) if state.logprobs else None,
-                sequence.prompt_tokens,
-                sequence.cached_tokens,
-            )
-            try:
-                response: Response | None = event if state.process is None else state.process(event)
-                if response is not None and response.finish_reason is not None:
-                    reason = "stop"
-                elif reason is None and sequence.constraint is not None:
-                    sequence.constraint.accept(token)
-                    self.runner.set_mask(sequence.slot, sequence.constraint.mask())
-            except Exception as error:
-                self._end(state, error)
-                continue
-            if response is not None:
-                state.events.append(response)
-                self._touched.append(state)
-            if reason is not None:
-                self._end_sequence(sequence, state)
+            self._deliver(sequence, state, advance.token, advance.logprobs, "stop" if result else None)
+            if sequence.status is Status.RUNNING:
+                self._set_mask(sequence)
         self._handling = None
+
+    def _deliver(
+        self,
+        sequence: Sequence,
+        state: RequestState,
+        token: int,
+        logprobs: TokenLogprobs | None,
+        reason: FinishReason | None = None,
+        stop: int | str | None = None,
+    ) -> None:
+        """Hand a sequence's latest token to its request, and end the sequence if it was the last one."""
+        if reason is None and len(sequence.ids) > sequence.end:
+            reason, stop = "length", "context" if state.context_bound else None
+        counts = sequence.prompt_tokens, sequence.cached_tokens
+        event = TokenEvent(token, sequence.index, reason, stop, logprobs, *counts)
+        try:
+            response: Response | None = event if state.process is None else state.process(event)
+        except Exception as error:
+            self._end(state, error)
+            return
+        if response is not None:
+            state.events.append(response)
+            self._touched.append(state)
+        if reason is not None or (response is not None and response.finish_reason is not None):
+            self._end_sequence(sequence, state)
 
     def _end_sequence(self, sequence: Sequence, state: RequestState) -> None:
         self.scheduler.finish(sequence)
@@ -411,6 +426,8 @@ class Engine:
         for sequence in state.sequences:
             if sequence.status is not Status.FINISHED:
                 self.scheduler.finish(sequence)
+            if sequence.constraint is not None:
+                self._constraints.forget(sequence)
         self._forget(state, error)
 
     def _forget(self, state: RequestState, error: BaseException | None) -> None:
@@ -481,19 +498,3 @@ def _state(sequence: Sequence) -> RequestState:
     state = sequence.request
     assert state is not None
     return state
-
-
-def _logprobs(sampled: Sampled, row: int) -> TokenLogprobs:
-    ids, logprobs = sampled.top_ids[row].tolist(), sampled.top_logprobs[row].tolist()
-    top = [(token, logprob) for token, logprob in zip(ids, logprobs, strict=True) if token >= 0]
-    return TokenLogprobs(float(sampled.logprobs[row]), top)
-
-
-def _seeded(params: SamplingParams) -> list[SamplingParams]:
-    """The params of each sequence. Each has a seed of its own, so that a preempted one can continue its draws."""
-    seed = params.seed
-    if seed is None or seed == -1:
-        seed = int.from_bytes(os.urandom(7), "little")
-    if params.n == 1 and (params.temperature == 0 or seed == params.seed):
-        return [params]
-    return [params.override({"seed": (seed + index) % 2**64, "n": 1}) for index in range(params.n)]

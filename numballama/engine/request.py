@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Protocol, TypeVar
 
+from ..errors import ContextError, Error
+from ..sampling import Sampled
 from .sequence import Sequence
 
 if TYPE_CHECKING:
@@ -22,6 +25,34 @@ class TokenLogprobs(NamedTuple):
     top: list[tuple[int, float]]
     """(token, log probability), the likeliest first."""
 
+    @classmethod
+    def of(cls, sampled: Sampled, row: int) -> TokenLogprobs:
+        """Those of a row of logits."""
+        ids, logprobs = sampled.top_ids[row].tolist(), sampled.top_logprobs[row].tolist()
+        top = [(token, logprob) for token, logprob in zip(ids, logprobs, strict=True) if token >= 0]
+        return cls(float(sampled.logprobs[row]), top)
+
+
+def check_prompt(prompt: Iterable[int], vocab_size: int, context: int, capacity: int) -> list[int]:
+    """The prompt as a list of int. Raises `Error`, or `ContextError` if it has more tokens than `capacity`."""
+    try:
+        ids = list(map(operator.index, prompt))
+    except TypeError:
+        raise Error(f"token ids must be a sequence of whole numbers, found {prompt!r}") from None
+    if not ids:
+        raise Error("the prompt is empty: at least one token is needed to start from")
+    if min(ids) < 0 or max(ids) >= vocab_size:
+        index, token = next((n, t) for n, t in enumerate(ids) if not 0 <= t < vocab_size)
+        raise Error(f"token {index} of the prompt is {token}; the vocabulary has 0 to {vocab_size - 1}")
+    if len(ids) > capacity:
+        limit = (
+            f"the context {context:,}; shorten it, or compile with context="
+            if capacity == context
+            else f"all pages of the KV cache {capacity:,}; shorten it, or compile with kv_tokens="
+        )
+        raise ContextError(f"the prompt has {len(ids):,} tokens and {limit}")
+    return ids
+
 
 @dataclass(slots=True)
 class TokenEvent:
@@ -31,10 +62,11 @@ class TokenEvent:
     index: int
     """Which of the request's `n` sequences it continues."""
     finish_reason: FinishReason | None
-    """None except for a sequence's last token. "stop": it is one of the stop tokens. "length": `max_tokens` or the end
-    of the context was reached."""
+    """None except for a sequence's last token. "stop": it is one of the stop tokens, or the grammar ends with it.
+    "length": `max_tokens` or the end of the context was reached."""
     stop_reason: int | str | None
-    """With "stop": the token. With "length": "context" if the context is full, otherwise None."""
+    """With "stop": the stop token; None at the end of the grammar. With "length": "context" if the context is full,
+    otherwise None."""
     logprobs: TokenLogprobs | None
     """None unless the request's params ask for log probabilities."""
     prompt_tokens: int

@@ -167,7 +167,7 @@ class Scheduler:
         """Whether the sequence can have a row now. Gives it a page if it needs one."""
         if sequence.status is not Status.RUNNING or sequence.planned >= sequence.end:
             return False
-        if sequence.constraint is not None and sequence.pending:
+        if sequence.constraint is not None and (sequence.pending or sequence.advancing):
             return False
         if sequence.planned >= len(sequence.pages) * self.pages.page:
             if not self._make_room(sequence):
@@ -227,6 +227,8 @@ class Scheduler:
         """Give the first waiting sequence a slot and pages for all its tokens. None: nobody can be admitted now."""
         while self.waiting and self._free_slots and not self._no_room:
             sequence, pages = self.waiting[0], self.pages
+            if sequence.advancing:
+                return None  # it was preempted, and its next mask is not there yet
             match = pages.match(sequence.root, sequence.ids)
             if match.writer is not None and match.writer.order < sequence.order:
                 # it is computed by a sequence that comes before this one, so this cannot take for ever

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable
 from collections.abc import Sequence as TokenIds
 from enum import Enum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,13 +31,29 @@ class Status(Enum):
 
 
 class Constraint(Protocol):
-    """Restricts a sequence's next token, as a grammar does."""
+    """Restricts a sequence's next token, as a grammar does.
+
+    `accept` is called in a thread of the engine's, for one token at a time; `mask` there and in the thread that steps.
+    What they raise ends the request.
+    """
 
     def mask(self) -> NDArray[np.uint32] | None:
-        """Bitmask uint32 [ceil(vocab_size / 32)] of the tokens that may come next. None: all."""
+        """Bitmask uint32 [ceil(vocab_size / 32)] of the tokens that may come next. None: all.
 
-    def accept(self, token: int) -> None:
-        """Advance by a sampled token."""
+        It is read until the next `accept`.
+        """
+
+    def accept(self, token: int) -> bool | None:
+        """Advance by a sampled token, which is no stop token. True: the text is complete, nothing may follow."""
+
+
+@runtime_checkable
+class BatchConstraint(Constraint, Protocol):
+    """Constraints of a class that advances many at once."""
+
+    @staticmethod
+    def advance(steps: Any) -> list[bool | Exception]:
+        """`accept` and `mask` of each (constraint of this class, token): what `accept` returns or either raises."""
 
 
 Order = tuple[int, int, int]
@@ -50,8 +67,8 @@ class Sequence:
     """
 
     __slots__ = (
-        "admitted_at", "allowed", "cached_tokens", "chain", "computed", "constraint", "end", "entered", "ids",
-        "in_flight", "index", "order", "pages", "params", "parked_on", "pending", "planned", "preemptions",
+        "admitted_at", "advancing", "allowed", "cached_tokens", "chain", "computed", "constraint", "end", "entered",
+        "ids", "in_flight", "index", "order", "pages", "params", "parked_on", "pending", "planned", "preemptions",
         "prompt_tokens", "publish_at", "published", "request", "root", "slot", "status", "stop_token_ids",
     )  # fmt: skip
 
@@ -84,6 +101,8 @@ class Sequence:
         self.admitted_at = 0.0
         """When it first got a slot, on the clock of `time.monotonic`; 0 before that."""
         self.preemptions = 0
+        self.advancing = False
+        """Whether its constraint is being advanced by its last token. It has no row until the next mask is there."""
         self.parked_on = 0
         """The page that it waits for while another sequence computes it, or 0."""
         self.vacate()
@@ -115,3 +134,16 @@ class Sequence:
             f"{self.prompt_tokens}+{self.output_tokens} tokens, {self.computed} computed, {self.in_flight} in flight"
         )
         return f"<Sequence {self.order} {self.status.value}: {counts}>"
+
+
+def seeded(params: SamplingParams) -> list[SamplingParams]:
+    """The params of each of a request's sequences.
+
+    Each has a seed of its own, so that a preempted one can continue its draws.
+    """
+    seed = params.seed
+    if seed is None or seed == -1:
+        seed = int.from_bytes(os.urandom(7), "little")
+    if params.n == 1 and (params.temperature == 0 or seed == params.seed):
+        return [params]
+    return [params.override({"seed": (seed + index) % 2**64, "n": 1}) for index in range(params.n)]

@@ -123,6 +123,43 @@ class Tokenizer(ABC):
                 ids = [part for token in ids for part in (self._spell(token) if token >= self._limit else [token])]
         return [*self._before, *ids, *self._after] if bos else ids
 
+    def encode_continuation(self, data: bytes) -> list[int]:
+        """Ids of UTF-8 bytes that continue a text: their bytes together are `data`, so no space is put in front.
+
+        `data` may begin and end inside a character. Control tokens that it spells are encoded as ordinary text. Raises
+        `Error` for bytes that the vocabulary has no token for.
+        """
+        ids: list[int] = []
+        while data:
+            try:
+                text, bad = data.decode(), b""
+            except UnicodeDecodeError as error:
+                text, bad = data[: error.start].decode(), data[error.start : error.end]
+            size = len(text.encode())
+            if text:
+                ids += self._continue_text(text, data[:size])
+            ids += self._single_bytes(bad)
+            data = data[size + len(bad) :]
+        return ids
+
+    def _continue_text(self, text: str, data: bytes) -> list[int]:
+        """`encode_continuation` of whole characters: `data` are their bytes."""
+        for marker in ("", "\2", "\n", "."):  # what encoding puts in front of a text goes before the marker
+            ids = self.encode(marker + text, bos=False)
+            start, before = 0, b""
+            while marker and start < len(ids) and not before.endswith(marker.encode()):
+                before += self.token_bytes(ids[start])
+                start += 1
+            if b"".join(map(self.token_bytes, ids[start:])) == data:
+                return ids[start:]
+        return self._single_bytes(data)
+
+    def _single_bytes(self, data: bytes) -> list[int]:
+        found = [(byte, self._byte_token(byte)) for byte in data]
+        if missing := [byte for byte, token in found if token is None or self.token_bytes(token) != bytes([byte])]:
+            raise Error(f"the vocabulary has no token for the byte 0x{missing[0]:02X}")
+        return [token for _, token in found if token is not None]
+
     @property
     def _before(self) -> Sequence[int]:
         """Ids that encoding puts before a text."""
@@ -141,6 +178,11 @@ class Tokenizer(ABC):
         self._limit = min(rows, self.vocab_size)
         self.add_bos = self.add_bos and self.bos_id is not None and self.bos_id < rows
         self.add_eos = self.add_eos and self.eos_id is not None and self.eos_id < rows
+
+    @property
+    def usable(self) -> int:
+        """Ids from here on have no row in the model's embedding; `vocab_size` if all have one."""
+        return self._limit
 
     def _spell(self, token: int) -> list[int]:
         """The text of a token as tokens of single bytes, as far as the vocabulary has them."""

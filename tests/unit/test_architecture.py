@@ -53,7 +53,8 @@ ORDER = """
             kernels.prefill_attention kernels.logits kernels.sampling kernels.copy compiler driver compile_worker \
             weights sampler_table decode_pipeline program bandwidth timing backend
     reference backend session
-    engine: interrupts sequence pages runner request driver stats scheduler engine capacity model_runner
+    engine: interrupts sequence pages runner request constraints driver stats scheduler engine capacity model_runner
+    structured: checker schema lark vocabulary constraint compiler
     generate
     chat: sandbox builtin_templates template tool_messages encoder conversation
     export inspection

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from numballama.cpu.sampling import choose_tokens
-from numballama.errors import Error, UnsupportedError
+from numballama.errors import Error
 from numballama.sampling import (
     HAS_COUNTS,
     MAX_BIASES,
@@ -206,10 +206,16 @@ def test_values_that_are_refused(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "settings", [{"json_schema": {}}, {"json_schema": "{}"}, {"regex": "a"}, {"grammar": "root ::= x"}], ids=str
 )
-def test_settings_of_later_versions_are_refused_by_name(settings: dict[str, Any]) -> None:
+def test_one_structure_at_a_time(settings: dict[str, Any]) -> None:
     (name,) = settings
-    with pytest.raises(UnsupportedError, match=f"^{name} is not supported"):
-        SamplingParams(**settings)
+    assert SamplingParams(**settings).is_constrained and not SamplingParams().is_constrained
+    other = {"regex": "b"} if name != "regex" else {"grammar": "b"}
+    with pytest.raises(Error, match="cannot be followed at once: pass only one"):
+        SamplingParams(**settings, **other)
+    with pytest.raises(Error, match=f"ignore_eos cannot be used with {name}"):
+        SamplingParams(**settings, ignore_eos=True)
+    with pytest.raises(Error, match=f"{name} must be "):
+        SamplingParams(**{name: 3})
 
 
 def test_biases_are_a_copy_and_bounded() -> None:

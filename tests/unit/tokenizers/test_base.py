@@ -70,3 +70,17 @@ def test_lone_surrogates_are_refused(tokenizer: Tokenizer) -> None:
     for special in (False, True):
         with pytest.raises(Error, match=r"U\+D83D at character 2"):
             tokenizer.encode("ab\ud83dc", special=special)
+
+
+@given(data=st.binary(max_size=12) | st.text(max_size=8).map(lambda text: text.encode(errors="surrogatepass")))
+def test_bytes_that_continue_a_text(tokenizer: Tokenizer, data: bytes) -> None:
+    """No space is put in front, and they may begin and end inside a character."""
+    ids = tokenizer.encode_continuation(data)
+    assert b"".join(map(tokenizer.token_bytes, ids)) == data
+
+
+def test_a_continuation_is_encoded_as_within_a_text(tokenizer: Tokenizer) -> None:
+    whole = tokenizer.encode("x\nOnce upon a time", bos=False)
+    ids = tokenizer.encode_continuation(b" upon a time")
+    assert whole[-len(ids) :] == ids
+    assert tokenizer.eos_id not in tokenizer.encode_continuation(b"</s>")

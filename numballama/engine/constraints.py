@@ -1,0 +1,136 @@
+"""`ConstraintWorker`: advances constraints by sampled tokens beside the thread that steps the engine."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from .request import TokenLogprobs
+from .sequence import BatchConstraint, Constraint, Sequence
+
+SLOW_S = 0.01
+"""A constraint that needs longer for a token is advanced by itself, so that others do not wait for it."""
+MASK_WAIT_S = 0.002
+"""How long a step waits for the next masks. Sequences whose mask is later have no row in its run."""
+IDLE_S = 0.05
+"""How long a step that has nothing to compute waits for the next mask."""
+THREADS = 4
+"""Most constraints, or groups of constraints, that are advanced at a time."""
+
+
+@dataclass(slots=True, eq=False)
+class Advance:
+    """One sampled token of a sequence with a constraint."""
+
+    sequence: Sequence
+    token: int
+    logprobs: TokenLogprobs | None
+    result: bool | Exception = False
+    """Whether the text is complete, or what the constraint raised."""
+
+
+class ConstraintWorker:
+    """Calls `accept` and `mask` of constraints in threads of its own, those of one step together.
+
+    The thread that steps the engine calls `put`, `take` and `wait`. The threads start with the first `put`.
+    """
+
+    def __init__(self) -> None:
+        self._pool: ThreadPoolExecutor | None = None
+        self._changed = threading.Condition()
+        self._done: deque[Advance] = deque()
+        self._fast = self._slow = 0  # jobs that are not done
+        self._alone: set[Constraint] = set()  # constraints that were slow at their last token
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there is or will be something to take."""
+        return bool(self._fast or self._slow or self._done)
+
+    def put(self, advances: Iterable[Advance]) -> None:
+        """Advance constraints: each by one token."""
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(min(THREADS, (os.cpu_count() or 1) + 1), "numballama constraints")
+        together: list[Advance] = []
+        for each in advances:
+            if each.sequence.constraint in self._alone:
+                self._start([each], fast=False)
+            else:
+                together.append(each)
+        if together:
+            self._start(together, fast=True)
+
+    def _start(self, advances: list[Advance], fast: bool) -> None:
+        assert self._pool is not None
+        with self._changed:
+            self._fast, self._slow = self._fast + fast, self._slow + (not fast)
+        self._pool.submit(self._run, advances, fast)
+
+    def _run(self, advances: list[Advance], fast: bool) -> None:
+        started = time.perf_counter()
+        try:
+            _advance(advances)
+        except BaseException as error:
+            for each in advances:
+                each.result = error if isinstance(error, Exception) else RuntimeError(repr(error))
+        slow = time.perf_counter() - started > SLOW_S
+        with self._changed:
+            (self._alone.update if slow else self._alone.difference_update)(_constraint(each) for each in advances)
+            self._fast, self._slow = self._fast - fast, self._slow - (not fast)
+            self._done.extend(advances)
+            self._changed.notify_all()
+
+    def take(self, wait_s: float = MASK_WAIT_S) -> list[Advance]:
+        """What is done by now. Waits up to `wait_s` seconds, but not for constraints that were slow before."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._fast, wait_s)
+            done = list(self._done)
+            self._done.clear()
+        return done
+
+    def wait(self, timeout_s: float = IDLE_S) -> None:
+        """Wait up to `timeout_s` seconds until there is something to take."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._done), timeout_s)
+
+    def forget(self, sequence: Sequence) -> None:
+        """The sequence has ended."""
+        if self._alone:
+            with self._changed:
+                self._alone.discard(_constraint_of(sequence))
+
+    def close(self) -> None:
+        """End the threads. What they still do is of no use to anybody."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _constraint_of(sequence: Sequence) -> Constraint:
+    assert sequence.constraint is not None
+    return sequence.constraint
+
+
+def _constraint(advance: Advance) -> Constraint:
+    return _constraint_of(advance.sequence)
+
+
+def _advance(advances: list[Advance]) -> None:
+    """Advance each constraint and compute its next mask."""
+    batch = [each for each in advances if isinstance(each.sequence.constraint, BatchConstraint)]
+    for kind in {type(_constraint(each)) for each in batch}:
+        group = [each for each in batch if type(each.sequence.constraint) is kind]
+        results = kind.advance([(_constraint(each), each.token) for each in group])  # type: ignore[attr-defined]
+        for each, result in zip(group, results, strict=True):
+            each.result = result
+    for each in advances:
+        if not isinstance(each.sequence.constraint, BatchConstraint):
+            try:
+                each.result = bool(_constraint(each).accept(each.token))
+                _constraint(each).mask()
+            except Exception as error:
+                each.result = error

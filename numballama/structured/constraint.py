@@ -1,0 +1,178 @@
+"""`GrammarConstraint`: a grammar and how far one text has come in it, as the engine's `Constraint`."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import threading
+from collections.abc import Collection, Sequence
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import Error
+from .checker import first_lines, make_matcher
+
+if TYPE_CHECKING:
+    from llguidance import LLExecutor, LLMatcher, LLTokenizer
+
+BLOCK = 64
+"""Masks that lie one behind the other, so that one call computes many."""
+MASK_THREADS = 4
+"""Most threads that compute masks of one step."""
+
+
+COPIES = 8
+"""Most copies of a compiled grammar. Texts of one copy share automata behind a lock, so their masks are computed one
+after the other."""
+
+
+class MaskBlocks:
+    """Memory for the masks of a vocabulary: blocks of BLOCK rows, which constraints borrow."""
+
+    def __init__(self, words: int) -> None:
+        self.words = words
+        self._free: list[tuple[NDArray[np.uint32], int]] = []
+        self._lock = threading.Lock()
+
+    def borrow(self) -> tuple[NDArray[np.uint32], int]:
+        """(block uint32 [BLOCK, words], a row of it that nobody else has)."""
+        with self._lock:
+            if not self._free:
+                block = np.zeros((BLOCK, self.words), np.uint32)
+                self._free = [(block, row) for row in range(BLOCK - 1, -1, -1)]
+            return self._free.pop()
+
+    def give_back(self, block: NDArray[np.uint32], row: int) -> None:
+        # Called by the garbage collector, so without the lock; a list's append is atomic.
+        self._free.append((block, row))
+
+
+@lru_cache(maxsize=1)
+def _executor() -> LLExecutor:
+    from llguidance import LLExecutor
+
+    return LLExecutor(min(MASK_THREADS, os.cpu_count() or 1))
+
+
+class Grammar:
+    """A compiled grammar and its first mask. Raises `Error` for one that cannot be followed, or allows no text."""
+
+    def __init__(self, tokenizer: LLTokenizer, text: str, what: str) -> None:
+        self.what, self.tokenizer, self._text = what, tokenizer, text
+        matcher = make_matcher(tokenizer, text)
+        if matcher.is_error():
+            raise Error(f"{what} cannot be followed: {first_lines(matcher.get_error())}")
+        self.end = tokenizer.eos_token
+        """The bit of a mask that says that the text may end here."""
+        self.mask = np.zeros(-(-tokenizer.vocab_size // 32), np.uint32)
+        """uint32 [words]: the first mask."""
+        matcher.unsafe_compute_mask_ptr(self.mask.ctypes.data, self.mask.nbytes)
+        if matcher.is_error():
+            raise Error(f"{what} allows no text, or is too complex")
+        others = self.mask.copy()
+        others[self.end >> 5] &= ~np.uint32(1 << (self.end & 31))
+        if not others.any():
+            raise Error(f"{what} allows only the empty text")
+        self.uses = 0
+        """How often it was asked for again. Its automata grow with its texts."""
+        self.failed = False
+        self._copies = [matcher]
+        self._numbers = itertools.count()
+
+    def add_copy(self) -> None:
+        """Compile it once more, so that more masks can be computed at the same time."""
+        if len(self._copies) < COPIES:
+            self._copies.append(make_matcher(self.tokenizer, self._text))
+
+    def start(self) -> LLMatcher:
+        """A matcher for a new text."""
+        copies = self._copies
+        return copies[next(self._numbers) % len(copies)].deep_copy()
+
+
+class GrammarConstraint:
+    """Follows one text. `stops` are the tokens that end it, `special` those of them that add nothing to a text.
+
+    A stop token is allowed where the grammar may end, and nowhere else; a special one also where the grammar names it.
+    `vocab_size` is the number of logits, which sets the length of the mask.
+    """
+
+    def __init__(
+        self, grammar: Grammar, blocks: MaskBlocks, vocab_size: int, stops: Collection[int], special: Collection[int]
+    ) -> None:
+        from llguidance import LLMatcher
+
+        self._grammar, self._blocks = grammar, blocks
+        self._matcher = grammar.start()
+        self._nothing = LLMatcher(grammar.tokenizer, "{", log_level=0)  # no grammar, so it does no work
+        self._block, self._row = blocks.borrow()
+        self._computed = self._block[self._row]
+        words = -(-vocab_size // 32)
+        padded = words > blocks.words  # the model has more rows than the tokenizer has tokens
+        self._mask = np.zeros(words, np.uint32) if padded else self._computed[:words]
+        self._stops = _words_of(stop for stop in stops if stop < vocab_size)
+        self._text_stops = _words_of(stop for stop in stops if stop < vocab_size and stop not in special)
+        self._computed[:] = grammar.mask
+        self._finish_mask()
+
+    def __del__(self) -> None:
+        if hasattr(self, "_row"):
+            self._blocks.give_back(self._block, self._row)
+
+    def mask(self) -> NDArray[np.uint32]:
+        """uint32 [ceil(vocab_size / 32)]: the tokens that may come next."""
+        return self._mask
+
+    def accept(self, token: int) -> bool:
+        """Advance by a token that the mask allows, and compute the next mask. True: nothing may follow."""
+        (result,) = self.advance([(self, token)])
+        if isinstance(result, Exception):
+            raise result
+        return result
+
+    @staticmethod
+    def advance(steps: Sequence[tuple[GrammarConstraint, int]]) -> list[bool | Exception]:
+        """`accept` for many, in parallel. Does not hold Python's lock, except for a few microseconds each."""
+        executor = _executor()
+        pairs: list[tuple[Any, int]] = [(each._matcher, token) for each, token in steps]
+        if len(pairs) == 1:  # with one, the lock would be held
+            pairs.append((steps[0][0]._nothing, steps[0][0]._grammar.end))
+        executor.consume_token_par(pairs)
+        going = [each for each, _ in steps if not each._matcher.is_stopped()]
+        for block in {id(each._block): each._block for each in going}.values():
+            rows = [(each._matcher, each._row) for each in going if each._block is block]
+            executor.unsafe_compute_mask_ptr(rows, block.ctypes.data, 4 * block.shape[1], BLOCK)
+        return [each._result() for each, _ in steps]
+
+    def _result(self) -> bool | Exception:
+        if self._matcher.is_error():
+            self._grammar.failed = True
+            return Error(f"{self._grammar.what} is too complex to follow here, or allows no further token")
+        return self._matcher.is_stopped() or self._finish_mask()
+
+    def _finish_mask(self) -> bool:
+        """Allow stop tokens where the text may end. True: nothing else may come."""
+        mask, computed, end = self._mask, self._computed, self._grammar.end
+        bit = np.uint32(1 << (end & 31))
+        may_end = bool(computed[end >> 5] & bit)
+        computed[end >> 5] &= ~bit
+        if len(mask) > len(computed):
+            mask[: len(computed)] = computed
+        if may_end and not mask.any():
+            return True
+        for word, bits in self._stops if may_end else ():
+            mask[word] |= bits
+        for word, bits in () if may_end else self._text_stops:
+            mask[word] &= ~bits
+        return False
+
+
+def _words_of(tokens: Any) -> list[tuple[int, np.uint32]]:
+    """(word of a mask, bits in it) of some tokens."""
+    words: dict[int, int] = {}
+    for token in tokens:
+        words[token >> 5] = words.get(token >> 5, 0) | 1 << (token & 31)
+    return [(word, np.uint32(bits)) for word, bits in words.items()]

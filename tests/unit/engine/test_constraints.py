@@ -1,0 +1,159 @@
+"""Constraints are advanced beside the engine, and delay no sequence without one."""
+
+from __future__ import annotations
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from numballama.engine.constraints import SLOW_S, Advance, ConstraintWorker
+from numballama.engine.engine import Engine
+from numballama.engine.sequence import Constraint, Sequence
+from numballama.errors import Error
+from tests.helpers.engine_machine import check_engine
+from tests.helpers.fake_runner import FakeRunner, expected, make_params, tokens_of
+
+PROMPT = [1, 2, 3]
+
+
+class Evens:
+    """Allows even tokens. Ends after `length` tokens; waits for `gate` before each."""
+
+    def __init__(self, length: int = 10**6, gate: threading.Semaphore | None = None, seconds: float = 0) -> None:
+        self.length, self.gate, self.seconds = length, gate, seconds
+        self.accepted: list[int] = []
+        self.threads: set[int] = set()
+
+    def mask(self) -> NDArray[np.uint32]:
+        return np.full(32, 0x55555555, np.uint32)
+
+    def accept(self, token: int) -> bool:
+        if self.gate is not None:
+            assert self.gate.acquire(timeout=30)
+        time.sleep(self.seconds)
+        self.threads.add(threading.get_ident())
+        self.accepted.append(token)
+        return len(self.accepted) == self.length
+
+
+class Together(Evens):
+    """Advances many at once, and fails at a token that it knows."""
+
+    calls: list[int] = []  # noqa: RUF012
+
+    @staticmethod
+    def advance(steps: Any) -> list[bool | Exception]:
+        Together.calls.append(len(steps))
+        return [each.accept(token) if token != 666 else Error("stuck") for each, token in steps]
+
+
+@pytest.fixture(params=[0, 1, 2])
+def lookahead(request: pytest.FixtureRequest) -> int:
+    return int(request.param)
+
+
+def test_the_end_of_a_grammar_ends_the_text(lookahead: int) -> None:
+    engine = Engine(FakeRunner(lookahead=lookahead))
+    for length, most, reason in ((3, 8, "stop"), (3, 3, "stop"), (4, 3, "length")):
+        events = list(engine.submit(PROMPT, make_params(max_tokens=most), constraint=lambda n=length: Evens(n)))
+        assert len(events) == 3 and {event.token % 2 for event in events} == {0}
+        assert [event.finish_reason for event in events] == [None, None, reason]
+        assert events[-1].stop_reason is None
+
+
+def test_a_stop_token_is_not_offered_to_the_grammar() -> None:
+    engine, evens = Engine(FakeRunner()), Evens()
+    first = next(iter(engine.submit(PROMPT, make_params(), constraint=Evens))).token
+    events = list(engine.submit(PROMPT, make_params(), stop_token_ids=[first], constraint=lambda: evens))
+    assert [(event.finish_reason, event.stop_reason) for event in events] == [("stop", first)]
+    assert not evens.accepted
+
+
+def test_others_go_on_while_a_grammar_is_slow(lookahead: int) -> None:
+    engine, gate = Engine(FakeRunner(lookahead=lookahead)), threading.Semaphore(0)
+    bound = engine.submit(PROMPT, make_params(max_tokens=5), constraint=lambda: Evens(gate=gate))
+    free = engine.submit([7, 8], make_params(max_tokens=40))
+    assert tokens_of(free) == expected([7, 8], 40, 1000)  # inline: this thread steps, and the gate is shut
+    for _ in range(5):
+        gate.release()
+    assert len(tokens_of(bound)) == 5
+
+
+def test_sequences_of_one_request_and_preempted_ones(lookahead: int) -> None:
+    runner = FakeRunner(lookahead=lookahead, pages=9, max_sequences=4)
+    engine, made = Engine(runner), list[Evens]()
+
+    def make() -> Evens:
+        made.append(Evens(seconds=0.001))
+        return made[-1]
+
+    requests = [
+        engine.submit([number] * 6, make_params(max_tokens=10, temperature=1, seed=5, n=2), constraint=make)
+        for number in range(1, 3)
+    ]
+    for request in requests:
+        events = list(request)
+        assert len(events) == 20 and {event.token % 2 for event in events} == {0}
+    assert sum(request.preemptions for request in requests) > 0, "the test is about something"
+    assert [len(each.accepted) for each in made] == [10] * 4
+    check_engine(engine, runner)
+
+
+def test_a_failing_grammar_fails_its_request_alone() -> None:
+    engine = Engine(FakeRunner())
+
+    class Fails(Evens):
+        def accept(self, token: int) -> bool:
+            raise ValueError("broken")
+
+    bad = engine.submit(PROMPT, make_params(), constraint=Fails)
+    good = engine.submit([9], make_params(), constraint=Evens)
+    with pytest.raises(ValueError, match="broken"):
+        list(bad)
+    assert len(tokens_of(good)) == 8
+
+
+def test_cancelled_while_the_grammar_works() -> None:
+    engine, gate = Engine(FakeRunner()), threading.Semaphore(0)
+    bound = engine.submit(PROMPT, make_params(), constraint=lambda: Evens(gate=gate))
+    threading.Timer(0.05, bound.cancel).start()
+    assert list(bound) == []
+    assert tokens_of(engine.submit([9], make_params())) == expected([9], 8, 1000)
+    gate.release()
+    engine.close()
+
+
+def advance(constraint: Constraint, token: int) -> Advance:
+    return Advance(Sequence([1], make_params(), 5, order=(0, 0, 0), constraint=constraint), token, None)
+
+
+def test_a_class_may_advance_many_at_once() -> None:
+    worker, many = ConstraintWorker(), [Together(1), Together(2), Evens(1)]
+    Together.calls.clear()
+    worker.put([advance(each, token) for each, token in zip(many, (4, 666, 6), strict=True)])
+    done = worker.take(10)
+    assert Together.calls == [2] and not worker.waiting
+    assert done[0].result is True and isinstance(done[1].result, Error) and done[2].result is True
+    assert threading.get_ident() not in many[0].threads
+
+
+def test_a_slow_constraint_is_advanced_by_itself_until_it_is_fast() -> None:
+    worker, slow, fast = ConstraintWorker(), Evens(seconds=2 * SLOW_S), Evens()
+    worker.put([advance(slow, 2)])
+    assert len(worker.take(10)) == 1
+    for _ in range(3):
+        worker.put([advance(slow, 2), advance(fast, 2)])
+        assert [each.sequence.constraint for each in worker.take(10)] == [fast]
+        worker.wait(10)
+        assert [each.sequence.constraint for each in worker.take(0)] == [slow]
+    slow.seconds = 0
+    worker.put([advance(slow, 2)])
+    worker.wait(10)
+    worker.take(0)
+    worker.put([advance(slow, 2), advance(fast, 2)])
+    assert len(worker.take(10)) == 2
+    worker.close()

@@ -1,0 +1,69 @@
+"""llguidance sees the bytes that each of our tokenizers decodes to."""
+
+from __future__ import annotations
+
+import builtins
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import numballama
+from numballama.errors import UnsupportedError
+from numballama.structured.vocabulary import VocabularyView, make_tokenizer, token_bytes
+from numballama.tokenizers.base import Tokenizer, TokenKind
+from tests.helpers.bpe import CHAT_CONFIG, save_json, trained
+
+pytest.importorskip("llguidance")
+
+TEXT = '{"name": "Zoë 🙂",\n  "n": [1, 2]}'
+
+
+def check(tokenizer: Tokenizer) -> None:
+    known = make_tokenizer(tokenizer)
+    tokens, special = token_bytes(tokenizer)
+    assert len(tokens) == tokenizer.vocab_size == known.vocab_size - 1 == known.eos_token
+    for token, data in enumerate(tokens):
+        hidden = tokenizer.entry(token)[0] in (TokenKind.CONTROL, TokenKind.UNKNOWN)
+        assert hidden == (token in special) == data.startswith(b"\xff")
+        assert hidden or data == tokenizer.token_bytes(token).removeprefix(b"\xff")
+    data = TEXT.encode()
+    for end in range(len(data) + 1):  # also inside a character
+        ids = tokenizer.encode_continuation(data[:end])
+        assert b"".join(map(tokenizer.token_bytes, ids)) == data[:end]
+    assert known.decode_bytes(VocabularyView(tokenizer)(TEXT)) == data
+
+
+def test_sentencepiece_gguf_and_llama2c(tokenizer: Tokenizer) -> None:
+    check(tokenizer)
+
+
+def test_the_packaged_vocabulary() -> None:
+    check(numballama.load_tokenizer(Path(numballama.__file__).parent / "story.gguf"))
+
+
+def test_byte_level_bpe(tmp_path: Path) -> None:
+    check(numballama.load_tokenizer(save_json(tmp_path, trained("llama-bpe"), CHAT_CONFIG)))
+
+
+def test_tokens_without_a_row_are_empty(tokenizer: Tokenizer) -> None:
+    tokenizer = copy.copy(tokenizer)  # it is shared between tests
+    tokenizer.limit(300)
+    tokens, special = token_bytes(tokenizer)
+    assert set(tokens[300:]) == {b""} and max(special) < 300 and tokens[299]
+
+
+def test_without_the_library_the_error_names_it(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = builtins.__import__
+
+    def missing(name: str, *args: Any) -> Any:
+        if name.startswith("llguidance"):
+            raise ImportError(name)
+        return real(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(UnsupportedError, match=r'pip install "numballama\[serve\]"'):
+        make_tokenizer(tokenizer)
+    with pytest.raises(UnsupportedError, match=r'regex: .*pip install "numballama\[serve\]"'):
+        numballama.structured.compile_constraint(numballama.SamplingParams(regex="a"), tokenizer)
