@@ -19,8 +19,8 @@ from starlette.routing import Route
 from numballama.server import page
 
 MARKDOWN = """\
-A **binary search** halves a sorted list until the value is found. Each step compares one element, so a list of a
-million needs about 20 steps.
+A **binary search** halves a sorted list until the value is found. Each step compares one element, so a list of \
+a million needs about 20 steps.
 
 ```python
 def find(values: list[int], wanted: int) -> int | None:
@@ -44,7 +44,7 @@ Two things to keep in mind:
 1. The list must be **sorted**.
 2. With few elements a plain loop is as fast; see [the manual](https://docs.python.org/3/library/bisect.html).
 """
-HOSTILE = "<img src=x onerror=\"window.hacked = 1\"><script>window.hacked = 1</script> [click](javascript:hacked=1)"
+HOSTILE = '<img src=x onerror="window.hacked = 1"><script>window.hacked = 1</script> [click](javascript:hacked=1)'
 REASONING = "The user asks for a search. I compare two methods and show the code."
 
 
@@ -97,7 +97,7 @@ class FakeAPI:
         self.running += 1
         try:
             tokens = 0
-            if said.startswith("think"):
+            if "search" in said:
                 for word in REASONING.split(" "):
                     yield event({"reasoning_content": word + " "})
                     await asyncio.sleep(self.pause_s)
@@ -135,7 +135,8 @@ def pieces(text: str) -> Iterator[str]:
 
 
 def event(delta: dict[str, str], finish: str | None = None) -> str:
-    return f"data: {json.dumps({'choices': [{'index': 0, 'delta': delta, 'finish_reason': finish}], 'usage': None})}\n\n"
+    choice = {"index": 0, "delta": delta, "finish_reason": finish}
+    return f"data: {json.dumps({'choices': [choice], 'usage': None})}\n\n"
 
 
 @contextmanager

@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any
 
 CHROMIUM = shutil.which("chromium")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync --disable-dev-shm-usage --disable-extensions --hide-scrollbars "
-    "--force-color-profile=srgb --remote-debugging-pipe"
-).split()
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage",
+    "--disable-extensions", "--hide-scrollbars", "--force-color-profile=srgb", "--remote-debugging-pipe",
+]  # fmt: skip
 TIMEOUT_S = 60
 """Of any one wait. Tests run on busy machines; no test waits that long when it passes."""
 
@@ -81,9 +81,10 @@ class Browser:
         if event.get("method") == "Runtime.exceptionThrown":
             details = params["exceptionDetails"]
             self.troubles.append(str(details.get("exception", details).get("description", details)))
-        elif event.get("method") == "Log.entryAdded" and params["entry"]["level"] == "error":
-            if params["entry"]["source"] != "network":  # an answer of 4xx or 5xx is for the page to explain
-                self.troubles.append(params["entry"]["text"])
+        elif event.get("method") == "Log.entryAdded":
+            entry = params["entry"]
+            if entry["level"] == "error" and entry["source"] != "network":  # the page explains answers of 4xx and 5xx
+                self.troubles.append(entry["text"])
 
     def open(self, url: str) -> None:
         self.send("Page.navigate", url=url)
@@ -146,7 +147,7 @@ def chromium(folder: Path) -> Iterator[Browser]:
     browser_reads, we_write = os.pipe()
     we_read, browser_writes = os.pipe()
     # the protocol's pipes are descriptors 3 and 4 of Chromium
-    shell = f"exec {CHROMIUM} \"$@\" 3<&{browser_reads} 4>&{browser_writes} 2>{folder / 'chromium.log'}"
+    shell = f'exec {CHROMIUM} "$@" 3<&{browser_reads} 4>&{browser_writes} 2>{folder / "chromium.log"}'
     process = subprocess.Popen(
         ["bash", "-c", shell, "chromium", *FLAGS, f"--user-data-dir={folder / 'profile'}"],
         pass_fds=(browser_reads, browser_writes),

@@ -1,7 +1,7 @@
 // Tells a screen reader what the model writes: sentence by sentence, because single tokens cannot be understood.
 
 const MOST_SENTENCES = 30;
-const SENTENCE_END = /[.!?:…。！？]["'”’)\]*_]*(?=\s)|\n\s*\n/g;
+const SENTENCE_END = /(?<!\d)[.!?:…。！？]["'”’)\]*_]*(?=\s)|\n\s*\n/g; // not after the number of a list's item
 const CODE = /(```|~~~)[\s\S]*?(\1|$)/g;
 const CODE_NAME = "Code block.\n\n"; // as long for code that still grows, so that places in the text stay
 
@@ -27,12 +27,18 @@ export class Announcer {
   }
 
   finish(text, note) {
-    this.say(text.replace(CODE, CODE_NAME).slice(this.spoken));
+    text = text.replace(CODE, CODE_NAME);
+    this.say(text.slice(this.spoken));
+    this.spoken = text.length;
     this.say(note);
   }
 
   say(text) {
-    const plain = text.replace(/[*_`#>|~]+/g, "").trim();
+    const plain = text
+      .replace(/\[([^\]]*)\]\([^)]*\)/g, "$1") // of a link its text
+      .replace(/^[|\s:-]+$/gm, "") // the line below a table's head
+      .replace(/[*_`#>|~]+/g, "")
+      .trim();
     if (!plain) return;
     const line = document.createElement("p");
     line.textContent = plain;

@@ -148,6 +148,7 @@ async function answer(conversation, parent) {
 
   let saved = performance.now();
   const draw = perFrame(() => {
+    if (node.state !== "running") return;
     thread.update(conversation, node);
     if (conversation === current) announcer.feed(node.content);
     if (performance.now() - saved > SAVE_EVERY) {

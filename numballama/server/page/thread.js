@@ -139,7 +139,7 @@ class MessageView {
     if (siblings.length > 1) buttons.append(this.versions(siblings));
     if (node.content) buttons.append(copyButton("Copy message", () => node.content));
     if (node.role === "user") buttons.append(iconButton("pencil", "Edit message", () => this.edit()));
-    else buttons.append(iconButton("again", "Regenerate answer", () => actions.regenerate(node)));
+    else if (!node.error) buttons.append(iconButton("again", "Regenerate answer", () => actions.regenerate(node)));
     const figures = node.role === "assistant" ? describe(node) : "";
     this.foot.replaceChildren(buttons, ...(figures ? [el("p", { class: "figures" }, figures)] : []));
   }
@@ -199,8 +199,9 @@ function describe({ stats, state, finish }) {
     const about = stats.exact ? "" : "about ";
     if (stats.tokens !== null) parts.push(`${about}${number.format(stats.tokens)} ${stats.tokens === 1 ? "token" : "tokens"}`);
     if (stats.tokens > 1 && stats.seconds > 0) parts.push(`${about}${rate.format((stats.tokens - 1) / stats.seconds)} tokens/s`);
-    parts.push(`first token after ${rate.format(stats.first)} s`);
+    const wait = stats.first < 1 ? `${Math.round(1000 * stats.first)} ms` : `${rate.format(stats.first)} s`;
+    parts.push(`first token after ${wait}`);
     if (stats.cached !== null && stats.prompt) parts.push(`${number.format(stats.cached)} of ${number.format(stats.prompt)} prompt tokens cached`);
   }
-  return parts.join(" · ");
+  return parts.map((part) => part.replaceAll(" ", "\u00a0")).join(" · ");
 }
