@@ -79,6 +79,7 @@ class FakeAPI:
 
     async def props(self, request: Request) -> Response:
         props = {"model": "SmolLM2-360M-Instruct-Q8_0", "context": 4096, "max_sequences": 4}
+        props["default_generation_settings"] = {"temperature": 1.0, "top_p": 1.0, "top_k": 0}
         return self.refusal(request) or JSONResponse(props)
 
     async def chat(self, request: Request) -> Response:

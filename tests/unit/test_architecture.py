@@ -59,6 +59,7 @@ ORDER = """
     export inspection
     bench: traffic debug profiler trace benchmark
     model
+    server: page.markdown
     cli: streams args doctor inspect generate chat bench export main
     __main__
 """

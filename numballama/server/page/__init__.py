@@ -11,13 +11,14 @@ from importlib import resources
 
 import anyio
 from anyio.to_thread import run_sync
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
 from .markdown import render
 
 MAX_RENDER_BYTES = 256 * 1024
+BODY_TIMEOUT_S = 30
 MAX_RENDERERS = 2
 """Texts that are rendered at the same time. Rendering is Python code, which takes time from the engine's thread."""
 
@@ -50,7 +51,7 @@ HEADERS = {
 
 def routes() -> list[Route]:
     """The routes of the page: `/`, its files below `/page/`, and POST `/render`."""
-    return [*(_file_route(path, *file) for path, file in _files().items()), Route("/render", _render, methods=["POST"])]
+    return [*(_file_route(path, *file) for path, file in _files().items()), _render_route()]
 
 
 def public_paths() -> frozenset[str]:
@@ -82,27 +83,43 @@ def _file_route(path: str, content: bytes, media_type: str) -> Route:
     return Route(path, send, methods=["GET"])
 
 
-_renderers = anyio.CapacityLimiter(MAX_RENDERERS)
+def _render_route() -> Route:
+    renderers = anyio.CapacityLimiter(MAX_RENDERERS)
+
+    async def send(request: Request) -> Response:
+        """The body is Markdown in UTF-8, the answer HTML.
+
+        The type text/markdown is required because a page of another site cannot send it: browsers ask the server first.
+        """
+        if request.headers.get("content-type", "").split(";")[0].strip().lower() != "text/markdown":
+            return _error(415, "send the Markdown text with Content-Type: text/markdown")
+        try:
+            with anyio.fail_after(BODY_TIMEOUT_S):
+                body = await _read_body(request)
+        except TimeoutError:
+            return _error(408, f"the text did not come within {BODY_TIMEOUT_S} s")
+        except ClientDisconnect:
+            return _error(400, "the client closed the connection")
+        if len(body) > MAX_RENDER_BYTES:
+            return _error(413, f"a text to render may have at most {MAX_RENDER_BYTES:,} bytes")
+        try:
+            text = body.decode()
+        except UnicodeDecodeError as error:
+            return _error(400, f"the text is not UTF-8: {error}")
+        html = await run_sync(render, text, limiter=renderers)
+        return Response(html, media_type="text/html", headers={**HEADERS, "Cache-Control": "no-store"})
+
+    return Route("/render", send, methods=["POST"])
 
 
-async def _render(request: Request) -> Response:
-    """The body is Markdown in UTF-8, the answer HTML.
-
-    The type text/markdown is required because a page of another site cannot send it: browsers ask the server first.
-    """
-    if request.headers.get("content-type", "").split(";")[0].strip().lower() != "text/markdown":
-        return _error(415, "send the Markdown text with Content-Type: text/markdown")
+async def _read_body(request: Request) -> bytes:
+    """The body, or its start where that is already too long."""
     body = bytearray()
     async for chunk in request.stream():
         body += chunk
         if len(body) > MAX_RENDER_BYTES:
-            return _error(413, f"a text to render may have at most {MAX_RENDER_BYTES:,} bytes")
-    try:
-        text = body.decode()
-    except UnicodeDecodeError as error:
-        return _error(400, f"the text is not UTF-8: {error}")
-    html = await run_sync(render, text, limiter=_renderers)
-    return Response(html, media_type="text/html", headers={**HEADERS, "Cache-Control": "no-store"})
+            break
+    return bytes(body)
 
 
 def _error(status: int, message: str) -> Response:

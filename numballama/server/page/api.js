@@ -59,13 +59,15 @@ async function explain(response) {
   return new ApiError(`The server cannot do this (${response.status}).${detail}`);
 }
 
-/** {model, context, max_sequences} of the server. */
+/** {model, context, max_sequences, defaults} of the server; null is not known. */
 export async function serverFacts() {
   const models = await (await request("v1/models")).json();
-  const facts = { model: String(models.data?.[0]?.id ?? ""), context: null, max_sequences: null };
+  const facts = { model: String(models.data?.[0]?.id ?? ""), context: null, max_sequences: null, defaults: {} };
   try {
     const props = await (await request("props")).json();
-    for (const name of ["context", "max_sequences"]) if (Number.isFinite(props[name])) facts[name] = props[name];
+    facts.context = props.context ?? null;
+    facts.max_sequences = props.max_sequences ?? props.total_slots ?? null;
+    facts.defaults = props.default_generation_settings ?? {};
   } catch (error) {
     if (error.loading) throw error;
   }

@@ -13,14 +13,15 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 from markdown_it.renderer import RendererHTML
+from markdown_it.rules_block import StateBlock
 from markdown_it.rules_core import StateCore
 from markdown_it.token import Token
 
 SCHEMES = ("http", "https", "mailto")
 ATTRIBUTES = frozenset({"href", "title", "target", "rel", "class", "start"})
 
-MAX_NESTING = 20
-"""Depth of lists, quotes and brackets. The parser is recursive, and its time grows with depth times length."""
+MAX_NESTING = 24
+"""Depth of quotes and brackets; a list counts twice. The parser is recursive, and its time grows with the depth."""
 
 STEPS_PER_CHARACTER = 1
 TOKENS_PER_CHARACTER = 2
@@ -33,13 +34,13 @@ _ALIGNMENT = re.compile(r"text-align:(left|center|right)")
 
 
 class _TooComplexError(Exception):
-    """A text takes more steps than its length justifies."""
+    """A text takes more steps than its length justifies, or is nested too deep."""
 
 
 def render(text: str) -> str:
     """HTML of a Markdown text: CommonMark with tables, strikethrough, and line breaks kept.
 
-    A text that would take much longer than others of its length is returned as preformatted text.
+    A text that would take much longer than others of its length, or is nested too deep, is returned as plain text.
     """
     steps, tokens = (n * len(text) + FREE_STEPS for n in (STEPS_PER_CHARACTER, TOKENS_PER_CHARACTER))
     try:
@@ -56,10 +57,28 @@ def _count_step(state: Any, *_: Any) -> bool:
     return False
 
 
-def _limit_tokens(state: StateCore) -> None:
-    """The block parser adds missing cells to table rows: 3 KiB of "|" could become 65,536 cells."""
-    if len(state.tokens) > state.env["tokens"]:
+def _check_depth(state: StateBlock, *_: Any) -> bool:
+    """The block parser leaves out what is nested deeper than its limit."""
+    if state.level > MAX_NESTING - 3:
         raise _TooComplexError
+    return False
+
+
+class _Tokens(list[Token]):
+    """Tokens of the block parser, up to a limit. It adds missing cells to tables: 3 KiB of "|" could become 65,536."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def append(self, token: Token) -> None:
+        if len(self) >= self.limit:
+            raise _TooComplexError
+        super().append(token)
+
+
+def _limit_tokens(state: StateCore) -> None:
+    state.tokens = _Tokens(state.env["tokens"])
 
 
 def _is_allowed(url: str) -> bool:
@@ -94,8 +113,9 @@ def _make_parser() -> MarkdownIt:
     parser.enable(["table", "strikethrough"])
     parser.validateLink = _is_allowed  # type: ignore[method-assign]
     parser.block.ruler.before("table", "count_step", _count_step)
+    parser.block.ruler.before("table", "check_depth", _check_depth)
     parser.inline.ruler.before("text", "count_step", _count_step)
-    parser.core.ruler.before("inline", "limit_tokens", _limit_tokens)
+    parser.core.ruler.before("block", "limit_tokens", _limit_tokens)
     parser.add_render_rule("link_open", _link_open)
     parser.add_render_rule("image", _image)
     parser.add_render_rule("th_open", _cell)

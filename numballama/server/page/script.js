@@ -12,7 +12,7 @@ import { Thread } from "./thread.js";
 const SAVE_EVERY = 2000; // ms, while an answer grows
 let conversations = store.loadAll();
 let current = conversations[0] ?? store.newConversation(store.defaultSettings());
-let facts = { model: "", context: null, max_sequences: null };
+let facts = { model: "", context: null, max_sequences: null, defaults: {} };
 const runs = new Map(); // conversation id → AbortController
 
 const announcer = new Announcer($("announcements"));

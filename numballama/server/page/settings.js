@@ -79,6 +79,9 @@ export class Settings {
   }
 
   showServer(facts) {
+    for (const name of NUMBERS) {
+      if (Number.isFinite(facts.defaults[name])) this.form.elements[name].placeholder = `Default: ${facts.defaults[name]}`;
+    }
     const rows = [["Model", facts.model]];
     if (facts.context) rows.push(["Context", `${facts.context.toLocaleString("en")} tokens`]);
     if (facts.max_sequences) rows.push(["Answers at a time", String(facts.max_sequences)]);

@@ -14,8 +14,6 @@ from starlette.routing import Mount
 from numballama.server import page
 from tests.helpers.chat_api import serving
 
-FOLDER = page.__path__[0]
-
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
@@ -128,3 +126,25 @@ def test_render_refuses_what_is_no_markdown(address: str) -> None:
     for other in ("text/plain", "application/x-www-form-urlencoded", "application/json", ""):
         assert render(address, b"a", other)[0].status == 415, "a page of another site could send it"
     assert ask(address, "GET", "/render")[0].status == 405
+
+
+def test_render_does_not_wait_for_ever(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "BODY_TIMEOUT_S", 0.2)
+    connection = HTTPConnection(urlsplit(address).netloc, timeout=30)
+    connection.putrequest("POST", "/render")
+    connection.putheader("Content-Type", "text/markdown")
+    connection.putheader("Content-Length", "1000")
+    connection.endheaders(b"only a part")
+    assert connection.getresponse().status == 408
+    connection.close()
+
+
+def test_a_client_that_goes_away_is_no_error(address: str, caplog: pytest.LogCaptureFixture) -> None:
+    connection = HTTPConnection(urlsplit(address).netloc, timeout=30)
+    connection.putrequest("POST", "/render")
+    connection.putheader("Content-Type", "text/markdown")
+    connection.putheader("Content-Length", "1000")
+    connection.endheaders(b"only a part")
+    connection.close()
+    assert render(address, b"next")[0].status == 200
+    assert not caplog.records

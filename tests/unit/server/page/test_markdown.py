@@ -187,14 +187,13 @@ def test_a_text_that_is_too_complex_is_shown_as_it_is() -> None:
     assert render(text) == f'<pre class="plain">&lt;b&gt;{"[" * 5_000}</pre>\n'
 
 
-@pytest.mark.parametrize("depth", [5, 10, 200])
-def test_deep_nesting_is_no_deep_recursion(depth: int) -> None:
-    for text in (
-        "> " * depth + "end",
-        "".join("  " * n + "- a\n" for n in range(depth)),
-        "*" * depth + "a" + "*" * depth,
-    ):
-        check(render(text))
+@pytest.mark.parametrize("depth", [5, 9, 30, 400])
+def test_deep_nesting_is_no_deep_recursion_and_loses_nothing(depth: int) -> None:
+    nested_list = "".join("  " * n + "- a\n" for n in range(depth)) + "  " * depth + "- end"
+    for text in ("> " * depth + "end", nested_list, "> - " * depth + "end", "*" * depth + "end" + "*" * depth):
+        assert "end" in check(render(text)).text
+    assert ("<pre" in render("> " * depth + "end")) == (depth >= markdown.MAX_NESTING)
+    assert ("<pre" in render(nested_list)) == (2 * depth >= markdown.MAX_NESTING)
 
 
 def test_documentation_is_far_from_the_limit() -> None:
