@@ -90,6 +90,11 @@ class Browser:
         self.send("Page.navigate", url=url)
         self.wait("document.readyState === 'complete'")
 
+    def reload(self) -> None:
+        self.run("window.isOld = true")
+        self.send("Page.reload")
+        self.wait("!window.isOld && document.readyState === 'complete'")
+
     def run(self, expression: str) -> Any:
         """The value of a JavaScript expression; a promise is awaited."""
         result = self.send("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)

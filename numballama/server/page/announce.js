@@ -19,17 +19,18 @@ export class Announcer {
   /** The whole text so far. */
   feed(text) {
     text = text.replace(CODE, CODE_NAME);
-    let end = this.spoken;
     SENTENCE_END.lastIndex = this.spoken;
-    for (let match = SENTENCE_END.exec(text); match; match = SENTENCE_END.exec(text)) end = match.index + match[0].length;
-    if (end > this.spoken) this.say(text.slice(this.spoken, end));
-    this.spoken = end;
+    for (let match = SENTENCE_END.exec(text); match; match = SENTENCE_END.exec(text)) {
+      const end = match.index + match[0].length;
+      this.say(text.slice(this.spoken, end));
+      this.spoken = end;
+    }
   }
 
   finish(text, note) {
-    text = text.replace(CODE, CODE_NAME);
-    this.say(text.slice(this.spoken));
-    this.spoken = text.length;
+    this.feed(text);
+    this.say(text.replace(CODE, CODE_NAME).slice(this.spoken));
+    this.spoken = Infinity;
     this.say(note);
   }
 

@@ -69,8 +69,8 @@ export class MarkdownView {
     const isDone = this.rendered === this.text || this.text.length > MAX_BYTES;
     if (this.busy || isDone) return;
     this.busy = true;
-    // a fast server is asked five times a second, a slow one is left in peace for most of the time
-    const pause = this.live ? Math.min(Math.max(200, 5 * this.took), 4000) : 0;
+    // a fast server is asked three times a second, a slow one less often: rendering takes time from the model
+    const pause = this.live ? Math.min(Math.max(300, 10 * this.took), 5000) : 0;
     this.wake = () => {
       clearTimeout(timer);
       this.wake = null;
