@@ -12,9 +12,26 @@ export class ApiError extends Error {
   }
 }
 
+let keyWithoutStorage = "";
+
+/** The API key: for as long as the tab is open. */
 export const apiKey = {
-  get: () => sessionStorage.getItem(KEY) ?? "",
-  set: (key) => (key ? sessionStorage.setItem(KEY, key) : sessionStorage.removeItem(KEY)),
+  get() {
+    try {
+      return sessionStorage.getItem(KEY) ?? "";
+    } catch {
+      return keyWithoutStorage; // storage is blocked
+    }
+  },
+  set(key) {
+    keyWithoutStorage = key;
+    try {
+      if (key) sessionStorage.setItem(KEY, key);
+      else sessionStorage.removeItem(KEY);
+    } catch {
+      // the key lasts as long as the page
+    }
+  },
 };
 
 /** Addresses are relative to the page, which may stand behind a prefix. */
@@ -156,7 +173,10 @@ async function* events(stream) {
   try {
     for (;;) {
       const { value, done } = await reader.read();
-      if (done) return;
+      if (done) {
+        if (rest.startsWith("data:")) yield rest.slice(5).trim();
+        return;
+      }
       const lines = (rest + value).split("\n");
       rest = lines.pop();
       for (const line of lines) {

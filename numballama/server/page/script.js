@@ -144,7 +144,8 @@ async function answer(conversation, parent) {
   refresh();
   announcer.start();
   announcer.say("The model is answering");
-  $("message").focus({ preventScroll: true });
+  const isTouched = matchMedia("(pointer: coarse)").matches; // the message box would show a keyboard over the answer
+  $(isTouched ? "send" : "message").focus({ preventScroll: true });
 
   let saved = performance.now();
   const draw = perFrame(() => {

@@ -350,7 +350,7 @@ def test_light_and_dark(chat: Browser) -> None:
     chat.prefer("dark")
     dark = chat.run(colour)
     assert light == "rgb(255, 255, 255)" and dark != light
-    assert chat.run("document.querySelector('#theme').getAttribute('aria-pressed')") == "true"
+    chat.wait("document.querySelector('#theme').getAttribute('aria-pressed') === 'true'")
     chat.click("#theme")
     assert chat.run(colour) == light
     chat.reload()
