@@ -48,6 +48,7 @@ export class MarkdownView {
     this.rendered = ""; // the start of the text that is shown as HTML
     this.blocks = []; // {html, node} of each element of it
     this.tail = null; // the node that shows the rest
+    this.space = ""; // what stands before it
     this.live = false;
     this.busy = false;
     this.took = 0; // ms of the last rendering
@@ -128,7 +129,7 @@ export class MarkdownView {
   showTail() {
     const rest = this.text.slice(this.rendered.length);
     if (this.tail) {
-      this.tail.textContent = rest;
+      this.tail.textContent = this.space + rest;
       return;
     }
     if (!rest) return;
@@ -144,7 +145,8 @@ export class MarkdownView {
       if (!parent) this.tail = el("p", { class: "tail" });
       (parent ?? this.element).append(this.tail);
     }
-    this.tail.textContent = rest;
+    this.space = !isOpenCode && /[ \n]$/.test(this.rendered) ? " " : ""; // HTML of a paragraph ends without its space
+    this.tail.textContent = this.space + rest;
   }
 }
 
