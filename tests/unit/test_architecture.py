@@ -61,8 +61,8 @@ ORDER = """
     bench: traffic debug profiler trace benchmark
     model
     server: settings errors protocol params http metrics tools.definitions tools.events tools.scanner tools.call \
-            tools.parser tools.grammar tools.messages tools.formats service generation logprobs call completions \
-            chat_core chat responses messages tokens answers openapi guard app run
+            tools.parser tools.grammar tools.messages tools.formats page.markdown service generation logprobs call \
+            completions chat_core chat responses messages tokens answers openapi guard app run
     cli: streams args doctor inspect batch generate remote chat serve bench export main
     __main__
 """
