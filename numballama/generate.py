@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypedDict
 
@@ -100,6 +100,7 @@ class Submit(Protocol):
         reuse_prefix: bool = True,
         salt: str | None = None,
         strip_leading_space: bool = False,
+        shown_tokens: Collection[int] = (),
     ) -> Request[GenerationResponse]: ...
 
 
@@ -110,7 +111,8 @@ class TextEngine:
     `Request`: iterate over it, with `for` or `async for`, to read a `GenerationResponse` for each token; `cancel()`
     ends it. A lower `priority` comes first. `reuse_prefix`: take tokens at the beginning of the prompt from the KV
     cache, if a request with the same `salt` has computed them. `strip_leading_space`: after a prompt of ids
-    comes a new text, an answer, so drop the space that the tokenizer's encoder prepends.
+    comes a new text, an answer, so drop the space that the tokenizer's encoder prepends. `shown_tokens`: ids of control
+    tokens that are text here, such as `<tool_call>`; usually they are not part of the text.
     """
 
     def __init__(self, engine: Engine, submit: Submit) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, overload
@@ -294,7 +294,7 @@ class Model:
         texts: list[str] = []
         try:
             for text, own in zip(prompts, settings, strict=True):
-                requests.append(self._submit_text(text, own))
+                requests.append(self._submit_ids(*self._encode_prompt(text, own), own))
             for request in requests:
                 parts: list[str] = []
                 try:
@@ -322,12 +322,11 @@ class Model:
         a stop string is ever yielded. Several streams of one model may be read alternately or from several threads:
         they advance together, as many at a time as `max_sequences` of `compile`.
         """
-        return iter(self._submit_text(prompt, merge(params, DEFAULTS, max_tokens, options)))
+        settings = merge(params, DEFAULTS, max_tokens, options)
+        return iter(self._submit_ids(*self._encode_prompt(prompt, settings), settings))
 
-    def _submit_text(
-        self, prompt: str | None, settings: SamplingParams, **how: Unpack[HowToSubmit]
-    ) -> Request[GenerationResponse]:
-        """Submit a prompt as text. None: the beginning-of-text token alone."""
+    def _encode_prompt(self, prompt: str | None, settings: SamplingParams) -> tuple[list[int], bool]:
+        """(ids of a prompt, whether the output is a new text). None: the beginning-of-text token alone."""
         tokenizer = self._require_tokenizer()
         if not (prompt is None or isinstance(prompt, str)):
             raise Error(f"the prompt must be a string or None, found {prompt!r:.200}; stream_ids() takes token ids")
@@ -338,16 +337,16 @@ class Model:
             note_once(self.notes, SPELLED)
         if prompt is None and tokenizer.bos_id is not None:  # also if this tokenizer puts no BOS before a text
             ids = [tokenizer.bos_id]
-        return self._submit_ids(ids, settings, prompt is None, **how)
+        return ids, prompt is None
 
     def _submit_ids(
-        self, ids: Iterable[int], settings: SamplingParams, strip_leading_space: bool, **how: Unpack[HowToSubmit]
-    ) -> Request[GenerationResponse]:
-        """Submit token ids. `strip_leading_space`: the output is a new text, so drop the space that the tokenizer's
-        encoder prepends."""
+        self, ids: Iterable[int], new_text: bool, settings: SamplingParams, shown: Collection[int] = (),
+        **how: Unpack[HowToSubmit],
+    ) -> Request[GenerationResponse]:  # fmt: skip
+        """Submit token ids. `new_text` is `strip_leading_space` of `TextEngine.submit`, `shown` its `shown_tokens`."""
         tokenizer = self._require_tokenizer()
-        strip = strip_leading_space and not settings.is_constrained  # a grammar means the tokens' own text
-        streams = TextStreams(lambda: tokenizer.decoder(strip_leading_space=strip), settings.stop, settings.n)
+        strip = new_text and not settings.is_constrained  # a grammar means the tokens' own text
+        streams = TextStreams(lambda: tokenizer.decoder(strip, shown), settings.stop, settings.n)
         stop_token_ids, vocab_size = self._stop_token_ids(settings, tokenizer), self.config.vocab_size
         constraint = compile_constraint(settings, tokenizer, vocab_size=vocab_size, stop_token_ids=stop_token_ids)
         return self.token_engine.submit(
@@ -364,6 +363,7 @@ class Model:
         reuse_prefix: bool = True,
         salt: str | None = None,
         strip_leading_space: bool = False,
+        shown_tokens: Collection[int] = (),
     ) -> Request[GenerationResponse]:
         """Queue a prompt, text or token ids, and return the request to read. `TextEngine` explains the arguments.
 
@@ -373,8 +373,8 @@ class Model:
         how = HowToSubmit(priority=priority, request_id=request_id, reuse_prefix=reuse_prefix, salt=salt)
         settings = merge(params, DEFAULTS, NOT_GIVEN, {})
         if prompt is None or isinstance(prompt, str):
-            return self._submit_text(prompt, settings, **how)
-        return self._submit_ids(prompt, settings, strip_leading_space, **how)
+            prompt, strip_leading_space = self._encode_prompt(prompt, settings)
+        return self._submit_ids(prompt, strip_leading_space, settings, shown_tokens, **how)
 
     def stream_ids(
         self,
@@ -392,7 +392,7 @@ class Model:
         `reuse_prefix`: reuse tokens at the beginning of `ids` that are in the KV cache, whoever computed them.
         """
         settings = merge(params, DEFAULTS, max_tokens, options)
-        return iter(self._submit_ids(ids, settings, strip_leading_space, reuse_prefix=reuse_prefix))
+        return iter(self._submit_ids(ids, strip_leading_space, settings, reuse_prefix=reuse_prefix))
 
     def _stop_token_ids(self, params: SamplingParams, tokenizer: Tokenizer) -> frozenset[int]:
         """Ids that end a text: those of `params` and, unless it ignores EOS, those of the file and the tokenizer."""

@@ -11,11 +11,11 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.requests import Request as HttpRequest
-from starlette.responses import PlainTextResponse, Response
+from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
 
 from .. import __version__
-from . import chat, chat_core, completions, messages, openapi, responses, tokens
+from . import chat, completions, messages, openapi, page, responses, tokens
 from .call import Call
 from .errors import ApiError, failed
 from .guard import KEY, Guard
@@ -84,7 +84,7 @@ def create_app(model: Model | None, settings: Settings | None = None) -> Starlet
     }
     routes: list[BaseRoute] = [Route(path, partial(_get, service, answer)) for path, answer in gets.items()]
     routes += [Route(path, partial(_post, service, *post), methods=["POST"]) for path, post in POSTS.items()]
-    routes += _page_routes()
+    routes += page.routes()
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
@@ -96,24 +96,11 @@ def create_app(model: Model | None, settings: Settings | None = None) -> Starlet
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
-        middleware=[Middleware(Guard, service=service, paths=frozenset(POSTS) | frozenset(GETS))],
+        middleware=[Middleware(Guard, service=service, paths=frozenset(POSTS) | frozenset(GETS) | {page.RENDER})],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, ClientGoneError: _client_gone},
     )
     app.state.service = service
     return app
-
-
-def _page_routes() -> list[BaseRoute]:
-    """The routes of the chat page, or of a line of text where it is missing."""
-    try:
-        from .page import routes  # type: ignore[import-not-found]
-    except ImportError:
-        return [Route("/", _index)]
-    return list(routes())
-
-
-async def _index(request: HttpRequest) -> Response:
-    return PlainTextResponse("numballama serves OpenAI's interface at /v1; /openapi.json describes it.\n")
 
 
 async def _get(
@@ -217,7 +204,7 @@ async def _model(service: Service, request: HttpRequest) -> Response:
 async def _props(service: Service, request: HttpRequest) -> Response:
     model, settings = service.model, service.settings
     tokenizer = model.tokenizer
-    template = await service.run(chat_core.chat_template, service)
+    template = await service.run(lambda: service.chat_template)
 
     def piece(token: int | None) -> str | None:
         return None if tokenizer is None or token is None else tokenizer.piece(token)
@@ -235,7 +222,7 @@ async def _props(service: Service, request: HttpRequest) -> Response:
             "bos_token": piece(None if tokenizer is None else tokenizer.bos_id),
             "eos_token": piece(None if tokenizer is None else tokenizer.eos_id),
             "modalities": {"vision": False, "audio": False},
-            "tools": chat_core.tool_formats() is not None,
+            "tools": True,
             "default_generation_settings": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0},
             "limits": {
                 "body_bytes": settings.max_body,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +12,7 @@ from ..sampling import SamplingParams
 from .errors import ApiError
 from .generation import Generation
 from .http import DONE, EventStream, dumps, event
+from .params import restriction_fields
 from .protocol import Generation as GenerationRequest
 from .service import Service
 
@@ -35,10 +36,13 @@ class Call:
         params: SamplingParams,
         param: str,
         answers: bool = False,
+        shown_tokens: Collection[int] = (),
+        fields: Mapping[str, str] | None = None,
     ) -> Generation:
         """Submit prompts. `param`: the field that they are from. `answers`: the texts are new, not continuations.
 
-        Raises `ApiError`.
+        `shown_tokens` as for `TextEngine.submit`. `fields`: field of `SamplingParams` → the request's field for
+        it, where that is not the usual one. Raises `ApiError`.
         """
         vocabulary = self.service.model.config.vocab_size
         if outside := [token for token in params.logit_bias or {} if token >= vocabulary]:
@@ -54,7 +58,9 @@ class Call:
             priority=request.priority or 0,
             salt="/".join(salts) if salts else None,
             strip_leading_space=answers,
+            shown_tokens=shown_tokens,
             param=param,
+            fields={**restriction_fields(request), **(fields or {})},
         )
 
     def stream(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -14,6 +13,7 @@ from .chat_core import Chat, Events
 from .http import DONE, JsonResponse
 from .logprobs import chat_logprobs
 from .protocol import ChatRequest
+from .tools.events import CallArguments, CallStart, Content, Reasoning
 
 KIND, CHUNK_KIND = "chat.completion", "chat.completion.chunk"
 
@@ -54,14 +54,15 @@ class WholeMessage:
 
     def add(self, found: Events) -> None:
         for event in found.events:
-            if event.kind == "content":
-                self.content += event.text
-            elif event.kind == "reasoning":
-                self.reasoning += event.text
-            elif event.kind == "call_start":
-                self.calls.append(_call(event.call_id, event.text, ""))
-            else:
-                self.calls[event.call]["function"]["arguments"] += event.text
+            match event:
+                case Content(text):
+                    self.content += text
+                case Reasoning(text):
+                    self.reasoning += text
+                case CallStart(_, call_id, name):
+                    self.calls.append(_call(call_id, name, ""))
+                case CallArguments(index, text):
+                    self.calls[index]["function"]["arguments"] += text
         self.tokens += found.tokens
         self.logprobs += found.logprobs
         if found.finish_reason is not None:
@@ -87,8 +88,7 @@ async def whole_messages(chat: Chat) -> list[WholeMessage]:
     return messages
 
 
-def _call(name: str, function: str, arguments: str) -> dict[str, Any]:
-    call_id = name or f"call_{uuid.uuid4().hex[:24]}"
+def _call(call_id: str, function: str, arguments: str) -> dict[str, Any]:
     return {"id": call_id, "type": "function", "function": {"name": function, "arguments": arguments}}
 
 
@@ -113,14 +113,15 @@ def _deltas(call: Call, request: ChatRequest, found: Events) -> list[dict[str, A
     logprobs = chat_logprobs(call.service.tokenizer, found.tokens, found.logprobs) if request.logprobs else None
     for event in found.events:
         delta: dict[str, Any]
-        if event.kind == "content":
-            delta = {"content": event.text}
-        elif event.kind == "reasoning":
-            delta = {"reasoning_content": event.text}
-        elif event.kind == "call_start":
-            delta = {"tool_calls": [{"index": event.call, **_call(event.call_id, event.text, "")}]}
-        else:
-            delta = {"tool_calls": [{"index": event.call, "function": {"arguments": event.text}}]}
+        match event:
+            case Content(text):
+                delta = {"content": text}
+            case Reasoning(text):
+                delta = {"reasoning_content": text}
+            case CallStart(index, call_id, function):
+                delta = {"tool_calls": [{"index": index, **_call(call_id, function, "")}]}
+            case CallArguments(index, text):
+                delta = {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
         choices.append(_choice(found.choice, delta, logprobs))
         logprobs = None
     if logprobs is not None:

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..errors import Error
 from .call import Call
 from .errors import ApiError, failed, refused
 from .generation import Generation, Piece
+from .logprobs import token_text
 from .params import sampling_params
-from .protocol import ChatRequest, NamedTool, Tool, template_message
+from .protocol import ChatRequest, Message, NamedTool, Tool, template_message
+from .tools.definitions import check_tools
+from .tools.events import CallStart, Event, merge
+from .tools.formats import ToolFormat
+from .tools.parser import Parser
 
 if TYPE_CHECKING:
     from ..engine.request import TokenLogprobs
     from .service import Service
 
+TAIL = 16
+"""Tokens at the end of a prompt that are read to see whether it ends inside reasoning."""
 RESERVED = (
     "messages", "tools", "add_generation_prompt", "tokenize", "chat_template", "self", "context", "documents",
     "bos_token", "eos_token", "continue_final_message",
 )  # fmt: skip
 """Names that `chat_template_kwargs` may not set."""
-
-
-class Event(NamedTuple):
-    """A part of an answer. `call` counts the answer's calls from 0; only those of calls have one."""
-
-    kind: Literal["content", "reasoning", "call_start", "call_arguments"]
-    text: str
-    """Text; of "call_start" the function's name."""
-    call: int = 0
-    call_id: str = ""
 
 
 @dataclass
@@ -48,31 +44,17 @@ class Events:
     stop_reason: str | int | None = None
 
 
-class Parser(Protocol):
-    """Finds reasoning and calls in an answer's text."""
-
-    def feed(self, text: str) -> Sequence[Any]: ...
-
-    def finish(self) -> Sequence[Any]: ...
-
-
-class PlainText:
-    """The parser of a model without a format of its own: everything is content."""
-
-    def feed(self, text: str) -> list[Event]:
-        return [Event("content", text)] if text else []
-
-    def finish(self) -> list[Event]:
-        return []
-
-
 class Chat:
-    """The answers to one request. `events` yields them as they come."""
+    """The answers to one request. `events` yields them as they come.
 
-    def __init__(self, generation: Generation, parsers: list[Parser]) -> None:
+    `one_call`: an answer ends where its second call begins.
+    """
+
+    def __init__(self, generation: Generation, parsers: Sequence[Parser], one_call: bool = False) -> None:
         self.generation = generation
-        self._parsers = parsers
-        self._called = [False] * len(parsers)
+        self._parsers, self._one_call = parsers, one_call
+        self._calls = [0] * len(parsers)
+        self._open = set(range(len(parsers)))
 
     async def events(self) -> AsyncGenerator[list[Events], None]:
         """Yield what is known of the answers as soon as it is: at most one `Events` of each at a time.
@@ -81,7 +63,10 @@ class Chat:
         """
         try:
             async for pieces in self.generation.pieces():
-                yield [self._read(piece) for piece in pieces]
+                if found := [self._read(piece) for piece in pieces if piece.choice in self._open]:
+                    yield found
+                if not self._open:
+                    break
         except ApiError:
             raise
         except Exception as error:
@@ -91,33 +76,22 @@ class Chat:
             self.generation.cancel()
 
     def _read(self, piece: Piece) -> Events:
-        parser = self._parsers[piece.choice]
-        found = list(parser.feed(piece.text)) if piece.text else []
-        if piece.finish_reason is not None:
-            found += parser.finish()
-        events = [_event(each) for each in found]
-        if any(each.kind == "call_start" for each in events):
-            self._called[piece.choice] = True
-        reason = piece.finish_reason
-        if reason == "stop" and self._called[piece.choice]:
+        choice, reason, stop_reason = piece.choice, piece.finish_reason, piece.stop_reason
+        parser = self._parsers[choice]
+        events = list(parser.feed(piece.text)) if piece.text else []
+        if reason is not None:
+            events += parser.finish()
+        starts = [index for index, event in enumerate(events) if isinstance(event, CallStart)]
+        keep = 1 - self._calls[choice]
+        self._calls[choice] += len(starts)
+        if self._one_call and len(starts) > keep:
+            events, reason, stop_reason = events[: starts[keep]], "stop", None
+        if reason is not None:
+            self._open.discard(choice)
+        if reason == "stop" and self._calls[choice]:
             reason = "tool_calls"
-        return Events(piece.choice, events, piece.tokens, piece.logprobs, reason, piece.stop_reason)  # type: ignore[arg-type]
-
-
-def _event(found: Any) -> Event:
-    """An event of `tools`, by the name of its class, as one of ours."""
-    if isinstance(found, Event):
-        return found
-    match type(found).__name__:
-        case "Content":
-            return Event("content", found.text)
-        case "Reasoning":
-            return Event("reasoning", found.text)
-        case "CallStart":
-            return Event("call_start", found.name, found.index, found.id)
-        case "CallArguments":
-            return Event("call_arguments", found.text, found.index)
-    raise TypeError(f"a parser gave {found!r:.100}")
+        merged = list(merge(events))
+        return Events(choice, merged, piece.tokens, piece.logprobs, reason, stop_reason)  # type: ignore[arg-type]
 
 
 async def start(call: Call, request: ChatRequest, messages_field: str = "messages") -> Chat:
@@ -127,120 +101,114 @@ async def start(call: Call, request: ChatRequest, messages_field: str = "message
     if request.top_logprobs and not request.logprobs:
         raise ApiError("top_logprobs needs logprobs to be true", param="top_logprobs", code="invalid_value")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
-    used = await service.run(used_tools, service, request)
-    params = sampling_params(request, getattr(request, named), logprobs, named, **used.restriction)
-    ids = await service.run(prompt_ids, service, request, messages_field, used.offered)
-    parsers = [used.parser() for _ in range(n)]
-    return Chat(await call.generate(request, [ids], params, messages_field, answers=True), parsers)
-
-
-# Tools: the one place that knows the module `tools`
-
-
-class UsedTools(NamedTuple):
-    """What a request makes of its tools."""
-
-    offered: list[Tool] | None
-    """Those that the template tells the model about."""
-    format: Any
-    """`tools.ToolFormat` of the model; None without the module."""
-    restriction: dict[str, str]
-    """Fields of `SamplingParams` that force a call."""
-
-    def parser(self) -> Parser:
-        if self.format is None:
-            return PlainText()
-        return self.format.parser(None if self.offered is None else plain_tools(self.offered))
-
-
-@functools.cache
-def tool_formats() -> Any:
-    """The module `tools`; None where it is missing."""
+    offered = offered_tools(request)
+    ids = await service.run(prompt_ids, service, request, messages_field)
+    form = service.tool_format
+    thinking = form.opens_reasoning("".join(token_text(service.tokenizer, token) for token in ids[-TAIL:]))
+    forced = await service.run(forced_call, form, request, offered, thinking)
+    params = sampling_params(request, getattr(request, named), logprobs, named, **forced)
+    if params.is_constrained and not forced:
+        thinking = False  # the grammar holds from the first token on, so the answer has no reasoning
     try:
-        from . import tools  # type: ignore[attr-defined]
-    except ImportError:
+        parsers = [form.parser(plain_tools(offered), thinking) for _ in range(n)]
+    except Error as error:
+        raise refused(error, "tools") from None
+    fields = dict.fromkeys(forced, "tools")
+    shown = form.shown_tokens(offered is not None)
+    answers = not request.continue_final_message
+    generation = await call.generate(request, [ids], params, messages_field, answers, shown, fields)
+    return Chat(generation, parsers, request.parallel_tool_calls is False)
+
+
+# Tools
+
+
+def offered_tools(request: ChatRequest) -> list[Tool] | None:
+    """The tools that the model may call. Raises `ApiError` 400 for a `tool_choice` that has none."""
+    choice, tools = request.tool_choice, request.tools or None
+    if choice in (None, "auto"):
+        return tools
+    if choice == "none":
         return None
+    if tools is None:
+        raise ApiError("tool_choice asks for a call, and there are no tools", param="tool_choice")
+    if isinstance(choice, NamedTool) and choice.function.name not in [tool.function.name for tool in tools]:
+        name = choice.function.name
+        raise ApiError(f"tool_choice names {name!r}, which is not among the tools", param="tool_choice")
     return tools
 
 
-def used_tools(service: Service, request: ChatRequest) -> UsedTools:
-    """How the answers to a request are read, and what they may be. Raises `ApiError` 400 for a choice without tools."""
-    choice, tools = request.tool_choice, request.tools or None
-    if choice not in (None, "none", "auto") and tools is None:
-        raise ApiError("tool_choice asks for a call, and there are no tools", param="tool_choice")
-    offered = None if choice == "none" else tools
-    formats = tool_formats()
-    if formats is None:
-        if offered is not None:
-            raise ApiError("tools are not supported yet", param="tools", code="unsupported_parameter")
-        return UsedTools(None, None, {})
+def forced_call(form: ToolFormat, request: ChatRequest, offered: list[Tool] | None, thinking: bool) -> dict[str, str]:
+    """The fields of `SamplingParams` that make the answer a call, where `tool_choice` asks for one.
+
+    `thinking`: the prompt ends inside reasoning. Raises `ApiError` 400.
+    """
+    choice = request.tool_choice
+    if choice != "required" and not isinstance(choice, NamedTool):
+        return {}
+    wanted = choice.function.name if isinstance(choice, NamedTool) else "required"
     try:
-        source = chat_template(service)
-        form = formats.choose_format(source, service.tokenizer.special_tokens)
-        restriction: dict[str, str] = {}
-        if offered is not None and (choice == "required" or isinstance(choice, NamedTool)):
-            wanted = choice.function.name if isinstance(choice, NamedTool) else "required"
-            if isinstance(choice, NamedTool) and wanted not in [tool.function.name for tool in offered]:
-                raise ApiError(f"tool_choice names {wanted!r}, which is not among the tools", param="tool_choice")
-            parallel = request.parallel_tool_calls is not False
-            restriction["grammar"] = form.grammar(plain_tools(offered), wanted, parallel)
-        return UsedTools(offered, form, restriction)
+        return {
+            "grammar": form.grammar(plain_tools(offered), wanted, request.parallel_tool_calls is not False, thinking)
+        }
     except Error as error:
         raise refused(error, "tools") from None
 
 
-def plain_tools(tools: Sequence[Tool]) -> list[dict[str, Any]]:
+def plain_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
     """Tools as plain values, as templates expect them."""
-    return [tool.model_dump(exclude_none=True) for tool in tools]
+    return None if tools is None else [tool.model_dump(exclude_none=True) for tool in tools]
 
 
 # Prompts
 
 
-def chat_template(service: Service) -> str | None:
-    """The source of the chat template that the server uses; None when the model has none that fits."""
-    try:
-        return service.model.chat(template=service.settings.chat_template).template.source
-    except Error:
-        return None
+class Templated(Protocol):
+    """What requests with a conversation have in common."""
+
+    add_generation_prompt: bool | None
+    continue_final_message: bool | None
+    chat_template_kwargs: dict[str, Any] | None
 
 
-def prompt_ids(
-    service: Service, request: ChatRequest, messages_field: str = "messages", tools: list[Tool] | None = None
-) -> list[int]:
+def prompt_ids(service: Service, request: ChatRequest, messages_field: str = "messages") -> list[int]:
     """Token ids of a conversation. Raises `ApiError` 400 when the template refuses it."""
-    found = apply_template(
-        service, request.messages, request.add_generation_prompt, tools, request.chat_template_kwargs, messages_field
-    )
+    found = apply_template(service, request, request.messages, offered_tools(request), messages_field)
     assert isinstance(found, list)
     return found
 
 
 def apply_template(
     service: Service,
-    messages: Sequence[Any],
-    add_generation_prompt: bool | None,
+    request: Templated,
+    messages: Sequence[Message],
     tools: Sequence[Tool] | None,
-    variables: Mapping[str, Any] | None,
     messages_field: str = "messages",
     tokenize: bool = True,
 ) -> list[int] | str:
     """A conversation as the chat template writes it: token ids, or text. Raises `ApiError` 400."""
-    for name in variables or {}:
+    own, variables = service.settings, request.chat_template_kwargs or {}
+    for name in variables:
         if name in RESERVED or not name.isidentifier():
             param = "chat_template_kwargs"
             raise ApiError(f"{param} cannot set {name!r:.100}", param=param, code="invalid_value")
+    add, continues = request.add_generation_prompt, bool(request.continue_final_message)
+    if continues and add:
+        message = "continue_final_message and add_generation_prompt cannot both be true"
+        raise ApiError(message, param="continue_final_message", code="invalid_value")
     try:
+        check_tools(given := plain_tools(tools))
+    except Error as error:
+        raise refused(error, "tools") from None
+    fixed: dict[str, Any] = {"chat_template": own.chat_template, "continue_final_message": continues}
+    try:
+        plain, described = service.tool_format.conversation(map(template_message, messages), given)
         return service.model.apply_chat_template(
-            [template_message(message) for message in messages],
-            add_generation_prompt is not False,
-            None if tools is None else plain_tools(tools),
+            plain,
+            add is not False and not continues,
+            described,
             tokenize,
-            **{
-                **service.settings.template_kwargs,
-                **(variables or {}),
-                "chat_template": service.settings.chat_template,
-            },
+            **{**own.template_kwargs, **variables, **fixed},
         )
     except Error as error:
-        raise refused(error, messages_field) from None
+        raise refused(error, messages_field, {"continue_final_message": "continue_final_message"}) from None

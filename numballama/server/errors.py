@@ -27,7 +27,7 @@ class ApiError(Exception):
     """An answer with an error status.
 
     `param` is the field of the request that is wrong, or None. `code` is a word for programs, or None. `retry_after`:
-    seconds after which the client may try again.
+    seconds after which the client may try again. `scheme`: with status 401, how HTTP asks for the key.
     """
 
     def __init__(
@@ -38,10 +38,12 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        scheme: str = "Bearer",
     ) -> None:
         super().__init__(message)
         self.message = message if len(message) <= MAX_MESSAGE else f"{message[:MAX_MESSAGE]}…"
         self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
+        self._scheme = scheme
 
     @property
     def body(self) -> dict[str, Any]:
@@ -54,7 +56,7 @@ class ApiError(Exception):
     def headers(self) -> dict[str, str]:
         """Headers of the answer besides those of every answer."""
         found = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
-        return found | ({"WWW-Authenticate": "Bearer"} if self.status == 401 else {})
+        return found | ({"WWW-Authenticate": self._scheme} if self.status == 401 else {})
 
 
 _BRANCH = re.compile(r"(constrained-)?(str|int|float|bool|none|model-fields)|[A-Z]\w+|.*[\[({].*", re.DOTALL)
@@ -84,7 +86,7 @@ def _place(location: tuple[int | str, ...]) -> list[str]:
     return [str(step) for step in location if isinstance(step, int) or not _BRANCH.fullmatch(step)]
 
 
-_FIELD = re.compile(r"^([a-z_]+)(?= (?:must|is not supported)|:)")
+_FIELD = re.compile(r"^((?:json_schema|regex|grammar)\b|[a-z_]+(?= (?:must|is not supported)|:))")
 
 
 def refused(error: Exception, param: str | None = None, fields: Mapping[str, str] | None = None) -> ApiError:

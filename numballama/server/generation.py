@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,12 +82,15 @@ class Generation:
         priority: int = 0,
         salt: str | None = None,
         strip_leading_space: bool = False,
+        shown_tokens: Collection[int] = (),
         param: str | None = None,
+        fields: Mapping[str, str] | None = None,
     ) -> Generation:
         """Submit the prompts.
 
         `arrived`: when the HTTP request came, on the clock of `time.monotonic`. `param`: the request's field that the
-        prompts are from. Raises `ApiError`: 400 for what the engine refuses, 429 when the queue is full.
+        prompts are from. `fields`: field of `SamplingParams` → the request's. Raises `ApiError`: 400 for what the
+        engine refuses, 429 when the queue is full.
         """
         self = cls(service, prompts, params.n, arrived)
         engine = service.engine
@@ -105,6 +108,7 @@ class Generation:
                 request_id=f"{request_id}-{number}",
                 salt=salt,
                 strip_leading_space=strip_leading_space,
+                shown_tokens=shown_tokens,
             )
 
         try:
@@ -116,7 +120,7 @@ class Generation:
                 raise
             if (stats := service.stats) is not None and stats.failure is not None:
                 raise ApiError("the engine has failed; the server's log says why", 503, code="engine_failed") from None
-            answer = refused(error, param)
+            answer = refused(error, param, fields)
             if answer.status >= 500:
                 service.report_failure(error)
             raise answer from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hmac
 import json
 import logging
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError
 from .http import error_response
+from .page import RENDER, paths
 from .service import DRAINING, Service
 
 log = logging.getLogger("numballama.server")
@@ -22,6 +24,11 @@ OPEN = ("/health",)
 """Paths that need no key."""
 UNCOUNTED = ("/health", "/metrics")
 """Paths that are answered while the server shuts down, and that are no lines in the log."""
+PAGE = paths()
+"""Paths of the page. A browser cannot send a key for them by itself: it asks for a password, which is the key."""
+BASIC = 'Basic realm="numballama: the password is an API key", charset="UTF-8"'
+QUIET = PAGE | {RENDER}
+"""Paths that are lines in the log only where something went wrong."""
 KEY = "numballama.key"
 """Where an ASGI scope holds the number of the API key that the request came with, or None."""
 
@@ -56,7 +63,7 @@ class Guard:
         finally:
             self._service.active -= counted
             self._service.metrics.http.labels(path if path in self._paths else "other", str(status)).inc()
-            if counted:
+            if counted and (path not in QUIET or status >= 400):
                 _log(scope["method"], path, status, time.monotonic() - started)
 
     def _check(self, scope: Scope, path: str) -> None:
@@ -66,19 +73,31 @@ class Guard:
             raise ApiError(f"the Host header must name one of {', '.join(hosts)}", 400, code="invalid_host")
         scope[KEY] = None
         if self._keys and path not in OPEN:
-            scope[KEY] = self._find(headers)
+            scope[KEY] = self._find(headers, BASIC if path in PAGE else "Bearer")
         if self._service.draining and path not in UNCOUNTED:
             raise ApiError(DRAINING, 503, code="draining", retry_after=5)
 
-    def _find(self, headers: Headers) -> int:
-        """Which key the request has. All are compared, each in constant time. Raises `ApiError` 401."""
-        kind, _, bearer = headers.get("authorization", "").partition(" ")
-        given = bearer.strip() if kind.lower() == "bearer" else headers.get("x-api-key", "")
-        found = [hmac.compare_digest(given.encode("latin-1"), key) for key in self._keys]
+    def _find(self, headers: Headers, scheme: str) -> int:
+        """Which key the request has. All are compared, each in constant time. Raises `ApiError` 401 with `scheme`."""
+        kind, _, value = headers.get("authorization", "").partition(" ")
+        given = headers.get("x-api-key", "").encode("latin-1")
+        if kind.lower() == "bearer":
+            given = value.strip().encode("latin-1")
+        elif kind.lower() == "basic":
+            given = _password(value)
+        found = [hmac.compare_digest(given, key) for key in self._keys]
         if True not in found:
             what = "wrong" if given else "missing: send it as `Authorization: Bearer …` or X-Api-Key"
-            raise ApiError(f"the API key is {what}", 401, code="invalid_api_key")
+            raise ApiError(f"the API key is {what}", 401, code="invalid_api_key", scheme=scheme)
         return found.index(True)
+
+
+def _password(value: str) -> bytes:
+    """The password of HTTP's Basic scheme; empty if there is none."""
+    try:
+        return base64.b64decode(value.strip(), validate=True).partition(b":")[2]
+    except ValueError:
+        return b""
 
 
 def _name(host: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -39,6 +38,7 @@ from .protocol import (
     Tool,
     ToolCall,
 )
+from .tools.events import CallArguments, CallStart, Content, Event, Reasoning
 
 
 class ResultPart(Model):
@@ -113,8 +113,7 @@ async def answer(call: Call, request: MessagesRequest) -> Response:
 async def count_tokens(call: Call, request: CountRequest) -> Response:
     """How many tokens a request's prompt has."""
     asked = chat_request(request)
-    used = await call.service.run(chat_core.used_tools, call.service, asked)
-    ids = await call.service.run(chat_core.prompt_ids, call.service, asked, "messages", used.offered)
+    ids = await call.service.run(chat_core.prompt_ids, call.service, asked)
     return JsonResponse({"input_tokens": len(ids)})
 
 
@@ -247,33 +246,35 @@ def _object(text: str) -> dict[str, Any]:
 class _Writer:
     """Makes the events of a stream: blocks open and close one after the other."""
 
-    STARTS: ClassVar[dict[str, dict[str, Any]]] = {
-        "content": {"type": "text", "text": ""},
-        "reasoning": {"type": "thinking", "thinking": "", "signature": ""},
+    STARTS: ClassVar[dict[type[Event], dict[str, Any]]] = {
+        Content: {"type": "text", "text": ""},
+        Reasoning: {"type": "thinking", "thinking": "", "signature": ""},
     }
 
     def __init__(self) -> None:
         self._index = -1
-        self._kind: str | None = None
+        self._kind: type[Event] | None = None
 
-    def write(self, found: chat_core.Event) -> bytes:
+    def write(self, found: Event) -> bytes:
         """The events for a part of an answer."""
-        kind = "call" if found.kind.startswith("call") else found.kind
-        data = b""
-        if kind != self._kind or found.kind == "call_start":
-            data = self.close()
-            self._kind, self._index = kind, self._index + 1
-            call_id = found.call_id or f"toolu_{uuid.uuid4().hex[:24]}"
-            block = self.STARTS.get(kind) or {"type": "tool_use", "id": call_id, "name": found.text, "input": {}}
-            data += _event("content_block_start", index=self._index, content_block=block)
-        if found.kind == "call_start":
-            return data
-        deltas = {
-            "content": {"type": "text_delta", "text": found.text},
-            "reasoning": {"type": "thinking_delta", "thinking": found.text},
-            "call": {"type": "input_json_delta", "partial_json": found.text},
-        }
-        return data + _event("content_block_delta", index=self._index, delta=deltas[kind])
+        match found:
+            case Content(text):
+                return self._delta(Content, {"type": "text_delta", "text": text})
+            case Reasoning(text):
+                return self._delta(Reasoning, {"type": "thinking_delta", "thinking": text})
+            case CallStart(_, call_id, name):
+                return self._begin(CallStart, {"type": "tool_use", "id": call_id, "name": name, "input": {}})
+            case CallArguments(_, text):
+                return self._delta(CallStart, {"type": "input_json_delta", "partial_json": text})
+
+    def _begin(self, kind: type[Event], block: dict[str, Any]) -> bytes:
+        data = self.close()
+        self._kind, self._index = kind, self._index + 1
+        return data + _event("content_block_start", index=self._index, content_block=block)
+
+    def _delta(self, kind: type[Event], delta: dict[str, str]) -> bytes:
+        data = b"" if kind is self._kind else self._begin(kind, self.STARTS[kind])
+        return data + _event("content_block_delta", index=self._index, delta=delta)
 
     def close(self) -> bytes:
         """End the open block, if there is one."""

@@ -35,7 +35,7 @@ def sampling_params(
     restriction = _restriction(request)
     if restriction is not None:
         name, value, place = restriction
-        if name in more:
+        if more:
             raise ApiError(f"{place} cannot be used with a tool_choice that asks for a call", param=place)
         options[name] = value
     fields = {name: name for name in options} | {"max_tokens": limit_field}
@@ -45,6 +45,12 @@ def sampling_params(
         return SamplingParams(**(options | more))
     except Error as error:
         raise refused(error, fields=fields | dict.fromkeys(more, "tool_choice")) from None
+
+
+def restriction_fields(request: Generation) -> dict[str, str]:
+    """Field of `SamplingParams` that restricts the answer → the request's field that asks for it."""
+    found = _restriction(request)
+    return {} if found is None else {found[0]: found[2]}
 
 
 def _restriction(request: Generation) -> tuple[str, Any, str] | None:

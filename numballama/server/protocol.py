@@ -264,7 +264,6 @@ class ChatRequest(Generation):
 
     refused: ClassVar[dict[str, str]] = {
         **NOT_SUPPORTED,
-        "continue_final_message": "the last message is always complete",
         "functions": "use tools",
         "function_call": "use tool_choice",
         "audio": "this server writes text only",
@@ -281,6 +280,7 @@ class ChatRequest(Generation):
     parallel_tool_calls: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=4)] | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: Object | None = None
 
 
@@ -322,6 +322,7 @@ class TokenizeRequest(Request):
     with_pieces: bool | None = None
     return_token_strs: bool | None = None
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     tools: Tools | None = None
     chat_template_kwargs: Object | None = None
 
@@ -339,6 +340,7 @@ class TemplateRequest(Request):
     refused: ClassVar[dict[str, str]] = NO_CODE
     messages: Messages
     add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     tools: Tools | None = None
     chat_template_kwargs: Object | None = None
 

@@ -13,7 +13,7 @@ from starlette.responses import Response
 from . import chat_core
 from .call import Call
 from .chat import WholeMessage, whole_messages
-from .chat_core import Chat, Event
+from .chat_core import Chat
 from .errors import ApiError
 from .http import JsonResponse, event
 from .protocol import (
@@ -41,6 +41,7 @@ from .protocol import (
     ToolType,
 )
 from .protocol import Function as ChatFunction
+from .tools.events import CallArguments, CallStart, Content, Event
 
 
 class Item(Model):
@@ -274,7 +275,7 @@ class _OpenItem:
     def __init__(self, kind: str, index: int, name: str = "", call_id: str = "") -> None:
         self.kind, self.index, self.name, self.text = kind, index, name, ""
         self.id = _new_id({"content": "msg", "reasoning": "rs", "call": "fc"}[kind])
-        self.call_id = call_id or _new_id("call")
+        self.call_id = call_id
 
     def as_dict(self, status: str) -> dict[str, Any]:
         if self.kind == "content":
@@ -305,11 +306,14 @@ class _Writer:
         """The events for parts of an answer."""
         data = b""
         for each in found:
-            kind = "call" if each.kind.startswith("call") else each.kind
-            if self._open is None or self._open.kind != kind or each.kind == "call_start":
-                data += self.close()
-                data += self._begin(_OpenItem(kind, len(self.items), each.text, each.call_id))
-            if each.kind != "call_start" and each.text:
+            if isinstance(each, CallStart):
+                data += self.close() + self._begin(_OpenItem("call", len(self.items), each.name, each.id))
+                continue
+            if not isinstance(each, CallArguments):
+                kind = "content" if isinstance(each, Content) else "reasoning"
+                if self._open is None or self._open.kind != kind:
+                    data += self.close() + self._begin(_OpenItem(kind, len(self.items)))
+            if each.text:
                 data += self._delta(each.text)
         return data
 
@@ -368,7 +372,7 @@ async def _events(call: Call, request: ResponsesRequest, chat: Chat) -> AsyncGen
                 yield data
             reason = found.finish_reason or reason
     if writer.is_empty:
-        yield writer.write([Event("content", "")])
+        yield writer.write([Content("")])
     status = "incomplete" if reason == "length" else "completed"
     yield writer.close(status)
     yield writer.event(f"response.{status}", response=_response(call, request, chat, writer.items, reason))

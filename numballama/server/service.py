@@ -7,6 +7,7 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import Error
@@ -14,6 +15,7 @@ from ..tokenizers.base import Tokenizer
 from .errors import ApiError
 from .metrics import Metrics
 from .settings import Settings
+from .tools.formats import ToolFormat, choose_format
 
 if TYPE_CHECKING:
     from ..engine.stats import EngineStats
@@ -121,6 +123,19 @@ class Service:
         if (tokenizer := self.model.tokenizer) is None:
             raise ApiError("this model has no tokenizer: start the server with --tokenizer", 501, code="no_tokenizer")
         return tokenizer
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The source of the chat template that is used; None when the model has none that fits. Raises as `model`."""
+        try:
+            return self.model.chat(template=self.settings.chat_template).template.source
+        except Error:
+            return None
+
+    @cached_property
+    def tool_format(self) -> ToolFormat:
+        """How the model writes tool calls and reasoning. Raises as `tokenizer`."""
+        return choose_format(self.chat_template, self.tokenizer.special_tokens)
 
     @property
     def name(self) -> str:

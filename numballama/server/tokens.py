@@ -27,9 +27,7 @@ async def tokenize(call: Call, request: TokenizeRequest) -> Response:
 def _tokenize(call: Call, request: TokenizeRequest) -> dict[str, Any]:
     service, tokenizer = call.service, call.service.tokenizer
     if request.messages is not None:
-        ids: Any = apply_template(
-            service, request.messages, request.add_generation_prompt, request.tools, request.chat_template_kwargs
-        )
+        ids: Any = apply_template(service, request, request.messages, request.tools)
     else:
         # llama.cpp's requests bring no BOS unless they ask for it, vLLM's do
         text, bos = (request.content, False) if request.prompt is None else (request.prompt, True)
@@ -74,5 +72,4 @@ async def apply_chat_template(call: Call, request: TemplateRequest) -> Response:
 
 
 def _render(call: Call, request: TemplateRequest) -> Any:
-    variables, add = request.chat_template_kwargs, request.add_generation_prompt
-    return apply_template(call.service, request.messages, add, request.tools, variables, tokenize=False)
+    return apply_template(call.service, request, request.messages, request.tools, tokenize=False)

@@ -6,7 +6,7 @@ import codecs
 import operator
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from functools import cached_property
@@ -212,9 +212,12 @@ class Tokenizer(ABC):
         decoder = self.decoder()
         return "".join([*map(decoder.push, ids), decoder.flush()])
 
-    def decoder(self, strip_leading_space: bool = True) -> Decoder:
-        """A `Decoder` for a stream of ids. `strip_leading_space` False: its text continues another, so spaces stay."""
-        return Decoder(self, self._strip if strip_leading_space else Strip.NONE)
+    def decoder(self, strip_leading_space: bool = True, shown: Collection[int] = ()) -> Decoder:
+        """A `Decoder` for a stream of ids. `strip_leading_space` False: its text continues another, so spaces stay.
+
+        `shown`: ids of control tokens whose names are text here; others add nothing to the text.
+        """
+        return Decoder(self, self._strip if strip_leading_space else Strip.NONE, shown)
 
     def token_bytes(self, token: SupportsIndex) -> bytes:
         """The UTF-8 bytes that a token contributes to text, with its leading space; b"" for control tokens."""
@@ -259,9 +262,9 @@ class Tokenizer(ABC):
 class Decoder:
     """Turns a stream of ids into text that never ends inside a character."""
 
-    def __init__(self, tokenizer: Tokenizer, strip: Strip) -> None:
+    def __init__(self, tokenizer: Tokenizer, strip: Strip, shown: Collection[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._strip = strip
+        self._strip, self._shown = strip, shown
         self._utf8 = codecs.getincrementaldecoder("utf-8")(tokenizer.invalid)
 
     def push(self, token: SupportsIndex) -> str:
@@ -270,6 +273,8 @@ class Decoder:
         if kind is TokenKind.BYTE:
             self._strip = Strip.NONE
             return self._utf8.decode(data)
+        if token in self._shown:
+            data = self._tokenizer.piece(token).encode()
         if kind is TokenKind.TEXT and self._strip is not Strip.NONE:
             stripped = data.removeprefix(b" ")
             if stripped or (stripped != data and self._strip is Strip.ONE):
@@ -281,7 +286,8 @@ class Decoder:
 
     def hidden(self, token: SupportsIndex) -> str:
         """What a control token is called ("<|im_end|>"), which is no part of the text; "" for other tokens."""
-        return self._tokenizer.piece(token) if self._tokenizer.entry(token)[0] is TokenKind.CONTROL else ""
+        is_hidden = self._tokenizer.entry(token)[0] is TokenKind.CONTROL and token not in self._shown
+        return self._tokenizer.piece(token) if is_hidden else ""
 
     def flush(self) -> str:
         """End the text: the bytes of an unfinished character become U+FFFD."""

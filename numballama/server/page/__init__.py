@@ -17,6 +17,8 @@ from starlette.routing import Route
 
 from .markdown import render
 
+RENDER = "/render"
+"""The path that turns Markdown into HTML."""
 MAX_RENDER_BYTES = 256 * 1024
 BODY_TIMEOUT_S = 30
 MAX_RENDERERS = 2
@@ -54,8 +56,8 @@ def routes() -> list[Route]:
     return [*(_file_route(path, *file) for path, file in _files().items()), _render_route()]
 
 
-def public_paths() -> frozenset[str]:
-    """The paths that a browser must get without an API key: it cannot send one before the page is there."""
+def paths() -> frozenset[str]:
+    """The paths of the page and its files, without `/render`."""
     return frozenset(_files())
 
 
@@ -109,7 +111,7 @@ def _render_route() -> Route:
         html = await run_sync(render, text, limiter=renderers)
         return Response(html, media_type="text/html", headers={**HEADERS, "Cache-Control": "no-store"})
 
-    return Route("/render", send, methods=["POST"])
+    return Route(RENDER, send, methods=["POST"])
 
 
 async def _read_body(request: Request) -> bytes:

@@ -41,6 +41,12 @@ class ToolFormat:
         """Control tokens whose text must stay in the generated text. The parser takes them out again."""
         return frozenset(self.special_tokens)
 
+    def shown_tokens(self, tools: bool) -> frozenset[int]:
+        """Ids of `tokens_to_show` for an answer that may have calls, or without `tools` reasoning alone."""
+        markers = self.tokens_to_show if tools else self.reasoning or ()
+        ids = (self.special_tokens.get(marker) for marker in markers)
+        return frozenset(token for token in ids if token is not None)
+
     def parser(self, tools: Sequence[Mapping[str, Any]] | None, in_reasoning: bool = False) -> Parser:
         """A parser of one answer. Without tools there are no calls, and only reasoning is taken out of the content.
 

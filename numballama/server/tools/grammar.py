@@ -8,9 +8,6 @@ from dataclasses import dataclass
 
 from .definitions import Tool
 
-_SEPARATORS = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""JSON is written on one line, as templates write it. A model cannot fill its answer with white space."""
-
 
 @dataclass(frozen=True)
 class CallText:
@@ -63,10 +60,9 @@ def build(
     rules.insert(0, "start: " + " ".join(filter(None, start)))
     rules.append("call: " + " | ".join(f"call_{number}" for number in range(len(tools))))
     for number, tool in enumerate(tools):
-        schema = json.dumps({**tool.parameters, "x-guidance": _SEPARATORS})
         head, tail = spell(f"{call_text.begin}{tool.name}{call_text.middle}"), spell(call_text.end)
         rules.append(f"call_{number}: {head} arguments_{number} {tail}".rstrip())
-        rules.append(f"arguments_{number}: %json {schema}")
+        rules.append(f"arguments_{number}: %json {json.dumps(tool.parameters)}")
     if CALL_ID in call_text.middle:
         rules.append("CALL_ID: /[a-zA-Z0-9]{9}/")
     return "\n".join(rules) + "\n"

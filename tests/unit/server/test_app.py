@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import socket
 import threading
@@ -82,7 +83,8 @@ def test_every_path_but_health_needs_a_key(keyed: Running, method: str, path: st
             assert answer.status == 200
         else:
             assert answer.status == 401 and answer.error["code"] == "invalid_api_key"
-            assert answer.headers["www-authenticate"] == "Bearer"
+            scheme = "Basic" if path == "/" else "Bearer"
+            assert answer.headers["www-authenticate"].partition(" ")[0] == scheme
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +102,10 @@ def test_keys(keyed: Running) -> None:
             {"Authorization": "Bearer one"},
             {"X_Api_Key": "one"},
             {"Authorization": "bearer  schlüssel".encode().decode("latin-1")},
+            {"Authorization": f"Basic {base64.b64encode('any:schlüssel'.encode()).decode()}"},  # a browser's password
         )
     ]
-    assert [answer.status for answer in answers] == [200] * 3
+    assert [answer.status for answer in answers] == [200] * 4
     cached = [answer.json["usage"]["prompt_tokens_details"]["cached_tokens"] for answer in answers]
     assert cached[0] == cached[2] == 0 and cached[1] > 0  # each key has a cache of its own
 

@@ -1,172 +1,215 @@
-"""Tools and templates of a chat: the module of tools is a simple one of these tests."""
+"""Tools, reasoning and templates of a chat. Expressions and grammars make the story model write calls."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import pytest
 
-from numballama.errors import Error
-from numballama.server import chat_core
-from tests.helpers.http_server import Running, eventually
+from numballama.model import Model
+from numballama.server.settings import Settings
+from numballama.server.tools.parser import Parser
+from tests.helpers.http_server import Running, eventually, serving
 
-TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}]
+PATH = "/v1/chat/completions"
+NUMBER = {"type": "integer", "minimum": 0, "maximum": 99}
+PARAMETERS = {"type": "object", "properties": {"x": NUMBER}, "required": ["x"], "additionalProperties": False}
+TOOLS = [{"type": "function", "function": {"name": name, "parameters": PARAMETERS}} for name in ("look", "go")]
 BODY: dict[str, Any] = {
-    "messages": [{"role": "user", "content": "Tell me of a dog."}], "temperature": 0, "max_tokens": 8, "stop": ["zzz"],
+    "messages": [{"role": "user", "content": "Tell me of a dog."}], "temperature": 0, "max_tokens": 80, "tools": TOOLS,
 }  # fmt: skip
+CALL = r'\{"name": "look", "arguments": \{"x": 12\}\}'
+"""An expression that matches one call only, so that its text is known."""
+THINKS = "{% for m in messages %}{{ m.content }}{% endfor %}{# ends with </think> #}"
 
 
-@dataclass
-class Content:
-    text: str
+@pytest.fixture(scope="module")
+def thinking(model: Model) -> Iterator[Running]:
+    """A server whose template has reasoning."""
+    with serving(model, Settings(chat_template=THINKS)) as running:
+        yield running
 
 
-@dataclass
-class Reasoning:
-    text: str
+def calls_of(choice: dict[str, Any]) -> list[tuple[str, Any]]:
+    made = choice["message"]["tool_calls"]
+    assert all(call["type"] == "function" and call["id"] for call in made)
+    return [(call["function"]["name"], json.loads(call["function"]["arguments"])) for call in made]
 
 
-@dataclass
-class CallStart:
-    index: int
-    id: str
-    name: str
-
-
-@dataclass
-class CallArguments:
-    index: int
-    text: str
-
-
-class Parser:
-    """Finds one call after everything that the model says, if there are tools."""
-
-    def __init__(self, tools: Any) -> None:
-        self.tools, self.first = tools, True
-
-    def feed(self, text: str) -> list[Any]:
-        first, self.first = self.first, False
-        return [*([Reasoning("hm")] if first else []), Content(text)]
-
-    def finish(self) -> list[Any]:
-        if not self.tools:
-            return []
-        return [
-            CallStart(0, "c1", self.tools[0]["function"]["name"]),
-            CallArguments(0, '{"x"'),
-            CallArguments(0, ":1}"),
-        ]
-
-
-class Format:
-    parser = staticmethod(Parser)
-
-    @staticmethod
-    def grammar(tools: Any, choice: str, parallel: bool) -> str:
-        return json.dumps([choice, parallel])
-
-
-class Tools:
-    """In place of `numballama.server.tools`."""
-
-    @staticmethod
-    def choose_format(template: str | None, special_tokens: Any) -> Format:
-        assert template is not None and "[INST]" in template and "</s>" in special_tokens
-        return Format()
-
-
-@pytest.fixture
-def tools(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_core, "tool_formats", lambda: Tools)
-
-
-def test_without_the_module_tools_are_refused(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_core, "tool_formats", lambda: None)
-    answer = server.post("/v1/chat/completions", BODY | {"tools": TOOLS})
-    assert answer.status == 400 and answer.error["param"] == "tools" and "not supported" in answer.error["message"]
-    assert server.post("/v1/chat/completions", BODY | {"tools": TOOLS, "tool_choice": "none"}).status == 200
-
-
-@pytest.mark.usefixtures("tools")
 def test_a_call(server: Running) -> None:
-    body = BODY | {"tools": TOOLS, "stop": [" a", " the", "."], "max_tokens": 60}
-    choice = server.post("/v1/chat/completions", body).json["choices"][0]
-    assert choice["finish_reason"] == "tool_calls" and choice["message"]["reasoning_content"] == "hm"
-    call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"x":1}'}}
-    assert choice["message"]["tool_calls"] == [call]
-    events = server.post("/v1/chat/completions", body | {"stream": True}).events
+    answer = server.post(PATH, BODY | {"regex": CALL}).json
+    (choice,) = answer["choices"]
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+    assert calls_of(choice) == [("look", {"x": 12})]
+    events = server.post(PATH, BODY | {"regex": CALL, "stream": True}).events
     deltas = [c["delta"]["tool_calls"][0] for e in events for c in e["choices"] if "tool_calls" in c["delta"]]
-    assert deltas[0] == {"index": 0, **call, "function": {"name": "look", "arguments": ""}}
-    assert "".join(delta["function"]["arguments"] for delta in deltas) == '{"x":1}'
+    assert deltas[0]["function"] == {"name": "look", "arguments": ""} and deltas[0]["id"] and len(deltas) > 2
+    assert all(delta["index"] == 0 for delta in deltas)
+    assert "".join(delta["function"]["arguments"] for delta in deltas) == '{"x": 12}'
     assert events[-1]["choices"][0]["finish_reason"] == "tool_calls"
 
 
-@pytest.mark.usefixtures("tools")
+def test_without_tools_a_call_is_text(server: Running) -> None:
+    for body in (BODY | {"tools": None}, BODY | {"tool_choice": "none"}):
+        choice = server.post(PATH, body | {"regex": CALL}).json["choices"][0]
+        assert choice["finish_reason"] == "stop" and "tool_calls" not in choice["message"]
+        assert json.loads(choice["message"]["content"]) == {"name": "look", "arguments": {"x": 12}}
+
+
 def test_calls_in_the_other_protocols(server: Running) -> None:
-    messages = {"messages": BODY["messages"], "max_tokens": 60, "stop_sequences": [" a", " the", "."], "temperature": 0}
-    answer = server.post("/v1/messages", messages | {"tools": [{"name": "look", "input_schema": {}}]}).json
+    named = {"type": "tool", "name": "look"}
+    body = {"messages": BODY["messages"], "max_tokens": 60, "temperature": 0, "tool_choice": named}
+    answer = server.post("/v1/messages", body | {"tools": [{"name": "look", "input_schema": PARAMETERS}]}).json
     assert answer["stop_reason"] == "tool_use"
-    assert answer["content"][-1] == {"type": "tool_use", "id": "c1", "name": "look", "input": {"x": 1}}
-    body = {"input": "Hi", "max_output_tokens": 3, "tools": [{"type": "function", "name": "look", "parameters": {}}]}
-    items = server.post("/v1/responses", body).json["output"]
-    assert [item["type"] for item in items] == ["reasoning", "message", "function_call"]
-    assert items[2]["arguments"] == '{"x":1}'
+    (block,) = answer["content"]
+    assert block["type"] == "tool_use" and block["name"] == "look" and 0 <= block["input"]["x"] <= 99
+    tool = {"type": "function", "name": "look", "parameters": PARAMETERS}
+    body = {"input": "Hi", "max_output_tokens": 60, "tools": [tool], "tool_choice": "required",
+            "parallel_tool_calls": False}  # fmt: skip
+    (item, *_) = (output := server.post("/v1/responses", body).json["output"])
+    assert item["type"] == "function_call", output
+    assert 0 <= json.loads(item["arguments"])["x"] <= 99
 
 
-@pytest.mark.usefixtures("tools")
-def test_a_required_call_is_a_grammar(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-
-    def params(request: Any, limit: Any, logprobs: Any, field: str, **more: Any) -> NoReturn:
-        seen.append(json.loads(more["grammar"]) if more else None)
-        raise chat_core.ApiError("enough")
-
-    monkeypatch.setattr(chat_core, "sampling_params", params)
-    named = {"type": "function", "function": {"name": "look"}}
-    for choice, parallel in (("auto", None), ("required", None), ("required", False), (named, True)):
-        body = BODY | {"tools": TOOLS, "tool_choice": choice, "parallel_tool_calls": parallel}
-        assert server.post("/v1/chat/completions", body).error["message"] == "enough"
-    assert seen == [None, ["required", True], ["required", False], ["look", True]]
-    other = {"type": "function", "function": {"name": "other"}}
-    answer = server.post("/v1/chat/completions", BODY | {"tools": TOOLS, "tool_choice": other})
-    assert answer.status == 400 and answer.error["param"] == "tool_choice"
+def test_an_answer_that_goes_on(server: Running) -> None:
+    messages = [*BODY["messages"], {"role": "assistant", "content": "Once there was a dog"}]
+    body = BODY | {"tools": None, "messages": messages, "continue_final_message": True, "max_tokens": 8}
+    prompt = server.post("/apply-template", {"messages": messages, "continue_final_message": True}).json["prompt"]
+    assert prompt.endswith("Once there was a dog")
+    (choice,) = server.post(PATH, body).json["choices"]
+    assert choice["message"]["content"].startswith(" ")  # the space belongs to the text
 
 
-@pytest.mark.usefixtures("tools")
+@pytest.mark.parametrize("name", ["look", "go"])
+def test_a_named_call(server: Running, name: str) -> None:
+    choice = {"type": "function", "function": {"name": name}}
+    answer = server.post(PATH, BODY | {"tool_choice": choice}).json
+    assert "choices" in answer, answer
+    ((found, arguments),) = calls_of(answer["choices"][0])
+    assert found == name and set(arguments) == {"x"}
+
+
+def test_required_calls(server: Running) -> None:
+    body = BODY | {"tool_choice": "required", "parallel_tool_calls": False, "n": 3, "temperature": 1, "seed": 1}
+    for choice in server.post(PATH, body).json["choices"]:
+        ((name, arguments),) = calls_of(choice)
+        assert name in ("look", "go") and 0 <= arguments["x"] <= 99 and choice["finish_reason"] == "tool_calls"
+
+
+def test_an_answer_ends_at_its_second_call(server: Running) -> None:
+    two = BODY | {"regex": rf"{CALL}\n{CALL}"}
+    assert len(calls_of(server.post(PATH, two).json["choices"][0])) == 2
+    one = server.post(PATH, two | {"parallel_tool_calls": False}).json["choices"][0]
+    assert len(calls_of(one)) == 1 and one["finish_reason"] == "tool_calls"
+    events = server.post(PATH, two | {"parallel_tool_calls": False, "stream": True}).events
+    deltas = [c["delta"]["tool_calls"][0] for e in events for c in e["choices"] if "tool_calls" in c["delta"]]
+    assert {delta["index"] for delta in deltas} == {0}
+    assert [c["finish_reason"] for e in events for c in e["choices"]][-1] == "tool_calls"
+
+
+def test_the_template_sees_tools_calls_and_results(server: Running) -> None:
+    made = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"x": 12}'}}
+    messages = [
+        {"role": "user", "content": "Look."},
+        {"role": "assistant", "content": None, "tool_calls": [made]},
+        {"role": "tool", "tool_call_id": "c1", "content": "a cat"},
+    ]
+    prompt = server.post("/apply-template", {"messages": messages, "tools": TOOLS}).json["prompt"]
+    assert '"look"' in prompt and '"maximum": 99' in prompt  # described
+    assert '{"name": "look", "arguments": {"x": 12}}' in prompt and "a cat" in prompt
+    assert prompt.index('"x": 12') < prompt.index("a cat")
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"tools": [*TOOLS, TOOLS[0]]}, "tools"),
+        ({"tools": [{"type": "function", "function": {"name": "a.b"}}]}, "tools"),
+        ({"tool_choice": {"type": "function", "function": {"name": "other"}}}, "tool_choice"),
+        ({"tools": None, "tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "required", "regex": "a"}, "regex"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]},
+         "messages"),
+    ],
+)  # fmt: skip
+def test_what_is_refused(server: Running, body: dict[str, Any], param: str) -> None:
+    answer = server.post(PATH, BODY | body)
+    assert answer.status == 400 and answer.error["param"] == param, answer.body
+
+
+def test_a_schema_that_a_forced_call_cannot_enforce(server: Running) -> None:
+    parameters = {"type": "object", "properties": {"x": {"type": "array", "uniqueItems": True}}}
+    tools = [{"type": "function", "function": {"name": "look", "parameters": parameters}}]
+    answer = server.post(PATH, BODY | {"tools": tools, "tool_choice": "required"})
+    assert answer.status == 400 and "uniqueItems" in answer.error["message"], answer.body
+
+
+def test_reasoning(thinking: Running) -> None:
+    body = BODY | {"tools": None, "regex": "<think>\nhm, so\n</think>\n\nA dog\\."}
+    message = thinking.post(PATH, body).json["choices"][0]["message"]
+    assert message["reasoning_content"] == "hm, so" and message["content"] == "A dog."
+    events = thinking.post(PATH, body | {"stream": True}).events
+    deltas = [choice["delta"] for event in events for choice in event["choices"]]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "hm, so"
+    assert "".join(delta.get("content", "") for delta in deltas) == "A dog."
+
+
+def test_a_restricted_answer_has_no_reasoning(thinking: Running) -> None:
+    """Also if the template opens it: the grammar holds from the first token on."""
+    body = BODY | {"tools": None, "messages": [{"role": "user", "content": "Hi <think>"}], "regex": "A dog\\."}
+    message = thinking.post(PATH, body).json["choices"][0]["message"]
+    assert message["content"] == "A dog." and "reasoning_content" not in message
+
+
+def test_open_reasoning(thinking: Running) -> None:
+    """A prompt that ends with `<think>`: the answer begins with reasoning. This one never closes it."""
+    body = BODY | {"tools": None, "messages": [{"role": "user", "content": "Hi <think>"}], "max_tokens": 8}
+    message = thinking.post(PATH, body).json["choices"][0]["message"]
+    assert message["reasoning_content"] and not message["content"]
+
+
 def test_a_parser_that_fails_ends_its_request(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(self: Parser, text: str) -> NoReturn:
         raise ValueError("a bug")
 
     monkeypatch.setattr(Parser, "feed", fail)
-    answer = server.post("/v1/chat/completions", BODY)
+    answer = server.post(PATH, BODY)
     assert answer.status == 500 and "a bug" not in answer.error["message"]
-    events = server.post("/v1/chat/completions", BODY | {"stream": True}).events
+    events = server.post(PATH, BODY | {"stream": True}).events
     assert events[-1]["error"]["code"] == "server_error"
     eventually(lambda: server.idle, "the end of the requests")
 
 
-@pytest.mark.usefixtures("tools")
-def test_tools_that_the_format_refuses(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*arguments: Any) -> NoReturn:
-        raise Error("a schema with patternProperties is not supported")
+@pytest.mark.parametrize(
+    ("body", "text"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "boolean"}}}}, "true|false"),
+        ({"regex": "[ab]c"}, "[ab]c"),
+        ({"grammar": 'root ::= "yes" | "no"'}, "yes|no"),
+        ({"structured_outputs": {"choice": ["a.c", "b"]}}, r"a\.c|b"),
+        ({"structured_outputs": {"regex": "a{2}"}}, "aa"),
+        ({"json_schema": {"enum": [17]}}, "17"),
+    ],
+)
+def test_restricted_answers(server: Running, body: dict[str, Any], text: str) -> None:
+    choice = server.post(PATH, BODY | {"tools": None} | body).json["choices"][0]
+    assert re.fullmatch(text, choice["message"]["content"]) and choice["finish_reason"] == "stop"
 
-    monkeypatch.setattr(Format, "grammar", staticmethod(refuse))
-    answer = server.post("/v1/chat/completions", BODY | {"tools": TOOLS, "tool_choice": "required"})
-    assert answer.status == 400 and answer.error["param"] == "tools"
 
-
-def test_restricted_answers_ask_the_engine(server: Running) -> None:
-    """`SamplingParams` decides whether this version can; what it cannot is a 400 with the field's name."""
-    schema = {"type": "json_schema", "json_schema": {"schema": {"type": "boolean"}}}
-    for body, param in (
-        ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"response_format": schema}, "response_format"),
-        ({"regex": "a"}, "regex"),
-        ({"structured_outputs": {"choice": ["a", "b"]}}, "structured_outputs"),
-        ({"structured_outputs": {"regex": "a+"}}, "structured_outputs"),
-    ):
-        answer = server.post("/v1/chat/completions", BODY | body)
-        assert answer.status == 200 or answer.error["param"] == param, answer.body
+@pytest.mark.parametrize(
+    ("body", "param", "found"),
+    [
+        ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"uniqueItems": True}}}},
+         "response_format", "uniqueItems"),
+        ({"regex": "(?=a)"}, "regex", "look"),
+        ({"grammar": "root ::= other"}, "grammar", "other"),
+        ({"regex": "a", "grammar": "b"}, "grammar", "regex"),
+    ],
+)  # fmt: skip
+def test_restrictions_that_cannot_be_enforced(server: Running, body: dict[str, Any], param: str, found: str) -> None:
+    answer = server.post(PATH, BODY | {"tools": None} | body)
+    assert answer.status == 400 and answer.error["param"] == param, answer.body
+    assert found in answer.error["message"]

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from numballama.server.answers import MessagesAnswer
-from numballama.server.chat_core import Event
 from numballama.server.http import dumps
 from numballama.server.messages import MessagesRequest, _Writer, chat_request
 from numballama.server.protocol import parse, template_message
+from numballama.server.tools.events import CallArguments, CallStart, Content, Reasoning
 from tests.helpers.http_server import Answered, Running
 
 PATH = "/v1/messages"
@@ -101,8 +101,8 @@ def test_wrong_fields(server: Running, body: dict[str, Any], param: str) -> None
 def test_events_of_reasoning_and_calls() -> None:
     writer = _Writer()
     found = [
-        Event("reasoning", "hm"), Event("content", "a"), Event("call_start", "f", 0, "c1"),
-        Event("call_arguments", "{", 0), Event("call_arguments", "}", 0), Event("call_start", "g", 1),
+        Reasoning("hm"), Content("a"), CallStart(0, "c1", "f"), CallArguments(0, "{"), CallArguments(0, "}"),
+        CallStart(1, "c2", "g"),
     ]  # fmt: skip
     data = b"".join(map(writer.write, found)) + writer.close()
     events = Answered(200, {"content-type": "text/event-stream"}, data).events

@@ -49,7 +49,7 @@ def test_the_page_names_only_files_that_exist(address: str) -> None:
             scripts += {f"page/{other}" for other in re.findall(r'from "\./([^"]+)"', source)} - set(scripts)
         for name in {*names, *scripts}:
             assert ask(address, "GET", f"{prefix}/{name}")[0].status == 200, name
-        assert {f"/{name}" for name in {*names, *scripts}} == page.public_paths() - {"/"}, "no file is without use"
+        assert {f"/{name}" for name in {*names, *scripts}} == page.paths() - {"/"}, "no file is without use"
 
 
 def test_media_types(address: str) -> None:
@@ -93,7 +93,7 @@ def test_no_code_and_no_style_in_the_html(address: str) -> None:
 
 
 def test_html_is_made_of_a_string_in_one_place_only() -> None:
-    sources = {name: page._files()[name][0].decode() for name in page.public_paths() if name.endswith(".js")}
+    sources = {name: page._files()[name][0].decode() for name in page.paths() if name.endswith(".js")}
     wanted = r"\b(?:innerHTML|outerHTML\s*=|insertAdjacentHTML|document\.write|DOMParser|srcdoc|eval|new Function)\b"
     lines = [f"{name}: {line.strip()}" for name, text in sources.items() for line in text.splitlines()]
     uses = [line for line in lines if re.search(wanted, line)]

@@ -12,6 +12,7 @@ import pytest
 
 from numballama.errors import Error
 from numballama.server.tools import choose_format
+from numballama.structured.lark import check_grammar
 from tests.helpers.tool_texts import FORMATS, TEMPLATES, TOOLS, Answer, answer, events
 
 llguidance = pytest.importorskip("llguidance")
@@ -43,7 +44,7 @@ SCHEMAS = {tool["function"]["name"]: tool["function"].get("parameters") for tool
 
 
 def matcher(grammar: str) -> Any:
-    found = llguidance.LLMatcher(BYTES, grammar)
+    found = llguidance.LLMatcher(BYTES, check_grammar(grammar)[0])
     assert not found.is_error(), found.get_error()
     return found
 
@@ -150,7 +151,7 @@ def test_markers_that_are_control_tokens() -> None:
     def accepts_tokens(text: str) -> bool:
         """The text's control tokens are the capitals."""
         ids = [{"T": 256, "A": 257, "B": 258, "E": 259}.get(each, ord(each)) for each in text]
-        state = llguidance.LLMatcher(tokenizer, grammar)
+        state = llguidance.LLMatcher(tokenizer, check_grammar(grammar)[0])
         return bool(state.try_consume_tokens(ids) == len(ids) and state.is_accepting())
 
     assert accepts_tokens("TtimeA{}") and accepts_tokens("BhmETtimeA{}TtimeA{}")
