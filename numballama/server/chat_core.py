@@ -203,12 +203,8 @@ def apply_template(
     fixed: dict[str, Any] = {"chat_template": own.chat_template, "continue_final_message": continues}
     try:
         plain, described = service.tool_format.conversation(map(template_message, messages), given)
-        return service.model.apply_chat_template(
-            plain,
-            add is not False and not continues,
-            described,
-            tokenize,
-            **{**own.template_kwargs, **variables, **fixed},
-        )
+        add = add is not False and not continues
+        settings = {**own.template_kwargs, **variables, **fixed}
+        return service.model.apply_chat_template(plain, add, described, tokenize, **settings)
     except Error as error:
         raise refused(error, messages_field, {"continue_final_message": "continue_final_message"}) from None

@@ -140,10 +140,6 @@ WRONG = [
     ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
     ({"chat_template_kwargs": {"a b": 1}}, "chat_template_kwargs"),
     ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
-    (
-        {"continue_final_message": True, "messages": [{"role": "user", "content": "a"}, {"role": "assistant"}]},
-        "continue_final_message",
-    ),
     ({"functions": [{"name": "f"}]}, "functions"),
     ({"model_path": "/etc/passwd"}, "model_path"),
     ({"modalities": ["audio"]}, "modalities.0"),
