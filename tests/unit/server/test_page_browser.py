@@ -10,8 +10,11 @@ from typing import Any
 
 import pytest
 
+from numballama.model import Model
 from tests.helpers.chat_api import HOSTILE, FakeAPI, serving
 from tests.helpers.chromium import CHROMIUM, Browser, chromium
+from tests.helpers.http_server import eventually
+from tests.helpers.http_server import serving as serve_model
 
 pytestmark = [
     pytest.mark.slow,
@@ -408,3 +411,24 @@ def test_on_a_phone(chat: Browser, tmp_path: Path) -> None:
         chat.press("Escape")
         chat.wait(f"document.activeElement.id === 'open-{name}' && !document.querySelector('main').inert")
     chat.screenshot(tmp_path / "phone.png")
+
+
+def test_a_real_server(browser: Browser, model: Model, tmp_path: Path) -> None:
+    """Two turns of a conversation, a regenerated answer, and an answer that follows a schema."""
+    with serve_model(model) as server:
+        browser.troubles.clear()
+        browser.open(f"{server.url}/")
+        browser.wait("document.querySelector('#model').textContent")
+        assert say(browser, "Tell me of a dog that found a big red ball in the park, and of his friend the cat.")
+        assert "tokens/s" in browser.run(f"{FIGURES}.at(-1)")
+        assert say(browser, "And then?", answers=2)
+        browser.run(button("Regenerate answer"))
+        browser.wait(f"{ANSWERS}.length === 2 && !document.querySelector('#send').classList.contains('stops')")
+        schema = {"type": "object", "properties": {"dog": {"enum": ["red", "big"]}}, "required": ["dog"]}
+        choose(browser, format="json", schema=json.dumps(schema | {"additionalProperties": False}))
+        shown = say(browser, "Which dog?", answers=3).removeprefix("json")  # a block of code with its label
+        assert json.loads(shown)["dog"] in ("red", "big")
+        browser.screenshot(tmp_path / "page.png")
+        assert not browser.troubles
+        browser.open("about:blank")
+        eventually(lambda: server.idle, "the end of all requests")
