@@ -25,6 +25,8 @@ if reason := missing_packages():
     pytest.skip(f"kernels are not compiled: {reason}", allow_module_level=True)
 
 PACKAGE = Path(numballama.__file__).parent
+EVERYTHING = ["all"] if os.environ.get("NUMBALLAMA_TEST_ALL") == "1" else []
+"""For cards before sm_90 a kernel is compiled for one set of types of its operands, or else for all."""
 CAPABILITIES = ("7.5", "8.0", "9.0")
 """The oldest that CUDA 13 compiles for; the first with asynchronous copies; the first with early starts."""
 REGISTERS = 65536
@@ -74,7 +76,7 @@ STREAMING = {"linear_kernel", "gate_up_kernel", "qkv_kernel", "qkv_rope_kernel",
 
 
 def start(capability: str, out: Path) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "tests.cuda.assembly", capability, str(out)]
+    command = [sys.executable, "-m", "tests.cuda.assembly", capability, str(out), *EVERYTHING]
     path = os.pathsep.join([str(PACKAGE.parent), os.environ.get("PYTHONPATH", "")])
     return subprocess.Popen(
         command, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env={**os.environ, "PYTHONPATH": path}

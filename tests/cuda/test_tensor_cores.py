@@ -28,13 +28,14 @@ if any(find_spec(name) is None for name in ("numba_cuda", "cuda")):
     pytest.skip("kernels are not compiled: NVIDIA's packages are not installed", allow_module_level=True)
 
 HERE, PACKAGE = Path(__file__).parent, Path(numballama.__file__).parent
+EVERYTHING = ["all"] if os.environ.get("NUMBALLAMA_TEST_ALL") == "1" else []
 
 
 def run_cases(*arguments: str, module: str = "gemm_cases") -> str:
     """Run `gemm_cases`, or `skinny_cases`, in a separate process, because a process compiles for one capability."""
     path = os.pathsep.join([str(PACKAGE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
-        [sys.executable, "-m", f"tests.cuda.{module}", *arguments],
+        [sys.executable, "-m", f"tests.cuda.{module}", *arguments, *(EVERYTHING if arguments else [])],
         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}, timeout=1200, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr

@@ -36,10 +36,11 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import numpy as np
-from greenlet import greenlet
+from greenlet import getcurrent, greenlet
 
 assert os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", "the simulator is chosen before Numba is imported"
 
@@ -84,21 +85,29 @@ class _Aborted(BaseException):
     """Ends the threads of a block in which another one failed."""
 
 
+_INDICES = [Dim3(number, 0, 0) for number in range(1024)]
+
+
 class Lane:
     """A simulated thread of a block, as a greenlet: it runs until it comes to a barrier or a shuffle."""
 
+    __slots__ = (
+        "apart", "begun", "block", "blockIdx", "copies", "function", "go_on", "groups", "number", "state", "threadIdx",
+        "value", "waited",
+    )  # fmt: skip
+
     def __init__(self, number: int, block: BlockManager, position: Dim3, function: Callable[[], None]) -> None:
-        self.number, self.threadIdx, self.blockIdx, self.warp = number, Dim3(number, 0, 0), position, number >> 5
+        self.number, self.threadIdx, self.blockIdx = number, _INDICES[number], position
         self.block, self.function = block, function
         self.waited = False
         self.copies: list[tuple[int, int, int, bool]] = []
         self.groups: deque[list[tuple[int, int, int, bool]]] = deque()
-        self.state, self.value, self.apart = "ready", None, 0
-        self._greenlet = greenlet(self._run)
-        self.go_on = self._greenlet.switch
-        """Run it on, from the thread that runs the block. Returns when it waits for others or has ended."""
+        self.state, self.value, self.apart, self.begun = "ready", None, 0, False
+        self.go_on = greenlet(self._run).switch
+        """Run it on. Control comes back to the thread that runs the block when a lane ends."""
 
     def _run(self) -> None:
+        self.begun = True
         np.seterr(all="ignore")  # of this greenlet; a kernel's infinities and NaNs are its own affair
         try:
             self.function()
@@ -110,8 +119,15 @@ class Lane:
         self.state = "done"
 
     def _wait(self, state: str) -> None:
+        """Let others run, directly: a way by the thread that runs the block would be a switch more."""
         self.state = state
-        self._greenlet.parent.switch()
+        following = self.block.following()
+        if following is not self:
+            simulation.running = following
+            if following.begun:
+                following.go_on()
+            else:
+                self.block.root.switch(following)  # a greenlet that another one starts has a part of its stack
         if self.block.error is not None:
             raise _Aborted
 
@@ -134,16 +150,19 @@ class BlockManager:
 
     def run(self, position: tuple[int, ...], *arguments: Any) -> None:
         simulation.begin_block()
+        self.root = getcurrent()
         self.error: BaseException | None = None
         place = Dim3(*position)
-        self._lanes = [Lane(i, self, place, lambda: self._function(*arguments)) for i in range(self._count)]
+        function = partial(self._function, *arguments)
+        self._lanes = [Lane(i, self, place, function) for i in range(self._count)]
         warps = [self._lanes[first : first + 32] for first in range(0, self._count, 32)]
         self._warps = deque((warp, deque(warp)) for warp in simulation.order.sample(warps, len(warps)))
         before, simulation.running = simulation.running, None
         try:
-            while (following := self._next()) is not None:
+            following = self.following()
+            while following is not None:
                 simulation.running = following
-                following.go_on()
+                following = following.go_on() or self.following()  # what a lane asks for, or after its end
         finally:
             simulation.running = before
         if self.error is not None:
@@ -152,7 +171,7 @@ class BlockManager:
     def fail(self, error: BaseException) -> None:
         self.error = self.error or error
 
-    def _next(self) -> Lane | None:
+    def following(self) -> Lane | None:
         """The thread to run next; None when all are done."""
         if self.error is not None:
             return next((lane for lane in self._lanes if lane.state != "done"), None)
@@ -166,19 +185,20 @@ class BlockManager:
             return None
         if states != {"barrier"}:
             self.fail(AssertionError(f"threads of a block wait at different places: {sorted(states)}"))
-            return self._next()
+            return self.following()
         for lane in self._lanes:
             lane.state = "ready"
         self._warps = deque((warp, deque(warp)) for warp, _ in simulation.order.sample(self._warps, len(self._warps)))
-        return self._next()
+        return self.following()
 
     def _exchange(self, warp: list[Lane], ready: deque[Lane]) -> bool:
         """Do a shuffle that all lanes of a warp have reached."""
-        if not any(lane.state == "shuffle" for lane in warp):
+        found = {(lane.state, lane.apart) for lane in warp}
+        if not any(state == "shuffle" for state, _ in found):
             return False
-        if len({(lane.state, lane.apart) for lane in warp}) > 1:
-            found = sorted({f"{lane.state} {lane.apart}" for lane in warp})
-            self.fail(AssertionError(f"lanes of a warp are not at the same shuffle: {found}"))
+        if len(found) > 1:
+            places = sorted(f"{state} {apart}" for state, apart in found)
+            self.fail(AssertionError(f"lanes of a warp are not at the same shuffle: {places}"))
             return False
         values = [lane.value for lane in warp]
         for number, lane in enumerate(warp):
@@ -210,13 +230,14 @@ class _Shared:
         return address
 
     def array(self, shape: int, dtype: Any) -> Pointer:
-        size = np.dtype(dtype).itemsize
-        if shape == 0:
-            return Pointer(self._dynamic, self._nbytes // size, dtype, shared=True)
         frame = sys._getframe(1)
-        key = frame.f_code, frame.f_lineno
+        key = dtype if shape == 0 else (frame.f_code, frame.f_lineno)
         if key not in self._arrays:
-            self._arrays[key] = Pointer(self._take(shape * size), shape, dtype, shared=True)
+            size = np.dtype(dtype).itemsize
+            if shape == 0:
+                self._arrays[key] = Pointer(self._dynamic, self._nbytes // size, dtype, shared=True)
+            else:
+                self._arrays[key] = Pointer(self._take(shape * size), shape, dtype, shared=True)
         return self._arrays[key]
 
     def check(self, address: int, nbytes: int) -> None:
@@ -236,11 +257,11 @@ class _Module(FakeCUDAModule):  # type: ignore[misc]
 
     @property
     def threadIdx(self) -> Dim3:
-        return lane().threadIdx
+        return simulation.running.threadIdx
 
     @property
     def blockIdx(self) -> Dim3:
-        return lane().blockIdx
+        return simulation.running.blockIdx
 
     def syncthreads(self) -> None:
         lane().syncthreads()
@@ -273,25 +294,26 @@ class Pointer:
 
     def __init__(self, address: int, size: int, dtype: Any, shared: bool = False, kind: str = "") -> None:
         self.address, self.size, self.dtype, self.shared = address, size, np.dtype(dtype), shared
-        self.kind = kind if kind in (*PACKED, "q8_0") else self.dtype.name
+        self.name = self.dtype.name  # NumPy makes it anew each time
+        self.kind = kind if kind in (*PACKED, "q8_0") else self.name
         self.bytes_each = self.dtype.itemsize
         buffer = (ctypes.c_uint8 * max(size * self.bytes_each, 1)).from_address(address)
         self._view = np.frombuffer(buffer, self.dtype, size)
         self._plain = self.dtype.kind == "i" or self.dtype in (np.uint8, np.uint16, np.float64)
 
-    def _check(self, index: int) -> None:
+    def __getitem__(self, index: int) -> Any:
         if not 0 <= index < self.size:
             raise IndexError(f"element {index} of {self.size} {self.dtype}")
-
-    def __getitem__(self, index: int) -> Any:
-        self._check(index)
-        if not self.shared and simulation.is_stale(self.address + index * self.bytes_each):
+        if not (self.shared or simulation.running.waited) and simulation.is_stale(
+            self.address + index * self.bytes_each
+        ):
             return math.nan if self.dtype.kind == "f" else -1
         value = self._view[index]
         return value.item() if self._plain else value
 
     def __setitem__(self, index: int, value: Any) -> None:
-        self._check(index)
+        if not 0 <= index < self.size:
+            raise IndexError(f"element {index} of {self.size} {self.dtype}")
         if not self.shared:
             simulation.note_write(self.address + int(index) * self.bytes_each, self.bytes_each)
         self._view[index] = value
@@ -304,32 +326,37 @@ class Simulation:
         self.order = random.Random(0)
         self.asynchronous = True
         self.launches = 0
-        self.running: Lane | None = None
+        self.running: Any = None
         self._writing: set[int] = set()
         self._written: set[int] = set()
         self._epoch = -1
         self._starts: list[int] = []
         self._regions: list[tuple[int, int, str]] = []
+        self._last = 0, 0
+        """Begin and end of the allocation that was checked last: mostly the next one's."""
 
     def is_stale(self, address: int) -> bool:
         """Whether this is read before the wait although the predecessor may not have written it yet."""
-        return address >> 2 in self._written and not lane().waited
+        return not self.running.waited and address >> 2 in self._written
 
     def note_write(self, address: int, nbytes: int) -> None:
-        assert lane().waited, "a kernel writes before it waits for the one before"
-        for word in range(address >> 2, (address + nbytes + 3) >> 2):
-            self._writing.add(word)
+        assert self.running.waited, "a kernel writes before it waits for the one before"
+        self._writing.update(range(address >> 2, (address + nbytes + 3) >> 2))
 
     def check(self, address: int, nbytes: int) -> None:
         """Raises unless these bytes are aligned and inside an allocation."""
+        start, end = self._last
+        if start <= address and address + nbytes <= end and address % nbytes == 0:
+            return
         found = bisect_right(self._starts, address) - 1
         start, size, what = self._regions[found] if found >= 0 else (0, 0, "nothing")
         if address % nbytes or not start <= address <= address + nbytes <= start + size:
             raise IndexError(f"{nbytes} bytes at {address - start} of {size} of {what}")
+        self._last = start, start + size
 
     def load(self, address: int, nbytes: int) -> bytes:
         self.check(address, nbytes)
-        if any(self.is_stale(a) for a in range(address, address + nbytes, 4)):
+        if not self.running.waited and any(self.is_stale(a) for a in range(address, address + nbytes, 4)):
             return b"\xff" * nbytes
         return ctypes.string_at(int(address), nbytes)
 
@@ -342,7 +369,7 @@ class Simulation:
         self.launches += 1
         self._written, self._writing = self._writing, set()
         self._regions = list(HostMemory.live)  # others may be forgotten meanwhile
-        self._starts = [start for start, _, _ in self._regions]
+        self._starts, self._last = [start for start, _, _ in self._regions], (0, 0)
         if self._epoch != HostMemory.epoch:  # addresses may be others' now
             self._epoch, self._written = HostMemory.epoch, set()
         arguments = [

@@ -6,6 +6,7 @@ Values are NumPy scalars of the intrinsic's type where rounding or bits matter, 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,22 +41,22 @@ def _shared_address(memory: Pointer, index: int) -> int:
 
 
 def _ld_v4_f32(memory: Pointer, index: int) -> tuple[Any, ...]:
-    assert memory.dtype == np.float32
+    assert memory.name == "float32"
     assert _address(memory, index) % 16 == 0, f"ld_v4_f32 at element {index}"
     return tuple(np.float32(memory[index + i]) for i in range(4))
 
 
 def _st_v4_f32(memory: Pointer, index: int, *numbers: Any) -> None:
-    assert memory.dtype == np.float32
+    assert memory.name == "float32"
     assert _address(memory, index) % 16 == 0, f"st_v4_f32 at element {index}"
     for i, number in enumerate(numbers):
         memory[index + i] = number
 
 
 def _dot_16_bytes(memory: Pointer, words: Any, x: Pointer, index: int, step: int) -> Any:
-    if memory.dtype.name in ("int8", "uint8"):
+    if memory.name in ("int8", "uint8"):
         return np.float32(0)
-    numbers, total = _numbers(memory.dtype.name, words), 0.0
+    numbers, total = _numbers(memory.name, words), 0.0
     for four in range(len(numbers) // 4):
         others = _ld_v4_f32(x, index + four * step)
         for i in range(4):
@@ -67,13 +68,13 @@ def _unpack8(memory: Pointer, words: Any) -> tuple[Any, ...]:
     if memory.kind == "q8_0":
         scale = np.float32(np.uint16(int(words[2]) & 0xFFFF).view(np.float16))
         return tuple(np.float32(quant) * scale for quant in np.array(words[:2], np.uint32).view(np.int8))
-    numbers = list(_numbers(memory.dtype.name, words))
+    numbers = list(_numbers(memory.name, words))
     assert len(numbers) in (4, 8)
     return tuple((numbers + [np.float32(0)] * 4)[:8])
 
 
 def _load_element(memory: Pointer, row: int, index: int) -> Any:
-    name = memory.dtype.name
+    name = memory.name
     if name == "uint8":
         byte = simulation.load(row + index // 32 * 16 + index % 16, 1)[0]
         return np.float32((byte >> (4 * (index % 32 // 16)) & 15) - 8)
@@ -85,7 +86,7 @@ def _load_element(memory: Pointer, row: int, index: int) -> Any:
 
 
 def _store_element(memory: Pointer, index: int, value: Any) -> None:
-    name, value = memory.dtype.name, np.float32(value)
+    name, value = memory.name, np.float32(value)
     if name == "float32":
         memory[index] = value
     elif memory.kind == "q8_0":
@@ -115,7 +116,7 @@ def _st_global_f16(where: int, value: Any) -> None:
 
 
 def _scale_in(memory: Pointer, word: Any, index: int) -> Any:
-    if memory.dtype == np.float32:
+    if memory.name == "float32":
         return np.uint32(word).view(np.float32)
     return np.float32(np.uint16(int(word) >> (16 * (index & 1)) & 0xFFFF).view(np.float16))
 
@@ -218,7 +219,8 @@ def _dp4a(first: list[int], second: list[int]) -> Callable[[Any, Any, Any], int]
 
 
 def _cvt_rni_s32(x: Any) -> int:
-    return 0 if np.isnan(x) else int(np.clip(np.rint(np.float64(x)), -(2**31), 2**31 - 1))
+    number = float(x)
+    return 0 if math.isnan(number) else round(min(max(number, -(2.0**31)), 2.0**31 - 1))  # half to even
 
 
 def _prmt_byte_planes(*numbers: int) -> tuple[Any, ...]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -18,7 +18,8 @@ from numballama import kernel_cache
 from numballama.host import interrupts
 from tests.helpers.processes import PACKAGE
 
-MOMENTS = 14
+MOMENTS = 60
+"""More starts than it takes until all kernels are compiled, one at least in each."""
 STORY = [sys.executable, "-m", "numballama", "story", "--max-tokens", "4", "--temperature", "0", "--device", "cpu"]
 BEGINNING = "Once upon a time"
 
@@ -118,42 +119,66 @@ def whole_entries(cache: Path) -> int:
     return count
 
 
-def try_moment(cache: Path, seconds: float, whole_group: bool, next_start: bool) -> tuple[str, float]:
-    """Interrupt a start after some seconds; returns how it ended and the seconds from the signal to the end."""
+def interrupted(cache: Path, moment: Callable[[subprocess.Popen[str]], None], whole_group: bool) -> str | None:
+    """Interrupt a start at a moment; returns how far it was. None if it had ended, with its story."""
     process = start(cache)
-    time.sleep(seconds)
+    moment(process)
     sent = time.monotonic()
-    (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
+    if process.poll() is None:
+        (os.killpg if whole_group else os.kill)(process.pid, signal.SIGINT)
     out, err = process.communicate(timeout=600)
     took = time.monotonic() - sent
     assert "Traceback" not in err and "ignored" not in err, err
     if process.returncode == 0:
         assert out.startswith(BEGINNING), out
-        ended = "finished"
-    else:
-        assert (process.returncode, err) == (130, "interrupted\n"), (process.returncode, err)
-        ended = f"interrupted with {whole_entries(cache)} kernels"
-    if next_start:
-        again = start(cache)
-        out, err = again.communicate(timeout=600)
-        assert again.returncode == 0 and out.startswith(BEGINNING) and err == "", (out, err)
-    return ended, took
+        return None
+    assert (process.returncode, err) == (130, "interrupted\n"), (process.returncode, err)
+    return f"interrupted with {whole_entries(cache)} kernels, {took:.2f} s after the signal"
+
+
+def after(seconds: float) -> Callable[[subprocess.Popen[str]], None]:
+    return lambda process: time.sleep(seconds)
+
+
+def after_kernels(cache: Path, more: int, seconds: float) -> Callable[[subprocess.Popen[str]], None]:
+    """When a start has kept some more kernels, and then some seconds later, which is in the midst of another one."""
+
+    def wait(process: subprocess.Popen[str]) -> None:
+        wanted = len(list(cache.rglob("*.kernel"))) + more
+        while process.poll() is None and len(list(cache.rglob("*.kernel"))) < wanted:
+            time.sleep(0.02)
+        time.sleep(seconds)
+
+    return wait
 
 
 @pytest.mark.slow
 def test_ctrl_c_at_any_moment_of_a_cold_start(tmp_path: Path) -> None:
-    began = time.monotonic()
-    out, err = start(tmp_path / "whole").communicate(timeout=600)
-    whole = time.monotonic() - began
+    """While Python imports, and then all along the compilation: each start goes on with the cache that the one before,
+    which was interrupted, has left, until one ends by itself. So a kernel is compiled once, not for every moment.
+    """
+    cache = tmp_path / "chain"
+    # Python itself has started after 0.3 s, and before nobody can catch it
+    moments = [after(0.3 + 0.4 * index) for index in range(4)]
+    moments += [after_kernels(cache, 1, 0.17 * (index % 5)) for index in range(MOMENTS)]
+    found: list[str] = []
+    for index, moment in enumerate(moments):
+        how = interrupted(cache, moment, index % 2 == 1)
+        print(f"moment {index}: {how}")
+        if how is not None:
+            found.append(how)
+        elif index >= 4:
+            break
+    assert len(found) > 6, found
+    # the first kernels are compiled in one block, which ends before the interrupt: other moments of that block
+    kept = sorted(cache.rglob("*.kernel"), key=lambda path: path.stat().st_mtime)
+    for count in (8, 18):
+        part = tmp_path / str(count)
+        for path in kept[:count]:
+            (part / path.relative_to(cache)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(path, part / path.relative_to(cache))
+        how = interrupted(part, after_kernels(part, 1, 0.3), count == 8)
+        print(f"of a cache with {count} kernels: {how}")
+        assert how is not None
+    out, err = start(cache).communicate(timeout=600)
     assert out.startswith(BEGINNING) and err == ""
-
-    def moment(index: int) -> tuple[str, float]:
-        # from when Python has started, and before that nobody can catch it, to the end
-        seconds = 0.3 + (whole - 0.3) * index / MOMENTS
-        return try_moment(tmp_path / str(index), seconds, index % 2 == 1, index % 4 == 1)
-
-    with ThreadPoolExecutor(min(MOMENTS, os.cpu_count() or 1)) as pool:
-        found = list(pool.map(moment, range(MOMENTS)))
-    for index, (ended, took) in enumerate(found):
-        print(f"moment {index} of {whole:.1f} s: {ended}, {took:.2f} s after the signal")
-    assert sum(ended.startswith("interrupted") for ended, _ in found) > MOMENTS // 2, found
