@@ -1,7 +1,9 @@
 """Measure servers of OpenAI's interface side by side: tokens/s, time to the first token, time between tokens.
 
 python benchmarks/serve.py ours=http://127.0.0.1:8000 llama.cpp=http://127.0.0.1:8080 [--clients 1 4 8] [--out FILE]
+python benchmarks/serve.py ours=http://127.0.0.1:8000 engine=MODEL.gguf --device cuda --clients 1 16 64
 
+A file in place of an address is the engine without HTTP, in this process: what a server could reach at most.
 Each round runs every server in turn. Closed loop: each of N clients sends its next request when its last answer has
 ended. With `--rate X` requests arrive at random instead (Poisson, X a second), whoever is still busy. Requests are
 streamed chat completions, greedy, of prompts that differ from the first word, so no cache helps. Tokens are those of
@@ -12,13 +14,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import count, pairwise
 from pathlib import Path
 from typing import Any
@@ -26,9 +30,14 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
+import numballama
 from numballama.bench.benchmark import machine
 from numballama.files import atomic_write
+from numballama.model import Model
+from numballama.sampling import SamplingParams
 
+Ask = Callable[[dict[str, Any]], Awaitable["Answer"]]
+"""Sends the body of a request and reads the answer."""
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 
 
@@ -86,23 +95,38 @@ def _take(answer: Answer, chunk: dict[str, Any]) -> None:
         answer.tokens, answer.prompt_tokens = usage["completion_tokens"], usage["prompt_tokens"]
 
 
-async def closed_loop(url: str, bodies: Sequence[dict[str, Any]], clients: int) -> list[Answer]:
+async def ask_engine(model: Model, body: dict[str, Any]) -> Answer:
+    """The same request to an engine in this process."""
+    answer = Answer(time.perf_counter())
+    ids = model.apply_chat_template(body["messages"])
+    params = SamplingParams(temperature=0, max_tokens=body["max_tokens"], ignore_eos=True)
+    assert isinstance(ids, list)
+    async for responses in model.engine().submit(ids, params, strip_leading_space=True).batches():
+        if any(response.text for response in responses):
+            answer.arrivals.append(time.perf_counter())
+        answer.tokens += len(responses)
+        answer.prompt_tokens = responses[-1].prompt_tokens
+    answer.ended = time.perf_counter()
+    return answer
+
+
+async def closed_loop(send: Ask, bodies: Sequence[dict[str, Any]], clients: int) -> list[Answer]:
     """Each client sends its next request when its last answer has ended."""
     waiting, answers = iter(bodies), list[Answer]()
 
     async def client() -> None:
         for body in waiting:
-            answers.append(await ask(url, body))
+            answers.append(await send(body))
 
     await asyncio.gather(*(client() for _ in range(clients)))
     return answers
 
 
-async def open_loop(url: str, bodies: Sequence[dict[str, Any]], rate: float, seed: int) -> list[Answer]:
+async def open_loop(send: Ask, bodies: Sequence[dict[str, Any]], rate: float, seed: int) -> list[Answer]:
     """Requests arrive at random, `rate` a second on average."""
-    chosen, tasks = random.Random(seed), list[asyncio.Task[Answer]]()
+    chosen, tasks = random.Random(seed), list[asyncio.Future[Answer]]()
     for body in bodies:
-        tasks.append(asyncio.create_task(ask(url, body)))
+        tasks.append(asyncio.ensure_future(send(body)))
         await asyncio.sleep(chosen.expovariate(rate))
     return list(await asyncio.gather(*tasks))
 
@@ -132,16 +156,32 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("servers", nargs="+", metavar="NAME=URL")
+    parser.add_argument("servers", nargs="+", metavar="NAME=URL or NAME=FILE")
     parser.add_argument("--clients", nargs="+", type=int, default=[1, 4, 8])
     parser.add_argument("--rate", type=float, help="requests a second that arrive at random, in place of clients")
     parser.add_argument("--requests", type=int, default=4, help="requests a round, for each client (default 4)")
     parser.add_argument("--prompt-words", type=int, default=60)
     parser.add_argument("--max-tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="auto", help="for a file: where its engine runs")
+    parser.add_argument("--context", type=int, default=2048, help="for a file: its context (default 2048)")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    servers = dict(each.split("=", 1) for each in args.servers)
+    with contextlib.ExitStack() as stack:
+        measure(args, {name: target(where, args, stack) for name, where in (s.split("=", 1) for s in args.servers)})
+
+
+def target(where: str, args: argparse.Namespace, stack: contextlib.ExitStack) -> Ask:
+    """What asks a server at an address, or the engine of a model file, which is closed with `stack`."""
+    if "://" in where:
+        return partial(ask, where)
+    model = numballama.compile(where, device=args.device, max_sequences=max(args.clients), context=args.context)
+    stack.enter_context(model)
+    stack.enter_context(model.engine())
+    return partial(ask_engine, model)
+
+
+def measure(args: argparse.Namespace, servers: dict[str, Ask]) -> None:
     seeds = count()
 
     def bodies(number: int, tokens: int) -> list[dict[str, Any]]:
@@ -160,11 +200,11 @@ def main() -> None:
     for load in [args.rate] if args.rate else args.clients:
         rounds: dict[str, list[dict[str, Any]]] = {name: [] for name in servers}
         for number in range(args.rounds + 1):
-            for name, url in servers.items():
+            for name, ask_it in servers.items():
                 if args.rate:
-                    work = open_loop(url, bodies(args.requests * 8, args.max_tokens), args.rate, number)
+                    work = open_loop(ask_it, bodies(args.requests * 8, args.max_tokens), args.rate, number)
                 else:
-                    work = closed_loop(url, bodies(args.requests * load, args.max_tokens), load)
+                    work = closed_loop(ask_it, bodies(args.requests * load, args.max_tokens), load)
                 result = figures(asyncio.run(work))
                 if number:  # the first round only warms up
                     rounds[name].append(result)
