@@ -147,9 +147,11 @@ class Generation:
             if len(self._requests) == 1:
                 async for responses in self._requests[0].batches():
                     yield self._join(0, responses)
+                    await self._service.pause()
             else:
                 async for number, responses in self._merged():
                     yield self._join(number, responses)
+                    await self._service.pause()
             if left := [n for n, choice in enumerate(self._choices) if not choice.tokens]:  # max_tokens is 0
                 yield [Piece(choice, finish_reason="length") for choice in left]
         except ApiError:

@@ -28,6 +28,9 @@ T = TypeVar("T")
 
 THREADS = 4
 """Threads that tokenise and render templates."""
+EVENTS_PER_S = 2000
+"""Events that all streams together send: 64 streams have one every 32 ms."""
+SHORTEST_PAUSE_S = 0.001
 LOADING, DRAINING = "the model is being loaded", "the server is shutting down"
 
 
@@ -157,6 +160,15 @@ class Service:
     def enter(self, sequences: int, tokens: int) -> Ticket:
         """Let a request in, see `Admission`."""
         return self.admission.enter(sequences, tokens)
+
+    async def pause(self) -> None:
+        """Wait a little after an event: many streams together send up to `EVENTS_PER_S`, and more tokens in each.
+
+        An event costs the process some 0.1 ms, whatever it holds, which the engine's thread could use.
+        """
+        pause_s = min(self.admission.sequences, self.admission.slots) / EVENTS_PER_S
+        if pause_s >= SHORTEST_PAUSE_S:
+            await asyncio.sleep(pause_s)
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
         """The result of a function, called in a thread: the event loop must not wait for a tokenizer or a template."""
