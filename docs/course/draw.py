@@ -1,0 +1,169 @@
+"""Draws the course's pictures: `python docs/course/draw.py` writes docs/course/pictures/*.svg.
+
+A picture has the colours of the reader's theme, light or dark. `PICTURES` lists one function a page.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from html import escape
+from pathlib import Path
+
+FOLDER = Path(__file__).resolve().parent / "pictures"
+
+STYLE = """
+svg { font-family: sans-serif; font-size: 14px }
+.page { fill: #ffffff } .text { fill: #1f2328 } .note { fill: #59636e; font-size: 12px }
+.a { fill: #e3edfb; stroke: #4a6fa5 } .b { fill: #fdeecb; stroke: #a8761a } .c { fill: #dff3e1; stroke: #3d8b4a }
+.d { fill: #f6f8fa; stroke: #8c959f } .line { stroke: #59636e; fill: none } .head { fill: #59636e }
+@media (prefers-color-scheme: dark) {
+.page { fill: #0d1117 } .text { fill: #e6edf3 } .note { fill: #9da7b1 }
+.a { fill: #16304f; stroke: #7aa5dd } .b { fill: #47340f; stroke: #d9a441 } .c { fill: #143a1f; stroke: #6cc07a }
+.d { fill: #161b22; stroke: #6e7681 } .line { stroke: #9da7b1 } .head { fill: #9da7b1 }
+}
+"""
+
+
+class Picture:
+    """Shapes on a page of `width` × `height`. Boxes have one of the colours a, b, c and d."""
+
+    def __init__(self, width: int, height: int) -> None:
+        self.width, self.height, self.parts = width, height, list[str]()
+
+    def box(self, x: float, y: float, w: float, h: float, lines: str | Sequence[str] = "", kind: str = "a") -> None:
+        """A rectangle with centred lines of text; all but the first are small."""
+        self.parts.append(f'<rect class="{kind}" x="{x}" y="{y}" width="{w}" height="{h}" rx="4"/>')
+        lines = [lines] if isinstance(lines, str) else list(lines)
+        top = y + h / 2 + 5 - 8 * (len(lines) - 1)
+        for i, line in enumerate(lines):
+            self.text(x + w / 2, top + 16 * i, line, "middle", small=i > 0)
+
+    def text(self, x: float, y: float, text: str, anchor: str = "start", small: bool = False) -> None:
+        kind = "note" if small else "text"
+        self.parts.append(f'<text class="{kind}" x="{x}" y="{y}" text-anchor="{anchor}">{escape(text)}</text>')
+
+    def note(self, x: float, y: float, text: str, anchor: str = "start") -> None:
+        self.text(x, y, text, anchor, small=True)
+
+    def arrow(self, *points: float) -> None:
+        """A line through points x, y, x, y … with a head at its end."""
+        pairs = " L".join(f"{x},{y}" for x, y in zip(points[::2], points[1::2], strict=True))
+        self.parts.append(f'<path class="line" d="M{pairs}" marker-end="url(#head)"/>')
+
+    def line(self, x1: float, y1: float, x2: float, y2: float) -> None:
+        self.parts.append(f'<path class="line" d="M{x1},{y1} L{x2},{y2}"/>')
+
+    def __str__(self) -> str:
+        size = f'width="{self.width}" height="{self.height}" viewBox="0 0 {self.width} {self.height}"'
+        head = '<marker id="head" markerWidth="9" markerHeight="8" refX="8" refY="4" orient="auto">'
+        head += '<path class="head" d="M0,0 L9,4 L0,8 Z"/></marker>'
+        page = f'<rect class="page" width="{self.width}" height="{self.height}"/>'
+        top = f'<svg xmlns="http://www.w3.org/2000/svg" {size}><style>{STYLE}</style><defs>{head}</defs>{page}'
+        return "\n".join([top, *self.parts, "</svg>\n"])
+
+
+def architecture() -> str:
+    p = Picture(900, 190)
+    stops = [
+        ("file", "on disk"), ("Checkpoint", "config, weights"), ("Graph", "ops, values"), ("Plan", "steps, arena"),
+        ("Program", "table of addresses"), ("Engine", "requests, pages"), ("text", "on the screen"),
+    ]  # fmt: skip
+    modules = ["", "loader.py", "graph.py, fusion.py", "plan.py", "cpu/, cuda/", "engine/", "generate.py"]
+    for i, (stop, module) in enumerate(zip(stops, modules, strict=True)):
+        x = 10 + i * 127
+        p.box(x, 50, 116, 52, stop, "d" if i in (0, 6) else "a")
+        p.note(x + 58, 122, module, "middle")
+        if i:
+            p.arrow(x - 11, 76, x, 76)
+    p.line(137, 140, 632, 140)
+    p.note(385, 158, "once: compile()", "middle")
+    p.line(645, 140, 890, 140)
+    p.note(767, 158, "for every token", "middle")
+    p.note(10, 28, "Each stop knows only the stops to its left.")
+    return str(p)
+
+
+def memory() -> str:
+    """The memory map of the small model of page 2, 4 tokens."""
+    from numballama.config import ModelConfig
+    from numballama.cpu import ops  # noqa: F401 (registers the kernels)
+    from numballama.fusion import fuse
+    from numballama.graph import KVLayout, build
+    from numballama.plan import lower
+    from numballama.quantization.types import F32
+
+    config = ModelConfig(16, 24, 1, 4, 2, 40, 64)
+    types = {name: F32 for name in config.weight_shapes()}
+    plan = lower(fuse(build(config, types, KVLayout.of(config, 64), tokens=4), "cpu"), "cpu", workers=1)
+    p, left, wide, high = Picture(900, 470), 60, 75, 0.22
+    for index, step in enumerate(plan.steps):
+        p.note(left + wide * index + wide / 2, 435 + 14 * (index % 2), f"{index} {step.kernel.name}", "middle")
+    for offset in range(0, plan.arena_bytes + 1, 256):
+        y = 415 - offset * high
+        p.note(left - 8, y + 4, str(offset), "end")
+    for index, (name, place) in enumerate(plan.placements.items()):
+        x, w = left + wide * place.first, wide * (place.last - place.first + 1)
+        label = name.rpartition(".")[2].rpartition("/")[2].replace("_buffer", "") if place.nbytes >= 64 else ""
+        kind = "d" if place.first == 0 and place.last == len(plan.steps) - 1 else "abc"[index % 3]
+        p.box(x, 415 - (place.offset + place.nbytes) * high, w, place.nbytes * high, kind=kind)
+        if label:
+            p.note(x + w / 2, 415 - (place.offset + place.nbytes / 2) * high + 4, label, "middle")
+    p.note(10, 14, "bytes")
+    p.note(890, 465, "steps", "end")
+    return str(p)
+
+
+def tensors() -> str:
+    p = Picture(900, 250)
+    for i in range(3):
+        for j in range(4):
+            p.box(30 + 56 * j, 50 + 40 * i, 52, 36, f"{4 * i + j}", "abc"[i])
+            p.box(22 + 71 * (4 * i + j), 205, 68, 30, f"{4 * i + j}", "abc"[i])
+    p.note(140, 38, "4 columns: stride 4 bytes", "middle")
+    p.note(262, 72, "3 rows: stride 16 bytes")
+    p.text(420, 72, "shape (3, 4), float32, C order")
+    p.text(420, 98, "address of [i, j] = base + 16 · i + 4 · j")
+    p.note(420, 122, "a row is contiguous: a[1] is bytes 16 to 32")
+    p.note(420, 142, "a column is not: a[:, 1] is bytes 4, 20 and 36")
+    p.note(22, 196, "the same in memory")
+    for i in range(0, 13, 4):
+        p.note(22 + 71 * i - (14 if i == 12 else 0), 248, f"+{4 * i}")
+    return str(p)
+
+
+def operators() -> str:
+    p = Picture(900, 230)
+    p.box(360, 20, 180, 46, ["op “swiglu”", "a name"], "d")
+    p.box(30, 110, 250, 60, ["rule", "operands, attributes, shapes"], "a")
+    p.box(325, 110, 250, 60, ["definition", "NumPy, float64"], "b")
+    p.box(620, 110, 250, 60, ["kernels", "one for each device and types"], "c")
+    for x in (155, 450, 745):
+        p.arrow(450, 66, x, 110)
+    p.note(155, 192, "ops.py: checked when the op is added", "middle")
+    p.note(450, 192, "reference.py: what the op means", "middle")
+    p.note(745, 192, "kernels_cpu.py, kernels_cuda.py, cuda/", "middle")
+    p.arrow(620, 140, 575, 140)
+    p.note(597, 132, "tested", "middle")
+    p.note(597, 156, "beside", "middle")
+    return str(p)
+
+
+PICTURES: dict[str, Callable[[], str]] = {
+    "01-architecture": architecture,
+    "02-memory": memory,
+    "03-tensors": tensors,
+    "04-operators": operators,
+}
+"""Name of the page → what draws its picture."""
+
+
+def main() -> None:
+    FOLDER.mkdir(exist_ok=True)
+    for name, draw in PICTURES.items():
+        (FOLDER / f"{name}.svg").write_text(draw(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(FOLDER.parents[2]))
+    main()
