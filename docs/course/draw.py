@@ -94,7 +94,7 @@ def memory() -> str:
     from numballama.quantization.types import F32
 
     config = ModelConfig(16, 24, 1, 4, 2, 40, 64)
-    types = {name: F32 for name in config.weight_shapes()}
+    types = dict.fromkeys(config.weight_shapes(), F32)
     plan = lower(fuse(build(config, types, KVLayout.of(config, 64), tokens=4), "cpu"), "cpu", workers=1)
     p, left, wide, high = Picture(900, 470), 60, 75, 0.22
     for index, step in enumerate(plan.steps):
@@ -149,11 +149,117 @@ def operators() -> str:
     return str(p)
 
 
+def registry() -> str:
+    p = Picture(900, 250)
+    p.text(20, 30, "plan.py asks once for each op")
+    p.box(20, 60, 210, 60, ["linear, cpu", "types f32, q8_0"], "d")
+    rows = [
+        ("linear, cpu", "f32; f32, f16, bf16, q8_0, q4_0 …", "linear"),
+        ("linear, cpu", "i8, f32; int8", "linear_int8"),
+        ("linear, reference", "any; any", "linear (NumPy)"),
+        ("norm_qkv, cpu", "f32, f32; three weights", "norm_qkv"),
+        ("softcap, cpu", "f32", "softcap (yours)"),
+    ]
+    p.note(300, 30, "op and device")
+    p.note(470, 30, "types of the inputs")
+    p.note(740, 30, "kernel")
+    for i, (key, types, found) in enumerate(rows):
+        y, kind = 42 + 40 * i, "b" if i == 4 else "a"
+        p.box(290, y, 170, 34, key, kind)
+        p.box(462, y, 265, 34, types, kind)
+        p.box(729, y, 150, 34, found, "c" if i == 0 else kind)
+    p.arrow(230, 80, 288, 60)
+    p.note(20, 150, "no match: an error that lists")
+    p.note(20, 168, "what exists")
+    return str(p)
+
+
+def llama() -> str:
+    p = Picture(900, 330)
+    p.line(60, 40, 840, 40)
+    p.arrow(820, 40, 870, 40)
+    p.note(60, 28, "x: the residual stream, [tokens, dim]")
+    boxes = [
+        (90, "RMSNorm", "attn_norm", "d"), (200, "q, k, v", "wq wk wv", "a"), (310, "RoPE", "q and k", "d"),
+        (420, "attention", "KV cache", "b"), (530, "o", "wo", "a"),
+    ]  # fmt: skip
+    for i, (x, name, what, kind) in enumerate(boxes):
+        p.box(x, 90, 90, 50, [name, what], kind)
+        if i:
+            p.arrow(x - 20, 115, x, 115)
+    p.arrow(75, 40, 75, 115, 90, 115)
+    p.arrow(620, 115, 650, 115, 650, 52)
+    p.box(640, 30, 20, 20, "+", "c")
+    p.note(90, 164, "attention: tokens look at earlier tokens")
+    low = [
+        (200, "RMSNorm", "ffn_norm", "d"), (310, "gate, up", "w1 w3", "a"), (420, "SwiGLU", "silu(gate) · up", "d"),
+        (540, "down", "w2", "a"),
+    ]  # fmt: skip
+    for i, (x, name, what, kind) in enumerate(low):
+        p.box(x, 220, 100, 50, [name, what], kind)
+        if i:
+            p.arrow(x - (20 if i == 3 else 10), 245, x, 245)
+    p.arrow(690, 40, 690, 195, 180, 195, 180, 245, 200, 245)
+    p.arrow(640, 245, 790, 245, 790, 52)
+    p.box(780, 30, 20, 20, "+", "c")
+    p.note(200, 294, "feed-forward: each token by itself")
+    p.note(60, 320, "blue: matrices, nearly all of the weights. A model repeats this layer n_layers times.")
+    return str(p)
+
+
+def mapped() -> str:
+    p = Picture(900, 250)
+    p.text(20, 36, "file on disk")
+    p.text(20, 116, "page cache (physical memory)")
+    p.text(20, 206, "addresses of the process")
+    for i in range(12):
+        p.box(250 + 52 * i, 18, 48, 30, f"{i}", "d")
+        here = i in (0, 1, 4, 5, 6)
+        if here:
+            p.box(250 + 52 * i, 98, 48, 30, f"{i}", "c")
+        p.box(250 + 52 * i, 188, 48, 30, f"{i}", "a" if here else "d")
+        if here:
+            p.line(274 + 52 * i, 48, 274 + 52 * i, 98)
+            p.line(274 + 52 * i, 128, 274 + 52 * i, 188)
+    p.note(250, 236, "header")
+    p.note(458, 236, "a weight that was used")
+    p.note(640, 236, "never touched: no memory")
+    p.note(20, 134, "shared by all processes")
+    return str(p)
+
+
+def parameters() -> str:
+    p = Picture(900, 250)
+    p.text(20, 28, "llama2.c v0: seven int32, then float32 in a fixed order")
+    x = 20.0
+    for name, w, kind in (
+        ("7 × i32", 70, "b"), ("tok_embeddings", 170, "a"), ("attn_norm", 80, "d"), ("wq", 70, "a"), ("wk", 50, "a"),
+        ("wv", 50, "a"), ("wo", 70, "a"), ("ffn_norm", 80, "d"), ("w1 w2 w3", 150, "a"), ("norm", 50, "d"),
+    ):  # fmt: skip
+        p.box(x, 42, w - 3, 40, name, kind)
+        x += w
+    p.note(20, 102, "no names, no magic: the size of the file must be right")
+    p.text(20, 150, "GGUF: describes itself")
+    x = 20.0
+    for lines, w, kind in (
+        (["GGUF, 3", "magic, version"], 110, "b"), (["counts", "2 × u64"], 80, "b"),
+        (["key-value pairs", "sizes, vocabulary, chat template"], 240, "c"),
+        (["tensor table", "name, dims, type, offset"], 190, "c"), (["data", "each tensor aligned to 32 bytes"], 240, "a"),
+    ):  # fmt: skip
+        p.box(x, 164, w - 3, 50, lines, kind)
+        x += w
+    return str(p)
+
+
 PICTURES: dict[str, Callable[[], str]] = {
     "01-architecture": architecture,
     "02-memory": memory,
     "03-tensors": tensors,
     "04-operators": operators,
+    "05-registry": registry,
+    "06-llama": llama,
+    "07-mmap": mapped,
+    "08-parameters": parameters,
 }
 """Name of the page → what draws its picture."""
 

@@ -5,18 +5,15 @@ GPU, `kernel[blocks, threads](arrays…)`, and blocks are whole warps. The threa
 `tests/cuda/simulator`; here they take Numba's arrays.
 """
 
-# ruff: noqa: E402
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
-
-from tests.cuda.simulator import _Module, numba_simulator, simulation  # first: it replaces what kernels import
-
 from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray, FakeWithinKernelCUDAArray
 
 from numballama.cuda import intrinsics
+from tests.cuda.simulator import _Module, numba_simulator, simulation  # first: it replaces what kernels import
 
 _address, _ld_v4_f32 = intrinsics.address, intrinsics.ld_v4_f32
 

@@ -18,7 +18,7 @@ from numballama.quantization.types import F32
 @lru_cache
 def plan_of(name: str, tokens: int, fusions: bool) -> Plan:
     config = NAMED_SHAPES[name]
-    types = {weight: F32 for weight in config.weight_shapes()}
+    types = dict.fromkeys(config.weight_shapes(), F32)
     graph = build(config, types, KVLayout.of(config, 256), tokens=tokens)
     return lower(fuse(graph, "cpu", fusions), "cpu", workers=2)
 
