@@ -244,10 +244,77 @@ def parameters() -> str:
     for lines, w, kind in (
         (["GGUF, 3", "magic, version"], 110, "b"), (["counts", "2 × u64"], 80, "b"),
         (["key-value pairs", "sizes, vocabulary, chat template"], 240, "c"),
-        (["tensor table", "name, dims, type, offset"], 190, "c"), (["data", "each tensor aligned to 32 bytes"], 240, "a"),
+        (["tensor table", "name, dims, type, offset"], 190, "c"),
+        (["data", "each tensor aligned to 32 bytes"], 240, "a"),
     ):  # fmt: skip
         p.box(x, 164, w - 3, 50, lines, kind)
         x += w
+    return str(p)
+
+
+def layers() -> str:
+    p = Picture(900, 400)
+    groups = [
+        ("norm_qkv", ["rmsnorm", "linear q", "linear k", "linear v"], "a"),
+        ("rope_kv_write", ["rope q", "rope k", "kv_write k", "kv_write v"], "b"),
+        ("attention", ["attention_scores", "softmax", "attention_values"], "c"),
+        ("linear_add", ["linear o", "add"], "a"),
+        ("norm_gate_up", ["rmsnorm", "linear gate", "linear up", "swiglu"], "b"),
+        ("linear_add", ["linear down", "add"], "c"),
+    ]
+    p.text(130, 24, "as declared: 19 ops", "middle")
+    p.text(640, 24, "after fusion: 6 steps", "middle")
+    y = 36.0
+    for name, ops, kind in groups:
+        h = 19.0 * len(ops)
+        for i, op in enumerate(ops):
+            p.box(30, y + 19 * i, 200, 17, "", kind)
+            p.note(130, y + 19 * i + 13, op, "middle")
+        p.arrow(230, y + h / 2 - 1, 530, y + h / 2 - 1)
+        p.box(530, y, 220, h - 2, name, kind)
+        y += h
+    p.note(380, 30, "a pass joins ops for which", "middle")
+    p.note(380, 398, "the device has one kernel", "middle")
+    return str(p)
+
+
+def kv_cache() -> str:
+    p = Picture(900, 290)
+    p.text(20, 30, "page table")
+    rows = [("slot 0", [7, 3, 9]), ("slot 1", [7, 4, 0]), ("padding", [0, 0, 0])]
+    colours = {7: "b", 3: "a", 9: "a", 4: "c", 0: "d"}
+    for i, (name, numbers) in enumerate(rows):
+        p.note(20, 66 + 34 * i, name)
+        for j, number in enumerate(numbers):
+            p.box(90 + 44 * j, 46 + 34 * i, 40, 30, str(number), colours[number])
+    p.text(20, 190, "pages of the cache, 32 tokens each")
+    what = {
+        0: ["0", "padding"], 3: ["3", "32 – 63"], 4: ["4", "32 – 47"], 7: ["7", "0 – 31"], 9: ["9", "64 – 69"],
+    }  # fmt: skip
+    for number in range(10):
+        p.box(20 + 87 * number, 204, 82, 44, what.get(number, [str(number), "free"]), colours.get(number, "d"))
+    p.text(300, 66, "position 40 of slot 0: entry 40 // 32 = 1 is page 3, place 40 % 32 = 8")
+    p.text(300, 100, "position 20 of slot 1: entry 0 is page 7, place 20")
+    p.note(300, 134, "page 7 is shared: both texts begin with the same 32 tokens")
+    p.note(20, 274, "below each page number: the positions that it holds")
+    return str(p)
+
+
+def int8() -> str:
+    p = Picture(900, 230)
+    numbers = [0.31, -1.27, 0.004, 0.9]
+    p.text(20, 30, "a group of float32, 32 bits each")
+    for i, x in enumerate(numbers):
+        p.box(20 + 100 * i, 42, 94, 40, f"{x}", "a")
+        p.box(20 + 100 * i, 150, 94, 40, f"{round(x / 0.01)}", "b")
+        p.arrow(67 + 100 * i, 82, 67 + 100 * i, 150)
+    p.box(440, 150, 120, 40, "0.01", "c")
+    p.note(500, 208, "scale: 16 or 32 bits", "middle")
+    p.note(218, 208, "quants: 8 bits each", "middle")
+    p.text(440, 60, "scale = max|x| / 127 = 1.27 / 127")
+    p.text(440, 84, "quant = round(x / scale)")
+    p.text(600, 166, "x ≈ quant · scale")
+    p.note(600, 186, "error of an element: at most scale / 2")
     return str(p)
 
 
@@ -260,6 +327,9 @@ PICTURES: dict[str, Callable[[], str]] = {
     "06-llama": llama,
     "07-mmap": mapped,
     "08-parameters": parameters,
+    "09-layers": layers,
+    "10-kv-cache": kv_cache,
+    "11-int8": int8,
 }
 """Name of the page → what draws its picture."""
 
