@@ -318,6 +318,34 @@ def int8() -> str:
     return str(p)
 
 
+def dot() -> str:
+    p = Picture(900, 300)
+    p.text(20, 28, "1: one chain of additions")
+    for i in range(8):
+        p.box(20 + 60 * i, 40, 40, 28, "+", "a")
+        if i:
+            p.arrow(60 + 60 * (i - 1), 54, 20 + 60 * i, 54)
+    p.note(510, 58, "each waits about 4 cycles for the one before")
+    p.text(20, 104, "2: four chains")
+    for row in range(4):
+        for i in range(2):
+            p.box(20 + 60 * i, 114 + 24 * row, 40, 20, "+", "abcd"[row])
+        p.arrow(60, 124 + 24 * row, 80, 124 + 24 * row)
+    p.note(160, 166, "independent: the next")
+    p.note(160, 182, "starts while others run")
+    p.text(380, 104, "3: chains of vectors, 8 numbers an instruction")
+    for row in range(2):
+        for i in range(2):
+            for lane in range(8):
+                p.box(380 + 26 * lane + 260 * i, 116 + 44 * row, 24, 28, "+", "ab"[row])
+        p.arrow(588, 130 + 44 * row, 638, 130 + 44 * row)
+    p.text(20, 244, "bytes for 64 weights")
+    for y, w, label, kind in ((230, 512, "float32: 256", "a"), (256, 256, "float16: 128", "b"), (276, 136, "int8: 68", "c")):
+        p.box(200, y, w, 18, "", kind)
+        p.note(206, y + 13, label)
+    return str(p)
+
+
 PICTURES: dict[str, Callable[[], str]] = {
     "01-architecture": architecture,
     "02-memory": memory,
@@ -330,6 +358,7 @@ PICTURES: dict[str, Callable[[], str]] = {
     "09-layers": layers,
     "10-kv-cache": kv_cache,
     "11-int8": int8,
+    "12-dot": dot,
 }
 """Name of the page → what draws its picture."""
 
