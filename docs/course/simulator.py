@@ -7,13 +7,19 @@ GPU, `kernel[blocks, threads](arrays…)`, and blocks are whole warps. The threa
 
 from __future__ import annotations
 
+import sys
+from contextlib import ExitStack
+from types import FunctionType
 from typing import Any
 
 import numpy as np
+
+from tests.cuda.simulator import _Module, numba_simulator, simulation  # isort: skip (it replaces what kernels import)
+from numba import cuda
 from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray, FakeWithinKernelCUDAArray
+from numba.cuda.simulator.kernelapi import swapped_cuda_module
 
 from numballama.cuda import intrinsics
-from tests.cuda.simulator import _Module, numba_simulator, simulation  # first: it replaces what kernels import
 
 _address, _ld_v4_f32 = intrinsics.address, intrinsics.ld_v4_f32
 
@@ -39,17 +45,23 @@ def ld_v4_f32(memory: Any, index: int) -> tuple[Any, ...]:
 
 
 intrinsics.address, intrinsics.ld_v4_f32 = address, ld_v4_f32
-numba_simulator.FakeCUDAModule = _Module
 _call = numba_simulator.FakeCUDAKernel.__call__
 
 
 def _launch(kernel: Any, *arguments: Any) -> Any:
-    """Launch a kernel. Asynchronous copies may read its arrays."""
+    """Launch a kernel. Asynchronous copies may read its arrays, and it may call device functions of other pages."""
     arrays = [each._ary if isinstance(each, FakeCUDAArray) else each for each in arguments]
     regions = [(a.ctypes.data, a.nbytes, "an array") for a in arrays if isinstance(a, np.ndarray)]
     simulation._regions = sorted(regions)
     simulation._starts = [start for start, _, _ in simulation._regions]
-    return _call(kernel, *arguments)
+    context = _Module(kernel.grid_dim, kernel.block_dim, kernel.dynshared_size)
+    numba_simulator.FakeCUDAModule = lambda *shape: context
+    with ExitStack() as stack:
+        for name, module in list(sys.modules.items()):
+            if name.startswith("course.") and name != __name__ and vars(module).get("cuda") is cuda:
+                marker = FunctionType((lambda: None).__code__, vars(module))
+                stack.enter_context(swapped_cuda_module(marker, context))
+        return _call(kernel, *arguments)
 
 
 numba_simulator.FakeCUDAKernel.__call__ = _launch

@@ -14,6 +14,7 @@ from numballama import reference
 
 THREADS = 64
 FULL = 0xFFFFFFFF
+WARPS = THREADS // 32
 
 
 @cuda.jit
@@ -63,8 +64,8 @@ def test_2_one_warp_a_head() -> None:
 
 @cuda.jit
 def softmax(x, out):  # type: ignore[no-untyped-def]
-    maxima = cuda.shared.array(THREADS // 32, np.float32)
-    sums = cuda.shared.array(THREADS // 32, np.float32)
+    maxima = cuda.shared.array(WARPS, np.float32)
+    sums = cuda.shared.array(WARPS, np.float32)
     t, warp = cuda.blockIdx.x, cuda.threadIdx.x >> 5
     largest, total = np.float32(-1e30), np.float32(0)  # finite: -inf - -inf is NaN
     for k in range(cuda.threadIdx.x, x.shape[1], THREADS):

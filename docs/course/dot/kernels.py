@@ -125,7 +125,7 @@ def nbytes(w: Any) -> int:
 
 
 def check(kernel: Any, weights: Callable[[np.ndarray], Any], tolerance: float, rows: int, columns: int) -> float:
-    """Compare a kernel with NumPy in float64. Returns the relative error; raises `AssertionError` if it is too large."""
+    """Compare a kernel with NumPy in float64. Returns the relative error. Raises `AssertionError` if it is large."""
     rng = np.random.default_rng(rows)
     w, x = rng.standard_normal((rows, columns), dtype=np.float32), rng.standard_normal(columns, dtype=np.float32)
     out = np.full(rows, np.nan, np.float32)
