@@ -43,7 +43,7 @@ def code(page: Path) -> str:
 
 def needs_cuda(page: Path) -> bool:
     """Whether the page has kernels for a GPU."""
-    return "from numba import cuda" in code(page) or "course.gemv" in code(page) or "course.attention" in code(page)
+    return any(word in code(page) for word in ("from numba import cuda", "course.gemv", "course.attention", "CudaBackend"))
 
 
 def with_code_of(page: Path, translated: str) -> str:

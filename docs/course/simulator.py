@@ -20,6 +20,7 @@ from numba.cuda.simulator.cudadrv.devicearray import FakeCUDAArray, FakeWithinKe
 from numba.cuda.simulator.kernelapi import swapped_cuda_module
 
 from numballama.cuda import intrinsics
+from tests.helpers.cuda_host import install
 
 _address, _ld_v4_f32 = intrinsics.address, intrinsics.ld_v4_f32
 
@@ -51,6 +52,8 @@ _call = numba_simulator.FakeCUDAKernel.__call__
 def _launch(kernel: Any, *arguments: Any) -> Any:
     """Launch a kernel. Asynchronous copies may read its arrays, and it may call device functions of other pages."""
     arrays = [each._ary if isinstance(each, FakeCUDAArray) else each for each in arguments]
+    if not any(isinstance(array, np.ndarray) for array in arrays):  # a kernel of the package, on `HostDevice`
+        return _call(kernel, *arguments)
     regions = [(a.ctypes.data, a.nbytes, "an array") for a in arrays if isinstance(a, np.ndarray)]
     simulation._regions = sorted(regions)
     simulation._starts = [start for start, _, _ in simulation._regions]
@@ -65,3 +68,4 @@ def _launch(kernel: Any, *arguments: Any) -> Any:
 
 
 numba_simulator.FakeCUDAKernel.__call__ = _launch
+install(run=simulation.run, n_sms=2)  # and `CudaBackend` works, on a device whose memory is the host's
