@@ -429,6 +429,78 @@ def attention() -> str:
     return str(p)
 
 
+def device() -> str:
+    p = Picture(900, 230)
+    p.text(20, 34, "host")
+    p.text(20, 104, "GPU")
+    p.text(20, 174, "tokens")
+    for i in range(3):
+        p.box(90 + 60 * i, 14, 54, 32, f"queue {i}", "a")
+    for i in range(6):
+        p.box(120 + 125 * i, 84, 121, 34, f"graph: step {i}", "b")
+        p.box(205 + 125 * i, 154, 60, 30, f"token {i}", "c")
+        p.arrow(235 + 125 * i, 118, 235 + 125 * i, 154)
+        if i < 3:
+            p.box(275 + 125 * i, 14, 70, 32, f"queue {i + 3}", "a")
+            p.arrow(265 + 125 * i, 154, 310 + 125 * i, 46)
+    p.note(90, 212, "The host queues steps ahead. It reads a token while the next step runs already.")
+    return str(p)
+
+
+def generation() -> str:
+    p = Picture(900, 150)
+    stops = [
+        ("logits", "one row a sequence", "a"), ("penalties", "repetition, bias", "d"),
+        ("temperature", "divide", "d"), ("top_k, top_p", "cut the tail", "d"), ("draw", "seed", "b"),
+        ("decode", "whole characters", "c"), ("stop strings", "hold back", "c"),
+    ]  # fmt: skip
+    for i, (name, what, kind) in enumerate(stops):
+        p.box(10 + 127 * i, 40, 114, 54, [name, what], kind)
+        if i:
+            p.arrow(127 * i - 3, 67, 10 + 127 * i, 67)
+    p.note(10, 24, "in the compiled step: CPU or GPU")
+    p.note(645, 24, "in Python, once a token")
+    p.arrow(575, 94, 575, 124, 67, 124, 67, 94)
+    p.note(320, 142, "the token is the next input", "middle")
+    return str(p)
+
+
+def story() -> str:
+    """Probabilities of the story model, temperature 0, after "Once upon a time"."""
+    words = [
+        (",", 97), ("there", 90), ("was", 99), ("a", 99), ("little", 59), ("girl", 62), ("named", 99), ("Lily", 90),
+        (".", 93), ("She", 87), ("loved", 76), ("to", 87), ("play", 59), ("outside", 42),
+    ]  # fmt: skip
+    p = Picture(900, 210)
+    p.line(20, 160, 880, 160)
+    for i, (word, share) in enumerate(words):
+        x = 24 + 61 * i
+        p.box(x, 160 - 1.2 * share, 50, 1.2 * share, "", "c" if share > 80 else "a" if share > 50 else "b")
+        p.note(x + 25, 154 - 1.2 * share, f"{share} %", "middle")
+        p.note(x + 25, 178, word, "middle")
+    p.note(20, 202, "probability of the token that was taken, after “Once upon a time”; the story model, temperature 0")
+    return str(p)
+
+
+def conversation() -> str:
+    p = Picture(900, 250)
+    rows = [("turn 1", [("user", 150, "a"), ("answer", 110, "b")])]
+    rows.append(("turn 2", [*rows[0][1], ("user", 130, "a"), ("answer", 120, "b")]))
+    rows.append(("turn 3", [*rows[1][1], ("user", 90, "a"), ("answer", 100, "b")]))
+    for i, (name, parts) in enumerate(rows):
+        y = 30 + 66 * i
+        p.text(20, y + 24, name)
+        x = 90.0
+        for j, (what, w, kind) in enumerate(parts):
+            old = j < len(parts) - 2
+            p.box(x, y, w - 3, 38, what, "d" if old else kind)
+            x += w
+        if i:
+            p.note(90, y + 54, "grey: its whole pages are in the cache, and are not computed again")
+    p.note(90, 22, "control tokens stand between the parts; the template writes them")
+    return str(p)
+
+
 PICTURES: dict[str, Callable[[], str]] = {
     "01-architecture": architecture,
     "02-memory": memory,
@@ -446,6 +518,10 @@ PICTURES: dict[str, Callable[[], str]] = {
     "14-cuda-operators": cuda_operators,
     "15-gemv": gemv,
     "16-attention": attention,
+    "17-device": device,
+    "18-generation": generation,
+    "19-story": story,
+    "20-conversation": conversation,
 }
 """Name of the page → what draws its picture."""
 

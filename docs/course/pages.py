@@ -43,7 +43,9 @@ def code(page: Path) -> str:
 
 def needs_cuda(page: Path) -> bool:
     """Whether the page has kernels for a GPU."""
-    return any(word in code(page) for word in ("from numba import cuda", "course.gemv", "course.attention", "CudaBackend"))
+    return any(
+        word in code(page) for word in ("from numba import cuda", "course.gemv", "course.attention", "CudaBackend")
+    )
 
 
 def with_code_of(page: Path, translated: str) -> str:
