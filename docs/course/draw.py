@@ -501,6 +501,68 @@ def conversation() -> str:
     return str(p)
 
 
+def llama_cpp() -> str:
+    p = Picture(900, 320)
+    p.text(150, 28, "llama.cpp and ggml", "middle")
+    p.text(750, 28, "numballama", "middle")
+    rows = [
+        ("gguf file, mmap", "Checkpoint, mmap"), ("ggml_tensor", "Value; address and extents"),
+        ("ggml_cgraph", "Graph, fusion passes"), ("ggml_gallocr", "Plan: one arena"),
+        ("type_traits, vec_dot", "registry, TYPE_TRAITS"), ("KV cells, llama_batch", "pages, engine"),
+        ("llama_sampler chain", "sampler in the step"),
+    ]  # fmt: skip
+    what = ["the file", "a tensor", "what to compute", "where values lie", "which code", "many sequences", "next token"]
+    for i, ((left, right), question) in enumerate(zip(rows, what, strict=True)):
+        y = 42 + 39 * i
+        p.box(30, y, 240, 32, left, "b")
+        p.box(630, y, 240, 32, right, "a")
+        p.line(270, y + 16, 380, y + 16)
+        p.line(520, y + 16, 630, y + 16)
+        p.text(450, y + 21, question, "middle")
+    return str(p)
+
+
+def miopen() -> str:
+    p = Picture(900, 240)
+    p.box(20, 84, 150, 60, ["problem", "op, shapes, types"], "d")
+    p.box(230, 30, 190, 50, ["Find", "times the solvers"], "b")
+    p.box(230, 150, 190, 50, ["immediate mode", "looks up only"], "a")
+    for i, name in enumerate(("solver 1", "solver 2", "solver 3: not applicable")):
+        p.box(500, 14 + 34 * i, 180, 28, name, "d" if i == 2 else "c")
+    p.arrow(420, 50, 500, 28)
+    p.arrow(420, 55, 500, 62)
+    p.box(500, 150, 180, 50, ["find-db", "user part, system part"], "b")
+    p.arrow(590, 116, 590, 150)
+    p.note(600, 138, "ranking by time")
+    p.arrow(500, 175, 420, 175)
+    p.arrow(170, 104, 230, 60)
+    p.arrow(170, 124, 230, 170)
+    p.note(
+        20, 226, "numballama: one look-up by op, device and types when the plan is made; a rule chooses among families"
+    )
+    return str(p)
+
+
+def summary() -> str:
+    p = Picture(900, 250)
+    stops = [
+        ("file", "7, 8"), ("Checkpoint", "8, 11"), ("Graph", "4, 5, 6, 9"), ("Plan", "2, 3, 22"),
+        ("Program", "1, 17"), ("Engine", "10, 18"), ("text", "18, 19, 20"),
+    ]  # fmt: skip
+    for i, (name, numbers) in enumerate(stops):
+        x = 10 + i * 127
+        p.box(x, 30, 116, 52, [name, f"pages {numbers}"], "d" if i in (0, 6) else "a")
+        if i:
+            p.arrow(x - 11, 56, x, 56)
+    for i, name in enumerate(("dot product", "CUDA in four steps", "operators", "GEMV", "attention")):
+        p.box(80 + 150 * i, 130, 140, 50, [name, f"page {12 + i}"], "c")
+    p.arrow(576, 130, 576, 82)
+    p.note(590, 112, "kernels")
+    p.note(80, 206, "each kernel is compared with its definition, and its time with the floor: bytes / bandwidth")
+    p.note(80, 226, "pages 21 and 22: the same parts in llama.cpp and MIOpen")
+    return str(p)
+
+
 PICTURES: dict[str, Callable[[], str]] = {
     "01-architecture": architecture,
     "02-memory": memory,
@@ -522,6 +584,9 @@ PICTURES: dict[str, Callable[[], str]] = {
     "18-generation": generation,
     "19-story": story,
     "20-conversation": conversation,
+    "21-llama-cpp": llama_cpp,
+    "22-miopen": miopen,
+    "23-summary": summary,
 }
 """Name of the page → what draws its picture."""
 
