@@ -55,17 +55,15 @@ def test_2_stale_results() -> None:
 
 
 def test_3_which_fusions() -> None:
+    def types(names: Sequence[str]) -> list[str]:
+        return ["i32" if name in ("positions", "sequences", "page_table") else "f32" for name in names]
+
     found = {}
     for op in (kind for kind, rule in ir.RULES.items() if rule.shapes is None):
         found[op] = [
             device
             for device in ("cpu", "cuda")
-            if any(
-                registry.has(
-                    op, device, ["i32" if name in ("positions", "sequences", "page_table") else "f32" for name in names]
-                )
-                for names in ir.RULES[op].inputs
-            )
+            if any(registry.has(op, device, types(names)) for names in ir.RULES[op].inputs)
         ]
     print(found)
     assert found["norm_qkv"] == ["cpu", "cuda"]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -15,12 +16,14 @@ from pathlib import Path
 import pytest
 from course import draw, pages
 
+from numballama.cli import main as cli
 from tests.helpers.cuda_host import missing_packages
 
 FOLDER = pages.FOLDER
 CPU_PAGES = [page for page in pages.english() if not pages.needs_cuda(page)]
 CUDA_PAGES = [page for page in pages.english() if pages.needs_cuda(page)]
 ALL = [FOLDER / "README.md", *pages.english()]
+NAMED_FILE = re.compile(r"`((?:[a-z_0-9]+/)*(?:[a-z_0-9]+\.(?:py|md)|[a-z_0-9]+/))`")
 LINK = re.compile(r"\]\(([^)#:]+)\)")
 
 
@@ -59,6 +62,23 @@ def test_links_lead_to_files() -> None:
     files = [*ALL, *map(pages.chinese, ALL)]
     links = [(page, link) for page in files for link in LINK.findall(page.read_text(encoding="utf-8"))]
     assert not [f"{page}: {link}" for page, link in links if not (page.parent / link).exists()]
+
+
+def test_files_that_pages_name_exist() -> None:
+    files = {path.relative_to(pages.ROOT).as_posix() for path in pages.ROOT.rglob("*") if ".git" not in path.parts}
+    found = {(page.name, name.rstrip("/")) for page in ALL for name in NAMED_FILE.findall(page.read_text("utf-8"))}
+    assert not [
+        (page, name) for page, name in found if not any(file == name or file.endswith(f"/{name}") for file in files)
+    ]
+
+
+def test_commands_are_understood() -> None:
+    shell = [text for page in ALL for language, text in pages.fenced(page) if language == "sh"]
+    lines = [line.partition("#")[0] for text in shell for line in text.splitlines()]
+    commands = [line.strip().removeprefix("numballama ") for line in lines if line.startswith("numballama ")]
+    assert len(commands) >= 5
+    for words in commands:
+        cli.parser().parse_args(shlex.split(words))
 
 
 def test_pictures_are_drawn_by_their_script() -> None:
