@@ -90,7 +90,7 @@ def run(page: Path) -> None:
 def main() -> None:
     command, *numbers = sys.argv[1:] or ["help"]
     if command == "copy":
-        for page in english():
+        for page in (FOLDER / "README.md", *english()):
             other = chinese(page)
             other.write_text(with_code_of(page, other.read_text(encoding="utf-8")), encoding="utf-8")
     elif command == "run":

@@ -17,8 +17,8 @@ CAPABILITY = (9, 0)
 
 
 def names() -> list[str]:
-    gemv = ("thread_per_row", "block_per_row", "warp_per_row", "vector_loads", "two_rows", "ring")
-    attention = ("thread_per_head", "block_per_head", "warp_per_key", "online", "vector_loads", "split", "combine")
+    """Those with shared memory, shuffles, vector loads and asynchronous copies."""
+    gemv, attention = ("block_per_row", "two_rows", "ring"), ("warp_per_key", "online", "split", "combine")
     return [*(f"gemv.{name}" for name in gemv), *(f"attention.{name}" for name in attention)]
 
 
@@ -47,13 +47,12 @@ def test_gemv_and_attention(name: str) -> None:
     count = kernel.py_func.__code__.co_argcount
     arrays = {"gemv": 3, "attention": 5}[folder] if function != "combine" else 2
     ptx = machine_code(kernel, (*[types.float32[::1]] * arrays, *[types.int64] * (count - arrays)))
-    if function in ("vector_loads", "two_rows", "split"):
+    if function in ("two_rows", "split"):
         assert "v4" in ptx, "loads of 16 bytes"
 
 
 PAGE_KERNELS = {
-    "add": "111", "scale_rows": "212", "sum_rows": "21", "sum_rows_by_warps": "21",
-    "add_kernel": "222", "swiglu_kernel": "222", "rmsnorm_kernel": "212f", "softmax_kernel": "22",
+    "scale_rows": "212", "sum_rows_by_warps": "21", "rmsnorm_kernel": "212f", "softmax_kernel": "22",
 }  # fmt: skip
 """Kernel of pages 13 and 14 → dimensions of its arrays, f for a float32."""
 
@@ -77,6 +76,6 @@ def test_pages(number: str) -> None:
     exec(compile(ast.Module(kept, []), page.name, "exec"), namespace)
     kinds = {"1": types.float32[::1], "2": types.float32[:, ::1], "f": types.float32}
     found = [name for name in PAGE_KERNELS if name in namespace]
-    assert len(found) == 4
+    assert len(found) == 2
     for name in found:
         machine_code(namespace[name], tuple(kinds[letter] for letter in PAGE_KERNELS[name]))

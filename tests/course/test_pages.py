@@ -24,7 +24,7 @@ CPU_PAGES = [page for page in pages.english() if not pages.needs_cuda(page)]
 CUDA_PAGES = [page for page in pages.english() if pages.needs_cuda(page)]
 ALL = [FOLDER / "README.md", *pages.english()]
 NAMED_FILE = re.compile(r"`((?:[a-z_0-9]+/)*(?:[a-z_0-9]+\.(?:py|md)|[a-z_0-9]+/))`")
-LINK = re.compile(r"\]\(([^)#:]+)\)")
+LINK = re.compile(r"\]\(([^)#:…]+)\)")
 
 
 @pytest.mark.slow
@@ -60,7 +60,8 @@ def test_chinese_page_has_the_same_code(page: Path) -> None:
 
 def test_links_lead_to_files() -> None:
     files = [*ALL, *map(pages.chinese, ALL)]
-    links = [(page, link) for page in files for link in LINK.findall(page.read_text(encoding="utf-8"))]
+    texts = {page: pages.FENCED.sub("", page.read_text(encoding="utf-8")) for page in files}
+    links = [(page, link) for page, text in texts.items() for link in LINK.findall(text)]
     assert not [f"{page}: {link}" for page, link in links if not (page.parent / link).exists()]
 
 
