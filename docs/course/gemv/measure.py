@@ -43,5 +43,6 @@ if __name__ == "__main__":
         )
 
         timing.LAUNCHES = timing.ROUNDS = 1  # the simulator does not measure time
+        print("simulated: the figures below mean nothing")
         arguments = arguments or ["5", "256", "1024"]
     main(*map(int, arguments))
