@@ -1,0 +1,1 @@
+"""GEMV on a GPU in six kernels: page 15 of the course."""
