@@ -137,7 +137,7 @@ class Model:
             self._program, _ = self._runner.compile(report)
             backend.prepare(self._program, report)
             self._runner.prepare(report)
-        self._engine = Engine(self._runner, context=self.context, mixed_tokens=backend.mixed_tokens)
+        self._engine = Engine(self._runner, context=self.context, mixed_tokens=self._runner.mixed_tokens)
         self._all_logits: Program | None = None
 
     def _program_of(self, graph: ir.Graph, report: progress.Report | None = None) -> Program:

@@ -87,6 +87,10 @@ SPLIT_WEIGHTS = MAX_SPLITS + 1
 ROW_SPLIT_KEYS = 256
 """Keys of a split where a run has many rows. In contexts longer than `MAX_SPLITS` of these it is doubled until the
 splits suffice."""
+GROUP_HEADS = 8
+"""Query heads with the same keys that one block computes on tensor cores (`group_attention`)."""
+GROUP_THREADS = {64: 256, 128: 128}
+"""Elements of a head → threads of a block there."""
 PLAIN_ATTENTION_THREADS = 128
 
 # Attention of many tokens (`prefill_attention`)

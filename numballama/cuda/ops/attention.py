@@ -3,7 +3,8 @@
 A single token (`kernels/decode_attention.py`): in a short context one block computes each head. A long context is split
 over blocks, and one block computes `HEADS_PER_BLOCK` query heads that share keys (grouped-query attention), so that a
 key is read once for them. Rows of many sequences (`kernels/rows_attention.py`): the same, but a row's splits depend on
-its length only, so that its result does not depend on other rows. Prompts (`kernels/prefill_attention.py`) use tensor
+its length only, so that its result does not depend on other rows. With a cache of 16 bits they use tensor cores
+(`kernels/group_attention.py`). Prompts (`kernels/prefill_attention.py`) use tensor
 cores.
 """
 
@@ -20,6 +21,8 @@ from ..kernels.params import (
     ATTENTION_STAGES,
     ATTENTION_THREADS,
     ATTENTION_WARPS,
+    GROUP_HEADS,
+    GROUP_THREADS,
     HEADS_PER_BLOCK,
     MAX_SPLITS,
     MIN_SPLIT_KEYS,
@@ -30,7 +33,7 @@ from ..kernels.params import (
     SPLIT_FROM,
     SPLIT_WEIGHTS,
 )
-from ..launch import Argument, Array, Launch, LaunchContext, named, paged, scales_of
+from ..launch import Argument, Array, Launch, LaunchContext, RowKind, named, paged, scales_of
 from .gemm import FEW
 
 DECODE = "numballama.cuda.kernels.decode_attention"
@@ -40,6 +43,8 @@ ROWS = "numballama.cuda.kernels.rows_attention"
 ATTENTION_PLAIN = KernelRef(ROWS, "attention_plain_kernel")
 ATTENTION_ROWS = KernelRef(ROWS, "attention_rows_kernel")
 ATTENTION_GROUPED_ROWS = KernelRef(ROWS, "attention_grouped_rows_kernel")
+GROUP = "numballama.cuda.kernels.group_attention"
+ATTENTION_GROUP = {size: KernelRef(GROUP, f"attention_group_{size}_kernel") for size in (64, 128)}
 PLAIN = "numballama.kernels_cuda"
 ATTENTION_SCORES = KernelRef(PLAIN, "attention_scores_kernel")
 ATTENTION_VALUES = KernelRef(PLAIN, "attention_values_kernel")
@@ -107,6 +112,15 @@ def _prefill(
     return [Launch(kernel_ref, grid, PREFILL_ATTENTION_THREADS, arguments, shared, only_for="chunks")]
 
 
+def _for_groups(ctx: LaunchContext, k_cache: Array) -> bool:
+    """Whether `group_attention` supports a cache, whose keys and values have the same type; from sm_80 on."""
+    page, head_dim = k_cache.shape[2:]
+    return (
+        k_cache.dtype in ("f16", "bf16") and head_dim in ATTENTION_GROUP and page % 16 == 0
+        and ctx.shared_limit > 64 << 10
+    )  # fmt: skip
+
+
 def _splits(ctx: LaunchContext, blocks: int, context: int) -> int:
     """Number of blocks that share a head's context: as many as fill the SMs once, because a second wave would wait."""
     return max(1, min(ceil_div(context, MIN_SPLIT_KEYS), ctx.n_sms // blocks))
@@ -145,6 +159,22 @@ def _decode(
         return Launch(kernel_ref, (blocks, tokens, blocks_of_keys), ATTENTION_THREADS, arguments, shared)
 
     most_splits = partials.shape[2]
+    if tokens > 1 and _for_groups(ctx, k_cache):
+        subgroups = ceil_div(shared_by, GROUP_HEADS)
+        threads = GROUP_THREADS[head_dim]
+        arguments = named(
+            **operands, partials=partials, counters=counters, kv_heads=kv_heads, shared_by=shared_by, window=window,
+            subgroups=subgroups, inverse_subgroups=1 / subgroups, splits=most_splits, tiles=ctx.tiles,
+            listed=int(listed),
+        )  # fmt: skip
+        shared = 4 * threads // 32 * GROUP_HEADS * (head_dim + 4)
+
+        def group(blocks_of_keys: int) -> Launch:
+            grid = kv_heads * subgroups, tokens, blocks_of_keys
+            only_for: RowKind | None = "single rows" if listed else None
+            return Launch(ATTENTION_GROUP[head_dim], grid, threads, arguments, shared, only_for=only_for)
+
+        return [_by_length(group, _most_seen(window, context), most_splits, max(4, ROW_BLOCKS // tokens))]
     if tokens > 1:
         rows_kernel, together = (ATTENTION_GROUPED_ROWS, HEADS_PER_BLOCK) if shared_by > 1 else (ATTENTION_ROWS, 1)
 

@@ -1,0 +1,289 @@
+"""Decode attention of many rows on tensor cores: up to 8 query heads that share keys, with 16 of their keys at a time.
+
+It computes what `rows_attention` does, with the same splits, for caches of 16 bits and heads of 64 or 128 elements.
+
+Data layout. A warp has 16 keys and their values at a time and loads both from memory to registers, 16 bytes per lane,
+in the layout that products want (`cuda/group_mma.py`). Queries and weights are split into two pieces of the cache's
+type, which are the upper and the lower 8 rows of a product's 16: so the result is as exact as float32 allows (bfloat16:
+to 16 bits), and costs nothing. Each warp has every `warps`-th 16 keys; at the end the block merges its warps' results
+in shared memory.
+
+Why. Of a cache in float16, 64 rows of 200 keys with 4 KV heads of 64 elements are 13 MB a layer, 3 µs of an H200's
+bandwidth. So it is latency that counts: no ring, no barrier before the merge, a key is read once for all its heads.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numba import cuda
+
+from ..group_mma import join_queries, ld_keys, ld_values, mma_scores, mma_values, scaled, st_shared_heads
+from ..intrinsics import (
+    address,
+    atom_add_1,
+    ex2_approx,
+    float_as_uint,
+    griddepcontrol_launch_dependents,
+    griddepcontrol_wait,
+    ld_v4_f32,
+    no_unroll,
+    shared_address,
+    uint_as_float,
+)
+from ..mma import cvt_rn_x2, zeros32, zeros64
+from ..quant_traits import unpack8
+from .common import LOG2_E, device, fast_divmod, first_visible, is_padding_token, launch_bounds
+from .decode_attention import LOWEST_SCORE, split_weights, weighted_element
+from .params import GROUP_HEADS, MAX_SPLITS, ROW_SPLIT_KEYS, SPLIT_WEIGHTS
+from .reduce import quad_max, quad_sum
+
+KEYS = 16
+"""Keys of a warp at a time."""
+SCALE = np.float32(14)
+"""Weights are times 2^14, so that small ones keep their digits in float16. Their sum is too."""
+
+
+@device
+def query_piece(q, at, here, factor):
+    """Eight elements of a query times `factor`; zeros if it is not `here`."""
+    zero = np.float32(0)
+    low, high = (zero, zero, zero, zero), (zero, zero, zero, zero)
+    if here:
+        low, high = ld_v4_f32(q, at), ld_v4_f32(q, at + 4)
+    return (
+        low[0] * factor, low[1] * factor, low[2] * factor, low[3] * factor,
+        high[0] * factor, high[1] * factor, high[2] * factor, high[3] * factor,
+    )  # fmt: skip
+
+
+@device
+def largest_of(x):
+    """The largest magnitude of eight elements."""
+    low = max(max(abs(x[0]), abs(x[1])), max(abs(x[2]), abs(x[3])))
+    return max(low, max(max(abs(x[4]), abs(x[5])), max(abs(x[6]), abs(x[7]))))
+
+
+@device
+def rounded8(memory, x):
+    """Eight float32 rounded to the 16-bit type of `memory`, in four words."""
+    return (
+        cvt_rn_x2(memory, x[0], x[1]), cvt_rn_x2(memory, x[2], x[3]),
+        cvt_rn_x2(memory, x[4], x[5]), cvt_rn_x2(memory, x[6], x[7]),
+    )  # fmt: skip
+
+
+@device
+def pieces_of_query(memory, x, up):
+    """Eight elements times `up` as two pieces: four words of rounded ones, four of what rounding has left."""
+    x = (x[0] * up, x[1] * up, x[2] * up, x[3] * up, x[4] * up, x[5] * up, x[6] * up, x[7] * up)
+    first = rounded8(memory, x)
+    r = unpack8(memory, first)
+    rest = (x[0] - r[0], x[1] - r[1], x[2] - r[2], x[3] - r[3], x[4] - r[4], x[5] - r[5], x[6] - r[6], x[7] - r[7])
+    return first + rounded8(memory, rest)
+
+
+@device
+def load_queries(zeros, q, at, here, factor, memory):
+    """(the pieces of the lane's query, the factor that undoes their scale). The scale is a power of two that brings the
+    query's largest element to [2^14, 2^15).
+    """
+    wide = here and len(zeros) > 32
+    a, b = query_piece(q, at, here, factor), query_piece(q, at + 32, here, factor)
+    c, d = query_piece(q, at + 64, wide, factor), query_piece(q, at + 96, wide, factor)
+    largest = quad_max(max(max(largest_of(a), largest_of(b)), max(largest_of(c), largest_of(d))))
+    shift = min(14 - (np.int64(float_as_uint(largest) >> np.uint32(23)) - 127), 126)
+    up, down = uint_as_float(np.uint32((127 + shift) << 23)), uint_as_float(np.uint32((127 - shift) << 23))
+    words = join_queries(
+        zeros, pieces_of_query(memory, a, up), pieces_of_query(memory, b, up), pieces_of_query(memory, c, up),
+        pieces_of_query(memory, d, up),
+    )  # fmt: skip
+    return words, down
+
+
+@device
+def masked(score, key, low, last):
+    """The score of a key if it is one of `low` to `last`."""
+    return score if low <= key <= last else LOWEST_SCORE
+
+
+@device
+def weight_of(score, maximum, key, low, last):
+    """2^(score - maximum), scaled, if the key is one of `low` to `last`."""
+    return ex2_approx(score - (maximum - SCALE)) if low <= key <= last else np.float32(0)
+
+
+@device
+def clamped(key, low, last):
+    """A key from `low` to `last`: for one that is not, a neighbour, whose memory holds numbers."""
+    return max(min(key, last), low)
+
+
+@device
+def attend_group(q, k_cache, v_cache, pages, position, sequence, q_at, heads_here, kv_head, kv_heads, begin, end,
+                 shared, zeros):  # fmt: skip
+    """Attention of a block's heads over keys [begin, end): the results of each warp in shared memory.
+
+    Row (8 warp + head) of 2 · zeros.size + 4 float32 has the weighted values, the maximum, the sum of weights.
+    """
+    head_dim = 2 * len(zeros)
+    lane, warp, warps = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, cuda.blockDim.x >> 5
+    g, t = lane >> 2, lane & 3
+    page_table, table_stride, log2_page, _ = pages
+    row_bytes, in_page = 2 * head_dim, (1 << log2_page) - 1
+    head_bytes = row_bytes << log2_page
+    page_bytes, table_row = kv_heads * head_bytes, np.int64(sequence) * table_stride
+    k_lane = address(k_cache, 0) + kv_head * head_bytes + 16 * t
+    v_lane = address(v_cache, 0) + kv_head * head_bytes + 16 * g
+    factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
+    queries, down = load_queries(zeros, q, q_at + g * head_dim + 8 * t, g < heads_here, factor, k_cache)
+    max_score, exp_sum, sums = LOWEST_SCORE, np.float32(0), zeros
+    p = (begin & -KEYS) + KEYS * warp
+    while p < end:
+        no_unroll()
+        at = page_table[table_row + (p >> log2_page)] * page_bytes + (p & in_page) * row_bytes
+        low, last = max(begin - p, 0), min(end - 1 - p, KEYS - 1)
+        k_at, v_at = k_lane + at, v_lane + at
+        keys = ld_keys(zeros, k_at + clamped(g, low, last) * row_bytes, k_at + clamped(g + 8, low, last) * row_bytes)
+        values = ld_values(
+            zeros, v_at + clamped(2 * t, low, last) * row_bytes, v_at + clamped(2 * t + 1, low, last) * row_bytes,
+            v_at + clamped(2 * t + 8, low, last) * row_bytes, v_at + clamped(2 * t + 9, low, last) * row_bytes,
+        )  # fmt: skip
+        scores = mma_scores(k_cache, queries, keys)
+        a, b = masked(scores[0] * down, 2 * t, low, last), masked(scores[1] * down, 2 * t + 1, low, last)
+        c, d = masked(scores[2] * down, 2 * t + 8, low, last), masked(scores[3] * down, 2 * t + 9, low, last)
+        new_max = max(max_score, quad_max(max(max(a, b), max(c, d))))
+        rescale = ex2_approx(max_score - new_max)
+        max_score = new_max
+        a, b = weight_of(a, new_max, 2 * t, low, last), weight_of(b, new_max, 2 * t + 1, low, last)
+        c, d = weight_of(c, new_max, 2 * t + 8, low, last), weight_of(d, new_max, 2 * t + 9, low, last)
+        exp_sum = exp_sum * rescale + ((a + b) + (c + d))
+        first, first2 = cvt_rn_x2(v_cache, a, b), cvt_rn_x2(v_cache, c, d)
+        r = unpack8(v_cache, (first, first2, first, first2))
+        second, second2 = cvt_rn_x2(v_cache, a - r[0], b - r[1]), cvt_rn_x2(v_cache, c - r[2], d - r[3])
+        sums = mma_values(v_cache, scaled(sums, rescale), (first, first2, second, second2), values)
+        p += KEYS * warps
+    griddepcontrol_launch_dependents()  # not earlier: the next kernel's copies would compete with this one's loads
+    row = (GROUP_HEADS * warp + g) * (head_dim + 4)
+    st_shared_heads(sums, shared_address(shared, row + 16 * t))
+    exp_sum = quad_sum(exp_sum)
+    if t == 0:
+        shared[row + head_dim], shared[row + head_dim + 1] = max_score, exp_sum
+    cuda.syncthreads()
+
+
+@device
+def merged(shared, head_dim, h, d):
+    """Element `d` of head `h`, all warps together: (weighted value, maximum, sum of weights)."""
+    width, warps = head_dim + 4, cuda.blockDim.x >> 5
+    largest = LOWEST_SCORE
+    for w in range(warps):
+        no_unroll()
+        largest = max(largest, shared[(GROUP_HEADS * w + h) * width + head_dim])
+    value, total = np.float32(0), np.float32(0)
+    for w in range(warps):
+        no_unroll()
+        at = (GROUP_HEADS * w + h) * width
+        weight = ex2_approx(shared[at + head_dim] - largest)
+        value += shared[at + d] * weight
+        total += shared[at + head_dim + 1] * weight
+    return value, largest, total
+
+
+@device
+def write_group(out, partials, counter, first_head, heads_here, part, splits_used, splits, head_dim, shared, is_last):
+    """Write the heads' results, or this block's split of them. The last block to finish merges the splits."""
+    part_size, log2 = head_dim + 2, 6 if head_dim == 64 else 7
+    n = np.int64(cuda.threadIdx.x)
+    while n < heads_here << log2:
+        h, d = n >> log2, n & (head_dim - 1)
+        value, largest, total = merged(shared, head_dim, h, d)
+        if splits_used == 1:
+            out[(first_head + h) * head_dim + d] = value / total
+        else:
+            at = ((first_head + h) * splits + part) * part_size
+            partials[at + d] = value
+            if d == 0:
+                partials[at + head_dim], partials[at + head_dim + 1] = largest, total
+        n += cuda.blockDim.x
+    if splits_used == 1:
+        return
+    cuda.syncthreads()
+    if cuda.threadIdx.x == 0:
+        is_last[0] = atom_add_1(counter) == splits_used - 1
+    cuda.syncthreads()
+    if is_last[0]:
+        split_weights(partials, first_head * splits, splits, heads_here, splits_used, head_dim, shared)
+        n = np.int64(cuda.threadIdx.x)
+        while n < heads_here << log2:
+            h, d = n >> log2, n & (head_dim - 1)
+            first, weights_at, value = (first_head + h) * splits * part_size + d, SPLIT_WEIGHTS * h, np.float32(0)
+            for i in range(0, splits_used, 8):
+                no_unroll()
+                for j in range(8):  # the compiler unrolls this: eight loads are in flight
+                    value += weighted_element(partials, first, part_size, shared, weights_at, i + j, splits_used)
+            out[(first_head + h) * head_dim + d] = value / shared[weights_at + MAX_SPLITS]
+            n += cuda.blockDim.x
+
+
+@device
+def group_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads,
+                    shared_by, window, subgroups, inverse_subgroups, splits, tiles, listed, zeros):  # fmt: skip
+    """The body of the kernels here. blockIdx.x is a group of heads, blockIdx.y the row, as in `rows_attention`."""
+    shared, is_last = cuda.shared.array(0, np.float32), cuda.shared.array(1, np.int32)
+    t = cuda.blockIdx.y
+    if listed:
+        if t >= tiles[1]:
+            if t == 0:
+                griddepcontrol_wait()  # a kernel must not end before the preceding one
+            return
+        t = np.int64(tiles[2 * (cuda.gridDim.y - t)])
+    head_dim = 2 * len(zeros)
+    position, sequence = np.int64(positions[t]), sequences[t]
+    first = first_visible(position + 1, window)
+    seen, keys = position + 1 - first, ROW_SPLIT_KEYS
+    while keys * splits < seen:
+        keys *= 2
+    splits_used = (seen + keys - 1) // keys
+    kv_head, sub = fast_divmod(cuda.blockIdx.x, subgroups, inverse_subgroups)
+    first_head = t * kv_heads * shared_by + kv_head * shared_by + sub * GROUP_HEADS
+    heads_here = min(GROUP_HEADS, shared_by - sub * GROUP_HEADS)
+    counter = t * cuda.gridDim.x + cuda.blockIdx.x
+    griddepcontrol_wait()
+    for part in range(cuda.blockIdx.z, splits_used, cuda.gridDim.z):
+        no_unroll()
+        begin = first + part * keys
+        cuda.syncthreads()  # the split before this one is no longer in shared memory
+        attend_group(q, k_cache, v_cache, pages, position, sequence, first_head * head_dim, heads_here, kv_head,
+                     kv_heads, begin, min(position + 1, begin + keys), shared, zeros)  # fmt: skip
+        write_group(out, partials, address(counters, counter), first_head, heads_here, part, splits_used, splits,
+                    head_dim, shared, is_last)  # fmt: skip
+        if splits_used > 1 and is_last[0] and cuda.threadIdx.x == 0:
+            counters[counter] = 0
+
+
+@launch_bounds(min_blocks=2)
+@cuda.jit
+def attention_group_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
+                              scales_at, out, partials, counters, kv_heads, shared_by, window, subgroups,
+                              inverse_subgroups, splits, tiles, listed):  # fmt: skip
+    """Many rows, with heads of 64 elements."""
+    if is_padding_token(tokens):
+        return
+    pages = page_table, table_stride, log2_page, scales_at
+    group_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads,
+                    shared_by, window, subgroups, inverse_subgroups, splits, tiles, listed, zeros32())  # fmt: skip
+
+
+@launch_bounds(min_blocks=3)
+@cuda.jit
+def attention_group_128_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
+                               scales_at, out, partials, counters, kv_heads, shared_by, window, subgroups,
+                               inverse_subgroups, splits, tiles, listed):  # fmt: skip
+    """Many rows, with heads of 128 elements."""
+    if is_padding_token(tokens):
+        return
+    pages = page_table, table_stride, log2_page, scales_at
+    group_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads,
+                    shared_by, window, subgroups, inverse_subgroups, splits, tiles, listed, zeros64())  # fmt: skip
