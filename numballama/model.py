@@ -130,7 +130,7 @@ class Model:
         # the vocabulary may be padded: tokens that the tokenizer lacks are never chosen
         candidates = min(vocab, self.tokenizer.vocab_size) if self.tokenizer else vocab
         table = SamplerTable(self.max_sequences, vocab, candidates)
-        chunk = min(backend.prefill_chunk, self.context)
+        chunk = min(backend.prefill_chunk, self.context * self.max_sequences)
         with progress.progress_bar("compiling kernels") as report:
             note = partial(note_once, self.notes)
             self._runner = ModelRunner(backend, self.kv, table, self._build, chunk, self._program_of, note)

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from numballama.cuda.launch import PAYLOAD_TYPE
 from numballama.cuda.ops import wide
 from tests.cuda.gemm_cases import (
     EPS,
@@ -97,10 +98,11 @@ def wide_cases() -> list[Case]:
     def add(name: str, tokens: int, check: Callable[..., float], *arguments: Any, **named: Any) -> None:
         made.append((name, tokens, lambda machine: check(machine, *arguments, tokens=tokens, **named)))
 
-    for kind in ("f16", "bf16"):
-        add(f"linear {kind}, 33 of 64", 33, linear, kind, 64, 2048, 328, residual=True, normed=True)
+    for kind in TYPES:
+        add(f"linear {kind}, 20 of 24", 20, linear, kind, 24, 2048, 200, residual=True, normed=False)
+        add(f"linear {kind}, 33 of 64", 33, linear, kind, 64, 2048, 328, residual=False, normed=True)
         add(f"gate_up {kind}, 128", 128, gate_up, kind, 128, 512, 200, normed=True)
-        add(f"linear {kind}, 250 of 256", 250, linear, kind, 256, 1500, 392, residual=False, normed=False)
+        add(f"linear {kind}, 250 of 256", 250, linear, kind, 256, 1536, 392, residual=True, normed=False)
         add(f"qkv {kind}, 150 of 160", 150, qkv_rope, kind, 160, 256, (4, 2), 64, 0, "f16")
     return made
 
@@ -118,9 +120,9 @@ def main(arguments: list[str]) -> int:
     for kind in kinds:
         counts = COUNTS.get(kind, COUNTS["others"])
         try:
-            if hopper and kind in wide.TYPES:
+            if hopper and PAYLOAD_TYPE[kind] in wide.LEAST:
                 same_rows(machine_of, kind, 2048, 200, WIDE_COUNTS)
-                counts = [(32, 30), (24, 20), *counts[-2:]]
+                counts = [(wide.LEAST[PAYLOAD_TYPE[kind]] - 1, 16), *counts[-2:]]
             same_rows(machine_of, kind, 1024, 72, counts)
         except AssertionError as error:
             failed[kind] = str(error)

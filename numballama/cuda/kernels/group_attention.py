@@ -121,6 +121,39 @@ def clamped(key, low, last):
 
 
 @device
+def place_of(place, page, position):
+    """(byte offset of the 16 keys from a position on in a cache, the first and the last of them that exist). After the
+    end it is the last 16 keys again, which are read and not used.
+    """
+    log2_page, page_bytes, row_bytes, begin, end = place
+    p = position & -KEYS
+    at = page * page_bytes + (p & ((1 << log2_page) - 1)) * row_bytes
+    return at, np.int32(max(begin - p, 0)), np.int32(min(end - 1 - p, KEYS - 1))
+
+
+@device
+def load_keys(zeros, lane_at, place, page, position):
+    """The lane's part of 16 keys."""
+    at, low, last = place_of(place, page, position)
+    g, at = np.int32((cuda.threadIdx.x & 31) >> 2), at + lane_at
+    return ld_keys(
+        zeros, at + clamped(g, low, last) * np.int32(4 * len(zeros)),
+        at + clamped(g + np.int32(8), low, last) * np.int32(4 * len(zeros)),
+    )  # fmt: skip
+
+
+@device
+def load_values(zeros, lane_at, place, page, position):
+    """The lane's part of the values of 16 keys."""
+    at, low, last = place_of(place, page, position)
+    t, at, row = np.int32(2 * (cuda.threadIdx.x & 3)), at + lane_at, np.int32(4 * len(zeros))
+    return ld_values(
+        zeros, at + clamped(t, low, last) * row, at + clamped(t + np.int32(1), low, last) * row,
+        at + clamped(t + np.int32(8), low, last) * row, at + clamped(t + np.int32(9), low, last) * row,
+    )  # fmt: skip
+
+
+@device
 def attend_group(q, k_cache, v_cache, pages, position, sequence, q_at, heads_here, kv_head, kv_heads, begin, end,
                  shared, zeros):  # fmt: skip
     """Attention of a block's heads over keys [begin, end): the results of each warp in shared memory.
@@ -131,26 +164,25 @@ def attend_group(q, k_cache, v_cache, pages, position, sequence, q_at, heads_her
     lane, warp, warps = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, cuda.blockDim.x >> 5
     g, t = lane >> 2, lane & 3
     page_table, table_stride, log2_page, _ = pages
-    row_bytes, in_page = 2 * head_dim, (1 << log2_page) - 1
+    row_bytes = 2 * head_dim
     head_bytes = row_bytes << log2_page
     page_bytes, table_row = kv_heads * head_bytes, np.int64(sequence) * table_stride
     k_lane = address(k_cache, 0) + kv_head * head_bytes + 16 * t
     v_lane = address(v_cache, 0) + kv_head * head_bytes + 16 * g
     factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
+    p, step = (begin & -KEYS) + KEYS * warp, KEYS * warps
+    place = log2_page, page_bytes, row_bytes, begin, end
+    page = page_table[table_row + (min(p, end - 1) >> log2_page)]
+    keys = load_keys(zeros, k_lane, place, page, min(p, end - 1))
+    values = load_values(zeros, v_lane, place, page, min(p, end - 1))
     queries, down = load_queries(zeros, q, q_at + g * head_dim + 8 * t, g < heads_here, factor, k_cache)
     max_score, exp_sum, sums = LOWEST_SCORE, np.float32(0), zeros
-    p = (begin & -KEYS) + KEYS * warp
     while p < end:
         no_unroll()
-        at = page_table[table_row + (p >> log2_page)] * page_bytes + (p & in_page) * row_bytes
-        low, last = max(begin - p, 0), min(end - 1 - p, KEYS - 1)
-        k_at, v_at = k_lane + at, v_lane + at
-        keys = ld_keys(zeros, k_at + clamped(g, low, last) * row_bytes, k_at + clamped(g + 8, low, last) * row_bytes)
-        values = ld_values(
-            zeros, v_at + clamped(2 * t, low, last) * row_bytes, v_at + clamped(2 * t + 1, low, last) * row_bytes,
-            v_at + clamped(2 * t + 8, low, last) * row_bytes, v_at + clamped(2 * t + 9, low, last) * row_bytes,
-        )  # fmt: skip
+        low, last, following = max(begin - p, 0), min(end - 1 - p, KEYS - 1), min(p + step, end - 1)
+        page = page_table[table_row + (following >> log2_page)]
         scores = mma_scores(k_cache, queries, keys)
+        keys = load_keys(zeros, k_lane, place, page, following)  # of the next step, as soon as the registers are free
         a, b = masked(scores[0] * down, 2 * t, low, last), masked(scores[1] * down, 2 * t + 1, low, last)
         c, d = masked(scores[2] * down, 2 * t + 8, low, last), masked(scores[3] * down, 2 * t + 9, low, last)
         new_max = max(max_score, quad_max(max(max(a, b), max(c, d))))
@@ -163,7 +195,8 @@ def attend_group(q, k_cache, v_cache, pages, position, sequence, q_at, heads_her
         r = unpack8(v_cache, (first, first2, first, first2))
         second, second2 = cvt_rn_x2(v_cache, a - r[0], b - r[1]), cvt_rn_x2(v_cache, c - r[2], d - r[3])
         sums = mma_values(v_cache, scaled(sums, rescale), (first, first2, second, second2), values)
-        p += KEYS * warps
+        values = load_values(zeros, v_lane, place, page, following)
+        p += step
     griddepcontrol_launch_dependents()  # not earlier: the next kernel's copies would compete with this one's loads
     row = (GROUP_HEADS * warp + g) * (head_dim + 4)
     st_shared_heads(sums, shared_address(shared, row + 16 * t))
@@ -263,7 +296,7 @@ def group_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, ou
             counters[counter] = 0
 
 
-@launch_bounds(min_blocks=2)
+@launch_bounds(min_blocks=3)
 @cuda.jit
 def attention_group_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
                               scales_at, out, partials, counters, kv_heads, shared_by, window, subgroups,
@@ -276,7 +309,7 @@ def attention_group_64_kernel(tokens, q, k_cache, v_cache, positions, sequences,
                     shared_by, window, subgroups, inverse_subgroups, splits, tiles, listed, zeros32())  # fmt: skip
 
 
-@launch_bounds(min_blocks=3)
+@launch_bounds(min_blocks=2)
 @cuda.jit
 def attention_group_128_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
                                scales_at, out, partials, counters, kv_heads, shared_by, window, subgroups,

@@ -161,18 +161,17 @@ def _decode(
     most_splits = partials.shape[2]
     if tokens > 1 and _for_groups(ctx, k_cache):
         subgroups = ceil_div(shared_by, GROUP_HEADS)
-        threads = GROUP_THREADS[head_dim]
         arguments = named(
             **operands, partials=partials, counters=counters, kv_heads=kv_heads, shared_by=shared_by, window=window,
             subgroups=subgroups, inverse_subgroups=1 / subgroups, splits=most_splits, tiles=ctx.tiles,
             listed=int(listed),
         )  # fmt: skip
-        shared = 4 * threads // 32 * GROUP_HEADS * (head_dim + 4)
+        shared = GROUP_THREADS // 8 * GROUP_HEADS * (head_dim + 4)
 
         def group(blocks_of_keys: int) -> Launch:
             grid = kv_heads * subgroups, tokens, blocks_of_keys
             only_for: RowKind | None = "single rows" if listed else None
-            return Launch(ATTENTION_GROUP[head_dim], grid, threads, arguments, shared, only_for=only_for)
+            return Launch(ATTENTION_GROUP[head_dim], grid, GROUP_THREADS, arguments, shared, only_for=only_for)
 
         return [_by_length(group, _most_seen(window, context), most_splits, max(4, ROW_BLOCKS // tokens))]
     if tokens > 1:

@@ -23,6 +23,7 @@ from ..kernels.params import (
     SKINNY_UNIT,
     SKINNY_UNITS,
     SKINNY_WARPS,
+    WIDE_STEP_COLUMNS,
     units_together,
 )
 from ..launch import PAYLOAD_TYPE, Array, Launch, LaunchContext, Matrix, named
@@ -107,9 +108,11 @@ def _launch(
     by_wgmma = wide.wanted(ctx, tokens, payload)
     if by_wgmma:
         division, units = wide.divide(groups, columns, ctx.n_sms), wide.width_for(tokens) // 8
+        width = division.slice_steps * WIDE_STEP_COLUMNS
     else:
         division, units = divide(payload, first.scales.dtype, groups, columns, ctx.n_sms), _units(tokens)
-    stages, width = STAGES, division.slice_steps * step_columns(payload)
+        width = division.slice_steps * step_columns(payload)
+    stages = STAGES
     while not by_wgmma and units > 1 and _shared_bytes(units, stages, slot, width) > ctx.shared_limit:
         units //= 2
     while not by_wgmma and stages > 1 and _shared_bytes(units, stages, slot, width) > ctx.shared_limit:
@@ -221,7 +224,7 @@ def workspace_shape(
 
     def shape(*operands: tuple[int, ...], workers: int) -> tuple[int, ...]:
         (tokens, columns), weights = operands[0], operands[first : first + count]
-        if dtype == "f32" or tokens == 1 or tokens > (wide.MOST if PAYLOAD_TYPE[dtype] in wide.TYPES else MOST):
+        if dtype == "f32" or tokens == 1 or tokens > (wide.MOST if PAYLOAD_TYPE[dtype] in wide.LEAST else MOST):
             return larger(*operands, workers=workers)
         rows = [weight[0] for weight in weights]
         apart = count == 3 and any(n % SKINNY_ROWS for n in rows)
@@ -232,7 +235,7 @@ def workspace_shape(
             groups = ceil_div(n, 16 if paired else SKINNY_ROWS)
             division = divide(PAYLOAD_TYPE[dtype], "f32" if dtype == "int8" else "f16", groups, columns, workers)
             found = [(division, round_up(tokens, 8 * _units(tokens)) // 8)]
-            if PAYLOAD_TYPE[dtype] in wide.TYPES:  # for the larger of the two, whatever the device has
+            if PAYLOAD_TYPE[dtype] in wide.LEAST:  # for the larger of the two, whatever the device has
                 found.append((wide.divide(groups, columns, workers), wide.width_for(tokens) // 8))
             sums.append(
                 max(

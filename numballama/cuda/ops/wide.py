@@ -1,4 +1,4 @@
-"""Linear layers of 33 to 256 tokens by wgmma: how the kernels of `kernels/wide.py` are launched, for `skinny`."""
+"""Linear layers of 17 to 256 tokens by wgmma: how the kernels of `kernels/wide.py` are launched, for `skinny`."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from ..launch import Array, Launch, LaunchContext, Matrix, named
 
 WIDE = {width: KernelRef("numballama.cuda.kernels.wide", f"wide_{width}_kernel") for width in WIDE_STAGES}
 """Tokens of a block → the kernel for them."""
-TYPES = ("f16", "bf16")
-"""Types of weights that wgmma multiplies as they are."""
-LEAST, MOST = 33, 256
-"""Numbers of tokens for which these kernels are faster than `skinny` and `gemm`."""
+LEAST = {"f16": 33, "bf16": 33, "int8": 17, "q4_0": 17, "q4_1": 17, "q4_k": 17, "q6_k": 17}
+"""Type of a payload → from this number of tokens on, these kernels are faster than `skinny`."""
+MOST = 256
+"""Up to this number of tokens they are faster than `gemm`."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Division:
     k_warps: int
     """Warps of a block that share their rows and divide K; a power of two."""
     slice_steps: int
-    """Steps of K (64 bytes of a row) of a block."""
+    """Steps of K of a block: 64 bytes of a row in `skinny`, 64 columns in `wide`."""
     slices: int
     """Blocks that divide K."""
     tiles: int
@@ -48,7 +48,7 @@ class Division:
 
 def wanted(ctx: LaunchContext, tokens: int, payload: str) -> bool:
     """Whether the device has wgmma, and it is the faster way for so many tokens and this type of weight."""
-    return ctx.wgmma and LEAST <= tokens <= MOST and payload in TYPES
+    return ctx.wgmma and LEAST.get(payload, MOST + 1) <= tokens <= MOST
 
 
 def width_for(tokens: int) -> int:
@@ -67,7 +67,7 @@ def divide(groups: int, columns: int, n_sms: int) -> Division:
         slices = ceil_div(steps, each)
         multiplied = 0.3 * ceil_div(tiles * slices, n_sms) * (each + 2)  # us
         summed = slices * groups * SKINNY_ROWS * 128 * 8 / 3.5e6
-        division = Division(k_warps, each * WIDE_STEP_COLUMNS // 32, slices, tiles)
+        division = Division(k_warps, each, slices, tiles)
         candidates.append((multiplied + summed, division))
     return min(candidates, key=lambda pair: pair[0])[1]
 
@@ -80,8 +80,10 @@ def launch(
     width = 8 * units
     arguments = named(
         tokens=ctx.tokens, rounded=rounded, padded=padded, w0=w[0].payload, w1=w[1].payload, w2=w[2].payload,
-        stride=w[0].stride, paired=int(paired), rows=rows, kv_rows=kv_rows, partials=partials, tiles=division.tiles,
-        slices=division.slices, steps=division.slice_steps * 32 // WIDE_STEP_COLUMNS, stages=WIDE_STAGES[width],
+        stride=w[0].stride, s0=w[0].scales, s1=w[1].scales, s2=w[2].scales, scale_stride=w[0].scale_stride,
+        shift=w[0].shift, paired=int(paired), rows=rows, kv_rows=kv_rows, partials=partials, tiles=division.tiles,
+        slices=division.slices, steps=division.slice_steps,
+        row_steps=ceil_div(w[0].shape[1], WIDE_STEP_COLUMNS), stages=WIDE_STAGES[width], bias=0x64006400,
     )  # fmt: skip
     shared = 1024 + WIDE_STAGES[width] * (WIDE_ROWS + width) * 2 * WIDE_STEP_COLUMNS
     return Launch(WIDE[width], (division.tiles, token_tiles, division.slices), WIDE_THREADS, arguments, shared)
