@@ -19,7 +19,19 @@ import math
 import numpy as np
 from numba import cuda
 
-from ..group_mma import join_queries, ld_keys, ld_values, mma_scores, mma_values, scaled, st_shared_heads
+from ..group_mma import (
+    join_pieces,
+    join_queries,
+    ld_keys,
+    ld_values,
+    mma_scores,
+    mma_scores_few,
+    mma_values,
+    mma_values_few,
+    scaled,
+    st_shared_few,
+    st_shared_heads,
+)
 from ..intrinsics import (
     address,
     atom_add_1,
@@ -32,11 +44,11 @@ from ..intrinsics import (
     shared_address,
     uint_as_float,
 )
-from ..mma import cvt_rn_x2, zeros32, zeros64
+from ..mma import cvt_rn_x2, zeros16, zeros32, zeros64
 from ..quant_traits import unpack8
-from .common import LOG2_E, device, fast_divmod, first_visible, is_padding_token, launch_bounds
+from .common import FULL_MASK, LOG2_E, device, fast_divmod, first_visible, is_padding_token, launch_bounds
 from .decode_attention import LOWEST_SCORE, split_weights, weighted_element
-from .params import GROUP_HEADS, MAX_SPLITS, ROW_SPLIT_KEYS, SPLIT_WEIGHTS
+from .params import FEW_HEADS, GROUP_HEADS, MAX_SPLITS, ROW_SPLIT_KEYS, SPLIT_WEIGHTS
 from .reduce import quad_max, quad_sum
 
 KEYS = 16
@@ -85,6 +97,13 @@ def pieces_of_query(memory, x, up):
 
 
 @device
+def scales_for(largest):
+    """(power of two that brings a magnitude to [2^14, 2^15), its inverse)."""
+    shift = min(14 - (np.int64(float_as_uint(largest) >> np.uint32(23)) - 127), 126)
+    return uint_as_float(np.uint32((127 + shift) << 23)), uint_as_float(np.uint32((127 - shift) << 23))
+
+
+@device
 def load_queries(zeros, q, at, here, factor, memory):
     """(the pieces of the lane's query, the factor that undoes their scale). The scale is a power of two that brings the
     query's largest element to [2^14, 2^15).
@@ -92,9 +111,7 @@ def load_queries(zeros, q, at, here, factor, memory):
     wide = here and len(zeros) > 32
     a, b = query_piece(q, at, here, factor), query_piece(q, at + 32, here, factor)
     c, d = query_piece(q, at + 64, wide, factor), query_piece(q, at + 96, wide, factor)
-    largest = quad_max(max(max(largest_of(a), largest_of(b)), max(largest_of(c), largest_of(d))))
-    shift = min(14 - (np.int64(float_as_uint(largest) >> np.uint32(23)) - 127), 126)
-    up, down = uint_as_float(np.uint32((127 + shift) << 23)), uint_as_float(np.uint32((127 - shift) << 23))
+    up, down = scales_for(quad_max(max(max(largest_of(a), largest_of(b)), max(largest_of(c), largest_of(d)))))
     words = join_queries(
         zeros, pieces_of_query(memory, a, up), pieces_of_query(memory, b, up), pieces_of_query(memory, c, up),
         pieces_of_query(memory, d, up),
@@ -155,7 +172,7 @@ def load_values(zeros, lane_at, place, page, position):
 
 @device
 def attend_group(q, k_cache, v_cache, pages, position, sequence, q_at, heads_here, kv_head, kv_heads, begin, end,
-                 shared, zeros):  # fmt: skip
+                 shared, zeros, _):  # fmt: skip
     """Attention of a block's heads over keys [begin, end): the results of each warp in shared memory.
 
     Row (8 warp + head) of 2 · zeros.size + 4 float32 has the weighted values, the maximum, the sum of weights.
@@ -207,17 +224,112 @@ def attend_group(q, k_cache, v_cache, pages, position, sequence, q_at, heads_her
 
 
 @device
-def merged(shared, head_dim, h, d):
+def column_of_query(memory, x, up, second):
+    """Eight elements times `up`, four words: rounded ones, or what rounding has left if it is the `second` piece."""
+    words = pieces_of_query(memory, x, up)
+    a, b, c, d, e, f, g, h = words
+    return (e if second else a, f if second else b, g if second else c, h if second else d)
+
+
+@device
+def load_columns(zeros, q, at, here, factor, memory, second):
+    """(a piece of the lane's query for `mma_scores_few`, the factor that undoes its scale), as `load_queries`."""
+    wide = here and len(zeros) > 16
+    a, b = query_piece(q, at, here, factor), query_piece(q, at + 32, here, factor)
+    c, d = query_piece(q, at + 64, wide, factor), query_piece(q, at + 96, wide, factor)
+    up, down = scales_for(quad_max(max(max(largest_of(a), largest_of(b)), max(largest_of(c), largest_of(d)))))
+    words = join_pieces(
+        zeros, column_of_query(memory, a, up, second), column_of_query(memory, b, up, second),
+        column_of_query(memory, c, up, second), column_of_query(memory, d, up, second),
+    )  # fmt: skip
+    return words, down
+
+
+@device
+def eighth_max(x):
+    """Maximum of `x` over the eight lanes 4 apart, in each of them."""
+    x = max(x, cuda.shfl_xor_sync(FULL_MASK, x, 4))
+    x = max(x, cuda.shfl_xor_sync(FULL_MASK, x, 8))
+    return max(x, cuda.shfl_xor_sync(FULL_MASK, x, 16))
+
+
+@device
+def eighth_sum(x):
+    """Sum of `x` over the eight lanes 4 apart, in each of them."""
+    x += cuda.shfl_xor_sync(FULL_MASK, x, 4)
+    x += cuda.shfl_xor_sync(FULL_MASK, x, 8)
+    return x + cuda.shfl_xor_sync(FULL_MASK, x, 16)
+
+
+@device
+def attend_few(q, k_cache, v_cache, pages, position, sequence, q_at, heads_here, kv_head, kv_heads, begin, end,
+               shared, zeros, rows):  # fmt: skip
+    """What `attend_group` does, for up to four heads: `zeros` are a lane's sums of them, `rows` only tell the size of
+    its part of keys and values. Row (4 warp + head) has a head's results.
+    """
+    head_dim = 2 * len(rows)
+    lane, warp, warps = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, cuda.blockDim.x >> 5
+    g, t = lane >> 2, lane & 3
+    page_table, table_stride, log2_page, _ = pages
+    row_bytes = 2 * head_dim
+    head_bytes = row_bytes << log2_page
+    page_bytes, table_row = kv_heads * head_bytes, np.int64(sequence) * table_stride
+    k_lane = address(k_cache, 0) + kv_head * head_bytes + 16 * t
+    v_lane = address(v_cache, 0) + kv_head * head_bytes + 16 * g
+    factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
+    p, step = (begin & -KEYS) + KEYS * warp, KEYS * warps
+    place = log2_page, page_bytes, row_bytes, begin, end
+    page = page_table[table_row + (min(p, end - 1) >> log2_page)]
+    keys = load_keys(rows, k_lane, place, page, min(p, end - 1))
+    values = load_values(rows, v_lane, place, page, min(p, end - 1))
+    queries, down = load_columns(
+        zeros, q, q_at + (g >> 1) * head_dim + 8 * t, g >> 1 < heads_here, factor, k_cache, g & 1
+    )
+    down = cuda.shfl_sync(FULL_MASK, down, 8 * t)  # of query t, whose scores this lane has
+    max_score, exp_sum, sums = LOWEST_SCORE, np.float32(0), zeros
+    while p < end:
+        no_unroll()
+        low, last, following = max(begin - p, 0), min(end - 1 - p, KEYS - 1), min(p + step, end - 1)
+        page = page_table[table_row + (following >> log2_page)]
+        scores = mma_scores_few(k_cache, queries, keys)
+        keys = load_keys(rows, k_lane, place, page, following)  # of the next step, as soon as the registers are free
+        a, b = masked(scores[0] * down, g, low, last), masked(scores[1] * down, g + 8, low, last)
+        new_max = max(max_score, eighth_max(max(a, b)))
+        rescale = ex2_approx(max_score - new_max)
+        max_score = new_max
+        a, b = weight_of(a, new_max, g, low, last), weight_of(b, new_max, g + 8, low, last)
+        exp_sum = exp_sum * rescale + (a + b)
+        source = 8 * t + (g >> 1)
+        c, d = cuda.shfl_sync(FULL_MASK, a, source), cuda.shfl_sync(FULL_MASK, a, source + 4)
+        e, f = cuda.shfl_sync(FULL_MASK, b, source), cuda.shfl_sync(FULL_MASK, b, source + 4)
+        first, second = cvt_rn_x2(v_cache, c, d), cvt_rn_x2(v_cache, e, f)
+        if g & 1:
+            r = unpack8(v_cache, (first, second, first, second))
+            first, second = cvt_rn_x2(v_cache, c - r[0], d - r[1]), cvt_rn_x2(v_cache, e - r[2], f - r[3])
+        sums = mma_values_few(v_cache, scaled(sums, rescale), first, second, values)
+        values = load_values(rows, v_lane, place, page, following)
+        p += step
+    griddepcontrol_launch_dependents()  # not earlier: the next kernel's copies would compete with this one's loads
+    row = (FEW_HEADS * warp + t) * (head_dim + 4)
+    st_shared_few(sums, shared_address(shared, row + 8 * g))
+    exp_sum = eighth_sum(exp_sum)
+    if g == 0:
+        shared[row + head_dim], shared[row + head_dim + 1] = max_score, exp_sum
+    cuda.syncthreads()
+
+
+@device
+def merged(shared, heads, head_dim, h, d):
     """Element `d` of head `h`, all warps together: (weighted value, maximum, sum of weights)."""
     width, warps = head_dim + 4, cuda.blockDim.x >> 5
     largest = LOWEST_SCORE
     for w in range(warps):
         no_unroll()
-        largest = max(largest, shared[(GROUP_HEADS * w + h) * width + head_dim])
+        largest = max(largest, shared[(heads * w + h) * width + head_dim])
     value, total = np.float32(0), np.float32(0)
     for w in range(warps):
         no_unroll()
-        at = (GROUP_HEADS * w + h) * width
+        at = (heads * w + h) * width
         weight = ex2_approx(shared[at + head_dim] - largest)
         value += shared[at + d] * weight
         total += shared[at + head_dim + 1] * weight
@@ -225,13 +337,14 @@ def merged(shared, head_dim, h, d):
 
 
 @device
-def write_group(out, partials, counter, first_head, heads_here, part, splits_used, splits, head_dim, shared, is_last):
+def write_group(out, partials, counter, first_head, heads_here, part, splits_used, splits, heads, head_dim, shared,
+                is_last):  # fmt: skip
     """Write the heads' results, or this block's split of them. The last block to finish merges the splits."""
     part_size, log2 = head_dim + 2, 6 if head_dim == 64 else 7
     n = np.int64(cuda.threadIdx.x)
     while n < heads_here << log2:
         h, d = n >> log2, n & (head_dim - 1)
-        value, largest, total = merged(shared, head_dim, h, d)
+        value, largest, total = merged(shared, heads, head_dim, h, d)
         if splits_used == 1:
             out[(first_head + h) * head_dim + d] = value / total
         else:
@@ -260,40 +373,51 @@ def write_group(out, partials, counter, first_head, heads_here, part, splits_use
             n += cuda.blockDim.x
 
 
-@device
-def group_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads,
-                    shared_by, window, subgroups, inverse_subgroups, splits, tiles, listed, zeros):  # fmt: skip
-    """The body of the kernels here. blockIdx.x is a group of heads, blockIdx.y the row, as in `rows_attention`."""
-    shared, is_last = cuda.shared.array(0, np.float32), cuda.shared.array(1, np.int32)
-    t = cuda.blockIdx.y
-    if listed:
-        if t >= tiles[1]:
-            if t == 0:
-                griddepcontrol_wait()  # a kernel must not end before the preceding one
-            return
-        t = np.int64(tiles[2 * (cuda.gridDim.y - t)])
-    head_dim = 2 * len(zeros)
-    position, sequence = np.int64(positions[t]), sequences[t]
-    first = first_visible(position + 1, window)
-    seen, keys = position + 1 - first, ROW_SPLIT_KEYS
-    while keys * splits < seen:
-        keys *= 2
-    splits_used = (seen + keys - 1) // keys
-    kv_head, sub = fast_divmod(cuda.blockIdx.x, subgroups, inverse_subgroups)
-    first_head = t * kv_heads * shared_by + kv_head * shared_by + sub * GROUP_HEADS
-    heads_here = min(GROUP_HEADS, shared_by - sub * GROUP_HEADS)
-    counter = t * cuda.gridDim.x + cuda.blockIdx.x
-    griddepcontrol_wait()
-    for part in range(cuda.blockIdx.z, splits_used, cuda.gridDim.z):
-        no_unroll()
-        begin = first + part * keys
-        cuda.syncthreads()  # the split before this one is no longer in shared memory
-        attend_group(q, k_cache, v_cache, pages, position, sequence, first_head * head_dim, heads_here, kv_head,
-                     kv_heads, begin, min(position + 1, begin + keys), shared, zeros)  # fmt: skip
-        write_group(out, partials, address(counters, counter), first_head, heads_here, part, splits_used, splits,
-                    head_dim, shared, is_last)  # fmt: skip
-        if splits_used > 1 and is_last[0] and cuda.threadIdx.x == 0:
-            counters[counter] = 0
+def body_with(attend, heads):
+    """The body of the kernels that compute up to `heads` query heads a block by `attend`.
+
+    blockIdx.x is a group of heads, blockIdx.y the row, as in `rows_attention`.
+    """
+
+    @device
+    def body(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads, shared_by,
+             window, subgroups, inverse_subgroups, splits, tiles, listed, zeros, rows):  # fmt: skip
+        shared, is_last = cuda.shared.array(0, np.float32), cuda.shared.array(1, np.int32)
+        t = cuda.blockIdx.y
+        if listed:
+            if t >= tiles[1]:
+                if t == 0:
+                    griddepcontrol_wait()  # a kernel must not end before the preceding one
+                return
+            t = np.int64(tiles[2 * (cuda.gridDim.y - t)])
+        head_dim = 2 * len(rows)
+        position, sequence = np.int64(positions[t]), sequences[t]
+        first = first_visible(position + 1, window)
+        seen, keys = position + 1 - first, ROW_SPLIT_KEYS
+        while keys * splits < seen:
+            keys *= 2
+        splits_used = (seen + keys - 1) // keys
+        kv_head, sub = fast_divmod(cuda.blockIdx.x, subgroups, inverse_subgroups)
+        first_head = t * kv_heads * shared_by + kv_head * shared_by + sub * heads
+        heads_here = min(heads, shared_by - sub * heads)
+        counter = t * cuda.gridDim.x + cuda.blockIdx.x
+        griddepcontrol_wait()
+        for part in range(cuda.blockIdx.z, splits_used, cuda.gridDim.z):
+            no_unroll()
+            begin = first + part * keys
+            cuda.syncthreads()  # the split before this one is no longer in shared memory
+            attend(q, k_cache, v_cache, pages, position, sequence, first_head * head_dim, heads_here, kv_head, kv_heads,
+                   begin, min(position + 1, begin + keys), shared, zeros, rows)  # fmt: skip
+            write_group(out, partials, address(counters, counter), first_head, heads_here, part, splits_used, splits,
+                        heads, head_dim, shared, is_last)  # fmt: skip
+            if splits_used > 1 and is_last[0] and cuda.threadIdx.x == 0:
+                counters[counter] = 0
+
+    return body
+
+
+group_attention = body_with(attend_group, GROUP_HEADS)
+few_attention = body_with(attend_few, FEW_HEADS)
 
 
 @launch_bounds(min_blocks=3)
@@ -301,12 +425,13 @@ def group_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, ou
 def attention_group_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
                               scales_at, out, partials, counters, kv_heads, shared_by, window, subgroups,
                               inverse_subgroups, splits, tiles, listed):  # fmt: skip
-    """Many rows, with heads of 64 elements."""
+    """Many rows, with heads of 64 elements, more than four of which share keys."""
     if is_padding_token(tokens):
         return
     pages = page_table, table_stride, log2_page, scales_at
     group_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads,
-                    shared_by, window, subgroups, inverse_subgroups, splits, tiles, listed, zeros32())  # fmt: skip
+                    shared_by, window, subgroups, inverse_subgroups, splits, tiles, listed, zeros32(),
+                    zeros32())  # fmt: skip
 
 
 @launch_bounds(min_blocks=2)
@@ -314,9 +439,38 @@ def attention_group_64_kernel(tokens, q, k_cache, v_cache, positions, sequences,
 def attention_group_128_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
                                scales_at, out, partials, counters, kv_heads, shared_by, window, subgroups,
                                inverse_subgroups, splits, tiles, listed):  # fmt: skip
-    """Many rows, with heads of 128 elements."""
+    """Many rows, with heads of 128 elements, more than four of which share keys."""
     if is_padding_token(tokens):
         return
     pages = page_table, table_stride, log2_page, scales_at
     group_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads,
-                    shared_by, window, subgroups, inverse_subgroups, splits, tiles, listed, zeros64())  # fmt: skip
+                    shared_by, window, subgroups, inverse_subgroups, splits, tiles, listed, zeros64(),
+                    zeros64())  # fmt: skip
+
+
+@launch_bounds(min_blocks=4)
+@cuda.jit
+def attention_few_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
+                            scales_at, out, partials, counters, kv_heads, shared_by, window, subgroups,
+                            inverse_subgroups, splits, tiles, listed):  # fmt: skip
+    """Many rows, with heads of 64 elements, up to four of which share keys."""
+    if is_padding_token(tokens):
+        return
+    pages = page_table, table_stride, log2_page, scales_at
+    few_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads,
+                  shared_by, window, subgroups, inverse_subgroups, splits, tiles, listed, zeros16(),
+                  zeros32())  # fmt: skip
+
+
+@launch_bounds(min_blocks=3)
+@cuda.jit
+def attention_few_128_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
+                             scales_at, out, partials, counters, kv_heads, shared_by, window, subgroups,
+                             inverse_subgroups, splits, tiles, listed):  # fmt: skip
+    """Many rows, with heads of 128 elements, up to four of which share keys."""
+    if is_padding_token(tokens):
+        return
+    pages = page_table, table_stride, log2_page, scales_at
+    few_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads,
+                  shared_by, window, subgroups, inverse_subgroups, splits, tiles, listed, zeros32(),
+                  zeros64())  # fmt: skip

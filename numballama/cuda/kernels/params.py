@@ -96,8 +96,8 @@ SPLIT_WEIGHTS = MAX_SPLITS + 1
 ROW_SPLIT_KEYS = 256
 """Keys of a split where a run has many rows. In contexts longer than `MAX_SPLITS` of these it is doubled until the
 splits suffice."""
-GROUP_HEADS = 8
-"""Query heads with the same keys that one block computes on tensor cores (`group_attention`)."""
+GROUP_HEADS, FEW_HEADS = 8, 4
+"""Query heads with the same keys that a block computes on tensor cores (`group_attention`), and where they are few."""
 GROUP_THREADS = 128
 """Threads of a block there."""
 PLAIN_ATTENTION_THREADS = 128

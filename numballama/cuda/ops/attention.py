@@ -21,6 +21,7 @@ from ..kernels.params import (
     ATTENTION_STAGES,
     ATTENTION_THREADS,
     ATTENTION_WARPS,
+    FEW_HEADS,
     GROUP_HEADS,
     GROUP_THREADS,
     HEADS_PER_BLOCK,
@@ -45,6 +46,7 @@ ATTENTION_ROWS = KernelRef(ROWS, "attention_rows_kernel")
 ATTENTION_GROUPED_ROWS = KernelRef(ROWS, "attention_grouped_rows_kernel")
 GROUP = "numballama.cuda.kernels.group_attention"
 ATTENTION_GROUP = {size: KernelRef(GROUP, f"attention_group_{size}_kernel") for size in (64, 128)}
+ATTENTION_FEW = {size: KernelRef(GROUP, f"attention_few_{size}_kernel") for size in (64, 128)}
 PLAIN = "numballama.kernels_cuda"
 ATTENTION_SCORES = KernelRef(PLAIN, "attention_scores_kernel")
 ATTENTION_VALUES = KernelRef(PLAIN, "attention_values_kernel")
@@ -160,27 +162,26 @@ def _decode(
 
     most_splits = partials.shape[2]
     if tokens > 1 and _for_groups(ctx, k_cache):
-        subgroups = ceil_div(shared_by, GROUP_HEADS)
+        together, kernels = (FEW_HEADS, ATTENTION_FEW) if shared_by <= FEW_HEADS else (GROUP_HEADS, ATTENTION_GROUP)
+        subgroups = ceil_div(shared_by, together)
         arguments = named(
             **operands, partials=partials, counters=counters, kv_heads=kv_heads, shared_by=shared_by, window=window,
             subgroups=subgroups, inverse_subgroups=1 / subgroups, splits=most_splits, tiles=ctx.tiles,
             listed=int(listed),
         )  # fmt: skip
-        shared = GROUP_THREADS // 8 * GROUP_HEADS * (head_dim + 4)
+        shared = GROUP_THREADS // 8 * together * (head_dim + 4)
 
         def group(blocks_of_keys: int) -> Launch:
             grid = kv_heads * subgroups, tokens, blocks_of_keys
             only_for: RowKind | None = "single rows" if listed else None
-            return Launch(ATTENTION_GROUP[head_dim], grid, GROUP_THREADS, arguments, shared, only_for=only_for)
+            return Launch(kernels[head_dim], grid, GROUP_THREADS, arguments, shared, only_for=only_for)
 
         return [_by_length(group, _most_seen(window, context), most_splits, max(4, ROW_BLOCKS // tokens))]
     if tokens > 1:
-        rows_kernel, together = (ATTENTION_GROUPED_ROWS, HEADS_PER_BLOCK) if shared_by > 1 else (ATTENTION_ROWS, 1)
+        rows_kernel, heads = (ATTENTION_GROUPED_ROWS, HEADS_PER_BLOCK) if shared_by > 1 else (ATTENTION_ROWS, 1)
 
         def rows(blocks_of_keys: int) -> Launch:
-            made = launch(
-                rows_kernel, together, blocks_of_keys, splits=most_splits, tiles=ctx.tiles, listed=int(listed)
-            )
+            made = launch(rows_kernel, heads, blocks_of_keys, splits=most_splits, tiles=ctx.tiles, listed=int(listed))
             return replace(made, only_for="single rows" if listed else None)
 
         return [_by_length(rows, _most_seen(window, context), most_splits, max(4, ROW_BLOCKS // tokens))]
