@@ -3,13 +3,11 @@
 Of more than four queries, queries are the rows of a product and keys the columns; of up to four it is the other way
 round, which takes half of the products and of the registers.
 
-Nothing goes through shared memory. The order of a head's elements in a product is free, and so is that of its results:
-both are chosen so that a lane's 16 bytes of a key or a value are parts of fragments as they are.
+Nothing is exchanged through shared memory. The order of a head's elements in a product is free, and so is that of its
+results: both are chosen so that a lane's 16 bytes of a key or a value are parts of fragments as they are.
 """
 
 from __future__ import annotations
-
-from typing import Any
 
 from llvmlite import ir
 from numba.cuda import types
@@ -19,11 +17,19 @@ from .lowering import F32, I32, VOID, call_asm
 from .mma import _mma_m16n8k16, _parts, _short
 
 
-def _ld_global_v4(builder: Any, where: Any, offset: int) -> list[Any]:
-    """ld.global.v4.u32 from an address plus a constant."""
-    text = f"ld.global.v4.u32 {{$0, $1, $2, $3}}, [$4+{offset}];"
-    loaded = call_asm(builder, ir.LiteralStructType([I32] * 4), text, "=r,=r,=r,=r,l,~{memory}", [where])
-    return [builder.extract_value(loaded, i) for i in range(4)]
+@intrinsic
+def ld_parts(typingctx, sums, at):  # type: ignore[no-untyped-def]
+    """The lane's parts of 16 keys or values, copied to shared memory before: 16 bytes every 512 from an address on."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        where, words = _short(context, builder, args[1], at), []
+        for i in range(sums.count // 8):
+            text = f"ld.shared.v4.u32 {{$0, $1, $2, $3}}, [$4+{512 * i}];"
+            loaded = call_asm(builder, ir.LiteralStructType([I32] * 4), text, "=r,=r,=r,=r,r,~{memory}", [where])
+            words += [builder.extract_value(loaded, j) for j in range(4)]
+        return context.make_tuple(builder, signature.return_type, words)
+
+    return types.UniTuple(types.uint32, sums.count // 2)(sums, types.int64), codegen
 
 
 @intrinsic
@@ -36,28 +42,6 @@ def join_queries(typingctx, sums, a, b, c, d):  # type: ignore[no-untyped-def]
         return context.make_tuple(builder, signature.return_type, words)
 
     return types.UniTuple(types.uint32, 8 * len(used))(sums, a, b, c, d), codegen
-
-
-@intrinsic
-def ld_keys(typingctx, sums, first_at, second_at):  # type: ignore[no-untyped-def]
-    """The lane's part of two keys, as `mma_scores` wants them. An address is that of the lane's first 16 bytes."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        words = [w for at in args[1:] for c in range(sums.count // 16) for w in _ld_global_v4(builder, at, 64 * c)]
-        return context.make_tuple(builder, signature.return_type, words)
-
-    return types.UniTuple(types.uint32, sums.count // 2)(sums, types.int64, types.int64), codegen
-
-
-@intrinsic
-def ld_values(typingctx, sums, a, b, c, d):  # type: ignore[no-untyped-def]
-    """The lane's part of four values, as `mma_values` wants them. An address is that of the lane's first 16 bytes."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        words = [w for c in range(sums.count // 32) for at in args[1:] for w in _ld_global_v4(builder, at, 128 * c)]
-        return context.make_tuple(builder, signature.return_type, words)
-
-    return types.UniTuple(types.uint32, sums.count // 2)(sums, *[types.int64] * 4), codegen
 
 
 @intrinsic

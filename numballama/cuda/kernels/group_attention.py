@@ -2,14 +2,15 @@
 
 It computes what `rows_attention` does, with the same splits, for caches of 16 bits and heads of 64 or 128 elements.
 
-Data layout. A warp has 16 keys and their values at a time and loads both from memory to registers, 16 bytes per lane,
-in the layout that products want (`cuda/group_mma.py`). Queries and weights are split into two pieces of the cache's
-type, which are the upper and the lower 8 rows of a product's 16: so the result is as exact as float32 allows (bfloat16:
-to 16 bits), and costs nothing. Each warp has every `warps`-th 16 keys; at the end the block merges its warps' results
-in shared memory.
+Data layout. A warp has 16 keys and their values at a time. A lane copies to a ring of its own in shared memory what it
+will have in registers, 16 bytes at a time, in the layout that products want (`cuda/group_mma.py`). Queries and weights
+are split into two pieces of the cache's type, which are separate rows or columns of a product: so the result is as
+exact as float32 allows (bfloat16: to 16 bits), and costs nothing. Each warp has every `warps`-th 16 keys; at the end
+the block merges its warps' results in shared memory.
 
 Why. Of a cache in float16, 64 rows of 200 keys with 4 KV heads of 64 elements are 13 MB a layer, 3 µs of an H200's
-bandwidth. So it is latency that counts: no ring, no barrier before the merge, a key is read once for all its heads.
+bandwidth. So it is latency that counts: no barrier before the merge, and a key is read once for all
+its heads. Copies go past the L1 cache: beside the shared memory of all kernels it is too small for loads of so many.
 """
 
 from __future__ import annotations
@@ -22,8 +23,7 @@ from numba import cuda
 from ..group_mma import (
     join_pieces,
     join_queries,
-    ld_keys,
-    ld_values,
+    ld_parts,
     mma_scores,
     mma_scores_few,
     mma_values,
@@ -35,6 +35,10 @@ from ..group_mma import (
 from ..intrinsics import (
     address,
     atom_add_1,
+    cp_async_16,
+    cp_async_commit,
+    cp_async_wait_all,
+    cp_async_wait_group,
     ex2_approx,
     float_as_uint,
     griddepcontrol_launch_dependents,
@@ -48,7 +52,7 @@ from ..mma import cvt_rn_x2, zeros16, zeros32, zeros64
 from ..quant_traits import unpack8
 from .common import FULL_MASK, LOG2_E, device, fast_divmod, first_visible, is_padding_token, launch_bounds
 from .decode_attention import LOWEST_SCORE, split_weights, weighted_element
-from .params import FEW_HEADS, GROUP_HEADS, MAX_SPLITS, ROW_SPLIT_KEYS, SPLIT_WEIGHTS
+from .params import FEW_HEADS, GROUP_HEADS, GROUP_STAGES, MAX_SPLITS, ROW_SPLIT_KEYS, SPLIT_WEIGHTS
 from .reduce import quad_max, quad_sum
 
 KEYS = 16
@@ -149,25 +153,27 @@ def place_of(place, page, position):
 
 
 @device
-def load_keys(zeros, lane_at, place, page, position):
-    """The lane's part of 16 keys."""
-    at, low, last = place_of(place, page, position)
-    g, at = np.int32((cuda.threadIdx.x & 31) >> 2), at + lane_at
-    return ld_keys(
-        zeros, at + clamped(g, low, last) * np.int32(4 * len(zeros)),
-        at + clamped(g + np.int32(8), low, last) * np.int32(4 * len(zeros)),
-    )  # fmt: skip
-
-
-@device
-def load_values(zeros, lane_at, place, page, position):
-    """The lane's part of the values of 16 keys."""
-    at, low, last = place_of(place, page, position)
-    t, at, row = np.int32(2 * (cuda.threadIdx.x & 3)), at + lane_at, np.int32(4 * len(zeros))
-    return ld_values(
-        zeros, at + clamped(t, low, last) * row, at + clamped(t + np.int32(1), low, last) * row,
-        at + clamped(t + np.int32(8), low, last) * row, at + clamped(t + np.int32(9), low, last) * row,
-    )  # fmt: skip
+def fetch_keys(slot, rows, k_lane, v_lane, place, table_row, page_table, position):
+    """Start copying the lane's parts of 16 keys, from a position on, and of their values to a stage of its warp."""
+    log2_page, _, row, _, end = place
+    if position < end:
+        page = page_table[table_row + (position >> log2_page)]
+        at, low, last = place_of(place, page, position)
+        lane = np.int32(cuda.threadIdx.x & 31)
+        g, t = lane >> 2, lane & 3
+        k_at, v_at = k_lane + at, v_lane + at
+        chunks = len(rows) >> 4
+        first, second = k_at + clamped(g, low, last) * row, k_at + clamped(g + 8, low, last) * row
+        for i in range(chunks):
+            cp_async_16(slot + 512 * i, first + 64 * i, 16)
+            cp_async_16(slot + 512 * (chunks + i), second + 64 * i, 16)
+        values = slot + 1024 * chunks
+        for i in range(chunks >> 1):
+            cp_async_16(values + 2048 * i, v_at + clamped(2 * t, low, last) * row + 128 * i, 16)
+            cp_async_16(values + 2048 * i + 512, v_at + clamped(2 * t + 1, low, last) * row + 128 * i, 16)
+            cp_async_16(values + 2048 * i + 1024, v_at + clamped(2 * t + 8, low, last) * row + 128 * i, 16)
+            cp_async_16(values + 2048 * i + 1536, v_at + clamped(2 * t + 9, low, last) * row + 128 * i, 16)
+    cp_async_commit()
 
 
 @device
@@ -189,17 +195,18 @@ def attend_group(q, k_cache, v_cache, pages, position, sequence, q_at, heads_her
     factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
     p, step = (begin & -KEYS) + KEYS * warp, KEYS * warps
     place = log2_page, page_bytes, row_bytes, begin, end
-    page = page_table[table_row + (min(p, end - 1) >> log2_page)]
-    keys = load_keys(zeros, k_lane, place, page, min(p, end - 1))
-    values = load_values(zeros, v_lane, place, page, min(p, end - 1))
+    stage = 2 * KEYS * row_bytes
+    ring = shared_address(shared, 0) + warp * (GROUP_STAGES * stage) + 16 * lane
+    for i in range(GROUP_STAGES):
+        fetch_keys(ring + i * stage, zeros, k_lane, v_lane, place, table_row, page_table, p + i * step)
+    slot, ring_end = ring, ring + GROUP_STAGES * stage
     queries, down = load_queries(zeros, q, q_at + g * head_dim + 8 * t, g < heads_here, factor, k_cache)
     max_score, exp_sum, sums = LOWEST_SCORE, np.float32(0), zeros
     while p < end:
         no_unroll()
-        low, last, following = max(begin - p, 0), min(end - 1 - p, KEYS - 1), min(p + step, end - 1)
-        page = page_table[table_row + (following >> log2_page)]
-        scores = mma_scores(k_cache, queries, keys)
-        keys = load_keys(zeros, k_lane, place, page, following)  # of the next step, as soon as the registers are free
+        low, last = max(begin - p, 0), min(end - 1 - p, KEYS - 1)
+        cp_async_wait_group(2)
+        scores = mma_scores(k_cache, queries, ld_parts(zeros, slot))
         a, b = masked(scores[0] * down, 2 * t, low, last), masked(scores[1] * down, 2 * t + 1, low, last)
         c, d = masked(scores[2] * down, 2 * t + 8, low, last), masked(scores[3] * down, 2 * t + 9, low, last)
         new_max = max(max_score, quad_max(max(max(a, b), max(c, d))))
@@ -211,10 +218,14 @@ def attend_group(q, k_cache, v_cache, pages, position, sequence, q_at, heads_her
         first, first2 = cvt_rn_x2(v_cache, a, b), cvt_rn_x2(v_cache, c, d)
         r = unpack8(v_cache, (first, first2, first, first2))
         second, second2 = cvt_rn_x2(v_cache, a - r[0], b - r[1]), cvt_rn_x2(v_cache, c - r[2], d - r[3])
-        sums = mma_values(v_cache, scaled(sums, rescale), (first, first2, second, second2), values)
-        values = load_values(zeros, v_lane, place, page, following)
+        sums = mma_values(v_cache, scaled(sums, rescale), (first, first2, second, second2),
+                          ld_parts(zeros, slot + (stage >> 1)))  # fmt: skip
+        fetch_keys(slot, zeros, k_lane, v_lane, place, table_row, page_table, p + GROUP_STAGES * step)
+        slot = slot + stage if slot + stage < ring_end else ring
         p += step
     griddepcontrol_launch_dependents()  # not earlier: the next kernel's copies would compete with this one's loads
+    cp_async_wait_all()
+    cuda.syncthreads()  # results are written where the rings are
     row = (GROUP_HEADS * warp + g) * (head_dim + 4)
     st_shared_heads(sums, shared_address(shared, row + 16 * t))
     exp_sum = quad_sum(exp_sum)
@@ -279,9 +290,11 @@ def attend_few(q, k_cache, v_cache, pages, position, sequence, q_at, heads_here,
     factor = LOG2_E / np.float32(math.sqrt(np.float32(head_dim)))
     p, step = (begin & -KEYS) + KEYS * warp, KEYS * warps
     place = log2_page, page_bytes, row_bytes, begin, end
-    page = page_table[table_row + (min(p, end - 1) >> log2_page)]
-    keys = load_keys(rows, k_lane, place, page, min(p, end - 1))
-    values = load_values(rows, v_lane, place, page, min(p, end - 1))
+    stage = 2 * KEYS * row_bytes
+    ring = shared_address(shared, 0) + warp * (GROUP_STAGES * stage) + 16 * lane
+    for i in range(GROUP_STAGES):
+        fetch_keys(ring + i * stage, rows, k_lane, v_lane, place, table_row, page_table, p + i * step)
+    slot, ring_end = ring, ring + GROUP_STAGES * stage
     queries, down = load_columns(
         zeros, q, q_at + (g >> 1) * head_dim + 8 * t, g >> 1 < heads_here, factor, k_cache, g & 1
     )
@@ -289,10 +302,9 @@ def attend_few(q, k_cache, v_cache, pages, position, sequence, q_at, heads_here,
     max_score, exp_sum, sums = LOWEST_SCORE, np.float32(0), zeros
     while p < end:
         no_unroll()
-        low, last, following = max(begin - p, 0), min(end - 1 - p, KEYS - 1), min(p + step, end - 1)
-        page = page_table[table_row + (following >> log2_page)]
-        scores = mma_scores_few(k_cache, queries, keys)
-        keys = load_keys(rows, k_lane, place, page, following)  # of the next step, as soon as the registers are free
+        low, last = max(begin - p, 0), min(end - 1 - p, KEYS - 1)
+        cp_async_wait_group(2)
+        scores = mma_scores_few(k_cache, queries, ld_parts(rows, slot))
         a, b = masked(scores[0] * down, g, low, last), masked(scores[1] * down, g + 8, low, last)
         new_max = max(max_score, eighth_max(max(a, b)))
         rescale = ex2_approx(max_score - new_max)
@@ -306,10 +318,13 @@ def attend_few(q, k_cache, v_cache, pages, position, sequence, q_at, heads_here,
         if g & 1:
             r = unpack8(v_cache, (first, second, first, second))
             first, second = cvt_rn_x2(v_cache, c - r[0], d - r[1]), cvt_rn_x2(v_cache, e - r[2], f - r[3])
-        sums = mma_values_few(v_cache, scaled(sums, rescale), first, second, values)
-        values = load_values(rows, v_lane, place, page, following)
+        sums = mma_values_few(v_cache, scaled(sums, rescale), first, second, ld_parts(rows, slot + (stage >> 1)))
+        fetch_keys(slot, rows, k_lane, v_lane, place, table_row, page_table, p + GROUP_STAGES * step)
+        slot = slot + stage if slot + stage < ring_end else ring
         p += step
     griddepcontrol_launch_dependents()  # not earlier: the next kernel's copies would compete with this one's loads
+    cp_async_wait_all()
+    cuda.syncthreads()  # results are written where the rings are
     row = (FEW_HEADS * warp + t) * (head_dim + 4)
     st_shared_few(sums, shared_address(shared, row + 8 * g))
     exp_sum = eighth_sum(exp_sum)
@@ -462,7 +477,7 @@ def attention_few_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, p
                   zeros32())  # fmt: skip
 
 
-@launch_bounds(min_blocks=3)
+@launch_bounds(min_blocks=2)
 @cuda.jit
 def attention_few_128_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
                              scales_at, out, partials, counters, kv_heads, shared_by, window, subgroups,

@@ -68,8 +68,8 @@ WIDE_ROWS, WIDE_THREADS = 128, 256
 """Rows of W and threads of a block."""
 WIDE_STEP_COLUMNS = 64
 """Columns of W and X that are copied together."""
-WIDE_STAGES = {32: 4, 64: 4, 128: 6, 256: 4}
-"""Tokens of a block → stages of its ring: 4 or 6, whose waits are compiled in. Of up to 64 tokens, two blocks fit."""
+WIDE_STAGES = {64: 4, 128: 6, 256: 4}
+"""Tokens of a block → stages of its ring: 4 or 6, whose waits are compiled in. Of 64 tokens, two blocks fit."""
 
 
 def units_together(units: int) -> int:
@@ -98,8 +98,8 @@ ROW_SPLIT_KEYS = 256
 splits suffice."""
 GROUP_HEADS, FEW_HEADS = 8, 4
 """Query heads with the same keys that a block computes on tensor cores (`group_attention`), and where they are few."""
-GROUP_THREADS = 128
-"""Threads of a block there."""
+GROUP_THREADS, GROUP_STAGES = 128, 3
+"""Threads of a block there; stages of a warp's ring, whose depth is compiled in."""
 PLAIN_ATTENTION_THREADS = 128
 
 # Attention of many tokens (`prefill_attention`)

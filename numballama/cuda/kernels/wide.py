@@ -1,4 +1,4 @@
-"""Linear layers of 17 to 256 tokens on sm_90, Y[T, N] = X[T, K] · W[N, K]ᵀ, by wgmma.
+"""Linear layers of 33 to 256 tokens on sm_90, Y[T, N] = X[T, K] · W[N, K]ᵀ, by wgmma.
 
 A kernel here takes the place of those in `skinny.py`: it reads X as `skinny_round_kernel` leaves it, and leaves sums as
 `skinny_sum_kernel` reads them. W is A of wgmma and X is B, so that all tokens of a run are one product and W is read
@@ -299,15 +299,6 @@ def wide(zeros, tokens, rounded, padded, weights, scales, scale_stride, shift, s
     slot = ((cuda.blockIdx.y * tiles + cuda.blockIdx.x) * slices + cuda.blockIdx.z) * (ROWS // GROUP) + (warp >> 1)
     at = slot * units * UNIT + (warp & 1) * (UNIT // 2) + 4 * lane
     st_global_parts(sums, address(partials, at), 4 * UNIT, (tokens[0] - first_token + 7) >> 3)
-
-
-@launch_bounds(min_blocks=2)
-@cuda.jit
-def wide_32_kernel(tokens, rounded, padded, w0, w1, w2, stride, s0, s1, s2, scale_stride, shift, paired, rows, kv_rows,
-                   partials, tiles, slices, steps, row_steps, stages, bias):  # fmt: skip
-    """Sums of x · Wᵀ of up to 32 tokens."""
-    wide(zeros_of(16), tokens, rounded, padded, (w0, w1, w2), (s0, s1, s2), scale_stride, shift, stride, paired, rows,
-         kv_rows, partials, tiles, slices, steps, row_steps, stages, bias)  # fmt: skip
 
 
 @launch_bounds(min_blocks=2)

@@ -23,6 +23,7 @@ from ..kernels.params import (
     ATTENTION_WARPS,
     FEW_HEADS,
     GROUP_HEADS,
+    GROUP_STAGES,
     GROUP_THREADS,
     HEADS_PER_BLOCK,
     MAX_SPLITS,
@@ -169,7 +170,8 @@ def _decode(
             subgroups=subgroups, inverse_subgroups=1 / subgroups, splits=most_splits, tiles=ctx.tiles,
             listed=int(listed),
         )  # fmt: skip
-        shared = GROUP_THREADS // 8 * together * (head_dim + 4)
+        results, ring = 4 * together * (head_dim + 4), GROUP_STAGES * 64 * head_dim  # of a warp, in bytes
+        shared = GROUP_THREADS // 32 * max(results, ring)
 
         def group(blocks_of_keys: int) -> Launch:
             grid = kv_heads * subgroups, tokens, blocks_of_keys
