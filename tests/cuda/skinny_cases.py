@@ -120,9 +120,10 @@ def main(arguments: list[str]) -> int:
     for kind in kinds:
         counts = COUNTS.get(kind, COUNTS["others"])
         try:
-            if hopper and PAYLOAD_TYPE[kind] in wide.LEAST:
-                same_rows(machine_of, kind, 2048, 200, WIDE_COUNTS)
-                counts = [(wide.LEAST[PAYLOAD_TYPE[kind]] - 1, 16), *counts[-2:]]
+            least = wide.LEAST[PAYLOAD_TYPE[kind]] if hopper else 1000
+            if hopper:
+                same_rows(machine_of, kind, 2048, 200, [pair for pair in WIDE_COUNTS if pair[0] >= least])
+            counts = [pair for pair in counts if pair[0] < least]
             same_rows(machine_of, kind, 1024, 72, counts)
         except AssertionError as error:
             failed[kind] = str(error)

@@ -153,6 +153,17 @@ def place_of(place, page, position):
 
 
 @device
+def wait_for_keys():
+    """Wait until at most the newest `GROUP_STAGES` - 1 of this thread's steps are pending."""
+    if GROUP_STAGES == 3:
+        cp_async_wait_group(2)
+    elif GROUP_STAGES == 2:
+        cp_async_wait_group(1)
+    else:
+        cp_async_wait_all()
+
+
+@device
 def fetch_keys(slot, rows, k_lane, v_lane, place, table_row, page_table, position):
     """Start copying the lane's parts of 16 keys, from a position on, and of their values to a stage of its warp."""
     log2_page, _, row, _, end = place
@@ -205,7 +216,7 @@ def attend_group(q, k_cache, v_cache, pages, position, sequence, q_at, heads_her
     while p < end:
         no_unroll()
         low, last = max(begin - p, 0), min(end - 1 - p, KEYS - 1)
-        cp_async_wait_group(2)
+        wait_for_keys()
         scores = mma_scores(k_cache, queries, ld_parts(zeros, slot))
         a, b = masked(scores[0] * down, 2 * t, low, last), masked(scores[1] * down, 2 * t + 1, low, last)
         c, d = masked(scores[2] * down, 2 * t + 8, low, last), masked(scores[3] * down, 2 * t + 9, low, last)
@@ -303,7 +314,7 @@ def attend_few(q, k_cache, v_cache, pages, position, sequence, q_at, heads_here,
     while p < end:
         no_unroll()
         low, last = max(begin - p, 0), min(end - 1 - p, KEYS - 1)
-        cp_async_wait_group(2)
+        wait_for_keys()
         scores = mma_scores_few(k_cache, queries, ld_parts(rows, slot))
         a, b = masked(scores[0] * down, g, low, last), masked(scores[1] * down, g + 8, low, last)
         new_max = max(max_score, eighth_max(max(a, b)))
@@ -477,7 +488,7 @@ def attention_few_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, p
                   zeros32())  # fmt: skip
 
 
-@launch_bounds(min_blocks=2)
+@launch_bounds(min_blocks=3)
 @cuda.jit
 def attention_few_128_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
                              scales_at, out, partials, counters, kv_heads, shared_by, window, subgroups,

@@ -98,7 +98,7 @@ ROW_SPLIT_KEYS = 256
 splits suffice."""
 GROUP_HEADS, FEW_HEADS = 8, 4
 """Query heads with the same keys that a block computes on tensor cores (`group_attention`), and where they are few."""
-GROUP_THREADS, GROUP_STAGES = 128, 3
+GROUP_THREADS, GROUP_STAGES = 128, 2
 """Threads of a block there; stages of a warp's ring, whose depth is compiled in."""
 PLAIN_ATTENTION_THREADS = 128
 
