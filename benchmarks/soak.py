@@ -1,264 +1,63 @@
-"""Load a server for an hour with good, broken and abandoned requests. Says whether it grows, hangs or answers wrongly.
+"""Send thousands of short requests through an engine and print memory now and then: it must stay flat.
 
-python benchmarks/soak.py http://127.0.0.1:8000 --pid PID [--minutes 60] [--clients 12] [--out FILE]
+python benchmarks/soak.py [--device cuda] [--requests 10000] [--out FILE.json]
 
-Each client sends one request after the other. Most are greedy ones whose answers are known from before the load: a
-wrong byte is a failure. Others are broken (JSON, fields, paths, half a request), are left by their client at a random
-moment, or restrict the text to a schema. Every minute prints counts and the resident memory of the server's process
-(Linux). In the end the server must be idle: no running, no waiting request.
+The packaged story model; prompts of 1 to 40 random tokens, 1 to 16 tokens each, greedy or seeded, 48 at a time.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
-import random
-import re
 import time
-from collections import Counter
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
+import numpy as np
+
+import numballama
 from numballama.bench.benchmark import machine
 from numballama.files import atomic_write
+from numballama.sampling import SamplingParams
 
-PROMPTS = ("Once upon a time", "The little dog", "Lily found a red ball in the park. She", "One day, a boy named Tim")
-SCHEMA = {
-    "type": "object",
-    "properties": {"name": {"enum": ["Tim", "Lily"]}, "age": {"type": "integer", "minimum": 0, "maximum": 9}},
-    "required": ["name", "age"],
-    "additionalProperties": False,
-}
-TIMEOUT_S = 120
-"""A request that takes longer is stuck."""
+TOGETHER, EVERY = 48, 1000
 
 
-class WrongAnswerError(Exception):
-    """The server answered what it must not."""
-
-
-@dataclass
-class Soak:
-    """The server, the answers that are known, and what happened so far."""
-
-    url: str
-    key: str | None
-    expected: dict[tuple[str, int], str] = field(default_factory=dict)
-    """(prompt, max_tokens) → the greedy text."""
-    counts: Counter[str] = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
-
-    async def send(self, path: str, body: bytes, method: str = "POST") -> tuple[asyncio.StreamReader, Any]:
-        """Open a connection of its own and send a request."""
-        parts = urlsplit(self.url)
-        reader, writer = await asyncio.open_connection(parts.hostname, parts.port, limit=1 << 22)
-        key = f"Authorization: Bearer {self.key}\r\n" if self.key else ""
-        head = f"{method} {path} HTTP/1.1\r\nHost: {parts.netloc}\r\nContent-Type: application/json\r\n{key}"
-        writer.write(f"{head}Connection: close\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
-        await writer.drain()
-        return reader, writer
-
-    async def ask(self, path: str, body: Any, method: str = "POST") -> tuple[int, bytes]:
-        """(status, body) of a whole answer."""
-        data = body if isinstance(body, bytes) else json.dumps(body).encode()
-        reader, writer = await self.send(path, data, method)
-        try:
-            status = int((await reader.readline()).split()[1])
-            head = await reader.readuntil(b"\r\n\r\n")
-            rest = await reader.read()
-        finally:
-            writer.close()
-        return status, _chunks(rest) if b"chunked" in head.lower() else rest
-
-    # What clients do. Each is one request.
-
-    async def known(self, chosen: random.Random) -> str:
-        (prompt, tokens), text = chosen.choice(list(self.expected.items()))
-        stream = chosen.random() < 0.5
-        status, data = await self.ask("/v1/completions", greedy(prompt, tokens) | {"stream": stream})
-        if status == 429:
-            return "429"
-        if status != 200:
-            raise WrongAnswerError(f"{status}: {data[:300]!r}")
-        found = _streamed(data) if stream else json.loads(data)["choices"][0]["text"]
-        if found != text:
-            raise WrongAnswerError(f"{prompt!r}, {tokens} tokens: {found!r} instead of {text!r}")
-        return "known"
-
-    async def restricted(self, chosen: random.Random) -> str:
-        form = {"type": "json_schema", "json_schema": {"schema": SCHEMA}}
-        body = greedy(chosen.choice(PROMPTS), 60) | {
-            "response_format": form,
-            "temperature": 1,
-            "seed": chosen.getrandbits(32),
-        }
-        status, data = await self.ask("/v1/completions", body)
-        if status == 429:
-            return "429"
-        found = json.loads(json.loads(data)["choices"][0]["text"])
-        if set(found) != {"name", "age"} or found["name"] not in ("Tim", "Lily") or not 0 <= found["age"] <= 9:
-            raise WrongAnswerError(f"not of the schema: {found!r}")
-        return "restricted"
-
-    async def left(self, chosen: random.Random) -> str:
-        """A client that goes away: before, while or after it is answered."""
-        body = greedy(chosen.choice(PROMPTS), 200) | {"stream": chosen.random() < 0.7, "n": chosen.choice((1, 1, 3))}
-        reader, writer = await self.send("/v1/completions", json.dumps(body).encode())
-        try:
-            if chosen.random() < 0.7:
-                await asyncio.wait_for(reader.read(chosen.randrange(1, 4000)), chosen.random() * 2)
-        except TimeoutError:
-            pass
-        finally:
-            if chosen.random() < 0.5:
-                writer.transport.abort()
-            writer.close()
-        return "left"
-
-    async def half(self, chosen: random.Random) -> str:
-        """Half a request, and gone."""
-        parts = urlsplit(self.url)
-        _, writer = await asyncio.open_connection(parts.hostname, parts.port)
-        text = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n" + b'{"prompt": ' * 9
-        writer.write(text[: chosen.randrange(1, len(text))])
-        await writer.drain()
-        await asyncio.sleep(chosen.random() / 10)
-        writer.close()
-        return "half"
-
-    async def broken(self, chosen: random.Random) -> str:
-        """A request that is wrong: 400 to 499 in OpenAI's shape."""
-        path, body = chosen.choice(BROKEN)
-        status, data = await self.ask(path, body)
-        if not 400 <= status < 500 or not json.loads(data)["error"]["message"]:
-            raise WrongAnswerError(f"{path} {body!r:.100}: {status} {data[:300]!r}")
-        return "broken"
-
-    async def figures(self) -> dict[str, float]:
-        """Running and waiting requests, from /metrics."""
-        _, data = await self.ask("/metrics", b"", "GET")
-        pattern = r"^numballama:num_requests_(running|waiting)(?:\{[^}]*\})? (\S+)$"
-        return {name: float(value) for name, value in re.findall(pattern, data.decode(), re.MULTILINE)}
-
-    async def client(self, end: float, seed: int) -> None:
-        chosen = random.Random(seed)
-        kinds: list[Callable[[random.Random], Awaitable[str]]] = [
-            self.known,
-            self.restricted,
-            self.left,
-            self.half,
-            self.broken,
-        ]
-        while time.monotonic() < end and len(self.wrong) < 20:
-            (kind,) = chosen.choices(kinds, (60, 8, 20, 4, 8))
-            try:
-                self.counts[await asyncio.wait_for(kind(chosen), TIMEOUT_S)] += 1
-            except TimeoutError:
-                self.wrong.append(f"{kind.__name__}: no answer in {TIMEOUT_S} s")
-            except Exception as error:
-                self.wrong.append(f"{kind.__name__}: {error!r:.500}")
-            if chosen.random() < 0.02:
-                await asyncio.sleep(chosen.random() * 3)  # a client that starts again
-
-
-def greedy(prompt: str, tokens: int) -> dict[str, Any]:
-    return {"model": "any", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
-
-
-BROKEN: list[tuple[str, Any]] = [
-    ("/v1/completions", b"{"),
-    ("/v1/completions", b"\xff\xfe" * 500),
-    ("/v1/completions", {"prompt": [[]]}),
-    ("/v1/completions", {"prompt": "a", "max_tokens": -1}),
-    ("/v1/completions", {"prompt": "a", "regex": "("}),
-    ("/v1/completions", {"prompt": "a", "json_schema": {"uniqueItems": True}}),
-    ("/v1/completions", {"prompt": "a " * 100_000}),
-    ("/v1/completions", {"prompt": [1 << 30]}),
-    ("/v1/chat/completions", {"messages": []}),
-    ("/v1/chat/completions", {"messages": [{"role": "nobody", "content": "a"}]}),
-    ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "logit_bias": {"x": 1}}),
-    ("/v1/nothing", {}),
-    ("/v1/completions", b"[" * 100_000),
-]
-
-
-def _chunks(data: bytes) -> bytes:
-    """The body of a chunked answer."""
-    parts = []
-    while data:
-        size, _, data = data.partition(b"\r\n")
-        length = int(size, 16)
-        parts.append(data[:length])
-        data = data[length + 2 :]
-    return b"".join(parts)
-
-
-def _streamed(data: bytes) -> str:
-    events = [line.removeprefix(b"data: ") for line in data.split(b"\n") if line.startswith(b"data: ")]
-    if not events or events[-1] != b"[DONE]":
-        raise WrongAnswerError(f"the stream ends with {data[-200:]!r}")
-    return "".join(choice["text"] for event in events[:-1] for choice in json.loads(event)["choices"])
-
-
-def resident_mb(pid: int) -> float:
-    text = Path(f"/proc/{pid}/status").read_text()
-    return int(re.findall(r"VmRSS:\s+(\d+)", text)[0]) / 1024
-
-
-async def soak(args: argparse.Namespace) -> dict[str, Any]:
-    state = Soak(args.url, args.key)
-    for prompt in PROMPTS:
-        for tokens in (1, 17, 60):
-            _, data = await state.ask("/v1/completions", greedy(prompt, tokens))
-            state.expected[prompt, tokens] = json.loads(data)["choices"][0]["text"]
-    begin = time.monotonic()
-    end = begin + 60 * args.minutes
-    clients = [asyncio.create_task(state.client(end, seed)) for seed in range(args.clients)]
-    memory = [resident_mb(args.pid)]
-    while any(not client.done() for client in clients):
-        await asyncio.wait(clients, timeout=60)
-        memory.append(resident_mb(args.pid))
-        counts = ", ".join(f"{name} {count:,}" for name, count in sorted(state.counts.items()))
-        print(f"{(time.monotonic() - begin) / 60:.0f} min: {memory[-1]:.0f} MB, {counts}", *state.wrong, flush=True)
-    await asyncio.gather(*clients)
-    for _ in range(60):
-        left = await state.figures()
-        if left == {"running": 0, "waiting": 0}:
-            break
-        await asyncio.sleep(0.5)
-    else:
-        state.wrong.append(f"not idle after 30 s: {left}")
-    minutes = (time.monotonic() - begin) / 60
-    return {
-        "what": "a server under load for long",
-        "machine": machine(),
-        "arguments": vars(args) | {"out": None, "key": None},
-        "minutes": minutes,
-        "requests": dict(state.counts),
-        "wrong": state.wrong,
-        "resident_mb": memory,
-    }
+def resident_bytes() -> int:
+    """Resident memory of this process."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("url")
-    parser.add_argument("--pid", type=int, required=True, help="the server's process, for its memory")
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--clients", type=int, default=12)
-    parser.add_argument("--key")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--requests", type=int, default=10_000)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    found = asyncio.run(soak(args))
-    print(f"{sum(found['requests'].values()):,} requests, {len(found['wrong'])} wrong")
+    rng, rows, open_requests = np.random.default_rng(0), [], []
+    with numballama.compile(None, device=args.device, max_sequences=32) as model:
+        start = time.perf_counter()
+        for number in range(args.requests):
+            prompt = rng.integers(0, model.config.vocab_size, rng.integers(1, 41)).tolist()
+            temperature = float(rng.integers(0, 2))
+            params = SamplingParams(temperature=temperature, seed=number, max_tokens=int(rng.integers(1, 17)))
+            open_requests.append(model.token_engine.submit(prompt, params))
+            if len(open_requests) == TOGETHER:
+                for _ in open_requests.pop(0):
+                    pass
+            if (number + 1) % EVERY == 0:
+                device: Any = getattr(model.backend, "device", None)
+                used = device.total_bytes - device.free_bytes if args.device.startswith("cuda") else 0
+                rows.append({"requests": number + 1, "resident_bytes": resident_bytes(), "device_bytes": used})
+                print(rows[-1], flush=True)
+        for request in open_requests:
+            for _ in request:
+                pass
+        seconds = time.perf_counter() - start
     if args.out:
+        found = {"what": "short requests", "machine": machine(), "seconds": seconds, "memory": rows}
         with atomic_write(args.out) as file:
             file.write(json.dumps(found, indent=1).encode() + b"\n")
-    raise SystemExit(bool(found["wrong"]))
 
 
 if __name__ == "__main__":

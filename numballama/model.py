@@ -131,14 +131,14 @@ class Model:
         # the vocabulary may be padded: tokens that the tokenizer lacks are never chosen
         candidates = min(vocab, self.tokenizer.vocab_size) if self.tokenizer else vocab
         table = SamplerTable(self.max_sequences, vocab, candidates)
-        chunk = min(backend.prefill_chunk, self.context)
+        chunk = min(backend.prefill_chunk, self.context * self.max_sequences)
         with progress.progress_bar("compiling kernels") as report:
             note = partial(note_once, self.notes)
             self._runner = ModelRunner(backend, self.kv, table, self._build, chunk, self._program_of, note)
             self._program, _ = self._runner.compile(report)
             backend.prepare(self._program, report)
             self._runner.prepare(report)
-        self._engine = Engine(self._runner, context=self.context, mixed_tokens=backend.mixed_tokens)
+        self._engine = Engine(self._runner, context=self.context, mixed_tokens=self._runner.mixed_tokens)
         self._all_logits: Program | None = None
 
     def _program_of(self, graph: ir.Graph, report: progress.Report | None = None) -> Program:

@@ -127,6 +127,8 @@ def to_ptx(kernel: Specialization, capability: tuple[int, int]) -> str:
     with _compiling_for(capability):
         bounds = (kernel.threads, getattr(function, "min_blocks_per_sm", 1))
         ptx, _ = cuda.compile_ptx(function, signature(kernel.types), cc=capability, launch_bounds=bounds)
+    if "wgmma." in ptx:  # an instruction of this architecture alone
+        ptx = re.sub(r"^\.target sm_90\b", ".target sm_90a", ptx, flags=re.MULTILINE)
     return str(ptx)
 
 
@@ -135,7 +137,8 @@ def to_ptx(kernel: Specialization, capability: tuple[int, int]) -> str:
 
 def assemble(ptx: str, capability: tuple[int, int]) -> Cubin:
     """Machine code from PTX, by nvJitLink. Raises `DeviceError` with its log when it refuses the PTX."""
-    options = [f"-arch=sm_{capability[0]}{capability[1]}", "-verbose"]
+    alone = "a" if re.search(r"^\.target sm_\d+a\b", ptx, re.MULTILINE) else ""
+    options = [f"-arch=sm_{capability[0]}{capability[1]}{alone}", "-verbose"]
     handle = nvjitlink.create(len(options), options)
     try:
         source = ptx.encode() + b"\0"
@@ -154,6 +157,8 @@ def assemble(ptx: str, capability: tuple[int, int]) -> Cubin:
         nvjitlink.destroy(handle)
     (entry,) = re.findall(r"\.entry\s+([\w$]+)", ptx)
     text = log.decode(errors="replace")
+    if serialised := re.search(r"\(C75\d+\)[^\n]*", text):
+        raise DeviceError(f"nvJitLink lets wgmma run one at a time in kernel {entry}: {serialised[0]}")
     registers, stack, local = (
         int(found[-1]) if (found := re.findall(pattern, text)) else -1
         for pattern in (r"used (\d+) registers", r"(\d+) stack\b", r"(\d+) bytes lmem")

@@ -153,6 +153,28 @@ def _piece(builder: Any, name: str, wide: bool, row: list[Any], piece: int, bias
 
 
 @intrinsic
+def st_shared_decoded(typingctx, memory, scales, row, at, first, bias):  # type: ignore[no-untyped-def]
+    """Decode 16 bytes of a row, `WORDS8`, to shared memory: piece p is stored at `at` + 16 (`first` xor p).
+
+    `bias` is two float16 1024.
+    """
+    name, wide = memory.dtype.name, scales.dtype.name == "float32"
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        words = _parts(builder, WORDS8, args[2])
+        where = as_integer(context, builder, args[3], at, types.uint32)
+        place = as_integer(context, builder, args[4], first, types.uint32)
+        two_1024 = as_integer(context, builder, args[5], bias, types.uint32)
+        for piece in range(PIECES[name]):
+            to = builder.add(where, builder.shl(builder.xor(place, _word(piece)), _word(4)))
+            made = _piece(builder, name, wide, words, piece, two_1024)
+            call_asm(builder, VOID, "st.shared.v4.u32 [$0], {$1, $2, $3, $4};", "r,r,r,r,r,~{memory}", [to, *made])
+        return context.get_dummy_value()
+
+    return types.void(memory, scales, WORDS8, at, first, bias), codegen
+
+
+@intrinsic
 def mma_step(typingctx, memory, scales, sums, a, b, c, d, x_at, x_step, bias):  # type: ignore[no-untyped-def]
     """sums + W · Xᵀ of 64 bytes of 32 rows of W: a lane's parts of four rows 8 apart, `WORDS8` each.
 

@@ -208,6 +208,8 @@ class LaunchContext:
     """i32[1 + max_tokens, 2] in device memory: the run's rows in tiles, as `program.write_tiles` lists them."""
     zeros: Callable[[int], Array]
     """zeros(n): allocate n int32 for the program, initially 0. Kernels set them back to 0."""
+    wgmma: bool = False
+    """Whether the device has wgmma: compute capability 9.0, and no other."""
 
 
 def scales_of(cache: Array) -> dict[str, Argument]:

@@ -171,7 +171,12 @@ class CudaProgram:
         """Number of times that the host has enqueued work in the stream."""
         self.values = self._place_values()
         self.ctx = LaunchContext(
-            device.n_sms, device.shared_limit, self.run_inputs.tokens, self.run_inputs.tiles, self._zeros
+            device.n_sms,
+            device.shared_limit,
+            self.run_inputs.tokens,
+            self.run_inputs.tiles,
+            self._zeros,
+            device.capability == (9, 0),
         )
         of_rows = replace(self.ctx, tokens=self.run_inputs.rows)
         operands = self.values | backend.weights.operands

@@ -69,6 +69,8 @@ per_16_bytes = _constant(types.int64, PER_16_BYTES.__getitem__)
 has_scales = _constant(types.boolean, lambda name: name in SCALED)
 """has_scales(pointer): whether the weight has scales."""
 
+is_int8 = _constant(types.boolean, "int8".__eq__)
+"""is_int8(pointer): whether the weight has 8-bit integers."""
 is_packed = _constant(types.boolean, lambda name: name in PACKED)
 """is_packed(pointer): whether the element type is one of `PACKED`."""
 

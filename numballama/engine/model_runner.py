@@ -51,8 +51,9 @@ class ModelRunner:
         self._sizes = [size for size in backend.decode_sizes if size < kv.slots]
         self._sizes.append(next((size for size in backend.decode_sizes if size >= kv.slots), 0))
         self._decode: dict[int, Program] = {}
-        few = min(max(backend.mixed_tokens, kv.slots), self.max_tokens)
-        self._few_rows = few if kv.slots > 1 and backend.decode_sizes[-1] > 1 else 0
+        self.mixed_tokens = min(max(backend.mixed_tokens, 2 * kv.slots), self.max_tokens)
+        """Rows of a run in which others decode beside a prompt: half of them at least are the prompt's."""
+        self._few_rows = self.mixed_tokens if kv.slots > 1 and backend.decode_sizes[-1] > 1 else 0
         """Rows of the program for mixtures of few rows; 0 where the one for chunks is as fast."""
         self._mixed: Program | None = None
         self._in_flight: deque[tuple[int, Program | None]] = deque()

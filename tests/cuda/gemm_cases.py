@@ -109,8 +109,9 @@ class Real:
         self.device, self._owned = device, []  # type: ignore[var-annotated]
         counts, tiles = np.array([tokens], np.int32), np.zeros((2, 2), np.int32)
         self.ctx = LaunchContext(
-            device.n_sms, device.shared_limit, self.put(counts, "i32"), self.put(tiles, "i32"), self.zeros
-        )
+            device.n_sms, device.shared_limit, self.put(counts, "i32"), self.put(tiles, "i32"), self.zeros,
+            device.capability == (9, 0),
+        )  # fmt: skip
         self.executed: dict[str, int] = {}
 
     def zeros(self, count: int) -> Any:
@@ -447,6 +448,9 @@ def cases(kinds: Container[str]) -> list[Case]:
     for cache, page in (("f16", 16), ("bf16", 64)):
         add(f"attention {cache}, mixed, pages of {page}", 90, attention, cache, 96, (4, 2), 64, 150,
             where + [0] * (96 - len(where)), whose + [0] * (96 - len(where)), page=page)  # fmt: skip
+    # rows alone, of sequences of any length, with groups of heads that share keys
+    add("attention bf16, rows of 128", 3, attention, "bf16", 3, (9, 1), 128, 100, [63, 5, 94], [0, 1, 2])
+    add("attention f16, rows in splits", 2, attention, "f16", 3, (2, 1), 64, 700, [600, 5, 0], [0, 1, 2])
     for kind in ("f16", "bf16", "f32"):
         made.append((f"not_finite numbers, {kind}", 12, lambda machine, kind=kind: not_finite(machine, kind)))  # type: ignore[misc]
     return made

@@ -12,6 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from numballama.cuda.launch import PAYLOAD_TYPE
+from numballama.cuda.ops import wide
 from tests.cuda.gemm_cases import (
     EPS,
     QUANTISED,
@@ -89,6 +91,23 @@ def cases(kinds: Sequence[str]) -> list[Case]:
     return made
 
 
+def wide_cases() -> list[Case]:
+    """Cases of more tokens, for the kernels of `wide`, which are not emulated."""
+    made: list[Case] = []
+
+    def add(name: str, tokens: int, check: Callable[..., float], *arguments: Any, **named: Any) -> None:
+        made.append((name, tokens, lambda machine: check(machine, *arguments, tokens=tokens, **named)))
+
+    for kind in TYPES:
+        add(f"linear {kind}, 20 of 24", 20, linear, kind, 24, 2048, 200, residual=True, normed=False)
+        add(f"linear {kind}, 33 of 64", 33, linear, kind, 64, 2048, 328, residual=False, normed=True)
+        add(f"gate_up {kind}, 128", 128, gate_up, kind, 128, 512, 200, normed=True)
+        add(f"linear {kind}, 250 of 256", 250, linear, kind, 256, 1536, 392, residual=True, normed=False)
+        add(f"qkv {kind}, 150 of 160", 150, qkv_rope, kind, 160, 256, (4, 2), 64, 0, "f16")
+    return made
+
+
+WIDE_COUNTS = [(256, 200), (192, 150), (128, 100), (64, 41), (40, 33)]
 COUNTS = {"f16": [(64, 41), (32, 30), (16, 9), (8, 8), (2, 2)], "others": [(64, 41), (16, 9), (2, 2)]}
 """Programs and runs of `same_rows`: those of float16 are of every kernel, which others share."""
 
@@ -96,10 +115,16 @@ COUNTS = {"f16": [(64, 41), (32, 30), (16, 9), (8, 8), (2, 2)], "others": [(64, 
 def main(arguments: list[str]) -> int:
     machine_of = machine_maker(arguments)
     kinds = kinds_of(arguments, TYPES)
-    failed = check_all(machine_of, cases(kinds))
+    hopper = machine_of(1).ctx.wgmma
+    failed = check_all(machine_of, cases(kinds) + wide_cases() * hopper)
     for kind in kinds:
+        counts = COUNTS.get(kind, COUNTS["others"])
         try:
-            same_rows(machine_of, kind, 1024, 72, COUNTS.get(kind, COUNTS["others"]))
+            least = wide.LEAST[PAYLOAD_TYPE[kind]] if hopper else 1000
+            if hopper:
+                same_rows(machine_of, kind, 2048, 200, [pair for pair in WIDE_COUNTS if pair[0] >= least])
+            counts = [pair for pair in counts if pair[0] < least]
+            same_rows(machine_of, kind, 1024, 72, counts)
         except AssertionError as error:
             failed[kind] = str(error)
             print(f"same rows {kind}: WRONG: {error}", flush=True)

@@ -45,6 +45,10 @@ STACK = {
     "attention_single_kernel": {"8.0": 88, "7.5": 88},
     "attention_grouped_rows_kernel": {"8.0": 248, "7.5": 248},
     "attention_rows_kernel": {"8.0": 128, "7.5": 128},
+    "attention_group_64_kernel": {"8.0": 176, "7.5": 176},
+    "attention_group_128_kernel": {"8.0": 352, "7.5": 352},
+    "attention_few_64_kernel": {"8.0": 176, "7.5": 176},
+    "attention_few_128_kernel": {"8.0": 352, "7.5": 352},
     "skinny_8_kernel": {"8.0": 112, "7.5": 112},
     "skinny_16_kernel": {"8.0": 128, "7.5": 120},
     "attention_128_kernel": {"8.0": 8, "7.5": 80},  # a real 7.5 has too little shared memory for it to be launched

@@ -62,6 +62,15 @@ SKINNY_UNIT = 256
 SKINNY_PLANE_BYTES = 4 * SKINNY_ROWS
 """A plane of scales in a stage: a word for each row of a warp."""
 
+# The same by wgmma (`wide`)
+
+WIDE_ROWS, WIDE_THREADS = 128, 256
+"""Rows of W and threads of a block."""
+WIDE_STEP_COLUMNS = 64
+"""Columns of W and X that are copied together."""
+WIDE_STAGES = {64: 4, 128: 6, 256: 4}
+"""Tokens of a block → stages of its ring: 4 or 6, whose waits are compiled in. Of 64 tokens, two blocks fit."""
+
 
 def units_together(units: int) -> int:
     """Units whose sums are in shared memory at a time, of `units`; fewer of the largest, beside which X is largest."""
@@ -87,6 +96,10 @@ SPLIT_WEIGHTS = MAX_SPLITS + 1
 ROW_SPLIT_KEYS = 256
 """Keys of a split where a run has many rows. In contexts longer than `MAX_SPLITS` of these it is doubled until the
 splits suffice."""
+GROUP_HEADS, FEW_HEADS = 8, 4
+"""Query heads with the same keys that a block computes on tensor cores (`group_attention`), and where they are few."""
+GROUP_THREADS, GROUP_STAGES = 128, 2
+"""Threads of a block there; stages of a warp's ring, whose depth is compiled in."""
 PLAIN_ATTENTION_THREADS = 128
 
 # Attention of many tokens (`prefill_attention`)

@@ -3,7 +3,8 @@
 A single token (`kernels/decode_attention.py`): in a short context one block computes each head. A long context is split
 over blocks, and one block computes `HEADS_PER_BLOCK` query heads that share keys (grouped-query attention), so that a
 key is read once for them. Rows of many sequences (`kernels/rows_attention.py`): the same, but a row's splits depend on
-its length only, so that its result does not depend on other rows. Prompts (`kernels/prefill_attention.py`) use tensor
+its length only, so that its result does not depend on other rows. With a cache of 16 bits they use tensor cores
+(`kernels/group_attention.py`). Prompts (`kernels/prefill_attention.py`) use tensor
 cores.
 """
 
@@ -20,6 +21,10 @@ from ..kernels.params import (
     ATTENTION_STAGES,
     ATTENTION_THREADS,
     ATTENTION_WARPS,
+    FEW_HEADS,
+    GROUP_HEADS,
+    GROUP_STAGES,
+    GROUP_THREADS,
     HEADS_PER_BLOCK,
     MAX_SPLITS,
     MIN_SPLIT_KEYS,
@@ -30,7 +35,7 @@ from ..kernels.params import (
     SPLIT_FROM,
     SPLIT_WEIGHTS,
 )
-from ..launch import Argument, Array, Launch, LaunchContext, named, paged, scales_of
+from ..launch import Argument, Array, Launch, LaunchContext, RowKind, named, paged, scales_of
 from .gemm import FEW
 
 DECODE = "numballama.cuda.kernels.decode_attention"
@@ -40,6 +45,9 @@ ROWS = "numballama.cuda.kernels.rows_attention"
 ATTENTION_PLAIN = KernelRef(ROWS, "attention_plain_kernel")
 ATTENTION_ROWS = KernelRef(ROWS, "attention_rows_kernel")
 ATTENTION_GROUPED_ROWS = KernelRef(ROWS, "attention_grouped_rows_kernel")
+GROUP = "numballama.cuda.kernels.group_attention"
+ATTENTION_GROUP = {size: KernelRef(GROUP, f"attention_group_{size}_kernel") for size in (64, 128)}
+ATTENTION_FEW = {size: KernelRef(GROUP, f"attention_few_{size}_kernel") for size in (64, 128)}
 PLAIN = "numballama.kernels_cuda"
 ATTENTION_SCORES = KernelRef(PLAIN, "attention_scores_kernel")
 ATTENTION_VALUES = KernelRef(PLAIN, "attention_values_kernel")
@@ -107,6 +115,15 @@ def _prefill(
     return [Launch(kernel_ref, grid, PREFILL_ATTENTION_THREADS, arguments, shared, only_for="chunks")]
 
 
+def _for_groups(ctx: LaunchContext, k_cache: Array) -> bool:
+    """Whether `group_attention` supports a cache, whose keys and values have the same type; from sm_80 on."""
+    page, head_dim = k_cache.shape[2:]
+    return (
+        k_cache.dtype in ("f16", "bf16") and head_dim in ATTENTION_GROUP and page % 16 == 0
+        and ctx.shared_limit > 64 << 10
+    )  # fmt: skip
+
+
 def _splits(ctx: LaunchContext, blocks: int, context: int) -> int:
     """Number of blocks that share a head's context: as many as fill the SMs once, because a second wave would wait."""
     return max(1, min(ceil_div(context, MIN_SPLIT_KEYS), ctx.n_sms // blocks))
@@ -145,13 +162,28 @@ def _decode(
         return Launch(kernel_ref, (blocks, tokens, blocks_of_keys), ATTENTION_THREADS, arguments, shared)
 
     most_splits = partials.shape[2]
+    if tokens > 1 and _for_groups(ctx, k_cache):
+        together, kernels = (FEW_HEADS, ATTENTION_FEW) if shared_by <= FEW_HEADS else (GROUP_HEADS, ATTENTION_GROUP)
+        subgroups = ceil_div(shared_by, together)
+        arguments = named(
+            **operands, partials=partials, counters=counters, kv_heads=kv_heads, shared_by=shared_by, window=window,
+            subgroups=subgroups, inverse_subgroups=1 / subgroups, splits=most_splits, tiles=ctx.tiles,
+            listed=int(listed),
+        )  # fmt: skip
+        results, ring = 4 * together * (head_dim + 4), GROUP_STAGES * 64 * head_dim  # of a warp, in bytes
+        shared = GROUP_THREADS // 32 * max(results, ring)
+
+        def group(blocks_of_keys: int) -> Launch:
+            grid = kv_heads * subgroups, tokens, blocks_of_keys
+            only_for: RowKind | None = "single rows" if listed else None
+            return Launch(kernels[head_dim], grid, GROUP_THREADS, arguments, shared, only_for=only_for)
+
+        return [_by_length(group, _most_seen(window, context), most_splits, max(4, ROW_BLOCKS // tokens))]
     if tokens > 1:
-        rows_kernel, together = (ATTENTION_GROUPED_ROWS, HEADS_PER_BLOCK) if shared_by > 1 else (ATTENTION_ROWS, 1)
+        rows_kernel, heads = (ATTENTION_GROUPED_ROWS, HEADS_PER_BLOCK) if shared_by > 1 else (ATTENTION_ROWS, 1)
 
         def rows(blocks_of_keys: int) -> Launch:
-            made = launch(
-                rows_kernel, together, blocks_of_keys, splits=most_splits, tiles=ctx.tiles, listed=int(listed)
-            )
+            made = launch(rows_kernel, heads, blocks_of_keys, splits=most_splits, tiles=ctx.tiles, listed=int(listed))
             return replace(made, only_for="single rows" if listed else None)
 
         return [_by_length(rows, _most_seen(window, context), most_splits, max(4, ROW_BLOCKS // tokens))]

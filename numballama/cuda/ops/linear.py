@@ -16,7 +16,7 @@ from ...quantization.types import FLOAT_KV_TYPES, LINEAR_TYPES
 from ...registry import KernelRef, kernel
 from ..kernels.params import ELEMENTWISE_THREADS
 from ..launch import Array, Launch, LaunchContext, Matrix, named
-from . import gemm, gemv, skinny
+from . import gemm, gemv, skinny, wide
 from .gemm import FEW
 
 LINEAR_INT8 = KernelRef("numballama.kernels_cuda", "linear_int8_kernel")
@@ -25,19 +25,20 @@ EXACT = 1
 """Up to this number of tokens, `gemv` multiplies all types; it does not round activations to 16 bits."""
 
 
-def _kernels_for(x: Array, weight: Matrix) -> Literal["gemv", "skinny", "gemm"]:
+def _kernels_for(ctx: LaunchContext, x: Array, weight: Matrix) -> Literal["gemv", "skinny", "gemm"]:
     """The kernels that are fastest for x and a weight of this type."""
     tokens, in_float32 = x.shape[0], weight.payload.dtype == "f32"
     if tokens <= (FEW if in_float32 else EXACT):
         return "gemv"
-    return "skinny" if tokens <= skinny.MOST and not in_float32 else "gemm"
+    few = tokens <= skinny.MOST or wide.wanted(ctx, tokens, weight.payload.dtype)
+    return "skinny" if few and not in_float32 else "gemm"
 
 
 def _linear(
     ctx: LaunchContext, x: Array, norm: Array | None, eps: float, weight: Matrix, residual: Array | None, out: Array,
     workspace: Array,
 ) -> list[Launch]:  # fmt: skip
-    kernels = _kernels_for(x, weight)
+    kernels = _kernels_for(ctx, x, weight)
     if kernels == "gemv":
         return gemv.linear(ctx, x, norm, eps, weight, residual, out)
     if kernels == "skinny":
@@ -48,7 +49,7 @@ def _linear(
 def _gate_up(
     ctx: LaunchContext, x: Array, norm: Array | None, eps: float, w1: Matrix, w3: Matrix, out: Array, workspace: Array
 ) -> list[Launch]:
-    kernels = _kernels_for(x, w1)
+    kernels = _kernels_for(ctx, x, w1)
     if kernels == "gemv":
         return gemv.gate_up(ctx, x, norm, eps, w1, w3, out)
     if kernels == "skinny":
@@ -60,7 +61,7 @@ def _qkv(
     ctx: LaunchContext, x: Array, norm: Array | None, eps: float, weights: tuple[Matrix, Matrix, Matrix],
     outs: tuple[Array, Array, Array], workspace: Array,
 ) -> list[Launch]:  # fmt: skip
-    kernels = _kernels_for(x, weights[0])
+    kernels = _kernels_for(ctx, x, weights[0])
     if kernels == "gemv":
         return gemv.qkv(ctx, x, norm, eps, *weights, *outs)
     if kernels == "skinny":
@@ -112,7 +113,7 @@ def norm_qkv_rope(
     positions: Array, sequences: Array, page_table: Array, v_cache: Array, out: Array, workspace: Array, eps: float,
     head_dim: int, interleaved: int,
 ) -> list[Launch]:  # fmt: skip
-    kernels = _kernels_for(x, wq)
+    kernels = _kernels_for(ctx, x, wq)
     if kernels == "skinny":
         return skinny.norm_qkv_rope(
             ctx, x, norm, wq, wk, wv, angles, k_cache, positions, sequences, page_table, v_cache, out, workspace, eps,

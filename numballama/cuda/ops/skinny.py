@@ -9,7 +9,6 @@ How K is divided (`Division`) depends on the weight and on the number of multipr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 
 from ...memory import ceil_div, round_up
@@ -24,11 +23,13 @@ from ..kernels.params import (
     SKINNY_UNIT,
     SKINNY_UNITS,
     SKINNY_WARPS,
+    WIDE_STEP_COLUMNS,
     units_together,
 )
 from ..launch import PAYLOAD_TYPE, Array, Launch, LaunchContext, Matrix, named
-from . import elementwise
+from . import elementwise, wide
 from .gemm import _operand_type, _padded, _Workspace
+from .wide import Division
 
 KERNELS = "numballama.cuda.kernels.skinny"
 SKINNY = {units: KernelRef(KERNELS, f"skinny_{8 * units}_kernel") for units in (1, 2, 4, 8)}
@@ -57,25 +58,6 @@ def slot_bytes(payload: str, scales: str) -> int:
 def step_columns(payload: str) -> int:
     """Columns of 64 bytes of payload."""
     return {"f16": 32, "bf16": 32, "int8": 64}.get(payload, 128)
-
-
-@dataclass(frozen=True)
-class Division:
-    """How W is divided among blocks and warps."""
-
-    k_warps: int
-    """Warps of a block that share their rows and divide K; a power of two."""
-    slice_steps: int
-    """Steps of K (64 bytes of a row) of a block."""
-    slices: int
-    """Blocks that divide K."""
-    tiles: int
-    """Tiles of rows; a tile is what the warps of a block have."""
-
-    @property
-    def row_warps(self) -> int:
-        """Groups of 32 rows of a tile."""
-        return SKINNY_WARPS // self.k_warps
 
 
 @lru_cache
@@ -123,11 +105,17 @@ def _launch(
     payload, slot = first.payload.dtype, slot_bytes(first.payload.dtype, first.scales.dtype)
     rows, kv_rows = first.shape[0], 0 if paired or len(weights) == 1 else weights[1].shape[0]
     groups = ceil_div(rows, 16) if paired else ceil_div(rows + 2 * kv_rows, SKINNY_ROWS)
-    division = divide(payload, first.scales.dtype, groups, columns, ctx.n_sms)
-    units, stages, width = _units(tokens), STAGES, division.slice_steps * step_columns(payload)
-    while units > 1 and _shared_bytes(units, stages, slot, width) > ctx.shared_limit:
+    by_wgmma = wide.wanted(ctx, tokens, payload)
+    if by_wgmma:
+        division, units = wide.divide(groups, columns, ctx.n_sms), wide.width_for(tokens) // 8
+        width = division.slice_steps * WIDE_STEP_COLUMNS
+    else:
+        division, units = divide(payload, first.scales.dtype, groups, columns, ctx.n_sms), _units(tokens)
+        width = division.slice_steps * step_columns(payload)
+    stages = STAGES
+    while not by_wgmma and units > 1 and _shared_bytes(units, stages, slot, width) > ctx.shared_limit:
         units //= 2
-    while stages > 1 and _shared_bytes(units, stages, slot, width) > ctx.shared_limit:
+    while not by_wgmma and stages > 1 and _shared_bytes(units, stages, slot, width) > ctx.shared_limit:
         stages //= 2
     token_tiles = ceil_div(tokens, 8 * units)
     rounded, padded = Array(x.address, (0,), _operand_type(first)), _padded(columns)
@@ -143,21 +131,28 @@ def _launch(
         )  # fmt: skip
         launches.append(Launch(ROUND, (ceil_div(tokens, SKINNY_WARPS), division.slices), SKINNY_THREADS, arguments))
     w, out = [*weights, first, first][:3], [*outs, outs[0], outs[0]][:3]
-    arguments = named(
-        **given, rounded=rounded, padded=padded, scales=scales, squares=squares, capacity=tokens, columns=columns,
-        w0=w[0].payload, w1=w[1].payload, w2=w[2].payload, stride=first.stride, s0=w[0].scales, s1=w[1].scales,
-        s2=w[2].scales, scale_stride=first.scale_stride, shift=first.shift, paired=int(paired), rows=rows,
-        kv_rows=kv_rows, partials=partials, tiles=division.tiles, slices=division.slices,
-        slice_steps=division.slice_steps, log2_k_warps=division.k_warps.bit_length() - 1, stages=stages,
-        slot_bytes=slot, bias=0x64006400,
-    )  # fmt: skip
-    shared = _shared_bytes(units, stages, slot, width)
-    per_sm = (
-        2 if units <= SKINNY_FUSED_UNITS and 2 * (shared + RESERVED_BYTES) <= ctx.shared_limit + RESERVED_BYTES else 1
-    )
-    per_slice = min(division.tiles, max(1, per_sm * ctx.n_sms // division.slices))
-    grid = per_slice, token_tiles, division.slices
-    launches.append(Launch(SKINNY[units], grid, SKINNY_THREADS, arguments, shared))
+    if by_wgmma:
+        launches.append(
+            wide.launch(ctx, rounded, padded, w, paired, rows, kv_rows, partials, division, token_tiles, units)
+        )
+    else:
+        arguments = named(
+            **given, rounded=rounded, padded=padded, scales=scales, squares=squares, capacity=tokens, columns=columns,
+            w0=w[0].payload, w1=w[1].payload, w2=w[2].payload, stride=first.stride, s0=w[0].scales, s1=w[1].scales,
+            s2=w[2].scales, scale_stride=first.scale_stride, shift=first.shift, paired=int(paired), rows=rows,
+            kv_rows=kv_rows, partials=partials, tiles=division.tiles, slices=division.slices,
+            slice_steps=division.slice_steps, log2_k_warps=division.k_warps.bit_length() - 1, stages=stages,
+            slot_bytes=slot, bias=0x64006400,
+        )  # fmt: skip
+        shared = _shared_bytes(units, stages, slot, width)
+        per_sm = (
+            2
+            if units <= SKINNY_FUSED_UNITS and 2 * (shared + RESERVED_BYTES) <= ctx.shared_limit + RESERVED_BYTES
+            else 1
+        )
+        per_slice = min(division.tiles, max(1, per_sm * ctx.n_sms // division.slices))
+        grid = per_slice, token_tiles, division.slices
+        launches.append(Launch(SKINNY[units], grid, SKINNY_THREADS, arguments, shared))
     arguments = named(
         tokens=ctx.tokens, partials=partials, scales=scales, squares=squares, capacity=tokens,
         normed=int(norm is not None), eps=eps, columns=columns, paired=int(paired), residual=residual or x,
@@ -229,7 +224,7 @@ def workspace_shape(
 
     def shape(*operands: tuple[int, ...], workers: int) -> tuple[int, ...]:
         (tokens, columns), weights = operands[0], operands[first : first + count]
-        if dtype == "f32" or tokens == 1 or tokens > MOST:
+        if dtype == "f32" or tokens == 1 or tokens > (wide.MOST if PAYLOAD_TYPE[dtype] in wide.LEAST else MOST):
             return larger(*operands, workers=workers)
         rows = [weight[0] for weight in weights]
         apart = count == 3 and any(n % SKINNY_ROWS for n in rows)
@@ -239,12 +234,18 @@ def workspace_shape(
         for n in rows if apart else [rows[0] if paired else sum(rows)]:
             groups = ceil_div(n, 16 if paired else SKINNY_ROWS)
             division = divide(PAYLOAD_TYPE[dtype], "f32" if dtype == "int8" else "f16", groups, columns, workers)
-            units = round_up(tokens, 8 * _units(tokens)) // 8
-            scales = round_up(4 * division.slices * tokens, 64)
-            sums.append(2 * scales + 4 * _partial_floats(division, units))
+            found = [(division, round_up(tokens, 8 * _units(tokens)) // 8)]
+            if PAYLOAD_TYPE[dtype] in wide.LEAST:  # for the larger of the two, whatever the device has
+                found.append((wide.divide(groups, columns, workers), wide.width_for(tokens) // 8))
+            sums.append(
+                max(
+                    2 * round_up(4 * division.slices * tokens, 64) + 4 * _partial_floats(division, units)
+                    for division, units in found
+                )
+            )
         sizes.append(max(sums))
         # int8 with groups that no kernel reads is stored as float32
-        other = larger(*operands, workers=workers) if dtype == "int8" else (0,)
+        other = larger(*operands, workers=workers) if dtype == "int8" or tokens > MOST else (0,)
         return (max(sum(ceil_div(nbytes, 64) * 16 for nbytes in sizes), *other),)
 
     return shape

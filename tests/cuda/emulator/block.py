@@ -252,12 +252,13 @@ class Block:
         self._set(operands[0], chosen, mask)
 
     def _shfl(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
-        assert modifiers[1] == "bfly" and (self._value(operands[4], "u32")[mask] == 0xFFFFFFFF).all()
+        assert modifiers[1] in ("bfly", "idx") and (self._value(operands[4], "u32")[mask] == 0xFFFFFFFF).all()
         self._whole_warps(mask)
         to = operands[0].split("|")[0]
         lanes = np.arange(self.threads)
-        apart = np.where(mask, self._value(operands[2], "u32").astype(np.int64), 0)  # others' registers hold anything
-        other = (lanes & ~31) | ((lanes & 31) ^ apart)
+        given = np.where(mask, self._value(operands[2], "u32").astype(np.int64), 0)  # others' registers hold anything
+        inside = (lanes & 31) ^ given if modifiers[1] == "bfly" else given & 31
+        other = (lanes & ~31) | inside
         self._set(to, self._value(operands[1], "b32")[other], mask)
 
     def _whole_warps(self, mask: np.ndarray) -> None:
