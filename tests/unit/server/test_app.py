@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from numballama.errors import Error
 from numballama.model import Model
 from numballama.server.answers import ErrorAnswer
-from numballama.server.app import GETS, POSTS
+from numballama.server.app import GETS, POSTS, create_app
 from numballama.server.settings import Settings
 from tests.helpers.http_server import LONG, Running, eventually, read_until, serving
 
@@ -309,8 +310,17 @@ def test_names_and_templates_of_the_operator(model: Model) -> None:
         assert server.post("/apply-template", body).json == {"prompt": "hi?"}
 
 
+@pytest.mark.parametrize(("template", "message"), [("chatml", "no chat template 'chatml'"), ("{% if %}", "does not compile")])
+def test_a_template_of_the_operator_is_checked_at_the_start(model: Model, template: str, message: str) -> None:
+    """Not when the first client asks."""
+    app = create_app(None, Settings(chat_template=template))
+    with pytest.raises(Error, match=message):
+        app.state.service.ready(model)
+    app.state.service.close()
+
+
 def test_many_clients_at_once(server: Running) -> None:
-    """Each gets what it gets alone."""
+    """Each gets what it gets alone. vLLM #5898, #23138, #51187, #7779."""
     bodies = [
         {"prompt": f"{name} went to", "temperature": 0, "max_tokens": 20, "stream": n % 2 == 0}
         for n, name in enumerate(("Tom", "Lily", "Ben", "Mia", "Sam", "Anna", "Max", "Sue"))
