@@ -183,9 +183,9 @@ def url() -> Iterator[str]:
     pytest.importorskip("starlette")
     from tests.helpers.http_server import serving
 
-    with numballama.compile(None, device="cpu", max_sequences=2) as model:
-        with serving(model, Settings(api_keys=("secret",))) as server:
-            yield server.url
+    settings = Settings(api_keys=("secret",))
+    with numballama.compile(None, device="cpu", max_sequences=2) as model, serving(model, settings) as server:
+        yield server.url
 
 
 def client_example(name: str, url: str) -> subprocess.CompletedProcess[str]:

@@ -78,7 +78,7 @@ def test_nothing_stays_of_requests_that_have_ended(model: Model) -> None:
 
 @pytest.mark.parametrize("path", [CHAT, TEXT])
 def test_characters_of_several_tokens_stay_whole(server: Running, path: str) -> None:
-    """llama.cpp PR #28926, lucebox PR #641. The vocabulary has none of these characters, so they are written in bytes."""
+    """llama.cpp PR #28926, lucebox PR #641. These characters are written in bytes."""
     text = "é→😀."
     body = GREEDY | {"prompt": "Once", "regex": text.replace(".", r"\."), "logprobs": True if path == CHAT else 1}
     body = {name: value for name, value in body.items() if name != ("prompt" if path == CHAT else "messages")}
@@ -117,7 +117,8 @@ SCHEMAS: list[tuple[str, Any, str | None]] = [
      {"type": "object", "patternProperties": {"^a$": {"enum": [7]}}, "additionalProperties": False},
      r'\{("a": ?7(, ?"a": ?7)*[,}]? ?|\}?)'),
     ("llama.cpp #19051", {"type": "array", "uniqueItems": True}, None),
-    ("llama.cpp #7789", {"type": "array", "items": {"enum": [1, 2]}, "minItems": 3, "maxItems": 3}, r"\[[12](, ?[12]){2}\]"),
+    ("llama.cpp #7789", {"type": "array", "items": {"enum": [1, 2]}, "minItems": 3, "maxItems": 3},
+     r"\[[12](, ?[12]){2}\]"),
 ]  # fmt: skip
 
 
