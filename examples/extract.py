@@ -1,11 +1,14 @@
 """Facts of a text as an object: the server lets the model write only JSON of this shape.
 
-pip install openai
-numballama serve SmolLM2-135M-Instruct.Q4_1.gguf
-python examples/extract.py "Ada Lovelace was born in London in 1815." [http://127.0.0.1:8000/v1]
+    numballama serve SmolLM2-135M-Instruct.Q4_1.gguf        # in another terminal
+    pip install openai && python examples/extract.py "Ada Lovelace was born in London in 1815."
+
+`--url` is the server's address, `--key` its API key.
 """
 
-import sys
+from __future__ import annotations
+
+import argparse
 
 from openai import OpenAI
 from pydantic import BaseModel, Field
@@ -29,9 +32,13 @@ def extract(client: OpenAI, text: str) -> Person | None:
 
 
 def main() -> None:
-    text = sys.argv[1] if len(sys.argv) > 1 else "Ada Lovelace was born in London in 1815."
-    base_url = sys.argv[2] if len(sys.argv) > 2 else "http://127.0.0.1:8000/v1"
-    print(extract(OpenAI(base_url=base_url, api_key="not needed"), text))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("text", nargs="?", default="Ada Lovelace was born in London in 1815.")
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--key", default="none")
+    arguments = parser.parse_args()
+    with OpenAI(base_url=f"{arguments.url}/v1", api_key=arguments.key) as client:
+        print(extract(client, arguments.text))
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
 """A model that calls functions: it asks, the program answers, until the model writes its own answer.
 
-pip install openai
-numballama serve Qwen2.5-0.5B-Instruct-Q8_0.gguf
-python examples/tool_loop.py "What is 17 times 23?" [http://127.0.0.1:8000/v1]
+    numballama serve Qwen2.5-0.5B-Instruct-Q8_0.gguf        # in another terminal
+    pip install openai && python examples/tool_loop.py "What is 17 times 23?"
+
+`--url` is the server's address, `--key` its API key.
 """
 
+from __future__ import annotations
+
+import argparse
 import json
 import sys
 from typing import Any
@@ -24,7 +28,12 @@ TOOLS: list[Any] = [
         "function": {
             "name": "multiply",
             "description": "Multiply two whole numbers",
-            "parameters": {"type": "object", "properties": {"a": NUMBER, "b": NUMBER}, "required": ["a", "b"]},
+            "parameters": {
+                "type": "object",
+                "properties": {"a": NUMBER, "b": NUMBER},
+                "required": ["a", "b"],
+                "additionalProperties": False,
+            },
         },
     }
 ]
@@ -36,9 +45,17 @@ def answer(client: OpenAI, question: str, turns: int = 4) -> str:
     for turn in range(turns):
         choice = "required" if turn == 0 else "auto"  # the first answer must be a call
         completion = client.chat.completions.create(
-            model=model, messages=messages, tools=TOOLS, tool_choice=choice, temperature=0, max_tokens=100
+            model=model,
+            messages=messages,
+            tools=TOOLS,
+            tool_choice=choice,
+            parallel_tool_calls=False,
+            temperature=0,
+            max_tokens=200,
         )
         message = completion.choices[0].message
+        if completion.choices[0].finish_reason == "length":  # a call may be cut in its arguments
+            return message.content or "the answer was cut off"
         messages.append(message.model_dump(exclude_none=True))
         if not message.tool_calls:
             return message.content or ""
@@ -53,9 +70,13 @@ def answer(client: OpenAI, question: str, turns: int = 4) -> str:
 
 
 def main() -> None:
-    question = sys.argv[1] if len(sys.argv) > 1 else "What is 17 times 23?"
-    base_url = sys.argv[2] if len(sys.argv) > 2 else "http://127.0.0.1:8000/v1"
-    print(answer(OpenAI(base_url=base_url, api_key="not needed"), question))
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("question", nargs="?", default="What is 17 times 23?")
+    parser.add_argument("--url", default="http://127.0.0.1:8000")
+    parser.add_argument("--key", default="none")
+    arguments = parser.parse_args()
+    with OpenAI(base_url=f"{arguments.url}/v1", api_key=arguments.key) as client:
+        print(answer(client, arguments.question))
 
 
 if __name__ == "__main__":

@@ -63,6 +63,8 @@ GETS = {
     "/v1/models/{name:path}": "the model",
 }
 """Path → what it gives."""
+ALIASES = ("/chat/completions", "/completions", "/responses", "/models")
+"""Paths that are answered without /v1 too, as by llama.cpp and mlx-lm: addresses of servers are often given so."""
 
 
 def create_app(model: Model | None, settings: Settings | None = None) -> Starlette:
@@ -84,6 +86,8 @@ def create_app(model: Model | None, settings: Settings | None = None) -> Starlet
     }
     routes: list[BaseRoute] = [Route(path, partial(_get, service, answer)) for path, answer in gets.items()]
     routes += [Route(path, partial(_post, service, *post), methods=["POST"]) for path, post in POSTS.items()]
+    named = {route.path: route for route in routes if isinstance(route, Route)}
+    routes += [Route(path, named[f"/v1{path}"].endpoint, methods=named[f"/v1{path}"].methods) for path in ALIASES]
     routes += page.routes()
 
     @contextlib.asynccontextmanager
@@ -96,7 +100,7 @@ def create_app(model: Model | None, settings: Settings | None = None) -> Starlet
     app = Starlette(
         routes=routes,
         lifespan=lifespan,
-        middleware=[Middleware(Guard, service=service, paths=frozenset(POSTS) | frozenset(GETS) | {page.RENDER})],
+        middleware=[Middleware(Guard, service=service, paths=frozenset([*POSTS, *GETS, *ALIASES, page.RENDER]))],
         exception_handlers={ApiError: _api_error, HTTPException: _http_error, ClientGoneError: _client_gone},
     )
     app.state.service = service

@@ -91,8 +91,13 @@ class Service:
         self._pool = ThreadPoolExecutor(THREADS, "numballama server")
 
     def ready(self, model: Model) -> None:
-        """The model is loaded: start its engine's thread, and answer requests from now on."""
+        """The model is loaded: start its engine's thread, and answer requests from now on.
+
+        Raises `Error` when the operator's chat template does not compile, or is a name that the model does not have.
+        """
         settings = self.settings
+        if settings.chat_template is not None:
+            model.chat(template=settings.chat_template)
         slots = model.max_sequences
         waiting = 4 * slots if settings.queue_sequences is None else settings.queue_sequences
         tokens = 4 * model.kv.tokens if settings.queue_tokens is None else settings.queue_tokens

@@ -25,6 +25,7 @@ from numballama.formats.hf import config as hf_config
 from numballama.formats.hf import reader as hf
 from numballama.quantization import policy
 from numballama.quantization.types import KV_TYPES
+from numballama.server.settings import Settings
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -175,14 +176,44 @@ def test_example_chat() -> None:
     assert ", 0 from the cache" in first and ", 0 from the cache" not in second
 
 
-@pytest.mark.slow
-def test_example_openai_client() -> None:
+@pytest.fixture(scope="module")
+def url() -> Iterator[str]:
+    """The address of a server with the story model."""
     pytest.importorskip("openai")
     pytest.importorskip("starlette")
     from tests.helpers.http_server import serving
 
-    with numballama.compile(None, device="cpu", max_sequences=2) as model, serving(model) as server:
-        words = [str(ROOT / "examples" / "openai_client.py"), "--url", server.url]
-        done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
+    settings = Settings(api_keys=("secret",))
+    with numballama.compile(None, device="cpu", max_sequences=2) as model, serving(model, settings) as server:
+        yield server.url
+
+
+def client_example(name: str, url: str) -> subprocess.CompletedProcess[str]:
+    """What an example prints that is a client of the server. It must not fail."""
+    words = [str(ROOT / "examples" / name), "--url", url, "--key", "secret"]
+    done = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.mark.slow
+def test_example_openai_client(url: str) -> None:
+    done = client_example("openai_client.py", url)
     assert "60 written" in done.stdout and "' time'" in done.stdout
+
+
+@pytest.mark.slow
+def test_example_extract(url: str) -> None:
+    """The story model knows nothing, but its answer has the shape that was asked for."""
+    done = client_example("extract.py", url)
+    born = re.fullmatch(r"name=.* born=(\d+) places=\[.*\]\n", done.stdout)
+    assert born is not None and int(born[1]) <= 2100, done.stdout
+
+
+@pytest.mark.slow
+def test_example_tool_loop(url: str) -> None:
+    """The first answer must be a call, which is carried out; what the story model makes of it is a story."""
+    done = client_example("tool_loop.py", url)
+    call = re.match(r'multiply\(\{"a": (-?\d+), "b": (-?\d+)\}\) = (-?\d+)\n', done.stderr)
+    assert call is not None and int(call[1]) * int(call[2]) == int(call[3]), done.stderr
+    assert done.stdout.strip()

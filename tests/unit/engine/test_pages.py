@@ -46,6 +46,7 @@ def test_pages_are_found_again_after_their_sequence_ended() -> None:
 
 
 def test_one_token_is_left_to_compute() -> None:
+    """nano-vllm #144."""
     manager = make()
     pages = store(manager, IDS)
     assert manager.match("", IDS).pages == pages[:2], "the last page holds the last token"

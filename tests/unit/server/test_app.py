@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
+from numballama.errors import Error
 from numballama.model import Model
 from numballama.server.answers import ErrorAnswer
-from numballama.server.app import GETS, POSTS
+from numballama.server.app import ALIASES, GETS, POSTS, create_app
 from numballama.server.settings import Settings
 from tests.helpers.http_server import LONG, Running, eventually, read_until, serving
 
 PATHS = [("GET", path.replace("{name:path}", "x")) for path in GETS] + [("POST", path) for path in POSTS]
+PATHS += [("GET" if path == "/models" else "POST", path) for path in ALIASES]
 LONG_TEXT: dict[str, Any] = {"prompt": "Once upon a time", "max_tokens": 500, "ignore_eos": True}
 
 
@@ -39,6 +41,22 @@ def test_paths_and_methods_that_do_not_exist(server: Running) -> None:
     assert server.get("/v1/completions").status == 405
     assert server.post("/health", {}).error["code"] == "method_not_allowed"
     assert server.request("OPTIONS", "/v1/models", Origin="http://evil.example").status == 405
+
+
+def test_paths_without_their_version(server: Running) -> None:
+    """As llama.cpp answers them."""
+    assert server.get("/models").json == server.get("/v1/models").json
+    body = LONG_TEXT | {
+        "max_tokens": 3,
+        "temperature": 0,
+        "messages": [{"role": "user", "content": "Hi"}],
+        "input": "Hi",
+    }
+    for path in ("/completions", "/chat/completions", "/responses"):
+        found, expected = server.post(path, body).json, server.post(f"/v1{path}", body).json
+        kind = "output" if path == "/responses" else "choices"
+        assert len(found[kind]) == len(expected[kind]) == 1 and found["object"] == expected["object"]
+        assert server.get(path).status == 405
 
 
 def test_no_other_site_may_read(server: Running) -> None:
@@ -126,6 +144,7 @@ def test_hosts(model: Model) -> None:
 
 
 def test_too_many_requests(model: Model) -> None:
+    """vLLM #18826, #13395, #2901."""
     with serving(model, Settings(queue_sequences=1)) as server:
         held = [server.begin("/v1/completions", LONG_TEXT | {"stream": True}) for _ in range(5)]  # 4 run, 1 waits
         eventually(lambda: server.service.admission.sequences == 5, "five requests")
@@ -160,6 +179,7 @@ def is_running(server: Running) -> bool:
 @pytest.mark.parametrize("stream", [True, False])
 @pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages"])
 def test_a_client_leaves_while_tokens_are_generated(server: Running, path: str, stream: bool) -> None:
+    """llama.cpp #11414, #11720, #13262."""
     body = {"max_tokens": 490, "ignore_eos": True, "stream": stream, "input": "Hi"}
     body |= {"prompt": "a"} if path == "/v1/completions" else {"messages": [{"role": "user", "content": "Hi"}]}
     before = server.stats.requests
@@ -171,6 +191,7 @@ def test_a_client_leaves_while_tokens_are_generated(server: Running, path: str, 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_leaves_while_it_waits(server: Running, stream: bool) -> None:
+    """llama.cpp #24496."""
     held = [server.begin("/v1/completions", LONG_TEXT | {"n": 1, "seed": n}) for n in range(4)]
     eventually(lambda: server.stats.running == 4, "four texts")
     waiting = server.begin("/v1/completions", LONG_TEXT | {"stream": stream, "prompt": [7] * 200, "n": 2})
@@ -230,6 +251,7 @@ def test_loading(model: Model) -> None:
 
 
 def test_health_sees_an_engine_that_stands_still(model: Model) -> None:
+    """vLLM #2731, #1492, #17972."""
     with serving(model, Settings(stall_s=0.05)) as server:
         assert server.get("/health").status == 200
         with model.exclusive():  # no step ends
@@ -309,8 +331,19 @@ def test_names_and_templates_of_the_operator(model: Model) -> None:
         assert server.post("/apply-template", body).json == {"prompt": "hi?"}
 
 
+@pytest.mark.parametrize(
+    ("template", "message"), [("chatml", "no chat template 'chatml'"), ("{% if %}", "does not compile")]
+)
+def test_a_template_of_the_operator_is_checked_at_the_start(model: Model, template: str, message: str) -> None:
+    """Not when the first client asks."""
+    app = create_app(None, Settings(chat_template=template))
+    with pytest.raises(Error, match=message):
+        app.state.service.ready(model)
+    app.state.service.close()
+
+
 def test_many_clients_at_once(server: Running) -> None:
-    """Each gets what it gets alone."""
+    """Each gets what it gets alone. vLLM #5898, #23138, #51187, #7779."""
     bodies = [
         {"prompt": f"{name} went to", "temperature": 0, "max_tokens": 20, "stream": n % 2 == 0}
         for n, name in enumerate(("Tom", "Lily", "Ben", "Mia", "Sam", "Anna", "Max", "Sue"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from pydantic import BaseModel, Field
 
 from numballama.model import Model
 from numballama.server.settings import Settings
@@ -64,6 +65,47 @@ def test_responses(client: Any) -> None:
     final = events[-1].response  # "incomplete": get_final_response() wants a whole one
     assert final.output_text == whole.output_text
     assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == whole.output_text
+
+
+class Person(BaseModel):
+    name: str = Field(max_length=8)
+    age: int = Field(ge=0, le=99)
+
+
+def test_the_parse_helpers(client: Any) -> None:
+    """Pydantic models are the shape of answers and of a tool's arguments."""
+    options: dict[str, Any] = {"model": "m", "temperature": 0}
+    chat = client.chat.completions.parse(**options, messages=MESSAGES, response_format=Person, max_tokens=100)
+    assert isinstance(chat.choices[0].message.parsed, Person)
+    response = client.responses.parse(**options, input="Who is it?", text_format=Person, max_output_tokens=100)
+    assert isinstance(response.output_parsed, Person)
+    tools = [openai.pydantic_function_tool(Person, name="greet")]
+    called = client.chat.completions.parse(
+        **options, messages=MESSAGES, tools=tools, tool_choice="required", parallel_tool_calls=False, max_tokens=100
+    )
+    (call,) = called.choices[0].message.tool_calls
+    assert call.function.name == "greet" and isinstance(call.function.parsed_arguments, Person)
+
+
+def test_the_stream_helpers_parse(client: Any) -> None:
+    options: dict[str, Any] = {"model": "m", "temperature": 0}
+    with client.chat.completions.stream(
+        **options, messages=MESSAGES, response_format=Person, max_tokens=100, stream_options={"include_usage": True}
+    ) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_completion()
+    assert {"content.delta", "content.done"} <= kinds and isinstance(final.choices[0].message.parsed, Person)
+    assert final.usage.completion_tokens > 5
+    tools: list[Any] = [openai.pydantic_function_tool(Person, name="greet")]
+    with client.chat.completions.stream(
+        **options, messages=MESSAGES, tools=tools, tool_choice="required", parallel_tool_calls=False, max_tokens=100
+    ) as stream:
+        kinds = {event.type for event in stream}
+        (call,) = stream.get_final_completion().choices[0].message.tool_calls
+    assert "tool_calls.function.arguments.done" in kinds and isinstance(call.function.parsed_arguments, Person)
+    with client.responses.stream(**options, input="Who?", text_format=Person, max_output_tokens=100) as stream:
+        assert "response.output_text.delta" in {event.type for event in stream}
+        assert isinstance(stream.get_final_response().output_parsed, Person)
 
 
 def test_errors(client: Any) -> None:

@@ -50,6 +50,7 @@ def test_a_prompt(server: Running, model: Model) -> None:
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_streamed_is_not_streamed(server: Running, n: int) -> None:
+    """llama.cpp #10914, #13780, #10720; `test_properties` has more of it."""
     body = {"temperature": 1, "seed": 7, "n": n, "stop": ["zebra", ", th"], "max_tokens": 20}
     whole, events = completed(server, **body), streamed(server, **body)
     for choice in whole["choices"]:
@@ -63,6 +64,7 @@ def test_streamed_is_not_streamed(server: Running, n: int) -> None:
 
 
 def test_usage_of_a_stream(server: Running) -> None:
+    """sglang #954, ollama #4448, kubeai #283."""
     events = streamed(server, stream_options={"include_usage": True})
     assert [event["choices"] for event in events[-1:]] == [[]]
     assert all(event["usage"] is None and event["choices"] for event in events[:-1])
@@ -219,4 +221,5 @@ def test_wrong_fields(server: Running, body: dict[str, Any], param: str | None) 
 
 
 def test_a_prompt_that_does_not_fit_is_named_so(server: Running) -> None:
+    """vLLM #35541, #40926: such a request hung."""
     assert server.post(PATH, GREEDY | {"prompt": [1] * 513}).error["code"] == "context_length_exceeded"

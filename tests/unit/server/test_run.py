@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import http.client
+import importlib
 import json
 import logging
 import re
+import shutil
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +41,7 @@ def process(*words: str) -> Iterator[tuple[subprocess.Popen[str], int, list[str]
                 lines.append(line)
                 if line.startswith("curl "):
                     break
-            port = re.search(r"http://127\.0\.0\.1:(\d+)", "".join(lines))
+            port = re.search(r"https?://127\.0\.0\.1:(\d+)", "".join(lines))
             assert port is not None, lines
             yield started, int(port[1]), lines
         finally:
@@ -74,6 +78,54 @@ def test_a_process_drains(signum: signal.Signals) -> None:
         assert started.stderr is not None
         log = [json.loads(line) for line in started.stderr.read().splitlines()]
         assert log[-1]["path"] == "/v1/completions" and log[-1]["status"] == 200 and "Once" not in json.dumps(log)
+
+
+@pytest.mark.slow
+def test_tls_keys_of_a_file_and_a_second_signal(tmp_path: Path) -> None:
+    """OpenAI's client trusts the certificate. A second signal does not wait for what runs."""
+    openai = pytest.importorskip("openai")
+    httpx = importlib.import_module("httpx2" if find_spec("httpx2") else "httpx")  # the client has one of them
+    if shutil.which("openssl") is None:
+        pytest.skip("the command openssl makes the certificate")
+    certificate, key, keys = tmp_path / "cert.pem", tmp_path / "key.pem", tmp_path / "keys"
+    make = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+    make += ["-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    subprocess.run([*make, "-out", certificate, "-keyout", key], check=True, capture_output=True)
+    keys.write_text("first\nsecond\n", encoding="utf-8")
+    words = ["--tls-cert", str(certificate), "--tls-key", str(key), "--api-key-file", str(keys)]
+    with process(*words, "--drain-timeout", "600") as (started, port, lines):
+        assert f"https://127.0.0.1:{port}" in lines[1]
+        trusted = httpx.Client(verify=ssl.create_default_context(cafile=str(certificate)), timeout=LONG)
+        options: dict[str, Any] = {"base_url": f"https://127.0.0.1:{port}/v1", "http_client": trusted, "max_retries": 0}
+        with openai.OpenAI(**options, api_key="second") as client:
+            text: dict[str, Any] = {"model": "m", "prompt": "Once", "extra_body": {"ignore_eos": True}}
+            assert client.completions.create(**text, max_tokens=3).usage.completion_tokens == 3
+            with pytest.raises(openai.AuthenticationError):
+                client.with_options(api_key="third").models.list()
+            body = json.dumps({"prompt": "Once", "max_tokens": 500, "n": 16, "stream": True, "ignore_eos": True})
+            head = (
+                f"POST /v1/completions HTTP/1.1\r\nHost: a\r\nX-Api-Key: first\r\nContent-Length: {len(body)}\r\n\r\n"
+            )
+            context = ssl.create_default_context(cafile=str(certificate))
+            with (
+                socket.create_connection(("127.0.0.1", port), timeout=LONG) as plain,
+                context.wrap_socket(plain, server_hostname="127.0.0.1") as connection,
+            ):
+                connection.sendall((head + body).encode())
+                assert b"data: " in connection.recv(1 << 16) + connection.recv(1 << 16)
+                started.send_signal(signal.SIGTERM)
+                started.send_signal(signal.SIGINT)
+                started.wait(LONG)
+                data = b"".join(iter(lambda: _received(connection), b""))
+        assert b"[DONE]" not in data
+
+
+def _received(connection: ssl.SSLSocket) -> bytes:
+    """What arrives; nothing when the connection was torn."""
+    try:
+        return connection.recv(1 << 16)
+    except OSError:
+        return b""
 
 
 def test_a_port_in_use_is_an_error() -> None:

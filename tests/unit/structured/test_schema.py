@@ -30,6 +30,7 @@ UNENFORCED = {
 
 @pytest.mark.parametrize("keyword", UNENFORCED)
 def test_a_keyword_that_is_not_enforced_is_refused_by_name(keyword: str) -> None:
+    """llama.cpp #19051, sglang #37707."""
     inner = {"type": "string", keyword: UNENFORCED[keyword]}
     for value, place in ((inner, "#"), ({"items": {"properties": {"a b": inner}}}, "#/items/properties/a b")):
         with pytest.raises(Error) as found:
@@ -139,6 +140,7 @@ def test_a_name_has_one_spelling() -> None:
 
 
 def test_white_space_is_limited() -> None:
+    """llguidance #265."""
     for text in ('{"a": 1, "b": [1, 2]}', '{"a":1,"b":[1,2]}'):
         assert allows("json_object", text)
     for text in ('{ "a": 1}', '{"a":  1}', '{"a" :1}', ' {"a":1}', '{"a":1} ', '{"a":\n1}'):
