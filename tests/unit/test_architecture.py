@@ -62,7 +62,7 @@ ORDER = """
     model
     server: settings errors protocol params http metrics tools.definitions tools.events tools.scanner tools.call \
             tools.parser tools.grammar tools.messages tools.formats page.markdown service generation logprobs call \
-            completions chat_core chat responses messages tokens answers openapi guard app run
+            completions chat_core chat responses messages tokens answers openapi guard app run affinity ray_app
     cli: streams args doctor inspect batch generate remote chat serve bench export main
     __main__
 """
@@ -328,7 +328,7 @@ TESTED_ELSEWHERE = {
     "tests/unit/cli/test_bench.py, bench/test_profiler.py: what the command prints": "bench.benchmark",
     "tests/unit/cli/test_main.py: in a process of its own": "__main__",
     "tests/unit/server/test_app.py: around every request": """
-        server.call server.generation server.guard server.metrics server.service server.settings
+        server.call server.generation server.guard server.service server.settings
     """,
     "tests/unit/server/test_*.py: what the server answers is compared with them": "server.answers",
 }
