@@ -70,9 +70,7 @@ def test_any_body_has_an_answer(body: bytes | str) -> None:
 
 
 @given(KEYS, QUEUES, st.integers(1, 8))
-def test_a_replica_is_home_until_its_queue_is_longer_by_the_slack(
-    key: str, queues: dict[str, int], slack: int
-) -> None:
+def test_a_replica_is_home_until_its_queue_is_longer_by_the_slack(key: str, queues: dict[str, int], slack: int) -> None:
     home = choose(key, dict.fromkeys(queues, 0), slack)
     chosen, shortest = choose(key, queues, slack), min(queues.values())
     if queues[home] - shortest < slack:
