@@ -1,4 +1,4 @@
-"""Replicas on Ray: a server in a process of its own with two replicas on this machine. Skipped without the extra `ray`."""
+"""Replicas on Ray: a server in a process of its own, with two replicas on this machine. Skipped without Ray."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ import pytest
 
 from numballama.errors import Error
 from numballama.server.run import Address, listen
-from tests.helpers.http_server import LONG, Answered, eventually, read_until
+from tests.helpers.http_server import Answered, eventually, read_until
 
 pytestmark = [
     pytest.mark.slow,
@@ -97,6 +97,7 @@ def serving() -> Iterator[Cluster]:
     command += ["--replicas", "2", "--max-sequences", "4", "--port", str(port)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment |= {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
+    environment["RAY_raylet_start_wait_time_s"] = str(START)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
     assert process.stderr is not None
     cluster = Cluster(process, port)
