@@ -234,9 +234,11 @@ def app(arguments: dict[str, Any]) -> serve.Application:
         options.device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"
     on_gpu = options.device == "cuda"
     most, full = max(options.replicas, options.max_replicas or 0), options.max_sequences + options.queue
-    # requests of a replica or front that is replaced may take their time
-    common = {"graceful_shutdown_timeout_s": options.settings.request_timeout_s, "graceful_shutdown_wait_loop_s": 0.5}
-    common["logging_config"] = QUIET
+    common: dict[str, Any] = {
+        "graceful_shutdown_timeout_s": options.settings.request_timeout_s,  # what is replaced answers its requests
+        "graceful_shutdown_wait_loop_s": 0.5,
+        "logging_config": QUIET,
+    }
     replica = serve.deployment(Replica).options(
         ray_actor_options={"num_cpus": 0 if on_gpu else options.threads or 1, "num_gpus": int(on_gpu)},
         max_replicas_per_node=None if on_gpu or options.threads else 1,

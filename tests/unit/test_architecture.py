@@ -243,6 +243,16 @@ def test_numba_cuda_is_imported_in_one_place() -> None:
     assert any(name.startswith("numba.cuda") for name, _ in imports(MODULES["kernels_cuda"])), "the check sees it"
 
 
+def test_ray_is_imported_in_one_place() -> None:
+    """In `server/ray_app.py`, which only `numballama serve --ray` imports."""
+    importers = {m for m, path in MODULES.items() if any(name.split(".")[0] == "ray" for name, _ in imports(path))}
+    assert importers == {"server.ray_app"}
+    code = "from numballama.cli.serve import require_extra; require_extra(); import numballama.server.run"
+    loaded = modules_after(code)
+    assert "numballama.server.run" in loaded
+    assert "numballama.server.ray_app" not in loaded and "ray" not in tops(loaded)
+
+
 ALLOWED_IMPORTS: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
@@ -373,7 +383,7 @@ def tops(modules: Iterable[str]) -> set[str]:
 
 HEAVY = {
     "numba", "llvmlite", "sentencepiece", "rich", "tokenizers", "jinja2", "safetensors", "torch", "huggingface_hub",
-    "starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance",
+    "starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance", "ray",
 }  # fmt: skip
 
 

@@ -97,7 +97,6 @@ def serving() -> Iterator[Cluster]:
     command += ["--replicas", "2", "--max-sequences", "4", "--port", str(port)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     environment |= {"RAY_TMPDIR": folder, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex}
-    environment["RAY_raylet_start_wait_time_s"] = str(START)
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
     assert process.stderr is not None
     cluster = Cluster(process, port)
