@@ -48,7 +48,7 @@ PASSED_ON = ("type", "http_version", "scheme", "method", "path", "raw_path", "qu
 """Fields of an ASGI scope that a replica needs."""
 QUIET = {"log_level": "WARNING", "enable_access_log": False}
 """Ray's own log. A replica has a line for each request, as every server of this package."""
-EVERY_S = 0.05
+EVERY_S = 0.1
 """A stream's events are passed on so often: the first at once, later ones together."""
 FRONT_REQUESTS = 64
 """Requests that Ray starts another front for, if they are more for each."""

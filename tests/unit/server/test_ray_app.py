@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import os
@@ -235,3 +236,32 @@ def test_wrong_options_are_errors() -> None:
         ray_app.app({})
     with pytest.raises(Error, match="--port 0"):
         ray_app.run({}, ray_app.Settings(), Address(port=0), print)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's, when it is imported
+def test_events_that_come_together_are_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    from numballama.server import ray_app
+
+    monkeypatch.setattr(ray_app, "EVERY_S", 1000)
+    events = [b"%d " % n for n in range(200)]
+
+    async def application(scope: Any, receive: Any, send: Any) -> None:
+        assert (await receive())["body"] == b"{}"
+        await send({"type": "http.response.start", "status": 200, "headers": [(b"x-request-id", b"a"), (b"b", b"c")]})
+        for event in events:
+            await asyncio.sleep(0)
+            await send({"type": "http.response.body", "body": event, "more_body": True})
+        await send({"type": "http.response.body", "body": b"end", "more_body": False})
+
+    async def passed_on() -> list[Any]:
+        replica = ray_app.Replica.__new__(ray_app.Replica)
+        replica._name = b"r"
+        replica._app = application
+        found = [message async for messages in replica.answer("", {}, b"{}") for message in messages]
+        del replica._app
+        return found
+
+    start, *bodies = asyncio.run(passed_on())
+    assert start["headers"] == [(b"b", b"c"), (b"x-replica", b"r")]
+    assert b"".join(each["body"] for each in bodies) == b"".join(events) + b"end"
+    assert len(bodies) == 2 and [each["more_body"] for each in bodies] == [True, False]
