@@ -279,7 +279,10 @@ def run(arguments: dict[str, Any], settings: Settings, address: Address, show: C
         raise Error("--port 0 and --ray do not go together: Ray's proxies use one port on all machines")
     listen(address).close()
     arguments = {**arguments, "settings": protected(settings, address)}
-    ray.init(namespace="serve", include_dashboard=False, logging_level="warning")
+    try:
+        ray.init(namespace="serve", include_dashboard=False, logging_level="warning")
+    except Exception as error:  # a bare one where its processes do not start in time
+        raise Error(f"Ray could not be reached or started: {error}") from error
     again = threading.Event()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # after Ray has set its own
     signal.signal(signal.SIGHUP, lambda *_: again.set())

@@ -19,6 +19,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 NAME = f"nb{os.getpid() % 10_000}"
@@ -70,8 +71,23 @@ def on(host: int, *command: str) -> list[str]:
 def running(host: int, folder: str, *command: str) -> Iterator[subprocess.Popen[bytes]]:
     """A process on a host that has a /tmp/ray of its own. It ends with the block."""
     script = 'mkdir -p /tmp/ray && mount --bind "$0" /tmp/ray && exec "$@"'
-    process = subprocess.Popen(on(host, "sh", "-c", script, folder, *command), stdout=sys.stderr)
+    out = Path(folder, f"{host}.out")
+
+    def start() -> subprocess.Popen[bytes]:
+        with out.open("w") as file:
+            return subprocess.Popen(on(host, "sh", "-c", script, folder, *command), stdout=file)
+
+    process = start()
+
+    def started() -> bool:
+        nonlocal process
+        if process.poll() is not None:  # Ray gives a host 30 seconds, which a busy machine may exceed
+            process = start()
+        return "Ray runtime started" in out.read_text()
+
     try:
+        if "--block" in command:
+            wait(started, f"Ray on host {host}")
         yield process
     finally:
         process.send_signal(signal.SIGTERM)
@@ -104,6 +120,7 @@ def check(holds: bool, what: str) -> None:
 
 
 def main() -> None:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that everything is taken down
     head = f"{address(0)}:6379"
     os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": uuid.uuid4().hex, "RAY_ADDRESS": head}
     ray = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats"]
@@ -121,7 +138,6 @@ def main() -> None:
         memory = f"--object-store-memory={100 << 20}"
         start(0, *ray, "--head", f"--node-ip-address={address(0)}", "--port=6379", "--num-cpus=0", memory,
               "--include-dashboard=false")  # fmt: skip
-        time.sleep(10)
         workers = {
             host: start(host, *ray, f"--address={head}", f"--node-ip-address={address(host)}", "--num-cpus=1", memory)
             for host in (1, 2)
