@@ -76,6 +76,12 @@ def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     ):
         text += f", in seconds (default {default:g})"
         limits.add_argument(option, type=float, default=default, metavar="X", help=text)
+    ray = serve.add_argument_group("several machines")
+    ray.add_argument("--ray", action="store_true", help="serve by Ray: replicas of the model on a cluster's machines")
+    ray.add_argument("--replicas", type=int, default=1, metavar="N", help="replicas of the model (default 1)")
+    ray.add_argument(
+        "--max-replicas", type=int, metavar="N", help="add replicas, up to N, while requests wait (default: --replicas)"
+    )
     template_options(serve)
     model_options(serve)
     serve.set_defaults(run=run_serve)
@@ -87,9 +93,15 @@ def run_serve(arguments: argparse.Namespace) -> None:
 
     settings = settings_of(arguments)
     address = Address(arguments.host, arguments.port, arguments.tls_cert, arguments.tls_key)
-    options = {name: getattr(arguments, name) for name in MODEL_OPTIONS}
-    options |= {"max_sequences": arguments.max_sequences, "kv_tokens": arguments.kv_tokens}
+    options = {name: getattr(arguments, name) for name in (*MODEL_OPTIONS, "max_sequences", "kv_tokens")}
     show = progress.log.info if arguments.quiet else say
+    if arguments.ray:
+        from ..server import ray_app
+
+        own = {name: options.pop(name) for name in ("device", "threads", "max_sequences")}
+        own |= {name: getattr(arguments, name) for name in ("model", "replicas", "max_replicas", "log_json")}
+        ray_app.run({**own, "arguments": options}, settings, address, show)
+        return
     serve(lambda: compile(arguments.model, **options), settings, address, log_json=arguments.log_json, show=show)
 
 
@@ -108,6 +120,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         raise Error("--tls-cert and --tls-key go together: found one of them")
     if not 0 <= arguments.port <= 65535:
         raise Error(f"--port must be between 0 (a free one) and 65535, found {arguments.port}")
+    if not arguments.ray and (arguments.replicas != 1 or arguments.max_replicas is not None):
+        raise Error("--replicas and --max-replicas need --ray")
     for name in ("queue", "queue_tokens", "request_timeout", "stall_timeout", "drain_timeout"):
         value = getattr(arguments, name)
         if value is not None and not value >= 0:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.exposition import CONTENT_TYPE_LATEST
+from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
 if TYPE_CHECKING:
@@ -105,3 +106,24 @@ class EngineFigures(Collector):
         yield counter("prompt_tokens", "Prompt tokens computed", stats.prompt_tokens)
         yield counter("generation_tokens", "Tokens generated", stats.generated_tokens)
         yield counter("num_preemptions", "Sequences that gave their pages to others", stats.preemptions)
+
+
+class Merged(Collector):
+    """The figures of several servers. The label `replica` says whose they are."""
+
+    def __init__(self, texts: Mapping[str, str]) -> None:
+        """`texts`: name of a replica → its figures in Prometheus' text format."""
+        self._families: dict[str, Metric] = {}
+        for replica, text in texts.items():
+            for family in text_string_to_metric_families(text):
+                empty = Metric(family.name, family.documentation, family.type)
+                samples = self._families.setdefault(family.name, empty).samples
+                samples += [each._replace(labels={**each.labels, "replica": replica}) for each in family.samples]
+
+    def collect(self) -> Iterable[Metric]:
+        return self._families.values()
+
+    def text(self) -> bytes:
+        registry = CollectorRegistry()
+        registry.register(self)
+        return generate_latest(registry)

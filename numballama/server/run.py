@@ -53,6 +53,11 @@ class Address:
         except ValueError:
             return self.host == "localhost"
 
+    @property
+    def url(self) -> str:
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'http' if self.tls_certificate is None else 'https'}://{host}:{self.port}"
+
 
 class Server(uvicorn.Server):
     """uvicorn's server that drains first: after a signal running requests end, and new ones get 503."""
@@ -95,17 +100,14 @@ def serve(
     Raises `Error` for an address that cannot be used, and what `load` raises.
     """
     prepare_log(log_json)
-    if settings.allowed_hosts is None and address.is_loopback and not settings.api_keys:
-        settings = replace(settings, allowed_hosts=(*LOOPBACK_NAMES, address.host))
-    if not address.is_loopback and not settings.api_keys:
-        log.warning("%s can be reached from other machines, and no API key is needed: use --api-key", address.host)
+    settings = protected(settings, address)
     listener = listen(address)
     app = create_app(None, settings)
     service: Service = app.state.service
     server = Server(server_config(app, address), service)
     found: list[Model] = []
     errors: list[BaseException] = []
-    url = address_of(listener, address)
+    url = replace(address, port=listener.getsockname()[1]).url
     done = threading.Event()
 
     def load_model() -> None:
@@ -115,7 +117,7 @@ def serve(
             if not service.draining:
                 service.ready(model)
                 show(f"numballama serves {service.name} at {url}")
-                show(curl_line(url, service))
+                show(curl_line(url, settings))
         except BaseException as error:
             errors.append(error)
             server.drain()
@@ -133,6 +135,17 @@ def serve(
         model.close()
     if errors:
         raise errors[0]
+
+
+def protected(settings: Settings, address: Address) -> Settings:
+    """The settings for an address: without a key, only names of this machine on loopback, and a warning elsewhere."""
+    if settings.api_keys:
+        return settings
+    if not address.is_loopback:
+        log.warning("%s can be reached from other machines, and no API key is needed: use --api-key", address.host)
+    elif settings.allowed_hosts is None:
+        return replace(settings, allowed_hosts=(*LOOPBACK_NAMES, address.host))
+    return settings
 
 
 def server_config(app: object, address: Address) -> uvicorn.Config:
@@ -170,16 +183,9 @@ def listen(address: Address) -> socket.socket:
     return listener
 
 
-def address_of(listener: socket.socket, address: Address) -> str:
-    """The URL of a listening socket."""
-    host = f"[{address.host}]" if ":" in address.host else address.host
-    scheme = "http" if address.tls_certificate is None else "https"
-    return f"{scheme}://{host}:{listener.getsockname()[1]}"
-
-
-def curl_line(url: str, service: Service) -> str:
+def curl_line(url: str, settings: Settings) -> str:
     """A command that works."""
-    key = "-H 'Authorization: Bearer …' " if service.settings.api_keys else ""
+    key = "-H 'Authorization: Bearer …' " if settings.api_keys else ""
     body = json.dumps({"prompt": "Once upon a time", "max_tokens": 40})
     return f"curl {url}/v1/completions {key}-H 'Content-Type: application/json' -d '{body}'"
 

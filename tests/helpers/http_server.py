@@ -23,11 +23,11 @@ LONG = 60
 """Seconds that a test waits for what must happen. A busy machine is slow."""
 
 
-def eventually(condition: Callable[[], Any], what: str = "it") -> None:
-    """Wait until a condition holds. Fails after `LONG` seconds."""
-    deadline = time.monotonic() + LONG
+def eventually(condition: Callable[[], Any], what: str = "it", within_s: float = LONG) -> None:
+    """Wait until a condition holds. Fails after `within_s` seconds."""
+    deadline = time.monotonic() + within_s
     while not condition():
-        assert time.monotonic() < deadline, f"{what} did not happen within {LONG} s"
+        assert time.monotonic() < deadline, f"{what} did not happen within {within_s} s"
         time.sleep(0.005)
 
 

@@ -63,7 +63,7 @@ ORDER = """
     model
     server: settings errors protocol params http metrics tools.definitions tools.events tools.scanner tools.call \
             tools.parser tools.grammar tools.messages tools.formats page.markdown service generation logprobs call \
-            completions chat_core chat responses messages tokens answers openapi guard app run
+            completions chat_core chat responses messages tokens answers openapi guard app run affinity ray_app
     cli: streams args doctor inspect batch generate remote chat serve bench export main
     __main__
 """
@@ -244,6 +244,16 @@ def test_numba_cuda_is_imported_in_one_place() -> None:
     assert any(name.startswith("numba.cuda") for name, _ in imports(MODULES["kernels_cuda"])), "the check sees it"
 
 
+def test_ray_is_imported_in_one_place() -> None:
+    """In `server/ray_app.py`, which only `numballama serve --ray` imports."""
+    importers = {m for m, path in MODULES.items() if any(name.split(".")[0] == "ray" for name, _ in imports(path))}
+    assert importers == {"server.ray_app"}
+    code = "from numballama.cli.serve import require_extra; require_extra(); import numballama.server.run"
+    loaded = modules_after(code)
+    assert "numballama.server.run" in loaded
+    assert "numballama.server.ray_app" not in loaded and "ray" not in tops(loaded)
+
+
 ALLOWED_IMPORTS: dict[str, set[str]] = {
     "errors": set(),
     "config": set(),
@@ -329,7 +339,7 @@ TESTED_ELSEWHERE = {
     "tests/unit/cli/test_bench.py, bench/test_profiler.py: what the command prints": "bench.benchmark",
     "tests/unit/cli/test_main.py: in a process of its own": "__main__",
     "tests/unit/server/test_app.py: around every request": """
-        server.call server.generation server.guard server.metrics server.service server.settings
+        server.call server.generation server.guard server.service server.settings
     """,
     "tests/unit/server/test_*.py: what the server answers is compared with them": "server.answers",
 }
@@ -374,7 +384,7 @@ def tops(modules: Iterable[str]) -> set[str]:
 
 HEAVY = {
     "numba", "llvmlite", "sentencepiece", "rich", "tokenizers", "jinja2", "safetensors", "torch", "huggingface_hub",
-    "starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance",
+    "starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance", "ray",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,8 @@ def test_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--port", "70000"], "--port must be between"),
         (["--queue", "-1"], "--queue must be at least 0"),
         (["--drain-timeout", "nan"], "--drain-timeout must be at least 0"),
+        (["--replicas", "2"], "--replicas and --max-replicas need --ray"),
+        (["--max-replicas", "2"], "--replicas and --max-replicas need --ray"),
         (["--tls-cert", "x"], "--tls-cert and --tls-key go together"),
         (["--tls-cert", "x", "--tls-key", "y"], "x: there is no such file"),
     ],
@@ -70,3 +73,10 @@ def test_without_the_extra(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(serve, "NEEDED", ("no_such_library",))
     called = call(capsys, "serve")
     assert called.code == 1 and 'pip install "numballama[serve]"' in called.err and not called.out
+
+
+def test_ray_is_missing(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    monkeypatch.delitem(sys.modules, "numballama.server.ray_app", raising=False)
+    called = call(capsys, "serve", "--ray")
+    assert called.code == 1 and 'pip install "numballama[ray]"' in called.err and not called.out
