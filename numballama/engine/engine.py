@@ -17,7 +17,7 @@ from .pages import BlockManager
 from .request import FinishReason, R, Request, RequestState, Response, TokenEvent, TokenLogprobs, check_prompt
 from .runner import Runner
 from .scheduler import Run, Scheduler
-from .sequence import Constraint, Sequence, Status, seeded
+from .sequence import Constraint, Sequence, Status, make_sequences
 from .stats import EngineStats, Rates
 
 
@@ -125,22 +125,9 @@ class Engine:
         state.context_bound = settings.max_tokens is None or room < settings.max_tokens
         state.logprobs = settings.logprobs is not None
         root: Hashable = ("salt", salt) if reuse_prefix else ("request", number)
-        stops = frozenset(stop_token_ids)
         if most:
-            state.sequences = [
-                Sequence(
-                    ids,
-                    own,
-                    most,
-                    order=(priority, number, index),
-                    index=index,
-                    root=root,
-                    stop_token_ids=stops,
-                    constraint=None if constraint is None else constraint(),
-                    request=state,
-                )
-                for index, own in enumerate(seeded(settings))
-            ]
+            common = {"root": root, "stop_token_ids": frozenset(stop_token_ids), "request": state}
+            state.sequences = make_sequences(ids, settings, most, priority, number, constraint=constraint, **common)
         state.live, state.done = len(state.sequences), not most
         with self._driver.lock:
             if self._failure is not None:
@@ -373,7 +360,7 @@ class Engine:
                 self._constraints.put(advances)
 
     def _take_advanced(self) -> None:
-        """Deliver tokens that constraints have accepted, and set the next masks."""
+        """Deliver tokens that constraints have accepted, and those that they force; set the next masks."""
         for advance in self._constraints.take():
             sequence, result = advance.sequence, advance.result
             sequence.advancing = False
@@ -383,9 +370,20 @@ class Engine:
             if isinstance(result, Exception):
                 self._end(state, result)
                 continue
-            self._deliver(sequence, state, advance.token, advance.logprobs, "stop" if result else None)
+            tokens, end = (advance.token, *advance.forced), "stop" if result else None
+            for number, token in enumerate(tokens):
+                if number:
+                    sequence.ids.append(token)
+                    self._generated_tokens += 1
+                last = number == len(tokens) - 1
+                self._deliver(sequence, state, token, advance.logprobs if not number else None, end if last else None)
+                if sequence.status is Status.FINISHED:
+                    break
             if sequence.status is Status.RUNNING:
-                self._set_mask(sequence)
+                if advance.forced:  # its next row is a chunk's, before which sampler and mask are set
+                    self.scheduler.forward(sequence)
+                else:
+                    self._set_mask(sequence)
         self._handling = None
 
     def _deliver(
