@@ -430,6 +430,8 @@ class Engine:
 
     def _forget(self, state: RequestState, error: BaseException | None) -> None:
         """Tell the request's reader that it has ended. It is known until then, so that an interrupt cannot lose it."""
+        for sequence in state.sequences:  # its constraint may still be advanced by a token
+            sequence.status = Status.FINISHED
         if not state.done:
             state.error = error
             state.done = True
@@ -444,8 +446,6 @@ class Engine:
             self._inbox.clear()
             self._cancelled.clear()
         for state in states:
-            for sequence in state.sequences:
-                sequence.status = Status.FINISHED
             self._forget(state, error)
         self._wake()
 

@@ -130,7 +130,7 @@ class Scheduler:
         for sequence in tuple(self.prefilling):
             if row == most:
                 break
-            if len(sequence.ids) > len(sequence.pages) * self.pages.page and not self._add_pages(sequence, run):
+            if not self._add_pages(sequence, run):
                 continue
             row = self._add_chunk(run, sequence, row, most, logits)
         while row < most and (admitted := self._admit(run)) is not None:
@@ -192,8 +192,10 @@ class Scheduler:
 
     def _add_pages(self, sequence: Sequence, run: Run) -> bool:
         """Give a sequence the pages that its known tokens need. False: it must wait, or it is itself preempted."""
+        if sequence.status is not Status.RUNNING:
+            return False  # one before it in order has needed its pages
         while len(sequence.ids) > len(sequence.pages) * self.pages.page:
-            if sequence.status is not Status.RUNNING or not self._make_room(sequence):
+            if not self._make_room(sequence):
                 return False
             page = self.pages.allocate(1)
             run.tables.append((sequence.slot, len(sequence.pages), page))

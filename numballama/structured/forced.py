@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import takewhile
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -98,28 +99,28 @@ class ForcedTokens:
         return found
 
     def _encode(self, last: int, data: bytes, following: int) -> Sequence[int]:
-        before = self._view.tokens[last]
         try:
-            ids = self._view(before + data)  # with the token before it: some encoders look at what precedes
-            ids = ids[1:] if ids[:1] == [last] else self._view(data)
+            # what may begin at a border changes tokens before it as well: keep those that all borders agree on
+            texts = [self._tokens_of(last, data[:border]) for border in self._borders(data, following)]
         except Error:
             return ()
-        if b"".join(self._view.tokens[token] for token in ids) != data:
+        whole = texts[0]
+        if b"".join(self._view.tokens[token] for token in whole) != data:
             return ()
-        border, end = self._border(data, following), 0
-        for count, token in enumerate(ids):
-            end += len(self._view.tokens[token])
-            if end > border:
-                return tuple(ids[:count])
-        return tuple(ids)
+        same = min(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, text))) for text in texts)
+        return tuple(whole[:same])
 
-    def _border(self, data: bytes, following: int) -> int:
-        """Where the first token may begin that has an end of `data` and a byte of `following`."""
-        bytes_after = [bytes([byte]) for byte in range(256) if following >> byte & 1]
-        for start in range(max(0, len(data) - self._longest + 1), len(data)):
-            if self._begins(data[start:]) and any(self._begins(data[start:] + byte, True) for byte in bytes_after):
-                return start
-        return len(data)
+    def _tokens_of(self, last: int, data: bytes) -> list[int]:
+        """Tokens of a text after `last`: encoded with it, because some encoders look at what precedes."""
+        ids = self._view(self._view.tokens[last] + data)
+        return ids[1:] if ids[:1] == [last] else self._view(data)
+
+    def _borders(self, data: bytes, following: int) -> list[int]:
+        """The end of `data`, and where a token may begin that has an end of `data` and a byte of `following`."""
+        after = [bytes([byte]) for byte in range(256) if following >> byte & 1]
+        starts = range(max(0, len(data) - self._longest + 1), len(data))
+        found = [n for n in starts if self._begins(data[n:]) and any(self._begins(data[n:] + b, True) for b in after)]
+        return [len(data), *found]
 
     def _begins(self, data: bytes, or_is: bool = False) -> bool:
         """Whether a longer token begins with `data`; with `or_is`, also one that is `data`."""

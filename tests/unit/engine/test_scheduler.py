@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -276,6 +276,16 @@ class Forcing:
         return [False] * len(steps)
 
 
+class AtOnce:
+    """In place of a pool of threads: a function is called where it is submitted, so that a machine can be replayed."""
+
+    def submit(self, function: Callable[..., None], *arguments: object) -> None:
+        function(*arguments)
+
+    def shutdown(self, **options: bool) -> None:
+        pass
+
+
 def forcing(prompt: list[int], count: int, seed: int) -> list[int]:
     """What a prompt continues with under `Forcing`."""
     history, constraint = list(prompt), Forcing()
@@ -304,6 +314,7 @@ class Machine(RuleBasedStateMachine):
             vocab_size=3,
         )  # fmt: skip
         self.engine = Engine(self.runner, mixed_tokens=mixed)
+        self.engine._constraints._pool = AtOnce()  # type: ignore[assignment]
         self.live: list[tuple[Request[Any], list[int], SamplingParams, int, frozenset[int], bool]] = []
         self.submitted = 0
 
