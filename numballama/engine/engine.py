@@ -370,21 +370,23 @@ class Engine:
             if isinstance(result, Exception):
                 self._end(state, result)
                 continue
-            tokens, end = (advance.token, *advance.forced), "stop" if result else None
-            for number, token in enumerate(tokens):
-                if number:
-                    sequence.ids.append(token)
-                    self._generated_tokens += 1
-                last = number == len(tokens) - 1
-                self._deliver(sequence, state, token, advance.logprobs if not number else None, end if last else None)
-                if sequence.status is Status.FINISHED:
-                    break
+            self._deliver_advanced(sequence, state, advance)
             if sequence.status is Status.RUNNING:
                 if advance.forced:  # its next row is a chunk's, before which sampler and mask are set
                     self.scheduler.forward(sequence)
                 else:
                     self._set_mask(sequence)
         self._handling = None
+
+    def _deliver_advanced(self, sequence: Sequence, state: RequestState, advance: Advance) -> None:
+        for number, token in enumerate((advance.token, *advance.forced)):
+            if number:
+                sequence.ids.append(token)
+                self._generated_tokens += 1
+            reason: FinishReason | None = "stop" if advance.result and number == len(advance.forced) else None
+            self._deliver(sequence, state, token, None if number else advance.logprobs, reason)
+            if sequence.status is Status.FINISHED:
+                return
 
     def _deliver(
         self,

@@ -107,8 +107,8 @@ class ForcedTokens:
         whole = texts[0]
         if b"".join(self._view.tokens[token] for token in whole) != data:
             return ()
-        same = min(sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(whole, text))) for text in texts)
-        return tuple(whole[:same])
+        same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*texts, strict=False))
+        return tuple(tokens[0] for tokens in same)
 
     def _tokens_of(self, last: int, data: bytes) -> list[int]:
         """Tokens of a text after `last`: encoded with it, because some encoders look at what precedes."""

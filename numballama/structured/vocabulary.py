@@ -22,8 +22,8 @@ SLICES = [
     r'[^"\\\x00-\x1F\x7F]{1,30}',
     r'[^"\\\x00-\x1F\x7F]+',
 ]
-"""Texts whose tokens a mask takes from a table where the grammar allows them all. llguidance's own, and those of letters
-and digits: names, addresses and expressions allow no others, and would look at each token of the vocabulary."""
+"""Texts whose tokens a mask takes from a table where the grammar allows them all: llguidance's own, and those of
+letters and digits. Names, addresses and expressions allow no others, and would look at each token of the vocabulary."""
 SPECIAL = b"\xff"
 """The first byte of a special token, for llguidance. No text has it, so a grammar can name such a token only."""
 

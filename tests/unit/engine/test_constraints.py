@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 
 from numballama.engine.constraints import SLOW_S, Advance, ConstraintWorker
 from numballama.engine.engine import Engine
+from numballama.engine.request import TokenEvent
 from numballama.engine.sequence import Constraint, Sequence
 from numballama.errors import Error
 from tests.helpers.engine_machine import check_engine
-from numballama.engine.request import TokenEvent
 from tests.helpers.fake_runner import FakeRunner, expected, make_params, next_token, tokens_of
 
 PROMPT = [1, 2, 3]
