@@ -32,6 +32,8 @@ class Advance:
     logprobs: TokenLogprobs | None
     result: bool | Exception = False
     """Whether the text is complete, or what the constraint raised."""
+    forced: tuple[int, ...] = ()
+    """Tokens that must follow, and that the constraint has accepted too."""
 
 
 class ConstraintWorker:
@@ -126,7 +128,7 @@ def _advance(advances: list[Advance]) -> None:
         group = [each for each in batch if type(each.sequence.constraint) is kind]
         results = kind.advance([(_constraint(each), each.token) for each in group])  # type: ignore[attr-defined]
         for each, result in zip(group, results, strict=True):
-            each.result = result
+            each.result, each.forced = result, tuple(each.sequence.constraint.forced)  # type: ignore[union-attr]
     for each in advances:
         if not isinstance(each.sequence.constraint, BatchConstraint):
             try:

@@ -17,7 +17,7 @@ from .pages import BlockManager
 from .request import FinishReason, R, Request, RequestState, Response, TokenEvent, TokenLogprobs, check_prompt
 from .runner import Runner
 from .scheduler import Run, Scheduler
-from .sequence import Constraint, Sequence, Status, seeded
+from .sequence import Constraint, Sequence, Status, make_sequences
 from .stats import EngineStats, Rates
 
 
@@ -125,22 +125,9 @@ class Engine:
         state.context_bound = settings.max_tokens is None or room < settings.max_tokens
         state.logprobs = settings.logprobs is not None
         root: Hashable = ("salt", salt) if reuse_prefix else ("request", number)
-        stops = frozenset(stop_token_ids)
         if most:
-            state.sequences = [
-                Sequence(
-                    ids,
-                    own,
-                    most,
-                    order=(priority, number, index),
-                    index=index,
-                    root=root,
-                    stop_token_ids=stops,
-                    constraint=None if constraint is None else constraint(),
-                    request=state,
-                )
-                for index, own in enumerate(seeded(settings))
-            ]
+            common = {"root": root, "stop_token_ids": frozenset(stop_token_ids), "request": state}
+            state.sequences = make_sequences(ids, settings, most, priority, number, constraint=constraint, **common)
         state.live, state.done = len(state.sequences), not most
         with self._driver.lock:
             if self._failure is not None:
@@ -373,7 +360,7 @@ class Engine:
                 self._constraints.put(advances)
 
     def _take_advanced(self) -> None:
-        """Deliver tokens that constraints have accepted, and set the next masks."""
+        """Deliver tokens that constraints have accepted, and those that they force; set the next masks."""
         for advance in self._constraints.take():
             sequence, result = advance.sequence, advance.result
             sequence.advancing = False
@@ -383,10 +370,23 @@ class Engine:
             if isinstance(result, Exception):
                 self._end(state, result)
                 continue
-            self._deliver(sequence, state, advance.token, advance.logprobs, "stop" if result else None)
+            self._deliver_advanced(sequence, state, advance)
             if sequence.status is Status.RUNNING:
-                self._set_mask(sequence)
+                if advance.forced:  # its next row is a chunk's, before which sampler and mask are set
+                    self.scheduler.forward(sequence)
+                else:
+                    self._set_mask(sequence)
         self._handling = None
+
+    def _deliver_advanced(self, sequence: Sequence, state: RequestState, advance: Advance) -> None:
+        for number, token in enumerate((advance.token, *advance.forced)):
+            if number:
+                sequence.ids.append(token)
+                self._generated_tokens += 1
+            reason: FinishReason | None = "stop" if advance.result and number == len(advance.forced) else None
+            self._deliver(sequence, state, token, None if number else advance.logprobs, reason)
+            if sequence.status is Status.FINISHED:
+                return
 
     def _deliver(
         self,
@@ -432,6 +432,8 @@ class Engine:
 
     def _forget(self, state: RequestState, error: BaseException | None) -> None:
         """Tell the request's reader that it has ended. It is known until then, so that an interrupt cannot lose it."""
+        for sequence in state.sequences:  # its constraint may still be advanced by a token
+            sequence.status = Status.FINISHED
         if not state.done:
             state.error = error
             state.done = True
@@ -446,8 +448,6 @@ class Engine:
             self._inbox.clear()
             self._cancelled.clear()
         for state in states:
-            for sequence in state.sequences:
-                sequence.status = Status.FINISHED
             self._forget(state, error)
         self._wake()
 

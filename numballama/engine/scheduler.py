@@ -130,6 +130,8 @@ class Scheduler:
         for sequence in tuple(self.prefilling):
             if row == most:
                 break
+            if not self._add_pages(sequence, run):
+                continue
             row = self._add_chunk(run, sequence, row, most, logits)
         while row < most and (admitted := self._admit(run)) is not None:
             row = self._add_chunk(run, admitted, row, most, logits)
@@ -149,6 +151,9 @@ class Scheduler:
         self._slots[row:after] = sequence.slot
         sequence.planned = end
         sequence.in_flight += 1
+        if sequence.resume:
+            sequence.resume = False
+            run.starts.append(sequence)
         run.chunks.append((sequence, end))
         if end == len(sequence.ids):
             sequence.pending += 1
@@ -157,6 +162,12 @@ class Scheduler:
             _remove(self.prefilling, sequence)
             insort(self.decoding, sequence, key=_order)
         return after
+
+    def forward(self, sequence: Sequence) -> None:
+        """Tokens beyond the sampled one were added to a sequence that generates: compute them as those of a prompt."""
+        _remove(self.decoding, sequence)
+        insort(self.prefilling, sequence, key=_order)
+        sequence.allowed, sequence.resume = 0, True
 
     def _make_batch(self, rows: int, logits: list[int] | None) -> Batch:
         """The first `rows` rows; `logits` None: each wants logits."""
@@ -177,6 +188,18 @@ class Scheduler:
             sequence.pages += page
         have = len(sequence.pages) * self.pages.page
         sequence.allowed = min(have, sequence.end) if sequence.constraint is None else sequence.planned + 1
+        return True
+
+    def _add_pages(self, sequence: Sequence, run: Run) -> bool:
+        """Give a sequence the pages that its known tokens need. False: it must wait, or it is itself preempted."""
+        if sequence.status is not Status.RUNNING:
+            return False  # one before it in order has needed its pages
+        while len(sequence.ids) > len(sequence.pages) * self.pages.page:
+            if not self._make_room(sequence):
+                return False
+            page = self.pages.allocate(1)
+            run.tables.append((sequence.slot, len(sequence.pages), page))
+            sequence.pages += page
         return True
 
     def _make_room(self, sequence: Sequence) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from collections.abc import Sequence as TokenIds
 from enum import Enum
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -51,6 +51,9 @@ class Constraint(Protocol):
 class BatchConstraint(Constraint, Protocol):
     """Constraints of a class that advances many at once."""
 
+    forced: TokenIds[int]
+    """Tokens that must follow the last one that was accepted, and have been accepted with it."""
+
     @staticmethod
     def advance(steps: Any) -> list[bool | Exception]:
         """`accept` and `mask` of each (constraint of this class, token): what `accept` returns or either raises."""
@@ -69,7 +72,7 @@ class Sequence:
     __slots__ = (
         "admitted_at", "advancing", "allowed", "cached_tokens", "chain", "computed", "constraint", "end", "entered",
         "ids", "in_flight", "index", "order", "pages", "params", "parked_on", "pending", "planned", "preemptions",
-        "prompt_tokens", "publish_at", "published", "request", "root", "slot", "status", "stop_token_ids",
+        "prompt_tokens", "publish_at", "published", "request", "resume", "root", "slot", "status", "stop_token_ids",
     )  # fmt: skip
 
     def __init__(
@@ -118,6 +121,8 @@ class Sequence:
         """Pages in the prefix cache's index; pages computed; positions computed when the next page is full."""
         self.chain: Hashable = None
         """Node of the last entered page."""
+        self.resume = False
+        """Whether its next row must be preceded by a start of its sampler, which lacks the latest tokens."""
 
     @property
     def output_tokens(self) -> int:
@@ -134,6 +139,31 @@ class Sequence:
             f"{self.prompt_tokens}+{self.output_tokens} tokens, {self.computed} computed, {self.in_flight} in flight"
         )
         return f"<Sequence {self.order} {self.status.value}: {counts}>"
+
+
+def make_sequences(
+    prompt: TokenIds[int],
+    params: SamplingParams,
+    max_tokens: int,
+    priority: int,
+    number: int,
+    *,
+    constraint: Callable[[], Constraint] | None,
+    **common: Any,
+) -> list[Sequence]:
+    """The `n` sequences of request `number`. `common`: what all of them have."""
+    return [
+        Sequence(
+            prompt,
+            own,
+            max_tokens,
+            order=(priority, number, index),
+            index=index,
+            constraint=None if constraint is None else constraint(),
+            **common,
+        )
+        for index, own in enumerate(seeded(params))
+    ]
 
 
 def seeded(params: SamplingParams) -> list[SamplingParams]:

@@ -33,7 +33,7 @@ class EngineStats:
     steps: int
     """Runs collected."""
     prompt_tokens: int
-    """Rows computed for prompts, also when a sequence was computed again."""
+    """Rows computed for prompts and for tokens that a grammar forces, also when a sequence was computed again."""
     generated_tokens: int
     prompt_tokens_per_second: float
     """Over the last 10 seconds."""

@@ -15,9 +15,10 @@ from ..sampling import SamplingParams
 from ..tokenizers.base import Tokenizer
 from .checker import Checker
 from .constraint import COPIES, Grammar, GrammarConstraint, MaskBlocks
+from .forced import ForcedTokens
 from .lark import MAX_GRAMMAR, check_grammar, regex_grammar, schema_grammar, to_lark
 from .schema import check_schema
-from .vocabulary import INSTALL, make_tokenizer
+from .vocabulary import INSTALL, VocabularyView, make_tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLTokenizer
@@ -63,7 +64,8 @@ def compile_constraint(
     compiler = _compiler_of(tokenizer)
     grammar = compiler.compile(*_sources(source, getattr(params, source)), source)
     size = tokenizer.vocab_size if vocab_size is None else vocab_size
-    return partial(GrammarConstraint, grammar, compiler.blocks, size, stop_token_ids, compiler.special)
+    forced = compiler.forced if params.logprobs is None else None  # a token that is not sampled has none
+    return partial(GrammarConstraint, grammar, compiler.blocks, size, stop_token_ids, compiler.special, forced)
 
 
 def _sources(source: str, value: object) -> tuple[str, str]:
@@ -88,7 +90,9 @@ class GrammarCompiler:
     """Compiles grammars for one tokenizer and keeps them. Its methods may be called from any thread."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._vocabulary: LLTokenizer = make_tokenizer(tokenizer)
+        view = VocabularyView(tokenizer)
+        self._vocabulary: LLTokenizer = make_tokenizer(view)
+        self.forced = ForcedTokens(view)
         self.blocks = MaskBlocks(-(-self._vocabulary.vocab_size // 32))
         self.special = frozenset(tokenizer.special_tokens.values())
         self._kept: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
@@ -112,7 +116,8 @@ class GrammarCompiler:
             return grammar
         if not tried:
             _checker.check(trial, what)
-        grammar = _with_deep_stack(lambda: Grammar(self._vocabulary, text, what))
+        forces = text == trial  # no special token is named, so bytes can spell all of its texts
+        grammar = _with_deep_stack(lambda: Grammar(self._vocabulary, text, what, forces))
         with self._lock:
             self._kept[key] = grammar
             while len(self._kept) > MAX_GRAMMARS:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..errors import Error
 from .checker import first_lines, make_matcher
+from .forced import ForcedText, ForcedTokens, byte_vocabulary
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLTokenizer
@@ -58,9 +59,12 @@ def _executor() -> LLExecutor:
 
 
 class Grammar:
-    """A compiled grammar and its first mask. Raises `Error` for one that cannot be followed, or allows no text."""
+    """A compiled grammar and its first mask. Raises `Error` for one that cannot be followed, or allows no text.
 
-    def __init__(self, tokenizer: LLTokenizer, text: str, what: str) -> None:
+    `forces`: look for text that it leaves no choice about.
+    """
+
+    def __init__(self, tokenizer: LLTokenizer, text: str, what: str, forces: bool = False) -> None:
         self.what, self.tokenizer, self._text = what, tokenizer, text
         matcher = make_matcher(tokenizer, text)
         if matcher.is_error():
@@ -79,6 +83,8 @@ class Grammar:
         self.uses = 0
         """How often it was asked for again. Its automata grow with its texts."""
         self.failed = False
+        bytewise = make_matcher(byte_vocabulary(), text) if forces else None
+        self._bytewise = None if bytewise is None or bytewise.is_error() else bytewise
         self._copies = [matcher]
         self._numbers = itertools.count()
 
@@ -92,21 +98,36 @@ class Grammar:
         copies = self._copies
         return copies[next(self._numbers) % len(copies)].deep_copy()
 
+    def start_forced(self) -> ForcedText | None:
+        """What finds forced text of a new text. None: nothing does."""
+        return None if self._bytewise is None else ForcedText(self._bytewise.deep_copy())
+
 
 class GrammarConstraint:
     """Follows one text. `stops` are the tokens that end it, `special` those of them that add nothing to a text.
 
     A stop token is allowed where the grammar may end, and nowhere else; a special one also where the grammar names it.
-    `vocab_size` is the number of logits, which sets the length of the mask.
+    `vocab_size` is the number of logits, which sets the length of the mask. `forced`: accept tokens of forced text with
+    the token before them.
     """
 
     def __init__(
-        self, grammar: Grammar, blocks: MaskBlocks, vocab_size: int, stops: Collection[int], special: Collection[int]
+        self,
+        grammar: Grammar,
+        blocks: MaskBlocks,
+        vocab_size: int,
+        stops: Collection[int],
+        special: Collection[int],
+        forced: ForcedTokens | None = None,
     ) -> None:
         from llguidance import LLMatcher
 
         self._grammar, self._blocks = grammar, blocks
         self._matcher = grammar.start()
+        self.forced: Sequence[int] = ()
+        """Tokens that must follow the last one, and were accepted with it."""
+        self._forced_tokens, self._forced_text = forced, None if forced is None else grammar.start_forced()
+        self._stop_ids = frozenset(stops)
         self._nothing = LLMatcher(grammar.tokenizer, "{", log_level=0)  # no grammar, so it does no work
         self._block, self._row = blocks.borrow()
         self._computed = self._block[self._row]
@@ -127,7 +148,7 @@ class GrammarConstraint:
         return self._mask
 
     def accept(self, token: int) -> bool:
-        """Advance by a token that the mask allows, and compute the next mask. True: nothing may follow."""
+        """Advance by a token that the mask allows, and those that it forces; compute the next mask. True: the end."""
         (result,) = self.advance([(self, token)])
         if isinstance(result, Exception):
             raise result
@@ -141,11 +162,28 @@ class GrammarConstraint:
         if len(pairs) == 1:  # with one, the lock would be held
             pairs.append((steps[0][0]._nothing, steps[0][0]._grammar.end))
         executor.consume_token_par(pairs)
-        going = [each for each, _ in steps if not each._matcher.is_stopped()]
-        for block in {id(each._block): each._block for each in going}.values():
-            rows = [(each._matcher, each._row) for each in going if each._block is block]
-            executor.unsafe_compute_mask_ptr(rows, block.ctypes.data, 4 * block.shape[1], BLOCK)
+        for each, token in steps:
+            each._push(token)
+        _compute_masks([each for each, _ in steps])
+        _compute_masks(_accept_forced(steps))
         return [each._result() for each, _ in steps]
+
+    def _push(self, token: int) -> None:
+        self.forced = ()
+        if self._forced_tokens is not None and self._forced_text is not None:
+            self._forced_text.push(self._forced_tokens.bytes_of(token))
+
+    def _accept_next(self, last: int) -> bool:
+        """Accept the tokens that must follow `last`. False if there are none."""
+        tokens, text = self._forced_tokens, self._forced_text
+        assert tokens is not None and text is not None
+        data, following = text.next()
+        found = tokens.tokens(last, data, following) if data else ()
+        stop = next((place for place, token in enumerate(found) if token in self._stop_ids), len(found))
+        self.forced = found[: self._matcher.try_consume_tokens(list(found[:stop]))] if stop else ()
+        for token in self.forced:
+            text.push(tokens.bytes_of(token))
+        return bool(self.forced)
 
     def _result(self) -> bool | Exception:
         if self._matcher.is_error():
@@ -168,6 +206,25 @@ class GrammarConstraint:
         for word, bits in () if may_end else self._text_stops:
             mask[word] &= ~bits
         return False
+
+
+def _compute_masks(constraints: Sequence[GrammarConstraint]) -> None:
+    """The masks of constraints whose text goes on, as the grammar says."""
+    going = [each for each in constraints if not each._matcher.is_stopped()]
+    for block in {id(each._block): each._block for each in going}.values():
+        rows = [(each._matcher, each._row) for each in going if each._block is block]
+        _executor().unsafe_compute_mask_ptr(rows, block.ctypes.data, 4 * block.shape[1], BLOCK)
+
+
+def _accept_forced(steps: Sequence[tuple[GrammarConstraint, int]]) -> list[GrammarConstraint]:
+    """Accept what must follow the tokens of `steps`, whose masks are computed. Returns those that have gone on."""
+    able = [each for each in steps if each[0]._forced_text is not None and not each[0]._matcher.is_stopped()]
+    if not able:
+        return []
+    tokens = able[0][0]._forced_tokens
+    assert tokens is not None
+    forced = tokens.may_be_forced(np.stack([each._computed for each, _ in able]))
+    return [each for (each, token), may in zip(able, forced, strict=True) if may and each._accept_next(token)]
 
 
 def _words_of(tokens: Any) -> list[tuple[int, np.uint32]]:

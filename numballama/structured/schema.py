@@ -26,14 +26,14 @@ FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4",
 """Values of `format` that are enforced."""
 ANNOTATIONS = frozenset(
     ["title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema", "$id",
-     "$anchor", "discriminator"]
+     "id", "$anchor", "discriminator"]
 )  # fmt: skip
 """Keywords that restrict nothing."""
 UNENFORCED = frozenset(
     ["not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains", "propertyNames",
      "dependencies", "dependentRequired", "dependentSchemas", "unevaluatedItems", "unevaluatedProperties",
      "$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor", "$vocabulary", "contentEncoding",
-     "contentMediaType", "contentSchema", "nullable", "extends", "disallow", "divisibleBy", "x-guidance", "id"]
+     "contentMediaType", "contentSchema", "nullable", "extends", "disallow", "divisibleBy", "x-guidance"]
 )  # fmt: skip
 """Keywords that would restrict something, and are refused."""
 HARMLESS: Mapping[str, object] = {"uniqueItems": False, "nullable": False}
@@ -89,6 +89,8 @@ class _Checker:
     def __init__(self) -> None:
         self._places: set[str] = set()
         self._refs: list[tuple[str, str]] = []
+        self._bases: list[tuple[str, str]] = []
+        """(keyword, place) of what changes what a $ref below it means."""
 
     def schema(self, value: object, place: str, depth: int) -> Any:
         """The schema at `place`, checked and without annotations."""
@@ -119,14 +121,16 @@ class _Checker:
             if keyword in HARMLESS and argument is HARMLESS[keyword]:
                 return
             _fail(place, keyword, "is not enforced; leave it out. docs/structured.md lists what is")
-        if keyword == "$id" and place != "#":
-            _fail(place, keyword, "is supported at the top only")
-        if keyword in ANNOTATIONS or keyword.startswith("x-"):
+        if keyword in ("$id", "id") and place != "#" and not str(argument).startswith("#"):
+            self._bases.append((keyword, place))
+        if keyword in ANNOTATIONS or keyword.startswith(("x-", "_")):
             return
         if near := difflib.get_close_matches(keyword, [*_CHECKS, *UNENFORCED], 1, 0.8):
             _fail(place, keyword, f"is no keyword of JSON Schema; did you mean {near[0]!r}?")
 
     def _check_refs(self) -> None:
+        for keyword, place in self._bases if self._refs else ():
+            _fail(place, keyword, "is supported at the top only in a schema with $ref")
         for ref, place in self._refs:
             if ref not in self._places:
                 _fail(place, "$ref", f"points to {ref!r}, where there is no schema")

@@ -13,6 +13,17 @@ if TYPE_CHECKING:
 
 INSTALL = 'a grammar needs the library llguidance: pip install "numballama[serve]"'
 """Message of the `UnsupportedError` without the library."""
+SLICES = [
+    r"[\x20\x0A\x0D\x09]+",
+    r"[a-z]{1,10}",
+    r"[a-zA-Z]{1,10}",
+    r"[a-zA-Z0-9]{1,10}",
+    r'[^"\\\x00-\x1F\x7F]{1,10}',
+    r'[^"\\\x00-\x1F\x7F]{1,30}',
+    r'[^"\\\x00-\x1F\x7F]+',
+]
+"""Texts whose tokens a mask takes from a table where the grammar allows them all: llguidance's own, and those of
+letters and digits. Names, addresses and expressions allow no others, and would look at each token of the vocabulary."""
 SPECIAL = b"\xff"
 """The first byte of a special token, for llguidance. No text has it, so a grammar can name such a token only."""
 
@@ -56,10 +67,10 @@ def token_bytes(tokenizer: Tokenizer) -> tuple[list[bytes], list[int]]:
     return tokens, special
 
 
-def make_tokenizer(tokenizer: Tokenizer) -> LLTokenizer:
+def make_tokenizer(view: VocabularyView) -> LLTokenizer:
     """llguidance's tokenizer. Takes about 6 µs a token. Raises `UnsupportedError` without the library."""
     try:
         from llguidance import LLTokenizer
     except ImportError:
         raise UnsupportedError(INSTALL) from None
-    return LLTokenizer(VocabularyView(tokenizer))  # type: ignore[arg-type]
+    return LLTokenizer(view, slices=SLICES)  # type: ignore[arg-type]

@@ -97,6 +97,24 @@ def test_schemas_expressions_and_grammars(model: Model, temperature: float) -> N
     assert text.startswith("{") and (last.finish_reason == "length" or isinstance(json.loads(text), dict))
 
 
+def test_forced_text_needs_no_runs(model: Model) -> None:
+    """With log probabilities each token is sampled, so that is the same without forced tokens."""
+    regex = "My name is (Tom|Lily|Anna) and I like (red|blue) balls very much because they are round[.]"
+    runs, texts = [], []
+    for options in ({"logprobs": 0}, {}):
+        with model.engine() as engine:
+            before = engine.stats()
+            request = engine.submit("Once", SamplingParams(regex=regex, temperature=0, **options), reuse_prefix=False)
+            responses = list(request)
+            after = engine.stats()
+        texts.append("".join(response.text for response in responses))
+        runs.append(after.steps - before.steps)
+        assert after.generated_tokens - before.generated_tokens == len(responses)
+        assert responses[-1].finish_reason == "stop"
+    assert texts[0] == texts[1] and re.fullmatch(regex, texts[1])
+    assert runs[1] <= runs[0] // 2
+
+
 def test_a_space_in_front_is_part_of_the_text(model: Model) -> None:
     assert "".join(r.text for r in model.stream(None, regex=" (a|b)", temperature=0)) in (" a", " b")
 

@@ -55,7 +55,7 @@ ORDER = """
             weights sampler_table decode_pipeline program bandwidth timing backend
     reference backend session
     engine: interrupts sequence pages runner request constraints driver stats scheduler engine capacity model_runner
-    structured: checker schema lark vocabulary constraint compiler
+    structured: checker schema lark vocabulary forced constraint compiler
     generate
     chat: sandbox builtin_templates template tool_messages encoder conversation
     export inspection

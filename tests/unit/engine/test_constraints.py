@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,11 @@ from numpy.typing import NDArray
 
 from numballama.engine.constraints import SLOW_S, Advance, ConstraintWorker
 from numballama.engine.engine import Engine
+from numballama.engine.request import TokenEvent
 from numballama.engine.sequence import Constraint, Sequence
 from numballama.errors import Error
 from tests.helpers.engine_machine import check_engine
-from tests.helpers.fake_runner import FakeRunner, expected, make_params, tokens_of
+from tests.helpers.fake_runner import FakeRunner, expected, make_params, next_token, tokens_of
 
 PROMPT = [1, 2, 3]
 
@@ -43,12 +45,35 @@ class Evens:
 class Together(Evens):
     """Advances many at once, and fails at a token that it knows."""
 
+    forced: tuple[int, ...] = ()
     calls: list[int] = []  # noqa: RUF012
 
     @staticmethod
     def advance(steps: Any) -> list[bool | Exception]:
         Together.calls.append(len(steps))
         return [each.accept(token) if token != 666 else Error("stuck") for each, token in steps]
+
+
+class Forcing(Together):
+    """After a token come two that it forces."""
+
+    @staticmethod
+    def advance(steps: Any) -> list[bool | Exception]:
+        for each, token in steps:
+            each.accept(token)
+            each.forced = (token + 1, token + 2)
+            each.accepted += each.forced
+        return [len(each.accepted) >= each.length for each, _ in steps]
+
+
+def forcing(prompt: list[int], count: int) -> list[int]:
+    """What a prompt continues with under `Forcing`."""
+    evens = list(range(0, 1024, 2))
+    history = list(prompt)
+    while len(history) < len(prompt) + count:
+        token = evens[next_token(history, 1000) % len(evens)]
+        history += [token, token + 1, token + 2]
+    return history[len(prompt) : len(prompt) + count]
 
 
 @pytest.fixture(params=[0, 1, 2])
@@ -63,6 +88,43 @@ def test_the_end_of_a_grammar_ends_the_text(lookahead: int) -> None:
         assert len(events) == 3 and {event.token % 2 for event in events} == {0}
         assert [event.finish_reason for event in events] == [None, None, reason]
         assert events[-1].stop_reason is None
+
+
+@pytest.mark.parametrize("rows", [4, 16])
+def test_forced_tokens_need_no_run(lookahead: int, rows: int) -> None:
+    runner = FakeRunner(lookahead=lookahead, max_tokens=rows)
+    engine = Engine(runner)
+    for most, length, reason in ((20, 10**6, "length"), (20, 12, "stop"), (12, 12, "stop"), (11, 12, "length")):
+        runs, generated = runner.runs, engine.stats().generated_tokens
+        params = make_params(max_tokens=most, presence_penalty=1)
+        events = list(engine.submit(PROMPT, params, constraint=lambda n=length: Forcing(n), reuse_prefix=False))
+        count = min(most, length)
+        assert [event.token for event in events] == forcing(PROMPT, count)
+        assert [event.finish_reason for event in events] == [None] * (count - 1) + [reason]
+        assert runner.runs - runs == -(-count // 3)  # the rows of prompt and forced tokens fit into one run each
+        assert engine.stats().generated_tokens - generated == count
+        check_engine(engine, runner)
+
+
+def test_a_text_may_end_within_forced_tokens(lookahead: int) -> None:
+    """As at a stop string: what follows is not handed out."""
+    engine, second = Engine(FakeRunner(lookahead=lookahead)), forcing(PROMPT, 5)[4]
+
+    def process(event: TokenEvent) -> TokenEvent:
+        return replace(event, finish_reason="stop") if event.token == second else event
+
+    events = list(engine.submit(PROMPT, make_params(max_tokens=20), process=process, constraint=Forcing))
+    assert [event.token for event in events] == forcing(PROMPT, 5)
+
+
+def test_forced_tokens_are_found_in_the_cache(lookahead: int) -> None:
+    runner = FakeRunner(lookahead=lookahead)
+    engine = Engine(runner)
+    tokens = tokens_of(engine.submit(PROMPT, make_params(max_tokens=14), constraint=Forcing))
+    request = engine.submit([*PROMPT, *tokens], make_params(max_tokens=1))
+    list(request)
+    assert request.cached_tokens == 12  # whole pages of the 15 positions that were computed
+    check_engine(engine, runner)
 
 
 def test_a_stop_token_is_not_offered_to_the_grammar() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -18,7 +18,7 @@ from numballama.engine.sequence import Sequence, Status
 from numballama.errors import Error
 from numballama.sampling import FEED, SamplingParams
 from tests.helpers.engine_machine import check_engine
-from tests.helpers.fake_runner import FakeRunner, expected, make_params
+from tests.helpers.fake_runner import FakeRunner, expected, make_params, next_token
 
 PAGE = 4
 
@@ -259,6 +259,44 @@ PROMPTS = st.builds(
 )
 
 
+class Forcing:
+    """Each token forces as many as its id, of 0 and 1."""
+
+    forced: tuple[int, ...] = ()
+
+    def mask(self) -> None:
+        return None
+
+    def accept(self, token: int) -> None:
+        self.forced = tuple(number % 2 for number in range(token))
+
+    @staticmethod
+    def advance(steps: list[tuple[Forcing, int]]) -> list[bool | Exception]:
+        for each, token in steps:
+            each.accept(token)
+        return [False] * len(steps)
+
+
+class AtOnce:
+    """In place of a pool of threads: a function is called where it is submitted, so that a machine can be replayed."""
+
+    def submit(self, function: Callable[..., None], *arguments: object) -> None:
+        function(*arguments)
+
+    def shutdown(self, **options: bool) -> None:
+        pass
+
+
+def forcing(prompt: list[int], count: int, seed: int) -> list[int]:
+    """What a prompt continues with under `Forcing`."""
+    history, constraint = list(prompt), Forcing()
+    while len(history) < len(prompt) + count:
+        history.append(next_token(history, 3, seed))
+        constraint.accept(history[-1])
+        history += constraint.forced
+    return history[len(prompt) : len(prompt) + count]
+
+
 class Machine(RuleBasedStateMachine):
     """Requests come, are cancelled and end, while runs are up to two steps ahead. Each must get its own tokens."""
 
@@ -277,7 +315,8 @@ class Machine(RuleBasedStateMachine):
             vocab_size=3,
         )  # fmt: skip
         self.engine = Engine(self.runner, mixed_tokens=mixed)
-        self.live: list[tuple[Request[Any], list[int], SamplingParams, int, frozenset[int]]] = []
+        self.engine._constraints._pool = AtOnce()  # type: ignore[assignment]
+        self.live: list[tuple[Request[Any], list[int], SamplingParams, int, frozenset[int], bool]] = []
         self.submitted = 0
 
     @rule(
@@ -289,6 +328,7 @@ class Machine(RuleBasedStateMachine):
         salt=st.sampled_from([None, "a"]),
         reuse=st.booleans(),
         stops=st.sampled_from([frozenset[int](), frozenset([2])]),
+        forces=st.booleans(),
     )
     def submit(
         self,
@@ -300,12 +340,15 @@ class Machine(RuleBasedStateMachine):
         salt: str | None,
         reuse: bool,
         stops: frozenset[int],
+        forces: bool,
     ) -> None:
         params = make_params(max_tokens=most, seed=seed, temperature=0 if seed is None else 1, n=n)
         request = self.engine.submit(
-            prompt, params, priority=priority, salt=salt, reuse_prefix=reuse, stop_token_ids=stops
-        )
-        self.live.append((request, prompt, params, min(most, self.engine.capacity - len(prompt) + 1), stops))
+            prompt, params, priority=priority, salt=salt, reuse_prefix=reuse, stop_token_ids=stops,
+            constraint=Forcing if forces else None,
+        )  # fmt: skip
+        most = min(most, self.engine.capacity - len(prompt) + 1)
+        self.live.append((request, prompt, params, most, stops, forces))
         self.submitted += 1
 
     @precondition(lambda self: self.live)
@@ -330,13 +373,14 @@ class Machine(RuleBasedStateMachine):
 
     def check_finished(self) -> None:
         for entry in [each for each in self.live if each[0].finished]:
-            request, prompt, params, most, stops = entry
+            request, prompt, params, most, stops, forces = entry
             self.live.remove(entry)
             assert request._state.error is None, request._state.error
             events = list(request)
             for index in range(params.n):
                 own = [event for event in events if event.index == index]
-                alone = expected(prompt, most, 3, (params.seed or 0) + index if params.temperature else 0)
+                own_seed = (params.seed or 0) + index if params.temperature else 0
+                alone = forcing(prompt, most, own_seed) if forces else expected(prompt, most, 3, own_seed)
                 end = next((number for number, token in enumerate(alone, 1) if token in stops), most)
                 assert [event.token for event in own] == alone[:end]
                 assert [event.finish_reason for event in own[:-1]] == [None] * (end - 1)
@@ -350,7 +394,7 @@ class Machine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "engine"):
             return
-        work = sum((len(prompt) + most) * params.n for _, prompt, params, most, _ in self.live)
+        work = sum((len(prompt) + most) * params.n for _, prompt, params, most, *_ in self.live)
         for _ in range(20 + 20 * work):
             if not self.engine._has_work():
                 break

@@ -24,7 +24,7 @@ UNENFORCED = {
     "unevaluatedItems": False, "unevaluatedProperties": False, "$dynamicRef": "#a", "$dynamicAnchor": "a",
     "$recursiveRef": "#", "$recursiveAnchor": True, "$vocabulary": {}, "contentEncoding": "base64",
     "contentMediaType": "text/html", "contentSchema": {}, "nullable": True, "extends": {}, "disallow": "string",
-    "divisibleBy": 2, "x-guidance": {"lenient": True}, "id": "#a",
+    "divisibleBy": 2, "x-guidance": {"lenient": True},
 }  # fmt: skip
 
 
@@ -54,7 +54,8 @@ def test_the_list_above_is_complete() -> None:
         ({"$ref": "#/$defs/gone"}, r"'\$ref' at # points to '#/\$defs/gone', where there is no schema"),
         ({"enum": [{"not": {}}], "anyOf": [{"$ref": "#/enum/0"}]}, "where there is no schema"),
         ({"$defs": {"a~b": {}}, "$ref": "#/$defs/a~0b"}, "must not contain ~ or %"),
-        ({"properties": {"a": {"$id": "b"}}}, r"'\$id' at #/properties/a is supported at the top only"),
+        ({"properties": {"a": {"$id": "b"}, "c": {"$ref": "#"}}}, r"'\$id' at #/properties/a is supported at the top"),
+        ({"items": {"id": "b", "items": {"$ref": "#"}}}, "'id' at #/items is supported at the top only"),
         ({"type": "object", "minProperties": 2}, "'minProperties' at # can be enforced up to"),
         ({"minimum": 2**53 + 1}, "'minimum' at # is larger than 2"),
         ({"maximum": float("inf")}, "'maximum' at # must be finite"),
@@ -111,6 +112,15 @@ def test_annotations_are_left_out() -> None:
         "properties": {"title": {"type": "string", "title": "Title", "default": "a", "examples": ["b"]}},
     }  # fmt: skip
     assert json.loads(check_schema(value)) == {"type": "object", "properties": {"title": {"type": "string"}}}
+
+
+def test_names_of_schemas_matter_to_references_only() -> None:
+    """Draft 4's `id` and `$id` say what a $ref below them is relative to; words with an underscore are taken out."""
+    inner = {"type": "string", "id": "b", "_format": "date", "_uniqueItems": True}
+    value = {"id": "https://example.com/a", "items": inner}
+    assert json.loads(check_schema(value)) == {"items": {"type": "string"}}
+    value = {"id": "a", "$ref": "#/$defs/b", "$defs": {"b": {"id": "#b", "type": "null"}}}
+    assert json.loads(check_schema(value)) == {"$ref": "#/$defs/b", "$defs": {"b": {"type": "null"}}}
 
 
 def test_any_object_and_any_value() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import copy
+import random
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,20 @@ import pytest
 
 import numballama
 from numballama.errors import UnsupportedError
+from numballama.structured.checker import make_matcher
+from numballama.structured.lark import regex_grammar
 from numballama.structured.vocabulary import VocabularyView, make_tokenizer, token_bytes
 from numballama.tokenizers.base import Tokenizer, TokenKind
 from tests.helpers.bpe import CHAT_CONFIG, save_json, trained
 
 pytest.importorskip("llguidance")
 
+STORY = Path(numballama.__file__).parent / "story.gguf"
 TEXT = '{"name": "Zoë 🙂",\n  "n": [1, 2]}'
 
 
 def check(tokenizer: Tokenizer) -> None:
-    known = make_tokenizer(tokenizer)
+    known = make_tokenizer(VocabularyView(tokenizer))
     tokens, special = token_bytes(tokenizer)
     assert len(tokens) == tokenizer.vocab_size == known.vocab_size - 1 == known.eos_token
     for token, data in enumerate(tokens):
@@ -40,7 +44,21 @@ def test_sentencepiece_gguf_and_llama2c(tokenizer: Tokenizer) -> None:
 
 
 def test_the_packaged_vocabulary() -> None:
-    check(numballama.load_tokenizer(Path(numballama.__file__).parent / "story.gguf"))
+    check(numballama.load_tokenizer(STORY))
+
+
+@pytest.mark.parametrize("regex", ["[a-z0-9]{1,12}@[a-z]+x", '[^"]*"', "[A-Z][a-z]{3}( [a-z]+)*", "[a-zé]+!"])
+def test_tables_of_tokens_change_no_mask(regex: str) -> None:
+    with_tables = make_tokenizer(VocabularyView(numballama.load_tokenizer(STORY)))
+    both = [make_matcher(each, regex_grammar(regex)) for each in (with_tables, with_tables.with_slices([]))]
+    rng = random.Random(3)
+    for _ in range(8):
+        mask = both[0].compute_bitmask()
+        assert mask == both[1].compute_bitmask()
+        bits = int.from_bytes(mask, "little")
+        if allowed := [token for token in range(with_tables.vocab_size - 1) if bits >> token & 1]:
+            token = rng.choice(allowed)
+            assert both[0].consume_token(token) and both[1].consume_token(token)
 
 
 def test_byte_level_bpe(tmp_path: Path) -> None:
@@ -64,6 +82,6 @@ def test_without_the_library_the_error_names_it(tokenizer: Tokenizer, monkeypatc
 
     monkeypatch.setattr(builtins, "__import__", missing)
     with pytest.raises(UnsupportedError, match=r'pip install "numballama\[serve\]"'):
-        make_tokenizer(tokenizer)
+        make_tokenizer(VocabularyView(tokenizer))
     with pytest.raises(UnsupportedError, match=r'regex: .*pip install "numballama\[serve\]"'):
         numballama.structured.compile_constraint(numballama.SamplingParams(regex="a"), tokenizer)
