@@ -20,8 +20,8 @@ from numballama.config import ModelConfig
 from numballama.cuda.compiler import Cubin
 from numballama.cuda.launch import Specialization
 from numballama.graph import KVLayout
-from tests.cuda.gemm_cases import OLDER
 from tests.cuda.kept_ptx import compiled
+from tests.cuda.older_cards import OLDER
 from tests.helpers.cuda_host import HostDevice, converted, graph_of, install
 from tests.helpers.random_models import random_checkpoint
 
@@ -62,7 +62,7 @@ CASES: list[tuple[ModelConfig, str, str, Any, bool]] = [
 
 def cases_for(arguments: Sequence[str]) -> list[tuple[ModelConfig, str, str, Any, bool]]:
     """Cases of a command line: all for sm_90. Before, every kernel too, but fewer types, in the order of
-    `gemm_cases.OLDER`.
+    `older_cards.OLDER`.
     """
     kinds = list(OLDER.get(arguments[0], ())) if "all" not in arguments else []
     if not kinds:
