@@ -450,8 +450,8 @@ def in_parts(machine: Any) -> float:
     before, gemm.MAX_EXPANDED = gemm.MAX_EXPANDED, 128 * 64
     try:
         machine.ctx = replace(machine.ctx)
-        worst = linear(machine, "q8_0", 10, 64, 300, 10, False, False)
-        return max(worst, gate_up(machine, "q4_0", 10, 64, 300, 10, True))
+        worst = linear(machine, "q8_0", 10, 64, 140, 10, False, False)
+        return max(worst, gate_up(machine, "q4_0", 10, 64, 140, 10, True))
     finally:
         gemm.MAX_EXPANDED = before
 
