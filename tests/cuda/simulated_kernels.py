@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.cuda.simulator import launch, simulation  # first: it replaces what kernels import
+from tests.cuda.simulator import WHOLE_BLOCKS, launch, simulation  # first: it replaces what kernels import
 from tests.helpers.cuda_host import HostDevice, HostMemory, install
 
 install(run=simulation.run, n_sms=2)
@@ -56,6 +56,9 @@ from tests.cuda.checks import (
 )
 from tests.helpers.bounds import as_weight, check_step
 from tests.helpers.sampling import make_sampler
+
+if not WHOLE_BLOCKS:  # params.SAMPLING_THREADS is half the bins
+    sampling_kernels.BIN_BITS, sampling_kernels.BINS = 9, 512
 
 linear.EXACT = linear.FEW
 """The simulator has no tensor cores: `gemv` multiplies a few tokens here, and skinny_cases.py tests `skinny`."""

@@ -56,7 +56,7 @@ def emulated() -> Iterator[dict[tuple[str, str], Future[str]]]:
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_emulated(capability: str, emulated: dict[tuple[str, str], Future[str]]) -> None:
     """Every kernel within its bounds, for cards without and with m16n8k16, bfloat16 and asynchronous copies; none of
-    their values are spilled to local memory. For sm_75 of some types (`gemm_cases.OLDER`)."""
+    their values are spilled to local memory. For sm_75 of some types (`older_cards`)."""
     assert "attention bf16" in emulated["gemm_cases", capability].result()
 
 

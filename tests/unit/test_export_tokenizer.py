@@ -30,6 +30,7 @@ from numballama.tokenizers.bpe import BPETokenizer
 from numballama.tokenizers.pretokenizers import PRE_TOKENIZERS
 from tests.golden.lines import lines
 from tests.helpers.bpe import ADDED, CHAT_CONFIG, SPECIAL, chat_model, save_json, trained
+from tests.helpers.extent import EVERYTHING
 from tests.helpers.gguf_files import CONFIG, edited, u32
 from tests.helpers.random_models import random_checkpoint
 from tests.helpers.sentencepiece_models import STORY_BEGINS
@@ -42,7 +43,7 @@ def small_chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 TEXTS = [
-    *lines()[::60],
+    *lines()[:: 60 if EVERYTHING else 180],
     *(f"{SPECIAL[2]}user\n{line}{SPECIAL[3]} {ADDED[0]}{line}<s>" for line in lines()[::250]),
     " ".join([*SPECIAL, *ADDED]),
 ]

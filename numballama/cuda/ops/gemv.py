@@ -79,7 +79,8 @@ def _shape(ctx: LaunchContext, weight: Matrix, pairs: int, tokens: int) -> _Shap
     elements, row_bytes, x_step = stage_of(weight.payload.dtype)
     chunks = ceil_div(weight.shape[1], 32 * elements)
     # the cost is one per stage of the busiest warp, and half of one for adding each pair's slices
-    slices = min((1, 2, 4, 8), key=lambda n: ceil_div(most_pairs, GEMV_WARPS // n) * (ceil_div(chunks, 2 * n) + 0.5))
+    counts = [n for n in (1, 2, 4, 8) if n <= GEMV_WARPS]
+    slices = min(counts, key=lambda n: ceil_div(most_pairs, GEMV_WARPS // n) * (ceil_div(chunks, 2 * n) + 0.5))
     x_at = GEMV_WARPS * GEMV_STAGES * 2 * row_bytes // 4
     sums_at = x_at + (chunks + 1) * x_step
     partial_at = sums_at + GEMV_WARPS

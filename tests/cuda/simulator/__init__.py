@@ -74,6 +74,16 @@ class _Unknown:
 KERNEL_MODULES = ("numballama.cuda.kernels", "numballama.kernels_cuda")
 """Prefixes of the modules whose `cuda` is replaced while a kernel runs."""
 
+WHOLE_BLOCKS = os.environ.get("NUMBALLAMA_TEST_BLOCKS") == "whole"
+"""Whether blocks have as many threads as on a GPU."""
+SMALL_BLOCKS = {
+    "ELEMENTWISE_THREADS": 64, "GEMV_THREADS": 64, "GEMV_WARPS": 2, "ATTENTION_THREADS": 64, "ATTENTION_WARPS": 2,
+    "ATTENTION_STAGE_BYTES": 64 * 64, "PLAIN_ATTENTION_THREADS": 64, "SAMPLING_THREADS": 256,
+}  # fmt: skip
+"""Sizes of `kernels/params.py` that give blocks of two warps, or eight for sampling. Small models leave most threads
+of larger blocks idle, and an idle thread takes as long to simulate as another.
+"""
+
 cuda.jit = _jit
 extending.intrinsic = lambda function: _Unknown(function.__name__)
 
@@ -400,6 +410,11 @@ def _emulate() -> list[str]:
     """Replace the intrinsics by their emulation, before a kernel imports them. Returns the names that have none."""
     assert not any(name.startswith(KERNEL_MODULES) for name in sys.modules)
     from numballama.cuda import intrinsics, mma, quant_traits
+    from numballama.cuda.kernels import params
+
+    for name, value in {} if WHOLE_BLOCKS else SMALL_BLOCKS.items():
+        assert hasattr(params, name), name
+        setattr(params, name, value)
     from tests.cuda.simulator.instructions import EMULATED
 
     missing = []

@@ -49,12 +49,9 @@ def check(found: Any, wanted: np.ndarray) -> None:
 
 
 VARIANTS: list[tuple[str, dict[str, str]]] = [
-    ("1", {}),
-    ("2", {}),
-    ("None", {"NUMBA_NUM_THREADS": "1"}),
-    ("4", {"NUMBA_NUM_THREADS": "1"}),
-    ("8", {"NUMBA_NUM_THREADS": "8"}),
-    ("3", {"NUMBA_NUM_THREADS": "8"}),
+    ("1, 2", {}),
+    ("None, 4", {"NUMBA_NUM_THREADS": "1"}),
+    ("8, 3", {"NUMBA_NUM_THREADS": "8"}),
     ("8", {"NUMBA_NUM_THREADS": "8", "NUMBA_THREADING_LAYER": "workqueue"}),
     ("None", {"NUMBA_THREADING_LAYER": "workqueue"}),
     ("2", {"OMP_THREAD_LIMIT": "1"}),
@@ -67,8 +64,10 @@ VARIANTS: list[tuple[str, dict[str, str]]] = [
 def test_any_number_of_threads(
     files: dict[str, Path], wanted: np.ndarray, threads: str, environment: dict[str, str]
 ) -> None:
-    code = f"{LOGITS}\nprint(json.dumps(use({threads})))"
-    check(run_python(code, files["llama2c-v0"], **environment), wanted)
+    """`threads`: numbers that models of one process ask for."""
+    code = f"{LOGITS}\nprint(json.dumps([use(threads) for threads in [{threads}]]))"
+    for logits in run_python(code, files["llama2c-v0"], **environment):
+        check(logits, wanted)
 
 
 def test_more_threads_than_there_may_be_are_noted(files: dict[str, Path]) -> None:
@@ -162,8 +161,8 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-def test_any_cpu_tells_the_story(tmp_path: Path) -> None:
+def test_any_cpu_tells_the_story() -> None:
     code = "import json, numballama; m = numballama.compile(None, kv_dtype='f16', threads=1)\n"
     code += "print(json.dumps(m.generate('Once upon a time', max_tokens=5, temperature=0)))"
-    plain = {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": "", "NUMBALLAMA_CACHE": str(tmp_path)}
-    assert run_python(code, **plain) == ", there was a little"
+    for features in ({}, {"NUMBA_CPU_FEATURES": ""}):  # the second start finds the first one's kernels
+        assert run_python(code, timeout=600, NUMBA_CPU_NAME="generic", **features) == ", there was a little"

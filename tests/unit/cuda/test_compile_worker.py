@@ -54,10 +54,10 @@ def ahead(workers=2, report=report, kernels=kernels):
 """A process of its own for each test: a process compiles for one compute capability only."""
 
 
-def program(text: str, cache: Path, folder: Path | None = None) -> Any:
+def program(text: str, cache: Path, folder: Path | None = None, more: str = "") -> Any:
     """What a program prints, as JSON. It runs isolated, so that it finds this package only through its sys.path."""
     done = subprocess.run(
-        [sys.executable, "-I", "-c", PRELUDE + text, str(ROOT), str(cache)],
+        [sys.executable, "-I", "-c", PRELUDE + text, str(ROOT), str(cache), more],
         capture_output=True, text=True, timeout=300, cwd=folder,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -100,21 +100,36 @@ print(json.dumps({
     assert {path.suffix for path in tmp_path.iterdir()} == {".cubin"}
 
 
-@pytest.mark.parametrize(
-    "failure",
-    [
+IN_TURN = """
+before, folder, found = (compile.COMMAND, compile.usable_cores, sys.executable), cache, []
+for number, case in enumerate(json.loads(sys.argv[3])):
+    scope = {"compile": compile, "sys": sys, "partial": partial, "ahead": ahead, "kernels": kernels}
+    cache = folder / str(number)
+    exec(case, scope)
+    found.append([case, scope["ahead"](kernels=scope["kernels"]), list(told), len(started)])
+    compile.COMMAND, compile.usable_cores, sys.executable = before
+    vars(sys).pop("frozen", None)
+    told.clear()
+    started.clear()
+print(json.dumps(found))
+"""
+"""Cases in one process, each with a cache of its own: [case, what `ahead` returns, what is told, workers] of each."""
+
+
+def test_failing_workers_cost_only_time(tmp_path: Path) -> None:
+    cases = [
         "compile.COMMAND = '-c', 'raise SystemExit(1)'",
         "compile.COMMAND = '-c', 'print(1, flush=True); print(2, flush=True)'",
         "compile.COMMAND = '-c', 'import os, signal; os.kill(os.getpid(), signal.SIGKILL)'",
         "sys.executable = '/nonexistent/python'",
         "compile.COMMAND = '-m', 'no_such_package.compile_worker'",
         "compile.COMMAND = '-c', 'input(); print(1, flush=True); input()'",
-    ],
-)
-def test_failing_workers_cost_only_time(tmp_path: Path, failure: str) -> None:
-    found = program(f"{failure}\nprint(json.dumps([ahead(), told]))", tmp_path)
-    assert sorted(found[0], key=int) == list("01234")
-    assert found[1][-1][1:] == [5, 5]
+    ]
+    found = program(IN_TURN, tmp_path, more=json.dumps(cases))
+    assert [each[0] for each in found] == cases
+    for case, compiled, told, _ in found:
+        assert sorted(compiled, key=int) == list("01234"), case
+        assert told[-1][1:] == [5, 5], case
 
 
 def test_a_worker_survives_a_kernel_that_it_cannot_find(tmp_path: Path) -> None:
@@ -138,19 +153,15 @@ print(json.dumps([answers, len(list(cache.iterdir()))]))
     assert found == [[0, 1], 1]
 
 
-@pytest.mark.parametrize(
-    "case",
-    [
+def test_no_worker_where_it_is_not_worth_it_or_would_be_another_program(tmp_path: Path) -> None:
+    cases = [
         "compile.usable_cores = lambda: 2; ahead = partial(ahead, None)",
         "kernels = kernels[:2]",
         "sys.frozen = True",
         "sys.executable = '/opt/some/editor'",
         "sys.executable = None",
-    ],
-)
-def test_no_worker_where_it_is_not_worth_it_or_would_be_another_program(tmp_path: Path, case: str) -> None:
-    found = program(f"{case}\nprint(json.dumps([ahead(kernels=kernels), told, len(started)]))", tmp_path)
-    assert found == [{}, [], 0]
+    ]
+    assert program(IN_TURN, tmp_path, more=json.dumps(cases)) == [[case, {}, [], 0] for case in cases]
 
 
 def test_an_interrupt_ends_the_workers(tmp_path: Path) -> None:
@@ -215,6 +226,7 @@ def test_only_kernels_of_the_package_are_kept(tmp_path: Path) -> None:
 
 
 def test_there_are_as_many_workers_as_cores_for_them(tmp_path: Path) -> None:
-    text = "compile.usable_cores = lambda: {}\nahead(None)\nprint(json.dumps(len(started)))"
+    text = "compile.COMMAND = '-c', 'raise SystemExit(1)'\n"  # they are only counted
+    text += "compile.usable_cores = lambda: {}\nahead(None)\nprint(json.dumps(len(started)))"
     assert program(text.format(4), tmp_path / "4") == 3
     assert program(text.format(64), tmp_path / "64") == 5, "no more than kernels"

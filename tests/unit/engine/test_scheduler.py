@@ -18,6 +18,7 @@ from numballama.engine.sequence import Sequence, Status
 from numballama.errors import Error
 from numballama.sampling import FEED, SamplingParams
 from tests.helpers.engine_machine import check_engine
+from tests.helpers.extent import EVERYTHING
 from tests.helpers.fake_runner import FakeRunner, expected, make_params, next_token
 
 PAGE = 4
@@ -412,6 +413,9 @@ class TestMachine(Machine.TestCase):
     settings = settings(suppress_health_check=list(HealthCheck), stateful_step_count=15)
 
 
+EXAMPLES = 200 if EVERYTHING else 100
+
+
 @pytest.mark.slow
 class TestLongMachine(Machine.TestCase):
-    settings = settings(suppress_health_check=list(HealthCheck), stateful_step_count=50, max_examples=200)
+    settings = settings(suppress_health_check=list(HealthCheck), stateful_step_count=50, max_examples=EXAMPLES)

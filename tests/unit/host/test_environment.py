@@ -146,8 +146,7 @@ def test_the_variable_is_named_on_every_device_that_needs_numba(device: str) -> 
         "NUMBA_THREADING_LAYER_PRIORITY=none_such",
         "NUMBA_CACHE_LOCATOR_CLASSES=none_such",
         "OMP_NUM_THREADS=none_such",
-        "OMP_THREAD_LIMIT=1",
-        "NUMBA_CPU_NAME=generic",
+        "OMP_THREAD_LIMIT=1",  # NUMBA_CPU_NAME: test_threads.test_any_cpu_tells_the_story
     ],
 )
 def test_a_setting_that_does_not_matter(setting: str) -> None:
