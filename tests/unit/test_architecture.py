@@ -48,9 +48,9 @@ ORDER = """
             sampling executor bandwidth timing backend
     cuda: repack launch lowering intrinsics quant_traits kernels.params mma fragments group_mma wgmma ops.gemv \
             ops.elementwise ops.gemm ops.wide ops.skinny ops.linear ops.attention ops.sampling kernels.common \
-            kernels.reduce kernels.dequant kernels.dot kernels.gemv kernels_cuda kernels.kv_q8_0 kernels.gemm kernels.skinny_x kernels.skinny_sum \
-            kernels.skinny kernels.wide kernels.kv_source kernels.decode_attention kernels.rows_attention \
-            kernels.group_attention \
+            kernels.reduce kernels.dequant kernels.dot kernels.gemv kernels_cuda kernels.kv_q8_0 kernels.gemm \
+            kernels.skinny_x kernels.skinny_sum kernels.skinny kernels.wide kernels.kv_source \
+            kernels.decode_attention kernels.rows_attention kernels.group_queries kernels.group_attention \
             kernels.prefill_attention kernels.logits kernels.sampling kernels.copy compiler driver compile_worker \
             weights sampler_table decode_pipeline program bandwidth timing backend
     reference backend session
@@ -316,7 +316,7 @@ def test_old_words_are_gone() -> None:
 
 TESTED_ELSEWHERE = {
     "tests/cuda: device code, which needs the simulator, the emulator or a GPU; tests there are by what runs it": """
-        kernels_cuda cuda.kernels.* cuda.intrinsics cuda.lowering cuda.mma cuda.quant_traits
+        kernels_cuda cuda.kernels.* cuda.intrinsics cuda.lowering cuda.mma cuda.group_mma cuda.wgmma cuda.quant_traits
     """,
     "tests/cuda and tests/unit/cuda/test_ops.py: operators beside the reference, and their registrations": """
         cuda.ops.*
