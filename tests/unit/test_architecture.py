@@ -50,8 +50,8 @@ ORDER = """
             ops.elementwise ops.gemm ops.wide ops.skinny ops.linear ops.attention ops.sampling kernels.common \
             kernels.reduce kernels.dequant kernels.dot kernels.gemv kernels_cuda kernels.kv_q8_0 kernels.gemm \
             kernels.skinny_x kernels.skinny_sum kernels.skinny kernels.wide kernels.kv_source \
-            kernels.decode_attention kernels.rows_attention kernels.group_attention kernels.prefill_attention \
-            kernels.logits kernels.sampling kernels.copy compiler driver compile_worker \
+            kernels.decode_attention kernels.rows_attention kernels.group_queries kernels.group_attention \
+            kernels.prefill_attention kernels.logits kernels.sampling kernels.copy compiler driver compile_worker \
             weights sampler_table decode_pipeline program bandwidth timing backend
     reference backend session
     engine: interrupts sequence pages runner request constraints driver stats scheduler engine capacity model_runner
@@ -328,7 +328,7 @@ def test_old_words_are_gone() -> None:
 
 TESTED_ELSEWHERE = {
     "tests/cuda: device code, which needs the simulator, the emulator or a GPU; tests there are by what runs it": """
-        kernels_cuda cuda.kernels.* cuda.intrinsics cuda.lowering cuda.mma cuda.quant_traits
+        kernels_cuda cuda.kernels.* cuda.intrinsics cuda.lowering cuda.mma cuda.group_mma cuda.wgmma cuda.quant_traits
     """,
     "tests/cuda and tests/unit/cuda/test_ops.py: operators beside the reference, and their registrations": """
         cuda.ops.*

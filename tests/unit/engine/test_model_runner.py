@@ -266,16 +266,18 @@ def test_programs_for_decoding_are_made_once_for_each_size(feeding: Any, slots: 
     runner = make_runner(feeding, slots, made=made)
     assert made == [1, CHUNK], "the others are made when they are needed"
     runner.prepare(None)
-    mixed = [MIXED] if slots > 1 else []
+    few = min(max(MIXED, 2 * slots), CHUNK)  # a prompt has as many rows as those that decode beside it
+    assert runner.mixed_tokens == few
+    mixed = [few] if slots > 1 and few < CHUNK else []
     assert sorted(made) == sorted([*sizes, *mixed, CHUNK])
     for rows in range(1, slots + 1):
         program: Any = runner._decode_program(rows)
         least = next((size for size in sizes if size >= rows), CHUNK)
         assert len(program.inputs["ids"]) == least and ("rows" in program.inputs) == (least == CHUNK)
-    for rows in (1, MIXED, MIXED + 1, CHUNK):
+    for rows in sorted({1, few, min(few + 1, CHUNK), CHUNK}):
         program = runner._mixed_program(rows)
         assert "rows" in program.inputs
-        assert len(program.inputs["ids"]) == (MIXED if mixed and rows <= MIXED else CHUNK)
+        assert len(program.inputs["ids"]) == (few if mixed and rows <= few else CHUNK)
     assert len(made) == len(sizes) + len(mixed) + 1
 
 
