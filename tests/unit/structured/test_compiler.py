@@ -40,9 +40,9 @@ def test_one_grammar_is_compiled_once(story: Tokenizer, monkeypatch: pytest.Monk
     compiled: list[str] = []
     real = compiler.Grammar
 
-    def count(vocabulary: object, text: str, what: str) -> compiler.Grammar:
+    def count(vocabulary: object, text: str, what: str, forces: bool) -> compiler.Grammar:
         compiled.append(text)
-        return real(vocabulary, text, what)  # type: ignore[arg-type]
+        return real(vocabulary, text, what, forces)  # type: ignore[arg-type]
 
     monkeypatch.setattr(compiler, "Grammar", count)
     monkeypatch.setattr(compiler, "MAX_GRAMMARS", 2)

@@ -31,7 +31,8 @@ def allowed(constraint: Constraint) -> set[int]:
 
 
 def make(tokenizer: Tokenizer, regex: str, vocab_size: int | None = None, stops: tuple[int, ...] = (2,)) -> Constraint:
-    found = compile_constraint(SamplingParams(regex=regex), tokenizer, vocab_size=vocab_size, stop_token_ids=stops)
+    params = SamplingParams(regex=regex, logprobs=0)  # so nothing is forced
+    found = compile_constraint(params, tokenizer, vocab_size=vocab_size, stop_token_ids=stops)
     assert found is not None
     return found()
 
