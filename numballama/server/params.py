@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import Error
 from ..sampling import SamplingParams
 from .errors import ApiError, refused
-from .protocol import Generation, choice_pattern
+from .protocol import Generation, ResponseFormat, choice_pattern
 
 GREEDY_TOP_P = 1e-9
 """`SamplingParams` takes no top_p of 0, which means the likeliest token alone."""
@@ -56,14 +56,8 @@ def restriction_fields(request: Generation) -> dict[str, str]:
 def _restriction(request: Generation) -> tuple[str, Any, str] | None:
     """(field of `SamplingParams`, its value, the request's field): what the answer must match. None: nothing."""
     found: list[tuple[str, Any, str]] = []
-    form = request.response_format
-    if form is not None and form.type == "json_object":
-        found.append(("json_schema", {"type": "object"}, "response_format"))
-    elif form is not None and form.type == "json_schema":
-        if form.json_schema is None or form.json_schema.schema_ is None:
-            place = "response_format.json_schema" + ("" if form.json_schema is None else ".schema")
-            raise ApiError(f"{place}: Field required", param=place, code="missing_required_parameter")
-        found.append(("json_schema", form.json_schema.schema_, "response_format"))
+    if request.response_format is not None and (schema := _schema(request.response_format)) is not None:
+        found.append(("json_schema", schema, "response_format"))
     for name in ("regex", "grammar", "json_schema"):
         if (value := getattr(request, name)) is not None:
             found.append((name, value, name))
@@ -83,3 +77,22 @@ def _restriction(request: Generation) -> tuple[str, Any, str] | None:
         names = " and ".join(dict.fromkeys(place for _, _, place in found))
         raise ApiError(f"an answer can be restricted in one way: {names} are given", param=found[1][2])
     return found[0] if found else None
+
+
+def _schema(form: ResponseFormat) -> dict[str, Any] | None:
+    """The schema of a `response_format`; None where any text is right. Raises `ApiError` 400."""
+    nested = None if form.json_schema is None else form.json_schema.schema_
+    if form.schema_ is not None and (form.type == "text" or nested is not None):
+        place = "response_format.schema"
+        raise ApiError(f"{place} cannot be used beside another schema, or with the type text", param=place)
+    if nested is not None and form.type != "json_schema":
+        place = "response_format.json_schema"
+        raise ApiError(f"{place} needs the type json_schema, found {form.type}", param=place)
+    if form.type == "json_object":
+        return {"type": "object"} if form.schema_ is None else form.schema_
+    if form.type == "text":
+        return None
+    if (schema := form.schema_ if nested is None else nested) is None:
+        place = "response_format.json_schema" + ("" if form.json_schema is None else ".schema")
+        raise ApiError(f"{place}: Field required", param=place, code="missing_required_parameter")
+    return schema

@@ -174,6 +174,8 @@ class Schema(Model):
 class ResponseFormat(Model):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Schema | None = None
+    schema_: Annotated[Object | None, Field(alias="schema")] = None
+    """llama.cpp's place for it, beside `type`."""
 
 
 class StructuredOutputs(Model):

@@ -187,6 +187,8 @@ def test_a_parser_that_fails_ends_its_request(server: Running, monkeypatch: pyte
     ("body", "text"),
     [
         ({"response_format": {"type": "json_schema", "json_schema": {"schema": {"type": "boolean"}}}}, "true|false"),
+        ({"response_format": {"type": "json_object", "schema": {"const": "42"}}}, '"42"'),  # llama.cpp's place
+        ({"response_format": {"type": "json_schema", "schema": {"enum": [17]}}}, "17"),
         ({"regex": "[ab]c"}, "[ab]c"),
         ({"grammar": 'root ::= "yes" | "no"'}, "yes|no"),
         ({"structured_outputs": {"choice": ["a.c", "b"]}}, r"a\.c|b"),
