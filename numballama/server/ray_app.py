@@ -141,6 +141,9 @@ class Replica:
 class PrefixRouter(RequestRouter):  # type: ignore[misc]
     """In a front: sends a request where the beginning of its prompt is cached, see `affinity.choose`."""
 
+    # after Ray's 0.1 s a request would leave the cache of a replica that is slow to answer
+    queue_len_response_deadline_s = max_queue_len_response_deadline_s = 1.0
+
     def initialize_state(self, slack: int) -> None:
         self._slack = slack
 

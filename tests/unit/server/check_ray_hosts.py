@@ -145,6 +145,7 @@ def main() -> None:
         start(0, *serve)
         wait(lambda: all(ask(host, "Hello")[0] == 200 for host in HOSTS), "all three hosts answer")
         found = {prompt: {ask(host, prompt)[1] for host in HOSTS} for prompt in "abcdefgh"}
+        print(found)
         check(all(len(names) == 1 for names in found.values()), "through any host a prompt gets to the same replica")
         check(len(set.union(*found.values())) == 2, "both replicas answer")
         tale = "Once upon a time there was a big dog. " * 12
