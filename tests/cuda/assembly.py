@@ -38,6 +38,9 @@ BIASED = ModelConfig(64, 96, 1, 8, 2, 40, 16, qkv_bias=True)
 BIASED_BLOCKS = ModelConfig(256, 256, 1, 8, 2, 40, 16, qkv_bias=True)
 NORMED = ModelConfig(64, 96, 1, 8, 2, 40, 16, qk_norm=True)
 WIDE = ModelConfig(64, 96, 1, 2, 1, 40, 16, head_dim=128)
+EIGHT_64, EIGHT_128 = (ModelConfig(64, 96, 1, 8, 1, 40, 16, head_dim=size) for size in (64, 128))
+TWO_64 = ModelConfig(64, 96, 1, 2, 1, 40, 16, head_dim=64)
+"""Eight and two heads that share keys, for `group_attention`."""
 
 CASES: list[tuple[ModelConfig, str, str, Any, bool]] = [
     # shape, weights, KV cache, fusions, int8 activations
@@ -56,6 +59,7 @@ CASES: list[tuple[ModelConfig, str, str, Any, bool]] = [
     (ODD, "f32", "q8_0", ["attention"], False),
     (NORMED, "f32", "f16", True, False),
     *((WIDE, "f32", kv, ["attention"], False) for kv in ("f16", "bf16")),
+    *((config, "f32", "f16", ["attention"], False) for config in (EIGHT_64, EIGHT_128, TWO_64)),
 ]  # fmt: skip
 """Every type of weights, each with one KV cache; every type of cache with each kernel that reads or writes it."""
 
@@ -74,12 +78,15 @@ def cases_for(arguments: Sequence[str]) -> list[tuple[ModelConfig, str, str, Any
 FAMILIES = {
     "linear_kernel", "qkv_rope_kernel", "skinny_8_kernel", "skinny_64_kernel", "skinny_round_kernel",
     "skinny_sum_kernel", "gemm_kernel", "attention_128_kernel", "attention_grouped_kernel",
-    "attention_grouped_rows_kernel", "kv_write_q8_0_kernel", "sample_kernel", "rmsnorm_kernel",
+    "attention_grouped_rows_kernel", "attention_group_128_kernel", "kv_write_q8_0_kernel", "sample_kernel",
+    "rmsnorm_kernel",
 }  # fmt: skip
 """Kernels of each file, those with the most registers: what is compiled for sm_80. Its kernels differ from those of
 sm_75 by asynchronous copies and m16n8k16, which they share with sm_90, and by nothing else.
 """
 
+HOPPER = {"wide_64_kernel", "wide_256_kernel"}
+"""Kernels with wgmma, which are for sm_90 only."""
 OPCODE = re.compile(r"^\s*(?:@!?%?\w+\s+)?([a-z]\w*(?:\.[\w:]+)*)(?=[\s;])", re.MULTILINE)
 
 
@@ -120,7 +127,8 @@ def main(arguments: Sequence[str]) -> None:
         weights = converted(random_checkpoint(config).weights, kind)
         layout = KVLayout.of(config, config.context, kv)
         backend = cuda.CudaBackend(weights)
-        for tokens, logits in ((1, "rows"), (4, "rows"), (12, "rows"), (24, "rows"), (64, "all"), (136, "all")):
+        prompts = ((64, "all"), (136, "all"), *([(264, "all")] if capability >= (9, 0) else []))  # 264: beyond wgmma's
+        for tokens, logits in ((1, "rows"), (4, "rows"), (12, "rows"), (24, "rows"), *prompts):
             program = backend.program(graph_of(config, weights, layout, tokens, logits, int8), fusions)
             ops |= {step.op.kind for step in program.plan.steps}
             if tokens == 1:

@@ -250,24 +250,30 @@ def merge_groups(max_score, exp_sum, acc, lanes, shared, head_dim, inverse_head_
 
 
 @device
+def weights_of_head(partials, first, splits, h, splits_used, head_dim, shared):
+    """What `split_weights` writes for head `h`, by one warp."""
+    lane, part_size = cuda.threadIdx.x & 31, head_dim + 2
+    at = (first + h * splits + lane) * part_size + head_dim
+    max_score, exp_sum = LOWEST_SCORE, np.float32(0)
+    if lane < splits_used:
+        max_score, exp_sum = partials[at], partials[at + 1]
+    weight = ex2_approx(max_score - warp_max(max_score))
+    exp_sum = warp_sum(exp_sum * weight)
+    shared[SPLIT_WEIGHTS * h + lane] = weight
+    if lane == 0:
+        shared[SPLIT_WEIGHTS * h + MAX_SPLITS] = exp_sum
+
+
+@device
 def split_weights(partials, first, splits, heads_here, splits_used, head_dim, shared):
     """Write the weights of each head's splits, and the total of their weighted sums of exponentials, to shared memory.
 
-    A warp takes a head at a time, one lane per split. Element SPLIT_WEIGHTS · h + i is the weight of split i, and
-    element SPLIT_WEIGHTS · h + MAX_SPLITS the total.
+    One warp per head, one lane per split. Element SPLIT_WEIGHTS · h + i is the weight of split i, and element
+    SPLIT_WEIGHTS · h + MAX_SPLITS the total.
     """
-    lane, part_size, h = cuda.threadIdx.x & 31, head_dim + 2, cuda.threadIdx.x >> 5
-    while h < heads_here:
-        at = (first + h * splits + lane) * part_size + head_dim
-        max_score, exp_sum = LOWEST_SCORE, np.float32(0)
-        if lane < splits_used:
-            max_score, exp_sum = partials[at], partials[at + 1]
-        weight = ex2_approx(max_score - warp_max(max_score))
-        exp_sum = warp_sum(exp_sum * weight)
-        shared[SPLIT_WEIGHTS * h + lane] = weight
-        if lane == 0:
-            shared[SPLIT_WEIGHTS * h + MAX_SPLITS] = exp_sum
-        h += cuda.blockDim.x >> 5
+    warp = cuda.threadIdx.x >> 5
+    if warp < heads_here:
+        weights_of_head(partials, first, splits, warp, splits_used, head_dim, shared)
     cuda.syncthreads()
 
 

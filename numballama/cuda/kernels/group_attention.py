@@ -44,7 +44,7 @@ from ..intrinsics import (
 from ..mma import cvt_rn_x2, zeros16, zeros32, zeros64
 from ..quant_traits import unpack8
 from .common import FULL_MASK, LOG2_E, device, fast_divmod, first_visible, is_padding_token, launch_bounds
-from .decode_attention import LOWEST_SCORE, split_weights, weighted_element
+from .decode_attention import LOWEST_SCORE, weighted_element, weights_of_head
 from .group_queries import load_columns, load_queries
 from .params import FEW_HEADS, GROUP_HEADS, GROUP_STAGES, MAX_SPLITS, ROW_SPLIT_KEYS, SPLIT_WEIGHTS
 from .reduce import quad_max, quad_sum
@@ -296,7 +296,11 @@ def write_group(out, partials, counter, first_head, heads_here, part, splits_use
         is_last[0] = atom_add_1(counter) == splits_used - 1
     cuda.syncthreads()
     if is_last[0]:
-        split_weights(partials, first_head * splits, splits, heads_here, splits_used, head_dim, shared)
+        h = cuda.threadIdx.x >> 5
+        while h < heads_here:  # there may be fewer warps than heads
+            weights_of_head(partials, first_head * splits, splits, h, splits_used, head_dim, shared)
+            h += cuda.blockDim.x >> 5
+        cuda.syncthreads()
         n = np.int64(cuda.threadIdx.x)
         while n < heads_here << log2:
             h, d = n >> log2, n & (head_dim - 1)
