@@ -85,7 +85,7 @@ FAMILIES = {
 sm_75 by asynchronous copies and m16n8k16, which they share with sm_90, and by nothing else.
 """
 
-HOPPER = {"wide_64_kernel", "wide_256_kernel"}
+HOPPER = {"wide_64_kernel", "wide_128_kernel", "wide_256_kernel"}
 """Kernels with wgmma, which are for sm_90 only."""
 OPCODE = re.compile(r"^\s*(?:@!?%?\w+\s+)?([a-z]\w*(?:\.[\w:]+)*)(?=[\s;])", re.MULTILINE)
 
@@ -127,7 +127,12 @@ def main(arguments: Sequence[str]) -> None:
         weights = converted(random_checkpoint(config).weights, kind)
         layout = KVLayout.of(config, config.context, kv)
         backend = cuda.CudaBackend(weights)
-        prompts = ((64, "all"), (136, "all"), *([(264, "all")] if capability >= (9, 0) else []))  # 264: beyond wgmma's
+        prompts = (
+            (64, "all"),
+            (104, "all"),
+            (136, "all"),
+            *([(264, "all")] if capability >= (9, 0) else []),
+        )  # 264: beyond wgmma's
         for tokens, logits in ((1, "rows"), (4, "rows"), (12, "rows"), (24, "rows"), *prompts):
             program = backend.program(graph_of(config, weights, layout, tokens, logits, int8), fusions)
             ops |= {step.op.kind for step in program.plan.steps}

