@@ -114,7 +114,16 @@ def test_the_parts_of_a_completion_are_the_whole(thinking: Running, body: dict[s
     assert usage["completion_tokens"] == counted - (sum(prompts) * body["n"] if echo else 0)
 
 
-@settings(max_examples=8)
+FAMILY, CHUNK = 4, 64
+"""On a CPU, runs of this many rows and more share kernels, so they share bits; a prompt is computed in chunks."""
+
+
+def last_rows(tokens: int) -> int:
+    """Rows of the last chunk of this many tokens."""
+    return (tokens - 1) % CHUNK + 1
+
+
+@settings(max_examples=30)
 @given(data=st.data())
 def test_cached_pages_never_change_logits(thinking: Running, data: st.DataObject) -> None:
     """vLLM #7900, #9918, #8230: wrong values with a prefix cache only."""
@@ -132,6 +141,9 @@ def test_cached_pages_never_change_logits(thinking: Running, data: st.DataObject
     assert with_pages["usage"]["prompt_tokens_details"]["cached_tokens"] >= min(shared, len(prompt) - 1) // 32 * 32
     (one,), (other_one,) = with_pages["choices"], without["choices"]
     assert one["text"] == other_one["text"]
-    # one row alone, as the end of a cached prompt may be, is computed by other kernels: docs/engine.md
-    close = pytest.approx(other_one["logprobs"]["token_logprobs"], abs=1e-4)
-    assert one["logprobs"]["token_logprobs"] == close
+    a, b = (entry["logprobs"]["token_logprobs"] for entry in (one, other_one))
+    cached = with_pages["usage"]["prompt_tokens_details"]["cached_tokens"]
+    if all(last_rows(computed) >= FAMILY for computed in (len(prompt) - cached, len(prompt))):
+        assert a == b
+    else:  # runs of fewer rows have kernels of their own: docs/engine.md
+        assert a == pytest.approx(b, abs=1e-4)
