@@ -1,0 +1,134 @@
+"""Pieces of HTML for a notebook, and the one style sheet of all of them.
+
+Text has the colour of the notebook, lines and fills are shades that are seen on light and on dark, so that no theme
+must be known. Nothing needs JavaScript: what folds is a `<details>`. Whatever comes from a file goes through `escape`.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+
+from .parts import ATTENTION, CLASSIFIER, EMBEDDING, FEED_FORWARD, OTHER
+
+COLOURS = {
+    EMBEDDING: "#9b6fd0", ATTENTION: "#3f88d8", FEED_FORWARD: "#d98324", CLASSIFIER: "#2f9e6e", OTHER: "#8a8f98",
+}  # fmt: skip
+"""Part → its colour. Each is seen on white and on black."""
+
+STYLE = """
+.numballama{font:13px/1.45 system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif;text-align:left;
+ max-width:980px}
+.numballama code,.numballama .mono{font:12px/1.4 ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace;
+ background:none;padding:0;color:inherit}
+.numballama .box{border:1px solid rgba(128,128,128,.4);border-radius:6px;padding:10px 14px;margin:4px 0}
+.numballama .head{font-size:15px;font-weight:600;overflow-wrap:anywhere}
+.numballama .muted{opacity:.72}
+.numballama .columns{display:flex;flex-wrap:wrap;gap:6px 36px;align-items:flex-start}
+.numballama h4{font-size:13px;font-weight:600;margin:12px 0 3px}
+.numballama table{border-collapse:collapse;margin:0;font-size:12.5px;color:inherit;border:0}
+.numballama th,.numballama td{padding:1px 14px 1px 0;border:0;text-align:right;white-space:nowrap;background:none;
+ color:inherit;vertical-align:baseline;max-width:none}
+.numballama th{font-weight:600;border-bottom:1px solid rgba(128,128,128,.4)}
+.numballama .l{text-align:left}
+.numballama td.w{white-space:normal;overflow-wrap:anywhere}
+.numballama tr,.numballama tbody tr:nth-child(odd),.numballama tbody tr:hover{background:none}
+.numballama tr.total td{border-top:1px solid rgba(128,128,128,.4)}
+.numballama .bar{display:flex;height:10px;border-radius:3px;overflow:hidden;margin:4px 0;
+ background:rgba(128,128,128,.18)}
+.numballama .bar i{display:block;height:100%}
+.numballama .chip{display:inline-block;width:9px;height:9px;border-radius:2px;margin-right:6px}
+.numballama details{margin:4px 0}
+.numballama summary{cursor:pointer;padding:2px 0}
+.numballama summary:focus-visible{outline:2px solid #3f88d8;outline-offset:1px}
+.numballama .scroll{overflow-x:auto}
+.numballama svg{display:block;color:inherit}
+.numballama svg text{fill:currentColor;font:11px system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
+.numballama svg .m{font:10.5px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace}
+.numballama svg .b{font-weight:600;font-size:12px}
+.numballama svg .q{opacity:.72}
+.numballama .text{white-space:pre-wrap;overflow-wrap:anywhere;font-size:14px}
+""".strip()
+
+
+def escape(text: object) -> str:
+    """Text for HTML. Control characters, which a file's metadata may hold, are shown as "\\x1b"."""
+    return html.escape(printable(str(text)))
+
+
+def printable(text: str) -> str:
+    """The text with its control characters written out, so that a terminal does not obey them."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+
+
+def frame(body: str, box: bool = True) -> str:
+    """A piece for a notebook: the style sheet and the body."""
+    inner = f'<div class="box">{body}</div>' if box else body
+    return f'<div class="numballama"><style>{STYLE}</style>{inner}</div>'
+
+
+def page(title: str, *pieces: str) -> str:
+    """A whole page, for a browser. It is light or dark as the system is."""
+    return (
+        '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8"><meta name="color-scheme" content="light dark">'
+        f'<meta name="viewport" content="width=device-width"><title>{escape(title)}</title></head>'
+        f'<body style="margin:16px">{"".join(pieces)}</body></html>\n'
+    )
+
+
+def heading(title: str, about: str = "") -> str:
+    rest = f'<div class="muted">{escape(about)}</div>' if about else ""
+    return f'<div class="head">{escape(title)}</div>{rest}'
+
+
+def fold(summary: str, body: str, is_open: bool = False) -> str:
+    """A part that unfolds by a click or by Enter. `summary` and `body` are HTML."""
+    return f"<details{' open' if is_open else ''}><summary>{summary}</summary>{body}</details>"
+
+
+def chip(part: str) -> str:
+    """A small square in the colour of a part."""
+    return f'<span class="chip" style="background:{COLOURS[part]}"></span>'
+
+
+def bar(shares: Iterable[tuple[str, float, str]]) -> str:
+    """A bar of (colour, fraction of the width, tooltip)."""
+    pieces = "".join(
+        f'<i style="width:{100 * share:.2f}%;background:{colour}" title="{escape(text)}"></i>'
+        for colour, share, text in shares
+    )
+    return f'<div class="bar">{pieces}</div>'
+
+
+def table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, totals: int = 0, wrap: int = 99
+) -> str:
+    """A table. Cells are HTML. The first `left` columns are text, the others numbers; the last `totals` rows are sums.
+    Text from column `wrap` on may have several lines.
+    """
+    rows = list(rows)
+
+    def line(cells: Sequence[str], tag: str, kind: str = "") -> str:
+        classes = ["" if n >= left else ' class="l"' if n < wrap else ' class="l w"' for n in range(len(cells))]
+        inner = "".join(f"<{tag}{each}>{cell}</{tag}>" for each, cell in zip(classes, cells, strict=True))
+        return f"<tr{kind}>{inner}</tr>"
+
+    head = f"<thead>{line(headings, 'th')}</thead>" if any(headings) else ""
+    first_total = len(rows) - totals
+    body = "".join(line(cells, "td", ' class="total"' if n == first_total else "") for n, cells in enumerate(rows))
+    return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
+
+
+def text_table(
+    headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, last_left: bool = False
+) -> list[str]:
+    """The same as lines of text, for a terminal or a pipe. With `last_left` the last column is text too."""
+    lines = [list(row) for row in ([headings, *rows] if any(headings) else rows)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    texts = {*range(left), *([len(headings) - 1] if last_left else [])}
+
+    def padded(cells: Sequence[str]) -> Iterable[str]:
+        for index, (cell, width) in enumerate(zip(cells, widths, strict=True)):
+            yield cell.ljust(width) if index in texts else cell.rjust(width)
+
+    return [f"  {'  '.join(padded(line))}".rstrip() for line in lines]
