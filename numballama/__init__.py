@@ -141,14 +141,26 @@ def compile(
     )
 
 
-def inspect(path: str | PathLike[str] | None, tokenizer: str | PathLike[str] | None = None) -> Inspection:
-    """Describe a model file: config, tensors, graph, plan and a memory estimate. Reads no weights.
+@_explains_names
+def inspect(
+    path: str | PathLike[str] | None,
+    tokenizer: str | PathLike[str] | None = None,
+    context: int | None = None,
+    kv_dtype: KVType | None = None,
+    dtype: Dtype | None = None,
+    max_sequences: int = 1,
+) -> Inspection:
+    """Describe a model file: config, tensors, graph, plan and the memory that it takes. Reads no weights.
 
-    The result prints as a report. Raises `FormatError` or `UnsupportedError` as `compile` does.
+    `context` (tokens), `kv_dtype`, `dtype` and `max_sequences` are those that you would pass to `compile`: the result's
+    `memory` is for them, and `memory_for()` answers for others. It prints as a report; a notebook shows it as a card.
+    Raises `FormatError` or `UnsupportedError` as `compile` does.
     """
     from .inspection import Inspection
 
-    return Inspection(path, tokenizer)
+    return Inspection(
+        path, tokenizer, context=context, kv_dtype=kv_dtype, dtype=dtype, max_sequences=max_sequences
+    )
 
 
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:

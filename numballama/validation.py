@@ -9,7 +9,7 @@ from typing import NoReturn, SupportsFloat, SupportsIndex, cast
 
 import numpy as np
 
-from .errors import Error
+from .errors import Error, UnsupportedError
 
 
 def whole_number(name: str, value: object, minimum: int | None = None) -> int:
@@ -49,6 +49,14 @@ def strings(name: str, value: object) -> Sequence[str]:
     if not isinstance(items, Sequence) or not all(isinstance(item, str) for item in items):
         raise Error(f"{name} must be a string or a list of strings, found {value!r}")
     return items
+
+
+def require_supported(name: str, value: object, known: Iterable[str | None]) -> None:
+    """Raise `UnsupportedError`, with the choices, for a `value` that is not among the `known` ones."""
+    known = list(known)
+    if value not in known:
+        choices = ", ".join(each for each in known if each is not None)
+        raise UnsupportedError(f"{name} {value!r} is not supported; choose from {choices}")
 
 
 def require_known(what: str, names: Iterable[str], known: Iterable[str], others: Mapping[str, str]) -> None:

@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..memory import format_bytes
+from ..memory import format_bytes, peak_bytes
 from .html import COLOURS, bar, chip, escape, fold, frame, heading, printable, table, text_table
-from .parts import PartBytes
+from .parts import PartBytes, bytes_by_part
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
+    from ..model import Model
 
 KNOWN_FIELDS = (
     "dim", "hidden_dim", "n_layers", "n_heads", "n_kv_heads", "head_dim", "vocab_size", "context", "norm_eps",
@@ -34,6 +35,7 @@ class Card:
     facts: Sequence[tuple[str, str]]
     """(name, value) of the first column."""
     parts: Sequence[PartBytes]
+    """The weights. A table that is the classifier too counts as the embedding, whose row then says so."""
     memory: Sequence[tuple[str, int | None, str]]
     """(what, bytes, remark). The bytes are None where nothing is known."""
     needs: Mapping[str, Mapping[int, int]] = dataclasses.field(default_factory=dict)
@@ -54,6 +56,38 @@ def config_facts(config: ModelConfig) -> list[tuple[str, str]]:
     return facts
 
 
+def of_model(model: Model) -> Card:
+    """The card of a compiled model. A closed one has its configuration only."""
+    facts = config_facts(model.config)
+    if model.tokenizer is not None:
+        facts.append(("tokenizer", f"{model.tokenizer.vocab_size:,} tokens"))
+    if not model.weights:
+        return Card(model.path.name, f"{model.format}; closed", facts, [], [], notes=model.notes)
+    backend, kv = model.backend, model.kv
+    sized = [(n, str(w.type), w.shape, backend.weight_nbytes(n)) for n, w in model.weights.items()]
+    parts = bytes_by_part(sized, model.config.tied_embeddings)
+    unit = "multiprocessors" if backend.name == "cuda" else "threads" if model.threads > 1 else "thread"
+    facts += [
+        ("device", backend.description),
+        (unit, str(model.threads)),
+        *([] if model.activations == "f32" else [("activations", model.activations)]),
+        ("loaded in", f"{model.load_s:.2f} s"),
+    ]
+    sequences = "1 sequence" if kv.slots == 1 else f"{kv.slots:,} sequences"
+    memory: list[tuple[str, int | None, str]] = [
+        ("weights", sum(part.nbytes for part in parts), "as the device stores them"),
+        ("KV cache", kv.nbytes, f"{kv.tokens:,} tokens, {kv.dtype}; {sequences} of up to {kv.context:,}"),
+        ("arenas", model.arena_bytes, "of all programs: model.plan shows that of one token"),
+    ]
+    if backend.memory_bytes is None:
+        memory.append(("process", peak_bytes(), "the most that was resident so far, Python included"))
+    else:
+        memory.append(("device", backend.memory_bytes, "all that is allocated there"))
+    parameters = sum(part.parameters for part in parts)
+    about = f"{model.format}, {parameters:,} parameters, on {backend.description}"
+    return Card(model.path.name, about, facts, parts, memory, notes=model.notes)
+
+
 def as_html(card: Card) -> str:
     """The card for a notebook."""
     total = sum(part.nbytes for part in card.parts)
@@ -61,12 +95,14 @@ def as_html(card: Card) -> str:
     right = []
     if card.parts:
         shares = [(COLOURS[p.part], p.nbytes / total, f"{p.part}: {format_bytes(p.nbytes)}") for p in card.parts]
-        rows = [[chip(row[0]) + row[0], *map(escape, row[1:])] for row in _part_rows(card.parts)[:-1]]
-        rows.append([escape(cell) for cell in _part_rows(card.parts)[-1]])
+        rows = [[escape(cell) for cell in row] for row in _part_rows(card.parts)]
+        for part, row in zip(card.parts, rows, strict=False):
+            row[0] = chip(part.part) + row[0]
         right.append(bar(shares) + table(_part_headings(card.parts), rows, totals=1))
     memory = [[escape(what), escape(size), f'<span class="muted">{escape(remark)}</span>']
               for what, size, remark in _memory_rows(card)]  # fmt: skip
-    right.append("<h4>memory</h4>" + table(["", "", ""], memory).replace("<td><span", '<td class="l"><span'))
+    if memory:
+        right.append("<h4>memory</h4>" + table(["", "", ""], memory).replace("<td><span", '<td class="l"><span'))
     if card.needs:
         headings, *rows = _need_rows(card)
         needs = table([escape(cell) for cell in headings], [list(map(escape, row)) for row in rows])
@@ -87,7 +123,8 @@ def as_text(card: Card) -> str:
     if card.parts:
         lines += ["", "weights", *text_table(_part_headings(card.parts), _part_rows(card.parts))]
     rows = [[what, size, printable(remark)] for what, size, remark in _memory_rows(card)]
-    lines += ["", "memory", *text_table(["", "", ""], rows, left=1, last_left=True)]
+    if rows:
+        lines += ["", "memory", *text_table(["", "", ""], rows, left=1, last_left=True)]
     if card.needs:
         headings, *rows = _need_rows(card)
         lines += ["", _need_title(card), *text_table(headings, rows)]
@@ -116,7 +153,7 @@ def _part_rows(parts: Sequence[PartBytes]) -> list[list[str]]:
             total.types[kind] = total.types.get(kind, 0) + nbytes
     return [
         [
-            part.part, f"{part.parameters:,}",
+            part.label or part.part, f"{part.parameters:,}",
             *(format_bytes(part.types[kind]) if kind in part.types else "" for kind in kinds),
             format_bytes(part.nbytes), f"{part.nbytes / whole:.1%}",
         ]
@@ -129,8 +166,11 @@ def _memory_rows(card: Card) -> list[tuple[str, str, str]]:
 
 
 def _need_title(card: Card) -> str:
-    free = "" if card.free_bytes is None else f"; {format_bytes(card.free_bytes)} are free, ! needs more"
-    return f"memory for a context, by type of the KV cache{free}"
+    title = "memory for a context, by type of the KV cache"
+    if card.free_bytes is None:
+        return title
+    too_much = any(need > card.free_bytes for needs in card.needs.values() for need in needs.values())
+    return f"{title}; {format_bytes(card.free_bytes)} are free{', ! is more' if too_much else ''}"
 
 
 def _need_rows(card: Card) -> list[list[str]]:

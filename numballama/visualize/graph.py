@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 LINE, PAD, BETWEEN, MARGIN = 15, 8, 46, 12
 """Height of a line of text, space around the text of a box, space between levels, space around the drawing."""
-MONO, BOLD = 6.4, 7.2
+MONO, BOLD = 6.4, 8.0
 """Widths of a character in pixels, at most."""
 
 

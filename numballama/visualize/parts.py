@@ -77,15 +77,23 @@ class PartBytes:
     part: str
     parameters: int = 0
     types: dict[str, int] = field(default_factory=dict)
+    label: str = ""
+    """What a table calls it, if not by the part's name."""
 
     @property
     def nbytes(self) -> int:
         return sum(self.types.values())
 
 
-def bytes_by_part(weights: Iterable[tuple[str, str, tuple[int, ...], int]]) -> list[PartBytes]:
-    """The parts that have weights, in the order of `PARTS`. A weight is (name, type, shape, bytes)."""
+def bytes_by_part(weights: Iterable[tuple[str, str, tuple[int, ...], int]], tied: bool) -> list[PartBytes]:
+    """The parts that have weights, in the order of `PARTS`. A weight is (name, type, shape, bytes).
+
+    `tied`: the embedding table is the classifier too.
+    """
     parts = {part: PartBytes(part) for part in PARTS}
+    if tied:
+        parts[EMBEDDING].label = "embedding, classifier"
+        parts[CLASSIFIER].label = "last norm"
     for name, kind, shape, nbytes in weights:
         part = parts[part_of_weight(name)]
         part.parameters += math.prod(shape)

@@ -31,27 +31,37 @@ def draw_plan(plan: Plan) -> str:
     pieces = [
         heading(f"plan of {plan.graph.name} on {plan.backend}, {workers}", about),
         f"<div>{' &nbsp; '.join(chip(part) + part for part in PARTS if part in parts)}</div>",
-        _draw_map(plan, parts, 0, len(plan.steps)),
+        _draw_map(plan, parts, 0, len(plan.steps), plan.arena_bytes),
     ]
     layer = [index for index, step in enumerate(plan.steps) if layer_of(step.op.outputs[0]) == 0]
     if layer and len(layer) < len(plan.steps):
-        pieces.append(fold("<b>layer 0</b>, enlarged", _draw_map(plan, parts, layer[0], layer[-1] + 1)))
+        first, end = layer[0], layer[-1] + 1
+        top = _top_of(plan, first, end)
+        title = f"<b>layer 0</b>, enlarged: the lowest {format_bytes(top)} of the arena"
+        pieces.append(fold(title, _draw_map(plan, parts, first, end, top)))
     pieces.append(fold("<b>steps</b>", _steps(plan)))
     return frame("".join(pieces))
 
 
-def _draw_map(plan: Plan, parts: list[str], begin: int, end: int) -> str:
-    """SVG of steps [begin, end) from left to right, and arena offsets upwards: a rectangle for each value.
+def _top_of(plan: Plan, begin: int, end: int) -> int:
+    """The end of the part of the arena that steps [begin, end) write to."""
+    steps = plan.steps[begin:end]
+    written = {name for step in steps for name in (*step.op.outputs, *(value.name for value in step.scratch))}
+    return max((p.offset + p.nbytes for name, p in plan.placements.items() if name in written), default=plan.arena_bytes)
+
+
+def _draw_map(plan: Plan, parts: list[str], begin: int, end: int, top: int) -> str:
+    """SVG of steps [begin, end) from left to right, and offsets up to `top` upwards: a rectangle for each value.
 
     A rectangle has the colour of the part that writes the value, and its name where there is room.
     """
     writer = {name: part for step, part in zip(plan.steps, parts, strict=True) for name in step.op.outputs}
     writer |= {value.name: part for step, part in zip(plan.steps, parts, strict=True) for value in step.scratch}
-    width, arena = WIDTH - LEFT - 4, max(1, plan.arena_bytes)
+    width, arena = WIDTH - LEFT - 4, max(1, top)
     boxes = []
     for name, place in plan.placements.items():
         first, last = max(place.first, begin), min(place.last, end - 1)
-        if first > last:
+        if first > last or place.offset >= arena:
             continue
         x, w = LEFT + (first - begin) / (end - begin) * width, (last - first + 1) / (end - begin) * width
         h = max(1.0, place.nbytes / arena * HEIGHT)
