@@ -14,6 +14,7 @@ import numpy as np
 from . import ir, loader, memory, plan, progress
 from .backend import Backend, Program, backend_class, choose_device, open_backend
 from .bench import debug
+from .bench.profiler import Profile, profile, require_plan
 from .chat.conversation import Chat
 from .chat.encoder import NO_BOS, SPELLED, Encoders, note_once, spells_control_tokens
 from .chat.template import Message, TemplateSet, conversation_of, refuse_options
@@ -179,6 +180,21 @@ class Model:
         if self._engine is None:
             raise Error(CLOSED)
         return self._engine
+
+    def profile(self, prompt: str | Iterable[int] = "Once upon a time") -> Profile:
+        """Time each step of a decode step after a prompt, text or token ids: by operator and by part of the model.
+
+        The result prints as a table, and a notebook shows it: time, bytes, GB/s, and the share of the memory's
+        bandwidth, which is measured once. Raises `Error` on the reference, `ContextError` for a prompt that is too long.
+        """
+        require_plan(self)
+        ids = self._encode_prompt(prompt, DEFAULTS)[0] if isinstance(prompt, str) else prompt
+        return profile(self, self.token_engine.validate(ids), self._bandwidth)
+
+    @cached_property
+    def _bandwidth(self) -> float | None:
+        with progress.progress_bar("measuring the memory's bandwidth"):
+            return self.backend.measure_bandwidth()
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[Session]:
