@@ -158,9 +158,7 @@ def inspect(
     """
     from .inspection import Inspection
 
-    return Inspection(
-        path, tokenizer, context=context, kv_dtype=kv_dtype, dtype=dtype, max_sequences=max_sequences
-    )
+    return Inspection(path, tokenizer, context=context, kv_dtype=kv_dtype, dtype=dtype, max_sequences=max_sequences)
 
 
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:

@@ -66,7 +66,9 @@ class Inspection:
         self._types: dict[str, WeightType] = {name: weight.type for name, weight in checkpoint.weights.items()}
         self._types |= converted
         self._weight_bytes = {name: weight.nbytes for name, weight in checkpoint.weights.items()}
-        self._converted_bytes = {name: kind.nbytes(math.prod(self.tensors[name][1])) for name, kind in converted.items()}
+        self._converted_bytes = {
+            name: kind.nbytes(math.prod(self.tensors[name][1])) for name, kind in converted.items()
+        }
         self._int8_activations = checkpoint.int8_activations
         self.graph: Graph = self._build(1)
 

@@ -25,7 +25,7 @@ from .engine.engine import Engine
 from .engine.model_runner import ModelRunner
 from .engine.request import Request
 from .errors import CLOSED, NOT_NUMBERS, Error, Interrupted, UnsupportedError
-from .generate import GenerationResponse, HowToSubmit, TextEngine, TextStreams, prompts_with_params
+from .generate import GenerationResponse, HowToSubmit, ResponseStream, TextEngine, TextStreams, prompts_with_params
 from .graph import Logits, build
 from .memory import format_bytes
 from .quantization import policy
@@ -44,9 +44,9 @@ if TYPE_CHECKING:
 class Model:
     """A compiled model. Use `numballama.compile`; see there for the arguments.
 
-    Attributes: `path`, `format` (its name), `config`, `tokenizer` (or None), `weights`, `graph` (as declared, for one token), `device`,
-    `threads`, `context`, `kv` (the cache's layout), `activations`, `notes` (what was assumed or chosen, a sentence
-    each), `load_s` (seconds that loading and compiling took).
+    Attributes: `path`, `format` (its name), `config`, `tokenizer` (or None), `weights`, `graph` (as declared, for one
+    token), `device`, `threads`, `context`, `kv` (the cache's layout), `activations`, `notes` (what was assumed or
+    chosen, a sentence each), `load_s` (seconds that loading and compiling took).
     """
 
     def __init__(
@@ -184,8 +184,8 @@ class Model:
     def profile(self, prompt: str | Iterable[int] = "Once upon a time") -> Profile:
         """Time each step of a decode step after a prompt, text or token ids: by operator and by part of the model.
 
-        The result prints as a table, and a notebook shows it: time, bytes, GB/s, and the share of the memory's
-        bandwidth, which is measured once. Raises `Error` on the reference, `ContextError` for a prompt that is too long.
+        The result prints as tables: time, bytes, GB/s, and the share of the memory's bandwidth, which is measured once.
+        Raises `Error` on the reference, `ContextError` for a prompt that is too long.
         """
         require_plan(self)
         ids = self._encode_prompt(prompt, DEFAULTS)[0] if isinstance(prompt, str) else prompt
@@ -343,15 +343,18 @@ class Model:
         *,
         params: SamplingParams | None = None,
         **options: Unpack[SamplingOptions],
-    ) -> Iterator[GenerationResponse]:
+    ) -> ResponseStream:
         """Like `generate` for one prompt, but yields a `GenerationResponse` for each token as soon as it is known.
+
+        As the last expression of a notebook's cell, it shows its text there while it is generated.
 
         Arguments are checked by the call, not by the first response. Text never ends inside a character, and no part of
         a stop string is ever yielded. Several streams of one model may be read alternately or from several threads:
         they advance together, as many at a time as `max_sequences` of `compile`.
         """
         settings = merge(params, DEFAULTS, max_tokens, options)
-        return iter(self._submit_ids(*self._encode_prompt(prompt, settings), settings))
+        request = self._submit_ids(*self._encode_prompt(prompt, settings), settings)
+        return ResponseStream(request.__iter__(), prompt or "")
 
     def _encode_prompt(self, prompt: str | None, settings: SamplingParams) -> tuple[list[int], bool]:
         """(ids of a prompt, whether the output is a new text). None: the beginning-of-text token alone."""
@@ -413,14 +416,15 @@ class Model:
         strip_leading_space: bool = False,
         reuse_prefix: bool = True,
         **options: Unpack[SamplingOptions],
-    ) -> Iterator[GenerationResponse]:
+    ) -> ResponseStream:
         """Like `stream`, from token ids instead of text.
 
         `strip_leading_space`: the output is a new text, so drop the space that the tokenizer's encoder prepends.
         `reuse_prefix`: reuse tokens at the beginning of `ids` that are in the KV cache, whoever computed them.
         """
         settings = merge(params, DEFAULTS, max_tokens, options)
-        return iter(self._submit_ids(ids, strip_leading_space, settings, reuse_prefix=reuse_prefix))
+        request = self._submit_ids(ids, strip_leading_space, settings, reuse_prefix=reuse_prefix)
+        return ResponseStream(request.__iter__())
 
     def _stop_token_ids(self, params: SamplingParams, tokenizer: Tokenizer) -> frozenset[int]:
         """Ids that end a text: those of `params` and, unless it ignores EOS, those of the file and the tokenizer."""

@@ -9,6 +9,7 @@ from typing import Any
 from ..files import atomic_write
 from .profiler import Profile
 
+
 def chrome_trace(profile: Profile) -> dict[str, Any]:
     """The steps one after the other in Chrome's trace format, for chrome://tracing or ui.perfetto.dev."""
     names = {0: "whole step, as it runs", 1: "its steps, each measured by itself"}

@@ -17,7 +17,9 @@ def add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     )
     inspect.add_argument("model", nargs="?", help=f"{MODEL_HELP} ({STORY_MODEL})")
     tokenizer_option(inspect)
-    inspect.add_argument("--context", type=int, metavar="N", help="memory for a context of N tokens (default: the model's)")
+    inspect.add_argument(
+        "--context", type=int, metavar="N", help="memory for a context of N tokens (default: the model's)"
+    )
     inspect.add_argument("--kv-dtype", help="memory for a KV cache of this type: f32 (default), f16, bf16 or q8_0")
     inspect.add_argument("--dtype", help="memory with linear weights converted to this type, as --dtype of generate")
     inspect.add_argument("--max-sequences", type=int, default=1, metavar="N", help="memory for N sequences at a time")

@@ -144,7 +144,7 @@ def _label(value: Value) -> str:
 
 
 def _draw_section(graph: Graph, section: Section, parts: dict[int, str]) -> str:
-    """SVG of a section. Inputs of the graph are boxes outside the layers, and a line of text in the boxes of a layer."""
+    """SVG of a section. Inputs of the graph are boxes outside the layers, and lines of text in the boxes of a layer."""
     in_layer = layer_of(section.ops[0].outputs[0]) is not None
     made = {name for op in section.ops for name in op.outputs}
     boxes: list[_Box] = []
@@ -174,7 +174,9 @@ def _draw_section(graph: Graph, section: Section, parts: dict[int, str]) -> str:
             if value.name in leaving and value.kind == "temp":
                 edges.append((sources[value.name][0], len(boxes)))
                 carried.append(value.name)
-                boxes.append(_Box([_renamed(value)], f"{value}, a result" if value.name in graph.outputs else str(value)))
+                boxes.append(
+                    _Box([_renamed(value)], f"{value}, a result" if value.name in graph.outputs else str(value))
+                )
     dashed = [graph.values[name].kind == "state" for name in carried]
     return _svg(boxes, edges, [sources[name] for name in carried], dashed)
 
@@ -197,9 +199,7 @@ def _op_box(graph: Graph, op: Op, drawn: Iterable[str], colour: str) -> _Box:
     return _Box(lines, "\n".join(title), colour)
 
 
-def _svg(
-    boxes: list[_Box], edges: list[tuple[int, int]], sources: list[tuple[int, int]], dashed: list[bool]
-) -> str:
+def _svg(boxes: list[_Box], edges: list[tuple[int, int]], sources: list[tuple[int, int]], dashed: list[bool]) -> str:
     layout = place([box.room for box in boxes], edges)
     heights = [0.0] * (max(layout.levels, default=-1) + 1)
     for box, level in zip(boxes, layout.levels, strict=True):

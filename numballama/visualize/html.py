@@ -51,14 +51,16 @@ STYLE = """
 """.strip()
 
 
-def escape(text: object) -> str:
-    """Text for HTML. Control characters, which a file's metadata may hold, are shown as "\\x1b"."""
-    return html.escape(printable(str(text)))
+def escape(text: object, lines: bool = False) -> str:
+    """Text for HTML. Control characters, which a file's metadata may hold, are shown as "\\x1b"; with `lines`, those
+    that break lines stay.
+    """
+    return html.escape(printable(str(text), "\n\t" if lines else ""))
 
 
-def printable(text: str) -> str:
+def printable(text: str, allowed: str = "") -> str:
     """The text with its control characters written out, so that a terminal does not obey them."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() or c in allowed else repr(c)[1:-1] for c in text)
 
 
 def frame(body: str, box: bool = True) -> str:

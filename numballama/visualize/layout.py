@@ -99,7 +99,7 @@ def _centred(
     x = [0.0] * len(sizes)
     chain_of = {node: chain for chain in chains for node in chain}
     for row in rows:
-        _spread(row, {node: 0.0 for node in row}, sizes, x, chain_of)
+        _spread(row, dict.fromkeys(row, 0.0), sizes, x, chain_of)
     for sweep in range(2 * SWEEPS):
         for row in rows if sweep % 2 == 0 else reversed(rows):
             wanted = {}

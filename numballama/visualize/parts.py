@@ -17,8 +17,8 @@ PARTS = (EMBEDDING, ATTENTION, FEED_FORWARD, CLASSIFIER, OTHER)
 
 _PART_OF = {
     "tok_embeddings": EMBEDDING,
-    **dict.fromkeys("attn_norm wq wk wv wo bq bk bv bo q_norm k_norm".split(), ATTENTION),
-    **dict.fromkeys("ffn_norm w1 w2 w3 b1 b2 b3".split(), FEED_FORWARD),
+    **dict.fromkeys(["attn_norm", "wq", "wk", "wv", "wo", "bq", "bk", "bv", "bo", "q_norm", "k_norm"], ATTENTION),
+    **dict.fromkeys(["ffn_norm", "w1", "w2", "w3", "b1", "b2", "b3"], FEED_FORWARD),
     **dict.fromkeys(("norm", "output"), CLASSIFIER),
 }
 """Name of a weight, without its layer → its part. A table that is the classifier too counts as the embedding."""
@@ -58,7 +58,7 @@ def parts_of_ops(graph: Graph) -> list[str]:
         else:
             part = _part_in_layer(graph, op, layer, made)
         parts.append(part)
-        made |= {name: (index, part) for name in op.outputs}
+        made |= dict.fromkeys(op.outputs, (index, part))
     return parts
 
 

@@ -47,7 +47,9 @@ def _top_of(plan: Plan, begin: int, end: int) -> int:
     """The end of the part of the arena that steps [begin, end) write to."""
     steps = plan.steps[begin:end]
     written = {name for step in steps for name in (*step.op.outputs, *(value.name for value in step.scratch))}
-    return max((p.offset + p.nbytes for name, p in plan.placements.items() if name in written), default=plan.arena_bytes)
+    return max(
+        (p.offset + p.nbytes for name, p in plan.placements.items() if name in written), default=plan.arena_bytes
+    )
 
 
 def _draw_map(plan: Plan, parts: list[str], begin: int, end: int, top: int) -> str:
@@ -72,7 +74,7 @@ def _draw_map(plan: Plan, parts: list[str], begin: int, end: int, top: int) -> s
         if h >= 11 and w >= len(label) * TEXT + 6:
             text = f'<text x="{x + 3:.1f}" y="{y + h / 2 + 4:.1f}" class="m">{escape(label)}</text>'
         boxes.append(
-            f'<g><title>{escape(name)}: {place.nbytes:,} bytes at {place.offset:,}, steps {place.first} to '
+            f"<g><title>{escape(name)}: {place.nbytes:,} bytes at {place.offset:,}, steps {place.first} to "
             f'{place.last}</title><rect x="{x:.2f}" y="{y:.2f}" width="{w:.2f}" height="{h:.2f}" fill="{colour}" '
             f'fill-opacity=".38" stroke="{colour}" stroke-width=".6"/>{text}</g>'
         )
@@ -98,6 +100,7 @@ def _offsets(arena: int) -> str:
 
 def _ruler(plan: Plan, begin: int, end: int, width: float) -> str:
     """Below the map: where each layer begins or, if there are few steps, the op of each step."""
+
     def x(step: int) -> float:
         return LEFT + (step - begin) / (end - begin) * width
 
@@ -135,7 +138,9 @@ def _steps(plan: Plan) -> str:
             where = f"at {place.offset:,} ({place.nbytes:,} bytes)" if place else f"in {plan.graph.root(name)}"
             places.append(f"{short_name(name).rpartition('/')[2]} {where}")
         reads = ", ".join(map(short_name, step.op.inputs))
-        rows.append([str(index), escape(step.op.kind), escape(step.kernel.name), escape(reads), escape(", ".join(places))])
+        rows.append(
+            [str(index), escape(step.op.kind), escape(step.kernel.name), escape(reads), escape(", ".join(places))]
+        )
     layers = {layer_of(step.op.outputs[0]) for step in plan.steps} - {None, 0}
     note = '<div class="muted">The other layers are like layer 0; print(plan) lists every step.</div>' if layers else ""
     return table(["step", "op", "kernel", "reads", "writes"], rows, left=5, wrap=3) + note

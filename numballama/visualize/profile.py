@@ -32,8 +32,8 @@ def _note(profile: Profile) -> str:
         memory = "The memory's bandwidth is unknown."
     else:
         memory = (
-            f"The memory gives {_gigabytes(profile.bandwidth)} GB/s, measured here: the floor is the bytes at that rate. "
-            "Above 100% of it caches help."
+            f"The memory gives {_gigabytes(profile.bandwidth)} GB/s, measured here; the floor is the bytes at that "
+            "rate. Above 100% caches help."
         )
     return f"{memory} Steps overlap, so the whole is not the sum."
 
