@@ -27,12 +27,12 @@ STYLE = """
 .numballama .columns{display:flex;flex-wrap:wrap;gap:6px 36px;align-items:flex-start}
 .numballama h4{font-size:13px;font-weight:600;margin:12px 0 3px}
 .numballama table{border-collapse:collapse;margin:0;font-size:12.5px;color:inherit;border:0}
-.numballama th,.numballama td{padding:1px 14px 1px 0;border:0;text-align:right;white-space:nowrap;background:none;
- color:inherit;vertical-align:baseline;max-width:none}
+.numballama th,.numballama td{padding:1px 14px 1px 0;border:0;text-align:right!important;white-space:nowrap;
+ background:none;color:inherit;vertical-align:baseline;max-width:none}
 .numballama th{font-weight:600;border-bottom:1px solid rgba(128,128,128,.4)}
-.numballama .l{text-align:left}
+.numballama .l{text-align:left!important}
 .numballama td.w{white-space:normal;overflow-wrap:anywhere}
-.numballama tr,.numballama tbody tr:nth-child(odd),.numballama tbody tr:hover{background:none}
+.numballama tr{background:none!important}
 .numballama tr.total td{border-top:1px solid rgba(128,128,128,.4)}
 .numballama .bar{display:flex;height:10px;border-radius:3px;overflow:hidden;margin:4px 0;
  background:rgba(128,128,128,.18)}

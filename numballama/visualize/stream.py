@@ -19,7 +19,7 @@ INTERVAL_S = 0.05
 def display_stream(responses: Iterable[GenerationResponse], prompt: str) -> None:
     """Read all responses and show them where IPython runs."""
     from IPython import get_ipython
-    from IPython.display import HTML, display
+    from IPython.display import display
 
     if getattr(get_ipython(), "kernel", None) is None:
         print(prompt, end="")
@@ -28,14 +28,18 @@ def display_stream(responses: Iterable[GenerationResponse], prompt: str) -> None
             sys.stdout.flush()
         print()
         return
-    handle = display(HTML(frame("")), display_id=True)
-    update_cell(responses, prompt, lambda page: handle.update(HTML(page)))
+    handle = display({"text/plain": prompt}, raw=True, display_id=True)
+    update_cell(responses, prompt, lambda text, page: handle.update({"text/plain": text, "text/html": page}, raw=True))
 
 
 def update_cell(
-    responses: Iterable[GenerationResponse], prompt: str, update: Callable[[str], None], interval_s: float = INTERVAL_S
+    responses: Iterable[GenerationResponse],
+    prompt: str,
+    update: Callable[[str, str], None],
+    interval_s: float = INTERVAL_S,
 ) -> None:
-    """Read all responses. `update` gets the HTML of the text so far, at most every `interval_s` seconds, and the last.
+    """Read all responses. `update` gets the text so far, plain and as HTML: at most every `interval_s` seconds, and at
+    the end.
 
     An error and Ctrl-C leave the text so far in the cell, and are raised again.
     """
@@ -49,7 +53,7 @@ def update_cell(
             last[response.index] = response
             now = time.monotonic()
             if now - shown_at >= interval_s:
-                update(_html(prompt, texts, f"{state} {count:,} tokens"))
+                update(_text(prompt, texts), _html(prompt, texts, f"{state} {count:,} tokens"))
                 shown_at = now
         state = "; ".join(map(_ending, last.values())) or "nothing is left to read"
     except BaseException as error:
@@ -58,12 +62,17 @@ def update_cell(
     finally:
         speed = max((response.tokens_per_second for response in last.values()), default=0.0)
         rest = f"; {speed:,.0f} tokens/s" if speed else ""
-        update(_html(prompt, texts, f"{state}; {count:,} token{'' if count == 1 else 's'}{rest}"))
+        state = f"{state}; {count:,} token{'' if count == 1 else 's'}{rest}"
+        update(_text(prompt, texts), _html(prompt, texts, state))
 
 
 def _ending(response: GenerationResponse) -> str:
     reason = response.stop_reason
     return f"{response.finish_reason} at {reason!r}" if isinstance(reason, str) else str(response.finish_reason)
+
+
+def _text(prompt: str, texts: dict[int, str]) -> str:
+    return "\n\n".join(prompt + text for _, text in sorted(texts.items()))
 
 
 def _html(prompt: str, texts: dict[int, str], state: str) -> str:
