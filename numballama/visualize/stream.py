@@ -53,7 +53,7 @@ def update_cell(
             last[response.index] = response
             now = time.monotonic()
             if now - shown_at >= interval_s:
-                update(_text(prompt, texts), _html(prompt, texts, f"{state} {count:,} tokens"))
+                update(_text(prompt, texts), _html(prompt, texts, f"{state} {_tokens(count)}"))
                 shown_at = now
         state = "; ".join(map(_ending, last.values())) or "nothing is left to read"
     except BaseException as error:
@@ -62,8 +62,12 @@ def update_cell(
     finally:
         speed = max((response.tokens_per_second for response in last.values()), default=0.0)
         rest = f"; {speed:,.0f} tokens/s" if speed else ""
-        state = f"{state}; {count:,} token{'' if count == 1 else 's'}{rest}"
+        state = f"{state}; {_tokens(count)}{rest}"
         update(_text(prompt, texts), _html(prompt, texts, state))
+
+
+def _tokens(count: int) -> str:
+    return f"{count:,} token{'' if count == 1 else 's'}"
 
 
 def _ending(response: GenerationResponse) -> str:

@@ -16,9 +16,7 @@ from tests.helpers.markup import Element, parsed, tags
 from tests.unit.visualize.test_html import HOSTILE
 
 CONFIG = ModelConfig(64, 96, 3, 4, 2, 50_000, 40)
-PARTS = bytes_by_part(
-    [("tok_embeddings", "q8_0", (50_000, 64), 3_400_000), ("norm", "f32", (64,), 256)], tied=True
-)
+PARTS = bytes_by_part([("tok_embeddings", "q8_0", (50_000, 64), 3_400_000), ("norm", "f32", (64,), 256)], tied=True)
 MADE = Card(
     "a model",
     "about it",

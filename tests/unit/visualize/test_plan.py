@@ -49,7 +49,7 @@ def test_the_plan_of_a_model() -> None:
     assert {"layer 0", "layer 1"} <= {text.own_text for text in whole.all("text")}
     assert f"({plan.arena_bytes:,} bytes)" in root.text and "% saved" in root.text
     rows = [[cell.text for cell in row.children] for row in root.all("tr")]
-    assert ["1", "embedding", "embedding"] == rows[2][:3], "the steps, with their kernels"
+    assert rows[2][:3] == ["1", "embedding", "embedding"], "the steps, with their kernels"
     assert len(rows) - 1 == len([step for step in plan.steps if "layers.1." not in step.op.outputs[0]])
 
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +13,7 @@ from numballama.generate import GenerationResponse
 from numballama.model import Model
 from numballama.visualize.stream import update_cell
 from tests.helpers.markup import parsed, tags
+from tests.helpers.notebook import fake_ipython
 from tests.unit.visualize.test_html import HOSTILE
 
 
@@ -32,7 +31,7 @@ def shown(stream: Iterator[GenerationResponse], prompt: str = "", interval_s: fl
 
 def test_a_cell_grows_and_says_how_the_text_ended() -> None:
     first, second, last = shown(responses("a\n", "b", finish_reason="stop", stop_reason="\n\n"), "Once ")
-    assert first == ("Once a\n", "Once a\ngenerating … 1 tokens") and second[0] == "Once a\nb"
+    assert first == ("Once a\n", "Once a\ngenerating … 1 token") and second[0] == "Once a\nb"
     assert last == ("Once a\nb", "Once a\nbstop at '\\n\\n'; 2 tokens; 20 tokens/s")
 
 
@@ -69,26 +68,9 @@ def model(tiny_file: Path, tiny_tokenizer: Path) -> Model:
     return numballama.compile(tiny_file, tokenizer=tiny_tokenizer, device="cpu", threads=1)
 
 
-def ipython(monkeypatch: pytest.MonkeyPatch, kernel: object) -> list[dict[str, str]]:
-    """IPython's two functions; returns what is displayed, the first time and at each update."""
-    bundles: list[dict[str, str]] = []
-
-    def display(bundle: dict[str, str], raw: bool, display_id: bool) -> SimpleNamespace:
-        assert raw and display_id
-        bundles.append(bundle)
-        return SimpleNamespace(update=lambda bundle, raw: bundles.append(bundle))
-
-    top, inner = ModuleType("IPython"), ModuleType("IPython.display")
-    top.get_ipython = lambda: SimpleNamespace(kernel=kernel)  # type: ignore[attr-defined]
-    inner.display = display  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "IPython", top)
-    monkeypatch.setitem(sys.modules, "IPython.display", inner)
-    return bundles
-
-
 def test_a_stream_shows_itself_in_a_notebook(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = model.generate("ab", max_tokens=8, temperature=0)
-    bundles = ipython(monkeypatch, kernel=object())
+    bundles = fake_ipython(monkeypatch, kernel=object())
     stream = model.stream("ab", max_tokens=8, temperature=0)
     stream._ipython_display_()
     assert bundles[-1]["text/plain"] == f"ab{expected}" and "8 tokens" in bundles[-1]["text/html"]
@@ -100,6 +82,6 @@ def test_a_stream_prints_itself_in_a_terminal(
     model: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = model.generate("ab", max_tokens=8, temperature=0)
-    assert ipython(monkeypatch, kernel=None) == []
+    assert fake_ipython(monkeypatch, kernel=None) == []
     model.stream("ab", max_tokens=8, temperature=0)._ipython_display_()
     assert capsys.readouterr().out == f"ab{expected}\n"
