@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from ..memory import format_bytes, peak_bytes
+from ..memory import format_bytes, resident_bytes
 from .html import COLOURS, bar, chip, escape, fold, frame, heading, printable, table, text_table
 from .parts import PartBytes, bytes_by_part
 
@@ -80,7 +80,7 @@ def of_model(model: Model) -> Card:
         ("arenas", model.arena_bytes, "of all programs: model.plan shows that of one token"),
     ]
     if backend.memory_bytes is None:
-        memory.append(("process", peak_bytes(), "the most that was resident so far, Python included"))
+        memory.append(("process", resident_bytes(), "resident now, with Python and the part of the file that was read"))
     else:
         memory.append(("device", backend.memory_bytes, "all that is allocated there"))
     parameters = sum(part.parameters for part in parts)
