@@ -64,7 +64,8 @@ def _explains_names(function: _Function) -> _Function:
             from .sampling import OTHER_NAMES, SamplingOptions
             from .validation import refuse_options
 
-            refuse_options(named, known, {**{name: name for name in SamplingOptions.__annotations__}, **OTHER_NAMES})
+            sampling = {**{name: name for name in SamplingOptions.__annotations__}, **OTHER_NAMES}
+            refuse_options(named, known, sampling, function.__name__)
         return function(*positional, **named)
 
     return checked  # type: ignore[return-value]

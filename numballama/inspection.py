@@ -23,7 +23,7 @@ from .quantization.types import KV_TYPES, KVType, WeightType
 from .validation import require_supported, whole_number
 from .visualize import card
 from .visualize.html import page, printable
-from .visualize.parts import bytes_by_part
+from .visualize.parts import bytes_by_part, layer_of, short_name
 
 _LATER_LAYER = re.compile(r"\blayers\.[1-9]")
 
@@ -175,9 +175,7 @@ class Inspection:
             # a line with an arrow has its result, which names the layer, after the arrow
             return lines if full else [line for line in lines if not _LATER_LAYER.search(line.rpartition("→")[2])]
 
-        rest = (
-            "" if full or self.config.n_layers == 1 else f" (layers 1 to {self.config.n_layers - 1} are like layer 0)"
-        )
+        rest = "" if full or self.config.n_layers == 1 else f" ({self._other_layers})"
         lines = [
             card.as_text(self._card),
             "",
@@ -191,6 +189,17 @@ class Inspection:
             *shorten(str(self.plan)),
         ]
         return "\n".join(lines)
+
+    @property
+    def _other_layers(self) -> str:
+        """What a report says of the layers after the first."""
+        tensors = [
+            {short_name(name): kind for name, (kind, _) in self.tensors.items() if layer_of(name) == layer}
+            for layer in range(self.config.n_layers)
+        ]
+        if all(each == tensors[0] for each in tensors):
+            return f"layers 1 to {self.config.n_layers - 1} are like layer 0"
+        return f"layer 0 only; others of the {self.config.n_layers} layers have other types: all with --full"
 
     def page(self) -> str:
         """A page of HTML for a browser: the card, the graph and the plan."""

@@ -164,14 +164,16 @@ NEEDLESS_OPTIONS = {
 """Options of other libraries that there is nothing to choose for → why."""
 
 
-def refuse_options(given: Iterable[str], known: Sequence[str], sampling: Mapping[str, str]) -> NoReturn:
-    """Raise `Error` for names among `given` that are not `known` options of `compile`.
+def refuse_options(
+    given: Iterable[str], known: Sequence[str], sampling: Mapping[str, str], function: str = "compile"
+) -> NoReturn:
+    """Raise `Error` for names among `given` that are not `known` options of `compile`, or of another function.
 
     `sampling`: names of sampling options → what to use for them in `generate`.
     """
     unknown = [name for name in given if name not in known]
     if why := NEEDLESS_OPTIONS.get(unknown[0]):
-        raise Error(f"unknown option of compile() {unknown[0]}: leave it out, {why}")
+        raise Error(f"unknown option of {function}() {unknown[0]}: leave it out, {why}")
     others = {name: f"{meant} (generate())" for name, meant in sampling.items()}
-    require_known("option of compile()", unknown, known, others | OTHER_OPTIONS)
+    require_known(f"option of {function}()", unknown, known, others | OTHER_OPTIONS)
     raise AssertionError(unknown)

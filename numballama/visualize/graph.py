@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from .html import COLOURS, chip, escape, fold, frame, heading
+from .html import COLOURS, chip, escape, fold, frame, heading, svg
 from .layout import place
 from .parts import PARTS, layer_of, parts_of_ops, short_name
 
@@ -178,7 +178,7 @@ def _draw_section(graph: Graph, section: Section, parts: dict[int, str]) -> str:
                     _Box([_renamed(value)], f"{value}, a result" if value.name in graph.outputs else str(value))
                 )
     dashed = [graph.values[name].kind == "state" for name in carried]
-    return _svg(boxes, edges, [sources[name] for name in carried], dashed)
+    return _drawn(boxes, edges, [sources[name] for name in carried], dashed)
 
 
 def _op_box(graph: Graph, op: Op, drawn: Iterable[str], colour: str) -> _Box:
@@ -199,7 +199,7 @@ def _op_box(graph: Graph, op: Op, drawn: Iterable[str], colour: str) -> _Box:
     return _Box(lines, "\n".join(title), colour)
 
 
-def _svg(boxes: list[_Box], edges: list[tuple[int, int]], sources: list[tuple[int, int]], dashed: list[bool]) -> str:
+def _drawn(boxes: list[_Box], edges: list[tuple[int, int]], sources: list[tuple[int, int]], dashed: list[bool]) -> str:
     layout = place([box.room for box in boxes], edges)
     heights = [0.0] * (max(layout.levels, default=-1) + 1)
     for box, level in zip(boxes, layout.levels, strict=True):
@@ -215,10 +215,7 @@ def _svg(boxes: list[_Box], edges: list[tuple[int, int]], sources: list[tuple[in
     ]
     width = layout.width + 2 * MARGIN
     height = (tops[-1] + heights[-1] if tops else 0) + MARGIN
-    return (
-        f'<div class="scroll"><svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
-        f'viewBox="0 0 {width:.0f} {height:.0f}">{"".join([*paths, *drawn])}</svg></div>'
-    )
+    return svg(width, height, [*paths, *drawn])
 
 
 def _path(

@@ -42,7 +42,7 @@ STYLE = """
 .numballama summary{cursor:pointer;padding:2px 0}
 .numballama summary:focus-visible{outline:2px solid #3f88d8;outline-offset:1px}
 .numballama .scroll{overflow-x:auto}
-.numballama svg{display:block;color:inherit}
+.numballama svg{display:block;color:inherit;max-width:100%;height:auto}
 .numballama svg text{fill:currentColor;font:11px system-ui,-apple-system,"Segoe UI",Roboto,"Noto Sans",sans-serif}
 .numballama svg .m{font:10.5px ui-monospace,Menlo,Consolas,"DejaVu Sans Mono",monospace}
 .numballama svg .b{font-weight:600;font-size:12px}
@@ -100,6 +100,14 @@ def bar(shares: Iterable[tuple[str, float, str]]) -> str:
         for colour, share, text in shares
     )
     return f'<div class="bar">{pieces}</div>'
+
+
+def svg(width: float, height: float, pieces: Iterable[str]) -> str:
+    """A drawing of these pixels. It shrinks a little where there is no room, then it gets a scroll bar."""
+    return (
+        f'<div class="scroll"><svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
+        f'viewBox="0 0 {width:.0f} {height:.0f}" style="min-width:{0.7 * width:.0f}px">{"".join(pieces)}</svg></div>'
+    )
 
 
 def table(

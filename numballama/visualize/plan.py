@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..memory import format_bytes
-from .html import COLOURS, chip, escape, fold, frame, heading, table
+from .html import COLOURS, chip, escape, fold, frame, heading, svg, table
 from .parts import PARTS, layer_of, parts_of_ops, short_name
 
 if TYPE_CHECKING:
@@ -79,10 +79,7 @@ def _draw_map(plan: Plan, parts: list[str], begin: int, end: int, top: int) -> s
             f'fill-opacity=".38" stroke="{colour}" stroke-width=".6"/>{text}</g>'
         )
     height = TOP + HEIGHT + BOTTOM
-    return (
-        f'<div class="scroll"><svg xmlns="http://www.w3.org/2000/svg" width="{WIDTH}" height="{height}" '
-        f'viewBox="0 0 {WIDTH} {height}">{_offsets(arena)}{"".join(boxes)}{_ruler(plan, begin, end, width)}</svg></div>'
-    )
+    return svg(WIDTH, height, [_offsets(arena), *boxes, _ruler(plan, begin, end, width)])
 
 
 def _offsets(arena: int) -> str:
@@ -142,5 +139,5 @@ def _steps(plan: Plan) -> str:
             [str(index), escape(step.op.kind), escape(step.kernel.name), escape(reads), escape(", ".join(places))]
         )
     layers = {layer_of(step.op.outputs[0]) for step in plan.steps} - {None, 0}
-    note = '<div class="muted">The other layers are like layer 0; print(plan) lists every step.</div>' if layers else ""
+    note = '<div class="muted">Of the layers, layer 0 is listed; print(plan) lists every step.</div>' if layers else ""
     return table(["step", "op", "kernel", "reads", "writes"], rows, left=5, wrap=3) + note

@@ -69,7 +69,7 @@ def test_a_longer_context_than_the_models_is_noted(tiny_file: Path) -> None:
         ({"kv_dtype": "f8"}, UnsupportedError, "kv_dtype 'f8' is not supported; choose from f32, f16"),
         ({"dtype": "q2"}, UnsupportedError, "dtype 'q2'"),
         ({"max_sequences": 0}, Error, "max_sequences"),
-        ({"n_ctx": 5}, Error, "context"),
+        ({"n_ctx": 5}, Error, r"unknown option of inspect\(\) n_ctx: use context"),
     ],
 )
 def test_wrong_arguments(tiny_file: Path, options: dict[str, object], error: type[Error], words: str) -> None:
@@ -78,6 +78,15 @@ def test_wrong_arguments(tiny_file: Path, options: dict[str, object], error: typ
     if set(options) <= {"context", "kv_dtype", "max_sequences"}:
         with pytest.raises(error, match=words):
             numballama.inspect(tiny_file).memory_for(**options)
+
+
+def test_a_report_says_whether_layers_are_alike(tiny_file: Path) -> None:
+    found = numballama.inspect(tiny_file)
+    assert "tensors (layers 1 to 1 are like layer 0)" in str(found) and "layers.1.w2" not in str(found)
+    kind, shape = found.tensors["layers.1.w2"]
+    found.tensors["layers.1.w2"] = "q6_k", shape
+    assert kind == "f32" and "tensors (layer 0 only; others of the 2 layers have other types" in str(found)
+    assert "q6_k" in found.report(full=True)
 
 
 def test_its_card_and_its_page(tiny_file: Path) -> None:
