@@ -14,7 +14,7 @@ import numpy as np
 from . import ir, loader, memory, plan, progress
 from .backend import Backend, Program, backend_class, choose_device, open_backend
 from .bench import debug
-from .bench.profiler import Profile, profile, require_plan
+from .bench.profiler import Profile, bandwidth_or_note, profile, require_plan
 from .chat.conversation import Chat
 from .chat.encoder import NO_BOS, SPELLED, Encoders, note_once, spells_control_tokens
 from .chat.template import Message, TemplateSet, conversation_of, refuse_options
@@ -193,8 +193,7 @@ class Model:
 
     @cached_property
     def _bandwidth(self) -> float | None:
-        with progress.progress_bar("measuring the memory's bandwidth"):
-            return self.backend.measure_bandwidth()
+        return bandwidth_or_note(self.backend, self.notes)
 
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[Session]:

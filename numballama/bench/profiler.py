@@ -13,13 +13,14 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .. import progress
-from ..errors import Error
+from ..errors import DeviceError, Error
 from ..ir import Op
 from ..visualize import profile as view
 from ..visualize.parts import OTHER, PARTS, layer_of, parts_of_ops, short_name
 from .traffic import step_bytes
 
 if TYPE_CHECKING:
+    from ..backend import Backend
     from ..model import Model
 
 MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "tok_embeddings", "output")
@@ -226,6 +227,16 @@ def profile(model: Model, prompt: int | Sequence[int], bandwidth: float | None) 
 def _matrices(op: Op) -> str:
     """Short names of an op's matrices."""
     return " ".join(name for name in map(short_name, op.inputs) if name in MATRICES)
+
+
+def bandwidth_or_note(backend: Backend, notes: list[str]) -> float | None:
+    """The memory's bandwidth in bytes per second. None, with a note, where too little memory is free to measure it."""
+    try:
+        return backend.measure_bandwidth()
+    except DeviceError as error:
+        if str(error) not in notes:
+            notes.append(str(error))
+        return None
 
 
 def require_plan(model: Model) -> None:

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -106,6 +107,9 @@ def test_a_model_profiles_itself(tiny_file: Path, tiny_tokenizer: Path, monkeypa
         for wrong in ([], [-1], "", None):
             with pytest.raises(numballama.Error):
                 model.profile(wrong)
+    with numballama.compile(tiny_file, tokenizer=tiny_tokenizer, device="cpu", threads=1) as model:
+        monkeypatch.setattr(model.backend, "measure_bandwidth", Mock(side_effect=DeviceError("too little is free")))
+        assert model.profile("ab").bandwidth is None and "too little is free" in model.notes
     with (
         numballama.compile(tiny_file, tokenizer=tiny_tokenizer, device="reference") as model,
         pytest.raises(numballama.Error, match="no plan"),

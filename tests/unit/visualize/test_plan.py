@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from hypothesis import given, settings
 
 from numballama.fusion import fuse
@@ -37,15 +38,16 @@ def test_a_rectangle_for_each_value_inside_the_map(graph: Graph) -> None:
         assert abs(w / (WIDTH - LEFT - 4) - (place.last - place.first + 1) / steps) < 0.01
 
 
-def test_the_plan_of_a_model() -> None:
-    plan = lower(fuse(llama(), "cpu"), "cpu")
+@pytest.mark.parametrize("backend", ["cpu", "cuda"])
+def test_the_plan_of_a_model(backend: str) -> None:
+    plan = lower(fuse(llama(), backend), backend)
     root = parsed(plan._repr_html_())
     whole, layer = root.all("svg")
     assert list(places(whole)) == list(plan.placements)
     written = {name for name in plan.placements if name.startswith("layers.0.")}
     assert written <= places(layer).keys() and "logits" not in places(layer)
     named = {text.own_text for text in layer.all("text")}
-    assert {"q", "ffn_hidden", "norm_qkv", "attention"} <= named
+    assert {"ffn_hidden", "attn_out"} <= named and {step.op.kind for step in plan.steps if "q" in step.op.kind} <= named
     assert {"layer 0", "layer 1"} <= {text.own_text for text in whole.all("text")}
     assert f"({plan.arena_bytes:,} bytes)" in root.text and "% saved" in root.text
     rows = [[cell.text for cell in row.children] for row in root.all("tr")]
