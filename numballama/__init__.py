@@ -154,7 +154,7 @@ def inspect(
     """Describe a model file: config, tensors, graph, plan and the memory that it takes. Reads no weights.
 
     `context` (tokens), `kv_dtype`, `dtype` and `max_sequences` are those that you would pass to `compile`: the result's
-    `memory` is for them, and `memory_for()` answers for others. It prints as a report; a notebook shows it as a card.
+    `memory` is for them, and `memory_for()` answers for others. It prints as a report; a notebook draws it.
     Raises `FormatError` or `UnsupportedError` as `compile` does.
     """
     from .inspection import Inspection

@@ -22,7 +22,7 @@ from .quantization import policy
 from .quantization.types import KV_TYPES, KVType, WeightType
 from .validation import require_supported, whole_number
 from .visualize import card
-from .visualize.html import page, printable
+from .visualize.html import fold, frame, page, printable
 from .visualize.parts import bytes_by_part, layer_of, short_name
 
 _LATER_LAYER = re.compile(r"\blayers\.[1-9]")
@@ -34,7 +34,7 @@ CONTEXTS = (512, 2048, 4096, 8192, 32768, 131072)
 
 
 class Inspection:
-    """Result of `numballama.inspect`. Prints as a report; a notebook shows it as a card.
+    """Result of `numballama.inspect`. Prints as a report; a notebook shows a card, the graph and the memory map.
 
     `format`, `config`, `tokenizer`, `notes`, `tensors` (name → (type, shape) in the file), `graph` (one token, as
     declared), `plan` (the graph fused and lowered for the CPU with one worker; no kernel is compiled), `kv` (layout of
@@ -203,14 +203,15 @@ class Inspection:
 
     def page(self) -> str:
         """A page of HTML for a browser: the card, the graph and the plan."""
-        return page(self.path.name, *(piece._repr_html_() for piece in (self, self.graph, self.plan)))
+        return page(self.path.name, card.as_html(self._card), self.graph._repr_html_(), self.plan._repr_html_())
 
     def __str__(self) -> str:
         return self.report()
 
     def _repr_html_(self) -> str:
-        """The card, for a notebook."""
-        return card.as_html(self._card)
+        """The card, for a notebook, with the graph and the plan's memory map folded below it."""
+        folded = fold("graph", self.graph._repr_html_()) + fold("plan and memory map", self.plan._repr_html_())
+        return card.as_html(self._card) + frame(folded, box=False)
 
     def __repr__(self) -> str:
         return f"<Inspection of {printable(str(self.path))}: {self.format}, {self.parameters:,} parameters>"

@@ -94,7 +94,10 @@ def test_its_card_and_its_page(tiny_file: Path) -> None:
     root = parsed(found._repr_html_())
     rows = [[cell.text for cell in row.children] for row in root.all("tr")]
     assert ["tokens", "f32", "f16 or bf16", "q8_0"] in rows
-    assert [row[0] for row in rows[rows.index(["tokens", "f32", "f16 or bf16", "q8_0"]) + 1 :]] == ["64", "138"]
+    start = rows.index(["tokens", "f32", "f16 or bf16", "q8_0"]) + 1
+    assert [row[0] for row in rows[start : start + 2]] == ["64", "138"]
     assert any(row[0] == "KV cache" and "64 tokens, bf16" in row[2] for row in rows)
+    folds = [fold.children[0].text for fold in root.all("details")]
+    assert "graph" in folds and "plan and memory map" in folds
     page = parsed(found.page())
-    assert len(list(page.all("svg"))) >= 4 and tiny_file.name in page.text
+    assert len(list(page.all("svg"))) == len(list(root.all("svg"))) >= 4 and tiny_file.name in page.text
