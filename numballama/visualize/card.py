@@ -91,7 +91,7 @@ def of_model(model: Model) -> Card:
 def as_html(card: Card) -> str:
     """The card for a notebook."""
     total = sum(part.nbytes for part in card.parts)
-    config = table(["configuration", ""], [[escape(name), escape(value)] for name, value in card.facts], left=2)
+    config = table(["configuration", ""], [[escape(name), escape(value)] for name, value in card.facts], "ll")
     right = []
     if card.parts:
         shares = [(COLOURS[p.part], p.nbytes / total, f"{p.part}: {format_bytes(p.nbytes)}") for p in card.parts]
@@ -102,7 +102,7 @@ def as_html(card: Card) -> str:
     memory = [[escape(what), escape(size), f'<span class="muted">{escape(remark)}</span>']
               for what, size, remark in _memory_rows(card)]  # fmt: skip
     if memory:
-        right.append("<h4>memory</h4>" + table(["", "", ""], memory).replace("<td><span", '<td class="l"><span'))
+        right.append("<h4>memory</h4>" + table(["", "", ""], memory, "lrl"))
     if card.needs:
         headings, *rows = _need_rows(card)
         needs = table([escape(cell) for cell in headings], [list(map(escape, row)) for row in rows])
@@ -119,12 +119,16 @@ def as_text(card: Card) -> str:
     """The card as lines of text, for a terminal or a pipe."""
     lines = [printable(card.title), *([f"  {printable(card.about)}"] if card.about else [])]
     lines += [f"  note: {printable(note)}" for note in card.notes]
-    lines += ["", "configuration", *text_table(["", ""], [[name, printable(value)] for name, value in card.facts], 2)]
+    lines += [
+        "",
+        "configuration",
+        *text_table(["", ""], [[name, printable(value)] for name, value in card.facts], "ll"),
+    ]
     if card.parts:
         lines += ["", "weights", *text_table(_part_headings(card.parts), _part_rows(card.parts))]
     rows = [[what, size, printable(remark)] for what, size, remark in _memory_rows(card)]
     if rows:
-        lines += ["", "memory", *text_table(["", "", ""], rows, left=1, last_left=True)]
+        lines += ["", "memory", *text_table(["", "", ""], rows, "lrl")]
     if card.needs:
         headings, *rows = _need_rows(card)
         lines += ["", _need_title(card), *text_table(headings, rows)]

@@ -110,17 +110,18 @@ def svg(width: float, height: float, pieces: Iterable[str]) -> str:
     )
 
 
-def table(
-    headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, totals: int = 0, wrap: int = 99
-) -> str:
-    """A table. Cells are HTML. The first `left` columns are text, the others numbers; the last `totals` rows are sums.
-    Text from column `wrap` on may have several lines.
+def table(headings: Sequence[str], rows: Iterable[Sequence[str]], columns: str = "l", totals: int = 0) -> str:
+    """A table. Cells are HTML. The last `totals` rows are sums.
+
+    `columns` has a letter for each column: "l" is text, "w" text that may have several lines, "r" a number. Those that
+    it does not reach are numbers.
     """
     rows = list(rows)
 
     def line(cells: Sequence[str], tag: str, kind: str = "") -> str:
-        classes = ["" if n >= left else ' class="l"' if n < wrap else ' class="l w"' for n in range(len(cells))]
-        inner = "".join(f"<{tag}{each}>{cell}</{tag}>" for each, cell in zip(classes, cells, strict=True))
+        classes = {"l": ' class="l"', "w": ' class="l w"', "r": ""}
+        kinds = columns.ljust(len(cells), "r")
+        inner = "".join(f"<{tag}{classes[each]}>{cell}</{tag}>" for each, cell in zip(kinds, cells, strict=True))
         return f"<tr{kind}>{inner}</tr>"
 
     head = f"<thead>{line(headings, 'th')}</thead>" if any(headings) else ""
@@ -129,16 +130,14 @@ def table(
     return f'<div class="scroll"><table>{head}<tbody>{body}</tbody></table></div>'
 
 
-def text_table(
-    headings: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1, last_left: bool = False
-) -> list[str]:
-    """The same as lines of text, for a terminal or a pipe. With `last_left` the last column is text too."""
+def text_table(headings: Sequence[str], rows: Iterable[Sequence[str]], columns: str = "l") -> list[str]:
+    """The same as lines of text, for a terminal or a pipe."""
     lines = [list(row) for row in ([headings, *rows] if any(headings) else rows)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    texts = {*range(left), *([len(headings) - 1] if last_left else [])}
+    kinds = columns.ljust(len(widths), "r")
 
     def padded(cells: Sequence[str]) -> Iterable[str]:
-        for index, (cell, width) in enumerate(zip(cells, widths, strict=True)):
-            yield cell.ljust(width) if index in texts else cell.rjust(width)
+        for cell, width, kind in zip(cells, widths, kinds, strict=True):
+            yield cell.rjust(width) if kind == "r" else cell.ljust(width)
 
     return [f"  {'  '.join(padded(line))}".rstrip() for line in lines]

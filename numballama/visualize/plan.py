@@ -140,4 +140,4 @@ def _steps(plan: Plan) -> str:
         )
     layers = {layer_of(step.op.outputs[0]) for step in plan.steps} - {None, 0}
     note = '<div class="muted">Of the layers, layer 0 is listed; print(plan) lists every step.</div>' if layers else ""
-    return table(["step", "op", "kernel", "reads", "writes"], rows, left=5, wrap=3) + note
+    return table(["step", "op", "kernel", "reads", "writes"], rows, "lllww") + note

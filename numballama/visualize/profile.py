@@ -88,7 +88,7 @@ def _about(profile: Profile) -> str:
 def as_text(profile: Profile) -> str:
     """The tables for a pipe: columns of text."""
     parts = text_table(PART_HEADINGS, _part_cells(profile))
-    steps = text_table(HEADINGS, _cells(profile), left=2)
+    steps = text_table(HEADINGS, _cells(profile), "ll")
     return "\n".join([printable(_title(profile)), _about(profile), "", *parts, "", *steps, "", _note(profile)])
 
 
@@ -130,6 +130,6 @@ def as_html(profile: Profile) -> str:
         + steps
         + table(PART_HEADINGS, rows, totals=2)
         + "<h4>steps by kind</h4>"
-        + table(HEADINGS, kinds, left=2)
+        + table(HEADINGS, kinds, "ll")
         + f'<div class="muted">{escape(_note(profile))}</div>'
     )

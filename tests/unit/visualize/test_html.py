@@ -44,6 +44,11 @@ def test_a_table_as_html_and_as_text() -> None:
     assert [row.attributes.get("class", "") for row in root.all("tr")] == ["", "", "", "total"]
     assert text_table(headings, rows) == ["  name   n", "  a      1", "  bc    20", "  sum   21"]
     assert text_table(["", ""], [["a", "b"]]) == ["  a  b"] and text_table(["", ""], []) == []
+    assert text_table(headings, rows, "ll")[1] == "  a     1"
+    classes = [
+        cell.attributes.get("class", "") for cell in parsed(table(["", "", ""], [["a", "b", "c"]], "lw")).all("td")
+    ]
+    assert classes == ["l", "l w", ""]
 
 
 def luminance(colour: str) -> float:
