@@ -80,7 +80,7 @@ def of_model(model: Model) -> Card:
         ("arenas", model.arena_bytes, "of all programs: model.plan shows that of one token"),
     ]
     if backend.memory_bytes is None:
-        memory.append(("process", resident_bytes(), "resident now, with Python and the part of the file that was read"))
+        memory.append(("process", resident_bytes(), "resident now, Python included"))
     else:
         memory.append(("device", backend.memory_bytes, "all that is allocated there"))
     parameters = sum(part.parameters for part in parts)

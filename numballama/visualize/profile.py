@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 PART_HEADINGS = ("part", "steps", "µs", "floor µs", "MB", "GB/s", "of memory", "share")
 HEADINGS = ("step", "kernel", "count", "µs each", "MB", "GB/s", "of memory", "share")
 UNKNOWN = "–"
+SHORTEST_S = 5e-8
+"""A step that takes fewer seconds is below the clock's resolution: its rate says nothing."""
 
 
 def _title(profile: Profile) -> str:
@@ -38,6 +40,11 @@ def _note(profile: Profile) -> str:
     return f"{memory} Steps overlap, so the whole is not the sum."
 
 
+def _speed(seconds: float, rate: float, fraction: float | None) -> tuple[str, str]:
+    """GB/s and share of the bandwidth of a step of that many seconds."""
+    return (UNKNOWN, UNKNOWN) if seconds < SHORTEST_S else (_gigabytes(rate), _percent(fraction))
+
+
 def _gigabytes(rate: float) -> str:
     """A rate in GB/s, with three digits or more."""
     return f"{rate / 1e9:,.0f}" if rate >= 1e11 else f"{rate / 1e9:.1f}"
@@ -56,7 +63,7 @@ def _part_cells(profile: Profile) -> list[tuple[str, ...]]:
     cells: list[tuple[str, ...]] = [
         (
             part.part, f"{part.count}", _micros(part.seconds), _micros(part.floor_s), f"{part.nbytes / 1e6:,.2f}",
-            _gigabytes(part.rate), _percent(part.bandwidth_fraction), f"{part.share:.1%}",
+            *_speed(part.seconds / part.count, part.rate, part.bandwidth_fraction), f"{part.share:.1%}",
         )
         for part in profile.parts
     ]  # fmt: skip
@@ -74,7 +81,7 @@ def _cells(profile: Profile) -> list[tuple[str, ...]]:
     return [
         (
             kind.name, kind.kernel, f"{kind.count}", _micros(kind.seconds), f"{kind.nbytes / 1e6:,.2f}",
-            _gigabytes(kind.rate), _percent(kind.bandwidth_fraction), f"{kind.share:.1%}",
+            *_speed(kind.seconds, kind.rate, kind.bandwidth_fraction), f"{kind.share:.1%}",
         )
         for kind in profile.kinds
     ]  # fmt: skip

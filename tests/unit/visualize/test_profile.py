@@ -48,6 +48,13 @@ def test_tables_in_a_notebook() -> None:
     assert "\x1b" not in as_text(replace(MADE, model=HOSTILE))
 
 
+def test_a_step_below_the_clocks_resolution_has_no_rate() -> None:
+    first, *rest = MADE.steps
+    lines = [line.split() for line in as_text(replace(MADE, steps=(replace(first, seconds=1e-9), *rest))).splitlines()]
+    assert ["embedding", "1", "0.00", "0.00", "0.00", "–", "–", "0.0%"] in lines
+    assert ["embedding", "(tok_embeddings)", "embedding", "1", "0.00", "0.00", "–", "–", "0.0%"] in lines
+
+
 def test_without_a_bandwidth_and_without_a_prompt() -> None:
     text = as_text(replace(MADE, bandwidth=None, prompt_s=None))
     assert "bandwidth is unknown" in text and "prompt" not in text
