@@ -3,8 +3,8 @@
     python -m tests.cuda.assembly 9.0 out.json
 
 A process compiles for one capability, so test_assembly.py starts this three times. The result is a list of kernels
-with the assembler's report and the opcodes of their PTX. Before sm_90 the kernels of `FAMILIES` are compiled, for one set
-of types each, unless there is an argument `all`.
+with the assembler's report and the opcodes of their PTX. Before sm_90 the kernels of `FAMILIES` are compiled, each for
+one set of types, unless there is an argument `all`.
 """
 
 from __future__ import annotations
