@@ -26,8 +26,8 @@ if reason := missing_packages():
 
 PACKAGE = Path(numballama.__file__).parent
 EVERYTHING = ["all"] if os.environ.get("NUMBALLAMA_TEST_ALL") == "1" else []
-"""By default some kernels of each file (`assembly.FAMILIES`) are compiled before sm_90, for one set of types of their
-operands. With `all`, everything is.
+"""By default some kernels are compiled for one set of types of their operands, before sm_90 some of each file only
+(`assembly`). With `all`, everything is.
 """
 CAPABILITIES = ("7.5", "8.0", "9.0")
 """The oldest that CUDA 13 compiles for; the first with asynchronous copies; the first with early starts."""
@@ -113,9 +113,7 @@ def described(kernel: dict[str, Any]) -> str:
 
 
 def test_every_kernel_of_the_package_is_among_them(assembled: dict[str, dict[str, Any]]) -> None:
-    """The models of `assembly` launch all that there is, for sm_90 in every type that the registry offers it for, and
-    for older cards by default a kernel of each file.
-    """
+    """The models of `assembly` launch all that there is; for older cards by default a kernel of each file."""
     from tests.cuda.assembly import FAMILIES, HOPPER
 
     script = (
