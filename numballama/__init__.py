@@ -64,7 +64,8 @@ def _explains_names(function: _Function) -> _Function:
             from .sampling import OTHER_NAMES, SamplingOptions
             from .validation import refuse_options
 
-            refuse_options(named, known, {**{name: name for name in SamplingOptions.__annotations__}, **OTHER_NAMES})
+            sampling = {**{name: name for name in SamplingOptions.__annotations__}, **OTHER_NAMES}
+            refuse_options(named, known, sampling, function.__name__)
         return function(*positional, **named)
 
     return checked  # type: ignore[return-value]
@@ -141,14 +142,24 @@ def compile(
     )
 
 
-def inspect(path: str | PathLike[str] | None, tokenizer: str | PathLike[str] | None = None) -> Inspection:
-    """Describe a model file: config, tensors, graph, plan and a memory estimate. Reads no weights.
+@_explains_names
+def inspect(
+    path: str | PathLike[str] | None,
+    tokenizer: str | PathLike[str] | None = None,
+    context: int | None = None,
+    kv_dtype: KVType | None = None,
+    dtype: Dtype | None = None,
+    max_sequences: int = 1,
+) -> Inspection:
+    """Describe a model file: config, tensors, graph, plan and the memory that it takes. Reads no weights.
 
-    The result prints as a report. Raises `FormatError` or `UnsupportedError` as `compile` does.
+    `context` (tokens), `kv_dtype`, `dtype` and `max_sequences` are those that you would pass to `compile`: the result's
+    `memory` is for them, and `memory_for()` answers for others. It prints as a report; a notebook draws it.
+    Raises `FormatError` or `UnsupportedError` as `compile` does.
     """
     from .inspection import Inspection
 
-    return Inspection(path, tokenizer)
+    return Inspection(path, tokenizer, context=context, kv_dtype=kv_dtype, dtype=dtype, max_sequences=max_sequences)
 
 
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:

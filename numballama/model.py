@@ -14,17 +14,18 @@ import numpy as np
 from . import ir, loader, memory, plan, progress
 from .backend import Backend, Program, backend_class, choose_device, open_backend
 from .bench import debug
+from .bench.profiler import Profile, bandwidth_or_note, profile, require_plan
 from .chat.conversation import Chat
 from .chat.encoder import NO_BOS, SPELLED, Encoders, note_once, spells_control_tokens
 from .chat.template import Message, TemplateSet, conversation_of, refuse_options
 from .checkpoint import Checkpoint, Weight
 from .config import ModelConfig, RopePairing
-from .engine.capacity import kv_layout
+from .engine.capacity import choose_context, kv_layout
 from .engine.engine import Engine
 from .engine.model_runner import ModelRunner
 from .engine.request import Request
 from .errors import CLOSED, NOT_NUMBERS, Error, Interrupted, UnsupportedError
-from .generate import GenerationResponse, HowToSubmit, TextEngine, TextStreams
+from .generate import GenerationResponse, HowToSubmit, ResponseStream, TextEngine, TextStreams, prompts_with_params
 from .graph import Logits, build
 from .memory import format_bytes
 from .quantization import policy
@@ -33,7 +34,8 @@ from .sampling import DEFAULTS, NOT_GIVEN, NotGiven, SamplerTable, SamplingOptio
 from .session import Session
 from .structured.compiler import compile_constraint
 from .tokenizers.base import Tokenizer
-from .validation import whole_number
+from .validation import require_supported, whole_number
+from .visualize import card
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -42,9 +44,9 @@ if TYPE_CHECKING:
 class Model:
     """A compiled model. Use `numballama.compile`; see there for the arguments.
 
-    Attributes: `path`, `config`, `tokenizer` (or None), `weights`, `graph` (as declared, for one token), `device`,
-    `threads`, `context`, `kv` (the cache's layout), `activations`, `notes` (what was assumed or chosen, a sentence
-    each), `load_s` (seconds that loading and compiling took).
+    Attributes: `path`, `format` (its name), `config`, `tokenizer` (or None), `weights`, `graph` (as declared, for one
+    token), `device`, `threads`, `context`, `kv` (the cache's layout), `activations`, `notes` (what was assumed or
+    chosen, a sentence each), `load_s` (seconds that loading and compiling took).
     """
 
     def __init__(
@@ -71,9 +73,7 @@ class Model:
             ("kv_dtype", kv_dtype, (None, *KV_TYPES)),
             ("activations", activations, get_args(ActivationType)),
         ):
-            if value not in known:
-                choices = ", ".join(str(each) for each in known if each is not None)
-                raise UnsupportedError(f"{name} {value!r} is not supported; choose from {choices}")
+            require_supported(name, value, known)
         self.device, why = choose_device(device)
         kind = backend_class(self.device)
         self.activations = activations
@@ -82,7 +82,7 @@ class Model:
         self._checkpoint: Checkpoint = loader.open_checkpoint(
             model_path, tokenizer, rope_pairing=rope_pairing, rope_theta=rope_theta, norm_eps=norm_eps
         )
-        self.path = self._checkpoint.path
+        self.path, self.format = self._checkpoint.path, self._checkpoint.format
         self.config: ModelConfig = self._checkpoint.config
         self.tokenizer: Tokenizer | None = self._checkpoint.tokenizer
         if self.tokenizer is not None:
@@ -90,7 +90,7 @@ class Model:
         self.notes = list(self._checkpoint.notes)
         if device == "auto":
             self.notes.append(f"device {self.device}, chosen because {why}")
-        self.context = _choose_context(self.config, context, self.notes)
+        self.context = choose_context(self.config, context, self.notes)
         self.max_sequences = whole_number("max_sequences", max_sequences, 1)
         kv_tokens = None if kv_tokens is None else whole_number("kv_tokens", kv_tokens, 1)
         self._kv_arguments = kv_dtype or kind.default_kv_dtype, self.max_sequences, kv_tokens
@@ -181,6 +181,20 @@ class Model:
             raise Error(CLOSED)
         return self._engine
 
+    def profile(self, prompt: str | Iterable[int] = "Once upon a time") -> Profile:
+        """Time each step of a decode step after a prompt, text or token ids: by operator and by part of the model.
+
+        The result prints as tables: time, bytes, GB/s, and the share of the memory's bandwidth, which is measured once.
+        Raises `Error` on the reference, `ContextError` for a prompt that is too long.
+        """
+        require_plan(self)
+        ids = self._encode_prompt(prompt, DEFAULTS)[0] if isinstance(prompt, str) else prompt
+        return profile(self, self.token_engine.validate(ids), self._bandwidth)
+
+    @cached_property
+    def _bandwidth(self) -> float | None:
+        return bandwidth_or_note(self.backend, self.notes)
+
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[Session]:
         """Have the device and an empty session for the block, for measurements. Requests wait, and compute their tokens
@@ -218,6 +232,19 @@ class Model:
         raise Error(
             "a model can be neither copied nor pickled: pass its path, and call numballama.compile() where it is needed"
         )
+
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of the arenas of all programs. Raises `Error` once the model is closed."""
+        plans = [program.plan for program in self._runner.programs] if self.program else []
+        return sum(plan.arena_bytes for plan in plans if plan is not None)
+
+    def __str__(self) -> str:
+        return card.as_text(card.of_model(self))
+
+    def _repr_html_(self) -> str:
+        """A card for a notebook: configuration, bytes by type and part, device, memory."""
+        return card.as_html(card.of_model(self))
 
     def __repr__(self) -> str:
         c = self.config
@@ -286,7 +313,7 @@ class Model:
         Raises `ContextError` for a prompt that does not fit; `Error` for an empty prompt, an invalid or unknown option,
         or a model without a tokenizer; `Interrupted`, with the text so far, on Ctrl-C.
         """
-        prompts, each = ([prompt], [_one(params)]) if isinstance(prompt, str | None) else _for_each(prompt, params)
+        prompts, each = prompts_with_params(prompt, params)
         settings = [merge(own, DEFAULTS, max_tokens, options) for own in each]
         if any(own.n > 1 for own in settings):
             raise Error("n > 1 gives several texts, generate() returns one: read them from stream(), by response.index")
@@ -315,15 +342,18 @@ class Model:
         *,
         params: SamplingParams | None = None,
         **options: Unpack[SamplingOptions],
-    ) -> Iterator[GenerationResponse]:
+    ) -> ResponseStream:
         """Like `generate` for one prompt, but yields a `GenerationResponse` for each token as soon as it is known.
+
+        As the last expression of a notebook's cell, it shows its text there while it is generated.
 
         Arguments are checked by the call, not by the first response. Text never ends inside a character, and no part of
         a stop string is ever yielded. Several streams of one model may be read alternately or from several threads:
         they advance together, as many at a time as `max_sequences` of `compile`.
         """
         settings = merge(params, DEFAULTS, max_tokens, options)
-        return iter(self._submit_ids(*self._encode_prompt(prompt, settings), settings))
+        request = self._submit_ids(*self._encode_prompt(prompt, settings), settings)
+        return ResponseStream(request.__iter__(), prompt or "")
 
     def _encode_prompt(self, prompt: str | None, settings: SamplingParams) -> tuple[list[int], bool]:
         """(ids of a prompt, whether the output is a new text). None: the beginning-of-text token alone."""
@@ -385,14 +415,15 @@ class Model:
         strip_leading_space: bool = False,
         reuse_prefix: bool = True,
         **options: Unpack[SamplingOptions],
-    ) -> Iterator[GenerationResponse]:
+    ) -> ResponseStream:
         """Like `stream`, from token ids instead of text.
 
         `strip_leading_space`: the output is a new text, so drop the space that the tokenizer's encoder prepends.
         `reuse_prefix`: reuse tokens at the beginning of `ids` that are in the KV cache, whoever computed them.
         """
         settings = merge(params, DEFAULTS, max_tokens, options)
-        return iter(self._submit_ids(ids, strip_leading_space, settings, reuse_prefix=reuse_prefix))
+        request = self._submit_ids(ids, strip_leading_space, settings, reuse_prefix=reuse_prefix)
+        return ResponseStream(request.__iter__())
 
     def _stop_token_ids(self, params: SamplingParams, tokenizer: Tokenizer) -> frozenset[int]:
         """Ids that end a text: those of `params` and, unless it ignores EOS, those of the file and the tokenizer."""
@@ -465,33 +496,3 @@ class Model:
                 "--tokenizer on the command line"
             )
         return self.tokenizer
-
-
-def _one(params: SamplingParams | Sequence[SamplingParams] | None) -> SamplingParams | None:
-    if not isinstance(params, SamplingParams | None):
-        raise Error(f"params must be SamplingParams for a single prompt, found {params!r}")
-    return params
-
-
-def _for_each(
-    prompts: Sequence[str | None], params: SamplingParams | Sequence[SamplingParams] | None
-) -> tuple[Sequence[str | None], Sequence[SamplingParams | None]]:
-    """The prompts and the settings of each."""
-    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-        raise Error(f"the prompt must be a string, None or a list of these, found {prompts!r}")
-    if not isinstance(params, Sequence):
-        return prompts, [params] * len(prompts)
-    if len(params) != len(prompts):
-        raise Error(
-            f"there are {len(prompts)} prompts and {len(params)} params: pass one params for each, or one for all"
-        )
-    return prompts, params
-
-
-def _choose_context(config: ModelConfig, context: int | None, notes: list[str]) -> int:
-    if context is None:
-        return config.default_context
-    context = whole_number("context", context, 1)
-    if context > config.context:
-        notes.append(f"context {context:,}: the model was trained for {config.context:,}, beyond that it gets worse")
-    return context

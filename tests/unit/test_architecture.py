@@ -41,7 +41,8 @@ ORDER = """
             hf.text_settings tokenizer_files hf.text_files hf.reader hf.writer llama2c.layout llama2c.llama2c \
             llama2c.kuiper meta.reader
     loader
-    visualize ir ops registry graph fusion plan
+    visualize: parts html layout graph plan card profile stream
+    ir ops registry graph fusion plan
     kernel_cache
     sampling
     cpu: fork compiler intrinsics workers vecdot tiling vecdot_int8 matmul kv_cache kernels_cpu kernels_int8 ops \
