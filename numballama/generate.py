@@ -10,6 +10,7 @@ from typing import Protocol, TypedDict
 from .engine.engine import Engine
 from .engine.request import FinishReason, Request, TokenEvent, TokenLogprobs
 from .engine.stats import EngineStats
+from .errors import Error
 from .sampling import SamplingParams
 from .tokenizers.base import Decoder
 
@@ -195,3 +196,22 @@ class _Search:
             if self.matched == len(self.stop):
                 return index + 1
         return None
+
+
+def params_of_each(
+    prompt: str | Sequence[str | None] | None, params: SamplingParams | Sequence[SamplingParams] | None
+) -> tuple[Sequence[str | None], Sequence[SamplingParams | None]]:
+    """The prompts, one or several, and the settings of each. Raises `Error` unless there are as many settings."""
+    if isinstance(prompt, str | None):
+        if not isinstance(params, SamplingParams | None):
+            raise Error(f"params must be SamplingParams for a single prompt, found {params!r}")
+        return [prompt], [params]
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise Error(f"the prompt must be a string, None or a list of these, found {prompt!r}")
+    if not isinstance(params, Sequence):
+        return prompt, [params] * len(prompt)
+    if len(params) != len(prompt):
+        raise Error(
+            f"there are {len(prompt)} prompts and {len(params)} params: pass one params for each, or one for all"
+        )
+    return prompt, params

@@ -19,12 +19,13 @@ from .chat.encoder import NO_BOS, SPELLED, Encoders, note_once, spells_control_t
 from .chat.template import Message, TemplateSet, conversation_of, refuse_options
 from .checkpoint import Checkpoint, Weight
 from .config import ModelConfig, RopePairing
-from .engine.capacity import kv_layout
+from .engine.capacity import choose_context, kv_layout
 from .engine.engine import Engine
 from .engine.model_runner import ModelRunner
 from .engine.request import Request
 from .errors import CLOSED, NOT_NUMBERS, Error, Interrupted, UnsupportedError
-from .generate import GenerationResponse, HowToSubmit, TextEngine, TextStreams
+from .explain.values import ValueReader
+from .generate import GenerationResponse, HowToSubmit, TextEngine, TextStreams, params_of_each
 from .graph import Logits, build
 from .memory import format_bytes
 from .quantization import policy
@@ -90,7 +91,7 @@ class Model:
         self.notes = list(self._checkpoint.notes)
         if device == "auto":
             self.notes.append(f"device {self.device}, chosen because {why}")
-        self.context = _choose_context(self.config, context, self.notes)
+        self.context = choose_context(self.config, context, self.notes)
         self.max_sequences = whole_number("max_sequences", max_sequences, 1)
         kv_tokens = None if kv_tokens is None else whole_number("kv_tokens", kv_tokens, 1)
         self._kv_arguments = kv_dtype or kind.default_kv_dtype, self.max_sequences, kv_tokens
@@ -117,10 +118,10 @@ class Model:
         self.threads: int = backend.workers
         self.load_s = time.perf_counter() - started
 
-    def _build(self, tokens: int, logits: Logits) -> ir.Graph:
+    def _build(self, tokens: int, logits: Logits, lens: bool = False) -> ir.Graph:
         types = {name: weight.type for name, weight in self.weights.items()}
         int8 = self._checkpoint.int8_activations
-        return build(self.config, types, self.kv, tokens, logits, int8, self.activations)
+        return build(self.config, types, self.kv, tokens, logits, int8, self.activations, lens)
 
     def _compile(self, backend: Backend) -> None:
         self.kv = kv_layout(self.config, self.context, *self._kv_arguments, backend.free_bytes(), self.notes)
@@ -140,6 +141,7 @@ class Model:
             self._runner.prepare(report)
         self._engine = Engine(self._runner, context=self.context, mixed_tokens=self._runner.mixed_tokens)
         self._all_logits: Program | None = None
+        self._values: ValueReader | None = ValueReader(self, partial(self._build, logits="all", lens=True))
 
     def _program_of(self, graph: ir.Graph, report: progress.Report | None = None) -> Program:
         return debug.watched(self.backend.program(graph, self._fusions, report), self.backend)
@@ -181,6 +183,13 @@ class Model:
             raise Error(CLOSED)
         return self._engine
 
+    @property
+    def value_reader(self) -> ValueReader:
+        """What reads values of the graph. Raises `Error` once the model is closed."""
+        if self._values is None:
+            raise Error(CLOSED)
+        return self._values
+
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[Session]:
         """Have the device and an empty session for the block, for measurements. Requests wait, and compute their tokens
@@ -203,7 +212,7 @@ class Model:
         try:
             backend.close()
         finally:
-            self._engine = self._program = self._all_logits = self._backend = None
+            self._engine = self._program = self._all_logits = self._values = self._backend = None
             del self._runner
             self.weights = {}
             self._checkpoint.weights = {}
@@ -237,17 +246,25 @@ class Model:
                     graph = self._build(min(self.backend.prefill_chunk, self.context), "all")
                     program = self._all_logits = self._program_of(graph, report)
             out = np.empty((len(tokens), self.config.vocab_size), np.float32)
-            step = len(program.inputs["ids"])
-            for start in range(0, len(tokens), step):
-                chunk = tokens[start : start + step]
-                session.set_inputs(program, chunk)
-                program.run(len(chunk), rows=len(chunk))
-                if -1 in program.value("next")[: len(chunk)]:
+            for start, count in session.chunks(program, tokens):
+                program.run(count, rows=count)
+                if -1 in program.value("next")[:count]:
                     raise Error(NOT_NUMBERS)
-                session.tokens.extend(chunk)
-                out[start : start + len(chunk)] = program.value("logits")[: len(chunk)]
+                out[start : start + count] = program.value("logits")[:count]
             self._runner.look_at_page(1)  # the first of an exclusive session
         return out
+
+    def values(self, ids: Iterable[int], name: str) -> np.ndarray:
+        """A value of the graph by name, such as "layers.3.probabilities", for a text of these ids.
+
+        `print(model.graph)` lists the names. The result has a row for each id, in the value's type and shape:
+        probabilities [len(ids), n_heads, len(ids)], a layer's output "layers.3.x_out" [len(ids), dim], keys in the
+        cache "layers.3.k_cache" [len(ids), n_kv_heads, head_dim]. A weight comes whole, as float32. Ops run one by one,
+        without fusions, from an empty cache.
+
+        Raises `Error` for a name that the graph does not have, with near ones, and for a result that is too large.
+        """
+        return self.value_reader.read(self.token_engine.validate(ids), name)
 
     @overload
     def generate(
@@ -286,7 +303,7 @@ class Model:
         Raises `ContextError` for a prompt that does not fit; `Error` for an empty prompt, an invalid or unknown option,
         or a model without a tokenizer; `Interrupted`, with the text so far, on Ctrl-C.
         """
-        prompts, each = ([prompt], [_one(params)]) if isinstance(prompt, str | None) else _for_each(prompt, params)
+        prompts, each = params_of_each(prompt, params)
         settings = [merge(own, DEFAULTS, max_tokens, options) for own in each]
         if any(own.n > 1 for own in settings):
             raise Error("n > 1 gives several texts, generate() returns one: read them from stream(), by response.index")
@@ -465,33 +482,3 @@ class Model:
                 "--tokenizer on the command line"
             )
         return self.tokenizer
-
-
-def _one(params: SamplingParams | Sequence[SamplingParams] | None) -> SamplingParams | None:
-    if not isinstance(params, SamplingParams | None):
-        raise Error(f"params must be SamplingParams for a single prompt, found {params!r}")
-    return params
-
-
-def _for_each(
-    prompts: Sequence[str | None], params: SamplingParams | Sequence[SamplingParams] | None
-) -> tuple[Sequence[str | None], Sequence[SamplingParams | None]]:
-    """The prompts and the settings of each."""
-    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-        raise Error(f"the prompt must be a string, None or a list of these, found {prompts!r}")
-    if not isinstance(params, Sequence):
-        return prompts, [params] * len(prompts)
-    if len(params) != len(prompts):
-        raise Error(
-            f"there are {len(prompts)} prompts and {len(params)} params: pass one params for each, or one for all"
-        )
-    return prompts, params
-
-
-def _choose_context(config: ModelConfig, context: int | None, notes: list[str]) -> int:
-    if context is None:
-        return config.default_context
-    context = whole_number("context", context, 1)
-    if context > config.context:
-        notes.append(f"context {context:,}: the model was trained for {config.context:,}, beyond that it gets worse")
-    return context

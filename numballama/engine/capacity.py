@@ -9,6 +9,7 @@ from ..errors import ContextError, Error
 from ..graph import KVLayout
 from ..memory import SHORTER, format_bytes
 from ..quantization.types import KVType
+from ..validation import whole_number
 
 MAX_SEQUENCES = 1024
 """Largest `max_sequences`: tables have a row for each sequence, also while nobody uses it."""
@@ -60,3 +61,13 @@ def kv_layout(
         f"{format_bytes(wanted.nbytes)}"
     )
     return fitting
+
+
+def choose_context(config: ModelConfig, context: int | None, notes: list[str]) -> int:
+    """Tokens that a sequence may have; None: the model's default. Notes if they are more than it was trained for."""
+    if context is None:
+        return config.default_context
+    context = whole_number("context", context, 1)
+    if context > config.context:
+        notes.append(f"context {context:,}: the model was trained for {config.context:,}, beyond that it gets worse")
+    return context
