@@ -10,7 +10,7 @@ from typing import Protocol, TypedDict
 from .engine.engine import Engine
 from .engine.request import FinishReason, Request, TokenEvent, TokenLogprobs
 from .engine.stats import EngineStats
-from .errors import Error
+from .errors import Error, Interrupted
 from .sampling import SamplingParams
 from .tokenizers.base import Decoder
 
@@ -77,6 +77,44 @@ class TextStreams:
 
     def __call__(self, event: TokenEvent) -> GenerationResponse:
         return self._streams[event.index](event)
+
+
+def prompts_with_params(
+    prompt: str | Sequence[str | None] | None, params: SamplingParams | Sequence[SamplingParams] | None
+) -> tuple[Sequence[str | None], Sequence[SamplingParams | None]]:
+    """The prompts of a call, and the settings of each. Raises `Error` where they do not belong together."""
+    if isinstance(prompt, str | None):
+        if not isinstance(params, SamplingParams | None):
+            raise Error(f"params must be SamplingParams for a single prompt, found {params!r}")
+        return [prompt], [params]
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise Error(f"the prompt must be a string, None or a list of these, found {prompt!r}")
+    if not isinstance(params, Sequence):
+        return prompt, [params] * len(prompt)
+    if len(params) != len(prompt):
+        raise Error(
+            f"there are {len(prompt)} prompts and {len(params)} params: pass one params for each, or one for all"
+        )
+    return prompt, params
+
+
+def read_all(requests: Iterable[Request[GenerationResponse]]) -> list[list[GenerationResponse]]:
+    """All responses of each request, read one request after the other. Raises `Interrupted`, with the text so far."""
+    read: list[list[GenerationResponse]] = []
+    for request in requests:
+        responses: list[GenerationResponse] = []
+        try:
+            for response in request:
+                responses.append(response)
+        except KeyboardInterrupt:
+            raise Interrupted(joined(responses), [joined(each) for each in read]) from None
+        read.append(responses)
+    return read
+
+
+def joined(responses: Iterable[GenerationResponse]) -> str:
+    """The text of responses."""
+    return "".join(response.text for response in responses)
 
 
 class HowToSubmit(TypedDict, total=False):
@@ -196,22 +234,3 @@ class _Search:
             if self.matched == len(self.stop):
                 return index + 1
         return None
-
-
-def params_of_each(
-    prompt: str | Sequence[str | None] | None, params: SamplingParams | Sequence[SamplingParams] | None
-) -> tuple[Sequence[str | None], Sequence[SamplingParams | None]]:
-    """The prompts, one or several, and the settings of each. Raises `Error` unless there are as many settings."""
-    if isinstance(prompt, str | None):
-        if not isinstance(params, SamplingParams | None):
-            raise Error(f"params must be SamplingParams for a single prompt, found {params!r}")
-        return [prompt], [params]
-    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-        raise Error(f"the prompt must be a string, None or a list of these, found {prompt!r}")
-    if not isinstance(params, Sequence):
-        return prompt, [params] * len(prompt)
-    if len(params) != len(prompt):
-        raise Error(
-            f"there are {len(prompt)} prompts and {len(params)} params: pass one params for each, or one for all"
-        )
-    return prompt, params

@@ -65,6 +65,19 @@ class Session:
             yield start, len(chunk)
             self.tokens.extend(chunk)
 
+    def all_logits(self, program: Program, ids: Sequence[int]) -> np.ndarray:
+        """Append tokens and return the logits after each, float32 [len(ids), vocab]. All tokens of `program` have them.
+
+        Raises `Error` for logits that are NaN.
+        """
+        out = np.empty((len(ids), self.vocab_size), np.float32)
+        for start, count in self.chunks(program, ids):
+            program.run(count, rows=count)
+            if -1 in program.value("next")[:count]:
+                raise Error(NOT_NUMBERS)
+            out[start : start + count] = program.value("logits")[:count]
+        return out
+
     def set_inputs(self, program: Program, ids: Sequence[int]) -> None:
         """Write the inputs of a run that appends `ids`. Raises `ContextError` when they do not fit the cache."""
         start, count = len(self.tokens), len(ids)

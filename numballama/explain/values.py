@@ -92,9 +92,13 @@ class ValueReader:
                     state = program.graph.values[name].kind == "state"
                     yield Stop(name, start, start + count, program.value(name)[: None if state else count])
 
-    def read(self, ids: Sequence[int], name: str) -> np.ndarray:
+    def close(self) -> None:
+        """Drop the program, which holds memory."""
+        self._program = None
+
+    def read(self, text: Iterable[int], name: str) -> np.ndarray:
         """`Model.values`."""
-        graph = self.graph
+        ids, graph = self._model.token_engine.validate(text), self.graph
         require_name(graph, name)
         value = graph.values[name]
         if value.kind == "weight":

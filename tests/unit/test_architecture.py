@@ -60,7 +60,7 @@ ORDER = """
     chat: sandbox builtin_templates template tool_messages encoder conversation
     export inspection
     bench: traffic debug profiler trace benchmark
-    explain: logprobs values
+    explain: logprobs values tokens terminal html explanation
     model
     server: settings errors protocol params http metrics tools.definitions tools.events tools.scanner tools.call \
             tools.parser tools.grammar tools.messages tools.formats page.markdown service generation logprobs call \
