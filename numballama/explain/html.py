@@ -36,7 +36,9 @@ STYLE = """
 .nb-explain .card .bar { height: .7em; align-self: center; background: #2878f0 }
 .nb-explain .card .figure { text-align: right; font-variant-numeric: tabular-nums }
 .nb-explain .wide { overflow-x: auto }
-.nb-explain table { border-collapse: separate; border-spacing: 1px; margin: 0; font-size: 12px; color: inherit }
+.nb-explain table { border-collapse: separate; border-spacing: 1px; margin: 0; font-size: 12px; color: inherit;
+  table-layout: auto }
+.nb-explain table tr, .nb-explain table tr:hover { background: none !important }
 .nb-explain th, .nb-explain td { padding: 1px 4px; border: 0; text-align: left; font-weight: normal; white-space: pre;
   background: none; color: inherit }
 .nb-explain .lens td, .nb-explain .lens th { max-width: 7em; overflow: hidden; text-overflow: ellipsis }
@@ -119,13 +121,15 @@ def _attention(attention: Attention, texts: Sequence[str]) -> str:
     rows = []
     for row in range(first, len(texts)):
         cells = (
-            f'<td style="background: {_by_weight(weight)}" title="{names[row]} → {names[column]}: {weight:.3f}"></td>'
+            f'<td style="background: {_by_weight(weight**0.5)}" '
+            f'title="{names[row]} → {names[column]}: {weight:.3f}"></td>'
             for column, weight in enumerate(attention.weights[row, first : row + 1].tolist(), first)
         )
         rows.append(f'<tr><th scope="row">{names[row]}</th>{"".join(cells)}</tr>')
     return (
         f"<h4>Attention of {heading(attention)}</h4>"
-        f'<p class="note">A line for each token, a column for each token that it sees{_of_all(first, len(texts))}.</p>'
+        f'<p class="note">A line for each token, a column for each token that it sees{_of_all(first, len(texts))}. '
+        "Blue grows with the root of the weight; point at a square for the weight.</p>"
         f'<div class="wide"><table class="heat"><thead><tr><th></th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )

@@ -94,7 +94,7 @@ def _attention(attention: Attention, texts: Sequence[str]) -> Iterator[Line]:
         yield [Span(f"the last {ATTENTION_TOKENS} of {len(texts)} tokens")]
     for row in range(first, len(texts)):
         weights = attention.weights[row, first : row + 1].tolist()
-        cells = (Span(f"{_tenths(weight)} ", _by_weight(weight)) for weight in weights)
+        cells = (Span(f"{_tenths(weight)} ", _by_weight(weight**0.5)) for weight in weights)
         yield [_fitted(texts[row], LABEL_WIDTH), *cells]
 
 

@@ -65,7 +65,7 @@ ORDER = """
     server: settings errors protocol params http metrics tools.definitions tools.events tools.scanner tools.call \
             tools.parser tools.grammar tools.messages tools.formats page.markdown service generation logprobs call \
             completions chat_core chat responses messages tokens answers openapi guard app run affinity ray_app
-    cli: streams args doctor inspect batch generate remote chat serve bench export main
+    cli: streams args doctor inspect explain batch generate remote chat serve bench export main
     __main__
 """
 """The flow, from left to right: a module imports only modules before it.
