@@ -36,7 +36,7 @@ def main() -> None:
         browser.run("document.querySelectorAll('.token')[9].focus()")
         # only one element has the focus: show the card of the other half by hand
         browser.run("document.querySelectorAll('.card')[8 + 14].style.display = 'block'")
-        image = browser.send("Page.captureScreenshot", format="webp", quality=80)["data"]  # a third of the size of PNG
+        image = browser.send("Page.captureScreenshot", format="webp", quality=60)["data"]  # a third of the size of PNG
         (Path(__file__).parent / "images" / "explain.webp").write_bytes(base64.b64decode(image))
 
 

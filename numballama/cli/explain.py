@@ -16,7 +16,7 @@ def add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
         help="show what a model computes for a text",
         description="Each token's probability and the likeliest in its place, attention, and each layer's guess.",
         epilog='examples: numballama explain model.gguf "The capital of France is Paris."\n'
-        "numballama explain owner/name:Q4_K_M - --layer 3 --head 1 --html page.html < text.txt",
+        "cat text.txt | numballama explain owner/name:Q4_K_M - --layer 3 --head 1 --html page.html",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     explain.add_argument("model", help=MODEL_HELP)
