@@ -31,7 +31,7 @@ LOGPROBS = 5
 """Alternatives of each token, unless the caller chooses another number."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Attention:
     """Attention probabilities of a layer: row t of `weights` [T, T] says how much token t attends to each token."""
 
@@ -41,7 +41,7 @@ class Attention:
     weights: NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Lens:
     """The logit lens: what the model would predict if it ended after a layer.
 
@@ -59,7 +59,7 @@ class Lens:
         return alternatives(self.tokenizer, zip(ids, logprobs, strict=True))
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class Explanation:
     """Each token of a text with its probability and its alternatives, attention, and the logit lens.
 
