@@ -10,7 +10,7 @@ from typing import Protocol, TypedDict
 from .engine.engine import Engine
 from .engine.request import FinishReason, Request, TokenEvent, TokenLogprobs
 from .engine.stats import EngineStats
-from .errors import Error, Interrupted
+from .errors import Error
 from .sampling import SamplingParams
 from .tokenizers.base import Decoder
 
@@ -96,25 +96,6 @@ def prompts_with_params(
             f"there are {len(prompt)} prompts and {len(params)} params: pass one params for each, or one for all"
         )
     return prompt, params
-
-
-def read_all(requests: Iterable[Request[GenerationResponse]]) -> list[list[GenerationResponse]]:
-    """All responses of each request, read one request after the other. Raises `Interrupted`, with the text so far."""
-    read: list[list[GenerationResponse]] = []
-    for request in requests:
-        responses: list[GenerationResponse] = []
-        try:
-            for response in request:
-                responses.append(response)
-        except KeyboardInterrupt:
-            raise Interrupted(joined(responses), [joined(each) for each in read]) from None
-        read.append(responses)
-    return read
-
-
-def joined(responses: Iterable[GenerationResponse]) -> str:
-    """The text of responses."""
-    return "".join(response.text for response in responses)
 
 
 class HowToSubmit(TypedDict, total=False):

@@ -23,10 +23,10 @@ from .engine.capacity import choose_context, kv_layout
 from .engine.engine import Engine
 from .engine.model_runner import ModelRunner
 from .engine.request import Request
-from .errors import CLOSED, Error, UnsupportedError
+from .errors import CLOSED, Error, Interrupted, UnsupportedError
 from .explain.explanation import LOGPROBS, Explanation, explain, text_of
 from .explain.values import ValueReader
-from .generate import GenerationResponse, HowToSubmit, TextEngine, TextStreams, prompts_with_params, read_all
+from .generate import GenerationResponse, HowToSubmit, TextEngine, TextStreams, prompts_with_params
 from .graph import Logits, build
 from .memory import format_bytes
 from .quantization import policy
@@ -317,10 +317,18 @@ class Model:
         if any(own.n > 1 for own in settings):
             raise Error("n > 1 gives several texts, generate() returns one: read them from stream(), by response.index")
         requests: list[Request[GenerationResponse]] = []
+        texts: list[str] = []
         try:
             for text, own in zip(prompts, settings, strict=True):
                 requests.append(self._submit_ids(*self._encode_prompt(text, own), own))
-            texts = [text_of(self, responses) for responses in read_all(requests)]
+            for request in requests:
+                responses: list[GenerationResponse] = []
+                try:
+                    for response in request:
+                        responses.append(response)
+                except KeyboardInterrupt:
+                    raise Interrupted("".join(map(str, responses)), texts) from None
+                texts.append(text_of(self, responses))
         finally:
             for request in requests:  # a traceback may keep them alive
                 request.cancel()

@@ -130,7 +130,7 @@ def _fitted(text: str, width: int, style: str = "") -> Span:
 
 
 Colour = tuple[int, int, int]
-ORANGE, GREY, BLUE, WHITE = (255, 176, 102), (226, 226, 226), (128, 184, 255), (245, 245, 245)
+ORANGE, GREY, BLUE, WHITE = (255, 176, 102), (226, 226, 226), (100, 180, 255), (245, 245, 245)
 
 
 def _by_probability(p: float | None) -> str:
