@@ -245,26 +245,20 @@ class Model:
         return out
 
     def values(self, ids: Iterable[int], name: str) -> np.ndarray:
-        """A value of the graph by name, such as "layers.3.probabilities", for a text of these ids.
+        """A value of the graph by name (`print(model.graph)` lists them) for a text of these ids, a row for each id.
 
-        `print(model.graph)` lists the names. The result has a row for each id, in the value's type and shape:
-        probabilities [len(ids), n_heads, len(ids)], a layer's output "layers.3.x_out" [len(ids), dim], keys in the
-        cache "layers.3.k_cache" [len(ids), n_kv_heads, head_dim]. A weight comes whole, as float32. Ops run one by one,
-        without fusions, from an empty cache.
+        "layers.3.probabilities" is [len(ids), n_heads, len(ids)], a layer's output "layers.3.x_out" [len(ids), dim],
+        keys in the cache "layers.3.k_cache" [len(ids), n_kv_heads, head_dim]. A weight comes whole, as float32. Ops run
+        one by one, without fusions, from an empty cache.
 
         Raises `Error` for a name that the graph does not have, with near ones, and for a result that is too large.
         """
         return self.value_reader.read(ids, name)
 
     def explain(
-        self,
-        text: str | Iterable[int] | Sequence[GenerationResponse],
-        logprobs: int = LOGPROBS,
-        *,
-        layer: int | None = None,
-        head: int | None = None,
-        lens: bool = True,
-    ) -> Explanation:
+        self, text: str | Iterable[int] | Iterable[GenerationResponse], logprobs: int = LOGPROBS, *,
+        layer: int | None = None, head: int | None = None, lens: bool = True,
+    ) -> Explanation:  # fmt: skip
         """What the model computes for a text, a string or token ids: each token's probability and the `logprobs`
         likeliest in its place; attention of a layer (None: the last) and a head (None: the mean of all); with `lens`
         also what each layer would predict, for which the classifier runs once a layer. Responses of
