@@ -36,11 +36,11 @@ STYLE = """
 .nb-explain .card .bar { height: .7em; align-self: center; background: #2878f0 }
 .nb-explain .card .figure { text-align: right; font-variant-numeric: tabular-nums }
 .nb-explain .wide { overflow-x: auto }
-.nb-explain table { border-collapse: separate; border-spacing: 1px; margin: 0; font-size: 12px; color: inherit;
-  table-layout: auto }
-.nb-explain table tr, .nb-explain table tr:hover { background: none !important }
-.nb-explain th, .nb-explain td { padding: 1px 4px; border: 0; text-align: left; font-weight: normal; white-space: pre;
-  background: none; color: inherit }
+.nb-explain .grid { border-collapse: separate; border-spacing: 1px; margin: 0; font-size: 12px; color: inherit;
+  table-layout: auto; width: auto }
+.nb-explain .grid tr, .nb-explain .grid tr:hover { background: none !important }
+.nb-explain .grid th, .nb-explain .grid td { padding: 1px 4px; border: 0; text-align: left; font-weight: normal;
+  white-space: pre; line-height: 1.4; color: inherit }
 .nb-explain .lens td, .nb-explain .lens th { max-width: 7em; overflow: hidden; text-overflow: ellipsis }
 .nb-explain .lens td { border-radius: 2px }
 .nb-explain .heat td { width: 13px; min-width: 13px; height: 13px; padding: 0 }
@@ -130,7 +130,7 @@ def _attention(attention: Attention, texts: Sequence[str]) -> str:
         f"<h4>Attention of {heading(attention)}</h4>"
         f'<p class="note">A line for each token, a column for each token that it sees{_of_all(first, len(texts))}. '
         "Blue grows with the root of the weight; point at a square for the weight.</p>"
-        f'<div class="wide"><table class="heat"><thead><tr><th></th>{head}</tr></thead>'
+        f'<div class="wide"><table class="grid heat"><thead><tr><th></th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
@@ -146,7 +146,7 @@ def _lens(lens: Lens, texts: Sequence[str]) -> str:
         "<h4>Logit lens: the token that each layer would write next</h4>"
         f'<p class="note">A column for each token of the text, a line for each layer{_of_all(first, len(texts))}. '
         "A stronger blue is a more probable guess.</p>"
-        f'<div class="wide"><table class="lens"><thead><tr><th>after</th>{head}</tr></thead>'
+        f'<div class="wide"><table class="grid lens"><thead><tr><th>after</th>{head}</tr></thead>'
         f"<tbody>{''.join(rows)}</tbody></table></div>"
     )
 
