@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import progress
+from ..engine.request import TokenLogprobs
 from ..errors import NOT_NUMBERS, Error
 from ..generate import GenerationResponse
 from ..sampling import MAX_LOGPROBS
@@ -18,7 +19,7 @@ from ..tokenizers.base import Tokenizer
 from ..validation import whole_number
 from . import html, terminal
 from .logprobs import Likeliest, likeliest, log_softmax_parts
-from .tokens import Alternative, ExplainedToken, alternatives, token_text
+from .tokens import Alternative, ExplainedToken, alternatives, explained_tokens
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
@@ -155,8 +156,8 @@ def explain_responses(model: Model, responses: Sequence[GenerationResponse]) -> 
         raise Error("the responses belong to several texts (n > 1): explain those of one index at a time")
     if any(response.logprobs is None for response in responses):
         raise Error(f"the responses have no log probabilities: ask for them with stream(…, logprobs={LOGPROBS})")
-    found = (ExplainedToken.of(model.tokenizer, each.token, each.logprobs) for each in responses)
-    return Explanation(model.path.name, tuple(found))
+    tokens, found = [each.token for each in responses], [each.logprobs for each in responses]
+    return Explanation(model.path.name, explained_tokens(model.tokenizer, tokens, found))
 
 
 def explain(
@@ -207,11 +208,12 @@ def _explain_ids(
                 if name == "logits":
                     following = ids[where.start + 1 : where.stop + 1]
                     targets[where.start : where.start + len(following)] = part[range(len(following)), following]
-    ids_, logprobs_ = (array[:, :top].tolist() for array in guesses["logits"])
-    tops = [alternatives(tokenizer, zip(*pair, strict=True)) for pair in zip(ids_, logprobs_, strict=True)]
-    tokens = [ExplainedToken(ids[0], token_text(tokenizer, ids[0]))]
-    for token, logprob, found in zip(ids[1:], targets.tolist(), tops, strict=False):
-        tokens.append(ExplainedToken(token, token_text(tokenizer, token), logprob, found))
+    tops = [
+        list(zip(*pair, strict=True))
+        for pair in zip(*(array[:, :top].tolist() for array in guesses["logits"]), strict=True)
+    ]
+    known = [TokenLogprobs(logprob, found) for logprob, found in zip(targets.tolist(), tops, strict=True)]
+    tokens = explained_tokens(tokenizer, ids, [None, *known[:-1]])
     found_lens = None
     if lens:
         layers = [guesses[name] for name in names if name != probabilities]
@@ -221,7 +223,7 @@ def _explain_ids(
             tokenizer,
         )
     attention = Attention(shown_layer, head, weights) if probabilities else None
-    return Explanation(model.path.name, tuple(tokens), tops[-1], attention, found_lens)
+    return Explanation(model.path.name, tokens, alternatives(tokenizer, tops[-1]), attention, found_lens)
 
 
 def _checked(ids: Sequence[int], config: ModelConfig, logprobs: int, layer: int | None, head: int | None) -> int:

@@ -11,7 +11,7 @@ from html import escape
 from typing import TYPE_CHECKING
 
 from .terminal import heading
-from .tokens import Alternative, ExplainedToken, visible
+from .tokens import INCOMPLETE, Alternative, ExplainedToken, visible
 
 if TYPE_CHECKING:
     from .explanation import Attention, Explanation, Lens
@@ -81,7 +81,9 @@ def fragment(explanation: Explanation) -> str:
 
 
 def _shown(text: str) -> str:
-    """A token's text, escaped for HTML. A line ends where the text's does."""
+    """What a token completes, escaped for HTML. A line ends where the text's does."""
+    if not text:
+        return f'<span class="mark">{INCOMPLETE}</span>'
     shown = escape(visible(text.rstrip("\n")))
     return shown + '<span class="mark">↵</span>\n' * (len(text) - len(text.rstrip("\n")))
 
@@ -89,7 +91,9 @@ def _shown(text: str) -> str:
 def _token(token: ExplainedToken) -> str:
     p = token.probability
     style = "" if p is None else f' style="background: {_by_probability(p)}"'
-    return f'<span class="token" tabindex="0"{style}>{_shown(token.text)}{_card(token.alternatives, token, p)}</span>'
+    return (
+        f'<span class="token" tabindex="0"{style}>{_shown(token.completes)}{_card(token.alternatives, token, p)}</span>'
+    )
 
 
 def _following(found: Sequence[Alternative]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
-from .tokens import Alternative, ExplainedToken, visible
+from .tokens import INCOMPLETE, Alternative, ExplainedToken, visible
 
 if TYPE_CHECKING:
     from .explanation import Attention, Explanation, Lens
@@ -70,8 +70,8 @@ def _running_text(tokens: Iterable[ExplainedToken]) -> Iterator[Line]:
     line: list[Span] = []
     for token in tokens:
         style = _by_probability(token.probability)
-        line.append(Span(visible(token.text), style))
-        if token.text.endswith("\n"):
+        line.append(Span(visible(token.completes) or INCOMPLETE, style))
+        if token.completes.endswith("\n"):
             yield line
             line = []
     if line:

@@ -10,6 +10,9 @@ from typing import NamedTuple
 from ..engine.request import TokenLogprobs
 from ..tokenizers.base import Tokenizer, TokenKind
 
+INCOMPLETE = "·"
+"""What stands in a text for a token that completes no character."""
+
 
 class Alternative(NamedTuple):
     """A token that may stand at a place of a text, and the logarithm of its probability there."""
@@ -30,6 +33,9 @@ class ExplainedToken:
 
     id: int
     text: str
+    completes: str
+    """What the text has with this token and did not have before: whole characters, "" while a character's bytes are
+    missing. The name of a control token."""
     logprob: float | None = None
     alternatives: tuple[Alternative, ...] = ()
     """The likeliest tokens at its place, the likeliest first. The token itself is one of them if it is likely."""
@@ -39,13 +45,20 @@ class ExplainedToken:
         """0 to 1, after all tokens before it; None for a text's first token."""
         return None if self.logprob is None else math.exp(self.logprob)
 
-    @classmethod
-    def of(cls, tokenizer: Tokenizer | None, token: int, found: TokenLogprobs | None) -> ExplainedToken:
-        """A token with what is known of its log probability."""
-        text = token_text(tokenizer, token)
-        return (
-            cls(token, text) if found is None else cls(token, text, found.logprob, alternatives(tokenizer, found.top))
-        )
+
+def explained_tokens(
+    tokenizer: Tokenizer | None, ids: Iterable[int], found: Iterable[TokenLogprobs | None]
+) -> tuple[ExplainedToken, ...]:
+    """Tokens of a text with what is known of their log probabilities."""
+    decoder = None if tokenizer is None else tokenizer.decoder(strip_leading_space=False)
+    tokens = []
+    for token, each in zip(ids, found, strict=True):
+        text = completes = token_text(tokenizer, token)
+        if decoder is not None and tokenizer is not None and token < tokenizer.vocab_size:
+            completes = decoder.push(token) or decoder.hidden(token)
+        logprob, top = each or (None, [])
+        tokens.append(ExplainedToken(token, text, completes, logprob, alternatives(tokenizer, top)))
+    return tuple(tokens)
 
 
 def alternatives(tokenizer: Tokenizer | None, top: Iterable[tuple[int, float]]) -> tuple[Alternative, ...]:

@@ -9,7 +9,7 @@ import pytest
 
 import numballama
 from numballama.engine.request import TokenLogprobs
-from numballama.explain.tokens import ExplainedToken, alternatives, token_text, visible
+from numballama.explain.tokens import alternatives, explained_tokens, token_text, visible
 from tests.helpers.tiny import FIRST_BYTE
 
 
@@ -39,9 +39,17 @@ def test_every_character_is_visible(text: str, shown: str) -> None:
 
 
 def test_probabilities() -> None:
-    token = ExplainedToken.of(None, 5, TokenLogprobs(math.log(0.25), [(7, math.log(0.5)), (5, math.log(0.25))]))
-    assert token.text == "<token 5>" and token.probability == pytest.approx(0.25)
+    known = TokenLogprobs(math.log(0.25), [(7, math.log(0.5)), (5, math.log(0.25))])
+    first, token = explained_tokens(None, [3, 5], [None, known])
+    assert first.probability is None and first.alternatives == alternatives(None, []) == ()
+    assert token.text == token.completes == "<token 5>" and token.probability == pytest.approx(0.25)
     assert [(a.id, a.text) for a in token.alternatives] == [(7, "<token 7>"), (5, "<token 5>")]
     assert [a.probability for a in token.alternatives] == pytest.approx([0.5, 0.25])
-    first = ExplainedToken.of(None, 5, None)
-    assert first.probability is None and first.alternatives == alternatives(None, []) == ()
+
+
+def test_characters_stand_where_they_become_whole(tiny_tokenizer: Path) -> None:
+    tokenizer = numballama.load_tokenizer(tiny_tokenizer)
+    ids = [1, *(FIRST_BYTE + byte for byte in "狗a".encode()), 300, FIRST_BYTE + 0xE7]
+    tokens = explained_tokens(tokenizer, ids, [None] * len(ids))
+    assert [token.completes for token in tokens] == [tokenizer.piece(1), "", "", "狗", "a", "<token 300>", ""]
+    assert [token.text for token in tokens[1:4]] == ["\\xe7", "\\x8b", "\\x97"]
