@@ -29,7 +29,7 @@ if reason := missing_packages():
 
 ROOT, FOLDER = Path(__file__).parents[2], "tests/cuda"
 WHOLE = (
-    "test_every_value[config0-f32-f32-True]", "test_every_value[config10-bf16-f16-False]", "test_long_rows[q8_0]",
+    "test_every_value[config0-f32-f32-True]", "test_every_value[config9-bf16-f16-False]", "test_long_rows[q8_0]",
     "test_block_types[q4_k-2304-fusions1]", "test_block_types[q6_k-1536-fusions1]", "test_lanes_that_copy_for_others",
     "test_a_context_split_over_blocks[2-2-f32]", "test_rows_of_many_sequences[3-1-f16]",
     "test_a_cache_of_q8_0[6-True]", "test_argmax", "test_quantize",
@@ -55,7 +55,13 @@ def in_parts(cases: list[str]) -> list[tuple[str, list[str]]]:
     """(size of blocks, cases) of each process."""
     if EVERYTHING:
         return [("whole", cases[::2]), ("whole", cases[1::2])]
-    whole = [case for case in cases if case.rpartition("::")[2].startswith(WHOLE)]
+    names = [case.rpartition("::")[2] for case in cases]
+    whole = [case for case, name in zip(cases, names, strict=True) if name.startswith(WHOLE)]
+    functions = {name.partition("[")[0] for name in names}
+    unknown = [
+        begin for begin in WHOLE if begin.partition("[")[0] in functions and not any(n.startswith(begin) for n in names)
+    ]
+    assert not unknown, f"no cases of these names: {unknown}"
     return [("whole", whole), ("small", [case for case in cases if case not in whole])]
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -142,12 +143,16 @@ def test_a_gguf_comes_from_a_hub_and_then_from_the_cache(server: Hub, tmp_path: 
     server.asked.clear()
     plain = inspect("owner/name", tmp_path, server.endpoint)
     assert plain.returncode == 0 and "has 2 GGUF files: m-Q8_0-00001-of-00002.gguf is used" in plain.stdout
+    names = ("owner/name:Q8_0", "owner/name", "owner/name:Q2_K")
     for endpoint, more in ((server.endpoint, {"HF_HUB_OFFLINE": "1"}), ("http://127.0.0.1:9", {})):
-        assert inspect("owner/name:Q8_0", tmp_path, endpoint, **more).stdout == done.stdout
-        assert (
-            inspect("owner/name", tmp_path, endpoint, **more).stdout.splitlines()[1:3] == done.stdout.splitlines()[1:3]
-        )
-        missing = inspect("owner/name:Q2_K", tmp_path, endpoint, **more)
+
+        def ask(name: str, endpoint: str = endpoint, more: dict[str, str] = more) -> subprocess.CompletedProcess[str]:
+            return inspect(name, tmp_path, endpoint, **more)
+
+        with ThreadPoolExecutor(3) as pool:  # the library waits long before it believes that nobody listens
+            tagged, best, missing = pool.map(ask, names)
+        assert tagged.stdout == done.stdout
+        assert best.stdout.splitlines()[1:3] == done.stdout.splitlines()[1:3]
         assert missing.returncode == 1 and "it has no GGUF file of type Q2_K" in missing.stderr
         assert "Traceback" not in missing.stderr
     assert not server.asked

@@ -13,6 +13,7 @@ import pytest
 from numba import types
 
 from numballama.cpu import compiler
+from tests.helpers.extent import EVERYTHING
 from tests.helpers.processes import run_python
 
 STEP = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 4)
@@ -124,7 +125,7 @@ for _ in range(int(sys.argv[1])):
     cycle()
 print(json.dumps([before, state()]))
 """
-    cycles = 200
+    cycles = 200 if EVERYTHING else 80
     (kib, mappings, files), (kib_after, mappings_after, files_after) = run_python(code, cycles, timeout=600)
     print(f"{cycles} cycles: {kib_after - kib:+} KiB, {mappings_after - mappings:+} mappings")
     assert kib_after - kib < 8 * cycles and mappings_after - mappings < cycles // 10 and files_after == files
