@@ -14,12 +14,14 @@ from .. import progress
 from ..engine.request import TokenLogprobs
 from ..errors import NOT_NUMBERS, Error
 from ..generate import GenerationResponse
+from ..memory import ceil_div
 from ..sampling import MAX_LOGPROBS
 from ..tokenizers.base import Tokenizer
 from ..validation import whole_number
 from . import html, terminal
 from .logprobs import Likeliest, likeliest, log_softmax_parts
 from .tokens import Alternative, ExplainedToken, alternatives, explained_tokens
+from .values import require_name
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
@@ -53,6 +55,12 @@ class Lens:
     ids: NDArray[np.int32]
     logprobs: NDArray[np.float32]
     tokenizer: Tokenizer | None
+
+    @classmethod
+    def of(cls, layers: Sequence[Likeliest], tokenizer: Tokenizer | None) -> Lens:
+        """From the likeliest tokens of each layer."""
+        ids, logprobs = np.stack([each.ids for each in layers]), np.stack([each.logprobs for each in layers])
+        return cls(ids.astype(np.int32), logprobs.astype(np.float32), tokenizer)
 
     def guesses(self, layer: int, position: int) -> tuple[Alternative, ...]:
         """The likeliest tokens after the token at `position`, if the model ended after `layer`."""
@@ -146,7 +154,7 @@ def text_of(model: Model, responses: Sequence[GenerationResponse]) -> str:
     if not any(response.logprobs for response in responses):
         return text
     explained = ExplainedText(text)
-    explained.explanation = explain_responses(model, responses)
+    explained.explanation = _of_responses(model, responses)
     return explained
 
 
@@ -154,8 +162,12 @@ def explain_responses(model: Model, responses: Sequence[GenerationResponse]) -> 
     """The tokens of generated text. Raises `Error` for responses of several texts, or without log probabilities."""
     if len({response.index for response in responses}) > 1:
         raise Error("the responses belong to several texts (n > 1): explain those of one index at a time")
-    if any(response.logprobs is None for response in responses):
+    if not any(response.logprobs for response in responses):
         raise Error(f"the responses have no log probabilities: ask for them with stream(…, logprobs={LOGPROBS})")
+    return _of_responses(model, responses)
+
+
+def _of_responses(model: Model, responses: Sequence[GenerationResponse]) -> Explanation:
     tokens, found = [each.token for each in responses], [each.logprobs for each in responses]
     return Explanation(model.path.name, explained_tokens(model.tokenizer, tokens, found))
 
@@ -184,46 +196,40 @@ def _explain_ids(
     model: Model, ids: Sequence[int], logprobs: int, layer: int | None, head: int | None, lens: bool
 ) -> Explanation:
     top = _checked(ids, model.config, logprobs, layer, head)
-    shown_layer = model.config.n_layers - 1 if layer is None else layer
-    reader, tokenizer, n = model.value_reader, model.tokenizer, len(ids)
-    probabilities = f"layers.{shown_layer}.probabilities"
-    if layer is None and probabilities not in reader.graph.values:  # an architecture whose layers compute none
-        probabilities = ""
-    names = [f"layers.{each}.lens_logits" for each in range(model.config.n_layers - 1)] if lens else []
-    names += [*([probabilities] if probabilities else []), "logits"]
-    guesses = {name: Likeliest(np.empty((n, max(top, 1)), np.int64), np.empty((n, max(top, 1)))) for name in names}
-    targets, weights = np.full(n, np.nan), np.zeros((n, n), np.float32)
+    reader, n, last = model.value_reader, len(ids), model.config.n_layers - 1
+    shown = last if layer is None else layer
+    probabilities = f"layers.{shown}.probabilities"
+    if layer is not None:
+        require_name(reader.graph, probabilities)
+    has_attention = probabilities in reader.graph.values  # an architecture's layers may compute none
+    classified = [*(f"layers.{each}.lens_logits" for each in range(last) if lens), "logits"]
+    best = {name: Likeliest.empty(n, max(top, 1)) for name in classified}
+    names = [*classified, probabilities] if has_attention else classified
+    logprobs_of_text, weights = np.full(n, np.nan), np.zeros((n, n), np.float32)
     with model.exclusive() as session, progress.progress_bar("explaining") as report:
+        total = ceil_div(n, len(reader.program.inputs["ids"])) * len(names)
         for done, (name, start, end, rows) in enumerate(reader.stops(session, ids, names)):
-            report(f"token {end} of {n}", done, -(-n // (end - start)) * len(names))
+            report(f"token {end} of {n}", done, total)
             if name == probabilities:
                 weights[start:end] = rows[:, :, :n].mean(axis=1) if head is None else rows[:, head, :n]
                 continue
             for first, part in log_softmax_parts(rows):
-                where = slice(start + first, start + first + len(part))
                 if np.isnan(part).any():
                     raise Error(NOT_NUMBERS)
-                best = likeliest(part, max(top, 1))
-                guesses[name].ids[where], guesses[name].logprobs[where] = best
+                begin = start + first
+                best[name].put(begin, likeliest(part, max(top, 1)))
                 if name == "logits":
-                    following = ids[where.start + 1 : where.stop + 1]
-                    targets[where.start : where.start + len(following)] = part[range(len(following)), following]
-    tops = [
-        list(zip(*pair, strict=True))
-        for pair in zip(*(array[:, :top].tolist() for array in guesses["logits"]), strict=True)
-    ]
-    known = [TokenLogprobs(logprob, found) for logprob, found in zip(targets.tolist(), tops, strict=True)]
-    tokens = explained_tokens(tokenizer, ids, [None, *known[:-1]])
-    found_lens = None
-    if lens:
-        layers = [guesses[name] for name in names if name != probabilities]
-        found_lens = Lens(
-            np.stack([each.ids for each in layers]).astype(np.int32),
-            np.stack([each.logprobs for each in layers]).astype(np.float32),
-            tokenizer,
-        )
-    attention = Attention(shown_layer, head, weights) if probabilities else None
-    return Explanation(model.path.name, tokens, alternatives(tokenizer, tops[-1]), attention, found_lens)
+                    after = ids[begin + 1 : begin + 1 + len(part)]
+                    logprobs_of_text[begin + 1 : begin + 1 + len(after)] = part[range(len(after)), after]
+    tops = [each[:top] for each in best["logits"].pairs()]
+    found = [TokenLogprobs(*each) for each in zip(logprobs_of_text[1:].tolist(), tops[:-1], strict=True)]
+    return Explanation(
+        model.path.name,
+        explained_tokens(model.tokenizer, ids, [None, *found]),
+        alternatives(model.tokenizer, tops[-1]),
+        Attention(shown, head, weights) if has_attention else None,
+        Lens.of([best[name] for name in classified], model.tokenizer) if lens else None,
+    )
 
 
 def _checked(ids: Sequence[int], config: ModelConfig, logprobs: int, layer: int | None, head: int | None) -> int:

@@ -20,6 +20,21 @@ class Likeliest(NamedTuple):
     ids: NDArray[np.int64]
     logprobs: NDArray[np.float64]
 
+    @classmethod
+    def empty(cls, n: int, top: int) -> Likeliest:
+        """Room for `n` tokens."""
+        return cls(np.empty((n, top), np.int64), np.empty((n, top)))
+
+    def put(self, start: int, part: Likeliest) -> None:
+        """Set the tokens from `start` on."""
+        end, top = start + len(part.ids), part.ids.shape[1]
+        self.ids[start:end, :top], self.logprobs[start:end, :top] = part
+
+    def pairs(self) -> list[list[tuple[int, float]]]:
+        """(token, log probability) pairs of each token."""
+        each = zip(self.ids.tolist(), self.logprobs.tolist(), strict=True)
+        return [list(zip(ids, logprobs, strict=True)) for ids, logprobs in each]
+
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
     """logits [n, vocab] → log probabilities."""
@@ -51,9 +66,7 @@ def prompt_logprobs(logits: NDArray[np.float32], ids: Sequence[int], top: int) -
     """
     found: list[TokenLogprobs | None] = [None]
     for start, rows in log_softmax_parts(logits[: len(ids) - 1]):
-        best = likeliest(rows, top)
-        for row, token, tokens, logprobs in zip(
-            rows, ids[start + 1 : start + 1 + len(rows)], best.ids.tolist(), best.logprobs.tolist(), strict=True
-        ):
-            found.append(TokenLogprobs(float(row[token]), list(zip(tokens, logprobs, strict=True))))
+        after = ids[start + 1 : start + 1 + len(rows)]
+        for row, token, top_tokens in zip(rows, after, likeliest(rows, top).pairs(), strict=True):
+            found.append(TokenLogprobs(float(row[token]), top_tokens))
     return found

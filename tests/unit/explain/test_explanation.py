@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
@@ -15,6 +16,8 @@ from numballama import Error, ExplainedText, Explanation
 from numballama.explain import explanation
 from numballama.explain.logprobs import log_softmax
 from numballama.export import WRITERS
+from numballama.graph import LAYERS, Builder
+from numballama.ir import Value
 from numballama.model import Model
 from tests.helpers.hf_files import HF
 from tests.helpers.random_models import random_checkpoint
@@ -128,6 +131,32 @@ def test_responses_that_cannot_be_explained(tiny: Model) -> None:
         tiny.explain(list(tiny.stream("the", 2)))
     with pytest.raises(Error, match="several texts"):
         tiny.explain(list(tiny.stream("the", 2, logprobs=1, n=2)))
+
+
+def test_a_token_that_a_grammar_forces_has_no_probability(tiny: Model) -> None:
+    """The engine does not run the model for it."""
+    responses = list(tiny.stream("the", 3, temperature=0, logprobs=2, ignore_eos=True))
+    responses[1] = replace(responses[1], logprobs=None)
+    text = explanation.text_of(tiny, responses)
+    assert isinstance(text, ExplainedText)
+    assert [token.logprob is None for token in text.explanation.tokens] == [False, True, False]
+    assert tiny.explain(responses).tokens == text.explanation.tokens
+    assert text.explanation._repr_html_() and str(text.explanation)
+
+
+def test_an_architecture_without_attention_probabilities(tiny: Model) -> None:
+    def feed_forward(b: Builder, x: Value, p: str) -> Value:
+        return b.graph.add("add", x, b.norm(x, f"{p}ffn_norm", f"{p}ffn_in"), out=f"{p}x_out")
+
+    with (
+        patch.dict(LAYERS, {type(tiny.config): feed_forward}),
+        numballama.compile(tiny.path, device="reference") as model,
+    ):
+        found = model.explain(IDS[:5])
+        assert found.attention is None and found.lens is not None and len(found.lens.ids) == 2
+        assert "attention" not in str(found)
+        with pytest.raises(Error, match=r"no value 'layers\.1\.probabilities'"):
+            model.explain(IDS[:5], layer=1)
 
 
 def test_arguments_out_of_range(tiny: Model) -> None:
