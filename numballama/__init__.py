@@ -21,6 +21,7 @@ from .errors import ContextError, DeviceError, Error, FormatError, Interrupted, 
 if TYPE_CHECKING:
     from .chat.conversation import Chat
     from .config import RopePairing
+    from .explain.explanation import ExplainedText, Explanation
     from .generate import GenerationResponse
     from .generate import GenerationResponse as Piece
     from .inspection import Inspection
@@ -37,6 +38,8 @@ __all__ = [
     "ContextError",
     "DeviceError",
     "Error",
+    "ExplainedText",
+    "Explanation",
     "FormatError",
     "GenerationResponse",
     "Interrupted",
@@ -177,6 +180,8 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
 
 _LAZY = {
     "Chat": ("chat.conversation", "Chat"),
+    "ExplainedText": ("explain.explanation", "ExplainedText"),
+    "Explanation": ("explain.explanation", "Explanation"),
     "GenerationResponse": ("generate", "GenerationResponse"),
     "Model": ("model", "Model"),
     "Piece": ("generate", "GenerationResponse"),  # the old name

@@ -16,7 +16,7 @@ from .backend import Backend, Program, backend_class, choose_device, open_backen
 from .bench import debug
 from .bench.profiler import Profile, bandwidth_or_note, profile, require_plan
 from .chat.conversation import Chat
-from .chat.encoder import NO_BOS, SPELLED, Encoders, note_once, spells_control_tokens
+from .chat.encoder import NO_BOS, Encoders, encode_prompt, note_once
 from .chat.template import Message, TemplateSet, conversation_of, refuse_options
 from .checkpoint import Checkpoint, Weight
 from .config import ModelConfig, RopePairing
@@ -24,7 +24,9 @@ from .engine.capacity import choose_context, kv_layout
 from .engine.engine import Engine
 from .engine.model_runner import ModelRunner
 from .engine.request import Request
-from .errors import CLOSED, NOT_NUMBERS, Error, Interrupted, UnsupportedError
+from .errors import CLOSED, Error, Interrupted, UnsupportedError
+from .explain.explanation import LOGPROBS, Explanation, explain, text_of
+from .explain.values import ValueReader
 from .generate import GenerationResponse, HowToSubmit, ResponseStream, TextEngine, TextStreams, prompts_with_params
 from .graph import Logits, build
 from .memory import format_bytes
@@ -117,10 +119,10 @@ class Model:
         self.threads: int = backend.workers
         self.load_s = time.perf_counter() - started
 
-    def _build(self, tokens: int, logits: Logits) -> ir.Graph:
+    def _build(self, tokens: int, logits: Logits, lens: bool = False) -> ir.Graph:
         types = {name: weight.type for name, weight in self.weights.items()}
         int8 = self._checkpoint.int8_activations
-        return build(self.config, types, self.kv, tokens, logits, int8, self.activations)
+        return build(self.config, types, self.kv, tokens, logits, int8, self.activations, lens)
 
     def _compile(self, backend: Backend) -> None:
         self.kv = kv_layout(self.config, self.context, *self._kv_arguments, backend.free_bytes(), self.notes)
@@ -140,6 +142,7 @@ class Model:
             self._runner.prepare(report)
         self._engine = Engine(self._runner, context=self.context, mixed_tokens=self._runner.mixed_tokens)
         self._all_logits: Program | None = None
+        self.value_reader = ValueReader(self, partial(self._build, logits="all", lens=True))
 
     def _program_of(self, graph: ir.Graph, report: progress.Report | None = None) -> Program:
         return debug.watched(self.backend.program(graph, self._fusions, report), self.backend)
@@ -218,6 +221,7 @@ class Model:
             backend.close()
         finally:
             self._engine = self._program = self._all_logits = self._backend = None
+            self.value_reader.close()
             del self._runner
             self.weights = {}
             self._checkpoint.weights = {}
@@ -263,18 +267,33 @@ class Model:
                 with progress.progress_bar("compiling kernels") as report:
                     graph = self._build(min(self.backend.prefill_chunk, self.context), "all")
                     program = self._all_logits = self._program_of(graph, report)
-            out = np.empty((len(tokens), self.config.vocab_size), np.float32)
-            step = len(program.inputs["ids"])
-            for start in range(0, len(tokens), step):
-                chunk = tokens[start : start + step]
-                session.set_inputs(program, chunk)
-                program.run(len(chunk), rows=len(chunk))
-                if -1 in program.value("next")[: len(chunk)]:
-                    raise Error(NOT_NUMBERS)
-                session.tokens.extend(chunk)
-                out[start : start + len(chunk)] = program.value("logits")[: len(chunk)]
+            out = session.all_logits(program, tokens)
             self._runner.look_at_page(1)  # the first of an exclusive session
         return out
+
+    def values(self, ids: Iterable[int], name: str) -> np.ndarray:
+        """A value of the graph by name (`print(model.graph)` lists them) for a text of these ids, a row for each id.
+
+        "layers.3.probabilities" is [len(ids), n_heads, len(ids)], a layer's output "layers.3.x_out" [len(ids), dim],
+        keys in the cache "layers.3.k_cache" [len(ids), n_kv_heads, head_dim]. A weight comes whole, as float32. Ops run
+        one by one, without fusions, from an empty cache.
+
+        Raises `Error` for a name that the graph does not have, with near ones, and for a result that is too large.
+        """
+        return self.value_reader.read(ids, name)
+
+    def explain(
+        self, text: str | Iterable[int] | Iterable[GenerationResponse], logprobs: int = LOGPROBS, *,
+        layer: int | None = None, head: int | None = None, lens: bool = True,
+    ) -> Explanation:  # fmt: skip
+        """What the model computes for a text, a string or token ids: each token's probability and the `logprobs`
+        likeliest in its place; attention of a layer (None: the last) and a head (None: the mean of all); with `lens`
+        also what each layer would predict, for which the classifier runs once a layer. Responses of
+        `stream(…, logprobs=5)` are shown in the same way, without a run.
+
+        Raises `Error` for more than 2,048 tokens, and for a layer or head that the model does not have.
+        """
+        return explain(self, text, logprobs, layer, head, lens)
 
     @overload
     def generate(
@@ -307,8 +326,9 @@ class Model:
         """Continue a prompt and return the text. For a list of prompts, return a list. None starts from BOS alone.
 
         `params` are the settings: one for all prompts, or a list with one for each. `max_tokens` and `options` replace
-        fields of them (see `SamplingParams`). `temperature=0` is greedy. The text ends at EOS (in llama2.c and
-        KuiperLLama files also at BOS), before a stop string, at `max_tokens` or at the end of the context.
+        fields of them (see `SamplingParams`). `temperature=0` is greedy. With `logprobs` the text shows
+        its tokens' probabilities in a notebook: `ExplainedText`. It ends at EOS (in llama2.c and KuiperLLama files also
+        at BOS), before a stop string, at `max_tokens` or at the end of the context.
 
         Raises `ContextError` for a prompt that does not fit; `Error` for an empty prompt, an invalid or unknown option,
         or a model without a tokenizer; `Interrupted`, with the text so far, on Ctrl-C.
@@ -323,13 +343,13 @@ class Model:
             for text, own in zip(prompts, settings, strict=True):
                 requests.append(self._submit_ids(*self._encode_prompt(text, own), own))
             for request in requests:
-                parts: list[str] = []
+                responses: list[GenerationResponse] = []
                 try:
                     for response in request:
-                        parts.append(response.text)
+                        responses.append(response)
                 except KeyboardInterrupt:
-                    raise Interrupted("".join(parts), texts) from None
-                texts.append("".join(parts))
+                    raise Interrupted("".join(map(str, responses)), texts) from None
+                texts.append(text_of(self, responses))
         finally:
             for request in requests:  # a traceback may keep them alive
                 request.cancel()
@@ -357,27 +377,20 @@ class Model:
 
     def _encode_prompt(self, prompt: str | None, settings: SamplingParams) -> tuple[list[int], bool]:
         """(ids of a prompt, whether the output is a new text). None: the beginning-of-text token alone."""
-        tokenizer = self._require_tokenizer()
-        if not (prompt is None or isinstance(prompt, str)):
-            raise Error(f"the prompt must be a string or None, found {prompt!r:.200}; stream_ids() takes token ids")
-        if prompt == "":
-            raise Error("the prompt is empty; None starts from the beginning-of-text token alone")
-        ids = tokenizer.encode(prompt or "", bos=True, special=settings.special)
-        if prompt is not None and not settings.special and spells_control_tokens(tokenizer, prompt):
-            note_once(self.notes, SPELLED)
-        if prompt is None and tokenizer.bos_id is not None:  # also if this tokenizer puts no BOS before a text
-            ids = [tokenizer.bos_id]
-        return ids, prompt is None
+        return encode_prompt(self.require_tokenizer(), prompt, settings.special, self.notes), prompt is None
 
     def _submit_ids(
         self, ids: Iterable[int], new_text: bool, settings: SamplingParams, shown: Collection[int] = (),
         **how: Unpack[HowToSubmit],
     ) -> Request[GenerationResponse]:  # fmt: skip
         """Submit token ids. `new_text` is `strip_leading_space` of `TextEngine.submit`, `shown` its `shown_tokens`."""
-        tokenizer = self._require_tokenizer()
+        tokenizer = self.require_tokenizer()
         strip = new_text and not settings.is_constrained  # a grammar means the tokens' own text
         streams = TextStreams(lambda: tokenizer.decoder(strip, shown), settings.stop, settings.n)
-        stop_token_ids, vocab_size = self._stop_token_ids(settings, tokenizer), self.config.vocab_size
+        stop_token_ids = frozenset(settings.stop_token_ids)
+        if not settings.ignore_eos:
+            stop_token_ids |= self._checkpoint.end_ids
+        vocab_size = self.config.vocab_size
         constraint = compile_constraint(settings, tokenizer, vocab_size=vocab_size, stop_token_ids=stop_token_ids)
         return self.token_engine.submit(
             ids, settings, stop_token_ids=stop_token_ids, process=streams, constraint=constraint, **how
@@ -425,15 +438,6 @@ class Model:
         request = self._submit_ids(ids, strip_leading_space, settings, reuse_prefix=reuse_prefix)
         return ResponseStream(request.__iter__())
 
-    def _stop_token_ids(self, params: SamplingParams, tokenizer: Tokenizer) -> frozenset[int]:
-        """Ids that end a text: those of `params` and, unless it ignores EOS, those of the file and the tokenizer."""
-        own: set[int | None] = set()
-        if not params.ignore_eos:
-            own = {*tokenizer.eog_ids, *self._checkpoint.stop_token_ids}
-            if self._checkpoint.bos_is_stop_token:
-                own.add(tokenizer.bos_id)
-        return frozenset(params.stop_token_ids) | {token for token in own if token is not None}
-
     def apply_chat_template(
         self,
         messages: Sequence[Message] | None = None,
@@ -454,7 +458,7 @@ class Model:
         """
         wanted = template_kwargs.pop("chat_template", None)
         given, variables = conversation_of(messages, add_generation_prompt, {"tools": tools, **template_kwargs})
-        encoder = self._encoders.get(self._require_tokenizer(), wanted, tools is not None)
+        encoder = self._encoders.get(self.require_tokenizer(), wanted, tools is not None)
         if not tokenize:
             return encoder.template.render(given, **variables)
         ids = encoder.encode(given, **variables)
@@ -481,18 +485,13 @@ class Model:
         """
         refuse_options(template_kwargs)
         tools = template_kwargs.get("tools") is not None
-        encoder = self._encoders.get(self._require_tokenizer(), template or None, tools)
+        encoder = self._encoders.get(self.require_tokenizer(), template or None, tools)
         return Chat(self, encoder, system, messages, template_kwargs)
 
     @cached_property
     def _encoders(self) -> Encoders:
         return Encoders(TemplateSet(self._checkpoint.chat_templates, self._checkpoint.template_tokens))
 
-    def _require_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            why = f", because {self._checkpoint.tokenizer_error}" if self._checkpoint.tokenizer_error else ""
-            raise Error(
-                f"{self.path.name} carries no tokenizer{why}: pass its file to compile(…, tokenizer=…), "
-                "--tokenizer on the command line"
-            )
-        return self.tokenizer
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises `Error`, which says how to give one, if the model has none."""
+        return self._checkpoint.require_tokenizer()
