@@ -187,7 +187,7 @@ def _q3_k_to_q6_k(block: Records, out: Records) -> None:
     out["d"] = block["d"]
     out["scales"], signed = _q3_k_scales_and_quants(block)
     quants = (signed + np.int8(32)).view(np.uint8)
-    out["ql"], out["qh"] = pack(quants & 15, 4, 64), pack(quants >> 4, 2, 32)
+    out["ql"], out["qh"] = pack(quants & np.uint8(15), 4, 64), pack(quants >> np.uint8(4), 2, 32)
 
 
 REPACKERS: dict[tuple[str, str], Callable[[Records, Records], None]] = {

@@ -1,9 +1,9 @@
 """Encoders that search for the scales of a block with the least error: q5_0, q5_1 and the K-quants.
 
-ggml's own encoders for these types search too, so no encoding is the only right one. Here each group of elements first
-tries a range of scales, with least squares for each. Then the scales of a block are rounded to their few bits, and these
-integers, the elements and the two float16 factors are improved in turn, each with the others fixed. All is NumPy on
-many blocks at a time: values are float32 [blocks, groups, elements of a group], weights of errors have the same shape.
+ggml's own encoders for these types search too, so no encoding is the only right one. Here a range of scales is tried
+for each group of elements, with least squares for each. Then the scales of a block are rounded to their few bits, and
+these integers, the elements and the two float16 factors are improved in turn, each with the others fixed. All is NumPy
+on many blocks at a time: values are float32 [blocks, groups, elements of a group], and so are weights of errors.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ ROUNDS = 2
 """How often integers and factors of a block are improved in turn."""
 
 
+LOW_BITS, HIGH_BITS = np.uint8(15), np.uint8(4)
 LARGEST = np.float32(3e8)
 """Beyond the largest number of any of these types: larger ones would only overflow sums of squares."""
 
@@ -52,6 +53,10 @@ def _divide(numerator: Floats, denominator: Floats) -> Floats:
     return result
 
 
+def _reciprocal(scale: Floats) -> Floats:
+    return _divide(np.ones_like(scale), scale)
+
+
 def _weights(x: Floats, importance: Floats | None) -> Floats:
     """How much the square of each element's error counts: more for large elements, times the column's importance."""
     squares = np.square(x)
@@ -78,11 +83,11 @@ def _affine(x: Floats, w: Floats, most: int, any_low: bool) -> tuple[Floats, Flo
         bottom, top = np.minimum(bottom, 0), np.maximum(top, 0)
     span, shifted = top - bottom, x - bottom[..., None]
     best_scale, best_low = span / np.float32(most), bottom
-    quants = np.clip(np.rint(shifted * _divide(np.float32(1), best_scale)[..., None]), 0, most)
+    quants = np.clip(np.rint(shifted * _reciprocal(best_scale)[..., None]), 0, most)
     best = _error(x, w, best_scale, best_low, quants)
     sum_w, sum_x = w.sum(axis=-1), np.einsum("bge,bge->bg", w, x)
     for step in SCALE_STEPS:
-        inverse = _divide(np.float32(most) + step, span)
+        inverse = _divide(np.full_like(span, most + step), span)
         quants = np.clip(np.rint(shifted * inverse[..., None]), 0, most)
         weighted = w * quants
         sum_q, sum_qx = weighted.sum(axis=-1), np.einsum("bge,bge->bg", weighted, x)
@@ -103,11 +108,11 @@ def _signed(x: Floats, w: Floats, least: int) -> Floats:
     """The scale of each group for x ≈ scale · quant with quants from `least` to -1 - `least`."""
     most = -1 - least
     extreme = np.take_along_axis(x, np.abs(x).argmax(axis=-1, keepdims=True), axis=-1)[..., 0]
-    best_scale = _divide(extreme, np.float32(least))
+    best_scale = extreme / np.float32(least)
     best = np.full(extreme.shape, -1, np.float32)
     for end in (least, most):
         for step in SCALE_STEPS:
-            quants = np.clip(np.rint(x * _divide(np.float32(end) + step, extreme)[..., None]), least, most)
+            quants = np.clip(np.rint(x * _divide(np.full_like(extreme, end + step), extreme)[..., None]), least, most)
             weighted = w * quants
             product, square = np.einsum("bge,bge->bg", weighted, x), np.einsum("bge,bge->bg", weighted, quants)
             scale = _divide(product, square)
@@ -118,11 +123,16 @@ def _signed(x: Floats, w: Floats, least: int) -> Floats:
 
 def _quants(x: Floats, scale: Floats, low: Floats, least: int, most: int) -> Floats:
     """The nearest quants for scales and lows [blocks, groups]."""
-    return np.clip(np.rint((x - low[..., None]) * _divide(np.float32(1), scale)[..., None]), least, most)
+    return np.clip(np.rint((x - low[..., None]) * _reciprocal(scale)[..., None]), least, most)
 
 
 def _neighbours(
-    x: Floats, w: Floats, d: Floats, dmin: Floats, integers: tuple[Floats, Floats], limits: tuple[int, int, int],
+    x: Floats,
+    w: Floats,
+    d: Floats,
+    dmin: Floats,
+    integers: tuple[Floats, Floats],
+    limits: tuple[int, int, int],
     bounds: tuple[int, int],
 ) -> tuple[Floats, Floats]:
     """The integer scale and minimum of each group, or neighbours of them, with the least error.
@@ -146,7 +156,9 @@ def _neighbours(
 def _factors(
     x: Floats, w: Floats, scales: Floats, mins: Floats, quants: Floats, d: Floats, dmin: Floats
 ) -> tuple[Floats, Floats]:
-    """d and dmin, [blocks, 1], of least squares for x ≈ d · scale · quant - dmin · min; the old ones where that fails."""
+    """d and dmin, [blocks, 1], of least squares for x ≈ d · scale · quant - dmin · min. The old ones where that
+    fails.
+    """
     a, b = scales[..., None] * quants, np.broadcast_to(mins[..., None], x.shape)
     aa, ab, bb = (np.einsum("bge,bge,bge->b", w, one, other) for one, other in ((a, a), (a, b), (b, b)))
     ax, bx = (np.einsum("bge,bge,bge->b", w, one, x) for one in (a, b))
@@ -159,7 +171,12 @@ def _factors(
 
 
 def _improve(
-    x: Floats, w: Floats, d: Floats, dmin: Floats, integers: tuple[Floats, Floats], limits: tuple[int, int, int],
+    x: Floats,
+    w: Floats,
+    d: Floats,
+    dmin: Floats,
+    integers: tuple[Floats, Floats],
+    limits: tuple[int, int, int],
     bounds: tuple[int, int],
 ) -> tuple[Floats, Floats, Floats, Floats, Bytes]:
     """(d, dmin, scales, mins, quants above the least) after `ROUNDS` of improvement; only what lessens a block's error
@@ -201,12 +218,12 @@ def _k_with_mins(rows: Floats, importance: Floats | None, bits: int, block: Reco
     d, dmin, scales, mins, quants = _improve(x, w, d, dmin, (integers[0], integers[1]), (0, 63, 63), (0, most))
     block["d"], block["dmin"] = encode_f16(d)[:, 0], encode_f16(dmin)[:, 0]
     s, m = scales.astype(np.uint8), mins.astype(np.uint8)
-    low_bits, high = np.uint8(15), np.uint8(6)
+    high = np.uint8(6)
     block["scales"] = np.hstack(
         [
-            s[:, :4] | (s[:, 4:] >> 4) << high,
-            m[:, :4] | (m[:, 4:] >> 4) << high,
-            s[:, 4:] & low_bits | (m[:, 4:] & low_bits) << 4,
+            s[:, :4] | (s[:, 4:] >> HIGH_BITS) << high,
+            m[:, :4] | (m[:, 4:] >> HIGH_BITS) << high,
+            s[:, 4:] & LOW_BITS | (m[:, 4:] & LOW_BITS) << HIGH_BITS,
         ]
     )
     return quants
@@ -218,7 +235,7 @@ def _q4_k(rows: Floats, block: Records, importance: Floats | None) -> None:
 
 def _q5_k(rows: Floats, block: Records, importance: Floats | None) -> None:
     quants = _k_with_mins(rows, importance, 5, block)
-    block["qs"], block["qh"] = pack(quants & 15, 4, 32), pack(quants >> 4, 1, 32)
+    block["qs"], block["qh"] = pack(quants & LOW_BITS, 4, 32), pack(quants >> HIGH_BITS, 1, 32)
 
 
 def _q6_k(rows: Floats, block: Records, importance: Floats | None) -> None:
@@ -230,7 +247,7 @@ def _q6_k(rows: Floats, block: Records, importance: Floats | None) -> None:
     none = np.zeros_like(integers)
     d, _, scales, _, quants = _improve(x, w, d, np.zeros_like(d), (integers, none), (-128, 127, 0), (-32, 31))
     block["d"], block["scales"] = encode_f16(d)[:, 0], scales.astype(np.int8)
-    block["ql"], block["qh"] = pack(quants & 15, 4, 64), pack(quants >> 4, 2, 32)
+    block["ql"], block["qh"] = pack(quants & LOW_BITS, 4, 64), pack(quants >> HIGH_BITS, 2, 32)
 
 
 def _q5_0(rows: Floats, block: Records, importance: Floats | None) -> None:
@@ -238,7 +255,7 @@ def _q5_0(rows: Floats, block: Records, importance: Floats | None) -> None:
     d = _f16(_signed(x, w, -16))
     quants = (_quants(x, d, np.zeros_like(d), -16, 15) + 16).astype(np.uint8)[:, 0]
     block["d"] = encode_f16(d)[:, 0]
-    block["qs"], block["qh"] = pack(quants & 15, 4, 16), pack(quants >> 4, 1, 1)
+    block["qs"], block["qh"] = pack(quants & LOW_BITS, 4, 16), pack(quants >> HIGH_BITS, 1, 1)
 
 
 def _q5_1(rows: Floats, block: Records, importance: Floats | None) -> None:
@@ -246,7 +263,7 @@ def _q5_1(rows: Floats, block: Records, importance: Floats | None) -> None:
     d, m = (_f16(found) for found in _affine(x, w, 31, any_low=True))
     quants = _quants(x, d, m, 0, 31).astype(np.uint8)[:, 0]
     block["d"], block["m"] = encode_f16(d)[:, 0], encode_f16(m)[:, 0]
-    block["qs"], block["qh"] = pack(quants & 15, 4, 16), pack(quants >> 4, 1, 1)
+    block["qs"], block["qh"] = pack(quants & LOW_BITS, 4, 16), pack(quants >> HIGH_BITS, 1, 1)
 
 
 SEARCHING: dict[str, Callable[[Floats, Records, Floats | None], None]] = {
