@@ -29,7 +29,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = """
     errors validation progress
-    host: cgroup environment interrupts
+    host: cgroup environment interrupts child
     config rope memory
     checkpoint
     quantization: types blocks activations convert kv policy
@@ -51,8 +51,8 @@ ORDER = """
             kernels.reduce kernels.dequant kernels.dot kernels.gemv kernels_cuda kernels.kv_q8_0 kernels.gemm \
             kernels.skinny_x kernels.skinny_sum kernels.skinny kernels.wide kernels.kv_source \
             kernels.decode_attention kernels.rows_attention kernels.group_queries kernels.group_attention \
-            kernels.prefill_attention kernels.logits kernels.sampling kernels.copy compiler driver compile_worker \
-            weights sampler_table decode_pipeline program bandwidth timing backend
+            kernels.prefill_attention kernels.logits kernels.sampling kernels.copy compiler driver selfcheck \
+            compile_worker weights sampler_table decode_pipeline program bandwidth timing backend
     reference backend session
     engine: interrupts sequence pages runner request constraints driver stats scheduler engine capacity model_runner
     structured: checker schema lark vocabulary forced constraint compiler
@@ -61,6 +61,7 @@ ORDER = """
     export inspection
     bench: traffic debug profiler trace benchmark
     model
+    doctor: packages cache check cpu gpu report
     server: settings errors protocol params http metrics tools.definitions tools.events tools.scanner tools.call \
             tools.parser tools.grammar tools.messages tools.formats page.markdown service generation logprobs call \
             completions chat_core chat responses messages tokens answers openapi guard app run affinity ray_app
