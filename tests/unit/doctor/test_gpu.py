@@ -9,7 +9,7 @@ import pytest
 
 from numballama import DeviceError
 from numballama.doctor import gpu
-from numballama.doctor.gpu import Evidence, GpuReport, GpuDevice
+from numballama.doctor.gpu import Evidence, GpuDevice, GpuReport
 from numballama.errors import NEXT_STEP
 from tests.helpers.cuda_host import missing_gpu, missing_packages
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from numballama.doctor.cache import Cache
 from numballama.doctor.cpu import CpuReport
-from numballama.doctor.gpu import GpuReport, GpuDevice
+from numballama.doctor.gpu import GpuDevice, GpuReport
 from numballama.doctor.packages import Extra, Package, Packages
 from numballama.doctor.report import Container, Report
 
