@@ -9,15 +9,17 @@ import os
 from .. import kernel_cache
 from ..errors import Error
 from ..memory import format_bytes
+from .parser import Parser
 
 
-def add_doctor(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_doctor(commands: argparse._SubParsersAction[Parser]) -> None:
     doctor = commands.add_parser(
         "doctor",
         help="show what this machine offers, and what is missing",
-        description="Check this machine: packages, limits of the container, CPU, GPU, and the caches of compiled "
-        "kernels. A kernel is compiled and run on each device; what does not work comes with the command that mends "
-        "it. The exit status is 0 when the CPU works, with or without a GPU, and 1 when it does not.",
+        description="Check packages, limits of the container, CPU, GPU, and the caches of compiled kernels.",
+        epilog="A kernel is compiled and run on each device; what does not work comes with the command that mends it. "
+        "The exit status is 0 when the CPU works, with or without a GPU, and 1 when it does not.",
+        examples=("numballama doctor", "numballama doctor --json > machine.json"),
     )
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
     doctor.add_argument(

@@ -65,7 +65,7 @@ ORDER = """
     server: settings errors protocol params http metrics tools.definitions tools.events tools.scanner tools.call \
             tools.parser tools.grammar tools.messages tools.formats page.markdown service generation logprobs call \
             completions chat_core chat responses messages tokens answers openapi guard app run affinity ray_app
-    cli: streams args doctor inspect batch generate remote chat serve bench export main
+    cli: streams parser args completion doctor inspect batch generate remote chat serve bench export main
     __main__
 """
 """The flow, from left to right: a module imports only modules before it.
@@ -385,7 +385,7 @@ def tops(modules: Iterable[str]) -> set[str]:
 
 HEAVY = {
     "numba", "llvmlite", "sentencepiece", "rich", "tokenizers", "jinja2", "safetensors", "torch", "huggingface_hub",
-    "starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance", "ray",
+    "starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance", "ray", "shtab",
 }  # fmt: skip
 
 
