@@ -295,7 +295,7 @@ def _options(
 
 def _token_ids(tokenizer: Tokenizer, opened: Checkpoint) -> dict[str, int]:
     """Ids of the special tokens that templates see, by name, without BOS and EOS. All have a row of the embedding."""
-    wanted = {name: opened.template_tokens[name] for name in _NAMED_TOKENS if name in opened.template_tokens}
+    wanted = {name: text for name in _NAMED_TOKENS if (text := opened.template_tokens.get(name))}
     rows = min(tokenizer.vocab_size, opened.config.vocab_size)
     texts = set(wanted.values())
     ids = {piece: token for token in reversed(range(rows)) if texts and (piece := tokenizer.piece(token)) in texts}
@@ -321,7 +321,8 @@ def _gguf_options(
     if vocabulary is not None:
         ids = {piece: token for token, piece in reversed(list(enumerate(vocabulary.pieces)))}
         for key, kind in _TOKEN_KEYS.items():
-            if (token := ids.get(opened.template_tokens.get(key, "").encode())) is not None:
+            text = opened.template_tokens.get(key)  # a vocabulary may have an empty piece
+            if text and (token := ids.get(text.encode())) is not None:
                 metadata[f"tokenizer.ggml.{kind}_token_id"] = token
     return WriteOptions(
         name=name, vocabulary=vocabulary, chat_templates=_writable(opened.chat_templates, notes), metadata=metadata

@@ -3,8 +3,8 @@
     python -m tests.cuda.assembly 9.0 out.json
 
 A process compiles for one capability, so test_assembly.py starts this three times. The result is a list of kernels
-with the assembler's report and the opcodes of their PTX. For sm_75 every kernel is compiled for one set of types, for
-sm_80 those of `FAMILIES`, unless there is an argument `all`.
+with the assembler's report and the opcodes of their PTX. Before sm_90 the kernels of `FAMILIES` are compiled, each for
+one set of types, unless there is an argument `all`.
 """
 
 from __future__ import annotations
@@ -65,9 +65,7 @@ CASES: list[tuple[ModelConfig, str, str, Any, bool]] = [
 
 
 def cases_for(arguments: Sequence[str]) -> list[tuple[ModelConfig, str, str, Any, bool]]:
-    """Cases of a command line: all for sm_90. Before, every kernel too, but fewer types, in the order of
-    `older_cards.OLDER`.
-    """
+    """Cases of a command line: all for sm_90; before, fewer types, in the order of `older_cards.OLDER`."""
     kinds = list(OLDER.get(arguments[0], ())) if "all" not in arguments else []
     if not kinds:
         return CASES
@@ -81,8 +79,8 @@ FAMILIES = {
     "attention_grouped_rows_kernel", "attention_group_128_kernel", "kv_write_q8_0_kernel", "sample_kernel",
     "rmsnorm_kernel",
 }  # fmt: skip
-"""Kernels of each file, those with the most registers: what is compiled for sm_80. Its kernels differ from those of
-sm_75 by asynchronous copies and m16n8k16, which they share with sm_90, and by nothing else.
+"""Kernels of each file, those with the most registers: what is compiled before sm_90. The others have the same helpers,
+which these show to assemble there.
 """
 
 HOPPER = {"wide_64_kernel", "wide_128_kernel", "wide_256_kernel"}
@@ -106,7 +104,7 @@ def main(arguments: Sequence[str]) -> None:
     names: set[str] = set()
 
     def compile_kernel(kernel: Specialization, capability: tuple[int, int], cache: Path | None) -> Any:
-        left_out = kernel.name in names or (capability == (8, 0) and kernel.name not in FAMILIES)
+        left_out = kernel.name in names or kernel.name not in FAMILIES
         if once and left_out and kernel not in found:
             return Cubin(b"", "", 0, 0, 0)
         names.add(kernel.name)

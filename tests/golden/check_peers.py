@@ -24,6 +24,8 @@ from tests.golden.lines import lines
 
 NEW, ANSWERS = 24, "expected.json"
 PROMPT = (1, 7, 3, 9, 20, 4)
+SPECIAL_KINDS = ("bos", "eos", "pad", "unk")
+TEMPLATES = {"default": "{{ messages[0].content }} default", "rag": "rag {{ bos_token }}", "tool_use": "tools"}
 TEXTS = [*lines()[::400], "", " ", "  two  spaces ", "a\nb\tc", "naïve 😀 1234567", "def f(x):\n        return x"]
 
 
@@ -80,7 +82,11 @@ def ask(path: Path) -> dict[str, Any]:
                 ids.append(opened.tokenizer.encode(text, bos=True, special=True))
             except Error:  # no token for a character
                 ids.append(None)
-    return {"greedy": greedy(path), "rows": opened.config.vocab_size, "ids": ids}
+    special = {kind: opened.template_tokens.get(f"{kind}_token", "") for kind in SPECIAL_KINDS}
+    return {
+        "greedy": greedy(path), "rows": opened.config.vocab_size, "ids": ids,
+        "said": {**special, **{f"template {name}": text for name, text in opened.chat_templates.items()}},
+    }  # fmt: skip
 
 
 def greedy(path: Path) -> list[int]:
@@ -137,6 +143,7 @@ def _architectures() -> dict[str, Any]:
 
 
 _BOTH = {"add_bos_token": True, "add_eos_token": True}
+_PAD = {"pad_token": "<|endoftext|>", "unk_token": "<|im_start|>"}
 
 
 def _vocabularies() -> dict[str, Vocabulary]:
@@ -156,6 +163,8 @@ def _vocabularies() -> dict[str, Vocabulary]:
         "llama2c-padded": Vocabulary(_llama2c, 8, beside=False),
         "bpe-no-ids": Vocabulary(lambda folder: _bpe(folder, settings={})),
         "bpe-bos-eos": Vocabulary(lambda folder: _bpe(folder, bos=True, settings=_BOTH)),
+        "bpe-templates": Vocabulary(lambda folder: _with_templates(folder, _bpe(folder, settings=_PAD))),
+        "spm-templates": Vocabulary(lambda folder: _with_templates(folder, _sentencepiece(folder))),
         "bpe-nfc": Vocabulary(lambda folder: _bpe(folder, nfc=True)),
         "bpe-llama-bpe-padded": Vocabulary(_bpe, 24),
         "bpe-llama-bpe-beyond": Vocabulary(_bpe, -2),
@@ -190,6 +199,15 @@ def _bpe(folder: Path, pre: str = "llama-bpe", settings: dict[str, Any] | None =
     ids = {"bos_token": SPECIAL[0], "eos_token": SPECIAL[3]} | (settings or {})
     save_json(folder, library, {"tokenizer_class": "PreTrainedTokenizerFast"} | ({} if settings == {} else ids))
     return library.get_vocab_size()
+
+
+def _with_templates(folder: Path, tokens: int) -> int:
+    """Adds named templates to the folder of a tokenizer with so many tokens."""
+    (folder / "chat_template.jinja").write_text(TEMPLATES["default"])
+    (others := folder / "additional_chat_templates").mkdir()
+    for name in sorted({*TEMPLATES} - {"default"}):
+        (others / f"{name}.jinja").write_text(TEMPLATES[name])
+    return tokens
 
 
 def _bpe_hole(folder: Path) -> int:
@@ -231,7 +249,11 @@ def make(place: Path, architecture: Any, vocabulary: Vocabulary) -> tuple[str, P
         config = replace(config, rope_pairing="interleaved")
         write_v1(place / "source.bin", config, weights)
         return "source.bin", files / "tokenizer.bin"
-    write_safetensors(place / "source", config, weights, files=sorted(files.iterdir()))
+    write_safetensors(
+        place / "source", config, weights, files=sorted(path for path in files.iterdir() if path.is_file())
+    )
+    for sub in (path for path in files.iterdir() if path.is_dir()):
+        shutil.copytree(sub, place / "source" / sub.name)
     return "source", None
 
 
@@ -248,12 +270,18 @@ def check(folder: Path, part: str = "") -> None:
                 results.append(f"{copy}: refused")
                 continue
             try:
-                greedy_ids, ids = ask_peer(place / copy, ours)
+                greedy_ids, ids, said_of = ask_peer(place / copy, ours)
             except Exception as error:
                 results.append(f"{copy}: NOT OPENED ({type(error).__name__}: {str(error)[:200]})")
                 wrong += 1
                 continue
             said = []
+            own = {key: text for key, text in ours["said"].items() if key.startswith("template") or key in said_of}
+            if ours["ids"] is not None and own != said_of:
+                differing = {key: (own.get(key), said_of.get(key)) for key in sorted({*own, *said_of})}
+                differing = {key: pair for key, pair in differing.items() if pair[0] != pair[1]}
+                wrong += 1
+                said.append(f"DIFFERENT {differing}")
             if not greedy_ids == ours["greedy"] == expected["greedy"]:
                 at = next(
                     (n for n, pair in enumerate(zip(greedy_ids, expected["greedy"], strict=True)) if len({*pair}) > 1),
@@ -267,6 +295,9 @@ def check(folder: Path, part: str = "") -> None:
                     (text, a, b) for text, a, b in zip(TEXTS, ours["ids"], ids, strict=True) if a is not None and a != b
                 ]
                 noted = any("normalises" in note for note in ours["notes"])
+                if pairs and pairs == [pair for pair in pairs if pair[1] == sentencepiece_says(place / copy, pair[0])]:
+                    said.append(f"ids of {len(pairs)} texts as sentencepiece's, not as this peer's")
+                    pairs = []
                 wrong += bool(pairs) and not noted
                 if pairs:
                     said.append(
@@ -280,7 +311,11 @@ def check(folder: Path, part: str = "") -> None:
     sys.exit(wrong > 0)
 
 
-def llama_cpp_says(path: Path, ours: dict[str, Any]) -> tuple[list[int], list[list[int]]]:
+Answer = tuple[list[int], list[list[int]], dict[str, str]]
+"""Greedy ids, ids of `TEXTS`, and what the peer says of special tokens and templates, as `ask`'s "said"."""
+
+
+def llama_cpp_says(path: Path, ours: dict[str, Any]) -> Answer:
     import ctypes
 
     import llama_cpp as lc
@@ -317,13 +352,33 @@ def llama_cpp_says(path: Path, ours: dict[str, Any]) -> tuple[list[int], list[li
         data = text.encode()
         count = lc.llama_tokenize(vocabulary, data, len(data), room, 4096, True, True)
         found.append(list(room[:count]))
+    says: dict[str, str] = {}
+    for kind in ("bos", "eos", "pad") if ours["ids"] is not None else ():  # it keeps the unknown token to itself
+        token = getattr(lc, f"llama_vocab_{kind}")(vocabulary)
+        text = lc.llama_vocab_get_text(vocabulary, token).decode() if token >= 0 else ""
+        if ours["said"][kind] or kind == "pad":  # without BOS or EOS it assumes ids of its own
+            says[kind] = text
+    for name in (key.removeprefix("template ") for key in ours["said"] if key.startswith("template ")):
+        found_template = lc.llama_model_chat_template(model, None if name == "default" else name.encode())
+        says[f"template {name}"] = found_template.decode() if found_template else ""
     lc.llama_batch_free(batch)
     lc.llama_free(context)
     lc.llama_model_free(model)
-    return ids[len(PROMPT) :], found
+    return ids[len(PROMPT) :], found, says
 
 
-def transformers_says(path: Path, ours: dict[str, Any]) -> tuple[list[int], list[list[int]]]:
+def sentencepiece_says(path: Path, text: str) -> list[int] | None:
+    """Ids of a text by the library of a directory's tokenizer.model, which transformers 5 converts and changes."""
+    if not (path / "tokenizer.model").is_file() or (path / "tokenizer.json").exists():
+        return None
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(str(path / "tokenizer.model"))
+    begin = [processor.bos_id()] if processor.bos_id() >= 0 else []
+    return begin + [int(token) for token in processor.encode(text)]
+
+
+def transformers_says(path: Path, ours: dict[str, Any]) -> Answer:
     import tokenizers
     import torch
     import transformers
@@ -340,16 +395,22 @@ def transformers_says(path: Path, ours: dict[str, Any]) -> tuple[list[int], list
     with torch.no_grad():
         for _ in range(NEW):
             ids.append(int(model(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    found = []
+    found, says = [], {}
     if ours["ids"] is not None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(path)
         if not (path / "tokenizer.json").exists():
             tokenizer = transformers.LlamaTokenizer.from_pretrained(path)
-        elif type(tokenizer).__name__ == "Qwen2Tokenizer":  # of model types qwen2 and qwen3, whatever the file says
+        for kind in SPECIAL_KINDS:  # a class has names for tokens that the vocabulary does not have
+            token = getattr(tokenizer, f"{kind}_token_id")
+            says[kind] = getattr(tokenizer, f"{kind}_token") if token is not None and token < ours["rows"] else ""
+        templates = tokenizer.chat_template or {}
+        templates = {"default": templates} if isinstance(templates, str) else templates
+        says |= {f"template {name}": text for name, text in templates.items()}
+        if type(tokenizer).__name__ == "Qwen2Tokenizer":  # of model types qwen2 and qwen3, whatever the file says
             library = tokenizers.Tokenizer.from_file(str(path / "tokenizer.json"))
-            return ids[len(PROMPT) :], [library.encode(text).ids for text in TEXTS]
+            return ids[len(PROMPT) :], [library.encode(text).ids for text in TEXTS], says
         found = [list(tokenizer(text).input_ids) for text in TEXTS]
-    return ids[len(PROMPT) :], found
+    return ids[len(PROMPT) :], found, says
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from numballama.files import map_file
 from numballama.formats.gguf.header import Header
 from numballama.formats.gguf.writer import write_gguf
 from numballama.formats.hf.writer import write_safetensors
+from numballama.formats.llama2c.llama2c import write_v1
 from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.loader import open_checkpoint
 from numballama.tokenizers.base import Vocabulary
@@ -33,7 +34,7 @@ from tests.helpers.bpe import ADDED, CHAT_CONFIG, SPECIAL, chat_model, save_json
 from tests.helpers.extent import EVERYTHING
 from tests.helpers.gguf_files import CONFIG, edited, u32
 from tests.helpers.random_models import random_checkpoint
-from tests.helpers.sentencepiece_models import STORY_BEGINS
+from tests.helpers.sentencepiece_models import FIXED, STORY_BEGINS, write_bin
 from tests.helpers.sentencepiece_models import trained as spm
 
 
@@ -286,6 +287,16 @@ def with_merges(processor: SentencePieceProcessor) -> Library:
     )
     library.add_special_tokens([AddedToken(token, normalized=False) for token in ("<unk>", "<s>", "</s>")])
     return library
+
+
+def test_an_empty_piece_is_no_special_token(tmp_path: Path) -> None:
+    """llama2.c's files have pieces without bytes; a token that the model does not name is not one of them."""
+    pieces = [*FIXED, b"a", b"", b" ", b"b"]
+    write_bin(tmp_path / "t.bin", pieces, [-float(n) for n in range(len(pieces))])
+    config = replace(CONFIG, vocab_size=len(pieces))
+    write_v1(tmp_path / "m.bin", config, random_checkpoint(config).weights)
+    export_model(tmp_path / "m.bin", tmp_path / "m.gguf", "gguf", tokenizer=tmp_path / "t.bin")
+    assert open_checkpoint(tmp_path / "m.gguf").template_tokens == {"unk_token": "<unk>"}
 
 
 @pytest.mark.parametrize("beside", ["same", "other", "larger", "none"])
