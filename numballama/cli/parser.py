@@ -55,6 +55,11 @@ def number(text: str) -> float:
 class Formatter(argparse.HelpFormatter):
     """argparse's, which keeps the lines of a text that has several."""
 
+    def add_argument(self, action: argparse.Action) -> None:
+        super().add_argument(action)
+        if isinstance(action, argparse._SubParsersAction):
+            self._action_max_length += 2  # argparse does not count that commands are indented
+
     def _fill_text(self, text: str, width: int, indent: str) -> str:
         return indent + text if "\n" in text else super()._fill_text(text, width, indent)
 
