@@ -33,6 +33,8 @@ OWN_PAGES = {
 }
 """Files outside docs/ that are in the navigation → their pages."""
 LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", ".sh": "sh"}
+LINES: dict[Path, set[str]] = {}
+"""Source file → numbers of the lines that pages link to."""
 MOST_BYTES = 300_000
 """A file that is larger is no page; the link becomes plain text."""
 
@@ -81,19 +83,23 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     docs = [file.src_uri for file in files.documentation_pages() if file.generated_by is None]
     waiting = [Path("docs", uri) for uri in docs] + [Path(name) for name in OWN_PAGES]
     done: set[Path] = set(waiting)
+    sources: dict[Path, str] = {}
     for name, uri in OWN_PAGES.items():
         files.append(File.generated(config, uri, content=(ROOT / name).read_text(encoding="utf-8")))
     while waiting:
         page = waiting.pop()
         if page.suffix != ".md":
             continue
-        for target in targets(page):
+        for target, line in targets(page):
+            LINES.setdefault(target, set()).add(line)
             uri = page_of(target)
             if uri is None or target in done or (target.parts[0] == "docs" and target.suffix != ".py"):
                 continue
             done.add(target)
             waiting.append(target)
-            files.append(File.generated(config, uri, content=page_text(target), inclusion=InclusionLevel.NOT_IN_NAV))
+            sources[target] = uri
+    for target, uri in sources.items():
+        files.append(File.generated(config, uri, content=page_text(target), inclusion=InclusionLevel.NOT_IN_NAV))
     return files
 
 
@@ -120,15 +126,27 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     return outside_fences(markdown, lambda text: LINK.sub(lead, text))
 
 
+def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
+    """Put the listing into the page of a source file. As a part of the Markdown it would be parsed three times."""
+    source = repository_path(page.file.src_uri)
+    if source is None or source.suffix == ".md":
+        return html
+    formatter = HtmlFormatter(cssclass="highlight", wrapcode=True, lineanchors="L", linenos="inline")
+    lexer = get_lexer_by_name(LANGUAGES.get(source.suffix, "text"))
+    heading = html.partition("</h1>")[0]
+    return f"{heading}</h1>\n{highlight((ROOT / source).read_text(encoding='utf-8'), lexer, formatter)}"
+
+
 # Links
 
 
-def targets(page: Path) -> Iterator[Path]:
-    """Files of the repository that a page links to."""
+def targets(page: Path) -> Iterator[tuple[Path, str]]:
+    """Files of the repository that a page links to, and the line ("" for none)."""
     text = FENCE.sub("", (ROOT / page).read_text(encoding="utf-8"))
-    for _, link, _ in LINK.findall(text):
+    for _, link, end in LINK.findall(text):
         if (target := resolve(page, link)) is not None:
-            yield target
+            line = re.match(r"#L(\d+)", end)
+            yield target, line[1] if line else ""
 
 
 def resolve(page: Path, link: str) -> Path | None:
@@ -152,13 +170,11 @@ def page_of(target: Path) -> str | None:
 
 
 def page_text(target: Path) -> str:
-    """The text of a file's page."""
-    text = (ROOT / target).read_text(encoding="utf-8")
+    """The Markdown of a file's page: that of a source file has only its name and the lines that others link to."""
     if target.suffix == ".md":
-        return text
-    formatter = HtmlFormatter(cssclass="highlight", wrapcode=True, lineanchors="L", linenos="inline")
-    html = highlight(text, get_lexer_by_name(LANGUAGES.get(target.suffix, "text")), formatter)
-    return f"# {target.as_posix()}\n\n{html}"
+        return (ROOT / target).read_text(encoding="utf-8")
+    anchors = "".join(f'<a id="L-{line}"></a>' for line in sorted(LINES[target]) if line)
+    return f"---\nhide: [navigation, toc]\nsearch:\n  exclude: true\n---\n\n# {target.as_posix()}\n\n{anchors}\n"
 
 
 def repository_path(uri: str) -> Path | None:
@@ -167,7 +183,8 @@ def repository_path(uri: str) -> Path | None:
         if uri == own:
             return Path(name)
     if uri.startswith("source/"):
-        return Path(uri.removeprefix("source/")) if (ROOT / uri.removeprefix("source/")).exists() else None
+        name = uri.removeprefix("source/")
+        return Path(name) if (ROOT / name).exists() else Path(name.removesuffix(".md"))
     return Path("docs", uri) if (ROOT / "docs" / uri).exists() else None
 
 
