@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 
-from ..files import require_folder
 from .args import MODEL_HELP, STORY_MODEL, hidden_alias, load, model_options
 from .parser import Parser
 
@@ -35,6 +34,8 @@ def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
 
 def run_bench(arguments: argparse.Namespace) -> None:
     if arguments.trace is not None:
+        from ..files import require_folder
+
         require_folder(arguments.trace)
     with load(arguments) as model:
         from ..bench import trace
