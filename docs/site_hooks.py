@@ -117,7 +117,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
         uri = page_of(target)
         if uri is None:
             uri = target.relative_to("docs").as_posix() if target.parts[0] == "docs" else None
-        if uri is None:  # a folder or a large file, which the site does not have
+        if uri is None:  # a large file, which the site does not have
             return f"]({posixpath.relpath('readme.md', here or '.')})"
         anchor = match[3][:-1] if uri.endswith(".md") else ""
         anchor = re.sub(r"^#L(\d+).*", r"#L-\1", anchor)
@@ -129,7 +129,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Put the listing into the page of a source file. As a part of the Markdown it would be parsed three times."""
     source = repository_path(page.file.src_uri)
-    if source is None or source.suffix == ".md":
+    if source is None or source.suffix == ".md" or (ROOT / source).is_dir():
         return html
     formatter = HtmlFormatter(cssclass="highlight", wrapcode=True, lineanchors="L", linenos="inline")
     lexer = get_lexer_by_name(LANGUAGES.get(source.suffix, "text"))
@@ -156,12 +156,12 @@ def resolve(page: Path, link: str) -> Path | None:
 
 
 def page_of(target: Path) -> str | None:
-    """The page of a file of the repository. None: it has none, because it is a folder, a picture or too large."""
+    """The page of a file or folder of the repository. None: it has none, because it is a picture or too large."""
     name = target.as_posix()
     if name in OWN_PAGES:
         return OWN_PAGES[name]
-    if not (ROOT / target).is_file():
-        return None
+    if (ROOT / target).is_dir():
+        return f"source/{name}.md" if target.parts[0] != "docs" else None
     if target.parts[0] == "docs" and target.suffix != ".py":
         return target.relative_to("docs").as_posix() if target.suffix == ".md" else None
     if (ROOT / target).stat().st_size > MOST_BYTES or target.suffix in (".svg", ".png", ".gguf"):
@@ -170,9 +170,20 @@ def page_of(target: Path) -> str | None:
 
 
 def page_text(target: Path) -> str:
-    """The Markdown of a file's page: that of a source file has only its name and the lines that others link to."""
+    """The Markdown of a page: that of a source file has only its name and the lines that others link to."""
     if target.suffix == ".md":
         return (ROOT / target).read_text(encoding="utf-8")
+    if (ROOT / target).is_dir():
+        files = sorted(path.name for path in (ROOT / target).iterdir() if not path.name.startswith((".", "__")))
+        return "\n".join(
+            [
+                f"# {target.as_posix()}",
+                "",
+                "Files of this folder in the repository:",
+                "",
+                *(f"- `{name}`" for name in files),
+            ]
+        )
     anchors = "".join(f'<a id="L-{line}"></a>' for line in sorted(LINES[target]) if line)
     return f"---\nhide: [navigation, toc]\nsearch:\n  exclude: true\n---\n\n# {target.as_posix()}\n\n{anchors}\n"
 

@@ -48,7 +48,7 @@ def test_links_out_of_docs_lead_to_pages_of_the_site(hooks: ModuleType) -> None:
         ("start/researcher.md", "../../CONTRIBUTING.md", "../contributing.md"),
         ("readme.md", "docs/engine.md", "engine.md"),
         ("readme.md", "docs/session.svg", "session.svg"),
-        ("readme.md", "benchmarks/results", "readme.md"),
+        ("readme.md", "benchmarks/results", "source/benchmarks/results.md"),
         ("tour.md", "nowhere.md", "nowhere.md"),
     ):
         assert lead(hooks, page, f"a [link]({link}).") == f"a [link]({expected}).", (page, link)
@@ -63,6 +63,11 @@ def test_lines_that_pages_link_to_have_anchors(hooks: ModuleType) -> None:
     assert '<a id="L-166"></a>\n' in hooks.page_text(target)
     page = SimpleNamespace(file=SimpleNamespace(src_uri="source/numballama/graph.py.md"))
     assert 'id="L-166"' in hooks.on_page_content("<h1>graph.py</h1>", page, None, None)
+
+
+def test_a_folder_is_a_list_of_its_files(hooks: ModuleType) -> None:
+    page = hooks.page_text(Path("benchmarks/results"))
+    assert page.startswith("# benchmarks/results\n") and page.count(".json`") > 3
 
 
 def test_the_reference_names_objects_that_exist(hooks: ModuleType) -> None:
