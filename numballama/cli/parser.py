@@ -108,8 +108,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """End with exit code 2 after three lines: usage, what is wrong, and an example."""
-        if "required" in message and (unknown := next(self._unknown_options(), None)) is not None:
-            message = self._unknown(unknown)
+        if re.search("required|unknown command", message):  # an unknown option before may be why
+            unknown = next(self._unknown_options(), None)
+            message = message if unknown is None else self._unknown(unknown)
         example = f"example: {self.examples[0]}\n" if self.examples else ""
         self.exit(2, f"{self.format_usage()}{self.prog}: error: {message}\n{example}all options: {self.prog} --help\n")
 

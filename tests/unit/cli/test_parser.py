@@ -95,6 +95,7 @@ def test_most_examples_run() -> None:
         ("quantize a b", "unknown command 'quantize'; did you mean export?"),
         ("--versoin", "unknown option --versoin; did you mean --version?"),
         ("--json doctor", "unknown option --json: it belongs to numballama doctor, so it comes after that"),
+        ("--context 64 story", "unknown option --context: it belongs to numballama story, so it comes after that"),
         ("story --temprature 0", "unknown option --temprature; did you mean --temperature?"),
         ("story --max_tokens=5", "unknown option --max_tokens; did you mean --max-tokens?"),
         ("story -n 5", "unknown option -n; did you mean --max-tokens?"),
