@@ -94,28 +94,28 @@ def compile(
 ) -> Model:
     """Open a model file, compile it for a device and return it ready to generate.
 
-    Parameters
-    ----------
-    model_path: a model file, whose format is recognised by its content; a directory from Hugging Face or Meta; a hub id
-        "owner/name", or "owner/name:Q4_K_M" for one of its GGUF files, which is downloaded; None for the small story
-        model inside this package.
-    tokenizer: path of a tokenizer, for model files that carry none (GGUF files do). Without one, only `logits` works.
-    device: "cpu", "cuda" (an NVIDIA GPU; "cuda:1" for the second one), "reference" (NumPy: slow, defines the results)
-        or "auto": the fastest device of this machine, which `notes` names.
-    dtype: "f32", "f16", "bf16", "int8", "q8_0" or "q4_0" converts the linear weights; None keeps the file's types.
-    context: tokens that a sequence may have; default the model's own, at most 4096.
-    kv_dtype: type of the KV cache: "f32" (default on the CPU), "f16" (default on a GPU), "bf16" or "q8_0".
-    threads: number of CPU workers; default: as many as this process may use.
-    rope_pairing: "interleaved" or "half". Like `rope_theta` and `norm_eps`, it replaces the file's value, or gives one
-        that the file lacks.
-    fusions: which fusion passes join ops: all (True), none (False) or those named. The logits stay the same.
-    activations: "f32", or "int8" to quantise the inputs of quantised weights to int8 in blocks, as llama.cpp does on
-        the CPU. Prompts are then processed faster, and logits differ by the rounding. llama2.c v2 files always use
-        int8, as llama2.c itself does.
-    max_sequences: sequences that generate at the same time, up to 1,024; others wait.
-    gpus: GPUs that share the model. This version supports 1.
-    kv_tokens: size of the KV cache in tokens, over all sequences; default max_sequences · context, or what fits in
-        memory, which `notes` say.
+    Args:
+        model_path: a model file, whose format is recognised by its content; a directory from Hugging Face or Meta; a
+            hub id "owner/name", or "owner/name:Q4_K_M" for one of its GGUF files, which is downloaded; None for the
+            small story model inside this package.
+        tokenizer: path of a tokenizer, for model files that carry none (GGUF files do). Without one, only `logits`
+            works.
+        device: "cpu", "cuda" (an NVIDIA GPU; "cuda:1" for the second one), "reference" (NumPy: slow, defines the
+            results) or "auto": the fastest device of this machine, which `notes` names.
+        dtype: "f32", "f16", "bf16", "int8", "q8_0" or "q4_0" converts the linear weights; None keeps the file's types.
+        context: tokens that a sequence may have; default the model's own, at most 4096.
+        kv_dtype: type of the KV cache: "f32" (default on the CPU), "f16" (default on a GPU), "bf16" or "q8_0".
+        threads: number of CPU workers; default: as many as this process may use.
+        rope_pairing: "interleaved" or "half". Like `rope_theta` and `norm_eps`, it replaces the file's value, or gives
+            one that the file lacks.
+        fusions: which fusion passes join ops: all (True), none (False) or those named. The logits stay the same.
+        activations: "f32", or "int8" to quantise the inputs of quantised weights to int8 in blocks, as llama.cpp does
+            on the CPU. Prompts are then processed faster, and logits differ by the rounding. llama2.c v2 files always
+            use int8, as llama2.c itself does.
+        max_sequences: sequences that generate at the same time, up to 1,024; others wait.
+        gpus: GPUs that share the model. This version supports 1.
+        kv_tokens: size of the KV cache in tokens, over all sequences; default max_sequences · context, or what fits in
+            memory, which `notes` say.
 
     Raises `FormatError` for a damaged file, `UnsupportedError` for what this version cannot do, `DeviceError` for a
     device that cannot be used, `Error` for arguments out of range or with other names (`n_ctx`), which names ours.

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from .checkpoint import Weight
-from .errors import DeviceError
+from .errors import DOCTOR, NEXT_STEP, DeviceError
 from .host import environment, interrupts
 from .ir import Graph
 from .kernel_cache import cuda_cache_directory
@@ -181,7 +181,7 @@ def choose_device(device: str) -> tuple[str, str]:
             cuda_cache_directory()
             return "cuda", f"this machine has {found}"
         except DeviceError as error:
-            return "cpu", str(error)
+            return "cpu", str(error).replace(NEXT_STEP, DOCTOR)
     if _backend_name(device) == "cuda":
         try:
             from .cuda.driver import Device

@@ -64,6 +64,9 @@ FORKED = (
     "use multiprocessing's 'spawn' method and compile the model in the child"
 )
 """Message of the `DeviceError` in a forked child."""
+DOCTOR = "run `numballama doctor` to see what is missing"
+NEXT_STEP = f"{DOCTOR}, or use device='cpu'"
+"""End of the message of a `DeviceError` for a GPU that is missing or cannot be used."""
 CLOSED = "this model is closed; compile it again"
 """Message of the `Error` for a model that is used after `close`."""
 NOT_NUMBERS = "the logits are not numbers: the weights may be damaged"

@@ -271,7 +271,7 @@ def _types(opened: Checkpoint, to: str, quantize: str | None, group_size: int) -
         supported = (*QUANTS[to], *(BLOCKS if to == "gguf" else ()))
         if unknown := [w.type for w in opened.weights.values() if w.type.name not in supported]:
             raise UnsupportedError(
-                f"{to} cannot hold weights of type {unknown[0]}: choose one of {', '.join(QUANTS[to])}"
+                f"{to} cannot hold weights of type {unknown[0]}: choose one of {', '.join(QUANTS[to])} with dtype="
             )
     return policy.types_to_convert(opened.config, opened.weights, quantize, embeddings=True)
 

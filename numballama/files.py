@@ -42,7 +42,7 @@ def map_file(path: str | os.PathLike[str]) -> MappedFile:
     except IsADirectoryError:
         raise Error(f"{path}: is a directory, expected a file") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise Error(f"{path}: cannot be opened: {error}") from error
+        raise Error(f"{path}: cannot be opened: {getattr(error, 'strerror', None) or error}") from error
     try:
         status = os.fstat(descriptor)
         if not stat.S_ISREG(status.st_mode):
@@ -79,7 +79,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[BinaryIO]:
                 os.fsync(file.fileno())
             os.replace(temporary, target)
         except OSError as error:
-            raise Error(f"{target}: cannot be written: {error}") from error
+            raise Error(f"{target}: cannot be written: {_reason(error, target)}") from error
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -105,10 +105,24 @@ def atomic_write_directory(path: str | os.PathLike[str]) -> Iterator[Path]:
                     os.fsync(stream.fileno())
             os.replace(temporary, target)
         except OSError as error:
-            raise Error(f"{target}: cannot be written: {error}") from error
+            raise Error(f"{target}: cannot be written: {_reason(error, target)}") from error
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def require_folder(path: str | os.PathLike[str]) -> None:
+    """Raise `Error` if `path`, which is to be written after much work, is in no folder."""
+    target = expand_user(path)
+    if not target.parent.is_dir():
+        raise Error(f"{path}: cannot be written: there is no folder {target.parent}")
+
+
+def _reason(error: OSError, target: Path) -> str:
+    """Why `target` cannot be written, without the name of the temporary file."""
+    if isinstance(error, FileNotFoundError) and not target.parent.exists():
+        return f"there is no folder {target.parent}"
+    return error.strerror or str(error)
 
 
 def expand_user(path: str | os.PathLike[str]) -> Path:

@@ -24,7 +24,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from . import progress
-from .errors import DeviceError
+from .errors import NEXT_STEP, DeviceError
 
 KERNEL_SOURCES = (
     "quantization/types.py",
@@ -101,7 +101,7 @@ def _cuda_name() -> str:
     try:
         compiler = version("numba-cuda")
     except PackageNotFoundError:
-        raise DeviceError("numba-cuda is missing; install it with: pip install 'numballama[cuda]'") from None
+        raise DeviceError(f"numba-cuda is missing: pip install 'numballama[cuda]'; {NEXT_STEP}") from None
     here = Path(__file__).parent
     sources = ["quantization/types.py", "sampling.py", "kernels_cuda.py"]
     sources += sorted(str(path.relative_to(here)) for path in (here / "cuda").rglob("*.py"))

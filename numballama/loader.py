@@ -36,6 +36,8 @@ _UNSUPPORTED_MAGICS = {
 }
 """First bytes → type of file. None of them is a plausible header of llama2.c v0, which begins with dim."""
 
+_TEXT_BYTES, _LEAST_TEXT_BYTES = 64, 8
+"""Bytes at the beginning of a file by which a text is recognised, and how many it has at least."""
 _PADDING_MULTIPLE, _MAX_PADDING = 8, 512
 """A vocabulary may be padded to a multiple of `_PADDING_MULTIPLE`, by fewer tokens than `_MAX_PADDING`."""
 _MAX_BEYOND = 1 / 8
@@ -98,6 +100,10 @@ def _read(path: str | PathLike[str], load_tokenizer: bool) -> Checkpoint:
     directory = expand_user(path)
     if os.path.isdir(directory):
         return _read_directory(directory, path, load_tokenizer)
+    if not os.path.exists(directory):
+        raise Error(
+            f"{path}: no such file; a model is a file, a directory, or a name on the Hugging Face hub: owner/name"
+        )
     file = map_file(path)
     if file.data[: len(llama2c.MAGIC)] == llama2c.MAGIC:
         return llama2c.read(file)
@@ -111,7 +117,7 @@ def _read(path: str | PathLike[str], load_tokenizer: bool) -> Checkpoint:
             return hf.read(folder, load_tokenizer, file)
         return meta.read_file(file, load_tokenizer)
     if kind := _unsupported_kind(file):
-        raise UnsupportedError(f"{path}: {kind}, which is not read yet; supported are {SUPPORTED}")
+        raise UnsupportedError(f"{path}: {kind}, which is not read; supported are {SUPPORTED}")
     return kuiper.read(file)
 
 
@@ -134,11 +140,24 @@ def _read_directory(directory: Path, path: str | PathLike[str], load_tokenizer: 
 
 def _unsupported_kind(file: MappedFile) -> str | None:
     """Name of a known format that is not supported; None for other files."""
-    head = file.data[:9]
+    head = file.data[:_TEXT_BYTES]
     for magic, kind in _UNSUPPORTED_MAGICS.items():
         if head.startswith(magic):
             return kind
-    return None
+    return "a text file" if _is_text(head) else None
+
+
+def _is_text(head: bytes) -> bool:
+    """Whether a file that begins like this is UTF-8 text. A header has zeros; a magic alone may be letters."""
+    if len(head) < _LEAST_TEXT_BYTES:
+        return False
+    try:
+        text = head.decode()
+    except UnicodeDecodeError as error:
+        if error.start < len(head) - 3:  # otherwise a character that was cut
+            return False
+        text = head[: error.start].decode()
+    return all(character.isprintable() or character in "\t\r\n\ufeff" for character in text)
 
 
 def _require_fit(opened: Checkpoint, tokenizer: Tokenizer, path: str | PathLike[str] | None) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Error
 from ..sampling import DEFAULTS, SamplingParams
+from .parser import whole_number
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -94,11 +95,8 @@ def sampling_options(command: argparse.ArgumentParser, defaults: SamplingParams 
 
 def _max_tokens(text: str) -> int | None:
     """A number of tokens; -1, as in llama.cpp, is no limit."""
-    number = int(text)
+    number = whole_number(text)
     return None if number == -1 else number
-
-
-_max_tokens.__name__ = "int"  # argparse names it: "invalid int value"
 
 
 def in_place_of(positional: argparse.Action) -> type[argparse.Action]:
@@ -163,7 +161,7 @@ def read_text(path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise Error(f"{path}: cannot be read: {error}") from None
+        raise Error(f"{path}: cannot be read: {reason(error)}") from None
 
 
 def template_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -191,6 +189,11 @@ _NOT_VARIABLES = ("messages", "system", "template", "add_generation_prompt", "se
 
 
 # Texts and errors
+
+
+def reason(error: OSError | ValueError) -> str:
+    """Why a file cannot be read, without its name: "No such file or directory"."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def require_text(arguments: argparse.Namespace) -> None:

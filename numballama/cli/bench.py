@@ -7,13 +7,18 @@ import json
 import sys
 
 from .args import MODEL_HELP, STORY_MODEL, hidden_alias, load, model_options
+from .parser import Parser
 
 
-def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     bench = commands.add_parser(
         "bench",
         help="measure speed and memory",
         description="Prefill and decode speed, the share of this machine's memory bandwidth, time and memory.",
+        examples=(
+            "numballama bench --prompt-tokens 64 --max-tokens 32",
+            "numballama bench model.gguf --dtype q8_0 --json",
+        ),
     )
     bench.add_argument("model", nargs="?", help=f"{MODEL_HELP} ({STORY_MODEL})")
     model_options(bench)
@@ -28,6 +33,10 @@ def add_bench(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
 
 
 def run_bench(arguments: argparse.Namespace) -> None:
+    if arguments.trace is not None:
+        from ..files import require_folder
+
+        require_folder(arguments.trace)
     with load(arguments) as model:
         from ..bench import trace
         from ..bench.benchmark import bench

@@ -24,6 +24,7 @@ from .args import (
     template_arguments,
     template_options,
 )
+from .parser import Parser
 from .remote import RemoteChat
 from .streams import is_terminal, read_lines, say
 
@@ -39,12 +40,17 @@ Ctrl-C stops an answer. A line that ends with a backslash continues on the next 
 To send a message that begins with a slash, type a space before it."""
 
 
-def add_chat(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_chat(commands: argparse._SubParsersAction[Parser]) -> None:
     chat = commands.add_parser(
         "chat",
         help="talk with a model",
         description="A conversation: on a terminal, or with one message per line on stdin and the answers on stdout.",
         epilog="On a terminal, /help lists the commands. Ctrl-C stops an answer, Ctrl-D ends.",
+        examples=(
+            'numballama chat model.gguf --system "Answer in one sentence."',
+            "numballama chat --url http://127.0.0.1:8000",
+            "numballama chat HuggingFaceTB/SmolLM2-135M-Instruct --temperature 0",
+        ),
     )
     model = chat.add_argument("model", help=MODEL_HELP)
     chat.add_argument(

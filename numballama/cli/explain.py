@@ -7,17 +7,19 @@ from pathlib import Path
 
 from ..explain.explanation import LOGPROBS
 from .args import MODEL_HELP, SAMPLING_HELP, load, model_options
+from .parser import Parser
 from .streams import read_stdin
 
 
-def add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_explain(commands: argparse._SubParsersAction[Parser]) -> None:
     explain = commands.add_parser(
         "explain",
         help="show what a model computes for a text",
         description="Each token's probability and the likeliest in its place, attention, and each layer's guess.",
-        epilog='examples: numballama explain model.gguf "The capital of France is Paris."\n'
-        "cat text.txt | numballama explain owner/name:Q4_K_M - --layer 3 --head 1 --html page.html",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=(
+            'numballama explain model.gguf "The capital of France is Paris."',
+            "numballama explain owner/name:Q4_K_M - --layer 3 --head 1 --html page.html < text.txt",
+        ),
     )
     explain.add_argument("model", help=MODEL_HELP)
     explain.add_argument("prompt", metavar="text", help="the text to explain; - reads it from stdin")

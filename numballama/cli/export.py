@@ -8,18 +8,23 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Error
 from .args import MODEL_HELP, config_options, hidden_alias, read_text
+from .parser import Parser
 
 if TYPE_CHECKING:
     from ..importance import Importance
 
 
-def add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_export(commands: argparse._SubParsersAction[Parser]) -> None:
     export = commands.add_parser(
         "export",
         help="write a model in another format",
         description="Write a model in another format; --dtype converts its matrices. Prints the error of each "
         "converted matrix: root mean squared error over root mean square.",
-        epilog="example: numballama export ~/models/SmolLM2-135M smollm2.gguf --to gguf --dtype q8_0",
+        examples=(
+            "numballama export model.gguf smaller.gguf --to gguf --dtype q4_0",
+            "numballama export model.gguf folder --to safetensors --dtype f16",
+            "numballama export folder model-q4_k_m.gguf --to gguf --dtype q4_k --calibrate text.txt",
+        ),
     )
     export.add_argument("source", help=MODEL_HELP)
     export.add_argument("target", help="the file to write; for safetensors a directory")

@@ -23,6 +23,7 @@ from .args import (
     sampling_params,
 )
 from .batch import run_batch
+from .parser import Parser
 from .streams import read_stdin
 
 if TYPE_CHECKING:
@@ -40,9 +41,15 @@ OPENINGS = {
 STORY_DEFAULTS = SamplingParams(max_tokens=400)
 
 
-def add_story(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_story(commands: argparse._SubParsersAction[Parser]) -> None:
     story = commands.add_parser(
-        "story", help="tell a story", description="Tell a story, from an opening or from nothing."
+        "story",
+        help="tell a story",
+        description="Tell a story, from an opening or from nothing.",
+        examples=(
+            "numballama story --temperature 0",
+            'numballama story "Tom had a red boat." --seed 3 --max-tokens 100',
+        ),
     )
     opening = story.add_mutually_exclusive_group()
     opening.add_argument("prompt", nargs="?", help="the story's opening; without one the model begins itself")
@@ -54,14 +61,17 @@ def add_story(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> 
     story.set_defaults(run=run_story)
 
 
-def add_generate(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
     generate = commands.add_parser(
         "generate",
         help="continue a prompt",
         description="Continue a prompt; prints the continuation only. Or answer all prompts of a file.",
-        epilog='examples: numballama generate llama2_7b.bin --tokenizer tokenizer.model "The sky is"\n'
-        "numballama generate owner/name:Q4_K_M --input prompts.jsonl --output answers.jsonl --max-sequences 8",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        examples=(
+            'numballama generate model.gguf "The sky is" --max-tokens 50',
+            "numballama generate model.gguf - < prompt.txt",
+            "numballama generate model.gguf --input prompts.jsonl --output answers.jsonl",
+            'numballama generate llama2_7b.bin "The sky is" --tokenizer tokenizer.model',
+        ),
     )
     generate.add_argument("model", help=MODEL_HELP)
     prompt = generate.add_argument("prompt", help="the text to continue; - reads it from stdin")

@@ -7,13 +7,15 @@ import json
 
 from ..files import atomic_write
 from .args import MODEL_HELP, STORY_MODEL, tokenizer_option
+from .parser import Parser
 
 
-def add_inspect(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_inspect(commands: argparse._SubParsersAction[Parser]) -> None:
     inspect = commands.add_parser(
         "inspect",
         help="show what a model file holds",
         description="Config, memory, tensors, graph and plan of a model file. No weights are read.",
+        examples=("numballama inspect", "numballama inspect model.gguf --full"),
     )
     inspect.add_argument("model", nargs="?", help=f"{MODEL_HELP} ({STORY_MODEL})")
     tokenizer_option(inspect)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from .. import __version__, progress
 from ..errors import Error
@@ -14,60 +13,69 @@ from . import streams
 from .args import in_options, require_text
 from .bench import add_bench
 from .chat import add_chat
+from .completion import add_completion
 from .doctor import add_doctor
 from .explain import add_explain
 from .export import add_export
 from .generate import add_generate, add_story
 from .inspect import add_inspect
+from .parser import Parser
 from .serve import add_serve
 
-if TYPE_CHECKING:
-    from _typeshed import SupportsWrite
-
-FAILED, BROKEN_PIPE = 1, 141
-"""Exit codes: an `Error`; a closed pipe, as shells report it. Ctrl-C is `INTERRUPTED`. Wrong usage ends with argparse's
-2."""
+FAILED, WRONG_USAGE, BROKEN_PIPE = 1, 2, 141
+"""Exit codes: an `Error`; argparse's; a closed pipe, as shells report it. Ctrl-C is `INTERRUPTED`."""
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse's, which tells when --help cannot be written."""
+FIRST_STEPS = """\
+numballama runs Llama models, compiled from Python. To begin:
 
-    def _print_message(self, message: str, file: SupportsWrite[str] | None = None) -> None:
-        if file is sys.stdout:
-            file.write(message)
-        else:
-            super()._print_message(message, file)
+  numballama story            a story by the small model inside this package; nothing is downloaded
+  numballama doctor           whether CPU and GPU work here, and what is missing
+  numballama inspect MODEL    what a model file holds
+  numballama chat MODEL       a conversation with a model
+  numballama serve MODEL      a server with OpenAI's interface, and a page to chat on
+
+MODEL is a file (GGUF and others), a directory, or a name on the Hugging Face hub such as
+HuggingFaceTB/SmolLM2-135M-Instruct, which pip install "numballama[hub]" downloads.
+
+numballama --help lists all commands, numballama COMMAND --help explains one.
+"""
+"""What `numballama` alone prints."""
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> Parser:
     """The parser of the whole command line."""
-    main: argparse.ArgumentParser = _Parser(
+    main = Parser(
         prog="numballama",
-        description="LLaMA inference compiled from Python.",
-        epilog="numballama COMMAND --help explains a command. Text goes to stdout, notes and progress to stderr.",
+        description="LLaMA inference compiled from Python. Text goes to stdout, notes and progress to stderr.",
+        epilog="numballama COMMAND --help explains a command.",
+        examples=("numballama story", "numballama chat --help"),
     )
     main.add_argument("--version", action="version", version=f"numballama {__version__}")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
-        add_story,
-        add_generate,
-        add_chat,
-        add_serve,
-        add_inspect,
-        add_explain,
-        add_bench,
-        add_doctor,
-        add_export,
-    ):
+        add_story, add_generate, add_chat, add_serve, add_inspect, add_explain, add_bench, add_doctor, add_export,
+        add_completion,
+    ):  # fmt: skip
         add(commands)
+    main.set_defaults(parser=main)  # of which `completion` writes a script
     return main
+
+
+def _words(arguments: Sequence[str] | None) -> list[str]:
+    """The words of the command line. `numballama help story` is `numballama story --help`. None shows how to begin."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words:
+        streams.say(FIRST_STEPS.rstrip())
+        raise SystemExit(WRONG_USAGE)
+    return [*words[1:], "--help"] if words[0] == "help" else words
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     try:
         streams.prepare()
-        _run(parser().parse_args(arguments))
+        _run(parser().parse_args(_words(arguments)))
     except SystemExit:  # --help, --version, wrong usage
         if (code := _flush()) != 0:
             return code

@@ -16,9 +16,11 @@ from .args import (
     STORY_MODEL,
     model_options,
     read_template,
+    reason,
     template_arguments,
     template_options,
 )
+from .parser import Parser
 from .streams import say
 
 NEEDED = ("starlette", "uvicorn", "pydantic", "prometheus_client")
@@ -27,12 +29,16 @@ KEY_VARIABLE = "NUMBALLAMA_API_KEY"
 DEFAULTS = Settings()
 
 
-def add_serve(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_serve(commands: argparse._SubParsersAction[Parser]) -> None:
     serve = commands.add_parser(
         "serve",
         help="an HTTP server with OpenAI's interface",
         description="Serve a model over HTTP: OpenAI's and Anthropic's interfaces, for many clients at once.",
         epilog="It listens on 127.0.0.1 unless --host says otherwise. Ctrl-C and SIGTERM let running requests end.",
+        examples=(
+            "numballama serve model.gguf --max-sequences 16",
+            "numballama serve model.gguf --host 0.0.0.0 --api-key-file keys.txt --tls-cert cert.pem --tls-key key.pem",
+        ),
     )
     serve.add_argument("model", nargs="?", help=f"{MODEL_HELP} ({STORY_MODEL})")
     group = serve.add_argument_group("server")
@@ -151,7 +157,7 @@ def api_keys(arguments: argparse.Namespace) -> tuple[str, ...]:
         try:
             lines = Path(file).read_text(encoding="utf-8").split()
         except (OSError, ValueError) as error:
-            raise Error(f"{file}: cannot be read: {error}") from None
+            raise Error(f"{file}: cannot be read: {reason(error)}") from None
         if not lines:
             raise Error(f"{file}: there is no key in this file")
         keys += lines

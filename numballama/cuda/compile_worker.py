@@ -29,6 +29,7 @@ from typing import IO, Any
 
 from .. import progress
 from ..host.cgroup import usable_cores
+from ..host.child import can_start_python, python_environment
 from ..kernel_cache import Usage
 from .compiler import Cubin, cache_entry, compile_kernel
 from .launch import Specialization
@@ -66,7 +67,7 @@ def compile_ahead(
     if workers is None:
         workers = min(len(missing), usable_cores() - 1, MAX_WORKERS)
         workers = workers if workers >= MIN_WORKERS else 0
-    if len(missing) < MIN_KERNELS or workers < 1 or not _can_start_python():
+    if len(missing) < MIN_KERNELS or workers < 1 or not can_start_python():
         return {}
     with contextlib.ExitStack() as stack:
         if cache is None or Usage.of(cache).problem:
@@ -76,23 +77,6 @@ def compile_ahead(
             except OSError:
                 return {}
         return _WorkerPool(kernels, missing, capability, cache, workers).run(report)
-
-
-def _can_start_python() -> bool:
-    """Whether `sys.executable` is a Python: a frozen program, or one that embeds Python, would start itself."""
-    return not getattr(sys, "frozen", False) and "python" in os.path.basename(sys.executable or "").lower()
-
-
-def _environment() -> dict[str, str]:
-    """A worker's environment: this process's module search path, no GPU."""
-    path = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
-    variables = {
-        "PYTHONPATH": os.pathsep.join(path),
-        "PYTHONSAFEPATH": "1",  # -m would put the current directory first
-        "PYTHONNOUSERSITE": "1",  # the user's packages are in the path above if this process has them
-        "CUDA_VISIBLE_DEVICES": "",
-    }
-    return os.environ | variables
 
 
 class _WorkerPool:
@@ -148,7 +132,7 @@ class _WorkerPool:
             for _ in range(self._workers):
                 try:
                     process = subprocess.Popen(
-                        [sys.executable, *flags, *COMMAND], env=_environment(),
+                        [sys.executable, *flags, *COMMAND], env=python_environment(CUDA_VISIBLE_DEVICES=""),
                         cwd=package if package.is_dir() else None, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                         stderr=subprocess.DEVNULL, encoding="utf-8",
                     )  # fmt: skip

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from .. import kernel_cache
-from ..errors import DeviceError, Error
+from ..errors import NEXT_STEP, DeviceError, Error
 from ..host import environment, interrupts
 from ..registry import KernelRef
 from .launch import Specialization
@@ -24,7 +24,7 @@ try:
     from cuda.bindings import nvjitlink
 except ImportError as error:  # pragma: no cover - the message is tested without the packages
     raise DeviceError(
-        f"NVIDIA's Python packages are missing ({error}); install them with: pip install 'numballama[cuda]'"
+        f"NVIDIA's Python packages are missing ({error}): pip install 'numballama[cuda]'; {NEXT_STEP}"
     ) from error
 
 
@@ -112,9 +112,11 @@ def require_compiler() -> None:
     try:
         from numba import cuda
     except ImportError as error:
-        raise DeviceError(f"numba.cuda cannot be imported ({error}): pip install 'numballama[cuda]'") from error
+        raise DeviceError(
+            f"numba.cuda cannot be imported ({error}): pip install 'numballama[cuda]'; {NEXT_STEP}"
+        ) from error
     if getattr(cuda, "implementation", "") != "NVIDIA":
-        raise DeviceError("numba.cuda is not numba-cuda: install it with: pip install 'numballama[cuda]'")
+        raise DeviceError(f"numba.cuda is not numba-cuda's: pip install 'numballama[cuda]'; {NEXT_STEP}")
 
 
 def to_ptx(kernel: Specialization, capability: tuple[int, int]) -> str:

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import DeviceError
+from ..errors import NEXT_STEP, DeviceError
 from ..memory import format_bytes
 from .compiler import Cubin
 from .launch import Array, Launch
@@ -27,7 +27,7 @@ try:
     from cuda.bindings import driver
 except ImportError as error:  # pragma: no cover - the message is tested without the packages
     raise DeviceError(
-        f"NVIDIA's Python packages are missing ({error}); install them with: pip install 'numballama[cuda]'"
+        f"NVIDIA's Python packages are missing ({error}): pip install 'numballama[cuda]'; {NEXT_STEP}"
     ) from error
 
 MIN_CAPABILITY = (7, 5)
@@ -108,18 +108,17 @@ class Device:
             check(driver.cuInit(0))
             count = int(check(driver.cuDeviceGetCount()))
         except (DeviceError, RuntimeError, OSError) as error:
-            raise DeviceError(
-                f"device {name!r}: no usable NVIDIA driver was found ({error}); use device='cpu'"
-            ) from None
+            raise DeviceError(f"device {name!r}: no usable NVIDIA driver was found ({error}); {NEXT_STEP}") from None
         if self.index >= count:
-            raise DeviceError(f"device {name!r}: this machine has {count} CUDA device{'s' * (count != 1)}")
+            found = f"this machine has {count} CUDA device{'s' * (count != 1)}"
+            raise DeviceError(f"device {name!r}: {found}; {NEXT_STEP}")
         self._handle = check(driver.cuDeviceGet(self.index))
         self.name = check(driver.cuDeviceGetName(128, self._handle)).split(b"\0")[0].decode()
         self.capability = (self._attribute("COMPUTE_CAPABILITY_MAJOR"), self._attribute("COMPUTE_CAPABILITY_MINOR"))
         if self.capability < MIN_CAPABILITY:
             found = ".".join(map(str, self.capability))
             raise DeviceError(
-                f"device {name!r}: {self.name} has compute capability {found}; at least 7.5 is needed; use device='cpu'"
+                f"device {name!r}: {self.name} has compute capability {found}, at least 7.5 is needed; {NEXT_STEP}"
             )
         self.n_sms = self._attribute("MULTIPROCESSOR_COUNT")
         self.shared_limit = self._attribute("MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")

@@ -17,7 +17,7 @@ from functools import lru_cache
 from typing import Any
 
 from .. import progress
-from ..errors import DeviceError
+from ..errors import NEXT_STEP, DeviceError
 
 
 def import_numba() -> None:
@@ -48,7 +48,7 @@ def refuse_simulator() -> None:
     """Raise `DeviceError` if numba-cuda would simulate a GPU, in which case it compiles nothing for a real one."""
     name = "NUMBA_ENABLE_CUDASIM"
     if re.fullmatch(r"[+-]?\d*[1-9]\d*", os.environ.get(name, "").strip()):
-        _refuse(name, "numba-cuda then simulates a GPU and cannot use a real one", "unset it")
+        _refuse(name, "numba-cuda then simulates a GPU and cannot use a real one", f"unset it; {NEXT_STEP}")
 
 
 # LLVM

@@ -29,7 +29,7 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 ORDER = """
     errors validation progress
-    host: cgroup environment interrupts
+    host: cgroup environment interrupts child
     config rope memory
     checkpoint
     quantization: types blocks search activations convert kv policy
@@ -52,8 +52,8 @@ ORDER = """
             kernels.reduce kernels.dequant kernels.dot kernels.gemv kernels_cuda kernels.kv_q8_0 kernels.gemm \
             kernels.skinny_x kernels.skinny_sum kernels.skinny kernels.wide kernels.kv_source \
             kernels.decode_attention kernels.rows_attention kernels.group_queries kernels.group_attention \
-            kernels.prefill_attention kernels.logits kernels.sampling kernels.copy compiler driver compile_worker \
-            weights sampler_table decode_pipeline program bandwidth timing backend
+            kernels.prefill_attention kernels.logits kernels.sampling kernels.copy compiler driver selfcheck \
+            compile_worker weights sampler_table decode_pipeline program bandwidth timing backend
     reference backend session
     engine: interrupts sequence pages runner request constraints driver stats scheduler engine capacity model_runner
     structured: checker schema lark vocabulary forced constraint compiler
@@ -63,10 +63,11 @@ ORDER = """
     bench: traffic debug profiler trace benchmark
     explain: logprobs values tokens terminal html explanation
     model importance
+    doctor: packages cache check cpu gpu report
     server: settings errors protocol params http metrics tools.definitions tools.events tools.scanner tools.call \
             tools.parser tools.grammar tools.messages tools.formats page.markdown service generation logprobs call \
             completions chat_core chat responses messages tokens answers openapi guard app run affinity ray_app
-    cli: streams args doctor inspect explain batch generate remote chat serve bench export main
+    cli: streams parser args completion doctor inspect explain batch generate remote chat serve bench export main
     __main__
 """
 """The flow, from left to right: a module imports only modules before it.
@@ -386,7 +387,7 @@ def tops(modules: Iterable[str]) -> set[str]:
 
 HEAVY = {
     "numba", "llvmlite", "sentencepiece", "rich", "tokenizers", "jinja2", "safetensors", "torch", "huggingface_hub",
-    "starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance", "ray",
+    "starlette", "uvicorn", "pydantic", "prometheus_client", "llguidance", "ray", "shtab",
 }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ blocks, the words are checked.
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
@@ -23,14 +24,17 @@ from numballama.cpu import CpuBackend
 from numballama.export import export_model
 from numballama.formats.hf import config as hf_config
 from numballama.formats.hf import reader as hf
+from numballama.loader import STORY_MODEL
 from numballama.quantization import policy
 from numballama.quantization.types import KV_TYPES
 from numballama.server.settings import Settings
+from tests.helpers.command_line import call
 from tests.helpers.markup import parsed
 from tests.helpers.notebook import fake_ipython, run_cells
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+START = sorted((ROOT / "docs" / "start").glob("*.md"))
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *START]
 BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
@@ -65,11 +69,11 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 SHELL = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 
-def commands() -> list[str]:
+def commands(pages: Sequence[Path] = PAGES) -> list[str]:
     """The commands of the pages, after the word `numballama`."""
-    found = [block for page in PAGES for block in SHELL.findall(page.read_text(encoding="utf-8"))]
+    found = [block for page in pages for block in SHELL.findall(page.read_text(encoding="utf-8"))]
     lines = [line for block in found for line in block.splitlines()]
-    parts = [part.strip() for line in lines for part in re.split(r"&&|[|;]", line)]
+    parts = [part.strip() for line in lines for part in re.split(r"&&|[|;>]| #", line)]
     return [part.removeprefix("numballama ") for part in parts if part.startswith("numballama ")]
 
 
@@ -81,6 +85,28 @@ def test_commands_are_understood(words: str) -> None:
         assert re.fullmatch(r"auto|cpu|reference|cuda(:\d)?", parsed.device)
         assert parsed.kv_dtype in (None, *KV_TYPES)
         assert parsed.dtype in (None, *policy.DTYPES)
+
+
+NOT_RUN = ("doctor", "serve", "chat", "bench")
+"""Commands of the pages in docs/start that other tests run, or that wait for somebody."""
+
+
+@pytest.mark.slow
+def test_commands_of_the_first_pages_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those that need no network and no GPU, in a folder with a model."""
+    pytest.importorskip("shtab")
+    shutil.copy(STORY_MODEL, tmp_path / "model.gguf")
+    monkeypatch.chdir(tmp_path)
+    run = []
+    for words in dict.fromkeys(commands(START)):
+        if words.split()[0] not in NOT_RUN and "HuggingFaceTB/" not in words and "--device cuda" not in words:
+            short = ["--max-tokens", "8"] if words.startswith("story") else []
+            done = call(capsys, *shlex.split(words), *short)
+            assert done.code == 0 and done.out and not done.err, (words, done.err)
+            run.append(words.split()[0])
+    assert len(run) >= 7 and {"story", "generate", "inspect", "completion"} <= set(run)
 
 
 @pytest.mark.slow

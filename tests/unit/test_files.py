@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from numballama.errors import Error, FormatError
-from numballama.files import atomic_write, atomic_write_directory, expand_user, map_file
+from numballama.files import atomic_write, atomic_write_directory, expand_user, map_file, require_folder
 
 
 def test_only_regular_files_are_mapped(tmp_path: Path) -> None:
@@ -75,3 +75,16 @@ def test_paths(monkeypatch: pytest.MonkeyPatch) -> None:
         expand_user(3)  # type: ignore[arg-type]
     with pytest.raises(Error, match="~nobody-of-this-name"):
         expand_user("~nobody-of-this-name/x")
+
+
+def test_a_folder_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    """And not the temporary file."""
+    target = tmp_path / "none" / "file"
+    with pytest.raises(Error, match=rf"^{target}: cannot be written: there is no folder {target.parent}$"):
+        require_folder(target)
+    with (
+        pytest.raises(Error, match=rf"^{target}: cannot be written: there is no folder {target.parent}$"),
+        atomic_write(target),
+    ):
+        pass
+    require_folder(tmp_path / "file")

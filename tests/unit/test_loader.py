@@ -208,3 +208,16 @@ def test_how_many_tokens_a_tokenizer_may_have_beyond_the_embedding(rows: int, mo
     elif more == 0:
         loader._require_fit(opened, tokenizer, path)
         assert opened.notes == [] and opened.stop_token_ids == (0, rows - 1, rows)
+
+
+@pytest.mark.parametrize("text", ["# A page\n\nof text", '{"a": 1}', "中文的说明" * 20, "\ufeffa text", "x" * 200])
+def test_a_text_is_no_model(tmp_path: Path, text: str) -> None:
+    """The character that byte 64 cuts is no damage."""
+    (tmp_path / "README.md").write_text(text, encoding="utf-8")
+    with pytest.raises(UnsupportedError, match="a text file, which is not read; supported are"):
+        open_checkpoint(tmp_path / "README.md")
+
+
+def test_a_name_that_is_no_file() -> None:
+    with pytest.raises(Error, match=r"^llama3: no such file; a model is a file, a directory, or a name on the .* hub"):
+        open_checkpoint("llama3")

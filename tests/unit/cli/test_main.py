@@ -49,7 +49,7 @@ def test_errors_are_one_line_and_exit_with_1(
     assert done.err.startswith("numballama: ") and done.out == ""
 
 
-@pytest.mark.parametrize("words", [(), ("sing",), ("generate",), ("story", "--temperature", "warm")])
+@pytest.mark.parametrize("words", [("sing",), ("generate",), ("story", "--temperature", "warm")])
 def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str], words: tuple[str, ...]) -> None:
     done = call(capsys, *words)
     assert done.code == 2 and "usage" in done.err

@@ -38,7 +38,6 @@ COMMANDS = {
     "generate": f"NUMBALLAMA generate MODEL hello {FEW}",
     "chat": f"echo hello | NUMBALLAMA chat MODEL {FEW}",
     "inspect": "NUMBALLAMA inspect MODEL",
-    "doctor": "NUMBALLAMA doctor",
     "export": "NUMBALLAMA export MODEL FOLDER/out.gguf --to gguf",
     "bench": "NUMBALLAMA bench MODEL --prompt-tokens 4 --max-tokens 2 --repeats 1",
     "help": "NUMBALLAMA --help",
@@ -155,7 +154,7 @@ def test_errors_of_the_system_name_their_file(
     def fails(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "/some/file")
 
-    monkeypatch.setattr("numballama.cli.doctor.report", fails)
+    monkeypatch.setattr("numballama.doctor.report.Report.make", fails)
     done = call(capsys, "doctor")
     assert (done.code, done.out, done.err) == (1, "", "numballama: /some/file: Permission denied\n")
     streams.say("a line")

@@ -1,0 +1,72 @@
+"""The doctor's report as text and as JSON."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+from numballama.doctor.cache import Cache
+from numballama.doctor.cpu import CpuReport
+from numballama.doctor.gpu import GpuDevice, GpuReport
+from numballama.doctor.packages import Extra, Package, Packages
+from numballama.doctor.report import Container, Report
+
+HEALTHY = Report(
+    Container(8, 2, 1.5, 1 << 30, 1 << 29),
+    Packages(
+        (Package("numpy", "2.4.6", ""),),
+        (Extra("hub", (Package("huggingface-hub", None, ""),)), Extra("serve", (Package("uvicorn", "0.54", ""),))),
+    ),
+    CpuReport(
+        True, None, None, "EPYC", "own threads", 2, "a quota of 1.5 cores", 8, {"FMA": True, "VNNI": False}, 1e-5, 2e10,
+        Cache("/cache/cpu", 3, 4096),
+    ),
+    GpuReport(
+        True, None, None, 1, "580.1", "13.0", {"numba-cuda": "0.30.4"}, "compiled and run",
+        [GpuDevice("cuda:0", "NVIDIA H200", "9.0", 132, 1 << 36, 1 << 37, True, None, 4e12)],
+        Cache("/cache/cuda", 5, 8192),
+    ),
+)  # fmt: skip
+
+
+def test_text_of_a_machine_on_which_all_works() -> None:
+    lines = HEALTHY.as_text().splitlines()
+    for line in (
+        "             container: a CPU quota of 1.5 cores, a memory limit that leaves 1.0 GiB",
+        "packages     numpy 2.4.6",
+        'extras       hub        not installed (huggingface-hub missing): pip install "numballama[hub]"',
+        "             serve      uvicorn 0.54",
+        "CPU          works: the story model's logits differ from the reference's by 1.0e-05",
+        "             EPYC: 2 workers, because a quota of 1.5 cores",
+        "             instructions: 8 float32 at a time; FMA; not VNNI",
+        "             memory: 20.0 GB/s, read by all workers",
+        "             kernels: /cache/cpu (3 kernels, 4.0 KiB)",
+        "GPU          works",
+        "             cuda:0: NVIDIA H200, compute capability 9.0, 132 multiprocessors, 64.0 GiB of 128.0 GiB free",
+        "             cuda:0: a copy reads and writes 4,000 GB/s",
+        "             driver: 580.1, for CUDA 13.0",
+        'device       "auto" takes cuda',
+    ):
+        assert line in lines, "\n".join(lines)
+    assert "to mend" not in HEALTHY.as_text()
+
+
+def test_text_of_a_machine_on_which_nothing_works() -> None:
+    broken = replace(
+        HEALTHY,
+        packages=Packages((), ()),
+        cpu=CpuReport(problem="Numba is broken", command="pip install numba"),
+        gpu=GpuReport(problem="no driver", command="sudo reboot"),
+    )
+    lines = broken.as_text().splitlines()
+    assert "CPU          does not work: Numba is broken" in lines and "             to mend: pip install numba" in lines
+    assert "GPU          not used: no driver" in lines and "             to mend: sudo reboot" in lines
+    assert 'device       "auto" takes cpu' in lines and any("not installed as a package" in line for line in lines)
+
+
+def test_json_has_the_same_facts() -> None:
+    found = json.loads(json.dumps(HEALTHY.to_dict()))
+    assert found["auto"] == "cuda" and found["cpu"]["works"] and found["gpu"]["devices"][0]["name"] == "NVIDIA H200"
+    assert found["container"]["cpu_quota"] == 1.5 and found["cpu"]["cache"]["kernels"] == 3
+    assert found["extras"]["hub"]["command"] == 'pip install "numballama[hub]"'
+    assert found["packages"] == {"numpy": "2.4.6"}
