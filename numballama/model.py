@@ -23,7 +23,7 @@ from .engine.capacity import kv_layout
 from .engine.engine import Engine
 from .engine.model_runner import ModelRunner
 from .engine.request import Request
-from .errors import CLOSED, NOT_NUMBERS, Error, Interrupted, UnsupportedError
+from .errors import CLOSED, Error, Interrupted, UnsupportedError
 from .generate import GenerationResponse, HowToSubmit, TextEngine, TextStreams
 from .graph import Logits, build
 from .memory import format_bytes
@@ -228,26 +228,28 @@ class Model:
 
         Raises `Error` for no ids, ids outside the vocabulary and logits that are NaN, `ContextError` for more than fit.
         """
-        engine = self.token_engine
-        tokens = engine.validate(ids)
+        tokens = self.token_engine.validate(ids)
+        out, done = np.empty((len(tokens), self.config.vocab_size), np.float32), 0
+        for rows in self.iter_logits(tokens):
+            out[done : done + len(rows)] = rows
+            done += len(rows)
+        return out
+
+    def iter_logits(self, ids: Iterable[int], start: int = 0) -> Iterator[np.ndarray]:
+        """Yield `logits(ids)[start:]` in parts, float32 [rows, vocab], with memory for one. The next overwrites it.
+
+        Requests wait until the iterator ends or is closed. Raises what `logits` does, when the first part is read.
+        """
+        tokens = self.token_engine.validate(ids)
         with self.exclusive() as session:
-            program = self._all_logits
-            if program is None:
+            if self._all_logits is None:
                 with progress.progress_bar("compiling kernels") as report:
                     graph = self._build(min(self.backend.prefill_chunk, self.context), "all")
-                    program = self._all_logits = self._program_of(graph, report)
-            out = np.empty((len(tokens), self.config.vocab_size), np.float32)
-            step = len(program.inputs["ids"])
-            for start in range(0, len(tokens), step):
-                chunk = tokens[start : start + step]
-                session.set_inputs(program, chunk)
-                program.run(len(chunk), rows=len(chunk))
-                if -1 in program.value("next")[: len(chunk)]:
-                    raise Error(NOT_NUMBERS)
-                session.tokens.extend(chunk)
-                out[start : start + len(chunk)] = program.value("logits")[: len(chunk)]
+                    self._all_logits = self._program_of(graph, report)
+            if start:
+                session.prefill(tokens[:start])
+            yield from session.each_logits(self._all_logits, tokens[start:])
             self._runner.look_at_page(1)  # the first of an exclusive session
-        return out
 
     @overload
     def generate(

@@ -18,6 +18,7 @@ from .doctor import add_doctor
 from .export import add_export
 from .generate import add_generate, add_story
 from .inspect import add_inspect
+from .perplexity import add_perplexity
 from .serve import add_serve
 
 if TYPE_CHECKING:
@@ -47,7 +48,9 @@ def parser() -> argparse.ArgumentParser:
     )
     main.add_argument("--version", action="version", version=f"numballama {__version__}")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_story, add_generate, add_chat, add_serve, add_inspect, add_bench, add_doctor, add_export):
+    for add in (
+        add_story, add_generate, add_chat, add_serve, add_inspect, add_bench, add_perplexity, add_doctor, add_export,
+    ):  # fmt: skip
         add(commands)
     return main
 

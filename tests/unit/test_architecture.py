@@ -59,12 +59,12 @@ ORDER = """
     generate
     chat: sandbox builtin_templates template tool_messages encoder conversation
     export inspection
-    bench: traffic debug profiler trace benchmark
+    bench: traffic debug profiler trace benchmark perplexity
     model
     server: settings errors protocol params http metrics tools.definitions tools.events tools.scanner tools.call \
             tools.parser tools.grammar tools.messages tools.formats page.markdown service generation logprobs call \
             completions chat_core chat responses messages tokens answers openapi guard app run affinity ray_app
-    cli: streams args doctor inspect batch generate remote chat serve bench export main
+    cli: streams args doctor inspect batch generate remote chat serve bench perplexity export main
     __main__
 """
 """The flow, from left to right: a module imports only modules before it.
