@@ -229,7 +229,7 @@ _PHRASES = {
     "template= or --chat-template": "--chat-template",
 }
 """What an error says to a Python program → what it says on the command line."""
-_OPTIONS = "|".join([*MODEL_OPTIONS, *SAMPLING_HELP, "prompt_tokens", "repeats", "chunks"])
+_OPTIONS = "|".join([*MODEL_OPTIONS, *SAMPLING_HELP, "prompt_tokens", "repeats", "chunks", "sequences"])
 _KEYWORD = re.compile(rf"(?<![^\s(:;,])({_OPTIONS})=(?:'([^' ]*)'|([\w.:/-]*))")
 _SUBJECT = re.compile(rf"^({_OPTIONS})(?= (?:must be|\S+ is not supported|is not supported)\b)")
 

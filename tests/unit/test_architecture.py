@@ -59,7 +59,7 @@ ORDER = """
     generate
     chat: sandbox builtin_templates template tool_messages encoder conversation
     export inspection
-    bench: traffic debug profiler trace benchmark perplexity
+    bench: traffic debug profiler trace benchmark sweep llama_cpp perplexity
     model
     server: settings errors protocol params http metrics tools.definitions tools.events tools.scanner tools.call \
             tools.parser tools.grammar tools.messages tools.formats page.markdown service generation logprobs call \
