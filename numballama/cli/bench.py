@@ -97,11 +97,11 @@ def _sweep(arguments: argparse.Namespace) -> None:
     if arguments.compare:
         speeds = _beside_llama_cpp(speeds, files[0], results[0].device != "cpu", arguments.repeats)
     title = f"{results[0].model} on {results[0].device}, {', '.join(results[0].types)}"
+    print(json.dumps(to_dict(results[0], speeds), indent=2) if arguments.json else f"{title}\n{as_table(speeds)}")
     for path, text in ((arguments.csv, as_csv(speeds)), (arguments.svg, draw(speeds, title))):
         if path is not None:
             with atomic_write(path) as file:
                 file.write(text.encode())
-    print(json.dumps(to_dict(results[0], speeds), indent=2) if arguments.json else f"{title}\n{as_table(speeds)}")
 
 
 def _beside_llama_cpp(speeds: list[Speed], path: Path, gpu: bool, repeats: int) -> list[Speed]:

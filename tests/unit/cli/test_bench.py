@@ -38,7 +38,7 @@ def test_lists_give_csv_json_and_a_picture(tiny_file: Path, tmp_path: Path, caps
     assert [(run["prompt_tokens"], run["sequences"], run["context"]) for run in runs] == [
         (3, 1, 40), (3, 2, 40), (5, 1, 40), (5, 2, 40),
     ]  # fmt: skip
-    rows = list(csv.DictReader((tmp_path / "speeds.csv").open()))
+    rows = list(csv.DictReader((tmp_path / "speeds.csv").read_text().splitlines()))
     assert [float(row["decode_tokens_per_second"]) for row in rows] == [run["decode_tokens_per_second"] for run in runs]
     assert (tmp_path / "speeds.svg").read_text().startswith("<svg ")
     one = json.loads(call(capsys, *words, "--prompt-tokens", 3, "--sequences", 2, "--json").out)
@@ -56,7 +56,9 @@ def test_what_a_sweep_refuses(
         (("--prompt-tokens", "8,x"), 2, "invalid int,… value: '8,x'"),
         (("--prompt-tokens", "8,0"), 1, "--prompt-tokens must be at least 1"),
         (("--sequences", "0"), 1, "at least 1, found 0"),
-        (("--svg", tmp_path / "none" / "a.svg", "--max-tokens", 2, "--repeats", 1), 1, "a.svg"),
     ):
         done = call(capsys, "bench", tiny_file, "--device", "cpu", "--threads", 1, *words)
         assert done.code == code and expected in done.err and done.out == "", (words, done)
+    words = ("--max-tokens", 2, "--repeats", 1, "--prompt-tokens", 3, "--svg", tmp_path / "none" / "a.svg")
+    done = call(capsys, "bench", tiny_file, "--device", "cpu", "--threads", 1, *words)
+    assert done.code == 1 and "a.svg" in done.err and "numballama" in done.out, "what was measured is not lost"
