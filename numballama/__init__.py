@@ -21,6 +21,7 @@ from .errors import ContextError, DeviceError, Error, FormatError, Interrupted, 
 if TYPE_CHECKING:
     from .chat.conversation import Chat
     from .config import RopePairing
+    from .explain.explanation import ExplainedText, Explanation
     from .generate import GenerationResponse
     from .generate import GenerationResponse as Piece
     from .inspection import Inspection
@@ -37,6 +38,8 @@ __all__ = [
     "ContextError",
     "DeviceError",
     "Error",
+    "ExplainedText",
+    "Explanation",
     "FormatError",
     "GenerationResponse",
     "Interrupted",
@@ -64,7 +67,8 @@ def _explains_names(function: _Function) -> _Function:
             from .sampling import OTHER_NAMES, SamplingOptions
             from .validation import refuse_options
 
-            refuse_options(named, known, {**{name: name for name in SamplingOptions.__annotations__}, **OTHER_NAMES})
+            sampling = {**{name: name for name in SamplingOptions.__annotations__}, **OTHER_NAMES}
+            refuse_options(named, known, sampling, function.__name__)
         return function(*positional, **named)
 
     return checked  # type: ignore[return-value]
@@ -141,14 +145,24 @@ def compile(
     )
 
 
-def inspect(path: str | PathLike[str] | None, tokenizer: str | PathLike[str] | None = None) -> Inspection:
-    """Describe a model file: config, tensors, graph, plan and a memory estimate. Reads no weights.
+@_explains_names
+def inspect(
+    path: str | PathLike[str] | None,
+    tokenizer: str | PathLike[str] | None = None,
+    context: int | None = None,
+    kv_dtype: KVType | None = None,
+    dtype: Dtype | None = None,
+    max_sequences: int = 1,
+) -> Inspection:
+    """Describe a model file: config, tensors, graph, plan and the memory that it takes. Reads no weights.
 
-    The result prints as a report. Raises `FormatError` or `UnsupportedError` as `compile` does.
+    `context` (tokens), `kv_dtype`, `dtype` and `max_sequences` are those that you would pass to `compile`: the result's
+    `memory` is for them, and `memory_for()` answers for others. It prints as a report; a notebook draws it.
+    Raises `FormatError` or `UnsupportedError` as `compile` does.
     """
     from .inspection import Inspection
 
-    return Inspection(path, tokenizer)
+    return Inspection(path, tokenizer, context=context, kv_dtype=kv_dtype, dtype=dtype, max_sequences=max_sequences)
 
 
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
@@ -166,6 +180,8 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
 
 _LAZY = {
     "Chat": ("chat.conversation", "Chat"),
+    "ExplainedText": ("explain.explanation", "ExplainedText"),
+    "Explanation": ("explain.explanation", "Explanation"),
     "GenerationResponse": ("generate", "GenerationResponse"),
     "Model": ("model", "Model"),
     "Piece": ("generate", "GenerationResponse"),  # the old name

@@ -136,6 +136,23 @@ class Checkpoint:
         """The chat template named "default"."""
         return self.chat_templates.get("default")
 
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises `Error`, which says how to give one, if there is none."""
+        if self.tokenizer is None:
+            why = f", because {self.tokenizer_error}" if self.tokenizer_error else ""
+            raise Error(
+                f"{self.path.name} carries no tokenizer{why}: pass its file to compile(…, tokenizer=…), "
+                "--tokenizer on the command line"
+            )
+        return self.tokenizer
+
+    @property
+    def end_ids(self) -> frozenset[int]:
+        """Ids that end a text: those of the file and of the tokenizer."""
+        tokenizer = self.require_tokenizer()
+        bos = {tokenizer.bos_id} if self.bos_is_stop_token and tokenizer.bos_id is not None else set()
+        return tokenizer.eog_ids | bos | frozenset(self.stop_token_ids)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all weights."""

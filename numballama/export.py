@@ -107,7 +107,7 @@ INT8_ONLY = ("llama2c-v2", "kuiper-int8")
 QUANTS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(FLOAT_ONLY, ("f32",)),
     **dict.fromkeys(INT8_ONLY, ("int8",)),
-    "gguf": ("f32", "f16", "bf16", "q8_0", "q4_0"),
+    "gguf": ("f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0"),
     "safetensors": ("f32", "f16", "bf16"),
 }
 """Format → values of `quantize`. GGUF also holds the other block types, if the source has them."""

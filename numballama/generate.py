@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 from .engine.engine import Engine
 from .engine.request import FinishReason, Request, TokenEvent, TokenLogprobs
 from .engine.stats import EngineStats
+from .errors import Error
 from .sampling import SamplingParams
 from .tokenizers.base import Decoder
+from .visualize.stream import display_stream
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,34 @@ class GenerationResponse:
 
     def __str__(self) -> str:
         return self.text
+
+
+class ResponseStream(Generator[GenerationResponse, None, None]):
+    """What `stream` returns: iterate over it to read a `GenerationResponse` for each token.
+
+    As the last expression of a notebook's cell it shows its text there while it is generated. That reads it.
+    """
+
+    def __init__(self, responses: Generator[GenerationResponse, None, None], prompt: str = "") -> None:
+        self._responses, self._prompt = responses, prompt
+
+    def send(self, value: None) -> GenerationResponse:
+        """The next response."""
+        return next(self._responses)
+
+    def throw(self, *error: Any) -> GenerationResponse:
+        """Raise an error where the stream waits, as in any generator."""
+        return self._responses.throw(*error)
+
+    def close(self) -> None:
+        """Cancel the request."""
+        self._responses.close()
+
+    def __repr__(self) -> str:
+        return "<stream of responses: iterate over it, or let a notebook's cell show it>"
+
+    def _ipython_display_(self) -> None:
+        display_stream(self, self._prompt)
 
 
 class TextStream:
@@ -76,6 +106,25 @@ class TextStreams:
 
     def __call__(self, event: TokenEvent) -> GenerationResponse:
         return self._streams[event.index](event)
+
+
+def prompts_with_params(
+    prompt: str | Sequence[str | None] | None, params: SamplingParams | Sequence[SamplingParams] | None
+) -> tuple[Sequence[str | None], Sequence[SamplingParams | None]]:
+    """The prompts of a call, and the settings of each. Raises `Error` where they do not belong together."""
+    if isinstance(prompt, str | None):
+        if not isinstance(params, SamplingParams | None):
+            raise Error(f"params must be SamplingParams for a single prompt, found {params!r}")
+        return [prompt], [params]
+    if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
+        raise Error(f"the prompt must be a string, None or a list of these, found {prompt!r}")
+    if not isinstance(params, Sequence):
+        return prompt, [params] * len(prompt)
+    if len(params) != len(prompt):
+        raise Error(
+            f"there are {len(prompt)} prompts and {len(params)} params: pass one params for each, or one for all"
+        )
+    return prompt, params
 
 
 class HowToSubmit(TypedDict, total=False):

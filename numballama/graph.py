@@ -162,6 +162,11 @@ class Builder:
         weights = graph.add("softmax", scores, out=f"{p}probabilities")
         return graph.add("attention_values", weights, v_cache, *self._where, out=f"{p}attn_out", window=window)
 
+    def classify(self, x: Value, p: str = "") -> Value:
+        """The final norm and the classifier. Returns `{p}logits` [T, vocab]."""
+        x = self.norm(x, "norm", f"{p}final")
+        return self.linear(x, "tok_embeddings" if self.config.tied_embeddings else "output", f"{p}logits")
+
 
 def llama_layer(b: Builder, x: Value, p: str) -> Value:
     """One layer of Llama, Mistral, Qwen2 or Qwen3. The names of its weights begin with `p`."""
@@ -194,6 +199,7 @@ def build(
     logits: Logits = "rows",
     int8_activations: bool = False,
     activations: ActivationType = "f32",
+    lens: bool = False,
 ) -> Graph:
     """The graph of a model for up to `tokens` tokens per run.
 
@@ -201,17 +207,19 @@ def build(
     their argmax. With `logits` "all", or for a single token, every token has logits: R = `tokens`. With "rows", the
     input `rows` names those that have: R is the number of slots, or `tokens` if that is less. With `int8_activations`
     the input of every int8 weight is quantised first, in the weight's groups; with `activations` "int8" that of every
-    weight of blocks as well, as `VEC_DOT_TYPE` says.
+    weight of blocks as well, as `VEC_DOT_TYPE` says. With `lens`, the output of each layer before the last also goes
+    through the final norm and the classifier: `layers.N.lens_logits` are the logits if the model ended there.
     """
     graph = Graph(f"llama, {tokens} token{'s' if tokens > 1 else ''}")
     b = Builder(graph, config, types, kv, tokens, int8_activations, activations)
     x = graph.add("embedding", b.ids, b.weight("tok_embeddings"), out="x")
     for layer in range(config.n_layers):
         x = LAYERS[type(config)](b, x, f"layers.{layer}.")
+        if lens and layer < config.n_layers - 1:
+            b.classify(x, f"layers.{layer}.lens_")
     if logits == "rows" and tokens > 1:
         rows = graph.input("rows", (min(kv.slots, tokens),), "i32")
         x = graph.add("rows", x, rows, out="x_rows")
-    x = b.norm(x, "norm", "final")
-    result = b.linear(x, "tok_embeddings" if config.tied_embeddings else "output", "logits")
+    result = b.classify(x)
     graph.outputs = [result.name, graph.add("argmax", result, out="next").name]
     return graph

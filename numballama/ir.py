@@ -21,7 +21,7 @@ import numpy as np
 from .errors import Error
 from .memory import ceil_div
 from .quantization.types import KV_BLOCK
-from .visualize import draw_graph
+from .visualize.graph import draw_graph
 
 DTYPES: dict[str, np.dtype[Any]] = {
     "f32": np.dtype(np.float32),
@@ -293,8 +293,8 @@ class Graph:
             lines.append(f"  {index:4} {op.kind:{width}} ({', '.join(op.inputs)}){attrs} → {results}")
         return "\n".join([*lines, f"  outputs  {', '.join(self.outputs)}"])
 
-    def _repr_svg_(self) -> str:
-        """The graph as a drawing, for a notebook."""
+    def _repr_html_(self) -> str:
+        """The graph as a drawing with layers that unfold, for a notebook."""
         return draw_graph(self)
 
     def __repr__(self) -> str:

@@ -14,26 +14,30 @@ import numpy as np
 from . import ir, loader, memory, plan, progress
 from .backend import Backend, Program, backend_class, choose_device, open_backend
 from .bench import debug
+from .bench.profiler import Profile, bandwidth_or_note, profile, require_plan
 from .chat.conversation import Chat
-from .chat.encoder import NO_BOS, SPELLED, Encoders, note_once, spells_control_tokens
+from .chat.encoder import NO_BOS, Encoders, encode_prompt, note_once
 from .chat.template import Message, TemplateSet, conversation_of, refuse_options
 from .checkpoint import Checkpoint, Weight
 from .config import ModelConfig, RopePairing
-from .engine.capacity import kv_layout
+from .engine.capacity import choose_context, kv_layout
 from .engine.engine import Engine
 from .engine.model_runner import ModelRunner
 from .engine.request import Request
 from .errors import CLOSED, Error, Interrupted, UnsupportedError
-from .generate import GenerationResponse, HowToSubmit, TextEngine, TextStreams
+from .explain.explanation import LOGPROBS, Explanation, explain, text_of
+from .explain.values import ValueReader
+from .generate import GenerationResponse, HowToSubmit, ResponseStream, TextEngine, TextStreams, prompts_with_params
 from .graph import Logits, build
 from .memory import format_bytes
 from .quantization import policy
 from .quantization.types import KV_TYPES, VEC_DOT_TYPE, ActivationType, KVType
 from .sampling import DEFAULTS, NOT_GIVEN, NotGiven, SamplerTable, SamplingOptions, SamplingParams, merge
-from .session import Session
+from .session import Session, filled
 from .structured.compiler import compile_constraint
 from .tokenizers.base import Tokenizer
-from .validation import whole_number
+from .validation import require_supported, whole_number
+from .visualize import card
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -42,9 +46,9 @@ if TYPE_CHECKING:
 class Model:
     """A compiled model. Use `numballama.compile`; see there for the arguments.
 
-    Attributes: `path`, `config`, `tokenizer` (or None), `weights`, `graph` (as declared, for one token), `device`,
-    `threads`, `context`, `kv` (the cache's layout), `activations`, `notes` (what was assumed or chosen, a sentence
-    each), `load_s` (seconds that loading and compiling took).
+    Attributes: `path`, `format` (its name), `config`, `tokenizer` (or None), `weights`, `graph` (as declared, for one
+    token), `device`, `threads`, `context`, `kv` (the cache's layout), `activations`, `notes` (what was assumed or
+    chosen, a sentence each), `load_s` (seconds that loading and compiling took).
     """
 
     def __init__(
@@ -71,9 +75,7 @@ class Model:
             ("kv_dtype", kv_dtype, (None, *KV_TYPES)),
             ("activations", activations, get_args(ActivationType)),
         ):
-            if value not in known:
-                choices = ", ".join(str(each) for each in known if each is not None)
-                raise UnsupportedError(f"{name} {value!r} is not supported; choose from {choices}")
+            require_supported(name, value, known)
         self.device, why = choose_device(device)
         kind = backend_class(self.device)
         self.activations = activations
@@ -82,7 +84,7 @@ class Model:
         self._checkpoint: Checkpoint = loader.open_checkpoint(
             model_path, tokenizer, rope_pairing=rope_pairing, rope_theta=rope_theta, norm_eps=norm_eps
         )
-        self.path = self._checkpoint.path
+        self.path, self.format = self._checkpoint.path, self._checkpoint.format
         self.config: ModelConfig = self._checkpoint.config
         self.tokenizer: Tokenizer | None = self._checkpoint.tokenizer
         if self.tokenizer is not None:
@@ -90,7 +92,7 @@ class Model:
         self.notes = list(self._checkpoint.notes)
         if device == "auto":
             self.notes.append(f"device {self.device}, chosen because {why}")
-        self.context = _choose_context(self.config, context, self.notes)
+        self.context = choose_context(self.config, context, self.notes)
         self.max_sequences = whole_number("max_sequences", max_sequences, 1)
         kv_tokens = None if kv_tokens is None else whole_number("kv_tokens", kv_tokens, 1)
         self._kv_arguments = kv_dtype or kind.default_kv_dtype, self.max_sequences, kv_tokens
@@ -117,10 +119,10 @@ class Model:
         self.threads: int = backend.workers
         self.load_s = time.perf_counter() - started
 
-    def _build(self, tokens: int, logits: Logits) -> ir.Graph:
+    def _build(self, tokens: int, logits: Logits, lens: bool = False) -> ir.Graph:
         types = {name: weight.type for name, weight in self.weights.items()}
         int8 = self._checkpoint.int8_activations
-        return build(self.config, types, self.kv, tokens, logits, int8, self.activations)
+        return build(self.config, types, self.kv, tokens, logits, int8, self.activations, lens)
 
     def _compile(self, backend: Backend) -> None:
         self.kv = kv_layout(self.config, self.context, *self._kv_arguments, backend.free_bytes(), self.notes)
@@ -140,6 +142,7 @@ class Model:
             self._runner.prepare(report)
         self._engine = Engine(self._runner, context=self.context, mixed_tokens=self._runner.mixed_tokens)
         self._all_logits: Program | None = None
+        self.value_reader = ValueReader(self, partial(self._build, logits="all", lens=True))
 
     def _program_of(self, graph: ir.Graph, report: progress.Report | None = None) -> Program:
         return debug.watched(self.backend.program(graph, self._fusions, report), self.backend)
@@ -181,6 +184,20 @@ class Model:
             raise Error(CLOSED)
         return self._engine
 
+    def profile(self, prompt: str | Iterable[int] = "Once upon a time") -> Profile:
+        """Time each step of a decode step after a prompt, text or token ids: by operator and by part of the model.
+
+        The result prints as tables: time, bytes, GB/s, and the share of the memory's bandwidth, which is measured once.
+        Raises `Error` on the reference, `ContextError` for a prompt that is too long.
+        """
+        require_plan(self)
+        ids = self._encode_prompt(prompt, DEFAULTS)[0] if isinstance(prompt, str) else prompt
+        return profile(self, self.token_engine.validate(ids), self._bandwidth)
+
+    @cached_property
+    def _bandwidth(self) -> float | None:
+        return bandwidth_or_note(self.backend, self.notes)
+
     @contextlib.contextmanager
     def exclusive(self) -> Iterator[Session]:
         """Have the device and an empty session for the block, for measurements. Requests wait, and compute their tokens
@@ -204,6 +221,7 @@ class Model:
             backend.close()
         finally:
             self._engine = self._program = self._all_logits = self._backend = None
+            self.value_reader.close()
             del self._runner
             self.weights = {}
             self._checkpoint.weights = {}
@@ -219,6 +237,19 @@ class Model:
             "a model can be neither copied nor pickled: pass its path, and call numballama.compile() where it is needed"
         )
 
+    @property
+    def arena_bytes(self) -> int:
+        """Bytes of the arenas of all programs. Raises `Error` once the model is closed."""
+        plans = [program.plan for program in self._runner.programs] if self.program else []
+        return sum(plan.arena_bytes for plan in plans if plan is not None)
+
+    def __str__(self) -> str:
+        return card.as_text(card.of_model(self))
+
+    def _repr_html_(self) -> str:
+        """A card for a notebook: configuration, bytes by type and part, device, memory."""
+        return card.as_html(card.of_model(self))
+
     def __repr__(self) -> str:
         c = self.config
         return f"<Model {self.path.name}: {c.n_layers} layers, dim {c.dim}, on {self.device}, context {self.context}>"
@@ -229,27 +260,42 @@ class Model:
         Raises `Error` for no ids, ids outside the vocabulary and logits that are NaN, `ContextError` for more than fit.
         """
         tokens = self.token_engine.validate(ids)
-        out, done = np.empty((len(tokens), self.config.vocab_size), np.float32), 0
-        for rows in self.iter_logits(tokens):
-            out[done : done + len(rows)] = rows
-            done += len(rows)
-        return out
+        return filled(np.empty((len(tokens), self.config.vocab_size), np.float32), self.iter_logits(tokens))
 
     def iter_logits(self, ids: Iterable[int], start: int = 0) -> Iterator[np.ndarray]:
-        """Yield `logits(ids)[start:]` in parts, float32 [rows, vocab], with memory for one. The next overwrites it.
-
-        Requests wait until the iterator ends or is closed. Raises what `logits` does, when the first part is read.
-        """
+        """Yield `logits(ids)[start:]` in parts, float32 [rows, vocab]. The next overwrites it. Requests wait."""
         tokens = self.token_engine.validate(ids)
         with self.exclusive() as session:
             if self._all_logits is None:
                 with progress.progress_bar("compiling kernels") as report:
                     graph = self._build(min(self.backend.prefill_chunk, self.context), "all")
                     self._all_logits = self._program_of(graph, report)
-            if start:
-                session.prefill(tokens[:start])
-            yield from session.each_logits(self._all_logits, tokens[start:])
+            yield from session.each_logits(self._all_logits, tokens, start)
             self._runner.look_at_page(1)  # the first of an exclusive session
+
+    def values(self, ids: Iterable[int], name: str) -> np.ndarray:
+        """A value of the graph by name (`print(model.graph)` lists them) for a text of these ids, a row for each id.
+
+        "layers.3.probabilities" is [len(ids), n_heads, len(ids)], a layer's output "layers.3.x_out" [len(ids), dim],
+        keys in the cache "layers.3.k_cache" [len(ids), n_kv_heads, head_dim]. A weight comes whole, as float32. Ops run
+        one by one, without fusions, from an empty cache.
+
+        Raises `Error` for a name that the graph does not have, with near ones, and for a result that is too large.
+        """
+        return self.value_reader.read(ids, name)
+
+    def explain(
+        self, text: str | Iterable[int] | Iterable[GenerationResponse], logprobs: int = LOGPROBS, *,
+        layer: int | None = None, head: int | None = None, lens: bool = True,
+    ) -> Explanation:  # fmt: skip
+        """What the model computes for a text, a string or token ids: each token's probability and the `logprobs`
+        likeliest in its place; attention of a layer (None: the last) and a head (None: the mean of all); with `lens`
+        also what each layer would predict, for which the classifier runs once a layer. Responses of
+        `stream(…, logprobs=5)` are shown in the same way, without a run.
+
+        Raises `Error` for more than 2,048 tokens, and for a layer or head that the model does not have.
+        """
+        return explain(self, text, logprobs, layer, head, lens)
 
     @overload
     def generate(
@@ -282,13 +328,14 @@ class Model:
         """Continue a prompt and return the text. For a list of prompts, return a list. None starts from BOS alone.
 
         `params` are the settings: one for all prompts, or a list with one for each. `max_tokens` and `options` replace
-        fields of them (see `SamplingParams`). `temperature=0` is greedy. The text ends at EOS (in llama2.c and
-        KuiperLLama files also at BOS), before a stop string, at `max_tokens` or at the end of the context.
+        fields of them (see `SamplingParams`). `temperature=0` is greedy. With `logprobs` the text shows
+        its tokens' probabilities in a notebook: `ExplainedText`. It ends at EOS (in llama2.c and KuiperLLama files also
+        at BOS), before a stop string, at `max_tokens` or at the end of the context.
 
         Raises `ContextError` for a prompt that does not fit; `Error` for an empty prompt, an invalid or unknown option,
         or a model without a tokenizer; `Interrupted`, with the text so far, on Ctrl-C.
         """
-        prompts, each = ([prompt], [_one(params)]) if isinstance(prompt, str | None) else _for_each(prompt, params)
+        prompts, each = prompts_with_params(prompt, params)
         settings = [merge(own, DEFAULTS, max_tokens, options) for own in each]
         if any(own.n > 1 for own in settings):
             raise Error("n > 1 gives several texts, generate() returns one: read them from stream(), by response.index")
@@ -298,13 +345,13 @@ class Model:
             for text, own in zip(prompts, settings, strict=True):
                 requests.append(self._submit_ids(*self._encode_prompt(text, own), own))
             for request in requests:
-                parts: list[str] = []
+                responses: list[GenerationResponse] = []
                 try:
                     for response in request:
-                        parts.append(response.text)
+                        responses.append(response)
                 except KeyboardInterrupt:
-                    raise Interrupted("".join(parts), texts) from None
-                texts.append("".join(parts))
+                    raise Interrupted("".join(map(str, responses)), texts) from None
+                texts.append(text_of(self, responses))
         finally:
             for request in requests:  # a traceback may keep them alive
                 request.cancel()
@@ -317,39 +364,35 @@ class Model:
         *,
         params: SamplingParams | None = None,
         **options: Unpack[SamplingOptions],
-    ) -> Iterator[GenerationResponse]:
+    ) -> ResponseStream:
         """Like `generate` for one prompt, but yields a `GenerationResponse` for each token as soon as it is known.
+
+        As the last expression of a notebook's cell, it shows its text there while it is generated.
 
         Arguments are checked by the call, not by the first response. Text never ends inside a character, and no part of
         a stop string is ever yielded. Several streams of one model may be read alternately or from several threads:
         they advance together, as many at a time as `max_sequences` of `compile`.
         """
         settings = merge(params, DEFAULTS, max_tokens, options)
-        return iter(self._submit_ids(*self._encode_prompt(prompt, settings), settings))
+        request = self._submit_ids(*self._encode_prompt(prompt, settings), settings)
+        return ResponseStream(request.__iter__(), prompt or "")
 
     def _encode_prompt(self, prompt: str | None, settings: SamplingParams) -> tuple[list[int], bool]:
         """(ids of a prompt, whether the output is a new text). None: the beginning-of-text token alone."""
-        tokenizer = self._require_tokenizer()
-        if not (prompt is None or isinstance(prompt, str)):
-            raise Error(f"the prompt must be a string or None, found {prompt!r:.200}; stream_ids() takes token ids")
-        if prompt == "":
-            raise Error("the prompt is empty; None starts from the beginning-of-text token alone")
-        ids = tokenizer.encode(prompt or "", bos=True, special=settings.special)
-        if prompt is not None and not settings.special and spells_control_tokens(tokenizer, prompt):
-            note_once(self.notes, SPELLED)
-        if prompt is None and tokenizer.bos_id is not None:  # also if this tokenizer puts no BOS before a text
-            ids = [tokenizer.bos_id]
-        return ids, prompt is None
+        return encode_prompt(self.require_tokenizer(), prompt, settings.special, self.notes), prompt is None
 
     def _submit_ids(
         self, ids: Iterable[int], new_text: bool, settings: SamplingParams, shown: Collection[int] = (),
         **how: Unpack[HowToSubmit],
     ) -> Request[GenerationResponse]:  # fmt: skip
         """Submit token ids. `new_text` is `strip_leading_space` of `TextEngine.submit`, `shown` its `shown_tokens`."""
-        tokenizer = self._require_tokenizer()
+        tokenizer = self.require_tokenizer()
         strip = new_text and not settings.is_constrained  # a grammar means the tokens' own text
         streams = TextStreams(lambda: tokenizer.decoder(strip, shown), settings.stop, settings.n)
-        stop_token_ids, vocab_size = self._stop_token_ids(settings, tokenizer), self.config.vocab_size
+        stop_token_ids = frozenset(settings.stop_token_ids)
+        if not settings.ignore_eos:
+            stop_token_ids |= self._checkpoint.end_ids
+        vocab_size = self.config.vocab_size
         constraint = compile_constraint(settings, tokenizer, vocab_size=vocab_size, stop_token_ids=stop_token_ids)
         return self.token_engine.submit(
             ids, settings, stop_token_ids=stop_token_ids, process=streams, constraint=constraint, **how
@@ -387,23 +430,15 @@ class Model:
         strip_leading_space: bool = False,
         reuse_prefix: bool = True,
         **options: Unpack[SamplingOptions],
-    ) -> Iterator[GenerationResponse]:
+    ) -> ResponseStream:
         """Like `stream`, from token ids instead of text.
 
         `strip_leading_space`: the output is a new text, so drop the space that the tokenizer's encoder prepends.
         `reuse_prefix`: reuse tokens at the beginning of `ids` that are in the KV cache, whoever computed them.
         """
         settings = merge(params, DEFAULTS, max_tokens, options)
-        return iter(self._submit_ids(ids, strip_leading_space, settings, reuse_prefix=reuse_prefix))
-
-    def _stop_token_ids(self, params: SamplingParams, tokenizer: Tokenizer) -> frozenset[int]:
-        """Ids that end a text: those of `params` and, unless it ignores EOS, those of the file and the tokenizer."""
-        own: set[int | None] = set()
-        if not params.ignore_eos:
-            own = {*tokenizer.eog_ids, *self._checkpoint.stop_token_ids}
-            if self._checkpoint.bos_is_stop_token:
-                own.add(tokenizer.bos_id)
-        return frozenset(params.stop_token_ids) | {token for token in own if token is not None}
+        request = self._submit_ids(ids, strip_leading_space, settings, reuse_prefix=reuse_prefix)
+        return ResponseStream(request.__iter__())
 
     def apply_chat_template(
         self,
@@ -425,7 +460,7 @@ class Model:
         """
         wanted = template_kwargs.pop("chat_template", None)
         given, variables = conversation_of(messages, add_generation_prompt, {"tools": tools, **template_kwargs})
-        encoder = self._encoders.get(self._require_tokenizer(), wanted, tools is not None)
+        encoder = self._encoders.get(self.require_tokenizer(), wanted, tools is not None)
         if not tokenize:
             return encoder.template.render(given, **variables)
         ids = encoder.encode(given, **variables)
@@ -452,48 +487,13 @@ class Model:
         """
         refuse_options(template_kwargs)
         tools = template_kwargs.get("tools") is not None
-        encoder = self._encoders.get(self._require_tokenizer(), template or None, tools)
+        encoder = self._encoders.get(self.require_tokenizer(), template or None, tools)
         return Chat(self, encoder, system, messages, template_kwargs)
 
     @cached_property
     def _encoders(self) -> Encoders:
         return Encoders(TemplateSet(self._checkpoint.chat_templates, self._checkpoint.template_tokens))
 
-    def _require_tokenizer(self) -> Tokenizer:
-        if self.tokenizer is None:
-            why = f", because {self._checkpoint.tokenizer_error}" if self._checkpoint.tokenizer_error else ""
-            raise Error(
-                f"{self.path.name} carries no tokenizer{why}: pass its file to compile(…, tokenizer=…), "
-                "--tokenizer on the command line"
-            )
-        return self.tokenizer
-
-
-def _one(params: SamplingParams | Sequence[SamplingParams] | None) -> SamplingParams | None:
-    if not isinstance(params, SamplingParams | None):
-        raise Error(f"params must be SamplingParams for a single prompt, found {params!r}")
-    return params
-
-
-def _for_each(
-    prompts: Sequence[str | None], params: SamplingParams | Sequence[SamplingParams] | None
-) -> tuple[Sequence[str | None], Sequence[SamplingParams | None]]:
-    """The prompts and the settings of each."""
-    if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
-        raise Error(f"the prompt must be a string, None or a list of these, found {prompts!r}")
-    if not isinstance(params, Sequence):
-        return prompts, [params] * len(prompts)
-    if len(params) != len(prompts):
-        raise Error(
-            f"there are {len(prompts)} prompts and {len(params)} params: pass one params for each, or one for all"
-        )
-    return prompts, params
-
-
-def _choose_context(config: ModelConfig, context: int | None, notes: list[str]) -> int:
-    if context is None:
-        return config.default_context
-    context = whole_number("context", context, 1)
-    if context > config.context:
-        notes.append(f"context {context:,}: the model was trained for {config.context:,}, beyond that it gets worse")
-    return context
+    def require_tokenizer(self) -> Tokenizer:
+        """The tokenizer. Raises `Error`, which says how to give one, if the model has none."""
+        return self._checkpoint.require_tokenizer()

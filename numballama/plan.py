@@ -11,7 +11,7 @@ from .errors import Error
 from .fusion import operand_types
 from .ir import Graph, Op, Value, verify
 from .memory import round_up
-from .visualize import draw_plan
+from .visualize.plan import draw_plan
 
 ALIGNMENT = 64
 """Alignment of values in bytes: a cache line, and the widest vector register."""
@@ -89,8 +89,8 @@ class Plan:
             f"<Plan of {self.graph.name} on {self.backend}: {len(self.steps)} steps, arena {self.arena_bytes:,} bytes>"
         )
 
-    def _repr_svg_(self) -> str:
-        """The memory map as a drawing, for a notebook."""
+    def _repr_html_(self) -> str:
+        """The memory map as a drawing, and the steps as a table, for a notebook."""
         return draw_plan(self)
 
 

@@ -9,7 +9,7 @@ from typing import NoReturn, SupportsFloat, SupportsIndex, cast
 
 import numpy as np
 
-from .errors import Error
+from .errors import Error, UnsupportedError
 
 
 def whole_number(name: str, value: object, minimum: int | None = None) -> int:
@@ -49,6 +49,14 @@ def strings(name: str, value: object) -> Sequence[str]:
     if not isinstance(items, Sequence) or not all(isinstance(item, str) for item in items):
         raise Error(f"{name} must be a string or a list of strings, found {value!r}")
     return items
+
+
+def require_supported(name: str, value: object, known: Iterable[str | None]) -> None:
+    """Raise `UnsupportedError`, with the choices, for a `value` that is not among the `known` ones."""
+    known = list(known)
+    if value not in known:
+        choices = ", ".join(each for each in known if each is not None)
+        raise UnsupportedError(f"{name} {value!r} is not supported; choose from {choices}")
 
 
 def require_known(what: str, names: Iterable[str], known: Iterable[str], others: Mapping[str, str]) -> None:
@@ -156,14 +164,16 @@ NEEDLESS_OPTIONS = {
 """Options of other libraries that there is nothing to choose for → why."""
 
 
-def refuse_options(given: Iterable[str], known: Sequence[str], sampling: Mapping[str, str]) -> NoReturn:
-    """Raise `Error` for names among `given` that are not `known` options of `compile`.
+def refuse_options(
+    given: Iterable[str], known: Sequence[str], sampling: Mapping[str, str], function: str = "compile"
+) -> NoReturn:
+    """Raise `Error` for names among `given` that are not `known` options of `compile`, or of another function.
 
     `sampling`: names of sampling options → what to use for them in `generate`.
     """
     unknown = [name for name in given if name not in known]
     if why := NEEDLESS_OPTIONS.get(unknown[0]):
-        raise Error(f"unknown option of compile() {unknown[0]}: leave it out, {why}")
+        raise Error(f"unknown option of {function}() {unknown[0]}: leave it out, {why}")
     others = {name: f"{meant} (generate())" for name, meant in sampling.items()}
-    require_known("option of compile()", unknown, known, others | OTHER_OPTIONS)
+    require_known(f"option of {function}()", unknown, known, others | OTHER_OPTIONS)
     raise AssertionError(unknown)

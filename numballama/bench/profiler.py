@@ -1,20 +1,26 @@
-"""Profile one decode step: the time of each kernel, and how close it is to the minimum that the memory allows.
+"""Profile one decode step: the time of each kernel and each part, and how close it is to what the memory allows.
 
 Each step of the plan is measured by itself, as `Backend.time_steps` says. Neighbouring steps overlap in a real run, so
-the sum of the steps is not the time of the whole: both are shown. The minimum time of a step is the bytes that it must
-move (`traffic.step_bytes`) divided by the measured bandwidth.
+the sum of the steps is not the time of the whole: both are shown. The floor of a step, its minimum time, is the bytes
+that it must move (`traffic.step_bytes`) divided by the measured bandwidth.
 """
 
 from __future__ import annotations
 
+import time
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..errors import Error
+from .. import progress
+from ..errors import DeviceError, Error
 from ..ir import Op
+from ..visualize import profile as view
+from ..visualize.parts import OTHER, PARTS, layer_of, parts_of_ops, short_name
 from .traffic import step_bytes
 
 if TYPE_CHECKING:
+    from ..backend import Backend
     from ..model import Model
 
 MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "tok_embeddings", "output")
@@ -23,7 +29,9 @@ MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "tok_embeddings", "output"
 
 @dataclass(frozen=True)
 class StepTime:
-    """A measured step of the plan. `layer` is None outside the layers. `weights` are short names, joined by spaces."""
+    """A measured step of the plan. `layer` is None outside the layers. `weights` are short names, joined by spaces.
+    `part` is the part of the model: one of `parts.PARTS`.
+    """
 
     index: int
     op: str
@@ -32,6 +40,7 @@ class StepTime:
     layer: int | None
     seconds: float
     nbytes: int
+    part: str = OTHER
 
     @property
     def name(self) -> str:
@@ -53,24 +62,41 @@ class StepKind:
     seconds: float
     nbytes: float
     rate: float
-    bandwidth_fraction: float
-    """`rate` divided by the memory bandwidth: 1 is as fast as memory allows."""
+    bandwidth_fraction: float | None
+    """`rate` divided by the memory bandwidth, or the floor divided by the time: 1 is as fast as memory allows."""
+    share: float
+
+
+@dataclass(frozen=True)
+class PartTime:
+    """All steps of a part of the model. `seconds`, `floor_s` and `nbytes` are sums; the others are as in `StepKind`."""
+
+    part: str
+    count: int
+    seconds: float
+    floor_s: float | None
+    """Seconds that moving the bytes takes at the memory bandwidth."""
+    nbytes: int
+    rate: float
+    bandwidth_fraction: float | None
     share: float
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A decode step measured at `position` of a context.
+    """A decode step measured at `position` of a context. Prints as a table; a notebook shows it with bars.
 
-    `bandwidth` is the memory bandwidth in bytes per second. `whole_s` is the time of the whole step in seconds.
+    `bandwidth` is the memory bandwidth in bytes per second, None where it could not be measured. `whole_s` is the time
+    of the whole step in seconds, `prompt_s` that of the `position` tokens before it (None: there are none).
     """
 
     model: str
     device: str
     position: int
-    bandwidth: float
+    bandwidth: float | None
     whole_s: float
     steps: tuple[StepTime, ...]
+    prompt_s: float | None = None
 
     @property
     def sum_s(self) -> float:
@@ -83,20 +109,46 @@ class Profile:
         return sum(step.nbytes for step in self.steps)
 
     @property
+    def floor_s(self) -> float | None:
+        """Seconds that moving these bytes takes at the memory bandwidth."""
+        return self._floor(self.nbytes)
+
+    def fraction(self, rate: float) -> float | None:
+        """A rate, in bytes per second, divided by the memory bandwidth."""
+        return rate / self.bandwidth if self.bandwidth else None
+
+    def _floor(self, nbytes: float) -> float | None:
+        return nbytes / self.bandwidth if self.bandwidth else None
+
+    @property
     def kinds(self) -> list[StepKind]:
         """The steps by kind, in the order in which the kinds first occur."""
-        groups: dict[tuple[str, str], list[StepTime]] = {}
-        for step in self.steps:
-            groups.setdefault((step.name, step.kernel), []).append(step)
         kinds = []
-        for (name, kernel), steps in groups.items():
-            seconds, nbytes = sum(step.seconds for step in steps), sum(step.nbytes for step in steps)
+        for (name, kernel), steps in _grouped((step.name, step.kernel) for step in self.steps):
+            seconds, nbytes = self._sums(steps)
             rate = nbytes / seconds
             kinds.append(StepKind(
-                name, kernel, len(steps), seconds / len(steps), nbytes / len(steps), rate, rate / self.bandwidth,
+                name, kernel, len(steps), seconds / len(steps), nbytes / len(steps), rate, self.fraction(rate),
                 seconds / self.sum_s,
             ))  # fmt: skip
         return kinds
+
+    @property
+    def parts(self) -> list[PartTime]:
+        """The steps by part of the model, in the order of `PARTS`. Parts without a step are left out."""
+        parts = []
+        for part, steps in sorted(_grouped(step.part for step in self.steps), key=lambda group: PARTS.index(group[0])):
+            seconds, nbytes = self._sums(steps)
+            rate = nbytes / seconds
+            parts.append(PartTime(
+                part, len(steps), seconds, self._floor(nbytes), nbytes, rate, self.fraction(rate),
+                seconds / self.sum_s,
+            ))  # fmt: skip
+        return parts
+
+    def _sums(self, indices: Sequence[int]) -> tuple[float, int]:
+        steps = [self.steps[index] for index in indices]
+        return sum(step.seconds for step in steps), sum(step.nbytes for step in steps)
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; units are in the keys."""
@@ -105,46 +157,86 @@ class Profile:
             "device": self.device,
             "position": self.position,
             "memory_bandwidth_bytes_per_second": self.bandwidth,
+            "prompt_s": self.prompt_s,
             "whole_step_s": self.whole_s,
             "sum_of_steps_s": self.sum_s,
+            "floor_s": self.floor_s,
             "bytes": self.nbytes,
+            "parts": [asdict(part) for part in self.parts],
             "rows": [asdict(kind) for kind in self.kinds],
             "steps": [asdict(step) for step in self.steps],
         }
 
+    def __str__(self) -> str:
+        return view.as_text(self)
 
-def profile(model: Model, position: int, bandwidth: float) -> Profile:
-    """Measure every step of one decode step, after `position` tokens of context.
+    def _repr_html_(self) -> str:
+        """The tables, for a notebook."""
+        return view.as_html(self)
 
-    `bandwidth`, in bytes per second, is the memory's. Raises `Error` on the reference, which has no plan, and
-    `ContextError` if the position is outside the context.
+    def __repr__(self) -> str:
+        return f"<Profile of {self.model} on {self.device}: {len(self.steps)} steps, {self.whole_s * 1e6:,.0f} µs>"
+
+
+_Key = TypeVar("_Key", bound=Hashable)
+
+
+def _grouped(keys: Iterable[_Key]) -> list[tuple[_Key, list[int]]]:
+    """Each key, in the order of their first occurrence, with the indices at which it stands."""
+    groups: dict[_Key, list[int]] = {}
+    for index, key in enumerate(keys):
+        groups.setdefault(key, []).append(index)
+    return list(groups.items())
+
+
+def profile(model: Model, prompt: int | Sequence[int], bandwidth: float | None) -> Profile:
+    """Measure every step of one decode step after a prompt: token ids, or just how many.
+
+    `bandwidth`, in bytes per second, is the memory's; None: unknown. Raises `Error` on the reference, which has no
+    plan, and `ContextError` if no token fits after the prompt.
     """
-    program, backend = model.program, model.backend
-    graph = model.plan.graph
-    with model.exclusive() as session:
+    program, backend, graph = model.program, model.backend, model.plan.graph
+    if isinstance(prompt, int):
+        prompt = [token % model.config.vocab_size for token in range(1, prompt + 1)]
+    position, prompt_s = len(prompt), None
+    with model.exclusive() as session, progress.progress_bar("profile") as report:
         if position:
-            session.prefill([token % model.config.vocab_size for token in range(1, position + 1)])
+            report("prompt", 0, 2)
+            for _ in range(2):  # the first run may read weights from the disk
+                session.truncate()
+                backend.synchronize()
+                started = time.perf_counter()
+                session.prefill(prompt)
+                backend.synchronize()
+                prompt_s = time.perf_counter() - started
         session.set_inputs(program, [0])
         sizes = [step_bytes(graph, op, backend.weight_nbytes, position) for op in graph.ops]
         kernels = program.kernel_names()
-        described = [_describe(op) for op in graph.ops]
-        kinds = [(weights, *rest) for (weights, _), *rest in zip(described, kernels, sizes, strict=True)]
-        times, whole = backend.time_steps(program, kinds, sizes)
+        weights = [_matrices(op) for op in graph.ops]
+        report("steps", 1, 2)
+        times, whole = backend.time_steps(program, list(zip(weights, kernels, sizes, strict=True)), sizes)
     steps = tuple(
-        StepTime(index, op.kind, weights, kernel.removesuffix("_kernel"), layer, seconds, nbytes)
-        for index, (op, (weights, layer), kernel, seconds, nbytes) in enumerate(
-            zip(graph.ops, described, kernels, times, sizes, strict=True)
+        StepTime(index, op.kind, weight, kernel.removesuffix("_kernel"), layer_of(op.outputs[0]), seconds, nbytes, part)
+        for index, (op, weight, kernel, seconds, nbytes, part) in enumerate(
+            zip(graph.ops, weights, kernels, times, sizes, parts_of_ops(graph), strict=True)
         )
     )
-    return Profile(model.path.name, backend.description, position, bandwidth, whole, steps)
+    return Profile(model.path.name, backend.description, position, bandwidth, whole, steps, prompt_s)
 
 
-def _describe(op: Op) -> tuple[str, int | None]:
-    """Short names of an op's matrices, and its layer."""
-    layers = (name.split(".")[1] for name in (*op.inputs, *op.outputs) if name.startswith("layers."))
-    layer = next(layers, None)
-    matrices = [name.rpartition(".")[2] for name in op.inputs if "/" not in name]
-    return " ".join(name for name in matrices if name in MATRICES), None if layer is None else int(layer)
+def _matrices(op: Op) -> str:
+    """Short names of an op's matrices."""
+    return " ".join(name for name in map(short_name, op.inputs) if name in MATRICES)
+
+
+def bandwidth_or_note(backend: Backend, notes: list[str]) -> float | None:
+    """The memory's bandwidth in bytes per second. None, with a note, where too little memory is free to measure it."""
+    try:
+        return backend.measure_bandwidth()
+    except DeviceError as error:
+        if str(error) not in notes:
+            notes.append(str(error))
+        return None
 
 
 def require_plan(model: Model) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..engine.request import FinishReason
 from ..errors import ContextError, Error, Interrupted
-from ..generate import GenerationResponse
+from ..generate import GenerationResponse, ResponseStream
 from ..sampling import CHAT_DEFAULTS, NOT_GIVEN, NotGiven, SamplingOptions, SamplingParams, merge
 from .encoder import NO_BOS, ConversationEncoder, note_once
 from .template import ChatTemplate, Message, plain_message, stop_token_ids
@@ -155,7 +155,7 @@ class Chat:
         *,
         params: SamplingParams | None = None,
         **options: Unpack[SamplingOptions],
-    ) -> Iterator[GenerationResponse]:
+    ) -> ResponseStream:
         """Send a message and yield the answer: a `GenerationResponse` for each token.
 
         `max_tokens` is 1024 unless it or `params` is given. The other arguments are as in `Model.stream`. The message
@@ -181,7 +181,7 @@ class Chat:
                 "reset() the chat, shorten the message, or compile with a larger context="
             )
         responses = self._model.stream_ids(ids, params=settings, strip_leading_space=True, reuse_prefix=True)
-        return self._answer(history, rendered, ids, responses)
+        return ResponseStream(self._answer(history, rendered, ids, responses))
 
     def _encode(self, history: Sequence[Message], special: bool = False) -> tuple[str, list[int]]:
         """The conversation rendered, and its ids. `special`: control tokens that messages spell are tokens."""
@@ -191,7 +191,7 @@ class Chat:
 
     def _answer(
         self, history: list[dict[str, Any]], rendered: str, ids: list[int], responses: Iterator[GenerationResponse]
-    ) -> Iterator[GenerationResponse]:
+    ) -> Generator[GenerationResponse, None, None]:
         """The responses. The text of each enters the conversation before it is yielded."""
         before, turn, tokens = self._history, Turn(len(ids)), list[int]()
         answer = {"role": "assistant", "content": ""}

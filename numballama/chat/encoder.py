@@ -192,6 +192,24 @@ def note_once(notes: list[str], text: str) -> None:
         progress.info(text)
 
 
+def encode_prompt(tokenizer: Tokenizer, prompt: str | None, special: bool, notes: list[str]) -> list[int]:
+    """Ids of a prompt, in which no template is applied. None: the beginning-of-text token alone.
+
+    `special`: control tokens that it spells out are tokens. Otherwise a note says that they are text. Raises `Error`
+    for an empty prompt, or one that is no text.
+    """
+    if not (prompt is None or isinstance(prompt, str)):
+        raise Error(f"the prompt must be a string or None, found {prompt!r:.200}; stream_ids() takes token ids")
+    if prompt == "":
+        raise Error("the prompt is empty; None starts from the beginning-of-text token alone")
+    if prompt is None and tokenizer.bos_id is not None:  # also if this tokenizer puts no BOS before a text
+        return [tokenizer.bos_id]
+    ids = tokenizer.encode(prompt or "", bos=True, special=special)
+    if prompt is not None and not special and spells_control_tokens(tokenizer, prompt):
+        note_once(notes, SPELLED)
+    return ids
+
+
 def spells_control_tokens(tokenizer: Tokenizer, text: str) -> bool:
     """Whether a text spells a control token out."""
     return any(token in text for token in tokenizer.special_tokens if token)

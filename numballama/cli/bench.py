@@ -125,6 +125,7 @@ def _once(arguments: argparse.Namespace) -> None:
         from ..bench import trace
         from ..bench.benchmark import bench
         from ..bench.profiler import profile, require_plan
+        from ..visualize.profile import show
 
         profiled = arguments.profile or arguments.trace is not None
         if profiled:
@@ -133,7 +134,7 @@ def _once(arguments: argparse.Namespace) -> None:
         result = measured.to_dict()
         if profiled:
             position = prompt_tokens + arguments.max_tokens // 2
-            found = profile(model, position, measured.memory_bandwidth_bytes_per_second or 0.0)
+            found = profile(model, position, measured.memory_bandwidth_bytes_per_second)
             result["profile"] = found.to_dict()
             if arguments.trace is not None:
                 trace.write_trace(found, arguments.trace)
@@ -141,6 +142,6 @@ def _once(arguments: argparse.Namespace) -> None:
     if profiled and not arguments.json:
         print()
         if sys.stdout.isatty():
-            trace.show(found)
+            show(found)
         else:
-            print(trace.as_text(found))
+            print(found)

@@ -15,6 +15,7 @@ from .args import in_options, require_text
 from .bench import add_bench
 from .chat import add_chat
 from .doctor import add_doctor
+from .explain import add_explain
 from .export import add_export
 from .generate import add_generate, add_story
 from .inspect import add_inspect
@@ -49,8 +50,17 @@ def parser() -> argparse.ArgumentParser:
     main.add_argument("--version", action="version", version=f"numballama {__version__}")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
-        add_story, add_generate, add_chat, add_serve, add_inspect, add_bench, add_perplexity, add_doctor, add_export,
-    ):  # fmt: skip
+        add_story,
+        add_generate,
+        add_chat,
+        add_serve,
+        add_inspect,
+        add_explain,
+        add_bench,
+        add_perplexity,
+        add_doctor,
+        add_export,
+    ):
         add(commands)
     return main
 

@@ -1,4 +1,4 @@
-"""How large the KV cache is: what the caller asks for, and what fits in memory."""
+"""How large the context and the KV cache are: what the caller asks for, and what fits in memory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,22 @@ from ..errors import ContextError, Error
 from ..graph import KVLayout
 from ..memory import SHORTER, format_bytes
 from ..quantization.types import KVType
+from ..validation import whole_number
 
 MAX_SEQUENCES = 1024
 """Largest `max_sequences`: tables have a row for each sequence, also while nobody uses it."""
 SHARE = 0.9
 """Share of the free memory that the KV cache may take by itself. The rest is for programs and for others."""
+
+
+def choose_context(config: ModelConfig, context: int | None, notes: list[str]) -> int:
+    """The context in tokens: `context`, or the model's default. A note says if the model was trained for less."""
+    if context is None:
+        return config.default_context
+    context = whole_number("context", context, 1)
+    if context > config.context:
+        notes.append(f"context {context:,}: the model was trained for {config.context:,}, beyond that it gets worse")
+    return context
 
 
 def kv_layout(

@@ -71,6 +71,12 @@ class ModelRunner:
         self.prompt = self._make(self._graph_of(self.max_tokens, "rows"), report)
         return self.decode, self.prompt
 
+    @property
+    def programs(self) -> list[Program]:
+        """The programs made so far. Each has an arena of its own."""
+        mixed = [] if self._mixed is None else [self._mixed]
+        return [*self._decode.values(), self.prompt, *mixed]
+
     def prepare(self, report: Report | None) -> None:
         """Make the programs of all batch sizes now, so that no request waits for them."""
         for size in self._sizes:

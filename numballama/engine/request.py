@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -165,7 +165,7 @@ class Request(Generic[R]):
         """End the request at the engine's next step. Nothing more can be read. From any thread, any number of times."""
         self._engine.cancel_state(self._state)
 
-    def __iter__(self) -> Iterator[R]:
+    def __iter__(self) -> Generator[R, None, None]:
         state = self._state
         try:
             while True:

@@ -1,4 +1,5 @@
-"""GGUF's block types in NumPy: decoding of blocks to float32 exactly as ggml does, and encoding for some types.
+"""GGUF's block types in NumPy: decoding of blocks to float32 exactly as ggml does, and encoding where that is exact too
+(`search` has the encoders of other types).
 
 Blocks are bytes, uint8 (blocks, block_bytes), or records, one a block, whose fields `TYPE_TRAITS` names. Values are
 float32 (blocks, block_size). Layouts and arithmetic are those of ggml-common.h and ggml-quants.c. Elements of a block's
@@ -22,7 +23,7 @@ Floats = npt.NDArray[np.float32]
 Records = npt.NDArray[np.void]
 
 
-def _records(name: str, blocks: Bytes) -> Records:
+def records(name: str, blocks: Bytes) -> Records:
     """A view of blocks [n, block_bytes] as records [n]."""
     records: Records = blocks.view(TYPE_TRAITS[name].record)[:, 0]
     return records
@@ -30,7 +31,7 @@ def _records(name: str, blocks: Bytes) -> Records:
 
 def decode(name: str, blocks: Bytes) -> Floats:
     """Values [n, block_size] of blocks [n, block_bytes]. NaN and infinity where a scale is not finite."""
-    return DECODERS[name](_records(name, blocks))
+    return DECODERS[name](records(name, blocks))
 
 
 def encode(name: str, rows: Floats, blocks: Bytes) -> None:
@@ -41,7 +42,7 @@ def encode(name: str, rows: Floats, blocks: Bytes) -> None:
     """
     if not np.isfinite(rows).all():
         raise Error(f"a weight holds NaN or infinity, which {name} cannot express")
-    ENCODERS[name](rows, _records(name, blocks))
+    ENCODERS[name](rows, records(name, blocks))
 
 
 def encode_f16(values: Floats) -> npt.NDArray[np.uint16]:
@@ -73,6 +74,13 @@ def _unpack(packed: Bytes, bits: int, run: int) -> Bytes:
     shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
     quants = (packed.reshape(len(packed), -1, 1, run) >> shifts) & np.uint8((1 << bits) - 1)
     return quants.reshape(len(packed), -1)
+
+
+def pack(quants: Bytes, bits: int, run: int) -> Bytes:
+    """The inverse of `_unpack`: integers of `bits` bits, [n, block_size] → [n, bytes]."""
+    shifts = np.arange(0, 8, bits, dtype=np.uint8)[:, None]
+    packed: Bytes = np.bitwise_or.reduce(quants.reshape(len(quants), -1, 8 // bits, run) << shifts, axis=2)
+    return packed.reshape(len(quants), -1)
 
 
 def _dequantize(scales: Floats, quants: npt.NDArray[np.integer], mins: Floats | None = None) -> Floats:
@@ -179,10 +187,7 @@ def _q3_k_to_q6_k(block: Records, out: Records) -> None:
     out["d"] = block["d"]
     out["scales"], signed = _q3_k_scales_and_quants(block)
     quants = (signed + np.int8(32)).view(np.uint8)
-    nibbles = (quants & 15).reshape(-1, 2, 2, 64)
-    pairs = (quants >> 4).reshape(-1, 2, 4, 32) << np.array([0, 2, 4, 6], np.uint8)[:, None]
-    out["ql"] = (nibbles[:, :, 0] | nibbles[:, :, 1] << 4).reshape(-1, 128)
-    out["qh"] = np.bitwise_or.reduce(pairs, axis=2).reshape(-1, 64)
+    out["ql"], out["qh"] = pack(quants & np.uint8(15), 4, 64), pack(quants >> np.uint8(4), 2, 32)
 
 
 REPACKERS: dict[tuple[str, str], Callable[[Records, Records], None]] = {
@@ -194,7 +199,7 @@ REPACKERS: dict[tuple[str, str], Callable[[Records, Records], None]] = {
 
 def repack(name: str, target: str, blocks: Bytes, out: Bytes) -> None:
     """Fill `out` [n, bytes of a block of `target`] with the values of `blocks`. (name, target) is in `REPACKERS`."""
-    REPACKERS[name, target](_records(name, blocks), _records(target, out))
+    REPACKERS[name, target](records(name, blocks), records(target, out))
 
 
 # Encoding

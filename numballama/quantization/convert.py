@@ -16,13 +16,13 @@ from .blocks import (
     ENCODERS,
     REPACKERS,
     decode,
-    encode,
     encode_f16,
     max_magnitude,
     repack,
     round_half_away,
     saturate,
 )
+from .search import SEARCHING, encode
 from .types import BF16, BLOCKS, F16, F32, WeightType
 
 DEFAULT_GROUP = 64
@@ -31,16 +31,19 @@ DEFAULT_GROUP = 64
 EXACT = frozenset(REPACKERS)
 """Pairs (type, target) of block types that `convert` converts without changing a value."""
 
-_TARGETS = ("f32", "f16", "bf16", "int8", *ENCODERS)
+_TARGETS = ("f32", "f16", "bf16", "int8", *ENCODERS, *SEARCHING)
 _CHUNK = 1 << 18  # elements: 1 MB as float32, so a chunk and its temporaries stay in the L2 cache
 
 
-def convert(weight: Weight, target: WeightType) -> Weight:
+def convert(weight: Weight, target: WeightType, importance: npt.NDArray[np.float32] | None = None) -> Weight:
     """Convert `weight` to another type. Returns `weight` itself, not a copy, when it has that type already.
+
+    `importance`, float32 [columns], says how much the error of a column counts, for types of `search`.
 
     q5_0 to q8_0 and q3_k to q6_k are exact: blocks are repacked. Every other conversion goes through float32 and rounds
     to the nearest value. Ties go away from zero for int8 and q8_0 (C's roundf), to even for f16 and bf16, and upwards
-    for q4_0 and q4_1. Finite values stay finite: those beyond the range of f16 or bf16 become its largest value.
+    for q4_0 and q4_1; q5_0, q5_1 and K-quants search for the scales with the least error. Finite values stay finite:
+    those beyond the range of f16 or bf16 become its largest value.
 
     Raises `UnsupportedError` for a type that cannot be written, and `Error` for a group size below 1, for rows that are
     not whole blocks, and for NaN or infinity where the target is int8 or a block type.
@@ -70,11 +73,22 @@ def convert(weight: Weight, target: WeightType) -> Weight:
             if scales is not None:
                 _encode_int8(values, group, data[start:stop], scales[groups])
             elif traits.is_block:
-                encode(target.name, values.reshape(-1, group), data.reshape(-1, traits.block_bytes)[groups])
+                rows, blocks = values.reshape(-1, group), data.reshape(-1, traits.block_bytes)
+                encode(target.name, rows, blocks[groups], _of_blocks(importance, rows, start))
             else:
                 data[start:stop] = _FLOAT_ENCODERS[target.name](values)
     shape = (*weight.shape[:-1], -1) if traits.is_block else weight.shape
     return Weight(weight.shape, target, data.reshape(shape), scales)
+
+
+def _of_blocks(
+    importance: npt.NDArray[np.float32] | None, rows: npt.NDArray[np.float32], start: int
+) -> npt.NDArray[np.float32] | None:
+    """The importance of each element of blocks [n, block_size], the first of which is element `start` of the weight."""
+    if importance is None:
+        return None
+    of_row = importance.reshape(-1, rows.shape[1])
+    return of_row[(start // rows.shape[1] + np.arange(len(rows))) % len(of_row)]
 
 
 def _repack(weight: Weight, target: WeightType) -> Weight:

@@ -17,6 +17,11 @@ Dtype = Literal["f32", "f16", "bf16", "int8", "q8_0", "q4_0"]
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
 """Values of `dtype=` and `--dtype`."""
 
+MIXTURES = ("q4_k", "q5_k", "q6_k")
+"""Types of exports that are mixtures, as llama.cpp's Q4_K_M, Q5_K_M and Q6_K."""
+_ODD_ROWS = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
+"""The type of a mixture → that of a matrix whose rows are not whole blocks of 256, as in llama.cpp."""
+
 
 def weight_type(dtype: str, name: str, columns: int) -> WeightType:
     """The type of weight `name`, with rows of `columns` elements, for a user's `dtype`. Int8 groups divide rows if
@@ -33,6 +38,25 @@ def weight_type(dtype: str, name: str, columns: int) -> WeightType:
             f"{block}; int8 takes any rows"
         )
     return WeightType(dtype)
+
+
+def mixture_type(mixture: str, config: ModelConfig, name: str, columns: int) -> WeightType:
+    """The type of weight `name`, with rows of `columns` elements, in a mixture: the rules of llama.cpp's Q4_K_M, Q5_K_M
+    and Q6_K. The classifier and half of the matrices for values and for the way down are q6_k.
+    """
+    classifier = "tok_embeddings" if config.tied_embeddings else "output"
+    parts = name.split(".")
+    if name == classifier or (parts[-1] in ("wv", "w2") and _has_more_bits(int(parts[1]), config.n_layers)):
+        mixture = "q6_k"
+    if columns % TYPE_TRAITS[mixture].block_size:
+        mixture = _ODD_ROWS[mixture]
+    return WeightType(mixture if columns % TYPE_TRAITS[mixture].block_size == 0 else "f16")
+
+
+def _has_more_bits(layer: int, n_layers: int) -> bool:
+    """The first and the last eighth of the layers, and every third between them."""
+    eighth = n_layers // 8
+    return layer < eighth or layer >= 7 * n_layers // 8 or (layer - eighth) % 3 == 2
 
 
 def fallback_types(weights: Mapping[str, Weight]) -> dict[str, WeightType]:
@@ -52,13 +76,14 @@ def types_to_convert(
     """
     if dtype is None:
         return {}
-    return {
-        name: weight_type(dtype, name, weight.shape[1])
+    types = {
+        name: mixture_type(dtype, config, name, weight.shape[1])
+        if dtype in MIXTURES
+        else weight_type(dtype, name, weight.shape[1])
         for name, weight in weights.items()
-        if len(weight.shape) == 2
-        and (name != "tok_embeddings" or config.tied_embeddings or embeddings)
-        and weight.type.name != dtype
+        if len(weight.shape) == 2 and (name != "tok_embeddings" or config.tied_embeddings or embeddings)
     }
+    return {name: kind for name, kind in types.items() if weights[name].type.name != kind.name}
 
 
 def convert_weights(config: ModelConfig, weights: Mapping[str, Weight], dtype: Dtype | None) -> Mapping[str, Weight]:

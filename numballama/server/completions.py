@@ -9,11 +9,12 @@ from starlette.responses import Response
 
 from ..engine.request import TokenLogprobs
 from ..errors import Error
+from ..explain.logprobs import prompt_logprobs
 from .call import Call, chunk_writer, usage_chunk
 from .errors import ApiError, refused
 from .generation import Generation, Piece, whole_texts
 from .http import DONE, JsonResponse
-from .logprobs import completion_logprobs, prompt_logprobs
+from .logprobs import completion_logprobs
 from .params import sampling_params
 from .protocol import CompletionRequest
 

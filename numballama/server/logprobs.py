@@ -1,18 +1,13 @@
-"""Log probabilities in OpenAI's two shapes, and those of a prompt's own tokens."""
+"""Log probabilities in OpenAI's two shapes, and tokens as text."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from ..engine.request import TokenLogprobs
 from ..tokenizers.base import Tokenizer, TokenKind
 from .http import number
-
-ROWS = 64
-"""Rows of logits that are turned into log probabilities at a time."""
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
@@ -84,20 +79,3 @@ def completion_logprobs(
         "tokens": texts,
         "top_logprobs": top,
     }
-
-
-def prompt_logprobs(logits: np.ndarray, ids: Sequence[int], top: int) -> list[TokenLogprobs | None]:
-    """Log probability of each token of a prompt after those before it, and the `top` likeliest in its place.
-
-    `logits` float32 [len(ids), vocab], as `Model.logits` gives them. The first token has none.
-    """
-    found: list[TokenLogprobs | None] = [None]
-    for start in range(0, len(ids) - 1, ROWS):
-        rows = logits[start : min(start + ROWS, len(ids) - 1)].astype(np.float64)
-        rows -= rows.max(axis=1, keepdims=True)
-        rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
-        for row, token in zip(rows, ids[start + 1 : start + 1 + len(rows)], strict=True):
-            best = np.argpartition(-row, top)[:top] if 0 < top < len(row) else range(min(top, len(row)))
-            likeliest = sorted(((int(other), float(row[other])) for other in best), key=lambda one: (-one[1], one[0]))
-            found.append(TokenLogprobs(float(row[token]), likeliest))
-    return found

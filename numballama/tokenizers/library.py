@@ -210,6 +210,7 @@ class LibraryTokenizer(Tokenizer):
         if piece is None or token in self._special:
             return TokenKind.CONTROL, b""
         if token in self._added_ids:  # the library's decoders read ▁ in these too
+            piece = self._library.id_to_token(token) or piece  # since 0.23 as the normalizer makes it
             return TokenKind.TEXT, self._separator + (piece if self._byte_level else piece.replace(SPACE, " ")).encode()
         if self._byte_level:
             return TokenKind.BYTE, self._read_text(token)

@@ -140,13 +140,13 @@ def test_several_texts_log_probabilities_and_preemption(model: Model) -> None:
     """Four texts of two requests need more pages than there are."""
     params = SamplingParams(regex="[a-z]{90}", temperature=1.0, seed=4, n=2, logprobs=2, max_tokens=100)
     prompt = "Lily and Tom went to the park. " * 6
-    with model.engine() as engine:
-        requests = [engine.submit(prompt + name, params, reuse_prefix=False) for name in ("A", "B")]
-        texts: dict[tuple[int, int], str] = {}
-        for number, request in enumerate(requests):
-            for response in request:
-                assert response.logprobs is not None and len(response.logprobs.top) == 2
-                texts[number, response.index] = texts.get((number, response.index), "") + response.text
+    engine = model.engine()  # nobody steps before both are there
+    requests = [engine.submit(prompt + name, params, reuse_prefix=False) for name in ("A", "B")]
+    texts: dict[tuple[int, int], str] = {}
+    for number, request in enumerate(requests):
+        for response in request:
+            assert response.logprobs is not None and len(response.logprobs.top) == 2
+            texts[number, response.index] = texts.get((number, response.index), "") + response.text
     assert sum(request.preemptions for request in requests) > 0, "the test is about something"
     assert len(texts) == 4
     assert all(re.fullmatch("[a-z]{90}", text) for text in texts.values())

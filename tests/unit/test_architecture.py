@@ -32,7 +32,7 @@ ORDER = """
     host: cgroup environment interrupts
     config rope memory
     checkpoint
-    quantization: types blocks activations convert kv policy
+    quantization: types blocks activations search convert kv policy
     files hub
     tokenizers: eog base partition sentencepiece_proto sentencepiece pretokenizers library bpe tiktoken huggingface \
             scored llama2c gguf
@@ -41,7 +41,8 @@ ORDER = """
             hf.text_settings tokenizer_files hf.text_files hf.reader hf.writer llama2c.layout llama2c.llama2c \
             llama2c.kuiper meta.reader
     loader
-    visualize ir ops registry graph fusion plan
+    visualize: parts html layout graph plan card profile stream
+    ir ops registry graph fusion plan
     kernel_cache
     sampling
     cpu: fork compiler intrinsics workers vecdot tiling vecdot_int8 matmul kv_cache kernels_cpu kernels_int8 ops \
@@ -60,11 +61,12 @@ ORDER = """
     chat: sandbox builtin_templates template tool_messages encoder conversation
     export inspection
     bench: traffic debug profiler trace benchmark sweep llama_cpp perplexity
+    explain: logprobs values tokens terminal html explanation
     model
     server: settings errors protocol params http metrics tools.definitions tools.events tools.scanner tools.call \
             tools.parser tools.grammar tools.messages tools.formats page.markdown service generation logprobs call \
             completions chat_core chat responses messages tokens answers openapi guard app run affinity ray_app
-    cli: streams args doctor inspect batch generate remote chat serve bench perplexity export main
+    cli: streams args doctor inspect explain batch generate remote chat serve bench perplexity export main
     __main__
 """
 """The flow, from left to right: a module imports only modules before it.

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 
+from numballama import load_tokenizer
 from numballama.checkpoint import LazyWeight, Weight, require_weights
 from numballama.config import ModelConfig
 from numballama.errors import Error
@@ -58,3 +61,16 @@ def test_weights_must_be_those_of_the_config() -> None:
         require_weights(config, {name: weight for name, weight in weights.items() if name != "norm"})
     with pytest.raises(Error, match=r"weight norm has shape \(1,\), its config says \(16,\)"):
         require_weights(config, weights | {"norm": Weight((1,), F32, np.ones(1, np.float32))})
+
+
+def test_ids_that_end_a_text(tiny_tokenizer: Path) -> None:
+    checkpoint = random_checkpoint(ModelConfig(8, 8, 1, 2, 2, 300, 8))
+    with pytest.raises(Error, match=r"random carries no tokenizer: pass its file to compile\(…, tokenizer=…\)"):
+        checkpoint.end_ids  # noqa: B018
+    checkpoint.tokenizer_error = "it is damaged"
+    with pytest.raises(Error, match="no tokenizer, because it is damaged: pass"):
+        checkpoint.require_tokenizer()
+    checkpoint.tokenizer = load_tokenizer(tiny_tokenizer)
+    assert checkpoint.end_ids == {2}
+    checkpoint.bos_is_stop_token, checkpoint.stop_token_ids = True, (7,)
+    assert checkpoint.end_ids == {1, 2, 7} and checkpoint.require_tokenizer() is checkpoint.tokenizer

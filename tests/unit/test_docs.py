@@ -4,12 +4,11 @@ The blocks of docs/cuda.md do what a machine without a GPU can, and the rest whe
 blocks, the words are checked.
 """
 
-import json
 import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from unittest.mock import patch
@@ -20,12 +19,15 @@ import pytest
 import numballama
 from numballama import graph, ir, registry
 from numballama.cli import main as cli
+from numballama.cpu import CpuBackend
 from numballama.export import export_model
 from numballama.formats.hf import config as hf_config
 from numballama.formats.hf import reader as hf
 from numballama.quantization import policy
 from numballama.quantization.types import KV_TYPES
 from numballama.server.settings import Settings
+from tests.helpers.markup import parsed
+from tests.helpers.notebook import fake_ipython, run_cells
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -116,14 +118,31 @@ def test_the_architecture_of_the_docs_is_right(
 
 
 @pytest.mark.slow
-def test_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("name", "printed", "drawn"),
+    [
+        ("quickstart", ("little girl named Lily", "tokens/s", "steps after fusion"), ("configuration", "arena")),
+        (
+            "inside",
+            ("KV cache 13,", "feed-forward"),
+            ("memory for a context", "story.gguf", "layers 0 to 5, alike", "norm_qkv", "layer 0", "one decode step"),
+        ),
+    ],
+)
+def test_notebook_runs(
+    name: str, printed: Sequence[str], drawn: Sequence[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     """Its cells in order, in a folder of their own: they need nothing but the package."""
-    cells = json.loads((ROOT / "examples" / "quickstart.ipynb").read_text(encoding="utf-8"))["cells"]
-    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "<quickstart.ipynb>", "exec"), {"__name__": "quickstart"})
-    shown = capsys.readouterr().out
-    assert "little girl named Lily" in shown and "tokens/s" in shown and "steps after fusion" in shown
+    monkeypatch.setattr(CpuBackend, "measure_bandwidth", lambda self: 1e10)  # it reads a GiB several times
+    displayed = fake_ipython(monkeypatch, kernel=object())
+    pieces = run_cells(ROOT / "examples" / f"{name}.ipynb")
+    text, pictures = capsys.readouterr().out, "".join(pieces)
+    assert not [word for word in printed if word not in text] and not [word for word in drawn if word not in pictures]
+    assert all(parsed(piece).text for piece in pieces if piece)
+    if name == "inside":
+        assert "length; 120 tokens" in displayed[-1]["text/html"], "a stream has shown itself"
 
 
 def test_there_are_blocks() -> None:

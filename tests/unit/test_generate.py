@@ -429,6 +429,21 @@ def test_params_and_keywords(model: Model) -> None:
     assert params == SamplingParams(max_tokens=9, temperature=1.5, seed=3)
 
 
+def test_a_stream_is_a_generator(model: Model) -> None:
+    """Closing it cancels its request, and an error can be raised in it."""
+    closed, broken = (model.stream("ab", ignore_eos=True, max_tokens=40) for _ in range(2))
+    assert "stream of responses" in repr(closed) and next(closed).text is not None
+    closed.close()
+    assert list(closed) == []
+    next(broken)
+    with pytest.raises(KeyboardInterrupt):
+        broken.throw(KeyboardInterrupt)
+    with pytest.raises(StopIteration):
+        next(broken)
+    assert model.generate("ab", max_tokens=1) is not None, "the next step of the engine sees that both have ended"
+    assert model.engine().stats().running == 0
+
+
 def test_settings_that_are_refused_at_once(model: Model) -> None:
     for call in (model.generate, model.stream):
         with pytest.raises(Error, match="unknown sampling option heat; choose from max_tokens"):

@@ -49,6 +49,20 @@ def test_logits_of_chosen_rows_or_of_all() -> None:
     assert llama().name == "llama, 1 token" and llama(tokens=4).name == "llama, 4 tokens"
 
 
+def test_the_lens_classifies_each_layers_output() -> None:
+    types = dict.fromkeys(SMALL.weight_shapes(), F32)
+    graph = build(SMALL, types, KVLayout.of(SMALL, 8), 3, "all", lens=True)
+    verify(graph)
+    made = {name: op for op in graph.ops for name in op.outputs}
+    for layer in range(SMALL.n_layers - 1):
+        name = f"layers.{layer}.lens_logits"
+        assert graph.values[name].shape == (3, SMALL.vocab_size) and made[name].inputs[1] == made["logits"].inputs[1]
+        assert made[made[name].inputs[0]].inputs == (f"layers.{layer}.x_out", "norm")
+    plain = llama(tokens=3, logits="all")
+    assert [op for op in graph.ops if ".lens_" not in op.outputs[0]] == plain.ops, "the model is the same"
+    assert len(graph.ops) == len(plain.ops) + 2 * (SMALL.n_layers - 1)
+
+
 def test_the_classifier_may_be_the_embedding_table() -> None:
     for tied, name in ((True, "tok_embeddings"), (False, "output")):
         graph = llama(replace(SMALL, tied_embeddings=tied))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
+
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from numballama.memory import ceil_div, format_bytes, round_up
+from numballama.memory import ceil_div, format_bytes, resident_bytes, round_up
 
 
 @given(count=st.integers(0, 1 << 50), size=st.integers(1, 1 << 20))
@@ -22,3 +25,11 @@ def test_rounding_up(count: int, size: int) -> None:
 )
 def test_bytes_as_text(nbytes: int, text: str) -> None:
     assert format_bytes(nbytes) == text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
+def test_resident_bytes_grow_with_what_is_written() -> None:
+    before = resident_bytes()
+    written = np.ones(64 << 20, np.uint8)
+    after = resident_bytes()
+    assert before is not None and after is not None and after - before > written.nbytes // 2

@@ -62,6 +62,16 @@ def test_prompt_lengths_around_the_chunk(tiny_file: Path, tiny_tokenizer: Path, 
         assert np.abs(session.logits - want[-1]).max() < 1e-4
 
 
+def test_chunks_of_a_text(model: Model, session: Session) -> None:
+    """Each is run before the next, and counts as appended then."""
+    program, ids = model.program, [5, 7, 9]
+    assert len(program.inputs["ids"]) == 1
+    for number, (start, count) in enumerate(session.chunks(program, ids)):
+        assert (start, count) == (number, 1) and session.tokens == ids[:number]
+        assert program.inputs["ids"][0] == ids[number] and program.inputs["positions"][0] == number
+    assert session.tokens == ids
+
+
 def test_session_refuses_what_does_not_fit(session: Session) -> None:
     session.prefill(list(range(3, 3 + TINY.context)))
     for call in (lambda: session.step(3), lambda: session.prefill([3, 4])):

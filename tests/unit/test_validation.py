@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from numballama.errors import Error
-from numballama.validation import flag, real_number, require_known, strings, whole_number
+from numballama.errors import Error, UnsupportedError
+from numballama.validation import flag, real_number, require_known, require_supported, strings, whole_number
 
 
 def test_whole_numbers() -> None:
@@ -66,3 +66,10 @@ def test_names_that_are_unknown() -> None:
         with pytest.raises(Error) as caught:
             require_known("option", names, known, others)
         assert str(caught.value).startswith(expected)
+
+
+def test_a_value_that_is_not_supported() -> None:
+    require_supported("dtype", None, (None, "f32", "f16"))
+    require_supported("dtype", "f16", (None, "f32", "f16"))
+    with pytest.raises(UnsupportedError, match=r"^dtype 'f8' is not supported; choose from f32, f16$"):
+        require_supported("dtype", "f8", (None, "f32", "f16"))

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
@@ -44,12 +45,22 @@ def test_profile_of_a_model(model: Model, tmp_path: Path) -> None:
     assert {("norm_qkv (wq wk wv)", 3), ("linear_add (wo)", 3), ("linear_add (w2)", 3)} <= rows
     assert sum(kind.count for kind in found.kinds) == len(found.steps)
     assert math.isclose(sum(kind.share for kind in found.kinds), 1)
-    assert {step.layer for step in found.steps} == {None, 0, 1, 2}
+    layers = [step.layer for step in found.steps if step.layer is not None]
+    assert layers == sorted(layers) and {*layers} == {0, 1, 2}
+    assert {layers.count(layer) for layer in (0, 1, 2)} == {len(layers) // 3}, "each layer has the same steps"
+    assert [step.name for step in found.steps[-2:]] == ["norm_linear (output)", "argmax"]
+    assert found.steps[-1].layer is found.steps[-2].layer is None, "they read the last layer, and are not in it"
+    assert [part.part for part in found.parts] == ["embedding", "attention", "feed-forward", "classifier", "other"]
+    assert sum(part.nbytes for part in found.parts) == found.nbytes
+    assert found.prompt_s is not None and found.prompt_s > 0
     assert model.logits([1, 2]).shape == (2, 50), "the model goes on as if nothing had happened"
     with pytest.raises(ContextError):
         profile(model, 40, 1e10)
     with pytest.raises(ContextError):
         profile(model, 41, 1e10)
+    alone = profile(model, [], None)
+    assert (alone.position, alone.prompt_s, alone.bandwidth, alone.floor_s) == (0, None, None, None)
+    assert alone.to_dict()["rows"][0]["bandwidth_fraction"] is None and "unknown" in str(alone)
 
 
 MADE = Profile(
@@ -59,11 +70,12 @@ MADE = Profile(
     2e12,
     5e-6,
     (
-        StepTime(0, "embedding", "tok_embeddings", "embedding", None, 1e-6, 4000),
-        StepTime(1, "linear_add", "wo", "linear", 0, 2e-6, 2_000_000),
-        StepTime(2, "linear_add", "wo", "linear", 1, 4e-6, 2_000_000),
-        StepTime(3, "linear_add", "w2", "linear", 1, 1e-6, 2_000_000),
+        StepTime(0, "embedding", "tok_embeddings", "embedding", None, 1e-6, 4000, "embedding"),
+        StepTime(1, "linear_add", "wo", "linear", 0, 2e-6, 2_000_000, "attention"),
+        StepTime(2, "linear_add", "wo", "linear", 1, 4e-6, 2_000_000, "attention"),
+        StepTime(3, "linear_add", "w2", "linear", 1, 1e-6, 2_000_000, "feed-forward"),
     ),
+    3e-3,
 )
 
 
@@ -73,6 +85,36 @@ def test_kinds_are_means_of_their_steps() -> None:
     assert math.isclose(wo.seconds, 3e-6) and math.isclose(wo.share, 6 / 8)
     assert math.isclose(wo.rate, 2 / 3 * 1e12) and math.isclose(wo.bandwidth_fraction, 1 / 3)
     assert math.isclose(w2.bandwidth_fraction, 1)
+
+
+def test_parts_are_sums_of_their_steps() -> None:
+    embedding, attention, feed_forward = MADE.parts
+    assert (attention.part, attention.count, attention.nbytes) == ("attention", 2, 4_000_000)
+    assert math.isclose(attention.seconds, 6e-6) and math.isclose(attention.floor_s or 0, 2e-6)
+    assert math.isclose(attention.bandwidth_fraction or 0, 1 / 3) and math.isclose(attention.share, 6 / 8)
+    assert math.isclose(embedding.share + attention.share + feed_forward.share, 1)
+    assert MADE.to_dict()["parts"][1]["floor_s"] == attention.floor_s
+
+
+def test_a_model_profiles_itself(tiny_file: Path, tiny_tokenizer: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The bandwidth is measured once."""
+    measured = []
+    with numballama.compile(tiny_file, tokenizer=tiny_tokenizer, device="cpu", threads=1) as model:
+        monkeypatch.setattr(model.backend, "measure_bandwidth", lambda: measured.append(1) or 1e10)
+        text, ids = model.profile("ab"), model.profile([1, 2, 3])
+        assert text.position == len(model.tokenizer.encode("ab")) and ids.position == 3 and len(measured) == 1
+        assert text.bandwidth == 1e10 and "tiny" not in repr(text) and model.path.name in str(text)
+        for wrong in ([], [-1], "", None):
+            with pytest.raises(numballama.Error):
+                model.profile(wrong)
+    with numballama.compile(tiny_file, tokenizer=tiny_tokenizer, device="cpu", threads=1) as model:
+        monkeypatch.setattr(model.backend, "measure_bandwidth", Mock(side_effect=DeviceError("too little is free")))
+        assert model.profile("ab").bandwidth is None and "too little is free" in model.notes
+    with (
+        numballama.compile(tiny_file, tokenizer=tiny_tokenizer, device="reference") as model,
+        pytest.raises(numballama.Error, match="no plan"),
+    ):
+        model.profile("ab")
 
 
 # The command
@@ -99,7 +141,8 @@ def test_bench_profile(models: Path, tmp_path: Path) -> None:
     assert result["profile"]["position"] == 12 and len(result["profile"]["steps"]) > 20
     assert len(json.loads(trace.read_text())["traceEvents"]) == len(result["profile"]["steps"]) + 4
     text = run(*words, "--repeats", 1, "--profile").stdout
-    assert "tokens/s" in text and "one decode step of stories260K.bin on cpu" in text and "whole step" in text
+    assert "tokens/s" in text and "one decode step of stories260K.bin on cpu" in text
+    assert "whole step" in text and "feed-forward" in text and "\x1b" not in text
 
 
 def test_the_reference_has_no_steps(models: Path) -> None:

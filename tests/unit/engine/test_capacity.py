@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from numballama.config import ModelConfig
-from numballama.engine.capacity import MAX_SEQUENCES, SHARE, kv_layout
+from numballama.engine.capacity import MAX_SEQUENCES, SHARE, choose_context, kv_layout
 from numballama.errors import ContextError, Error
 from numballama.graph import PAGE, KVLayout
 from numballama.quantization.types import KV_TYPES
@@ -18,6 +18,16 @@ PAGES = 4
 """Pages of a context."""
 EACH = KVLayout.of(CONFIG, CONTEXT).nbytes // (PAGES + 1)
 """Bytes of a page."""
+
+
+def test_a_context_beyond_the_models_is_noted() -> None:
+    notes: list[str] = []
+    assert choose_context(CONFIG, None, notes) == CONFIG.default_context == 512
+    assert choose_context(CONFIG, 512, notes) == 512 and notes == []
+    assert choose_context(CONFIG, 513, notes) == 513
+    assert notes == ["context 513: the model was trained for 512, beyond that it gets worse"]
+    with pytest.raises(Error, match="context must be at least 1, found 0"):
+        choose_context(CONFIG, 0, notes)
 
 
 @pytest.mark.parametrize("free", [None, 1 << 40, int((8 * PAGES + 1) * EACH / SHARE) + 1])

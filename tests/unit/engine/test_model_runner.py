@@ -132,6 +132,9 @@ def test_it_is_a_runner(backend: Backend) -> None:
     assert (runner.max_sequences, runner.page, runner.pages_per_sequence) == (3, 8, 12)
     assert (runner.pages, runner.lookahead, runner.vocab_size) == (37, 0, 60)
     assert runner.max_tokens == CHUNK
+    assert runner.programs == [runner.decode, runner.prompt]
+    runner.prepare(None)
+    assert len(runner.programs) == 2 + len([size for size in backend.decode_sizes if 1 < size < 4]), "made when needed"
     assert make_runner(open_backend("reference", WEIGHTS), 20).max_tokens == 20, "each sequence can have a row"
 
 

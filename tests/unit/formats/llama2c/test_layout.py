@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from numballama.config import NAMED_SHAPES, ModelConfig
@@ -184,6 +184,7 @@ def test_sizes_that_overflow_are_only_numbers(tmp_path_factory: pytest.TempPathF
         vocab_size,
         context % (1 << 24) + 1,
     ]
+    assume(fields[0] != int.from_bytes(llama2c.MAGIC, "little"))  # then it is a later version's file
     path = tmp_path_factory.getbasetemp() / "huge.bin"
     for header in (b"", llama2c.MAGIC + b"\1\0\0\0"):
         path.write_bytes((header + struct.pack("<7i", *fields)).ljust(300, b"\1"))

@@ -1,0 +1,49 @@
+"""`numballama explain`: what a model computes for a text."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..explain.explanation import LOGPROBS
+from .args import MODEL_HELP, SAMPLING_HELP, load, model_options
+from .streams import read_stdin
+
+
+def add_explain(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    explain = commands.add_parser(
+        "explain",
+        help="show what a model computes for a text",
+        description="Each token's probability and the likeliest in its place, attention, and each layer's guess.",
+        epilog='examples: numballama explain model.gguf "The capital of France is Paris."\n'
+        "cat text.txt | numballama explain owner/name:Q4_K_M - --layer 3 --head 1 --html page.html",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    explain.add_argument("model", help=MODEL_HELP)
+    explain.add_argument("prompt", metavar="text", help="the text to explain; - reads it from stdin")
+    explain.add_argument(
+        "--logprobs", type=int, default=LOGPROBS, metavar="N", help=f"likeliest tokens to show (default {LOGPROBS})"
+    )
+    explain.add_argument("--layer", type=int, metavar="N", help="layer whose attention is shown (default: the last)")
+    explain.add_argument("--head", type=int, metavar="N", help="its head (default: the mean of all)")
+    explain.add_argument("--no-lens", dest="lens", action="store_false", help="no guess of each layer: takes less time")
+    explain.add_argument("--special", action="store_true", help=SAMPLING_HELP["special"].replace("prompt", "text"))
+    explain.add_argument("--html", metavar="FILE", help="write a page instead")
+    explain.add_argument("--json", action="store_true", help="one JSON object instead of a report")
+    model_options(explain)
+    explain.set_defaults(run=run_explain)
+
+
+def run_explain(arguments: argparse.Namespace) -> None:
+    text = read_stdin() if arguments.prompt == "-" else arguments.prompt
+    with load(arguments) as model:
+        given = model.require_tokenizer().encode(text, special=True) if arguments.special else text
+        found = model.explain(
+            given, arguments.logprobs, layer=arguments.layer, head=arguments.head, lens=arguments.lens
+        )
+    if arguments.html is not None:
+        Path(arguments.html).write_text(found.to_html(), encoding="utf-8")
+    if arguments.json:
+        print(found.to_json())
+    elif arguments.html is None:
+        found.show()

@@ -1,0 +1,55 @@
+"""`numballama explain`."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.command_line import call
+
+
+@pytest.fixture
+def words(tiny_file: Path, tiny_tokenizer: Path) -> list[object]:
+    return ["explain", tiny_file, "--tokenizer", tiny_tokenizer, "--device", "reference"]
+
+
+def test_a_report_without_colours(words: list[object], capsys: pytest.CaptureFixture[str]) -> None:
+    done = call(capsys, *words, "the story", "--layer", 0, "--head", 1)
+    assert done.code == 0 and done.err == ""
+    assert done.out.startswith("llama2c-v0.bin: ") and "\x1b" not in done.out
+    for part in ("likeliest in its place", "attention of layer 0, head 1", "logit lens", "layer 1"):
+        assert part in done.out
+    assert "logit lens" not in call(capsys, *words, "the story", "--no-lens").out
+
+
+def test_json(words: list[object], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("the story"))
+    found = json.loads(call(capsys, *words, "-", "--json", "--logprobs", 2).out)
+    assert len(found["tokens"]) > 1 and len(found["tokens"][1]["alternatives"]) == 2
+
+
+def test_a_page(words: list[object], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    done = call(capsys, *words, "<b>", "--html", page)
+    assert done.code == 0 and done.out == ""
+    text = page.read_text(encoding="utf-8")
+    assert text.startswith("<!doctype html>") and "<b>" not in text
+    done = call(capsys, *words, "a", "--html", tmp_path / "no" / "page.html")
+    assert done.code == 1 and "No such file" in done.err
+
+
+def test_special_tokens_of_the_text(words: list[object], capsys: pytest.CaptureFixture[str]) -> None:
+    def ids(*more: object) -> list[int]:
+        found = json.loads(call(capsys, *words, "</s>", "--json", *more).out)
+        return [token["id"] for token in found["tokens"]]
+
+    assert 2 in ids("--special") and 2 not in ids()
+
+
+def test_errors_name_the_option(words: list[object], capsys: pytest.CaptureFixture[str]) -> None:
+    done = call(capsys, *words, "a", "--layer", 2)
+    assert done.code == 1 and "layer must be 0 to 1, found 2" in done.err
+    assert "--tokenizer" in call(capsys, "explain", words[1], "a", "--device", "reference").err
