@@ -137,7 +137,7 @@ def perplexity(
                     kl[number, at] = np.exp(log_base) @ (log_base - log_p)
                     same[number, at] = log_base.argmax() == log_p.argmax()
                 done, total = done + 1, total + nll[number, at]
-                report(f"{math.exp(total / done):.4f} so far", done, nll.size)
+                report(f"{_exp(total / done):.4f} so far", done, nll.size)
     mean, error = _mean(nll)
     return Perplexity(
         model=model.path.name,
@@ -147,8 +147,8 @@ def perplexity(
         context=context,
         windows=len(windows),
         tokens=nll.size,
-        perplexity=math.exp(mean),
-        standard_error=math.exp(mean) * error,
+        perplexity=_exp(mean),
+        standard_error=_exp(mean) * error,
         seconds=time.perf_counter() - started,
         divergence=None if base is None else _divergence(base.path.name, kl, same),
     )
@@ -261,6 +261,14 @@ def _log_softmax(row: np.ndarray) -> np.ndarray:
     shifted -= shifted.max()
     shifted -= math.log(np.exp(shifted).sum())
     return shifted
+
+
+def _exp(nll: float) -> float:
+    """exp, which is infinite for a model that is certain of other tokens: its weights may be damaged."""
+    try:
+        return math.exp(nll)
+    except OverflowError:
+        return math.inf
 
 
 def _mean(values: np.ndarray) -> tuple[float, float]:

@@ -123,6 +123,11 @@ def test_after_an_error_the_model_goes_on(model: Model, monkeypatch: pytest.Monk
     assert model.generate("the", max_tokens=2, temperature=0)
 
 
+def test_a_perplexity_beyond_all_numbers(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numballama.bench.perplexity._log_softmax", lambda row: np.full(300, -1e4))
+    assert perplexity(model, range(3, 43), 40).perplexity == float("inf")
+
+
 def test_files(tmp_path: Path) -> None:
     path = tmp_path / "text"
     for data, kind, message in (
