@@ -10,6 +10,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Protocol
 
+import numpy as np
+
 from . import hub, loader, progress
 from .checkpoint import Checkpoint, LazyWeight, Weight
 from .config import ModelConfig, RopePairing
@@ -178,8 +180,9 @@ class Converting(Mapping[str, Weight]):
         weights: Mapping[str, Weight],
         types: Mapping[str, WeightType],
         report: Callable[[str, Weight, Weight], None],
+        importance: Mapping[str, np.ndarray] | None = None,
     ) -> None:
-        self._weights, self._types, self._report = weights, types, report
+        self._weights, self._types, self._report, self._importance = weights, types, report, importance or {}
 
     def __getitem__(self, name: str) -> Weight:
         source = self._weights[name]
@@ -189,7 +192,7 @@ class Converting(Mapping[str, Weight]):
 
         def make() -> Weight:
             before = source.make() if isinstance(source, LazyWeight) else source  # not cached by the source
-            after = convert(before, kind)
+            after = convert(before, kind, self._importance.get(name))
             self._report(name, before, after)
             return after
 
@@ -211,11 +214,15 @@ def export_model(
     rope_pairing: RopePairing | None = None,
     rope_theta: float | None = None,
     norm_eps: float | None = None,
+    importance: Mapping[str, np.ndarray] | None = None,
 ) -> Exported:
     """Write the model at `source` (None: the story model) to `path` in format `to`, a key of `WRITERS`.
 
-    `quantize` is one of `QUANTS[to]`; None keeps the types of the source where the format can hold them. The target is
-    written completely or not at all. Matrices are converted one at a time, while they are written. Raises
+    `quantize` is one of `QUANTS[to]`; None keeps the types of the source where the format can hold them. "q4_k", "q5_k"
+    and "q6_k" are llama.cpp's mixtures Q4_K_M, Q5_K_M and Q6_K. `importance` (`importance.measure`) says how much the
+    columns of a weight count; K-quants, q5_0 and q5_1 use it.
+
+    The target is written completely or not at all. Matrices are converted one at a time, while they are written. Raises
     `UnsupportedError` for what the format cannot hold, `FormatError` for a damaged source, `Error` for bad arguments.
     """
     if to not in WRITERS:
@@ -239,7 +246,7 @@ def export_model(
             rows[name] = Row(name, before.type, after.type, after.nbytes, error)
             show(name, len(rows), len(matrices))
 
-        notes += WRITERS[to](path, opened.config, Converting(opened.weights, types, report), options)
+        notes += WRITERS[to](path, opened.config, Converting(opened.weights, types, report, importance), options)
     return Exported(expand_user(path), tuple(rows[name] for name in matrices if name in rows), tuple(notes))
 
 

@@ -172,10 +172,15 @@ def read_template(argument: str | None) -> str | None:
     """The template of --chat-template: the text of a file, or a name. Raises `Error` for a file that is no text."""
     if argument is None or (re.fullmatch(r"[\w-]+", argument) and not Path(argument).exists()):
         return argument
+    return read_text(argument)
+
+
+def read_text(path: str) -> str:
+    """The text of a file. Raises `Error` for a file that is no text in UTF-8."""
     try:
-        return Path(argument).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise Error(f"{argument}: cannot be read: {error}") from None
+        raise Error(f"{path}: cannot be read: {error}") from None
 
 
 def template_arguments(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 import argparse
 import sys
+from typing import TYPE_CHECKING, Any
 
-from .args import MODEL_HELP, config_options, hidden_alias
+from ..errors import Error
+from .args import MODEL_HELP, config_options, hidden_alias, read_text
+
+if TYPE_CHECKING:
+    from ..importance import Importance
 
 
 def add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -25,7 +30,15 @@ def add_export(commands: argparse._SubParsersAction[argparse.ArgumentParser]) ->
         help="llama2c-v0, llama2c-v1, llama2c-v2, kuiper, kuiper-int8, gguf or safetensors",
     )
     export.add_argument(
-        "--dtype", metavar="TYPE", help="f32, f16, bf16, q8_0, q4_0 or int8, as the format allows (default: unchanged)"
+        "--dtype",
+        metavar="TYPE",
+        help="f32, f16, bf16, q8_0, q6_k, q5_k, q4_k, q5_1, q5_0, q4_1, q4_0 or int8, as the format allows; q4_k, q5_k "
+        "and q6_k are llama.cpp's Q4_K_M, Q5_K_M and Q6_K (default: unchanged)",
+    )
+    export.add_argument(
+        "--calibrate",
+        metavar="FILE",
+        help="a text like those that the model will read: errors of K-quants, q5_0 and q5_1 count by what it needs",
     )
     hidden_alias(export, "--quant", "dtype")
     export.add_argument("--tokenizer", metavar="FILE", help="to put beside the model, where the format can hold it")
@@ -38,7 +51,22 @@ def run_export(arguments: argparse.Namespace) -> None:
 
     names = ("tokenizer", "rope_pairing", "rope_theta", "norm_eps")
     options = {name: getattr(arguments, name) for name in names}
+    if arguments.calibrate is not None:
+        options["importance"] = _importance(arguments, options)
     done = export_model(arguments.source, arguments.target, arguments.to, arguments.dtype, **options)
     print(done)
     for note in () if arguments.quiet else done.notes:  # also without a terminal: a log should show what was lost
         print(note, file=sys.stderr)
+
+
+def _importance(arguments: argparse.Namespace, options: dict[str, Any]) -> Importance:
+    """What the text of --calibrate says of the model's columns."""
+    from ..importance import measure
+    from ..model import Model
+    from ..quantization.search import SEARCHING
+
+    if arguments.dtype not in SEARCHING:
+        raise Error(f"--calibrate is for --dtype {', '.join(sorted(SEARCHING))}; found --dtype {arguments.dtype}")
+    text = read_text(arguments.calibrate)
+    with Model(arguments.source, device="cpu", **options) as model:
+        return measure(model, text)

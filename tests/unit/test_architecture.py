@@ -32,7 +32,7 @@ ORDER = """
     host: cgroup environment interrupts
     config rope memory
     checkpoint
-    quantization: types blocks activations search convert kv policy
+    quantization: types blocks search activations convert kv policy
     files hub
     tokenizers: eog base partition sentencepiece_proto sentencepiece pretokenizers library bpe tiktoken huggingface \
             scored llama2c gguf
@@ -62,7 +62,7 @@ ORDER = """
     export inspection
     bench: traffic debug profiler trace benchmark sweep llama_cpp perplexity
     explain: logprobs values tokens terminal html explanation
-    model
+    model importance
     server: settings errors protocol params http metrics tools.definitions tools.events tools.scanner tools.call \
             tools.parser tools.grammar tools.messages tools.formats page.markdown service generation logprobs call \
             completions chat_core chat responses messages tokens answers openapi guard app run affinity ray_app

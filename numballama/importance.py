@@ -1,0 +1,72 @@
+"""How much each column of a weight matters for a text: an importance matrix, as llama.cpp calls it.
+
+A column of a matrix is multiplied with one element of the layer's input. The mean square of that element over a text
+says how much an error in the column changes the output, so encoders of K-quants weigh errors with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from . import progress
+from .errors import Error
+from .ir import Graph
+from .model import Model
+
+WINDOW = 512
+"""Tokens of the text that are read together, as in llama.cpp. Less where the model's context is shorter."""
+MOST_TOKENS = 64 * WINDOW
+"""Further tokens of a text are not read: the means have settled."""
+FLOOR = 1e-4
+"""Least importance of a column, of a mean of 1: a column that this text does not need must not be given up."""
+
+Importance = Mapping[str, np.ndarray]
+"""Name of a weight → float32 [columns], with a mean of 1."""
+
+
+def measure(model: Model, text: str) -> Importance:
+    """The importance of the columns of all weights of linear layers, for the first `MOST_TOKENS` tokens of a text.
+
+    Every window of the text begins as a new one does. Raises `Error` for a text without tokens or a model without a
+    tokenizer.
+    """
+    tokenizer = model.require_tokenizer()
+    ids = tokenizer.encode(text, bos=False)[:MOST_TOKENS]
+    if not ids:
+        raise Error("the text to calibrate with is empty: give some thousand words like those that the model will read")
+    inputs = inputs_of_weights(model.value_reader.graph)
+    squares: dict[str, np.ndarray] = {}
+    begin = [] if tokenizer.bos_id is None or not tokenizer.add_bos else [tokenizer.bos_id]
+    step = min(WINDOW, model.context) - len(begin)
+    with progress.progress_bar("reading the text") as report:
+        for start in range(0, len(ids), step):
+            report(f"token {start:,}", start, len(ids))
+            with model.exclusive() as session:
+                window = [*begin, *ids[start : start + step]]
+                for stop in model.value_reader.stops(session, window, set(inputs.values())):
+                    total = np.einsum("tc,tc->c", stop.rows, stop.rows, dtype=np.float64)
+                    squares[stop.name] = squares.get(stop.name, 0) + total
+    return {weight: _relative(squares[name]) for weight, name in inputs.items()}
+
+
+def inputs_of_weights(graph: Graph) -> dict[str, str]:
+    """Weight of a linear layer → name of the float32 value that it is multiplied with, [tokens, columns]."""
+    makers = {name: op for op in graph.ops for name in op.outputs}
+    found: dict[str, str] = {}
+    for op in graph.ops:
+        if op.kind != "linear" or ".lens_" in op.outputs[0]:
+            continue
+        x = op.inputs[0]
+        if graph.values[x].dtype != "f32":  # int8 activations: what they were quantised from
+            x = makers[x].inputs[0]
+        found |= {name: x for name in op.inputs if graph.values[name].kind == "weight"}
+    return found
+
+
+def _relative(squares: np.ndarray) -> np.ndarray:
+    mean = squares.mean()
+    if not mean > 0:
+        return np.ones(len(squares), np.float32)
+    return np.maximum(squares / mean, FLOOR).astype(np.float32)

@@ -1,0 +1,87 @@
+"""Importance of columns: mean squares of what the layers really multiply."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import numballama
+from numballama.errors import Error
+from numballama.importance import FLOOR, inputs_of_weights, measure
+from numballama.loader import open_checkpoint
+from numballama.model import Model
+from numballama.quantization.convert import dequantize
+from tests.helpers.command_line import call
+
+STORY = Path(numballama.__file__).parent / "story.gguf"
+TEXT = "Once upon a time, there was a little girl named Lily. She loved to play in the park.\n" * 3
+
+
+@pytest.fixture(scope="module")
+def model() -> Model:
+    return numballama.compile(None, device="cpu")
+
+
+def test_mean_squares_of_the_inputs(model: Model) -> None:
+    found = measure(model, TEXT)
+    config, tokenizer = model.config, model.tokenizer
+    assert tokenizer is not None
+    ids = tokenizer.encode(TEXT, bos=True)
+    assert len(ids) < 512, "one window"
+    matrices = {name for name, weight in model.weights.items() if len(weight.shape) == 2}
+    assert set(found) == matrices - ({"tok_embeddings"} if not config.tied_embeddings else set())
+    for name in ("layers.0.wq", "layers.2.w2", "layers.4.wo", "output" if "output" in found else "tok_embeddings"):
+        value = model.values(ids, inputs_of_weights(model.value_reader.graph)[name])
+        squares = np.square(value.astype(np.float64)).mean(axis=0)
+        np.testing.assert_allclose(found[name], np.maximum(squares / squares.mean(), FLOOR), rtol=1e-4)
+        assert found[name].shape == (model.weights[name].shape[1],)
+
+
+def test_windows_begin_as_texts_do(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two windows with the same tokens are as one."""
+    monkeypatch.setattr("numballama.importance.WINDOW", 9)
+    tokenizer = model.tokenizer
+    assert tokenizer is not None
+    step = 9 - tokenizer.add_bos
+    words = " ".join(["dog"] * 3 * step)
+    ids = tokenizer.encode(words, bos=False)
+    assert ids[:step] == ids[step : 2 * step] == ids[2 * step :], "each window has the same tokens"
+    whole, one = measure(model, words), measure(model, " ".join(["dog"] * step))
+    for name in whole:
+        np.testing.assert_allclose(whole[name], one[name], rtol=1e-4)
+
+
+def test_a_text_without_tokens(model: Model) -> None:
+    with pytest.raises(Error, match="the text to calibrate with is empty"):
+        measure(model, "")
+
+
+def test_the_output_is_closer(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What counts is the layer's output: its error for inputs of that text is less with calibration than without."""
+    text = tmp_path / "text.txt"
+    text.write_text(TEXT)
+    for name, more in (("plain", ()), ("calibrated", ("--calibrate", text))):
+        done = call(capsys, "export", STORY, tmp_path / name, "--to", "gguf", "--dtype", "q4_k", *more)
+        assert done.code == 0, done.err
+    assert model.tokenizer is not None
+    ids, inputs = model.tokenizer.encode(TEXT, bos=True), inputs_of_weights(model.value_reader.graph)
+    ratios = []
+    for name in ("layers.0.wq", "layers.1.w1", "layers.3.w2", "layers.3.wv", "layers.4.wo"):
+        x, exact = model.values(ids, inputs[name]), dequantize(model.weights[name])
+        plain, calibrated = (
+            float(np.square(x @ (exact - dequantize(open_checkpoint(tmp_path / copy).weights[name])).T).sum())
+            for copy in ("plain", "calibrated")
+        )
+        ratios.append(calibrated / plain)
+    assert np.mean(ratios) < 0.9, ratios
+
+
+def test_calibration_is_for_types_that_search(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "m.gguf"
+    done = call(capsys, "export", STORY, out, "--to", "gguf", "--dtype", "q8_0", "--calibrate", "text.txt")
+    assert done.code == 1 and "--calibrate is for --dtype q4_k, q5_0, q5_1, q5_k, q6_k; found --dtype q8_0" in done.err
+    done = call(capsys, "export", STORY, out, "--to", "gguf", "--dtype", "q4_k", "--calibrate", tmp_path / "none.txt")
+    assert done.code == 1 and "none.txt: cannot be read" in done.err
+    assert not out.exists()
