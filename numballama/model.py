@@ -33,7 +33,7 @@ from .memory import format_bytes
 from .quantization import policy
 from .quantization.types import KV_TYPES, VEC_DOT_TYPE, ActivationType, KVType
 from .sampling import DEFAULTS, NOT_GIVEN, NotGiven, SamplerTable, SamplingOptions, SamplingParams, merge
-from .session import Session
+from .session import Session, filled
 from .structured.compiler import compile_constraint
 from .tokenizers.base import Tokenizer
 from .validation import require_supported, whole_number
@@ -259,17 +259,19 @@ class Model:
 
         Raises `Error` for no ids, ids outside the vocabulary and logits that are NaN, `ContextError` for more than fit.
         """
-        engine = self.token_engine
-        tokens = engine.validate(ids)
+        tokens = self.token_engine.validate(ids)
+        return filled(np.empty((len(tokens), self.config.vocab_size), np.float32), self.iter_logits(tokens))
+
+    def iter_logits(self, ids: Iterable[int], start: int = 0) -> Iterator[np.ndarray]:
+        """Yield `logits(ids)[start:]` in parts, float32 [rows, vocab]. The next overwrites it. Requests wait."""
+        tokens = self.token_engine.validate(ids)
         with self.exclusive() as session:
-            program = self._all_logits
-            if program is None:
+            if self._all_logits is None:
                 with progress.progress_bar("compiling kernels") as report:
                     graph = self._build(min(self.backend.prefill_chunk, self.context), "all")
-                    program = self._all_logits = self._program_of(graph, report)
-            out = session.all_logits(program, tokens)
+                    self._all_logits = self._program_of(graph, report)
+            yield from session.each_logits(self._all_logits, tokens, start)
             self._runner.look_at_page(1)  # the first of an exclusive session
-        return out
 
     def values(self, ids: Iterable[int], name: str) -> np.ndarray:
         """A value of the graph by name (`print(model.graph)` lists them) for a text of these ids, a row for each id.

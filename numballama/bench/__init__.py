@@ -1,1 +1,1 @@
-"""Measure speed and memory, and show where the time of a step goes."""
+"""Measure speed, memory and how well a model predicts a text, and show where the time of a step goes."""

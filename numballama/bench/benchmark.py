@@ -7,13 +7,15 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import __version__, progress
-from ..errors import ContextError
+from ..engine.request import TokenEvent
+from ..errors import ContextError, Error
 from ..memory import format_bytes, peak_bytes
 from ..sampling import SamplingParams
 from ..validation import whole_number
@@ -37,6 +39,9 @@ class BenchResult:
     types: list[str]
     """Element types of the weights."""
     activations: str
+    context: int
+    sequences: int
+    """Sequences that run at once, each with its prompt and its answer. Speeds are those of all together."""
     prompt_tokens: int
     tokens: int
     """Tokens decoded after the prompt."""
@@ -44,12 +49,13 @@ class BenchResult:
     prefill_tokens_per_second: float
     decode_tokens_per_second: float
     time_to_first_token_s: float
+    """Until every sequence has its first token."""
     load_s: float
     peak_memory_bytes: int | None
     """Maximum resident memory of this process. None if the system does not tell."""
     device_memory_bytes: int | None
     bytes_per_token: int
-    """Bytes that a decode step in the middle of the answer must read."""
+    """Bytes that a decode step in the middle of the answer must read; several sequences share the weights of one."""
     bytes_per_second: float
     memory_bandwidth_bytes_per_second: float | None
     bandwidth_fraction: float | None
@@ -66,6 +72,8 @@ class BenchResult:
         where = f"{self.device}, {self.threads} threads"
         if gpu:
             where = f"{self.device} ({gpu['name']}), {gpu['multiprocessors']} multiprocessors"
+        if self.sequences > 1:
+            where += f", {self.sequences} sequences at once"
         lines = [
             f"{self.model} on {where}, {', '.join(self.types)}",
             f"  prompt   {self.prefill_tokens_per_second:10,.1f} tokens/s   ({self.prompt_tokens} tokens)",
@@ -84,49 +92,64 @@ class BenchResult:
         return "\n".join(lines)
 
 
-def bench(model: Model, prompt_tokens: int = 128, tokens: int = 64, repeats: int = 5) -> BenchResult:
-    """Time a prompt of random tokens and greedy decoding after it; medians of `repeats` runs.
+def bench(
+    model: Model,
+    prompt_tokens: int = 128,
+    tokens: int = 64,
+    repeats: int = 5,
+    sequences: int = 1,
+    bandwidth: float | None = None,
+) -> BenchResult:
+    """Time prompts of random tokens and greedy decoding after them; medians of `repeats` runs.
 
-    Raises `ContextError` if prompt and answer do not fit the context, `DeviceError` if the device has too little free
-    memory for the bandwidth measurement.
+    `bandwidth` is the memory bandwidth in bytes/s, where it has been measured already.
+
+    Raises `ContextError` if prompts and answers do not fit the context or the KV cache, `Error` for more sequences than
+    the model was compiled for, `DeviceError` if the device has too little free memory for the bandwidth measurement.
     """
-    prompt_tokens = whole_number("prompt_tokens", prompt_tokens, 1)
+    prompt_tokens, sequences = whole_number("prompt_tokens", prompt_tokens, 1), whole_number("sequences", sequences, 1)
     tokens, repeats = whole_number("tokens", tokens, 1), whole_number("repeats", repeats, 1)
-    if prompt_tokens + tokens > model.context:
+    whole = prompt_tokens + tokens
+    if whole > model.context:
         raise ContextError(
-            f"{prompt_tokens} prompt tokens and {tokens} more need a context of {prompt_tokens + tokens}, "
+            f"{prompt_tokens} prompt tokens and {tokens} more need a context of {whole}, "
             f"it has {model.context}; pass a larger --context, or fewer --prompt-tokens and --tokens"
         )
+    if sequences > model.max_sequences:
+        raise Error(f"{sequences} sequences at once need compile(max_sequences={sequences}), not {model.max_sequences}")
+    if sequences * -(-whole // model.kv.page) >= model.kv.pages:
+        raise ContextError(
+            f"{sequences} sequences of {whole} tokens do not fit the KV cache of {model.kv.tokens:,} tokens; pass a "
+            "larger --context, or fewer --sequences"
+        )
     rng = np.random.default_rng(0)
-    prompt = rng.integers(0, model.config.vocab_size, prompt_tokens).tolist()
+    prompts = [rng.integers(0, model.config.vocab_size, prompt_tokens).tolist() for _ in range(sequences)]
     params = SamplingParams(temperature=0, max_tokens=tokens + 1)
     prefill_times: list[float] = []
     decode_times: list[float] = []
     with progress.progress_bar("benchmark") as report:
         for index in range(repeats + 1):
             report("", index, repeats + 1)
-            start = first = end = time.perf_counter()
-            for _ in model.token_engine.submit(prompt, params, reuse_prefix=False):
-                end = time.perf_counter()
-                if first == start:
-                    first = end
-            prefill_times.append(first - start)
-            decode_times.append(end - first)
-    prefill, decode = statistics.median(prefill_times[1:]), statistics.median(decode_times[1:])
+            prefill, decode = _generate_together(model, prompts, params)
+            prefill_times.append(prefill)
+            decode_times.append(decode)
+    prefill, decode = statistics.median(prefill_times[1:]), statistics.median(decode_times[1:])  # the first warms up
     peak = peak_bytes()  # before the bandwidth measurement, which allocates memory itself
-    backend, nbytes = model.backend, bytes_per_token(model, prompt_tokens + tokens // 2)
-    rate, bandwidth = nbytes * tokens / decode, backend.measure_bandwidth()
+    backend, nbytes = model.backend, bytes_per_token(model, prompt_tokens + tokens // 2, sequences)
+    rate, bandwidth = nbytes / decode / sequences, bandwidth or backend.measure_bandwidth()
     return BenchResult(
         model=model.path.name,
         device=model.device,
         threads=model.threads,
         types=sorted({str(weight.type) for weight in model.weights.values()}),
         activations=model.activations,
+        context=model.context,
+        sequences=sequences,
         prompt_tokens=prompt_tokens,
         tokens=tokens,
         repeats=repeats,
-        prefill_tokens_per_second=prompt_tokens / prefill,
-        decode_tokens_per_second=tokens / decode,
+        prefill_tokens_per_second=sequences * prompt_tokens / prefill,
+        decode_tokens_per_second=1 / decode,
         time_to_first_token_s=prefill,
         load_s=model.load_s,
         peak_memory_bytes=peak,
@@ -137,6 +160,32 @@ def bench(model: Model, prompt_tokens: int = 128, tokens: int = 64, repeats: int
         bandwidth_fraction=rate / bandwidth if bandwidth else None,
         machine=machine() | backend.machine(),
     )
+
+
+def _generate_together(model: Model, prompts: list[list[int]], params: SamplingParams) -> tuple[float, float]:
+    """(seconds until all sequences have begun, seconds for a token while all generate)."""
+    times: list[list[float]] = [[] for _ in prompts]
+
+    def recorded(own: list[float]) -> Callable[[TokenEvent], TokenEvent]:
+        def process(event: TokenEvent) -> TokenEvent:
+            own.append(time.perf_counter())
+            return event
+
+        return process
+
+    start = time.perf_counter()
+    requests = [
+        model.token_engine.submit(prompt, params, reuse_prefix=False, process=recorded(own))
+        for prompt, own in zip(prompts, times, strict=True)
+    ]
+    for request in requests:
+        for _ in request:
+            pass
+    begin, end = max(own[0] for own in times), min(own[-1] for own in times)
+    if end <= begin:
+        raise Error("a sequence ended before the last one began: pass more --max-tokens, or fewer --prompt-tokens")
+    count = sum(begin < moment <= end for own in times for moment in own)
+    return begin - start, (end - begin) / count
 
 
 def machine() -> dict[str, Any]:

@@ -39,7 +39,16 @@ def _state_bytes(state: Value, positions: int) -> int:
     return state.nbytes // (pages * page) * positions
 
 
-def bytes_per_token(model: Model, position: int) -> int:
-    """Bytes that a decode step at `position` must move."""
+def bytes_per_token(model: Model, position: int, sequences: int = 1) -> int:
+    """Bytes that a decode step of `sequences` sequences, each at `position`, must move: the weights only once."""
     graph, weight_nbytes = model.program.graph, model.backend.weight_nbytes
-    return sum(step_bytes(graph, op, weight_nbytes, position) for op in graph.ops)
+    total = 0
+    for op in graph.ops:
+        again = weight_nbytes if op.kind == "embedding" else _none
+        total += step_bytes(graph, op, weight_nbytes, position)
+        total += step_bytes(graph, op, again, position) * (sequences - 1)
+    return total
+
+
+def _none(weight: str) -> int:
+    return 0

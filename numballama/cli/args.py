@@ -6,8 +6,9 @@ import argparse
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import Error
 from ..sampling import DEFAULTS, SamplingParams
@@ -15,6 +16,8 @@ from .parser import whole_number
 
 if TYPE_CHECKING:
     from ..model import Model
+
+_T = TypeVar("_T")
 
 STORY_MODEL = "default: the story model inside this package"
 MODEL_HELP = "a model file, directory or hub id (owner/name, owner/name:Q4_K_M)"
@@ -40,22 +43,26 @@ SAMPLING_HELP = {
 """Fields of `SamplingParams` that are options, with their help."""
 
 
-def model_options(command: argparse.ArgumentParser) -> None:
-    """Add the options that `load` passes to `compile`."""
+def model_options(command: argparse.ArgumentParser, **others: dict[str, Any]) -> None:
+    """Add the options that `load` passes to `compile`. `others` replace what the options dtype, context and threads
+    are by default: help, type and default.
+    """
     group = command.add_argument_group("model")
     tokenizer_option(group)
     group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N, or reference (NumPy, slow)")
-    group.add_argument(
-        "--dtype", help="convert the linear weights: f32, f16, bf16, int8, q8_0 or q4_0 (default: as the file has them)"
-    )
-    group.add_argument("--context", type=int, metavar="N", help="size of the KV cache in tokens (default: the model's)")
+    dtypes = "convert the linear weights: f32, f16, bf16, int8, q8_0 or q4_0 (default: as the file has them)"
+    group.add_argument("--dtype", **{"help": dtypes} | others.get("dtype", {}))
+    number: dict[str, Any] = {"type": int, "metavar": "N"}
+    size = number | {"help": "size of the KV cache in tokens (default: the model's)"}
+    group.add_argument("--context", **size | others.get("context", {}))
     group.add_argument("--kv-dtype", help="type of the KV cache: f32 (default on CPUs), f16 (on GPUs), bf16 or q8_0")
     group.add_argument(
         "--activations",
         default="f32",
         help="f32 (default), or int8: round them where weights are quantised, as llama.cpp does (CPU)",
     )
-    group.add_argument("--threads", type=int, metavar="N", help="CPU workers (default: all)")
+    workers = number | {"help": "CPU workers (default: all)"}
+    group.add_argument("--threads", **workers | others.get("threads", {}))
     config_options(group)
 
 
@@ -99,6 +106,16 @@ def _max_tokens(text: str) -> int | None:
     return None if number == -1 else number
 
 
+def listed(kind: Callable[[str], _T]) -> Callable[[str], list[_T]]:
+    """The type of an option that takes a list: values with commas between them, each read by `kind`."""
+
+    def read(text: str) -> list[_T]:
+        return [kind(each) for each in text.split(",")]
+
+    read.__name__ = f"{kind.__name__},…"  # argparse names it: "invalid int,… value"
+    return read
+
+
 def in_place_of(positional: argparse.Action) -> type[argparse.Action]:
     """An option with which a positional argument need not be given. With nargs="?" it could not follow an option."""
 
@@ -123,10 +140,10 @@ def sampling_params(arguments: argparse.Namespace) -> SamplingParams:
 
 
 def load(arguments: argparse.Namespace, **options: Any) -> Model:
-    """Compile `arguments.model` with the model options, and others of `compile`."""
+    """Compile `arguments.model` with the model options. `options` are arguments of `compile` beside or instead."""
     from .. import compile
 
-    return compile(arguments.model, **{name: getattr(arguments, name) for name in MODEL_OPTIONS}, **options)
+    return compile(arguments.model, **{name: getattr(arguments, name) for name in MODEL_OPTIONS} | options)
 
 
 # Chat templates
@@ -153,15 +170,10 @@ def read_template(argument: str | None) -> str | None:
     """The template of --chat-template: the text of a file, or a name. Raises `Error` for a file that is no text."""
     if argument is None or (re.fullmatch(r"[\w-]+", argument) and not Path(argument).exists()):
         return argument
-    return read_text(argument)
-
-
-def read_text(path: str) -> str:
-    """The text of a file. Raises `Error` for a file that is no text in UTF-8."""
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(argument).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise Error(f"{path}: cannot be read: {reason(error)}") from None
+        raise Error(f"{argument}: cannot be read: {reason(error)}") from None
 
 
 def template_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -215,11 +227,12 @@ _PHRASES = {
     "reset() the chat": "begin a new conversation (/reset on a terminal)",
     "compile with a larger context=": "use a larger --context",
     "compile with context=": "use --context",
+    "a smaller context=": "a smaller --context",
     "compile(…, tokenizer=…), --tokenizer on the command line": "--tokenizer",
     "template= or --chat-template": "--chat-template",
 }
 """What an error says to a Python program → what it says on the command line."""
-_OPTIONS = "|".join([*MODEL_OPTIONS, *SAMPLING_HELP, "prompt_tokens", "repeats"])
+_OPTIONS = "|".join([*MODEL_OPTIONS, *SAMPLING_HELP, "prompt_tokens", "repeats", "chunks", "sequences"])
 _KEYWORD = re.compile(rf"(?<![^\s(:;,])({_OPTIONS})=(?:'([^' ]*)'|([\w.:/-]*))")
 _SUBJECT = re.compile(rf"^({_OPTIONS})(?= (?:must be|\S+ is not supported|is not supported)\b)")
 

@@ -3,41 +3,132 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from .args import MODEL_HELP, STORY_MODEL, hidden_alias, load, model_options
+from ..errors import Error
+from ..files import atomic_write, require_folder
+from .args import MODEL_HELP, STORY_MODEL, hidden_alias, listed, load, model_options
 from .parser import Parser
+
+if TYPE_CHECKING:
+    from ..bench.sweep import Speed
+    from ..model import Model
 
 
 def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
     bench = commands.add_parser(
         "bench",
         help="measure speed and memory",
-        description="Prefill and decode speed, the share of this machine's memory bandwidth, time and memory.",
+        description="Prefill and decode speed, the share of this machine's memory bandwidth, time and memory. Where an "
+        "option takes N[,N], each combination of the lists is measured.",
         examples=(
             "numballama bench --prompt-tokens 64 --max-tokens 32",
             "numballama bench model.gguf --dtype q8_0 --json",
+            "numballama bench model.gguf --context 512,2048 --sequences 1,4,16 --csv speed.csv --svg speed.svg",
         ),
     )
     bench.add_argument("model", nargs="?", help=f"{MODEL_HELP} ({STORY_MODEL})")
-    model_options(bench)
-    bench.add_argument("--prompt-tokens", type=int, default=128, metavar="N", help="length of the prompt (default 128)")
+    numbers: dict[str, Any] = {"type": listed(int), "metavar": "N[,N]"}
+    model_options(bench, context=numbers, threads=numbers)
+    bench.add_argument("--prompt-tokens", default=[128], help="length of the prompt (default 128)", **numbers)
+    bench.add_argument("--sequences", default=[1], help="sequences that run at once (default 1)", **numbers)
     bench.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens to decode (default 64)")
     hidden_alias(bench, "--tokens", "max_tokens", type=int)
     bench.add_argument("--repeats", type=int, default=5, metavar="N", help="runs to take the median of (default 5)")
+    bench.add_argument(
+        "--compare",
+        choices=["llama.cpp"],
+        help="also measure llama.cpp on the same GGUF file, one sequence (needs llama-cpp-python)",
+    )
     bench.add_argument("--profile", action="store_true", help="also a time line of one decode step, kernel by kernel")
     bench.add_argument("--trace", metavar="FILE", help="write that time line as a Chrome trace (implies --profile)")
     bench.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    bench.add_argument("--csv", metavar="FILE", help="write a line for each combination")
+    bench.add_argument("--svg", metavar="FILE", help="write a picture of the speeds")
     bench.set_defaults(run=run_bench)
 
 
 def run_bench(arguments: argparse.Namespace) -> None:
-    if arguments.trace is not None:
-        from ..files import require_folder
+    for path in (arguments.trace, arguments.csv, arguments.svg):
+        if path is not None:
+            require_folder(path)
+    lists = (arguments.context, arguments.threads, arguments.prompt_tokens, arguments.sequences)
+    several = any(values is not None and len(values) > 1 for values in lists)
+    if several or arguments.compare or arguments.csv or arguments.svg:
+        _sweep(arguments)
+    else:
+        _once(arguments)
 
-        require_folder(arguments.trace)
-    with load(arguments) as model:
+
+def _load(arguments: argparse.Namespace, context: int | None, threads: int | None) -> Model:
+    return load(arguments, context=context, threads=threads, max_sequences=max(arguments.sequences))
+
+
+def _sweep(arguments: argparse.Namespace) -> None:
+    from ..bench.llama_cpp import require_llama_cpp
+    from ..bench.sweep import Speed, as_csv, as_table, draw, sweep, to_dict
+
+    if arguments.profile or arguments.trace is not None:
+        raise Error("--profile and --trace take one combination, without --compare, --csv and --svg")
+    if arguments.compare:
+        require_llama_cpp()  # before anything is measured
+        if arguments.dtype is not None:
+            raise Error("--compare runs the file as it is in both: leave out --dtype, or export a file of that type")
+
+    def open_model(context: int | None, threads: int | None) -> Model:
+        with contextlib.ExitStack() as closing:
+            model = closing.enter_context(_load(arguments, context, threads))
+            if arguments.compare:
+                require_llama_cpp(model.path)
+            files.append(model.path)
+            closing.pop_all()
+        return model
+
+    files: list[Path] = []
+    results = list(
+        sweep(
+            open_model,
+            contexts=arguments.context or (None,),
+            threads=arguments.threads or (None,),
+            prompts=arguments.prompt_tokens,
+            sequences=arguments.sequences,
+            tokens=arguments.max_tokens,
+            repeats=arguments.repeats,
+        )
+    )
+    speeds = [Speed.of(result) for result in results]
+    if arguments.compare:
+        speeds = _beside_llama_cpp(speeds, files[0], results[0].device != "cpu", arguments.repeats)
+    title = f"{results[0].model} on {results[0].device}, {', '.join(results[0].types)}"
+    print(json.dumps(to_dict(results[0], speeds), indent=2) if arguments.json else f"{title}\n{as_table(speeds)}")
+    for path, text in ((arguments.csv, as_csv(speeds)), (arguments.svg, draw(speeds, title))):
+        if path is not None:
+            with atomic_write(path) as file:
+                file.write(text.encode())
+
+
+def _beside_llama_cpp(speeds: list[Speed], path: Path, gpu: bool, repeats: int) -> list[Speed]:
+    """Each measurement of one sequence, followed by llama.cpp's."""
+    from ..bench.llama_cpp import LlamaCpp
+
+    with contextlib.closing(LlamaCpp(path, gpu)) as other:
+        found: list[Speed] = []
+        for ours in speeds:
+            found.append(ours)
+            if ours.sequences == 1:
+                threads = 1 if gpu else ours.threads
+                found.append(other.measure(ours.context, threads, ours.prompt_tokens, ours.tokens, repeats))
+        return found
+
+
+def _once(arguments: argparse.Namespace) -> None:
+    context, threads = (values and values[0] for values in (arguments.context, arguments.threads))
+    prompt_tokens, sequences = arguments.prompt_tokens[0], arguments.sequences[0]
+    with _load(arguments, context, threads) as model:
         from ..bench import trace
         from ..bench.benchmark import bench
         from ..bench.profiler import profile, require_plan
@@ -46,10 +137,10 @@ def run_bench(arguments: argparse.Namespace) -> None:
         profiled = arguments.profile or arguments.trace is not None
         if profiled:
             require_plan(model)
-        measured = bench(model, arguments.prompt_tokens, arguments.max_tokens, arguments.repeats)
+        measured = bench(model, prompt_tokens, arguments.max_tokens, arguments.repeats, sequences)
         result = measured.to_dict()
         if profiled:
-            position = arguments.prompt_tokens + arguments.max_tokens // 2
+            position = prompt_tokens + arguments.max_tokens // 2
             found = profile(model, position, measured.memory_bandwidth_bytes_per_second)
             result["profile"] = found.to_dict()
             if arguments.trace is not None:

@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import Error
-from .args import MODEL_HELP, config_options, hidden_alias, read_text
+from .args import MODEL_HELP, config_options, hidden_alias
 from .parser import Parser
 
 if TYPE_CHECKING:
@@ -66,6 +66,7 @@ def run_export(arguments: argparse.Namespace) -> None:
 
 def _importance(arguments: argparse.Namespace, options: dict[str, Any]) -> Importance:
     """What the text of --calibrate says of the model's columns."""
+    from ..bench.perplexity import read_text
     from ..importance import measure
     from ..model import Model
     from ..quantization.search import SEARCHING

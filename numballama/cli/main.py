@@ -20,6 +20,7 @@ from .export import add_export
 from .generate import add_generate, add_story
 from .inspect import add_inspect
 from .parser import Parser
+from .perplexity import add_perplexity
 from .serve import add_serve
 
 FAILED, WRONG_USAGE, BROKEN_PIPE = 1, 2, 141
@@ -54,8 +55,8 @@ def parser() -> Parser:
     main.add_argument("--version", action="version", version=f"numballama {__version__}")
     commands = main.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (
-        add_story, add_generate, add_chat, add_serve, add_inspect, add_explain, add_bench, add_doctor, add_export,
-        add_completion,
+        add_story, add_generate, add_chat, add_serve, add_inspect, add_explain, add_perplexity, add_bench, add_doctor,
+        add_export, add_completion,
     ):  # fmt: skip
         add(commands)
     main.set_defaults(parser=main)  # of which `completion` writes a script

@@ -60,14 +60,15 @@ ORDER = """
     generate
     chat: sandbox builtin_templates template tool_messages encoder conversation
     export inspection
-    bench: traffic debug profiler trace benchmark
+    bench: traffic debug profiler trace benchmark sweep llama_cpp perplexity
     explain: logprobs values tokens terminal html explanation
     model importance
     doctor: packages cache check cpu gpu report
     server: settings errors protocol params http metrics tools.definitions tools.events tools.scanner tools.call \
             tools.parser tools.grammar tools.messages tools.formats page.markdown service generation logprobs call \
             completions chat_core chat responses messages tokens answers openapi guard app run affinity ray_app
-    cli: streams parser args completion doctor inspect explain batch generate remote chat serve bench export main
+    cli: streams parser args completion doctor inspect explain batch generate remote chat serve bench perplexity \
+         export main
     __main__
 """
 """The flow, from left to right: a module imports only modules before it.

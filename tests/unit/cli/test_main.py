@@ -55,7 +55,7 @@ def test_wrong_usage_exits_with_2(capsys: pytest.CaptureFixture[str], words: tup
     assert done.code == 2 and "usage" in done.err
 
 
-@pytest.mark.parametrize("command", ["story", "generate", "chat", "inspect", "bench"])
+@pytest.mark.parametrize("command", ["story", "generate", "chat", "inspect", "bench", "perplexity"])
 def test_help_names_every_option(capsys: pytest.CaptureFixture[str], command: str) -> None:
     done = call(capsys, command, "--help")
     assert done.code == 0 and "usage: numballama" in done.out

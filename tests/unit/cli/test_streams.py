@@ -40,6 +40,7 @@ COMMANDS = {
     "inspect": "NUMBALLAMA inspect MODEL",
     "export": "NUMBALLAMA export MODEL FOLDER/out.gguf --to gguf",
     "bench": "NUMBALLAMA bench MODEL --prompt-tokens 4 --max-tokens 2 --repeats 1",
+    "perplexity": "printf 'the story' > FOLDER/text; NUMBALLAMA perplexity MODEL FOLDER/text --context 3",
     "help": "NUMBALLAMA --help",
     "help of a command": "NUMBALLAMA chat --help",
     "version": "NUMBALLAMA --version",
