@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 from ..checkpoint import Weight
 from ..errors import Error, UnsupportedError
+from ..host.cgroup import usable_cores
 from ..memory import ceil_div
 from .blocks import (
     DECODERS,
@@ -65,7 +67,8 @@ def convert(weight: Weight, target: WeightType, importance: npt.NDArray[np.float
     data = np.empty(numel // traits.block_size * traits.block_bytes // traits.storage.itemsize, traits.storage)
     scales = np.empty(ceil_div(numel, group), np.float32) if target.name == "int8" else None
     step = max(_CHUNK // group, 1) * group  # no group is cut in two
-    for start in range(0, numel, step):
+
+    def convert_part(start: int) -> None:
         stop = min(start + step, numel)
         groups = slice(start // group, ceil_div(stop, group))
         with np.errstate(over="ignore", invalid="ignore"):  # the docstring says what becomes of NaN and infinity
@@ -77,6 +80,15 @@ def convert(weight: Weight, target: WeightType, importance: npt.NDArray[np.float
                 encode(target.name, rows, blocks[groups], _of_blocks(importance, rows, start))
             else:
                 data[start:stop] = _FLOAT_ENCODERS[target.name](values)
+
+    parts = range(0, numel, step)
+    if target.name in SEARCHING and len(parts) > 1:  # these are slow, and NumPy lets other threads run meanwhile
+        with ThreadPoolExecutor(min(usable_cores(), len(parts))) as pool:
+            for _ in pool.map(convert_part, parts):
+                pass
+    else:
+        for start in parts:
+            convert_part(start)
     shape = (*weight.shape[:-1], -1) if traits.is_block else weight.shape
     return Weight(weight.shape, target, data.reshape(shape), scales)
 
