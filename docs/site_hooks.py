@@ -36,7 +36,7 @@ LANGUAGES = {".py": "python", ".json": "json", ".toml": "toml", ".sh": "sh"}
 LINES: dict[Path, set[str]] = {}
 """Source file → numbers of the lines that pages link to."""
 MOST_BYTES = 300_000
-"""A file that is larger is no page; the link becomes plain text."""
+"""A file that is larger is no page; the link leads to the overview."""
 
 REFERENCE = {
     "python.md": (
@@ -45,7 +45,9 @@ REFERENCE = {
         """
         numballama.compile numballama.inspect numballama.load_tokenizer numballama.model.Model
         numballama.sampling.SamplingParams numballama.generate.GenerationResponse numballama.chat.conversation.Chat
-        numballama.chat.conversation.Turn numballama.inspection.Inspection numballama.tokenizers.base.Tokenizer
+        numballama.chat.conversation.Turn numballama.inspection.Inspection numballama.explain.explanation.Explanation
+        numballama.explain.explanation.ExplainedText numballama.bench.profiler.Profile
+        numballama.bench.perplexity.perplexity numballama.importance.measure numballama.tokenizers.base.Tokenizer
         numballama.errors.Error numballama.errors.FormatError numballama.errors.UnsupportedError
         numballama.errors.DeviceError numballama.errors.ContextError numballama.errors.Interrupted
         """,

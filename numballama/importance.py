@@ -39,7 +39,7 @@ def measure(model: Model, text: str) -> Importance:
     inputs = inputs_of_weights(model.value_reader.graph)
     squares: dict[str, np.ndarray] = {}
     begin = [] if tokenizer.bos_id is None or not tokenizer.add_bos else [tokenizer.bos_id]
-    step = min(WINDOW, model.context) - len(begin)
+    step = min(WINDOW, model.context, model.config.context) - len(begin)
     with progress.progress_bar("reading the text") as report:
         for start in range(0, len(ids), step):
             report(f"token {start:,}", start, len(ids))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, NoReturn, get_args, overload
@@ -210,6 +210,7 @@ class Model:
             self.backend.set_pages(0, 0, range(1, pages + 1))
             context = min(self.context, pages * self.kv.page)
             yield Session(self._runner.decode, self._runner.prompt, context, self.config.vocab_size)
+            self._runner.look_at_page(1)  # the first of the session: notes what is saturated
 
     def close(self) -> None:
         """Free the KV cache, the arenas, device memory and the mapping of the file. The model can no longer be used."""
@@ -262,8 +263,8 @@ class Model:
         tokens = self.token_engine.validate(ids)
         return filled(np.empty((len(tokens), self.config.vocab_size), np.float32), self.iter_logits(tokens))
 
-    def iter_logits(self, ids: Iterable[int], start: int = 0) -> Iterator[np.ndarray]:
-        """Yield `logits(ids)[start:]` in parts, float32 [rows, vocab]. The next overwrites it. Requests wait."""
+    def iter_logits(self, ids: Iterable[int], start: int = 0) -> Generator[np.ndarray]:
+        """Yield `logits(ids)[start:]` in parts, float32 [rows, vocab], each in the same memory. Requests wait."""
         tokens = self.token_engine.validate(ids)
         with self.exclusive() as session:
             if self._all_logits is None:
@@ -271,7 +272,6 @@ class Model:
                     graph = self._build(min(self.backend.prefill_chunk, self.context), "all")
                     self._all_logits = self._program_of(graph, report)
             yield from session.each_logits(self._all_logits, tokens, start)
-            self._runner.look_at_page(1)  # the first of an exclusive session
 
     def values(self, ids: Iterable[int], name: str) -> np.ndarray:
         """A value of the graph by name (`print(model.graph)` lists them) for a text of these ids, a row for each id.

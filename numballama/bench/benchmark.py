@@ -113,7 +113,7 @@ def bench(
     if whole > model.context:
         raise ContextError(
             f"{prompt_tokens} prompt tokens and {tokens} more need a context of {whole}, "
-            f"it has {model.context}; pass a larger --context, or fewer --prompt-tokens and --tokens"
+            f"it has {model.context}; pass a larger --context, or fewer --prompt-tokens and --max-tokens"
         )
     if sequences > model.max_sequences:
         raise Error(f"{sequences} sequences at once need compile(max_sequences={sequences}), not {model.max_sequences}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import statistics
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ from ..errors import Error, FormatError
 from .sweep import Speed
 
 
-def require_llama_cpp(path: Path | None = None) -> Any:
-    """The module `llama_cpp`. Raises `Error` if it is not there, `FormatError` if `path` is not a GGUF file."""
+def require_llama_cpp(path: Path | None = None, gpu: bool = False) -> Any:
+    """The module `llama_cpp`. Raises `Error` if it is not there or, with `gpu`, is built without one, `FormatError` if
+    `path` is not a GGUF file.
+    """
     try:
         module = importlib.import_module("llama_cpp")
     except (ImportError, OSError, RuntimeError) as error:  # it raises RuntimeError for a library that does not load
         raise Error(f'--compare llama.cpp needs llama-cpp-python: pip install "llama-cpp-python" ({error})') from None
+    if gpu and not module.llama_supports_gpu_offload():
+        raise Error("this llama-cpp-python is built without a GPU: compare with --device cpu, or build it with CUDA")
     if path is not None:
         try:
             with path.open("rb") as file:
@@ -35,17 +40,18 @@ def require_llama_cpp(path: Path | None = None) -> Any:
     return module
 
 
+@cache
+def _silent(llama: Any) -> Any:
+    """A callback for log lines, which lives as long as the library may call it."""
+    return llama.llama_log_callback(lambda level, text, data: None)
+
+
 class LlamaCpp:
     """A GGUF file in llama.cpp. Fixed tokens through its C interface: no sampling and no text is in the times."""
 
     def __init__(self, path: Path, gpu: bool = False) -> None:
-        llama = self._llama = require_llama_cpp(path)
-        if gpu and not llama.llama_supports_gpu_offload():
-            raise Error(
-                "this llama-cpp-python is built without a GPU: compare with --device cpu, or build it with CUDA"
-            )
-        self._silent = llama.llama_log_callback(lambda level, text, data: None)  # the library keeps no reference
-        llama.llama_log_set(self._silent, None)
+        llama = self._llama = require_llama_cpp(path, gpu)
+        llama.llama_log_set(_silent(llama), None)
         llama.llama_backend_init()
         options = llama.llama_model_default_params()
         options.n_gpu_layers = 999 if gpu else 0

@@ -16,7 +16,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from os import PathLike
 from pathlib import Path
@@ -128,16 +129,17 @@ def perplexity(
     with progress.progress_bar("perplexity") as report:
         done, total = 0, 0.0
         for number, window in enumerate(windows):
-            rows = _rows(model, base, window[:-1], context // 2)
-            for at, (target, (row, base_row)) in enumerate(zip(window[context // 2 + 1 :], rows, strict=True)):
-                log_p = _log_softmax(row)
-                nll[number, at] = -log_p[target]
-                if base_row is not None:
-                    log_base = _log_softmax(base_row)
-                    kl[number, at] = np.exp(log_base) @ (log_base - log_p)
-                    same[number, at] = log_base.argmax() == log_p.argmax()
-                done, total = done + 1, total + nll[number, at]
-                report(f"{_exp(total / done):.4f} so far", done, nll.size)
+            targets = window[context // 2 + 1 :]
+            with closing(_rows(model, base, window[:-1], context // 2)) as rows:  # a traceback must not keep the model
+                for at, (target, (row, base_row)) in enumerate(zip(targets, rows, strict=True)):
+                    log_p = _log_softmax(row)
+                    nll[number, at] = -log_p[target]
+                    if base_row is not None:
+                        log_base = _log_softmax(base_row)
+                        kl[number, at] = np.exp(log_base) @ (log_base - log_p)
+                        same[number, at] = log_base.argmax() == log_p.argmax()
+                    done, total = done + 1, total + nll[number, at]
+                    report(f"{_exp(total / done):.4f} so far", done, nll.size)
     mean, error = _mean(nll)
     return Perplexity(
         model=model.path.name,
@@ -212,12 +214,7 @@ SAME_VOCABULARY = "KL divergence compares models with the same vocabulary"
 
 
 def _encode(model: Model, text: str) -> list[int]:
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise Error(
-            f"{model.path.name} carries no tokenizer: pass its file to compile(…, tokenizer=…), --tokenizer on the "
-            "command line"
-        )
+    tokenizer = model.require_tokenizer()
     ids = tokenizer.encode(text, bos=False)
     return [tokenizer.bos_id, *ids] if tokenizer.add_bos and tokenizer.bos_id is not None else ids
 
@@ -238,7 +235,7 @@ def _windows(model: Model, ids: list[int], context: int, chunks: int | None) -> 
     return windows
 
 
-Rows = Iterator[tuple[np.ndarray, np.ndarray | None]]
+Rows = Generator[tuple[np.ndarray, np.ndarray | None]]
 
 
 def _rows(model: Model, base: Model | None, ids: list[int], start: int) -> Rows:
@@ -247,12 +244,14 @@ def _rows(model: Model, base: Model | None, ids: list[int], start: int) -> Rows:
         for row in _each(model, ids, start):
             yield row, None if base is None else row
     else:
-        yield from zip(_each(model, ids, start), _each(base, ids, start), strict=True)
+        with closing(_each(model, ids, start)) as own, closing(_each(base, ids, start)) as others:
+            yield from zip(own, others, strict=True)
 
 
-def _each(model: Model, ids: list[int], start: int) -> Iterator[np.ndarray]:
-    for rows in model.iter_logits(ids, start):
-        yield from rows
+def _each(model: Model, ids: list[int], start: int) -> Generator[np.ndarray]:
+    with closing(model.iter_logits(ids, start)) as parts:
+        for rows in parts:
+            yield from rows
 
 
 def _log_softmax(row: np.ndarray) -> np.ndarray:

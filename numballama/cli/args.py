@@ -228,11 +228,25 @@ _PHRASES = {
     "compile with a larger context=": "use a larger --context",
     "compile with context=": "use --context",
     "a smaller context=": "a smaller --context",
+    " and explain() takes up to": ", explain takes up to",
+    ", or read single values with values()": "",
     "compile(…, tokenizer=…), --tokenizer on the command line": "--tokenizer",
     "template= or --chat-template": "--chat-template",
 }
 """What an error says to a Python program → what it says on the command line."""
-_OPTIONS = "|".join([*MODEL_OPTIONS, *SAMPLING_HELP, "prompt_tokens", "repeats", "chunks", "sequences"])
+_OPTIONS = "|".join(
+    [
+        *MODEL_OPTIONS,
+        *SAMPLING_HELP,
+        "prompt_tokens",
+        "repeats",
+        "chunks",
+        "sequences",
+        "max_sequences",
+        "layer",
+        "head",
+    ]
+)
 _KEYWORD = re.compile(rf"(?<![^\s(:;,])({_OPTIONS})=(?:'([^' ]*)'|([\w.:/-]*))")
 _SUBJECT = re.compile(rf"^({_OPTIONS})(?= (?:must be|\S+ is not supported|is not supported)\b)")
 

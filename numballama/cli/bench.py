@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import Error
 from ..files import atomic_write, require_folder
+from ..validation import whole_number as at_least
 from .args import MODEL_HELP, STORY_MODEL, hidden_alias, listed, load, model_options
-from .parser import Parser
+from .parser import Parser, whole_number
 
 if TYPE_CHECKING:
+    from ..bench.benchmark import BenchResult
     from ..bench.sweep import Speed
     from ..model import Model
 
@@ -32,7 +34,7 @@ def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
         ),
     )
     bench.add_argument("model", nargs="?", help=f"{MODEL_HELP} ({STORY_MODEL})")
-    numbers: dict[str, Any] = {"type": listed(int), "metavar": "N[,N]"}
+    numbers: dict[str, Any] = {"type": listed(whole_number), "metavar": "N[,N]"}
     model_options(bench, context=numbers, threads=numbers)
     bench.add_argument("--prompt-tokens", default=[128], help="length of the prompt (default 128)", **numbers)
     bench.add_argument("--sequences", default=[1], help="sequences that run at once (default 1)", **numbers)
@@ -70,7 +72,7 @@ def _load(arguments: argparse.Namespace, context: int | None, threads: int | Non
 
 def _sweep(arguments: argparse.Namespace) -> None:
     from ..bench.llama_cpp import require_llama_cpp
-    from ..bench.sweep import Speed, as_csv, as_table, draw, sweep, to_dict
+    from ..bench.sweep import Speed, sweep
 
     if arguments.profile or arguments.trace is not None:
         raise Error("--profile and --trace take one combination, without --compare, --csv and --svg")
@@ -79,18 +81,24 @@ def _sweep(arguments: argparse.Namespace) -> None:
         if arguments.dtype is not None:
             raise Error("--compare runs the file as it is in both: leave out --dtype, or export a file of that type")
 
+    for name in ("context", "threads", "prompt_tokens", "sequences"):  # before anything is measured
+        for value in getattr(arguments, name) or ():
+            at_least(name, value, 1)
+
     def open_model(context: int | None, threads: int | None) -> Model:
         with contextlib.ExitStack() as closing:
             model = closing.enter_context(_load(arguments, context, threads))
             if arguments.compare:
-                require_llama_cpp(model.path)
+                require_llama_cpp(model.path, model.device.startswith("cuda"))
             files.append(model.path)
             closing.pop_all()
         return model
 
     files: list[Path] = []
-    results = list(
-        sweep(
+    results: list[BenchResult] = []
+    speeds: list[Speed] = []
+    try:
+        for result in sweep(
             open_model,
             contexts=arguments.context or (None,),
             threads=arguments.threads or (None,),
@@ -98,13 +106,22 @@ def _sweep(arguments: argparse.Namespace) -> None:
             sequences=arguments.sequences,
             tokens=arguments.max_tokens,
             repeats=arguments.repeats,
-        )
-    )
-    speeds = [Speed.of(result) for result in results]
-    if arguments.compare:
-        speeds = _beside_llama_cpp(speeds, files[0], results[0].device != "cpu", arguments.repeats)
-    title = f"{results[0].model} on {results[0].device}, {', '.join(results[0].types)}"
-    print(json.dumps(to_dict(results[0], speeds), indent=2) if arguments.json else f"{title}\n{as_table(speeds)}")
+        ):
+            results.append(result)
+            speeds.append(Speed.of(result))
+        if arguments.compare:
+            on_gpu = results[0].device.startswith("cuda")
+            speeds = _beside_llama_cpp(speeds, files[0], on_gpu, arguments.repeats)
+    finally:  # what was measured before an error is not lost
+        if results:
+            _show(arguments, results[0], speeds)
+
+
+def _show(arguments: argparse.Namespace, first: BenchResult, speeds: list[Speed]) -> None:
+    from ..bench.sweep import as_csv, as_table, draw, to_dict
+
+    title = f"{first.model} on {first.device}, {', '.join(first.types)}"
+    print(json.dumps(to_dict(first, speeds), indent=2) if arguments.json else f"{title}\n{as_table(speeds)}")
     for path, text in ((arguments.csv, as_csv(speeds)), (arguments.svg, draw(speeds, title))):
         if path is not None:
             with atomic_write(path) as file:

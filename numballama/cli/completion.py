@@ -13,7 +13,7 @@ from ..errors import Error
 from .parser import Parser
 
 SHELLS = ("bash", "zsh", "fish", "tcsh")
-FILES = ("model", "source", "target")
+FILES = ("model", "source", "target", "kl")
 """Arguments that may name a file; so do options with the metavar FILE."""
 
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from ..explain.explanation import LOGPROBS
+from ..files import atomic_write, require_folder
 from .args import MODEL_HELP, SAMPLING_HELP, load, model_options
 from .parser import Parser
 from .streams import read_stdin
@@ -37,6 +37,8 @@ def add_explain(commands: argparse._SubParsersAction[Parser]) -> None:
 
 
 def run_explain(arguments: argparse.Namespace) -> None:
+    if arguments.html is not None:
+        require_folder(arguments.html)
     text = read_stdin() if arguments.prompt == "-" else arguments.prompt
     with load(arguments) as model:
         given = model.require_tokenizer().encode(text, special=True) if arguments.special else text
@@ -44,7 +46,8 @@ def run_explain(arguments: argparse.Namespace) -> None:
             given, arguments.logprobs, layer=arguments.layer, head=arguments.head, lens=arguments.lens
         )
     if arguments.html is not None:
-        Path(arguments.html).write_text(found.to_html(), encoding="utf-8")
+        with atomic_write(arguments.html) as file:
+            file.write(found.to_html().encode())
     if arguments.json:
         print(found.to_json())
     elif arguments.html is None:

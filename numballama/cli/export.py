@@ -43,7 +43,8 @@ def add_export(commands: argparse._SubParsersAction[Parser]) -> None:
     export.add_argument(
         "--calibrate",
         metavar="FILE",
-        help="a text like those that the model will read: errors of K-quants, q5_0 and q5_1 count by what it needs",
+        help="a text like those that the model will read: K-quants, q5_0 and q5_1 weigh rounding errors by how "
+        "large it makes each input",
     )
     hidden_alias(export, "--quant", "dtype")
     export.add_argument("--tokenizer", metavar="FILE", help="to put beside the model, where the format can hold it")
@@ -67,12 +68,17 @@ def run_export(arguments: argparse.Namespace) -> None:
 def _importance(arguments: argparse.Namespace, options: dict[str, Any]) -> Importance:
     """What the text of --calibrate says of the model's columns."""
     from ..bench.perplexity import read_text
-    from ..importance import measure
+    from ..export import QUANTS
+    from ..files import require_folder
+    from ..importance import WINDOW, measure
     from ..model import Model
     from ..quantization.search import SEARCHING
 
     if arguments.dtype not in SEARCHING:
         raise Error(f"--calibrate is for --dtype {', '.join(sorted(SEARCHING))}; found --dtype {arguments.dtype}")
+    if arguments.dtype not in QUANTS.get(arguments.to, (arguments.dtype,)):
+        raise Error(f"{arguments.to} cannot hold {arguments.dtype!r}; it holds {', '.join(QUANTS[arguments.to])}")
+    require_folder(arguments.target)
     text = read_text(arguments.calibrate)
-    with Model(arguments.source, device="cpu", **options) as model:
+    with Model(arguments.source, device="cpu", context=WINDOW, **options) as model:
         return measure(model, text)

@@ -107,7 +107,7 @@ class Parser(argparse.ArgumentParser):
         return parsed, unknown
 
     def error(self, message: str) -> NoReturn:
-        """End with exit code 2 after three lines: usage, what is wrong, and an example."""
+        """End with exit code 2 after four lines: usage, what is wrong, and an example."""
         if re.search("required|unknown command", message):  # an unknown option before may be why
             unknown = next(self._unknown_options(), None)
             message = message if unknown is None else self._unknown(unknown)

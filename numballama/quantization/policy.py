@@ -42,7 +42,7 @@ def weight_type(dtype: str, name: str, columns: int) -> WeightType:
 
 def mixture_type(mixture: str, config: ModelConfig, name: str, columns: int) -> WeightType:
     """The type of weight `name`, with rows of `columns` elements, in a mixture: the rules of llama.cpp's Q4_K_M, Q5_K_M
-    and Q6_K. The classifier and half of the matrices for values and for the way down are q6_k.
+    and Q6_K. The classifier is q6_k, and so are wv and w2 (attn_v and ffn_down in llama.cpp) in half of the layers.
     """
     classifier = "tok_embeddings" if config.tied_embeddings else "output"
     parts = name.split(".")

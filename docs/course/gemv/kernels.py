@@ -54,7 +54,7 @@ def thread_per_row(w, x, out, rows, columns):
 
 @cuda.jit
 def block_per_row(w, x, out, rows, columns):
-    """2. One block a row: neighbouring threads load neighbouring weights. They add up in shared memory, 7 barriers."""
+    """2. One block a row: neighbouring threads load neighbouring weights. They add up in shared memory, 8 barriers."""
     partial = cuda.shared.array(THREADS, np.float32)
     row, me = cuda.blockIdx.x, cuda.threadIdx.x
     total = np.float32(0)

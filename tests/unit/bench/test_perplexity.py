@@ -118,9 +118,10 @@ def test_after_an_error_the_model_goes_on(model: Model, monkeypatch: pytest.Monk
     """The device is given back when the measurement ends in the middle of a window."""
     with monkeypatch.context() as patch:
         patch.setattr("numballama.bench.perplexity._log_softmax", lambda row: 1 / 0)
-        with pytest.raises(ZeroDivisionError):
+        with pytest.raises(ZeroDivisionError) as caught:
             perplexity(model, range(3, 43), 40)
-    assert model.generate("the", max_tokens=2, temperature=0)
+    assert model.generate("the", max_tokens=2, temperature=0), "a notebook keeps the last traceback"
+    assert caught.tb is not None
 
 
 def test_a_perplexity_beyond_all_numbers(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:

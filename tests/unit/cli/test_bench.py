@@ -53,7 +53,7 @@ def test_what_a_sweep_refuses(
         (("--compare", "llama.cpp"), 1, "needs llama-cpp-python: pip install"),
         (("--compare", "vllm"), 2, "llama.cpp"),
         (("--threads", "1,2", "--profile"), 1, "--profile and --trace take one combination"),
-        (("--prompt-tokens", "8,x"), 2, "invalid int,… value: '8,x'"),
+        (("--prompt-tokens", "8,x"), 2, "must be a whole number, found 'x'"),
         (("--prompt-tokens", "8,0"), 1, "--prompt-tokens must be at least 1"),
         (("--sequences", "0"), 1, "at least 1, found 0"),
     ):

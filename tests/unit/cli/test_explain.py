@@ -38,7 +38,7 @@ def test_a_page(words: list[object], capsys: pytest.CaptureFixture[str], tmp_pat
     text = page.read_text(encoding="utf-8")
     assert text.startswith("<!doctype html>") and "<b>" not in text
     done = call(capsys, *words, "a", "--html", tmp_path / "no" / "page.html")
-    assert done.code == 1 and "No such file" in done.err
+    assert done.code == 1 and "there is no folder" in done.err
 
 
 def test_special_tokens_of_the_text(words: list[object], capsys: pytest.CaptureFixture[str]) -> None:
@@ -51,5 +51,5 @@ def test_special_tokens_of_the_text(words: list[object], capsys: pytest.CaptureF
 
 def test_errors_name_the_option(words: list[object], capsys: pytest.CaptureFixture[str]) -> None:
     done = call(capsys, *words, "a", "--layer", 2)
-    assert done.code == 1 and "layer must be 0 to 1, found 2" in done.err
+    assert done.code == 1 and "--layer must be 0 to 1, found 2" in done.err
     assert "--tokenizer" in call(capsys, "explain", words[1], "a", "--device", "reference").err
