@@ -23,7 +23,7 @@ def add_export(commands: argparse._SubParsersAction[Parser]) -> None:
         examples=(
             "numballama export model.gguf smaller.gguf --to gguf --dtype q4_0",
             "numballama export model.gguf folder --to safetensors --dtype f16",
-            "numballama export folder model-q4_k_m.gguf --to gguf --dtype q4_k --calibrate text.txt",
+            "numballama export model.gguf model-q4_k_m.gguf --to gguf --dtype q4_k --calibrate text.txt",
         ),
     )
     export.add_argument("source", help=MODEL_HELP)

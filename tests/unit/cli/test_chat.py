@@ -157,7 +157,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(path: Path) -> None:
         t.wait_for(r"again\r\n[^\r\n]{5}", since)
         t.type("\x03")
         found = re.search(FIGURES, t.wait_for(rf"{FIGURES}, stopped[\s\S]*> ", since))
-        assert found is not None and int(found[2]) >= written
+        assert found is not None and int(found[2]) >= written // 32 * 32, "whole pages of the answer are reused"
         t.answer("/exit\n")
         assert t.ends() == 0
         assert "Traceback" not in t.shown

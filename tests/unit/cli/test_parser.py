@@ -55,7 +55,7 @@ def test_examples_are_understood(name: str, example: str) -> None:
 NOT_RUN = ("numballama serve", "numballama doctor", "numballama completion", "numballama chat", "numballama bench")
 """A server and an address, what tests of their own run, a conversation that the story model has no template for, and a
 measurement."""
-NEEDS_OTHER_FILES = ("llama2_7b.bin",)
+NEEDS_OTHER_FILES = ("llama2_7b.bin", "owner/name")
 RUN = [
     example
     for _, example in EXAMPLES
@@ -69,7 +69,9 @@ def test_examples_run(
     example: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In a folder with the files that they name; the model is the story model."""
-    shutil.copy(STORY_MODEL, tmp_path / "model.gguf")
+    for name in ("model", "model-q4_0", "model-f16"):
+        shutil.copy(STORY_MODEL, tmp_path / f"{name}.gguf")
+    (tmp_path / "text.txt").write_text("One day, Lily and Tom went to the park. They saw a big red ball.\n" * 50)
     (tmp_path / "prompt.txt").write_text("Once upon a time")
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "One day", "max_tokens": 4}\n"Tom had"\n')
     monkeypatch.chdir(tmp_path)
