@@ -74,6 +74,7 @@ class Scheduler:
         self._parked: dict[int, list[Sequence]] = {}
         self._free_slots = list(range(self.max_sequences - 1, -1, -1))
         self._no_room = False  # the first waiting sequence did not fit, and nothing has been freed since
+        self._tables: list[tuple[int, int, list[int]]] = []
         self._last: list[Sequence] = []  # `decodes` of the last plan, whose rows are in the arrays
         self._batch = self._make_batch(0, [])
 
@@ -96,7 +97,7 @@ class Scheduler:
 
     def plan(self) -> Run | None:
         """Choose the rows of the next run. None: there is nothing to compute before a run is collected."""
-        tables: list[tuple[int, int, list[int]]] = []
+        tables, self._tables = self._tables, []
         decodes: list[Sequence] = []
         for sequence in tuple(self.decoding):
             if sequence.planned >= sequence.allowed and not self._extend(sequence, tables):
@@ -136,6 +137,7 @@ class Scheduler:
         while row < most and (admitted := self._admit(run)) is not None:
             row = self._add_chunk(run, admitted, row, most, logits)
         if not row:
+            self._tables = run.tables  # pages that a sequence has while it waits for more
             return None
         run.batch = self._batch = self._make_batch(row, logits)
         run.batch.decodes = count
@@ -195,19 +197,24 @@ class Scheduler:
         if sequence.status is not Status.RUNNING:
             return False  # one before it in order has needed its pages
         while len(sequence.ids) > len(sequence.pages) * self.pages.page:
-            if not self._make_room(sequence):
+            if not self._make_room(sequence, run.decodes):
                 return False
             page = self.pages.allocate(1)
             run.tables.append((sequence.slot, len(sequence.pages), page))
             sequence.pages += page
         return True
 
-    def _make_room(self, sequence: Sequence) -> bool:
-        """Make a page available for a running sequence. False: it must wait, or it is itself preempted."""
+    def _make_room(self, sequence: Sequence, planned: list[Sequence] | None = None) -> bool:
+        """Make a page available for a running sequence. False: it must wait, or it is itself preempted.
+
+        Those in `planned` have a row in this run, which writes to their pages: they are not preempted now.
+        """
         while not self.pages.available:
             if self.leaving:
                 return False  # their pages come free when their last run is collected
             victim = max((*self.decoding[-1:], *self.prefilling[-1:]), key=_order)
+            if planned and victim in planned:
+                return False
             self._preempt(victim)
             if victim is sequence:
                 return False
