@@ -413,6 +413,16 @@ class TestMachine(Machine.TestCase):
     settings = settings(suppress_health_check=list(HealthCheck), stateful_step_count=15)
 
 
+def test_forced_text_that_waits_for_pages() -> None:
+    """A page that a sequence has got before it waits for more is in the device's page table, too."""
+    machine = Machine()
+    machine.open(lookahead=1, more_rows=0, page=1, sequences=2, tokens=24, mixed=1)
+    machine.submit(
+        forces=True, most=14, n=2, priority=0, prompt=[0], reuse=False, salt=None, seed=None, stops=frozenset()
+    )
+    machine.teardown()
+
+
 EXAMPLES = 200 if EVERYTHING else 100
 
 
