@@ -21,7 +21,7 @@ import numpy as np
 from ..errors import NEXT_STEP, DeviceError
 from ..memory import format_bytes
 from .compiler import Cubin
-from .launch import Array, Launch
+from .launch import Array, Launch, TensorMap
 
 try:
     from cuda.bindings import driver
@@ -125,6 +125,10 @@ class Device:
         self.cache_bytes = self._attribute("L2_CACHE_SIZE")
         self.context = check(driver.cuDevicePrimaryCtxRetain(self._handle))
         self.make_current()
+        self.map_memory: list[Memory] = []
+        """Memory of tensor maps."""
+        self.free_maps: list[int] = []
+        """Addresses there that no launch uses."""
         stream = check(driver.cuStreamCreate(driver.CUstream_flags.CU_STREAM_NON_BLOCKING))
         self.stream = stream
         self._closed = weakref.finalize(self, _destroy_stream, self.context, stream)
@@ -226,6 +230,36 @@ def _unload(context: Any, module: Any) -> None:
         driver.cuModuleUnload(module)
 
 
+MAP_BYTES, MAPS_TOGETHER = 128, 512
+"""Bytes of a tensor map; maps that are allocated together."""
+
+
+class DeviceMap:
+    """A tensor map in device memory, as the copy engine of sm_90 reads it."""
+
+    def __init__(self, device: Device, matrix: TensorMap) -> None:
+        kinds = driver.CUtensorMapDataType
+        long, short = driver.cuuint64_t, driver.cuuint32_t
+        made = check(driver.cuTensorMapEncodeTiled(
+            kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if matrix.dtype == "bf16" else
+            kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
+            2, matrix.address, [long(matrix.columns), long(matrix.rows)], [long(matrix.stride)],
+            [short(64), short(matrix.box_rows)], [short(1), short(1)],
+            driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
+            driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,
+            driver.CUtensorMapL2promotion.CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+            driver.CUtensorMapFloatOOBfill.CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+        ))  # fmt: skip
+        free = device.free_maps
+        if not free:
+            memory = Memory(device, MAP_BYTES * MAPS_TOGETHER, "tensor maps")
+            device.map_memory.append(memory)
+            free += [memory.address + MAP_BYTES * i for i in range(MAPS_TOGETHER)]
+        self.address = free.pop()
+        check(driver.cuMemcpyHtoD(self.address, made.getPtr(), MAP_BYTES))
+        weakref.finalize(self, free.append, self.address)
+
+
 class PreparedLaunch:
     """A launch with the driver's structures, which are built once."""
 
@@ -237,7 +271,12 @@ class PreparedLaunch:
             )
         self.name, self.only_for = launch.name, launch.only_for
         self._kernel = kernel
-        values = tuple(a.address if isinstance(a, Array) else a for a in launch.arguments.values())
+        self._maps = [DeviceMap(device, a) for a in launch.arguments.values() if isinstance(a, TensorMap)]
+        maps = iter(self._maps)
+        values = tuple(
+            next(maps).address if isinstance(a, TensorMap) else a.address if isinstance(a, Array) else a
+            for a in launch.arguments.values()
+        )
         types = tuple(ctypes.c_float if isinstance(a, float) else ctypes.c_int64 for a in launch.arguments.values())
         self._arguments = values, types
         config = driver.CUlaunchConfig()

@@ -52,8 +52,25 @@ class Array:
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
-Argument = Array | int | float
-"""An argument of a kernel: an Array becomes a typed pointer, an int an int64, a float a float32."""
+@dataclass(frozen=True)
+class TensorMap:
+    """A matrix [rows, columns] of 16-bit elements, described for TMA: boxes of `box_rows` × 64 columns.
+
+    A row takes `stride` bytes, a multiple of 16. Boxes are swizzled by 128 bytes in shared memory, as `wgmma` reads
+    them.
+    """
+
+    address: int
+    dtype: str
+    rows: int
+    columns: int
+    stride: int
+    box_rows: int
+
+
+Argument = Array | TensorMap | int | float
+"""An argument of a kernel: an Array becomes a typed pointer, a TensorMap the address of the map in device memory as an
+int64, an int an int64, a float a float32."""
 
 
 @dataclass(frozen=True)

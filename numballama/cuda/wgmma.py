@@ -7,6 +7,7 @@ sm_90a.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from llvmlite import ir
@@ -14,7 +15,9 @@ from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
 from .lowering import F32, I64, VOID, call_asm
-from .mma import _parts
+from .mma import _ex2, _parts
+
+LOG2_E = math.log2(math.e)
 
 DESCRIPTOR = 1 << 62 | 1024 // 16 << 32 | 1 << 16
 """Of a tile at address 0: swizzled by 128 bytes, eight rows are 1,024 bytes; all by 16, as the address is added."""
@@ -73,6 +76,44 @@ def wgmma_end(typingctx, sums):  # type: ignore[no-untyped-def]
         return _in_place(context, builder, "wgmma.wait_group.sync.aligned 0;", sums, args[0], [])
 
     return sums(sums), codegen
+
+
+@intrinsic
+def add_global_rows(typingctx, sums, first_at, second_at, first, second):  # type: ignore[no-untyped-def]
+    """sums + what is in global memory where `mma.st_global_rows` would store them."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        parts = _parts(builder, sums, args[0])
+        pair = ir.LiteralStructType([F32] * 2)
+        for i in range(0, len(parts), 2):
+            row, column = i // 2 % 2, 8 * (i // 4)
+            text = f"{{.reg .pred p; setp.gt.s64 p, $5, {column}; @p ld.global.v2.f32 {{$0, $1}}, [$4+{4 * column}];}}"
+            zeros = [ir.Constant(F32, 0.0)] * 2
+            loaded = call_asm(builder, pair, text, "=f,=f,0,1,l,l,~{memory}", [*zeros, args[1 + row], args[3 + row]])
+            for j in range(2):
+                parts[i + j] = builder.fadd(parts[i + j], builder.extract_value(loaded, j))
+        return context.make_tuple(builder, sums, parts)
+
+    return sums(sums, types.int64, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def silu_and_mul_halves(typingctx, sums):  # type: ignore[no-untyped-def]
+    """silu(gate) · up, where the first half of the columns is the gate's and the second half up's."""
+    kind = types.UniTuple(types.float32, sums.count // 2)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        parts = _parts(builder, sums, args[0])
+        made = []
+        for gate, up in zip(parts[: kind.count], parts[kind.count :], strict=True):
+            power = _ex2(builder, builder.fmul(gate, ir.Constant(F32, -LOG2_E)))
+            below = builder.fadd(power, ir.Constant(F32, 1.0))
+            # not fdiv: its slow path is a function call, beside which wgmma runs one at a time
+            silu = call_asm(builder, F32, "div.full.f32 $0, $1, $2;", "=f,f,f", [gate, below])
+            made.append(builder.fmul(silu, up))
+        return context.make_tuple(builder, kind, made)
+
+    return kind(sums), codegen
 
 
 @intrinsic

@@ -15,12 +15,13 @@ import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
 import numballama.cuda.ops  # noqa: F401 (registers the kernels)
 from numballama import registry
-from numballama.cuda.ops import skinny
+from numballama.cuda.ops import skinny, wgmma_gemm
 from numballama.cuda.program import write_tiles
 from numballama.kernel_cache import cuda_cache_directory
 from numballama.quantization.convert import convert
@@ -447,6 +448,38 @@ def cases(kinds: Container[str]) -> list[Case]:
     return made
 
 
+def in_width(machine: Any, kind: str, width: int, tokens: int) -> float:
+    """Tiles of one width, of a linear layer and of a pair, in the kernels of `wgmma_gemm`."""
+    with mock.patch.object(wgmma_gemm, "width_for", return_value=width):
+        worst = linear(machine, kind, 300, 328, 600, tokens, residual=True, normed=False)
+        worst = max(worst, gate_up(machine, kind, 300, 328, 300, tokens, normed=True))
+        return max(worst, qkv_rope(machine, kind, 300, 328, (6, 3), 64, 0, "f16", tokens))
+
+
+def wgmma_cases(kinds: Container[str]) -> list[Case]:
+    """Cases for the kernels of `wgmma_gemm`, which are not emulated."""
+    made: list[Case] = []
+
+    def add(name: str, tokens: int, check: Callable[..., float], kind: str, *arguments: Any, **named: Any) -> None:
+        if kind in kinds:
+            made.append((name, tokens, lambda machine: check(machine, kind, *arguments, tokens=tokens, **named)))
+
+    for kind in ("f16", "bf16", *QUANTISED):
+        add(f"linear {kind}, 300 of 400", 300, linear, kind, 400, 1536, 392, residual=True, normed=False)
+        add(f"norm_linear {kind}, 257 of 260", 257, linear, kind, 260, 256, 72, residual=False, normed=True)
+        add(f"gate_up {kind}, 384", 384, gate_up, kind, 384, 512, 200, normed=True)
+        add(f"qkv {kind}, 290 of 300", 290, qkv_rope, kind, 300, 256, (4, 2), 64, 0, "f16")
+        add(f"linear {kind}, several tiles a block", 500, linear, kind, 512, 256, 8200, residual=True, normed=False)
+    for kind in ("f16", "bf16"):
+        for width in wgmma_gemm.KERNELS:
+            add(f"{kind}, tiles of {width}", 270, in_width, kind, width)
+    add("linear int8, groups of 16", 280, linear, "int8", 300, 144, 70, residual=False, normed=False, group=16)
+    add("linear f16, odd sizes", 280, linear, "f16", 300, 37, 10, residual=True, normed=False)
+    add("linear f16, results that are stored one at a time", 280, linear, "f16", 300, 64, 131, residual=True,
+        normed=False)  # fmt: skip
+    return made
+
+
 def in_parts(machine: Any) -> float:
     """A quantised weight that is dequantised in several parts."""
     from numballama.cuda.ops import gemm
@@ -489,6 +522,9 @@ def machine_maker(arguments: Sequence[str]) -> Callable[[int], Any]:
 
 if __name__ == "__main__":
     skinny.MOST = 1  # so that few tokens, which are quick to emulate, run here
+    machine_of = machine_maker(sys.argv[1:])
     found = [case for case in cases(kinds_of(sys.argv[1:], ROUNDING)) if case[0] not in left_out(sys.argv[1:])]
-    failed = check_all(machine_maker(sys.argv[1:]), [*found, ("expanded in pieces", 10, in_parts)])
+    if machine_of(1).ctx.wgmma:
+        found += wgmma_cases(kinds_of(sys.argv[1:], ROUNDING))
+    failed = check_all(machine_of, [*found, ("expanded in pieces", 10, in_parts)])
     sys.exit(len(failed) > 0)

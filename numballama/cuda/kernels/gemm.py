@@ -76,8 +76,11 @@ STAGED = STAGED_BYTES // 4
 
 
 @cuda.jit
-def round_kernel(tokens, x, norm, normed, eps, out, scales, columns, padded):
-    """out[t] = x[t], or norm(x[t]), in 16 bits, times a power of two whose inverse is scales[t]; padded with zeros."""
+def round_kernel(tokens, x, norm, normed, eps, out, scales, columns, padded, exchanged):
+    """out[t] = x[t], or norm(x[t]), in 16 bits, times a power of two whose inverse is scales[t]; padded with zeros.
+
+    With `exchanged` the second and third of each four columns change places, as `fragments` decodes 4-bit weights.
+    """
     t = cuda.blockIdx.x
     griddepcontrol_launch_dependents()  # at once: the next kernel's copies of weights can start
     if t >= tokens[0]:
@@ -117,6 +120,8 @@ def round_kernel(tokens, x, norm, normed, eps, out, scales, columns, padded):
         if normed:
             w = load4(norm, 0, k, columns, even)
             v = times4((v[0] * factor, v[1] * factor, v[2] * factor, v[3] * factor), w)
+        if exchanged:
+            v = v[0], v[2], v[1], v[3]
         st_global_v2_u32(
             address(out, t * padded + k), cvt_rn_x2(out, v[0] * up, v[1] * up), cvt_rn_x2(out, v[2] * up, v[3] * up)
         )

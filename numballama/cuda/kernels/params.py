@@ -71,6 +71,15 @@ WIDE_STEP_COLUMNS = 64
 WIDE_STAGES = {64: 4, 128: 6, 256: 4}
 """Tokens of a block → stages of its ring: 4 or 6, whose waits are compiled in. Of 64 tokens, two blocks fit."""
 
+# Linear layers for many tokens by wgmma (`wgmma_gemm`)
+
+WGMMA_ROWS, WGMMA_STEP_COLUMNS = 128, 64
+"""Tokens of a block; columns of X and W that are copied together."""
+WGMMA_CONSUMERS, WGMMA_LOADERS = 256, 128
+"""Threads of a block that multiply; threads that load, where weights must be decoded: else a warp."""
+WGMMA_STAGES = {128: 6, 192: 5, 224: 5, 256: 4}
+"""Rows of W of a block → stages of its ring."""
+
 
 def units_together(units: int) -> int:
     """Units whose sums are in shared memory at a time, of `units`; fewer of the largest, beside which X is largest."""

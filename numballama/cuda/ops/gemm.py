@@ -25,7 +25,7 @@ from ..kernels.params import (
     GEMM_TILE_BYTES,
 )
 from ..launch import Array, Launch, LaunchContext, Matrix, named, paged
-from . import elementwise
+from . import elementwise, wgmma_gemm
 
 KERNELS = "numballama.cuda.kernels.gemm"
 ROUND = KernelRef(KERNELS, "round_kernel")
@@ -84,15 +84,15 @@ class _Rounded:
 
 
 def _rounded(
-    ctx: LaunchContext, x: Array, norm: Array | None, eps: float, dtype: str, workspace: _Workspace
+    ctx: LaunchContext, x: Array, norm: Array | None, eps: float, weights: Sequence[Matrix], workspace: _Workspace
 ) -> _Rounded:
-    """X, or RMSNorm of x, rounded to `dtype`."""
+    """X, or RMSNorm of x, in 16 bits, as the kernels want it that multiply it with these weights."""
     tokens, columns = x.shape
-    out = workspace.allocate((tokens, _padded(columns)), dtype)
+    out = workspace.allocate((tokens, _padded(columns)), _operand_type(weights[0]))
     scales = workspace.allocate((tokens,), "f32")
     arguments = named(
         tokens=ctx.tokens, x=x, norm=norm or x, normed=int(norm is not None), eps=eps, out=out, scales=scales,
-        columns=columns, padded=_padded(columns),
+        columns=columns, padded=_padded(columns), exchanged=int(wgmma_gemm.exchanged(ctx, weights)),
     )  # fmt: skip
     return _Rounded(out, scales, [Launch(ROUND, (tokens,), 256, arguments)])
 
@@ -170,8 +170,14 @@ def linear(
     if weights[0][0].payload.dtype == "f32":
         launches, x = _normed(ctx, x, norm, eps, workspace)
         return launches + [launch for w, out in weights for launch in _linear_f32(ctx, x, w, residual, out)]
-    rounded = _rounded(ctx, x, norm, eps, _operand_type(weights[0][0]), workspace)
+    rounded = _rounded(ctx, x, norm, eps, [w for w, _ in weights], workspace)
     launches = list(rounded.launches)
+    if wgmma_gemm.wanted(ctx, [w for w, _ in weights]):
+        columns, together = x.shape[1], len({w.shape for w, _ in weights[1:]}) == 1
+        for some in [weights] if together else [[pair] for pair in weights]:
+            matrices, outs = zip(*some, strict=True)
+            launches.append(wgmma_gemm.launch(ctx, rounded.x, columns, rounded.scales, matrices, outs, residual))
+        return launches
     for weight, out in weights:
 
         def launch(parts: list[_Rows], grid: tuple[int, int], begin: int, end: int, stages: int,
@@ -208,7 +214,10 @@ def gate_up(
         up = workspace.allocate(out.shape, "f32")
         launches += _linear_f32(ctx, x, w1, None, out) + _linear_f32(ctx, x, w3, None, up)
         return launches + elementwise.swiglu(ctx, out, up, out)
-    rounded = _rounded(ctx, x, norm, eps, _operand_type(w1), workspace)
+    rounded = _rounded(ctx, x, norm, eps, [w1, w3], workspace)
+    if wgmma_gemm.wanted(ctx, [w1, w3]):
+        both = wgmma_gemm.launch(ctx, rounded.x, x.shape[1], rounded.scales, [w1, w3], [out], paired=True)
+        return [*rounded.launches, both]
 
     def launch(parts: list[_Rows], grid: tuple[int, int], begin: int, end: int, stages: int) -> Launch:
         gate, up = parts
@@ -230,13 +239,14 @@ def norm_qkv_rope(
 ) -> list[Launch]:  # fmt: skip
     """q, k and v of norm(x); q rotated into `out`, k rotated and v into the KV cache."""
     weights, workspace, tokens = (wq, wk, wv), _Workspace(memory), x.shape[0]
-    if wq.payload.dtype == "f32" or head_dim > GEMM_TILE:  # a block of the fused kernel computes whole heads
+    separate = wq.payload.dtype == "f32" or wgmma_gemm.wanted(ctx, weights)
+    if separate or head_dim > GEMM_TILE:  # a block of the fused kernel computes whole heads
         q, k, v = (workspace.allocate((tokens, w.shape[0]), "f32") for w in weights)
         launches = linear(ctx, x, norm, eps, [(wq, q), (wk, k), (wv, v)], None, workspace.rest)
         return launches + elementwise.rope_kv_write(
             ctx, q, angles, k, k_cache, positions, sequences, page_table, v, v_cache, out, head_dim, interleaved
         )
-    rounded = _rounded(ctx, x, norm, eps, _operand_type(wq), workspace)
+    rounded = _rounded(ctx, x, norm, eps, weights, workspace)
     rows = [_rows(w, 0, w.shape[0], *_expansions([w], w.shape[0], workspace)) for w in weights]
     heads_per_tile = GEMM_TILE // head_dim
     (q_rows, columns), kv_rows = wq.shape, wk.shape[0]

@@ -1,0 +1,354 @@
+"""Linear layers for many tokens on sm_90, Y[T, N] = X[T, K] · W[N, K]ᵀ, by wgmma and TMA.
+
+A kernel here takes the place of those in `gemm.py`: it reads X as `round_kernel` leaves it. A block computes 128 tokens
+× `width` rows of W, one such tile after the other; there is one block a multiprocessor. Two warpgroups multiply, 64
+tokens each. Other threads fill a ring of `stages` in shared memory, 64 columns of X and W at a time: of W in 16 bits
+one thread asks the copy engine for both, of a quantised W a warpgroup loads words to registers two steps ahead and
+decodes them. Each stage has two mbarriers: `full`, on which those who multiply wait, and `empty`, on which those who
+load wait. So loading goes on while a tile's results are finished in registers and stored.
+
+Tiles with the same rows of W are neighbours, so W comes from memory once and from the L2 cache after that.
+
+Why. mma.sync, as `gemm.py` uses it, does half as many operations a second. The floor is arithmetic: 2 · T · N · K at
+990 · 10^12 a second on an H200. A width is chosen for which the last round of tiles leaves few multiprocessors idle.
+
+A row's bits do not depend on the number of tokens, nor on the width.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import cuda
+
+from ..intrinsics import (
+    address,
+    griddepcontrol_launch_dependents,
+    griddepcontrol_wait,
+    no_unroll,
+    shared_address,
+)
+from ..mma import row_scale, st_global_rows
+from ..quant_traits import has_scales, scale_bytes
+from ..tma import (
+    copy_box,
+    div_u32,
+    fence_mbarrier_init,
+    mbarrier_arrive,
+    mbarrier_expect_tx,
+    mbarrier_init,
+    mbarrier_wait,
+)
+from ..wgmma import (
+    DESCRIPTOR,
+    add_global_rows,
+    fence_proxy_async,
+    silu_and_mul_halves,
+    wgmma_end,
+    wgmma_tile,
+    zeros_of,
+)
+from .common import device, launch_bounds
+from .params import WGMMA_CONSUMERS as CONSUMERS
+from .params import WGMMA_LOADERS as LOADERS
+from .params import WGMMA_ROWS as ROWS
+from .params import WGMMA_STEP_COLUMNS as STEP
+from .wide import decode_block, load_block
+
+ROW_BYTES = 2 * STEP
+X_BYTES = ROWS * ROW_BYTES
+
+
+@device
+def next_slot(slot, parity, stages):
+    """The next stage of the ring, and the parity of its phase."""
+    slot += 1
+    if slot == stages:
+        return 0, parity ^ 1
+    return slot, parity
+
+
+@device
+def section_of(tile, row_tiles, kv_tiles):
+    """(number of the weight, tile of its rows): queries have `row_tiles` tiles, keys and values `kv_tiles` each."""
+    if tile < row_tiles:
+        return 0, tile
+    tile -= row_tiles
+    if tile < kv_tiles:
+        return 1, tile
+    return 2, tile - kv_tiles
+
+
+# Loading
+
+
+@device
+def fetch_weights(to, maps, paired, tile, row_tiles, kv_tiles, width, column, full):
+    """Ask for 64 columns of a tile of W; half a tile each of the gate and of up if `paired`."""
+    m0, m1, m2 = maps
+    if paired:
+        half = width >> 1
+        copy_box((to, m0, column, tile * half, full))
+        copy_box((to + half * ROW_BYTES, m1, column, tile * half, full))
+        return
+    section, tile = section_of(tile, row_tiles, kv_tiles)
+    which = m0
+    if section == 1:
+        which = m1
+    elif section == 2:
+        which = m2
+    copy_box((to, which, column, tile * width, full))
+
+
+@device
+def load_boxes(tiles, ring, x_map, maps, paired, sections, steps, width):
+    """What the one thread does that loads 16-bit weights. Weights, which no kernel writes, come before the wait."""
+    row_groups, groups = tiles
+    base, stage, stages, full, empty = ring
+    row_tiles, kv_tiles = sections
+    group, slot, parity = cuda.blockIdx.x, 0, 0
+    early = min(stages, steps) if group < groups else 0
+    tile, k = div_u32((group, row_groups)), 0
+    while k < early:
+        no_unroll()
+        mbarrier_expect_tx((full + 8 * k, stage))
+        fetch_weights(base + k * stage + X_BYTES, maps, paired, tile, row_tiles, kv_tiles, width, k * STEP,
+                      full + 8 * k)  # fmt: skip
+        k += 1
+    griddepcontrol_wait()
+    while group < groups:
+        no_unroll()
+        tile = div_u32((group, row_groups))
+        row, k = (group - tile * row_groups) * ROWS, 0
+        while k < steps:
+            no_unroll()
+            ready, to = full + 8 * slot, base + slot * stage
+            if early == 0:
+                mbarrier_wait((empty + 8 * slot, parity ^ 1))
+                mbarrier_expect_tx((ready, stage))
+                fetch_weights(to + X_BYTES, maps, paired, tile, row_tiles, kv_tiles, width, k * STEP, ready)
+            else:
+                early -= 1
+            copy_box((to, x_map, k * STEP, row, ready))
+            slot, parity = next_slot(slot, parity, stages)
+            k += 1
+        group += cuda.gridDim.x
+
+
+@device
+def row_addresses(bases, strides, paired, tile, sections, sizes, mine):
+    """Addresses of the payloads and scales of two rows of a tile, number `mine` and 64 after it; a row after the end is
+    the last instead. With `paired` the first is the gate's and the second is up's.
+    """
+    w0, w1, w2, s0, s1, s2 = bases
+    stride, scale_stride = strides
+    rows, kv_rows = sizes
+    w, s, last, first = w0, s0, rows - 1, tile * ROWS + mine
+    second = first + 64
+    if paired:
+        first = min(tile * 64 + mine, last)
+        return w0 + first * stride, w1 + first * stride, s0 + first * scale_stride, s1 + first * scale_stride
+    section, tile = section_of(tile, sections[0], sections[1])
+    if section > 0:
+        w, s, last, first = w1, s1, kv_rows - 1, tile * ROWS + mine
+        second = first + 64
+        if section > 1:
+            w, s = w2, s2
+    first, second = min(first, last), min(second, last)
+    return w + first * stride, w + second * stride, s + first * scale_stride, s + second * scale_stride
+
+
+@device
+def put_blocks(ring, at, x_map, k, row, loads0, loads1, raw0, raw1, mine, half, bias):
+    """Fill a stage: decode the words of two rows, and ask for X. Returns the next stage."""
+    base, stage, stages, full, empty = ring
+    slot, parity = at
+    weight, scales, _, scales0, stride, shift = loads0
+    ready, to = full + 8 * slot, base + slot * stage
+    mbarrier_wait((empty + 8 * slot, parity ^ 1))
+    if cuda.threadIdx.x == CONSUMERS:
+        mbarrier_expect_tx((ready, X_BYTES))
+        copy_box((to, x_map, k * STEP, row, ready))
+    block, swizzled, place = 2 * k + half, (half << 2) ^ (mine & 7), to + X_BYTES + mine * ROW_BYTES
+    decode_block(weight, scales, raw0, scales0, block, stride, shift, place, swizzled, bias)
+    decode_block(weight, scales, raw1, loads1[3], block, stride, shift, place + 64 * ROW_BYTES, swizzled, bias)
+    fence_proxy_async()
+    mbarrier_arrive((ready,))
+    return next_slot(slot, parity, stages)
+
+
+@device
+def load_blocks(tiles, ring, x_map, weight, scales, bases, strides, shift, paired, sections, sizes, steps, bias):
+    """What the warpgroup does that loads quantised weights: a thread has 32 columns of two rows, two steps ahead."""
+    row_groups, groups = tiles
+    group, at = cuda.blockIdx.x, (0, 0)
+    mine, half = (cuda.threadIdx.x - CONSUMERS) >> 1, cuda.threadIdx.x & 1
+    started = False
+    while group < groups:
+        no_unroll()
+        tile = div_u32((group, row_groups))
+        row = (group - tile * row_groups) * ROWS
+        w0, w1, s0, s1 = row_addresses(bases, strides, paired, tile, sections, sizes, mine)
+        loads0, loads1 = (weight, scales, w0, s0, strides[0], shift), (weight, scales, w1, s1, strides[0], shift)
+        raw0, raw1 = load_block(loads0, half), load_block(loads1, half)
+        raw2, raw3 = load_block(loads0, half + 2), load_block(loads1, half + 2)
+        if not started:
+            griddepcontrol_wait()
+            started = True
+        k = 0
+        while k < steps:  # two steps: a move of what is loaded to another register would wait for it
+            no_unroll()
+            at = put_blocks(ring, at, x_map, k, row, loads0, loads1, raw0, raw1, mine, half, bias)
+            raw0, raw1 = load_block(loads0, 2 * k + 4 + half), load_block(loads1, 2 * k + 4 + half)
+            if k + 1 < steps:
+                at = put_blocks(ring, at, x_map, k + 1, row, loads0, loads1, raw2, raw3, mine, half, bias)
+                raw2, raw3 = load_block(loads0, 2 * k + 6 + half), load_block(loads1, 2 * k + 6 + half)
+            k += 2
+        group += cuda.gridDim.x
+
+
+# Multiplying
+
+
+@device
+def finish(sums, scales, tokens, first_token, paired, tile, sections, sizes, residual, added, outs):
+    """Store a tile's results: times the tokens' scales, plus `residual` if `added`; SwiGLU of both halves if
+    `paired`.
+    """
+    rows, kv_rows = sizes
+    out, out_k, out_v = outs
+    lane, warp, width = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, 2 * len(sums)
+    t0 = first_token + 16 * warp + (lane >> 2)
+    t1, column = t0 + 8, 2 * (lane & 3)
+    first, second = t0 < tokens, t1 < tokens
+    scale0 = scales[t0] if first else np.float32(0)
+    scale1 = scales[t1] if second else np.float32(0)
+    sums = row_scale(sums, scale0, scale1)
+    if paired:
+        column += tile * (width >> 1)
+        at, left = address(out, t0 * rows + column), rows - column
+        st_global_rows(silu_and_mul_halves(sums), at, at + 32 * rows, left if first else 0, left if second else 0)
+        return
+    section, tile = section_of(tile, sections[0], sections[1])
+    column += tile * width
+    if section == 0:
+        left = rows - column
+        n0, n1 = left if first else 0, left if second else 0
+        if added:
+            at = address(residual, t0 * rows + column)
+            sums = add_global_rows(sums, at, at + 32 * rows, n0, n1)
+        at = address(out, t0 * rows + column)
+        st_global_rows(sums, at, at + 32 * rows, n0, n1)
+    else:
+        at, left = address(out_k if section == 1 else out_v, t0 * kv_rows + column), kv_rows - column
+        st_global_rows(sums, at, at + 32 * kv_rows, left if first else 0, left if second else 0)
+
+
+@device
+def multiply(zeros, tiles, ring, x, steps, scales, tokens, paired, sections, sizes, residual, added, outs):
+    """What the two warpgroups do that multiply."""
+    row_groups, groups = tiles
+    base, stage, stages, full, empty = ring
+    lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
+    a = DESCRIPTOR + ((base + (warp >> 2) * 64 * ROW_BYTES) >> 4)
+    b = DESCRIPTOR + ((base + X_BYTES) >> 4)
+    group, slot, parity, before = cuda.blockIdx.x, 0, 0, 0
+    griddepcontrol_wait()
+    while group < groups:
+        no_unroll()
+        sums, k = zeros, 0
+        while k < steps:
+            no_unroll()
+            mbarrier_wait((full + 8 * slot, parity))
+            sums = wgmma_tile(x, sums, a + slot * (stage >> 4), b + slot * (stage >> 4))
+            if k > 0 and lane == 0:  # the products before have ended
+                mbarrier_arrive((empty + 8 * before,))
+            before = slot
+            slot, parity = next_slot(slot, parity, stages)
+            k += 1
+        sums = wgmma_end(sums)
+        if lane == 0:
+            mbarrier_arrive((empty + 8 * before,))
+        tile = div_u32((group, row_groups))
+        row = (group - tile * row_groups) * ROWS
+        finish(sums, scales, tokens, row, paired, tile, sections, sizes, residual, added, outs)
+        group += cuda.gridDim.x
+
+
+@device
+def gemm(zeros, tokens, x, x_map, scales, weights, maps, stride, weight_scales, scale_stride, shift, paired, sizes,
+         sections, residual, added, outs, steps, stages, bias):  # fmt: skip
+    """The body of the kernels here."""
+    w0, w1, w2 = weights
+    s0, s1, s2 = weight_scales
+    width = 2 * len(zeros)
+    stage = (ROWS + width) * ROW_BYTES
+    base = (shared_address(cuda.shared.array(0, np.float32), 0) + 1023) & ~1023
+    full = base + stages * stage
+    ring = base, stage, stages, full, full + 8 * stages
+    griddepcontrol_launch_dependents()
+    if cuda.threadIdx.x == 0:
+        i = 0
+        while i < stages:
+            no_unroll()
+            mbarrier_init((full + 8 * i, 1 + LOADERS if has_scales(w0) else 1))
+            mbarrier_init((full + 8 * (stages + i), CONSUMERS // 32))
+            i += 1
+        fence_mbarrier_init(())
+    cuda.syncthreads()
+    row_groups = (tokens[0] + ROWS - 1) >> 7
+    tiles = row_groups, row_groups * (sections[0] + 2 * sections[1])
+    if cuda.threadIdx.x < CONSUMERS:
+        multiply(zeros, tiles, ring, x, steps, scales, tokens[0], paired, sections, sizes, residual, added, outs)
+    elif has_scales(w0):
+        bases = address(w0, 0), address(w1, 0), address(w2, 0), address(s0, 0), address(s1, 0), address(s2, 0)
+        strides = stride, scale_stride * scale_bytes(s0)
+        load_blocks(tiles, ring, x_map, w0, s0, bases, strides, shift, paired, sections, sizes, steps, bias)
+    elif cuda.threadIdx.x == CONSUMERS:
+        load_boxes(tiles, ring, x_map, maps, paired, sections, steps, width)
+
+
+@launch_bounds(min_blocks=1)
+@cuda.jit
+def wgmma_128_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
+                     rows, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
+                     bias):  # fmt: skip
+    """Tiles of 128 rows of W."""
+    gemm(zeros_of(64), tokens, x, x_map, scales, (w0, w1, w2), (m0, m1, m2), stride, (s0, s1, s2), scale_stride, shift,
+         paired, (rows, kv_rows), (row_tiles, kv_tiles), residual, added, (out, out_k, out_v), steps, stages,
+         bias)  # fmt: skip
+
+
+@launch_bounds(min_blocks=1)
+@cuda.jit
+def wgmma_192_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
+                     rows, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
+                     bias):  # fmt: skip
+    """Tiles of 192 rows of W, which has 16 bits."""
+    gemm(zeros_of(96), tokens, x, x_map, scales, (w0, w1, w2), (m0, m1, m2), stride, (s0, s1, s2), scale_stride, shift,
+         paired, (rows, kv_rows), (row_tiles, kv_tiles), residual, added, (out, out_k, out_v), steps, stages,
+         bias)  # fmt: skip
+
+
+@launch_bounds(min_blocks=1)
+@cuda.jit
+def wgmma_224_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
+                     rows, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
+                     bias):  # fmt: skip
+    """Tiles of 224 rows of W, which has 16 bits."""
+    gemm(zeros_of(112), tokens, x, x_map, scales, (w0, w1, w2), (m0, m1, m2), stride, (s0, s1, s2), scale_stride, shift,
+         paired, (rows, kv_rows), (row_tiles, kv_tiles), residual, added, (out, out_k, out_v), steps, stages,
+         bias)  # fmt: skip
+
+
+@launch_bounds(min_blocks=1)
+@cuda.jit
+def wgmma_256_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
+                     rows, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
+                     bias):  # fmt: skip
+    """Tiles of 256 rows of W, which has 16 bits."""
+    gemm(zeros_of(128), tokens, x, x_map, scales, (w0, w1, w2), (m0, m1, m2), stride, (s0, s1, s2), scale_stride, shift,
+         paired, (rows, kv_rows), (row_tiles, kv_tiles), residual, added, (out, out_k, out_v), steps, stages,
+         bias)  # fmt: skip
+
+
+assert ROWS == 1 << 7
