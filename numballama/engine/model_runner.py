@@ -53,8 +53,8 @@ class ModelRunner:
         self._decode: dict[int, Program] = {}
         self.mixed_tokens = min(max(backend.mixed_tokens, 2 * kv.slots), self.max_tokens)
         """Rows of a run in which others decode beside a prompt: half of them at least are the prompt's."""
-        self._few_rows = self.mixed_tokens if kv.slots > 1 and backend.decode_sizes[-1] > 1 else 0
-        """Rows of the program for mixtures of few rows; 0 where the one for chunks is as fast."""
+        self._few_rows = self.mixed_tokens if backend.decode_sizes[-1] > 1 else 0
+        """Rows of the program for short prompts and for mixtures of few rows; 0 where the one for chunks is as fast."""
         self._mixed: Program | None = None
         self._in_flight: deque[tuple[int, Program | None]] = deque()
         self._submitted = 0

@@ -67,7 +67,7 @@ from .params import GEMM_STAGED_BYTES as STAGED_BYTES
 from .params import GEMM_THREADS as THREADS
 from .params import GEMM_TILE as TILE
 from .params import GEMM_TILE_BYTES as TILE_BYTES
-from .reduce import block_sum
+from .reduce import warp_sum
 
 STAGED = STAGED_BYTES // 4
 
@@ -79,34 +79,43 @@ STAGED = STAGED_BYTES // 4
 def round_kernel(tokens, x, norm, normed, eps, out, scales, columns, padded, exchanged):
     """out[t] = x[t], or norm(x[t]), in 16 bits, times a power of two whose inverse is scales[t]; padded with zeros.
 
-    With `exchanged` the second and third of each four columns change places, as `fragments` decodes 4-bit weights.
+    With `exchanged` the second and third of each four columns change places, as `fragments` decodes 4-bit weights. A
+    thread keeps sixteen elements of a row in registers and reads those of very long rows twice.
     """
     t = cuda.blockIdx.x
     griddepcontrol_launch_dependents()  # at once: the next kernel's copies of weights can start
     if t >= tokens[0]:
         return
-    griddepcontrol_wait()
-    scratch = cuda.shared.array(32, np.float32)
+    warp_squares = cuda.shared.array(32, np.float32)
     warp_largest = cuda.shared.array(32, np.int32)
-    row, width = t * columns, cuda.blockDim.x
-    even = columns & 3 == 0
-    squares, largest = np.float32(0), np.int32(0)  # |x| as bits, whose order is the same
-    for k in range(4 * cuda.threadIdx.x, padded, 4 * width):
-        v = load4(x, row, k, columns, even)
+    row, step, even = t * columns, 4 * cuda.blockDim.x, columns & 3 == 0
+    k, one = 4 * cuda.threadIdx.x, np.float32(1)
+    w0, w1, w2, w3 = (one, one, one, one), (one, one, one, one), (one, one, one, one), (one, one, one, one)
+    if normed:  # no kernel writes the norm's weight
+        w0, w1 = load4(norm, 0, k, columns, even), load4(norm, 0, k + step, columns, even)
+        w2, w3 = load4(norm, 0, k + 2 * step, columns, even), load4(norm, 0, k + 3 * step, columns, even)
+    griddepcontrol_wait()
+    v0, v1 = load4(x, row, k, columns, even), load4(x, row, k + step, columns, even)
+    v2, v3 = load4(x, row, k + 2 * step, columns, even), load4(x, row, k + 3 * step, columns, even)
+    squares = (squared(v0) + squared(v1)) + (squared(v2) + squared(v3))
+    v0, v1, v2, v3 = times4(v0, w0), times4(v1, w1), times4(v2, w2), times4(v3, w3)
+    largest = max(max(magnitude_bits4(v0), magnitude_bits4(v1)), max(magnitude_bits4(v2), magnitude_bits4(v3)))
+    for far in range(k + 4 * step, padded, step):
+        v = load4(x, row, far, columns, even)
         squares += squared(v)
         if normed:
-            v = times4(v, load4(norm, 0, k, columns, even))
-        largest = max(largest, magnitude_bits(v[0]), magnitude_bits(v[1]), magnitude_bits(v[2]), magnitude_bits(v[3]))
-    for i in range(5):
-        largest = max(largest, np.int32(cuda.shfl_xor_sync(FULL_MASK, largest, 16 >> i)))
-    if cuda.threadIdx.x & 31 == 0:
-        warp_largest[cuda.threadIdx.x >> 5] = largest
-    squares = block_sum(squares, scratch)
-    for i in range(width >> 5):
-        largest = max(largest, warp_largest[i])
-    factor = np.float32(1)
+            v = times4(v, load4(norm, 0, far, columns, even))
+        largest = max(largest, magnitude_bits4(v))
+    lane, warp, warps = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, cuda.blockDim.x >> 5
+    squares, largest = warp_sum(squares), warp_largest_of(largest)
+    if lane == 0:
+        warp_squares[warp], warp_largest[warp] = squares, largest
+    cuda.syncthreads()
+    squares = warp_sum(warp_squares[lane] if lane < warps else np.float32(0))
+    largest = warp_largest_of(warp_largest[lane] if lane < warps else np.int32(0))
+    factor = one
     if normed:
-        factor = np.float32(1) / np.float32(math.sqrt(squares / np.float32(columns) + eps))
+        factor = one / np.float32(math.sqrt(squares / np.float32(columns) + eps))
         # rounding keeps the order, so the largest product is that of the largest element
         largest = magnitude_bits(uint_as_float(np.uint32(largest)) * factor)
     shift = 0
@@ -115,16 +124,41 @@ def round_kernel(tokens, x, norm, normed, eps, out, scales, columns, padded, exc
     up, down = uint_as_float(np.uint32((127 + shift) << 23)), uint_as_float(np.uint32((127 - shift) << 23))
     if cuda.threadIdx.x == 0:
         scales[t] = down
-    for k in range(4 * cuda.threadIdx.x, padded, 4 * width):
-        v = load4(x, row, k, columns, even)
+    start = t * padded
+    put_rounded(out, start, k, padded, v0, factor, up, exchanged)
+    put_rounded(out, start, k + step, padded, v1, factor, up, exchanged)
+    put_rounded(out, start, k + 2 * step, padded, v2, factor, up, exchanged)
+    put_rounded(out, start, k + 3 * step, padded, v3, factor, up, exchanged)
+    for far in range(k + 4 * step, padded, step):
+        v = load4(x, row, far, columns, even)
         if normed:
-            w = load4(norm, 0, k, columns, even)
-            v = times4((v[0] * factor, v[1] * factor, v[2] * factor, v[3] * factor), w)
-        if exchanged:
-            v = v[0], v[2], v[1], v[3]
-        st_global_v2_u32(
-            address(out, t * padded + k), cvt_rn_x2(out, v[0] * up, v[1] * up), cvt_rn_x2(out, v[2] * up, v[3] * up)
-        )
+            v = times4(v, load4(norm, 0, far, columns, even))
+        put_rounded(out, start, far, padded, v, factor, up, exchanged)
+
+
+@device
+def warp_largest_of(x):
+    """Maximum of an int32 over the 32 lanes, in every lane."""
+    for i in range(5):
+        x = max(x, np.int32(cuda.shfl_xor_sync(FULL_MASK, x, 16 >> i)))
+    return x
+
+
+@device
+def magnitude_bits4(v):
+    """The largest of four magnitudes, as bits, whose order is the same."""
+    return max(max(magnitude_bits(v[0]), magnitude_bits(v[1])), max(magnitude_bits(v[2]), magnitude_bits(v[3])))
+
+
+@device
+def put_rounded(out, start, k, padded, v, factor, up, exchanged):
+    """Write four elements, times `factor` and a power of two, in the 16-bit type of `out`; nothing after the row."""
+    if k >= padded:
+        return
+    a, b, c, d = v[0] * factor * up, v[1] * factor * up, v[2] * factor * up, v[3] * factor * up
+    if exchanged:
+        b, c = c, b
+    st_global_v2_u32(address(out, start + k), cvt_rn_x2(out, a, b), cvt_rn_x2(out, c, d))
 
 
 @device

@@ -75,7 +75,7 @@ WIDE_STAGES = {64: 4, 128: 6, 256: 4}
 
 WGMMA_ROWS, WGMMA_STEP_COLUMNS = 128, 64
 """Tokens of a block; columns of X and W that are copied together."""
-WGMMA_CONSUMERS, WGMMA_LOADERS = 256, 128
+WGMMA_CONSUMERS, WGMMA_LOADERS = 256, 256
 """Threads of a block that multiply; threads that load, where weights must be decoded: else a warp."""
 WGMMA_STAGES = {128: 6, 192: 5, 224: 5, 256: 4}
 """Rows of W of a block → stages of its ring."""

@@ -3,8 +3,8 @@
 A kernel here takes the place of those in `gemm.py`: it reads X as `round_kernel` leaves it. A block computes 128 tokens
 × `width` rows of W, one such tile after the other; there is one block a multiprocessor. Two warpgroups multiply, 64
 tokens each. Other threads fill a ring of `stages` in shared memory, 64 columns of X and W at a time: of W in 16 bits
-one thread asks the copy engine for both, of a quantised W a warpgroup loads words to registers two steps ahead and
-decodes them. Each stage has two mbarriers: `full`, on which those who multiply wait, and `empty`, on which those who
+one thread asks the copy engine for both, of a quantised W two warpgroups load words to registers four steps ahead and
+decode them. Each stage has two mbarriers: `full`, on which those who multiply wait, and `empty`, on which those who
 load wait. So loading goes on while a tile's results are finished in registers and stored.
 
 Tiles with the same rows of W are neighbours, so W comes from memory once and from the L2 cache after that.
@@ -136,41 +136,40 @@ def load_boxes(tiles, ring, x_map, maps, paired, sections, steps, width):
 
 @device
 def row_addresses(bases, strides, paired, tile, sections, sizes, mine):
-    """Addresses of the payloads and scales of two rows of a tile, number `mine` and 64 after it; a row after the end is
-    the last instead. With `paired` the first is the gate's and the second is up's.
+    """Addresses of the payload and the scales of row `mine` of a tile; a row after the end is the last instead. With
+    `paired` the first half of the rows is the gate's and the second is up's.
     """
     w0, w1, w2, s0, s1, s2 = bases
     stride, scale_stride = strides
     rows, kv_rows = sizes
-    w, s, last, first = w0, s0, rows - 1, tile * ROWS + mine
-    second = first + 64
+    w, s, last, row = w0, s0, rows - 1, tile * ROWS + mine
     if paired:
-        first = min(tile * 64 + mine, last)
-        return w0 + first * stride, w1 + first * stride, s0 + first * scale_stride, s1 + first * scale_stride
-    section, tile = section_of(tile, sections[0], sections[1])
-    if section > 0:
-        w, s, last, first = w1, s1, kv_rows - 1, tile * ROWS + mine
-        second = first + 64
-        if section > 1:
-            w, s = w2, s2
-    first, second = min(first, last), min(second, last)
-    return w + first * stride, w + second * stride, s + first * scale_stride, s + second * scale_stride
+        row = tile * (ROWS >> 1) + (mine & 63)
+        if mine >= 64:
+            w, s = w1, s1
+    else:
+        section, tile = section_of(tile, sections[0], sections[1])
+        if section > 0:
+            w, s, last, row = w1, s1, kv_rows - 1, tile * ROWS + mine
+            if section > 1:
+                w, s = w2, s2
+    row = min(row, last)
+    return w + row * stride, s + row * scale_stride
 
 
 @device
-def put_blocks(ring, at, x_map, k, row, loads0, loads1, raw0, raw1, mine, half, bias):
-    """Fill a stage: decode the words of two rows, and ask for X. Returns the next stage."""
+def put_block(ring, at, x_map, k, row, loads, raw, mine, half, bias):
+    """Fill a thread's part of a stage: decode the words of a row, and ask for X. Returns the next stage."""
     base, stage, stages, full, empty = ring
     slot, parity = at
-    weight, scales, _, scales0, stride, shift = loads0
+    weight, scales, _, scales_at, stride, shift = loads
     ready, to = full + 8 * slot, base + slot * stage
     mbarrier_wait((empty + 8 * slot, parity ^ 1))
     if cuda.threadIdx.x == CONSUMERS:
         mbarrier_expect_tx((ready, X_BYTES))
         copy_box((to, x_map, k * STEP, row, ready))
-    block, swizzled, place = 2 * k + half, (half << 2) ^ (mine & 7), to + X_BYTES + mine * ROW_BYTES
-    decode_block(weight, scales, raw0, scales0, block, stride, shift, place, swizzled, bias)
-    decode_block(weight, scales, raw1, loads1[3], block, stride, shift, place + 64 * ROW_BYTES, swizzled, bias)
+    place = to + X_BYTES + mine * ROW_BYTES
+    decode_block(weight, scales, raw, scales_at, 2 * k + half, stride, shift, place, (half << 2) ^ (mine & 7), bias)
     fence_proxy_async()
     mbarrier_arrive((ready,))
     return next_slot(slot, parity, stages)
@@ -178,7 +177,7 @@ def put_blocks(ring, at, x_map, k, row, loads0, loads1, raw0, raw1, mine, half, 
 
 @device
 def load_blocks(tiles, ring, x_map, weight, scales, bases, strides, shift, paired, sections, sizes, steps, bias):
-    """What the warpgroup does that loads quantised weights: a thread has 32 columns of two rows, two steps ahead."""
+    """What the two warpgroups do that load quantised weights: a thread has 32 columns of a row, four steps ahead."""
     row_groups, groups = tiles
     group, at = cuda.blockIdx.x, (0, 0)
     mine, half = (cuda.threadIdx.x - CONSUMERS) >> 1, cuda.threadIdx.x & 1
@@ -187,22 +186,29 @@ def load_blocks(tiles, ring, x_map, weight, scales, bases, strides, shift, paire
         no_unroll()
         tile = div_u32((group, row_groups))
         row = (group - tile * row_groups) * ROWS
-        w0, w1, s0, s1 = row_addresses(bases, strides, paired, tile, sections, sizes, mine)
-        loads0, loads1 = (weight, scales, w0, s0, strides[0], shift), (weight, scales, w1, s1, strides[0], shift)
-        raw0, raw1 = load_block(loads0, half), load_block(loads1, half)
-        raw2, raw3 = load_block(loads0, half + 2), load_block(loads1, half + 2)
+        row_at, scales_at = row_addresses(bases, strides, paired, tile, sections, sizes, mine)
+        loads = weight, scales, row_at, scales_at, strides[0], shift
+        raw0, raw1 = load_block(loads, half), load_block(loads, half + 2)
+        raw2, raw3 = load_block(loads, half + 4), load_block(loads, half + 6)
         if not started:
             griddepcontrol_wait()
             started = True
-        k = 0
-        while k < steps:  # two steps: a move of what is loaded to another register would wait for it
+        k, block = 0, half + 8
+        while k < steps:  # four steps: a move of what is loaded to another register would wait for it
             no_unroll()
-            at = put_blocks(ring, at, x_map, k, row, loads0, loads1, raw0, raw1, mine, half, bias)
-            raw0, raw1 = load_block(loads0, 2 * k + 4 + half), load_block(loads1, 2 * k + 4 + half)
+            at = put_block(ring, at, x_map, k, row, loads, raw0, mine, half, bias)
+            raw0 = load_block(loads, block)
             if k + 1 < steps:
-                at = put_blocks(ring, at, x_map, k + 1, row, loads0, loads1, raw2, raw3, mine, half, bias)
-                raw2, raw3 = load_block(loads0, 2 * k + 6 + half), load_block(loads1, 2 * k + 6 + half)
-            k += 2
+                at = put_block(ring, at, x_map, k + 1, row, loads, raw1, mine, half, bias)
+                raw1 = load_block(loads, block + 2)
+            if k + 2 < steps:
+                at = put_block(ring, at, x_map, k + 2, row, loads, raw2, mine, half, bias)
+                raw2 = load_block(loads, block + 4)
+            if k + 3 < steps:
+                at = put_block(ring, at, x_map, k + 3, row, loads, raw3, mine, half, bias)
+                raw3 = load_block(loads, block + 6)
+            k += 4
+            block += 8
         group += cuda.gridDim.x
 
 

@@ -74,6 +74,11 @@ def _stages(ctx: LaunchContext, blocks: int) -> int:
     return min(5 if blocks <= ctx.n_sms else 3, affordable)
 
 
+def _round_threads(padded: int) -> int:
+    """Threads of `round_kernel` that keep a row in registers, sixteen elements each; 1,024 for longer rows."""
+    return min(1024, max(64, round_up(ceil_div(padded, 16), 32)))
+
+
 @dataclass(frozen=True)
 class _Rounded:
     """X in 16 bits [T, padded columns], and each row's scale."""
@@ -94,7 +99,7 @@ def _rounded(
         tokens=ctx.tokens, x=x, norm=norm or x, normed=int(norm is not None), eps=eps, out=out, scales=scales,
         columns=columns, padded=_padded(columns), exchanged=int(wgmma_gemm.exchanged(ctx, weights)),
     )  # fmt: skip
-    return _Rounded(out, scales, [Launch(ROUND, (tokens,), 256, arguments)])
+    return _Rounded(out, scales, [Launch(ROUND, (tokens,), _round_threads(_padded(columns)), arguments)])
 
 
 @dataclass(frozen=True)
