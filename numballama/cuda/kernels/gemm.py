@@ -3,8 +3,7 @@
 Tensor cores take 16-bit operands:
 
 - X is rounded to bfloat16 if W is bfloat16, otherwise to float16. A separate kernel does this and RMSNorm
-  (`round_kernel`). Each row is multiplied by a power of two that brings its largest element to [2^14, 2^15), and its
-  results are divided by the same power, exactly.
+  (`rounding.round_kernel`). Each row is multiplied by a power of two, and its results are divided by it, exactly.
 - Quantised weights are first dequantised to float16 in scratch memory (`expand_kernel`): a few hundred MB of traffic
   against some 10^11 operations. float32 weights stay float32 and are multiplied without tensor cores.
 - A block of four warps computes 128 tokens × 128 columns, 64 × 64 per warp, so a lane holds 128 sums. Asynchronous
@@ -22,8 +21,6 @@ Rows of X that a run does not have are zeros, so padding tokens cost nothing bey
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numba import cuda
 
@@ -33,32 +30,27 @@ from ..intrinsics import (
     cp_async_commit,
     cp_async_wait_all,
     cp_async_wait_group,
-    griddepcontrol_launch_dependents,
     griddepcontrol_wait,
     ld_global_u32,
     ld_global_v4_u32,
     ld_v4_f32,
     shared_address,
     st_v4_f32,
-    uint_as_float,
 )
 from ..mma import (
-    cvt_rn_x2,
     dequant_16_bytes,
     dequant_packed_block,
     fma_outer,
     ldmatrix_x4,
     mma_m16n8k16,
-    st_global_v2_u32,
     st_shared_block,
     st_shared_sums,
     zeros32,
     zeros128,
 )
 from ..quant_traits import is_packed, per_16_bytes, scale_in, scale_word, store_element
-from .common import FULL_MASK, device, kv_index, launch_bounds, magnitude_bits, pdl_sync, silu_and_mul
+from .common import device, kv_index, launch_bounds, pdl_sync, silu_and_mul
 from .dequant import block_at
-from .dot import ld_v4_f32_or_0, squared, times4
 from .params import GEMM_F32_K_STEP as F32_STEP
 from .params import GEMM_F32_W_STRIDE as W_ROW
 from .params import GEMM_F32_X_STRIDE as X_ROW
@@ -67,110 +59,9 @@ from .params import GEMM_STAGED_BYTES as STAGED_BYTES
 from .params import GEMM_THREADS as THREADS
 from .params import GEMM_TILE as TILE
 from .params import GEMM_TILE_BYTES as TILE_BYTES
-from .reduce import warp_sum
+from .rounding import load4
 
 STAGED = STAGED_BYTES // 4
-
-
-# X in 16 bits
-
-
-@cuda.jit
-def round_kernel(tokens, x, norm, normed, eps, out, scales, columns, padded, exchanged):
-    """out[t] = x[t], or norm(x[t]), in 16 bits, times a power of two whose inverse is scales[t]; padded with zeros.
-
-    With `exchanged` the second and third of each four columns change places, as `fragments` decodes 4-bit weights. A
-    thread keeps sixteen elements of a row in registers and reads those of very long rows twice.
-    """
-    t = cuda.blockIdx.x
-    griddepcontrol_launch_dependents()  # at once: the next kernel's copies of weights can start
-    if t >= tokens[0]:
-        return
-    warp_squares = cuda.shared.array(32, np.float32)
-    warp_largest = cuda.shared.array(32, np.int32)
-    row, step, even = t * columns, 4 * cuda.blockDim.x, columns & 3 == 0
-    k, one = 4 * cuda.threadIdx.x, np.float32(1)
-    w0, w1, w2, w3 = (one, one, one, one), (one, one, one, one), (one, one, one, one), (one, one, one, one)
-    if normed:  # no kernel writes the norm's weight
-        w0, w1 = load4(norm, 0, k, columns, even), load4(norm, 0, k + step, columns, even)
-        w2, w3 = load4(norm, 0, k + 2 * step, columns, even), load4(norm, 0, k + 3 * step, columns, even)
-    griddepcontrol_wait()
-    v0, v1 = load4(x, row, k, columns, even), load4(x, row, k + step, columns, even)
-    v2, v3 = load4(x, row, k + 2 * step, columns, even), load4(x, row, k + 3 * step, columns, even)
-    squares = (squared(v0) + squared(v1)) + (squared(v2) + squared(v3))
-    v0, v1, v2, v3 = times4(v0, w0), times4(v1, w1), times4(v2, w2), times4(v3, w3)
-    largest = max(max(magnitude_bits4(v0), magnitude_bits4(v1)), max(magnitude_bits4(v2), magnitude_bits4(v3)))
-    for far in range(k + 4 * step, padded, step):
-        v = load4(x, row, far, columns, even)
-        squares += squared(v)
-        if normed:
-            v = times4(v, load4(norm, 0, far, columns, even))
-        largest = max(largest, magnitude_bits4(v))
-    lane, warp, warps = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, cuda.blockDim.x >> 5
-    squares, largest = warp_sum(squares), warp_largest_of(largest)
-    if lane == 0:
-        warp_squares[warp], warp_largest[warp] = squares, largest
-    cuda.syncthreads()
-    squares = warp_sum(warp_squares[lane] if lane < warps else np.float32(0))
-    largest = warp_largest_of(warp_largest[lane] if lane < warps else np.int32(0))
-    factor = one
-    if normed:
-        factor = one / np.float32(math.sqrt(squares / np.float32(columns) + eps))
-        # rounding keeps the order, so the largest product is that of the largest element
-        largest = magnitude_bits(uint_as_float(np.uint32(largest)) * factor)
-    shift = 0
-    if largest < 0x7F800000:  # else it is infinity or NaN, which must show in the results
-        shift = min(14 - ((largest >> 23) - 127), 126)
-    up, down = uint_as_float(np.uint32((127 + shift) << 23)), uint_as_float(np.uint32((127 - shift) << 23))
-    if cuda.threadIdx.x == 0:
-        scales[t] = down
-    start = t * padded
-    put_rounded(out, start, k, padded, v0, factor, up, exchanged)
-    put_rounded(out, start, k + step, padded, v1, factor, up, exchanged)
-    put_rounded(out, start, k + 2 * step, padded, v2, factor, up, exchanged)
-    put_rounded(out, start, k + 3 * step, padded, v3, factor, up, exchanged)
-    for far in range(k + 4 * step, padded, step):
-        v = load4(x, row, far, columns, even)
-        if normed:
-            v = times4(v, load4(norm, 0, far, columns, even))
-        put_rounded(out, start, far, padded, v, factor, up, exchanged)
-
-
-@device
-def warp_largest_of(x):
-    """Maximum of an int32 over the 32 lanes, in every lane."""
-    for i in range(5):
-        x = max(x, np.int32(cuda.shfl_xor_sync(FULL_MASK, x, 16 >> i)))
-    return x
-
-
-@device
-def magnitude_bits4(v):
-    """The largest of four magnitudes, as bits, whose order is the same."""
-    return max(max(magnitude_bits(v[0]), magnitude_bits(v[1])), max(magnitude_bits(v[2]), magnitude_bits(v[3])))
-
-
-@device
-def put_rounded(out, start, k, padded, v, factor, up, exchanged):
-    """Write four elements, times `factor` and a power of two, in the 16-bit type of `out`; nothing after the row."""
-    if k >= padded:
-        return
-    a, b, c, d = v[0] * factor * up, v[1] * factor * up, v[2] * factor * up, v[3] * factor * up
-    if exchanged:
-        b, c = c, b
-    st_global_v2_u32(address(out, start + k), cvt_rn_x2(out, a, b), cvt_rn_x2(out, c, d))
-
-
-@device
-def load4(x, start, k, columns, even):
-    """x[start + k : start + k + 4], zeros from `columns` on; `even` if rows are whole groups of four."""
-    zero = np.float32(0)
-    if even:
-        return ld_v4_f32_or_0(x, start, k, columns)
-    return (
-        x[start + k] if k < columns else zero, x[start + k + 1] if k + 1 < columns else zero,
-        x[start + k + 2] if k + 2 < columns else zero, x[start + k + 3] if k + 3 < columns else zero,
-    )  # fmt: skip
 
 
 # Weights in float16

@@ -23,9 +23,9 @@ from ..intrinsics import (
 from ..mma import cvt_rn_x2, st_global_v2_u32, st_shared_v4_u32
 from .common import FULL_MASK, device, magnitude_bits
 from .dot import squared
-from .gemm import load4
 from .params import SKINNY_WARPS as WARPS
 from .reduce import warp_sum
+from .rounding import load4
 
 
 @device

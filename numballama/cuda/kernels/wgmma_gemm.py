@@ -3,9 +3,9 @@
 A kernel here takes the place of those in `gemm.py`: it reads X as `round_kernel` leaves it. A block computes 128 tokens
 × `width` rows of W, one such tile after the other; there is one block a multiprocessor. Two warpgroups multiply, 64
 tokens each. Other threads fill a ring of `stages` in shared memory, 64 columns of X and W at a time: of W in 16 bits
-one thread asks the copy engine for both, of a quantised W two warpgroups load words to registers four steps ahead and
-decode them. Each stage has two mbarriers: `full`, on which those who multiply wait, and `empty`, on which those who
-load wait. So loading goes on while a tile's results are finished in registers and stored.
+one thread asks the copy engine for both; of a quantised W two warpgroups load words to registers two to four steps
+ahead and decode them. Each stage has two mbarriers: who multiplies waits on `full`, who loads waits on `empty`. So
+loading goes on while a tile's results are finished in registers and stored.
 
 Tiles with the same rows of W are neighbours, so W comes from memory once and from the L2 cache after that.
 
@@ -158,55 +158,74 @@ def row_addresses(bases, strides, paired, tile, sections, sizes, mine):
 
 
 @device
-def put_block(ring, at, x_map, k, row, loads, raw, mine, half, bias):
-    """Fill a thread's part of a stage: decode the words of a row, and ask for X. Returns the next stage."""
-    base, stage, stages, full, empty = ring
-    slot, parity = at
-    weight, scales, _, scales_at, stride, shift = loads
-    ready, to = full + 8 * slot, base + slot * stage
+def ask_for_x(ring, slot, parity, x_map, k, row):
+    """Wait until a stage is empty; one thread asks for its tile of X."""
+    base, stage, _, full, empty = ring
     mbarrier_wait((empty + 8 * slot, parity ^ 1))
     if cuda.threadIdx.x == CONSUMERS:
-        mbarrier_expect_tx((ready, X_BYTES))
-        copy_box((to, x_map, k * STEP, row, ready))
-    place = to + X_BYTES + mine * ROW_BYTES
-    decode_block(weight, scales, raw, scales_at, 2 * k + half, stride, shift, place, (half << 2) ^ (mine & 7), bias)
-    fence_proxy_async()
-    mbarrier_arrive((ready,))
-    return next_slot(slot, parity, stages)
+        mbarrier_expect_tx((full + 8 * slot, X_BYTES))
+        copy_box((base + slot * stage, x_map, k * STEP, row, full + 8 * slot))
+
+
+@device
+def put_pair(ring, at, x_map, k, steps, row, loads0, loads1, raw0, raw1, place, bias):
+    """Fill a thread's parts of the stages of steps `k` and `k` + 1. Returns the stage after them."""
+    base, stage, stages, full, _ = ring
+    mine, upper, half = place
+    weight, scales, _, scales0, stride, shift = loads0
+    slot, parity = at
+    ask_for_x(ring, slot, parity, x_map, k, row)
+    following, following_parity = next_slot(slot, parity, stages)
+    if k + 1 < steps:
+        ask_for_x(ring, following, following_parity, x_map, k + 1, row)
+    if upper:
+        slot = following
+    if k + upper < steps:
+        to, block = base + slot * stage + X_BYTES + mine * ROW_BYTES, 2 * (k + upper) + half
+        swizzled = (half << 2) ^ (mine & 7)
+        decode_block(weight, scales, raw0, scales0, block, stride, shift, to, swizzled, bias)
+        decode_block(weight, scales, raw1, loads1[3], block, stride, shift, to + 8 * ROW_BYTES, swizzled, bias)
+        fence_proxy_async()
+        mbarrier_arrive((full + 8 * slot,))
+    if k + 1 < steps:
+        return next_slot(following, following_parity, stages)
+    return following, following_parity
 
 
 @device
 def load_blocks(tiles, ring, x_map, weight, scales, bases, strides, shift, paired, sections, sizes, steps, bias):
-    """What the two warpgroups do that load quantised weights: a thread has 32 columns of a row, four steps ahead."""
+    """What the two warpgroups do that load quantised weights.
+
+    Of two steps, 128 columns, a thread has 32 columns of two rows, and loads them two steps ahead. Four lanes share a
+    row, so that a warp's load touches eight rows; those of the second step have their rows in another order, so that
+    eight lanes store to different banks.
+    """
     row_groups, groups = tiles
     group, at = cuda.blockIdx.x, (0, 0)
-    mine, half = (cuda.threadIdx.x - CONSUMERS) >> 1, cuda.threadIdx.x & 1
-    started = False
+    lane, warp = cuda.threadIdx.x & 31, (cuda.threadIdx.x - CONSUMERS) >> 5
+    upper, half = (lane >> 1) & 1, lane & 1
+    mine = 16 * warp + ((lane >> 2) ^ (2 * upper))
+    place, first, started = (mine, upper, half), lane & 3, False
     while group < groups:
         no_unroll()
         tile = div_u32((group, row_groups))
         row = (group - tile * row_groups) * ROWS
-        row_at, scales_at = row_addresses(bases, strides, paired, tile, sections, sizes, mine)
-        loads = weight, scales, row_at, scales_at, strides[0], shift
-        raw0, raw1 = load_block(loads, half), load_block(loads, half + 2)
-        raw2, raw3 = load_block(loads, half + 4), load_block(loads, half + 6)
+        w0, s0 = row_addresses(bases, strides, paired, tile, sections, sizes, mine)
+        w1, s1 = row_addresses(bases, strides, paired, tile, sections, sizes, mine + 8)
+        loads0, loads1 = (weight, scales, w0, s0, strides[0], shift), (weight, scales, w1, s1, strides[0], shift)
+        raw0, raw1 = load_block(loads0, first), load_block(loads1, first)
+        raw2, raw3 = load_block(loads0, first + 4), load_block(loads1, first + 4)
         if not started:
             griddepcontrol_wait()
             started = True
-        k, block = 0, half + 8
+        k, block = 0, first + 8
         while k < steps:  # four steps: a move of what is loaded to another register would wait for it
             no_unroll()
-            at = put_block(ring, at, x_map, k, row, loads, raw0, mine, half, bias)
-            raw0 = load_block(loads, block)
-            if k + 1 < steps:
-                at = put_block(ring, at, x_map, k + 1, row, loads, raw1, mine, half, bias)
-                raw1 = load_block(loads, block + 2)
+            at = put_pair(ring, at, x_map, k, steps, row, loads0, loads1, raw0, raw1, place, bias)
+            raw0, raw1 = load_block(loads0, block), load_block(loads1, block)
             if k + 2 < steps:
-                at = put_block(ring, at, x_map, k + 2, row, loads, raw2, mine, half, bias)
-                raw2 = load_block(loads, block + 4)
-            if k + 3 < steps:
-                at = put_block(ring, at, x_map, k + 3, row, loads, raw3, mine, half, bias)
-                raw3 = load_block(loads, block + 6)
+                at = put_pair(ring, at, x_map, k + 2, steps, row, loads0, loads1, raw2, raw3, place, bias)
+                raw2, raw3 = load_block(loads0, block + 4), load_block(loads1, block + 4)
             k += 4
             block += 8
         group += cuda.gridDim.x
@@ -296,7 +315,7 @@ def gemm(zeros, tokens, x, x_map, scales, weights, maps, stride, weight_scales, 
         i = 0
         while i < stages:
             no_unroll()
-            mbarrier_init((full + 8 * i, 1 + LOADERS if has_scales(w0) else 1))
+            mbarrier_init((full + 8 * i, 1 + LOADERS // 2 if has_scales(w0) else 1))
             mbarrier_init((full + 8 * (stages + i), CONSUMERS // 32))
             i += 1
         fence_mbarrier_init(())

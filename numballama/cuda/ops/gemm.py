@@ -28,7 +28,7 @@ from ..launch import Array, Launch, LaunchContext, Matrix, named, paged
 from . import elementwise, wgmma_gemm
 
 KERNELS = "numballama.cuda.kernels.gemm"
-ROUND = KernelRef(KERNELS, "round_kernel")
+ROUND = KernelRef("numballama.cuda.kernels.rounding", "round_kernel")
 EXPAND = KernelRef(KERNELS, "expand_kernel")
 GEMM = KernelRef(KERNELS, "gemm_kernel")
 GEMM_F32 = KernelRef(KERNELS, "gemm_f32_kernel")
@@ -96,8 +96,9 @@ def _rounded(
     out = workspace.allocate((tokens, _padded(columns)), _operand_type(weights[0]))
     scales = workspace.allocate((tokens,), "f32")
     arguments = named(
-        tokens=ctx.tokens, x=x, norm=norm or x, normed=int(norm is not None), eps=eps, out=out, scales=scales,
-        columns=columns, padded=_padded(columns), exchanged=int(wgmma_gemm.exchanged(ctx, weights)),
+        tokens=ctx.tokens, every_row=0, x=x, stride=columns, norm=norm or x, normed=int(norm is not None), eps=eps,
+        out=out, scales=scales, columns=columns, padded=_padded(columns),
+        exchanged=int(wgmma_gemm.exchanged(ctx, weights)), split=0,
     )  # fmt: skip
     return _Rounded(out, scales, [Launch(ROUND, (tokens,), _round_threads(_padded(columns)), arguments)])
 
