@@ -243,7 +243,7 @@ class DeviceMap:
         made = check(driver.cuTensorMapEncodeTiled(
             kinds.CU_TENSOR_MAP_DATA_TYPE_BFLOAT16 if matrix.dtype == "bf16" else
             kinds.CU_TENSOR_MAP_DATA_TYPE_FLOAT16,
-            2, matrix.address, [long(matrix.columns), long(matrix.rows)], [long(matrix.stride)],
+            2, matrix.address, [long(size) for size in reversed(matrix.shape)], [long(matrix.stride)],
             [short(64), short(matrix.box_rows)], [short(1), short(1)],
             driver.CUtensorMapInterleave.CU_TENSOR_MAP_INTERLEAVE_NONE,
             driver.CUtensorMapSwizzle.CU_TENSOR_MAP_SWIZZLE_128B,

@@ -62,8 +62,7 @@ class TensorMap:
 
     address: int
     dtype: str
-    rows: int
-    columns: int
+    shape: tuple[int, ...]
     stride: int
     box_rows: int
 

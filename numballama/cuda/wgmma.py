@@ -98,6 +98,41 @@ def add_global_rows(typingctx, sums, first_at, second_at, first, second):  # typ
 
 
 @intrinsic
+def add_parts(typingctx, a, b):  # type: ignore[no-untyped-def]
+    """a + b, number by number."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        pairs = zip(_parts(builder, a, args[0]), _parts(builder, b, args[1]), strict=True)
+        return context.make_tuple(builder, a, [builder.fadd(*pair) for pair in pairs])
+
+    return a(a, b), codegen
+
+
+@intrinsic
+def scale_columns(typingctx, sums, first_at, second_at, first, second):  # type: ignore[no-untyped-def]
+    """Multiply each column by a float32 in global memory: those of the first half of the columns begin at `first_at`,
+    of which `first` are wanted; the second half's at `second_at`.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        parts = _parts(builder, sums, args[0])
+        pair, count = ir.LiteralStructType([F32] * 2), len(parts) // 2
+        for half in range(2):
+            for i in range(0, count, 4):
+                column = 2 * i
+                text = "{.reg .pred p; setp.gt.s64 p, $5, "
+                text += f"{column}; @p ld.global.v2.f32 {{$0, $1}}, [$4+{4 * column}];}}"
+                given = [*[ir.Constant(F32, 0.0)] * 2, args[1 + half], args[3 + half]]
+                loaded = call_asm(builder, pair, text, "=f,=f,0,1,l,l,~{memory}", given)
+                for j in range(4):
+                    at = half * count + i + j
+                    parts[at] = builder.fmul(parts[at], builder.extract_value(loaded, j & 1))
+        return context.make_tuple(builder, sums, parts)
+
+    return sums(sums, types.int64, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
 def silu_and_mul_halves(typingctx, sums):  # type: ignore[no-untyped-def]
     """silu(gate) · up, where the first half of the columns is the gate's and the second half up's."""
     kind = types.UniTuple(types.float32, sums.count // 2)

@@ -456,6 +456,14 @@ def in_width(machine: Any, kind: str, width: int, tokens: int) -> float:
         return max(worst, qkv_rope(machine, kind, 300, 328, (6, 3), 64, 0, "f16", tokens))
 
 
+def in_pieces(machine: Any, kind: str, tokens: int) -> float:
+    """A float32 weight that is split part by part, of columns whose sums are taken out many times."""
+    with mock.patch.object(wgmma_gemm, "MAX_PIECES", 128 * 11008):
+        worst = linear(machine, kind, tokens, 11008, 300, tokens, residual=True, normed=False)
+        worst = max(worst, gate_up(machine, kind, tokens, 2048, 300, tokens, normed=True))
+        return max(worst, qkv_rope(machine, kind, tokens, 328, (6, 3), 64, 0, "f16", tokens))
+
+
 def wgmma_cases(kinds: Container[str]) -> list[Case]:
     """Cases for the kernels of `wgmma_gemm`, which are not emulated."""
     made: list[Case] = []
@@ -464,7 +472,7 @@ def wgmma_cases(kinds: Container[str]) -> list[Case]:
         if kind in kinds:
             made.append((name, tokens, lambda machine: check(machine, kind, *arguments, tokens=tokens, **named)))
 
-    for kind in ("f16", "bf16", *QUANTISED):
+    for kind in ("f32", "f16", "bf16", *QUANTISED):
         add(f"linear {kind}, 300 of 400", 300, linear, kind, 400, 1536, 392, residual=True, normed=False)
         add(f"norm_linear {kind}, 257 of 260", 257, linear, kind, 260, 256, 72, residual=False, normed=True)
         add(f"gate_up {kind}, 384", 384, gate_up, kind, 384, 512, 200, normed=True)
@@ -473,6 +481,8 @@ def wgmma_cases(kinds: Container[str]) -> list[Case]:
     for kind in ("f16", "bf16"):
         for width in wgmma_gemm.KERNELS:
             add(f"{kind}, tiles of {width}", 270, in_width, kind, width)
+    for tokens in (9, 129):
+        add(f"linear f32, {tokens}, float32 in pieces", tokens, in_pieces, "f32")
     add("linear int8, groups of 16", 280, linear, "int8", 300, 144, 70, residual=False, normed=False, group=16)
     add("linear f16, odd sizes", 280, linear, "f16", 300, 37, 10, residual=True, normed=False)
     add("linear f16, results that are stored one at a time", 280, linear, "f16", 300, 64, 131, residual=True,

@@ -12,6 +12,9 @@ Tiles with the same rows of W are neighbours, so W comes from memory once and fr
 Why. mma.sync, as `gemm.py` uses it, does half as many operations a second. The floor is arithmetic: 2 · T · N · K at
 990 · 10^12 a second on an H200. A width is chosen for which the last round of tiles leaves few multiprocessors idle.
 
+float32 comes as two pieces in float16 each of X and of W (`round_kernel`), and three products of these are added up:
+what is left out is 2^-22 of a product. So it costs three times as much.
+
 A row's bits do not depend on the number of tokens, nor on the width.
 """
 
@@ -20,6 +23,7 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
+from ..fragments import is_float32
 from ..intrinsics import (
     address,
     griddepcontrol_launch_dependents,
@@ -41,7 +45,9 @@ from ..tma import (
 from ..wgmma import (
     DESCRIPTOR,
     add_global_rows,
+    add_parts,
     fence_proxy_async,
+    scale_columns,
     silu_and_mul_halves,
     wgmma_end,
     wgmma_tile,
@@ -56,6 +62,12 @@ from .wide import decode_block, load_block
 
 ROW_BYTES = 2 * STEP
 X_BYTES = ROWS * ROW_BYTES
+
+
+@device
+def is_split(weight, scales):
+    """Whether the weight is float32 in two pieces of float16 with a factor for each row; known when compiled."""
+    return not has_scales(weight) and is_float32(scales)
 
 
 @device
@@ -100,13 +112,28 @@ def fetch_weights(to, maps, paired, tile, row_tiles, kv_tiles, width, column, fu
 
 
 @device
-def load_boxes(tiles, ring, x_map, maps, paired, sections, steps, width):
-    """What the one thread does that loads 16-bit weights. Weights, which no kernel writes, come before the wait."""
+def columns_of(k, steps, split):
+    """First columns of step `k` in X and in W. With `split` a row has two pieces of `steps` steps each, and the steps
+    are three times those: first pieces, X's second with W's first, X's first with W's second.
+    """
+    if not split or k < steps:
+        return k * STEP, k * STEP
+    if k < 2 * steps:
+        return k * STEP, (k - steps) * STEP
+    return (k - 2 * steps) * STEP, (k - steps) * STEP
+
+
+@device
+def load_boxes(tiles, ring, x_map, maps, paired, sections, steps, split, width):
+    """What the one thread does that loads weights in 16 bits. Weights that no kernel writes come before the wait;
+    pieces of float32 do not (`split`).
+    """
     row_groups, groups = tiles
     base, stage, stages, full, empty = ring
     row_tiles, kv_tiles = sections
     group, slot, parity = cuda.blockIdx.x, 0, 0
-    early = min(stages, steps) if group < groups else 0
+    all_steps = 3 * steps if split else steps
+    early = min(stages, steps) if group < groups and not split else 0
     tile, k = div_u32((group, row_groups)), 0
     while k < early:
         no_unroll()
@@ -119,16 +146,17 @@ def load_boxes(tiles, ring, x_map, maps, paired, sections, steps, width):
         no_unroll()
         tile = div_u32((group, row_groups))
         row, k = (group - tile * row_groups) * ROWS, 0
-        while k < steps:
+        while k < all_steps:
             no_unroll()
             ready, to = full + 8 * slot, base + slot * stage
+            x_column, w_column = columns_of(k, steps, split)
             if early == 0:
                 mbarrier_wait((empty + 8 * slot, parity ^ 1))
                 mbarrier_expect_tx((ready, stage))
-                fetch_weights(to + X_BYTES, maps, paired, tile, row_tiles, kv_tiles, width, k * STEP, ready)
+                fetch_weights(to + X_BYTES, maps, paired, tile, row_tiles, kv_tiles, width, w_column, ready)
             else:
                 early -= 1
-            copy_box((to, x_map, k * STEP, row, ready))
+            copy_box((to, x_map, x_column, row, ready))
             slot, parity = next_slot(slot, parity, stages)
             k += 1
         group += cuda.gridDim.x
@@ -141,8 +169,8 @@ def row_addresses(bases, strides, paired, tile, sections, sizes, mine):
     """
     w0, w1, w2, s0, s1, s2 = bases
     stride, scale_stride = strides
-    rows, kv_rows = sizes
-    w, s, last, row = w0, s0, rows - 1, tile * ROWS + mine
+    _, end, kv_rows = sizes
+    w, s, last, row = w0, s0, end - 1, tile * ROWS + mine
     if paired:
         row = tile * (ROWS >> 1) + (mine & 63)
         if mine >= 64:
@@ -235,11 +263,11 @@ def load_blocks(tiles, ring, x_map, weight, scales, bases, strides, shift, paire
 
 
 @device
-def finish(sums, scales, tokens, first_token, paired, tile, sections, sizes, residual, added, outs):
-    """Store a tile's results: times the tokens' scales, plus `residual` if `added`; SwiGLU of both halves if
-    `paired`.
+def finish(sums, weight, row_scales, scales, tokens, first_token, paired, tile, sections, sizes, residual, added, outs):
+    """Store a tile's results: times the tokens' scales and with float32 those of W's rows, plus `residual` if `added`;
+    SwiGLU of both halves if `paired`.
     """
-    rows, kv_rows = sizes
+    rows, end, kv_rows = sizes
     out, out_k, out_v = outs
     lane, warp, width = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, 2 * len(sums)
     t0 = first_token + 16 * warp + (lane >> 2)
@@ -250,13 +278,23 @@ def finish(sums, scales, tokens, first_token, paired, tile, sections, sizes, res
     sums = row_scale(sums, scale0, scale1)
     if paired:
         column += tile * (width >> 1)
-        at, left = address(out, t0 * rows + column), rows - column
+        at, left = address(out, t0 * rows + column), end - column
+        if is_split(weight, row_scales[0]):
+            gate, up = address(row_scales[0], column), address(row_scales[1], column)
+            sums = scale_columns(sums, gate, up, left, left)
         st_global_rows(silu_and_mul_halves(sums), at, at + 32 * rows, left if first else 0, left if second else 0)
         return
     section, tile = section_of(tile, sections[0], sections[1])
     column += tile * width
+    if is_split(weight, row_scales[0]):
+        half, left, at = width >> 1, (end if section == 0 else kv_rows) - column, address(row_scales[0], column)
+        if section == 1:
+            at = address(row_scales[1], column)
+        elif section == 2:
+            at = address(row_scales[2], column)
+        sums = scale_columns(sums, at, at + 4 * half, left, left - half)
     if section == 0:
-        left = rows - column
+        left = end - column
         n0, n1 = left if first else 0, left if second else 0
         if added:
             at = address(residual, t0 * rows + column)
@@ -269,33 +307,42 @@ def finish(sums, scales, tokens, first_token, paired, tile, sections, sizes, res
 
 
 @device
-def multiply(zeros, tiles, ring, x, steps, scales, tokens, paired, sections, sizes, residual, added, outs):
-    """What the two warpgroups do that multiply."""
+def multiply(zeros, tiles, ring, x, weight, row_scales, steps, scales, tokens, paired, sections, sizes, residual,
+             added, outs):  # fmt: skip
+    """What the two warpgroups do that multiply. The tensor cores' sums have fewer bits than float32: those of pieces of
+    float32 are added up outside after 512 columns.
+    """
     row_groups, groups = tiles
     base, stage, stages, full, empty = ring
     lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
     a = DESCRIPTOR + ((base + (warp >> 2) * 64 * ROW_BYTES) >> 4)
     b = DESCRIPTOR + ((base + X_BYTES) >> 4)
     group, slot, parity, before = cuda.blockIdx.x, 0, 0, 0
+    all_steps = 3 * steps if is_split(weight, row_scales[0]) else steps
     griddepcontrol_wait()
     while group < groups:
         no_unroll()
-        sums, k = zeros, 0
-        while k < steps:
+        sums, totals, k = zeros, zeros, 0
+        while k < all_steps:
             no_unroll()
             mbarrier_wait((full + 8 * slot, parity))
             sums = wgmma_tile(x, sums, a + slot * (stage >> 4), b + slot * (stage >> 4))
             if k > 0 and lane == 0:  # the products before have ended
                 mbarrier_arrive((empty + 8 * before,))
+            if is_split(weight, row_scales[0]) and k & 7 == 7:
+                totals, sums = add_parts(totals, wgmma_end(sums)), zeros
             before = slot
             slot, parity = next_slot(slot, parity, stages)
             k += 1
         sums = wgmma_end(sums)
+        if is_split(weight, row_scales[0]):
+            sums = add_parts(totals, sums)
         if lane == 0:
             mbarrier_arrive((empty + 8 * before,))
         tile = div_u32((group, row_groups))
         row = (group - tile * row_groups) * ROWS
-        finish(sums, scales, tokens, row, paired, tile, sections, sizes, residual, added, outs)
+        finish(sums, weight, row_scales, scales, tokens, row, paired, tile, sections, sizes, residual, added,
+               outs)  # fmt: skip
         group += cuda.gridDim.x
 
 
@@ -323,56 +370,57 @@ def gemm(zeros, tokens, x, x_map, scales, weights, maps, stride, weight_scales, 
     row_groups = (tokens[0] + ROWS - 1) >> 7
     tiles = row_groups, row_groups * (sections[0] + 2 * sections[1])
     if cuda.threadIdx.x < CONSUMERS:
-        multiply(zeros, tiles, ring, x, steps, scales, tokens[0], paired, sections, sizes, residual, added, outs)
+        multiply(zeros, tiles, ring, x, w0, weight_scales, steps, scales, tokens[0], paired, sections, sizes, residual,
+                 added, outs)  # fmt: skip
     elif has_scales(w0):
         bases = address(w0, 0), address(w1, 0), address(w2, 0), address(s0, 0), address(s1, 0), address(s2, 0)
         strides = stride, scale_stride * scale_bytes(s0)
         load_blocks(tiles, ring, x_map, w0, s0, bases, strides, shift, paired, sections, sizes, steps, bias)
     elif cuda.threadIdx.x == CONSUMERS:
-        load_boxes(tiles, ring, x_map, maps, paired, sections, steps, width)
+        load_boxes(tiles, ring, x_map, maps, paired, sections, steps, is_split(w0, s0), width)
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def wgmma_128_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
-                     rows, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
+                     rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
                      bias):  # fmt: skip
     """Tiles of 128 rows of W."""
     gemm(zeros_of(64), tokens, x, x_map, scales, (w0, w1, w2), (m0, m1, m2), stride, (s0, s1, s2), scale_stride, shift,
-         paired, (rows, kv_rows), (row_tiles, kv_tiles), residual, added, (out, out_k, out_v), steps, stages,
+         paired, (rows, end, kv_rows), (row_tiles, kv_tiles), residual, added, (out, out_k, out_v), steps, stages,
          bias)  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def wgmma_192_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
-                     rows, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
+                     rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
                      bias):  # fmt: skip
     """Tiles of 192 rows of W, which has 16 bits."""
     gemm(zeros_of(96), tokens, x, x_map, scales, (w0, w1, w2), (m0, m1, m2), stride, (s0, s1, s2), scale_stride, shift,
-         paired, (rows, kv_rows), (row_tiles, kv_tiles), residual, added, (out, out_k, out_v), steps, stages,
+         paired, (rows, end, kv_rows), (row_tiles, kv_tiles), residual, added, (out, out_k, out_v), steps, stages,
          bias)  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def wgmma_224_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
-                     rows, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
+                     rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
                      bias):  # fmt: skip
     """Tiles of 224 rows of W, which has 16 bits."""
     gemm(zeros_of(112), tokens, x, x_map, scales, (w0, w1, w2), (m0, m1, m2), stride, (s0, s1, s2), scale_stride, shift,
-         paired, (rows, kv_rows), (row_tiles, kv_tiles), residual, added, (out, out_k, out_v), steps, stages,
+         paired, (rows, end, kv_rows), (row_tiles, kv_tiles), residual, added, (out, out_k, out_v), steps, stages,
          bias)  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def wgmma_256_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
-                     rows, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
+                     rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
                      bias):  # fmt: skip
     """Tiles of 256 rows of W, which has 16 bits."""
     gemm(zeros_of(128), tokens, x, x_map, scales, (w0, w1, w2), (m0, m1, m2), stride, (s0, s1, s2), scale_stride, shift,
-         paired, (rows, kv_rows), (row_tiles, kv_tiles), residual, added, (out, out_k, out_v), steps, stages,
+         paired, (rows, end, kv_rows), (row_tiles, kv_tiles), residual, added, (out, out_k, out_v), steps, stages,
          bias)  # fmt: skip
 
 

@@ -28,7 +28,6 @@ from ..launch import Array, Launch, LaunchContext, Matrix, named, paged
 from . import elementwise, wgmma_gemm
 
 KERNELS = "numballama.cuda.kernels.gemm"
-ROUND = KernelRef("numballama.cuda.kernels.rounding", "round_kernel")
 EXPAND = KernelRef(KERNELS, "expand_kernel")
 GEMM = KernelRef(KERNELS, "gemm_kernel")
 GEMM_F32 = KernelRef(KERNELS, "gemm_f32_kernel")
@@ -74,11 +73,6 @@ def _stages(ctx: LaunchContext, blocks: int) -> int:
     return min(5 if blocks <= ctx.n_sms else 3, affordable)
 
 
-def _round_threads(padded: int) -> int:
-    """Threads of `round_kernel` that keep a row in registers, sixteen elements each; 1,024 for longer rows."""
-    return min(1024, max(64, round_up(ceil_div(padded, 16), 32)))
-
-
 @dataclass(frozen=True)
 class _Rounded:
     """X in 16 bits [T, padded columns], and each row's scale."""
@@ -92,15 +86,11 @@ def _rounded(
     ctx: LaunchContext, x: Array, norm: Array | None, eps: float, weights: Sequence[Matrix], workspace: _Workspace
 ) -> _Rounded:
     """X, or RMSNorm of x, in 16 bits, as the kernels want it that multiply it with these weights."""
-    tokens, columns = x.shape
-    out = workspace.allocate((tokens, _padded(columns)), _operand_type(weights[0]))
-    scales = workspace.allocate((tokens,), "f32")
-    arguments = named(
-        tokens=ctx.tokens, every_row=0, x=x, stride=columns, norm=norm or x, normed=int(norm is not None), eps=eps,
-        out=out, scales=scales, columns=columns, padded=_padded(columns),
-        exchanged=int(wgmma_gemm.exchanged(ctx, weights)), split=0,
-    )  # fmt: skip
-    return _Rounded(out, scales, [Launch(ROUND, (tokens,), _round_threads(_padded(columns)), arguments)])
+    (tokens, columns), padded, split = x.shape, _padded(x.shape[1]), int(weights[0].payload.dtype == "f32")
+    out = workspace.allocate((tokens, padded << split), _operand_type(weights[0]))
+    scales, exchanged = workspace.allocate((tokens,), "f32"), wgmma_gemm.exchanged(ctx, weights)
+    launch = wgmma_gemm.round_rows(ctx, x, columns, out, scales, padded, norm, eps, exchanged, split=split)
+    return _Rounded(out, scales, [launch])
 
 
 @dataclass(frozen=True)
@@ -156,6 +146,41 @@ def _in_parts(
     return launches
 
 
+def _by_wgmma(
+    ctx: LaunchContext, rounded: _Rounded, columns: int, weights: Sequence[Matrix], outs: Sequence[Array],
+    residual: Array | None, paired: bool, memory: Array,
+) -> list[Launch]:  # fmt: skip
+    """Launches of the kernels of `wgmma_gemm`; float32 weights are split into pieces and used part by part."""
+
+    def multiply(pieces: Sequence[wgmma_gemm.Pieces] = (), begin: int = 0) -> Launch:
+        return wgmma_gemm.launch(
+            ctx, rounded.x, columns, rounded.scales, weights, outs, residual, paired, pieces, begin
+        )  # fmt: skip
+
+    if weights[0].payload.dtype != "f32":
+        return [multiply()]
+    launches, rows = list[Launch](), weights[0].shape[0]
+    step = wgmma_gemm.part_rows(rows, columns)
+    if step < rows and len(weights) > 1 and not paired:
+        return [
+            launch
+            for w, out in zip(weights, outs, strict=True)
+            for launch in _by_wgmma(ctx, rounded, columns, [w], [out], residual, False, memory)
+        ]
+    for begin in range(0, rows, step):
+        workspace = _Workspace(memory)
+        sizes = [min(step, w.shape[0] - begin) for w in weights]
+        pieces = [
+            wgmma_gemm.Pieces(
+                workspace.allocate((size, 2 * _padded(columns)), "f16"), workspace.allocate((size,), "f32")
+            )
+            for size in sizes
+        ]
+        launches += [piece.split(ctx, w, begin) for piece, w in zip(pieces, weights, strict=True)]
+        launches.append(multiply(pieces, begin))
+    return launches
+
+
 def _linear_f32(ctx: LaunchContext, x: Array, weight: Matrix, residual: Array | None, out: Array) -> list[Launch]:
     rows, columns = weight.shape
     arguments = named(
@@ -173,17 +198,18 @@ def linear(
 ) -> list[Launch]:  # fmt: skip
     """For each (W, out): out[T, N] = x[T, K] · W[N, K]ᵀ, after RMSNorm of x where `norm` is given, plus `residual`."""
     workspace = _Workspace(memory)
+    matrices = [w for w, _ in weights]
+    if wgmma_gemm.wanted(ctx, matrices):
+        rounded, launches = _rounded(ctx, x, norm, eps, matrices, workspace), list[Launch]()
+        for pairs in [weights] if len({w.shape for w in matrices[1:]}) == 1 else [[pair] for pair in weights]:
+            some, outs = [w for w, _ in pairs], [out for _, out in pairs]
+            launches += _by_wgmma(ctx, rounded, x.shape[1], some, outs, residual, False, workspace.rest)
+        return rounded.launches + launches
     if weights[0][0].payload.dtype == "f32":
         launches, x = _normed(ctx, x, norm, eps, workspace)
         return launches + [launch for w, out in weights for launch in _linear_f32(ctx, x, w, residual, out)]
-    rounded = _rounded(ctx, x, norm, eps, [w for w, _ in weights], workspace)
+    rounded = _rounded(ctx, x, norm, eps, matrices, workspace)
     launches = list(rounded.launches)
-    if wgmma_gemm.wanted(ctx, [w for w, _ in weights]):
-        columns, together = x.shape[1], len({w.shape for w, _ in weights[1:]}) == 1
-        for some in [weights] if together else [[pair] for pair in weights]:
-            matrices, outs = zip(*some, strict=True)
-            launches.append(wgmma_gemm.launch(ctx, rounded.x, columns, rounded.scales, matrices, outs, residual))
-        return launches
     for weight, out in weights:
 
         def launch(parts: list[_Rows], grid: tuple[int, int], begin: int, end: int, stages: int,
@@ -215,15 +241,15 @@ def gate_up(
 ) -> list[Launch]:
     """out[T, N] = silu(x · W1ᵀ) · (x · W3ᵀ). The two weights have one type and one shape."""
     workspace = _Workspace(memory)
+    if wgmma_gemm.wanted(ctx, [w1, w3]):
+        rounded = _rounded(ctx, x, norm, eps, [w1, w3], workspace)
+        return rounded.launches + _by_wgmma(ctx, rounded, x.shape[1], [w1, w3], [out], None, True, workspace.rest)
     if w1.payload.dtype == "f32":
         launches, x = _normed(ctx, x, norm, eps, workspace)
         up = workspace.allocate(out.shape, "f32")
         launches += _linear_f32(ctx, x, w1, None, out) + _linear_f32(ctx, x, w3, None, up)
         return launches + elementwise.swiglu(ctx, out, up, out)
     rounded = _rounded(ctx, x, norm, eps, [w1, w3], workspace)
-    if wgmma_gemm.wanted(ctx, [w1, w3]):
-        both = wgmma_gemm.launch(ctx, rounded.x, x.shape[1], rounded.scales, [w1, w3], [out], paired=True)
-        return [*rounded.launches, both]
 
     def launch(parts: list[_Rows], grid: tuple[int, int], begin: int, end: int, stages: int) -> Launch:
         gate, up = parts
@@ -292,6 +318,10 @@ def workspace_shape(
         if dtype not in ("f32", "f16", "bf16"):
             in_16_bits += [(rows if whole else _expanded_rows(rows, columns)) * columns * 2 for rows, _ in weights]
         float32 = [*kept, 4 * tokens * columns] if dtype in ("f32", "int8") else []
+        if dtype == "f32":
+            parts = [wgmma_gemm.part_rows(rows, columns) for rows, _ in weights]
+            in_16_bits = [*kept, 4 * tokens * _padded(columns), 4 * tokens]
+            in_16_bits += [size for part in parts for size in (4 * part * _padded(columns), 4 * part)]
         return (max(sum(ceil_div(nbytes, 64) * 16 for nbytes in sizes) for sizes in (in_16_bits, float32)),)
 
     return shape
