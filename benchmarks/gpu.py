@@ -17,7 +17,6 @@ import contextlib
 import datetime
 import gc
 import json
-import math
 import os
 import re
 import shutil
@@ -44,12 +43,15 @@ from numballama.files import atomic_write
 from numballama.formats.gguf.writer import write_gguf
 from numballama.model import Model
 from numballama.quantization.convert import convert
+from numballama.quantization.policy import MIXTURES, mixture_type
 from numballama.quantization.types import F32, WeightType
 from numballama.sampling import SamplingParams
 
 HERE = Path(__file__).parent
 GROUP = 64
 """Elements that share a scale in int8 weights, as in KuiperLLama's files."""
+FEW = 64
+"""Different rows of a random matrix of a mixture."""
 SHORT, TOKENS, PROMPT = 8, 128, 512
 NEAR, FAR, STEPS = 128, 4096, 64
 """Positions at which decoding is compared, and the steps timed at each."""
@@ -74,17 +76,19 @@ class Case:
 
 CASES = (
     Case("stories15M", "f32", 3000, 6000),
-    Case("TinyLlama-1.1B", "f32", 700, 850, 594),
-    Case("TinyLlama-1.1B", "f16", 1150, 1470, 764),
-    Case("TinyLlama-1.1B", "bf16", 1150, 1470, 764),
-    Case("TinyLlama-1.1B", "q8_0", 1150, 1840, 751),
-    Case("TinyLlama-1.1B", "int8", 1150, 1840, 751),
-    Case("TinyLlama-1.1B", "q4_0", 1300, 2200, 896),
-    Case("Llama-3.2-1B", "bf16", 1050, 1310, 750),
-    Case("Llama-2-7B", "f16", 255, 280, 223, 8600, 21500),
-    Case("Llama-2-7B", "q8_0", 380, 450, 274),
-    Case("Llama-2-7B", "int8", 380, 450, 274),
-    Case("Llama-2-7B", "q4_0", None, None, 361),
+    Case("TinyLlama-1.1B", "f32", 700, 850, 594, 45000, 64000),
+    Case("TinyLlama-1.1B", "f16", 1150, 1470, 764, 110000, 145000),
+    Case("TinyLlama-1.1B", "bf16", 1150, 1470, 764, 110000, 145000),
+    Case("TinyLlama-1.1B", "q8_0", 1150, 1840, 751, 90000, 130000),
+    Case("TinyLlama-1.1B", "int8", 1150, 1840, 751, 90000, 130000),
+    Case("TinyLlama-1.1B", "q4_0", 1300, 2200, 896, 90000, 130000),
+    Case("TinyLlama-1.1B", "q4_k", 1250, 1500, 831, 90000, 130000),
+    Case("Llama-3.2-1B", "bf16", 1050, 1310, 750, 125000, 160000),
+    Case("Llama-2-7B", "f16", 255, 280, 223, 33000, 40000),
+    Case("Llama-2-7B", "q8_0", 380, 450, 274, 28000, 36000),
+    Case("Llama-2-7B", "int8", 380, 450, 274, 28000, 36000),
+    Case("Llama-2-7B", "q4_0", None, None, 361, 28000, 36000),
+    Case("Llama-2-7B", "q4_k", 420, 520, None, 28000, 36000),
 )
 LARGE = "Llama-2-7B"
 
@@ -93,21 +97,35 @@ LARGE = "Llama-2-7B"
 
 
 def random_checkpoint(shape: str, kind: str) -> Checkpoint:
-    """A model of a named shape with random weights; its layers share one array of each shape on the host."""
+    """A model of a named shape with random weights; its layers share one array of each shape and type on the host.
+
+    "q4_k", "q5_k" and "q6_k" are mixtures of types, as of the files named Q4_K_M and so on. Their matrices repeat `FEW`
+    random rows: to choose a block's scales takes long.
+    """
     config, rng = NAMED_SHAPES[shape], np.random.default_rng(0)
     noise = rng.standard_normal(1 << 22, dtype=np.float32)
-    target = WeightType(kind, GROUP if kind == "int8" else 0)
-    made: dict[tuple[int, ...], Weight] = {}
+    made: dict[tuple[tuple[int, ...], str], Weight] = {}
 
-    def weight(extents: tuple[int, ...]) -> Weight:
+    def weight(extents: tuple[int, ...], target: WeightType) -> Weight:
         if len(extents) == 1:
             return Weight(extents, F32, np.ones(extents, np.float32))
-        numbers = np.resize(noise, math.prod(extents)).reshape(extents)
-        return convert(Weight(extents, F32, numbers * np.float32(extents[-1] ** -0.5)), target)
+        rows, columns = extents
+        some = min(FEW, rows) if kind in MIXTURES else rows
+        numbers = np.resize(noise, some * columns).reshape(some, columns) * np.float32(columns**-0.5)
+        found = convert(Weight((some, columns), F32, numbers), target)
+        if some == rows:
+            return found
+        return Weight(extents, target, np.resize(found.data, (rows, found.data.shape[1])))
 
-    for extents in set(config.weight_shapes().values()):
-        made[extents] = weight(extents)
-    weights = {name: made[extents] for name, extents in config.weight_shapes().items()}
+    weights = {}
+    for name, extents in config.weight_shapes().items():
+        target = WeightType(kind, GROUP if kind == "int8" else 0)
+        if kind in MIXTURES and len(extents) == 2:
+            target = mixture_type(kind, config, name, extents[1])
+        key = extents, target.name
+        if key not in made:
+            made[key] = weight(extents, target)
+        weights[name] = made[key]
     return Checkpoint(Path(f"{shape}, random, {kind}"), "random", config, weights)
 
 
