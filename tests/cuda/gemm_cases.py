@@ -456,6 +456,14 @@ def in_width(machine: Any, kind: str, width: int, tokens: int) -> float:
         return max(worst, qkv_rope(machine, kind, 300, 328, (6, 3), 64, 0, "f16", tokens))
 
 
+def in_tall_tiles(machine: Any, kind: str, tokens: int) -> float:
+    """Tiles of 256 tokens, several a block."""
+    with mock.patch.object(wgmma_gemm, "tall_wins", return_value=True):
+        worst = linear(machine, kind, 600, 512, 9000, tokens, residual=True, normed=False)
+        worst = max(worst, gate_up(machine, kind, 600, 256, 300, tokens, normed=True))
+        return max(worst, qkv_rope(machine, kind, 600, 256, (6, 3), 64, 0, "f16", tokens))
+
+
 def in_pieces(machine: Any, kind: str, tokens: int) -> float:
     """A float32 weight that is split part by part, of columns whose sums are taken out many times."""
     with mock.patch.object(wgmma_gemm, "MAX_PIECES", 128 * 11008):
@@ -481,6 +489,8 @@ def wgmma_cases(kinds: Container[str]) -> list[Case]:
     for kind in ("f16", "bf16"):
         for width in wgmma_gemm.KERNELS:
             add(f"{kind}, tiles of {width}", 270, in_width, kind, width)
+    for kind in QUANTISED:
+        add(f"{kind}, tiles of 256 tokens", 590, in_tall_tiles, kind)
     for tokens in (9, 129):
         add(f"linear f32, {tokens}, float32 in pieces", tokens, in_pieces, "f32")
     add("linear int8, groups of 16", 280, linear, "int8", 300, 144, 70, residual=False, normed=False, group=16)

@@ -75,10 +75,11 @@ WIDE_STAGES = {64: 4, 128: 6, 256: 4}
 
 WGMMA_ROWS, WGMMA_STEP_COLUMNS = 128, 64
 """Tokens of a block; columns of X and W that are copied together."""
-WGMMA_CONSUMERS, WGMMA_LOADERS = 256, 256
-"""Threads of a block that multiply; threads that load, where weights must be decoded: else a warp."""
-WGMMA_STAGES = {128: 6, 192: 5, 224: 5, 256: 4}
-"""Rows of W of a block → stages of its ring."""
+WGMMA_CONSUMERS, WGMMA_LOADERS, WGMMA_TALL_LOADERS = 256, 256, 128
+"""Threads of a block that multiply; threads that load weights which must be decoded, and where a tile has 256 tokens.
+Of other weights it is a warp."""
+WGMMA_STAGES, WGMMA_TALL_STAGES = {128: 6, 192: 5, 224: 5, 256: 4}, 4
+"""Rows of W of a block → stages of its ring; stages where a tile has 256 tokens."""
 
 
 def units_together(units: int) -> int:

@@ -14,11 +14,17 @@ from ..kernels.params import (
     WGMMA_ROWS,
     WGMMA_STAGES,
     WGMMA_STEP_COLUMNS,
+    WGMMA_TALL_LOADERS,
+    WGMMA_TALL_STAGES,
 )
 from ..launch import Argument, Array, Launch, LaunchContext, Matrix, TensorMap, named
 
 KERNELS = {width: KernelRef("numballama.cuda.kernels.wgmma_gemm", f"wgmma_{width}_kernel") for width in WGMMA_STAGES}
 """Rows of W of a tile → the kernel for them."""
+TALL = KernelRef("numballama.cuda.kernels.wgmma_gemm", "wgmma_tall_kernel")
+"""The kernel for quantised weights whose tiles have 256 tokens."""
+TALL_COST = 1.5
+"""What a tile of 256 tokens costs of a quantised weight, where one of 128 costs 1."""
 ROUND = KernelRef("numballama.cuda.kernels.rounding", "round_kernel")
 TILE_COST = 16
 """What a tile costs beside its product, in rows of W: its results are stored and the ring fills again."""
@@ -83,6 +89,12 @@ def width_for(tokens: int, paired: bool, rows: int, kv_rows: int, n_sms: int) ->
     return min(WGMMA_STAGES, key=cost)
 
 
+def tall_wins(tokens: int, tiles: int, n_sms: int) -> bool:
+    """Whether `tiles` tiles of rows of a quantised weight end sooner with 256 tokens each."""
+    narrow, tall = (ceil_div(tiles * ceil_div(tokens, each), n_sms) for each in (WGMMA_ROWS, 2 * WGMMA_ROWS))
+    return TALL_COST * tall < narrow
+
+
 def launch(
     ctx: LaunchContext, x: Array, columns: int, scales: Array, w: Sequence[Matrix], outs: Sequence[Array],
     residual: Array | None = None, paired: bool = False, pieces: Sequence[Pieces] = (), begin: int = 0,
@@ -97,6 +109,8 @@ def launch(
     decoded, end = w[0].quantized, pieces[0].values.shape[0] if pieces else rows
     width = NARROW if decoded or pieces else width_for(tokens, paired, rows, kv_rows, ctx.n_sms)
     row_tiles, kv_tiles = ceil_div(end, width // 2 if paired else width), ceil_div(kv_rows, width)
+    tall = decoded and tall_wins(tokens, row_tiles + 2 * kv_tiles, ctx.n_sms)
+    tile_tokens, stages = (2 * WGMMA_ROWS, WGMMA_TALL_STAGES) if tall else (WGMMA_ROWS, WGMMA_STAGES[width])
     box = width // 2 if paired else width
     payloads = [piece.values for piece in pieces] or [matrix.payload for matrix in w]
     factors = [piece.scales for piece in pieces] or [matrix.scales for matrix in w]
@@ -111,18 +125,19 @@ def launch(
     p, s, m = _three(payloads), _three(factors), _three(maps)
     out, out_k, out_v = _three([_from(out, begin) for out in outs])
     arguments = named(
-        tokens=ctx.tokens, x=x, x_map=TensorMap(x.address, x.dtype, x.shape, 2 * x.shape[1], WGMMA_ROWS),
+        tokens=ctx.tokens, x=x, x_map=TensorMap(x.address, x.dtype, x.shape, 2 * x.shape[1], tile_tokens),
         scales=scales, w0=p[0], w1=p[1], w2=p[2], m0=m[0], m1=m[1], m2=m[2],
         stride=w[0].stride, s0=s[0], s1=s[1], s2=s[2], scale_stride=w[0].scale_stride, shift=w[0].shift,
         paired=int(paired), rows=rows, end=end, kv_rows=kv_rows, row_tiles=row_tiles, kv_tiles=kv_tiles,
         residual=_from(residual, begin) if residual else out, added=int(residual is not None), out=out, out_k=out_k,
-        out_v=out_v, steps=ceil_div(columns, WGMMA_STEP_COLUMNS), stages=WGMMA_STAGES[width],
+        out_v=out_v, steps=ceil_div(columns, WGMMA_STEP_COLUMNS), stages=stages,
         bias=0x64006400,
     )  # fmt: skip
-    threads = WGMMA_CONSUMERS + (WGMMA_LOADERS if decoded else 32)
-    blocks = min(ctx.n_sms, ceil_div(tokens, WGMMA_ROWS) * (row_tiles + 2 * kv_tiles))
-    stage_bytes = (WGMMA_ROWS + width) * 2 * WGMMA_STEP_COLUMNS
-    return Launch(KERNELS[width], (blocks,), threads, arguments, 1024 + WGMMA_STAGES[width] * (stage_bytes + 16))
+    threads = WGMMA_CONSUMERS + (WGMMA_TALL_LOADERS if tall else WGMMA_LOADERS if decoded else 32)
+    blocks = min(ctx.n_sms, ceil_div(tokens, tile_tokens) * (row_tiles + 2 * kv_tiles))
+    stage_bytes = (tile_tokens + width) * 2 * WGMMA_STEP_COLUMNS
+    kernel = TALL if tall else KERNELS[width]
+    return Launch(kernel, (blocks,), threads, arguments, 1024 + stages * (stage_bytes + 16))
 
 
 T = TypeVar("T")

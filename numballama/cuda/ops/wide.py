@@ -23,7 +23,7 @@ WIDE = {width: KernelRef("numballama.cuda.kernels.wide", f"wide_{width}_kernel")
 """Tokens of a block → the kernel for them."""
 LEAST = {"f16": 33, "bf16": 33, "int8": 65, "q4_0": 65, "q4_1": 65, "q4_k": 65, "q6_k": 65}
 """Type of a payload → from this number of tokens on, these kernels are faster than `skinny`."""
-MOST = 256
+MOST = 128
 """Up to this number of tokens they are faster than `gemm`."""
 
 
