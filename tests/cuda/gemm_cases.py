@@ -261,11 +261,15 @@ def gate_up(machine: Any, kind: str, T: int, K: int, N: int, tokens: int, normed
 
 
 def qkv_rope(machine: Any, kind: str, T: int, K: int, heads: tuple[int, int], head_dim: int, interleaved: int,
-             cache: str, tokens: int) -> float:  # fmt: skip
+             cache: str, tokens: int, values: str = "") -> float:  # fmt: skip
+    """norm_qkv_rope; with `values` their weight has this type."""
     rng = np.random.default_rng(2)
     x, norm = rng.standard_normal((T, K)).astype(np.float32), (1 + 0.3 * rng.standard_normal(K)).astype(np.float32)
     rows = [heads[0] * head_dim, heads[1] * head_dim, heads[1] * head_dim]
-    weights = [upload(machine, rng.standard_normal((n, K)) * K**-0.5, kind) for n in rows]
+    kinds = kind, kind, values or kind
+    weights = [
+        upload(machine, rng.standard_normal((n, K)) * K**-0.5, each) for n, each in zip(rows, kinds, strict=True)
+    ]
     context, half = T + 7, head_dim // 2
     angle = rng.uniform(0, 6, (T, half))
     angles = np.concatenate([np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
@@ -276,7 +280,7 @@ def qkv_rope(machine: Any, kind: str, T: int, K: int, heads: tuple[int, int], he
     stored = empty if cache == "f32" else round_16(empty, cache)
     q = machine.put(np.full((T, rows[0]), UNTOUCHED), "f32")
     caches = [machine.put(stored, cache) for _ in range(2)]
-    types = ["f32", "f32", kind, kind, kind, "f32", cache, "i32", "i32", "i32", cache]
+    types = ["f32", "f32", *kinds, "f32", cache, "i32", "i32", "i32", cache]
     operands = [
         machine.put(x, "f32"), machine.put(norm, "f32"), *(m for m, _ in weights), machine.put(angles, "f32"),
         caches[0],
@@ -414,6 +418,7 @@ def cases(kinds: Container[str]) -> list[Case]:
         ("f16", (1, 1), 160, 0, "f16"),
     ):  # fmt: skip
         add(f"qkv {kind}, heads of {head_dim}", 21, qkv_rope, kind, 23, 64, heads, head_dim, interleaved, cache)
+    add("qkv q4_k and q6_k", 12, qkv_rope, "q4_k", 12, 256, (4, 2), 64, 0, "f16", values="q6_k")
     once, two = [0] * 70, [0] * 40 + [1] * 30
     for cache, heads in (("f16", (4, 2)), ("bf16", (2, 1))):
         add(f"attention {cache}, 64", 66, attention, cache, 70, heads, 64, 140, list(range(50, 120)), once)
@@ -485,6 +490,10 @@ def wgmma_cases(kinds: Container[str]) -> list[Case]:
         add(f"norm_linear {kind}, 257 of 260", 257, linear, kind, 260, 256, 72, residual=False, normed=True)
         add(f"gate_up {kind}, 384", 384, gate_up, kind, 384, 512, 200, normed=True)
         add(f"qkv {kind}, 290 of 300", 290, qkv_rope, kind, 300, 256, (4, 2), 64, 0, "f16")
+        if kind == "q4_k":
+            for tokens in (1, 290):
+                add(f"qkv q4_k and q6_k, {tokens}", tokens, qkv_rope, kind, tokens, 256, (4, 2), 64, 0, "f16",
+                    values="q6_k")  # fmt: skip
         add(f"linear {kind}, several tiles a block", 500, linear, kind, 512, 256, 8200, residual=True, normed=False)
     for kind in ("f16", "bf16"):
         for width in wgmma_gemm.KERNELS:

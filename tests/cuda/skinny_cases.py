@@ -85,6 +85,8 @@ def cases(kinds: Sequence[str]) -> list[Case]:
         if kind not in kinds:
             continue
         add(f"qkv {kind}, heads of {head_dim}", 7, qkv_rope, kind, 8, 64, heads, head_dim, interleaved, cache)
+    if "q4_k" in kinds:
+        add("qkv q4_k and q6_k", 7, qkv_rope, "q4_k", 8, 256, (4, 2), 64, 0, "f16", values="q6_k")
     for kind in ("f16", "bf16", "q8_0"):
         made.append((f"not_finite numbers, {kind}", 12, lambda machine, kind=kind: not_finite(machine, kind)))  # type: ignore[misc]
     return made

@@ -278,13 +278,15 @@ def gate_up_kernel(tokens, x, norm, normed, eps, w1, w3, stride, w1_scales, w3_s
 @launch_bounds(min_blocks=3)
 @cuda.jit
 def qkv_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, wq_scales, wk_scales, wv_scales, scale_stride, shift,
-               q, k, v, q_rows, kv_rows, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks,
+               q, k, v, q_rows, k_rows, v_rows, columns, slices, log2_slices, x_at, sums_at, partial_at, chunks,
                pairs_per_block, extra_pairs, prefetch):  # fmt: skip
-    """q, k, v = Wq · x, Wk · x, Wv · x; x may be norm(x). Row counts are even, because head sizes are."""
+    """q, k, v = Wq · x, Wk · x, Wv · x; x may be norm(x). Row counts are even, because head sizes are. Those of weights
+    that another launch has are 0.
+    """
     if is_padding_token(tokens):
         return
     shared = cuda.shared.array(0, np.float32)
-    t, q_pairs, k_pairs = cuda.blockIdx.y, q_rows >> 1, kv_rows >> 1
+    t, q_pairs, k_pairs = cuda.blockIdx.y, q_rows >> 1, k_rows >> 1
     layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs, prefetch
     row_pairs = 0, q_pairs, k_pairs, 0, np.float32(0)
     stream(QKV, row_pairs, x, t * columns, norm, normed, wq, (address(wq, 0), address(wk, 0), address(wv, 0), stride),
@@ -298,9 +300,9 @@ def qkv_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, wq_scales, wk_s
         if section == 0:
             q[t * q_rows + row] = value
         elif section == 1:
-            k[t * kv_rows + row] = value
+            k[t * k_rows + row] = value
         else:
-            v[t * kv_rows + row] = value
+            v[t * v_rows + row] = value
 
 
 @device
@@ -316,13 +318,15 @@ def angle_index(local, pairs, row_pairs, head_dim, inverse_head_dim, interleaved
 @cuda.jit
 def qkv_rope_kernel(tokens, x, norm, normed, eps, wq, wk, wv, stride, wq_scales, wk_scales, wv_scales, scale_stride,
                     shift, angles, positions, sequences, page_table, table_stride, log2_page, q, k_cache, v_cache,
-                    q_rows, kv_rows, head_dim, interleaved, kv_heads, inverse_head_dim, columns, slices, log2_slices,
-                    x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs, prefetch):  # fmt: skip
+                    q_rows, k_rows, v_rows, head_dim, interleaved, kv_heads, inverse_head_dim, columns, slices,
+                    log2_slices, x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs,
+                    prefetch):  # fmt: skip
     """Write RoPE(Wq · x) to q, RoPE(Wk · x) and Wv · x to the caches at the token's position. x may be norm(x)."""
     if is_padding_token(tokens):
         return
     shared = cuda.shared.array(0, np.float32)
-    t, pairs, q_pairs, k_pairs = cuda.blockIdx.y, (q_rows >> 1) + kv_rows, q_rows >> 1, kv_rows >> 1
+    t, q_pairs, k_pairs = cuda.blockIdx.y, q_rows >> 1, k_rows >> 1
+    pairs = q_pairs + k_pairs + (v_rows >> 1)
     half = 0 if interleaved else head_dim >> 1
     layout = slices, log2_slices, x_at, sums_at, partial_at, chunks, pairs_per_block, extra_pairs, prefetch
     inverse = np.float32(2) * inverse_head_dim

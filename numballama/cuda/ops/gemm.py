@@ -201,7 +201,8 @@ def linear(
     matrices = [w for w, _ in weights]
     if wgmma_gemm.wanted(ctx, matrices):
         rounded, launches = _rounded(ctx, x, norm, eps, matrices, workspace), list[Launch]()
-        for pairs in [weights] if len({w.shape for w in matrices[1:]}) == 1 else [[pair] for pair in weights]:
+        together = len({w.shape for w in matrices[1:]}) == 1 and len({w.payload.dtype for w in matrices}) == 1
+        for pairs in [weights] if together else [[pair] for pair in weights]:
             some, outs = [w for w, _ in pairs], [out for _, out in pairs]
             launches += _by_wgmma(ctx, rounded, x.shape[1], some, outs, residual, False, workspace.rest)
         return rounded.launches + launches
@@ -271,7 +272,7 @@ def norm_qkv_rope(
 ) -> list[Launch]:  # fmt: skip
     """q, k and v of norm(x); q rotated into `out`, k rotated and v into the KV cache."""
     weights, workspace, tokens = (wq, wk, wv), _Workspace(memory), x.shape[0]
-    separate = wq.payload.dtype == "f32" or wgmma_gemm.wanted(ctx, weights)
+    separate = wq.payload.dtype == "f32" or wq.payload.dtype != wv.payload.dtype or wgmma_gemm.wanted(ctx, weights)
     if separate or head_dim > GEMM_TILE:  # a block of the fused kernel computes whole heads
         q, k, v = (workspace.allocate((tokens, w.shape[0]), "f32") for w in weights)
         launches = linear(ctx, x, norm, eps, [(wq, q), (wk, k), (wv, v)], None, workspace.rest)

@@ -125,15 +125,35 @@ def gate_up(
     return [Launch(GATE_UP, grid, GEMV_THREADS, arguments, shared)]
 
 
-def _qkv_input(
+class _Section(NamedTuple):
+    """A launch for q, k and v, or for some of them: number of rows of each, 0 for those of another launch."""
+
+    arguments: dict[str, Argument]
+    q_rows: int
+    k_rows: int
+    v_rows: int
+    shape: _Shape
+
+
+def _sections(
     ctx: LaunchContext, x: Array, norm: Array | None, eps: float, wq: Matrix, wk: Matrix, wv: Matrix
-) -> tuple[dict[str, Argument], _Shape]:
-    """First arguments of the kernels for q, k and v. The three weights have the same type and number of columns."""
-    arguments = named(
-        **_input(ctx, x, norm, eps), wq=wq.payload, wk=wk.payload, wv=wv.payload, stride=wq.stride,
-        wq_scales=wq.scales, wk_scales=wk.scales, wv_scales=wv.scales, scale_stride=wq.scale_stride, shift=wq.shift,
-    )  # fmt: skip
-    return arguments, _shape(ctx, wq, (wq.shape[0] + 2 * wk.shape[0]) // 2, x.shape[0])
+) -> list[_Section]:
+    """One launch where the three weights have one type, else one for wq and wk, which have, and one for wv."""
+    together = wv.payload.dtype == wq.payload.dtype
+    (q_rows, k_rows, v_rows), found = (w.shape[0] for w in (wq, wk, wv)), []
+    for w, rows in (
+        ((wq, wk, wv if together else wk), (q_rows, k_rows, v_rows if together else 0)),
+        ((wv, wv, wv), (0, 0, 0 if together else v_rows)),
+    ):
+        if sum(rows) == 0:
+            continue
+        arguments = named(
+            **_input(ctx, x, norm, eps), wq=w[0].payload, wk=w[1].payload, wv=w[2].payload, stride=w[0].stride,
+            wq_scales=w[0].scales, wk_scales=w[1].scales, wv_scales=w[2].scales, scale_stride=w[0].scale_stride,
+            shift=w[0].shift,
+        )  # fmt: skip
+        found.append(_Section(arguments, *rows, _shape(ctx, w[0], sum(rows) // 2, x.shape[0])))
+    return found
 
 
 def qkv(
@@ -141,10 +161,13 @@ def qkv(
     k: Array, v: Array,
 ) -> list[Launch]:  # fmt: skip
     """q, k and v = x · Wqᵀ, x · Wkᵀ, x · Wvᵀ, after RMSNorm of x where `norm` is given."""
-    first, (grid, layout, shared) = _qkv_input(ctx, x, norm, eps, wq, wk, wv)
-    (q_rows, columns), kv_rows = wq.shape, wk.shape[0]
-    arguments = named(**first, q=q, k=k, v=v, q_rows=q_rows, kv_rows=kv_rows, columns=columns, **layout._asdict())
-    return [Launch(QKV, grid, GEMV_THREADS, arguments, shared)]
+    launches = []
+    for first, q_rows, k_rows, v_rows, (grid, layout, shared) in _sections(ctx, x, norm, eps, wq, wk, wv):
+        arguments = named(
+            **first, q=q, k=k, v=v, q_rows=q_rows, k_rows=k_rows, v_rows=v_rows, columns=x.shape[1], **layout._asdict()
+        )
+        launches.append(Launch(QKV, grid, GEMV_THREADS, arguments, shared))
+    return launches
 
 
 def norm_qkv_rope(
@@ -153,12 +176,12 @@ def norm_qkv_rope(
     interleaved: int,
 ) -> list[Launch]:  # fmt: skip
     """q, k and v of norm(x); q rotated into `out`, k rotated and v into the KV cache."""
-    first, (grid, layout, shared) = _qkv_input(ctx, x, norm, eps, wq, wk, wv)
-    kv_heads = k_cache.shape[1]
-    (q_rows, columns), kv_rows = wq.shape, wk.shape[0]
-    arguments = named(
-        **first, angles=angles, **paged(k_cache, positions, sequences, page_table), q=out, k_cache=k_cache,
-        v_cache=v_cache, q_rows=q_rows, kv_rows=kv_rows, head_dim=head_dim, interleaved=interleaved, kv_heads=kv_heads,
-        inverse_head_dim=1.0 / head_dim, columns=columns, **layout._asdict(),
-    )  # fmt: skip
-    return [Launch(QKV_ROPE, grid, GEMV_THREADS, arguments, shared)]
+    launches = []
+    for first, q_rows, k_rows, v_rows, (grid, layout, shared) in _sections(ctx, x, norm, eps, wq, wk, wv):
+        arguments = named(
+            **first, angles=angles, **paged(k_cache, positions, sequences, page_table), q=out, k_cache=k_cache,
+            v_cache=v_cache, q_rows=q_rows, k_rows=k_rows, v_rows=v_rows, head_dim=head_dim, interleaved=interleaved,
+            kv_heads=k_cache.shape[1], inverse_head_dim=1.0 / head_dim, columns=x.shape[1], **layout._asdict(),
+        )  # fmt: skip
+        launches.append(Launch(QKV_ROPE, grid, GEMV_THREADS, arguments, shared))
+    return launches

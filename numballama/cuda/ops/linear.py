@@ -131,11 +131,27 @@ def norm_qkv_rope(
 
 
 def _workspace(
-    dtype: str, first: int, count: int, *, paired: bool = False, rope: bool = False
+    dtype: str, first: int, count: int, *, paired: bool = False, rope: bool = False, mixed: bool = False
 ) -> Callable[..., tuple[int, ...]]:
-    """The workspace of an operator whose operands from number `first` on are `count` weights of type `dtype`."""
+    """The workspace of an operator whose operands from number `first` on are `count` weights of type `dtype`; some have
+    another type if `mixed`.
+    """
     larger = gemm.workspace_shape(dtype, first, count, whole=rope, results=3 if rope else int(paired))
-    return skinny.workspace_shape(dtype, first, count, paired, 3 if rope else 0, larger)
+    return skinny.workspace_shape(dtype, first, count, paired, 3 if rope else 0, larger, mixed)
+
+
+MIXED = {"q4_k": "q6_k", "q5_k": "q6_k"}
+"""Type of queries and keys → that of values where it is another one, as in half of the layers of Q4_K_M files."""
+
+
+def _mixed_workspace(kinds: tuple[str, str], first: int, rope: bool = False) -> Callable[..., tuple[int, ...]]:
+    """The workspace for weights of queries, keys and values of two types: the larger of what each type wants."""
+    each = [_workspace(kind, first, 3, rope=rope, mixed=True) for kind in kinds]
+
+    def shape(*operands: tuple[int, ...], workers: int) -> tuple[int, ...]:
+        return max(one(*operands, workers=workers) for one in each)
+
+    return shape
 
 
 for _type in LINEAR_TYPES:
@@ -152,6 +168,19 @@ for _type in LINEAR_TYPES:
         kernel(
             "norm_qkv_rope", "cuda", "f32", "f32", _type, _type, _type, "f32", _cache, "i32", "i32", "i32", _cache,
             workspace=_workspace(_type, 2, 3, rope=True),
+        )(norm_qkv_rope)  # fmt: skip
+
+
+for _type, _other in MIXED.items():
+    if _type not in LINEAR_TYPES:
+        continue
+    _kinds = _type, _other
+    kernel("qkv", "cuda", "f32", _type, _type, _other, workspace=_mixed_workspace(_kinds, 1))(qkv)
+    kernel("norm_qkv", "cuda", "f32", "f32", _type, _type, _other, workspace=_mixed_workspace(_kinds, 2))(norm_qkv)
+    for _cache in FLOAT_KV_TYPES:
+        kernel(
+            "norm_qkv_rope", "cuda", "f32", "f32", _type, _type, _other, "f32", _cache, "i32", "i32", "i32", _cache,
+            workspace=_mixed_workspace(_kinds, 2, rope=True),
         )(norm_qkv_rope)  # fmt: skip
 
 

@@ -191,10 +191,11 @@ def _qkv(
     ctx: LaunchContext, x: Array, norm: Array | None, eps: float, weights: Sequence[Matrix], outs: Sequence[Array],
     workspace: _Workspace,
 ) -> list[Launch]:  # fmt: skip
-    if all(weight.shape[0] % SKINNY_ROWS == 0 for weight in weights):
+    one_type = len({weight.payload.dtype for weight in weights}) == 1
+    if one_type and all(weight.shape[0] % SKINNY_ROWS == 0 for weight in weights):
         return _launch(ctx, x, norm, eps, weights, outs, False, None, workspace)
     launches = []
-    for weight, out in zip(weights, outs, strict=True):  # a group of rows would have two weights
+    for weight, out in zip(weights, outs, strict=True):  # else a group of rows would have two weights
         part = _Workspace(workspace.rest)
         launches += _launch(ctx, x, norm, eps, [weight], [out], False, None, part)
     return launches
@@ -214,12 +215,19 @@ def norm_qkv_rope(
 
 
 def workspace_shape(
-    dtype: str, first: int, count: int, paired: bool, results: int, larger: Callable[..., tuple[int, ...]]
+    dtype: str,
+    first: int,
+    count: int,
+    paired: bool,
+    results: int,
+    larger: Callable[..., tuple[int, ...]],
+    mixed: bool = False,
 ) -> Callable[..., tuple[int, ...]]:
     """The shape (float32) of an operator's workspace as a function of its operands' shapes.
 
     Operands from number `first` on are its `count` weights, of type `dtype`; `paired` if they are a gate and up. The
-    last `results` results are kept in the workspace. `larger` is the same for `gemm`, for more tokens.
+    last `results` results are kept in the workspace. `larger` is the same for `gemm`, for more tokens. `mixed`: some of
+    the weights have another type.
     """
 
     def shape(*operands: tuple[int, ...], workers: int) -> tuple[int, ...]:
@@ -227,7 +235,7 @@ def workspace_shape(
         if dtype == "f32" or tokens == 1 or tokens > (wide.MOST if PAYLOAD_TYPE[dtype] in wide.LEAST else MOST):
             return larger(*operands, workers=workers)
         rows = [weight[0] for weight in weights]
-        apart = count == 3 and any(n % SKINNY_ROWS for n in rows)
+        apart = mixed or (count == 3 and any(n % SKINNY_ROWS for n in rows))
         sizes = [4 * tokens * n for n in rows] if results else []
         sizes.append(2 * tokens * _padded(columns))
         sums = []
