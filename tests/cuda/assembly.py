@@ -9,16 +9,19 @@ are compiled in all types for sm_90, others in one set of types; before sm_90 th
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from numballama.config import ModelConfig
 from numballama.cuda.compiler import Cubin
 from numballama.cuda.launch import Specialization
+from numballama.cuda.ops import wgmma_gemm
 from numballama.graph import KVLayout
 from tests.cuda.kept_ptx import compiled
 from tests.cuda.older_cards import OLDER
@@ -85,8 +88,12 @@ for every type and card.
 
 EVERY_TYPE = FAMILIES | {"wide_128_kernel"}
 """Kernels that are compiled for sm_90 in every type that they are launched for."""
-HOPPER = {"wide_64_kernel", "wide_128_kernel", "wide_256_kernel"}
+TMA = {f"wgmma_{each}_kernel" for each in (128, 192, 224, 256, "tall")}
+"""Kernels with wgmma to which the copy engine brings tiles."""
+HOPPER = {"wide_64_kernel", "wide_128_kernel", "wide_256_kernel"} | TMA
 """Kernels with wgmma, which are for sm_90 only."""
+CHOICES = ((("tall_wins", True),), *((("width_for", width),) for width in wgmma_gemm.KERNELS))
+"""What `wgmma_gemm` chooses for larger models than those here."""
 OPCODE = re.compile(r"^\s*(?:@!?%?\w+\s+)?([a-z]\w*(?:\.[\w:]+)*)(?=[\s;])", re.MULTILINE)
 
 
@@ -104,13 +111,15 @@ def main(arguments: Sequence[str]) -> None:
     found: dict[Specialization, dict[str, Any]] = {}
     older, names = arguments[0] in OLDER, set[str]()
 
-    def is_wanted(name: str) -> bool:
+    def is_wanted(name: str, types: Sequence[str]) -> bool:
         if "all" in arguments:
             return True
-        return name in FAMILIES and name not in names if older else name in EVERY_TYPE or name not in names
+        if older:
+            return name in FAMILIES and name not in names
+        return name in EVERY_TYPE or name not in names or (name in TMA and "q4_k*" in types)  # one that decodes
 
-    def compile_kernel(kernel: Specialization, capability: tuple[int, int], cache: Path | None) -> Any:
-        if kernel not in found and not is_wanted(kernel.name):
+    def compile_kernel(kernel: Specialization, of_device: tuple[int, int], cache: Path | None) -> Any:
+        if kernel not in found and not is_wanted(kernel.name, kernel.types):
             return Cubin(b"", "", 0, 0, 0)
         names.add(kernel.name)
         code, ptx = compiled(kernel, capability)
@@ -130,17 +139,27 @@ def main(arguments: Sequence[str]) -> None:
         weights = converted(random_checkpoint(config).weights, kind)
         layout = KVLayout.of(config, config.context, kv)
         backend = cuda.CudaBackend(weights)
-        prompts = (
+        for tokens, logits in (
+            (1, "rows"),
+            (4, "rows"),
+            (12, "rows"),
+            (24, "rows"),
             (64, "all"),
             (104, "all"),
             (136, "all"),
-            *([(264, "all")] if capability >= (9, 0) else []),
-        )  # 264: beyond wgmma's
-        for tokens, logits in ((1, "rows"), (4, "rows"), (12, "rows"), (24, "rows"), *prompts):
+        ):
             program = backend.program(graph_of(config, weights, layout, tokens, logits, int8), fusions)
             ops |= {step.op.kind for step in program.plan.steps}
             if tokens == 1:
                 decode = program
+        if capability == (9, 0):
+            for choices in ((), *CHOICES):
+                with contextlib.ExitStack() as stack:
+                    for name, value in choices:
+                        stack.enter_context(mock.patch.object(wgmma_gemm, name, return_value=value))
+                    backend.program(graph_of(config, weights, layout, 264, "all", int8), fusions)
+            with mock.patch.object(HostDevice, "capability", (10, 0)):  # newer cards have no wgmma
+                backend.program(graph_of(config, weights, layout, 136, "all", int8), fusions)
         backend.prepare(decode)
         backend.prepare_launches([decode.pipeline.tail("logprobs")])
         backend.close()

@@ -10,9 +10,9 @@ is decoded by the same instructions as on sm_90. `all` as an argument, or NUMBAL
 every type there too. `assembly` compiles each kernel once for them, for the first type here that it is launched for."""
 
 
-LEFT_OUT = {"7.5": ("attention bf16, 128",)}
-"""Cases that are not tried by default: sm_75 has no room for heads of 128 in `prefill_attention`, and the kernels of
-single rows, which it runs instead, are tried with float16.
+LEFT_OUT = {"7.5": ("attention bf16, 128", "attention, heads of 80")}
+"""Cases that are not tried by default: sm_75 has no room for heads of 65 to 128 in `prefill_attention`, and the kernels
+of single rows, which it runs instead, are tried with float16 and heads of 128.
 """
 
 

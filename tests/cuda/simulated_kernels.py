@@ -79,16 +79,22 @@ def _processors() -> Iterator[None]:
 
 # Programs
 
+EVERY_PROGRAM = [
+    (SMALL, "f16", "bf16", True), (SMALL, "bf16", "f16", False), (ODD, "bf16", "f16", True),
+    (BLOCKS, "q4_1", "f32", True), (BLOCKS, "q4_0", "f32", False),
+]  # fmt: skip
+"""What only NUMBALLAMA_TEST_ALL=1 tries, as each takes half a minute."""
+
 
 @pytest.mark.parametrize(
     ("config", "kind", "kv", "fusions"),
     [
-        (SMALL, "f32", "f32", True), (SMALL, "bf16", "f16", True), (SMALL, "f16", "bf16", True),
-        (SMALL, "int8", "f32", True), (BLOCKS, "q4_0", "f32", True), (BLOCKS, "q8_0", "bf16", True),
-        (ODD, "f32", "f32", True), (ODD, "bf16", "f16", True), (ODD, "int8", "bf16", True),
+        (SMALL, "f32", "f32", True), (SMALL, "bf16", "f16", True), (SMALL, "int8", "f32", True),
+        (BLOCKS, "q4_0", "f32", True), (BLOCKS, "q8_0", "bf16", True),
+        (ODD, "f32", "f32", True), (ODD, "int8", "bf16", True),
         # unfused, linear layers are the same kernel without what is fused to it
-        (SMALL, "bf16", "f16", False), (ODD, "f32", "f32", False),
-        *([(BLOCKS, "q4_1", "f32", True), (BLOCKS, "q4_0", "f32", False)] if EVERYTHING else []),
+        (ODD, "f32", "f32", False),
+        *(EVERY_PROGRAM if EVERYTHING else []),
     ],
 )  # fmt: skip
 def test_every_value(config: ModelConfig, kind: str, kv: str, fusions: bool) -> None:

@@ -108,7 +108,9 @@ def wide_cases() -> list[Case]:
     return made
 
 
-WIDE_COUNTS = [(256, 200), (192, 150), (128, 100), (64, 41), (40, 33)]
+MANY_COUNTS = [(600, 590), (512, 400), (300, 270), (160, 150)]
+"""Programs and runs of `wgmma_gemm`, for `same_rows`."""
+WIDE_COUNTS = [(128, 100), (96, 90), (72, 66), (64, 41), (40, 33)]
 COUNTS = {"f16": [(64, 41), (32, 30), (16, 9), (8, 8), (2, 2)], "others": [(64, 41), (16, 9), (2, 2)]}
 """Programs and runs of `same_rows`: those of float16 are of every kernel, which others share."""
 
@@ -124,6 +126,7 @@ def main(arguments: list[str]) -> int:
             least = wide.LEAST[PAYLOAD_TYPE[kind]] if hopper else 1000
             if hopper:
                 same_rows(machine_of, kind, 2048, 200, [pair for pair in WIDE_COUNTS if pair[0] >= least])
+                same_rows(machine_of, kind, 512, 4500, MANY_COUNTS)
             counts = [pair for pair in counts if pair[0] < least]
             columns = 1024 if kind in ("f16", "q4_k", "q6_k") else 512
             same_rows(machine_of, kind, columns, 72, counts)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ...memory import ceil_div
+from ...quantization.types import TYPE_TRAITS
 from ...registry import KernelRef
 from ..kernels.params import (
     CHUNK_BYTES,
@@ -72,9 +73,25 @@ class _Shape(NamedTuple):
     shared_bytes: int
 
 
+BLOCKS_OF_FEW_BITS = 2
+"""Blocks an SM for types of fewer than 8 bits, if their shared memory lets them: arithmetic takes longer than memory
+then, and one block's eight warps do not fill the SM's schedulers."""
+RESERVED_BYTES = 1 << 10
+"""Shared memory that each block takes besides its own."""
+
+
 def _shape(ctx: LaunchContext, weight: Matrix, pairs: int, tokens: int) -> _Shape:
     """How `tokens` vectors are multiplied with `pairs` pairs of rows."""
-    blocks = min(ctx.n_sms, pairs)
+    if TYPE_TRAITS[weight.payload.dtype].bits < 8:
+        found = _shape_for(BLOCKS_OF_FEW_BITS * ctx.n_sms, ctx, weight, pairs, tokens)
+        if BLOCKS_OF_FEW_BITS * (found.shared_bytes + RESERVED_BYTES) <= ctx.shared_limit + RESERVED_BYTES:
+            return found
+    return _shape_for(ctx.n_sms, ctx, weight, pairs, tokens)
+
+
+def _shape_for(most_blocks: int, ctx: LaunchContext, weight: Matrix, pairs: int, tokens: int) -> _Shape:
+    """The same with up to so many blocks for each vector."""
+    blocks = min(most_blocks, pairs)
     most_pairs = ceil_div(pairs, blocks)
     elements, row_bytes, x_step = stage_of(weight.payload.dtype)
     chunks = ceil_div(weight.shape[1], 32 * elements)
