@@ -327,7 +327,7 @@ def attention(machine: Any, cache: str, T: int, heads: tuple[int, int], head_dim
     keys, values = (from_16(part, cache) for part in bits)
     where, whose, table = np.array(positions, np.int32), np.array(sequences, np.int32), shuffled_table(slots, columns)
     tiles = np.full((1 + T, 2), -1, np.int32)
-    write_tiles(where[:tokens], whose[:tokens], tiles)
+    write_tiles(where[:tokens], whose[:tokens], 128 if machine.ctx.wgmma else 64, tiles)
     machine.ctx = replace(machine.ctx, tiles=machine.put(tiles, "i32"))
     pages = [np.full((1 + slots * columns, heads[1], page, head_dim), 0xFFFF, part.dtype) for part in bits]
     for s in range(slots):

@@ -1,0 +1,290 @@
+"""Prefill attention on sm_90, by wgmma: 128 queries of one head with 128 keys at a time, or 64 where heads are wide.
+
+A kernel here takes the place of those in `prefill_attention.py`, with the same shapes; head_dim is a multiple of 8, at
+most 256, and a query may see a window of keys only.
+
+Data layout. Each of two warpgroups has 64 queries, which lie in shared memory for Q · Kᵀ. Scores, weights and sums over
+values stay in registers: a lane's weights are A of P · V as they are. All threads copy tiles of keys and of values to
+two stages each. Tiles have 64 columns; a wider head has several, one after the other.
+
+A step computes the scores of a tile while the products of the weights before with their values run: K is one tile
+ahead of V. The tensor cores work on P · V while the lanes compute the maxima and exponentials of the new scores, and on
+the other warpgroup's products.
+
+Why. mma.sync, as `prefill_attention` uses it, multiplies half as fast, and reads every key and value from shared memory
+for 16 queries instead of 64. The floor is arithmetic, 4 · T · length / 2 · head_dim operations per head; with heads of
+64 elements a multiprocessor's 16 exponentials a cycle take as long as the products.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import cuda
+
+from ..intrinsics import (
+    address,
+    cp_async_16,
+    cp_async_commit,
+    cp_async_wait_all,
+    ex2_approx,
+    ld_v4_f32,
+    no_unroll,
+    shared_address,
+)
+from ..mma import (
+    causal_mask,
+    cvt_rn_x2,
+    row_exp2,
+    row_max,
+    row_scale,
+    row_sum,
+    st_global_rows,
+    st_shared_v4_u32,
+)
+from ..wgmma import (
+    DESCRIPTOR,
+    fence_proxy_async,
+    rcp_approx,
+    value_descriptor,
+    weight_words,
+    wgmma_pv,
+    wgmma_pv_end,
+    wgmma_qk,
+    wgmma_qk_pv,
+    window_mask,
+    zeros_of,
+)
+from .common import device, fast_divmod, launch_bounds, pdl_sync
+from .decode_attention import LOWEST_SCORE
+from .params import WGMMA_ATTENTION_THREADS as THREADS
+from .params import WGMMA_ATTENTION_TILE as TILE
+from .reduce import quad_max, quad_sum
+
+ROW_BYTES = 128
+"""A row of a tile: 64 columns of 16 bits."""
+QUERIES_BYTES = 64 * ROW_BYTES
+"""A warpgroup's queries in a tile."""
+
+
+@device
+def stage_queries(sums, q, start, row_elements, rows, head_dim, factor, k_cache, base):
+    """Write queries, times `factor`, to the tiles of both warpgroups; zeros for rows that are missing and columns from
+    `head_dim` on.
+    """
+    width = 2 * len(sums)
+    tiles = (width + 63) >> 6
+    zero = np.float32(0)
+    thread = cuda.threadIdx.x
+    r, piece = thread >> 3, thread & 7
+    mine = base + r * ROW_BYTES + ((piece ^ (r & 7)) << 4)
+    for i in range(TILE // 32):
+        row = r + 32 * i
+        for tile in range(tiles):
+            column = 64 * tile + 8 * piece
+            low, high = (zero, zero, zero, zero), (zero, zero, zero, zero)
+            if row < rows and column < head_dim:
+                at = start + row * row_elements + column
+                low, high = ld_v4_f32(q, at), ld_v4_f32(q, at + 4)
+            st_shared_v4_u32(
+                mine + ((i >> 1) * tiles + tile) * QUERIES_BYTES + (i & 1) * 32 * ROW_BYTES,
+                cvt_rn_x2(k_cache, low[0] * factor, low[1] * factor),
+                cvt_rn_x2(k_cache, low[2] * factor, low[3] * factor),
+                cvt_rn_x2(k_cache, high[0] * factor, high[1] * factor),
+                cvt_rn_x2(k_cache, high[2] * factor, high[3] * factor),
+            )
+
+
+@device
+def place_of(sequence_pages, position, length, row_bytes):
+    """Byte offset of a key in its head of the cache; -1 from `length` on."""
+    page_table, table_row, log2_page, page_bytes = sequence_pages
+    place = np.int64(-1)
+    if position < length:
+        page = np.int64(page_table[table_row + (position >> log2_page)])
+        place = page * page_bytes + (position & ((1 << log2_page) - 1)) * row_bytes
+    return place
+
+
+@device
+def places_of(scores, sequence_pages, first, length, row_bytes):
+    """`place_of` a thread's rows of a tile of keys: every 32nd."""
+    row = first + (cuda.threadIdx.x >> 3)
+    a = place_of(sequence_pages, row, length, row_bytes)
+    b = place_of(sequence_pages, row + 32, length, row_bytes)
+    if len(scores) == 32:
+        return a, b, a, b
+    c = place_of(sequence_pages, row + 64, length, row_bytes)
+    d = place_of(sequence_pages, row + 96, length, row_bytes)
+    return a, b, c, d
+
+
+@device
+def fetch_row(sums, scores, to, source, place, head_dim):
+    """Start copying a thread's pieces of a key or value; zeros where there is none."""
+    width = 2 * len(sums)
+    piece = cuda.threadIdx.x & 7
+    for tile in range((width + 63) >> 6):
+        column = 64 * tile + 8 * piece
+        if column < width:
+            count = 16 if place >= 0 and column < head_dim else 0
+            cp_async_16(to + tile * 2 * len(scores) * ROW_BYTES, source + place + 128 * tile, count)
+
+
+@device
+def fetch(sums, scores, to, source, places, head_dim):
+    """Start copying a tile of keys or values."""
+    fetch_row(sums, scores, to, source, places[0], head_dim)
+    fetch_row(sums, scores, to + 32 * ROW_BYTES, source, places[1], head_dim)
+    if len(scores) == 64:
+        fetch_row(sums, scores, to + 64 * ROW_BYTES, source, places[2], head_dim)
+        fetch_row(sums, scores, to + 96 * ROW_BYTES, source, places[3], head_dim)
+
+
+@device
+def masked(scores, key, start, window, row0):
+    """Scores with -infinity for keys that a query does not see. The warpgroup's first query has position `start`."""
+    if key + 2 * len(scores) - 1 > start:
+        last = start + row0 - key - 2 * (cuda.threadIdx.x & 3)
+        scores = causal_mask(scores, last, last + 8)
+    if window > 0 and key <= start + 63 - window:
+        first = start + row0 - window + 1 - key - 2 * (cuda.threadIdx.x & 3)
+        scores = window_mask(scores, first, first + 8)
+    return scores
+
+
+@device
+def attend(sums, scores, q, k_cache, v_cache, pages, positions, sequences, first, rows, out, kv_heads, kv_head,
+           head_dim, window, factor):  # fmt: skip
+    """Attention of one head of a tile: `rows` tokens of one sequence, from row `first` of the run on."""
+    keys, tiles = 2 * len(scores), (2 * len(sums) + 63) >> 6
+    head, heads = cuda.blockIdx.x, cuda.gridDim.x
+    thread = cuda.threadIdx.x
+    group, r, piece = thread >> 7, thread >> 3, thread & 7
+    base = (shared_address(cuda.shared.array(0, np.float32), 0) + 1023) & ~1023
+    stage = tiles * keys * ROW_BYTES
+    keys_at = base + 2 * tiles * QUERIES_BYTES
+    to = keys_at + r * ROW_BYTES + ((piece ^ (r & 7)) << 4)
+    start = np.int64(positions[first])
+    length = start + rows
+    key = np.int64(0)
+    if window > 0:
+        key = max(start - window + 1, 0) & ~(keys - 1)
+    page_table, table_stride, log2_page = pages
+    row_bytes = 2 * head_dim
+    head_bytes = row_bytes << log2_page
+    k_at = address(k_cache, 0) + kv_head * head_bytes + 16 * piece
+    v_at = address(v_cache, 0) + kv_head * head_bytes + 16 * piece
+    sequence_pages = page_table, np.int64(sequences[first]) * table_stride, log2_page, kv_heads * head_bytes
+    places = places_of(scores, sequence_pages, key, length, row_bytes)
+    fetch(sums, scores, to, k_at, places, head_dim)
+    cp_async_commit()
+    stage_queries(sums, q, (first * heads + head) * head_dim, heads * head_dim, rows, head_dim, factor, k_cache, base)
+    cp_async_wait_all()
+    fence_proxy_async()
+    cuda.syncthreads()  # queries and the first keys are there
+    fetch(sums, scores, to + 2 * stage, v_at, places, head_dim)
+    if key + keys < length:
+        places = places_of(scores, sequence_pages, key + keys, length, row_bytes)
+        fetch(sums, scores, to + stage, k_at, places, head_dim)
+    cp_async_commit()
+
+    queries = DESCRIPTOR + ((base + group * tiles * QUERIES_BYTES) >> 4)
+    keys_of = DESCRIPTOR + (keys_at >> 4)
+    values_of = value_descriptor(scores) + ((keys_at + 2 * stage) >> 4)
+    row0 = ((thread >> 5) & 3) * 16 + ((thread & 31) >> 2)
+    mine = start + 64 * group
+    scores = masked(wgmma_qk(k_cache, sums, scores, queries, keys_of), key, mine, window, row0)
+    maxima = row_max(scores, LOWEST_SCORE, LOWEST_SCORE)
+    max0, max1 = quad_max(maxima[0]), quad_max(maxima[1])
+    weights = row_exp2(scores, max0, max1)
+    totals = row_sum(weights, np.float32(0), np.float32(0))
+    words = weight_words(v_cache, weights)
+    key += keys
+    turn = np.int64(1)  # of the two stages: that of the keys; the values' is the other
+    while key < length:
+        no_unroll()
+        cp_async_wait_all()
+        fence_proxy_async()
+        cuda.syncthreads()  # this step's keys and the last one's values are there, and no stage is read any more
+        fetch(sums, scores, to + (2 + turn) * stage, v_at, places, head_dim)
+        if key + keys < length:
+            places = places_of(scores, sequence_pages, key + keys, length, row_bytes)
+            fetch(sums, scores, to + (1 - turn) * stage, k_at, places, head_dim)
+        cp_async_commit()
+        scores, sums = wgmma_qk_pv(k_cache, sums, scores, words, queries, keys_of + turn * (stage >> 4),
+                                   values_of + (1 - turn) * (stage >> 4))  # fmt: skip
+        scores = masked(scores, key, mine, window, row0)
+        maxima = row_max(scores, max0, max1)
+        new_max0, new_max1 = quad_max(maxima[0]), quad_max(maxima[1])
+        rescale0, rescale1 = ex2_approx(max0 - new_max0), ex2_approx(max1 - new_max1)
+        max0, max1 = new_max0, new_max1
+        weights = row_exp2(scores, max0, max1)
+        totals = row_sum(weights, totals[0] * rescale0, totals[1] * rescale1)
+        sums = row_scale(wgmma_pv_end(sums, words), rescale0, rescale1)
+        words = weight_words(v_cache, weights)
+        turn = 1 - turn
+        key += keys
+    cp_async_wait_all()
+    fence_proxy_async()
+    cuda.syncthreads()  # the last values are there
+    sums = wgmma_pv(v_cache, sums, words, values_of + (1 - turn) * (stage >> 4))
+    sums = row_scale(sums, rcp_approx(quad_sum(totals[0])), rcp_approx(quad_sum(totals[1])))
+    row0 += 64 * group
+    at = ((first + row0) * heads + head) * head_dim + 2 * (thread & 3)
+    st_global_rows(sums, address(out, at), address(out, at + 8 * heads * head_dim), head_dim if row0 < rows else 0,
+                   head_dim if row0 + 8 < rows else 0)  # fmt: skip
+
+
+@device
+def attend_tiles(sums, scores, q, k_cache, v_cache, pages, positions, sequences, tiles, out, kv_heads,
+                 inverse_shared_by, shared_by, head_dim, window, factor):  # fmt: skip
+    """The body of the kernels here: blockIdx.x is the head, blockIdx.y the first of a block's tiles."""
+    pdl_sync()
+    kv_head, _ = fast_divmod(cuda.blockIdx.x, shared_by, inverse_shared_by)
+    tile, count = np.int64(cuda.blockIdx.y), np.int64(tiles[0])
+    while tile < count:
+        no_unroll()
+        first, rows = np.int64(tiles[2 * tile + 2]), np.int64(tiles[2 * tile + 3])
+        attend(sums, scores, q, k_cache, v_cache, pages, positions, sequences, first, rows, out, kv_heads, kv_head,
+               head_dim, window, factor)  # fmt: skip
+        cuda.syncthreads()  # no thread reads this tile any more
+        tile += cuda.gridDim.y
+
+
+@launch_bounds(min_blocks=1)
+@cuda.jit
+def attention_wgmma_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
+                              tiles, out, kv_heads, shared_by, inverse_shared_by, head_dim, window, factor):  # fmt: skip
+    """Heads of up to 64 elements."""
+    attend_tiles(zeros_of(32), zeros_of(64), q, k_cache, v_cache, (page_table, table_stride, log2_page), positions,
+                 sequences, tiles, out, kv_heads, inverse_shared_by, shared_by, head_dim, window, factor)  # fmt: skip
+
+
+@launch_bounds(min_blocks=1)
+@cuda.jit
+def attention_wgmma_96_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
+                              tiles, out, kv_heads, shared_by, inverse_shared_by, head_dim, window, factor):  # fmt: skip
+    """Heads of up to 96 elements."""
+    attend_tiles(zeros_of(48), zeros_of(64), q, k_cache, v_cache, (page_table, table_stride, log2_page), positions,
+                 sequences, tiles, out, kv_heads, inverse_shared_by, shared_by, head_dim, window, factor)  # fmt: skip
+
+
+@launch_bounds(min_blocks=1)
+@cuda.jit
+def attention_wgmma_128_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
+                               tiles, out, kv_heads, shared_by, inverse_shared_by, head_dim, window, factor):  # fmt: skip
+    """Heads of up to 128 elements."""
+    attend_tiles(zeros_of(64), zeros_of(64), q, k_cache, v_cache, (page_table, table_stride, log2_page), positions,
+                 sequences, tiles, out, kv_heads, inverse_shared_by, shared_by, head_dim, window, factor)  # fmt: skip
+
+
+@launch_bounds(min_blocks=1)
+@cuda.jit
+def attention_wgmma_256_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
+                               tiles, out, kv_heads, shared_by, inverse_shared_by, head_dim, window, factor):  # fmt: skip
+    """Heads of up to 256 elements."""
+    attend_tiles(zeros_of(128), zeros_of(32), q, k_cache, v_cache, (page_table, table_stride, log2_page), positions,
+                 sequences, tiles, out, kv_heads, inverse_shared_by, shared_by, head_dim, window, factor)  # fmt: skip
+
+
+assert THREADS == 2 * TILE, "a warpgroup for each 64 queries; a thread copies 16 bytes of every 32nd row"
