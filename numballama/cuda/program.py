@@ -42,8 +42,8 @@ def write_tiles(positions: np.ndarray, sequences: np.ndarray, most: int, out: np
     """List the rows of a run in tiles i32[1 + at least T, 2], for attention of prompts and of single rows.
 
     `out[0]` is (tiles, single rows). The tiles follow: (first row, rows), up to `most` rows of one sequence whose
-    positions follow each other; those with most keys first. Single rows, without such a neighbour, are listed from the end on:
-    (row, 1).
+    positions follow each other; those with most keys first. Single rows, without such a neighbour, are listed from the
+    end on: (row, 1).
     """
     joined = (sequences[1:] == sequences[:-1]) & (positions[1:] == positions[:-1] + 1)
     starts = np.concatenate([[0], 1 + np.flatnonzero(~joined)])

@@ -186,7 +186,7 @@ def wgmma_qk_pv(typingctx, memory, sums, scores, words, q, k, v):  # type: ignor
         text = "{.reg .b64 a, b; wgmma.fence.sync.aligned; "
         text += _scores(_kind(memory), n, m, 0, operands, operands + 1)
         text += _values(_kind(memory), n, m, n, operands + 2, operands + 3)
-        text += "wgmma.wait_group.sync.aligned 1;}"
+        text += "}"
         constraints = ["=&f"] * n + ["=f"] * m + [str(n + i) for i in range(m)] + ["l"] * 3 + ["r"] * words.count
         given = [*_parts(builder, sums, args[1]), *args[4:], *_parts(builder, words, args[3])]
         result = ir.LiteralStructType([F32] * (n + m))
@@ -196,6 +196,16 @@ def wgmma_qk_pv(typingctx, memory, sums, scores, words, q, k, v):  # type: ignor
         return context.make_tuple(builder, both, [first, second])
 
     return both(memory, sums, scores, words, types.int64, types.int64, types.int64), codegen
+
+
+@intrinsic
+def wgmma_qk_end(typingctx, scores):  # type: ignore[no-untyped-def]
+    """The scores that `wgmma_qk_pv` computes, once they are there; its sums may still be on the way."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _in_place(context, builder, "wgmma.wait_group.sync.aligned 1;", scores, args[0], [])
+
+    return scores(scores), codegen
 
 
 @intrinsic

@@ -52,8 +52,8 @@ ORDER = """
             kernels.reduce kernels.dequant kernels.dot kernels.gemv kernels_cuda kernels.kv_q8_0 kernels.gemm \
             kernels.skinny_x kernels.skinny_sum kernels.skinny kernels.wide kernels.kv_source \
             kernels.decode_attention kernels.rows_attention kernels.group_queries kernels.group_attention \
-            kernels.prefill_attention kernels.wgmma_attention kernels.logits kernels.sampling kernels.copy compiler driver selfcheck \
-            compile_worker weights sampler_table decode_pipeline program bandwidth timing backend
+            kernels.prefill_attention kernels.wgmma_attention kernels.logits kernels.sampling kernels.copy compiler \
+            driver selfcheck compile_worker weights sampler_table decode_pipeline program bandwidth timing backend
     reference backend session
     engine: interrupts sequence pages runner request constraints driver stats scheduler engine capacity model_runner
     structured: checker schema lark vocabulary forced constraint compiler

@@ -47,9 +47,10 @@ from ..wgmma import (
     rcp_approx,
     value_descriptor,
     weight_words,
+    wgmma_end,
     wgmma_pv,
-    wgmma_pv_end,
     wgmma_qk,
+    wgmma_qk_end,
     wgmma_qk_pv,
     window_mask,
     zeros_of,
@@ -198,36 +199,40 @@ def attend(sums, scores, q, k_cache, v_cache, pages, positions, sequences, first
     max0, max1 = quad_max(maxima[0]), quad_max(maxima[1])
     weights = row_exp2(scores, max0, max1)
     totals = row_sum(weights, np.float32(0), np.float32(0))
-    words = weight_words(v_cache, weights)
+    rescale0, rescale1 = np.float32(1), np.float32(1)
     key += keys
     turn = np.int64(1)  # of the two stages: that of the keys; the values' is the other
     while key < length:
         no_unroll()
+        sums = wgmma_end(sums)
         cp_async_wait_all()
         fence_proxy_async()
         cuda.syncthreads()  # this step's keys and the last one's values are there, and no stage is read any more
+        words = weight_words(v_cache, weights)
+        scores, sums = wgmma_qk_pv(
+            k_cache, row_scale(sums, rescale0, rescale1), scores, words, queries, keys_of + turn * (stage >> 4),
+            values_of + (1 - turn) * (stage >> 4),
+        )  # fmt: skip
         fetch(sums, scores, to + (2 + turn) * stage, v_at, places, head_dim)
         if key + keys < length:
             places = places_of(scores, sequence_pages, key + keys, length, row_bytes)
             fetch(sums, scores, to + (1 - turn) * stage, k_at, places, head_dim)
         cp_async_commit()
-        scores, sums = wgmma_qk_pv(k_cache, sums, scores, words, queries, keys_of + turn * (stage >> 4),
-                                   values_of + (1 - turn) * (stage >> 4))  # fmt: skip
-        scores = masked(scores, key, mine, window, row0)
+        scores = masked(wgmma_qk_end(scores), key, mine, window, row0)
         maxima = row_max(scores, max0, max1)
         new_max0, new_max1 = quad_max(maxima[0]), quad_max(maxima[1])
         rescale0, rescale1 = ex2_approx(max0 - new_max0), ex2_approx(max1 - new_max1)
         max0, max1 = new_max0, new_max1
         weights = row_exp2(scores, max0, max1)
         totals = row_sum(weights, totals[0] * rescale0, totals[1] * rescale1)
-        sums = row_scale(wgmma_pv_end(sums, words), rescale0, rescale1)
-        words = weight_words(v_cache, weights)
         turn = 1 - turn
         key += keys
+    sums = wgmma_end(sums)
     cp_async_wait_all()
     fence_proxy_async()
     cuda.syncthreads()  # the last values are there
-    sums = wgmma_pv(v_cache, sums, words, values_of + (1 - turn) * (stage >> 4))
+    words = weight_words(v_cache, weights)
+    sums = wgmma_pv(v_cache, row_scale(sums, rescale0, rescale1), words, values_of + (1 - turn) * (stage >> 4))
     sums = row_scale(sums, rcp_approx(quad_sum(totals[0])), rcp_approx(quad_sum(totals[1])))
     row0 += 64 * group
     at = ((first + row0) * heads + head) * head_dim + 2 * (thread & 3)
@@ -237,10 +242,10 @@ def attend(sums, scores, q, k_cache, v_cache, pages, positions, sequences, first
 
 @device
 def attend_tiles(sums, scores, q, k_cache, v_cache, pages, positions, sequences, tiles, out, kv_heads,
-                 inverse_shared_by, shared_by, head_dim, window, factor):  # fmt: skip
+                 shared_by, inverse_shared, head_dim, window, factor):  # fmt: skip
     """The body of the kernels here: blockIdx.x is the head, blockIdx.y the first of a block's tiles."""
     pdl_sync()
-    kv_head, _ = fast_divmod(cuda.blockIdx.x, shared_by, inverse_shared_by)
+    kv_head, _ = fast_divmod(cuda.blockIdx.x, shared_by, inverse_shared)
     tile, count = np.int64(cuda.blockIdx.y), np.int64(tiles[0])
     while tile < count:
         no_unroll()
@@ -254,37 +259,37 @@ def attend_tiles(sums, scores, q, k_cache, v_cache, pages, positions, sequences,
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def attention_wgmma_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
-                              tiles, out, kv_heads, shared_by, inverse_shared_by, head_dim, window, factor):  # fmt: skip
+                              tiles, out, kv_heads, shared_by, inverse_shared, head_dim, window, factor):  # fmt: skip
     """Heads of up to 64 elements."""
     attend_tiles(zeros_of(32), zeros_of(64), q, k_cache, v_cache, (page_table, table_stride, log2_page), positions,
-                 sequences, tiles, out, kv_heads, inverse_shared_by, shared_by, head_dim, window, factor)  # fmt: skip
+                 sequences, tiles, out, kv_heads, shared_by, inverse_shared, head_dim, window, factor)  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def attention_wgmma_96_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
-                              tiles, out, kv_heads, shared_by, inverse_shared_by, head_dim, window, factor):  # fmt: skip
+                              tiles, out, kv_heads, shared_by, inverse_shared, head_dim, window, factor):  # fmt: skip
     """Heads of up to 96 elements."""
     attend_tiles(zeros_of(48), zeros_of(64), q, k_cache, v_cache, (page_table, table_stride, log2_page), positions,
-                 sequences, tiles, out, kv_heads, inverse_shared_by, shared_by, head_dim, window, factor)  # fmt: skip
+                 sequences, tiles, out, kv_heads, shared_by, inverse_shared, head_dim, window, factor)  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def attention_wgmma_128_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
-                               tiles, out, kv_heads, shared_by, inverse_shared_by, head_dim, window, factor):  # fmt: skip
+                               tiles, out, kv_heads, shared_by, inverse_shared, head_dim, window, factor):  # fmt: skip
     """Heads of up to 128 elements."""
     attend_tiles(zeros_of(64), zeros_of(64), q, k_cache, v_cache, (page_table, table_stride, log2_page), positions,
-                 sequences, tiles, out, kv_heads, inverse_shared_by, shared_by, head_dim, window, factor)  # fmt: skip
+                 sequences, tiles, out, kv_heads, shared_by, inverse_shared, head_dim, window, factor)  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def attention_wgmma_256_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
-                               tiles, out, kv_heads, shared_by, inverse_shared_by, head_dim, window, factor):  # fmt: skip
+                               tiles, out, kv_heads, shared_by, inverse_shared, head_dim, window, factor):  # fmt: skip
     """Heads of up to 256 elements."""
     attend_tiles(zeros_of(128), zeros_of(32), q, k_cache, v_cache, (page_table, table_stride, log2_page), positions,
-                 sequences, tiles, out, kv_heads, inverse_shared_by, shared_by, head_dim, window, factor)  # fmt: skip
+                 sequences, tiles, out, kv_heads, shared_by, inverse_shared, head_dim, window, factor)  # fmt: skip
 
 
 assert THREADS == 2 * TILE, "a warpgroup for each 64 queries; a thread copies 16 bytes of every 32nd row"

@@ -139,7 +139,7 @@ def _wgmma(
     width = next(width for width in ATTENTION_WGMMA if width >= head_dim)
     arguments = named(
         tokens=ctx.tokens, q=q, k_cache=k_cache, v_cache=v_cache, **where, tiles=ctx.tiles, out=out, kv_heads=kv_heads,
-        shared_by=heads // kv_heads, inverse_shared_by=kv_heads / heads, head_dim=head_dim, window=window,
+        shared_by=heads // kv_heads, inverse_shared=kv_heads / heads, head_dim=head_dim, window=window,
         factor=math.log2(math.e) / math.sqrt(head_dim),
     )  # fmt: skip
     # a block has a multiprocessor to itself: more blocks than that wait, as tiles of the same block do
