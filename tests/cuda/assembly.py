@@ -18,6 +18,7 @@ from typing import Any
 
 from numballama.config import ModelConfig
 from numballama.cuda.compiler import Cubin
+from numballama.cuda.kernels.params import WGMMA_ATTENTION_KEYS
 from numballama.cuda.launch import Specialization
 from numballama.graph import KVLayout
 from tests.cuda.kept_ptx import compiled
@@ -39,6 +40,7 @@ BIASED_BLOCKS = ModelConfig(256, 256, 1, 8, 2, 40, 16, qkv_bias=True)
 NORMED = ModelConfig(64, 96, 1, 8, 2, 40, 16, qk_norm=True)
 WIDE = ModelConfig(64, 96, 1, 2, 1, 40, 16, head_dim=128)
 EIGHT_64, EIGHT_128 = (ModelConfig(64, 96, 1, 8, 1, 40, 16, head_dim=size) for size in (64, 128))
+WGMMA_96, WGMMA_256 = (ModelConfig(64, 96, 1, 2, 1, 40, 16, head_dim=size) for size in (96, 256))
 TWO_64 = ModelConfig(64, 96, 1, 2, 1, 40, 16, head_dim=64)
 """Eight and two heads that share keys, for `group_attention`."""
 
@@ -59,7 +61,7 @@ CASES: list[tuple[ModelConfig, str, str, Any, bool]] = [
     (ODD, "f32", "q8_0", ["attention"], False),
     (NORMED, "f32", "f16", True, False),
     *((WIDE, "f32", kv, ["attention"], False) for kv in ("f16", "bf16")),
-    *((config, "f32", "f16", ["attention"], False) for config in (EIGHT_64, EIGHT_128, TWO_64)),
+    *((config, "f32", "f16", ["attention"], False) for config in (EIGHT_64, EIGHT_128, TWO_64, WGMMA_96, WGMMA_256)),
 ]  # fmt: skip
 """Every type of weights, each with one KV cache; every type of cache with each kernel that reads or writes it."""
 
@@ -85,8 +87,12 @@ for every type and card.
 
 EVERY_TYPE = FAMILIES | {"wide_128_kernel"}
 """Kernels that are compiled for sm_90 in every type that they are launched for."""
-HOPPER = {"wide_64_kernel", "wide_128_kernel", "wide_256_kernel"}
+HOPPER = {"wide_64_kernel", "wide_128_kernel", "wide_256_kernel"} | {
+    f"attention_wgmma_{width}_kernel" for width in WGMMA_ATTENTION_KEYS
+}
 """Kernels with wgmma, which are for sm_90 only."""
+NOT_HOPPER = {"attention_64_kernel", "attention_128_kernel"}
+"""Kernels whose place those take there."""
 OPCODE = re.compile(r"^\s*(?:@!?%?\w+\s+)?([a-z]\w*(?:\.[\w:]+)*)(?=[\s;])", re.MULTILINE)
 
 

@@ -8,7 +8,18 @@ from typing import Any
 
 import numpy as np
 
-from tests.cuda.emulator.program import BASE, NUMPY, SHARED, WIDTHS, Memory, Program, Statement
+from tests.cuda.emulator.program import (
+    BASE,
+    NUMPY,
+    SHARED,
+    WIDTHS,
+    Memory,
+    Program,
+    Statement,
+    from_16,
+    round_16,
+)
+from tests.cuda.emulator.wgmma import LANES, Products, Warpgroup
 
 
 class Block:
@@ -38,6 +49,7 @@ class Block:
         self.counter = np.zeros(threads, np.int64)
         self.done, self.waiting = np.zeros(threads, bool), np.zeros(threads, bool)
         self.copies: list[list[tuple[np.ndarray, np.ndarray]]] = [[]]
+        self.warpgroups = [Warpgroup(self, number) for number in range(threads // LANES)]
         self.executed: dict[str, int] = {}
 
     def run(self) -> None:
@@ -330,6 +342,19 @@ class Block:
             self.shared[indices] = 0xFF  # what was there is gone, what comes is not yet there
             self.copies[-1].append((indices, data))
 
+    def _wgmma(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        for number, whole in enumerate(mask.reshape(-1, LANES)):
+            assert whole.all() or not whole.any(), "a warpgroup that is not whole"
+            if whole.any() and modifiers[0] != "fence":
+                group = self.warpgroups[number]
+                if modifiers[0] == "mma_async":
+                    group.begin(modifiers[1:], operands)
+                elif modifiers[0] == "commit_group":
+                    group.groups.append(Products())
+                else:
+                    assert modifiers[0] == "wait_group"
+                    group.wait(int(operands[0]))
+
     def _atom(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
         assert modifiers == ["global", "add", "u32"] and mask.sum() == 1, modifiers
         memory, indices = self._bytes(self._address(operands[1])[mask], 4, False)
@@ -432,19 +457,3 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "min": np.fmin, "max": np.fmax, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": _not,
     "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "rcp": np.reciprocal, "ex2": np.exp2,
 }  # fmt: skip
-
-
-def round_16(x: np.ndarray, kind: str) -> np.ndarray:
-    """float32 to the bits of float16 or bfloat16, to nearest even."""
-    if kind == "f16":
-        return x.astype(np.float16).view(np.uint16)
-    bits = x.view(np.uint32).astype(np.uint64)
-    rounded = (bits + np.uint64(0x7FFF) + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)
-    return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)
-
-
-def from_16(bits: np.ndarray, kind: str) -> np.ndarray:
-    """Bits of float16 or bfloat16 to float64."""
-    if kind == "f16":
-        return bits.view(np.float16).astype(np.float64)
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)
