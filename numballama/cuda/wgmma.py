@@ -108,34 +108,34 @@ TILE_ROW_BYTES = 128
 """A row of a tile: 64 columns of 16 bits."""
 
 
-def _op(kind: str, width: int, registers: list[int]) -> str:
-    places = ", ".join(f"${i}" for i in registers)
+def _op(kind: str, first: int, width: int) -> str:
+    """wgmma of `width` columns, whose sums are operands from number `first` on."""
+    places = ", ".join(f"${first + i}" for i in range(width // 2))
     return f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32.{kind}.{kind} {{{places}}}"
 
 
-def _scores(kind: str, scores: int, sums: int, first: int, q: int, k: int) -> str:
+def _scores(kind: str, scores: int, sums: int, q: int, k: int) -> str:
     """PTX for scores = Q · Kᵀ: `scores` and `sums` are numbers of a lane, `q` and `k` the operands' descriptors."""
     text, keys = "", 2 * scores
     for step in range(2 * sums // 16):  # tiles of 64 columns follow each other: 64 rows of Q each, `keys` rows of K
         tile, inside = divmod(step, 4)
         text += f"add.s64 a, ${q}, {64 * TILE_ROW_BYTES // 16 * tile + 2 * inside}; "
         text += f"add.s64 b, ${k}, {keys * TILE_ROW_BYTES // 16 * tile + 2 * inside}; "
-        text += f"{_op(kind, keys, list(range(first, first + scores)))}, a, b, {int(step > 0)}, 1, 1, 0, 0; "
-    return text + "wgmma.commit_group.sync.aligned; "
+        text += f"{_op(kind, 0, keys)}, a, b, {int(step > 0)}, 1, 1, 0, 0; "
+    return text + "wgmma.commit_group.sync.aligned;"
 
 
-def _values(kind: str, scores: int, sums: int, first: int, v: int, words: int) -> str:
+def _values(kind: str, keys: int, sums: int, v: int, words: int) -> str:
     """PTX for sums += P · V, of P in registers from operand `words` on and V in memory, whose rows are keys."""
-    text, keys, width = "", 2 * scores, 2 * sums
-    whole = width if width % 64 == 0 else width // 64 * 64
-    parts = [(0, whole), *([(whole, width - whole)] if width > whole else [])]
+    text, width = "", 2 * sums
+    whole = width & ~63  # half a tile is a product of its own
+    parts = [(at, columns) for at, columns in ((0, whole), (whole, width - whole)) if columns]
     for step in range(keys // 16):
         p = ", ".join(f"${words + 4 * step + i}" for i in range(4))
         for at, columns in parts:
-            offset = 16 * TILE_ROW_BYTES // 16 * step + keys * TILE_ROW_BYTES // 16 * (at // 64)
-            registers = list(range(first + at // 2, first + (at + columns) // 2))
-            text += f"add.s64 b, ${v}, {offset}; {_op(kind, columns, registers)}, {{{p}}}, b, 1, 1, 1, 1; "
-    return text + "wgmma.commit_group.sync.aligned; "
+            offset = (16 * step + keys * (at // 64)) * TILE_ROW_BYTES // 16
+            text += f"add.s64 b, ${v}, {offset}; {_op(kind, at // 2, columns)}, {{{p}}}, b, 1, 1, 1, 1; "
+    return text + "wgmma.commit_group.sync.aligned;"
 
 
 def _kind(memory: Any) -> str:
@@ -157,50 +157,23 @@ def value_descriptor(typingctx, scores):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def wgmma_qk(typingctx, memory, sums, scores, q, k):  # type: ignore[no-untyped-def]
-    """Q · Kᵀ of 64 queries a warpgroup and as many keys as two rows of `scores` have numbers, by descriptors. Of `sums`
-    and `scores` only the type matters: heads have twice as many elements as `sums`.
+    """Begin Q · Kᵀ of 64 queries a warpgroup and as many keys as two rows of `scores` have numbers, by descriptors.
+
+    Of `sums` only the type matters: heads have twice as many elements. The result takes the registers of `scores`: the
+    assembler would else put off what reads them, and need more registers than there are.
     """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        count = scores.count
         text = "{.reg .b64 a, b; wgmma.fence.sync.aligned; "
-        text += _scores(_kind(memory), count, sums.count, 0, count, count + 1)
-        text += "wgmma.wait_group.sync.aligned 0;}"
-        constraints = ",".join(["=&f"] * count + ["l", "l", "~{memory}"])
-        made = call_asm(builder, ir.LiteralStructType([F32] * count), text, constraints, list(args[3:]))
-        return context.make_tuple(builder, scores, [builder.extract_value(made, i) for i in range(count)])
+        text += _scores(_kind(memory), scores.count, sums.count, 2 * scores.count, 2 * scores.count + 1) + "}"
+        return _in_place(context, builder, text, scores, args[2], list(args[3:]))
 
     return scores(memory, sums, scores, types.int64, types.int64), codegen
 
 
 @intrinsic
-def wgmma_qk_pv(typingctx, memory, sums, scores, words, q, k, v):  # type: ignore[no-untyped-def]
-    """(Q · Kᵀ, sums + P · V), of which the second is still being computed: `wgmma_pv_end` waits for it. `words` are
-    weights P of earlier scores, as `weight_words` packs them; `v` is a descriptor as of `value_descriptor`.
-    """
-    both = types.Tuple((scores, sums))
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        n, m = scores.count, sums.count
-        operands = n + 2 * m
-        text = "{.reg .b64 a, b; wgmma.fence.sync.aligned; "
-        text += _scores(_kind(memory), n, m, 0, operands, operands + 1)
-        text += _values(_kind(memory), n, m, n, operands + 2, operands + 3)
-        text += "}"
-        constraints = ["=&f"] * n + ["=f"] * m + [str(n + i) for i in range(m)] + ["l"] * 3 + ["r"] * words.count
-        given = [*_parts(builder, sums, args[1]), *args[4:], *_parts(builder, words, args[3])]
-        result = ir.LiteralStructType([F32] * (n + m))
-        made = call_asm(builder, result, text, ",".join([*constraints, "~{memory}"]), given)
-        parts = [builder.extract_value(made, i) for i in range(n + m)]
-        first, second = context.make_tuple(builder, scores, parts[:n]), context.make_tuple(builder, sums, parts[n:])
-        return context.make_tuple(builder, both, [first, second])
-
-    return both(memory, sums, scores, words, types.int64, types.int64, types.int64), codegen
-
-
-@intrinsic
 def wgmma_qk_end(typingctx, scores):  # type: ignore[no-untyped-def]
-    """The scores that `wgmma_qk_pv` computes, once they are there; its sums may still be on the way."""
+    """The scores, once all products but those of the newest group have ended."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         return _in_place(context, builder, "wgmma.wait_group.sync.aligned 1;", scores, args[0], [])
@@ -210,34 +183,18 @@ def wgmma_qk_end(typingctx, scores):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def wgmma_pv(typingctx, memory, sums, words, v):  # type: ignore[no-untyped-def]
-    """sums + P · V, complete."""
+    """Begin sums += P · V, of weights P as `weight_words` packs them; `v` is a descriptor as of `value_descriptor`."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         m = sums.count
         text = "{.reg .b64 b; wgmma.fence.sync.aligned; "
-        text += _values(_kind(memory), 2 * words.count, m, 0, 2 * m, 2 * m + 1)
-        text += "wgmma.wait_group.sync.aligned 0;}"
+        text += _values(_kind(memory), 4 * words.count, m, 2 * m, 2 * m + 1) + "}"
         constraints = ["=f"] * m + [str(i) for i in range(m)] + ["l"] + ["r"] * words.count + ["~{memory}"]
         given = [*_parts(builder, sums, args[1]), args[3], *_parts(builder, words, args[2])]
         made = call_asm(builder, ir.LiteralStructType([F32] * m), text, ",".join(constraints), given)
         return context.make_tuple(builder, sums, [builder.extract_value(made, i) for i in range(m)])
 
     return sums(memory, sums, words, types.int64), codegen
-
-
-@intrinsic
-def wgmma_pv_end(typingctx, sums, words):  # type: ignore[no-untyped-def]
-    """The sums, once all products have ended. Until then the weights `words` stay in their registers."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        m = sums.count
-        constraints = ["=f"] * m + [str(i) for i in range(m)] + ["r"] * words.count + ["~{memory}"]
-        given = [*_parts(builder, sums, args[0]), *_parts(builder, words, args[1])]
-        text = "wgmma.wait_group.sync.aligned 0;"
-        made = call_asm(builder, ir.LiteralStructType([F32] * m), text, ",".join(constraints), given)
-        return context.make_tuple(builder, sums, [builder.extract_value(made, i) for i in range(m)])
-
-    return sums(sums, words), codegen
 
 
 @intrinsic

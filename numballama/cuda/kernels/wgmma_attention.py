@@ -51,7 +51,6 @@ from ..wgmma import (
     wgmma_pv,
     wgmma_qk,
     wgmma_qk_end,
-    wgmma_qk_pv,
     window_mask,
     zeros_of,
 )
@@ -194,7 +193,8 @@ def attend(sums, scores, q, k_cache, v_cache, pages, positions, sequences, first
     values_of = value_descriptor(scores) + ((keys_at + 2 * stage) >> 4)
     row0 = ((thread >> 5) & 3) * 16 + ((thread & 31) >> 2)
     mine = start + 64 * group
-    scores = masked(wgmma_qk(k_cache, sums, scores, queries, keys_of), key, mine, window, row0)
+    scores = wgmma_end(wgmma_qk(k_cache, sums, scores, queries, keys_of))
+    scores = masked(scores, key, mine, window, row0)
     maxima = row_max(scores, LOWEST_SCORE, LOWEST_SCORE)
     max0, max1 = quad_max(maxima[0]), quad_max(maxima[1])
     weights = row_exp2(scores, max0, max1)
@@ -205,14 +205,13 @@ def attend(sums, scores, q, k_cache, v_cache, pages, positions, sequences, first
     while key < length:
         no_unroll()
         sums = wgmma_end(sums)
+        words = weight_words(v_cache, weights)
         cp_async_wait_all()
         fence_proxy_async()
         cuda.syncthreads()  # this step's keys and the last one's values are there, and no stage is read any more
-        words = weight_words(v_cache, weights)
-        scores, sums = wgmma_qk_pv(
-            k_cache, row_scale(sums, rescale0, rescale1), scores, words, queries, keys_of + turn * (stage >> 4),
-            values_of + (1 - turn) * (stage >> 4),
-        )  # fmt: skip
+        scores = wgmma_qk(k_cache, sums, weights, queries, keys_of + turn * (stage >> 4))
+        sums = row_scale(sums, rescale0, rescale1)
+        sums = wgmma_pv(v_cache, sums, words, values_of + (1 - turn) * (stage >> 4))
         fetch(sums, scores, to + (2 + turn) * stage, v_at, places, head_dim)
         if key + keys < length:
             places = places_of(scores, sequence_pages, key + keys, length, row_bytes)
@@ -232,7 +231,8 @@ def attend(sums, scores, q, k_cache, v_cache, pages, positions, sequences, first
     fence_proxy_async()
     cuda.syncthreads()  # the last values are there
     words = weight_words(v_cache, weights)
-    sums = wgmma_pv(v_cache, row_scale(sums, rescale0, rescale1), words, values_of + (1 - turn) * (stage >> 4))
+    sums = row_scale(sums, rescale0, rescale1)
+    sums = wgmma_end(wgmma_pv(v_cache, sums, words, values_of + (1 - turn) * (stage >> 4)))
     sums = row_scale(sums, rcp_approx(quad_sum(totals[0])), rcp_approx(quad_sum(totals[1])))
     row0 += 64 * group
     at = ((first + row0) * heads + head) * head_dim + 2 * (thread & 3)
