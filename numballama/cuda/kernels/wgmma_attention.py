@@ -95,49 +95,42 @@ def stage_queries(sums, q, start, row_elements, rows, head_dim, factor, k_cache,
 
 
 @device
-def place_of(sequence_pages, position, length, row_bytes):
-    """Byte offset of a key in its head of the cache; -1 from `length` on."""
-    page_table, table_row, log2_page, page_bytes = sequence_pages
-    place = np.int64(-1)
-    if position < length:
-        page = np.int64(page_table[table_row + (position >> log2_page)])
-        place = page * page_bytes + (position & ((1 << log2_page) - 1)) * row_bytes
-    return place
-
-
-@device
-def places_of(scores, sequence_pages, first, length, row_bytes):
-    """`place_of` a thread's rows of a tile of keys: every 32nd."""
-    row = first + (cuda.threadIdx.x >> 3)
-    a = place_of(sequence_pages, row, length, row_bytes)
-    b = place_of(sequence_pages, row + 32, length, row_bytes)
+def pages_of(scores, table, first, last):
+    """Pages of a thread's rows of a tile of keys, every 32nd from `first` on; after key `last` its page."""
+    page_table, table_row, log2_page = table
+    row = np.int32(first + (cuda.threadIdx.x >> 3))
+    a = page_table[table_row + (min(row, last) >> log2_page)]
+    b = page_table[table_row + (min(np.int32(row + 32), last) >> log2_page)]
     if len(scores) == 32:
         return a, b, a, b
-    c = place_of(sequence_pages, row + 64, length, row_bytes)
-    d = place_of(sequence_pages, row + 96, length, row_bytes)
+    c = page_table[table_row + (min(np.int32(row + 64), last) >> log2_page)]
+    d = page_table[table_row + (min(np.int32(row + 96), last) >> log2_page)]
     return a, b, c, d
 
 
 @device
-def fetch_row(sums, scores, to, source, place, head_dim):
-    """Start copying a thread's pieces of a key or value; zeros where there is none."""
+def fetch_row(sums, scores, to, source, page, row, last, layout):
+    """Start copying a thread's pieces of the key or value at position `row`; zeros after `last`."""
+    page_bytes, in_page, row_bytes, head_dim = layout
     width = 2 * len(sums)
     piece = cuda.threadIdx.x & 7
+    at = source + page * page_bytes + np.int32(row & in_page) * row_bytes
     for tile in range((width + 63) >> 6):
         column = 64 * tile + 8 * piece
         if column < width:
-            count = 16 if place >= 0 and column < head_dim else 0
-            cp_async_16(to + tile * 2 * len(scores) * ROW_BYTES, source + place + 128 * tile, count)
+            count = 16 if row <= last and column < head_dim else 0
+            cp_async_16(to + tile * 2 * len(scores) * ROW_BYTES, at + 128 * tile, count)
 
 
 @device
-def fetch(sums, scores, to, source, places, head_dim):
+def fetch(sums, scores, to, source, pages, first, last, layout):
     """Start copying a tile of keys or values."""
-    fetch_row(sums, scores, to, source, places[0], head_dim)
-    fetch_row(sums, scores, to + 32 * ROW_BYTES, source, places[1], head_dim)
+    row = np.int32(first + (cuda.threadIdx.x >> 3))
+    fetch_row(sums, scores, to, source, pages[0], row, last, layout)
+    fetch_row(sums, scores, to + 32 * ROW_BYTES, source, pages[1], np.int32(row + 32), last, layout)
     if len(scores) == 64:
-        fetch_row(sums, scores, to + 64 * ROW_BYTES, source, places[2], head_dim)
-        fetch_row(sums, scores, to + 96 * ROW_BYTES, source, places[3], head_dim)
+        fetch_row(sums, scores, to + 64 * ROW_BYTES, source, pages[2], np.int32(row + 64), last, layout)
+        fetch_row(sums, scores, to + 96 * ROW_BYTES, source, pages[3], np.int32(row + 96), last, layout)
 
 
 @device
@@ -170,23 +163,25 @@ def attend(sums, scores, q, k_cache, v_cache, pages, positions, sequences, first
     if window > 0:
         key = max(start - window + 1, 0) & ~(keys - 1)
     page_table, table_stride, log2_page = pages
-    row_bytes = 2 * head_dim
-    head_bytes = row_bytes << log2_page
+    head_bytes = (2 * head_dim) << log2_page
     k_at = address(k_cache, 0) + kv_head * head_bytes + 16 * piece
     v_at = address(v_cache, 0) + kv_head * head_bytes + 16 * piece
-    sequence_pages = page_table, np.int64(sequences[first]) * table_stride, log2_page, kv_heads * head_bytes
-    places = places_of(scores, sequence_pages, key, length, row_bytes)
-    fetch(sums, scores, to, k_at, places, head_dim)
+    table = page_table, np.int64(sequences[first]) * table_stride, np.int32(log2_page)
+    last = np.int32(length - 1)
+    layout = np.int32(kv_heads * head_bytes), np.int32((1 << log2_page) - 1), np.int32(2 * head_dim), head_dim
+    # pages of the keys to fetch are loaded a step earlier, those of the values are those of the keys before
+    values_in, keys_in = pages_of(scores, table, key, last), pages_of(scores, table, key + keys, last)
+    fetch(sums, scores, to, k_at, values_in, key, last, layout)
     cp_async_commit()
     stage_queries(sums, q, (first * heads + head) * head_dim, heads * head_dim, rows, head_dim, factor, k_cache, base)
     cp_async_wait_all()
     fence_proxy_async()
     cuda.syncthreads()  # queries and the first keys are there
-    fetch(sums, scores, to + 2 * stage, v_at, places, head_dim)
+    fetch(sums, scores, to + 2 * stage, v_at, values_in, key, last, layout)
     if key + keys < length:
-        places = places_of(scores, sequence_pages, key + keys, length, row_bytes)
-        fetch(sums, scores, to + stage, k_at, places, head_dim)
+        fetch(sums, scores, to + stage, k_at, keys_in, key + keys, last, layout)
     cp_async_commit()
+    values_in, keys_in = keys_in, pages_of(scores, table, key + 2 * keys, last)
 
     queries = DESCRIPTOR + ((base + group * tiles * QUERIES_BYTES) >> 4)
     keys_of = DESCRIPTOR + (keys_at >> 4)
@@ -212,11 +207,11 @@ def attend(sums, scores, q, k_cache, v_cache, pages, positions, sequences, first
         scores = wgmma_qk(k_cache, sums, weights, queries, keys_of + turn * (stage >> 4))
         sums = row_scale(sums, rescale0, rescale1)
         sums = wgmma_pv(v_cache, sums, words, values_of + (1 - turn) * (stage >> 4))
-        fetch(sums, scores, to + (2 + turn) * stage, v_at, places, head_dim)
+        fetch(sums, scores, to + (2 + turn) * stage, v_at, values_in, key, last, layout)
         if key + keys < length:
-            places = places_of(scores, sequence_pages, key + keys, length, row_bytes)
-            fetch(sums, scores, to + (1 - turn) * stage, k_at, places, head_dim)
+            fetch(sums, scores, to + (1 - turn) * stage, k_at, keys_in, key + keys, last, layout)
         cp_async_commit()
+        values_in, keys_in = keys_in, pages_of(scores, table, key + 2 * keys, last)
         scores = masked(wgmma_qk_end(scores), key, mine, window, row0)
         maxima = row_max(scores, max0, max1)
         new_max0, new_max1 = quad_max(maxima[0]), quad_max(maxima[1])
