@@ -47,7 +47,7 @@ ORDER = """
     sampling
     cpu: fork compiler intrinsics workers vecdot tiling vecdot_int8 matmul kv_cache kernels_cpu kernels_int8 ops \
             sampling executor bandwidth timing backend
-    cuda: repack launch lowering intrinsics quant_traits kernels.params mma fragments group_mma wgmma ops.gemv \
+    cuda: repack launch lowering intrinsics quant_traits kernels.params mma fragments group_mma barriers wgmma ops.gemv \
             ops.elementwise ops.gemm ops.wide ops.skinny ops.linear ops.attention ops.sampling kernels.common \
             kernels.reduce kernels.dequant kernels.dot kernels.gemv kernels_cuda kernels.kv_q8_0 kernels.gemm \
             kernels.skinny_x kernels.skinny_sum kernels.skinny kernels.wide kernels.kv_source \

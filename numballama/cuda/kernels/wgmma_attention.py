@@ -21,11 +21,18 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
+from ..barriers import (
+    barrier_arrive,
+    barrier_sync,
+    cp_async_mbarrier_arrive,
+    mbarrier_arrive,
+    mbarrier_init,
+    mbarrier_inval,
+    mbarrier_wait,
+)
 from ..intrinsics import (
     address,
     cp_async_16,
-    cp_async_commit,
-    cp_async_wait_all,
     ex2_approx,
     ld_v4_f32,
     no_unroll,
@@ -172,23 +179,35 @@ def attend(sums, scores, q, k_cache, v_cache, pages, positions, sequences, first
     # pages of the keys to fetch are loaded a step earlier, those of the values are those of the keys before
     values_in, keys_in = pages_of(scores, table, key, last), pages_of(scores, table, key + keys, last)
     fetch(sums, scores, to, k_at, values_in, key, last, layout)
-    cp_async_commit()
+    values_at = keys_at + 2 * stage
+    full_k = values_at + 3 * stage  # mbarriers: a stage is there, or all warps have read it
+    full_v, read_k, read_v = full_k + 16, full_k + 40, full_k + 56
+    if thread == 0:
+        for i in range(5):
+            mbarrier_init(full_k + 8 * i, THREADS)
+            mbarrier_init(read_k + 8 * i, THREADS >> 5)
     stage_queries(sums, q, (first * heads + head) * head_dim, heads * head_dim, rows, head_dim, factor, k_cache, base)
-    cp_async_wait_all()
     fence_proxy_async()
-    cuda.syncthreads()  # queries and the first keys are there
+    cuda.syncthreads()  # the mbarriers and the queries are there
+    cp_async_mbarrier_arrive(full_k)
     fetch(sums, scores, to + 2 * stage, v_at, values_in, key, last, layout)
+    cp_async_mbarrier_arrive(full_v)
     if key + keys < length:
         fetch(sums, scores, to + stage, k_at, keys_in, key + keys, last, layout)
-    cp_async_commit()
+        cp_async_mbarrier_arrive(full_k + 8)
     values_in, keys_in = keys_in, pages_of(scores, table, key + 2 * keys, last)
 
     queries = DESCRIPTOR + ((base + group * tiles * QUERIES_BYTES) >> 4)
     keys_of = DESCRIPTOR + (keys_at >> 4)
-    values_of = value_descriptor(scores) + ((keys_at + 2 * stage) >> 4)
+    values_of = value_descriptor(scores) + (values_at >> 4)
     row0 = ((thread >> 5) & 3) * 16 + ((thread & 31) >> 2)
     mine = start + 64 * group
+    mbarrier_wait(full_k, 0)
+    fence_proxy_async()
     scores = wgmma_end(wgmma_qk(k_cache, sums, scores, queries, keys_of))
+    first_lane = thread & 31 == 0
+    if first_lane:
+        mbarrier_arrive(read_k)
     scores = masked(scores, key, mine, window, row0)
     maxima = row_max(scores, LOWEST_SCORE, LOWEST_SCORE)
     max0, max1 = quad_max(maxima[0]), quad_max(maxima[1])
@@ -196,43 +215,61 @@ def attend(sums, scores, q, k_cache, v_cache, pages, positions, sequences, first
     totals = row_sum(weights, np.float32(0), np.float32(0))
     rescale0, rescale1 = np.float32(1), np.float32(1)
     key += keys
-    turn = np.int64(1)  # of the two stages: that of the keys; the values' is the other
+    # stages: two of keys, in turn, and three of values; whether a stage has had an odd number of tiles before this one
+    step, slot, odd = np.int64(1), np.int64(0), np.int64(0)
     while key < length:
         no_unroll()
         sums = wgmma_end(sums)
+        if first_lane and step > 1:
+            mbarrier_arrive(read_v + 8 * (slot - 1 if slot > 0 else 2))
         words = weight_words(v_cache, weights)
-        cp_async_wait_all()
+        turn = step & 1
+        mbarrier_wait(full_k + 8 * turn, (step >> 1) & 1)
+        mbarrier_wait(full_v + 8 * slot, odd)
         fence_proxy_async()
-        cuda.syncthreads()  # this step's keys and the last one's values are there, and no stage is read any more
+        barrier_sync(1 + group, THREADS)  # the other warpgroup has begun its products
         scores = wgmma_qk(k_cache, sums, weights, queries, keys_of + turn * (stage >> 4))
         sums = row_scale(sums, rescale0, rescale1)
-        sums = wgmma_pv(v_cache, sums, words, values_of + (1 - turn) * (stage >> 4))
-        fetch(sums, scores, to + (2 + turn) * stage, v_at, values_in, key, last, layout)
+        sums = wgmma_pv(v_cache, sums, words, values_of + slot * (stage >> 4))
+        barrier_arrive(2 - group, THREADS)
+        slot += 1
+        if slot == 3:
+            slot, odd = np.int64(0), 1 - odd
+        mbarrier_wait(read_v + 8 * slot, 1 - odd)
+        fetch(sums, scores, to + (2 + slot) * stage, v_at, values_in, key, last, layout)
+        cp_async_mbarrier_arrive(full_v + 8 * slot)
         if key + keys < length:
+            mbarrier_wait(read_k + 8 * (1 - turn), 1 - (((step + 1) >> 1) & 1))
             fetch(sums, scores, to + (1 - turn) * stage, k_at, keys_in, key + keys, last, layout)
-        cp_async_commit()
+            cp_async_mbarrier_arrive(full_k + 8 * (1 - turn))
         values_in, keys_in = keys_in, pages_of(scores, table, key + 2 * keys, last)
-        scores = masked(wgmma_qk_end(scores), key, mine, window, row0)
+        scores = wgmma_qk_end(scores)
+        if first_lane:
+            mbarrier_arrive(read_k + 8 * turn)
+        scores = masked(scores, key, mine, window, row0)
         maxima = row_max(scores, max0, max1)
         new_max0, new_max1 = quad_max(maxima[0]), quad_max(maxima[1])
         rescale0, rescale1 = ex2_approx(max0 - new_max0), ex2_approx(max1 - new_max1)
         max0, max1 = new_max0, new_max1
         weights = row_exp2(scores, max0, max1)
         totals = row_sum(weights, totals[0] * rescale0, totals[1] * rescale1)
-        turn = 1 - turn
+        step += 1
         key += keys
     sums = wgmma_end(sums)
-    cp_async_wait_all()
+    mbarrier_wait(full_v + 8 * slot, odd)
     fence_proxy_async()
-    cuda.syncthreads()  # the last values are there
     words = weight_words(v_cache, weights)
     sums = row_scale(sums, rescale0, rescale1)
-    sums = wgmma_end(wgmma_pv(v_cache, sums, words, values_of + (1 - turn) * (stage >> 4)))
+    sums = wgmma_end(wgmma_pv(v_cache, sums, words, values_of + slot * (stage >> 4)))
     sums = row_scale(sums, rcp_approx(quad_sum(totals[0])), rcp_approx(quad_sum(totals[1])))
     row0 += 64 * group
     at = ((first + row0) * heads + head) * head_dim + 2 * (thread & 3)
     st_global_rows(sums, address(out, at), address(out, at + 8 * heads * head_dim), head_dim if row0 < rows else 0,
                    head_dim if row0 + 8 < rows else 0)  # fmt: skip
+    cuda.syncthreads()  # no thread reads this tile any more
+    if thread == 0:
+        for i in range(10):
+            mbarrier_inval(full_k + 8 * i)
 
 
 @device
@@ -241,13 +278,14 @@ def attend_tiles(sums, scores, q, k_cache, v_cache, pages, positions, sequences,
     """The body of the kernels here: blockIdx.x is the head, blockIdx.y the first of a block's tiles."""
     pdl_sync()
     kv_head, _ = fast_divmod(cuda.blockIdx.x, shared_by, inverse_shared)
+    if cuda.threadIdx.x >= 128:
+        barrier_arrive(1, THREADS)  # the first turn is the first warpgroup's
     tile, count = np.int64(cuda.blockIdx.y), np.int64(tiles[0])
     while tile < count:
         no_unroll()
         first, rows = np.int64(tiles[2 * tile + 2]), np.int64(tiles[2 * tile + 3])
         attend(sums, scores, q, k_cache, v_cache, pages, positions, sequences, first, rows, out, kv_heads, kv_head,
                head_dim, window, factor)  # fmt: skip
-        cuda.syncthreads()  # no thread reads this tile any more
         tile += cuda.gridDim.y
 
 

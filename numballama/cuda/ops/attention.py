@@ -144,8 +144,9 @@ def _wgmma(
     )  # fmt: skip
     # a block has a multiprocessor to itself: more blocks than that wait, as tiles of the same block do
     tiles = max(ceil_div(q.shape[0], WGMMA_ATTENTION_TILE), ceil_div(ctx.n_sms, heads))
-    columns = ceil_div(width, 64) * 64  # two stages of keys and values, and the queries, in tiles of 64 columns
-    shared = 2 * columns * (4 * WGMMA_ATTENTION_KEYS[width] + WGMMA_ATTENTION_TILE) + 1024  # to align them
+    columns = ceil_div(width, 64) * 64  # two stages of keys, three of values, and the queries, in tiles of 64 columns
+    staged = 2 * columns * (5 * WGMMA_ATTENTION_KEYS[width] + WGMMA_ATTENTION_TILE)
+    shared = 1024 + staged + 10 * 8  # room to align them, and mbarriers
     grid = heads, min(ctx.tiles.shape[0] - 1, tiles)
     return [Launch(ATTENTION_WGMMA[width], grid, WGMMA_ATTENTION_THREADS, arguments, shared, only_for="chunks")]
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from tests.cuda.emulator.barriers import Barriers
 from tests.cuda.emulator.program import (
     BASE,
     NUMPY,
@@ -48,7 +49,8 @@ class Block:
         self.registers["%laneid"], self.registers["%dynamic_smem_size"] = lanes % 32, same(shared_bytes)
         self.counter = np.zeros(threads, np.int64)
         self.done, self.waiting = np.zeros(threads, bool), np.zeros(threads, bool)
-        self.copies: list[list[tuple[np.ndarray, np.ndarray]]] = [[]]
+        self.copies: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[]]
+        self.barriers = Barriers(threads)
         self.warpgroups = [Warpgroup(self, number) for number in range(threads // LANES)]
         self.executed: dict[str, int] = {}
 
@@ -56,10 +58,11 @@ class Block:
         statements = self.program.statements
         with np.errstate(all="ignore"):
             while True:
-                ready = ~self.done & ~self.waiting
+                ready = ~self.done & ~self.waiting & ~self.barriers.blocked
                 if not ready.any():
                     if self.done.all():
                         return
+                    assert not self.barriers.blocked.any(), "threads that wait for each other"
                     self.waiting[:] = False
                     continue
                 at = int(self.counter[ready].min())
@@ -92,7 +95,16 @@ class Block:
             return True
         if name in ("bar", "barrier"):
             self.counter[mask] = at + 1
-            self.waiting |= active
+            if len(statement.operands) > 1:
+                numbers, threads = (self._value(operand, "u32") for operand in statement.operands)
+                self.barriers.named(numbers, threads, active, waits="sync" in modifiers)
+            else:
+                self.waiting |= active
+            return True
+        if name == "mbarrier" and modifiers[0] == "try_wait":
+            to, where, parity = statement.operands
+            self.counter[mask] = at + 1
+            self._set(to, self.barriers.ended(self._address(where), self._value(parity, "u32"), active), active)
             return True
         if active.any():
             try:
@@ -326,9 +338,17 @@ class Block:
         elif "wait_group" in modifiers:
             keep = int(operands[0]) + 1  # and the group that is still open
             for group in self.copies[: max(0, len(self.copies) - keep)]:
-                for indices, data in group:
+                for _, indices, data in group:
                     self.shared[indices] = data
             self.copies = self.copies[max(0, len(self.copies) - keep) :]
+        elif "mbarrier" in modifiers:
+            assert modifiers[:4] == ["async", "mbarrier", "arrive", "noinc"], modifiers
+            for group in self.copies:  # of these threads the copies end now
+                for i, (lanes, indices, data) in enumerate(group):
+                    mine = mask[lanes]
+                    self.shared[indices[mine]] = data[mine]
+                    group[i] = lanes[~mine], indices[~mine], data[~mine]
+            self.barriers.arrive(self._address(operands[0]), mask)
         else:
             assert modifiers[0] == "async"
             width = int(operands[2])
@@ -340,7 +360,16 @@ class Block:
                 data[wanted > 0] = self._load(source[wanted > 0], width, False)
             _, indices = self._bytes(to, width, True)
             self.shared[indices] = 0xFF  # what was there is gone, what comes is not yet there
-            self.copies[-1].append((indices, data))
+            self.copies[-1].append((np.flatnonzero(mask), indices, data))
+
+    def _mbarrier(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        if modifiers[0] == "init":
+            self.barriers.make(self._address(operands[0]), self._value(operands[1], "u32"), mask)
+        elif modifiers[0] == "inval":
+            self.barriers.remove(self._address(operands[0]), mask)
+        else:
+            assert modifiers[0] == "arrive" and operands[0] == "_", modifiers
+            self.barriers.arrive(self._address(operands[1]), mask)
 
     def _wgmma(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
         for number, whole in enumerate(mask.reshape(-1, LANES)):
