@@ -165,6 +165,39 @@ def test_emulated_wgmma(transposed: bool) -> None:
         assert got[thread].tolist() == expected
 
 
+TURNS = """
+.visible .entry turns(.param .u64 turns_0)
+{
+    .reg .b32 %r<8>; .reg .b64 %rd<8>; .reg .pred %p<4>;
+    .shared .align 8 .b8 place[136];
+    ld.param.u64 %rd1, [turns_0]; mov.u32 %r1, %tid.x; mov.u32 %r2, place; and.b32 %r3, %r1, 31; shl.b32 %r4, %r3, 2;
+    add.s32 %r5, %r2, %r4; setp.eq.u32 %p1, %r1, 0; @%p1 mbarrier.init.shared::cta.b64 [%r2+128], 32; bar.sync 0;
+    setp.ge.u32 %p2, %r1, 32; @%p2 bra reads;
+    barrier.cta.sync 1, 64; st.shared.u32 [%r5], %r1; ARRIVE bra done;
+reads:
+    barrier.cta.arrive 1, 64;
+again:
+    mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r2+128], 0; @!%p3 bra again;
+    ld.shared.u32 %r6, [%r5]; cvt.u64.u32 %rd2, %r4; add.s64 %rd3, %rd1, %rd2; st.global.u32 [%rd3], %r6;
+done:
+    ret;
+}
+"""
+
+
+def test_emulated_barriers() -> None:
+    """The emulator's own: a warp writes after the other came to a named barrier, which reads after the mbarrier."""
+    from tests.cuda.emulator import Memory, Program, run
+
+    memory = Memory(1 << 16)
+    out = memory.put(np.zeros(32, np.uint32))
+    arrive = "mbarrier.arrive.shared::cta.b64 _, [%r2+128];"
+    run(Program(TURNS.replace("ARRIVE", arrive)), memory, (1,), 64, [out])
+    assert memory.get(out, (32,), np.uint32).tolist() == list(range(32))
+    with pytest.raises(AssertionError, match="wait for each other"):
+        run(Program(TURNS.replace("ARRIVE", "")), memory, (1,), 64, [out])
+
+
 TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
 
 

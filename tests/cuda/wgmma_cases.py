@@ -8,9 +8,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from tests.cuda.gemm_cases import Case, Emulated, attention, check_all, machine_maker
+
+
+def few_blocks(machine: Any, check: Callable[..., float], *arguments: Any, **named: Any) -> float:
+    """A check on a device of one multiprocessor."""
+    machine.ctx = replace(machine.ctx, n_sms=1)
+    return check(machine, *arguments, **named)
 
 
 def cases() -> list[Case]:
@@ -34,7 +41,8 @@ def cases() -> list[Case]:
     chunks = [(2, range(70, 200)), (0, [99]), (4, range(5)), (1, [3]), (3, range(31, 33)), (5, [148])]
     where = [position for _, chunk in chunks for position in chunk]
     whose = [sequence for sequence, chunk in chunks for _ in chunk]
-    add("attention bf16, mixed", 140, attention, "bf16", 140, (2, 1), 64, 200, where, whose, page=64)
+    add("attention bf16, mixed, several tiles a block", 140, few_blocks, attention, "bf16", 140, (2, 1), 64, 200, where,
+        whose, page=64)  # fmt: skip
     for window in (1, 100):
         add(f"attention bf16, a window of {window}", 70, attention, "bf16", 70, (1, 1), 56, 400, *one(70, 290),
             window=window)  # fmt: skip

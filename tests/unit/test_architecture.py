@@ -47,8 +47,8 @@ ORDER = """
     sampling
     cpu: fork compiler intrinsics workers vecdot tiling vecdot_int8 matmul kv_cache kernels_cpu kernels_int8 ops \
             sampling executor bandwidth timing backend
-    cuda: repack launch lowering intrinsics quant_traits kernels.params mma fragments group_mma barriers wgmma ops.gemv \
-            ops.elementwise ops.gemm ops.wide ops.skinny ops.linear ops.attention ops.sampling kernels.common \
+    cuda: repack launch lowering intrinsics quant_traits kernels.params mma fragments group_mma barriers wgmma \
+            ops.gemv ops.elementwise ops.gemm ops.wide ops.skinny ops.linear ops.attention ops.sampling kernels.common \
             kernels.reduce kernels.dequant kernels.dot kernels.gemv kernels_cuda kernels.kv_q8_0 kernels.gemm \
             kernels.skinny_x kernels.skinny_sum kernels.skinny kernels.wide kernels.kv_source \
             kernels.decode_attention kernels.rows_attention kernels.group_queries kernels.group_attention \
@@ -332,7 +332,8 @@ def test_old_words_are_gone() -> None:
 
 TESTED_ELSEWHERE = {
     "tests/cuda: device code, which needs the simulator, the emulator or a GPU; tests there are by what runs it": """
-        kernels_cuda cuda.kernels.* cuda.intrinsics cuda.lowering cuda.mma cuda.group_mma cuda.wgmma cuda.quant_traits
+        kernels_cuda cuda.kernels.* cuda.intrinsics cuda.lowering cuda.mma cuda.group_mma cuda.barriers cuda.wgmma
+        cuda.quant_traits
     """,
     "tests/cuda and tests/unit/cuda/test_ops.py: operators beside the reference, and their registrations": """
         cuda.ops.*

@@ -4,16 +4,17 @@ A kernel here takes the place of those in `prefill_attention.py`, with the same 
 most 256, and a query may see a window of keys only.
 
 Data layout. Each of two warpgroups has 64 queries, which lie in shared memory for Q · Kᵀ. Scores, weights and sums over
-values stay in registers: a lane's weights are A of P · V as they are. All threads copy tiles of keys and of values to
-two stages each. Tiles have 64 columns; a wider head has several, one after the other.
+values stay in registers: a lane's weights are A of P · V as they are. All threads copy tiles of keys to two stages and
+tiles of values to three. Tiles have 64 columns; a wider head has several, one after the other.
 
-A step computes the scores of a tile while the products of the weights before with their values run: K is one tile
-ahead of V. The tensor cores work on P · V while the lanes compute the maxima and exponentials of the new scores, and on
-the other warpgroup's products.
+Order. A step begins the scores of the next keys, then the products of the last weights with their values; while the
+tensor cores work on these, the lanes compute maxima and exponentials of the new scores. Warpgroups take turns to begin:
+one's exponentials are computed beside the other's products. An mbarrier of a stage tells that all threads' copies are
+there, another one that all warps have read it, so that a warpgroup may be most of a step ahead of the other.
 
 Why. mma.sync, as `prefill_attention` uses it, multiplies half as fast, and reads every key and value from shared memory
 for 16 queries instead of 64. The floor is arithmetic, 4 · T · length / 2 · head_dim operations per head; with heads of
-64 elements a multiprocessor's 16 exponentials a cycle take as long as the products.
+64 elements exponentials take as long, 16 a cycle on a multiprocessor.
 """
 
 from __future__ import annotations
