@@ -7,6 +7,7 @@ from typing import Any
 from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.core.targetconfig import ConfigStack
+from numba.cuda.extending import intrinsic
 
 I8, I16, I32, I64 = (ir.IntType(bits) for bits in (8, 16, 32, 64))
 F16, F32, VOID = ir.HalfType(), ir.FloatType(), ir.VoidType()
@@ -66,3 +67,36 @@ def saturated_to_16(builder: Any, name: str, x: Any) -> Any:
     finite = builder.icmp_unsigned("<", plain, ir.Constant(I32, 0x7F800000))
     overflowed = builder.and_(builder.icmp_unsigned("==", magnitude, infinity), finite)
     return builder.sub(bits, builder.zext(overflowed, I16))
+
+
+OPERANDS = {"r": (I32, types.uint32), "l": (I64, types.int64)}
+"""Constraint of an operand of inline PTX → its type."""
+
+
+def instruction(text: str, operands: str, result: bool = False) -> Any:
+    """An intrinsic for one PTX instruction whose arguments are integers: "r" has 32 bits, "l" 64. Its result has 32, if
+    there is one. It is taken to read and write memory.
+    """
+    constraints = ",".join([*(["=r"] if result else []), *operands, "~{memory}"])
+
+    def made(*given: Any) -> Any:
+        def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+            values = [
+                as_integer(context, builder, value, kind, OPERANDS[name][1])
+                for value, kind, name in zip(args, given, operands, strict=True)
+            ]
+            found = call_asm(builder, I32 if result else VOID, text, constraints, values)
+            return found if result else context.get_dummy_value()
+
+        return (types.uint32 if result else types.void)(*given), codegen
+
+    return intrinsic(BY_COUNT[len(operands)](made))
+
+
+BY_COUNT: dict[int, Any] = {
+    0: lambda made: lambda typingctx: made(),
+    1: lambda made: lambda typingctx, a: made(a),
+    2: lambda made: lambda typingctx, a, b: made(a, b),
+    5: lambda made: lambda typingctx, a, b, c, d, e: made(a, b, c, d, e),
+}
+"""Number of operands → a typing function with so many parameters, as Numba wants them."""

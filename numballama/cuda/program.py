@@ -20,7 +20,7 @@ from ..plan import Plan, Step
 from ..sampling import Sampled, SamplerTable
 from .decode_pipeline import DecodePipeline
 from .driver import CudaGraph, Device, Memory, Pinned, PreparedLaunch
-from .kernels.params import PREFILL_ATTENTION_TILE
+from .kernels.params import PREFILL_ATTENTION_TILE, WGMMA_ATTENTION_TILE
 from .launch import Array, Launch, LaunchContext, Matrix, RowKind
 from .weights import ALIGNMENT, aligned
 
@@ -33,26 +33,31 @@ the kinds of rows in the run.
 """
 
 
-def write_tiles(positions: np.ndarray, sequences: np.ndarray, out: np.ndarray) -> None:
-    """List the rows of a run in tiles i32[1 + at least T, 2] for `prefill_attention` and `rows_attention`.
+def tile_rows(capability: tuple[int, int]) -> int:
+    """Rows of a tile of the kernel that computes attention for prompts on a card."""
+    return WGMMA_ATTENTION_TILE if capability == (9, 0) else PREFILL_ATTENTION_TILE
 
-    `out[0]` is (tiles, single rows). The tiles follow: (first row, rows), up to 64 rows of one sequence whose positions
-    follow each other; those with most keys first. Single rows, without such a neighbour, are listed from the end on:
-    (row, 1).
+
+def write_tiles(positions: np.ndarray, sequences: np.ndarray, most: int, out: np.ndarray) -> None:
+    """List the rows of a run in tiles i32[1 + at least T, 2], for attention of prompts and of single rows.
+
+    `out[0]` is (tiles, single rows). The tiles follow: (first row, rows), up to `most` rows of one sequence whose
+    positions follow each other; those with most keys first. Single rows, without such a neighbour, are listed from the
+    end on: (row, 1).
     """
     joined = (sequences[1:] == sequences[:-1]) & (positions[1:] == positions[:-1] + 1)
     starts = np.concatenate([[0], 1 + np.flatnonzero(~joined)])
     lengths = np.diff(starts, append=len(positions))
     alone = starts[lengths == 1]
     starts, lengths = starts[lengths > 1], lengths[lengths > 1]
-    each = -(-lengths // PREFILL_ATTENTION_TILE)
+    each = -(-lengths // most)
     chunk = np.repeat(np.arange(len(starts)), each)
-    inside = PREFILL_ATTENTION_TILE * (np.arange(len(chunk)) - (np.cumsum(each) - each)[chunk])
+    inside = most * (np.arange(len(chunk)) - (np.cumsum(each) - each)[chunk])
     first = starts[chunk] + inside
     order = np.argsort(-positions[first], kind="stable")
     out[0] = len(first), len(alone)
     out[1 : 1 + len(first), 0] = first[order]
-    out[1 : 1 + len(first), 1] = np.minimum(PREFILL_ATTENTION_TILE, (lengths[chunk] - inside)[order])
+    out[1 : 1 + len(first), 1] = np.minimum(most, (lengths[chunk] - inside)[order])
     if len(alone):
         out[-len(alone) :, 0], out[-len(alone) :, 1] = alone[::-1], 1
 
@@ -115,7 +120,8 @@ class RunInputs:
         if slots is not None:
             self._host_slots[:rows] = slots
         if self.max_tokens > 1:
-            write_tiles(self.host["positions"][:tokens], self.host["sequences"][:tokens], self._host_tiles)
+            positions, sequences = self.host["positions"][:tokens], self.host["sequences"][:tokens]
+            write_tiles(positions, sequences, tile_rows(self._device.capability), self._host_tiles)
         copy = self._sent % self.PINNED_COPIES
         if copy == 0 and self._sent:
             self._device.synchronize()  # all pinned copies have been read

@@ -14,8 +14,8 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from .lowering import F32, I64, VOID, call_asm
-from .mma import _ex2, _parts
+from .lowering import F32, I32, I64, VOID, as_integer, call_asm
+from .mma import _ex2, _pack, _parts
 
 LOG2_E = math.log2(math.e)
 
@@ -175,3 +175,139 @@ def st_global_parts(typingctx, sums, at, distance, count):  # type: ignore[no-un
         return context.get_dummy_value()
 
     return types.void(sums, types.int64, types.int64, types.int64), codegen
+
+
+# Attention: scores = Q · Kᵀ and sums += P · V
+
+
+TILE_ROW_BYTES = 128
+"""A row of a tile: 64 columns of 16 bits."""
+
+
+def _op(kind: str, first: int, width: int) -> str:
+    """wgmma of `width` columns, whose sums are operands from number `first` on."""
+    places = ", ".join(f"${first + i}" for i in range(width // 2))
+    return f"wgmma.mma_async.sync.aligned.m64n{width}k16.f32.{kind}.{kind} {{{places}}}"
+
+
+def _scores(kind: str, scores: int, sums: int, q: int, k: int) -> str:
+    """PTX for scores = Q · Kᵀ: `scores` and `sums` are numbers of a lane, `q` and `k` the operands' descriptors."""
+    text, keys = "", 2 * scores
+    for step in range(2 * sums // 16):  # tiles of 64 columns follow each other: 64 rows of Q each, `keys` rows of K
+        tile, inside = divmod(step, 4)
+        text += f"add.s64 a, ${q}, {64 * TILE_ROW_BYTES // 16 * tile + 2 * inside}; "
+        text += f"add.s64 b, ${k}, {keys * TILE_ROW_BYTES // 16 * tile + 2 * inside}; "
+        text += f"{_op(kind, 0, keys)}, a, b, {int(step > 0)}, 1, 1, 0, 0; "
+    return text + "wgmma.commit_group.sync.aligned;"
+
+
+def _values(kind: str, keys: int, sums: int, v: int, words: int) -> str:
+    """PTX for sums += P · V, of P in registers from operand `words` on and V in memory, whose rows are keys."""
+    text, width = "", 2 * sums
+    whole = width & ~63  # half a tile is a product of its own
+    parts = [(at, columns) for at, columns in ((0, whole), (whole, width - whole)) if columns]
+    for step in range(keys // 16):
+        p = ", ".join(f"${words + 4 * step + i}" for i in range(4))
+        for at, columns in parts:
+            offset = (16 * step + keys * (at // 64)) * TILE_ROW_BYTES // 16
+            text += f"add.s64 b, ${v}, {offset}; {_op(kind, at // 2, columns)}, {{{p}}}, b, 1, 1, 1, 1; "
+    return text + "wgmma.commit_group.sync.aligned;"
+
+
+def _kind(memory: Any) -> str:
+    return "bf16" if memory.dtype.name == "int16" else "f16"
+
+
+@intrinsic
+def value_descriptor(typingctx, scores):  # type: ignore[no-untyped-def]
+    """Of tiles of values at address 0, whose rows are keys, twice as many as `scores` has numbers: eight rows are 1,024
+    bytes, and tiles of 64 columns follow each other.
+    """
+    number = 1 << 62 | 1024 // 16 << 32 | 2 * scores.count * TILE_ROW_BYTES // 16 << 16
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return ir.Constant(I64, number)
+
+    return types.int64(scores), codegen
+
+
+@intrinsic
+def wgmma_qk(typingctx, memory, sums, scores, q, k):  # type: ignore[no-untyped-def]
+    """Begin Q · Kᵀ of 64 queries a warpgroup and as many keys as two rows of `scores` have numbers, by descriptors.
+
+    Of `sums` only the type matters: heads have twice as many elements. The result takes the registers of `scores`: the
+    assembler would else put off what reads them, and need more registers than there are.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        text = "{.reg .b64 a, b; wgmma.fence.sync.aligned; "
+        text += _scores(_kind(memory), scores.count, sums.count, 2 * scores.count, 2 * scores.count + 1) + "}"
+        return _in_place(context, builder, text, scores, args[2], list(args[3:]))
+
+    return scores(memory, sums, scores, types.int64, types.int64), codegen
+
+
+@intrinsic
+def wgmma_qk_end(typingctx, scores):  # type: ignore[no-untyped-def]
+    """The scores, once all products but those of the newest group have ended."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return _in_place(context, builder, "wgmma.wait_group.sync.aligned 1;", scores, args[0], [])
+
+    return scores(scores), codegen
+
+
+@intrinsic
+def wgmma_pv(typingctx, memory, sums, words, v):  # type: ignore[no-untyped-def]
+    """Begin sums += P · V, of weights P as `weight_words` packs them; `v` is a descriptor as of `value_descriptor`."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        m = sums.count
+        text = "{.reg .b64 b; wgmma.fence.sync.aligned; "
+        text += _values(_kind(memory), 4 * words.count, m, 2 * m, 2 * m + 1) + "}"
+        constraints = ["=f"] * m + [str(i) for i in range(m)] + ["l"] + ["r"] * words.count + ["~{memory}"]
+        given = [*_parts(builder, sums, args[1]), args[3], *_parts(builder, words, args[2])]
+        made = call_asm(builder, ir.LiteralStructType([F32] * m), text, ",".join(constraints), given)
+        return context.make_tuple(builder, sums, [builder.extract_value(made, i) for i in range(m)])
+
+    return sums(memory, sums, words, types.int64), codegen
+
+
+@intrinsic
+def weight_words(typingctx, memory, weights):  # type: ignore[no-untyped-def]
+    """Weights as A of wgmma: pairs of neighbours rounded to the 16-bit type of `memory`."""
+    kind = types.UniTuple(types.uint32, weights.count // 2)
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        parts, name = _parts(builder, weights, args[1]), memory.dtype.name
+        packed = [_pack(builder, name, parts[i], parts[i + 1]) for i in range(0, len(parts), 2)]
+        return context.make_tuple(builder, kind, packed)
+
+    return kind(memory, weights), codegen
+
+
+@intrinsic
+def window_mask(typingctx, scores, first, second):  # type: ignore[no-untyped-def]
+    """Scores with -infinity before the first key that a row sees: the lane's key number `first` in its first row and
+    number `second` in its second, counted from the lane's first key.
+    """
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        firsts = [as_integer(context, builder, args[i], kind, types.int32) for i, kind in ((1, first), (2, second))]
+        below, elements = ir.Constant(F32, float("-inf")), []
+        for i, element in enumerate(_parts(builder, scores, args[0])):
+            seen = builder.icmp_signed(">=", ir.Constant(I32, 8 * (i // 4) + i % 2), firsts[i // 2 % 2])
+            elements.append(builder.select(seen, element, below))
+        return context.make_tuple(builder, scores, elements)
+
+    return scores(scores, first, second), codegen
+
+
+@intrinsic
+def rcp_approx(typingctx, x):  # type: ignore[no-untyped-def]
+    """rcp.approx: 1 / x, off by 1 in the last place. A division is a call, beside which wgmma runs one at a time."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return call_asm(builder, F32, "rcp.approx.f32 $0, $1;", "=f,f", args)
+
+    return types.float32(types.float32), codegen

@@ -20,6 +20,7 @@ from unittest import mock
 
 from numballama.config import ModelConfig
 from numballama.cuda.compiler import Cubin
+from numballama.cuda.kernels.params import WGMMA_ATTENTION_KEYS
 from numballama.cuda.launch import Specialization
 from numballama.cuda.ops import wgmma_gemm
 from numballama.graph import KVLayout
@@ -42,6 +43,7 @@ BIASED_BLOCKS = ModelConfig(256, 256, 1, 8, 2, 40, 16, qkv_bias=True)
 NORMED = ModelConfig(64, 96, 1, 8, 2, 40, 16, qk_norm=True)
 WIDE = ModelConfig(64, 96, 1, 2, 1, 40, 16, head_dim=128)
 EIGHT_64, EIGHT_128 = (ModelConfig(64, 96, 1, 8, 1, 40, 16, head_dim=size) for size in (64, 128))
+WGMMA_96, WGMMA_256 = (ModelConfig(64, 96, 1, 2, 1, 40, 16, head_dim=size) for size in (96, 256))
 TWO_64 = ModelConfig(64, 96, 1, 2, 1, 40, 16, head_dim=64)
 """Eight and two heads that share keys, for `group_attention`."""
 
@@ -62,7 +64,7 @@ CASES: list[tuple[ModelConfig, str, str, Any, bool]] = [
     (ODD, "f32", "q8_0", ["attention"], False),
     (NORMED, "f32", "f16", True, False),
     *((WIDE, "f32", kv, ["attention"], False) for kv in ("f16", "bf16")),
-    *((config, "f32", "f16", ["attention"], False) for config in (EIGHT_64, EIGHT_128, TWO_64)),
+    *((config, "f32", "f16", ["attention"], False) for config in (EIGHT_64, EIGHT_128, TWO_64, WGMMA_96, WGMMA_256)),
 ]  # fmt: skip
 """Every type of weights, each with one KV cache; every type of cache with each kernel that reads or writes it."""
 
@@ -90,7 +92,8 @@ EVERY_TYPE = FAMILIES | {"wide_128_kernel"}
 """Kernels that are compiled for sm_90 in every type that they are launched for."""
 TMA = {f"wgmma_{each}_kernel" for each in (128, 192, 224, 256, "tall")}
 """Kernels with wgmma to which the copy engine brings tiles."""
-HOPPER = {"wide_64_kernel", "wide_128_kernel", "wide_256_kernel"} | TMA
+ATTENTION = {f"attention_wgmma_{width}_kernel" for width in WGMMA_ATTENTION_KEYS}
+HOPPER = {"wide_64_kernel", "wide_128_kernel", "wide_256_kernel"} | TMA | ATTENTION
 """Kernels with wgmma, which are for sm_90 only."""
 CHOICES = ((("tall_wins", True),), *((("width_for", width),) for width in wgmma_gemm.KERNELS))
 """What `wgmma_gemm` chooses for larger models than those here."""

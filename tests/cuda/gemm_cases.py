@@ -62,13 +62,13 @@ class Emulated:
 
     programs: dict[Any, Program] = {}  # noqa: RUF012
 
-    def __init__(self, capability: tuple[int, int], tokens: int) -> None:
+    def __init__(self, capability: tuple[int, int], tokens: int, wgmma: bool = False) -> None:
         from numballama.cuda.launch import LaunchContext
 
         self.capability, self.memory = capability, Memory(1 << 25)
         limit = {(7, 5): 64 << 10, (8, 0): 163 << 10}.get(capability, 227 << 10)
         counts, tiles = np.array([tokens], np.int32), np.zeros((2, 2), np.int32)
-        self.ctx = LaunchContext(132, limit, self.put(counts, "i32"), self.put(tiles, "i32"), self.zeros)
+        self.ctx = LaunchContext(132, limit, self.put(counts, "i32"), self.put(tiles, "i32"), self.zeros, wgmma)
         self.executed: dict[str, int] = {}
 
     def zeros(self, count: int) -> Any:
@@ -90,7 +90,12 @@ class Emulated:
             if key not in self.programs:
                 code, ptx = compiled(key, self.capability)
                 older = self.capability < (9, 0)  # test_assembly.py has their limits
-                lean = (".kernels.gemm", ".kernels.prefill_attention", *(() if older else (".kernels.skinny",)))
+                lean = (
+                    ".kernels.gemm",
+                    ".kernels.prefill_attention",
+                    ".kernels.wgmma_attention",
+                    *(() if older else (".kernels.skinny",)),
+                )
                 if key.source[0].endswith(lean):
                     left = code.stack_bytes, code.local_bytes
                     assert left == (0, 0), f"{launch.name}: bytes of stack and local memory {left}"
@@ -321,7 +326,8 @@ def qkv_rope(machine: Any, kind: str, T: int, K: int, heads: tuple[int, int], he
 
 
 def attention(machine: Any, cache: str, T: int, heads: tuple[int, int], head_dim: int, context: int,
-              positions: Sequence[int], sequences: Sequence[int], tokens: int, page: int = 32) -> float:  # fmt: skip
+              positions: Sequence[int], sequences: Sequence[int], tokens: int, page: int = 32,
+              window: int = 0) -> float:  # fmt: skip
     """Attention with NaN in all keys and values that no token may see: in free pages, in page 0, in a page's rest."""
     rng = np.random.default_rng(3)
     together = heads[0] // heads[1]
@@ -332,7 +338,7 @@ def attention(machine: Any, cache: str, T: int, heads: tuple[int, int], head_dim
     keys, values = (from_16(part, cache) for part in bits)
     where, whose, table = np.array(positions, np.int32), np.array(sequences, np.int32), shuffled_table(slots, columns)
     tiles = np.full((1 + T, 2), -1, np.int32)
-    write_tiles(where[:tokens], whose[:tokens], tiles)
+    write_tiles(where[:tokens], whose[:tokens], 128 if machine.ctx.wgmma else 64, tiles)
     machine.ctx = replace(machine.ctx, tiles=machine.put(tiles, "i32"))
     pages = [np.full((1 + slots * columns, heads[1], page, head_dim), 0xFFFF, part.dtype) for part in bits]
     for s in range(slots):
@@ -344,7 +350,7 @@ def attention(machine: Any, cache: str, T: int, heads: tuple[int, int], head_dim
     types = ["f32", cache, "i32", "i32", "i32", cache]
     operands = [machine.put(q, "f32"), machine.put(pages[0], cache), machine.put(where, "i32"),
                 machine.put(whose, "i32"), machine.put(table, "i32"), machine.put(pages[1], cache)]  # fmt: skip
-    launches = launches_of(machine, "attention", types, operands, [out], window=0)
+    launches = launches_of(machine, "attention", types, operands, [out], window=window)
     wanted = [*["chunks"] * bool(tiles[0, 0]), *["single rows"] * bool(tiles[0, 1])]
     longest = int(where[:tokens].max())
     launches = [launch.variant_for(longest) for launch in launches]
@@ -352,8 +358,8 @@ def attention(machine: Any, cache: str, T: int, heads: tuple[int, int], head_dim
     want, error = np.zeros((T, heads[0], head_dim)), np.zeros((T, heads[0], head_dim))
     for t in range(tokens):
         for h in range(heads[0]):
-            k = keys[whose[t], h // together, : where[t] + 1]
-            v = values[whose[t], h // together, : where[t] + 1]
+            seen = slice(max(0, where[t] + 1 - window) if window else 0, where[t] + 1)
+            k, v = keys[whose[t], h // together, seen], values[whose[t], h // together, seen]
             query = q[t, h * head_dim : (h + 1) * head_dim].astype(np.float64) / head_dim**0.5
             score = k @ query
             weight = np.exp(score - score.max())

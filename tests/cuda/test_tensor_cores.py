@@ -32,7 +32,7 @@ EVERYTHING = ["all"] if os.environ.get("NUMBALLAMA_TEST_ALL") == "1" else []
 
 
 def run_cases(*arguments: str, module: str = "gemm_cases") -> str:
-    """Run `gemm_cases`, or `skinny_cases`, in a separate process, because a process compiles for one capability."""
+    """Run a file of cases in a separate process, because a process compiles for one capability."""
     path = os.pathsep.join([str(PACKAGE.parent), str(HERE), os.environ.get("PYTHONPATH", "")])
     result = subprocess.run(
         [sys.executable, "-m", f"tests.cuda.{module}", *arguments, *(EVERYTHING if arguments else [])],
@@ -50,6 +50,7 @@ def emulated() -> Iterator[dict[tuple[str, str], Future[str]]]:
     """(module, capability) → what it printed: two processes at a time."""
     with ThreadPoolExecutor(2) as pool:
         pairs = [(module, capability) for module in ("gemm_cases", "skinny_cases") for capability in CAPABILITIES]
+        pairs.append(("wgmma_cases", "9.0"))
         yield {pair: pool.submit(run_cases, pair[1], module=pair[0]) for pair in pairs}
 
 
@@ -66,6 +67,11 @@ def test_few_tokens_emulated(capability: str, emulated: dict[tuple[str, str], Fu
     assert "same rows q4_k: the same bits" in emulated["skinny_cases", capability].result()
 
 
+def test_wgmma_emulated(emulated: dict[tuple[str, str], Future[str]]) -> None:
+    """The same for attention by wgmma. Which writes its fences make visible is tried on a GPU only."""
+    assert "a window of 100" in emulated["wgmma_cases", "9.0"].result()
+
+
 @pytest.mark.gpu
 def test_on_the_gpu() -> None:
     from numballama.cuda.driver import Device
@@ -76,6 +82,7 @@ def test_on_the_gpu() -> None:
         pytest.skip(f"no GPU: {error}")
     assert "attention bf16" in run_cases()
     assert "same rows q6_k: the same bits" in run_cases(module="skinny_cases")
+    assert "a window of 100" in run_cases(module="wgmma_cases")
 
 
 def test_emulated_tensor_cores() -> None:
@@ -111,6 +118,84 @@ def test_emulated_tensor_cores() -> None:
         row, column = lane // 4, 2 * (lane % 4)
         expected = [want[row, column], want[row, column + 1], want[row + 8, column], want[row + 8, column + 1]]
         assert got[lane].tolist() == expected
+
+
+WGMMA = """
+.visible .entry product(.param .u64 product_0, .param .u64 product_1)
+{
+    .reg .b32 %r<8>; .reg .f32 %f<8>; .reg .b64 %rd<12>;
+    .shared .align 1024 .b8 tile[10240];
+    ld.param.u64 %rd1, [product_0]; ld.param.u64 %rd2, [product_1];
+    mov.u32 %r1, %tid.x; shl.b32 %r2, %r1, 4; cvt.u64.u32 %rd3, %r2; add.s64 %rd4, %rd1, %rd3;
+    mov.u32 %r3, tile; add.s32 %r4, %r3, %r2;
+    COPIES cp.async.commit_group; cp.async.wait_group 0; fence.proxy.async.shared::cta; bar.sync 0;
+    cvt.u64.u32 %rd5, %r3; shr.u64 %rd5, %rd5, 4; add.s64 %rd6, %rd5, A_TILE; add.s64 %rd7, %rd5, B_TILE;
+    mov.f32 %f1, 0f3f800000; mov.f32 %f2, 0f3f800000; mov.f32 %f3, 0f3f800000; mov.f32 %f4, 0f3f800000;
+    wgmma.fence.sync.aligned;
+    wgmma.mma_async.sync.aligned.m64n8k16.f32.f16.f16 {%f1, %f2, %f3, %f4}, %rd6, %rd7, 1, 1, 1, 0, TRANSPOSED;
+    wgmma.commit_group.sync.aligned; wgmma.wait_group.sync.aligned 0;
+    add.s64 %rd8, %rd2, %rd3; st.global.v4.f32 [%rd8], {%f1, %f2, %f3, %f4};
+    ret;
+}
+""".replace(
+    "COPIES", " ".join(f"cp.async.cg.shared.global [%r4+{at}], [%rd4+{at}], 16;" for at in range(0, 10240, 2048))
+)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_emulated_wgmma(transposed: bool) -> None:
+    """The emulator's own wgmma, of a tile of 64 columns: A is 64 rows, B the 8 after them, or 16 rows transposed."""
+    from tests.cuda.emulator import Memory, Program, run
+
+    common = 1 << 62 | 64 << 32 | 1 << 16  # then 16 columns are 2 of a descriptor's units, 16 rows 128
+    ptx = WGMMA.replace("A_TILE", f"{common + 2}").replace("B_TILE", f"{common + (128 if transposed else 512 + 2)}")
+    memory = Memory(1 << 16)
+    tile = np.random.default_rng(0).integers(-8, 8, (80, 64)).astype(np.float16)
+    row, piece = np.arange(80)[:, None], np.arange(8)[None]
+    swizzled = memory.put(tile.reshape(80, 8, 8)[row, piece ^ row & 7])
+    out = memory.put(np.zeros((128, 4), np.float32))
+    run(Program(ptx.replace("TRANSPOSED", str(int(transposed)))), memory, (1,), 128, [swizzled, out])
+    a, b = tile[:64, 16:32].astype(np.float32), tile[64:72, 16:32].astype(np.float32)
+    if transposed:
+        b = tile[16:32, :8].T.astype(np.float32)
+    got, want = memory.get(out, (128, 4), np.float32), a @ b.T + 1
+    for thread in range(128):
+        row, column = thread // 32 * 16 + thread % 32 // 4, 2 * (thread % 4)
+        expected = [want[row, column], want[row, column + 1], want[row + 8, column], want[row + 8, column + 1]]
+        assert got[thread].tolist() == expected
+
+
+TURNS = """
+.visible .entry turns(.param .u64 turns_0)
+{
+    .reg .b32 %r<8>; .reg .b64 %rd<8>; .reg .pred %p<4>;
+    .shared .align 8 .b8 place[136];
+    ld.param.u64 %rd1, [turns_0]; mov.u32 %r1, %tid.x; mov.u32 %r2, place; and.b32 %r3, %r1, 31; shl.b32 %r4, %r3, 2;
+    add.s32 %r5, %r2, %r4; setp.eq.u32 %p1, %r1, 0; @%p1 mbarrier.init.shared::cta.b64 [%r2+128], 32; bar.sync 0;
+    setp.ge.u32 %p2, %r1, 32; @%p2 bra reads;
+    barrier.cta.sync 1, 64; st.shared.u32 [%r5], %r1; ARRIVE bra done;
+reads:
+    barrier.cta.arrive 1, 64;
+again:
+    mbarrier.try_wait.parity.shared::cta.b64 %p3, [%r2+128], 0; @!%p3 bra again;
+    ld.shared.u32 %r6, [%r5]; cvt.u64.u32 %rd2, %r4; add.s64 %rd3, %rd1, %rd2; st.global.u32 [%rd3], %r6;
+done:
+    ret;
+}
+"""
+
+
+def test_emulated_barriers() -> None:
+    """The emulator's own: a warp writes after the other came to a named barrier, which reads after the mbarrier."""
+    from tests.cuda.emulator import Memory, Program, run
+
+    memory = Memory(1 << 16)
+    out = memory.put(np.zeros(32, np.uint32))
+    arrive = "mbarrier.arrive.shared::cta.b64 _, [%r2+128];"
+    run(Program(TURNS.replace("ARRIVE", arrive)), memory, (1,), 64, [out])
+    assert memory.get(out, (32,), np.uint32).tolist() == list(range(32))
+    with pytest.raises(AssertionError, match="wait for each other"):
+        run(Program(TURNS.replace("ARRIVE", "")), memory, (1,), 64, [out])
 
 
 TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")

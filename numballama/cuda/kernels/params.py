@@ -117,6 +117,11 @@ PLAIN_ATTENTION_THREADS = 128
 PREFILL_ATTENTION_TILE, PREFILL_ATTENTION_THREADS = 64, 128
 """Queries per block, which is also the number of keys per tile; threads per block."""
 
+WGMMA_ATTENTION_TILE, WGMMA_ATTENTION_THREADS = 128, 256
+"""The same of `wgmma_attention`: a warpgroup has 64 queries."""
+WGMMA_ATTENTION_KEYS = {64: 128, 96: 128, 128: 128, 256: 64}
+"""Elements of the widest head of a kernel there → its keys per tile."""
+
 # Sampling (`sampling`)
 
 SAMPLING_THREADS = 1024

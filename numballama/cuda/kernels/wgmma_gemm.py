@@ -22,6 +22,7 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
+from ..barriers import mbarrier_arrive, mbarrier_init, mbarrier_wait
 from ..intrinsics import (
     address,
     griddepcontrol_launch_dependents,
@@ -31,13 +32,7 @@ from ..intrinsics import (
 )
 from ..mma import row_scale, st_global_rows
 from ..quant_traits import has_scales, scale_bytes
-from ..tma import (
-    div_u32,
-    fence_mbarrier_init,
-    mbarrier_arrive,
-    mbarrier_init,
-    mbarrier_wait,
-)
+from ..tma import div_u32, fence_mbarrier_init
 from ..wgmma import (
     DESCRIPTOR,
     add_global_rows,
@@ -125,10 +120,10 @@ def multiply(zeros, tiles, ring, x, weight, row_scales, steps, scales, tokens, p
         sums, totals, k = zeros, zeros, 0
         while k < all_steps:
             no_unroll()
-            mbarrier_wait((full + 8 * slot, parity))
+            mbarrier_wait(full + 8 * slot, parity)
             sums = wgmma_tile(x, sums, a + slot * (stage >> 4), b + slot * (stage >> 4))
             if k > 0 and lane == 0:  # the products before have ended
-                mbarrier_arrive((empty + 8 * before,))
+                mbarrier_arrive(empty + 8 * before)
             if is_split(weight, row_scales[0]) and k & 7 == 7:
                 totals, sums = add_parts(totals, wgmma_end(sums)), zeros
             before = slot
@@ -138,8 +133,8 @@ def multiply(zeros, tiles, ring, x, weight, row_scales, steps, scales, tokens, p
         if is_split(weight, row_scales[0]):
             sums = add_parts(totals, sums)
         if lane == 0:
-            mbarrier_arrive((empty + 8 * before,))
-        tile = div_u32((group, row_groups))
+            mbarrier_arrive(empty + 8 * before)
+        tile = div_u32(group, row_groups)
         t0 = (group - tile * row_groups) * ROWS + 16 * warp + (lane >> 2)
         finish(sums, weight, row_scales, scales, tokens, t0, paired, tile, sections, sizes, residual, added,
                outs)  # fmt: skip
@@ -162,18 +157,18 @@ def multiply_more(zeros, tiles, ring, x, weight, row_scales, steps, scales, toke
         sums, sums2, k = zeros, zeros, 0
         while k < steps:
             no_unroll()
-            mbarrier_wait((full + 8 * slot, parity))
+            mbarrier_wait(full + 8 * slot, parity)
             sums = wgmma_tile(x, sums, a + slot * (stage >> 4), b + slot * (stage >> 4))
             if k > 0 and lane == 0:  # the products before have ended
-                mbarrier_arrive((empty + 8 * before,))
+                mbarrier_arrive(empty + 8 * before)
             sums2 = wgmma_tile(x, sums2, a2 + slot * (stage >> 4), b + slot * (stage >> 4))
             before = slot
             slot, parity = next_slot(slot, parity, stages)
             k += 1
         sums, sums2 = wgmma_end(sums), wgmma_end(sums2)
         if lane == 0:
-            mbarrier_arrive((empty + 8 * before,))
-        tile = div_u32((group, row_groups))
+            mbarrier_arrive(empty + 8 * before)
+        tile = div_u32(group, row_groups)
         t0 = (group - tile * row_groups) * (2 * ROWS) + 128 * (warp >> 2) + 16 * (warp & 3) + (lane >> 2)
         finish(sums, weight, row_scales, scales, tokens, t0, paired, tile, sections, sizes, residual, added,
                outs)  # fmt: skip
@@ -192,10 +187,10 @@ def make_ring(x_rows, width, stages, quantised):
         i = 0
         while i < stages:  # of a quantised W half of the loading threads fill a stage
             no_unroll()
-            mbarrier_init((full + 8 * i, 1 + (cuda.blockDim.x - CONSUMERS) // 2 if quantised else 1))
-            mbarrier_init((full + 8 * (stages + i), CONSUMERS // 32))
+            mbarrier_init(full + 8 * i, 1 + (cuda.blockDim.x - CONSUMERS) // 2 if quantised else 1)
+            mbarrier_init(full + 8 * (stages + i), CONSUMERS // 32)
             i += 1
-        fence_mbarrier_init(())
+        fence_mbarrier_init()
     cuda.syncthreads()
     return base, stage, stages, full, full + 8 * stages, x_rows * ROW_BYTES
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from numba import cuda
 
+from ..barriers import mbarrier_arrive, mbarrier_wait
 from ..fragments import is_float32
 from ..intrinsics import griddepcontrol_wait, no_unroll
 from ..quant_traits import has_scales
-from ..tma import copy_box, div_u32, mbarrier_arrive, mbarrier_expect_tx, mbarrier_wait
+from ..tma import copy_box, div_u32, mbarrier_expect_tx
 from ..wgmma import fence_proxy_async
 from .common import device
 from .params import WGMMA_CONSUMERS as CONSUMERS
@@ -56,8 +57,8 @@ def fetch_weights(to, maps, paired, tile, row_tiles, kv_tiles, width, column, fu
     m0, m1, m2 = maps
     if paired:
         half = width >> 1
-        copy_box((to, m0, column, tile * half, full))
-        copy_box((to + half * ROW_BYTES, m1, column, tile * half, full))
+        copy_box(to, m0, column, tile * half, full)
+        copy_box(to + half * ROW_BYTES, m1, column, tile * half, full)
         return
     section, tile = section_of(tile, row_tiles, kv_tiles)
     which = m0
@@ -65,7 +66,7 @@ def fetch_weights(to, maps, paired, tile, row_tiles, kv_tiles, width, column, fu
         which = m1
     elif section == 2:
         which = m2
-    copy_box((to, which, column, tile * width, full))
+    copy_box(to, which, column, tile * width, full)
 
 
 @device
@@ -91,29 +92,29 @@ def load_boxes(tiles, ring, x_map, maps, paired, sections, steps, split, width):
     group, slot, parity = cuda.blockIdx.x, 0, 0
     all_steps = 3 * steps if split else steps
     early = min(stages, steps) if group < groups and not split else 0
-    tile, k = div_u32((group, row_groups)), 0
+    tile, k = div_u32(group, row_groups), 0
     while k < early:
         no_unroll()
-        mbarrier_expect_tx((full + 8 * k, stage))
+        mbarrier_expect_tx(full + 8 * k, stage)
         fetch_weights(base + k * stage + X_BYTES, maps, paired, tile, row_tiles, kv_tiles, width, k * STEP,
                       full + 8 * k)  # fmt: skip
         k += 1
     griddepcontrol_wait()
     while group < groups:
         no_unroll()
-        tile = div_u32((group, row_groups))
+        tile = div_u32(group, row_groups)
         row, k = (group - tile * row_groups) * ROWS, 0
         while k < all_steps:
             no_unroll()
             ready, to = full + 8 * slot, base + slot * stage
             x_column, w_column = columns_of(k, steps, split)
             if early == 0:
-                mbarrier_wait((empty + 8 * slot, parity ^ 1))
-                mbarrier_expect_tx((ready, stage))
+                mbarrier_wait(empty + 8 * slot, parity ^ 1)
+                mbarrier_expect_tx(ready, stage)
                 fetch_weights(to + X_BYTES, maps, paired, tile, row_tiles, kv_tiles, width, w_column, ready)
             else:
                 early -= 1
-            copy_box((to, x_map, x_column, row, ready))
+            copy_box(to, x_map, x_column, row, ready)
             slot, parity = next_slot(slot, parity, stages)
             k += 1
         group += cuda.gridDim.x
@@ -146,10 +147,10 @@ def row_addresses(bases, strides, paired, tile, sections, sizes, mine):
 def ask_for_x(ring, slot, parity, x_map, k, row):
     """Wait until a stage is empty; one thread asks for its tile of X."""
     base, stage, _, full, empty, x_bytes = ring
-    mbarrier_wait((empty + 8 * slot, parity ^ 1))
+    mbarrier_wait(empty + 8 * slot, parity ^ 1)
     if cuda.threadIdx.x == CONSUMERS:
-        mbarrier_expect_tx((full + 8 * slot, x_bytes))
-        copy_box((base + slot * stage, x_map, k * STEP, row, full + 8 * slot))
+        mbarrier_expect_tx(full + 8 * slot, x_bytes)
+        copy_box(base + slot * stage, x_map, k * STEP, row, full + 8 * slot)
 
 
 @device
@@ -184,7 +185,7 @@ def put_two(ring, at, x_map, k, steps, row, loads, raw0, raw1, place, bias):
         to = ring[0] + slot * ring[1] + ring[5] + mine * ROW_BYTES
         decode_two(loads[0], loads[1], raw0, raw1, to, 2 * (k + upper) + half, place, bias)
         fence_proxy_async()
-        mbarrier_arrive((ring[3] + 8 * slot,))
+        mbarrier_arrive(ring[3] + 8 * slot)
     return after
 
 
@@ -198,7 +199,7 @@ def put_four(ring, at, x_map, k, steps, row, loads, raw0, raw1, raw2, raw3, plac
         decode_two(loads[0], loads[1], raw0, raw1, to, block, place, bias)
         decode_two(loads[2], loads[3], raw2, raw3, to + 16 * ROW_BYTES, block, place, bias)
         fence_proxy_async()
-        mbarrier_arrive((ring[3] + 8 * slot,))
+        mbarrier_arrive(ring[3] + 8 * slot)
     return after
 
 
@@ -225,7 +226,7 @@ def load_blocks(tiles, ring, x_map, weight, scales, bases, strides, shift, paire
     started = False
     while group < groups:
         no_unroll()
-        tile = div_u32((group, row_groups))
+        tile = div_u32(group, row_groups)
         row = (group - tile * row_groups) * ROWS
         w0, s0 = row_addresses(bases, strides, paired, tile, sections, sizes, place[0])
         w1, s1 = row_addresses(bases, strides, paired, tile, sections, sizes, place[0] + 8)
@@ -256,7 +257,7 @@ def load_more_blocks(tiles, ring, x_map, weight, scales, bases, strides, shift, 
     started = False
     while group < groups:
         no_unroll()
-        tile = div_u32((group, row_groups))
+        tile = div_u32(group, row_groups)
         row = (group - tile * row_groups) * (2 * ROWS)
         w0, s0 = row_addresses(bases, strides, paired, tile, sections, sizes, place[0])
         w1, s1 = row_addresses(bases, strides, paired, tile, sections, sizes, place[0] + 8)

@@ -4,12 +4,13 @@ A single token (`kernels/decode_attention.py`): in a short context one block com
 over blocks, and one block computes `HEADS_PER_BLOCK` query heads that share keys (grouped-query attention), so that a
 key is read once for them. Rows of many sequences (`kernels/rows_attention.py`): the same, but a row's splits depend on
 its length only, so that its result does not depend on other rows. With a cache of 16 bits they use tensor cores
-(`kernels/group_attention.py`). Prompts (`kernels/prefill_attention.py`) use tensor
-cores.
+(`kernels/group_attention.py`). Prompts use them too: `kernels/wgmma_attention.py` where the device has wgmma, else
+`kernels/prefill_attention.py`.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
@@ -34,6 +35,9 @@ from ..kernels.params import (
     ROW_SPLIT_KEYS,
     SPLIT_FROM,
     SPLIT_WEIGHTS,
+    WGMMA_ATTENTION_KEYS,
+    WGMMA_ATTENTION_THREADS,
+    WGMMA_ATTENTION_TILE,
 )
 from ..launch import Argument, Array, Launch, LaunchContext, RowKind, named, paged, scales_of
 from .gemm import FEW
@@ -55,6 +59,9 @@ SOFTMAX = KernelRef(PLAIN, "softmax_kernel")
 PREFILL = "numballama.cuda.kernels.prefill_attention"
 ATTENTION_64 = KernelRef(PREFILL, "attention_64_kernel")
 ATTENTION_128 = KernelRef(PREFILL, "attention_128_kernel")
+WGMMA = "numballama.cuda.kernels.wgmma_attention"
+ATTENTION_WGMMA = {width: KernelRef(WGMMA, f"attention_wgmma_{width}_kernel") for width in WGMMA_ATTENTION_KEYS}
+"""Elements of the widest head → the kernel for it."""
 
 MORE_TILES = 8
 """Blocks for tiles that are not full, because chunks of several prompts share a run. Further tiles wait for these."""
@@ -78,7 +85,9 @@ def attention(
 ) -> list[Launch]:  # fmt: skip
     """`partials` [T, heads, splits, head_dim + 2] float32: results of blocks that share a context, to be combined."""
     where, chunks = paged(k_cache, positions, sequences, page_table), list[Launch]()
-    if _for_tensor_cores(ctx, q, k_cache, v_cache, page_table, window):
+    if _for_wgmma(ctx, q, k_cache, v_cache):
+        chunks = _wgmma(ctx, q, k_cache, where, v_cache, out, window)
+    elif _for_tensor_cores(ctx, q, k_cache, v_cache, page_table, window):
         chunks = _prefill(ctx, q, k_cache, where, v_cache, out)
     context = page_table.shape[1] * k_cache.shape[2]
     return chunks + _decode(ctx, q, k_cache, where, v_cache, out, window, partials, context, bool(chunks))
@@ -113,6 +122,33 @@ def _prefill(
     grid = min(most_tiles, ceil_div(q.shape[0], PREFILL_ATTENTION_TILE) + MORE_TILES), heads
     shared = 2 * 2 * PREFILL_ATTENTION_TILE * 2 * width  # two stages of keys and values in 16 bits
     return [Launch(kernel_ref, grid, PREFILL_ATTENTION_THREADS, arguments, shared, only_for="chunks")]
+
+
+def _for_wgmma(ctx: LaunchContext, q: Array, k_cache: Array, v_cache: Array) -> bool:
+    """Whether the kernels by wgmma support these operands: a cache of 16 bits, heads up to 256."""
+    head_dim = k_cache.shape[3]
+    same_type = k_cache.dtype == v_cache.dtype and k_cache.dtype in ("f16", "bf16")
+    return ctx.wgmma and q.shape[0] > FEW and same_type and head_dim % 8 == 0 and head_dim <= max(ATTENTION_WGMMA)
+
+
+def _wgmma(
+    ctx: LaunchContext, q: Array, k_cache: Array, where: Mapping[str, Argument], v_cache: Array, out: Array, window: int
+) -> list[Launch]:
+    _, kv_heads, _, head_dim = k_cache.shape
+    heads = q.shape[1] // head_dim
+    width = next(width for width in ATTENTION_WGMMA if width >= head_dim)
+    arguments = named(
+        tokens=ctx.tokens, q=q, k_cache=k_cache, v_cache=v_cache, **where, tiles=ctx.tiles, out=out, kv_heads=kv_heads,
+        shared_by=heads // kv_heads, inverse_shared=kv_heads / heads, head_dim=head_dim, window=window,
+        factor=math.log2(math.e) / math.sqrt(head_dim),
+    )  # fmt: skip
+    # a block has a multiprocessor to itself: more blocks than that wait, as tiles of the same block do
+    tiles = max(ceil_div(q.shape[0], WGMMA_ATTENTION_TILE), ceil_div(ctx.n_sms, heads))
+    columns = ceil_div(width, 64) * 64  # two stages of keys, three of values, and the queries, in tiles of 64 columns
+    staged = 2 * columns * (5 * WGMMA_ATTENTION_KEYS[width] + WGMMA_ATTENTION_TILE)
+    shared = 1024 + staged + 10 * 8  # room to align them, and mbarriers
+    grid = heads, min(ctx.tiles.shape[0] - 1, tiles)
+    return [Launch(ATTENTION_WGMMA[width], grid, WGMMA_ATTENTION_THREADS, arguments, shared, only_for="chunks")]
 
 
 def _for_groups(ctx: LaunchContext, k_cache: Array) -> bool:

@@ -9,7 +9,8 @@ must be aligned and inside an allocation, shared memory begins as NaNs, asynchro
 are waited for, and warps must be whole at instructions that need whole warps. Not emulated: races between threads, and
 timing.
 
-`program.py` parses PTX and holds global memory; `block.py` executes a block.
+`program.py` parses PTX and holds global memory; `block.py` executes a block; `wgmma.py` has a warpgroup's products;
+`barriers.py` has named barriers and mbarriers.
 
 To add an instruction: one that computes a result from operands of one type goes to `OPERATIONS` in `block.py`, under
 the first part of its opcode. Any other is a method `_<first part of the opcode>(modifiers, operands, mask)` of `Block`:
@@ -22,8 +23,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tests.cuda.emulator.block import Block, from_16, round_16
-from tests.cuda.emulator.program import Memory, Program
+from tests.cuda.emulator.block import Block
+from tests.cuda.emulator.program import Memory, Program, from_16, round_16
 
 __all__ = ["Memory", "Program", "from_16", "round_16", "run"]
 

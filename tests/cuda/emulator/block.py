@@ -8,7 +8,19 @@ from typing import Any
 
 import numpy as np
 
-from tests.cuda.emulator.program import BASE, NUMPY, SHARED, WIDTHS, Memory, Program, Statement
+from tests.cuda.emulator.barriers import Barriers
+from tests.cuda.emulator.program import (
+    BASE,
+    NUMPY,
+    SHARED,
+    WIDTHS,
+    Memory,
+    Program,
+    Statement,
+    from_16,
+    round_16,
+)
+from tests.cuda.emulator.wgmma import LANES, Products, Warpgroup
 
 
 class Block:
@@ -37,17 +49,20 @@ class Block:
         self.registers["%laneid"], self.registers["%dynamic_smem_size"] = lanes % 32, same(shared_bytes)
         self.counter = np.zeros(threads, np.int64)
         self.done, self.waiting = np.zeros(threads, bool), np.zeros(threads, bool)
-        self.copies: list[list[tuple[np.ndarray, np.ndarray]]] = [[]]
+        self.copies: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[]]
+        self.barriers = Barriers(threads)
+        self.warpgroups = [Warpgroup(self, number) for number in range(threads // LANES)]
         self.executed: dict[str, int] = {}
 
     def run(self) -> None:
         statements = self.program.statements
         with np.errstate(all="ignore"):
             while True:
-                ready = ~self.done & ~self.waiting
+                ready = ~self.done & ~self.waiting & ~self.barriers.blocked
                 if not ready.any():
                     if self.done.all():
                         return
+                    assert not self.barriers.blocked.any(), "threads that wait for each other"
                     self.waiting[:] = False
                     continue
                 at = int(self.counter[ready].min())
@@ -80,7 +95,16 @@ class Block:
             return True
         if name in ("bar", "barrier"):
             self.counter[mask] = at + 1
-            self.waiting |= active
+            if len(statement.operands) > 1:
+                numbers, threads = (self._value(operand, "u32") for operand in statement.operands)
+                self.barriers.named(numbers, threads, active, waits="sync" in modifiers)
+            else:
+                self.waiting |= active
+            return True
+        if name == "mbarrier" and modifiers[0] == "try_wait":
+            to, where, parity = statement.operands
+            self.counter[mask] = at + 1
+            self._set(to, self.barriers.ended(self._address(where), self._value(parity, "u32"), active), active)
             return True
         if active.any():
             try:
@@ -314,9 +338,17 @@ class Block:
         elif "wait_group" in modifiers:
             keep = int(operands[0]) + 1  # and the group that is still open
             for group in self.copies[: max(0, len(self.copies) - keep)]:
-                for indices, data in group:
+                for _, indices, data in group:
                     self.shared[indices] = data
             self.copies = self.copies[max(0, len(self.copies) - keep) :]
+        elif "mbarrier" in modifiers:
+            assert modifiers[:4] == ["async", "mbarrier", "arrive", "noinc"], modifiers
+            for group in self.copies:  # of these threads the copies end now
+                for i, (lanes, indices, data) in enumerate(group):
+                    mine = mask[lanes]
+                    self.shared[indices[mine]] = data[mine]
+                    group[i] = lanes[~mine], indices[~mine], data[~mine]
+            self.barriers.arrive(self._address(operands[0]), mask)
         else:
             assert modifiers[0] == "async"
             width = int(operands[2])
@@ -328,7 +360,29 @@ class Block:
                 data[wanted > 0] = self._load(source[wanted > 0], width, False)
             _, indices = self._bytes(to, width, True)
             self.shared[indices] = 0xFF  # what was there is gone, what comes is not yet there
-            self.copies[-1].append((indices, data))
+            self.copies[-1].append((np.flatnonzero(mask), indices, data))
+
+    def _mbarrier(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        if modifiers[0] == "init":
+            self.barriers.make(self._address(operands[0]), self._value(operands[1], "u32"), mask)
+        elif modifiers[0] == "inval":
+            self.barriers.remove(self._address(operands[0]), mask)
+        else:
+            assert modifiers[0] == "arrive" and operands[0] == "_", modifiers
+            self.barriers.arrive(self._address(operands[1]), mask)
+
+    def _wgmma(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        for number, whole in enumerate(mask.reshape(-1, LANES)):
+            assert whole.all() or not whole.any(), "a warpgroup that is not whole"
+            if whole.any() and modifiers[0] != "fence":
+                group = self.warpgroups[number]
+                if modifiers[0] == "mma_async":
+                    group.begin(modifiers[1:], operands)
+                elif modifiers[0] == "commit_group":
+                    group.groups.append(Products())
+                else:
+                    assert modifiers[0] == "wait_group"
+                    group.wait(int(operands[0]))
 
     def _atom(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
         assert modifiers == ["global", "add", "u32"] and mask.sum() == 1, modifiers
@@ -432,19 +486,3 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
     "min": np.fmin, "max": np.fmax, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": _not,
     "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "rcp": np.reciprocal, "ex2": np.exp2,
 }  # fmt: skip
-
-
-def round_16(x: np.ndarray, kind: str) -> np.ndarray:
-    """float32 to the bits of float16 or bfloat16, to nearest even."""
-    if kind == "f16":
-        return x.astype(np.float16).view(np.uint16)
-    bits = x.view(np.uint32).astype(np.uint64)
-    rounded = (bits + np.uint64(0x7FFF) + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)
-    return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)
-
-
-def from_16(bits: np.ndarray, kind: str) -> np.ndarray:
-    """Bits of float16 or bfloat16 to float64."""
-    if kind == "f16":
-        return bits.view(np.float16).astype(np.float64)
-    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)

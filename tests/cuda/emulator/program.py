@@ -1,4 +1,4 @@
-"""PTX as a list of statements, and the global memory that it works on."""
+"""PTX as a list of statements, the global memory that it works on, and numbers of 16 bits."""
 
 from __future__ import annotations
 
@@ -128,3 +128,19 @@ class Program:
                 guard, negated, text = match[2], bool(match[1]), text[match.end() :]
             operation, _, operands = text.partition(" ")
             self.statements.append(Statement(guard, negated, tuple(operation.split(".")), _split(operands), text))
+
+
+def round_16(x: np.ndarray, kind: str) -> np.ndarray:
+    """float32 to the bits of float16 or bfloat16, to nearest even."""
+    if kind == "f16":
+        return x.astype(np.float16).view(np.uint16)
+    bits = x.view(np.uint32).astype(np.uint64)
+    rounded = (bits + np.uint64(0x7FFF) + ((bits >> np.uint64(16)) & np.uint64(1))) >> np.uint64(16)
+    return np.where(np.isnan(x), 0x7FFF, rounded).astype(np.uint16)
+
+
+def from_16(bits: np.ndarray, kind: str) -> np.ndarray:
+    """Bits of float16 or bfloat16 to float64."""
+    if kind == "f16":
+        return bits.view(np.float16).astype(np.float64)
+    return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32).astype(np.float64)

@@ -16,7 +16,7 @@ if reason := missing_packages():
 from numballama.cuda import compiler
 from numballama.cuda.kernels.copy import copy
 from numballama.cuda.launch import Array, Launch, LaunchContext, Matrix, named
-from numballama.cuda.ops import elementwise, sampling
+from numballama.cuda.ops import attention, elementwise, sampling
 from numballama.cuda.program import bind_step
 from numballama.cuda.sampler_table import FIELDS
 from numballama.cuda.weights import layout_of
@@ -37,7 +37,7 @@ def array(*shape: int, dtype: str = "f32") -> Array:
 CTX = LaunchContext(132, 227 << 10, array(1, dtype="i32"), array(65, 2, dtype="i32"), lambda n: array(n, dtype="i32"))
 
 
-def launches_of_plans() -> Iterator[Launch]:
+def launches_of_plans(ctx: LaunchContext) -> Iterator[Launch]:
     """Every launch of the models of `assembly`, for one token, a few, and many."""
     for config, kind, kv, fusions, int8 in CASES:
         weights = converted(random_checkpoint(config).weights, kind)
@@ -51,7 +51,7 @@ def launches_of_plans() -> Iterator[Launch]:
             for value in (*plan.graph.values.values(), *(value for step in plan.steps for value in step.scratch)):
                 operands.setdefault(value.name, array(*value.shape, dtype=value.dtype))
             for step in plan.steps:
-                for launch in bind_step(step, plan.graph, CTX, operands):
+                for launch in bind_step(step, plan.graph, ctx, operands):
                     yield from (launch.variant_for(start) for start in (0, *launch.variant_starts))
 
 
@@ -70,10 +70,28 @@ def other_launches() -> Iterator[Launch]:
 
 
 def test_arguments_have_the_names_of_the_kernels_parameters() -> None:
-    kernels = {launch.specialization for launch in (*launches_of_plans(), *other_launches())}
+    planned = (*launches_of_plans(CTX), *launches_of_plans(replace(CTX, wgmma=True)))
+    kernels = {launch.specialization for launch in (*planned, *other_launches())}
+    assert "attention_wgmma_256_kernel" in {kernel.name for kernel in kernels}
     for kernel in kernels:
         compiler.check_parameters(kernel)
     assert len({kernel.name for kernel in kernels}) > 25
+
+
+@pytest.mark.parametrize(("head_dim", "width"), [(8, 64), (64, 64), (80, 96), (128, 128), (136, 256), (256, 256)])
+@pytest.mark.parametrize("window", [0, 100])
+def test_attention_of_prompts_by_wgmma(head_dim: int, width: int, window: int) -> None:
+    """Heads of up to 256, with windows too, fit in a multiprocessor, of which each has a block where tiles are few."""
+    ctx = replace(CTX, wgmma=True, tiles=array(2049, 2, dtype="i32"))
+    cache, rows = array(9, 4, 32, head_dim, dtype="f16"), array(2048, dtype="i32")
+    for tokens, blocks in ((64, (8, 17)), (2048, (8, 17)), (2304, (8, 18))):
+        q, table = array(tokens, 8 * head_dim), array(1, 128, dtype="i32")
+        first, *others = attention.attention(ctx, q, cache, rows, rows, table, cache, q, window, array(1, 8, 1, 2))
+        assert (first.name, first.grid, first.only_for) == (f"attention_wgmma_{width}_kernel", blocks, "chunks")
+        assert first.shared_bytes <= CTX.shared_limit
+        assert {launch.only_for for launch in others} <= {"single rows", None}
+    older, *_ = attention.attention(CTX, q, cache, rows, rows, table, cache, q, 0, array(1, 8, 1, 2))
+    assert "wgmma" not in older.name
 
 
 def test_types_of_arguments() -> None:

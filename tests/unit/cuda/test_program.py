@@ -15,7 +15,7 @@ if reason := missing_packages():
 
 from numballama.config import ModelConfig
 from numballama.cuda.backend import CudaBackend
-from numballama.cuda.program import CudaProgram, bind_step
+from numballama.cuda.program import CudaProgram, bind_step, tile_rows, write_tiles
 from numballama.errors import Error
 from numballama.graph import PAGE_TABLE, KVLayout
 from tests.helpers.random_models import random_checkpoint
@@ -118,3 +118,19 @@ def test_a_page_of_the_cache_is_copied(ran: list[Any]) -> None:
     for page in (0, 2, caches[0].shape[0] - 1):
         for found, bits in zip(backend.cache_page(page), held, strict=True):
             np.testing.assert_array_equal(found, bits[page])
+
+
+@pytest.mark.parametrize(("capability", "rows"), [((8, 9), 64), ((9, 0), 128), ((12, 0), 64)])
+def test_a_runs_rows_in_tiles(capability: tuple[int, int], rows: int) -> None:
+    """Neighbours of a sequence share tiles, as many as the card's kernel takes; others are single rows."""
+    assert tile_rows(capability) == rows
+    positions, sequences = np.array([*range(300), 7, *range(50, 52), 9]), np.array([0] * 300 + [1] + [2] * 2 + [1])
+    out = np.full((305, 2), -1, np.int32)
+    write_tiles(positions, sequences, rows, out)
+    starts = list(range(0, 300, rows))
+    tiles, singles = out[1 : 1 + out[0, 0]].tolist(), out[len(out) - out[0, 1] :].tolist()
+    of_chunk = [[first, min(rows, 300 - first)] for first in starts]
+    assert sorted(tiles) == [*of_chunk, [301, 2]]
+    assert singles == [[303, 1], [300, 1]]
+    seen = [positions[first] for first, _ in tiles]
+    assert seen == sorted(seen, reverse=True), "those with most keys first"

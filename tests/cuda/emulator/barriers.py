@@ -1,0 +1,69 @@
+"""Barriers in the emulator at which a part of a block waits: named barriers and mbarriers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class MBarrier:
+    count: int
+    missing: int
+    phase: int = 0
+    """Phases that have ended."""
+
+
+class Barriers:
+    """The barriers of a block of `threads`, and which threads wait at them."""
+
+    def __init__(self, threads: int) -> None:
+        self._named: dict[int, tuple[int, np.ndarray]] = {}  # number: threads that came, of which these wait
+        self._mbarriers: dict[int, MBarrier] = {}
+        self._at_named, self._at_mbarrier = np.zeros(threads, bool), np.zeros(threads, bool)
+
+    @property
+    def blocked(self) -> np.ndarray:
+        """Threads that wait."""
+        return self._at_named | self._at_mbarrier
+
+    def named(self, numbers: np.ndarray, threads: np.ndarray, mask: np.ndarray, waits: bool) -> None:
+        """The threads of `mask` come to named barriers."""
+        for number in np.unique(numbers[mask]):
+            here = mask & (numbers == number)
+            (expected,) = np.unique(threads[here])
+            came, waiting = self._named.get(int(number), (0, np.zeros(len(mask), bool)))
+            came, waiting = came + int(here.sum()), waiting | here if waits else waiting
+            assert came <= expected, f"{came} threads come to barrier {number} for {expected}"
+            self._at_named |= waiting
+            if came == expected:
+                self._at_named &= ~waiting
+                came, waiting = 0, np.zeros(len(mask), bool)
+            self._named[int(number)] = came, waiting
+
+    def make(self, addresses: np.ndarray, counts: np.ndarray, mask: np.ndarray) -> None:
+        for thread in np.flatnonzero(mask):
+            address, count = int(addresses[thread]), int(counts[thread])
+            assert address % 8 == 0 and address not in self._mbarriers, "an mbarrier that is there already"
+            self._mbarriers[address] = MBarrier(count, count)
+
+    def remove(self, addresses: np.ndarray, mask: np.ndarray) -> None:
+        for thread in np.flatnonzero(mask):
+            del self._mbarriers[int(addresses[thread])]
+
+    def arrive(self, addresses: np.ndarray, mask: np.ndarray) -> None:
+        for thread in np.flatnonzero(mask):
+            barrier = self._mbarriers[int(addresses[thread])]
+            barrier.missing -= 1
+            if barrier.missing == 0:
+                barrier.missing, barrier.phase = barrier.count, barrier.phase + 1
+                self._at_mbarrier[:] = False  # they look again
+
+    def ended(self, addresses: np.ndarray, parities: np.ndarray, mask: np.ndarray) -> np.ndarray:
+        """For each thread whether the phase of its parity has ended. The others wait until any phase ends."""
+        ended = np.zeros(len(mask), bool)
+        for thread in np.flatnonzero(mask):
+            ended[thread] = self._mbarriers[int(addresses[thread])].phase & 1 != parities[thread]
+        self._at_mbarrier |= mask & ~ended
+        return ended
