@@ -15,13 +15,12 @@ import time
 from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from typing import Any
-from unittest import mock
 
 import numpy as np
 
 import numballama.cuda.ops  # noqa: F401 (registers the kernels)
 from numballama import registry
-from numballama.cuda.ops import skinny, wgmma_gemm
+from numballama.cuda.ops import skinny
 from numballama.cuda.program import write_tiles
 from numballama.kernel_cache import cuda_cache_directory
 from numballama.quantization.convert import convert
@@ -83,7 +82,7 @@ class Emulated:
         return self.memory.get(array.address, array.shape, dtype)
 
     def execute(self, launches: Sequence[Any]) -> None:
-        from numballama.cuda.launch import Array
+        from numballama.cuda.launch import Array, TensorMap
 
         for launch in launches:
             key = launch.specialization
@@ -100,7 +99,10 @@ class Emulated:
                     left = code.stack_bytes, code.local_bytes
                     assert left == (0, 0), f"{launch.name}: bytes of stack and local memory {left}"
                 self.programs[key] = Program(ptx)
-            arguments = [a.address if isinstance(a, Array) else a for a in launch.arguments.values()]
+            arguments = [
+                self.memory.put_map(a) if isinstance(a, TensorMap) else a.address if isinstance(a, Array) else a
+                for a in launch.arguments.values()
+            ]
             counts = run(self.programs[key], self.memory, launch.grid, launch.threads, arguments, launch.shared_bytes)
             self.executed = {k: self.executed.get(k, 0) + counts.get(k, 0) for k in self.executed | counts}
 
@@ -459,62 +461,6 @@ def cases(kinds: Container[str]) -> list[Case]:
     return made
 
 
-def in_width(machine: Any, kind: str, width: int, tokens: int) -> float:
-    """Tiles of one width, of a linear layer and of a pair, in the kernels of `wgmma_gemm`."""
-    with mock.patch.object(wgmma_gemm, "width_for", return_value=width):
-        worst = linear(machine, kind, 300, 328, 600, tokens, residual=True, normed=False)
-        worst = max(worst, gate_up(machine, kind, 300, 328, 300, tokens, normed=True))
-        return max(worst, qkv_rope(machine, kind, 300, 328, (6, 3), 64, 0, "f16", tokens))
-
-
-def in_tall_tiles(machine: Any, kind: str, tokens: int) -> float:
-    """Tiles of 256 tokens, several a block."""
-    with mock.patch.object(wgmma_gemm, "tall_wins", return_value=True):
-        worst = linear(machine, kind, 600, 512, 9000, tokens, residual=True, normed=False)
-        worst = max(worst, gate_up(machine, kind, 600, 256, 300, tokens, normed=True))
-        return max(worst, qkv_rope(machine, kind, 600, 256, (6, 3), 64, 0, "f16", tokens))
-
-
-def in_pieces(machine: Any, kind: str, tokens: int) -> float:
-    """A float32 weight that is split part by part, of columns whose sums are taken out many times."""
-    with mock.patch.object(wgmma_gemm, "MAX_PIECES", 128 * 11008):
-        worst = linear(machine, kind, tokens, 11008, 300, tokens, residual=True, normed=False)
-        worst = max(worst, gate_up(machine, kind, tokens, 2048, 300, tokens, normed=True))
-        return max(worst, qkv_rope(machine, kind, tokens, 328, (6, 3), 64, 0, "f16", tokens))
-
-
-def wgmma_cases(kinds: Container[str]) -> list[Case]:
-    """Cases for the kernels of `wgmma_gemm`, which are not emulated."""
-    made: list[Case] = []
-
-    def add(name: str, tokens: int, check: Callable[..., float], kind: str, *arguments: Any, **named: Any) -> None:
-        if kind in kinds:
-            made.append((name, tokens, lambda machine: check(machine, kind, *arguments, tokens=tokens, **named)))
-
-    for kind in ("f32", "f16", "bf16", *QUANTISED):
-        add(f"linear {kind}, 300 of 400", 300, linear, kind, 400, 1536, 392, residual=True, normed=False)
-        add(f"norm_linear {kind}, 257 of 260", 257, linear, kind, 260, 256, 72, residual=False, normed=True)
-        add(f"gate_up {kind}, 384", 384, gate_up, kind, 384, 512, 200, normed=True)
-        add(f"qkv {kind}, 290 of 300", 290, qkv_rope, kind, 300, 256, (4, 2), 64, 0, "f16")
-        if kind == "q4_k":
-            for tokens in (1, 290):
-                add(f"qkv q4_k and q6_k, {tokens}", tokens, qkv_rope, kind, tokens, 256, (4, 2), 64, 0, "f16",
-                    values="q6_k")  # fmt: skip
-        add(f"linear {kind}, several tiles a block", 500, linear, kind, 512, 256, 8200, residual=True, normed=False)
-    for kind in ("f16", "bf16"):
-        for width in wgmma_gemm.KERNELS:
-            add(f"{kind}, tiles of {width}", 270, in_width, kind, width)
-    for kind in QUANTISED:
-        add(f"{kind}, tiles of 256 tokens", 590, in_tall_tiles, kind)
-    for tokens in (9, 129):
-        add(f"linear f32, {tokens}, float32 in pieces", tokens, in_pieces, "f32")
-    add("linear int8, groups of 16", 280, linear, "int8", 300, 144, 70, residual=False, normed=False, group=16)
-    add("linear f16, odd sizes", 280, linear, "f16", 300, 37, 10, residual=True, normed=False)
-    add("linear f16, results that are stored one at a time", 280, linear, "f16", 300, 64, 131, residual=True,
-        normed=False)  # fmt: skip
-    return made
-
-
 def in_parts(machine: Any) -> float:
     """A quantised weight that is dequantised in several parts."""
     from numballama.cuda.ops import gemm
@@ -544,6 +490,12 @@ def check_all(machine_of: Callable[[int], Any], to_check: Sequence[Case]) -> dic
     return wrong
 
 
+def without_wgmma(machine: Any) -> Any:
+    """The machine, which says that it has no wgmma: it runs the kernels of other cards."""
+    machine.ctx = replace(machine.ctx, wgmma=False)
+    return machine
+
+
 def machine_maker(arguments: Sequence[str]) -> Callable[[int], Any]:
     """(tokens of a run) → a machine: emulated for the capability that is the first argument, else the GPU."""
     if arguments:
@@ -558,8 +510,9 @@ def machine_maker(arguments: Sequence[str]) -> Callable[[int], Any]:
 if __name__ == "__main__":
     skinny.MOST = 1  # so that few tokens, which are quick to emulate, run here
     machine_of = machine_maker(sys.argv[1:])
+    failed: dict[str, str] = {}
     found = [case for case in cases(kinds_of(sys.argv[1:], ROUNDING)) if case[0] not in left_out(sys.argv[1:])]
-    if machine_of(1).ctx.wgmma:
-        found += wgmma_cases(kinds_of(sys.argv[1:], ROUNDING))
-    failed = check_all(machine_of, [*found, ("expanded in pieces", 10, in_parts)])
+    if machine_of(1).ctx.wgmma:  # on the GPU: its own kernels, then those of newer cards
+        failed = check_all(machine_of, found)
+    failed |= check_all(lambda tokens: without_wgmma(machine_of(tokens)), [*found, ("in pieces", 10, in_parts)])
     sys.exit(len(failed) > 0)

@@ -68,8 +68,11 @@ def test_few_tokens_emulated(capability: str, emulated: dict[tuple[str, str], Fu
 
 
 def test_wgmma_emulated(emulated: dict[tuple[str, str], Future[str]]) -> None:
-    """The same for attention by wgmma. Which writes its fences make visible is tried on a GPU only."""
-    assert "a window of 100" in emulated["wgmma_cases", "9.0"].result()
+    """The same for attention and linear layers by wgmma. Which writes their fences make visible is tried on a GPU only,
+    as are wider tiles and all types.
+    """
+    printed = emulated["wgmma_cases", "9.0"].result()
+    assert "a window of 100" in printed and "tiles of 256 tokens" in printed
 
 
 @pytest.mark.gpu

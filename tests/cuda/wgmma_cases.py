@@ -10,8 +10,20 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
+from unittest import mock
 
-from tests.cuda.gemm_cases import Case, Emulated, attention, check_all, machine_maker
+from numballama.cuda.ops import skinny, wgmma_gemm, wide
+from tests.cuda.gemm_cases import (
+    QUANTISED,
+    Case,
+    Emulated,
+    attention,
+    check_all,
+    gate_up,
+    linear,
+    machine_maker,
+    qkv_rope,
+)
 
 
 def few_blocks(machine: Any, check: Callable[..., float], *arguments: Any, **named: Any) -> float:
@@ -49,9 +61,89 @@ def cases() -> list[Case]:
     return made
 
 
+def in_width(machine: Any, kind: str, width: int, tokens: int) -> float:
+    """Tiles of one width, of a linear layer and of a pair, in the kernels of `wgmma_gemm`."""
+    with mock.patch.object(wgmma_gemm, "width_for", return_value=width):
+        worst = linear(machine, kind, 300, 328, 600, tokens, residual=True, normed=False)
+        worst = max(worst, gate_up(machine, kind, 300, 328, 300, tokens, normed=True))
+        return max(worst, qkv_rope(machine, kind, 300, 328, (6, 3), 64, 0, "f16", tokens))
+
+
+def in_tall_tiles(machine: Any, kind: str, tokens: int) -> float:
+    """Tiles of 256 tokens, several a block."""
+    with mock.patch.object(wgmma_gemm, "tall_wins", return_value=True):
+        worst = linear(machine, kind, 600, 512, 9000, tokens, residual=True, normed=False)
+        worst = max(worst, gate_up(machine, kind, 600, 256, 300, tokens, normed=True))
+        return max(worst, qkv_rope(machine, kind, 600, 256, (6, 3), 64, 0, "f16", tokens))
+
+
+def in_pieces(machine: Any, kind: str, tokens: int) -> float:
+    """A float32 weight that is split part by part, of columns whose sums are taken out many times."""
+    with mock.patch.object(wgmma_gemm, "MAX_PIECES", 128 * 11008):
+        worst = linear(machine, kind, tokens, 11008, 300, tokens, residual=True, normed=False)
+        worst = max(worst, gate_up(machine, kind, tokens, 2048, 300, tokens, normed=True))
+        return max(worst, qkv_rope(machine, kind, tokens, 328, (6, 3), 64, 0, "f16", tokens))
+
+
+def large_cases() -> list[Case]:
+    """Linear layers of many tokens, for `wgmma_gemm` on a GPU."""
+    made: list[Case] = []
+
+    def add(name: str, tokens: int, check: Callable[..., float], kind: str, *arguments: Any, **named: Any) -> None:
+        made.append((name, tokens, lambda machine: check(machine, kind, *arguments, tokens=tokens, **named)))
+
+    for kind in ("f32", "f16", "bf16", *QUANTISED):
+        add(f"linear {kind}, 300 of 400", 300, linear, kind, 400, 1536, 392, residual=True, normed=False)
+        add(f"norm_linear {kind}, 257 of 260", 257, linear, kind, 260, 256, 72, residual=False, normed=True)
+        add(f"gate_up {kind}, 384", 384, gate_up, kind, 384, 512, 200, normed=True)
+        add(f"qkv {kind}, 290 of 300", 290, qkv_rope, kind, 300, 256, (4, 2), 64, 0, "f16")
+        if kind == "q4_k":
+            for tokens in (1, 290):
+                add(f"qkv q4_k and q6_k, {tokens}", tokens, qkv_rope, kind, tokens, 256, (4, 2), 64, 0, "f16",
+                    values="q6_k")  # fmt: skip
+        add(f"linear {kind}, several tiles a block", 500, linear, kind, 512, 256, 8200, residual=True, normed=False)
+    for kind in ("f16", "bf16"):
+        for width in wgmma_gemm.KERNELS:
+            add(f"{kind}, tiles of {width}", 270, in_width, kind, width)
+    for kind in QUANTISED:
+        add(f"{kind}, tiles of 256 tokens", 590, in_tall_tiles, kind)
+    for tokens in (9, 129):
+        add(f"linear f32, {tokens}, float32 in pieces", tokens, in_pieces, "f32")
+    add("linear int8, groups of 16", 280, linear, "int8", 300, 144, 70, residual=False, normed=False, group=16)
+    add("linear f16, odd sizes", 280, linear, "f16", 300, 37, 10, residual=True, normed=False)
+    add("linear f16, results that are stored one at a time", 280, linear, "f16", 300, 64, 131, residual=True,
+        normed=False)  # fmt: skip
+    return made
+
+
+def small_cases() -> list[Case]:
+    """The same as small as they can be, for the emulator: one width and one type of each decoder."""
+    made: list[Case] = []
+
+    def add(name: str, tokens: int, check: Callable[..., float], *arguments: Any, **named: Any) -> None:
+        made.append((name, tokens, lambda machine: check(machine, *arguments, tokens=tokens, **named)))
+
+    add("linear f16, several tiles a block", 130, few_blocks, linear, "f16", 132, 136, 140, residual=True, normed=False)
+    add("gate_up bf16", 9, gate_up, "bf16", 10, 456, 76, normed=True)
+    add("qkv f16", 9, qkv_rope, "f16", 12, 72, (3, 1), 64, 0, "f16")
+    add("linear f32", 9, linear, "f32", 10, 584, 40, residual=True, normed=False)
+    add("linear q4_0, several tiles a block", 18, few_blocks, linear, "q4_0", 20, 224, 140, residual=False, normed=True)
+    add("gate_up q8_0", 12, gate_up, "q8_0", 12, 96, 68, normed=True)
+    add("qkv q4_k", 12, qkv_rope, "q4_k", 12, 256, (3, 1), 64, 0, "f16")
+    add("q6_k, tiles of 256 tokens", 131, in_tall_tile, "q6_k")
+    return made
+
+
+def in_tall_tile(machine: Any, kind: str, tokens: int) -> float:
+    """A tile of 256 tokens."""
+    with mock.patch.object(wgmma_gemm, "tall_wins", return_value=True):
+        return linear(machine, kind, 132, 256, 40, tokens, residual=True, normed=False)
+
+
 def main(arguments: Sequence[str]) -> int:
     machine_of = (lambda tokens: Emulated((9, 0), tokens, wgmma=True)) if arguments else machine_maker(())
-    return len(check_all(machine_of, cases()))
+    with mock.patch.multiple(skinny, MOST=1), mock.patch.multiple(wide, MOST=1):
+        return len(check_all(machine_of, cases() + (small_cases() if arguments else large_cases())))
 
 
 if __name__ == "__main__":

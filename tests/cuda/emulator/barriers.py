@@ -13,6 +13,8 @@ class MBarrier:
     missing: int
     phase: int = 0
     """Phases that have ended."""
+    copying: int = 0
+    """Bytes that are expected and have not been copied yet; less than 0 if more have been."""
 
 
 class Barriers:
@@ -56,9 +58,24 @@ class Barriers:
         for thread in np.flatnonzero(mask):
             barrier = self._mbarriers[int(addresses[thread])]
             barrier.missing -= 1
-            if barrier.missing == 0:
-                barrier.missing, barrier.phase = barrier.count, barrier.phase + 1
-                self._at_mbarrier[:] = False  # they look again
+            assert barrier.missing >= 0, "more threads arrive than the mbarrier was made for"
+            self._end_phase(barrier)
+
+    def expect(self, addresses: np.ndarray, counts: np.ndarray, mask: np.ndarray) -> None:
+        """Threads expect bytes of copies, before they arrive."""
+        for thread in np.flatnonzero(mask):
+            self._mbarriers[int(addresses[thread])].copying += int(counts[thread])
+
+    def copied(self, address: int, count: int) -> None:
+        """The copy engine reports bytes."""
+        barrier = self._mbarriers[address]
+        barrier.copying -= count
+        self._end_phase(barrier)
+
+    def _end_phase(self, barrier: MBarrier) -> None:
+        if barrier.missing == 0 and barrier.copying == 0:
+            barrier.missing, barrier.phase = barrier.count, barrier.phase + 1
+            self._at_mbarrier[:] = False  # they look again
 
     def ended(self, addresses: np.ndarray, parities: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """For each thread whether the phase of its parity has ended. The others wait until any phase ends."""

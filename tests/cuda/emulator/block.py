@@ -22,6 +22,8 @@ from tests.cuda.emulator.program import (
 )
 from tests.cuda.emulator.wgmma import LANES, Products, Warpgroup
 
+BOX_COLUMNS = 64
+
 
 class Block:
     """A running block."""
@@ -228,6 +230,8 @@ class Block:
                 self._set(name, (whole >> np.uint64(8 * WIDTHS[half] * i)).astype(NUMPY[half]), mask)
         else:
             self._set(to, self._value(source, kind).copy(), mask)
+            for group in self.warpgroups:
+                group.moved(to, source, mask)
 
     def _cvta(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
         value = self._value(operands[1], "u64").astype(np.int64)
@@ -349,6 +353,8 @@ class Block:
                     self.shared[indices[mine]] = data[mine]
                     group[i] = lanes[~mine], indices[~mine], data[~mine]
             self.barriers.arrive(self._address(operands[0]), mask)
+        elif "bulk" in modifiers:
+            self._copy_box(modifiers, operands, mask)
         else:
             assert modifiers[0] == "async"
             width = int(operands[2])
@@ -362,6 +368,30 @@ class Block:
             self.shared[indices] = 0xFF  # what was there is gone, what comes is not yet there
             self.copies[-1].append((np.flatnonzero(mask), indices, data))
 
+    def _copy_box(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        """A box of a matrix of 16 bits: at once, with zeros outside the matrix, swizzled by 128 bytes."""
+        assert modifiers[:4] == ["async", "bulk", "tensor", "2d"] and mask.sum() == 1, modifiers
+        (thread,) = np.flatnonzero(mask)
+        match = re.fullmatch(r"\[(\S+), \{(\S+), (\S+)\}\]", operands[1])
+        assert match, operands[1]
+        matrix = self.memory.tensor_maps[int(self._value(match[1], "u64")[thread])]
+        column, row = (int(self._value(match[i], "s32")[thread]) for i in (2, 3))
+        assert matrix.stride % 16 == 0 and matrix.address % 16 == 0
+        rows = min(matrix.box_rows, matrix.shape[0] - row)
+        width = 2 * min(BOX_COLUMNS, matrix.shape[1] - column)
+        assert rows > 0 and width > 0, "a box outside the matrix"
+        box = np.zeros((matrix.box_rows, 2 * BOX_COLUMNS), np.uint8)
+        begin = matrix.address + row * matrix.stride + 2 * column - BASE
+        indices = begin + matrix.stride * np.arange(rows)[:, None] + np.arange(width)
+        assert self.memory.allowed[indices].all(), "outside any allocation"
+        box[:rows, :width] = self.memory.bytes[indices]
+        to = int(self._address(operands[0])[thread])
+        assert to % 1024 == 0, "swizzled boxes begin at multiples of 1,024"
+        pieces = np.arange(8) ^ (np.arange(matrix.box_rows)[:, None] & 7)
+        swizzled = np.take_along_axis(box.reshape(-1, 8, 16), pieces[:, :, None], axis=1)
+        self.shared[to : to + box.size] = swizzled.reshape(-1)
+        self.barriers.copied(int(self._address(operands[2])[thread]), box.size)
+
     def _mbarrier(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
         if modifiers[0] == "init":
             self.barriers.make(self._address(operands[0]), self._value(operands[1], "u32"), mask)
@@ -369,10 +399,14 @@ class Block:
             self.barriers.remove(self._address(operands[0]), mask)
         else:
             assert modifiers[0] == "arrive" and operands[0] == "_", modifiers
+            if modifiers[1] == "expect_tx":
+                self.barriers.expect(self._address(operands[1]), self._value(operands[2], "u32"), mask)
             self.barriers.arrive(self._address(operands[1]), mask)
 
     def _wgmma(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
-        for number, whole in enumerate(mask.reshape(-1, LANES)):
+        groups = len(self.warpgroups)
+        assert not mask[LANES * groups :].any(), "a warpgroup that is not whole"
+        for number, whole in enumerate(mask[: LANES * groups].reshape(-1, LANES)):
             assert whole.all() or not whole.any(), "a warpgroup that is not whole"
             if whole.any() and modifiers[0] != "fence":
                 group = self.warpgroups[number]

@@ -8,6 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from numballama.cuda.launch import TensorMap
+
 SHARED = 1 << 40
 """Where the window of shared memory begins among generic addresses."""
 BASE = 1 << 20
@@ -27,6 +29,16 @@ class Memory:
         self.bytes = np.full(size, 0xFF, np.uint8)
         self.allowed = np.zeros(size, bool)
         self._used = 256
+        self.tensor_maps: dict[int, TensorMap] = {}
+        """Address of a tensor map → the matrix that it describes."""
+
+    def put_map(self, matrix: TensorMap) -> int:
+        """The address of a new tensor map; the same for the same matrix."""
+        known = {value: key for key, value in self.tensor_maps.items()}
+        if matrix not in known:
+            known[matrix] = self.put(np.zeros(128, np.uint8))
+            self.tensor_maps[known[matrix]] = matrix
+        return known[matrix]
 
     def put(self, array: np.ndarray) -> int:
         """A copy of an array; returns its address, a multiple of 256."""
@@ -102,7 +114,12 @@ class Program:
                 continue
             text = text.rstrip("; ")
             while match := re.match(r"([$\w]+):\s*", text):  # labels
-                self.labels[match[1]] = len(self.statements)
+                label = match[1]
+                if not label.startswith("$"):  # of inline PTX, which may be there several times; branches go back to it
+                    count += 1
+                    scopes[-1][label] = f"{label}.{count}"
+                    label = scopes[-1][label]
+                self.labels[label] = len(self.statements)
                 text = text[match.end() :]
             if not text or text.startswith((".pragma", ".loc", ".shared", ".extern")):
                 continue

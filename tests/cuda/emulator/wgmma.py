@@ -69,15 +69,27 @@ class Warpgroup:
     def wait(self, keep: int) -> None:
         """End all groups but the newest `keep` that are complete."""
         ended = max(0, len(self.groups) - 1 - keep)
-        for group in self.groups[:ended]:
+        for number, group in enumerate(self.groups[:ended]):
             for indices, data in group.reads:
                 assert (self.block.shared[indices] == data).all(), "shared memory changed while wgmma read it"
             for name, words in group.words.items():
                 assert (self._value(name, "b32") == words).all(), "words of A changed while wgmma read them"
             for name, value in group.sums.items():
+                if any(name in later.sums for later in self.groups[number + 1 :]):
+                    continue  # these are the sums of later products
                 assert np.isnan(self._value(name, "f32")).all(), "sums changed while wgmma computed them"
                 self._set(name, value)
         self.groups = self.groups[ended:]
+
+    def moved(self, to: str, source: str, mask: np.ndarray) -> None:
+        """A register was copied: if its sums have not ended, the copy is these sums too. Both are one register then."""
+        if mask[self.threads].all():
+            for group in reversed(self.groups):
+                if source in group.sums:
+                    for other in self.groups:
+                        other.sums.pop(to, None)
+                    group.sums[to] = group.sums[source]
+                    return
 
     def _value(self, name: str, kind: str) -> np.ndarray:
         value: np.ndarray = self.block._value(name, kind)[self.threads]
