@@ -151,33 +151,24 @@ def _by_wgmma(
     residual: Array | None, paired: bool, memory: Array,
 ) -> list[Launch]:  # fmt: skip
     """Launches of the kernels of `wgmma_gemm`; float32 weights are split into pieces and used part by part."""
-
-    def multiply(pieces: Sequence[wgmma_gemm.Pieces] = (), begin: int = 0) -> Launch:
-        return wgmma_gemm.launch(
-            ctx, rounded.x, columns, rounded.scales, weights, outs, residual, paired, pieces, begin
-        )  # fmt: skip
-
+    given = ctx, rounded.x, columns, rounded.scales
     if weights[0].payload.dtype != "f32":
-        return [multiply()]
+        return [wgmma_gemm.launch(*given, weights, outs, residual, paired)]
     launches, rows = list[Launch](), weights[0].shape[0]
     step = wgmma_gemm.part_rows(rows, columns)
-    if step < rows and len(weights) > 1 and not paired:
-        return [
-            launch
-            for w, out in zip(weights, outs, strict=True)
-            for launch in _by_wgmma(ctx, rounded, columns, [w], [out], residual, False, memory)
-        ]
+    if step < rows and len(outs) > 1:
+        for w, out in zip(weights, outs, strict=True):
+            launches += _by_wgmma(ctx, rounded, columns, [w], [out], residual, False, memory)
+        return launches
     for begin in range(0, rows, step):
-        workspace = _Workspace(memory)
-        sizes = [min(step, w.shape[0] - begin) for w in weights]
-        pieces = [
-            wgmma_gemm.Pieces(
-                workspace.allocate((size, 2 * _padded(columns)), "f16"), workspace.allocate((size,), "f32")
-            )
-            for size in sizes
-        ]
-        launches += [piece.split(ctx, w, begin) for piece, w in zip(pieces, weights, strict=True)]
-        launches.append(multiply(pieces, begin))
+        workspace, parts = _Workspace(memory), list[Matrix]()
+        for weight in weights:
+            size = min(step, weight.shape[0] - begin)
+            values = workspace.allocate((size, 2 * _padded(columns)), "f16")
+            launch, part = wgmma_gemm.split(ctx, weight, begin, values, workspace.allocate((size,), "f32"))
+            launches.append(launch)
+            parts.append(part)
+        launches.append(wgmma_gemm.launch(*given, parts, outs, residual, paired, begin))
     return launches
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 from ...memory import ceil_div, round_up
@@ -41,18 +40,15 @@ def wanted(ctx: LaunchContext, weights: Sequence[Matrix]) -> bool:
     return ctx.wgmma and all(w.shape[0] % 2 == 0 for w in weights)
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """Rows of a float32 weight in two float16 pieces [rows, 2 · padded columns], and the rows' factors."""
+def split(ctx: LaunchContext, weight: Matrix, begin: int, values: Array, scales: Array) -> tuple[Launch, Matrix]:
+    """The launch that splits rows of a float32 weight from `begin` on into two float16 pieces, and these as a matrix.
 
-    values: Array
-    scales: Array
-
-    def split(self, ctx: LaunchContext, weight: Matrix, begin: int) -> Launch:
-        """The launch that splits the rows of a weight from `begin` on."""
-        rows, padded = self.values.shape[0], self.values.shape[1] // 2
-        x = Array(weight.payload.address + begin * weight.stride, (rows, weight.shape[1]), "f32")
-        return round_rows(ctx, x, weight.stride // 4, self.values, self.scales, padded, every_row=1, split=1)
+    `values` [rows, 2 · padded columns] takes the pieces, `scales` the rows' factors.
+    """
+    rows, columns = values.shape
+    x = Array(weight.payload.address + begin * weight.stride, (rows, weight.shape[1]), "f32")
+    launch = round_rows(ctx, x, weight.stride // 4, values, scales, columns // 2, every_row=1, split=1)
+    return launch, Matrix(values.shape, values, 2 * columns, scales)
 
 
 def part_rows(rows: int, columns: int) -> int:
@@ -97,41 +93,33 @@ def tall_wins(tokens: int, tiles: int, n_sms: int) -> bool:
 
 def launch(
     ctx: LaunchContext, x: Array, columns: int, scales: Array, w: Sequence[Matrix], outs: Sequence[Array],
-    residual: Array | None = None, paired: bool = False, pieces: Sequence[Pieces] = (), begin: int = 0,
+    residual: Array | None = None, paired: bool = False, begin: int = 0,
 ) -> Launch:  # fmt: skip
     """The launch for one weight and its result; for a gate, up and one result (`paired`); or for queries, keys and
     values.
 
-    x [T, padded columns] has 16 bits, `scales` are its rows' factors. The weights have one type. float32 weights come
-    with their `pieces`, which may be of rows from `begin` on only; x has two pieces too then.
+    x [T, padded columns] has 16 bits, `scales` are its rows' factors. The weights have one type. Those that `split`
+    made may be rows from `begin` on of a weight; x has two pieces too then.
     """
-    tokens, rows, kv_rows = x.shape[0], w[0].shape[0], 0 if paired or len(w) == 1 else w[1].shape[0]
-    decoded, end = w[0].quantized, pieces[0].values.shape[0] if pieces else rows
-    width = NARROW if decoded or pieces else width_for(tokens, paired, rows, kv_rows, ctx.n_sms)
-    row_tiles, kv_tiles = ceil_div(end, width // 2 if paired else width), ceil_div(kv_rows, width)
+    tokens, end, decoded = x.shape[0], w[0].shape[0], w[0].quantized
+    rows, kv_rows = outs[0].shape[1], outs[1].shape[1] if len(outs) > 1 else 0
+    narrow = decoded or w[0].scales.dtype == "f32"
+    width = NARROW if narrow else width_for(tokens, paired, rows, kv_rows, ctx.n_sms)
+    box = width // 2 if paired else width
+    row_tiles, kv_tiles = ceil_div(end, box), ceil_div(kv_rows, width)
     tall = decoded and tall_wins(tokens, row_tiles + 2 * kv_tiles, ctx.n_sms)
     tile_tokens, stages = (2 * WGMMA_ROWS, WGMMA_TALL_STAGES) if tall else (WGMMA_ROWS, WGMMA_STAGES[width])
-    box = width // 2 if paired else width
-    payloads = [piece.values for piece in pieces] or [matrix.payload for matrix in w]
-    factors = [piece.scales for piece in pieces] or [matrix.scales for matrix in w]
-    maps: list[Argument] = [0, 0, 0]
-    if not decoded:
-        strides = [2 * p.shape[1] for p in payloads] if pieces else [matrix.stride for matrix in w]
-        shapes = [p.shape for p in payloads] if pieces else [matrix.shape for matrix in w]
-        maps = [
-            TensorMap(p.address, p.dtype, shape, stride, box)
-            for p, shape, stride in zip(payloads, shapes, strides, strict=True)
-        ]
-    p, s, m = _three(payloads), _three(factors), _three(maps)
-    out, out_k, out_v = _three([_from(out, begin) for out in outs])
+    w0, w1, w2 = _three(w)
+    out, out_k, out_v = _three([_from(each, begin) for each in outs])
+    maps: list[Argument] = [0 if decoded else TensorMap(m.payload.address, m.payload.dtype, m.shape, m.stride, box)
+                            for m in (w0, w1, w2)]  # fmt: skip
     arguments = named(
         tokens=ctx.tokens, x=x, x_map=TensorMap(x.address, x.dtype, x.shape, 2 * x.shape[1], tile_tokens),
-        scales=scales, w0=p[0], w1=p[1], w2=p[2], m0=m[0], m1=m[1], m2=m[2],
-        stride=w[0].stride, s0=s[0], s1=s[1], s2=s[2], scale_stride=w[0].scale_stride, shift=w[0].shift,
+        scales=scales, w0=w0.payload, w1=w1.payload, w2=w2.payload, m0=maps[0], m1=maps[1], m2=maps[2],
+        stride=w0.stride, s0=w0.scales, s1=w1.scales, s2=w2.scales, scale_stride=w0.scale_stride, shift=w0.shift,
         paired=int(paired), rows=rows, end=end, kv_rows=kv_rows, row_tiles=row_tiles, kv_tiles=kv_tiles,
         residual=_from(residual, begin) if residual else out, added=int(residual is not None), out=out, out_k=out_k,
-        out_v=out_v, steps=ceil_div(columns, WGMMA_STEP_COLUMNS), stages=stages,
-        bias=0x64006400,
+        out_v=out_v, steps=ceil_div(columns, WGMMA_STEP_COLUMNS), stages=stages, bias=0x64006400,
     )  # fmt: skip
     threads = WGMMA_CONSUMERS + (WGMMA_TALL_LOADERS if tall else WGMMA_LOADERS if decoded else 32)
     blocks = min(ctx.n_sms, ceil_div(tokens, tile_tokens) * (row_tiles + 2 * kv_tiles))
