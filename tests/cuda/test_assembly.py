@@ -180,7 +180,8 @@ def test_instructions_that_a_card_has(assembled: dict[str, dict[str, Any]], capa
         assert control == (both if capability == "9.0" else set()), described(kernel)
         if any(opcode.startswith("cp.async.c") for opcode in opcodes):
             copying.add(kernel["kernel"])
-            assert {"cp.async.commit_group", "cp.async.wait_group"} <= set(opcodes), described(kernel)
+            waits = {"cp.async.commit_group", "cp.async.wait_group"} <= set(opcodes)  # or at an mbarrier
+            assert waits or any(opcode.startswith("cp.async.mbarrier") for opcode in opcodes), described(kernel)
         by_engine = any(opcode.startswith("cp.async.bulk") for opcode in opcodes)
         assert by_engine == (kernel["kernel"] in TMA), described(kernel)
         uses_wgmma = any(opcode.startswith("wgmma.mma_async") for opcode in opcodes)
