@@ -16,7 +16,7 @@ from numba.cuda.extending import intrinsic, models, register_model
 from ..quantization.types import TYPE_TRAITS
 from .launch import ELEMENTS_PER_16_BYTES, QUANTIZED
 from .lowering import F16, F32, I8, I16, I32, I64, as_integer, element_pointer, fma, saturated_to_16
-from .repack import LAYOUTS
+from .repack import PACKED as BLOCK_TYPES
 
 
 class Packed(types.Type):  # type: ignore[misc]
@@ -29,7 +29,7 @@ class _PackedModel(models.PrimitiveModel):  # type: ignore[misc]
         super().__init__(manager, kind, I8)
 
 
-PACKED = {name: Packed(name) for name in LAYOUTS}
+PACKED = {name: Packed(name) for name in BLOCK_TYPES}
 """Type name → element type of a pointer to such integers."""
 ELEMENT_TYPES: dict[str, Any] = PACKED | {
     "f32": types.float32, "f16": types.uint16, "bf16": types.int16, "int8": types.int8, "q4_0": types.uint8,

@@ -30,6 +30,7 @@ from tests.cuda.kept_ptx import compiled
 from tests.cuda.older_cards import kinds_of, left_out
 from tests.helpers.bounds import U, as_weight
 from tests.helpers.paging import shuffled_table
+from tests.helpers.repacked import memory_of
 
 QUANTISED = ("int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
 ROUNDING = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8} | dict.fromkeys(QUANTISED, 2.0**-10)
@@ -158,11 +159,8 @@ def upload(machine: Any, values: np.ndarray, kind: str, group: int = 32) -> tupl
 
     weight = as_weight(values.astype(np.float32), kind, group if kind == "int8" else 0)
     layout = layout_of(weight)
-    raw = np.zeros(layout.nbytes, np.uint8)
-    for at, part in layout.parts():
-        raw[at : at + part.size] = part.reshape(-1)
     exact = convert(weight, F32).data.reshape(values.shape)
-    return layout.operand(machine.put(raw, "u8x").address), exact
+    return layout.operand(machine.put(memory_of(layout), "u8x").address), exact
 
 
 def launches_of(machine: Any, op: str, types: Sequence[str], operands: Sequence[Any], outputs: Sequence[Any],
