@@ -6,13 +6,13 @@ import pytest
 
 from tests.helpers.cuda_host import missing_gpu, missing_packages
 
-pytestmark = pytest.mark.slow
-
 if reason := missing_packages():
     pytest.skip(f"kernels are not compiled: {reason}", allow_module_level=True)
 
 from numballama.cuda.repack import LAYOUTS
 from tests.cuda.test_tensor_cores import run_cases
+
+pytestmark = pytest.mark.slow
 
 
 def check(printed: str) -> None:
