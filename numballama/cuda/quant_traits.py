@@ -74,8 +74,10 @@ is_int8 = _constant(types.boolean, "int8".__eq__)
 is_packed = _constant(types.boolean, lambda name: name in PACKED)
 """is_packed(pointer): whether the element type is one of `PACKED`."""
 
-is_q4_1, is_q4_k, is_q6_k = (_constant(types.boolean, name.__eq__) for name in ("q4_1", "q4_k", "q6_k"))
-"""is_q4_k(pointer) and the like: whether the element type is this one."""
+is_q4_1, is_q5_k, is_q6_k = (_constant(types.boolean, name.__eq__) for name in ("q4_1", "q5_k", "q6_k"))
+"""is_q5_k(pointer) and the like: whether the element type is this one."""
+has_mins = _constant(types.boolean, ("q4_k", "q5_k").__contains__)
+"""has_mins(pointer): whether this is q4_k or q5_k, with a scale and a min of six bits for each 32 elements."""
 
 is_q8_0 = _constant(types.boolean, "q8_0".__eq__)
 """is_q8_0(pointer): whether this is a KV cache of q8_0. A weight's q8_0 is int8 in device memory."""

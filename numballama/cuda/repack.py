@@ -10,6 +10,8 @@ Scales, type by type. What a row's last record, or its last word, lacks is zeros
 - q4_1: for each block a word of two float16, d and m.
 - q4_k: a record of 80 bytes for 1024 elements, with the payload 4.625 bits per element. For each 32 elements two bytes,
   their scale and min; then for each 256 a word of two float16, d and dmin.
+- q5_k: a record of 208 bytes for 1024 elements, with the payload 5.625 bits per element. First as q4_k; then for each
+  32 elements a word with the quants' fifth bits. Those of quants j, j + 4, … j + 28 are in byte j, lowest first.
 - q6_k: a record of 168 bytes for 512 elements, with the payload 6.625 bits per element. For each 32 elements 8 bytes
   with the quants' upper two bits; then for each 16 a signed byte, their scale; then for each 256 a word, whose low half
   is the float16 d. The upper bits of quants j, j + 4, j + 8 and j + 12 are in byte j, lowest first; those of j + 16 …
@@ -46,7 +48,8 @@ LAYOUTS = {
     "q4_0": Layout("f16", (2, 64)),
     "q4_1": Layout("u32", (1, 32)),
     "q4_k": Layout("u8", (80, 1024)),
+    "q5_k": Layout("u8", (208, 1024)),
     "q6_k": Layout("u8", (168, 512)),
 }
-PACKED = ("q4_1", "q4_k", "q6_k")
+PACKED = ("q4_1", "q4_k", "q5_k", "q6_k")
 """Types that kernels tell apart by more than the width of their quants."""

@@ -46,7 +46,7 @@ CASES: list[tuple[ModelConfig, str, str, Any, bool]] = [
     # shape, weights, KV cache, fusions, int8 activations
     *((GROUPED, kind, "f16", True, False) for kind in ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1")),
     *((BIASED, kind, "f16", True, False) for kind in ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1")),
-    *((config, kind, "f16", True, False) for config in (BLOCKS, BIASED_BLOCKS) for kind in ("q4_k", "q6_k")),
+    *((config, kind, "f16", True, False) for config in (BLOCKS, BIASED_BLOCKS) for kind in ("q4_k", "q5_k", "q6_k")),
     *((BLOCKS, mixture, "f16", True, False) for mixture in ("q4_k_m", "all")),
     (SINGLE, "f32", "f32", True, False),
     (SINGLE, "bf16", "bf16", True, False),

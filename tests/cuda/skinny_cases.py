@@ -63,7 +63,7 @@ def cases(kinds: Sequence[str]) -> list[Case]:
         made.append((name, tokens, lambda machine: check(machine, *arguments, tokens=tokens, **named)))
 
     for kind in kinds:
-        wide = kind in ("q4_k", "q6_k")
+        wide = kind in ("q4_k", "q5_k", "q6_k")
         add(f"norm_linear {kind}, 2", 2, linear, kind, 2, 1280 if wide else 320, 40, residual=False, normed=True)
         columns = 768 if wide else 672 if kind in ("f16", "bf16") else 352
         add(f"linear_add {kind}, 13 of 16", 13, linear, kind, 16, columns, 104, residual=True, normed=False)
@@ -123,7 +123,7 @@ def main(arguments: list[str]) -> int:
             if hopper:
                 same_rows(machine_of, kind, 2048, 200, [pair for pair in WIDE_COUNTS if pair[0] >= least])
             counts = [pair for pair in counts if pair[0] < least]
-            columns = 1024 if kind in ("f16", "q4_k", "q6_k") else 512
+            columns = 1024 if kind in ("f16", "q4_k", "q5_k", "q6_k") else 512
             same_rows(machine_of, kind, columns, 72, counts)
         except AssertionError as error:
             failed[kind] = str(error)

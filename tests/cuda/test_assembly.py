@@ -66,7 +66,7 @@ STACK_OF_BLOCKS = {
     "skinny_8_kernel": {"8.0": 112, "7.5": 112},
     "skinny_16_kernel": {"8.0": 128, "7.5": 120},
 }
-"""The same for weights of q4_1, q4_k and q6_k."""
+"""The same for weights of q4_1, q4_k, q5_k and q6_k."""
 
 STACK_OF_Q8_0 = {
     # quants have scales, with addresses of their own
@@ -153,7 +153,7 @@ def test_every_kernel_of_the_package_is_among_them(assembled: dict[str, dict[str
 def test_numbers_stay_in_registers(assembled: dict[str, dict[str, Any]], capability: str) -> None:
     for kernel in assembled[capability]["kernels"]:
         assert kernel["local"] == 0, f"{described(kernel)}: {kernel['local']} bytes of local memory"
-        of_blocks = {"q4_1*", "q4_k*", "q6_k*"} & set(kernel["kinds"])
+        of_blocks = {"q4_1*", "q4_k*", "q5_k*", "q6_k*"} & set(kernel["kinds"])
         table = STACK_OF_Q8_0 if "q8_0*" in kernel["kinds"] else STACK_OF_BLOCKS if of_blocks else STACK
         allowed = table.get(kernel["kernel"], {}).get(capability, 0)
         assert 0 <= kernel["stack"] <= allowed, f"{described(kernel)}: {kernel['stack']} bytes of stack, not {allowed}"

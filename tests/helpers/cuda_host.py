@@ -62,10 +62,11 @@ def require_gpu() -> None:
 
 MIXTURES = {
     "q4_k_m": {"wv": "q6_k", "w2": "q6_k", "output": "q6_k", "": "q4_k"},
+    "q5_k_m": {"wv": "q6_k", "w2": "q6_k", "output": "q6_k", "": "q5_k"},
     "all": {"wq": "q4_0", "wk": "q4_1", "wv": "q8_0", "w1": "q4_k", "w3": "q6_k", "wo": "f32", "w2": "q4_1", "": "f16"},
 }
-"""Types of matrices by the last part of their names, "" for the others: those of a Q4_K_M file, and a mixture of all
-types.
+"""Types of matrices by the last part of their names, "" for the others: those of Q4_K_M and Q5_K_M files, and a
+mixture of most types.
 """
 
 

@@ -33,9 +33,13 @@ def parts_of(kind: str, blocks: np.ndarray) -> tuple[np.ndarray, ...]:
         return block["qs"], _as_bytes(block["d"])
     if kind == "q4_1":
         return block["qs"], blocks[:, :4]
-    if kind == "q4_k":
+    if kind in ("q4_k", "q5_k"):
         both = np.stack(_scales_and_mins(block["scales"]), axis=2)
-        return _payload(_unpack(block["qs"], 4, 32)), _as_bytes(both), blocks[:, :4]
+        parts = _payload(_unpack(block["qs"], 4, 32)), _as_bytes(both), blocks[:, :4]
+        if kind == "q4_k":
+            return parts
+        fifth = _unpack(block["qh"], 1, 32).reshape(len(blocks), 8, 8, 4) << np.arange(8, dtype=np.uint8)[:, None]
+        return *parts, _as_bytes(np.bitwise_or.reduce(fifth, axis=2))
     assert kind == "q6_k"
     upper = _unpack(block["qh"], 2, 32).reshape(len(blocks), 8, 2, 4, 4) << np.array([[0], [2], [4], [6]], np.uint8)
     d = np.stack([block["d"], np.zeros_like(block["d"])], axis=1)

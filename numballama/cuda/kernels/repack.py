@@ -11,11 +11,12 @@ import numpy as np
 from numba import cuda
 
 from ..intrinsics import address, st_global_u32
-from ..quant_traits import is_int8, is_q4_1, is_q4_k, is_q6_k
+from ..quant_traits import has_mins, is_int8, is_q4_1, is_q5_k, is_q6_k
 from .common import device, pdl_sync
-from .dequant import FOUR_FACTORS, FOUR_RECORD, SIX_FACTORS, SIX_RECORD, SIX_SCALES
+from .dequant import FIVE_HIGH, FOUR_FACTORS, SIX_FACTORS, SIX_RECORD, SIX_SCALES, record_bytes
 
-LOW, HIGH, TWO_BITS = np.uint32(0x0F0F0F0F), np.uint32(0xF0F0F0F0), np.uint32(0x03030303)
+LOW, HIGH = np.uint32(0x0F0F0F0F), np.uint32(0xF0F0F0F0)
+ONE_BIT, TWO_BITS = np.uint32(0x01010101), np.uint32(0x03030303)
 
 
 @device
@@ -48,7 +49,7 @@ def join_halves(source, at, to, high):
 
 @device
 def scale_and_min(source, first, n):
-    """Scale and min of run `n` of a q4_k block in one 16-bit number; its 12 bytes begin at the word number `first`."""
+    """Scale and min of run `n` of a block in one 16-bit number. Its 12 bytes of them begin at word number `first`."""
     scale, least = byte(source, first, n & 3), byte(source, first, 4 + (n & 3))
     if n >= 4:
         both = byte(source, first, 4 + n)
@@ -65,9 +66,16 @@ def store_u16(scales, at, number):
 
 
 @device
-def repack_q4_k(source, run, to, scales, record, lane):
-    block, n = 72 * (run >> 3), run & 7
-    join_halves(source, block + 8 + 16 * (n >> 1), to, n & 1)
+def repack_with_mins(source, run, to, payload, scales, record, lane):
+    """q4_k, and q5_k, whose fifth bits lie between its scales and its lower bits: bit n of a byte for run n."""
+    five, n = is_q5_k(payload), run & 7
+    block = (88 if five else 72) * (run >> 3)
+    join_halves(source, block + (24 if five else 8) + 16 * (n >> 1), to, n & 1)
+    if five:
+        upper = np.uint32(0)
+        for i in range(8):
+            upper |= np.uint32((word(source, block + 8 + 2 * i) >> np.uint32(n) & ONE_BIT) << np.uint32(i))
+        st_global_u32(address(scales, record + FIVE_HIGH + 4 * lane), upper)
     store_u16(scales, record + 2 * lane, scale_and_min(source, block + 2, n))
     if n == 0:
         st_global_u32(address(scales, record + FOUR_FACTORS + 4 * (lane >> 3)), word(source, block))
@@ -82,7 +90,7 @@ def repack_q6_k(source, run, to, scales, record, lane):
         upper = np.uint32(0)
         for j in range(4):
             bits = word(source, block + 64 + 16 * half + 8 * i + 2 * j) >> np.uint32(2 * quarter) & TWO_BITS
-            upper |= bits << np.uint32(2 * j)
+            upper |= np.uint32(bits << np.uint32(2 * j))
         st_global_u32(address(scales, record + 8 * lane + 4 * i), upper)
     store_u16(scales, record + SIX_SCALES + 2 * lane, np.uint32(source[block + 96 + (run & 7)]))
     if run & 7 == 0:
@@ -106,8 +114,8 @@ def repack_kernel(source, first, runs, runs_of_row, payload, scales, scale_strid
     if is_q4_1(payload):
         copy_words(source, 10 * n + 2, to, 4)
         st_global_u32(address(scales, row + i), word(source, 10 * n))
-    elif is_q4_k(payload):
-        repack_q4_k(source, n, to, scales, row + FOUR_RECORD * (i >> 5), i & 31)
+    elif has_mins(payload):
+        repack_with_mins(source, n, to, payload, scales, row + record_bytes(payload) * (i >> 5), i & 31)
     elif is_q6_k(payload):
         repack_q6_k(source, n, to, scales, row + SIX_RECORD * (i >> 4), i & 15)
     else:

@@ -59,6 +59,17 @@ def q4_k(integers: np.ndarray, records: np.ndarray) -> np.ndarray:
     return factors[..., 0] * in_16_bytes(integers) - factors[..., 1]
 
 
+def q5_k(integers: np.ndarray, records: np.ndarray) -> np.ndarray:
+    rows, columns = len(integers), 2 * integers.shape[1]
+    records = records.reshape(rows, -1, 208)
+    packed = records[..., 80:].reshape(rows, -1, 1, 4)
+    fifth = (packed >> np.arange(8, dtype=np.uint8)[:, None] & 1).reshape(rows, -1)[:, :columns]
+    own = records[..., :64].reshape(rows, -1, 2)[:, : columns // 32].astype(np.float32)
+    both = halves(records[..., 64:80]).reshape(rows, -1, 2)[:, : columns // 256]
+    factors = np.repeat(own * np.repeat(both, 8, axis=1), 32, axis=1)
+    return factors[..., 0] * (in_16_bytes(integers) + 16 * fifth.astype(np.float32)) - factors[..., 1]
+
+
 def q6_k(integers: np.ndarray, records: np.ndarray) -> np.ndarray:
     rows, columns = len(integers), 2 * integers.shape[1]
     records = records.reshape(rows, -1, 168)
@@ -70,7 +81,7 @@ def q6_k(integers: np.ndarray, records: np.ndarray) -> np.ndarray:
     return np.repeat(np.repeat(factors, 16, axis=1) * scales, 16, axis=1) * numbers
 
 
-READERS = {"q8_0": q8_0, "q4_0": q4_0, "q4_1": q4_1, "q4_k": q4_k, "q6_k": q6_k}
+READERS = {"q8_0": q8_0, "q4_0": q4_0, "q4_1": q4_1, "q4_k": q4_k, "q5_k": q5_k, "q6_k": q6_k}
 
 
 @pytest.mark.parametrize("kind", READERS)
@@ -100,7 +111,7 @@ def test_the_numbers_are_those_of_the_blocks(kind: str, rows: int, count: int, t
 
 
 @pytest.mark.parametrize(
-    ("kind", "most"), [("q8_0", 8.5), ("q4_0", 4.5), ("q4_1", 5.0), ("q4_k", 4.625), ("q6_k", 6.625)]
+    ("kind", "most"), [("q8_0", 8.5), ("q4_0", 4.5), ("q4_1", 5.0), ("q4_k", 4.625), ("q5_k", 5.625), ("q6_k", 6.625)]
 )
 def test_bits_of_a_number(kind: str, most: float) -> None:
     """Of long rows; in a file it is 5, 4.5 and 6.5625 for the last three. What a row's last record lacks is zeros."""

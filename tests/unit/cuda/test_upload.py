@@ -21,7 +21,7 @@ from numballama.quantization.types import F32
 from tests.helpers.bounds import as_weight
 from tests.helpers.repacked import memory_of
 
-TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
+TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k")
 
 
 @pytest.mark.parametrize("staging", [1024, 1 << 20])

@@ -15,7 +15,7 @@ from numballama.cuda.weights import ALIGNMENT, layout_of
 from tests.helpers.bounds import as_weight
 from tests.helpers.repacked import split_rows
 
-TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
+TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k")
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -32,7 +32,7 @@ FTYPE_NAMES = {"f32": "ALL_F32", "q3_k": "MOSTLY_Q3_K_M", "q4_k": "MOSTLY_Q4_K_M
 
 
 def test_linear_and_kv_types() -> None:
-    assert LINEAR_TYPES == ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
+    assert LINEAR_TYPES == ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k")
     assert KV_TYPES == ("f32", "f16", "bf16", "q8_0") == get_args(KVType)
     assert set(LINEAR_TYPES) | FALLBACK_TYPE.keys() == TYPE_TRAITS.keys()
     assert {target.name for target in FALLBACK_TYPE.values()} <= set(LINEAR_TYPES)
