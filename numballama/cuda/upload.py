@@ -26,6 +26,8 @@ from .repack import RUN
 
 STAGING = 32 << 20
 """Bytes of each pinned buffer."""
+LEAST_READ = 1 << 18
+"""Fewest bytes that are worth a thread's while."""
 MAX_THREADS = 8
 """Most threads that read: more are no faster than the copy."""
 
@@ -88,7 +90,7 @@ class Upload:
 
     def _send(self, address: int, piece: np.ndarray) -> None:
         buffer = next(self._buffers)
-        step = max(ceil_div(piece.size, self._threads), 1 << 20)
+        step = max(ceil_div(piece.size, self._threads), LEAST_READ)
 
         def read(start: int) -> None:
             buffer.bytes[start : min(start + step, piece.size)] = piece[start : start + step]

@@ -66,7 +66,14 @@ STACK_OF_BLOCKS = {
     "skinny_8_kernel": {"8.0": 112, "7.5": 112},
     "skinny_16_kernel": {"8.0": 128, "7.5": 120},
 }
-"""The same for weights of q4_1, q4_k, q5_k and q6_k."""
+"""The same for weights of q4_1, q4_k and q6_k."""
+
+STACK_OF_Q5_K = STACK_OF_BLOCKS | {
+    # the address of the fifth bits is one more
+    "linear_kernel": {"9.0": 24, "8.0": 72, "7.5": 48},
+    "qkv_rope_kernel": {"9.0": 80, "8.0": 40, "7.5": 24},
+}
+"""The same for weights of q5_k."""
 
 STACK_OF_Q8_0 = {
     # quants have scales, with addresses of their own
@@ -155,6 +162,7 @@ def test_numbers_stay_in_registers(assembled: dict[str, dict[str, Any]], capabil
         assert kernel["local"] == 0, f"{described(kernel)}: {kernel['local']} bytes of local memory"
         of_blocks = {"q4_1*", "q4_k*", "q5_k*", "q6_k*"} & set(kernel["kinds"])
         table = STACK_OF_Q8_0 if "q8_0*" in kernel["kinds"] else STACK_OF_BLOCKS if of_blocks else STACK
+        table = STACK_OF_Q5_K if "q5_k*" in of_blocks else table
         allowed = table.get(kernel["kernel"], {}).get(capability, 0)
         assert 0 <= kernel["stack"] <= allowed, f"{described(kernel)}: {kernel['stack']} bytes of stack, not {allowed}"
         most = REGISTERS // (kernel["blocks"] * kernel["threads"])
