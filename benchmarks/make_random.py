@@ -20,7 +20,7 @@ from numballama.quantization.types import F32, TYPE_TRAITS, WeightType
 
 
 def mixture(kind: str, name: str, config: ModelConfig) -> str:
-    """The type of a matrix: q4_k_m and q5_k_m have q6_k for the classifier, and for v and w2 of about half of the layers."""
+    """The type of a matrix: mixtures have q6_k for the classifier, and for v and w2 of about half of the layers."""
     if kind not in ("q4_k_m", "q5_k_m"):
         return kind
     base = kind.removesuffix("_m")
