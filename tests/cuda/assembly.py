@@ -85,6 +85,8 @@ for every type and card.
 
 EVERY_TYPE = FAMILIES | {"wide_128_kernel"}
 """Kernels that are compiled for sm_90 in every type that they are launched for."""
+OF_Q5_K = {"linear_kernel", "skinny_8_kernel", "repack_kernel"}
+"""Those of them that are compiled for q5_k: it is decoded as q4_k, with a bit more."""
 HOPPER = {"wide_64_kernel", "wide_128_kernel", "wide_256_kernel"}
 """Kernels with wgmma, which are for sm_90 only."""
 OPCODE = re.compile(r"^\s*(?:@!?%?\w+\s+)?([a-z]\w*(?:\.[\w:]+)*)(?=[\s;])", re.MULTILINE)
@@ -104,13 +106,15 @@ def main(arguments: Sequence[str]) -> None:
     found: dict[Specialization, dict[str, Any]] = {}
     older, names = arguments[0] in OLDER, set[str]()
 
-    def is_wanted(name: str) -> bool:
+    def is_wanted(name: str, kernel: Specialization) -> bool:
         if "all" in arguments:
             return True
+        if "q5_k*" in kernel.types and name not in OF_Q5_K:
+            return False
         return name in FAMILIES and name not in names if older else name in EVERY_TYPE or name not in names
 
     def compile_kernel(kernel: Specialization, capability: tuple[int, int], cache: Path | None) -> Any:
-        if kernel not in found and not is_wanted(kernel.name):
+        if kernel not in found and not is_wanted(kernel.name, kernel):
             return Cubin(b"", "", 0, 0, 0)
         names.add(kernel.name)
         code, ptx = compiled(kernel, capability)

@@ -40,7 +40,7 @@ def repacked(machine: Any, kind: str, rows: int, count: int, together: int, seed
 def main(arguments: list[str]) -> int:
     machine_of = machine_maker(arguments)
 
-    @settings(max_examples=60, deadline=None, database=None)
+    @settings(max_examples=30, deadline=None, database=None)
     @given(
         st.sampled_from(list(LAYOUTS)), st.integers(1, 4), st.integers(1, 9), st.integers(1, 20),
         st.integers(0, 2**32 - 1),

@@ -20,7 +20,7 @@ def check(printed: str) -> None:
 
 
 def test_emulated() -> None:
-    check(run_cases("7.5", module="repack_cases"))
+    check(run_cases("9.0", module="repack_cases"))
 
 
 @pytest.mark.gpu
