@@ -111,8 +111,7 @@ def test_every_runnable_type_has_a_device_layout(name: str) -> None:
     assert ITEM_BYTES[payload] >= 1
     assert ELEMENTS_PER_16_BYTES[payload] in (4, 8, 16, 32)
     assert (payload in QUANTIZED) == (not TYPE_TRAITS[name].is_float)
-    if name in BLOCKS:  # `weights` splits q8_0 and q4_0 itself
-        assert (name in LAYOUTS) != (name in ("q8_0", "q4_0"))
+    assert (name in LAYOUTS) == (name in BLOCKS)
 
 
 @pytest.mark.parametrize("name", LINEAR_TYPES)
