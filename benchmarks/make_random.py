@@ -2,8 +2,8 @@
 
 python benchmarks/make_random.py TinyLlama-1.1B q8_0 OUT.gguf [TOKENIZER.model]
 
-Shapes: numballama.config.NAMED_SHAPES. Types: f32, f16, bf16, q8_0, q4_0, q4_1, q4_k, q6_k, and q4_k_m, a mixture of
-the last two as llama.cpp makes it.
+Shapes: numballama.config.NAMED_SHAPES. Types: f32, f16, bf16, q8_0, q4_0, q4_1, q4_k, q5_k, q6_k, and q4_k_m and
+q5_k_m, mixtures with q6_k as llama.cpp makes them.
 """
 
 import math
@@ -20,15 +20,16 @@ from numballama.quantization.types import F32, TYPE_TRAITS, WeightType
 
 
 def mixture(kind: str, name: str, config: ModelConfig) -> str:
-    """The type of a matrix: q4_k_m has q6_k for the classifier, and for v and w2 of about half of the layers."""
-    if kind != "q4_k_m":
+    """The type of a matrix: mixtures have q6_k for the classifier, and for v and w2 of about half of the layers."""
+    if kind not in ("q4_k_m", "q5_k_m"):
         return kind
+    base = kind.removesuffix("_m")
     _, _, short = name.rpartition(".")
     if short in ("wv", "w2"):
         layer, eighth = int(name.split(".")[1]), config.n_layers // 8
         more = layer < eighth or layer >= 7 * config.n_layers // 8 or (layer - eighth) % 3 == 2
-        return "q6_k" if more else "q4_k"
-    return "q6_k" if name == "output" or (name == "tok_embeddings" and config.tied_embeddings) else "q4_k"
+        return "q6_k" if more else base
+    return "q6_k" if name == "output" or (name == "tok_embeddings" and config.tied_embeddings) else base
 
 
 def random_blocks(kind: str, shape: tuple[int, ...], rng: np.random.Generator) -> Weight:
@@ -51,7 +52,7 @@ def main() -> None:
             weights[name] = Weight(extents, F32, np.ones(extents, np.float32))
             continue
         own = mixture(kind, name, config)
-        if own in ("q4_k", "q6_k"):  # nothing here encodes these types
+        if own in ("q4_k", "q5_k", "q6_k"):  # nothing here encodes these types
             weights[name] = random_blocks(own, extents, rng)
         else:
             numbers = np.resize(noise, math.prod(extents)).reshape(extents) * np.float32(extents[-1] ** -0.5)

@@ -136,7 +136,7 @@ def _q4_1(block: Block) -> Iterator[tuple[int, Any]]:
 
 
 def six_bit_factors(block: Block) -> tuple[Any, Any]:
-    """(scales, minimums) of the eight groups of a q4_k block: 6-bit factors times the block's `d` and -`dmin`.
+    """(scales, minimums) of the eight groups of a q4_k or q5_k block: 6-bit factors times the block's `d` and -`dmin`.
 
     Bytes 0-3 of `scales` hold the first four scales and bytes 4-7 the first four minimums, in their low 6 bits. The
     other four have their low 4 bits in bytes 8-11 (scales in the low half) and their high 2 bits on top of bytes 0-7.
@@ -162,6 +162,24 @@ def _q4_k(block: Block) -> Iterator[tuple[int, Any]]:
             scale, minimum = block.lane(scales, group), block.lane(minimums, group)
             for half in range(2):
                 yield 32 * group + 16 * half, block.dequantize_4bit(packed[half], shift, scale, minimum=minimum)
+
+
+def five_bits(block: Block, group: int) -> Any:
+    """The 32 quants of a group of a q5_k block, <32 x i8>: 4 bits as in q4_k, and a fifth one of `qh`, bit `group`."""
+    byte = _vector(INT8, 32)
+    low = block.bits(block.load("qs", byte, 32 * (group // 2)), 4 * (group % 2), 15)
+    high = block.bits(block.load("qh", byte), group, 1)
+    return block.builder.or_(low, block.builder.shl(high, _all(byte, 4)))
+
+
+def _q5_k(block: Block) -> Iterator[tuple[int, Any]]:
+    builder, (scales, minimums) = block.builder, six_bit_factors(block)
+    halves = [ir.Constant(_vector(INT32), list(range(start, start + LANES))) for start in (0, 16)]
+    for group in range(8):
+        quants, scale, minimum = five_bits(block, group), block.lane(scales, group), block.lane(minimums, group)
+        for half, lanes in enumerate(halves):
+            elements = block.floats(builder.zext(builder.shuffle_vector(quants, quants, lanes), _vector(INT32)))
+            yield 32 * group + 16 * half, block.plus(block.times(scale, elements), minimum)
 
 
 def _q6_k(block: Block) -> Iterator[tuple[int, Any]]:
@@ -190,6 +208,7 @@ _DECODERS: dict[str, Callable[[Block], Iterator[tuple[int, Any]]]] = {
     "q4_0": _q4_0,
     "q4_1": _q4_1,
     "q4_k": _q4_k,
+    "q5_k": _q5_k,
     "q6_k": _q6_k,
 }
 

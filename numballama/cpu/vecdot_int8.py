@@ -25,7 +25,7 @@ from numba.extending import intrinsic
 from ..quantization.types import ACTIVATION_QUANT, TYPE_TRAITS, VEC_DOT_TYPE
 from .intrinsics import FLOAT, INT16, INT32, INT64, add_lanes, cpu_features, element
 from .tiling import PANEL_ROWS, PANEL_TOKENS, STAGE_ELEMENTS, UNPACK_ELEMENTS
-from .vecdot import INT8, TYPE_NAMES, Block, for_blocks, locator, six_bit_factors
+from .vecdot import INT8, TYPE_NAMES, Block, five_bits, for_blocks, locator, six_bit_factors
 
 ZERO_POINTS = {name: 128 if TYPE_TRAITS[name].bits == 8 else TYPE_TRAITS[name].zero_point for name in VEC_DOT_TYPE}
 """Block type → zero point, the unsigned quant that means 0. The decoders here add 128 to signed quants."""
@@ -104,6 +104,13 @@ def _q4_k(block: Block) -> Iterator[_Chunk]:
         yield _Chunk(32 * group, quants, [scale], minimum)
 
 
+def _q5_k(block: Block) -> Iterator[_Chunk]:
+    scales, mins = six_bit_factors(block)
+    for group in range(8):
+        scale, minimum = (block.builder.extract_element(vector, _int(group, INT32)) for vector in (scales, mins))
+        yield _Chunk(32 * group, five_bits(block, group), [scale], minimum)
+
+
 def _q6_k(block: Block) -> Iterator[_Chunk]:
     builder, byte = block.builder, _vector(INT8, 32)
     scales = block.times(block.floats(block.bytes_as_i32("scales", signed=True)), block.broadcast(block.f16("d")))
@@ -121,6 +128,7 @@ _DECODERS: dict[str, Callable[[Block], Iterator[_Chunk]]] = {
     "q4_0": _q4_0,
     "q4_1": _q4_1,
     "q4_k": _q4_k,
+    "q5_k": _q5_k,
     "q6_k": _q6_k,
 }
 

@@ -5,7 +5,8 @@ each, and of the activations the same columns. So a lane's 16 bytes are the frag
 are: 8 columns of a 16-bit type, 16 of int8, 32 of a 4-bit type. A piece is 8 columns, 16 bytes of activations. For
 4-bit types, of which two are taken from each half of a word, the second and third of four activations are exchanged.
 
-A lane's part of a row is eight words (`WORDS8`): 16 bytes of payload, two factors, for q6_k two words of upper bits.
+A lane's part of a row is eight words (`WORDS8`): 16 bytes of payload, two factors, for q5_k and q6_k one or two
+words of upper bits.
 Factors are two equal float16, or the bits of a float32; `cuda/kernels/skinny.py` loads them.
 
 Decoded elements have the values that `expand_kernel` gives them: integer times scale, plus the minimum, rounded once to
@@ -28,7 +29,7 @@ from .quant_traits import _constant
 
 WORDS8 = types.UniTuple(types.uint32, 8)
 FLOATS4 = types.UniTuple(types.float32, 4)
-PIECES = {"uint16": 1, "int16": 1, "int8": 2, "uint8": 4, "q4_1": 4, "q4_k": 4, "q6_k": 4}
+PIECES = {"uint16": 1, "int16": 1, "int8": 2, "uint8": 4, "q4_1": 4, "q4_k": 4, "q5_k": 4, "q6_k": 4}
 """Name of a payload's element type → pieces of 8 columns in 16 bytes."""
 
 pieces_of = _constant(types.int64, PIECES.__getitem__)
@@ -119,7 +120,7 @@ def _nibbles(builder: Any, word: Any, high: bool, zero: int, bias: Any) -> list[
 
 
 def _four_bits(builder: Any, name: str, row: list[Any], piece: int, bias: Any) -> list[Any]:
-    """A piece of q4_0, q4_1, q4_k or q6_k. A word has four elements of the first 16 and four of the last. Of four, the
+    """A piece of a type of 4 to 6 bits. A word has four elements of the first 16 and four of the last. Of four, the
     result has the first and the third in one word.
     """
     last, first, made = piece >= 2, 2 * (piece & 1), []
@@ -132,7 +133,11 @@ def _four_bits(builder: Any, name: str, row: list[Any], piece: int, bias: Any) -
             made += [_two(builder, "fma.rn", pair, row[4], row[5]) for pair in pairs]
             continue
         integers = builder.and_(_shifted(builder, row[i], 4 * last), _word(0x0F0F0F0F))
-        if name == "q4_k":
+        if name == "q5_k":
+            place = i + 4 * last - 4
+            upper = builder.shl(row[6], _word(-place)) if place < 0 else _shifted(builder, row[6], place)
+            integers = builder.or_(integers, builder.and_(upper, _word(0x10101010)))
+        if name in ("q4_k", "q5_k"):
             scale, least = (builder.bitcast(word, F32) for word in row[4:6])
             numbers = [fma(builder, x, scale, least) for x in _bytes_as_f32(builder, integers, 0)]
         else:

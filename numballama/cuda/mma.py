@@ -399,9 +399,10 @@ def dequant_16_bytes(typingctx, memory, words, scale, to):  # type: ignore[no-un
 @intrinsic
 def dequant_packed_block(typingctx, memory, words, high, high2, scale, scale2, block_min, to):  # type: ignore[no-untyped-def]
     """Dequantise a block of 32 elements of a `PACKED` type to float16, at a 16-byte aligned address. `high` and `scale`
-    are the upper bits and the scale of the first 16, `high2` and `scale2` of the last 16 (see `dequant.block_at`).
+    are the upper bits and the scale of the first 16, `high2` and `scale2` of the last 16 (see `dequant.block_at`); of
+    q5_k `high` has all upper bits.
     """
-    six = memory.dtype.name == "q6_k"
+    five, six = (memory.dtype.name == name for name in ("q5_k", "q6_k"))
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         parts, (upper, scales), elements = _parts(builder, words, args[1]), (args[2:4], args[4:6]), []
@@ -413,6 +414,11 @@ def dequant_packed_block(typingctx, memory, words, high, high2, scale, scale2, b
                 bits = builder.lshr(upper[half], ir.Constant(I32, 8 * (j % 4) + 2 * (j // 4)))
                 bits = builder.shl(builder.and_(bits, ir.Constant(I32, 3)), ir.Constant(I32, 4))
                 integer = builder.sub(builder.or_(integer, bits), ir.Constant(I32, 32))
+            if five:
+                bits = builder.lshr(upper[0], ir.Constant(I32, 8 * (j % 4) + j // 4 + 4 * half))
+                integer = builder.or_(
+                    integer, builder.shl(builder.and_(bits, ir.Constant(I32, 1)), ir.Constant(I32, 4))
+                )
             element = builder.fmul(builder.sitofp(integer, F32), scales[half], flags=("contract",))
             elements.append(element if six else builder.fadd(element, args[6], flags=("contract",)))
         packed = [_pack(builder, "uint16", elements[i], elements[i + 1]) for i in range(0, 32, 2)]

@@ -16,7 +16,7 @@ from numba.cuda.extending import intrinsic, models, register_model
 from ..quantization.types import TYPE_TRAITS
 from .launch import ELEMENTS_PER_16_BYTES, QUANTIZED
 from .lowering import F16, F32, I8, I16, I32, I64, as_integer, element_pointer, fma, saturated_to_16
-from .repack import LAYOUTS
+from .repack import PACKED as BLOCK_TYPES
 
 
 class Packed(types.Type):  # type: ignore[misc]
@@ -29,7 +29,7 @@ class _PackedModel(models.PrimitiveModel):  # type: ignore[misc]
         super().__init__(manager, kind, I8)
 
 
-PACKED = {name: Packed(name) for name in LAYOUTS}
+PACKED = {name: Packed(name) for name in BLOCK_TYPES}
 """Type name → element type of a pointer to such integers."""
 ELEMENT_TYPES: dict[str, Any] = PACKED | {
     "f32": types.float32, "f16": types.uint16, "bf16": types.int16, "int8": types.int8, "q4_0": types.uint8,
@@ -74,8 +74,10 @@ is_int8 = _constant(types.boolean, "int8".__eq__)
 is_packed = _constant(types.boolean, lambda name: name in PACKED)
 """is_packed(pointer): whether the element type is one of `PACKED`."""
 
-is_q4_1, is_q4_k, is_q6_k = (_constant(types.boolean, name.__eq__) for name in ("q4_1", "q4_k", "q6_k"))
-"""is_q4_k(pointer) and the like: whether the element type is this one."""
+is_q4_1, is_q5_k, is_q6_k = (_constant(types.boolean, name.__eq__) for name in ("q4_1", "q5_k", "q6_k"))
+"""is_q5_k(pointer) and the like: whether the element type is this one."""
+has_mins = _constant(types.boolean, ("q4_k", "q5_k").__contains__)
+"""has_mins(pointer): whether this is q4_k or q5_k, with a scale and a min of six bits for each 32 elements."""
 
 is_q8_0 = _constant(types.boolean, "q8_0".__eq__)
 """is_q8_0(pointer): whether this is a KV cache of q8_0. A weight's q8_0 is int8 in device memory."""

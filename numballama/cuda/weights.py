@@ -1,8 +1,7 @@
-"""A model's weights in device memory: the layout that kernels read, and the upload through pinned buffers."""
+"""A model's weights in device memory, in the layout that kernels read. `upload` brings them there."""
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,15 +12,14 @@ from .. import progress
 from ..checkpoint import Weight
 from ..memory import round_up
 from ..quantization.convert import convert
-from ..quantization.types import BLOCKS, F16, TYPE_TRAITS
-from . import repack
-from .driver import Device, Memory, Pinned
+from ..quantization.types import F16, TYPE_TRAITS
+from .driver import Device, Memory
 from .launch import ITEM_BYTES, PAYLOAD_TYPE, Array, Matrix
+from .repack import LAYOUTS
+from .upload import STAGING, Upload
 
 ALIGNMENT = 256
 """Alignment of every array in bytes: a thread may read 16 bytes at once, and a warp reads whole cache lines."""
-STAGING = 32 << 20
-"""Bytes of each of the two pinned buffers that the upload uses."""
 
 
 def aligned(nbytes: int) -> int:
@@ -45,6 +43,11 @@ class WeightLayout:
         return self.weight.shape[0] if len(self.weight.shape) == 2 else 1
 
     @property
+    def is_repacked(self) -> bool:
+        """Whether the weight is blocks of a GGUF file, which the device repacks."""
+        return self.weight.type.name in LAYOUTS
+
+    @property
     def scales_offset(self) -> int:
         return aligned(self.rows * self.row_bytes)
 
@@ -66,26 +69,23 @@ class WeightLayout:
         return Matrix(shape, payload, self.row_bytes, scales, self.scale_stride, shift)
 
     def parts(self) -> Iterator[tuple[int, np.ndarray]]:
-        """(offset, bytes [rows, …]) of parts of the weight's memory: whole rows, some `STAGING` bytes at a time."""
+        """(offset, bytes) of parts of the weight's memory, which together are all of it: a contiguous array each, some
+        `STAGING` bytes. Not for a type of `LAYOUTS`, whose blocks are repacked on the device.
+        """
         rows_per_part = max(1, STAGING // max(self.row_bytes, self.scale_stride * 4, 1))
         for first in range(0, self.rows, rows_per_part):
             last = min(self.rows, first + rows_per_part)
             payload, scales = self._rows(first, last)
-            yield first * self.row_bytes, _padded(payload, self.row_bytes)
+            yield first * self.row_bytes, _padded(payload, self.row_bytes).reshape(-1)
             if self.scales:
                 stride = self.scale_stride * ITEM_BYTES[self.scales]
-                yield self.scales_offset + first * stride, _padded(scales, stride)
+                yield self.scales_offset + first * stride, _padded(scales, stride).reshape(-1)
 
     def _rows(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
         """Payload and scales of rows [first, last), as bytes [rows, …]."""
         weight, kind = self.weight, self.weight.type.name
         columns = weight.shape[-1]
         rows = weight.data.reshape(self.rows, -1)[first:last]
-        if kind in repack.LAYOUTS:
-            return repack.split_rows(kind, rows)
-        if kind in ("q8_0", "q4_0"):
-            blocks = rows.reshape(last - first, -1, BLOCKS[kind][1])
-            return blocks[:, :, 2:].reshape(last - first, -1), blocks[:, :, :2].reshape(last - first, -1)
         if kind != "int8":
             return _bytes_of(rows), rows
         assert weight.scales is not None
@@ -116,15 +116,11 @@ def layout_of(weight: Weight) -> WeightLayout:
     if kind in ("f32", "f16", "bf16"):
         width = columns * ITEM_BYTES[kind]
         return WeightLayout(weight, kind, width if len(weight.shape) == 1 else round_up(width, 16))
-    if kind in ("q8_0", "q4_0"):
-        elements, nbytes = BLOCKS[kind]
-        count = columns // elements
-        return WeightLayout(weight, PAYLOAD_TYPE[kind], count * (nbytes - 2), "f16", round_up(count, 2), elements)
-    if kind in repack.LAYOUTS:
-        blocks = repack.LAYOUTS[kind]
-        return WeightLayout(
-            weight, kind, columns // 2, blocks.scales, blocks.stride(columns), TYPE_TRAITS[kind].scale_group
-        )
+    if kind in LAYOUTS:
+        payload, scales = PAYLOAD_TYPE[kind], LAYOUTS[kind]
+        width = columns * ITEM_BYTES[payload] if payload == "int8" else columns // 2
+        group = TYPE_TRAITS[kind].scale_group
+        return WeightLayout(weight, payload, width, scales.scales, scales.stride(columns), group)
     if kind == "int8":
         common = math.gcd(columns, weight.type.group)
         group = common & -common  # the largest power of two that divides both
@@ -145,6 +141,10 @@ class Weights:
         self.nbytes = sum(layout.nbytes for layout in layouts.values())
         self.memory = Memory(device, self.nbytes, "the model's weights")
         self.operands: dict[str, Array | Matrix] = {}
+        address = self.memory.address
+        for name, layout in layouts.items():
+            self.operands[name] = layout.operand(address)
+            address += layout.nbytes
         try:
             self._upload(device, layouts)
         except BaseException:
@@ -152,29 +152,19 @@ class Weights:
             raise
 
     def _upload(self, device: Device, layouts: Mapping[str, WeightLayout]) -> None:
-        staging = [Pinned(device, min(STAGING, aligned(self.nbytes)) + ALIGNMENT) for _ in range(2)]
-        try:
-            buffers = itertools.cycle(staging)
-            done, offset = 0, 0
-            with progress.progress_bar("uploading weights") as report:
-                for name, layout in layouts.items():
-                    report(name, done, self.nbytes)
-                    address = self.memory.address + offset
-                    self.operands[name] = layout.operand(address)
-                    for at, part in layout.parts():
-                        flat = part.reshape(-1)
-                        for start in range(0, flat.size, STAGING):
-                            piece = flat[start : start + STAGING]
-                            buffer = next(buffers)
-                            buffer.bytes[: piece.size] = piece
-                            device.synchronize()  # the copy from the other buffer, which ran while this one was filled
-                            device.write(address + at + start, buffer.address, piece.size)
-                        done += flat.size
-                    offset += layout.nbytes
-                device.synchronize()
-        finally:
-            for buffer in staging:
-                buffer.free()
+        """Upload in the order of the file, which a disk reads fastest."""
+        done, total = 0, sum(layout.weight.nbytes for layout in layouts.values())
+        with progress.progress_bar("uploading weights") as report, Upload(device, self.nbytes) as upload:
+            for name in sorted(layouts, key=lambda name: layouts[name].weight.data.ctypes.data):
+                layout, operand = layouts[name], self.operands[name]
+                report(name, done, total)
+                if layout.is_repacked and isinstance(operand, Matrix):
+                    upload.repack(layout.weight, operand)
+                else:
+                    start = operand.address if isinstance(operand, Array) else operand.payload.address
+                    for offset, part in layout.parts():
+                        upload.copy(start + offset, part)
+                done += layout.weight.nbytes
 
     def free(self) -> None:
         self.memory.free()

@@ -107,7 +107,7 @@ TYPE_TRAITS: dict[str, TypeTraits] = {
         TypeTraits(
             "q5_k", 5, 256,
             _block(("d", "<u2"), ("dmin", "<u2"), ("scales", "u1", 12), ("qh", "u1", 32), ("qs", "u1", 128)),
-            gguf_id=13, ftype=17, scale_group=32, has_min=True, vec_dot_type="q8_k", fallback="f16",
+            gguf_id=13, ftype=17, scale_group=32, has_min=True, vec_dot_type="q8_k",
         ),
         TypeTraits(
             "q6_k", 6, 256, _block(("ql", "u1", 128), ("qh", "u1", 64), ("scales", "i1", 16), ("d", "<u2")),
@@ -149,6 +149,7 @@ Q8_0 = WeightType("q8_0")
 Q4_0 = WeightType("q4_0")
 Q4_1 = WeightType("q4_1")
 Q4_K = WeightType("q4_k")
+Q5_K = WeightType("q5_k")
 Q6_K = WeightType("q6_k")
 
 LINEAR_TYPES = tuple(name for name, traits in TYPE_TRAITS.items() if not traits.fallback)

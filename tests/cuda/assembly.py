@@ -51,7 +51,7 @@ CASES: list[tuple[ModelConfig, str, str, Any, bool]] = [
     # shape, weights, KV cache, fusions, int8 activations
     *((GROUPED, kind, "f16", True, False) for kind in ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1")),
     *((BIASED, kind, "f16", True, False) for kind in ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1")),
-    *((config, kind, "f16", True, False) for config in (BLOCKS, BIASED_BLOCKS) for kind in ("q4_k", "q6_k")),
+    *((config, kind, "f16", True, False) for config in (BLOCKS, BIASED_BLOCKS) for kind in ("q4_k", "q5_k", "q6_k")),
     *((BLOCKS, mixture, "f16", True, False) for mixture in ("q4_k_m", "all")),
     (SINGLE, "f32", "f32", True, False),
     (SINGLE, "bf16", "bf16", True, False),
@@ -82,7 +82,7 @@ FAMILIES = {
     "linear_kernel", "qkv_rope_kernel", "skinny_8_kernel", "skinny_64_kernel", "skinny_round_kernel",
     "skinny_sum_kernel", "gemm_kernel", "attention_128_kernel", "attention_grouped_kernel",
     "attention_grouped_rows_kernel", "attention_group_128_kernel", "kv_write_q8_0_kernel", "sample_kernel",
-    "rmsnorm_kernel",
+    "rmsnorm_kernel", "repack_kernel",
 }  # fmt: skip
 """Kernels of each file, those with the most registers. The others have the same helpers, which these show to assemble
 for every type and card.
@@ -93,6 +93,8 @@ EVERY_TYPE = FAMILIES | {"wide_128_kernel"}
 TMA = {f"wgmma_{each}_kernel" for each in (128, 192, 224, 256, "tall")}
 """Kernels with wgmma to which the copy engine brings tiles."""
 ATTENTION = {f"attention_wgmma_{width}_kernel" for width in WGMMA_ATTENTION_KEYS}
+OF_Q5_K = {"linear_kernel", "skinny_8_kernel", "repack_kernel"}
+"""Those of them that are compiled for q5_k: it is decoded as q4_k, with a bit more."""
 HOPPER = {"wide_64_kernel", "wide_128_kernel", "wide_256_kernel"} | TMA | ATTENTION
 """Kernels with wgmma, which are for sm_90 only."""
 CHOICES = ((("tall_wins", True),), *((("width_for", width),) for width in wgmma_gemm.KERNELS))
@@ -117,6 +119,8 @@ def main(arguments: Sequence[str]) -> None:
     def is_wanted(name: str, types: Sequence[str]) -> bool:
         if "all" in arguments:
             return True
+        if "q5_k*" in types and name not in OF_Q5_K:
+            return False
         if older:
             return name in FAMILIES and name not in names
         return name in EVERY_TYPE or name not in names or (name in TMA and "q4_k*" in types)  # one that decodes

@@ -533,8 +533,8 @@ def check_quantize(bench: Bench, x: np.ndarray, group: int) -> None:
 # Bounds
 
 
-QUANTISED = ("int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
-LEAST = ("q4_1", "q4_k")
+QUANTISED = ("int8", "q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k")
+LEAST = ("q4_1", "q4_k", "q5_k")
 """Types with a minimum: an element is scale · quant + min, with the factors of both at the beginning of a block."""
 
 
@@ -543,7 +543,7 @@ def magnitudes(weight: Weight) -> np.ndarray:
     _, nbytes = BLOCKS[weight.type.name]
     blocks = weight.data.reshape(-1, nbytes).copy()
     blocks[:, 1] &= 0x7F
-    blocks[:, 3] = blocks[:, 3] & 0x7F | (0x80 if weight.type.name == "q4_k" else 0)  # there it is taken off
+    blocks[:, 3] = blocks[:, 3] & 0x7F | (0x80 if weight.type.name != "q4_1" else 0)  # there it is taken off
     positive = dequantize(Weight(weight.shape, weight.type, blocks.reshape(weight.data.shape)))
     return positive.astype(np.float64)
 

@@ -30,8 +30,9 @@ from tests.cuda.kept_ptx import compiled
 from tests.cuda.older_cards import kinds_of, left_out
 from tests.helpers.bounds import U, as_weight
 from tests.helpers.paging import shuffled_table
+from tests.helpers.repacked import memory_of
 
-QUANTISED = ("int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
+QUANTISED = ("int8", "q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k")
 ROUNDING = {"f32": 0.0, "f16": 2.0**-11, "bf16": 2.0**-8} | dict.fromkeys(QUANTISED, 2.0**-10)
 """Relative error of a product of an activation and a weight that are rounded to the 16-bit type of the tensor cores.
 float16 and bfloat16 weights are exact, quantised ones become float16 (2^-11 for each factor).
@@ -166,11 +167,8 @@ def upload(machine: Any, values: np.ndarray, kind: str, group: int = 32) -> tupl
 
     weight = as_weight(values.astype(np.float32), kind, group if kind == "int8" else 0)
     layout = layout_of(weight)
-    raw = np.zeros(layout.nbytes, np.uint8)
-    for at, part in layout.parts():
-        raw[at : at + part.size] = part.reshape(-1)
     exact = convert(weight, F32).data.reshape(values.shape)
-    return layout.operand(machine.put(raw, "u8x").address), exact
+    return layout.operand(machine.put(memory_of(layout), "u8x").address), exact
 
 
 def launches_of(machine: Any, op: str, types: Sequence[str], operands: Sequence[Any], outputs: Sequence[Any],
@@ -409,7 +407,7 @@ def cases(kinds: Container[str]) -> list[Case]:
         add(f"gate_up {kind}", 9, gate_up, kind, 10, 128, 36 * tiles, normed=True)
     add("linear q4_1", 18, linear, "q4_1", 20, 96, 68, residual=False, normed=False)
     add("norm_linear q4_1", 12, linear, "q4_1", 12, 64, 40, residual=False, normed=True)
-    for kind in ("q4_k", "q6_k"):
+    for kind in ("q4_k", "q5_k", "q6_k"):
         add(f"linear {kind}", 18, linear, kind, 20, 256, 68, residual=True, normed=False)
         add(f"norm_linear {kind}, some of the last record", 12, linear, kind, 12, 1280, 40, residual=False, normed=True)
         add(f"gate_up {kind}", 9, gate_up, kind, 10, 768, 36, normed=True)

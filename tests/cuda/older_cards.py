@@ -1,4 +1,4 @@
-"""What the cases of `gemm_cases` and `skinny_cases` leave out for cards before sm_90, unless an argument is `all`."""
+"""What cases of `gemm_cases` and `skinny_cases` leave out, mostly before sm_90, unless an argument is `all`."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ is decoded by the same instructions as on sm_90. `all` as an argument, or NUMBAL
 every type there too. `assembly` compiles each kernel once for them, for the first type here that it is launched for."""
 
 
-LEFT_OUT = {"7.5": ("attention bf16, 128", "attention, heads of 80")}
+LEFT_OUT = {
+    "7.5": ("attention bf16, 128", "attention, heads of 80"),
+    "9.0": ("norm_linear q5_k, some of the last record", "gate_up q5_k", "linear_add q5_k, 13 of 16"),
+}
 """Cases that are not tried by default: sm_75 has no room for heads of 65 to 128 in `prefill_attention`, and the kernels
-of single rows, which it runs instead, are tried with float16 and heads of 128.
+of single rows, which it runs instead, are tried with float16 and heads of 128. q5_k is decoded as q4_k, with a bit
+more.
 """
 
 

@@ -145,7 +145,16 @@ def projections(graph: Graph, x: Value, weights: dict[str, Weight], *names: str)
 @pytest.mark.parametrize("fusions", [(), ("qkv", "gate_up", "residual")])
 @pytest.mark.parametrize(
     ("kind", "columns"),
-    [("q4_1", 96), ("q4_1", 2080), ("q4_k", 256), ("q4_k", 2304), ("q6_k", 256), ("q6_k", 1280), ("q6_k", 1536)],
+    [
+        ("q4_1", 96),
+        ("q4_1", 2080),
+        ("q4_k", 256),
+        ("q4_k", 2304),
+        ("q5_k", 2304),
+        ("q6_k", 256),
+        ("q6_k", 1280),
+        ("q6_k", 1536),
+    ],
 )
 def test_block_types(kind: str, columns: int, fusions: Sequence[str]) -> None:
     """Rows shorter than a chunk, and rows whose last one is part of a chunk; an odd number of them."""

@@ -71,6 +71,13 @@ STACK_OF_BLOCKS = {
 }
 """The same for weights of q4_1, q4_k and q6_k."""
 
+STACK_OF_Q5_K = STACK_OF_BLOCKS | {
+    # the address of the fifth bits is one more
+    "linear_kernel": {"9.0": 24, "8.0": 72, "7.5": 48},
+    "qkv_rope_kernel": {"9.0": 80, "8.0": 40, "7.5": 24},
+}
+"""The same for weights of q5_k."""
+
 STACK_OF_Q8_0 = {
     # quants have scales, with addresses of their own
     "attention_grouped_kernel": {"9.0": 40, "8.0": 288, "7.5": 288},
@@ -156,8 +163,9 @@ def test_every_kernel_of_the_package_is_among_them(assembled: dict[str, dict[str
 def test_numbers_stay_in_registers(assembled: dict[str, dict[str, Any]], capability: str) -> None:
     for kernel in assembled[capability]["kernels"]:
         assert kernel["local"] == 0, f"{described(kernel)}: {kernel['local']} bytes of local memory"
-        of_blocks = {"q4_1*", "q4_k*", "q6_k*"} & set(kernel["kinds"])
+        of_blocks = {"q4_1*", "q4_k*", "q5_k*", "q6_k*"} & set(kernel["kinds"])
         table = STACK_OF_Q8_0 if "q8_0*" in kernel["kinds"] else STACK_OF_BLOCKS if of_blocks else STACK
+        table = STACK_OF_Q5_K if "q5_k*" in of_blocks else table
         allowed = table.get(kernel["kernel"], {}).get(capability, 0)
         assert 0 <= kernel["stack"] <= allowed, f"{described(kernel)}: {kernel['stack']} bytes of stack, not {allowed}"
         most = REGISTERS // (kernel["blocks"] * kernel["threads"])

@@ -40,11 +40,11 @@ def test_every_value_of_prefill_and_decode(
 
 @pytest.mark.parametrize("kv", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize(
-    "kind", ["f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k", "q4_k_m", "all"]
+    "kind", ["f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k", "q4_k_m", "q5_k_m", "all"]
 )
 def test_every_value_of_a_wider_model(kind: str, kv: str) -> None:
     """Also after 500 tokens, when several blocks share a context."""
-    config = WHOLE_BLOCKS if kind in ("q4_k", "q6_k", "q4_k_m", "all") else WIDE
+    config = WHOLE_BLOCKS if kind in ("q4_k", "q5_k", "q6_k", "q4_k_m", "q5_k_m", "all") else WIDE
     pair = Pair(config, kind, kv, group=64)
     try:
         check_runs(pair, [8, 1, 3, 1], 8, True)
@@ -153,12 +153,13 @@ def test_prefill_in_chunks_equals_token_by_token(drawn: dict[str, Any], data: st
     ("f32", "f32", 1e-4), ("f32", "f16", 2.0**-9), ("bf16", "f16", 2.0**-6), ("f16", "f16", 2.0**-8),
     ("q8_0", "f16", 2.0**-7), ("q4_0", "bf16", 2.0**-5), ("int8", "f16", 2.0**-7),
     ("q4_1", "f16", 2.0**-7), ("q4_k", "f16", 2.0**-7), ("q6_k", "f16", 2.0**-7), ("q4_k_m", "f16", 2.0**-7),
+    ("q5_k_m", "f16", 2.0**-7),
 ])  # fmt: skip
 def test_prompts_of_many_tokens(kind: str, kv: str, most: float) -> None:
     """300 tokens at once, on tensor cores where operands have 16 bits: the root mean square of the logits' error is a
     few roundings of the logits' own; then a step.
     """
-    pair = Pair(WHOLE_BLOCKS if kind in ("q4_k", "q6_k", "q4_k_m") else WIDE, kind, kv, group=64)
+    pair = Pair(WHOLE_BLOCKS if kind in ("q4_k", "q6_k", "q4_k_m", "q5_k_m") else WIDE, kind, kv, group=64)
     ids = pair.ids(4, 301)
     try:
         prompt, reference = pair.programs(300, "all")

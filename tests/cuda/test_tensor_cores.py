@@ -202,6 +202,7 @@ def test_emulated_barriers() -> None:
 
 
 TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
+TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k")
 
 
 @pytest.mark.parametrize("kind", TYPES)

@@ -48,13 +48,13 @@ ORDER = """
     cpu: fork compiler intrinsics workers vecdot tiling vecdot_int8 matmul kv_cache kernels_cpu kernels_int8 ops \
             sampling executor bandwidth timing backend
     cuda: repack launch lowering intrinsics quant_traits kernels.params mma fragments group_mma barriers wgmma tma \
-            ops.gemv ops.elementwise ops.wgmma_gemm ops.gemm ops.wide ops.skinny ops.linear ops.attention ops.sampling \
-            kernels.common kernels.reduce kernels.dequant kernels.dot kernels.rounding kernels.gemv kernels_cuda \
-            kernels.kv_q8_0 kernels.gemm kernels.skinny_x kernels.skinny_sum kernels.skinny kernels.wide \
-            kernels.wgmma_loads kernels.wgmma_gemm kernels.kv_source \
-            kernels.decode_attention kernels.rows_attention kernels.group_queries kernels.group_attention \
-            kernels.prefill_attention kernels.wgmma_attention kernels.logits kernels.sampling kernels.copy compiler \
-            driver selfcheck compile_worker weights sampler_table decode_pipeline program bandwidth timing backend
+            ops.gemv ops.elementwise ops.wgmma_gemm ops.gemm ops.wide ops.skinny ops.linear ops.attention \
+            ops.sampling ops.repack kernels.common kernels.reduce kernels.dequant kernels.dot kernels.rounding \
+            kernels.gemv kernels_cuda kernels.kv_q8_0 kernels.gemm kernels.skinny_x kernels.skinny_sum kernels.skinny \
+            kernels.wide kernels.wgmma_loads kernels.wgmma_gemm kernels.kv_source kernels.decode_attention \
+            kernels.rows_attention kernels.group_queries kernels.group_attention kernels.prefill_attention \
+            kernels.wgmma_attention kernels.logits kernels.sampling kernels.copy kernels.repack compiler driver \
+            selfcheck compile_worker upload weights sampler_table decode_pipeline program bandwidth timing backend
     reference backend session
     engine: interrupts sequence pages runner request constraints driver stats scheduler engine capacity model_runner
     structured: checker schema lark vocabulary forced constraint compiler

@@ -1,6 +1,6 @@
-"""Dequantisation of q4_1, q4_k and q6_k: a block's scales and mins as float32, from a weight's second matrix.
+"""Dequantisation of q4_1, q4_k, q5_k and q6_k: a block's scales and mins as float32, from a weight's second matrix.
 
-An element of q4_1 and q4_k is scale · integer + min, of q6_k scale · (integer - 32). `cuda/repack.py` describes the
+An element of q6_k is scale · (integer - 32), of the others scale · integer + min. `cuda/repack.py` describes the
 layout: integers in one matrix, in the order in which lanes read them; scales, mins and upper bits in another, in
 records that the lanes of a warp share. A thread loads aligned 32-bit words and takes its part of them.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..intrinsics import address, cvt_f32_f16, cvt_f32_s8, ld_global_u32
-from ..quant_traits import is_packed, is_q4_1, is_q4_k, is_q6_k, scale_bytes, scale_word
+from ..quant_traits import has_mins, is_packed, is_q4_1, is_q5_k, is_q6_k, scale_bytes, scale_word
 from .common import device
 
 FOUR_RECORD, FOUR_WORDS, FOUR_FACTORS = 80, 20, 64
@@ -18,6 +18,8 @@ FOUR_RECORD, FOUR_WORDS, FOUR_FACTORS = 80, 20, 64
 elements each: first words with 8-bit scales and mins, one for two lanes, then words with d and dmin, one for eight
 lanes.
 """
+FIVE_RECORD, FIVE_HIGH = 208, 80
+"""q5_k: bytes of a record, which begins as that of q4_k, and the byte offset of a word per lane with the fifth bits."""
 SIX_RECORD, SIX_SCALES, SIX_FACTORS = 168, 128, 160
 """q6_k: bytes of a record, and the byte offsets of its scales and of d. A record is for 16 lanes of 32 elements each:
 first 8 bytes per lane with the upper bits, then words with 8-bit scales, one for two lanes, then words with d, one for
@@ -26,13 +28,21 @@ eight lanes.
 
 
 @device
-def factors_of(payload, scale_mins, odd, d_dmin):
-    """(scale, min) of a q4_1 or q4_k block as float32: an element is scale · integer + min.
+def record_bytes(payload):
+    """Bytes of a record of q4_k, q5_k or q6_k."""
+    if is_q6_k(payload):
+        return SIX_RECORD
+    return FIVE_RECORD if is_q5_k(payload) else FOUR_RECORD
 
-    `scale_mins` is the word with the block's scale and min. A word of q4_k serves two blocks; this block is the second
-    one if `odd`. `d_dmin` is the word of their superblock. ggml subtracts dmin · m, hence the negation.
+
+@device
+def factors_of(payload, scale_mins, odd, d_dmin):
+    """(scale, min) of a q4_1, q4_k or q5_k block as float32: an element is scale · integer + min.
+
+    `scale_mins` is the word with the block's scale and min. Except for q4_1 it serves two blocks; this block is the
+    second one if `odd`. `d_dmin` is the word of their superblock. ggml subtracts dmin · m, hence the negation.
     """
-    if is_q4_k(payload):
+    if has_mins(payload):
         half, byte = scale_mins >> (np.uint32(16) if odd else np.uint32(0)), np.uint32(255)
         scale = cvt_f32_f16(d_dmin) * np.float32(half & byte)
         block_min = -cvt_f32_f16(d_dmin >> np.uint32(16)) * np.float32((half >> np.uint32(8)) & byte)
@@ -58,7 +68,9 @@ def factors_q6_k(scales, odd, d_word):
 @device
 def first_scale(payload, scales, scale, lane):
     """Byte offset from the row's first scale to the word that this lane copies first. `scale` is its scale's index."""
-    if is_q4_k(payload):
+    if is_q5_k(payload):
+        return 16 * lane
+    if has_mins(payload):
         return 4 * lane
     if is_q6_k(payload):
         return (lane >> 4) * SIX_RECORD + SIX_SCALES + 4 * ((lane & 15) >> 1)
@@ -69,7 +81,7 @@ def first_scale(payload, scales, scale, lane):
 def chunk_scales(payload, scales, elements, shift):
     """Bytes from a chunk's scales to the next chunk's. A chunk of a row is 16 bytes per lane, `elements` elements."""
     if is_packed(payload) and not is_q4_1(payload):
-        return FOUR_RECORD if is_q4_k(payload) else SIX_RECORD
+        return record_bytes(payload)
     return ((32 * elements) >> shift) * scale_bytes(scales)
 
 
@@ -81,7 +93,7 @@ def block_at(payload, where, block):
     """Upper bits, scales and min of a block of 32 quants. The row's scales begin at address `where`.
 
     Returns (upper bits of the first 16 quants, upper bits of the last 16, scale of the first 16, scale of the last 16,
-    min). Upper bits are 0 for 4-bit types, min is 0 for q6_k.
+    min). Upper bits are 0 for 4-bit types, min is 0 for q6_k. The first word has all upper bits of q5_k.
     """
     high, high2, block_min = np.uint32(0), np.uint32(0), np.float32(0)
     scale, scale2 = np.float32(0), np.float32(0)
@@ -90,13 +102,15 @@ def block_at(payload, where, block):
         high, high2 = ld_global_u32(record + 8 * i), ld_global_u32(record + 8 * i + 4)
         d_word = ld_global_u32(record + SIX_FACTORS + 4 * (i >> 3))
         scale, scale2 = factors_q6_k(ld_global_u32(record + SIX_SCALES + 4 * (i >> 1)), i & 1, d_word)
-    elif is_q4_k(payload):
-        record, i = where + (block >> 5) * FOUR_RECORD, block & 31
+    elif has_mins(payload):
+        record, i = where + (block >> 5) * record_bytes(payload), block & 31
+        if is_q5_k(payload):
+            high = ld_global_u32(record + FIVE_HIGH + 4 * i)
         d_dmin = ld_global_u32(record + FOUR_FACTORS + 4 * (i >> 3))
         scale, block_min = factors_of(payload, ld_global_u32(record + 4 * (i >> 1)), i & 1, d_dmin)
     elif is_q4_1(payload):
         scale, block_min = factors_of(payload, ld_global_u32(where + 4 * block), 0, high)
-    return high, high2, scale, scale if is_q4_1(payload) or is_q4_k(payload) else scale2, block_min
+    return high, high2, scale, scale2 if is_q6_k(payload) else scale, block_min
 
 
 @device
@@ -109,4 +123,7 @@ def dequant_element(payload, row, where, k):
     if is_q6_k(payload):
         upper = (high2 if second else high) >> np.uint32(8 * (j & 3) + 2 * (j >> 2))
         integer += np.float32((upper & np.uint32(3)) << np.uint32(4)) - np.float32(32)
+    if is_q5_k(payload):
+        upper = high >> np.uint32(8 * (j & 3) + (j >> 2) + 4 * second)
+        integer += np.float32((upper & np.uint32(1)) << np.uint32(4))
     return integer * (scale2 if second else scale) + block_min

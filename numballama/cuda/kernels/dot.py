@@ -37,9 +37,19 @@ from ..intrinsics import (
     st_v4_f32,
     uint_as_float,
 )
-from ..quant_traits import dot_16_bytes, has_scales, is_packed, is_q4_k, is_q6_k, per_16_bytes, scale_in, zero_point
+from ..quant_traits import (
+    dot_16_bytes,
+    has_mins,
+    has_scales,
+    is_packed,
+    is_q5_k,
+    is_q6_k,
+    per_16_bytes,
+    scale_in,
+    zero_point,
+)
 from .common import FULL_MASK, device, magnitude_bits
-from .dequant import FOUR_FACTORS, SIX_FACTORS, SIX_SCALES, factors_of, factors_q6_k
+from .dequant import FIVE_HIGH, FIVE_RECORD, FOUR_FACTORS, SIX_FACTORS, SIX_SCALES, factors_of, factors_q6_k
 from .params import (
     CHUNK_BYTES,
     Q6_K_FACTORS_AT,
@@ -56,7 +66,11 @@ from .reduce import warp_sum
 
 @device
 def row_bytes(payload):
-    """Bytes that one row takes in a stage of a warp's ring: two chunks, and for each a word per lane with its scale."""
+    """Bytes that one row takes in a stage of a warp's ring: two chunks, and for each a word per lane with its scale, or
+    a record of q5_k.
+    """
+    if is_q5_k(payload):
+        return 2 * (CHUNK_BYTES + FIVE_RECORD)
     if is_q6_k(payload):
         return Q6_K_FACTORS_AT + SCALE_BYTES
     return 2 * (CHUNK_BYTES + SCALE_BYTES) if has_scales(payload) else 2 * CHUNK_BYTES
@@ -116,7 +130,7 @@ def multiply(slot, payload, scales, odd, shared, x_at, lane):
 
 @device
 def multiply_packed(slot, payload, odd, shared, x_at, lane):
-    """`multiply` for q4_1, q4_k and q6_k."""
+    """`multiply` for q4_1, q4_k, q5_k and q6_k."""
     next_x = x_at + x_step(payload)
     if is_q6_k(payload):
         words, high = ld_shared_v4_u32(slot), ld_shared_v2_u32(slot + Q6_K_HIGH_AT - 8 * lane)
@@ -130,16 +144,17 @@ def multiply_packed(slot, payload, odd, shared, x_at, lane):
     else:
         # factors are computed where they are used, and words loaded again, to save registers
         at = slot + SCALES_AT - 12 * lane
-        d_dmin_at = at
-        if is_q4_k(payload):  # a word serves several lanes
+        d_dmin_at, high_at, step = at, at, FIVE_RECORD if is_q5_k(payload) else SCALE_BYTES
+        if has_mins(payload):  # a word serves several lanes
+            high_at = slot + SCALES_AT + FIVE_HIGH - 12 * lane
             at = slot + SCALES_AT - 16 * lane + 4 * (lane >> 1)
             d_dmin_at = slot + SCALES_AT + FOUR_FACTORS - 16 * lane + 4 * (lane >> 3)
-        product, x_sum = multiply_nibbles(slot, shared, x_at, lane)
+        product, x_sum = multiply_nibbles(slot, payload, high_at, shared, x_at, lane)
         scale, block_min = factors_of(payload, ld_shared_u32(at), odd, ld_shared_u32(d_dmin_at))
         total = scale * product + block_min * x_sum
-        product, x_sum = multiply_nibbles(slot + CHUNK_BYTES, shared, next_x, lane)
-        there = ld_shared_u32(at + SCALE_BYTES)
-        scale, block_min = factors_of(payload, there, odd, ld_shared_u32(d_dmin_at + SCALE_BYTES))
+        product, x_sum = multiply_nibbles(slot + CHUNK_BYTES, payload, high_at + step, shared, next_x, lane)
+        there = ld_shared_u32(at + step)
+        scale, block_min = factors_of(payload, there, odd, ld_shared_u32(d_dmin_at + step))
         total += scale * product + block_min * x_sum
     return total
 
@@ -165,13 +180,25 @@ def join_planes(low, middle, high):
 
 
 @device
-def multiply_nibbles(slot, shared, x_at, lane):
-    """(sum of a lane's 32 unsigned nibbles times its x, sum of its x times `zero_point`)."""
+def multiply_nibbles(slot, payload, high_at, shared, x_at, lane):
+    """(sum of a lane's 32 unsigned quants of 4 bits times its x, sum of its x times `zero_point`). The shared word at
+    `high_at` has a fifth bit of each of q5_k's.
+    """
     words = ld_shared_v4_u32(slot)
     plane = shared_address(shared, x_at) + lane * 16
     zero = np.int32(0)
     # byte j holds element j in its low nibble and element j + 16 in its high nibble
     a, b = lower(words), upper(words)
+    if is_q5_k(payload):
+        high, bit = ld_shared_u32(high_at), np.uint32(0x10101010)
+        a = (
+            a[0] | ((high << np.uint32(4)) & bit), a[1] | ((high << np.uint32(3)) & bit),
+            a[2] | ((high << np.uint32(2)) & bit), a[3] | ((high << np.uint32(1)) & bit),
+        )  # fmt: skip
+        b = (
+            b[0] | (high & bit), b[1] | ((high >> np.uint32(1)) & bit),
+            b[2] | ((high >> np.uint32(2)) & bit), b[3] | ((high >> np.uint32(3)) & bit),
+        )  # fmt: skip
     low = dot4_unsigned(b, ld_shared_v4_u32(plane + 512), dot4_unsigned(a, ld_shared_v4_u32(plane), zero))
     middle = dot4_unsigned(b, ld_shared_v4_u32(plane + 1536), dot4_unsigned(a, ld_shared_v4_u32(plane + 1024), zero))
     high = dot4_unsigned_signed(
@@ -233,7 +260,7 @@ def multiply_fixed(slot, payload, shared, x_at, lane):
         high = dot4_signed(words, ld_shared_v4_u32(plane + 1024), zero)
         total = join_planes(low, middle, high) * shared[x_at + 384 + lane]
     else:  # the zero point is 8
-        product, x_sum = multiply_nibbles(slot, shared, x_at, lane)
+        product, x_sum = multiply_nibbles(slot, payload, slot, shared, x_at, lane)
         total = product - x_sum
     return total
 

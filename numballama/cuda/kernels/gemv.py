@@ -33,9 +33,9 @@ from ..intrinsics import (
     no_unroll,
     shared_address,
 )
-from ..quant_traits import has_scales, is_q4_k, is_q6_k, per_16_bytes, scale_bytes, store_element
+from ..quant_traits import has_mins, has_scales, is_q5_k, is_q6_k, per_16_bytes, scale_bytes, store_element
 from .common import device, fast_divmod, is_padding_token, kv_index, launch_bounds, silu_and_mul
-from .dequant import FOUR_WORDS, chunk_scales, first_scale
+from .dequant import FIVE_RECORD, FOUR_WORDS, chunk_scales, first_scale
 from .dot import elements_together, fetch_q6_k, multiply, norm_factor, payload_step, row_bytes, stage_x, x_step
 from .params import CHUNK_BYTES, SCALE_BYTES, SCALES_AT
 from .params import GEMV_STAGES as STAGES
@@ -98,10 +98,14 @@ def fetch(slot, source, scales, count, next_count, left, payload, scale_step, la
         return
     cp_async_16(slot, source, count)
     cp_async_16(slot + CHUNK_BYTES, source + CHUNK_BYTES, next_count)
-    if has_scales(payload):
+    all_left = left + 32 * lane
+    if is_q5_k(payload):  # the first lanes copy the record for all lanes
+        if 16 * lane < FIVE_RECORD:
+            cp_async_16(slot + SCALES_AT, scales, 16 if all_left > 0 else 0)
+            cp_async_16(slot + SCALES_AT + FIVE_RECORD, scales + scale_step, 16 if all_left > 1024 else 0)
+    elif has_scales(payload):
         at, words, next_words = slot + SCALES_AT - 12 * lane, count >> 2, next_count >> 2
-        if is_q4_k(payload):  # the first lanes copy the record for all lanes
-            all_left = left + 32 * lane
+        if has_mins(payload):
             words = 4 if all_left > 0 and lane < FOUR_WORDS else 0
             next_words = 4 if all_left > 1024 and lane < FOUR_WORDS else 0
         cp_async_4(at, scales, words)
@@ -195,12 +199,12 @@ def stream(mode, rows, x, start, norm, normed, payload, weights, scales, shift, 
     sum_a, sum_b = np.float32(0), np.float32(0)
     x_chunk, stage = x_step(payload), prefetch
     while local < n_pairs:
-        if is_q4_k(payload):
+        if has_mins(payload):
             cuda.syncwarp()  # all lanes have read what other lanes copied for them
         cursor = fetch_stage(mode, cursor, stage, lane_place, shape, payload, rows, weights, addresses, scale_step)
         stage += 1
         cp_async_wait_group(3)
-        if is_q4_k(payload):
+        if has_mins(payload):
             cuda.syncwarp()
         slot = ring + (stage & (STAGES - 1)) * (2 * row_slot)
         if chunk < chunks:

@@ -49,9 +49,9 @@ from ..intrinsics import (
     shared_address,
 )
 from ..mma import zeros8, zeros16, zeros32, zeros64
-from ..quant_traits import has_scales, is_q4_1, is_q4_k, is_q6_k, scale_bytes
+from ..quant_traits import has_mins, has_scales, is_q4_1, is_q5_k, is_q6_k, scale_bytes
 from .common import device, launch_bounds
-from .dequant import FOUR_FACTORS, FOUR_RECORD, SIX_FACTORS, SIX_RECORD, SIX_SCALES, factors_of, factors_q6_k
+from .dequant import FIVE_HIGH, FOUR_FACTORS, SIX_FACTORS, SIX_SCALES, factors_of, factors_q6_k, record_bytes
 from .params import SKINNY_FUSED_UNITS as FUSED_UNITS
 from .params import SKINNY_PLANE_BYTES as PLANE
 from .params import SKINNY_ROWS as ROWS
@@ -63,7 +63,7 @@ from .skinny_sum import add4
 from .skinny_x import round_x, stage_x
 
 HIGH_AT = 3 * PLANE
-"""Byte offset of q6_k's upper bits after a stage's payload."""
+"""Byte offset of the upper bits of q5_k and q6_k after a stage's payload."""
 
 
 # Rows
@@ -111,17 +111,20 @@ def rows_of(paired, group, rows, kv_rows, weights, scales):
 
 @device
 def fetch_scales(slot, payload, scales, row, step, scale_stride, shift):
-    """Start copying the scales of step number `step` of a row: words in planes, and q6_k's upper bits."""
+    """Start copying the scales of step number `step` of a row: words in planes, and the upper bits of q5_k and q6_k."""
     to = slot + STEP_BYTES + 4 * (cuda.threadIdx.x & 31)
-    if is_q4_k(payload) or is_q6_k(payload):
-        log2 = 3 if is_q4_k(payload) else 2
+    if has_mins(payload) or is_q6_k(payload):
+        log2 = 3 if has_mins(payload) else 2
         record, inside = step >> log2, step & ((1 << log2) - 1)
-        size = FOUR_RECORD if is_q4_k(payload) else SIX_RECORD
+        size = record_bytes(payload)
         source, count = row + record * size, 4 if record * size < scale_stride else 0
-        words = source + 8 * inside + (0 if is_q4_k(payload) else SIX_SCALES)
+        words = source + 8 * inside + (0 if has_mins(payload) else SIX_SCALES)
         cp_async_8(to + 4 * (cuda.threadIdx.x & 31), words, 2 * count)
-        factors = FOUR_FACTORS if is_q4_k(payload) else SIX_FACTORS
+        factors = FOUR_FACTORS if has_mins(payload) else SIX_FACTORS
         cp_async_4(to + 2 * PLANE, source + factors + 4 * (inside >> 1), count)
+        if is_q5_k(payload):
+            high = slot + STEP_BYTES + HIGH_AT + 16 * (cuda.threadIdx.x & 31)
+            cp_async_16(high, source + FIVE_HIGH + 16 * inside, 4 * count)
         if is_q6_k(payload):
             high = slot + STEP_BYTES + HIGH_AT + 8 * (cuda.threadIdx.x & 31)
             for j in range(4):
@@ -194,11 +197,13 @@ def load_row(slot, payload, scales, row):
     w = ld_shared_v4_u32(slot + ((row >> 3) << 9) + 16 * lane)
     factor, second, high, high2 = zero, zero, zero, zero
     at = slot + STEP_BYTES + 4 * row
-    if is_q4_k(payload):
+    if has_mins(payload):
         scale, least = factors_of(
             payload, ld_shared_u32(at + 4 * row + 4 * (t >> 1)), t & 1, ld_shared_u32(at + 2 * PLANE)
         )  # fmt: skip
         factor, second = float_as_uint(scale), float_as_uint(least)
+        if is_q5_k(payload):
+            high = ld_shared_u32(at + HIGH_AT + 12 * row + 4 * t)
     elif is_q6_k(payload):
         scale, scale2 = factors_q6_k(ld_shared_u32(at + 4 * row + 4 * (t >> 1)), t & 1, ld_shared_u32(at + 2 * PLANE))
         factor, second = float_as_uint(scale), float_as_uint(scale2)

@@ -33,10 +33,19 @@ from ..intrinsics import (
     no_unroll,
     shared_address,
 )
-from ..quant_traits import has_scales, is_int8, is_q4_1, is_q4_k, is_q6_k, scale_bytes
+from ..quant_traits import has_mins, has_scales, is_int8, is_q4_1, is_q5_k, is_q6_k, scale_bytes
 from ..wgmma import DESCRIPTOR, fence_proxy_async, st_global_parts, wgmma_end, wgmma_tile, zeros_of
 from .common import device, launch_bounds
-from .dequant import FOUR_FACTORS, FOUR_RECORD, SIX_FACTORS, SIX_RECORD, SIX_SCALES, factors_of, factors_q6_k
+from .dequant import (
+    FIVE_HIGH,
+    FOUR_FACTORS,
+    SIX_FACTORS,
+    SIX_RECORD,
+    SIX_SCALES,
+    factors_of,
+    factors_q6_k,
+    record_bytes,
+)
 from .params import SKINNY_ROWS as GROUP
 from .params import SKINNY_UNIT as UNIT
 from .params import WIDE_ROWS as ROWS
@@ -87,8 +96,10 @@ def load_block(loads, block):
         record, i = scales_at + (block >> 4) * SIX_RECORD, block & 15
         e, f = ld_global_u32(record + 8 * i), ld_global_u32(record + 8 * i + 4)
         g, h = ld_global_u32(record + SIX_SCALES + 4 * (i >> 1)), ld_global_u32(record + SIX_FACTORS + 4 * (i >> 3))
-    elif is_q4_k(payload):
-        record, i = scales_at + (block >> 5) * FOUR_RECORD, block & 31
+    elif has_mins(payload):
+        record, i = scales_at + (block >> 5) * record_bytes(payload), block & 31
+        if is_q5_k(payload):
+            g = ld_global_u32(record + FIVE_HIGH + 4 * i)
         e, f = ld_global_u32(record + 4 * (i >> 1)), ld_global_u32(record + FOUR_FACTORS + 4 * (i >> 3))
     elif is_q4_1(payload):
         e = ld_global_u32(scales_at + 4 * block)
@@ -122,9 +133,9 @@ def decode_block(payload, scales, raw, scales_at, block, row_bytes, shift, at, f
     if is_q6_k(payload):
         x, y = factors_q6_k(raw[6], block & 1, raw[7])
         factor, second, high, high2 = float_as_uint(x), float_as_uint(y), raw[4], raw[5]
-    elif is_q4_k(payload):
+    elif has_mins(payload):
         x, y = factors_of(payload, raw[4], block & 1, raw[5])
-        factor, second = float_as_uint(x), float_as_uint(y)
+        factor, second, high = float_as_uint(x), float_as_uint(y), raw[6]  # which only q5_k uses
     elif is_q4_1(payload):
         factor, second = splat_half(raw[4], 0), splat_half(raw[4], 1)
     else:

@@ -17,6 +17,7 @@ from ..kernels.params import (
     X_LANE_STRIDE,
 )
 from ..launch import ELEMENTS_PER_16_BYTES, QUANTIZED, Argument, Array, Launch, LaunchContext, Matrix, named, paged
+from ..repack import LAYOUTS
 
 KERNELS = "numballama.cuda.kernels.gemv"
 LINEAR = KernelRef(KERNELS, "linear_kernel")
@@ -37,7 +38,11 @@ def stage_of(payload: str) -> tuple[int, int, int]:
     """
     elements = ELEMENTS_PER_16_BYTES[payload]
     if payload in QUANTIZED:
-        row = Q6_K_FACTORS_AT + SCALE_BYTES if payload == "q6_k" else 2 * (CHUNK_BYTES + SCALE_BYTES)
+        row = 2 * (CHUNK_BYTES + SCALE_BYTES)
+        if payload == "q5_k":
+            row = 2 * (CHUNK_BYTES + LAYOUTS[payload].record[0])
+        elif payload == "q6_k":
+            row = Q6_K_FACTORS_AT + SCALE_BYTES
         return elements, row, elements * 24 + 64
     return elements, 2 * CHUNK_BYTES, elements // 4 * X_LANE_STRIDE
 

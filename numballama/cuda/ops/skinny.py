@@ -40,8 +40,8 @@ SUM = KernelRef(f"{KERNELS}_sum", "skinny_sum_kernel")
 
 MOST = 128
 """Up to this number of tokens these kernels are faster than `gemm`, or as fast with float16 weights."""
-SCALE_PLANES = {"q4_0": 2, "q4_1": 4, "q4_k": 3, "q6_k": 3 + 8}
-"""Type of a payload → words of scales, and of q6_k's upper bits, of a row in a step."""
+SCALE_PLANES = {"q4_0": 2, "q4_1": 4, "q4_k": 3, "q5_k": 3 + 4, "q6_k": 3 + 8}
+"""Type of a payload → words of scales, and of upper bits, of a row in a step."""
 SHARED_BYTES = 227 << 10
 """Shared memory of a block on cards that have the most, for which K is divided."""
 RESERVED_BYTES = 1 << 10

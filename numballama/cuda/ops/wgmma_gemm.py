@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TypeVar
 
 from ...memory import ceil_div, round_up
+from ...quantization.types import TYPE_TRAITS
 from ...registry import KernelRef
 from ..kernels.params import (
     WGMMA_CONSUMERS,
@@ -72,7 +73,7 @@ def round_rows(
 
 def exchanged(ctx: LaunchContext, weights: Sequence[Matrix]) -> bool:
     """Whether the kernels want the second and third of each four columns of X exchanged (see `fragments`)."""
-    return wanted(ctx, weights) and weights[0].payload.dtype in ("q4_0", "q4_1", "q4_k", "q6_k")
+    return wanted(ctx, weights) and TYPE_TRAITS[weights[0].payload.dtype].bits < 8
 
 
 def width_for(tokens: int, paired: bool, rows: int, kv_rows: int, n_sms: int) -> int:

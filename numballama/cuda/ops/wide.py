@@ -21,7 +21,7 @@ from ..launch import Array, Launch, LaunchContext, Matrix, named
 
 WIDE = {width: KernelRef("numballama.cuda.kernels.wide", f"wide_{width}_kernel") for width in WIDE_STAGES}
 """Tokens of a block → the kernel for them."""
-LEAST = {"f16": 33, "bf16": 33, "int8": 65, "q4_0": 65, "q4_1": 65, "q4_k": 65, "q6_k": 65}
+LEAST = {"f16": 33, "bf16": 33, "int8": 65, "q4_0": 65, "q4_1": 65, "q4_k": 65, "q5_k": 65, "q6_k": 65}
 """Type of a payload → from this number of tokens on, these kernels are faster than `skinny`."""
 MOST = 128
 """Up to this number of tokens they are faster than `gemm`."""

@@ -115,7 +115,7 @@ class Program:
             text = text.rstrip("; ")
             while match := re.match(r"([$\w]+):\s*", text):  # labels
                 label = match[1]
-                if not label.startswith("$"):  # of inline PTX, which may be there several times; branches go back to it
+                if len(scopes) > 1:  # of inline PTX, which may be there several times; branches go back to it
                     count += 1
                     scopes[-1][label] = f"{label}.{count}"
                     label = scopes[-1][label]

@@ -292,10 +292,11 @@ numba_simulator.BlockManager = BlockManager
 _ELEMENTS = {
     "f32": np.float32, "f16": np.uint16, "bf16": np.int16, "int8": np.int8, "i8": np.int8, "i32": np.int32,
     "i64": np.int64, "f64": np.float64, "u64": np.uint64, "q4_0": np.uint8,
-    "u8": np.uint8, "u32": np.uint32, "q8_0": np.int8, "q4_1": np.uint8, "q4_k": np.uint8, "q6_k": np.uint8,
+    "u8": np.uint8, "u32": np.uint32, "q8_0": np.int8, "q4_1": np.uint8, "q4_k": np.uint8, "q5_k": np.uint8,
+    "q6_k": np.uint8,
 }  # fmt: skip
 """As `compiler.signature` has them."""
-PACKED = ("q4_1", "q4_k", "q6_k")
+PACKED = ("q4_1", "q4_k", "q5_k", "q6_k")
 """Types that kernels tell apart although NumPy's are the same."""
 
 

@@ -27,7 +27,8 @@ def _numbers(name: str, words: Any) -> np.ndarray:
 
 
 _PER_16 = {
-    "float32": 4, "uint16": 8, "int16": 8, "int8": 16, "uint8": 32, "q4_1": 32, "q4_k": 32, "q6_k": 16, "q8_0": 8,
+    "float32": 4, "uint16": 8, "int16": 8, "int8": 16, "uint8": 32, "q4_1": 32, "q4_k": 32, "q5_k": 32, "q6_k": 16,
+    "q8_0": 8,
 }  # fmt: skip
 
 
@@ -248,7 +249,8 @@ EMULATED: dict[str, Callable[..., Any]] = {
     "has_scales": lambda memory: memory.kind in ("int8", "uint8", *PACKED),
     "is_packed": lambda memory: memory.kind in PACKED,
     "is_q4_1": lambda memory: memory.kind == "q4_1",
-    "is_q4_k": lambda memory: memory.kind == "q4_k",
+    "has_mins": lambda memory: memory.kind in ("q4_k", "q5_k"),
+    "is_q5_k": lambda memory: memory.kind == "q5_k",
     "is_q8_0": lambda memory: memory.kind == "q8_0",
     "st_global_f16": _st_global_f16,
     "is_q6_k": lambda memory: memory.kind == "q6_k",

@@ -90,7 +90,8 @@ MIXTURES = {
     "Q4_K_M": {"default": "q4_k", "wv": "q6_k", "w2": "q6_k", "output": "q6_k"},
     "Q4_0": {"default": "q4_0", "w2": "q4_1", "tok_embeddings": "q6_k"},
     "all": {"wq": "q4_0", "wk": "q4_1", "wv": "q8_0", "w1": "q4_k", "w3": "q6_k", "wo": "f32", "default": "f16"},
-    "converted": {"wq": "q5_0", "wk": "q5_1", "wv": "q2_k", "w1": "q3_k", "w3": "q5_k", "default": "q5_k"},
+    "Q5_K_M": {"default": "q5_k", "wv": "q6_k", "w2": "q6_k", "output": "q6_k"},
+    "converted": {"wq": "q5_0", "wk": "q5_1", "wv": "q2_k", "w1": "q3_k", "w3": "q2_k", "default": "q5_0"},
 }
 """What a model's tensors are: files mix types between layers' parts, and within q/k/v and gate/up."""
 
@@ -214,17 +215,16 @@ def test_what_runs_as_another_type_is_noted(tmp_path: Path) -> None:
     WRITERS["gguf"](path, config, mixed_weights(config, MIXTURES["converted"]))
     inspected = numballama.inspect(path)
     assert inspected.notes == [
-        "Q5_0 (layers.0.wq and 1 more) runs as q8_0, with the same values: a copy of 136.0 KiB",
+        "Q5_0 (tok_embeddings and 7 more) runs as q8_0, with the same values: a copy of 434.6 KiB",
         "Q5_1 (layers.0.wk and 1 more) runs as f16, rounded: a copy of 128.0 KiB",
-        "Q2_K (layers.0.wv and 1 more) runs as f16, rounded: a copy of 128.0 KiB",
+        "Q2_K (layers.0.wv and 3 more) runs as f16, rounded: a copy of 384.0 KiB",
         "Q3_K (layers.0.w1 and 1 more) runs as q6_k, with the same values: a copy of 105.0 KiB",
-        "Q5_K (tok_embeddings and 7 more) runs as f16, rounded: a copy of 818.0 KiB",
     ]
-    assert inspected.tensors["layers.0.w3"] == ("q5_k", (256, 256))
+    assert inspected.tensors["layers.0.w3"] == ("q2_k", (256, 256))
     assert "linear" in str(inspected.plan)
     with numballama.compile(path, threads=1, dtype="q4_0") as model:  # asked for: instead of what it would run as
         assert {w.type.name for n, w in model.weights.items() if n.startswith("layers.0.w")} == {"q4_0"}
-        assert model.weights["tok_embeddings"].type.name == "f16"
+        assert model.weights["tok_embeddings"].type.name == "q8_0"
 
 
 CONFIG = ModelConfig(64, 96, 2, 4, 2, 50, 24, tied_embeddings=False)

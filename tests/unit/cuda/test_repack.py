@@ -1,4 +1,7 @@
-"""Blocks repacked for a GPU: read as `repack` describes them, their elements are unchanged."""
+"""Blocks repacked for a GPU: read as `repack` describes them, their elements are unchanged.
+
+The blocks are those of `helpers/repacked.py`, which tests/cuda/test_repack.py compares with what the kernel writes.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from numballama.cuda import repack
+from tests.helpers.cuda_host import missing_packages
+
+if reason := missing_packages():
+    pytest.skip(f"the backend cannot be imported: {reason}", allow_module_level=True)
+
+from numballama.cuda.launch import ITEM_BYTES, Array, Matrix
+from numballama.cuda.ops.repack import repack
+from numballama.cuda.repack import LAYOUTS
+from numballama.cuda.weights import layout_of
 from numballama.quantization.convert import dequantize
 from numballama.quantization.types import BLOCKS
 from tests.helpers.gguf_files import random_blocks
+from tests.helpers.repacked import memory_of, run_launch, split_rows
 
 
 def in_16_bytes(integers: np.ndarray) -> np.ndarray:
@@ -21,6 +33,16 @@ def in_16_bytes(integers: np.ndarray) -> np.ndarray:
 
 def halves(packed: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(packed).view(np.float16).astype(np.float32)
+
+
+def q8_0(integers: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    scales = np.repeat(halves(factors)[:, : integers.shape[1] // 32], 32, axis=1)
+    return scales * np.ascontiguousarray(integers).view(np.int8)
+
+
+def q4_0(integers: np.ndarray, factors: np.ndarray) -> np.ndarray:
+    scales = np.repeat(halves(factors)[:, : integers.shape[1] // 16], 32, axis=1)
+    return scales * (in_16_bytes(integers) - 8)
 
 
 def q4_1(integers: np.ndarray, words: np.ndarray) -> np.ndarray:
@@ -37,6 +59,17 @@ def q4_k(integers: np.ndarray, records: np.ndarray) -> np.ndarray:
     return factors[..., 0] * in_16_bytes(integers) - factors[..., 1]
 
 
+def q5_k(integers: np.ndarray, records: np.ndarray) -> np.ndarray:
+    rows, columns = len(integers), 2 * integers.shape[1]
+    records = records.reshape(rows, -1, 208)
+    packed = records[..., 80:].reshape(rows, -1, 1, 4)
+    fifth = (packed >> np.arange(8, dtype=np.uint8)[:, None] & 1).reshape(rows, -1)[:, :columns]
+    own = records[..., :64].reshape(rows, -1, 2)[:, : columns // 32].astype(np.float32)
+    both = halves(records[..., 64:80]).reshape(rows, -1, 2)[:, : columns // 256]
+    factors = np.repeat(own * np.repeat(both, 8, axis=1), 32, axis=1)
+    return factors[..., 0] * (in_16_bytes(integers) + 16 * fifth.astype(np.float32)) - factors[..., 1]
+
+
 def q6_k(integers: np.ndarray, records: np.ndarray) -> np.ndarray:
     rows, columns = len(integers), 2 * integers.shape[1]
     records = records.reshape(rows, -1, 168)
@@ -48,32 +81,50 @@ def q6_k(integers: np.ndarray, records: np.ndarray) -> np.ndarray:
     return np.repeat(np.repeat(factors, 16, axis=1) * scales, 16, axis=1) * numbers
 
 
-READERS = {"q4_1": q4_1, "q4_k": q4_k, "q6_k": q6_k}
+READERS = {"q8_0": q8_0, "q4_0": q4_0, "q4_1": q4_1, "q4_k": q4_k, "q5_k": q5_k, "q6_k": q6_k}
 
 
 @pytest.mark.parametrize("kind", READERS)
 @settings(max_examples=25)
-@given(rows=st.integers(1, 5), count=st.integers(1, 9), seed=st.integers(0, 2**32 - 1), piece=st.integers(9, 17))
-def test_the_numbers_are_those_of_the_blocks(kind: str, rows: int, count: int, seed: int, piece: int) -> None:
+@given(
+    rows=st.integers(1, 5), count=st.integers(1, 9), together=st.integers(1, 50), seed=st.integers(0, 2**32 - 1)
+)  # fmt: skip
+def test_the_numbers_are_those_of_the_blocks(kind: str, rows: int, count: int, together: int, seed: int) -> None:
+    """Of whole rows, and in launches of some blocks each, which cut rows."""
     weight = random_blocks(kind, rows, count, np.random.default_rng(seed), odd=bool(seed & 1))
-    before, repack.CHUNK_ELEMENTS = repack.CHUNK_ELEMENTS, 1 << piece  # some rows are cut, others are laid out together
-    try:
-        integers, rest = repack.split_rows(kind, weight.data)
-    finally:
-        repack.CHUNK_ELEMENTS = before
-    columns, layout = weight.shape[1], repack.LAYOUTS[kind]
-    assert integers.shape == (rows, columns // 2)
-    assert rest.shape == (rows, layout.stride(columns) * {"u8": 1, "u32": 4}[layout.scales])
-    np.testing.assert_array_equal(READERS[kind](integers, rest), dequantize(weight))
+    integers, rest = split_rows(kind, weight.data)
+    columns, layout = weight.shape[1], layout_of(weight)
+    assert integers.shape == (rows, layout.row_bytes)
+    assert rest.shape[1] >= columns // BLOCKS[kind][0] * ITEM_BYTES[layout.scales]
+    padded = np.pad(rest, ((0, 0), (0, layout.scale_stride * ITEM_BYTES[layout.scales] - rest.shape[1])))
+    np.testing.assert_array_equal(READERS[kind](integers, padded), dequantize(weight))
+
+    memory = np.zeros(layout.nbytes + 16, np.uint8)
+    target = layout.operand(memory.ctypes.data)
+    assert isinstance(target, Matrix)
+    blocks, runs = np.ascontiguousarray(weight.data).reshape(rows * count, -1), BLOCKS[kind][0] // 32
+    for first in range(0, len(blocks), together):
+        piece = blocks[first : first + together]
+        source = Array(piece.ctypes.data, (piece.size // 2,), "f16")
+        run_launch(repack(source, first * runs, len(piece) * runs, target))
+    np.testing.assert_array_equal(memory[: layout.nbytes], memory_of(layout))
 
 
-@pytest.mark.parametrize(("kind", "most"), [("q4_1", 5.0), ("q4_k", 4.625), ("q6_k", 6.625)])
+@pytest.mark.parametrize(
+    ("kind", "most"), [("q8_0", 8.5), ("q4_0", 4.5), ("q4_1", 5.0), ("q4_k", 4.625), ("q5_k", 5.625), ("q6_k", 6.625)]
+)
 def test_bits_of_a_number(kind: str, most: float) -> None:
-    """Of long rows; in a file it is 5, 4.5 and 6.5625. What a row's last record lacks is zeros."""
+    """Of long rows; in a file it is 5, 4.5 and 6.5625 for the last three. What a row's last record lacks is zeros."""
     numbers, nbytes = BLOCKS[kind]
     weight = random_blocks(kind, 1, 4096 // numbers, np.random.default_rng(0))
-    integers, rest = repack.split_rows(kind, weight.data)
+    integers, rest = split_rows(kind, weight.data)
     assert (integers.nbytes + rest.nbytes) * 8 / 4096 == most
-    integers, rest = repack.split_rows(kind, weight.data[:, :nbytes])
-    assert integers.nbytes == numbers // 2
+    layout = layout_of(weight)
+    assert (
+        rest.nbytes
+        == layout.scale_stride * ITEM_BYTES[layout.scales]
+        == LAYOUTS[kind].stride(4096) * ITEM_BYTES[layout.scales]
+    )
+    integers, rest = split_rows(kind, weight.data[:, :nbytes])
+    assert integers.nbytes == numbers * layout.row_bytes // 4096
     assert np.count_nonzero(rest) <= nbytes

@@ -1,31 +1,34 @@
-"""Weights in device memory: how each type is laid out, and the upload, on a device whose memory is the host's."""
+"""Weights in device memory: how each type is laid out."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from tests.helpers.cuda_host import HostDevice, HostMemory, HostPinned, missing_packages
+from tests.helpers.cuda_host import missing_packages
 
 if reason := missing_packages():
     pytest.skip(f"the backend cannot be imported: {reason}", allow_module_level=True)
 
-from numballama.cuda import weights as module
 from numballama.cuda.launch import Array, Matrix
-from numballama.cuda.weights import ALIGNMENT, Weights, layout_of
-from numballama.quantization import convert as quant
+from numballama.cuda.weights import ALIGNMENT, layout_of
 from tests.helpers.bounds import as_weight
+from tests.helpers.repacked import split_rows
 
-TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
+TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k")
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_parts_fill_rows_that_begin_at_16_bytes(kind: str) -> None:
-    """All parts together are the payload's rows and the scales' rows, without a gap or an overlap."""
+def test_rows_begin_at_16_bytes(kind: str) -> None:
+    """Parts together, or what is repacked, are the payload's rows and the scales' rows, without a gap or an overlap."""
     weight = as_weight(np.random.default_rng(0).standard_normal((5, 512), np.float32), kind, 32 * (kind == "int8"))
     layout = layout_of(weight)
     written = np.zeros(layout.nbytes, int)
-    for offset, part in layout.parts():
+    parts = layout.parts()
+    if layout.is_repacked:
+        payload, scales = split_rows(kind, weight.data)
+        parts = iter([(0, payload.reshape(-1)), (layout.scales_offset, scales.reshape(-1))])
+    for offset, part in parts:
         written[offset : offset + part.size] += 1
     operand = layout.operand(ALIGNMENT)
     assert isinstance(operand, Matrix) and operand.shape == (5, 512)
@@ -59,32 +62,3 @@ def test_groups_of_int8(columns: int, group: int, payload: str, found: int) -> N
     operand = layout_of(weight).operand(0)
     assert isinstance(operand, Matrix) and operand.payload.dtype == payload
     assert (1 << operand.shift if operand.quantized else 0) == found
-
-
-def test_upload(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each weight's bytes reach its place, also where a weight is longer than a pinned buffer."""
-    monkeypatch.setattr(module, "Memory", HostMemory)
-    monkeypatch.setattr(module, "Pinned", HostPinned)
-    monkeypatch.setattr(module, "STAGING", 1024)
-    rng = np.random.default_rng(2)
-    weights = {
-        "norm": as_weight(rng.standard_normal(600).astype(np.float32), "f32"),
-        "w": as_weight(rng.standard_normal((9, 512), np.float32), "f16"),
-        "q": as_weight(rng.standard_normal((9, 512), np.float32), "q8_0"),
-    }
-    uploaded = Weights(HostDevice(), weights)  # type: ignore[arg-type]
-    assert uploaded.nbytes == sum(layout_of(weight).nbytes for weight in weights.values())
-    memory = np.empty(uploaded.nbytes, np.uint8)
-    HostDevice().read(uploaded.memory.address, memory)
-    for name, weight in weights.items():
-        operand, layout = uploaded.operands[name], layout_of(weight)
-        first = (operand.payload if isinstance(operand, Matrix) else operand).address
-        for offset, part in layout.parts():
-            start = first - uploaded.memory.address + offset
-            np.testing.assert_array_equal(memory[start : start + part.size], part.reshape(-1), err_msg=name)
-    f16 = uploaded.operands["w"]
-    assert isinstance(f16, Matrix)
-    start = f16.payload.address - uploaded.memory.address
-    elements = memory[start : start + 9 * 1024].view(np.float16).reshape(9, 512)
-    np.testing.assert_array_equal(elements.astype(np.float32), quant.dequantize(weights["w"]))
-    uploaded.free()

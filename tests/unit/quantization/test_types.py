@@ -32,7 +32,7 @@ FTYPE_NAMES = {"f32": "ALL_F32", "q3_k": "MOSTLY_Q3_K_M", "q4_k": "MOSTLY_Q4_K_M
 
 
 def test_linear_and_kv_types() -> None:
-    assert LINEAR_TYPES == ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
+    assert LINEAR_TYPES == ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k")
     assert KV_TYPES == ("f32", "f16", "bf16", "q8_0") == get_args(KVType)
     assert set(LINEAR_TYPES) | FALLBACK_TYPE.keys() == TYPE_TRAITS.keys()
     assert {target.name for target in FALLBACK_TYPE.values()} <= set(LINEAR_TYPES)
@@ -111,8 +111,7 @@ def test_every_runnable_type_has_a_device_layout(name: str) -> None:
     assert ITEM_BYTES[payload] >= 1
     assert ELEMENTS_PER_16_BYTES[payload] in (4, 8, 16, 32)
     assert (payload in QUANTIZED) == (not TYPE_TRAITS[name].is_float)
-    if name in BLOCKS:  # `weights` splits q8_0 and q4_0 itself
-        assert (name in LAYOUTS) != (name in ("q8_0", "q4_0"))
+    assert (name in LAYOUTS) == (name in BLOCKS)
 
 
 @pytest.mark.parametrize("name", LINEAR_TYPES)
