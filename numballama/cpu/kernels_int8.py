@@ -13,7 +13,8 @@ from .compiler import device, exact_device
 from .intrinsics import as_f32, f32_to
 from .kv_cache import INT8_MAX, MIN_LARGEST
 from .matmul import partition
-from .tiling import PANEL_ROWS, PANEL_TOKENS, STAGE_ELEMENTS, TILE, UNPACK_ELEMENTS
+from .products_int8 import TOKENS_OF_A_PASS
+from .tiling import PANEL_ROWS, STAGE_ELEMENTS, TILE, UNPACK_ELEMENTS
 from .vecdot_int8 import (
     dot_blocks_int8,
     float_of_bits,
@@ -151,9 +152,9 @@ def matmul_blocks(weight, xq, xs, sums, out, worker, n_workers, tokens, panel_bu
     stage, result = buffer[6 * k : stage_end], buffer[stage_end:]
     for r in range(begin, end, PANEL_ROWS):
         fill_panel(weight, r, end, panel, scales, mins, stage)
-        for t in range(0, tokens, PANEL_TOKENS):
+        for t in range(0, tokens, TOKENS_OF_A_PASS):
             multiply_panel(weight, panel, scales, mins, xq, xs, sums, t, tokens - 1, result)
-            for i in range(min(PANEL_TOKENS, tokens - t)):
+            for i in range(min(TOKENS_OF_A_PASS, tokens - t)):
                 for c in range(min(PANEL_ROWS, end - r)):
                     out[t + i, r + c] = result[i * PANEL_ROWS + c]
     return begin, end

@@ -24,11 +24,10 @@ from numba.extending import intrinsic
 
 from ..quantization.types import ACTIVATION_QUANT, TYPE_TRAITS, VEC_DOT_TYPE
 from .intrinsics import FLOAT, INT16, INT32, INT64, add_lanes, cpu_features, element
-from .tiling import PANEL_ROWS, PANEL_TOKENS, STAGE_ELEMENTS, UNPACK_ELEMENTS
+from .products_int8 import ROWS_OF_A_VECTOR, TOKENS_OF_A_PASS, add_products, group_products, zero_point
+from .tiling import PANEL_ROWS, STAGE_ELEMENTS, UNPACK_ELEMENTS
 from .vecdot import INT8, TYPE_NAMES, Block, for_blocks, locator, six_bit_factors
 
-ZERO_POINTS = {name: 128 if TYPE_TRAITS[name].bits == 8 else TYPE_TRAITS[name].zero_point for name in VEC_DOT_TYPE}
-"""Block type → zero point, the unsigned quant that means 0. The decoders here add 128 to signed quants."""
 SCALE_GROUPS = {name: TYPE_TRAITS[name].scale_group for name in VEC_DOT_TYPE}
 """Block type → elements that share a scale."""
 
@@ -125,39 +124,6 @@ _DECODERS: dict[str, Callable[[Block], Iterator[_Chunk]]] = {
 }
 
 
-# Integer products
-
-
-def _add_products(builder: Any, sums: Any, unsigned: Any, signed: Any) -> Any:
-    """sums[i] + the products of bytes 4i to 4i + 3 of `unsigned` and `signed`, as `vpdpbusd` computes them."""
-    count, features = sums.type.count, cpu_features()
-    if count == 16 and not features.get("avx512vnni"):
-        halves = [
-            [
-                builder.shuffle_vector(v, v, _lanes(range(v.type.count // 2 * h, v.type.count // 2 * (h + 1))))
-                for h in (0, 1)
-            ]
-            for v in (sums, unsigned, signed)
-        ]
-        return _concat(builder, *(_add_products(builder, *(half[h] for half in halves)) for h in (0, 1)))
-    if (features.get("avx512vnni") and features.get("avx512vl")) or features.get("avxvnni"):
-        name = f"llvm.x86.avx512.vpdpbusd.{32 * count}"
-        kind = ir.FunctionType(sums.type, [sums.type] * 3)
-        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        return builder.call(function, [sums, *(builder.bitcast(vector, sums.type) for vector in (unsigned, signed))])
-    words = _vector(INT16, 2 * count)
-    a, b = (builder.bitcast(vector, words) for vector in (unsigned, signed))
-    eight, sixteen = _splat(words, 8), _splat(sums.type, 16)
-    for first, second in (
-        (builder.and_(a, _splat(words, 255)), builder.ashr(builder.shl(b, eight), eight)),
-        (builder.lshr(a, eight), builder.ashr(b, eight)),
-    ):  # 255 · -128 fits in 16 bits, the sum of two products does not
-        pairs = builder.bitcast(builder.mul(first, second), sums.type)
-        sums = builder.add(sums, builder.ashr(builder.shl(pairs, sixteen), sixteen))
-        sums = builder.add(sums, builder.ashr(pairs, sixteen))
-    return sums
-
-
 class _Activations:
     """Emits code that reads the int8 activations of one token, quantised for weights of type `name`.
 
@@ -190,7 +156,7 @@ class _Activations:
     def zero_point_term(self, index: Any) -> Any:
         """-(zero point) · sum of the group at `index`: added to the group's integer product, it corrects the quants."""
         total = self._load(2, self.builder.udiv(index, _int(self.per_sum)), INT32)
-        return self.builder.mul(total, _int(-ZERO_POINTS[self.name], INT32))
+        return self.builder.mul(total, _int(-zero_point(self.name), INT32))
 
     def sum(self, index: Any) -> Any:
         """Sum of the UNPACK_ELEMENTS elements from `index` on, times their scale: the factor of a minimum."""
@@ -243,10 +209,10 @@ def dot_blocks_int8(typingctx: Any, weights: Any, row: Any, xq: Any, xs: Any, su
                 first = builder.add(start, _int(chunk.first))
                 count = len(chunk.scales)
                 dots = ir.Constant(lanes, None)
-                for group in range(count if ZERO_POINTS[name] else 0):
+                for group in range(count if zero_point(name) else 0):
                     offset = x.zero_point_term(builder.add(first, _int(group * SCALE_GROUPS[name])))
                     dots = builder.insert_element(dots, offset, _int(group * 8 // count, INT32))
-                dots = _add_products(builder, dots, chunk.quants, x.quants(first, _vector(INT8, UNPACK_ELEMENTS)))
+                dots = add_products(builder, name, dots, chunk.quants, x.quants(first, _vector(INT8, UNPACK_ELEMENTS)))
                 scale = x.scale(first)
                 factors = [
                     _broadcast(builder, builder.fmul(s, scale, flags=("contract",)), 8 // count) for s in chunk.scales
@@ -377,7 +343,7 @@ def multiply_panel(
     last: Any,
     result: Any,
 ) -> Any:
-    """Dot products of a panel's rows with PANEL_TOKENS tokens from t on, to float32 result[PANEL_TOKENS, PANEL_ROWS].
+    """Dot products of a panel's rows with TOKENS_OF_A_PASS tokens from t on, to float32 result[tokens, PANEL_ROWS].
 
     `weights` gives the block type. Past token `last`, that token is computed again.
     """
@@ -387,46 +353,63 @@ def multiply_panel(
         name = TYPE_NAMES[sig.args[0].dtype]
         blocks = _blocks_of_a_row(context, builder, sig.args[0], array)
         columns = builder.mul(blocks, _int(TYPE_TRAITS[name].block_size))
-        floats, integers = _vector(FLOAT, PANEL_ROWS), _vector(INT32, PANEL_ROWS)
-        bytes_of_four = _vector(INT8, 4 * PANEL_ROWS)
+        floats, integers = _vector(FLOAT, ROWS_OF_A_VECTOR), _vector(INT32, ROWS_OF_A_VECTOR)
+        parts = range(0, PANEL_ROWS, ROWS_OF_A_VECTOR)
         packed, scales_start, mins_start = (
             element(context, builder, kind, place, _int(0)) for kind, place in zip(sig.args[1:4], factors, strict=True)
         )
 
-        def vector_at(start: Any, index: Any, kind: Any) -> Any:
-            return builder.load(builder.bitcast(builder.gep(start, [index]), kind.as_pointer()), align=4)
+        def vectors_at(start: Any, index: Any, kind: Any) -> list[Any]:
+            """A vector of each part of PANEL_ROWS lanes of 32 bits, from float32 element `index` on."""
+            places = (builder.gep(start, [builder.add(index, _int(part))]) for part in parts)
+            return [builder.load(builder.bitcast(place, kind.as_pointer()), align=4) for place in places]
 
         tokens = []
-        for k in range(PANEL_TOKENS):
+        for k in range(TOKENS_OF_A_PASS):
             token = builder.add(first, _int(k))
             token = builder.select(builder.icmp_signed("<", token, final), token, final)
             tokens.append(_Activations(context, builder, sig.args[4:7], (xq_, xs_, sums_), token, columns, name))
-        totals = _accumulators(builder, floats, PANEL_TOKENS)
+        totals = [_accumulators(builder, floats, len(parts)) for _ in tokens]
+        # the columns of a group are known; computed from extents, so that LLVM does not know them
+        scales_of_x = cgutils.unpack_tuple(
+            builder, cgutils.create_struct_proxy(sig.args[5])(context, builder, xs_).shape
+        )[1]
+        every = 4 * (tokens[0].per_scale // SCALE_GROUPS[name])
+        group_columns = builder.udiv(columns, builder.mul(scales_of_x, _int(every)))
         with cgutils.for_range(builder, builder.udiv(columns, _int(SCALE_GROUPS[name]))) as loop:
             start = builder.mul(loop.index, _int(SCALE_GROUPS[name]))
-            dots = [ir.Constant(integers, None)] * PANEL_TOKENS
-            if ZERO_POINTS[name]:
-                dots = [_broadcast(builder, x.zero_point_term(start), PANEL_ROWS) for x in tokens]
-            for k in range(0, SCALE_GROUPS[name], 4):
-                index = builder.add(start, _int(k))
-                # a column of the panel is PANEL_ROWS bytes, so PANEL_ROWS / 4 of its float32 elements
-                quants = vector_at(packed, builder.mul(index, _int(PANEL_ROWS // 4)), bytes_of_four)
-                for i, x in enumerate(tokens):
-                    four = builder.bitcast(_broadcast(builder, x.quants(index, INT32), PANEL_ROWS), bytes_of_four)
-                    dots[i] = _add_products(builder, dots[i], quants, four)
+            offset = ir.Constant(integers, None)
+            offsets = [
+                _broadcast(builder, x.zero_point_term(start), ROWS_OF_A_VECTOR) if zero_point(name) else offset
+                for x in tokens
+            ]
+
+            def quants_at(column: Any) -> list[Any]:
+                # a column of the panel has PANEL_ROWS 32-bit elements
+                return vectors_at(packed, builder.add(builder.mul(start, _int(PANEL_ROWS//4)), builder.mul(column, _int(PANEL_ROWS))), integers)
+
+            def x_at(token: int, column: Any) -> Any:
+                index = builder.add(start, builder.mul(column, _int(4)))
+                return _broadcast(builder, tokens[token].quants(index, INT32), ROWS_OF_A_VECTOR)
+
+            groups = group_products(builder, name, group_columns, quants_at, x_at, offsets)
             at = builder.mul(loop.index, _int(PANEL_ROWS))
-            scale = vector_at(scales_start, at, floats)
-            minimum = vector_at(mins_start, at, floats) if TYPE_TRAITS[name].has_min else None
-            for x, place, dot in zip(tokens, totals, dots, strict=True):
-                total = builder.load(place)
-                product = builder.fmul(builder.sitofp(dot, floats), scale, flags=("contract",))
-                total = _times_plus(builder, product, _broadcast(builder, x.scale(start), PANEL_ROWS), total)
-                if minimum is not None:
-                    total = _times_plus(builder, minimum, _broadcast(builder, x.sum(start), PANEL_ROWS), total)
-                builder.store(total, place)
-        for k, place in enumerate(totals):
-            to = builder.bitcast(element(context, builder, sig.args[9], out, _int(k * PANEL_ROWS)), floats.as_pointer())
-            builder.store(builder.load(place), to, align=4)
+            scales_of_rows = vectors_at(scales_start, at, floats)
+            minimums = vectors_at(mins_start, at, floats) if TYPE_TRAITS[name].has_min else [None] * len(parts)
+            for x, places, group in zip(tokens, totals, groups, strict=True):
+                scale_of_x = _broadcast(builder, x.scale(start), ROWS_OF_A_VECTOR)
+                sum_of_x = _broadcast(builder, x.sum(start), ROWS_OF_A_VECTOR) if TYPE_TRAITS[name].has_min else None
+                for place, sums_of_rows, scale, minimum in zip(places, group, scales_of_rows, minimums, strict=True):
+                    dots = builder.sitofp(sums_of_rows, floats)
+                    product = builder.fmul(dots, scale, flags=("contract",))
+                    total = _times_plus(builder, product, scale_of_x, builder.load(place))
+                    if minimum is not None:
+                        total = _times_plus(builder, minimum, sum_of_x, total)
+                    builder.store(total, place)
+        for k, places in enumerate(totals):
+            for part, place in zip(parts, places, strict=True):
+                to = element(context, builder, sig.args[9], out, _int(k * PANEL_ROWS + part))
+                builder.store(builder.load(place), builder.bitcast(to, floats.as_pointer()), align=4)
         return context.get_dummy_value()
 
     index = types.int64
