@@ -78,7 +78,7 @@ def multiply_by_silu(gate, out, begin, end, tokens):
 def embedding(worker, n_workers, tokens, ids, table, out):
     begin, end = partition(tokens, worker, n_workers, 1)
     for t in range(begin, end):
-        dequantize_rows(table, ids[t], 1, out[t : t + 1])
+        dequantize_rows(table, ids[t], 1, 0, out.shape[1], out[t : t + 1])
 
 
 def rope_angles(worker, n_workers, tokens, positions, frequencies, out):

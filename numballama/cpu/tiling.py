@@ -6,7 +6,9 @@ TILE = 4
 """Rows of a weight and number of tokens in a tile of `matmul`."""
 
 PANEL_ROWS = 16
-"""Rows of a weight in a panel of `vecdot_int8`: the 32-bit lanes of the widest register."""
+"""Rows of a weight in a panel: the 32-bit lanes of the widest register, or of two of AVX2."""
+PANEL_COLUMNS = 256
+"""Columns of a panel of float32: it has 16 KB, half of the first-level cache. Rows of blocks have whole blocks in it."""
 PANEL_TOKENS = 8
 """Number of tokens that a panel is multiplied with at a time. Their int32 and float32 sums fill half of the registers.
 """
@@ -24,3 +26,11 @@ def panel_buffer_size(columns: int) -> int:
     """
     panel, factors = PANEL_ROWS * columns // 4, 2 * (PANEL_ROWS * columns // 16)
     return panel + factors + PANEL_ROWS * STAGE_ELEMENTS // 4 + PANEL_TOKENS * PANEL_ROWS
+
+
+def dequant_buffer_size(columns: int) -> int:
+    """Number of float32 elements in a worker's buffer for rows of `columns` elements, as `matmul` uses it.
+
+    That is TILE rows, or PANEL_ROWS rows of PANEL_COLUMNS as they are stored and the same as a panel.
+    """
+    return max(TILE * columns, 2 * PANEL_ROWS * PANEL_COLUMNS)

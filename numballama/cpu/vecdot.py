@@ -286,3 +286,13 @@ def dequantize_blocks(typingctx: Any, weights: Any, i: Any, out: Any, j: Any, bl
         return context.get_dummy_value()
 
     return types.void(weights, types.int64, out, types.int64, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def block_size(typingctx: Any, weights: Any) -> Any:
+    """Number of elements of a block of an array of blocks."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _int(INT64, TYPE_TRAITS[TYPE_NAMES[sig.args[0].dtype]].block_size)
+
+    return types.int64(weights), codegen
