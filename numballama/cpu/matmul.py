@@ -24,8 +24,9 @@ from numba.extending import overload
 
 from .compiler import FAST_MATH, device
 from .intrinsics import BLOCK, as_f32, cpu_features, dot_block_int8, dot_int8, tile
-from .panel_f32 import multiply_panel_f32, transpose_panel
-from .tiling import PANEL_COLUMNS, PANEL_ROWS, TILE
+from .panel_bytes import interleave, unpack_blocks
+from .panel_f32 import expand_panel, fill_panel_plain, multiply_panel_f32, transpose_panel
+from .tiling import PANEL_COLUMNS, PANEL_ROWS, TILE, UNPACK_ELEMENTS
 from .vecdot import block_size, dequantize_blocks, dot_blocks
 
 _OPTIONS = {"fastmath": FAST_MATH, "error_model": "numpy"}
@@ -190,32 +191,69 @@ def multiply_tiles(weight, x, out, begin, end, tokens, flat_buffer):
             out[t3, r], out[t3, r1], out[t3, r2], out[t3, r3] = d
 
 
+def fill_panel(weight: Any, row: int, end: int, first: int, columns: int, panel: Any, buffer: Any) -> Any:
+    """Write columns [first, first + columns) of PANEL_ROWS rows of a weight as a panel; from row `end` on anything.
+
+    `columns` is at most PANEL_COLUMNS. `buffer` is flat, for what is between.
+    """
+
+
+@overload(fill_panel, jit_options=_OPTIONS)
+def _fill_panel(weight, row, end, first, columns, panel, buffer):
+    if isinstance(weight, types.BaseTuple):
+        return _fill_panel_int8
+    return _fill_panel_blocks if isinstance(weight.dtype, types.Record) else _fill_panel_plain
+
+
+def _fill_panel_plain(weight, row, end, first, columns, panel, buffer):
+    width = weight.shape[1]
+    following = row * width + first + PANEL_COLUMNS
+    if first + PANEL_COLUMNS >= width:
+        following = (row + PANEL_ROWS) * width
+    fill_panel_plain(weight, row, end - 1, first, columns, following, panel)
+
+
+def _fill_panel_int8(weight, row, end, first, columns, panel, buffer):
+    rows = buffer[: PANEL_ROWS * PANEL_COLUMNS].reshape(PANEL_ROWS, PANEL_COLUMNS)
+    dequantize_rows(weight, row, min(PANEL_ROWS, end - row), first, columns, rows)
+    transpose_panel(rows, columns, panel)
+
+
+def _fill_panel_blocks(weight, row, end, first, columns, panel, buffer):
+    size, quarter = block_size(weight), PANEL_ROWS * PANEL_COLUMNS // 4
+    stage, packed, factors = buffer[:quarter], buffer[quarter : 2 * quarter], buffer[4 * quarter :]
+    scales, mins = factors[: factors.shape[0] // 2], factors[factors.shape[0] // 2 :]
+    for lane in range(PANEL_ROWS):
+        unpack_blocks(weight, min(row + lane, end - 1), first // size, columns // size, lane, stage, scales, mins)
+    interleave(stage, columns // UNPACK_ELEMENTS, packed, 0)
+    expand_panel(weight, packed, scales, mins, first, columns, panel)
+
+
 @device
 def multiply_panels(weight, x, out, begin, end, tokens, flat_buffer):
     """The same, in panels of PANEL_ROWS rows and PANEL_COLUMNS columns, for 6 or 4 tokens at a time."""
     size = PANEL_ROWS * PANEL_COLUMNS
-    rows, panel = flat_buffer[:size].reshape(PANEL_ROWS, PANEL_COLUMNS), flat_buffer[size : 2 * size]
+    panel, buffer = flat_buffer[:size], flat_buffer[size:]
     for r in range(begin, end, PANEL_ROWS):
         count = min(PANEL_ROWS, end - r)
         for k in range(0, x.shape[1], PANEL_COLUMNS):
             columns = min(PANEL_COLUMNS, x.shape[1] - k)
-            dequantize_rows(weight, r, count, k, columns, rows)
-            transpose_panel(rows, columns, panel)
+            fill_panel(weight, r, end, k, columns, panel, buffer)
             if count == PANEL_ROWS:
-                multiply_tokens(panel, columns, x, k, 0, tokens, out, r, out.shape[1])
+                multiply_tokens(panel, columns, x, k, tokens, out, r)
                 continue
-            for t in range(0, tokens, TILE):  # fewer rows: their products go into `rows` first
-                result, last = rows[0], tokens - 1
-                multiply_panel_f32(panel, columns, x, k, t, last, TILE, result, 0, PANEL_ROWS, False)
+            for t in range(0, tokens, TILE):  # fewer rows: their products go into `buffer` first
+                multiply_panel_f32(panel, columns, x, k, t, tokens - 1, TILE, buffer, 0, PANEL_ROWS, False)
                 for i in range(min(TILE, tokens - t)):
                     for c in range(count):
-                        total = result[i * PANEL_ROWS + c]
+                        total = buffer[i * PANEL_ROWS + c]
                         out[t + i, r + c] = total if k == 0 else out[t + i, r + c] + total
 
 
 @device
-def multiply_tokens(panel, columns, x, k, t, tokens, out, r, stride):
+def multiply_tokens(panel, columns, x, k, tokens, out, r):
     """Multiply a panel with columns from k on of all tokens, into columns [r, r + PANEL_ROWS) of out."""
+    t, stride = 0, out.shape[1]
     while t < tokens:
         left = tokens - t
         if left <= 4 or left == 7 or left == 8:

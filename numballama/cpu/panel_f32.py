@@ -17,8 +17,11 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from .intrinsics import FLOAT, INT32, INT64, element
+from ..quantization.types import TYPE_TRAITS
+from .intrinsics import FLOAT, INT32, INT64, element, load_floats, prefetch, to_float
+from .panel_bytes import SCALE_GROUPS, ZERO_POINTS
 from .tiling import PANEL_COLUMNS, PANEL_ROWS
+from .vecdot import TYPE_NAMES
 
 LANES = 8
 """Lanes of a vector; a CPU with narrower ones takes several."""
@@ -47,23 +50,115 @@ def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
     return [_shuffle(builder, fours[i], fours[i + 4], lanes) for lanes in halves for i in range(4)]
 
 
+def _store(builder: Any, panel: Any, column: Any, part: int, values: Any) -> None:
+    """Write LANES rows of a column of a panel."""
+    at = builder.add(builder.mul(column, _int(PANEL_ROWS)), _int(part))
+    builder.store(values, builder.bitcast(builder.gep(panel, [at]), values.type.as_pointer()), align=4)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def fill_panel_plain(
+    typingctx: Any, weights: Any, row: Any, last: Any, first: Any, columns: Any, ahead: Any, panel: Any
+) -> Any:
+    """Write columns [first, first + columns) of rows from `row` on as a panel; past row `last`, it is taken again.
+
+    `weights` holds float32, or 16-bit floats as `as_f32` has them. `ahead` is the flat index of what is needed next, on
+    PANEL_ROWS rows: it is prefetched, because this reads pieces of rows, which the hardware does not foresee.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        array, at, final, begin, count, following, target = args
+        kind = sig.args[0].dtype
+        width = cgutils.unpack_tuple(builder, cgutils.create_struct_proxy(sig.args[0])(context, builder, array).shape)[1]
+        to = element(context, builder, sig.args[6], target, _int(0))
+        starts, later = [], []
+        for i in range(PANEL_ROWS):
+            own = builder.add(at, _int(i))
+            own = builder.select(builder.icmp_signed("<", own, final), own, final)
+            starts.append(element(context, builder, sig.args[0], array, builder.add(builder.mul(own, width), begin)))
+            index = builder.add(following, builder.mul(_int(i), width))
+            later.append(element(context, builder, sig.args[0], array, index))
+        whole = builder.and_(count, _int(-LANES))
+        # eight rows, then the others: lines of 16 rows that lie a power of two apart have no place in the cache together
+        for part in range(0, PANEL_ROWS, LANES):
+            with cgutils.for_range_slice(builder, _int(0), whole, _int(LANES)) as (column, _):
+                rows = []
+                for i in range(part, part + LANES):
+                    rows.append(load_floats(builder, kind, builder.gep(starts[i], [column]), LANES))
+                    prefetch(builder, builder.gep(later[i], [column]), 2)
+                for i, values in enumerate(_transpose(builder, rows)):
+                    _store(builder, to, builder.add(column, _int(i)), part, values)
+        with cgutils.for_range_slice(builder, whole, count, _int(1)) as (column, _):
+            for i, start in enumerate(starts):
+                number = to_float(builder, kind, builder.load(builder.gep(start, [column])))
+                place = builder.add(builder.mul(column, _int(PANEL_ROWS)), _int(i))
+                builder.store(number, builder.gep(to, [place]))
+        return context.get_dummy_value()
+
+    index = types.int64
+    return types.void(weights, index, index, index, index, index, panel), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def expand_panel(typingctx: Any, weights: Any, packed: Any, scales: Any, mins: Any, first: Any, n: Any, panel: Any) -> Any:
+    """Make a panel of a panel of bytes with the first of `n` columns at column `first` of the row (see `panel_bytes`).
+
+    `weights` gives the block type. An element has the same bits as `vecdot` makes.
+    """
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        _, source, *factors, begin, count, target = args
+        name = TYPE_NAMES[sig.args[0].dtype]
+        size, has_min = SCALE_GROUPS[name], TYPE_TRAITS[name].has_min
+        integers, floats = ir.VectorType(INT32, LANES), ir.VectorType(FLOAT, LANES)
+        quants, to = (element(context, builder, sig.args[i], array, _int(0)) for i, array in ((1, source), (6, target)))
+        scale_at, min_at = (
+            element(context, builder, kind, array, _int(0)) for kind, array in zip(sig.args[2:4], factors, strict=True)
+        )
+
+        def load(start: Any, index: Any, part: int, kind: Any) -> Any:
+            place = builder.gep(start, [builder.add(builder.mul(index, _int(PANEL_ROWS)), _int(part))])
+            return builder.load(builder.bitcast(place, kind.as_pointer()), align=4)
+
+        with cgutils.for_range_slice(builder, _int(0), count, _int(size)) as (column, _):
+            group = builder.udiv(builder.add(begin, column), _int(size))
+            for part in range(0, PANEL_ROWS, LANES):
+                scale = load(scale_at, group, part, floats)
+                minimum = load(min_at, group, part, floats) if has_min else None
+                for start in range(0, size, 4):
+                    at = builder.udiv(builder.add(column, _int(start)), _int(4))
+                    four = load(quants, at, part, integers)
+                    for i in range(4):
+                        fields = builder.lshr(four, ir.Constant(integers, [8 * i] * LANES)) if i else four
+                        if i < 3:
+                            fields = builder.and_(fields, ir.Constant(integers, [255] * LANES))
+                        if ZERO_POINTS[name]:
+                            fields = builder.sub(fields, ir.Constant(integers, [ZERO_POINTS[name]] * LANES))
+                        values = builder.fmul(builder.sitofp(fields, floats), scale, flags=("contract",))
+                        if minimum is not None:
+                            values = builder.fadd(values, minimum, flags=("contract",))
+                        _store(builder, to, builder.add(column, _int(start + i)), part, values)
+        return context.get_dummy_value()
+
+    index = types.int64
+    return types.void(weights, packed, scales, mins, index, index, panel), codegen
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def transpose_panel(typingctx: Any, rows: Any, columns: Any, panel: Any) -> Any:
     """Write the first `columns` columns, rounded up to LANES, of flat rows[PANEL_ROWS, PANEL_COLUMNS] as a panel."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         source, count, target = args
-        vector = ir.VectorType(FLOAT, LANES)
         start, to = (element(context, builder, sig.args[i], array, _int(0)) for i, array in ((0, source), (2, target)))
         with cgutils.for_range_slice(builder, _int(0), count, _int(LANES)) as (column, _):
             for part in range(0, PANEL_ROWS, LANES):
-                loaded = []
+                rows = []
                 for row in range(part, part + LANES):
                     place = builder.gep(start, [builder.add(column, _int(row * PANEL_COLUMNS))])
-                    loaded.append(builder.load(builder.bitcast(place, vector.as_pointer()), align=4))
-                for i, values in enumerate(_transpose(builder, loaded)):
-                    at = builder.add(builder.mul(column, _int(PANEL_ROWS)), _int(PANEL_ROWS * i + part))
-                    builder.store(values, builder.bitcast(builder.gep(to, [at]), vector.as_pointer()), align=4)
+                    rows.append(load_floats(builder, types.float32, place, LANES))
+                for i, values in enumerate(_transpose(builder, rows)):
+                    _store(builder, to, builder.add(column, _int(i)), part, values)
         return context.get_dummy_value()
 
     return types.void(rows, types.int64, panel), codegen

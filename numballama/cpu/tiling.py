@@ -7,8 +7,6 @@ TILE = 4
 
 PANEL_ROWS = 16
 """Rows of a weight in a panel: the 32-bit lanes of the widest register, or of two of AVX2."""
-PANEL_COLUMNS = 256
-"""Columns of a panel of float32: it has 16 KB, half of the first-level cache. Rows of blocks have whole blocks in it."""
 PANEL_TOKENS = 8
 """Number of tokens that a panel is multiplied with at a time. Their int32 and float32 sums fill half of the registers.
 """
@@ -16,6 +14,8 @@ UNPACK_ELEMENTS = 32
 """Number of elements of a block that are unpacked at a time."""
 STAGE_ELEMENTS = 256
 """Number of elements of a row that are unpacked before they are interleaved with the panel's other rows."""
+PANEL_COLUMNS = STAGE_ELEMENTS
+"""Columns of a panel of float32. It has 16 KB, half of the first-level cache."""
 
 
 def panel_buffer_size(columns: int) -> int:
@@ -31,6 +31,7 @@ def panel_buffer_size(columns: int) -> int:
 def dequant_buffer_size(columns: int) -> int:
     """Number of float32 elements in a worker's buffer for rows of `columns` elements, as `matmul` uses it.
 
-    That is TILE rows, or PANEL_ROWS rows of PANEL_COLUMNS as they are stored and the same as a panel.
+    That is TILE rows; or a panel of float32, the same number of elements not yet transposed, and scales and minimums as
+    in `panel_buffer_size`.
     """
-    return max(TILE * columns, 2 * PANEL_ROWS * PANEL_COLUMNS)
+    return max(TILE * columns, 2 * PANEL_ROWS * PANEL_COLUMNS + 2 * (PANEL_ROWS * columns // 16))
