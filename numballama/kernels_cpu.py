@@ -46,7 +46,7 @@ def exp(x):
     ln 2 is split into two constants. Reordered operations would join them to one, and r would lose its last digits.
     """
     y = np.float32(min(max(x, MIN_EXPONENT), MAX_EXPONENT))
-    n = np.float32(math.floor(y * np.float32(1.44269504) + np.float32(0.5)))
+    n = np.floor(y * np.float32(1.44269504) + np.float32(0.5))
     r = y - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
     p = np.float32(1.9875691500e-4)
     p = p * r + np.float32(1.3981999507e-3)
@@ -54,7 +54,7 @@ def exp(x):
     p = p * r + np.float32(4.1665795894e-2)
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
-    value = (p * r * r + r + np.float32(1)) * power_of_two(np.int32(n) - np.int32(1)) * np.float32(2)
+    value = (p * r * r + r + np.float32(1)) * power_of_two(n - np.float32(1)) * np.float32(2)
     value = np.float32(0) if x < MIN_EXPONENT else np.float32(np.inf) if x > MAX_EXPONENT else value
     return x if x != x else value
 

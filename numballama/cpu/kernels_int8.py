@@ -145,10 +145,14 @@ def matmul_blocks(weight, xq, xs, sums, out, worker, n_workers, tokens, panel_bu
     stage, result = buffer[6 * k : stage_end], buffer[stage_end:]
     for r in range(begin, end, PANEL_ROWS):
         fill_panel(weight, r, end, panel, scales, mins, stage)
+        last, width = tokens - 1, out.shape[1]
         for t in range(0, tokens, TOKENS_OF_A_PASS):
-            multiply_panel(weight, panel, scales, mins, xq, xs, sums, t, tokens - 1, result)
+            if r + PANEL_ROWS <= end:
+                multiply_panel(weight, panel, scales, mins, xq, xs, sums, t, last, out, t * width + r, width)
+                continue
+            multiply_panel(weight, panel, scales, mins, xq, xs, sums, t, last, result, 0, PANEL_ROWS)
             for i in range(min(TOKENS_OF_A_PASS, tokens - t)):
-                for c in range(min(PANEL_ROWS, end - r)):
+                for c in range(end - r):
                     out[t + i, r + c] = result[i * PANEL_ROWS + c]
     return begin, end
 

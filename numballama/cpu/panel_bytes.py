@@ -129,8 +129,6 @@ def blocks_of_a_row(context: Any, builder: Any, kind: Any, array: Any) -> Any:
     return cgutils.unpack_tuple(builder, shape)[1]
 
 
-
-
 @intrinsic  # type: ignore[untyped-decorator]
 def unpack_blocks(
     typingctx: Any, weights: Any, row: Any, begin: Any, count: Any, lane: Any, stage: Any, scales: Any, mins: Any
@@ -216,9 +214,10 @@ def interleave(typingctx: Any, stage: Any, count: Any, panel: Any, begin: Any) -
                 place = builder.gep(start, [builder.add(at, integer(row * STAGE_ELEMENTS))])
                 rows.append(builder.load(builder.bitcast(place, eight.as_pointer()), align=4))
             for i, vector in enumerate(_transpose(builder, rows)):
-                place = builder.gep(to, [builder.add(builder.mul(at, integer(PANEL_ROWS)), integer(4 * PANEL_ROWS * i))])
+                place = builder.gep(
+                    to, [builder.add(builder.mul(at, integer(PANEL_ROWS)), integer(4 * PANEL_ROWS * i))]
+                )
                 builder.store(vector, builder.bitcast(place, whole.as_pointer()), align=4)
         return context.get_dummy_value()
 
     return types.void(stage, types.int64, panel, types.int64), codegen
-

@@ -69,7 +69,9 @@ def fill_panel_plain(
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         array, at, final, begin, count, following, target = args
         kind = sig.args[0].dtype
-        width = cgutils.unpack_tuple(builder, cgutils.create_struct_proxy(sig.args[0])(context, builder, array).shape)[1]
+        width = cgutils.unpack_tuple(builder, cgutils.create_struct_proxy(sig.args[0])(context, builder, array).shape)[
+            1
+        ]
         to = element(context, builder, sig.args[6], target, _int(0))
         starts, later = [], []
         for i in range(PANEL_ROWS):
@@ -100,7 +102,9 @@ def fill_panel_plain(
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def expand_panel(typingctx: Any, weights: Any, packed: Any, scales: Any, mins: Any, first: Any, n: Any, panel: Any) -> Any:
+def expand_panel(
+    typingctx: Any, weights: Any, packed: Any, scales: Any, mins: Any, first: Any, n: Any, panel: Any
+) -> Any:
     """Make a panel of a panel of bytes with the first of `n` columns at column `first` of the row (see `panel_bytes`).
 
     `weights` gives the block type. An element has the same bits as `vecdot` makes.
@@ -189,9 +193,9 @@ def multiply_panel_f32(
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         weights, length, inputs, begin, token, final, _, target, to, step, again = args
         vector = ir.VectorType(FLOAT, LANES)
-        width = cgutils.unpack_tuple(
-            builder, cgutils.create_struct_proxy(sig.args[2])(context, builder, inputs).shape
-        )[1]
+        width = cgutils.unpack_tuple(builder, cgutils.create_struct_proxy(sig.args[2])(context, builder, inputs).shape)[
+            1
+        ]
         rows, places = [], []
         for i in range(count):
             own = builder.add(token, _int(i))
@@ -211,9 +215,7 @@ def multiply_panel_f32(
         with cgutils.for_range(builder, length) as loop:
             column = builder.gep(packed, [builder.mul(loop.index, _int(PANEL_ROWS))])
             values = [
-                builder.load(
-                    builder.bitcast(builder.gep(column, [_int(LANES * part)]), vector.as_pointer()), align=4
-                )
+                builder.load(builder.bitcast(builder.gep(column, [_int(LANES * part)]), vector.as_pointer()), align=4)
                 for part in range(parts)
             ]
             for i, row in enumerate(rows):

@@ -27,6 +27,7 @@ from .products_int8 import ROWS_OF_A_VECTOR, TOKENS_OF_A_PASS, add_products, gro
 from .tiling import PANEL_ROWS, UNPACK_ELEMENTS
 from .vecdot import INT8, TYPE_NAMES, Block, for_blocks, locator
 
+
 class _Activations:
     """Emits code that reads the int8 activations of one token, quantised for weights of type `name`.
 
@@ -56,10 +57,15 @@ class _Activations:
         """The scale of element `index`."""
         return self._load(1, self.builder.udiv(index, integer(self.per_scale)), FLOAT)
 
-    def zero_point_term(self, index: Any) -> Any:
-        """-(zero point) · sum of the group at `index`: added to the group's integer product, it corrects the quants."""
-        total = self._load(2, self.builder.udiv(index, integer(self.per_sum)), INT32)
-        return self.builder.mul(total, integer(-zero_point(self.name), INT32))
+    def zero_point_term(self, index: Any, lanes: int = 1) -> Any:
+        """-(zero point) · sum of the group at `index`: added to the group's integer product, it corrects the quants.
+
+        With more than one lane, a vector with this in all lanes. It is multiplied there, and loaded into all at once.
+        """
+        total, factor = self._load(2, self.builder.udiv(index, integer(self.per_sum)), INT32), -zero_point(self.name)
+        if lanes == 1:
+            return self.builder.mul(total, integer(factor, INT32))
+        return self.builder.mul(broadcast(self.builder, total, lanes), splat(vector_of(INT32, lanes), factor))
 
     def sum(self, index: Any) -> Any:
         """Sum of the UNPACK_ELEMENTS elements from `index` on, times their scale: the factor of a minimum."""
@@ -83,6 +89,7 @@ def _accumulators(builder: Any, kind: Any, count: int) -> list[Any]:
     for place in places:
         builder.store(zero, place)
     return places
+
 
 @intrinsic  # type: ignore[untyped-decorator]
 def dot_blocks_int8(typingctx: Any, weights: Any, row: Any, xq: Any, xs: Any, sums: Any, t: Any) -> Any:
@@ -108,7 +115,9 @@ def dot_blocks_int8(typingctx: Any, weights: Any, row: Any, xq: Any, xs: Any, su
                 for group in range(count if zero_point(name) else 0):
                     offset = x.zero_point_term(builder.add(first, integer(group * SCALE_GROUPS[name])))
                     dots = builder.insert_element(dots, offset, integer(group * 8 // count, INT32))
-                dots = add_products(builder, name, dots, chunk.quants, x.quants(first, vector_of(INT8, UNPACK_ELEMENTS)))
+                dots = add_products(
+                    builder, name, dots, chunk.quants, x.quants(first, vector_of(INT8, UNPACK_ELEMENTS))
+                )
                 scale = x.scale(first)
                 factors = [
                     broadcast(builder, builder.fmul(s, scale, flags=("contract",)), 8 // count) for s in chunk.scales
@@ -141,22 +150,26 @@ def multiply_panel(
     sums: Any,
     t: Any,
     last: Any,
-    result: Any,
+    out: Any,
+    at: Any,
+    stride: Any,
 ) -> Any:
-    """Dot products of a panel's rows with TOKENS_OF_A_PASS tokens from t on, to float32 result[tokens, PANEL_ROWS].
+    """Dot products of a panel's rows with TOKENS_OF_A_PASS tokens from t on.
 
-    `weights` gives the block type. Past token `last`, that token is computed again.
+    Token t + i's PANEL_ROWS results go to flat float32 out from at + i · stride on. `weights` gives the block type. Past
+    token `last`, that token is computed again.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        array, *factors, xq_, xs_, sums_, first, final, out = args
+        array, *factors, xq_, xs_, sums_, first, final, target, to, step = args
         name = TYPE_NAMES[sig.args[0].dtype]
         blocks = blocks_of_a_row(context, builder, sig.args[0], array)
         columns = builder.mul(blocks, integer(TYPE_TRAITS[name].block_size))
         floats, integers = vector_of(FLOAT, ROWS_OF_A_VECTOR), vector_of(INT32, ROWS_OF_A_VECTOR)
         parts = range(0, PANEL_ROWS, ROWS_OF_A_VECTOR)
         packed, scales_start, mins_start = (
-            element(context, builder, kind, place, integer(0)) for kind, place in zip(sig.args[1:4], factors, strict=True)
+            element(context, builder, kind, place, integer(0))
+            for kind, place in zip(sig.args[1:4], factors, strict=True)
         )
 
         def vectors_at(start: Any, index: Any, kind: Any) -> list[Any]:
@@ -164,10 +177,12 @@ def multiply_panel(
             places = (builder.gep(start, [builder.add(index, integer(part))]) for part in parts)
             return [builder.load(builder.bitcast(place, kind.as_pointer()), align=4) for place in places]
 
-        tokens = []
+        tokens, starts = [], []
         for k in range(TOKENS_OF_A_PASS):
             token = builder.add(first, integer(k))
             token = builder.select(builder.icmp_signed("<", token, final), token, final)
+            offset = builder.add(to, builder.mul(builder.sub(token, first), step))
+            starts.append(element(context, builder, sig.args[9], target, offset))
             tokens.append(_Activations(context, builder, sig.args[4:7], (xq_, xs_, sums_), token, columns, name))
         totals = [_accumulators(builder, floats, len(parts)) for _ in tokens]
         # the columns of a group are known; computed from extents, so that LLVM does not know them
@@ -179,14 +194,15 @@ def multiply_panel(
         with cgutils.for_range(builder, builder.udiv(columns, integer(SCALE_GROUPS[name]))) as loop:
             start = builder.mul(loop.index, integer(SCALE_GROUPS[name]))
             offset = ir.Constant(integers, None)
-            offsets = [
-                broadcast(builder, x.zero_point_term(start), ROWS_OF_A_VECTOR) if zero_point(name) else offset
-                for x in tokens
-            ]
+            offsets = [x.zero_point_term(start, ROWS_OF_A_VECTOR) if zero_point(name) else offset for x in tokens]
 
             def quants_at(column: Any) -> list[Any]:
                 # a column of the panel has PANEL_ROWS 32-bit elements
-                return vectors_at(packed, builder.add(builder.mul(start, integer(PANEL_ROWS//4)), builder.mul(column, integer(PANEL_ROWS))), integers)
+                return vectors_at(
+                    packed,
+                    builder.add(builder.mul(start, integer(PANEL_ROWS // 4)), builder.mul(column, integer(PANEL_ROWS))),
+                    integers,
+                )
 
             def x_at(token: int, column: Any) -> Any:
                 index = builder.add(start, builder.mul(column, integer(4)))
@@ -206,14 +222,14 @@ def multiply_panel(
                     if minimum is not None:
                         total = _times_plus(builder, minimum, sum_of_x, total)
                     builder.store(total, place)
-        for k, places in enumerate(totals):
+        for first_of_out, places in zip(starts, totals, strict=True):
             for part, place in zip(parts, places, strict=True):
-                to = element(context, builder, sig.args[9], out, integer(k * PANEL_ROWS + part))
-                builder.store(builder.load(place), builder.bitcast(to, floats.as_pointer()), align=4)
+                pointer = builder.bitcast(builder.gep(first_of_out, [integer(part)]), floats.as_pointer())
+                builder.store(builder.load(place), pointer, align=4)
         return context.get_dummy_value()
 
     index = types.int64
-    return types.void(weights, panel, scales, mins, xq, xs, sums, index, index, result), codegen
+    return types.void(weights, panel, scales, mins, xq, xs, sums, index, index, out, index, index), codegen
 
 
 # Quantising activations
