@@ -272,7 +272,7 @@ _multiply_rows = multiply_tiles if _IN_TILES else multiply_panels
 
 @device
 def matmul_rows(weight, x, out, begin, end, tokens, buffer):
-    """out[t, r] = weight[r] · x[t] for rows [begin, end) and all tokens. `buffer` has `dequant_buffer_size` elements."""
+    """out[t, r] = weight[r] · x[t] for rows [begin, end) and all tokens. `buffer` is flat."""
     if tokens < TILE:
         for r in range(begin, end):
             for t in range(tokens):

@@ -5,8 +5,8 @@
 elements of several rows: `vecdot_int8` multiplies them, `panel_f32` makes float32 of them.
 
 An element of a block is scale · (q - zero point) or scale · q + minimum, where the quant q is from 0 to 255. `stage`
-[PANEL_ROWS, STAGE_ELEMENTS] and `panel` [K / 4, PANEL_ROWS, 4] hold bytes, in the memory of float32 arrays. `scales` and
-`mins` are float32 [scale groups of a row, PANEL_ROWS].
+[PANEL_ROWS, STAGE_ELEMENTS] and `panel` [K / 4, PANEL_ROWS, 4] hold bytes, in the memory of float32 arrays. `scales`
+and `mins` are float32 [scale groups of a row, PANEL_ROWS].
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Panels of float32 weights, for prompts on CPUs with 16 vector registers.
 
 A panel is [columns, PANEL_ROWS]: the elements of PANEL_ROWS rows of a weight, column by column. A column is two vectors
-of AVX, and an element of x is multiplied with both. Six tokens make 12 sums, which stay in registers with the column and
-the element: 8 loads feed 12 multiply-adds, and no sum goes across lanes. A tile of whole rows of both, as
-`intrinsics.tile` has it, would need 16 sums, more than there are registers.
+of AVX, and an element of x is multiplied with both. Six tokens make 12 sums, which stay in registers with the column
+and the element: 8 loads feed 12 multiply-adds, and no sum goes across lanes. A tile of whole rows of both, as
+`intrinsics.tile` has it, would need 16 sums, and there are 16 registers in all.
 
 Each sum adds its products in the order of the columns, whatever the number of tokens.
 """
@@ -38,7 +38,7 @@ def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
 def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
     """Eight vectors of eight, transposed: pairs of elements, then of pairs, then of halves change places."""
     low, high = [0, 8, 1, 9, 4, 12, 5, 13], [2, 10, 3, 11, 6, 14, 7, 15]
-    pairs = [_shuffle(builder, *rows[i : i + 2], lanes) for i in range(0, 8, 2) for lanes in (low, high)]
+    pairs = [_shuffle(builder, rows[i], rows[i + 1], lanes) for i in range(0, 8, 2) for lanes in (low, high)]
     first, second = [0, 1, 8, 9, 4, 5, 12, 13], [2, 3, 10, 11, 6, 7, 14, 15]
     fours = [
         _shuffle(builder, pairs[i + j], pairs[i + j + 2], lanes)
@@ -81,7 +81,7 @@ def fill_panel_plain(
             index = builder.add(following, builder.mul(_int(i), width))
             later.append(element(context, builder, sig.args[0], array, index))
         whole = builder.and_(count, _int(-LANES))
-        # eight rows, then the others: lines of 16 rows that lie a power of two apart have no place in the cache together
+        # eight rows, then the others: a cache keeps eight lines that are a power of two apart
         for part in range(0, PANEL_ROWS, LANES):
             with cgutils.for_range_slice(builder, _int(0), whole, _int(LANES)) as (column, _):
                 rows = []

@@ -1,9 +1,10 @@
 """Products of unsigned bytes of a weight and signed bytes of activations, with the instructions that the CPU has.
 
 `vpdpbusd` (AVX512-VNNI, AVX-VNNI) adds four products to each 32-bit lane. AVX2 has `vpmaddubsw`, which adds two
-products in 16 bits and cuts sums beyond them off. Quants of 4 bits make sums so small that those of a whole group of 32
-fit in 16 bits, so a group needs one instruction more to get 32 bits. Two quants of 8 bits may not fit. There the weight's
-sign goes to the activation, and two products of at most 128 · 127 fit. Other CPUs multiply in 16 bits.
+products in 16 bits and cuts sums beyond them off. Products of 4-bit quants are so small that the sums of a whole group
+of 32 fit in 16 bits, so one instruction widens them at the end of a group. Two products of 8-bit quants may not fit.
+There the weight's sign goes to the activation, and two products of at most 128 · 127 fit. Other CPUs multiply in 16
+bits.
 
 All of these sums are exact, so they are the same on every CPU.
 """
@@ -40,7 +41,7 @@ def _has_avx2() -> bool:
 ROWS_OF_A_VECTOR = 8 if _has_avx2() else PANEL_ROWS
 """Rows of a panel that are multiplied by one instruction."""
 TOKENS_OF_A_PASS = 4 if _has_avx2() else PANEL_TOKENS
-"""Number of tokens that a panel is multiplied with at a time: at most PANEL_TOKENS. AVX2 has 16 registers, AVX-512 32."""
+"""Number of tokens that a panel is multiplied with at a time. AVX2 has half of AVX-512's registers."""
 
 _COLUMNS_OF_A_SUM = {4: 2, 6: 2, 8: 1}
 """Bits of a quant → columns of a panel that AVX2 multiplies in a turn: two pairs of 6-bit quants make 4 · 63 · 127."""

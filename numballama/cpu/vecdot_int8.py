@@ -21,8 +21,8 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..quantization.types import ACTIVATION_QUANT, TYPE_TRAITS, VEC_DOT_TYPE
-from .intrinsics import FLOAT, INT16, INT32, INT64, add_lanes, cpu_features, element
-from .panel_bytes import DECODERS, SCALE_GROUPS, blocks_of_a_row, broadcast, concat, integer, lanes_of, splat, vector_of
+from .intrinsics import FLOAT, INT32, add_lanes, element
+from .panel_bytes import DECODERS, SCALE_GROUPS, blocks_of_a_row, broadcast, concat, integer, splat, vector_of
 from .products_int8 import ROWS_OF_A_VECTOR, TOKENS_OF_A_PASS, add_products, group_products, zero_point
 from .tiling import PANEL_ROWS, UNPACK_ELEMENTS
 from .vecdot import INT8, TYPE_NAMES, Block, for_blocks, locator
@@ -156,8 +156,8 @@ def multiply_panel(
 ) -> Any:
     """Dot products of a panel's rows with TOKENS_OF_A_PASS tokens from t on.
 
-    Token t + i's PANEL_ROWS results go to flat float32 out from at + i · stride on. `weights` gives the block type. Past
-    token `last`, that token is computed again.
+    Token t + i's PANEL_ROWS results go to flat float32 out from at + i · stride on. `weights` gives the block type.
+    Past token `last`, that token is computed again.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
