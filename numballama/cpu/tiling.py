@@ -16,6 +16,10 @@ STAGE_ELEMENTS = 256
 """Number of elements of a row that are unpacked before they are interleaved with the panel's other rows."""
 PANEL_COLUMNS = STAGE_ELEMENTS
 """Columns of a panel of float32. It has 16 KB, half of the first-level cache."""
+SCORE_ROWS = 3
+"""Most heads that attention computes together: with four positions they have 12 sums, and AVX2 has 16 registers."""
+SCORES_BEYOND = 3
+"""Elements past a row's scores that are written too, because attention takes four positions at a time."""
 
 
 def panel_buffer_size(columns: int) -> int:
