@@ -18,6 +18,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from ..quantization.types import KV_BLOCK
 from .intrinsics import FLOAT, INT32, INT64, element, half_to_float, load_floats
 from .tiling import SCORES_BEYOND
 
@@ -25,8 +26,6 @@ LANES = 8
 """Elements of a vector."""
 POSITIONS = SCORES_BEYOND + 1
 """Keys that `dot_keys` takes at a time."""
-BLOCK = 32
-"""Elements of a q8_0 row that share a scale."""
 
 _VECTOR = ir.VectorType(FLOAT, LANES)
 
@@ -53,7 +52,7 @@ def _rows(context: Any, builder: Any, kind: Any, rows: Any) -> tuple[Any, Callab
         )
 
         def load_quants(row: Any, first: Any) -> Any:
-            at = builder.add(builder.mul(row, blocks), builder.udiv(first, _int(BLOCK)))
+            at = builder.add(builder.mul(row, blocks), builder.udiv(first, _int(KV_BLOCK)))
             scale = half_to_float(builder, builder.load(element(context, builder, kind.types[1], scales, at)))
             start = element(context, builder, kind.types[0], quants, builder.add(builder.mul(row, head_dim), first))
             eight = builder.load(builder.bitcast(start, ir.VectorType(ir.IntType(8), LANES).as_pointer()), align=1)

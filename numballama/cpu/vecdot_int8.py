@@ -1,14 +1,12 @@
 """Dot products of int8 activations with rows of GGUF blocks: integer products of each group, times the group's scales.
 
-An element of a block is scale · (q - zero point) or scale · q + minimum, where the quant q is from 0 to 255. `vpdpbusd`
-(AVX512-VNNI, AVX-VNNI) multiplies such a q with a signed element of x: it adds four byte products to each 32-bit lane.
-The sums of groups that come with x subtract the zero point, in integers and so exactly. CPUs without this instruction
-compute the same sums from 16-bit products.
+An element of a block is scale · (q - zero point) or scale · q + minimum, where the quant q is from 0 to 255. Products
+of q and a signed element of x are added up in integers, by the instructions that the CPU has (`products_int8`). The
+sums of groups that come with x subtract the zero point, in integers and so exactly.
 
-For few tokens, `dot_blocks_int8` computes one row as its blocks come from memory. For more, `unpack_blocks` and
-`interleave` turn PANEL_ROWS rows into a panel, in which four elements of each row lie side by side. Then one
-instruction multiplies four elements of a token with those of all PANEL_ROWS rows. `multiply_panel` does it for all
-tokens.
+For few tokens, `dot_blocks_int8` computes one row as its blocks come from memory. For more, PANEL_ROWS rows become a
+panel, in which four elements of each row lie side by side (`panel_bytes`). Then one instruction multiplies four
+elements of a token with those of several rows. `multiply_panel` does it for TOKENS_OF_A_PASS tokens.
 """
 
 from __future__ import annotations
