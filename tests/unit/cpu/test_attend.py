@@ -35,7 +35,8 @@ def attention(head_dim: int, dtype: KVType, workers: int) -> tuple[np.ndarray, n
     for name in ("k", "v"):
         if dtype == "q8_0":
             quants, scales = split_q8_0(backend.states[name], shape)
-            quants[:], scales[:] = rng.integers(-127, 128, quants.shape), to_f16(rng.random(scales.shape, np.float32) / 64)
+            quants[:] = rng.integers(-127, 128, quants.shape)
+            scales[:] = to_f16(rng.random(scales.shape, np.float32) / 64)
         else:
             numbers = rng.standard_normal(shape).astype(np.float32)
             backend.states[name][:] = numbers if dtype == "f32" else to_f16(numbers)
