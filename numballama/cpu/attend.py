@@ -1,8 +1,8 @@
 """Attention of a few heads that share keys and values: each vector is loaded and converted once for all of them.
 
-`dot_keys` takes four positions at a time, `add_values` all positions for a few vectors of the head's elements. Up to
-SCORE_ROWS heads make 12 sums, which stay in registers. The arithmetic of a head is the same whatever heads are beside
-it, so its result has the same bits.
+`dot_keys` takes four positions at a time, of one head eight. `add_values` takes all positions for a few vectors of the
+head's elements. Up to SCORE_ROWS heads make 12 sums, which stay in registers. The arithmetic of a head is the same
+whatever heads are beside it, so its result has the same bits.
 
 Rows are those of `kv_cache.kv_rows`: [rows, head_dim] of one page and head, with head_dim a multiple of LANES.
 """
@@ -24,8 +24,6 @@ from .tiling import SCORES_BEYOND
 
 LANES = 8
 """Elements of a vector."""
-POSITIONS = SCORES_BEYOND + 1
-"""Keys that `dot_keys` takes at a time."""
 
 _VECTOR = ir.VectorType(FLOAT, LANES)
 
@@ -100,20 +98,21 @@ def dot_keys(
     The queries lie one after the other in flat q from `at` on. Up to SCORES_BEYOND scores more are written.
     """
     n_heads = heads.literal_value
+    n_keys = SCORES_BEYOND + 1 if n_heads == 1 else 4
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         query, start, _, rows, number, factor, target, first, step = args
         head_dim, load = _rows(context, builder, sig.args[3], rows)
-        places = [[cgutils.alloca_once(builder, _VECTOR) for _ in range(POSITIONS)] for _ in range(n_heads)]
-        four = ir.VectorType(FLOAT, POSITIONS)
+        places = [[cgutils.alloca_once(builder, _VECTOR) for _ in range(n_keys)] for _ in range(n_heads)]
+        four = ir.VectorType(FLOAT, 4)
         factors = builder.shuffle_vector(
             _broadcast(builder, factor), ir.Constant(_VECTOR, ir.Undefined),
-            ir.Constant(ir.VectorType(INT32, POSITIONS), [0] * POSITIONS),
+            ir.Constant(ir.VectorType(INT32, 4), [0] * 4),
         )  # fmt: skip
         last = builder.sub(number, _int(1))
-        with cgutils.for_range_slice(builder, _int(0), number, _int(POSITIONS)) as (position, _):
+        with cgutils.for_range_slice(builder, _int(0), number, _int(n_keys)) as (position, _):
             chosen = []
-            for i in range(POSITIONS):
+            for i in range(n_keys):
                 row = builder.add(position, _int(i))
                 chosen.append(builder.select(builder.icmp_signed("<", row, last), row, last))
             for place in itertools.chain(*places):
@@ -128,11 +127,12 @@ def dot_keys(
                     for numbers, own in zip(queries, places, strict=True):
                         _add_product(builder, own[i], vector, numbers)
             for h, own in enumerate(places):
-                sums = _lane_sums(builder, [builder.load(place) for place in own])
-                index = builder.add(builder.add(first, builder.mul(_int(h), step)), position)
-                pointer = element(context, builder, sig.args[6], target, index)
-                result = builder.fmul(sums, factors, flags=("contract",))
-                builder.store(result, builder.bitcast(pointer, four.as_pointer()), align=4)
+                for i in range(0, n_keys, 4):
+                    sums = _lane_sums(builder, [builder.load(place) for place in own[i : i + 4]])
+                    index = builder.add(builder.add(first, builder.mul(_int(h), step)), position)
+                    pointer = element(context, builder, sig.args[6], target, builder.add(index, _int(i)))
+                    result = builder.fmul(sums, factors, flags=("contract",))
+                    builder.store(result, builder.bitcast(pointer, four.as_pointer()), align=4)
         return context.get_dummy_value()
 
     index = types.int64
@@ -178,11 +178,12 @@ def add_values(
                 for pointer, place in zip(pointers, own_places, strict=True):
                     builder.store(builder.load(place), pointer, align=4)
 
-        many = 8 if n_heads == 1 else 4
-        whole = builder.mul(builder.udiv(head_dim, _int(LANES * many)), _int(LANES * many))
-        for begin, end, n_vectors in ((_int(0), whole, many), (whole, head_dim, 1)):
-            with cgutils.for_range_slice(builder, begin, end, _int(LANES * n_vectors)) as (d, _):
+        begin = _int(0)
+        for n_vectors in (8, 4, 2, 1) if n_heads == 1 else (4, 2, 1):
+            whole = builder.and_(head_dim, _int(-LANES * n_vectors))
+            with cgutils.for_range_slice(builder, begin, whole, _int(LANES * n_vectors)) as (d, _):
                 add(d, n_vectors)
+            begin = whole
         return context.get_dummy_value()
 
     index = types.int64

@@ -18,8 +18,8 @@ PANEL_COLUMNS = STAGE_ELEMENTS
 """Columns of a panel of float32. It has 16 KB, half of the first-level cache."""
 SCORE_ROWS = 3
 """Most heads that attention computes together: with four positions they have 12 sums, and AVX2 has 16 registers."""
-SCORES_BEYOND = 3
-"""Elements past a row's scores that are written too, because attention takes four positions at a time."""
+SCORES_BEYOND = 7
+"""Elements past a row's scores that are written too, because attention takes up to eight positions at a time."""
 
 
 def panel_buffer_size(columns: int) -> int:
