@@ -16,10 +16,12 @@ import math
 
 import numpy as np
 
+from .cpu.attend import LANES, add_values, dot_keys
 from .cpu.compiler import device, ordered_device
 from .cpu.intrinsics import power_of_two, saturate_to
 from .cpu.kv_cache import add_weighted, kv_rows, kv_shape, qk_dot, row_count, store_row
 from .cpu.matmul import dequantize_rows, matmul, matmul_int8, partition
+from .cpu.tiling import SCORE_ROWS
 
 
 @device
@@ -46,7 +48,7 @@ def exp(x):
     ln 2 is split into two constants. Reordered operations would join them to one, and r would lose its last digits.
     """
     y = np.float32(min(max(x, MIN_EXPONENT), MAX_EXPONENT))
-    n = np.float32(math.floor(y * np.float32(1.44269504) + np.float32(0.5)))
+    n = np.floor(y * np.float32(1.44269504) + np.float32(0.5))
     r = y - n * np.float32(0.693359375) - n * np.float32(-2.12194440e-4)
     p = np.float32(1.9875691500e-4)
     p = p * r + np.float32(1.3981999507e-3)
@@ -54,7 +56,7 @@ def exp(x):
     p = p * r + np.float32(4.1665795894e-2)
     p = p * r + np.float32(1.6666665459e-1)
     p = p * r + np.float32(5.0000001201e-1)
-    value = (p * r * r + r + np.float32(1)) * power_of_two(np.int32(n) - np.int32(1)) * np.float32(2)
+    value = (p * r * r + r + np.float32(1)) * power_of_two(n - np.float32(1)) * np.float32(2)
     value = np.float32(0) if x < MIN_EXPONENT else np.float32(np.inf) if x > MAX_EXPONENT else value
     return x if x != x else value
 
@@ -78,7 +80,7 @@ def multiply_by_silu(gate, out, begin, end, tokens):
 def embedding(worker, n_workers, tokens, ids, table, out):
     begin, end = partition(tokens, worker, n_workers, 1)
     for t in range(begin, end):
-        dequantize_rows(table, ids[t], 1, out[t : t + 1])
+        dequantize_rows(table, ids[t], 1, 0, out.shape[1], out[t : t + 1])
 
 
 def rope_angles(worker, n_workers, tokens, positions, frequencies, out):
@@ -401,15 +403,80 @@ def rope_kv_write(
             store_row(v_cache, place, v, t, d)
 
 
+@device
+def head_scores(q, at, heads, k_cache, page_table, sequence, kv_head, first, end, scale, scores):
+    """scores[h, i] = query of head h · key · scale, with the key of position first + i, for positions [first, end).
+
+    The queries of `heads` heads, at most SCORE_ROWS, lie one after the other in flat q from `at` on. All attend to one
+    KV head.
+    """
+    position, page, stride = first, kv_shape(k_cache)[1], scores.shape[1]
+    while position < end:
+        keys = kv_rows(k_cache, kv_index(page_table, sequence, kv_head, position, page))
+        count, to = min(row_count(keys), end - position), position - first
+        if heads == 3:
+            dot_keys(q, at, 3, keys, count, scale, scores, to, stride)
+        elif heads == 2:
+            dot_keys(q, at, 2, keys, count, scale, scores, to, stride)
+        else:
+            dot_keys(q, at, 1, keys, count, scale, scores, to, stride)
+        position += count
+
+
+@device
+def head_values(weights, heads, v_cache, page_table, sequence, kv_head, first, end, out, at):
+    """out of head h = sum of weights[h, i] · value, with the value of position first + i. Heads are as above."""
+    position, page, stride = first, kv_shape(v_cache)[1], weights.shape[1]
+    while position < end:
+        values = kv_rows(v_cache, kv_index(page_table, sequence, kv_head, position, page))
+        count, to = min(row_count(values), end - position), position - first
+        if heads == 3:
+            add_values(weights, to, stride, 3, values, count, out, at)
+        elif heads == 2:
+            add_values(weights, to, stride, 2, values, count, out, at)
+        else:
+            add_values(weights, to, stride, 1, values, count, out, at)
+        position += count
+
+
+@device
+def attend(t, h, heads, q, k_cache, positions, sequences, page_table, v_cache, out, window, scores):
+    """Attention of heads [h, h + heads) of token t, which attend to one KV head."""
+    kv_heads, _, head_dim = kv_shape(k_cache)
+    kv_head, scale, at = h * kv_heads * head_dim // q.shape[1], np.float32(1 / math.sqrt(head_dim)), h * head_dim
+    first, end, sequence = first_visible(positions[t], window), positions[t] + 1, sequences[t]
+    if head_dim % LANES != 0:
+        for d in range(at, at + heads * head_dim, head_dim):
+            query, result = q[t, d : d + head_dim], out[t, d : d + head_dim]
+            attend_keys(query, k_cache, page_table, sequence, kv_head, first, end, scale, scores[0])
+            softmax_in_place(scores[0], end - first)
+            attend_values(scores[0], v_cache, page_table, sequence, kv_head, first, end, result)
+        return
+    head_scores(q, t * q.shape[1] + at, heads, k_cache, page_table, sequence, kv_head, first, end, scale, scores)
+    for row in range(heads):
+        softmax_in_place(scores[row], end - first)
+    out[t, at : at + heads * head_dim] = 0
+    head_values(scores, heads, v_cache, page_table, sequence, kv_head, first, end, out, t * q.shape[1] + at)
+
+
 def attention(worker, n_workers, tokens, q, k_cache, positions, sequences, page_table, v_cache, out, window, scores):
-    """One head of one token at a time. Later tokens see more positions, so workers take units in turn."""
+    """A worker takes some heads of all tokens, SCORE_ROWS at a time if they share keys and values.
+
+    With more workers than heads it takes one head of one token at a time. Later tokens see more positions, so workers
+    take these in turn.
+    """
     kv_heads, _, head_dim = kv_shape(k_cache)
     heads = q.shape[1] // head_dim
-    group, scale = heads // kv_heads, np.float32(1 / math.sqrt(head_dim))
-    for unit in range(worker, tokens * heads, n_workers):
-        t, h = divmod(unit, heads)
-        d, first, end = h * head_dim, first_visible(positions[t], window), positions[t] + 1
-        sequence, kv_head, own = sequences[t], h // group, scores[worker]
-        attend_keys(q[t, d : d + head_dim], k_cache, page_table, sequence, kv_head, first, end, scale, own)
-        softmax_in_place(own, end - first)
-        attend_values(own, v_cache, page_table, sequence, kv_head, first, end, out[t, d : d + head_dim])
+    group, own = heads // kv_heads, scores[worker]
+    if n_workers > heads:
+        for unit in range(worker, tokens * heads, n_workers):
+            t, h = divmod(unit, heads)
+            attend(t, h, 1, q, k_cache, positions, sequences, page_table, v_cache, out, window, own)
+        return
+    begin, end = partition(heads, worker, n_workers, 1)
+    for t in range(tokens):
+        h = begin
+        while h < end:
+            count = min(SCORE_ROWS, end - h, group - h % group)
+            attend(t, h, count, q, k_cache, positions, sequences, page_table, v_cache, out, window, own)
+            h += count

@@ -13,16 +13,10 @@ from .compiler import device, exact_device
 from .intrinsics import as_f32, f32_to
 from .kv_cache import INT8_MAX, MIN_LARGEST
 from .matmul import partition
-from .tiling import PANEL_ROWS, PANEL_TOKENS, STAGE_ELEMENTS, TILE, UNPACK_ELEMENTS
-from .vecdot_int8 import (
-    dot_blocks_int8,
-    float_of_bits,
-    interleave,
-    largest_bits,
-    multiply_panel,
-    round_to_int8,
-    unpack_blocks,
-)
+from .panel_bytes import interleave, unpack_blocks
+from .products_int8 import TOKENS_OF_A_PASS
+from .tiling import PANEL_ROWS, STAGE_ELEMENTS, TILE, UNPACK_ELEMENTS
+from .vecdot_int8 import dot_blocks_int8, float_of_bits, largest_bits, multiply_panel, round_to_int8
 
 INFINITY_BITS = 0x7F800000
 """Bits of float32 infinity. The bits of a NaN's magnitude are larger."""
@@ -122,7 +116,7 @@ def quantize_q8_k(worker, n_workers, tokens, x, out, scales, sums):
 
 @device
 def fill_panel(weight, row, end, panel, scales, mins, stage):
-    """Unpack PANEL_ROWS rows of a weight to a panel (see `vecdot_int8`). Rows past `end` repeat the last one."""
+    """Unpack PANEL_ROWS rows of a weight to a panel (see `panel_bytes`). Rows past `end` repeat the last one."""
     blocks, block_size = weight.shape[1], panel.shape[0] // (PANEL_ROWS // 4) // weight.shape[1]
     stage_blocks = STAGE_ELEMENTS // block_size
     for b in range(0, blocks, stage_blocks):
@@ -151,10 +145,14 @@ def matmul_blocks(weight, xq, xs, sums, out, worker, n_workers, tokens, panel_bu
     stage, result = buffer[6 * k : stage_end], buffer[stage_end:]
     for r in range(begin, end, PANEL_ROWS):
         fill_panel(weight, r, end, panel, scales, mins, stage)
-        for t in range(0, tokens, PANEL_TOKENS):
-            multiply_panel(weight, panel, scales, mins, xq, xs, sums, t, tokens - 1, result)
-            for i in range(min(PANEL_TOKENS, tokens - t)):
-                for c in range(min(PANEL_ROWS, end - r)):
+        last, width = tokens - 1, out.shape[1]
+        for t in range(0, tokens, TOKENS_OF_A_PASS):
+            if r + PANEL_ROWS <= end:
+                multiply_panel(weight, panel, scales, mins, xq, xs, sums, t, last, out, t * width + r, width)
+                continue
+            multiply_panel(weight, panel, scales, mins, xq, xs, sums, t, last, result, 0, PANEL_ROWS)
+            for i in range(min(TOKENS_OF_A_PASS, tokens - t)):
+                for c in range(end - r):
                     out[t + i, r + c] = result[i * PANEL_ROWS + c]
     return begin, end
 

@@ -10,7 +10,8 @@ Only `row_dot` and `dequantize_rows` tell them apart. A new storage needs a bran
 decoder in `vecdot`.
 
 A single token reads every weight once and little else, so its minimum time is the weights' bytes divided by the memory
-bandwidth. A chunk of a prompt uses each row for all its tokens: tiles of 4 rows × 4 tokens keep 16 sums in registers.
+bandwidth. A chunk of a prompt uses each row for all its tokens: tiles of 4 rows × 4 tokens keep 16 sums in registers
+with AVX-512, panels of 16 rows × 6 tokens keep 12 vectors of sums in the 16 registers of other CPUs (`panel_f32`).
 """
 
 from __future__ import annotations
@@ -22,9 +23,11 @@ from numba import types
 from numba.extending import overload
 
 from .compiler import FAST_MATH, device
-from .intrinsics import BLOCK, as_f32, dot_block_int8, dot_int8, tile
-from .tiling import TILE
-from .vecdot import dequantize_blocks, dot_blocks
+from .intrinsics import BLOCK, as_f32, cpu_features, dot_block_int8, dot_int8, tile
+from .panel_bytes import interleave, unpack_blocks
+from .panel_f32 import expand_panel, fill_panel_plain, multiply_panel_f32, transpose_panel
+from .tiling import PANEL_COLUMNS, PANEL_ROWS, TILE, UNPACK_ELEMENTS
+from .vecdot import block_size, dequantize_blocks, dot_blocks
 
 _OPTIONS = {"fastmath": FAST_MATH, "error_model": "numpy"}
 
@@ -125,66 +128,157 @@ def dot_whole_blocks(payload, scales, group, row, xq, xs, t):
     return total
 
 
-def dequantize_rows(weight: Any, row: int, count: int, buffer: Any) -> Any:
-    """Write rows [row, row + count) of a weight as float32 to `buffer`[>= count, K].
+def dequantize_rows(weight: Any, row: int, count: int, first: int, columns: int, buffer: Any) -> Any:
+    """Write columns [first, first + columns) of rows [row, row + count) of a weight to float32 `buffer`[>= count, n].
 
-    Float32 rows are copied too: in a file they are aligned to four bytes only, and vector loads that cross cache lines
-    cost a quarter of a prompt's speed.
+    Of a block type, columns are whole blocks. Float32 rows are copied too: in a file they are aligned to four bytes
+    only, and vector loads that cross cache lines cost a quarter of a prompt's speed.
+
+    Numba replaces this function by one for the weight's type (`overload`).
     """
 
 
 @overload(dequantize_rows, jit_options=_OPTIONS)
-def _dequantize_rows(weight, row, count, buffer):
+def _dequantize_rows(weight, row, count, first, columns, buffer):
     if isinstance(weight, types.BaseTuple):
         return _dequantize_int8
     return _dequantize_blocks if isinstance(weight.dtype, types.Record) else _dequantize_plain
 
 
-def _dequantize_plain(weight, row, count, buffer):
+def _dequantize_plain(weight, row, count, first, columns, buffer):
     for r in range(count):
-        for k in range(weight.shape[1]):
-            buffer[r, k] = as_f32(weight[row + r, k])
+        source, target = weight[row + r, first : first + columns], buffer[r]
+        for k in range(source.shape[0]):
+            target[k] = as_f32(source[k])
 
 
-def _dequantize_blocks(weight, row, count, buffer):
+def _dequantize_blocks(weight, row, count, first, columns, buffer):
+    size = block_size(weight)
     for r in range(count):
-        dequantize_blocks(weight, (row + r) * weight.shape[1], buffer, r * buffer.shape[1], weight.shape[1])
+        start = (row + r) * weight.shape[1] + first // size
+        dequantize_blocks(weight, start, buffer, r * buffer.shape[1], columns // size)
 
 
-def _dequantize_int8(weight, row, count, buffer):
+def _dequantize_int8(weight, row, count, first, columns, buffer):
     payload, scales, group = weight
-    n = payload.shape[1]
     for r in range(count):
-        start = (row + r) * n
-        k = 0
-        while k < n:
+        start = (row + r) * payload.shape[1]
+        k = first
+        while k < first + columns:
             g = (start + k) // group
-            end = min(n, (g + 1) * group - start)
-            source, target = payload[row + r, k:end], buffer[r, k:end]
+            end = min(first + columns, (g + 1) * group - start)
+            source, target = payload[row + r, k:end], buffer[r, k - first : end - first]
             for j in range(source.shape[0]):
                 target[j] = np.float32(source[j]) * scales[g]
             k = end
 
 
 @device
-def matmul_rows(weight, x, out, begin, end, tokens, buffer):
-    """out[t, r] = weight[r] · x[t] for rows [begin, end) and all tokens. `buffer` is float32[TILE, K]."""
-    if tokens < TILE:
-        for r in range(begin, end):
-            for t in range(tokens):
-                out[t, r] = row_dot(weight, r, x, t)
-        return
+def multiply_tiles(weight, x, out, begin, end, tokens, flat_buffer):
+    """out[t, r] = weight[r] · x[t] for rows [begin, end) and all tokens, in tiles of TILE rows and TILE tokens."""
+    columns = x.shape[1]
+    buffer = flat_buffer[: TILE * columns].reshape(TILE, columns)
     for r in range(begin, end, TILE):
-        dequantize_rows(weight, r, min(TILE, end - r), buffer)
+        dequantize_rows(weight, r, min(TILE, end - r), 0, columns, buffer)
         # past the end, compute the last row and token again: this writes the same values and avoids remainder loops
         r1, r2, r3 = min(r + 1, end - 1), min(r + 2, end - 1), min(r + 3, end - 1)
         for t in range(0, tokens, TILE):
             t1, t2, t3 = min(t + 1, tokens - 1), min(t + 2, tokens - 1), min(t + 3, tokens - 1)
-            a, b, c, d = tile(buffer, 0, r1 - r, r2 - r, r3 - r, x, t, t1, t2, t3, x.shape[1])
+            a, b, c, d = tile(buffer, 0, r1 - r, r2 - r, r3 - r, x, t, t1, t2, t3, columns)
             out[t, r], out[t, r1], out[t, r2], out[t, r3] = a
             out[t1, r], out[t1, r1], out[t1, r2], out[t1, r3] = b
             out[t2, r], out[t2, r1], out[t2, r2], out[t2, r3] = c
             out[t3, r], out[t3, r1], out[t3, r2], out[t3, r3] = d
+
+
+def fill_panel(weight: Any, row: int, end: int, first: int, columns: int, panel: Any, buffer: Any) -> Any:
+    """Write columns [first, first + columns) of PANEL_ROWS rows of a weight as a panel; from row `end` on anything.
+
+    `columns` is at most PANEL_COLUMNS. `buffer` is flat, for what is between.
+    """
+
+
+@overload(fill_panel, jit_options=_OPTIONS)
+def _fill_panel(weight, row, end, first, columns, panel, buffer):
+    if isinstance(weight, types.BaseTuple):
+        return _fill_panel_int8
+    return _fill_panel_blocks if isinstance(weight.dtype, types.Record) else _fill_panel_plain
+
+
+def _fill_panel_plain(weight, row, end, first, columns, panel, buffer):
+    width = weight.shape[1]
+    following = row * width + first + PANEL_COLUMNS
+    if first + PANEL_COLUMNS >= width:
+        following = (row + PANEL_ROWS) * width
+    fill_panel_plain(weight, row, end - 1, first, columns, following, panel)
+
+
+def _fill_panel_int8(weight, row, end, first, columns, panel, buffer):
+    rows = buffer[: PANEL_ROWS * PANEL_COLUMNS].reshape(PANEL_ROWS, PANEL_COLUMNS)
+    dequantize_rows(weight, row, min(PANEL_ROWS, end - row), first, columns, rows)
+    transpose_panel(rows, columns, panel)
+
+
+def _fill_panel_blocks(weight, row, end, first, columns, panel, buffer):
+    size, quarter = block_size(weight), PANEL_ROWS * PANEL_COLUMNS // 4
+    stage, packed, factors = buffer[:quarter], buffer[quarter : 2 * quarter], buffer[4 * quarter :]
+    scales, mins = factors[: factors.shape[0] // 2], factors[factors.shape[0] // 2 :]
+    for lane in range(PANEL_ROWS):
+        unpack_blocks(weight, min(row + lane, end - 1), first // size, columns // size, lane, stage, scales, mins)
+    interleave(stage, columns // UNPACK_ELEMENTS, packed, 0)
+    expand_panel(weight, packed, scales, mins, first, columns, panel)
+
+
+@device
+def multiply_panels(weight, x, out, begin, end, tokens, flat_buffer):
+    """The same, in panels of PANEL_ROWS rows and PANEL_COLUMNS columns, for 6 or 4 tokens at a time."""
+    size = PANEL_ROWS * PANEL_COLUMNS
+    panel, buffer = flat_buffer[:size], flat_buffer[size:]
+    for r in range(begin, end, PANEL_ROWS):
+        count = min(PANEL_ROWS, end - r)
+        for k in range(0, x.shape[1], PANEL_COLUMNS):
+            columns = min(PANEL_COLUMNS, x.shape[1] - k)
+            fill_panel(weight, r, end, k, columns, panel, buffer)
+            if count == PANEL_ROWS:
+                multiply_tokens(panel, columns, x, k, tokens, out, r)
+                continue
+            for t in range(0, tokens, TILE):  # fewer rows: their products go into `buffer` first
+                multiply_panel_f32(panel, columns, x, k, t, tokens - 1, TILE, buffer, 0, PANEL_ROWS, False)
+                for i in range(min(TILE, tokens - t)):
+                    for c in range(count):
+                        total = buffer[i * PANEL_ROWS + c]
+                        out[t + i, r + c] = total if k == 0 else out[t + i, r + c] + total
+
+
+@device
+def multiply_tokens(panel, columns, x, k, tokens, out, r):
+    """Multiply a panel with columns from k on of all tokens, into columns [r, r + PANEL_ROWS) of out."""
+    t, stride = 0, out.shape[1]
+    while t < tokens:
+        left = tokens - t
+        if left <= 4 or left == 7 or left == 8:
+            multiply_panel_f32(panel, columns, x, k, t, tokens - 1, 4, out, t * stride + r, stride, k > 0)
+            t += 4
+        else:
+            multiply_panel_f32(panel, columns, x, k, t, tokens - 1, 6, out, t * stride + r, stride, k > 0)
+            t += 6
+
+
+_IN_TILES = cpu_features().get("avx512f", False)
+"""Whether the CPU has registers for 16 sums and their operands."""
+_GRAIN = TILE if _IN_TILES else PANEL_ROWS
+_multiply_rows = multiply_tiles if _IN_TILES else multiply_panels
+
+
+@device
+def matmul_rows(weight, x, out, begin, end, tokens, buffer):
+    """out[t, r] = weight[r] · x[t] for rows [begin, end) and all tokens. `buffer` is flat."""
+    if tokens < TILE:
+        for r in range(begin, end):
+            for t in range(tokens):
+                out[t, r] = row_dot(weight, r, x, t)
+    else:
+        _multiply_rows(weight, x, out, begin, end, tokens, buffer)
 
 
 @device
@@ -198,8 +292,8 @@ def matmul_rows_int8(weight, xq, xs, out, begin, end, tokens):
 
 @device
 def matmul(weight, x, out, worker, n_workers, tokens, dequant_buffer):
-    """A worker's columns of out = x · weightᵀ; returns their range. `dequant_buffer` is float32[workers, TILE, K]."""
-    begin, end = partition(out.shape[1], worker, n_workers, TILE)
+    """A worker's columns of out = x · weightᵀ; returns their range. `dequant_buffer` is float32[workers, n]."""
+    begin, end = partition(out.shape[1], worker, n_workers, TILE if tokens < TILE else _GRAIN)
     matmul_rows(weight, x, out, begin, end, tokens, dequant_buffer[worker])
     return begin, end
 

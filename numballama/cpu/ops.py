@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ..quantization.types import ACTIVATION_QUANT, FLOAT_KV_TYPES, KV_TYPES, LINEAR_TYPES, VEC_DOT_TYPE
 from ..registry import KernelRef, ScratchShape, Types, kernel
-from .tiling import TILE, panel_buffer_size
+from .tiling import SCORE_ROWS, SCORES_BEYOND, dequant_buffer_size, panel_buffer_size
 
 BLOCK_TYPES = tuple(VEC_DOT_TYPE)
 """Types that are multiplied with int8 activations, which come with scales and sums."""
@@ -32,9 +32,9 @@ def int8(op: str, *types: Types, name: str = "", **scratch: ScratchShape) -> Non
 # Shapes of scratch arrays, from those of the inputs. `weight` and `x` are indices of inputs.
 
 
-def dequantized_tile(weight: int) -> ScratchShape:
-    """TILE rows of a weight as float32, for each worker."""
-    return lambda *inputs, workers: (workers, TILE, inputs[weight][1])
+def dequantized_rows(weight: int) -> ScratchShape:
+    """Some rows of a weight as float32, for each worker."""
+    return lambda *inputs, workers: (workers, dequant_buffer_size(inputs[weight][1]))
 
 
 def panels(x: int = 0) -> ScratchShape:
@@ -53,8 +53,11 @@ def each_worker_x(*inputs: Shape, workers: int) -> Shape:
 
 
 def each_worker_scores(*inputs: Shape, workers: int) -> Shape:
-    """The scores of one head of one token, for each worker; input 1 is the cache of keys, input 4 the page table."""
-    return (workers, inputs[4][1] * inputs[1][2])
+    """Scores of SCORE_ROWS heads of one token, for each worker; input 1 is the cache of keys, input 4 the page table.
+
+    A row is longer by SCORES_BEYOND elements.
+    """
+    return (workers, SCORE_ROWS, inputs[4][1] * inputs[1][2] + SCORES_BEYOND)
 
 
 # The ops that `graph` declares
@@ -67,7 +70,7 @@ plain("quantize", "f32")
 int8("quantize_q8_0", "f32")
 int8("quantize_q8_1", "f32")
 int8("quantize_q8_k", "f32")
-plain("linear", "f32", LINEAR_TYPES, dequant_buffer=dequantized_tile(weight=1))
+plain("linear", "f32", LINEAR_TYPES, dequant_buffer=dequantized_rows(weight=1))
 plain("linear", "i8", "f32", "int8", name="linear_int8")
 int8("linear", "i8", "f32", SUM_TYPES, BLOCK_TYPES, name="linear_blocks_int8", panel_buffer=panels())
 plain("bias", "f32", "f32")
@@ -83,10 +86,10 @@ plain("argmax", "f32")
 
 # The ops that fusion passes build
 
-plain("linear_add", "f32", LINEAR_TYPES, "f32", dequant_buffer=dequantized_tile(weight=1))
+plain("linear_add", "f32", LINEAR_TYPES, "f32", dequant_buffer=dequantized_rows(weight=1))
 plain("linear_add", "i8", "f32", "int8", "f32", name="linear_add_int8")
 int8("linear_add", "i8", "f32", SUM_TYPES, BLOCK_TYPES, "f32", name="linear_add_blocks_int8", panel_buffer=panels())
-plain("qkv", "f32", LINEAR_TYPES, LINEAR_TYPES, LINEAR_TYPES, dequant_buffer=dequantized_tile(weight=1))
+plain("qkv", "f32", LINEAR_TYPES, LINEAR_TYPES, LINEAR_TYPES, dequant_buffer=dequantized_rows(weight=1))
 plain("qkv", "i8", "f32", "int8", "int8", "int8", name="qkv_int8")
 int8(
     "qkv", "i8", "f32", SUM_TYPES, BLOCK_TYPES, BLOCK_TYPES, BLOCK_TYPES,
@@ -94,21 +97,21 @@ int8(
 )  # fmt: skip
 plain(
     "gate_up", "f32", LINEAR_TYPES, LINEAR_TYPES,
-    gate_buffer=product(0, weight=1), dequant_buffer=dequantized_tile(weight=1),
+    gate_buffer=product(0, weight=1), dequant_buffer=dequantized_rows(weight=1),
 )  # fmt: skip
 plain("gate_up", "i8", "f32", "int8", "int8", name="gate_up_int8", gate_buffer=product(0, weight=2))
 int8(
     "gate_up", "i8", "f32", SUM_TYPES, BLOCK_TYPES, BLOCK_TYPES,
     name="gate_up_blocks_int8", gate_buffer=product(0, weight=3), panel_buffer=panels(),
 )  # fmt: skip
-plain("norm_linear", "f32", "f32", LINEAR_TYPES, normed=each_worker_x, dequant_buffer=dequantized_tile(weight=2))
+plain("norm_linear", "f32", "f32", LINEAR_TYPES, normed=each_worker_x, dequant_buffer=dequantized_rows(weight=2))
 plain(
     "norm_qkv", "f32", "f32", LINEAR_TYPES, LINEAR_TYPES, LINEAR_TYPES,
-    normed=each_worker_x, dequant_buffer=dequantized_tile(weight=2),
+    normed=each_worker_x, dequant_buffer=dequantized_rows(weight=2),
 )  # fmt: skip
 plain(
     "norm_gate_up", "f32", "f32", LINEAR_TYPES, LINEAR_TYPES,
-    normed=each_worker_x, gate_buffer=product(0, weight=2), dequant_buffer=dequantized_tile(weight=2),
+    normed=each_worker_x, gate_buffer=product(0, weight=2), dequant_buffer=dequantized_rows(weight=2),
 )  # fmt: skip
 plain("rope_kv_write", "f32", "f32", "f32", FLOAT_KV_TYPES, "i32", "i32", "i32", "f32", FLOAT_KV_TYPES)
 plain("attention", "f32", KV_TYPES, "i32", "i32", "i32", KV_TYPES, scores=each_worker_scores)

@@ -6,7 +6,7 @@ TILE = 4
 """Rows of a weight and number of tokens in a tile of `matmul`."""
 
 PANEL_ROWS = 16
-"""Rows of a weight in a panel of `vecdot_int8`: the 32-bit lanes of the widest register."""
+"""Rows of a weight in a panel: the 32-bit lanes of the widest register, or of two of AVX2."""
 PANEL_TOKENS = 8
 """Number of tokens that a panel is multiplied with at a time. Their int32 and float32 sums fill half of the registers.
 """
@@ -14,6 +14,12 @@ UNPACK_ELEMENTS = 32
 """Number of elements of a block that are unpacked at a time."""
 STAGE_ELEMENTS = 256
 """Number of elements of a row that are unpacked before they are interleaved with the panel's other rows."""
+PANEL_COLUMNS = STAGE_ELEMENTS
+"""Columns of a panel of float32. It has 16 KB, half of the first-level cache."""
+SCORE_ROWS = 3
+"""Most heads that attention computes together: with four positions they have 12 sums, and AVX2 has 16 registers."""
+SCORES_BEYOND = 7
+"""Elements past a row's scores that are written too, because attention takes up to eight positions at a time."""
 
 
 def panel_buffer_size(columns: int) -> int:
@@ -24,3 +30,12 @@ def panel_buffer_size(columns: int) -> int:
     """
     panel, factors = PANEL_ROWS * columns // 4, 2 * (PANEL_ROWS * columns // 16)
     return panel + factors + PANEL_ROWS * STAGE_ELEMENTS // 4 + PANEL_TOKENS * PANEL_ROWS
+
+
+def dequant_buffer_size(columns: int) -> int:
+    """Number of float32 elements in a worker's buffer for rows of `columns` elements, as `matmul` uses it.
+
+    That is TILE rows; or a panel of float32, the same number of elements not yet transposed, and scales and minimums as
+    in `panel_buffer_size`.
+    """
+    return max(TILE * columns, 2 * PANEL_ROWS * PANEL_COLUMNS + 2 * (PANEL_ROWS * columns // 16))

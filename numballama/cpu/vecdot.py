@@ -21,7 +21,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..quantization.types import BLOCKS, LINEAR_TYPES, TYPE_TRAITS
-from .intrinsics import FLOAT, INT16, INT32, INT64, add_lanes, cpu_features, element, half_to_float
+from .intrinsics import FLOAT, INT16, INT32, INT64, add_lanes, cpu_features, element, half_to_float, prefetch
 
 RECORD_TYPES = {name: from_dtype(TYPE_TRAITS[name].record) for name in LINEAR_TYPES if name in BLOCKS}
 """Block type → Numba's type of its record."""
@@ -218,15 +218,12 @@ def for_blocks(builder: Any, name: str, blocks: Any, locate: Any, body: Callable
 
     The loop is unrolled by four for small blocks.
     """
-    kind = ir.FunctionType(ir.VoidType(), [INT8.as_pointer(), INT32, INT32, INT32])
-    prefetch = builder.module.declare_intrinsic("llvm.prefetch", [INT8.as_pointer()], kind)
     a_round = max(1, 128 // TYPE_TRAITS[name].block_size)
     whole = builder.mul(builder.udiv(blocks, _int(INT64, a_round)), _int(INT64, a_round))
     for begin, end, step in ((_int(INT64, 0), whole, a_round), (whole, blocks, 1)):
         with cgutils.for_range_slice(builder, begin, end, _int(INT64, step)) as (index, _):
             for line in range(0, step * TYPE_TRAITS[name].block_bytes, 64):
-                ahead = builder.gep(locate(index), [_int(INT64, line + PREFETCH_BYTES)])
-                builder.call(prefetch, [ahead, *(_int(INT32, number) for number in (0, 3, 1))])
+                prefetch(builder, builder.gep(locate(index), [_int(INT64, line + PREFETCH_BYTES)]))
             for offset in range(step):
                 block = builder.add(index, _int(INT64, offset))
                 body(block, Block(builder, name, locate(block)))
@@ -305,3 +302,13 @@ def dequantize_blocks(typingctx: Any, weights: Any, i: Any, out: Any, j: Any, bl
         return context.get_dummy_value()
 
     return types.void(weights, types.int64, out, types.int64, types.int64), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def block_size(typingctx: Any, weights: Any) -> Any:
+    """Number of elements of a block of an array of blocks."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return _int(INT64, TYPE_TRAITS[TYPE_NAMES[sig.args[0].dtype]].block_size)
+
+    return types.int64(weights), codegen

@@ -1,20 +1,16 @@
 """Dot products of int8 activations with rows of GGUF blocks: integer products of each group, times the group's scales.
 
-An element of a block is scale · (q - zero point) or scale · q + minimum, where the quant q is from 0 to 255. `vpdpbusd`
-(AVX512-VNNI, AVX-VNNI) multiplies such a q with a signed element of x: it adds four byte products to each 32-bit lane.
-The sums of groups that come with x subtract the zero point, in integers and so exactly. CPUs without this instruction
-compute the same sums from 16-bit products.
+An element of a block is scale · (q - zero point) or scale · q + minimum, where the quant q is from 0 to 255. Products
+of q and a signed element of x are added up in integers, by the instructions that the CPU has (`products_int8`). The
+sums of groups that come with x subtract the zero point, in integers and so exactly.
 
-For few tokens, `dot_blocks_int8` computes one row as its blocks come from memory. For more, `unpack_blocks` and
-`interleave` turn PANEL_ROWS rows into a panel, in which four elements of each row lie side by side. Then one
-instruction multiplies four elements of a token with those of all PANEL_ROWS rows. `multiply_panel` does it for all
-tokens.
+For few tokens, `dot_blocks_int8` computes one row as its blocks come from memory. For more, PANEL_ROWS rows become a
+panel, in which four elements of each row lie side by side (`panel_bytes`). Then one instruction multiplies four
+elements of a token with those of several rows. `multiply_panel` does it for TOKENS_OF_A_PASS tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
@@ -23,147 +19,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..quantization.types import ACTIVATION_QUANT, TYPE_TRAITS, VEC_DOT_TYPE
-from .intrinsics import FLOAT, INT16, INT32, INT64, add_lanes, cpu_features, element
-from .tiling import PANEL_ROWS, PANEL_TOKENS, STAGE_ELEMENTS, UNPACK_ELEMENTS
-from .vecdot import INT8, TYPE_NAMES, Block, five_bits, for_blocks, locator, six_bit_factors
-
-ZERO_POINTS = {name: 128 if TYPE_TRAITS[name].bits == 8 else TYPE_TRAITS[name].zero_point for name in VEC_DOT_TYPE}
-"""Block type → zero point, the unsigned quant that means 0. The decoders here add 128 to signed quants."""
-SCALE_GROUPS = {name: TYPE_TRAITS[name].scale_group for name in VEC_DOT_TYPE}
-"""Block type → elements that share a scale."""
-
-
-@dataclass(frozen=True)
-class _Chunk:
-    """UNPACK_ELEMENTS elements of a block, from index `first` on, as LLVM values.
-
-    `quants` is <32 x i8>, unsigned; `scales` has a float32 for each of their scale groups; `minimum` is a float32.
-    """
-
-    first: int
-    quants: Any
-    scales: list[Any]
-    minimum: Any = None
-
-
-def _vector(kind: Any, count: int) -> Any:
-    return ir.VectorType(kind, count)
-
-
-def _int(number: int, kind: Any = INT64) -> Any:
-    return ir.Constant(kind, number)
-
-
-def _splat(kind: Any, number: int) -> Any:
-    return ir.Constant(kind, [number] * kind.count)
-
-
-def _lanes(lanes: Any) -> Any:
-    return ir.Constant(_vector(INT32, len(lanes)), list(lanes))
-
-
-def _concat(builder: Any, *vectors: Any) -> Any:
-    """Concatenate two vectors of equal length."""
-    return builder.shuffle_vector(*vectors, _lanes(range(2 * vectors[0].type.count)))
-
-
-def _broadcast(builder: Any, number: Any, count: int) -> Any:
-    """A vector with the same value in all lanes."""
-    one = builder.insert_element(ir.Constant(_vector(number.type, count), ir.Undefined), number, _int(0, INT32))
-    return builder.shuffle_vector(one, one, _lanes([0] * count))
-
-
-# Decoders: each yields the chunks of a block
-
-
-def _q8_0(block: Block) -> Iterator[_Chunk]:
-    quants = block.load("qs", _vector(INT8, 32))
-    yield _Chunk(0, block.builder.xor(quants, _splat(quants.type, -128)), [block.f16("d")])
-
-
-def _nibbles(block: Block) -> Any:
-    """The low 4 bits of 16 bytes, then their high 4 bits."""
-    packed = block.load("qs", _vector(INT8, 16))
-    return _concat(block.builder, block.bits(packed, 0, 15), block.builder.lshr(packed, _splat(packed.type, 4)))
-
-
-def _q4_0(block: Block) -> Iterator[_Chunk]:
-    yield _Chunk(0, _nibbles(block), [block.f16("d")])
-
-
-def _q4_1(block: Block) -> Iterator[_Chunk]:
-    yield _Chunk(0, _nibbles(block), [block.f16("d")], block.f16("m"))
-
-
-def _q4_k(block: Block) -> Iterator[_Chunk]:
-    scales, mins = six_bit_factors(block)
-    for group in range(8):
-        packed = block.load("qs", _vector(INT8, 32), 32 * (group // 2))
-        quants = block.builder.lshr(packed, _splat(packed.type, 4)) if group % 2 else block.bits(packed, 0, 15)
-        scale, minimum = (block.builder.extract_element(vector, _int(group, INT32)) for vector in (scales, mins))
-        yield _Chunk(32 * group, quants, [scale], minimum)
-
-
-def _q5_k(block: Block) -> Iterator[_Chunk]:
-    scales, mins = six_bit_factors(block)
-    for group in range(8):
-        scale, minimum = (block.builder.extract_element(vector, _int(group, INT32)) for vector in (scales, mins))
-        yield _Chunk(32 * group, five_bits(block, group), [scale], minimum)
-
-
-def _q6_k(block: Block) -> Iterator[_Chunk]:
-    builder, byte = block.builder, _vector(INT8, 32)
-    scales = block.times(block.floats(block.bytes_as_i32("scales", signed=True)), block.broadcast(block.f16("d")))
-    for index in range(8):
-        half, quarter = divmod(index, 4)
-        low = block.bits(block.load("ql", byte, 64 * half + 32 * (quarter % 2)), 4 * (quarter // 2), 15)
-        high = block.bits(block.load("qh", byte, 32 * half), 2 * quarter, 3)
-        quants = builder.or_(low, builder.shl(high, _splat(byte, 4)))
-        two_scales = [builder.extract_element(scales, _int(2 * index + i, INT32)) for i in range(2)]
-        yield _Chunk(32 * index, quants, two_scales)
-
-
-_DECODERS: dict[str, Callable[[Block], Iterator[_Chunk]]] = {
-    "q8_0": _q8_0,
-    "q4_0": _q4_0,
-    "q4_1": _q4_1,
-    "q4_k": _q4_k,
-    "q5_k": _q5_k,
-    "q6_k": _q6_k,
-}
-
-
-# Integer products
-
-
-def _add_products(builder: Any, sums: Any, unsigned: Any, signed: Any) -> Any:
-    """sums[i] + the products of bytes 4i to 4i + 3 of `unsigned` and `signed`, as `vpdpbusd` computes them."""
-    count, features = sums.type.count, cpu_features()
-    if count == 16 and not features.get("avx512vnni"):
-        halves = [
-            [
-                builder.shuffle_vector(v, v, _lanes(range(v.type.count // 2 * h, v.type.count // 2 * (h + 1))))
-                for h in (0, 1)
-            ]
-            for v in (sums, unsigned, signed)
-        ]
-        return _concat(builder, *(_add_products(builder, *(half[h] for half in halves)) for h in (0, 1)))
-    if (features.get("avx512vnni") and features.get("avx512vl")) or features.get("avxvnni"):
-        name = f"llvm.x86.avx512.vpdpbusd.{32 * count}"
-        kind = ir.FunctionType(sums.type, [sums.type] * 3)
-        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        return builder.call(function, [sums, *(builder.bitcast(vector, sums.type) for vector in (unsigned, signed))])
-    words = _vector(INT16, 2 * count)
-    a, b = (builder.bitcast(vector, words) for vector in (unsigned, signed))
-    eight, sixteen = _splat(words, 8), _splat(sums.type, 16)
-    for first, second in (
-        (builder.and_(a, _splat(words, 255)), builder.ashr(builder.shl(b, eight), eight)),
-        (builder.lshr(a, eight), builder.ashr(b, eight)),
-    ):  # 255 · -128 fits in 16 bits, the sum of two products does not
-        pairs = builder.bitcast(builder.mul(first, second), sums.type)
-        sums = builder.add(sums, builder.ashr(builder.shl(pairs, sixteen), sixteen))
-        sums = builder.add(sums, builder.ashr(pairs, sixteen))
-    return sums
+from .intrinsics import FLOAT, INT32, add_lanes, element
+from .panel_bytes import DECODERS, SCALE_GROUPS, blocks_of_a_row, broadcast, concat, integer, splat, vector_of
+from .products_int8 import ROWS_OF_A_VECTOR, TOKENS_OF_A_PASS, add_products, group_products, zero_point
+from .tiling import PANEL_ROWS, UNPACK_ELEMENTS
+from .vecdot import INT8, TYPE_NAMES, Block, for_blocks, locator
 
 
 class _Activations:
@@ -179,7 +39,7 @@ class _Activations:
         group, sum_group, _ = ACTIVATION_QUANT[VEC_DOT_TYPE[name]]
         self.per_scale, self.per_sum = group, sum_group
         self._starts = [
-            element(context, builder, kind, array, builder.mul(token, builder.udiv(columns, _int(every))))
+            element(context, builder, kind, array, builder.mul(token, builder.udiv(columns, integer(every))))
             for kind, array, every in zip(kinds, arrays, (1, group, sum_group), strict=True)
         ]
 
@@ -193,19 +53,24 @@ class _Activations:
 
     def scale(self, index: Any) -> Any:
         """The scale of element `index`."""
-        return self._load(1, self.builder.udiv(index, _int(self.per_scale)), FLOAT)
+        return self._load(1, self.builder.udiv(index, integer(self.per_scale)), FLOAT)
 
-    def zero_point_term(self, index: Any) -> Any:
-        """-(zero point) · sum of the group at `index`: added to the group's integer product, it corrects the quants."""
-        total = self._load(2, self.builder.udiv(index, _int(self.per_sum)), INT32)
-        return self.builder.mul(total, _int(-ZERO_POINTS[self.name], INT32))
+    def zero_point_term(self, index: Any, lanes: int = 1) -> Any:
+        """-(zero point) · sum of the group at `index`: added to the group's integer product, it corrects the quants.
+
+        With more than one lane, a vector with this in all lanes. It is multiplied there, and loaded into all at once.
+        """
+        total, factor = self._load(2, self.builder.udiv(index, integer(self.per_sum)), INT32), -zero_point(self.name)
+        if lanes == 1:
+            return self.builder.mul(total, integer(factor, INT32))
+        return self.builder.mul(broadcast(self.builder, total, lanes), splat(vector_of(INT32, lanes), factor))
 
     def sum(self, index: Any) -> Any:
         """Sum of the UNPACK_ELEMENTS elements from `index` on, times their scale: the factor of a minimum."""
-        at = self.builder.udiv(index, _int(self.per_sum))
+        at = self.builder.udiv(index, integer(self.per_sum))
         if VEC_DOT_TYPE[self.name] == "q8_1":
             return self._load(2, at, FLOAT)
-        sums = [self._load(2, self.builder.add(at, _int(i)), INT32) for i in range(UNPACK_ELEMENTS // self.per_sum)]
+        sums = [self._load(2, self.builder.add(at, integer(i)), INT32) for i in range(UNPACK_ELEMENTS // self.per_sum)]
         total = sums[0] if len(sums) == 1 else self.builder.add(*sums)
         return self.builder.fmul(self.builder.sitofp(total, FLOAT), self.scale(index), flags=("contract",))
 
@@ -224,45 +89,41 @@ def _accumulators(builder: Any, kind: Any, count: int) -> list[Any]:
     return places
 
 
-def _blocks_of_a_row(context: Any, builder: Any, kind: Any, array: Any) -> Any:
-    """The second extent of an array of blocks."""
-    shape = cgutils.create_struct_proxy(kind)(context, builder, array).shape
-    return cgutils.unpack_tuple(builder, shape)[1]
-
-
 @intrinsic  # type: ignore[untyped-decorator]
 def dot_blocks_int8(typingctx: Any, weights: Any, row: Any, xq: Any, xs: Any, sums: Any, t: Any) -> Any:
     """weights[row] · x[t] as float32. x is (xq, xs, sums), quantised for the weight's type."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         array, r, *arrays, token = args
-        name, lanes = TYPE_NAMES[sig.args[0].dtype], _vector(INT32, 8)
-        blocks = _blocks_of_a_row(context, builder, sig.args[0], array)
-        columns = builder.mul(blocks, _int(TYPE_TRAITS[name].block_size))
+        name, lanes = TYPE_NAMES[sig.args[0].dtype], vector_of(INT32, 8)
+        blocks = blocks_of_a_row(context, builder, sig.args[0], array)
+        columns = builder.mul(blocks, integer(TYPE_TRAITS[name].block_size))
         x = _Activations(context, builder, sig.args[2:5], arrays, token, columns, name)
-        totals = _accumulators(builder, _vector(FLOAT, 8), 2)
+        totals = _accumulators(builder, vector_of(FLOAT, 8), 2)
         (rest,) = _accumulators(builder, FLOAT, 1)
         which = 0
 
         def body(index: Any, block: Block) -> None:
             nonlocal which
-            start = builder.mul(index, _int(TYPE_TRAITS[name].block_size))
-            for chunk in _DECODERS[name](block):
-                first = builder.add(start, _int(chunk.first))
+            start = builder.mul(index, integer(TYPE_TRAITS[name].block_size))
+            for chunk in DECODERS[name](block):
+                first = builder.add(start, integer(chunk.first))
                 count = len(chunk.scales)
                 dots = ir.Constant(lanes, None)
-                for group in range(count if ZERO_POINTS[name] else 0):
-                    offset = x.zero_point_term(builder.add(first, _int(group * SCALE_GROUPS[name])))
-                    dots = builder.insert_element(dots, offset, _int(group * 8 // count, INT32))
-                dots = _add_products(builder, dots, chunk.quants, x.quants(first, _vector(INT8, UNPACK_ELEMENTS)))
+                for group in range(count if zero_point(name) else 0):
+                    offset = x.zero_point_term(builder.add(first, integer(group * SCALE_GROUPS[name])))
+                    dots = builder.insert_element(dots, offset, integer(group * 8 // count, INT32))
+                dots = add_products(
+                    builder, name, dots, chunk.quants, x.quants(first, vector_of(INT8, UNPACK_ELEMENTS))
+                )
                 scale = x.scale(first)
                 factors = [
-                    _broadcast(builder, builder.fmul(s, scale, flags=("contract",)), 8 // count) for s in chunk.scales
+                    broadcast(builder, builder.fmul(s, scale, flags=("contract",)), 8 // count) for s in chunk.scales
                 ]
-                factor = factors[0] if count == 1 else _concat(builder, *factors)
+                factor = factors[0] if count == 1 else concat(builder, *factors)
                 place = totals[which % 2]
                 builder.store(
-                    _times_plus(builder, builder.sitofp(dots, _vector(FLOAT, 8)), factor, builder.load(place)), place
+                    _times_plus(builder, builder.sitofp(dots, vector_of(FLOAT, 8)), factor, builder.load(place)), place
                 )
                 if chunk.minimum is not None:
                     builder.store(_times_plus(builder, chunk.minimum, x.sum(first), builder.load(rest)), rest)
@@ -273,102 +134,6 @@ def dot_blocks_int8(typingctx: Any, weights: Any, row: Any, xq: Any, xs: Any, su
         return builder.fadd(add_lanes(builder, builder.fadd(*map(builder.load, totals))), builder.load(rest))
 
     return types.float32(weights, types.int64, xq, xs, sums, types.int64), codegen
-
-
-# Panels. `stage` [PANEL_ROWS, STAGE_ELEMENTS] and `panel` [K / 4, PANEL_ROWS, 4] hold bytes, in the memory of float32
-# arrays. `scales` and `mins` are float32 [scale groups of a row, PANEL_ROWS].
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def unpack_blocks(
-    typingctx: Any, weights: Any, row: Any, begin: Any, count: Any, lane: Any, stage: Any, scales: Any, mins: Any
-) -> Any:
-    """Unpack blocks [begin, begin + count) of a row, at most STAGE_ELEMENTS elements, for one lane of a panel.
-
-    Their quants go to stage[lane], and the factors of scale group i to scales[i, lane] and mins[i, lane].
-    """
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        array, r, first_block, number, at, *places = args
-        name = TYPE_NAMES[sig.args[0].dtype]
-        blocks = _blocks_of_a_row(context, builder, sig.args[0], array)
-        start = builder.add(builder.mul(r, blocks), first_block)
-        zero = _int(0)
-        bytes_, *factors = (
-            element(context, builder, kind, place, zero) for kind, place in zip(sig.args[5:], places, strict=True)
-        )
-        bytes_ = builder.gep(builder.bitcast(bytes_, INT8.as_pointer()), [builder.mul(at, _int(STAGE_ELEMENTS))])
-        group_of_block = builder.mul(first_block, _int(TYPE_TRAITS[name].block_size // SCALE_GROUPS[name]))
-
-        def body(index: Any, block: Block) -> None:
-            base = builder.mul(index, _int(TYPE_TRAITS[name].block_size))
-            groups = builder.add(
-                group_of_block, builder.mul(index, _int(TYPE_TRAITS[name].block_size // SCALE_GROUPS[name]))
-            )
-            for chunk in _DECODERS[name](block):
-                to = builder.gep(bytes_, [builder.add(base, _int(chunk.first))])
-                builder.store(chunk.quants, builder.bitcast(to, chunk.quants.type.as_pointer()), align=1)
-                for field, values in zip(factors, (chunk.scales, [chunk.minimum]), strict=True):
-                    for i, value in enumerate(values if values != [None] else []):
-                        group = builder.add(groups, _int(chunk.first // SCALE_GROUPS[name] + i))
-                        place = builder.add(builder.mul(group, _int(PANEL_ROWS)), at)
-                        builder.store(value, builder.gep(field, [place]))
-
-        for_blocks(builder, name, number, locator(context, builder, sig.args[0], array, start), body)
-        return context.get_dummy_value()
-
-    index = types.int64
-    return types.void(weights, index, index, index, index, stage, scales, mins), codegen
-
-
-def _transpose(builder: Any, rows: list[Any]) -> list[Any]:
-    """PANEL_ROWS vectors of eight → eight of PANEL_ROWS. Joins rows in pairs, then shuffles two vectors into two.
-
-    `parts` has each vector with the (row, column) labels of its lanes.
-    """
-    parts = [
-        (_concat(builder, *rows[i : i + 2]), [(i + j, k) for j in (0, 1) for k in range(8)])
-        for i in range(0, PANEL_ROWS, 2)
-    ]
-    width = 8
-    while width > 1:
-        width //= 2
-        ordered = sorted(parts, key=lambda part: (min(k for _, k in part[1]), min(r for r, _ in part[1])))
-        parts = []
-        for (first, one), (second, other) in zip(ordered[::2], ordered[1::2], strict=True):
-            labels = one + other
-            low = min(k for _, k in labels)
-            for start in (low, low + width):
-                chosen = sorted(label for label in labels if start <= label[1] < start + width)
-                lanes = _lanes([labels.index(label) for label in chosen])
-                parts.append((builder.shuffle_vector(first, second, lanes), chosen))
-    return [vector for vector, labels in sorted(parts, key=lambda part: part[1][0][1])]
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def interleave(typingctx: Any, stage: Any, count: Any, panel: Any, begin: Any) -> Any:
-    """Copy `count` times UNPACK_ELEMENTS elements of all rows of a stage into a panel, from its column `begin` on."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        source, number, target, first = args
-        eight, whole = _vector(INT32, 8), _vector(INT32, PANEL_ROWS)
-        start, to = (
-            builder.bitcast(element(context, builder, kind, array, _int(0)), INT8.as_pointer())
-            for kind, array in ((sig.args[0], source), (sig.args[2], target))
-        )
-        to = builder.gep(to, [builder.mul(first, _int(PANEL_ROWS))])
-        with cgutils.for_range(builder, number) as loop:
-            at = builder.mul(loop.index, _int(UNPACK_ELEMENTS))
-            rows = []
-            for row in range(PANEL_ROWS):
-                place = builder.gep(start, [builder.add(at, _int(row * STAGE_ELEMENTS))])
-                rows.append(builder.load(builder.bitcast(place, eight.as_pointer()), align=4))
-            for i, vector in enumerate(_transpose(builder, rows)):
-                place = builder.gep(to, [builder.add(builder.mul(at, _int(PANEL_ROWS)), _int(4 * PANEL_ROWS * i))])
-                builder.store(vector, builder.bitcast(place, whole.as_pointer()), align=4)
-        return context.get_dummy_value()
-
-    return types.void(stage, types.int64, panel, types.int64), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
@@ -383,62 +148,86 @@ def multiply_panel(
     sums: Any,
     t: Any,
     last: Any,
-    result: Any,
+    out: Any,
+    at: Any,
+    stride: Any,
 ) -> Any:
-    """Dot products of a panel's rows with PANEL_TOKENS tokens from t on, to float32 result[PANEL_TOKENS, PANEL_ROWS].
+    """Dot products of a panel's rows with TOKENS_OF_A_PASS tokens from t on.
 
-    `weights` gives the block type. Past token `last`, that token is computed again.
+    Token t + i's PANEL_ROWS results go to flat float32 out from at + i · stride on. `weights` gives the block type.
+    Past token `last`, that token is computed again.
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        array, *factors, xq_, xs_, sums_, first, final, out = args
+        array, *factors, xq_, xs_, sums_, first, final, target, to, step = args
         name = TYPE_NAMES[sig.args[0].dtype]
-        blocks = _blocks_of_a_row(context, builder, sig.args[0], array)
-        columns = builder.mul(blocks, _int(TYPE_TRAITS[name].block_size))
-        floats, integers = _vector(FLOAT, PANEL_ROWS), _vector(INT32, PANEL_ROWS)
-        bytes_of_four = _vector(INT8, 4 * PANEL_ROWS)
+        blocks = blocks_of_a_row(context, builder, sig.args[0], array)
+        columns = builder.mul(blocks, integer(TYPE_TRAITS[name].block_size))
+        floats, integers = vector_of(FLOAT, ROWS_OF_A_VECTOR), vector_of(INT32, ROWS_OF_A_VECTOR)
+        parts = range(0, PANEL_ROWS, ROWS_OF_A_VECTOR)
         packed, scales_start, mins_start = (
-            element(context, builder, kind, place, _int(0)) for kind, place in zip(sig.args[1:4], factors, strict=True)
+            element(context, builder, kind, place, integer(0))
+            for kind, place in zip(sig.args[1:4], factors, strict=True)
         )
 
-        def vector_at(start: Any, index: Any, kind: Any) -> Any:
-            return builder.load(builder.bitcast(builder.gep(start, [index]), kind.as_pointer()), align=4)
+        def vectors_at(start: Any, index: Any, kind: Any) -> list[Any]:
+            """A vector of each part of PANEL_ROWS lanes of 32 bits, from float32 element `index` on."""
+            places = (builder.gep(start, [builder.add(index, integer(part))]) for part in parts)
+            return [builder.load(builder.bitcast(place, kind.as_pointer()), align=4) for place in places]
 
-        tokens = []
-        for k in range(PANEL_TOKENS):
-            token = builder.add(first, _int(k))
+        tokens, starts = [], []
+        for k in range(TOKENS_OF_A_PASS):
+            token = builder.add(first, integer(k))
             token = builder.select(builder.icmp_signed("<", token, final), token, final)
+            offset = builder.add(to, builder.mul(builder.sub(token, first), step))
+            starts.append(element(context, builder, sig.args[9], target, offset))
             tokens.append(_Activations(context, builder, sig.args[4:7], (xq_, xs_, sums_), token, columns, name))
-        totals = _accumulators(builder, floats, PANEL_TOKENS)
-        with cgutils.for_range(builder, builder.udiv(columns, _int(SCALE_GROUPS[name]))) as loop:
-            start = builder.mul(loop.index, _int(SCALE_GROUPS[name]))
-            dots = [ir.Constant(integers, None)] * PANEL_TOKENS
-            if ZERO_POINTS[name]:
-                dots = [_broadcast(builder, x.zero_point_term(start), PANEL_ROWS) for x in tokens]
-            for k in range(0, SCALE_GROUPS[name], 4):
-                index = builder.add(start, _int(k))
-                # a column of the panel is PANEL_ROWS bytes, so PANEL_ROWS / 4 of its float32 elements
-                quants = vector_at(packed, builder.mul(index, _int(PANEL_ROWS // 4)), bytes_of_four)
-                for i, x in enumerate(tokens):
-                    four = builder.bitcast(_broadcast(builder, x.quants(index, INT32), PANEL_ROWS), bytes_of_four)
-                    dots[i] = _add_products(builder, dots[i], quants, four)
-            at = builder.mul(loop.index, _int(PANEL_ROWS))
-            scale = vector_at(scales_start, at, floats)
-            minimum = vector_at(mins_start, at, floats) if TYPE_TRAITS[name].has_min else None
-            for x, place, dot in zip(tokens, totals, dots, strict=True):
-                total = builder.load(place)
-                product = builder.fmul(builder.sitofp(dot, floats), scale, flags=("contract",))
-                total = _times_plus(builder, product, _broadcast(builder, x.scale(start), PANEL_ROWS), total)
-                if minimum is not None:
-                    total = _times_plus(builder, minimum, _broadcast(builder, x.sum(start), PANEL_ROWS), total)
-                builder.store(total, place)
-        for k, place in enumerate(totals):
-            to = builder.bitcast(element(context, builder, sig.args[9], out, _int(k * PANEL_ROWS)), floats.as_pointer())
-            builder.store(builder.load(place), to, align=4)
+        totals = [_accumulators(builder, floats, len(parts)) for _ in tokens]
+        # the columns of a group are known; computed from extents, so that LLVM does not know them
+        scales_of_x = cgutils.unpack_tuple(
+            builder, cgutils.create_struct_proxy(sig.args[5])(context, builder, xs_).shape
+        )[1]
+        every = 4 * (tokens[0].per_scale // SCALE_GROUPS[name])
+        group_columns = builder.udiv(columns, builder.mul(scales_of_x, integer(every)))
+        with cgutils.for_range(builder, builder.udiv(columns, integer(SCALE_GROUPS[name]))) as loop:
+            start = builder.mul(loop.index, integer(SCALE_GROUPS[name]))
+            offset = ir.Constant(integers, None)
+            offsets = [x.zero_point_term(start, ROWS_OF_A_VECTOR) if zero_point(name) else offset for x in tokens]
+
+            def quants_at(column: Any) -> list[Any]:
+                # a column of the panel has PANEL_ROWS 32-bit elements
+                return vectors_at(
+                    packed,
+                    builder.add(builder.mul(start, integer(PANEL_ROWS // 4)), builder.mul(column, integer(PANEL_ROWS))),
+                    integers,
+                )
+
+            def x_at(token: int, column: Any) -> Any:
+                index = builder.add(start, builder.mul(column, integer(4)))
+                return broadcast(builder, tokens[token].quants(index, INT32), ROWS_OF_A_VECTOR)
+
+            groups = group_products(builder, name, group_columns, quants_at, x_at, offsets)
+            at = builder.mul(loop.index, integer(PANEL_ROWS))
+            scales_of_rows = vectors_at(scales_start, at, floats)
+            minimums = vectors_at(mins_start, at, floats) if TYPE_TRAITS[name].has_min else [None] * len(parts)
+            for x, places, group in zip(tokens, totals, groups, strict=True):
+                scale_of_x = broadcast(builder, x.scale(start), ROWS_OF_A_VECTOR)
+                sum_of_x = broadcast(builder, x.sum(start), ROWS_OF_A_VECTOR) if TYPE_TRAITS[name].has_min else None
+                for place, sums_of_rows, scale, minimum in zip(places, group, scales_of_rows, minimums, strict=True):
+                    dots = builder.sitofp(sums_of_rows, floats)
+                    product = builder.fmul(dots, scale, flags=("contract",))
+                    total = _times_plus(builder, product, scale_of_x, builder.load(place))
+                    if minimum is not None:
+                        total = _times_plus(builder, minimum, sum_of_x, total)
+                    builder.store(total, place)
+        for first_of_out, places in zip(starts, totals, strict=True):
+            for part, place in zip(parts, places, strict=True):
+                pointer = builder.bitcast(builder.gep(first_of_out, [integer(part)]), floats.as_pointer())
+                builder.store(builder.load(place), pointer, align=4)
         return context.get_dummy_value()
 
     index = types.int64
-    return types.void(weights, panel, scales, mins, xq, xs, sums, index, index, result), codegen
+    return types.void(weights, panel, scales, mins, xq, xs, sums, index, index, out, index, index), codegen
 
 
 # Quantising activations
@@ -456,14 +245,14 @@ def round_to_int8(typingctx: Any, x: Any, i: Any, factor: Any, out: Any, j: Any,
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
         source, at, times, target, to, _ = args
-        floats = _vector(FLOAT, width)
+        floats = vector_of(FLOAT, width)
         start = element(context, builder, sig.args[0], source, at)
         elements = builder.load(builder.bitcast(start, floats.as_pointer()), align=4)
         shift = ir.Constant(floats, [1.5 * 2.0**23] * width)
-        scaled = builder.fmul(elements, _broadcast(builder, times, width))
+        scaled = builder.fmul(elements, broadcast(builder, times, width))
         rounded = builder.fsub(builder.fadd(scaled, shift), shift)
-        rounded = builder.fptosi(rounded, _vector(INT32, width))
-        small = builder.trunc(rounded, _vector(INT8, width))
+        rounded = builder.fptosi(rounded, vector_of(INT32, width))
+        small = builder.trunc(rounded, vector_of(INT8, width))
         place = element(context, builder, sig.args[3], target, to)
         builder.store(small, builder.bitcast(place, small.type.as_pointer()), align=1)
         return add_lanes(builder, rounded)
@@ -479,10 +268,10 @@ def largest_bits(typingctx: Any, x: Any, i: Any) -> Any:
     """
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        bits = _vector(INT32, 32)
+        bits = vector_of(INT32, 32)
         start = element(context, builder, sig.args[0], *args)
         elements = builder.load(builder.bitcast(start, bits.as_pointer()), align=4)
-        magnitudes = builder.and_(elements, _splat(bits, 0x7FFFFFFF))
+        magnitudes = builder.and_(elements, splat(bits, 0x7FFFFFFF))
         name, kind = "llvm.vector.reduce.smax.v32i32", ir.FunctionType(INT32, [bits])
         function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
         return builder.call(function, [magnitudes])

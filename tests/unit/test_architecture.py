@@ -45,8 +45,8 @@ ORDER = """
     ir ops registry graph fusion plan
     kernel_cache
     sampling
-    cpu: fork compiler intrinsics workers vecdot tiling vecdot_int8 matmul kv_cache kernels_cpu kernels_int8 ops \
-            sampling executor bandwidth timing backend
+    cpu: fork compiler intrinsics workers vecdot tiling panel_bytes products_int8 vecdot_int8 panel_f32 matmul attend \
+            kv_cache kernels_cpu kernels_int8 ops sampling executor bandwidth timing backend
     cuda: repack launch lowering intrinsics quant_traits kernels.params mma fragments group_mma barriers wgmma tma \
             ops.gemv ops.elementwise ops.wgmma_gemm ops.gemm ops.wide ops.skinny ops.linear ops.attention \
             ops.sampling ops.repack kernels.common kernels.reduce kernels.dequant kernels.dot kernels.rounding \

@@ -7,7 +7,6 @@ import sys
 
 from numballama import kernels_cpu, registry
 from numballama.cpu import kernels_int8, ops
-from numballama.cpu.matmul import TILE
 from numballama.registry import Kernel, KernelRef
 
 HERE = (kernels_cpu.__name__, kernels_int8.__name__)
@@ -43,10 +42,11 @@ def test_the_table_is_read_without_numba() -> None:
 
 def test_shapes_of_scratch_arrays() -> None:
     x, weight = (64, 256), (100, 256)
-    assert ops.dequantized_tile(weight=1)(x, weight, workers=3) == (3, TILE, 256)
+    # a panel, elements not yet transposed, scales and minimums
+    assert ops.dequantized_rows(weight=1)(x, weight, workers=3) == (3, 2 * 16 * 256 + 2 * 256)
     assert ops.product(0, weight=1)(x, weight, workers=3) == (64, 100)
     assert ops.each_worker_x(x, weight, workers=3) == (3, 64, 256)
-    assert ops.each_worker_scores(x, (9, 4, 32, 8), (64,), (64,), (2, 5), workers=3) == (3, 5 * 32)
+    assert ops.each_worker_scores(x, (9, 4, 32, 8), (64,), (64,), (2, 5), workers=3) == (3, 3, 5 * 32 + 7)
     # panel and factors, stage, products
     assert ops.panels()(x, weight, workers=3) == (3, 16 * 256 // 4 + 2 * 256 + 16 * 256 // 4 + 8 * 16)
 

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 import pytest
 
-from numballama.cpu.tiling import PANEL_ROWS, PANEL_TOKENS, STAGE_ELEMENTS, UNPACK_ELEMENTS, panel_buffer_size
+from numballama.cpu.tiling import (
+    PANEL_COLUMNS,
+    PANEL_ROWS,
+    PANEL_TOKENS,
+    STAGE_ELEMENTS,
+    TILE,
+    UNPACK_ELEMENTS,
+    dequant_buffer_size,
+    panel_buffer_size,
+)
 
 
 @pytest.mark.parametrize("columns", [32, 64, 256, 4096])
@@ -17,3 +26,11 @@ def test_a_panel_fits_its_buffer(columns: int) -> None:
 
 def test_blocks_are_unpacked_in_whole_stages() -> None:
     assert STAGE_ELEMENTS % UNPACK_ELEMENTS == 0
+
+
+@pytest.mark.parametrize("columns", [32, 256, 4096, 40960])
+def test_rows_and_panels_of_float32_fit_their_buffer(columns: int) -> None:
+    """TILE whole rows; or a panel, its elements before, and a scale and a minimum for each 16 of a row."""
+    panels = 2 * PANEL_ROWS * PANEL_COLUMNS + 2 * PANEL_ROWS * (columns // 16)
+    assert dequant_buffer_size(columns) == max(TILE * columns, panels)
+    assert PANEL_COLUMNS <= STAGE_ELEMENTS
