@@ -110,6 +110,8 @@ def large_cases() -> list[Case]:
     for tokens in (9, 129):
         add(f"linear f32, {tokens}, float32 in pieces", tokens, in_pieces, "f32")
     add("linear int8, groups of 16", 280, linear, "int8", 300, 144, 70, residual=False, normed=False, group=16)
+    add("linear int8, groups of 12, as float32", 280, linear, "int8", 300, 144, 70, residual=False, normed=False,
+        group=12)  # fmt: skip
     add("linear f16, odd sizes", 280, linear, "f16", 300, 37, 10, residual=True, normed=False)
     add("linear f16, results that are stored one at a time", 280, linear, "f16", 300, 64, 131, residual=True,
         normed=False)  # fmt: skip
@@ -127,6 +129,7 @@ def small_cases() -> list[Case]:
     add("gate_up bf16", 9, gate_up, "bf16", 10, 456, 76, normed=True)
     add("qkv f16", 9, qkv_rope, "f16", 12, 72, (3, 1), 64, 0, "f16")
     add("linear f32, in two parts", 9, in_two_parts, "f32")
+    add("linear int8, groups of 12, as float32", 9, linear, "int8", 12, 36, 20, residual=False, normed=True, group=12)
     add("linear q4_0, several tiles a block", 18, few_blocks, linear, "q4_0", 20, 224, 140, residual=False, normed=True)
     add("gate_up q8_0", 12, gate_up, "q8_0", 12, 96, 68, normed=True)
     add("qkv q4_k", 12, qkv_rope, "q4_k", 12, 256, (3, 1), 64, 0, "f16")

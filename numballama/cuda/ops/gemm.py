@@ -309,11 +309,11 @@ def workspace_shape(
         in_16_bits = [*kept, 2 * tokens * _padded(columns), 4 * tokens]
         if dtype not in ("f32", "f16", "bf16"):
             in_16_bits += [(rows if whole else _expanded_rows(rows, columns)) * columns * 2 for rows, _ in weights]
-        float32 = [*kept, 4 * tokens * columns] if dtype in ("f32", "int8") else []
-        if dtype == "f32":
+        found = [in_16_bits]
+        if dtype in ("f32", "int8"):  # int8 with groups that no kernel reads is stored as float32
             parts = [wgmma_gemm.part_rows(rows, columns) for rows, _ in weights]
-            in_16_bits = [*kept, 4 * tokens * _padded(columns), 4 * tokens]
-            in_16_bits += [size for part in parts for size in (4 * part * _padded(columns), 4 * part)]
-        return (max(sum(ceil_div(nbytes, 64) * 16 for nbytes in sizes) for sizes in (in_16_bits, float32)),)
+            pieces = [size for part in parts for size in (4 * part * _padded(columns), 4 * part)]
+            found += [[*kept, 4 * tokens * columns], [*kept, 4 * tokens * _padded(columns), 4 * tokens, *pieces]]
+        return (max(sum(ceil_div(nbytes, 64) * 16 for nbytes in sizes) for sizes in found),)
 
     return shape
