@@ -28,7 +28,7 @@ from numballama.kernel_cache import cuda_cache_directory
 from numballama.quantization.types import TYPE_TRAITS, WeightType
 
 SHAPES = ["4096x4096", "12288x4096", "22016x4096", "4096x11008", "32000x4096", "2048x2048", "11264x2048", "2048x5632"]
-TYPES = ["f16", "q8_0", "q4_0", "q4_k", "q6_k"]
+TYPES = ["f16", "q8_0", "q4_0", "q4_k", "q5_k", "q6_k"]
 TOKENS = [1, 2, 4, 8, 16, 32, 64, 128]
 POOL_BYTES = 1 << 30
 COUNT_BYTES = 400 << 20

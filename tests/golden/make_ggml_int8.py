@@ -21,6 +21,7 @@ WEIGHTS = {
     "q4_1": (32, 20, (0, 2), "q8_1"),
     "q4_K": (256, 144, (0, 2), "q8_K"),
     "q6_K": (256, 210, (208,), "q8_K"),
+    "q5_K": (256, 176, (0, 2), "q8_K"),
 }
 """Name → numbers and bytes of a block, where its float16 factors lie, and what x is rounded to."""
 

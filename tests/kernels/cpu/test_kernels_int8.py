@@ -160,7 +160,7 @@ def test_every_value_of_models_of_any_types(
     kinds: list[str], fusions: bool | list[str], chunk: int, workers: int, seed: int
 ) -> None:
     """Each step on the operands that it had, the KV cache in float32; no other live byte changes."""
-    wide = {"q4_k", "q6_k"} & set(kinds)
+    wide = {"q4_k", "q5_k", "q6_k"} & set(kinds)
     config = CONFIG if wide else NARROW
     weights = blocks_model(config, kinds, seed)
     cpu, reference = cpu_backend(weights, workers), ReferenceBackend(weights)
