@@ -240,28 +240,28 @@ def multiply_panels(weight, x, out, begin, end, tokens, flat_buffer):
             columns = min(PANEL_COLUMNS, x.shape[1] - k)
             fill_panel(weight, r, end, k, columns, panel, buffer)
             if count == PANEL_ROWS:
-                multiply_tokens(panel, columns, x, k, tokens, out, r)
+                multiply_tokens(panel, columns, x, k, 0, tokens, out.reshape(-1), r, out.shape[1], k > 0)
                 continue
-            for t in range(0, tokens, TILE):  # fewer rows: their products go into `buffer` first
-                multiply_panel_f32(panel, columns, x, k, t, tokens - 1, TILE, buffer, 0, PANEL_ROWS, False)
-                for i in range(min(TILE, tokens - t)):
+            for t in range(0, tokens, 6):  # fewer rows: their products go into `buffer` first
+                stop = min(t + 6, tokens)
+                multiply_tokens(panel, columns, x, k, t, stop, buffer, 0, PANEL_ROWS, False)
+                for i in range(stop - t):
                     for c in range(count):
                         total = buffer[i * PANEL_ROWS + c]
                         out[t + i, r + c] = total if k == 0 else out[t + i, r + c] + total
 
 
 @device
-def multiply_tokens(panel, columns, x, k, tokens, out, r):
-    """Multiply a panel with columns from k on of all tokens, into columns [r, r + PANEL_ROWS) of out."""
-    t, stride = 0, out.shape[1]
-    while t < tokens:
-        left = tokens - t
+def multiply_tokens(panel, columns, x, k, t, end, out, at, stride, more):
+    """Multiply a panel with columns from k on of tokens [t, end): see `multiply_panel_f32`."""
+    while t < end:
+        left = end - t
         if left <= 4 or left == 7 or left == 8:
-            multiply_panel_f32(panel, columns, x, k, t, tokens - 1, 4, out, t * stride + r, stride, k > 0)
-            t += 4
+            multiply_panel_f32(panel, columns, x, k, t, end - 1, 4, out, at, stride, more)
+            t, at = t + 4, at + 4 * stride
         else:
-            multiply_panel_f32(panel, columns, x, k, t, tokens - 1, 6, out, t * stride + r, stride, k > 0)
-            t += 6
+            multiply_panel_f32(panel, columns, x, k, t, end - 1, 6, out, at, stride, more)
+            t, at = t + 6, at + 6 * stride
 
 
 _IN_TILES = cpu_features().get("avx512f", False)
