@@ -173,18 +173,35 @@ def _dequantize_int8(weight, row, count, first, columns, buffer):
             k = end
 
 
-@device
-def multiply_tiles(weight, x, out, begin, end, tokens, flat_buffer):
-    """out[t, r] = weight[r] · x[t] for rows [begin, end) and all tokens, in tiles of TILE rows and TILE tokens."""
+IN_TILES = cpu_features().get("avx512f", False)
+"""Whether the CPU has registers for 16 sums and their operands."""
+GRAIN = TILE if IN_TILES else PANEL_ROWS
+"""Rows of a weight that a worker takes at a time for TILE and more tokens."""
+
+
+def multiply_rows(weight: Any, x: Any, out: Any, begin: int, end: int, tokens: int, buffer: Any) -> Any:
+    """out[t, r] = weight[r] · x[t] for rows [begin, end) and at least TILE tokens. `buffer` is flat.
+
+    Numba replaces this function by one for the CPU (`overload`).
+    """
+
+
+@overload(multiply_rows, jit_options=_OPTIONS)
+def _multiply_rows(weight, x, out, begin, end, tokens, buffer):
+    return multiply_tiles if IN_TILES else multiply_panels
+
+
+def multiply_tiles(weight, x, out, begin, end, tokens, buffer):
+    """In tiles of TILE rows and TILE tokens."""
     columns = x.shape[1]
-    buffer = flat_buffer[: TILE * columns].reshape(TILE, columns)
+    rows = buffer[: TILE * columns].reshape(TILE, columns)
     for r in range(begin, end, TILE):
-        dequantize_rows(weight, r, min(TILE, end - r), 0, columns, buffer)
+        dequantize_rows(weight, r, min(TILE, end - r), 0, columns, rows)
         # past the end, compute the last row and token again: this writes the same values and avoids remainder loops
         r1, r2, r3 = min(r + 1, end - 1), min(r + 2, end - 1), min(r + 3, end - 1)
         for t in range(0, tokens, TILE):
             t1, t2, t3 = min(t + 1, tokens - 1), min(t + 2, tokens - 1), min(t + 3, tokens - 1)
-            a, b, c, d = tile(buffer, 0, r1 - r, r2 - r, r3 - r, x, t, t1, t2, t3, columns)
+            a, b, c, d = tile(rows, 0, r1 - r, r2 - r, r3 - r, x, t, t1, t2, t3, columns)
             out[t, r], out[t, r1], out[t, r2], out[t, r3] = a
             out[t1, r], out[t1, r1], out[t1, r2], out[t1, r3] = b
             out[t2, r], out[t2, r1], out[t2, r2], out[t2, r3] = c
@@ -229,45 +246,38 @@ def _fill_panel_blocks(weight, row, end, first, columns, panel, buffer):
     expand_panel(weight, packed, scales, mins, first, columns, panel)
 
 
-@device
-def multiply_panels(weight, x, out, begin, end, tokens, flat_buffer):
-    """The same, in panels of PANEL_ROWS rows and PANEL_COLUMNS columns, for 6 or 4 tokens at a time."""
+def multiply_panels(weight, x, out, begin, end, tokens, buffer):
+    """In panels of PANEL_ROWS rows and PANEL_COLUMNS columns, for 6 or 4 tokens at a time."""
     size = PANEL_ROWS * PANEL_COLUMNS
-    panel, buffer = flat_buffer[:size], flat_buffer[size:]
+    panel, rest = buffer[:size], buffer[size:]
     for r in range(begin, end, PANEL_ROWS):
         count = min(PANEL_ROWS, end - r)
         for k in range(0, x.shape[1], PANEL_COLUMNS):
             columns = min(PANEL_COLUMNS, x.shape[1] - k)
-            fill_panel(weight, r, end, k, columns, panel, buffer)
+            fill_panel(weight, r, end, k, columns, panel, rest)
             if count == PANEL_ROWS:
-                multiply_tokens(panel, columns, x, k, tokens, out, r)
+                multiply_tokens(panel, columns, x, k, 0, tokens, out.reshape(-1), r, out.shape[1], k > 0)
                 continue
-            for t in range(0, tokens, TILE):  # fewer rows: their products go into `buffer` first
-                multiply_panel_f32(panel, columns, x, k, t, tokens - 1, TILE, buffer, 0, PANEL_ROWS, False)
-                for i in range(min(TILE, tokens - t)):
+            for t in range(0, tokens, 6):  # fewer rows: their products go into `rest` first
+                stop = min(t + 6, tokens)
+                multiply_tokens(panel, columns, x, k, t, stop, rest, 0, PANEL_ROWS, False)
+                for i in range(stop - t):
                     for c in range(count):
-                        total = buffer[i * PANEL_ROWS + c]
+                        total = rest[i * PANEL_ROWS + c]
                         out[t + i, r + c] = total if k == 0 else out[t + i, r + c] + total
 
 
 @device
-def multiply_tokens(panel, columns, x, k, tokens, out, r):
-    """Multiply a panel with columns from k on of all tokens, into columns [r, r + PANEL_ROWS) of out."""
-    t, stride = 0, out.shape[1]
-    while t < tokens:
-        left = tokens - t
+def multiply_tokens(panel, columns, x, k, t, end, out, at, stride, more):
+    """Multiply a panel with columns from k on of tokens [t, end): see `multiply_panel_f32`."""
+    while t < end:
+        left = end - t
         if left <= 4 or left == 7 or left == 8:
-            multiply_panel_f32(panel, columns, x, k, t, tokens - 1, 4, out, t * stride + r, stride, k > 0)
-            t += 4
+            multiply_panel_f32(panel, columns, x, k, t, end - 1, 4, out, at, stride, more)
+            t, at = t + 4, at + 4 * stride
         else:
-            multiply_panel_f32(panel, columns, x, k, t, tokens - 1, 6, out, t * stride + r, stride, k > 0)
-            t += 6
-
-
-_IN_TILES = cpu_features().get("avx512f", False)
-"""Whether the CPU has registers for 16 sums and their operands."""
-_GRAIN = TILE if _IN_TILES else PANEL_ROWS
-_multiply_rows = multiply_tiles if _IN_TILES else multiply_panels
+            multiply_panel_f32(panel, columns, x, k, t, end - 1, 6, out, at, stride, more)
+            t, at = t + 6, at + 6 * stride
 
 
 @device
@@ -278,7 +288,7 @@ def matmul_rows(weight, x, out, begin, end, tokens, buffer):
             for t in range(tokens):
                 out[t, r] = row_dot(weight, r, x, t)
     else:
-        _multiply_rows(weight, x, out, begin, end, tokens, buffer)
+        multiply_rows(weight, x, out, begin, end, tokens, buffer)
 
 
 @device
@@ -293,7 +303,7 @@ def matmul_rows_int8(weight, xq, xs, out, begin, end, tokens):
 @device
 def matmul(weight, x, out, worker, n_workers, tokens, dequant_buffer):
     """A worker's columns of out = x · weightᵀ; returns their range. `dequant_buffer` is float32[workers, n]."""
-    begin, end = partition(out.shape[1], worker, n_workers, TILE if tokens < TILE else _GRAIN)
+    begin, end = partition(out.shape[1], worker, n_workers, TILE if tokens < TILE else GRAIN)
     matmul_rows(weight, x, out, begin, end, tokens, dequant_buffer[worker])
     return begin, end
 

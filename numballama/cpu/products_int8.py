@@ -43,8 +43,10 @@ ROWS_OF_A_VECTOR = 8 if _has_avx2() else PANEL_ROWS
 TOKENS_OF_A_PASS = 4 if _has_avx2() else PANEL_TOKENS
 """Number of tokens that a panel is multiplied with at a time. AVX2 has half of AVX-512's registers."""
 
-_COLUMNS_OF_A_SUM = {4: 2, 6: 2, 8: 1}
-"""Bits of a quant → columns of a panel that AVX2 multiplies in a turn: two pairs of 6-bit quants make 4 · 63 · 127."""
+
+def _pairs_that_fit(name: str) -> int:
+    """How many pairs of products add up within 16 bits; one of 8-bit quants, because they are multiplied as signed."""
+    return max((2**15 - 1) // (2 * 127 * ((1 << TYPE_TRAITS[name].bits) - 1)), 1)
 
 
 def zero_point(name: str) -> int:
@@ -141,12 +143,13 @@ def group_products(
                 sums[token] = [add_products(builder, name, *pair, x) for pair in zip(own, quants, strict=True)]
         return sums
     # A loop of which LLVM knows no end: it would unroll it, take a token after the other, and run out of registers.
-    narrow = TYPE_TRAITS[name].bits == 4
+    fit = _pairs_that_fit(name)
+    narrow = fit >= TYPE_TRAITS[name].scale_group // 4
     start = ir.Constant(ir.VectorType(INT16, 16), None) if narrow else ir.Constant(ir.VectorType(INT32, 8), None)
     places = [[cgutils.alloca_once(builder, start.type) for _ in range(PANEL_ROWS // 8)] for _ in offsets]
     for place in itertools.chain(*places):
         builder.store(start, place)
-    step = ir.Constant(INT64, _COLUMNS_OF_A_SUM[TYPE_TRAITS[name].bits])
+    step = ir.Constant(INT64, 2 if narrow else fit)
     with cgutils.for_range_slice(builder, ir.Constant(INT64, 0), columns, step) as (first, _):
         at = [builder.add(first, ir.Constant(INT64, i)) for i in range(step.constant)]
         quants = [quants_at(column) for column in at]

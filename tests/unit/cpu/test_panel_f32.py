@@ -54,13 +54,10 @@ def test_a_tokens_results_have_the_same_bits_whatever_the_number_of_tokens(kind:
     x = np.random.default_rng(1).standard_normal((13, columns)).astype(np.float32)
     buffer, results = np.empty(dequant_buffer_size(columns), np.float32), []
 
-    @numba.njit(fastmath={"reassoc", "contract", "nsz"})
-    def multiply(weight, x, out, tokens, buffer):  # type: ignore[no-untyped-def]
-        multiply_panels(weight, x, out, 0, out.shape[1], tokens, buffer)
-
+    multiply = numba.njit(fastmath={"reassoc", "contract", "nsz"}, error_model="numpy")(multiply_panels)
     for tokens in range(4, 14):
         out = np.full((13, ROWS), np.nan, np.float32)
-        multiply(weight, x, out, tokens, buffer)
+        multiply(weight, x, out, 0, ROWS, tokens, buffer)
         assert np.isnan(out[tokens:]).all(), "rows past the last token are not written"
         results.append(out[:tokens])
     for result in results:
