@@ -460,14 +460,21 @@ def attend(t, h, heads, q, k_cache, positions, sequences, page_table, v_cache, o
 
 
 def attention(worker, n_workers, tokens, q, k_cache, positions, sequences, page_table, v_cache, out, window, scores):
-    """A worker takes some heads of all tokens, SCORE_ROWS at a time if they share keys and values.
+    """Workers take up to SCORE_ROWS heads of a token in turn, if they share keys and values: later tokens see more.
 
-    With more workers than heads it takes one head of one token at a time. Later tokens see more positions, so workers
-    take these in turn.
+    Of one token a worker takes some of the heads. With more workers than that takes, a head at a time.
     """
     kv_heads, _, head_dim = kv_shape(k_cache)
     heads = q.shape[1] // head_dim
     group, own = heads // kv_heads, scores[worker]
+    parts = (group + SCORE_ROWS - 1) // SCORE_ROWS
+    if tokens > 1 and tokens * kv_heads * parts >= n_workers:
+        for unit in range(worker, tokens * kv_heads * parts, n_workers):
+            t, place = divmod(unit, kv_heads * parts)
+            kv_head, part = divmod(place, parts)
+            h, count = kv_head * group + part * SCORE_ROWS, min(SCORE_ROWS, group - part * SCORE_ROWS)
+            attend(t, h, count, q, k_cache, positions, sequences, page_table, v_cache, out, window, own)
+        return
     if n_workers > heads:
         for unit in range(worker, tokens * heads, n_workers):
             t, h = divmod(unit, heads)

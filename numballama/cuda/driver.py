@@ -256,7 +256,7 @@ class DeviceMap:
             device.map_memory.append(memory)
             free += [memory.address + MAP_BYTES * i for i in range(MAPS_TOGETHER)]
         self.address = free.pop()
-        check(driver.cuMemcpyHtoD(self.address, made.getPtr(), MAP_BYTES))
+        device.write(self.address, int(made.getPtr()), MAP_BYTES)  # in the stream: after launches that had its place
         weakref.finalize(self, free.append, self.address)
 
 
@@ -271,10 +271,9 @@ class PreparedLaunch:
             )
         self.name, self.only_for = launch.name, launch.only_for
         self._kernel = kernel
-        self._maps = [DeviceMap(device, a) for a in launch.arguments.values() if isinstance(a, TensorMap)]
-        maps = iter(self._maps)
+        self._maps = {a: DeviceMap(device, a) for a in {*launch.arguments.values()} if isinstance(a, TensorMap)}
         values = tuple(
-            next(maps).address if isinstance(a, TensorMap) else a.address if isinstance(a, Array) else a
+            self._maps[a].address if isinstance(a, TensorMap) else a.address if isinstance(a, Array) else a
             for a in launch.arguments.values()
         )
         types = tuple(ctypes.c_float if isinstance(a, float) else ctypes.c_int64 for a in launch.arguments.values())

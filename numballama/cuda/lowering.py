@@ -1,4 +1,4 @@
-"""LLVM building blocks that `intrinsics.py` and `mma.py` share: types, inline PTX, element pointers, rounding."""
+"""LLVM building blocks of the modules with PTX: types, inline PTX, element pointers, rounding."""
 
 from __future__ import annotations
 

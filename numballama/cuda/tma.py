@@ -16,6 +16,9 @@ fence_mbarrier_init = instruction("fence.mbarrier_init.release.cluster; fence.pr
 mbarrier_expect_tx = instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "rr")
 """mbarrier_expect_tx(address, bytes): arrive; the phase does not end before so many bytes have been copied."""
 
+fence_tensormap = instruction("fence.proxy.tensormap::generic.acquire.sys [$0], 128;", "l")
+"""fence_tensormap(tensor map): what the host has written there is what the engine reads from now on."""
+
 copy_box = instruction(
     "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1, {$2, $3}], [$4];", "rlrrr"
 )

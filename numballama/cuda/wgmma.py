@@ -14,13 +14,14 @@ from llvmlite import ir
 from numba.cuda import types
 from numba.cuda.extending import intrinsic
 
-from .lowering import F32, I32, I64, VOID, as_integer, call_asm
+from .lowering import F32, I32, I64, VOID, as_integer, call_asm, instruction
 from .mma import _ex2, _pack, _parts
 
 LOG2_E = math.log2(math.e)
 
 DESCRIPTOR = 1 << 62 | 1024 // 16 << 32 | 1 << 16
-"""Of a tile at address 0: swizzled by 128 bytes, eight rows are 1,024 bytes; all by 16, as the address is added."""
+"""Of a tile at address 0, swizzled by 128 bytes; eight rows are 1,024 bytes. All sizes are divided by 16; a tile's
+address / 16 is added."""
 
 
 def _in_place(context: Any, builder: Any, text: str, kind: Any, value: Any, more: list[Any]) -> Any:
@@ -151,15 +152,8 @@ def silu_and_mul_halves(typingctx, sums):  # type: ignore[no-untyped-def]
     return kind(sums), codegen
 
 
-@intrinsic
-def fence_proxy_async(typingctx):  # type: ignore[no-untyped-def]
-    """fence.proxy.async: what this thread has written to shared memory is there for wgmma after the next barrier."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        call_asm(builder, VOID, "fence.proxy.async.shared::cta;", "~{memory}", [])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
+fence_proxy_async = instruction("fence.proxy.async.shared::cta;", "")
+"""fence_proxy_async(): what this thread has written to shared memory is there for wgmma after the next barrier."""
 
 
 @intrinsic

@@ -95,7 +95,7 @@ TMA = {f"wgmma_{each}_kernel" for each in (128, 192, 224, 256, "tall")}
 ATTENTION = {f"attention_wgmma_{width}_kernel" for width in WGMMA_ATTENTION_KEYS}
 OF_Q5_K = {"linear_kernel", "skinny_8_kernel", "repack_kernel"}
 """Those of them that are compiled for q5_k: it is decoded as q4_k, with a bit more."""
-HOPPER = {"wide_64_kernel", "wide_128_kernel", "wide_256_kernel"} | TMA | ATTENTION
+HOPPER = {"wide_64_kernel", "wide_128_kernel"} | TMA | ATTENTION
 """Kernels with wgmma, which are for sm_90 only."""
 CHOICES = ((("tall_wins", True),), *((("width_for", width),) for width in wgmma_gemm.KERNELS))
 """What `wgmma_gemm` chooses for larger models than those here."""

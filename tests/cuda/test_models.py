@@ -86,12 +86,12 @@ def test_a_sliding_window(head_dim: int) -> None:
         pair.close()
 
 
-def conditioned(config: ModelConfig) -> bool:
-    """Whether ROUNDED bounds what rounding activations to 16 bits makes of the largest logit.
+def rounding_of(config: ModelConfig) -> float:
+    """What rounding activations to 16 bits may change, as a fraction of the largest logit.
 
-    Rounding them at random in the reference changed it by up to 16 % in models of two elements, and of one logit.
+    Rounding them at random in the reference changed 16 % in models of two elements, and in those of one logit.
     """
-    return config.dim >= 32 and config.vocab_size >= 16
+    return ROUNDED if config.dim >= 32 and config.vocab_size >= 16 else 8 * ROUNDED
 
 
 @given(MODELS, st.data())
@@ -114,8 +114,7 @@ def test_fused_and_unfused_give_the_same(drawn: dict[str, Any], data: st.DataObj
     assert np.isfinite(results[1]).all()
     exact = tokens <= gemm.FEW or drawn["kind"] == "f32"
     # fused and unfused kernels round activations at other places: each result may be off by ROUNDED
-    if exact or conditioned(pair.config):
-        close(results[0], results[1], "logits", SHARE if exact else 2 * ROUNDED)
+    close(results[0], results[1], "logits", SHARE if exact else 2 * rounding_of(pair.config))
 
 
 @given(MODELS, st.data())
@@ -156,8 +155,7 @@ def test_prefill_in_chunks_equals_token_by_token(drawn: dict[str, Any], data: st
     want = reference.value("logits")[-1]
     for name, got in results.items():
         exact = drawn["kind"] == "f32" or name == "steps"
-        if exact or conditioned(pair.config):
-            close(got, want, name, SHARE if exact else ROUNDED)
+        close(got, want, name, SHARE if exact else rounding_of(pair.config))
 
 
 @pytest.mark.parametrize(("kind", "kv", "most"), [

@@ -201,7 +201,6 @@ def test_emulated_barriers() -> None:
         run(Program(TURNS.replace("ARRIVE", "")), memory, (1,), 64, [out])
 
 
-TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q6_k")
 TYPES = ("f32", "f16", "bf16", "int8", "q8_0", "q4_0", "q4_1", "q4_k", "q5_k", "q6_k")
 
 

@@ -68,7 +68,7 @@ WIDE_ROWS, WIDE_THREADS = 128, 256
 """Rows of W and threads of a block."""
 WIDE_STEP_COLUMNS = 64
 """Columns of W and X that are copied together."""
-WIDE_STAGES = {64: 4, 128: 6, 256: 4}
+WIDE_STAGES = {64: 4, 128: 6}
 """Tokens of a block → stages of its ring: 4 or 6, whose waits are compiled in. Of 64 tokens, two blocks fit."""
 
 # Linear layers for many tokens by wgmma (`wgmma_gemm`)

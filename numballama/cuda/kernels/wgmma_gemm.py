@@ -52,7 +52,7 @@ from .wgmma_loads import (
     is_split,
     load_blocks,
     load_boxes,
-    load_more_blocks,
+    load_tall_blocks,
     next_slot,
     section_of,
 )
@@ -142,7 +142,7 @@ def multiply(zeros, tiles, ring, x, weight, row_scales, steps, scales, tokens, p
 
 
 @device
-def multiply_more(zeros, tiles, ring, x, weight, row_scales, steps, scales, tokens, paired, sections, sizes, residual,
+def multiply_tall(zeros, tiles, ring, x, weight, row_scales, steps, scales, tokens, paired, sections, sizes, residual,
                   added, outs):  # fmt: skip
     """The same for tiles of twice as many tokens: a warpgroup has 128."""
     row_groups, groups = tiles
@@ -240,12 +240,12 @@ def wgmma_tall_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, 
     tiles = row_groups, row_groups * (row_tiles + 2 * kv_tiles)
     sections, sizes = (row_tiles, kv_tiles), (rows, end, kv_rows)
     if cuda.threadIdx.x < CONSUMERS:
-        multiply_more(zeros_of(64), tiles, ring, x, w0, (s0, s1, s2), steps, scales, tokens[0], paired, sections, sizes,
+        multiply_tall(zeros_of(64), tiles, ring, x, w0, (s0, s1, s2), steps, scales, tokens[0], paired, sections, sizes,
                       residual, added, (out, out_k, out_v))  # fmt: skip
     else:
         bases = address(w0, 0), address(w1, 0), address(w2, 0), address(s0, 0), address(s1, 0), address(s2, 0)
         strides = stride, scale_stride * scale_bytes(s0)
-        load_more_blocks(tiles, ring, x_map, w0, s0, bases, strides, shift, paired, sections, sizes, steps, bias)
+        load_tall_blocks(tiles, ring, x_map, w0, s0, bases, strides, shift, paired, sections, sizes, steps, bias)
 
 
 @launch_bounds(min_blocks=1)

@@ -13,7 +13,7 @@ from ..barriers import mbarrier_arrive, mbarrier_wait
 from ..fragments import is_float32
 from ..intrinsics import griddepcontrol_wait, no_unroll
 from ..quant_traits import has_scales
-from ..tma import copy_box, div_u32, mbarrier_expect_tx
+from ..tma import copy_box, div_u32, fence_tensormap, mbarrier_expect_tx
 from ..wgmma import fence_proxy_async
 from .common import device
 from .params import WGMMA_CONSUMERS as CONSUMERS
@@ -92,6 +92,11 @@ def load_boxes(tiles, ring, x_map, maps, paired, sections, steps, split, width):
     group, slot, parity = cuda.blockIdx.x, 0, 0
     all_steps = 3 * steps if split else steps
     early = min(stages, steps) if group < groups and not split else 0
+    fence_tensormap(x_map)
+    fence_tensormap(maps[0])
+    if paired or kv_tiles > 0:
+        fence_tensormap(maps[1])
+        fence_tensormap(maps[2])
     tile, k = div_u32(group, row_groups), 0
     while k < early:
         no_unroll()
@@ -205,8 +210,8 @@ def put_four(ring, at, x_map, k, steps, row, loads, raw0, raw1, raw2, raw3, plac
 
 @device
 def place_of(rows):
-    """(first of a thread's `rows` / 8 rows of a warp's `rows`, whether it has the second of two steps, which 32
-    columns).
+    """A loading thread's place, where a warp has `rows` rows of a tile: (its first row, 1 if it has the second of two
+    steps, which half of a step's columns). Its other rows are 8, 16 and 24 after the first.
     """
     lane, warp = cuda.threadIdx.x & 31, (cuda.threadIdx.x - CONSUMERS) >> 5
     upper = (lane >> 1) & 1
@@ -224,6 +229,8 @@ def load_blocks(tiles, ring, x_map, weight, scales, bases, strides, shift, paire
     row_groups, groups = tiles
     group, at, place, first = cuda.blockIdx.x, (0, 0), place_of(16), cuda.threadIdx.x & 3
     started = False
+    if cuda.threadIdx.x == CONSUMERS:
+        fence_tensormap(x_map)
     while group < groups:
         no_unroll()
         tile = div_u32(group, row_groups)
@@ -250,11 +257,13 @@ def load_blocks(tiles, ring, x_map, weight, scales, bases, strides, shift, paire
 
 
 @device
-def load_more_blocks(tiles, ring, x_map, weight, scales, bases, strides, shift, paired, sections, sizes, steps, bias):
+def load_tall_blocks(tiles, ring, x_map, weight, scales, bases, strides, shift, paired, sections, sizes, steps, bias):
     """What one warpgroup does instead where a tile has twice as many tokens: a thread has four rows."""
     row_groups, groups = tiles
     group, at, place, first = cuda.blockIdx.x, (0, 0), place_of(32), cuda.threadIdx.x & 3
     started = False
+    if cuda.threadIdx.x == CONSUMERS:
+        fence_tensormap(x_map)
     while group < groups:
         no_unroll()
         tile = div_u32(group, row_groups)

@@ -1,4 +1,4 @@
-"""Linear layers of 33 to 256 tokens on sm_90, Y[T, N] = X[T, K] · W[N, K]ᵀ, by wgmma.
+"""Linear layers of 33 to 128 tokens on sm_90, Y[T, N] = X[T, K] · W[N, K]ᵀ, by wgmma.
 
 A kernel here takes the place of those in `skinny.py`: it reads X as `skinny_round_kernel` leaves it, and leaves sums as
 `skinny_sum_kernel` reads them. W is A of wgmma and X is B, so that all tokens of a run are one product and W is read
@@ -8,7 +8,7 @@ quantised W a thread loads 32 columns of a row to registers, four steps ahead, a
 the products of the step before are being computed.
 
 Why. mma.sync, as `skinny` and `gemm` use it, multiplies half as fast. At 64 tokens the floor is memory: weights of
-11264 × 2048 in bfloat16 are 46 MB, 11 µs at 4.05 TB/s; at 256 tokens arithmetic, 20 µs at 600 · 10^12 a second.
+11264 × 2048 in bfloat16 are 46 MB, 11 µs at 4.05 TB/s. From 129 tokens on `wgmma_gemm` is faster.
 
 How K is divided depends on the weight alone, so a row's bits are the same in runs of any number of tokens.
 """
@@ -327,15 +327,6 @@ def wide_128_kernel(tokens, rounded, padded, w0, w1, w2, stride, s0, s1, s2, sca
                     partials, tiles, slices, steps, row_steps, stages, bias):  # fmt: skip
     """Sums of x · Wᵀ of up to 128 tokens."""
     wide(zeros_of(64), tokens, rounded, padded, (w0, w1, w2), (s0, s1, s2), scale_stride, shift, stride, paired, rows,
-         kv_rows, partials, tiles, slices, steps, row_steps, stages, bias)  # fmt: skip
-
-
-@launch_bounds(min_blocks=1)
-@cuda.jit
-def wide_256_kernel(tokens, rounded, padded, w0, w1, w2, stride, s0, s1, s2, scale_stride, shift, paired, rows, kv_rows,
-                    partials, tiles, slices, steps, row_steps, stages, bias):  # fmt: skip
-    """Sums of x · Wᵀ of up to 256 tokens."""
-    wide(zeros_of(128), tokens, rounded, padded, (w0, w1, w2), (s0, s1, s2), scale_stride, shift, stride, paired, rows,
          kv_rows, partials, tiles, slices, steps, row_steps, stages, bias)  # fmt: skip
 
 

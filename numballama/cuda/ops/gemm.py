@@ -3,7 +3,7 @@
 At 512 tokens a weight is used 512 times, so arithmetic is the floor: 2 · T · N · K operations, while memory brings each
 element of W once. An operator is one kernel that rounds X to 16 bits, one for each quantised weight (or for a part of
 its rows) that expands it to float16 in the workspace, and one that multiplies and finishes the results. `linear`
-registers the operators.
+registers the operators. Where the device has wgmma, `wgmma_gemm` multiplies instead and decodes quantised weights.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 float32 weights have no kernel in `skinny`: `gemv` multiplies them with up to `FEW` tokens, and `gemm` with more.
 
 `residual` is added to the result, `norm` is the weight of an RMSNorm before it. A fused operator needs weights of one
-type: if a model mixes types, the ops are not fused.
+type, but values may have another than queries and keys (`MIXED`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ...quantization.types import FLOAT_KV_TYPES, LINEAR_TYPES
 from ...registry import KernelRef, kernel
 from ..kernels.params import ELEMENTWISE_THREADS
 from ..launch import Array, Launch, LaunchContext, Matrix, named
-from . import gemm, gemv, skinny, wide
+from . import gemm, gemv, skinny
 from .gemm import FEW
 
 LINEAR_INT8 = KernelRef("numballama.kernels_cuda", "linear_int8_kernel")
@@ -30,8 +30,7 @@ def _kernels_for(ctx: LaunchContext, x: Array, weight: Matrix) -> Literal["gemv"
     tokens, in_float32 = x.shape[0], weight.payload.dtype == "f32"
     if tokens <= (FEW if in_float32 else EXACT):
         return "gemv"
-    few = tokens <= skinny.MOST or wide.wanted(ctx, tokens, weight.payload.dtype)
-    return "skinny" if few and not in_float32 else "gemm"
+    return "skinny" if tokens <= skinny.MOST and not in_float32 else "gemm"
 
 
 def _linear(
@@ -172,8 +171,6 @@ for _type in LINEAR_TYPES:
 
 
 for _type, _other in MIXED.items():
-    if _type not in LINEAR_TYPES:
-        continue
     _kinds = _type, _other
     kernel("qkv", "cuda", "f32", _type, _type, _other, workspace=_mixed_workspace(_kinds, 1))(qkv)
     kernel("norm_qkv", "cuda", "f32", "f32", _type, _type, _other, workspace=_mixed_workspace(_kinds, 2))(norm_qkv)

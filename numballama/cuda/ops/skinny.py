@@ -232,7 +232,7 @@ def workspace_shape(
 
     def shape(*operands: tuple[int, ...], workers: int) -> tuple[int, ...]:
         (tokens, columns), weights = operands[0], operands[first : first + count]
-        if dtype == "f32" or tokens == 1 or tokens > (wide.MOST if PAYLOAD_TYPE[dtype] in wide.LEAST else MOST):
+        if dtype == "f32" or tokens == 1 or tokens > MOST:
             return larger(*operands, workers=workers)
         rows = [weight[0] for weight in weights]
         apart = mixed or (count == 3 and any(n % SKINNY_ROWS for n in rows))
@@ -253,7 +253,7 @@ def workspace_shape(
             )
         sizes.append(max(sums))
         # int8 with groups that no kernel reads is stored as float32
-        other = larger(*operands, workers=workers) if dtype == "int8" or tokens > MOST else (0,)
+        other = larger(*operands, workers=workers) if dtype == "int8" else (0,)
         return (max(sum(ceil_div(nbytes, 64) * 16 for nbytes in sizes), *other),)
 
     return shape

@@ -1,4 +1,4 @@
-"""Linear layers of 33 to 256 tokens by wgmma: how the kernels of `kernels/wide.py` are launched, for `skinny`."""
+"""Linear layers of 33 to 128 tokens by wgmma: how the kernels of `kernels/wide.py` are launched, for `skinny`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ WIDE = {width: KernelRef("numballama.cuda.kernels.wide", f"wide_{width}_kernel")
 LEAST = {"f16": 33, "bf16": 33, "int8": 65, "q4_0": 65, "q4_1": 65, "q4_k": 65, "q5_k": 65, "q6_k": 65}
 """Type of a payload → from this number of tokens on, these kernels are faster than `skinny`."""
 MOST = 128
-"""Up to this number of tokens they are faster than `gemm`."""
+"""Up to this number of tokens they are faster than `wgmma_gemm`."""
 
 
 @dataclass(frozen=True)
