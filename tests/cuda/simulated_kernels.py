@@ -80,7 +80,7 @@ def _processors() -> Iterator[None]:
 # Programs
 
 EVERY_PROGRAM = [
-    (SMALL, "f16", "bf16", True), (SMALL, "bf16", "f16", False), (ODD, "bf16", "f16", True),
+    (SMALL, "f16", "bf16", True), (ODD, "f32", "f32", False), (ODD, "bf16", "f16", True),
     (BLOCKS, "q4_1", "f32", True), (BLOCKS, "q4_0", "f32", False),
 ]  # fmt: skip
 """What only NUMBALLAMA_TEST_ALL=1 tries, as each takes half a minute."""
@@ -93,7 +93,7 @@ EVERY_PROGRAM = [
         (BLOCKS, "q4_0", "f32", True), (BLOCKS, "q8_0", "bf16", True),
         (ODD, "f32", "f32", True), (ODD, "int8", "bf16", True),
         # unfused, linear layers are the same kernel without what is fused to it
-        (ODD, "f32", "f32", False),
+        (SMALL, "bf16", "f16", False),
         *(EVERY_PROGRAM if EVERYTHING else []),
     ],
 )  # fmt: skip
