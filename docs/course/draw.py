@@ -95,7 +95,7 @@ def memory() -> str:
 
     config = ModelConfig(16, 24, 1, 4, 2, 40, 64)
     types = dict.fromkeys(config.weight_shapes(), F32)
-    plan = lower(fuse(build(config, types, KVLayout.of(config, 64), tokens=4), "cpu"), "cpu", workers=1)
+    plan = lower(fuse(build(config, types, KVLayout.of(config, 64), tokens=3), "cpu"), "cpu", workers=1)
     p, left, wide, high = Picture(900, 470), 60, 75, 0.22
     for index, step in enumerate(plan.steps):
         p.note(left + wide * index + wide / 2, 435 + 14 * (index % 2), f"{index} {step.kernel.name}", "middle")

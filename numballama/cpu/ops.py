@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from ..quantization.types import ACTIVATION_QUANT, FLOAT_KV_TYPES, KV_TYPES, LINEAR_TYPES, VEC_DOT_TYPE
 from ..registry import KernelRef, ScratchShape, Types, kernel
-from .tiling import SCORE_ROWS, SCORES_BEYOND, dequant_buffer_size, panel_buffer_size
+from .tiling import SCORE_ROWS, SCORES_BEYOND, TILE, dequant_buffer_size, panel_buffer_size
 
 BLOCK_TYPES = tuple(VEC_DOT_TYPE)
 """Types that are multiplied with int8 activations, which come with scales and sums."""
@@ -34,7 +34,7 @@ def int8(op: str, *types: Types, name: str = "", **scratch: ScratchShape) -> Non
 
 def dequantized_rows(weight: int) -> ScratchShape:
     """Some rows of a weight as float32, for each worker."""
-    return lambda *inputs, workers: (workers, dequant_buffer_size(inputs[weight][1]))
+    return lambda *inputs, workers: (workers, dequant_buffer_size(inputs[weight][1]) if inputs[0][0] >= TILE else 1)
 
 
 def panels(x: int = 0) -> ScratchShape:

@@ -81,7 +81,7 @@ def cases_for(arguments: Sequence[str]) -> list[tuple[ModelConfig, str, str, Any
 FAMILIES = {
     "linear_kernel", "qkv_rope_kernel", "skinny_8_kernel", "skinny_64_kernel", "skinny_round_kernel",
     "skinny_sum_kernel", "gemm_kernel", "attention_128_kernel", "attention_grouped_kernel",
-    "attention_grouped_rows_kernel", "attention_group_128_kernel", "kv_write_q8_0_kernel", "sample_kernel",
+    "round_kernel", "attention_grouped_rows_kernel", "attention_group_128_kernel", "kv_write_q8_0_kernel", "sample_kernel",
     "rmsnorm_kernel", "repack_kernel",
 }  # fmt: skip
 """Kernels of each file, those with the most registers. The others have the same helpers, which these show to assemble

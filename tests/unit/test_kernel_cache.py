@@ -138,7 +138,7 @@ def test_a_second_process_compiles_nothing(copy: Copy, file: Path) -> None:
 def test_editing_a_kernel_source_changes_the_result(copy: Copy) -> None:
     """One edit from end to end, of a helper in another file than its kernels. The next test covers the other files."""
     path = copy.package / "cpu" / "intrinsics.py"
-    old, new = "        return bits\n", "        return builder.fmul(bits, ir.Constant(FLOAT, 1.5))\n"
+    old, new = "    return bits\n", "    return builder.fmul(bits, ir.Constant(FLOAT, 1.5))\n"
     source, times = path.read_text(), path.stat()
     assert source.count(old) == 1, f"{old!r} is no longer in {path}: choose another edit"
     first = copy.use(LAYER)

@@ -271,7 +271,7 @@ def test_programs_for_decoding_are_made_once_for_each_size(feeding: Any, slots: 
     runner.prepare(None)
     few = min(max(MIXED, 2 * slots), CHUNK)  # a prompt has as many rows as those that decode beside it
     assert runner.mixed_tokens == few
-    mixed = [few] if slots > 1 and few < CHUNK else []
+    mixed = [few] if few < CHUNK else []
     assert sorted(made) == sorted([*sizes, *mixed, CHUNK])
     for rows in range(1, slots + 1):
         program: Any = runner._decode_program(rows)

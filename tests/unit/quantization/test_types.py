@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from numballama.checkpoint import Weight
-from numballama.cpu import vecdot, vecdot_int8
+from numballama.cpu import vecdot, panel_bytes
 from numballama.cuda.launch import ELEMENTS_PER_16_BYTES, ITEM_BYTES, PAYLOAD_TYPE, QUANTIZED
 from numballama.cuda.repack import LAYOUTS
 from numballama.formats.gguf.header import TENSOR_TYPES
@@ -93,13 +93,13 @@ def test_every_runnable_block_type_has_cpu_decoders(name: str) -> None:
     assert name in vecdot._DECODERS
     assert vecdot.RECORD_TYPES[name].size == TYPE_TRAITS[name].block_bytes
     assert name in VEC_DOT_TYPE
-    assert name in vecdot_int8._DECODERS
+    assert name in panel_bytes.DECODERS
 
 
 def test_no_decoder_is_left_over() -> None:
     assert blocks.DECODERS.keys() == BLOCKS.keys()
     assert blocks.ENCODERS.keys() <= set(RUNNABLE_BLOCKS)
-    assert vecdot._DECODERS.keys() == vecdot_int8._DECODERS.keys() == set(RUNNABLE_BLOCKS) == VEC_DOT_TYPE.keys()
+    assert vecdot._DECODERS.keys() == panel_bytes.DECODERS.keys() == set(RUNNABLE_BLOCKS) == VEC_DOT_TYPE.keys()
     assert activations._QUANTIZERS.keys() == ACTIVATION_QUANT.keys() == set(VEC_DOT_TYPE.values())
     for old, new in blocks.REPACKERS:
         assert TYPE_TRAITS[old].fallback == new
