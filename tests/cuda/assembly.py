@@ -88,8 +88,9 @@ FAMILIES = {
 for every type and card.
 """
 
-EVERY_TYPE = FAMILIES | {"wide_128_kernel"}
-"""Kernels that are compiled for sm_90 in every type that they are launched for."""
+EVERY_TYPE = FAMILIES - {"qkv_rope_kernel", "skinny_64_kernel"}
+"""Kernels that are compiled for sm_90 in every type that they are launched for; these two decode as `linear_kernel` and
+`skinny_8_kernel` do."""
 TMA = {f"wgmma_{each}_kernel" for each in (128, 192, 224, 256, "tall")}
 """Kernels with wgmma to which the copy engine brings tiles."""
 ATTENTION = {f"attention_wgmma_{width}_kernel" for width in WGMMA_ATTENTION_KEYS}
