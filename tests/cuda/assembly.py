@@ -81,16 +81,16 @@ def cases_for(arguments: Sequence[str]) -> list[tuple[ModelConfig, str, str, Any
 FAMILIES = {
     "linear_kernel", "qkv_rope_kernel", "skinny_8_kernel", "skinny_64_kernel", "skinny_round_kernel",
     "skinny_sum_kernel", "gemm_kernel", "attention_128_kernel", "attention_grouped_kernel",
-    "round_kernel", "attention_grouped_rows_kernel", "attention_group_128_kernel", "kv_write_q8_0_kernel", "sample_kernel",
-    "rmsnorm_kernel", "repack_kernel",
+    "attention_grouped_rows_kernel", "attention_group_128_kernel", "kv_write_q8_0_kernel", "sample_kernel",
+    "rmsnorm_kernel", "repack_kernel", "round_kernel",
 }  # fmt: skip
 """Kernels of each file, those with the most registers. The others have the same helpers, which these show to assemble
 for every type and card.
 """
 
-EVERY_TYPE = FAMILIES - {"qkv_rope_kernel", "skinny_64_kernel"}
-"""Kernels that are compiled for sm_90 in every type that they are launched for; these two decode as `linear_kernel` and
-`skinny_8_kernel` do."""
+EVERY_TYPE = FAMILIES - {"skinny_64_kernel"}
+"""Kernels that are compiled for sm_90 in every type that they are launched for; this one decodes as `skinny_8_kernel`
+does."""
 TMA = {f"wgmma_{each}_kernel" for each in (128, 192, 224, 256, "tall")}
 """Kernels with wgmma to which the copy engine brings tiles."""
 ATTENTION = {f"attention_wgmma_{width}_kernel" for width in WGMMA_ATTENTION_KEYS}

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from numballama.checkpoint import Weight
-from numballama.cpu import vecdot, panel_bytes
+from numballama.cpu import panel_bytes, vecdot
 from numballama.cuda.launch import ELEMENTS_PER_16_BYTES, ITEM_BYTES, PAYLOAD_TYPE, QUANTIZED
 from numballama.cuda.repack import LAYOUTS
 from numballama.formats.gguf.header import TENSOR_TYPES
