@@ -21,7 +21,7 @@ from numballama.quantization.convert import convert
 from numballama.quantization.types import BLOCKS, F32, VEC_DOT_TYPE, WeightType
 
 SECONDS, RUNS = 0.7, 5
-"""A measurement takes at least so long and has at least so many runs."""
+"""Least time of a measurement, in seconds, and least number of its runs."""
 
 
 def random_weight(kind: str, shape: tuple[int, int], rng: np.random.Generator) -> Weight:

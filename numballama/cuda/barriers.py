@@ -29,7 +29,7 @@ cp_async_mbarrier_arrive = instruction("cp.async.mbarrier.arrive.noinc.shared::c
 """cp_async_mbarrier_arrive(address): this thread arrives when all copies that it has started so far are complete."""
 
 barrier_sync = instruction("barrier.cta.sync $0, $1;", "rr")
-"""barrier_sync(number, threads): wait at a named barrier until so many threads have come to it, in whole warps."""
+"""barrier_sync(number, threads): wait at a named barrier until `threads` threads, in whole warps, are there."""
 
 barrier_arrive = instruction("barrier.cta.arrive $0, $1;", "rr")
 """barrier_arrive(number, threads): count among those threads, and go on."""

@@ -99,4 +99,4 @@ BY_COUNT: dict[int, Any] = {
     2: lambda made: lambda typingctx, a, b: made(a, b),
     5: lambda made: lambda typingctx, a, b, c, d, e: made(a, b, c, d, e),
 }
-"""Number of operands → a typing function with so many parameters, as Numba wants them."""
+"""Number of operands → a typing function with that number of parameters, which Numba reads from its signature."""

@@ -14,7 +14,7 @@ fence_mbarrier_init = instruction("fence.mbarrier_init.release.cluster; fence.pr
 """fence_mbarrier_init(): after it and a barrier of the block, all threads and the engine see new mbarriers."""
 
 mbarrier_expect_tx = instruction("mbarrier.arrive.expect_tx.shared::cta.b64 _, [$0], $1;", "rr")
-"""mbarrier_expect_tx(address, bytes): arrive; the phase does not end before so many bytes have been copied."""
+"""mbarrier_expect_tx(address, bytes): arrive; the phase ends after `bytes` more bytes have been copied."""
 
 fence_tensormap = instruction("fence.proxy.tensormap::generic.acquire.sys [$0], 128;", "l")
 """fence_tensormap(tensor map): what the host has written there is what the engine reads from now on."""

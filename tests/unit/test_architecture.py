@@ -48,7 +48,7 @@ ORDER = """
     cpu: fork compiler intrinsics workers vecdot tiling panel_bytes products_int8 vecdot_int8 panel_f32 matmul attend \
             kv_cache kernels_cpu kernels_int8 ops sampling executor bandwidth timing backend
     cuda: repack launch lowering intrinsics quant_traits kernels.params mma fragments group_mma barriers wgmma tma \
-            ops.gemv ops.elementwise ops.wgmma_gemm ops.gemm ops.wide ops.skinny ops.linear ops.attention \
+            ops.gemv ops.elementwise ops.rounding ops.wgmma_gemm ops.gemm ops.wide ops.skinny ops.linear ops.attention \
             ops.sampling ops.repack kernels.common kernels.reduce kernels.dequant kernels.dot kernels.rounding \
             kernels.gemv kernels_cuda kernels.kv_q8_0 kernels.gemm kernels.skinny_x kernels.skinny_sum kernels.skinny \
             kernels.wide kernels.wgmma_loads kernels.wgmma_gemm kernels.kv_source kernels.decode_attention \

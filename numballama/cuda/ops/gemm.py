@@ -26,6 +26,7 @@ from ..kernels.params import (
 )
 from ..launch import Array, Launch, LaunchContext, Matrix, named, paged
 from . import elementwise, wgmma_gemm
+from .rounding import round_rows
 
 KERNELS = "numballama.cuda.kernels.gemm"
 EXPAND = KernelRef(KERNELS, "expand_kernel")
@@ -89,7 +90,7 @@ def _rounded(
     (tokens, columns), padded, split = x.shape, _padded(x.shape[1]), int(weights[0].payload.dtype == "f32")
     out = workspace.allocate((tokens, padded << split), _operand_type(weights[0]))
     scales, exchanged = workspace.allocate((tokens,), "f32"), wgmma_gemm.exchanged(ctx, weights)
-    launch = wgmma_gemm.round_rows(ctx, x, columns, out, scales, padded, norm, eps, exchanged, split=split)
+    launch = round_rows(ctx, x, columns, out, scales, padded, norm, eps, exchanged, split=split)
     return _Rounded(out, scales, [launch])
 
 

@@ -95,7 +95,7 @@ def _shape(ctx: LaunchContext, weight: Matrix, pairs: int, tokens: int) -> _Shap
 
 
 def _shape_for(most_blocks: int, ctx: LaunchContext, weight: Matrix, pairs: int, tokens: int) -> _Shape:
-    """The same with up to so many blocks for each vector."""
+    """The same with at most `most_blocks` blocks for each vector."""
     blocks = min(most_blocks, pairs)
     most_pairs = ceil_div(pairs, blocks)
     elements, row_bytes, x_step = stage_of(weight.payload.dtype)

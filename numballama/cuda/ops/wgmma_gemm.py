@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from ...memory import ceil_div, round_up
+from ...memory import ceil_div
 from ...quantization.types import TYPE_TRAITS
 from ...registry import KernelRef
 from ..kernels.params import (
@@ -18,6 +18,7 @@ from ..kernels.params import (
     WGMMA_TALL_STAGES,
 )
 from ..launch import Argument, Array, Launch, LaunchContext, Matrix, TensorMap, named
+from .rounding import round_rows
 
 KERNELS = {width: KernelRef("numballama.cuda.kernels.wgmma_gemm", f"wgmma_{width}_kernel") for width in WGMMA_STAGES}
 """Rows of W of a tile → the kernel for them."""
@@ -25,7 +26,6 @@ TALL = KernelRef("numballama.cuda.kernels.wgmma_gemm", "wgmma_tall_kernel")
 """The kernel for quantised weights whose tiles have 256 tokens."""
 TALL_COST = 1.5
 """What a tile of 256 tokens costs of a quantised weight, where one of 128 costs 1."""
-ROUND = KernelRef("numballama.cuda.kernels.rounding", "round_kernel")
 TILE_COST = 16
 """What a tile costs beside its product, in rows of W: its results are stored and the ring fills again."""
 NARROW = 128
@@ -55,20 +55,6 @@ def split(ctx: LaunchContext, weight: Matrix, begin: int, values: Array, scales:
 def part_rows(rows: int, columns: int) -> int:
     """Number of rows of a float32 weight that are split at a time."""
     return min(rows, max(WGMMA_ROWS, MAX_PIECES // columns // WGMMA_ROWS * WGMMA_ROWS))
-
-
-def round_rows(
-    ctx: LaunchContext, x: Array, stride: int, out: Array, scales: Array, padded: int, norm: Array | None = None,
-    eps: float = 0.0, exchanged: bool = False, every_row: int = 0, split: int = 0,
-) -> Launch:  # fmt: skip
-    """The launch that rounds rows of x, `stride` elements apart: see `kernels/rounding.py`."""
-    rows, columns = x.shape
-    arguments = named(
-        tokens=ctx.tokens, every_row=every_row, x=x, stride=stride, norm=norm or x, normed=int(norm is not None),
-        eps=eps, out=out, scales=scales, columns=columns, padded=padded, exchanged=int(exchanged), split=split,
-    )  # fmt: skip
-    threads = min(1024, max(64, round_up(ceil_div(padded, 16), 32)))  # a row in registers, 16 elements a thread
-    return Launch(ROUND, (rows,), threads, arguments)
 
 
 def exchanged(ctx: LaunchContext, weights: Sequence[Matrix]) -> bool:
