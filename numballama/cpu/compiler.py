@@ -1,7 +1,8 @@
 """How this package compiles with Numba: options, cache, and the C function through which a kernel is called.
 
-Everything that depends on Numba's private API is here: `KernelCache` replaces Numba's cache, and `compile_step` the C
-wrapper that Numba makes for a `cfunc`. The calling convention is explained in `executor`.
+Everything that depends on Numba's private API is here: `KernelCache` replaces Numba's cache, `compile_step` the C
+wrapper that Numba makes for a `cfunc`, and `device` leaves out what Numba makes for a function that Python calls.
+The calling convention is explained in `executor`.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,11 @@ from numba import types
 from numba.core import sigutils
 from numba.core.caching import CompileResultCacheImpl, _Cache
 from numba.core.ccallback import CFunc
+from numba.core.codegen import JITCodeLibrary
 from numba.core.compiler import CompilerBase, CompileResult, DefaultPassBuilder
 from numba.core.compiler_machinery import PassManager, register_pass
 from numba.core.lowering import Lower
+from numba.core.registry import CPUDispatcher
 from numba.core.serialize import dumps
 from numba.core.typed_passes import NativeLowering
 from numba.np.arrayobj import make_array, populate_array
@@ -146,7 +149,7 @@ def _text(options: dict[str, Any]) -> str:
 
 def device(function: Callable[..., Any]) -> Any:
     """Decorate a helper that kernels call. It is compiled into each kernel and not cached by itself."""
-    return numba.njit(fastmath=FAST_MATH, error_model="numpy", nogil=True)(function)
+    return _helper(function, FAST_MATH)
 
 
 def exact_device(function: Callable[..., Any]) -> Any:
@@ -154,12 +157,65 @@ def exact_device(function: Callable[..., Any]) -> Any:
 
     `fastmath=False` must be explicit: without it, Numba compiles a function with the flags of its first caller.
     """
-    return numba.njit(fastmath=False, error_model="numpy", nogil=True)(function)
+    return _helper(function, False)
 
 
 def ordered_device(function: Callable[..., Any]) -> Any:
     """Like `exact_device`, but multiply-adds may be fused."""
-    return numba.njit(fastmath={"contract"}, error_model="numpy", nogil=True)(function)
+    return _helper(function, {"contract"})
+
+
+def _helper(function: Callable[..., Any], fastmath: Collection[str] | bool) -> Any:
+    options = {"fastmath": fastmath, "error_model": "numpy", "nogil": True}
+    callable_from_python = numba.njit(**options)(function)
+    if callable_from_python is function:  # NUMBA_DISABLE_JIT
+        return function
+    return _Helper(callable_from_python)
+
+
+class _Helper(CPUDispatcher):  # type: ignore[misc]
+    """A function that is compiled as part of its callers. Machine code of its own is made only if Python calls it."""
+
+    def __init__(self, callable_from_python: CPUDispatcher) -> None:
+        options = {**callable_from_python.targetoptions, "no_cpython_wrapper": True, "no_cfunc_wrapper": True}
+        super().__init__(callable_from_python.py_func, {}, options, pipeline_class=_HelperCompiler)
+        self._callable_from_python = callable_from_python
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._callable_from_python(*args, **kwargs)
+
+    def add_overload(self, result: CompileResult) -> None:
+        self.overloads[tuple(result.signature.args)] = result
+
+
+class _HelperLibrary(JITCodeLibrary):  # type: ignore[misc]
+    """LLVM code that others link and that is not assembled: a first start would spend a third of its time on it."""
+
+    def _finalize_final_module(self) -> None:
+        self._finalize_dynamic_globals()
+        self._verify_declare_only_symbols()
+        self._finalized = True
+
+
+@register_pass(mutates_CFG=True, analysis_only=False)
+class _HelperLowering(NativeLowering):  # type: ignore[misc]
+    _name = "numballama_helper_lowering"
+
+    def run_pass(self, state: Any) -> bool:
+        state.library = library = _HelperLibrary(state.targetctx.codegen(), state.func_id.func_qualname)
+        state.flags.no_compile = True
+        super().run_pass(state)
+        key = object()  # by which the callers find it, in place of a function for Python
+        state["cr"] = state["cr"]._replace(cfunc=key)
+        state.targetctx.insert_user_function(key, state["cr"].fndesc, [library])
+        return True
+
+
+class _HelperCompiler(CompilerBase):  # type: ignore[misc]
+    """Numba's standard pipeline with a library that is only linked."""
+
+    def define_pipelines(self) -> list[PassManager]:
+        return [_pipeline(self.state, "numballama_helper", _HelperLowering)]
 
 
 class _StepLower(Lower):  # type: ignore[misc]
@@ -219,11 +275,16 @@ class _StepCompiler(CompilerBase):  # type: ignore[misc]
     """Numba's standard pipeline with our lowering."""
 
     def define_pipelines(self) -> list[PassManager]:
-        pipeline = PassManager("numballama_step")
-        for which, message in DefaultPassBuilder.define_nopython_pipeline(self.state).passes:
-            pipeline.add_pass(_StepLowering if which is NativeLowering else which, message)
-        pipeline.finalize()
-        return [pipeline]
+        return [_pipeline(self.state, "numballama_step", _StepLowering)]
+
+
+def _pipeline(state: Any, name: str, lowering: type[NativeLowering]) -> PassManager:
+    """Numba's standard passes with another lowering."""
+    pipeline = PassManager(name)
+    for which, message in DefaultPassBuilder.define_nopython_pipeline(state).passes:
+        pipeline.add_pass(lowering if which is NativeLowering else which, message)
+    pipeline.finalize()
+    return pipeline
 
 
 class _CFunc(CFunc):  # type: ignore[misc]

@@ -100,7 +100,7 @@ def run_steps(run, requested, sync_address):
     if requested > 1 and (record[BEGIN] < record[END] or record[SAMPLER] != 0):
         sync[RUN] = run
         start_job(sync_address, requested)
-    worker_loop(run, 0, requested, sync)
+    worker_loop(run, np.int64(0), requested, sync)  # as a literal, Numba would compile it for 0 and for other workers
     return sync[ERRORS]
 
 

@@ -53,13 +53,13 @@ from ..sampling import (
     Sampled,
     SamplerTable,
 )
-from .compiler import jit
+from .compiler import device, jit
 from .intrinsics import f32_at, f64_at, i32_at, i64_at, u64_at
 
 # Changes of the logits, in this order
 
 
-@jit
+@device
 def keep_allowed(logits, n, mask):
     """Set the logits of tokens whose bit in `mask` int32[ceil(n / 32)] is 0 to -inf."""
     for i in range(n):
@@ -67,7 +67,7 @@ def keep_allowed(logits, n, mask):
             logits[i] = -np.inf
 
 
-@jit
+@device
 def hold_back(logits, n, stops):
     """Set the logits of stop tokens to -inf."""
     for i in range(stops.shape[0]):
@@ -75,7 +75,7 @@ def hold_back(logits, n, stops):
             logits[stops[i]] = -np.inf
 
 
-@jit
+@device
 def add_bias(logits, n, ids, values):
     """Add values[i] to the logit of token ids[i]."""
     for i in range(ids.shape[0]):
@@ -83,7 +83,7 @@ def add_bias(logits, n, ids, values):
             logits[ids[i]] += values[i]
 
 
-@jit
+@device
 def penalize(logits, recent, n_recent, penalty):
     """Divide positive logits of recent tokens by `penalty` and multiply negative ones (Keskar et al., CTRL, 2019).
 
@@ -98,7 +98,7 @@ def penalize(logits, recent, n_recent, penalty):
             logits[token] = logits[token] / penalty if logits[token] > 0 else logits[token] * penalty
 
 
-@jit
+@device
 def penalize_output(logits, n, counts, frequency, presence):
     """Subtract OpenAI's penalties of tokens that were generated counts[token] times."""
     for i in range(n):
@@ -110,7 +110,7 @@ def penalize_output(logits, n, counts, frequency, presence):
 # Filters
 
 
-@jit
+@device
 def sift_down(ids, root, n, logits):
     """Restore the heap order of `ids[:n]`, smallest logit first, below `root`."""
     while True:
@@ -125,22 +125,22 @@ def sift_down(ids, root, n, logits):
         root = child
 
 
-@jit
+@device
 def make_heap(ids, n, logits):
     """Order `ids[:n]` as a heap, smallest logit first."""
     for root in range(n // 2 - 1, -1, -1):
         sift_down(ids, root, n, logits)
 
 
-@jit
+@device
 def sort_heap(ids, n, logits):
     """Sort a heap `ids[:n]` by descending logits."""
     for end in range(n - 1, 0, -1):
         ids[0], ids[end] = ids[end], ids[0]
-        sift_down(ids, 0, end, logits)
+        sift_down(ids, np.int64(0), end, logits)
 
 
-@jit
+@device
 def keep_top_k(logits, ids, n, k):
     """Keep the k candidates with the largest logits, largest first: one pass with a heap of k."""
     if k >= n:
@@ -149,12 +149,12 @@ def keep_top_k(logits, ids, n, k):
     for i in range(k, n):
         if logits[ids[i]] > logits[ids[0]]:
             ids[0] = ids[i]
-            sift_down(ids, 0, k, logits)
+            sift_down(ids, np.int64(0), k, logits)
     sort_heap(ids, k, logits)
     return k
 
 
-@jit
+@device
 def largest_logit(logits, ids, n):
     """The largest logit of the candidates."""
     largest = -np.inf
@@ -163,7 +163,7 @@ def largest_logit(logits, ids, n):
     return largest
 
 
-@jit
+@device
 def keep_top_p(logits, ids, n, p):
     """Keep the fewest likeliest candidates whose probabilities sum to at least p, likeliest first (Holtzman, 2020)."""
     if p >= 1:
@@ -190,7 +190,7 @@ def keep_top_p(logits, ids, n, p):
     return max(kept, 1)
 
 
-@jit
+@device
 def keep_min_p(logits, ids, n, p):
     """Keep candidates at least p times as likely as the likeliest (Nguyen et al., min-p, 2024)."""
     if p <= 0:
@@ -204,7 +204,7 @@ def keep_min_p(logits, ids, n, p):
     return kept
 
 
-@jit
+@device
 def uniform(state):
     """The next number in [0, 1) of a SplitMix64 generator (Steele, Lea and Flood, 2014); `state` is uint64[1]."""
     state[0] += np.uint64(GOLDEN)
@@ -215,7 +215,7 @@ def uniform(state):
     return np.float64(z >> np.uint64(11)) * 2.0**-53
 
 
-@jit
+@device
 def draw(logits, ids, n, temperature, state):
     """A candidate, with probability proportional to exp(logit / temperature); -1 if the logits are not finite."""
     largest = largest_logit(logits, ids, n)
@@ -232,7 +232,7 @@ def draw(logits, ids, n, temperature, state):
     return ids[n - 1]
 
 
-@jit
+@device
 def greedy(logits):
     """The first index of the largest logit; -1 if there is a NaN."""
     best = 0
@@ -244,7 +244,7 @@ def greedy(logits):
     return best
 
 
-@jit
+@device
 def choose(logits, ids, n, settings, state):
     """One of the first n tokens, by settings[SETTINGS] and the generator's state[1]; -1 if there is a NaN."""
     temperature = settings[TEMPERATURE]
@@ -266,7 +266,7 @@ def choose(logits, ids, n, settings, state):
 # Log probabilities
 
 
-@jit
+@device
 def log_normalizer(logits, n):
     """log Σ exp(logit) of the first n logits; NaN if they hold a NaN or their largest is not finite."""
     largest, has_nan = -np.inf, False
@@ -281,7 +281,7 @@ def log_normalizer(logits, n):
     return largest + math.log(total)
 
 
-@jit
+@device
 def list_likeliest(logits, n, k, normalizer, top_ids, top_logprobs):
     """Write the k likeliest of the first n tokens and their log probabilities, of equals the smaller id first."""
     kept = 0
@@ -300,7 +300,7 @@ def list_likeliest(logits, n, k, normalizer, top_ids, top_logprobs):
 # Rows
 
 
-@jit
+@device
 def change_logits(logits, changed, n, slot, vocab, settings, info, header):
     """Write a copy of `logits` to `changed` and apply the slot's mask, stop tokens, bias and penalties; False if there
     are none.
@@ -331,7 +331,7 @@ def change_logits(logits, changed, n, slot, vocab, settings, info, header):
     return True
 
 
-@jit
+@device
 def accept(slot, token, vocab, settings, info, header):
     """Add a token to the slot's state. (`choose` has advanced the random generator.)"""
     counts, generated = i64_at(header[COUNTS_AT] + 8 * slot, 1), i64_at(header[GENERATED_AT] + 8 * slot, 1)
@@ -343,7 +343,7 @@ def accept(slot, token, vocab, settings, info, header):
     i32_at(header[LAST_TOKEN_AT] + 4 * slot, 1)[0] = token
 
 
-@jit
+@device
 def sample_rows(worker, n_workers, n_rows, logits, slots, table, out):
     """Sample a token for each of `n_rows` rows of logits, as one of `n_workers` workers that share them by rows.
 
@@ -387,6 +387,12 @@ def sample_rows(worker, n_workers, n_rows, logits, slots, table, out):
             accept(slot, token, vocab, settings, info, header)
 
 
+@jit
+def _sample_alone(n_rows, logits, slots, table, out):
+    """`sample_rows` by one worker, for Python."""
+    sample_rows(0, 1, n_rows, logits, slots, table, out)
+
+
 def choose_tokens(table: SamplerTable, logits: NDArray[np.float32], slots: NDArray[np.int32]) -> Sampled:
     """Sample a token for each row r of `logits` float32 [R, vocab] by the state of slots[r], and update that state.
 
@@ -404,5 +410,5 @@ def choose_tokens(table: SamplerTable, logits: NDArray[np.float32], slots: NDArr
         raise Error(f"slots must be one for each row, each once, from 0 to {table.slots - 1}; found {slots.tolist()}")
     sampled = Sampled.empty(len(slots), max(0, table.top_logprobs(used)))
     addresses = logits.ctypes.data, slots.ctypes.data, table.address, sampled.addresses
-    sample_rows(0, 1, len(slots), *addresses)
+    _sample_alone(len(slots), *addresses)
     return sampled

@@ -88,11 +88,13 @@ FAMILIES = {
 for every type and card.
 """
 
-EVERY_TYPE = FAMILIES - {"skinny_64_kernel"}
-"""Kernels that are compiled for sm_90 in every type that they are launched for; this one decodes as `skinny_8_kernel`
-does."""
+EVERY_TYPE = FAMILIES - {"skinny_64_kernel", "qkv_rope_kernel"}
+"""Kernels that are compiled for sm_90 in every type that they are launched for; these decode as `skinny_8_kernel` and
+`linear_kernel` do."""
 TMA = {f"wgmma_{each}_kernel" for each in (128, 192, 224, 256, "tall")}
 """Kernels with wgmma to which the copy engine brings tiles."""
+ALSO_BLOCKS = TMA | {"qkv_rope_kernel"}
+"""Kernels that are compiled for their first type and for one whose blocks they decode."""
 ATTENTION = {f"attention_wgmma_{width}_kernel" for width in WGMMA_ATTENTION_KEYS}
 OF_Q5_K = {"linear_kernel", "skinny_8_kernel", "repack_kernel"}
 """Those of them that are compiled for q5_k: it is decoded as q4_k, with a bit more."""
@@ -124,7 +126,7 @@ def main(arguments: Sequence[str]) -> None:
             return False
         if older:
             return name in FAMILIES and name not in names
-        return name in EVERY_TYPE or name not in names or (name in TMA and "q4_k*" in types)  # one that decodes
+        return name in EVERY_TYPE or name not in names or (name in ALSO_BLOCKS and "q4_k*" in types)
 
     def compile_kernel(kernel: Specialization, of_device: tuple[int, int], cache: Path | None) -> Any:
         if kernel not in found and not is_wanted(kernel.name, kernel.types):

@@ -170,14 +170,14 @@ def test_ctrl_c_at_any_moment_of_a_cold_start(tmp_path: Path) -> None:
         elif index >= 4:
             break
     assert len(found) > 6, found
-    # the first kernels are compiled in one block, which ends before the interrupt: other moments of that block
+    # other moments: the start that goes on with some kernels is interrupted later than those that found as many
     kept = sorted(cache.rglob("*.kernel"), key=lambda path: path.stat().st_mtime)
-    for count in (8, 18):
+    for count in (3, 8):
         part = tmp_path / str(count)
         for path in kept[:count]:
             (part / path.relative_to(cache)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(path, part / path.relative_to(cache))
-        how = interrupted(part, after_kernels(part, 1, 0.3), count == 8)
+        how = interrupted(part, after_kernels(part, 1, 0.3), count == 3)
         print(f"of a cache with {count} kernels: {how}")
         assert how is not None
     out, err = start(cache).communicate(timeout=600)
