@@ -91,6 +91,7 @@ def compile(
     max_sequences: int = 1,
     gpus: int = 1,
     kv_tokens: int | None = None,
+    batch_invariant: bool = False,
 ) -> Model:
     """Open a model file, compile it for a device and return it ready to generate.
 
@@ -116,6 +117,9 @@ def compile(
         gpus: GPUs that share the model. This version supports 1.
         kv_tokens: size of the KV cache in tokens, over all sequences; default max_sequences · context, or what fits in
             memory, which `notes` say.
+        batch_invariant: whether logits have the same bits alone, in a batch of any size and with any chunks of a
+            prompt. All runs then use one family of kernels, and prompts take longer: see docs/engine.md. Not for the
+            reference. On a GPU `max_sequences` is 2 to 128, with float32 weights 2 to 8.
 
     Raises `FormatError` for a damaged file, `UnsupportedError` for what this version cannot do, `DeviceError` for a
     device that cannot be used, `Error` for arguments out of range or with other names (`n_ctx`), which names ours.
@@ -142,6 +146,7 @@ def compile(
         activations=activations,
         max_sequences=max_sequences,
         kv_tokens=kv_tokens,
+        batch_invariant=batch_invariant,
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 import numpy as np
 
 from .checkpoint import Weight
-from .errors import DOCTOR, NEXT_STEP, DeviceError
+from .errors import DOCTOR, NEXT_STEP, DeviceError, UnsupportedError
 from .host import environment, interrupts
 from .ir import Graph
 from .kernel_cache import cuda_cache_directory
@@ -84,7 +84,7 @@ class Backend(Protocol):
     """Weights and KV cache of one device, and the programs that use them."""
 
     name: ClassVar[BackendName]
-    prefill_chunk: ClassVar[int]
+    prefill_chunk: int
     """Maximum number of prompt tokens in one run."""
     default_kv_dtype: ClassVar[KVType]
     """Element type of the KV cache unless the user chooses one."""
@@ -96,8 +96,12 @@ class Backend(Protocol):
     """Maximum number of rows of a run in which others decode beside a prompt: they must not wait for long."""
     lookahead: ClassVar[int]
     """Runs that may be submitted before the one whose tokens are awaited is done. 0: `submit` does the work."""
-    decode_sizes: ClassVar[tuple[int, ...]]
-    """Numbers of sequences for which a program of their own decodes faster than one for a chunk of a prompt."""
+    decode_sizes: tuple[int, ...]
+    """Numbers of sequences for which a program of their own decodes faster than one for a chunk of a prompt. Programs
+    have at least the first of these numbers of rows.
+    """
+    most_sequences: int | None
+    """Maximum number of sequences in one run, if the backend has one."""
 
     @property
     def workers(self) -> int:
@@ -219,11 +223,14 @@ def backend_class(device: str) -> type[Backend]:
     return ReferenceBackend
 
 
-def open_backend(device: str, weights: Mapping[str, Weight], threads: int | None = None) -> Backend:
+def open_backend(
+    device: str, weights: Mapping[str, Weight], threads: int | None = None, batch_invariant: bool = False
+) -> Backend:
     """A backend that holds `weights` on `device`: "cpu", "cuda", "cuda:N", "reference" or "auto".
 
-    `threads` is the number of workers on the CPU (default: Numba's number of threads). Raises `DeviceError` as
-    `choose_device` does.
+    `threads` is the number of workers on the CPU (default: Numba's number of threads). `batch_invariant`: a row's
+    result has the same bits in runs of any size. Raises `DeviceError` as `choose_device` does, `UnsupportedError` for
+    `batch_invariant` on the reference.
     """
     if device == "auto":
         device, _ = choose_device(device)
@@ -231,13 +238,17 @@ def open_backend(device: str, weights: Mapping[str, Weight], threads: int | None
     if name == "cuda":
         from .cuda.backend import CudaBackend
 
-        return CudaBackend(weights, device)
+        return CudaBackend(weights, device, batch_invariant)
     if name == "cpu":
         with interrupts.deferred():
             environment.import_numba()
             from .cpu.backend import CpuBackend
 
-        return CpuBackend(weights, threads)
+        return CpuBackend(weights, threads, batch_invariant)
+    if batch_invariant:
+        raise UnsupportedError(
+            "batch_invariant=True is for the CPU and for GPUs: NumPy multiplies one row in another order than several"
+        )
     from .reference import ReferenceBackend
 
     return ReferenceBackend(weights, threads)

@@ -68,6 +68,7 @@ class Model:
         activations: ActivationType = "f32",
         max_sequences: int = 1,
         kv_tokens: int | None = None,
+        batch_invariant: bool = False,
     ) -> None:
         started = time.perf_counter()
         for name, value, known in (
@@ -78,7 +79,7 @@ class Model:
             require_supported(name, value, known)
         self.device, why = choose_device(device)
         kind = backend_class(self.device)
-        self.activations = activations
+        self.activations, self._fusions = activations, fusions
         if activations not in kind.activation_types:
             raise UnsupportedError(f"activations {activations!r} are for the CPU, not for {self.device}: device='cpu'")
         self._checkpoint: Checkpoint = loader.open_checkpoint(
@@ -103,11 +104,10 @@ class Model:
         self._backend: Backend | None = None
         self._program: Program | None = None
         self._engine: Engine | None = None
-        self._fusions = fusions
         self.weights: Mapping[str, Weight] = policy.convert_weights(self.config, self._checkpoint.weights, dtype)
         if activations == "int8" and not any(w.type.name in (*VEC_DOT_TYPE, "int8") for w in self.weights.values()):
             self.notes.append("no weight of this model is quantised, so no activations are rounded to int8")
-        backend = self._backend = open_backend(self.device, self.weights, threads)
+        backend = self._backend = open_backend(self.device, self.weights, threads, batch_invariant)
         try:
             self._compile(backend)
         except BaseException:
@@ -125,13 +125,14 @@ class Model:
         return build(self.config, types, self.kv, tokens, logits, int8, self.activations, lens)
 
     def _compile(self, backend: Backend) -> None:
-        self.kv = kv_layout(self.config, self.context, *self._kv_arguments, backend.free_bytes(), self.notes)
+        given = *self._kv_arguments, backend.free_bytes(), self.notes, backend.decode_sizes[0], backend.most_sequences
+        self.kv = kv_layout(self.config, self.context, *given)
+        self.max_sequences = self.kv.slots
         progress.info(f"{format_bytes(self.kv.nbytes)} KV cache for {self.kv.tokens:,} tokens ({self.kv.dtype})")
         self.graph = self._build(1, "rows")
         debug.print_graph(self.graph)
         vocab = self.config.vocab_size
-        # the vocabulary may be padded: tokens that the tokenizer lacks are never chosen
-        candidates = min(vocab, self.tokenizer.vocab_size) if self.tokenizer else vocab
+        candidates = min(vocab, self.tokenizer.vocab_size) if self.tokenizer else vocab  # padding is never chosen
         table = SamplerTable(self.max_sequences, vocab, candidates)
         chunk = min(backend.prefill_chunk, self.context * self.max_sequences)
         with progress.progress_bar("compiling kernels") as report:
@@ -269,7 +270,7 @@ class Model:
         with self.exclusive() as session:
             if self._all_logits is None:
                 with progress.progress_bar("compiling kernels") as report:
-                    graph = self._build(min(self.backend.prefill_chunk, self.context), "all")
+                    graph = self._build(min(self.backend.prefill_chunk, max(2, self.context)), "all")
                     self._all_logits = self._program_of(graph, report)
             yield from session.each_logits(self._all_logits, tokens, start)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -94,14 +94,16 @@ class Plan:
         return draw_plan(self)
 
 
-def lower(graph: Graph, backend: str, workers: int = 1) -> Plan:
+def lower(graph: Graph, backend: str, workers: int = 1, without: Collection[str] = ()) -> Plan:
     """Choose a kernel for every op and place every value. Verifies the graph and the plan.
+
+    Scratch arrays of the names `without` have one element for each worker: their kernels do without them.
 
     Raises `UnsupportedError` where the backend has no kernel, `Error` where the graph is not well formed.
     """
     verify(graph)
     picked = _picked_rows(graph)
-    steps = tuple(_step(graph, op, backend, workers, not picked.isdisjoint(op.outputs)) for op in graph.ops)
+    steps = tuple(_step(graph, op, backend, workers, without, not picked.isdisjoint(op.outputs)) for op in graph.ops)
     lifetimes = _lifetimes(graph, steps)
     placements = _place(lifetimes)
     arena = max((place.offset + round_up(place.nbytes, ALIGNMENT) for place in placements.values()), default=0)
@@ -121,13 +123,14 @@ def _picked_rows(graph: Graph) -> set[str]:
     return picked
 
 
-def _step(graph: Graph, op: Op, backend: str, workers: int, of_rows: bool) -> Step:
+def _step(graph: Graph, op: Op, backend: str, workers: int, without: Collection[str], of_rows: bool) -> Step:
     kernel = registry.find(op.kind, backend, operand_types(graph, op.inputs))
     shapes = [value.shape for value in graph.operands(op.inputs)]
-    scratch = tuple(
-        Value(f"{op.outputs[0]}/{name}", tuple(shape(*shapes, workers=workers)), "f32", "temp")
+    sizes = {
+        name: (workers, 1) if name in without else tuple(shape(*shapes, workers=workers))
         for name, shape in kernel.scratch.items()
-    )
+    }
+    scratch = tuple(Value(f"{op.outputs[0]}/{name}", size, "f32", "temp") for name, size in sizes.items())
     moving = [value for value in graph.operands((*op.inputs, *op.outputs)) if value.kind in ("input", "temp")]
     if of_rows:
         moving = graph.operands(op.outputs)

@@ -300,13 +300,14 @@ class ReferenceBackend:
     """Weights and KV cache of the reference."""
 
     name: ClassVar[BackendName] = "reference"
-    prefill_chunk: ClassVar[int] = 64
+    prefill_chunk = 64
     default_kv_dtype: ClassVar[KVType] = "f32"
     activation_types: ClassVar[tuple[ActivationType, ...]] = ("f32", "int8")
     in_host_memory: ClassVar[bool] = True
     mixed_tokens: ClassVar[int] = 16
     lookahead: ClassVar[int] = 0
-    decode_sizes: ClassVar[tuple[int, ...]] = (1,)
+    decode_sizes: tuple[int, ...] = (1,)
+    most_sequences: int | None = None
     workers = 1
     description = "reference"
     memory_bytes = None

@@ -24,7 +24,7 @@ MODEL_HELP = "a model file, directory or hub id (owner/name, owner/name:Q4_K_M)"
 
 MODEL_OPTIONS = (
     "tokenizer", "device", "dtype", "context", "kv_dtype", "threads", "rope_pairing", "rope_theta", "norm_eps",
-    "activations",
+    "activations", "batch_invariant",
 )  # fmt: skip
 """Arguments of `compile` that are options of the same name."""
 
@@ -60,6 +60,11 @@ def model_options(command: argparse.ArgumentParser, **others: dict[str, Any]) ->
         "--activations",
         default="f32",
         help="f32 (default), or int8: round them where weights are quantised, as llama.cpp does (CPU)",
+    )
+    group.add_argument(
+        "--batch-invariant",
+        action="store_true",
+        help="the same bits alone and beside other sequences, by one family of kernels; prompts take longer",
     )
     workers = number | {"help": "CPU workers (default: all)"}
     group.add_argument("--threads", **workers | others.get("threads", {}))

@@ -23,7 +23,7 @@ from ..quantization.kv import split_q8_0
 from ..quantization.types import TYPE_TRAITS
 from ..sampling import Sampled, SamplerTable
 from ..validation import whole_number
-from . import bandwidth, ops, timing  # noqa: F401 (ops registers the kernels)
+from . import bandwidth, ops, timing
 from .compiler import compile_step
 from .executor import (
     ADDRESS,
@@ -131,24 +131,29 @@ class CpuBackend:
     """Weights and KV cache in host memory, and programs that use them.
 
     `threads` is the number of workers that share a step. The maximum is Numba's number of threads; the default too,
-    unless a container's CPU quota is below. Raises `DeviceError` in a child that was forked after workers had started.
+    unless a container's CPU quota is below. `batch_invariant`: all runs use the kernels for few tokens, so that a row's
+    bits do not depend on their number. Raises `DeviceError` in a child that was forked after workers had started.
     """
 
     name: ClassVar[BackendName] = "cpu"
-    prefill_chunk: ClassVar[int] = 64
+    prefill_chunk = 64
     default_kv_dtype: ClassVar[KVType] = "f32"
     activation_types: ClassVar[tuple[ActivationType, ...]] = ("f32", "int8")
     in_host_memory: ClassVar[bool] = True
     mixed_tokens: ClassVar[int] = 16
     lookahead: ClassVar[int] = 0
-    decode_sizes: ClassVar[tuple[int, ...]] = (1,)
+    decode_sizes: tuple[int, ...] = (1,)
+    most_sequences: int | None = None
 
-    def __init__(self, weights: Mapping[str, Weight], threads: int | None = None) -> None:
+    def __init__(
+        self, weights: Mapping[str, Weight], threads: int | None = None, batch_invariant: bool = False
+    ) -> None:
         refuse_forked()
         limit, cores, quota = numba.config.NUMBA_NUM_THREADS, usable_cores(), cpu_quota()
         default = limit if environment.thread_limit() else min(limit, cores)
         threads = None if threads is None else whole_number("threads", threads, 1)
         self.weights = weights
+        self._without = ops.FOR_MANY_TOKENS if batch_invariant else ()
         wanted = min(threads or default, limit)
         with interrupts.deferred():
             self.workers = worker_threads.start(wanted)
@@ -210,7 +215,7 @@ class CpuBackend:
         Raises `UnsupportedError` where the CPU has no kernel, `Error` if the graph is not well formed or the arena does
         not fit in memory.
         """
-        plan = lower(fuse(graph, self.name, fusions), self.name, self.workers)
+        plan = lower(fuse(graph, self.name, fusions), self.name, self.workers, self._without)
         memory.require_available(plan.arena_bytes, f"the arena of {graph.name}", memory.SHORTER)
         arena = _aligned_zeros(plan.arena_bytes)
         values: dict[str, np.ndarray] = {}

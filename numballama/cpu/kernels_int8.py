@@ -133,7 +133,7 @@ def matmul_blocks(weight, xq, xs, sums, out, worker, n_workers, tokens, panel_bu
     `panel_buffer` is float32[workers, n] with n of `panel_buffer_size`; it is used for more than TILE - 1 tokens.
     """
     begin, end = partition(out.shape[1], worker, n_workers, PANEL_ROWS)
-    if tokens < TILE:
+    if tokens < TILE or panel_buffer.shape[1] == 1:  # a plan without the buffer: see `ops.FOR_MANY_TOKENS`
         for r in range(begin, end):
             for t in range(tokens):
                 out[t, r] = dot_blocks_int8(weight, r, xq, xs, sums, t)

@@ -283,7 +283,7 @@ def multiply_tokens(panel, columns, x, k, t, end, out, at, stride, more):
 @device
 def matmul_rows(weight, x, out, begin, end, tokens, buffer):
     """out[t, r] = weight[r] · x[t] for rows [begin, end) and all tokens. `buffer` is flat."""
-    if tokens < TILE:
+    if tokens < TILE or len(buffer) == 1:  # a plan without the buffer: see `ops.FOR_MANY_TOKENS`
         for r in range(begin, end):
             for t in range(tokens):
                 out[t, r] = row_dot(weight, r, x, t)

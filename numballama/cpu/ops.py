@@ -18,6 +18,11 @@ SUM_TYPES = tuple(dict.fromkeys(quant.sum_dtype for quant in ACTIVATION_QUANT.va
 
 Shape = tuple[int, ...]
 
+FOR_MANY_TOKENS = ("dequant_buffer", "panel_buffer")
+"""Scratch arrays of linear layers. Without them, runs of TILE and more tokens are computed as runs of fewer are: each
+row's dot product by itself. That is slower, and the bits are the same for any number of tokens.
+"""
+
 
 def plain(op: str, *types: Types, name: str = "", **scratch: ScratchShape) -> None:
     """Register the function `name` (default: the op's name) of `kernels_cpu` for `op` with inputs of these types."""

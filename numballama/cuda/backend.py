@@ -21,7 +21,9 @@ from .compile_worker import compile_ahead
 from .compiler import compile_kernel
 from .decode_pipeline import LOOKAHEAD, Mailbox
 from .driver import Device, LoadedKernel, Memory, PreparedLaunch
-from .launch import Array, Launch, Specialization
+from .launch import Array, Launch, Matrix, Specialization
+from .ops import skinny
+from .ops.gemm import FEW
 from .program import CudaProgram
 from .sampler_table import DeviceSamplerTable, Staging
 from .weights import Weights, aligned
@@ -55,15 +57,16 @@ class CudaBackend:
     """Weights and KV cache on one GPU."""
 
     name: ClassVar[BackendName] = "cuda"
-    prefill_chunk: ClassVar[int] = 512
+    prefill_chunk = 512
     default_kv_dtype: ClassVar[KVType] = "f16"
     activation_types: ClassVar[tuple[ActivationType, ...]] = ("f32",)
     in_host_memory: ClassVar[bool] = False
     mixed_tokens: ClassVar[int] = 128
     lookahead: ClassVar[int] = LOOKAHEAD
-    decode_sizes: ClassVar[tuple[int, ...]] = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+    decode_sizes: tuple[int, ...] = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
+    most_sequences: int | None = None
 
-    def __init__(self, weights: Mapping[str, Weight], device: str = "cuda") -> None:
+    def __init__(self, weights: Mapping[str, Weight], device: str = "cuda", batch_invariant: bool = False) -> None:
         self.device = Device(device)
         self.notes: list[str] = []
         self.states: dict[str, Array] = {}
@@ -77,6 +80,9 @@ class CudaBackend:
         self._owned: list[_Owned] = []
         self.weights = Weights(self.device, weights)
         self._owned.append(self.weights)
+        self.batch_invariant = batch_invariant
+        if batch_invariant:
+            self._use_one_family()
         self._sampler_table: DeviceSamplerTable | None = None
         self._arena: Memory | None = None
         try:
@@ -86,6 +92,15 @@ class CudaBackend:
             self.close()
             raise
         self._owned.append(self.mailbox.memory)
+
+    def _use_one_family(self) -> None:
+        """Keep to runs whose rows all have the same bits: `gemv` where a matrix is float32, else `skinny`."""
+        in_float32 = any(
+            isinstance(each, Matrix) and each.payload.dtype == "f32" for each in self.weights.operands.values()
+        )
+        most = FEW if in_float32 else skinny.MOST
+        self.prefill_chunk = self.most_sequences = most
+        self.decode_sizes = tuple(size for size in type(self).decode_sizes if 1 < size <= most)
 
     @property
     def workers(self) -> int:

@@ -182,7 +182,8 @@ class CudaProgram:
             self.run_inputs.tokens,
             self.run_inputs.tiles,
             self._zeros,
-            device.capability == (9, 0),
+            device.capability == (9, 0) and not backend.batch_invariant,  # which changes kernels from 33 rows on
+            backend.batch_invariant,
         )
         of_rows = replace(self.ctx, tokens=self.run_inputs.rows)
         operands = self.values | backend.weights.operands

@@ -35,15 +35,23 @@ def kv_layout(
     kv_tokens: int | None,
     free_bytes: int | None,
     notes: list[str],
+    fewest: int = 1,
+    most: int | None = None,
 ) -> KVLayout:
     """The layout of the KV cache for up to `max_sequences` sequences of up to `context` tokens each.
 
     `kv_tokens` is how many tokens all sequences may have together; None: `max_sequences` · `context`, or less where
     `free_bytes` (None: unknown) do not allow it, with a note. Raises `ContextError` where not even one context fits, or
     not the `kv_tokens` that were asked for; `Error` for more than MAX_SEQUENCES.
+
+    A backend's runs have `fewest` sequences or more, and `most` (None: no limit), of which those not asked for get no
+    more tokens.
     """
-    if max_sequences > MAX_SEQUENCES:
-        raise Error(f"max_sequences must be at most {MAX_SEQUENCES:,}, found {max_sequences:,}; others wait their turn")
+    if max_sequences > (limit := MAX_SEQUENCES if most is None else most):
+        here = "" if most is None else " for batch_invariant=True with these weights"
+        raise Error(f"max_sequences must be at most {limit:,}{here}, found {max_sequences:,}; others wait their turn")
+    if max_sequences < fewest:
+        kv_tokens, max_sequences = kv_tokens or max_sequences * context, fewest
     wanted = KVLayout.of(config, context, dtype, max_sequences, kv_tokens)
     if free_bytes is not None and wanted.table_nbytes > free_bytes:
         raise ContextError(

@@ -27,9 +27,9 @@ GraphOf = Callable[[int, Logits], Graph]
 class ModelRunner:
     """A model on a device. Implements `runner.Runner`.
 
-    `decode` is the program for one token, `prompt` the one for a chunk of prompts or any mixture. Others are made when
-    they are first needed: for two and more sequences that each decode a token, and for mixtures of few rows, in which
-    others decode beside a prompt. `prepare` makes them all.
+    `decode` is the program for one sequence, `prompt` the one for a chunk of prompts or any mixture. Others are made
+    when they are first needed: for two and more sequences that each decode a token, and for mixtures of few rows, in
+    which others decode beside a prompt. `prepare` makes them all.
     """
 
     def __init__(
@@ -67,7 +67,9 @@ class ModelRunner:
 
     def compile(self, report: Report | None) -> tuple[Program, Program]:
         """Make the programs for one token and for chunks; returns them."""
-        self.decode = self._decode[1] = self._make(self._graph_of(1, "rows"), report)
+        size = self._sizes[0]
+        graph = self._graph_of(size, "rows" if size == 1 else "all")
+        self.decode = self._decode[size] = self._make(graph, report)
         self.prompt = self._make(self._graph_of(self.max_tokens, "rows"), report)
         return self.decode, self.prompt
 

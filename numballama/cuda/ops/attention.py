@@ -85,7 +85,9 @@ def attention(
 ) -> list[Launch]:  # fmt: skip
     """`partials` [T, heads, splits, head_dim + 2] float32: results of blocks that share a context, to be combined."""
     where, chunks = paged(k_cache, positions, sequences, page_table), list[Launch]()
-    if _for_wgmma(ctx, q, k_cache, v_cache):
+    if ctx.batch_invariant:
+        pass
+    elif _for_wgmma(ctx, q, k_cache, v_cache):
         chunks = _wgmma(ctx, q, k_cache, where, v_cache, out, window)
     elif _for_tensor_cores(ctx, q, k_cache, v_cache, page_table, window):
         chunks = _prefill(ctx, q, k_cache, where, v_cache, out)
