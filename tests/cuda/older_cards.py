@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-OLDER = {"7.5": ("bf16", "q4_k", "f32"), "8.0": ("q8_0", "f16", "f32")}
+OLDER = {"7.5": ("bf16", "q4_k"), "8.0": ("q8_0", "f16", "f32")}
 """Types of weights that are tried for cards before sm_90: what tensor cores read there differs. A block of another type
 is decoded by the same instructions as on sm_90. `all` as an argument, or NUMBALLAMA_TEST_ALL=1 for the tests, tries
 every type there too. `assembly` compiles each kernel once for them, for the first type here that it is launched for."""

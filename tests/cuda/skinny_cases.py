@@ -118,18 +118,21 @@ COUNTS = {"f16": [(64, 41), (32, 30), (16, 9), (8, 8), (2, 2)], "others": [(64, 
 def main(arguments: list[str]) -> int:
     machine_of = machine_maker(arguments)
     kinds = kinds_of(arguments, TYPES)
-    hopper = machine_of(1).ctx.wgmma
+    hopper, some = machine_of(1).ctx.wgmma, bool(arguments) and "all" not in arguments
     to_check = [case for case in cases(kinds) if case[0] not in left_out(arguments)]
     failed = check_all(machine_of, to_check + wide_cases() * hopper)
     for kind in kinds:
         counts = COUNTS.get(kind, COUNTS["others"])
-        if kind == "q5_k" and arguments and "all" not in arguments:
+        wide_counts, many_counts = WIDE_COUNTS, MANY_COUNTS
+        if some and kind not in ("f16", "q4_k"):
+            wide_counts, many_counts = WIDE_COUNTS[:1] + WIDE_COUNTS[-1:], MANY_COUNTS[-1:]
+        if some and kind == "q5_k":
             counts = [(8, 8), (2, 2)]
         try:
             least = wide.LEAST[PAYLOAD_TYPE[kind]] if hopper else 1000
             if hopper:
-                same_rows(machine_of, kind, 2048, 200, [pair for pair in WIDE_COUNTS if pair[0] >= least])
-                same_rows(machine_of, kind, 512, 4500, MANY_COUNTS)
+                same_rows(machine_of, kind, 2048, 200, [pair for pair in wide_counts if pair[0] >= least])
+                same_rows(machine_of, kind, 512, 4500, many_counts)
             counts = [pair for pair in counts if pair[0] < least]
             columns = 1024 if kind in ("f16", "q4_k", "q5_k", "q6_k") else 512
             same_rows(machine_of, kind, columns, 72, counts)

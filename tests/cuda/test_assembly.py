@@ -156,7 +156,8 @@ def test_every_kernel_of_the_package_is_among_them(assembled: dict[str, dict[str
     keys = {key: {(k["kernel"], tuple(k["kinds"])) for k in assembled[key]["kernels"]} for key in CAPABILITIES}
     assert len(keys["9.0"]) == len(assembled["9.0"]["kernels"]) > 50
     new = {name for name, _ in (keys["7.5"] | keys["8.0"]) - keys["9.0"]}
-    assert new <= {"skinny_64_kernel"}, "older cards: the same kernels, and this one where sm_90 has wgmma"
+    # for sm_90 the first is where others have wgmma, and the second is compiled for other types
+    assert new <= {"skinny_64_kernel", "qkv_rope_kernel"}, "older cards: the same kernels"
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
