@@ -247,7 +247,8 @@ def open_backend(
         return CpuBackend(weights, threads, batch_invariant)
     if batch_invariant:
         raise UnsupportedError(
-            "batch_invariant=True is for the CPU and for GPUs: NumPy multiplies one row in another order than several"
+            "batch_invariant is not supported by the reference, whose products of one row and of several differ in the "
+            "last bits: use the CPU or a GPU"
         )
     from .reference import ReferenceBackend
 

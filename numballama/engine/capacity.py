@@ -48,7 +48,7 @@ def kv_layout(
     more tokens.
     """
     if max_sequences > (limit := MAX_SEQUENCES if most is None else most):
-        here = "" if most is None else " for batch_invariant=True with these weights"
+        here = "" if most is None else " for batch-invariant runs with these weights"
         raise Error(f"max_sequences must be at most {limit:,}{here}, found {max_sequences:,}; others wait their turn")
     if max_sequences < fewest:
         kv_tokens, max_sequences = kv_tokens or max_sequences * context, fewest

@@ -98,3 +98,11 @@ def test_what_is_chosen_fits_and_holds_a_context(
         assert tokens is None and len(notes) == 1 and free is not None and wanted.nbytes > free * SHARE
         assert one.pages <= found.pages < wanted.pages
         assert found.nbytes <= free * SHARE or found.pages == one.pages, "the rest is for programs"
+
+
+def test_a_backend_s_numbers_of_sequences() -> None:
+    """More rows of the page table than sequences get no more tokens; more sequences than fit in a run are an error."""
+    found = kv_layout(CONFIG, CONTEXT, "f32", 1, None, None, [], 2, 8)
+    assert found.slots == 2 and found.tokens == kv_layout(CONFIG, CONTEXT, "f32", 1, None, None, []).tokens
+    with pytest.raises(Error, match="max_sequences must be at most 8 for batch-invariant runs.*found 9"):
+        kv_layout(CONFIG, CONTEXT, "f32", 9, None, None, [], 2, 8)
