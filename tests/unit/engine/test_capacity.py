@@ -104,5 +104,5 @@ def test_a_backend_s_numbers_of_sequences() -> None:
     """More rows of the page table than sequences get no more tokens; more sequences than fit in a run are an error."""
     found = kv_layout(CONFIG, CONTEXT, "f32", 1, None, None, [], 2, 8)
     assert found.slots == 2 and found.tokens == kv_layout(CONFIG, CONTEXT, "f32", 1, None, None, []).tokens
-    with pytest.raises(Error, match="max_sequences must be at most 8 for batch-invariant runs.*found 9"):
+    with pytest.raises(Error, match=r"max_sequences must be at most 8 for batch-invariant runs.*found 9"):
         kv_layout(CONFIG, CONTEXT, "f32", 9, None, None, [], 2, 8)
