@@ -60,6 +60,12 @@ def require_gpu() -> None:
         pytest.skip(f"no GPU to test: {reason}", allow_module_level=True)
 
 
+def on_a_gpu(*values: object) -> Any:
+    """A set of parameters of a test that needs a GPU."""
+    reason = missing_gpu()
+    return pytest.param(*values, marks=[pytest.mark.gpu, pytest.mark.skipif(bool(reason), reason=f"no GPU: {reason}")])
+
+
 MIXTURES = {
     "q4_k_m": {"wv": "q6_k", "w2": "q6_k", "output": "q6_k", "": "q4_k"},
     "q5_k_m": {"wv": "q6_k", "w2": "q6_k", "output": "q6_k", "": "q5_k"},

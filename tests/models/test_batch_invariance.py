@@ -13,12 +13,13 @@ from numballama import SamplingParams
 from numballama.errors import UnsupportedError
 from numballama.generate import GenerationResponse
 from numballama.model import Model
+from tests.helpers.cuda_host import on_a_gpu
 
 EVERYWHERE = pytest.mark.parametrize(
     ("device", "kind"),
     [
         *(("cpu", kind) for kind in (("f32", "f32"), ("q4_0", "f32"), ("q8_0", "int8"))),
-        *(pytest.param("cuda", (kind, "f32"), marks=pytest.mark.gpu) for kind in ("f32", "q4_0", "bf16")),
+        *(on_a_gpu("cuda", (kind, "f32")) for kind in ("f32", "q4_0", "bf16")),
     ],
 )
 """(weights, activations) of the kernels of each device."""

@@ -22,6 +22,7 @@ from numballama.ir import Graph
 from numballama.quantization.types import F32, KVType
 from numballama.sampling import FEED, SamplerTable, SamplingParams
 from numballama.session import Session
+from tests.helpers.cuda_host import on_a_gpu
 from tests.helpers.paging import give_pages
 from tests.helpers.random_models import random_checkpoint
 
@@ -300,7 +301,7 @@ def _huge(config: ModelConfig, names: Sequence[str], scale: float) -> dict[str, 
     }
 
 
-@pytest.mark.parametrize("device", ["cpu", "reference"])
+@pytest.mark.parametrize("device", ["cpu", "reference", on_a_gpu("cuda")])
 @pytest.mark.parametrize("kv_dtype", ["f16", "f32", "bf16", "q8_0"])
 @pytest.mark.parametrize("scaled", [(), ("layers.0.wk",), ("layers.1.wv",), ("layers.0.wk", "layers.0.wv")])
 def test_a_float16_cache_that_saturates_is_noted_once(device: str, kv_dtype: KVType, scaled: tuple[str, ...]) -> None:
