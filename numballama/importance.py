@@ -38,13 +38,12 @@ def measure(model: Model, text: str) -> Importance:
         raise Error("the text to calibrate with is empty: give some thousand words like those that the model will read")
     inputs = inputs_of_weights(model.value_reader.graph)
     squares: dict[str, np.ndarray] = {}
-    begin = [] if tokenizer.bos_id is None or not tokenizer.add_bos else [tokenizer.bos_id]
-    step = min(WINDOW, model.context, model.config.context) - len(begin)
+    step = min(WINDOW, model.context, model.config.context) - len(tokenizer.bos)
     with progress.progress_bar("reading the text") as report:
         for start in range(0, len(ids), step):
             report(f"token {start:,}", start, len(ids))
             with model.exclusive() as session:
-                window = [*begin, *ids[start : start + step]]
+                window = [*tokenizer.bos, *ids[start : start + step]]
                 for stop in model.value_reader.stops(session, window, set(inputs.values())):
                     total = np.einsum("tc,tc->c", stop.rows, stop.rows, dtype=np.float64)
                     squares[stop.name] = squares.get(stop.name, 0) + total

@@ -215,8 +215,7 @@ SAME_VOCABULARY = "KL divergence compares models with the same vocabulary"
 
 def _encode(model: Model, text: str) -> list[int]:
     tokenizer = model.require_tokenizer()
-    ids = tokenizer.encode(text, bos=False)
-    return [tokenizer.bos_id, *ids] if tokenizer.add_bos and tokenizer.bos_id is not None else ids
+    return [*tokenizer.bos, *tokenizer.encode(text, bos=False)]
 
 
 def _windows(model: Model, ids: list[int], context: int, chunks: int | None) -> list[list[int]]:
@@ -227,11 +226,10 @@ def _windows(model: Model, ids: list[int], context: int, chunks: int | None) -> 
             f"the text has {len(ids):,} tokens, fewer than a window of {context:,}; pass a longer text, or a smaller "
             "context="
         )
-    tokenizer = model.tokenizer
-    bos = tokenizer.bos_id if tokenizer is not None and tokenizer.add_bos else None
+    bos = [] if model.tokenizer is None else model.tokenizer.bos
     windows = [ids[start * context : (start + 1) * context] for start in range(min(count, chunks or count))]
     for window in windows:
-        window[0] = window[0] if bos is None else bos
+        window[: len(bos)] = bos
     return windows
 
 

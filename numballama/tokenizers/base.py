@@ -161,9 +161,14 @@ class Tokenizer(ABC):
         return [token for _, token in found if token is not None]
 
     @property
+    def bos(self) -> list[int]:
+        """The BOS id, if the vocabulary has one and a text begins with it; else empty."""
+        return [self.bos_id] if self.add_bos and self.bos_id is not None else []
+
+    @property
     def _before(self) -> Sequence[int]:
         """Ids that encoding puts before a text."""
-        return [self.bos_id] if self.add_bos and self.bos_id is not None else []
+        return self.bos
 
     @property
     def _after(self) -> Sequence[int]:
