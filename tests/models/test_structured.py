@@ -137,8 +137,8 @@ def test_where_a_text_ends(model: Model) -> None:
 
 
 def test_several_texts_log_probabilities_and_preemption(model: Model) -> None:
-    """Four texts of two requests need more pages than there are."""
-    params = SamplingParams(regex="[a-z]{90}", temperature=1.0, seed=4, n=2, logprobs=2, max_tokens=100)
+    """The three texts of a request need more pages than there are, however the two requests fall in time."""
+    params = SamplingParams(regex="[a-z]{200}", temperature=1.0, seed=4, n=3, logprobs=2, max_tokens=210)
     prompt = "Lily and Tom went to the park. " * 6
     engine = model.engine()  # nobody steps before both are there
     requests = [engine.submit(prompt + name, params, reuse_prefix=False) for name in ("A", "B")]
@@ -148,8 +148,8 @@ def test_several_texts_log_probabilities_and_preemption(model: Model) -> None:
             assert response.logprobs is not None and len(response.logprobs.top) == 2
             texts[number, response.index] = texts.get((number, response.index), "") + response.text
     assert sum(request.preemptions for request in requests) > 0, "the test is about something"
-    assert len(texts) == 4
-    assert all(re.fullmatch("[a-z]{90}", text) for text in texts.values())
+    assert len(texts) == 6
+    assert all(re.fullmatch("[a-z]{200}", text) for text in texts.values())
 
 
 def test_a_neighbour_is_not_disturbed(model: Model) -> None:
