@@ -468,22 +468,23 @@ def attention(worker, n_workers, tokens, q, k_cache, positions, sequences, page_
     heads = q.shape[1] // head_dim
     group, own = heads // kv_heads, scores[worker]
     parts = (group + SCORE_ROWS - 1) // SCORE_ROWS
-    if tokens > 1 and tokens * kv_heads * parts >= n_workers:
-        for unit in range(worker, tokens * kv_heads * parts, n_workers):
+    together, single = tokens > 1 and tokens * kv_heads * parts >= n_workers, n_workers > heads
+    begin, end = partition(heads, worker, n_workers, 1)
+    if together or single:
+        unit, step, units = worker, n_workers, tokens * (kv_heads * parts if together else heads)
+    else:  # a unit is a head of a token, and some are computed at once
+        unit, step, units = 0, 1, tokens * (end - begin)
+    while unit < units:  # with one call, because each is compiled by itself
+        count = 1
+        if together:
             t, place = divmod(unit, kv_heads * parts)
             kv_head, part = divmod(place, parts)
             h, count = kv_head * group + part * SCORE_ROWS, min(SCORE_ROWS, group - part * SCORE_ROWS)
-            attend(t, h, count, q, k_cache, positions, sequences, page_table, v_cache, out, window, own)
-        return
-    if n_workers > heads:
-        for unit in range(worker, tokens * heads, n_workers):
+        elif single:
             t, h = divmod(unit, heads)
-            attend(t, h, 1, q, k_cache, positions, sequences, page_table, v_cache, out, window, own)
-        return
-    begin, end = partition(heads, worker, n_workers, 1)
-    for t in range(tokens):
-        h = begin
-        while h < end:
-            count = min(SCORE_ROWS, end - h, group - h % group)
-            attend(t, h, count, q, k_cache, positions, sequences, page_table, v_cache, out, window, own)
-            h += count
+        else:
+            t, h = divmod(unit, end - begin)
+            h += begin
+            count = step = min(SCORE_ROWS, end - h, group - h % group)
+        attend(t, h, count, q, k_cache, positions, sequences, page_table, v_cache, out, window, own)
+        unit += step
