@@ -16,23 +16,27 @@ from ..tokenizers.llama2c import read_llama2c
 from ..tokenizers.partition import AddedToken
 from ..tokenizers.sentencepiece import SentencePieceTokenizer, read_sentencepiece
 from ..tokenizers.tiktoken import looks_like_tiktoken, read_tiktoken
+from ..tokenizers.vocab_merges import MERGES, VOCABULARY, read_vocab_merges
 from .gguf.header import MAGIC as GGUF_MAGIC
 from .gguf.header import Header
 from .gguf.tokenizer import read_gguf_tokenizer
 from .hf.text_settings import TextSettings
 
-SUPPORTED = "tokenizer.json, sentencepiece's and tiktoken's .model, llama2.c's tokenizer.bin and GGUF"
+SUPPORTED = (
+    f"tokenizer.json, sentencepiece's and tiktoken's .model, {VOCABULARY} with {MERGES}, "
+    "llama2.c's tokenizer.bin and GGUF"
+)
 
-_NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer.bin")
+_NAMES = ("tokenizer.json", "tokenizer.model", VOCABULARY, "tokenizer.bin")
 """Names of tokenizer files in a directory, in order of preference."""
 
 
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
     """Open the tokenizer file at `path`, recognised by its content, or the one in a directory.
 
-    In a directory it looks for `tokenizer.json`, `tokenizer.model`, `tokenizer.bin` and a single GGUF file, in this
-    order; a file that is not supported gives way to the next. The small files beside a `tokenizer.json` and a
-    sentencepiece model (`tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`) are read too.
+    In a directory it looks for `tokenizer.json`, `tokenizer.model`, `vocab.json` with `merges.txt`, `tokenizer.bin` and
+    a single GGUF file, in this order; a file that is not supported gives way to the next. The small files beside the
+    first three (`tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`) are read too.
 
     Raises `FormatError` for a damaged file or an unknown format, `UnsupportedError` for a known format that is not
     supported, and `Error` when the file cannot be opened.
@@ -65,6 +69,8 @@ def _load_file(path: str | PathLike[str]) -> Tokenizer:
             )
         in_gguf.prepare()
         return in_gguf
+    if file.path.name == VOCABULARY:
+        return read_vocab_merges(file, TextSettings(file.path.parent).tokens)
     if file.data[:64].removeprefix(BOM_UTF8).lstrip().startswith(b"{"):
         return read_tokenizer_json(file, TextSettings(file.path.parent).tokens)
     if looks_like_tiktoken(file):
