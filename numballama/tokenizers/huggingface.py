@@ -78,6 +78,8 @@ def read_tokenizer_json(file: MappedFile, settings: TokenSettings) -> LibraryTok
         library = Library.from_buffer(file.data[:].removeprefix(BOM_UTF8))
         library.no_truncation()
         library.no_padding()
+        if getattr(library.model, "dropout", None):  # of training: ids would be random
+            library.model.dropout = None
     if isinstance(library.model, models.WordPiece):
         raise UnsupportedError(f"{file.path}: a WordPiece model; supported are BPE, Unigram and WordLevel")
     if file.data.find(b'"ByteLevel"') < 0:  # transformers looks for it in the same way
@@ -158,7 +160,7 @@ def _add_tokens(library: Library, settings: TokenSettings) -> None:
             lstrip=a.lstrip,
             rstrip=a.rstrip,
             normalized=a.normalized,
-            special=a.special or a.text in settings.special,
+            special=a.special or a.text in settings.special or (a.text in entries and entries[a.text].special),
         )
     for text in settings.special:
         if text not in new and library.token_to_id(text) is not None:
