@@ -102,7 +102,7 @@ def parse(name: str) -> Name | None:
     Raises `Error` for an address of another branch or commit than main.
     """
     if site := _SITE.match(name):
-        address = name[site.end() :].partition("?")[0]
+        address = name[site.end() :].partition("?")[0].partition("#")[0].rstrip("/")
         if (other := _REVISION.match(address)) and other["revision"] != "main":
             raise Error(f"{name}: the branch main of a model is read only, not {other['revision'][:80]!r}")
         name = _BRANCH.sub("", address, count=1)

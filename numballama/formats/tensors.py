@@ -45,8 +45,7 @@ def view_weight(
     """
     if info.type not in types:
         raise UnsupportedError(
-            f"{info.file.path}: tensor {info.name[:100]} has type {info.type}; supported are {', '.join(types)}: "
-            "save the model in one of them"
+            f"{info.file.path}: tensor {info.name[:100]} has type {info.type}; supported are {', '.join(types)}"
         )
     kind, element = types[info.type]
     data = np.frombuffer(info.file.data, element, info.nbytes // np.dtype(element).itemsize, info.offset)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from codecs import BOM_UTF8
 from os import PathLike
 from pathlib import Path
@@ -29,6 +30,14 @@ SUPPORTED = (
 
 _NAMES = ("tokenizer.json", "tokenizer.model", VOCABULARY, "tokenizer.bin")
 """Names of tokenizer files in a directory, in order of preference."""
+_VERSIONED = re.compile(r"tokenizer\.model\.v\d+")
+"""Mistral's names of sentencepiece models, after `_NAMES`."""
+_UNREAD = {
+    "tekken.json": "Mistral's format for its own programs",
+    "qwen.tiktoken": "the first Qwen's format",
+    "vocab.txt": "a WordPiece vocabulary",
+}
+"""Files of tokenizers that are not read → what they are."""
 
 
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
@@ -45,6 +54,11 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
     if not os.path.isdir(directory):
         return _load_file(path)
     if not (files := find_tokenizers(directory)):
+        if names := [name for name in _UNREAD if (directory / name).is_file()]:
+            raise UnsupportedError(
+                f"{directory / names[0]}: {_UNREAD[names[0]]}, which is not read; give the tokenizer.json of the model "
+                "or of another of its family"
+            )
         raise FormatError("a directory without a tokenizer", path=path, expected=f"one of {', '.join(_NAMES)}, *.gguf")
     unsupported: UnsupportedError | None = None
     for file in files:
@@ -116,8 +130,14 @@ def _read_sentencepiece(file: MappedFile) -> SentencePieceTokenizer | None:
     return model
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds a tokenizer, of a format that is read or not."""
+    return bool(find_tokenizers(directory)) or any((directory / name).is_file() for name in _UNREAD)
+
+
 def find_tokenizers(directory: Path) -> list[Path]:
     """The files that may hold a directory's tokenizer, the preferred one first."""
     files = [path for name in _NAMES if (path := directory / name).is_file()]
+    files += sorted(path for path in directory.glob("tokenizer.model.v*") if _VERSIONED.fullmatch(path.name))[-1:]
     gguf = sorted(path for path in directory.glob("*.gguf") if not path.name.startswith("."))
     return [*files, *(gguf if len(gguf) == 1 else [])]

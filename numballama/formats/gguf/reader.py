@@ -72,6 +72,13 @@ _NEUTRAL: Mapping[str, tuple[float, ...]] = {
 }
 """Keys of unsupported features → values that turn them off. llama.cpp treats 0 as "not given"."""
 
+_KINDS = {
+    "adapter": ": merge a LoRA adapter into its model first (llama.cpp's llama-export-lora)",
+    "mmproj": ": this file projects images for a model, which is another file",
+    "imatrix": ": this file weighs the columns of a model, which is another file",
+}
+"""`general.type` → what to do instead."""
+
 
 def read(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
     """Open a GGUF file, with its tokenizer unless `load_tokenizer` is False. A part of a split model opens all parts.
@@ -125,7 +132,7 @@ def _require_supported(header: Header) -> None:
             f"{path}: GGUF of architecture {architecture!r}; supported are {', '.join(ARCHITECTURES)}"
         )
     if (kind := header.text("general.type", "model")) != "model":
-        raise UnsupportedError(f"{path}: GGUF of type {kind!r}; supported is 'model'")
+        raise UnsupportedError(f"{path}: GGUF of type {kind!r}; supported is 'model'{_KINDS.get(str(kind), '')}")
     for key, values in _NEUTRAL.items():
         found = header.number(f"{architecture}.{key}", values[0])
         if found not in values:

@@ -152,7 +152,7 @@ SCALING = "llama.rope.scaling."
             entry("general.architecture", STRING, text("gemma")),
             "architecture 'gemma'; supported are llama, qwen2, qwen3",
         ),
-        ("general.type", entry("general.type", STRING, text("adapter")), "of type 'adapter'"),
+        ("general.type", entry("general.type", STRING, text("adapter")), "of type 'adapter'.*merge"),
         (f"{SCALING}type", entry(f"{SCALING}type", STRING, text("yarn")), "'yarn'"),
         (f"{SCALING}attn_factor", f32(f"{SCALING}attn_factor", 4.0), r"rope\.scaling\.attn_factor is 4,"),
         ("llama.expert_count", u32("llama.expert_count", 8), "expert_count is 8"),
