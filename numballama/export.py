@@ -30,6 +30,7 @@ from .quantization.convert import DEFAULT_GROUP, convert, relative_error
 from .quantization.types import BLOCKS, F32, WeightType
 from .tokenizers.base import SPACE, Tokenizer, Vocabulary
 from .tokenizers.bpe import BPETokenizer
+from .tokenizers.vocab_merges import MERGES, VOCABULARY
 
 
 @dataclass(frozen=True)
@@ -115,12 +116,13 @@ QUANTS: dict[str, tuple[str, ...]] = {
 """Format → values of `quantize`. GGUF also holds the other block types, if the source has them."""
 
 _GROUPS = (64, 32, 16, 8, 4)
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 _SETTINGS = (
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
-    "merges.txt",
+    VOCABULARY,
+    MERGES,
     "chat_template.jinja",
     "chat_template.json",
 )
@@ -429,10 +431,13 @@ def _tokenizer_directory(opened: Checkpoint, tokenizer_path: str | PathLike[str]
 def _tokenizer_files(opened: Checkpoint, tokenizer_path: str | PathLike[str] | None) -> tuple[Path, ...]:
     """The tokenizer files to copy: those of a directory, or the file that was given and those that belong to it.
 
-    A file that was given comes without other tokenizers of its directory, which readers may prefer to it.
+    A file that was given comes without other tokenizers of its directory, which readers may prefer to it. Of a
+    vocabulary with its merges none are copied: a tokenizer.json that is written says how text is split.
     """
     directory = _tokenizer_directory(opened, tokenizer_path)
     if directory is None:
+        return ()
+    if (directory / VOCABULARY).is_file() and not any((directory / name).is_file() for name in _TOKENIZERS):
         return ()
     names: tuple[str, ...] = (*_TOKENIZERS, *_SETTINGS)
     if tokenizer_path is not None and not (given := expand_user(tokenizer_path)).is_dir():

@@ -15,6 +15,8 @@ from typing import BinaryIO
 
 from .errors import Error, FormatError
 
+_LFS = b"version https://git-lfs.github.com/spec/"
+"""First bytes of the text that Git keeps in place of a large file."""
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
 
 
@@ -30,7 +32,8 @@ class MappedFile:
 def map_file(path: str | os.PathLike[str]) -> MappedFile:
     """Map the regular file at `path` (`~` is expanded). Nothing is read yet.
 
-    Raises `Error` when it is missing, unreadable or not a regular file, and `FormatError` when it is empty.
+    Raises `Error` when it is missing, unreadable or not a regular file, and `FormatError` when it is empty or a pointer
+    of Git LFS.
     """
     path = expand_user(path)
     # Without O_NONBLOCK, opening a FIFO waits for a writer that may never come.
@@ -58,6 +61,11 @@ def map_file(path: str | os.PathLike[str]) -> MappedFile:
         raise Error(f"{path}: cannot be mapped: {error}") from error
     finally:
         os.close(descriptor)
+    if data[: len(_LFS)] == _LFS:
+        raise FormatError(
+            "a pointer of Git LFS, not the file itself", path=path,
+            expected="its content (git lfs pull, or download the file)", found=f"{status.st_size:,} bytes of text",
+        )  # fmt: skip
     return MappedFile(path, status.st_size, data)
 
 

@@ -36,6 +36,7 @@ TOKENIZER_FILES = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
+    "tokenizer.model.v*",
     "tokenizer_config.json",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -47,11 +48,14 @@ TOKENIZER_FILES = (
 )
 """Files of a tokenizer and of its settings."""
 
+ADAPTER = "adapter_config.json"
+"""Says that safetensors are an adapter, which is no model by itself."""
 MODEL_FILES = (
     "model*.safetensors",
     "model.safetensors.index.json",
     "quantize_config.json",
     "quant_config.json",
+    ADAPTER,
     *TOKENIZER_FILES,
 )
 """Files that `formats.hf` reads. The rest of a repository (other formats, pictures) is not downloaded."""
@@ -102,7 +106,7 @@ def parse(name: str) -> Name | None:
     Raises `Error` for an address of another branch or commit than main.
     """
     if site := _SITE.match(name):
-        address = name[site.end() :].partition("?")[0]
+        address = name[site.end() :].partition("?")[0].partition("#")[0].rstrip("/")
         if (other := _REVISION.match(address)) and other["revision"] != "main":
             raise Error(f"{name}: the branch main of a model is read only, not {other['revision'][:80]!r}")
         name = _BRANCH.sub("", address, count=1)
@@ -159,7 +163,7 @@ def _other_files(name: Name, notes: list[str], given: str) -> Path:
         raise Error(
             f"{name.repository}: on the hub it has no safetensors, GGUF or pytorch_model.bin; its files: {known}"
         )
-    return download(name.repository, [*TOKENIZER_FILES, *map(glob.escape, others)], given)
+    return download(name.repository, [*TOKENIZER_FILES, ADAPTER, *map(glob.escape, others)], given)
 
 
 def gguf_models(files: Mapping[str, int]) -> list[GgufModel]:

@@ -49,6 +49,14 @@ def looks_like(file: MappedFile) -> bool:
 def directory(file: MappedFile) -> dict[str, TensorInfo]:
     """The tensors of a file by name, checked. Raises `FormatError` for a damaged file."""
     length = int.from_bytes(file.data[:8], "little")
+    if file.size > 8 and file.data[8:9] != b"{":
+        raise FormatError(
+            "not a safetensors file",
+            path=file.path,
+            where=8,
+            expected="{",
+            found=ascii(file.data[:24].decode("latin-1")),
+        )
     if file.size < 8 or length > file.size - 8:
         raise FormatError(
             "the file ends in its directory",

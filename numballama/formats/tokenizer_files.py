@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from codecs import BOM_UTF8
 from os import PathLike
 from pathlib import Path
@@ -16,23 +17,35 @@ from ..tokenizers.llama2c import read_llama2c
 from ..tokenizers.partition import AddedToken
 from ..tokenizers.sentencepiece import SentencePieceTokenizer, read_sentencepiece
 from ..tokenizers.tiktoken import looks_like_tiktoken, read_tiktoken
+from ..tokenizers.vocab_merges import MERGES, VOCABULARY, read_vocab_merges
 from .gguf.header import MAGIC as GGUF_MAGIC
 from .gguf.header import Header
 from .gguf.tokenizer import read_gguf_tokenizer
 from .hf.text_settings import TextSettings
 
-SUPPORTED = "tokenizer.json, sentencepiece's and tiktoken's .model, llama2.c's tokenizer.bin and GGUF"
+SUPPORTED = (
+    f"tokenizer.json, sentencepiece's and tiktoken's .model, {VOCABULARY} with {MERGES}, "
+    "llama2.c's tokenizer.bin and GGUF"
+)
 
-_NAMES = ("tokenizer.json", "tokenizer.model", "tokenizer.bin")
+_NAMES = ("tokenizer.json", "tokenizer.model", VOCABULARY, "tokenizer.bin")
 """Names of tokenizer files in a directory, in order of preference."""
+_VERSIONED = re.compile(r"tokenizer\.model\.v\d+")
+"""Mistral's names of sentencepiece models, after `_NAMES`."""
+_UNREAD = {
+    "tekken.json": "Mistral's format for its own programs",
+    "qwen.tiktoken": "the first Qwen's format",
+    "vocab.txt": "a WordPiece vocabulary",
+}
+"""Files of tokenizers that are not read → what they are."""
 
 
 def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
     """Open the tokenizer file at `path`, recognised by its content, or the one in a directory.
 
-    In a directory it looks for `tokenizer.json`, `tokenizer.model`, `tokenizer.bin` and a single GGUF file, in this
-    order; a file that is not supported gives way to the next. The small files beside a `tokenizer.json` and a
-    sentencepiece model (`tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`) are read too.
+    In a directory it looks for `tokenizer.json`, `tokenizer.model`, `vocab.json` with `merges.txt`, `tokenizer.bin` and
+    a single GGUF file, in this order; a file that is not supported gives way to the next. The small files beside the
+    first three (`tokenizer_config.json`, `special_tokens_map.json`, `added_tokens.json`) are read too.
 
     Raises `FormatError` for a damaged file or an unknown format, `UnsupportedError` for a known format that is not
     supported, and `Error` when the file cannot be opened.
@@ -41,6 +54,11 @@ def load_tokenizer(path: str | PathLike[str]) -> Tokenizer:
     if not os.path.isdir(directory):
         return _load_file(path)
     if not (files := find_tokenizers(directory)):
+        if names := [name for name in _UNREAD if (directory / name).is_file()]:
+            raise UnsupportedError(
+                f"{directory / names[0]}: {_UNREAD[names[0]]}, which is not read; give the tokenizer.json of the model "
+                "or of another of its family"
+            )
         raise FormatError("a directory without a tokenizer", path=path, expected=f"one of {', '.join(_NAMES)}, *.gguf")
     unsupported: UnsupportedError | None = None
     for file in files:
@@ -65,6 +83,8 @@ def _load_file(path: str | PathLike[str]) -> Tokenizer:
             )
         in_gguf.prepare()
         return in_gguf
+    if file.path.name == VOCABULARY:
+        return read_vocab_merges(file, TextSettings(file.path.parent).tokens)
     if file.data[:64].removeprefix(BOM_UTF8).lstrip().startswith(b"{"):
         return read_tokenizer_json(file, TextSettings(file.path.parent).tokens)
     if looks_like_tiktoken(file):
@@ -110,8 +130,14 @@ def _read_sentencepiece(file: MappedFile) -> SentencePieceTokenizer | None:
     return model
 
 
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a directory holds a tokenizer, of a format that is read or not."""
+    return bool(find_tokenizers(directory)) or any((directory / name).is_file() for name in _UNREAD)
+
+
 def find_tokenizers(directory: Path) -> list[Path]:
     """The files that may hold a directory's tokenizer, the preferred one first."""
     files = [path for name in _NAMES if (path := directory / name).is_file()]
+    files += sorted(path for path in directory.glob("tokenizer.model.v*") if _VERSIONED.fullmatch(path.name))[-1:]
     gguf = sorted(path for path in directory.glob("*.gguf") if not path.name.startswith("."))
     return [*files, *(gguf if len(gguf) == 1 else [])]

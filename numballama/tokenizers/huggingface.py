@@ -78,24 +78,34 @@ def read_tokenizer_json(file: MappedFile, settings: TokenSettings) -> LibraryTok
         library = Library.from_buffer(file.data[:].removeprefix(BOM_UTF8))
         library.no_truncation()
         library.no_padding()
+        if getattr(library.model, "dropout", None):  # of training: ids would be random
+            library.model.dropout = None
     if isinstance(library.model, models.WordPiece):
         raise UnsupportedError(f"{file.path}: a WordPiece model; supported are BPE, Unigram and WordLevel")
-    notes: list[str] = []
-    with library_errors("not a tokenizer.json", file.path):
-        if file.data.find(b'"ByteLevel"') < 0:  # transformers looks for it in the same way
+    if file.data.find(b'"ByteLevel"') < 0:  # transformers looks for it in the same way
+        with library_errors("not a tokenizer.json", file.path):
             _use_class(library, settings)
+    return tokenizer_of(library, settings, file.path)
+
+
+def tokenizer_of(library: Library, settings: TokenSettings, path: Path, notes: Sequence[str] = ()) -> LibraryTokenizer:
+    """The tokenizer of a library's, with what `settings` add to it. Errors name the file at `path`."""
+    from tokenizers import models
+
+    notes = list(notes)
+    with library_errors("bad vocabulary", path):
         _add_tokens(library, settings)
         ids: dict[str, int] = library.get_vocab(with_added_tokens=True)
-        decoding = _decoding(library, file.path, notes)
+        decoding = _decoding(library, path, notes)
     size = max(ids.values(), default=-1) + 1
     if not 0 < size <= MAX_VOCAB:
-        raise FormatError("bad vocabulary", path=file.path, expected=f"1 to {MAX_VOCAB:,} tokens", found=f"{size:,}")
+        raise FormatError("bad vocabulary", path=path, expected=f"1 to {MAX_VOCAB:,} tokens", found=f"{size:,}")
     pieces: list[str | None] = [None] * size
     for piece, token in ids.items():
         pieces[token] = piece
     entries = library.get_added_tokens_decoder()
     added = {entry.content: token for token, entry in entries.items()}
-    rules = _rules(library, settings, ids, file.path, notes)
+    rules = _rules(library, settings, ids, path, notes)
     exceptions = not_eog(added)
     special = {token for token, entry in entries.items() if entry.special}
     special |= {token for text, token in added.items() if text in EOG_NAMES and text not in exceptions}
@@ -150,7 +160,7 @@ def _add_tokens(library: Library, settings: TokenSettings) -> None:
             lstrip=a.lstrip,
             rstrip=a.rstrip,
             normalized=a.normalized,
-            special=a.special or a.text in settings.special,
+            special=a.special or a.text in settings.special or (a.text in entries and entries[a.text].special),
         )
     for text in settings.special:
         if text not in new and library.token_to_id(text) is not None:

@@ -169,6 +169,7 @@ def _vocabularies() -> dict[str, Vocabulary]:
         "bpe-llama-bpe-padded": Vocabulary(_bpe, 24),
         "bpe-llama-bpe-beyond": Vocabulary(_bpe, -2),
         "bpe-hole": Vocabulary(_bpe_hole),
+        "bpe-pair": Vocabulary(_bpe_pair, 8),
     }  # fmt: skip
     for pre in PRE_TOKENIZERS:
         kinds[f"bpe-{pre}"] = Vocabulary(lambda folder, pre=pre: _bpe(folder, pre))
@@ -219,6 +220,20 @@ def _bpe_hole(folder: Path) -> int:
         found["model"]["vocab"].pop(token["content"], None)
     (folder / "tokenizer.json").write_text(json.dumps(found))
     return 1 + max(token["id"] for token in found["added_tokens"])
+
+
+def _bpe_pair(folder: Path) -> int:
+    """vocab.json and merges.txt in place of a tokenizer.json."""
+    size = _bpe(folder, "gpt-2", {"tokenizer_class": "GPT2Tokenizer"})
+    path, beside = folder / "tokenizer.json", folder / "tokenizer_config.json"
+    found = json.loads(path.read_text())
+    path.unlink()
+    (folder / "vocab.json").write_text(json.dumps(found["model"]["vocab"]))
+    merges = (merge if isinstance(merge, str) else " ".join(merge) for merge in found["model"]["merges"])
+    (folder / "merges.txt").write_text("\n".join(merges))
+    added = {"added_tokens_decoder": {token.pop("id"): token for token in found["added_tokens"]}}
+    beside.write_text(json.dumps(json.loads(beside.read_text()) | added))
+    return size
 
 
 def _llama2c(folder: Path) -> int:
@@ -295,7 +310,7 @@ def check(folder: Path, part: str = "") -> None:
                     (text, a, b) for text, a, b in zip(TEXTS, ours["ids"], ids, strict=True) if a is not None and a != b
                 ]
                 noted = any("normalises" in note for note in ours["notes"])
-                if beyond := [pair for pair in pairs if max(pair[2]) >= ours["rows"]]:
+                if beyond := [pair for pair in pairs if max(pair[2], default=0) >= ours["rows"]]:
                     said.append(f"in {len(beyond)} texts this peer has ids beyond the embedding")
                     pairs = [pair for pair in pairs if pair not in beyond]
                 if pairs and pairs == [pair for pair in pairs if pair[1] == sentencepiece_says(place / copy, pair[0])]:

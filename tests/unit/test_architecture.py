@@ -35,7 +35,7 @@ ORDER = """
     quantization: types blocks search activations convert kv policy
     files hub
     tokenizers: eog base partition sentencepiece_proto sentencepiece pretokenizers library bpe tiktoken huggingface \
-            scored llama2c gguf
+            vocab_merges scored llama2c gguf
     formats: limits tensors tensor_names json_reader rope_permute safetensors gguf.header gguf.split gguf.tokenizer \
             gguf.reader gguf.writer meta.torch_zip hf.config hf.tensor_map hf.weight_files hf.quantized \
             hf.text_settings tokenizer_files hf.text_files hf.reader hf.writer llama2c.layout llama2c.llama2c \

@@ -174,6 +174,26 @@ def test_the_files_beside_a_given_tokenizer_go_along(tmp_path: Path, own: bool) 
     assert opened.chat_templates == ({"default": "{{ own }}"} if own else {"tools": "{{ t }}"})
 
 
+def test_vocab_and_merges_become_a_tokenizer_json(tmp_path: Path) -> None:
+    """It says how text is split: transformers does not read the pair beside a model of type llama."""
+    path = chat_model(tmp_path, pre="gpt-2")
+    given = save_json(tmp_path / "given", trained("gpt-2"), CHAT_CONFIG)
+    wanted, whole = load_tokenizer(given), json.loads(given.read_text(encoding="utf-8"))
+    added = {token.pop("id"): token for token in whole["added_tokens"]}
+    pairs = (merge if isinstance(merge, str) else " ".join(merge) for merge in whole["model"]["merges"])
+    given.unlink()
+    (given.parent / "vocab.json").write_text(json.dumps(whole["model"]["vocab"]), encoding="utf-8")
+    (given.parent / "merges.txt").write_text("\n".join(pairs), encoding="utf-8")
+    config = given.parent / "tokenizer_config.json"
+    config.write_text(json.dumps(CHAT_CONFIG | {"added_tokens_decoder": added, "chat_template": "{{ given }}"}))
+    for number, tokenizer in enumerate((given.parent, given.parent / "vocab.json")):
+        export_model(path, copy := tmp_path / f"copy{number}", "safetensors", "f32", tokenizer=tokenizer)
+        assert not (copy / "vocab.json").exists() and (copy / "tokenizer.json").exists()
+        opened = open_checkpoint(copy)
+        assert opened.tokenizer is not None and opened.tokenizer.special_tokens == wanted.special_tokens
+        assert all(opened.tokenizer.encode(text) == wanted.encode(text) for text in TEXTS[:20])
+
+
 def test_the_template_of_the_model_goes_along_with_a_given_tokenizer(tmp_path: Path) -> None:
     path = chat_model(tmp_path, template="{{ x }}")
     given = tmp_path / "tokenizer" / "tokenizer.json"

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 import numballama
 from numballama import hub
-from numballama.errors import Error, FormatError
+from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.export import export_model
 from numballama.files import map_file
 from numballama.formats.gguf.header import Header
@@ -85,6 +85,7 @@ def test_offline_says_what_to_download(monkeypatch: pytest.MonkeyPatch, tmp_path
         ("a/b/Q4_K_M/c-00001-of-00002.GGUF", "a/b", None, "Q4_K_M/c-00001-of-00002.GGUF"),
         ("hf.co/a/b:Q8_0", "a/b", "Q8_0", None),
         ("https://huggingface.co/a/b", "a/b", None, None),
+        ("https://huggingface.co/a/b/#usage", "a/b", None, None),
         ("https://huggingface.co/a/b/tree/main", "a/b", None, None),
         ("https://huggingface.co/a/b/blob/main/d/c.gguf", "a/b", None, "d/c.gguf"),
         ("https://huggingface.co/a/b/resolve/main/c.gguf?download=true", "a/b", None, "c.gguf"),
@@ -295,7 +296,13 @@ def test_repositories_of_pytorch_files_and_of_nothing(fake: FakeHub, copy: Calla
         open_checkpoint("owner/name")
     save_torch(fake.folder / "pytorch_model.bin", tensors(source))
     assert open_checkpoint("owner/name").config.n_layers == 2
-    assert fake.asked[-1] == [*hub.TOKENIZER_FILES, "pytorch_model.bin"]
+    assert fake.asked[-1] == [*hub.TOKENIZER_FILES, hub.ADAPTER, "pytorch_model.bin"]
+    for name in ("pytorch_model.bin", "config.json"):
+        (fake.folder / name).unlink()
+    (fake.folder / "adapter_model.safetensors").write_bytes(b"x")
+    (fake.folder / "adapter_config.json").write_text('{"base_model_name_or_path": "a/b"}')
+    with pytest.raises(UnsupportedError, match=r"an adapter of a/b .* not a model"):
+        open_checkpoint("owner/name")
 
 
 def test_a_typing_error_in_a_path_names_the_path(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,6 +72,13 @@ _NEUTRAL: Mapping[str, tuple[float, ...]] = {
 }
 """Keys of unsupported features → values that turn them off. llama.cpp treats 0 as "not given"."""
 
+_KINDS = {
+    "adapter": ": merge a LoRA adapter into its model first (llama.cpp's llama-export-lora)",
+    "mmproj": ": this file projects images for a model, which is another file",
+    "imatrix": ": this file weighs the columns of a model, which is another file",
+}
+"""`general.type` → what to do instead."""
+
 
 def read(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
     """Open a GGUF file, with its tokenizer unless `load_tokenizer` is False. A part of a split model opens all parts.
@@ -125,7 +132,7 @@ def _require_supported(header: Header) -> None:
             f"{path}: GGUF of architecture {architecture!r}; supported are {', '.join(ARCHITECTURES)}"
         )
     if (kind := header.text("general.type", "model")) != "model":
-        raise UnsupportedError(f"{path}: GGUF of type {kind!r}; supported is 'model'")
+        raise UnsupportedError(f"{path}: GGUF of type {kind!r}; supported is 'model'{_KINDS.get(str(kind), '')}")
     for key, values in _NEUTRAL.items():
         found = header.number(f"{architecture}.{key}", values[0])
         if found not in values:
@@ -137,9 +144,11 @@ def _require_supported(header: Header) -> None:
 def _config(header: Header) -> ModelConfig:
     architecture = _architecture(header)
 
-    def integer(key: str, default: int | None = None, most: int = 1 << 31) -> int:
+    def integer(key: str, default: int | None = None, most: int = 1 << 31, by_layer: bool = False) -> int:
         full = f"{architecture}.{key}"
-        found = require(header.integer(full, default), header, full)
+        field = header.fields.get(full)
+        given = _of_all_layers(header, full) if by_layer and field and field.array else header.integer(full, default)
+        found = require(given, header, full)
         if not 0 < found <= most:
             where = header.fields[full].offset if full in header.fields else full
             raise FormatError(
@@ -154,15 +163,15 @@ def _config(header: Header) -> ModelConfig:
             expected="token_embd.weight",
             found=f"{len(header.tensors)} tensors",
         )
-    dim, n_heads = integer("embedding_length"), integer("attention.head_count")
+    dim, n_heads = integer("embedding_length"), integer("attention.head_count", by_layer=True)
     first = {short for short in TENSOR_NAMES.layer if TENSOR_NAMES[f"layers.0.{short}"] in header.tensors}
     try:
         config = ModelConfig(
             dim=dim,
-            hidden_dim=integer("feed_forward_length"),
+            hidden_dim=integer("feed_forward_length", by_layer=True),
             n_layers=integer("block_count", most=MAX_LAYERS),
             n_heads=n_heads,
-            n_kv_heads=integer("attention.head_count_kv", n_heads),
+            n_kv_heads=integer("attention.head_count_kv", n_heads, by_layer=True),
             vocab_size=math.prod(table.shape[:1]),  # whatever the key says
             context=integer("context_length", most=MAX_CONTEXT),
             head_dim=integer("attention.key_length", dim // n_heads),
@@ -187,6 +196,17 @@ def _config(header: Header) -> ModelConfig:
                 f"{header.path}: {key} is {found:,} and heads have {config.head_dim:,} dimensions: not supported yet"
             )
     return config
+
+
+def _of_all_layers(header: Header, key: str) -> int:
+    """The value of a key that has an array, one number a layer. Raises `UnsupportedError` if layers differ."""
+    values = sorted({int(number) for number in require(header.numbers(key), header, key).tolist()})
+    if len(values) != 1:
+        raise UnsupportedError(
+            f"{header.path}: {key} is {', '.join(map(str, values[:8])) or 'empty'} by layer, which is not supported; "
+            "one number for all layers is"
+        )
+    return values[0]
 
 
 def _rope_scaling(header: Header, config: ModelConfig) -> RopeScaling | None:

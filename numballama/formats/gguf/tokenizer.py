@@ -93,13 +93,23 @@ def _token_id(header: Header, name: str, count: int, default: int | None = None)
     return token if token is not None and 0 <= token < count else None
 
 
+def _beyond(header: Header, count: int) -> list[str]:
+    """Notes on ids of special tokens outside the vocabulary, except -1, which means that there is none."""
+    notes = []
+    for name in ("bos", "eos", "unknown", "eot", "eom"):
+        token = header.integer(key := f"{_KEY}{name}_token_id", 0)
+        if token is not None and token >= count and token not in (0xFFFFFFFF, 0xFFFFFFFFFFFFFFFF):
+            notes.append(f"{key} is {token:,}, outside the vocabulary of {count:,}: taken for none")
+    return notes
+
+
 def _read_llama(header: Header) -> GgufTokenizer:
     """Defaults for missing keys are llama.cpp's: unknown, BOS and EOS are 0, 1 and 2; encoding adds BOS and a space."""
     pieces = _pieces(header)
     count = len(pieces)
     scores, numbers = _numbers(header, "scores", count), _numbers(header, "token_type", count)
     if scores is None:
-        raise _fault(header, "scores", "a score for each piece", "none")
+        scores = np.zeros(count, np.float32)  # as in llama.cpp
     bos, eos, unknown = (_token_id(header, name, count, n) for name, n in (("bos", 1), ("eos", 2), ("unknown", 0)))
     if numbers is not None:
         types = [int(number) for number in numbers.tolist()]
@@ -107,7 +117,8 @@ def _read_llama(header: Header) -> GgufTokenizer:
         types = [PieceType.BYTE if BYTE_PIECE.fullmatch(piece) else PieceType.NORMAL for piece in pieces]
         if unknown is not None:
             types[unknown] = PieceType.UNKNOWN
-    notes = _mark_control(types, [piece.decode(errors="replace") for piece in pieces], (bos, eos))
+    notes = _beyond(header, count)
+    notes += _mark_control(types, [piece.decode(errors="replace") for piece in pieces], (bos, eos))
     tokenizer = GgufTokenizer(
         Vocabulary(
             pieces,
@@ -138,6 +149,7 @@ def _read_gpt2(header: Header) -> BPETokenizer:
     numbers = _numbers(header, "token_type", count)
     types: list[int] = [PieceType.NORMAL] * count if numbers is None else [int(number) for number in numbers.tolist()]
     bos, eos, eot, eom = (_token_id(header, name, count) for name in ("bos", "eos", "eot", "eom"))
+    notes += _beyond(header, count)
     notes += _mark_control(types, pieces, (bos, eos, eot, eom), lambda name: _is_merged(header, name))
     special = (PieceType.CONTROL, PieceType.USER_DEFINED, PieceType.UNKNOWN)
     added = {pieces[token]: token for token, kind in enumerate(types) if kind in special and pieces[token]}

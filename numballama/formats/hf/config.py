@@ -27,7 +27,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 """Supported `model_type` → transformers' defaults for missing keys."""
 
 _NEUTRAL: dict[str, tuple[object, ...]] = {
-    "hidden_act": (None, "silu"),
+    "hidden_act": (None, "swish", "silu"),  # two names of one function
     "partial_rotary_factor": (None, 1, 1.0),
     "num_local_experts": (None, 0, 1),
     "num_experts": (None, 0, 1),
@@ -129,8 +129,8 @@ def _rope(keys: Keys, context: int) -> tuple[float, RopeScaling | None]:
     more: dict[str, Any] = {}
     if kind == "llama3":
         more = {name: own.number(name) for name in ("low_freq_factor", "high_freq_factor")}
-        original = keys.integer("original_max_position_embeddings", context)
-        more["original_context"] = own.integer("original_max_position_embeddings", original)
+        inner = own.integer("original_max_position_embeddings", context)
+        more["original_context"] = keys.integer("original_max_position_embeddings", inner)  # the outer one first
     try:
         return theta, RopeScaling(ROPE_TYPES[kind], own.number("factor"), **more)
     except FormatError:
@@ -152,7 +152,7 @@ def _window(keys: Keys, kind: str, n_layers: int) -> int:
         first = keys.integer("max_window_layers", 28, least=0)
         sliding = [window > 0 and layer >= first for layer in range(n_layers)]
     layers = keys.values.get("layer_types")
-    if layers is not None and kind != "mistral":  # transformers ignores them there
+    if layers is not None:  # in a Mistral too: transformers' AutoModel makes a Ministral of it
         if not isinstance(layers, list) or len(layers) != n_layers:
             raise keys.fault("layer_types", f"a list of {n_layers}")
         if unknown := [layer for layer in layers if layer not in ("full_attention", "sliding_attention")]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from ...checkpoint import Checkpoint, LazyWeight, Weight
 from ...config import ModelConfig
-from ...errors import FormatError
+from ...errors import FormatError, UnsupportedError
 from ...files import MappedFile
 from ...memory import format_bytes
 from ..json_reader import read_object
@@ -21,10 +21,11 @@ from ..tensors import TensorInfo, view_weight
 from . import weight_files
 from .config import config_of
 from .quantized import Scheme, scheme_of, take, undeclared, with_older_config
-from .tensor_map import no_place, rename
+from .tensor_map import missing, no_place, rename
 from .text_files import read_text_files
 
-CONFIG = "config.json"
+CONFIG, ADAPTER = "config.json", "adapter_config.json"
+_MERGE = "peft's merge_and_unload, mlx_lm.fuse"
 _TOP = {"tok_embeddings": "model.embed_tokens.weight", "norm": "model.norm.weight", "output": "lm_head.weight"}
 _LAYER = {
     "attn_norm": "input_layernorm.weight",
@@ -58,8 +59,10 @@ def tensor_names(model_type: str = "llama") -> TensorNames:
 
 
 def is_directory_of(directory: Path) -> bool:
-    """Whether the directory holds a `config.json` or safetensors."""
-    return (directory / CONFIG).exists() or bool(weight_files.visible(directory, ".safetensors"))
+    """Whether the directory holds a `config.json`, safetensors or an adapter."""
+    return any((directory / name).exists() for name in (CONFIG, ADAPTER)) or bool(
+        weight_files.visible(directory, ".safetensors")
+    )
 
 
 def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile | None = None) -> Checkpoint:
@@ -69,12 +72,17 @@ def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile |
     Raises `FormatError` for damaged or missing files, `UnsupportedError` for configurations and tensor types that
     this version does not support. An unsupported tokenizer is left out, with a note.
     """
+    adapter = _adapter(directory)
+    if adapter and not (directory / CONFIG).exists():
+        raise UnsupportedError(f"{directory}: {adapter}, not a model: merge it into its model first ({_MERGE})")
     if not (directory / CONFIG).exists():
         raise FormatError("weights without their config", path=directory, expected=CONFIG, found="no such file")
     keys = with_older_config(read_object(directory / CONFIG), directory)
     config, scheme, kind = config_of(keys), scheme_of(keys), keys.text("model_type")
     files = weight_files.find(directory, single_file)
     tensors, names, notes = rename(files.infos), tensor_names(kind), list(files.notes)
+    if adapter:
+        notes.append(f"beside the model is {adapter}, which is not applied: merge it first ({_MERGE})")
     config = _as_the_tensors_say(config, tensors, names, notes)
     weights: dict[str, Weight] = {}
     for name, shape in config.weight_shapes().items():
@@ -84,11 +92,11 @@ def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile |
         if error := undeclared(directory, tensors, names[name]):
             raise error
         if (info := tensors.pop(file_name := names[name], None)) is None:
-            where = f"tensor {file_name}"
-            raise FormatError("a tensor is missing", path=directory, where=where, expected=shape, found="none")
+            known = {names[each] for each in config.weight_shapes()}
+            raise missing(directory, file_name, shape, tensors.keys() - known)
         if info.shape != shape:
             raise info.wrong_shape(shape)
-        weights[name] = view_weight(info, shape, weight_files.TYPES)
+        weights[name] = view_weight(info, shape, weight_files.types_beside(info))
     for name, info in tensors.items():
         if not (scheme and name.endswith(".bias") and _is_zero(info)):  # GPTQ's tools write a bias for every matrix
             raise no_place(info, name, kind)
@@ -105,6 +113,15 @@ def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile |
         stop_token_ids=text.stop_token_ids,
         notes=[*notes, *_conversions(scheme, weights), *text.notes],
     )
+
+
+def _adapter(directory: Path) -> str | None:
+    """What the adapter in the directory is; None if there is none."""
+    if not (directory / ADAPTER).exists():
+        return None
+    values = read_object(directory / ADAPTER).values
+    base = values.get("base_model_name_or_path") or values.get("model")
+    return f"an adapter{f' of {base:.100}' if isinstance(base, str) else ''} ({ADAPTER})"
 
 
 def _as_the_tensors_say(

@@ -7,10 +7,11 @@ text and images put their own in front. Buffers, which are computed from the con
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from itertools import dropwhile
+from pathlib import Path
 
-from ...errors import UnsupportedError
+from ...errors import FormatError, UnsupportedError
 from ..tensor_names import is_buffer
 from ..tensors import TensorInfo
 
@@ -20,8 +21,13 @@ _OUTSIDE = {"model", "module", "base_model", "language_model", "text_model", "_f
 """Parts of names that wrappers put in front, one or more in any order."""
 _BASE = re.compile(r"(embed_tokens|layers|norm)\.")
 _HEAD = "lm_head."
+_ADAPTER = "a LoRA adapter: merge it into its model first (peft's merge_and_unload)"
 _FOREIGN = {
-    "lora_": "a LoRA adapter: merge it into its model first (peft's merge_and_unload)",
+    **dict.fromkeys(("lora_", ".base_layer.", ".modules_to_save.", ".original_module."), _ADAPTER),
+    ".qkv_proj.": "q, k and v in one matrix: save the model with transformers",
+    ".gate_up_proj.": "gate and up in one matrix: save the model with transformers",
+    "score.": "a classifier of texts, which is no language model",
+    "v_head.": "a value head, which reinforcement learning trains: save the model without it",
     ".experts.": "a mixture of experts",
     ".absmax": "quantised by bitsandbytes",
     ".weight_scale": "quantised to FP8 or by compressed-tensors",
@@ -51,7 +57,19 @@ def _plain(name: str) -> str:
 
 def no_place(info: TensorInfo, name: str, kind: str) -> UnsupportedError:
     """The error for a tensor that a model of this `model_type` does not have."""
-    reason = next((f": {what}" for part, what in _FOREIGN.items() if part in name), "")
     return UnsupportedError(
-        f"{info.file.path}: tensor {name[:100]} has no place in a {kind} model of this version{reason}"
+        f"{info.file.path}: tensor {name[:100]} has no place in a {kind} model of this version{_reason(name)}"
     )
+
+
+def missing(directory: Path, name: str, shape: tuple[int, ...], others: Collection[str]) -> FormatError:
+    """The error for a weight that is not there. `others` are tensors without a place; the likeliest is named."""
+    found = "none"
+    if others:
+        near = max(sorted(others), key=lambda other: sum(a == b for a, b in zip(name, other, strict=False)))
+        found = f"none, but {near[:100]}{_reason(near)}"
+    return FormatError("a tensor is missing", path=directory, where=f"tensor {name}", expected=shape, found=found)
+
+
+def _reason(name: str) -> str:
+    return next((f": {what}" for part, what in _FOREIGN.items() if part in name), "")

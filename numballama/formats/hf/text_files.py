@@ -48,7 +48,7 @@ def read_text_files(directory: str | PathLike[str], load_tokenizer: bool = True)
     if not folder.is_dir():
         raise Error(f"{directory}: no such directory")
     settings, tokenizer, error = TextSettings(folder), None, ""
-    if load_tokenizer and tokenizer_files.find_tokenizers(folder):
+    if load_tokenizer and tokenizer_files.has_tokenizer(folder):
         try:
             tokenizer = tokenizer_files.load_tokenizer(folder)
         except UnsupportedError as unsupported:

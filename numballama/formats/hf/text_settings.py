@@ -24,6 +24,16 @@ _NAMES = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 _FLAGS = ("special", "lstrip", "rstrip", "normalized", "single_word")
 
 
+_MORE = ("extra_special_tokens", "model_specific_special_tokens")
+"""Keys whose value may be an object of special tokens by name."""
+
+
+def _by_name(table: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keys of a file, and those of the objects in it that name special tokens."""
+    inner = (table.get(key) for key in _MORE)
+    return {**{name: value for each in inner if isinstance(each, Mapping) for name, value in each.items()}, **table}
+
+
 def _token_text(value: object) -> str | None:
     """The text of a token: a string, or an AddedToken written out."""
     value = value.get("content") if isinstance(value, Mapping) else value
@@ -72,9 +82,7 @@ class TextSettings:
         if "added_tokens_decoder" not in self.tokenizer_config:
             tables.reverse()
         for table in tables:
-            extra = table.get("extra_special_tokens")
-            value = table.get(name, extra.get(name) if isinstance(extra, Mapping) else None)
-            if (text := _token_text(value)) is not None:
+            if (text := _token_text(_by_name(table).get(name))) is not None:
                 return text
         return None
 
@@ -88,7 +96,7 @@ class TextSettings:
             if (text := self.token(name)) is not None:
                 yield text
         for table in (self.tokenizer_config, self._special_tokens_map):
-            for name in ("additional_special_tokens", "extra_special_tokens"):
+            for name in ("additional_special_tokens", *_MORE):
                 more = table.get(name)
                 values = list(more.values()) if isinstance(more, Mapping) else more if isinstance(more, list) else []
                 yield from (text for value in values if (text := _token_text(value)) is not None)
@@ -129,9 +137,9 @@ class TextSettings:
         """
         files = {path.stem: path for path in self.named_template_files}
         if (path := self.directory / "chat_template.jinja").is_file():
-            files["default"] = path
-        if files:
-            return {name: _text(path) for name, path in files.items()}
+            files.setdefault("default", path)
+        if found := {name: _text(path) for name, path in files.items() if path.stat().st_size}:
+            return found
         for name in ("tokenizer_config.json", "chat_template.json"):
             if found := self._named_templates(name, self._read(name).get("chat_template")):
                 return found
@@ -160,12 +168,11 @@ class TextSettings:
         """The special tokens that templates see as variables: "bos_token", "pad_token" … → text of the token.
 
         As transformers' `special_tokens_map`: every key that ends in "_token" and has a text, also those of
-        `extra_special_tokens`.
+        `extra_special_tokens` and `model_specific_special_tokens`.
         """
         found: dict[str, str] = {}
         for table in (self._special_tokens_map, self.tokenizer_config):
-            extra = table.get("extra_special_tokens")
-            for name in [*table, *(extra if isinstance(extra, Mapping) else ())]:
+            for name in _by_name(table):
                 if name.endswith("_token") and (text := self.token(name)) is not None:
                     found[name] = text
         return found

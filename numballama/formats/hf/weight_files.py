@@ -8,12 +8,15 @@ index, are found as well. Names that begin with a dot, such as macOS's `._model.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from ...errors import FormatError
 from ...files import MappedFile, map_file
+from ...quantization.types import WeightType
 from .. import safetensors
 from ..json_reader import read_object
 from ..meta import torch_zip
@@ -29,6 +32,11 @@ _FILE_NAME = re.compile(r"[\w-][\w.-]{0,200}\.(safetensors|bin)")
 
 TYPES = safetensors.WEIGHT_TYPES | torch_zip.STORAGES
 """Element types of both containers that weights may have."""
+
+
+def types_beside(info: TensorInfo) -> Mapping[str, tuple[WeightType, type[np.generic]]]:
+    """`TYPES` of the container in which the tensor is."""
+    return torch_zip.STORAGES if info.type.endswith("Storage") else safetensors.WEIGHT_TYPES
 
 
 @dataclass

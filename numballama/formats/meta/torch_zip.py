@@ -93,15 +93,26 @@ class TorchFile:
         return self.file.data[member.offset : member.offset + member.size]
 
     def _infos(self, table: object) -> Iterator[tuple[str, TensorInfo]]:
+        """The tensors of a table, or of the only table of tensors in it: "state_dict", "model" of training programs.
+
+        Numbers and texts beside them, such as a count of steps, are no weights.
+        """
         if not isinstance(table, dict):
             raise self._fault("the pickle is not a table of tensors", "a dict", type(table).__name__)
+        if not _tensors_in(table):
+            inner = [each for each in table.values() if isinstance(each, dict) and _tensors_in(each)]
+            table = inner[0] if len(inner) == 1 else table
         if len(table) > MAX_TENSORS:
             raise self._fault("too many tensors", f"at most {MAX_TENSORS:,}", f"{len(table):,}")
+        beside = (int, float, str, type(None)) if _tensors_in(table) else ()
         for name, tensor in table.items():
+            if isinstance(name, str) and isinstance(tensor, beside):
+                continue
             if not isinstance(name, str) or not isinstance(tensor, _Tensor):
                 raise self._fault(
-                    "the pickle is not a table of tensors", "a name for each tensor", f"{type(tensor).__name__}"
-                )
+                    "the pickle is not a table of tensors", "a name for each tensor", type(tensor).__name__,
+                    f"key {str(name)[:100]}",
+                )  # fmt: skip
             if not self._ignored(name):
                 yield name, self._info(name, tensor)
 
@@ -118,7 +129,7 @@ class TorchFile:
             step *= extent
         expected = [stride for stride, extent in zip(strides, tensor.shape, strict=True) if extent > 1]
         if expected != [stride for stride, extent in zip(tensor.strides, tensor.shape, strict=True) if extent > 1]:
-            raise UnsupportedError(f"{self.file.path}: {where} does not lie in C order")
+            raise UnsupportedError(f"{self.file.path}: {where} does not lie in C order: save it with .contiguous()")
         if (member := self._members.get(f"{self._prefix}data/{storage.key}")) is None:
             raise self._fault("the storage of a tensor is missing", f"member data/{storage.key[:50]}", "none", where)
         item = _ITEM_BYTES[storage.kind]
@@ -130,6 +141,10 @@ class TorchFile:
             )  # fmt: skip
         offset = member.offset + tensor.start * item
         return TensorInfo(self.file, name, storage.kind, tensor.shape, offset, numel * item)
+
+
+def _tensors_in(table: dict[object, object]) -> bool:
+    return any(isinstance(value, _Tensor) for value in table.values())
 
 
 # ---- the archive ----

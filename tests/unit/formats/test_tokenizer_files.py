@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from numballama.errors import Error, FormatError
+from numballama.errors import Error, FormatError, UnsupportedError
+from numballama.formats.hf.text_files import read_text_files
 from numballama.formats.tokenizer_files import load_tokenizer
 from tests.helpers.bpe import save_json, trained
 
@@ -61,3 +62,17 @@ def test_other_tokenizer_files_are_named(tmp_path: Path, models: Path) -> None:
         load_tokenizer(tmp_path / "missing")
     with pytest.raises(FormatError, match="a directory without a tokenizer"):
         load_tokenizer(tmp_path)
+
+
+def test_other_tokenizers_of_a_directory(tmp_path: Path, models: Path) -> None:
+    """Mistral's name of a sentencepiece model; formats that are not read are named, by the model's error too."""
+    (tmp_path / "tekken.json").write_text("{}")
+    with pytest.raises(
+        UnsupportedError, match=r"tekken\.json: Mistral's format .* is not read; give the tokenizer\.json"
+    ):
+        load_tokenizer(tmp_path)
+    found = read_text_files(tmp_path)
+    assert found.tokenizer is None and "tekken.json" in found.tokenizer_error and found.notes
+    for name in ("tokenizer.model.v1", "tokenizer.model.v3"):
+        (tmp_path / name).write_bytes((models / "tok512.model").read_bytes() if name.endswith("3") else b"older")
+    assert load_tokenizer(tmp_path).vocab_size == 512

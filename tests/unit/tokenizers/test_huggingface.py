@@ -113,6 +113,16 @@ def test_added_tokens_of_the_files_beside(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.encode("x  <think>", special=True)[1:] == [think] and think not in tokenizer.encode("<think>")
+    content["added_tokens"][-1]["special"] = True
+    content["model"]["dropout"] = 0.9
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    last = content["added_tokens"][-1]
+    config["added_tokens_decoder"] = {str(last["id"]): {"content": last["content"], "special": False}}
+    config["model_specific_special_tokens"] = {"thought_token": "<think>"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokenizer = load_tokenizer(tmp_path)
+    assert {last["content"], "<think>"} <= tokenizer.special_tokens.keys(), "special in either file"
+    assert len({tuple(tokenizer.encode("the frog the frog")) for _ in range(9)}) == 1, "dropout is of training"
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
     (tmp_path / "added_tokens.json").write_text(json.dumps({"<|im_end|>": size}))
     (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))

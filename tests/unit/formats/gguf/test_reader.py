@@ -152,7 +152,7 @@ SCALING = "llama.rope.scaling."
             entry("general.architecture", STRING, text("gemma")),
             "architecture 'gemma'; supported are llama, qwen2, qwen3",
         ),
-        ("general.type", entry("general.type", STRING, text("adapter")), "of type 'adapter'"),
+        ("general.type", entry("general.type", STRING, text("adapter")), "of type 'adapter'.*merge"),
         (f"{SCALING}type", entry(f"{SCALING}type", STRING, text("yarn")), "'yarn'"),
         (f"{SCALING}attn_factor", f32(f"{SCALING}attn_factor", 4.0), r"rope\.scaling\.attn_factor is 4,"),
         ("llama.expert_count", u32("llama.expert_count", 8), "expert_count is 8"),
@@ -166,6 +166,12 @@ def test_what_is_not_supported_is_named(tmp_path: Path, key: str, change: bytes,
     path.write_bytes(edited(path, {key: change}))
     with pytest.raises(UnsupportedError, match=message):
         open_checkpoint(path)
+
+
+def by_layer(key: str, *values: int) -> dict[str, bytes | None]:
+    """A key of the config as an array, one number a layer."""
+    data = struct.pack(f"<{len(values)}i", *values)
+    return {f"llama.{key}": entry(f"llama.{key}", ARRAY, array(5, len(values), data))}
 
 
 @pytest.mark.parametrize(
@@ -193,12 +199,23 @@ def test_what_is_not_supported_is_named(tmp_path: Path, key: str, change: bytes,
             )
         },
         {"x": entry("x", ARRAY, array(BOOL, 3, b"\0\1\0"))},
+        by_layer("attention.head_count", 4, 4),
+        by_layer("attention.head_count_kv", 2, 2),
+        by_layer("feed_forward_length", 64, 64),
     ],
 )
 def test_what_asks_for_nothing_is_accepted(tmp_path: Path, changes: dict[str, bytes | None]) -> None:
     path = save(tmp_path / "m.gguf")
     path.write_bytes(edited(path, changes))
     assert open_checkpoint(path).config == CONFIG
+
+
+@pytest.mark.parametrize(("values", "found"), [((2, 4), "2, 4"), ((4, 2, 2), "2, 4"), ((), "empty")])
+def test_layers_that_differ(tmp_path: Path, values: tuple[int, ...], found: str) -> None:
+    path = save(tmp_path / "m.gguf")
+    path.write_bytes(edited(path, by_layer("attention.head_count_kv", *values)))
+    with pytest.raises(UnsupportedError, match=f"head_count_kv is {found} by layer.*one number for all layers is"):
+        open_checkpoint(path)
 
 
 @pytest.mark.parametrize(

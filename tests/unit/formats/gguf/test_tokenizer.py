@@ -159,6 +159,10 @@ def test_a_file_of_a_vocabulary_alone(tmp_path: Path) -> None:
     assert load(x=u32("tokenizer.ggml.eos_token_id", 4)).token_bytes(4) == b""  # EOS is never text, whatever its type
     assert load(x=u32("tokenizer.ggml.bos_token_id", 0xFFFFFFFF)).encode("a") == [5]
     assert load().encode("ab") == [1, 5, 0]
+    assert load(scores=None).encode("aa") == [1, 5, 4], "scores are 0, as in llama.cpp"
+    for name in ("bos", "unknown"):
+        outside = load(x=u32(f"tokenizer.ggml.{name}_token_id", 99))
+        assert outside.notes == (f"tokenizer.ggml.{name}_token_id is 99, outside the vocabulary of 6: taken for none",)
     with pytest.raises(Error, match="no token for 'b', nor for unknown"):
         load(x=u32("tokenizer.ggml.unknown_token_id", 99)).encode("ab")
     with pytest.raises(FormatError, match=r"general\.architecture"):
@@ -176,7 +180,6 @@ def test_a_file_of_a_vocabulary_alone(tmp_path: Path) -> None:
         ({"tokens": None}, FormatError, "tokenizer.ggml.tokens; expected 1 to"),
         ({"tokens": entry("tokenizer.ggml.tokens", ARRAY, array(STRING, 0))}, FormatError, "expected 1 to"),
         ({"tokens": entry("tokenizer.ggml.tokens", ARRAY, array(U32, 1, bytes(4)))}, FormatError, "wrong type"),
-        ({"scores": None}, FormatError, "a score for each piece"),
         ({"scores": entry("tokenizer.ggml.scores", ARRAY, array(F32_, 5, bytes(20)))}, FormatError, "found 5"),
         ({"token_type": entry("tokenizer.ggml.token_type", ARRAY, array(5, 7, bytes(28)))}, FormatError, "found 7"),
     ],

@@ -75,6 +75,21 @@ def test_keys_that_are_missing_have_transformers_defaults(
     assert open_checkpoint(edit(folder, dict.fromkeys(missing))).config == wanted
 
 
+def test_layer_types_of_a_mistral(copy: Callable[[str], Path]) -> None:
+    """transformers' AutoModel makes a Ministral of it."""
+    folder = copy("mistral")
+    assert open_checkpoint(edit(folder, {"layer_types": ["sliding_attention"] * 2})).config.window > 0
+    assert open_checkpoint(edit(folder, {"layer_types": ["full_attention"] * 2})).config.window == 0
+
+
+def test_names_of_one_thing(copy: Callable[[str], Path]) -> None:
+    folder = copy("llama3")
+    expected = open_checkpoint(folder).config
+    assert open_checkpoint(edit(folder, {"hidden_act": "swish"})).config == expected
+    scaling = open_checkpoint(edit(folder, {"original_max_position_embeddings": 16})).config.rope_scaling
+    assert scaling is not None and scaling.original_context == 16, "as in transformers: the outer one first"
+
+
 def test_null_is_no_window(copy: Callable[[str], Path]) -> None:
     for name in ("mistral", "qwen2-tied-window"):
         folder = edit(copy(name), {"sliding_window": None, "layer_types": None})
@@ -98,6 +113,7 @@ def test_null_is_no_window(copy: Callable[[str], Path]) -> None:
         ("qwen2-tied-window", {"layer_types": ["full_attention", "sliding_attention"]}, "1 of 2 layers a sliding"),
         ("qwen2-tied-window", {"layer_types": None, "max_window_layers": 1}, "max_window_layers gives 1 of 2 layers"),
         ("qwen3", {"layer_types": ["full_attention", "chunked_attention"]}, "'chunked_attention'"),
+        ("mistral", {"layer_types": ["full_attention", "sliding_attention"]}, "1 of 2 layers a sliding"),
     ],
 )
 def test_what_is_not_computed_is_named(

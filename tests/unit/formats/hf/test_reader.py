@@ -131,6 +131,23 @@ def test_indexes_that_lead_astray(copy: Callable[[str], Path], tmp_path: Path) -
             open_checkpoint(folder)
 
 
+def test_adapters_are_named(copy: Callable[[str], Path]) -> None:
+    """An adapter alone is no model; beside one, it is not applied, and a note says so."""
+    folder = copy("llama")
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}')
+    assert open_checkpoint(folder).notes[0].startswith("beside the model is an adapter of some/base")
+    weights = (folder / "model.safetensors").rename(folder / "adapters.safetensors")
+    (folder / "config.json").unlink()
+    (folder / "adapter_config.json").write_text('{"model": "mlx/base"}')
+    for path in (folder, weights):
+        with pytest.raises(UnsupportedError, match=r"an adapter of mlx/base .* merge it into its model first"):
+            open_checkpoint(path)
+    weights.unlink()
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(UnsupportedError, match=r"an adapter .adapter_config\.json., not a model"):
+        open_checkpoint(folder)
+
+
 def test_tensors_without_a_place(copy: Callable[[str], Path]) -> None:
     folder = copy("llama")
     data = (folder / "model.safetensors").read_bytes()

@@ -124,6 +124,8 @@ def test_weights_are_no_buffers() -> None:
         ("model.layers.0.mlp.up_proj.weight.absmax", "bitsandbytes"),
         ("model.layers.0.mlp.up_proj.weight_scale", "FP8"),
         ("model.vision_tower.patch.weight", "text and images"),
+        ("score.weight", "a classifier of texts"),
+        ("v_head.summary.weight", "a value head"),
         ("model.layers.0.self_attn.q_proj.bias", "in a llama model of this version$"),
     ],
 )
@@ -131,6 +133,33 @@ def test_tensors_without_a_place_say_what_they_are(copy: Callable[[str], Path], 
     folder = copy("llama")
     save_tensors(folder / "model.safetensors", tensors(folder) | {name: np.ones(4, np.float32)})
     with pytest.raises(UnsupportedError, match=f"no place in a llama model of this version.*{reason}|{reason}"):
+        open_checkpoint(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "other", "message"),
+    [
+        ("self_attn.q_proj.weight", "self_attn.qkv_proj.weight", "qkv_proj.weight: q, k and v in one matrix"),
+        ("mlp.up_proj.weight", "mlp.gate_up_proj.weight", "gate_up_proj.weight: gate and up in one matrix"),
+        (
+            "self_attn.q_proj.weight",
+            "self_attn.q_proj.base_layer.weight",
+            "base_layer.weight: a LoRA adapter: merge it",
+        ),
+        ("mlp.up_proj.weight", "mlp.w3.weight", "mlp.w3.weight$"),
+        ("mlp.up_proj.weight", None, "found none$"),
+    ],
+)
+def test_what_is_there_in_place_of_a_weight(
+    copy: Callable[[str], Path], name: str, other: str | None, message: str
+) -> None:
+    """The error for a missing tensor names the likeliest of those without a place."""
+    folder = copy("llama")
+    arrays = tensors(folder)
+    array = arrays.pop(f"model.layers.1.{name}")
+    more = {} if other is None else {f"model.layers.1.{other}": array, "else.where": array}
+    save_tensors(folder / "model.safetensors", arrays | more)
+    with pytest.raises(FormatError, match=rf"a tensor is missing; at tensor model\.layers\.1\.{name}.*{message}"):
         open_checkpoint(folder)
 
 

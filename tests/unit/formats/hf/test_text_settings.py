@@ -56,6 +56,11 @@ def test_where_templates_are(tmp_path: Path) -> None:
     (tmp_path / "chat_template.jinja").write_text("D")
     assert TextSettings(tmp_path).chat_templates == {"rag": "R2", "default": "D"}
     assert read_text_files(tmp_path).chat_template == "D"
+    (tmp_path / "additional_chat_templates" / "default.jinja").write_text("D2")
+    assert read_text_files(tmp_path).chat_template == "D2", "the later one, as in transformers"
+    for path in tmp_path.rglob("*.jinja"):
+        path.write_text("")
+    assert TextSettings(tmp_path).chat_templates == {"default": "one"}, "empty files are none"
 
 
 @pytest.mark.parametrize(
@@ -72,6 +77,7 @@ def test_tokens_that_templates_see(tmp_path: Path) -> None:
     config = {
         "bos_token": "<s>", "eos_token": {"content": "</s>", "lstrip": False}, "unk_token": None, "add_bos_token": True,
         "extra_special_tokens": {"image_token": "<img>"}, "model_max_length": 5, "boi_token": "<boi>",
+        "model_specific_special_tokens": {"audio_token": "<sound>"},
     }  # fmt: skip
     settings = write(
         tmp_path, tokenizer_config=config, special_tokens_map={"pad_token": "[PAD]", "bos_token": "<other>"}
@@ -80,6 +86,7 @@ def test_tokens_that_templates_see(tmp_path: Path) -> None:
         "bos_token": "<s>",
         "eos_token": "</s>",
         "image_token": "<img>",
+        "audio_token": "<sound>",
         "boi_token": "<boi>",
         "pad_token": "[PAD]",
     }

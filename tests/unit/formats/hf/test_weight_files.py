@@ -121,6 +121,21 @@ def test_pytorch_files(copy: Callable[[str], Path], tmp_path: Path) -> None:
         open_checkpoint(folder)
 
 
+@pytest.mark.parametrize(
+    "text", [b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", b"<!DOCTYPE html>"]
+)
+def test_a_text_in_place_of_the_weights(copy: Callable[[str], Path], text: bytes) -> None:
+    """What Git leaves without LFS, and what a site answers in place of a file."""
+    folder = copy("llama")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").write_bytes(text)
+    message = (
+        "a pointer of Git LFS.*git lfs pull" if b"lfs" in text else "not a safetensors file.*found '<!DOCTYPE html"
+    )
+    with pytest.raises(FormatError, match=message):
+        open_checkpoint(folder)
+
+
 def test_shared_storage_is_tied(copy: Callable[[str], Path]) -> None:
     """PyTorch saves a tied classifier under both names, with one storage."""
     folder = copy("smollm2")

@@ -98,6 +98,27 @@ def table(value: bytes) -> bytes:
     return b"\x80\2}X\1\0\0\0w" + value + b"s."
 
 
+def test_the_table_may_lie_in_another(tmp_path: Path) -> None:
+    """As training programs save it: {"state_dict": {…}, "epoch": 3}. Numbers and texts are no weights."""
+    storage = {"0": bytes(64)}
+    entry = b"X\1\0\0\0w" + tensor()
+    inner = b"}(" + entry + b"X\4\0\0\0stepK\7X\4\0\0\0nameNu"
+    for data in (
+        inner,
+        b"}(X\5\0\0\0epochK\3X\5\0\0\0model" + inner + b"X\3\0\0\0opt}u",
+        b"}X\6\0\0\0module" + inner + b"s",
+    ):
+        found = TorchFile(map_file(archive(tmp_path / "m.pth", b"\x80\2" + data + b".", storage)))
+        assert found.tensors.keys() == {"w"}
+    for data in (
+        b"}(X\1\0\0\0a" + inner + b"X\1\0\0\0b" + inner + b"u",  # which of them?
+        b"}(" + entry + b"X\1\0\0\0b" + inner + b"u",
+        b"}X\1\0\0\0bK\3s",
+    ):
+        with pytest.raises(FormatError, match=r"not a table of tensors; at key [ab]; expected a name for each tensor"):
+            TorchFile(map_file(archive(tmp_path / "m.pth", b"\x80\2" + data + b".", storage)))
+
+
 def test_tensors_of_a_pickle_by_hand(tmp_path: Path) -> None:
     numbers = np.arange(16, dtype=np.float32)
     path = archive(tmp_path / "m.pth", table(tensor()), {"0": numbers.tobytes()})
