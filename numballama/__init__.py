@@ -124,9 +124,11 @@ def compile(
     Raises `FormatError` for a damaged file, `UnsupportedError` for what this version cannot do, `DeviceError` for a
     device that cannot be used, `Error` for arguments out of range or with other names (`n_ctx`), which names ours.
     """
-    if gpus != 1:
-        raise UnsupportedError(f"gpus={gpus!r} is not supported by this version: leave it at 1")
     from .host import interrupts
+    from .validation import whole_number
+
+    if whole_number("gpus", gpus, 1) != 1:
+        raise UnsupportedError(f"gpus={gpus} is not supported by this version: leave it at 1")
 
     with interrupts.deferred():
         from .model import Model

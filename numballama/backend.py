@@ -21,6 +21,7 @@ from .plan import Plan
 from .progress import Report
 from .quantization.types import ActivationType, KVType
 from .sampling import Sampled, SamplerTable
+from .validation import flag
 
 BackendName = Literal["cpu", "cuda", "reference"]
 
@@ -232,6 +233,7 @@ def open_backend(
     result has the same bits in runs of any size. Raises `DeviceError` as `choose_device` does, `UnsupportedError` for
     `batch_invariant` on the reference.
     """
+    batch_invariant = flag("batch_invariant", batch_invariant)
     if device == "auto":
         device, _ = choose_device(device)
     name = _backend_name(device)

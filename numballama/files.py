@@ -134,10 +134,12 @@ def _reason(error: OSError, target: Path) -> str:
 
 
 def expand_user(path: str | os.PathLike[str]) -> Path:
-    """`path` with a leading `~` or `~user` expanded. Raises `Error` when there is no such home."""
+    """`path` with a leading `~` or `~user` expanded. Raises `Error` when it is empty or there is no such home."""
     try:
+        if not os.fspath(path):  # a variable that is not set; Path("") would be the current directory
+            raise Error("the path is empty: pass the name of a file or directory")
         return Path(path).expanduser()
     except TypeError:
-        raise Error(f"a path must be a string or a Path, found {path!r}") from None
+        raise Error(f"a path must be a string or a Path, found {path!r:.200}") from None
     except RuntimeError as error:
         raise Error(f"{path}: {error}") from error

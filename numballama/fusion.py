@@ -12,7 +12,7 @@ from typing import Any
 from . import registry
 from .errors import Error
 from .ir import Graph, Op
-from .validation import strings
+from .validation import flag, strings
 
 Groups = Iterable[tuple[str, list[Op]]]
 
@@ -125,7 +125,10 @@ def fuse(graph: Graph, backend: str, passes: bool | Sequence[str] = True) -> Gra
 
     Raises `Error` for a pass that does not exist.
     """
-    names = list(FUSIONS) if passes is True else strings("fusions", passes or ())
+    if isinstance(passes, Sequence):
+        names = list(strings("fusions", passes))
+    else:
+        names = list(FUSIONS) if flag("fusions", passes) else []
     if unknown := set(names) - set(FUSIONS):
         raise Error(f"unknown fusion {', '.join(sorted(unknown))}; choose from {', '.join(FUSIONS)}")
     for name in (n for n in FUSIONS if n in names):

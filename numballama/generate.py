@@ -114,10 +114,10 @@ def prompts_with_params(
     """The prompts of a call, and the settings of each. Raises `Error` where they do not belong together."""
     if isinstance(prompt, str | None):
         if not isinstance(params, SamplingParams | None):
-            raise Error(f"params must be SamplingParams for a single prompt, found {params!r}")
+            raise Error(f"params must be SamplingParams for a single prompt, found {params!r:.200}")
         return [prompt], [params]
     if not isinstance(prompt, Sequence) or isinstance(prompt, bytes):
-        raise Error(f"the prompt must be a string, None or a list of these, found {prompt!r}")
+        raise Error(f"the prompt must be a string, None or a list of these, found {prompt!r:.200}")
     if not isinstance(params, Sequence):
         return prompt, [params] * len(prompt)
     if len(params) != len(prompt):

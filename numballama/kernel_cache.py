@@ -16,6 +16,7 @@ import re
 import shutil
 import stat
 import sys
+import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ KEPT_CACHES = 6
 """Number of cache folders of other sources that are kept, because other checkouts and environments may use them."""
 MAX_ENTRY_BYTES = 16 << 20
 """A file that is larger is no entry. Kernels take up to a few hundred KiB."""
+TRIED_BYTES = 1 << 20
+"""Size of the file with which is tried whether entries can be stored."""
 TEMPORARY_S = 3600.0
 """Age in seconds after which a temporary file was left by a process that was killed."""
 ADVICE = "set NUMBALLAMA_CACHE to a folder that can be written"
@@ -126,8 +129,8 @@ def cache_root(numbas: str = "") -> Path | None:
     """The folder of all caches: $NUMBALLAMA_CACHE, or a subfolder `numballama` of Numba's cache setting `numbas`, of
     $XDG_CACHE_HOME or of ~/.cache. None if there is no home directory.
     """
-    own = os.environ.get("NUMBALLAMA_CACHE")
-    base = own or numbas or os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    own, xdg = os.environ.get("NUMBALLAMA_CACHE"), os.environ.get("XDG_CACHE_HOME", "")
+    base = own or numbas or (xdg if os.path.isabs(xdg) else "~/.cache")  # XDG's rule: a relative one does not count
     try:
         root = Path(os.path.abspath(Path(base).expanduser()))
     except (RuntimeError, OSError):  # no home directory; no current one
@@ -135,10 +138,16 @@ def cache_root(numbas: str = "") -> Path | None:
     return root if own else root / "numballama"
 
 
+def no_place() -> str:
+    """Why `cache_root` is None."""
+    own = os.environ.get("NUMBALLAMA_CACHE")
+    return f"there is no home directory for NUMBALLAMA_CACHE={own}" if own else "there is no home directory"
+
+
 def _folder(name: str, numbas: str) -> Path | None:
     root = cache_root(numbas)
     if root is None:
-        _note("home", f"compiled kernels are not kept: there is no home directory; {ADVICE}")
+        _note("home", f"compiled kernels are not kept: {no_place()}; {ADVICE}")
         return None
     with contextlib.suppress(OSError):
         os.utime(root / name)  # folders that are used are not pruned
@@ -155,7 +164,7 @@ def load(path: Path, key: str) -> bytes | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     except OSError as error:
-        _note("read", f"compiled kernels cannot be loaded ({error}), so they are compiled; {ADVICE}")
+        _note("read", f"compiled kernels cannot be loaded ({_reason(error)}), so they are compiled; {ADVICE}")
         return None
     try:
         with os.fdopen(handle, "rb") as file:
@@ -198,7 +207,7 @@ def store(path: Path, key: str, content: bytes) -> bool:
                 temporary.unlink()
             raise
     except OSError as error:
-        _note("write", f"compiled kernels cannot be stored ({error}), so each start compiles them; {ADVICE}")
+        _note("write", f"compiled kernels cannot be stored ({_reason(error)}), so each start compiles them; {ADVICE}")
         return False
     return True
 
@@ -208,6 +217,12 @@ def _remove_folder(path: Path) -> None:
     aside = path.with_name(f"{path.name}.{os.urandom(8).hex()}{_TEMPORARY}")
     os.rename(path, aside)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _reason(error: OSError) -> str:
+    """A problem of the system and its file, without Python's words for it."""
+    reason = error.strerror or str(error)
+    return reason if error.filename is None else f"{os.fsdecode(error.filename)}: {reason}"
 
 
 _HEAD = b"numballama kernel "
@@ -282,17 +297,22 @@ class Usage:
 
     @classmethod
     def of(cls, folder: Path) -> Usage:
-        """Count the entries of a folder, and try to write to it. A folder that does not exist is empty."""
+        """Count the entries of a folder, and try to write one. A folder that does not exist is empty."""
         sizes = [found.st_size for found in _files(folder)]
-        existing = next((p for p in (folder, *folder.parents) if os.path.exists(p)), folder)
-        problem = ""
-        if not os.path.isdir(existing):
-            problem = f"{existing} is not a folder"
-        elif not os.access(existing, os.W_OK | os.X_OK):
-            problem = f"{existing} cannot be written"
-        elif shutil.disk_usage(existing).free == 0:
-            problem = "the disk is full"
-        return cls(len(sizes), sum(sizes), problem)
+        return cls(len(sizes), sum(sizes), _why_not_kept(folder))
+
+
+def _why_not_kept(folder: Path) -> str:
+    """Why an entry cannot be stored in a folder, or in one that would be made there. Empty if it can."""
+    existing = next((p for p in (folder, *folder.parents) if os.path.lexists(p)), folder)  # also a link to nothing
+    if not os.path.isdir(existing):
+        return f"{existing} is not a folder"
+    try:  # limits of a quota and of a disk's files show only when something is written
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(bytes(TRIED_BYTES))
+    except OSError as error:
+        return f"{existing} cannot be written: {error.strerror or error}"
+    return ""
 
 
 def _files(folder: Path) -> Iterator[os.stat_result]:
@@ -314,13 +334,13 @@ def clear(root: Path) -> Usage:
     except FileNotFoundError:
         folders = []
     except OSError as error:
-        return Usage(0, 0, str(error))
+        return Usage(0, 0, _reason(error))
     for folder in folders:
-        before = Usage.of(folder)
+        before = [found.st_size for found in _files(folder)]
         try:
             shutil.rmtree(folder)
         except OSError as error:
-            problem = problem or str(error)
-        after = Usage.of(folder)
-        entries, nbytes = entries + before.entries - after.entries, nbytes + before.nbytes - after.nbytes
+            problem = problem or _reason(error)
+        after = [found.st_size for found in _files(folder)]
+        entries, nbytes = entries + len(before) - len(after), nbytes + sum(before) - sum(after)
     return Usage(entries, nbytes, problem)

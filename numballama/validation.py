@@ -19,7 +19,7 @@ def whole_number(name: str, value: object, minimum: int | None = None) -> int:
             raise TypeError
         number = operator.index(cast("SupportsIndex", value))
     except TypeError:
-        raise Error(f"{name} must be a whole number, found {value!r}") from None
+        raise Error(f"{name} must be a whole number, found {value!r:.200}") from None
     if minimum is not None and number < minimum:
         raise Error(f"{name} must be at least {minimum}, found {number}")
     return number
@@ -28,11 +28,13 @@ def whole_number(name: str, value: object, minimum: int | None = None) -> int:
 def real_number(name: str, value: object, minimum: float, maximum: float, expected: str) -> float:
     """`value` as a float in [minimum, maximum]. Raises `Error` that says `expected`, also for NaN."""
     try:
+        if isinstance(value, bool | np.bool_):  # a flag in the wrong place
+            raise TypeError
         number = float(cast("SupportsFloat | str", value))
     except (TypeError, ValueError, OverflowError):
         number = float("nan")
     if not minimum <= number <= maximum:
-        raise Error(f"{name} must be {expected}, found {value!r}")
+        raise Error(f"{name} must be {expected}, found {value!r:.200}")
     return number
 
 
@@ -40,23 +42,23 @@ def flag(name: str, value: object) -> bool:
     """`value` as a bool: True, False, 1, 0 or NumPy's. Raises `Error` for others: "false" would be true."""
     if isinstance(value, bool | int | np.bool_) and value in (0, 1):
         return bool(value)
-    raise Error(f"{name} must be True or False, found {value!r}")
+    raise Error(f"{name} must be True or False, found {value!r:.200}")
 
 
 def strings(name: str, value: object) -> Sequence[str]:
     """One string or a sequence of strings, as a sequence. Raises `Error` for anything else."""
     items = (value,) if isinstance(value, str) else value
     if not isinstance(items, Sequence) or not all(isinstance(item, str) for item in items):
-        raise Error(f"{name} must be a string or a list of strings, found {value!r}")
+        raise Error(f"{name} must be a string or a list of strings, found {value!r:.200}")
     return items
 
 
 def require_supported(name: str, value: object, known: Iterable[str | None]) -> None:
     """Raise `UnsupportedError`, with the choices, for a `value` that is not among the `known` ones."""
     known = list(known)
-    if value not in known:
+    if not isinstance(value, str | None) or value not in known:  # `in` compares the elements of an array
         choices = ", ".join(each for each in known if each is not None)
-        raise UnsupportedError(f"{name} {value!r} is not supported; choose from {choices}")
+        raise UnsupportedError(f"{name} {value!r:.200} is not supported; choose from {choices}")
 
 
 def require_known(what: str, names: Iterable[str], known: Iterable[str], others: Mapping[str, str]) -> None:

@@ -102,7 +102,7 @@ class Chat:
     @system.setter
     def system(self, text: str | None) -> None:
         if not isinstance(text, str | None):
-            raise Error(f"the system message must be a string or None, found {text!r}")
+            raise Error(f"the system message must be a string or None, found {text!r:.200}")
         self._system = text or None
 
     @property
@@ -165,7 +165,7 @@ class Chat:
         dropped silently. Raises `Error` when the template refuses the message.
         """
         if not isinstance(text, str):
-            raise Error(f"a message must be a string, found {text!r}")
+            raise Error(f"a message must be a string, found {text!r:.200}")
         settings = merge(params, CHAT_DEFAULTS, max_tokens, options)
         if settings.n > 1:
             raise Error(f"a message has one answer in a chat: n must be 1, found {settings.n}")

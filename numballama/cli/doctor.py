@@ -21,8 +21,9 @@ def add_doctor(commands: argparse._SubParsersAction[Parser]) -> None:
         "The exit status is 0 when the CPU works, with or without a GPU, and 1 when it does not.",
         examples=("numballama doctor", "numballama doctor --json > machine.json"),
     )
-    doctor.add_argument("--json", action="store_true", help="one JSON object instead of text")
-    doctor.add_argument(
+    how = doctor.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="one JSON object instead of text")
+    how.add_argument(
         "--clear-cache", action="store_true", help="remove all compiled kernels, so that they are compiled again"
     )
     doctor.set_defaults(run=run_doctor)
@@ -49,4 +50,4 @@ def clear_cache() -> str:
         if removed.problem:
             raise Error(f"{root}: not all compiled kernels could be removed: {removed.problem}")
         lines.append(f"removed {removed.entries:,} compiled kernels, {format_bytes(removed.nbytes)}, from {root}")
-    return "\n".join(lines) or "there is no cache: no home directory, and NUMBALLAMA_CACHE is not set"
+    return "\n".join(lines) or f"there is no cache: {kernel_cache.no_place()}"

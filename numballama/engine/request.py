@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Generator, Iterable
+from collections.abc import AsyncIterator, Callable, Generator, Iterable, Mapping, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, Literal, NamedTuple, Protocol, TypeVar
 
@@ -36,9 +36,11 @@ class TokenLogprobs(NamedTuple):
 def check_prompt(prompt: Iterable[int], vocab_size: int, context: int, capacity: int) -> list[int]:
     """The prompt as a list of int. Raises `Error`, or `ContextError` if it has more tokens than `capacity`."""
     try:
+        if isinstance(prompt, str | bytes | bytearray | Mapping | Set):  # bytes are numbers, sets have no order
+            raise TypeError
         ids = list(map(operator.index, prompt))
     except TypeError:
-        raise Error(f"token ids must be a sequence of whole numbers, found {prompt!r}") from None
+        raise Error(f"token ids must be a sequence of whole numbers, found {prompt!r:.200}") from None
     if not ids:
         raise Error("the prompt is empty: at least one token is needed to start from")
     if min(ids) < 0 or max(ids) >= vocab_size:

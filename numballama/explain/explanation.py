@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -186,6 +186,8 @@ def explain(
             raise Error("the text is empty: there is nothing to explain")
         ids = model.require_tokenizer().encode(text)
         return _explain_ids(model, model.token_engine.validate(ids), logprobs, layer, head, lens)
+    if isinstance(text, bytes | bytearray | Mapping | Set) or not isinstance(text, Iterable):
+        raise Error(f"explain() takes a text, token ids or responses, found {text!r:.200}")
     items = list(text)
     if items and all(isinstance(item, GenerationResponse) for item in items):
         return explain_responses(model, cast("list[GenerationResponse]", items))

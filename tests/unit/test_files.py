@@ -73,6 +73,8 @@ def test_paths(monkeypatch: pytest.MonkeyPatch) -> None:
     assert expand_user("~/x") == Path("/somewhere/x")
     with pytest.raises(Error, match="must be a string or a Path"):
         expand_user(3)  # type: ignore[arg-type]
+    with pytest.raises(Error, match="the path is empty"):
+        expand_user("")  # a variable of the shell that is not set
     with pytest.raises(Error, match="~nobody-of-this-name"):
         expand_user("~nobody-of-this-name/x")
 

@@ -362,6 +362,7 @@ def test_a_full_disk_costs_a_line(tmp_path: Path, notes: pytest.LogCaptureFixtur
     assert not stored and list(tmp_path.iterdir()) == [], "nothing is left"
     (record,) = notes.records
     assert os.strerror(errno.EFBIG) in record.getMessage() and "NUMBALLAMA_CACHE" in record.getMessage()
+    assert "Errno" not in record.getMessage()
 
 
 @pytest.mark.parametrize("where", ["a file", "under a file", "not writable"])
@@ -443,6 +444,42 @@ def test_no_home_directory_costs_a_line(no_home: None, notes: pytest.LogCaptureF
         assert kernel_cache.cache_directory() is None
     (record,) = notes.records
     assert "no home directory" in record.getMessage() and "NUMBALLAMA_CACHE" in record.getMessage()
+
+
+def test_usage_says_why_nothing_can_be_stored(tmp_path: Path) -> None:
+    """As `store` finds it: a link to nothing or to itself in the place of a folder, a full disk. Nothing is left."""
+    (tmp_path / "nothing").symlink_to(tmp_path / "unmounted" / "cache")
+    (tmp_path / "itself").symlink_to(tmp_path / "itself")
+    for name in ("nothing", "itself"):
+        for folder in (tmp_path / name, tmp_path / name / "x"):
+            assert kernel_cache.Usage.of(folder).problem == f"{tmp_path / name} is not a folder"
+            assert not kernel_cache.store(folder / "a.kernel", "key", b"")
+    assert kernel_cache.Usage.of(tmp_path / "new" / "x") == kernel_cache.Usage(0, 0)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, before[1]))
+    try:
+        problem = kernel_cache.Usage.of(tmp_path / "new").problem
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert problem == f"{tmp_path} cannot be written: {os.strerror(errno.EFBIG)}"
+    assert {path.name for path in tmp_path.iterdir()} == {"nothing", "itself"}
+
+
+def test_where_caches_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative XDG_CACHE_HOME does not count, as XDG's rule says; a relative NUMBALLAMA_CACHE does."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    for own, xdg, expected in (
+        (None, "here", "/home/ada/.cache/numballama"),
+        (None, "/x/y", "/x/y/numballama"),
+        ("", "", "/home/ada/.cache/numballama"),
+        ("~/k", "/x", "/home/ada/k"),
+        ("a b/ü", "/x", f"{os.getcwd()}/a b/ü"),
+        ("~nobody-of-this-name/k", "/x", None),
+    ):
+        for name, value in (("NUMBALLAMA_CACHE", own), ("XDG_CACHE_HOME", xdg)):
+            monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+        assert kernel_cache.cache_root() == (expected and Path(expected))
+    assert kernel_cache.no_place() == "there is no home directory for NUMBALLAMA_CACHE=~nobody-of-this-name/k"
 
 
 def test_usage_and_clearing(tmp_path: Path) -> None:

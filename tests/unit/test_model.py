@@ -58,11 +58,22 @@ def test_prompts_that_are_refused(model: Model) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ids", "message"), [([], "empty"), ([1, 300], "token 1 of the prompt is 300"), ([-1], "is -1")]
+    ("ids", "message"),
+    [
+        ([], "empty"),
+        ([1, 300], "token 1 of the prompt is 300"),
+        ([-1], "is -1"),
+        *(
+            (wrong, "must be a sequence of whole numbers")
+            for wrong in (b"ab", {1, 2}, {1: 2}, "12", None, [1.5] * 9999)
+        ),
+    ],
+    ids=lambda value: f"{value!r:.20}",
 )
-def test_ids_that_are_refused(model: Model, ids: list[int], message: str) -> None:
-    with pytest.raises(Error, match=message):
+def test_ids_that_are_refused(model: Model, ids: Any, message: str) -> None:
+    with pytest.raises(Error, match=message) as refused:
         model.logits(ids)
+    assert len(str(refused.value)) < 300
 
 
 def test_logits_take_any_integers(model: Model) -> None:
@@ -104,6 +115,12 @@ def test_without_a_tokenizer(tiny_file: Path) -> None:
         ({"kv_tokens": "many"}, Error, "kv_tokens must be"),
         ({"kv_tokens": 1 << 50}, ContextError, "a KV cache for 1,125,899,906,842,624 tokens .* a smaller kv_tokens="),
         ({"gpus": 2}, UnsupportedError, "gpus=2 is not supported"),
+        ({"gpus": np.array([1, 1])}, Error, "gpus must be a whole number"),
+        ({"dtype": np.array(["f16", "f32"])}, UnsupportedError, "dtype array.* is not supported; choose from f32"),
+        ({"kv_dtype": np.array([1, 2])}, UnsupportedError, "kv_dtype array.* is not supported; choose from f32"),
+        ({"batch_invariant": "false"}, Error, "batch_invariant must be True or False, found 'false'"),
+        ({"fusions": None}, Error, "fusions must be True or False, found None"),
+        ({"norm_eps": True}, Error, "norm_eps must be a number"),
     ],
     ids=str,
 )

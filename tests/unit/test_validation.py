@@ -27,7 +27,7 @@ def test_real_numbers() -> None:
     for value in (0.5, np.float32(0.5), "0.5"):
         assert real_number("p", value, 0, 1, "between 0 and 1") == 0.5
     assert real_number("p", 1, 0, 1, "x") == 1.0 and type(real_number("p", 1, 0, 1, "x")) is float
-    for wrong in (-0.1, 1.1, math.nan, math.inf, None, "a", 10**400):
+    for wrong in (-0.1, 1.1, math.nan, math.inf, None, "a", 10**400, True, np.True_):
         with pytest.raises(Error, match="p must be between 0 and 1, found"):
             real_number("p", wrong, 0, 1, "between 0 and 1")
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from numballama import kernel_cache
 from numballama.doctor.cache import Cache
 
@@ -15,7 +17,8 @@ def test_entries_are_counted(tmp_path: Path) -> None:
     assert str(Cache.of(tmp_path / "none")) == f"{tmp_path / 'none'} (0 kernels, 0 B)"
 
 
-def test_why_nothing_is_kept(tmp_path: Path) -> None:
+def test_why_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NUMBALLAMA_CACHE", raising=False)
     (tmp_path / "file").write_text("no folder")
     said = str(Cache.of(tmp_path / "file"))
     assert f"new ones are not kept: {tmp_path / 'file'} is not a folder; set NUMBALLAMA_CACHE" in said

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import numpy as np
@@ -174,6 +175,10 @@ def test_arguments_out_of_range(tiny: Model) -> None:
         tiny.explain(["a"])  # type: ignore[list-item]
     with pytest.raises(Error, match="the prompt is empty"):
         tiny.explain([])
+    wrongs: list[Any] = [None, 5, b"ab", {1, 2}]
+    for wrong in wrongs:
+        with pytest.raises(Error, match="a text, token ids or responses, found"):
+            tiny.explain(wrong)
 
 
 def test_a_long_text_is_refused(tiny: Model) -> None:
