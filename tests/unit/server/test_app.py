@@ -309,6 +309,17 @@ def test_metrics(server: Running) -> None:
     assert {f"{prefix}prefix_cache_queries_total", f"{prefix}prefix_cache_hits_total"} <= set(after)
 
 
+def test_metrics_count_as_usage_does(server: Running) -> None:
+    """Tokens that a grammar forces are generated ones."""
+    before, schema = samples(server), {"const": {"a long name of a property": ["and a long text", 12345]}}
+    body = LONG_TEXT | {"prompt": [40] * 70, "json_schema": schema, "ignore_eos": False}
+    usages = [server.post("/v1/completions", body).json["usage"] for _ in range(2)]
+    grown = {name.removeprefix("numballama:"): value - before.get(name, 0) for name, value in samples(server).items()}
+    assert [each["prompt_tokens_details"]["cached_tokens"] for each in usages] == [0, 64]
+    assert grown["prompt_tokens_total"] == 70 + 6 and grown["prefix_cache_hits_total"] == 64
+    assert grown["generation_tokens_total"] == sum(each["completion_tokens"] for each in usages) > 20
+
+
 def test_models_and_properties(server: Running, model: Model) -> None:
     (found,) = server.get("/v1/models").json["data"]
     assert found["id"] == "story.gguf" and found["max_model_len"] == model.context
