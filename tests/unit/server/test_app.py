@@ -69,6 +69,15 @@ def test_only_json(server: Running) -> None:
     assert server.post("/tokenize", {"content": "a"}, Content_Type="application/json; charset=utf-8").status == 200
 
 
+def test_a_page_of_another_site_sends_nothing(server: Running) -> None:
+    """Browsers ask nobody before they send a body without a type. Programs that leave it out send no Origin."""
+    body = json.dumps({"content": "a"}).encode()
+    assert server.request("POST", "/tokenize", body).status == 200
+    answer = server.request("POST", "/tokenize", body, Origin="http://evil.example")
+    assert answer.status == 415 and answer.error["code"] == "unsupported_media_type"
+    assert server.post("/tokenize", {"content": "a"}, Origin=server.url).status == 200
+
+
 def test_a_body_has_a_limit(model: Model) -> None:
     with serving(model, Settings(max_body=1000)) as server:
         assert server.post("/tokenize", {"content": "a" * 900}).status == 200
