@@ -30,7 +30,7 @@ from .call import openai_error
 from .errors import ApiError
 from .http import ClientGoneError, error_response, event, read_body
 from .metrics import Merged
-from .run import Address, curl_line, listen, prepare_log, protected
+from .run import Address, check_tls, curl_line, listen, prepare_log, protected
 from .service import DRAINING
 from .settings import Settings
 
@@ -302,6 +302,7 @@ def run(arguments: dict[str, Any], settings: Settings, address: Address, show: C
     """
     if not address.port:
         raise Error("--port 0 and --ray do not go together: Ray's proxies use one port on all machines")
+    check_tls(address)
     listen(address).close()
     arguments = {**arguments, "settings": protected(settings, address)}
     try:

@@ -98,6 +98,30 @@ def test_a_body_that_does_not_come(model: Model) -> None:
         assert connection.recv(1000).startswith(b"HTTP/1.1 408")
 
 
+@pytest.mark.parametrize("sent", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /h"])
+def test_a_head_that_does_not_come(model: Model, sent: bytes) -> None:
+    with (
+        serving(model, Settings(body_timeout_s=0.2)) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=LONG) as connection,
+    ):
+        connection.sendall(sent)
+        data = b"".join(iter(lambda: connection.recv(1000), b""))
+        assert data.count(b"HTTP/1.1 200 OK") == sent.count(b"\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"\x16\x03\x01\x02\x00\x01\x00", b"HELLO\r\n\r\n", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n"],
+)
+def test_what_is_no_http(server: Running, sent: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=LONG) as connection:
+        connection.sendall(sent)
+        data = b"".join(iter(lambda: connection.recv(1000), b""))
+    head, _, body = data.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    ErrorAnswer.model_validate(json.loads(body), strict=True)
+
+
 # Keys and hosts
 
 
