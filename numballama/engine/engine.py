@@ -308,7 +308,7 @@ class Engine:
         for slot, first, pages in run.tables:
             self.runner.set_pages(slot, first, pages)
         run.ticket = self.runner.submit(run.batch)
-        self._prompt_tokens += run.batch.rows - run.batch.decodes
+        self._prompt_tokens += run.prompt_tokens
         self._runs.append(run)
 
     def _set_mask(self, sequence: Sequence) -> None:
@@ -327,7 +327,6 @@ class Engine:
         self.scheduler.collected(run)
         self._hand_out(run, sampled)
         self._steps += 1
-        self._generated_tokens += len(run.sampled)
         self._last_step = now = time.monotonic()
         if now >= self._rates.next_sample:
             self._rates.sample(now, self._prompt_tokens, self._generated_tokens)
@@ -382,7 +381,6 @@ class Engine:
         for number, token in enumerate((advance.token, *advance.forced)):
             if number:
                 sequence.ids.append(token)
-                self._generated_tokens += 1
             reason: FinishReason | None = "stop" if advance.result and number == len(advance.forced) else None
             self._deliver(sequence, state, token, None if number else advance.logprobs, reason)
             if sequence.status is Status.FINISHED:
@@ -398,6 +396,7 @@ class Engine:
         stop: int | str | None = None,
     ) -> None:
         """Hand a sequence's latest token to its request, and end the sequence if it was the last one."""
+        self._generated_tokens += 1
         if reason is None and len(sequence.ids) > sequence.end:
             reason, stop = "length", "context" if state.context_bound else None
         counts = sequence.prompt_tokens, sequence.cached_tokens

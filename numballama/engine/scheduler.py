@@ -35,6 +35,8 @@ class Run:
     tables: list[tuple[int, int, list[int]]] = field(default_factory=list)
     """(slot, first index, page numbers) to write into the page table."""
     ticket: int = -1
+    prompt_tokens: int = 0
+    """Rows of prompts. The other rows of `chunks` are of known tokens, such as those that a grammar forces."""
 
 
 class Scheduler:
@@ -153,6 +155,7 @@ class Scheduler:
         self._slots[row:after] = sequence.slot
         sequence.planned = end
         sequence.in_flight += 1
+        run.prompt_tokens += max(min(end, sequence.prompt_tokens) - start, 0)
         if sequence.resume:
             sequence.resume = False
             run.starts.append(sequence)

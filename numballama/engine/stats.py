@@ -33,8 +33,9 @@ class EngineStats:
     steps: int
     """Runs collected."""
     prompt_tokens: int
-    """Rows computed for prompts and for tokens that a grammar forces, also when a sequence was computed again."""
+    """Tokens of prompts that were computed, also when a sequence was computed again."""
     generated_tokens: int
+    """Tokens handed to requests, those that a grammar forces too."""
     prompt_tokens_per_second: float
     """Over the last 10 seconds."""
     generated_tokens_per_second: float

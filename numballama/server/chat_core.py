@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from ..errors import Error
+from ..sampling import SamplingParams
+from ..structured import compile_constraint
 from .call import Call
 from .errors import ApiError, failed, refused
 from .generation import Generation, Piece
@@ -116,7 +118,12 @@ async def start(call: Call, request: ChatRequest, messages_field: str = "message
     fields = dict.fromkeys(forced, "tools")
     shown = form.shown_tokens(offered is not None)
     answers = not request.continue_final_message
-    generation = await call.generate(request, [ids], params, messages_field, answers, shown, fields)
+    try:
+        generation = await call.generate(request, [ids], params, messages_field, answers, shown, fields)
+    except ApiError as error:
+        if not forced or error.param != "tools":
+            raise
+        raise await service.run(_with_place, error, service, request, offered or []) from None
     return Chat(generation, parsers, request.parallel_tool_calls is False)
 
 
@@ -153,6 +160,19 @@ def forced_call(form: ToolFormat, request: ChatRequest, offered: list[Tool] | No
         }
     except Error as error:
         raise refused(error, "tools") from None
+
+
+def _with_place(error: ApiError, service: Service, request: ChatRequest, offered: Sequence[Tool]) -> ApiError:
+    """The error that the grammar of a call gave, with the tool whose parameters are not enforced."""
+    named = request.tool_choice.function.name if isinstance(request.tool_choice, NamedTool) else None
+    for index, tool in enumerate(offered):
+        if named in (None, tool.function.name):
+            try:
+                compile_constraint(SamplingParams(json_schema=tool.function.parameters or {}), service.tokenizer)
+            except Error as found:
+                message = f"tools.{index}: parameters of {tool.function.name}: {found}"
+                return ApiError(message, param=f"tools.{index}", code=error.code)
+    return error
 
 
 def plain_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:

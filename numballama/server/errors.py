@@ -45,6 +45,13 @@ class ApiError(Exception):
         self.status, self.param, self.code, self.retry_after = status, param, code, retry_after
         self._scheme = scheme
 
+    def renamed(self, names: Mapping[str, str]) -> ApiError:
+        """The same for a request that was converted. `names`: field → the client's name for it."""
+        if self.param is None or (name := names.get(self.param)) is None:
+            return self
+        message = name + self.message[len(self.param) :] if self.message.startswith(self.param) else self.message
+        return ApiError(message, self.status, param=name, code=self.code, retry_after=self.retry_after)
+
     @property
     def body(self) -> dict[str, Any]:
         """The body of the answer. `type` beside `error` is Anthropic's; OpenAI's clients do not read it."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import time
 from collections.abc import AsyncGenerator, Callable, Coroutine
@@ -13,7 +14,9 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message, Receive, Scope, Send
 
-from .errors import ApiError
+from .errors import ApiError, failed
+
+log = logging.getLogger("numballama.server")
 
 T = TypeVar("T")
 
@@ -63,9 +66,10 @@ async def read_body(request: Request, limit: int, timeout_s: float) -> bytes:
     Raises `ApiError`: 415 for another content type, 413 for more than `limit` bytes, 408 when the client takes longer
     than `timeout_s`. Raises `ClientGoneError`.
     """
-    kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
+    # also a protection: another site's page can send other types here, or none, without asking the browser
+    unnamed = "none" if "origin" in request.headers else "application/json"
+    kind = request.headers.get("content-type", unnamed).partition(";")[0].strip().lower()
     if not (kind == "application/json" or kind.endswith("+json")):
-        # also a protection: another site's page can send other types here without asking the browser
         raise ApiError(f"Content-Type must be application/json, found {kind}", 415, code="unsupported_media_type")
     too_large = ApiError(f"a body may have {limit:,} bytes", 413, code="request_too_large")
     length = request.headers.get("content-length", "")
@@ -174,6 +178,9 @@ class EventStream(Response):
                 await work
         except ApiError as error:
             last = self._on_error(error)
+        except Exception as error:
+            log.exception("a stream failed")
+            last = self._on_error(failed(error))
         finally:
             is_gone = gone.done()
             await _end(work, gone)

@@ -33,6 +33,8 @@ from .protocol import (
     NamedTool,
     Object,
     Request,
+    ResponseFormat,
+    Schema,
     StopString,
     Text,
     Tool,
@@ -77,6 +79,19 @@ class ToolChoice(Model):
     disable_parallel_tool_use: bool | None = None
 
 
+class OutputFormat(Model):
+    type: Literal["json_schema"]
+    schema_: Annotated[Object, Field(alias="schema")]
+
+
+class OutputConfig(Model):
+    format: OutputFormat | None = None
+
+
+NAMES = {"response_format": "output_config.format", "stop": "stop_sequences", "continue_final_message": "messages"}
+"""Field of /v1/chat/completions → the name here, in errors."""
+
+
 class CountRequest(Request):
     """/v1/messages/count_tokens."""
 
@@ -86,6 +101,9 @@ class CountRequest(Request):
     system: Text | Annotated[list[ResultPart], Field(max_length=MAX_PARTS)] | None = None
     tools: Annotated[list[MessagesTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ToolChoice | None = None
+    output_config: OutputConfig | None = None
+    output_format: OutputFormat | None = None
+    """The name of `output_config.format` in a beta version."""
     chat_template_kwargs: Object | None = None
 
 
@@ -102,7 +120,10 @@ class MessagesRequest(CountRequest):
 
 async def answer(call: Call, request: MessagesRequest) -> Response:
     """The answer to a request, whole or as a stream. Raises `ApiError`."""
-    chat = await chat_core.start(call, chat_request(request))
+    try:
+        chat = await chat_core.start(call, chat_request(request))
+    except ApiError as error:
+        raise error.renamed(NAMES) from None
     if request.stream:
         return call.stream(chat.generation, _events(call, chat), _error_event)
     (message,) = await whole_messages(chat)
@@ -124,6 +145,9 @@ def chat_request(request: CountRequest) -> ChatRequest:
         messages.append(Message(role="system", content=_joined(request.system)))
     for index, turn in enumerate(request.messages):
         _add(messages, turn, f"messages.{index}.content")
+    goes_on = messages[-1].role == "assistant" and not messages[-1].tool_calls  # the answer continues it
+    config = request.output_config
+    form = request.output_format if config is None or config.format is None else config.format
     choice, wanted = request.tool_choice, None
     if choice is not None and choice.type == "tool":
         if choice.name is None:
@@ -148,6 +172,10 @@ def chat_request(request: CountRequest) -> ChatRequest:
         messages=messages,
         tools=tools or None,
         tool_choice=wanted or (None if choice is None else names[choice.type]),
+        continue_final_message=goes_on or None,
+        response_format=None
+        if form is None
+        else ResponseFormat(type="json_schema", json_schema=Schema(schema_=form.schema_)),
         parallel_tool_calls=None if choice is None else not choice.disable_parallel_tool_use,
         chat_template_kwargs=request.chat_template_kwargs,
         **settings,
@@ -200,6 +228,8 @@ def _stopped(finish_reason: str, stop_reason: str | int | None) -> dict[str, Any
     """`stop_reason` and `stop_sequence` of an answer."""
     if finish_reason == "stop" and isinstance(stop_reason, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": stop_reason}
+    if finish_reason == "length" and stop_reason == "context":
+        return {"stop_reason": "model_context_window_exceeded", "stop_sequence": None}
     reasons = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
     return {"stop_reason": reasons[finish_reason], "stop_sequence": None}
 

@@ -68,7 +68,11 @@ def _depth(value: Any, limit: int) -> int:
 def _bounded(value: dict[str, Any]) -> dict[str, Any]:
     if _depth(value, MAX_DEPTH) > MAX_DEPTH:
         raise PydanticCustomError("too_deep", f"Value may be nested {MAX_DEPTH} deep")
-    if len(json.dumps(value, ensure_ascii=False)) > MAX_SCHEMA:
+    try:
+        size = len(json.dumps(value, ensure_ascii=False, allow_nan=False))
+    except ValueError:
+        raise PydanticCustomError("not_finite", "Numbers must be finite") from None
+    if size > MAX_SCHEMA:
         raise PydanticCustomError("too_long", f"Value may have {MAX_SCHEMA:,} characters as JSON")
     return value
 

@@ -12,6 +12,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any, Literal
 
@@ -29,7 +30,8 @@ from .call import openai_error
 from .errors import ApiError
 from .http import ClientGoneError, error_response, event, read_body
 from .metrics import Merged
-from .run import Address, curl_line, listen, prepare_log, protected
+from .run import Address, check_tls, curl_line, listen, prepare_log, protected
+from .service import DRAINING
 from .settings import Settings
 
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # before Ray is imported: it would report to its makers
@@ -50,6 +52,8 @@ QUIET = {"log_level": "WARNING", "enable_access_log": False}
 """Ray's own log. A replica has a line for each request, as every server of this package."""
 EVERY_S = 0.1
 """A stream's events are passed on so often: the first at once, later ones together."""
+LAST_S = 0.5
+"""How long proxies may take to pass on the last event of an answer."""
 FRONT_REQUESTS = 64
 """Requests that Ray starts another front for, if they are more for each."""
 
@@ -166,10 +170,17 @@ class Front:
     def __init__(self, replicas: DeploymentHandle, settings: Settings) -> None:
         self._replicas, self._settings = replicas, settings
         self._answer = replicas.answer.options(stream=True)
+        self._draining = False
+        self._active = 0
 
     def __serve_build_asgi_app__(self) -> Starlette:
         """Ray's name for the method that makes the application of a class."""
         return Starlette(routes=[Route("/metrics", self._metrics), Mount("/", self._forward)])
+
+    async def drain(self) -> int:
+        """Refuse new requests from now on. Returns how many are being answered."""
+        self._draining = True
+        return self._active
 
     async def _metrics(self, request: Request) -> Response:
         """The figures of all replicas together."""
@@ -180,6 +191,17 @@ class Front:
         return Response(text, status, media_type=headers[b"content-type"].decode())
 
     async def _forward(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._draining:
+            error = ApiError(DRAINING, 503, code="draining", retry_after=5)
+            await error_response(error)(scope, receive, send)
+            return
+        self._active += 1
+        try:
+            await self._pass_on(scope, receive, send)
+        finally:
+            self._active -= 1
+
+    async def _pass_on(self, scope: Scope, receive: Receive, send: Send) -> None:
         streams = started = False
         request = Request(scope, receive)
         try:
@@ -280,6 +302,7 @@ def run(arguments: dict[str, Any], settings: Settings, address: Address, show: C
     """
     if not address.port:
         raise Error("--port 0 and --ray do not go together: Ray's proxies use one port on all machines")
+    check_tls(address)
     listen(address).close()
     arguments = {**arguments, "settings": protected(settings, address)}
     try:
@@ -296,15 +319,30 @@ def run(arguments: dict[str, Any], settings: Settings, address: Address, show: C
         _deploy(app(arguments))
         show(f"numballama serves on Ray at {address.url}")
         show(curl_line(address.url, settings))
-        while again.wait():
-            again.clear()
-            _deploy(app(arguments))
-            show("all replicas have been replaced")
+        try:
+            while again.wait():
+                again.clear()
+                _deploy(app(arguments))
+                show("all replicas have been replaced")
+        except KeyboardInterrupt:
+            _drain(settings.drain_s)
     except KeyboardInterrupt:
-        pass
+        pass  # before requests were answered, or a second time: it does not wait for what runs
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _drain(seconds: float) -> None:
+    """Let the fronts refuse new requests, and wait until the running ones have ended or their time is over.
+
+    Ray's own shutdown ends its proxies at once, with all that they pass on.
+    """
+    fronts = serve.get_deployment_handle("Front", "default")
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and any(fronts.broadcast("drain").results(timeout_s=10)):
+        time.sleep(0.1)
+    time.sleep(LAST_S)
 
 
 def _deploy(application: serve.Application) -> None:

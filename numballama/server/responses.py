@@ -113,11 +113,19 @@ class ResponsesRequest(Request):
     chat_template_kwargs: Object | None = None
 
 
+NAMES = {"response_format": "text.format", "max_tokens": "max_output_tokens"}
+"""Field of /v1/chat/completions → the name here, in errors."""
+
+
 async def answer(call: Call, request: ResponsesRequest) -> Response:
     """The answer to a request, whole or as a stream. Raises `ApiError`."""
-    chat = await chat_core.start(call, chat_request(request), "input")
+    try:
+        chat = await chat_core.start(call, chat_request(request), "input")
+    except ApiError as error:
+        raise error.renamed(NAMES) from None
     if request.stream:
-        return call.stream(chat.generation, _events(call, request, chat), _error_event)
+        writer = _Writer()
+        return call.stream(chat.generation, _events(call, request, chat, writer), writer.error)
     (message,) = await whole_messages(chat)
     return JsonResponse(_response(call, request, chat, _output(message), message.finish_reason))
 
@@ -261,11 +269,13 @@ def _new_id(kind: str) -> str:
 def _output(message: WholeMessage) -> list[dict[str, Any]]:
     """The items of a whole answer."""
     output = [_reasoning_item(_new_id("rs"), message.reasoning)] if message.reasoning else []
-    if message.content or not message.calls:
+    if message.content or not (message.calls or message.reasoning):
         output.append(_message_item(_new_id("msg"), message.content))
     for made in message.calls:
         function = made["function"]
         output.append(_call_item(_new_id("fc"), made["id"], function["name"], function["arguments"]))
+    if message.finish_reason == "length":
+        output[-1]["status"] = "incomplete"
     return output
 
 
@@ -301,6 +311,10 @@ class _Writer:
     def event(self, kind: str, **data: Any) -> bytes:
         self._number += 1
         return event({"type": kind, "sequence_number": self._number, **data}, kind)
+
+    def error(self, error: ApiError) -> bytes:
+        """The last event of a stream that fails."""
+        return self.event("error", code=error.code, message=error.message, param=error.param)
 
     def write(self, found: Sequence[Event]) -> bytes:
         """The events for parts of an answer."""
@@ -360,9 +374,8 @@ class _Writer:
         return data
 
 
-async def _events(call: Call, request: ResponsesRequest, chat: Chat) -> AsyncGenerator[bytes, None]:
+async def _events(call: Call, request: ResponsesRequest, chat: Chat, writer: _Writer) -> AsyncGenerator[bytes, None]:
     """The events of a stream."""
-    writer = _Writer()
     started = _response(call, request, chat, [], None)
     yield writer.event("response.created", response=started) + writer.event("response.in_progress", response=started)
     reason: str = "length"
@@ -376,9 +389,3 @@ async def _events(call: Call, request: ResponsesRequest, chat: Chat) -> AsyncGen
     status = "incomplete" if reason == "length" else "completed"
     yield writer.close(status)
     yield writer.event(f"response.{status}", response=_response(call, request, chat, writer.items, reason))
-
-
-def _error_event(error: ApiError) -> bytes:
-    body = error.body["error"]
-    data = {"type": "error", "code": body["code"], "message": body["message"], "param": body["param"]}
-    return event({**data, "sequence_number": 0}, "error")

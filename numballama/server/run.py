@@ -7,19 +7,24 @@ import json
 import logging
 import os
 import socket
+import ssl
 import sys
 import threading
 import time
+from asyncio import BaseTransport, Protocol, TimerHandle
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import FrameType
 from typing import TYPE_CHECKING
 
 import uvicorn
+from uvicorn.protocols.http.auto import AutoHTTPProtocol
 
 from ..errors import Error
 from .app import create_app
+from .errors import ApiError
 from .guard import JsonFormatter
+from .http import dumps
 from .service import Service
 from .settings import Settings
 
@@ -86,6 +91,57 @@ class Server(uvicorn.Server):
         return await super().on_tick(counter)
 
 
+def connection_class(head_s: float) -> type[Protocol]:
+    """uvicorn's class of a connection, with our answer to what is no HTTP.
+
+    A connection ends when the head of a request takes longer than `head_s` to arrive.
+    """
+
+    class Connection(AutoHTTPProtocol):  # type: ignore[misc, valid-type]
+        _timer: TimerHandle | None = None
+
+        def connection_made(self, transport: BaseTransport) -> None:
+            super().connection_made(transport)
+            self._watch()
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._unset_timer()
+            super().connection_lost(exc)
+
+        @property
+        def _waits(self) -> bool:
+            """Whether no request is being answered."""
+            return self.cycle is None or self.cycle.response_complete
+
+        def _watch(self) -> None:
+            if not self._waits:
+                self._unset_timer()
+            elif self._timer is None:
+                self._timer = self.loop.call_later(head_s, self._end)
+
+        def _unset_timer(self) -> None:
+            timer, self._timer = self._timer, None
+            if timer is not None:
+                timer.cancel()
+
+        def _end(self) -> None:
+            self._timer = None
+            if self._waits:
+                self.transport.close()
+
+        def send_400_response(self, msg: str) -> None:
+            body = dumps(ApiError("this is no valid request of HTTP/1.1", code="invalid_http").body)
+            head = "HTTP/1.1 400 Bad Request\r\nContent-Type: application/json\r\nConnection: close\r\n"
+            self.transport.write(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            self.transport.close()
+
+    return Connection
+
+
 def serve(
     load: Callable[[], Model],
     settings: Settings,
@@ -101,10 +157,11 @@ def serve(
     """
     prepare_log(log_json)
     settings = protected(settings, address)
+    check_tls(address)
     listener = listen(address)
     app = create_app(None, settings)
     service: Service = app.state.service
-    server = Server(server_config(app, address), service)
+    server = Server(server_config(app, address, settings.body_timeout_s), service)
     found: list[Model] = []
     errors: list[BaseException] = []
     url = replace(address, port=listener.getsockname()[1]).url
@@ -148,9 +205,26 @@ def protected(settings: Settings, address: Address) -> Settings:
     return settings
 
 
-def server_config(app: object, address: Address) -> uvicorn.Config:
+def check_tls(address: Address) -> None:
+    """Raise `Error` for files of TLS that cannot be used. Asks nobody for a password."""
+    if address.tls_certificate is None:
+        return
+
+    def password() -> str:
+        raise Error(f"--tls-key {address.tls_key}: the key is encrypted; write it without a password (openssl pkey)")
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(address.tls_certificate, address.tls_key, password)
+    except OSError as error:
+        reason = getattr(error, "reason", None) or error.strerror or error
+        files = f"--tls-cert {address.tls_certificate} --tls-key {address.tls_key}"
+        raise Error(f"{files}: {reason}; a certificate and its key as PEM are needed") from None
+
+
+def server_config(app: object, address: Address, head_s: float = Settings.body_timeout_s) -> uvicorn.Config:
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
+        http=connection_class(head_s),
         log_config=None,
         access_log=False,
         server_header=False,

@@ -31,7 +31,7 @@ class Settings:
     max_logits: int = 2 << 30
     """Bytes of logits that log probabilities of a prompt may need."""
     body_timeout_s: float = 60
-    """Time for a client to send its body."""
+    """Time for a client to send the head of a request, and then for its body."""
     request_timeout_s: float = 3600
     """Time for a request, its waiting included."""
     keep_alive_s: float = 15

@@ -60,6 +60,14 @@ def first_lines(error: str) -> str:
     return " ".join(re.split(r"\n +\d+ \|", message)[0].split())[:400]
 
 
+class NotFollowedError(Error):
+    """llguidance refuses a grammar. `reason` is what it says."""
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(f"{what} cannot be followed: {reason}")
+        self.reason = reason
+
+
 class Checker:
     """A pool of child processes."""
 
@@ -70,7 +78,10 @@ class Checker:
         self._pid = os.getpid()
 
     def check(self, grammar: str, what: str) -> None:
-        """Raise `Error` unless the grammar compiles in time. `what` is what the caller calls it."""
+        """Raise `Error` unless the grammar compiles in time. `what` is what the caller calls it.
+
+        `NotFollowedError`: the compiler says what is wrong.
+        """
         with self._running:
             process = self._take()
             done = False
@@ -86,7 +97,7 @@ class Checker:
             finally:
                 self._give(process, done)
         if answer:
-            raise Error(f"{what} cannot be followed: {answer}")
+            raise NotFollowedError(what, answer)
 
     def _take(self) -> subprocess.Popen[bytes]:
         with self._lock:

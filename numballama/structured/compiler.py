@@ -13,7 +13,8 @@ from ..engine.sequence import Constraint
 from ..errors import Error, UnsupportedError
 from ..sampling import SamplingParams
 from ..tokenizers.base import Tokenizer
-from .checker import Checker
+from .blame import place_of
+from .checker import Checker, NotFollowedError
 from .constraint import COPIES, Grammar, GrammarConstraint, MaskBlocks
 from .forced import ForcedTokens
 from .lark import MAX_GRAMMAR, check_grammar, regex_grammar, schema_grammar, to_lark
@@ -62,7 +63,13 @@ def compile_constraint(
     if stop_token_ids is None:
         stop_token_ids = tokenizer.eog_ids | frozenset(params.stop_token_ids)
     compiler = _compiler_of(tokenizer)
-    grammar = compiler.compile(*_sources(source, getattr(params, source)), source)
+    texts = _sources(source, getattr(params, source))
+    try:
+        grammar = compiler.compile(*texts, source)
+    except NotFollowedError as error:
+        if source != "json_schema":
+            raise
+        raise place_of(error, check_schema(params.json_schema), _checker.check) from None
     size = tokenizer.vocab_size if vocab_size is None else vocab_size
     forced = compiler.forced if params.logprobs is None else None  # a token that is not sampled has none
     return partial(GrammarConstraint, grammar, compiler.blocks, size, stop_token_ids, compiler.special, forced)

@@ -254,8 +254,10 @@ def _check_together(found: dict[str, Any], place: str) -> None:
         elif found.get(exclusive) is False:
             del found[exclusive]
     least, required = found.get("minProperties", 0), len(set(found.get("required", ())))
-    if least > max(required, 1):  # other names may be repeated in the text, which counts once
-        _fail(place, "minProperties", f"can be enforced up to the number of required properties, {required}, or 1")
+    closed = found.get("additionalProperties") is False and "patternProperties" not in found
+    most = required + 1 if closed else max(required, 1)  # other names may be repeated in the text, which counts once
+    if least > most:
+        _fail(place, "minProperties", f"can be enforced up to {most} with {required} required properties")
 
 
 def _is_list(value: object) -> TypeGuard[Sequence[Any]]:

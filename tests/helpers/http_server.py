@@ -133,7 +133,7 @@ def serving(model: Model | None, settings: Settings | None = None) -> Iterator[R
     address = Address(port=0)
     listener = listen(address)
     app = create_app(model, settings)
-    server = Server(server_config(app, address), app.state.service)
+    server = Server(server_config(app, address, settings.body_timeout_s), app.state.service)
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:

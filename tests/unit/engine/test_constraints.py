@@ -95,14 +95,16 @@ def test_forced_tokens_need_no_run(lookahead: int, rows: int) -> None:
     runner = FakeRunner(lookahead=lookahead, max_tokens=rows)
     engine = Engine(runner)
     for most, length, reason in ((20, 10**6, "length"), (20, 12, "stop"), (12, 12, "stop"), (11, 12, "length")):
-        runs, generated = runner.runs, engine.stats().generated_tokens
+        runs, before = runner.runs, engine.stats()
         params = make_params(max_tokens=most, presence_penalty=1)
         events = list(engine.submit(PROMPT, params, constraint=lambda n=length: Forcing(n), reuse_prefix=False))
         count = min(most, length)
         assert [event.token for event in events] == forcing(PROMPT, count)
         assert [event.finish_reason for event in events] == [None] * (count - 1) + [reason]
         assert runner.runs - runs == -(-count // 3)  # the rows of prompt and forced tokens fit into one run each
-        assert engine.stats().generated_tokens - generated == count
+        after = engine.stats()
+        assert after.generated_tokens - before.generated_tokens == count
+        assert after.prompt_tokens - before.prompt_tokens == len(PROMPT)
         check_engine(engine, runner)
 
 

@@ -503,6 +503,17 @@ def test_statistics() -> None:
     assert stats.generated_tokens_per_second > 0
 
 
+@pytest.mark.parametrize("ahead", [0, 2])
+def test_tokens_behind_the_end_are_not_counted(ahead: int) -> None:
+    """Runs that are submitted ahead sample more than a text that has ended needs."""
+    engine, _ = make(lookahead=ahead)
+    third = tokens_of(engine.submit(PROMPT, make_params(max_tokens=3)))[2]
+    before = engine.stats().generated_tokens
+    tokens = tokens_of(engine.submit(PROMPT, make_params(max_tokens=50), stop_token_ids=[third]))
+    settle(engine)
+    assert engine.stats().generated_tokens - before == len(tokens) == 3
+
+
 @given(
     st.lists(st.tuples(st.lists(st.integers(0, 2), min_size=1, max_size=20), st.integers(1, 20)), max_size=8),
     st.integers(0, 2),

@@ -69,6 +69,15 @@ def test_only_json(server: Running) -> None:
     assert server.post("/tokenize", {"content": "a"}, Content_Type="application/json; charset=utf-8").status == 200
 
 
+def test_a_page_of_another_site_sends_nothing(server: Running) -> None:
+    """Browsers ask nobody before they send a body without a type. Programs that leave it out send no Origin."""
+    body = json.dumps({"content": "a"}).encode()
+    assert server.request("POST", "/tokenize", body).status == 200
+    answer = server.request("POST", "/tokenize", body, Origin="http://evil.example")
+    assert answer.status == 415 and answer.error["code"] == "unsupported_media_type"
+    assert server.post("/tokenize", {"content": "a"}, Origin=server.url).status == 200
+
+
 def test_a_body_has_a_limit(model: Model) -> None:
     with serving(model, Settings(max_body=1000)) as server:
         assert server.post("/tokenize", {"content": "a" * 900}).status == 200
@@ -87,6 +96,30 @@ def test_a_body_that_does_not_come(model: Model) -> None:
     ):
         connection.sendall(head)
         assert connection.recv(1000).startswith(b"HTTP/1.1 408")
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HT", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\nGET /h"])
+def test_a_head_that_does_not_come(model: Model, sent: bytes) -> None:
+    with (
+        serving(model, Settings(body_timeout_s=0.2)) as server,
+        socket.create_connection(("127.0.0.1", server.port), timeout=LONG) as connection,
+    ):
+        connection.sendall(sent)
+        data = b"".join(iter(lambda: connection.recv(1000), b""))
+        assert data.count(b"HTTP/1.1 200 OK") == sent.count(b"\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [b"\x16\x03\x01\x02\x00\x01\x00", b"HELLO\r\n\r\n", b"POST / HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n"],
+)
+def test_what_is_no_http(server: Running, sent: bytes) -> None:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=LONG) as connection:
+        connection.sendall(sent)
+        data = b"".join(iter(lambda: connection.recv(1000), b""))
+    head, _, body = data.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ")
+    ErrorAnswer.model_validate(json.loads(body), strict=True)
 
 
 # Keys and hosts
@@ -307,6 +340,17 @@ def test_metrics(server: Running) -> None:
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions_total"):
         assert after[prefix + name] == 0
     assert {f"{prefix}prefix_cache_queries_total", f"{prefix}prefix_cache_hits_total"} <= set(after)
+
+
+def test_metrics_count_as_usage_does(server: Running) -> None:
+    """Tokens that a grammar forces are generated ones."""
+    before, schema = samples(server), {"const": {"a long name of a property": ["and a long text", 12345]}}
+    body = LONG_TEXT | {"prompt": [40] * 70, "json_schema": schema, "ignore_eos": False}
+    usages = [server.post("/v1/completions", body).json["usage"] for _ in range(2)]
+    grown = {name.removeprefix("numballama:"): value - before.get(name, 0) for name, value in samples(server).items()}
+    assert [each["prompt_tokens_details"]["cached_tokens"] for each in usages] == [0, 64]
+    assert grown["prompt_tokens_total"] == 70 + 6 and grown["prefix_cache_hits_total"] == 64
+    assert grown["generation_tokens_total"] == sum(each["completion_tokens"] for each in usages) > 20
 
 
 def test_models_and_properties(server: Running, model: Model) -> None:

@@ -140,11 +140,21 @@ def test_what_is_refused(server: Running, body: dict[str, Any], param: str) -> N
     assert answer.status == 400 and answer.error["param"] == param, answer.body
 
 
-def test_a_schema_that_a_forced_call_cannot_enforce(server: Running) -> None:
-    parameters = {"type": "object", "properties": {"x": {"type": "array", "uniqueItems": True}}}
-    tools = [{"type": "function", "function": {"name": "look", "parameters": parameters}}]
-    answer = server.post(PATH, BODY | {"tools": tools, "tool_choice": "required"})
-    assert answer.status == 400 and "uniqueItems" in answer.error["message"], answer.body
+UNIQUE = {"type": "array", "uniqueItems": True}
+EITHER = {"oneOf": [{"type": "integer"}, {"type": "number"}]}
+NAMED_CHOICE = {"type": "function", "function": {"name": "look"}}
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED_CHOICE])
+@pytest.mark.parametrize(("schema", "keyword"), [(UNIQUE, "uniqueItems"), (EITHER, "oneOf")])
+def test_a_schema_that_a_forced_call_cannot_enforce(server: Running, schema: Any, keyword: str, choice: Any) -> None:
+    """One is refused by our check, one by llguidance. The error names tool, keyword and place."""
+    parameters = {"type": "object", "properties": {"x": schema}}
+    tools = [*TOOLS[1:], {"type": "function", "function": {"name": "look", "parameters": parameters}}]
+    error = server.post(PATH, BODY | {"tools": tools, "tool_choice": choice}).error
+    assert error["param"] == "tools.1"
+    beginning = f"tools.1: parameters of look: json_schema: {keyword!r} at #/properties/x "
+    assert error["message"].startswith(beginning), error
 
 
 def test_reasoning(thinking: Running) -> None:

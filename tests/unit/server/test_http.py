@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import AsyncGenerator
 
 import pytest
 from starlette.types import Message
 
 from numballama.server.errors import ApiError
-from numballama.server.http import ClientGoneError, dumps, event, number, until_gone
+from numballama.server.http import ClientGoneError, EventStream, dumps, event, number, until_gone
 
 
 def test_json() -> None:
@@ -42,6 +43,26 @@ def test_work_ends_with_its_client(gone: bool) -> None:
     else:
         assert asyncio.run(until_gone(receive, work(), 60)) == "done"
     assert cancelled == [True] * gone
+
+
+def test_a_stream_that_fails_ends_with_an_event() -> None:
+    sent: list[Message] = []
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        yield b"data: 1\n\n"
+        raise ValueError("nobody expected it")
+
+    async def receive() -> Message:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+
+    stream = EventStream(events(), lambda: None, lambda error: dumps(error.body), 60, 60)
+    asyncio.run(stream({"type": "http"}, receive, send))
+    assert [message.get("more_body") for message in sent] == [None, True, False]
+    assert b'"code":"server_error"' in sent[-1]["body"] and b"nobody" not in sent[-1]["body"]
 
 
 def test_work_has_a_time_limit() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
+from numballama.model import Model
 from numballama.server.answers import MessagesAnswer
 from numballama.server.http import dumps
 from numballama.server.messages import MessagesRequest, _Writer, chat_request
@@ -48,6 +50,40 @@ def test_streamed_is_not_streamed(server: Running) -> None:
     assert text == whole["content"][0]["text"]
     assert events[-2]["delta"] == {"stop_reason": "stop_sequence", "stop_sequence": word}
     assert events[-2]["usage"]["output_tokens"] == whole["usage"]["output_tokens"]
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"const": 7}}, "required": ["a"], "additionalProperties": False}
+
+
+@pytest.mark.parametrize("name", ["output_config", "output_format"])
+def test_a_format_is_enforced(server: Running, name: str) -> None:
+    form: dict[str, Any] = {"type": "json_schema", "schema": SCHEMA}
+    body = GREEDY | {name: {"format": form} if name == "output_config" else form, "max_tokens": 30}
+    answer = server.post(PATH, body).json
+    assert json.loads(answer["content"][0]["text"]) == {"a": 7} and answer["stop_reason"] == "end_turn"
+    form["schema"] = {"type": "array", "uniqueItems": True}
+    error = server.post(PATH, body).error
+    assert error["param"] == "output_config.format"
+    assert error["message"].startswith("output_config.format: 'uniqueItems' at # is not enforced")
+
+
+def test_an_answer_continues_a_last_message_of_the_assistant(server: Running) -> None:
+    beginning = {"role": "assistant", "content": "Once there was a dog"}
+    body = GREEDY | {"messages": [*GREEDY["messages"], beginning]}
+    chat = server.post("/v1/chat/completions", body | {"continue_final_message": True}).json
+    answer = server.post(PATH, body).json
+    assert answer["content"][0]["text"] == chat["choices"][0]["message"]["content"]
+    assert (
+        answer["usage"]["input_tokens"] + answer["usage"]["cache_read_input_tokens"] == chat["usage"]["prompt_tokens"]
+    )
+
+
+def test_the_context_ends_an_answer(server: Running, model: Model) -> None:
+    """The prompt leaves room for a few tokens, too few to end the story."""
+    words = {"role": "user", "content": "the dog " * 238}
+    answers = [server.post(PATH, GREEDY | {"messages": [words], "max_tokens": most}).json for most in (1, 1000)]
+    assert [each["stop_reason"] for each in answers] == ["max_tokens", "model_context_window_exceeded"]
+    assert sum(answers[1]["usage"].values()) == model.context + 1  # the last token is never read
 
 
 def test_blocks_become_messages() -> None:

@@ -43,6 +43,26 @@ def test_objects_are_bounded() -> None:
     assert error_of(ChatRequest, messages=MESSAGES, tools=tools * 129).param == "tools"
 
 
+NOT_FINITE = '{"messages": [{"role": "user", "content": "a"}], "input": "a", "max_tokens": 1, '
+
+
+@pytest.mark.parametrize("number", ["NaN", "-Infinity"])
+@pytest.mark.parametrize(
+    ("path", "field", "param"),
+    [
+        ("/v1/chat/completions", '"json_schema": {"default": NUMBER}', "json_schema"),
+        ("/v1/chat/completions", '"chat_template_kwargs": {"x": [NUMBER]}', "chat_template_kwargs"),
+        ("/v1/responses", '"text": {"format": {"type": "json_schema", "schema": {"default": NUMBER}}}',
+         "text.format.schema"),
+        ("/v1/messages", '"tools": [{"name": "f", "input_schema": {"default": NUMBER}}]', "tools.0.input_schema"),
+    ],
+)  # fmt: skip
+def test_numbers_that_json_does_not_have(server: Running, path: str, field: str, param: str, number: str) -> None:
+    """Python's parser takes them, and an answer that repeats one could not be written."""
+    answer = server.post(path, f"{NOT_FINITE}{field.replace('NUMBER', number)}}}".encode())
+    assert answer.status == 400 and answer.error["param"] == param and "finite" in answer.error["message"]
+
+
 def test_choices_are_bounded() -> None:
     choices = {"choice": ["a" * 1000] * 300}
     assert error_of(CompletionRequest, prompt="a", structured_outputs=choices).param == "structured_outputs.choice"

@@ -51,6 +51,28 @@ def test_streamed_is_not_streamed(server: Running) -> None:
     assert final["output"][0]["content"][0]["text"] == text and final["usage"]["output_tokens"] == 10
 
 
+def test_an_answer_that_was_cut_is_incomplete(server: Running) -> None:
+    item = server.post(PATH, GREEDY).json["output"][-1]
+    streamed = server.post(PATH, GREEDY | {"stream": True}).events[-1]["response"]["output"][-1]
+    assert item["status"] == streamed["status"] == "incomplete"
+
+
+def test_an_error_names_the_fields_of_this_interface(server: Running) -> None:
+    form = {"type": "json_schema", "name": "n", "schema": {"properties": {"a": {"not": {}}}}}
+    error = server.post(PATH, GREEDY | {"text": {"format": form}}).error
+    assert error["param"] == "text.format"
+    assert error["message"].startswith("text.format: 'not' at #/properties/a is not enforced")
+
+
+def test_the_last_event_of_a_stream_that_fails() -> None:
+    writer = _Writer()
+    data = writer.write([Content("a")]) + writer.error(ApiError("too late", 504, code="timeout"))
+    *events, last = Answered(200, {"content-type": "text/event-stream"}, data).events
+    assert last == {
+        "type": "error", "code": "timeout", "message": "too late", "param": None, "sequence_number": len(events),
+    }  # fmt: skip
+
+
 def test_items_become_messages() -> None:
     items = [
         {"role": "developer", "content": "d"},

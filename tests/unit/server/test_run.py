@@ -137,6 +137,39 @@ def test_a_port_in_use_is_an_error() -> None:
         listen(Address("no.such.host.invalid"))
 
 
+@pytest.mark.parametrize(
+    ("certificate", "key", "message"),
+    [
+        ("c", "other", "KEY_VALUES_MISMATCH"),
+        ("none", "k", "PEM"),
+        ("c", "none", "PEM"),
+        ("c", "locked", "is encrypted"),
+    ],
+)
+def test_files_of_tls_that_cannot_be_used(tls: Path, certificate: str, key: str, message: str) -> None:
+    """They are an error at once, and nobody is asked for a password."""
+    address = Address(port=0, tls_certificate=str(tls / certificate), tls_key=str(tls / key))
+    with pytest.raises(Error, match=f"--tls-key .*/{key}: .*{message}"):
+        serve(lambda: pytest.fail("nothing is loaded"), Settings(), address, show=lambda line: pytest.fail(line))
+
+
+@pytest.fixture(scope="module")
+def tls(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a certificate c and its key k, another key, k with a password, and a file that is no PEM."""
+    if shutil.which("openssl") is None:
+        pytest.skip("the command openssl makes the files")
+    folder = tmp_path_factory.mktemp("tls")
+    curve = ["ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"]
+    (folder / "none").write_text("no certificate", encoding="utf-8")
+    for words in (
+        ["req", "-x509", "-newkey", *curve, "-nodes", "-days", "2", "-subj", "/CN=a", "-out", "c", "-keyout", "k"],
+        ["ecparam", "-genkey", "-name", "prime256v1", "-noout", "-out", "other"],
+        ["pkey", "-in", "k", "-aes128", "-passout", "pass:secret", "-out", "locked"],
+    ):
+        subprocess.run(["openssl", *words], check=True, capture_output=True, cwd=folder)
+    return folder
+
+
 def test_what_a_model_cannot_do_ends_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "prepare_log", lambda as_json: None)  # it is for a process of its own
 

@@ -83,8 +83,8 @@ RULES = "start: " + " | ".join(f"r{n}" for n in range(2000)) + "\n" + "".join(f'
         ({"grammar": "start: b\n"}, "grammar cannot be followed"),
         ({"grammar": RULES}, "grammar (takes longer|is too large|cannot be followed|allows no text)"),
         ({"json_schema": {"type": "string", "not": {}}}, "'not' at # is not enforced"),
-        ({"json_schema": {"oneOf": [{"type": "integer"}, {"minimum": 3}]}}, "json_schema cannot be followed: .*oneOf"),
-        ({"json_schema": {"type": "integer", "const": "a"}}, "json_schema cannot be followed"),
+        ({"json_schema": {"oneOf": [{"type": "integer"}, {"minimum": 3}]}}, "'oneOf' at # cannot be followed"),
+        ({"json_schema": {"type": "integer", "const": "a"}}, "'const' at # cannot be followed: .*incompatible types"),
     ],
     ids=lambda value: repr(value)[:40],
 )

@@ -141,6 +141,17 @@ def test_old_forms_mean_the_same() -> None:
     assert allows(above, "4") and not allows(above, "3")
 
 
+def test_properties_of_a_closed_object_are_counted() -> None:
+    value = {"type": "object", "properties": {name: {"const": 1} for name in "abc"}, "additionalProperties": False}
+    two = value | {"required": ["a"], "minProperties": 2}
+    assert allows(two, '{"a":1,"b":1}') and allows(two, '{"a":1,"c":1}') and not allows(two, '{"a":1}')
+    for more in ({"patternProperties": {"x": {}}}, {"additionalProperties": True}):
+        with pytest.raises(Error, match="'minProperties' at # can be enforced up to 1 with 1 required"):
+            check_schema(two | more)
+    with pytest.raises(Error, match="'minProperties' at # can be enforced up to 2 with 1 required"):
+        check_schema(two | {"minProperties": 3})
+
+
 def test_a_name_has_one_spelling() -> None:
     """llguidance takes "\\u0061" for a name other than "a", unless it is told that there are no such escapes."""
     value = {"type": "object", "properties": {"a": {"type": "integer"}, "b\n": {"const": 1}}}
