@@ -88,8 +88,8 @@ def find(directory: Path, single_file: MappedFile | None = None) -> Tensors:
     raise FormatError(
         "it is not clear which file holds the weights",
         path=directory,
-        expected=f"{SINGLE}, {INDEX}, one file *.safetensors, {TORCH_SINGLE} or {TORCH_INDEX}",
-        found=f"{len(names) if names else 'no'} files *{suffix}",
+        expected=f"{SINGLE}, {INDEX}, one file *.safetensors, {TORCH_SINGLE} or {TORCH_INDEX}, or the path of a file",
+        found=", ".join([*names, *(each for each in visible(directory, "") if each not in names)][:12]) or "no files",
     )
 
 

@@ -174,5 +174,7 @@ def test_directories_without_weights_of_their_own(tmp_path: Path, copy: Callable
     assert open_checkpoint(folder).format == "Meta"
     for name in ("consolidated.00.pth", "params.json"):
         (folder / name).unlink()
-    with pytest.raises(FormatError, match=r"expected model\.safetensors.*pytorch_model\.bin.*found no files"):
+    with pytest.raises(
+        FormatError, match=r"expected model\.safetensors.*pytorch_model\.bin.*found config\.json, expected\.npz, gen"
+    ):
         open_checkpoint(folder)
