@@ -288,6 +288,8 @@ def _decoding(library: Library, path: Path, notes: list[str]) -> Decoding:
     nodes = list(library_nodes(json.loads(library.decoder.__getstate__()), "decoders"))
     kinds = [str(node.get("type")) for node in nodes]
     if "ByteLevel" in kinds:
+        if others := sorted({*kinds} - {"ByteLevel", "ByteFallback", "Fuse"}):
+            notes.append(f"decoder ByteLevel alone is followed, not {', '.join(others)} beside it")
         return BYTE_LEVEL
     replaced: list[tuple[str, str]] = []
     strip, fused = Strip.NONE, False

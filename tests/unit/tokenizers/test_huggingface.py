@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.formats.hf.text_files import read_text_files
@@ -210,6 +210,13 @@ def test_decoders_are_the_librarys(tmp_path: Path, decoder: dict[str, Any] | lis
         assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == library.decode(ids)
     (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(content) | {"decoder": None}))
     assert load_tokenizer(tmp_path).decode(ids := library.encode("abc a").ids) == "abc a" and ids
+
+
+def test_what_is_beside_a_byte_level_decoder_is_noted(tmp_path: Path) -> None:
+    library = trained()
+    library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    notes = load_tokenizer(save_json(tmp_path, library)).notes
+    assert notes == ("decoder ByteLevel alone is followed, not Strip beside it",)
 
 
 def test_words_that_end_with_a_suffix(tmp_path: Path) -> None:
