@@ -162,4 +162,5 @@ def _merged(directory: Path, names: Iterable[str], table: dict[str, str] | None 
         for name, info in tensors_of(map_file(directory / file_name)).items():
             if name not in tensors or (table or {}).get(name, file_name) == file_name:
                 tensors[name] = info
-    return Tensors(tensors, [f"no index says which files belong together: all {len(names)} parts are read"])
+    together = [f"no index says which files belong together: all {len(names)} parts are read"]
+    return Tensors(tensors, together if len(names) > 1 else [])

@@ -72,6 +72,13 @@ def test_shards_with_and_without_an_index(copy: Callable[[str], Path], stem: str
         open_checkpoint(folder)
 
 
+def test_one_shard_is_the_whole_model(copy: Callable[[str], Path]) -> None:
+    folder = copy("llama")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    opened = open_checkpoint(folder)
+    assert same(opened, open_checkpoint(LLAMA)) and opened.notes == []
+
+
 def test_an_index_whose_table_is_wrong(copy: Callable[[str], Path]) -> None:
     """The tensors of all named files count, wherever the table puts them; of two, the one that it names."""
     folder = copy("llama")
