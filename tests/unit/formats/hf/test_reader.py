@@ -133,6 +133,14 @@ def test_indexes_that_lead_astray(copy: Callable[[str], Path], tmp_path: Path) -
             open_checkpoint(folder)
 
 
+def test_mistrals_own_format_is_named(copy: Callable[[str], Path]) -> None:
+    folder = copy("llama")
+    (folder / "model.safetensors").rename(folder / "consolidated.safetensors")
+    (folder / "config.json").rename(folder / "params.json")
+    with pytest.raises(FormatError, match=r"expected config\.json; found params\.json, of Meta's and Mistral's own"):
+        open_checkpoint(folder)
+
+
 def test_adapters_are_named(copy: Callable[[str], Path]) -> None:
     """An adapter alone is no model; beside one, it is not applied, and a note says so."""
     folder = copy("llama")
