@@ -30,7 +30,7 @@ class MappedFile:
 
 
 def map_file(path: str | os.PathLike[str]) -> MappedFile:
-    """Map the regular file at `path` (`~` is expanded). Nothing is read yet.
+    """Map the regular file at `path` (`~` is expanded). Only its beginning is read.
 
     Raises `Error` when it is missing, unreadable or not a regular file, and `FormatError` when it is empty or a pointer
     of Git LFS.

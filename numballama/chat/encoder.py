@@ -184,6 +184,11 @@ SPELLED = (
     "model.chat() (numballama chat) applies the model's template"
 )
 
+TWICE_BOS = (
+    "the prompt begins with BOS, and this vocabulary puts BOS before every text: the model reads it twice, as in "
+    "llama.cpp and transformers; leave it out of the prompt"
+)
+
 
 def note_once(notes: list[str], text: str) -> None:
     """Add a note to those of a model and show it, unless it is among them."""
@@ -207,6 +212,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str | None, special: bool, notes
     ids = tokenizer.encode(prompt or "", bos=True, special=special)
     if prompt is not None and not special and spells_control_tokens(tokenizer, prompt):
         note_once(notes, SPELLED)
+    if special and tokenizer.add_bos and ids[:2] == [tokenizer.bos_id] * 2:
+        note_once(notes, TWICE_BOS)
     return ids
 
 

@@ -84,11 +84,19 @@ def _info(file: MappedFile, keys: Keys, name: str, start: int) -> TensorInfo:
     shape, span = entry.values.get("shape"), entry.values.get("data_offsets")
     if not _naturals(shape) or len(shape) > _MAX_DIMS:
         raise entry.fault("shape", f"at most {_MAX_DIMS} whole numbers")
-    if not _naturals(span) or len(span) != 2 or not span[0] <= span[1] <= file.size - start:
-        raise entry.fault("data_offsets", f"a begin and an end within {file.size - start:,} bytes")
+    if not _naturals(span) or len(span) != 2 or not span[0] <= span[1]:
+        raise entry.fault("data_offsets", "a begin and an end")
     bits = math.prod(shape) * DTYPES[dtype]
     if bits % 8 or bits // 8 != span[1] - span[0]:
         raise entry.fault("data_offsets", f"{ceil_div(bits, 8):,} bytes for {dtype} {shape}")
+    if span[1] > file.size - start:
+        raise FormatError(
+            "the file ends before its tensors: was a download interrupted?",
+            path=file.path,
+            where=f"tensor {name[:100]}",
+            expected=f"at least {start + span[1]:,} bytes",
+            found=f"{file.size:,}",
+        )
     return TensorInfo(file, name, dtype, tuple(shape), start + span[0], span[1] - span[0])
 
 

@@ -32,6 +32,11 @@ _NAMES = ("tokenizer.json", "tokenizer.model", VOCABULARY, "tokenizer.bin")
 """Names of tokenizer files in a directory, in order of preference."""
 _VERSIONED = re.compile(r"tokenizer\.model\.v\d+")
 """Mistral's names of sentencepiece models, after `_NAMES`."""
+_BESIDE = (
+    MERGES, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json",
+    "generation_config.json",
+)  # fmt: skip
+"""Files that are read beside a tokenizer and are none."""
 _UNREAD = {
     "tekken.json": "Mistral's format for its own programs",
     "qwen.tiktoken": "the first Qwen's format",
@@ -83,6 +88,13 @@ def _load_file(path: str | PathLike[str]) -> Tokenizer:
             )
         in_gguf.prepare()
         return in_gguf
+    if file.path.name in _BESIDE:
+        raise FormatError(
+            "a file beside a tokenizer, not the tokenizer",
+            path=path,
+            expected=f"one of {', '.join(_NAMES)}, or the directory",
+            found=file.path.name,
+        )
     if file.path.name == VOCABULARY:
         return read_vocab_merges(file, TextSettings(file.path.parent).tokens)
     if file.data[:64].removeprefix(BOM_UTF8).lstrip().startswith(b"{"):

@@ -278,21 +278,36 @@ def _decoding(library: Library, path: Path, notes: list[str]) -> Decoding:
             return BYTE_LEVEL
         spaces = "Metaspace" in parts or parts.get("Replace", {}).get("content") == SPACE
         if spaces:
-            notes.append(f"tokenizer.json has no decoder; text is decoded with {SPACE} as a space")
-            never = parts.get("Metaspace", {}).get("prepend_scheme") == "never"
-            return Decoding(Strip.NONE if never else Strip.ONE)
+            own = parts.get("Metaspace", {})
+            space = str(own.get("replacement", SPACE))
+            notes.append(f"tokenizer.json has no decoder; text is decoded with {space} as a space")
+            strip = Strip.NONE if own.get("prepend_scheme") == "never" else Strip.ONE
+            return Decoding(strip, replaced=((space, " "),))
         notes.append("tokenizer.json has no decoder; a space is put between tokens, as the tokenizers library does")
         return Decoding(Strip.ONE, separator=b" ")
-    state = json.loads(library.decoder.__getstate__())
-    kinds = {str(node.get("type")): node for node in library_nodes(state, "decoders")}
+    nodes = list(library_nodes(json.loads(library.decoder.__getstate__()), "decoders"))
+    kinds = [str(node.get("type")) for node in nodes]
     if "ByteLevel" in kinds:
+        if others := sorted({*kinds} - {"ByteLevel", "ByteFallback", "Fuse"}):
+            notes.append(f"decoder ByteLevel alone is followed, not {', '.join(others)} beside it")
         return BYTE_LEVEL
-    if "Metaspace" in kinds:
-        never = kinds["Metaspace"].get("prepend_scheme") == "never"
-        return Decoding(Strip.NONE if never else Strip.ONE)
-    if "ByteFallback" in kinds or kinds.get("Replace", {}).get("content") == " ":
-        strip = kinds.get("Strip", {})
-        return Decoding(Strip.ONE if strip.get("content") == " " and strip.get("start") else Strip.NONE)
-    raise UnsupportedError(
-        f"{path}: decoder {state.get('type')!r}; supported are ByteLevel, ByteFallback, Replace and Metaspace"
-    )
+    replaced: list[tuple[str, str]] = []
+    strip, fused = Strip.NONE, False
+    for kind, node in zip(kinds, nodes, strict=True):
+        fused = fused or kind == "Fuse"
+        if kind == "Metaspace":
+            replaced.append((str(node.get("replacement")), " "))
+            strip = Strip.NONE if node.get("prepend_scheme") == "never" else Strip.ONE
+        elif kind == "Replace" and (written := node.get("pattern", {}).get("String")) and not fused:
+            replaced.append((written, str(node.get("content"))))
+        elif kind == "BPEDecoder":
+            replaced.append((str(node.get("suffix")), " "))
+            notes.append(f"decoder BPEDecoder: each {node.get('suffix')} is a space, the last of a text too")
+        elif kind == "Strip" and fused and (node.get("content"), node.get("start"), node.get("stop")) == (" ", 1, 0):
+            strip = Strip.ONE
+        elif kind not in ("ByteFallback", "Fuse"):
+            raise UnsupportedError(
+                f"{path}: decoder {json.dumps(node)[:120]}; supported are ByteLevel, ByteFallback, Fuse, Metaspace, "
+                "BPEDecoder, Replace of a text before Fuse, and Strip of one space in front after Fuse"
+            )
+    return Decoding(strip, replaced=tuple(replaced))

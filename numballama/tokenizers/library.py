@@ -42,7 +42,9 @@ class Decoding:
 
     strip: Strip = Strip.NONE
     byte_level: bool = False
-    """Pieces write bytes as GPT-2 does. Otherwise they write a space as ▁, and bytes as <0xNN>."""
+    """Pieces write bytes as GPT-2 does. Otherwise they write bytes as <0xNN>, and other text as `replaced` says."""
+    replaced: tuple[tuple[str, str], ...] = ((SPACE, " "),)
+    """(what pieces write, the text that it stands for), in the order in which they are replaced."""
     separator: bytes = b""
     """Written in front of each piece. The first is one of the spaces that `strip` removes."""
 
@@ -78,7 +80,7 @@ class LibraryTokenizer(Tokenizer):
         self._build: Callable[[], Library] | None = build
         self._pieces, self._added, self._special = pieces, dict(added), special
         self._added_ids = frozenset(self._added.values())
-        self._byte_level, self._separator = byte_level, decoding.separator
+        self._byte_level, self._separator, self._replaced = byte_level, decoding.separator, decoding.replaced
         self._template, self.notes = template, notes
         self._guarded: tuple[str, Library, Mapping[int, int]] | None = None
         if byte_level:
@@ -201,7 +203,7 @@ class LibraryTokenizer(Tokenizer):
     def _read_text(self, token: int) -> bytes:
         piece = self._pieces[token] or ""
         if not self._byte_level:
-            return piece.replace(SPACE, " ").encode()
+            return self._plain(piece).encode()
         known = all(character in UNICODE_TO_BYTE for character in piece)
         return bytes(map(UNICODE_TO_BYTE.__getitem__, piece)) if known else piece.encode()
 
@@ -211,14 +213,20 @@ class LibraryTokenizer(Tokenizer):
             return TokenKind.CONTROL, b""
         if token in self._added_ids:  # the library's decoders read ▁ in these too
             piece = self._library.id_to_token(token) or piece  # since 0.23 as the normalizer makes it
-            return TokenKind.TEXT, self._separator + (piece if self._byte_level else piece.replace(SPACE, " ")).encode()
+            return TokenKind.TEXT, self._separator + (piece if self._byte_level else self._plain(piece)).encode()
         if self._byte_level:
             return TokenKind.BYTE, self._read_text(token)
         if match := BYTE_PIECE.fullmatch(piece.encode()):
             data = bytes([int(match[1], 16)])
             # TEXT, because the library strips this space like any other
             return (TokenKind.TEXT if data == b" " else TokenKind.BYTE), data
-        return TokenKind.TEXT, self._separator + piece.replace(SPACE, " ").encode()
+        return TokenKind.TEXT, self._separator + self._plain(piece).encode()
+
+    def _plain(self, piece: str) -> str:
+        """The text of a piece that is not byte-level."""
+        for written, text in self._replaced:
+            piece = piece.replace(written, text)
+        return piece
 
     def _read_piece(self, token: int) -> str:
         return self._pieces[token] or ""

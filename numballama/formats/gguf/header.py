@@ -347,7 +347,8 @@ class Header:
         start = self.data_offset + info.offset
         if start + info.nbytes > self.size:
             raise self._fault(
-                f"tensor {info.name}, {info.type} of shape {info.shape}, extends beyond the file",
+                f"tensor {info.name}, {info.type} of shape {info.shape}, extends beyond the file: was a download "
+                "interrupted?",
                 where,
                 f"a file of {start + info.nbytes:,} bytes",
                 f"{self.size:,}",

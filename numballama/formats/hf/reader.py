@@ -76,7 +76,9 @@ def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile |
     if adapter and not (directory / CONFIG).exists():
         raise UnsupportedError(f"{directory}: {adapter}, not a model: merge it into its model first ({_MERGE})")
     if not (directory / CONFIG).exists():
-        raise FormatError("weights without their config", path=directory, expected=CONFIG, found="no such file")
+        native = (directory / "params.json").exists()
+        found = "params.json, of Meta's and Mistral's own programs" if native else "no such file"
+        raise FormatError("weights without their config", path=directory, expected=CONFIG, found=found)
     keys = with_older_config(read_object(directory / CONFIG), directory)
     config, scheme, kind = config_of(keys), scheme_of(keys), keys.text("model_type")
     files = weight_files.find(directory, single_file)

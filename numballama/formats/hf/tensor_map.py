@@ -22,10 +22,12 @@ _OUTSIDE = {"model", "module", "base_model", "language_model", "text_model", "_f
 _BASE = re.compile(r"(embed_tokens|layers|norm)\.")
 _HEAD = "lm_head."
 _ADAPTER = "a LoRA adapter: merge it into its model first (peft's merge_and_unload)"
+_NATIVE = "a name of Meta's and Mistral's own programs: take the model in Hugging Face's format"
 _FOREIGN = {
     **dict.fromkeys(("lora_", ".base_layer.", ".modules_to_save.", ".original_module."), _ADAPTER),
     ".qkv_proj.": "q, k and v in one matrix: save the model with transformers",
     ".gate_up_proj.": "gate and up in one matrix: save the model with transformers",
+    **dict.fromkeys(("tok_embeddings.", ".attention.w", ".feed_forward.w"), _NATIVE),
     "score.": "a classifier of texts, which is no language model",
     "v_head.": "a value head, which reinforcement learning trains: save the model without it",
     ".experts.": "a mixture of experts",

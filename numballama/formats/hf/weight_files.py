@@ -88,8 +88,8 @@ def find(directory: Path, single_file: MappedFile | None = None) -> Tensors:
     raise FormatError(
         "it is not clear which file holds the weights",
         path=directory,
-        expected=f"{SINGLE}, {INDEX}, one file *.safetensors, {TORCH_SINGLE} or {TORCH_INDEX}",
-        found=f"{len(names) if names else 'no'} files *{suffix}",
+        expected=f"{SINGLE}, {INDEX}, one file *.safetensors, {TORCH_SINGLE} or {TORCH_INDEX}, or the path of a file",
+        found=", ".join([*names, *(each for each in visible(directory, "") if each not in names)][:12]) or "no files",
     )
 
 
@@ -162,4 +162,5 @@ def _merged(directory: Path, names: Iterable[str], table: dict[str, str] | None 
         for name, info in tensors_of(map_file(directory / file_name)).items():
             if name not in tensors or (table or {}).get(name, file_name) == file_name:
                 tensors[name] = info
-    return Tensors(tensors, [f"no index says which files belong together: all {len(names)} parts are read"])
+    together = [f"no index says which files belong together: all {len(names)} parts are read"]
+    return Tensors(tensors, together if len(names) > 1 else [])

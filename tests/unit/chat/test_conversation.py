@@ -18,7 +18,7 @@ import numballama
 from numballama import Interrupted, SamplingParams
 from numballama.chat.builtin_templates import CHATML
 from numballama.chat.conversation import Chat
-from numballama.chat.encoder import NO_BOS, SPELLED
+from numballama.chat.encoder import NO_BOS, SPELLED, TWICE_BOS
 from numballama.errors import ContextError, Error
 from numballama.model import Model
 from tests.helpers.bpe import chat_model
@@ -384,6 +384,10 @@ def test_a_template_without_bos_is_noted_once(tmp_path: Path) -> None:
         model.apply_chat_template(messages)
         model.chat().send("hi", **GREEDY)
         assert model.notes.count(NO_BOS) == 1
+        model.notes.clear()
+        for prompt, count in (("hi", 0), ("<|begin_of_text|>hi", 1), ("<|begin_of_text|>hi", 1)):
+            model.generate(prompt, max_tokens=1, special=True)
+            assert model.notes.count(TWICE_BOS) == count
         model.notes.clear()
         model.chat(template="{{ bos_token }}" + CHATML).send("hi", **GREEDY)
         assert model.notes == []

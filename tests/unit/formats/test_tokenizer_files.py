@@ -76,3 +76,12 @@ def test_other_tokenizers_of_a_directory(tmp_path: Path, models: Path) -> None:
     for name in ("tokenizer.model.v1", "tokenizer.model.v3"):
         (tmp_path / name).write_bytes((models / "tok512.model").read_bytes() if name.endswith("3") else b"older")
     assert load_tokenizer(tmp_path).vocab_size == 512
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "config.json", "merges.txt"])
+def test_a_file_beside_a_tokenizer_is_none(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(
+        FormatError, match=f"not the tokenizer; expected one of tokenizer.json.*directory; found {name}"
+    ):
+        load_tokenizer(tmp_path / name)

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.formats.hf.text_files import read_text_files
@@ -170,6 +170,65 @@ def test_a_file_without_a_decoder(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     tokenizer = load_tokenizer(tmp_path)
     assert tokenizer.decode(tokenizer.encode("the frog")) == Library.from_str(json.dumps(content)).decode([1, 0])
+
+
+METASPACE = {"type": "Metaspace", "replacement": "_", "prepend_scheme": "always", "split": True}
+REPLACE = {"type": "Replace", "pattern": {"String": "_"}, "content": " "}
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+
+
+@pytest.mark.parametrize(
+    ("decoder", "error"),
+    [
+        (METASPACE, ""),
+        ({**METASPACE, "prepend_scheme": "never"}, ""),
+        ([REPLACE, {"type": "Fuse"}, STRIP], ""),
+        ([{**REPLACE, "content": "-"}, {**REPLACE, "pattern": {"String": "-"}}, {"type": "ByteFallback"}], ""),
+        ({"type": "Fuse"}, ""),
+        ([{"type": "Fuse"}, REPLACE], "Replace"),
+        ([REPLACE, STRIP], "Strip"),
+        ([{"type": "Fuse"}, {**STRIP, "stop": 1}], "Strip"),
+        ({**REPLACE, "pattern": {"Regex": "_"}}, "Replace"),
+        ({"type": "WordPiece", "prefix": "##", "cleanup": True}, "WordPiece"),
+    ],
+)
+def test_decoders_are_the_librarys(tmp_path: Path, decoder: dict[str, Any] | list[Any], error: str) -> None:
+    """Whatever character stands for a space. What cannot be decoded token by token is named."""
+    pieces = ["[UNK]", "_", *"abcdef", "_a", "bc", "_abc", "<0xC3>", "<0xA9>"]
+    model = {"type": "BPE", "vocab": {piece: token for token, piece in enumerate(pieces)}, "unk_token": "[UNK]"}
+    model |= {"merges": ["_ a", "b c", "_a bc"], "byte_fallback": True}
+    sequence = {"type": "Sequence", "decoders": decoder} if isinstance(decoder, list) else decoder
+    content = json.dumps({"model": model, "pre_tokenizer": METASPACE, "decoder": sequence, "added_tokens": []})
+    (tmp_path / "tokenizer.json").write_text(content)
+    if error:
+        with pytest.raises(UnsupportedError, match=f'decoder .*"type": "{error}".*supported are'):
+            load_tokenizer(tmp_path)
+        return
+    tokenizer, library = load_tokenizer(tmp_path), Library.from_str(content)
+    for text in ("abc a", " a  b", *(("é", "a é") if "ByteFallback" in content else ()), "fed abc", ""):
+        ids = library.encode(text).ids
+        assert tokenizer.encode(text) == ids and tokenizer.decode(ids) == library.decode(ids)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(json.loads(content) | {"decoder": None}))
+    assert load_tokenizer(tmp_path).decode(ids := library.encode("abc a").ids) == "abc a" and ids
+
+
+def test_what_is_beside_a_byte_level_decoder_is_noted(tmp_path: Path) -> None:
+    library = trained()
+    library.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    notes = load_tokenizer(save_json(tmp_path, library)).notes
+    assert notes == ("decoder ByteLevel alone is followed, not Strip beside it",)
+
+
+def test_words_that_end_with_a_suffix(tmp_path: Path) -> None:
+    pieces = ["a", "b</w>", "ab</w>", "a</w>"]
+    model = {"type": "BPE", "vocab": {piece: token for token, piece in enumerate(pieces)}, "merges": ["a b</w>"]}
+    content = {"model": model | {"end_of_word_suffix": "</w>"}, "pre_tokenizer": {"type": "WhitespaceSplit"}}
+    content |= {"decoder": {"type": "BPEDecoder", "suffix": "</w>"}, "added_tokens": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+    tokenizer = load_tokenizer(tmp_path)
+    ids = tokenizer.encode("ab a ab")
+    assert ids == [2, 3, 2] and tokenizer.decode(ids) == Library.from_str(json.dumps(content)).decode(ids) + " "
+    assert "the last of a text too" in tokenizer.notes[0]
 
 
 def test_an_unsupported_file_gives_way_to_the_next(tmp_path: Path, request: pytest.FixtureRequest) -> None:

@@ -147,6 +147,7 @@ def test_tensors_without_a_place_say_what_they_are(copy: Callable[[str], Path], 
             "base_layer.weight: a LoRA adapter: merge it",
         ),
         ("mlp.up_proj.weight", "mlp.w3.weight", "mlp.w3.weight$"),
+        ("mlp.up_proj.weight", "feed_forward.w3.weight", "w3.weight: a name of Meta's and Mistral's own programs"),
         ("mlp.up_proj.weight", None, "found none$"),
     ],
 )

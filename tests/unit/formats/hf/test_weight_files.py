@@ -72,6 +72,13 @@ def test_shards_with_and_without_an_index(copy: Callable[[str], Path], stem: str
         open_checkpoint(folder)
 
 
+def test_one_shard_is_the_whole_model(copy: Callable[[str], Path]) -> None:
+    folder = copy("llama")
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00001.safetensors")
+    opened = open_checkpoint(folder)
+    assert same(opened, open_checkpoint(LLAMA)) and opened.notes == []
+
+
 def test_an_index_whose_table_is_wrong(copy: Callable[[str], Path]) -> None:
     """The tensors of all named files count, wherever the table puts them; of two, the one that it names."""
     folder = copy("llama")
@@ -174,5 +181,7 @@ def test_directories_without_weights_of_their_own(tmp_path: Path, copy: Callable
     assert open_checkpoint(folder).format == "Meta"
     for name in ("consolidated.00.pth", "params.json"):
         (folder / name).unlink()
-    with pytest.raises(FormatError, match=r"expected model\.safetensors.*pytorch_model\.bin.*found no files"):
+    with pytest.raises(
+        FormatError, match=r"expected model\.safetensors.*pytorch_model\.bin.*found config\.json, expected\.npz, gen"
+    ):
         open_checkpoint(folder)
