@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import gc
+import os
+import resource
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from numballama import memory
 from numballama.memory import ceil_div, format_bytes, resident_bytes, round_up
 
 
@@ -29,6 +33,17 @@ def test_bytes_as_text(nbytes: int, text: str) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell")
+def test_a_limit_of_the_process_counts() -> None:
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+    resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20), before[1]))
+    try:
+        free = memory.available_bytes()
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    assert free is not None and 0 < free <= 64 << 20
+
+
 def test_resident_bytes_grow_with_what_is_written() -> None:
     gc.collect()  # models of other tests, which would be freed in between
     before = resident_bytes()
