@@ -6,10 +6,12 @@ import json
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import DeviceError, Error, FormatError
+from ..files import read_line
 from ..progress import Report, progress_bar
 from ..sampling import SamplingParams
 
@@ -44,7 +46,10 @@ def read_tasks(path: Path, params: SamplingParams) -> Iterator[Task]:
     line for anything else.
     """
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number in count(1):
+            line = read_line(file, f"{path}: line {number}")
+            if not line:
+                return
             if line.strip():
                 try:
                     yield _task(json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")), number, params)
