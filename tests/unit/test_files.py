@@ -35,7 +35,7 @@ def test_a_text_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> N
     assert files.read_all(io.BytesIO(bytes(1 << 20)), "x") == bytes(1 << 20)
     assert files.read_line(io.BytesIO(b"ab\n" + bytes(2 << 20)), "x") == b"ab\n"
     for read in (files.read_all, files.read_line):
-        with open("/dev/zero", "rb") as file, pytest.raises(Error, match=r"^x has more than 1 MiB: pass a smaller text"):
+        with open("/dev/zero", "rb") as file, pytest.raises(Error, match=r"^x has more than 1 MiB: pass a"):
             read(file, "x")
 
 
