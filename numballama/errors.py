@@ -58,6 +58,9 @@ class Interrupted(KeyboardInterrupt):
         super().__init__(f"interrupted after {len(text)} characters")
         self.text, self.finished = text, list(finished)
 
+    def __reduce__(self) -> tuple[type[Interrupted], tuple[str, list[str]]]:
+        return Interrupted, (self.text, self.finished)  # what copies and other processes make it of
+
 
 FORKED = (
     "this process was forked from one whose worker threads had started, and they did not survive that; "

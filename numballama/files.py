@@ -20,6 +20,26 @@ _LFS = b"version https://git-lfs.github.com/spec/"
 _KINDS = {stat.S_IFDIR: "a directory", stat.S_IFIFO: "a FIFO", stat.S_IFSOCK: "a socket"}
 
 
+MOST_TEXT_BYTES = 1 << 28
+"""Size of the largest text that is read whole. A device or a pipe may never end."""
+
+
+def read_all(file: BinaryIO, name: str) -> bytes:
+    """The rest of a text. Raises `Error` for more than `MOST_TEXT_BYTES`."""
+    return _not_too_large(file.read(MOST_TEXT_BYTES + 1), name)
+
+
+def read_line(file: BinaryIO, name: str) -> bytes:
+    """The next line of a text with its end; empty after the last. Raises `Error` for more than `MOST_TEXT_BYTES`."""
+    return _not_too_large(file.readline(MOST_TEXT_BYTES + 1), name)
+
+
+def _not_too_large(data: bytes, name: str) -> bytes:
+    if len(data) > MOST_TEXT_BYTES:
+        raise Error(f"{name} has more than {MOST_TEXT_BYTES >> 20} MiB: pass a smaller text")
+    return data
+
+
 @dataclass(frozen=True)
 class MappedFile:
     """A regular file of `size` > 0 bytes, mapped read-only. `data` stays mapped while any view of it is alive."""

@@ -59,6 +59,7 @@ TRIED_BYTES = 1 << 20
 """Size of the file with which is tried whether entries can be stored."""
 TEMPORARY_S = 3600.0
 """Age in seconds after which a temporary file was left by a process that was killed."""
+NO_SOURCES = "the sources of this package, which name the cache, are not files here: unpack it"
 ADVICE = "set NUMBALLAMA_CACHE to a folder that can be written"
 
 
@@ -73,7 +74,12 @@ def cache_directory() -> Path | None:
     """
     import numba
 
-    return _folder(_cpu_name(), numba.config.CACHE_DIR)
+    try:
+        name = _cpu_name()
+    except OSError:  # in a zip archive, or compiled to .pyc alone
+        _note("sources", f"compiled kernels are not kept: {NO_SOURCES}")
+        return None
+    return _folder(name, numba.config.CACHE_DIR)
 
 
 @lru_cache(maxsize=1)

@@ -13,11 +13,23 @@ from .host.cgroup import ROOT, memory_left
 def available_bytes(root: Path = ROOT) -> int | None:
     """Bytes that a new allocation could use without swapping, within the container's memory limit.
 
-    None if the system does not tell: only Linux does. `root` is the root of the file system.
+    A limit of the process (`ulimit -v`) counts, as clusters set it. None if the system does not tell: only Linux does.
+    `root` is the root of the file system.
     """
-    left = memory_left(root)
-    free = _available_to_all(root)
-    return left if free is None else free if left is None else min(free, left)
+    found = memory_left(root), _available_to_all(root), _address_space_left()
+    return min((nbytes for nbytes in found if nbytes is not None), default=None)
+
+
+def _address_space_left() -> int | None:
+    """Bytes that this process may still map. None without a limit."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+    except (ImportError, OSError, ValueError, IndexError):
+        return None
+    return None if limit == resource.RLIM_INFINITY else max(0, limit - pages * os.sysconf("SC_PAGE_SIZE"))
 
 
 def _available_to_all(root: Path) -> int | None:

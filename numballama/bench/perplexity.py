@@ -20,13 +20,13 @@ from collections.abc import Generator, Iterable
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from os import PathLike
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from .. import progress
 from ..errors import ContextError, Error, FormatError
+from ..files import read_all
 from ..memory import format_bytes
 from ..validation import whole_number
 
@@ -179,7 +179,8 @@ def read_text(path: str | PathLike[str]) -> str:
     Raises `Error` for a file that cannot be read or is empty, `FormatError` for bytes that are not UTF-8.
     """
     try:
-        data = Path(path).read_bytes()
+        with open(path, "rb") as file:
+            data = read_all(file, str(path))
     except OSError as error:
         raise Error(f"{path}: cannot be read: {error.strerror or error}; pass a text file") from None
     if data.startswith(b"_logits_"):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import Error
+from ..files import read_all
 from ..sampling import DEFAULTS, SamplingParams
 from .parser import whole_number
 
@@ -176,7 +177,8 @@ def read_template(argument: str | None) -> str | None:
     if argument is None or (re.fullmatch(r"[\w-]+", argument) and not Path(argument).exists()):
         return argument
     try:
-        return Path(argument).read_text(encoding="utf-8")
+        with open(argument, "rb") as file:
+            return read_all(file, argument).decode().replace("\r\n", "\n")
     except (OSError, ValueError) as error:
         raise Error(f"{argument}: cannot be read: {reason(error)}") from None
 
@@ -237,6 +239,7 @@ _PHRASES = {
     ", or read single values with values()": "",
     "compile(…, tokenizer=…), --tokenizer on the command line": "--tokenizer",
     "template= or --chat-template": "--chat-template",
+    "batch_invariant=True": "--batch-invariant",
 }
 """What an error says to a Python program → what it says on the command line."""
 _OPTIONS = "|".join(

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from ..errors import DeviceError, Error, FormatError
+from ..files import read_line
 from ..progress import Report, progress_bar
 from ..sampling import SamplingParams
 
@@ -44,7 +46,10 @@ def read_tasks(path: Path, params: SamplingParams) -> Iterator[Task]:
     line for anything else.
     """
     with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+        for number in count(1):
+            line = read_line(file, f"{path}: line {number}")
+            if not line:
+                return
             if line.strip():
                 try:
                     yield _task(json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")), number, params)
@@ -117,27 +122,41 @@ def run_batch(model: Model, source: Path, target: Path, params: SamplingParams) 
     """
     if target.exists() and target.samefile(source):
         raise Error(f"{source} is both --input and --output")
-    names = [task.id for task in read_tasks(source, params)]  # a wrong line is found before any work
+    kept = None if source.is_file() else list(read_tasks(source, params))  # a pipe can be read once
+
+    def tasks() -> Iterable[Task]:
+        return read_tasks(source, params) if kept is None else kept
+
+    names = [task.id for task in tasks()]  # a wrong line is found before any work
     if len(set(names)) < len(names):
         again, _ = Counter(names).most_common(1)[0]
         raise FormatError("an id that two lines have", path=source, expected="ids that differ", found=repr(again))
-    done = finished_ids(target)
+    done = finished_ids(target) if target.is_file() else set()  # a pipe has no earlier answers
+    try:
+        with target.open("a", encoding="utf-8") as out:
+            written = sum(name in done for name in names)
+            return _answer_all(model, (t for t in tasks() if t.id not in done), out, len(names), written)
+    except OSError as error:
+        if error.filename is not None or isinstance(error, BrokenPipeError):
+            raise
+        raise Error(f"{target}: cannot be written: {error.strerror or error}") from None
+
+
+def _answer_all(model: Model, tasks: Iterable[Task], out: TextIO, total: int, written: int) -> int:
+    """Write the answers to tasks; returns how many failed. `written` of the `total` were there before."""
     waiting: deque[tuple[Task, Iterator[GenerationResponse] | Error]] = deque()
     failed = 0
-    with progress_bar("generating") as report, target.open("a", encoding="utf-8") as out:
-        written = sum(name in done for name in names)
-        for task in read_tasks(source, params):
-            if task.id in done:
-                continue
+    with progress_bar("generating") as report:
+        for task in tasks:
             waiting.append((task, _submit(model, task)))
             if len(waiting) >= AHEAD * model.max_sequences:
                 failed += _answer(out, *waiting.popleft())
                 written += 1
-                _report(report, written, len(names))
+                _report(report, written, total)
         while waiting:
             failed += _answer(out, *waiting.popleft())
             written += 1
-            _report(report, written, len(names))
+            _report(report, written, total)
     return failed
 
 

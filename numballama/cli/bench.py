@@ -58,6 +58,11 @@ def run_bench(arguments: argparse.Namespace) -> None:
     for path in (arguments.trace, arguments.csv, arguments.svg):
         if path is not None:
             require_folder(path)
+    for name in ("context", "threads", "prompt_tokens", "sequences", "max_tokens"):  # before anything is measured
+        values = getattr(arguments, name)
+        for value in values if isinstance(values, list) else [values]:
+            if value is not None:
+                at_least(name, value, 1)
     lists = (arguments.context, arguments.threads, arguments.prompt_tokens, arguments.sequences)
     several = any(values is not None and len(values) > 1 for values in lists)
     if several or arguments.compare or arguments.csv or arguments.svg:
@@ -80,10 +85,6 @@ def _sweep(arguments: argparse.Namespace) -> None:
         require_llama_cpp()  # before anything is measured
         if arguments.dtype is not None:
             raise Error("--compare runs the file as it is in both: leave out --dtype, or export a file of that type")
-
-    for name in ("context", "threads", "prompt_tokens", "sequences"):  # before anything is measured
-        for value in getattr(arguments, name) or ():
-            at_least(name, value, 1)
 
     def open_model(context: int | None, threads: int | None) -> Model:
         with contextlib.ExitStack() as closing:

@@ -80,9 +80,11 @@ def add_generate(commands: argparse._SubParsersAction[Parser]) -> None:
         "--input",
         metavar="FILE",
         action=in_place_of(prompt),
-        help='JSON Lines: a text, or {"prompt" or "messages", "id", options such as "max_tokens"} a line',
+        help='JSON Lines: a text, or {"prompt" or "messages", "id", options such as "max_tokens"} a line; - is stdin',
     )
-    batch.add_argument("--output", metavar="FILE", help="JSON Lines to write; what it has already is not done again")
+    batch.add_argument(
+        "--output", metavar="FILE", help="JSON Lines to write; what it has already is not done again; - is stdout"
+    )
     batch.add_argument(
         "--max-sequences", type=int, default=8, metavar="N", help="prompts answered at a time (default 8)"
     )
@@ -116,7 +118,9 @@ def run_file(arguments: argparse.Namespace) -> None:
         raise Error("--input and --output go together, and without a prompt")
     params = sampling_params(arguments)
     with load(arguments, max_sequences=arguments.max_sequences) as model:
-        failed = run_batch(model, Path(arguments.input), Path(arguments.output), params)
+        source = Path("/dev/stdin" if arguments.input == "-" else arguments.input)
+        target = Path("/dev/stdout" if arguments.output == "-" else arguments.output)
+        failed = run_batch(model, source, target, params)
     if failed:
         raise Error(f'{failed:,} prompts were refused: their lines of {arguments.output} have "error"')
 

@@ -106,8 +106,15 @@ class Parser(argparse.ArgumentParser):
             self.refuse(unknown[0])
         return parsed, unknown
 
+    def _get_option_tuples(self, option_string: str) -> list[Any]:
+        """argparse's abbreviations, from three letters on: `--n 2` would be --norm-eps, which nobody means."""
+        if option_string.startswith("--") and len(option_string.partition("=")[0]) < len("--abc"):
+            return []
+        return super()._get_option_tuples(option_string)  # type: ignore[misc,no-any-return]
+
     def error(self, message: str) -> NoReturn:
         """End with exit code 2 after four lines: usage, what is wrong, and an example."""
+        message = message.replace("ignored explicit argument", "takes no value, found")
         if re.search("required|unknown command", message):  # an unknown option before may be why
             unknown = next(self._unknown_options(), None)
             message = message if unknown is None else self._unknown(unknown)

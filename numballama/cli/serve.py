@@ -9,6 +9,7 @@ from pathlib import Path
 
 from .. import compile, progress
 from ..errors import Error
+from ..files import read_all
 from ..server.settings import Settings
 from .args import (
     MODEL_HELP,
@@ -155,7 +156,8 @@ def api_keys(arguments: argparse.Namespace) -> tuple[str, ...]:
     keys = [*arguments.api_key, *os.environ.get(KEY_VARIABLE, "").split(",")]
     if (file := arguments.api_key_file) is not None:
         try:
-            lines = Path(file).read_text(encoding="utf-8").split()
+            with open(file, "rb") as opened:
+                lines = read_all(opened, file).decode().split()
         except (OSError, ValueError) as error:
             raise Error(f"{file}: cannot be read: {reason(error)}") from None
         if not lines:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from ..errors import Error
+from ..files import read_all, read_line
 
 STANDARD = (0, 1, 2)
 """File descriptors of stdin, stdout and stderr."""
@@ -52,7 +53,7 @@ def read_stdin() -> str:
     if not isinstance(stdin, io.TextIOWrapper):
         return stdin.read()
     with _readable():
-        data = stdin.buffer.read()
+        data = read_all(stdin.buffer, "stdin")
     text = _decoded(data, stdin.encoding, "")
     return text.removeprefix("\ufeff").replace("\r\n", "\n").replace("\r", "\n")
 
@@ -65,11 +66,11 @@ def read_lines() -> Iterator[str]:
         return
     number = 0
     while True:
+        number += 1
         with _readable():
-            data = stdin.buffer.readline()
+            data = read_line(stdin.buffer, f"line {number} of stdin")
         if not data:
             return
-        number += 1
         line = _decoded(data, stdin.encoding, f" of line {number}")
         yield line.removeprefix("\ufeff").rstrip("\r\n") if number == 1 else line.rstrip("\r\n")
 

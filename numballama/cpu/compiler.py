@@ -127,7 +127,8 @@ class KernelCache(_Cache):  # type: ignore[misc]
 
 def _has_source_file(function: Callable[..., Any]) -> bool:
     """False for a function typed into a notebook or an interpreter."""
-    return Path(function.__code__.co_filename).is_file()
+    path = Path(function.__code__.co_filename)
+    return path.is_relative_to(_PACKAGE) or path.is_file()  # this package may be in an archive
 
 
 def jit(function: Callable[..., Any] | None = None, **options: Any) -> Any:

@@ -206,7 +206,8 @@ class WorkerThreads:
                 _C.pthread_cond_signal(condition)
                 _C.pthread_mutex_unlock(mutex)
             end = time.monotonic() + EXIT_S
-            for thread in self._threads:
-                thread.join(max(end - time.monotonic(), 0))
+            with contextlib.suppress(KeyboardInterrupt):  # the process ends in any case
+                for thread in self._threads:
+                    thread.join(max(end - time.monotonic(), 0))
         finally:
             self._region.release()

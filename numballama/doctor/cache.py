@@ -24,7 +24,8 @@ class Cache:
     def of(cls, folder: Path | None) -> Cache:
         """Of a folder that `kernel_cache.cache_directory` or `cuda_cache_directory` names."""
         if folder is None:
-            return cls(None, problem=f"{kernel_cache.no_place()}; {kernel_cache.ADVICE}")
+            no_place = f"{kernel_cache.no_place()}; {kernel_cache.ADVICE}"
+            return cls(None, problem=no_place if kernel_cache.cache_root() is None else kernel_cache.NO_SOURCES)
         usage = kernel_cache.Usage.of(folder)
         problem = f"{usage.problem}; {kernel_cache.ADVICE}" if usage.problem else None
         return cls(str(folder), usage.entries, usage.nbytes, problem)

@@ -65,3 +65,9 @@ def ends_the_process() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def let_the_system_end_the_process() -> None:
+    """For the end of a program: from now on Ctrl-C ends the process at once, without an error of what Python ends."""
+    if _is_ours_to_handle():
+        signal.signal(signal.SIGINT, signal.SIG_DFL)

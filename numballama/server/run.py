@@ -244,7 +244,9 @@ def listen(address: Address) -> socket.socket:
         )[0]
         listener = socket.socket(family, kind, protocol)
     except (OSError, OverflowError) as error:
-        raise Error(f"--host {address.host} --port {address.port}: {error}") from None
+        raise Error(
+            f"--host {address.host} --port {address.port}: {getattr(error, 'strerror', None) or error}"
+        ) from None
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(place)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+
 import pytest
 
 import numballama
@@ -33,4 +36,5 @@ def test_message_of_a_format_error(details: dict[str, object], message: str) -> 
 
 def test_an_interrupt_keeps_the_text() -> None:
     error = Interrupted("half a", ["the first"])
-    assert (error.text, error.finished, str(error)) == ("half a", ["the first"], "interrupted after 6 characters")
+    for each in (error, copy.copy(error), pickle.loads(pickle.dumps(error))):
+        assert (each.text, each.finished, str(each)) == ("half a", ["the first"], "interrupted after 6 characters")

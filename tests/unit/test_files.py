@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import os
 from pathlib import Path
 
 import pytest
 
+from numballama import files
 from numballama.errors import Error, FormatError
 from numballama.files import atomic_write, atomic_write_directory, expand_user, map_file, require_folder
 
@@ -26,6 +28,15 @@ def test_only_regular_files_are_mapped(tmp_path: Path) -> None:
     ):
         with pytest.raises(kind, match=message):
             map_file(tmp_path / name)
+
+
+def test_a_text_that_never_ends_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "MOST_TEXT_BYTES", 1 << 20)
+    assert files.read_all(io.BytesIO(bytes(1 << 20)), "x") == bytes(1 << 20)
+    assert files.read_line(io.BytesIO(b"ab\n" + bytes(2 << 20)), "x") == b"ab\n"
+    for read in (files.read_all, files.read_line):
+        with open("/dev/zero", "rb") as file, pytest.raises(Error, match=r"^x has more than 1 MiB: pass a"):
+            read(file, "x")
 
 
 def test_a_file_is_replaced_when_the_block_succeeds(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from numballama import kernel_cache
 from numballama.config import ModelConfig
+from numballama.doctor.cache import Cache
 from numballama.errors import DeviceError
 from tests.helpers import fuzz_kernel_cache
 from tests.helpers.processes import PACKAGE, run_python
@@ -444,6 +445,23 @@ def test_no_home_directory_costs_a_line(no_home: None, notes: pytest.LogCaptureF
         assert kernel_cache.cache_directory() is None
     (record,) = notes.records
     assert "no home directory" in record.getMessage() and "NUMBALLAMA_CACHE" in record.getMessage()
+
+
+def test_sources_that_are_no_files_cost_a_line(
+    tmp_path: Path, notes: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a zip archive, which this is the path of."""
+    (tmp_path / "archive.zip").write_bytes(b"PK")
+    monkeypatch.setattr(kernel_cache, "__file__", str(tmp_path / "archive.zip" / "numballama" / "kernel_cache.py"))
+    kernel_cache.cache_directory.cache_clear()
+    try:
+        assert [kernel_cache.cache_directory() for _ in range(2)] == [None, None]
+    finally:
+        kernel_cache.cache_directory.cache_clear()
+    assert [record.getMessage() for record in notes.records] == [
+        f"compiled kernels are not kept: {kernel_cache.NO_SOURCES}"
+    ]
+    assert Cache.of(None).problem == kernel_cache.NO_SOURCES
 
 
 def test_usage_says_why_nothing_can_be_stored(tmp_path: Path) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +112,21 @@ def test_ids_must_differ_and_files_too(tmp_path: Path) -> None:
     with pytest.raises(Error, match="both --input and --output"):
         run_batch(None, source, source, GREEDY)  # type: ignore[arg-type]
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.slow
+def test_a_pipe_is_read_once_and_a_full_disk_is_named(tmp_path: Path, model: numballama.Model) -> None:
+    pipe, target = tmp_path / "pipe", tmp_path / "out.jsonl"
+    os.mkfifo(pipe)
+    for lines in (["Once", "A dog"], []):
+        writer = threading.Thread(target=write, args=(pipe, lines))
+        writer.start()
+        assert run_batch(model, pipe, target, GREEDY) == 0
+        writer.join()
+    assert [each["id"] for each in answers(target)] == [1, 3]
+    source = write(tmp_path / "in.jsonl", ["Once"])
+    with pytest.raises(Error, match=f"^/dev/full: cannot be written: {os.strerror(errno.ENOSPC)}$"):
+        run_batch(model, source, Path("/dev/full"), GREEDY)
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

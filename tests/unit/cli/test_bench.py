@@ -55,7 +55,8 @@ def test_what_a_sweep_refuses(
         (("--threads", "1,2", "--profile"), 1, "--profile and --trace take one combination"),
         (("--prompt-tokens", "8,x"), 2, "must be a whole number, found 'x'"),
         (("--prompt-tokens", "8,0"), 1, "--prompt-tokens must be at least 1"),
-        (("--sequences", "0"), 1, "at least 1, found 0"),
+        (("--sequences", "0"), 1, "numballama: --sequences must be at least 1, found 0"),
+        (("--max-tokens", "0"), 1, "numballama: --max-tokens must be at least 1, found 0"),
     ):
         done = call(capsys, "bench", tiny_file, "--device", "cpu", "--threads", 1, *words)
         assert done.code == code and expected in done.err and done.out == "", (words, done)

@@ -115,6 +115,10 @@ def test_most_examples_run() -> None:
         ("export -m a.gguf --outfile b.gguf --to gguf", "unknown option -m: the source is given without an option"),
         ("serve --served-model-name x", "unknown option --served-model-name; did you mean --model-name?"),
         ("doctor now", "one word too many: 'now'"),
+        ("generate model.gguf hi --n 2", "unknown option --n"),
+        ("generate model.gguf hi --no=2", "unknown option --no"),
+        ("generate model.gguf hi --special=1", "argument --special: takes no value, found '1'"),
+        ("doctor --json --clear-cache", "argument --clear-cache: not allowed with argument --json"),
     ],
 )
 def test_wrong_words(capsys: pytest.CaptureFixture[str], words: str, expected: str) -> None:

@@ -22,4 +22,5 @@ def test_why_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (tmp_path / "file").write_text("no folder")
     said = str(Cache.of(tmp_path / "file"))
     assert f"new ones are not kept: {tmp_path / 'file'} is not a folder; set NUMBALLAMA_CACHE" in said
+    monkeypatch.setattr(kernel_cache, "cache_root", lambda: None)
     assert str(Cache.of(None)) == f"not kept: there is no home directory; {kernel_cache.ADVICE}"

@@ -92,6 +92,37 @@ def test_a_program_s_own_handler_and_other_threads_are_left_alone() -> None:
     assert failures == []
 
 
+AT_THE_END = """
+import atexit, signal, sys, types
+from numballama import __main__
+command_line = types.ModuleType("numballama.cli.main")
+def main():
+    atexit.register(lambda: signal.raise_signal(signal.SIGINT))
+    sys.stdout.write("the text")
+    sys.stdout.flush()
+    ENDING
+command_line.main = main
+sys.modules["numballama.cli.main"] = command_line
+sys.exit(__main__.main())
+"""
+"""A program with a Ctrl-C that comes when it has ended, and Python has not."""
+
+
+@pytest.mark.parametrize(
+    ("ending", "says"), [("return 0", ""), ("sys.exit(2)", ""), ("raise MemoryError", "numballama: memory is short")]
+)
+def test_ctrl_c_while_python_ends_is_no_traceback(ending: str, says: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", AT_THE_END.replace("ENDING", ending)],
+        env=environment(Path("none")),
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout) == (-signal.SIGINT, "the text"), done.stderr
+    assert done.stderr.startswith(says) and done.stderr.count("\n") == bool(says)
+
+
 def environment(cache: Path) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": str(PACKAGE.parent), "NUMBALLAMA_CACHE": str(cache)}
 
