@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -306,6 +307,32 @@ def test_draining(model: Model) -> None:
         data += read_until(connection, b"\r\n0\r\n\r\n")
         assert data.rstrip(b"0\r\n").endswith(b"data: [DONE]")
         connection.close()
+
+
+def test_the_time_to_drain_is_over(model: Model) -> None:
+    """What still runs ends with an error, in its protocol's shape, and not with a torn connection."""
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 10_000, "n": 8, "seed": 1, "stream": True}
+    with serving(model, Settings(drain_s=0, queue_sequences=100)) as server:
+        with model.exclusive():  # nothing ends before
+            found = [
+                server.begin(path, body)
+                for path, body in (
+                    ("/v1/completions", LONG_TEXT | {"prompt": ["a", "b"]}),
+                    ("/v1/chat/completions", chat),
+                    ("/v1/responses", {"input": "Hi", "stream": True}),
+                    ("/v1/messages", chat),
+                )
+            ]
+            eventually(lambda: len(server.service.running) == 4, "the requests")
+            server.server.drain()
+            eventually(lambda: not server.service.running, "the end")
+        answers = [b"".join(iter(partial(connection.recv, 1 << 16), b"")) for connection in found]
+        for connection in found:
+            connection.close()
+    assert answers[0].startswith(b"HTTP/1.1 503 ")
+    assert all(b'"code":"draining"' in each for each in answers)
+    assert all(each.startswith(b"HTTP/1.1 200 ") and each.endswith(b"\r\n0\r\n\r\n") for each in answers[1:])
+    assert b"data: [DONE]" in answers[1] and b"event: error" in answers[2] and b"event: error" in answers[3]
 
 
 def samples(server: Running) -> dict[str, float]:
