@@ -22,6 +22,8 @@ class Piece:
     choice: int
     """Which text: prompt · n + index."""
     text: str = ""
+    texts: list[str] = field(default_factory=list)
+    """What each token adds to the text."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     """Of each token; None unless the request asks for them."""
@@ -214,6 +216,7 @@ class Generation:
             if piece is None:
                 piece = pieces[choice] = Piece(choice)
             piece.text += response.text
+            piece.texts.append(response.text)
             piece.tokens.append(response.token)
             piece.logprobs.append(response.logprobs)
             if response.finish_reason is not None:

@@ -197,7 +197,7 @@ def _response(
         "input_tokens": generation.prompt_tokens,
         "input_tokens_details": {"cached_tokens": generation.cached_tokens},
         "output_tokens": generation.generated_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": chat.reasoning_tokens},
         "total_tokens": generation.prompt_tokens + generation.generated_tokens,
     }
     return {

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
+from unittest.mock import ANY
 
 import pytest
 
@@ -165,6 +166,22 @@ def test_reasoning(thinking: Running) -> None:
     deltas = [choice["delta"] for event in events for choice in event["choices"]]
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "hm, so"
     assert "".join(delta.get("content", "") for delta in deltas) == "A dog."
+
+
+@pytest.mark.parametrize("text", ["<think>\nhm, so\n</think>\n\nA dog.", "A dog.", "<th", "<think>hm, so"])
+def test_tokens_of_reasoning_are_counted(thinking: Running, text: str) -> None:
+    body = BODY | {"tools": None, "regex": re.escape(text), "logprobs": True, "n": 2}
+    answer = thinking.post(PATH, body).json
+    counted = 0
+    for choice in answer["choices"]:
+        tokens, read = [entry["token"] for entry in choice["logprobs"]["content"]], ""
+        for token in tokens:
+            counted += text.startswith("<think>") and "</think>" not in read
+            read += token
+    assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": counted}
+    stream = body | {"stream": True, "stream_options": {"include_usage": True}}
+    assert thinking.post(PATH, stream).events[-1]["usage"] == answer["usage"] | {"prompt_tokens_details": ANY}
+    assert (counted > 8) is text.startswith("<think>")
 
 
 def test_a_restricted_answer_has_no_reasoning(thinking: Running) -> None:
