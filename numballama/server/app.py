@@ -129,7 +129,8 @@ async def _answer(call: Call, kind: type[Request], answer: Answer, body: bytes) 
     parsed = await call.service.run(parse, kind, body) if len(body) > 1 << 16 else parse(kind, body)
     found = await answer(call, parsed)
     if parsed.ignored:
-        names = ",".join(name for name in parsed.ignored[:20] if name.isascii() and name.isidentifier())
+        plain = (name for name in parsed.ignored if name.isascii() and name.replace(".", "").isidentifier())
+        names = ",".join(name[:200] for name in plain)
         found.headers["X-Ignored-Fields"] = names
     return found
 

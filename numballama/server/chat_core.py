@@ -200,7 +200,7 @@ def _with_place(error: ApiError, service: Service, request: ChatRequest, offered
 
 def plain_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
     """Tools as plain values, as templates expect them."""
-    return None if tools is None else [tool.model_dump(exclude_none=True) for tool in tools]
+    return None if tools is None else [{"type": tool.type, "function": tool.function.as_dict()} for tool in tools]
 
 
 # Prompts

@@ -229,7 +229,7 @@ def _response(
 
 
 def _dumped(value: Any) -> Any:
-    return value.model_dump(exclude_none=True, by_alias=True) if isinstance(value, Model) else value
+    return value.as_dict() if isinstance(value, Model) else value
 
 
 def _text_format(request: ResponsesRequest) -> Any:
