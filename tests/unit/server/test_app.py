@@ -177,7 +177,7 @@ def test_hosts(model: Model) -> None:
 
 
 def test_too_many_requests(model: Model) -> None:
-    """vLLM #18826, #13395, #2901."""
+    """vLLM #18826, #13395, #2901, PR #49445."""
     with serving(model, Settings(queue_sequences=1)) as server:
         held = [server.begin("/v1/completions", LONG_TEXT | {"stream": True}) for _ in range(5)]  # 4 run, 1 waits
         eventually(lambda: server.service.admission.sequences == 5, "five requests")
@@ -224,7 +224,7 @@ def test_a_client_leaves_while_tokens_are_generated(server: Running, path: str, 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_leaves_while_it_waits(server: Running, stream: bool) -> None:
-    """llama.cpp #24496."""
+    """llama.cpp #24496, PR #24630."""
     held = [server.begin("/v1/completions", LONG_TEXT | {"n": 1, "seed": n}) for n in range(4)]
     eventually(lambda: server.stats.running == 4, "four texts")
     waiting = server.begin("/v1/completions", LONG_TEXT | {"stream": stream, "prompt": [7] * 200, "n": 2})

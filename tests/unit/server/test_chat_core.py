@@ -100,6 +100,31 @@ def test_required_calls(server: Running) -> None:
         assert name in ("look", "go") and 0 <= arguments["x"] <= 99 and choice["finish_reason"] == "tool_calls"
 
 
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "go"}}])
+def test_required_calls_of_a_stream_are_those_of_the_answer(server: Running, choice: Any, parallel: bool) -> None:
+    """vLLM #24509, #49216."""
+    body = BODY | {
+        "tool_choice": choice,
+        "parallel_tool_calls": parallel,
+        "temperature": 1,
+        "seed": 5,
+        "max_tokens": 60,
+    }
+    (whole,) = server.post(PATH, body).json["choices"]
+    calls: list[list[str]] = []
+    parts = [c for event in server.post(PATH, body | {"stream": True}).events for c in event["choices"]]
+    for made in (made for part in parts for made in part["delta"].get("tool_calls", ())):
+        if "id" in made:
+            calls.append([made["function"]["name"], ""])
+        calls[made["index"]][1] += made["function"]["arguments"]
+    assert calls and not [part for part in parts if part["delta"].get("content")]
+    assert calls == [
+        [each["function"][name] for name in ("name", "arguments")] for each in whole["message"]["tool_calls"]
+    ]
+    assert parts[-1]["finish_reason"] == whole["finish_reason"]
+
+
 def test_an_answer_ends_at_its_second_call(server: Running) -> None:
     two = BODY | {"regex": rf"{CALL}\n{CALL}"}
     assert len(calls_of(server.post(PATH, two).json["choices"][0])) == 2
