@@ -121,6 +121,7 @@ class Completion(Answer):
 
 class ResponsesInputDetails(Answer):
     cached_tokens: int
+    cache_write_tokens: int
 
 
 class ResponsesOutputDetails(Answer):

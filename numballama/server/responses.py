@@ -195,7 +195,7 @@ def _response(
     generation = chat.generation
     usage = {
         "input_tokens": generation.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": generation.cached_tokens},
+        "input_tokens_details": {"cached_tokens": generation.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": generation.generated_tokens,
         "output_tokens_details": {"reasoning_tokens": chat.reasoning_tokens},
         "total_tokens": generation.prompt_tokens + generation.generated_tokens,
