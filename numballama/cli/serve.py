@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import math
 import os
 from pathlib import Path
 
@@ -131,8 +132,8 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
         raise Error("--replicas and --max-replicas need --ray")
     for name in ("queue", "queue_tokens", "request_timeout", "stall_timeout", "drain_timeout"):
         value = getattr(arguments, name)
-        if value is not None and not value >= 0:
-            raise Error(f"--{name.replace('_', '-')} must be at least 0, found {value:g}")
+        if value is not None and not 0 <= value < math.inf:
+            raise Error(f"--{name.replace('_', '-')} must be at least 0 and finite, found {value:g}")
     for file in (arguments.tls_cert, arguments.tls_key):
         if file is not None and not Path(file).is_file():
             raise Error(f"{file}: there is no such file")

@@ -36,6 +36,14 @@ class Usage(Answer):
     prompt_tokens_details: PromptTokensDetails
 
 
+class CompletionTokensDetails(Answer):
+    reasoning_tokens: int
+
+
+class ChatUsage(Usage):
+    completion_tokens_details: CompletionTokensDetails
+
+
 class TopLogprob(Answer):
     token: str
     logprob: float | None
@@ -84,7 +92,7 @@ class ChatCompletion(Answer):
     created: int
     model: str
     choices: list[ChatChoice]
-    usage: Usage
+    usage: ChatUsage
 
 
 class CompletionLogprobs(Answer):
@@ -113,6 +121,7 @@ class Completion(Answer):
 
 class ResponsesInputDetails(Answer):
     cached_tokens: int
+    cache_write_tokens: int
 
 
 class ResponsesOutputDetails(Answer):

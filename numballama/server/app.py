@@ -116,10 +116,14 @@ async def _get(
 async def _post(service: Service, kind: type[Request], answer: Answer, request: HttpRequest) -> Response:
     settings, key = service.settings, request.scope.get(KEY)
     call = Call(service, None if key is None else f"key-{key}")
-    body = await read_body(request, settings.max_body, settings.body_timeout_s)
-    if settings.log_prompts:
-        log.info("body: %s", body.decode("utf-8", "replace"))
-    found = await _guarded(until_gone(request.receive, _answer(call, kind, answer, body), settings.request_timeout_s))
+    try:
+        body = await read_body(request, settings.max_body, settings.body_timeout_s)
+        if settings.log_prompts:
+            log.info("body: %s", body.decode("utf-8", "replace"))
+        work = _answer(call, kind, answer, body)
+        found = await _guarded(until_gone(request.receive, work, settings.request_timeout_s))
+    except ApiError as error:
+        found = error_response(error)
     found.headers["X-Request-Id"] = call.key
     return found
 
@@ -129,7 +133,8 @@ async def _answer(call: Call, kind: type[Request], answer: Answer, body: bytes) 
     parsed = await call.service.run(parse, kind, body) if len(body) > 1 << 16 else parse(kind, body)
     found = await answer(call, parsed)
     if parsed.ignored:
-        names = ",".join(name for name in parsed.ignored[:20] if name.isascii() and name.isidentifier())
+        plain = (name for name in parsed.ignored if name.isascii() and name.replace(".", "").isidentifier())
+        names = ",".join(name[:200] for name in plain)
         found.headers["X-Ignored-Fields"] = names
     return found
 

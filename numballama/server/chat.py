@@ -38,7 +38,7 @@ async def answer(call: Call, request: ChatRequest) -> Response:
         for index, message in enumerate(messages)
     ]
     head = {"id": name, "object": KIND, "created": call.created, "model": call.service.name}
-    return JsonResponse({**head, "choices": choices, "usage": chat.generation.usage()})
+    return JsonResponse({**head, "choices": choices, "usage": chat.usage()})
 
 
 class WholeMessage:
@@ -103,7 +103,7 @@ async def _events(call: Call, request: ChatRequest, chat: Chat, name: str) -> As
         if data := b"".join(chunk(choice) for found in batch for choice in _deltas(call, request, found)):
             yield data
     if with_usage:
-        yield usage_chunk(call, CHUNK_KIND, name, chat.generation.usage())
+        yield usage_chunk(call, CHUNK_KIND, name, chat.usage())
     yield DONE
 
 

@@ -55,6 +55,9 @@ class Chat:
     def __init__(self, generation: Generation, parsers: Sequence[Parser], one_call: bool = False) -> None:
         self.generation = generation
         self._parsers, self._one_call = parsers, one_call
+        self.reasoning_tokens = 0
+        """Generated tokens so far that are reasoning, its markers included."""
+        self._undecided = [0] * len(parsers)  # tokens that may turn out to begin reasoning
         self._calls = [0] * len(parsers)
         self._open = set(range(len(parsers)))
 
@@ -80,7 +83,7 @@ class Chat:
     def _read(self, piece: Piece) -> Events:
         choice, reason, stop_reason = piece.choice, piece.finish_reason, piece.stop_reason
         parser = self._parsers[choice]
-        events = list(parser.feed(piece.text)) if piece.text else []
+        events = self._feed(parser, piece) if parser.may_reason else parser.feed(piece.text)
         if reason is not None:
             events += parser.finish()
         starts = [index for index, event in enumerate(events) if isinstance(event, CallStart)]
@@ -94,6 +97,26 @@ class Chat:
             reason = "tool_calls"
         merged = list(merge(events))
         return Events(choice, merged, piece.tokens, piece.logprobs, reason, stop_reason)  # type: ignore[arg-type]
+
+    def _feed(self, parser: Parser, piece: Piece) -> list[Event]:
+        """Events of a piece, token by token: those of reasoning are counted."""
+        events: list[Event] = []
+        for text in piece.texts:
+            inside = parser.in_reasoning
+            events += parser.feed(text)
+            if inside or parser.in_reasoning:
+                self.reasoning_tokens += 1 + self._undecided[piece.choice]
+                self._undecided[piece.choice] = 0
+            elif parser.may_reason:
+                self._undecided[piece.choice] += 1
+        return events
+
+    def usage(self) -> dict[str, Any]:
+        """Tokens, in OpenAI's shape."""
+        return {
+            **self.generation.usage(),
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning_tokens},
+        }
 
 
 async def start(call: Call, request: ChatRequest, messages_field: str = "messages") -> Chat:
@@ -177,7 +200,7 @@ def _with_place(error: ApiError, service: Service, request: ChatRequest, offered
 
 def plain_tools(tools: Sequence[Tool] | None) -> list[dict[str, Any]] | None:
     """Tools as plain values, as templates expect them."""
-    return None if tools is None else [tool.model_dump(exclude_none=True) for tool in tools]
+    return None if tools is None else [{"type": tool.type, "function": tool.function.as_dict()} for tool in tools]
 
 
 # Prompts

@@ -12,7 +12,7 @@ from ..engine.request import Request, TokenLogprobs
 from ..generate import GenerationResponse
 from ..sampling import MAX_N, SamplingParams
 from .errors import ApiError, failed, refused
-from .service import Service, Ticket
+from .service import DRAINING, Service, Ticket
 
 
 @dataclass
@@ -22,6 +22,8 @@ class Piece:
     choice: int
     """Which text: prompt · n + index."""
     text: str = ""
+    texts: list[str] = field(default_factory=list)
+    """What each token adds to the text."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     """Of each token; None unless the request asks for them."""
@@ -54,6 +56,7 @@ class Generation:
         self._choices = [_Choice() for _ in range(n * len(prompts))]
         self._begun: set[int] = set()
         self._finished = 0
+        self._was_ended = False
         self._cached = [0] * len(prompts)
         self.prompt_tokens = sum(self._lengths)
 
@@ -99,6 +102,7 @@ class Generation:
             message = f"n times the tokens of all prompts is {params.n * self.prompt_tokens:,}; at most {most:,}"
             raise ApiError(message, param=param, code="invalid_value")
         self._ticket = service.enter(len(self._choices), self.prompt_tokens)
+        service.running.add(self)
 
         def submit(number: int) -> Request[GenerationResponse]:
             return engine.submit(
@@ -130,8 +134,14 @@ class Generation:
         """Log that it failed after it was accepted."""
         self._service.report_failure(error)
 
+    def end(self) -> None:
+        """Like `cancel`, and whoever reads `pieces` gets an error: the server is shutting down."""
+        self._was_ended = True
+        self.cancel()
+
     def cancel(self) -> None:
         """End what is still running, at the engine's next step, and give the place in the queue back."""
+        self._service.running.discard(self)
         for request in self._requests:
             request.cancel()
         ticket, self._ticket = self._ticket, None
@@ -141,7 +151,7 @@ class Generation:
     async def pieces(self) -> AsyncGenerator[list[Piece], None]:
         """Yield what is known of the texts as soon as it is: at most one piece of each at a time.
 
-        Ends when all texts have ended. Raises `ApiError` 500 when the engine fails.
+        Ends when all texts have ended. Raises `ApiError` 500 when the engine fails, 503 after `end`.
         """
         try:
             if len(self._requests) == 1:
@@ -152,6 +162,8 @@ class Generation:
                 async for number, responses in self._merged():
                     yield self._join(number, responses)
                     await self._service.pause()
+            if self._was_ended:
+                raise ApiError(DRAINING, 503, code="draining", retry_after=5)
             if left := [n for n, choice in enumerate(self._choices) if not choice.tokens]:  # max_tokens is 0
                 yield [Piece(choice, finish_reason="length") for choice in left]
         except ApiError:
@@ -204,6 +216,7 @@ class Generation:
             if piece is None:
                 piece = pieces[choice] = Piece(choice)
             piece.text += response.text
+            piece.texts.append(response.text)
             piece.tokens.append(response.token)
             piece.logprobs.append(response.logprobs)
             if response.finish_reason is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import math
@@ -22,6 +23,8 @@ T = TypeVar("T")
 
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
+LAST_S = 5.0
+"""Time for a client to take the last event of a stream, when it reads slowly."""
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """nginx would otherwise hold events back."""
 
@@ -171,7 +174,7 @@ class EventStream(Response):
                     break
                 if now - self._sent >= self._keep_alive_s:
                     self._sent = now
-                    await send(_body(KEEP_ALIVE, True))
+                    await _send_within(send, _body(KEEP_ALIVE, True), deadline - now)
                 wait_s = min(deadline, self._sent + self._keep_alive_s) - now
                 await asyncio.wait({work, gone}, timeout=max(wait_s, 0.01), return_when=asyncio.FIRST_COMPLETED)
             if work.done():
@@ -187,7 +190,13 @@ class EventStream(Response):
             await self._events.aclose()
             self._close()  # generators that have not begun do nothing when they are closed
         if not is_gone:
-            await send(_body(last, False))
+            await _send_within(send, _body(last, False), LAST_S)
+
+
+async def _send_within(send: Send, message: Message, timeout_s: float) -> None:
+    """Send, unless the client reads so slowly that it cannot be done in time."""
+    with contextlib.suppress(asyncio.TimeoutError):
+        await asyncio.wait_for(send(message), timeout_s)
 
 
 def _body(data: bytes, more: bool) -> Message:

@@ -1,6 +1,7 @@
 """What clients send: the request models. Every number, list and string has limits.
 
-A wrong value is an error that names its field. A field that no model declares is ignored, unless `refused` names it:
+A wrong value is an error that names its field. A field that no model declares is ignored (the answer's header says so),
+unless `refused` names it:
 those are known, would change the answer, and are not supported. What has no effect (null, false, an empty list) is
 accepted everywhere.
 """
@@ -9,9 +10,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from pydantic_core import PydanticCustomError
 
 from ..sampling import MAX_BIASES, MAX_LOGPROBS, MAX_N
@@ -22,6 +24,10 @@ MAX_INT = 2**31 - 1
 MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, MAX_PROMPTS, MAX_TOKENS = 2048, 1024, 128, 256, 1 << 20
 MAX_STOPS, MAX_STOP, MAX_SCHEMA, MAX_DEPTH, MAX_CHOICES = 16, 256, 256 << 10, 64, 1024
 
+MAX_IGNORED = 20
+NO_EFFECT: tuple[Any, ...] = (None, False, 0, "", [], {})
+"""Values of unknown fields that ask for nothing."""
+
 T = TypeVar("T", bound="Request")
 
 
@@ -29,21 +35,27 @@ class Model(BaseModel):
     """Part of a request. Types are strict: "1" is no number and 1 no text."""
 
     model_config = ConfigDict(
-        strict=True, extra="ignore", allow_inf_nan=False, protected_namespaces=(), populate_by_name=True
+        strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=(), populate_by_name=True
     )
+
+    def as_dict(self) -> dict[str, Any]:
+        """What has a value of the declared fields, which must have no models inside, by the client's names."""
+        named = ((field.alias or name, getattr(self, name)) for name, field in type(self).model_fields.items())
+        return {name: value for name, value in named if value is not None}
 
 
 class Request(Model):
     """A whole request."""
 
-    model_config = ConfigDict(extra="allow")
     refused: ClassVar[dict[str, str]] = {}
     """Field that is not supported → what to do instead."""
 
+    _ignored: list[str] = PrivateAttr(default_factory=list)
+
     @property
     def ignored(self) -> list[str]:
-        """Fields of the request that no model declares."""
-        return list(self.model_extra or {})
+        """Places of the first fields of the request that no model declares."""
+        return self._ignored
 
 
 def parse(kind: type[T], body: bytes) -> T:
@@ -53,9 +65,23 @@ def parse(kind: type[T], body: bytes) -> T:
     except ValidationError as error:
         raise invalid_request(error) from None
     for name, value in (request.model_extra or {}).items():
-        if name in kind.refused and value not in (None, False, 0, "", [], {}):
+        if name in kind.refused and value not in NO_EFFECT:
             raise ApiError(f"{name} is not supported: {kind.refused[name]}", param=name, code="unsupported_parameter")
+    request._ignored = [*(request.model_extra or {}), *_unknown(request)][:MAX_IGNORED]
     return request
+
+
+def _unknown(value: Any, place: str = "") -> Iterator[str]:
+    """Places of fields inside the fields of a request that no model declares, and that have a value."""
+    if isinstance(value, list):
+        for number, each in enumerate(value if value and isinstance(value[0], Model) else ()):
+            yield from _unknown(each, f"{place}{number}.")
+    elif isinstance(value, Model):
+        if place:
+            yield from (place + name for name, own in (value.model_extra or {}).items() if own not in NO_EFFECT)
+        for name, field in type(value).model_fields.items():
+            if isinstance(own := getattr(value, name), list | Model):
+                yield from _unknown(own, f"{place}{field.alias or name}.")
 
 
 def _depth(value: Any, limit: int) -> int:

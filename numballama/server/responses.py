@@ -195,9 +195,9 @@ def _response(
     generation = chat.generation
     usage = {
         "input_tokens": generation.prompt_tokens,
-        "input_tokens_details": {"cached_tokens": generation.cached_tokens},
+        "input_tokens_details": {"cached_tokens": generation.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": generation.generated_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": chat.reasoning_tokens},
         "total_tokens": generation.prompt_tokens + generation.generated_tokens,
     }
     return {
@@ -229,7 +229,7 @@ def _response(
 
 
 def _dumped(value: Any) -> Any:
-    return value.model_dump(exclude_none=True, by_alias=True) if isinstance(value, Model) else value
+    return value.as_dict() if isinstance(value, Model) else value
 
 
 def _text_format(request: ResponsesRequest) -> Any:

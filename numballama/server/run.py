@@ -86,8 +86,11 @@ class Server(uvicorn.Server):
 
     async def on_tick(self, counter: int) -> bool:
         """uvicorn's, ten times a second: whether to stop."""
-        if self._deadline is not None and (not self._service.active or time.monotonic() >= self._deadline):
-            self.should_exit = True
+        if self._deadline is not None:
+            late = time.monotonic() >= self._deadline
+            if late:
+                self._service.end()
+            self.should_exit = self.should_exit or late or not self._service.active
         return await super().on_tick(counter)
 
 

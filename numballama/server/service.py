@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ..errors import Error
 from ..tokenizers.base import Tokenizer
@@ -73,6 +73,12 @@ class Ticket:
         self._sequences = 0
 
 
+class Endable(Protocol):
+    """What can be ended from outside, with an error."""
+
+    def end(self) -> None: ...
+
+
 class Service:
     """A model, once `ready` was called, and what the requests for it share."""
 
@@ -83,6 +89,8 @@ class Service:
         self.draining = False
         self.active = 0
         """HTTP requests that are being answered, except those for /health and /metrics."""
+        self.running: set[Endable] = set()
+        """Generations that have not ended."""
         self.logits_lock = asyncio.Lock()
         """One request at a time has the logits of its whole prompt in memory."""
         self._model: Model | None = None
@@ -113,6 +121,11 @@ class Service:
         if engine is not None:
             engine.__exit__(None, None, None)
         self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def end(self) -> None:
+        """The time to drain is over: what still runs ends with an error."""
+        for each in tuple(self.running):
+            each.end()
 
     @property
     def loaded(self) -> bool:

@@ -91,6 +91,16 @@ class Parser:
         if in_reasoning and reasoning:
             self._step, self._keep_space = self._reason, False
 
+    @property
+    def in_reasoning(self) -> bool:
+        """Whether reasoning has begun and not ended."""
+        return self._step == self._reason
+
+    @property
+    def may_reason(self) -> bool:
+        """Whether reasoning has begun or may come next."""
+        return self.in_reasoning or (self._may_reason and self._step == self._begin)
+
     def feed(self, text: str) -> list[Event]:
         """The events of the next piece of text."""
         data, at = self._held + text, 0

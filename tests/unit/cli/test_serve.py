@@ -58,6 +58,7 @@ def test_keys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (["--port", "70000"], "--port must be between"),
         (["--queue", "-1"], "--queue must be at least 0"),
         (["--drain-timeout", "nan"], "--drain-timeout must be at least 0"),
+        (["--request-timeout", "inf"], "--request-timeout must be at least 0 and finite"),
         (["--replicas", "2"], "--replicas and --max-replicas need --ray"),
         (["--max-replicas", "2"], "--replicas and --max-replicas need --ray"),
         (["--tls-cert", "x"], "--tls-cert and --tls-key go together"),

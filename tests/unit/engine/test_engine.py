@@ -341,7 +341,7 @@ def test_a_dropped_stream_is_cancelled(how: str, lookahead: int) -> None:
 
 
 def test_the_engine_keeps_nothing_of_what_has_ended() -> None:
-    """vLLM #44175."""
+    """vLLM #44175, PR #44490."""
     engine, _ = make(lookahead=1)
     request = engine.submit(PROMPT, make_params())
     state, sequence = weakref.ref(request), weakref.ref(request._engine)

@@ -71,7 +71,7 @@ def test_a_prompt_is_computed_in_chunks_then_row_by_row() -> None:
 
 
 def test_all_that_generate_have_a_row_beside_a_long_prompt() -> None:
-    """llama.cpp #10860, #10054, #4875: others wait for a long prompt."""
+    """llama.cpp #10860, #10054, #4875, #22921: others wait for a long prompt."""
     scheduler = make(pages=2000, sequences=17, rows=256, mixed=48)
     streams = [sequence(5, 100) for _ in range(16)]
     add(scheduler, *streams)

@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 import time
+from functools import partial
 from typing import Any
 
 import pytest
@@ -176,7 +177,7 @@ def test_hosts(model: Model) -> None:
 
 
 def test_too_many_requests(model: Model) -> None:
-    """vLLM #18826, #13395, #2901."""
+    """vLLM #18826, #13395, #2901, PR #49445."""
     with serving(model, Settings(queue_sequences=1)) as server:
         held = [server.begin("/v1/completions", LONG_TEXT | {"stream": True}) for _ in range(5)]  # 4 run, 1 waits
         eventually(lambda: server.service.admission.sequences == 5, "five requests")
@@ -223,7 +224,7 @@ def test_a_client_leaves_while_tokens_are_generated(server: Running, path: str, 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_a_client_leaves_while_it_waits(server: Running, stream: bool) -> None:
-    """llama.cpp #24496."""
+    """llama.cpp #24496, PR #24630."""
     held = [server.begin("/v1/completions", LONG_TEXT | {"n": 1, "seed": n}) for n in range(4)]
     eventually(lambda: server.stats.running == 4, "four texts")
     waiting = server.begin("/v1/completions", LONG_TEXT | {"stream": stream, "prompt": [7] * 200, "n": 2})
@@ -306,6 +307,32 @@ def test_draining(model: Model) -> None:
         data += read_until(connection, b"\r\n0\r\n\r\n")
         assert data.rstrip(b"0\r\n").endswith(b"data: [DONE]")
         connection.close()
+
+
+def test_the_time_to_drain_is_over(model: Model) -> None:
+    """What still runs ends with an error, in its protocol's shape, and not with a torn connection."""
+    chat = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 10_000, "n": 8, "seed": 1, "stream": True}
+    with serving(model, Settings(drain_s=0, queue_sequences=100)) as server:
+        with model.exclusive():  # nothing ends before
+            found = [
+                server.begin(path, body)
+                for path, body in (
+                    ("/v1/completions", LONG_TEXT | {"prompt": ["a", "b"]}),
+                    ("/v1/chat/completions", chat),
+                    ("/v1/responses", {"input": "Hi", "stream": True}),
+                    ("/v1/messages", chat),
+                )
+            ]
+            eventually(lambda: len(server.service.running) == 4, "the requests")
+            server.server.drain()
+            eventually(lambda: not server.service.running, "the end")
+        answers = [b"".join(iter(partial(connection.recv, 1 << 16), b"")) for connection in found]
+        for connection in found:
+            connection.close()
+    assert answers[0].startswith(b"HTTP/1.1 503 ")
+    assert all(b'"code":"draining"' in each for each in answers)
+    assert all(each.startswith(b"HTTP/1.1 200 ") and each.endswith(b"\r\n0\r\n\r\n") for each in answers[1:])
+    assert b"data: [DONE]" in answers[1] and b"event: error" in answers[2] and b"event: error" in answers[3]
 
 
 def samples(server: Running) -> dict[str, float]:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from typing import Any, NoReturn
+from unittest.mock import ANY
 
 import pytest
 
@@ -99,6 +100,31 @@ def test_required_calls(server: Running) -> None:
         assert name in ("look", "go") and 0 <= arguments["x"] <= 99 and choice["finish_reason"] == "tool_calls"
 
 
+@pytest.mark.parametrize("parallel", [True, False])
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "go"}}])
+def test_required_calls_of_a_stream_are_those_of_the_answer(server: Running, choice: Any, parallel: bool) -> None:
+    """vLLM #24509, #49216."""
+    body = BODY | {
+        "tool_choice": choice,
+        "parallel_tool_calls": parallel,
+        "temperature": 1,
+        "seed": 5,
+        "max_tokens": 60,
+    }
+    (whole,) = server.post(PATH, body).json["choices"]
+    calls: list[list[str]] = []
+    parts = [c for event in server.post(PATH, body | {"stream": True}).events for c in event["choices"]]
+    for made in (made for part in parts for made in part["delta"].get("tool_calls", ())):
+        if "id" in made:
+            calls.append([made["function"]["name"], ""])
+        calls[made["index"]][1] += made["function"]["arguments"]
+    assert calls and not [part for part in parts if part["delta"].get("content")]
+    assert calls == [
+        [each["function"][name] for name in ("name", "arguments")] for each in whole["message"]["tool_calls"]
+    ]
+    assert parts[-1]["finish_reason"] == whole["finish_reason"]
+
+
 def test_an_answer_ends_at_its_second_call(server: Running) -> None:
     two = BODY | {"regex": rf"{CALL}\n{CALL}"}
     assert len(calls_of(server.post(PATH, two).json["choices"][0])) == 2
@@ -165,6 +191,22 @@ def test_reasoning(thinking: Running) -> None:
     deltas = [choice["delta"] for event in events for choice in event["choices"]]
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == "hm, so"
     assert "".join(delta.get("content", "") for delta in deltas) == "A dog."
+
+
+@pytest.mark.parametrize("text", ["<think>\nhm, so\n</think>\n\nA dog.", "A dog.", "<th", "<think>hm, so"])
+def test_tokens_of_reasoning_are_counted(thinking: Running, text: str) -> None:
+    body = BODY | {"tools": None, "regex": re.escape(text), "logprobs": True, "n": 2}
+    answer = thinking.post(PATH, body).json
+    counted = 0
+    for choice in answer["choices"]:
+        tokens, read = [entry["token"] for entry in choice["logprobs"]["content"]], ""
+        for token in tokens:
+            counted += text.startswith("<think>") and "</think>" not in read
+            read += token
+    assert answer["usage"]["completion_tokens_details"] == {"reasoning_tokens": counted}
+    stream = body | {"stream": True, "stream_options": {"include_usage": True}}
+    assert thinking.post(PATH, stream).events[-1]["usage"] == answer["usage"] | {"prompt_tokens_details": ANY}
+    assert (counted > 8) is text.startswith("<think>")
 
 
 def test_a_restricted_answer_has_no_reasoning(thinking: Running) -> None:

@@ -111,7 +111,7 @@ def test_the_stream_helpers_parse(client: Any) -> None:
 def test_errors(client: Any) -> None:
     with pytest.raises(openai.BadRequestError) as wrong:
         client.chat.completions.create(model="m", messages=MESSAGES, temperature=-1)
-    assert wrong.value.param == "temperature" and wrong.value.code == "invalid_value"
+    assert wrong.value.param == "temperature" and wrong.value.code == "invalid_value" and wrong.value.request_id
     with pytest.raises(openai.NotFoundError):
         client.embeddings.create(model="m", input="x")
 

@@ -50,7 +50,7 @@ def test_a_prompt(server: Running, model: Model) -> None:
 
 @pytest.mark.parametrize("n", [1, 3])
 def test_streamed_is_not_streamed(server: Running, n: int) -> None:
-    """llama.cpp #10914, #13780, #10720; `test_properties` has more of it."""
+    """llama.cpp #10914, PR #10997, #13780, PR #13785, #10720; `test_properties` has more of it."""
     body = {"temperature": 1, "seed": 7, "n": n, "stop": ["zebra", ", th"], "max_tokens": 20}
     whole, events = completed(server, **body), streamed(server, **body)
     for choice in whole["choices"]:

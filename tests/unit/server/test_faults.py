@@ -49,7 +49,7 @@ def test_nothing_is_generated_for_a_client_that_left_before_its_first_token(
 
 
 def test_nothing_stays_of_requests_that_have_ended(model: Model) -> None:
-    """vLLM #44175, #28726, #15085: a little more memory with each request."""
+    """vLLM #44175, #28726, #15085, #50150: a little more memory with each request."""
 
     def objects() -> Counter[str]:
         gc.collect()
@@ -155,8 +155,8 @@ def test_a_prompt_that_is_cached_as_a_whole(server: Running, length: int) -> Non
 
 
 def test_the_next_turn_finds_the_turn_before(model: Model) -> None:
-    """llama.cpp #3738, #4329, #14113: all whole pages of the prompt and of the answer, where the text of the answer
-    gives the tokens again that the model chose."""
+    """llama.cpp #3738, #4329, #14113, #15082, #23030: all whole pages of the prompt and of the answer, where the text
+    of the answer gives the tokens again that the model chose."""
     messages: list[Any] = [{"role": "user", "content": "Once upon a time"}]
     body = GREEDY | {"max_tokens": 100, "logprobs": True}
     with serving(model, Settings(chat_template=PLAIN, api_keys=("key",))) as server:
@@ -179,13 +179,13 @@ def test_the_next_turn_finds_the_turn_before(model: Model) -> None:
 
 HOSTILE: list[dict[str, Any]] = [
     {"regex": "(" * 60_000 + "a" + ")" * 60_000},  # llama.cpp #26600
-    {"regex": "[a-"},  # vLLM #17313
+    {"regex": "[a-"},  # vLLM #17313, #19270
     {"regex": "*"},
     {"grammar": "root ::= root root"},  # llama.cpp #25960
     {"grammar": "root ::= " + "(" * 10_000 + '"a"' + ")" * 10_000},
     {"n": 10**9},  # CVE-2026-34756
     {"n_discard": -(2**31)},  # CVE-2026-21869
-    {"chat_template": "{{ ''.__class__.__mro__ }}"},  # CVE-2024-34359
+    {"chat_template": "{{ ''.__class__.__mro__ }}"},  # CVE-2024-34359, CVE-2026-5760
     {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
     {"json_schema": {"$ref": "https://example.invalid/schema"}},
     {"json_schema": {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}},
@@ -205,7 +205,7 @@ def test_a_hostile_request_ends_alone(server: Running, body: dict[str, Any]) -> 
 
 
 def test_other_sites_get_no_leave_to_read(model: Model) -> None:
-    """llama.cpp PR #25655: the Origin header was sent back, with leave to send credentials."""
+    """llama.cpp PR #25606, PR #25655: the Origin header was sent back, with leave to send credentials."""
     with serving(model, Settings(api_keys=("key",))) as server:
         for origin in ("http://evil.example", "null"):
             headers = {"Origin": origin, "Authorization": "Bearer key", "Access_Control_Request_Method": "POST"}

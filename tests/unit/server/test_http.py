@@ -65,6 +65,27 @@ def test_a_stream_that_fails_ends_with_an_event() -> None:
     assert b'"code":"server_error"' in sent[-1]["body"] and b"nobody" not in sent[-1]["body"]
 
 
+def test_a_client_that_does_not_read_has_no_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its place is free again, although nothing can be sent to it: neither an event nor a comment nor the last one."""
+    monkeypatch.setattr("numballama.server.http.LAST_S", 0.01)
+    closed: list[bool] = []
+
+    async def events() -> AsyncGenerator[bytes, None]:
+        yield b"data: 1\n\n"
+
+    async def receive() -> Message:
+        await asyncio.sleep(60)
+        raise AssertionError
+
+    async def send(message: Message) -> None:
+        if message["type"] == "http.response.body":
+            await asyncio.sleep(60)
+
+    stream = EventStream(events(), lambda: closed.append(True), lambda error: dumps(error.body), 0.1, 0.02)
+    asyncio.run(asyncio.wait_for(stream({"type": "http"}, receive, send), 30))
+    assert closed
+
+
 def test_work_has_a_time_limit() -> None:
     async def receive() -> Message:
         await asyncio.sleep(60)

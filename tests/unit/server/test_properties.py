@@ -89,7 +89,7 @@ def test_the_parts_of_a_chat_are_the_whole(thinking: Running, body: dict[str, An
 @settings(max_examples=15)
 @given(body=st.fixed_dictionaries(OPTIONS), echo=st.booleans())
 def test_the_parts_of_a_completion_are_the_whole(thinking: Running, body: dict[str, Any], echo: bool) -> None:
-    """llama.cpp #10914, #13780, #10720."""
+    """llama.cpp #10914, PR #9867, #13780, #10720: text of a stream that is doubled, lost, or of a stop string."""
     body = {"prompt": ["One day", "A dog"], "logprobs": 0, "echo": echo} | body
     answer = thinking.post(TEXT, body)
     assert answer.status == 200, answer.body

@@ -85,6 +85,32 @@ def test_unknown_fields_are_ignored_and_known_ones_refused() -> None:
         assert (error.status, error.param, error.code) == (400, name, "unsupported_parameter")
 
 
+def test_unknown_fields_inside_others_are_named(server: Running) -> None:
+    """They change neither the prompt nor what is repeated."""
+    function: dict[str, Any] = {"name": "f", "parameters": {"type": "object", "new": 1}}
+    plain: dict[str, Any] = {
+        "messages": MESSAGES,
+        "tools": [{"type": "function", "function": function}],
+        "max_tokens": 1,
+    }
+    more: dict[str, Any] = {
+        **plain,
+        "messages": [MESSAGES[0] | {"name": None, "refusal": None, "annotations": [], "weight": 2}],
+        "tools": [{"type": "function", "function": function | {"cache": {"a": 1}}, "é": 1}],
+        "stream_options": {"continuous_usage_stats": True},
+    }
+    answers = [server.post("/v1/chat/completions", body) for body in (plain, more)]
+    assert answers[1].headers["x-ignored-fields"] == (
+        "stream_options.continuous_usage_stats,messages.0.weight,tools.0.function.cache"
+    )
+    assert "x-ignored-fields" not in answers[0].headers
+    assert len({each.json["usage"]["prompt_tokens"] for each in answers}) == 1
+    tools = [{"type": "function", "name": "f", "parameters": {"type": "object"}}]
+    body = {"input": "a", "max_output_tokens": 1, "tools": [tools[0] | {"new": 1}]}
+    answer = server.post("/v1/responses", body)
+    assert answer.headers["x-ignored-fields"] == "tools.0.new" and answer.json["tools"] == tools
+
+
 def test_messages_for_templates() -> None:
     call = {"id": "c", "function": {"name": "f", "arguments": "[1]"}}
     found = template_message(Message.model_validate_json(json.dumps({"role": "assistant", "tool_calls": [call]})))

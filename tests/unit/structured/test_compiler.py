@@ -37,6 +37,7 @@ def test_without_a_grammar_there_is_no_constraint_and_no_import() -> None:
 
 
 def test_one_grammar_is_compiled_once(story: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """GHSA-389x-67px-mjg3, GHSA-mgrm-fgjv-mhv8: each request's grammar was kept, in memory or on the disk."""
     compiled: list[str] = []
     real = compiler.Grammar
 

@@ -23,7 +23,7 @@ names = st.sampled_from(sorted(FORMATS))
 @settings(max_examples=100)
 @given(names, texts, st.data(), st.booleans())
 def test_any_pieces_give_the_same_answer(name: str, text: str, data: st.DataObject, in_reasoning: bool) -> None:
-    """vLLM #10395, #9693, #10589, #13622, #16214, #39584: calls of a stream differ from those of a whole answer."""
+    """vLLM #10395, #9693, #10589, #13622, #48318, #16214, #39584, #20028: streamed calls differ."""
     whole = read(name, text, in_reasoning)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=8)))
     pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
