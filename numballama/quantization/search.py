@@ -45,6 +45,19 @@ def _f16(values: Floats) -> Floats:
     return encode_f16(values + np.float32(0)).view(np.float16).astype(np.float32)  # -0.0 + 0.0 is 0.0
 
 
+def _factor(largest: Floats, most: int) -> Floats:
+    """The factor, in float16, of integers up to `most`, the largest of which stands for `largest`.
+
+    Below 6e-5 float16 has few bits. Where the nearest is too small, so that the largest integer would not do, the next
+    one is taken, and smaller integers with it.
+    """
+    exact = largest / np.float32(most)
+    near = _f16(exact)
+    beyond = np.nextafter(near.astype(np.float16), np.where(exact < 0, -np.inf, np.inf).astype(np.float16))
+    short = np.abs(near) < np.abs(exact) * np.float32(1 - 0.5 / abs(most))
+    return np.where(short & np.isfinite(beyond), beyond.astype(np.float32), near)
+
+
 def _divide(numerator: Floats, denominator: Floats) -> Floats:
     """The quotient, or 0 where that is infinite."""
     with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
@@ -209,8 +222,8 @@ def _k_with_mins(rows: Floats, importance: Floats | None, bits: int, block: Reco
     x, w = _groups(rows, importance, 32)
     most = (1 << bits) - 1
     scale, low = _affine(x, w, most, any_low=False)
-    d = _f16(scale.max(axis=1, keepdims=True) / np.float32(63))
-    dmin = _f16(-low.min(axis=1, keepdims=True) / np.float32(63))
+    d = _factor(scale.max(axis=1, keepdims=True), 63)
+    dmin = _factor(-low.min(axis=1, keepdims=True), 63)
     integers = tuple(
         np.clip(np.rint(_divide(values, np.broadcast_to(factor, values.shape))), 0, 63)
         for values, factor in ((scale, d), (-low, dmin))
@@ -242,7 +255,7 @@ def _q6_k(rows: Floats, block: Records, importance: Floats | None) -> None:
     x, w = _groups(rows, importance, 16)
     scale = _signed(x, w, -32)
     largest = np.take_along_axis(scale, np.abs(scale).argmax(axis=1, keepdims=True), axis=1)
-    d = _f16(largest / np.float32(-128))
+    d = _factor(largest, -128)
     integers = np.clip(np.rint(_divide(scale, np.broadcast_to(d, scale.shape))), -128, 127)
     none = np.zeros_like(integers)
     d, _, scales, _, quants = _improve(x, w, d, np.zeros_like(d), (integers, none), (-128, 127, 0), (-32, 31))
