@@ -7,7 +7,9 @@ import contextlib
 import os
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Iterator
+from queue import SimpleQueue
 from typing import TYPE_CHECKING
 
 from ..errors import FORKED, DeviceError, Error
@@ -52,6 +54,8 @@ class Driver:
         self._awaiting: dict[RequestState, None] = {}  # requests whose readers await a future
         self._users = 0  # those who want the thread
         self._thread: threading.Thread | None = None
+        self._idle = False  # whether the thread sleeps until `_bell` rings
+        self._bell: SimpleQueue[None] = SimpleQueue()
         self._pausing = 0  # threads that are in `paused` or wait for it
         self._stopping = self.closed = False
         self._pid = os.getpid()
@@ -104,6 +108,9 @@ class Driver:
         """Tell the engine's thread, and those who wait for their turn, that something has changed. The lock is held."""
         if self._listeners:
             self._changed.notify_all()
+        if self._idle:
+            self._idle = False
+            self._bell.put(None)
 
     def _listen(self) -> None:
         """Wait for `notify`. The lock is held."""
@@ -209,16 +216,21 @@ class Driver:
             if self._thread is not None or self.closed:
                 return
             self._stopping = False
-            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
+            self._idle, self._bell = False, SimpleQueue()
+            bell = self._bell
+            me = weakref.ref(self, lambda _: bell.put(None))
+            self._thread = threading.Thread(target=_run, args=(me, bell), name=self._name, daemon=True)
             self._thread.start()
 
-    def _run(self) -> None:
+    def _run_while_there_is_work(self) -> bool:
+        """What the thread does when it is woken. False: it is to end."""
         while True:
             with self.lock:
-                while not self._stopping and (self._stepping is not None or self._pausing or not self._has_work()):
-                    self._listen()
                 if self._stopping:
-                    return
+                    return False
+                if self._stepping is not None or self._pausing or not self._has_work():
+                    self._idle = True
+                    return True
                 self._stepping = threading.get_ident()
             try:
                 while self._has_work() and not (self._stopping or self._pausing):
@@ -275,6 +287,13 @@ class Driver:
             yield
         finally:
             self._leave()
+
+
+def _run(driver: weakref.ref[Driver], bell: SimpleQueue[None]) -> None:
+    """The engine's thread. While it sleeps, it keeps no engine alive: one that nobody refers to any more ends it."""
+    while (found := driver()) is not None and found._run_while_there_is_work():
+        del found
+        bell.get()
 
 
 def _check_reader(state: RequestState) -> None:

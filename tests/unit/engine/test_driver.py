@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import random
 import signal
 import threading
 import time
+import weakref
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Any
 
@@ -256,11 +258,30 @@ def test_the_thread_sleeps_when_there_is_nothing_to_do() -> None:
             time.sleep(0.001)
         time.sleep(0.01)
         steps = engine.stats().steps
-        assert engine._driver._listeners == 1
+        assert engine._driver._idle
         time.sleep(0.02)
         assert engine.stats().steps == steps and not runner.in_flight
         assert tokens_of(engine.submit([4], make_params())) == alone([4])
     assert not engine._driver.running
+
+
+def test_an_engine_that_nobody_refers_to_ends_its_thread() -> None:
+    """Whether it has worked before or not. An engine that is left open must not keep its model."""
+    for prompts in ([], [[1, 2, 3], [4, 5]]):
+        engine, _ = make()
+        engine.start()
+        thread = engine._driver._thread
+        assert thread is not None
+        for prompt in prompts:
+            assert tokens_of(engine.submit(prompt, make_params())) == alone(prompt)
+        reference = weakref.ref(engine)
+        del engine
+        end = time.monotonic() + 30
+        while reference() is not None and time.monotonic() < end:
+            gc.collect()
+            time.sleep(0.01)
+        thread.join(30)
+        assert reference() is None and not thread.is_alive()
 
 
 def test_exclusive_waits_for_its_turn() -> None:
