@@ -224,19 +224,18 @@ def test_a_killed_replica_ends_its_requests_in_an_error_and_the_service_goes_on(
     )
 
 
-def test_the_service_drains() -> None:
-    """After SIGTERM a stream goes on to its end while new requests are refused."""
-    with serving() as cluster:
-        with cluster.stream("Once") as connection:
-            data = read_until(connection, b"data: ")
-            cluster.process.send_signal(signal.SIGTERM)
+def test_the_service_drains(cluster: Cluster) -> None:
+    """After SIGTERM a stream goes on to its end while new requests are refused. The last test of the cluster."""
+    with cluster.stream("Once") as connection:
+        data = read_until(connection, b"data: ")
+        cluster.process.send_signal(signal.SIGTERM)
+        refused = cluster.complete("Once", max_tokens=1)
+        while refused.status == 200:  # the signal has not arrived
             refused = cluster.complete("Once", max_tokens=1)
-            while refused.status == 200:  # the signal has not arrived
-                refused = cluster.complete("Once", max_tokens=1)
-            assert (refused.status, refused.error["code"]) == (503, "draining") and refused.headers["retry-after"]
-            data += read_until(connection, b"\r\n0\r\n\r\n")
-        assert b'"finish_reason":"length"' in data and b"data: [DONE]" in data
-        assert cluster.process.wait(START) == 0, cluster.lines
+        assert (refused.status, refused.error["code"]) == (503, "draining") and refused.headers["retry-after"]
+        data += read_until(connection, b"\r\n0\r\n\r\n")
+    assert b'"finish_reason":"length"' in data and b"data: [DONE]" in data
+    assert cluster.process.wait(START) == 0, cluster.lines
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # Ray's, when it is imported
