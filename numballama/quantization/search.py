@@ -54,7 +54,7 @@ def _factor(largest: Floats, most: int) -> Floats:
     exact = largest / np.float32(most)
     near = _f16(exact)
     beyond = np.nextafter(near.astype(np.float16), np.where(exact < 0, -np.inf, np.inf).astype(np.float16))
-    short = np.abs(near) < np.abs(exact) * np.float32(1 - 0.5 / abs(most))
+    short = np.abs(near) < np.abs(exact) * np.float32(1 - 0.1 / abs(most))
     return np.where(short & np.isfinite(beyond), beyond.astype(np.float32), near)
 
 
