@@ -119,7 +119,7 @@ def compile(
             memory, which `notes` say.
         batch_invariant: whether logits have the same bits alone, in a batch of any size and with any chunks of a
             prompt. All runs then use one family of kernels, and prompts take longer: see docs/engine.md. Not for the
-            reference. On a GPU `max_sequences` is 2 to 128, with float32 weights 2 to 8.
+            reference. On a GPU `max_sequences` is at most 128, with float32 weights 8, and 1 becomes 2.
 
     Raises `FormatError` for a damaged file, `UnsupportedError` for what this version cannot do, `DeviceError` for a
     device that cannot be used, `Error` for arguments out of range or with other names (`n_ctx`), which names ours.

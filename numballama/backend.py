@@ -98,8 +98,8 @@ class Backend(Protocol):
     lookahead: ClassVar[int]
     """Runs that may be submitted before the one whose tokens are awaited is done. 0: `submit` does the work."""
     decode_sizes: tuple[int, ...]
-    """Numbers of sequences for which a program of their own decodes faster than one for a chunk of a prompt. Programs
-    have at least the first of these numbers of rows.
+    """Numbers of sequences for which a program of their own decodes faster than one for a chunk of a prompt. The first
+    is the least number of rows that a program has.
     """
     most_sequences: int | None
     """Maximum number of sequences in one run, if the backend has one."""
@@ -127,7 +127,7 @@ class Backend(Protocol):
         """Fuse, lower and bind a graph. `fusions` are all, none, or those of these names."""
 
     def prepare(self, decode: Program, report: Report | None = None) -> None:
-        """Compile or load everything that would delay the first token. `decode` is the program for one token."""
+        """Compile or load everything that would delay the first token. `decode` is the program for one sequence."""
 
     def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
         """Write page numbers into row `slot` of the page table, from entry `first` on. Later runs see them."""

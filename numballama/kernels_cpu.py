@@ -472,9 +472,9 @@ def attention(worker, n_workers, tokens, q, k_cache, positions, sequences, page_
     begin, end = partition(heads, worker, n_workers, 1)
     if together or single:
         unit, step, units = worker, n_workers, tokens * (kv_heads * parts if together else heads)
-    else:  # a unit is a head of a token, and some are computed at once
+    else:  # a unit is a head of a token; up to SCORE_ROWS units are computed at once
         unit, step, units = 0, 1, tokens * (end - begin)
-    while unit < units:  # with one call, because each is compiled by itself
+    while unit < units:  # one call of `attend` in the source: each would be compiled by itself
         count = 1
         if together:
             t, place = divmod(unit, kv_heads * parts)

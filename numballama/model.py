@@ -116,8 +116,7 @@ class Model:
         self.notes += backend.notes
         for note in self.notes:
             progress.info(note)
-        self.threads: int = backend.workers
-        self.load_s = time.perf_counter() - started
+        self.threads, self.load_s = backend.workers, time.perf_counter() - started
 
     def _build(self, tokens: int, logits: Logits, lens: bool = False) -> ir.Graph:
         types = {name: weight.type for name, weight in self.weights.items()}
@@ -269,8 +268,9 @@ class Model:
         tokens = self.token_engine.validate(ids)
         with self.exclusive() as session:
             if self._all_logits is None:
+                least, most = self.backend.decode_sizes[0], self.backend.prefill_chunk
                 with progress.progress_bar("compiling kernels") as report:
-                    graph = self._build(min(self.backend.prefill_chunk, max(2, self.context)), "all")
+                    graph = self._build(min(most, max(least, self.context)), "all")
                     self._all_logits = self._program_of(graph, report)
             yield from session.each_logits(self._all_logits, tokens, start)
 

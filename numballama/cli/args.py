@@ -239,7 +239,6 @@ _PHRASES = {
     ", or read single values with values()": "",
     "compile(…, tokenizer=…), --tokenizer on the command line": "--tokenizer",
     "template= or --chat-template": "--chat-template",
-    "batch_invariant=True": "--batch-invariant",
 }
 """What an error says to a Python program → what it says on the command line."""
 _OPTIONS = "|".join(

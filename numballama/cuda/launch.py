@@ -225,7 +225,7 @@ class LaunchContext:
     zeros: Callable[[int], Array]
     """zeros(n): allocate n int32 for the program, initially 0. Kernels set them back to 0."""
     wgmma: bool = False
-    """Whether kernels by wgmma may be used: the device has compute capability 9.0, and no other."""
+    """Whether kernels by wgmma may be used: on devices of compute capability 9.0 only, not in batch-invariant runs."""
     batch_invariant: bool = False
     """Whether all rows use the kernels for rows of many sequences, those of a prompt's chunk as well."""
 

@@ -44,8 +44,8 @@ def kv_layout(
     `free_bytes` (None: unknown) do not allow it, with a note. Raises `ContextError` where not even one context fits, or
     not the `kv_tokens` that were asked for; `Error` for more than MAX_SEQUENCES.
 
-    A backend's runs have `fewest` sequences or more, and `most` (None: no limit), of which those not asked for get no
-    more tokens.
+    `fewest` and `most` are limits of the backend (None: MAX_SEQUENCES). Fewer sequences become `fewest`, with no more
+    KV cache; more than `most` are an `Error`.
     """
     if max_sequences > (limit := MAX_SEQUENCES if most is None else most):
         here = "" if most is None else " for batch-invariant runs with these weights"

@@ -31,7 +31,8 @@ class Driver:
 
     Without a thread of its own (inline), whoever waits for a response and finds nobody stepping does it until the
     response is there, then wakes another one who waits. After `start` a thread does it. Nobody polls: a waiting thread
-    sleeps on a lock of its own, a coroutine on a future, and each event loop is called once a step.
+    sleeps on a lock of its own, the engine's on a queue, a coroutine on a future. Each event loop is called once a
+    step.
 
     `has_work` tells whether `step` has anything to do. What `step` raises is for the reader who steps; in the thread it
     is a reason to `fail`.
@@ -55,7 +56,7 @@ class Driver:
         self._users = 0  # those who want the thread
         self._thread: threading.Thread | None = None
         self._idle = False  # whether the thread sleeps until `_bell` rings
-        self._bell: SimpleQueue[None] = SimpleQueue()
+        self._bell: SimpleQueue[None] = SimpleQueue()  # the garbage collector may put into it while a lock is held
         self._pausing = 0  # threads that are in `paused` or wait for it
         self._stopping = self.closed = False
         self._pid = os.getpid()

@@ -66,7 +66,7 @@ class ModelRunner:
         """The page to look at: of the first run that samples a token."""
 
     def compile(self, report: Report | None) -> tuple[Program, Program]:
-        """Make the programs for one token and for chunks; returns them."""
+        """Make the programs for one sequence and for chunks; returns them."""
         size = self._sizes[0]
         graph = self._graph_of(size, "rows" if size == 1 else "all")
         self.decode = self._decode[size] = self._make(graph, report)

@@ -116,7 +116,7 @@ def test_a_template_is_a_file_or_a_name(tmp_path: Path) -> None:
         ("x carries no tokenizer: pass its file to compile(…, tokenizer=…), --tokenizer on the command line",
          "x carries no tokenizer: pass its file to --tokenizer"),
         ("pass one, as template= or --chat-template", "pass one, as --chat-template"),
-        ("batch_invariant=True is for the CPU and for GPUs", "--batch-invariant is for the CPU and for GPUs"),
+        ("batch_invariant is not supported by the reference", "--batch-invariant is not supported by the reference"),
         ("/a/device=1/context: no such file", "/a/device=1/context: no such file"),
         ("the prompt is empty; None starts from the beginning-of-text token alone",
          "the prompt is empty; `numballama story --model …` begins without one"),

@@ -91,6 +91,14 @@ def test_pack_puts_quants_where_decoding_finds_them(bits: int, run: int, data: s
     assert (_unpack(pack(quants[None], bits, run), bits, run)[0] == quants).all()
 
 
+@pytest.mark.parametrize("name", ["q4_k", "q5_k", "q6_k"])
+def test_tiny_weights_are_not_cut_off(name: str) -> None:
+    """Where float16 has few bits for a block's factor, the largest elements are as close as elsewhere."""
+    x = np.repeat(np.geomspace(2e-4, 2e-2, 64, dtype=np.float32)[:, None], 256, axis=1)
+    error = np.abs(coded(name, x) / x - 1).max(axis=1)
+    assert error.max() < 0.02
+
+
 @pytest.mark.parametrize("name", TYPES)
 def test_columns_that_count_more_are_closer(name: str) -> None:
     x = drawn("heavy", 2, 1024, 32)
