@@ -31,7 +31,7 @@ def encode(name: str, rows: Floats, blocks: Bytes, importance: Floats | None = N
     """Fill blocks [n, block_bytes] with values [n, block_size]. `importance` [n, block_size], positive, says how much
     an element's error counts; types of `blocks.ENCODERS` do not use it.
 
-    Scales beyond float16 saturate. Raises `Error` for NaN and infinity.
+    Scales larger float16 saturate. Raises `Error` for NaN and infinity.
     """
     if name in ENCODERS:
         return encode_exactly(name, rows, blocks)
@@ -53,9 +53,9 @@ def _factor(largest: Floats, most: int) -> Floats:
     """
     exact = largest / np.float32(most)
     near = _f16(exact)
-    beyond = np.nextafter(near.astype(np.float16), np.where(exact < 0, -np.inf, np.inf).astype(np.float16))
+    larger = np.nextafter(near.astype(np.float16), np.where(exact < 0, -np.inf, np.inf).astype(np.float16))
     short = np.abs(near) < np.abs(exact) * np.float32(1 - 0.1 / abs(most))
-    return np.where(short & np.isfinite(beyond), beyond.astype(np.float32), near)
+    return np.where(short & np.isfinite(larger), larger.astype(np.float32), near)
 
 
 def _divide(numerator: Floats, denominator: Floats) -> Floats:
