@@ -69,9 +69,13 @@ CASES: list[tuple[ModelConfig, str, str, Any, bool]] = [
 """Every type of weights, each with one KV cache; every type of cache with each kernel that reads or writes it."""
 
 
+ASSEMBLED = OLDER | {"7.5": ("bf16", "q4_k", "f16", "f32")}
+"""Types of weights whose cases launch a kernel of each file, before sm_90."""
+
+
 def cases_for(arguments: Sequence[str]) -> list[tuple[ModelConfig, str, str, Any, bool]]:
-    """Cases of a command line: all for sm_90; before, fewer types, in the order of `older_cards.OLDER`."""
-    kinds = list(OLDER.get(arguments[0], ())) if "all" not in arguments else []
+    """Cases of a command line: all for sm_90; before, fewer types, in the order of `ASSEMBLED`."""
+    kinds = list(ASSEMBLED.get(arguments[0], ())) if "all" not in arguments else []
     if not kinds:
         return CASES
     cases = [case for case in CASES if case[1] in kinds or case[4]]
