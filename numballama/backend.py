@@ -206,9 +206,17 @@ def _backend_name(device: str) -> BackendName:
     raise DeviceError(f"unknown device {device!r}; choose from 'cpu', 'cuda', 'cuda:N', 'reference' and 'auto'")
 
 
-def backend_class(device: str) -> type[Backend]:
-    """The class of a device's backend; its class attributes are known before a weight is read."""
+def backend_class(device: str, batch_invariant: bool = False) -> type[Backend]:
+    """The class of a device's backend; its class attributes are known before a weight is read.
+
+    Raises `UnsupportedError` for `batch_invariant` on the reference.
+    """
     name = _backend_name(device)
+    if flag("batch_invariant", batch_invariant) and name == "reference":
+        raise UnsupportedError(
+            "batch_invariant is not supported by the reference, whose products of one row and of several differ in the "
+            "last bits: use the CPU or a GPU"
+        )
     if name == "cuda":
         from .cuda.backend import CudaBackend
 
@@ -233,9 +241,9 @@ def open_backend(
     result has the same bits in runs of any size. Raises `DeviceError` as `choose_device` does, `UnsupportedError` for
     `batch_invariant` on the reference.
     """
-    batch_invariant = flag("batch_invariant", batch_invariant)
     if device == "auto":
         device, _ = choose_device(device)
+    backend_class(device, batch_invariant)
     name = _backend_name(device)
     if name == "cuda":
         from .cuda.backend import CudaBackend
@@ -247,11 +255,6 @@ def open_backend(
             from .cpu.backend import CpuBackend
 
         return CpuBackend(weights, threads, batch_invariant)
-    if batch_invariant:
-        raise UnsupportedError(
-            "batch_invariant is not supported by the reference, whose products of one row and of several differ in the "
-            "last bits: use the CPU or a GPU"
-        )
     from .reference import ReferenceBackend
 
     return ReferenceBackend(weights, threads)

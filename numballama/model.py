@@ -78,7 +78,7 @@ class Model:
         ):
             require_supported(name, value, known)
         self.device, why = choose_device(device)
-        kind = backend_class(self.device)
+        kind = backend_class(self.device, batch_invariant)
         self.activations, self._fusions = activations, fusions
         if activations not in kind.activation_types:
             raise UnsupportedError(f"activations {activations!r} are for the CPU, not for {self.device}: device='cpu'")

@@ -172,15 +172,20 @@ def template_options(command: argparse.ArgumentParser) -> None:
     )
 
 
+def text_of_file(path: str) -> str:
+    """The text of a UTF-8 file. Raises `Error` for one that cannot be read, is no text or is too large."""
+    try:
+        with open(path, "rb") as file:
+            return read_all(file, path).decode()
+    except (OSError, ValueError) as error:
+        raise Error(f"{path}: cannot be read: {reason(error)}") from None
+
+
 def read_template(argument: str | None) -> str | None:
     """The template of --chat-template: the text of a file, or a name. Raises `Error` for a file that is no text."""
     if argument is None or (re.fullmatch(r"[\w-]+", argument) and not Path(argument).exists()):
         return argument
-    try:
-        with open(argument, "rb") as file:
-            return read_all(file, argument).decode().replace("\r\n", "\n")
-    except (OSError, ValueError) as error:
-        raise Error(f"{argument}: cannot be read: {reason(error)}") from None
+    return text_of_file(argument).replace("\r\n", "\n")
 
 
 def template_arguments(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 from .. import compile, progress
 from ..errors import Error
-from ..files import read_all
 from ..server.settings import Settings
 from .args import (
     MODEL_HELP,
@@ -18,9 +17,9 @@ from .args import (
     STORY_MODEL,
     model_options,
     read_template,
-    reason,
     template_arguments,
     template_options,
+    text_of_file,
 )
 from .parser import Parser
 from .streams import say
@@ -156,11 +155,7 @@ def api_keys(arguments: argparse.Namespace) -> tuple[str, ...]:
     """Keys of the options, the file and the environment. Raises `Error` for a file that has none or is no text."""
     keys = [*arguments.api_key, *os.environ.get(KEY_VARIABLE, "").split(",")]
     if (file := arguments.api_key_file) is not None:
-        try:
-            with open(file, "rb") as opened:
-                lines = read_all(opened, file).decode().split()
-        except (OSError, ValueError) as error:
-            raise Error(f"{file}: cannot be read: {reason(error)}") from None
+        lines = text_of_file(file).split()
         if not lines:
             raise Error(f"{file}: there is no key in this file")
         keys += lines

@@ -291,7 +291,7 @@ class Driver:
 
 
 def _run(driver: weakref.ref[Driver], bell: SimpleQueue[None]) -> None:
-    """The engine's thread. While it sleeps, it keeps no engine alive: one that nobody refers to any more ends it."""
+    """The engine's thread. It holds no reference while it sleeps, and ends when the engine has been collected."""
     while (found := driver()) is not None and found._run_while_there_is_work():
         del found
         bell.get()

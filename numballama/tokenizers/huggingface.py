@@ -62,15 +62,20 @@ class TokenSettings:
     model_type: str | None = None
 
 
+def require_size(file: MappedFile) -> None:
+    """Raise `FormatError` for a file of more than `MAX_TOKENIZER` bytes."""
+    if file.size > MAX_TOKENIZER:
+        raise FormatError(
+            "too large", path=file.path, expected=f"at most {MAX_TOKENIZER:,} bytes", found=f"{file.size:,}"
+        )
+
+
 def read_tokenizer_json(file: MappedFile, settings: TokenSettings) -> LibraryTokenizer:
     """The tokenizer of a `tokenizer.json`; `settings` are those of the files beside it.
 
     Raises `FormatError` for damaged files, `UnsupportedError` for WordPiece and unknown decoders.
     """
-    if file.size > MAX_TOKENIZER:
-        raise FormatError(
-            "too large", path=file.path, expected=f"at most {MAX_TOKENIZER:,} bytes", found=f"{file.size:,}"
-        )
+    require_size(file)
     from tokenizers import Tokenizer as Library  # 0.03 s to import
     from tokenizers import models
 

@@ -14,7 +14,7 @@ from ..errors import FormatError, UnsupportedError
 from ..files import MappedFile, map_file
 from .base import MAX_VOCAB
 from .bpe import build_library
-from .huggingface import MAX_TOKENIZER, TokenSettings, tokenizer_of
+from .huggingface import TokenSettings, require_size, tokenizer_of
 from .library import UNICODE_TO_BYTE, LibraryTokenizer, library_errors
 from .pretokenizers import GPT2, QWEN2, build_pre_tokenizer
 
@@ -59,10 +59,7 @@ def read_vocab_merges(file: MappedFile, settings: TokenSettings) -> LibraryToken
 
 
 def _vocabulary(file: MappedFile) -> dict[str, int]:
-    if file.size > MAX_TOKENIZER:
-        raise FormatError(
-            "too large", path=file.path, expected=f"at most {MAX_TOKENIZER:,} bytes", found=f"{file.size:,}"
-        )
+    require_size(file)
     try:
         found = json.loads(file.data[:].removeprefix(BOM_UTF8))
     except (ValueError, RecursionError) as error:

@@ -85,9 +85,7 @@ def attention(
 ) -> list[Launch]:  # fmt: skip
     """`partials` [T, heads, splits, head_dim + 2] float32: results of blocks that share a context, to be combined."""
     where, chunks = paged(k_cache, positions, sequences, page_table), list[Launch]()
-    if ctx.batch_invariant:
-        pass
-    elif _for_wgmma(ctx, q, k_cache, v_cache):
+    if _for_wgmma(ctx, q, k_cache, v_cache):
         chunks = _wgmma(ctx, q, k_cache, where, v_cache, out, window)
     elif _for_tensor_cores(ctx, q, k_cache, v_cache, page_table, window):
         chunks = _prefill(ctx, q, k_cache, where, v_cache, out)
@@ -98,7 +96,8 @@ def attention(
 def _for_tensor_cores(
     ctx: LaunchContext, q: Array, k_cache: Array, v_cache: Array, page_table: Array, window: int
 ) -> bool:
-    """Whether the kernels for many tokens support these operands: a cache of 16 bits, no window, heads up to 128.
+    """Whether the kernels for many tokens support these operands: a cache of 16 bits, no window, heads up to 128. Not
+    in batch-invariant runs.
 
     Before sm_80, whose cards have at least 100 KB of shared memory, tensor cores and copies need more registers than a
     head of more than 64 elements leaves.
@@ -107,7 +106,8 @@ def _for_tensor_cores(
     same_type = k_cache.dtype == v_cache.dtype and k_cache.dtype in ("f16", "bf16")
     fits = head_dim <= (128 if ctx.shared_limit > 64 << 10 else 64)
     windowed = 0 < window < page_table.shape[1] * page
-    return q.shape[0] > FEW and same_type and fits and head_dim % 8 == 0 and not windowed
+    many = q.shape[0] > FEW and not ctx.batch_invariant
+    return many and same_type and fits and head_dim % 8 == 0 and not windowed
 
 
 def _prefill(
