@@ -239,11 +239,10 @@ class Generation:
     def _count(self, piece: Piece, now: float) -> None:
         metrics, choice = self._service.metrics, self._choices[piece.choice]
         count = len(piece.tokens)
-        if choice.tokens:
-            for _ in range(count):
-                metrics.inter_token.observe((now - choice.latest) / count)
-        else:
-            choice.first = now
+        if not choice.tokens:
+            choice.first = choice.latest = now
+        for _ in range(count if choice.tokens else count - 1):  # tokens that came together share the time
+            metrics.inter_token.observe((now - choice.latest) / count)
         choice.tokens += count
         choice.latest = now
         if piece.finish_reason is not None:

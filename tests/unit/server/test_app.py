@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from numballama.errors import Error
 from numballama.model import Model
 from numballama.server.answers import ErrorAnswer
 from numballama.server.app import ALIASES, GETS, POSTS, create_app
+from numballama.server.generation import Generation, Piece
 from numballama.server.settings import Settings
 from tests.helpers.http_server import LONG, Running, eventually, read_until, serving
 
@@ -367,6 +369,17 @@ def test_metrics(server: Running) -> None:
     for name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "num_preemptions_total"):
         assert after[prefix + name] == 0
     assert {f"{prefix}prefix_cache_queries_total", f"{prefix}prefix_cache_hits_total"} <= set(after)
+
+
+def test_tokens_that_come_together_are_all_counted() -> None:
+    """A reader that is late gets several at once, with the first one too: a text of n tokens has n - 1 latencies."""
+    seen: list[float] = []
+    metrics = SimpleNamespace(inter_token=SimpleNamespace(observe=seen.append))
+    choices = [SimpleNamespace(tokens=0, first=0.0, latest=0.0)]
+    generation: Any = SimpleNamespace(_service=SimpleNamespace(metrics=metrics), _choices=choices)
+    Generation._count(generation, Piece(0, tokens=[1, 2, 3]), 5.0)
+    Generation._count(generation, Piece(0, tokens=[4, 5]), 7.0)
+    assert seen == [0, 0, 1, 1]
 
 
 def test_metrics_count_as_usage_does(server: Running) -> None:
