@@ -259,7 +259,8 @@ def test_arguments(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedError, match="activations 'int4' is not supported; choose from f32, int8"):
         numballama.compile(mixed, device="cpu", activations="int4")
     monkeypatch.setattr(model, "choose_device", lambda device: ("cuda", "of a test"))
-    monkeypatch.setattr(model, "backend_class", lambda device: SimpleNamespace(activation_types=("f32",)))
+    backend = SimpleNamespace(activation_types=("f32",))
+    monkeypatch.setattr(model, "backend_class", lambda device, batch_invariant: backend)
     with pytest.raises(UnsupportedError, match="activations 'int8' are for the CPU, not for cuda"):
         numballama.compile(mixed, activations="int8")
 
