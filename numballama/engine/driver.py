@@ -208,20 +208,21 @@ class Driver:
         """Step in a thread from now on."""
         self.check_process()
         with self.lock:
-            ending = self._thread if self._stopping else None
-        if ending is not None and ending is not threading.current_thread():
-            ending.join()
-        with self.lock:
-            if self._thread is ending:
-                self._thread = None
+            while self._stopping and self._thread is not threading.current_thread():
+                self._listen()
+        with DeferredInterrupt(), self.lock:
             if self._thread is not None or self.closed:
                 return
-            self._stopping = False
             self._idle, self._bell = False, SimpleQueue()
             bell = self._bell
             me = weakref.ref(self, lambda _: bell.put(None))
-            self._thread = threading.Thread(target=_run, args=(me, bell), name=self._name, daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=_run, args=(me, bell), name=self._name, daemon=True)
+            self._thread = thread
+            try:
+                thread.start()
+            except RuntimeError as error:  # a limit of the system
+                self._thread = None
+                raise DeviceError(f"the engine's thread does not start: {error}") from error
 
     def _run_while_there_is_work(self) -> bool:
         """What the thread does when it is woken. False: it is to end."""
@@ -250,11 +251,16 @@ class Driver:
                 return
             self._stopping = True
             self.notify()
+            while self._thread is thread:
+                self._listen()  # `join` would take the thread for ended after Ctrl-C (CPython up to 3.12)
         thread.join()
+
+    def _end(self) -> None:
+        """What the thread does last: whoever asked for its end may not wait for it any more, after Ctrl-C."""
         with self.lock:
-            if self._thread is thread:
-                self._thread = None
-                self._pass_on()
+            self._thread, self._stopping = None, False
+            self.notify()
+            self._pass_on()
             left = tuple(self._awaiting)
         self.wake(left)  # they ask again, and start another thread
 
@@ -284,6 +290,7 @@ class Driver:
                 self._stepping = threading.get_ident()
             finally:
                 self._pausing -= 1
+                self._pass_on()  # others may have waited for the end of a pause that never came
         try:
             yield
         finally:
@@ -292,9 +299,15 @@ class Driver:
 
 def _run(driver: weakref.ref[Driver], bell: SimpleQueue[None]) -> None:
     """The engine's thread. It holds no reference while it sleeps, and ends when the engine has been collected."""
-    while (found := driver()) is not None and found._run_while_there_is_work():
-        del found
-        bell.get()
+    found = driver()
+    try:
+        while found is not None and found._run_while_there_is_work():
+            found = None
+            bell.get()
+            found = driver()
+    finally:
+        if found is not None:
+            found._end()
 
 
 def _check_reader(state: RequestState) -> None:

@@ -415,6 +415,88 @@ def test_ctrl_c_while_another_thread_steps() -> None:
         assert tokens_of(other) == alone([2] * 9)
 
 
+def wait_until(condition: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.001)
+
+
+def test_ctrl_c_while_the_thread_ends() -> None:
+    """Who waited for its end waits no more; it ends all the same, and the next reader steps or starts another."""
+    engine, runner = make()
+    stepping, interrupted = threading.Event(), threading.Event()
+
+    def press(number: int) -> None:
+        if not stepping.is_set():
+            stepping.set()
+            wait_until(lambda: engine._driver._stopping)
+            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+            assert interrupted.wait(PATIENCE)
+
+    runner.before_collect = press
+    with default_sigint():
+        engine.start()
+        request = engine.submit([1], make_params())
+        assert stepping.wait(PATIENCE)
+        with pytest.raises(KeyboardInterrupt):
+            engine.stop()
+    interrupted.set()
+    wait_until(lambda: not engine._driver.running)
+    assert tokens_of(request) == alone([1])
+    with engine:
+        assert engine._driver.running
+        assert tokens_of(engine.submit([2, 3], make_params())) == alone([2, 3])
+    settle(engine, runner)
+
+
+def test_ctrl_c_while_a_pause_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A reader that sleeps because of the pause steps again."""
+    engine, runner = make()
+    driver, reading = engine._driver, threading.Event()
+    read: list[list[int]] = []
+
+    def work(number: int) -> None:
+        if not reading.is_set():
+            reading.set()
+            wait_until(lambda: driver._pausing)
+
+    def listen() -> None:
+        driver.lock.release()
+        wait_until(lambda: driver._sleeping)
+        driver.lock.acquire()
+        raise KeyboardInterrupt
+
+    runner.before_collect = work
+    reader = threading.Thread(target=lambda: read.append(tokens_of(engine.submit([1], make_params()))), daemon=True)
+    reader.start()
+    assert reading.wait(PATIENCE)
+    monkeypatch.setattr(driver, "_listen", listen)
+    with pytest.raises(KeyboardInterrupt), engine.exclusive():
+        raise AssertionError("another thread stepped")
+    reader.join(30)
+    assert read == [alone([1])]
+    settle(engine, runner)
+
+
+def test_a_thread_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit of the system is an error, and readers step themselves."""
+    engine, runner = make()
+
+    def start(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(DeviceError, match="the engine's thread does not start: can't start new thread"):
+            engine.start()
+    assert not engine._driver.running
+    assert tokens_of(engine.submit([1], make_params())) == alone([1])
+    with engine:
+        assert tokens_of(engine.submit([2], make_params())) == alone([2])
+    settle(engine, runner)
+
+
 def test_an_exit_in_a_callback_ends_an_engine_with_a_thread() -> None:
     def leave(event: TokenEvent) -> TokenEvent:
         raise SystemExit
