@@ -65,7 +65,7 @@ class Emulated:
     def __init__(self, capability: tuple[int, int], tokens: int, wgmma: bool = False) -> None:
         from numballama.cuda.launch import LaunchContext
 
-        self.capability, self.memory = capability, Memory(1 << 25)
+        self.capability, self.memory = capability, Memory()
         limit = {(7, 5): 64 << 10, (8, 0): 163 << 10}.get(capability, 227 << 10)
         counts, tiles = np.array([tokens], np.int32), np.zeros((2, 2), np.int32)
         self.ctx = LaunchContext(132, limit, self.put(counts, "i32"), self.put(tiles, "i32"), self.zeros, wgmma)

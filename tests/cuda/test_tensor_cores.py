@@ -109,7 +109,7 @@ def test_emulated_tensor_cores() -> None:
     ret;
 }
 """
-    memory = Memory(1 << 16)
+    memory = Memory()
     matrices = np.random.default_rng(0).integers(-8, 8, (4, 8, 8)).astype(np.float16)
     out = memory.put(np.zeros((32, 4), np.float32))
     run(Program(ptx), memory, (1,), 32, [memory.put(matrices), out])
@@ -152,7 +152,7 @@ def test_emulated_wgmma(transposed: bool) -> None:
 
     common = 1 << 62 | 64 << 32 | 1 << 16  # then 16 columns are 2 of a descriptor's units, 16 rows 128
     ptx = WGMMA.replace("A_TILE", f"{common + 2}").replace("B_TILE", f"{common + (128 if transposed else 512 + 2)}")
-    memory = Memory(1 << 16)
+    memory = Memory()
     tile = np.random.default_rng(0).integers(-8, 8, (80, 64)).astype(np.float16)
     row, piece = np.arange(80)[:, None], np.arange(8)[None]
     swizzled = memory.put(tile.reshape(80, 8, 8)[row, piece ^ row & 7])
@@ -192,7 +192,7 @@ def test_emulated_barriers() -> None:
     """The emulator's own: a warp writes after the other came to a named barrier, which reads after the mbarrier."""
     from tests.cuda.emulator import Memory, Program, run
 
-    memory = Memory(1 << 16)
+    memory = Memory()
     out = memory.put(np.zeros(32, np.uint32))
     arrive = "mbarrier.arrive.shared::cta.b64 _, [%r2+128];"
     run(Program(TURNS.replace("ARRIVE", arrive)), memory, (1,), 64, [out])

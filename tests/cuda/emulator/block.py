@@ -39,6 +39,7 @@ class Block:
         }
         self.shared = np.full(program.static_bytes + shared_bytes, 0xFF, np.uint8)
         self.registers: dict[str, np.ndarray] = {}
+        self.constants: dict[tuple[str, str], np.ndarray] = {}  # (operand, type) → its value in each thread
         lanes = np.arange(threads, dtype=np.uint32)
 
         def same(n: int) -> np.ndarray:
@@ -54,6 +55,7 @@ class Block:
         self.copies: list[list[tuple[np.ndarray, np.ndarray, np.ndarray]]] = [[]]
         self.barriers = Barriers(threads)
         self.warpgroups = [Warpgroup(self, number) for number in range(threads // LANES)]
+        self.everyone: np.ndarray | None = None  # the mask of the running threads, if these are all
         self.executed: dict[str, int] = {}
 
     def run(self) -> None:
@@ -69,6 +71,7 @@ class Block:
                     continue
                 at = int(self.counter[ready].min())
                 mask = ready & (self.counter == at)
+                self.everyone = mask if mask.all() else None
                 others = self.counter[ready & ~mask]
                 limit = int(others.min()) if others.size else len(statements)
                 while at < limit:
@@ -81,10 +84,11 @@ class Block:
 
     def _step(self, statement: Statement, at: int, mask: np.ndarray) -> bool:
         """Execute one instruction. Returns whether threads may have diverged or stopped."""
-        active = mask
+        active, some = mask, True
         if statement.guard:
             guard = self.registers[statement.guard]
             active = mask & (~guard if statement.negated else guard)
+            some = bool(active.any())
         name, *modifiers = statement.operation
         self.executed[name] = self.executed.get(name, 0) + 1
         if name == "bra":
@@ -108,7 +112,7 @@ class Block:
             self.counter[mask] = at + 1
             self._set(to, self.barriers.ended(self._address(where), self._value(parity, "u32"), active), active)
             return True
-        if active.any():
+        if some:
             try:
                 self._execute(name, modifiers, statement.operands, active)
             except Exception as error:
@@ -121,14 +125,21 @@ class Block:
         return [m for m in modifiers if m in WIDTHS][which]
 
     def _value(self, operand: str, kind: str) -> np.ndarray:
+        """A register or a constant, for each thread; not to be written to."""
+        held = self.registers.get(operand)
+        if held is None:
+            if (operand, kind) not in self.constants:
+                self.constants[operand, kind] = self._constant(operand, kind)
+            return self.constants[operand, kind]
+        if held.dtype == np.bool_:
+            return held
         dtype = NUMPY[kind]
-        if operand in self.registers:
-            held = self.registers[operand]
-            if held.dtype == np.bool_:
-                return held
-            if held.dtype.itemsize != np.dtype(dtype).itemsize:
-                held = held.astype(f"u{np.dtype(dtype).itemsize}")
-            return held.view(dtype)
+        if held.dtype.itemsize != WIDTHS[kind]:
+            held = held.astype(f"u{WIDTHS[kind]}")
+        return held.view(dtype)
+
+    def _constant(self, operand: str, kind: str) -> np.ndarray:
+        dtype = NUMPY[kind]
         if operand.startswith("0f"):
             return np.full(self.threads, int(operand[2:], 16), np.uint32).view(np.float32)
         if operand.startswith("0d"):
@@ -146,12 +157,15 @@ class Block:
             return
         value = np.asarray(value)
         raw = value if value.dtype == np.bool_ else value.view(f"u{value.dtype.itemsize}")
+        if mask is self.everyone:
+            self.registers[name] = raw.copy()
+            return
         held = self.registers.get(name)
         if held is None or (held.dtype != raw.dtype):
             held = self.registers[name] = (
                 np.zeros(self.threads, bool) if raw.dtype == np.bool_ else np.full(self.threads, 0xA5, raw.dtype)
             )
-        held[mask] = raw[mask]
+        np.copyto(held, raw, where=mask)
 
     def _address(self, operand: str) -> np.ndarray:
         match = re.match(r"\[([^\]+]+)(?:\+(-?\w+))?\]", operand)
@@ -229,7 +243,7 @@ class Block:
             for i, name in enumerate(to):
                 self._set(name, (whole >> np.uint64(8 * WIDTHS[half] * i)).astype(NUMPY[half]), mask)
         else:
-            self._set(to, self._value(source, kind).copy(), mask)
+            self._set(to, self._value(source, kind), mask)
             for group in self.warpgroups:
                 group.moved(to, source, mask)
 
@@ -479,7 +493,7 @@ class Block:
                 result = result.astype(NUMPY[kind])
             self._set(to, result, mask)
             return
-        self._set(to, np.asarray(OPERATIONS[name](*values)).astype(NUMPY[kind]), mask)
+        self._set(to, np.asarray(OPERATIONS[name](*values)).astype(NUMPY[kind], copy=False), mask)
 
     def _bits(self, name: str, kind: str, to: str, sources: list[str], mask: np.ndarray) -> None:
         start, length = (int(s, 0) for s in sources[-2:])

@@ -23,11 +23,10 @@ NUMPY = {"u8": np.uint8, "s8": np.int8, "b8": np.uint8, "u16": np.uint16, "s16":
 
 
 class Memory:
-    """Global memory: allocations with guard bytes 0xFF between them, which no kernel may access."""
+    """Global memory: allocations with guard bytes 0xFF between them, which no kernel may access. It grows."""
 
-    def __init__(self, size: int = 1 << 24) -> None:
-        self.bytes = np.full(size, 0xFF, np.uint8)
-        self.allowed = np.zeros(size, bool)
+    def __init__(self) -> None:
+        self.bytes, self.allowed = np.empty(0, np.uint8), np.empty(0, bool)
         self._used = 256
         self.tensor_maps: dict[int, TensorMap] = {}
         """Address of a tensor map → the matrix that it describes."""
@@ -44,10 +43,13 @@ class Memory:
         """A copy of an array; returns its address, a multiple of 256."""
         raw = np.ascontiguousarray(array).view(np.uint8).reshape(-1)
         at = self._used
+        self._used += -(-(raw.size + 256) // 256) * 256
+        if self._used > self.bytes.size:
+            more = self._used
+            self.bytes = np.concatenate([self.bytes, np.full(more, 0xFF, np.uint8)])
+            self.allowed = np.concatenate([self.allowed, np.zeros(more, bool)])
         self.bytes[at : at + raw.size] = raw
         self.allowed[at : at + raw.size] = True
-        self._used += -(-(raw.size + 256) // 256) * 256
-        assert self._used <= self.bytes.size
         return BASE + at
 
     def get(self, address: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:

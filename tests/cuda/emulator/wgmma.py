@@ -83,13 +83,13 @@ class Warpgroup:
 
     def moved(self, to: str, source: str, mask: np.ndarray) -> None:
         """A register was copied: if its sums have not ended, the copy is these sums too. Both are one register then."""
-        if mask[self.threads].all():
-            for group in reversed(self.groups):
-                if source in group.sums:
+        for group in reversed(self.groups):
+            if source in group.sums:
+                if mask[self.threads].all():
                     for other in self.groups:
                         other.sums.pop(to, None)
                     group.sums[to] = group.sums[source]
-                    return
+                return
 
     def _value(self, name: str, kind: str) -> np.ndarray:
         value: np.ndarray = self.block._value(name, kind)[self.threads]
