@@ -29,6 +29,7 @@ from .errors import NEXT_STEP, DeviceError
 
 KERNEL_SOURCES = (
     "quantization/types.py",
+    "host/call_types.py",
     "cpu/compiler.py",
     "cpu/intrinsics.py",
     "cpu/workers.py",
@@ -116,7 +117,7 @@ def _cuda_name() -> str:
     except PackageNotFoundError:
         raise DeviceError(f"numba-cuda is missing: pip install 'numballama[cuda]'; {NEXT_STEP}") from None
     here = Path(__file__).parent
-    sources = ["quantization/types.py", "sampling.py", "kernels_cuda.py"]
+    sources = ["quantization/types.py", "host/call_types.py", "sampling.py", "kernels_cuda.py"]
     sources += sorted(str(path.relative_to(here)) for path in (here / "cuda").rglob("*.py"))
     return _name(sources, f"cuda {compiler}")
 

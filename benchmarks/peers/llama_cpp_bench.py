@@ -1,7 +1,9 @@
 """Decode and prefill speed of llama.cpp, as one line of JSON. Run by the interpreter that has llama-cpp-python.
 
-python llama_cpp_bench.py MODEL.gguf THREADS PROMPT_TOKENS TOKENS
+python llama_cpp_bench.py MODEL.gguf THREADS PROMPT_TOKENS TOKENS [--turns]
 
+With `--turns` it answers each line of standard input by the seconds of a prompt and of the tokens after it, of the
+processor if there is one thread (benchmarks/turns.py).
 Fixed tokens are fed through the low-level interface, so that no sampling and no text is in the time.
 """
 
@@ -27,6 +29,8 @@ context = llama_cpp.llama_init_from_model(model, parameters)
 memory = llama_cpp.llama_get_memory(context)
 batch = llama_cpp.llama_batch_init(prompt_tokens, 0, 1)
 
+clock = time.process_time if "--turns" in sys.argv and threads == 1 else time.perf_counter
+
 
 def feed(count: int, position: int) -> None:
     """Decode `count` tokens from `position` on, with logits for the last."""
@@ -41,15 +45,20 @@ def feed(count: int, position: int) -> None:
 def once() -> tuple[float, float]:
     """Seconds for the prompt and for the tokens after it."""
     llama_cpp.llama_memory_clear(memory, True)
-    start = time.perf_counter()
+    start = clock()
     feed(prompt_tokens, 0)
-    first = time.perf_counter()
+    first = clock()
     for position in range(prompt_tokens, prompt_tokens + tokens):
         feed(1, position)
-    return first - start, time.perf_counter() - first
+    return first - start, clock() - first
 
 
 once()
+if "--turns" in sys.argv:
+    print("ready", flush=True)
+    for _ in sys.stdin:
+        print(json.dumps(once()), flush=True)
+    sys.exit()
 prefill, decode = once()
 print(
     json.dumps(

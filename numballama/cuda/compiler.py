@@ -16,7 +16,7 @@ from typing import Any
 
 from .. import kernel_cache
 from ..errors import NEXT_STEP, DeviceError, Error
-from ..host import environment, interrupts
+from ..host import call_types, environment, interrupts
 from ..registry import KernelRef
 from .launch import Specialization
 
@@ -126,7 +126,7 @@ def to_ptx(kernel: Specialization, capability: tuple[int, int]) -> str:
 
     check_parameters(kernel)
     function = kernel.function.py_func
-    with _compiling_for(capability):
+    with _compiling_for(capability), call_types.remembered():
         bounds = (kernel.threads, getattr(function, "min_blocks_per_sm", 1))
         ptx, _ = cuda.compile_ptx(function, signature(kernel.types), cc=capability, launch_bounds=bounds)
     if "wgmma." in ptx:  # an instruction of this architecture alone

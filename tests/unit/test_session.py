@@ -176,7 +176,8 @@ def test_python_keeps_nothing_of_a_token(wide_session: Session, settings: dict[s
 
     gc.disable()
     try:
-        assert kept(long) - kept(short) <= 20
+        # the least of three: the interpreter keeps some more at times, but never one for each token
+        assert min(kept(long) for _ in range(3)) - min(kept(short) for _ in range(3)) <= 20
     finally:
         gc.enable()
 

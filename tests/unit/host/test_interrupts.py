@@ -200,7 +200,7 @@ def test_ctrl_c_at_any_moment_of_a_cold_start(tmp_path: Path) -> None:
             found.append(how)
         elif index >= 4:
             break
-    assert len(found) > 6, found
+    assert len(found) >= 5, found  # of a dozen kernels a start keeps up to three
     # other moments: the start that goes on with some kernels is interrupted later than those that found as many
     kept = sorted(cache.rglob("*.kernel"), key=lambda path: path.stat().st_mtime)
     for count in (3, 8):
