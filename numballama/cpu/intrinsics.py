@@ -54,17 +54,26 @@ def _const(number: int) -> Any:
 
 
 def half_to_float(builder: Any, bits: Any) -> Any:
-    """The 16 bits of a float16 as float32, exactly."""
+    """The 16 bits of a float16, or of each in a vector, as float32, exactly."""
+    lanes = getattr(bits.type, "count", 0)
+
+    def shaped(kind: Any) -> Any:
+        return ir.VectorType(kind, lanes) if lanes else kind
+
+    def const(number: float, kind: Any = INT32) -> Any:
+        return ir.Constant(shaped(kind), [number] * lanes if lanes else number)
+
+    integers, floats = shaped(INT32), shaped(FLOAT)
     if _converts_half():
-        return builder.fpext(builder.bitcast(bits, ir.HalfType()), FLOAT)
-    wide = builder.zext(bits, INT32)
-    magnitude = builder.shl(builder.and_(wide, _const(0x7FFF)), _const(13))
+        return builder.fpext(builder.bitcast(bits, shaped(ir.HalfType())), floats)
+    wide = builder.zext(bits, integers)
+    magnitude = builder.shl(builder.and_(wide, const(0x7FFF)), const(13))
     # the exponent's bias is 15 here and 127 in float32: 2^112 corrects it, for subnormals too
-    scaled = builder.bitcast(builder.fmul(builder.bitcast(magnitude, FLOAT), ir.Constant(FLOAT, 2.0**112)), INT32)
-    special = builder.icmp_unsigned(">=", magnitude, _const(0x7C00 << 13))
-    scaled = builder.select(special, builder.or_(magnitude, _const(0x7F800000)), scaled)
-    sign = builder.shl(builder.and_(wide, _const(0x8000)), _const(16))
-    return builder.bitcast(builder.or_(scaled, sign), FLOAT)
+    scaled = builder.bitcast(builder.fmul(builder.bitcast(magnitude, floats), const(2.0**112, FLOAT)), integers)
+    special = builder.icmp_unsigned(">=", magnitude, const(0x7C00 << 13))
+    scaled = builder.select(special, builder.or_(magnitude, const(0x7F800000)), scaled)
+    sign = builder.shl(builder.and_(wide, const(0x8000)), const(16))
+    return builder.bitcast(builder.or_(scaled, sign), floats)
 
 
 def _float_to_half(builder: Any, value: Any) -> Any:

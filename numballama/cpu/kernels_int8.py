@@ -16,7 +16,15 @@ from .matmul import partition
 from .panel_bytes import interleave, unpack_blocks
 from .products_int8 import TOKENS_OF_A_PASS
 from .tiling import PANEL_ROWS, STAGE_ELEMENTS, TILE, UNPACK_ELEMENTS
-from .vecdot_int8 import dot_blocks_int8, float_of_bits, largest_bits, multiply_panel, round_to_int8
+from .vecdot_int8 import (
+    dot_blocks_int8,
+    dot_rows_int8,
+    float_of_bits,
+    largest_bits,
+    multiply_panel,
+    round_to_int8,
+    rows_at_once,
+)
 
 INFINITY_BITS = 0x7F800000
 """Bits of float32 infinity. The bits of a NaN's magnitude are larger."""
@@ -127,6 +135,13 @@ def fill_panel(weight, row, end, panel, scales, mins, stage):
 
 
 @device
+def store_rows(out, t, r, values):
+    """out[t, r + i] = values[i], a tuple."""
+    for i in range(len(values)):
+        out[t, r + i] = values[i]
+
+
+@device
 def matmul_blocks(weight, xq, xs, sums, out, worker, n_workers, tokens, panel_buffer):
     """A worker's columns of out = x · weightᵀ; returns their range.
 
@@ -134,7 +149,12 @@ def matmul_blocks(weight, xq, xs, sums, out, worker, n_workers, tokens, panel_bu
     """
     begin, end = partition(out.shape[1], worker, n_workers, PANEL_ROWS)
     if tokens < TILE or panel_buffer.shape[1] == 1:  # a plan without the buffer: see `ops.FOR_MANY_TOKENS`
-        for r in range(begin, end):
+        many = rows_at_once(weight)
+        whole = begin + (end - begin) // many * many
+        for r in range(begin, whole, many):
+            for t in range(tokens):
+                store_rows(out, t, r, dot_rows_int8(weight, r, xq, xs, sums, t))
+        for r in range(whole, end):
             for t in range(tokens):
                 out[t, r] = dot_blocks_int8(weight, r, xq, xs, sums, t)
         return begin, end

@@ -213,22 +213,42 @@ _DECODERS: dict[str, Callable[[Block], Iterator[tuple[int, Any]]]] = {
 }
 
 
-def for_blocks(builder: Any, name: str, blocks: Any, locate: Any, body: Callable[[Any, Block], None]) -> None:
-    """Emit a loop of body(index, block) over `blocks` blocks at addresses locate(index). It prefetches later blocks.
+def blocks_of_a_round(name: str) -> int:
+    """How many blocks a round has: 128 elements of small blocks, or one block."""
+    return max(1, 128 // TYPE_TRAITS[name].block_size)
 
-    The loop is unrolled by four for small blocks.
+
+def for_rounds(
+    builder: Any, name: str, blocks: Any, locators: list[Any], body: Callable[[Any, list[list[Block]]], None]
+) -> None:
+    """Emit a loop of body(index of the first, blocks of each row) over `blocks` blocks of each of some rows.
+
+    A locator gives the address of a row's block from its index. A round has `blocks_of_a_round` of each row; the blocks
+    that are left at the end have a round each. Prefetched is what a later round reads: in the same row, or if there are
+    several, in the rows that follow them.
     """
-    a_round = max(1, 128 // TYPE_TRAITS[name].block_size)
-    whole = builder.mul(builder.udiv(blocks, _int(INT64, a_round)), _int(INT64, a_round))
-    for begin, end, step in ((_int(INT64, 0), whole, a_round), (whole, blocks, 1)):
+    at_once, rows = blocks_of_a_round(name), len(locators)
+    whole = builder.mul(builder.udiv(blocks, _int(INT64, at_once)), _int(INT64, at_once))
+    for begin, end, step in ((_int(INT64, 0), whole, at_once), (whole, blocks, 1)):
         with cgutils.for_range_slice(builder, begin, end, _int(INT64, step)) as (index, _):
-            for line in range(0, step * TYPE_TRAITS[name].block_bytes, 64):
-                prefetch(builder, builder.gep(locate(index), [_int(INT64, line + PREFETCH_BYTES)]))
-            for offset in range(step):
-                block = builder.add(index, _int(INT64, offset))
-                body(block, Block(builder, name, locate(block)))
+            ahead = locators[0](index if rows == 1 else builder.mul(builder.add(blocks, index), _int(INT64, rows)))
+            distance = PREFETCH_BYTES if rows == 1 else 0
+            for line in range(0, rows * step * TYPE_TRAITS[name].block_bytes, 64):
+                prefetch(builder, builder.gep(ahead, [_int(INT64, line + distance)]))
+            indices = [builder.add(index, _int(INT64, offset)) for offset in range(step)]
+            body(index, [[Block(builder, name, locate(each)) for each in indices] for locate in locators])
         if step == 1:
             break
+
+
+def for_blocks(builder: Any, name: str, blocks: Any, locate: Any, body: Callable[[Any, Block], None]) -> None:
+    """Emit a loop of body(index, block) over `blocks` blocks at addresses locate(index), as `for_rounds` does."""
+
+    def each(index: Any, found: list[list[Block]]) -> None:
+        for offset, block in enumerate(found[0]):
+            body(builder.add(index, _int(INT64, offset)), block)
+
+    for_rounds(builder, name, blocks, [locate], each)
 
 
 def _for_vectors(builder: Any, name: str, blocks: Any, locate: Any, use: Any) -> None:

@@ -11,6 +11,8 @@ elements of a token with those of several rows. `multiply_panel` does it for TOK
 
 from __future__ import annotations
 
+import functools
+from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
@@ -19,11 +21,11 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from ..quantization.types import ACTIVATION_QUANT, TYPE_TRAITS, VEC_DOT_TYPE
-from .intrinsics import FLOAT, INT32, add_lanes, element
-from .panel_bytes import DECODERS, SCALE_GROUPS, blocks_of_a_row, broadcast, concat, integer, splat, vector_of
+from .intrinsics import FLOAT, INT16, INT32, add_lanes, element, half_to_float
+from .panel_bytes import DECODERS, SCALE_GROUPS, blocks_of_a_row, broadcast, concat, integer, lanes_of, splat, vector_of
 from .products_int8 import ROWS_OF_A_VECTOR, TOKENS_OF_A_PASS, add_products, group_products, zero_point
 from .tiling import PANEL_ROWS, UNPACK_ELEMENTS
-from .vecdot import INT8, TYPE_NAMES, Block, for_blocks, locator
+from .vecdot import INT8, TYPE_NAMES, Block, blocks_of_a_round, for_rounds, locator
 
 
 class _Activations:
@@ -51,9 +53,38 @@ class _Activations:
         """A value of an LLVM type, loaded from element `index` on."""
         return self._load(0, index, kind)
 
+    def runs(self, index: Any, starts: tuple[int, int]) -> Any:
+        """<32 x i8>: 16 elements from each of two starts, counted from element `index`."""
+        if starts[1] == starts[0] + 16:
+            return self.quants(self.builder.add(index, integer(starts[0])), vector_of(INT8, 32))
+        halves = (self.quants(self.builder.add(index, integer(start)), vector_of(INT8, 16)) for start in starts)
+        return concat(self.builder, *halves)
+
     def scale(self, index: Any) -> Any:
         """The scale of element `index`."""
         return self._load(1, self.builder.udiv(index, integer(self.per_scale)), FLOAT)
+
+    def scales(self, index: Any, count: int) -> Any:
+        """`count` scales from that of element `index` on."""
+        return self._load(1, self.builder.udiv(index, integer(self.per_scale)), vector_of(FLOAT, count))
+
+    def zero_point_terms(self, index: Any, count: int) -> Any:
+        """-(zero point) · sum of each of `count` scale groups from element `index` on."""
+        totals = self._load(2, self.builder.udiv(index, integer(self.per_sum)), vector_of(INT32, count))
+        return self.builder.mul(totals, splat(totals.type, -zero_point(self.name)))
+
+    def group_sums(self, index: Any, count: int) -> Any:
+        """Sum of the activations of each of `count` scale groups from element `index` on; q8_1 has them scaled."""
+        at = self.builder.udiv(index, integer(self.per_sum))
+        if VEC_DOT_TYPE[self.name] == "q8_1":
+            return self._load(2, at, vector_of(FLOAT, count))
+        every = SCALE_GROUPS[self.name] // self.per_sum
+        runs = self._load(2, at, vector_of(INT32, count * every))
+        parts = [
+            self.builder.shuffle_vector(runs, runs, lanes_of(range(start, count * every, every)))
+            for start in range(every)
+        ]
+        return self.builder.sitofp(functools.reduce(self.builder.add, parts), vector_of(FLOAT, count))
 
     def zero_point_term(self, index: Any, lanes: int = 1) -> Any:
         """-(zero point) · sum of the group at `index`: added to the group's integer product, it corrects the quants.
@@ -89,51 +120,168 @@ def _accumulators(builder: Any, kind: Any, count: int) -> list[Any]:
     return places
 
 
+@dataclass(frozen=True)
+class _Products:
+    """Some products of a round: each part is <32 x i8> of unsigned quants, with the two runs of 16 activations.
+
+    Lanes 0 to 3 of their sums are of the first of two scale groups, lanes 4 to 7 of the second.
+    """
+
+    parts: list[tuple[Any, tuple[int, int]]]
+    groups: tuple[int, int]
+
+
+def _halves(blocks: list[Block], field: str) -> Any:
+    """A float16 field of each block, as a vector of float32."""
+    builder, bits = blocks[0].builder, ir.Constant(vector_of(INT16, len(blocks)), ir.Undefined)
+    for i, block in enumerate(blocks):
+        bits = builder.insert_element(bits, block.load(field, INT16), integer(i, INT32))
+    return half_to_float(builder, bits)
+
+
+def _joined(builder: Any, numbers: list[Any]) -> Any:
+    """Floats as a vector."""
+    vector = ir.Constant(vector_of(FLOAT, len(numbers)), ir.Undefined)
+    for i, number in enumerate(numbers):
+        vector = builder.insert_element(vector, number, integer(i, INT32))
+    return vector
+
+
+def _decode_round(name: str, blocks: list[Block]) -> tuple[list[_Products], Any, Any]:
+    """(products, scale of each scale group, minimum of each or None) of some blocks.
+
+    Two blocks whose bytes hold two elements each are decoded together: a half of their elements each time.
+    """
+    builder, traits = blocks[0].builder, TYPE_TRAITS[name]
+    found, scales, minimums = [], [], []
+    if traits.block_size == UNPACK_ELEMENTS and traits.bits == 4 and len(blocks) % 2 == 0:
+        for i in range(0, len(blocks), 2):
+            packed = concat(builder, *(block.load("qs", vector_of(INT8, 16)) for block in blocks[i : i + 2]))
+            at = UNPACK_ELEMENTS * i
+            low, high = blocks[i].bits(packed, 0, 15), builder.lshr(packed, splat(packed.type, 4))
+            found.append(_Products([(low, (at, at + 32)), (high, (at + 16, at + 48))], (i, i + 1)))
+    else:
+        for i, block in enumerate(blocks):
+            for chunk in DECODERS[name](block):
+                at = traits.block_size * i + chunk.first
+                group = at // SCALE_GROUPS[name]
+                found.append(_Products([(chunk.quants, (at, at + 16))], (group, group + len(chunk.scales) - 1)))
+                scales += chunk.scales
+                minimums.append(chunk.minimum)
+    if traits.block_size == UNPACK_ELEMENTS:  # a field of each block: converted together
+        return found, _halves(blocks, "d"), _halves(blocks, "m") if traits.has_min else None
+    return found, _joined(builder, scales), _joined(builder, minimums) if traits.has_min else None
+
+
+class _RowSum:
+    """Emits code that adds up one row's dot product with int8 activations."""
+
+    def __init__(self, builder: Any, name: str) -> None:
+        self.builder, self.name = builder, name
+        self._totals = _accumulators(builder, vector_of(FLOAT, 8), 2)
+        self._rests: dict[int, Any] = {}  # number of lanes → accumulator of minimums
+        if TYPE_TRAITS[name].has_min:
+            groups = TYPE_TRAITS[name].block_size // SCALE_GROUPS[name]
+            for count in sorted({groups, groups * blocks_of_a_round(name)}):
+                (self._rests[count],) = _accumulators(builder, vector_of(FLOAT, count), 1)
+
+    def add(self, blocks: list[Block], first: Any, x: _Activations) -> None:
+        """Add the products of some blocks and the activations from element `first` on."""
+        builder, name = self.builder, self.name
+        products, scales, minimums = _decode_round(name, blocks)
+        floats, groups = vector_of(FLOAT, 8), scales.type.count
+        several = len(blocks) > 1  # with a scale of x for each; otherwise there is one, which multiplies at the end
+        if several:
+            scales = builder.fmul(scales, x.scales(first, groups), flags=("contract",))
+        nothing = ir.Constant(vector_of(INT32, groups), None)
+        offsets = x.zero_point_terms(first, groups) if zero_point(name) else nothing
+        start = ir.Constant(floats, [0.0] * 8)
+        totals = [builder.load(place) if several else start for place in self._totals]
+        for i, each in enumerate(products):
+            low, high = each.groups
+            lanes = [low, *[groups] * 3, high if high != low else groups, *[groups] * 3]  # lane `groups` is 0
+            dots = builder.shuffle_vector(offsets, nothing, lanes_of(lanes))
+            for quants, runs in each.parts:
+                dots = add_products(builder, name, dots, quants, x.runs(first, runs))
+            factor = builder.shuffle_vector(scales, scales, lanes_of([low] * 4 + [high] * 4))
+            totals[i % 2] = _times_plus(builder, builder.sitofp(dots, floats), factor, totals[i % 2])
+        scale = None if several else x.scale(first)
+        for place, total in zip(self._totals, totals, strict=True):
+            if scale is not None:
+                total = _times_plus(builder, total, broadcast(builder, scale, 8), builder.load(place))
+            builder.store(total, place)
+        if minimums is not None:
+            place, sums = self._rests[groups], x.group_sums(first, groups)
+            if scale is not None and VEC_DOT_TYPE[name] != "q8_1":
+                sums = builder.fmul(sums, broadcast(builder, scale, groups), flags=("contract",))
+            builder.store(_times_plus(builder, minimums, sums, builder.load(place)), place)
+
+    def result(self) -> Any:
+        """The dot product."""
+        builder = self.builder
+        total = add_lanes(builder, builder.fadd(*map(builder.load, self._totals)))
+        for count, place in self._rests.items():
+            rest = builder.load(place)
+            rest = add_lanes(builder, rest) if count > 1 else builder.extract_element(rest, integer(0, INT32))
+            total = builder.fadd(total, rest)
+        return total
+
+
+def _dot_rows(context: Any, builder: Any, sig: Any, args: Any, many: int) -> list[Any]:
+    """Dot products of rows from weights[row] on, for `dot_blocks_int8` and `dot_rows_int8`."""
+    array, row, *arrays, token = args
+    name = TYPE_NAMES[sig.args[0].dtype]
+    blocks = blocks_of_a_row(context, builder, sig.args[0], array)
+    columns = builder.mul(blocks, integer(TYPE_TRAITS[name].block_size))
+    x = _Activations(context, builder, sig.args[2:5], arrays, token, columns, name)
+    sums = [_RowSum(builder, name) for _ in range(many)]
+    starts = [builder.mul(builder.add(row, integer(i)), blocks) for i in range(many)]
+    locators = [locator(context, builder, sig.args[0], array, start) for start in starts]
+
+    def body(index: Any, found: list[list[Block]]) -> None:
+        first = builder.mul(index, integer(TYPE_TRAITS[name].block_size))
+        for each, own in zip(sums, found, strict=True):
+            each.add(own, first, x)
+
+    for_rounds(builder, name, blocks, locators, body)
+    return [each.result() for each in sums]
+
+
 @intrinsic  # type: ignore[untyped-decorator]
 def dot_blocks_int8(typingctx: Any, weights: Any, row: Any, xq: Any, xs: Any, sums: Any, t: Any) -> Any:
     """weights[row] · x[t] as float32. x is (xq, xs, sums), quantised for the weight's type."""
 
     def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        array, r, *arrays, token = args
-        name, lanes = TYPE_NAMES[sig.args[0].dtype], vector_of(INT32, 8)
-        blocks = blocks_of_a_row(context, builder, sig.args[0], array)
-        columns = builder.mul(blocks, integer(TYPE_TRAITS[name].block_size))
-        x = _Activations(context, builder, sig.args[2:5], arrays, token, columns, name)
-        totals = _accumulators(builder, vector_of(FLOAT, 8), 2)
-        (rest,) = _accumulators(builder, FLOAT, 1)
-        which = 0
-
-        def body(index: Any, block: Block) -> None:
-            nonlocal which
-            start = builder.mul(index, integer(TYPE_TRAITS[name].block_size))
-            for chunk in DECODERS[name](block):
-                first = builder.add(start, integer(chunk.first))
-                count = len(chunk.scales)
-                dots = ir.Constant(lanes, None)
-                for group in range(count if zero_point(name) else 0):
-                    offset = x.zero_point_term(builder.add(first, integer(group * SCALE_GROUPS[name])))
-                    dots = builder.insert_element(dots, offset, integer(group * 8 // count, INT32))
-                dots = add_products(
-                    builder, name, dots, chunk.quants, x.quants(first, vector_of(INT8, UNPACK_ELEMENTS))
-                )
-                scale = x.scale(first)
-                factors = [
-                    broadcast(builder, builder.fmul(s, scale, flags=("contract",)), 8 // count) for s in chunk.scales
-                ]
-                factor = factors[0] if count == 1 else concat(builder, *factors)
-                place = totals[which % 2]
-                builder.store(
-                    _times_plus(builder, builder.sitofp(dots, vector_of(FLOAT, 8)), factor, builder.load(place)), place
-                )
-                if chunk.minimum is not None:
-                    builder.store(_times_plus(builder, chunk.minimum, x.sum(first), builder.load(rest)), rest)
-                which += 1
-
-        locate = locator(context, builder, sig.args[0], array, builder.mul(r, blocks))
-        for_blocks(builder, name, blocks, locate, body)
-        return builder.fadd(add_lanes(builder, builder.fadd(*map(builder.load, totals))), builder.load(rest))
+        return _dot_rows(context, builder, sig, args, 1)[0]
 
     return types.float32(weights, types.int64, xq, xs, sums, types.int64), codegen
+
+
+def _rows_at_once(kind: Any) -> int:
+    """How many rows of a block type are multiplied together: small blocks are, because they share what is read of x."""
+    return 4 if TYPE_TRAITS[TYPE_NAMES[kind]].block_size == UNPACK_ELEMENTS else 1
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def rows_at_once(typingctx: Any, weights: Any) -> Any:
+    """Number of rows that `dot_rows_int8` multiplies."""
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return integer(_rows_at_once(sig.args[0].dtype))
+
+    return types.int64(weights), codegen
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def dot_rows_int8(typingctx: Any, weights: Any, row: Any, xq: Any, xs: Any, sums: Any, t: Any) -> Any:
+    """weights[row + i] · x[t] as a tuple of `rows_at_once` float32: see `dot_blocks_int8`."""
+    many = _rows_at_once(weights.dtype)
+    result = types.UniTuple(types.float32, many)
+
+    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
+        return context.make_tuple(builder, result, _dot_rows(context, builder, sig, args, many))
+
+    return result(weights, types.int64, xq, xs, sums, types.int64), codegen
 
 
 @intrinsic  # type: ignore[untyped-decorator]
