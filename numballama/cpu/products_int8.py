@@ -118,6 +118,24 @@ def add_products(builder: Any, name: str, sums: Any, quants: Any, x: Any) -> Any
     return sums
 
 
+def multiplies_words() -> bool:
+    """Whether `add_word_products` has instructions of the CPU's."""
+    return cpu_features().get("avx2", False)
+
+
+def join_words(builder: Any, first: Any, second: Any) -> Any:
+    """Two <8 x i32> of numbers that fit in 16 bits, as <16 x i16>: the first four of each, then the others of each."""
+    return _call(builder, "llvm.x86.avx2.packssdw", ir.VectorType(INT16, 16), first, second)
+
+
+def add_word_products(builder: Any, sums: Any, a: Any, b: Any) -> Any:
+    """sums[i] + a[2i] · b[2i] + a[2i + 1] · b[2i + 1] of <16 x i16>, in <8 x i32>."""
+    if _has_vnni(8):
+        a, b = (builder.bitcast(each, sums.type) for each in (a, b))
+        return _call(builder, "llvm.x86.avx512.vpdpwssd.256", sums.type, sums, a, b)
+    return builder.add(sums, _call(builder, "llvm.x86.avx2.pmadd.wd", sums.type, a, b))
+
+
 def group_products(
     builder: Any,
     name: str,

@@ -135,8 +135,8 @@ def _q4_1(block: Block) -> Iterator[tuple[int, Any]]:
         yield start, block.dequantize_4bit(packed, shift, scale, minimum=minimum)
 
 
-def six_bit_factors(block: Block) -> tuple[Any, Any]:
-    """(scales, minimums) of the eight groups of a q4_k or q5_k block: 6-bit factors times the block's `d` and -`dmin`.
+def six_bit_integers(block: Block) -> tuple[Any, Any]:
+    """The 6-bit scales and minimums of the eight groups of a q4_k or q5_k block, <8 x i8> each.
 
     Bytes 0-3 of `scales` hold the first four scales and bytes 4-7 the first four minimums, in their low 6 bits. The
     other four have their low 4 bits in bytes 8-11 (scales in the low half) and their high 2 bits on top of bytes 0-7.
@@ -144,13 +144,22 @@ def six_bit_factors(block: Block) -> tuple[Any, Any]:
     builder, four = block.builder, _vector(INT8, 4)
     first, second, third = (block.load("scales", four, offset) for offset in (0, 4, 8))
 
-    def factors(low6: Any, shift: int, field: str) -> Any:
+    def integers(low6: Any, shift: int) -> Any:
         rest = builder.or_(block.bits(third, shift, 15), builder.shl(block.bits(low6, 6, 3), _all(four, 4)))
         order = ir.Constant(_vector(INT32, 8), list(range(8)))
-        joined = builder.zext(builder.shuffle_vector(block.bits(low6, 0, 63), rest, order), _vector(INT32, 8))
-        return builder.fmul(block.floats(joined), block.broadcast(block.f16(field), 8))
+        return builder.shuffle_vector(block.bits(low6, 0, 63), rest, order)
 
-    return factors(first, 0, "d"), builder.fneg(factors(second, 4, "dmin"))
+    return integers(first, 0), integers(second, 4)
+
+
+def six_bit_factors(block: Block) -> tuple[Any, Any]:
+    """(scales, minimums) of the eight groups of a q4_k or q5_k block: `six_bit_integers` times its `d` and -`dmin`."""
+    builder = block.builder
+    scales, minimums = (
+        builder.fmul(block.floats(builder.zext(each, _vector(INT32, 8))), block.broadcast(block.f16(field), 8))
+        for each, field in zip(six_bit_integers(block), ("d", "dmin"), strict=True)
+    )
+    return scales, builder.fneg(minimums)
 
 
 def _q4_k(block: Block) -> Iterator[tuple[int, Any]]:
@@ -227,9 +236,9 @@ def for_rounds(
     that are left at the end have a round each. Prefetched is what a later round reads: in the same row, or if there are
     several, in the rows that follow them.
     """
-    at_once, rows = blocks_of_a_round(name), len(locators)
-    whole = builder.mul(builder.udiv(blocks, _int(INT64, at_once)), _int(INT64, at_once))
-    for begin, end, step in ((_int(INT64, 0), whole, at_once), (whole, blocks, 1)):
+    together, rows = blocks_of_a_round(name), len(locators)
+    whole = builder.mul(builder.udiv(blocks, _int(INT64, together)), _int(INT64, together))
+    for begin, end, step in ((_int(INT64, 0), whole, together), (whole, blocks, 1)):
         with cgutils.for_range_slice(builder, begin, end, _int(INT64, step)) as (index, _):
             ahead = locators[0](index if rows == 1 else builder.mul(builder.add(blocks, index), _int(INT64, rows)))
             distance = PREFETCH_BYTES if rows == 1 else 0

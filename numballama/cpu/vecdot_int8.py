@@ -23,9 +23,18 @@ from numba.extending import intrinsic
 from ..quantization.types import ACTIVATION_QUANT, TYPE_TRAITS, VEC_DOT_TYPE
 from .intrinsics import FLOAT, INT16, INT32, add_lanes, element, half_to_float
 from .panel_bytes import DECODERS, SCALE_GROUPS, blocks_of_a_row, broadcast, concat, integer, lanes_of, splat, vector_of
-from .products_int8 import ROWS_OF_A_VECTOR, TOKENS_OF_A_PASS, add_products, group_products, zero_point
+from .products_int8 import (
+    ROWS_OF_A_VECTOR,
+    TOKENS_OF_A_PASS,
+    add_products,
+    add_word_products,
+    group_products,
+    join_words,
+    multiplies_words,
+    zero_point,
+)
 from .tiling import PANEL_ROWS, UNPACK_ELEMENTS
-from .vecdot import INT8, TYPE_NAMES, Block, blocks_of_a_round, for_rounds, locator
+from .vecdot import INT8, TYPE_NAMES, Block, blocks_of_a_round, for_rounds, locator, six_bit_integers
 
 
 class _Activations:
@@ -74,7 +83,9 @@ class _Activations:
         return self.builder.mul(totals, splat(totals.type, -zero_point(self.name)))
 
     def group_sums(self, index: Any, count: int) -> Any:
-        """Sum of the activations of each of `count` scale groups from element `index` on; q8_1 has them scaled."""
+        """Sum of the activations of each of `count` scale groups from element `index` on: int32, or float32 of q8_1,
+        which has them scaled.
+        """
         at = self.builder.udiv(index, integer(self.per_sum))
         if VEC_DOT_TYPE[self.name] == "q8_1":
             return self._load(2, at, vector_of(FLOAT, count))
@@ -84,7 +95,7 @@ class _Activations:
             self.builder.shuffle_vector(runs, runs, lanes_of(range(start, count * every, every)))
             for start in range(every)
         ]
-        return self.builder.sitofp(functools.reduce(self.builder.add, parts), vector_of(FLOAT, count))
+        return functools.reduce(self.builder.add, parts)
 
     def zero_point_term(self, index: Any, lanes: int = 1) -> Any:
         """-(zero point) · sum of the group at `index`: added to the group's integer product, it corrects the quants.
@@ -188,6 +199,9 @@ class _RowSum:
     def add(self, blocks: list[Block], first: Any, x: _Activations) -> None:
         """Add the products of some blocks and the activations from element `first` on."""
         builder, name = self.builder, self.name
+        if VEC_DOT_TYPE[name] == "q8_k" and multiplies_words():
+            self._add_in_integers(blocks[0], first, x)
+            return
         products, scales, minimums = _decode_round(name, blocks)
         floats, groups = vector_of(FLOAT, 8), scales.type.count
         several = len(blocks) > 1  # with a scale of x for each; otherwise there is one, which multiplies at the end
@@ -213,8 +227,47 @@ class _RowSum:
         if minimums is not None:
             place, sums = self._rests[groups], x.group_sums(first, groups)
             if scale is not None and VEC_DOT_TYPE[name] != "q8_1":
+                sums = builder.sitofp(sums, vector_of(FLOAT, groups))
                 sums = builder.fmul(sums, broadcast(builder, scale, groups), flags=("contract",))
             builder.store(_times_plus(builder, minimums, sums, builder.load(place)), place)
+
+    def _add_in_integers(self, block: Block, first: Any, x: _Activations) -> None:
+        """`add` for a block whose groups have integer scales: these multiply the groups' sums in integers.
+
+        A lane's sum fits in 16 bits: it has four products of at most 63 · 127.
+        """
+        builder, name = self.builder, self.name
+        scales, minimums = six_bit_integers(block) if TYPE_TRAITS[name].has_min else (None, None)
+        if scales is None:
+            scales = builder.sext(block.load("scales", vector_of(INT8, 16)), vector_of(INT16, 16))
+        else:
+            scales = builder.zext(scales, vector_of(INT16, 8))
+        groups, floats = scales.type.count, vector_of(FLOAT, 8)
+        start = total = ir.Constant(vector_of(INT32, 8), None)
+        dots, halves = [], []
+        for products in _decode_round(name, [block])[0]:
+            ((quants, runs),) = products.parts
+            dots.append(add_products(builder, name, start, quants, x.runs(first, runs)))
+            halves.append(products.groups)
+        for i in range(0, len(dots), 2):
+            (low, high), (next_low, next_high) = halves[i : i + 2]
+            lanes = lanes_of([low] * 4 + [next_low] * 4 + [high] * 4 + [next_high] * 4)
+            factors = builder.shuffle_vector(scales, scales, lanes)
+            total = add_word_products(builder, total, join_words(builder, *dots[i : i + 2]), factors)
+        if zero_point(name):
+            wide = builder.sext(scales, vector_of(INT32, groups))
+            terms = builder.mul(wide, x.zero_point_terms(first, groups))
+            for at in range(0, groups, 8):
+                total = builder.add(total, builder.shuffle_vector(terms, terms, lanes_of(range(at, at + 8))))
+        scale_of_x = x.scale(first)
+        scale = broadcast(builder, builder.fmul(block.f16("d"), scale_of_x), 8)
+        place = self._totals[0]
+        builder.store(_times_plus(builder, builder.sitofp(total, floats), scale, builder.load(place)), place)
+        if minimums is not None:
+            sums = builder.mul(builder.zext(minimums, vector_of(INT32, groups)), x.group_sums(first, groups))
+            scale = broadcast(builder, builder.fneg(builder.fmul(block.f16("dmin"), scale_of_x)), groups)
+            place = self._rests[groups]
+            builder.store(_times_plus(builder, builder.sitofp(sums, floats), scale, builder.load(place)), place)
 
     def result(self) -> Any:
         """The dot product."""
