@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import progress
+from ..engine.logprobs import Likeliest, likeliest, log_softmax_parts
 from ..engine.request import TokenLogprobs
 from ..errors import NOT_NUMBERS, Error
 from ..generate import GenerationResponse
@@ -19,7 +20,6 @@ from ..sampling import MAX_LOGPROBS
 from ..tokenizers.base import Tokenizer
 from ..validation import whole_number
 from . import html, terminal
-from .logprobs import Likeliest, likeliest, log_softmax_parts
 from .tokens import Alternative, ExplainedToken, alternatives, explained_tokens
 from .values import require_name
 

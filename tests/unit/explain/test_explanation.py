@@ -14,8 +14,8 @@ import pytest
 
 import numballama
 from numballama import Error, ExplainedText, Explanation
+from numballama.engine.logprobs import log_softmax
 from numballama.explain import explanation
-from numballama.explain.logprobs import log_softmax
 from numballama.export import WRITERS
 from numballama.graph import LAYERS, Builder
 from numballama.ir import Value
