@@ -47,8 +47,8 @@ class Model:
     """A compiled model. Use `numballama.compile`; see there for the arguments.
 
     Attributes: `path`, `format` (its name), `config`, `tokenizer` (or None), `weights`, `graph` (as declared, for one
-    token), `device`, `threads`, `context`, `kv` (the cache's layout), `activations`, `notes` (what was assumed or
-    chosen, a sentence each), `load_s` (seconds that loading and compiling took).
+    token), `device`, `threads`, `context`, `kv` (the cache's layout), `activations`, `batch_invariant`, `notes` (what
+    was assumed or chosen, a sentence each), `load_s` (seconds that loading and compiling took).
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Model:
             require_supported(name, value, known)
         self.device, why = choose_device(device)
         kind = backend_class(self.device, batch_invariant)
-        self.activations, self._fusions = activations, fusions
+        self.activations, self.batch_invariant, self._fusions = activations, bool(batch_invariant), fusions
         if activations not in kind.activation_types:
             raise UnsupportedError(f"activations {activations!r} are for the CPU, not for {self.device}: device='cpu'")
         self._checkpoint: Checkpoint = loader.open_checkpoint(
