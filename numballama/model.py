@@ -210,12 +210,16 @@ class Model:
             self.backend.set_pages(0, 0, range(1, pages + 1))
             context = min(self.context, pages * self.kv.page)
             yield Session(self._runner.decode, self._runner.prompt, context, self.config.vocab_size)
-            self._runner.look_at_page(1)  # the first of the session: notes what is saturated
+            if not self.token_engine.forked:
+                self._runner.look_at_page(1)  # the first of the session: notes what is saturated
 
     def close(self) -> None:
-        """Free the KV cache, the arenas, device memory and the mapping of the file. The model can no longer be used."""
+        """Free the KV cache, the arenas, device memory and the mapping of the file. The model can no longer be used.
+
+        Does nothing in a forked child: all of this is its parent's.
+        """
         engine, backend = self._engine, self._backend
-        if engine is None or backend is None:
+        if engine is None or backend is None or engine.forked:
             return
         engine.close()
         try:
@@ -300,23 +304,15 @@ class Model:
 
     @overload
     def generate(
-        self,
-        prompt: str | None,
-        max_tokens: int | NotGiven | None = ...,
-        *,
-        params: SamplingParams | None = ...,
+        self, prompt: str | None, max_tokens: int | NotGiven | None = ..., *, params: SamplingParams | None = ...,
         **options: Unpack[SamplingOptions],
-    ) -> str: ...
+    ) -> str: ...  # fmt: skip
 
     @overload
     def generate(
-        self,
-        prompt: list[str] | list[str | None] | tuple[str | None, ...],
-        max_tokens: int | NotGiven | None = ...,
-        *,
-        params: SamplingParams | Sequence[SamplingParams] | None = ...,
-        **options: Unpack[SamplingOptions],
-    ) -> list[str]: ...
+        self, prompt: list[str] | list[str | None] | tuple[str | None, ...], max_tokens: int | NotGiven | None = ...,
+        *, params: SamplingParams | Sequence[SamplingParams] | None = ..., **options: Unpack[SamplingOptions],
+    ) -> list[str]: ...  # fmt: skip
 
     def generate(
         self,
