@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -206,23 +207,34 @@ def _explain_ids(
     has_attention = probabilities in reader.graph.values  # an architecture's layers may compute none
     classified = [*(f"layers.{each}.lens_logits" for each in range(last) if lens), "logits"]
     best = {name: Likeliest.empty(n, max(top, 1)) for name in classified}
-    names = [*classified, probabilities] if has_attention else classified
+    names = [*classified, probabilities] if has_attention else [*classified]
     logprobs_of_text, weights = np.full(n, np.nan), np.zeros((n, n), np.float32)
+
+    def take(name: str, start: int, logits: NDArray[np.float32]) -> None:
+        for first, part in log_softmax_parts(logits):
+            if np.isnan(part).any():
+                raise Error(NOT_NUMBERS)
+            begin = start + first
+            best[name].put(begin, likeliest(part, max(top, 1)))
+            if name == "logits":
+                after = ids[begin + 1 : begin + 1 + len(part)]
+                logprobs_of_text[begin + 1 : begin + 1 + len(after)] = part[range(len(after)), after]
+
+    if model.batch_invariant:  # the probabilities have the bits of all its runs, whose ops are fused
+        names.remove("logits")
+        end = 0
+        with closing(model.iter_logits(ids)) as parts:
+            for logits in parts:
+                take("logits", end, logits)
+                end += len(logits)
     with model.exclusive() as session, progress.progress_bar("explaining") as report:
         total = ceil_div(n, len(reader.program.inputs["ids"])) * len(names)
         for done, (name, start, end, rows) in enumerate(reader.stops(session, ids, names)):
             report(f"token {end} of {n}", done, total)
             if name == probabilities:
                 weights[start:end] = rows[:, :, :n].mean(axis=1) if head is None else rows[:, head, :n]
-                continue
-            for first, part in log_softmax_parts(rows):
-                if np.isnan(part).any():
-                    raise Error(NOT_NUMBERS)
-                begin = start + first
-                best[name].put(begin, likeliest(part, max(top, 1)))
-                if name == "logits":
-                    after = ids[begin + 1 : begin + 1 + len(part)]
-                    logprobs_of_text[begin + 1 : begin + 1 + len(after)] = part[range(len(after)), after]
+            else:
+                take(name, start, rows)
     tops = [each[:top] for each in best["logits"].pairs()]
     found = [TokenLogprobs(*each) for each in zip(logprobs_of_text[1:].tolist(), tops[:-1], strict=True)]
     return Explanation(
