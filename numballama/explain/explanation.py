@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 MOST_TOKENS = 2048
 """Tokens of the longest text that is explained: attention takes 4 · tokens² bytes, a page some hundred bytes a token
 and layer."""
+DECIMALS = 6
+"""Decimals of numbers in JSON of which there are many: one for each pair of tokens, or for each token and layer."""
 LOGPROBS = 5
 """Alternatives of each token, unless the caller chooses another number."""
 
@@ -106,10 +108,18 @@ class Explanation:
         return html.page(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON values."""
+        """Everything as JSON values.
+
+        Row t of the attention's weights has the t + 1 tokens up to t, since nothing after a token is seen. Weights and
+        the lens's log probabilities have `DECIMALS` decimals.
+        """
 
         def entries(found: Iterable[Alternative]) -> list[dict[str, Any]]:
             return [each._asdict() for each in found]
+
+        def guesses(lens: Lens, layer: int, position: int) -> list[dict[str, Any]]:
+            found = lens.guesses(layer, position)
+            return entries(each._replace(logprob=round(each.logprob, DECIMALS)) for each in found)
 
         attention, lens = self.attention, self.lens
         return {
@@ -120,17 +130,22 @@ class Explanation:
             ],
             "following": entries(self.following),
             "attention": attention
-            and {"layer": attention.layer, "head": attention.head, "weights": attention.weights.tolist()},
+            and {"layer": attention.layer, "head": attention.head, "weights": _up_to_each_token(attention.weights)},
             "lens": lens
             and [
-                [entries(lens.guesses(layer, position)) for position in range(len(self.tokens))]
+                [guesses(lens, layer, position) for position in range(len(self.tokens))]
                 for layer in range(len(lens.ids))
             ],
         }
 
     def to_json(self) -> str:
-        """`to_dict` as JSON."""
-        return json.dumps(self.to_dict())
+        """`to_dict` as JSON, in one line without spaces."""
+        return json.dumps(self.to_dict(), separators=(",", ":"))
+
+
+def _up_to_each_token(weights: NDArray[np.float32]) -> list[list[float]]:
+    rounded = weights.astype(np.float64).round(DECIMALS)
+    return [row[: token + 1].tolist() for token, row in enumerate(rounded)]
 
 
 class ExplainedText(str):
