@@ -108,15 +108,20 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--stall", type=int, default=0, help="tokens of a prompt that arrives among 16 streams")
+    parser.add_argument("--batch-invariant", action="store_true", help="one family of kernels for runs of any size")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    found: dict[str, Any] = {"what": "many sequences, random weights", "machine": machine(), "models": {}}
+    found: dict[str, Any] = {
+        "what": "many sequences, random weights", "batch_invariant": args.batch_invariant, "machine": machine(),
+        "models": {},
+    }  # fmt: skip
     for name in args.models:
         shape, kind = name.split(":")
         most, context = max(*args.sequences, 16 if args.stall else 1), args.prompt + args.tokens
         context = max(context, args.stall + 64, 400 if args.stall else 0)
         result: dict[str, Any] = {}
-        with compiled(random_checkpoint(shape, kind), args.device, context, max_sequences=most) as model:
+        options = {"max_sequences": most, "batch_invariant": args.batch_invariant}
+        with compiled(random_checkpoint(shape, kind), args.device, context, **options) as model:
             result["load_s"] = model.load_s
             for sequences in args.sequences:
                 generate_together(model, sequences, args.prompt, min(args.tokens, 16), 0)

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from . import progress
-from .errors import Error
+from .errors import ContextError, Error
 from .ir import Graph
 from .model import Model
 
@@ -30,7 +30,7 @@ def measure(model: Model, text: str) -> Importance:
     """The importance of the columns of all weights of linear layers, for the first `MOST_TOKENS` tokens of a text.
 
     Every window of the text begins as a new one does. Raises `Error` for a text without tokens or a model without a
-    tokenizer.
+    tokenizer, `ContextError` for a context in which no token of the text follows BOS.
     """
     tokenizer = model.require_tokenizer()
     ids = tokenizer.encode(text, bos=False)[:MOST_TOKENS]
@@ -38,7 +38,7 @@ def measure(model: Model, text: str) -> Importance:
         raise Error("the text to calibrate with is empty: give some thousand words like those that the model will read")
     inputs = inputs_of_weights(model.value_reader.graph)
     squares: dict[str, np.ndarray] = {}
-    step = min(WINDOW, model.context, model.config.context) - len(tokenizer.bos)
+    step = _text_in_window(model, len(tokenizer.bos))
     with progress.progress_bar("reading the text") as report:
         for start in range(0, len(ids), step):
             report(f"token {start:,}", start, len(ids))
@@ -48,6 +48,17 @@ def measure(model: Model, text: str) -> Importance:
                     total = np.einsum("tc,tc->c", stop.rows, stop.rows, dtype=np.float64)
                     squares[stop.name] = squares.get(stop.name, 0) + total
     return {weight: _relative(squares[name]) for weight, name in inputs.items()}
+
+
+def _text_in_window(model: Model, bos: int) -> int:
+    """Tokens of the text in a window, which begins with `bos` tokens. Raises `ContextError` if there is no room."""
+    trained, window = model.config.context, min(WINDOW, model.context, model.config.context)
+    if window <= bos:
+        advice = f"compile with context={bos + 1} or more"
+        if trained <= bos:
+            advice = "the model was trained for no longer texts, so quantise it without an importance matrix"
+        raise ContextError(f"in a window of {window} there is no token of the text after BOS: {advice}")
+    return window - bos
 
 
 def inputs_of_weights(graph: Graph) -> dict[str, str]:

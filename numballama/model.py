@@ -47,8 +47,8 @@ class Model:
     """A compiled model. Use `numballama.compile`; see there for the arguments.
 
     Attributes: `path`, `format` (its name), `config`, `tokenizer` (or None), `weights`, `graph` (as declared, for one
-    token), `device`, `threads`, `context`, `kv` (the cache's layout), `activations`, `notes` (what was assumed or
-    chosen, a sentence each), `load_s` (seconds that loading and compiling took).
+    token), `device`, `threads`, `context`, `kv` (the cache's layout), `activations`, `batch_invariant`, `notes` (what
+    was assumed or chosen, a sentence each), `load_s` (seconds that loading and compiling took).
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Model:
             require_supported(name, value, known)
         self.device, why = choose_device(device)
         kind = backend_class(self.device, batch_invariant)
-        self.activations, self._fusions = activations, fusions
+        self.activations, self.batch_invariant, self._fusions = activations, bool(batch_invariant), fusions
         if activations not in kind.activation_types:
             raise UnsupportedError(f"activations {activations!r} are for the CPU, not for {self.device}: device='cpu'")
         self._checkpoint: Checkpoint = loader.open_checkpoint(
@@ -210,12 +210,16 @@ class Model:
             self.backend.set_pages(0, 0, range(1, pages + 1))
             context = min(self.context, pages * self.kv.page)
             yield Session(self._runner.decode, self._runner.prompt, context, self.config.vocab_size)
-            self._runner.look_at_page(1)  # the first of the session: notes what is saturated
+            if not self.token_engine.forked:
+                self._runner.look_at_page(1)  # the first of the session: notes what is saturated
 
     def close(self) -> None:
-        """Free the KV cache, the arenas, device memory and the mapping of the file. The model can no longer be used."""
+        """Free the KV cache, the arenas, device memory and the mapping of the file. The model can no longer be used.
+
+        Does nothing in a forked child: all of this is its parent's.
+        """
         engine, backend = self._engine, self._backend
-        if engine is None or backend is None:
+        if engine is None or backend is None or engine.forked:
             return
         engine.close()
         try:
@@ -300,23 +304,15 @@ class Model:
 
     @overload
     def generate(
-        self,
-        prompt: str | None,
-        max_tokens: int | NotGiven | None = ...,
-        *,
-        params: SamplingParams | None = ...,
+        self, prompt: str | None, max_tokens: int | NotGiven | None = ..., *, params: SamplingParams | None = ...,
         **options: Unpack[SamplingOptions],
-    ) -> str: ...
+    ) -> str: ...  # fmt: skip
 
     @overload
     def generate(
-        self,
-        prompt: list[str] | list[str | None] | tuple[str | None, ...],
-        max_tokens: int | NotGiven | None = ...,
-        *,
-        params: SamplingParams | Sequence[SamplingParams] | None = ...,
-        **options: Unpack[SamplingOptions],
-    ) -> list[str]: ...
+        self, prompt: list[str] | list[str | None] | tuple[str | None, ...], max_tokens: int | NotGiven | None = ...,
+        *, params: SamplingParams | Sequence[SamplingParams] | None = ..., **options: Unpack[SamplingOptions],
+    ) -> list[str]: ...  # fmt: skip
 
     def generate(
         self,

@@ -39,6 +39,8 @@ class BenchResult:
     types: list[str]
     """Element types of the weights."""
     activations: str
+    batch_invariant: bool
+    """Whether the model was compiled so: one family of kernels for runs of any size."""
     context: int
     sequences: int
     """Sequences that run at once, each with its prompt and its answer. Speeds are those of all together."""
@@ -74,6 +76,8 @@ class BenchResult:
             where = f"{self.device} ({gpu['name']}), {gpu['multiprocessors']} multiprocessors"
         if self.sequences > 1:
             where += f", {self.sequences} sequences at once"
+        if self.batch_invariant:
+            where += ", batch-invariant"
         lines = [
             f"{self.model} on {where}, {', '.join(self.types)}",
             f"  prompt   {self.prefill_tokens_per_second:10,.1f} tokens/s   ({self.prompt_tokens} tokens)",
@@ -143,6 +147,7 @@ def bench(
         threads=model.threads,
         types=sorted({str(weight.type) for weight in model.weights.values()}),
         activations=model.activations,
+        batch_invariant=model.batch_invariant,
         context=model.context,
         sequences=sequences,
         prompt_tokens=prompt_tokens,

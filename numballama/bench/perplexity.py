@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .. import progress
+from ..engine.logprobs import log_softmax
 from ..errors import ContextError, Error, FormatError
 from ..files import read_all
 from ..memory import format_bytes
@@ -132,10 +133,10 @@ def perplexity(
             targets = window[context // 2 + 1 :]
             with closing(_rows(model, base, window[:-1], context // 2)) as rows:  # a traceback must not keep the model
                 for at, (target, (row, base_row)) in enumerate(zip(targets, rows, strict=True)):
-                    log_p = _log_softmax(row)
+                    log_p = log_softmax(row)
                     nll[number, at] = -log_p[target]
                     if base_row is not None:
-                        log_base = _log_softmax(base_row)
+                        log_base = log_softmax(base_row)
                         kl[number, at] = np.exp(log_base) @ (log_base - log_p)
                         same[number, at] = log_base.argmax() == log_p.argmax()
                     done, total = done + 1, total + nll[number, at]
@@ -251,14 +252,6 @@ def _each(model: Model, ids: list[int], start: int) -> Generator[np.ndarray]:
     with closing(model.iter_logits(ids, start)) as parts:
         for rows in parts:
             yield from rows
-
-
-def _log_softmax(row: np.ndarray) -> np.ndarray:
-    """float32 [vocab] → float64 [vocab]: log probabilities."""
-    shifted = row.astype(np.float64)
-    shifted -= shifted.max()
-    shifted -= math.log(np.exp(shifted).sum())
-    return shifted
 
 
 def _exp(nll: float) -> float:

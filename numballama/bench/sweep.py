@@ -86,7 +86,7 @@ def as_csv(speeds: Sequence[Speed]) -> str:
 
 def to_dict(first: BenchResult, speeds: Sequence[Speed]) -> dict[str, Any]:
     """What all measurements share, as `first` has it, and "runs", as JSON values."""
-    shared = ("model", "device", "types", "activations", "repeats", "machine")
+    shared = ("model", "device", "types", "activations", "batch_invariant", "repeats", "machine")
     return {name: getattr(first, name) for name in shared} | {"runs": [asdict(speed) for speed in speeds]}
 
 

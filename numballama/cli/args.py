@@ -255,6 +255,7 @@ _OPTIONS = "|".join(
         "chunks",
         "sequences",
         "max_sequences",
+        "kv_tokens",
         "layer",
         "head",
     ]

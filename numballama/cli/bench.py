@@ -122,6 +122,7 @@ def _show(arguments: argparse.Namespace, first: BenchResult, speeds: list[Speed]
     from ..bench.sweep import as_csv, as_table, draw, to_dict
 
     title = f"{first.model} on {first.device}, {', '.join(first.types)}"
+    title += ", batch-invariant" if first.batch_invariant else ""
     print(json.dumps(to_dict(first, speeds), indent=2) if arguments.json else f"{title}\n{as_table(speeds)}")
     for path, text in ((arguments.csv, as_csv(speeds)), (arguments.svg, draw(speeds, title))):
         if path is not None:

@@ -92,17 +92,17 @@ class KernelCache(_Cache):  # type: ignore[misc]
     def _entry(self, sig: Any, codegen: Any) -> tuple[Path, str] | None:
         """File and key of a signature; None if it is not cached. A key has all that the machine code depends on.
 
-        A file outside this package is in the key with its digest, but not in the file's name, so that a kernel that is
-        edited replaces its old entry.
+        So has the file's name, except for a function's code: a kernel that is edited replaces its old entry, and what
+        is compiled for other settings of Numba or another CPU stands beside it.
         """
         folder = kernel_cache.cache_directory()
         code = self._function.__code__
         identity = [*self._place, self._function.__qualname__, code.co_firstlineno, str(sig), codegen.magic_tuple()]
-        name = json.dumps([*identity, self._options], default=str)
+        settings = [getattr(numba.config, setting, None) for setting in _SETTINGS]
+        name = json.dumps([*identity, self._options, settings], default=str)
         if folder is None or not self._enabled or " at 0x" in name:  # the address of an object in this process
             return None
-        settings = [getattr(numba.config, setting, None) for setting in _SETTINGS]
-        key = json.dumps([name, hashlib.sha256(code.co_code).hexdigest(), self._content, settings], default=str)
+        key = json.dumps([name, hashlib.sha256(code.co_code).hexdigest(), self._content])
         digest = hashlib.sha256(name.encode()).hexdigest()[:24]
         return folder / f"{self._function.__name__.strip('<>')}-{digest}.kernel", key
 

@@ -128,7 +128,8 @@ def to_ptx(kernel: Specialization, capability: tuple[int, int]) -> str:
     function = kernel.function.py_func
     with _compiling_for(capability), call_types.remembered():
         bounds = (kernel.threads, getattr(function, "min_blocks_per_sm", 1))
-        ptx, _ = cuda.compile_ptx(function, signature(kernel.types), cc=capability, launch_bounds=bounds)
+        options = {"debug": False, "opt": True}  # whatever the environment sets: the cache's key does not tell
+        ptx, _ = cuda.compile_ptx(function, signature(kernel.types), cc=capability, launch_bounds=bounds, **options)
     if "wgmma." in ptx:  # an instruction of this architecture alone
         ptx = re.sub(r"^\.target sm_90\b", ".target sm_90a", ptx, flags=re.MULTILINE)
     return str(ptx)

@@ -45,23 +45,27 @@ def kv_layout(
     not the `kv_tokens` that were asked for; `Error` for more than MAX_SEQUENCES.
 
     `fewest` and `most` are limits of the backend (None: MAX_SEQUENCES). Fewer sequences become `fewest`, with no more
-    KV cache; more than `most` are an `Error`.
+    KV cache and a note; more than `most` are an `Error`.
     """
     if max_sequences > (limit := MAX_SEQUENCES if most is None else most):
         here = "" if most is None else " for batch-invariant runs with these weights"
         raise Error(f"max_sequences must be at most {limit:,}{here}, found {max_sequences:,}; others wait their turn")
     if max_sequences < fewest:
-        kv_tokens, max_sequences = kv_tokens or max_sequences * context, fewest
-    wanted = KVLayout.of(config, context, dtype, max_sequences, kv_tokens)
+        notes.append(
+            f"max_sequences is {fewest}, not {max_sequences}: this device computes runs of fewer than {fewest} rows "
+            "with other kernels, so batch-invariant runs have as many; the KV cache is no larger for it"
+        )
+    slots = max(max_sequences, fewest)
+    wanted = replace(KVLayout.of(config, context, dtype, max_sequences, kv_tokens), slots=slots)
     if free_bytes is not None and wanted.table_nbytes > free_bytes:
         raise ContextError(
-            f"the page table of a KV cache for {max_sequences:,} × {context:,} tokens takes "
+            f"the page table of a KV cache for {slots:,} × {context:,} tokens takes "
             f"{format_bytes(wanted.table_nbytes)}, {format_bytes(free_bytes)} are free; {SHORTER}"
         )
     share = SHARE if max_sequences > 1 and kv_tokens is None else 1
     if free_bytes is None or wanted.nbytes <= free_bytes * share:
         return wanted
-    least = KVLayout.of(config, context, dtype, max_sequences, context)
+    least = replace(wanted, pages=KVLayout.of(config, context, dtype, tokens=context).pages)
     if kv_tokens is not None or least.nbytes > free_bytes:
         what, advice = f"{context:,} tokens", SHORTER
         if kv_tokens is not None:

@@ -66,9 +66,14 @@ class Driver:
         """Whether a thread steps the engine."""
         return self._thread is not None
 
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a forked child: the thread and whoever holds the lock may not exist in it."""
+        return os.getpid() != self._pid
+
     def check_process(self) -> None:
-        """Raise `DeviceError` in a forked child, where a lost thread may hold the lock."""
-        if os.getpid() != self._pid:
+        """Raise `DeviceError` in a forked child."""
+        if self.forked:
             raise DeviceError(FORKED)
 
     def wait(self, state: RequestState) -> None:
@@ -122,7 +127,9 @@ class Driver:
             self._listeners -= 1
 
     def _leave(self) -> None:
-        """Let another thread step."""
+        """Let another thread step. Does nothing in a forked child, which may leave a block of its parent's."""
+        if self.forked:
+            return
         with self.lock:
             self._stepping = None
             self._pass_on()
@@ -192,12 +199,15 @@ class Driver:
 
     def enter(self) -> None:
         """Step in a thread as long as somebody who has entered has not left."""
+        self.check_process()
         with self.lock:
             self._users += 1
         self.start()
 
     def leave(self) -> None:
-        """End the thread if nobody else has entered."""
+        """End the thread if nobody else has entered. Does nothing in a forked child."""
+        if self.forked:
+            return
         with self.lock:
             self._users -= 1
             wanted = self._users > 0
@@ -243,7 +253,9 @@ class Driver:
                 self._leave()
 
     def stop(self) -> None:
-        """End the thread after its step. Requests go on as soon as somebody waits for them."""
+        """End the thread after its step. Requests go on as soon as somebody waits for them. Not in a forked child."""
+        if self.forked:
+            return
         with self.lock:
             self._check_callback()
             thread = self._thread

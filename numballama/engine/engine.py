@@ -58,33 +58,18 @@ class Engine:
 
     @overload
     def submit(
-        self,
-        prompt: Iterable[int],
-        params: SamplingParams | None = ...,
-        *,
-        priority: int = ...,
-        request_id: str | None = ...,
-        reuse_prefix: bool = ...,
-        salt: str | None = ...,
-        stop_token_ids: Iterable[int] = ...,
-        process: None = ...,
-        constraint: Callable[[], Constraint] | None = ...,
-    ) -> Request[TokenEvent]: ...
+        self, prompt: Iterable[int], params: SamplingParams | None = ..., *, priority: int = ...,
+        request_id: str | None = ..., reuse_prefix: bool = ..., salt: str | None = ...,
+        stop_token_ids: Iterable[int] = ..., process: None = ..., constraint: Callable[[], Constraint] | None = ...,
+    ) -> Request[TokenEvent]: ...  # fmt: skip
 
     @overload
     def submit(
-        self,
-        prompt: Iterable[int],
-        params: SamplingParams | None = ...,
-        *,
-        priority: int = ...,
-        request_id: str | None = ...,
-        reuse_prefix: bool = ...,
-        salt: str | None = ...,
-        stop_token_ids: Iterable[int] = ...,
-        process: Callable[[TokenEvent], R | None],
+        self, prompt: Iterable[int], params: SamplingParams | None = ..., *, priority: int = ...,
+        request_id: str | None = ..., reuse_prefix: bool = ..., salt: str | None = ...,
+        stop_token_ids: Iterable[int] = ..., process: Callable[[TokenEvent], R | None],
         constraint: Callable[[], Constraint] | None = ...,
-    ) -> Request[R]: ...
+    ) -> Request[R]: ...  # fmt: skip
 
     def submit(
         self,
@@ -188,8 +173,12 @@ class Engine:
         self._driver.stop()
 
     def close(self) -> None:
-        """End all requests with an `Error`, and wait for the runs in flight. Further requests are refused."""
-        self._driver.check_process()
+        """End all requests with an `Error`, and wait for the runs in flight. Further requests are refused.
+
+        Does nothing in a forked child: the engine is its parent's.
+        """
+        if self.forked:
+            return
         self._driver.close()
         self._constraints.close()
         self._end_all(Error(ENGINE_CLOSED))
@@ -198,6 +187,11 @@ class Engine:
                 self.runner.collect(self._runs.popleft().ticket)
             except Exception as error:
                 self._failure = error
+
+    @property
+    def forked(self) -> bool:
+        """Whether this process is a child that was forked after the engine was made. It cannot use the engine."""
+        return self._driver.forked
 
     def __enter__(self) -> Engine:
         self.start()
@@ -227,7 +221,8 @@ class Engine:
             try:
                 yield
             except BaseException:
-                self.runner.reset()  # a run may have been interrupted
+                if not self.forked:
+                    self.runner.reset()  # a run may have been interrupted
                 raise
 
     def stats(self) -> EngineStats:

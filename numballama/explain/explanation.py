@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence, Set
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TextIO, cast
 
@@ -11,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import progress
+from ..engine.logprobs import Likeliest, likeliest, log_softmax_parts
 from ..engine.request import TokenLogprobs
 from ..errors import NOT_NUMBERS, Error
 from ..generate import GenerationResponse
@@ -19,7 +21,6 @@ from ..sampling import MAX_LOGPROBS
 from ..tokenizers.base import Tokenizer
 from ..validation import whole_number
 from . import html, terminal
-from .logprobs import Likeliest, likeliest, log_softmax_parts
 from .tokens import Alternative, ExplainedToken, alternatives, explained_tokens
 from .values import require_name
 
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 MOST_TOKENS = 2048
 """Tokens of the longest text that is explained: attention takes 4 · tokens² bytes, a page some hundred bytes a token
 and layer."""
+DECIMALS = 6
+"""Decimals of numbers in JSON of which there are many: one for each pair of tokens, or for each token and layer."""
 LOGPROBS = 5
 """Alternatives of each token, unless the caller chooses another number."""
 
@@ -105,10 +108,18 @@ class Explanation:
         return html.page(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as JSON values."""
+        """Everything as JSON values.
+
+        Row t of the attention's weights has the t + 1 tokens up to t, since nothing after a token is seen. Weights and
+        the lens's log probabilities have `DECIMALS` decimals.
+        """
 
         def entries(found: Iterable[Alternative]) -> list[dict[str, Any]]:
             return [each._asdict() for each in found]
+
+        def guesses(lens: Lens, layer: int, position: int) -> list[dict[str, Any]]:
+            found = lens.guesses(layer, position)
+            return entries(each._replace(logprob=round(each.logprob, DECIMALS)) for each in found)
 
         attention, lens = self.attention, self.lens
         return {
@@ -119,17 +130,22 @@ class Explanation:
             ],
             "following": entries(self.following),
             "attention": attention
-            and {"layer": attention.layer, "head": attention.head, "weights": attention.weights.tolist()},
+            and {"layer": attention.layer, "head": attention.head, "weights": _up_to_each_token(attention.weights)},
             "lens": lens
             and [
-                [entries(lens.guesses(layer, position)) for position in range(len(self.tokens))]
+                [guesses(lens, layer, position) for position in range(len(self.tokens))]
                 for layer in range(len(lens.ids))
             ],
         }
 
     def to_json(self) -> str:
-        """`to_dict` as JSON."""
-        return json.dumps(self.to_dict())
+        """`to_dict` as JSON, in one line without spaces."""
+        return json.dumps(self.to_dict(), separators=(",", ":"))
+
+
+def _up_to_each_token(weights: NDArray[np.float32]) -> list[list[float]]:
+    rounded = weights.astype(np.float64).round(DECIMALS)
+    return [row[: token + 1].tolist() for token, row in enumerate(rounded)]
 
 
 class ExplainedText(str):
@@ -206,23 +222,34 @@ def _explain_ids(
     has_attention = probabilities in reader.graph.values  # an architecture's layers may compute none
     classified = [*(f"layers.{each}.lens_logits" for each in range(last) if lens), "logits"]
     best = {name: Likeliest.empty(n, max(top, 1)) for name in classified}
-    names = [*classified, probabilities] if has_attention else classified
+    names = [*classified, probabilities] if has_attention else [*classified]
     logprobs_of_text, weights = np.full(n, np.nan), np.zeros((n, n), np.float32)
+
+    def take(name: str, start: int, logits: NDArray[np.float32]) -> None:
+        for first, part in log_softmax_parts(logits):
+            if np.isnan(part).any():
+                raise Error(NOT_NUMBERS)
+            begin = start + first
+            best[name].put(begin, likeliest(part, max(top, 1)))
+            if name == "logits":
+                after = ids[begin + 1 : begin + 1 + len(part)]
+                logprobs_of_text[begin + 1 : begin + 1 + len(after)] = part[range(len(after)), after]
+
+    if model.batch_invariant:  # the probabilities have the bits of all its runs, whose ops are fused
+        names.remove("logits")
+        end = 0
+        with closing(model.iter_logits(ids)) as parts:
+            for logits in parts:
+                take("logits", end, logits)
+                end += len(logits)
     with model.exclusive() as session, progress.progress_bar("explaining") as report:
         total = ceil_div(n, len(reader.program.inputs["ids"])) * len(names)
         for done, (name, start, end, rows) in enumerate(reader.stops(session, ids, names)):
             report(f"token {end} of {n}", done, total)
             if name == probabilities:
                 weights[start:end] = rows[:, :, :n].mean(axis=1) if head is None else rows[:, head, :n]
-                continue
-            for first, part in log_softmax_parts(rows):
-                if np.isnan(part).any():
-                    raise Error(NOT_NUMBERS)
-                begin = start + first
-                best[name].put(begin, likeliest(part, max(top, 1)))
-                if name == "logits":
-                    after = ids[begin + 1 : begin + 1 + len(part)]
-                    logprobs_of_text[begin + 1 : begin + 1 + len(after)] = part[range(len(after)), after]
+            else:
+                take(name, start, rows)
     tops = [each[:top] for each in best["logits"].pairs()]
     found = [TokenLogprobs(*each) for each in zip(logprobs_of_text[1:].tolist(), tops[:-1], strict=True)]
     return Explanation(

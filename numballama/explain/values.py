@@ -72,7 +72,8 @@ class ValueReader:
         """The program without fusions, for a part of a text. Raises `Error` if its arena does not fit in memory."""
         if self._program is None:
             backend = self._model.backend
-            tokens = tokens_of_a_run(self.graph, min(backend.prefill_chunk, self._model.context))
+            most = min(backend.prefill_chunk, self._model.context)
+            tokens = max(tokens_of_a_run(self.graph, most), backend.decode_sizes[0])
             with progress.progress_bar("compiling kernels") as report:
                 program = backend.program(self._graph_of(tokens=tokens), False, report)
             self._program = debug.watched(program, backend)

@@ -7,9 +7,9 @@ from typing import Any
 
 from starlette.responses import Response
 
+from ..engine.logprobs import prompt_logprobs
 from ..engine.request import TokenLogprobs
 from ..errors import Error
-from ..explain.logprobs import prompt_logprobs
 from .call import Call, chunk_writer, usage_chunk
 from .errors import ApiError, refused
 from .generation import Generation, Piece, whole_texts

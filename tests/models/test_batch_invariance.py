@@ -10,6 +10,7 @@ import pytest
 
 import numballama
 from numballama import SamplingParams
+from numballama.engine.logprobs import prompt_logprobs
 from numballama.errors import UnsupportedError
 from numballama.generate import GenerationResponse
 from numballama.model import Model
@@ -80,6 +81,31 @@ def test_bits_do_not_depend_on_neighbours(device: str, kind: tuple[str, str]) ->
         rest = [engine.submit(prompt, params) for prompt in PROMPTS[1:]]
         together = [probabilities([*begun, *responses]), *(probabilities(request) for request in rest)]
     assert together == alone
+
+
+@EVERYWHERE
+def test_explanations_have_the_bits_of_all_runs(device: str, kind: tuple[str, str]) -> None:
+    ids = np.random.default_rng(2).integers(3, 500, 70).tolist()
+    with opened(kind, True, device) as model:
+        explained = model.explain(ids, 3)
+        found = [
+            (each.logprob, [(other.id, other.logprob) for other in each.alternatives]) for each in explained.tokens[1:]
+        ]
+        assert found == prompt_logprobs(model.logits(ids), ids, 3)[1:]
+        assert explained.lens is not None
+        lens = explained.lens.logprobs[-1, :-1, :3].tolist()
+        assert lens == [[np.float32(logprob) for _, logprob in top] for _, top in found]
+
+
+@EVERYWHERE
+@pytest.mark.parametrize("name", ["layers.1.q", "layers.3.probabilities", "layers.4.x_out"])
+def test_values_do_not_depend_on_how_many_tokens_follow(device: str, kind: tuple[str, str], name: str) -> None:
+    ids = np.random.default_rng(2).integers(3, 500, 70).tolist()
+    with opened(kind, True, device) as model:
+        whole = model.values(ids, name)
+        for length in (1, 2, 7, 65):
+            seen = whole[:length, :, :length] if whole.ndim == 3 else whole[:length]
+            assert np.array_equal(model.values(ids[:length], name), seen), length
 
 
 def test_the_reference_refuses() -> None:

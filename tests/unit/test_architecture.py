@@ -56,13 +56,14 @@ ORDER = """
             kernels.wgmma_attention kernels.logits kernels.sampling kernels.copy kernels.repack compiler driver \
             selfcheck compile_worker upload weights sampler_table decode_pipeline program bandwidth timing backend
     reference backend session
-    engine: interrupts sequence pages runner request constraints driver stats scheduler engine capacity model_runner
+    engine: interrupts sequence pages runner request logprobs constraints driver stats scheduler engine capacity \
+            model_runner
     structured: checker schema lark blame vocabulary forced constraint compiler
     generate
     chat: sandbox builtin_templates template tool_messages encoder conversation
     export inspection
     bench: traffic debug profiler trace benchmark sweep llama_cpp perplexity
-    explain: logprobs values tokens terminal html explanation
+    explain: values tokens terminal html explanation
     model importance
     doctor: packages cache check cpu gpu report
     server: settings errors protocol params http metrics tools.definitions tools.events tools.scanner tools.call \

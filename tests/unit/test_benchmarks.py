@@ -120,6 +120,38 @@ def test_first_token(script: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (found["cached_s"], found["empty_cache_s"]) == (10 / 3, 10) and found["compilation_s"] == 10 - 10 / 3
 
 
+# Many sequences
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("invariant", [True, False])
+def test_many_sequences(tmp_path: Path, invariant: bool) -> None:
+    out = tmp_path / "batched.json"
+    words = [
+        "--device",
+        "cpu",
+        "--models",
+        "stories260K:f16",
+        "--sequences",
+        "1",
+        "2",
+        "--prompt",
+        "4",
+        "--tokens",
+        "20",
+    ]
+    words += ["--rounds", "1", "--out", str(out), *["--batch-invariant"] * invariant]
+    command = [sys.executable, str(SCRIPT.with_name("batched.py")), *words]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())
+    assert found["batch_invariant"] is invariant
+    assert all(found["models"]["stories260K:f16"][count]["tokens_per_second"] > 0 for count in ("1", "2"))
+
+
 # Two checkouts
 
 COMPARE = SCRIPT.with_name("compare.py")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 import numballama
-from numballama.errors import Error
+from numballama.errors import ContextError, Error
 from numballama.importance import FLOOR, inputs_of_weights, measure
 from numballama.loader import open_checkpoint
 from numballama.model import Model
@@ -56,6 +57,21 @@ def test_windows_begin_as_texts_do(model: Model, monkeypatch: pytest.MonkeyPatch
 def test_a_text_without_tokens(model: Model) -> None:
     with pytest.raises(Error, match="the text to calibrate with is empty"):
         measure(model, "")
+
+
+def test_a_window_without_room_for_the_text(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert model.tokenizer is not None and len(model.tokenizer.bos) == 1
+    monkeypatch.setattr(model, "config", replace(model.config, context=1))
+    with pytest.raises(ContextError, match=r"no token of the text after BOS.*without an importance matrix"):
+        measure(model, TEXT)
+    with (
+        numballama.compile(None, device="cpu", context=1) as small,
+        pytest.raises(ContextError, match=r"a window of 1 .*no token of the text after BOS: compile with context=2"),
+    ):
+        measure(small, TEXT)
+    with numballama.compile(None, device="cpu", context=2) as two:
+        found = measure(two, TEXT[:20])
+    assert all(np.isfinite(columns).all() for columns in found.values())
 
 
 def test_the_output_is_closer(model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

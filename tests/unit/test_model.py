@@ -476,6 +476,43 @@ def test_a_child_forked_while_a_lock_is_held_gets_an_error() -> None:
     assert run_python(FORKED) == 7
 
 
+LEFT = """
+import json, os, signal
+import numballama
+from numballama import DeviceError
+
+codes = []
+for block in ("model", "engine", "exclusive"):
+    with numballama.compile(None, threads=2, context=64) as model:
+        before = model.generate("Once", max_tokens=3, temperature=0)
+        with model.engine() if block == "engine" else model.exclusive() if block == "exclusive" else model:
+            pid = os.fork()
+            if pid == 0:
+                signal.alarm(60)
+                model._runner.look_at_page = lambda page: os._exit(9)  # the device is the parent's
+                try:
+                    model.logits([1])
+                except DeviceError:
+                    forked = True
+        if pid == 0:
+            model.close()
+            model.close()
+            break
+        codes.append(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+        if block != "model":
+            codes.append(model.generate("Once", max_tokens=3, temperature=0) == before)
+if pid == 0:
+    raise SystemExit(7 if forked else 8)
+print(json.dumps(codes))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_child_leaves_the_blocks_of_its_parent() -> None:
+    assert run_python(LEFT) == [7, 7, True, 7, True]
+
+
 @pytest.mark.parametrize("how", ["generate", "logits", "both"])
 @pytest.mark.parametrize("scale", [1.0, 1e7])
 def test_a_cache_that_saturates_is_among_the_notes(

@@ -117,7 +117,7 @@ def test_what_is_refused(model: Model, tmp_path: Path, tiny_file: Path) -> None:
 def test_after_an_error_the_model_goes_on(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The device is given back when the measurement ends in the middle of a window."""
     with monkeypatch.context() as patch:
-        patch.setattr("numballama.bench.perplexity._log_softmax", lambda row: 1 / 0)
+        patch.setattr("numballama.bench.perplexity.log_softmax", lambda row: 1 / 0)
         with pytest.raises(ZeroDivisionError) as caught:
             perplexity(model, range(3, 43), 40)
     assert model.generate("the", max_tokens=2, temperature=0), "a notebook keeps the last traceback"
@@ -125,7 +125,7 @@ def test_after_an_error_the_model_goes_on(model: Model, monkeypatch: pytest.Monk
 
 
 def test_a_perplexity_beyond_all_numbers(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("numballama.bench.perplexity._log_softmax", lambda row: np.full(300, -1e4))
+    monkeypatch.setattr("numballama.bench.perplexity.log_softmax", lambda row: np.full(300, -1e4))
     assert perplexity(model, range(3, 43), 40).perplexity == float("inf")
 
 

@@ -36,6 +36,7 @@ def test_each_combination_once(tiny_file: Path) -> None:
     assert len({each.memory_bandwidth_bytes_per_second for each in measured}) == 1, "measured once"
     shared = json.loads(json.dumps(to_dict(measured[0], speeds)))
     assert shared["model"] == tiny_file.name and len(shared["runs"]) == 8 and shared["runs"][7]["prompt_tokens"] == 5
+    assert shared["batch_invariant"] is False
 
 
 def test_a_step_of_two_sequences_reads_the_weights_once(tiny_file: Path) -> None:

@@ -117,6 +117,8 @@ def test_a_template_is_a_file_or_a_name(tmp_path: Path) -> None:
          "x carries no tokenizer: pass its file to --tokenizer"),
         ("pass one, as template= or --chat-template", "pass one, as --chat-template"),
         ("batch_invariant is not supported by the reference", "--batch-invariant is not supported by the reference"),
+        ("are free; a smaller kv_tokens= takes less", "are free; a smaller --kv-tokens takes less"),
+        ("kv_tokens must be at least 1, found 0", "--kv-tokens must be at least 1, found 0"),
         ("/a/device=1/context: no such file", "/a/device=1/context: no such file"),
         ("the prompt is empty; None starts from the beginning-of-text token alone",
          "the prompt is empty; `numballama story --model …` begins without one"),

@@ -45,6 +45,19 @@ def test_lists_give_csv_json_and_a_picture(tiny_file: Path, tmp_path: Path, caps
     assert one["sequences"] == 2 and one["decode_tokens_per_second"] > 0, "one combination is one object, as ever"
 
 
+@pytest.mark.parametrize("invariant", [True, False])
+def test_reports_say_whether_runs_are_batch_invariant(
+    invariant: bool, tiny_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ("bench", tiny_file, "--device", "cpu", "--threads", 1, "--max-tokens", 2, "--repeats", 1)
+    words += ("--batch-invariant",) * invariant
+    for lengths in ("3", "3,5"):
+        found = json.loads(call(capsys, *words, "--prompt-tokens", lengths, "--json").out)
+        assert found["batch_invariant"] is invariant
+        text = call(capsys, *words, "--prompt-tokens", lengths).out
+        assert ("batch-invariant" in text.splitlines()[0]) is invariant, text
+
+
 def test_what_a_sweep_refuses(
     tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

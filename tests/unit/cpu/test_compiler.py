@@ -6,6 +6,7 @@ import ctypes
 import struct
 from collections.abc import Callable
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numba
@@ -105,6 +106,23 @@ def test_a_kernel_is_compiled_once_for_the_same_operands() -> None:
     first = compiler.compile_step(raising, kinds)
     assert compiler.compile_step(raising, kinds) is first
     assert compiler.compile_step(raising, [types.Array(types.float32, 1, "C")]) is not first
+
+
+def added(x: float, y: float) -> float:
+    return x + y
+
+
+def test_settings_of_numba_have_entries_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is compiled for one setting does not replace what was compiled for another."""
+    monkeypatch.setattr(compiler.kernel_cache, "cache_directory", lambda: tmp_path)
+    hits = []
+    for vectorize in (1, 0, 1, 0):
+        monkeypatch.setattr(numba.config, "LOOP_VECTORIZE", vectorize)
+        function = compiler.jit(added)
+        assert function(1.0, 2.0) == 3
+        hits.append(sum(function.stats.cache_hits.values()))
+    assert hits == [0, 0, 1, 1]
+    assert len(list(tmp_path.glob("added-*.kernel"))) == 2
 
 
 @pytest.mark.slow

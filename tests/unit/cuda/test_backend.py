@@ -11,8 +11,10 @@ from tests.helpers.cuda_host import HostDevice, converted, graph_of, install, mi
 if reason := missing_packages():
     pytest.skip(f"the backend cannot be imported: {reason}", allow_module_level=True)
 
+import numballama
 from numballama.config import ModelConfig
 from numballama.cuda.backend import CudaBackend
+from numballama.cuda.program import CudaProgram
 from numballama.graph import KVLayout
 from tests.helpers.random_models import random_checkpoint
 
@@ -48,3 +50,25 @@ def test_all_runs_use_one_family(monkeypatch: pytest.MonkeyPatch, kind: str, cap
     usual = CudaBackend(weights)
     assert usual.most_sequences is None and usual.decode_sizes[0] == 1
     assert kernels_of(usual, kind, 1) != found[0] != kernels_of(usual, kind, usual.prefill_chunk)
+
+
+def test_a_model_says_that_it_holds_two_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(n_sms=4, patch=monkeypatch.setattr)
+    for invariant in (True, False):
+        with numballama.compile(None, device="cuda", context=64, batch_invariant=invariant) as model:
+            assert model.batch_invariant is invariant
+            assert model.max_sequences == 1 + invariant and model.kv.tokens == 64
+            assert sum("max_sequences is 2, not 1" in note for note in model.notes) == invariant
+
+
+@pytest.mark.parametrize("context", [1, 64])
+def test_values_come_from_the_kernels_of_all_runs(monkeypatch: pytest.MonkeyPatch, context: int) -> None:
+    """Also where a text has a single token, for which `gemv` would be faster."""
+    install(n_sms=4, patch=monkeypatch.setattr)
+    for invariant in (True, False):
+        with numballama.compile(None, device="cuda", context=context, batch_invariant=invariant, dtype="q8_0") as model:
+            program = model.value_reader.program
+            assert isinstance(program, CudaProgram)
+            names = {launch.name for step in program.launches for launch in step}
+            products = {name.partition("_")[0] for name in names if PRODUCTS.match(name)}
+            assert products == ({"skinny"} if invariant or context > 1 else {"linear"}), names

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -33,6 +34,22 @@ def test_other_names_are_an_error_when_the_kernel_is_compiled(fault: str) -> Non
         compiler.to_ptx(replace(launch, arguments=arguments).specialization, (9, 0))
     assert "its parameters are (tokens, x, weight, out, columns)" in str(caught.value)
     assert f"a launch passes ({', '.join(arguments)})" in str(caught.value)
+
+
+def test_settings_of_numba_do_not_change_a_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The cache's key does not tell them: it is made without Numba."""
+    (launch,) = elementwise.bias(CTX, array(1, 64), array(64), array(1, 64))
+
+    def ptx() -> list[str]:
+        """The lines, without the number of the compilation. Declarations are in any order."""
+        return sorted(re.sub(r"B\d+v\d+", "", compiler.to_ptx(launch.specialization, (9, 0))).splitlines())
+
+    usual = ptx()
+    from numba.cuda.core import config
+
+    monkeypatch.setattr(config, "OPT", 0)
+    monkeypatch.setattr(config, "CUDA_DEBUGINFO_DEFAULT", 1)
+    assert ptx() == usual
 
 
 def test_a_variable_that_numba_does_not_survive(monkeypatch: pytest.MonkeyPatch) -> None:

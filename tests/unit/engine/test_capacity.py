@@ -101,8 +101,26 @@ def test_what_is_chosen_fits_and_holds_a_context(
 
 
 def test_a_backend_s_numbers_of_sequences() -> None:
-    """More rows of the page table than sequences get no more tokens; more sequences than fit in a run are an error."""
-    found = kv_layout(CONFIG, CONTEXT, "f32", 1, None, None, [], 2, 8)
+    """More rows of the page table than sequences get no more tokens and a note; more sequences than fit in a run are an
+    error."""
+    notes: list[str] = []
+    found = kv_layout(CONFIG, CONTEXT, "f32", 1, None, None, notes, 2, 8)
     assert found.slots == 2 and found.tokens == kv_layout(CONFIG, CONTEXT, "f32", 1, None, None, []).tokens
+    (note,) = notes
+    assert note.startswith("max_sequences is 2, not 1: ") and "batch-invariant" in note
+    for sequences in (2, 8):
+        assert kv_layout(CONFIG, CONTEXT, "f32", sequences, None, None, notes, 2, 8).slots == sequences
+    assert notes == [note], "as many as were asked for"
     with pytest.raises(Error, match=r"max_sequences must be at most 8 for batch-invariant runs.*found 9"):
         kv_layout(CONFIG, CONTEXT, "f32", 9, None, None, [], 2, 8)
+
+
+def test_what_did_not_fit_is_what_was_asked_for() -> None:
+    """A caller who gave no kv_tokens is not told to give a smaller one."""
+    enough = (PAGES + 1) * EACH
+    notes: list[str] = []
+    assert kv_layout(CONFIG, CONTEXT, "f32", 1, None, enough, notes, 2, 8).pages == PAGES + 1 and len(notes) == 1
+    with pytest.raises(ContextError, match=r"a KV cache for 100 tokens takes .* are free; a smaller context="):
+        kv_layout(CONFIG, CONTEXT, "f32", 1, None, enough - 1, [], 2, 8)
+    with pytest.raises(ContextError, match=r"a KV cache for 90 tokens takes .* are free; a smaller kv_tokens="):
+        kv_layout(CONFIG, CONTEXT, "f32", 1, 90, 3 * EACH, [], 2, 8)

@@ -14,8 +14,10 @@ import pytest
 
 import numballama
 from numballama import Error, ExplainedText, Explanation
+from numballama.engine.logprobs import log_softmax
 from numballama.explain import explanation
-from numballama.explain.logprobs import log_softmax
+from numballama.explain.explanation import Attention
+from numballama.explain.tokens import explained_tokens
 from numballama.export import WRITERS
 from numballama.graph import LAYERS, Builder
 from numballama.ir import Value
@@ -210,7 +212,23 @@ def test_as_json(explained: Explanation) -> None:
     assert found["attention"]["layer"] == 0 and found["attention"]["head"] is None
     assert explained.lens is not None
     assert [each["id"] for each in found["lens"][1][5]] == explained.lens.ids[1, 5].tolist()
+    logprobs = [[each["logprob"] for each in position] for position in found["lens"][1]]
+    np.testing.assert_allclose(logprobs, explained.lens.logprobs[1], atol=1e-6)
     assert [each["id"] for each in found["following"]] == [each.id for each in explained.following]
+    assert explained.attention is not None
+    for position, row in enumerate(found["attention"]["weights"]):
+        assert len(row) == position + 1
+        np.testing.assert_allclose(row, explained.attention.weights[position, : position + 1], atol=1e-6)
+
+
+def test_json_of_a_long_text_is_small() -> None:
+    """A number of attention takes no more bytes than its digits are worth, and what is not seen takes none."""
+    n = 300
+    weights = np.tril(np.random.default_rng(0).random((n, n), np.float32))
+    weights /= weights.sum(axis=1, keepdims=True)
+    tokens = explained_tokens(None, range(n), [None] * n)
+    made = Explanation("m", tokens, (), Attention(0, None, weights))
+    assert len(made.to_json()) < 9 * n * (n + 1) / 2 + 100 * n
 
 
 def test_how_it_is_called(explained: Explanation, tiny: Model) -> None:

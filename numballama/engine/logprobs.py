@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ..engine.request import TokenLogprobs
+from .request import TokenLogprobs
 
 ROWS = 64
 """Rows of logits that are turned into log probabilities at a time: it limits memory."""
@@ -37,10 +37,10 @@ class Likeliest(NamedTuple):
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
-    """logits [n, vocab] → log probabilities."""
+    """logits [vocab] or [n, vocab] → log probabilities of the same shape."""
     rows = logits.astype(np.float64)
-    rows -= rows.max(axis=1, keepdims=True)
-    rows -= np.log(np.exp(rows).sum(axis=1, keepdims=True))
+    rows -= rows.max(axis=-1, keepdims=True)
+    rows -= np.log(np.exp(rows).sum(axis=-1, keepdims=True))
     return rows
 
 

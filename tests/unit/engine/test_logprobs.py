@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from numballama.explain.logprobs import ROWS, likeliest, log_softmax, log_softmax_parts, prompt_logprobs
+from numballama.engine.logprobs import ROWS, likeliest, log_softmax, log_softmax_parts, prompt_logprobs
 
 
 @pytest.mark.parametrize("top", [0, 1, 3, 7, 20])
@@ -28,6 +28,11 @@ def test_of_one_token() -> None:
 def test_large_logits_do_not_overflow() -> None:
     logits = np.array([[1e4, 0, -1e4]], np.float32)
     np.testing.assert_array_equal(log_softmax(logits), [[0, -1e4, -2e4]])
+
+
+def test_one_row_is_as_one_of_several() -> None:
+    logits = np.random.default_rng(1).normal(size=(3, 1000)).astype(np.float32)
+    np.testing.assert_array_equal([log_softmax(row) for row in logits], log_softmax(logits))
 
 
 def test_of_equal_tokens_the_smaller_id_is_first() -> None:
