@@ -3,7 +3,8 @@
 python benchmarks/turns.py MODEL.gguf … --llama-cpp PYTHON [--threads 1] [--activations f32 int8] [--out FILE.json]
 
 `--llama-cpp` is an interpreter that has llama-cpp-python. With one thread the time is the processor's, which other
-programs disturb less than the clock; with more it is the clock. benchmarks/cpu.py starts a process for each round.
+programs disturb less than the clock; with more it is the clock. With `--sequences 8` eight prompts are read, and then eight
+tokens are generated in each step. benchmarks/cpu.py starts a process for each round.
 """
 
 from __future__ import annotations
@@ -40,17 +41,24 @@ def worker(options: argparse.Namespace) -> None:
     ids = [7 + i % 400 for i in range(options.prompt_tokens)]
     context = max(256, options.prompt_tokens + options.tokens)
     path, activations = options.models[0], options.activations[0]
+    many = {"max_sequences": options.sequences, "kv_tokens": options.sequences * context}
     with numballama.compile(
-        path, device="cpu", threads=options.threads, activations=activations, context=context
-    ) as model:
+        path, device="cpu", threads=options.threads, activations=activations, context=context,
+        **(many if options.sequences > 1 else {}),
+    ) as model:  # fmt: skip
 
         def once() -> tuple[float, float]:
-            start, times = clock(), []
+            start = clock()
             params = SamplingParams(temperature=0, max_tokens=options.tokens + 1)
-            for _ in model.token_engine.submit(ids, params, reuse_prefix=False):
-                times.append(clock())
-            assert len(times) == options.tokens + 1
-            return times[0] - start, times[-1] - times[0]
+            prompts = [[*ids[:-1], 7 + number] for number in range(options.sequences)]
+            found = [iter(model.token_engine.submit(each, params, reuse_prefix=False)) for each in prompts]
+            for request in found:
+                next(request)
+            first = clock()
+            for _ in range(options.tokens):
+                for request in found:
+                    next(request)
+            return first - start, clock() - first
 
         serve(once)
 
@@ -83,9 +91,11 @@ class Side:
 def compare(model: str, options: argparse.Namespace) -> dict[str, Any]:
     """Tokens/s of all sides, and ratios to llama.cpp: above 1 this package is faster."""
     numbers = [str(each) for each in (options.threads, options.prompt_tokens, options.tokens)]
-    commands = {PEER: [options.llama_cpp, str(HERE / "peers" / "llama_cpp_bench.py"), model, *numbers, "--turns"]}
+    many = str(options.sequences)
+    commands = {PEER: [options.llama_cpp, str(HERE / "peers" / "llama_cpp_bench.py"), model, *numbers, "--turns", many]}
     for activations in options.activations:
         words = ["--threads", numbers[0], "--prompt-tokens", numbers[1], "--tokens", numbers[2]]
+        words += ["--sequences", many]
         commands[activations] = [sys.executable, __file__, model, "--worker", *words, "--activations", activations]
     sides = {name: Side(command) for name, command in commands.items()}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
@@ -98,8 +108,8 @@ def compare(model: str, options: argparse.Namespace) -> dict[str, Any]:
     for name, pairs in times.items():
         prompt, decode = (statistics.median(column) for column in zip(*pairs, strict=True))
         found[name] = {
-            "prompt_tokens_per_second": options.prompt_tokens / prompt,
-            "decode_tokens_per_second": options.tokens / decode,
+            "prompt_tokens_per_second": options.sequences * options.prompt_tokens / prompt,
+            "decode_tokens_per_second": options.sequences * options.tokens / decode,
             "seconds": pairs,
         }
     for entry in found.values():
@@ -116,6 +126,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--prompt-tokens", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=32)
+    parser.add_argument("--sequences", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--activations", nargs="+", default=["f32", "int8"])
     parser.add_argument("--out", type=Path)
@@ -128,7 +139,8 @@ def main() -> None:
         parser.error("--llama-cpp PYTHON is missing")
     what = "processor time of one thread" if options.threads == 1 else f"the clock, {options.threads} threads"
     result: dict[str, Any] = {
-        "what": what, "prompt_tokens": options.prompt_tokens, "tokens": options.tokens, "rounds": options.rounds,
+        "what": what, "prompt_tokens": options.prompt_tokens, "tokens": options.tokens,
+        "sequences": options.sequences, "rounds": options.rounds,
         "load_average": os.getloadavg()[0], "models": {},
     }  # fmt: skip
     print(f"{what}; tokens/s of prompt and decoding, ratios to {PEER}")
