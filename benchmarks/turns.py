@@ -3,8 +3,8 @@
 python benchmarks/turns.py MODEL.gguf … --llama-cpp PYTHON [--threads 1] [--activations f32 int8] [--out FILE.json]
 
 `--llama-cpp` is an interpreter that has llama-cpp-python. With one thread the time is the processor's, which other
-programs disturb less than the clock; with more it is the clock. With `--sequences 8` eight prompts are read, and then eight
-tokens are generated in each step. benchmarks/cpu.py starts a process for each round.
+programs disturb less than the clock; with more it is the clock. With `--sequences 8` eight prompts are read, and then
+eight tokens are generated in each step. benchmarks/cpu.py starts a process for each round.
 """
 
 from __future__ import annotations
