@@ -14,8 +14,8 @@ from .intrinsics import as_f32, f32_to
 from .kv_cache import INT8_MAX, MIN_LARGEST
 from .matmul import partition
 from .panel_bytes import interleave, unpack_blocks
-from .products_int8 import TOKENS_OF_A_PASS
-from .tiling import PANEL_ROWS, STAGE_ELEMENTS, TILE, UNPACK_ELEMENTS
+from .products_int8 import LEAST_TOKENS, TOKENS_OF_A_PASS
+from .tiling import PANEL_ROWS, STAGE_ELEMENTS, UNPACK_ELEMENTS
 from .vecdot_int8 import (
     dot_blocks_int8,
     dot_rows_int8,
@@ -145,10 +145,10 @@ def store_rows(out, t, r, values):
 def matmul_blocks(weight, xq, xs, sums, out, worker, n_workers, tokens, panel_buffer):
     """A worker's columns of out = x · weightᵀ; returns their range.
 
-    `panel_buffer` is float32[workers, n] with n of `panel_buffer_size`; it is used for more than TILE - 1 tokens.
+    `panel_buffer` is float32[workers, n] with n of `panel_buffer_size`; it is used for LEAST_TOKENS and more.
     """
     begin, end = partition(out.shape[1], worker, n_workers, PANEL_ROWS)
-    if tokens < TILE or panel_buffer.shape[1] == 1:  # a plan without the buffer: see `ops.FOR_MANY_TOKENS`
+    if tokens < LEAST_TOKENS or panel_buffer.shape[1] == 1:  # a plan without the buffer: see `ops.FOR_MANY_TOKENS`
         many = rows_at_once(weight)
         whole = begin + (end - begin) // many * many
         for r in range(begin, whole, many):

@@ -19,8 +19,8 @@ SUM_TYPES = tuple(dict.fromkeys(quant.sum_dtype for quant in ACTIVATION_QUANT.va
 Shape = tuple[int, ...]
 
 FOR_MANY_TOKENS = ("dequant_buffer", "panel_buffer")
-"""Scratch arrays of linear layers. Without them, runs of TILE and more tokens are computed as runs of fewer are: each
-row's dot product by itself. That is slower, and the bits are the same for any number of tokens.
+"""Scratch arrays of linear layers. Without them, runs of many tokens are computed as runs of few are: each row's dot
+product by itself. That is slower, and the bits are the same for any number of tokens.
 """
 
 

@@ -21,7 +21,7 @@ from numba.core import cgutils
 
 from ..quantization.types import TYPE_TRAITS
 from .intrinsics import INT16, INT32, INT64, cpu_features
-from .tiling import PANEL_ROWS, PANEL_TOKENS
+from .tiling import PANEL_ROWS, PANEL_TOKENS, TILE
 from .vecdot import INT8
 
 
@@ -42,6 +42,9 @@ ROWS_OF_A_VECTOR = 8 if _has_avx2() else PANEL_ROWS
 """Rows of a panel that are multiplied by one instruction."""
 TOKENS_OF_A_PASS = 4 if _has_avx2() else PANEL_TOKENS
 """Number of tokens that a panel is multiplied with at a time. AVX2 has half of AVX-512's registers."""
+
+LEAST_TOKENS = TOKENS_OF_A_PASS // 2 + 1 if TOKENS_OF_A_PASS > TILE else TILE
+"""Least number of tokens for which a panel is made: half a pass is slower than a row after the other for each token."""
 
 
 def _pairs_that_fit(name: str) -> int:
