@@ -136,7 +136,7 @@ class SamplingParams:
     repeat_penalty: InitVar[float | None] = None
     """llama.cpp's name for `repetition_penalty`: an argument, and the same value to read."""
 
-    def __new__(cls, **options: object) -> SamplingParams:
+    def __new__(cls, /, **options: object) -> SamplingParams:
         """Raises `Error`, which names the right one, for an option that does not exist."""
         known = [each.name for each in dataclasses.fields(cls)]
         require_known("sampling option", [name for name in options if name != "repeat_penalty"], known, OTHER_NAMES)

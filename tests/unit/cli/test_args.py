@@ -12,6 +12,7 @@ import pytest
 import numballama
 from numballama import SamplingParams
 from numballama.cli.args import (
+    _FIELD_PHRASES,
     _PHRASES,
     SAMPLING_HELP,
     in_options,
@@ -131,4 +132,8 @@ def test_phrases_are_those_of_the_errors() -> None:
     package = Path(numballama.__file__).parent
     sources = "".join(path.read_text(encoding="utf-8") for path in package.rglob("*.py") if path.name != "args.py")
     joined = re.sub(r'"\s*\n\s*f?"', "", sources)
-    assert [phrase for phrase in _PHRASES if phrase not in joined] == []
+    joined = joined.replace("{name} must be", "must be")
+    found = [phrase for phrase in (*_PHRASES, *_FIELD_PHRASES) if phrase.removeprefix("use ") not in joined]
+    assert [phrase for phrase in found if phrase != "unknown sampling option"] == []
+    with pytest.raises(Error, match="unknown sampling option"):
+        SamplingParams(other=1)  # type: ignore[call-arg]
