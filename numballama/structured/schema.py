@@ -14,11 +14,14 @@ from typing import Any, NoReturn, TypeGuard
 from urllib.parse import unquote
 
 from ..errors import Error
+from .rewrite import all_of, conditional, count, dependent, exactly_one, negated
 
 MAX_SCHEMA = 256 * 1024
 """Largest schema in bytes of JSON."""
 MAX_DEPTH = 64
 """Most levels of schemas inside schemas, and of a value of `enum` or `const`."""
+MAX_REWRITTEN = 20_000
+"""Most values, as `rewrite.count` counts them, of the schemas that stand for `REWRITTEN` keywords and `oneOf`."""
 ANY_OBJECT = "json_object"
 """As a `json_schema`: any JSON object, like {"type": "object"}."""
 TYPES = ("null", "boolean", "object", "array", "number", "string", "integer")
@@ -30,12 +33,14 @@ ANNOTATIONS = frozenset(
 )  # fmt: skip
 """Keywords that restrict nothing."""
 UNENFORCED = frozenset(
-    ["not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains", "propertyNames",
-     "dependencies", "dependentRequired", "dependentSchemas", "unevaluatedItems", "unevaluatedProperties",
-     "$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor", "$vocabulary", "contentEncoding",
-     "contentMediaType", "contentSchema", "nullable", "extends", "disallow", "divisibleBy", "x-guidance"]
+    ["uniqueItems", "contains", "minContains", "maxContains", "propertyNames", "unevaluatedItems",
+     "unevaluatedProperties", "$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor", "$vocabulary",
+     "contentEncoding", "contentMediaType", "contentSchema", "nullable", "extends", "disallow", "divisibleBy",
+     "x-guidance"]
 )  # fmt: skip
 """Keywords that would restrict something, and are refused."""
+REWRITTEN = ("not", "if", "then", "else", "dependencies", "dependentRequired", "dependentSchemas")
+"""Keywords that are enforced by others, where these can say it: see `rewrite`."""
 HARMLESS: Mapping[str, object] = {"uniqueItems": False, "nullable": False}
 """Values with which a keyword of `UNENFORCED` restricts nothing."""
 ESCAPED_CONTROLS = "\b\f\n\r\t"
@@ -89,6 +94,7 @@ class _Checker:
     def __init__(self) -> None:
         self._places: set[str] = set()
         self._refs: list[tuple[str, str]] = []
+        self._left = MAX_REWRITTEN
         self._bases: list[tuple[str, str]] = []
         """(keyword, place) of what changes what a $ref below it means."""
 
@@ -106,14 +112,76 @@ class _Checker:
         for keyword, argument in value.items():
             if not isinstance(keyword, str):
                 raise Error(f"json_schema: a keyword must be a string, found {keyword!r:.100} at {place}")
+            if keyword in REWRITTEN:
+                continue
             if (check := _CHECKS.get(keyword)) is not None:
                 found[keyword] = check(self, argument, place, keyword, depth)
             else:
                 self._refuse(keyword, argument, place)
         _check_together(found, place)
+        if "oneOf" in found and (one := exactly_one(found["oneOf"])) is not None:
+            found.setdefault("allOf", []).append(self._counted(one, place, "oneOf"))
+            del found["oneOf"]
+        if more := [*found.pop("allOf", ()), *self._rewritten(value, place, depth)]:
+            found["allOf"] = more
         if place == "#":
             self._check_refs()
         return found
+
+    def _rewritten(self, value: Mapping[str, Any], place: str, depth: int) -> list[Any]:
+        """Schemas that say what the keywords of `REWRITTEN` in a schema do."""
+        given = [keyword for keyword in REWRITTEN if keyword in value]
+        if not given:
+            return []
+        places, found = set(self._places), []  # a $ref cannot point into them: they stand elsewhere afterwards
+        for keyword in given:
+            argument = value[keyword]
+            if keyword == "not":
+                schema = negated(self._one(argument, place, keyword, depth))
+            elif keyword == "if":
+                if "then" not in value and "else" not in value:
+                    continue
+                parts = (self._one(value.get(name, True), place, name, depth) for name in ("if", "then", "else"))
+                schema = conditional(*parts)
+            elif keyword in ("then", "else"):
+                continue  # without `if` they mean nothing
+            else:
+                schema = self._dependencies(argument, place, keyword, depth)
+            if schema is None:
+                _fail(
+                    place,
+                    keyword,
+                    "is not enforced with these keywords; leave it out. docs/structured.md lists what is",
+                )
+            found.append(self._counted(schema, place, keyword))
+        self._places = places
+        return found
+
+    def _counted(self, schema: Any, place: str, keyword: str) -> Any:
+        """A schema that was written for another. A condition in a condition doubles it, so all of them have a limit."""
+        self._left -= count(schema, self._left + 1)
+        if self._left < 0:
+            _fail(
+                place,
+                keyword,
+                f"makes the schema too large: more than {MAX_REWRITTEN:,} values to write it with others",
+            )
+        return schema
+
+    def _dependencies(self, value: object, place: str, keyword: str, depth: int) -> Any:
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            _fail(place, keyword, f"must be an object, found {value!r:.100}")
+        found = []
+        for name, each in value.items():
+            _text(name, place, keyword)
+            if _is_list(each) and keyword != "dependentSchemas":
+                condition: Any = {"required": self._required(each, place, keyword, depth)}
+            elif keyword == "dependentRequired":
+                _fail(place, keyword, f"must be an object of lists of names, found {each!r:.100}")
+            else:
+                condition = self.schema(each, f"{place}/{keyword}/{name}", depth + 1)
+            found.append(dependent(name, condition))
+        return all_of(found)
 
     def _refuse(self, keyword: str, argument: object, place: str) -> None:
         """Raise `Error` unless the keyword restricts nothing."""
