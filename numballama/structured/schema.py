@@ -10,6 +10,7 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count as count_up
 from typing import Any, NoReturn, TypeGuard
 from urllib.parse import unquote
 
@@ -41,6 +42,8 @@ UNENFORCED = frozenset(
 """Keywords that would restrict something, and are refused."""
 REWRITTEN = ("not", "if", "then", "else", "dependencies", "dependentRequired", "dependentSchemas")
 """Keywords that are enforced by others, where these can say it: see `rewrite`."""
+VALUES = ("const", "enum", "default", "examples")
+"""Keywords that have values, in which nothing is a schema."""
 HARMLESS: Mapping[str, object] = {"uniqueItems": False, "nullable": False}
 """Values with which a keyword of `UNENFORCED` restricts nothing."""
 ESCAPED_CONTROLS = "\b\f\n\r\t"
@@ -93,7 +96,7 @@ class _Checker:
 
     def __init__(self) -> None:
         self._places: set[str] = set()
-        self._refs: list[tuple[str, str]] = []
+        self._refs: list[tuple[dict[str, Any], str]] = []
         self._left = MAX_REWRITTEN
         self._bases: list[tuple[str, str]] = []
         """(keyword, place) of what changes what a $ref below it means."""
@@ -116,6 +119,8 @@ class _Checker:
                 continue
             if (check := _CHECKS.get(keyword)) is not None:
                 found[keyword] = check(self, argument, place, keyword, depth)
+                if keyword == "$ref":
+                    self._refs.append((found, place))
             else:
                 self._refuse(keyword, argument, place)
         _check_together(found, place)
@@ -125,7 +130,7 @@ class _Checker:
         if more := [*found.pop("allOf", ()), *self._rewritten(value, place, depth)]:
             found["allOf"] = more
         if place == "#":
-            self._check_refs()
+            self._check_refs(value, found)
         return found
 
     def _rewritten(self, value: Mapping[str, Any], place: str, depth: int) -> list[Any]:
@@ -196,12 +201,28 @@ class _Checker:
         if near := difflib.get_close_matches(keyword, [*_CHECKS, *UNENFORCED], 1, 0.8):
             _fail(place, keyword, f"is no keyword of JSON Schema; did you mean {near[0]!r}?")
 
-    def _check_refs(self) -> None:
+    def _check_refs(self, root: Mapping[str, Any], found: dict[str, Any]) -> None:
+        """Check that each $ref points to a schema. One where no keyword has it is moved to `$defs` of `found`."""
+        moved: dict[str, str] = {}
+        for schema, place in self._refs:  # which a schema that is moved makes longer
+            ref = schema["$ref"]
+            if ref in self._places:
+                continue
+            if (value := _target(root, ref)) is None:
+                _fail(place, "$ref", f"points to {ref!r}, where there is no schema")
+            defs = found.setdefault("$defs", {})
+            name = next(name for number in count_up() if (name := f"moved-{number}") not in defs)
+            defs[name] = True  # the name is taken
+            moved[ref] = f"#/$defs/{name}"
+            defs[name] = self.schema(value, ref, 1)
+        for schema, _ in self._refs:
+            ref = schema["$ref"]
+            for old in sorted(moved, key=len, reverse=True):
+                if ref == old or ref.startswith(f"{old}/"):
+                    schema["$ref"] = moved[old] + ref[len(old) :]
+                    break
         for keyword, place in self._bases if self._refs else ():
             _fail(place, keyword, "is supported at the top only in a schema with $ref")
-        for ref, place in self._refs:
-            if ref not in self._places:
-                _fail(place, "$ref", f"points to {ref!r}, where there is no schema")
 
     # ---- the values of keywords: each returns what llguidance is given ----
 
@@ -262,8 +283,7 @@ class _Checker:
             _fail(place, keyword, f'must point into the schema ("#/$defs/name"), found {value!r:.100}')
         if "~" in value or unquote(value) != value:
             _fail(place, keyword, f"must not contain ~ or %, found {value!r:.100}; rename what it points to")
-        self._refs.append(("#" if value == "#/" else value, place))
-        return value
+        return "#" if value == "#/" else value
 
     def _one(self, value: object, place: str, keyword: str, depth: int) -> Any:
         return self.schema(value, f"{place}/{keyword}", depth + 1)
@@ -326,6 +346,16 @@ def _check_together(found: dict[str, Any], place: str) -> None:
     most = required + 1 if closed else max(required, 1)  # other names may be repeated in the text, which counts once
     if least > most:
         _fail(place, "minProperties", f"can be enforced up to {most} with {required} required properties")
+
+
+def _target(root: Mapping[str, Any], ref: str) -> Any:
+    """What a $ref points to in a place of which JSON Schema says nothing. None for what cannot be a schema."""
+    value: Any = root
+    for name in ref.removeprefix("#/").split("/"):
+        if not isinstance(value, Mapping) or name in VALUES:
+            return None
+        value = value.get(name)
+    return value if isinstance(value, Mapping | bool) else None
 
 
 def _is_list(value: object) -> TypeGuard[Sequence[Any]]:

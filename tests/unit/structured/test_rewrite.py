@@ -84,7 +84,6 @@ def test_the_same_values_are_allowed(value: dict[str, Any]) -> None:
         ("dependencies", {"dependencies": {"a": [1]}}),
         ("dependentRequired", {"dependentRequired": {"a": {}}}),
         ("uniqueItems", {"not": {"uniqueItems": True}}),
-        ("$ref", {"dependencies": {"a": {"type": "null"}}, "items": {"$ref": "#/dependencies/a"}}),
     ],
 )
 def test_what_no_other_keyword_says_is_refused(keyword: str, value: dict[str, Any]) -> None:

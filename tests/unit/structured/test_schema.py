@@ -122,6 +122,25 @@ def test_names_of_schemas_matter_to_references_only() -> None:
     assert json.loads(check_schema(value)) == {"$ref": "#/$defs/b", "$defs": {"b": {"type": "null"}}}
 
 
+def test_a_reference_may_point_to_any_schema() -> None:
+    """Many schemas keep some in places of their own; those in what is rewritten stand elsewhere."""
+    value = {
+        "parts": {"id": {"type": "integer"}, "list": {"type": "array", "items": {"$ref": "#/parts/id"}}},
+        "$defs": {"moved-0": {"type": "null"}}, "dependencies": {"a": {"required": ["b"]}},
+        "properties": {
+            "a": {"$ref": "#/parts/list"}, "b": {"$ref": "#/parts/list/items"}, "c": {"$ref": "#/$defs/moved-0"},
+            "d": {"$ref": "#/dependencies/a"}, "e": {"const": {"$ref": "#/parts/id"}},
+        },
+        "type": "object",
+    }  # fmt: skip
+    assert allows(value, '{"a":[1,2],"b":3,"c":null}') and allows(value, '{"e":{"$ref":"#/parts/id"}}')
+    for text in ('{"a":["x"]', '{"a":1', '{"b":"x"', '{"c":1', '{"a":[]}', '{"d":{}}'):
+        assert not allows(value, text), text
+    for ref in ("#/parts/none", "#/examples/x", "#/properties/e/const", "#/$schema", "#/type"):
+        with pytest.raises(Error, match="there is no schema"):
+            check_schema(value | {"examples": {"x": {}}, "$schema": "x", "items": {"$ref": ref}})
+
+
 def test_any_object_and_any_value() -> None:
     assert check_schema("json_object") == check_schema({"type": "object"}) == check_schema('{"type": "object"}')
     assert check_schema({}) == check_schema("true") == "{}"
