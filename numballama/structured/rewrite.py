@@ -134,7 +134,7 @@ def _says_presence(schema: Any) -> bool:
     return isinstance(schema, Mapping) and "required" in schema and not {"properties", "type"} & set(schema)
 
 
-def count(schema: Any, limit: int) -> int:
+def size_of(schema: Any, limit: int) -> int:
     """How many values a schema has, itself and all in it; `limit` if it has more."""
     waiting, found = [schema], 0
     while waiting and found < limit:

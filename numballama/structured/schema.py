@@ -10,19 +10,20 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count as count_up
+from itertools import count
 from typing import Any, NoReturn, TypeGuard
 from urllib.parse import unquote
 
 from ..errors import Error
-from .rewrite import all_of, conditional, count, dependent, exactly_one, negated
+from .patterns import unclear_class, without_control
+from .rewrite import all_of, conditional, dependent, exactly_one, negated, size_of
 
 MAX_SCHEMA = 256 * 1024
 """Largest schema in bytes of JSON."""
 MAX_DEPTH = 64
 """Most levels of schemas inside schemas, and of a value of `enum` or `const`."""
 MAX_REWRITTEN = 20_000
-"""Most values, as `rewrite.count` counts them, of the schemas that stand for `REWRITTEN` keywords and `oneOf`."""
+"""Most values, as `rewrite.size_of` counts them, of the schemas that stand for `REWRITTEN` keywords and `oneOf`."""
 ANY_OBJECT = "json_object"
 """As a `json_schema`: any JSON object, like {"type": "object"}."""
 TYPES = ("null", "boolean", "object", "array", "number", "string", "integer")
@@ -164,7 +165,7 @@ class _Checker:
 
     def _counted(self, schema: Any, place: str, keyword: str) -> Any:
         """A schema that was written for another. A condition in a condition doubles it, so all of them have a limit."""
-        self._left -= count(schema, self._left + 1)
+        self._left -= size_of(schema, self._left + 1)
         if self._left < 0:
             _fail(
                 place,
@@ -211,7 +212,7 @@ class _Checker:
             if (value := _target(root, ref)) is None:
                 _fail(place, "$ref", f"points to {ref!r}, where there is no schema")
             defs = found.setdefault("$defs", {})
-            name = next(name for number in count_up() if (name := f"moved-{number}") not in defs)
+            name = next(name for number in count() if (name := f"moved-{number}") not in defs)
             defs[name] = True  # the name is taken
             moved[ref] = f"#/$defs/{name}"
             defs[name] = self.schema(value, ref, 1)
@@ -258,7 +259,7 @@ class _Checker:
             _fail(
                 place, keyword, f"has {problem} in a character class: write it with a backslash; found {value!r:.100}"
             )
-        return value
+        return without_control(value)
 
     def _format(self, value: object, place: str, keyword: str, depth: int) -> str:
         if value not in FORMATS:
@@ -302,9 +303,8 @@ class _Checker:
         found = {}
         for name, schema in value.items():
             text = _text(name, place, keyword)
-            if keyword == "patternProperties":
-                self._pattern(text, place, keyword, depth)
-            found[text] = self.schema(schema, f"{place}/{keyword}/{text}", depth + 1)
+            key = self._pattern(text, place, keyword, depth) if keyword == "patternProperties" else text
+            found[key] = self.schema(schema, f"{place}/{keyword}/{text}", depth + 1)
         return found
 
 
@@ -398,25 +398,3 @@ def _value(value: object, place: str, keyword: str, depth: int) -> Any:
     if _is_list(value):
         return [_value(each, place, keyword, depth + 1) for each in value]
     _fail(place, keyword, f"must be a JSON value, found {value!r:.100}")
-
-
-def unclear_class(pattern: str) -> str | None:
-    """What a character class of an expression has that Rust reads as an operation on sets, others as characters."""
-    inside, at = False, 0
-    while at < len(pattern):
-        if pattern[at] == "\\":
-            at += 2
-            continue
-        if not inside:
-            if pattern[at] == "[":
-                inside = True
-                at += 1 + pattern.startswith("^", at + 1)
-                if pattern.startswith("]", at):
-                    return "]"
-                continue
-        elif pattern[at] == "]":
-            inside = False
-        elif pattern[at] == "[" or pattern[at : at + 2] in ("&&", "--", "~~"):
-            return pattern[at : at + 2] if pattern[at] != "[" else "["
-        at += 1
-    return None
