@@ -15,6 +15,7 @@ from typing import Any, NoReturn, TypeGuard
 from urllib.parse import unquote
 
 from ..errors import Error
+from .disjoint import Options
 from .patterns import unclear_class, without_control
 from .rewrite import all_of, conditional, dependent, exactly_one, negated, size_of
 
@@ -98,6 +99,7 @@ class _Checker:
     def __init__(self) -> None:
         self._places: set[str] = set()
         self._refs: list[tuple[dict[str, Any], str]] = []
+        self._one_ofs: list[dict[str, Any]] = []
         self._left = MAX_REWRITTEN
         self._bases: list[tuple[str, str]] = []
         """(keyword, place) of what changes what a $ref below it means."""
@@ -128,10 +130,16 @@ class _Checker:
         if "oneOf" in found and (one := exactly_one(found["oneOf"])) is not None:
             found.setdefault("allOf", []).append(self._counted(one, place, "oneOf"))
             del found["oneOf"]
+        if "oneOf" in found:
+            self._one_ofs.append(found)
         if more := [*found.pop("allOf", ()), *self._rewritten(value, place, depth)]:
             found["allOf"] = more
         if place == "#":
             self._check_refs(value, found)
+            options = Options(found)
+            for each in self._one_ofs:
+                if options.never_two(each["oneOf"], each):
+                    each.setdefault("allOf", []).append({"anyOf": each.pop("oneOf")})
         return found
 
     def _rewritten(self, value: Mapping[str, Any], place: str, depth: int) -> list[Any]:

@@ -57,7 +57,7 @@ ORDER = """
             selfcheck compile_worker upload weights sampler_table decode_pipeline program bandwidth timing backend
     reference backend session
     engine: interrupts sequence pages runner request constraints driver stats scheduler engine capacity model_runner
-    structured: checker patterns rewrite schema lark blame vocabulary forced constraint compiler
+    structured: checker patterns rewrite disjoint schema lark blame vocabulary forced constraint compiler
     generate
     chat: sandbox builtin_templates template tool_messages encoder conversation
     export inspection
