@@ -30,6 +30,17 @@ ANY_OBJECT = "json_object"
 TYPES = ("null", "boolean", "object", "array", "number", "string", "integer")
 FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 """Values of `format` that are enforced."""
+_WHOLE = ["null", "boolean", "object", "array", "string", "integer"]
+NUMBER_FORMATS: Mapping[str, Mapping[str, Any]] = {
+    "int32": {"type": _WHOLE, "minimum": -(2**31), "maximum": 2**31 - 1},
+    "int64": {"type": _WHOLE, "minimum": -(2**53), "maximum": 2**53},
+    "float": {},
+    "double": {},
+    "password": {},
+}
+"""OpenAPI's values of `format` → a schema that says the same. Integers that a float64 does not hold are left out."""
+OLD_FORMATS = {"ip-address": "ipv4", "host-name": "hostname"}
+"""Values of `format` in draft 3 → their names today."""
 ANNOTATIONS = frozenset(
     ["title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema", "$id",
      "id", "$anchor", "discriminator"]
@@ -118,7 +129,7 @@ class _Checker:
         for keyword, argument in value.items():
             if not isinstance(keyword, str):
                 raise Error(f"json_schema: a keyword must be a string, found {keyword!r:.100} at {place}")
-            if keyword in REWRITTEN:
+            if keyword in REWRITTEN or (keyword == "format" and _number_format(argument) is not None):
                 continue
             if (check := _CHECKS.get(keyword)) is not None:
                 found[keyword] = check(self, argument, place, keyword, depth)
@@ -145,9 +156,10 @@ class _Checker:
     def _rewritten(self, value: Mapping[str, Any], place: str, depth: int) -> list[Any]:
         """Schemas that say what the keywords of `REWRITTEN` in a schema do."""
         given = [keyword for keyword in REWRITTEN if keyword in value]
+        found = [dict(form)] if (form := _number_format(value.get("format"))) else []
         if not given:
-            return []
-        places, found = set(self._places), []  # a $ref cannot point into them: they stand elsewhere afterwards
+            return found
+        places = set(self._places)  # a $ref cannot point into them: they stand elsewhere afterwards
         for keyword in given:
             argument = value[keyword]
             if keyword == "not":
@@ -270,9 +282,11 @@ class _Checker:
         return without_control(value)
 
     def _format(self, value: object, place: str, keyword: str, depth: int) -> str:
-        if value not in FORMATS:
-            _fail(place, keyword, f"{value!r:.100} is not enforced; supported are {', '.join(FORMATS)}")
-        return str(value)
+        name = OLD_FORMATS.get(value, value) if isinstance(value, str) else value
+        if name not in FORMATS:
+            known = ", ".join([*FORMATS, *NUMBER_FORMATS])
+            _fail(place, keyword, f"{value!r:.100} is not enforced; supported are {known}")
+        return str(name)
 
     def _required(self, value: object, place: str, keyword: str, depth: int) -> list[str]:
         if not _is_list(value) or not all(isinstance(name, str) for name in value):
@@ -354,6 +368,10 @@ def _check_together(found: dict[str, Any], place: str) -> None:
     most = required + 1 if closed else max(required, 1)  # other names may be repeated in the text, which counts once
     if least > most:
         _fail(place, "minProperties", f"can be enforced up to {most} with {required} required properties")
+
+
+def _number_format(name: object) -> Mapping[str, Any] | None:
+    return NUMBER_FORMATS.get(name) if isinstance(name, str) else None
 
 
 def _target(root: Mapping[str, Any], ref: str) -> Any:

@@ -170,6 +170,28 @@ def test_properties_of_a_closed_object_are_counted() -> None:
         check_schema(two | {"minProperties": 3})
 
 
+def test_formats_of_numbers_and_of_old_drafts() -> None:
+    """OpenAPI's, which generated schemas have."""
+    small = {"type": "integer", "format": "int32", "minimum": 0}
+    assert allows(small, "2147483647") and not allows(small, "2147483648") and not allows(small, "-1")
+    assert (
+        allows({"format": "int32"}, '"x"')
+        and allows({"format": "int32"}, "-3")
+        and not allows({"format": "int32"}, "1.5")
+    )
+    large = {"type": "integer", "format": "int64"}
+    assert allows(large, str(2**53)) and not allows(large, str(2**54))
+    for name in ("float", "double"):
+        assert allows({"type": "number", "format": name}, "1.5") and not allows(
+            {"type": "number", "format": name}, '"1"'
+        )
+    assert allows({"type": "string", "format": "password"}, '"x"')
+    assert allows({"type": "string", "format": "ip-address"}, '"1.2.3.4"')
+    assert not allows({"type": "string", "format": "host-name"}, '"a b"')
+    with pytest.raises(Error, match="'format' at #/items 'byte' is not enforced; supported are date-time"):
+        check_schema({"items": {"type": "string", "format": "byte"}})
+
+
 def test_a_name_has_one_spelling() -> None:
     """llguidance takes "\\u0061" for a name other than "a", unless it is told that there are no such escapes."""
     value = {"type": "object", "properties": {"a": {"type": "integer"}, "b\n": {"const": 1}}}
