@@ -47,7 +47,7 @@ ANNOTATIONS = frozenset(
 )  # fmt: skip
 """Keywords that restrict nothing."""
 UNENFORCED = frozenset(
-    ["uniqueItems", "contains", "minContains", "maxContains", "propertyNames", "unevaluatedItems",
+    ["uniqueItems", "contains", "minContains", "maxContains", "unevaluatedItems",
      "unevaluatedProperties", "$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor", "$vocabulary",
      "contentEncoding", "contentMediaType", "contentSchema", "nullable", "extends", "disallow", "divisibleBy",
      "x-guidance"]
@@ -129,7 +129,9 @@ class _Checker:
         for keyword, argument in value.items():
             if not isinstance(keyword, str):
                 raise Error(f"json_schema: a keyword must be a string, found {keyword!r:.100} at {place}")
-            if keyword in REWRITTEN or (keyword == "format" and _number_format(argument) is not None):
+            if keyword in (*REWRITTEN, "propertyNames") or (
+                keyword == "format" and _number_format(argument) is not None
+            ):
                 continue
             if (check := _CHECKS.get(keyword)) is not None:
                 found[keyword] = check(self, argument, place, keyword, depth)
@@ -137,6 +139,8 @@ class _Checker:
                     self._refs.append((found, place))
             else:
                 self._refuse(keyword, argument, place)
+        if "propertyNames" in value:
+            self._property_names(found, value["propertyNames"], place, depth)
         _check_together(found, place)
         if "oneOf" in found and (one := exactly_one(found["oneOf"])) is not None:
             found.setdefault("allOf", []).append(self._counted(one, place, "oneOf"))
@@ -182,6 +186,28 @@ class _Checker:
             found.append(self._counted(schema, place, keyword))
         self._places = places
         return found
+
+    def _property_names(self, found: dict[str, Any], value: object, place: str, depth: int) -> None:
+        """Write `propertyNames` as the names that a closed object may have."""
+        places, keyword = set(self._places), "propertyNames"
+        names = self._one(value, place, keyword, depth)
+        self._places = places
+        said = {} if names is True else dict(names or {"enum": []})
+        if said.get("type") == "string":  # which names always are
+            del said["type"]
+        if not said:
+            return
+        if set(said) not in ({"pattern"}, {"enum"}, {"const"}) or not {"properties", "patternProperties"}.isdisjoint(
+            found
+        ):
+            _fail(place, keyword, "is enforced if it is one pattern, enum or const, without properties beside it")
+        rest = found.get("additionalProperties", True)
+        if "pattern" in said:
+            found["patternProperties"] = {said["pattern"]: rest}
+        else:
+            words = said.get("enum", [said.get("const")])
+            found["properties"] = {word: rest for word in words if isinstance(word, str)}
+        found["additionalProperties"] = False
 
     def _counted(self, schema: Any, place: str, keyword: str) -> Any:
         """A schema that was written for another. A condition in a condition doubles it, so all of them have a limit."""

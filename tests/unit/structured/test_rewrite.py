@@ -58,6 +58,11 @@ def agrees(value: dict[str, Any], checked: dict[str, Any]) -> bool:
         {"if": {"type": "object"}, "else": {"type": "string"}},
         {"if": {"pattern": "x"}},
         {"then": {"type": "string"}, "else": {"type": "null"}},
+        {"propertyNames": {"pattern": "^[ab]$"}, "additionalProperties": {"type": "integer"}},
+        {"propertyNames": {"type": "string", "enum": ["a", "c"]}, "required": ["a"]},
+        {"propertyNames": {"const": "a"}},
+        {"propertyNames": False},
+        {"propertyNames": {"type": "string"}, "required": ["a"]},
         {"type": "object", "oneOf": [{"required": ["a"]}, {"required": ["b"]}]},
         {"oneOf": [{"required": ["a"]}, {"not": {"required": ["a"]}}, {"required": ["b"]}]},
     ],
@@ -65,7 +70,7 @@ def agrees(value: dict[str, Any], checked: dict[str, Any]) -> bool:
 )
 def test_the_same_values_are_allowed(value: dict[str, Any]) -> None:
     checked = json.loads(check_schema(value))
-    assert not {"not", "if", "dependencies", "oneOf"} & set(checked) and agrees(value, checked)
+    assert not {"not", "if", "dependencies", "propertyNames", "oneOf"} & set(checked) and agrees(value, checked)
 
 
 @pytest.mark.parametrize(
@@ -83,6 +88,9 @@ def test_the_same_values_are_allowed(value: dict[str, Any]) -> None:
         ("dependencies", {"dependencies": [1]}),
         ("dependencies", {"dependencies": {"a": [1]}}),
         ("dependentRequired", {"dependentRequired": {"a": {}}}),
+        ("propertyNames", {"propertyNames": {"pattern": "a"}, "properties": {"b": {}}}),
+        ("propertyNames", {"propertyNames": {"maxLength": 3}}),
+        ("propertyNames", {"propertyNames": {"type": "null"}}),
         ("uniqueItems", {"not": {"uniqueItems": True}}),
     ],
 )
@@ -100,6 +108,7 @@ def test_what_no_other_keyword_says_is_refused(keyword: str, value: dict[str, An
         ({"dependentRequired": {"a": ["b"], "b": ["a"]}}, [{}, AB]),
         ({"if": {"required": ["a"]}, "then": {"required": ["b"]}, "else": {"not": {"required": ["b"]}}}, [{}, AB]),
         ({"oneOf": [{"required": ["a"]}, {"required": ["b"]}]}, [A, B]),
+        ({"allOf": [{"propertyNames": {"pattern": "b"}}]}, [{}, B]),
     ],
 )
 def test_llguidance_follows_what_is_written(more: dict[str, Any], allowed: list[Any]) -> None:
@@ -136,6 +145,7 @@ def _nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
     pair = st.lists(inner, min_size=1, max_size=2)
     return st.one_of(
         inner.map(lambda schema: {"not": schema}),
+        st.sampled_from([{"pattern": "[ab]"}, {"enum": ["a", "c"]}]).map(lambda names: {"propertyNames": names}),
         pair.map(lambda schemas: {"anyOf": schemas}),
         pair.map(lambda schemas: {"allOf": schemas}),
         pair.map(lambda schemas: {"oneOf": schemas}),

@@ -19,7 +19,7 @@ from tests.helpers.structured import accepts, random_text
 pytest.importorskip("llguidance")
 
 UNENFORCED = {
-    "uniqueItems": True, "contains": {}, "minContains": 1, "maxContains": 1, "propertyNames": {},
+    "uniqueItems": True, "contains": {}, "minContains": 1, "maxContains": 1,
     "unevaluatedItems": False, "unevaluatedProperties": False, "$dynamicRef": "#a", "$dynamicAnchor": "a",
     "$recursiveRef": "#", "$recursiveAnchor": True, "$vocabulary": {}, "contentEncoding": "base64",
     "contentMediaType": "text/html", "contentSchema": {}, "nullable": True, "extends": {}, "disallow": "string",
