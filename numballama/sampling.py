@@ -171,7 +171,7 @@ class SamplingParams:
         self._set("stop", () if self.stop is None else tuple(strings("stop", self.stop)))
         if "" in self.stop:  # each text has it at its beginning, so nothing would be generated
             raise Error(
-                "stop must not have an empty string, found ''; leave it out, or name a text that ends the answer"
+                "stop must be texts that are not empty, found ''; leave it out, or name a text that ends the answer"
             )
         self._set("stop_token_ids", _token_ids(self.stop_token_ids))
         self._set("n", whole_number("n", self.n, 1))
