@@ -89,7 +89,7 @@ class ChatTemplate:
             try:
                 text: str = template.render(messages=given, add_generation_prompt=add_generation_prompt, **names)
             except Refusal as error:
-                raise Error(f"{self.name} refuses this conversation: {_one_line(error)}") from None
+                raise Error(f"{self.name} refuses this conversation: {_one_line(error, named=False)}") from None
             except Exception as error:
                 raise Error(f"{self.name} fails: {_one_line(error)}") from None
         return text if last is None else _cut_after(text, last, self.name)
@@ -135,8 +135,9 @@ def _cut_after(rendered: str, text: str, name: str) -> str:
     return rendered[:at] if rendered.startswith(_TAG, at) else rendered[:at].rstrip()  # it trims messages
 
 
-def _one_line(error: Exception) -> str:
-    return f"{' '.join(str(error).split())[:300]} ({type(error).__name__})"
+def _one_line(error: Exception, named: bool = True) -> str:
+    """The message of an error; with `named` also what kind it is, which those of Python and Jinja need."""
+    return f"{' '.join(str(error).split())[:300]}" + (f" ({type(error).__name__})" if named else "")
 
 
 _OTHERS = {

@@ -272,5 +272,30 @@ def in_options(message: str) -> str:
     return _KEYWORD.sub(lambda found: f"{_option(found[1])} {found[2] or found[3] or ''}".rstrip(), message)
 
 
+_FIELD_PHRASES = {
+    "use the method stream() in place of generate()": "leave it out, an answer is written when it is complete",
+    "use prompt + model.generate(prompt)": "leave it out, an answer is what follows the prompt",
+    "the prompt is empty; None starts from the beginning-of-text token alone": "the prompt is empty",
+    "token ids must be a sequence of whole numbers": "prompt must be a text or a list of token ids",
+    "a mapping or JSON text": "an object or JSON text",
+    "must be True or False": "must be true or false",
+    "unknown sampling option": "unknown field",
+}
+"""What an error says to a Python program → what it says of a line of JSON."""
+_MODEL_KEYWORD = re.compile(rf"(?<![^\s(:;,])({'|'.join([*MODEL_OPTIONS, 'kv_tokens'])})=(?:'([^' ]*)'|([\w.:/-]*))")
+_CONSTANTS = {"None": "null", "True": "true", "False": "false"}
+
+
+def in_fields(message: str) -> str:
+    """An error message about a line of JSON: its fields in place of Python's arguments, options where the model's are
+    meant, and no names of classes.
+    """
+    for phrase, ours in [*_FIELD_PHRASES.items(), *_PHRASES.items()]:
+        message = message.replace(phrase, ours)
+    message = _MODEL_KEYWORD.sub(lambda found: f"{_option(found[1])} {found[2] or found[3] or ''}".rstrip(), message)
+    message = re.sub(r" \((?:\w+Error)\)$", "", message)
+    return re.sub(r"(?<=\bfound )(None|True|False)\b", lambda found: _CONSTANTS[found[1]], message)
+
+
 def _option(name: str) -> str:
     return f"--{name.replace('_', '-')}"

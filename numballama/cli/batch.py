@@ -14,6 +14,7 @@ from ..errors import DeviceError, Error, FormatError
 from ..files import read_line
 from ..progress import Report, progress_bar
 from ..sampling import SamplingParams
+from .args import in_fields
 
 if TYPE_CHECKING:
     from ..generate import GenerationResponse
@@ -55,8 +56,14 @@ def read_tasks(path: Path, params: SamplingParams) -> Iterator[Task]:
                     yield _task(json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")), number, params)
                 except (ValueError, RecursionError) as error:
                     raise _wrong(path, number, LINE, f"no JSON: {error}") from None
-                except Error as error:
+                except _NoPromptError as error:
                     raise _wrong(path, number, LINE, str(error)) from None
+                except Error as error:
+                    raise FormatError(in_fields(str(error)), path=path, where=f"line {number}") from None
+
+
+class _NoPromptError(Error):
+    """What a line is that has no prompt."""
 
 
 def _wrong(path: Path, number: int, expected: str, found: str) -> FormatError:
@@ -67,21 +74,56 @@ def _task(found: object, number: int, params: SamplingParams) -> Task:
     if isinstance(found, str):
         found = {"prompt": found}
     if not isinstance(found, Mapping):
-        raise Error(f"{found!r:.100}")
+        raise _NoPromptError(_shown(found))
     given = dict(found)
     names = [given.pop(name) for name in NAMES if name in given]
     if len(names) > 1 or not all(isinstance(name, str | int) for name in names):
-        raise Error(f"{' and '.join(NAMES)} must be one text or number, found {names!r:.100}")
+        raise Error(f"{' and '.join(NAMES)} must be one text or number, found {_shown(names)}")
     texts = {key: given.pop(key) for key in TEXTS if given.get(key) is not None}
     prompt, messages = texts.get("prompt"), texts.get("messages")
     if len(texts) != 1:
-        raise Error(f"{' and '.join(texts) or 'no prompt and no messages'} in {', '.join(found)!r:.100}")
+        raise _NoPromptError(f"{' and '.join(texts) or 'no prompt and no messages'} in {', '.join(found)!r:.100}")
     if not isinstance(messages, list | None) or not isinstance(prompt, str | list | None):
-        raise Error(f"{next(iter(texts))} {messages or prompt!r:.100}")
+        ((name, value),) = texts.items()
+        raise _NoPromptError(f"{name} {_shown(value)}")
+    if isinstance(bias := given.get("logit_bias"), Mapping):  # the names in a JSON object are texts
+        given["logit_bias"] = {int(token) if token.isdecimal() else token: value for token, value in bias.items()}
     settings = params.override(given)
     if settings.n != 1:
         raise Error("n must be 1: a line has one answer")
-    return Task(names[0] if names else number, prompt, messages, settings)
+    given_messages = None if messages is None else _conversation(messages)
+    return Task(names[0] if names else number, prompt, given_messages, settings)
+
+
+def _conversation(messages: list[Any]) -> list[dict[str, Any]]:
+    """Messages whose parts of text are joined, as the server does. Raises `Error` that names the place of another."""
+    if not messages:
+        raise Error("messages must have a message, found []")
+    found = []
+    for number, message in enumerate(messages):
+        place = f"messages.{number}"
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise Error(f'{place} must be {{"role": …, "content": …}}, found {_shown(message)}')
+        content = message.get("content")
+        if isinstance(content, list):
+            content = _joined(content, f"{place}.content")
+        elif not isinstance(content, str | Mapping) and not (content is None and message.get("tool_calls")):
+            raise Error(f"{place}.content must be a text, found {_shown(content)}")
+        found.append({**message, "content": content} if "content" in message else dict(message))
+    return found
+
+
+def _joined(parts: list[Any], place: str) -> str:
+    for number, part in enumerate(parts):
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            raise Error(f'{place}.{number} must be {{"type": "text", "text": …}}, found {_shown(part)}')
+    return "\n".join(part["text"] for part in parts)
+
+
+def _shown(value: object) -> str:
+    """The beginning of a value as JSON."""
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 def finished_ids(path: Path) -> set[str | int]:
@@ -187,7 +229,7 @@ def _answer(out: TextIO, task: Task, responses: Iterator[GenerationResponse] | E
     except DeviceError:
         raise  # of all requests: the lines that are left can be answered by another run
     except Error as error:
-        answer["error"] = str(error)
+        answer["error"] = in_fields(str(error))
     else:
         last = parts[-1] if parts else None
         answer["text"] = "".join(part.text for part in parts)

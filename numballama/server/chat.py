@@ -10,6 +10,7 @@ from starlette.responses import Response
 from . import chat_core
 from .call import Call, chunk_writer, usage_chunk
 from .chat_core import Chat, Events
+from .content_tokens import Written
 from .http import DONE, JsonResponse
 from .logprobs import chat_logprobs
 from .protocol import ChatRequest
@@ -49,6 +50,8 @@ class WholeMessage:
         self.calls: list[dict[str, Any]] = []
         self.tokens: list[int] = []
         self.logprobs: list[Any] = []
+        self.content_tokens: list[Written] = []
+        """As in `Events`."""
         self.finish_reason: str = "length"
         self.stop_reason: str | int | None = None
 
@@ -65,6 +68,7 @@ class WholeMessage:
                     self.calls[index]["function"]["arguments"] += text
         self.tokens += found.tokens
         self.logprobs += found.logprobs
+        self.content_tokens += found.content_tokens
         if found.finish_reason is not None:
             self.finish_reason, self.stop_reason = found.finish_reason, found.stop_reason
 

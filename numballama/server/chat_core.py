@@ -10,11 +10,12 @@ from ..errors import Error
 from ..sampling import SamplingParams
 from ..structured import compile_constraint
 from .call import Call
+from .content_tokens import ContentTokens, Written
 from .errors import ApiError, failed, refused
 from .generation import Generation, Piece
 from .logprobs import token_text
-from .params import sampling_params
-from .protocol import ChatRequest, Message, NamedTool, Tool, template_message
+from .params import restriction_fields, sampling_params
+from .protocol import AllowedTools, ChatRequest, Message, NamedTool, Tool, template_message
 from .tools.definitions import check_tools
 from .tools.events import CallStart, Event, merge
 from .tools.formats import ToolFormat
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 TAIL = 16
 """Tokens at the end of a prompt that are read to see whether it ends inside reasoning."""
+MOST_NAMES = 20
+"""Names of tools that an error lists."""
 RESERVED = (
     "messages", "tools", "add_generation_prompt", "tokenize", "chat_template", "self", "context", "documents",
     "bos_token", "eos_token", "continue_final_message",
@@ -41,6 +44,8 @@ class Events:
     events: list[Event]
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
+    content_tokens: list[Written] = field(default_factory=list)
+    """The tokens behind the content, where `start` was asked for them."""
     finish_reason: Literal["stop", "length", "tool_calls"] | None = None
     """None except in an answer's last events."""
     stop_reason: str | int | None = None
@@ -49,11 +54,18 @@ class Events:
 class Chat:
     """The answers to one request. `events` yields them as they come.
 
-    `one_call`: an answer ends where its second call begins.
+    `one_call`: an answer ends where its second call begins. `content_tokens`: say which tokens the content is from.
     """
 
-    def __init__(self, generation: Generation, parsers: Sequence[Parser], one_call: bool = False) -> None:
+    def __init__(
+        self,
+        generation: Generation,
+        parsers: Sequence[Parser],
+        one_call: bool = False,
+        content_tokens: bool = False,
+    ) -> None:
         self.generation = generation
+        self._content = [ContentTokens() for _ in parsers] if content_tokens else None
         self._parsers, self._one_call = parsers, one_call
         self.reasoning_tokens = 0
         """Generated tokens so far that are reasoning, its markers included."""
@@ -83,9 +95,14 @@ class Chat:
     def _read(self, piece: Piece) -> Events:
         choice, reason, stop_reason = piece.choice, piece.finish_reason, piece.stop_reason
         parser = self._parsers[choice]
-        events = self._feed(parser, piece) if parser.may_reason else parser.feed(piece.text)
+        content: list[Written] = []
+        each_token = parser.may_reason or self._content is not None
+        events = self._feed(parser, piece, content) if each_token else parser.feed(piece.text)
         if reason is not None:
-            events += parser.finish()
+            rest = parser.finish()
+            events += rest
+            if self._content is not None:
+                content += self._content[choice].settle(rest)
         starts = [index for index, event in enumerate(events) if isinstance(event, CallStart)]
         keep = 1 - self._calls[choice]
         self._calls[choice] += len(starts)
@@ -96,14 +113,17 @@ class Chat:
         if reason == "stop" and self._calls[choice]:
             reason = "tool_calls"
         merged = list(merge(events))
-        return Events(choice, merged, piece.tokens, piece.logprobs, reason, stop_reason)  # type: ignore[arg-type]
+        return Events(choice, merged, piece.tokens, piece.logprobs, content, reason, stop_reason)  # type: ignore[arg-type]
 
-    def _feed(self, parser: Parser, piece: Piece) -> list[Event]:
-        """Events of a piece, token by token: those of reasoning are counted."""
+    def _feed(self, parser: Parser, piece: Piece, content: list[Written]) -> list[Event]:
+        """Events of a piece, token by token: tokens of reasoning are counted, those of content added to `content`."""
         events: list[Event] = []
-        for text in piece.texts:
+        for text, token, logprobs in zip(piece.texts, piece.tokens, piece.logprobs, strict=True):
             inside = parser.in_reasoning
-            events += parser.feed(text)
+            found = parser.feed(text)
+            events += found
+            if self._content is not None:
+                content += self._content[piece.choice].add(text, (token, logprobs), found, parser.held)
             if inside or parser.in_reasoning:
                 self.reasoning_tokens += 1 + self._undecided[piece.choice]
                 self._undecided[piece.choice] = 0
@@ -119,14 +139,20 @@ class Chat:
         }
 
 
-async def start(call: Call, request: ChatRequest, messages_field: str = "messages") -> Chat:
-    """Submit a chat. `messages_field`: the client's name for the conversation. Raises `ApiError`."""
+async def start(
+    call: Call, request: ChatRequest, messages_field: str = "messages", content_tokens: bool = False
+) -> Chat:
+    """Submit a chat. Raises `ApiError`.
+
+    `messages_field`: the client's name for the conversation. `content_tokens`: as in `Chat`.
+    """
     service, n = call.service, request.n or 1
     named = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
     if request.top_logprobs and not request.logprobs:
         raise ApiError("top_logprobs needs logprobs to be true", param="top_logprobs", code="invalid_value")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     offered = offered_tools(request)
+    callable_ = callable_tools(request, offered)
     ids = await service.run(prompt_ids, service, request, messages_field)
     form = service.tool_format
     thinking = form.opens_reasoning("".join(token_text(service.tokenizer, token) for token in ids[-TAIL:]))
@@ -135,7 +161,7 @@ async def start(call: Call, request: ChatRequest, messages_field: str = "message
     if params.is_constrained and not forced:
         thinking = False  # the grammar holds from the first token on, so the answer has no reasoning
     try:
-        parsers = [form.parser(plain_tools(offered), thinking) for _ in range(n)]
+        parsers = [form.parser(plain_tools(callable_), thinking) for _ in range(n)]
     except Error as error:
         raise refused(error, "tools") from None
     fields = dict.fromkeys(forced, "tools")
@@ -146,50 +172,68 @@ async def start(call: Call, request: ChatRequest, messages_field: str = "message
     except ApiError as error:
         if not forced or error.param != "tools":
             raise
-        raise await service.run(_with_place, error, service, request, offered or []) from None
-    return Chat(generation, parsers, request.parallel_tool_calls is False)
+        raise await service.run(_with_place, error, service, request, offered or [], callable_ or []) from None
+    return Chat(generation, parsers, request.parallel_tool_calls is False, content_tokens)
 
 
 # Tools
 
 
 def offered_tools(request: ChatRequest) -> list[Tool] | None:
-    """The tools that the model may call. Raises `ApiError` 400 for a `tool_choice` that has none."""
+    """The tools that the prompt shows. Raises `ApiError` 400 for a `tool_choice` that has none, or names another."""
     choice, tools = request.tool_choice, request.tools or None
     if choice in (None, "auto"):
         return tools
     if choice == "none":
         return None
+    wanted = choice.names if isinstance(choice, AllowedTools) else set()
+    if isinstance(choice, NamedTool):
+        wanted = {choice.function.name}
     if tools is None:
-        raise ApiError("tool_choice asks for a call, and there are no tools", param="tool_choice")
-    if isinstance(choice, NamedTool) and choice.function.name not in [tool.function.name for tool in tools]:
-        name = choice.function.name
-        raise ApiError(f"tool_choice names {name!r}, which is not among the tools", param="tool_choice")
+        what = "names tools" if wanted else "asks for a call"
+        raise ApiError(f"tool_choice {what}, and there are no tools", param="tool_choice")
+    known = [tool.function.name for tool in tools]
+    if missing := sorted(wanted - set(known)):
+        names = ", ".join(known[:MOST_NAMES]) + (", …" if len(known) > MOST_NAMES else "")
+        what = f"tool_choice names {missing[0]!r}, which is not among the tools: {names}"
+        raise ApiError(what, param="tool_choice", code="invalid_value")
     return tools
 
 
+def callable_tools(request: ChatRequest, offered: list[Tool] | None) -> list[Tool] | None:
+    """Those of the tools that an answer may call."""
+    choice = request.tool_choice
+    if offered is None or not isinstance(choice, AllowedTools):
+        return offered
+    return [tool for tool in offered if tool.function.name in choice.names]
+
+
 def forced_call(form: ToolFormat, request: ChatRequest, offered: list[Tool] | None, thinking: bool) -> dict[str, str]:
-    """The fields of `SamplingParams` that make the answer a call, where `tool_choice` asks for one.
+    """The fields of `SamplingParams` that restrict calls as `tool_choice` asks, or none where it does not.
 
     `thinking`: the prompt ends inside reasoning. Raises `ApiError` 400.
     """
-    choice = request.tool_choice
-    if choice != "required" and not isinstance(choice, NamedTool):
-        return {}
-    wanted = choice.function.name if isinstance(choice, NamedTool) else "required"
+    choice, allowed = request.tool_choice, callable_tools(request, offered)
+    mode, parallel = "required", request.parallel_tool_calls is not False
+    if isinstance(choice, NamedTool):
+        allowed, parallel = [tool for tool in offered or [] if tool.function.name == choice.function.name], False
+    elif choice != "required" and not (isinstance(choice, AllowedTools) and choice.allowed_tools.mode == "required"):
+        if allowed == offered or restriction_fields(request):
+            return {}  # any tool may be called, or the text is restricted anyway and the parser knows the allowed ones
+        mode = "auto"
     try:
-        return {
-            "grammar": form.grammar(plain_tools(offered), wanted, request.parallel_tool_calls is not False, thinking)
-        }
+        return {"grammar": form.grammar(plain_tools(allowed), mode, parallel, thinking)}
     except Error as error:
         raise refused(error, "tools") from None
 
 
-def _with_place(error: ApiError, service: Service, request: ChatRequest, offered: Sequence[Tool]) -> ApiError:
+def _with_place(
+    error: ApiError, service: Service, request: ChatRequest, offered: Sequence[Tool], allowed: Sequence[Tool]
+) -> ApiError:
     """The error that the grammar of a call gave, with the tool whose parameters are not enforced."""
     named = request.tool_choice.function.name if isinstance(request.tool_choice, NamedTool) else None
     for index, tool in enumerate(offered):
-        if named in (None, tool.function.name):
+        if tool in allowed and named in (None, tool.function.name):
             try:
                 compile_constraint(SamplingParams(json_schema=tool.function.parameters or {}), service.tokenizer)
             except Error as found:

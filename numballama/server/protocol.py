@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, PrivateAttr, Tag, ValidationError
 from pydantic_core import PydanticCustomError
 
 from ..sampling import MAX_BIASES, MAX_LOGPROBS, MAX_N
@@ -187,6 +187,36 @@ class NamedTool(Model):
     function: FunctionChoice
 
 
+class AllowedNames(Model):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+class AllowedTools(Model):
+    """The prompt shows all tools, and only these may be called."""
+
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedNames
+
+    @property
+    def names(self) -> set[str]:
+        return {tool.function.name for tool in self.allowed_tools.tools}
+
+
+def choice_kind(value: object) -> str:
+    """Which form a `tool_choice` has, so that an error is about that one."""
+    if not isinstance(value, dict | Model):
+        return "Mode"
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "Allowed" if kind == "allowed_tools" else "Named"
+
+
+Mode = Literal["none", "auto", "required"]
+ToolChoice = Annotated[
+    Annotated[Mode, Tag("Mode")] | Annotated[NamedTool, Tag("Named")] | Annotated[AllowedTools, Tag("Allowed")],
+    Discriminator(choice_kind),
+]
+
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
 Tools = Annotated[list[Tool], Field(max_length=MAX_TOOLS)]
 
@@ -308,7 +338,7 @@ class ChatRequest(Generation):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     tools: Tools | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
+    tool_choice: ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     modalities: Annotated[list[Literal["text"]], Field(max_length=4)] | None = None
     add_generation_prompt: bool | None = None

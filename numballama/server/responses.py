@@ -7,26 +7,34 @@ import uuid
 from collections.abc import AsyncGenerator, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from starlette.responses import Response
 
+from ..sampling import MAX_LOGPROBS
+from ..tokenizers.base import Tokenizer
 from . import chat_core
 from .call import Call
 from .chat import WholeMessage, whole_messages
 from .chat_core import Chat
+from .content_tokens import Written
 from .errors import ApiError
 from .http import JsonResponse, event
+from .logprobs import chat_logprobs
 from .protocol import (
+    MAX_IGNORED,
     MAX_INT,
     MAX_MESSAGES,
     MAX_PARTS,
     MAX_TOOLS,
     NO_CODE,
+    AllowedNames,
+    AllowedTools,
     ChatRequest,
     FunctionCall,
     FunctionChoice,
     FunctionName,
     Message,
+    Mode,
     Model,
     Name,
     NamedTool,
@@ -38,7 +46,9 @@ from .protocol import (
     TextPart,
     Tool,
     ToolCall,
+    ToolChoice,
     ToolType,
+    choice_kind,
 )
 from .protocol import Function as ChatFunction
 from .tools.events import CallArguments, CallStart, Content, Event
@@ -69,6 +79,20 @@ class NamedFunction(Model):
     name: FunctionName
 
 
+class AllowedFunctions(Model):
+    """The prompt shows all tools, and only these may be called."""
+
+    type: Literal["allowed_tools"]
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=MAX_TOOLS)]
+
+
+Choice = Annotated[
+    Annotated[Mode, Tag("Mode")] | Annotated[NamedFunction, Tag("Named")] | Annotated[AllowedFunctions, Tag("Allowed")],
+    Discriminator(choice_kind),
+]
+
+
 class TextFormat(Model):
     type: Literal["text", "json_object", "json_schema"]
     name: Name = ""
@@ -80,6 +104,15 @@ class TextOptions(Model):
     format: TextFormat | None = None
 
 
+LOGPROBS = "message.output_text.logprobs"
+Include = Literal[
+    "message.output_text.logprobs", "reasoning.encrypted_content", "message.input_image.image_url",
+    "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
+    "code_interpreter_call.outputs", "computer_call_output.output.image_url",
+]  # fmt: skip
+"""What clients may ask to be included. All but the first are of inputs and tools that this server does not have."""
+
+
 class ResponsesRequest(Request):
     """/v1/responses."""
 
@@ -89,7 +122,6 @@ class ResponsesRequest(Request):
         "conversation": "nothing is stored; send the conversation as input",
         "background": "use stream",
         "prompt": "send instructions and input",
-        "include": "there is nothing to include",
         "max_tool_calls": "the server calls no tools",
     }
     input: Text | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
@@ -104,13 +136,24 @@ class ResponsesRequest(Request):
     priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] | None = None
     text: TextOptions | None = None
     tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | NamedFunction | None = None
+    tool_choice: Choice | None = None
     parallel_tool_calls: bool | None = None
     metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=0)] | None = None
+    include: Annotated[list[Include], Field(max_length=64)] | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     user: Name | None = None
     store: bool | None = None
     chat_template_kwargs: Object | None = None
+
+    @property
+    def ignored(self) -> list[str]:
+        """As `Request.ignored`, and the places in `include` of what no answer has."""
+        nothing = [f"include.{index}" for index, each in enumerate(self.include or ()) if each != LOGPROBS]
+        return [*super().ignored, *nothing][:MAX_IGNORED]
+
+    @property
+    def wants_logprobs(self) -> bool:
+        return LOGPROBS in (self.include or ())
 
 
 NAMES = {"response_format": "text.format", "max_tokens": "max_output_tokens"}
@@ -120,18 +163,21 @@ NAMES = {"response_format": "text.format", "max_tokens": "max_output_tokens"}
 async def answer(call: Call, request: ResponsesRequest) -> Response:
     """The answer to a request, whole or as a stream. Raises `ApiError`."""
     try:
-        chat = await chat_core.start(call, chat_request(request), "input")
+        chat = await chat_core.start(call, chat_request(request), "input", request.wants_logprobs)
     except ApiError as error:
         raise error.renamed(NAMES) from None
     if request.stream:
-        writer = _Writer()
+        writer = _Writer(call.service.tokenizer if request.wants_logprobs else None)
         return call.stream(chat.generation, _events(call, request, chat, writer), writer.error)
     (message,) = await whole_messages(chat)
-    return JsonResponse(_response(call, request, chat, _output(message), message.finish_reason))
+    logprobs = _logprobs(call.service.tokenizer, message.content_tokens)
+    return JsonResponse(_response(call, request, chat, _output(message, logprobs), message.finish_reason))
 
 
 def chat_request(request: ResponsesRequest) -> ChatRequest:
     """The same request to /v1/chat/completions."""
+    if request.top_logprobs and not request.wants_logprobs:
+        raise ApiError(f"top_logprobs needs {LOGPROBS!r} in include", param="top_logprobs", code="invalid_value")
     messages = [] if request.instructions is None else [Message(role="system", content=request.instructions)]
     items = [Item(role="user", content=request.input)] if isinstance(request.input, str) else request.input
     for index, item in enumerate(items):
@@ -142,7 +188,6 @@ def chat_request(request: ResponsesRequest) -> ChatRequest:
     if request.text is not None and (given := request.text.format) is not None:
         schema = Schema(name=given.name, schema_=given.schema_) if given.type == "json_schema" else None
         form = ResponseFormat(type=given.type, json_schema=schema)
-    choice = request.tool_choice
     tools = [
         Tool(function=ChatFunction(name=tool.name, description=tool.description, parameters=tool.parameters))
         for tool in request.tools or []
@@ -157,12 +202,26 @@ def chat_request(request: ResponsesRequest) -> ChatRequest:
         priority=request.priority,
         response_format=form,
         tools=tools or None,
-        tool_choice=NamedTool(function=FunctionChoice(name=choice.name))
-        if isinstance(choice, NamedFunction)
-        else choice,
+        tool_choice=_choice(request.tool_choice),
         parallel_tool_calls=request.parallel_tool_calls,
         chat_template_kwargs=request.chat_template_kwargs,
+        logprobs=request.wants_logprobs,
+        top_logprobs=request.top_logprobs if request.wants_logprobs else None,
     )
+
+
+def _choice(choice: Choice | None) -> ToolChoice | None:
+    """A `tool_choice` as that of /v1/chat/completions."""
+    if isinstance(choice, NamedFunction):
+        return _named(choice)
+    if isinstance(choice, AllowedFunctions):
+        allowed = AllowedNames(mode=choice.mode, tools=[_named(tool) for tool in choice.tools])
+        return AllowedTools(type="allowed_tools", allowed_tools=allowed)
+    return choice
+
+
+def _named(tool: NamedFunction) -> NamedTool:
+    return NamedTool(function=FunctionChoice(name=tool.name))
 
 
 def _add(messages: list[Message], item: Item, place: str) -> None:
@@ -219,13 +278,20 @@ def _response(
         "store": False,
         "temperature": 1.0 if request.temperature is None else request.temperature,
         "text": {"format": _text_format(request)},
-        "tool_choice": _dumped(request.tool_choice) or "auto",
+        "tool_choice": _dumped_choice(request.tool_choice),
         "tools": [_dumped(tool) for tool in request.tools or []],
+        "top_logprobs": request.top_logprobs or 0,
         "top_p": 1.0 if request.top_p is None else request.top_p,
         "truncation": "disabled",
         "usage": None if reason is None else usage,
         "user": request.user,
     }
+
+
+def _dumped_choice(choice: Choice | None) -> Any:
+    if isinstance(choice, AllowedFunctions):
+        return {"type": choice.type, "mode": choice.mode, "tools": [_dumped(tool) for tool in choice.tools]}
+    return _dumped(choice) or "auto"
 
 
 def _dumped(value: Any) -> Any:
@@ -237,13 +303,19 @@ def _text_format(request: ResponsesRequest) -> Any:
     return {"type": "text"} if form is None else _dumped(form)
 
 
-def _message_item(item_id: str, text: str, status: str = "completed") -> dict[str, Any]:
-    content = [] if status == "in_progress" else [_text_part(text)]
+def _logprobs(tokenizer: Tokenizer, written: Sequence[Written]) -> list[dict[str, Any]]:
+    """Entries of the tokens that wrote a text. The token that ended it is not one of them."""
+    entries: list[dict[str, Any]] = chat_logprobs(tokenizer, *zip(*written, strict=True))["content"] if written else []
+    return entries
+
+
+def _message_item(item_id: str, text: str, logprobs: list[dict[str, Any]], status: str = "completed") -> dict[str, Any]:
+    content = [] if status == "in_progress" else [_text_part(text, logprobs)]
     return {"type": "message", "id": item_id, "status": status, "role": "assistant", "content": content}
 
 
-def _text_part(text: str) -> dict[str, Any]:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _text_part(text: str, logprobs: list[dict[str, Any]]) -> dict[str, Any]:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": logprobs}
 
 
 def _reasoning_item(item_id: str, text: str, status: str = "completed") -> dict[str, Any]:
@@ -266,11 +338,11 @@ def _new_id(kind: str) -> str:
     return f"{kind}_{uuid.uuid4().hex}"
 
 
-def _output(message: WholeMessage) -> list[dict[str, Any]]:
-    """The items of a whole answer."""
+def _output(message: WholeMessage, logprobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The items of a whole answer. `logprobs`: entries of the tokens of its content."""
     output = [_reasoning_item(_new_id("rs"), message.reasoning)] if message.reasoning else []
     if message.content or not (message.calls or message.reasoning):
-        output.append(_message_item(_new_id("msg"), message.content))
+        output.append(_message_item(_new_id("msg"), message.content, logprobs))
     for made in message.calls:
         function = made["function"]
         output.append(_call_item(_new_id("fc"), made["id"], function["name"], function["arguments"]))
@@ -286,20 +358,24 @@ class _OpenItem:
         self.kind, self.index, self.name, self.text = kind, index, name, ""
         self.id = _new_id({"content": "msg", "reasoning": "rs", "call": "fc"}[kind])
         self.call_id = call_id
+        self.logprobs: list[dict[str, Any]] = []
 
     def as_dict(self, status: str) -> dict[str, Any]:
         if self.kind == "content":
-            return _message_item(self.id, self.text, status)
+            return _message_item(self.id, self.text, self.logprobs, status)
         if self.kind == "reasoning":
             return _reasoning_item(self.id, self.text, status)
         return _call_item(self.id, self.call_id, self.name, self.text, status)
 
 
 class _Writer:
-    """Makes the events of a stream: items open and close one after the other."""
+    """Makes the events of a stream: items open and close one after the other.
 
-    def __init__(self) -> None:
-        self._number = -1
+    `tokenizer`: of the tokens whose log probabilities are wanted; None for none.
+    """
+
+    def __init__(self, tokenizer: Tokenizer | None = None) -> None:
+        self._tokenizer, self._number = tokenizer, -1
         self.items: list[dict[str, Any]] = []
         self._open: _OpenItem | None = None
 
@@ -316,9 +392,10 @@ class _Writer:
         """The last event of a stream that fails."""
         return self.event("error", code=error.code, message=error.message, param=error.param)
 
-    def write(self, found: Sequence[Event]) -> bytes:
-        """The events for parts of an answer."""
+    def write(self, found: Sequence[Event], written: Sequence[Written] = ()) -> bytes:
+        """The events for parts of an answer. `written`: the tokens of their content."""
         data = b""
+        logprobs = [] if self._tokenizer is None else _logprobs(self._tokenizer, written)
         for each in found:
             if isinstance(each, CallStart):
                 data += self.close() + self._begin(_OpenItem("call", len(self.items), each.name, each.id))
@@ -327,7 +404,9 @@ class _Writer:
                 kind = "content" if isinstance(each, Content) else "reasoning"
                 if self._open is None or self._open.kind != kind:
                     data += self.close() + self._begin(_OpenItem(kind, len(self.items)))
-            if each.text:
+            if each.text and isinstance(each, Content):
+                data, logprobs = data + self._delta(each.text, logprobs), []
+            elif each.text:
                 data += self._delta(each.text)
         return data
 
@@ -341,15 +420,16 @@ class _Writer:
         self._open = item
         data = self.event("response.output_item.added", output_index=item.index, item=item.as_dict("in_progress"))
         if item.kind == "content":
-            data += self.event("response.content_part.added", **self._place(), part=_text_part(""))
+            data += self.event("response.content_part.added", **self._place(), part=_text_part("", []))
         return data
 
-    def _delta(self, text: str) -> bytes:
+    def _delta(self, text: str, logprobs: Sequence[dict[str, Any]] = ()) -> bytes:
         item = self._open
         assert item is not None
         item.text += text
+        item.logprobs += logprobs
         if item.kind == "content":
-            return self.event("response.output_text.delta", **self._place(), delta=text, logprobs=[])
+            return self.event("response.output_text.delta", **self._place(), delta=text, logprobs=logprobs)
         kind = "response.reasoning_text.delta" if item.kind == "reasoning" else "response.function_call_arguments.delta"
         return self.event(kind, **self._place(), delta=text)
 
@@ -359,8 +439,8 @@ class _Writer:
         if item is None:
             return b""
         if item.kind == "content":
-            data = self.event("response.output_text.done", **self._place(), text=item.text, logprobs=[])
-            data += self.event("response.content_part.done", **self._place(), part=_text_part(item.text))
+            data = self.event("response.output_text.done", **self._place(), text=item.text, logprobs=item.logprobs)
+            data += self.event("response.content_part.done", **self._place(), part=_text_part(item.text, item.logprobs))
         elif item.kind == "reasoning":
             data = self.event("response.reasoning_text.done", **self._place(), text=item.text)
         else:
@@ -381,7 +461,7 @@ async def _events(call: Call, request: ResponsesRequest, chat: Chat, writer: _Wr
     reason: str = "length"
     async for batch in chat.events():
         for found in batch:
-            if data := writer.write(found.events):
+            if data := writer.write(found.events, found.content_tokens):
                 yield data
             reason = found.finish_reason or reason
     if writer.is_empty:

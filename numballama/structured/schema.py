@@ -10,32 +10,53 @@ import difflib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count
 from typing import Any, NoReturn, TypeGuard
 from urllib.parse import unquote
 
 from ..errors import Error
+from .disjoint import Options
+from .patterns import unclear_class, without_control
+from .rewrite import all_of, conditional, dependent, exactly_one, negated, size_of
 
 MAX_SCHEMA = 256 * 1024
 """Largest schema in bytes of JSON."""
 MAX_DEPTH = 64
 """Most levels of schemas inside schemas, and of a value of `enum` or `const`."""
+MAX_REWRITTEN = 20_000
+"""Most values, as `rewrite.size_of` counts them, of the schemas that stand for `REWRITTEN` keywords and `oneOf`."""
 ANY_OBJECT = "json_object"
 """As a `json_schema`: any JSON object, like {"type": "object"}."""
 TYPES = ("null", "boolean", "object", "array", "number", "string", "integer")
 FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri")
 """Values of `format` that are enforced."""
+_WHOLE = ["null", "boolean", "object", "array", "string", "integer"]
+NUMBER_FORMATS: Mapping[str, Mapping[str, Any]] = {
+    "int32": {"type": _WHOLE, "minimum": -(2**31), "maximum": 2**31 - 1},
+    "int64": {"type": _WHOLE, "minimum": -(2**53), "maximum": 2**53},
+    "float": {},
+    "double": {},
+    "password": {},
+}
+"""OpenAPI's values of `format` → a schema that says the same. Integers that a float64 does not hold are left out."""
+OLD_FORMATS = {"ip-address": "ipv4", "host-name": "hostname"}
+"""Values of `format` in draft 3 → their names today."""
 ANNOTATIONS = frozenset(
     ["title", "description", "default", "examples", "deprecated", "readOnly", "writeOnly", "$comment", "$schema", "$id",
      "id", "$anchor", "discriminator"]
 )  # fmt: skip
 """Keywords that restrict nothing."""
 UNENFORCED = frozenset(
-    ["not", "if", "then", "else", "uniqueItems", "contains", "minContains", "maxContains", "propertyNames",
-     "dependencies", "dependentRequired", "dependentSchemas", "unevaluatedItems", "unevaluatedProperties",
-     "$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor", "$vocabulary", "contentEncoding",
-     "contentMediaType", "contentSchema", "nullable", "extends", "disallow", "divisibleBy", "x-guidance"]
+    ["uniqueItems", "contains", "minContains", "maxContains", "unevaluatedItems",
+     "unevaluatedProperties", "$dynamicRef", "$dynamicAnchor", "$recursiveRef", "$recursiveAnchor", "$vocabulary",
+     "contentEncoding", "contentMediaType", "contentSchema", "nullable", "extends", "disallow", "divisibleBy",
+     "x-guidance"]
 )  # fmt: skip
 """Keywords that would restrict something, and are refused."""
+REWRITTEN = ("not", "if", "then", "else", "dependencies", "dependentRequired", "dependentSchemas")
+"""Keywords that are enforced by others, where these can say it: see `rewrite`."""
+VALUES = ("const", "enum", "default", "examples")
+"""Keywords that have values, in which nothing is a schema."""
 HARMLESS: Mapping[str, object] = {"uniqueItems": False, "nullable": False}
 """Values with which a keyword of `UNENFORCED` restricts nothing."""
 ESCAPED_CONTROLS = "\b\f\n\r\t"
@@ -88,7 +109,9 @@ class _Checker:
 
     def __init__(self) -> None:
         self._places: set[str] = set()
-        self._refs: list[tuple[str, str]] = []
+        self._refs: list[tuple[dict[str, Any], str]] = []
+        self._one_ofs: list[dict[str, Any]] = []
+        self._left = MAX_REWRITTEN
         self._bases: list[tuple[str, str]] = []
         """(keyword, place) of what changes what a $ref below it means."""
 
@@ -106,14 +129,111 @@ class _Checker:
         for keyword, argument in value.items():
             if not isinstance(keyword, str):
                 raise Error(f"json_schema: a keyword must be a string, found {keyword!r:.100} at {place}")
+            if keyword in (*REWRITTEN, "propertyNames") or (
+                keyword == "format" and _number_format(argument) is not None
+            ):
+                continue
             if (check := _CHECKS.get(keyword)) is not None:
                 found[keyword] = check(self, argument, place, keyword, depth)
+                if keyword == "$ref":
+                    self._refs.append((found, place))
             else:
                 self._refuse(keyword, argument, place)
+        if "propertyNames" in value:
+            self._property_names(found, value["propertyNames"], place, depth)
         _check_together(found, place)
+        if "oneOf" in found and (one := exactly_one(found["oneOf"])) is not None:
+            found.setdefault("allOf", []).append(self._counted(one, place, "oneOf"))
+            del found["oneOf"]
+        if "oneOf" in found:
+            self._one_ofs.append(found)
+        if more := [*found.pop("allOf", ()), *self._rewritten(value, place, depth)]:
+            found["allOf"] = more
         if place == "#":
-            self._check_refs()
+            self._check_refs(value, found)
+            options = Options(found)
+            for each in self._one_ofs:
+                if options.never_two(each["oneOf"], each):
+                    each.setdefault("allOf", []).append({"anyOf": each.pop("oneOf")})
         return found
+
+    def _rewritten(self, value: Mapping[str, Any], place: str, depth: int) -> list[Any]:
+        """Schemas that say what the keywords of `REWRITTEN` in a schema do."""
+        given = [keyword for keyword in REWRITTEN if keyword in value]
+        found = [dict(form)] if (form := _number_format(value.get("format"))) else []
+        if not given:
+            return found
+        places = set(self._places)  # a $ref cannot point into them: they stand elsewhere afterwards
+        for keyword in given:
+            argument = value[keyword]
+            if keyword == "not":
+                schema = negated(self._one(argument, place, keyword, depth))
+            elif keyword == "if":
+                if "then" not in value and "else" not in value:
+                    continue
+                parts = (self._one(value.get(name, True), place, name, depth) for name in ("if", "then", "else"))
+                schema = conditional(*parts)
+            elif keyword in ("then", "else"):
+                continue  # without `if` they mean nothing
+            else:
+                schema = self._dependencies(argument, place, keyword, depth)
+            if schema is None:
+                _fail(
+                    place,
+                    keyword,
+                    "is not enforced with these keywords; leave it out. docs/structured.md lists what is",
+                )
+            found.append(self._counted(schema, place, keyword))
+        self._places = places
+        return found
+
+    def _property_names(self, found: dict[str, Any], value: object, place: str, depth: int) -> None:
+        """Write `propertyNames` as the names that a closed object may have."""
+        places, keyword = set(self._places), "propertyNames"
+        names = self._one(value, place, keyword, depth)
+        self._places = places
+        said = {} if names is True else dict(names or {"enum": []})
+        if said.get("type") == "string":  # which names always are
+            del said["type"]
+        if not said:
+            return
+        if set(said) not in ({"pattern"}, {"enum"}, {"const"}) or not {"properties", "patternProperties"}.isdisjoint(
+            found
+        ):
+            _fail(place, keyword, "is enforced if it is one pattern, enum or const, without properties beside it")
+        rest = found.get("additionalProperties", True)
+        if "pattern" in said:
+            found["patternProperties"] = {said["pattern"]: rest}
+        else:
+            words = said.get("enum", [said.get("const")])
+            found["properties"] = {word: rest for word in words if isinstance(word, str)}
+        found["additionalProperties"] = False
+
+    def _counted(self, schema: Any, place: str, keyword: str) -> Any:
+        """A schema that was written for another. A condition in a condition doubles it, so all of them have a limit."""
+        self._left -= size_of(schema, self._left + 1)
+        if self._left < 0:
+            _fail(
+                place,
+                keyword,
+                f"makes the schema too large: more than {MAX_REWRITTEN:,} values to write it with others",
+            )
+        return schema
+
+    def _dependencies(self, value: object, place: str, keyword: str, depth: int) -> Any:
+        if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+            _fail(place, keyword, f"must be an object, found {value!r:.100}")
+        found = []
+        for name, each in value.items():
+            _text(name, place, keyword)
+            if _is_list(each) and keyword != "dependentSchemas":
+                condition: Any = {"required": self._required(each, place, keyword, depth)}
+            elif keyword == "dependentRequired":
+                _fail(place, keyword, f"must be an object of lists of names, found {each!r:.100}")
+            else:
+                condition = self.schema(each, f"{place}/{keyword}/{name}", depth + 1)
+            found.append(dependent(name, condition))
+        return all_of(found)
 
     def _refuse(self, keyword: str, argument: object, place: str) -> None:
         """Raise `Error` unless the keyword restricts nothing."""
@@ -128,12 +248,28 @@ class _Checker:
         if near := difflib.get_close_matches(keyword, [*_CHECKS, *UNENFORCED], 1, 0.8):
             _fail(place, keyword, f"is no keyword of JSON Schema; did you mean {near[0]!r}?")
 
-    def _check_refs(self) -> None:
+    def _check_refs(self, root: Mapping[str, Any], found: dict[str, Any]) -> None:
+        """Check that each $ref points to a schema. One where no keyword has it is moved to `$defs` of `found`."""
+        moved: dict[str, str] = {}
+        for schema, place in self._refs:  # which a schema that is moved makes longer
+            ref = schema["$ref"]
+            if ref in self._places:
+                continue
+            if (value := _target(root, ref)) is None:
+                _fail(place, "$ref", f"points to {ref!r}, where there is no schema")
+            defs = found.setdefault("$defs", {})
+            name = next(name for number in count() if (name := f"moved-{number}") not in defs)
+            defs[name] = True  # the name is taken
+            moved[ref] = f"#/$defs/{name}"
+            defs[name] = self.schema(value, ref, 1)
+        for schema, _ in self._refs:
+            ref = schema["$ref"]
+            for old in sorted(moved, key=len, reverse=True):
+                if ref == old or ref.startswith(f"{old}/"):
+                    schema["$ref"] = moved[old] + ref[len(old) :]
+                    break
         for keyword, place in self._bases if self._refs else ():
             _fail(place, keyword, "is supported at the top only in a schema with $ref")
-        for ref, place in self._refs:
-            if ref not in self._places:
-                _fail(place, "$ref", f"points to {ref!r}, where there is no schema")
 
     # ---- the values of keywords: each returns what llguidance is given ----
 
@@ -169,12 +305,14 @@ class _Checker:
             _fail(
                 place, keyword, f"has {problem} in a character class: write it with a backslash; found {value!r:.100}"
             )
-        return value
+        return without_control(value)
 
     def _format(self, value: object, place: str, keyword: str, depth: int) -> str:
-        if value not in FORMATS:
-            _fail(place, keyword, f"{value!r:.100} is not enforced; supported are {', '.join(FORMATS)}")
-        return str(value)
+        name = OLD_FORMATS.get(value, value) if isinstance(value, str) else value
+        if name not in FORMATS:
+            known = ", ".join([*FORMATS, *NUMBER_FORMATS])
+            _fail(place, keyword, f"{value!r:.100} is not enforced; supported are {known}")
+        return str(name)
 
     def _required(self, value: object, place: str, keyword: str, depth: int) -> list[str]:
         if not _is_list(value) or not all(isinstance(name, str) for name in value):
@@ -194,8 +332,7 @@ class _Checker:
             _fail(place, keyword, f'must point into the schema ("#/$defs/name"), found {value!r:.100}')
         if "~" in value or unquote(value) != value:
             _fail(place, keyword, f"must not contain ~ or %, found {value!r:.100}; rename what it points to")
-        self._refs.append(("#" if value == "#/" else value, place))
-        return value
+        return "#" if value == "#/" else value
 
     def _one(self, value: object, place: str, keyword: str, depth: int) -> Any:
         return self.schema(value, f"{place}/{keyword}", depth + 1)
@@ -214,9 +351,8 @@ class _Checker:
         found = {}
         for name, schema in value.items():
             text = _text(name, place, keyword)
-            if keyword == "patternProperties":
-                self._pattern(text, place, keyword, depth)
-            found[text] = self.schema(schema, f"{place}/{keyword}/{text}", depth + 1)
+            key = self._pattern(text, place, keyword, depth) if keyword == "patternProperties" else text
+            found[key] = self.schema(schema, f"{place}/{keyword}/{text}", depth + 1)
         return found
 
 
@@ -260,6 +396,20 @@ def _check_together(found: dict[str, Any], place: str) -> None:
         _fail(place, "minProperties", f"can be enforced up to {most} with {required} required properties")
 
 
+def _number_format(name: object) -> Mapping[str, Any] | None:
+    return NUMBER_FORMATS.get(name) if isinstance(name, str) else None
+
+
+def _target(root: Mapping[str, Any], ref: str) -> Any:
+    """What a $ref points to in a place of which JSON Schema says nothing. None for what cannot be a schema."""
+    value: Any = root
+    for name in ref.removeprefix("#/").split("/"):
+        if not isinstance(value, Mapping) or name in VALUES:
+            return None
+        value = value.get(name)
+    return value if isinstance(value, Mapping | bool) else None
+
+
 def _is_list(value: object) -> TypeGuard[Sequence[Any]]:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
@@ -300,25 +450,3 @@ def _value(value: object, place: str, keyword: str, depth: int) -> Any:
     if _is_list(value):
         return [_value(each, place, keyword, depth + 1) for each in value]
     _fail(place, keyword, f"must be a JSON value, found {value!r:.100}")
-
-
-def unclear_class(pattern: str) -> str | None:
-    """What a character class of an expression has that Rust reads as an operation on sets, others as characters."""
-    inside, at = False, 0
-    while at < len(pattern):
-        if pattern[at] == "\\":
-            at += 2
-            continue
-        if not inside:
-            if pattern[at] == "[":
-                inside = True
-                at += 1 + pattern.startswith("^", at + 1)
-                if pattern.startswith("]", at):
-                    return "]"
-                continue
-        elif pattern[at] == "]":
-            inside = False
-        elif pattern[at] == "[" or pattern[at : at + 2] in ("&&", "--", "~~"):
-            return pattern[at : at + 2] if pattern[at] != "[" else "["
-        at += 1
-    return None

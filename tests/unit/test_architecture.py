@@ -58,7 +58,7 @@ ORDER = """
     reference backend session
     engine: interrupts sequence pages runner request logprobs constraints driver stats scheduler engine capacity \
             model_runner
-    structured: checker schema lark blame vocabulary forced constraint compiler
+    structured: checker patterns rewrite disjoint schema lark blame vocabulary forced constraint compiler
     generate
     chat: sandbox builtin_templates template tool_messages encoder conversation
     export inspection
@@ -68,7 +68,8 @@ ORDER = """
     doctor: packages cache check cpu gpu report
     server: settings errors protocol params http metrics tools.definitions tools.events tools.scanner tools.call \
             tools.parser tools.grammar tools.messages tools.formats page.markdown service generation logprobs call \
-            completions chat_core chat responses messages tokens answers openapi guard app run affinity ray_app
+            completions content_tokens chat_core chat responses messages tokens answers openapi guard app run affinity \
+            ray_app
     cli: streams parser args completion doctor inspect explain batch generate remote chat serve bench perplexity \
          export main
     __main__

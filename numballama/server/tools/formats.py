@@ -11,7 +11,7 @@ from typing import Any
 from ...chat.tool_messages import tool_messages
 from ...errors import Error
 from .definitions import Tool, check_tools
-from .grammar import CALL_ID, CallText, build
+from .grammar import CALL_ID, CallText, build, build_free
 from .messages import plain_conversation
 from .parser import Dialect, Parser
 
@@ -68,17 +68,21 @@ class ToolFormat:
     ) -> str:
         """A Lark grammar for llguidance: an answer of nothing but calls, after reasoning where the model has it.
 
-        `choice` is "required" or the name of the tool to call; a named one is called once. `parallel`: there may be
-        more calls than one. Raises `Error` as `check_tools`, and when no tool has the name.
+        `choice` is "required" or the name of the tool to call; a named one is called once. "auto": the answer is text
+        and calls, and what begins as a call can only go on with the name of one of the tools; arguments are any object.
+        `parallel`: there may be more calls than one. Raises `Error` as `check_tools`, and when no tool has the name.
         """
         checked = check_tools(tools)
-        if choice != "required":
+        markers = {marker: self.special_tokens.get(marker) for marker in _markers(self.dialect, self.reasoning)}
+        if choice == "auto" and checked:
+            opens, separators = self.dialect.opens, self.dialect.separators
+            return build_free(self.call_text, checked, opens, separators, markers, self.reasoning, in_reasoning)
+        if choice not in ("required", "auto"):
             checked = tuple(tool for tool in checked if tool.name == choice)
             parallel = False
         if not checked:
-            what = "there are no tools" if choice == "required" else f"no tool is named {choice!r:.100}"
+            what = "there are no tools" if choice in ("required", "auto") else f"no tool is named {choice!r:.100}"
             raise Error(f"tool_choice: {what}")
-        markers = {marker: self.special_tokens.get(marker) for marker in _markers(self.dialect, self.reasoning)}
         return build(self.call_text, checked, parallel, markers, self.reasoning, in_reasoning)
 
     def conversation(

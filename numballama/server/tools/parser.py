@@ -101,6 +101,12 @@ class Parser:
         """Whether reasoning has begun or may come next."""
         return self.in_reasoning or (self._may_reason and self._step == self._begin)
 
+    @property
+    def held(self) -> int:
+        """Characters of which nothing was said yet."""
+        call = self._call
+        return len(self._held) + (0 if call is None or call.is_call else len(call.text))
+
     def feed(self, text: str) -> list[Event]:
         """The events of the next piece of text."""
         data, at = self._held + text, 0

@@ -12,6 +12,7 @@ import pytest
 import numballama
 from numballama import SamplingParams
 from numballama.cli.args import (
+    _FIELD_PHRASES,
     _PHRASES,
     SAMPLING_HELP,
     in_options,
@@ -110,6 +111,7 @@ def test_a_template_is_a_file_or_a_name(tmp_path: Path) -> None:
     ("error", "expected"),
     [
         ("top_p must be above 0", "--top-p must be above 0"),
+        ("stop must be texts that are not empty, found ''", "--stop must be texts that are not empty, found ''"),
         ("kv_dtype 'x' is not supported; choose from f32", "--kv-dtype 'x' is not supported; choose from f32"),
         ("for the CPU: device='cpu'", "for the CPU: --device cpu"),
         ("shorten it, or compile with context=", "shorten it, or use --context"),
@@ -133,4 +135,8 @@ def test_phrases_are_those_of_the_errors() -> None:
     package = Path(numballama.__file__).parent
     sources = "".join(path.read_text(encoding="utf-8") for path in package.rglob("*.py") if path.name != "args.py")
     joined = re.sub(r'"\s*\n\s*f?"', "", sources)
-    assert [phrase for phrase in _PHRASES if phrase not in joined] == []
+    joined = joined.replace("{name} must be", "must be")
+    found = [phrase for phrase in (*_PHRASES, *_FIELD_PHRASES) if phrase.removeprefix("use ") not in joined]
+    assert [phrase for phrase in found if phrase != "unknown sampling option"] == []
+    with pytest.raises(Error, match="unknown sampling option"):
+        SamplingParams(other=1)  # type: ignore[call-arg]

@@ -88,6 +88,57 @@ def test_a_wrong_line_is_named(tmp_path: Path, line: str) -> None:
         list(read_tasks(path, GREEDY))
 
 
+@pytest.mark.parametrize(
+    ("fields", "found"),
+    [
+        ({"prompt": "a", "stream": True}, "unknown field stream: leave it out"),
+        ({"prompt": "a", "echo": True}, "unknown field echo: leave it out"),
+        ({"prompt": "a", "cls": 1}, "unknown field cls;"),
+        ({"prompt": "a", "ignore_eos": "x"}, "ignore_eos must be true or false, found 'x'"),
+        ({"prompt": "a", "top_p": None}, "top_p must be above 0 and at most 1 (off), found null"),
+        ({"prompt": "a", "json_schema": [1]}, "json_schema must be an object or JSON text"),
+        ({"prompt": "a", "stop": ""}, "stop must be texts that are not empty"),
+        ({"prompt": {"a": None}}, 'found prompt {"a": null}'),
+        ({"messages": []}, "messages must have a message"),
+        ({"messages": [{"content": "x"}]}, 'messages.0 must be {"role": …, "content": …}, found {"content": "x"}'),
+        ({"messages": [{"role": "user", "content": None}]}, "messages.0.content must be a text, found null"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages.0.content.0 must be"),
+    ],
+)
+def test_an_error_speaks_of_the_fields_of_a_line(tmp_path: Path, fields: dict[str, Any], found: str) -> None:
+    with pytest.raises(FormatError) as raised:
+        list(read_tasks(write(tmp_path / "in.jsonl", [fields]), GREEDY))
+    assert found in str(raised.value) and str(raised.value).startswith(f"{tmp_path / 'in.jsonl'}: ")
+    assert "line 1" in str(raised.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"prompt": ""}, "the prompt is empty"),
+        ({"prompt": ["a"]}, "prompt must be a text or a list of token ids, found ['a']"),
+        ({"prompt": [1] * 600}, "the prompt has 600 tokens and the context 512; shorten it, or use --context"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "conversation: user and assistant must take turns"),
+    ],
+)  # fmt: skip
+def test_an_answer_that_failed_speaks_of_fields_and_options(
+    tmp_path: Path, model: numballama.Model, fields: dict[str, Any], error: str
+) -> None:
+    assert run_batch(model, write(tmp_path / "in.jsonl", [fields]), tmp_path / "out.jsonl", GREEDY) == 1
+    assert answers(tmp_path / "out.jsonl")[0]["error"].endswith(error)
+
+
+def test_values_as_json_has_them(tmp_path: Path) -> None:
+    """The names in an object are texts, and a content may be in parts."""
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "f", "arguments": "{}"}}]}
+    lines = [{"prompt": "a", "logit_bias": {"5": 1.5}}, {"messages": [{"role": "user", "content": parts}, call]}]
+    biased, chat = read_tasks(write(tmp_path / "in.jsonl", lines), GREEDY)
+    assert biased.params.logit_bias == {5: 1.5}
+    assert chat.messages == [{"role": "user", "content": "a\nb"}, call]
+
+
 def test_bytes_that_are_no_text_are_named(tmp_path: Path) -> None:
     path = tmp_path / "in.jsonl"
     path.write_bytes(b'\xef\xbb\xbf"a"\n"\xff"\n')

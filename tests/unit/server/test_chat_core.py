@@ -11,7 +11,11 @@ from unittest.mock import ANY
 import pytest
 
 from numballama.model import Model
+from numballama.server.chat_core import forced_call, offered_tools
+from numballama.server.http import dumps
+from numballama.server.protocol import ChatRequest, parse
 from numballama.server.settings import Settings
+from numballama.server.tools import choose_format
 from numballama.server.tools.parser import Parser
 from tests.helpers.http_server import Running, eventually, serving
 
@@ -164,6 +168,73 @@ def test_the_template_sees_tools_calls_and_results(server: Running) -> None:
 def test_what_is_refused(server: Running, body: dict[str, Any], param: str) -> None:
     answer = server.post(PATH, BODY | body)
     assert answer.status == 400 and answer.error["param"] == param, answer.body
+
+
+def allow(*names: str, mode: str = "auto") -> dict[str, Any]:
+    tools = [{"type": "function", "function": {"name": name}} for name in names]
+    return {"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": mode, "tools": tools}}}
+
+
+@pytest.mark.parametrize("name", ["look", "go"])
+def test_required_calls_of_some_tools(server: Running, name: str) -> None:
+    """The prompt shows all tools."""
+    body = BODY | allow(name, mode="required") | {"n": 4, "temperature": 1, "seed": 3, "parallel_tool_calls": False}
+    answer = server.post(PATH, body).json
+    assert [calls_of(choice)[0][0] for choice in answer["choices"]] == [name] * 4
+    usage = server.post(PATH, BODY | {"max_tokens": 1}).json["usage"]
+    assert answer["usage"]["prompt_tokens"] == usage["prompt_tokens"]
+
+
+def test_some_tools_may_be_called(server: Running) -> None:
+    answer = server.post(PATH, BODY | allow("look")).json
+    assert answer["choices"][0]["message"]["content"] and "tool_calls" not in answer["choices"][0]["message"]
+    for name in ("look", "go"):  # an expression makes the model call it
+        (choice,) = server.post(PATH, BODY | allow(name) | {"regex": CALL}).json["choices"]
+        events = server.post(PATH, BODY | allow(name) | {"regex": CALL, "stream": True}).events
+        streamed = any("tool_calls" in each["delta"] for event in events for each in event["choices"])
+        if name == "look":
+            assert streamed and calls_of(choice) == [("look", {"x": 12})]
+        else:
+            assert not streamed and json.loads(choice["message"]["content"])["name"] == "look"
+
+
+@pytest.mark.parametrize(
+    ("choice", "restricts"), [(allow("look"), True), (allow("go", "look"), False), ({"tool_choice": "auto"}, False)]
+)
+def test_a_grammar_says_which_tools_may_be_called(choice: dict[str, Any], restricts: bool) -> None:
+    request = parse(ChatRequest, dumps(BODY | choice))
+    found = forced_call(choose_format(None, {}), request, offered_tools(request), False)
+    assert bool(found) is restricts
+    if restricts:
+        assert '"look"' in found["grammar"] and '"go"' not in found["grammar"]
+
+
+@pytest.mark.parametrize("name", ["auto", "required"])
+def test_a_tool_may_have_the_name_of_a_mode(server: Running, name: str) -> None:
+    tools = [TOOLS[0], {"type": "function", "function": {"name": name, "parameters": PARAMETERS}}]
+    choice = {"type": "function", "function": {"name": name}}
+    ((found, _),) = calls_of(server.post(PATH, BODY | {"tools": tools, "tool_choice": choice}).json["choices"][0])
+    assert found == name
+
+
+@pytest.mark.parametrize(
+    ("choice", "param", "found"),
+    [
+        (allow("look", "other"), "tool_choice", "names 'other', which is not among the tools: look, go"),
+        (allow(), "tool_choice.allowed_tools.tools", "at least 1 item"),
+        (allow("look", mode="none"), "tool_choice.allowed_tools.mode", "'auto' or 'required'"),
+        ({"tool_choice": {"type": "allowed_tools"}}, "tool_choice.allowed_tools", "required"),
+        ({"tool_choice": {"type": "allowed_tools", "allowed_tools": {"mode": "auto", "tools": [{"type": "mcp"}]}}},
+         "tool_choice.allowed_tools.tools.0.type", "'function'"),
+        ({"tool_choice": {"type": "other"}}, "tool_choice.type", "'function'"),
+        ({"tool_choice": "any"}, "tool_choice", "'none', 'auto' or 'required'"),
+        ({"tools": None, **allow("look")}, "tool_choice", "names tools, and there are no tools"),
+        ({"regex": "a", **allow("look", mode="required")}, "regex", "tool_choice"),
+    ],
+)  # fmt: skip
+def test_wrong_lists_of_allowed_tools(server: Running, choice: dict[str, Any], param: str, found: str) -> None:
+    answer = server.post(PATH, BODY | choice)
+    assert answer.status == 400 and answer.error["param"] == param and found in answer.error["message"], answer.body
 
 
 UNIQUE = {"type": "array", "uniqueItems": True}

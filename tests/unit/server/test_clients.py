@@ -60,6 +60,9 @@ def test_responses(client: Any) -> None:
     whole = client.responses.create(**options, instructions="Be brief.")
     assert whole.output_text and whole.status == "incomplete" and whole.usage.output_tokens == 10
     assert whole.incomplete_details.reason == "max_output_tokens"
+    more: dict[str, Any] = {"include": ["message.output_text.logprobs"], "top_logprobs": 1}
+    part = client.responses.create(**options, **more).output[0].content[0]
+    assert len(part.logprobs) == 10 and len(part.logprobs[0].top_logprobs) == 1
     with client.responses.stream(**options, instructions="Be brief.") as stream:
         events = list(stream)
     final = events[-1].response  # "incomplete": get_final_response() wants a whole one

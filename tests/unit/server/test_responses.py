@@ -58,10 +58,10 @@ def test_an_answer_that_was_cut_is_incomplete(server: Running) -> None:
 
 
 def test_an_error_names_the_fields_of_this_interface(server: Running) -> None:
-    form = {"type": "json_schema", "name": "n", "schema": {"properties": {"a": {"not": {}}}}}
+    form = {"type": "json_schema", "name": "n", "schema": {"properties": {"a": {"contains": {}}}}}
     error = server.post(PATH, GREEDY | {"text": {"format": form}}).error
     assert error["param"] == "text.format"
-    assert error["message"].startswith("text.format: 'not' at #/properties/a is not enforced")
+    assert error["message"].startswith("text.format: 'contains' at #/properties/a is not enforced")
 
 
 def test_the_last_event_of_a_stream_that_fails() -> None:
@@ -102,6 +102,67 @@ def test_formats_and_tools() -> None:
     assert request.tools[0].function.name == "f" and request.tool_choice.function.name == "f"
 
 
+LOGPROBS = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+
+
+def test_log_probabilities(server: Running) -> None:
+    body = {"messages": [{"role": "user", "content": GREEDY["input"]}], "temperature": 0, "max_tokens": 10}
+    chat = server.post("/v1/chat/completions", body | {"logprobs": True, "top_logprobs": 2}).json["choices"][0]
+    whole = server.post(PATH, GREEDY | LOGPROBS)
+    (part,) = whole.json["output"][0]["content"]
+    assert part["logprobs"] == chat["logprobs"]["content"] and len(part["logprobs"]) == 10
+    assert [len(entry["top_logprobs"]) for entry in part["logprobs"]] == [2] * 10
+    assert b"".join(bytes(entry["bytes"]) for entry in part["logprobs"]).decode().strip() == part["text"].strip()
+    assert whole.json["top_logprobs"] == 2 and "x-ignored-fields" not in whole.headers
+    events = server.post(PATH, GREEDY | LOGPROBS | {"stream": True}).events
+    deltas = [event["logprobs"] for event in events if event["type"] == "response.output_text.delta"]
+    assert [entry for each in deltas for entry in each] == part["logprobs"] and len(deltas) > 1
+    (done,) = [event["logprobs"] for event in events if event["type"] == "response.output_text.done"]
+    assert done == events[-1]["response"]["output"][0]["content"][0]["logprobs"] == part["logprobs"]
+    assert server.post(PATH, GREEDY).json["output"][0]["content"][0]["logprobs"] == []
+
+
+def test_a_call_has_no_log_probabilities(server: Running) -> None:
+    body = GREEDY | LOGPROBS | {"max_output_tokens": 60, "tools": TWO, "tool_choice": "required"}
+    assert {item["type"] for item in server.post(PATH, body).json["output"]} == {"function_call"}
+
+
+def test_what_cannot_be_included_is_ignored_and_what_nobody_knows_refused(server: Running) -> None:
+    include = ["reasoning.encrypted_content", "message.output_text.logprobs", "file_search_call.results"]
+    answer = server.post(PATH, GREEDY | {"include": include, "new": 1})
+    assert answer.headers["x-ignored-fields"] == "new,include.0,include.2"
+    assert answer.json["output"][0]["content"][0]["logprobs"]
+    error = server.post(PATH, GREEDY | {"include": ["usage"]}).error
+    assert error["param"] == "include.0" and error["code"] == "invalid_value"
+    assert "'message.output_text.logprobs', 'reasoning.encrypted_content'" in error["message"]
+
+
+ALLOWED = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "go"}]}
+TWO = [{"type": "function", "name": name, "parameters": {"type": "object"}} for name in ("look", "go")]
+
+
+def test_required_calls_of_some_tools(server: Running) -> None:
+    assert converted(tools=TWO, tool_choice=ALLOWED).tool_choice.names == {"go"}
+    body = GREEDY | {"max_output_tokens": 40, "tools": TWO, "tool_choice": ALLOWED}
+    answer = server.post(PATH, body).json
+    assert {(item["type"], item["name"]) for item in answer["output"]} == {("function_call", "go")}
+    assert answer["tool_choice"] == ALLOWED and [tool["name"] for tool in answer["tools"]] == ["look", "go"]
+
+
+@pytest.mark.parametrize(
+    ("choice", "param", "found"),
+    [
+        ({"tools": [{"type": "function", "name": "run"}]}, "tool_choice", "'run', which is not among the tools: look"),
+        ({"tools": [{"type": "mcp", "server_label": "x"}]}, "tool_choice.tools.0.type", "'function'"),
+        ({"tools": []}, "tool_choice.tools", "at least 1"),
+        ({"mode": "any"}, "tool_choice.mode", "'auto' or 'required'"),
+    ],
+)
+def test_wrong_lists_of_allowed_tools(server: Running, choice: dict[str, Any], param: str, found: str) -> None:
+    answer = server.post(PATH, GREEDY | {"tools": TWO, "tool_choice": ALLOWED | choice})
+    assert answer.status == 400 and answer.error["param"] == param and found in answer.error["message"], answer.body
+
+
 @pytest.mark.parametrize(
     ("body", "param"),
     [
@@ -114,6 +175,8 @@ def test_formats_and_tools() -> None:
         ({"background": True}, "background"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"top_logprobs": 2}, "top_logprobs"),
+        (LOGPROBS | {"top_logprobs": 21}, "top_logprobs"),
+        ({"include": "message.output_text.logprobs"}, "include"),
         ({"tools": [{"type": "web_search"}]}, "tools.0.type"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
     ],

@@ -26,7 +26,7 @@ def probe(grammar: str) -> str:
         ('start: "a" b*\nb: "x" | %json {"type": "integer"}\n', "ax12", "a1.5"),
         ('root ::= "yes" | "no" [0-9]+\n', "no12", "no"),
         ('root ::= item+\nitem ::= "- " [^\\n]{1,3} "\\n"\n', "- ab\n- c\n", "- \n"),
-        ('start: "b" // %json {"not": {}}\n   | "c" # "%json\n', "c", "a"),
+        ('start: "b" // %json {"contains": {}}\n   | "c" # "%json\n', "c", "a"),
         ('start: <|tool|> %json {"const": 1} <[7]>\n', "?1?", "1"),  # a special token stands as "?" in the trial
         ('start: "<call>\\n" %json {"type": "object"} "\\n</call>"\n', '<call>\n{"a": 1}\n</call>', "<call>{}</call>"),
         ('start: word "!"\nword[suffix="."]: /[a-z]*/\n', "ab.!", "ab!"),
@@ -47,7 +47,10 @@ def test_special_tokens_stay_in_the_grammar() -> None:
 @pytest.mark.parametrize(
     ("grammar", "message"),
     [
-        ('start: "a"\n b: %json {"items": {"not": {}}}\n', "grammar: line 2: json_schema: 'not' at #/items is not"),
+        (
+            'start: "a"\n b: %json {"items": {"contains": {}}}\n',
+            "grammar: line 2: json_schema: 'contains' at #/items is not",
+        ),
         ('start: %json {"x-guidance": {"lenient": true}}\n', "'x-guidance' at # is not enforced"),
         ('start: %json"x"\n', "line 1: %json needs a schema"),
         ('start: %json {"a": \n', "line 1: what follows %json is not JSON"),
@@ -62,7 +65,7 @@ def test_special_tokens_stay_in_the_grammar() -> None:
         ("%llguidance 3\nstart: %json {}\n", "the option 3 of %llguidance"),
         ("root ::= (\n", "it is read as GBNF, and that fails: Expected"),
         ("root ::= " + "(" * 5000, "nested too deeply"),
-        ('{"grammars": [{"json_schema": {"not": {}}}]}', "it is read as GBNF"),
+        ('{"grammars": [{"json_schema": {"contains": {}}}]}', "it is read as GBNF"),
         ("\x00", "it is read as GBNF"),
     ],
 )

@@ -19,8 +19,7 @@ from tests.helpers.structured import accepts, random_text
 pytest.importorskip("llguidance")
 
 UNENFORCED = {
-    "not": {}, "if": {}, "then": {}, "else": {}, "uniqueItems": True, "contains": {}, "minContains": 1,
-    "maxContains": 1, "propertyNames": {}, "dependencies": {}, "dependentRequired": {}, "dependentSchemas": {},
+    "uniqueItems": True, "contains": {}, "minContains": 1, "maxContains": 1,
     "unevaluatedItems": False, "unevaluatedProperties": False, "$dynamicRef": "#a", "$dynamicAnchor": "a",
     "$recursiveRef": "#", "$recursiveAnchor": True, "$vocabulary": {}, "contentEncoding": "base64",
     "contentMediaType": "text/html", "contentSchema": {}, "nullable": True, "extends": {}, "disallow": "string",
@@ -123,6 +122,25 @@ def test_names_of_schemas_matter_to_references_only() -> None:
     assert json.loads(check_schema(value)) == {"$ref": "#/$defs/b", "$defs": {"b": {"type": "null"}}}
 
 
+def test_a_reference_may_point_to_any_schema() -> None:
+    """Many schemas keep some in places of their own; those in what is rewritten stand elsewhere."""
+    value = {
+        "parts": {"id": {"type": "integer"}, "list": {"type": "array", "items": {"$ref": "#/parts/id"}}},
+        "$defs": {"moved-0": {"type": "null"}}, "dependencies": {"a": {"required": ["b"]}},
+        "properties": {
+            "a": {"$ref": "#/parts/list"}, "b": {"$ref": "#/parts/list/items"}, "c": {"$ref": "#/$defs/moved-0"},
+            "d": {"$ref": "#/dependencies/a"}, "e": {"const": {"$ref": "#/parts/id"}},
+        },
+        "type": "object",
+    }  # fmt: skip
+    assert allows(value, '{"a":[1,2],"b":3,"c":null}') and allows(value, '{"e":{"$ref":"#/parts/id"}}')
+    for text in ('{"a":["x"]', '{"a":1', '{"b":"x"', '{"c":1', '{"a":[]}', '{"d":{}}'):
+        assert not allows(value, text), text
+    for ref in ("#/parts/none", "#/examples/x", "#/properties/e/const", "#/$schema", "#/type"):
+        with pytest.raises(Error, match="there is no schema"):
+            check_schema(value | {"examples": {"x": {}}, "$schema": "x", "items": {"$ref": ref}})
+
+
 def test_any_object_and_any_value() -> None:
     assert check_schema("json_object") == check_schema({"type": "object"}) == check_schema('{"type": "object"}')
     assert check_schema({}) == check_schema("true") == "{}"
@@ -150,6 +168,28 @@ def test_properties_of_a_closed_object_are_counted() -> None:
             check_schema(two | more)
     with pytest.raises(Error, match="'minProperties' at # can be enforced up to 2 with 1 required"):
         check_schema(two | {"minProperties": 3})
+
+
+def test_formats_of_numbers_and_of_old_drafts() -> None:
+    """OpenAPI's, which generated schemas have."""
+    small = {"type": "integer", "format": "int32", "minimum": 0}
+    assert allows(small, "2147483647") and not allows(small, "2147483648") and not allows(small, "-1")
+    assert (
+        allows({"format": "int32"}, '"x"')
+        and allows({"format": "int32"}, "-3")
+        and not allows({"format": "int32"}, "1.5")
+    )
+    large = {"type": "integer", "format": "int64"}
+    assert allows(large, str(2**53)) and not allows(large, str(2**54))
+    for name in ("float", "double"):
+        assert allows({"type": "number", "format": name}, "1.5") and not allows(
+            {"type": "number", "format": name}, '"1"'
+        )
+    assert allows({"type": "string", "format": "password"}, '"x"')
+    assert allows({"type": "string", "format": "ip-address"}, '"1.2.3.4"')
+    assert not allows({"type": "string", "format": "host-name"}, '"a b"')
+    with pytest.raises(Error, match="'format' at #/items 'byte' is not enforced; supported are date-time"):
+        check_schema({"items": {"type": "string", "format": "byte"}})
 
 
 def test_a_name_has_one_spelling() -> None:

@@ -12,8 +12,9 @@ import pytest
 
 from numballama.errors import Error
 from numballama.server.tools import choose_format
+from numballama.server.tools.grammar import CALL_ID
 from numballama.structured.lark import check_grammar
-from tests.helpers.tool_texts import FORMATS, TEMPLATES, TOOLS, Answer, answer, events
+from tests.helpers.tool_texts import FORMATS, TEMPLATES, TIME, TOOLS, Answer, answer, events
 
 llguidance = pytest.importorskip("llguidance")
 BYTES = llguidance.LLTokenizer("byte")
@@ -118,6 +119,44 @@ def test_what_is_accepted() -> None:
     assert accepts(FORMATS["mistral"].grammar(TOOLS), '[TOOL_CALLS][{"name": "time", "arguments": {}}]')
 
 
+def spelled(name: str, *called: str) -> str:
+    """Calls as a format writes them."""
+    text = FORMATS[name].call_text
+    calls = (f"{text.begin}{each}{text.middle}{{}}{text.end}" for each in called)
+    return f"{text.before}{text.between.join(calls)}{text.after}".replace(CALL_ID, "abc123XYZ")
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_some_tools_may_be_called(name: str) -> None:
+    """Any text, and calls of these tools wherever the parser reads one."""
+    grammar = FORMATS[name].grammar([TIME, {"function": {"name": "today"}}], "auto")
+    time, today, weather = (spelled(name, each) for each in ("time", "today", "get_weather"))
+    parser = FORMATS[name].parser([*TOOLS, {"function": {"name": "today"}}])
+    assert [call[0] for call in answer(events(parser, [weather])).calls] == ["get_weather"]
+    for text in ("", "Hello.\nIt is {late}.", time, today, spelled(name, "time", "today"), "{}", '[{"a": "time"}]'):
+        assert accepts(grammar, text), text
+    for text in (weather, spelled(name, "time", "get_weather"), weather.replace("get_weather", "tim")):
+        assert not accepts(grammar, text), text
+    behind = "Hello. "
+    if name == "llama":
+        behind += "<|python_tag|>"
+    elif name == "json":
+        behind += "```json\n"
+    assert accepts(grammar, behind + time) and not accepts(grammar, behind + weather)
+    assert accepts(grammar, f"{behind}{time}\nHello.")
+
+
+@pytest.mark.parametrize("name", ["qwen3", "magistral"])
+def test_some_tools_may_be_called_after_reasoning(name: str) -> None:
+    first, last = FORMATS[name].reasoning or ("", "")
+    time, weather = (spelled(name, each) for each in ("time", "get_weather"))
+    for in_reasoning in (False, True):
+        grammar = FORMATS[name].grammar([TIME], "auto", in_reasoning=in_reasoning)
+        thoughts = f"{'' if in_reasoning else first}\nhm, get_weather?\n{last}\n\n"
+        assert accepts(grammar, thoughts + "Hi.") and accepts(grammar, thoughts + time)
+        assert not accepts(grammar, thoughts + weather)
+
+
 def test_reasoning_may_come_first() -> None:
     call = '<tool_call>\n{"name": "time", "arguments": {}}\n</tool_call>'
     grammar = FORMATS["qwen3"].grammar(TOOLS)
@@ -155,6 +194,12 @@ def test_markers_that_are_control_tokens() -> None:
         return bool(state.try_consume_tokens(ids) == len(ids) and state.is_accepting())
 
     assert accepts_tokens("TtimeA{}") and accepts_tokens("BhmETtimeA{}TtimeA{}")
+    grammar = found.grammar(TOOLS[1:], "auto")
+    for text in ("hi", "TtimeA{}", "BhmETtimeA{}TtimeA{}", "hi TtimeA{} hi", "Bhm\n\nEhi"):
+        assert accepts_tokens(text), text
+    for text in ("Tget_weatherA{}", "BhmTtimeA{}", "hiA{}", "TtimA{}"):
+        assert not accepts_tokens(text), text
+    grammar = found.grammar(TOOLS)
     assert not accepts_tokens("[tool]timeA{}") and not accepts_tokens("BhmTtimeA{}") and not accepts_tokens("hi")
 
 
