@@ -112,7 +112,7 @@ class SamplingParams:
     seed: int | None = None
     """The same seed gives the same tokens on one machine. None or -1: a random one."""
     stop: str | Sequence[str] = ()
-    """Strings that end the text, none of them empty. They are not part of it. They may spell control tokens
+    """Strings that end the text; empty ones are ignored. They are not part of it. They may spell control tokens
     ("<|im_end|>"), which are not part of the text in any case."""
     stop_token_ids: Iterable[int] = frozenset()
     """Token ids that end the text, besides those of the model file. They add nothing to it."""
@@ -169,10 +169,6 @@ class SamplingParams:
             if self.logprobs > MAX_LOGPROBS:
                 raise Error(f"logprobs must be at most {MAX_LOGPROBS}, found {self.logprobs}")
         self._set("stop", () if self.stop is None else tuple(strings("stop", self.stop)))
-        if "" in self.stop:  # each text has it at its beginning, so nothing would be generated
-            raise Error(
-                "stop must be texts that are not empty, found ''; leave it out, or name a text that ends the answer"
-            )
         self._set("stop_token_ids", _token_ids(self.stop_token_ids))
         self._set("n", whole_number("n", self.n, 1))
         for name in ("ignore_eos", "special"):

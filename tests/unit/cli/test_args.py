@@ -111,7 +111,6 @@ def test_a_template_is_a_file_or_a_name(tmp_path: Path) -> None:
     ("error", "expected"),
     [
         ("top_p must be above 0", "--top-p must be above 0"),
-        ("stop must be texts that are not empty, found ''", "--stop must be texts that are not empty, found ''"),
         ("kv_dtype 'x' is not supported; choose from f32", "--kv-dtype 'x' is not supported; choose from f32"),
         ("for the CPU: device='cpu'", "for the CPU: --device cpu"),
         ("shorten it, or compile with context=", "shorten it, or use --context"),
