@@ -96,6 +96,23 @@ def test_an_index_whose_table_is_wrong(copy: Callable[[str], Path]) -> None:
     assert same(open_checkpoint(folder), open_checkpoint(LLAMA))
 
 
+@pytest.mark.parametrize("others", [["adapter_model"], ["a", "b"], ["embeddings"]])
+def test_other_safetensors_beside_pytorchs_files(copy: Callable[[str], Path], others: list[str]) -> None:
+    """An adapter, or what some other program saved: the names that transformers looks for come first."""
+    folder = copy("llama")
+    (folder / "model.safetensors").unlink()
+    for name in others:
+        save_tensors(folder / f"{name}.safetensors", {"x": np.zeros(3, np.float32)})
+    save_torch(folder / "pytorch_model.bin", tensors(LLAMA))
+    opened = open_checkpoint(folder)
+    names = ", ".join(f"{name}.safetensors" for name in others)
+    assert same(opened, open_checkpoint(LLAMA))
+    assert opened.notes == [f"{names} beside PyTorch's files: not used, as in transformers"]
+    (folder / "pytorch_model.bin").unlink()
+    shards(folder, 2, "pytorch_model", ".bin", TORCH_INDEX)
+    assert same(open_checkpoint(folder), open_checkpoint(LLAMA))
+
+
 def test_pytorch_files(copy: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copy("llama")
     arrays = tensors(LLAMA)
