@@ -135,6 +135,14 @@ def _read_directory(directory: Path, path: str | PathLike[str], load_tokenizer: 
         raise FormatError(f"a directory of {len(models)} GGUF models; give the path of one: {names}", path=path)
     if hf.is_directory_of(directory):
         return hf.read(directory, load_tokenizer)
+    if copies := sorted(directory.glob("snapshots/*/")) or (
+        directory.name == "snapshots" and sorted(directory.glob("*/"))
+    ):
+        raise FormatError(
+            "is a folder of the hub's cache; give the model's name, owner/name, or the folder of a copy",
+            path=path,
+            expected=", ".join(map(str, copies[:3])),
+        )
     raise FormatError(f"is a directory without a model; supported are {SUPPORTED}", path=path)
 
 

@@ -59,7 +59,7 @@ def directory(file: MappedFile) -> dict[str, TensorInfo]:
         )
     if file.size < 8 or length > file.size - 8:
         raise FormatError(
-            "the file ends in its directory",
+            "the file ends in its directory: was a download interrupted?",
             path=file.path,
             where=0,
             expected=f"a directory of at most {max(file.size - 8, 0):,} bytes",
