@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ... import progress
 from ...errors import FormatError, UnsupportedError
 from ...tokenizers.base import BYTE_PIECE, MAX_VOCAB, SPACE, PieceType, Tokenizer, Vocabulary
 from ...tokenizers.bpe import BPETokenizer, build_library
@@ -212,14 +213,8 @@ def _read_gpt2(header: Header) -> BPETokenizer:
     def build() -> Library:
         from tokenizers import models  # 0.03 s to import
 
-        merges: list[tuple[str, str]] = []
-        for number, merge in enumerate(header.strings(f"{_KEY}merges") or []):
-            left, space, right = merge[1:].partition(b" ")
-            if not space:
-                found = f"{merge[:40]!r} (number {number:,})"
-                raise _fault(header, "merges", "two pieces with a space between them", found)
-            merges.append(((merge[:1] + left).decode(errors="replace"), right.decode(errors="replace")))
         vocabulary = {piece: token for token, piece in reversed(list(enumerate(pieces)))} | added
+        merges = _merges(header, vocabulary)
         with library_errors("bad vocabulary", header.path):
             model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rules.ignore_merges)
             added_tokens = [(piece, token in silent) for piece, token in added.items()]
@@ -237,6 +232,29 @@ def _read_gpt2(header: Header) -> BPETokenizer:
         add_eos=add_eos is True,
         notes=tuple(notes),
     )
+
+
+def _merges(header: Header, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The pairs that merge to a token. Others are left out: a vocabulary that was cut may keep its old merges, which
+    llama.cpp accepts. Raises `FormatError` for a merge that is no pair, or if none leads to a token.
+    """
+    merges: list[tuple[str, str]] = []
+    given = header.strings(f"{_KEY}merges") or []
+    for number, merge in enumerate(given):
+        left, space, right = merge[1:].partition(b" ")
+        if not space:
+            found = f"{merge[:40]!r} (number {number:,})"
+            raise _fault(header, "merges", "two pieces with a space between them", found)
+        pair = (merge[:1] + left).decode(errors="replace"), right.decode(errors="replace")
+        if vocabulary.keys() >= {*pair, "".join(pair)}:
+            merges.append(pair)
+    if lost := len(given) - len(merges):
+        if not merges:
+            raise _fault(header, "merges", "merges of two tokens to a third", f"none of {lost:,}")
+        progress.log.warning(
+            "%s: %s of %s merges lead to no token: left out", header.path, f"{lost:,}", f"{len(given):,}"
+        )
+    return merges
 
 
 def _pre_tokenizer(header: Header) -> tuple[PreTokenizer, list[str]]:

@@ -301,6 +301,19 @@ def test_a_byte_level_bpe_that_is_called_llama(tmp_path: Path) -> None:
         load_tokenizer(path)
 
 
+def test_merges_that_lead_to_no_token(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A vocabulary that was cut and kept its merges: llama.cpp runs it, the tokenizers library refuses it."""
+    vocabulary = load_tokenizer(SMALL).vocabulary()
+    path = tmp_path / "v.gguf"
+    path.write_bytes(vocabulary_gguf(vocabulary, "llama-bpe"))
+    expected = load_tokenizer(path).encode("zz Once upon a time")
+    path.unlink()
+    merges = [b"z z", b"zz z", *vocabulary.merges, b"a b c"]
+    path.write_bytes(vocabulary_gguf(replace(vocabulary, merges=merges), "llama-bpe"))
+    assert load_tokenizer(path).encode("zz Once upon a time") == expected
+    assert caplog.messages == [f"{path}: 3 of {len(merges):,} merges lead to no token: left out"]
+
+
 def test_a_missing_pre_tokenizer_is_noted(tmp_path: Path) -> None:
     path = tmp_path / "v.gguf"
     data = vocabulary_gguf(load_tokenizer(SMALL).vocabulary(), "default")
