@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
-from ..checkpoint import Weight
+from ..checkpoint import LazyWeight, Weight
 from ..errors import FormatError, UnsupportedError
 from ..files import MappedFile
 from ..quantization.convert import convert
@@ -40,8 +41,8 @@ def view_weight(
 ) -> Weight:
     """The tensor as a weight of `shape`: a matrix as a view of the file, a vector, which is small, as float32.
 
-    `types` maps the format's types to ours and to the elements of `Weight.data`. Raises `UnsupportedError` for a type
-    that is not among them.
+    float64, which no kernel computes with, becomes float32 when the data is asked for. `types` maps the format's types
+    to ours and to the elements in the file. Raises `UnsupportedError` for a type that is not among them.
     """
     if info.type not in types:
         raise UnsupportedError(
@@ -49,5 +50,13 @@ def view_weight(
         )
     kind, element = types[info.type]
     data = np.frombuffer(info.file.data, element, info.nbytes // np.dtype(element).itemsize, info.offset)
-    weight = Weight(shape, kind, data.reshape(shape[0], -1) if len(shape) == 2 else data)
+    data = data.reshape(shape[0], -1) if len(shape) == 2 else data
+    if element is np.float64:
+        return LazyWeight(shape, F32, lambda: _narrowed(data, shape), cache=True)
+    weight = Weight(shape, kind, data)
     return weight if len(shape) == 2 else convert(weight, F32)
+
+
+def _narrowed(data: npt.NDArray[np.float64], shape: tuple[int, ...]) -> Weight:
+    with np.errstate(over="ignore", invalid="ignore"):  # values that float32 does not have become infinite
+        return Weight(shape, F32, data.astype(np.float32))

@@ -11,6 +11,7 @@ import numpy as np
 
 STORAGES = {
     "float32": "Float",
+    "float64": "Double",
     "float16": "Half",
     "uint16": "BFloat16",
     "int32": "Int",

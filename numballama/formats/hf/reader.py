@@ -15,6 +15,7 @@ from ...config import ModelConfig
 from ...errors import FormatError, UnsupportedError
 from ...files import MappedFile
 from ...memory import format_bytes
+from ...quantization.types import F32
 from ..json_reader import read_object
 from ..tensor_names import TensorNames
 from ..tensors import TensorInfo, view_weight
@@ -176,13 +177,13 @@ def _is_zero(info: TensorInfo) -> bool:
 
 
 def _conversions(scheme: Scheme | None, weights: dict[str, Weight]) -> list[str]:
-    """A note on what becomes of quantised weights."""
+    """Notes on what becomes of quantised weights and of float64."""
     sizes: dict[str, int] = {}
     for weight in weights.values():
-        if isinstance(weight, LazyWeight):
+        if isinstance(weight, LazyWeight) and len(weight.shape) == 2:
             sizes[weight.type.name] = sizes.get(weight.type.name, 0) + weight.nbytes
+    before = {kind: f"quantised by {scheme.name}" for kind in sizes if scheme} | {F32.name: "in float64"}
     return [
-        f"matrices quantised by {scheme.name} run as {kind}, converted in memory: {format_bytes(size)}"
+        f"matrices {before[kind]} run as {kind}, converted in memory: {format_bytes(size)}"
         for kind, size in sizes.items()
-        if scheme
     ]

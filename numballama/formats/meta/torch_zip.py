@@ -43,11 +43,12 @@ STORAGES: dict[str, tuple[WeightType, type[np.generic]]] = {
     "FloatStorage": (F32, np.float32),
     "HalfStorage": (F16, np.uint16),
     "BFloat16Storage": (BF16, np.uint16),
+    "DoubleStorage": (F32, np.float64),
 }
-"""Class of a storage → the type of its weights, and the elements of `Weight.data`."""
-_ITEM_BYTES = {kind: weight.nbytes(1) for kind, (weight, _) in STORAGES.items()} | {"IntStorage": 4}
+"""Class of a storage → the type of its weights, and its elements. float64 becomes float32."""
+_ITEM_BYTES = {kind: np.dtype(element).itemsize for kind, (_, element) in STORAGES.items()} | {"IntStorage": 4}
 """Bytes of an element. Tensors of 32-bit integers are packed weights, which `view` does not return."""
-_OTHER_STORAGES = ("Double", "Long", "Int", "Short", "Char", "Byte", "Bool", "ComplexFloat", "ComplexDouble")
+_OTHER_STORAGES = ("Long", "Int", "Short", "Char", "Byte", "Bool", "ComplexFloat", "ComplexDouble")
 
 
 def looks_like(file: MappedFile) -> bool:

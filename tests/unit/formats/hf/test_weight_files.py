@@ -113,6 +113,21 @@ def test_other_safetensors_beside_pytorchs_files(copy: Callable[[str], Path], ot
     assert same(open_checkpoint(folder), open_checkpoint(LLAMA))
 
 
+@pytest.mark.parametrize("torch", [False, True])
+def test_float64_becomes_float32(copy: Callable[[str], Path], torch: bool) -> None:
+    folder = copy("llama")
+    arrays = {name: array.astype(np.float64) * (1 + 1e-12) for name, array in tensors(LLAMA).items()}
+    arrays["model.norm.weight"][0] = 1e300
+    (folder / "model.safetensors").unlink()
+    (save_torch if torch else save_tensors)(folder / ("pytorch_model.bin" if torch else "model.safetensors"), arrays)
+    opened, plain = open_checkpoint(folder), open_checkpoint(LLAMA)
+    assert opened.weights["norm"].data[0] == np.inf, "as float32 has it"
+    opened.weights["norm"] = plain.weights["norm"]
+    assert same(opened, plain) and {weight.type.name for weight in opened.weights.values()} == {"f32"}
+    assert opened.notes == ["matrices in float64 run as f32, converted in memory: 22.0 KiB"]
+    assert opened.nbytes == plain.nbytes
+
+
 def test_pytorch_files(copy: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copy("llama")
     arrays = tensors(LLAMA)

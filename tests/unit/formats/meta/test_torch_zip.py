@@ -171,9 +171,9 @@ def test_tensors_in_another_order_are_named(tmp_path: Path, strides: bytes) -> N
     path = archive(tmp_path / "m.pth", table(tensor(strides=strides)))
     with pytest.raises(UnsupportedError, match="tensor w does not lie in C order"):
         TorchFile(map_file(path))
-    double = table(tensor().replace(b"FloatStorage", b"DoubleStorage"))
-    with pytest.raises(UnsupportedError, match="tensor w is a DoubleStorage; supported are FloatStorage, Half"):
-        TorchFile(map_file(archive(tmp_path / "m.pth", double)))
+    long = table(tensor().replace(b"FloatStorage", b"LongStorage"))
+    with pytest.raises(UnsupportedError, match="tensor w is a LongStorage; supported are FloatStorage, Half"):
+        TorchFile(map_file(archive(tmp_path / "m.pth", long)))
 
 
 # ---- archives ----
