@@ -128,6 +128,18 @@ def test_float64_becomes_float32(copy: Callable[[str], Path], torch: bool) -> No
     assert opened.nbytes == plain.nbytes
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_pytorchs_matrices_in_another_order(copy: Callable[[str], Path], dtype: type[np.floating]) -> None:
+    folder = copy("llama")
+    (folder / "model.safetensors").unlink()
+    arrays = {n: np.asfortranarray(a.astype(dtype)) if "mlp" in n else a for n, a in tensors(LLAMA).items()}
+    save_torch(folder / "pytorch_model.bin", arrays)
+    opened = open_checkpoint(folder)
+    assert same(opened, open_checkpoint(LLAMA))
+    assert opened.notes == ["matrices not in C order run as f32, converted in memory: 9.0 KiB"]
+    assert opened.weights["layers.0.w1"].data.flags.c_contiguous
+
+
 def test_pytorch_files(copy: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copy("llama")
     arrays = tensors(LLAMA)
