@@ -27,7 +27,7 @@ _ID = re.compile(_REPOSITORY)
 _NAME = re.compile(
     rf"(?P<repository>{_REPOSITORY})(:(?P<tag>[\w.-]{{1,64}})|/(?P<file>[\w.+ /()-]{{1,255}}\.gguf))?", re.I
 )
-_SITE = re.compile(r"(https?://)?(www\.)?(hf\.co|huggingface\.co)/", re.I)
+_SITE = re.compile(r"((https?://)?(www\.)?(hf\.co|huggingface\.co)/)|hf://(models/)?", re.I)
 _BRANCH = re.compile(r"/(blob|resolve|tree)/main(?=/|$)")
 _REVISION = re.compile(rf"{_REPOSITORY}/(blob|resolve|tree)/(?P<revision>[^/]+)")
 _FILES = (".bin", ".gguf", ".safetensors", ".pth", ".pt", ".model", ".json")

@@ -116,6 +116,10 @@ def _read(path: str | PathLike[str], load_tokenizer: bool) -> Checkpoint:
         if (folder / hf.CONFIG).exists() and not (folder / meta.PARAMS).exists():
             return hf.read(folder, load_tokenizer, file)
         return meta.read_file(file, load_tokenizer)
+    if file.path.suffix == ".json" and weight_files.has_weights(file.path.parent):
+        raise FormatError(
+            "a file beside the weights of a model", path=path, expected=f"its directory, {file.path.parent}"
+        )
     if kind := _unsupported_kind(file):
         raise UnsupportedError(f"{path}: {kind}, which is not read; supported are {SUPPORTED}")
     return kuiper.read(file)

@@ -86,6 +86,8 @@ def test_offline_says_what_to_download(monkeypatch: pytest.MonkeyPatch, tmp_path
         ("a/b/c.gguf", "a/b", None, "c.gguf"),
         ("a/b/Q4_K_M/c-00001-of-00002.GGUF", "a/b", None, "Q4_K_M/c-00001-of-00002.GGUF"),
         ("hf.co/a/b:Q8_0", "a/b", "Q8_0", None),
+        ("hf://a/b", "a/b", None, None),
+        ("hf://models/a/b/c.gguf", "a/b", None, "c.gguf"),
         ("https://huggingface.co/a/b", "a/b", None, None),
         ("https://huggingface.co/a/b/#usage", "a/b", None, None),
         ("https://huggingface.co/a/b/tree/main", "a/b", None, None),

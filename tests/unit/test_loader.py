@@ -160,6 +160,16 @@ def test_directories(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
+def test_a_json_file_of_a_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    for name in ("config.json", "model.safetensors.index.json"):
+        (tmp_path / name).write_text('{"model_type": "llama"}')
+        with pytest.raises(
+            FormatError, match=rf"a file beside the weights of a model; expected its directory, {tmp_path}"
+        ):
+            open_checkpoint(tmp_path / name)
+
+
 def test_what_cannot_be_opened(tmp_path: Path) -> None:
     empty, fifo = tmp_path / "empty", tmp_path / "fifo"
     empty.touch()
