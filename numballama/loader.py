@@ -33,6 +33,15 @@ _UNSUPPORTED_MAGICS = {
     b"\x80\x02}q": "a pickle",
     b"\x80\x04\x95": "a pickle",
     b"\x89HDF": "an HDF5 file",
+    **dict.fromkeys((b"lmgg", b"fmgg", b"tjgg"), "llama.cpp's format from before GGUF (convert the model again)"),
+    b"algg": "a LoRA adapter of llama.cpp from before GGUF",
+    b"\x93NUMPY": "an array of NumPy",
+    b"\x1f\x8b\x08": "a gzip archive (unpack it)",
+    b"\x28\xb5\x2f\xfd": "a Zstandard archive (unpack it)",
+    b"\xfd7zXZ\0": "an xz archive (unpack it)",
+    b"BZh": "a bzip2 archive (unpack it)",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive (unpack it)",
+    b"Rar!\x1a\x07": "a RAR archive (unpack it)",
 }
 """First bytes → type of file. None of them is a plausible header of llama2.c v0, which begins with dim."""
 
