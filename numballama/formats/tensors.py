@@ -47,8 +47,8 @@ def view_weight(
     """The tensor as a weight of `shape`: a matrix as a view of the file, a vector, which is small, as float32.
 
     float64, which no kernel computes with, becomes float32 when the data is asked for, and a matrix in another order is
-    copied then. `types` maps the format's types to ours and to the elements in the file. Raises `UnsupportedError` for a
-    type that is not among them.
+    copied then. `types` maps the types of the format to ours and to the elements in the file. Raises
+    `UnsupportedError` for a type that is not among them.
     """
     if info.type not in types:
         raise UnsupportedError(
