@@ -127,6 +127,7 @@ _SETTINGS = (
     "chat_template.json",
 )
 """Files that belong to a tokenizer file beside them."""
+_WEIGHTS = (".safetensors", ".bin", ".pth", ".gguf")
 _TEMPLATE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}")
 """Names of chat templates that are written. Those of a file can be anything, such as "../x"."""
 _SAMPLE = "Once upon a time, in 1999:\n  two spaces; naïve 🙂"
@@ -234,6 +235,7 @@ def export_model(
     opened = loader.open_checkpoint(
         source, tokenizer, rope_pairing=rope_pairing, rope_theta=rope_theta, norm_eps=norm_eps
     )
+    _require_another_file(opened.path, expand_user(path))
     if tokenizer is not None:
         tokenizer = hub.resolve(tokenizer, hub.TOKENIZER_FILES)  # downloaded by now, if it is one of the hub
     notes = list(opened.notes)
@@ -250,6 +252,15 @@ def export_model(
 
         notes += WRITERS[to](path, opened.config, Converting(opened.weights, types, report, importance), options)
     return Exported(expand_user(path), tuple(rows[name] for name in matrices if name in rows), tuple(notes))
+
+
+def _require_another_file(source: Path, target: Path) -> None:
+    """Raise `Error` if the copy would take the place of the model, or of weights in its directory."""
+    if not target.is_file():
+        return
+    beside = source.is_dir() and target.suffix in _WEIGHTS and os.path.samefile(source, target.parent)
+    if beside or os.path.samefile(source, target):
+        raise Error(f"{target}: is what is read, and would be lost: write the copy to another file")
 
 
 def _name(source: str | PathLike[str] | None, opened: Checkpoint) -> str:

@@ -9,6 +9,7 @@ exactly counts, and without a type files that do not fit the memory or have a ty
 from __future__ import annotations
 
 import contextlib
+import errno
 import glob
 import os
 import re
@@ -26,7 +27,7 @@ _ID = re.compile(_REPOSITORY)
 _NAME = re.compile(
     rf"(?P<repository>{_REPOSITORY})(:(?P<tag>[\w.-]{{1,64}})|/(?P<file>[\w.+ /()-]{{1,255}}\.gguf))?", re.I
 )
-_SITE = re.compile(r"(https?://)?(www\.)?(hf\.co|huggingface\.co)/", re.I)
+_SITE = re.compile(r"((https?://)?(www\.)?(hf\.co|huggingface\.co)/)|hf://(models/)?", re.I)
 _BRANCH = re.compile(r"/(blob|resolve|tree)/main(?=/|$)")
 _REVISION = re.compile(rf"{_REPOSITORY}/(blob|resolve|tree)/(?P<revision>[^/]+)")
 _FILES = (".bin", ".gguf", ".safetensors", ".pth", ".pt", ".model", ".json")
@@ -48,6 +49,9 @@ TOKENIZER_FILES = (
 )
 """Files of a tokenizer and of its settings."""
 
+_OTHER_VOCABULARIES = frozenset(("tokenizer.model", "tokenizer.model.v*", "vocab.json", "merges.txt"))
+"""Those of `TOKENIZER_FILES` that are not read beside a tokenizer.json that is."""
+
 ADAPTER = "adapter_config.json"
 """Says that safetensors are an adapter, which is no model by itself."""
 MODEL_FILES = (
@@ -65,6 +69,9 @@ _SPLIT = re.compile(r"(?P<stem>.+)-(?P<part>\d{5})-of-(?P<count>\d{5})", re.DOTA
 _TYPE = re.compile(r"[-.]([A-Z0-9_]+)$", re.I)
 _IS_TYPE = re.compile(r"(I?Q|TQ)[1-8]_\w+|FP?(16|32)|BF16|(MX|NV)FP4(_\w+)?", re.I)
 _READABLE = re.compile(r"FP?32|FP?16|BF16|Q8_0|Q[45]_[01]|Q[2-6]_K(_[SML]|_XL)?", re.I)
+_FILE_ERRORS = ("EACCES", "EPERM", "EROFS", "ENOSPC", "EDQUOT", "EFBIG", "EIO", "ENOTDIR", "EISDIR", "ENOENT", "EMFILE")
+_OF_FILES = frozenset(number for name in _FILE_ERRORS if (number := getattr(errno, name, None)) is not None)
+"""Errors of the cache's folder, not of the network."""
 _NO_MODEL = ("mmproj", "imatrix", "mtp-", "eagle3-", "dflash-", "dspark-")
 """Parts of names of GGUF files that are no language model by themselves."""
 PREFERRED = ("Q4_K_M", "Q8_0")
@@ -231,7 +238,14 @@ def download(repository: str, patterns: Sequence[str] = MODEL_FILES, given: str 
 
         if progress.quiet:
             disable_progress_bars()
-        return Path(snapshot_download(repository, allow_patterns=list(patterns)))
+        try:
+            return Path(snapshot_download(repository, allow_patterns=list(patterns)))
+        except Exception as error:  # out of reach, and another program downloaded the files that it reads
+            folder = getattr(error, "snapshot_path", None)
+            if folder is None or not os.path.exists(os.path.join(folder, "tokenizer.json")):
+                raise
+            needed = [pattern for pattern in patterns if pattern not in _OTHER_VOCABULARIES]
+            return Path(snapshot_download(repository, allow_patterns=needed, local_files_only=True))
 
 
 def _files_of(repository: str, given: str) -> dict[str, int]:
@@ -285,7 +299,15 @@ def _hub_errors(given: str, repository: str) -> Iterator[None]:
         reason = reason or ("there is no such model" if status == 404 else f"the hub answers {status}")
         raise Error(f"{given}: no such file or directory, and on the hub {reason}; {by_hand}") from error
     except Exception as error:  # the hub library, its HTTP library and the system raise many classes
+        if isinstance(error, OSError) and error.errno in _OF_FILES:
+            place = f" ({os.fsdecode(error.filename)})" if isinstance(error.filename, str | bytes) else ""
+            raise Error(
+                f"{given}: its files cannot be written to the hub's cache {constants.HF_HUB_CACHE}: {error.strerror}"
+                f"{place}; make room or choose another folder with HF_HOME; {by_hand}"
+            ) from error
         offline = "the hub is switched off (HF_HUB_OFFLINE)" if constants.HF_HUB_OFFLINE else "the hub is out of reach"
+        if missing := re.search(r"\d+ file\(s\) are missing \(.*?\)", str(error)):  # not all was downloaded before
+            offline += f", and of the copy in its cache {missing[0]}"
         raise Error(
             f"{given}: no such file or directory, and {offline}; on a machine that reaches it, run "
             f"'hf download {repository}' and copy its folder into {constants.HF_HUB_CACHE}; {by_hand}"

@@ -33,6 +33,15 @@ _UNSUPPORTED_MAGICS = {
     b"\x80\x02}q": "a pickle",
     b"\x80\x04\x95": "a pickle",
     b"\x89HDF": "an HDF5 file",
+    **dict.fromkeys((b"lmgg", b"fmgg", b"tjgg"), "llama.cpp's format from before GGUF (convert the model again)"),
+    b"algg": "a LoRA adapter of llama.cpp from before GGUF",
+    b"\x93NUMPY": "an array of NumPy",
+    b"\x1f\x8b\x08": "a gzip archive (unpack it)",
+    b"\x28\xb5\x2f\xfd": "a Zstandard archive (unpack it)",
+    b"\xfd7zXZ\0": "an xz archive (unpack it)",
+    b"BZh": "a bzip2 archive (unpack it)",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive (unpack it)",
+    b"Rar!\x1a\x07": "a RAR archive (unpack it)",
 }
 """First bytes → type of file. None of them is a plausible header of llama2.c v0, which begins with dim."""
 
@@ -116,6 +125,10 @@ def _read(path: str | PathLike[str], load_tokenizer: bool) -> Checkpoint:
         if (folder / hf.CONFIG).exists() and not (folder / meta.PARAMS).exists():
             return hf.read(folder, load_tokenizer, file)
         return meta.read_file(file, load_tokenizer)
+    if file.path.suffix == ".json" and weight_files.has_weights(file.path.parent):
+        raise FormatError(
+            "a file beside the weights of a model", path=path, expected=f"its directory, {file.path.parent}"
+        )
     if kind := _unsupported_kind(file):
         raise UnsupportedError(f"{path}: {kind}, which is not read; supported are {SUPPORTED}")
     return kuiper.read(file)
@@ -135,6 +148,14 @@ def _read_directory(directory: Path, path: str | PathLike[str], load_tokenizer: 
         raise FormatError(f"a directory of {len(models)} GGUF models; give the path of one: {names}", path=path)
     if hf.is_directory_of(directory):
         return hf.read(directory, load_tokenizer)
+    if copies := sorted(directory.glob("snapshots/*/")) or (
+        directory.name == "snapshots" and sorted(directory.glob("*/"))
+    ):
+        raise FormatError(
+            "is a folder of the hub's cache; give the model's name, owner/name, or the folder of a copy",
+            path=path,
+            expected=", ".join(map(str, copies[:3])),
+        )
     raise FormatError(f"is a directory without a model; supported are {SUPPORTED}", path=path)
 
 

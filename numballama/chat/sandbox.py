@@ -31,6 +31,7 @@ import string
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from datetime import datetime
+from types import MappingProxyType
 from typing import Any
 
 import jinja2
@@ -44,7 +45,10 @@ from jinja2.utils import Namespace
 from jinja2.visitor import NodeTransformer
 
 SECONDS = 0.5
-"""Limit of the processor time of one rendering. Real templates take about a thousandth of it."""
+"""Limit of the processor time of one rendering. Real templates take about a thousandth of it. Grows with the messages.
+"""
+SECONDS_PER_SIZE = 2e-6
+"""What the limit grows by, for each character of the messages and `ITEM_SIZE` of each of their parts."""
 MAX_SIZE = 1 << 22
 """Limit of the size of a value, roughly in characters (see `size_of`). Grows with the messages."""
 MAX_PRODUCT = 1 << 23
@@ -59,19 +63,28 @@ _REMOVED_FILTERS = ("pprint", "striptags", "urlize", "wordwrap", "xmlattr")
 
 
 class Budget:
-    """Time and memory that one rendering may still use. `inputs` is the size of the messages and other variables.
+    """Time and memory that one rendering may still use. `inputs` are the messages and other variables.
 
-    Every method raises `SecurityError` when a limit is exceeded.
+    Templates ask for the number of messages at every message, so the sizes of the lists and mappings in `inputs` are
+    computed once; a template cannot change these. Every other method raises `SecurityError` when a limit is exceeded.
     """
 
-    def __init__(self, inputs: int = 0) -> None:
-        self.max_size, self.max_product = max(MAX_SIZE, 8 * inputs), max(MAX_PRODUCT, 64 * inputs)
+    def __init__(self, *inputs: object) -> None:
+        self._inputs = inputs  # keeps alive what `_known` has the ids of
+        self._known: dict[int, int] = {}
+        size = sum(_measure(each, self._known) for each in inputs)
+        self.max_size, self.max_product = max(MAX_SIZE, 8 * size), max(MAX_PRODUCT, 64 * size)
         self._output_left, self._values_left = self.max_size, 8 * self.max_size
-        self._deadline = time.thread_time() + SECONDS
+        self._seconds = SECONDS + SECONDS_PER_SIZE * size
+        self._deadline = time.thread_time() + self._seconds
+
+    def size_of(self, value: Any, limit: int) -> int:
+        """`size_of`, which is quick for the inputs."""
+        return size_of(value, limit, self._known)
 
     def check_time(self) -> None:
         if time.thread_time() > self._deadline:
-            raise SecurityError(f"it takes longer than {SECONDS:g} s")
+            raise SecurityError(f"it takes longer than {self._seconds:.2g} s")
 
     def write(self, characters: int) -> None:
         """Count output."""
@@ -81,7 +94,7 @@ class Budget:
 
     def check_value(self, value: Any) -> Any:
         """Check and count a new value; returns it."""
-        if size_of(value, self.max_size) > self.max_size:
+        if self.size_of(value, self.max_size) > self.max_size:
             raise SecurityError(f"it makes a value of more than {self.max_size:,} characters")
         self._values_left -= ITEM_SIZE * len(value) if isinstance(value, list | tuple | dict) else _length(value)
         if self._values_left < 0:
@@ -93,16 +106,27 @@ def _length(value: Any) -> int:
     return len(value) if isinstance(value, str | bytes) else 0
 
 
-def size_of(value: Any, limit: int) -> int:
+def _measure(value: object, known: dict[int, int]) -> int:
+    """`size_of` of an input, which also enters the sizes of all lists and mappings in it into `known`, by id."""
+    if not isinstance(value, Mapping | list | tuple):
+        return size_of(value, 1 << 40)
+    parts = (*value.keys(), *value.values()) if isinstance(value, Mapping) else value
+    size = known[id(value)] = ITEM_SIZE * len(value) + sum(_measure(part, known) for part in parts)
+    return size
+
+
+def size_of(value: Any, limit: int, known: Mapping[int, int] = MappingProxyType({})) -> int:
     """Characters in a value and in all it contains, plus `ITEM_SIZE` per item. Stops counting above `limit`.
 
-    An object that is contained twice counts twice.
+    An object that is contained twice counts twice. `known` has the sizes of some lists and mappings by their ids.
     """
     total, rest = 0, [value]
     while rest and total <= limit:
         item = rest.pop()
         if isinstance(item, str | bytes):
             total += len(item)
+        elif (size := known.get(id(item))) is not None:
+            total += size
         elif isinstance(item, Mapping):
             total += ITEM_SIZE * len(item)
             rest += [*item.keys(), *item.values()] if total <= limit else []
@@ -239,7 +263,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
     def _finalize(self, value: Any) -> Any:
         """Count a value that is printed."""
         self.budget.check_time()
-        self.budget.write(size_of(value, self.budget.max_size))
+        self.budget.write(self.budget.size_of(value, self.budget.max_size))
         return value
 
     def _loop(self, items: Iterable[Any], printed: int) -> list[Any]:
@@ -280,7 +304,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         for item in value:
             self.budget.check_time()
             items.append(item)
-            if (left := left - ITEM_SIZE - size_of(item, left)) < 0:
+            if (left := left - ITEM_SIZE - self.budget.size_of(item, left)) < 0:
                 raise SecurityError(f"it makes a value of more than {self.budget.max_size:,} characters")
         return items
 
@@ -289,7 +313,7 @@ class Sandbox(ImmutableSandboxedEnvironment):
         sizes = [
             abs(int(item))
             if isinstance(item, int | float) and abs(item) < 1e18
-            else size_of(item, self.budget.max_size)
+            else self.budget.size_of(item, self.budget.max_size)
             for item in inputs
             if isinstance(item, Sized | int | float) and not isinstance(item, Context)
         ]

@@ -78,14 +78,14 @@ class ChatTemplate:
         given. Raises `Error` when the template fails, refuses the messages, or exceeds its time or memory, and when
         the last message has no such text or the template does not show it.
         """
-        from .sandbox import Budget, Refusal, size_of
+        from .sandbox import Budget, Refusal
 
         names: dict[str, Any] = {"tools": None, "documents": None, **self._tokens, **plain_variables(variables)}
         given = plain_messages(messages)
         last = _leave_open(given, continue_final_message, self.source) if continue_final_message else None
         environment, template = self._compiled
         with self._lock:
-            environment.budget = Budget(size_of([given, names], 1 << 40))
+            environment.budget = Budget(given, names)
             try:
                 text: str = template.render(messages=given, add_generation_prompt=add_generation_prompt, **names)
             except Refusal as error:

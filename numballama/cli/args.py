@@ -173,10 +173,10 @@ def template_options(command: argparse.ArgumentParser) -> None:
 
 
 def text_of_file(path: str) -> str:
-    """The text of a UTF-8 file. Raises `Error` for one that cannot be read, is no text or is too large."""
+    """The text of a UTF-8 file, without its mark. Raises `Error` for one that is unreadable, no text or too large."""
     try:
         with open(path, "rb") as file:
-            return read_all(file, path).decode()
+            return read_all(file, path).decode("utf-8-sig")
     except (OSError, ValueError) as error:
         raise Error(f"{path}: cannot be read: {reason(error)}") from None
 

@@ -123,6 +123,8 @@ class Parser(argparse.ArgumentParser):
 
     def refuse(self, word: str) -> NoReturn:
         """End for a word that is no option and no argument."""
+        if word.partition("=")[0] in self._option_string_actions:  # argparse knows it elsewhere
+            self.error(f"{word} stands after --, from where on no word is an option: put options before it")
         if _is_option(word):
             self.error(self._unknown(word))
         is_prompt = any(action.dest == "prompt" for action in self._actions)

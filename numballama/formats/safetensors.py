@@ -34,8 +34,9 @@ WEIGHT_TYPES: dict[str, tuple[WeightType, type[np.generic]]] = {
     "F32": (F32, np.float32),
     "F16": (F16, np.uint16),
     "BF16": (BF16, np.uint16),
+    "F64": (F32, np.float64),
 }
-"""Element types that weights may have → (our type, element type of `Weight.data`)."""
+"""Element types that weights may have → (our type, element type in the file). float64 becomes float32."""
 
 _MAX_DIMS = 8
 _ALIGNMENT = 8
@@ -59,7 +60,7 @@ def directory(file: MappedFile) -> dict[str, TensorInfo]:
         )
     if file.size < 8 or length > file.size - 8:
         raise FormatError(
-            "the file ends in its directory",
+            "the file ends in its directory: was a download interrupted?",
             path=file.path,
             where=0,
             expected=f"a directory of at most {max(file.size - 8, 0):,} bytes",

@@ -1,7 +1,7 @@
 """Environment variables that make Numba or LLVM fail: a note or an error of one line that names the variable.
 
-Without it, Numba shows a traceback, and LLVM writes to standard error or ends the process. An empty variable counts as
-if it were not set.
+Numba also reads these settings from `.numba_config.yaml` in the current directory. Without the line, Numba shows a
+traceback, and LLVM writes to standard error or ends the process. An empty variable counts as if it were not set.
 """
 
 from __future__ import annotations
@@ -134,10 +134,21 @@ def _import() -> None:
 
 
 def _ignored(name: str, why: str) -> None:
-    progress.log.warning("%s=%s is ignored: %s", name, os.environ.get(name, ""), why)
+    value = os.environ.get(name)
+    setting = f"{_key(name).lower()} of .numba_config.yaml" if value is None else f"{name}={value}"
+    progress.log.warning("%s is ignored: %s", setting, why)
+
+
+def _key(name: str) -> str:
+    """What `numba.config` calls the setting of a variable."""
+    return name.removeprefix("NUMBA_")
 
 
 def _refuse(name: str, why: str, advice: str) -> None:
     value = os.environ.get(name)
-    setting = name if value is None else f"{name}={value}"
-    raise DeviceError(f"the environment has {setting}: {why}; {advice}")
+    if value is None:  # Numba's other source; the program itself may also have set numba.config
+        raise DeviceError(
+            f"numba.config has {_key(name)}: {why}; take {_key(name).lower()} out of .numba_config.yaml in the current "
+            "directory, or do not set it"
+        )
+    raise DeviceError(f"the environment has {name}={value}: {why}; {advice}")

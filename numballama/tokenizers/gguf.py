@@ -9,7 +9,7 @@ import, against 26 ms).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import cached_property
 
 from ..errors import Error
@@ -23,12 +23,13 @@ class GgufTokenizer(ScoredTokenizer):
     has user-defined pieces.
 
     User-defined pieces are cut out of a text first, the longest first. The parts between them are encoded as separate
-    texts, each with a space in front, as llama.cpp does and as such models were trained.
+    texts, each with a space in front, as llama.cpp does and as such models were trained. White space after a token of
+    `rstrip` belongs to it. A user-defined piece with ▁ is also merged from spaces, as in llama.cpp.
     """
 
-    def __init__(self, vocabulary: Vocabulary) -> None:
+    def __init__(self, vocabulary: Vocabulary, rstrip: Collection[int] = ()) -> None:
         v = self._vocabulary = vocabulary
-        reserved = (PieceType.UNKNOWN, PieceType.CONTROL, PieceType.USER_DEFINED, PieceType.BYTE)
+        reserved = (PieceType.UNKNOWN, PieceType.CONTROL, PieceType.BYTE)
         ids = {piece: token for token, piece in enumerate(v.pieces) if v.types[token] not in reserved}
         strip = Strip.ONE if v.add_space_prefix else Strip.NONE
         super().__init__(v.pieces, v.scores, ids, v.bos_id, v.eos_id, strip)
@@ -40,7 +41,7 @@ class GgufTokenizer(ScoredTokenizer):
         }
         control = (PieceType.CONTROL, PieceType.UNKNOWN)
         self._partition = Partition(
-            AddedToken(v.pieces[token].decode(errors="replace"), token, kind in control)
+            AddedToken(v.pieces[token].decode(errors="replace"), token, kind in control, rstrip=token in rstrip)
             for token, kind in enumerate(v.types)
             if kind in control or kind == PieceType.USER_DEFINED
         )

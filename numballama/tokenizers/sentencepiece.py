@@ -134,7 +134,9 @@ class SentencePieceTokenizer(Tokenizer):
             )
         bos, eos, unknown = self.bos_id, self.eos_id, self._model.unk_id()
         prefix = bool(normalizer.get(3, 1))
-        return Vocabulary(pieces, scores, types, bos, eos, unknown, add_space_prefix=prefix, notes=tuple(notes))
+        return Vocabulary(
+            pieces, scores, types, bos, eos, unknown, self.add_bos, self.add_eos, prefix, notes=tuple(notes)
+        )
 
 
 # Fields of sentencepiece's ModelProto. Piece: 1 text, 2 score, 3 type. TrainerSpec: 3 model_type (2 is BPE),

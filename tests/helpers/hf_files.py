@@ -10,7 +10,14 @@ from typing import Any
 
 import numpy as np
 
-ELEMENTS = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32, "I32": np.int32}
+ELEMENTS = {
+    "F32": np.float32,
+    "F64": np.float64,
+    "F16": np.float16,
+    "BF16": np.uint16,
+    "U32": np.uint32,
+    "I32": np.int32,
+}
 """Element type of a safetensors file → NumPy's."""
 
 HF = Path(__file__).parents[1] / "golden" / "hf"

@@ -11,6 +11,7 @@ import numpy as np
 
 STORAGES = {
     "float32": "Float",
+    "float64": "Double",
     "float16": "Half",
     "uint16": "BFloat16",
     "int32": "Int",
@@ -21,7 +22,10 @@ STORAGES = {
 
 
 def save_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> Path:
-    """Write the arrays as `torch.save` writes a state_dict. Arrays that are the same object share a storage."""
+    """Write the arrays as `torch.save` writes a state_dict. Arrays that are the same object share a storage.
+
+    Those in Fortran's order are written as they lie; others must be in C order.
+    """
     keys: dict[int, str] = {}
     items = b""
     for name, array in tensors.items():
@@ -29,16 +33,20 @@ def save_torch(path: Path, tensors: Mapping[str, np.ndarray]) -> Path:
         kind = STORAGES[str(array.dtype)]
         storage = b"(" + _text("storage") + f"ctorch\n{kind}Storage\n".encode() + _text(key) + _text("cpu")
         storage += _number(array.size) + b"tQ"
-        strides = np.cumprod([1, *array.shape[:0:-1]])[::-1] if array.ndim else []
+        strides = [stride // array.itemsize for stride in array.strides]
         items += _text(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + storage + _number(0)
         items += _numbers(array.shape) + _numbers(strides) + b"\x89ccollections\nOrderedDict\n)RtR"
     with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
         file.writestr("archive/data.pkl", b"\x80\2ccollections\nOrderedDict\n)R(" + items + b"u.")
         file.writestr("archive/byteorder", "little")
         for array in {id(array): array for array in tensors.values()}.values():
-            file.writestr(f"archive/data/{keys[id(array)]}", array.tobytes())
+            file.writestr(f"archive/data/{keys[id(array)]}", array.tobytes("F" if _is_fortran(array) else "C"))
         file.writestr("archive/version", "3\n")
     return path
+
+
+def _is_fortran(array: np.ndarray) -> bool:
+    return array.flags.f_contiguous and not array.flags.c_contiguous
 
 
 def _text(value: str) -> bytes:

@@ -319,6 +319,26 @@ def test_senseless_requests(tmp_path: Path, to: str, quantize: str | None, messa
         export_model(path, tmp_path / "copy", to, quantize)
 
 
+def test_the_model_that_is_read_is_not_lost(tmp_path: Path, copy: Callable[[str], Path]) -> None:
+    """As llama-quantize: the copy, whose numbers may be rounded, does not take the place of its source."""
+    path, _ = save(tmp_path, "llama2c-v0")
+    folder = copy("llama")
+    link = tmp_path / "link.gguf"
+    link.symlink_to(path)
+    for source, target in (
+        (path, path),
+        (path, link),
+        (folder, folder / "model.safetensors"),
+        (folder / "model.safetensors", folder / "model.safetensors"),
+    ):
+        before = target.read_bytes()
+        with pytest.raises(Error, match="is what is read, and would be lost: write the copy to another file"):
+            export_model(source, target, "gguf", "f32")
+        assert target.read_bytes() == before
+    export_model(path, folder / "other.bin", "gguf", "f32")
+    export_model(path, folder / "other.bin", "gguf", "f32")  # another file may be replaced
+
+
 def test_rows_that_are_no_blocks(tmp_path: Path) -> None:
     path, _ = save(tmp_path, "llama2c-v1")
     with pytest.raises(Error, match="cannot become q8_0: its rows of 24 elements"):

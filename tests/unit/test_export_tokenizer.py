@@ -309,6 +309,23 @@ def with_merges(processor: SentencePieceProcessor) -> Library:
     return library
 
 
+@pytest.mark.parametrize("add_bos", [True, False])
+@pytest.mark.parametrize("add_eos", [True, False])
+def test_flags_beside_a_tokenizer_model_go_into_gguf(tmp_path: Path, add_bos: bool, add_eos: bool) -> None:
+    """The model itself does not have them; the copy puts the same ids around a text."""
+    folder = tmp_path / "tokenizer"
+    folder.mkdir()
+    (folder / "tokenizer.model").write_bytes(spm().serialized_model_proto())
+    settings = {"add_bos_token": add_bos, "add_eos_token": add_eos}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    source = load_tokenizer(folder)
+    config = replace(CONFIG, vocab_size=source.vocab_size)
+    write_gguf(tmp_path / "copy.gguf", config, random_checkpoint(config).weights, tokenizer=source)
+    copy = load_tokenizer(tmp_path / "copy.gguf")
+    assert copy.encode(STORY_BEGINS) == source.encode(STORY_BEGINS)
+    assert (copy.add_bos, copy.add_eos) == (add_bos, add_eos)
+
+
 def test_an_empty_piece_is_no_special_token(tmp_path: Path) -> None:
     """llama2.c's files have pieces without bytes; a token that the model does not name is not one of them."""
     pieces = [*FIXED, b"a", b"", b" ", b"b"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -84,6 +86,8 @@ def test_offline_says_what_to_download(monkeypatch: pytest.MonkeyPatch, tmp_path
         ("a/b/c.gguf", "a/b", None, "c.gguf"),
         ("a/b/Q4_K_M/c-00001-of-00002.GGUF", "a/b", None, "Q4_K_M/c-00001-of-00002.GGUF"),
         ("hf.co/a/b:Q8_0", "a/b", "Q8_0", None),
+        ("hf://a/b", "a/b", None, None),
+        ("hf://models/a/b/c.gguf", "a/b", None, "c.gguf"),
         ("https://huggingface.co/a/b", "a/b", None, None),
         ("https://huggingface.co/a/b/#usage", "a/b", None, None),
         ("https://huggingface.co/a/b/tree/main", "a/b", None, None),
@@ -276,6 +280,79 @@ def test_an_exported_model_has_the_name_of_its_repository(
     save(fake.folder / "m.1-Q4_0.gguf")
     export_model(name, tmp_path / "copy.gguf", "gguf")
     assert Header(map_file(tmp_path / "copy.gguf")).text("general.name") == wanted
+
+
+class IncompleteError(FileNotFoundError):
+    """As the library's IncompleteSnapshotError: out of reach, and files of the repository are not in the cache."""
+
+    def __init__(self, folder: Path, missing: list[str]) -> None:
+        super().__init__(
+            f"The snapshot is incomplete: {len(missing)} file(s) are missing ({', '.join(missing)}). Re-run"
+        )
+        self.snapshot_path = str(folder)
+
+
+@pytest.mark.parametrize(
+    ("missing", "has_json", "fine"),
+    [
+        (["merges.txt", "vocab.json"], True, True),  # what transformers and vLLM do not download
+        (["tokenizer.model"], True, True),
+        (["tokenizer.model"], False, False),
+        (["generation_config.json"], True, False),  # it has the ids that end a text
+        (["model-00002-of-00002.safetensors", "vocab.json"], True, False),
+    ],
+)
+def test_a_cache_that_another_program_filled(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch, missing: list[str], has_json: bool, fine: bool
+) -> None:
+    """Out of reach, a vocabulary that is not read beside a tokenizer.json may be missing."""
+    import huggingface_hub
+
+    (fake.folder / "config.json").write_text("{}")
+    (fake.folder / "model.safetensors").write_text("x")
+    if has_json:
+        (fake.folder / "tokenizer.json").write_text("{}")
+
+    def snapshot_download(name: str, allow_patterns: list[str], local_files_only: bool = False) -> str:
+        if lost := [file for file in missing if any(fnmatch(file, pattern) for pattern in allow_patterns)]:
+            raise IncompleteError(fake.folder, lost)
+        assert local_files_only
+        return str(fake.folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    if fine:
+        assert hub.resolve("owner/name") == fake.folder
+    else:
+        with pytest.raises(
+            Error, match=rf"out of reach, and of the copy in its cache 1 file.* missing \({missing[0]}\)"
+        ):
+            hub.resolve("owner/name")
+
+
+@pytest.mark.parametrize("number", ["ENOSPC", "EACCES", "ENOTDIR", "EROFS", "EFBIG"])
+def test_a_folder_that_cannot_be_written_is_not_the_network(
+    fake: FakeHub, monkeypatch: pytest.MonkeyPatch, number: str
+) -> None:
+    import huggingface_hub
+
+    def snapshot_download(name: str, **options: Any) -> str:
+        code = getattr(errno, number)
+        raise OSError(code, os.strerror(code), "/cache/blob")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    with pytest.raises(
+        Error, match=r"cannot be written to the hub's cache .*: .* \(/cache/blob\); make room or"
+    ) as found:
+        hub.resolve("owner/name")
+    assert "out of reach" not in str(found.value)
+
+
+def test_a_folder_of_the_hubs_cache_is_named(tmp_path: Path) -> None:
+    copy = tmp_path / "models--owner--name" / "snapshots" / "0123"
+    copy.mkdir(parents=True)
+    for folder in (copy.parent, copy.parent.parent):
+        with pytest.raises(FormatError, match=r"a folder of the hub's cache; give the model's name.*snapshots/0123"):
+            open_checkpoint(folder)
 
 
 def test_a_local_file_of_that_name_counts(fake: FakeHub, tmp_path: Path) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import lzma
 import os
 import pickle
 import struct
@@ -137,6 +140,13 @@ def test_home_expands(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (pickle.dumps({"a": 1}, protocol=2), "pickle"),
         (pickle.dumps({"a": 1}, protocol=4), "pickle"),
         (b"\x89HDF\r\n", "HDF5"),
+        (b"tjgg\x03\0\0\0", "before GGUF"),  # GGJT, as the file has it
+        (b"lmgg\x03\0\0\0", "before GGUF"),
+        (b"algg\x01\0\0\0", "a LoRA adapter"),
+        (b"\x93NUMPY\1\0", "an array of NumPy"),
+        (gzip.compress(bytes(100)), r"a gzip archive \(unpack it\)"),
+        (bz2.compress(bytes(100)), "a bzip2 archive"),
+        (lzma.compress(bytes(100)), "an xz archive"),
     ],
 )
 def test_known_foreign_formats_are_named(tmp_path: Path, head: bytes, kind: str) -> None:
@@ -158,6 +168,16 @@ def test_directories(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     with pytest.raises(FormatError, match=r"expected config\.json"):
         open_checkpoint(tmp_path)
+
+
+def test_a_json_file_of_a_model_is_named(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    for name in ("config.json", "model.safetensors.index.json"):
+        (tmp_path / name).write_text('{"model_type": "llama"}')
+        with pytest.raises(
+            FormatError, match=rf"a file beside the weights of a model; expected its directory, {tmp_path}"
+        ):
+            open_checkpoint(tmp_path / name)
 
 
 def test_what_cannot_be_opened(tmp_path: Path) -> None:

@@ -68,7 +68,6 @@ TENSOR_NAMES = TensorNames(
 _NEUTRAL: Mapping[str, tuple[float, ...]] = {
     "expert_count": (0,),
     "rope.scaling.attn_factor": (0, 1),
-    "attention.scale": (0,),
 }
 """Keys of unsupported features → values that turn them off. llama.cpp treats 0 as "not given"."""
 
@@ -172,7 +171,7 @@ def _config(header: Header) -> ModelConfig:
             n_layers=integer("block_count", most=MAX_LAYERS),
             n_heads=n_heads,
             n_kv_heads=integer("attention.head_count_kv", n_heads, by_layer=True),
-            vocab_size=math.prod(table.shape[:1]),  # whatever the key says
+            vocab_size=math.prod(_squeezed(table.shape, 2)[:1]),  # whatever the key says
             context=integer("context_length", most=MAX_CONTEXT),
             head_dim=integer("attention.key_length", dim // n_heads),
             norm_eps=require(header.number(key := f"{architecture}.attention.layer_norm_rms_epsilon"), header, key),
@@ -195,6 +194,11 @@ def _config(header: Header) -> ModelConfig:
             raise UnsupportedError(
                 f"{header.path}: {key} is {found:,} and heads have {config.head_dim:,} dimensions: not supported yet"
             )
+    scale = header.number(key := f"{architecture}.attention.scale", 0.0) or 0.0
+    if scale and not math.isclose(scale, config.head_dim**-0.5, rel_tol=1e-6):  # float32 in the file; 0 is "not given"
+        raise UnsupportedError(
+            f"{header.path}: {key} is {scale:g}, which is not supported yet; {config.head_dim**-0.5:g} is"
+        )
     return config
 
 
@@ -212,15 +216,15 @@ def _of_all_layers(header: Header, key: str) -> int:
 def _rope_scaling(header: Header, config: ModelConfig) -> RopeScaling | None:
     """RoPE scaling by one factor for all frequencies (type "linear", which is also the default), or by a tensor with a
     factor for each pair. llama.cpp's converter writes such a tensor for Llama 3.1, whose parameters are recovered from
-    the factors.
+    the factors. Type "yarn" is read with the factor 1, which scales nothing.
     """
     architecture = _architecture(header)
     kind = header.text(f"{architecture}.rope.scaling.type", "linear")
-    if kind not in ("none", "linear"):
-        raise UnsupportedError(f"{header.path}: rope.scaling.type is {kind!r}, not supported; 'none' and 'linear' are")
     keys = ("rope.scaling.factor", "rope.scale_linear")
     given = [header.number(f"{architecture}.{key}", 0.0) or 1.0 for key in keys]
     factor = 1.0 if kind == "none" else given[0] if given[0] != 1 else given[1]
+    if kind not in ("none", "linear") and (kind, factor) != ("yarn", 1):
+        raise UnsupportedError(f"{header.path}: rope.scaling.type is {kind!r}, not supported; 'none' and 'linear' are")
     if (info := header.tensors.get(ROPE_FACTORS)) is None:
         return RopeScaling("linear", factor) if factor != 1 else None
     if factor != 1:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ... import progress
 from ...errors import FormatError, UnsupportedError
-from ...tokenizers.base import BYTE_PIECE, MAX_VOCAB, PieceType, Tokenizer, Vocabulary
+from ...tokenizers.base import BYTE_PIECE, MAX_VOCAB, SPACE, PieceType, Tokenizer, Vocabulary
 from ...tokenizers.bpe import BPETokenizer, build_library
 from ...tokenizers.eog import EOG_NAMES, not_eog
 from ...tokenizers.gguf import GgufTokenizer
-from ...tokenizers.library import library_errors
+from ...tokenizers.library import BYTE_TO_UNICODE, library_errors
 from ...tokenizers.pretokenizers import DEFAULT, NOT_READ, PRE_TOKENIZERS, PreTokenizer, build_pre_tokenizer
 from .header import Header
 
@@ -41,6 +42,8 @@ def read_gguf_tokenizer(header: Header) -> Tokenizer | None:
     model = header.text(f"{_KEY}model")
     if model in (None, "none", "no_vocab"):
         return None
+    if model == "llama" and _is_byte_level(header):
+        return _read_mislabelled(header)
     if model == "llama":
         return _read_llama(header)
     if model == "gpt2":
@@ -103,6 +106,57 @@ def _beyond(header: Header, count: int) -> list[str]:
     return notes
 
 
+def _is_byte_level(header: Header) -> bool:
+    """Whether the pieces write a space as GPT-2 does, and none as sentencepiece does."""
+    pieces = header.strings(f"{_KEY}tokens") or []
+    written = SPACE.encode(), BYTE_TO_UNICODE[ord(" ")].encode()
+    return [any(space in piece for piece in pieces) for space in written] == [False, True]
+
+
+def _read_mislabelled(header: Header) -> BPETokenizer:
+    """A byte-level BPE whose file calls it "llama", as a converter did with Llama 3. llama.cpp ends on such a file.
+
+    Raises `UnsupportedError` if the file has no merges.
+    """
+    said = f"{_KEY}model is 'llama', but its pieces are those of a byte-level BPE, 'gpt2'"
+    if f"{_KEY}merges" not in header.fields:
+        raise UnsupportedError(f"{header.path}: {said}, and there are no merges; convert the model again")
+    tokenizer = _read_gpt2(header)
+    tokenizer.notes = (f"{said}: read as that", *tokenizer.notes)
+    return tokenizer
+
+
+def _mark_bytes(types: list[int], pieces: Sequence[bytes]) -> list[str]:
+    """Make <0x00> to <0xFF> tokens of bytes, if all are there, whatever their type: llama.cpp encodes by their names.
+    Returns notes.
+    """
+    named = [token for token, piece in enumerate(pieces) if BYTE_PIECE.fullmatch(piece)]
+    wrong = [token for token in named if types[token] != PieceType.BYTE]
+    if not wrong or len({pieces[token] for token in named}) < 256:
+        return []
+    for token in wrong:
+        types[token] = PieceType.BYTE
+    which = pieces[wrong[0]].decode()
+    return [
+        f"tokens of bytes by their names, not their types: {which}{f' and {len(wrong) - 1} more' * (len(wrong) > 1)}"
+    ]
+
+
+_UNSTRIPPED = (b"<unk>", b"<s>", b"<|endoftext|>")
+
+
+def _stripping(header: Header, pieces: Sequence[bytes], types: Sequence[int]) -> frozenset[int]:
+    """Ids of added tokens that white space after them belongs to. GGUF does not say it. As in llama.cpp, they are those
+    of models whose name has "phi-3".
+    """
+    name = (header.text("general.name") or "").lower()
+    if "phi-3" not in name and "phi3" not in name:
+        return frozenset()
+    added = (PieceType.CONTROL, PieceType.USER_DEFINED, PieceType.UNKNOWN)
+    found = (token for token, kind in enumerate(types) if kind in added or pieces[token] == b"</s>")
+    return frozenset(token for token in found if pieces[token] not in _UNSTRIPPED)
+
+
 def _read_llama(header: Header) -> GgufTokenizer:
     """Defaults for missing keys are llama.cpp's: unknown, BOS and EOS are 0, 1 and 2; encoding adds BOS and a space."""
     pieces = _pieces(header)
@@ -117,7 +171,7 @@ def _read_llama(header: Header) -> GgufTokenizer:
         types = [PieceType.BYTE if BYTE_PIECE.fullmatch(piece) else PieceType.NORMAL for piece in pieces]
         if unknown is not None:
             types[unknown] = PieceType.UNKNOWN
-    notes = _beyond(header, count)
+    notes = _beyond(header, count) + _mark_bytes(types, pieces)
     notes += _mark_control(types, [piece.decode(errors="replace") for piece in pieces], (bos, eos))
     tokenizer = GgufTokenizer(
         Vocabulary(
@@ -130,7 +184,8 @@ def _read_llama(header: Header) -> GgufTokenizer:
             add_bos=header.flag(f"{_KEY}add_bos_token") is not False,
             add_eos=header.flag(f"{_KEY}add_eos_token") is True,
             add_space_prefix=header.flag(f"{_KEY}add_space_prefix") is not False,
-        )
+        ),
+        _stripping(header, pieces, types),
     )
     tokenizer.notes = tuple(notes)
     return tokenizer
@@ -158,14 +213,8 @@ def _read_gpt2(header: Header) -> BPETokenizer:
     def build() -> Library:
         from tokenizers import models  # 0.03 s to import
 
-        merges: list[tuple[str, str]] = []
-        for number, merge in enumerate(header.strings(f"{_KEY}merges") or []):
-            left, space, right = merge[1:].partition(b" ")
-            if not space:
-                found = f"{merge[:40]!r} (number {number:,})"
-                raise _fault(header, "merges", "two pieces with a space between them", found)
-            merges.append(((merge[:1] + left).decode(errors="replace"), right.decode(errors="replace")))
         vocabulary = {piece: token for token, piece in reversed(list(enumerate(pieces)))} | added
+        merges = _merges(header, vocabulary)
         with library_errors("bad vocabulary", header.path):
             model = models.BPE(vocab=vocabulary, merges=merges, ignore_merges=rules.ignore_merges)
             added_tokens = [(piece, token in silent) for piece, token in added.items()]
@@ -183,6 +232,29 @@ def _read_gpt2(header: Header) -> BPETokenizer:
         add_eos=add_eos is True,
         notes=tuple(notes),
     )
+
+
+def _merges(header: Header, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+    """The pairs that merge to a token. Others are left out: a vocabulary that was cut may keep its old merges, which
+    llama.cpp accepts. Raises `FormatError` for a merge that is no pair, or if none leads to a token.
+    """
+    merges: list[tuple[str, str]] = []
+    given = header.strings(f"{_KEY}merges") or []
+    for number, merge in enumerate(given):
+        left, space, right = merge[1:].partition(b" ")
+        if not space:
+            found = f"{merge[:40]!r} (number {number:,})"
+            raise _fault(header, "merges", "two pieces with a space between them", found)
+        pair = (merge[:1] + left).decode(errors="replace"), right.decode(errors="replace")
+        if vocabulary.keys() >= {*pair, "".join(pair)}:
+            merges.append(pair)
+    if lost := len(given) - len(merges):
+        if not merges:
+            raise _fault(header, "merges", "merges of two tokens to a third", f"none of {lost:,}")
+        progress.log.warning(
+            "%s: %s of %s merges lead to no token: left out", header.path, f"{lost:,}", f"{len(given):,}"
+        )
+    return merges
 
 
 def _pre_tokenizer(header: Header) -> tuple[PreTokenizer, list[str]]:

@@ -70,12 +70,21 @@ def scheme_of(keys: Keys) -> Scheme | None:
         match values.get("quant_method"):
             case None if "group_size" in values and values.get("mode", "affine") == "affine" and type(bits) is int:
                 return Scheme("mlx", bits)
-            case "gptq" if bits in (4, 8):
-                return Scheme("gptq", bits, 0 if values.get("checkpoint_format") == "gptq_v2" else 1)
+            case "gptq" if bits in (4, 8) and (layout := _gptq_layout(values)) in _GPTQ_ZERO_ADD:
+                return Scheme("gptq", bits, _GPTQ_ZERO_ADD[layout])
             case "awq" if bits == 4 and str(values.get("version", "gemm")).lower() == "gemm":
                 return Scheme("awq", 4)
         raise _unsupported(keys, key)
     return None
+
+
+_GPTQ_ZERO_ADD = {"gptq": 1, "gptq_v2": 0}
+"""Layout of a GPTQ checkpoint → what is added to a stored zero point."""
+
+
+def _gptq_layout(values: Mapping[str, Any]) -> str:
+    """ "gptq", or the layout of a kernel into which the matrices were repacked, such as "marlin"."""
+    return "marlin" if values.get("is_marlin_format") is True else str(values.get("checkpoint_format") or "gptq")
 
 
 _OLDER = ("quantize_config.json", "quant_config.json")

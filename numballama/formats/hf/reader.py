@@ -20,7 +20,7 @@ from ..tensor_names import TensorNames
 from ..tensors import TensorInfo, view_weight
 from . import weight_files
 from .config import config_of
-from .quantized import Scheme, scheme_of, take, undeclared, with_older_config
+from .quantized import scheme_of, take, undeclared, with_older_config
 from .tensor_map import missing, no_place, rename
 from .text_files import read_text_files
 
@@ -87,9 +87,10 @@ def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile |
         notes.append(f"beside the model is {adapter}, which is not applied: merge it first ({_MERGE})")
     config = _as_the_tensors_say(config, tensors, names, notes)
     weights: dict[str, Weight] = {}
+    before: dict[str, str] = {}  # what matrices are in the file that others are computed from
     for name, shape in config.weight_shapes().items():
         if scheme and (quantised := take(scheme, tensors, names[name], shape)):
-            weights[name] = quantised
+            weights[name], before[name] = quantised, f"quantised by {scheme.name}"
             continue
         if error := undeclared(directory, tensors, names[name]):
             raise error
@@ -99,6 +100,8 @@ def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile |
         if info.shape != shape:
             raise info.wrong_shape(shape)
         weights[name] = view_weight(info, shape, weight_files.types_beside(info))
+        if isinstance(weights[name], LazyWeight) and len(shape) == 2:
+            before[name] = "not in C order" if info.strides else "in float64"
     for name, info in tensors.items():
         if not (scheme and name.endswith(".bias") and _is_zero(info)):  # GPTQ's tools write a bias for every matrix
             raise no_place(info, name, kind)
@@ -113,7 +116,7 @@ def read(directory: Path, load_tokenizer: bool = True, single_file: MappedFile |
         template_tokens=text.template_tokens,
         tokenizer_error=text.tokenizer_error,
         stop_token_ids=text.stop_token_ids,
-        notes=[*notes, *_conversions(scheme, weights), *text.notes],
+        notes=[*notes, *_conversions(weights, before), *text.notes],
     )
 
 
@@ -163,7 +166,7 @@ def _bytes(info: TensorInfo) -> np.ndarray:
 
 def _same(one: TensorInfo, other: TensorInfo) -> bool:
     """Whether two tensors hold the same bytes. Ends at the first difference."""
-    if (one.type, one.shape) != (other.type, other.shape):
+    if (one.type, one.shape, one.strides) != (other.type, other.shape, other.strides):
         return False
     if (one.file, one.offset) == (other.file, other.offset):  # PyTorch's files share storages
         return True
@@ -175,14 +178,13 @@ def _is_zero(info: TensorInfo) -> bool:
     return len(info.shape) == 1 and not _bytes(info).any()
 
 
-def _conversions(scheme: Scheme | None, weights: dict[str, Weight]) -> list[str]:
-    """A note on what becomes of quantised weights."""
-    sizes: dict[str, int] = {}
-    for weight in weights.values():
-        if isinstance(weight, LazyWeight):
-            sizes[weight.type.name] = sizes.get(weight.type.name, 0) + weight.nbytes
+def _conversions(weights: dict[str, Weight], before: dict[str, str]) -> list[str]:
+    """A note for each kind of matrices that are converted; `before` says what they are in the file."""
+    sizes: dict[tuple[str, str], int] = {}
+    for name, said in before.items():
+        kind = said, weights[name].type.name
+        sizes[kind] = sizes.get(kind, 0) + weights[name].nbytes
     return [
-        f"matrices quantised by {scheme.name} run as {kind}, converted in memory: {format_bytes(size)}"
-        for kind, size in sizes.items()
-        if scheme
+        f"matrices {said} run as {kind}, converted in memory: {format_bytes(size)}"
+        for (said, kind), size in sizes.items()
     ]

@@ -215,6 +215,6 @@ def _data(path: Path) -> bytes:
 
 def _text(path: Path) -> str:
     try:
-        return _data(path).decode()
+        return _data(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise FormatError("not UTF-8", path=path, where=error.start) from None

@@ -1,8 +1,9 @@
 """The files of a Hugging Face directory that hold its weights, and the tensors in them.
 
 Which files count is transformers' rule: `model.safetensors`, then `model.safetensors.index.json`, then
-`pytorch_model.bin`, then `pytorch_model.bin.index.json`. An index without its file next to it, and shards without their
-index, are found as well. Names that begin with a dot, such as macOS's `._model.safetensors`, are not the model's.
+`pytorch_model.bin`, then `pytorch_model.bin.index.json`. Also found are an index without its file next to it, shards
+without their index, and, where there is nothing of these, a single safetensors file of another name. Names that begin
+with a dot, such as macOS's `._model.safetensors`, are not the model's.
 """
 
 from __future__ import annotations
@@ -70,21 +71,25 @@ def find(directory: Path, single_file: MappedFile | None = None) -> Tensors:
     """
     if single_file is not None:
         return _around(directory, single_file)
+    others = visible(directory, ".safetensors")
     for suffix, single, index in _KINDS:
         names = visible(directory, suffix)
         if single in names:
             found = Tensors(tensors_of(map_file(directory / single)))
             if (directory / index).exists():
                 found.notes.append(f"{index} is beside {single} and not used, as in transformers: it may be stale")
-            return found
-        if (directory / index).exists():
-            return _indexed(directory, directory / index)
-        if shards := _complete([name for name in names if suffix != ".bin" or name.startswith("pytorch_model")]):
-            return _merged(directory, shards)
-        if suffix == ".safetensors" and len(names) == 1:
-            return Tensors(tensors_of(map_file(directory / names[0])))
-        if suffix == ".safetensors" and names:
-            break
+        elif (directory / index).exists():
+            found = _indexed(directory, directory / index)
+        elif shards := _complete([name for name in names if suffix != ".bin" or name.startswith("pytorch_model")]):
+            found = _merged(directory, shards)
+        else:
+            continue
+        if suffix == ".bin" and others:
+            found.notes.append(f"{', '.join(others[:3])} beside PyTorch's files: not used, as in transformers")
+        return found
+    if len(others) == 1:
+        return Tensors(tensors_of(map_file(directory / others[0])))
+    names = others or visible(directory, ".bin")
     raise FormatError(
         "it is not clear which file holds the weights",
         path=directory,

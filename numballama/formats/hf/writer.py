@@ -22,7 +22,7 @@ from .config import config_json
 from .reader import CONFIG, tensor_names
 from .weight_files import SINGLE
 
-_DTYPES = {kind.name: name for name, (kind, _) in safetensors.WEIGHT_TYPES.items()}
+_DTYPES = {kind.name: name for name, (kind, element) in safetensors.WEIGHT_TYPES.items() if element is not np.float64}
 _TORCH = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}
 
 

@@ -43,11 +43,12 @@ STORAGES: dict[str, tuple[WeightType, type[np.generic]]] = {
     "FloatStorage": (F32, np.float32),
     "HalfStorage": (F16, np.uint16),
     "BFloat16Storage": (BF16, np.uint16),
+    "DoubleStorage": (F32, np.float64),
 }
-"""Class of a storage → the type of its weights, and the elements of `Weight.data`."""
-_ITEM_BYTES = {kind: weight.nbytes(1) for kind, (weight, _) in STORAGES.items()} | {"IntStorage": 4}
+"""Class of a storage → the type of its weights, and its elements. float64 becomes float32."""
+_ITEM_BYTES = {kind: np.dtype(element).itemsize for kind, (_, element) in STORAGES.items()} | {"IntStorage": 4}
 """Bytes of an element. Tensors of 32-bit integers are packed weights, which `view` does not return."""
-_OTHER_STORAGES = ("Double", "Long", "Int", "Short", "Char", "Byte", "Bool", "ComplexFloat", "ComplexDouble")
+_OTHER_STORAGES = ("Long", "Int", "Short", "Char", "Byte", "Bool", "ComplexFloat", "ComplexDouble")
 
 
 def looks_like(file: MappedFile) -> bool:
@@ -117,30 +118,35 @@ class TorchFile:
                 yield name, self._info(name, tensor)
 
     def _info(self, name: str, tensor: _Tensor) -> TensorInfo:
-        """Position of the tensor in the file. Raises unless it is in C order within its storage."""
+        """Position of the tensor in the file, and its strides if it is not in C order within its storage."""
         storage, where = tensor.storage, f"tensor {name[:100]}"
         if storage.kind not in _ITEM_BYTES:
             raise UnsupportedError(
                 f"{self.file.path}: {where} is a {storage.kind}; supported are {', '.join(STORAGES)}"
             )
-        strides, step = list[int](), 1
-        for extent in reversed(tensor.shape):
-            strides.insert(0, step)
+        numel, step, span, other = math.prod(tensor.shape), 1, 1, False
+        for stride, extent in zip(reversed(tensor.strides), reversed(tensor.shape), strict=True):
+            if extent > 1:
+                other, span = other or stride != step, span + (extent - 1) * stride
             step *= extent
-        expected = [stride for stride, extent in zip(strides, tensor.shape, strict=True) if extent > 1]
-        if expected != [stride for stride, extent in zip(tensor.strides, tensor.shape, strict=True) if extent > 1]:
-            raise UnsupportedError(f"{self.file.path}: {where} does not lie in C order: save it with .contiguous()")
+        span = span if other else numel
+        if other and (span < numel or not numel or storage.kind == "IntStorage"):
+            raise UnsupportedError(
+                f"{self.file.path}: {where} repeats its elements, or is packed in another order: save it with "
+                ".contiguous()"
+            )
         if (member := self._members.get(f"{self._prefix}data/{storage.key}")) is None:
             raise self._fault("the storage of a tensor is missing", f"member data/{storage.key[:50]}", "none", where)
         item = _ITEM_BYTES[storage.kind]
-        numel, capacity = math.prod(tensor.shape), member.size // item
-        if tensor.start + numel > capacity:
+        capacity = member.size // item
+        if tensor.start + span > capacity:
             raise self._fault(
                 "a tensor does not fit its storage", f"at most {capacity:,} elements",
-                f"{tensor.start:,} + {numel:,}", where,
+                f"{tensor.start:,} + {span:,}", where,
             )  # fmt: skip
         offset = member.offset + tensor.start * item
-        return TensorInfo(self.file, name, storage.kind, tensor.shape, offset, numel * item)
+        order = tensor.strides if other else ()
+        return TensorInfo(self.file, name, storage.kind, tensor.shape, offset, span * item, order)
 
 
 def _tensors_in(table: dict[object, object]) -> bool:

@@ -121,6 +121,26 @@ def test_long_conversations_fit_the_budget(small: Tokenizer) -> None:
     assert len(filters.render([{"role": "user", "content": "word " * 500_000}])) == 2_499_999
 
 
+def test_what_asks_for_all_messages_at_each_one_fits_the_budget(small: Tokenizer) -> None:
+    """As Qwen3's template counts them, once a message. Their size was computed each time, in quadratic time."""
+    source = (
+        "{% set ns = namespace(last=messages|length - 1) %}{% for m in messages[::-1] %}"
+        "{% if m.role == 'user' and messages|length - 1 - loop.index0 < ns.last %}{% set ns.last = loop.index0 %}"
+        "{% endif %}"
+        "{% endfor %}{% for m in messages %}{{ m.role ~ (messages | first).role ~ m.content }}{% endfor %}{{ ns.last }}"
+    )
+    turns = [{"role": "user", "content": "some words " * 9}, {"role": "assistant", "content": "an answer"}] * 4000
+    rendered = ChatTemplate(source, small).render(turns)
+    assert rendered.startswith("useruser") and len(rendered) > 500_000
+
+
+def test_sizes_of_the_inputs_are_known() -> None:
+    inputs = {"a": [{"role": "user", "content": ["x" * 10, {"y": (1, 2)}]}], "b": "text", "c": None, "d": [[], [[]]]}
+    budget = sandbox.Budget(inputs, [inputs["a"]])
+    for value in (inputs, inputs["a"], inputs["a"][0], inputs["d"], [inputs, "more"], "new", {"k": inputs["a"]}):
+        assert budget.size_of(value, 1 << 40) == sandbox.size_of(value, 1 << 40)
+
+
 @pytest.mark.slow
 def test_the_budget_is_of_one_rendering(small: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     formats = "{{ '**%s** %-5d|' % ('a', 3) }}{{ '{{\"k\": {}}}'.format(12345) }}{{ '20240 {:>4}'.format('é') }}"

@@ -100,6 +100,8 @@ def test_template_arguments_that_are_refused(wrong: str) -> None:
 def test_a_template_is_a_file_or_a_name(tmp_path: Path) -> None:
     (tmp_path / "t").write_text("{{ ä }}", encoding="utf-8")
     assert read_template(str(tmp_path / "t")) == "{{ ä }}"
+    (tmp_path / "t").write_text("{{ ä }}\r\n", encoding="utf-8-sig")
+    assert read_template(str(tmp_path / "t")) == "{{ ä }}\n", "as Windows' editors write it"
     assert (read_template("tool_use"), read_template(None)) == ("tool_use", None)
     (tmp_path / "t").write_bytes(b"\xff")
     for wrong in (tmp_path / "t", tmp_path, tmp_path / "missing.jinja"):

@@ -115,6 +115,11 @@ def test_most_examples_run() -> None:
         ("export -m a.gguf --outfile b.gguf --to gguf", "unknown option -m: the source is given without an option"),
         ("serve --served-model-name x", "unknown option --served-model-name; did you mean --model-name?"),
         ("doctor now", "one word too many: 'now'"),
+        (
+            "generate model.gguf -- hi --seed 1",
+            "--seed stands after --, from where on no word is an option: put options",
+        ),
+        ("generate model.gguf -- hi --seed=1", "--seed=1 stands after --, from where on no word is an option"),
         ("generate model.gguf hi --n 2", "unknown option --n"),
         ("generate model.gguf hi --no=2", "unknown option --no"),
         ("generate model.gguf hi --special=1", "argument --special: takes no value, found '1'"),

@@ -102,7 +102,7 @@ def test_processors_and_features_that_llvm_does_not_know(cpu: str | None, words:
                 environment._check_processor(config)
             return
         environment._check_processor(config)
-    assert [call.args[1] for call in note.call_args_list] == lost
+    assert [call.args[1].partition("=")[0] for call in note.call_args_list] == lost
     expected = cpu if cpu and CPUS[cpu] else None
     assert expected == config.CPU_NAME
     assert [word for word in (config.CPU_FEATURES or "").split(",") if word] == kept
@@ -118,6 +118,19 @@ def test_a_setting_that_kernels_do_not_survive(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setattr(numba.config, name, 1)
     with pytest.raises(DeviceError, match=f"NUMBA_{name}=1: .*; unset it"):
         environment.import_numba()
+    monkeypatch.delenv(f"NUMBA_{name}")
+    with pytest.raises(
+        DeviceError, match=rf"^numba\.config has {name}: .*; take {name.lower()} out of \.numba_config\.yaml in the"
+    ):
+        environment.import_numba()
+
+
+def test_settings_of_numbas_file_are_named_as_such(caplog: pytest.LogCaptureFixture) -> None:
+    """There is no variable that could be unset."""
+    config = SimpleNamespace(CPU_NAME="foo", CPU_FEATURES=None)
+    with mock.patch.object(environment, "_probe", return_value=(True, "'foo' is not a recognized processor")):
+        environment._check_processor(config)
+    assert caplog.messages == ["cpu_name of .numba_config.yaml is ignored: LLVM knows no such processor"]
 
 
 USE = """

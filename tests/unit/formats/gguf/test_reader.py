@@ -31,6 +31,7 @@ from tests.helpers.gguf_files import (
     TYPES,
     U32,
     array,
+    container,
     edited,
     entries_of,
     entry,
@@ -153,12 +154,13 @@ SCALING = "llama.rope.scaling."
             "architecture 'gemma'; supported are llama, qwen2, qwen3",
         ),
         ("general.type", entry("general.type", STRING, text("adapter")), "of type 'adapter'.*merge"),
-        (f"{SCALING}type", entry(f"{SCALING}type", STRING, text("yarn")), "'yarn'"),
+        (f"{SCALING}type", entry(f"{SCALING}type", STRING, text("longrope")), "'longrope'"),
         (f"{SCALING}attn_factor", f32(f"{SCALING}attn_factor", 4.0), r"rope\.scaling\.attn_factor is 4,"),
         ("llama.expert_count", u32("llama.expert_count", 8), "expert_count is 8"),
         ("llama.rope.dimension_count", u32("llama.rope.dimension_count", 4), "dimension_count is 4 and heads have 8"),
         ("llama.attention.value_length", u32("llama.attention.value_length", 4), "value_length is 4"),
         ("llama.attention.causal", entry("llama.attention.causal", BOOL, b"\0"), "causal"),
+        ("llama.attention.scale", f32("llama.attention.scale", 0.5), r"attention\.scale is 0\.5, .*; 0\.353553 is"),
     ],
 )
 def test_what_is_not_supported_is_named(tmp_path: Path, key: str, change: bytes, message: str) -> None:
@@ -166,6 +168,32 @@ def test_what_is_not_supported_is_named(tmp_path: Path, key: str, change: bytes,
     path.write_bytes(edited(path, {key: change}))
     with pytest.raises(UnsupportedError, match=message):
         open_checkpoint(path)
+
+
+def test_yarn_that_scales_is_named(tmp_path: Path) -> None:
+    path = save(tmp_path / "m.gguf")
+    kind = entry(f"{SCALING}type", STRING, text("yarn"))
+    path.write_bytes(edited(path, {f"{SCALING}type": kind, f"{SCALING}factor": f32(f"{SCALING}factor", 4.0)}))
+    with pytest.raises(UnsupportedError, match=r"rope\.scaling\.type is 'yarn'"):
+        open_checkpoint(path)
+
+
+def test_outer_dimensions_of_1(tmp_path: Path) -> None:
+    """Some writers give every tensor four dimensions; ggml's tensors always have four."""
+    path = save(tmp_path / "m.gguf")
+    header, data = Header(map_file(path)), path.read_bytes()
+    kinds = {name: number for number, (name, *_) in TENSOR_TYPES.items()}
+    infos = [
+        tensor(t.name, [*t.shape[::-1], 1, 1, 1][:4], kinds[t.type], t.offset - header.data_offset)
+        for t in header.tensors.values()
+    ]
+    entries = [data[start:end] for start, end in entries_of(data).values()]
+    copy = tmp_path / "4d.gguf"
+    copy.write_bytes(container(entries, infos, data[header.data_offset :]))
+    opened, plain = open_checkpoint(copy), open_checkpoint(path)
+    assert opened.config == plain.config and opened.notes == plain.notes
+    for name, weight in plain.weights.items():
+        assert np.array_equal(opened.weights[name].data, weight.data)
 
 
 def by_layer(key: str, *values: int) -> dict[str, bytes | None]:
@@ -199,6 +227,13 @@ def by_layer(key: str, *values: int) -> dict[str, bytes | None]:
             )
         },
         {"x": entry("x", ARRAY, array(BOOL, 3, b"\0\1\0"))},
+        {"llama.attention.scale": f32("llama.attention.scale", 8**-0.5)},
+        {"llama.attention.scale": f32("llama.attention.scale", 0.0)},
+        {f"{SCALING}type": entry(f"{SCALING}type", STRING, text("yarn"))},
+        {
+            f"{SCALING}type": entry(f"{SCALING}type", STRING, text("yarn")),
+            f"{SCALING}factor": f32(f"{SCALING}factor", 1.0),
+        },
         by_layer("attention.head_count", 4, 4),
         by_layer("attention.head_count_kv", 2, 2),
         by_layer("feed_forward_length", 64, 64),

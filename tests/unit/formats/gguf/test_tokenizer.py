@@ -18,7 +18,7 @@ from numballama.formats.gguf.writer import write_gguf
 from numballama.formats.tokenizer_files import load_tokenizer
 from numballama.loader import open_checkpoint
 from numballama.quantization.types import Q8_0
-from numballama.tokenizers.base import Tokenizer
+from numballama.tokenizers.base import PieceType, Tokenizer
 from tests.golden.make_tokenizers import SMALL
 from tests.helpers.bpe import vocabulary_gguf
 from tests.helpers.gguf_files import (
@@ -231,6 +231,87 @@ def test_names_of_tokens_that_end_a_turn_count(tmp_path: Path, kind: str) -> Non
     if kind == "gpt2":
         word = pieces.index(b"<eos>")
         assert word not in tokenizer.eog_ids and tokenizer.decode([word]) == "<eos>", "merges make it: a word"
+
+
+def vocabulary_of(pieces: list[bytes], types: list[int], scores: list[float], **more: bytes) -> bytes:
+    """A GGUF file of model "llama" without tensors, with these tokens."""
+    size = len(pieces)
+    return vocabulary_only(
+        tokens=entry("tokenizer.ggml.tokens", ARRAY, array(STRING, size, b"".join(map(text, pieces)))),
+        token_type=entry("tokenizer.ggml.token_type", ARRAY, array(5, size, struct.pack(f"<{size}i", *types))),
+        scores=entry("tokenizer.ggml.scores", ARRAY, array(F32_, size, struct.pack(f"<{size}f", *scores))),
+        **more,
+    )
+
+
+@pytest.mark.parametrize("kind", [0, PieceType.NORMAL, PieceType.USER_DEFINED, PieceType.UNUSED])
+def test_bytes_that_have_another_type(tmp_path: Path, kind: int) -> None:
+    """llama.cpp encodes by their names, whatever their type; it prints "<0x0A>" where a newline is meant."""
+    source = letters(300).vocabulary()
+    path = tmp_path / "v.gguf"
+    types = [kind if each == PieceType.BYTE else each for each in source.types]
+    path.write_bytes(vocabulary_of(list(source.pieces), types, list(source.scores)))
+    ours, said = load_tokenizer(path), "a\n\u00e9 \U0001f642 <0x0A>"
+    assert ours.encode(said) == letters(300).encode(said) and ours.decode(ours.encode(said)) == said
+    assert ours.notes == ("tokens of bytes by their names, not their types: <0x00> and 255 more",)
+    path.unlink()
+    few = [b"x" if piece == b"<0x0A>" else piece for piece in source.pieces]
+    path.write_bytes(vocabulary_of(few, types, list(source.scores)))
+    assert load_tokenizer(path).notes == (), "a few such names are words"
+
+
+def test_user_defined_spaces_of_older_converters(tmp_path: Path) -> None:
+    """Their pieces have \u2581 where newer ones have a space. Spaces merge to them, as in llama.cpp."""
+    pieces = [b"<unk>", b"<s>", b"</s>", *(each.encode() for each in ("\u2581", "a", "\u2581\u2581"))]
+    path = tmp_path / "v.gguf"
+    path.write_bytes(vocabulary_of(pieces, [2, 3, 3, 1, 1, 4], [0, 0, 0, -1, -1, -1000]))
+    assert load_tokenizer(path).encode("a  a") == [1, 3, 4, 5, 4]
+    assert load_tokenizer(path).encode("\u2581\u2581") == [1, 5], "and it is found as it is"
+
+
+@pytest.mark.parametrize(("name", "strips"), [("Phi-3 mini llamafied", True), ("my phi3", True), ("Phi 2", False)])
+def test_white_space_after_control_tokens_of_phi_3(tmp_path: Path, name: str, strips: bool) -> None:
+    """GGUF does not say that it belongs to them; llama.cpp goes by the name of the model."""
+    pieces = [b"<unk>", b"<s>", b"</s>", *(each.encode() for each in ("\u2581", "a", "\n", "<|user|>"))]
+    path = tmp_path / "v.gguf"
+    named = entry("general.name", STRING, text(name))
+    path.write_bytes(vocabulary_of(pieces, [2, 3, 3, 1, 1, 1, 3], [0, 0, 0, -1, -1, -1, 0], x=named))
+    ids = load_tokenizer(path).encode("<|user|>\n a<s>\n", special=True)
+    assert ids == ([1, 6, 3, 4, 1, 3, 5] if strips else [1, 6, 3, 5, 3, 4, 1, 3, 5])
+
+
+def test_a_byte_level_bpe_that_is_called_llama(tmp_path: Path) -> None:
+    """As a converter wrote Llama 3's. Without its merges it is no tokenizer; llama.cpp ends on both."""
+    vocabulary = load_tokenizer(SMALL).vocabulary()
+    data = vocabulary_gguf(vocabulary, "llama-bpe")
+    path = tmp_path / "v.gguf"
+    path.write_bytes(data)
+    expected = load_tokenizer(path).encode("Once upon a time\n 123")
+    path.unlink()
+    path.write_bytes(vocabulary_gguf(replace(vocabulary, model="llama"), "llama-bpe"))
+    tokenizer = load_tokenizer(path)
+    assert tokenizer.encode("Once upon a time\n 123") == expected
+    assert tokenizer.notes[0].startswith(
+        "tokenizer.ggml.model is 'llama', but its pieces are those of a byte-level BPE"
+    )
+    data = path.read_bytes()
+    path.unlink()
+    path.write_bytes(edited_bytes(data, "tokenizer.ggml.merges"))
+    with pytest.raises(UnsupportedError, match=r"byte-level BPE, 'gpt2', and there are no merges; convert"):
+        load_tokenizer(path)
+
+
+def test_merges_that_lead_to_no_token(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A vocabulary that was cut and kept its merges: llama.cpp runs it, the tokenizers library refuses it."""
+    vocabulary = load_tokenizer(SMALL).vocabulary()
+    path = tmp_path / "v.gguf"
+    path.write_bytes(vocabulary_gguf(vocabulary, "llama-bpe"))
+    expected = load_tokenizer(path).encode("zz Once upon a time")
+    path.unlink()
+    merges = [b"z z", b"zz z", *vocabulary.merges, b"a b c"]
+    path.write_bytes(vocabulary_gguf(replace(vocabulary, merges=merges), "llama-bpe"))
+    assert load_tokenizer(path).encode("zz Once upon a time") == expected
+    assert caplog.messages == [f"{path}: 3 of {len(merges):,} merges lead to no token: left out"]
 
 
 def test_a_missing_pre_tokenizer_is_noted(tmp_path: Path) -> None:

@@ -99,6 +99,16 @@ def test_bfloat16_scales(tmp_path: Path) -> None:
         ({"quantization_config": {"quant_method": "fp8"}}, UnsupportedError, "quant_method.*fp8.*GPTQ"),
         ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, UnsupportedError, "AWQ"),
         ({"quantization_config": {"quant_method": "gptq", "bits": 3}}, UnsupportedError, "bits': 3"),
+        (
+            {"quantization_config": {"checkpoint_format": "marlin", "quant_method": "gptq", "bits": 4}},
+            UnsupportedError,
+            "'checkpoint_format': 'marlin'.*not supported",
+        ),
+        (
+            {"quantization_config": {"is_marlin_format": True, "quant_method": "gptq", "bits": 4}},
+            UnsupportedError,
+            "'is_marlin_format': True.*not supported",
+        ),
         ({"quantization_config": {"quant_method": "awq", "bits": 4, "version": "gemv"}}, UnsupportedError, "gemv"),
         ({"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}, UnsupportedError, "mxfp4"),
         ({"quantization_config": 7}, UnsupportedError, "quantization_config is 7"),

@@ -28,6 +28,8 @@ def test_stop_ids_and_templates(copy: Callable[[str], Path]) -> None:
     assert open_checkpoint(folder).chat_template == "yes"
     (folder / "chat_template.jinja").write_text("{{ ä }}", encoding="utf-8")
     assert open_checkpoint(folder).chat_template == "{{ ä }}"
+    (folder / "chat_template.jinja").write_text("{{ b }}", encoding="utf-8-sig")
+    assert open_checkpoint(folder).chat_template == "{{ b }}", "a byte order mark would begin every conversation"
     (folder / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(FormatError, match="UTF-8"):
         open_checkpoint(folder)

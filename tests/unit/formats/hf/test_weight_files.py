@@ -96,6 +96,50 @@ def test_an_index_whose_table_is_wrong(copy: Callable[[str], Path]) -> None:
     assert same(open_checkpoint(folder), open_checkpoint(LLAMA))
 
 
+@pytest.mark.parametrize("others", [["adapter_model"], ["a", "b"], ["embeddings"]])
+def test_other_safetensors_beside_pytorchs_files(copy: Callable[[str], Path], others: list[str]) -> None:
+    """An adapter, or what some other program saved: the names that transformers looks for come first."""
+    folder = copy("llama")
+    (folder / "model.safetensors").unlink()
+    for name in others:
+        save_tensors(folder / f"{name}.safetensors", {"x": np.zeros(3, np.float32)})
+    save_torch(folder / "pytorch_model.bin", tensors(LLAMA))
+    opened = open_checkpoint(folder)
+    names = ", ".join(f"{name}.safetensors" for name in others)
+    assert same(opened, open_checkpoint(LLAMA))
+    assert opened.notes == [f"{names} beside PyTorch's files: not used, as in transformers"]
+    (folder / "pytorch_model.bin").unlink()
+    shards(folder, 2, "pytorch_model", ".bin", TORCH_INDEX)
+    assert same(open_checkpoint(folder), open_checkpoint(LLAMA))
+
+
+@pytest.mark.parametrize("torch", [False, True])
+def test_float64_becomes_float32(copy: Callable[[str], Path], torch: bool) -> None:
+    folder = copy("llama")
+    arrays = {name: array.astype(np.float64) * (1 + 1e-12) for name, array in tensors(LLAMA).items()}
+    arrays["model.norm.weight"][0] = 1e300
+    (folder / "model.safetensors").unlink()
+    (save_torch if torch else save_tensors)(folder / ("pytorch_model.bin" if torch else "model.safetensors"), arrays)
+    opened, plain = open_checkpoint(folder), open_checkpoint(LLAMA)
+    assert opened.weights["norm"].data[0] == np.inf, "as float32 has it"
+    opened.weights["norm"] = plain.weights["norm"]
+    assert same(opened, plain) and {weight.type.name for weight in opened.weights.values()} == {"f32"}
+    assert opened.notes == ["matrices in float64 run as f32, converted in memory: 22.0 KiB"]
+    assert opened.nbytes == plain.nbytes
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_pytorchs_matrices_in_another_order(copy: Callable[[str], Path], dtype: type[np.floating]) -> None:
+    folder = copy("llama")
+    (folder / "model.safetensors").unlink()
+    arrays = {n: np.asfortranarray(a.astype(dtype)) if "mlp" in n else a for n, a in tensors(LLAMA).items()}
+    save_torch(folder / "pytorch_model.bin", arrays)
+    opened = open_checkpoint(folder)
+    assert same(opened, open_checkpoint(LLAMA))
+    assert opened.notes == ["matrices not in C order run as f32, converted in memory: 9.0 KiB"]
+    assert opened.weights["layers.0.w1"].data.flags.c_contiguous
+
+
 def test_pytorch_files(copy: Callable[[str], Path], tmp_path: Path) -> None:
     folder = copy("llama")
     arrays = tensors(LLAMA)

@@ -166,14 +166,37 @@ def test_damaged_pickles(tmp_path: Path, data: bytes, message: str) -> None:
     assert time.perf_counter() - started < 2
 
 
-@pytest.mark.parametrize("strides", [b"K\1K\4\x86", b"K\5K\1\x86", b"K\0K\1\x86"])
-def test_tensors_in_another_order_are_named(tmp_path: Path, strides: bytes) -> None:
-    path = archive(tmp_path / "m.pth", table(tensor(strides=strides)))
-    with pytest.raises(UnsupportedError, match="tensor w does not lie in C order"):
+@pytest.mark.parametrize(("rows", "columns"), [(1, 4), (4, 1), (5, 1), (1, 5), (1, 1)])
+def test_tensors_in_another_order_are_copied(tmp_path: Path, rows: int, columns: int) -> None:
+    """`torch.save` keeps strides: of a transposed matrix, of a part of another one."""
+    numbers = np.arange(20, dtype=np.float32)
+    strides = b"K" + bytes([rows]) + b"K" + bytes([columns]) + b"\x86"
+    path = archive(tmp_path / "m.pth", table(tensor(strides=strides)), {"0": numbers.tobytes()})
+    if rows * columns == 1:  # 7 numbers make 16
+        with pytest.raises(UnsupportedError, match=r"tensor w repeats its elements, or .* save it with \.contiguous"):
+            TorchFile(map_file(path))
+        return
+    found = TorchFile(map_file(path)).view("w").data
+    expected = [[numbers[rows * i + columns * j] for j in range(4)] for i in range(4)]
+    np.testing.assert_array_equal(found, expected)
+    assert found.flags.c_contiguous
+
+
+@pytest.mark.parametrize("strides", [b"K\0K\1\x86", b"K\1K\0\x86", b"K\0K\0\x86"])
+def test_a_file_is_not_larger_than_it_is(tmp_path: Path, strides: bytes) -> None:
+    """A tensor that repeats its elements could take any memory."""
+    path = archive(tmp_path / "m.pth", table(tensor(strides=strides)), {"0": bytes(64)})
+    with pytest.raises(UnsupportedError, match="tensor w repeats its elements"):
         TorchFile(map_file(path))
-    double = table(tensor().replace(b"FloatStorage", b"DoubleStorage"))
-    with pytest.raises(UnsupportedError, match="tensor w is a DoubleStorage; supported are FloatStorage, Half"):
-        TorchFile(map_file(archive(tmp_path / "m.pth", double)))
+
+
+def test_types_of_storages_that_are_named(tmp_path: Path) -> None:
+    path = archive(tmp_path / "m.pth", table(tensor(strides=b"K\5K\1\x86")), {"0": bytes(64)})
+    with pytest.raises(FormatError, match=r"does not fit its storage; at tensor w; expected at most 16 .*0 \+ 19"):
+        TorchFile(map_file(path))
+    long = table(tensor().replace(b"FloatStorage", b"LongStorage"))
+    with pytest.raises(UnsupportedError, match="tensor w is a LongStorage; supported are FloatStorage, Half"):
+        TorchFile(map_file(archive(tmp_path / "m.pth", long)))
 
 
 # ---- archives ----
