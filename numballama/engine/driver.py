@@ -202,7 +202,12 @@ class Driver:
         self.check_process()
         with self.lock:
             self._users += 1
-        self.start()
+        try:
+            self.start()
+        except BaseException:
+            with self.lock:
+                self._users -= 1
+            raise
 
     def leave(self) -> None:
         """End the thread if nobody else has entered. Does nothing in a forked child."""
@@ -210,9 +215,7 @@ class Driver:
             return
         with self.lock:
             self._users -= 1
-            wanted = self._users > 0
-        if not wanted:
-            self.stop()
+        self._stop(unless_used=True)
 
     def start(self) -> None:
         """Step in a thread from now on."""
@@ -230,7 +233,7 @@ class Driver:
             self._thread = thread
             try:
                 thread.start()
-            except RuntimeError as error:  # a limit of the system
+            except Exception as error:  # a limit of the system
                 self._thread = None
                 raise DeviceError(f"the engine's thread does not start: {error}") from error
 
@@ -254,15 +257,19 @@ class Driver:
 
     def stop(self) -> None:
         """End the thread after its step. Requests go on as soon as somebody waits for them. Not in a forked child."""
+        self._stop(unless_used=False)
+
+    def _stop(self, unless_used: bool) -> None:
         if self.forked:
             return
-        with self.lock:
+        with DeferredInterrupt(), self.lock:
             self._check_callback()
             thread = self._thread
-            if thread is None:
+            if thread is None or (unless_used and self._users > 0):
                 return
             self._stopping = True
             self.notify()
+        with self.lock:
             while self._thread is thread:
                 self._listen()  # `join` would take the thread for ended after Ctrl-C (CPython up to 3.12)
         thread.join()
@@ -278,7 +285,7 @@ class Driver:
 
     def close(self) -> None:
         """Let nobody step any more, and wait until nobody does."""
-        with self.lock:
+        with DeferredInterrupt(), self.lock:
             self._check_callback()
             self.closed = True
             self.notify()
@@ -291,22 +298,24 @@ class Driver:
     def paused(self) -> Iterator[None]:
         """Nobody else steps during the block."""
         self.check_process()
-        with self.lock:
-            self._check_callback()
-            self._pausing += 1
-            try:
-                while self._stepping is not None:
-                    self._listen()
-                if self.closed:
-                    raise Error(ENGINE_CLOSED)
-                self._stepping = threading.get_ident()
-            finally:
-                self._pausing -= 1
-                self._pass_on()  # others may have waited for the end of a pause that never came
+        entered = False
         try:
+            with self.lock:
+                self._check_callback()
+                self._pausing += 1
+                try:
+                    while self._stepping is not None:
+                        self._listen()
+                    if self.closed:
+                        raise Error(ENGINE_CLOSED)
+                    entered, self._stepping = True, threading.get_ident()
+                finally:
+                    self._pausing -= 1
+                    self._pass_on()  # others may have waited for the end of a pause that never came
             yield
         finally:
-            self._leave()
+            if entered:
+                self._leave()
 
 
 def _run(driver: weakref.ref[Driver], bell: SimpleQueue[None]) -> None:

@@ -1,8 +1,9 @@
 """Remember how Numba typed a call of an operator, so that compiling does not find it out again for each one.
 
 For `a + b` Numba tries some dozens of templates, those of NumPy's array functions among them, each time it meets the
-operator: a tenth of what a kernel takes to compile on the CPU, a quarter for a GPU. The answer depends on nothing but
-the types, so it is kept for as long as the process lives.
+operator: a tenth of what a kernel takes to compile on the CPU, a quarter for a GPU. Where the operator itself is what
+is compiled, the answer depends on nothing but the types, so it is kept for as long as the process lives. Where an
+`overload` is compiled in its place, as for `min`, Numba looks for one with the caller's options, and is asked again.
 """
 
 from __future__ import annotations
@@ -44,9 +45,12 @@ def _install() -> None:
             return find(self, context, args, kws)
         key = id(self), id(context), tuple(args)
         known = _found.get(key)
-        if known is None:
-            known = _found[key] = find(self, context, args, kws), self, context
-        return known[0]
+        if known is not None:
+            return known[0]
+        signature = find(self, context, args, kws)
+        if self.get_impl_key(signature) is self.typing_key:
+            _found[key] = signature, self, context
+        return signature
 
     get_call_type.remembers = True  # type: ignore[attr-defined]
     BaseFunction.get_call_type = get_call_type  # type: ignore[assignment,method-assign]

@@ -479,21 +479,65 @@ def test_ctrl_c_while_a_pause_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     settle(engine, runner)
 
 
-def test_a_thread_that_does_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A limit of the system is an error, and readers step themselves."""
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()], ids=["limit", "memory"])
+def test_a_thread_that_does_not_start(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+    """A limit of the system is an error, and readers step themselves. Whoever wanted the thread is not counted."""
     engine, runner = make()
 
     def start(thread: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
+        raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(threading.Thread, "start", start)
-        with pytest.raises(DeviceError, match="the engine's thread does not start: can't start new thread"):
-            engine.start()
+        for wanted in (engine.start, engine._driver.enter):
+            with pytest.raises(DeviceError, match="the engine's thread does not start"):
+                wanted()
     assert not engine._driver.running
     assert tokens_of(engine.submit([1], make_params())) == alone([1])
     with engine:
         assert tokens_of(engine.submit([2], make_params())) == alone([2])
+    assert not engine._driver.running
+    settle(engine, runner)
+
+
+def test_whoever_enters_while_another_leaves_keeps_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine, runner = make()
+    driver = engine._driver
+    driver.enter()
+    stop = driver._stop
+
+    def enter_first(unless_used: bool) -> None:
+        monkeypatch.setattr(driver, "_stop", stop)
+        driver.enter()
+        stop(unless_used)
+
+    monkeypatch.setattr(driver, "_stop", enter_first)
+    driver.leave()
+    assert driver.running
+    driver.leave()
+    assert not driver.running
+    settle(engine, runner)
+
+
+def test_ctrl_c_while_the_thread_is_told_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread that sleeps is woken all the same, and ends."""
+    engine, runner = make()
+    driver = engine._driver
+    engine.start()
+    wait_until(lambda: driver._idle)
+    notify = driver.notify
+
+    def press() -> None:
+        monkeypatch.setattr(driver, "notify", notify)
+        signal.raise_signal(signal.SIGINT)
+        notify()
+
+    monkeypatch.setattr(driver, "notify", press)
+    with default_sigint(), pytest.raises(KeyboardInterrupt):
+        engine.stop()
+    wait_until(lambda: not driver.running)
+    with engine:
+        assert tokens_of(engine.submit([1], make_params())) == alone([1])
     settle(engine, runner)
 
 

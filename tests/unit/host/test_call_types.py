@@ -78,3 +78,17 @@ def test_a_call_that_does_not_exist_is_refused_each_time() -> None:
     for _ in range(2):
         with call_types.remembered(), pytest.raises(numba.TypingError):
             numba.njit((types.float64, types.unicode_type))(polynomial)
+
+
+def largest(a: Any, b: Any) -> Any:
+    return max(a, b)
+
+
+def test_an_exact_function_calls_nothing_that_was_compiled_for_a_fast_one() -> None:
+    """`max` is compiled in place of the call, with the caller's options."""
+    kinds = (types.float32, types.float32)
+    with call_types.remembered():
+        fast = numba.njit(kinds, fastmath={"reassoc", "contract", "nsz"})(largest)
+        exact = numba.njit(kinds)(largest)
+    assert "nsz" in next(iter(fast.inspect_llvm().values()))
+    assert "nsz" not in next(iter(exact.inspect_llvm().values()))
