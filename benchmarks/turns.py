@@ -4,7 +4,8 @@ python benchmarks/turns.py MODEL.gguf … --llama-cpp PYTHON [--threads 1] [--ac
 
 `--llama-cpp` is an interpreter that has llama-cpp-python. With one thread the time is the processor's, which other
 programs disturb less than the clock; with more it is the clock. With `--sequences 8` eight prompts are read, and then
-eight tokens are generated in each step. benchmarks/cpu.py starts a process for each round.
+eight tokens are generated in each step; the time of decoding is that of a whole run less that of the prompts alone.
+benchmarks/cpu.py starts a process for each round.
 """
 
 from __future__ import annotations
@@ -46,19 +47,19 @@ def worker(options: argparse.Namespace) -> None:
         path, device="cpu", threads=options.threads, activations=activations, context=context,
         **(many if options.sequences > 1 else {}),
     ) as model:  # fmt: skip
+        prompts = [[*ids[:-1], 7 + number] for number in range(options.sequences)]
+
+        def seconds(tokens: int) -> float:
+            """The time until every prompt has so many tokens."""
+            start, params = clock(), SamplingParams(temperature=0, max_tokens=tokens)
+            for request in [model.token_engine.submit(each, params, reuse_prefix=False) for each in prompts]:
+                assert len(list(request)) == tokens
+            return clock() - start
 
         def once() -> tuple[float, float]:
-            start = clock()
-            params = SamplingParams(temperature=0, max_tokens=options.tokens + 1)
-            prompts = [[*ids[:-1], 7 + number] for number in range(options.sequences)]
-            found = [iter(model.token_engine.submit(each, params, reuse_prefix=False)) for each in prompts]
-            for request in found:
-                next(request)
-            first = clock()
-            for _ in range(options.tokens):
-                for request in found:
-                    next(request)
-            return first - start, clock() - first
+            # apart: the engine generates the first sequences' tokens while it reads the last ones' prompts
+            first = seconds(1)
+            return first, seconds(options.tokens + 1) - first
 
         serve(once)
 
@@ -68,12 +69,14 @@ class Side:
 
     def __init__(self, command: list[str]) -> None:
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1)
-        assert self._read() == "ready"
+        if self._read() != "ready":
+            sys.exit(f"{command[0]}: expected 'ready'")
 
     def _read(self) -> str:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
-        assert line, "a side has ended; see its output above"
+        if not line:
+            sys.exit(f"a side has ended with exit status {self._process.wait()}; see its output above")
         return line.strip()
 
     def measure(self) -> tuple[float, float]:

@@ -37,6 +37,7 @@ KERNEL_SOURCES = (
     "cpu/tiling.py",
     "cpu/panel_bytes.py",
     "cpu/products_int8.py",
+    "cpu/activations_int8.py",
     "cpu/vecdot_int8.py",
     "cpu/panel_f32.py",
     "cpu/matmul.py",

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from ..kernels_cpu import add_columns, multiply_by_silu
+from .activations_int8 import float_of_bits, largest_bits, round_to_int8
 from .compiler import device, exact_device
 from .intrinsics import as_f32, f32_to
 from .kv_cache import INT8_MAX, MIN_LARGEST
@@ -16,15 +17,7 @@ from .matmul import partition
 from .panel_bytes import interleave, unpack_blocks
 from .products_int8 import LEAST_TOKENS, TOKENS_OF_A_PASS
 from .tiling import PANEL_ROWS, STAGE_ELEMENTS, UNPACK_ELEMENTS
-from .vecdot_int8 import (
-    dot_blocks_int8,
-    dot_rows_int8,
-    float_of_bits,
-    largest_bits,
-    multiply_panel,
-    round_to_int8,
-    rows_at_once,
-)
+from .vecdot_int8 import dot_blocks_int8, dot_rows_int8, multiply_panel, rows_at_once
 
 INFINITY_BITS = 0x7F800000
 """Bits of float32 infinity. The bits of a NaN's magnitude are larger."""

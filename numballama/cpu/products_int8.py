@@ -6,6 +6,9 @@ of 32 fit in 16 bits, so one instruction widens them at the end of a group. Two 
 There the weight's sign goes to the activation, and two products of at most 128 · 127 fit. Other CPUs multiply in 16
 bits.
 
+Sums of K-quants' groups, packed into 16 bits, are multiplied by the groups' integer scales: two products go to each
+32-bit lane, by `vpdpwssd`, or by `vpmaddwd` and an addition.
+
 All of these sums are exact, so they are the same on every CPU.
 """
 
@@ -44,7 +47,9 @@ TOKENS_OF_A_PASS = 4 if _has_avx2() else PANEL_TOKENS
 """Number of tokens that a panel is multiplied with at a time. AVX2 has half of AVX-512's registers."""
 
 LEAST_TOKENS = TOKENS_OF_A_PASS // 2 + 1 if TOKENS_OF_A_PASS > TILE else TILE
-"""Least number of tokens for which a panel is made: half a pass is slower than a row after the other for each token."""
+"""Least number of tokens for which a panel is made. A pass for four tokens takes as long as one for eight, so it is
+faster to multiply each row with each of them.
+"""
 
 
 def _pairs_that_fit(name: str) -> int:
@@ -122,7 +127,7 @@ def add_products(builder: Any, name: str, sums: Any, quants: Any, x: Any) -> Any
 
 
 def multiplies_words() -> bool:
-    """Whether `add_word_products` has instructions of the CPU's."""
+    """Whether the CPU has the instructions of `join_words` and `add_word_products`."""
     return cpu_features().get("avx2", False)
 
 

@@ -4,14 +4,15 @@ An element of a block is scale · (q - zero point) or scale · q + minimum, wher
 of q and a signed element of x are added up in integers, by the instructions that the CPU has (`products_int8`). The
 sums of groups that come with x subtract the zero point, in integers and so exactly.
 
-For few tokens, `dot_blocks_int8` computes one row as its blocks come from memory. For more, PANEL_ROWS rows become a
-panel, in which four elements of each row lie side by side (`panel_bytes`). Then one instruction multiplies four
-elements of a token with those of several rows. `multiply_panel` does it for TOKENS_OF_A_PASS tokens.
+For few tokens, `dot_rows_int8` and `dot_blocks_int8` multiply rows as their blocks come from memory, some blocks at a
+time (`_RowSum`): scales of several blocks are converted together, and the integer scales of K-quants multiply in
+integers. For more tokens, PANEL_ROWS rows become a panel, in which four elements of each row lie side by side
+(`panel_bytes`). Then one instruction multiplies four elements of a token with those of several rows. `multiply_panel`
+does it for TOKENS_OF_A_PASS tokens.
 """
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,9 +21,21 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from ..quantization.types import ACTIVATION_QUANT, TYPE_TRAITS, VEC_DOT_TYPE
+from ..quantization.types import TYPE_TRAITS, VEC_DOT_TYPE
+from .activations_int8 import Activations
 from .intrinsics import FLOAT, INT16, INT32, add_lanes, element, half_to_float
-from .panel_bytes import DECODERS, SCALE_GROUPS, blocks_of_a_row, broadcast, concat, integer, lanes_of, splat, vector_of
+from .panel_bytes import (
+    DECODERS,
+    SCALE_GROUPS,
+    Chunk,
+    blocks_of_a_row,
+    broadcast,
+    concat,
+    integer,
+    lanes_of,
+    splat,
+    vector_of,
+)
 from .products_int8 import (
     ROWS_OF_A_VECTOR,
     TOKENS_OF_A_PASS,
@@ -37,86 +50,6 @@ from .tiling import PANEL_ROWS, UNPACK_ELEMENTS
 from .vecdot import INT8, TYPE_NAMES, Block, blocks_of_a_round, for_rounds, locator, six_bit_integers
 
 
-class _Activations:
-    """Emits code that reads the int8 activations of one token, quantised for weights of type `name`.
-
-    `arrays` are xq, xs and sums. Indices count elements of the token.
-    """
-
-    def __init__(
-        self, context: Any, builder: Any, kinds: Any, arrays: Any, token: Any, columns: Any, name: str
-    ) -> None:
-        self.builder, self.name = builder, name
-        group, sum_group, _ = ACTIVATION_QUANT[VEC_DOT_TYPE[name]]
-        self.per_scale, self.per_sum = group, sum_group
-        self._starts = [
-            element(context, builder, kind, array, builder.mul(token, builder.udiv(columns, integer(every))))
-            for kind, array, every in zip(kinds, arrays, (1, group, sum_group), strict=True)
-        ]
-
-    def _load(self, which: int, index: Any, kind: Any) -> Any:
-        at = self.builder.gep(self._starts[which], [index])
-        return self.builder.load(self.builder.bitcast(at, kind.as_pointer()), align=1)
-
-    def quants(self, index: Any, kind: Any) -> Any:
-        """A value of an LLVM type, loaded from element `index` on."""
-        return self._load(0, index, kind)
-
-    def runs(self, index: Any, starts: tuple[int, int]) -> Any:
-        """<32 x i8>: 16 elements from each of two starts, counted from element `index`."""
-        if starts[1] == starts[0] + 16:
-            return self.quants(self.builder.add(index, integer(starts[0])), vector_of(INT8, 32))
-        halves = (self.quants(self.builder.add(index, integer(start)), vector_of(INT8, 16)) for start in starts)
-        return concat(self.builder, *halves)
-
-    def scale(self, index: Any) -> Any:
-        """The scale of element `index`."""
-        return self._load(1, self.builder.udiv(index, integer(self.per_scale)), FLOAT)
-
-    def scales(self, index: Any, count: int) -> Any:
-        """`count` scales from that of element `index` on."""
-        return self._load(1, self.builder.udiv(index, integer(self.per_scale)), vector_of(FLOAT, count))
-
-    def zero_point_terms(self, index: Any, count: int) -> Any:
-        """-(zero point) · sum of each of `count` scale groups from element `index` on."""
-        totals = self._load(2, self.builder.udiv(index, integer(self.per_sum)), vector_of(INT32, count))
-        return self.builder.mul(totals, splat(totals.type, -zero_point(self.name)))
-
-    def group_sums(self, index: Any, count: int) -> Any:
-        """Sum of the activations of each of `count` scale groups from element `index` on: int32, or float32 of q8_1,
-        which has them scaled.
-        """
-        at = self.builder.udiv(index, integer(self.per_sum))
-        if VEC_DOT_TYPE[self.name] == "q8_1":
-            return self._load(2, at, vector_of(FLOAT, count))
-        every = SCALE_GROUPS[self.name] // self.per_sum
-        runs = self._load(2, at, vector_of(INT32, count * every))
-        parts = [
-            self.builder.shuffle_vector(runs, runs, lanes_of(range(start, count * every, every)))
-            for start in range(every)
-        ]
-        return functools.reduce(self.builder.add, parts)
-
-    def zero_point_term(self, index: Any, lanes: int = 1) -> Any:
-        """-(zero point) · sum of the group at `index`: added to the group's integer product, it corrects the quants.
-
-        With more than one lane, a vector with this in all lanes. It is multiplied there, and loaded into all at once.
-        """
-        total, factor = self._load(2, self.builder.udiv(index, integer(self.per_sum)), INT32), -zero_point(self.name)
-        if lanes == 1:
-            return self.builder.mul(total, integer(factor, INT32))
-        return self.builder.mul(broadcast(self.builder, total, lanes), splat(vector_of(INT32, lanes), factor))
-
-    def sum(self, index: Any) -> Any:
-        """Sum of the UNPACK_ELEMENTS elements from `index` on, times their scale: the factor of a minimum."""
-        at = self.builder.udiv(index, integer(self.per_sum))
-        if VEC_DOT_TYPE[self.name] == "q8_1":
-            return self._load(2, at, FLOAT)
-        sums = [self._load(2, self.builder.add(at, integer(i)), INT32) for i in range(UNPACK_ELEMENTS // self.per_sum)]
-        total = sums[0] if len(sums) == 1 else self.builder.add(*sums)
-        return self.builder.fmul(self.builder.sitofp(total, FLOAT), self.scale(index), flags=("contract",))
-
-
 def _times_plus(builder: Any, a: Any, b: Any, c: Any) -> Any:
     """a · b + c, which may be fused."""
     return builder.fadd(builder.fmul(a, b, flags=("contract",)), c, flags=("contract",))
@@ -124,7 +57,7 @@ def _times_plus(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 def _accumulators(builder: Any, kind: Any, count: int) -> list[Any]:
     """`count` stack slots of a type, set to 0. LLVM keeps them in registers."""
-    zero = ir.Constant(kind, None if kind != FLOAT else 0.0)
+    zero = ir.Constant(kind, None)
     places = [cgutils.alloca_once(builder, kind) for _ in range(count)]
     for place in places:
         builder.store(zero, place)
@@ -158,30 +91,37 @@ def _joined(builder: Any, numbers: list[Any]) -> Any:
     return vector
 
 
-def _decode_round(name: str, blocks: list[Block]) -> tuple[list[_Products], Any, Any]:
-    """(products, scale of each scale group, minimum of each or None) of some blocks.
+def _products_of_round(name: str, blocks: list[Block]) -> tuple[list[_Products], list[Chunk]]:
+    """(products, chunks that they are made of, if any) of some blocks.
 
     Two blocks whose bytes hold two elements each are decoded together: a half of their elements each time.
     """
     builder, traits = blocks[0].builder, TYPE_TRAITS[name]
-    found, scales, minimums = [], [], []
+    found: list[_Products] = []
+    chunks: list[Chunk] = []
     if traits.block_size == UNPACK_ELEMENTS and traits.bits == 4 and len(blocks) % 2 == 0:
         for i in range(0, len(blocks), 2):
             packed = concat(builder, *(block.load("qs", vector_of(INT8, 16)) for block in blocks[i : i + 2]))
             at = UNPACK_ELEMENTS * i
             low, high = blocks[i].bits(packed, 0, 15), builder.lshr(packed, splat(packed.type, 4))
             found.append(_Products([(low, (at, at + 32)), (high, (at + 16, at + 48))], (i, i + 1)))
-    else:
-        for i, block in enumerate(blocks):
-            for chunk in DECODERS[name](block):
-                at = traits.block_size * i + chunk.first
-                group = at // SCALE_GROUPS[name]
-                found.append(_Products([(chunk.quants, (at, at + 16))], (group, group + len(chunk.scales) - 1)))
-                scales += chunk.scales
-                minimums.append(chunk.minimum)
-    if traits.block_size == UNPACK_ELEMENTS:  # a field of each block: converted together
-        return found, _halves(blocks, "d"), _halves(blocks, "m") if traits.has_min else None
-    return found, _joined(builder, scales), _joined(builder, minimums) if traits.has_min else None
+        return found, chunks
+    for i, block in enumerate(blocks):
+        for chunk in DECODERS[name](block):
+            at = traits.block_size * i + chunk.first
+            group = at // SCALE_GROUPS[name]
+            found.append(_Products([(chunk.quants, (at, at + 16))], (group, group + len(chunk.scales) - 1)))
+            chunks.append(chunk)
+    return found, chunks
+
+
+def _factors_of_round(name: str, blocks: list[Block], chunks: list[Chunk]) -> tuple[Any, Any]:
+    """(scale of each scale group, minimum of each or None) of some blocks."""
+    builder, has_min = blocks[0].builder, TYPE_TRAITS[name].has_min
+    if TYPE_TRAITS[name].block_size == UNPACK_ELEMENTS:  # a field of each block: converted together
+        return _halves(blocks, "d"), _halves(blocks, "m") if has_min else None
+    scales = _joined(builder, [scale for chunk in chunks for scale in chunk.scales])
+    return scales, _joined(builder, [chunk.minimum for chunk in chunks]) if has_min else None
 
 
 class _RowSum:
@@ -196,13 +136,14 @@ class _RowSum:
             for count in sorted({groups, groups * blocks_of_a_round(name)}):
                 (self._rests[count],) = _accumulators(builder, vector_of(FLOAT, count), 1)
 
-    def add(self, blocks: list[Block], first: Any, x: _Activations) -> None:
+    def add(self, blocks: list[Block], first: Any, x: Activations) -> None:
         """Add the products of some blocks and the activations from element `first` on."""
         builder, name = self.builder, self.name
         if VEC_DOT_TYPE[name] == "q8_k" and multiplies_words():
             self._add_in_integers(blocks[0], first, x)
             return
-        products, scales, minimums = _decode_round(name, blocks)
+        products, chunks = _products_of_round(name, blocks)
+        scales, minimums = _factors_of_round(name, blocks, chunks)
         floats, groups = vector_of(FLOAT, 8), scales.type.count
         several = len(blocks) > 1  # with a scale of x for each; otherwise there is one, which multiplies at the end
         if several:
@@ -231,7 +172,7 @@ class _RowSum:
                 sums = builder.fmul(sums, broadcast(builder, scale, groups), flags=("contract",))
             builder.store(_times_plus(builder, minimums, sums, builder.load(place)), place)
 
-    def _add_in_integers(self, block: Block, first: Any, x: _Activations) -> None:
+    def _add_in_integers(self, block: Block, first: Any, x: Activations) -> None:
         """`add` for a block whose groups have integer scales: these multiply the groups' sums in integers.
 
         A lane's sum fits in 16 bits: it has four products of at most 63 · 127.
@@ -245,7 +186,7 @@ class _RowSum:
         groups, floats = scales.type.count, vector_of(FLOAT, 8)
         start = total = ir.Constant(vector_of(INT32, 8), None)
         dots, halves = [], []
-        for products in _decode_round(name, [block])[0]:
+        for products in _products_of_round(name, [block])[0]:
             ((quants, runs),) = products.parts
             dots.append(add_products(builder, name, start, quants, x.runs(first, runs)))
             halves.append(products.groups)
@@ -286,7 +227,7 @@ def _dot_rows(context: Any, builder: Any, sig: Any, args: Any, many: int) -> lis
     name = TYPE_NAMES[sig.args[0].dtype]
     blocks = blocks_of_a_row(context, builder, sig.args[0], array)
     columns = builder.mul(blocks, integer(TYPE_TRAITS[name].block_size))
-    x = _Activations(context, builder, sig.args[2:5], arrays, token, columns, name)
+    x = Activations(context, builder, sig.args[2:5], arrays, token, columns, name)
     sums = [_RowSum(builder, name) for _ in range(many)]
     starts = [builder.mul(builder.add(row, integer(i)), blocks) for i in range(many)]
     locators = [locator(context, builder, sig.args[0], array, start) for start in starts]
@@ -382,7 +323,7 @@ def multiply_panel(
             token = builder.select(builder.icmp_signed("<", token, final), token, final)
             offset = builder.add(to, builder.mul(builder.sub(token, first), step))
             starts.append(element(context, builder, sig.args[9], target, offset))
-            tokens.append(_Activations(context, builder, sig.args[4:7], (xq_, xs_, sums_), token, columns, name))
+            tokens.append(Activations(context, builder, sig.args[4:7], (xq_, xs_, sums_), token, columns, name))
         totals = [_accumulators(builder, floats, len(parts)) for _ in tokens]
         # the columns of a group are known; computed from extents, so that LLVM does not know them
         scales_of_x = cgutils.unpack_tuple(
@@ -429,62 +370,3 @@ def multiply_panel(
 
     index = types.int64
     return types.void(weights, panel, scales, mins, xq, xs, sums, index, index, out, index, index), codegen
-
-
-# Quantising activations
-
-
-@intrinsic(prefer_literal=True)  # type: ignore[untyped-decorator]
-def round_to_int8(typingctx: Any, x: Any, i: Any, factor: Any, out: Any, j: Any, count: Any) -> Any:
-    """Round x · factor to integers, ties to even; returns their sum as int32.
-
-    Reads `count` (16 or 32, a literal) elements of float32 x from flat index i, whose products must be within ±127.5,
-    and writes int8 elements of out from flat index j. It rounds by adding and subtracting a large number, which must
-    not be reordered: only an `exact_device` may call it.
-    """
-    width = count.literal_value
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        source, at, times, target, to, _ = args
-        floats = vector_of(FLOAT, width)
-        start = element(context, builder, sig.args[0], source, at)
-        elements = builder.load(builder.bitcast(start, floats.as_pointer()), align=4)
-        shift = ir.Constant(floats, [1.5 * 2.0**23] * width)
-        scaled = builder.fmul(elements, broadcast(builder, times, width))
-        rounded = builder.fsub(builder.fadd(scaled, shift), shift)
-        rounded = builder.fptosi(rounded, vector_of(INT32, width))
-        small = builder.trunc(rounded, vector_of(INT8, width))
-        place = element(context, builder, sig.args[3], target, to)
-        builder.store(small, builder.bitcast(place, small.type.as_pointer()), align=1)
-        return add_lanes(builder, rounded)
-
-    return types.int32(x, types.int64, types.float32, out, types.int64, count), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def largest_bits(typingctx: Any, x: Any, i: Any) -> Any:
-    """Bits of the largest magnitude among 32 elements of float32 x from flat index i. A NaN's magnitude is largest.
-
-    As integers, the bits of magnitudes compare like the floats, and those of NaNs are above infinity's.
-    """
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        bits = vector_of(INT32, 32)
-        start = element(context, builder, sig.args[0], *args)
-        elements = builder.load(builder.bitcast(start, bits.as_pointer()), align=4)
-        magnitudes = builder.and_(elements, splat(bits, 0x7FFFFFFF))
-        name, kind = "llvm.vector.reduce.smax.v32i32", ir.FunctionType(INT32, [bits])
-        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        return builder.call(function, [magnitudes])
-
-    return types.int32(x, types.int64), codegen
-
-
-@intrinsic  # type: ignore[untyped-decorator]
-def float_of_bits(typingctx: Any, bits: Any) -> Any:
-    """The float32 with these bits."""
-
-    def codegen(context: Any, builder: Any, sig: Any, args: Any) -> Any:
-        return builder.bitcast(args[0], FLOAT)
-
-    return types.float32(types.int32), codegen

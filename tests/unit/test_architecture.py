@@ -45,8 +45,9 @@ ORDER = """
     ir ops registry graph fusion plan
     kernel_cache
     sampling
-    cpu: fork compiler intrinsics workers vecdot tiling panel_bytes products_int8 vecdot_int8 panel_f32 matmul attend \
-            kv_cache kernels_cpu kernels_int8 ops sampling executor bandwidth timing backend
+    cpu: fork compiler intrinsics workers vecdot tiling panel_bytes products_int8 activations_int8 \
+            vecdot_int8 panel_f32 matmul attend kv_cache kernels_cpu kernels_int8 ops sampling executor \
+            bandwidth timing backend
     cuda: repack launch lowering intrinsics quant_traits kernels.params mma fragments group_mma barriers wgmma tma \
             ops.gemv ops.elementwise ops.rounding ops.wgmma_gemm ops.gemm ops.wide ops.skinny ops.linear ops.attention \
             ops.sampling ops.repack kernels.common kernels.reduce kernels.dequant kernels.dot kernels.rounding \
@@ -343,7 +344,9 @@ TESTED_ELSEWHERE = {
     """,
     "tests/cuda, on a GPU: bench/test_profiler.py asks for its figures": "cuda.bandwidth",
     "tests/kernels/test_kernels_cpu.py: every linear operator beside the reference": "cpu.matmul",
-    "tests/kernels/cpu/test_kernels_int8.py: products beside ggml's": "cpu.vecdot_int8",
+    "tests/kernels/cpu/test_kernels_int8.py: products beside ggml's": """
+        cpu.vecdot_int8 cpu.activations_int8
+    """,
     "tests/unit/cli/test_bench.py, bench/test_profiler.py: what the command prints": "bench.benchmark",
     "tests/unit/cli/test_main.py: in a process of its own": "__main__",
     "tests/unit/server/test_app.py: around every request": """

@@ -192,3 +192,26 @@ def test_a_checkout_that_fails_does_not_end_the_comparison(tmp_path: Path) -> No
 def test_what_cannot_be_compared(tmp_path: Path) -> None:
     assert "--against PATH is missing" in compare().stderr
     assert "it is no checkout of numballama" in compare("--against", tmp_path).stderr
+
+
+@pytest.mark.slow
+def test_turns(tmp_path: Path) -> None:
+    """Each side is asked once a round; a peer that ends is named."""
+    peer, out = tmp_path / "peer", tmp_path / "out.json"
+    peer.write_text(f"#!{sys.executable}\nimport sys\nprint('ready', flush=True)\nfor _ in sys.stdin:\n"
+                    "    print('[0.5, 0.25]', flush=True)\n")  # fmt: skip
+    peer.chmod(0o755)
+    model = Path(__file__).parents[2] / "numballama" / "story.gguf"
+    words = [sys.executable, str(SCRIPT.parent / "turns.py"), str(model), "--rounds", "2", "--sequences", "2"]
+    words += ["--prompt-tokens", "8", "--tokens", "4", "--activations", "f32", "--out", str(out), "--llama-cpp"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*words, str(peer)], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(out.read_text())["models"]["story.gguf"]
+    assert found["llama.cpp"]["prompt_tokens_per_second"] == 2 * 8 / 0.5
+    assert found["llama.cpp"]["decode_tokens_per_second"] == 2 * 4 / 0.25
+    assert len(found["f32"]["seconds"]) == 2 and found["f32"]["prompt_tokens_per_second"] > 0
+    assert found["f32"]["prompt_of_llama_cpp"] == found["f32"]["prompt_tokens_per_second"] / 32
+    peer.write_text(f"#!{sys.executable}\nraise SystemExit(3)\n")
+    done = subprocess.run([*words, str(peer)], capture_output=True, text=True, timeout=300, env=environment)
+    assert done.returncode == 1 and "a side has ended with exit status 3" in done.stderr

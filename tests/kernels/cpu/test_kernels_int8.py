@@ -88,7 +88,7 @@ def test_products_are_ggmls(ggml: Mapping[str, np.ndarray], name: str, device: s
     net.outputs = ["y"]
     numbers = dequantize(weights["w"]).astype(np.float64)
     size = np.abs(x).astype(np.float64) @ np.abs(numbers).T
-    for tokens in (1, 3, 8):  # row by row, and by panels
+    for tokens in (1, 3, 4, 8):  # row by row, and by panels
         program: Any = (
             compiled(cpu_backend(weights), net) if device == "cpu" else ReferenceBackend(weights).program(net)
         )
@@ -304,9 +304,9 @@ from numballama.ir import Graph
 from numballama.quantization.activations import quantize_activations
 
 rng = np.random.default_rng(0)
-for name in ("q8_0", "q4_1", "q6_k"):
+for name in ("q8_0", "q4_1", "q4_k", "q6_k"):
     kind = VEC_DOT_TYPE[name]
-    weight = random_blocks(name, 19, 3, rng, odd=True)
+    weight = random_blocks(name, 19, 7, rng, odd=True)
     x = rng.standard_normal((9, weight.shape[1]), np.float32)
     graph = Graph("case")
     rounded = graph.add(f"quantize_{kind}", graph.input("x", x.shape, "f32"), out=("q", "s", "m"))
@@ -332,6 +332,8 @@ def test_any_cpu_gives_the_same() -> None:
     """With `vpdpbusd` of either kind, and on a CPU that has none: integer sums are exact, so floats differ by the order
     of sums. They share the tests' cache: what is of another CPU is not found in it."""
     machines = [{}, {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}]
+    if cpu_features().get("avx512f"):
+        machines.append({"NUMBA_CPU_NAME": "haswell", "NUMBA_CPU_FEATURES": SSE_AND_AVX2})
     if cpu_features().get("avxvnni"):
         machines.append({"NUMBA_CPU_NAME": "alderlake", "NUMBA_CPU_FEATURES": f"{SSE_AND_AVX2},+avxvnni"})
     results = []
@@ -341,7 +343,7 @@ def test_any_cpu_gives_the_same() -> None:
         assert found.returncode == 0, found.stderr[-3000:]
         results.append(found.stdout)
     streams = [io.BytesIO(result) for result in results]
-    for _ in range(2 * 3):
+    for _ in range(2 * 4):
         first, *others = map(np.load, streams)
         for other in others:
             assert np.abs(first - other).max() <= 1e-5 * np.abs(first).max()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 
@@ -11,35 +13,57 @@ from numballama.quantization.types import BLOCKS, TYPE_TRAITS, VEC_DOT_TYPE, Wei
 from numballama.reference import ReferenceBackend
 from tests.helpers.bounds import compiled, cpu_backend
 
+ONE = [1] * 4 + [0] * 4 + [1] * 4
+"""`scales` of a q4_k block whose scales are 1 and whose minimums are 0."""
 
-@pytest.mark.parametrize("name", [pytest.param("q4_1", marks=pytest.mark.slow), "q6_k", "q8_0"])
-def test_extreme_products_are_exact(name: str) -> None:
-    """All quants are the same and largest or smallest, and so are all activations; scales are 1.
 
-    Results are integers below 2^24, so float32 holds them exactly, in any order of sums.
-    """
+def extreme_weight(name: str, scales: list[list[int]]) -> Weight:
+    """Five rows of 256 elements, whose quants all have the same bits; rows of K-quants have these `scales` in turn."""
     size, nbytes = BLOCKS[name]
     rows = []
-    for byte in (0x00, 0xFF, 0x7F, 0x80):
+    for i, byte in enumerate((0x00, 0xFF, 0x7F, 0x80, 0xF0)):
         block = np.full(nbytes, byte, np.uint8).view(TYPE_TRAITS[name].record)
-        block["d"] = np.float16(1).view(np.uint16)
-        if name == "q4_1":
-            block["m"] = 0
-        if name == "q6_k":
-            block["scales"] = 1
+        for field in {"d", "m", "dmin"} & set(block.dtype.names or ()):
+            block[field] = np.float16(field != "m").view(np.uint16)
+        if scales:
+            block["scales"] = scales[i % len(scales)]
         rows.append(np.tile(block.view(np.uint8), 256 // size))
-    weight = Weight((len(rows), 256), WeightType(name), np.array(rows))
+    return Weight((len(rows), 256), WeightType(name), np.array(rows))
+
+
+def products(weight: Weight) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """(product on the CPU, of the reference) with the largest activations: row by row, and by panels."""
     x = np.repeat(np.array([[127], [-127], [127], [-127], [1]], np.float32), 256, axis=1)
     x[2:4, ::2] *= -1
-    graph = Graph("case")
+    graph, name = Graph("case"), weight.type.name
     rounded = graph.add(f"quantize_{VEC_DOT_TYPE[name]}", graph.input("x", x.shape, "f32"), out=("q", "s", "sums"))
     graph.add("linear", *rounded, graph.weight("w", weight.shape, name), out="y")
     graph.outputs = ["y"]
     wanted = ReferenceBackend({"w": weight}).program(graph)
     program = compiled(cpu_backend({"w": weight}), graph)
-    for tokens in (1, 5):  # a row at a time, and by panels
+    for tokens in (1, 4, 5):
         for one in (program, wanted):
             one.inputs["x"][:] = x
             one.run(tokens)
-        np.testing.assert_array_equal(program.value("y")[:tokens], wanted.value("y")[:tokens])
-    assert np.abs(wanted.value("y")).max() >= 256 * 127 * (15 if name == "q4_1" else 31)
+        yield program.value("y")[:tokens].copy(), wanted.value("y")[:tokens].copy()
+
+
+@pytest.mark.parametrize("name", [pytest.param("q4_1", marks=pytest.mark.slow), "q4_k", "q5_k", "q6_k", "q8_0"])
+def test_extreme_products_are_exact(name: str) -> None:
+    """All quants are the same and largest or smallest, and so are all activations; scales are 1.
+
+    Results are integers below 2^24, so float32 holds them exactly, in any order of sums.
+    """
+    scales = {"q4_k": [ONE], "q5_k": [ONE], "q6_k": [[1] * 16]}.get(name, [])
+    for got, want in products(extreme_weight(name, scales)):
+        np.testing.assert_array_equal(got, want)
+    assert np.abs(want).max() >= 256 * 127 * (15 if name in ("q4_1", "q4_k") else 31)
+
+
+@pytest.mark.parametrize("name", ["q4_k", "q5_k", "q6_k"])
+def test_extreme_scales(name: str) -> None:
+    """With the largest scales and minimums too nothing is cut off."""
+    scales = [[127] * 16, [-128] * 16, [127, -128] * 8] if name == "q6_k" else [[255] * 12, [255] * 8 + [15] * 4]
+    for got, want in products(extreme_weight(name, scales)):
+        assert np.abs(got - want).max() <= 1e-6 * np.abs(want).max()
+    assert np.abs(want).max() >= 256 * 127 * (31 * 127 if name == "q6_k" else 15 * 63) * 0.9

@@ -191,7 +191,7 @@ def test_ctrl_c_at_any_moment_of_a_cold_start(tmp_path: Path) -> None:
     cache = tmp_path / "chain"
     # Python itself has started after 0.3 s, and before nobody can catch it
     moments = [after(0.3 + 0.4 * index) for index in range(4)]
-    moments += [after_kernels(cache, 1 + index % 2, 0.17 * (index % 5)) for index in range(MOMENTS)]
+    moments += [after_kernels(cache, 1, 0.1 * (index % 4)) for index in range(MOMENTS)]
     found: list[str] = []
     for index, moment in enumerate(moments):
         how = interrupted(cache, moment, index % 2 == 1)
