@@ -183,6 +183,8 @@ class _Checker:
                     keyword,
                     "is not enforced with these keywords; leave it out. docs/structured.md lists what is",
                 )
+            if schema is False and place == "#":
+                _fail(place, keyword, "leaves no value that is valid; leave it out")
             found.append(self._counted(schema, place, keyword))
         self._places = places
         return found
