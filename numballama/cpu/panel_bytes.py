@@ -172,7 +172,12 @@ def unpack_blocks(
                         place = builder.add(builder.mul(group, integer(PANEL_ROWS)), at)
                         builder.store(value, builder.gep(field, [place]))
 
-        for_blocks(builder, name, number, locator(context, builder, sig.args[0], array, start), body)
+        # the next panel, in the order of memory: this call is one of PANEL_ROWS for its columns
+        row_of_next = builder.add(builder.sub(r, at), integer(PANEL_ROWS))
+        done = builder.add(builder.mul(first_block, integer(PANEL_ROWS)), builder.mul(at, number))
+        ahead = builder.add(builder.mul(row_of_next, blocks), done)
+        locate, later = (locator(context, builder, sig.args[0], array, first) for first in (start, ahead))
+        for_blocks(builder, name, number, locate, body, later)
         return context.get_dummy_value()
 
     index = types.int64

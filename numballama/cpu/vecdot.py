@@ -228,36 +228,52 @@ def blocks_of_a_round(name: str) -> int:
 
 
 def for_rounds(
-    builder: Any, name: str, blocks: Any, locators: list[Any], body: Callable[[Any, list[list[Block]]], None]
+    builder: Any,
+    name: str,
+    blocks: Any,
+    locators: list[Any],
+    body: Callable[[Any, list[list[Block]]], None],
+    later: Callable[[Any], Any] | None = None,
 ) -> None:
     """Emit a loop of body(index of the first, blocks of each row) over `blocks` blocks of each of some rows.
 
     A locator gives the address of a row's block from its index. A round has `blocks_of_a_round` of each row; the blocks
-    that are left at the end have a round each. Prefetched is what a later round reads: in the same row, or if there are
-    several, in the rows that follow them.
+    that are left at the end have a round each. Prefetched is what a later round reads: at address later(index), or in
+    the same row, or if there are several, in the rows that follow them. It is prefetched in the order of memory.
     """
     together, rows = blocks_of_a_round(name), len(locators)
     whole = builder.mul(builder.udiv(blocks, _int(INT64, together)), _int(INT64, together))
     for begin, end, step in ((_int(INT64, 0), whole, together), (whole, blocks, 1)):
         with cgutils.for_range_slice(builder, begin, end, _int(INT64, step)) as (index, _):
-            ahead = locators[0](index if rows == 1 else builder.mul(builder.add(blocks, index), _int(INT64, rows)))
-            distance = PREFETCH_BYTES if rows == 1 else 0
+            if later is not None:
+                ahead = later(index)
+            elif rows > 1:
+                ahead = locators[0](builder.mul(builder.add(blocks, index), _int(INT64, rows)))
+            else:
+                ahead = builder.gep(locators[0](index), [_int(INT64, PREFETCH_BYTES)])
             for line in range(0, rows * step * TYPE_TRAITS[name].block_bytes, 64):
-                prefetch(builder, builder.gep(ahead, [_int(INT64, line + distance)]))
+                prefetch(builder, builder.gep(ahead, [_int(INT64, line)]))
             indices = [builder.add(index, _int(INT64, offset)) for offset in range(step)]
             body(index, [[Block(builder, name, locate(each)) for each in indices] for locate in locators])
         if step == 1:
             break
 
 
-def for_blocks(builder: Any, name: str, blocks: Any, locate: Any, body: Callable[[Any, Block], None]) -> None:
+def for_blocks(
+    builder: Any,
+    name: str,
+    blocks: Any,
+    locate: Any,
+    body: Callable[[Any, Block], None],
+    later: Callable[[Any], Any] | None = None,
+) -> None:
     """Emit a loop of body(index, block) over `blocks` blocks at addresses locate(index), as `for_rounds` does."""
 
     def each(index: Any, found: list[list[Block]]) -> None:
         for offset, block in enumerate(found[0]):
             body(builder.add(index, _int(INT64, offset)), block)
 
-    for_rounds(builder, name, blocks, [locate], each)
+    for_rounds(builder, name, blocks, [locate], each, later)
 
 
 def _for_vectors(builder: Any, name: str, blocks: Any, locate: Any, use: Any) -> None:
