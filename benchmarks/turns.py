@@ -50,7 +50,7 @@ def worker(options: argparse.Namespace) -> None:
         prompts = [[*ids[:-1], 7 + number] for number in range(options.sequences)]
 
         def seconds(tokens: int) -> float:
-            """The time until every prompt has so many tokens."""
+            """Seconds from submitting all prompts until each has generated `tokens` tokens."""
             start, params = clock(), SamplingParams(temperature=0, max_tokens=tokens)
             for request in [model.token_engine.submit(each, params, reuse_prefix=False) for each in prompts]:
                 assert len(list(request)) == tokens

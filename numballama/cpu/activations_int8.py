@@ -16,7 +16,6 @@ from ..quantization.types import ACTIVATION_QUANT, VEC_DOT_TYPE
 from .intrinsics import FLOAT, INT32, add_lanes, element
 from .panel_bytes import SCALE_GROUPS, broadcast, concat, integer, lanes_of, splat, vector_of
 from .products_int8 import zero_point
-from .tiling import UNPACK_ELEMENTS
 from .vecdot import INT8
 
 
@@ -89,12 +88,10 @@ class Activations:
         return self.builder.mul(broadcast(self.builder, total, lanes), splat(vector_of(INT32, lanes), factor))
 
     def sum(self, index: Any) -> Any:
-        """Sum of the UNPACK_ELEMENTS elements from `index` on, times their scale: the factor of a minimum."""
-        at = self.builder.udiv(index, integer(self.per_sum))
+        """Sum of the scale group at element `index`, times its scale: the factor of a minimum."""
+        total = self.builder.extract_element(self.group_sums(index, 1), integer(0, INT32))
         if VEC_DOT_TYPE[self.name] == "q8_1":
-            return self._load(2, at, FLOAT)
-        sums = [self._load(2, self.builder.add(at, integer(i)), INT32) for i in range(UNPACK_ELEMENTS // self.per_sum)]
-        total = sums[0] if len(sums) == 1 else self.builder.add(*sums)
+            return total
         return self.builder.fmul(self.builder.sitofp(total, FLOAT), self.scale(index), flags=("contract",))
 
 

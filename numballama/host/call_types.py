@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import Any
 
 MODULES = frozenset({"_operator", "math", "builtins", "numpy"})
-"""Where the functions are from whose calls are remembered: others may be made anew under the same name."""
+"""Calls of functions from these modules are remembered. In other modules a function may be redefined."""
 
 _found: dict[tuple[int, int, tuple[Any, ...]], tuple[Any, ...]] = {}
 """(function type, typing context, types of arguments) → the signature, and what has these identities."""

@@ -56,9 +56,7 @@ def build(
         head, tail = spell(f"{call_text.begin}{tool.name}{call_text.middle}"), spell(call_text.end)
         rules.append(f"call_{number}: {head} arguments_{number} {tail}".rstrip())
         rules.append(f"arguments_{number}: %json {json.dumps(tool.parameters)}")
-    if CALL_ID in call_text.middle:
-        rules.append(_CALL_ID_RULE)
-    return "\n".join(rules) + "\n"
+    return _joined(rules, call_text)
 
 
 def build_free(
@@ -110,15 +108,18 @@ def build_free(
     rules += [f"calls: {calls}", f"call: {call}", "TEXT: /(?s:.+)/", 'arguments: %json {"type": "object"}']
     middle, tail = spell(call_text.middle), spell(call_text.end)
     rules += [f'call_{number}: "{tool.name}" {middle} arguments {tail}'.rstrip() for number, tool in enumerate(tools)]
-    if CALL_ID in call_text.middle:
-        rules.append(_CALL_ID_RULE)
-    return "\n".join(rules) + "\n"
+    return _joined(rules, call_text)
 
 
-_CALL_ID_RULE = "CALL_ID: /[a-zA-Z0-9]{9}/"
 _SPACE = r" \t\r\n"
 _OBJECT = r'[S]*\{[S]*("type"[S]*:[S]*"function"[S]*,[S]*)?"name"[S]*:[S]*"'.replace("[S]", f"[{_SPACE}]")
 """Up to a call's name; Llama writes its type first now and then."""
+
+
+def _joined(rules: Sequence[str], call_text: CallText) -> str:
+    """A grammar of these rules, and of ids if calls have them."""
+    ids = ["CALL_ID: /[a-zA-Z0-9]{9}/"] if CALL_ID in call_text.middle else []
+    return "\n".join([*rules, *ids]) + "\n"
 
 
 def _escaped(text: str) -> str:
