@@ -226,6 +226,8 @@ class LaunchContext:
     """zeros(n): allocate n int32 for the program, initially 0. Kernels set them back to 0."""
     wgmma: bool = False
     """Whether kernels by wgmma may be used: on devices of compute capability 9.0 only, not in batch-invariant runs."""
+    bulk_copies: bool = False
+    """Whether the device has `cp.async.bulk`: from compute capability 9.0 on."""
     batch_invariant: bool = False
     """Whether all rows use the kernels for rows of many sequences, those of a prompt's chunk as well."""
 

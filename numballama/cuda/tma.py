@@ -1,9 +1,9 @@
-"""TMA, the copy engine of sm_90: boxes of a matrix to shared memory. It reports their bytes to an mbarrier.
+"""TMA, the copy engine of sm_90: boxes of a matrix, or plain bytes, to shared memory. It reports them to an mbarrier.
 
 A tensor map describes a matrix to the engine; the host writes it (`launch.TensorMap`). One thread asks for a box, after
 it has told the mbarrier how many bytes to expect. `barriers` has the rest of mbarriers.
 
-Functions are named after PTX (PTX ISA, "cp.async.bulk.tensor"). Addresses are those of shared memory.
+Functions are named after PTX (PTX ISA, "cp.async.bulk"). Addresses are those of shared memory.
 """
 
 from __future__ import annotations
@@ -23,6 +23,11 @@ copy_box = instruction(
     "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1, {$2, $3}], [$4];", "rlrrr"
 )
 """copy_box(to, tensor map, column, row, mbarrier): start copying a box to shared memory, zeros outside the matrix."""
+
+copy_bytes = instruction(
+    "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [$0], [$1], $2, [$3];", "rlrr"
+)
+"""copy_bytes(to, source, bytes, mbarrier): start copying a multiple of 16 bytes from global to shared memory."""
 
 div_u32 = instruction("div.u32 $0, $1, $2;", "rr", result=True)
 """div_u32(a, b): a / b rounded down. One of 64 bits is a function call, beside which wgmma runs one at a time."""

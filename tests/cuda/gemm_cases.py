@@ -68,7 +68,7 @@ class Emulated:
         self.capability, self.memory = capability, Memory()
         limit = {(7, 5): 64 << 10, (8, 0): 163 << 10}.get(capability, 227 << 10)
         counts, tiles = np.array([tokens], np.int32), np.zeros((2, 2), np.int32)
-        self.ctx = LaunchContext(132, limit, self.put(counts, "i32"), self.put(tiles, "i32"), self.zeros, wgmma)
+        self.ctx = LaunchContext(132, limit, self.put(counts, "i32"), self.put(tiles, "i32"), self.zeros, wgmma, capability >= (9, 0))
         self.executed: dict[str, int] = {}
 
     def zeros(self, count: int) -> Any:
@@ -120,7 +120,7 @@ class Real:
         counts, tiles = np.array([tokens], np.int32), np.zeros((2, 2), np.int32)
         self.ctx = LaunchContext(
             device.n_sms, device.shared_limit, self.put(counts, "i32"), self.put(tiles, "i32"), self.zeros,
-            device.capability == (9, 0),
+            device.capability == (9, 0), device.capability >= (9, 0),
         )  # fmt: skip
         self.executed: dict[str, int] = {}
 
@@ -327,8 +327,11 @@ def qkv_rope(machine: Any, kind: str, T: int, K: int, heads: tuple[int, int], he
 
 def attention(machine: Any, cache: str, T: int, heads: tuple[int, int], head_dim: int, context: int,
               positions: Sequence[int], sequences: Sequence[int], tokens: int, page: int = 32,
-              window: int = 0) -> float:  # fmt: skip
-    """Attention with NaN in all keys and values that no token may see: in free pages, in page 0, in a page's rest."""
+              window: int = 0, exact: bool = False) -> float:  # fmt: skip
+    """Attention with NaN in all keys and values that no token may see: in free pages, in page 0, in a page's rest.
+    `exact`: queries and weights are float32 in the products, too.
+    """
+    rounding = 0 if exact else ROUNDING[cache]
     rng = np.random.default_rng(3)
     together = heads[0] // heads[1]
     q = rng.standard_normal((T, heads[0] * head_dim)).astype(np.float32)
@@ -365,10 +368,10 @@ def attention(machine: Any, cache: str, T: int, heads: tuple[int, int], head_dim
             weight = np.exp(score - score.max())
             weight /= weight.sum()
             # queries are rounded, then weights; a weight's error is its score's, and the sum's
-            off = (ROUNDING[cache] + (head_dim + 16) * U) * (np.abs(k) @ np.abs(query))
+            off = (rounding + (head_dim + 16) * U) * (np.abs(k) @ np.abs(query))
             shift = np.expm1(2 * off.max())
             want[t, h] = weight @ v
-            error[t, h] = (shift + ROUNDING[cache] + (len(k) + 16) * U) * (1 + shift) * (weight @ np.abs(v)) + 2.0**-24
+            error[t, h] = (shift + rounding + (len(k) + 16) * U) * (1 + shift) * (weight @ np.abs(v)) + 2.0**-24
     got, want, error = machine.get(out, np.float32), want.reshape(T, -1), error.reshape(T, -1)
     return compare(f"attention {cache}", got, want, error, tokens)
 

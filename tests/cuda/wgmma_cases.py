@@ -58,6 +58,18 @@ def cases() -> list[Case]:
     for window in (1, 100):
         add(f"attention bf16, a window of {window}", 70, attention, "bf16", 70, (1, 1), 56, 400, *one(70, 290),
             window=window)  # fmt: skip
+    # rows alone by bulk copies: of one page and of several splits, in runs of few rows and of more than there are warps
+    rows, three = [63, 5, 94, 0, 31, 32], [0, 1, 2, 3, 4, 5]
+    for cache, heads, head_dim in (("f16", (1, 1), 128), ("bf16", (4, 1), 128), ("f16", (6, 2), 64)):
+        add(f"attention {cache}, rows of {head_dim}", 6, few_blocks, attention, cache, 7, heads, head_dim, 100,
+            [*rows, 0], [*three, 0], exact=True)  # fmt: skip
+    add("attention bf16, rows in splits", 3, attention, "bf16", 4, (3, 3), 64, 1400, [600, 5, 1300, 0], [0, 1, 2, 0],
+        exact=True)  # fmt: skip
+    add("attention f16, rows with a window", 3, few_blocks, attention, "f16", 4, (2, 1), 128, 700, [650, 5, 420, 0],
+        [0, 1, 2, 0], page=64, window=300, exact=True)  # fmt: skip
+    # tokens of a short prompt, which see each other's keys, before they are in memory for long
+    add("attention f16, rows of one sequence", 7, attention, "f16", 8, (2, 2), 64, 100, [*range(60, 67), 0], [0] * 8,
+        exact=True)  # fmt: skip
     return made
 
 

@@ -110,6 +110,8 @@ GROUP_HEADS, FEW_HEADS = 8, 4
 """Query heads with the same keys that a block computes on tensor cores (`group_attention`), and where they are few."""
 GROUP_THREADS, GROUP_STAGES = 128, 2
 """Threads of a block there; stages of a warp's ring, whose depth is compiled in."""
+BULK_WARPS, BULK_KEYS, BULK_RING_BYTES = 7, 32, 32 << 10
+"""Warps of a block of `bulk_attention`; keys that are copied together; bytes of a warp's ring in shared memory."""
 PLAIN_ATTENTION_THREADS = 128
 
 # Attention of many tokens (`prefill_attention`)

@@ -4,8 +4,9 @@ A single token (`kernels/decode_attention.py`): in a short context one block com
 over blocks, and one block computes `HEADS_PER_BLOCK` query heads that share keys (grouped-query attention), so that a
 key is read once for them. Rows of many sequences (`kernels/rows_attention.py`): the same, but a row's splits depend on
 its length only, so that its result does not depend on other rows. With a cache of 16 bits they use tensor cores
-(`kernels/group_attention.py`). Prompts use them too: `kernels/wgmma_attention.py` where the device has wgmma, else
-`kernels/prefill_attention.py`.
+(`kernels/group_attention.py`), or the copy engine where the device has one and few heads share keys
+(`kernels/bulk_attention.py`). Prompts use tensor cores too: `kernels/wgmma_attention.py` where the device has wgmma,
+else `kernels/prefill_attention.py`.
 """
 
 from __future__ import annotations
@@ -22,6 +23,9 @@ from ..kernels.params import (
     ATTENTION_STAGES,
     ATTENTION_THREADS,
     ATTENTION_WARPS,
+    BULK_KEYS,
+    BULK_RING_BYTES,
+    BULK_WARPS,
     FEW_HEADS,
     GROUP_HEADS,
     GROUP_STAGES,
@@ -52,6 +56,11 @@ ATTENTION_GROUPED_ROWS = KernelRef(ROWS, "attention_grouped_rows_kernel")
 GROUP = "numballama.cuda.kernels.group_attention"
 ATTENTION_GROUP = {size: KernelRef(GROUP, f"attention_group_{size}_kernel") for size in (64, 128)}
 ATTENTION_FEW = {size: KernelRef(GROUP, f"attention_few_{size}_kernel") for size in (64, 128)}
+BULK = "numballama.cuda.kernels.bulk_attention"
+ATTENTION_BULK = {
+    (size, heads): KernelRef(BULK, f"attention_bulk_{size}_{heads}_kernel") for size in (64, 128) for heads in (1, 4)
+}
+"""(Elements of a head, query heads that share keys at most) → the kernel for it."""
 PLAIN = "numballama.kernels_cuda"
 ATTENTION_SCORES = KernelRef(PLAIN, "attention_scores_kernel")
 ATTENTION_VALUES = KernelRef(PLAIN, "attention_values_kernel")
@@ -65,6 +74,8 @@ ATTENTION_WGMMA = {width: KernelRef(WGMMA, f"attention_wgmma_{width}_kernel") fo
 
 MORE_TILES = 8
 """Blocks for tiles that are not full, because chunks of several prompts share a run. Further tiles wait for these."""
+BULK_SHARED = BULK_WARPS * (BULK_RING_BYTES + 4 * 8)
+"""Bytes of shared memory of a block of `bulk_attention`: rings, and mbarriers for at most four stages of each."""
 ROW_BLOCKS = 2048
 """Blocks that share the keys of one head, over all rows of a run, where a long context has splits for so many."""
 
@@ -162,6 +173,14 @@ def _for_groups(ctx: LaunchContext, k_cache: Array) -> bool:
     )  # fmt: skip
 
 
+def _for_bulk(ctx: LaunchContext, k_cache: Array, shared_by: int) -> bool:
+    """Whether `bulk_attention` supports a cache that `group_attention` does, on a device with bulk copies. Of the sizes
+    of pages it takes those that have whole runs of 32 keys.
+    """
+    fits = ctx.shared_limit >= BULK_SHARED and shared_by <= FEW_HEADS
+    return ctx.bulk_copies and fits and k_cache.shape[2] % BULK_KEYS == 0
+
+
 def _splits(ctx: LaunchContext, blocks: int, context: int) -> int:
     """Number of blocks that share a head's context: as many as fill the SMs once, because a second wave would wait."""
     return max(1, min(ceil_div(context, MIN_SPLIT_KEYS), ctx.n_sms // blocks))
@@ -200,6 +219,18 @@ def _decode(
         return Launch(kernel_ref, (blocks, tokens, blocks_of_keys), ATTENTION_THREADS, arguments, shared)
 
     most_splits = partials.shape[2]
+    if tokens > 1 and _for_groups(ctx, k_cache) and _for_bulk(ctx, k_cache, shared_by):
+        made_for = ATTENTION_BULK[head_dim, 1 if shared_by == 1 else FEW_HEADS]
+
+        def bulk(parts: int) -> Launch:
+            arguments = named(
+                **operands, partials=partials, counters=counters, kv_heads=kv_heads, shared_by=shared_by, window=window,
+                splits=most_splits, blocks_of_keys=parts, tiles=ctx.tiles, listed=int(listed), most_rows=tokens,
+            )  # fmt: skip
+            only_for: RowKind | None = "single rows" if listed else None
+            return Launch(made_for, (ctx.n_sms, 1), 32 * BULK_WARPS, arguments, BULK_SHARED, only_for=only_for)
+
+        return [_by_length(bulk, _most_seen(window, context), most_splits, max(4, ROW_BLOCKS // tokens))]
     if tokens > 1 and _for_groups(ctx, k_cache):
         together, kernels = (FEW_HEADS, ATTENTION_FEW) if shared_by <= FEW_HEADS else (GROUP_HEADS, ATTENTION_GROUP)
         subgroups = ceil_div(shared_by, together)

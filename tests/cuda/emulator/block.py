@@ -367,8 +367,10 @@ class Block:
                     self.shared[indices[mine]] = data[mine]
                     group[i] = lanes[~mine], indices[~mine], data[~mine]
             self.barriers.arrive(self._address(operands[0]), mask)
-        elif "bulk" in modifiers:
+        elif "bulk" in modifiers and "tensor" in modifiers:
             self._copy_box(modifiers, operands, mask)
+        elif "bulk" in modifiers:
+            self._copy_bytes(modifiers, operands, mask)
         else:
             assert modifiers[0] == "async"
             width = int(operands[2])
@@ -381,6 +383,19 @@ class Block:
             _, indices = self._bytes(to, width, True)
             self.shared[indices] = 0xFF  # what was there is gone, what comes is not yet there
             self.copies[-1].append((np.flatnonzero(mask), indices, data))
+
+    def _copy_bytes(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        """Plain bytes from global to shared memory, at once."""
+        assert modifiers[2:4] == ["shared::cluster", "global"], modifiers
+        addresses, counts = [self._address(operands[i]) for i in (0, 1, 3)], self._value(operands[2], "u32")
+        for thread in np.flatnonzero(mask):
+            to, source, barrier = (int(each[thread]) for each in addresses)
+            count = int(counts[thread])
+            assert to % 16 == source % 16 == count % 16 == 0 < count, "bulk copies move multiples of 16 bytes"
+            indices = source - BASE + np.arange(count)
+            assert self.memory.allowed[indices].all(), "outside any allocation"
+            self.shared[to : to + count] = self.memory.bytes[indices]
+            self.barriers.copied(barrier, count)
 
     def _copy_box(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
         """A box of a matrix of 16 bits: at once, with zeros outside the matrix, swizzled by 128 bytes."""
@@ -433,12 +448,12 @@ class Block:
                     group.wait(int(operands[0]))
 
     def _atom(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
-        assert modifiers == ["global", "add", "u32"] and mask.sum() == 1, modifiers
+        assert modifiers == ["global", "add", "u32"], modifiers
         memory, indices = self._bytes(self._address(operands[1])[mask], 4, False)
-        old = memory[indices].view(np.uint32).reshape(-1)
-        memory[indices] = (old + self._value(operands[2], "u32")[mask]).view(np.uint8).reshape(-1, 4)
-        whole = np.zeros(self.threads, np.uint32)
-        whole[mask] = old
+        whole, added = np.zeros(self.threads, np.uint32), self._value(operands[2], "u32")
+        for thread, place in zip(np.flatnonzero(mask), indices, strict=True):  # one after the other
+            whole[thread] = memory[place].view(np.uint32)[0]
+            memory[place] = (whole[thread : thread + 1] + added[thread]).view(np.uint8)
         self._set(operands[0], whole, mask)
 
     def _prmt(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
