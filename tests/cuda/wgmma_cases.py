@@ -53,19 +53,19 @@ def cases() -> list[Case]:
     chunks = [(2, range(70, 200)), (0, [99]), (4, range(5)), (1, [3]), (3, range(31, 33)), (5, [148])]
     where = [position for _, chunk in chunks for position in chunk]
     whose = [sequence for sequence, chunk in chunks for _ in chunk]
-    add("attention bf16, mixed, several tiles a block", 140, few_blocks, attention, "bf16", 140, (2, 1), 64, 200, where,
+    add("attention bf16, mixed, several tiles a block", 140, few_blocks, attention, "bf16", 140, (2, 2), 64, 200, where,
         whose, page=64)  # fmt: skip
     for window in (1, 100):
         add(f"attention bf16, a window of {window}", 70, attention, "bf16", 70, (1, 1), 56, 400, *one(70, 290),
             window=window)  # fmt: skip
     # rows alone by bulk copies: of one page and of several splits, in runs of few rows and of more than there are warps
     rows, three = [63, 5, 94, 0, 31, 32], [0, 1, 2, 3, 4, 5]
-    for cache, heads, head_dim in (("f16", (1, 1), 128), ("bf16", (4, 1), 128), ("f16", (6, 2), 64)):
+    for cache, heads, head_dim in (("f16", (1, 1), 128), ("bf16", (2, 2), 128), ("f16", (3, 3), 64)):
         add(f"attention {cache}, rows of {head_dim}", 6, few_blocks, attention, cache, 7, heads, head_dim, 100,
             [*rows, 0], [*three, 0], exact=True)  # fmt: skip
     add("attention bf16, rows in splits", 3, attention, "bf16", 4, (3, 3), 64, 1400, [600, 5, 1300, 0], [0, 1, 2, 0],
         exact=True)  # fmt: skip
-    add("attention f16, rows with a window", 3, few_blocks, attention, "f16", 4, (2, 1), 128, 700, [650, 5, 420, 0],
+    add("attention f16, rows with a window", 3, few_blocks, attention, "f16", 4, (2, 2), 128, 700, [650, 5, 420, 0],
         [0, 1, 2, 0], page=64, window=300, exact=True)  # fmt: skip
     # tokens of a short prompt, which see each other's keys, before they are in memory for long
     add("attention f16, rows of one sequence", 7, attention, "f16", 8, (2, 2), 64, 100, [*range(60, 67), 0], [0] * 8,

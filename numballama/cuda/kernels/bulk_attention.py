@@ -46,7 +46,7 @@ from .decode_attention import LOWEST_SCORE
 from .params import BULK_KEYS as KEYS
 from .params import BULK_RING_BYTES as RING_BYTES
 from .params import BULK_WARPS as WARPS
-from .params import FEW_HEADS, ROW_SPLIT_KEYS
+from .params import ROW_SPLIT_KEYS
 from .reduce import warp_max, warp_sum
 
 
@@ -92,88 +92,86 @@ def next_item(item, sizes, rows, positions, sequences):
 
 
 @device
-def load_keys(item, p, slot, barrier, place, page_table):
-    """Ask for the keys of an item from position `p` to the end of their 32, and for their values. By one lane."""
-    k_base, v_base, table_stride, log2_page, page_bytes, head_bytes, row_bytes = place
-    end = min(item[7], (p | (KEYS - 1)) + 1)
+def source_of(item, p, place, page_table):
+    """Where the keys of an item lie from position `p` to the end of their 32: (byte offset in a cache, byte offset in
+    a slot, bytes).
+    """
+    table_stride, log2_page, page_bytes, head_bytes, row_bytes = place
     page = np.int64(page_table[item[4] * table_stride + (p >> log2_page)])
     at = page * page_bytes + item[3] * head_bytes + (p & ((1 << log2_page) - 1)) * row_bytes
-    to, nbytes = slot + (p & (KEYS - 1)) * row_bytes, (end - p) * row_bytes
-    mbarrier_expect_tx(barrier, 2 * nbytes)
-    copy_bytes(to, k_base + at, nbytes, barrier)
-    copy_bytes(to + KEYS * row_bytes, v_base + at, nbytes, barrier)
+    end = min(item[7], (p | (KEYS - 1)) + 1)
+    return at, (p & (KEYS - 1)) * row_bytes, (end - p) * row_bytes
 
 
 @device
-def score_keys(k_cache, at, row_bytes, query, scores, first):
-    """The lane's sums of four of its keys, from number `first` on. The compiler unrolls no longer loops of four heads."""
-    for i in range(4):
-        key = unpack8(k_cache, ld_shared_v4_u32(at + (first + i) * row_bytes))
-        for h in range(query.shape[0]):
-            score = np.float32(0)
-            for j in range(8):
-                score += query[h, j] * key[j]
-            scores[h, first + i] = score
+def load_rows(base, slot, barrier, source):
+    """Ask for rows of a cache. By one lane."""
+    at, to, nbytes = source
+    mbarrier_expect_tx(barrier, nbytes)
+    copy_bytes(slot + to, base + at, nbytes, barrier)
 
 
 @device
-def fold(scores, h, offset):
+def load_query(q, item, kv_heads, lanes):
+    """The lane's eight elements of an item's query; of row 0 for one that does not exist."""
+    at = ((item[2] * kv_heads + item[3]) * lanes + (cuda.threadIdx.x & (lanes - 1))) * 8
+    return ld_v4_f32(q, at), ld_v4_f32(q, at + 4)
+
+
+@device
+def fold(scores, offset):
     """Add up pairs of lanes `offset` apart: the lower lane keeps the first `offset` sums, the other one the others."""
     upper = cuda.threadIdx.x & offset
     for i in range(offset):
-        a, b = scores[h, i], scores[h, i + offset]
-        scores[h, i] = (b if upper else a) + cuda.shfl_xor_sync(FULL_MASK, a if upper else b, offset)
+        a, b = scores[i], scores[i + offset]
+        scores[i] = (b if upper else a) + cuda.shfl_xor_sync(FULL_MASK, a if upper else b, offset)
 
 
 @device
-def write_item(item, heads_here, shared_by, kv_heads, splits, lanes, max_score, exp_sum, acc, out, partials, counters):
-    """Write the heads' results, or this split of them. The last warp to finish merges a row's splits."""
+def write_item(item, kv_heads, splits, lanes, max_score, exp_sum, acc, out, partials, counters):
+    """Write the head's result, or this split of it. The last warp to finish merges a row's splits."""
     _, part, t, kv_head, _, _, _, _, splits_used = item
     lane, head_dim = np.int64(cuda.threadIdx.x & 31), 8 * lanes
-    part_size, first_head = head_dim + 2, (t * kv_heads + kv_head) * shared_by
-    for h in range(max_score.size):
-        total = warp_sum(exp_sum[h])
-        for j in range(8):
-            if lanes == 8:
-                acc[h, j] += cuda.shfl_xor_sync(FULL_MASK, acc[h, j], 8)
-            acc[h, j] += cuda.shfl_xor_sync(FULL_MASK, acc[h, j], 16)
-        if h < heads_here and lane < lanes:
-            if splits_used == 1:
-                at = (first_head + h) * head_dim + 8 * lane
-                st_v4_f32(out, at, acc[h, 0] / total, acc[h, 1] / total, acc[h, 2] / total, acc[h, 3] / total)
-                st_v4_f32(out, at + 4, acc[h, 4] / total, acc[h, 5] / total, acc[h, 6] / total, acc[h, 7] / total)
-            else:
-                at = ((first_head + h) * splits + part) * part_size
-                for j in range(8):
-                    partials[at + 8 * lane + j] = acc[h, j]
-                if lane == 0:
-                    partials[at + head_dim], partials[at + head_dim + 1] = max_score[h], total
+    part_size, head = head_dim + 2, t * kv_heads + kv_head
+    total = warp_sum(exp_sum)
+    for j in range(8):
+        if lanes == 8:
+            acc[j] += cuda.shfl_xor_sync(FULL_MASK, acc[j], 8)
+        acc[j] += cuda.shfl_xor_sync(FULL_MASK, acc[j], 16)
     if splits_used == 1:
+        if lane < lanes:
+            at, factor = head * head_dim + 8 * lane, np.float32(1) / total
+            st_v4_f32(out, at, acc[0] * factor, acc[1] * factor, acc[2] * factor, acc[3] * factor)
+            st_v4_f32(out, at + 4, acc[4] * factor, acc[5] * factor, acc[6] * factor, acc[7] * factor)
         return
-    cuda.syncwarp()
-    finished, counter = np.int32(0), t * kv_heads + kv_head
-    if lane == 0:
-        finished = atom_add_1(address(counters, counter))
-    if cuda.shfl_sync(FULL_MASK, finished, 0) == splits_used - 1:
-        for h in range(heads_here):
-            no_unroll()
-            first = (first_head + h) * splits * part_size
-            largest, total = LOWEST_SCORE, np.float32(0)
-            if lane < splits_used:
-                at = first + lane * part_size + head_dim
-                largest, total = partials[at], partials[at + 1]
-            weight = ex2_approx(largest - warp_max(largest))
-            total = warp_sum(total * weight)
-            d = lane
-            while d < head_dim:
-                no_unroll()
-                value = np.float32(0)
-                for i in range(splits_used):
-                    value += cuda.shfl_sync(FULL_MASK, weight, i) * partials[first + i * part_size + d]
-                out[(first_head + h) * head_dim + d] = value / total
-                d += 32
+    first = head * splits * part_size
+    if lane < lanes:
+        at = first + part * part_size
+        for j in range(8):
+            partials[at + 8 * lane + j] = acc[j]
         if lane == 0:
-            counters[counter] = 0
+            partials[at + head_dim], partials[at + head_dim + 1] = max_score, total
+    cuda.syncwarp()
+    finished = np.int32(0)
+    if lane == 0:
+        finished = atom_add_1(address(counters, head))
+    if cuda.shfl_sync(FULL_MASK, finished, 0) == splits_used - 1:
+        largest, total = LOWEST_SCORE, np.float32(0)
+        if lane < splits_used:
+            at = first + lane * part_size + head_dim
+            largest, total = partials[at], partials[at + 1]
+        weight = ex2_approx(largest - warp_max(largest))
+        factor = np.float32(1) / warp_sum(total * weight)
+        d = lane
+        while d < head_dim:
+            no_unroll()
+            value = np.float32(0)
+            for i in range(splits_used):
+                value += cuda.shfl_sync(FULL_MASK, weight, i) * partials[first + i * part_size + d]
+            out[head * head_dim + d] = value * factor
+            d += 32
+        if lane == 0:
+            counters[head] = 0
 
 
 @device
@@ -182,64 +180,55 @@ def clamped(key, low, last):
     return max(min(key, last), low)
 
 
-def body_with(heads, lanes):
-    """The body of the kernels for up to `heads` query heads that share keys, of 8 · `lanes` elements."""
-    stages = RING_BYTES // (2 * KEYS * 16 * lanes)
+def body_with(lanes):
+    """The body of the kernel for heads of 8 · `lanes` elements."""
+    slot_bytes = KEYS * 16 * lanes
+    stages = RING_BYTES // (2 * slot_bytes)
 
     @device
-    def attend_keys(k_cache, v_cache, slot, low, last, query, max_score, exp_sum, acc):
-        """Add those of 32 keys in a stage that exist, number `low` to `last`, to the running softmax of each head."""
-        lane = np.int32(cuda.threadIdx.x & 31)
-        row_bytes, first = 16 * lanes, lane & -lanes
-        column = slot + 16 * (lane & (lanes - 1))
-        scores = cuda.local.array((heads, lanes), np.float32)
-        weights = cuda.local.array(heads, np.float32)
-        at = column + first * row_bytes
-        score_keys(k_cache, at, row_bytes, query, scores, 0)
-        score_keys(k_cache, at, row_bytes, query, scores, 4)
-        if lanes == 16:
-            score_keys(k_cache, at, row_bytes, query, scores, 8)
-            score_keys(k_cache, at, row_bytes, query, scores, 12)
-        valid = low <= lane <= last
-        for h in range(heads):
-            if lanes == 16:
-                fold(scores, h, 8)
-            fold(scores, h, 4)
-            fold(scores, h, 2)
-            fold(scores, h, 1)
-            score = scores[h, 0] if valid else LOWEST_SCORE
-            largest = max(max_score[h], warp_max(score))
-            rescale = ex2_approx(max_score[h] - largest)
-            weights[h] = ex2_approx(score - largest) if valid else np.float32(0)
-            max_score[h], exp_sum[h] = largest, exp_sum[h] * rescale + weights[h]
+    def score_keys(k_cache, slot, query):
+        """The score of the lane's key, whether it exists or not."""
+        lane, row_bytes = np.int32(cuda.threadIdx.x & 31), 16 * lanes
+        at = slot + 16 * (lane & (lanes - 1)) + (lane & -lanes) * row_bytes
+        scores = cuda.local.array(lanes, np.float32)
+        for i in range(lanes):
+            key, score = unpack8(k_cache, ld_shared_v4_u32(at + i * row_bytes)), np.float32(0)
             for j in range(8):
-                acc[h, j] *= rescale
-        column += KEYS * row_bytes
+                score += query[j] * key[j]
+            scores[i] = score
+        if lanes == 16:
+            fold(scores, 8)
+        fold(scores, 4)
+        fold(scores, 2)
+        fold(scores, 1)
+        return scores[0]
+
+    @device
+    def add_values(v_cache, slot, low, last, weight, acc):
+        """Add the values times the weights, of which each lane has its key's."""
+        lane, row_bytes = np.int32(cuda.threadIdx.x & 31), 16 * lanes
+        column, first = slot + 16 * (lane & (lanes - 1)), lane & -lanes
         for i in range(lanes):
             value = unpack8(v_cache, ld_shared_v4_u32(column + clamped(first + i, low, last) * row_bytes))
-            for h in range(heads):
-                weight = cuda.shfl_sync(FULL_MASK, weights[h], first + i)
-                for j in range(8):
-                    acc[h, j] += weight * value[j]
+            w = cuda.shfl_sync(FULL_MASK, weight, first + i)
+            for j in range(8):
+                acc[j] += w * value[j]
 
     @device
-    def body(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads, shared_by,
-             window, splits, blocks_of_keys, tiles, listed, most_rows):  # fmt: skip
+    def body(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads, window,
+             splits, blocks_of_keys, tiles, listed, most_rows):  # fmt: skip
         shared = cuda.shared.array(0, np.float32)
         page_table, table_stride, log2_page, _ = pages
         lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
         row_bytes = np.int64(16 * lanes)
         head_bytes = row_bytes << log2_page
-        place = (
-            address(k_cache, 0), address(v_cache, 0), table_stride, log2_page, kv_heads * head_bytes, head_bytes,
-            row_bytes,
-        )  # fmt: skip
-        base = shared_address(shared, 0)
-        ring, barriers = base + warp * RING_BYTES, base + WARPS * RING_BYTES + 8 * stages * warp
-        stage = 2 * KEYS * row_bytes
+        place = table_stride, log2_page, kv_heads * head_bytes, head_bytes, row_bytes
+        k_base, v_base, base = address(k_cache, 0), address(v_cache, 0), shared_address(shared, 0)
+        k_ring, k_barriers = base + warp * RING_BYTES, base + WARPS * RING_BYTES + 16 * stages * warp
+        v_ring, v_barriers = k_ring + stages * slot_bytes, k_barriers + 8 * stages
         if lane == 0:
-            for i in range(stages):
-                mbarrier_init(barriers + 8 * i, 1)
+            for i in range(2 * stages):
+                mbarrier_init(k_barriers + 8 * i, 1)
             fence_mbarrier_init()
         cuda.syncwarp()
         count = np.int64(tiles[1] if listed else tokens[0])
@@ -251,15 +240,17 @@ def body_with(heads, lanes):
         work = np.int64(cuda.blockIdx.x + cuda.gridDim.x * warp)
         item = find_item(work, np.int64(-1), sizes, rows, positions, sequences)
         ahead, p_ahead = item, item[6]
-        settled = np.int64(tokens[0])
+        run = np.int64(tokens[0])
         for i in range(stages):
             no_unroll()
             if p_ahead < ahead[7]:
                 # this run writes keys of its own tokens, of which a sequence has no more than there are rows
-                if (p_ahead | (KEYS - 1)) + settled > ahead[5]:
+                if (p_ahead | (KEYS - 1)) + run > ahead[5]:
                     griddepcontrol_wait()
                 if lane == 0:
-                    load_keys(ahead, p_ahead, ring + i * stage, barriers + 8 * i, place, page_table)
+                    source = source_of(ahead, p_ahead, place, page_table)
+                    load_rows(k_base, k_ring + i * slot_bytes, k_barriers + 8 * i, source)
+                    load_rows(v_base, v_ring + i * slot_bytes, v_barriers + 8 * i, source)
                 p_ahead = (p_ahead | (KEYS - 1)) + 1
                 if p_ahead >= ahead[7]:
                     ahead = next_item(ahead, sizes, rows, positions, sequences)
@@ -267,33 +258,45 @@ def body_with(heads, lanes):
         griddepcontrol_wait()
         griddepcontrol_launch_dependents()
         factor = LOG2_E / np.float32(math.sqrt(np.float32(8 * lanes)))
-        query = cuda.local.array((heads, 8), np.float32)
-        acc = cuda.local.array((heads, 8), np.float32)
-        max_score = cuda.local.array(heads, np.float32)
-        exp_sum = cuda.local.array(heads, np.float32)
+        query, acc = cuda.local.array(8, np.float32), cuda.local.array(8, np.float32)
         slot, parity = np.int64(0), np.int64(0)
+        a, b = load_query(q, item, kv_heads, lanes)
         while item[6] < item[7]:
             no_unroll()
-            q_at = ((item[2] * kv_heads + item[3]) * shared_by * lanes + (lane & (lanes - 1))) * 8
-            for h in range(heads):
-                max_score[h], exp_sum[h] = LOWEST_SCORE, np.float32(0)
-                for j in range(8):
-                    query[h, j], acc[h, j] = np.float32(0), np.float32(0)
-                if h < shared_by:
-                    a, b = ld_v4_f32(q, q_at + 8 * lanes * h), ld_v4_f32(q, q_at + 8 * lanes * h + 4)
-                    for j in range(4):
-                        query[h, j], query[h, 4 + j] = a[j] * factor, b[j] * factor
+            for j in range(4):
+                query[j], query[4 + j] = a[j] * factor, b[j] * factor
+                acc[j], acc[4 + j] = np.float32(0), np.float32(0)
+            following = next_item(item, sizes, rows, positions, sequences)
+            if following[6] < following[7]:
+                a, b = load_query(q, following, kv_heads, lanes)
+            max_score, exp_sum = LOWEST_SCORE, np.float32(0)
             p = item[6]
             while p < item[7]:
                 no_unroll()
-                mbarrier_wait(barriers + 8 * slot, parity)
                 low = np.int32(p & (KEYS - 1))
                 last = np.int32(min(item[7] - 1 - (p & -KEYS), KEYS - 1))
-                attend_keys(k_cache, v_cache, ring + slot * stage, low, last, query, max_score, exp_sum, acc)
-                cuda.syncwarp()  # all lanes have read the stage
-                if p_ahead < ahead[7]:
-                    if lane == 0:
-                        load_keys(ahead, p_ahead, ring + slot * stage, barriers + 8 * slot, place, page_table)
+                more, source = p_ahead < ahead[7], (np.int64(0), np.int64(0), np.int64(0))
+                if more and lane == 0:
+                    source = source_of(ahead, p_ahead, place, page_table)
+                mbarrier_wait(k_barriers + 8 * slot, parity)
+                score = score_keys(k_cache, k_ring + slot * slot_bytes, query)
+                cuda.syncwarp()  # all lanes have read the slot
+                if more and lane == 0:
+                    load_rows(k_base, k_ring + slot * slot_bytes, k_barriers + 8 * slot, source)
+                valid = low <= lane <= last
+                score = score if valid else LOWEST_SCORE
+                largest = max(max_score, warp_max(score))
+                rescale = ex2_approx(max_score - largest)
+                weight = ex2_approx(score - largest) if valid else np.float32(0)
+                max_score, exp_sum = largest, exp_sum * rescale + weight
+                for j in range(8):
+                    acc[j] *= rescale
+                mbarrier_wait(v_barriers + 8 * slot, parity)
+                add_values(v_cache, v_ring + slot * slot_bytes, low, last, weight, acc)
+                cuda.syncwarp()
+                if more and lane == 0:
+                    load_rows(v_base, v_ring + slot * slot_bytes, v_barriers + 8 * slot, source)
+                if more:
                     p_ahead = (p_ahead | (KEYS - 1)) + 1
                     if p_ahead >= ahead[7]:
                         ahead = next_item(ahead, sizes, rows, positions, sequences)
@@ -302,56 +305,32 @@ def body_with(heads, lanes):
                 if slot == stages:
                     slot, parity = np.int64(0), parity ^ 1
                 p = (p | (KEYS - 1)) + 1
-            write_item(item, shared_by, shared_by, kv_heads, splits, lanes, max_score, exp_sum, acc, out, partials,
-                       counters)  # fmt: skip
-            item = next_item(item, sizes, rows, positions, sequences)
+            write_item(item, kv_heads, splits, lanes, max_score, exp_sum, acc, out, partials, counters)
+            item = following
 
     return body
 
 
-bulk_64_1, bulk_64_4 = body_with(1, 8), body_with(FEW_HEADS, 8)
-bulk_128_1, bulk_128_4 = body_with(1, 16), body_with(FEW_HEADS, 16)
+bulk_64, bulk_128 = body_with(8), body_with(16)
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
-def attention_bulk_64_1_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
-                               scales_at, out, partials, counters, kv_heads, shared_by, window, splits, blocks_of_keys,
-                               tiles, listed, most_rows):  # fmt: skip
-    """Many rows, with heads of 64 elements, which share no keys."""
+def attention_bulk_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
+                             scales_at, out, partials, counters, kv_heads, window, splits, blocks_of_keys, tiles,
+                             listed, most_rows):  # fmt: skip
+    """Many rows, with heads of 64 elements that share no keys."""
     pages = page_table, table_stride, log2_page, scales_at
-    bulk_64_1(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads, shared_by,
-              window, splits, blocks_of_keys, tiles, listed, most_rows)  # fmt: skip
+    bulk_64(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads, window, splits,
+            blocks_of_keys, tiles, listed, most_rows)  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
-def attention_bulk_64_4_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
-                               scales_at, out, partials, counters, kv_heads, shared_by, window, splits, blocks_of_keys,
-                               tiles, listed, most_rows):  # fmt: skip
-    """Many rows, with heads of 64 elements, up to four of which share keys."""
+def attention_bulk_128_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
+                              scales_at, out, partials, counters, kv_heads, window, splits, blocks_of_keys, tiles,
+                             listed, most_rows):  # fmt: skip
+    """Many rows, with heads of 128 elements that share no keys."""
     pages = page_table, table_stride, log2_page, scales_at
-    bulk_64_4(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads, shared_by,
-              window, splits, blocks_of_keys, tiles, listed, most_rows)  # fmt: skip
-
-
-@launch_bounds(min_blocks=1)
-@cuda.jit
-def attention_bulk_128_1_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
-                               scales_at, out, partials, counters, kv_heads, shared_by, window, splits, blocks_of_keys,
-                               tiles, listed, most_rows):  # fmt: skip
-    """Many rows, with heads of 128 elements, which share no keys."""
-    pages = page_table, table_stride, log2_page, scales_at
-    bulk_128_1(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads, shared_by,
-              window, splits, blocks_of_keys, tiles, listed, most_rows)  # fmt: skip
-
-
-@launch_bounds(min_blocks=1)
-@cuda.jit
-def attention_bulk_128_4_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page,
-                               scales_at, out, partials, counters, kv_heads, shared_by, window, splits, blocks_of_keys,
-                               tiles, listed, most_rows):  # fmt: skip
-    """Many rows, with heads of 128 elements, up to four of which share keys."""
-    pages = page_table, table_stride, log2_page, scales_at
-    bulk_128_4(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads, shared_by,
-              window, splits, blocks_of_keys, tiles, listed, most_rows)  # fmt: skip
+    bulk_128(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads, window, splits,
+            blocks_of_keys, tiles, listed, most_rows)  # fmt: skip

@@ -110,8 +110,10 @@ GROUP_HEADS, FEW_HEADS = 8, 4
 """Query heads with the same keys that a block computes on tensor cores (`group_attention`), and where they are few."""
 GROUP_THREADS, GROUP_STAGES = 128, 2
 """Threads of a block there; stages of a warp's ring, whose depth is compiled in."""
-BULK_WARPS, BULK_KEYS, BULK_RING_BYTES = 7, 32, 32 << 10
-"""Warps of a block of `bulk_attention`; keys that are copied together; bytes of a warp's ring in shared memory."""
+BULK_WARPS, BULK_RING_BYTES = 14, 16 << 10
+"""Warps of a block of `bulk_attention`; bytes of a warp's rings of keys and of values in shared memory."""
+BULK_KEYS, BULK_FROM = 32, 9
+"""Keys that are copied together there; the least rows of a program for which it is faster than `group_attention`."""
 PLAIN_ATTENTION_THREADS = 128
 
 # Attention of many tokens (`prefill_attention`)

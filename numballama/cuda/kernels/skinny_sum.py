@@ -13,7 +13,13 @@ import numpy as np
 from numba import cuda
 
 from ..fragments import st_global_f32
-from ..intrinsics import address, ld_v4_f32, no_unroll
+from ..intrinsics import (
+    address,
+    griddepcontrol_launch_dependents,
+    griddepcontrol_wait,
+    ld_v4_f32,
+    no_unroll,
+)
 from .common import device, pdl_sync, silu_and_mul
 from .params import SKINNY_UNIT as UNIT
 from .params import SKINNY_WARPS as WARPS
@@ -111,10 +117,11 @@ def skinny_sum_kernel(tokens, partials, scales, squares, capacity, normed, eps, 
     """Add up the slices' sums and finish the results. A warp has a unit: blockIdx.x counts eight groups of 32 rows,
     blockIdx.y units of 8 tokens.
     """
-    pdl_sync()
     lane, group = cuda.threadIdx.x & 31, cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)
     token = 8 * cuda.blockIdx.y + 2 * (lane & 3)
     if 8 * cuda.blockIdx.y >= tokens[0] or group >= groups:
+        griddepcontrol_wait()  # a kernel must not end before the preceding one
+        griddepcontrol_launch_dependents()
         return
     units, row_warps = 1 << log2_units, 1 << log2_row_warps
     token_tile, unit = cuda.blockIdx.y >> log2_units, cuda.blockIdx.y & (units - 1)
@@ -126,11 +133,13 @@ def skinny_sum_kernel(tokens, partials, scales, squares, capacity, normed, eps, 
     zero = np.float32(0)
     sums = (zero, zero, zero, zero), (zero, zero, zero, zero), zero, zero
     here, row = tokens[0] - token, (group << (4 if paired else 5)) + (lane >> 2)
+    # the kernel before this one does not write residuals, and it has waited for those that do
     olds = (
         old_row(row, token, here, rows, residual, added), old_row(row + 8, token, here, rows, residual, added),
         old_row(row + 16, token, here, rows, residual, added), old_row(row + 24, token, here, rows, residual, added),
     )  # fmt: skip
     a, b = min(token, capacity - 1), min(token + 1, capacity - 1)
+    pdl_sync()
     for s in range(0, slices, 4):
         no_unroll()
         first = load_slice(partials, s, slices, at, distance, scales, squares, a, b, capacity)

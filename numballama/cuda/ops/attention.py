@@ -23,6 +23,7 @@ from ..kernels.params import (
     ATTENTION_STAGES,
     ATTENTION_THREADS,
     ATTENTION_WARPS,
+    BULK_FROM,
     BULK_KEYS,
     BULK_RING_BYTES,
     BULK_WARPS,
@@ -57,10 +58,7 @@ GROUP = "numballama.cuda.kernels.group_attention"
 ATTENTION_GROUP = {size: KernelRef(GROUP, f"attention_group_{size}_kernel") for size in (64, 128)}
 ATTENTION_FEW = {size: KernelRef(GROUP, f"attention_few_{size}_kernel") for size in (64, 128)}
 BULK = "numballama.cuda.kernels.bulk_attention"
-ATTENTION_BULK = {
-    (size, heads): KernelRef(BULK, f"attention_bulk_{size}_{heads}_kernel") for size in (64, 128) for heads in (1, 4)
-}
-"""(Elements of a head, query heads that share keys at most) → the kernel for it."""
+ATTENTION_BULK = {size: KernelRef(BULK, f"attention_bulk_{size}_kernel") for size in (64, 128)}
 PLAIN = "numballama.kernels_cuda"
 ATTENTION_SCORES = KernelRef(PLAIN, "attention_scores_kernel")
 ATTENTION_VALUES = KernelRef(PLAIN, "attention_values_kernel")
@@ -74,8 +72,8 @@ ATTENTION_WGMMA = {width: KernelRef(WGMMA, f"attention_wgmma_{width}_kernel") fo
 
 MORE_TILES = 8
 """Blocks for tiles that are not full, because chunks of several prompts share a run. Further tiles wait for these."""
-BULK_SHARED = BULK_WARPS * (BULK_RING_BYTES + 4 * 8)
-"""Bytes of shared memory of a block of `bulk_attention`: rings, and mbarriers for at most four stages of each."""
+BULK_SHARED = BULK_WARPS * (BULK_RING_BYTES + 8 * 8)
+"""Bytes of shared memory of a block of `bulk_attention`: rings, and up to eight mbarriers of each."""
 ROW_BLOCKS = 2048
 """Blocks that share the keys of one head, over all rows of a run, where a long context has splits for so many."""
 
@@ -173,12 +171,12 @@ def _for_groups(ctx: LaunchContext, k_cache: Array) -> bool:
     )  # fmt: skip
 
 
-def _for_bulk(ctx: LaunchContext, k_cache: Array, shared_by: int) -> bool:
-    """Whether `bulk_attention` supports a cache that `group_attention` does, on a device with bulk copies. Of the sizes
-    of pages it takes those that have whole runs of 32 keys.
+def _for_bulk(ctx: LaunchContext, tokens: int, k_cache: Array, shared_by: int) -> bool:
+    """Whether `bulk_attention` takes a cache that `group_attention` supports: heads share no keys, pages have whole
+    runs of 32 keys, there are rows enough. Not in batch-invariant runs, where few rows have the same kernel.
     """
-    fits = ctx.shared_limit >= BULK_SHARED and shared_by <= FEW_HEADS
-    return ctx.bulk_copies and fits and k_cache.shape[2] % BULK_KEYS == 0
+    fits = ctx.bulk_copies and ctx.shared_limit >= BULK_SHARED and tokens >= BULK_FROM and not ctx.batch_invariant
+    return fits and shared_by == 1 and k_cache.shape[2] % BULK_KEYS == 0
 
 
 def _splits(ctx: LaunchContext, blocks: int, context: int) -> int:
@@ -219,16 +217,16 @@ def _decode(
         return Launch(kernel_ref, (blocks, tokens, blocks_of_keys), ATTENTION_THREADS, arguments, shared)
 
     most_splits = partials.shape[2]
-    if tokens > 1 and _for_groups(ctx, k_cache) and _for_bulk(ctx, k_cache, shared_by):
-        made_for = ATTENTION_BULK[head_dim, 1 if shared_by == 1 else FEW_HEADS]
+    if tokens > 1 and _for_groups(ctx, k_cache) and _for_bulk(ctx, tokens, k_cache, shared_by):
 
         def bulk(parts: int) -> Launch:
             arguments = named(
-                **operands, partials=partials, counters=counters, kv_heads=kv_heads, shared_by=shared_by, window=window,
-                splits=most_splits, blocks_of_keys=parts, tiles=ctx.tiles, listed=int(listed), most_rows=tokens,
+                **operands, partials=partials, counters=counters, kv_heads=kv_heads, window=window, splits=most_splits,
+                blocks_of_keys=parts, tiles=ctx.tiles, listed=int(listed), most_rows=tokens,
             )  # fmt: skip
             only_for: RowKind | None = "single rows" if listed else None
-            return Launch(made_for, (ctx.n_sms, 1), 32 * BULK_WARPS, arguments, BULK_SHARED, only_for=only_for)
+            grid, threads = (ctx.n_sms, 1), 32 * BULK_WARPS
+            return Launch(ATTENTION_BULK[head_dim], grid, threads, arguments, BULK_SHARED, only_for=only_for)
 
         return [_by_length(bulk, _most_seen(window, context), most_splits, max(4, ROW_BLOCKS // tokens))]
     if tokens > 1 and _for_groups(ctx, k_cache):
