@@ -152,6 +152,89 @@ def silu_and_mul_halves(typingctx, sums):  # type: ignore[no-untyped-def]
     return kind(sums), codegen
 
 
+@intrinsic
+def rotate_rows(typingctx, sums, size, interleaved, first_at, second_at, one):  # type: ignore[no-untyped-def]
+    """RoPE of a lane's elements of two rows, which hold whole heads of `size` elements. Two elements are rotated
+    together: neighbours if `interleaved`, otherwise those that are half a head apart. Both are numbers in the program.
+
+    A row's angles lie in global memory: size / 2 cosines, as many sines. `first_at` and `second_at` are the addresses
+    of the cosines of the lane's first elements. `one` is not 0, which the assembler does not know: it would else begin with
+    all loads, and need more registers than there are.
+    """
+    if not (isinstance(size, types.IntegerLiteral) and isinstance(interleaved, types.IntegerLiteral)):
+        return None
+    of_head, step = size.literal_value // 8, 1 if interleaved.literal_value else 2
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        parts = _parts(builder, sums, args[0])
+        if len(parts) // 4 % of_head:
+            return args[0]  # tiles of this width have no whole heads, and are not used for them
+        apart = 1 if step == 1 else 2 * of_head
+        for group in range(of_head // step):
+            wholes = range(group, len(parts) // 4, of_head)
+            firsts = [4 * whole + 2 * row + i for whole in wholes for row in range(2) for i in range(step)]
+            places = [place for first in firsts for place in (first, first + apart)]
+            text = _rotation(len(firsts), step, 4 * 8 // (3 - step) * group, 4 * of_head * 4)
+            constraints = ["=f"] * len(places) + [str(i) for i in range(len(places))] + ["l", "l", "l", "~{memory}"]
+            given = [*(parts[place] for place in places), *args[3:]]
+            made = call_asm(builder, ir.LiteralStructType([F32] * len(places)), text, ",".join(constraints), given)
+            for i, place in enumerate(places):
+                parts[place] = builder.extract_value(made, i)
+        return context.make_tuple(builder, sums, parts)
+
+    return sums(sums, size, interleaved, *[types.int64] * 3), codegen
+
+
+def _rotation(pairs: int, step: int, at: int, sines: int) -> str:
+    """PTX that rotates pairs, operands 0 and 1, 2 and 3 and so on, each `step` of them by neighbouring angles. First
+    come those of the first row, then those of the second, then of the first row's next head. The three last operands
+    are those of `rotate_rows`; the angles lie `at` bytes further, their sines `sines` bytes behind.
+    """
+    first = 4 * pairs
+    text = "{.reg .pred p; .reg .f32 c0, c1, c2, c3, s0, s1, s2, s3, t, u; "
+    text += f"setp.eq.s64 p, ${first + 2}, 0; @p bra done; "
+    for row in range(2):
+        for name, offset in (("c", at), ("s", at + sines)):
+            names = ", ".join(f"{name}{2 * row + i}" for i in range(step))
+            kind, names = ("v2.f32", f"{{{names}}}") if step == 2 else ("f32", names)
+            text += f"ld.global.{kind} {names}, [${first + row}+{offset}]; "
+    for pair in range(pairs):
+        row, i = pair // step % 2, pair % step
+        x, y, c, s = f"${2 * pair}", f"${2 * pair + 1}", f"c{2 * row + i}", f"s{2 * row + i}"
+        text += f"mul.f32 t, {y}, {s}; neg.f32 t, t; mul.f32 u, {x}, {s}; "
+        text += f"fma.rn.f32 {x}, {x}, {c}, t; fma.rn.f32 {y}, {y}, {c}, u; "
+    return text + "done: }"
+
+
+@intrinsic
+def st_cache_rows(typingctx, memory, sums, size, first_at, second_at, distance, first, second):  # type: ignore[no-untyped-def]
+    """Store a lane's elements of two rows, whole heads of `size` elements, in the 16-bit type of `memory`; what is
+    finite stays finite. Heads lie `distance` bytes apart. Of a row the first `first` or `second` columns are stored.
+    """
+    if not isinstance(size, types.IntegerLiteral):
+        return None
+    of_head, kind = size.literal_value // 8, _kind(memory)
+    most = "0f7F7F0000" if kind == "bf16" else "0f477FE000"
+    # a branch, not a predicate: the assembler would else convert all elements first
+    text = "{.reg .pred p; .reg .f32 a, b, c; .reg .b32 w; setp.le.s32 p, $1, COLUMN; @p bra done; "
+    for name, operand in (("b", "$2"), ("c", "$3")):
+        text += f"abs.f32 a, {operand}; setp.lt.f32 p, a, 0f7F800000; neg.f32 {name}, {most}; "
+        text += f"max.f32 {name}, {name}, {operand}; min.f32 {name}, {name}, {most}; "
+        text += f"selp.f32 {name}, {name}, {operand}, p; "
+    text += f"cvt.rn.{kind}x2.f32 w, c, b; st.global.b32 [$0+OFFSET], w; done:}}"
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        parts = _parts(builder, sums, args[1])
+        for i in range(0, len(parts), 2):
+            row, (number, inside) = i // 2 % 2, divmod(i // 4, of_head)
+            to = builder.add(args[3 + row], builder.mul(args[5], ir.Constant(I64, number)))
+            here = text.replace("COLUMN", str(8 * (i // 4))).replace("OFFSET", str(16 * inside))
+            call_asm(builder, VOID, here, "l,r,f,f,~{memory}", [to, args[6 + row], *parts[i : i + 2]])
+        return context.get_dummy_value()
+
+    return types.void(memory, sums, size, *[types.int64] * 3, *[types.int32] * 2), codegen
+
+
 fence_proxy_async = instruction("fence.proxy.async.shared::cta;", "")
 """fence_proxy_async(): what this thread has written to shared memory is there for wgmma after the next barrier."""
 

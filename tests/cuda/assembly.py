@@ -10,6 +10,7 @@ are compiled in all types for sm_90, others in one set of types; before sm_90 th
 from __future__ import annotations
 
 import contextlib
+import inspect
 import json
 import re
 import sys
@@ -21,6 +22,7 @@ from unittest import mock
 from numballama.config import ModelConfig
 from numballama.cuda.compiler import Cubin
 from numballama.cuda.kernels.params import WGMMA_ATTENTION_KEYS
+from numballama.cuda.kernels.wgmma_gemm import wgmma_128_kernel
 from numballama.cuda.launch import Specialization
 from numballama.cuda.ops import wgmma_gemm
 from numballama.graph import KVLayout
@@ -46,6 +48,10 @@ EIGHT_64, EIGHT_128 = (ModelConfig(64, 96, 1, 8, 1, 40, 16, head_dim=size) for s
 WGMMA_96, WGMMA_256 = (ModelConfig(64, 96, 1, 2, 1, 40, 16, head_dim=size) for size in (96, 256))
 TWO_64 = ModelConfig(64, 96, 1, 2, 1, 40, 16, head_dim=64)
 """Eight and two heads that share keys, for `group_attention`."""
+HEADS_64, HEADS_128 = (ModelConfig(256, 256, 1, 2, 1, 40, 16, head_dim=size) for size in (64, 128))
+"""Whole heads in the tiles of `wgmma_gemm`, which rotates them and writes keys and values."""
+ALONE_64, ALONE_128 = (ModelConfig(64, 96, 1, 2, 2, 40, 16, head_dim=size) for size in (64, 128))
+"""Heads that share no keys, for `bulk_attention`."""
 
 CASES: list[tuple[ModelConfig, str, str, Any, bool]] = [
     # shape, weights, KV cache, fusions, int8 activations
@@ -64,7 +70,9 @@ CASES: list[tuple[ModelConfig, str, str, Any, bool]] = [
     (ODD, "f32", "q8_0", ["attention"], False),
     (NORMED, "f32", "f16", True, False),
     *((WIDE, "f32", kv, ["attention"], False) for kv in ("f16", "bf16")),
-    *((config, "f32", "f16", ["attention"], False) for config in (EIGHT_64, EIGHT_128, TWO_64, WGMMA_96, WGMMA_256)),
+    *((config, "f32", "f16", ["attention"], False) for config in (EIGHT_64, EIGHT_128, TWO_64, WGMMA_96, WGMMA_256,
+                                                             ALONE_64, ALONE_128)),
+    *((config, kind, "f16", True, False) for config in (HEADS_64, HEADS_128) for kind in ("bf16", "q4_k", "q8_0")),
 ]  # fmt: skip
 """Every type of weights, each with one KV cache; every type of cache with each kernel that reads or writes it."""
 
@@ -102,11 +110,20 @@ ALSO_BLOCKS = TMA | {"qkv_rope_kernel"}
 ATTENTION = {f"attention_wgmma_{width}_kernel" for width in WGMMA_ATTENTION_KEYS}
 OF_Q5_K = {"linear_kernel", "skinny_8_kernel", "repack_kernel"}
 """Those of them that are compiled for q5_k: it is decoded as q4_k, with a bit more."""
+BULK = {"attention_bulk_64_kernel", "attention_bulk_128_kernel"}
+"""Kernels to which the copy engine brings plain bytes, which are for sm_90 and newer."""
 HOPPER = {"wide_64_kernel", "wide_128_kernel"} | TMA | ATTENTION
 """Kernels with wgmma, which are for sm_90 only."""
+OUT_K = list(inspect.signature(wgmma_128_kernel.py_func).parameters).index("out_k")
+"""Where those of `TMA` are told their second result: the cache of keys, if they finish heads."""
 CHOICES = ((("tall_wins", True),), *((("width_for", width),) for width in wgmma_gemm.KERNELS))
 """What `wgmma_gemm` chooses for larger models than those here."""
 OPCODE = re.compile(r"^\s*(?:@!?%?\w+\s+)?([a-z]\w*(?:\.[\w:]+)*)(?=[\s;])", re.MULTILINE)
+
+
+def decodes(types: Sequence[str]) -> bool:
+    """Whether a kernel with arguments of these types decodes weights."""
+    return bool({"q4_k*", "q8_0*"} & set(types))
 
 
 def opcodes(ptx: str) -> list[str]:
@@ -121,10 +138,13 @@ def main(arguments: Sequence[str]) -> None:
     from numballama.cuda import backend as cuda
 
     found: dict[Specialization, dict[str, Any]] = {}
-    older, names = arguments[0] in OLDER, set[str]()
+    older, names, with_heads = arguments[0] in OLDER, set[str](), set[tuple[str, bool]]()
 
     def is_wanted(name: str, types: Sequence[str]) -> bool:
         if "all" in arguments:
+            return True
+        if name in TMA and types[OUT_K] != "f32*" and (name, decodes(types)) not in with_heads:
+            with_heads.add((name, decodes(types)))
             return True
         if "q5_k*" in types and name not in OF_Q5_K:
             return False

@@ -78,7 +78,10 @@ def in_width(machine: Any, kind: str, width: int, tokens: int) -> float:
     with mock.patch.object(wgmma_gemm, "width_for", return_value=width):
         worst = linear(machine, kind, 300, 328, 600, tokens, residual=True, normed=False)
         worst = max(worst, gate_up(machine, kind, 300, 328, 300, tokens, normed=True))
-        return max(worst, qkv_rope(machine, kind, 300, 328, (6, 3), 64, 0, "f16", tokens))
+        for head_dim, interleaved in ((64, 0), (64, 1), (128, 0), (128, 1)):
+            if width % head_dim == 0:  # a tile has whole heads
+                worst = max(worst, qkv_rope(machine, kind, 300, 328, (6, 3), head_dim, interleaved, "f16", tokens))
+        return worst
 
 
 def in_tall_tiles(machine: Any, kind: str, tokens: int) -> float:
@@ -140,6 +143,9 @@ def small_cases() -> list[Case]:
     add("linear f16, several tiles a block", 130, few_blocks, linear, "f16", 132, 136, 140, residual=True, normed=False)
     add("gate_up bf16", 9, gate_up, "bf16", 10, 456, 76, normed=True)
     add("qkv f16", 9, qkv_rope, "f16", 12, 72, (3, 1), 64, 0, "f16")
+    add("qkv bf16, neighbours rotated", 9, qkv_rope, "bf16", 12, 72, (3, 1), 128, 1, "bf16")
+    add("qkv q4_k and q6_k", 12, qkv_rope, "q4_k", 12, 256, (2, 1), 64, 0, "f16", values="q6_k")
+    add("qkv f16, no whole heads in a tile", 9, qkv_rope, "f16", 12, 72, (2, 1), 48, 0, "f16")
     add("linear f32, in two parts", 9, in_two_parts, "f32")
     add("linear int8, groups of 12, as float32", 9, linear, "int8", 12, 36, 20, residual=False, normed=True, group=12)
     add("linear q4_0, several tiles a block", 18, few_blocks, linear, "q4_0", 20, 224, 140, residual=False, normed=True)

@@ -120,7 +120,16 @@ def fetch_keys(slot, rows, k_lane, v_lane, place, table_row, page_table, positio
 
 
 @device
-def attend_group(q, k_cache, v_cache, pages, position, sequence, q_at, heads_here, kv_head, kv_heads, begin, end,
+def wait_for_new_keys(p, position, run):
+    """Wait for the kernel before this one unless all 16 keys from position `p` on are older than the run. A sequence
+    has at most as many new ones, up to `position`, as the run has rows.
+    """
+    if p + KEYS + run > position + 1:
+        griddepcontrol_wait()
+
+
+@device
+def attend_group(q, k_cache, v_cache, pages, position, run, sequence, q_at, heads_here, kv_head, kv_heads, begin, end,
                  shared, zeros, _):  # fmt: skip
     """Attention of a block's heads over keys [begin, end): the results of each warp in shared memory.
 
@@ -140,8 +149,10 @@ def attend_group(q, k_cache, v_cache, pages, position, sequence, q_at, heads_her
     place = log2_page, page_bytes, row_bytes, begin, end
     stage = 2 * KEYS * row_bytes
     ring = shared_address(shared, 0) + warp * (GROUP_STAGES * stage) + 16 * lane
+    wait_for_new_keys(p + (GROUP_STAGES - 1) * step, position, run)
     for i in range(GROUP_STAGES):
         fetch_keys(ring + i * stage, zeros, k_lane, v_lane, place, table_row, page_table, p + i * step)
+    griddepcontrol_wait()
     slot, ring_end = ring, ring + GROUP_STAGES * stage
     queries, down = load_queries(zeros, q, q_at + g * head_dim + 8 * t, g < heads_here, factor, k_cache)
     max_score, exp_sum, sums = LOWEST_SCORE, np.float32(0), zeros
@@ -194,7 +205,7 @@ def eighth_sum(x):
 
 
 @device
-def attend_few(q, k_cache, v_cache, pages, position, sequence, q_at, heads_here, kv_head, kv_heads, begin, end,
+def attend_few(q, k_cache, v_cache, pages, position, run, sequence, q_at, heads_here, kv_head, kv_heads, begin, end,
                shared, zeros, rows):  # fmt: skip
     """What `attend_group` does, for up to four heads: `zeros` are a lane's sums of them, `rows` only tell the size of
     its part of keys and values. Row (4 warp + head) has a head's results.
@@ -213,8 +224,10 @@ def attend_few(q, k_cache, v_cache, pages, position, sequence, q_at, heads_here,
     place = log2_page, page_bytes, row_bytes, begin, end
     stage = 2 * KEYS * row_bytes
     ring = shared_address(shared, 0) + warp * (GROUP_STAGES * stage) + 16 * lane
+    wait_for_new_keys(p + (GROUP_STAGES - 1) * step, position, run)
     for i in range(GROUP_STAGES):
         fetch_keys(ring + i * stage, rows, k_lane, v_lane, place, table_row, page_table, p + i * step)
+    griddepcontrol_wait()
     slot, ring_end = ring, ring + GROUP_STAGES * stage
     queries, down = load_columns(
         zeros, q, q_at + (g >> 1) * head_dim + 8 * t, g >> 1 < heads_here, factor, k_cache, g & 1
@@ -341,17 +354,18 @@ def body_with(attend, heads):
         first_head = t * kv_heads * shared_by + kv_head * shared_by + sub * heads
         heads_here = min(heads, shared_by - sub * heads)
         counter = t * cuda.gridDim.x + cuda.blockIdx.x
-        griddepcontrol_wait()
+        run = np.int64(tokens[0])
         for part in range(cuda.blockIdx.z, splits_used, cuda.gridDim.z):
             no_unroll()
             begin = first + part * keys
             cuda.syncthreads()  # the split before this one is no longer in shared memory
-            attend(q, k_cache, v_cache, pages, position, sequence, first_head * head_dim, heads_here, kv_head, kv_heads,
-                   begin, min(position + 1, begin + keys), shared, zeros, rows)  # fmt: skip
+            attend(q, k_cache, v_cache, pages, position, run, sequence, first_head * head_dim, heads_here, kv_head,
+                   kv_heads, begin, min(position + 1, begin + keys), shared, zeros, rows)  # fmt: skip
             write_group(out, partials, address(counters, counter), first_head, heads_here, part, splits_used, splits,
                         heads, head_dim, shared, is_last)  # fmt: skip
             if splits_used > 1 and is_last[0] and cuda.threadIdx.x == 0:
                 counters[counter] = 0
+        griddepcontrol_wait()  # of a block without a split: a kernel must not end before the preceding one
 
     return body
 

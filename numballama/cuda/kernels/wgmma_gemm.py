@@ -23,6 +23,7 @@ import numpy as np
 from numba import cuda
 
 from ..barriers import mbarrier_arrive, mbarrier_init, mbarrier_wait
+from ..fragments import is_float32
 from ..intrinsics import (
     address,
     griddepcontrol_launch_dependents,
@@ -37,8 +38,10 @@ from ..wgmma import (
     DESCRIPTOR,
     add_global_rows,
     add_parts,
+    rotate_rows,
     scale_columns,
     silu_and_mul_halves,
+    st_cache_rows,
     wgmma_end,
     wgmma_tile,
     zeros_of,
@@ -59,9 +62,71 @@ from .wgmma_loads import (
 
 
 @device
-def finish(sums, weight, row_scales, scales, tokens, t0, paired, tile, sections, sizes, residual, added, outs):
+def cache_row(heads, cache, kv_heads, head, t, here):
+    """Address of a token's row of a head in a KV cache of 16 bits, plus the lane's first column."""
+    _, (positions, sequences, page_table, table_stride, log2_page), head_dim, _, _ = heads
+    row = np.int64(0)
+    if here:
+        position = np.int64(positions[t])
+        page = np.int64(page_table[sequences[t] * table_stride + (position >> log2_page)])
+        row = ((page * kv_heads + head) << log2_page) + (position & ((1 << log2_page) - 1))
+    return cache + 2 * (row * head_dim + 2 * (cuda.threadIdx.x & 3))
+
+
+@device
+def rotated(sums, heads, t0, tokens):
+    """RoPE of a tile's results, which are whole heads of 64 or 128 elements. Of tokens that do not exist the angles are
+    the last one's.
+    """
+    angles, _, head_dim, interleaved, _ = heads
+    place, one = (cuda.threadIdx.x & 3) * (1 if interleaved else 2), np.int64(head_dim >> 6)
+    at = address(angles, min(t0, tokens - 1) * head_dim + place)
+    at2 = address(angles, min(t0 + 8, tokens - 1) * head_dim + place)
+    if head_dim == 64:
+        if interleaved:
+            sums = rotate_rows(sums, 64, 1, at, at2, one)
+        else:
+            sums = rotate_rows(sums, 64, 0, at, at2, one)
+    elif interleaved:
+        sums = rotate_rows(sums, 128, 1, at, at2, one)
+    else:
+        sums = rotate_rows(sums, 128, 0, at, at2, one)
+    return sums
+
+
+@device
+def write_heads(sums, section, tile, t0, tokens, sizes, heads, outs):
+    """Store heads: rotated queries as float32, rotated keys and values in the KV cache."""
+    rows, end, kv_rows = sizes
+    out, k_cache, v_cache = outs
+    head_dim, log2_page, width = heads[2], heads[1][4], 2 * len(sums)
+    section += heads[4]
+    if section < 2:
+        sums = rotated(sums, heads, t0, tokens)
+    column = 2 * (cuda.threadIdx.x & 3) + tile * width
+    left = (end if section == 0 else kv_rows) - column
+    first, second = t0 < tokens, t0 + 8 < tokens
+    n0, n1 = np.int32(left if first else 0), np.int32(left if second else 0)
+    if section == 0:
+        at = address(out, t0 * rows + column)
+        st_global_rows(sums, at, at + 32 * rows, n0, n1)
+    else:
+        log2_head = 5 + (head_dim >> 6)
+        cache = address(k_cache, 0) if section == 1 else address(v_cache, 0)
+        head, kv_heads = (tile * width) >> log2_head, kv_rows >> log2_head
+        at = cache_row(heads, cache, kv_heads, head, t0, first)
+        at2 = cache_row(heads, cache, kv_heads, head, t0 + 8, second)
+        distance = 2 * head_dim << log2_page
+        if head_dim == 64:
+            st_cache_rows(k_cache, sums, 64, at, at2, distance, n0, n1)
+        else:
+            st_cache_rows(k_cache, sums, 128, at, at2, distance, n0, n1)
+
+
+@device
+def finish(sums, weight, row_scales, scales, tokens, t0, paired, tile, sections, sizes, residual, added, heads, outs):
     """Store a tile's results: times the tokens' scales and with float32 those of W's rows, plus `residual` if `added`;
-    SwiGLU of both halves if `paired`.
+    SwiGLU of both halves if `paired`; as `write_heads` where `outs` are not all float32.
     """
     rows, end, kv_rows = sizes
     out, out_k, out_v = outs
@@ -88,7 +153,9 @@ def finish(sums, weight, row_scales, scales, tokens, t0, paired, tile, sections,
         elif section == 2:
             at = address(row_scales[2], column)
         sums = scale_columns(sums, at, at + 4 * half, left, left - half)
-    if section == 0:
+    if not is_float32(out_k):
+        write_heads(sums, section, tile, t0, tokens, sizes, heads, outs)
+    elif section == 0:
         left = end - column
         n0, n1 = left if first else 0, left if second else 0
         if added:
@@ -103,7 +170,7 @@ def finish(sums, weight, row_scales, scales, tokens, t0, paired, tile, sections,
 
 @device
 def multiply(zeros, tiles, ring, x, weight, row_scales, steps, scales, tokens, paired, sections, sizes, residual,
-             added, outs):  # fmt: skip
+             added, heads, outs):  # fmt: skip
     """What the two warpgroups do that multiply. The tensor cores' sums have fewer bits than float32: those of pieces of
     float32 are added up outside after 512 columns.
     """
@@ -137,13 +204,13 @@ def multiply(zeros, tiles, ring, x, weight, row_scales, steps, scales, tokens, p
         tile = div_u32(group, row_groups)
         t0 = (group - tile * row_groups) * ROWS + 16 * warp + (lane >> 2)
         finish(sums, weight, row_scales, scales, tokens, t0, paired, tile, sections, sizes, residual, added,
-               outs)  # fmt: skip
+               heads, outs)  # fmt: skip
         group += cuda.gridDim.x
 
 
 @device
 def multiply_tall(zeros, tiles, ring, x, weight, row_scales, steps, scales, tokens, paired, sections, sizes, residual,
-                  added, outs):  # fmt: skip
+                  added, heads, outs):  # fmt: skip
     """The same for tiles of twice as many tokens: a warpgroup has 128."""
     row_groups, groups = tiles
     base, stage, stages, full, empty, _ = ring
@@ -171,9 +238,9 @@ def multiply_tall(zeros, tiles, ring, x, weight, row_scales, steps, scales, toke
         tile = div_u32(group, row_groups)
         t0 = (group - tile * row_groups) * (2 * ROWS) + 128 * (warp >> 2) + 16 * (warp & 3) + (lane >> 2)
         finish(sums, weight, row_scales, scales, tokens, t0, paired, tile, sections, sizes, residual, added,
-               outs)  # fmt: skip
+               heads, outs)  # fmt: skip
         finish(sums2, weight, row_scales, scales, tokens, t0 + 64, paired, tile, sections, sizes, residual, added,
-               outs)  # fmt: skip
+               heads, outs)  # fmt: skip
         group += cuda.gridDim.x
 
 
@@ -197,7 +264,7 @@ def make_ring(x_rows, width, stages, quantised):
 
 @device
 def gemm(zeros, tokens, x, x_map, scales, weights, maps, stride, weight_scales, scale_stride, shift, paired, sizes,
-         sections, residual, added, outs, steps, stages, bias):  # fmt: skip
+         sections, residual, added, heads, outs, steps, stages, bias):  # fmt: skip
     """The body of the kernels here."""
     w0, w1, w2 = weights
     s0, s1, s2 = weight_scales
@@ -208,7 +275,7 @@ def gemm(zeros, tokens, x, x_map, scales, weights, maps, stride, weight_scales, 
     tiles = row_groups, row_groups * (sections[0] + 2 * sections[1])
     if cuda.threadIdx.x < CONSUMERS:
         multiply(zeros, tiles, ring, x, w0, weight_scales, steps, scales, tokens[0], paired, sections, sizes, residual,
-                 added, outs)  # fmt: skip
+                 added, heads, outs)  # fmt: skip
     elif has_scales(w0):
         bases = address(w0, 0), address(w1, 0), address(w2, 0), address(s0, 0), address(s1, 0), address(s2, 0)
         strides = stride, scale_stride * scale_bytes(s0)
@@ -221,19 +288,25 @@ def gemm(zeros, tokens, x, x_map, scales, weights, maps, stride, weight_scales, 
 @cuda.jit
 def wgmma_128_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
                      rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
-                     bias):  # fmt: skip
+                     bias, angles, positions, sequences, page_table, table_stride, log2_page, head_dim,
+                     interleaved, first_section):  # fmt: skip
     """Tiles of 128 rows of W."""
+    where = positions, sequences, page_table, table_stride, log2_page
+    heads = angles, where, head_dim, interleaved, first_section
     gemm(zeros_of(64), tokens, x, x_map, scales, (w0, w1, w2), (m0, m1, m2), stride, (s0, s1, s2), scale_stride, shift,
-         paired, (rows, end, kv_rows), (row_tiles, kv_tiles), residual, added, (out, out_k, out_v), steps, stages,
-         bias)  # fmt: skip
+         paired, (rows, end, kv_rows), (row_tiles, kv_tiles), residual, added, heads, (out, out_k, out_v), steps,
+         stages, bias)  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def wgmma_tall_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
                       rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
-                      bias):  # fmt: skip
+                      bias, angles, positions, sequences, page_table, table_stride, log2_page, head_dim,
+                      interleaved, first_section):  # fmt: skip
     """Tiles of 128 rows of a quantised W and 256 tokens, for which W is decoded half as often."""
+    where = positions, sequences, page_table, table_stride, log2_page
+    heads = angles, where, head_dim, interleaved, first_section
     griddepcontrol_launch_dependents()
     ring = make_ring(2 * ROWS, ROWS, stages, True)
     row_groups = (tokens[0] + 2 * ROWS - 1) >> 8
@@ -241,7 +314,7 @@ def wgmma_tall_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, 
     sections, sizes = (row_tiles, kv_tiles), (rows, end, kv_rows)
     if cuda.threadIdx.x < CONSUMERS:
         multiply_tall(zeros_of(64), tiles, ring, x, w0, (s0, s1, s2), steps, scales, tokens[0], paired, sections, sizes,
-                      residual, added, (out, out_k, out_v))  # fmt: skip
+                      residual, added, heads, (out, out_k, out_v))  # fmt: skip
     else:
         bases = address(w0, 0), address(w1, 0), address(w2, 0), address(s0, 0), address(s1, 0), address(s2, 0)
         strides = stride, scale_stride * scale_bytes(s0)
@@ -252,33 +325,42 @@ def wgmma_tall_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, 
 @cuda.jit
 def wgmma_192_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
                      rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
-                     bias):  # fmt: skip
+                     bias, angles, positions, sequences, page_table, table_stride, log2_page, head_dim,
+                     interleaved, first_section):  # fmt: skip
     """Tiles of 192 rows of W, which has 16 bits."""
+    where = positions, sequences, page_table, table_stride, log2_page
+    heads = angles, where, head_dim, interleaved, first_section
     gemm(zeros_of(96), tokens, x, x_map, scales, (w0, w1, w2), (m0, m1, m2), stride, (s0, s1, s2), scale_stride, shift,
-         paired, (rows, end, kv_rows), (row_tiles, kv_tiles), residual, added, (out, out_k, out_v), steps, stages,
-         bias)  # fmt: skip
+         paired, (rows, end, kv_rows), (row_tiles, kv_tiles), residual, added, heads, (out, out_k, out_v), steps,
+         stages, bias)  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def wgmma_224_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
                      rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
-                     bias):  # fmt: skip
+                     bias, angles, positions, sequences, page_table, table_stride, log2_page, head_dim,
+                     interleaved, first_section):  # fmt: skip
     """Tiles of 224 rows of W, which has 16 bits."""
+    where = positions, sequences, page_table, table_stride, log2_page
+    heads = angles, where, head_dim, interleaved, first_section
     gemm(zeros_of(112), tokens, x, x_map, scales, (w0, w1, w2), (m0, m1, m2), stride, (s0, s1, s2), scale_stride, shift,
-         paired, (rows, end, kv_rows), (row_tiles, kv_tiles), residual, added, (out, out_k, out_v), steps, stages,
-         bias)  # fmt: skip
+         paired, (rows, end, kv_rows), (row_tiles, kv_tiles), residual, added, heads, (out, out_k, out_v), steps,
+         stages, bias)  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
 def wgmma_256_kernel(tokens, x, x_map, scales, w0, w1, w2, m0, m1, m2, stride, s0, s1, s2, scale_stride, shift, paired,
                      rows, end, kv_rows, row_tiles, kv_tiles, residual, added, out, out_k, out_v, steps, stages,
-                     bias):  # fmt: skip
+                     bias, angles, positions, sequences, page_table, table_stride, log2_page, head_dim,
+                     interleaved, first_section):  # fmt: skip
     """Tiles of 256 rows of W, which has 16 bits."""
+    where = positions, sequences, page_table, table_stride, log2_page
+    heads = angles, where, head_dim, interleaved, first_section
     gemm(zeros_of(128), tokens, x, x_map, scales, (w0, w1, w2), (m0, m1, m2), stride, (s0, s1, s2), scale_stride, shift,
-         paired, (rows, end, kv_rows), (row_tiles, kv_tiles), residual, added, (out, out_k, out_v), steps, stages,
-         bias)  # fmt: skip
+         paired, (rows, end, kv_rows), (row_tiles, kv_tiles), residual, added, heads, (out, out_k, out_v), steps,
+         stages, bias)  # fmt: skip
 
 
 assert ROWS == 1 << 7

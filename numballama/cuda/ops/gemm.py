@@ -264,6 +264,12 @@ def norm_qkv_rope(
 ) -> list[Launch]:  # fmt: skip
     """q, k and v of norm(x); q rotated into `out`, k rotated and v into the KV cache."""
     weights, workspace, tokens = (wq, wk, wv), _Workspace(memory), x.shape[0]
+    if wgmma_gemm.finishes_heads(ctx, tokens, weights, k_cache, v_cache):
+        rounded = _rounded(ctx, x, norm, eps, weights, workspace)
+        where = paged(k_cache, positions, sequences, page_table)
+        heads = wgmma_gemm.Heads(angles, where, head_dim, interleaved)
+        outs = out, k_cache, v_cache
+        return rounded.launches + wgmma_gemm.qkv_rope(ctx, rounded.x, x.shape[1], rounded.scales, weights, outs, heads)
     separate = wq.payload.dtype == "f32" or wq.payload.dtype != wv.payload.dtype or wgmma_gemm.wanted(ctx, weights)
     if separate or head_dim > GEMM_TILE:  # a block of the fused kernel computes whole heads
         q, k, v = (workspace.allocate((tokens, w.shape[0]), "f32") for w in weights)

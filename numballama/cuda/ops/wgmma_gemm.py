@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
 from ...memory import ceil_div
@@ -32,6 +33,8 @@ NARROW = 128
 """Rows of a tile of a quantised or float32 weight: two threads decode a row, and there are two sets of sums."""
 
 
+NOTHING = ("positions", "sequences", "page_table")
+"""What a launch without heads gives for where tokens lie: any array, no table."""
 MAX_PIECES = 1 << 24
 """Elements of a float32 weight that are split into two pieces at a time."""
 
@@ -62,14 +65,14 @@ def exchanged(ctx: LaunchContext, weights: Sequence[Matrix]) -> bool:
     return wanted(ctx, weights) and TYPE_TRAITS[weights[0].payload.dtype].bits < 8
 
 
-def width_for(tokens: int, paired: bool, rows: int, kv_rows: int, n_sms: int) -> int:
-    """The width of a tile for which all tiles end first."""
+def width_for(tokens: int, paired: bool, rows: int, kv_rows: int, n_sms: int, multiple: int = 1) -> int:
+    """The width of a tile, a multiple of `multiple`, for which all tiles end first."""
 
     def cost(width: int) -> int:
         tiles = ceil_div(rows, width // 2 if paired else width) + 2 * ceil_div(kv_rows, width)
         return ceil_div(tiles * ceil_div(tokens, WGMMA_ROWS), n_sms) * (width + TILE_COST)
 
-    return min(WGMMA_STAGES, key=cost)
+    return min((width for width in WGMMA_STAGES if width % multiple == 0), key=cost)
 
 
 def tall_wins(tokens: int, tiles: int, n_sms: int) -> bool:
@@ -78,26 +81,64 @@ def tall_wins(tokens: int, tiles: int, n_sms: int) -> bool:
     return TALL_COST * tall < narrow
 
 
+@dataclass(frozen=True)
+class Heads:
+    """How heads are finished in registers: queries and keys rotated, keys and values written to the KV cache."""
+
+    angles: Array
+    where: Mapping[str, Argument]
+    """Where tokens lie in the cache, as `launch.paged` tells kernels."""
+    head_dim: int
+    interleaved: int
+
+
+def finishes_heads(
+    ctx: LaunchContext, tokens: int, weights: Sequence[Matrix], k_cache: Array, v_cache: Array
+) -> bool:
+    """Whether the kernels finish heads of these weights and caches: those for tiles of 128 tokens do, which have whole
+    heads. Those for 256 have no registers left.
+    """
+    in_16_bits = k_cache.dtype == v_cache.dtype and k_cache.dtype in ("f16", "bf16")
+    supported = in_16_bits and k_cache.shape[3] in (64, 128) and weights[0].payload.dtype != "f32"
+    tiles = sum(ceil_div(w.shape[0], NARROW) for w in weights)
+    tall = weights[0].quantized and tall_wins(tokens, tiles, ctx.n_sms)
+    return wanted(ctx, weights) and supported and not tall
+
+
+def qkv_rope(
+    ctx: LaunchContext, x: Array, columns: int, scales: Array, w: Sequence[Matrix], outs: Sequence[Array], heads: Heads,
+) -> list[Launch]:  # fmt: skip
+    """Launches for queries, keys and values: one, or one for each weight where they differ in type."""
+    if len({weight.payload.dtype for weight in w}) == 1:
+        return [launch(ctx, x, columns, scales, w, outs, heads=heads)]
+    return [launch(ctx, x, columns, scales, [w[i]], outs, heads=heads, section=i) for i in range(3)]
+
+
 def launch(
     ctx: LaunchContext, x: Array, columns: int, scales: Array, w: Sequence[Matrix], outs: Sequence[Array],
-    residual: Array | None = None, paired: bool = False, begin: int = 0,
+    residual: Array | None = None, paired: bool = False, begin: int = 0, heads: Heads | None = None, section: int = 0,
 ) -> Launch:  # fmt: skip
     """The launch for one weight and its result; for a gate, up and one result (`paired`); or for queries, keys and
-    values.
+    values. With `heads`, `outs` are rotated queries and the two caches, and a weight alone is that of number `section`.
 
     x [T, padded columns] has 16 bits, `scales` are its rows' factors. The weights have one type. Those that `split`
     made may be rows from `begin` on of a weight; x has two pieces too then.
     """
     tokens, end, decoded = x.shape[0], w[0].shape[0], w[0].quantized
-    rows, kv_rows = outs[0].shape[1], outs[1].shape[1] if len(outs) > 1 else 0
+    rows, kv_rows = outs[0].shape[1], w[1].shape[0] if len(w) > 1 and not paired else 0
     narrow = decoded or w[0].scales.dtype == "f32"
-    width = NARROW if narrow else width_for(tokens, paired, rows, kv_rows, ctx.n_sms)
+    width = NARROW if narrow else width_for(tokens, paired, end, kv_rows, ctx.n_sms, heads.head_dim if heads else 1)
     box = width // 2 if paired else width
     row_tiles, kv_tiles = ceil_div(end, box), ceil_div(kv_rows, width)
-    tall = decoded and tall_wins(tokens, row_tiles + 2 * kv_tiles, ctx.n_sms)
+    if heads:
+        kv_rows = outs[1].shape[1] * heads.head_dim
+        angles, where, head_dim, interleaved = heads.angles, heads.where, heads.head_dim, heads.interleaved
+    else:
+        angles, where, head_dim, interleaved = outs[0], {name: ctx.tokens for name in NOTHING} | {"table_stride": 0, "log2_page": 0}, 0, 0
+    tall = decoded and not heads and tall_wins(tokens, row_tiles + 2 * kv_tiles, ctx.n_sms)
     tile_tokens, stages = (2 * WGMMA_ROWS, WGMMA_TALL_STAGES) if tall else (WGMMA_ROWS, WGMMA_STAGES[width])
     w0, w1, w2 = _three(w)
-    out, out_k, out_v = _three([_from(each, begin) for each in outs])
+    out, out_k, out_v = outs if heads else _three([_from(each, begin) for each in outs])
     maps: list[Argument] = [0 if decoded else TensorMap(m.payload.address, m.payload.dtype, m.shape, m.stride, box)
                             for m in (w0, w1, w2)]  # fmt: skip
     arguments = named(
@@ -106,7 +147,8 @@ def launch(
         stride=w0.stride, s0=w0.scales, s1=w1.scales, s2=w2.scales, scale_stride=w0.scale_stride, shift=w0.shift,
         paired=int(paired), rows=rows, end=end, kv_rows=kv_rows, row_tiles=row_tiles, kv_tiles=kv_tiles,
         residual=_from(residual, begin) if residual else out, added=int(residual is not None), out=out, out_k=out_k,
-        out_v=out_v, steps=ceil_div(columns, WGMMA_STEP_COLUMNS), stages=stages, bias=0x64006400,
+        out_v=out_v, steps=ceil_div(columns, WGMMA_STEP_COLUMNS), stages=stages, bias=0x64006400, angles=angles, **where,
+        head_dim=head_dim, interleaved=interleaved, first_section=section,
     )  # fmt: skip
     threads = WGMMA_CONSUMERS + (WGMMA_TALL_LOADERS if tall else WGMMA_LOADERS if decoded else 32)
     blocks = min(ctx.n_sms, ceil_div(tokens, tile_tokens) * (row_tiles + 2 * kv_tiles))

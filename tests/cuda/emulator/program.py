@@ -105,7 +105,7 @@ class Program:
         scopes: list[dict[str, str]] = []
         count = 0
         for piece in re.findall(
-            r"[$\w]+:(?=\s*\{)|\{(?![^{};]*\}\s*[,;])|\}(?!\s*[,;])|[^;{}]*(?:\{[^{};]*\}[^;{}]*)*;", body
+            r"[$\w]+:(?=\s*[{}])|\{(?![^{};]*\}\s*[,;])|\}(?!\s*[,;])|[^;{}]*(?:\{[^{};]*\}[^;{}]*)*;", body
         ):
             text = " ".join(piece.split())
             if text == "{":
@@ -117,9 +117,10 @@ class Program:
             text = text.rstrip("; ")
             while match := re.match(r"([$\w]+):\s*", text):  # labels
                 label = match[1]
-                if len(scopes) > 1:  # of inline PTX, which may be there several times; branches go back to it
-                    count += 1
-                    scopes[-1][label] = f"{label}.{count}"
+                if len(scopes) > 1:  # of inline PTX, which may be there several times
+                    if label not in scopes[-1]:
+                        count += 1
+                        scopes[-1][label] = f"{label}.{count}"
                     label = scopes[-1][label]
                 self.labels[label] = len(self.statements)
                 text = text[match.end() :]
@@ -131,6 +132,9 @@ class Program:
                         count += 1
                         scopes[-1][name] = f"{name}.{count}"
                 continue
+            if len(scopes) > 1 and (match := re.search(r"\bbra ([a-z]\w*)$", text)) and match[1] not in scopes[-1]:
+                count += 1
+                scopes[-1][match[1]] = f"{match[1]}.{count}"  # a label that comes later
             for scope in scopes:
                 for name, fresh in scope.items():
                     head, _, tail = text.partition(" ")
