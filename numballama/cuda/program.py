@@ -46,6 +46,13 @@ def write_tiles(positions: np.ndarray, sequences: np.ndarray, most: int, out: np
     end on: (row, 1).
     """
     joined = (sequences[1:] == sequences[:-1]) & (positions[1:] == positions[:-1] + 1)
+    if len(joined) and joined.all():  # a prompt alone, whose first token waits for this
+        first = np.arange(0, len(positions), most)[::-1]
+        out[0] = len(first), 0
+        out[1 : 1 + len(first), 0] = first
+        out[1 : 1 + len(first), 1] = most
+        out[1, 1] = len(positions) - first[0]
+        return
     starts = np.concatenate([[0], 1 + np.flatnonzero(~joined)])
     lengths = np.diff(starts, append=len(positions))
     alone = starts[lengths == 1]

@@ -153,13 +153,13 @@ def silu_and_mul_halves(typingctx, sums):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def rotate_rows(typingctx, sums, size, interleaved, first_at, second_at, one):  # type: ignore[no-untyped-def]
+def rotate_rows(typingctx, sums, size, interleaved, at, at2, one):  # type: ignore[no-untyped-def]
     """RoPE of a lane's elements of two rows, which hold whole heads of `size` elements. Two elements are rotated
     together: neighbours if `interleaved`, otherwise those that are half a head apart. Both are numbers in the program.
 
-    A row's angles lie in global memory: size / 2 cosines, as many sines. `first_at` and `second_at` are the addresses
-    of the cosines of the lane's first elements. `one` is not 0, which the assembler does not know: it would else begin with
-    all loads, and need more registers than there are.
+    A row's angles lie in global memory: size / 2 cosines, as many sines. `at` and `at2` are the addresses of the
+    cosines of the lane's first elements. `one` is not 0, which the assembler does not know: it would begin with all
+    loads, and need more registers than there are.
     """
     if not (isinstance(size, types.IntegerLiteral) and isinstance(interleaved, types.IntegerLiteral)):
         return None
@@ -207,7 +207,9 @@ def _rotation(pairs: int, step: int, at: int, sines: int) -> str:
 
 
 @intrinsic
-def st_cache_rows(typingctx, memory, sums, size, first_at, second_at, distance, first, second):  # type: ignore[no-untyped-def]
+def st_cache_rows(  # type: ignore[no-untyped-def]
+    typingctx, memory, sums, size, first_at, second_at, distance, first, second
+):
     """Store a lane's elements of two rows, whole heads of `size` elements, in the 16-bit type of `memory`; what is
     finite stays finite. Heads lie `distance` bytes apart. Of a row the first `first` or `second` columns are stored.
     """

@@ -68,7 +68,9 @@ class Emulated:
         self.capability, self.memory = capability, Memory()
         limit = {(7, 5): 64 << 10, (8, 0): 163 << 10}.get(capability, 227 << 10)
         counts, tiles = np.array([tokens], np.int32), np.zeros((2, 2), np.int32)
-        self.ctx = LaunchContext(132, limit, self.put(counts, "i32"), self.put(tiles, "i32"), self.zeros, wgmma, capability >= (9, 0))
+        self.ctx = LaunchContext(
+            132, limit, self.put(counts, "i32"), self.put(tiles, "i32"), self.zeros, wgmma, capability >= (9, 0)
+        )
         self.executed: dict[str, int] = {}
 
     def zeros(self, count: int) -> Any:

@@ -53,9 +53,10 @@ ORDER = """
             ops.sampling ops.repack kernels.common kernels.reduce kernels.dequant kernels.dot kernels.rounding \
             kernels.gemv kernels_cuda kernels.kv_q8_0 kernels.gemm kernels.skinny_x kernels.skinny_sum kernels.skinny \
             kernels.wide kernels.wgmma_loads kernels.wgmma_gemm kernels.kv_source kernels.decode_attention \
-            kernels.rows_attention kernels.group_queries kernels.group_attention kernels.bulk_attention kernels.prefill_attention \
-            kernels.wgmma_attention kernels.logits kernels.sampling kernels.copy kernels.repack compiler driver \
-            selfcheck compile_worker upload weights sampler_table decode_pipeline program bandwidth timing backend
+            kernels.rows_attention kernels.group_queries kernels.group_attention kernels.bulk_attention \
+            kernels.prefill_attention kernels.wgmma_attention kernels.logits kernels.sampling kernels.copy \
+            kernels.repack compiler driver selfcheck compile_worker upload weights sampler_table decode_pipeline \
+            program bandwidth timing backend
     reference backend session
     engine: interrupts sequence pages runner request logprobs constraints driver stats scheduler engine capacity \
             model_runner

@@ -1,22 +1,22 @@
-"""Decode attention of many rows on sm_90: each warp streams the keys and values of one row's heads through shared memory.
+"""Decode attention of many rows on sm_90: a warp streams the keys and values of a row's head through shared memory.
 
-It computes what `rows_attention` does, with the same splits, for caches of 16 bits, heads of 64 or 128 elements and up
-to `FEW_HEADS` query heads that share keys. All arithmetic is in float32.
+It computes what `rows_attention` does, with the same splits, for caches of 16 bits, heads of 64 or 128 elements and
+query heads that share no keys. All arithmetic is in float32.
 
-Work. An item is a split of a row's keys for the heads that share them. A warp computes whole items, one after the
-other, and needs no other warp: it has a ring of its own in shared memory, and nothing waits for the block. A block has
-a multiprocessor to itself, and the items are dealt to all warps of the device in turn.
+Work. An item is a split of a row's keys for one head. A warp computes whole items, one after the other, and needs no
+other warp: it has a ring of its own in shared memory, and nothing waits for the block. A block has a multiprocessor to
+itself, and the items are dealt to all warps of the device in turn.
 
 Copies. 32 keys of a head lie one behind the other in a page, and so do their values: a lane asks the copy engine for
-both (`cp.async.bulk`), and an mbarrier tells when they are there. The ring is filled from the next item while the last
-keys of this one are computed, so the memory never waits for the end of an item.
+each (`cp.async.bulk`), and an mbarrier tells when they are there. A slot is filled again as soon as it has been read,
+with what comes next, be it of this item or of the warp's next one: the memory does not wait for the end of an item.
 
 Scores. `lanes` lanes share a key, eight elements each, and a lane goes through `lanes` keys. Its sums are then added up
 over these lanes such that each of the 32 lanes ends with the score of one key, the one of its own number.
 
 Why. 64 rows of 200 keys with 32 KV heads of 128 elements are 210 MB a layer, 50 µs of an H200's bandwidth, and the
-arithmetic is a tenth of what a multiprocessor can do in that time. What counts is bytes on their way: 112 to 224 KB a
-multiprocessor, none of which takes registers.
+arithmetic is a tenth of what a multiprocessor can do in that time. What counts is bytes on their way: more than 100 KB
+a multiprocessor, none of which takes registers.
 """
 
 from __future__ import annotations
@@ -332,5 +332,5 @@ def attention_bulk_128_kernel(tokens, q, k_cache, v_cache, positions, sequences,
                              listed, most_rows):  # fmt: skip
     """Many rows, with heads of 128 elements that share no keys."""
     pages = page_table, table_stride, log2_page, scales_at
-    bulk_128(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads, window, splits,
-            blocks_of_keys, tiles, listed, most_rows)  # fmt: skip
+    bulk_128(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads, window,
+             splits, blocks_of_keys, tiles, listed, most_rows)  # fmt: skip

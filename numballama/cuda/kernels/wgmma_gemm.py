@@ -83,7 +83,7 @@ def rotated(sums, heads, t0, tokens):
     at = address(angles, min(t0, tokens - 1) * head_dim + place)
     at2 = address(angles, min(t0 + 8, tokens - 1) * head_dim + place)
     if head_dim == 64:
-        if interleaved:
+        if interleaved:  # noqa: SIM108 (the compiler wants registers for a conditional expression of tuples)
             sums = rotate_rows(sums, 64, 1, at, at2, one)
         else:
             sums = rotate_rows(sums, 64, 0, at, at2, one)

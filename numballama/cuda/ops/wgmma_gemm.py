@@ -33,8 +33,6 @@ NARROW = 128
 """Rows of a tile of a quantised or float32 weight: two threads decode a row, and there are two sets of sums."""
 
 
-NOTHING = ("positions", "sequences", "page_table")
-"""What a launch without heads gives for where tokens lie: any array, no table."""
 MAX_PIECES = 1 << 24
 """Elements of a float32 weight that are split into two pieces at a time."""
 
@@ -92,9 +90,7 @@ class Heads:
     interleaved: int
 
 
-def finishes_heads(
-    ctx: LaunchContext, tokens: int, weights: Sequence[Matrix], k_cache: Array, v_cache: Array
-) -> bool:
+def finishes_heads(ctx: LaunchContext, tokens: int, weights: Sequence[Matrix], k_cache: Array, v_cache: Array) -> bool:
     """Whether the kernels finish heads of these weights and caches: those for tiles of 128 tokens do, which have whole
     heads. Those for 256 have no registers left.
     """
@@ -132,9 +128,7 @@ def launch(
     row_tiles, kv_tiles = ceil_div(end, box), ceil_div(kv_rows, width)
     if heads:
         kv_rows = outs[1].shape[1] * heads.head_dim
-        angles, where, head_dim, interleaved = heads.angles, heads.where, heads.head_dim, heads.interleaved
-    else:
-        angles, where, head_dim, interleaved = outs[0], {name: ctx.tokens for name in NOTHING} | {"table_stride": 0, "log2_page": 0}, 0, 0
+    told = heads or _no_heads(ctx, outs[0])
     tall = decoded and not heads and tall_wins(tokens, row_tiles + 2 * kv_tiles, ctx.n_sms)
     tile_tokens, stages = (2 * WGMMA_ROWS, WGMMA_TALL_STAGES) if tall else (WGMMA_ROWS, WGMMA_STAGES[width])
     w0, w1, w2 = _three(w)
@@ -147,14 +141,20 @@ def launch(
         stride=w0.stride, s0=w0.scales, s1=w1.scales, s2=w2.scales, scale_stride=w0.scale_stride, shift=w0.shift,
         paired=int(paired), rows=rows, end=end, kv_rows=kv_rows, row_tiles=row_tiles, kv_tiles=kv_tiles,
         residual=_from(residual, begin) if residual else out, added=int(residual is not None), out=out, out_k=out_k,
-        out_v=out_v, steps=ceil_div(columns, WGMMA_STEP_COLUMNS), stages=stages, bias=0x64006400, angles=angles, **where,
-        head_dim=head_dim, interleaved=interleaved, first_section=section,
+        out_v=out_v, steps=ceil_div(columns, WGMMA_STEP_COLUMNS), stages=stages, bias=0x64006400,
+        angles=told.angles, **told.where, head_dim=told.head_dim, interleaved=told.interleaved, first_section=section,
     )  # fmt: skip
     threads = WGMMA_CONSUMERS + (WGMMA_TALL_LOADERS if tall else WGMMA_LOADERS if decoded else 32)
     blocks = min(ctx.n_sms, ceil_div(tokens, tile_tokens) * (row_tiles + 2 * kv_tiles))
     stage_bytes = (tile_tokens + width) * 2 * WGMMA_STEP_COLUMNS
     kernel = TALL if tall else KERNELS[width]
     return Launch(kernel, (blocks,), threads, arguments, 1024 + stages * (stage_bytes + 16))
+
+
+def _no_heads(ctx: LaunchContext, out: Array) -> Heads:
+    """What kernels are told that finish no heads: any arrays."""
+    where = named(positions=ctx.tokens, sequences=ctx.tokens, page_table=ctx.tokens, table_stride=0, log2_page=0)
+    return Heads(out, where, 0, 0)
 
 
 T = TypeVar("T")

@@ -134,3 +134,13 @@ def test_a_runs_rows_in_tiles(capability: tuple[int, int], rows: int) -> None:
     assert singles == [[303, 1], [300, 1]]
     seen = [positions[first] for first, _ in tiles]
     assert seen == sorted(seen, reverse=True), "those with most keys first"
+
+
+@pytest.mark.parametrize("count", [2, 128, 129, 300])
+def test_a_prompt_alone_in_tiles(count: int) -> None:
+    out = np.full((301, 2), -1, np.int32)
+    write_tiles(np.arange(40, 40 + count), np.full(count, 3), 128, out)
+    firsts = list(range(0, count, 128))
+    assert out[0].tolist() == [len(firsts), 0]
+    assert out[1 : 1 + len(firsts)].tolist() == [[first, min(128, count - first)] for first in reversed(firsts)]
+    assert (out[1 + len(firsts) :] == -1).all()
