@@ -7,8 +7,10 @@ profiler) uses these two protocols and no backend's own class.
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from weakref import WeakSet
 
 import numpy as np
 
@@ -245,16 +247,33 @@ def open_backend(
         device, _ = choose_device(device)
     backend_class(device, batch_invariant)
     name = _backend_name(device)
+    opened: Backend
     if name == "cuda":
         from .cuda.backend import CudaBackend
 
-        return CudaBackend(weights, device, batch_invariant)
-    if name == "cpu":
+        opened = CudaBackend(weights, device, batch_invariant)
+    elif name == "cpu":
         with interrupts.deferred():
             environment.import_numba()
             from .cpu.backend import CpuBackend
 
-        return CpuBackend(weights, threads, batch_invariant)
-    from .reference import ReferenceBackend
+        opened = CpuBackend(weights, threads, batch_invariant)
+    else:
+        from .reference import ReferenceBackend
 
-    return ReferenceBackend(weights, threads)
+        opened = ReferenceBackend(weights, threads)
+    _OPENED.add(opened)
+    return opened
+
+
+_OPENED: WeakSet[Backend] = WeakSet()
+
+
+def collect_forgotten() -> None:
+    """Free the memory of backends that nobody refers to any more, before more is allocated.
+
+    A model and its parts refer to each other, so Python frees one that was not closed some time later. A notebook's
+    cell that is run again and again would have several in memory.
+    """
+    if _OPENED:
+        gc.collect()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, get_args, overload
 import numpy as np
 
 from . import ir, loader, memory, plan, progress
-from .backend import Backend, Program, backend_class, choose_device, open_backend
+from .backend import Backend, Program, backend_class, choose_device, collect_forgotten, open_backend
 from .bench import debug
 from .bench.profiler import Profile, bandwidth_or_note, profile, require_plan
 from .chat.conversation import Chat
@@ -82,6 +82,7 @@ class Model:
         self.activations, self.batch_invariant, self._fusions = activations, bool(batch_invariant), fusions
         if activations not in kind.activation_types:
             raise UnsupportedError(f"activations {activations!r} are for the CPU, not for {self.device}: device='cpu'")
+        collect_forgotten()
         self._checkpoint: Checkpoint = loader.open_checkpoint(
             model_path, tokenizer, rope_pairing=rope_pairing, rope_theta=rope_theta, norm_eps=norm_eps
         )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -253,3 +255,19 @@ def test_a_closed_model_has_neither_backend_nor_program(tmp_path: Path) -> None:
     for name in ("backend", "program", "plan"):
         with pytest.raises(Error, match="closed"):
             getattr(model, name)
+
+
+@pytest.mark.parametrize("device", ["cpu", "reference"])
+def test_a_cell_that_is_run_again_and_again(tmp_path: Path, device: str) -> None:
+    """Models that were not closed: at most the one before is in memory, whenever Python would collect the others."""
+    path, _ = save(tmp_path, "llama2c-v0", CONFIG)
+    kept: list[weakref.ref[Backend]] = []
+    gc.disable()
+    try:
+        for _ in range(4):
+            model = numballama.compile(path, device=device)
+            kept.append(weakref.ref(model.backend))
+            assert [backend() is None for backend in kept[:-2]] == [True] * (len(kept) - 2)
+    finally:
+        gc.enable()
+    model.close()
