@@ -48,7 +48,7 @@ EIGHT_64, EIGHT_128 = (ModelConfig(64, 96, 1, 8, 1, 40, 16, head_dim=size) for s
 WGMMA_96, WGMMA_256 = (ModelConfig(64, 96, 1, 2, 1, 40, 16, head_dim=size) for size in (96, 256))
 TWO_64 = ModelConfig(64, 96, 1, 2, 1, 40, 16, head_dim=64)
 """Eight and two heads that share keys, for `group_attention`."""
-HEADS_64, HEADS_128 = (ModelConfig(256, 256, 1, 2, 1, 40, 16, head_dim=size) for size in (64, 128))
+HEADS_64, HEADS_128 = (ModelConfig(256, 256, 1, 256 // size, 1, 40, 16, head_dim=size) for size in (64, 128))
 """Whole heads in the tiles of `wgmma_gemm`, which rotates them and writes keys and values."""
 ALONE_64, ALONE_128 = (ModelConfig(64, 96, 1, 2, 2, 40, 16, head_dim=size) for size in (64, 128))
 """Heads that share no keys, for `bulk_attention`."""

@@ -91,8 +91,8 @@ class Heads:
 
 
 def finishes_heads(ctx: LaunchContext, tokens: int, weights: Sequence[Matrix], k_cache: Array, v_cache: Array) -> bool:
-    """Whether the kernels finish heads of these weights and caches: those for tiles of 128 tokens do, which have whole
-    heads. Those for 256 have no registers left.
+    """Whether the kernels finish heads of these weights and caches: tiles have whole heads. Where tiles of 256 tokens
+    win, they do not.
     """
     in_16_bits = k_cache.dtype == v_cache.dtype and k_cache.dtype in ("f16", "bf16")
     supported = in_16_bits and k_cache.shape[3] in (64, 128) and weights[0].payload.dtype != "f32"
