@@ -78,8 +78,10 @@ class Program(Protocol):
         A row whose logits hold NaN has token -1. Raises `DeviceError` if the device fails.
         """
 
-    def kernel_names(self) -> list[str]:
-        """Names of each step's kernels at the positions in `inputs`; several names are joined by "+"."""
+    def kernel_names(self, tokens: int | None = None) -> list[str]:
+        """Names of each step's kernels at the positions in `inputs`; several names are joined by "+". With `tokens`,
+        those of the last run, which had so many.
+        """
 
 
 @runtime_checkable
@@ -150,9 +152,9 @@ class Backend(Protocol):
         """
 
     def time_steps(
-        self, program: Program, kinds: Sequence[Hashable], nbytes: Sequence[int]
+        self, program: Program, kinds: Sequence[Hashable], nbytes: Sequence[int], tokens: int = 1
     ) -> tuple[list[float], float]:
-        """Seconds of each step of a program for one token, and of the whole run; medians.
+        """Seconds of each step of a program for the first `tokens` of its inputs, and of the whole run; medians.
 
         `kinds` and `nbytes` have one entry per step. Steps of equal kind do the same work on different weights and may
         be measured together. `nbytes` are the bytes that a step must move. Raises `Error` on the reference.

@@ -186,7 +186,7 @@ class Model:
         return self._engine
 
     def profile(self, prompt: str | Iterable[int] = "Once upon a time") -> Profile:
-        """Time each step of a decode step after a prompt, text or token ids: by operator and by part of the model.
+        """Time a decode step after a prompt, text or token ids, and the prompt's last run: by operator and by part.
 
         The result prints as tables: time, bytes, GB/s, and the share of the memory's bandwidth, which is measured once.
         Raises `Error` on the reference, `ContextError` for a prompt that is too long.

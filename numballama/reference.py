@@ -240,7 +240,7 @@ class ReferenceProgram:
         """A value of the last run, for the run's tokens only."""
         return self.values[name]
 
-    def kernel_names(self) -> list[str]:
+    def kernel_names(self, tokens: int | None = None) -> list[str]:
         """Name of the function that computes each op."""
         return [self._function(op).__name__ for op in self.graph.ops]
 
@@ -332,7 +332,7 @@ class ReferenceBackend:
         """None: NumPy in float64 is too slow to say anything about the memory."""
 
     def time_steps(
-        self, program: Program, kinds: Sequence[Hashable], nbytes: Sequence[int]
+        self, program: Program, kinds: Sequence[Hashable], nbytes: Sequence[int], tokens: int = 1
     ) -> tuple[list[float], float]:
         """Raises `Error`: there is no plan."""
         raise Error("the reference has no plan whose steps could be timed; pass --device cpu or --device cuda")

@@ -30,6 +30,11 @@ class Session:
         self._chunk = len(prompt.inputs["ids"])
 
     @property
+    def prompt_program(self) -> Program:
+        """The program for a chunk of several tokens."""
+        return self._prompt
+
+    @property
     def logits(self) -> np.ndarray:
         """float32 [vocab]: logits after the last token of the last run. A view that the next run overwrites."""
         return self._last.value("logits")[0]

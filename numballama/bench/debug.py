@@ -91,9 +91,9 @@ class WatchedProgram:
         """A value of the last run."""
         return self._program.value(name)
 
-    def kernel_names(self) -> list[str]:
+    def kernel_names(self, tokens: int | None = None) -> list[str]:
         """The program's kernels."""
-        return self._program.kernel_names()
+        return self._program.kernel_names(tokens)
 
     def run(self, tokens: int, begin: int = 0, end: int | None = None, rows: int = 1) -> None:
         """Run and print the steps one at a time, then run them as usual."""

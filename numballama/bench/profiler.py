@@ -1,8 +1,9 @@
-"""Profile one decode step: the time of each kernel and each part, and how close it is to what the memory allows.
+"""Profile one decode step, and the run of the prompt before it: the time of each kernel and each part of the model.
 
 Each step of the plan is measured by itself, as `Backend.time_steps` says. Neighbouring steps overlap in a real run, so
 the sum of the steps is not the time of the whole: both are shown. The floor of a step, its minimum time, is the bytes
-that it must move (`traffic.step_bytes`) divided by the measured bandwidth.
+that it must move (`traffic.step_bytes`) divided by the measured bandwidth. A prompt of many tokens is limited by
+arithmetic instead: its operations a second are shown.
 """
 
 from __future__ import annotations
@@ -17,10 +18,10 @@ from ..errors import DeviceError, Error
 from ..ir import Op
 from ..visualize import profile as view
 from ..visualize.parts import OTHER, PARTS, layer_of, parts_of_ops, short_name
-from .traffic import step_bytes
+from .traffic import step_bytes, step_operations
 
 if TYPE_CHECKING:
-    from ..backend import Backend
+    from ..backend import Backend, Program
     from ..model import Model
 
 MATRICES = ("wq", "wk", "wv", "wo", "w1", "w2", "w3", "tok_embeddings", "output")
@@ -41,6 +42,8 @@ class StepTime:
     seconds: float
     nbytes: int
     part: str = OTHER
+    operations: int = 0
+    """Multiplications and additions."""
 
     @property
     def name(self) -> str:
@@ -65,6 +68,7 @@ class StepKind:
     bandwidth_fraction: float | None
     """`rate` divided by the memory bandwidth, or the floor divided by the time: 1 is as fast as memory allows."""
     share: float
+    operations_per_second: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,7 @@ class PartTime:
     rate: float
     bandwidth_fraction: float | None
     share: float
+    operations_per_second: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,9 @@ class Profile:
     """A decode step measured at `position` of a context. Prints as a table; a notebook shows it with bars.
 
     `bandwidth` is the memory bandwidth in bytes per second, None where it could not be measured. `whole_s` is the time
-    of the whole step in seconds, `prompt_s` that of the `position` tokens before it (None: there are none).
+    of the whole step in seconds, `prompt_s` that of the `position` tokens before it (None: there are none). `prompt` is
+    the same of one run: the prompt's last tokens, as many as are computed together. Its `tokens` tells how many, its
+    `position` is that of the last; None where the prompt has fewer than two.
     """
 
     model: str
@@ -97,6 +104,13 @@ class Profile:
     whole_s: float
     steps: tuple[StepTime, ...]
     prompt_s: float | None = None
+    tokens: int = 1
+    prompt: Profile | None = None
+
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of all steps."""
+        return sum(step.operations for step in self.steps)
 
     @property
     def sum_s(self) -> float:
@@ -125,11 +139,11 @@ class Profile:
         """The steps by kind, in the order in which the kinds first occur."""
         kinds = []
         for (name, kernel), steps in _grouped((step.name, step.kernel) for step in self.steps):
-            seconds, nbytes = self._sums(steps)
+            seconds, nbytes, operations = self._sums(steps)
             rate = nbytes / seconds
             kinds.append(StepKind(
                 name, kernel, len(steps), seconds / len(steps), nbytes / len(steps), rate, self.fraction(rate),
-                seconds / self.sum_s,
+                seconds / self.sum_s, operations / seconds,
             ))  # fmt: skip
         return kinds
 
@@ -138,17 +152,21 @@ class Profile:
         """The steps by part of the model, in the order of `PARTS`. Parts without a step are left out."""
         parts = []
         for part, steps in sorted(_grouped(step.part for step in self.steps), key=lambda group: PARTS.index(group[0])):
-            seconds, nbytes = self._sums(steps)
+            seconds, nbytes, operations = self._sums(steps)
             rate = nbytes / seconds
             parts.append(PartTime(
                 part, len(steps), seconds, self._floor(nbytes), nbytes, rate, self.fraction(rate),
-                seconds / self.sum_s,
+                seconds / self.sum_s, operations / seconds,
             ))  # fmt: skip
         return parts
 
-    def _sums(self, indices: Sequence[int]) -> tuple[float, int]:
+    def _sums(self, indices: Sequence[int]) -> tuple[float, int, int]:
+        """(seconds, bytes, operations) of some steps."""
         steps = [self.steps[index] for index in indices]
-        return sum(step.seconds for step in steps), sum(step.nbytes for step in steps)
+        return (
+            sum(step.seconds for step in steps), sum(step.nbytes for step in steps),
+            sum(step.operations for step in steps),
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values; units are in the keys."""
@@ -156,15 +174,18 @@ class Profile:
             "model": self.model,
             "device": self.device,
             "position": self.position,
+            "tokens": self.tokens,
             "memory_bandwidth_bytes_per_second": self.bandwidth,
             "prompt_s": self.prompt_s,
             "whole_step_s": self.whole_s,
             "sum_of_steps_s": self.sum_s,
             "floor_s": self.floor_s,
             "bytes": self.nbytes,
+            "operations": self.operations,
             "parts": [asdict(part) for part in self.parts],
             "rows": [asdict(kind) for kind in self.kinds],
             "steps": [asdict(step) for step in self.steps],
+            "prompt": self.prompt.to_dict() if self.prompt else None,
         }
 
     def __str__(self) -> str:
@@ -190,18 +211,18 @@ def _grouped(keys: Iterable[_Key]) -> list[tuple[_Key, list[int]]]:
 
 
 def profile(model: Model, prompt: int | Sequence[int], bandwidth: float | None) -> Profile:
-    """Measure every step of one decode step after a prompt: token ids, or just how many.
+    """Measure every step of one decode step after a prompt, and of the prompt's last run: token ids, or just how many.
 
     `bandwidth`, in bytes per second, is the memory's; None: unknown. Raises `Error` on the reference, which has no
     plan, and `ContextError` if no token fits after the prompt.
     """
-    program, backend, graph = model.program, model.backend, model.plan.graph
+    backend = model.backend
     if isinstance(prompt, int):
         prompt = [token % model.config.vocab_size for token in range(1, prompt + 1)]
-    position, prompt_s = len(prompt), None
+    position, prompt_s, of_prompt = len(prompt), None, None
     with model.exclusive() as session, progress.progress_bar("profile") as report:
         if position:
-            report("prompt", 0, 2)
+            report("prompt", 0, 3)
             for _ in range(2):  # the first run may read weights from the disk
                 session.truncate()
                 backend.synchronize()
@@ -209,19 +230,36 @@ def profile(model: Model, prompt: int | Sequence[int], bandwidth: float | None) 
                 session.prefill(prompt)
                 backend.synchronize()
                 prompt_s = time.perf_counter() - started
-        session.set_inputs(program, [0])
-        sizes = [step_bytes(graph, op, backend.weight_nbytes, position) for op in graph.ops]
-        kernels = program.kernel_names()
-        weights = [_matrices(op) for op in graph.ops]
-        report("steps", 1, 2)
-        times, whole = backend.time_steps(program, list(zip(weights, kernels, sizes, strict=True)), sizes)
-    steps = tuple(
-        StepTime(index, op.kind, weight, kernel.removesuffix("_kernel"), layer_of(op.outputs[0]), seconds, nbytes, part)
-        for index, (op, weight, kernel, seconds, nbytes, part) in enumerate(
-            zip(graph.ops, weights, kernels, times, sizes, parts_of_ops(graph), strict=True)
+        report("steps of a token", 1, 3)
+        session.set_inputs(model.program, [0])
+        steps, whole = _measure(backend, model.program, position)
+        program, name = session.prompt_program, model.path.name
+        last = prompt[position - min(position, len(program.inputs["ids"])) :]
+        if len(last) > 1:
+            report("steps of the prompt", 2, 3)
+            session.truncate(position - len(last))
+            session.set_inputs(program, last)
+            measured = _measure(backend, program, position - 1, len(last))
+            of_prompt = Profile(name, backend.description, position - 1, bandwidth, measured[1], measured[0],
+                                tokens=len(last))  # fmt: skip
+    return Profile(name, backend.description, position, bandwidth, whole, steps, prompt_s, prompt=of_prompt)
+
+
+def _measure(backend: Backend, program: Program, position: int, tokens: int = 1) -> tuple[tuple[StepTime, ...], float]:
+    """The steps of a run of the first `tokens` inputs, the last of them at `position`, and seconds of the whole."""
+    graph = program.graph
+    sizes = [step_bytes(graph, op, backend.weight_nbytes, position, tokens) for op in graph.ops]
+    program.run(tokens)  # which kernels it takes may depend on the inputs
+    kernels, weights = program.kernel_names(tokens), [_matrices(op) for op in graph.ops]
+    times, whole = backend.time_steps(program, list(zip(weights, kernels, sizes, strict=True)), sizes, tokens)
+    steps = zip(graph.ops, weights, kernels, times, sizes, parts_of_ops(graph), strict=True)
+    return tuple(
+        StepTime(
+            index, op.kind, weight, kernel.removesuffix("_kernel"), layer_of(op.outputs[0]), seconds, nbytes, part,
+            step_operations(graph, op, position, tokens),
         )
-    )
-    return Profile(model.path.name, backend.description, position, bandwidth, whole, steps, prompt_s)
+        for index, (op, weight, kernel, seconds, nbytes, part) in enumerate(steps)
+    ), whole  # fmt: skip
 
 
 def _matrices(op: Op) -> str:

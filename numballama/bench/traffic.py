@@ -1,4 +1,4 @@
-"""The bytes that a step must move. Divided by the memory bandwidth, they give the minimum time of the step.
+"""What a step must do: bytes to move, which divided by the memory bandwidth give its minimum time, and operations.
 
 Counted are the weights and the part of the KV cache that the step reads, and what it writes to the KV cache.
 Activations are not counted, because they stay in the processor's caches.
@@ -6,6 +6,7 @@ Activations are not counted, because they stay in the processor's caches.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -28,6 +29,24 @@ def step_bytes(graph: Graph, op: Op, weight_nbytes: Callable[[str], int], positi
             total += nbytes // value.shape[0] * tokens if op.kind == "embedding" else nbytes
         elif value.kind == "state":
             total += _state_bytes(value, tokens if writes else position + 1)
+    return total
+
+
+def step_operations(graph: Graph, op: Op, position: int, tokens: int = 1) -> int:
+    """Multiplications and additions of an op for `tokens` tokens of one sequence, the last of them at `position`.
+
+    Those of matrices are counted, and those of attention: of scores, and of weights times values. The others are few.
+    """
+    rows = min(tokens, graph.values[op.outputs[0]].shape[0])  # the classifier has only rows whose logits are wanted
+    total = 0
+    for value in graph.operands(op.inputs):
+        if value.kind == "weight" and len(value.shape) == 2 and op.kind != "embedding":
+            total += 2 * math.prod(value.shape) * rows
+    if op.kind in ("attention", "attention_scores", "attention_values"):
+        q = graph.values[op.inputs[0]] if op.kind != "attention_values" else graph.values[op.outputs[0]]
+        window = int(op.attrs.get("window") or 0)
+        seen = sum(min(p + 1, window or p + 1) for p in range(position + 1 - tokens, position + 1))
+        total += (4 if op.kind == "attention" else 2) * math.prod(q.shape[1:]) * seen
     return total
 
 

@@ -73,7 +73,7 @@ class CpuProgram:
         """The memory of a value, as an array of its shape. Outside the value's lifetime it may hold another's data."""
         return self._values[name]
 
-    def kernel_names(self) -> list[str]:
+    def kernel_names(self, tokens: int | None = None) -> list[str]:
         """Name of each step's kernel."""
         return [step.kernel.name for step in self.plan.steps]
 
@@ -189,10 +189,10 @@ class CpuBackend:
         return bandwidth.measure_bandwidth(self.workers)
 
     def time_steps(
-        self, program: Program, kinds: Sequence[Hashable], nbytes: Sequence[int]
+        self, program: Program, kinds: Sequence[Hashable], nbytes: Sequence[int], tokens: int = 1
     ) -> tuple[list[float], float]:
         """Seconds of each step and of the whole run. Every step is timed by itself, whatever its kind."""
-        return timing.time_steps(program)
+        return timing.time_steps(program, tokens)
 
     def free_bytes(self) -> int | None:
         """Bytes of host memory that are free."""

@@ -134,12 +134,12 @@ class CudaBackend:
         return measure_bandwidth(self)
 
     def time_steps(
-        self, program: Program, kinds: Sequence[Hashable], nbytes: Sequence[int]
+        self, program: Program, kinds: Sequence[Hashable], nbytes: Sequence[int], tokens: int = 1
     ) -> tuple[list[float], float]:
         """Seconds of each step and of the whole run. Steps of a kind are measured together."""
         from .timing import time_steps
 
-        return time_steps(_of_cuda(program), kinds, nbytes)
+        return time_steps(_of_cuda(program), kinds, nbytes, tokens)
 
     def synchronize(self) -> None:
         """Wait until the stream is done. Raises `DeviceError` if a kernel failed."""

@@ -293,14 +293,24 @@ class CudaProgram:
         """The prepared launches of each step, in the variants for the positions of the current inputs."""
         return self._prepared_from(self.variant_start(self.max_position(self.plan.tokens)))
 
+    def launches_of_run(self, tokens: int) -> list[list[PreparedLaunch]]:
+        """The launches of each step as the last run of `tokens` tokens has them: in the variants for their positions,
+        and for the kinds of rows that it had.
+        """
+        start, kinds = self.variant_start(self.max_position(tokens)), self.run_inputs.row_kinds
+        return [self.prepared_steps(index, index + 1, start, kinds) for index in range(len(self.plan.steps))]
+
     def prepare_variants(self) -> None:
         """Prepare the launches of all variants now, so that a long context does not wait for them later."""
         for start in (0, *self.variant_starts):
             self._prepared_from(start)
 
-    def kernel_names(self) -> list[str]:
-        """Names of the kernels that each step launches at the inputs' positions, joined by "+"."""
-        return ["+".join(launch.name for launch in launches) for launches in self.prepared_launches]
+    def kernel_names(self, tokens: int | None = None) -> list[str]:
+        """Names of the kernels that each step launches at the inputs' positions, joined by "+". With the number of
+        `tokens` of the run that was last, without kernels for kinds of rows that it did not have.
+        """
+        steps = self.prepared_launches if tokens is None else self.launches_of_run(tokens)
+        return ["+".join(launch.name for launch in launches) for launches in steps]
 
     def max_position(self, tokens: int) -> int:
         """The largest position of the first `tokens` inputs; 0 for a graph without positions."""

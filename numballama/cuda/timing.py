@@ -27,14 +27,17 @@ SHORTEST_S = 1e-9
 """Lower bound of a step's time in seconds, so that a rate computed from it is finite."""
 
 
-def time_steps(program: CudaProgram, kinds: Sequence[Hashable], nbytes: Sequence[int]) -> tuple[list[float], float]:
-    """Seconds of each step and of the whole run, for one token; medians.
+def time_steps(
+    program: CudaProgram, kinds: Sequence[Hashable], nbytes: Sequence[int], tokens: int = 1
+) -> tuple[list[float], float]:
+    """Seconds of each step and of the whole run, for the first `tokens` tokens of the inputs; medians.
 
     Steps of equal kind get their mean. `nbytes` are the bytes that each step must move.
     """
-    device, step_launches = program.backend.device, program.prepared_launches
+    device = program.backend.device
     watch = Stopwatch(device)
-    program.run(1)  # sends the inputs to the device, where they stay
+    program.run(tokens)  # sends the inputs to the device, where they stay
+    step_launches = program.launches_of_run(tokens)
     whole = CudaGraph(device, [launch for launches in step_launches for launch in launches])
 
     def median(indices: Sequence[int]) -> float:

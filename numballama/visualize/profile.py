@@ -13,12 +13,17 @@ if TYPE_CHECKING:
 
 PART_HEADINGS = ("part", "steps", "µs", "floor µs", "MB", "GB/s", "of memory", "share")
 HEADINGS = ("step", "kernel", "count", "µs each", "MB", "GB/s", "of memory", "share")
+PROMPT_PART_HEADINGS = ("part", "steps", "µs", "MB", "GB/s", "GFLOP/s", "share")
+PROMPT_HEADINGS = ("step", "kernel", "count", "µs each", "MB", "GB/s", "GFLOP/s", "share")
 UNKNOWN = "–"
 SHORTEST_S = 5e-8
 """A step that takes fewer seconds is below the clock's resolution: its rate says nothing."""
 
 
 def _title(profile: Profile) -> str:
+    if profile.tokens > 1:
+        first = profile.position + 1 - profile.tokens
+        return f"a run of {profile.tokens:,} tokens of the prompt, positions {first:,} to {profile.position:,}"
     return f"one decode step of {profile.model} on {profile.device}, at position {profile.position:,}"
 
 
@@ -38,6 +43,45 @@ def _note(profile: Profile) -> str:
             "rate. Above 100% caches help."
         )
     return f"{memory} Steps overlap, so the whole is not the sum."
+
+
+def _gigaflops(rate: float) -> str:
+    """Operations a second in GFLOP/s; unknown where none are counted."""
+    return f"{rate / 1e9:,.0f}" if rate >= 1e11 else f"{rate / 1e9:.1f}" if rate else UNKNOWN
+
+
+def _prompt_part_cells(profile: Profile) -> list[tuple[str, ...]]:
+    """`_part_cells` of a run of many tokens: arithmetic instead of the memory's floor."""
+    cells: list[tuple[str, ...]] = [
+        (
+            part.part, f"{part.count}", _micros(part.seconds), f"{part.nbytes / 1e6:,.2f}",
+            *_rates(part.seconds / part.count, part.rate, part.operations_per_second), f"{part.share:.1%}",
+        )
+        for part in profile.parts
+    ]  # fmt: skip
+    for name, seconds in (("sum", profile.sum_s), ("whole run", profile.whole_s)):
+        cells.append((
+            name, f"{len(profile.steps)}", _micros(seconds), f"{profile.nbytes / 1e6:,.2f}",
+            _gigabytes(profile.nbytes / seconds), _gigaflops(profile.operations / seconds),
+            f"{seconds / profile.sum_s:.1%}",
+        ))  # fmt: skip
+    return cells
+
+
+def _prompt_cells(profile: Profile) -> list[tuple[str, ...]]:
+    """`_cells` of a run of many tokens."""
+    return [
+        (
+            kind.name, kind.kernel, f"{kind.count}", _micros(kind.seconds), f"{kind.nbytes / 1e6:,.2f}",
+            *_rates(kind.seconds, kind.rate, kind.operations_per_second), f"{kind.share:.1%}",
+        )
+        for kind in profile.kinds
+    ]  # fmt: skip
+
+
+def _rates(seconds: float, rate: float, operations: float) -> tuple[str, str]:
+    """GB/s and GFLOP/s of a step of that many seconds."""
+    return (UNKNOWN, UNKNOWN) if seconds < SHORTEST_S else (_gigabytes(rate), _gigaflops(operations))
 
 
 def _speed(seconds: float, rate: float, fraction: float | None) -> tuple[str, str]:
@@ -95,8 +139,12 @@ def _about(profile: Profile) -> str:
 def as_text(profile: Profile) -> str:
     """The tables for a pipe: columns of text."""
     parts = text_table(PART_HEADINGS, _part_cells(profile))
-    steps = text_table(HEADINGS, _cells(profile), "ll")
-    return "\n".join([printable(_title(profile)), _about(profile), "", *parts, "", *steps, "", _note(profile)])
+    lines = [printable(_title(profile)), _about(profile), "", *parts, ""]
+    lines += [*text_table(HEADINGS, _cells(profile), "ll"), "", _note(profile)]
+    if (run := profile.prompt) is not None:
+        lines += ["", _title(run), "", *text_table(PROMPT_PART_HEADINGS, _prompt_part_cells(run)), ""]
+        lines += text_table(PROMPT_HEADINGS, _prompt_cells(run), "ll")
+    return "\n".join(lines)
 
 
 def show(profile: Profile) -> None:
@@ -119,24 +167,45 @@ def show(profile: Profile) -> None:
     console.print()
     print_table(HEADINGS, _cells(profile), 2)
     console.print(f"\n{_note(profile)}")
+    if (run := profile.prompt) is not None:
+        console.print(f"\n{_title(run)}\n")
+        print_table(PROMPT_PART_HEADINGS, _prompt_part_cells(run), 1, 2)
+        console.print()
+        print_table(PROMPT_HEADINGS, _prompt_cells(run), 2)
 
 
 def as_html(profile: Profile) -> str:
-    """The tables for a notebook, below a bar of all steps in order, as wide as they are long."""
-    total = profile.sum_s
-    steps = bar(
-        (COLOURS[step.part], step.seconds / total, f"{step.index} {step.name}: {step.seconds * 1e6:,.2f} µs")
-        for step in profile.steps
-    )
-    rows = [[escape(cell) for cell in cells] for cells in _part_cells(profile)]
-    for cells in rows:
-        cells[0] = (chip(cells[0]) if cells[0] in PARTS else "") + cells[0]
-    kinds = [[escape(cell) for cell in cells] for cells in _cells(profile)]
-    return frame(
+    """The tables for a notebook, below bars of all steps in order, as wide as they are long."""
+    content = (
         heading(_title(profile), _about(profile))
-        + steps
-        + table(PART_HEADINGS, rows, totals=2)
-        + "<h4>steps by kind</h4>"
-        + table(HEADINGS, kinds, "ll")
+        + _bar(profile)
+        + _html_parts(PART_HEADINGS, _part_cells(profile))
+        + _html_kinds(HEADINGS, _cells(profile))
         + f'<div class="muted">{escape(_note(profile))}</div>'
     )
+    if (run := profile.prompt) is not None:
+        content += (
+            f"<h4>{escape(_title(run))}</h4>"
+            + _bar(run)
+            + _html_parts(PROMPT_PART_HEADINGS, _prompt_part_cells(run))
+            + _html_kinds(PROMPT_HEADINGS, _prompt_cells(run))
+        )
+    return frame(content)
+
+
+def _bar(profile: Profile) -> str:
+    return bar(
+        (COLOURS[step.part], step.seconds / profile.sum_s, f"{step.index} {step.name}: {step.seconds * 1e6:,.2f} µs")
+        for step in profile.steps
+    )
+
+
+def _html_parts(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    rows = [[escape(cell) for cell in line] for line in cells]
+    for row in rows:
+        row[0] = (chip(row[0]) if row[0] in PARTS else "") + row[0]
+    return table(headings, rows, totals=2)
+
+
+def _html_kinds(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    return "<h4>steps by kind</h4>" + table(headings, [[escape(cell) for cell in line] for line in cells], "ll")

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -53,6 +54,14 @@ def test_profile_of_a_model(model: Model, tmp_path: Path) -> None:
     assert [part.part for part in found.parts] == ["embedding", "attention", "feed-forward", "classifier", "other"]
     assert sum(part.nbytes for part in found.parts) == found.nbytes
     assert found.prompt_s is not None and found.prompt_s > 0
+    run, dim, hidden, kv = found.prompt, 64, 96, 32
+    assert run is not None and (run.tokens, run.position, run.prompt) == (7, 6, None)
+    assert len(run.steps) == len(found.steps) + 1, "one more chooses the row that has logits"
+    matrices = 3 * (2 * dim * dim + 2 * kv * dim + 3 * hidden * dim)
+    assert run.operations == 2 * (7 * matrices + 50 * dim) + 3 * 4 * dim * sum(range(1, 8))
+    assert run.operations > 6 * found.operations and run.to_dict()["operations"] == run.operations
+    assert [part.part for part in run.parts] == [part.part for part in found.parts]
+    assert all(part.operations_per_second > 0 for part in run.parts if part.part in ("attention", "feed-forward"))
     assert model.logits([1, 2]).shape == (2, 50), "the model goes on as if nothing had happened"
     with pytest.raises(ContextError):
         profile(model, 40, 1e10)
@@ -60,6 +69,7 @@ def test_profile_of_a_model(model: Model, tmp_path: Path) -> None:
         profile(model, 41, 1e10)
     alone = profile(model, [], None)
     assert (alone.position, alone.prompt_s, alone.bandwidth, alone.floor_s) == (0, None, None, None)
+    assert alone.prompt is None and profile(model, 1, None).prompt is None
     assert alone.to_dict()["rows"][0]["bandwidth_fraction"] is None and "unknown" in str(alone)
 
 
@@ -76,6 +86,21 @@ MADE = Profile(
         StepTime(3, "linear_add", "w2", "linear", 1, 1e-6, 2_000_000, "feed-forward"),
     ),
     3e-3,
+)
+WITH_PROMPT = replace(
+    MADE,
+    prompt=Profile(
+        "a model",
+        "a device",
+        8,
+        2e12,
+        1e-3,
+        (
+            StepTime(0, "embedding", "tok_embeddings", "embedding", None, 1e-4, 36_000, "embedding"),
+            StepTime(1, "linear_add", "wo", "gemm", 0, 7e-4, 2_000_000, "attention", 1_400_000_000),
+        ),
+        tokens=9,
+    ),
 )
 
 
@@ -142,7 +167,7 @@ def test_bench_profile(models: Path, tmp_path: Path) -> None:
     assert len(json.loads(trace.read_text())["traceEvents"]) == len(result["profile"]["steps"]) + 4
     text = run(*words, "--repeats", 1, "--profile").stdout
     assert "tokens/s" in text and "one decode step of stories260K.bin on cpu" in text
-    assert "whole step" in text and "feed-forward" in text and "\x1b" not in text
+    assert "whole step" in text and "whole run" in text and "feed-forward" in text and "\x1b" not in text
 
 
 def test_the_reference_has_no_steps(models: Path) -> None:

@@ -1,10 +1,11 @@
-"""The bytes that a step must move. Those of a whole model are counted by hand in test_profiler.py."""
+"""The bytes that a step must move, and its operations. Those of a whole model are counted by hand in test_profiler.py."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
-from numballama.bench.traffic import step_bytes
+from numballama.bench.traffic import step_bytes, step_operations
 from numballama.ir import Graph, Op
 from tests.helpers.graphs import SMALL, llama
 
@@ -34,3 +35,20 @@ def test_the_cache_is_written_for_new_tokens_and_read_up_to_the_position() -> No
 
 def test_activations_cost_nothing() -> None:
     assert of(llama(), "softmax") == of(llama(), "add") == 0
+
+
+def test_operations_are_those_of_matrices_and_of_the_keys_that_each_token_sees() -> None:
+    """Of three tokens the first ends at position 4 and sees five keys; the classifier has one row."""
+    graph = llama(tokens=3)
+
+    def operations(kind: str, position: int = 6, tokens: int = 3) -> int:
+        return step_operations(graph, graph.ops[graph.first(kind)], position, tokens)
+
+    assert operations("linear") == 3 * 2 * SMALL.q_dim * SMALL.dim
+    assert operations("linear", tokens=1) == 2 * SMALL.q_dim * SMALL.dim
+    for kind in ("attention_scores", "attention_values"):
+        assert operations(kind) == 2 * SMALL.q_dim * (5 + 6 + 7)
+    for kind in ("embedding", "rmsnorm", "add", "softmax", "kv_write"):
+        assert operations(kind) == 0
+    op = graph.ops[graph.first("attention_scores")]
+    assert step_operations(graph, replace(op, attrs={**op.attrs, "window": 6}), 6, 3) == 2 * SMALL.q_dim * (5 + 6 + 6)

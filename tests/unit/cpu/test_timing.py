@@ -38,3 +38,20 @@ def test_a_step_takes_some_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timing.time, "perf_counter", lambda: 0.0)
     steps, whole = timing.time_steps(program)  # type: ignore[arg-type]
     assert min(*steps, whole) == timing.SHORTEST_S
+
+
+def test_a_run_of_many_tokens_is_measured_less_often(monkeypatch: pytest.MonkeyPatch) -> None:
+    program, counts = Program(), {1: 0, 100: 0}
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: program.now)
+    run = program.run
+
+    def counted(tokens: int, begin: int, end: int) -> None:
+        counts[tokens] += begin == 0 and end == 3
+        run(tokens, begin, end)
+        program.now += (tokens - 1) * (end - begin) * 1e-2
+
+    program.run = counted  # type: ignore[method-assign]
+    timing.time_steps(program)  # type: ignore[arg-type]
+    steps, whole = timing.time_steps(program, 100)  # type: ignore[arg-type]
+    assert counts == {1: timing.ROUNDS + 1, 100: timing.FEWEST + 1}
+    assert steps == pytest.approx([cost + 0.99 for cost in Program.costs]) and whole == pytest.approx(2.97 + 7e-6)

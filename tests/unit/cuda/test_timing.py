@@ -48,10 +48,12 @@ def test_gpu_times_are_those_of_the_kernels(monkeypatch: pytest.MonkeyPatch) -> 
     timing = importlib.import_module("numballama.cuda.timing")
     ran: list[int] = []
     program = SimpleNamespace(
-        backend=SimpleNamespace(device=None), prepared_launches=[[n] for n in range(6)], run=ran.append
+        backend=SimpleNamespace(device=None), launches_of_run=lambda tokens: [[n] for n in range(6)], run=ran.append
     )
     sizes = [100, 40_000_000, 2000, 40_000_000, 2000, 200_000_000]
     times, whole = timing.time_steps(program, ["a", "b", "c", "b", "c", "d"], sizes)
     assert times == pytest.approx([1e-6, 21e-6, 5e-6, 21e-6, 5e-6, 60e-6])
     assert whole == pytest.approx(sum(gpu.times) + gpu.start)
     assert ran == [1], "the inputs are sent once"
+    timing.time_steps(program, ["a", "b", "c", "b", "c", "d"], sizes, 30)
+    assert ran == [1, 30]

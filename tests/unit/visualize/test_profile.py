@@ -8,7 +8,7 @@ import pytest
 
 from numballama.visualize.profile import as_html, as_text, show
 from tests.helpers.markup import parsed, tags
-from tests.unit.bench.test_profiler import MADE
+from tests.unit.bench.test_profiler import MADE, WITH_PROMPT
 from tests.unit.visualize.test_html import HOSTILE
 
 ATTENTION = ["attention", "2", "6.00", "2.00", "4.00", "667", "33%", "75.0%"]
@@ -46,6 +46,24 @@ def test_tables_in_a_notebook() -> None:
     assert [piece.attributes["title"] for piece in root.all("i")][1] == "1 linear_add (wo): 2.00 µs"
     assert "script" not in tags(parsed(as_html(replace(MADE, model=HOSTILE))))
     assert "\x1b" not in as_text(replace(MADE, model=HOSTILE))
+
+
+def test_the_prompts_run_has_operations_instead_of_a_floor(capsys: pytest.CaptureFixture[str]) -> None:
+    title = "a run of 9 tokens of the prompt, positions 0 to 8"
+    rows = [
+        ["embedding", "1", "100.00", "0.04", "0.4", "–", "12.5%"],
+        ["attention", "1", "700.00", "2.00", "2.9", "2,000", "87.5%"],
+        ["whole run", "2", "1,000.00", "2.04", "2.0", "1,400", "125.0%"],
+        ["linear_add (wo)", "gemm", "1", "700.00", "2.00", "2.9", "2,000", "87.5%"],
+    ]
+    show(WITH_PROMPT)
+    for text in (as_text(WITH_PROMPT), capsys.readouterr().out):
+        lines = [" ".join(line.split()) for line in text.splitlines()]
+        assert title in lines and all(" ".join(row) in lines for row in rows)
+    root = parsed(as_html(WITH_PROMPT))
+    assert title in [each.text for each in root.all("h4")]
+    cells = [[cell.text for cell in row.children] for row in root.all("tr")]
+    assert all(row in cells for row in rows)
 
 
 def test_a_step_below_the_clocks_resolution_has_no_rate() -> None:
