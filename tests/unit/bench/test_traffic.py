@@ -1,4 +1,4 @@
-"""The bytes that a step must move, and its operations. Those of a whole model are counted by hand in test_profiler.py."""
+"""The bytes that a step must move, and its operations. test_profiler.py counts those of a whole model by hand."""
 
 from __future__ import annotations
 
