@@ -45,6 +45,7 @@ KERNEL_SOURCES = (
     "cpu/kv_cache.py",
     "kernels_cpu.py",
     "cpu/kernels_int8.py",
+    "cpu/collectives.py",
     "cpu/bandwidth.py",
     "cpu/backend.py",
     "cpu/executor.py",

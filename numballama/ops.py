@@ -9,6 +9,12 @@ The KV cache is in pages: for each layer keys and values [pages, kv_heads, page,
 tokens. `page_table` i32[slots + 1, P] says where the pages of a sequence are: position p of the sequence in slot s is
 in page `page_table[s, p // page]`, at place `p % page`. So a sequence has at most C = P · page tokens. `sequences`
 gives the slot of each token. The last row of the table is for padding: it names page 0, which no sequence has.
+
+A model that several ranks share has a graph for each rank (`parallel.shard`), and ops in which ranks exchange values.
+All ranks run the same of these ops in the same order: each updates `exchange` and `arrivals`, and the next one reads
+them. `exchange` f32[2, E] is memory that all ranks share: ranks write to its halves in turn, so that a rank may write
+its next part while others still read this one. `arrivals` i32[ranks, workers, 16] counts how often each worker of each
+rank has written its part.
 """
 
 from __future__ import annotations
@@ -207,6 +213,48 @@ def _rows(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     x, rows = inputs
     expect(rows.dtype == "i32" and len(rows.shape) == 1, "wants the numbers of rows, i32[R]")
     return [((rows.shape[0], x.shape[1]), "f32")]
+
+
+_EXCHANGE = ("exchange", "arrivals")
+_EXCHANGED = {"exchange_out": "exchange", "arrivals_out": "arrivals"}
+CELL = 16
+"""Elements of an entry of `arrivals`: 64 bytes, so that each has a cache line."""
+
+
+def _exchanged(x: Value, exchange: Value, arrivals: Value, rank: int, needed: int) -> list[Shaped]:
+    """Shapes of the memory of all ranks, updated. `needed` is how many numbers of a token all ranks exchange."""
+    expect(x.dtype == "f32" and len(x.shape) == 2, "wants x f32[T, D]")
+    expect(exchange.dtype == "f32" and len(exchange.shape) == 2 and exchange.shape[0] == 2, "wants exchange f32[2, E]")
+    expect(exchange.shape[1] >= needed, f"wants an exchange of {needed} numbers at least, for one token of all ranks")
+    expect(
+        arrivals.dtype == "i32" and len(arrivals.shape) == 3 and arrivals.shape[2] == CELL,
+        f"wants arrivals i32[ranks, workers, {CELL}]",
+    )
+    expect(0 <= rank < arrivals.shape[0], f"wants a rank below {arrivals.shape[0]}")
+    return [(exchange.shape, exchange.dtype), (arrivals.shape, arrivals.dtype)]
+
+
+@rule("all_reduce", inputs=("x", *_EXCHANGE), outputs=("out", *_EXCHANGED), attrs=("rank",), inplace=_EXCHANGED)
+def _all_reduce(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
+    """x[T, D] of each rank → their sum in the order of ranks, [T, D], the same bits on every rank"""
+    x, exchange, arrivals = inputs
+    needed = arrivals.shape[0] * x.shape[-1]
+    return [(x.shape, "f32"), *_exchanged(x, exchange, arrivals, attrs["rank"], needed)]
+
+
+@rule(
+    "all_gather",
+    inputs=("x", *_EXCHANGE),
+    outputs=("out", *_EXCHANGED),
+    attrs=("rank", "begin", "columns"),
+    inplace=_EXCHANGED,
+)
+def _all_gather(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
+    """x[T, n] of each rank → all of them side by side, [T, columns]; this rank's are columns [begin, begin + n)"""
+    x, exchange, arrivals = inputs
+    begin, columns = attrs["begin"], attrs["columns"]
+    expect(begin >= 0 and begin + x.shape[-1] <= columns, f"x must lie within {columns} columns, from {begin} on")
+    return [((x.shape[0], columns), "f32"), *_exchanged(x, exchange, arrivals, attrs["rank"], columns)]
 
 
 @rule("argmax", inputs=("x",))

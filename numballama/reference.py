@@ -220,6 +220,25 @@ def rows(x: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return x[rows]
 
 
+@kernel("all_reduce", "reference", ANY, ANY, ANY)
+def all_reduce(
+    x: Sequence[np.ndarray], exchange: np.ndarray, arrivals: np.ndarray, rank: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x are the operands of all ranks, in their order: this definition needs no memory to exchange them."""
+    return np.sum([part.astype(np.float64) for part in x], axis=0), exchange, arrivals
+
+
+@kernel("all_gather", "reference", ANY, ANY, ANY)
+def all_gather(
+    x: Sequence[np.ndarray], exchange: np.ndarray, arrivals: np.ndarray, rank: int, begin: int, columns: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.concatenate(x, axis=1), exchange, arrivals
+
+
+COLLECTIVES = ("all_reduce", "all_gather")
+"""Ops in which ranks exchange values: x is a list, of the operand of each rank."""
+
+
 @kernel("argmax", "reference", ANY)
 def argmax(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x).any(axis=1), -1, x.argmax(axis=1))
@@ -245,15 +264,34 @@ class ReferenceProgram:
         return [self._function(op).__name__ for op in self.graph.ops]
 
     def run(self, tokens: int, begin: int = 0, end: int | None = None, rows: int = 1) -> None:
-        """Interpret ops [begin, end) for the first `tokens` tokens, of which `rows` have logits."""
+        """Interpret ops [begin, end) for the first `tokens` tokens, of which `rows` have logits.
+
+        Raises `Error` for a rank's graph: the others must run at the same time (`run_ranks`).
+        """
+        for op in self.walk(tokens, begin, end, rows):
+            raise Error(f"{op}: this is the graph of one rank, and the others do not run")
+
+    def walk(self, tokens: int, begin: int, end: int | None, rows: int) -> Iterator[Op]:
+        """Like `run`, but yields each op of `COLLECTIVES`, for the caller to compute."""
         if begin == 0:
             self.values = {name: array[: rows if name == "rows" else tokens] for name, array in self.inputs.items()}
         for op in self.graph.ops[begin:end]:
-            self._compute(op)
+            if op.kind in COLLECTIVES:
+                yield op
+            else:
+                self.compute(op, [self._operand(name) for name in op.inputs])
+
+    def exchange(self, op: Op, x: Sequence[np.ndarray]) -> None:
+        """Compute an op of `COLLECTIVES`. `x` has the operand of each rank."""
+        self.compute(op, [x, *(self._operand(name) for name in op.inputs[1:])])
 
     def submit(self, tokens: int, rows: int, table: SamplerTable) -> int:
         """Interpret all ops and sample a token for each of `rows` rows."""
         self.run(tokens, 0, None, rows)
+        return self.sample(rows, table)
+
+    def sample(self, rows: int, table: SamplerTable) -> int:
+        """Sample a token for each of `rows` rows of the last run's logits; returns the ticket."""
         slots = self.values["sequences"]
         if "rows" in self.inputs:
             slots = slots[self.values["rows"]]
@@ -271,9 +309,10 @@ class ReferenceProgram:
     def _function(self, op: Op) -> Callable[..., Any]:
         return find(op.kind, self.backend.name, [self.graph.values[name].dtype for name in op.inputs]).function
 
-    def _compute(self, op: Op) -> None:
+    def compute(self, op: Op, operands: Sequence[Any]) -> None:
+        """Compute an op of these operands and keep its results."""
         attrs: Mapping[str, Any] = op.attrs
-        results = self._function(op)(*(self._operand(name) for name in op.inputs), **attrs)
+        results = self._function(op)(*operands, **attrs)
         for name, result in zip(op.outputs, results if isinstance(results, tuple) else (results,), strict=True):
             value = self.graph.values[name]
             self.values[name] = result if value.alias else result.astype(DTYPES[value.dtype], copy=False)
@@ -288,6 +327,23 @@ class ReferenceProgram:
             root = self.graph.root(name)
             return self.backend.state(root, value)
         return self.values[name]
+
+
+def run_ranks(
+    programs: Sequence[ReferenceProgram], tokens: int, begin: int, ends: Sequence[int | None], rows: int
+) -> None:
+    """Run the programs of all ranks, each up to its own end: op by op, and those of `COLLECTIVES` together.
+
+    Raises `Error` unless all ranks have the same of them in the same order.
+    """
+    walks = [program.walk(tokens, begin, end, rows) for program, end in zip(programs, ends, strict=True)]
+    while any(ops := [next(walk, None) for walk in walks]):
+        together = [op for op in ops if op is not None]
+        if len(together) < len(ops) or len({(op.kind, op.outputs) for op in together}) > 1:
+            raise Error(f"ranks must exchange the same values: {'; '.join(map(str, ops))}")
+        x = [program.values[op.inputs[0]] for program, op in zip(programs, together, strict=True)]
+        for program, op in zip(programs, together, strict=True):
+            program.exchange(op, x)
 
 
 def _block_mins(weight: Weight) -> np.ndarray:

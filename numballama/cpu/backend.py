@@ -37,10 +37,11 @@ from .executor import (
     SAMPLER,
     describe_run,
     run_steps,
-    worker_threads,
+    threads_of_rank,
 )
 from .fork import refuse_forked
 from .vecdot import RECORD_TYPES
+from .workers import WorkerThreads
 
 if TYPE_CHECKING:
     from ..backend import BackendName, Program
@@ -55,9 +56,15 @@ class CpuProgram:
     """
 
     def __init__(
-        self, plan: Plan, table: np.ndarray, values: Mapping[str, np.ndarray], arena: np.ndarray, keep_alive: object
+        self,
+        plan: Plan,
+        table: np.ndarray,
+        values: Mapping[str, np.ndarray],
+        arena: np.ndarray,
+        threads: WorkerThreads,
+        keep_alive: object,
     ) -> None:
-        self.plan, self.table, self.arena = plan, table, arena
+        self.plan, self.table, self.arena, self._threads = plan, table, arena, threads
         self._values, self._keep_alive = values, keep_alive
         self._record = describe_run(table)
         self._record_address = self._record.ctypes.data
@@ -121,9 +128,9 @@ class CpuProgram:
                 f"cannot run {tokens} tokens of {self.plan.tokens}, steps {begin} to {end} of {len(self.table)}"
             )
         self._record[BEGIN : ROWS + 1] = begin, end, tokens, rows
-        with worker_threads.region(self.plan.workers):
+        with self._threads.region(self.plan.workers):
             self.entries += 1
-            if run_steps(self._record_address, self.plan.workers, worker_threads.address):
+            if run_steps(self._record_address, self.plan.workers, self._threads.address):
                 raise Error("a kernel failed")
 
 
@@ -132,7 +139,8 @@ class CpuBackend:
 
     `threads` is the number of workers that share a step. The maximum is Numba's number of threads; the default too,
     unless a container's CPU quota is below. `batch_invariant`: all runs use the kernels for few tokens, so that a row's
-    bits do not depend on their number. Raises `DeviceError` in a child that was forked after workers had started.
+    bits do not depend on their number. `rank` is for several backends of this process that run at the same time: each
+    has worker threads of its own. Raises `DeviceError` in a child that was forked after workers had started.
     """
 
     name: ClassVar[BackendName] = "cpu"
@@ -146,9 +154,10 @@ class CpuBackend:
     most_sequences: int | None = None
 
     def __init__(
-        self, weights: Mapping[str, Weight], threads: int | None = None, batch_invariant: bool = False
+        self, weights: Mapping[str, Weight], threads: int | None = None, batch_invariant: bool = False, rank: int = 0
     ) -> None:
         refuse_forked()
+        self._threads = threads_of_rank(rank)
         limit, cores, quota = numba.config.NUMBA_NUM_THREADS, usable_cores(), cpu_quota()
         default = limit if environment.thread_limit() else min(limit, cores)
         threads = None if threads is None else whole_number("threads", threads, 1)
@@ -156,7 +165,7 @@ class CpuBackend:
         self._without = ops.FOR_MANY_TOKENS if batch_invariant else ()
         wanted = min(threads or default, limit)
         with interrupts.deferred():
-            self.workers = worker_threads.start(wanted)
+            self.workers = self._threads.start(wanted)
         self.notes: list[str] = []
         if self.workers < wanted:
             self.notes.append(f"{wanted} threads wanted, {self.workers} used: the system starts no more")
@@ -217,7 +226,7 @@ class CpuBackend:
         """
         plan = lower(fuse(graph, self.name, fusions), self.name, self.workers, self._without)
         memory.require_available(plan.arena_bytes, f"the arena of {graph.name}", memory.SHORTER)
-        arena = _aligned_zeros(plan.arena_bytes)
+        arena = aligned_zeros(plan.arena_bytes)
         values: dict[str, np.ndarray] = {}
         placed = plan.graph.values | {value.name: value for step in plan.steps for value in step.scratch}
         for name, place in plan.placements.items():
@@ -226,7 +235,7 @@ class CpuBackend:
             values[name] = place_bytes.view(DTYPES[value.dtype]).reshape(value.shape)
         for value in plan.graph.values.values():
             if value.kind == "state" and value.alias is None and value.name not in self.states:
-                state = _aligned_zeros(value.nbytes).view(DTYPES[value.dtype])
+                state = aligned_zeros(value.nbytes).view(DTYPES[value.dtype])
                 self.states[value.name] = state if value.dtype == "q8_0" else state.reshape(value.shape)
             if value.kind == "state":
                 values[value.name] = self.states[plan.graph.root(value.name)]
@@ -275,7 +284,7 @@ class CpuBackend:
         for row, step, key, (_, slots) in zip(table, plan.steps, needed, bound, strict=True):
             row[ADDRESS], row[MAX_TOKENS], row[OF_ROWS] = compiled[key].address, step.max_tokens, step.of_rows
             row[OPERANDS : OPERANDS + len(slots)] = slots
-        return CpuProgram(plan, table, values, arena, (compiled, tuple(self.weights.values())))
+        return CpuProgram(plan, table, values, arena, self._threads, (compiled, tuple(self.weights.values())))
 
     def _operands(
         self, plan: Plan, step: Step, named: Sequence[str], values: Mapping[str, np.ndarray]
@@ -347,7 +356,7 @@ def _weight_operand(weight: Weight) -> tuple[Any, list[int]]:
     return types.Tuple((payload, scales, types.int64)), [*slots, *scale_slots, weight.type.group]
 
 
-def _aligned_zeros(nbytes: int) -> np.ndarray:
+def aligned_zeros(nbytes: int) -> np.ndarray:
     """`nbytes` zero bytes, the first at a multiple of ALIGNMENT."""
     memory = np.zeros(nbytes + ALIGNMENT, np.uint8)
     start = -memory.ctypes.data % ALIGNMENT

@@ -125,3 +125,13 @@ def describe_run(table: NDArray[np.int64]) -> NDArray[np.int64]:
 
 worker_threads = WorkerThreads(serve)
 """The worker threads of this process."""
+
+_threads_of_ranks = [worker_threads]
+
+
+def threads_of_rank(rank: int) -> WorkerThreads:
+    """The worker threads of a rank, of those that run in this process: ranks wait for each other during a run, so that
+    each needs its own."""
+    while len(_threads_of_ranks) <= rank:
+        _threads_of_ranks.append(WorkerThreads(serve))
+    return _threads_of_ranks[rank]

@@ -1,8 +1,8 @@
 """Registers the CPU's kernels: for each op and the types of its inputs, the function that computes it.
 
 Functions are only named here. Their modules, and Numba with them, are imported when a kernel is compiled, so a plan can
-be made and printed without Numba. The functions are in `kernels_cpu` and `cpu.kernels_int8`; `kernels_cpu` explains how
-they are called.
+be made and printed without Numba. The functions are in `kernels_cpu`, `cpu.kernels_int8` and `cpu.collectives`;
+`kernels_cpu` explains how they are called.
 """
 
 from __future__ import annotations
@@ -88,6 +88,9 @@ plain("swiglu", "f32", "f32")
 plain("add", "f32", "f32")
 plain("rows", "f32", "i32")
 plain("argmax", "f32")
+
+for _collective in ("all_reduce", "all_gather"):
+    kernel(_collective, "cpu", "f32", "f32", "i32")(KernelRef("numballama.cpu.collectives", _collective))
 
 # The ops that fusion passes build
 

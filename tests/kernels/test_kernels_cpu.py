@@ -435,7 +435,8 @@ def test_every_kernel_has_a_property() -> None:
     registered = [kernel for (_, backend), found in registry._kernels.items() if backend == "cpu" for kernel in found]
     kernels = [kernel.name for kernel in registered if kernel.built_in]
     assert len(kernels) == len(set(kernels)), "two kernels of one name cannot be told apart in a plan"
-    assert set(kernels) == set(CASES)
+    elsewhere = {"all_reduce", "all_gather"}  # tests/kernels/cpu/test_collectives.py: they need several ranks
+    assert set(kernels) == set(CASES) | elsewhere
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ ORDER = """
     kernel_cache
     sampling
     cpu: fork compiler intrinsics workers vecdot tiling panel_bytes products_int8 activations_int8 \
-            vecdot_int8 panel_f32 matmul attend kv_cache kernels_cpu kernels_int8 ops sampling executor \
+            vecdot_int8 panel_f32 matmul attend kv_cache kernels_cpu kernels_int8 collectives ops sampling executor \
             bandwidth timing backend
     cuda: repack launch lowering intrinsics quant_traits kernels.params mma fragments group_mma barriers wgmma tma \
             ops.gemv ops.elementwise ops.rounding ops.wgmma_gemm ops.gemm ops.wide ops.skinny ops.linear ops.attention \
@@ -58,6 +58,7 @@ ORDER = """
             kernels.repack compiler driver selfcheck compile_worker upload weights sampler_table decode_pipeline \
             program bandwidth timing backend
     reference backend session
+    parallel: shares weights shard
     engine: interrupts sequence pages runner request logprobs constraints driver stats scheduler engine capacity \
             model_runner
     structured: checker patterns rewrite disjoint schema lark blame vocabulary forced constraint compiler

@@ -32,7 +32,7 @@ def test_add_returns_one_value_or_a_tuple() -> None:
 
 def test_unknown_op_names_the_known() -> None:
     graph = Graph("unknown")
-    with pytest.raises(Error, match=r"unknown op convolve; known: add, argmax"):
+    with pytest.raises(Error, match=r"unknown op convolve; known: add, all_gather, all_reduce, argmax"):
         graph.add("convolve", graph.input("x", (1,), "f32"), out="y")
 
 

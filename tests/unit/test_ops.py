@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from numballama import ir
+from numballama import ir, ops
 from numballama.errors import Error
 from numballama.ir import Graph, Value, verify
 from numballama.quantization.types import VEC_DOT_TYPE
@@ -17,6 +17,10 @@ T, D, K, N, S, H, KV, C, P = 3, 8, 6, 5, 2, 4, 2, 7, 4  # KV heads of size P; q 
 CACHE: Operand = ((S, KV, C, P), "f16")  # S pages of C tokens
 IDS: Operand = ((T,), "i32")
 TABLE: Operand = ((3, 2), "i32")
+EXCHANGE: Operand = ((2, 13), "f32")  # of two ranks
+ARRIVALS: Operand = ((2, 1, ops.CELL), "i32")
+STATES = {"kv_write": ["x1"], "all_reduce": [None, "x1", "x2"], "all_gather": [None, "x1", "x2"]}
+"""Op → the state that each of its outputs updates. Outputs of others are new values."""
 CASES: dict[str, tuple[list[Operand], dict[str, Any], list[Operand]]] = {
     "embedding": ([IDS, ((9, D), "int8")], {}, [((T, D), "f32")]),
     "rope_angles": ([IDS, ((P // 2,), "f32")], {}, [((T, P), "f32")]),
@@ -36,6 +40,12 @@ CASES: dict[str, tuple[list[Operand], dict[str, Any], list[Operand]]] = {
     "swiglu": ([((T, N), "f32"), ((T, N), "f32")], {}, [((T, N), "f32")]),
     "add": ([((T, N), "f32"), ((T, N), "f32")], {}, [((T, N), "f32")]),
     "rows": ([((T, D), "f32"), ((2,), "i32")], {}, [((2, D), "f32")]),
+    "all_reduce": ([((T, N), "f32"), EXCHANGE, ARRIVALS], {"rank": 1}, [((T, N), "f32"), EXCHANGE, ARRIVALS]),
+    "all_gather": (
+        [((T, N), "f32"), EXCHANGE, ARRIVALS],
+        {"rank": 1, "begin": 3, "columns": N + 4},
+        [((T, N + 4), "f32"), EXCHANGE, ARRIVALS],
+    ),
     "argmax": ([((T, N), "f32")], {}, [((T,), "i32")]),
 }
 REFUSED: list[tuple[str, list[Operand], dict[str, Any]]] = [
@@ -93,6 +103,15 @@ REFUSED: list[tuple[str, list[Operand], dict[str, Any]]] = [
     ("softmax", [], {}),
     ("rows", [((T, D), "f32"), ((2,), "f32")], {}),
     ("rows", [((T, D), "f32"), ((2, 1), "i32")], {}),
+    ("all_reduce", [((T, 7), "f32"), EXCHANGE, ARRIVALS], {"rank": 0}),
+    ("all_reduce", [((T, N), "f32"), EXCHANGE, ARRIVALS], {"rank": 2}),
+    ("all_reduce", [((T, N), "f32"), EXCHANGE, ARRIVALS], {"rank": -1}),
+    ("all_reduce", [((T, N), "i8"), EXCHANGE, ARRIVALS], {"rank": 0}),
+    ("all_reduce", [((T, N), "f32"), EXCHANGE, ((2, 1, 8), "i32")], {"rank": 0}),
+    ("all_reduce", [((T, N), "f32"), ((1, 13), "f32"), ARRIVALS], {"rank": 0}),
+    ("all_gather", [((T, N), "f32"), EXCHANGE, ARRIVALS], {"rank": 0, "begin": 1, "columns": N}),
+    ("all_gather", [((T, N), "f32"), EXCHANGE, ARRIVALS], {"rank": 0, "begin": -1, "columns": N}),
+    ("all_gather", [((T, N), "f32"), EXCHANGE, ARRIVALS], {"rank": 0, "begin": 0, "columns": 14}),
     ("argmax", [], {}),
 ]
 
@@ -103,12 +122,15 @@ OUTPUTS = {kind: len(results) for kind, (_, _, results) in CASES.items()}
 def declare(graph: Graph, operands: Sequence[Operand]) -> list[Value]:
     """Each operand by what may hold it: 16-bit rank 4 is a cache, other types only weights have, or an input."""
     kinds = {4: graph.state, 2: graph.weight}
-    return [
-        (kinds.get(len(shape), graph.input) if dtype not in ir.DTYPES or dtype == "f16" else graph.input)(
-            f"x{i}", shape, dtype
+
+    def declare_one(name: str, shape: tuple[int, ...], dtype: str) -> Value:
+        if (shape, dtype) in (EXCHANGE, ARRIVALS):
+            return graph.state(name, shape, dtype)
+        return (kinds.get(len(shape), graph.input) if dtype not in ir.DTYPES or dtype == "f16" else graph.input)(
+            name, shape, dtype
         )
-        for i, (shape, dtype) in enumerate(operands)
-    ]
+
+    return [declare_one(f"x{i}", *operand) for i, operand in enumerate(operands)]
 
 
 def test_every_rule_has_a_case() -> None:
@@ -127,8 +149,9 @@ def test_rule_infers(kind: str) -> None:
     got = graph.add(kind, *declare(graph, operands), out=names, **attrs)
     assert [(value.shape, value.dtype) for value in got] == results
     assert [value.name for value in got] == names
-    aliased = kind == "kv_write"
-    assert all((value.kind, value.alias) == (("state", "x1") if aliased else ("temp", None)) for value in got)
+    states = STATES.get(kind, [None] * len(got))
+    assert [value.alias for value in got] == states
+    assert [value.kind for value in got] == ["state" if alias else "temp" for alias in states]
     assert all(graph.values[value.name] is value for value in got)
     graph.outputs = names
     verify(graph)

@@ -15,8 +15,9 @@ from numballama import reference
 from numballama.checkpoint import Weight
 from numballama.errors import Error
 from numballama.ir import Graph
+from numballama.ops import CELL
 from numballama.quantization.types import F32
-from numballama.reference import ReferenceBackend
+from numballama.reference import ReferenceBackend, run_ranks
 from tests.helpers.graphs import SMALL, llama
 from tests.helpers.random_models import random_checkpoint
 from tests.helpers.sampling import make_sampler
@@ -144,3 +145,39 @@ def test_nothing_can_be_timed() -> None:
     graph.outputs = [graph.add("add", x, x, out="y").name]
     with pytest.raises(Error, match="the reference has no plan"):
         backend.time_steps(backend.program(graph), ["add"], [16])
+
+
+def exchanging(rank: int, *kinds: str) -> Graph:
+    """A rank's graph of such exchanges of its input x [2, 3], one after the other."""
+    graph = Graph("exchanges")
+    x, exchange = graph.input("x", (2, 3), "f32"), graph.state("exchange", (2, 12), "f32")
+    arrivals = graph.state("arrivals", (2, 1, CELL), "i32")
+    for n, kind in enumerate(kinds):
+        where = {"begin": 3 * rank, "columns": 6} if kind == "all_gather" else {}
+        names = f"y{n}", f"exchange.{n}", f"arrivals.{n}"
+        _, exchange, arrivals = graph.add(kind, x, exchange, arrivals, out=names, rank=rank, **where)
+    graph.outputs = ["y0"]
+    return graph
+
+
+def test_ranks_exchange_values(numbers: Numbers) -> None:
+    programs = [ReferenceBackend({}).program(exchanging(rank, "all_reduce", "all_gather")) for rank in range(2)]
+    x = [numbers(2, 3), numbers(2, 3)]
+    for program, own in zip(programs, x, strict=True):
+        program.inputs["x"][:] = own
+    run_ranks(programs, 2, 0, [None, None], 2)
+    for program in programs:
+        np.testing.assert_allclose(program.value("y0"), x[0] + x[1], rtol=1e-6)
+        np.testing.assert_array_equal(program.value("y1"), np.hstack(x))
+
+
+def test_ranks_that_exchange_different_values_are_refused() -> None:
+    def programs(*kinds: tuple[str, ...]) -> list[reference.ReferenceProgram]:
+        return [ReferenceBackend({}).program(exchanging(rank, *own)) for rank, own in enumerate(kinds)]
+
+    with pytest.raises(Error, match=r"ranks must exchange the same values: y0, .* = all_reduce.*; y0, .* = all_gather"):
+        run_ranks(programs(("all_reduce",), ("all_gather",)), 1, 0, [None, None], 1)
+    with pytest.raises(Error, match=r"ranks must exchange the same values: .*; None"):
+        run_ranks(programs(("all_reduce", "all_reduce"), ("all_reduce",)), 1, 0, [None, None], 1)
+    with pytest.raises(Error, match=r"all_reduce.*: this is the graph of one rank, and the others do not run"):
+        programs(("all_reduce",))[0].run(1)
