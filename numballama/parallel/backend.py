@@ -186,92 +186,41 @@ class CpuRanks(ParallelProgram["CpuProgram"]):
         return ticket
 
 
-class ParallelBackend:
-    """`ranks` ranks that share a model. Implements `backend.Backend`, as far as its limits are one rank's.
-
-    `device` is "cpu" or "reference". `threads` is the number of workers of each rank on the CPU, default an equal share
-    of what one rank would have. `int8_activations`: graphs quantise the inputs of int8 weights. Raises
-    `UnsupportedError` for a model that so many ranks cannot share.
+class RanksBackend:
+    """What is common to the backends of several ranks. `ranks` are those of this process, rank 0 the first; `of_ranks`
+    are the weights of each rank.
     """
 
     def __init__(
         self,
-        device: Literal["cpu", "reference"],
-        config: ModelConfig,
-        weights: Mapping[str, Weight],
-        ranks: int,
-        threads: int | None = None,
-        batch_invariant: bool = False,
-        int8_activations: bool = False,
+        shares: Shares,
+        of_ranks: Sequence[Mapping[str, Weight]],
+        ranks: Sequence[CpuBackend | ReferenceBackend],
+        what: str,
     ) -> None:
-        types = {name: weight.type for name, weight in weights.items()}
-        self.shares, self.weights = Shares.of(config, types, ranks, int8_activations), weights
-        self.of_ranks = [rank_weights(weights, self.shares, rank) for rank in range(ranks)]
-        self.ranks: Sequence[CpuBackend | ReferenceBackend]
-        self._threads: RankThreads | None = None
-        if device == "reference":
-            self.ranks = [ReferenceBackend(own) for own in self.of_ranks]
-        else:
-            self.ranks = self._cpu_ranks(threads, batch_invariant)
-        first = self.ranks[0]
+        self.shares, self.of_ranks, self.ranks = shares, of_ranks, ranks
+        first = ranks[0]
         self.name, self.prefill_chunk, self.default_kv_dtype = first.name, first.prefill_chunk, first.default_kv_dtype
         self.activation_types, self.in_host_memory = first.activation_types, first.in_host_memory
         self.mixed_tokens, self.lookahead, self.decode_sizes = first.mixed_tokens, first.lookahead, first.decode_sizes
         self.most_sequences, self.workers, self.notes = first.most_sequences, first.workers, first.notes
-        self.description, self.memory_bytes = f"{first.description}, {ranks} ranks", first.memory_bytes
+        self.description, self.memory_bytes = f"{first.description}, {shares.ranks} {what}", first.memory_bytes
 
-    def _cpu_ranks(self, threads: int | None, batch_invariant: bool) -> list[CpuBackend]:
-        """The ranks' backends, each with as many workers, and the memory in which they exchange values."""
-        with interrupts.deferred():
-            environment.import_numba()
-            from ..cpu.backend import CpuBackend, aligned_zeros
-            from ..cpu.collectives import stop
-
-        count = self.shares.ranks
-        if threads is None:
-            threads = max(CpuBackend({}).workers // count, 1)
-        ranks = [CpuBackend(own, threads, batch_invariant, rank) for rank, own in enumerate(self.of_ranks)]
-        workers = {rank.workers for rank in ranks}
-        if len(workers) > 1:
-            raise DeviceError(
-                f"ranks need the same number of workers, found {sorted(workers)}: the system starts no more threads; "
-                f"pass threads={min(workers)}"
-            )
-        exchange = aligned_zeros(8 * self.shares.exchange_size).view(np.float32).reshape(2, -1)
-        arrivals = aligned_zeros(4 * CELL * count * max(workers)).view(np.int32).reshape(count, -1, CELL)
-        for rank in ranks:
-            rank.states |= {"exchange": exchange, "arrivals": arrivals}
-        self._threads = RankThreads(count, partial(stop, arrivals), partial(arrivals.fill, 0))
-        return ranks
-
-    def program(
-        self, graph: Graph, fusions: bool | Sequence[str] = True, report: Report | None = None
-    ) -> ParallelProgram[Any]:
-        """Each rank's part of a graph, made ready to run. Raises `UnsupportedError` for ops that cannot be split."""
+    def shards(self, graph: Graph) -> list[Shard]:
+        """Each rank's part of a graph. Raises `UnsupportedError` for ops that cannot be split."""
         shards = [
             shard(graph, {name: weight.type for name, weight in own.items()}, self.shares, rank, self.workers)
             for rank, own in enumerate(self.of_ranks)
         ]
         verify_ranks([part.graph for part in shards])
-        programs: list[Any] = [
-            rank.program(part.graph, fusions, report) for rank, part in zip(self.ranks, shards, strict=True)
-        ]
-        if self._threads is None:
-            return ReferenceRanks(self.shares, shards, programs)
-        return CpuRanks(self.shares, shards, programs, self._threads)
+        return shards
 
     def prepare(self, decode: Program, report: Report | None = None) -> None:
-        """Compile or load what would delay the first token."""
-        if isinstance(decode, ParallelProgram):
-            self.ranks[0].prepare(decode.programs[0], report)
-
-    def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
-        """Write page numbers into a row of every rank's page table, from entry `first` on."""
-        for rank in self.ranks:
-            rank.set_pages(slot, first, pages)
+        """Compile or load what would delay the first token, on every rank."""
+        decode.run(1, 0, 0)
 
     def cache_page(self, page: int) -> Iterator[np.ndarray]:
-        """Views of the keys and values of each layer in a page of the KV cache, rank by rank."""
+        """Views of the keys and values of each layer in a page of the KV cache: those of this process, by rank."""
         for rank in self.ranks:
             memory = {name: state for name, state in rank.states.items() if name not in ("exchange", "arrivals")}
             yield from (state[page] for name, state in memory.items() if name != PAGE_TABLE)
@@ -303,6 +252,79 @@ class ParallelBackend:
 
     def synchronize(self) -> None:
         """Does nothing: a run returns when its work is done."""
+
+
+class ParallelBackend(RanksBackend):
+    """`ranks` ranks that share a model. Implements `backend.Backend`, as far as its limits are one rank's.
+
+    `device` is "cpu" or "reference". `threads` is the number of workers of each rank on the CPU, default an equal share
+    of what one rank would have. `int8_activations`: graphs quantise the inputs of int8 weights. Raises
+    `UnsupportedError` for a model that so many ranks cannot share.
+    """
+
+    def __init__(
+        self,
+        device: Literal["cpu", "reference"],
+        config: ModelConfig,
+        weights: Mapping[str, Weight],
+        ranks: int,
+        threads: int | None = None,
+        batch_invariant: bool = False,
+        int8_activations: bool = False,
+    ) -> None:
+        types = {name: weight.type for name, weight in weights.items()}
+        shares = Shares.of(config, types, ranks, int8_activations)
+        of_ranks = [rank_weights(weights, shares, rank) for rank in range(ranks)]
+        self._threads: RankThreads | None = None
+        made: Sequence[CpuBackend | ReferenceBackend]
+        if device == "reference":
+            made = [ReferenceBackend(own) for own in of_ranks]
+        else:
+            made = self._cpu_ranks(shares, of_ranks, threads, batch_invariant)
+        super().__init__(shares, of_ranks, made, "ranks")
+
+    def _cpu_ranks(
+        self, shares: Shares, of_ranks: Sequence[Mapping[str, Weight]], threads: int | None, batch_invariant: bool
+    ) -> list[CpuBackend]:
+        """The ranks' backends, each with as many workers, and the memory in which they exchange values."""
+        with interrupts.deferred():
+            environment.import_numba()
+            from ..cpu.backend import CpuBackend, aligned_zeros
+            from ..cpu.collectives import stop
+
+        count = shares.ranks
+        if threads is None:
+            threads = max(CpuBackend({}).workers // count, 1)
+        ranks = [CpuBackend(own, threads, batch_invariant, rank) for rank, own in enumerate(of_ranks)]
+        workers = {rank.workers for rank in ranks}
+        if len(workers) > 1:
+            raise DeviceError(
+                f"ranks need the same number of workers, found {sorted(workers)}: the system starts no more threads; "
+                f"pass threads={min(workers)}"
+            )
+        exchange = aligned_zeros(8 * shares.exchange_size).view(np.float32).reshape(2, -1)
+        arrivals = aligned_zeros(4 * CELL * count * max(workers)).view(np.int32).reshape(count, -1, CELL)
+        for rank in ranks:
+            rank.states |= {"exchange": exchange, "arrivals": arrivals}
+        self._threads = RankThreads(count, partial(stop, arrivals), partial(arrivals.fill, 0))
+        return ranks
+
+    def program(
+        self, graph: Graph, fusions: bool | Sequence[str] = True, report: Report | None = None
+    ) -> ParallelProgram[Any]:
+        """Each rank's part of a graph, made ready to run. Raises `UnsupportedError` for ops that cannot be split."""
+        shards = self.shards(graph)
+        programs: list[Any] = [
+            rank.program(part.graph, fusions, report) for rank, part in zip(self.ranks, shards, strict=True)
+        ]
+        if self._threads is None:
+            return ReferenceRanks(self.shares, shards, programs)
+        return CpuRanks(self.shares, shards, programs, self._threads)
+
+    def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
+        """Write page numbers into a row of every rank's page table, from entry `first` on."""
+        for rank in self.ranks:
+            rank.set_pages(slot, first, pages)
 
     def close(self) -> None:
         """End the threads of the ranks."""

@@ -58,7 +58,7 @@ ORDER = """
             kernels.repack compiler driver selfcheck compile_worker upload weights sampler_table decode_pipeline \
             program bandwidth timing backend
     reference backend session
-    parallel: shares weights shard backend
+    parallel: shares weights shard backend graph_json rank_memory rank_process processes
     engine: interrupts sequence pages runner request logprobs constraints driver stats scheduler engine capacity \
             model_runner
     structured: checker patterns rewrite disjoint schema lark blame vocabulary forced constraint compiler

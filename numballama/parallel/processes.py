@@ -1,0 +1,278 @@
+"""A model that ranks in several processes share, on the CPU: `ProcessBackend`. This process has rank 0.
+
+Each other rank has a process of its own, which maps the model file, takes its part of the weights and waits for
+commands. Rank 0 schedules: before a run it writes the inputs to the shared memory and wakes the others, then runs its
+own part; all meet in the kernels of `all_reduce` and `all_gather`. Messages are fixed structures, and graphs as JSON.
+
+A rank that ends, however that was, ends the run of all others within milliseconds: a thread waits for each process.
+After a failure the group is gone; every further run raises the same error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from os import PathLike, fspath
+
+import numpy as np
+
+from ..checkpoint import Weight
+from ..config import ModelConfig
+from ..cpu.backend import CpuBackend, CpuProgram
+from ..cpu.collectives import stop
+from ..cpu.fork import mark_workers_started, refuse_forked
+from ..errors import CLOSED, DeviceError, Error
+from ..host import interrupts
+from ..host.child import can_start_python, python_environment
+from ..ir import Graph
+from ..plan import Plan
+from ..progress import Report
+from ..quantization.policy import Dtype
+from ..sampling import Sampled, SamplerTable
+from .backend import RanksBackend
+from .graph_json import dump_graph
+from .rank_memory import Kind, RankMemory, Sizes, Until
+from .rank_process import COMMAND, GRAPH, INPUTS, Settings
+from .shares import Shares
+from .weights import rank_weights
+
+POLL_S = 0.001
+"""Seconds between two looks at a rank that loads or compiles."""
+END_S = 1.0
+"""Seconds that a process has to end when its input has ended, before it is killed."""
+
+
+class RankGroup:
+    """The processes of ranks 1 and up, and the memory that they share with this one."""
+
+    def __init__(self, settings: Callable[[int, int], Settings], sizes: Sizes) -> None:
+        if not can_start_python():
+            raise DeviceError(f"ranks need processes of Python, and {sys.executable} is not Python")
+        self.memory = RankMemory.create(sizes)
+        self._failure: str | None = None
+        self._closing = False
+        self._sent = 1
+        """Messages sent; the start counts as one."""
+        mark_workers_started()
+        self.processes: list[subprocess.Popen[bytes]] = []
+        try:
+            for rank in range(1, sizes.ranks):
+                given = settings(rank, self.memory.file).as_json()
+                command = [sys.executable, "-m", f"{__package__}.rank_process", given]
+                process = subprocess.Popen(
+                    command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=python_environment(),
+                    pass_fds=[self.memory.file], start_new_session=True,  # Ctrl-C is for this process
+                )  # fmt: skip
+                self.processes.append(process)
+                threading.Thread(target=self._watch, args=(rank, process), daemon=True).start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _watch(self, rank: int, process: subprocess.Popen[bytes]) -> None:
+        """Wait for the end of a process, and stop all others if that is a failure."""
+        code = process.wait()
+        if self._closing:
+            return
+        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        why = self.memory.failure(rank)
+        self._failure = self._failure or f"rank {rank} ended with {how}" + (f": {why}" if why else "")
+        stop(self.memory.arrivals)
+
+    def check(self) -> None:
+        """Raise `DeviceError` if a rank has failed, and end the others."""
+        if self._failure is not None:
+            self.close()
+            raise DeviceError(f"{self._failure}; the model must be compiled again")
+        if self._closing:
+            raise Error(CLOSED)
+
+    def wait(self) -> None:
+        """Wait until all ranks have done what they were sent. Raises `DeviceError` if one fails."""
+        while True:
+            self.check()
+            if (self.memory.done[1:, 0] >= self._sent).all():
+                return
+            time.sleep(POLL_S)
+
+    def send(self, messages: Sequence[bytes]) -> None:
+        """Send a message to each rank."""
+        self._sent += 1
+        for process, message in zip(self.processes, messages, strict=True):
+            assert process.stdin is not None
+            try:
+                process.stdin.write(message)
+                process.stdin.flush()
+            except OSError:  # it has ended; `_watch` says how
+                process.wait()
+
+    def command(self, kind: Kind, *arguments: int, data: Mapping[int, np.ndarray]) -> None:
+        """Send a command with rows of `RankMemory.data`, when all ranks have done the one before."""
+        self.wait()
+        for row, numbers in data.items():
+            self.memory.set_data(row, numbers)
+        self.memory.set_command(kind, *arguments)
+        self.send([COMMAND] * len(self.processes))
+
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """For rank 0's part of a run. If it fails because another rank has, that is the error; else all are ended."""
+        try:
+            yield
+        except BaseException as error:
+            if isinstance(error, Error):
+                self._await_cause()
+                self.check()
+            self.close()
+            raise
+
+    def _await_cause(self) -> None:
+        """A moment for `_watch`: a rank that has stopped the others is about to end."""
+        end = time.monotonic() + END_S
+        while self._failure is None and (self.memory.done[1:, 1] != 0).any() and time.monotonic() < end:
+            time.sleep(POLL_S)
+
+    def close(self) -> None:
+        """End all processes: they end with their input. One that does not is killed."""
+        self._closing = True
+        stop(self.memory.arrivals)
+        for process in self.processes:
+            if process.stdin is not None:
+                with contextlib.suppress(OSError):
+                    process.stdin.close()
+        end = time.monotonic() + END_S
+        for process in self.processes:
+            try:
+                process.wait(max(end - time.monotonic(), 0))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+        self.memory.close()
+
+
+class ProcessProgram:
+    """Rank 0's program, which runs together with those of the other processes. Implements `backend.Program`."""
+
+    def __init__(self, group: RankGroup, number: int, program: CpuProgram) -> None:
+        self._group, self._number, self.first = group, number, program
+        self.inputs, self.graph, self.prefill_end = program.inputs, program.graph, program.prefill_end
+
+    @property
+    def plan(self) -> Plan:
+        """Rank 0's plan."""
+        return self.first.plan
+
+    @property
+    def entries(self) -> int:
+        """Number of calls into compiled code, of rank 0."""
+        return self.first.entries
+
+    def kernel_names(self) -> list[str]:
+        """Names of rank 0's kernels."""
+        return self.first.kernel_names()
+
+    def value(self, name: str) -> np.ndarray:
+        """A value of the last run, as rank 0 has it: of what is split, its part."""
+        return self.first.value(name)
+
+    def run(self, tokens: int, begin: int = 0, end: int | None = None, rows: int = 1) -> None:
+        """Run steps [0, end) of all ranks, where `end` is None, 0 or `prefill_end`: other steps differ between ranks.
+
+        Raises `Error` for other steps, `DeviceError` if a rank fails.
+        """
+        if begin != 0 or end not in (None, 0, self.prefill_end):
+            raise Error(f"ranks have different steps, so steps {begin} to {end} cannot be run by themselves")
+        until = Until.END if end is None else Until.PREFILL_END if end else Until.NOTHING
+        self._run(tokens, rows, until, lambda: self.first.run(tokens, 0, end, rows))
+
+    def submit(self, tokens: int, rows: int, table: SamplerTable) -> int:
+        """Run all ranks, and sample a token for each of `rows` rows on rank 0."""
+        self._run(tokens, rows, Until.END, lambda: self.first.submit(tokens, rows, table))
+        return 0
+
+    def collect(self, ticket: int) -> Sampled:
+        """What the last run sampled."""
+        return self.first.collect(ticket)
+
+    def _run(self, tokens: int, rows: int, until: Until, own: Callable[[], object]) -> None:
+        refuse_forked()
+        counts = {name: rows if name == "rows" else tokens for name in INPUTS if name in self.inputs}
+        data = {INPUTS.index(name): self.inputs[name][:count] for name, count in counts.items()}
+        with interrupts.deferred():  # between the two it would leave the others waiting
+            self._group.command(Kind.RUN, self._number, tokens, rows, until, data=data)
+            with self._group.together():
+                own()
+
+
+class ProcessBackend(RanksBackend):
+    """`ranks` processes that share the model in a file, on the CPU. Implements `backend.Backend`.
+
+    `weights` are those of the file at `path`, converted to `dtype` if that is not None. `threads` is the number of
+    workers of each rank, default an equal share of what one rank would have. Raises `UnsupportedError` for a model that
+    so many ranks cannot share, `DeviceError` if a process cannot load it.
+    """
+
+    def __init__(
+        self,
+        path: str | PathLike[str],
+        config: ModelConfig,
+        weights: Mapping[str, Weight],
+        ranks: int,
+        threads: int | None = None,
+        batch_invariant: bool = False,
+        int8_activations: bool = False,
+        dtype: Dtype | None = None,
+    ) -> None:
+        types = {name: weight.type for name, weight in weights.items()}
+        shares = Shares.of(config, types, ranks, int8_activations)
+        of_ranks = [rank_weights(weights, shares, rank) for rank in range(ranks)]
+        if threads is None:
+            threads = max(CpuBackend({}).workers // ranks, 1)
+        self._first = CpuBackend(of_ranks[0], threads, batch_invariant)
+        super().__init__(shares, of_ranks, [self._first], "ranks in processes")
+        sizes = Sizes(ranks, self.workers, shares.exchange_size)
+
+        def settings(rank: int, file: int) -> Settings:
+            return Settings(fspath(path), dtype, rank, *sizes, file, batch_invariant, int8_activations)
+
+        self.group = RankGroup(settings, sizes)
+        self._first.states |= {"exchange": self.group.memory.exchange, "arrivals": self.group.memory.arrivals}
+        self._programs = 0
+        with self.group.together():
+            self.group.wait()
+
+    def program(
+        self, graph: Graph, fusions: bool | Sequence[str] = True, report: Report | None = None
+    ) -> ProcessProgram:
+        """Each rank's part of a graph, compiled in each process. Raises `DeviceError` if one fails."""
+        refuse_forked()
+        shards = self.shards(graph)
+        own = self._first.program(shards[0].graph, fusions, report)
+        self.group.wait()
+        self.group.send([_graph_message(part.graph, fusions) for part in shards[1:]])
+        with self.group.together():
+            self.group.wait()
+        self._programs += 1
+        return ProcessProgram(self.group, self._programs - 1, own)
+
+    def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
+        """Write page numbers into a row of every rank's page table, from entry `first` on."""
+        refuse_forked()
+        self._first.set_pages(slot, first, pages)
+        numbers = np.array(pages, np.int32)
+        self.group.command(Kind.PAGES, slot, first, len(numbers), data={0: numbers})
+
+    def close(self) -> None:
+        """End the processes."""
+        self.group.close()
+
+
+def _graph_message(graph: Graph, fusions: bool | Sequence[str]) -> bytes:
+    text = json.dumps(fusions if isinstance(fusions, bool) else list(fusions)).encode() + b"\n" + dump_graph(graph)
+    return GRAPH + len(text).to_bytes(8, "little") + text

@@ -1,0 +1,124 @@
+"""`RankMemory`: the memory that the processes of all ranks share, and the fixed structures in it.
+
+A file without a name, mapped by every process: it is gone when the last of them has ended, however that was. It holds
+
+- the next command of rank 0, and the inputs of a run or the page numbers that belong to it;
+- for each rank the number of the last command that it has done, and why it failed;
+- what ranks exchange in `all_reduce` and `all_gather`: see `ops`.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import tempfile
+from enum import IntEnum
+from typing import NamedTuple
+
+import numpy as np
+
+from ..errors import Error
+from ..memory import round_up
+from ..ops import CELL
+
+ROWS = 4096
+"""Largest number of tokens of a run, and of page numbers in a command."""
+MESSAGE = 1024
+"""Bytes of the reason why a rank failed, UTF-8."""
+
+
+class Kind(IntEnum):
+    """What a command asks for. Its arguments are elements 2 to 5."""
+
+    PAGES = 1
+    """slot, first entry, number of entries, which are in `data[0]`"""
+    RUN = 2
+    """number of the program, tokens, rows with logits, and how far: see `Until`"""
+
+
+class Until(IntEnum):
+    """How far a run goes: ranks have different steps."""
+
+    NOTHING = 0
+    PREFILL_END = 1
+    END = 2
+
+
+class Sizes(NamedTuple):
+    """What the layout depends on. Every process must have the same."""
+
+    ranks: int
+    workers: int
+    exchange_size: int
+
+
+class RankMemory:
+    """The shared memory as arrays. `create` makes it, `open` maps the one of another process by its file descriptor."""
+
+    def __init__(self, file: int, sizes: Sizes) -> None:
+        self.file, self.sizes = file, sizes
+        ranks, workers, exchanged = sizes
+        layout: dict[str, tuple[tuple[int, ...], type[np.generic]]] = {
+            "command": ((8,), np.int64),
+            "done": ((ranks, CELL // 2), np.int64),
+            "messages": ((ranks, MESSAGE), np.uint8),
+            "data": ((4, ROWS), np.int32),
+            "arrivals": ((ranks, workers, CELL), np.int32),
+            "exchange": ((2, exchanged), np.float32),
+        }
+        offsets: dict[str, int] = {}
+        end = 0
+        for name, (shape, dtype) in layout.items():
+            offsets[name] = end
+            end += round_up(int(np.prod(shape)) * np.dtype(dtype).itemsize, 64)
+        if os.fstat(file).st_size < end:
+            os.ftruncate(file, end)
+        self._mapping = mmap.mmap(file, end)
+
+        def array(name: str) -> np.ndarray:
+            shape, dtype = layout[name]
+            return np.frombuffer(self._mapping, dtype, int(np.prod(shape)), offsets[name]).reshape(shape)
+
+        self.command, self.done, self.data = array("command"), array("done"), array("data")
+        """int64 [8]: number, kind and arguments. int64 [ranks, 8]: element 0 counts commands done, 1 is not 0 after a
+        failure. int32 [4, ROWS]: ids, positions, sequences and rows of a run."""
+        self.arrivals, self.exchange, self._messages = array("arrivals"), array("exchange"), array("messages")
+
+    @classmethod
+    def create(cls, sizes: Sizes) -> RankMemory:
+        """Memory of zeros. `file` is to be inherited by the other processes."""
+        if hasattr(os, "memfd_create"):
+            return cls(os.memfd_create("numballama"), sizes)
+        with tempfile.TemporaryFile() as file:
+            return cls(os.dup(file.fileno()), sizes)
+
+    def fail(self, rank: int, message: str) -> None:
+        """Say why a rank failed: rank 0 reads it."""
+        text = message.encode()[: MESSAGE - 1]
+        self._messages[rank, : len(text)] = np.frombuffer(text, np.uint8)
+        self.done[rank, 1] = 1
+
+    def failure(self, rank: int) -> str | None:
+        """Why a rank failed; None if it has not."""
+        if self.done[rank, 1] == 0:
+            return None
+        return bytes(self._messages[rank]).rstrip(b"\0").decode(errors="replace")
+
+    def set_command(self, kind: Kind, *arguments: int) -> int:
+        """Write the next command and return its number."""
+        number = int(self.command[0]) + 1
+        self.command[1], self.command[2 : 2 + len(arguments)] = kind, arguments
+        self.command[0] = number
+        return number
+
+    def set_data(self, row: int, numbers: np.ndarray) -> None:
+        """Write a row of `data`. Raises `Error` for more numbers than it holds."""
+        if len(numbers) > ROWS:
+            raise Error(f"ranks in processes take at most {ROWS:,} tokens or pages at a time, found {len(numbers):,}")
+        self.data[row, : len(numbers)] = numbers
+
+    def close(self) -> None:
+        """Close the file. The mapping goes with the last array."""
+        if self.file >= 0:
+            os.close(self.file)
+            self.file = -1

@@ -1,0 +1,131 @@
+"""The process of a rank above 0: `python -m numballama.parallel.rank_process SETTINGS`, which `processes` starts.
+
+Rank 0 sends messages through the standard input: GRAPH with a graph as JSON, and COMMAND for what stands in
+`RankMemory`. The end of the input means that rank 0 has ended or wants no more: then this process ends at once, also in
+the middle of a kernel that waits for another rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import queue
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import BinaryIO
+
+from .. import loader
+from ..cpu.backend import CpuBackend, CpuProgram
+from ..cpu.collectives import stop
+from ..errors import DeviceError
+from ..quantization import policy
+from .graph_json import load_graph
+from .rank_memory import Kind, RankMemory, Sizes, Until
+from .shares import Shares
+from .weights import rank_weights
+
+GRAPH, COMMAND = b"G", b"C"
+"""First byte of a message. After GRAPH come 8 bytes, the length of the rest: a line with the fusions, and the graph."""
+INPUTS = ("ids", "positions", "sequences", "rows")
+"""Inputs of a run, in the order of the rows of `RankMemory.data`."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a rank's process is started with."""
+
+    path: str
+    dtype: policy.Dtype | None
+    rank: int
+    ranks: int
+    workers: int
+    exchange_size: int
+    file: int
+    """Descriptor of the shared memory, which the process has inherited."""
+    batch_invariant: bool
+    int8_activations: bool
+
+    def as_json(self) -> str:
+        return json.dumps(asdict(self))
+
+    @property
+    def sizes(self) -> Sizes:
+        return Sizes(self.ranks, self.workers, self.exchange_size)
+
+
+class Rank:
+    """A rank with its part of the weights. Opening it reads no weight."""
+
+    def __init__(self, settings: Settings, memory: RankMemory) -> None:
+        checkpoint = loader.open_checkpoint(settings.path)
+        weights = policy.convert_weights(checkpoint.config, checkpoint.weights, settings.dtype)
+        types = {name: weight.type for name, weight in weights.items()}
+        shares = Shares.of(checkpoint.config, types, settings.ranks, settings.int8_activations)
+        own = rank_weights(weights, shares, settings.rank)
+        self.memory, self.programs = memory, list[CpuProgram]()
+        self.backend = CpuBackend(own, settings.workers, settings.batch_invariant)
+        if self.backend.workers != settings.workers:
+            raise DeviceError(f"{settings.workers} workers are needed, the system starts {self.backend.workers}")
+        self.backend.states |= {"exchange": memory.exchange, "arrivals": memory.arrivals}
+
+    def add_program(self, message: bytes) -> None:
+        """Compile a graph."""
+        fusions, _, graph = message.partition(b"\n")
+        self.programs.append(self.backend.program(load_graph(graph), json.loads(fusions)))
+
+    def obey(self) -> None:
+        """Do what the command in the shared memory says."""
+        _, kind, *arguments = self.memory.command.tolist()
+        if kind == Kind.PAGES:
+            slot, first, count = arguments[:3]
+            self.backend.set_pages(slot, first, self.memory.data[0, :count].tolist())
+            return
+        number, tokens, rows, until = arguments[:4]
+        program = self.programs[number]
+        for row, name in zip(self.memory.data, INPUTS, strict=True):
+            if name in program.inputs:
+                count = rows if name == "rows" else tokens
+                program.inputs[name][:count] = row[:count]
+        end = {Until.NOTHING: 0, Until.PREFILL_END: program.prefill_end, Until.END: None}[Until(until)]
+        program.run(tokens, 0, end, rows)
+
+
+def read_messages(source: BinaryIO, messages: queue.SimpleQueue[bytes | None]) -> None:
+    """Put each message into the queue: a graph, or None for a command. Ends the process with the input."""
+    while kind := source.read(1):
+        if kind == COMMAND:
+            messages.put(None)
+            continue
+        length = int.from_bytes(source.read(8), "little")
+        text = source.read(length)
+        if len(text) < length:
+            break
+        messages.put(text)
+    os._exit(0)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Serve as a rank until the standard input ends."""
+    settings = Settings(**json.loads(arguments[0]))
+    memory = RankMemory(settings.file, settings.sizes)
+    messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+    threading.Thread(target=read_messages, args=(sys.stdin.buffer, messages), daemon=True).start()
+    try:
+        rank = Rank(settings, memory)
+        while True:
+            memory.done[settings.rank, 0] += 1
+            message = messages.get()
+            if message is None:
+                rank.obey()
+            else:
+                rank.add_program(message)
+    except BaseException as error:
+        memory.fail(settings.rank, f"{type(error).__name__}: {error}")
+        stop(memory.arrivals)
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,243 @@
+"""Ranks in processes: the same text as one rank, and what happens when one of them, or the first, is gone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import numballama
+from numballama import Model, SamplingParams, loader, model
+from numballama.checkpoint import Weight
+from numballama.errors import DeviceError, Error, UnsupportedError
+from numballama.parallel.processes import ProcessBackend
+from numballama.parallel.rank_memory import Kind, Until
+from tests.helpers.processes import run_python
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="processes inherit a file")]
+
+GREEDY = SamplingParams(temperature=0, max_tokens=60, ignore_eos=True)
+LIMIT_S = 2.0
+"""Seconds from a failure to its error, and to the end of all processes."""
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process runs. One that has ended and was not waited for does not."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    return False
+
+
+def assert_gone(pids: list[int]) -> None:
+    end = time.monotonic() + LIMIT_S
+    while any(map(is_alive, pids)) and time.monotonic() < end:
+        time.sleep(0.01)
+    assert not any(map(is_alive, pids))
+
+
+class Opened:
+    """A model that processes share, and its backend."""
+
+    def __init__(self, made: Model, backend: ProcessBackend) -> None:
+        self.model, self.backend = made, backend
+        self.pids = [process.pid for process in backend.group.processes]
+
+
+@pytest.fixture
+def open_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Opened]]:
+    """open_ranks(ranks, …): the packaged story model, shared by so many processes."""
+    opened: list[Opened] = []
+
+    def open_ranks(ranks: int, path: Path = loader.STORY_MODEL, *tokenizer: Path, **options: Any) -> Opened:
+        config, backends = loader.open_checkpoint(path).config, list[ProcessBackend]()
+        dtype = options.get("dtype")
+
+        def open_backend(device: str, weights: dict[str, Weight], threads: int, invariant: bool) -> ProcessBackend:
+            backends.append(ProcessBackend(path, config, weights, ranks, threads, invariant, dtype=dtype))
+            return backends[-1]
+
+        with monkeypatch.context() as patch:
+            patch.setattr(model, "open_backend", open_backend)
+            made = numballama.compile(path, *tokenizer, device="cpu", threads=1, **options)
+        opened.append(Opened(made, backends[0]))
+        return opened[-1]
+
+    yield open_ranks
+    for each in opened:
+        with contextlib.suppress(Error):
+            each.model.close()
+        each.backend.close()
+        assert_gone(each.pids)
+
+
+@pytest.mark.parametrize(("ranks", "dtype"), [(2, None), (4, None), (2, "f32")])
+def test_the_story_of_several_processes_is_that_of_one(
+    open_ranks: Callable[..., Opened], ranks: int, dtype: Any
+) -> None:
+    with numballama.compile(None, device="cpu", dtype=dtype) as one:
+        want = one.generate("Once upon a time", params=GREEDY)
+    several = open_ranks(ranks, dtype=dtype)
+    assert len(several.pids) == ranks - 1
+    assert several.model.generate("Once upon a time", params=GREEDY) == want
+    several.model.close()
+    assert_gone(several.pids)
+
+
+def test_a_real_model_and_many_sequences(open_ranks: Callable[..., Opened], models: Path) -> None:
+    """Prompts longer than a chunk, some without logits, beside others that decode; pages are given by commands."""
+    files = models / "stories260K.bin", models / "tok512.bin"
+    prompts = ["Once", "The dog " * 60, "A cat", "Once upon"]
+    options: dict[str, Any] = {"max_sequences": 3, "batch_invariant": True}
+    with numballama.compile(*files, device="cpu", **options) as one:
+        want = one.generate(prompts, params=GREEDY)
+    several = open_ranks(2, *files, **options)
+    assert several.model.generate(prompts, params=GREEDY) == want
+    assert several.model.logits([1, 2, 3]).shape == (3, 512)
+
+
+def kill_soon(pid: int, how: signal.Signals, killed: list[float], delay: float = 0.3) -> threading.Thread:
+    def kill() -> None:
+        time.sleep(delay)
+        killed.append(time.monotonic())
+        os.kill(pid, how)
+
+    thread = threading.Thread(target=kill)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_a_rank_that_is_killed_ends_every_request(
+    open_ranks: Callable[..., Opened], ranks: int, how: signal.Signals
+) -> None:
+    several = open_ranks(ranks, max_sequences=2)
+    several.model.generate("Once", params=GREEDY)
+    killed: list[float] = []
+    thread = kill_soon(several.pids[-1], how, killed)
+
+    def generate_on() -> None:
+        while True:
+            several.model.generate(["Once", "A cat"], params=GREEDY)
+
+    with pytest.raises(DeviceError, match=f"rank {ranks - 1} ended with signal {how.name}; the model must be compiled"):
+        generate_on()
+    assert time.monotonic() - killed[0] < LIMIT_S
+    thread.join()
+    assert_gone(several.pids)
+    with pytest.raises(DeviceError, match=f"rank {ranks - 1} ended with signal {how.name}"):
+        several.model.generate("Once", params=GREEDY)
+
+
+def test_a_rank_that_is_killed_while_nobody_waits(open_ranks: Callable[..., Opened]) -> None:
+    several = open_ranks(2)
+    os.kill(several.pids[0], signal.SIGKILL)
+    started = time.monotonic()
+    with pytest.raises(DeviceError, match="rank 1 ended with signal SIGKILL"):
+        several.model.generate("Once", params=GREEDY)
+    assert time.monotonic() - started < LIMIT_S
+
+
+def test_a_rank_that_is_killed_while_it_loads(
+    open_ranks: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import numballama.parallel.processes as processes
+
+    started: list[Any] = []
+    popen = processes.subprocess.Popen
+
+    def start(*arguments: Any, **options: Any) -> Any:
+        started.append(popen(*arguments, **options))
+        started[-1].kill()
+        return started[-1]
+
+    monkeypatch.setattr(processes.subprocess, "Popen", start)
+    with pytest.raises(DeviceError, match="rank 1 ended with signal SIGKILL"):
+        open_ranks(4)
+    assert len(started) >= 1
+    assert_gone([process.pid for process in started])
+
+
+def test_an_error_of_a_rank_is_told(open_ranks: Callable[..., Opened]) -> None:
+    """An exception, not a signal: its message comes through the shared memory."""
+    several = open_ranks(2)
+    group = several.backend.group
+    group.command(Kind.RUN, 99, 1, 1, Until.END, data={})
+    with pytest.raises(
+        DeviceError, match="rank 1 ended with exit code 1: IndexError: list index out of range; the model"
+    ):
+        group.wait()
+    assert_gone(several.pids)
+
+
+def test_a_model_that_a_rank_cannot_open(tmp_path: Path) -> None:
+    checkpoint = loader.open_checkpoint(None)
+    started = time.monotonic()
+    with pytest.raises(DeviceError, match=r"rank 1 ended with exit code 1: Error: .*gone.bin: no such file"):
+        ProcessBackend(tmp_path / "gone.bin", checkpoint.config, checkpoint.weights, 2, 1)
+    assert time.monotonic() - started < 60
+    with pytest.raises(UnsupportedError, match="3 ranks cannot share 8 query heads and 4 KV heads"):
+        ProcessBackend(checkpoint.path, checkpoint.config, checkpoint.weights, 3, 1)
+
+
+def test_rank_0_that_fails_alone_ends_the_others(open_ranks: Callable[..., Opened]) -> None:
+    several = open_ranks(2)
+    program: Any = several.model.program
+
+    def fail(*arguments: Any) -> None:
+        raise MemoryError("no more")
+
+    program.first.run = fail
+    with pytest.raises(MemoryError):
+        program.run(1)
+    assert_gone(several.pids)
+    with pytest.raises(Error, match="this model is closed"):
+        program.run(1)
+
+
+@pytest.mark.parametrize("moment", ["idle", "run"])
+def test_ranks_end_with_rank_0(moment: str) -> None:
+    """Killed, it can tell nobody. Ranks that wait for it in a kernel must not wait for ever."""
+    code = """
+import json, os, sys, threading, time
+from numballama import loader
+from numballama.graph import KVLayout, build
+from numballama.parallel.processes import ProcessBackend
+from numballama.parallel.rank_memory import Kind, Until
+
+if __name__ == "__main__":
+    checkpoint = loader.open_checkpoint(None)
+    backend = ProcessBackend(loader.STORY_MODEL, checkpoint.config, checkpoint.weights, 2, 1)
+    types = {name: weight.type for name, weight in checkpoint.weights.items()}
+    backend.program(build(checkpoint.config, types, KVLayout.of(checkpoint.config, 64), 1))
+    if sys.argv[1] == "run":
+        backend.group.command(Kind.RUN, 0, 1, 1, Until.END, data={})  # without rank 0: rank 1 waits in a kernel
+        time.sleep(0.5)
+        assert backend.group.memory.done[1, 0] < backend.group._sent
+    print(json.dumps([process.pid for process in backend.group.processes]), flush=True)
+    os._exit(0)
+"""
+    pids = run_python(code, moment)
+    assert len(pids) == 1
+    assert_gone(pids)
+
+
+def test_a_forked_child_leaves_the_ranks_alone(open_ranks: Callable[..., Opened]) -> None:
+    several = open_ranks(2)
+    want = several.model.generate("Once", params=GREEDY)
+    child = os.fork()
+    if child == 0:
+        try:
+            several.model.program.run(1)
+        except DeviceError:
+            os._exit(7)
+        os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert several.model.generate("Once", params=GREEDY) == want
