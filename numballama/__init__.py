@@ -114,7 +114,7 @@ def compile(
             on the CPU. Prompts are then processed faster, and logits differ by the rounding. llama2.c v2 files always
             use int8, as llama2.c itself does.
         max_sequences: sequences that generate at the same time, up to 1,024; others wait.
-        gpus: GPUs that share the model. This version supports 1.
+        gpus: GPUs that share the model. This version supports 1. A CPU's cores share it in any case: `threads`.
         kv_tokens: size of the KV cache in tokens, over all sequences; default max_sequences · context, or what fits in
             memory, which `notes` say.
         batch_invariant: whether logits have the same bits alone, in a batch of any size and with any chunks of a
@@ -128,6 +128,10 @@ def compile(
     from .validation import whole_number
 
     if whole_number("gpus", gpus, 1) != 1:
+        if device in ("cpu", "reference"):
+            raise UnsupportedError(
+                f"gpus={gpus} is for GPUs: on device={device!r} all cores share the model, threads= says how many"
+            )
         raise UnsupportedError(f"gpus={gpus} is not supported by this version: leave it at 1")
 
     with interrupts.deferred():

@@ -1,7 +1,8 @@
 """Fusion passes: `Graph` → `Graph` with groups of ops replaced by one op that a backend has a kernel for.
 
 Each pass can be switched off, and the logits stay the same. A fused op keeps the ops that it replaced in its `body`,
-which defines its meaning and its shapes.
+which defines its meaning and its shapes. Before these passes, `parallel.shard` splits a model's graph for several
+ranks.
 """
 
 from __future__ import annotations
