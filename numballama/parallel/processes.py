@@ -44,6 +44,8 @@ from .weights import rank_weights
 
 POLL_S = 0.001
 """Seconds between two looks at a rank that loads or compiles."""
+SHORT_WAIT = 100
+"""Looks before that, at once."""
 END_S = 1.0
 """Seconds that a process has to end when its input has ended, before it is killed."""
 
@@ -95,11 +97,13 @@ class RankGroup:
 
     def wait(self) -> None:
         """Wait until all ranks have done what they were sent. Raises `DeviceError` if one fails."""
+        looks = 0
         while True:
             self.check()
             if (self.memory.done[1:, 0] >= self._sent).all():
                 return
-            time.sleep(POLL_S)
+            time.sleep(0 if looks < SHORT_WAIT else POLL_S)  # after a run, the others end with this one
+            looks += 1
 
     def send(self, messages: Sequence[bytes]) -> None:
         """Send a message to each rank."""

@@ -24,7 +24,7 @@ from ..quantization import policy
 from .graph_json import load_graph
 from .rank_memory import Kind, RankMemory, Sizes, Until
 from .shares import Shares
-from .weights import rank_weights
+from .weights import converted, rank_weights
 
 GRAPH, COMMAND = b"G", b"C"
 """First byte of a message. After GRAPH come 8 bytes, the length of the rest: a line with the fusions, and the graph."""
@@ -60,10 +60,11 @@ class Rank:
 
     def __init__(self, settings: Settings, memory: RankMemory) -> None:
         checkpoint = loader.open_checkpoint(settings.path)
-        weights = policy.convert_weights(checkpoint.config, checkpoint.weights, settings.dtype)
-        types = {name: weight.type for name, weight in weights.items()}
-        shares = Shares.of(checkpoint.config, types, settings.ranks, settings.int8_activations)
-        own = rank_weights(weights, shares, settings.rank)
+        config, weights = checkpoint.config, checkpoint.weights
+        targets = policy.fallback_types(weights) | policy.types_to_convert(config, weights, settings.dtype)
+        types = {name: weight.type for name, weight in weights.items()} | targets
+        shares = Shares.of(config, types, settings.ranks, settings.int8_activations)
+        own = rank_weights(converted(weights, targets, shares), shares, settings.rank)
         self.memory, self.programs = memory, list[CpuProgram]()
         self.backend = CpuBackend(own, settings.workers, settings.batch_invariant)
         if self.backend.workers != settings.workers:

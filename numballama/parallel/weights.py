@@ -10,6 +10,7 @@ import numpy as np
 from ..checkpoint import LazyWeight, Weight
 from ..errors import Error
 from ..memory import ceil_div
+from ..quantization.convert import convert
 from ..quantization.types import WeightType
 from .shares import Part, Shares
 
@@ -67,6 +68,19 @@ def _scales(weight: Weight, part: Part, group: int) -> np.ndarray | None:
     # `group` divides the old one and each row: every element of a new group has one scale
     starts = np.arange(begin, end)[:, None] * columns + np.arange(first, last, group)
     return np.ascontiguousarray(scales[starts // weight.type.group].reshape(-1))
+
+
+def converted(weights: Mapping[str, Weight], targets: Mapping[str, WeightType], shares: Shares) -> dict[str, Weight]:
+    """The weights, those of `targets` converted when a rank reads its part. What ranks have whole is kept, no other."""
+
+    def convert_later(name: str, weight: Weight, target: WeightType) -> Weight:
+        whole = shares.part(name, 0).axis is None
+        return LazyWeight(weight.shape, target, lambda: convert(weight, target), cache=whole)
+
+    return {
+        name: convert_later(name, weight, targets[name]) if name in targets else weight
+        for name, weight in weights.items()
+    }
 
 
 def rank_weights(weights: Mapping[str, Weight], shares: Shares, rank: int) -> dict[str, Weight]:

@@ -229,6 +229,19 @@ if __name__ == "__main__":
     assert_gone(pids)
 
 
+def test_ctrl_c_leaves_the_ranks_in_step(open_ranks: Callable[..., Opened]) -> None:
+    """It comes between the steps of a request, and the next request is right."""
+    several = open_ranks(2)
+    want = several.model.generate("Once", params=GREEDY)
+    for delay in (0.01, 0.05, 0.2):
+        thread = kill_soon(os.getpid(), signal.SIGINT, [], delay)
+        with pytest.raises(KeyboardInterrupt):
+            several.model.generate("Once", params=SamplingParams(temperature=1, max_tokens=500, ignore_eos=True))
+        thread.join()
+        assert several.model.generate("Once", params=GREEDY) == want
+    assert all(map(is_alive, several.pids))
+
+
 def test_a_forked_child_leaves_the_ranks_alone(open_ranks: Callable[..., Opened]) -> None:
     several = open_ranks(2)
     want = several.model.generate("Once", params=GREEDY)

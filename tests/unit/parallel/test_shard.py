@@ -110,6 +110,13 @@ def test_fusions_find_the_same_ops_on_every_rank() -> None:
         assert not any(part.kind.startswith("all_") for op in fused.ops for part in op.body), "sums stay steps"
 
 
+def test_a_gpu_has_no_kernel_for_it_yet() -> None:
+    import numballama.cuda.ops  # noqa: F401 (registers its kernels)
+
+    with pytest.raises(UnsupportedError, match="no cuda kernel for all_reduce"):
+        lower(fuse(shards()[0].graph, "cuda"), "cuda")
+
+
 @given(st.sets(st.sampled_from(list(FUSIONS))).map(sorted), st.integers(0, 3), st.sampled_from(["rows", "all"]))
 def test_any_fusions_of_a_rank_make_a_plan(passes: list[str], rank: int, logits: str) -> None:
     import numballama.cpu.ops  # noqa: F401 (registers its kernels)

@@ -11,10 +11,11 @@ from hypothesis import strategies as st
 
 from numballama.checkpoint import LazyWeight, Weight
 from numballama.errors import Error
+from numballama.parallel import weights as parallel_weights
 from numballama.parallel.shares import Part, Shares
-from numballama.parallel.weights import part_of, part_type, rank_weights
-from numballama.quantization.convert import dequantize
-from numballama.quantization.types import F32, LINEAR_TYPES, TYPE_TRAITS
+from numballama.parallel.weights import converted, part_of, part_type, rank_weights
+from numballama.quantization.convert import convert, dequantize
+from numballama.quantization.types import F32, LINEAR_TYPES, Q8_0, TYPE_TRAITS
 from tests.helpers.bounds import as_weight
 from tests.helpers.random_models import SMALL, random_checkpoint
 
@@ -88,6 +89,34 @@ def test_a_weight_that_is_computed_stays_so() -> None:
     part = part_of(LazyWeight((4, 8), F32, make), Part(0, 1, 3))
     assert part.shape == (2, 8) and part.nbytes == 64 and not made
     assert part.data[0, 0] == 8 and made == [1]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_rank_converts_its_part(monkeypatch: pytest.MonkeyPatch, tied: bool) -> None:
+    """The same bytes as those of the converted whole; a whole matrix is kept only where the rank needs all of it."""
+    config = replace(
+        SMALL, dim=64, hidden_dim=96, head_dim=32, n_heads=2, n_kv_heads=2, vocab_size=64, tied_embeddings=tied
+    )
+    weights = random_checkpoint(config).weights
+    targets = {name: Q8_0 for name, weight in weights.items() if len(weight.shape) == 2}
+    shares = Shares.of(config, {name: targets.get(name, F32) for name in weights}, 2)
+    made: list[str] = []
+    monkeypatch.setattr(
+        parallel_weights, "convert", lambda weight, target: (made.append("one"), convert(weight, target))[1]
+    )
+    later = converted(weights, targets, shares)
+    ranks = [rank_weights(later, shares, rank) for rank in range(2)]
+    assert not made, "nothing is converted before it is read"
+    for rank, own in enumerate(ranks):
+        for name, part in own.items():
+            source = "tok_embeddings" if name == "output" and tied else name
+            whole = convert(weights[source], targets.get(source, F32))
+            expected = part_of(whole, shares.part(name, rank))
+            assert part.type == expected.type and part.shape == expected.shape
+            np.testing.assert_array_equal(part.data, expected.data)
+            assert part.data is part.data, "kernels keep its address"
+    wo, embedding = later["layers.0.wo"], later["tok_embeddings"]
+    assert wo.data is not wo.data and embedding.data is embedding.data
 
 
 @pytest.mark.parametrize("tied", [True, False])
