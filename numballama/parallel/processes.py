@@ -37,7 +37,7 @@ from ..quantization.policy import Dtype
 from ..sampling import Sampled, SamplerTable
 from .backend import RanksBackend
 from .graph_json import dump_graph
-from .rank_memory import Kind, RankMemory, Sizes, Until
+from .rank_memory import BEATS, DONE, FAILED, Kind, RankMemory, Sizes, Until
 from .rank_process import COMMAND, GRAPH, INPUTS, Settings
 from .shares import Shares
 from .weights import rank_weights
@@ -46,6 +46,10 @@ POLL_S = 0.001
 """Seconds between two looks at a rank that loads or compiles."""
 SHORT_WAIT = 100
 """Looks before that, at once."""
+HANG_S = 1.5
+"""Seconds without a sign of life after which a rank that has something to do is killed."""
+LOOK_S = 0.1
+"""Seconds between two looks for signs of life. A look that comes much later says that this process had no time."""
 END_S = 1.0
 """Seconds that a process has to end when its input has ended, before it is killed."""
 
@@ -59,6 +63,8 @@ class RankGroup:
         self.memory = RankMemory.create(sizes)
         self._failure: str | None = None
         self._closing = False
+        self._commanded = False
+        """Whether the last message was a command: loading and compiling may leave no time for signs of life."""
         self._sent = 1
         """Messages sent; the start counts as one."""
         mark_workers_started()
@@ -73,6 +79,7 @@ class RankGroup:
                 )  # fmt: skip
                 self.processes.append(process)
                 threading.Thread(target=self._watch, args=(rank, process), daemon=True).start()
+            threading.Thread(target=self._look, daemon=True).start()
         except BaseException:
             self.close()
             raise
@@ -87,6 +94,23 @@ class RankGroup:
         self._failure = self._failure or f"rank {rank} ended with {how}" + (f": {why}" if why else "")
         stop(self.memory.arrivals)
 
+    def _look(self) -> None:
+        """Kill a rank that has a command to do and gives no sign of life: it is stopped, or swapped out for good."""
+        beats, since = self.memory.done[:, BEATS].copy(), [time.monotonic()] * self.memory.sizes.ranks
+        last = time.monotonic()
+        while not self._closing:
+            time.sleep(LOOK_S)
+            now, current = time.monotonic(), self.memory.done[:, BEATS].copy()
+            late, last = now - last > 3 * LOOK_S, now
+            for rank, process in enumerate(self.processes, 1):
+                idle = not self._commanded or self.memory.done[rank, DONE] >= self._sent
+                if idle or late or current[rank] != beats[rank]:
+                    since[rank] = now
+                elif now - since[rank] > HANG_S:
+                    self._failure = self._failure or f"rank {rank} has given no sign of life for {HANG_S} seconds"
+                    process.kill()  # `_watch` stops the others
+            beats = current
+
     def check(self) -> None:
         """Raise `DeviceError` if a rank has failed, and end the others."""
         if self._failure is not None:
@@ -100,13 +124,14 @@ class RankGroup:
         looks = 0
         while True:
             self.check()
-            if (self.memory.done[1:, 0] >= self._sent).all():
+            if (self.memory.done[1:, DONE] >= self._sent).all():
                 return
             time.sleep(0 if looks < SHORT_WAIT else POLL_S)  # after a run, the others end with this one
             looks += 1
 
     def send(self, messages: Sequence[bytes]) -> None:
         """Send a message to each rank."""
+        self._commanded = False
         self._sent += 1
         for process, message in zip(self.processes, messages, strict=True):
             assert process.stdin is not None
@@ -123,6 +148,7 @@ class RankGroup:
             self.memory.set_data(row, numbers)
         self.memory.set_command(kind, *arguments)
         self.send([COMMAND] * len(self.processes))
+        self._commanded = True
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -139,7 +165,7 @@ class RankGroup:
     def _await_cause(self) -> None:
         """A moment for `_watch`: a rank that has stopped the others is about to end."""
         end = time.monotonic() + END_S
-        while self._failure is None and (self.memory.done[1:, 1] != 0).any() and time.monotonic() < end:
+        while self._failure is None and (self.memory.done[1:, FAILED] != 0).any() and time.monotonic() < end:
             time.sleep(POLL_S)
 
     def close(self) -> None:

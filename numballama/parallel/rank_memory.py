@@ -27,6 +27,10 @@ MESSAGE = 1024
 """Bytes of the reason why a rank failed, UTF-8."""
 
 
+DONE, FAILED, BEATS = 0, 1, 2
+"""Elements of a rank's row of `done`."""
+
+
 class Kind(IntEnum):
     """What a command asks for. Its arguments are elements 2 to 5."""
 
@@ -80,8 +84,9 @@ class RankMemory:
             return np.frombuffer(self._mapping, dtype, int(np.prod(shape)), offsets[name]).reshape(shape)
 
         self.command, self.done, self.data = array("command"), array("done"), array("data")
-        """int64 [8]: number, kind and arguments. int64 [ranks, 8]: element 0 counts commands done, 1 is not 0 after a
-        failure. int32 [4, ROWS]: ids, positions, sequences and rows of a run."""
+        """int64 [8]: number, kind and arguments. int64 [ranks, 8]: element DONE counts messages done, FAILED is not 0
+        after a failure, BEATS counts while the process runs. int32 [4, ROWS]: ids, positions, sequences and rows of a
+        run."""
         self.arrivals, self.exchange, self._messages = array("arrivals"), array("exchange"), array("messages")
 
     @classmethod
@@ -96,11 +101,11 @@ class RankMemory:
         """Say why a rank failed: rank 0 reads it."""
         text = message.encode()[: MESSAGE - 1]
         self._messages[rank, : len(text)] = np.frombuffer(text, np.uint8)
-        self.done[rank, 1] = 1
+        self.done[rank, FAILED] = 1
 
     def failure(self, rank: int) -> str | None:
         """Why a rank failed; None if it has not."""
-        if self.done[rank, 1] == 0:
+        if self.done[rank, FAILED] == 0:
             return None
         return bytes(self._messages[rank]).rstrip(b"\0").decode(errors="replace")
 

@@ -12,6 +12,7 @@ import os
 import queue
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import BinaryIO
@@ -22,12 +23,14 @@ from ..cpu.collectives import stop
 from ..errors import DeviceError
 from ..quantization import policy
 from .graph_json import load_graph
-from .rank_memory import Kind, RankMemory, Sizes, Until
+from .rank_memory import BEATS, DONE, Kind, RankMemory, Sizes, Until
 from .shares import Shares
 from .weights import converted, rank_weights
 
 GRAPH, COMMAND = b"G", b"C"
 """First byte of a message. After GRAPH come 8 bytes, the length of the rest: a line with the fusions, and the graph."""
+BEAT_S = 0.05
+"""Seconds between two signs of life."""
 INPUTS = ("ids", "positions", "sequences", "rows")
 """Inputs of a run, in the order of the rows of `RankMemory.data`."""
 
@@ -107,16 +110,24 @@ def read_messages(source: BinaryIO, messages: queue.SimpleQueue[bytes | None]) -
     os._exit(0)
 
 
+def beat(memory: RankMemory, rank: int) -> None:
+    """Count while this process runs: one that is stopped does not, and neither does one that gets no time."""
+    while True:
+        memory.done[rank, BEATS] += 1
+        time.sleep(BEAT_S)
+
+
 def main(arguments: Sequence[str]) -> None:
     """Serve as a rank until the standard input ends."""
     settings = Settings(**json.loads(arguments[0]))
     memory = RankMemory(settings.file, settings.sizes)
     messages: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
     threading.Thread(target=read_messages, args=(sys.stdin.buffer, messages), daemon=True).start()
+    threading.Thread(target=beat, args=(memory, settings.rank), daemon=True).start()
     try:
         rank = Rank(settings, memory)
         while True:
-            memory.done[settings.rank, 0] += 1
+            memory.done[settings.rank, DONE] += 1
             message = messages.get()
             if message is None:
                 rank.obey()

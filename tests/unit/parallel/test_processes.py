@@ -136,6 +136,39 @@ def test_a_rank_that_is_killed_ends_every_request(
         several.model.generate("Once", params=GREEDY)
 
 
+def test_a_rank_that_is_stopped_is_killed(open_ranks: Callable[..., Opened]) -> None:
+    """While it has nothing to do it may be stopped for as long as one likes."""
+    several = open_ranks(2)
+    want = several.model.generate("Once", params=GREEDY)
+    os.kill(several.pids[0], signal.SIGSTOP)
+    time.sleep(LIMIT_S)
+    os.kill(several.pids[0], signal.SIGCONT)
+    assert several.model.generate("Once", params=GREEDY) == want
+    os.kill(several.pids[0], signal.SIGSTOP)
+    started = time.monotonic()
+    with pytest.raises(
+        DeviceError, match=r"rank 1 has given no sign of life for 1.5 seconds; the model must be compiled"
+    ):
+        several.model.generate("Once", params=GREEDY)
+    assert time.monotonic() - started < LIMIT_S + 0.5
+    assert_gone(several.pids)
+
+
+def test_a_rank_that_is_killed_while_it_compiles(
+    open_ranks: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    several = open_ranks(2)
+    send = several.backend.group.send
+
+    def send_and_kill(messages: list[bytes]) -> None:
+        send(messages)
+        os.kill(several.pids[0], signal.SIGKILL)
+
+    monkeypatch.setattr(several.backend.group, "send", send_and_kill)
+    with pytest.raises(DeviceError, match="rank 1 ended with signal SIGKILL"):
+        several.backend.program(several.model.graph)
+
+
 def test_a_rank_that_is_killed_while_nobody_waits(open_ranks: Callable[..., Opened]) -> None:
     several = open_ranks(2)
     os.kill(several.pids[0], signal.SIGKILL)
