@@ -140,6 +140,7 @@ def test_a_rank_that_is_stopped_is_killed(open_ranks: Callable[..., Opened]) -> 
     """While it has nothing to do it may be stopped for as long as one likes."""
     several = open_ranks(2)
     want = several.model.generate("Once", params=GREEDY)
+    several.backend.group.wait()  # rank 1 has done its last command too
     os.kill(several.pids[0], signal.SIGSTOP)
     time.sleep(LIMIT_S)
     os.kill(several.pids[0], signal.SIGCONT)
