@@ -179,8 +179,9 @@ def _refuse_columns(
 ) -> UnsupportedError:
     names = ", ".join(sorted({str(found) for found in types}))
     return UnsupportedError(
-        f"{ranks} ranks cannot share wo of {names}: its columns can be cut every {block}, and the {heads} heads of a "
-        f"rank have {heads * config.head_dim} columns; take fewer ranks, or a type of smaller blocks (dtype=, --dtype)"
+        f"{ranks} ranks cannot share wo of {names}: its columns can be cut every {block}, and the heads of a rank "
+        f"({heads}) have {heads * config.head_dim} columns; take fewer ranks, or a type of smaller blocks (dtype=, "
+        "--dtype)"
     )
 
 

@@ -110,7 +110,7 @@ def shared_models(draw: st.DrawFn, caches: Sequence[str] = ("f32",), int8: bool 
     return Shared(config, weights, ranks, kv, int8, seed)
 
 
-EVERYTHING = shared_models() | shared_models(["f16", "bf16"]) | shared_models(int8=True)
+EVERYTHING = shared_models() | shared_models(["f16", "bf16", "q8_0"]) | shared_models(int8=True)
 
 
 def assert_near(got: np.ndarray, want: np.ndarray, share: float, what: str) -> None:
