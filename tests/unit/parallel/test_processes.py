@@ -136,6 +136,19 @@ def test_a_rank_that_is_killed_ends_every_request(
         several.model.generate("Once", params=GREEDY)
 
 
+def test_requests_that_run_and_that_wait_all_end(open_ranks: Callable[..., Opened]) -> None:
+    several = open_ranks(2, max_sequences=2)
+    long = SamplingParams(max_tokens=400, temperature=1.0, ignore_eos=True)
+    requests = [iter(several.model.submit(f"Story {number}", long)) for number in range(5)]
+    next(requests[0])
+    os.kill(several.pids[0], signal.SIGKILL)
+    started = time.monotonic()
+    for request in requests:
+        with pytest.raises(DeviceError, match="rank 1 ended with signal SIGKILL"):
+            list(request)
+    assert time.monotonic() - started < LIMIT_S
+
+
 def test_a_rank_that_is_stopped_is_killed(open_ranks: Callable[..., Opened]) -> None:
     """While it has nothing to do it may be stopped for as long as one likes."""
     several = open_ranks(2)
