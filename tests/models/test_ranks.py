@@ -157,7 +157,7 @@ def test_every_value_of_the_reference_is_that_of_one_rank(model: Shared, chunk: 
 
 @pytest.mark.slow
 @given(EVERYTHING, st.booleans() | st.sets(st.sampled_from(list(FUSIONS))).map(sorted), st.integers(1, 2), st.data())
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_every_value_of_every_rank_on_the_cpu(
     model: Shared, fusions: bool | list[str], threads: int, data: st.DataObject
 ) -> None:
