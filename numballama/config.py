@@ -9,7 +9,7 @@ from .errors import Error
 from .validation import real_number
 
 RopePairing = Literal["interleaved", "half"]
-RopeScalingKind = Literal["linear", "dynamic", "llama3", "factors"]
+RopeScalingKind = Literal["linear", "dynamic", "llama3", "factors", "yarn", "longrope"]
 
 INTERLEAVED: Final = "interleaved"
 HALF_SPLIT: Final = "half"
@@ -38,6 +38,9 @@ class RopeScaling:
     - "dynamic" (NTK-aware): theta grows when the context is longer than `ModelConfig.context`.
     - "llama3" (Llama 3.1): low frequencies are divided by `factor`, high ones stay, with a ramp between them.
     - "factors": the frequency of pair i is divided by `factors[i]`.
+    - "yarn" (Peng et al., YaRN, 2023): pairs that rotate more than `beta_fast` times in `original_context` tokens keep
+      their frequency, those that rotate fewer than `beta_slow` times are divided by `factor`, with a ramp between them.
+    - "longrope": "factors" with `long_factors` when the context is longer than `original_context`.
 
     `rope.rope_frequencies` computes them. Raises `Error` for values out of range.
     """
@@ -47,12 +50,20 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_context: int = 8192
-    """Tokens that a "llama3" model was first trained for. Wavelengths are compared with it."""
+    """Tokens that a "llama3", "yarn" or "longrope" model was first trained for. Wavelengths are compared with it."""
     factors: tuple[float, ...] = ()
+    long_factors: tuple[float, ...] = ()
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    """The ends of YaRN's ramp are whole pairs."""
+    attention_factor: float = 1.0
+    """Rotated queries and keys are multiplied by it, so that scores are multiplied by its square. Any kind may have it;
+    1 changes nothing."""
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(RopeScalingKind):
-            raise Error(f"RopeScaling.kind must be linear, dynamic, llama3 or factors, found {self.kind!r}")
+            raise Error(f"RopeScaling.kind must be one of {', '.join(get_args(RopeScalingKind))}, found {self.kind!r}")
         if not 1 <= self.factor < float("inf"):
             raise Error(f"RopeScaling.factor must be at least 1 and finite, found {self.factor}")
         if self.kind == "llama3" and not (
@@ -62,8 +73,18 @@ class RopeScaling:
                 "RopeScaling needs 0 < low_freq_factor < high_freq_factor and a positive original_context, found "
                 f"{self.low_freq_factor}, {self.high_freq_factor} and {self.original_context}"
             )
-        if self.kind == "factors" and not (self.factors and all(0 < f < float("inf") for f in self.factors)):
-            raise Error(f"RopeScaling.factors must be positive and finite, found {self.factors}")
+        lists = {"factors": self.factors, "long_factors": self.long_factors}
+        for name in ("factors", "long_factors")[: {"factors": 1, "longrope": 2}.get(self.kind, 0)]:
+            if not (lists[name] and all(0 < f < float("inf") for f in lists[name])):
+                raise Error(f"RopeScaling.{name} must be positive and finite, found {lists[name]}")
+        if self.kind == "yarn" and not 0 < self.beta_slow <= self.beta_fast < float("inf"):
+            raise Error(
+                f"RopeScaling needs 0 < beta_slow <= beta_fast, found {self.beta_slow:g} and {self.beta_fast:g}"
+            )
+        if self.kind in ("yarn", "longrope") and self.original_context < 1:
+            raise Error(f"RopeScaling.original_context must be positive, found {self.original_context}")
+        if not 0 < self.attention_factor < float("inf"):
+            raise Error(f"RopeScaling.attention_factor must be positive and finite, found {self.attention_factor}")
 
 
 @dataclass(frozen=True)
@@ -116,9 +137,12 @@ class ModelConfig:
             raise Error(f"norm_eps must be finite and not negative, found {self.norm_eps}")
         if not 0 <= self.window <= 1 << 31:
             raise Error(f"ModelConfig.window must be from 0 to 2^31, found {self.window}")
-        scaling = self.rope_scaling
-        if scaling and scaling.kind == "factors" and len(scaling.factors) != self.head_dim // 2:
-            raise Error(f"RoPE has {self.head_dim // 2} pairs per head, found {len(scaling.factors)} factors")
+        scaling, pairs = self.rope_scaling, self.head_dim // 2
+        for factors in (scaling.factors, scaling.long_factors) if scaling else ():
+            if factors and len(factors) != pairs:
+                raise Error(f"RoPE has {pairs} pairs per head, found {len(factors)} factors")
+        if scaling and scaling.kind == "yarn" and self.rope_theta <= 1:
+            raise Error(f"YaRN needs a rope_theta above 1, found {self.rope_theta:g}")
         if scaling and scaling.kind == "dynamic" and self.head_dim == 2:
             raise Error("dynamic RoPE scaling needs heads of more than 2 dimensions")
 

@@ -13,7 +13,7 @@ from .config import INTERLEAVED, ModelConfig
 from .ir import Graph, Value, nbytes_of
 from .memory import ceil_div
 from .quantization.types import VEC_DOT_TYPE, ActivationType, KVType, WeightType
-from .rope import rope_frequencies
+from .rope import attention_factor, rope_frequencies
 
 Logits = Literal["rows", "all"]
 """Which tokens of a run have logits: those that its input `rows` names, or all."""
@@ -117,7 +117,9 @@ class Builder:
         positions, sequences = (graph.input(name, (tokens,), "i32") for name in ("positions", "sequences"))
         self._where = positions, sequences, graph.state(PAGE_TABLE, kv.table_shape, "i32")
         frequencies = graph.constant("rope_frequencies", rope_frequencies(config, kv.context))
-        self._angles = graph.add("rope_angles", self._where[0], frequencies, out="angles")
+        self._angles = graph.add(
+            "rope_angles", self._where[0], frequencies, out="angles", scale=attention_factor(config)
+        )
 
     def weight(self, name: str) -> Value:
         """The weight that `config.weight_shapes()` lists under this name."""

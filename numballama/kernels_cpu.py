@@ -83,15 +83,18 @@ def embedding(worker, n_workers, tokens, ids, table, out):
         dequantize_rows(table, ids[t], 1, 0, out.shape[1], out[t : t + 1])
 
 
-def rope_angles(worker, n_workers, tokens, positions, frequencies, out):
-    """cos, then sin, of position · frequency. In float64: a float32 angle is off by 0.004 at position 100,000."""
+def rope_angles(worker, n_workers, tokens, positions, frequencies, out, scale):
+    """cos, then sin, of position · frequency, times scale.
+
+    In float64: a float32 angle is off by 0.004 at position 100,000.
+    """
     pairs = frequencies.shape[0]
     begin, end = partition(tokens, worker, n_workers, 1)
     for t in range(begin, end):
         for i in range(pairs):
             angle = float(positions[t]) * frequencies[i]
-            out[t, i] = math.cos(angle)
-            out[t, pairs + i] = math.sin(angle)
+            out[t, i] = math.cos(angle) * scale
+            out[t, pairs + i] = math.sin(angle) * scale
 
 
 def rmsnorm(worker, n_workers, tokens, x, weight, out, eps):

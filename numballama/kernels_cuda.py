@@ -64,8 +64,9 @@ def embedding_kernel(tokens, ids, table, stride, scales, scale_stride, shift, ou
 
 
 @cuda.jit
-def rope_angles_kernel(tokens, positions, frequencies, out, pairs):
-    """cos and sin of position · frequency: out[t] is [cos of all pairs, sin of all pairs]. One thread per pair.
+def rope_angles_kernel(tokens, positions, frequencies, out, pairs, scale):
+    """cos and sin of position · frequency, times scale: out[t] is [cos of all pairs, sin of all pairs].
+    One thread per pair.
 
     In float64: at position 100,000 a float32 angle would be off by 0.004.
     """
@@ -75,8 +76,8 @@ def rope_angles_kernel(tokens, positions, frequencies, out, pairs):
     t, i = cuda.blockIdx.y, cuda.blockIdx.x * THREADS + cuda.threadIdx.x
     if i < pairs:
         angle = float(positions[t]) * float(frequencies[i])
-        out[t * 2 * pairs + i] = math.cos(angle)
-        out[t * 2 * pairs + pairs + i] = math.sin(angle)
+        out[t * 2 * pairs + i] = math.cos(angle) * scale
+        out[t * 2 * pairs + pairs + i] = math.sin(angle) * scale
 
 
 @cuda.jit

@@ -38,11 +38,12 @@ def _embedding(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     return [((ids.shape[0], table.shape[1]), "f32")]
 
 
-@rule("rope_angles", inputs=("positions", "frequencies"))
+@rule("rope_angles", inputs=("positions", "frequencies"), attrs=("scale",))
 def _rope_angles(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
-    """positions[T], frequencies[P] → cos, then sin, of position · frequency, [T, 2P]"""
+    """positions[T], frequencies[P] → cos, then sin, of position · frequency, both times scale, [T, 2P]"""
     positions, frequencies = inputs
-    expect(positions.dtype == "i32" and len(frequencies.shape) == 1, "wants positions i32[T] and frequencies[P]")
+    fits = positions.dtype == "i32" and len(frequencies.shape) == 1 and attrs["scale"] > 0
+    expect(fits, "wants positions i32[T], frequencies[P] and a scale above 0")
     return [((positions.shape[0], 2 * frequencies.shape[0]), "f32")]
 
 

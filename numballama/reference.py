@@ -39,9 +39,9 @@ def embedding(ids: np.ndarray, table: np.ndarray) -> np.ndarray:
 
 
 @kernel("rope_angles", "reference", ANY, ANY)
-def rope_angles(positions: np.ndarray, frequencies: np.ndarray) -> np.ndarray:
+def rope_angles(positions: np.ndarray, frequencies: np.ndarray, scale: float) -> np.ndarray:
     angles = positions[:, None].astype(np.float64) * frequencies
-    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1)
+    return np.concatenate([np.cos(angles), np.sin(angles)], axis=1) * scale
 
 
 @kernel("rmsnorm", "reference", ANY, ANY)

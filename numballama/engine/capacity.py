@@ -22,8 +22,11 @@ def choose_context(config: ModelConfig, context: int | None, notes: list[str]) -
     if context is None:
         return config.default_context
     context = whole_number("context", context, 1)
-    if context > config.context:
-        notes.append(f"context {context:,}: the model was trained for {config.context:,}, beyond that it gets worse")
+    scaling, trained = config.rope_scaling, config.context
+    if scaling is not None and scaling.kind == "yarn":
+        trained = max(trained, int(scaling.factor * scaling.original_context))
+    if context > trained:
+        notes.append(f"context {context:,}: the model was trained for {trained:,}, beyond that it gets worse")
     return context
 
 

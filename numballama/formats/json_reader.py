@@ -68,6 +68,16 @@ class Keys:
             raise self.fault(key, "a number")
         return float(value)
 
+    def floats(self, key: str) -> tuple[float, ...]:
+        """The numbers of a list. A key that is missing is an error."""
+        value = self._get(key, None, "a list of numbers")
+        if not isinstance(value, list):
+            raise self.fault(key, "a list of numbers")
+        for each in value:
+            if not isinstance(each, (int, float)) or isinstance(each, bool) or not -1e30 < each < 1e30:
+                raise self.fault(key, "a list of numbers")
+        return tuple(map(float, value))
+
     def flag(self, key: str, default: bool) -> bool:
         value = self._get(key, default, "true or false")
         if not isinstance(value, bool):

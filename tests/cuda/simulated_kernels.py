@@ -24,7 +24,7 @@ from numba import cuda
 
 from numballama import Error
 from numballama.checkpoint import Weight
-from numballama.config import HALF_SPLIT, INTERLEAVED, ModelConfig
+from numballama.config import HALF_SPLIT, INTERLEAVED, ModelConfig, RopeScaling
 from numballama.cuda import backend as cuda_backend
 from numballama.cuda.intrinsics import griddepcontrol_wait
 from numballama.cuda.kernels import decode_attention as attention_kernels
@@ -116,8 +116,9 @@ def test_some_fusions_and_biases(pairing: str, fusions: list[str]) -> None:
 
 @pytest.mark.parametrize(("fusions", "head_dim"), [(False, 6), (True, 8)])
 def test_a_window_and_normed_heads(fusions: bool, head_dim: int) -> None:
-    """A token sees the last 3 positions, its own with them; queries and keys are normed head by head."""
-    config = ModelConfig(16, 12, 1, 2, 1, 9, 9, head_dim=head_dim, qk_norm=True, window=3)
+    """A token sees the last 3 positions, its own with them; queries and keys are normed head by head, and scaled."""
+    scaling = RopeScaling("yarn", 4.0, original_context=9, attention_factor=1.5)
+    config = ModelConfig(16, 12, 1, 2, 1, 9, 9, head_dim=head_dim, qk_norm=True, window=3, rope_scaling=scaling)
     check_runs(Pair(config, seed=3), [3, 1, 2, 1], 3, fusions)
 
 

@@ -1,6 +1,6 @@
 """Small random models of every architecture, written by Hugging Face transformers, with its logits: tests/golden/hf.
 
-    python tests/golden/make_hf.py tests/golden/hf      # transformers 5.23.0, torch 2.13.0 (CPU)
+    python tests/golden/make_hf.py tests/golden/hf [CASE …]     # transformers 5.23.0 (yarn, longrope: 5.24.0), torch
 
 Each folder is what `save_pretrained` writes, and `expected.npz`: `ids` and float32 `logits` [tokens, vocab] of one
 forward pass over them, computed in float32 whatever the type of the stored weights.
@@ -25,6 +25,9 @@ SHAPE = {
 }
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3["original_max_position_embeddings"] = 32  # pairs of every kind: kept, on the ramp, divided
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+LONGROPE |= {"short_factor": [1.0, 1.1, 1.3, 2.0], "long_factor": [1.0, 2.0, 5.0, 9.5]}
 TOKENS = 48
 CASES = {
     "llama": ("llama", {"num_key_value_heads": 4}),
@@ -39,6 +42,20 @@ CASES = {
             "max_position_embeddings": 32,
             "rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
         },
+    ),
+    "llama-yarn": ("llama", {"head_dim": 16, "max_position_embeddings": 128, "rope_parameters": YARN}),
+    "llama-yarn-mscale": (
+        "llama",
+        {"head_dim": 16, "rope_parameters": YARN | {"mscale": 0.7, "mscale_all_dim": 1.3, "truncate": False}},
+    ),
+    "qwen3-yarn-attention": (
+        "qwen3",
+        {"head_dim": 8, "rope_parameters": YARN | {"attention_factor": 1.7, "beta_fast": 4.0, "beta_slow": 0.5}},
+    ),
+    "llama-longrope": ("llama", {"head_dim": 8, "max_position_embeddings": 128, "rope_parameters": LONGROPE}),
+    "llama-longrope-short": (
+        "llama",
+        {"head_dim": 8, "rope_parameters": LONGROPE | {"original_max_position_embeddings": 48, "factor": 8.0}},
     ),
     "llama-biases": ("llama", {"attention_bias": True, "mlp_bias": True, "head_dim": 6}),
     "mistral": ("mistral", {"sliding_window": 8}),
@@ -55,6 +72,7 @@ CASES = {
     "qwen3-f16-sharded": ("qwen3", {"head_dim": 8, "dtype": "float16"}),
 }
 SEEDS = {"olmo2": (0,)}
+CHOSEN = sys.argv[2:] or list(CASES)
 
 
 def make(folder: Path, kind: str, options: dict, seed: int) -> None:
@@ -82,6 +100,6 @@ def make(folder: Path, kind: str, options: dict, seed: int) -> None:
     np.savez(folder / "expected.npz", ids=ids[0].numpy().astype(np.int32), logits=logits.numpy())
 
 
-for name, (kind, options) in CASES.items():
+for name, (kind, options) in ((name, CASES[name]) for name in CHOSEN):
     for seed in SEEDS.get(name, (0, 1)):
         make(Path(sys.argv[1]) / f"{name}-{seed}", kind, options, seed)

@@ -190,7 +190,7 @@ def _exact(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> n
 
 @bound("rope_angles")
 def _angles(x: Arrays, e: Arrays, out: np.ndarray, attrs: Mapping[str, Any]) -> np.ndarray:
-    return np.full(out.shape, 2 * U)  # computed in float64, rounded once
+    return np.full(out.shape, 2 * U * max(attrs["scale"], 1))  # computed in float64, rounded once
 
 
 @bound("rmsnorm")

@@ -84,9 +84,14 @@ def architectures(draw: st.DrawFn) -> ModelConfig:
     factor, original = st.sampled_from([1.0, 2.5, 8.0]), st.sampled_from([4, 16, 8192])
     scaling = st.builds(RopeScaling, st.sampled_from(["linear", "dynamic"]), factor)
     scaling |= st.builds(RopeScaling, st.just("llama3"), factor, original_context=original)
+    head_dim, attention = draw(st.sampled_from([config.head_dim + 2, 4, 6])), st.sampled_from([1.0, 0.7, 1.5])
+    rest = {"original_context": original, "attention_factor": attention}
+    scaling |= st.builds(RopeScaling, st.just("yarn"), factor, **rest, beta_slow=st.sampled_from([0.25, 1.0]))
+    factors = st.tuples(*[st.sampled_from([1.0, 1.5, 4.0])] * (head_dim // 2))
+    scaling |= st.builds(RopeScaling, st.just("longrope"), factors=factors, long_factors=factors, **rest)
     return replace(
         config,
-        head_dim=draw(st.sampled_from([config.head_dim + 2, 4, 6])),
+        head_dim=head_dim,
         o_bias=draw(st.booleans()),
         mlp_bias=draw(st.booleans()),
         qk_norm=draw(st.booleans()),

@@ -186,7 +186,8 @@ def _(c: Case) -> Graph:
     positions = c.input("positions", c.rng.integers(0, 200_000, c.rows).astype(np.int32))
     pairs = c.draw(st.integers(1, 33))
     theta = c.draw(st.sampled_from([1e4, 5e5]))
-    c.graph.add("rope_angles", positions, c.graph.constant("f", [theta ** (-i / pairs) for i in range(pairs)]), out="y")
+    frequencies = c.graph.constant("f", [theta ** (-i / pairs) for i in range(pairs)])
+    c.graph.add("rope_angles", positions, frequencies, out="y", scale=c.draw(st.sampled_from([1.0, 0.75, 1.138])))
     return c.done("y")
 
 

@@ -61,7 +61,8 @@ def test_configs_and_logits_survive(tmp_path: Path, config: ModelConfig, pairing
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "architecture"),
-    [("smollm2", "llama"), ("llama3", "llama"), ("llama-linear", "llama"), ("llama-biases", "llama"),
+    [("smollm2", "llama"), ("llama3", "llama"), ("llama-linear", "llama"), ("llama-yarn", "llama"),
+     ("llama-longrope", "llama"), ("llama-longrope-short", "llama"), ("llama-biases", "llama"),
      ("mistral", "llama"), ("qwen2", "qwen2"), ("qwen3", "qwen3")],
 )  # fmt: skip
 def test_golden_models_through_gguf(tmp_path: Path, name: str, architecture: str) -> None:

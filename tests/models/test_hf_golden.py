@@ -41,7 +41,14 @@ def test_logits_are_those_of_transformers(folder: Path) -> None:
 
 def test_every_architecture_is_there_twice() -> None:
     kinds = {name for path in FOLDERS for name in [path.name[:-2]]}
-    assert len(FOLDERS) == 2 * len(kinds) == 30
+    assert len(FOLDERS) == 2 * len(kinds) == 40
+    assert {
+        "llama-yarn",
+        "llama-yarn-mscale",
+        "qwen3-yarn-attention",
+        "llama-longrope",
+        "llama-longrope-short",
+    } <= kinds
     assert {"llama", "llama3", "llama-linear", "llama-dynamic", "mistral", "qwen2", "qwen3", "smollm2"} <= kinds
 
 
@@ -58,6 +65,10 @@ CHANGES: list[tuple[str, dict[str, Any]]] = [
     ("llama3-0", {"rope_scaling": RopeScaling("llama3", 8.0, high_freq_factor=5.0, original_context=32)}),
     ("llama-linear-0", {"rope_scaling": None}),
     ("llama-dynamic-0", {"rope_scaling": None}),
+    ("llama-yarn-0", {"rope_scaling": None}),
+    ("llama-yarn-0", {"rope_scaling": RopeScaling("yarn", 4.0, original_context=32)}),
+    ("llama-yarn-0", {"rope_scaling": RopeScaling("linear", 4.0, attention_factor=0.1 * np.log(4) + 1)}),
+    ("llama-longrope-0", {"rope_scaling": None}),
     ("qwen3-0", {"qk_norm": False}),
     ("llama-biases-0", {"o_bias": False}),
     ("llama-biases-0", {"mlp_bias": False}),

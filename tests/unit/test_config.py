@@ -51,7 +51,7 @@ def test_spellings_of_the_pairing(name: str) -> None:
 @pytest.mark.parametrize(
     ("arguments", "match"),
     [
-        (("cubic",), "kind must be linear, dynamic, llama3 or factors"),
+        (("cubic",), "kind must be one of linear, dynamic, llama3, factors, yarn, longrope"),
         (("linear", 0.5), "factor must be at least 1"),
         (("linear", math.inf), "factor must be at least 1 and finite"),
         (("llama3", 8.0, 4.0, 1.0), "0 < low_freq_factor < high_freq_factor"),
@@ -62,6 +62,31 @@ def test_spellings_of_the_pairing(name: str) -> None:
 def test_bad_rope_scaling_is_refused(arguments: tuple[Any, ...], match: str) -> None:
     with pytest.raises(Error, match=match):
         RopeScaling(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("fields", "match"),
+    [
+        ({"kind": "longrope", "factors": (1.0,)}, "long_factors must be positive"),
+        ({"kind": "longrope", "long_factors": (1.0,)}, "RopeScaling.factors must be positive"),
+        ({"kind": "longrope", "factors": (1.0,), "long_factors": (math.inf,)}, "long_factors must be positive"),
+        ({"kind": "yarn", "beta_fast": 0.5}, "0 < beta_slow <= beta_fast, found 1 and 0.5"),
+        ({"kind": "yarn", "beta_slow": 0.0}, "0 < beta_slow"),
+        ({"kind": "yarn", "original_context": 0}, "original_context must be positive"),
+        ({"kind": "linear", "attention_factor": 0.0}, "attention_factor must be positive"),
+        ({"kind": "linear", "attention_factor": math.inf}, "attention_factor must be positive"),
+    ],
+)
+def test_bad_yarn_and_longrope_are_refused(fields: dict[str, Any], match: str) -> None:
+    with pytest.raises(Error, match=match):
+        RopeScaling(**fields)
+
+
+def test_a_scaling_that_does_not_fit_the_model_is_refused() -> None:
+    with pytest.raises(Error, match="8 pairs per head, found 2 factors"):
+        replace(CONFIG, rope_scaling=RopeScaling("longrope", factors=(1.0,) * 8, long_factors=(1.0, 2.0)))
+    with pytest.raises(Error, match="YaRN needs a rope_theta above 1, found 1"):
+        replace(CONFIG, rope_theta=1.0, rope_scaling=RopeScaling("yarn", 2.0))
 
 
 def test_shapes_of_weights() -> None:

@@ -23,7 +23,7 @@ STATES = {"kv_write": ["x1"], "all_reduce": [None, "x1", "x2"], "all_gather": [N
 """Op → the state that each of its outputs updates. Outputs of others are new values."""
 CASES: dict[str, tuple[list[Operand], dict[str, Any], list[Operand]]] = {
     "embedding": ([IDS, ((9, D), "int8")], {}, [((T, D), "f32")]),
-    "rope_angles": ([IDS, ((P // 2,), "f32")], {}, [((T, P), "f32")]),
+    "rope_angles": ([IDS, ((P // 2,), "f32")], {"scale": 1.0}, [((T, P), "f32")]),
     "rmsnorm": ([((T, D), "f32"), ((D,), "f32")], {"eps": 1e-5}, [((T, D), "f32")]),
     "head_norm": ([((T, H * P), "f32"), ((P,), "f32")], {"eps": 1e-6}, [((T, H * P), "f32")]),
     "quantize": ([((T, D), "f32")], {"group": 3}, [((T, D), "i8"), ((T, 3), "f32")]),
@@ -53,8 +53,10 @@ REFUSED: list[tuple[str, list[Operand], dict[str, Any]]] = [
     ("embedding", [((T, 1), "i32"), ((9, D), "f32")], {}),
     ("embedding", [IDS, ((9,), "f32")], {}),
     ("embedding", [IDS], {}),
-    ("rope_angles", [((T,), "f32"), ((2,), "f32")], {}),
-    ("rope_angles", [IDS, ((2, 2), "f32")], {}),
+    ("rope_angles", [((T,), "f32"), ((2,), "f32")], {"scale": 1.0}),
+    ("rope_angles", [IDS, ((2, 2), "f32")], {"scale": 1.0}),
+    ("rope_angles", [IDS, ((2,), "f32")], {"scale": 0.0}),
+    ("rope_angles", [IDS, ((2,), "f32")], {}),
     ("rmsnorm", [((T, D), "f32"), ((D + 1,), "f32")], {"eps": 1e-5}),
     ("rmsnorm", [((T, D), "i8"), ((D,), "f32")], {"eps": 1e-5}),
     ("rmsnorm", [((T, D), "f32"), ((D,), "f32")], {"eps": -1.0}),

@@ -45,13 +45,15 @@ def test_norms(numbers: Numbers) -> None:
 def test_rope_rotates_pairs(numbers: Numbers, interleaved: int) -> None:
     """As complex numbers: each pair is multiplied by e^(i · position · frequency)."""
     x, positions, frequencies = numbers(2, 8), np.array([0, 3]), np.array([1.0, 0.25])
-    out = reference.rope(x, reference.rope_angles(positions, frequencies), 4, interleaved)
+    out = reference.rope(x, reference.rope_angles(positions, frequencies, 1.0), 4, interleaved)
     np.testing.assert_array_equal(out[0], x[0])
     pairs = [(0, 1), (2, 3)] if interleaved else [(0, 2), (1, 3)]
     for head in (0, 4):
         for (a, b), frequency in zip(pairs, frequencies, strict=True):
             expected = complex(x[1, head + a], x[1, head + b]) * np.exp(3j * frequency)
             assert complex(out[1, head + a], out[1, head + b]) == pytest.approx(expected)
+    scaled = reference.rope(x, reference.rope_angles(positions, frequencies, 1.5), 4, interleaved)
+    np.testing.assert_allclose(scaled, 1.5 * out, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("window", "first"), [(0, 0), (2, 3), (9, 0)])

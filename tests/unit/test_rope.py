@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from numballama.config import ModelConfig, RopeScaling
-from numballama.rope import rope_divisors, rope_frequencies
+from numballama.rope import attention_factor, rope_divisors, rope_frequencies
 
 CONFIG = ModelConfig(64, 96, 1, 1, 1, 40, 32, head_dim=64)
 
@@ -47,3 +47,33 @@ def test_llama3_keeps_high_frequencies_and_divides_low_ones() -> None:
     between = divisors[(wavelengths > 512 / 4) & (wavelengths < 512)]
     assert between.size and ((between > 1) & (between < 8)).all()
     assert (np.diff(divisors) >= 0).all()
+
+
+def test_yarn_keeps_fast_pairs_and_divides_slow_ones() -> None:
+    """Pairs that rotate more than 32 times in 4,096 tokens, and fewer than once; whole pairs unless told otherwise."""
+    config = replace(CONFIG, rope_scaling=RopeScaling("yarn", 8.0, original_context=4096))
+    rotations = 4096 * np.array(rope_frequencies(CONFIG)) / (2 * math.pi)
+    divisors = np.array(rope_divisors(config))
+    assert (np.diff(divisors) >= 0).all()
+    low, high = int((rotations >= 32).sum()) - 1, int((rotations > 1).sum())
+    assert (divisors[: low + 1] == 1).all() and divisors[low + 1] > 1
+    np.testing.assert_allclose(divisors[high:], 8, rtol=1e-12)
+    assert divisors[high - 1] < 8
+    ramp = (1 / divisors - 1 / 8) / (1 - 1 / 8)
+    np.testing.assert_allclose(np.diff(ramp[low : high + 1]), -1 / (high - low), rtol=1e-9)
+    exact = np.array(
+        rope_divisors(replace(config, rope_scaling=RopeScaling("yarn", 8.0, original_context=4096, truncate=False)))
+    )
+    assert (exact[low + 1 : high] != divisors[low + 1 : high]).all()
+
+
+def test_longrope_takes_its_long_factors_beyond_the_original_context() -> None:
+    scaling = RopeScaling("longrope", original_context=32, factors=(1.5,) * 32, long_factors=(4.0,) * 32)
+    plain = np.array(rope_frequencies(CONFIG))
+    np.testing.assert_allclose(rope_frequencies(scaled(scaling), 32), plain / 1.5, rtol=1e-12)
+    np.testing.assert_allclose(rope_frequencies(scaled(scaling), 33), plain / 4, rtol=1e-12)
+
+
+def test_the_attention_factor_is_1_without_scaling() -> None:
+    assert attention_factor(CONFIG) == 1 == attention_factor(scaled(RopeScaling("linear", 2.0)))
+    assert attention_factor(scaled(RopeScaling("yarn", 2.0, attention_factor=1.25))) == 1.25

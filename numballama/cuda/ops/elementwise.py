@@ -44,9 +44,11 @@ def embedding(ctx: LaunchContext, ids: Array, table: Matrix, out: Array) -> list
 
 
 @kernel("rope_angles", "cuda", "i32", "f32")
-def rope_angles(ctx: LaunchContext, positions: Array, frequencies: Array, out: Array) -> list[Launch]:
+def rope_angles(ctx: LaunchContext, positions: Array, frequencies: Array, out: Array, scale: float) -> list[Launch]:
     tokens, pairs = out.shape[0], frequencies.shape[0]
-    arguments = named(tokens=ctx.tokens, positions=positions, frequencies=frequencies, out=out, pairs=pairs)
+    arguments = named(
+        tokens=ctx.tokens, positions=positions, frequencies=frequencies, out=out, pairs=pairs, scale=scale
+    )
     return [Launch(ROPE_ANGLES, (blocks_for(pairs), tokens), THREADS, arguments)]
 
 

@@ -38,6 +38,7 @@ WEIGHT_TYPES = {
 """Name of a tensor type → our type, and the elements of `Weight.data`."""
 
 ROPE_FACTORS = "rope_freqs.weight"
+LONGROPE_FACTORS = ("rope_factors_short.weight", "rope_factors_long.weight")
 _ORIGINAL_CONTEXTS = (8192, *(1 << bits for bits in range(5, 18)))
 """Original contexts to try when recognising Llama 3.1's RoPE scaling; that of the published models first."""
 TENSOR_NAMES = TensorNames(
@@ -67,7 +68,7 @@ TENSOR_NAMES = TensorNames(
 
 _NEUTRAL: Mapping[str, tuple[float, ...]] = {
     "expert_count": (0,),
-    "rope.scaling.attn_factor": (0, 1),
+    "rope.scaling.yarn_log_multiplier": (0,),
 }
 """Keys of unsupported features → values that turn them off. llama.cpp treats 0 as "not given"."""
 
@@ -89,7 +90,7 @@ def read(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
     _require_supported(header)
     config = _config(header)
     weights = {name: _weight(header, name, shape) for name, shape in config.weight_shapes().items()}
-    known = {ROPE_FACTORS, *(TENSOR_NAMES[name] for name in weights)}
+    known = {ROPE_FACTORS, *LONGROPE_FACTORS, *(TENSOR_NAMES[name] for name in weights)}
     if extra := [name for name in header.tensors if name not in known]:
         raise UnsupportedError(
             f"{file.path}: tensor {extra[0]} has no place in a {_architecture(header)} model of this version"
@@ -214,33 +215,78 @@ def _of_all_layers(header: Header, key: str) -> int:
 
 
 def _rope_scaling(header: Header, config: ModelConfig) -> RopeScaling | None:
-    """RoPE scaling by one factor for all frequencies (type "linear", which is also the default), or by a tensor with a
-    factor for each pair. llama.cpp's converter writes such a tensor for Llama 3.1, whose parameters are recovered from
-    the factors. Type "yarn" is read with the factor 1, which scales nothing.
+    """RoPE scaling by one factor for all frequencies (type "linear", which is also the default), by "yarn", or by
+    tensors with a factor for each pair. llama.cpp's converter writes such a tensor for Llama 3.1, whose parameters are
+    recovered from the factors, and two for "longrope".
     """
     architecture = _architecture(header)
+
+    def number(key: str, default: float) -> float:
+        return header.number(f"{architecture}.rope.{key}", 0.0) or default  # 0 is "not given"
+
     kind = header.text(f"{architecture}.rope.scaling.type", "linear")
-    keys = ("rope.scaling.factor", "rope.scale_linear")
-    given = [header.number(f"{architecture}.{key}", 0.0) or 1.0 for key in keys]
-    factor = 1.0 if kind == "none" else given[0] if given[0] != 1 else given[1]
-    if kind not in ("none", "linear") and (kind, factor) != ("yarn", 1):
-        raise UnsupportedError(f"{header.path}: rope.scaling.type is {kind!r}, not supported; 'none' and 'linear' are")
-    if (info := header.tensors.get(ROPE_FACTORS)) is None:
-        return RopeScaling("linear", factor) if factor != 1 else None
-    if factor != 1:
-        raise UnsupportedError(f"{header.path}: both {ROPE_FACTORS} and {keys[0]} {factor:g}; one of them is supported")
+    factor, older = number("scaling.factor", 1.0), number("scale_linear", 1.0)
+    factor = 1.0 if kind == "none" else factor if factor != 1 else older
+    scaling = RopeScaling("linear", factor, attention_factor=number("scaling.attn_factor", 1.0))
+    original = header.integer(f"{architecture}.rope.scaling.original_context_length", 0) or config.context
+    tensors = [name for name in (ROPE_FACTORS, *LONGROPE_FACTORS) if name in header.tensors]
+    if kind not in ("none", "linear", "yarn", "longrope"):
+        raise UnsupportedError(
+            f"{header.path}: rope.scaling.type is {kind!r}, not supported; 'none', 'linear', 'yarn' and 'longrope' are"
+        )
+    if tensors and factor != 1:
+        raise UnsupportedError(
+            f"{header.path}: both {tensors[0]} and rope.scaling.factor {factor:g}; one of them is supported"
+        )
+    if kind == "longrope" or (tensors and tensors[0] in LONGROPE_FACTORS):
+        short, long = (_rope_factors(header, config, name) for name in LONGROPE_FACTORS)
+        return replace(scaling, kind="longrope", original_context=original, factors=short, long_factors=long)
+    if kind == "yarn" and factor != 1:
+        if (ext := header.number(key := f"{architecture}.rope.scaling.yarn_ext_factor", -1.0)) not in (-1, 1):
+            raise UnsupportedError(f"{header.path}: {key} is {ext:g}, which is not supported; 1 is")
+        return replace(
+            scaling,
+            kind="yarn",
+            original_context=original,
+            beta_fast=number("scaling.yarn_beta_fast", 32.0),
+            beta_slow=number("scaling.yarn_beta_slow", 1.0),
+            attention_factor=scaling.attention_factor * yarn_attention_factor(factor),
+        )
+    if tensors:
+        scaling = _of_factors(scaling, _rope_factors(header, config, ROPE_FACTORS), config)
+    return scaling if scaling != RopeScaling("linear") else None
+
+
+def yarn_attention_factor(factor: float) -> float:
+    """The attention factor with which llama.cpp runs YaRN; the file's `attn_factor` is times this one."""
+    return 0.1 * math.log(factor) + 1 if factor > 1 else 1.0
+
+
+def _rope_factors(header: Header, config: ModelConfig, name: str) -> tuple[float, ...]:
+    """The positive numbers of such a tensor, one a pair, in their shortest spelling."""
+    if (info := header.tensors.get(name)) is None:
+        raise FormatError(
+            "a tensor is missing", path=header.path, where=f"tensor {name}",
+            expected=f"{config.head_dim // 2} factors for RoPE scaling of type longrope", found="none",
+        )  # fmt: skip
     if _squeezed(info.shape, 1) != (pairs := config.head_dim // 2,):
         raise info.wrong_shape(pairs)
     factors = _view(info, (pairs,)).data
     if not (np.isfinite(factors) & (factors > 0)).all():
-        raise FormatError("a factor is not positive", path=header.path, where=f"tensor {ROPE_FACTORS}")
-    if (factors == 1).all():
-        return None
-    for original in _ORIGINAL_CONTEXTS if factors.max() > 1 else ():
-        llama3 = RopeScaling("llama3", float(factors.max()), original_context=original)
+        raise FormatError("a factor is not positive", path=header.path, where=f"tensor {name}")
+    return tuple(float(str(factor)) for factor in factors)
+
+
+def _of_factors(plain: RopeScaling, factors: tuple[float, ...], config: ModelConfig) -> RopeScaling:
+    """The scaling that divides by these factors: Llama 3.1's where they are its own."""
+    largest = max(factors)
+    if largest == min(factors) == 1:
+        return plain
+    for original in _ORIGINAL_CONTEXTS if largest > 1 else ():
+        llama3 = replace(plain, kind="llama3", factor=largest, original_context=original)
         if np.allclose(factors, rope_divisors(replace(config, rope_scaling=llama3)), rtol=1e-5, atol=0):
             return llama3
-    return RopeScaling("factors", factors=tuple(float(str(factor)) for factor in factors))
+    return replace(plain, kind="factors", factors=factors)
 
 
 def _weight(header: Header, name: str, shape: tuple[int, ...]) -> Weight:

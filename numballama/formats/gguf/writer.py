@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from os import PathLike
 import numpy as np
 
 from ...checkpoint import Weight, require_types, require_weights
-from ...config import HALF_SPLIT, ModelConfig
+from ...config import HALF_SPLIT, ModelConfig, RopeScaling
 from ...errors import Error, UnsupportedError
 from ...files import atomic_write
 from ...quantization.convert import convert
@@ -19,7 +20,7 @@ from ...rope import rope_divisors
 from ...tokenizers.base import PieceType, Tokenizer, Vocabulary
 from ..rope_permute import row_order
 from .header import DEFAULT_ALIGNMENT, MAGIC, ValueType
-from .reader import ARCHITECTURES, ROPE_FACTORS, TENSOR_NAMES
+from .reader import ARCHITECTURES, LONGROPE_FACTORS, ROPE_FACTORS, TENSOR_NAMES, yarn_attention_factor
 
 _VERSION = 3
 _TYPES = {name: traits.gguf_id for name, traits in TYPE_TRAITS.items() if traits.gguf_id is not None}
@@ -65,8 +66,10 @@ def write_gguf(
     tensors = [_Tensor(config, architecture, weight_name, weights[weight_name]) for weight_name in expected]
     scaling = config.rope_scaling
     if scaling is not None and scaling.kind in ("llama3", "factors"):
-        factors = np.array(rope_divisors(config), np.float32)
-        tensors.append(_Tensor(config, architecture, ROPE_FACTORS, Weight(factors.shape, F32, factors)))
+        tensors.append(_factors(config, architecture, ROPE_FACTORS, rope_divisors(config)))
+    if scaling is not None and scaling.kind == "longrope":
+        for name_of_factors, factors in zip(LONGROPE_FACTORS, (scaling.factors, scaling.long_factors), strict=True):
+            tensors.append(_factors(config, architecture, name_of_factors, factors))
     vocabulary = tokenizer.vocabulary() if isinstance(tokenizer, Tokenizer) else tokenizer
     if vocabulary is not None:
         vocabulary = _padded(vocabulary, config.vocab_size)
@@ -88,6 +91,32 @@ def write_gguf(
             file.write(np.ascontiguousarray(tensor.data()).data)
             file.write(bytes(-tensor.nbytes % DEFAULT_ALIGNMENT))
     return _lost(config, architecture) + (list(vocabulary.notes) if vocabulary is not None else [])
+
+
+def _factors(config: ModelConfig, architecture: str, name: str, values: Sequence[float]) -> _Tensor:
+    """A tensor that divides RoPE's frequencies."""
+    factors = np.array(values, np.float32)
+    return _Tensor(config, architecture, name, Weight(factors.shape, F32, factors))
+
+
+def _rope_entries(prefix: str, scaling: RopeScaling | None) -> list[Entry]:
+    u32, f32, text = ValueType.UINT32, ValueType.FLOAT32, ValueType.STRING
+    if scaling is None:
+        return []
+    key, attention, entries = f"{prefix}.rope.scaling.", scaling.attention_factor, list[Entry]()
+    if scaling.kind in ("linear", "yarn", "longrope"):
+        entries.append((f"{key}type", text, scaling.kind))
+    if scaling.kind in ("linear", "yarn"):
+        entries.append((f"{key}factor", f32, scaling.factor))
+    if scaling.kind in ("yarn", "longrope"):
+        entries.append((f"{key}original_context_length", u32, scaling.original_context))
+    if scaling.kind == "yarn":
+        entries.append((f"{key}yarn_beta_fast", f32, scaling.beta_fast))
+        entries.append((f"{key}yarn_beta_slow", f32, scaling.beta_slow))
+        attention /= yarn_attention_factor(scaling.factor)
+    if not math.isclose(attention, 1):
+        entries.append((f"{key}attn_factor", f32, attention))
+    return entries
 
 
 def _padded(vocabulary: Vocabulary, size: int) -> Vocabulary:
@@ -121,10 +150,17 @@ def _architecture(config: ModelConfig) -> str:
 def _lost(config: ModelConfig, architecture: str) -> list[str]:
     """Notes on what the format cannot hold, and on what llama.cpp ignores."""
     notes = []
-    if config.rope_scaling is not None and config.rope_scaling.kind == "dynamic":
-        notes.append(
-            f"GGUF cannot hold dynamic RoPE scaling: beyond {config.context:,} tokens the copy gives other logits"
-        )
+    if (scaling := config.rope_scaling) is not None:
+        if scaling.kind == "dynamic":
+            notes.append(
+                f"GGUF cannot hold dynamic RoPE scaling: beyond {config.context:,} tokens the copy gives other logits"
+            )
+        if scaling.kind == "yarn" and not scaling.truncate:
+            notes.append("GGUF cannot hold YaRN without truncation: the copy gives other logits")
+        if scaling.kind == "yarn" and (scaling.beta_fast, scaling.beta_slow) != (32, 1):
+            notes.append(f"llama.cpp ignores YaRN's beta_fast and beta_slow in models of architecture {architecture}")
+        if scaling.kind == "longrope" and architecture != "llama":
+            notes.append(f"llama.cpp knows no longrope in models of architecture {architecture} and loads no such file")
     if architecture == "qwen3" and (config.qkv_bias or config.o_bias or config.mlp_bias):
         notes.append("llama.cpp knows no biases in models of architecture qwen3 and does not load the file")
     if 0 < config.window < config.context:
@@ -138,7 +174,7 @@ class _Tensor:
     """A weight in the layout of the file. Its data is copied when it is written."""
 
     def __init__(self, config: ModelConfig, architecture: str, name: str, weight: Weight) -> None:
-        self.name = name if name == ROPE_FACTORS else TENSOR_NAMES[name]
+        self.name = name if name in (ROPE_FACTORS, *LONGROPE_FACTORS) else TENSOR_NAMES[name]
         self.matrix = len(weight.shape) == 2
         self._weight = weight
         self.type = weight.type.name if self.matrix else F32.name
@@ -188,9 +224,7 @@ def _entries(
     ]
     if config.window:
         entries.append((f"{prefix}.attention.sliding_window", u32, config.window))
-    if config.rope_scaling is not None and config.rope_scaling.kind == "linear":
-        entries.append((f"{prefix}.rope.scaling.type", text, "linear"))
-        entries.append((f"{prefix}.rope.scaling.factor", f32, config.rope_scaling.factor))
+    entries += _rope_entries(prefix, config.rope_scaling)
     if config.q_dim != config.dim:
         entries += [(f"{prefix}.attention.{which}_length", u32, config.head_dim) for which in ("key", "value")]
     if vocabulary is None:

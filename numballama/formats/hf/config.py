@@ -6,6 +6,7 @@ Missing keys get the defaults of transformers' configuration classes. A feature 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -15,7 +16,14 @@ from ...errors import Error, FormatError, UnsupportedError
 from ..json_reader import Keys
 from ..limits import MAX_CONTEXT, MAX_LAYERS
 
-ROPE_TYPES: dict[str, RopeScalingKind] = {"linear": "linear", "dynamic": "dynamic", "llama3": "llama3"}
+ROPE_TYPES: dict[str, RopeScalingKind] = {
+    "linear": "linear",
+    "dynamic": "dynamic",
+    "llama3": "llama3",
+    "yarn": "yarn",
+    "longrope": "longrope",
+    "su": "longrope",  # an earlier name
+}
 """Hugging Face's `rope_type` → ours."""
 
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -126,17 +134,52 @@ def _rope(keys: Keys, context: int) -> tuple[float, RopeScaling | None]:
             f"{keys.path}: rope_type of {name} is {kind[:60]!r}, which is not supported; supported are default, "
             f"{', '.join(ROPE_TYPES)}"
         )
-    more: dict[str, Any] = {}
-    if kind == "llama3":
-        more = {name: own.number(name) for name in ("low_freq_factor", "high_freq_factor")}
-        inner = own.integer("original_max_position_embeddings", context)
-        more["original_context"] = keys.integer("original_max_position_embeddings", inner)  # the outer one first
     try:
-        return theta, RopeScaling(ROPE_TYPES[kind], own.number("factor"), **more)
+        return theta, _scaling(keys, own, ROPE_TYPES[kind], context)
     except FormatError:
         raise
     except Error as error:
         raise FormatError(f"bad {name}: {error}", path=keys.path) from None
+
+
+def _scaling(keys: Keys, own: Keys, kind: RopeScalingKind, context: int) -> RopeScaling:
+    """The scaling of a kind; `own` are its parameters, `keys` the whole file."""
+    if kind in ("linear", "dynamic"):
+        return RopeScaling(kind, own.number("factor"))
+    inner = own.integer("original_max_position_embeddings", context, most=MAX_CONTEXT)
+    original = keys.integer("original_max_position_embeddings", inner, most=MAX_CONTEXT)  # the outer one first
+    if kind == "llama3":
+        low, high = own.number("low_freq_factor"), own.number("high_freq_factor")
+        return RopeScaling(kind, own.number("factor"), low, high, original)
+    factor = own.number("factor", context / original)
+    if kind == "yarn":
+        return RopeScaling(
+            kind,
+            factor,
+            original_context=original,
+            beta_fast=own.number("beta_fast", 32.0),
+            beta_slow=own.number("beta_slow", 1.0),
+            truncate=own.flag("truncate", True),
+            attention_factor=own.number("attention_factor", _yarn_attention_factor(own, factor)),
+        )
+    usual = math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+    short, long = (own.floats(name) for name in ("short_factor", "long_factor"))
+    attention_factor = own.number("attention_factor", usual)
+    return RopeScaling(
+        kind, original_context=original, factors=short, long_factors=long, attention_factor=attention_factor
+    )
+
+
+def _yarn_attention_factor(own: Keys, factor: float) -> float:
+    """transformers' choice for a file that gives none."""
+
+    def mscale(weight: float) -> float:
+        return 0.1 * weight * math.log(factor) + 1 if factor > 1 else 1.0
+
+    own_scale, all_dims = own.number("mscale", 0.0), own.number("mscale_all_dim", 0.0)
+    if own_scale and all_dims and not (mscale(own_scale) > 0 and mscale(all_dims) > 0):
+        raise own.fault("mscale_all_dim", "a scale, as that of mscale, that is positive for the file's factor")
+    return mscale(own_scale) / mscale(all_dims) if own_scale and all_dims else mscale(1.0)
 
 
 def _window(keys: Keys, kind: str, n_layers: int) -> int:
@@ -173,12 +216,7 @@ def config_json(config: ModelConfig, dtype: str, ids: dict[str, Any]) -> dict[st
     """
     kind, name = _kind(config)
     scaling = config.rope_scaling
-    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
-    if scaling is not None:
-        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling is not None and scaling.kind == "llama3":
-        rope |= {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
-        rope["original_max_position_embeddings"] = scaling.original_context
+    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default", **_rope_keys(scaling)}
     found: dict[str, Any] = {
         "architectures": [name],
         "model_type": kind,
@@ -213,6 +251,24 @@ def config_json(config: ModelConfig, dtype: str, ids: dict[str, Any]) -> dict[st
     return found
 
 
+def _rope_keys(scaling: RopeScaling | None) -> dict[str, Any]:
+    if scaling is None:
+        return {}
+    original = {"original_max_position_embeddings": scaling.original_context}
+    attention = {"attention_factor": scaling.attention_factor}
+    match scaling.kind:
+        case "llama3":
+            own = {"low_freq_factor": scaling.low_freq_factor, "high_freq_factor": scaling.high_freq_factor}
+            return {"rope_type": "llama3", "factor": scaling.factor, **own, **original}
+        case "yarn":
+            own = {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncate}
+            return {"rope_type": "yarn", "factor": scaling.factor, **own, **original, **attention}
+        case "longrope":
+            lists = {"short_factor": list(scaling.factors), "long_factor": list(scaling.long_factors)}
+            return {"rope_type": "longrope", **lists, **original, **attention}
+    return {"rope_type": scaling.kind, "factor": scaling.factor}
+
+
 def _kind(config: ModelConfig) -> tuple[str, str]:
     """(model_type, class) of the architecture that computes `config`. Raises `UnsupportedError` if there is none."""
     scaling = config.rope_scaling
@@ -220,6 +276,8 @@ def _kind(config: ModelConfig) -> tuple[str, str]:
         raise UnsupportedError(f"writing a Hugging Face directory of a {type(config).__name__} is not supported")
     if scaling is not None and scaling.kind == "factors":
         raise UnsupportedError("Hugging Face's config.json cannot express RoPE factors of one pair each")
+    if scaling is not None and scaling.kind not in ("yarn", "longrope") and scaling.attention_factor != 1:
+        raise UnsupportedError(f"Hugging Face's config.json has no attention factor for {scaling.kind} RoPE scaling")
     wants = (config.qkv_bias, config.o_bias, config.mlp_bias, config.qk_norm, config.window > 0)
     match wants:
         case (False, False, _, False, False) | (True, True, _, False, False):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from numballama.config import ModelConfig
+from numballama.config import ModelConfig, RopeScaling
 from numballama.engine.capacity import MAX_SEQUENCES, SHARE, choose_context, kv_layout
 from numballama.errors import ContextError, Error
 from numballama.graph import PAGE, KVLayout
@@ -28,6 +30,14 @@ def test_a_context_beyond_the_models_is_noted() -> None:
     assert notes == ["context 513: the model was trained for 512, beyond that it gets worse"]
     with pytest.raises(Error, match="context must be at least 1, found 0"):
         choose_context(CONFIG, 0, notes)
+
+
+def test_yarn_trains_for_more_than_the_position_embeddings() -> None:
+    notes: list[str] = []
+    config = replace(CONFIG, rope_scaling=RopeScaling("yarn", 4.0, original_context=512))
+    assert choose_context(config, 2048, notes) == 2048 and not notes
+    choose_context(config, 2049, notes)
+    assert notes == ["context 2,049: the model was trained for 2,048, beyond that it gets worse"]
 
 
 @pytest.mark.parametrize("free", [None, 1 << 40, int((8 * PAGES + 1) * EACH / SHARE) + 1])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import random
 import struct
 import time
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from numballama.config import ModelConfig
+from numballama.config import ModelConfig, RopeScaling
 from numballama.errors import Error, FormatError, UnsupportedError
 from numballama.files import map_file
 from numballama.formats.gguf.header import TENSOR_TYPES, Header
@@ -154,8 +155,8 @@ SCALING = "llama.rope.scaling."
             "architecture 'gemma'; supported are llama, qwen2, qwen3",
         ),
         ("general.type", entry("general.type", STRING, text("adapter")), "of type 'adapter'.*merge"),
-        (f"{SCALING}type", entry(f"{SCALING}type", STRING, text("longrope")), "'longrope'"),
-        (f"{SCALING}attn_factor", f32(f"{SCALING}attn_factor", 4.0), r"rope\.scaling\.attn_factor is 4,"),
+        (f"{SCALING}type", entry(f"{SCALING}type", STRING, text("su")), "'su'.*'longrope' are"),
+        (f"{SCALING}yarn_log_multiplier", f32(f"{SCALING}yarn_log_multiplier", 0.1), "yarn_log_multiplier is 0.1,"),
         ("llama.expert_count", u32("llama.expert_count", 8), "expert_count is 8"),
         ("llama.rope.dimension_count", u32("llama.rope.dimension_count", 4), "dimension_count is 4 and heads have 8"),
         ("llama.attention.value_length", u32("llama.attention.value_length", 4), "value_length is 4"),
@@ -170,12 +171,40 @@ def test_what_is_not_supported_is_named(tmp_path: Path, key: str, change: bytes,
         open_checkpoint(path)
 
 
-def test_yarn_that_scales_is_named(tmp_path: Path) -> None:
+def scaled(tmp_path: Path, kind: str, **numbers: float) -> Path:
+    """A file whose RoPE scaling is of a type and has numbers, f32 but for the length."""
     path = save(tmp_path / "m.gguf")
-    kind = entry(f"{SCALING}type", STRING, text("yarn"))
-    path.write_bytes(edited(path, {f"{SCALING}type": kind, f"{SCALING}factor": f32(f"{SCALING}factor", 4.0)}))
-    with pytest.raises(UnsupportedError, match=r"rope\.scaling\.type is 'yarn'"):
-        open_checkpoint(path)
+    changes: dict[str, bytes | None] = {f"{SCALING}type": entry(f"{SCALING}type", STRING, text(kind))}
+    for key, value in numbers.items():
+        write = u32 if isinstance(value, int) else f32
+        changes[f"{SCALING}{key}"] = write(f"{SCALING}{key}", value)  # type: ignore[operator]
+    path.write_bytes(edited(path, changes))
+    return path
+
+
+def test_yarn_that_scales(tmp_path: Path) -> None:
+    """Queries and keys grow by llama.cpp's factor, times that of the file."""
+    factor = 0.1 * math.log(4) + 1
+    yarn = RopeScaling("yarn", 4.0, original_context=16, attention_factor=factor)
+    assert open_checkpoint(scaled(tmp_path, "yarn", factor=4.0)).config == replace(CONFIG, rope_scaling=yarn)
+    path = scaled(
+        tmp_path, "yarn", factor=4.0, original_context_length=8, attn_factor=0.5, yarn_beta_fast=16.0,
+        yarn_beta_slow=2.0, yarn_ext_factor=1.0,
+    )  # fmt: skip
+    wanted = replace(yarn, original_context=8, beta_fast=16.0, beta_slow=2.0, attention_factor=factor / 2)
+    assert open_checkpoint(path).config.rope_scaling == wanted
+    with pytest.raises(UnsupportedError, match=r"yarn_ext_factor is 0\.5, which is not supported; 1 is"):
+        open_checkpoint(scaled(tmp_path, "yarn", factor=4.0, yarn_ext_factor=0.5))
+
+
+def test_an_attention_factor_counts_with_any_type(tmp_path: Path) -> None:
+    path = scaled(tmp_path, "linear", attn_factor=1.5)
+    assert open_checkpoint(path).config.rope_scaling == RopeScaling("linear", attention_factor=1.5)
+
+
+def test_longrope_wants_both_its_tensors(tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"tensor rope_factors_short\.weight; expected 4 factors .*longrope"):
+        open_checkpoint(scaled(tmp_path, "longrope"))
 
 
 def test_outer_dimensions_of_1(tmp_path: Path) -> None:

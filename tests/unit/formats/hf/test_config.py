@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,13 @@ import pytest
 
 from numballama.config import ModelConfig, RopeScaling
 from numballama.errors import FormatError, UnsupportedError
+from numballama.formats.hf.config import config_json, config_of
+from numballama.formats.json_reader import Keys
 from numballama.loader import open_checkpoint
 from tests.helpers.hf_files import HF, edit
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+LONGROPE = {"rope_type": "longrope", "short_factor": [1.0, 1.0], "long_factor": [1.0, 2.0]}
 
 
 def test_configs_of_the_golden_models() -> None:
@@ -29,6 +35,17 @@ def test_configs_of_the_golden_models() -> None:
     )
     assert config("llama-linear").rope_scaling == RopeScaling("linear", 4.0)
     assert config("llama-dynamic").rope_scaling == RopeScaling("dynamic", 2.0)
+    attention_factor = 0.1 * math.log(4) + 1
+    yarn = RopeScaling("yarn", 4.0, original_context=32, attention_factor=attention_factor)
+    assert config("llama-yarn").rope_scaling == yarn
+    own = replace(yarn, beta_fast=4.0, beta_slow=0.5, attention_factor=1.7)
+    assert config("qwen3-yarn-attention").rope_scaling == own
+    both = (0.07 * math.log(4) + 1) / (0.13 * math.log(4) + 1)
+    assert config("llama-yarn-mscale").rope_scaling == replace(yarn, truncate=False, attention_factor=both)
+    attention_factor = math.sqrt(1 + math.log(128 / 32) / math.log(32))
+    lists = {"factors": (1.0, 1.1, 1.3, 2.0), "long_factors": (1.0, 2.0, 5.0, 9.5)}
+    longrope = RopeScaling("longrope", original_context=32, **lists, attention_factor=attention_factor)
+    assert config("llama-longrope").rope_scaling == longrope
     assert config("llama-biases") == replace(base, head_dim=6, qkv_bias=True, o_bias=True, mlp_bias=True)
     assert config("mistral") == replace(base, window=8)
     assert config("mistral-no-window") == replace(base, head_dim=8)
@@ -75,6 +92,39 @@ def test_keys_that_are_missing_have_transformers_defaults(
     assert open_checkpoint(edit(folder, dict.fromkeys(missing))).config == wanted
 
 
+@pytest.mark.parametrize(
+    ("scaling", "wanted"),
+    [
+        (YARN | {"attention_factor": 1.0}, RopeScaling("yarn", 4.0, original_context=64)),
+        (YARN | {"factor": None, "original_max_position_embeddings": 32, "attention_factor": 1.0},
+         RopeScaling("yarn", 2.0, original_context=32)),
+        (LONGROPE, RopeScaling("longrope", original_context=64, factors=(1.0, 1.0), long_factors=(1.0, 2.0))),
+        (LONGROPE | {"type": "su", "rope_type": None},
+         RopeScaling("longrope", original_context=64, factors=(1.0, 1.0), long_factors=(1.0, 2.0))),
+    ],
+)  # fmt: skip
+def test_keys_of_scaling_that_are_missing(
+    copy: Callable[[str], Path], scaling: dict[str, Any], wanted: RopeScaling
+) -> None:
+    assert open_checkpoint(edit(copy("llama"), {"rope_parameters": scaling})).config.rope_scaling == wanted
+
+
+@pytest.mark.parametrize(
+    "name", ["llama3", "llama-linear", "llama-yarn-mscale", "qwen3-yarn-attention", "llama-longrope"]
+)
+def test_what_is_written_is_read(name: str) -> None:
+    config = open_checkpoint(HF / f"{name}-0").config
+    written = json.loads(json.dumps(config_json(config, "float32", {})))
+    assert config_of(Keys(written, "config.json", "configuration")) == config
+
+
+def test_what_config_json_cannot_hold() -> None:
+    config = open_checkpoint(HF / "llama-linear-0").config
+    config = replace(config, rope_scaling=RopeScaling("linear", 4.0, attention_factor=2.0))
+    with pytest.raises(UnsupportedError, match="no attention factor for linear"):
+        config_json(config, "float32", {})
+
+
 def test_layer_types_of_a_mistral(copy: Callable[[str], Path]) -> None:
     """transformers' AutoModel makes a Ministral of it."""
     folder = copy("mistral")
@@ -106,8 +156,8 @@ def test_null_is_no_window(copy: Callable[[str], Path]) -> None:
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}"),
         ("mistral", {"num_local_experts": 8}, "num_local_experts is 8"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope_type of rope_parameters is 'yarn'"),
-        ("llama", {"rope_scaling": {"type": "longrope", "factor": 2.0}}, "rope_type of rope_scaling is 'longrope'"),
+        ("llama", {"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}, "rope_type of rope_parameters is 'ntk'"),
+        ("llama", {"rope_scaling": {"type": "mrope", "factor": 2.0}}, "rope_type of rope_scaling is 'mrope'"),
         ("llama", {"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor is 0.5"),
         ("llama", {"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "one set for all layers is"),
         ("qwen2-tied-window", {"layer_types": ["full_attention", "sliding_attention"]}, "1 of 2 layers a sliding"),
@@ -145,6 +195,17 @@ def test_what_is_not_computed_is_named(
         ({"rope_parameters": {"rope_type": "linear"}}, "key factor"),
         ({"rope_parameters": {"rope_type": "linear", "factor": 0.5}}, "factor must be at least 1"),
         ({"rope_parameters": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1}}, "key high_freq_factor"),
+        ({"rope_parameters": YARN | {"factor": 0.5}}, "factor must be at least 1"),
+        ({"rope_parameters": YARN | {"beta_slow": 64.0}}, "0 < beta_slow <= beta_fast"),
+        ({"rope_parameters": YARN | {"truncate": 1}}, "key truncate"),
+        ({"rope_parameters": YARN | {"rope_theta": 1.0}}, "rope_theta above 1"),
+        ({"rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": -9.0}}, "key mscale_all_dim"),
+        ({"rope_parameters": YARN | {"attention_factor": 0}}, "attention_factor must be positive"),
+        ({"rope_parameters": {"rope_type": "longrope", "short_factor": [1.0, 1.0]}}, "key long_factor"),
+        ({"rope_parameters": LONGROPE | {"long_factor": [1.0]}}, "2 pairs per head, found 1 factors"),
+        ({"rope_parameters": LONGROPE | {"long_factor": [1.0, "2"]}}, "key long_factor; expected a list of numbers"),
+        ({"rope_parameters": LONGROPE | {"short_factor": 1.0}}, "key short_factor; expected a list of numbers"),
+        ({"rope_parameters": LONGROPE | {"short_factor": [1.0, 0.0]}}, "factors must be positive"),
         ({"tie_word_embeddings": 1}, "key tie_word_embeddings"),
         ({"eos_token_id": "2"}, ""),  # generation_config.json is asked first
     ],
