@@ -126,7 +126,7 @@ def hf_torch(folder: Path) -> Path:
     table = {}
     for part in range(2):
         name = f"pytorch_model-{part + 1:05}-of-00002.bin"
-        save_torch(folder / name, {key: arrays[key] for key in names[part::2]})
+        save_torch(folder / name, {key: arrays[key] for key in names[part::2]}, protocol=2 + 2 * part)
         table |= dict.fromkeys(names[part::2], name)
     (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": table}))
     return folder

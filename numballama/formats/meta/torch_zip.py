@@ -291,8 +291,8 @@ _OPCODES = (
     pickle.BINPUT, pickle.LONG_BINPUT, pickle.BINGET, pickle.LONG_BINGET, pickle.BININT, pickle.BININT1,
     pickle.BININT2, pickle.LONG1, pickle.BINFLOAT, pickle.BINUNICODE, pickle.SHORT_BINUNICODE,
 )  # fmt: skip
-"""Operations that are inherited from the standard unpickler; `_Unpickler` adds three. All others are refused, among
-them STACK_GLOBAL, INST, OBJ, NEWOBJ and EXT, which can name or call other objects.
+"""Operations that are inherited from the standard unpickler; `_Unpickler` adds four. All others are refused, among
+them INST, OBJ, NEWOBJ and EXT, which can name or call other objects.
 """
 
 
@@ -314,6 +314,13 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         if (module, name) not in _GLOBALS:
             raise _RefusedError(f"{module}.{name}")
         return _GLOBALS[module, name]
+
+    def load_stack_global(self) -> None:
+        """Protocol 4's GLOBAL, whose two texts lie on the stack."""
+        name, module = self.stack.pop(), self.stack.pop()
+        if not isinstance(name, str) or not isinstance(module, str):
+            raise ValueError("a global whose name is no text")
+        self.stack.append(self.find_class(module, name))
 
     def persistent_load(self, pid: object) -> _Storage:
         """`pid` is ("storage", its class, the name of its member, a device, the number of elements)."""
@@ -348,6 +355,7 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         self.stack.pop()
 
     dispatch = _Dispatch({code[0]: pickle._Unpickler.dispatch[code[0]] for code in _OPCODES})  # type: ignore[attr-defined]
+    dispatch[pickle.STACK_GLOBAL[0]] = load_stack_global
     dispatch[pickle.SETITEM[0]] = load_setitem
     dispatch[pickle.SETITEMS[0]] = load_setitems
     dispatch[pickle.BUILD[0]] = load_build

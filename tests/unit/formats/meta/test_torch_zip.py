@@ -22,6 +22,7 @@ from numballama.files import map_file
 from numballama.formats.meta import torch_zip
 from numballama.formats.meta.torch_zip import TorchFile
 from numballama.loader import open_checkpoint
+from tests.helpers.torch_files import protocol_4
 
 # ---- pickles ----
 
@@ -188,6 +189,23 @@ def test_a_file_is_not_larger_than_it_is(tmp_path: Path, strides: bytes) -> None
     path = archive(tmp_path / "m.pth", table(tensor(strides=strides)), {"0": bytes(64)})
     with pytest.raises(UnsupportedError, match="tensor w repeats its elements"):
         TorchFile(map_file(path))
+
+
+def test_protocols_4_and_5(tmp_path: Path) -> None:
+    """Their names lie on the stack, and are looked up in the same table of three functions."""
+    numbers = np.arange(16, dtype=np.float32)
+    for data in (protocol_4(table(tensor())), protocol_4(table(tensor())).replace(b"\x80\4", b"\x80\5", 1)):
+        found = TorchFile(map_file(archive(tmp_path / "m.pth", data, {"0": numbers.tobytes()})))
+        np.testing.assert_array_equal(found.view("w").data, numbers.reshape(4, 4))
+    for data, message in (
+        (b"\x80\4\x8c\2os\x8c\6system\x93\x8c\4true\x85R.", r"refused.*found os\.system"),
+        (b"\x80\4\x8c\5torch\x8c\rload.__call__\x93.", r"refused.*found torch\.load\.__call__"),
+        (b"\x80\4K\1\x8c\4load\x93.", "a global whose name is no text"),
+        (b"\x80\4\x8c\5torch})\x93.", "a global whose name is no text"),
+        (b"\x80\4\x93.", "damaged pickle"),
+    ):
+        with pytest.raises(FormatError, match=message):
+            TorchFile(map_file(archive(tmp_path / "m.pth", data)))
 
 
 def test_types_of_storages_that_are_named(tmp_path: Path) -> None:
