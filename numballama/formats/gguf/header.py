@@ -166,12 +166,19 @@ class Header:
 
         return self._get(key, "true or false", lambda f: f.type is ValueType.BOOL and not f.array, decode, default)
 
-    def text(self, key: str, default: str | None = None) -> str | None:
-        """The string under a key."""
+    def text(self, key: str, default: str | None = None, notes: list[str] | None = None) -> str | None:
+        """The string under a key. Bytes that are not UTF-8 are an error, or U+FFFD and one of `notes` if given."""
 
         def decode(field: Field) -> str:
             length = _U64.unpack_from(self._data, field.offset)[0]
-            return self._utf8(self._data[field.offset + 8 : field.offset + 8 + length], field.offset, key)
+            data = self._data[field.offset + 8 : field.offset + 8 + length]
+            try:
+                return self._utf8(data, field.offset + 8, key)
+            except FormatError as error:
+                if notes is None:
+                    raise
+                notes.append(f"{error}; such bytes are read as \ufffd")
+                return data.decode(errors="replace")
 
         return self._get(key, "a string", lambda f: f.type is ValueType.STRING and not f.array, decode, default)
 
@@ -246,7 +253,8 @@ class Header:
         try:
             return data.decode(errors=errors)
         except UnicodeDecodeError as error:
-            raise self._fault(f"{what} is not UTF-8", where, "UTF-8", data[error.start : error.start + 4]) from None
+            found = data[error.start : error.start + 4]
+            raise self._fault(f"{what} is not UTF-8", where + error.start, "UTF-8", found) from None
 
     def _value_type(self, key: str) -> ValueType:
         where, number = self._at, self._read(_U32, f"the type of {key}")

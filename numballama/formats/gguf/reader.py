@@ -88,6 +88,7 @@ def read(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
     """
     header, notes = open_header(file)
     _require_supported(header)
+    templates = chat_templates(header, notes)
     config = _config(header)
     weights = {name: _weight(header, name, shape) for name, shape in config.weight_shapes().items()}
     known = {ROPE_FACTORS, *LONGROPE_FACTORS, *(TENSOR_NAMES[name] for name in weights)}
@@ -102,7 +103,7 @@ def read(file: MappedFile, load_tokenizer: bool = True) -> Checkpoint:
         config=config,
         weights=weights,
         stop_token_ids=tuple(token for token in ends if token is not None and 0 <= token < config.vocab_size),
-        chat_templates=chat_templates(header),
+        chat_templates=templates,
         notes=notes + _conversions(weights),
     )
     stated = header.integer(key := f"{_architecture(header)}.vocab_size", config.vocab_size)

@@ -55,12 +55,15 @@ def read_gguf_tokenizer(header: Header) -> Tokenizer | None:
     )
 
 
-def chat_templates(header: Header) -> dict[str, str]:
-    """Name → chat template: `tokenizer.chat_template` is "default", `tokenizer.chat_template.NAME` is NAME."""
+def chat_templates(header: Header, notes: list[str]) -> dict[str, str]:
+    """Name → chat template: `tokenizer.chat_template` is "default", `tokenizer.chat_template.NAME` is NAME.
+
+    A note says if one is not UTF-8, which for llama.cpp is no reason to refuse the file.
+    """
     key = "tokenizer.chat_template"
     names = {"default": key}
     names |= {name.removeprefix(f"{key}."): name for name in header.fields if name.startswith(f"{key}.")}
-    return {name: text for name, full in names.items() if (text := header.text(full))}
+    return {name: text for name, full in names.items() if (text := header.text(full, notes=notes))}
 
 
 def template_tokens(header: Header, tokenizer: Tokenizer) -> dict[str, str]:
@@ -149,7 +152,7 @@ def _stripping(header: Header, pieces: Sequence[bytes], types: Sequence[int]) ->
     """Ids of added tokens that white space after them belongs to. GGUF does not say it. As in llama.cpp, they are those
     of models whose name has "phi-3".
     """
-    name = (header.text("general.name") or "").lower()
+    name = (header.text("general.name", notes=[]) or "").lower()
     if "phi-3" not in name and "phi3" not in name:
         return frozenset()
     added = (PieceType.CONTROL, PieceType.USER_DEFINED, PieceType.UNKNOWN)

@@ -207,6 +207,24 @@ def test_longrope_wants_both_its_tensors(tmp_path: Path) -> None:
         open_checkpoint(scaled(tmp_path, "longrope"))
 
 
+def test_texts_that_are_not_utf_8(tmp_path: Path) -> None:
+    """A chat template is read with a note, a name without one; what decides how the model is read is an error."""
+    path, key = save(tmp_path / "m.gguf"), "tokenizer.chat_template"
+    plain, template = path.read_bytes(), b"{{ x }}{# caf\xe9 #}"
+    path.write_bytes(edited(path, {key: entry(key, STRING, text(template))}))
+    opened = open_checkpoint(path)
+    assert opened.chat_templates == {"default": "{{ x }}{# caf\ufffd #}"}
+    (note,) = [note for note in opened.notes if "UTF-8" in note]
+    assert f"{key} is not UTF-8; at byte {path.read_bytes().index(0xE9):,}; expected UTF-8; found b'\\xe9 #}}'" in note
+    path.write_bytes(plain)
+    path.write_bytes(edited(path, {"general.name": entry("general.name", STRING, text(b"phi-3 \xff"))}))
+    assert not [note for note in open_checkpoint(path).notes if "UTF-8" in note]
+    path.write_bytes(plain)
+    path.write_bytes(edited(path, {"general.type": entry("general.type", STRING, text(b"\xff"))}))
+    with pytest.raises(FormatError, match=r"general\.type is not UTF-8"):
+        open_checkpoint(path)
+
+
 def test_outer_dimensions_of_1(tmp_path: Path) -> None:
     """Some writers give every tensor four dimensions; ggml's tensors always have four."""
     path = save(tmp_path / "m.gguf")
