@@ -79,8 +79,13 @@ def read_tokenizer_json(file: MappedFile, settings: TokenSettings) -> LibraryTok
     from tokenizers import Tokenizer as Library  # 0.03 s to import
     from tokenizers import models
 
+    data = file.data[:].removeprefix(BOM_UTF8)
+    try:
+        with library_errors("not a tokenizer.json", file.path):
+            library = Library.from_buffer(data)
+    except FormatError as error:
+        raise _bad_merge(data, file.path) or error from None
     with library_errors("not a tokenizer.json", file.path):
-        library = Library.from_buffer(file.data[:].removeprefix(BOM_UTF8))
         library.no_truncation()
         library.no_padding()
         if getattr(library.model, "dropout", None):  # of training: ids would be random
@@ -91,6 +96,33 @@ def read_tokenizer_json(file: MappedFile, settings: TokenSettings) -> LibraryTok
         with library_errors("not a tokenizer.json", file.path):
             _use_class(library, settings)
     return tokenizer_of(library, settings, file.path)
+
+
+def _bad_merge(data: bytes, path: Path) -> FormatError | None:
+    """The error for the first merge that is none of two tokens to a third. The library names the token, not the merge.
+
+    None for files that have another fault.
+    """
+    try:
+        model = json.loads(data)["model"]
+        vocabulary, merges, prefix = model["vocab"], model["merges"], model.get("continuing_subword_prefix") or ""
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return None
+    if not isinstance(vocabulary, dict) or not isinstance(merges, list) or not isinstance(prefix, str):
+        return None
+    for number, merge in enumerate(merges):
+        pair = merge.split(" ") if isinstance(merge, str) else merge
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(part, str) for part in pair):
+            expected, found = "two tokens", repr(merge)[:80]
+        elif lost := [part for part in (*pair, pair[0] + pair[1][len(prefix) :]) if part not in vocabulary]:
+            expected, found = "two tokens of model.vocab that join to a third", f"no token {lost[0][:80]!r}"
+            found += f" for {' and '.join(repr(part[:40]) for part in pair)}; vocabulary and merges are of two "
+            found += "tokenizers, or one of them was cut: take the model's own file"
+        else:
+            continue
+        where = f"model.merges, number {number:,}"
+        return FormatError("bad merges", path=path, where=where, expected=expected, found=found)
+    return None
 
 
 def tokenizer_of(library: Library, settings: TokenSettings, path: Path, notes: Sequence[str] = ()) -> LibraryTokenizer:

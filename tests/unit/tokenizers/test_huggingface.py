@@ -288,7 +288,23 @@ def test_what_a_directory_says(tmp_path: Path) -> None:
         (
             "tokenizer",
             '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": [["a", "b"]]}}',
-            "not a",
+            r"bad merges; at model\.merges, number 0; expected two tokens of model\.vocab that join to a third; "
+            "found no token 'b' for 'a' and 'b'; vocabulary and merges are of two tokenizers",
+        ),
+        (
+            "tokenizer",
+            '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0, "b": 1}, "merges": ["a b"]}}',
+            "number 0.*found no token 'ab' for 'a' and 'b'",
+        ),
+        (
+            "tokenizer",
+            '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0, "aa": 2}, "merges": ["a a", "aa"]}}',
+            "number 1; expected two tokens; found 'aa'$",
+        ),
+        (
+            "tokenizer",
+            '{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": null}}',
+            r"not a tokenizer\.json; found Cannot instantiate",
         ),
     ],
 )
