@@ -63,8 +63,8 @@ def _yarn_ramp(config: ModelConfig, scaling: RopeScaling) -> list[float]:
     """Like `_llama3_ramp`; between the pairs that rotate `beta_fast` and `beta_slow` times in the original context."""
 
     def pair(rotations: float) -> float:
-        ratio = scaling.original_context / (rotations * 2 * math.pi)
-        return config.head_dim * math.log(ratio) / (2 * math.log(config.rope_theta))
+        wavelengths = math.log(scaling.original_context) - math.log(rotations * 2 * math.pi)
+        return config.head_dim * wavelengths / (2 * math.log(config.rope_theta))
 
     low, high = pair(scaling.beta_fast), pair(scaling.beta_slow)
     if scaling.truncate:

@@ -36,13 +36,14 @@ from typing import Literal
 import numpy as np
 
 import numballama
-from numballama.config import ModelConfig
+from numballama.config import ModelConfig, RopeScaling
 from numballama.errors import Error
 from numballama.formats.gguf.writer import write_gguf
 from numballama.formats.hf.writer import write_safetensors
 from numballama.loader import open_checkpoint
 from numballama.quantization.convert import convert
 from numballama.quantization.types import BF16, BLOCKS, F16
+from numballama.rope import rope_frequencies
 from tests.helpers import fuzz_tokenizers
 from tests.helpers.gguf_files import HALVES, letters, random_blocks, split
 from tests.helpers.hf_files import tensors
@@ -78,6 +79,15 @@ def gguf_blocks(folder: Path) -> Path:
 def gguf_small(folder: Path) -> Path:
     """The smallest file: mutations meet the directory more often."""
     config, path = ModelConfig(32, 32, 1, 2, 1, 270, 16), folder / "m.gguf"
+    write_gguf(path, config, random_checkpoint(config).weights)
+    return path
+
+
+def gguf_scaled(folder: Path) -> Path:
+    """RoPE scaling with numbers in the metadata and factors in tensors."""
+    factors = (1.0, 2.0, 2.0, 5.0)
+    scaling = RopeScaling("longrope", original_context=8, factors=factors, long_factors=factors, attention_factor=1.5)
+    config, path = ModelConfig(16, 24, 1, 2, 1, 40, 16, rope_scaling=scaling), folder / "m.gguf"
     write_gguf(path, config, random_checkpoint(config).weights)
     return path
 
@@ -146,6 +156,7 @@ def hf_quantized(method: Literal["mlx", "gptq", "awq"]) -> Maker:
 FORMATS: dict[str, Maker] = {
     "gguf": gguf_blocks,
     "gguf-small": gguf_small,
+    "gguf-scaled": gguf_scaled,
     "gguf-split": gguf_split,
     "llama2c-v0": binary("llama2c-v0"),
     "llama2c-v1": binary("llama2c-v1"),
@@ -159,13 +170,15 @@ FORMATS: dict[str, Maker] = {
     "hf-gptq": hf_quantized("gptq"),
     "hf-awq": hf_quantized("awq"),
     "hf-settings": golden("hf", "llama3-0"),
+    "hf-yarn": golden("hf", "llama-yarn-mscale-0"),
+    "hf-longrope": golden("hf", "llama-longrope-0"),
     "meta": golden("meta", "llama2"),
     "meta-parts": golden("meta", "llama3.1-2-parts"),
     **fuzz_tokenizers.MAKERS,
 }
 """Name → what writes a valid model of that format."""
 
-KEPT = {"hf-settings": ".safetensors"}
+KEPT = dict.fromkeys(("hf-settings", "hf-yarn", "hf-longrope"), ".safetensors")
 """Name → suffix of the files that are never damaged: `config.json` and `generation_config.json` are the others."""
 
 
@@ -311,6 +324,8 @@ def examine(path: Path) -> None:
         if weight.nbytes != weight.type.nbytes(math.prod(weight.shape)):
             raise AssertionError(f"{weight.type} of shape {weight.shape} in {weight.nbytes} bytes")
         weight.data.view(np.uint8).max()
+    if not all(map(math.isfinite, rope_frequencies(opened.config, 64))):
+        raise AssertionError(f"frequencies of {opened.config}")
     if (tokenizer := opened.tokenizer) is not None:
         tokenizer.decode(range(tokenizer.vocab_size))
         with contextlib.suppress(Error):  # a vocabulary may lack what a text needs

@@ -67,6 +67,11 @@ def test_yarn_keeps_fast_pairs_and_divides_slow_ones() -> None:
     assert (exact[low + 1 : high] != divisors[low + 1 : high]).all()
 
 
+def test_no_beta_is_too_small_for_yarn() -> None:
+    scaling = RopeScaling("yarn", 8.0, beta_slow=5e-324, original_context=1 << 31)
+    assert all(1 <= divisor <= 8 for divisor in rope_divisors(scaled(scaling)))
+
+
 def test_longrope_takes_its_long_factors_beyond_the_original_context() -> None:
     scaling = RopeScaling("longrope", original_context=32, factors=(1.5,) * 32, long_factors=(4.0,) * 32)
     plain = np.array(rope_frequencies(CONFIG))
