@@ -419,6 +419,7 @@ def test_a_real_server(browser: Browser, model: Model, tmp_path: Path) -> None:
         browser.troubles.clear()
         browser.open(f"{server.url}/")
         browser.wait("document.querySelector('#model').textContent")
+        choose(browser, max_tokens="100")  # three answers fit the context of 512, whatever is sampled
         assert say(browser, "Tell me of a dog that found a big red ball in the park, and of his friend the cat.")
         assert "tokens/s" in browser.run(f"{FIGURES}.at(-1)")
         assert say(browser, "And then?", answers=2)
