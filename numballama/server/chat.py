@@ -14,7 +14,7 @@ from .content_tokens import Written
 from .http import DONE, JsonResponse
 from .logprobs import chat_logprobs
 from .protocol import ChatRequest
-from .tools.events import CallArguments, CallStart, Content, Reasoning
+from .tools.events import CallArguments, CallStart, Content, Event, Reasoning
 
 KIND, CHUNK_KIND = "chat.completion", "chat.completion.chunk"
 
@@ -46,6 +46,7 @@ class WholeMessage:
     """All events of one answer together."""
 
     def __init__(self) -> None:
+        self.events: list[Event] = []
         self.content = self.reasoning = ""
         self.calls: list[dict[str, Any]] = []
         self.tokens: list[int] = []
@@ -56,6 +57,7 @@ class WholeMessage:
         self.stop_reason: str | int | None = None
 
     def add(self, found: Events) -> None:
+        self.events += found.events
         for event in found.events:
             match event:
                 case Content(text):

@@ -17,7 +17,7 @@ from .logprobs import token_text
 from .params import restriction_fields, sampling_params
 from .protocol import AllowedTools, ChatRequest, Message, NamedTool, Tool, template_message
 from .tools.definitions import check_tools
-from .tools.events import CallStart, Event, merge
+from .tools.events import CallStart, Content, Event, merge
 from .tools.formats import ToolFormat
 from .tools.parser import Parser
 
@@ -55,6 +55,7 @@ class Chat:
     """The answers to one request. `events` yields them as they come.
 
     `one_call`: an answer ends where its second call begins. `content_tokens`: say which tokens the content is from.
+    `only_calls`: answers have no content; what looks like it is a call that was cut off before its name.
     """
 
     def __init__(
@@ -63,10 +64,11 @@ class Chat:
         parsers: Sequence[Parser],
         one_call: bool = False,
         content_tokens: bool = False,
+        only_calls: bool = False,
     ) -> None:
         self.generation = generation
         self._content = [ContentTokens() for _ in parsers] if content_tokens else None
-        self._parsers, self._one_call = parsers, one_call
+        self._parsers, self._one_call, self._only_calls = parsers, one_call, only_calls
         self.reasoning_tokens = 0
         """Generated tokens so far that are reasoning, its markers included."""
         self._undecided = [0] * len(parsers)  # tokens that may turn out to begin reasoning
@@ -103,6 +105,8 @@ class Chat:
             events += rest
             if self._content is not None:
                 content += self._content[choice].settle(rest)
+        if self._only_calls:
+            events, content = [event for event in events if not isinstance(event, Content)], []
         starts = [index for index, event in enumerate(events) if isinstance(event, CallStart)]
         keep = 1 - self._calls[choice]
         self._calls[choice] += len(starts)
@@ -173,7 +177,7 @@ async def start(
         if not forced or error.param != "tools":
             raise
         raise await service.run(_with_place, error, service, request, offered or [], callable_ or []) from None
-    return Chat(generation, parsers, request.parallel_tool_calls is False, content_tokens)
+    return Chat(generation, parsers, request.parallel_tool_calls is False, content_tokens, must_call(request))
 
 
 # Tools
@@ -208,6 +212,14 @@ def callable_tools(request: ChatRequest, offered: list[Tool] | None) -> list[Too
     return [tool for tool in offered if tool.function.name in choice.names]
 
 
+def must_call(request: ChatRequest) -> bool:
+    """Whether `tool_choice` leaves no other answer than calls."""
+    choice = request.tool_choice
+    if isinstance(choice, AllowedTools):
+        return choice.allowed_tools.mode == "required"
+    return choice == "required" or isinstance(choice, NamedTool)
+
+
 def forced_call(form: ToolFormat, request: ChatRequest, offered: list[Tool] | None, thinking: bool) -> dict[str, str]:
     """The fields of `SamplingParams` that restrict calls as `tool_choice` asks, or none where it does not.
 
@@ -217,7 +229,7 @@ def forced_call(form: ToolFormat, request: ChatRequest, offered: list[Tool] | No
     mode, parallel = "required", request.parallel_tool_calls is not False
     if isinstance(choice, NamedTool):
         allowed, parallel = [tool for tool in offered or [] if tool.function.name == choice.function.name], False
-    elif choice != "required" and not (isinstance(choice, AllowedTools) and choice.allowed_tools.mode == "required"):
+    elif not must_call(request):
         if allowed == offered or restriction_fields(request):
             return {}  # any tool may be called, or the text is restricted anyway and the parser knows the allowed ones
         mode = "auto"

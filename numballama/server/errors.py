@@ -103,6 +103,9 @@ def refused(error: Exception, param: str | None = None, fields: Mapping[str, str
     """
     message = str(error)
     if isinstance(error, ContextError):
+        for name in ("context", "kv_tokens"):
+            option = name.replace("_", "-")
+            message = message.replace(f"compile with {name}=", f"start the server with a larger --{option}")
         return ApiError(message, param=param, code="context_length_exceeded")
     if isinstance(error, DeviceError) or not isinstance(error, Error):
         return failed(error)

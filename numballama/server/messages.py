@@ -40,7 +40,7 @@ from .protocol import (
     Tool,
     ToolCall,
 )
-from .tools.events import CallArguments, CallStart, Content, Event, Reasoning
+from .tools.events import CallArguments, CallStart, Content, Event, Reasoning, merge
 
 
 class ResultPart(Model):
@@ -251,16 +251,17 @@ def _message(call: Call, chat: Chat, content: list[dict[str, Any]], stopped: dic
 
 
 def _content(message: WholeMessage) -> list[dict[str, Any]]:
-    """The blocks of a whole answer."""
+    """The blocks of a whole answer, in the order in which they were written."""
     content: list[dict[str, Any]] = []
-    if message.reasoning:
-        content.append({"type": "thinking", "thinking": message.reasoning, "signature": ""})
-    if message.content:
-        content.append({"type": "text", "text": message.content})
-    for made in message.calls:
-        function = made["function"]
-        arguments = _object(function["arguments"])
-        content.append({"type": "tool_use", "id": made["id"], "name": function["name"], "input": arguments})
+    for part in merge(message.events):
+        match part:
+            case Reasoning(text):
+                content.append({"type": "thinking", "thinking": text, "signature": ""})
+            case Content(text):
+                content.append({"type": "text", "text": text})
+            case CallStart(index, call_id, name):
+                arguments = _object(message.calls[index]["function"]["arguments"])
+                content.append({"type": "tool_use", "id": call_id, "name": name, "input": arguments})
     return content
 
 

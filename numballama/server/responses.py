@@ -14,7 +14,6 @@ from ..sampling import MAX_LOGPROBS
 from ..tokenizers.base import Tokenizer
 from . import chat_core
 from .call import Call
-from .chat import WholeMessage, whole_messages
 from .chat_core import Chat
 from .content_tokens import Written
 from .errors import ApiError
@@ -166,12 +165,13 @@ async def answer(call: Call, request: ResponsesRequest) -> Response:
         chat = await chat_core.start(call, chat_request(request), "input", request.wants_logprobs)
     except ApiError as error:
         raise error.renamed(NAMES) from None
+    writer = _Writer(call.service.tokenizer if request.wants_logprobs else None)
+    events = _events(call, request, chat, writer)
     if request.stream:
-        writer = _Writer(call.service.tokenizer if request.wants_logprobs else None)
-        return call.stream(chat.generation, _events(call, request, chat, writer), writer.error)
-    (message,) = await whole_messages(chat)
-    logprobs = _logprobs(call.service.tokenizer, message.content_tokens)
-    return JsonResponse(_response(call, request, chat, _output(message, logprobs), message.finish_reason))
+        return call.stream(chat.generation, events, writer.error)
+    async for _ in events:  # a whole answer is the last event's of its stream
+        pass
+    return JsonResponse(writer.response)
 
 
 def chat_request(request: ResponsesRequest) -> ChatRequest:
@@ -338,19 +338,6 @@ def _new_id(kind: str) -> str:
     return f"{kind}_{uuid.uuid4().hex}"
 
 
-def _output(message: WholeMessage, logprobs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The items of a whole answer. `logprobs`: entries of the tokens of its content."""
-    output = [_reasoning_item(_new_id("rs"), message.reasoning)] if message.reasoning else []
-    if message.content or not (message.calls or message.reasoning):
-        output.append(_message_item(_new_id("msg"), message.content, logprobs))
-    for made in message.calls:
-        function = made["function"]
-        output.append(_call_item(_new_id("fc"), made["id"], function["name"], function["arguments"]))
-    if message.finish_reason == "length":
-        output[-1]["status"] = "incomplete"
-    return output
-
-
 class _OpenItem:
     """The item of a stream that is being sent."""
 
@@ -377,6 +364,8 @@ class _Writer:
     def __init__(self, tokenizer: Tokenizer | None = None) -> None:
         self._tokenizer, self._number = tokenizer, -1
         self.items: list[dict[str, Any]] = []
+        self.response: dict[str, Any] = {}
+        """The response object, when all events are written."""
         self._open: _OpenItem | None = None
 
     @property
@@ -468,4 +457,5 @@ async def _events(call: Call, request: ResponsesRequest, chat: Chat, writer: _Wr
         yield writer.write([Content("")])
     status = "incomplete" if reason == "length" else "completed"
     yield writer.close(status)
-    yield writer.event(f"response.{status}", response=_response(call, request, chat, writer.items, reason))
+    writer.response = _response(call, request, chat, writer.items, reason)
+    yield writer.event(f"response.{status}", response=writer.response)

@@ -17,7 +17,9 @@ def plain_conversation(
 
     `instructions` are added to the system message, without `system_role` to the first message of the user. Calls become
     text of the assistant, spelled as the model is told to write them. The results that follow a message become one
-    message of the user. Raises `Error` as `tool_messages`.
+    message of the user, with the user's own text if it follows: many templates refuse two in a row.
+
+    Raises `Error` as `tool_messages`.
     """
     found: list[dict[str, Any]] = []
     results: dict[str, Any] | None = None
@@ -29,6 +31,10 @@ def plain_conversation(
                 found.append(results)
             else:
                 results["content"] += f"\n{result}"
+            continue
+        if results is not None and message.get("role") == "user":
+            found[-1] = _joined(message, results["content"], at_end=False)
+            results = None
             continue
         results = None
         if calls := message.pop("tool_calls", ()):

@@ -36,6 +36,14 @@ def test_what_the_engine_refuses(error: Exception, status: int, param: str | Non
     assert "secret" not in found.message
 
 
+def test_advice_is_for_those_who_start_a_server() -> None:
+    """The engine's errors speak to Python programs."""
+    message = refused(ContextError("and the context 512; shorten it, or compile with context=")).message
+    assert message == "and the context 512; shorten it, or start the server with a larger --context"
+    message = refused(ContextError("shorten it, or compile with kv_tokens=")).message
+    assert message == "shorten it, or start the server with a larger --kv-tokens"
+
+
 def test_failures() -> None:
     assert failed(Error("the logits are not numbers")).message == "the logits are not numbers"
     assert failed(ValueError("x")).status == 500 and failed(own := ApiError("a", 504)) is own

@@ -9,8 +9,10 @@ import pytest
 
 from numballama.model import Model
 from numballama.server.answers import MessagesAnswer
+from numballama.server.chat import WholeMessage
+from numballama.server.chat_core import Events
 from numballama.server.http import dumps
-from numballama.server.messages import MessagesRequest, _Writer, chat_request
+from numballama.server.messages import MessagesRequest, _content, _Writer, chat_request
 from numballama.server.protocol import parse, template_message
 from numballama.server.tools.events import CallArguments, CallStart, Content, Reasoning
 from tests.helpers.http_server import Answered, Running
@@ -76,6 +78,29 @@ def test_an_answer_continues_a_last_message_of_the_assistant(server: Running) ->
     assert (
         answer["usage"]["input_tokens"] + answer["usage"]["cache_read_input_tokens"] == chat["usage"]["prompt_tokens"]
     )
+
+
+def test_blocks_are_in_the_order_in_which_they_were_written() -> None:
+    message = WholeMessage()
+    written = [Content("a"), CallStart(0, "c0", "f"), CallArguments(0, '{"x"'), CallArguments(0, ": 1}"), Content("b")]
+    message.add(Events(0, [*written, Content("c"), CallStart(1, "c1", "g"), CallArguments(1, '{"y')]))
+    assert _content(message) == [
+        {"type": "text", "text": "a"},
+        {"type": "tool_use", "id": "c0", "name": "f", "input": {"x": 1}},
+        {"type": "text", "text": "bc"},
+        {"type": "tool_use", "id": "c1", "name": "g", "input": {}},
+    ]
+
+
+@pytest.mark.parametrize("tokens", [3, 12, 30, 50])
+def test_a_call_that_was_cut_is_no_text(server: Running, tokens: int) -> None:
+    tool = {"name": "look", "input_schema": {"type": "object", "properties": {}, "additionalProperties": False}}
+    body = GREEDY | {"max_tokens": tokens, "tools": [tool], "tool_choice": {"type": "any"}}
+    answer = server.post(PATH, body).json
+    assert {block["type"] for block in answer["content"]} <= {"tool_use"}
+    events = server.post(PATH, body | {"stream": True}).events
+    starts = [event["content_block"]["type"] for event in events if event["type"] == "content_block_start"]
+    assert starts == ["tool_use"] * len(answer["content"])
 
 
 def test_the_context_ends_an_answer(server: Running, model: Model) -> None:

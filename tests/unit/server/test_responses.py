@@ -141,6 +141,21 @@ ALLOWED = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "func
 TWO = [{"type": "function", "name": name, "parameters": {"type": "object"}} for name in ("look", "go")]
 
 
+@pytest.mark.parametrize("tokens", [3, 12, 30, 40, 50, 60])
+def test_whole_answers_are_those_of_streams(server: Running, tokens: int) -> None:
+    """Their items are in the same order, and a required call that was cut off before its name is no text."""
+    body = GREEDY | {"max_output_tokens": tokens, "tools": TWO, "tool_choice": "required"}
+    whole = [without_ids(item) for item in server.post(PATH, body).json["output"]]
+    events = server.post(PATH, body | {"stream": True}).events
+    assert whole == [without_ids(item) for item in events[-1]["response"]["output"]]
+    assert [item["type"] for item in whole] == ["function_call"] * len(whole) or whole[0]["content"][0]["text"] == ""
+    assert whole[-1]["status"] == "incomplete"
+
+
+def without_ids(item: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in item.items() if key not in ("id", "call_id")}
+
+
 def test_required_calls_of_some_tools(server: Running) -> None:
     assert converted(tools=TWO, tool_choice=ALLOWED).tool_choice.names == {"go"}
     body = GREEDY | {"max_output_tokens": 40, "tools": TWO, "tool_choice": ALLOWED}

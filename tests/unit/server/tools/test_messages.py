@@ -30,6 +30,17 @@ def test_calls_and_results_are_text() -> None:
     assert again["content"] == [{"type": "text", "text": "Again."}, {"type": "text", "text": first}]
 
 
+def test_what_the_user_says_after_results_is_in_one_message_with_them() -> None:
+    """As Anthropic's clients send it. Templates such as Llama 2's refuse two messages of the user in a row."""
+    for content in ("Go on.", [{"type": "text", "text": "Go on."}]):
+        *_, last = plain_conversation([*TALK[:4], {"role": "user", "content": content}], CallText(), None)
+        text = last["content"] if isinstance(content, str) else "".join(part["text"] for part in last["content"])
+        assert last["role"] == "user"
+        assert text.startswith("Results of the functions:\n") and text.endswith('"content": "two"}\n\nGo on.')
+    talk = plain_conversation([*TALK[:4], TALK[0], TALK[0]], CallText(), None)
+    assert [message["role"] for message in talk] == ["user", "assistant", "user", "user"], "only the first is theirs"
+
+
 def test_instructions_are_added_to_the_system_message() -> None:
     text = plain_conversation([{"role": "system", "content": "Be brief."}], CallText(), "Use functions.")
     assert text == [{"role": "system", "content": "Be brief.\n\nUse functions."}]
