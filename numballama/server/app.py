@@ -59,6 +59,7 @@ GETS = {
     "/metrics": "figures for Prometheus",
     "/openapi.json": "this document",
     "/props": "the model and the limits",
+    "/tokenizer_info": "the tokenizer, as vLLM describes it",
     "/v1/models": "the model, as a list",
     "/v1/models/{name:path}": "the model",
 }
@@ -81,6 +82,7 @@ def create_app(model: Model | None, settings: Settings | None = None) -> Starlet
         "/metrics": _metrics,
         "/openapi.json": _openapi,
         "/props": _props,
+        "/tokenizer_info": _tokenizer_info,
         "/v1/models": _models,
         "/v1/models/{name:path}": _model,
     }
@@ -208,6 +210,22 @@ async def _model(service: Service, request: HttpRequest) -> Response:
     if name != service.name:
         raise ApiError(f"there is no model {name!r:.200}", 404, param="model", code="model_not_found")
     return JsonResponse(_described(service))
+
+
+async def _tokenizer_info(service: Service, request: HttpRequest) -> Response:
+    """What lm-eval asks for before it uses /tokenize. Names are those of tokenizer_config.json."""
+    tokenizer = service.tokenizer
+    bos, eos = (None if token is None else tokenizer.piece(token) for token in (tokenizer.bos_id, tokenizer.eos_id))
+    return JsonResponse(
+        {
+            "tokenizer_class": type(tokenizer).__name__,
+            "vocab_size": tokenizer.vocab_size,
+            "model_max_length": service.model.context,
+            "bos_token": bos,
+            "eos_token": eos,
+            "chat_template": await service.run(lambda: service.chat_template),
+        }
+    )
 
 
 async def _props(service: Service, request: HttpRequest) -> Response:

@@ -401,6 +401,9 @@ def test_models_and_properties(server: Running, model: Model) -> None:
     props = server.get("/props").json
     assert props["total_slots"] == 4 and "[INST]" in props["chat_template"] and props["bos_token"] == "<s>"
     assert "/" not in json.dumps(props["model_name"])
+    info = server.get("/tokenizer_info").json
+    assert (info["bos_token"], info["eos_token"], info["vocab_size"]) == ("<s>", "</s>", model.config.vocab_size)
+    assert info["chat_template"] == props["chat_template"] and info["model_max_length"] == model.context
 
 
 def test_names_and_templates_of_the_operator(model: Model) -> None:
