@@ -204,7 +204,7 @@ def protected(settings: Settings, address: Address) -> Settings:
     if not address.is_loopback:
         log.warning("%s can be reached from other machines, and no API key is needed: use --api-key", address.host)
     elif settings.allowed_hosts is None:
-        return replace(settings, allowed_hosts=(*LOOPBACK_NAMES, address.host))
+        return replace(settings, allowed_hosts=tuple(dict.fromkeys([*LOOPBACK_NAMES, address.host])))
     return settings
 
 

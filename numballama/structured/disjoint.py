@@ -6,6 +6,7 @@ llguidance does not look behind `$ref`, nor at which names a closed object may h
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -23,6 +24,31 @@ MAX_LEVELS = 3
 """Most levels of properties in properties that are compared."""
 
 
+SIZES = {"string": ("minLength", "maxLength"), "array": ("minItems", "maxItems"), "number": ("minimum", "maximum")}
+"""Type → the keywords of its least and greatest size, or value."""
+FORMATS = frozenset({"date", "time", "date-time", "duration", "email", "ipv4", "ipv6", "uuid"})
+"""Formats of which no text has two."""
+
+
+@dataclass(frozen=True)
+class _Range:
+    """Where a size or a number lies. `open_low`, `open_high`: not at that end itself."""
+
+    low: float = -math.inf
+    high: float = math.inf
+    open_low: bool = False
+    open_high: bool = False
+
+    def __and__(self, other: _Range) -> _Range:
+        low = max((self.low, self.open_low), (other.low, other.open_low))
+        high = min((self.high, not self.open_high), (other.high, not other.open_high))
+        return _Range(low[0], high[0], low[1], not high[1])
+
+    @property
+    def is_empty(self) -> bool:
+        return self.low > self.high or (self.low == self.high and (self.open_low or self.open_high))
+
+
 @dataclass
 class _Facts:
     """What a value of a schema is known to have. There may be more."""
@@ -35,6 +61,10 @@ class _Facts:
     """Name → schemas that its value must fit if it is there."""
     names: set[str] | None = None
     """Names of the properties that are possible; None: any."""
+    ranges: dict[str, _Range] = field(default_factory=lambda: dict.fromkeys(SIZES, _Range()))
+    formats: set[str] = field(default_factory=set)
+    first: list[Any] = field(default_factory=list)
+    """Schemas that the first element of an array must fit if it has one."""
 
 
 class Options:
@@ -61,8 +91,22 @@ class Options:
             return True
         if one.constants is not None and other.constants is not None and not one.constants & other.constants:
             return True
-        if kinds != {"object"}:
+        return all(self._differ_as(kind, one, other, levels) for kind in kinds)
+
+    def _differ_as(self, kind: str, one: _Facts, other: _Facts, levels: int) -> bool:
+        """Whether no value of this type is as both say."""
+        if kind == "object":
+            return self._differ_as_objects(one, other, levels)
+        if kind not in SIZES:
             return False
+        both = one.ranges[kind] & other.ranges[kind]
+        if both.is_empty or (kind == "string" and len((one.formats | other.formats) & FORMATS) > 1):
+            return True
+        if kind == "array" and both.low >= 1 and levels and self._left >= 0:
+            return self._differ(self._facts(one.first), self._facts(other.first), levels - 1)
+        return False
+
+    def _differ_as_objects(self, one: _Facts, other: _Facts, levels: int) -> bool:
         needed = one.required | other.required
         self._left -= len(needed) + 1
         for names in (one.names, other.names):
@@ -97,6 +141,11 @@ class Options:
             found.required |= set(required)
             for name, schema in properties.items():
                 found.properties.setdefault(name, []).append(schema)
+            for kind, (least, most) in SIZES.items():
+                found.ranges[kind] &= _range(part, least, most)
+            if isinstance(part.get("format"), str):
+                found.formats.add(part["format"])
+            found.first += _first(part)
             if part.get("additionalProperties") is False and "patternProperties" not in part:
                 found.names = set(properties) if found.names is None else found.names & set(properties)
         return found
@@ -115,6 +164,32 @@ class Options:
                     waiting.append(_target(self._root, ref))
             elif isinstance(part, Mapping):
                 waiting.extend(part.get("allOf", ())[:MAX_PARTS])
+
+
+def _range(schema: Mapping[str, Any], least: str, most: str) -> _Range:
+    """The range of a pair of keywords. "exclusiveMinimum" is a number, or in draft 4 says how "minimum" is meant."""
+    found = _Range(_number(schema.get(least), -math.inf), _number(schema.get(most), math.inf))
+    if least != "minimum":
+        return found
+    low, high = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
+    found = _Range(found.low, found.high, low is True, high is True)
+    low, high = _number(low, -math.inf), _number(high, math.inf)
+    return found & _Range(low, high, low > -math.inf, high < math.inf)
+
+
+def _number(value: object, default: float) -> float:
+    """A number, exactly or rounded as a double; `default` for what is none."""
+    return value if isinstance(value, int | float) and not isinstance(value, bool) else default
+
+
+def _first(schema: Mapping[str, Any]) -> list[Any]:
+    """The schema of an array's first element, if there is one."""
+    items, listed = schema.get("items"), schema.get("prefixItems")
+    if isinstance(items, list):
+        listed = items
+    if isinstance(listed, list) and listed:
+        return [listed[0]]
+    return [items] if isinstance(items, Mapping | bool) else []
 
 
 def _target(root: Mapping[str, Any], ref: str) -> Any:

@@ -190,6 +190,14 @@ def test_loopback(host: str, loopback: bool) -> None:
     assert Address(host).is_loopback is loopback
 
 
+def test_names_that_requests_may_use() -> None:
+    """Each once, in the error too that lists them."""
+    hosts = run.protected(Settings(), Address("127.0.0.1", 80)).allowed_hosts
+    assert hosts is not None and sorted(hosts) == ["127.0.0.1", "[::1]", "localhost"]
+    assert run.protected(Settings(), Address("127.0.0.2", 80)).allowed_hosts == (*hosts, "127.0.0.2")
+    assert run.protected(Settings(api_keys=("k",)), Address("127.0.0.1", 80)).allowed_hosts is None
+
+
 def test_a_line_of_json() -> None:
     record = logging.LogRecord("x", logging.ERROR, "f", 1, "a %s", ("b",), None)
     record.fields = {"status": 200}

@@ -50,6 +50,17 @@ def is_any_of(*options: Any, **beside: Any) -> bool:
         [{"enum": [1, "a"]}, {"const": 2}],
         [False, {}],
         [OBJECT | X, OBJECT | Y | {"properties": {"y": {}, "x": False}}],
+        [{"type": "string", "maxLength": 3}, {"type": "string", "minLength": 4}],
+        [{"type": "integer", "maximum": 4}, {"type": "number", "minimum": 4.5}],
+        [{"type": "number", "exclusiveMaximum": 4}, {"type": "number", "minimum": 4}],
+        [{"type": "number", "maximum": 4}, {"type": "number", "minimum": 4, "exclusiveMinimum": True}],
+        [{"type": "string", "format": name} for name in ("ipv4", "ipv6", "uuid", "date", "time", "date-time", "email")],
+        [{"type": "array", "maxItems": 1}, {"type": "array", "minItems": 2}],
+        [{"type": "array", "items": {"type": "integer"}, "minItems": 1}, {"type": "array", "items": refs("text")[0]}],
+        [{"type": "array", "prefixItems": [{"type": "integer"}], "items": {"type": "string"}, "minItems": 1},
+         {"type": "array", "items": {"type": "string"}, "minItems": 1}],
+        [OBJECT | {"properties": {"n": {"type": "integer", "minimum": 1}}, "required": ["n"]},
+         OBJECT | {"properties": {"n": {"type": "integer", "maximum": 0}}, "required": ["n"]}],
         [OBJECT | {"properties": {"x": OBJECT | {"properties": {"y": {"$ref": "#/$defs/text"}}, "required": ["y"]}}},
          OBJECT | {"properties": {"x": OBJECT | {"properties": {"y": {"$ref": "#/$defs/number"}}}}, "required": ["x"]}],
     ],
@@ -74,6 +85,12 @@ def test_options_that_cannot_hold_at_once(options: list[Any]) -> None:
         [{"additionalProperties": False} | X, {"additionalProperties": False} | Y],  # any text fits both
         [CLOSED | X | {"patternProperties": {"y": {}}}, OBJECT | Y],
         [{"type": "string", "pattern": "a"}, {"type": "string", "pattern": "b"}],
+        [{"type": "string", "maxLength": 3}, {"type": "string", "minLength": 3}],
+        [{"maxLength": 3}, {"minLength": 4}],  # any number fits both
+        [{"type": "number", "maximum": 4}, {"type": "number", "minimum": 4}],
+        [{"type": "string", "format": "hostname"}, {"type": "string", "format": "ipv4"}],
+        [{"type": "string", "format": "ipv4"}, {"type": "string", "format": "ipv4"}],
+        [{"type": "array", "items": {"type": "integer"}}, {"type": "array", "items": {"type": "string"}}],  # []
         [{"$ref": "#/$defs/word", "type": "string"}, {"$ref": "#/$defs/word", "type": "null"}],  # draft 7 sees no type
         [{"type": "null"}] * 65,
     ],
@@ -114,6 +131,15 @@ LEAVES = st.sampled_from(
         {"type": "integer"},
         {"const": "a"},
         {"enum": ["a", 1]},
+        {"type": "string", "maxLength": 1},
+        {"type": "string", "minLength": 2},
+        {"type": "string", "format": "date"},
+        {"type": "string", "format": "ipv4"},
+        {"type": "integer", "maximum": 1},
+        {"type": "number", "exclusiveMinimum": 1},
+        {"type": "array", "items": {"type": "null"}, "minItems": 1},
+        {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 2},
+        {"type": "array", "maxItems": 0},
         *refs("text", "word", "a", "b"),
     ]
 )
