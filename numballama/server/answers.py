@@ -70,12 +70,23 @@ class MadeCall(Answer):
     function: CalledFunction
 
 
+class CustomInput(Answer):
+    name: str
+    input: str
+
+
+class MadeCustomCall(Answer):
+    id: str
+    type: Literal["custom"]
+    custom: CustomInput
+
+
 class AnswerMessage(Answer):
     role: Literal["assistant"]
     content: str | None
     refusal: None
     reasoning_content: str | None = None
-    tool_calls: list[MadeCall] | None = None
+    tool_calls: list[MadeCall | MadeCustomCall] | None = None
 
 
 class ChatChoice(Answer):

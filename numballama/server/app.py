@@ -18,21 +18,12 @@ from .. import __version__
 from . import chat, completions, messages, openapi, page, responses, tokens
 from .call import Call
 from .errors import ApiError, failed
+from .fields import MAX_PROMPTS, MAX_STOP, MAX_STOPS, Request, parse
 from .guard import KEY, Guard
 from .http import ClientGoneError, JsonResponse, error_response, read_body, until_gone
 from .metrics import CONTENT_TYPE
-from .protocol import (
-    MAX_PROMPTS,
-    MAX_STOP,
-    MAX_STOPS,
-    ChatRequest,
-    CompletionRequest,
-    DetokenizeRequest,
-    Request,
-    TemplateRequest,
-    TokenizeRequest,
-    parse,
-)
+from .protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TemplateRequest, TokenizeRequest
+from .responses_protocol import ResponsesRequest
 from .service import Service, log
 from .settings import Settings
 
@@ -45,7 +36,7 @@ Answer = Callable[[Call, Any], Awaitable[Response]]
 POSTS: dict[str, tuple[type[Request], Answer]] = {
     "/v1/chat/completions": (ChatRequest, chat.answer),
     "/v1/completions": (CompletionRequest, completions.answer),
-    "/v1/responses": (responses.ResponsesRequest, responses.answer),
+    "/v1/responses": (ResponsesRequest, responses.answer),
     "/v1/messages": (messages.MessagesRequest, messages.answer),
     "/v1/messages/count_tokens": (messages.CountRequest, messages.count_tokens),
     "/tokenize": (TokenizeRequest, tokens.tokenize),

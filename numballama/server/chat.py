@@ -64,10 +64,11 @@ class WholeMessage:
                     self.content += text
                 case Reasoning(text):
                     self.reasoning += text
-                case CallStart(_, call_id, name):
-                    self.calls.append(_call(call_id, name, ""))
+                case CallStart(_, call_id, name, custom):
+                    self.calls.append(_call(call_id, name, "", custom))
                 case CallArguments(index, text):
-                    self.calls[index]["function"]["arguments"] += text
+                    call, (kind, argument) = self.calls[index], _SPELLED[self.calls[index]["type"]]
+                    call[kind][argument] += text
         self.tokens += found.tokens
         self.logprobs += found.logprobs
         self.content_tokens += found.content_tokens
@@ -94,8 +95,13 @@ async def whole_messages(chat: Chat) -> list[WholeMessage]:
     return messages
 
 
-def _call(call_id: str, function: str, arguments: str) -> dict[str, Any]:
-    return {"id": call_id, "type": "function", "function": {"name": function, "arguments": arguments}}
+_SPELLED = {"function": ("function", "arguments"), "custom": ("custom", "input")}
+"""Type of a call → the field with its name, and the field in that with what it is called with."""
+
+
+def _call(call_id: str, name: str, text: str, custom: bool) -> dict[str, Any]:
+    kind, argument = _SPELLED["custom" if custom else "function"]
+    return {"id": call_id, "type": kind, kind: {"name": name, argument: text}}
 
 
 async def _events(call: Call, request: ChatRequest, chat: Chat, name: str) -> AsyncGenerator[bytes, None]:
@@ -124,10 +130,11 @@ def _deltas(call: Call, request: ChatRequest, found: Events) -> list[dict[str, A
                 delta = {"content": text}
             case Reasoning(text):
                 delta = {"reasoning_content": text}
-            case CallStart(index, call_id, function):
-                delta = {"tool_calls": [{"index": index, **_call(call_id, function, "")}]}
-            case CallArguments(index, text):
-                delta = {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+            case CallStart(index, call_id, function, custom):
+                delta = {"tool_calls": [{"index": index, **_call(call_id, function, "", custom)}]}
+            case CallArguments(index, text, custom):
+                kind, argument = _SPELLED["custom" if custom else "function"]
+                delta = {"tool_calls": [{"index": index, kind: {argument: text}}]}
         choices.append(_choice(found.choice, delta, logprobs))
         logprobs = None
     if logprobs is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
@@ -11,11 +11,14 @@ from ..sampling import SamplingParams
 from ..structured import compile_constraint
 from .call import Call
 from .content_tokens import ContentTokens, Written
+from .custom_tools import as_functions, custom_names
 from .errors import ApiError, failed, refused
 from .generation import Generation, Piece
 from .logprobs import token_text
 from .params import restriction_fields, sampling_params
-from .protocol import AllowedTools, ChatRequest, Message, NamedTool, Tool, template_message
+from .protocol import ChatRequest, Message, template_message
+from .tool_fields import AllowedTools, CustomTool, NamedCustom, NamedTool, Tool
+from .tools.custom import CustomCalls
 from .tools.definitions import check_tools
 from .tools.events import CallStart, Content, Event, merge
 from .tools.formats import ToolFormat
@@ -56,6 +59,7 @@ class Chat:
 
     `one_call`: an answer ends where its second call begins. `content_tokens`: say which tokens the content is from.
     `only_calls`: answers have no content; what looks like it is a call that was cut off before its name.
+    `custom_tools`: names of the tools that are called with a text.
     """
 
     def __init__(
@@ -65,10 +69,12 @@ class Chat:
         one_call: bool = False,
         content_tokens: bool = False,
         only_calls: bool = False,
+        custom_tools: Collection[str] = (),
     ) -> None:
         self.generation = generation
         self._content = [ContentTokens() for _ in parsers] if content_tokens else None
         self._parsers, self._one_call, self._only_calls = parsers, one_call, only_calls
+        self._custom = [CustomCalls(custom_tools) for _ in parsers]
         self.reasoning_tokens = 0
         """Generated tokens so far that are reasoning, its markers included."""
         self._undecided = [0] * len(parsers)  # tokens that may turn out to begin reasoning
@@ -116,7 +122,7 @@ class Chat:
             self._open.discard(choice)
         if reason == "stop" and self._calls[choice]:
             reason = "tool_calls"
-        merged = list(merge(events))
+        merged = list(merge(self._custom[choice].convert(events, reason is not None)))
         return Events(choice, merged, piece.tokens, piece.logprobs, content, reason, stop_reason)  # type: ignore[arg-type]
 
     def _feed(self, parser: Parser, piece: Piece, content: list[Written]) -> list[Event]:
@@ -177,7 +183,8 @@ async def start(
         if not forced or error.param != "tools":
             raise
         raise await service.run(_with_place, error, service, request, offered or [], callable_ or []) from None
-    return Chat(generation, parsers, request.parallel_tool_calls is False, content_tokens, must_call(request))
+    one_call, custom = request.parallel_tool_calls is False, custom_names(request.tools)
+    return Chat(generation, parsers, one_call, content_tokens, must_call(request), custom)
 
 
 # Tools
@@ -185,14 +192,14 @@ async def start(
 
 def offered_tools(request: ChatRequest) -> list[Tool] | None:
     """The tools that the prompt shows. Raises `ApiError` 400 for a `tool_choice` that has none, or names another."""
-    choice, tools = request.tool_choice, request.tools or None
+    choice, tools = request.tool_choice, as_functions(request.tools) or None
     if choice in (None, "auto"):
         return tools
     if choice == "none":
         return None
     wanted = choice.names if isinstance(choice, AllowedTools) else set()
-    if isinstance(choice, NamedTool):
-        wanted = {choice.function.name}
+    if isinstance(choice, NamedTool | NamedCustom):
+        wanted = {choice.name}
     if tools is None:
         what = "names tools" if wanted else "asks for a call"
         raise ApiError(f"tool_choice {what}, and there are no tools", param="tool_choice")
@@ -217,7 +224,7 @@ def must_call(request: ChatRequest) -> bool:
     choice = request.tool_choice
     if isinstance(choice, AllowedTools):
         return choice.allowed_tools.mode == "required"
-    return choice == "required" or isinstance(choice, NamedTool)
+    return choice == "required" or isinstance(choice, NamedTool | NamedCustom)
 
 
 def forced_call(form: ToolFormat, request: ChatRequest, offered: list[Tool] | None, thinking: bool) -> dict[str, str]:
@@ -227,14 +234,15 @@ def forced_call(form: ToolFormat, request: ChatRequest, offered: list[Tool] | No
     """
     choice, allowed = request.tool_choice, callable_tools(request, offered)
     mode, parallel = "required", request.parallel_tool_calls is not False
-    if isinstance(choice, NamedTool):
-        allowed, parallel = [tool for tool in offered or [] if tool.function.name == choice.function.name], False
+    enforced = custom_names(request.tools, with_grammar=True) & {tool.function.name for tool in allowed or ()}
+    if isinstance(choice, NamedTool | NamedCustom):
+        allowed, parallel = [tool for tool in offered or [] if tool.function.name == choice.name], False
     elif not must_call(request):
-        if allowed == offered or restriction_fields(request):
+        if (allowed == offered and not enforced) or restriction_fields(request):
             return {}  # any tool may be called, or the text is restricted anyway and the parser knows the allowed ones
         mode = "auto"
     try:
-        return {"grammar": form.grammar(plain_tools(allowed), mode, parallel, thinking)}
+        return {"grammar": form.grammar(plain_tools(allowed), mode, parallel, thinking, enforced)}
     except Error as error:
         raise refused(error, "tools") from None
 
@@ -243,7 +251,7 @@ def _with_place(
     error: ApiError, service: Service, request: ChatRequest, offered: Sequence[Tool], allowed: Sequence[Tool]
 ) -> ApiError:
     """The error that the grammar of a call gave, with the tool whose parameters are not enforced."""
-    named = request.tool_choice.function.name if isinstance(request.tool_choice, NamedTool) else None
+    named = request.tool_choice.name if isinstance(request.tool_choice, NamedTool | NamedCustom) else None
     for index, tool in enumerate(offered):
         if tool in allowed and named in (None, tool.function.name):
             try:
@@ -281,7 +289,7 @@ def apply_template(
     service: Service,
     request: Templated,
     messages: Sequence[Message],
-    tools: Sequence[Tool] | None,
+    tools: Sequence[Tool | CustomTool] | None,
     messages_field: str = "messages",
     tokenize: bool = True,
 ) -> list[int] | str:
@@ -296,7 +304,7 @@ def apply_template(
         message = "continue_final_message and add_generation_prompt cannot both be true"
         raise ApiError(message, param="continue_final_message", code="invalid_value")
     try:
-        check_tools(given := plain_tools(tools))
+        check_tools(given := plain_tools(as_functions(tools)))
     except Error as error:
         raise refused(error, "tools") from None
     fixed: dict[str, Any] = {"chat_template": own.chat_template, "continue_final_message": continues}

@@ -14,32 +14,23 @@ from .call import Call
 from .chat import WholeMessage, whole_messages
 from .chat_core import Chat
 from .errors import ApiError
-from .http import JsonResponse, event
-from .protocol import (
+from .fields import (
     MAX_INT,
     MAX_MESSAGES,
     MAX_PARTS,
     MAX_STOPS,
     MAX_TOOLS,
-    NO_CODE,
-    ChatRequest,
-    Function,
-    FunctionCall,
-    FunctionChoice,
     FunctionName,
-    Message,
     Model,
     Name,
-    NamedTool,
     Object,
     Request,
-    ResponseFormat,
-    Schema,
     StopString,
     Text,
-    Tool,
-    ToolCall,
 )
+from .http import JsonResponse, event
+from .protocol import NO_CODE, ChatRequest, Message, ResponseFormat, Schema
+from .tool_fields import CustomCall, CustomTool, Function, FunctionCall, FunctionChoice, NamedTool, Tool, ToolCall
 from .tools.events import CallArguments, CallStart, Content, Event, Reasoning, merge
 
 
@@ -154,7 +145,7 @@ def chat_request(request: CountRequest) -> ChatRequest:
             param = "tool_choice.name"
             raise ApiError(f"{param}: Field required", param=param, code="missing_required_parameter")
         wanted = NamedTool(function=FunctionChoice(name=choice.name))
-    tools = [
+    tools: list[Tool | CustomTool] = [
         Tool(function=Function(name=tool.name, description=tool.description, parameters=tool.input_schema))
         for tool in request.tools or []
     ]
@@ -193,7 +184,7 @@ def _add(messages: list[Message], turn: Turn, place: str) -> None:
         return
     texts: list[str] = []
     reasoning: list[str] = []
-    calls: list[ToolCall] = []
+    calls: list[ToolCall | CustomCall] = []
     results: list[Message] = []
     for index, block in enumerate(turn.content):
         if block.type == "text":

@@ -5,155 +5,52 @@ from __future__ import annotations
 import time
 import uuid
 from collections.abc import AsyncGenerator, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
-from pydantic import Discriminator, Field, Tag
 from starlette.responses import Response
 
-from ..sampling import MAX_LOGPROBS
 from ..tokenizers.base import Tokenizer
 from . import chat_core
 from .call import Call
 from .chat_core import Chat
 from .content_tokens import Written
 from .errors import ApiError
+from .fields import (
+    Model,
+)
 from .http import JsonResponse, event
 from .logprobs import chat_logprobs
-from .protocol import (
-    MAX_IGNORED,
-    MAX_INT,
-    MAX_MESSAGES,
-    MAX_PARTS,
-    MAX_TOOLS,
-    NO_CODE,
+from .protocol import ChatRequest, Message, ResponseFormat, Schema
+from .responses_protocol import (
+    LOGPROBS,
+    AllowedFunctions,
+    Choice,
+    CustomToolOf,
+    FunctionTool,
+    Item,
+    NamedCustomTool,
+    NamedFunction,
+    ResponsesRequest,
+)
+from .tool_fields import (
     AllowedNames,
     AllowedTools,
-    ChatRequest,
+    Custom,
+    CustomCall,
+    CustomFormat,
+    CustomGrammar,
+    CustomInput,
+    CustomTool,
     FunctionCall,
     FunctionChoice,
-    FunctionName,
-    Message,
-    Mode,
-    Model,
-    Name,
+    NamedCustom,
     NamedTool,
-    Object,
-    Request,
-    ResponseFormat,
-    Schema,
-    Text,
-    TextPart,
     Tool,
     ToolCall,
     ToolChoice,
-    ToolType,
-    choice_kind,
 )
-from .protocol import Function as ChatFunction
+from .tool_fields import Function as ChatFunction
 from .tools.events import CallArguments, CallStart, Content, Event
-
-
-class Item(Model):
-    """A part of the input: a message, a call, or what a call gave."""
-
-    type: Literal["message", "function_call", "function_call_output", "reasoning"] = "message"
-    role: Literal["system", "developer", "user", "assistant"] | None = None
-    content: Text | Annotated[list[TextPart], Field(max_length=MAX_PARTS)] | None = None
-    call_id: Name | None = None
-    name: FunctionName | None = None
-    arguments: Text | None = None
-    output: Text | Annotated[list[TextPart], Field(max_length=MAX_PARTS)] | None = None
-
-
-class FunctionTool(Model):
-    type: ToolType
-    name: FunctionName
-    description: Text | None = None
-    parameters: Object | None = None
-    strict: bool | None = None
-
-
-class NamedFunction(Model):
-    type: ToolType = "function"
-    name: FunctionName
-
-
-class AllowedFunctions(Model):
-    """The prompt shows all tools, and only these may be called."""
-
-    type: Literal["allowed_tools"]
-    mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedFunction], Field(min_length=1, max_length=MAX_TOOLS)]
-
-
-Choice = Annotated[
-    Annotated[Mode, Tag("Mode")] | Annotated[NamedFunction, Tag("Named")] | Annotated[AllowedFunctions, Tag("Allowed")],
-    Discriminator(choice_kind),
-]
-
-
-class TextFormat(Model):
-    type: Literal["text", "json_object", "json_schema"]
-    name: Name = ""
-    schema_: Annotated[Object | None, Field(alias="schema")] = None
-    strict: bool | None = None
-
-
-class TextOptions(Model):
-    format: TextFormat | None = None
-
-
-LOGPROBS = "message.output_text.logprobs"
-Include = Literal[
-    "message.output_text.logprobs", "reasoning.encrypted_content", "message.input_image.image_url",
-    "file_search_call.results", "web_search_call.results", "web_search_call.action.sources",
-    "code_interpreter_call.outputs", "computer_call_output.output.image_url",
-]  # fmt: skip
-"""What clients may ask to be included. All but the first are of inputs and tools that this server does not have."""
-
-
-class ResponsesRequest(Request):
-    """/v1/responses."""
-
-    refused: ClassVar[dict[str, str]] = {
-        **NO_CODE,
-        "previous_response_id": "nothing is stored; send the conversation as input",
-        "conversation": "nothing is stored; send the conversation as input",
-        "background": "use stream",
-        "prompt": "send instructions and input",
-        "max_tool_calls": "the server calls no tools",
-    }
-    input: Text | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
-    model: Name | None = None
-    instructions: Text | None = None
-    max_output_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
-    stream: bool | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=MAX_INT)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] | None = None
-    text: TextOptions | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Choice | None = None
-    parallel_tool_calls: bool | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None
-    include: Annotated[list[Include], Field(max_length=64)] | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
-    user: Name | None = None
-    store: bool | None = None
-    chat_template_kwargs: Object | None = None
-
-    @property
-    def ignored(self) -> list[str]:
-        """As `Request.ignored`, and the places in `include` of what no answer has."""
-        nothing = [f"include.{index}" for index, each in enumerate(self.include or ()) if each != LOGPROBS]
-        return [*super().ignored, *nothing][:MAX_IGNORED]
-
-    @property
-    def wants_logprobs(self) -> bool:
-        return LOGPROBS in (self.include or ())
-
 
 NAMES = {"response_format": "text.format", "max_tokens": "max_output_tokens"}
 """Field of /v1/chat/completions → the name here, in errors."""
@@ -188,10 +85,7 @@ def chat_request(request: ResponsesRequest) -> ChatRequest:
     if request.text is not None and (given := request.text.format) is not None:
         schema = Schema(name=given.name, schema_=given.schema_) if given.type == "json_schema" else None
         form = ResponseFormat(type=given.type, json_schema=schema)
-    tools = [
-        Tool(function=ChatFunction(name=tool.name, description=tool.description, parameters=tool.parameters))
-        for tool in request.tools or []
-    ]
+    tools = [_tool(tool, f"tools.{number}.format") for number, tool in enumerate(request.tools or [])]
     return ChatRequest(
         messages=messages,
         max_tokens=request.max_output_tokens,
@@ -210,9 +104,23 @@ def chat_request(request: ResponsesRequest) -> ChatRequest:
     )
 
 
+def _tool(tool: FunctionTool | CustomToolOf, place: str) -> Tool | CustomTool:
+    """A tool as one of /v1/chat/completions."""
+    if isinstance(tool, FunctionTool):
+        return Tool(function=ChatFunction(name=tool.name, description=tool.description, parameters=tool.parameters))
+    form = None
+    if (given := tool.format) is not None and given.type == "grammar":
+        if given.syntax is None or given.definition is None:
+            missing = f"{place}.{'syntax' if given.syntax is None else 'definition'}"
+            raise ApiError(f"{missing}: Field required", param=missing, code="missing_required_parameter")
+        grammar = CustomGrammar(syntax=given.syntax, definition=given.definition)
+        form = CustomFormat(type="grammar", grammar=grammar)
+    return CustomTool(type="custom", custom=Custom(name=tool.name, description=tool.description, format=form))
+
+
 def _choice(choice: Choice | None) -> ToolChoice | None:
     """A `tool_choice` as that of /v1/chat/completions."""
-    if isinstance(choice, NamedFunction):
+    if isinstance(choice, NamedFunction | NamedCustomTool):
         return _named(choice)
     if isinstance(choice, AllowedFunctions):
         allowed = AllowedNames(mode=choice.mode, tools=[_named(tool) for tool in choice.tools])
@@ -220,7 +128,9 @@ def _choice(choice: Choice | None) -> ToolChoice | None:
     return choice
 
 
-def _named(tool: NamedFunction) -> NamedTool:
+def _named(tool: NamedFunction | NamedCustomTool) -> NamedTool | NamedCustom:
+    if isinstance(tool, NamedCustomTool):
+        return NamedCustom(type="custom", custom=FunctionChoice(name=tool.name))
     return NamedTool(function=FunctionChoice(name=tool.name))
 
 
@@ -233,11 +143,16 @@ def _add(messages: list[Message], item: Item, place: str) -> None:
             missing = f"{place}.{'role' if item.role is None else 'content'}"
             raise ApiError(f"{missing}: Field required", param=missing, code="missing_required_parameter")
         messages.append(Message(role=item.role, content=item.content))
-    elif item.type == "function_call":
+    elif item.type in ("function_call", "custom_tool_call"):
         if item.name is None:
             raise ApiError(f"{place}.name: Field required", param=f"{place}.name", code="missing_required_parameter")
-        function = FunctionCall(name=item.name, arguments=item.arguments or "{}")
-        made = ToolCall(id=item.call_id or "", function=function)
+        made: ToolCall | CustomCall
+        if item.type == "function_call":
+            function = FunctionCall(name=item.name, arguments=item.arguments or "{}")
+            made = ToolCall(id=item.call_id or "", function=function)
+        else:
+            custom = CustomInput(name=item.name, input=item.input or "")
+            made = CustomCall(id=item.call_id or "", type="custom", custom=custom)
         if messages and messages[-1].role == "assistant":  # a message and its calls are one turn
             messages[-1] = messages[-1].model_copy(update={"tool_calls": [*(messages[-1].tool_calls or []), made]})
         else:
@@ -295,7 +210,7 @@ def _dumped_choice(choice: Choice | None) -> Any:
 
 
 def _dumped(value: Any) -> Any:
-    return value.as_dict() if isinstance(value, Model) else value
+    return {name: _dumped(each) for name, each in value.as_dict().items()} if isinstance(value, Model) else value
 
 
 def _text_format(request: ResponsesRequest) -> Any:
@@ -334,8 +249,18 @@ def _call_item(item_id: str, call_id: str, name: str, arguments: str, status: st
     }
 
 
+def _custom_item(item_id: str, call_id: str, name: str, text: str, status: str = "completed") -> dict[str, Any]:
+    return {
+        "type": "custom_tool_call", "id": item_id, "call_id": call_id, "name": name, "input": text, "status": status,
+    }  # fmt: skip
+
+
 def _new_id(kind: str) -> str:
     return f"{kind}_{uuid.uuid4().hex}"
+
+
+_DELTAS = {"reasoning": "reasoning_text", "call": "function_call_arguments", "custom": "custom_tool_call_input"}
+"""Kind of an item → the middle of its events' names."""
 
 
 class _OpenItem:
@@ -343,7 +268,7 @@ class _OpenItem:
 
     def __init__(self, kind: str, index: int, name: str = "", call_id: str = "") -> None:
         self.kind, self.index, self.name, self.text = kind, index, name, ""
-        self.id = _new_id({"content": "msg", "reasoning": "rs", "call": "fc"}[kind])
+        self.id = _new_id({"content": "msg", "reasoning": "rs", "call": "fc", "custom": "ctc"}[kind])
         self.call_id = call_id
         self.logprobs: list[dict[str, Any]] = []
 
@@ -352,6 +277,8 @@ class _OpenItem:
             return _message_item(self.id, self.text, self.logprobs, status)
         if self.kind == "reasoning":
             return _reasoning_item(self.id, self.text, status)
+        if self.kind == "custom":
+            return _custom_item(self.id, self.call_id, self.name, self.text, status)
         return _call_item(self.id, self.call_id, self.name, self.text, status)
 
 
@@ -387,7 +314,9 @@ class _Writer:
         logprobs = [] if self._tokenizer is None else _logprobs(self._tokenizer, written)
         for each in found:
             if isinstance(each, CallStart):
-                data += self.close() + self._begin(_OpenItem("call", len(self.items), each.name, each.id))
+                data += self.close() + self._begin(
+                    _OpenItem("custom" if each.custom else "call", len(self.items), each.name, each.id)
+                )
                 continue
             if not isinstance(each, CallArguments):
                 kind = "content" if isinstance(each, Content) else "reasoning"
@@ -403,7 +332,7 @@ class _Writer:
         item = self._open
         assert item is not None
         place: dict[str, Any] = {"item_id": item.id, "output_index": item.index}
-        return place if item.kind == "call" else {**place, "content_index": 0}
+        return place if item.kind in ("call", "custom") else {**place, "content_index": 0}
 
     def _begin(self, item: _OpenItem) -> bytes:
         self._open = item
@@ -419,8 +348,7 @@ class _Writer:
         item.logprobs += logprobs
         if item.kind == "content":
             return self.event("response.output_text.delta", **self._place(), delta=text, logprobs=logprobs)
-        kind = "response.reasoning_text.delta" if item.kind == "reasoning" else "response.function_call_arguments.delta"
-        return self.event(kind, **self._place(), delta=text)
+        return self.event(f"response.{_DELTAS[item.kind]}.delta", **self._place(), delta=text)
 
     def close(self, status: str = "completed") -> bytes:
         """End the open item, if there is one."""
@@ -432,6 +360,8 @@ class _Writer:
             data += self.event("response.content_part.done", **self._place(), part=_text_part(item.text, item.logprobs))
         elif item.kind == "reasoning":
             data = self.event("response.reasoning_text.done", **self._place(), text=item.text)
+        elif item.kind == "custom":
+            data = self.event("response.custom_tool_call_input.done", **self._place(), input=item.text)
         else:
             data = self.event(
                 "response.function_call_arguments.done", **self._place(), name=item.name, arguments=item.text

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,8 @@ class CallStart:
     index: int
     id: str
     name: str
+    custom: bool = False
+    """The tool is one of OpenAI's custom tools."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,8 @@ class CallArguments:
 
     index: int
     text: str
+    custom: bool = False
+    """The text is of a custom tool's input."""
 
 
 Event = Content | Reasoning | CallStart | CallArguments
@@ -63,4 +67,4 @@ def _continues(first: Event | None, event: Event) -> bool:
 
 
 def _with_text(event: Content | Reasoning | CallArguments, text: str) -> Event:
-    return CallArguments(event.index, text) if isinstance(event, CallArguments) else type(event)(text)
+    return replace(event, text=text)

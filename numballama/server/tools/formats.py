@@ -65,18 +65,22 @@ class ToolFormat:
         choice: str = "required",
         parallel: bool = True,
         in_reasoning: bool = False,
+        enforced: Collection[str] = (),
     ) -> str:
         """A Lark grammar for llguidance: an answer of nothing but calls, after reasoning where the model has it.
 
         `choice` is "required" or the name of the tool to call; a named one is called once. "auto": the answer is text
-        and calls, and what begins as a call can only go on with the name of one of the tools; arguments are any object.
+        and calls, and what begins as a call can only go on with the name of one of the tools; arguments are any object,
+        or fit the tool's schema if its name is in `enforced`.
         `parallel`: there may be more calls than one. Raises `Error` as `check_tools`, and when no tool has the name.
         """
         checked = check_tools(tools)
         markers = {marker: self.special_tokens.get(marker) for marker in _markers(self.dialect, self.reasoning)}
         if choice == "auto" and checked:
             opens, separators = self.dialect.opens, self.dialect.separators
-            return build_free(self.call_text, checked, opens, separators, markers, self.reasoning, in_reasoning)
+            return build_free(
+                self.call_text, checked, opens, separators, markers, self.reasoning, in_reasoning, enforced
+            )
         if choice not in ("required", "auto"):
             checked = tuple(tool for tool in checked if tool.name == choice)
             parallel = False

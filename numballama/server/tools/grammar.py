@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from .definitions import Tool
@@ -67,11 +67,13 @@ def build_free(
     markers: Mapping[str, int | None],
     reasoning: tuple[str, str] | None,
     in_reasoning: bool,
+    enforced: Collection[str] = (),
 ) -> str:
     """A grammar of text with any number of calls in it. What opens a call leads to the name of one of the tools.
 
-    `opens` and `separators` as in `Dialect`, the others as in `build`. Plain text opens a call by a lazy lexeme, which
-    wins against `TEXT` as soon as it matches; a control token is never part of `TEXT`.
+    Arguments are any object, except those of the tools whose names are in `enforced`, which fit their schema. `opens`
+    and `separators` as in `Dialect`, the others as in `build`. Plain text opens a call by a lazy lexeme, which wins
+    against `TEXT` as soon as it matches; a control token is never part of `TEXT`.
     """
 
     def spell(text: str) -> str:
@@ -107,7 +109,12 @@ def build_free(
     rules.insert(0, "start: " + " ".join([*start, "calls* TEXT?"]))
     rules += [f"calls: {calls}", f"call: {call}", "TEXT: /(?s:.+)/", 'arguments: %json {"type": "object"}']
     middle, tail = spell(call_text.middle), spell(call_text.end)
-    rules += [f'call_{number}: "{tool.name}" {middle} arguments {tail}'.rstrip() for number, tool in enumerate(tools)]
+    for number, tool in enumerate(tools):
+        arguments = "arguments"
+        if tool.name in enforced:
+            arguments = f"arguments_{number}"
+            rules.append(f"{arguments}: %json {json.dumps(tool.parameters)}")
+        rules.append(f'call_{number}: "{tool.name}" {middle} {arguments} {tail}'.rstrip())
     return _joined(rules, call_text)
 
 

@@ -12,8 +12,9 @@ import pytest
 
 from numballama.model import Model
 from numballama.server.chat_core import forced_call, offered_tools
+from numballama.server.fields import parse
 from numballama.server.http import dumps
-from numballama.server.protocol import ChatRequest, parse
+from numballama.server.protocol import ChatRequest
 from numballama.server.settings import Settings
 from numballama.server.tools import choose_format
 from numballama.server.tools.parser import Parser

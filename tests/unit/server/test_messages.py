@@ -11,9 +11,10 @@ from numballama.model import Model
 from numballama.server.answers import MessagesAnswer
 from numballama.server.chat import WholeMessage
 from numballama.server.chat_core import Events
+from numballama.server.fields import parse
 from numballama.server.http import dumps
 from numballama.server.messages import MessagesRequest, _content, _Writer, chat_request
-from numballama.server.protocol import parse, template_message
+from numballama.server.protocol import template_message
 from numballama.server.tools.events import CallArguments, CallStart, Content, Reasoning
 from tests.helpers.http_server import Answered, Running
 

@@ -11,9 +11,10 @@ import pytest
 from numballama.sampling import SamplingParams
 from numballama.server import params
 from numballama.server.errors import ApiError
+from numballama.server.fields import parse
 from numballama.server.http import dumps
 from numballama.server.params import sampling_params
-from numballama.server.protocol import CompletionRequest, parse
+from numballama.server.protocol import CompletionRequest
 
 
 def made(**body: Any) -> SamplingParams:

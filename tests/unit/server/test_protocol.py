@@ -14,8 +14,9 @@ from numballama.model import Model
 from numballama.server.answers import ANSWERS, ErrorAnswer
 from numballama.server.app import POSTS
 from numballama.server.errors import ApiError
+from numballama.server.fields import parse
 from numballama.server.http import dumps
-from numballama.server.protocol import ChatRequest, CompletionRequest, Message, parse, template_message
+from numballama.server.protocol import ChatRequest, CompletionRequest, Message, template_message
 from numballama.server.settings import Settings
 from tests.helpers.http_server import Running, eventually, serving
 

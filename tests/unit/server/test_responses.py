@@ -8,9 +8,11 @@ import pytest
 
 from numballama.server.answers import ResponsesAnswer
 from numballama.server.errors import ApiError
+from numballama.server.fields import parse
 from numballama.server.http import dumps
-from numballama.server.protocol import parse, template_message
-from numballama.server.responses import ResponsesRequest, _Writer, chat_request
+from numballama.server.protocol import template_message
+from numballama.server.responses import _Writer, chat_request
+from numballama.server.responses_protocol import ResponsesRequest
 from numballama.server.tools.events import CallArguments, CallStart, Content, Reasoning
 from tests.helpers.http_server import Answered, Running
 

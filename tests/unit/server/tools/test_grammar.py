@@ -12,6 +12,7 @@ import pytest
 
 from numballama.errors import Error
 from numballama.server.tools import choose_format
+from numballama.server.tools.custom import custom_parameters
 from numballama.server.tools.grammar import CALL_ID
 from numballama.structured.lark import check_grammar
 from tests.helpers.tool_texts import FORMATS, TEMPLATES, TIME, TOOLS, Answer, answer, events
@@ -144,6 +145,18 @@ def test_some_tools_may_be_called(name: str) -> None:
         behind += "```json\n"
     assert accepts(grammar, behind + time) and not accepts(grammar, behind + weather)
     assert accepts(grammar, f"{behind}{time}\nHello.")
+
+
+@pytest.mark.parametrize("name", sorted(FORMATS))
+def test_arguments_of_some_tools_are_enforced_in_text_with_calls(name: str) -> None:
+    code = {"type": "function", "function": {"name": "code", "parameters": custom_parameters("[ab]{2}")}}
+    grammar = FORMATS[name].grammar([TIME, code], "auto", enforced={"code"})
+    good, bad = (spelled(name, "code").replace("{}", f'{{"input": "{text}"}}') for text in ("ab", "abc"))
+    time = spelled(name, "time").replace("{}", '{"any": 1}')
+    assert accepts(grammar, "Hello.") and accepts(grammar, time) and accepts(grammar, good)
+    assert not accepts(grammar, bad) and not accepts(grammar, spelled(name, "code"))
+    loose = FORMATS[name].grammar([TIME, code], "auto")
+    assert accepts(loose, bad)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "magistral"])
