@@ -46,8 +46,8 @@ class InputText:
 
     def finish(self) -> str:
         """The rest of the input: there are no more pieces."""
-        if self._is_open:
-            return ""
+        if self._is_open or f'{{"{INPUT}":"'.startswith("".join(self._rest.split())):
+            return ""  # cut off before the input, if it is not open
         try:
             found = json.loads(self._rest)[INPUT]
         except (ValueError, RecursionError, LookupError, TypeError):

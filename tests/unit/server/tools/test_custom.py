@@ -39,6 +39,8 @@ def test_the_input_comes_as_early_as_possible() -> None:
     [
         ('{"input": "cut', "cut"),
         ('{"input": "cut\\u00', "cut"),
+        ('{"input" :', ""),
+        ('{ "inp', ""),
         ('{"city": "Oslo"}', '{"city": "Oslo"}'),
         ('{"note": 1, "input": "late"}', "late"),
         ('{"input": 7}', '{"input": 7}'),
