@@ -78,6 +78,7 @@ class Server(uvicorn.Server):
             self.drain()
         else:
             self.should_exit = self.force_exit = True
+            logging.getLogger("uvicorn.error").disabled = True  # what is cancelled now would be a traceback each
 
     def drain(self) -> None:
         """Refuse new requests, and end when the running ones have ended or their time is over."""

@@ -13,6 +13,7 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from importlib.util import find_spec
@@ -118,6 +119,18 @@ def test_tls_keys_of_a_file_and_a_second_signal(tmp_path: Path) -> None:
                 started.wait(LONG)
                 data = b"".join(iter(lambda: _received(connection), b""))
         assert b"[DONE]" not in data
+        assert started.stderr is not None and "Traceback" not in started.stderr.read()
+
+
+@pytest.mark.slow
+def test_a_second_signal_while_nothing_runs() -> None:
+    """As when somebody presses Ctrl-C twice."""
+    with process() as (started, _, _):
+        started.send_signal(signal.SIGINT)
+        time.sleep(0.02)
+        started.send_signal(signal.SIGINT)
+        assert started.wait(LONG) == 0
+        assert started.stderr is not None and not started.stderr.read()
 
 
 def _received(connection: ssl.SSLSocket) -> bytes:
