@@ -196,7 +196,9 @@ def template_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for argument in arguments.template_arg:
         name, equals, value = argument.partition("=")
-        if not equals or not name.isidentifier() or name in _NOT_VARIABLES:
+        if name in _NOT_VARIABLES:
+            raise Error(f"--template-arg cannot set {name}: it is no variable of templates")
+        if not equals or not name.isidentifier():
             raise Error(f"--template-arg must be NAME=VALUE, such as enable_thinking=false, found {argument!r}")
         try:
             found[name] = _PYTHON[value] if value in _PYTHON else json.loads(value)

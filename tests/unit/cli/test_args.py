@@ -92,6 +92,9 @@ def test_template_arguments(given: str, expected: object) -> None:
 def test_template_arguments_that_are_refused(wrong: str) -> None:
     with pytest.raises(Error, match="--template-arg"):
         template_arguments(parser().parse_args(["chat", "m", "--template-arg", wrong]))
+    reserved = parser().parse_args(["chat", "m", "--template-arg", "messages=[]"])
+    with pytest.raises(Error, match="cannot set messages: it is no variable of templates"):
+        template_arguments(reserved)
     deep = parser().parse_args(["chat", "m", "--template-arg", "a=" + "[" * 100_000])
     with pytest.raises(Error, match="is not JSON"):
         template_arguments(deep)
