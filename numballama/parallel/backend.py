@@ -56,9 +56,9 @@ class ParallelProgram(ABC, Generic[P]):
         """Number of calls into compiled code, of all ranks."""
         return sum(program.entries for program in self.programs)
 
-    def kernel_names(self) -> list[str]:
+    def kernel_names(self, tokens: int | None = None) -> list[str]:
         """Names of rank 0's kernels."""
-        return self.programs[0].kernel_names()
+        return self.programs[0].kernel_names(tokens)
 
     def value(self, name: str) -> np.ndarray:
         """A value of the last run, whole, by its name in the graph that was sharded.
@@ -238,7 +238,7 @@ class RanksBackend:
         return None
 
     def time_steps(
-        self, program: Program, kinds: Sequence[Hashable], nbytes: Sequence[int]
+        self, program: Program, kinds: Sequence[Hashable], nbytes: Sequence[int], tokens: int = 1
     ) -> tuple[list[float], float]:
         """Raises `Error`: a step of one rank waits for the others."""
         raise Error("steps of several ranks cannot be timed by themselves: they wait for each other")

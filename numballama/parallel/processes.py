@@ -203,9 +203,9 @@ class ProcessProgram:
         """Number of calls into compiled code, of rank 0."""
         return self.first.entries
 
-    def kernel_names(self) -> list[str]:
+    def kernel_names(self, tokens: int | None = None) -> list[str]:
         """Names of rank 0's kernels."""
-        return self.first.kernel_names()
+        return self.first.kernel_names(tokens)
 
     def value(self, name: str) -> np.ndarray:
         """A value of the last run, as rank 0 has it: of what is split, its part."""

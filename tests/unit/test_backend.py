@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import weakref
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -15,10 +16,16 @@ from numballama import backend as backends
 from numballama.backend import Backend, Program, backend_class, choose_device, open_backend
 from numballama.bench.debug import WatchedProgram
 from numballama.config import ModelConfig
+from numballama.cpu.backend import CpuBackend, CpuProgram
+from numballama.cuda.backend import CudaBackend
+from numballama.cuda.program import CudaProgram
 from numballama.errors import DeviceError, Error
 from numballama.graph import PAGE_TABLE, KVLayout, Logits, build
 from numballama.model import Model
+from numballama.parallel.backend import ParallelBackend, ParallelProgram
+from numballama.parallel.processes import ProcessBackend, ProcessProgram
 from numballama.quantization.types import KV_TYPES
+from numballama.reference import ReferenceBackend, ReferenceProgram
 from numballama.sampling import SamplerTable, SamplingParams
 from tests.helpers.paging import give_pages
 from tests.helpers.random_models import random_checkpoint, save
@@ -42,6 +49,21 @@ def test_the_protocols_are_fulfilled(backend: Backend) -> None:
     assert isinstance(program, Program)
     assert isinstance(WatchedProgram(program, backend), Program)
     assert type(backend) is backend_class(backend.name)
+
+
+PROGRAMS = (CpuProgram, CudaProgram, ReferenceProgram, WatchedProgram, ParallelProgram, ProcessProgram)
+BACKENDS = (CpuBackend, CudaBackend, ReferenceBackend, ParallelBackend, ProcessBackend)
+
+
+@pytest.mark.parametrize("kind", [*PROGRAMS, *BACKENDS], ids=lambda kind: kind.__name__)
+def test_methods_take_what_the_protocols_say(kind: type) -> None:
+    """`isinstance` compares names only, and mypy only what is passed as a protocol."""
+    protocol: type = Program if kind in PROGRAMS else Backend
+    for name, method in inspect.getmembers(protocol, inspect.isfunction):
+        if not name.startswith("_"):
+            declared, found = (inspect.signature(each).parameters for each in (method, getattr(kind, name)))
+            assert list(found) == list(declared), f"{kind.__name__}.{name}"
+            assert [each.default for each in found.values()] == [each.default for each in declared.values()], name
 
 
 def test_what_a_backend_says_of_itself(backend: Backend) -> None:
