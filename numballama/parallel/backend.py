@@ -17,7 +17,7 @@ import numpy as np
 
 from ..checkpoint import Weight
 from ..config import ModelConfig
-from ..cpu.fork import mark_workers_started, refuse_forked
+from ..cpu.fork import ForkSafeLock, mark_workers_started, refuse_forked
 from ..errors import DeviceError, Error
 from ..graph import PAGE_TABLE
 from ..host import environment, interrupts
@@ -118,6 +118,12 @@ class ReferenceRanks(ParallelProgram[ReferenceProgram]):
         return self.programs[0].sample(rows, table)
 
 
+_one_model = ForkSafeLock()
+"""Held while the ranks of a model run. They use the worker threads of their numbers (`cpu.executor.threads_of_rank`),
+which all models share: if two models each had the threads of some ranks, both would wait for the others for ever.
+"""
+
+
 class RankThreads:
     """A thread for each rank but rank 0, which the caller's thread runs. `stop` ends the waits of all ranks."""
 
@@ -128,7 +134,7 @@ class RankThreads:
         self._lock = threading.Lock()
 
     def run(self, calls: Sequence[Callable[[], object]]) -> object:
-        """Make the call of each rank at the same time; returns the result of rank 0's.
+        """Make the call of each rank at the same time; returns the result of rank 0's. Models take turns.
 
         Raises what a rank has raised first, when all have ended.
         """
@@ -144,7 +150,7 @@ class RankThreads:
                 self._stop()
                 return None
 
-        with interrupts.deferred():  # between two calls it would leave a rank waiting
+        with interrupts.deferred(), _one_model:  # Ctrl-C between two calls would leave a rank waiting
             futures: list[Future[object]] = []
 
             def all_ranks() -> object:

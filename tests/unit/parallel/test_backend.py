@@ -15,6 +15,7 @@ import pytest
 import numballama
 from numballama import Model, SamplingParams, loader, model
 from numballama.checkpoint import Weight
+from numballama.cpu.collectives import stop
 from numballama.errors import DeviceError, Error
 from numballama.graph import KVLayout, build
 from numballama.parallel.backend import ParallelBackend, ParallelProgram
@@ -142,6 +143,30 @@ def test_a_rank_that_fails_ends_the_run_and_the_next_run_is_right() -> None:
         program.run(2, rows=2)
         np.testing.assert_array_equal(program.value("logits"), want)
     backend.close()
+
+
+def test_two_models_run_at_the_same_time() -> None:
+    """Each rank needs the worker threads of its number: two groups that each had some of them would wait for ever."""
+    groups = [small(), small()]
+    for _, program in groups:
+        program.run(2, rows=2)
+
+    def run_often(program: ParallelProgram) -> None:
+        for _ in range(300):
+            program.run(2, rows=2)
+
+    threads = [threading.Thread(target=run_often, args=(program,), daemon=True) for _, program in groups]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    try:
+        assert not any(thread.is_alive() for thread in threads), "each waits for the other"
+    finally:
+        for backend, _ in groups:  # ends the waits
+            stop(backend.ranks[0].states["arrivals"])
+    for backend, _ in groups:
+        backend.close()
 
 
 def test_steps_cannot_be_run_or_timed_by_themselves() -> None:
