@@ -12,13 +12,15 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from os import PathLike, fspath
+from os import PathLike
 
 import numpy as np
 
@@ -37,7 +39,7 @@ from ..quantization.policy import Dtype
 from ..sampling import Sampled, SamplerTable
 from .backend import RanksBackend
 from .graph_json import dump_graph
-from .rank_memory import BEATS, DONE, FAILED, Kind, RankMemory, Sizes, Until
+from .rank_memory import BEATS, DONE, FAILED, ROWS, Kind, RankMemory, Sizes, Until
 from .rank_process import COMMAND, GRAPH, INPUTS, Settings
 from .shares import Shares
 from .weights import rank_weights
@@ -54,6 +56,16 @@ END_S = 1.0
 """Seconds that a process has to end when its input has ended, before it is killed."""
 
 
+def how_it_ended(code: int) -> str:
+    """The exit code of a process in words."""
+    if code >= 0:
+        return f"exit code {code}"
+    try:
+        return f"signal {signal.Signals(-code).name}"
+    except ValueError:  # a real-time signal between the first and the last has no name
+        return f"signal {-code}"
+
+
 class RankGroup:
     """The processes of ranks 1 and up, and the memory that they share with this one."""
 
@@ -61,6 +73,7 @@ class RankGroup:
         if not can_start_python():
             raise DeviceError(f"ranks need processes of Python, and {sys.executable} is not Python")
         self.memory = RankMemory.create(sizes)
+        self._pid = os.getpid()
         self._failure: str | None = None
         self._closing = False
         self._commanded = False
@@ -89,9 +102,8 @@ class RankGroup:
         code = process.wait()
         if self._closing:
             return
-        how = f"signal {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         why = self.memory.failure(rank)
-        self._failure = self._failure or f"rank {rank} ended with {how}" + (f": {why}" if why else "")
+        self._failure = self._failure or f"rank {rank} ended with {how_it_ended(code)}" + (f": {why}" if why else "")
         stop(self.memory.arrivals)
 
     def _look(self) -> None:
@@ -169,7 +181,9 @@ class RankGroup:
             time.sleep(POLL_S)
 
     def close(self) -> None:
-        """End all processes: they end with their input. One that does not is killed."""
+        """End all processes: they end with their input. One that does not is killed. Nothing in a forked child."""
+        if os.getpid() != self._pid:
+            return
         self._closing = True
         stop(self.memory.arrivals)
         for process in self.processes:
@@ -189,8 +203,8 @@ class RankGroup:
 class ProcessProgram:
     """Rank 0's program, which runs together with those of the other processes. Implements `backend.Program`."""
 
-    def __init__(self, group: RankGroup, number: int, program: CpuProgram) -> None:
-        self._group, self._number, self.first = group, number, program
+    def __init__(self, backend: ProcessBackend, number: int, program: CpuProgram) -> None:
+        self._backend, self._number, self.first = backend, number, program  # the processes end with the backend
         self.inputs, self.graph, self.prefill_end = program.inputs, program.graph, program.prefill_end
 
     @property
@@ -235,8 +249,8 @@ class ProcessProgram:
         counts = {name: rows if name == "rows" else tokens for name in INPUTS if name in self.inputs}
         data = {INPUTS.index(name): self.inputs[name][:count] for name, count in counts.items()}
         with interrupts.deferred():  # between the two it would leave the others waiting
-            self._group.command(Kind.RUN, self._number, tokens, rows, until, data=data)
-            with self._group.together():
+            self._backend.group.command(Kind.RUN, self._number, tokens, rows, until, data=data)
+            with self._backend.group.together():
                 own()
 
 
@@ -269,9 +283,10 @@ class ProcessBackend(RanksBackend):
         sizes = Sizes(ranks, self.workers, shares.exchange_size)
 
         def settings(rank: int, file: int) -> Settings:
-            return Settings(fspath(path), dtype, rank, *sizes, file, batch_invariant, int8_activations)
+            return Settings(os.fspath(path), dtype, rank, *sizes, file, batch_invariant, int8_activations)
 
         self.group = RankGroup(settings, sizes)
+        weakref.finalize(self, self.group.close)  # its threads keep the group, and so the processes
         self._first.states |= {"exchange": self.group.memory.exchange, "arrivals": self.group.memory.arrivals}
         self._programs = 0
         with self.group.together():
@@ -289,14 +304,15 @@ class ProcessBackend(RanksBackend):
         with self.group.together():
             self.group.wait()
         self._programs += 1
-        return ProcessProgram(self.group, self._programs - 1, own)
+        return ProcessProgram(self, self._programs - 1, own)
 
     def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
         """Write page numbers into a row of every rank's page table, from entry `first` on."""
         refuse_forked()
         self._first.set_pages(slot, first, pages)
-        numbers = np.array(pages, np.int32)
-        self.group.command(Kind.PAGES, slot, first, len(numbers), data={0: numbers})
+        for begin in range(0, len(pages), ROWS):
+            numbers = np.array(pages[begin : begin + ROWS], np.int32)
+            self.group.command(Kind.PAGES, slot, first + begin, len(numbers), data={0: numbers})
 
     def close(self) -> None:
         """End the processes."""

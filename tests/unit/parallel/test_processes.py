@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import threading
@@ -17,7 +18,9 @@ import numballama
 from numballama import Model, SamplingParams, loader, model
 from numballama.checkpoint import Weight
 from numballama.errors import DeviceError, Error, UnsupportedError
-from numballama.parallel.processes import ProcessBackend
+from numballama.graph import KVLayout, build
+from numballama.parallel import processes
+from numballama.parallel.processes import ProcessBackend, how_it_ended
 from numballama.parallel.rank_memory import Kind, Until
 from tests.helpers.processes import run_python
 
@@ -256,7 +259,9 @@ def test_ranks_end_with_rank_0(moment: str) -> None:
 import json, os, sys, threading, time
 from numballama import loader
 from numballama.graph import KVLayout, build
-from numballama.parallel.processes import ProcessBackend
+from numballama.graph import KVLayout, build
+from numballama.parallel import processes
+from numballama.parallel.processes import ProcessBackend, how_it_ended
 from numballama.parallel.rank_memory import Kind, Until
 
 if __name__ == "__main__":
@@ -297,7 +302,42 @@ def test_a_forked_child_leaves_the_ranks_alone(open_ranks: Callable[..., Opened]
         try:
             several.model.program.run(1)
         except DeviceError:
+            several.backend.close()  # as the end of a `with` would
             os._exit(7)
         os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
     assert several.model.generate("Once", params=GREEDY) == want
+
+
+def test_ranks_end_with_a_backend_that_nobody_has_any_more() -> None:
+    """A program keeps it. Threads that watch the processes do not."""
+    checkpoint = loader.open_checkpoint(None)
+    backend = ProcessBackend(loader.STORY_MODEL, checkpoint.config, checkpoint.weights, 2, 1)
+    pids = [process.pid for process in backend.group.processes]
+    types = {name: weight.type for name, weight in checkpoint.weights.items()}
+    program = backend.program(build(checkpoint.config, types, KVLayout.of(checkpoint.config, 64), 1))
+    del backend
+    gc.collect()
+    program.run(1)
+    assert all(map(is_alive, pids))
+    del program
+    gc.collect()
+    assert_gone(pids)
+
+
+def test_more_pages_than_a_command_holds(open_ranks: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch) -> None:
+    several = open_ranks(2)
+    sent: list[tuple[int, ...]] = []
+
+    def command(kind: Kind, *arguments: int, data: dict[int, Any]) -> None:
+        sent.append((kind, *arguments, *data[0].tolist()))
+
+    monkeypatch.setattr(processes, "ROWS", 3)
+    monkeypatch.setattr(several.backend.group, "command", command)
+    several.backend.set_pages(0, 1, [5, 6, 7, 8, 9])
+    assert sent == [(Kind.PAGES, 0, 1, 3, 5, 6, 7), (Kind.PAGES, 0, 4, 2, 8, 9)]
+
+
+def test_how_a_process_ended() -> None:
+    assert [how_it_ended(code) for code in (0, 3, -9)] == ["exit code 0", "exit code 3", "signal SIGKILL"]
+    assert how_it_ended(-(signal.SIGRTMIN + 1)) == f"signal {signal.SIGRTMIN + 1}"
