@@ -12,6 +12,8 @@ from dataclasses import replace
 from typing import Any
 from unittest import mock
 
+from numballama.cuda.launch import Launch
+from numballama.cuda.ops import attention as attention_ops
 from numballama.cuda.ops import skinny, wgmma_gemm, wide
 from tests.cuda.gemm_cases import (
     QUANTISED,
@@ -30,6 +32,22 @@ def few_blocks(machine: Any, check: Callable[..., float], *arguments: Any, **nam
     """A check on a device of one multiprocessor."""
     machine.ctx = replace(machine.ctx, n_sms=1)
     return check(machine, *arguments, **named)
+
+
+def by_bulk_copies(machine: Any, *arguments: Any, n_sms: int = 1, **named: Any) -> float:
+    """Attention by the kernels of `bulk_attention`, on a device of so many multiprocessors, however few the rows."""
+    launched: list[str] = []
+    execute = machine.execute
+
+    def noted(launches: Sequence[Launch]) -> None:
+        launched.extend(launch.name for launch in launches)
+        execute(launches)
+
+    with mock.patch.object(attention_ops, "BULK_FROM", 2), mock.patch.object(machine, "execute", noted):
+        machine.ctx = replace(machine.ctx, n_sms=n_sms)
+        worst = attention(machine, *arguments, **named)
+    assert any(name.startswith("attention_bulk") for name in launched), f"by {launched}"
+    return worst
 
 
 def cases() -> list[Case]:
@@ -59,17 +77,30 @@ def cases() -> list[Case]:
         add(f"attention bf16, a window of {window}", 70, attention, "bf16", 70, (1, 1), 56, 400, *one(70, 290),
             window=window)  # fmt: skip
     # rows alone by bulk copies: of one page and of several splits, in runs of few rows and of more than there are warps
-    rows, three = [63, 5, 94, 0, 31, 32], [0, 1, 2, 3, 4, 5]
-    for cache, heads, head_dim in (("f16", (1, 1), 128), ("bf16", (2, 2), 128), ("f16", (3, 3), 64)):
-        add(f"attention {cache}, rows of {head_dim}", 6, few_blocks, attention, cache, 7, heads, head_dim, 100,
-            [*rows, 0], [*three, 0], exact=True)  # fmt: skip
-    add("attention bf16, rows in splits", 3, attention, "bf16", 4, (3, 3), 64, 1400, [600, 5, 1300, 0], [0, 1, 2, 0],
-        exact=True)  # fmt: skip
-    add("attention f16, rows with a window", 3, few_blocks, attention, "f16", 4, (2, 2), 128, 700, [650, 5, 420, 0],
-        [0, 1, 2, 0], page=64, window=300, exact=True)  # fmt: skip
+    rows, six = [63, 5, 94, 0, 31, 32], [0, 1, 2, 3, 4, 5]
+    for cache, heads, head_dim, page in (("f16", (1, 1), 128, 32), ("bf16", (2, 2), 128, 64), ("f16", (3, 3), 64, 128)):
+        add(f"attention {cache}, rows of {head_dim}", 6, by_bulk_copies, cache, 7, heads, head_dim, 100,
+            [*rows, 0], [*six, 0], page=page, exact=True)  # fmt: skip
+    add("attention bf16, rows in splits", 3, by_bulk_copies, "bf16", 4, (3, 3), 64, 1400, [600, 5, 1300, 0],
+        [0, 1, 2, 0], n_sms=132, exact=True)  # fmt: skip
+    add("attention f16, more keys than splits of 256", 2, by_bulk_copies, "f16", 2, (1, 1), 64, 8600, [8500, 40],
+        [0, 1], n_sms=132, page=128, exact=True)  # fmt: skip
+    for window in (1, 300):
+        add(f"attention f16, rows with a window of {window}", 3, by_bulk_copies, "f16", 4, (2, 2), 128, 700,
+            [650, 5, 420, 0], [0, 1, 2, 0], page=64, window=window, exact=True)  # fmt: skip
     # tokens of a short prompt, which see each other's keys, before they are in memory for long
-    add("attention f16, rows of one sequence", 7, attention, "f16", 8, (2, 2), 64, 100, [*range(60, 67), 0], [0] * 8,
-        exact=True)  # fmt: skip
+    add("attention f16, rows of one sequence", 7, by_bulk_copies, "f16", 8, (2, 2), 64, 100, [*range(60, 67), 0],
+        [0] * 8, n_sms=132, exact=True)  # fmt: skip
+    # rows that are listed, between chunks of prompts, and none of them
+    for name, alone in (("between chunks", [(1, [70]), (2, [33])]), ("none", [])):
+        chunks = [(0, range(5, 75)), *alone, (3, range(4))]
+        where = [position for _, chunk in chunks for position in chunk]
+        whose = [sequence for sequence, chunk in chunks for _ in chunk]
+        add(f"attention f16, rows listed, {name}", len(where), by_bulk_copies if alone else attention, "f16",
+            len(where) + 2, (3, 3), 64, 100, [*where, 0, 0], [*whose, 0, 0])  # fmt: skip
+    # those that share keys, of few rows
+    add("attention bf16, rows whose heads share keys", 3, attention, "bf16", 4, (6, 2), 128, 700, [600, 5, 130, 0],
+        [0, 1, 2, 0], page=16, window=300)  # fmt: skip
     return made
 
 
