@@ -1,6 +1,7 @@
 """What a step must do: bytes to move, which divided by the memory bandwidth give its minimum time, and operations.
 
-Counted are the weights and the part of the KV cache that the step reads, and what it writes to the KV cache.
+Counted are the weights and the part of the KV cache that the step reads, within the window if there is one, and what it
+writes to the KV cache.
 Activations are not counted, because they stay in the processor's caches.
 """
 
@@ -22,13 +23,14 @@ def step_bytes(graph: Graph, op: Op, weight_nbytes: Callable[[str], int], positi
     An embedding table counts as one row per token. `weight_nbytes` gives the bytes of a weight in the backend's layout.
     """
     writes = any(graph.values[name].kind == "state" for name in op.outputs)
-    total = 0
+    window, total = int(op.attrs.get("window") or 0), 0
+    read = min(position + 1, window + tokens - 1) if window else position + 1
     for value in graph.operands(op.inputs):
         if value.kind == "weight":
             nbytes = weight_nbytes(value.name)
             total += nbytes // value.shape[0] * tokens if op.kind == "embedding" else nbytes
         elif value.kind == "state":
-            total += _state_bytes(value, tokens if writes else position + 1)
+            total += _state_bytes(value, tokens if writes else read)
     return total
 
 

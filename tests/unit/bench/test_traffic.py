@@ -33,6 +33,16 @@ def test_the_cache_is_written_for_new_tokens_and_read_up_to_the_position() -> No
     assert of(graph, "attention_scores", position=5) == of(graph, "attention_values", position=5) == 6 * KV_ROW + 8
 
 
+def test_a_window_bounds_what_is_read_of_the_cache() -> None:
+    """Three tokens up to position 6 with a window of 2 see positions 3 to 6."""
+    graph = llama(tokens=3)
+    for kind in ("attention_scores", "attention_values"):
+        op = graph.ops[graph.first(kind)]
+        for window, position, tokens, seen in ((2, 6, 3, 4), (2, 6, 1, 2), (9, 6, 3, 7), (0, 6, 3, 7)):
+            windowed = replace(op, attrs={**op.attrs, "window": window})
+            assert step_bytes(graph, windowed, lambda name: 0, position, tokens) == seen * KV_ROW + 8
+
+
 def test_activations_cost_nothing() -> None:
     assert of(llama(), "softmax") == of(llama(), "add") == 0
 
