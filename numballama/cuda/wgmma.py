@@ -158,8 +158,9 @@ def rotate_rows(typingctx, sums, size, interleaved, at, at2, one):  # type: igno
     together: neighbours if `interleaved`, otherwise those that are half a head apart. Both are numbers in the program.
 
     A row's angles lie in global memory: size / 2 cosines, as many sines. `at` and `at2` are the addresses of the
-    cosines of the lane's first elements. `one` is not 0, which the assembler does not know: it would begin with all
-    loads, and need more registers than there are.
+    cosines of the lane's first elements. `one` is any number but 0. The assembler cannot know that, so each group of
+    columns keeps a branch of its own, with its loads behind it. Without these branches it would begin with all loads,
+    and need more registers than there are.
     """
     if not (isinstance(size, types.IntegerLiteral) and isinstance(interleaved, types.IntegerLiteral)):
         return None

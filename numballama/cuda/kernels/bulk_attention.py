@@ -52,9 +52,12 @@ from .reduce import warp_max, warp_sum
 
 @device
 def find_item(work, part, sizes, rows, positions, sequences):
-    """The first item from number `work` on whose split exists: (number, split, row, KV head, sequence, position, first
-    key, end of its keys, splits of its row). A `part` of -1 is the number's first one. If there is none, the number is
-    `sizes`' last, and the item has no keys.
+    """The warp's first item from number `work` on whose split exists: (number, split, row, KV head, sequence, position,
+    first key, end of its keys, splits of its row).
+
+    A number stands for a row, a KV head and a first split, and every `blocks_of_keys`-th split after that. `part` is
+    the split to begin with, -1 the number's first. A warp's numbers are `workers` apart. If no item is left, the number
+    is `total` and the item has no keys.
     """
     kv_heads, inverse_heads, blocks_of_keys, inverse_blocks, splits, window, workers, total = sizes
     tiles, listed, most_rows = rows

@@ -6,6 +6,9 @@ tokens each. Other threads fill a ring of `stages` in shared memory, 64 columns 
 one thread asks the copy engine for both; of a quantised W two warpgroups load words to registers two to four steps
 ahead and decode them (`wgmma_loads`). So loading goes on while a tile's results are finished in registers and stored.
 
+Where a tile of queries, keys or values has whole heads, they are finished in registers, too: queries and keys are
+rotated, keys and values go to the KV cache (`write_heads`). Otherwise that is a kernel of its own.
+
 Tiles with the same rows of W are neighbours, so W comes from memory once and from the L2 cache after that.
 
 Why. mma.sync, as `gemm.py` uses it, does half as many operations a second. The floor is arithmetic: 2 · T · N · K at

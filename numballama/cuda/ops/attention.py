@@ -73,7 +73,7 @@ ATTENTION_WGMMA = {width: KernelRef(WGMMA, f"attention_wgmma_{width}_kernel") fo
 MORE_TILES = 8
 """Blocks for tiles that are not full, because chunks of several prompts share a run. Further tiles wait for these."""
 BULK_SHARED = BULK_WARPS * (BULK_RING_BYTES + 8 * 8)
-"""Bytes of shared memory of a block of `bulk_attention`: rings, and up to eight mbarriers of each."""
+"""Bytes of shared memory of a block of `bulk_attention`: for each warp its rings, and room for eight mbarriers."""
 ROW_BLOCKS = 2048
 """Blocks that share the keys of one head, over all rows of a run, where a long context has splits for so many."""
 
