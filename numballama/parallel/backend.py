@@ -18,7 +18,7 @@ import numpy as np
 from ..checkpoint import Weight
 from ..config import ModelConfig
 from ..cpu.fork import ForkSafeLock, mark_workers_started, refuse_forked
-from ..errors import DeviceError, Error
+from ..errors import CLOSED, DeviceError, Error
 from ..graph import PAGE_TABLE
 from ..host import environment, interrupts
 from ..ir import Graph
@@ -132,13 +132,16 @@ class RankThreads:
         self._pools = [ThreadPoolExecutor(1, f"numballama rank {rank}") for rank in range(1, ranks)]
         self._stop, self._reset = stop, reset
         self._lock = threading.Lock()
+        self._closed = False
 
     def run(self, calls: Sequence[Callable[[], object]]) -> object:
         """Make the call of each rank at the same time; returns the result of rank 0's. Models take turns.
 
-        Raises what a rank has raised first, when all have ended.
+        Raises what a rank has raised first, when all have ended, and `Error` after `close`.
         """
         refuse_forked()
+        if self._closed:
+            raise Error(CLOSED)
         errors: list[BaseException] = []
 
         def guarded(call: Callable[[], object]) -> object:
@@ -165,6 +168,7 @@ class RankThreads:
         return result
 
     def close(self) -> None:
+        self._closed = True
         for pool in self._pools:
             pool.shutdown()
 

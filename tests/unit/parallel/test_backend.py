@@ -121,6 +121,8 @@ def test_all_ranks_compute_the_same_logits() -> None:
     assert np.isfinite(first).all() and program.entries == 2
     assert program.value("logits") is first and "rank 0 of 2" in str(program.plan)
     backend.close()
+    with pytest.raises(Error, match="this model is closed"):
+        program.run(2, rows=2)
 
 
 def test_a_rank_that_fails_ends_the_run_and_the_next_run_is_right() -> None:
