@@ -178,6 +178,7 @@ def test_a_rank_that_is_killed_while_it_compiles(
     send = several.backend.group.send
 
     def send_and_kill(messages: list[bytes]) -> None:
+        os.kill(several.pids[0], signal.SIGSTOP)  # else it may have answered before it is killed
         send(messages)
         os.kill(several.pids[0], signal.SIGKILL)
 
