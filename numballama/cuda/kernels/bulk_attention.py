@@ -41,13 +41,14 @@ from ..intrinsics import (
 )
 from ..quant_traits import unpack8
 from ..tma import copy_bytes, fence_mbarrier_init, mbarrier_expect_tx
-from .common import FULL_MASK, LOG2_E, device, fast_divmod, first_visible, launch_bounds
+from .common import FULL_MASK, LOG2_E, device, fast_divmod, launch_bounds
 from .decode_attention import LOWEST_SCORE
+from .group_attention import clamped
 from .params import BULK_KEYS as KEYS
 from .params import BULK_RING_BYTES as RING_BYTES
 from .params import BULK_WARPS as WARPS
-from .params import ROW_SPLIT_KEYS
 from .reduce import warp_max, warp_sum
+from .rows_attention import splits_of_row
 
 
 @device
@@ -70,11 +71,7 @@ def find_item(work, part, sizes, rows, positions, sequences):
         if listed:
             t = np.int64(tiles[2 * (most_rows - t)])
         position, sequence = np.int64(positions[t]), np.int64(sequences[t])
-        first = first_visible(position + 1, window)
-        seen, keys = position + 1 - first, np.int64(ROW_SPLIT_KEYS)
-        while keys * splits < seen:
-            keys *= 2
-        splits_used = (seen + keys - 1) // keys
+        first, keys, splits_used = splits_of_row(position, window, splits)
         if part < 0:
             part = first_part
         begin = first + part * keys
@@ -92,6 +89,16 @@ def find_item(work, part, sizes, rows, positions, sequences):
 def next_item(item, sizes, rows, positions, sequences):
     """The warp's next item: the next of its row's splits that is its own, or one of another row."""
     return find_item(item[0], item[1] + sizes[2], sizes, rows, positions, sequences)
+
+
+@device
+def after(item, p, sizes, rows, positions, sequences):
+    """What comes after an item's keys from position `p` to the end of their 32: (item, position)."""
+    p = (p | (KEYS - 1)) + 1
+    if p >= item[7]:
+        item = next_item(item, sizes, rows, positions, sequences)
+        p = item[6]
+    return item, p
 
 
 @device
@@ -177,12 +184,6 @@ def write_item(item, kv_heads, splits, lanes, max_score, exp_sum, acc, out, part
             counters[head] = 0
 
 
-@device
-def clamped(key, low, last):
-    """A key from `low` to `last`: for one that is not, a neighbour, whose memory holds numbers."""
-    return max(min(key, last), low)
-
-
 def body_with(lanes):
     """The body of the kernel for heads of 8 · `lanes` elements."""
     slot_bytes = KEYS * 16 * lanes
@@ -254,10 +255,7 @@ def body_with(lanes):
                     source = source_of(ahead, p_ahead, place, page_table)
                     load_rows(k_base, k_ring + i * slot_bytes, k_barriers + 8 * i, source)
                     load_rows(v_base, v_ring + i * slot_bytes, v_barriers + 8 * i, source)
-                p_ahead = (p_ahead | (KEYS - 1)) + 1
-                if p_ahead >= ahead[7]:
-                    ahead = next_item(ahead, sizes, rows, positions, sequences)
-                    p_ahead = ahead[6]
+                ahead, p_ahead = after(ahead, p_ahead, sizes, rows, positions, sequences)
         griddepcontrol_wait()
         griddepcontrol_launch_dependents()
         factor = LOG2_E / np.float32(math.sqrt(np.float32(8 * lanes)))
@@ -300,10 +298,7 @@ def body_with(lanes):
                 if more and lane == 0:
                     load_rows(v_base, v_ring + slot * slot_bytes, v_barriers + 8 * slot, source)
                 if more:
-                    p_ahead = (p_ahead | (KEYS - 1)) + 1
-                    if p_ahead >= ahead[7]:
-                        ahead = next_item(ahead, sizes, rows, positions, sequences)
-                        p_ahead = ahead[6]
+                    ahead, p_ahead = after(ahead, p_ahead, sizes, rows, positions, sequences)
                 slot += 1
                 if slot == stages:
                     slot, parity = np.int64(0), parity ^ 1

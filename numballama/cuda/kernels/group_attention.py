@@ -43,11 +43,12 @@ from ..intrinsics import (
 )
 from ..mma import cvt_rn_x2, zeros16, zeros32, zeros64
 from ..quant_traits import unpack8
-from .common import FULL_MASK, LOG2_E, device, fast_divmod, first_visible, is_padding_token, launch_bounds
+from .common import FULL_MASK, LOG2_E, device, fast_divmod, is_padding_token, launch_bounds
 from .decode_attention import LOWEST_SCORE, weighted_element, weights_of_head
 from .group_queries import load_columns, load_queries
-from .params import FEW_HEADS, GROUP_HEADS, GROUP_STAGES, MAX_SPLITS, ROW_SPLIT_KEYS, SPLIT_WEIGHTS
+from .params import FEW_HEADS, GROUP_HEADS, GROUP_STAGES, MAX_SPLITS, SPLIT_WEIGHTS
 from .reduce import quad_max, quad_sum
+from .rows_attention import splits_of_row
 
 KEYS = 16
 """Keys of a warp at a time."""
@@ -345,11 +346,7 @@ def body_with(attend, heads):
             t = np.int64(tiles[2 * (cuda.gridDim.y - t)])
         head_dim = 2 * len(rows)
         position, sequence = np.int64(positions[t]), sequences[t]
-        first = first_visible(position + 1, window)
-        seen, keys = position + 1 - first, ROW_SPLIT_KEYS
-        while keys * splits < seen:
-            keys *= 2
-        splits_used = (seen + keys - 1) // keys
+        first, keys, splits_used = splits_of_row(position, window, splits)
         kv_head, sub = fast_divmod(cuda.blockIdx.x, subgroups, inverse_subgroups)
         first_head = t * kv_heads * shared_by + kv_head * shared_by + sub * heads
         heads_here = min(heads, shared_by - sub * heads)

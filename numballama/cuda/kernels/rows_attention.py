@@ -25,6 +25,18 @@ from .reduce import block_max, block_sum
 
 
 @device
+def splits_of_row(position, window, splits):
+    """How the keys are split that a token at `position` sees: (first key, keys of a split, splits that are used). Of at
+    most `splits` splits; it depends on the row alone.
+    """
+    first = first_visible(position + 1, window)
+    seen, keys = position + 1 - first, np.int64(ROW_SPLIT_KEYS)
+    while keys * splits < seen:
+        keys *= 2
+    return first, keys, (seen + keys - 1) // keys
+
+
+@device
 def rows_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out, partials, counters, kv_heads,
                    shared_by, head_dim, window, lanes, subgroups, inverse_subgroups, inverse_head_dim, splits, tiles,
                    listed, max_score, exp_sum, acc, is_last):  # fmt: skip
@@ -42,11 +54,7 @@ def rows_attention(tokens, q, k_cache, v_cache, pages, positions, sequences, out
             return
         t = np.int64(tiles[2 * (cuda.gridDim.y - t)])
     position, sequence = positions[t], sequences[t]
-    first = first_visible(position + 1, window)
-    seen, keys = position + 1 - first, ROW_SPLIT_KEYS
-    while keys * splits < seen:
-        keys *= 2
-    splits_used = (seen + keys - 1) // keys
+    first, keys, splits_used = splits_of_row(position, window, splits)
     for part in range(cuda.blockIdx.z, splits_used, cuda.gridDim.z):
         begin = first + part * keys
         cuda.syncthreads()  # the split before this one is no longer in shared memory

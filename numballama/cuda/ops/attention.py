@@ -217,43 +217,39 @@ def _decode(
         return Launch(kernel_ref, (blocks, tokens, blocks_of_keys), ATTENTION_THREADS, arguments, shared)
 
     most_splits = partials.shape[2]
-    if tokens > 1 and _for_groups(ctx, k_cache) and _for_bulk(ctx, tokens, k_cache, shared_by):
+    if tokens > 1:
+        rows = named(splits=most_splits, tiles=ctx.tiles, listed=int(listed))
 
         def bulk(parts: int) -> Launch:
             arguments = named(
                 **operands, partials=partials, counters=counters, kv_heads=kv_heads, window=window, splits=most_splits,
                 blocks_of_keys=parts, tiles=ctx.tiles, listed=int(listed), most_rows=tokens,
             )  # fmt: skip
-            only_for: RowKind | None = "single rows" if listed else None
-            grid, threads = (ctx.n_sms, 1), 32 * BULK_WARPS
-            return Launch(ATTENTION_BULK[head_dim], grid, threads, arguments, BULK_SHARED, only_for=only_for)
-
-        return [_by_length(bulk, _most_seen(window, context), most_splits, max(4, ROW_BLOCKS // tokens))]
-    if tokens > 1 and _for_groups(ctx, k_cache):
-        together, kernels = (FEW_HEADS, ATTENTION_FEW) if shared_by <= FEW_HEADS else (GROUP_HEADS, ATTENTION_GROUP)
-        subgroups = ceil_div(shared_by, together)
-        arguments = named(
-            **operands, partials=partials, counters=counters, kv_heads=kv_heads, shared_by=shared_by, window=window,
-            subgroups=subgroups, inverse_subgroups=1 / subgroups, splits=most_splits, tiles=ctx.tiles,
-            listed=int(listed),
-        )  # fmt: skip
-        results, ring = 4 * together * (head_dim + 4), GROUP_STAGES * 64 * head_dim  # of a warp, in bytes
-        shared = GROUP_THREADS // 32 * max(results, ring)
+            return Launch(ATTENTION_BULK[head_dim], (ctx.n_sms, 1), 32 * BULK_WARPS, arguments, BULK_SHARED)
 
         def group(blocks_of_keys: int) -> Launch:
-            grid = kv_heads * subgroups, tokens, blocks_of_keys
-            only_for: RowKind | None = "single rows" if listed else None
-            return Launch(kernels[head_dim], grid, GROUP_THREADS, arguments, shared, only_for=only_for)
+            few = shared_by <= FEW_HEADS
+            together, kernels = (FEW_HEADS, ATTENTION_FEW) if few else (GROUP_HEADS, ATTENTION_GROUP)
+            subgroups = ceil_div(shared_by, together)
+            arguments = named(
+                **operands, partials=partials, counters=counters, kv_heads=kv_heads, shared_by=shared_by,
+                window=window, subgroups=subgroups, inverse_subgroups=1 / subgroups, **rows,
+            )  # fmt: skip
+            results, ring = 4 * together * (head_dim + 4), GROUP_STAGES * 64 * head_dim  # of a warp, in bytes
+            grid, shared = (kv_heads * subgroups, tokens, blocks_of_keys), GROUP_THREADS // 32 * max(results, ring)
+            return Launch(kernels[head_dim], grid, GROUP_THREADS, arguments, shared)
 
-        return [_by_length(group, _most_seen(window, context), most_splits, max(4, ROW_BLOCKS // tokens))]
-    if tokens > 1:
-        rows_kernel, heads = (ATTENTION_GROUPED_ROWS, HEADS_PER_BLOCK) if shared_by > 1 else (ATTENTION_ROWS, 1)
+        def plain(blocks_of_keys: int) -> Launch:
+            kernel_ref, each = (ATTENTION_GROUPED_ROWS, HEADS_PER_BLOCK) if shared_by > 1 else (ATTENTION_ROWS, 1)
+            return launch(kernel_ref, each, blocks_of_keys, **rows)
 
-        def rows(blocks_of_keys: int) -> Launch:
-            made = launch(rows_kernel, heads, blocks_of_keys, splits=most_splits, tiles=ctx.tiles, listed=int(listed))
-            return replace(made, only_for="single rows" if listed else None)
-
-        return [_by_length(rows, _most_seen(window, context), most_splits, max(4, ROW_BLOCKS // tokens))]
+        grouped = _for_groups(ctx, k_cache)
+        made = bulk if grouped and _for_bulk(ctx, tokens, k_cache, shared_by) else group if grouped else plain
+        only_for: RowKind | None = "single rows" if listed else None
+        return [_by_length(
+            lambda blocks: replace(made(blocks), only_for=only_for), _most_seen(window, context), most_splits,
+            max(4, ROW_BLOCKS // tokens),
+        )]  # fmt: skip
     short = launch(ATTENTION_SINGLE, 1, 1)
     if most_splits == 1 or 0 < window <= SPLIT_FROM:
         return [short]
