@@ -9,7 +9,7 @@ from .html import COLOURS, bar, chip, escape, frame, heading, printable, table, 
 from .parts import PARTS
 
 if TYPE_CHECKING:
-    from ..bench.profiler import Profile
+    from ..bench.profiler import PartTime, Profile, StepKind
 
 PART_HEADINGS = ("part", "steps", "µs", "floor µs", "MB", "GB/s", "of memory", "share")
 HEADINGS = ("step", "kernel", "count", "µs each", "MB", "GB/s", "of memory", "share")
@@ -50,43 +50,12 @@ def _gigaflops(rate: float) -> str:
     return f"{rate / 1e9:,.0f}" if rate >= 1e11 else f"{rate / 1e9:.1f}" if rate else UNKNOWN
 
 
-def _prompt_part_cells(profile: Profile) -> list[tuple[str, ...]]:
-    """`_part_cells` of a run of many tokens: arithmetic instead of the memory's floor."""
-    cells: list[tuple[str, ...]] = [
-        (
-            part.part, f"{part.count}", _micros(part.seconds), f"{part.nbytes / 1e6:,.2f}",
-            *_rates(part.seconds / part.count, part.rate, part.operations_per_second), f"{part.share:.1%}",
-        )
-        for part in profile.parts
-    ]  # fmt: skip
-    for name, seconds in (("sum", profile.sum_s), ("whole run", profile.whole_s)):
-        cells.append((
-            name, f"{len(profile.steps)}", _micros(seconds), f"{profile.nbytes / 1e6:,.2f}",
-            _gigabytes(profile.nbytes / seconds), _gigaflops(profile.operations / seconds),
-            f"{seconds / profile.sum_s:.1%}",
-        ))  # fmt: skip
-    return cells
-
-
-def _prompt_cells(profile: Profile) -> list[tuple[str, ...]]:
-    """`_cells` of a run of many tokens."""
-    return [
-        (
-            kind.name, kind.kernel, f"{kind.count}", _micros(kind.seconds), f"{kind.nbytes / 1e6:,.2f}",
-            *_rates(kind.seconds, kind.rate, kind.operations_per_second), f"{kind.share:.1%}",
-        )
-        for kind in profile.kinds
-    ]  # fmt: skip
-
-
-def _rates(seconds: float, rate: float, operations: float) -> tuple[str, str]:
-    """GB/s and GFLOP/s of a step of that many seconds."""
-    return (UNKNOWN, UNKNOWN) if seconds < SHORTEST_S else (_gigabytes(rate), _gigaflops(operations))
-
-
-def _speed(seconds: float, rate: float, fraction: float | None) -> tuple[str, str]:
-    """GB/s and share of the bandwidth of a step of that many seconds."""
-    return (UNKNOWN, UNKNOWN) if seconds < SHORTEST_S else (_gigabytes(rate), _percent(fraction))
+def _rates(profile: Profile, of: PartTime | StepKind, seconds: float) -> tuple[str, str]:
+    """GB/s, and the share of the bandwidth or in a prompt GFLOP/s, of a step of that many seconds."""
+    if seconds < SHORTEST_S:
+        return UNKNOWN, UNKNOWN
+    second = _gigaflops(of.operations_per_second) if profile.tokens > 1 else _percent(of.bandwidth_fraction)
+    return _gigabytes(of.rate), second
 
 
 def _gigabytes(rate: float) -> str:
@@ -103,19 +72,26 @@ def _micros(seconds: float | None) -> str:
 
 
 def _part_cells(profile: Profile) -> list[tuple[str, ...]]:
-    """One line for each part of the model, then their sum, then the whole step as it runs."""
+    """One line for each part of the model, then their sum, then the whole as it runs."""
+
+    def floor(seconds: float | None) -> tuple[str, ...]:
+        """In a prompt arithmetic is the limit, and not the memory."""
+        return () if profile.tokens > 1 else (_micros(seconds),)
+
     cells: list[tuple[str, ...]] = [
         (
-            part.part, f"{part.count}", _micros(part.seconds), _micros(part.floor_s), f"{part.nbytes / 1e6:,.2f}",
-            *_speed(part.seconds / part.count, part.rate, part.bandwidth_fraction), f"{part.share:.1%}",
+            part.part, f"{part.count}", _micros(part.seconds), *floor(part.floor_s), f"{part.nbytes / 1e6:,.2f}",
+            *_rates(profile, part, part.seconds / part.count), f"{part.share:.1%}",
         )
         for part in profile.parts
     ]  # fmt: skip
-    for name, seconds in (("sum", profile.sum_s), ("whole step", profile.whole_s)):
-        rate = profile.nbytes / seconds
+    whole = "whole run" if profile.tokens > 1 else "whole step"
+    for name, seconds in (("sum", profile.sum_s), (whole, profile.whole_s)):
+        rate, operations = profile.nbytes / seconds, profile.operations / seconds
         cells.append((
-            name, f"{len(profile.steps)}", _micros(seconds), _micros(profile.floor_s), f"{profile.nbytes / 1e6:,.2f}",
-            _gigabytes(rate), _percent(profile.fraction(rate)), f"{seconds / profile.sum_s:.1%}",
+            name, f"{len(profile.steps)}", _micros(seconds), *floor(profile.floor_s), f"{profile.nbytes / 1e6:,.2f}",
+            _gigabytes(rate), _gigaflops(operations) if profile.tokens > 1 else _percent(profile.fraction(rate)),
+            f"{seconds / profile.sum_s:.1%}",
         ))  # fmt: skip
     return cells
 
@@ -125,7 +101,7 @@ def _cells(profile: Profile) -> list[tuple[str, ...]]:
     return [
         (
             kind.name, kind.kernel, f"{kind.count}", _micros(kind.seconds), f"{kind.nbytes / 1e6:,.2f}",
-            *_speed(kind.seconds, kind.rate, kind.bandwidth_fraction), f"{kind.share:.1%}",
+            *_rates(profile, kind, kind.seconds), f"{kind.share:.1%}",
         )
         for kind in profile.kinds
     ]  # fmt: skip
@@ -142,8 +118,8 @@ def as_text(profile: Profile) -> str:
     lines = [printable(_title(profile)), _about(profile), "", *parts, ""]
     lines += [*text_table(HEADINGS, _cells(profile), "ll"), "", _note(profile)]
     if (run := profile.prompt) is not None:
-        lines += ["", _title(run), "", *text_table(PROMPT_PART_HEADINGS, _prompt_part_cells(run)), ""]
-        lines += text_table(PROMPT_HEADINGS, _prompt_cells(run), "ll")
+        lines += ["", _title(run), "", *text_table(PROMPT_PART_HEADINGS, _part_cells(run)), ""]
+        lines += text_table(PROMPT_HEADINGS, _cells(run), "ll")
     return "\n".join(lines)
 
 
@@ -169,9 +145,9 @@ def show(profile: Profile) -> None:
     console.print(f"\n{_note(profile)}")
     if (run := profile.prompt) is not None:
         console.print(f"\n{_title(run)}\n")
-        print_table(PROMPT_PART_HEADINGS, _prompt_part_cells(run), 1, 2)
+        print_table(PROMPT_PART_HEADINGS, _part_cells(run), 1, 2)
         console.print()
-        print_table(PROMPT_HEADINGS, _prompt_cells(run), 2)
+        print_table(PROMPT_HEADINGS, _cells(run), 2)
 
 
 def as_html(profile: Profile) -> str:
@@ -187,8 +163,8 @@ def as_html(profile: Profile) -> str:
         content += (
             f"<h4>{escape(_title(run))}</h4>"
             + _bar(run)
-            + _html_parts(PROMPT_PART_HEADINGS, _prompt_part_cells(run))
-            + _html_kinds(PROMPT_HEADINGS, _prompt_cells(run))
+            + _html_parts(PROMPT_PART_HEADINGS, _part_cells(run))
+            + _html_kinds(PROMPT_HEADINGS, _cells(run))
         )
     return frame(content)
 
