@@ -80,7 +80,7 @@ class Program(Protocol):
 
     def kernel_names(self, tokens: int | None = None) -> list[str]:
         """Names of each step's kernels at the positions in `inputs`; several names are joined by "+". With `tokens`,
-        those of the last run, which had so many.
+        those of the last run, which was for this number of tokens.
         """
 
 
@@ -272,7 +272,7 @@ _OPENED: WeakSet[Backend] = WeakSet()
 
 
 def collect_forgotten() -> None:
-    """Free the memory of backends that nobody refers to any more, before more is allocated.
+    """Free the memory of backends that no variable refers to any more, before more is allocated.
 
     A model and its parts refer to each other, so Python frees one that was not closed some time later. A notebook's
     cell that is run again and again would have several in memory.

@@ -13,7 +13,7 @@ def rope_frequencies(config: ModelConfig, context: int = 0) -> list[float]:
     2021), scaled by `config.rope_scaling`.
 
     `context`: tokens of the KV cache. Only "dynamic" and "longrope" scaling depend on it. Transformers chooses the
-    frequencies by each text's length: anew for each one beyond `config.context`, and the long factors beyond
+    frequencies by each text's length: anew for each one above `config.context`, and the long factors above
     `original_context`. Here all positions use those for a text that fills the KV cache.
     """
     theta, scaling, pairs = config.rope_theta, config.rope_scaling, config.head_dim // 2

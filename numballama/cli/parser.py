@@ -107,7 +107,7 @@ class Parser(argparse.ArgumentParser):
         return parsed, unknown
 
     def _get_option_tuples(self, option_string: str) -> list[Any]:
-        """argparse's abbreviations, but for those of one or two letters: `--n 2` would mean `--norm-eps 2`."""
+        """argparse's abbreviations, except those of one or two letters: `--n 2` would mean `--norm-eps 2`."""
         if option_string.startswith("--") and len(option_string.partition("=")[0]) < len("--abc"):
             return []
         return super()._get_option_tuples(option_string)  # type: ignore[misc,no-any-return]

@@ -29,7 +29,7 @@ from ..reference import ReferenceBackend, ReferenceProgram, run_ranks
 from ..sampling import Sampled, SamplerTable
 from .shard import Shard, shard, verify_ranks
 from .shares import Shares
-from .weights import rank_weights
+from .weights import divided
 
 if TYPE_CHECKING:
     from ..backend import Program
@@ -269,7 +269,7 @@ class ParallelBackend(RanksBackend):
 
     `device` is "cpu" or "reference". `threads` is the number of workers of each rank on the CPU, default an equal share
     of what one rank would have. `int8_activations`: graphs quantise the inputs of int8 weights. Raises
-    `UnsupportedError` for a model that so many ranks cannot share.
+    `UnsupportedError` for a model that cannot be split over this number of ranks.
     """
 
     def __init__(
@@ -282,9 +282,7 @@ class ParallelBackend(RanksBackend):
         batch_invariant: bool = False,
         int8_activations: bool = False,
     ) -> None:
-        types = {name: weight.type for name, weight in weights.items()}
-        shares = Shares.of(config, types, ranks, int8_activations)
-        of_ranks = [rank_weights(weights, shares, rank) for rank in range(ranks)]
+        shares, of_ranks = divided(config, weights, ranks, int8_activations)
         self._threads: RankThreads | None = None
         made: Sequence[CpuBackend | ReferenceBackend]
         if device == "reference":

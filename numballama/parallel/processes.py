@@ -41,8 +41,7 @@ from .backend import RanksBackend
 from .graph_json import dump_graph
 from .rank_memory import BEATS, DONE, FAILED, ROWS, Kind, RankMemory, Sizes, Until
 from .rank_process import COMMAND, GRAPH, INPUTS, Settings
-from .shares import Shares
-from .weights import rank_weights
+from .weights import divided
 
 POLL_S = 0.001
 """Seconds between two looks at a rank that loads or compiles."""
@@ -259,7 +258,7 @@ class ProcessBackend(RanksBackend):
 
     `weights` are those of the file at `path`, converted to `dtype` if that is not None. `threads` is the number of
     workers of each rank, default an equal share of what one rank would have. Raises `UnsupportedError` for a model that
-    so many ranks cannot share, `DeviceError` if a process cannot load it.
+    cannot be split over this number of ranks, `DeviceError` if a process cannot load it.
     """
 
     def __init__(
@@ -273,9 +272,7 @@ class ProcessBackend(RanksBackend):
         int8_activations: bool = False,
         dtype: Dtype | None = None,
     ) -> None:
-        types = {name: weight.type for name, weight in weights.items()}
-        shares = Shares.of(config, types, ranks, int8_activations)
-        of_ranks = [rank_weights(weights, shares, rank) for rank in range(ranks)]
+        shares, of_ranks = divided(config, weights, ranks, int8_activations)
         if threads is None:
             threads = max(CpuBackend({}).workers // ranks, 1)
         self._first = CpuBackend(of_ranks[0], threads, batch_invariant)

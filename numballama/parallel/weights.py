@@ -8,6 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..checkpoint import LazyWeight, Weight
+from ..config import ModelConfig
 from ..errors import Error
 from ..memory import ceil_div
 from ..quantization.convert import convert
@@ -92,3 +93,12 @@ def rank_weights(weights: Mapping[str, Weight], shares: Shares, rank: int) -> di
     if shares.config.tied_embeddings:
         parts["output"] = part_of(weights["tok_embeddings"], shares.part("output", rank))
     return parts
+
+
+def divided(
+    config: ModelConfig, weights: Mapping[str, Weight], ranks: int, int8_activations: bool
+) -> tuple[Shares, list[dict[str, Weight]]]:
+    """Who has what, and the weights of each rank. Raises `UnsupportedError` for a model that cannot be split so."""
+    types = {name: weight.type for name, weight in weights.items()}
+    shares = Shares.of(config, types, ranks, int8_activations)
+    return shares, [rank_weights(weights, shares, rank) for rank in range(ranks)]

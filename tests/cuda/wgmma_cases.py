@@ -35,7 +35,7 @@ def few_blocks(machine: Any, check: Callable[..., float], *arguments: Any, **nam
 
 
 def by_bulk_copies(machine: Any, *arguments: Any, n_sms: int = 1, **named: Any) -> float:
-    """Attention by the kernels of `bulk_attention`, on a device of so many multiprocessors, however few the rows."""
+    """Attention by the kernels of `bulk_attention`, on a device with these multiprocessors, even for few rows."""
     launched: list[str] = []
     execute = machine.execute
 

@@ -27,7 +27,7 @@ Compile = Callable[..., Model]
 
 @pytest.fixture
 def compile_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compile]:
-    """compile_ranks(ranks, path, …): `numballama.compile` of a model that so many ranks share."""
+    """compile_ranks(ranks, path, …): `numballama.compile` of a model that is split over this number of ranks."""
     opened: list[Model] = []
 
     def compile_ranks(ranks: int, path: Path | None = None, *arguments: Any, **options: Any) -> Model:

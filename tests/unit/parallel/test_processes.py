@@ -55,7 +55,7 @@ class Opened:
 
 @pytest.fixture
 def open_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Opened]]:
-    """open_ranks(ranks, …): the packaged story model, shared by so many processes."""
+    """open_ranks(ranks, …): the packaged story model, split over this number of processes."""
     opened: list[Opened] = []
 
     def open_ranks(ranks: int, path: Path = loader.STORY_MODEL, *tokenizer: Path, **options: Any) -> Opened:
