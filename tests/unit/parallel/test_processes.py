@@ -206,13 +206,13 @@ def test_a_rank_that_is_killed_while_it_loads(
 
     def start(*arguments: Any, **options: Any) -> Any:
         started.append(popen(*arguments, **options))
-        started[-1].kill()
+        if len(started) == 1:  # one: of several that are killed at once, any may be seen first
+            started[0].kill()
         return started[-1]
 
     monkeypatch.setattr(processes.subprocess, "Popen", start)
     with pytest.raises(DeviceError, match="rank 1 ended with signal SIGKILL"):
         open_ranks(4)
-    assert len(started) >= 1
     assert_gone([process.pid for process in started])
 
 
@@ -260,9 +260,7 @@ def test_ranks_end_with_rank_0(moment: str) -> None:
 import json, os, sys, threading, time
 from numballama import loader
 from numballama.graph import KVLayout, build
-from numballama.graph import KVLayout, build
-from numballama.parallel import processes
-from numballama.parallel.processes import ProcessBackend, how_it_ended
+from numballama.parallel.processes import ProcessBackend
 from numballama.parallel.rank_memory import Kind, Until
 
 if __name__ == "__main__":
