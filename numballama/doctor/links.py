@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from ..cuda.driver import Device
 
 LEGEND = (
-    "NVLink: peer access with native atomics; PCIe: without them; no: no peer access; ?: not known. "
-    "The number is the driver's rank, 0 is the fastest"
+    "NVLink: peer access with native atomics; PCIe: without them; no: no peer access; ?: not known",
+    "the number is the driver's rank of the link, 0 is the fastest",
 )
 
 
@@ -103,7 +103,7 @@ def lines(links: Sequence[GpuLink], working: Sequence[str]) -> Iterator[str]:
     if not links:
         return
     yield from _table(links)
-    yield LEGEND
+    yield from LEGEND
     for link in links:
         if link.problem:
             yield f"{link.device}, {link.peer}: {link.problem}"

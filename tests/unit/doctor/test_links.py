@@ -72,7 +72,7 @@ def test_the_table_of_two() -> None:
         "links     cuda:0    cuda:1",
         "cuda:0    -         NVLink 0",
         "cuda:1    NVLink 0  -",
-        LEGEND,
+        *LEGEND,
         "several cards can share a model: cuda:0, cuda:1",
     ]
 

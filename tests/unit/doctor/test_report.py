@@ -63,9 +63,9 @@ def test_links_of_two_gpus() -> None:
     """In the text after the devices, and in JSON."""
     lines = [line[13:] for line in two_gpus().as_text().splitlines()]
     start = lines.index("links     cuda:0    cuda:1")
-    assert lines[start - 1].startswith("cuda:1: a copy") and lines[start + 5].startswith("driver: 580.1")
+    assert lines[start - 1].startswith("cuda:1: a copy") and lines[start + 6].startswith("driver: 580.1")
     assert lines[start + 1] == "cuda:0    -         NVLink 0"
-    assert lines[start + 4] == "several cards can share a model: cuda:0, cuda:1"
+    assert lines[start + 5] == "several cards can share a model: cuda:0, cuda:1"
     found = json.loads(json.dumps(two_gpus().to_dict()))["gpu"]["links"]
     assert found == [
         {
