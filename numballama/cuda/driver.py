@@ -186,6 +186,15 @@ class Device:
     def __str__(self) -> str:
         return f"cuda:{self.index} ({self.name})"
 
+    def can_access(self, peer: Device) -> bool:
+        """Whether kernels on this device can read and write memory of `peer`."""
+        return bool(check(driver.cuDeviceCanAccessPeer(self._handle, peer._handle)))
+
+    def link_attribute(self, peer: Device, name: str) -> int:
+        """An attribute of the link to `peer`, such as "PERFORMANCE_RANK" (0 is the fastest) or "ACCESS_SUPPORTED"."""
+        which = getattr(driver.CUdevice_P2PAttribute, f"CU_DEVICE_P2P_ATTRIBUTE_{name}")
+        return int(check(driver.cuDeviceGetP2PAttribute(which, self._handle, peer._handle)))
+
     def make_current(self) -> None:
         """Make this device current for this thread's driver calls."""
         check(driver.cuCtxSetCurrent(self.context))

@@ -69,7 +69,7 @@ ORDER = """
     bench: traffic debug profiler trace benchmark sweep llama_cpp perplexity
     explain: values tokens terminal html explanation
     model importance
-    doctor: packages cache check cpu gpu report
+    doctor: packages cache check cpu links gpu report
     server: settings errors tools.definitions tools.events tools.custom fields tool_fields protocol params http \
             metrics tools.scanner tools.call tools.parser tools.grammar tools.messages tools.formats page.markdown \
             service generation logprobs call completions content_tokens custom_tools chat_core chat \
