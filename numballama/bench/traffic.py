@@ -2,7 +2,7 @@
 
 Counted are the weights and the part of the KV cache that the step reads, within the window if there is one, and what it
 writes to the KV cache.
-Activations are not counted, because they stay in the processor's caches.
+Activations are not counted, because they stay in the processor's caches, nor what several ranks exchange.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from ..ir import Graph, Op, Value
+from ..ops import EXCHANGE
 
 if TYPE_CHECKING:
     from ..model import Model
@@ -29,7 +30,7 @@ def step_bytes(graph: Graph, op: Op, weight_nbytes: Callable[[str], int], positi
         if value.kind == "weight":
             nbytes = weight_nbytes(value.name)
             total += nbytes // value.shape[0] * tokens if op.kind == "embedding" else nbytes
-        elif value.kind == "state":
+        elif value.kind == "state" and graph.root(value.name) not in EXCHANGE:
             total += _state_bytes(value, tokens if writes else read)
     return total
 
@@ -61,13 +62,17 @@ def _state_bytes(state: Value, positions: int) -> int:
 
 
 def bytes_per_token(model: Model, position: int, sequences: int = 1) -> int:
-    """Bytes that a decode step of `sequences` sequences, each at `position`, must move: the weights only once."""
+    """Bytes that a decode step of `sequences` sequences, each at `position`, must move: the weights only once.
+
+    Those of all GPUs together, each of which reads its part of the weights and of the KV cache.
+    """
     graph, weight_nbytes = model.program.graph, model.backend.weight_nbytes
     total = 0
     for op in graph.ops:
         again = weight_nbytes if op.kind == "embedding" else _none
-        total += step_bytes(graph, op, weight_nbytes, position)
-        total += step_bytes(graph, op, again, position) * (sequences - 1)
+        cached = step_bytes(graph, op, _none, position) * (model.gpus - 1)  # the other ranks have as many heads
+        total += step_bytes(graph, op, weight_nbytes, position) + cached
+        total += (step_bytes(graph, op, again, position) + cached) * (sequences - 1)
     return total
 
 

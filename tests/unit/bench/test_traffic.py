@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
-from numballama.bench.traffic import step_bytes, step_operations
+import pytest
+
+import numballama
+from numballama import model
+from numballama.bench.traffic import bytes_per_token, step_bytes, step_operations
 from numballama.ir import Graph, Op
+from numballama.parallel.backend import ParallelBackend
 from tests.helpers.graphs import SMALL, llama
+from tests.helpers.random_models import save
+from tests.unit.parallel.test_shard import shards
 
 KV_ROW = 4 * SMALL.kv_dim
 
@@ -45,6 +53,31 @@ def test_a_window_bounds_what_is_read_of_the_cache() -> None:
 
 def test_activations_cost_nothing() -> None:
     assert of(llama(), "softmax") == of(llama(), "add") == 0
+
+
+def test_exchanges_between_ranks_cost_nothing() -> None:
+    """Their memory is much larger than what they exchange, and nothing of it is read from the main memory."""
+    for part in shards(tokens=1):
+        assert of(part.graph, "all_reduce") == of(part.graph, "all_gather") == 0
+
+
+def test_ranks_together_read_the_cache_of_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, checkpoint = save(tmp_path, "llama2c-v1")
+
+    def open_ranks(*given: object) -> ParallelBackend:
+        return ParallelBackend("cpu", checkpoint.config, checkpoint.weights, 2, 1)
+
+    with numballama.compile(path, device="cpu", max_sequences=3) as one:
+        monkeypatch.setattr(model, "open_backend", open_ranks)
+        with numballama.compile(path, device="cpu", max_sequences=3) as two:
+            two.gpus = 2
+            for sequences in (1, 3):
+                of_one, of_two = (
+                    bytes_per_token(each, 20, sequences) - bytes_per_token(each, 10, sequences) for each in (one, two)
+                )
+                assert (
+                    of_one == of_two == 10 * sequences * 2 * 4 * checkpoint.config.n_layers * checkpoint.config.kv_dim
+                )
 
 
 def test_operations_are_those_of_matrices_and_of_the_keys_that_each_token_sees() -> None:
