@@ -161,6 +161,13 @@ class Backend(Protocol):
         be measured together. `nbytes` are the bytes that a step must move. Raises `Error` on the reference.
         """
 
+    def time_exchanges(self, graph: Graph, tokens: int = 1) -> float | None:
+        """Seconds that ranks need at least to exchange values in a run of a decode graph for `tokens` tokens.
+
+        It is measured once for a number of tokens. None if one rank has the model. Raises `DeviceError` if a rank
+        fails.
+        """
+
     def free_bytes(self) -> int | None:
         """Bytes that the KV cache may take. None if the system does not tell."""
 

@@ -393,6 +393,9 @@ class ReferenceBackend:
         """Raises `Error`: there is no plan."""
         raise Error("the reference has no plan whose steps could be timed; pass --device cpu or --device cuda")
 
+    def time_exchanges(self, graph: Graph, tokens: int = 1) -> None:
+        """None: one rank has the model."""
+
     def free_bytes(self) -> int | None:
         """Bytes of host memory that are free."""
         return available_bytes()

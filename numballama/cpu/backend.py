@@ -203,6 +203,9 @@ class CpuBackend:
         """Seconds of each step and of the whole run. Every step is timed by itself, whatever its kind."""
         return timing.time_steps(program, tokens)
 
+    def time_exchanges(self, graph: Graph, tokens: int = 1) -> None:
+        """None: one rank has the model."""
+
     def free_bytes(self) -> int | None:
         """Bytes of host memory that are free."""
         return memory.available_bytes()

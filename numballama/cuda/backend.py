@@ -148,6 +148,9 @@ class CudaBackend:
 
         return time_steps(_of_cuda(program), kinds, nbytes, tokens)
 
+    def time_exchanges(self, graph: Graph, tokens: int = 1) -> None:
+        """None: one rank has the model."""
+
     def synchronize(self) -> None:
         """Wait until the stream is done. Raises `DeviceError` if a kernel failed."""
         self.device.make_current()

@@ -26,6 +26,7 @@ from ..plan import Plan
 from ..progress import Report
 from ..reference import ReferenceBackend, ReferenceProgram, run_ranks
 from ..sampling import Sampled, SamplerTable
+from .communication import Runnable, seconds_of_exchanges
 from .rank_memory import stop
 from .shard import Shard, shard, verify_ranks
 from .shares import Shares
@@ -197,7 +198,7 @@ class CpuRanks(ParallelProgram["CpuProgram"]):
         return ticket
 
 
-class RanksBackend:
+class RanksBackend(ABC):
     """What is common to the backends of several ranks. `ranks` are those of this process, rank 0 the first; `of_ranks`
     are the weights of each rank. `exchange` is how many workers of a rank exchange values, and how many numbers at
     once; on the CPU (None) its threads do.
@@ -219,6 +220,7 @@ class RanksBackend:
         self.most_sequences, self.workers, self.notes = first.most_sequences, first.workers, first.notes
         self.description = f"{first.description}, {shares.ranks} {what}"
         self.exchange = exchange or (first.workers, shares.exchange_size)
+        self._exchange_seconds: dict[int, float] = {}
 
     @property
     def memory_bytes(self) -> int | None:
@@ -261,14 +263,29 @@ class RanksBackend:
         """Raises `Error`: a step of one rank waits for the others."""
         raise Error("steps of several ranks cannot be timed by themselves: they wait for each other")
 
+    def time_exchanges(self, graph: Graph, tokens: int = 1) -> float:
+        """Seconds that the ranks need at least to exchange values in a run of a decode graph for `tokens` tokens.
+
+        It is measured once for a number of tokens. Raises `DeviceError` if a rank fails.
+        """
+        if tokens not in self._exchange_seconds:
+            self._exchange_seconds[tokens] = seconds_of_exchanges(self.shards(graph), tokens, self._program_of)
+        return self._exchange_seconds[tokens]
+
+    @abstractmethod
+    def _program_of(
+        self, shards: Sequence[Shard], fusions: bool | Sequence[str] = True, report: Report | None = None
+    ) -> Runnable:
+        """A program of each rank's part of a graph."""
+
     def free_bytes(self) -> int | None:
         """Bytes of host memory that are free."""
         return self.ranks[0].free_bytes()
 
-    def discard_runs(self) -> None:
+    def discard_runs(self) -> None:  # noqa: B027 (ranks of threads do nothing)
         """Does nothing: a run is done when `submit` returns."""
 
-    def synchronize(self) -> None:
+    def synchronize(self) -> None:  # noqa: B027
         """Does nothing: a run returns when its work is done."""
 
 
@@ -328,7 +345,11 @@ class ParallelBackend(RanksBackend):
         self, graph: Graph, fusions: bool | Sequence[str] = True, report: Report | None = None
     ) -> ParallelProgram[Any]:
         """Each rank's part of a graph, made ready to run. Raises `UnsupportedError` for ops that cannot be split."""
-        shards = self.shards(graph)
+        return self._program_of(self.shards(graph), fusions, report)
+
+    def _program_of(
+        self, shards: Sequence[Shard], fusions: bool | Sequence[str] = True, report: Report | None = None
+    ) -> ParallelProgram[Any]:
         programs: list[Any] = [
             rank.program(part.graph, fusions, report) for rank, part in zip(self.ranks, shards, strict=True)
         ]

@@ -23,7 +23,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -43,7 +43,7 @@ from .graph_json import dump_graph
 from .rank_device import CpuRank, GpuRank, RankProgram, exchange_on_gpus, open_rank
 from .rank_memory import BEATS, DONE, FAILED, FREE, ROWS, Kind, RankMemory, Sizes, Until
 from .rank_process import COMMAND, GRAPH, INPUTS, Settings
-from .shard import Layout
+from .shard import Layout, Shard
 from .shares import Shares
 from .weights import divided
 
@@ -365,6 +365,17 @@ class ProcessBackend(RanksBackend):
         least = min(free, *self.group.memory.done[1:, FREE].tolist())
         return least * self.shares.config.n_kv_heads // max(map(len, self.shares.kv))
 
+    def machine(self) -> dict[str, dict[str, Any]]:
+        """Facts about rank 0's device for a benchmark's report."""
+        return self._device.backend.machine()
+
+    def measure_bandwidth(self) -> float | None:
+        """Bytes per second of all GPUs, each as fast as the first. None on the CPU."""
+        if not self.on_gpus:
+            return None
+        one = self._device.backend.measure_bandwidth()
+        return one and one * self.shares.ranks
+
     def prepare(self, decode: Program, report: Report | None = None) -> None:
         """Compile or load what would delay the first token: here, then on the other ranks, for which it is cached."""
         assert isinstance(decode, ProcessProgram)
@@ -384,8 +395,12 @@ class ProcessBackend(RanksBackend):
         self, graph: Graph, fusions: bool | Sequence[str] = True, report: Report | None = None
     ) -> ProcessProgram:
         """Each rank's part of a graph, compiled in each process. Raises `DeviceError` if one fails."""
+        return self._program_of(self.shards(graph), fusions, report)
+
+    def _program_of(
+        self, shards: Sequence[Shard], fusions: bool | Sequence[str] = True, report: Report | None = None
+    ) -> ProcessProgram:
         refuse_forked()
-        shards = self.shards(graph)
         own = self._device.backend.program(shards[0].graph, fusions, report)
         self.group.wait()
         self.group.send([_graph_message(part.graph, fusions) for part in shards[1:]])

@@ -25,7 +25,7 @@ import numballama
 from numballama import DeviceError, Error, Model, SamplingParams, UnsupportedError
 from numballama.config import ModelConfig
 from numballama.host import environment
-from numballama.parallel import processes
+from numballama.parallel import communication, processes
 from numballama.parallel.processes import ProcessBackend
 from tests.helpers.random_models import save
 
@@ -69,6 +69,19 @@ def test_gpus_share_a_model(tmp_path: Path) -> None:
             assert tokens_of(two, some, params) == tokens_of(one, some, params)
         assert two.backend.memory_bytes and "2 ranks in processes" in two.backend.description
     assert process.returncode == 0
+
+
+def test_exchanges_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By runs of nothing else, for one token and for two. The model gives the same logits before and after."""
+    for name in ("TIMES", "RUNS", "REPEATS"):
+        monkeypatch.setattr(communication, name, 1)
+    with compiled(tmp_path, 2) as two:
+        before = two.logits([3, 1])
+        with two.exclusive():
+            for tokens in (1, 2):
+                found = two.backend.time_exchanges(two.graph, tokens)
+                assert found is not None and found >= 0 and two.backend.time_exchanges(two.graph, tokens) == found
+        np.testing.assert_array_equal(two.logits([3, 1]), before)
 
 
 def test_a_rank_that_is_killed_ends_the_waits_of_kernels(tmp_path: Path) -> None:
