@@ -30,11 +30,14 @@ class BenchResult:
     """Result of `bench`. Speeds and times are medians.
 
     On a GPU, `threads` is the number of multiprocessors, the memory bandwidth counts the bytes that a copy reads and
-    writes, and `device_memory_bytes` is the device memory that the model takes (None on the CPU).
+    writes, and `device_memory_bytes` is the device memory that the model takes (None on the CPU). If several GPUs share
+    the model, `threads` and `device_memory_bytes` are those of the first, bytes and bandwidth those of all together.
     """
 
     model: str
     device: str
+    gpus: int
+    """GPUs that share the model."""
     threads: int
     types: list[str]
     """Element types of the weights."""
@@ -52,6 +55,8 @@ class BenchResult:
     decode_tokens_per_second: float
     time_to_first_token_s: float
     """Until every sequence has its first token."""
+    communication_s: float | None
+    """Of a decode step, the seconds that GPUs need at least to exchange values. None if one has the model."""
     load_s: float
     peak_memory_bytes: int | None
     """Maximum resident memory of this process. None if the system does not tell."""
@@ -74,6 +79,8 @@ class BenchResult:
         where = f"{self.device}, {self.threads} threads"
         if gpu:
             where = f"{self.device} ({gpu['name']}), {gpu['multiprocessors']} multiprocessors"
+        if self.gpus > 1:
+            where += f", shared by {self.gpus} GPUs"
         if self.sequences > 1:
             where += f", {self.sequences} sequences at once"
         if self.batch_invariant:
@@ -89,11 +96,20 @@ class BenchResult:
         if self.bandwidth_fraction and self.memory_bandwidth_bytes_per_second:
             bandwidth = self.memory_bandwidth_bytes_per_second / 1e9
             lines[-1] += f"       ({self.bandwidth_fraction:.0%} of the {bandwidth:.1f} GB/s that memory gives)"
+        if self.communication_s is not None:
+            step_s = self.sequences / self.decode_tokens_per_second
+            lines.append(f"  communication {communication_text(self.communication_s, step_s, self.sequences)}")
         if self.peak_memory_bytes:
             lines.append(f"  peak memory {format_bytes(self.peak_memory_bytes)}")
         if self.device_memory_bytes:
             lines.append(f"  device memory {format_bytes(self.device_memory_bytes)}")
         return "\n".join(lines)
+
+
+def communication_text(seconds: float, step_s: float, sequences: int) -> str:
+    """What communication costs beside a decode step: "310 µs of 2,150 µs a token"."""
+    what = "a token" if sequences == 1 else f"a step of {sequences} sequences"
+    return f"{seconds * 1e6:,.0f} µs of {step_s * 1e6:,.0f} µs {what}"
 
 
 def bench(
@@ -140,10 +156,15 @@ def bench(
     prefill, decode = statistics.median(prefill_times[1:]), statistics.median(decode_times[1:])  # the first warms up
     peak = peak_bytes()  # before the bandwidth measurement, which allocates memory itself
     backend, nbytes = model.backend, bytes_per_token(model, prompt_tokens + tokens // 2, sequences)
+    communication = None
+    if model.gpus > 1:
+        with model.exclusive():
+            communication = backend.time_exchanges(model.graph, sequences)
     rate, bandwidth = nbytes / decode / sequences, bandwidth or backend.measure_bandwidth()
     return BenchResult(
         model=model.path.name,
         device=model.device,
+        gpus=model.gpus,
         threads=model.threads,
         types=sorted({str(weight.type) for weight in model.weights.values()}),
         activations=model.activations,
@@ -156,6 +177,7 @@ def bench(
         prefill_tokens_per_second=sequences * prompt_tokens / prefill,
         decode_tokens_per_second=1 / decode,
         time_to_first_token_s=prefill,
+        communication_s=communication,
         load_s=model.load_s,
         peak_memory_bytes=peak,
         device_memory_bytes=backend.memory_bytes,

@@ -45,15 +45,15 @@ SAMPLING_HELP = {
 
 
 def model_options(command: argparse.ArgumentParser, **others: dict[str, Any]) -> None:
-    """Add the options that `load` passes to `compile`. `others` replace what the options dtype, context and threads
-    are by default: help, type and default.
+    """Add the options that `load` passes to `compile`. `others` replace what the options dtype, context, threads and
+    gpus are by default: help, type and default.
     """
     group = command.add_argument_group("model")
     tokenizer_option(group)
     group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N, or reference (NumPy, slow)")
-    group.add_argument(
-        "--gpus", type=int, default=1, metavar="N", help="GPUs that share the model, from --device on (default 1)"
-    )
+    cards: dict[str, Any] = {"type": int, "default": 1, "metavar": "N"}
+    cards |= {"help": "GPUs that share the model, from --device on (default 1)"}
+    group.add_argument("--gpus", **cards | others.get("gpus", {}))
     dtypes = "convert the linear weights: f32, f16, bf16, int8, q8_0 or q4_0 (default: as the file has them)"
     group.add_argument("--dtype", **{"help": dtypes} | others.get("dtype", {}))
     number: dict[str, Any] = {"type": int, "metavar": "N"}

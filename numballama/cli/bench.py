@@ -30,12 +30,13 @@ def add_bench(commands: argparse._SubParsersAction[Parser]) -> None:
         examples=(
             "numballama bench --prompt-tokens 64 --max-tokens 32",
             "numballama bench model.gguf --dtype q8_0 --json",
+            "numballama bench model.gguf --gpus 1,2",
             "numballama bench model.gguf --context 512,2048 --sequences 1,4,16 --csv speed.csv --svg speed.svg",
         ),
     )
     bench.add_argument("model", nargs="?", help=f"{MODEL_HELP} ({STORY_MODEL})")
     numbers: dict[str, Any] = {"type": listed(whole_number), "metavar": "N[,N]"}
-    model_options(bench, context=numbers, threads=numbers)
+    model_options(bench, context=numbers, threads=numbers, gpus=numbers | {"default": [1]})
     bench.add_argument("--prompt-tokens", default=[128], help="length of the prompt (default 128)", **numbers)
     bench.add_argument("--sequences", default=[1], help="sequences that run at once (default 1)", **numbers)
     bench.add_argument("--max-tokens", type=int, default=64, metavar="N", help="tokens to decode (default 64)")
@@ -58,12 +59,28 @@ def run_bench(arguments: argparse.Namespace) -> None:
     for path in (arguments.trace, arguments.csv, arguments.svg):
         if path is not None:
             require_folder(path)
-    for name in ("context", "threads", "prompt_tokens", "sequences", "max_tokens"):  # before anything is measured
+    for name in (
+        "gpus",
+        "context",
+        "threads",
+        "prompt_tokens",
+        "sequences",
+        "max_tokens",
+    ):  # before anything is measured
         values = getattr(arguments, name)
         for value in values if isinstance(values, list) else [values]:
             if value is not None:
                 at_least(name, value, 1)
-    lists = (arguments.context, arguments.threads, arguments.prompt_tokens, arguments.sequences)
+    profiled = arguments.profile or arguments.trace is not None
+    if profiled and max(arguments.gpus) > 1:
+        raise Error("--profile and --trace take --gpus 1: steps of several GPUs wait for each other")
+    if max(arguments.gpus) > 1:
+        if arguments.compare:
+            raise Error("--compare measures both on one GPU: leave out --gpus")
+        from ..backend import choose_device
+
+        choose_device(arguments.device, max(arguments.gpus))  # now: fewer GPUs are measured first
+    lists = (arguments.gpus, arguments.context, arguments.threads, arguments.prompt_tokens, arguments.sequences)
     several = any(values is not None and len(values) > 1 for values in lists)
     if several or arguments.compare or arguments.csv or arguments.svg:
         _sweep(arguments)
@@ -71,8 +88,8 @@ def run_bench(arguments: argparse.Namespace) -> None:
         _once(arguments)
 
 
-def _load(arguments: argparse.Namespace, context: int | None, threads: int | None) -> Model:
-    return load(arguments, context=context, threads=threads, max_sequences=max(arguments.sequences))
+def _load(arguments: argparse.Namespace, context: int | None, threads: int | None, gpus: int) -> Model:
+    return load(arguments, context=context, threads=threads, gpus=gpus, max_sequences=max(arguments.sequences))
 
 
 def _sweep(arguments: argparse.Namespace) -> None:
@@ -86,9 +103,9 @@ def _sweep(arguments: argparse.Namespace) -> None:
         if arguments.dtype is not None:
             raise Error("--compare runs the file as it is in both: leave out --dtype, or export a file of that type")
 
-    def open_model(context: int | None, threads: int | None) -> Model:
+    def open_model(context: int | None, threads: int | None, gpus: int) -> Model:
         with contextlib.ExitStack() as closing:
-            model = closing.enter_context(_load(arguments, context, threads))
+            model = closing.enter_context(_load(arguments, context, threads, gpus))
             if arguments.compare:
                 require_llama_cpp(model.path, model.device.startswith("cuda"))
             files.append(model.path)
@@ -101,6 +118,7 @@ def _sweep(arguments: argparse.Namespace) -> None:
     try:
         for result in sweep(
             open_model,
+            gpus=arguments.gpus,
             contexts=arguments.context or (None,),
             threads=arguments.threads or (None,),
             prompts=arguments.prompt_tokens,
@@ -119,11 +137,16 @@ def _sweep(arguments: argparse.Namespace) -> None:
 
 
 def _show(arguments: argparse.Namespace, first: BenchResult, speeds: list[Speed]) -> None:
-    from ..bench.sweep import as_csv, as_table, draw, to_dict
+    from ..bench.sweep import as_csv, as_scaling_table, as_table, draw, scaling, to_dict
 
     title = f"{first.model} on {first.device}, {', '.join(first.types)}"
     title += ", batch-invariant" if first.batch_invariant else ""
-    print(json.dumps(to_dict(first, speeds), indent=2) if arguments.json else f"{title}\n{as_table(speeds)}")
+    if arguments.json:
+        print(json.dumps(to_dict(first, speeds), indent=2))
+    else:
+        print(f"{title}\n{as_table(speeds)}")
+        if found := scaling(speeds):
+            print(f"\n{as_scaling_table(found)}")
     for path, text in ((arguments.csv, as_csv(speeds)), (arguments.svg, draw(speeds, title))):
         if path is not None:
             with atomic_write(path) as file:
@@ -147,7 +170,7 @@ def _beside_llama_cpp(speeds: list[Speed], path: Path, gpu: bool, repeats: int) 
 def _once(arguments: argparse.Namespace) -> None:
     context, threads = (values and values[0] for values in (arguments.context, arguments.threads))
     prompt_tokens, sequences = arguments.prompt_tokens[0], arguments.sequences[0]
-    with _load(arguments, context, threads) as model:
+    with _load(arguments, context, threads, arguments.gpus[0]) as model:
         from ..bench import trace
         from ..bench.benchmark import bench
         from ..bench.profiler import profile, require_plan

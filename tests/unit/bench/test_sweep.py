@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,22 +14,22 @@ import pytest
 import numballama
 from numballama import ContextError, Error, Model
 from numballama.bench.benchmark import bench
-from numballama.bench.sweep import Speed, as_csv, as_table, draw, sweep, to_dict
+from numballama.bench.sweep import Speed, as_csv, as_scaling_table, as_table, draw, scaling, sweep, to_dict
 from numballama.bench.traffic import bytes_per_token
 from tests.helpers.tiny import TINY
 
 
 def test_each_combination_once(tiny_file: Path) -> None:
-    opened: list[tuple[int | None, int | None]] = []
+    opened: list[tuple[int | None, int | None, int]] = []
 
-    def open_model(context: int | None, threads: int | None) -> Model:
-        opened.append((context, threads))
+    def open_model(context: int | None, threads: int | None, gpus: int) -> Model:
+        opened.append((context, threads, gpus))
         return numballama.compile(tiny_file, device="cpu", context=context, threads=threads, max_sequences=2)
 
     measured = list(
         sweep(open_model, contexts=(40, None), threads=(1,), prompts=(3, 5), sequences=(1, 2), tokens=4, repeats=1)
     )
-    assert opened == [(40, 1), (None, 1)]
+    assert opened == [(40, 1, 1), (None, 1, 1)]
     found = [(each.context, each.threads, each.prompt_tokens, each.sequences) for each in measured]
     assert found == [(c, 1, p, s) for c in (40, TINY.context) for p in (3, 5) for s in (1, 2)]
     speeds = [Speed.of(each) for each in measured]
@@ -63,6 +64,13 @@ SPEEDS = [
     Speed("llama.cpp", 512, 2, 1, 128, 64, 617.25, 60.5, 0.5),
     Speed("numballama", 512, 2, 1, 256, 64, 1000, 50, 0.5, 0.4),
 ]
+ON_GPUS = [
+    Speed("numballama", 512, 132, sequences, 128, 64, prefill, decode, 0.5, 0.4, gpus, communication)
+    for gpus, sequences, prefill, decode, communication in (
+        (2, 1, 3000, 450, 0.0003), (1, 1, 2000, 300, None), (1, 8, 4000, 1000, None), (2, 8, 7000, 1700, None),
+        (4, 1, 5000, 600, 0.0004),
+    )
+]  # fmt: skip
 
 
 def test_csv_and_table() -> None:
@@ -71,6 +79,25 @@ def test_csv_and_table() -> None:
     assert float(rows[0]["prefill_tokens_per_second"]) == 1234.5 and rows[1]["bandwidth_fraction"] == ""
     head, *lines = as_table(SPEEDS).splitlines()
     assert len({len(line) for line in (head, *lines)}) == 1 and lines[0].split()[-2:] == ["1,234.5", "56.8"]
+    assert {row["gpus"] for row in rows} == {"1"} and {row["communication_s"] for row in rows} == {""}
+    head, *lines = as_table(ON_GPUS).splitlines()
+    assert [line.split()[head.split().index("gpus") + 1] for line in lines] == ["2", "1", "1", "2", "4"]
+
+
+def test_scaling_is_over_the_fewest_gpus_of_the_same_options() -> None:
+    """In any order of measurements. Nothing is compared with other numbers of sequences, or with llama.cpp."""
+    found = scaling(ON_GPUS)
+    assert [(each.gpus, each.over_gpus, each.sequences) for each in found] == [(2, 1, 1), (2, 1, 8), (4, 1, 1)]
+    assert [(each.prefill_ratio, each.decode_ratio) for each in found] == [(1.5, 1.5), (1.75, 1.7), (2.5, 2)]
+    assert [each.decode_step_s for each in found] == [1 / 450, 8 / 1700, 1 / 600]
+    head, *lines = as_scaling_table(found).splitlines()
+    assert head.split()[-1] == "communication" and len(lines) == 3
+    assert lines[0].endswith("128      1.50      1.50  300 µs of 2,222 µs a token")
+    assert lines[1].endswith("1.75      1.70"), "not measured"
+    assert scaling(SPEEDS) == []
+    other = [replace(speed, engine="llama.cpp") for speed in ON_GPUS[:1]] + ON_GPUS[1:2]
+    assert scaling(other) == []
+    assert "gpus 4" in draw(ON_GPUS, "several")
 
 
 def test_picture() -> None:

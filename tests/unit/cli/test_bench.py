@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import re
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 
+from numballama import backend, loader, model
+from numballama.backend import Backend
+from numballama.checkpoint import Weight
+from numballama.parallel.processes import ProcessBackend
 from tests.helpers.command_line import call
 
 
@@ -45,6 +52,72 @@ def test_lists_give_csv_json_and_a_picture(tiny_file: Path, tmp_path: Path, caps
     assert one["sequences"] == 2 and one["decode_tokens_per_second"] > 0, "one combination is one object, as ever"
 
 
+@pytest.fixture
+def ranks_for_gpus(tiny_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--gpus N opens N ranks on the CPU, each in a process, in place of GPUs."""
+    config, open_one = loader.open_checkpoint(tiny_file).config, backend.open_backend
+
+    def choose_device(device: str, gpus: int) -> tuple[str, str]:
+        return device, ""
+
+    def open_backend(
+        device: str, weights: dict[str, Weight], threads: int, invariant: bool, gpus: int, *others: Any
+    ) -> Backend:
+        if gpus == 1:
+            return open_one(device, weights, threads, invariant)
+        return cast("Backend", ProcessBackend(tiny_file, config, weights, [device] * gpus, threads, invariant))
+
+    monkeypatch.setattr(model, "open_backend", open_backend)
+    for module in (model, backend):
+        monkeypatch.setattr(module, "choose_device", choose_device)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="processes inherit a file")
+def test_several_gpus(
+    ranks_for_gpus: None, tiny_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The table has a column, and below it the scaling with what communication costs; so have CSV and JSON."""
+    words = ("bench", tiny_file, "--device", "cpu", "--threads", 1, "--max-tokens", 4, "--repeats", 1)
+    words += ("--prompt-tokens", 5, "--gpus")
+    done = call(capsys, *words, "1,2", "--sequences", "1,2", "--csv", tmp_path / "speeds.csv")
+    assert done.code == 0 and done.err == ""
+    table, scaling = done.out.split("\n\n")
+    assert table.splitlines()[1].split()[0] == "gpus"
+    assert [line.split()[1] for line in table.splitlines()[2:]] == ["1", "1", "2", "2"]
+    head, *lines = scaling.splitlines()
+    assert head.split() == [
+        "gpus",
+        "over",
+        "context",
+        "sequences",
+        "prompt",
+        "prompt",
+        "×",
+        "decode",
+        "×",
+        "communication",
+    ]
+    assert [line.split()[:2] for line in lines] == [["2", "1"]] * 2
+    assert re.search(r"  [\d,]+ µs of [\d,]+ µs a token$", lines[0])
+    assert re.search(r"  [\d,]+ µs of [\d,]+ µs a step of 2 sequences$", lines[1])
+    rows = list(csv.DictReader((tmp_path / "speeds.csv").read_text().splitlines()))
+    assert [row["gpus"] for row in rows] == ["1", "1", "2", "2"]
+    assert [bool(row["communication_s"]) for row in rows] == [False, False, True, True]
+    found = json.loads(call(capsys, *words, "1,2", "--json").out)
+    one, two = found["runs"]
+    assert (one["gpus"], one["communication_s"], two["gpus"]) == (1, None, 2) and two["communication_s"] > 0
+    (scaled,) = found["scaling"]
+    assert scaled["decode_ratio"] == two["decode_tokens_per_second"] / one["decode_tokens_per_second"]
+    assert (scaled["gpus"], scaled["over_gpus"], scaled["communication_s"]) == (2, 1, two["communication_s"])
+    text = call(capsys, *words, 2).out
+    assert "shared by 2 GPUs" in text.splitlines()[0] and re.search(
+        r"communication [\d,]+ µs of [\d,]+ µs a token", text
+    )
+    alone = json.loads(call(capsys, *words, 1, "--json").out)
+    assert alone["gpus"] == 1 and alone["communication_s"] is None
+
+
 @pytest.mark.parametrize("invariant", [True, False])
 def test_reports_say_whether_runs_are_batch_invariant(
     invariant: bool, tiny_file: Path, capsys: pytest.CaptureFixture[str]
@@ -66,6 +139,10 @@ def test_what_a_sweep_refuses(
         (("--compare", "llama.cpp"), 1, "needs llama-cpp-python: pip install"),
         (("--compare", "vllm"), 2, "llama.cpp"),
         (("--threads", "1,2", "--profile"), 1, "--profile and --trace take one combination"),
+        (("--gpus", "1,2"), 1, "--gpus 2 is for GPUs: on --device cpu all cores share the model"),
+        (("--gpus", "1,0"), 1, "--gpus must be at least 1, found 0"),
+        (("--gpus", "2", "--profile"), 1, "--profile and --trace take --gpus 1: steps of several GPUs wait"),
+        (("--gpus", "2", "--compare", "llama.cpp"), 1, "--compare measures both on one GPU: leave out --gpus"),
         (("--prompt-tokens", "8,x"), 2, "must be a whole number, found 'x'"),
         (("--prompt-tokens", "8,0"), 1, "--prompt-tokens must be at least 1"),
         (("--sequences", "0"), 1, "numballama: --sequences must be at least 1, found 0"),
