@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -215,3 +216,86 @@ def test_turns(tmp_path: Path) -> None:
     peer.write_text(f"#!{sys.executable}\nraise SystemExit(3)\n")
     done = subprocess.run([*words, str(peer)], capture_output=True, text=True, timeout=300, env=environment)
     assert done.returncode == 1 and "a side has ended with exit status 3" in done.stderr
+
+
+# Several GPUs
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="processes inherit a file")
+def test_ranks(tmp_path: Path) -> None:
+    """On the CPU, with processes in place of GPUs. What the file has is not measured again; a failure is named."""
+    out = tmp_path / "ranks.json"
+    words = ["--device", "cpu", "--gpus", "1,2", "--prompt", "40", "--tokens", "60", "--sequences", "2"]
+    words += ["--rounds", "1", "--folder", str(tmp_path), "--json", str(out), "--models", "tiny:q8_0"]
+
+    def run(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(SCRIPT.with_name("ranks.py")), *words, *more]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
+
+    done = run()
+    assert done.returncode == 0, done.stderr
+    assert os.listdir(tmp_path) == ["ranks.json"], "the model's file is deleted"
+    first = json.loads(out.read_text())
+    one, two = (first["models"]["tiny:q8_0"][count] for count in ("1", "2"))
+    for found in (one, two):
+        for what in ("decode", "batch", "prefill"):
+            assert found[f"{what}_tokens_per_second"] > 0
+    assert one["communication_s"] is one["batch_communication_s"] is None
+    assert two["communication_s"] >= 0 and two["batch_communication_s"] >= 0
+    assert "2 ranks in processes" in two["device"] and "2 ranks" not in one["device"]
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if "tiny" in line]
+    assert [row[1] for row in rows] == ["1", "2"] and rows[0][-1] == "– |" and "missed" not in done.stdout
+    assert float(rows[1][-3]) == round(two["decode_tokens_per_second"] / one["decode_tokens_per_second"], 2)
+    again = run("tiny:q4_k")
+    assert again.returncode == 0 and "tiny:q8_0" not in again.stderr
+    models = json.loads(out.read_text())["models"]
+    assert models["tiny:q8_0"] == first["models"]["tiny:q8_0"] and "blocks of 256" in models["tiny:q4_k"]["1"]["error"]
+    assert "no model 'GPT-9'" in run("GPT-9").stderr
+
+
+@pytest.fixture
+def ranks(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPT.parent))
+    for name in ("gpu", "batched", "ranks"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    return importlib.import_module("ranks")
+
+
+def test_table_of_ranks_says_what_was_reached(ranks: ModuleType) -> None:
+    def found(decode: float, batch: float, prompt: float, communication: float | None) -> dict[str, Any]:
+        return {
+            "decode_tokens_per_second": decode, "batch_tokens_per_second": batch, "prefill_tokens_per_second": prompt,
+            "communication_s": communication, "batch_communication_s": communication, "bandwidth_fraction": 0.5,
+        }  # fmt: skip
+
+    result: dict[str, Any] = {
+        "device": "cuda", "commit": "abc", "machine": {"date": "2026-01-01"},
+        "sizes": {"prompt": 2048, "tokens": 128, "sequences": 64, "rounds": 5},
+        "models": {
+            "Llama-2-7B:f16": {"1": found(278, 7500, 35000, None), "2": found(430, 12750, 52500, 0.0003)},
+            "Llama-2-7B:q8_0": {"1": found(400, 8000, 30000, None), "2": found(520, 12000, 60000, 0.0003)},
+            "Llama-2-7B:q4_0": {"1": {"error": "DeviceError: of a test"}, "2": found(1, 1, 1, 0.1)},
+        },
+    }  # fmt: skip
+    rows = [line for line in ranks.table(result).splitlines() if line.startswith("| Llama")]
+    assert rows[0].endswith("| 7,500 | – | 35,000 | – | – | – |") and "430 (must)" in rows[1]
+    assert "| 300 of 2,326 µs | 12,750 | 300 of 5,020 µs |" in rows[1]
+    assert rows[1].endswith("| 1.55 | 1.70 (must) | 1.50 (**missed**) |")
+    assert rows[3].endswith("| 1.30 (**missed**) | 1.50 (**missed**) | 2.00 (must) |")
+    assert "failed: DeviceError: of a test" in rows[4] and rows[5].endswith("| – | – | – |"), "nothing to compare with"
+
+
+def test_a_model_needs_room_on_the_disk(ranks: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "ROOM", 1 << 60)
+    with pytest.raises(OSError, match="pass a --folder with more"), ranks.written(ranks.Case("tiny", "f16"), tmp_path):
+        pass
+    assert os.listdir(tmp_path) == []
+
+
+def test_models_of_ranks_are_chosen(ranks: ModuleType) -> None:
+    assert [case.name for case in ranks.chosen(None, True)][-2:] == ["Llama-3.1-8B:bf16", "Llama-2-70B:q8_0"]
+    assert ranks.chosen(["Llama-2-7B:q8_0", "tiny:f16"], False) == [ranks.CASES[1], ranks.Case("tiny", "f16")]
+    weights = ranks.random_weights(ranks.SHAPES["tiny"], "q8_0")
+    assert {name: weight.shape for name, weight in weights.items()} == ranks.SHAPES["tiny"].weight_shapes()
