@@ -7,6 +7,7 @@ NUMBA_ENABLE_CUDASIM=1 python -m pytest tests/cuda/simulated_ranks.py
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -39,10 +40,11 @@ def simulated(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "refuse_simulator", lambda: None)
 
 
-def compiled(folder: Path, ranks: int) -> Model:
+def compiled(folder: Path, ranks: int, sequences: int = 1) -> Model:
     """A model of float32, batch-invariant: such runs have the kernels for few rows, which the simulator knows."""
     path, _ = save(folder, "llama2c-v1", CONFIG)
-    return numballama.compile(path, device="cuda", gpus=ranks, kv_dtype="f32", batch_invariant=True)
+    options: dict[str, Any] = {"kv_dtype": "f32", "batch_invariant": True, "max_sequences": sequences}
+    return numballama.compile(path, device="cuda", gpus=ranks, **options)
 
 
 def group_of(model: Model) -> processes.RankGroup:
@@ -75,7 +77,7 @@ def test_exchanges_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     """By runs of nothing else, for one token and for two. The model gives the same logits before and after."""
     for name in ("TIMES", "RUNS", "REPEATS"):
         monkeypatch.setattr(communication, name, 1)
-    with compiled(tmp_path, 2) as two:
+    with compiled(tmp_path, 2, sequences=2) as two:
         before = two.logits([3, 1])
         with two.exclusive():
             for tokens in (1, 2):

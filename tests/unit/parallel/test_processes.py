@@ -107,6 +107,30 @@ def test_a_real_model_and_many_sequences(open_ranks: Callable[..., Opened], mode
     assert several.model.logits([1, 2, 3]).shape == (3, 512)
 
 
+def test_exchanges_are_timed(open_ranks: Callable[..., Opened]) -> None:
+    """For one token and for two; a rank that is gone ends it. The text is the same before and after."""
+    several = open_ranks(2, max_sequences=2)
+    before = several.model.generate("Once", params=GREEDY)
+    with several.model.exclusive():
+        found = [several.backend.time_exchanges(several.model.graph, tokens) for tokens in (1, 2)]
+    assert all(0 <= seconds < 1 for seconds in found)
+    assert several.model.generate("Once", params=GREEDY) == before
+    os.kill(several.pids[0], signal.SIGKILL)
+    with pytest.raises(DeviceError, match="rank 1 ended with signal SIGKILL"):
+        several.backend.time_exchanges(several.model.graph, 3)
+
+
+def test_bandwidth_is_that_of_all_gpus(open_ranks: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CPU's ranks share one memory: there it means nothing."""
+    backend = open_ranks(2).backend
+    first = backend.ranks[0]
+    monkeypatch.setattr(first, "measure_bandwidth", lambda: 4e12)
+    monkeypatch.setattr(first, "machine", lambda: {"gpu": {"name": "a GPU"}})
+    assert backend.measure_bandwidth() is None and backend.machine() == {"gpu": {"name": "a GPU"}}
+    monkeypatch.setattr(backend, "on_gpus", True)
+    assert backend.measure_bandwidth() == 8e12
+
+
 def kill_soon(pid: int, how: signal.Signals, killed: list[float], delay: float = 0.3) -> threading.Thread:
     def kill() -> None:
         time.sleep(delay)
