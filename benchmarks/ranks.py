@@ -224,8 +224,10 @@ def _verdict(value: float, must: float | None, aim: float | None = None) -> str:
 def table(result: Mapping[str, Any]) -> str:
     """The results as Markdown, with what must be reached on two GPUs."""
     sizes, cases = Sizes(**result["sizes"]), {case.name: case for case in (*CASES, LARGE)}
+    gpu = result["machine"].get("gpu") or {}
+    where = f"{gpu['name']}, driver {gpu.get('driver')}" if gpu else result["device"]
     lines = [
-        f"{result['device']}, {result['machine']['date']}, commit {result['commit']}; medians of {sizes.rounds}.",
+        f"{where}, {result['machine']['date']}, commit {result['commit']}; medians of {sizes.rounds}.",
         "",
         "| model | GPUs | decode, tokens/s | of the bandwidth | communication of a token "
         f"| {sizes.sequences} sequences | communication of a step | prompt of {sizes.prompt:,} "
@@ -293,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.json is not None and options.json.exists():
         before = json.loads(options.json.read_text())
         if all(before.get(key) == result[key] for key in ("device", "commit", "sizes")):
-            result["models"] = before["models"]
+            result["models"], result["machine"] = before["models"], before["machine"] | result["machine"]
 
     def save() -> None:
         if options.json is not None:
@@ -312,6 +314,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for count in counts:
                     started = time.perf_counter()
                     found[str(count)] = attempt(path, options.device, count, sizes)
+                    result["machine"] |= found[str(count)].pop("machine", {})
                     rate = found[str(count)].get("decode_tokens_per_second", math.nan)
                     say(f"{case.name}, {count} GPUs: {rate:,.1f} tokens/s", started)
                     save()

@@ -244,6 +244,7 @@ def test_ranks(tmp_path: Path) -> None:
             assert found[f"{what}_tokens_per_second"] > 0
     assert one["communication_s"] is one["batch_communication_s"] is None
     assert two["communication_s"] >= 0 and two["batch_communication_s"] >= 0
+    assert first["machine"]["cores"] and "machine" not in one
     assert "2 ranks in processes" in two["device"] and "2 ranks" not in one["device"]
     rows = [line.split(" | ") for line in done.stdout.splitlines() if "tiny" in line]
     assert [row[1] for row in rows] == ["1", "2"] and rows[0][-1] == "– |" and "missed" not in done.stdout
@@ -271,7 +272,8 @@ def test_table_of_ranks_says_what_was_reached(ranks: ModuleType) -> None:
         }  # fmt: skip
 
     result: dict[str, Any] = {
-        "device": "cuda", "commit": "abc", "machine": {"date": "2026-01-01"},
+        "device": "cuda", "commit": "abc",
+        "machine": {"date": "2026-01-01", "gpu": {"name": "a GPU", "driver": "580.1"}},
         "sizes": {"prompt": 2048, "tokens": 128, "sequences": 64, "rounds": 5},
         "models": {
             "Llama-2-7B:f16": {"1": found(278, 7500, 35000, None), "2": found(430, 12750, 52500, 0.0003)},
@@ -279,6 +281,7 @@ def test_table_of_ranks_says_what_was_reached(ranks: ModuleType) -> None:
             "Llama-2-7B:q4_0": {"1": {"error": "DeviceError: of a test"}, "2": found(1, 1, 1, 0.1)},
         },
     }  # fmt: skip
+    assert ranks.table(result).startswith("a GPU, driver 580.1, 2026-01-01, commit abc; medians of 5.")
     rows = [line for line in ranks.table(result).splitlines() if line.startswith("| Llama")]
     assert rows[0].endswith("| 7,500 | – | 35,000 | – | – | – |") and "430 (must)" in rows[1]
     assert "| 300 of 2,326 µs | 12,750 | 300 of 5,020 µs |" in rows[1]
