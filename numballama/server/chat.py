@@ -7,6 +7,7 @@ from typing import Any
 
 from starlette.responses import Response
 
+from ..engine.request import TokenLogprobs
 from . import chat_core
 from .call import Call, chunk_writer, usage_chunk
 from .chat_core import Chat, Events
@@ -50,13 +51,14 @@ class WholeMessage:
         self.content = self.reasoning = ""
         self.calls: list[dict[str, Any]] = []
         self.tokens: list[int] = []
-        self.logprobs: list[Any] = []
+        self.logprobs: list[TokenLogprobs | None] = []
         self.content_tokens: list[Written] = []
         """As in `Events`."""
         self.finish_reason: str = "length"
         self.stop_reason: str | int | None = None
 
     def add(self, found: Events) -> None:
+        """Take in what has become known next."""
         self.events += found.events
         for event in found.events:
             match event:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
 from ..errors import Error
 from ..sampling import SamplingParams
@@ -15,7 +15,7 @@ from .custom_tools import as_functions, custom_names
 from .errors import ApiError, failed, refused
 from .generation import Generation, Piece
 from .logprobs import token_text
-from .params import restriction_fields, sampling_params
+from .params import restriction_fields, sampling_params, token_limit
 from .protocol import ChatRequest, Message, template_message
 from .tool_fields import AllowedTools, CustomTool, NamedCustom, NamedTool, Tool
 from .tools.custom import CustomCalls
@@ -66,6 +66,7 @@ class Chat:
         self,
         generation: Generation,
         parsers: Sequence[Parser],
+        *,
         one_call: bool = False,
         content_tokens: bool = False,
         only_calls: bool = False,
@@ -78,8 +79,8 @@ class Chat:
         self.reasoning_tokens = 0
         """Generated tokens so far that are reasoning, its markers included."""
         self._undecided = [0] * len(parsers)  # tokens that may turn out to begin reasoning
-        self._calls = [0] * len(parsers)
-        self._open = set(range(len(parsers)))
+        self._calls = [0] * len(parsers)  # calls that have begun
+        self._open = set(range(len(parsers)))  # answers that have not ended
 
     async def events(self) -> AsyncGenerator[list[Events], None]:
         """Yield what is known of the answers as soon as it is: at most one `Events` of each at a time.
@@ -101,6 +102,7 @@ class Chat:
             self.generation.cancel()
 
     def _read(self, piece: Piece) -> Events:
+        """The events of a piece of one answer. A second call ends it where only one is wanted."""
         choice, reason, stop_reason = piece.choice, piece.finish_reason, piece.stop_reason
         parser = self._parsers[choice]
         content: list[Written] = []
@@ -157,7 +159,7 @@ async def start(
     `messages_field`: the client's name for the conversation. `content_tokens`: as in `Chat`.
     """
     service, n = call.service, request.n or 1
-    named = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+    limit_field, limit = token_limit(request)
     if request.top_logprobs and not request.logprobs:
         raise ApiError("top_logprobs needs logprobs to be true", param="top_logprobs", code="invalid_value")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
@@ -167,7 +169,7 @@ async def start(
     form = service.tool_format
     thinking = form.opens_reasoning("".join(token_text(service.tokenizer, token) for token in ids[-TAIL:]))
     forced = await service.run(forced_call, form, request, offered, thinking)
-    params = sampling_params(request, getattr(request, named), logprobs, named, **forced)
+    params = sampling_params(request, limit, logprobs, limit_field, **forced)
     if params.is_constrained and not forced:
         thinking = False  # the grammar holds from the first token on, so the answer has no reasoning
     try:
@@ -176,15 +178,21 @@ async def start(
         raise refused(error, "tools") from None
     fields = dict.fromkeys(forced, "tools")
     shown = form.shown_tokens(offered is not None)
-    answers = not request.continue_final_message
+    new_text = not request.continue_final_message
     try:
-        generation = await call.generate(request, [ids], params, messages_field, answers, shown, fields)
+        generation = await call.generate(request, [ids], params, messages_field, new_text, shown, fields)
     except ApiError as error:
         if not forced or error.param != "tools":
             raise
         raise await service.run(_with_place, error, service, request, offered or [], callable_ or []) from None
-    one_call, custom = request.parallel_tool_calls is False, custom_names(request.tools)
-    return Chat(generation, parsers, one_call, content_tokens, must_call(request), custom)
+    return Chat(
+        generation,
+        parsers,
+        one_call=request.parallel_tool_calls is False,
+        content_tokens=content_tokens,
+        only_calls=must_call(request),
+        custom_tools=custom_names(request.tools),
+    )
 
 
 # Tools
@@ -280,9 +288,21 @@ class Templated(Protocol):
 
 def prompt_ids(service: Service, request: ChatRequest, messages_field: str = "messages") -> list[int]:
     """Token ids of a conversation. Raises `ApiError` 400 when the template refuses it."""
-    found = apply_template(service, request, request.messages, offered_tools(request), messages_field)
-    assert isinstance(found, list)
-    return found
+    return apply_template(service, request, request.messages, offered_tools(request), messages_field)
+
+
+@overload
+def apply_template(
+    service: Service, request: Templated, messages: Sequence[Message], tools: Sequence[Tool | CustomTool] | None,
+    messages_field: str = ..., tokenize: Literal[True] = ...,
+) -> list[int]: ...  # fmt: skip
+
+
+@overload
+def apply_template(
+    service: Service, request: Templated, messages: Sequence[Message], tools: Sequence[Tool | CustomTool] | None,
+    messages_field: str = ..., *, tokenize: Literal[False],
+) -> str: ...  # fmt: skip
 
 
 def apply_template(

@@ -39,7 +39,9 @@ class _Choice:
 
     tokens: int = 0
     first: float = 0.0
+    """When its first token came, on the clock of `time.monotonic`."""
     latest: float = 0.0
+    """When its latest token came."""
 
 
 class Generation:
@@ -54,10 +56,10 @@ class Generation:
         self._requests: list[Request[GenerationResponse]] = []
         self._ticket: Ticket | None = None
         self._choices = [_Choice() for _ in range(n * len(prompts))]
-        self._begun: set[int] = set()
-        self._finished = 0
-        self._was_ended = False
-        self._cached = [0] * len(prompts)
+        self._begun: set[int] = set()  # prompts whose first token has come
+        self._finished = 0  # texts that have ended
+        self._was_ended = False  # by `end`
+        self._cached = [0] * len(prompts)  # tokens of each prompt that were in the KV cache
         self.prompt_tokens = sum(self._lengths)
 
     @property
@@ -226,6 +228,7 @@ class Generation:
         return list(pieces.values())
 
     def _begin(self, number: int, response: GenerationResponse, now: float) -> None:
+        """The first token of a prompt has come: its prompt no longer waits in the queue."""
         metrics, request = self._service.metrics, self._requests[number]
         self._begun.add(number)
         self._cached[number] = response.cached_tokens
@@ -237,6 +240,7 @@ class Generation:
         metrics.prefill.observe(max(now - request.admitted_at, 0))
 
     def _count(self, piece: Piece, now: float) -> None:
+        """Count a text's new tokens, and the times between them."""
         metrics, choice = self._service.metrics, self._choices[piece.choice]
         count = len(piece.tokens)
         if not choice.tokens:

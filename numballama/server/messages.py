@@ -21,10 +21,10 @@ from .fields import (
     MAX_STOPS,
     MAX_TOOLS,
     FunctionName,
-    Model,
     Name,
     Object,
     Request,
+    RequestPart,
     StopString,
     Text,
 )
@@ -34,12 +34,12 @@ from .tool_fields import CustomCall, CustomTool, Function, FunctionCall, Functio
 from .tools.events import CallArguments, CallStart, Content, Event, Reasoning, merge
 
 
-class ResultPart(Model):
+class ResultPart(RequestPart):
     type: Literal["text"]
     text: Text
 
 
-class Block(Model):
+class Block(RequestPart):
     """A part of a message."""
 
     type: Literal["text", "tool_use", "tool_result", "thinking", "redacted_thinking"]
@@ -52,30 +52,30 @@ class Block(Model):
     content: Text | Annotated[list[ResultPart], Field(max_length=MAX_PARTS)] | None = None
 
 
-class Turn(Model):
+class Turn(RequestPart):
     role: Literal["user", "assistant"]
     content: Text | Annotated[list[Block], Field(max_length=MAX_PARTS)]
 
 
-class MessagesTool(Model):
+class MessagesTool(RequestPart):
     type: Literal["custom"] | None = None
     name: FunctionName
     description: Text | None = None
     input_schema: Object
 
 
-class ToolChoice(Model):
+class ToolChoice(RequestPart):
     type: Literal["auto", "any", "tool", "none"]
     name: FunctionName | None = None
     disable_parallel_tool_use: bool | None = None
 
 
-class OutputFormat(Model):
+class OutputFormat(RequestPart):
     type: Literal["json_schema"]
     schema_: Annotated[Object, Field(alias="schema")]
 
 
-class OutputConfig(Model):
+class OutputConfig(RequestPart):
     format: OutputFormat | None = None
 
 
