@@ -96,7 +96,7 @@ class Driver:
             while not (state.ready or interrupt.arrived or self._thread is not None or self.closed or self._pausing):
                 self._step()
         finally:
-            self._leave()
+            self._stop_stepping()
         return state.ready
 
     @property
@@ -126,7 +126,7 @@ class Driver:
         finally:
             self._listeners -= 1
 
-    def _leave(self) -> None:
+    def _stop_stepping(self) -> None:
         """Let another thread step. Does nothing in a forked child, which may leave a block of its parent's."""
         if self.forked:
             return
@@ -253,7 +253,7 @@ class Driver:
             except BaseException as error:
                 self._fail(error)
             finally:
-                self._leave()
+                self._stop_stepping()
 
     def stop(self) -> None:
         """End the thread after its step. Requests go on as soon as somebody waits for them. Not in a forked child."""
@@ -315,7 +315,7 @@ class Driver:
             yield
         finally:
             if entered:
-                self._leave()
+                self._stop_stepping()
 
 
 def _run(driver: weakref.ref[Driver], bell: SimpleQueue[None]) -> None:

@@ -273,7 +273,7 @@ class Scheduler:
                 self._parked.setdefault(match.awaited, []).append(sequence)
                 continue
             spare = max(self.running, pages.pages // 100) if self.running else 0
-            if pages.missing(match, len(sequence.ids)) + spare > pages.available:
+            if pages.needed(match, len(sequence.ids)) + spare > pages.available:
                 self._no_room = True
                 return None
             del self.waiting[0]

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
+from ..engine.request import FinishReason, TokenLogprobs
 from ..errors import Error
 from ..sampling import SamplingParams
 from ..structured import compile_constraint
@@ -25,7 +26,6 @@ from .tools.formats import ToolFormat
 from .tools.parser import Parser
 
 if TYPE_CHECKING:
-    from ..engine.request import TokenLogprobs
     from .service import Service
 
 TAIL = 16
@@ -37,11 +37,12 @@ RESERVED = (
     "bos_token", "eos_token", "continue_final_message",
 )  # fmt: skip
 """Names that `chat_template_kwargs` may not set."""
+ChatFinishReason = FinishReason | Literal["tool_calls"]
 
 
 @dataclass
-class Events:
-    """What became known of one answer at a time."""
+class ChatPiece:
+    """What became known of one answer at a time: a `Piece` whose text has been parsed."""
 
     choice: int
     events: list[Event]
@@ -49,13 +50,13 @@ class Events:
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     content_tokens: list[Written] = field(default_factory=list)
     """The tokens behind the content, where `start` was asked for them."""
-    finish_reason: Literal["stop", "length", "tool_calls"] | None = None
-    """None except in an answer's last events."""
+    finish_reason: ChatFinishReason | None = None
+    """None except in an answer's last piece."""
     stop_reason: str | int | None = None
 
 
-class Chat:
-    """The answers to one request. `events` yields them as they come.
+class ChatAnswers:
+    """The answers to one request. `pieces` yields them as they come.
 
     `one_call`: an answer ends where its second call begins. `content_tokens`: say which tokens the content is from.
     `only_calls`: answers have no content; what looks like it is a call that was cut off before its name.
@@ -82,8 +83,8 @@ class Chat:
         self._calls = [0] * len(parsers)  # calls that have begun
         self._open = set(range(len(parsers)))  # answers that have not ended
 
-    async def events(self) -> AsyncGenerator[list[Events], None]:
-        """Yield what is known of the answers as soon as it is: at most one `Events` of each at a time.
+    async def pieces(self) -> AsyncGenerator[list[ChatPiece], None]:
+        """Yield what is known of the answers as soon as it is: at most one `ChatPiece` of each at a time.
 
         Raises `ApiError` 500 when the engine or a parser fails.
         """
@@ -101,9 +102,10 @@ class Chat:
         finally:
             self.generation.cancel()
 
-    def _read(self, piece: Piece) -> Events:
-        """The events of a piece of one answer. A second call ends it where only one is wanted."""
-        choice, reason, stop_reason = piece.choice, piece.finish_reason, piece.stop_reason
+    def _read(self, piece: Piece) -> ChatPiece:
+        """Parse a piece of one answer. A second call ends it where only one is wanted."""
+        choice, stop_reason = piece.choice, piece.stop_reason
+        reason: ChatFinishReason | None = piece.finish_reason
         parser = self._parsers[choice]
         content: list[Written] = []
         each_token = parser.may_reason or self._content is not None
@@ -125,7 +127,7 @@ class Chat:
         if reason == "stop" and self._calls[choice]:
             reason = "tool_calls"
         merged = list(merge(self._custom[choice].convert(events, reason is not None)))
-        return Events(choice, merged, piece.tokens, piece.logprobs, content, reason, stop_reason)  # type: ignore[arg-type]
+        return ChatPiece(choice, merged, piece.tokens, piece.logprobs, content, reason, stop_reason)
 
     def _feed(self, parser: Parser, piece: Piece, content: list[Written]) -> list[Event]:
         """Events of a piece, token by token: tokens of reasoning are counted, those of content added to `content`."""
@@ -153,10 +155,10 @@ class Chat:
 
 async def start(
     call: Call, request: ChatRequest, messages_field: str = "messages", content_tokens: bool = False
-) -> Chat:
+) -> ChatAnswers:
     """Submit a chat. Raises `ApiError`.
 
-    `messages_field`: the client's name for the conversation. `content_tokens`: as in `Chat`.
+    `messages_field`: the client's name for the conversation. `content_tokens`: as in `ChatAnswers`.
     """
     service, n = call.service, request.n or 1
     limit_field, limit = token_limit(request)
@@ -185,7 +187,7 @@ async def start(
         if not forced or error.param != "tools":
             raise
         raise await service.run(_with_place, error, service, request, offered or [], callable_ or []) from None
-    return Chat(
+    return ChatAnswers(
         generation,
         parsers,
         one_call=request.parallel_tool_calls is False,

@@ -77,7 +77,7 @@ def invalid_request(error: ValidationError) -> ApiError:
 
     Where a value may have several types, pydantic reports an error for each: the one that came furthest is meant.
     """
-    details: list[Mapping[str, Any]] = list(error.errors(include_url=False, include_context=False, include_input=False))
+    details = error.errors(include_url=False, include_context=False, include_input=False)
     first_field = details[0]["loc"][:1]
     of_field = [each for each in details if each["loc"][:1] == first_field]
     places = [_place(each["loc"]) for each in of_field]

@@ -16,7 +16,7 @@ MAX_INT = 2**31 - 1
 MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, MAX_PROMPTS, MAX_TOKENS = 2048, 1024, 128, 256, 1 << 20
 MAX_STOPS, MAX_STOP, MAX_SCHEMA, MAX_DEPTH, MAX_CHOICES = 16, 256, 256 << 10, 64, 1024
 MAX_IGNORED = 20
-NO_EFFECT: tuple[Any, ...] = (None, False, 0, "", [], {})
+NO_EFFECT: tuple[object, ...] = (None, False, 0, "", [], {})
 """Values of unknown fields that ask for nothing."""
 T = TypeVar("T", bound="Request")
 
@@ -61,7 +61,7 @@ def parse(kind: type[T], body: bytes) -> T:
     return request
 
 
-def _unknown(value: Any, place: str = "") -> Iterator[str]:
+def _unknown(value: object, place: str = "") -> Iterator[str]:
     """Places of fields inside the fields of a request that no model declares, and that have a value."""
     if isinstance(value, list):
         for number, each in enumerate(value if value and isinstance(value[0], RequestPart) else ()):
@@ -74,7 +74,7 @@ def _unknown(value: Any, place: str = "") -> Iterator[str]:
                 yield from _unknown(own, f"{place}{field.alias or name}.")
 
 
-def _depth(value: Any, limit: int) -> int:
+def _depth(value: object, limit: int) -> int:
     if limit < 0 or not isinstance(value, dict | list):
         return 0
     items = value.values() if isinstance(value, dict) else value

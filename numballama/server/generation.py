@@ -6,9 +6,8 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from ..engine.request import Request, TokenLogprobs
+from ..engine.request import FinishReason, Request, TokenLogprobs
 from ..generate import GenerationResponse
 from ..sampling import MAX_N, SamplingParams
 from .errors import ApiError, failed, refused
@@ -27,8 +26,8 @@ class Piece:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     """Of each token; None unless the request asks for them."""
-    finish_reason: str | None = None
-    """None except in a text's last piece: "stop" or "length"."""
+    finish_reason: FinishReason | None = None
+    """None except in a text's last piece."""
     stop_reason: str | int | None = None
     """As in `GenerationResponse`."""
 
@@ -256,7 +255,7 @@ class Generation:
             metrics.end_to_end.observe(now - self._arrived)
             metrics.decode.observe(now - choice.first)
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> dict[str, int | dict[str, int]]:
         """Tokens, in OpenAI's shape. The token that ends a text is counted, as in vLLM."""
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -273,7 +272,7 @@ class WholeText:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
-    finish_reason: str = "length"
+    finish_reason: FinishReason = "length"
     stop_reason: str | int | None = None
 
     def add(self, piece: Piece) -> None:

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from . import chat_core
 from .call import Call
 from .chat import WholeMessage, whole_messages
-from .chat_core import Chat
+from .chat_core import ChatAnswers, ChatFinishReason
 from .errors import ApiError
 from .fields import (
     MAX_INT,
@@ -215,7 +215,7 @@ def _required(value: str | None, place: str) -> str:
     return value
 
 
-def _stopped(finish_reason: str, stop_reason: str | int | None) -> dict[str, Any]:
+def _stopped(finish_reason: ChatFinishReason, stop_reason: str | int | None) -> dict[str, str | None]:
     """`stop_reason` and `stop_sequence` of an answer."""
     if finish_reason == "stop" and isinstance(stop_reason, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": stop_reason}
@@ -225,7 +225,7 @@ def _stopped(finish_reason: str, stop_reason: str | int | None) -> dict[str, Any
     return {"stop_reason": reasons[finish_reason], "stop_sequence": None}
 
 
-def _usage(chat: Chat) -> dict[str, int]:
+def _usage(chat: ChatAnswers) -> dict[str, int]:
     """Tokens in Anthropic's shape: `input_tokens` are those that were not in the cache."""
     generation = chat.generation
     return {
@@ -236,7 +236,9 @@ def _usage(chat: Chat) -> dict[str, int]:
     }
 
 
-def _message(call: Call, chat: Chat, content: list[dict[str, Any]], stopped: dict[str, Any]) -> dict[str, Any]:
+def _message(
+    call: Call, chat: ChatAnswers, content: list[dict[str, Any]], stopped: dict[str, str | None]
+) -> dict[str, Any]:
     head = {"id": f"msg_{call.key}", "type": "message", "role": "assistant", "model": call.service.name}
     return {**head, "content": content, **stopped, "usage": _usage(chat)}
 
@@ -308,12 +310,12 @@ def _event(kind: str, **data: Any) -> bytes:
     return event({"type": kind, **data}, kind)
 
 
-async def _events(call: Call, chat: Chat) -> AsyncGenerator[bytes, None]:
+async def _events(call: Call, chat: ChatAnswers) -> AsyncGenerator[bytes, None]:
     """The events of a stream. The first does not know yet what is cached; the last has all figures."""
     writer, stopped = _Writer(), _stopped("length", None)
-    nothing = {"stop_reason": None, "stop_sequence": None}
+    nothing: dict[str, str | None] = {"stop_reason": None, "stop_sequence": None}
     yield _event("message_start", message=_message(call, chat, [], nothing))
-    async for batch in chat.events():
+    async for batch in chat.pieces():
         for found in batch:
             if data := b"".join(map(writer.write, found.events)):
                 yield data

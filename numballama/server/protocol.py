@@ -256,7 +256,8 @@ def _called(call: ToolCall | CustomCall) -> dict[str, Any]:
     return {"name": call.function.name, "arguments": _arguments(call.function.arguments)}
 
 
-def _arguments(text: str) -> Any:
+def _arguments(text: str) -> dict[str, Any] | str:
+    """The arguments of a call as an object; what is none, as a model may write, as it is."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):

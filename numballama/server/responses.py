@@ -12,7 +12,7 @@ from starlette.responses import Response
 from ..tokenizers.base import Tokenizer
 from . import chat_core
 from .call import Call
-from .chat_core import Chat
+from .chat_core import ChatAnswers, ChatFinishReason
 from .content_tokens import Written
 from .errors import ApiError
 from .fields import RequestPart
@@ -160,7 +160,11 @@ def _add(messages: list[Message], item: Item, place: str) -> None:
 
 
 def _response(
-    call: Call, request: ResponsesRequest, chat: Chat, output: list[dict[str, Any]], reason: str | None
+    call: Call,
+    request: ResponsesRequest,
+    chat: ChatAnswers,
+    output: list[dict[str, Any]],
+    reason: ChatFinishReason | None,
 ) -> dict[str, Any]:
     """A response object. `reason`: why the answer ended; None while it is being generated."""
     status = "in_progress" if reason is None else "incomplete" if reason == "length" else "completed"
@@ -373,12 +377,14 @@ class _Writer:
         return data
 
 
-async def _events(call: Call, request: ResponsesRequest, chat: Chat, writer: _Writer) -> AsyncGenerator[bytes, None]:
+async def _events(
+    call: Call, request: ResponsesRequest, chat: ChatAnswers, writer: _Writer
+) -> AsyncGenerator[bytes, None]:
     """The events of a stream."""
     started = _response(call, request, chat, [], None)
     yield writer.event("response.created", response=started) + writer.event("response.in_progress", response=started)
-    reason: str = "length"
-    async for batch in chat.events():
+    reason: ChatFinishReason = "length"
+    async for batch in chat.pieces():
         for found in batch:
             if data := writer.write(found.events, found.content_tokens):
                 yield data
