@@ -50,6 +50,7 @@ class ModelRunner:
         self._graph_of, self._make = graph_of, make
         self._sizes = [size for size in backend.decode_sizes if size < kv.slots]
         self._sizes.append(next((size for size in backend.decode_sizes if size >= kv.slots), 0))
+        """Rows of the programs for sequences that decode a token each; 0: `prompt` serves for more."""
         self._decode: dict[int, Program] = {}
         self.mixed_tokens = min(max(backend.mixed_tokens, 2 * kv.slots), self.max_tokens)
         """Rows of a run in which others decode beside a prompt: half of them at least are the prompt's."""

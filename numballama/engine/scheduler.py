@@ -36,6 +36,7 @@ class Run:
     """Sequences that have just been given a slot."""
     tables: list[TableWrite] = field(default_factory=list)
     ticket: int = -1
+    """What `Runner.submit` returned for it."""
     prompt_tokens: int = 0
     """Rows of prompts. The other rows of `chunks` are of known tokens, such as those that a grammar forces."""
 

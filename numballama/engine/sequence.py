@@ -63,7 +63,7 @@ Order = tuple[int, int, int]
 
 
 class Sequence:
-    """One sequence of a request. `position` counts from 0; a row computes the keys and values of one position.
+    """One sequence of a request. Positions count from 0; a row computes the keys and values of one position.
 
     `ids` are the prompt and the known output. After them come `pending` tokens that runs in flight sample. Positions
     below `computed` are in the KV cache; rows of positions below `planned` have been submitted.

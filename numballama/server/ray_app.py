@@ -55,7 +55,7 @@ EVERY_S = 0.1
 LAST_S = 0.5
 """How long proxies may take to pass on the last event of an answer."""
 FRONT_REQUESTS = 64
-"""Requests that Ray starts another front for, if they are more for each."""
+"""Requests at a time for each front. Where there are more, Ray starts another front."""
 
 
 class Options(BaseModel, extra="forbid"):
@@ -287,7 +287,7 @@ def app(arguments: dict[str, Any]) -> serve.Application:
 
 
 def _scaled(fewest: int, most: int, requests: int) -> dict[str, Any]:
-    """So many processes of a kind: a fixed number, or more while each has more than so many `requests`."""
+    """Ray's options for the number of processes: `fewest`, or up to `most` while each has more than `requests`."""
     if fewest == most:
         return {"num_replicas": fewest}
     limits = {"min_replicas": fewest, "max_replicas": most, "target_ongoing_requests": requests}
