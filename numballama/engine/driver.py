@@ -10,17 +10,10 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
 
 from ..errors import FORKED, DeviceError, Error
 from .interrupts import DeferredInterrupt
 from .request import RequestState
-
-if TYPE_CHECKING:
-    from _thread import LockType
-
-    Waiter = LockType | tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]
-
 
 ENGINE_CLOSED = "this engine is closed"
 """Message of the `Error` that ends requests when their engine is closed."""

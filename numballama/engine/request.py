@@ -13,7 +13,10 @@ from ..sampling import Sampled
 from .sequence import Sequence
 
 if TYPE_CHECKING:
-    from .driver import Waiter
+    import asyncio
+    from _thread import LockType
+
+    Waiter = LockType | tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]
 
 FinishReason = Literal["stop", "length"]
 
