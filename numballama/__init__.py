@@ -114,7 +114,8 @@ def compile(
             on the CPU. Prompts are then processed faster, and logits differ by the rounding. llama2.c v2 files always
             use int8, as llama2.c itself does.
         max_sequences: sequences that generate at the same time, up to 1,024; others wait.
-        gpus: GPUs that share the model. This version supports 1. A CPU's cores share it in any case: `threads`.
+        gpus: GPUs of this machine that share the model, from `device` on: see docs/ranks.md. A CPU's cores share it in
+            any case: `threads`.
         kv_tokens: size of the KV cache in tokens, over all sequences; default max_sequences · context, or what fits in
             memory, which `notes` say.
         batch_invariant: whether logits have the same bits alone, in a batch of any size and with any chunks of a
@@ -125,14 +126,6 @@ def compile(
     device that cannot be used, `Error` for arguments out of range or with other names (`n_ctx`), which names ours.
     """
     from .host import interrupts
-    from .validation import whole_number
-
-    if whole_number("gpus", gpus, 1) != 1:
-        if device in ("cpu", "reference"):
-            raise UnsupportedError(
-                f"gpus={gpus} is for GPUs: on device={device!r} all cores share the model, threads= says how many"
-            )
-        raise UnsupportedError(f"gpus={gpus} is not supported by this version: leave it at 1")
 
     with interrupts.deferred():
         from .model import Model
@@ -151,6 +144,7 @@ def compile(
         fusions=fusions,
         activations=activations,
         max_sequences=max_sequences,
+        gpus=gpus,
         kv_tokens=kv_tokens,
         batch_invariant=batch_invariant,
     )

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 from weakref import WeakSet
 
 import numpy as np
 
-from .checkpoint import Weight
+from .checkpoint import Checkpoint, Weight
 from .errors import DOCTOR, NEXT_STEP, DeviceError, UnsupportedError
 from .host import environment, interrupts
 from .ir import Graph
 from .kernel_cache import cuda_cache_directory
 from .plan import Plan
 from .progress import Report
+from .quantization.policy import Dtype
 from .quantization.types import ActivationType, KVType
 from .sampling import Sampled, SamplerTable
 from .validation import flag
@@ -173,12 +174,33 @@ class Backend(Protocol):
         """Free what the device holds. The backend and its programs cannot be used afterwards."""
 
 
-def choose_device(device: str) -> tuple[str, str]:
-    """The device to use, and for "auto" the reason for the choice ("" otherwise).
+def choose_device(device: str, gpus: int = 1) -> tuple[str, str]:
+    """The device to use, the first of `gpus`, and for "auto" the reason for the choice ("" otherwise).
 
-    Raises `DeviceError` for an unknown name, and for "cuda" or "cuda:N" without such a GPU or without the packages that
-    it needs: another device is never used in its place.
+    Raises `DeviceError` for an unknown name, and for "cuda" or "cuda:N" without such GPUs or without the packages that
+    they need: another device is never used in its place. Raises `UnsupportedError` for several `gpus` on another
+    device.
     """
+    chosen, why = _choose_device(device)
+    if gpus > 1:
+        if _backend_name(chosen) != "cuda":
+            if device == "auto":
+                raise DeviceError(f"gpus={gpus}: {why}")
+            raise UnsupportedError(
+                f"gpus={gpus} is for GPUs: on device={device!r} all cores share the model, threads= says how many"
+            )
+        for each in gpus_from(chosen, gpus)[1:]:
+            _choose_device(each)
+    return chosen, why
+
+
+def gpus_from(device: str, count: int) -> list[str]:
+    """The devices of a model that `count` GPUs share: "cuda" is the first one, "cuda:N" another, and those after it."""
+    first = int(device.partition(":")[2] or 0)
+    return [f"cuda:{first + rank}" for rank in range(count)]
+
+
+def _choose_device(device: str) -> tuple[str, str]:
     if not isinstance(device, str):
         raise DeviceError(f"device must be a string, found {device!r}")
     if device == "auto":
@@ -237,9 +259,18 @@ def backend_class(device: str, batch_invariant: bool = False) -> type[Backend]:
 
 
 def open_backend(
-    device: str, weights: Mapping[str, Weight], threads: int | None = None, batch_invariant: bool = False
+    device: str,
+    weights: Mapping[str, Weight],
+    threads: int | None = None,
+    batch_invariant: bool = False,
+    gpus: int = 1,
+    checkpoint: Checkpoint | None = None,
+    dtype: Dtype | None = None,
 ) -> Backend:
     """A backend that holds `weights` on `device`: "cpu", "cuda", "cuda:N", "reference" or "auto".
+
+    Several `gpus`, from `device` on, share the model: a process for each opens the file of `checkpoint` and converts
+    its part of the weights to `dtype`, as `weights` are.
 
     `threads` is the number of workers on the CPU (default: Numba's number of threads). `batch_invariant`: a row's
     result has the same bits in runs of any size. Raises `DeviceError` as `choose_device` does, `UnsupportedError` for
@@ -250,7 +281,15 @@ def open_backend(
     backend_class(device, batch_invariant)
     name = _backend_name(device)
     opened: Backend
-    if name == "cuda":
+    if gpus > 1:
+        from .parallel.processes import ProcessBackend
+
+        assert checkpoint is not None
+        devices, int8 = gpus_from(device, gpus), checkpoint.int8_activations
+        path, config = checkpoint.path, checkpoint.config
+        shared = ProcessBackend(path, config, weights, devices, threads, batch_invariant, int8, dtype)
+        opened = cast("Backend", shared)  # what others have as class attributes are those of its first rank
+    elif name == "cuda":
         from .cuda.backend import CudaBackend
 
         opened = CudaBackend(weights, device, batch_invariant)

@@ -12,6 +12,7 @@ from typing import Literal
 from .config import INTERLEAVED, ModelConfig
 from .ir import Graph, Value, nbytes_of
 from .memory import ceil_div
+from .ops import EXCHANGE
 from .quantization.types import VEC_DOT_TYPE, ActivationType, KVType, WeightType
 from .rope import attention_factor, rope_frequencies
 
@@ -91,6 +92,8 @@ class KVLayout:
 
 PAGE_TABLE = "page_table"
 """Name of the page table among a graph's states."""
+NOT_CACHED = frozenset({PAGE_TABLE, *EXCHANGE})
+"""Names of states that are not keys and values."""
 
 
 class Builder:

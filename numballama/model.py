@@ -47,8 +47,8 @@ class Model:
     """A compiled model. Use `numballama.compile`; see there for the arguments.
 
     Attributes: `path`, `format` (its name), `config`, `tokenizer` (or None), `weights`, `graph` (as declared, for one
-    token), `device`, `threads`, `context`, `kv` (the cache's layout), `activations`, `batch_invariant`, `notes` (what
-    was assumed or chosen, a sentence each), `load_s` (seconds that loading and compiling took).
+    token), `device`, `gpus`, `threads`, `context`, `kv` (the cache's layout), `activations`, `batch_invariant`, `notes`
+    (what was assumed or chosen, a sentence each), `load_s` (seconds that loading and compiling took).
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class Model:
         fusions: bool | Sequence[str] = True,
         activations: ActivationType = "f32",
         max_sequences: int = 1,
+        gpus: int = 1,
         kv_tokens: int | None = None,
         batch_invariant: bool = False,
     ) -> None:
@@ -77,7 +78,8 @@ class Model:
             ("activations", activations, get_args(ActivationType)),
         ):
             require_supported(name, value, known)
-        self.device, why = choose_device(device)
+        self.gpus = whole_number("gpus", gpus, 1)
+        self.device, why = choose_device(device, self.gpus)
         kind = backend_class(self.device, batch_invariant)
         self.activations, self.batch_invariant, self._fusions = activations, bool(batch_invariant), fusions
         if activations not in kind.activation_types:
@@ -108,7 +110,8 @@ class Model:
         self.weights: Mapping[str, Weight] = policy.convert_weights(self.config, self._checkpoint.weights, dtype)
         if activations == "int8" and not any(w.type.name in (*VEC_DOT_TYPE, "int8") for w in self.weights.values()):
             self.notes.append("no weight of this model is quantised, so no activations are rounded to int8")
-        backend = self._backend = open_backend(self.device, self.weights, threads, batch_invariant)
+        given = self.device, self.weights, threads, batch_invariant, self.gpus, self._checkpoint, dtype
+        backend = self._backend = open_backend(*given)
         try:
             self._compile(backend)
         except BaseException:

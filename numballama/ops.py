@@ -216,10 +216,13 @@ def _rows(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     return [((rows.shape[0], x.shape[1]), "f32")]
 
 
-_EXCHANGE = ("exchange", "arrivals")
+EXCHANGE = ("exchange", "arrivals")
+"""Names of the memory that ranks share: what they exchange, and counts of it."""
 _EXCHANGED = {"exchange_out": "exchange", "arrivals_out": "arrivals"}
 CELL = 16
 """Elements of an entry of `arrivals`: 64 bytes, so that each has a cache line."""
+STOPPED = 1
+"""Int64 element of `arrivals` that is not 0 once the ranks are to stop. Element 0 of each entry counts."""
 
 
 def _exchanged(x: Value, exchange: Value, arrivals: Value, rank: int, needed: int) -> list[Shaped]:
@@ -235,7 +238,7 @@ def _exchanged(x: Value, exchange: Value, arrivals: Value, rank: int, needed: in
     return [(exchange.shape, exchange.dtype), (arrivals.shape, arrivals.dtype)]
 
 
-@rule("all_reduce", inputs=("x", *_EXCHANGE), outputs=("out", *_EXCHANGED), attrs=("rank",), inplace=_EXCHANGED)
+@rule("all_reduce", inputs=("x", *EXCHANGE), outputs=("out", *_EXCHANGED), attrs=("rank",), inplace=_EXCHANGED)
 def _all_reduce(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
     """x[T, D] of each rank → their sum in the order of ranks, [T, D], the same bits on every rank"""
     x, exchange, arrivals = inputs
@@ -245,7 +248,7 @@ def _all_reduce(inputs: Inputs, attrs: Attrs) -> list[Shaped]:
 
 @rule(
     "all_gather",
-    inputs=("x", *_EXCHANGE),
+    inputs=("x", *EXCHANGE),
     outputs=("out", *_EXCHANGED),
     attrs=("rank", "begin", "columns"),
     inplace=_EXCHANGED,

@@ -13,7 +13,7 @@ import numpy as np
 
 from .checkpoint import Weight
 from .errors import Error
-from .graph import PAGE_TABLE
+from .graph import NOT_CACHED, PAGE_TABLE
 from .host import environment, interrupts
 from .ir import DTYPES, Graph, Op, Value
 from .memory import available_bytes
@@ -428,7 +428,7 @@ class ReferenceBackend:
 
     def cache_page(self, page: int) -> Iterator[np.ndarray]:
         """Views of the keys and values of each layer in a page of the KV cache, float32."""
-        return (state[page] for name, state in self.states.items() if name != PAGE_TABLE)
+        return (state[page] for name, state in self.states.items() if name not in NOT_CACHED)
 
     def close(self) -> None:
         """Does nothing: memory is freed with the last reference to it."""

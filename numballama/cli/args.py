@@ -25,7 +25,7 @@ MODEL_HELP = "a model file, directory or hub id (owner/name, owner/name:Q4_K_M)"
 
 MODEL_OPTIONS = (
     "tokenizer", "device", "dtype", "context", "kv_dtype", "threads", "rope_pairing", "rope_theta", "norm_eps",
-    "activations", "batch_invariant",
+    "activations", "batch_invariant", "gpus",
 )  # fmt: skip
 """Arguments of `compile` that are options of the same name."""
 
@@ -51,6 +51,9 @@ def model_options(command: argparse.ArgumentParser, **others: dict[str, Any]) ->
     group = command.add_argument_group("model")
     tokenizer_option(group)
     group.add_argument("--device", default="auto", help="auto (default), cpu, cuda, cuda:N, or reference (NumPy, slow)")
+    group.add_argument(
+        "--gpus", type=int, default=1, metavar="N", help="GPUs that share the model, from --device on (default 1)"
+    )
     dtypes = "convert the linear weights: f32, f16, bf16, int8, q8_0 or q4_0 (default: as the file has them)"
     group.add_argument("--dtype", **{"help": dtypes} | others.get("dtype", {}))
     number: dict[str, Any] = {"type": int, "metavar": "N"}

@@ -14,7 +14,7 @@ from .. import memory
 from ..checkpoint import Weight
 from ..errors import Error
 from ..fusion import fuse
-from ..graph import PAGE_TABLE
+from ..graph import NOT_CACHED, PAGE_TABLE
 from ..host import environment, interrupts
 from ..host.cgroup import cpu_quota, usable_cores
 from ..ir import DTYPES, Graph, Value
@@ -249,7 +249,7 @@ class CpuBackend:
 
     def cache_page(self, page: int) -> Iterator[np.ndarray]:
         """Views of the keys and values of each layer in a page of the KV cache."""
-        return (state[page] for name, state in self.states.items() if name != PAGE_TABLE)
+        return (state[page] for name, state in self.states.items() if name not in NOT_CACHED)
 
     def close(self) -> None:
         """Does nothing: memory is freed with the last reference to it."""

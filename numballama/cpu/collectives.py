@@ -5,8 +5,8 @@ reads every part. The next exchange uses the other half. A rank that writes ther
 exchange before, so they have read what was there: two halves need no second wait. Ranks must have the same number of
 workers.
 
-When a rank fails, the host calls `stop`: the others no longer wait, and their kernels fail. Conventions are those of
-`kernels_cpu`.
+When a rank fails, the host sets an element of `arrivals`: the others no longer wait, and their kernels fail.
+Conventions are those of `kernels_cpu`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,7 @@ from .matmul import partition
 from .workers import SPIN_LIMIT
 
 STOPPED = 1
-"""Int64 element of `arrivals` that is not 0 once the ranks are to stop. Element 0 of each entry counts."""
-
-
-def stop(arrivals: np.ndarray) -> None:
-    """End the waits of all ranks, now and later: their runs fail."""
-    arrivals.reshape(-1).view(np.int64)[STOPPED] = 1
+"""`ops.STOPPED`, which kernels cannot import: code is cached by the files that they import."""
 
 
 @device

@@ -11,7 +11,7 @@ from .. import progress
 from ..checkpoint import Weight
 from ..errors import Error
 from ..fusion import fuse
-from ..graph import PAGE_TABLE
+from ..graph import NOT_CACHED, PAGE_TABLE
 from ..ir import DTYPES, Graph
 from ..kernel_cache import cuda_cache_directory
 from ..memory import format_bytes
@@ -21,7 +21,7 @@ from .compile_worker import compile_ahead
 from .compiler import compile_kernel
 from .decode_pipeline import LOOKAHEAD, Mailbox
 from .driver import Device, LoadedKernel, Memory, PreparedLaunch
-from .launch import Array, Launch, Matrix, Specialization
+from .launch import Array, Launch, Matrix, Peers, Specialization
 from .ops import skinny
 from .ops.gemm import FEW
 from .program import CudaProgram
@@ -75,6 +75,8 @@ class CudaBackend:
         """Number of kernels that came from the cache, and of kernels that were compiled."""
         self.current: CudaProgram | None = None
         """The program that ran last."""
+        self.peers: Peers | None = None
+        """The ranks on other GPUs with which this one shares a model, once it has joined them."""
         self._loaded: dict[Specialization, LoadedKernel] = {}
         self._prepared = False
         self._owned: list[_Owned] = []
@@ -101,6 +103,11 @@ class CudaBackend:
         most = FEW if in_float32 else skinny.MOST
         self.prefill_chunk = self.most_sequences = most
         self.decode_sizes = tuple(size for size in type(self).decode_sizes if 1 < size <= most)
+
+    def join(self, peers: Peers) -> None:
+        """Be a rank of a model: programs that are made from now on exchange values with the others."""
+        self.peers = peers
+        self.states |= {"exchange": peers.exchange, "arrivals": peers.arrivals}
 
     @property
     def workers(self) -> int:
@@ -192,7 +199,7 @@ class CudaBackend:
         """Copies of the keys and values of each layer in a page of the KV cache. Waits until the device is idle."""
         self.device.make_current()
         for name, state in self.states.items():
-            if name != PAGE_TABLE:
+            if name not in NOT_CACHED:
                 held = np.empty(state.shape[1:], DTYPES[state.dtype])
                 self.device.read(state.address + page * held.nbytes, held)
                 yield held

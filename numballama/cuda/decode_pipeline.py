@@ -5,6 +5,8 @@ latest. A run whose id is FEED reads it from there, so it can be in the stream b
 a decode run, `advance` also writes tokens and next positions to where the same run of the next tokens would read them:
 if it follows, the host sends nothing.
 
+Of the ranks on several GPUs that share a model, rank 0 samples, and sends the tokens to the memory of the others.
+
 The host gets tokens through pinned memory: run n writes a 64-bit word for each row, n in its upper half and the token
 in its lower half, to the words of n mod `N_RUNS`, and the host polls these.
 """
@@ -21,7 +23,7 @@ from ..errors import DeviceError
 from ..sampling import FEED, Sampled, SamplerTable
 from .driver import Device, Memory, Pinned, PreparedLaunch
 from .launch import Launch, RowKind
-from .ops import sampling
+from .ops import collectives, sampling
 from .sampler_table import DeviceSampled
 
 if TYPE_CHECKING:
@@ -124,7 +126,7 @@ class DecodePipeline:
         self._wanted: dict[int, int] = {}
         """Run → how many likeliest tokens its rows want at most, for runs that want log probabilities."""
         self._rows: dict[int, int] = {}
-        self._last: tuple[int, int, SamplerTable, int] | None = None
+        self._last: tuple[int, int, SamplerTable | None, int] | None = None
         """(tokens, rows, table, its changes) of the last run, which the next one may continue."""
         self._kind = ""
         self._positions = np.zeros(program.plan.tokens, np.int32)
@@ -133,17 +135,21 @@ class DecodePipeline:
     # Launches after a plan's steps
 
     def tail(self, kind: str) -> list[Launch]:
-        """Launches after the plan. `kind` is "greedy" (the plan's own argmax has chosen), "sample" or "logprobs"."""
+        """Launches after the plan. `kind` is "greedy" (the plan's own argmax has chosen), "sample", "logprobs" or, on
+        ranks above 0, "receive".
+        """
         if kind not in self._tails:
             program, mailbox = self._program, self._backend.mailbox
             inputs, next_token = program.run_inputs, program.array("next")
             table = self._backend.sampler_table(self._vocab)
             launches: list[Launch] = []
-            if kind != "greedy":
+            if kind in ("sample", "logprobs"):
                 launches += sampling.sample(
                     inputs.rows, program.array("logits"), inputs.slots, table.arrays,
                     self.sampled.arrays | {"next_token": next_token}, logprobs=kind == "logprobs",
                 )  # fmt: skip
+            if self._backend.peers is not None:
+                launches += collectives.share_tokens(self._backend.peers, inputs.rows, next_token)
             launches += sampling.advance(
                 n_rows=inputs.rows, next_token=next_token, slots=inputs.slots, last_token=table.arrays["last_token"],
                 ids=program.array("ids"), positions=program.array("positions"), continues=int(self._decodes),
@@ -157,9 +163,17 @@ class DecodePipeline:
         """Whether every token of a run has logits, so that a run of the next tokens may follow."""
         return "rows" not in self._program.inputs
 
+    @property
+    def _likely_kinds(self) -> tuple[str, ...]:
+        """The tails that runs are likely to have."""
+        peers = self._backend.peers
+        return ("greedy", "sample") if peers is None or peers.rank == 0 else ("receive",)
+
     def all_launches(self) -> list[list[Launch]]:
         """The launches of all tails, and the one that feeds tokens."""
-        return [self.tail("greedy"), self.tail("sample"), self.tail("logprobs"), self._feed_launches()]
+        kinds = self._likely_kinds
+        rare = ("logprobs",) if "sample" in kinds else ()
+        return [*map(self.tail, (*kinds, *rare)), self._feed_launches()]
 
     def _feed_launches(self) -> list[Launch]:
         table, program = self._backend.sampler_table(self._vocab), self._program
@@ -179,7 +193,7 @@ class DecodePipeline:
             mixtures = [("chunks",), ("single rows",), ("chunks", "single rows")]
         for start in (0, *program.variant_starts):
             for kinds in mixtures:
-                for kind in ("greedy", "sample"):
+                for kind in self._likely_kinds:
                     program.capture(("run", kind, start, *kinds), self._whole_run(kind, start, kinds))
                 if not self._decodes:
                     end = program.prefill_end
@@ -200,11 +214,12 @@ class DecodePipeline:
 
     # Runs
 
-    def submit(self, tokens: int, rows: int, table: SamplerTable) -> int:
-        """Enqueue a run for the program's inputs; returns its number."""
+    def submit(self, tokens: int, rows: int, table: SamplerTable | None) -> int:
+        """Enqueue a run for the program's inputs; returns its number. Without a table rank 0 samples."""
         program, inputs = self._program, self._program.inputs
         positions, sequences = inputs["positions"][:tokens], inputs["sequences"][:tokens]
-        continues = self._last == (tokens, rows, table, table.changes) and self._continues(tokens)
+        changes = 0 if table is None else table.changes
+        continues = self._last == (tokens, rows, table, changes) and self._continues(tokens)
         if not continues:
             self._start(tokens, rows, table)
         start = program.variant_start(int(positions[0]) if tokens == 1 else int(positions.max()))
@@ -214,17 +229,19 @@ class DecodePipeline:
         mailbox.launched += 1
         number = mailbox.launched
         if kind == "logprobs":
+            assert table is not None
             if self._logprobs is None:
                 self._logprobs = _Logprobs(self._device, self.sampled)
             self._logprobs.enqueue(number)
             self._wanted[number] = table.top_logprobs(self._slots(rows))
-        self._rows[number] = rows
+        if table is not None:
+            self._rows[number] = rows
         if self._decodes:
             if not continues:
                 self._sequences[:tokens] = sequences
             self._positions[:tokens] = positions
             self._positions[:tokens] += 1
-            self._last = (tokens, rows, table, table.changes)
+            self._last = (tokens, rows, table, changes)
         return number
 
     def _continues(self, tokens: int) -> bool:
@@ -239,19 +256,23 @@ class DecodePipeline:
             and (sequences[:tokens] == self._sequences[:tokens]).all()
         )
 
-    def _start(self, tokens: int, rows: int, table: SamplerTable) -> None:
+    def _start(self, tokens: int, rows: int, table: SamplerTable | None) -> None:
         """Send the inputs of a run that does not continue the last one."""
-        program, device_table = self._program, self._backend.sampler_table(self._vocab)
-        slots = self._slots(rows)
-        listed = slots.tolist()
-        device_table.update(table, listed)
-        if table.top_logprobs(slots) >= 0:
-            self._kind = "logprobs"
+        program, slots = self._program, self._slots(rows)
+        if table is None:
+            self._kind = "receive"
         else:
-            self._kind = "greedy" if all(map(table.is_argmax, listed)) else "sample"
+            self._kind = self._kind_for(table, slots)
+            self._backend.sampler_table(self._vocab).update(table, slots.tolist())
         program.run_inputs.send(tokens, rows, slots)
         if (program.inputs["ids"][:tokens] == FEED).any():
             program.replay(("feed",), self._feed_launch)
+
+    def _kind_for(self, table: SamplerTable, slots: NDArray[np.int32]) -> str:
+        """The tail of a run that samples in these slots."""
+        if table.top_logprobs(slots) >= 0:
+            return "logprobs"
+        return "greedy" if all(map(table.is_argmax, slots.tolist())) else "sample"
 
     def _slots(self, rows: int) -> NDArray[np.int32]:
         """The slot of each row with logits."""

@@ -74,10 +74,56 @@ class Memory:
         """An array inside this memory."""
         return Array(self.address + offset, shape, dtype)
 
+    def handle(self) -> bytes:
+        """64 bytes by which another process of this machine maps this memory (`MappedMemory`)."""
+        made = check(driver.cuIpcGetMemHandle(self.address))
+        return ctypes.string_at(int(made.getPtr()), HANDLE_BYTES)  # not every version of cuda.bindings has `reserved`
+
 
 def _free(context: Any, address: int) -> None:
     with _current(context):
         driver.cuMemFree(address)
+
+
+HANDLE_BYTES = 64
+"""Bytes of the handle of memory that processes share."""
+
+
+class MappedMemory:
+    """Device memory of another process, and perhaps of another GPU, as this device reaches it. Not freed by `free`, but
+    no longer mapped. Raises `DeviceError` where peer access is not possible.
+    """
+
+    def __init__(self, device: Device, handle: bytes) -> None:
+        device.make_current()
+        made = driver.CUipcMemHandle()
+        ctypes.memmove(int(made.getPtr()), handle, HANDLE_BYTES)
+        flags = driver.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
+        self.address = int(check(driver.cuIpcOpenMemHandle(made, int(flags))))
+        self.free = weakref.finalize(self, _unmap, device.context, self.address)
+
+
+def _unmap(context: Any, address: int) -> None:
+    with _current(context):
+        driver.cuIpcCloseMemHandle(address)
+
+
+class RegisteredMemory:
+    """Host memory that exists already, whole pages, made accessible to a GPU. `address` is its address there."""
+
+    def __init__(self, device: Device, memory: np.ndarray) -> None:
+        device.make_current()
+        flags = driver.CU_MEMHOSTREGISTER_PORTABLE | driver.CU_MEMHOSTREGISTER_DEVICEMAP
+        self._memory = memory  # it must live until it is no longer registered
+        where = memory.ctypes.data
+        check(driver.cuMemHostRegister(where, memory.nbytes, flags))
+        self.free = weakref.finalize(self, _unregister, device.context, where, memory)
+        self.address = int(check(driver.cuMemHostGetDevicePointer(where, 0)))
+
+
+def _unregister(context: Any, where: int, memory: np.ndarray) -> None:
+    with _current(context):
+        driver.cuMemHostUnregister(where)
 
 
 class Pinned:
@@ -139,6 +185,15 @@ class Device:
 
     def __str__(self) -> str:
         return f"cuda:{self.index} ({self.name})"
+
+    def can_access(self, peer: Device) -> bool:
+        """Whether kernels on this device can read and write memory of `peer`."""
+        return bool(check(driver.cuDeviceCanAccessPeer(self._handle, peer._handle)))
+
+    def link_attribute(self, peer: Device, name: str) -> int:
+        """An attribute of the link to `peer`, such as "PERFORMANCE_RANK" (0 is the fastest) or "ACCESS_SUPPORTED"."""
+        which = getattr(driver.CUdevice_P2PAttribute, f"CU_DEVICE_P2P_ATTRIBUTE_{name}")
+        return int(check(driver.cuDeviceGetP2PAttribute(which, self._handle, peer._handle)))
 
     def make_current(self) -> None:
         """Make this device current for this thread's driver calls."""

@@ -211,6 +211,25 @@ class Launch:
 
 
 @dataclass(frozen=True)
+class Peers:
+    """What a rank's kernels need to exchange values with ranks on other GPUs: see `kernels.collectives`."""
+
+    rank: int
+    exchange: Array
+    """f32 [2, n]: this rank's inbox."""
+    arrivals: Array
+    """i32 [ranks, blocks, 16]: flags and counts, after `exchange` in the same memory."""
+    addresses: Array
+    """i64 [ranks] in device memory: where the memory of each rank begins, as this device reaches it."""
+    shares: tuple[range, ...]
+    """The columns of the logits that each rank computes."""
+    borders: Array
+    """i64 [ranks + 1] in device memory: where these begin, and the number of all."""
+    stop: int
+    """Address of a 32-bit word, in host memory that kernels reach. Once it is not 0, they no longer wait."""
+
+
+@dataclass(frozen=True)
 class LaunchContext:
     """Facts about the device and the program, for an operator's launch function."""
 
@@ -230,6 +249,8 @@ class LaunchContext:
     """Whether the device has `cp.async.bulk`: from compute capability 9.0 on."""
     batch_invariant: bool = False
     """Whether all rows use the kernels for rows of many sequences, those of a prompt's chunk as well."""
+    peers: Peers | None = None
+    """The ranks with which the device shares a model, if it does."""
 
 
 def scales_of(cache: Array) -> dict[str, Argument]:

@@ -97,6 +97,7 @@ BY_COUNT: dict[int, Any] = {
     0: lambda made: lambda typingctx: made(),
     1: lambda made: lambda typingctx, a: made(a),
     2: lambda made: lambda typingctx, a, b: made(a, b),
+    3: lambda made: lambda typingctx, a, b, c: made(a, b, c),
     4: lambda made: lambda typingctx, a, b, c, d: made(a, b, c, d),
     5: lambda made: lambda typingctx, a, b, c, d, e: made(a, b, c, d, e),
 }

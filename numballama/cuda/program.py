@@ -192,6 +192,7 @@ class CudaProgram:
             device.capability == (9, 0) and not backend.batch_invariant,  # which changes kernels from 33 rows on
             device.capability >= (9, 0),
             backend.batch_invariant,
+            backend.peers,
         )
         of_rows = replace(self.ctx, tokens=self.run_inputs.rows)
         operands = self.values | backend.weights.operands
@@ -376,8 +377,11 @@ class CudaProgram:
         self.pipeline.forget()
         self.run_steps(tokens, begin, last, rows)
 
-    def submit(self, tokens: int, rows: int, table: SamplerTable) -> int:
-        """Start a run of all steps that samples a token for each of `rows` rows: one graph launch. Returns a ticket."""
+    def submit(self, tokens: int, rows: int, table: SamplerTable | None) -> int:
+        """Start a run of all steps that samples a token for each of `rows` rows: one graph launch. Returns a ticket.
+
+        Without a table rank 0 samples, and this rank receives the tokens; nobody collects them here.
+        """
         if not (1 <= rows <= tokens <= self.plan.tokens):
             raise Error(f"cannot run {tokens} tokens of {self.plan.tokens} and sample for {rows} rows")
         self._claim_backend()

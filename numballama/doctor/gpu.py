@@ -19,6 +19,7 @@ from ..kernel_cache import cuda_cache_directory
 from ..progress import Report
 from .cache import Cache
 from .check import run_check
+from .links import GpuLink, find_links
 
 if TYPE_CHECKING:
     from ..cuda.driver import Device
@@ -141,6 +142,8 @@ class GpuReport:
     """How far a kernel came: "not compiled", "compiled for 8.0, not run", "compiled and run"."""
     devices: list[GpuDevice] = field(default_factory=list)
     cache: Cache | None = None
+    links: list[GpuLink] = field(default_factory=list)
+    """Of each pair of devices. Empty with fewer than two."""
 
 
 def find_gpu(report: Report) -> GpuReport:
@@ -148,7 +151,8 @@ def find_gpu(report: Report) -> GpuReport:
     try:
         found = run_check("gpu", report)
         devices, cache = [GpuDevice(**device) for device in found["devices"]], found["cache"]
-        return GpuReport(**{**found, "devices": devices, "cache": Cache(**cache) if cache else None})
+        links = [GpuLink(**link) for link in found["links"]]
+        return GpuReport(**{**found, "devices": devices, "cache": Cache(**cache) if cache else None, "links": links})
     except DeviceError as error:
         return GpuReport(problem=str(error), command=Evidence.read().mend(str(error)))
 
@@ -196,6 +200,7 @@ def _check(gpu: GpuReport, evidence: Evidence) -> None:
     gpu.driver_cuda = versions()["cuda"]
     gpu.driver = versions()["driver"] or gpu.driver
     gpu.devices = [_describe(device) for device in devices]
+    gpu.links = find_links(devices)
     capability = devices[0].capability  # a process compiles for one
     code = selfcheck.compile_copy(capability)
     gpu.kernel = "compiled for {}.{}, not run".format(*capability)

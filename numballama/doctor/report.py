@@ -14,6 +14,7 @@ from ..host.cgroup import cpu_quota, memory_left, usable_cores
 from ..memory import available_bytes, format_bytes
 from .cpu import CpuReport, find_cpu
 from .gpu import GpuReport, find_gpu
+from .links import lines as link_lines
 from .packages import Packages
 
 
@@ -150,6 +151,7 @@ class Report:
                 yield f"{device.device}: a copy reads and writes {device.bandwidth_bytes_per_second / 1e9:,.0f} GB/s"
             if device.problem:
                 yield f"{device.device}: {device.problem}"
+        yield from link_lines(gpu.links, [device.device for device in gpu.devices if device.works])
         if gpu.driver or gpu.driver_cuda:
             yield f"driver: {gpu.driver or 'of unknown version'}, for CUDA {gpu.driver_cuda or 'of unknown version'}"
         libraries = ", ".join(f"{name} {version}" for name, version in gpu.libraries.items())

@@ -19,7 +19,6 @@ from ..checkpoint import Weight
 from ..config import ModelConfig
 from ..cpu.fork import ForkSafeLock, mark_workers_started, refuse_forked
 from ..errors import CLOSED, DeviceError, Error
-from ..graph import PAGE_TABLE
 from ..host import environment, interrupts
 from ..ir import Graph
 from ..ops import CELL
@@ -27,6 +26,7 @@ from ..plan import Plan
 from ..progress import Report
 from ..reference import ReferenceBackend, ReferenceProgram, run_ranks
 from ..sampling import Sampled, SamplerTable
+from .rank_memory import stop
 from .shard import Shard, shard, verify_ranks
 from .shares import Shares
 from .weights import divided
@@ -34,6 +34,7 @@ from .weights import divided
 if TYPE_CHECKING:
     from ..backend import Program
     from ..cpu.backend import CpuBackend, CpuProgram
+    from ..cuda.backend import CudaBackend
 
 P = TypeVar("P", bound="CpuProgram | ReferenceProgram")
 
@@ -198,15 +199,17 @@ class CpuRanks(ParallelProgram["CpuProgram"]):
 
 class RanksBackend:
     """What is common to the backends of several ranks. `ranks` are those of this process, rank 0 the first; `of_ranks`
-    are the weights of each rank.
+    are the weights of each rank. `exchange` is how many workers of a rank exchange values, and how many numbers at
+    once; on the CPU (None) its threads do.
     """
 
     def __init__(
         self,
         shares: Shares,
         of_ranks: Sequence[Mapping[str, Weight]],
-        ranks: Sequence[CpuBackend | ReferenceBackend],
+        ranks: Sequence[CpuBackend | ReferenceBackend | CudaBackend],
         what: str,
+        exchange: tuple[int, int] | None = None,
     ) -> None:
         self.shares, self.of_ranks, self.ranks = shares, of_ranks, ranks
         first = ranks[0]
@@ -214,12 +217,18 @@ class RanksBackend:
         self.activation_types, self.in_host_memory = first.activation_types, first.in_host_memory
         self.mixed_tokens, self.lookahead, self.decode_sizes = first.mixed_tokens, first.lookahead, first.decode_sizes
         self.most_sequences, self.workers, self.notes = first.most_sequences, first.workers, first.notes
-        self.description, self.memory_bytes = f"{first.description}, {shares.ranks} {what}", first.memory_bytes
+        self.description = f"{first.description}, {shares.ranks} {what}"
+        self.exchange = exchange or (first.workers, shares.exchange_size)
+
+    @property
+    def memory_bytes(self) -> int | None:
+        """Bytes of device memory that rank 0 takes. None if weights and KV cache are in host memory."""
+        return self.ranks[0].memory_bytes
 
     def shards(self, graph: Graph) -> list[Shard]:
         """Each rank's part of a graph. Raises `UnsupportedError` for ops that cannot be split."""
         shards = [
-            shard(graph, {name: weight.type for name, weight in own.items()}, self.shares, rank, self.workers)
+            shard(graph, {name: weight.type for name, weight in own.items()}, self.shares, rank, *self.exchange)
             for rank, own in enumerate(self.of_ranks)
         ]
         verify_ranks([part.graph for part in shards])
@@ -232,8 +241,7 @@ class RanksBackend:
     def cache_page(self, page: int) -> Iterator[np.ndarray]:
         """Views of the keys and values of each layer in a page of the KV cache: those of this process, by rank."""
         for rank in self.ranks:
-            memory = {name: state for name, state in rank.states.items() if name not in ("exchange", "arrivals")}
-            yield from (state[page] for name, state in memory.items() if name != PAGE_TABLE)
+            yield from rank.cache_page(page)
 
     def weight_nbytes(self, name: str) -> int:
         """Bytes of a weight, of all ranks together."""
@@ -298,7 +306,6 @@ class ParallelBackend(RanksBackend):
         with interrupts.deferred():
             environment.import_numba()
             from ..cpu.backend import CpuBackend, aligned_zeros
-            from ..cpu.collectives import stop
 
         count = shares.ranks
         if threads is None:

@@ -1,8 +1,10 @@
-"""A model that ranks in several processes share, on the CPU: `ProcessBackend`. This process has rank 0.
+"""A model that ranks in several processes share, each on a GPU or all on the CPU: `ProcessBackend`. This process has
+rank 0.
 
 Each other rank has a process of its own, which maps the model file, takes its part of the weights and waits for
 commands. Rank 0 schedules: before a run it writes the inputs to the shared memory and wakes the others, then runs its
 own part; all meet in the kernels of `all_reduce` and `all_gather`. Messages are fixed structures, and graphs as JSON.
+On GPUs a run is only put into the stream, and `submit` may be ahead of the tokens on all ranks.
 
 A rank that ends, however that was, ends the run of all others within milliseconds: a thread waits for each process.
 After a failure the group is gone; every further run raises the same error.
@@ -21,15 +23,14 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from os import PathLike
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from ..checkpoint import Weight
 from ..config import ModelConfig
-from ..cpu.backend import CpuBackend, CpuProgram
-from ..cpu.collectives import stop
 from ..cpu.fork import mark_workers_started, refuse_forked
-from ..errors import CLOSED, DeviceError, Error
+from ..errors import CLOSED, DeviceError, Error, UnsupportedError
 from ..host import interrupts
 from ..host.child import can_start_python, python_environment
 from ..ir import Graph
@@ -39,10 +40,20 @@ from ..quantization.policy import Dtype
 from ..sampling import Sampled, SamplerTable
 from .backend import RanksBackend
 from .graph_json import dump_graph
-from .rank_memory import BEATS, DONE, FAILED, ROWS, Kind, RankMemory, Sizes, Until
+from .rank_device import CpuRank, GpuRank, RankProgram, exchange_on_gpus, open_rank
+from .rank_memory import BEATS, DONE, FAILED, FREE, ROWS, Kind, RankMemory, Sizes, Until
 from .rank_process import COMMAND, GRAPH, INPUTS, Settings
+from .shard import Layout
+from .shares import Shares
 from .weights import divided
 
+if TYPE_CHECKING:
+    from ..backend import Program
+
+T = TypeVar("T")
+
+RANK_PROCESS = f"{__package__}.rank_process"
+"""The module that another rank's process runs."""
 POLL_S = 0.001
 """Seconds between two looks at a rank that loads or compiles."""
 SHORT_WAIT = 100
@@ -84,7 +95,7 @@ class RankGroup:
         try:
             for rank in range(1, sizes.ranks):
                 given = settings(rank, self.memory.file).as_json()
-                command = [sys.executable, "-m", f"{__package__}.rank_process", given]
+                command = [sys.executable, "-m", RANK_PROCESS, given]
                 process = subprocess.Popen(
                     command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, env=python_environment(),
                     pass_fds=[self.memory.file], start_new_session=True,  # Ctrl-C is for this process
@@ -103,7 +114,7 @@ class RankGroup:
             return
         why = self.memory.failure(rank)
         self._failure = self._failure or f"rank {rank} ended with {how_it_ended(code)}" + (f": {why}" if why else "")
-        stop(self.memory.arrivals)
+        self.memory.stop()
 
     def _look(self) -> None:
         """Kill a rank that has a command to do and gives no sign of life: it is stopped, or swapped out for good."""
@@ -173,6 +184,13 @@ class RankGroup:
             self.close()
             raise
 
+    def check_results(self) -> None:
+        """Raise `DeviceError` if a run of the past may have been ended early: a rank has failed since."""
+        if self.memory.stopped:
+            self._await_cause()
+            self.check()
+            raise DeviceError("the ranks have been stopped; the model must be compiled again")
+
     def _await_cause(self) -> None:
         """A moment for `_watch`: a rank that has stopped the others is about to end."""
         end = time.monotonic() + END_S
@@ -184,7 +202,7 @@ class RankGroup:
         if os.getpid() != self._pid:
             return
         self._closing = True
-        stop(self.memory.arrivals)
+        self.memory.stop()
         for process in self.processes:
             if process.stdin is not None:
                 with contextlib.suppress(OSError):
@@ -202,8 +220,11 @@ class RankGroup:
 class ProcessProgram:
     """Rank 0's program, which runs together with those of the other processes. Implements `backend.Program`."""
 
-    def __init__(self, backend: ProcessBackend, number: int, program: CpuProgram) -> None:
-        self._backend, self._number, self.first = backend, number, program  # the processes end with the backend
+    def __init__(
+        self, backend: ProcessBackend, number: int, program: RankProgram, layouts: Mapping[str, Layout]
+    ) -> None:
+        self._layouts = layouts
+        self._backend, self.number, self.first = backend, number, program  # the processes end with the backend
         self.inputs, self.graph, self.prefill_end = program.inputs, program.graph, program.prefill_end
 
     @property
@@ -221,8 +242,14 @@ class ProcessProgram:
         return self.first.kernel_names(tokens)
 
     def value(self, name: str) -> np.ndarray:
-        """A value of the last run, as rank 0 has it: of what is split, its part."""
-        return self.first.value(name)
+        """A value of the last run. Raises `UnsupportedError` for one that is split: rank 0 has a part of it."""
+        if (layout := self._layouts.get(name, "whole")) != "whole":
+            where = "GPUs" if self._backend.on_gpus else "processes"
+            ranks = self._backend.shares.ranks
+            raise UnsupportedError(f"{name} is split over {ranks} {where} ({layout}); compile with gpus=1 to read it")
+        found = self.first.value(name)
+        self._confirm()
+        return found
 
     def run(self, tokens: int, begin: int = 0, end: int | None = None, rows: int = 1) -> None:
         """Run steps [0, end) of all ranks, where `end` is None, 0 or `prefill_end`: other steps differ between ranks.
@@ -230,35 +257,47 @@ class ProcessProgram:
         Raises `Error` for other steps, `DeviceError` if a rank fails.
         """
         if begin != 0 or end not in (None, 0, self.prefill_end):
-            raise Error(f"ranks have different steps, so steps {begin} to {end} cannot be run by themselves")
+            raise Error(
+                f"ranks have different steps, so steps {begin} to {end} cannot be run by themselves: compile with "
+                "gpus=1 to look at values inside"
+            )
         until = Until.END if end is None else Until.PREFILL_END if end else Until.NOTHING
         self._run(tokens, rows, until, lambda: self.first.run(tokens, 0, end, rows))
 
     def submit(self, tokens: int, rows: int, table: SamplerTable) -> int:
-        """Run all ranks, and sample a token for each of `rows` rows on rank 0."""
-        self._run(tokens, rows, Until.END, lambda: self.first.submit(tokens, rows, table))
-        return 0
+        """Run all ranks, and sample a token for each of `rows` rows on rank 0. Returns a ticket."""
+        kind = Kind.SUBMIT if self._backend.on_gpus else Kind.RUN
+        return self._run(tokens, rows, Until.END, lambda: self.first.submit(tokens, rows, table), kind)
 
     def collect(self, ticket: int) -> Sampled:
-        """What the last run sampled."""
-        return self.first.collect(ticket)
+        """Wait for a run and return what it sampled. Raises `DeviceError` if a rank has failed."""
+        with self._backend.group.together():
+            sampled = self.first.collect(ticket)
+        self._confirm()
+        return sampled
 
-    def _run(self, tokens: int, rows: int, until: Until, own: Callable[[], object]) -> None:
+    def _confirm(self) -> None:
+        """Raise if a rank on a GPU has failed: kernels that waited for it have ended, with any result."""
+        if self._backend.on_gpus:
+            self._backend.group.check_results()
+
+    def _run(self, tokens: int, rows: int, until: Until, own: Callable[[], T], kind: Kind = Kind.RUN) -> T:
         refuse_forked()
         counts = {name: rows if name == "rows" else tokens for name in INPUTS if name in self.inputs}
         data = {INPUTS.index(name): self.inputs[name][:count] for name, count in counts.items()}
         with interrupts.deferred():  # between the two it would leave the others waiting
-            self._backend.group.command(Kind.RUN, self._number, tokens, rows, until, data=data)
+            self._backend.group.command(kind, self.number, tokens, rows, until, data=data)
             with self._backend.group.together():
-                own()
+                return own()
 
 
 class ProcessBackend(RanksBackend):
-    """`ranks` processes that share the model in a file, on the CPU. Implements `backend.Backend`.
+    """Ranks that share the model in a file, each in a process. Implements `backend.Backend`.
 
-    `weights` are those of the file at `path`, converted to `dtype` if that is not None. `threads` is the number of
-    workers of each rank, default an equal share of what one rank would have. Raises `UnsupportedError` for a model that
-    cannot be split over this number of ranks, `DeviceError` if a process cannot load it.
+    `devices` has the device of each rank: GPUs, or the CPU for all. `weights` are those of the file at `path`,
+    converted to `dtype` if that is not None. `threads` is the number of workers of each rank on the CPU, default an
+    equal share of what one rank would have. Raises `UnsupportedError` for a model that cannot be split over this number
+    of ranks, `DeviceError` if a process cannot load it.
     """
 
     def __init__(
@@ -266,28 +305,80 @@ class ProcessBackend(RanksBackend):
         path: str | PathLike[str],
         config: ModelConfig,
         weights: Mapping[str, Weight],
-        ranks: int,
+        devices: Sequence[str],
         threads: int | None = None,
         batch_invariant: bool = False,
         int8_activations: bool = False,
         dtype: Dtype | None = None,
     ) -> None:
+        ranks = len(devices)
         shares, of_ranks = divided(config, weights, ranks, int8_activations)
-        if threads is None:
-            threads = max(CpuBackend({}).workers // ranks, 1)
-        self._first = CpuBackend(of_ranks[0], threads, batch_invariant)
-        super().__init__(shares, of_ranks, [self._first], "ranks in processes")
-        sizes = Sizes(ranks, self.workers, shares.exchange_size)
+        self.on_gpus = devices[0] != "cpu"
+
+        def open_first() -> CpuRank | GpuRank:
+            return open_rank(devices[0], 0, ranks, of_ranks[0], threads, batch_invariant)
+
+        first: CpuRank | GpuRank | None = None
+        if self.on_gpus:
+            exchange = exchange_on_gpus(ranks)
+            sizes = Sizes(ranks, exchange[0], 0)
+        else:
+            if threads is None:
+                threads = max(CpuRank(0, {}, None, False).backend.workers // ranks, 1)
+            first = open_first()
+            exchange = first.backend.workers, shares.exchange_size
+            sizes = Sizes(ranks, *exchange)
 
         def settings(rank: int, file: int) -> Settings:
-            return Settings(os.fspath(path), dtype, rank, *sizes, file, batch_invariant, int8_activations)
+            of_rank = os.fspath(path), devices[rank], dtype, rank, *sizes, file
+            return Settings(*of_rank, batch_invariant, int8_activations)
 
         self.group = RankGroup(settings, sizes)
         weakref.finalize(self, self.group.close)  # its threads keep the group, and so the processes
-        self._first.states |= {"exchange": self.group.memory.exchange, "arrivals": self.group.memory.arrivals}
+        try:
+            first = first or open_first()  # a GPU's weights are copied while the other ranks copy theirs
+            self._meet(first, shares)
+        except BaseException:
+            self.group.close()
+            if first is not None:
+                first.close()
+            raise
+        self._device = first
+        super().__init__(shares, of_ranks, [first.backend], "ranks in processes", exchange)
         self._programs = 0
-        with self.group.together():
-            self.group.wait()
+
+    def _meet(self, first: CpuRank | GpuRank, shares: Shares) -> None:
+        """Wait until all ranks have loaded, and let them find each other's memory."""
+        group = self.group
+        with group.together():
+            first.publish(group.memory)
+            group.wait()
+            group.command(Kind.CONNECT, data={})
+            first.connect(group.memory, shares.vocab)
+            group.wait()
+
+    def free_bytes(self) -> int | None:
+        """Bytes that the KV cache of the whole model may take, of which each rank has the heads of its share."""
+        free = super().free_bytes()
+        if free is None or not self.on_gpus:
+            return free
+        least = min(free, *self.group.memory.done[1:, FREE].tolist())
+        return least * self.shares.config.n_kv_heads // max(map(len, self.shares.kv))
+
+    def prepare(self, decode: Program, report: Report | None = None) -> None:
+        """Compile or load what would delay the first token: here, then on the other ranks, for which it is cached."""
+        assert isinstance(decode, ProcessProgram)
+        self._device.backend.prepare(decode.first, report)
+        self.group.command(Kind.PREPARE, decode.number, data={})
+        self.group.wait()
+
+    def synchronize(self) -> None:
+        """Wait until rank 0's device has done all its work. Raises `DeviceError` if a rank has failed."""
+        self._device.backend.synchronize()
+
+    def discard_runs(self) -> None:
+        """Wait until rank 0's device is idle, and forget the tickets of runs in flight."""
+        self._device.backend.discard_runs()
 
     def program(
         self, graph: Graph, fusions: bool | Sequence[str] = True, report: Report | None = None
@@ -295,25 +386,26 @@ class ProcessBackend(RanksBackend):
         """Each rank's part of a graph, compiled in each process. Raises `DeviceError` if one fails."""
         refuse_forked()
         shards = self.shards(graph)
-        own = self._first.program(shards[0].graph, fusions, report)
+        own = self._device.backend.program(shards[0].graph, fusions, report)
         self.group.wait()
         self.group.send([_graph_message(part.graph, fusions) for part in shards[1:]])
         with self.group.together():
             self.group.wait()
         self._programs += 1
-        return ProcessProgram(self, self._programs - 1, own)
+        return ProcessProgram(self, self._programs - 1, own, shards[0].layouts)
 
     def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:
         """Write page numbers into a row of every rank's page table, from entry `first` on."""
         refuse_forked()
-        self._first.set_pages(slot, first, pages)
+        self._device.backend.set_pages(slot, first, pages)
         for begin in range(0, len(pages), ROWS):
             numbers = np.array(pages[begin : begin + ROWS], np.int32)
             self.group.command(Kind.PAGES, slot, first + begin, len(numbers), data={0: numbers})
 
     def close(self) -> None:
-        """End the processes."""
+        """End the processes, and free what rank 0 has on its device."""
         self.group.close()
+        self._device.close()
 
 
 def _graph_message(graph: Graph, fusions: bool | Sequence[str]) -> bytes:

@@ -4,7 +4,8 @@ A file without a name, mapped by every process: it is gone when the last of them
 
 - the next command of rank 0, and the inputs of a run or the page numbers that belong to it;
 - for each rank the number of the last command that it has done, and why it failed;
-- what ranks exchange in `all_reduce` and `all_gather`: see `ops`.
+- on the CPU what ranks exchange in `all_reduce` and `all_gather`: see `ops`. Ranks on GPUs exchange it between these,
+  and find each other's memory by handles.
 """
 
 from __future__ import annotations
@@ -19,16 +20,22 @@ import numpy as np
 
 from ..errors import Error
 from ..memory import round_up
-from ..ops import CELL
+from ..ops import CELL, STOPPED
 
 ROWS = 4096
 """Largest number of tokens of a run, and of page numbers in a command."""
 MESSAGE = 1024
 """Bytes of the reason why a rank failed, UTF-8."""
+HANDLE = 64
+"""Bytes of the handle of a rank's device memory."""
 
-
-DONE, FAILED, BEATS = 0, 1, 2
+DONE, FAILED, BEATS, FREE = 0, 1, 2, 3
 """Elements of a rank's row of `done`."""
+
+
+def stop(arrivals: np.ndarray) -> None:
+    """End the waits of all ranks that share these `arrivals`, now and later: their runs fail."""
+    arrivals.reshape(-1).view(np.int64)[STOPPED] = 1
 
 
 class Kind(IntEnum):
@@ -38,6 +45,12 @@ class Kind(IntEnum):
     """slot, first entry, number of entries, which are in `data[0]`"""
     RUN = 2
     """number of the program, tokens, rows with logits, and how far: see `Until`"""
+    SUBMIT = 3
+    """The same without how far: rank 0 samples tokens for these rows, and this rank receives them. For GPUs."""
+    CONNECT = 4
+    """no arguments: all ranks have loaded; map their memory"""
+    PREPARE = 5
+    """number of the decode program: compile what would delay the first token"""
 
 
 class Until(IntEnum):
@@ -54,6 +67,7 @@ class Sizes(NamedTuple):
     ranks: int
     workers: int
     exchange_size: int
+    """Numbers in a half of `exchange` on the CPU; 0 for ranks on GPUs."""
 
 
 class RankMemory:
@@ -66,6 +80,7 @@ class RankMemory:
             "command": ((8,), np.int64),
             "done": ((ranks, CELL // 2), np.int64),
             "messages": ((ranks, MESSAGE), np.uint8),
+            "handles": ((ranks, HANDLE), np.uint8),
             "data": ((4, ROWS), np.int32),
             "arrivals": ((ranks, workers, CELL), np.int32),
             "exchange": ((2, exchanged), np.float32),
@@ -75,18 +90,25 @@ class RankMemory:
         for name, (shape, dtype) in layout.items():
             offsets[name] = end
             end += round_up(int(np.prod(shape)) * np.dtype(dtype).itemsize, 64)
+        end = round_up(end, mmap.PAGESIZE)
         if os.fstat(file).st_size < end:
             os.ftruncate(file, end)
-        self._mapping = mmap.mmap(file, end)
+        self.bytes = np.frombuffer(mmap.mmap(file, end), np.uint8)
+        """All of it: whole pages."""
+        self.stop_at = offsets["arrivals"] + 8 * STOPPED
+        """Byte of the word that `stop` sets."""
 
         def array(name: str) -> np.ndarray:
             shape, dtype = layout[name]
-            return np.frombuffer(self._mapping, dtype, int(np.prod(shape)), offsets[name]).reshape(shape)
+            nbytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+            return self.bytes[offsets[name] :][:nbytes].view(dtype).reshape(shape)
 
         self.command, self.done, self.data = array("command"), array("done"), array("data")
         """int64 [8]: number, kind and arguments. int64 [ranks, 8]: element DONE counts messages done, FAILED is not 0
-        after a failure, BEATS counts while the process runs. int32 [4, ROWS]: ids, positions, sequences and rows of a
-        run."""
+        after a failure, BEATS counts while the process runs, FREE is bytes of device memory that were free after
+        loading. int32 [4, ROWS]: ids, positions, sequences and rows of a run."""
+        self.handles = array("handles")
+        """uint8 [ranks, HANDLE]: of each rank's memory on a GPU."""
         self.arrivals, self.exchange, self._messages = array("arrivals"), array("exchange"), array("messages")
 
     @classmethod
@@ -108,6 +130,15 @@ class RankMemory:
         if self.done[rank, FAILED] == 0:
             return None
         return bytes(self._messages[rank]).rstrip(b"\0").decode(errors="replace")
+
+    def stop(self) -> None:
+        """End the waits of all ranks."""
+        stop(self.arrivals)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether that was done."""
+        return bool(self.arrivals.reshape(-1).view(np.int64)[STOPPED])
 
     def set_command(self, kind: Kind, *arguments: int) -> int:
         """Write the next command and return its number."""

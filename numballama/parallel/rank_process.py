@@ -18,11 +18,9 @@ from dataclasses import asdict, dataclass
 from typing import BinaryIO
 
 from .. import loader
-from ..cpu.backend import CpuBackend, CpuProgram
-from ..cpu.collectives import stop
-from ..errors import DeviceError
 from ..quantization import policy
 from .graph_json import load_graph
+from .rank_device import RankProgram, open_rank
 from .rank_memory import BEATS, DONE, Kind, RankMemory, Sizes, Until
 from .shares import Shares
 from .weights import converted, rank_weights
@@ -40,6 +38,7 @@ class Settings:
     """What a rank's process is started with."""
 
     path: str
+    device: str
     dtype: policy.Dtype | None
     rank: int
     ranks: int
@@ -66,32 +65,42 @@ class Rank:
         config, weights = checkpoint.config, checkpoint.weights
         targets = policy.fallback_types(weights) | policy.types_to_convert(config, weights, settings.dtype)
         types = {name: weight.type for name, weight in weights.items()} | targets
-        shares = Shares.of(config, types, settings.ranks, settings.int8_activations)
-        own = rank_weights(converted(weights, targets, shares), shares, settings.rank)
-        self.memory, self.programs = memory, list[CpuProgram]()
-        self.backend = CpuBackend(own, settings.workers, settings.batch_invariant)
-        if self.backend.workers != settings.workers:
-            raise DeviceError(f"{settings.workers} workers are needed, the system starts {self.backend.workers}")
-        self.backend.states |= {"exchange": memory.exchange, "arrivals": memory.arrivals}
+        self.shares = Shares.of(config, types, settings.ranks, settings.int8_activations)
+        own = rank_weights(converted(weights, targets, self.shares), self.shares, settings.rank)
+        self.memory = memory
+        self.programs: list[RankProgram] = []
+        where = settings.device, settings.rank, settings.ranks
+        self.device = open_rank(*where, own, settings.workers, settings.batch_invariant)
+        self.device.publish(memory)
 
     def add_program(self, message: bytes) -> None:
         """Compile a graph."""
         fusions, _, graph = message.partition(b"\n")
-        self.programs.append(self.backend.program(load_graph(graph), json.loads(fusions)))
+        self.programs.append(self.device.backend.program(load_graph(graph), json.loads(fusions)))
 
     def obey(self) -> None:
         """Do what the command in the shared memory says."""
         _, kind, *arguments = self.memory.command.tolist()
         if kind == Kind.PAGES:
             slot, first, count = arguments[:3]
-            self.backend.set_pages(slot, first, self.memory.data[0, :count].tolist())
-            return
+            self.device.backend.set_pages(slot, first, self.memory.data[0, :count].tolist())
+        elif kind == Kind.CONNECT:
+            self.device.connect(self.memory, self.shares.vocab)
+        elif kind == Kind.PREPARE:
+            self.device.backend.prepare(self.programs[arguments[0]])
+        else:
+            self._run(Kind(kind), arguments)
+
+    def _run(self, kind: Kind, arguments: Sequence[int]) -> None:
         number, tokens, rows, until = arguments[:4]
         program = self.programs[number]
         for row, name in zip(self.memory.data, INPUTS, strict=True):
             if name in program.inputs:
                 count = rows if name == "rows" else tokens
                 program.inputs[name][:count] = row[:count]
+        if kind == Kind.SUBMIT:
+            self.device.receive(program, tokens, rows)
+            return
         end = {Until.NOTHING: 0, Until.PREFILL_END: program.prefill_end, Until.END: None}[Until(until)]
         program.run(tokens, 0, end, rows)
 
@@ -135,7 +144,7 @@ def main(arguments: Sequence[str]) -> None:
                 rank.add_program(message)
     except BaseException as error:
         memory.fail(settings.rank, f"{type(error).__name__}: {error}")
-        stop(memory.arrivals)
+        memory.stop()
         os._exit(1)
 
 

@@ -53,17 +53,20 @@ class Shard:
     names: dict[str, str] = field(default_factory=dict)
 
 
-def shard(graph: Graph, types: Mapping[str, WeightType], shares: Shares, rank: int, workers: int = 1) -> Shard:
+def shard(
+    graph: Graph, types: Mapping[str, WeightType], shares: Shares, rank: int, workers: int = 1, size: int | None = None
+) -> Shard:
     """A rank's graph. `graph` is the whole model's, as `graph.build` makes it, `types` those of the rank's weights.
 
-    `workers` is how many workers of a rank exchange values. The result is verified, and so is that each value has the
+    `workers` is how many workers of a rank exchange values, `size` how many numbers are exchanged at once, by default
+    those of `shares`. The result is verified, and so is that each value has the
     layout that its readers need. With one rank it is the same graph. Raises `UnsupportedError` for ops that cannot be
     split, and for int8 activations in groups that the rank's weight does not have.
     """
     if shares.ranks == 1:
         names = {name: name for name in graph.values}
         return Shard(graph, dict.fromkeys(names, "whole"), names)
-    made = _Pass(graph, types, shares, rank, workers).run()
+    made = _Pass(graph, types, shares, rank, (workers, size or shares.exchange_size)).run()
     verify(made.graph)
     return made
 
@@ -94,7 +97,9 @@ def verify_ranks(graphs: Sequence[Graph]) -> None:
 class _Pass:
     """One run of `shard`. `new` grows op by op; `shard.names` and `shard.layouts` say what it has so far."""
 
-    def __init__(self, graph: Graph, types: Mapping[str, WeightType], shares: Shares, rank: int, workers: int) -> None:
+    def __init__(
+        self, graph: Graph, types: Mapping[str, WeightType], shares: Shares, rank: int, exchange: tuple[int, int]
+    ) -> None:
         self.old, self.types, self.shares, self.rank = graph, types, shares, rank
         self.new = Graph(f"{graph.name}, rank {rank} of {shares.ranks}")
         self.shard = Shard(self.new)
@@ -102,8 +107,8 @@ class _Pass:
             if value.kind == "input":
                 self._record(value.name, self.new.input(value.name, value.shape, value.dtype), "whole")
         self.shared = (
-            self.new.state("exchange", (2, shares.exchange_size), "f32"),
-            self.new.state("arrivals", (shares.ranks, workers, CELL), "i32"),
+            self.new.state("exchange", (2, exchange[1]), "f32"),
+            self.new.state("arrivals", (shares.ranks, exchange[0], CELL), "i32"),
         )
         """The memory of all ranks, after the last exchange so far."""
         self.exchanges = 0

@@ -84,29 +84,34 @@ class Emulated:
     def get(self, array: Any, dtype: Any) -> np.ndarray:
         return self.memory.get(array.address, array.shape, dtype)
 
+    def program_of(self, launch: Any) -> Program:
+        """A launch's kernel, compiled and parsed."""
+        key = launch.specialization
+        if key not in self.programs:
+            code, ptx = compiled(key, self.capability)
+            older = self.capability < (9, 0)  # test_assembly.py has their limits
+            lean = (
+                ".kernels.gemm",
+                ".kernels.prefill_attention",
+                ".kernels.wgmma_attention",
+                *(() if older else (".kernels.skinny",)),
+            )
+            if key.source[0].endswith(lean):
+                left = code.stack_bytes, code.local_bytes
+                assert left == (0, 0), f"{launch.name}: bytes of stack and local memory {left}"
+            self.programs[key] = Program(ptx)
+        return self.programs[key]
+
     def execute(self, launches: Sequence[Any]) -> None:
         from numballama.cuda.launch import Array, TensorMap
 
         for launch in launches:
-            key = launch.specialization
-            if key not in self.programs:
-                code, ptx = compiled(key, self.capability)
-                older = self.capability < (9, 0)  # test_assembly.py has their limits
-                lean = (
-                    ".kernels.gemm",
-                    ".kernels.prefill_attention",
-                    ".kernels.wgmma_attention",
-                    *(() if older else (".kernels.skinny",)),
-                )
-                if key.source[0].endswith(lean):
-                    left = code.stack_bytes, code.local_bytes
-                    assert left == (0, 0), f"{launch.name}: bytes of stack and local memory {left}"
-                self.programs[key] = Program(ptx)
+            program = self.program_of(launch)
             arguments = [
                 self.memory.put_map(a) if isinstance(a, TensorMap) else a.address if isinstance(a, Array) else a
                 for a in launch.arguments.values()
             ]
-            counts = run(self.programs[key], self.memory, launch.grid, launch.threads, arguments, launch.shared_bytes)
+            counts = run(program, self.memory, launch.grid, launch.threads, arguments, launch.shared_bytes)
             self.executed = {k: self.executed.get(k, 0) + counts.get(k, 0) for k in self.executed | counts}
 
 

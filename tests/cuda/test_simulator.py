@@ -47,7 +47,7 @@ def names_of_tests(name: str) -> list[str]:
     return [f"{name}::{function}" for function in functions if function.startswith("test_")]
 
 
-FILES = ("simulated_kernels.py", "simulated_rows.py", "simulated_detection.py")
+FILES = ("simulated_kernels.py", "simulated_rows.py", "simulated_ranks.py", "simulated_detection.py")
 TESTS = [test for name in FILES for test in names_of_tests(name)]
 
 

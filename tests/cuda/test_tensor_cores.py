@@ -50,7 +50,7 @@ def emulated() -> Iterator[dict[tuple[str, str], Future[str]]]:
     """(module, capability) → what it printed: two processes at a time."""
     with ThreadPoolExecutor(2) as pool:
         pairs = [(module, capability) for module in ("gemm_cases", "skinny_cases") for capability in CAPABILITIES]
-        pairs.append(("wgmma_cases", "9.0"))
+        pairs += [("wgmma_cases", "9.0"), ("rank_cases", "9.0")]
         yield {pair: pool.submit(run_cases, pair[1], module=pair[0]) for pair in pairs}
 
 
@@ -75,6 +75,14 @@ def test_wgmma_emulated(emulated: dict[tuple[str, str], Future[str]]) -> None:
     assert "a window of 100" in printed and "tiles of 256 tokens" in printed
 
 
+def test_ranks_emulated(emulated: dict[tuple[str, str], Future[str]]) -> None:
+    """Exchanges between ranks on GPUs, a thread for each rank. Whether other GPUs see the writes in order is tried on
+    GPUs only.
+    """
+    printed = emulated["rank_cases", "9.0"].result()
+    assert "2 ranks: a wait that is ended" in printed and "3 ranks: tokens of rank 0" in printed
+
+
 @pytest.mark.gpu
 def test_on_the_gpu() -> None:
     from numballama.cuda.driver import Device
@@ -86,6 +94,7 @@ def test_on_the_gpu() -> None:
     assert "attention bf16" in run_cases()
     assert "same rows q6_k: the same bits" in run_cases(module="skinny_cases")
     assert "a window of 100" in run_cases(module="wgmma_cases")
+    assert "2 ranks: tokens of rank 0" in run_cases(module="rank_cases")
 
 
 def test_emulated_tensor_cores() -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import mmap
+import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
@@ -130,6 +132,46 @@ class HostPinned(HostMemory):
         self.bytes[:] = 0
 
 
+class HostPeerMemory(HostMemory):
+    """`driver.Memory` in a file without a name. Its handle, which is process and descriptor, is for other processes."""
+
+    def __init__(self, device: HostDevice, nbytes: int, what: str) -> None:
+        self._file = os.memfd_create(what)
+        os.ftruncate(self._file, nbytes)
+        self._map(self._file, nbytes, what)
+
+    def _map(self, file: int, nbytes: int, what: str) -> None:
+        self.nbytes, self._keep = nbytes, np.frombuffer(mmap.mmap(file, nbytes), np.uint8)
+        self._note(self._keep.ctypes.data, what)
+
+    def _note(self, address: int, what: str) -> None:
+        self.address, entry = address, (address, self.nbytes, what)
+        bisect.insort(HostMemory.live, entry)
+        HostMemory.epoch += 1
+        self.free = weakref.finalize(self, HostMemory.live.remove, entry)
+
+    def handle(self) -> bytes:
+        return f"{os.getpid()} {self._file}".encode().ljust(64)
+
+
+class HostMappedMemory(HostPeerMemory):
+    """`driver.MappedMemory`."""
+
+    def __init__(self, device: HostDevice, handle: bytes) -> None:
+        process, descriptor = handle.decode().split()
+        file = os.open(f"/proc/{process}/fd/{descriptor}", os.O_RDWR)
+        self._map(file, os.fstat(file).st_size, "the memory of another rank")
+        os.close(file)
+
+
+class HostRegisteredMemory(HostPeerMemory):
+    """`driver.RegisteredMemory`."""
+
+    def __init__(self, device: HostDevice, memory: np.ndarray) -> None:
+        self.nbytes, self._keep = memory.nbytes, memory
+        self._note(memory.ctypes.data, "memory of the host")
+
+
 class HostDevice:
     """`driver.Device`, over host memory. `install` sets how many SMs it has: few, so that plans are small."""
 
@@ -158,6 +200,9 @@ class HostDevice:
     def read(self, address: int, out: np.ndarray) -> None:
         ctypes.memmove(out.ctypes.data, address, out.nbytes)
 
+    def fetch(self, address: int, target: int, nbytes: int) -> None:
+        ctypes.memmove(target, address, nbytes)
+
     def fill(self, address: int, byte: int, nbytes: int) -> None:
         ctypes.memset(address, byte, nbytes)
 
@@ -184,7 +229,17 @@ def install(
 
     It lasts for the rest of the process, unless `patch` is a `monkeypatch.setattr`.
     """
-    from numballama.cuda import backend, compiler, decode_pipeline, driver, program, sampler_table, upload, weights
+    from numballama.cuda import (
+        backend,
+        compiler,
+        decode_pipeline,
+        driver,
+        peers,
+        program,
+        sampler_table,
+        upload,
+        weights,
+    )
     from tests.helpers import repacked
 
     class HostLaunch:
@@ -220,4 +275,7 @@ def install(
         assert users, f"nothing uses {name} any more: tests/helpers/cuda_host.py stands in for it"
         for module in users:
             patch(module, name, replacement)
+    patch(peers, "Memory", HostPeerMemory)
+    patch(peers, "MappedMemory", HostMappedMemory)
+    patch(peers, "RegisteredMemory", HostRegisteredMemory)
     patch(driver, "Device", HostDevice)  # `compile` asks whether there is a GPU

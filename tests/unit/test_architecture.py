@@ -48,17 +48,18 @@ ORDER = """
     cpu: fork compiler intrinsics workers vecdot tiling panel_bytes products_int8 activations_int8 \
             vecdot_int8 panel_f32 matmul attend kv_cache kernels_cpu kernels_int8 collectives ops sampling executor \
             bandwidth timing backend
-    cuda: repack launch lowering intrinsics quant_traits kernels.params mma fragments group_mma barriers wgmma tma \
-            ops.gemv ops.elementwise ops.rounding ops.wgmma_gemm ops.gemm ops.wide ops.skinny ops.linear ops.attention \
-            ops.sampling ops.repack kernels.common kernels.reduce kernels.dequant kernels.dot kernels.rounding \
-            kernels.gemv kernels_cuda kernels.kv_q8_0 kernels.gemm kernels.skinny_x kernels.skinny_sum kernels.skinny \
-            kernels.wide kernels.wgmma_loads kernels.wgmma_gemm kernels.kv_source kernels.decode_attention \
-            kernels.rows_attention kernels.group_queries kernels.group_attention kernels.bulk_attention \
-            kernels.prefill_attention kernels.wgmma_attention kernels.logits kernels.sampling kernels.copy \
-            kernels.repack compiler driver selfcheck compile_worker upload weights sampler_table decode_pipeline \
-            program bandwidth timing backend
-    reference backend session
-    parallel: shares weights shard backend graph_json rank_memory rank_process processes
+    cuda: repack launch lowering intrinsics system_memory quant_traits kernels.params mma fragments group_mma \
+            barriers wgmma tma ops.gemv ops.elementwise ops.rounding ops.wgmma_gemm ops.gemm ops.wide ops.skinny \
+            ops.linear ops.attention ops.collectives ops.sampling ops.repack kernels.common kernels.reduce \
+            kernels.dequant kernels.dot kernels.rounding kernels.gemv kernels_cuda kernels.kv_q8_0 kernels.gemm \
+            kernels.skinny_x kernels.skinny_sum kernels.skinny kernels.wide kernels.wgmma_loads kernels.wgmma_gemm \
+            kernels.kv_source kernels.decode_attention kernels.rows_attention kernels.group_queries \
+            kernels.group_attention kernels.bulk_attention kernels.prefill_attention kernels.wgmma_attention \
+            kernels.logits kernels.sampling kernels.copy kernels.repack kernels.collectives compiler driver peers \
+            selfcheck compile_worker upload weights sampler_table decode_pipeline program bandwidth timing backend
+    reference
+    parallel: shares weights shard rank_memory backend graph_json rank_device rank_process processes
+    backend session
     engine: interrupts sequence pages runner request logprobs constraints driver stats scheduler engine capacity \
             model_runner
     structured: checker patterns rewrite disjoint schema lark blame vocabulary forced constraint compiler
@@ -68,7 +69,7 @@ ORDER = """
     bench: traffic debug profiler trace benchmark sweep llama_cpp perplexity
     explain: values tokens terminal html explanation
     model importance
-    doctor: packages cache check cpu gpu report
+    doctor: packages cache check cpu links gpu report
     server: settings errors tools.definitions tools.events tools.custom fields tool_fields protocol params http \
             metrics tools.scanner tools.call tools.parser tools.grammar tools.messages tools.formats page.markdown \
             service generation logprobs call completions content_tokens custom_tools chat_core chat \
@@ -339,7 +340,7 @@ def test_old_words_are_gone() -> None:
 TESTED_ELSEWHERE = {
     "tests/cuda: device code, which needs the simulator, the emulator or a GPU; tests there are by what runs it": """
         kernels_cuda cuda.kernels.* cuda.intrinsics cuda.lowering cuda.mma cuda.group_mma cuda.barriers
-        cuda.wgmma cuda.tma cuda.quant_traits
+        cuda.wgmma cuda.tma cuda.quant_traits cuda.system_memory
     """,
     "tests/cuda and tests/unit/cuda/test_ops.py: operators beside the reference, and their registrations": """
         cuda.ops.*

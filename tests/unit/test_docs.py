@@ -66,6 +66,15 @@ def test_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     exec(compile(code, f"<{page.name}>", "exec"), {"__name__": page.stem})
 
 
+def test_tables_of_the_page_on_scale_are_computed(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its block prints their rows, in order."""
+    page = ROOT / "docs" / "scale.md"
+    exec(compile("\n".join(blocks(page)), "<scale.md>", "exec"), {"__name__": "scale"})
+    printed = capsys.readouterr().out.splitlines()
+    rows = [line for line in page.read_text(encoding="utf-8").splitlines() if line in printed]
+    assert len(printed) == 11 and rows == printed
+
+
 SHELL = re.compile(r"^```sh\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 

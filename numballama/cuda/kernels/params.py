@@ -126,6 +126,22 @@ WGMMA_ATTENTION_TILE, WGMMA_ATTENTION_THREADS = 128, 256
 WGMMA_ATTENTION_KEYS = {64: 128, 96: 128, 128: 128, 256: 64}
 """Elements of the widest head of a kernel there → its keys per tile."""
 
+# Exchanges between ranks (`collectives`)
+
+EXCHANGE_THREADS = 512
+"""Threads per block."""
+WORD_NUMBERS, WORD_BLOCKS = 2 * EXCHANGE_THREADS, 128
+"""Numbers that a block exchanges at a time where each travels in a word with the number of the exchange; most blocks.
+"""
+FLAG_NUMBERS, FLAG_BLOCKS = 8 * EXCHANGE_THREADS, 256
+"""The same where plain numbers travel and a flag follows them."""
+WORDS_UP_TO = 65536
+"""Most numbers of a program's exchange for which words are faster than flags."""
+WORD_SLOT, FLAG_SLOT = 8 * WORD_BLOCKS * WORD_NUMBERS, 4 * FLAG_BLOCKS * FLAG_NUMBERS
+"""Bytes of what one rank sends to another at most before it hears from that one, as words and with flags."""
+TOKEN_ROWS = 1024
+"""Most rows whose tokens rank 0 sends to the others."""
+
 # Sampling (`sampling`)
 
 SAMPLING_THREADS = 1024

@@ -9,6 +9,6 @@ Shapes: T tokens at most, D the model's width, K and N a weight's columns and ro
 cache's length.
 """
 
-from . import attention, elementwise, linear
+from . import attention, collectives, elementwise, linear
 
-__all__ = ["attention", "elementwise", "linear"]
+__all__ = ["attention", "collectives", "elementwise", "linear"]

@@ -189,7 +189,8 @@ class Block:
 
     def _load(self, address: np.ndarray, width: int, shared: bool) -> np.ndarray:
         memory, indices = self._bytes(address, width, shared)
-        return memory[indices]
+        with self.memory.lock:
+            return memory[indices]
 
     # Instructions
 
@@ -228,7 +229,8 @@ class Block:
         for name in names:
             value = self._value(name, kind)[mask]
             parts.append(np.ascontiguousarray(value).view(np.uint8).reshape(-1, width))
-        memory[indices] = np.concatenate(parts, axis=1)
+        with self.memory.lock:
+            memory[indices] = np.concatenate(parts, axis=1)
 
     def _mov(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
         to, source = operands

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,8 @@ class Memory:
     def __init__(self) -> None:
         self.bytes, self.allowed = np.empty(0, np.uint8), np.empty(0, bool)
         self._used = 256
+        self.lock = Lock()
+        """Held by each load and store: where launches run in several threads, an access is whole."""
         self.tensor_maps: dict[int, TensorMap] = {}
         """Address of a tensor map → the matrix that it describes."""
 

@@ -4,8 +4,9 @@ Import this first, before anything of `numballama` or `numba`, in a process with
 
 What it emulates:
 
-- Every function of `intrinsics.py` and `quant_traits.py` of `numballama/cuda`, in Python (`instructions.py`), and warp
-  shuffles. Those of `mma.py` are not emulated: `tests/cuda/emulator` runs the PTX of kernels that use tensor cores.
+- Every function of `intrinsics.py`, `quant_traits.py` and `system_memory.py` of `numballama/cuda`, in Python
+  (`instructions.py`), and warp shuffles. Those of `mma.py` are not emulated: `tests/cuda/emulator` runs the PTX of
+  kernels that use tensor cores.
 - Typed pointers, as `Pointer`, which knows its bounds. Integers that are read from it are Python's: like Numba's int64
   they do not overflow.
 - A scheduler that replaces the simulator's, which polls its threads. One thread of a block runs at a time, until it
@@ -78,7 +79,8 @@ WHOLE_BLOCKS = os.environ.get("NUMBALLAMA_TEST_BLOCKS") == "whole"
 """Whether blocks have as many threads as on a GPU."""
 SMALL_BLOCKS = {
     "ELEMENTWISE_THREADS": 64, "GEMV_THREADS": 64, "GEMV_WARPS": 2, "ATTENTION_THREADS": 64, "ATTENTION_WARPS": 2,
-    "ATTENTION_STAGE_BYTES": 64 * 64, "PLAIN_ATTENTION_THREADS": 64, "SAMPLING_THREADS": 256,
+    "ATTENTION_STAGE_BYTES": 64 * 64, "PLAIN_ATTENTION_THREADS": 64, "SAMPLING_THREADS": 256, "EXCHANGE_THREADS": 64,
+    "WORD_NUMBERS": 2 * 64, "FLAG_NUMBERS": 8 * 64,
 }  # fmt: skip
 """Sizes of `kernels/params.py` that give blocks of two warps, or eight for sampling. Small models leave most threads
 of larger blocks idle, and an idle thread takes as long to simulate as another.
@@ -144,6 +146,11 @@ class Lane:
     def syncthreads(self) -> None:
         self._wait("barrier")
 
+    def pause(self) -> None:
+        """Let all other threads that can run do so first."""
+        self.block.put_back(self)
+        self._wait("ready")
+
     def shuffle(self, value: Any, apart: int) -> Any:
         """The value of the lane whose number differs in the bits of `apart`."""
         self.value, self.apart = value, apart
@@ -180,6 +187,13 @@ class BlockManager:
 
     def fail(self, error: BaseException) -> None:
         self.error = self.error or error
+
+    def put_back(self, lane: Lane) -> None:
+        """Run a thread again after all others."""
+        for warp, ready in self._warps:
+            if warp[0].number == lane.number // 32 * 32:
+                ready.append(lane)
+        self._warps.rotate(-1)
 
     def following(self) -> Lane | None:
         """The thread to run next; None when all are done."""
@@ -410,7 +424,7 @@ simulation = Simulation()
 def _emulate() -> list[str]:
     """Replace the intrinsics by their emulation, before a kernel imports them. Returns the names that have none."""
     assert not any(name.startswith(KERNEL_MODULES) for name in sys.modules)
-    from numballama.cuda import intrinsics, mma, quant_traits
+    from numballama.cuda import intrinsics, mma, quant_traits, system_memory
     from numballama.cuda.kernels import params
 
     for name, value in {} if WHOLE_BLOCKS else SMALL_BLOCKS.items():
@@ -419,7 +433,7 @@ def _emulate() -> list[str]:
     from tests.cuda.simulator.instructions import EMULATED
 
     missing = []
-    for module in (intrinsics, quant_traits, mma):
+    for module in (intrinsics, quant_traits, mma, system_memory):
         for name, value in list(vars(module).items()):
             if isinstance(value, _Unknown):
                 value.name = name

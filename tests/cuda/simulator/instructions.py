@@ -200,6 +200,32 @@ def _st_global_u32(where: int, word: Any) -> None:
     ctypes.c_uint32.from_address(int(where)).value = int(word)
 
 
+def _system_load(kind: Any, count: int = 1) -> Callable[[int], Any]:
+    """A load of what others write: other threads of the block run first, as a thread may wait by such loads for what a
+    rank of another process sends to it when it has heard from them.
+    """
+
+    def load(where: int) -> Any:
+        lane().pause()
+        found = np.frombuffer(simulation.load(where, count * np.dtype(kind).itemsize), kind)
+        values = tuple(x.item() if found.dtype.kind == "i" else x for x in found)
+        return values if count > 1 else values[0]
+
+    return load
+
+
+def _system_store(kind: Any, count: int = 1) -> Callable[..., None]:
+    def store(where: int, *numbers: Any) -> None:
+        size = np.dtype(kind).itemsize
+        simulation.check(where, count * size)
+        simulation.note_write(where, count * size)
+        for i, number in enumerate(numbers):  # each of them whole
+            cell = ctypes.c_int64 if size == 8 else ctypes.c_uint32
+            cell.from_address(int(where) + i * size).value = int(number)
+
+    return store
+
+
 _UNSIGNED = list(range(256))
 _SIGNED = [byte - 256 * (byte > 127) for byte in range(256)]
 
@@ -279,5 +305,14 @@ EMULATED: dict[str, Callable[..., Any]] = {
     "griddepcontrol_launch_dependents": _griddepcontrol_launch_dependents,
     "atom_add_1": _atom_add_1,
     "store_release_system": _store_release_system,
+    "ld_relaxed_u32": _system_load(np.uint32),
+    "ld_acquire_u32": _system_load(np.uint32),
+    "ld_relaxed_u64": _system_load(np.int64),
+    "ld_relaxed_v2_u64": _system_load(np.int64, 2),
+    "ld_relaxed_v4_f32": _system_load(np.float32, 4),
+    "st_release_u32": _system_store(np.uint32),
+    "st_relaxed_u64": _system_store(np.int64),
+    "st_relaxed_v2_u64": _system_store(np.int64, 2),
+    "st_v4_u32": _system_store(np.uint32, 4),
 }
 """Name of an intrinsic → its emulation."""

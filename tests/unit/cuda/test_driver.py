@@ -165,3 +165,37 @@ def test_the_rest_works_without_the_packages() -> None:
     )
     assert 'pip install "numballama[cuda]"' in said.splitlines()[-2]
     assert said.splitlines()[-1] == "[]"
+
+
+@needs_packages
+def test_questions_about_a_link(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are asked with the devices' handles, in this order, and an error of the driver is raised."""
+    from cuda.bindings import driver as bindings
+
+    from numballama.cuda import driver
+
+    asked: list[tuple[object, ...]] = []
+
+    def answer(*question: object) -> tuple[int, int]:
+        asked.append(question)
+        return (0 if question[-1] != 7 else 1), 1
+
+    devices = []
+    for handle in (5, 6, 7):
+        device = object.__new__(driver.Device)
+        device._handle = handle
+        devices.append(device)
+    first, second, broken = devices
+    monkeypatch.setattr(driver.driver, "cuDeviceCanAccessPeer", answer)
+    monkeypatch.setattr(driver.driver, "cuDeviceGetP2PAttribute", answer)
+    monkeypatch.setattr(driver.driver, "cuGetErrorName", lambda code: (0, b"CUDA_ERROR_INVALID_DEVICE"))
+    monkeypatch.setattr(driver.driver, "cuGetErrorString", lambda code: (0, b"invalid device ordinal"))
+    assert first.can_access(second) is True and second.link_attribute(first, "PERFORMANCE_RANK") == 1
+    rank = bindings.CUdevice_P2PAttribute.CU_DEVICE_P2P_ATTRIBUTE_PERFORMANCE_RANK
+    assert asked == [(5, 6), (rank, 6, 5)]
+    with pytest.raises(DeviceError, match="CUDA: CUDA_ERROR_INVALID_DEVICE invalid device ordinal"):
+        first.can_access(broken)
+    with pytest.raises(DeviceError, match="CUDA_ERROR_INVALID_DEVICE"):
+        first.link_attribute(broken, "NATIVE_ATOMIC_SUPPORTED")
+    for name in ("ACCESS_SUPPORTED", "NATIVE_ATOMIC_SUPPORTED"):  # these exist, too
+        assert first.link_attribute(second, name) == 1

@@ -69,7 +69,8 @@ def recording(op, backend, *types, **scratch):
         registered.append([op, types])
     return entry_of(op, backend, *types, **scratch)
 registry.kernel = recording
-modules = [importlib.import_module(f"numballama.cuda.ops.{name}") for name in ("attention", "elementwise", "linear")]
+names = "attention", "collectives", "elementwise", "linear"
+modules = [importlib.import_module(f"numballama.cuda.ops.{name}") for name in names]
 count = len(registered)
 assert all(registered[i] != registered[j] for i in range(count) for j in range(i)), "registered twice"
 found = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,6 +11,7 @@ import pytest
 from numballama import DeviceError
 from numballama.doctor import gpu
 from numballama.doctor.gpu import Evidence, GpuDevice, GpuReport
+from numballama.doctor.links import GpuLink
 from numballama.errors import NEXT_STEP
 from tests.helpers.cuda_host import missing_gpu, missing_packages
 
@@ -94,8 +96,9 @@ def test_no_card_is_no_problem_of_software(monkeypatch: pytest.MonkeyPatch) -> N
 
 def device(index: int, capability: tuple[int, int] = (9, 0)) -> SimpleNamespace:
     return SimpleNamespace(
-        index=index, name="NVIDIA H200", capability=capability, n_sms=132, free_bytes=1 << 30, total_bytes=1 << 37
-    )
+        index=index, name="NVIDIA H200", capability=capability, n_sms=132, free_bytes=1 << 30, total_bytes=1 << 37,
+        can_access=lambda peer: True, link_attribute=lambda peer, name: int(name != "PERFORMANCE_RANK"),
+    )  # fmt: skip
 
 
 needs_packages = pytest.mark.skipif(bool(missing_packages()), reason=missing_packages())
@@ -132,6 +135,34 @@ def test_gpus_that_work(two_gpus: list[str]) -> None:
     assert [each.device for each in found.devices] == ["cuda:0", "cuda:1"]
     assert found.devices[0].bandwidth_bytes_per_second == 4e12
     assert "nvJitLink" in found.libraries and found.cache is not None
+    assert found.links == [GpuLink("cuda:0", "cuda:1", "NVLink", True, True, True, 0)]
+
+
+@needs_packages
+def test_a_link_that_cannot_be_asked_harms_nothing_else(two_gpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from numballama.cuda import driver
+
+    make = driver.Device
+
+    def ask(*question: object) -> int:
+        raise DeviceError("CUDA: CUDA_ERROR_UNKNOWN unknown error")
+
+    def broken(name: str) -> SimpleNamespace:
+        return SimpleNamespace(**{**vars(make(name)), "can_access": ask, "link_attribute": ask})
+
+    monkeypatch.setattr(driver, "Device", broken)
+    found = gpu.check()
+    assert found.works and found.problem is None and found.command is None
+    assert two_gpus == ["compile (9, 0)", "run 0", "run 1"] and all(each.works for each in found.devices)
+    (link,) = found.links
+    assert link.kind == "unknown" and str(link.problem).endswith(": CUDA: CUDA_ERROR_UNKNOWN unknown error")
+
+
+@needs_packages
+def test_one_gpu_has_no_links(two_gpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "MAX_DEVICES", 1)
+    found = gpu.check()
+    assert found.works and len(found.devices) == 1 and found.links == []
 
 
 @needs_packages
@@ -145,6 +176,7 @@ def test_a_kernel_that_fails(two_gpus: list[str], monkeypatch: pytest.MonkeyPatc
     found = gpu.check()
     assert not found.works and found.kernel == "compiled for 9.0, not run"
     assert found.problem == "CUDA: CUDA_ERROR_UNKNOWN unknown error" and found.command == "sudo modprobe nvidia_uvm"
+    assert [link.kind for link in found.links] == ["NVLink"]
     assert not any(each.works for each in found.devices)
 
 
@@ -153,8 +185,11 @@ def test_the_answer_of_the_check_is_read(monkeypatch: pytest.MonkeyPatch) -> Non
 
     from numballama.doctor.cache import Cache
 
-    whole = GpuReport(True, devices=[GpuDevice("cuda:0", "H200", "9.0", 132, 1, 2, True)], cache=Cache("/cache", 3, 4))
-    monkeypatch.setattr(gpu, "run_check", lambda *arguments: asdict(whole))
+    whole = GpuReport(
+        True, devices=[GpuDevice("cuda:0", "H200", "9.0", 132, 1, 2, True)], cache=Cache("/cache", 3, 4),
+        links=[GpuLink("cuda:0", "cuda:1", "PCIe", True, True, False, 1)],
+    )  # fmt: skip
+    monkeypatch.setattr(gpu, "run_check", lambda *arguments: json.loads(json.dumps(asdict(whole))))
     assert gpu.find_gpu(lambda *report: None) == whole
 
 
@@ -164,3 +199,6 @@ def test_this_gpu_works() -> None:
     found = gpu.find_gpu(lambda *report: None)
     assert found.works and found.kernel == "compiled and run" and found.devices[0].works
     assert found.devices[0].bandwidth_bytes_per_second
+    count = len(found.devices)
+    assert len(found.links) == count * (count - 1) // 2
+    assert all(link.problem is None and link.kind != "unknown" for link in found.links)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from numballama.doctor.cache import Cache
 from numballama.doctor.cpu import CpuReport
 from numballama.doctor.gpu import GpuDevice, GpuReport
+from numballama.doctor.links import GpuLink
 from numballama.doctor.packages import Extra, Package, Packages
 from numballama.doctor.report import Container, Report
 
@@ -48,7 +49,34 @@ def test_text_of_a_machine_on_which_all_works() -> None:
         'device       "auto" takes cuda',
     ):
         assert line in lines, "\n".join(lines)
-    assert "to mend" not in HEALTHY.as_text()
+    assert "to mend" not in HEALTHY.as_text() and "links" not in HEALTHY.as_text()
+
+
+def two_gpus(second_works: bool = True) -> Report:
+    first = HEALTHY.gpu.devices[0]
+    second = replace(first, device="cuda:1", works=second_works, problem=None if second_works else "no answer")
+    link = GpuLink("cuda:0", "cuda:1", "NVLink", True, True, True, 0)
+    return replace(HEALTHY, gpu=replace(HEALTHY.gpu, devices=[first, second], links=[link]))
+
+
+def test_links_of_two_gpus() -> None:
+    """In the text after the devices, and in JSON."""
+    lines = [line[13:] for line in two_gpus().as_text().splitlines()]
+    start = lines.index("links     cuda:0    cuda:1")
+    assert lines[start - 1].startswith("cuda:1: a copy") and lines[start + 6].startswith("driver: 580.1")
+    assert lines[start + 1] == "cuda:0    -         NVLink 0"
+    assert lines[start + 5] == "several cards can share a model: cuda:0, cuda:1"
+    found = json.loads(json.dumps(two_gpus().to_dict()))["gpu"]["links"]
+    assert found == [
+        {
+            "device": "cuda:0", "peer": "cuda:1", "kind": "NVLink", "peer_access": True, "access_supported": True,
+            "native_atomics": True, "performance_rank": 0, "problem": None,
+        }
+    ]  # fmt: skip
+
+
+def test_a_gpu_that_does_not_work_shares_nothing() -> None:
+    assert "fewer than two of these cards ran the kernel: no cards can share a model" in two_gpus(False).as_text()
 
 
 def test_text_of_a_machine_on_which_nothing_works() -> None:
@@ -66,6 +94,7 @@ def test_text_of_a_machine_on_which_nothing_works() -> None:
 
 def test_json_has_the_same_facts() -> None:
     found = json.loads(json.dumps(HEALTHY.to_dict()))
+    assert found["gpu"]["links"] == []
     assert found["auto"] == "cuda" and found["cpu"]["works"] and found["gpu"]["devices"][0]["name"] == "NVIDIA H200"
     assert found["container"]["cpu_quota"] == 1.5 and found["cpu"]["cache"]["kernels"] == 3
     assert found["extras"]["hub"]["command"] == 'pip install "numballama[hub]"'

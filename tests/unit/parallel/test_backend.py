@@ -15,10 +15,10 @@ import pytest
 import numballama
 from numballama import Model, SamplingParams, loader, model
 from numballama.checkpoint import Weight
-from numballama.cpu.collectives import stop
 from numballama.errors import DeviceError, Error
 from numballama.graph import KVLayout, build
 from numballama.parallel.backend import ParallelBackend, ParallelProgram
+from numballama.parallel.rank_memory import stop
 from tests.helpers.paging import give_pages
 from tests.helpers.random_models import SMALL, random_checkpoint
 
@@ -35,7 +35,7 @@ def compile_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Compile]:
         int8 = checkpoint.int8_activations or options.get("activations") == "int8"
 
         def open_ranks(
-            device: Any, weights: dict[str, Weight], threads: int | None, invariant: bool
+            device: Any, weights: dict[str, Weight], threads: int | None, invariant: bool, *others: Any
         ) -> ParallelBackend:
             return ParallelBackend(device, checkpoint.config, weights, ranks, threads, invariant, int8)
 

@@ -62,8 +62,10 @@ def open_ranks(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Opened
         config, backends = loader.open_checkpoint(path).config, list[ProcessBackend]()
         dtype = options.get("dtype")
 
-        def open_backend(device: str, weights: dict[str, Weight], threads: int, invariant: bool) -> ProcessBackend:
-            backends.append(ProcessBackend(path, config, weights, ranks, threads, invariant, dtype=dtype))
+        def open_backend(
+            device: str, weights: dict[str, Weight], threads: int, invariant: bool, *others: Any
+        ) -> ProcessBackend:
+            backends.append(ProcessBackend(path, config, weights, ["cpu"] * ranks, threads, invariant, dtype=dtype))
             return backends[-1]
 
         with monkeypatch.context() as patch:
@@ -232,10 +234,10 @@ def test_a_model_that_a_rank_cannot_open(tmp_path: Path) -> None:
     checkpoint = loader.open_checkpoint(None)
     started = time.monotonic()
     with pytest.raises(DeviceError, match=r"rank 1 ended with exit code 1: Error: .*gone.bin: no such file"):
-        ProcessBackend(tmp_path / "gone.bin", checkpoint.config, checkpoint.weights, 2, 1)
+        ProcessBackend(tmp_path / "gone.bin", checkpoint.config, checkpoint.weights, ["cpu"] * 2, 1)
     assert time.monotonic() - started < 60
     with pytest.raises(UnsupportedError, match="3 ranks cannot share 8 query heads and 4 KV heads"):
-        ProcessBackend(checkpoint.path, checkpoint.config, checkpoint.weights, 3, 1)
+        ProcessBackend(checkpoint.path, checkpoint.config, checkpoint.weights, ["cpu"] * 3, 1)
 
 
 def test_rank_0_that_fails_alone_ends_the_others(open_ranks: Callable[..., Opened]) -> None:
@@ -265,7 +267,7 @@ from numballama.parallel.rank_memory import Kind, Until
 
 if __name__ == "__main__":
     checkpoint = loader.open_checkpoint(None)
-    backend = ProcessBackend(loader.STORY_MODEL, checkpoint.config, checkpoint.weights, 2, 1)
+    backend = ProcessBackend(loader.STORY_MODEL, checkpoint.config, checkpoint.weights, ["cpu"] * 2, 1)
     types = {name: weight.type for name, weight in checkpoint.weights.items()}
     backend.program(build(checkpoint.config, types, KVLayout.of(checkpoint.config, 64), 1))
     if sys.argv[1] == "run":
@@ -311,7 +313,7 @@ def test_a_forked_child_leaves_the_ranks_alone(open_ranks: Callable[..., Opened]
 def test_ranks_end_with_a_backend_that_nobody_has_any_more() -> None:
     """A program keeps it. Threads that watch the processes do not."""
     checkpoint = loader.open_checkpoint(None)
-    backend = ProcessBackend(loader.STORY_MODEL, checkpoint.config, checkpoint.weights, 2, 1)
+    backend = ProcessBackend(loader.STORY_MODEL, checkpoint.config, checkpoint.weights, ["cpu"] * 2, 1)
     pids = [process.pid for process in backend.group.processes]
     types = {name: weight.type for name, weight in checkpoint.weights.items()}
     program = backend.program(build(checkpoint.config, types, KVLayout.of(checkpoint.config, 64), 1))

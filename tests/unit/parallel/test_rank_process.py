@@ -23,7 +23,7 @@ from tests.helpers.random_models import SMALL, save
 
 def settings_of(path: Path, file: int = -1) -> Settings:
     """Those of the only rank: its graph exchanges nothing."""
-    return Settings(str(path), None, 0, 1, 1, 8, file, False, False)
+    return Settings(str(path), "cpu", None, 0, 1, 1, 8, file, False, False)
 
 
 def small_graph(weights: dict[str, Weight]) -> Graph:

@@ -1,0 +1,90 @@
+"""Launches of exchanges between ranks: `all_reduce`, `all_gather`, and the tokens that rank 0 samples."""
+
+from __future__ import annotations
+
+from ...errors import Error, UnsupportedError
+from ...memory import ceil_div
+from ...registry import KernelRef, kernel
+from ..kernels.params import EXCHANGE_THREADS as THREADS
+from ..kernels.params import (
+    FLAG_BLOCKS,
+    FLAG_NUMBERS,
+    FLAG_SLOT,
+    WORD_BLOCKS,
+    WORD_NUMBERS,
+    WORD_SLOT,
+    WORDS_UP_TO,
+)
+from ..launch import Array, Launch, LaunchContext, Peers, named
+
+KERNELS = "numballama.cuda.kernels.collectives"
+ALL_REDUCE_WORDS = KernelRef(KERNELS, "all_reduce_words_kernel")
+ALL_REDUCE_FLAGS = KernelRef(KERNELS, "all_reduce_flags_kernel")
+ALL_GATHER = KernelRef(KERNELS, "all_gather_kernel")
+SEND_TOKENS = KernelRef(KERNELS, "send_tokens_kernel")
+RECEIVE_TOKENS = KernelRef(KERNELS, "receive_tokens_kernel")
+
+WORKERS = max(WORD_BLOCKS, FLAG_BLOCKS)
+"""Entries of a rank in `arrivals`: the blocks that exchange at the same time."""
+
+
+def exchange_size(ranks: int) -> int:
+    """Float32 in a half of `exchange`: a slot of each rank for words, and one for numbers with flags."""
+    return ranks * (WORD_SLOT + FLAG_SLOT) // 4
+
+
+def _peers(ctx: LaunchContext, rank: int) -> Peers:
+    if ctx.peers is None or ctx.peers.rank != rank:
+        raise Error(f"a graph of rank {rank} is bound on a backend that is not this rank: call `join` first")
+    return ctx.peers
+
+
+@kernel("all_reduce", "cuda", "f32", "f32", "i32")
+def all_reduce(ctx: LaunchContext, x: Array, exchange: Array, arrivals: Array, out: Array, rank: int) -> list[Launch]:
+    tokens, columns = x.shape
+    peers, numbers = _peers(ctx, rank), tokens * columns
+    ranks, workers, _ = arrivals.shape
+    which = named(tokens=ctx.tokens, x=x, out=out, columns=columns, exchange=exchange, half_bytes=exchange.nbytes // 2)
+    others = named(peers=peers.addresses, stop=peers.stop, rank=rank, ranks=ranks)
+    if columns % 2:
+        raise UnsupportedError(f"ranks on GPUs add pairs of numbers, found rows of {columns}; leave gpus= at 1")
+    if numbers <= WORDS_UP_TO or columns % 4:
+        arguments = {**which, **named(arrivals=arrivals, workers=workers), **others}
+        grid = min(ceil_div(numbers, WORD_NUMBERS), WORD_BLOCKS)
+        return [Launch(ALL_REDUCE_WORDS, (grid,), THREADS, arguments)]
+    counts = named(arrivals=arrivals, arrivals_at=arrivals.address - exchange.address, workers=workers)
+    grid = min(ceil_div(numbers, FLAG_NUMBERS), FLAG_BLOCKS)
+    return [Launch(ALL_REDUCE_FLAGS, (grid,), THREADS, {**which, **counts, **others})]
+
+
+@kernel("all_gather", "cuda", "f32", "f32", "i32")
+def all_gather(
+    ctx: LaunchContext, x: Array, exchange: Array, arrivals: Array, out: Array, rank: int, begin: int, columns: int
+) -> list[Launch]:
+    tokens, width = x.shape
+    peers = _peers(ctx, rank)
+    ranks, workers, _ = arrivals.shape
+    share = peers.shares[rank]
+    if (share.start, len(share), peers.shares[-1].stop) != (begin, width, columns):
+        raise Error(f"rank {rank} has columns {begin} to {begin + width} of {columns}, and as it joined {share}")
+    widest = max(map(len, peers.shares))
+    arguments = named(
+        tokens=ctx.tokens, x=x, out=out, width=width, widest=widest, columns=columns, borders=peers.borders,
+        exchange=exchange, half_bytes=exchange.nbytes // 2, arrivals=arrivals, workers=workers, peers=peers.addresses,
+        stop=peers.stop, rank=rank, ranks=ranks,
+    )  # fmt: skip
+    grid = min(tokens * ceil_div(widest, WORD_NUMBERS), WORD_BLOCKS)
+    return [Launch(ALL_GATHER, (grid,), THREADS, arguments)]
+
+
+def share_tokens(peers: Peers, n_rows: Array, next_token: Array) -> list[Launch]:
+    """Send each row's token to the other ranks; on these, receive it. `n_rows` i32 [1]: rows of this run."""
+    arrivals, exchange = peers.arrivals, peers.exchange
+    tokens_at = arrivals.address + arrivals.nbytes - exchange.address
+    where = named(tokens_at=tokens_at, arrivals=arrivals, workers=arrivals.shape[1])
+    which = named(n_rows=n_rows, next_token=next_token)
+    if peers.rank == 0:
+        others = named(peers=peers.addresses, rank=0, ranks=arrivals.shape[0])
+        return [Launch(SEND_TOKENS, (1,), THREADS, {**which, **where, **others})]
+    arguments = {**which, "exchange": exchange, **where, **named(stop=peers.stop, rank=peers.rank)}
+    return [Launch(RECEIVE_TOKENS, (1,), THREADS, arguments)]

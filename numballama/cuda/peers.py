@@ -1,0 +1,90 @@
+"""`PeerMemory`: device memory of a rank that the ranks on other GPUs write to, and theirs as this device reaches it.
+
+Each rank has a process of its own. A handle of 64 bytes stands for memory of another process (CUDA's IPC). Writes to
+memory of another GPU go over NVLink or PCIe.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ..errors import DeviceError
+from ..memory import round_up
+from ..ops import CELL
+from .driver import Device, MappedMemory, Memory, RegisteredMemory
+from .kernels.params import TOKEN_ROWS
+from .launch import Array, Peers
+from .ops.collectives import WORKERS, exchange_size
+
+UNIT = 2 << 20
+"""Memory that is shared is whole units of this: smaller allocations share one with others."""
+
+
+class PeerMemory:
+    """This rank's memory: `exchange`, `arrivals` and `tokens` i64 [2, TOKEN_ROWS], one after the other.
+
+    `handle` is for the other ranks, whose handles `connect` takes. The memory is zeros then: no rank may write before
+    all have made theirs. Raises `DeviceError` if too little memory is free.
+    """
+
+    def __init__(self, device: Device, rank: int, ranks: int) -> None:
+        self.rank, self._device = rank, device
+        exchange, arrivals = (2, exchange_size(ranks)), (ranks, WORKERS, CELL)
+        nbytes = 4 * int(np.prod(exchange)) + 4 * int(np.prod(arrivals)) + 8 * 2 * TOKEN_ROWS
+        self._memory = Memory(device, round_up(nbytes, UNIT), "the memory that ranks share")
+        self._others: list[MappedMemory] = []
+        self._registered: RegisteredMemory | None = None
+        self._tables: Memory | None = None
+        try:
+            device.fill(self._memory.address, 0, self._memory.nbytes)
+            device.synchronize()
+            self.handle = self._memory.handle()
+        except BaseException:
+            self.free()
+            raise
+        self.exchange = self._memory.array(0, exchange, "f32")
+        self.arrivals = self._memory.array(self.exchange.nbytes, arrivals, "i32")
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory."""
+        return self._memory.nbytes + (self._tables.nbytes if self._tables else 0)
+
+    def connect(self, handles: Sequence[bytes], shares: tuple[range, ...], shared: np.ndarray, stop_at: int) -> Peers:
+        """Map the memory of all ranks, whose handles are in the order of ranks.
+
+        `shared` is host memory that all processes share, whole pages; the word that ends waits is at byte `stop_at`.
+        Raises `DeviceError` where another GPU's memory cannot be reached.
+        """
+        addresses = np.zeros(len(handles), np.int64)
+        for rank, handle in enumerate(handles):
+            if rank == self.rank:
+                addresses[rank] = self._memory.address
+                continue
+            try:
+                self._others.append(MappedMemory(self._device, handle))
+            except DeviceError as error:
+                raise DeviceError(
+                    f"{self._device} does not reach the memory of rank {rank} ({error}): the GPUs of a model need peer "
+                    "access; `numballama doctor` shows which have it; leave gpus= at 1"
+                ) from None
+            addresses[rank] = self._others[-1].address
+        self._registered = RegisteredMemory(self._device, shared)
+        borders = np.array([*(share.start for share in shares), shares[-1].stop], np.int64)
+        tables = np.concatenate([addresses, borders])
+        self._tables = Memory(self._device, tables.nbytes, "addresses of ranks")
+        self._device.write(self._tables.address, tables.ctypes.data, tables.nbytes)
+        self._device.synchronize()
+        places = Array(self._tables.address, addresses.shape, "i64")
+        return Peers(
+            self.rank, self.exchange, self.arrivals, places, shares,
+            Array(places.address + places.nbytes, borders.shape, "i64"), self._registered.address + stop_at,
+        )  # fmt: skip
+
+    def free(self) -> None:
+        """Free the memory, and unmap that of the others."""
+        for memory in (*self._others, self._registered, self._tables, self._memory):
+            if memory is not None:
+                memory.free()

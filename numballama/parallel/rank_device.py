@@ -1,0 +1,124 @@
+"""A rank's backend in its process, and the memory through which it exchanges values with other ranks: `open_rank`.
+
+CPU ranks exchange them through the memory that their processes share. A rank on a GPU makes memory there, tells the
+others its handle, and maps theirs.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, TypeAlias
+
+from ..checkpoint import Weight
+from ..errors import DeviceError, Error
+from ..host import environment, interrupts
+from .rank_memory import FREE, RankMemory
+
+if TYPE_CHECKING:
+    from ..cpu.backend import CpuBackend, CpuProgram
+    from ..cuda.backend import CudaBackend
+    from ..cuda.program import CudaProgram
+
+RankProgram: TypeAlias = "CpuProgram | CudaProgram"
+"""A rank's program."""
+
+
+class RankDevice(ABC):
+    """A backend with a rank's part of the weights."""
+
+    rank: int
+    backend: CpuBackend | CudaBackend
+
+    @abstractmethod
+    def publish(self, memory: RankMemory) -> None:
+        """Tell the other ranks what they need before they can `connect`."""
+
+    @abstractmethod
+    def connect(self, memory: RankMemory, vocab: tuple[range, ...]) -> None:
+        """Exchange values with the other ranks from now on. All must have published. `vocab` are the shares of it.
+
+        Raises `DeviceError` where a GPU does not reach the memory of another.
+        """
+
+    def receive(self, program: RankProgram, tokens: int, rows: int) -> None:
+        """Start a run whose tokens rank 0 samples and sends."""
+        raise Error("ranks on the CPU get no tokens: their runs are done before rank 0 samples")
+
+    def close(self) -> None:
+        """Free the memory of the device."""
+        self.backend.close()
+
+
+class CpuRank(RankDevice):
+    """Raises `DeviceError` if the system starts fewer than `workers` threads; None: as many as this process may use."""
+
+    backend: CpuBackend
+
+    def __init__(self, rank: int, weights: Mapping[str, Weight], workers: int | None, batch_invariant: bool) -> None:
+        with interrupts.deferred():
+            environment.import_numba()
+            from ..cpu.backend import CpuBackend
+
+        self.rank, self.backend = rank, CpuBackend(weights, workers, batch_invariant)
+        if workers is not None and self.backend.workers != workers:
+            raise DeviceError(f"{workers} workers are needed, the system starts {self.backend.workers}")
+
+    def publish(self, memory: RankMemory) -> None:
+        """Does nothing: all that ranks exchange is in `memory`."""
+
+    def connect(self, memory: RankMemory, vocab: tuple[range, ...]) -> None:
+        self.backend.states |= {"exchange": memory.exchange, "arrivals": memory.arrivals}
+
+
+class GpuRank(RankDevice):
+    """`device` is "cuda:N". Raises `DeviceError` as `CudaBackend` does."""
+
+    backend: CudaBackend
+
+    def __init__(
+        self, rank: int, weights: Mapping[str, Weight], device: str, ranks: int, batch_invariant: bool
+    ) -> None:
+        from ..cuda.backend import CudaBackend
+        from ..cuda.peers import PeerMemory
+
+        self.rank, self.backend = rank, CudaBackend(weights, device, batch_invariant)
+        try:
+            self._peers = PeerMemory(self.backend.device, rank, ranks)
+        except BaseException:
+            self.backend.close()
+            raise
+
+    def publish(self, memory: RankMemory) -> None:
+        memory.handles[self.rank] = list(self._peers.handle)
+        memory.done[self.rank, FREE] = self.backend.free_bytes() or 0
+
+    def connect(self, memory: RankMemory, vocab: tuple[range, ...]) -> None:
+        handles = [bytes(handle) for handle in memory.handles]
+        self.backend.join(self._peers.connect(handles, vocab, memory.bytes, memory.stop_at))
+
+    def receive(self, program: RankProgram, tokens: int, rows: int) -> None:
+        from ..cuda.program import CudaProgram
+
+        assert isinstance(program, CudaProgram)
+        program.submit(tokens, rows, None)
+
+    def close(self) -> None:
+        super().close()
+        self._peers.free()
+
+
+def open_rank(
+    device: str, rank: int, ranks: int, weights: Mapping[str, Weight], workers: int | None, batch_invariant: bool
+) -> CpuRank | GpuRank:
+    """A rank on "cpu", with this number of workers, or on "cuda:N". Raises `DeviceError` as these do."""
+    if device == "cpu":
+        return CpuRank(rank, weights, workers, batch_invariant)
+    return GpuRank(rank, weights, device, ranks, batch_invariant)
+
+
+def exchange_on_gpus(ranks: int) -> tuple[int, int]:
+    """Blocks of a rank on a GPU that exchange values at the same time, and numbers that ranks exchange at once."""
+    from ..cuda.ops import collectives
+
+    return collectives.WORKERS, collectives.exchange_size(ranks)

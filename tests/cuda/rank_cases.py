@@ -1,0 +1,242 @@
+"""Cases for exchanges between ranks on GPUs. All ranks run at the same time and exchange several times.
+
+python -m tests.cuda.rank_cases 9.0      # emulated: a thread runs a rank's blocks, all in one memory
+python -m tests.cuda.rank_cases          # on one GPU: two ranks, each in a stream of its own
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import accumulate, pairwise
+from typing import Any
+
+import numpy as np
+
+from numballama.cuda.kernels.params import TOKEN_ROWS, WORDS_UP_TO
+from numballama.cuda.launch import Array, Launch, Peers
+from numballama.cuda.ops import collectives
+from numballama.ops import CELL
+from tests.cuda.emulator.program import BASE
+from tests.cuda.gemm_cases import UNTOUCHED, Case, Emulated, Real, check_all, launches_of
+
+
+class Ranks:
+    """Several ranks, each with memory that the others reach. `stop` i32 [4]: the fourth ends waits."""
+
+    def __init__(self, machines: Sequence[Any], tokens: int, shares: Sequence[int]) -> None:
+        self.machines, count = machines, len(shares)
+        exchange, arrivals = (2, collectives.exchange_size(count)), (count, collectives.WORKERS, CELL)
+        nbytes = 4 * int(np.prod(exchange)) + 4 * int(np.prod(arrivals)) + 16 * TOKEN_ROWS
+        memory = [machine.put(np.zeros(nbytes, np.uint8), "u8") for machine in machines]
+        borders = list(accumulate(shares, initial=0))
+        self.stop = machines[0].put(np.zeros(4, np.int32), "i32")
+        for rank, (machine, own) in enumerate(zip(machines, memory, strict=True)):
+            inbox = Array(own.address, exchange, "f32")
+            peers = Peers(
+                rank,
+                inbox,
+                Array(own.address + inbox.nbytes, arrivals, "i32"),
+                machine.put(np.array([each.address for each in memory], np.int64), "i64"),
+                tuple(range(begin, end) for begin, end in pairwise(borders)),
+                machine.put(np.array(borders, np.int64), "i64"),
+                self.stop.address + 12,
+            )
+            machine.ctx = replace(machine.ctx, tokens=machine.put(np.array([tokens], np.int32), "i32"), peers=peers)
+
+    def execute(self, launches: Sequence[Sequence[Launch]]) -> None:
+        """Run the launches of each rank, at the same time."""
+        for machine, own in zip(self.machines, launches, strict=True):
+            machine.prepare(own)
+        with ThreadPoolExecutor(len(self.machines)) as pool:
+            for done in [
+                pool.submit(machine.execute, own) for machine, own in zip(self.machines, launches, strict=True)
+            ]:
+                done.result()
+
+
+def all_reduce(machines: Sequence[Any], rows: int, tokens: int, columns: int, times: int = 3) -> float:
+    """Sums of all ranks, several times: each from the result of the last. Bits are the same on every rank."""
+    count = len(machines)
+    ranks = Ranks(machines, tokens, [1] * count)
+    rng = np.random.default_rng(3)
+    parts = [rng.standard_normal((rows, columns)).astype(np.float32) for _ in range(count)]
+    launches, results = [], []
+    for rank, machine in enumerate(machines):
+        values = [machine.put(parts[rank], "f32")]
+        values += [machine.put(np.full((rows, columns), UNTOUCHED, np.float32), "f32") for _ in range(times)]
+        results.append(values[-1])
+        peers, types = machine.ctx.peers, ["f32", "f32", "i32"]
+        launches.append([
+            launch
+            for x, out in pairwise(values)
+            for launch in launches_of(
+                machine, "all_reduce", types, [x, peers.exchange, peers.arrivals], [out], rank=rank
+            )
+        ])  # fmt: skip
+    ranks.execute(launches)
+    want = parts
+    for _ in range(times):
+        total = want[0].copy()
+        for part in want[1:]:
+            total += part
+        want = [total] * count
+    for machine, result in zip(machines, results, strict=True):
+        got = machine.get(result, np.float32)
+        assert (got[tokens:] == UNTOUCHED).all(), "rows of tokens beyond the run were written"
+        wrong = got[:tokens].view(np.uint32) != want[0][:tokens].view(np.uint32)
+        assert not wrong.any(), f"{wrong.sum()} of {wrong.size} sums differ"
+    return 0.0
+
+
+def all_gather(machines: Sequence[Any], rows: int, tokens: int, shares: Sequence[int], times: int = 3) -> float:
+    """Parts of different widths, side by side."""
+    ranks = Ranks(machines, tokens, shares)
+    rng, columns = np.random.default_rng(4), sum(shares)
+    begins = list(accumulate(shares, initial=0))
+    whole = [rng.standard_normal((rows, columns)).astype(np.float32) for _ in range(times)]
+    launches: list[list[Launch]] = []
+    results: list[list[Any]] = []
+    for rank, machine in enumerate(machines):
+        begin, end, peers = begins[rank], begins[rank + 1], machine.ctx.peers
+        launches.append([])
+        results.append([])
+        for each in whole:
+            x = machine.put(np.ascontiguousarray(each[:, begin:end]), "f32")
+            out = machine.put(np.full((rows, columns), UNTOUCHED, np.float32), "f32")
+            results[-1].append(out)
+            launches[-1] += launches_of(
+                machine, "all_gather", ["f32", "f32", "i32"], [x, peers.exchange, peers.arrivals], [out], rank=rank,
+                begin=begin, columns=columns,
+            )  # fmt: skip
+    ranks.execute(launches)
+    for machine, outs in zip(machines, results, strict=True):
+        for want, out in zip(whole, outs, strict=True):
+            got = machine.get(out, np.float32)
+            assert (got[tokens:] == UNTOUCHED).all(), "rows of tokens beyond the run were written"
+            assert (got[:tokens] == want[:tokens]).all(), f"{(got[:tokens] != want[:tokens]).sum()} numbers differ"
+    return 0.0
+
+
+def tokens_of_rank_0(machines: Sequence[Any], rows: int, tokens: int, times: int = 3) -> float:
+    """Tokens that rank 0 sends between sums, -1 too, which says that a draw failed."""
+    ranks = Ranks(machines, tokens, [1] * len(machines))
+    sent = [np.arange(rows, dtype=np.int32) * (7 + turn) - 1 for turn in range(times)]
+    launches: list[list[Launch]] = []
+    received: list[list[Any]] = []
+    for rank, machine in enumerate(machines):
+        peers, n_rows = machine.ctx.peers, machine.put(np.array([tokens], np.int32), "i32")
+        x = machine.put(np.zeros((rows, 4), np.float32), "f32")
+        launches.append([])
+        received.append([])
+        for each in sent:
+            next_token = machine.put(each if rank == 0 else np.full(rows, -9, np.int32), "i32")
+            received[-1].append(next_token)
+            launches[-1] += launches_of(
+                machine, "all_reduce", ["f32", "f32", "i32"], [x, peers.exchange, peers.arrivals], [x], rank=rank
+            )
+            launches[-1] += collectives.share_tokens(peers, n_rows, next_token)
+    ranks.execute(launches)
+    for machine, outs in zip(machines, received, strict=True):
+        for want, out in zip(sent, outs, strict=True):
+            got = machine.get(out, np.int32)
+            assert (got[:tokens] == want[:tokens]).all(), f"{got[:tokens]} instead of {want[:tokens]}"
+    return 0.0
+
+
+def stopped(machines: Sequence[Any], rows: int, columns: int) -> float:
+    """A rank that waits for one that does not come ends when it is told to."""
+    ranks = Ranks(machines, rows, [1] * len(machines))
+    machine, peers = machines[1], machines[1].ctx.peers
+    operands = [machine.put(np.zeros((rows, columns), np.float32), "f32"), peers.exchange, peers.arrivals]
+    out = machine.put(np.zeros((rows, columns), np.float32), "f32")
+    launches = launches_of(machine, "all_reduce", ["f32", "f32", "i32"], operands, [out], rank=1)
+    machine.prepare(launches)
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(machine.execute, launches)
+        try:
+            done.result(0.3)
+            raise AssertionError("it did not wait")
+        except TimeoutError:
+            pass
+        machines[0].overwrite(ranks.stop, np.ones(4, np.int32))
+        done.result(30)
+    return 0.0
+
+
+def cases(ranks: int, everything: bool = True) -> list[Case]:
+    """All cases for a number of ranks, or those in which the number matters."""
+    made: list[Case] = []
+
+    def add(name: str, check: Callable[..., float], *arguments: Any, always: bool = False) -> None:
+        if everything or always:
+            made.append((f"{ranks} ranks: {name}", ranks, lambda machines: check(machines, *arguments)))
+
+    add("all_reduce, one token", all_reduce, 1, 1, 2048, always=True)
+    add("all_reduce, 3 of 5 tokens", all_reduce, 5, 3, 1030)
+    add("all_reduce, a row that flags cannot have", all_reduce, 10, 10, 6554)
+    add("all_reduce with flags", all_reduce, 17, 14, 4096, always=True)
+    add("all_gather, equal parts", all_gather, 1, 1, [1536] * ranks)
+    unequal = [700 + 500 * (rank % 2) for rank in range(ranks)]
+    add("all_gather, 5 of 6 tokens, unequal parts", all_gather, 6, 5, unequal, always=True)
+    add("tokens of rank 0", tokens_of_rank_0, 24, 21, always=True)
+    add("a wait that is ended, words", stopped, 1, 512)
+    add("a wait that is ended, flags", stopped, 17, 4096)
+    assert WORDS_UP_TO < 17 * 4096 and WORDS_UP_TO < 10 * 6554
+    return made
+
+
+class EmulatedRank(Emulated):
+    """A rank whose memory all ranks see."""
+
+    def __init__(self, capability: tuple[int, int], memory: Any) -> None:
+        super().__init__(capability, 1)
+        self.memory = memory
+        self.ctx = replace(self.ctx, tokens=self.put(np.ones(1, np.int32), "i32"))
+
+    def prepare(self, launches: Sequence[Launch]) -> None:
+        """Compile and parse the kernels of launches: not at the same time as another rank."""
+        for launch in launches:
+            self.program_of(launch)
+
+    def overwrite(self, array: Any, elements: np.ndarray) -> None:
+        at = array.address - BASE
+        self.memory.bytes[at : at + elements.nbytes] = elements.view(np.uint8)
+
+
+class RealRank(Real):
+    """A rank with a stream of its own on the GPU that all share."""
+
+    def prepare(self, launches: Sequence[Launch]) -> None:
+        self.calls(launches)
+
+    def overwrite(self, array: Any, elements: np.ndarray) -> None:
+        self.device.write(array.address, elements.ctypes.data, elements.nbytes)
+        self.device.synchronize()
+
+
+def ranks_maker(arguments: Sequence[str]) -> Callable[[int], list[Any]]:
+    """(number of ranks) → their machines: emulated for the capability that is the first argument, else on the GPU."""
+    if arguments:
+        from tests.cuda.emulator import Memory
+
+        major, minor = map(int, arguments[0].split("."))
+
+        def emulated(count: int) -> list[Any]:
+            memory = Memory()
+            return [EmulatedRank((major, minor), memory) for _ in range(count)]
+
+        return emulated
+    from numballama.cuda.driver import Device
+
+    return lambda count: [RealRank(Device(), 1) for _ in range(count)]
+
+
+if __name__ == "__main__":
+    machines_of = ranks_maker(sys.argv[1:])
+    wrong = check_all(machines_of, cases(2))
+    if sys.argv[1:]:  # on one GPU, the blocks of more ranks would not all have a place
+        wrong |= check_all(machines_of, cases(3, "all" in sys.argv))
+    sys.exit(bool(wrong))

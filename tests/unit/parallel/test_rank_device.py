@@ -1,0 +1,50 @@
+"""A rank's backend: on the CPU here. On a GPU: tests/cuda/simulated_ranks.py and tests/unit/cuda/test_peers.py."""
+
+from __future__ import annotations
+
+import pytest
+
+from numballama import loader
+from numballama.cpu.backend import CpuBackend
+from numballama.cpu.collectives import STOPPED
+from numballama.cpu.workers import WorkerThreads
+from numballama.errors import DeviceError, Error
+from numballama.ops import STOPPED as STOPPED_OF_OPS
+from numballama.parallel.rank_device import open_rank
+from numballama.parallel.rank_memory import RankMemory, Sizes
+from tests.helpers.cuda_host import missing_gpu
+
+
+def test_a_rank_on_the_cpu_exchanges_through_the_memory_of_all() -> None:
+    weights = loader.open_checkpoint(None).weights
+    memory = RankMemory.create(Sizes(2, 1, 64))
+    rank = open_rank("cpu", 1, 2, weights, 1, False)
+    rank.publish(memory)
+    rank.connect(memory, ())
+    assert rank.rank == 1 and isinstance(rank.backend, CpuBackend) and rank.backend.workers == 1
+    assert rank.backend.states["exchange"] is memory.exchange and rank.backend.states["arrivals"] is memory.arrivals
+    with pytest.raises(Error, match="ranks on the CPU get no tokens"):
+        rank.receive(rank.backend.program, 1, 1)  # type: ignore[arg-type]
+    rank.close()
+
+
+def test_too_few_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where the system limits threads: the others would wait for workers that are not there."""
+    monkeypatch.setattr(WorkerThreads, "start", lambda self, wanted: 1)
+    with pytest.raises(DeviceError, match="2 workers are needed, the system starts 1"):
+        open_rank("cpu", 0, 2, {}, 2, False)
+
+
+@pytest.mark.skipif(not missing_gpu(), reason="there is a GPU")
+def test_a_rank_on_a_gpu_that_is_not_there() -> None:
+    with pytest.raises(DeviceError, match=r"packages are missing|no usable NVIDIA driver"):
+        open_rank("cuda:1", 1, 2, {}, None, False)
+
+
+def test_waits_end_by_the_same_element() -> None:
+    """Kernels have their own copy of the constant."""
+    assert STOPPED == STOPPED_OF_OPS
+    memory = RankMemory.create(Sizes(2, 3, 8))
+    assert not memory.stopped
+    memory.stop()
+    assert memory.stopped and memory.bytes[memory.stop_at] == 1 and memory.bytes.sum() == 1
