@@ -258,6 +258,7 @@ def app(arguments: dict[str, Any]) -> serve.Application:
             raise Error("device=cuda or device=cpu? Before it has connected to the cluster `serve run` cannot tell")
         options.device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"
     on_gpu = options.device == "cuda"
+    gpus = options.arguments.get("gpus", 1)
     most, full = max(options.replicas, options.max_replicas or 0), options.max_sequences + options.queue
     common: dict[str, Any] = {
         "graceful_shutdown_timeout_s": options.settings.request_timeout_s,  # what is replaced answers its requests
@@ -265,7 +266,7 @@ def app(arguments: dict[str, Any]) -> serve.Application:
         "logging_config": QUIET,
     }
     replica = serve.deployment(Replica).options(
-        ray_actor_options={"num_cpus": 0 if on_gpu else options.threads or 1, "num_gpus": int(on_gpu)},
+        ray_actor_options={"num_cpus": 0 if on_gpu else options.threads or 1, "num_gpus": gpus if on_gpu else 0},
         max_replicas_per_node=None if on_gpu or options.threads else 1,
         max_ongoing_requests=full,
         max_queued_requests=full,
