@@ -201,8 +201,6 @@ def test_a_rank_that_is_killed_while_nobody_waits(open_ranks: Callable[..., Open
 def test_a_rank_that_is_killed_while_it_loads(
     open_ranks: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import numballama.parallel.processes as processes
-
     started: list[Any] = []
     popen = processes.subprocess.Popen
 
@@ -215,6 +213,24 @@ def test_a_rank_that_is_killed_while_it_loads(
     monkeypatch.setattr(processes.subprocess, "Popen", start)
     with pytest.raises(DeviceError, match="rank 1 ended with signal SIGKILL"):
         open_ranks(4)
+    assert_gone([process.pid for process in started])
+
+
+def test_a_rank_that_is_stopped_while_it_loads(
+    open_ranks: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    popen = processes.subprocess.Popen
+
+    def start(*arguments: Any, **options: Any) -> Any:
+        started.append(popen(*arguments, **options))
+        os.kill(started[-1].pid, signal.SIGSTOP)
+        return started[-1]
+
+    monkeypatch.setattr(processes.subprocess, "Popen", start)
+    monkeypatch.setattr(processes, "LOADING_HANG_S", 0.5)
+    with pytest.raises(DeviceError, match=r"rank 1 has given no sign of life for 0.5 seconds"):
+        open_ranks(2)
     assert_gone([process.pid for process in started])
 
 
