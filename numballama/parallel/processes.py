@@ -144,7 +144,7 @@ class RankGroup:
             raise Error(CLOSED)
 
     def wait(self, report: Report | None = None) -> None:
-        """Wait until all ranks have done what they were sent; `report` is told how many have. Raises `DeviceError` if one
+        """Wait until all ranks have done what they were sent; `report` is told how many. Raises `DeviceError` if one
         fails.
         """
         looks = 0
