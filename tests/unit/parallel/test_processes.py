@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import numballama
@@ -105,6 +106,33 @@ def test_a_real_model_and_many_sequences(open_ranks: Callable[..., Opened], mode
     several = open_ranks(2, *files, **options)
     assert several.model.generate(prompts, params=GREEDY) == want
     assert several.model.logits([1, 2, 3]).shape == (3, 512)
+
+
+def test_batches_preemption_and_cancelled_requests(open_ranks: Callable[..., Opened], models: Path) -> None:
+    """1 to 64 sequences in few pages, some of which are cancelled, and a session that goes back: as with one rank."""
+    files = models / "stories260K.bin", models / "tok512.bin"
+    options: dict[str, Any] = {"max_sequences": 64, "kv_tokens": 1024, "batch_invariant": True}
+    params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+    several = open_ranks(2, *files, **options)
+
+    def generated(made: Model, count: int) -> list[list[int]]:
+        prompts = [[1, *range(3 + number, 20 + number)] for number in range(count)]
+        requests = [made.token_engine.submit(prompt, params) for prompt in prompts]
+        for request in requests[5::7]:
+            next(iter(request))
+            request.cancel()
+        return [[event.token for event in request] for number, request in enumerate(requests) if number % 7 != 5]
+
+    with numballama.compile(*files, device="cpu", **options) as one:
+        for count in (1, 7, 64):
+            assert generated(several.model, count) == generated(one, count)
+        assert several.model.token_engine.stats().preemptions > 0
+        with one.exclusive() as alone, several.model.exclusive() as shared:
+            for session in (alone, shared):
+                session.prefill([1, 5, 9, 40, 7])
+                session.truncate(2)
+                session.prefill([8, 3])
+            np.testing.assert_allclose(shared.logits, alone.logits, rtol=1e-4, atol=1e-4)
 
 
 def kill_soon(pid: int, how: signal.Signals, killed: list[float], delay: float = 0.3) -> threading.Thread:
