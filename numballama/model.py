@@ -215,7 +215,7 @@ class Model:
             context = min(self.context, pages * self.kv.page)
             yield Session(self._runner.decode, self._runner.prompt, context, self.config.vocab_size)
             if not self.token_engine.forked:
-                self._runner.look_at_page(1)  # the first of the session: notes what is saturated
+                self._runner.check_page(1)  # the first of the session: notes what is saturated
 
     def close(self) -> None:
         """Free the KV cache, the arenas, device memory and the mapping of the file. The model can no longer be used.

@@ -249,16 +249,25 @@ cp_async_4 = intrinsic(
 """cp_async_4(to, source, count): the same for 4 bytes; `count` is 4 or 0."""
 
 
-@intrinsic
-def cp_async_commit(typingctx):  # type: ignore[no-untyped-def]
-    """cp.async.commit_group: the copies that this thread started since the last commit become a group (sm_80)."""
+def _of_copies(text: str) -> Any:
+    """An instruction about copies, without operands. Before sm_80 there is none: copies are complete at once."""
 
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        if compiling_for() >= (8, 0):
-            call_asm(builder, VOID, "cp.async.commit_group;", "~{memory}", [])
-        return context.get_dummy_value()
+    def typing(typingctx):  # type: ignore[no-untyped-def]
+        def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+            if compiling_for() >= (8, 0):
+                call_asm(builder, VOID, text, "~{memory}", [])
+            return context.get_dummy_value()
 
-    return types.void(), codegen
+        return types.void(), codegen
+
+    return typing
+
+
+cp_async_commit = intrinsic(_of_copies("cp.async.commit_group;"))
+"""cp_async_commit(): the copies that this thread started since the last commit become a group."""
+
+cp_async_wait_all = intrinsic(_of_copies("cp.async.wait_group 0;"))
+"""cp_async_wait_all(): wait until all groups of this thread have arrived."""
 
 
 @intrinsic
@@ -275,18 +284,6 @@ def cp_async_wait_group(typingctx, n):  # type: ignore[no-untyped-def]
         return context.get_dummy_value()
 
     return types.void(n), codegen
-
-
-@intrinsic
-def cp_async_wait_all(typingctx):  # type: ignore[no-untyped-def]
-    """cp.async.wait_group 0: wait until all groups of this thread have arrived (sm_80)."""
-
-    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        if compiling_for() >= (8, 0):
-            call_asm(builder, VOID, "cp.async.wait_group 0;", "~{memory}", [])
-        return context.get_dummy_value()
-
-    return types.void(), codegen
 
 
 @intrinsic

@@ -28,6 +28,7 @@ class Advance:
     """One sampled token of a sequence with a constraint."""
 
     sequence: Sequence
+    constraint: Constraint
     token: int
     logprobs: TokenLogprobs | None
     result: bool | Exception = False
@@ -60,7 +61,7 @@ class ConstraintWorker:
             self._pool = ThreadPoolExecutor(min(THREADS, (os.cpu_count() or 1) + 1), "numballama constraints")
         together: list[Advance] = []
         for each in advances:
-            if each.sequence.constraint in self._alone:
+            if each.constraint in self._alone:
                 self._start([each], fast=False)
             else:
                 together.append(each)
@@ -82,7 +83,7 @@ class ConstraintWorker:
                 each.result = error if isinstance(error, Exception) else RuntimeError(repr(error))
         slow = time.perf_counter() - started > SLOW_S
         with self._changed:
-            (self._alone.update if slow else self._alone.difference_update)(_constraint(each) for each in advances)
+            (self._alone.update if slow else self._alone.difference_update)(each.constraint for each in advances)
             self._fast, self._slow = self._fast - fast, self._slow - (not fast)
             self._done.extend(advances)
             self._changed.notify_all()
@@ -100,11 +101,11 @@ class ConstraintWorker:
         with self._changed:
             self._changed.wait_for(lambda: bool(self._done), timeout_s)
 
-    def forget(self, sequence: Sequence) -> None:
-        """The sequence has ended."""
+    def forget(self, constraint: Constraint) -> None:
+        """Keep no reference to a constraint, whose sequence has ended."""
         if self._alone:
             with self._changed:
-                self._alone.discard(_constraint_of(sequence))
+                self._alone.discard(constraint)
 
     def close(self) -> None:
         """End the threads. What they still do is of no use to anybody."""
@@ -112,27 +113,20 @@ class ConstraintWorker:
             self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def _constraint_of(sequence: Sequence) -> Constraint:
-    assert sequence.constraint is not None
-    return sequence.constraint
-
-
-def _constraint(advance: Advance) -> Constraint:
-    return _constraint_of(advance.sequence)
-
-
 def _advance(advances: list[Advance]) -> None:
     """Advance each constraint and compute its next mask."""
-    batch = [each for each in advances if isinstance(each.sequence.constraint, BatchConstraint)]
-    for kind in {type(_constraint(each)) for each in batch}:
-        group = [each for each in batch if type(each.sequence.constraint) is kind]
-        results = kind.advance([(_constraint(each), each.token) for each in group])  # type: ignore[attr-defined]
-        for each, result in zip(group, results, strict=True):
-            each.result, each.forced = result, tuple(each.sequence.constraint.forced)  # type: ignore[union-attr]
+    groups: dict[type[BatchConstraint], list[tuple[Advance, BatchConstraint]]] = {}
     for each in advances:
-        if not isinstance(each.sequence.constraint, BatchConstraint):
+        if isinstance(each.constraint, BatchConstraint):
+            groups.setdefault(type(each.constraint), []).append((each, each.constraint))
+    for kind, group in groups.items():
+        results = kind.advance([(constraint, each.token) for each, constraint in group])
+        for (each, constraint), result in zip(group, results, strict=True):
+            each.result, each.forced = result, tuple(constraint.forced)
+    for each in advances:
+        if not isinstance(each.constraint, BatchConstraint):
             try:
-                each.result = bool(_constraint(each).accept(each.token))
-                _constraint(each).mask()
+                each.result = bool(each.constraint.accept(each.token))
+                each.constraint.mask()
             except Exception as error:
                 each.result = error

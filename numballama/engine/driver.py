@@ -10,17 +10,10 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
 
 from ..errors import FORKED, DeviceError, Error
 from .interrupts import DeferredInterrupt
 from .request import RequestState
-
-if TYPE_CHECKING:
-    from _thread import LockType
-
-    Waiter = LockType | tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]
-
 
 ENGINE_CLOSED = "this engine is closed"
 """Message of the `Error` that ends requests when their engine is closed."""
@@ -96,7 +89,7 @@ class Driver:
             while not (state.ready or interrupt.arrived or self._thread is not None or self.closed or self._pausing):
                 self._step()
         finally:
-            self._leave()
+            self._stop_stepping()
         return state.ready
 
     @property
@@ -126,7 +119,7 @@ class Driver:
         finally:
             self._listeners -= 1
 
-    def _leave(self) -> None:
+    def _stop_stepping(self) -> None:
         """Let another thread step. Does nothing in a forked child, which may leave a block of its parent's."""
         if self.forked:
             return
@@ -253,7 +246,7 @@ class Driver:
             except BaseException as error:
                 self._fail(error)
             finally:
-                self._leave()
+                self._stop_stepping()
 
     def stop(self) -> None:
         """End the thread after its step. Requests go on as soon as somebody waits for them. Not in a forked child."""
@@ -315,7 +308,7 @@ class Driver:
             yield
         finally:
             if entered:
-                self._leave()
+                self._stop_stepping()
 
 
 def _run(driver: weakref.ref[Driver], bell: SimpleQueue[None]) -> None:

@@ -111,8 +111,10 @@ class Engine:
         state.logprobs = settings.logprobs is not None
         root: Hashable = ("salt", salt) if reuse_prefix else ("request", number)
         if most:
-            common = {"root": root, "stop_token_ids": frozenset(stop_token_ids), "request": state}
-            state.sequences = make_sequences(ids, settings, most, priority, number, constraint=constraint, **common)
+            state.sequences = make_sequences(
+                ids, settings, most, priority, number, root=root, stop_token_ids=frozenset(stop_token_ids),
+                constraint=constraint, request=state,
+            )  # fmt: skip
         state.live, state.done = len(state.sequences), not most
         with self._driver.lock:
             if self._failure is not None:
@@ -276,6 +278,7 @@ class Engine:
             self._wake()
 
     def _take_inbox(self) -> None:
+        """Take in what other threads have submitted and cancelled since the last step."""
         while self._inbox:
             state = self._inbox.popleft()
             if not state.done:
@@ -285,6 +288,7 @@ class Engine:
             self._end(self._cancelled.popleft(), None)
 
     def _submit(self, run: Run) -> None:
+        """Tell the runner what is new before the run, and start it."""
         for sequence in run.starts:
             try:
                 self.runner.start(
@@ -347,7 +351,7 @@ class Engine:
                     self._deliver(sequence, state, token, logprobs)
                 else:  # what the token ends is known when the constraint has accepted it
                     sequence.advancing = True
-                    advances.append(Advance(sequence, token, logprobs))
+                    advances.append(Advance(sequence, sequence.constraint, token, logprobs))
             self._handling = None
         finally:
             if advances:
@@ -367,12 +371,13 @@ class Engine:
             self._deliver_advanced(sequence, state, advance)
             if sequence.status is Status.RUNNING:
                 if advance.forced:  # its next row is a chunk's, before which sampler and mask are set
-                    self.scheduler.forward(sequence)
+                    self.scheduler.prefill_forced(sequence)
                 else:
                     self._set_mask(sequence)
         self._handling = None
 
     def _deliver_advanced(self, sequence: Sequence, state: RequestState, advance: Advance) -> None:
+        """Deliver the sampled token and those that its constraint forces after it. The last one may end the text."""
         for number, token in enumerate((advance.token, *advance.forced)):
             if number:
                 sequence.ids.append(token)
@@ -421,7 +426,7 @@ class Engine:
             if sequence.status is not Status.FINISHED:
                 self.scheduler.finish(sequence)
             if sequence.constraint is not None:
-                self._constraints.forget(sequence)
+                self._constraints.forget(sequence.constraint)
         self._forget(state, error)
 
     def _forget(self, state: RequestState, error: BaseException | None) -> None:

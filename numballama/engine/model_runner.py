@@ -50,6 +50,7 @@ class ModelRunner:
         self._graph_of, self._make = graph_of, make
         self._sizes = [size for size in backend.decode_sizes if size < kv.slots]
         self._sizes.append(next((size for size in backend.decode_sizes if size >= kv.slots), 0))
+        """Rows of the programs for sequences that decode a token each; 0: `prompt` serves for more."""
         self._decode: dict[int, Program] = {}
         self.mixed_tokens = min(max(backend.mixed_tokens, 2 * kv.slots), self.max_tokens)
         """Rows of a run in which others decode beside a prompt: half of them at least are the prompt's."""
@@ -59,11 +60,11 @@ class ModelRunner:
         self._in_flight: deque[tuple[int, Program | None]] = deque()
         self._submitted = 0
         self._note = note if kv.dtype == "f16" else None
-        """Takes the note on a float16 cache; None once its first page was looked at."""
+        """Takes the note on a float16 cache; None once a page of it was checked."""
         self._first_pages: dict[int, int] = {}
-        """Slot → page in which its sequence begins, until one was looked at."""
-        self._looked_at: int | None = None
-        """The page to look at: of the first run that samples a token."""
+        """Slot → page in which its sequence begins, until one was checked."""
+        self._page_to_check: int | None = None
+        """Where a sequence of the first run that samples a token begins."""
 
     def compile(self, report: Report | None) -> tuple[Program, Program]:
         """Make the programs for one sequence and for chunks; returns them."""
@@ -135,8 +136,8 @@ class ModelRunner:
             inputs["ids"][: batch.decodes] = self.table.last_token[batch.slots[: batch.decodes]]
         if "rows" in inputs:
             inputs["rows"][:wanted] = batch.logits
-        if self._note is not None and self._looked_at is None and wanted:
-            self._looked_at = self._first_pages.get(int(batch.slots[batch.logits[0]]))
+        if self._note is not None and self._page_to_check is None and wanted:
+            self._page_to_check = self._first_pages.get(int(batch.slots[batch.logits[0]]))
         if wanted:
             ticket = program.submit(rows, wanted, self.table)
         else:
@@ -152,12 +153,12 @@ class ModelRunner:
         if program is None:
             return Sampled.empty(0, 0)
         sampled = program.collect(of_program)
-        if self._note is not None and self._looked_at is not None:
-            self.look_at_page(self._looked_at)
+        if self._note is not None and self._page_to_check is not None:
+            self.check_page(self._page_to_check)
         return sampled
 
-    def look_at_page(self, page: int) -> None:
-        """Note if a page of a float16 cache, in which a prompt begins, holds its largest number. Looks only once.
+    def check_page(self, page: int) -> None:
+        """Note if a page of a float16 cache, in which a prompt begins, holds its largest number. Does it only once.
 
         Huge keys and values are a model's answer to its first tokens. To count them all, kernels would have to.
         """

@@ -98,7 +98,7 @@ class BlockManager(Generic[Writer]):
                 found.node = node
         return found
 
-    def missing(self, match: Match[Writer], length: int) -> int:
+    def needed(self, match: Match[Writer], length: int) -> int:
         """Available pages that a sequence of `length` tokens needs: new ones, and cached ones of its match."""
         return -(-length // self.page) - sum(self._references[page] > 0 for page in match.pages)
 

@@ -13,7 +13,10 @@ from ..sampling import Sampled
 from .sequence import Sequence
 
 if TYPE_CHECKING:
-    from .driver import Waiter
+    import asyncio
+    from _thread import LockType
+
+    Waiter = LockType | tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]
 
 FinishReason = Literal["stop", "length"]
 
@@ -167,19 +170,24 @@ class Request(Generic[R]):
         """End the request at the engine's next step. Nothing more can be read. From any thread, any number of times."""
         self._engine.cancel_state(self._state)
 
+    def _is_read(self) -> bool:
+        """Whether nothing is left to read. Raises the error that ended the request, after its last response."""
+        state = self._state
+        done = state.done  # read before the responses: the last of them is there when it is set
+        if state.cancelled:
+            return True
+        if state.events or not done:
+            return False
+        if state.error is not None:
+            raise state.error
+        return True
+
     def __iter__(self) -> Generator[R, None, None]:
         state = self._state
         try:
-            while True:
-                done = state.done  # read before the responses: the last of them is there when it is set
-                if state.cancelled:
-                    return
+            while not self._is_read():
                 if state.events:
                     yield state.events.popleft()  # type: ignore[misc]
-                elif done:
-                    if state.error is not None:
-                        raise state.error
-                    return
                 else:
                     self._engine.wait(state)
         finally:
@@ -188,16 +196,9 @@ class Request(Generic[R]):
     async def __aiter__(self) -> AsyncIterator[R]:
         state = self._state
         try:
-            while True:
-                done = state.done
-                if state.cancelled:
-                    return
+            while not self._is_read():
                 if state.events:
                     yield state.events.popleft()  # type: ignore[misc]
-                elif done:
-                    if state.error is not None:
-                        raise state.error
-                    return
                 else:
                     await self._engine.wait_async(state)
         finally:
@@ -210,19 +211,12 @@ class Request(Generic[R]):
         """
         state = self._state
         try:
-            while True:
-                done = state.done
-                if state.cancelled:
-                    return
+            while not self._is_read():
                 if state.events:
                     found: list[R] = []
                     while state.events:
                         found.append(state.events.popleft())  # type: ignore[arg-type]
                     yield found
-                elif done:
-                    if state.error is not None:
-                        raise state.error
-                    return
                 else:
                     await self._engine.wait_async(state)
         finally:

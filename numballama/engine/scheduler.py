@@ -17,6 +17,8 @@ from .runner import Batch
 from .sequence import Sequence, Status
 
 _order = attrgetter("order")
+TableWrite = tuple[int, int, list[int]]
+"""(slot, first index, page numbers) to write into the page table."""
 
 
 @dataclass
@@ -32,9 +34,9 @@ class Run:
     """The sequence of each logit row."""
     starts: list[Sequence] = field(default_factory=list)
     """Sequences that have just been given a slot."""
-    tables: list[tuple[int, int, list[int]]] = field(default_factory=list)
-    """(slot, first index, page numbers) to write into the page table."""
+    tables: list[TableWrite] = field(default_factory=list)
     ticket: int = -1
+    """What `Runner.submit` returned for it."""
     prompt_tokens: int = 0
     """Rows of prompts. The other rows of `chunks` are of known tokens, such as those that a grammar forces."""
 
@@ -76,7 +78,7 @@ class Scheduler:
         self._parked: dict[int, list[Sequence]] = {}
         self._free_slots = list(range(self.max_sequences - 1, -1, -1))
         self._no_room = False  # the first waiting sequence did not fit, and nothing has been freed since
-        self._tables: list[tuple[int, int, list[int]]] = []
+        self._tables: list[TableWrite] = []  # of a plan that had no rows
         self._last: list[Sequence] = []  # `decodes` of the last plan, whose rows are in the arrays
         self._batch = self._make_batch(0, [])
 
@@ -168,7 +170,7 @@ class Scheduler:
             insort(self.decoding, sequence, key=_order)
         return after
 
-    def forward(self, sequence: Sequence) -> None:
+    def prefill_forced(self, sequence: Sequence) -> None:
         """Tokens beyond the sampled one were added to a sequence that generates: compute them as those of a prompt."""
         _remove(self.decoding, sequence)
         insort(self.prefilling, sequence, key=_order)
@@ -179,7 +181,7 @@ class Scheduler:
         wanted = self._numbers[:rows] if logits is None else np.array(logits, np.int32)
         return Batch(self._ids[:rows], self._positions[:rows], self._slots[:rows], wanted, rows)
 
-    def _extend(self, sequence: Sequence, tables: list[tuple[int, int, list[int]]]) -> bool:
+    def _extend(self, sequence: Sequence, tables: list[TableWrite]) -> bool:
         """Whether the sequence can have a row now. Gives it a page if it needs one."""
         if sequence.status is not Status.RUNNING or sequence.planned >= sequence.end:
             return False
@@ -188,9 +190,7 @@ class Scheduler:
         if sequence.planned >= len(sequence.pages) * self.pages.page:
             if not self._make_room(sequence):
                 return False
-            page = self.pages.allocate(1)
-            tables.append((sequence.slot, len(sequence.pages), page))
-            sequence.pages += page
+            self._add_page(sequence, tables)
         have = len(sequence.pages) * self.pages.page
         sequence.allowed = min(have, sequence.end) if sequence.constraint is None else sequence.planned + 1
         return True
@@ -202,10 +202,14 @@ class Scheduler:
         while len(sequence.ids) > len(sequence.pages) * self.pages.page:
             if not self._make_room(sequence, run.decodes):
                 return False
-            page = self.pages.allocate(1)
-            run.tables.append((sequence.slot, len(sequence.pages), page))
-            sequence.pages += page
+            self._add_page(sequence, run.tables)
         return True
+
+    def _add_page(self, sequence: Sequence, tables: list[TableWrite]) -> None:
+        """Give a sequence an available page."""
+        page = self.pages.allocate(1)
+        tables.append((sequence.slot, len(sequence.pages), page))
+        sequence.pages += page
 
     def _make_room(self, sequence: Sequence, planned: list[Sequence] | None = None) -> bool:
         """Make a page available for a running sequence. False: it must wait, or it is itself preempted.
@@ -270,7 +274,7 @@ class Scheduler:
                 self._parked.setdefault(match.awaited, []).append(sequence)
                 continue
             spare = max(self.running, pages.pages // 100) if self.running else 0
-            if pages.missing(match, len(sequence.ids)) + spare > pages.available:
+            if pages.needed(match, len(sequence.ids)) + spare > pages.available:
                 self._no_room = True
                 return None
             del self.waiting[0]

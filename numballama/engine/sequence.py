@@ -55,7 +55,7 @@ class BatchConstraint(Constraint, Protocol):
     """Tokens that must follow the last one that was accepted, and have been accepted with it."""
 
     @staticmethod
-    def advance(steps: Any) -> list[bool | Exception]:
+    def advance(steps: list[tuple[Any, int]]) -> list[bool | Exception]:
         """`accept` and `mask` of each (constraint of this class, token): what `accept` returns or either raises."""
 
 
@@ -63,7 +63,7 @@ Order = tuple[int, int, int]
 
 
 class Sequence:
-    """One sequence of a request. `position` counts from 0; a row computes the keys and values of one position.
+    """One sequence of a request. Positions count from 0; a row computes the keys and values of one position.
 
     `ids` are the prompt and the known output. After them come `pending` tokens that runs in flight sample. Positions
     below `computed` are in the KV cache; rows of positions below `planned` have been submitted.
@@ -148,10 +148,12 @@ def make_sequences(
     priority: int,
     number: int,
     *,
+    root: Hashable,
+    stop_token_ids: frozenset[int],
     constraint: Callable[[], Constraint] | None,
-    **common: Any,
+    request: RequestState,
 ) -> list[Sequence]:
-    """The `n` sequences of request `number`. `common`: what all of them have."""
+    """The `n` sequences of request `number`, each with a seed and a constraint of its own."""
     return [
         Sequence(
             prompt,
@@ -159,8 +161,10 @@ def make_sequences(
             max_tokens,
             order=(priority, number, index),
             index=index,
+            root=root,
+            stop_token_ids=stop_token_ids,
             constraint=None if constraint is None else constraint(),
-            **common,
+            request=request,
         )
         for index, own in enumerate(seeded(params))
     ]

@@ -51,6 +51,7 @@ class Rates:
 
     def __init__(self) -> None:
         self._samples = deque([(time.monotonic(), 0, 0)], maxlen=WINDOW + 1)
+        """(time, prompt tokens, generated tokens), the oldest first."""
         self.next_sample = 0.0
         """When `sample` is due: `time.monotonic()`."""
 

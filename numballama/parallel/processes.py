@@ -35,7 +35,7 @@ from ..host import interrupts
 from ..host.child import can_start_python, python_environment
 from ..ir import Graph
 from ..plan import Plan
-from ..progress import Report
+from ..progress import Report, progress_bar
 from ..quantization.policy import Dtype
 from ..sampling import Sampled, SamplerTable
 from .backend import RanksBackend
@@ -58,8 +58,10 @@ POLL_S = 0.001
 """Seconds between two looks at a rank that loads or compiles."""
 SHORT_WAIT = 100
 """Looks before that, at once."""
-HANG_S = 1.5
-"""Seconds without a sign of life after which a rank that has something to do is killed."""
+HANG_S, LOADING_HANG_S = 1.5, 60.0
+"""Seconds without a sign of life after which a rank that has a command is killed, and one that loads or compiles: that
+may leave no time for signs of life.
+"""
 LOOK_S = 0.1
 """Seconds between two looks for signs of life. A look that comes much later says that this process had no time."""
 END_S = 1.0
@@ -86,8 +88,8 @@ class RankGroup:
         self._pid = os.getpid()
         self._failure: str | None = None
         self._closing = False
-        self._commanded = False
-        """Whether the last message was a command: loading and compiling may leave no time for signs of life."""
+        self._patience_s = LOADING_HANG_S
+        """Seconds without a sign of life after which a rank that has something to do is killed."""
         self._sent = 1
         """Messages sent; the start counts as one."""
         mark_workers_started()
@@ -117,7 +119,7 @@ class RankGroup:
         self.memory.stop()
 
     def _look(self) -> None:
-        """Kill a rank that has a command to do and gives no sign of life: it is stopped, or swapped out for good."""
+        """Kill a rank that has something to do and gives no sign of life: it is stopped, or swapped out for good."""
         beats, since = self.memory.done[:, BEATS].copy(), [time.monotonic()] * self.memory.sizes.ranks
         last = time.monotonic()
         while not self._closing:
@@ -125,11 +127,11 @@ class RankGroup:
             now, current = time.monotonic(), self.memory.done[:, BEATS].copy()
             late, last = now - last > 3 * LOOK_S, now
             for rank, process in enumerate(self.processes, 1):
-                idle = not self._commanded or self.memory.done[rank, DONE] >= self._sent
+                idle, patience_s = self.memory.done[rank, DONE] >= self._sent, self._patience_s
                 if idle or late or current[rank] != beats[rank]:
                     since[rank] = now
-                elif now - since[rank] > HANG_S:
-                    self._failure = self._failure or f"rank {rank} has given no sign of life for {HANG_S} seconds"
+                elif now - since[rank] > patience_s:
+                    self._failure = self._failure or f"rank {rank} has given no sign of life for {patience_s:g} seconds"
                     process.kill()  # `_watch` stops the others
             beats = current
 
@@ -141,19 +143,24 @@ class RankGroup:
         if self._closing:
             raise Error(CLOSED)
 
-    def wait(self) -> None:
-        """Wait until all ranks have done what they were sent. Raises `DeviceError` if one fails."""
+    def wait(self, report: Report | None = None) -> None:
+        """Wait until all ranks have done what they were sent; `report` is told how many. Raises `DeviceError` if one
+        fails.
+        """
         looks = 0
         while True:
             self.check()
-            if (self.memory.done[1:, DONE] >= self._sent).all():
+            done = self.memory.done[1:, DONE] >= self._sent
+            if done.all():
                 return
+            if report is not None:
+                report(f"rank {1 + int(done.argmin())}", int(done.sum()), len(done))
             time.sleep(0 if looks < SHORT_WAIT else POLL_S)  # after a run, the others end with this one
             looks += 1
 
     def send(self, messages: Sequence[bytes]) -> None:
         """Send a message to each rank."""
-        self._commanded = False
+        self._patience_s = LOADING_HANG_S
         self._sent += 1
         for process, message in zip(self.processes, messages, strict=True):
             assert process.stdin is not None
@@ -170,7 +177,7 @@ class RankGroup:
             self.memory.set_data(row, numbers)
         self.memory.set_command(kind, *arguments)
         self.send([COMMAND] * len(self.processes))
-        self._commanded = True
+        self._patience_s = LOADING_HANG_S if kind == Kind.PREPARE else HANG_S
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
@@ -352,7 +359,8 @@ class ProcessBackend(RanksBackend):
         group = self.group
         with group.together():
             first.publish(group.memory)
-            group.wait()
+            with progress_bar("loading on the other GPUs") as report:
+                group.wait(report)
             group.command(Kind.CONNECT, data={})
             first.connect(group.memory, shares.vocab)
             group.wait()

@@ -8,8 +8,8 @@ partial value whole where it is added to the residual stream, and `all_gather` m
 Rank 0 alone adds what must be added once, a bias and the residual, to its part of the sum before `all_reduce`: so
 `linear_add` is a step there as it is without ranks, and no rank needs a step for the addition after `all_reduce`.
 
-Logits are gathered, not the likeliest tokens of each rank: penalties, masks and log-probabilities need all of them, and
-each rank samples from the same numbers, so that no token travels.
+Logits are gathered, not the likeliest tokens of each rank: penalties, masks and log-probabilities need all of them.
+Rank 0 samples.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from typing import Any
 
 from .http import dumps
 
@@ -32,7 +31,7 @@ def routing_key(body: bytes) -> str:
     return hashlib.blake2b(dumps([*before, _opening(prompt)])[:BEGINNING], digest_size=16).hexdigest()
 
 
-def _opening(prompt: Any) -> Any:
+def _opening(prompt: object) -> object:
     """The messages of a conversation up to the first of the user; any other prompt as it is."""
     if isinstance(prompt, list):
         for number, message in enumerate(prompt):

@@ -31,9 +31,9 @@ if TYPE_CHECKING:
     from ..model import Model
 
 T = TypeVar("T", bound=Request)
-Answer = Callable[[Call, Any], Awaitable[Response]]
+Handler = Callable[[Call, Any], Awaitable[Response]]
 
-POSTS: dict[str, tuple[type[Request], Answer]] = {
+POSTS: dict[str, tuple[type[Request], Handler]] = {
     "/v1/chat/completions": (ChatRequest, chat.answer),
     "/v1/completions": (CompletionRequest, completions.answer),
     "/v1/responses": (ResponsesRequest, responses.answer),
@@ -106,14 +106,14 @@ async def _get(
     return await _guarded(answer(service, request))
 
 
-async def _post(service: Service, kind: type[Request], answer: Answer, request: HttpRequest) -> Response:
+async def _post(service: Service, kind: type[Request], handler: Handler, request: HttpRequest) -> Response:
     settings, key = service.settings, request.scope.get(KEY)
     call = Call(service, None if key is None else f"key-{key}")
     try:
         body = await read_body(request, settings.max_body, settings.body_timeout_s)
         if settings.log_prompts:
             log.info("body: %s", body.decode("utf-8", "replace"))
-        work = _answer(call, kind, answer, body)
+        work = _answer(call, kind, handler, body)
         found = await _guarded(until_gone(request.receive, work, settings.request_timeout_s))
     except ApiError as error:
         found = error_response(error)
@@ -121,10 +121,10 @@ async def _post(service: Service, kind: type[Request], answer: Answer, request: 
     return found
 
 
-async def _answer(call: Call, kind: type[Request], answer: Answer, body: bytes) -> Response:
+async def _answer(call: Call, kind: type[Request], handler: Handler, body: bytes) -> Response:
     _ = call.service.model  # 503 before the body is looked at
     parsed = await call.service.run(parse, kind, body) if len(body) > 1 << 16 else parse(kind, body)
-    found = await answer(call, parsed)
+    found = await handler(call, parsed)
     if parsed.ignored:
         plain = (name for name in parsed.ignored if name.isascii() and name.replace(".", "").isidentifier())
         names = ",".join(name[:200] for name in plain)
@@ -179,7 +179,8 @@ async def _openapi(service: Service, request: HttpRequest) -> Response:
     )
 
 
-def _described(service: Service) -> dict[str, Any]:
+def _model_entry(service: Service) -> dict[str, Any]:
+    """What /v1/models says of the model: OpenAI's fields and vLLM's."""
     model = service.model
     return {
         "id": service.name,
@@ -193,14 +194,14 @@ def _described(service: Service) -> dict[str, Any]:
 
 
 async def _models(service: Service, request: HttpRequest) -> Response:
-    return JsonResponse({"object": "list", "data": [_described(service)]})
+    return JsonResponse({"object": "list", "data": [_model_entry(service)]})
 
 
 async def _model(service: Service, request: HttpRequest) -> Response:
     name = request.path_params["name"]
     if name != service.name:
         raise ApiError(f"there is no model {name!r:.200}", 404, param="model", code="model_not_found")
-    return JsonResponse(_described(service))
+    return JsonResponse(_model_entry(service))
 
 
 async def _tokenizer_info(service: Service, request: HttpRequest) -> Response:

@@ -13,7 +13,7 @@ from .errors import ApiError
 from .generation import Generation
 from .http import DONE, EventStream, dumps, event
 from .params import restriction_fields
-from .protocol import Generation as GenerationRequest
+from .protocol import GenerationRequest
 from .service import Service
 
 
@@ -35,11 +35,12 @@ class Call:
         prompts: Sequence[Sequence[int]],
         params: SamplingParams,
         param: str,
-        answers: bool = False,
+        new_text: bool = False,
         shown_tokens: Collection[int] = (),
         fields: Mapping[str, str] | None = None,
     ) -> Generation:
-        """Submit prompts. `param`: the field that they are from. `answers`: the texts are new, not continuations.
+        """Submit prompts. `param`: the field that they are from. `new_text`: an answer begins a text of its own, so it
+        has no leading space, which many tokenizers give a first word.
 
         `shown_tokens` as for `TextEngine.submit`. `fields`: field of `SamplingParams` → the request's field for
         it, where that is not the usual one. Raises `ApiError`.
@@ -57,7 +58,7 @@ class Call:
             arrived=self.arrived,
             priority=request.priority or 0,
             salt="/".join(salts) if salts else None,
-            strip_leading_space=answers,
+            strip_leading_space=new_text,
             shown_tokens=shown_tokens,
             param=param,
             fields={**restriction_fields(request), **(fields or {})},

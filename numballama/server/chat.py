@@ -7,9 +7,10 @@ from typing import Any
 
 from starlette.responses import Response
 
+from ..engine.request import TokenLogprobs
 from . import chat_core
 from .call import Call, chunk_writer, usage_chunk
-from .chat_core import Chat, Events
+from .chat_core import ChatAnswers, ChatFinishReason, ChatPiece
 from .content_tokens import Written
 from .http import DONE, JsonResponse
 from .logprobs import chat_logprobs
@@ -50,13 +51,14 @@ class WholeMessage:
         self.content = self.reasoning = ""
         self.calls: list[dict[str, Any]] = []
         self.tokens: list[int] = []
-        self.logprobs: list[Any] = []
+        self.logprobs: list[TokenLogprobs | None] = []
         self.content_tokens: list[Written] = []
-        """As in `Events`."""
-        self.finish_reason: str = "length"
+        """As in `ChatPiece`."""
+        self.finish_reason: ChatFinishReason = "length"
         self.stop_reason: str | int | None = None
 
-    def add(self, found: Events) -> None:
+    def add(self, found: ChatPiece) -> None:
+        """Take in what has become known next."""
         self.events += found.events
         for event in found.events:
             match event:
@@ -86,10 +88,10 @@ class WholeMessage:
         return message
 
 
-async def whole_messages(chat: Chat) -> list[WholeMessage]:
+async def whole_messages(chat: ChatAnswers) -> list[WholeMessage]:
     """All answers, when they have ended."""
     messages = [WholeMessage() for _ in range(chat.generation.choices)]
-    async for batch in chat.events():
+    async for batch in chat.pieces():
         for found in batch:
             messages[found.choice].add(found)
     return messages
@@ -104,14 +106,14 @@ def _call(call_id: str, name: str, text: str, custom: bool) -> dict[str, Any]:
     return {"id": call_id, "type": kind, kind: {"name": name, argument: text}}
 
 
-async def _events(call: Call, request: ChatRequest, chat: Chat, name: str) -> AsyncGenerator[bytes, None]:
+async def _events(call: Call, request: ChatRequest, chat: ChatAnswers, name: str) -> AsyncGenerator[bytes, None]:
     """The events of a stream."""
     options = request.stream_options
     with_usage = options is not None and bool(options.include_usage)
     chunk = chunk_writer(call, CHUNK_KIND, name, with_usage)
     for index in range(chat.generation.choices):
         yield chunk(_choice(index, {"role": "assistant", "content": ""}, None))
-    async for batch in chat.events():
+    async for batch in chat.pieces():
         if data := b"".join(chunk(choice) for found in batch for choice in _deltas(call, request, found)):
             yield data
     if with_usage:
@@ -119,7 +121,7 @@ async def _events(call: Call, request: ChatRequest, chat: Chat, name: str) -> As
     yield DONE
 
 
-def _deltas(call: Call, request: ChatRequest, found: Events) -> list[dict[str, Any]]:
+def _deltas(call: Call, request: ChatRequest, found: ChatPiece) -> list[dict[str, Any]]:
     """Choices of chunks: one for each kind of event in a row, and one with the finish reason."""
     choices: list[dict[str, Any]] = []
     logprobs = chat_logprobs(call.service.tokenizer, found.tokens, found.logprobs) if request.logprobs else None

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Collection, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol, overload
 
+from ..engine.request import FinishReason, TokenLogprobs
 from ..errors import Error
 from ..sampling import SamplingParams
 from ..structured import compile_constraint
@@ -15,7 +16,7 @@ from .custom_tools import as_functions, custom_names
 from .errors import ApiError, failed, refused
 from .generation import Generation, Piece
 from .logprobs import token_text
-from .params import restriction_fields, sampling_params
+from .params import restriction_fields, sampling_params, token_limit
 from .protocol import ChatRequest, Message, template_message
 from .tool_fields import AllowedTools, CustomTool, NamedCustom, NamedTool, Tool
 from .tools.custom import CustomCalls
@@ -25,7 +26,6 @@ from .tools.formats import ToolFormat
 from .tools.parser import Parser
 
 if TYPE_CHECKING:
-    from ..engine.request import TokenLogprobs
     from .service import Service
 
 TAIL = 16
@@ -37,11 +37,12 @@ RESERVED = (
     "bos_token", "eos_token", "continue_final_message",
 )  # fmt: skip
 """Names that `chat_template_kwargs` may not set."""
+ChatFinishReason = FinishReason | Literal["tool_calls"]
 
 
 @dataclass
-class Events:
-    """What became known of one answer at a time."""
+class ChatPiece:
+    """What became known of one answer at a time: a `Piece` whose text has been parsed."""
 
     choice: int
     events: list[Event]
@@ -49,13 +50,13 @@ class Events:
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     content_tokens: list[Written] = field(default_factory=list)
     """The tokens behind the content, where `start` was asked for them."""
-    finish_reason: Literal["stop", "length", "tool_calls"] | None = None
-    """None except in an answer's last events."""
+    finish_reason: ChatFinishReason | None = None
+    """None except in an answer's last piece."""
     stop_reason: str | int | None = None
 
 
-class Chat:
-    """The answers to one request. `events` yields them as they come.
+class ChatAnswers:
+    """The answers to one request. `pieces` yields them as they come.
 
     `one_call`: an answer ends where its second call begins. `content_tokens`: say which tokens the content is from.
     `only_calls`: answers have no content; what looks like it is a call that was cut off before its name.
@@ -66,6 +67,7 @@ class Chat:
         self,
         generation: Generation,
         parsers: Sequence[Parser],
+        *,
         one_call: bool = False,
         content_tokens: bool = False,
         only_calls: bool = False,
@@ -78,11 +80,11 @@ class Chat:
         self.reasoning_tokens = 0
         """Generated tokens so far that are reasoning, its markers included."""
         self._undecided = [0] * len(parsers)  # tokens that may turn out to begin reasoning
-        self._calls = [0] * len(parsers)
-        self._open = set(range(len(parsers)))
+        self._calls = [0] * len(parsers)  # calls that have begun
+        self._open = set(range(len(parsers)))  # answers that have not ended
 
-    async def events(self) -> AsyncGenerator[list[Events], None]:
-        """Yield what is known of the answers as soon as it is: at most one `Events` of each at a time.
+    async def pieces(self) -> AsyncGenerator[list[ChatPiece], None]:
+        """Yield what is known of the answers as soon as it is: at most one `ChatPiece` of each at a time.
 
         Raises `ApiError` 500 when the engine or a parser fails.
         """
@@ -100,8 +102,10 @@ class Chat:
         finally:
             self.generation.cancel()
 
-    def _read(self, piece: Piece) -> Events:
-        choice, reason, stop_reason = piece.choice, piece.finish_reason, piece.stop_reason
+    def _read(self, piece: Piece) -> ChatPiece:
+        """Parse a piece of one answer. A second call ends it where only one is wanted."""
+        choice, stop_reason = piece.choice, piece.stop_reason
+        reason: ChatFinishReason | None = piece.finish_reason
         parser = self._parsers[choice]
         content: list[Written] = []
         each_token = parser.may_reason or self._content is not None
@@ -123,7 +127,7 @@ class Chat:
         if reason == "stop" and self._calls[choice]:
             reason = "tool_calls"
         merged = list(merge(self._custom[choice].convert(events, reason is not None)))
-        return Events(choice, merged, piece.tokens, piece.logprobs, content, reason, stop_reason)  # type: ignore[arg-type]
+        return ChatPiece(choice, merged, piece.tokens, piece.logprobs, content, reason, stop_reason)
 
     def _feed(self, parser: Parser, piece: Piece, content: list[Written]) -> list[Event]:
         """Events of a piece, token by token: tokens of reasoning are counted, those of content added to `content`."""
@@ -151,13 +155,13 @@ class Chat:
 
 async def start(
     call: Call, request: ChatRequest, messages_field: str = "messages", content_tokens: bool = False
-) -> Chat:
+) -> ChatAnswers:
     """Submit a chat. Raises `ApiError`.
 
-    `messages_field`: the client's name for the conversation. `content_tokens`: as in `Chat`.
+    `messages_field`: the client's name for the conversation. `content_tokens`: as in `ChatAnswers`.
     """
     service, n = call.service, request.n or 1
-    named = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
+    limit_field, limit = token_limit(request)
     if request.top_logprobs and not request.logprobs:
         raise ApiError("top_logprobs needs logprobs to be true", param="top_logprobs", code="invalid_value")
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
@@ -167,7 +171,7 @@ async def start(
     form = service.tool_format
     thinking = form.opens_reasoning("".join(token_text(service.tokenizer, token) for token in ids[-TAIL:]))
     forced = await service.run(forced_call, form, request, offered, thinking)
-    params = sampling_params(request, getattr(request, named), logprobs, named, **forced)
+    params = sampling_params(request, limit, logprobs, limit_field, **forced)
     if params.is_constrained and not forced:
         thinking = False  # the grammar holds from the first token on, so the answer has no reasoning
     try:
@@ -176,15 +180,21 @@ async def start(
         raise refused(error, "tools") from None
     fields = dict.fromkeys(forced, "tools")
     shown = form.shown_tokens(offered is not None)
-    answers = not request.continue_final_message
+    new_text = not request.continue_final_message
     try:
-        generation = await call.generate(request, [ids], params, messages_field, answers, shown, fields)
+        generation = await call.generate(request, [ids], params, messages_field, new_text, shown, fields)
     except ApiError as error:
         if not forced or error.param != "tools":
             raise
         raise await service.run(_with_place, error, service, request, offered or [], callable_ or []) from None
-    one_call, custom = request.parallel_tool_calls is False, custom_names(request.tools)
-    return Chat(generation, parsers, one_call, content_tokens, must_call(request), custom)
+    return ChatAnswers(
+        generation,
+        parsers,
+        one_call=request.parallel_tool_calls is False,
+        content_tokens=content_tokens,
+        only_calls=must_call(request),
+        custom_tools=custom_names(request.tools),
+    )
 
 
 # Tools
@@ -280,9 +290,21 @@ class Templated(Protocol):
 
 def prompt_ids(service: Service, request: ChatRequest, messages_field: str = "messages") -> list[int]:
     """Token ids of a conversation. Raises `ApiError` 400 when the template refuses it."""
-    found = apply_template(service, request, request.messages, offered_tools(request), messages_field)
-    assert isinstance(found, list)
-    return found
+    return apply_template(service, request, request.messages, offered_tools(request), messages_field)
+
+
+@overload
+def apply_template(
+    service: Service, request: Templated, messages: Sequence[Message], tools: Sequence[Tool | CustomTool] | None,
+    messages_field: str = ..., tokenize: Literal[True] = ...,
+) -> list[int]: ...  # fmt: skip
+
+
+@overload
+def apply_template(
+    service: Service, request: Templated, messages: Sequence[Message], tools: Sequence[Tool | CustomTool] | None,
+    messages_field: str = ..., *, tokenize: Literal[False],
+) -> str: ...  # fmt: skip
 
 
 def apply_template(

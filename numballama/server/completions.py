@@ -15,7 +15,7 @@ from .errors import ApiError, refused
 from .generation import Generation, Piece, whole_texts
 from .http import DONE, JsonResponse
 from .logprobs import completion_logprobs
-from .params import sampling_params
+from .params import sampling_params, token_limit
 from .protocol import CompletionRequest
 
 KIND = "text_completion"
@@ -36,13 +36,10 @@ async def answer(call: Call, request: CompletionRequest) -> Response:
     service, n = call.service, request.n or 1
     if request.best_of not in (None, n):
         raise ApiError(f"best_of must be n, {n}, found {request.best_of}", param="best_of", code="unsupported_value")
-    named = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
-    limit = getattr(request, named)
-    params = sampling_params(request, DEFAULT_MAX_TOKENS if limit is None else limit, request.logprobs, named)
+    limit_field, limit = token_limit(request)
+    params = sampling_params(request, DEFAULT_MAX_TOKENS if limit is None else limit, request.logprobs, limit_field)
     prompts = await service.run(_encode, call, request)
-    echo = None
-    if request.echo:
-        echo = await _echo(call, request, prompts)
+    echo = await _echo(call, request, prompts) if request.echo else None
     generation = await call.generate(request, prompts, params, "prompt")
     try:
         name = f"cmpl-{call.key}"

@@ -16,7 +16,8 @@ class ContentTokens:
 
     def __init__(self) -> None:
         self._waiting: list[tuple[str, Written | None]] = []
-        """What tokens add to the text, as far as nothing was said of it, and the tokens; None for one that was told."""
+        """(text that a token added and of which no event has told the kind, the token). None instead of a token that
+        has been returned, because an earlier part of its text was content."""
 
     def add(self, text: str, token: Written, events: Sequence[Event], held: int) -> list[Written]:
         """The tokens that have written content with this one, which adds `text`.
@@ -27,7 +28,7 @@ class ContentTokens:
         return self.settle(events, held)
 
     def settle(self, events: Sequence[Event], held: int = 0) -> list[Written]:
-        """The tokens behind the content in `events`, which end the text but for `held` characters."""
+        """The tokens that wrote the content in `events`. These tell of all new text but its last `held` characters."""
         if not events:
             return []
         text = "".join(text for text, _ in self._waiting)

@@ -13,14 +13,17 @@ from ..errors import ContextError, DeviceError, Error, UnsupportedError
 MAX_MESSAGE = 1000
 """Characters of a message. Longer ones are cut: they may quote the request."""
 
-INVALID, AUTHENTICATION, PERMISSION, NOT_FOUND = (
-    "invalid_request_error", "authentication_error", "permission_error", "not_found_error",
-)  # fmt: skip
-TOO_LARGE, RATE_LIMIT, SERVER, UNAVAILABLE, TIMEOUT = (
-    "request_too_large", "rate_limit_error", "server_error", "unavailable_error", "timeout_error",
-)  # fmt: skip
-_KINDS = {401: AUTHENTICATION, 403: PERMISSION, 404: NOT_FOUND, 413: TOO_LARGE, 429: RATE_LIMIT, 500: SERVER,
-          503: UNAVAILABLE, 504: TIMEOUT}  # fmt: skip
+_KINDS = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    500: "server_error",
+    503: "unavailable_error",
+    504: "timeout_error",
+}
+"""Status → `type` of an error; for any other "invalid_request_error"."""
 
 
 class ApiError(Exception):
@@ -55,7 +58,7 @@ class ApiError(Exception):
     @property
     def body(self) -> dict[str, Any]:
         """The body of the answer. `type` beside `error` is Anthropic's; OpenAI's clients do not read it."""
-        kind = _KINDS.get(self.status, INVALID)
+        kind = _KINDS.get(self.status, "invalid_request_error")
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"type": "error", "error": error}
 
@@ -74,7 +77,7 @@ def invalid_request(error: ValidationError) -> ApiError:
 
     Where a value may have several types, pydantic reports an error for each: the one that came furthest is meant.
     """
-    details: list[Mapping[str, Any]] = list(error.errors(include_url=False, include_context=False, include_input=False))
+    details = error.errors(include_url=False, include_context=False, include_input=False)
     first_field = details[0]["loc"][:1]
     of_field = [each for each in details if each["loc"][:1] == first_field]
     places = [_place(each["loc"]) for each in of_field]

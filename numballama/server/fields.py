@@ -16,13 +16,13 @@ MAX_INT = 2**31 - 1
 MAX_MESSAGES, MAX_PARTS, MAX_TOOLS, MAX_PROMPTS, MAX_TOKENS = 2048, 1024, 128, 256, 1 << 20
 MAX_STOPS, MAX_STOP, MAX_SCHEMA, MAX_DEPTH, MAX_CHOICES = 16, 256, 256 << 10, 64, 1024
 MAX_IGNORED = 20
-NO_EFFECT: tuple[Any, ...] = (None, False, 0, "", [], {})
+NO_EFFECT: tuple[object, ...] = (None, False, 0, "", [], {})
 """Values of unknown fields that ask for nothing."""
 T = TypeVar("T", bound="Request")
 
 
-class Model(BaseModel):
-    """Part of a request. Types are strict: "1" is no number and 1 no text."""
+class RequestPart(BaseModel):
+    """An object in a request. Types are strict: "1" is no number and 1 no text."""
 
     model_config = ConfigDict(
         strict=True, extra="allow", allow_inf_nan=False, protected_namespaces=(), populate_by_name=True
@@ -34,7 +34,7 @@ class Model(BaseModel):
         return {name: value for name, value in named if value is not None}
 
 
-class Request(Model):
+class Request(RequestPart):
     """A whole request."""
 
     refused: ClassVar[dict[str, str]] = {}
@@ -61,20 +61,20 @@ def parse(kind: type[T], body: bytes) -> T:
     return request
 
 
-def _unknown(value: Any, place: str = "") -> Iterator[str]:
+def _unknown(value: object, place: str = "") -> Iterator[str]:
     """Places of fields inside the fields of a request that no model declares, and that have a value."""
     if isinstance(value, list):
-        for number, each in enumerate(value if value and isinstance(value[0], Model) else ()):
+        for number, each in enumerate(value if value and isinstance(value[0], RequestPart) else ()):
             yield from _unknown(each, f"{place}{number}.")
-    elif isinstance(value, Model):
+    elif isinstance(value, RequestPart):
         if place:
             yield from (place + name for name, own in (value.model_extra or {}).items() if own not in NO_EFFECT)
         for name, field in type(value).model_fields.items():
-            if isinstance(own := getattr(value, name), list | Model):
+            if isinstance(own := getattr(value, name), list | RequestPart):
                 yield from _unknown(own, f"{place}{field.alias or name}.")
 
 
-def _depth(value: Any, limit: int) -> int:
+def _depth(value: object, limit: int) -> int:
     if limit < 0 or not isinstance(value, dict | list):
         return 0
     items = value.values() if isinstance(value, dict) else value
@@ -121,6 +121,6 @@ FunctionName = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[\w
 PartType = Annotated[str, Field(max_length=64), AfterValidator(_text_part)]
 
 
-class TextPart(Model):
+class TextPart(RequestPart):
     type: PartType = "text"
     text: Text

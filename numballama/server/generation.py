@@ -6,9 +6,8 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
-from ..engine.request import Request, TokenLogprobs
+from ..engine.request import FinishReason, Request, TokenLogprobs
 from ..generate import GenerationResponse
 from ..sampling import MAX_N, SamplingParams
 from .errors import ApiError, failed, refused
@@ -27,8 +26,8 @@ class Piece:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
     """Of each token; None unless the request asks for them."""
-    finish_reason: str | None = None
-    """None except in a text's last piece: "stop" or "length"."""
+    finish_reason: FinishReason | None = None
+    """None except in a text's last piece."""
     stop_reason: str | int | None = None
     """As in `GenerationResponse`."""
 
@@ -39,7 +38,9 @@ class _Choice:
 
     tokens: int = 0
     first: float = 0.0
+    """When its first token came, on the clock of `time.monotonic`."""
     latest: float = 0.0
+    """When its latest token came."""
 
 
 class Generation:
@@ -54,10 +55,10 @@ class Generation:
         self._requests: list[Request[GenerationResponse]] = []
         self._ticket: Ticket | None = None
         self._choices = [_Choice() for _ in range(n * len(prompts))]
-        self._begun: set[int] = set()
-        self._finished = 0
-        self._was_ended = False
-        self._cached = [0] * len(prompts)
+        self._begun: set[int] = set()  # prompts whose first token has come
+        self._finished = 0  # texts that have ended
+        self._was_ended = False  # by `end`
+        self._cached = [0] * len(prompts)  # tokens of each prompt that were in the KV cache
         self.prompt_tokens = sum(self._lengths)
 
     @property
@@ -226,6 +227,7 @@ class Generation:
         return list(pieces.values())
 
     def _begin(self, number: int, response: GenerationResponse, now: float) -> None:
+        """The first token of a prompt has come: its prompt no longer waits in the queue."""
         metrics, request = self._service.metrics, self._requests[number]
         self._begun.add(number)
         self._cached[number] = response.cached_tokens
@@ -237,6 +239,7 @@ class Generation:
         metrics.prefill.observe(max(now - request.admitted_at, 0))
 
     def _count(self, piece: Piece, now: float) -> None:
+        """Count a text's new tokens, and the times between them."""
         metrics, choice = self._service.metrics, self._choices[piece.choice]
         count = len(piece.tokens)
         if not choice.tokens:
@@ -252,7 +255,7 @@ class Generation:
             metrics.end_to_end.observe(now - self._arrived)
             metrics.decode.observe(now - choice.first)
 
-    def usage(self) -> dict[str, Any]:
+    def usage(self) -> dict[str, int | dict[str, int]]:
         """Tokens, in OpenAI's shape. The token that ends a text is counted, as in vLLM."""
         return {
             "prompt_tokens": self.prompt_tokens,
@@ -269,7 +272,7 @@ class WholeText:
     text: str = ""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs | None] = field(default_factory=list)
-    finish_reason: str = "length"
+    finish_reason: FinishReason = "length"
     stop_reason: str | int | None = None
 
     def add(self, piece: Piece) -> None:

@@ -7,7 +7,6 @@ import hmac
 import json
 import logging
 import time
-from typing import Any
 from urllib.parse import quote
 
 from starlette.datastructures import Headers
@@ -106,7 +105,7 @@ def _name(host: str) -> str:
 
 
 def _log(method: str, path: str, status: int, seconds: float) -> None:
-    record: dict[str, Any] = {
+    record = {
         "method": method,
         "path": quote(path[:200]),
         "status": status,

@@ -33,7 +33,7 @@ class ClientGoneError(Exception):
     """The client has closed its connection: nobody reads an answer."""
 
 
-def dumps(value: Any) -> bytes:
+def dumps(value: object) -> bytes:
     """The value as JSON in UTF-8. A lone surrogate, which a request may contain, becomes a question mark."""
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return text.encode("utf-8", "replace")
@@ -44,7 +44,7 @@ def number(value: float) -> float | None:
     return None if math.isnan(value) else max(min(value, 9999.0), -9999.0)
 
 
-def event(value: Any, name: str | None = None) -> bytes:
+def event(value: object, name: str | None = None) -> bytes:
     """A server-sent event with JSON as its data."""
     data = b"data: " + dumps(value) + b"\n\n"
     return data if name is None else f"event: {name}\n".encode() + data

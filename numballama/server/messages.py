@@ -12,7 +12,7 @@ from starlette.responses import Response
 from . import chat_core
 from .call import Call
 from .chat import WholeMessage, whole_messages
-from .chat_core import Chat
+from .chat_core import ChatAnswers, ChatFinishReason
 from .errors import ApiError
 from .fields import (
     MAX_INT,
@@ -21,10 +21,10 @@ from .fields import (
     MAX_STOPS,
     MAX_TOOLS,
     FunctionName,
-    Model,
     Name,
     Object,
     Request,
+    RequestPart,
     StopString,
     Text,
 )
@@ -34,12 +34,12 @@ from .tool_fields import CustomCall, CustomTool, Function, FunctionCall, Functio
 from .tools.events import CallArguments, CallStart, Content, Event, Reasoning, merge
 
 
-class ResultPart(Model):
+class ResultPart(RequestPart):
     type: Literal["text"]
     text: Text
 
 
-class Block(Model):
+class Block(RequestPart):
     """A part of a message."""
 
     type: Literal["text", "tool_use", "tool_result", "thinking", "redacted_thinking"]
@@ -52,30 +52,30 @@ class Block(Model):
     content: Text | Annotated[list[ResultPart], Field(max_length=MAX_PARTS)] | None = None
 
 
-class Turn(Model):
+class Turn(RequestPart):
     role: Literal["user", "assistant"]
     content: Text | Annotated[list[Block], Field(max_length=MAX_PARTS)]
 
 
-class MessagesTool(Model):
+class MessagesTool(RequestPart):
     type: Literal["custom"] | None = None
     name: FunctionName
     description: Text | None = None
     input_schema: Object
 
 
-class ToolChoice(Model):
+class ToolChoice(RequestPart):
     type: Literal["auto", "any", "tool", "none"]
     name: FunctionName | None = None
     disable_parallel_tool_use: bool | None = None
 
 
-class OutputFormat(Model):
+class OutputFormat(RequestPart):
     type: Literal["json_schema"]
     schema_: Annotated[Object, Field(alias="schema")]
 
 
-class OutputConfig(Model):
+class OutputConfig(RequestPart):
     format: OutputFormat | None = None
 
 
@@ -215,7 +215,7 @@ def _required(value: str | None, place: str) -> str:
     return value
 
 
-def _stopped(finish_reason: str, stop_reason: str | int | None) -> dict[str, Any]:
+def _stopped(finish_reason: ChatFinishReason, stop_reason: str | int | None) -> dict[str, str | None]:
     """`stop_reason` and `stop_sequence` of an answer."""
     if finish_reason == "stop" and isinstance(stop_reason, str):
         return {"stop_reason": "stop_sequence", "stop_sequence": stop_reason}
@@ -225,7 +225,7 @@ def _stopped(finish_reason: str, stop_reason: str | int | None) -> dict[str, Any
     return {"stop_reason": reasons[finish_reason], "stop_sequence": None}
 
 
-def _usage(chat: Chat) -> dict[str, int]:
+def _usage(chat: ChatAnswers) -> dict[str, int]:
     """Tokens in Anthropic's shape: `input_tokens` are those that were not in the cache."""
     generation = chat.generation
     return {
@@ -236,7 +236,9 @@ def _usage(chat: Chat) -> dict[str, int]:
     }
 
 
-def _message(call: Call, chat: Chat, content: list[dict[str, Any]], stopped: dict[str, Any]) -> dict[str, Any]:
+def _message(
+    call: Call, chat: ChatAnswers, content: list[dict[str, Any]], stopped: dict[str, str | None]
+) -> dict[str, Any]:
     head = {"id": f"msg_{call.key}", "type": "message", "role": "assistant", "model": call.service.name}
     return {**head, "content": content, **stopped, "usage": _usage(chat)}
 
@@ -308,12 +310,12 @@ def _event(kind: str, **data: Any) -> bytes:
     return event({"type": kind, **data}, kind)
 
 
-async def _events(call: Call, chat: Chat) -> AsyncGenerator[bytes, None]:
+async def _events(call: Call, chat: ChatAnswers) -> AsyncGenerator[bytes, None]:
     """The events of a stream. The first does not know yet what is cached; the last has all figures."""
     writer, stopped = _Writer(), _stopped("length", None)
-    nothing = {"stop_reason": None, "stop_sequence": None}
+    nothing: dict[str, str | None] = {"stop_reason": None, "stop_sequence": None}
     yield _event("message_start", message=_message(call, chat, [], nothing))
-    async for batch in chat.events():
+    async for batch in chat.pieces():
         for found in batch:
             if data := b"".join(map(writer.write, found.events)):
                 yield data

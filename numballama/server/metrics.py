@@ -19,8 +19,11 @@ CONTENT_TYPE = CONTENT_TYPE_LATEST
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640)
 """Buckets of times to the first token."""
 TOKEN_SECONDS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1, 2.5, 5)
+"""Buckets of times between tokens."""
 REQUEST_SECONDS = (0.01, 0.05, 0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960)
+"""Buckets of times of whole requests and of their parts."""
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000)
+"""Buckets of numbers of tokens."""
 
 
 class Metrics:
@@ -34,7 +37,7 @@ class Metrics:
         )
 
     def begin(self, name: str) -> None:
-        """The model is loaded and has this name: create what requests for it are counted with."""
+        """Create what requests for the model are counted with, now that it is loaded and has a name."""
 
         def histogram(what: str, text: str, buckets: Iterable[float]) -> Histogram:
             return Histogram(

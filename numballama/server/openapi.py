@@ -72,9 +72,9 @@ def document(requests: dict[str, type[BaseModel]], pages: dict[str, str]) -> dic
     }
 
 
-def _json(schema: Any) -> dict[str, Any]:
+def _json(schema: dict[str, Any]) -> dict[str, Any]:
     return {"application/json": {"schema": schema}}
 
 
-def _answer(text: str, schema: Any) -> dict[str, Any]:
+def _answer(text: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {"description": text, "content": _json(schema)}

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import Error
 from ..sampling import SamplingParams
 from .errors import ApiError, refused
-from .protocol import Generation, ResponseFormat, choice_pattern
+from .protocol import ChatRequest, CompletionRequest, GenerationRequest, ResponseFormat, choice_pattern
 
 GREEDY_TOP_P = 1e-9
 """`SamplingParams` takes no top_p of 0, which means the likeliest token alone."""
@@ -17,8 +17,29 @@ _SAME_NAME = (
 )  # fmt: skip
 
 
+class Restriction(NamedTuple):
+    """What an answer must match."""
+
+    name: str
+    """The field of `SamplingParams`."""
+    value: str | dict[str, Any]
+    place: str
+    """The request's field that asks for it."""
+
+
+def token_limit(request: ChatRequest | CompletionRequest) -> tuple[str, int | None]:
+    """(the request's field that limits the tokens of an answer, its value)."""
+    if request.max_completion_tokens is None:
+        return "max_tokens", request.max_tokens
+    return "max_completion_tokens", request.max_completion_tokens
+
+
 def sampling_params(
-    request: Generation, max_tokens: int | None, logprobs: int | None, limit_field: str = "max_tokens", **more: Any
+    request: GenerationRequest,
+    max_tokens: int | None,
+    logprobs: int | None,
+    limit_field: str = "max_tokens",
+    **more: str,
 ) -> SamplingParams:
     """The settings that a request asks for. What it leaves out is OpenAI's default: temperature 1, nothing cut off.
 
@@ -34,48 +55,48 @@ def sampling_params(
         options["logit_bias"] = {int(token): bias for token, bias in request.logit_bias.items()}
     restriction = _restriction(request)
     if restriction is not None:
-        name, value, place = restriction
         if more:
-            raise ApiError(f"{place} cannot be used with a tool_choice that asks for a call", param=place)
-        options[name] = value
+            message = f"{restriction.place} cannot be used with a tool_choice that asks for a call"
+            raise ApiError(message, param=restriction.place)
+        options[restriction.name] = restriction.value
     fields = {name: name for name in options} | {"max_tokens": limit_field}
     if restriction is not None:
-        fields[restriction[0]] = restriction[2]
+        fields[restriction.name] = restriction.place
     try:
         return SamplingParams(**(options | more))
     except Error as error:
         raise refused(error, fields=fields | dict.fromkeys(more, "tool_choice")) from None
 
 
-def restriction_fields(request: Generation) -> dict[str, str]:
+def restriction_fields(request: GenerationRequest) -> dict[str, str]:
     """Field of `SamplingParams` that restricts the answer → the request's field that asks for it."""
     found = _restriction(request)
-    return {} if found is None else {found[0]: found[2]}
+    return {} if found is None else {found.name: found.place}
 
 
-def _restriction(request: Generation) -> tuple[str, Any, str] | None:
-    """(field of `SamplingParams`, its value, the request's field): what the answer must match. None: nothing."""
-    found: list[tuple[str, Any, str]] = []
+def _restriction(request: GenerationRequest) -> Restriction | None:
+    """What the answer must match. None: nothing. Raises `ApiError` 400 for two restrictions."""
+    found: list[Restriction] = []
     if request.response_format is not None and (schema := _schema(request.response_format)) is not None:
-        found.append(("json_schema", schema, "response_format"))
+        found.append(Restriction("json_schema", schema, "response_format"))
     for name in ("regex", "grammar", "json_schema"):
         if (value := getattr(request, name)) is not None:
-            found.append((name, value, name))
+            found.append(Restriction(name, value, name))
     structured = request.structured_outputs
     if structured is not None:
         place = "structured_outputs"
         if structured.json_ is not None:
-            found.append(("json_schema", structured.json_, place))
+            found.append(Restriction("json_schema", structured.json_, place))
         if structured.json_object:
-            found.append(("json_schema", {"type": "object"}, place))
+            found.append(Restriction("json_schema", {"type": "object"}, place))
         if structured.choice is not None:
-            found.append(("regex", choice_pattern(structured.choice), place))
-        found += [
-            (name, value, place) for name in ("regex", "grammar") if (value := getattr(structured, name)) is not None
-        ]
+            found.append(Restriction("regex", choice_pattern(structured.choice), place))
+        for name in ("regex", "grammar"):
+            if (value := getattr(structured, name)) is not None:
+                found.append(Restriction(name, value, place))
     if len(found) > 1:
-        names = " and ".join(dict.fromkeys(place for _, _, place in found))
-        raise ApiError(f"an answer can be restricted in one way: {names} are given", param=found[1][2])
+        names = " and ".join(dict.fromkeys(each.place for each in found))
+        raise ApiError(f"an answer can be restricted in one way: {names} are given", param=found[1].place)
     return found[0] if found else None
 
 

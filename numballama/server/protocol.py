@@ -1,9 +1,8 @@
 """What clients send: the request models. Every number, list and string has limits.
 
-A wrong value is an error that names its field. A field that no model declares is ignored (the answer's header says so),
-unless `refused` names it:
-those are known, would change the answer, and are not supported. What has no effect (null, false, an empty list) is
-accepted everywhere.
+A wrong value is an error that names its field. A field that no model declares is ignored, and a header of the answer
+says so. But one that `refused` names is an error: it would change the answer, and is not supported. What has no effect
+(null, false, an empty list) is accepted everywhere.
 """
 
 from __future__ import annotations
@@ -24,11 +23,11 @@ from .fields import (
     MAX_TOOLS,
     Choices,
     Count,
-    Model,
     Name,
     Object,
     Pattern,
     Request,
+    RequestPart,
     Stop,
     Text,
     TextPart,
@@ -39,7 +38,7 @@ from .tool_fields import AnyCall, CustomCall, ToolCall, ToolChoice, Tools
 from .tools.custom import INPUT
 
 
-class Message(Model):
+class Message(RequestPart):
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Text | Annotated[list[TextPart], Field(max_length=MAX_PARTS)] | None = None
     name: Name | None = None
@@ -51,21 +50,21 @@ class Message(Model):
 Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
 
 
-class Schema(Model):
+class Schema(RequestPart):
     name: Name = ""
     description: Text | None = None
     schema_: Annotated[Object | None, Field(alias="schema")] = None
     strict: bool | None = None
 
 
-class ResponseFormat(Model):
+class ResponseFormat(RequestPart):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: Schema | None = None
     schema_: Annotated[Object | None, Field(alias="schema")] = None
     """llama.cpp's place for it, beside `type`."""
 
 
-class StructuredOutputs(Model):
+class StructuredOutputs(RequestPart):
     """vLLM's way to restrict the answer. One of these."""
 
     json_: Annotated[Object | Pattern | None, Field(alias="json")] = None
@@ -75,7 +74,7 @@ class StructuredOutputs(Model):
     json_object: bool | None = None
 
 
-class StreamOptions(Model):
+class StreamOptions(RequestPart):
     include_usage: bool | None = None
 
 
@@ -107,7 +106,7 @@ NOT_SUPPORTED = {
 }
 
 
-class Generation(Request):
+class GenerationRequest(Request):
     """What all requests that generate have in common. OpenAI's defaults, not those of `SamplingParams`."""
 
     model: Name | None = None
@@ -147,7 +146,7 @@ class Generation(Request):
     json_schema: Object | None = None
 
 
-class ChatRequest(Generation):
+class ChatRequest(GenerationRequest):
     """/v1/chat/completions."""
 
     refused: ClassVar[dict[str, str]] = {
@@ -180,7 +179,7 @@ Prompt = (
 )
 
 
-class CompletionRequest(Generation):
+class CompletionRequest(GenerationRequest):
     """/v1/completions."""
 
     refused: ClassVar[dict[str, str]] = {**NOT_SUPPORTED, "suffix": "this server does not fill in the middle"}
@@ -257,7 +256,8 @@ def _called(call: ToolCall | CustomCall) -> dict[str, Any]:
     return {"name": call.function.name, "arguments": _arguments(call.function.arguments)}
 
 
-def _arguments(text: str) -> Any:
+def _arguments(text: str) -> dict[str, Any] | str:
+    """The arguments of a call as an object; what is none, as a model may write, as it is."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):

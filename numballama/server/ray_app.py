@@ -55,7 +55,7 @@ EVERY_S = 0.1
 LAST_S = 0.5
 """How long proxies may take to pass on the last event of an answer."""
 FRONT_REQUESTS = 64
-"""Requests that Ray starts another front for, if they are more for each."""
+"""Requests at a time for each front. Where there are more, Ray starts another front."""
 
 
 class Options(BaseModel, extra="forbid"):
@@ -258,6 +258,7 @@ def app(arguments: dict[str, Any]) -> serve.Application:
             raise Error("device=cuda or device=cpu? Before it has connected to the cluster `serve run` cannot tell")
         options.device = "cuda" if ray.cluster_resources().get("GPU") else "cpu"
     on_gpu = options.device == "cuda"
+    gpus = options.arguments.get("gpus", 1)
     most, full = max(options.replicas, options.max_replicas or 0), options.max_sequences + options.queue
     common: dict[str, Any] = {
         "graceful_shutdown_timeout_s": options.settings.request_timeout_s,  # what is replaced answers its requests
@@ -265,7 +266,7 @@ def app(arguments: dict[str, Any]) -> serve.Application:
         "logging_config": QUIET,
     }
     replica = serve.deployment(Replica).options(
-        ray_actor_options={"num_cpus": 0 if on_gpu else options.threads or 1, "num_gpus": int(on_gpu)},
+        ray_actor_options={"num_cpus": 0 if on_gpu else options.threads or 1, "num_gpus": gpus if on_gpu else 0},
         max_replicas_per_node=None if on_gpu or options.threads else 1,
         max_ongoing_requests=full,
         max_queued_requests=full,
@@ -287,7 +288,7 @@ def app(arguments: dict[str, Any]) -> serve.Application:
 
 
 def _scaled(fewest: int, most: int, requests: int) -> dict[str, Any]:
-    """So many processes of a kind: a fixed number, or more while each has more than so many `requests`."""
+    """Ray's options for the number of processes: `fewest`, or up to `most` while each has more than `requests`."""
     if fewest == most:
         return {"num_replicas": fewest}
     limits = {"min_replicas": fewest, "max_replicas": most, "target_ongoing_requests": requests}

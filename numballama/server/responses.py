@@ -12,25 +12,23 @@ from starlette.responses import Response
 from ..tokenizers.base import Tokenizer
 from . import chat_core
 from .call import Call
-from .chat_core import Chat
+from .chat_core import ChatAnswers, ChatFinishReason
 from .content_tokens import Written
 from .errors import ApiError
-from .fields import (
-    Model,
-)
+from .fields import RequestPart
 from .http import JsonResponse, event
 from .logprobs import chat_logprobs
 from .protocol import ChatRequest, Message, ResponseFormat, Schema
 from .responses_protocol import (
     LOGPROBS,
     AllowedFunctions,
-    Choice,
-    CustomToolOf,
+    FlatCustomTool,
     FunctionTool,
     Item,
     NamedCustomTool,
     NamedFunction,
     ResponsesRequest,
+    ResponsesToolChoice,
 )
 from .tool_fields import (
     AllowedNames,
@@ -96,7 +94,7 @@ def chat_request(request: ResponsesRequest) -> ChatRequest:
         priority=request.priority,
         response_format=form,
         tools=tools or None,
-        tool_choice=_choice(request.tool_choice),
+        tool_choice=_tool_choice(request.tool_choice),
         parallel_tool_calls=request.parallel_tool_calls,
         chat_template_kwargs=request.chat_template_kwargs,
         logprobs=request.wants_logprobs,
@@ -104,7 +102,7 @@ def chat_request(request: ResponsesRequest) -> ChatRequest:
     )
 
 
-def _tool(tool: FunctionTool | CustomToolOf, place: str) -> Tool | CustomTool:
+def _tool(tool: FunctionTool | FlatCustomTool, place: str) -> Tool | CustomTool:
     """A tool as one of /v1/chat/completions."""
     if isinstance(tool, FunctionTool):
         return Tool(function=ChatFunction(name=tool.name, description=tool.description, parameters=tool.parameters))
@@ -118,7 +116,7 @@ def _tool(tool: FunctionTool | CustomToolOf, place: str) -> Tool | CustomTool:
     return CustomTool(type="custom", custom=Custom(name=tool.name, description=tool.description, format=form))
 
 
-def _choice(choice: Choice | None) -> ToolChoice | None:
+def _tool_choice(choice: ResponsesToolChoice | None) -> ToolChoice | None:
     """A `tool_choice` as that of /v1/chat/completions."""
     if isinstance(choice, NamedFunction | NamedCustomTool):
         return _named(choice)
@@ -162,7 +160,11 @@ def _add(messages: list[Message], item: Item, place: str) -> None:
 
 
 def _response(
-    call: Call, request: ResponsesRequest, chat: Chat, output: list[dict[str, Any]], reason: str | None
+    call: Call,
+    request: ResponsesRequest,
+    chat: ChatAnswers,
+    output: list[dict[str, Any]],
+    reason: ChatFinishReason | None,
 ) -> dict[str, Any]:
     """A response object. `reason`: why the answer ended; None while it is being generated."""
     status = "in_progress" if reason is None else "incomplete" if reason == "length" else "completed"
@@ -203,17 +205,19 @@ def _response(
     }
 
 
-def _dumped_choice(choice: Choice | None) -> Any:
+def _dumped_choice(choice: ResponsesToolChoice | None) -> dict[str, Any] | str:
+    """A `tool_choice` as the client gave it."""
     if isinstance(choice, AllowedFunctions):
         return {"type": choice.type, "mode": choice.mode, "tools": [_dumped(tool) for tool in choice.tools]}
-    return _dumped(choice) or "auto"
+    return _dumped(choice) if isinstance(choice, RequestPart) else choice or "auto"
 
 
-def _dumped(value: Any) -> Any:
-    return {name: _dumped(each) for name, each in value.as_dict().items()} if isinstance(value, Model) else value
+def _dumped(part: RequestPart) -> dict[str, Any]:
+    """A part of the request as plain values, and those in it."""
+    return {name: _dumped(each) if isinstance(each, RequestPart) else each for name, each in part.as_dict().items()}
 
 
-def _text_format(request: ResponsesRequest) -> Any:
+def _text_format(request: ResponsesRequest) -> dict[str, Any]:
     form = None if request.text is None else request.text.format
     return {"type": "text"} if form is None else _dumped(form)
 
@@ -373,12 +377,14 @@ class _Writer:
         return data
 
 
-async def _events(call: Call, request: ResponsesRequest, chat: Chat, writer: _Writer) -> AsyncGenerator[bytes, None]:
+async def _events(
+    call: Call, request: ResponsesRequest, chat: ChatAnswers, writer: _Writer
+) -> AsyncGenerator[bytes, None]:
     """The events of a stream."""
     started = _response(call, request, chat, [], None)
     yield writer.event("response.created", response=started) + writer.event("response.in_progress", response=started)
-    reason: str = "length"
-    async for batch in chat.events():
+    reason: ChatFinishReason = "length"
+    async for batch in chat.pieces():
         for found in batch:
             if data := writer.write(found.events, found.content_tokens):
                 yield data

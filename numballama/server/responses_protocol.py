@@ -14,11 +14,11 @@ from .fields import (
     MAX_PARTS,
     MAX_TOOLS,
     FunctionName,
-    Model,
     Name,
     Object,
     Pattern,
     Request,
+    RequestPart,
     Text,
     TextPart,
 )
@@ -26,7 +26,7 @@ from .protocol import NO_CODE
 from .tool_fields import Mode, ToolType, choice_kind, tool_kind
 
 
-class Item(Model):
+class Item(RequestPart):
     """A part of the input: a message, a call, or what a call gave."""
 
     type: Literal[
@@ -41,7 +41,7 @@ class Item(Model):
     output: Text | Annotated[list[TextPart], Field(max_length=MAX_PARTS)] | None = None
 
 
-class FunctionTool(Model):
+class FunctionTool(RequestPart):
     type: ToolType
     name: FunctionName
     description: Text | None = None
@@ -49,14 +49,14 @@ class FunctionTool(Model):
     strict: bool | None = None
 
 
-class InputFormat(Model):
+class InputFormat(RequestPart):
     type: Literal["text", "grammar"]
     syntax: Literal["lark", "regex"] | None = None
     definition: Pattern | None = None
 
 
-class CustomToolOf(Model):
-    """A tool whose input is a text."""
+class FlatCustomTool(RequestPart):
+    """A tool whose input is a text. Its fields stand beside `type`; `tool_fields.CustomTool` has them in an object."""
 
     type: Literal["custom"]
     name: FunctionName
@@ -64,12 +64,12 @@ class CustomToolOf(Model):
     format: InputFormat | None = None
 
 
-class NamedFunction(Model):
+class NamedFunction(RequestPart):
     type: ToolType = "function"
     name: FunctionName
 
 
-class NamedCustomTool(Model):
+class NamedCustomTool(RequestPart):
     type: Literal["custom"]
     name: FunctionName
 
@@ -79,7 +79,7 @@ AnyNamedTool = Annotated[
 ]
 
 
-class AllowedFunctions(Model):
+class AllowedFunctions(RequestPart):
     """The prompt shows all tools, and only these may be called."""
 
     type: Literal["allowed_tools"]
@@ -87,7 +87,7 @@ class AllowedFunctions(Model):
     tools: Annotated[list[AnyNamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
 
 
-Choice = Annotated[
+ResponsesToolChoice = Annotated[
     Annotated[Mode, Tag("Mode")]
     | Annotated[NamedFunction, Tag("Named")]
     | Annotated[NamedCustomTool, Tag("Custom")]
@@ -97,18 +97,18 @@ Choice = Annotated[
 
 
 AnyTool = Annotated[
-    Annotated[FunctionTool, Tag("Function")] | Annotated[CustomToolOf, Tag("Custom")], Discriminator(tool_kind)
+    Annotated[FunctionTool, Tag("Function")] | Annotated[FlatCustomTool, Tag("Custom")], Discriminator(tool_kind)
 ]
 
 
-class TextFormat(Model):
+class TextFormat(RequestPart):
     type: Literal["text", "json_object", "json_schema"]
     name: Name = ""
     schema_: Annotated[Object | None, Field(alias="schema")] = None
     strict: bool | None = None
 
 
-class TextOptions(Model):
+class TextOptions(RequestPart):
     format: TextFormat | None = None
 
 
@@ -144,7 +144,7 @@ class ResponsesRequest(Request):
     priority: Annotated[int, Field(ge=-MAX_INT, le=MAX_INT)] | None = None
     text: TextOptions | None = None
     tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS)] | None = None
-    tool_choice: Choice | None = None
+    tool_choice: ResponsesToolChoice | None = None
     parallel_tool_calls: bool | None = None
     metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None
     include: Annotated[list[Include], Field(max_length=64)] | None = None

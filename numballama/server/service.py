@@ -7,8 +7,8 @@ import logging
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from functools import cached_property, partial
+from typing import TYPE_CHECKING, ParamSpec, Protocol, TypeVar
 
 from ..errors import Error
 from ..tokenizers.base import Tokenizer
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("numballama.server")
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 THREADS = 4
@@ -188,9 +189,9 @@ class Service:
         if pause_s >= SHORTEST_PAUSE_S:
             await asyncio.sleep(pause_s)
 
-    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
+    async def run(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
         """The result of a function, called in a thread: the event loop must not wait for a tokenizer or a template."""
-        return await asyncio.get_running_loop().run_in_executor(self._pool, work, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._pool, partial(work, *arguments, **options))
 
     def unhealthy(self) -> str | None:
         """Why the server cannot answer requests now; None if it can."""

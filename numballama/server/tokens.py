@@ -27,7 +27,7 @@ async def tokenize(call: Call, request: TokenizeRequest) -> Response:
 def _tokenize(call: Call, request: TokenizeRequest) -> dict[str, Any]:
     service, tokenizer = call.service, call.service.tokenizer
     if request.messages is not None:
-        ids: Any = apply_template(service, request, request.messages, request.tools)
+        ids = apply_template(service, request, request.messages, request.tools)
     else:
         # llama.cpp's requests bring no BOS unless they ask for it, vLLM's do
         text, bos = (request.content, False) if request.prompt is None else (request.prompt, True)
@@ -71,5 +71,5 @@ async def apply_chat_template(call: Call, request: TemplateRequest) -> Response:
     return JsonResponse({"prompt": text})
 
 
-def _render(call: Call, request: TemplateRequest) -> Any:
+def _render(call: Call, request: TemplateRequest) -> str:
     return apply_template(call.service, request, request.messages, request.tools, tokenize=False)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from .fields import MAX_SCHEMA, MAX_TOOLS, FunctionName, Model, Name, Object, Pattern, Text
+from .fields import MAX_SCHEMA, MAX_TOOLS, FunctionName, Name, Object, Pattern, RequestPart, Text
 
 
 def _function_tool(value: str) -> str:
@@ -19,23 +19,23 @@ def _function_tool(value: str) -> str:
 ToolType = Annotated[str, Field(max_length=64), AfterValidator(_function_tool)]
 
 
-class FunctionCall(Model):
+class FunctionCall(RequestPart):
     name: FunctionName
     arguments: Text = "{}"
 
 
-class ToolCall(Model):
+class ToolCall(RequestPart):
     id: Name = ""
     type: ToolType = "function"
     function: FunctionCall
 
 
-class CustomInput(Model):
+class CustomInput(RequestPart):
     name: FunctionName
     input: Text = ""
 
 
-class CustomCall(Model):
+class CustomCall(RequestPart):
     id: Name = ""
     type: Literal["custom"]
     custom: CustomInput
@@ -51,24 +51,24 @@ _KIND = Discriminator(tool_kind)
 AnyCall = Annotated[Annotated[ToolCall, Tag("Function")] | Annotated[CustomCall, Tag("Custom")], _KIND]
 
 
-class Function(Model):
+class Function(RequestPart):
     name: FunctionName
     description: Annotated[str, Field(max_length=MAX_SCHEMA)] | None = None
     parameters: Object | None = None
     strict: bool | None = None
 
 
-class Tool(Model):
+class Tool(RequestPart):
     type: ToolType = "function"
     function: Function
 
 
-class CustomGrammar(Model):
+class CustomGrammar(RequestPart):
     syntax: Literal["lark", "regex"]
     definition: Pattern
 
 
-class CustomFormat(Model):
+class CustomFormat(RequestPart):
     type: Literal["text", "grammar"]
     grammar: CustomGrammar | None = None
 
@@ -79,7 +79,7 @@ class CustomFormat(Model):
         return self
 
 
-class Custom(Model):
+class Custom(RequestPart):
     name: FunctionName
     description: Annotated[str, Field(max_length=MAX_SCHEMA)] | None = None
     format: CustomFormat | None = None
@@ -89,18 +89,18 @@ class Custom(Model):
         return None if self.format is None or self.format.type == "text" else self.format.grammar
 
 
-class CustomTool(Model):
+class CustomTool(RequestPart):
     """A tool whose input is a text."""
 
     type: Literal["custom"]
     custom: Custom
 
 
-class FunctionChoice(Model):
+class FunctionChoice(RequestPart):
     name: FunctionName
 
 
-class NamedTool(Model):
+class NamedTool(RequestPart):
     type: ToolType = "function"
     function: FunctionChoice
 
@@ -109,7 +109,7 @@ class NamedTool(Model):
         return self.function.name
 
 
-class NamedCustom(Model):
+class NamedCustom(RequestPart):
     type: Literal["custom"]
     custom: FunctionChoice
 
@@ -121,12 +121,12 @@ class NamedCustom(Model):
 AnyNamed = Annotated[Annotated[NamedTool, Tag("Function")] | Annotated[NamedCustom, Tag("Custom")], _KIND]
 
 
-class AllowedNames(Model):
+class AllowedNames(RequestPart):
     mode: Literal["auto", "required"]
     tools: Annotated[list[AnyNamed], Field(min_length=1, max_length=MAX_TOOLS)]
 
 
-class AllowedTools(Model):
+class AllowedTools(RequestPart):
     """The prompt shows all tools, and only these may be called."""
 
     type: Literal["allowed_tools"]
@@ -139,7 +139,7 @@ class AllowedTools(Model):
 
 def choice_kind(value: object) -> str:
     """Which form a `tool_choice` has, so that an error is about that one."""
-    if not isinstance(value, dict | Model):
+    if not isinstance(value, dict | RequestPart):
         return "Mode"
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return {"allowed_tools": "Allowed", "custom": "Custom"}.get(str(kind), "Named")

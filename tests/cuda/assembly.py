@@ -12,12 +12,15 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import mmap
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
+
+import numpy as np
 
 from numballama.config import ModelConfig
 from numballama.cuda.compiler import Cubin
@@ -26,6 +29,9 @@ from numballama.cuda.kernels.wgmma_gemm import wgmma_128_kernel
 from numballama.cuda.launch import Specialization
 from numballama.cuda.ops import wgmma_gemm
 from numballama.graph import KVLayout
+from numballama.parallel.shard import shard
+from numballama.parallel.shares import Shares
+from numballama.parallel.weights import rank_weights
 from tests.cuda.kept_ptx import compiled
 from tests.cuda.older_cards import OLDER
 from tests.helpers.cuda_host import HostDevice, converted, graph_of, install
@@ -94,7 +100,8 @@ FAMILIES = {
     "linear_kernel", "qkv_rope_kernel", "skinny_8_kernel", "skinny_64_kernel", "skinny_round_kernel",
     "skinny_sum_kernel", "gemm_kernel", "attention_128_kernel", "attention_grouped_kernel",
     "attention_grouped_rows_kernel", "attention_group_128_kernel", "kv_write_q8_0_kernel", "sample_kernel",
-    "rmsnorm_kernel", "repack_kernel", "round_kernel",
+    "rmsnorm_kernel", "repack_kernel", "round_kernel", "all_reduce_words_kernel", "all_reduce_flags_kernel",
+    "all_gather_kernel", "send_tokens_kernel", "receive_tokens_kernel",
 }  # fmt: skip
 """Kernels of each file, those with the most registers. The others have the same helpers, which these show to assemble
 for every type and card.
@@ -130,6 +137,35 @@ def opcodes(ptx: str) -> list[str]:
     """The instructions that a PTX text uses."""
     text = ptx.replace(";", ";\n").replace("{", "{\n")  # inline PTX stands in one line
     return sorted(set(OPCODE.findall(text)))
+
+
+def assemble_ranks() -> set[str]:
+    """Bind programs of two ranks, few numbers as words and with flags; returns the kinds of their ops."""
+    from numballama.cuda.backend import CudaBackend
+    from numballama.cuda.ops import collectives
+    from numballama.cuda.peers import PeerMemory
+
+    config = ModelConfig(64, 96, 1, 4, 2, 50, 16)
+    weights = converted(random_checkpoint(config).weights, "f16")
+    types = {name: weight.type for name, weight in weights.items()}
+    shares, ops = Shares.of(config, types, 2), set[str]()
+    of_ranks = [rank_weights(weights, shares, rank) for rank in range(2)]
+    backends = [CudaBackend(own) for own in of_ranks]
+    memory = [PeerMemory(backend.device, rank, 2) for rank, backend in enumerate(backends)]
+    handles, page = [each.handle for each in memory], np.frombuffer(mmap.mmap(-1, mmap.PAGESIZE), np.uint8)
+    for rank, backend in enumerate(backends):
+        backend.join(memory[rank].connect(handles, shares.vocab, page, 0))
+        for most in (collectives.WORDS_UP_TO, 0):
+            with mock.patch.object(collectives, "WORDS_UP_TO", most):
+                graph = graph_of(config, weights, KVLayout.of(config, config.context), 1)
+                exchange = collectives.WORKERS, collectives.exchange_size(2)
+                own = {name: weight.type for name, weight in of_ranks[rank].items()}
+                decode = backend.program(shard(graph, own, shares, rank, *exchange).graph)
+                ops |= {step.op.kind for step in decode.plan.steps}
+        backend.prepare(decode)
+        backend.close()
+        memory[rank].free()
+    return ops
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -197,6 +233,7 @@ def main(arguments: Sequence[str]) -> None:
         backend.prepare(decode)
         backend.prepare_launches([decode.pipeline.tail("logprobs")])
         backend.close()
+    ops |= assemble_ranks()
     out.write_text(json.dumps({"kernels": list(found.values()), "ops": sorted(ops)}))
 
 

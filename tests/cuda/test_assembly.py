@@ -116,6 +116,7 @@ def assembled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, A
     finally:
         for process in processes.values():
             process.kill()
+            process.communicate()
 
 
 def described(kernel: dict[str, Any]) -> str:

@@ -23,7 +23,7 @@ from numballama.ir import Graph, Value
 from numballama.reference import ReferenceBackend
 from tests.cuda.checks import Bench, bounds_of, check_argmax, check_quantize, poison
 from tests.helpers.bounds import check_step
-from tests.kernels.test_kernels_cpu import CASES, Case
+from tests.kernels.cases import CASES, Case
 
 
 def projections(case: Case, x: Value, heights: tuple[int, int] | None = None) -> list[Value]:

@@ -490,7 +490,7 @@ for block in ("model", "engine", "exclusive"):
             pid = os.fork()
             if pid == 0:
                 signal.alarm(60)
-                model._runner.look_at_page = lambda page: os._exit(9)  # the device is the parent's
+                model._runner.check_page = lambda page: os._exit(9)  # the device is the parent's
                 try:
                     model.logits([1])
                 except DeviceError:

@@ -22,6 +22,7 @@ a multiprocessor, none of which takes registers.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numba import cuda
@@ -51,14 +52,66 @@ from .reduce import warp_max, warp_sum
 from .rows_attention import splits_of_row
 
 
+class Item(NamedTuple):
+    """A split of a row's keys for one head."""
+
+    work: int
+    """A number that stands for a row, a KV head and a first split, and every `blocks_of_keys`-th split after that."""
+    part: int
+    """The split's number in its row."""
+    row: int
+    kv_head: int
+    sequence: int
+    position: int
+    """Of the row's token, whose query sees no later keys."""
+    begin: int
+    end: int
+    """Positions of the first key and behind the last."""
+    splits: int
+    """Of its row; one writes the result, more write partial sums."""
+
+
+class Sizes(NamedTuple):
+    """What all items of a run have in common."""
+
+    kv_heads: int
+    inverse_heads: float
+    blocks_of_keys: int
+    inverse_blocks: float
+    splits: int
+    """At most, of a row."""
+    window: int
+    """How many keys a row sees, 0 for all."""
+    workers: int
+    """Warps of the device: a warp's numbers of work are so far apart."""
+    total: int
+    """Numbers of work."""
+
+
+class Rows(NamedTuple):
+    """Rows of a run: the first ones, or those that are listed."""
+
+    tiles: np.ndarray
+    listed: int
+    most_rows: int
+
+
+class Place(NamedTuple):
+    """Strides of a cache, in bytes but for the page table's."""
+
+    table_stride: int
+    log2_page: int
+    page_bytes: int
+    head_bytes: int
+    row_bytes: int
+
+
 @device
 def find_item(work, part, sizes, rows, positions, sequences):
-    """The warp's first item from number `work` on whose split exists: (number, split, row, KV head, sequence, position,
-    first key, end of its keys, splits of its row).
+    """The warp's first item from number `work` on whose split exists.
 
-    A number stands for a row, a KV head and a first split, and every `blocks_of_keys`-th split after that. `part` is
-    the split to begin with, -1 the number's first. A warp's numbers are `workers` apart. If no item is left, the number
-    is `total` and the item has no keys.
+    `part` is the split to begin with, -1 the number's first. If no item is left, the number is `total` and the item has
+    no keys.
     """
     kv_heads, inverse_heads, blocks_of_keys, inverse_blocks, splits, window, workers, total = sizes
     tiles, listed, most_rows = rows
@@ -82,22 +135,22 @@ def find_item(work, part, sizes, rows, positions, sequences):
             part = np.int64(-1)
     if not found:
         work, end = total, begin
-    return work, part, t, kv_head, sequence, position, begin, end, splits_used
+    return Item(work, part, t, kv_head, sequence, position, begin, end, splits_used)
 
 
 @device
 def next_item(item, sizes, rows, positions, sequences):
     """The warp's next item: the next of its row's splits that is its own, or one of another row."""
-    return find_item(item[0], item[1] + sizes[2], sizes, rows, positions, sequences)
+    return find_item(item.work, item.part + sizes.blocks_of_keys, sizes, rows, positions, sequences)
 
 
 @device
 def after(item, p, sizes, rows, positions, sequences):
     """What comes after an item's keys from position `p` to the end of their 32: (item, position)."""
     p = (p | (KEYS - 1)) + 1
-    if p >= item[7]:
+    if p >= item.end:
         item = next_item(item, sizes, rows, positions, sequences)
-        p = item[6]
+        p = item.begin
     return item, p
 
 
@@ -107,9 +160,9 @@ def source_of(item, p, place, page_table):
     a slot, bytes).
     """
     table_stride, log2_page, page_bytes, head_bytes, row_bytes = place
-    page = np.int64(page_table[item[4] * table_stride + (p >> log2_page)])
-    at = page * page_bytes + item[3] * head_bytes + (p & ((1 << log2_page) - 1)) * row_bytes
-    end = min(item[7], (p | (KEYS - 1)) + 1)
+    page = np.int64(page_table[item.sequence * table_stride + (p >> log2_page)])
+    at = page * page_bytes + item.kv_head * head_bytes + (p & ((1 << log2_page) - 1)) * row_bytes
+    end = min(item.end, (p | (KEYS - 1)) + 1)
     return at, (p & (KEYS - 1)) * row_bytes, (end - p) * row_bytes
 
 
@@ -124,7 +177,7 @@ def load_rows(base, slot, barrier, source):
 @device
 def load_query(q, item, kv_heads, lanes):
     """The lane's eight elements of an item's query; of row 0 for one that does not exist."""
-    at = ((item[2] * kv_heads + item[3]) * lanes + (cuda.threadIdx.x & (lanes - 1))) * 8
+    at = ((item.row * kv_heads + item.kv_head) * lanes + (cuda.threadIdx.x & (lanes - 1))) * 8
     return ld_v4_f32(q, at), ld_v4_f32(q, at + 4)
 
 
@@ -140,15 +193,14 @@ def fold(scores, offset):
 @device
 def write_item(item, kv_heads, splits, lanes, max_score, exp_sum, acc, out, partials, counters):
     """Write the head's result, or this split of it. The last warp to finish merges a row's splits."""
-    _, part, t, kv_head, _, _, _, _, splits_used = item
     lane, head_dim = np.int64(cuda.threadIdx.x & 31), 8 * lanes
-    part_size, head = head_dim + 2, t * kv_heads + kv_head
+    part_size, head = head_dim + 2, item.row * kv_heads + item.kv_head
     total = warp_sum(exp_sum)
     for j in range(8):
         if lanes == 8:
             acc[j] += cuda.shfl_xor_sync(FULL_MASK, acc[j], 8)
         acc[j] += cuda.shfl_xor_sync(FULL_MASK, acc[j], 16)
-    if splits_used == 1:
+    if item.splits == 1:
         if lane < lanes:
             at, factor = head * head_dim + 8 * lane, np.float32(1) / total
             st_v4_f32(out, at, acc[0] * factor, acc[1] * factor, acc[2] * factor, acc[3] * factor)
@@ -156,7 +208,7 @@ def write_item(item, kv_heads, splits, lanes, max_score, exp_sum, acc, out, part
         return
     first = head * splits * part_size
     if lane < lanes:
-        at = first + part * part_size
+        at = first + item.part * part_size
         for j in range(8):
             partials[at + 8 * lane + j] = acc[j]
         if lane == 0:
@@ -165,9 +217,9 @@ def write_item(item, kv_heads, splits, lanes, max_score, exp_sum, acc, out, part
     finished = np.int32(0)
     if lane == 0:
         finished = atom_add_1(address(counters, head))
-    if cuda.shfl_sync(FULL_MASK, finished, 0) == splits_used - 1:
+    if cuda.shfl_sync(FULL_MASK, finished, 0) == item.splits - 1:
         largest, total = LOWEST_SCORE, np.float32(0)
-        if lane < splits_used:
+        if lane < item.splits:
             at = first + lane * part_size + head_dim
             largest, total = partials[at], partials[at + 1]
         weight = ex2_approx(largest - warp_max(largest))
@@ -176,7 +228,7 @@ def write_item(item, kv_heads, splits, lanes, max_score, exp_sum, acc, out, part
         while d < head_dim:
             no_unroll()
             value = np.float32(0)
-            for i in range(splits_used):
+            for i in range(item.splits):
                 value += cuda.shfl_sync(FULL_MASK, weight, i) * partials[first + i * part_size + d]
             out[head * head_dim + d] = value * factor
             d += 32
@@ -226,7 +278,7 @@ def body_with(lanes):
         lane, warp = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5
         row_bytes = np.int64(16 * lanes)
         head_bytes = row_bytes << log2_page
-        place = table_stride, log2_page, kv_heads * head_bytes, head_bytes, row_bytes
+        place = Place(table_stride, log2_page, kv_heads * head_bytes, head_bytes, row_bytes)
         k_base, v_base, base = address(k_cache, 0), address(v_cache, 0), shared_address(shared, 0)
         k_ring, k_barriers = base + warp * RING_BYTES, base + WARPS * RING_BYTES + 16 * stages * warp
         v_ring, v_barriers = k_ring + stages * slot_bytes, k_barriers + 8 * stages
@@ -236,20 +288,20 @@ def body_with(lanes):
             fence_mbarrier_init()
         cuda.syncwarp()
         count = np.int64(tiles[1] if listed else tokens[0])
-        sizes = (
+        sizes = Sizes(
             kv_heads, np.float32(1) / np.float32(kv_heads), blocks_of_keys, np.float32(1) / np.float32(blocks_of_keys),
             splits, window, np.int64(cuda.gridDim.x * WARPS), count * blocks_of_keys * kv_heads,
         )  # fmt: skip
-        rows = tiles, listed, most_rows
+        rows = Rows(tiles, listed, most_rows)
         work = np.int64(cuda.blockIdx.x + cuda.gridDim.x * warp)
         item = find_item(work, np.int64(-1), sizes, rows, positions, sequences)
-        ahead, p_ahead = item, item[6]
+        ahead, p_ahead = item, item.begin
         run = np.int64(tokens[0])
         for i in range(stages):
             no_unroll()
-            if p_ahead < ahead[7]:
+            if p_ahead < ahead.end:
                 # this run writes keys of its own tokens, of which a sequence has no more than there are rows
-                if (p_ahead | (KEYS - 1)) + run > ahead[5]:
+                if (p_ahead | (KEYS - 1)) + run > ahead.position:
                     griddepcontrol_wait()
                 if lane == 0:
                     source = source_of(ahead, p_ahead, place, page_table)
@@ -262,21 +314,21 @@ def body_with(lanes):
         query, acc = cuda.local.array(8, np.float32), cuda.local.array(8, np.float32)
         slot, parity = np.int64(0), np.int64(0)
         a, b = load_query(q, item, kv_heads, lanes)
-        while item[6] < item[7]:
+        while item.begin < item.end:
             no_unroll()
             for j in range(4):
                 query[j], query[4 + j] = a[j] * factor, b[j] * factor
                 acc[j], acc[4 + j] = np.float32(0), np.float32(0)
             following = next_item(item, sizes, rows, positions, sequences)
-            if following[6] < following[7]:
+            if following.begin < following.end:
                 a, b = load_query(q, following, kv_heads, lanes)
             max_score, exp_sum = LOWEST_SCORE, np.float32(0)
-            p = item[6]
-            while p < item[7]:
+            p = item.begin
+            while p < item.end:
                 no_unroll()
                 low = np.int32(p & (KEYS - 1))
-                last = np.int32(min(item[7] - 1 - (p & -KEYS), KEYS - 1))
-                more, source = p_ahead < ahead[7], (np.int64(0), np.int64(0), np.int64(0))
+                last = np.int32(min(item.end - 1 - (p & -KEYS), KEYS - 1))
+                more, source = p_ahead < ahead.end, (np.int64(0), np.int64(0), np.int64(0))
                 if more and lane == 0:
                     source = source_of(ahead, p_ahead, place, page_table)
                 mbarrier_wait(k_barriers + 8 * slot, parity)

@@ -157,18 +157,23 @@ def attend(q, k_cache, v_cache, pages, positions, sequences, first, rows, out, k
              head_dim if row1 < rows else 0)  # fmt: skip
 
 
+@device
+def attend_tiles(q, k_cache, v_cache, pages, positions, sequences, tiles, out, kv_heads, shared_by, head_dim, sums):
+    """Attention of one head of the block's tiles. `sums` is as in `attend`."""
+    pdl_sync()
+    for tile in range(cuda.blockIdx.x, tiles[0], cuda.gridDim.x):
+        first, rows = np.int64(tiles[2 * tile + 2]), np.int64(tiles[2 * tile + 3])
+        cuda.syncthreads()  # no thread reads the tile before this one
+        attend(q, k_cache, v_cache, pages, positions, sequences, first, rows, out, kv_heads, shared_by, head_dim, sums)
+
+
 @launch_bounds(min_blocks=2)
 @cuda.jit
 def attention_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page, tiles,
                         out, kv_heads, shared_by, head_dim):  # fmt: skip
     """Heads of up to 64 elements."""
-    pages = page_table, table_stride, log2_page
-    pdl_sync()
-    for tile in range(cuda.blockIdx.x, tiles[0], cuda.gridDim.x):
-        first, rows = np.int64(tiles[2 * tile + 2]), np.int64(tiles[2 * tile + 3])
-        cuda.syncthreads()  # no thread reads the tile before this one
-        attend(q, k_cache, v_cache, pages, positions, sequences, first, rows, out, kv_heads, shared_by, head_dim,
-               zeros32())  # fmt: skip
+    attend_tiles(q, k_cache, v_cache, (page_table, table_stride, log2_page), positions, sequences, tiles, out, kv_heads,
+                 shared_by, head_dim, zeros32())  # fmt: skip
 
 
 @launch_bounds(min_blocks=2)
@@ -176,10 +181,5 @@ def attention_64_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_
 def attention_128_kernel(tokens, q, k_cache, v_cache, positions, sequences, page_table, table_stride, log2_page, tiles,
                          out, kv_heads, shared_by, head_dim):  # fmt: skip
     """Heads of up to 128 elements."""
-    pages = page_table, table_stride, log2_page
-    pdl_sync()
-    for tile in range(cuda.blockIdx.x, tiles[0], cuda.gridDim.x):
-        first, rows = np.int64(tiles[2 * tile + 2]), np.int64(tiles[2 * tile + 3])
-        cuda.syncthreads()  # no thread reads the tile before this one
-        attend(q, k_cache, v_cache, pages, positions, sequences, first, rows, out, kv_heads, shared_by, head_dim,
-               zeros64())  # fmt: skip
+    attend_tiles(q, k_cache, v_cache, (page_table, table_stride, log2_page), positions, sequences, tiles, out, kv_heads,
+                 shared_by, head_dim, zeros64())  # fmt: skip

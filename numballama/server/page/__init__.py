@@ -6,7 +6,6 @@ The browser loads nothing from elsewhere: no library, no font, no image. The pag
 from __future__ import annotations
 
 import hashlib
-import json
 from importlib import resources
 
 import anyio
@@ -15,6 +14,8 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from ..errors import ApiError
+from ..http import error_response
 from .markdown import render
 
 RENDER = "/render"
@@ -125,6 +126,6 @@ async def _read_body(request: Request) -> bytes:
 
 
 def _error(status: int, message: str) -> Response:
-    """An error in OpenAI's shape."""
-    error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    return Response(json.dumps({"error": error}), status, media_type="application/json", headers=HEADERS)
+    response = error_response(ApiError(message, status))
+    response.headers.update(HEADERS)
+    return response

@@ -9,13 +9,14 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from html import escape
-from typing import Any
 
 from markdown_it import MarkdownIt
 from markdown_it.renderer import RendererHTML
 from markdown_it.rules_block import StateBlock
 from markdown_it.rules_core import StateCore
+from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
+from markdown_it.utils import EnvType, OptionsDict
 
 SCHEMES = ("http", "https", "mailto")
 ATTRIBUTES = frozenset({"href", "title", "target", "rel", "class", "start"})
@@ -49,7 +50,7 @@ def render(text: str) -> str:
         return f'<pre class="plain">{escape(text)}</pre>\n'
 
 
-def _count_step(state: Any, *_: Any) -> bool:
+def _count_step(state: StateBlock | StateInline, *_: object) -> bool:
     """A rule in front of all others, which never matches: it counts where the parser tries to match one."""
     state.env["steps"] -= 1
     if state.env["steps"] < 0:
@@ -57,7 +58,7 @@ def _count_step(state: Any, *_: Any) -> bool:
     return False
 
 
-def _check_depth(state: StateBlock, *_: Any) -> bool:
+def _check_depth(state: StateBlock, *_: object) -> bool:
     """The block parser leaves out what is nested deeper than its limit."""
     if state.level > MAX_NESTING - 3:
         raise _TooComplexError
@@ -85,13 +86,13 @@ def _is_allowed(url: str) -> bool:
     return _ALLOWED_LINK.match(url) is not None
 
 
-def _link_open(self: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
+def _link_open(self: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType) -> str:
     tokens[index].attrSet("target", "_blank")
     tokens[index].attrSet("rel", "noopener noreferrer nofollow")
     return self.renderToken(tokens, index, options, env)
 
 
-def _image(self: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
+def _image(self: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType) -> str:
     """A link to the image. Loading it would tell its host that the text was read."""
     token = tokens[index]
     label = self.renderInlineAsText(token.children or [], options, env).strip() or "image"
@@ -100,7 +101,7 @@ def _image(self: RendererHTML, tokens: Sequence[Token], index: int, options: Any
     return f"{_link_open(self, [opening], 0, options, env)}{escape(label)}</a>"
 
 
-def _cell(self: RendererHTML, tokens: Sequence[Token], index: int, options: Any, env: Any) -> str:
+def _cell(self: RendererHTML, tokens: Sequence[Token], index: int, options: OptionsDict, env: EnvType) -> str:
     """The column's alignment as a class: the page's Content-Security-Policy allows no style attribute."""
     aligned = _ALIGNMENT.fullmatch(str(tokens[index].attrs.pop("style", "")))
     if aligned:

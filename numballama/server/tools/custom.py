@@ -47,7 +47,7 @@ class InputText:
     def finish(self) -> str:
         """The rest of the input: there are no more pieces."""
         if self._is_open or f'{{"{INPUT}":"'.startswith("".join(self._rest.split())):
-            return ""  # cut off before the input, if it is not open
+            return ""  # all was returned by `feed`, or the answer was cut off before the input
         try:
             found = json.loads(self._rest)[INPUT]
         except (ValueError, RecursionError, LookupError, TypeError):

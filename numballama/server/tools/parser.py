@@ -76,7 +76,7 @@ class Parser:
         self._dialect, self._names, self._reasoning = dialect, frozenset(names), reasoning
         self._opens = dialect.opens if names else ()
         self._begins, self._ends = _Markers(dialect.opens), _Markers((*dialect.opens, dialect.close))
-        self._last = _Markers(reasoning[1:] if reasoning else ())
+        self._reasoning_ends = _Markers(reasoning[1:] if reasoning else ())
         self._bare = dialect.bare and bool(names)
         self._forbidden = "".join({marker[0] for marker in (*dialect.opens, dialect.close) if marker} - {"[", "{", '"'})
         self._held, self._wait = "", False
@@ -174,7 +174,7 @@ class Parser:
                 self._may_reason = not end
                 return end or at
             self._keep_space = True
-        start, end = self._find(self._last, data, at)
+        start, end = self._find(self._reasoning_ends, data, at)
         self._put(Reasoning(data[at:start]))
         if self._wait:
             return start

@@ -192,7 +192,8 @@ def test_cancelled_while_the_grammar_works() -> None:
 
 
 def advance(constraint: Constraint, token: int) -> Advance:
-    return Advance(Sequence([1], make_params(), 5, order=(0, 0, 0), constraint=constraint), token, None)
+    sequence = Sequence([1], make_params(), 5, order=(0, 0, 0), constraint=constraint)
+    return Advance(sequence, constraint, token, None)
 
 
 def test_a_class_may_advance_many_at_once() -> None:
@@ -211,7 +212,7 @@ def test_a_slow_constraint_is_advanced_by_itself_until_it_is_fast() -> None:
     assert len(worker.take(10)) == 1
     for _ in range(3):
         worker.put([advance(slow, 2), advance(fast, 2)])
-        assert [each.sequence.constraint for each in worker.take(10)] == [fast]
+        assert [each.constraint for each in worker.take(10)] == [fast]
         worker.wait(10)
         assert [each.sequence.constraint for each in worker.take(0)] == [slow]
     slow.seconds = 0

@@ -1,17 +1,15 @@
-"""Who steps and who is woken: threads, coroutines, Ctrl-C, a forked child. Nobody waits for ever."""
+"""Who steps and who is woken: threads and coroutines. Nobody waits for ever."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import gc
-import os
 import random
-import signal
 import threading
 import time
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -19,28 +17,8 @@ import pytest
 from numballama.engine.engine import Engine
 from numballama.engine.request import Request, TokenEvent
 from numballama.errors import DeviceError, Error
-from tests.helpers.engine_machine import check_engine
-from tests.helpers.fake_runner import FakeRunner, expected, make_params, tokens_of
-
-PATIENCE = 120
-
-
-def make(**options: Any) -> tuple[Engine, FakeRunner]:
-    runner = FakeRunner(**{"max_sequences": 8, "max_tokens": 32, "pages": 60, **options})
-    return Engine(runner), runner
-
-
-def alone(prompt: list[int], count: int = 8) -> list[int]:
-    return expected(prompt, count, 1000)
-
-
-def settle(engine: Engine, runner: FakeRunner) -> None:
-    """Stop the thread, finish what is in flight, and check the books."""
-    engine.stop()
-    while engine._has_work():
-        engine._step()
-    check_engine(engine, runner)
-    assert engine.stats().pages_used == 0
+from tests.helpers.driven_engine import PATIENCE, alone, make_engine, settle
+from tests.helpers.fake_runner import make_params, tokens_of
 
 
 def in_threads(count: int, work: Callable[[int], None]) -> None:
@@ -99,7 +77,7 @@ def behave(engine: Engine, rng: random.Random, name: int) -> None:
 @pytest.mark.parametrize("lookahead", [0, 2])
 @pytest.mark.parametrize(("readers", "each"), [(8, 2), pytest.param(40, 5, marks=pytest.mark.slow)])
 def test_requests_from_many_threads(threaded: bool, lookahead: int, readers: int, each: int) -> None:
-    engine, runner = make(lookahead=lookahead)
+    engine, runner = make_engine(lookahead=lookahead)
     if threaded:
         engine.start()
 
@@ -154,14 +132,14 @@ def test_requests_from_asyncio(count: int) -> None:
     async def everybody(engine: Engine) -> None:
         await asyncio.wait_for(asyncio.gather(*(one(engine, number) for number in range(count))), PATIENCE)
 
-    engine, runner = make(lookahead=1)
+    engine, runner = make_engine(lookahead=1)
     asyncio.run(everybody(engine))
     settle(engine, runner)
 
 
 def test_a_loop_is_called_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the number of its requests that have something to read."""
-    engine, _ = make(lookahead=1)
+    engine, _ = make_engine(lookahead=1)
     calls = 0
 
     async def read(request: AsyncIterator[TokenEvent]) -> int:
@@ -188,7 +166,7 @@ def test_a_loop_is_called_once_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_closed_loop_stops_nobody() -> None:
     """Its coroutine is never woken; everybody else is."""
-    engine, _ = make()
+    engine, _ = make_engine()
     loop = asyncio.new_event_loop()
     request = engine.submit([1], make_params(max_tokens=50))
     request._state.waiter = loop, loop.create_future()
@@ -199,7 +177,7 @@ def test_a_closed_loop_stops_nobody() -> None:
 
 def test_whoever_waits_steps_for_all() -> None:
     """Two readers, no thread: the one that leaves first hands over to the other."""
-    engine, runner = make(max_sequences=1)
+    engine, runner = make_engine(max_sequences=1)
     results: dict[int, list[int]] = {}
 
     def work(number: int) -> None:
@@ -212,7 +190,7 @@ def test_whoever_waits_steps_for_all() -> None:
 
 def test_a_reader_that_leaves_while_others_sleep_wakes_one_of_them() -> None:
     """The one that steps is slow and then goes away for good; its request ends, the other's does not."""
-    engine, runner = make(max_sequences=1)
+    engine, runner = make_engine(max_sequences=1)
     started, gate = threading.Event(), threading.Event()
 
     def hold(number: int) -> None:
@@ -236,7 +214,7 @@ def test_a_reader_that_leaves_while_others_sleep_wakes_one_of_them() -> None:
 
 
 def test_the_thread_takes_over_and_gives_back() -> None:
-    engine, runner = make(lookahead=1)
+    engine, runner = make_engine(lookahead=1)
     reader = iter(engine.submit([3], make_params(max_tokens=40)))
     read = [next(reader).token]
     engine.start()
@@ -251,7 +229,7 @@ def test_the_thread_takes_over_and_gives_back() -> None:
 
 
 def test_the_thread_sleeps_when_there_is_nothing_to_do() -> None:
-    engine, runner = make(lookahead=1)
+    engine, runner = make_engine(lookahead=1)
     with engine:
         assert tokens_of(engine.submit([3], make_params())) == alone([3])
         while engine._has_work():
@@ -268,7 +246,7 @@ def test_the_thread_sleeps_when_there_is_nothing_to_do() -> None:
 def test_an_engine_that_nobody_refers_to_ends_its_thread() -> None:
     """Whether it has worked before or not. An engine that is left open must not keep its model."""
     for prompts in ([], [[1, 2, 3], [4, 5]]):
-        engine, _ = make()
+        engine, _ = make_engine()
         engine.start()
         thread = engine._driver._thread
         assert thread is not None
@@ -285,7 +263,7 @@ def test_an_engine_that_nobody_refers_to_ends_its_thread() -> None:
 
 
 def test_exclusive_waits_for_its_turn() -> None:
-    engine, runner = make(lookahead=1)
+    engine, runner = make_engine(lookahead=1)
     engine.start()
     stop = threading.Event()
 
@@ -305,7 +283,7 @@ def test_exclusive_waits_for_its_turn() -> None:
 
 
 def test_close_wakes_those_who_sleep() -> None:
-    engine, runner = make(max_sequences=1)
+    engine, runner = make_engine(max_sequences=1)
     runner.before_collect = lambda number: time.sleep(0.002)
     ready = threading.Barrier(6)
 
@@ -325,7 +303,7 @@ def test_close_wakes_those_who_sleep() -> None:
 
 
 def test_close_wakes_coroutines() -> None:
-    engine, runner = make()
+    engine, runner = make_engine()
     runner.before_collect = lambda number: time.sleep(0.002)
 
     async def read() -> None:
@@ -339,7 +317,7 @@ def test_close_wakes_coroutines() -> None:
 
 
 def test_one_reader_a_request() -> None:
-    engine, runner = make(max_sequences=1)
+    engine, runner = make_engine(max_sequences=1)
     started, gate = threading.Event(), threading.Event()
 
     def hold(number: int) -> None:
@@ -363,126 +341,10 @@ def test_one_reader_a_request() -> None:
     assert not first.is_alive()
 
 
-@contextlib.contextmanager
-def default_sigint() -> Iterator[None]:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.parametrize("lookahead", [0, 1])
-def test_ctrl_c_while_this_thread_steps(lookahead: int) -> None:
-    """The step ends, its tokens are handed out; the caller's request is cancelled, the others go on."""
-    engine, runner = make(lookahead=lookahead)
-
-    def press(event: TokenEvent) -> TokenEvent:
-        if event.token == alone([6] * 5)[3]:
-            signal.raise_signal(signal.SIGINT)
-        return event
-
-    pressing = engine.submit([6] * 5, make_params(), process=press)
-    own, other = engine.submit([1], make_params(max_tokens=30)), engine.submit([2] * 9, make_params())
-    with default_sigint(), pytest.raises(KeyboardInterrupt):
-        list(own)
-    assert signal.getsignal(signal.SIGINT) is not None and list(own) == []
-    rows = runner.rows
-    assert tokens_of(pressing) == alone([6] * 5) and tokens_of(other) == alone([2] * 9)
-    assert runner.rows - rows <= 2 * 8, "nothing was computed again"
-    settle(engine, runner)
-
-
-def test_ctrl_c_does_not_wait_for_the_response() -> None:
-    """A long prompt: the step ends, and not the whole prompt."""
-    engine, runner = make(max_tokens=8, max_sequences=2, pages=600, pages_per_sequence=500)
-    runner.before_collect = lambda number: signal.raise_signal(signal.SIGINT) if number == 2 else None
-    with default_sigint(), pytest.raises(KeyboardInterrupt):
-        list(engine.submit([1] * 1000))
-    assert runner.runs == 3
-    settle(engine, runner)
-
-
-def test_ctrl_c_while_another_thread_steps() -> None:
-    engine, runner = make()
-    runner.before_collect = lambda number: time.sleep(0.001)
-    with engine, default_sigint():
-        own, other = engine.submit([1], make_params(max_tokens=64)), engine.submit([2] * 9, make_params())
-        timer = threading.Timer(0.01, lambda: signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT))
-        timer.start()
-        with pytest.raises(KeyboardInterrupt):
-            list(own)
-        assert tokens_of(other) == alone([2] * 9)
-
-
-def wait_until(condition: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.001)
-
-
-def test_ctrl_c_while_the_thread_ends() -> None:
-    """Who waited for its end waits no more; it ends all the same, and the next reader steps or starts another."""
-    engine, runner = make()
-    stepping, interrupted = threading.Event(), threading.Event()
-
-    def press(number: int) -> None:
-        if not stepping.is_set():
-            stepping.set()
-            wait_until(lambda: engine._driver._stopping)
-            signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
-            assert interrupted.wait(PATIENCE)
-
-    runner.before_collect = press
-    with default_sigint():
-        engine.start()
-        request = engine.submit([1], make_params())
-        assert stepping.wait(PATIENCE)
-        with pytest.raises(KeyboardInterrupt):
-            engine.stop()
-    interrupted.set()
-    wait_until(lambda: not engine._driver.running)
-    assert tokens_of(request) == alone([1])
-    with engine:
-        assert engine._driver.running
-        assert tokens_of(engine.submit([2, 3], make_params())) == alone([2, 3])
-    settle(engine, runner)
-
-
-def test_ctrl_c_while_a_pause_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A reader that sleeps because of the pause steps again."""
-    engine, runner = make()
-    driver, reading = engine._driver, threading.Event()
-    read: list[list[int]] = []
-
-    def work(number: int) -> None:
-        if not reading.is_set():
-            reading.set()
-            wait_until(lambda: driver._pausing)
-
-    def listen() -> None:
-        driver.lock.release()
-        wait_until(lambda: driver._sleeping)
-        driver.lock.acquire()
-        raise KeyboardInterrupt
-
-    runner.before_collect = work
-    reader = threading.Thread(target=lambda: read.append(tokens_of(engine.submit([1], make_params()))), daemon=True)
-    reader.start()
-    assert reading.wait(PATIENCE)
-    monkeypatch.setattr(driver, "_listen", listen)
-    with pytest.raises(KeyboardInterrupt), engine.exclusive():
-        raise AssertionError("another thread stepped")
-    reader.join(30)
-    assert read == [alone([1])]
-    settle(engine, runner)
-
-
 @pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), MemoryError()], ids=["limit", "memory"])
 def test_a_thread_that_does_not_start(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     """A limit of the system is an error, and readers step themselves. Whoever wanted the thread is not counted."""
-    engine, runner = make()
+    engine, runner = make_engine()
 
     def start(thread: threading.Thread) -> None:
         raise error
@@ -501,7 +363,7 @@ def test_a_thread_that_does_not_start(monkeypatch: pytest.MonkeyPatch, error: Ex
 
 
 def test_whoever_enters_while_another_leaves_keeps_the_thread(monkeypatch: pytest.MonkeyPatch) -> None:
-    engine, runner = make()
+    engine, runner = make_engine()
     driver = engine._driver
     driver.enter()
     stop = driver._stop
@@ -517,109 +379,3 @@ def test_whoever_enters_while_another_leaves_keeps_the_thread(monkeypatch: pytes
     driver.leave()
     assert not driver.running
     settle(engine, runner)
-
-
-def test_ctrl_c_while_the_thread_is_told_to_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The thread that sleeps is woken all the same, and ends."""
-    engine, runner = make()
-    driver = engine._driver
-    engine.start()
-    wait_until(lambda: driver._idle)
-    notify = driver.notify
-
-    def press() -> None:
-        monkeypatch.setattr(driver, "notify", notify)
-        signal.raise_signal(signal.SIGINT)
-        notify()
-
-    monkeypatch.setattr(driver, "notify", press)
-    with default_sigint(), pytest.raises(KeyboardInterrupt):
-        engine.stop()
-    wait_until(lambda: not driver.running)
-    with engine:
-        assert tokens_of(engine.submit([1], make_params())) == alone([1])
-    settle(engine, runner)
-
-
-def test_an_exit_in_a_callback_ends_an_engine_with_a_thread() -> None:
-    def leave(event: TokenEvent) -> TokenEvent:
-        raise SystemExit
-
-    engine, _ = make()
-    with engine, pytest.raises((SystemExit, Error)):
-        list(engine.submit([1], make_params(), process=leave))
-    inline, _ = make()
-    other = inline.submit([2], make_params())
-    with pytest.raises(SystemExit):
-        list(inline.submit([1], make_params(), process=leave))
-    assert tokens_of(other) == alone([2])
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_forked_child_is_refused() -> None:
-    engine, _ = make()
-    request = engine.submit([1], make_params())
-    engine.start()
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            refused = (lambda: engine.submit([1]), lambda: engine.wait(request._state), engine.start, engine.enter)
-            for action in (*refused, lambda: engine.exclusive().__enter__()):
-                with pytest.raises(DeviceError, match="forked"):
-                    action()
-            code = 0
-        finally:
-            os._exit(code)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    assert tokens_of(request) == alone([1])
-    engine.close()
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("leaving", ["close", "stop", "user", "pause", "failed pause"])
-def test_a_forked_child_leaves_what_its_parent_has_entered(leaving: str) -> None:
-    """It does so although threads that do not exist in it hold the lock or step; the engine does not notice."""
-    engine, runner = make()
-    request = engine.submit([1], make_params())
-    blocks = contextlib.ExitStack()
-    held, done = threading.Event(), threading.Event()
-
-    def hold() -> None:
-        with engine._driver.lock:
-            held.set()
-            done.wait(PATIENCE)
-
-    if leaving in ("close", "stop"):
-        engine.start()
-        blocks.callback(engine.close if leaving == "close" else engine.stop)
-    elif leaving == "user":
-        engine.enter()
-        blocks.callback(engine.leave)
-    else:
-        blocks.enter_context(engine.exclusive())
-    holder = threading.Thread(target=hold)
-    holder.start()
-    assert held.wait(PATIENCE)
-    child = os.fork()
-    if not child:
-        signal.alarm(20)  # if it hangs
-        code = 1
-        try:
-            runner.reset = lambda: os._exit(2)  # type: ignore[method-assign]  # the device is the parent's
-            with contextlib.suppress(SystemExit), blocks:
-                if leaving == "failed pause":
-                    raise SystemExit
-            code = 0
-        finally:
-            os._exit(code)
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    done.set()
-    holder.join(PATIENCE)
-    assert status == 0
-    if leaving != "close":
-        blocks.close()
-        assert tokens_of(request) == alone([1])
-    engine.close()

@@ -159,7 +159,7 @@ class Pages(RuleBasedStateMachine):
         found = self.manager.match(salt, ids)
         for number, page in enumerate(found.pages):
             assert self.content[page] == (salt, *ids[: 2 * number + 2]), "a shared page holds these tokens"
-        if self.manager.missing(found, len(ids)) > self.manager.available:
+        if self.manager.needed(found, len(ids)) > self.manager.available:
             return multiple()
         self.manager.share(found.pages)
         pages = [*found.pages, *self.manager.allocate(-(-len(ids) // 2) - len(found.pages))]

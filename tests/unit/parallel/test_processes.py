@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 import numballama
@@ -131,6 +132,33 @@ def test_bandwidth_is_that_of_all_gpus(open_ranks: Callable[..., Opened], monkey
     assert backend.measure_bandwidth() == 8e12
 
 
+def test_batches_preemption_and_cancelled_requests(open_ranks: Callable[..., Opened], models: Path) -> None:
+    """1 to 64 sequences in few pages, some of which are cancelled, and a session that goes back: as with one rank."""
+    files = models / "stories260K.bin", models / "tok512.bin"
+    options: dict[str, Any] = {"max_sequences": 64, "kv_tokens": 1024, "batch_invariant": True}
+    params = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True)
+    several = open_ranks(2, *files, **options)
+
+    def generated(made: Model, count: int) -> list[list[int]]:
+        prompts = [[1, *range(3 + number, 20 + number)] for number in range(count)]
+        requests = [made.token_engine.submit(prompt, params) for prompt in prompts]
+        for request in requests[5::7]:
+            next(iter(request))
+            request.cancel()
+        return [[event.token for event in request] for number, request in enumerate(requests) if number % 7 != 5]
+
+    with numballama.compile(*files, device="cpu", **options) as one:
+        for count in (1, 7, 64):
+            assert generated(several.model, count) == generated(one, count)
+        assert several.model.token_engine.stats().preemptions > 0
+        with one.exclusive() as alone, several.model.exclusive() as shared:
+            for session in (alone, shared):
+                session.prefill([1, 5, 9, 40, 7])
+                session.truncate(2)
+                session.prefill([8, 3])
+            np.testing.assert_allclose(shared.logits, alone.logits, rtol=1e-4, atol=1e-4)
+
+
 def kill_soon(pid: int, how: signal.Signals, killed: list[float], delay: float = 0.3) -> threading.Thread:
     def kill() -> None:
         time.sleep(delay)
@@ -225,8 +253,6 @@ def test_a_rank_that_is_killed_while_nobody_waits(open_ranks: Callable[..., Open
 def test_a_rank_that_is_killed_while_it_loads(
     open_ranks: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import numballama.parallel.processes as processes
-
     started: list[Any] = []
     popen = processes.subprocess.Popen
 
@@ -239,6 +265,24 @@ def test_a_rank_that_is_killed_while_it_loads(
     monkeypatch.setattr(processes.subprocess, "Popen", start)
     with pytest.raises(DeviceError, match="rank 1 ended with signal SIGKILL"):
         open_ranks(4)
+    assert_gone([process.pid for process in started])
+
+
+def test_a_rank_that_is_stopped_while_it_loads(
+    open_ranks: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[Any] = []
+    popen = processes.subprocess.Popen
+
+    def start(*arguments: Any, **options: Any) -> Any:
+        started.append(popen(*arguments, **options))
+        os.kill(started[-1].pid, signal.SIGSTOP)
+        return started[-1]
+
+    monkeypatch.setattr(processes.subprocess, "Popen", start)
+    monkeypatch.setattr(processes, "LOADING_HANG_S", 0.5)
+    with pytest.raises(DeviceError, match=r"rank 1 has given no sign of life for 0.5 seconds"):
+        open_ranks(2)
     assert_gone([process.pid for process in started])
 
 

@@ -7,10 +7,10 @@ from typing import ClassVar
 import pytest
 
 from numballama.server.errors import ApiError
-from numballama.server.fields import MAX_DEPTH, FunctionName, Model, Object, Request, parse
+from numballama.server.fields import MAX_DEPTH, FunctionName, Object, Request, RequestPart, parse
 
 
-class Inner(Model):
+class Inner(RequestPart):
     name: FunctionName = "a"
 
 

@@ -10,7 +10,7 @@ import pytest
 from numballama.model import Model
 from numballama.server.answers import MessagesAnswer
 from numballama.server.chat import WholeMessage
-from numballama.server.chat_core import Events
+from numballama.server.chat_core import ChatPiece
 from numballama.server.fields import parse
 from numballama.server.http import dumps
 from numballama.server.messages import MessagesRequest, _content, _Writer, chat_request
@@ -84,7 +84,7 @@ def test_an_answer_continues_a_last_message_of_the_assistant(server: Running) ->
 def test_blocks_are_in_the_order_in_which_they_were_written() -> None:
     message = WholeMessage()
     written = [Content("a"), CallStart(0, "c0", "f"), CallArguments(0, '{"x"'), CallArguments(0, ": 1}"), Content("b")]
-    message.add(Events(0, [*written, Content("c"), CallStart(1, "c1", "g"), CallArguments(1, '{"y')]))
+    message.add(ChatPiece(0, [*written, Content("c"), CallStart(1, "c1", "g"), CallArguments(1, '{"y')]))
     assert _content(message) == [
         {"type": "text", "text": "a"},
         {"type": "tool_use", "id": "c0", "name": "f", "input": {"x": 1}},

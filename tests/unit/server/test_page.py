@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPResponse
@@ -117,7 +118,9 @@ def test_render_takes_a_text_of_the_largest_size_and_no_larger(address: str) -> 
     text = b"word " * (page.MAX_RENDER_BYTES // 5 + 1)
     assert render(address, text[: page.MAX_RENDER_BYTES])[0].status == 200
     response, content = render(address, text)
-    assert response.status == 413 and b'"message": "a text to render may have at most 262,144 bytes"' in content
+    error = json.loads(content)["error"]
+    assert response.status == 413 and error["message"] == "a text to render may have at most 262,144 bytes"
+    assert error["type"] == "request_too_large" and response.headers["x-content-type-options"] == "nosniff"
 
 
 def test_render_refuses_what_is_no_markdown(address: str) -> None:

@@ -7,13 +7,19 @@ import pytest
 from numballama.server.errors import ApiError
 from numballama.server.fields import parse
 from numballama.server.http import dumps
-from numballama.server.responses_protocol import LOGPROBS, CustomToolOf, FunctionTool, NamedCustomTool, ResponsesRequest
+from numballama.server.responses_protocol import (
+    LOGPROBS,
+    FlatCustomTool,
+    FunctionTool,
+    NamedCustomTool,
+    ResponsesRequest,
+)
 
 
 def test_tools_of_both_kinds() -> None:
     tools = [{"type": "function", "name": "f", "parameters": {}}, {"type": "custom", "name": "c"}]
     found = parse(ResponsesRequest, dumps({"input": "a", "tools": tools, "tool_choice": tools[1]}))
-    assert found.tools is not None and [type(tool) for tool in found.tools] == [FunctionTool, CustomToolOf]
+    assert found.tools is not None and [type(tool) for tool in found.tools] == [FunctionTool, FlatCustomTool]
     assert isinstance(found.tool_choice, NamedCustomTool)
 
 
