@@ -88,7 +88,9 @@ def test_pictures_are_drawn_by_their_script() -> None:
     found = {path.name: path.read_text(encoding="utf-8") for path in draw.FOLDER.glob("*.svg")}
     assert drawn == found
     for page in pages.english():
-        assert f"pictures/{page.stem}.svg" in page.read_text(encoding="utf-8"), page.name
+        for text, folder in ((page, "pictures"), (pages.chinese(page), "../pictures")):
+            shown = re.findall(r"^!\[(.+)\]\((.+)\)$", text.read_text(encoding="utf-8"), re.M)
+            assert [file for _, file in shown] == [f"{folder}/{page.stem}.svg"], text
 
 
 @pytest.mark.parametrize("page", pages.english(), ids=lambda page: page.name)
