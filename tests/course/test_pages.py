@@ -6,6 +6,7 @@ Numba's simulator stands in for a GPU.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -48,6 +49,21 @@ def test_cuda_pages_and_their_solutions_run_in_the_simulator() -> None:
             [sys.executable, *command], capture_output=True, text=True, timeout=300, cwd=pages.ROOT, env=environment
         )
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("numbers", [["99"], ["02", "x"], []])
+def test_a_page_that_is_not_there_is_named(numbers: list[str]) -> None:
+    with pytest.raises(SystemExit, match=r"numbers of pages, 01 to 23.* found (99|x|none)$"):
+        pages.numbered(numbers)
+    assert [page.name[:2] for page in pages.numbered(["12", "2"])] == ["02", "12"]
+
+
+def test_what_the_simulator_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numba-cuda, which the extra `test` does not install."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv(pages.SIMULATOR, "1")
+    with pytest.raises(SystemExit, match=r"numba-cuda.*pip install -e '\.\[cuda,test\]'"):
+        pages.prepare(cuda=True)
 
 
 @pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
