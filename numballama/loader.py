@@ -46,7 +46,7 @@ _UNSUPPORTED_MAGICS = {
 """First bytes → type of file. None of them is a plausible header of llama2.c v0, which begins with dim."""
 
 _TEXT_BYTES, _LEAST_TEXT_BYTES = 64, 8
-"""Bytes at the beginning of a file by which a text is recognised, and the least length of one that ends in no newline."""
+"""Bytes at the beginning of a file by which a text is recognised, and the least of a text that ends in no newline."""
 _PADDING_MULTIPLE, _MAX_PADDING = 8, 512
 """A vocabulary may be padded to a multiple of `_PADDING_MULTIPLE`, by fewer tokens than `_MAX_PADDING`."""
 _MAX_BEYOND = 1 / 8
