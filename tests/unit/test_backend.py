@@ -17,7 +17,7 @@ from numballama.backend import Backend, Program, backend_class, choose_device, o
 from numballama.bench.debug import WatchedProgram
 from numballama.config import ModelConfig
 from numballama.cpu.backend import CpuBackend, CpuProgram
-from numballama.errors import DeviceError, Error
+from numballama.errors import DOCTOR, NEXT_STEP, DeviceError, Error
 from numballama.graph import PAGE_TABLE, KVLayout, Logits, build
 from numballama.model import Model
 from numballama.parallel.backend import ParallelBackend, ParallelProgram
@@ -258,6 +258,19 @@ def test_unknown_devices(open_: object) -> None:
 def test_a_device_is_named_by_a_string() -> None:
     with pytest.raises(DeviceError, match="must be a string, found 0"):
         choose_device(0)  # type: ignore[arg-type]
+
+
+def test_auto_asks_for_no_packages_where_no_driver_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They are of no use there; where a driver is loaded, the note names what is missing."""
+    from numballama.cuda import driver
+
+    def missing(*_: object) -> None:
+        raise DeviceError(f"packages are missing; {NEXT_STEP}")
+
+    monkeypatch.setattr(driver, "Device", missing)
+    for loaded, expected in ((tmp_path, "packages are missing"), (tmp_path / "none", "no NVIDIA driver is loaded")):
+        monkeypatch.setattr(backends, "LOADED_DRIVER", (str(loaded),))
+        assert choose_device("auto") == ("cpu", f"{expected}; {DOCTOR}")
 
 
 def test_auto_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
