@@ -196,7 +196,7 @@ def choose_device(device: str) -> tuple[str, str]:
             return "cuda", f"this machine has {found}"
         except DeviceError as error:
             if not any(map(os.path.exists, LOADED_DRIVER)):  # NVIDIA's packages would be of no use
-                return "cpu", f"no NVIDIA driver is loaded; {DOCTOR}"
+                return "cpu", "no NVIDIA driver is loaded"
             return "cpu", str(error).replace(NEXT_STEP, DOCTOR)
     if _backend_name(device) == "cuda":
         try:
