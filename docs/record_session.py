@@ -14,6 +14,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+ERASED = re.compile(r"[^\n]*\r?\x1b\[2K")
+"""A line up to where it is erased: bars of progress."""
 COMMANDS = ("numballama story --seed 7", "numballama bench --threads 2")
 
 
@@ -31,7 +33,8 @@ def on_a_terminal(command: str, folder: Path) -> str:
     except OSError:  # on Linux this is the end of a terminal's output
         pass
     process.wait()
-    return output.decode().replace("\r\n", "\n").rstrip("\n")
+    text = output.decode().replace("\r\n", "\n")
+    return ERASED.sub("", text).rstrip("\n")
 
 
 def main() -> None:

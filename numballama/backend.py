@@ -8,6 +8,7 @@ profiler) uses these two protocols and no backend's own class.
 from __future__ import annotations
 
 import gc
+import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Protocol, cast, runtime_checkable
 from weakref import WeakSet
@@ -181,6 +182,10 @@ class Backend(Protocol):
         """Free what the device holds. The backend and its programs cannot be used afterwards."""
 
 
+LOADED_DRIVER = ("/proc/driver/nvidia", "/dev/nvidiactl", "/dev/nvidia0", "/dev/dxg")
+"""Of these a loaded NVIDIA driver shows at least one, the last in Windows' WSL."""
+
+
 def choose_device(device: str, gpus: int = 1) -> tuple[str, str]:
     """The device to use, the first of `gpus`, and for "auto" the reason for the choice ("" otherwise).
 
@@ -219,6 +224,8 @@ def _choose_device(device: str) -> tuple[str, str]:
             cuda_cache_directory()
             return "cuda", f"this machine has {found}"
         except DeviceError as error:
+            if not any(map(os.path.exists, LOADED_DRIVER)):  # NVIDIA's packages would be of no use
+                return "cpu", "no NVIDIA driver is loaded"
             return "cpu", str(error).replace(NEXT_STEP, DOCTOR)
     if _backend_name(device) == "cuda":
         try:

@@ -255,6 +255,7 @@ def _files_of(repository: str, given: str) -> dict[str, int]:
         from huggingface_hub.errors import HfHubHTTPError
 
         try:
+            HfApi().repo_info(repository, revision="main")  # fails at once without a network; a listing takes six tries
             entries = HfApi().list_repo_tree(repository, recursive=True)
             return {entry.path: int(entry.size or 0) for entry in entries if hasattr(entry, "size")}
         except HfHubHTTPError:

@@ -46,7 +46,7 @@ _UNSUPPORTED_MAGICS = {
 """First bytes → type of file. None of them is a plausible header of llama2.c v0, which begins with dim."""
 
 _TEXT_BYTES, _LEAST_TEXT_BYTES = 64, 8
-"""Bytes at the beginning of a file by which a text is recognised, and how many it has at least."""
+"""Bytes at the beginning of a file by which a text is recognised, and the least of a text that ends in no newline."""
 _PADDING_MULTIPLE, _MAX_PADDING = 8, 512
 """A vocabulary may be padded to a multiple of `_PADDING_MULTIPLE`, by fewer tokens than `_MAX_PADDING`."""
 _MAX_BEYOND = 1 / 8
@@ -170,7 +170,7 @@ def _unsupported_kind(file: MappedFile) -> str | None:
 
 def _is_text(head: bytes) -> bool:
     """Whether a file that begins like this is UTF-8 text. A header has zeros; a magic alone may be letters."""
-    if len(head) < _LEAST_TEXT_BYTES:
+    if len(head) < _LEAST_TEXT_BYTES and not head.endswith(b"\n"):
         return False
     try:
         text = head.decode()

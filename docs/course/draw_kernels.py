@@ -44,12 +44,12 @@ def cuda() -> str:
         for y in range(3):
             p.box(20 + 62 * x, 44 + 44 * y, 56, 36, f"{x}, {y}", "b" if (x, y) == (5, 1) else "d")
     p.note(20, 196, "blockIdx.x →, blockIdx.y ↓")
-    p.arrow(386, 106, 430, 106)
-    p.text(430, 28, "block: warps, shared memory, barriers")
+    p.arrow(386, 106, 415, 106)
+    p.text(415, 28, "block: warps, shared memory, barriers")
     for w in range(4):
-        p.box(430, 44 + 36 * w, 190, 30, f"warp {w}: 32 threads", "c" if w == 2 else "a")
-    p.box(430, 196, 190, 30, "shared memory", "d")
-    p.arrow(620, 131, 680, 131)
+        p.box(415, 44 + 36 * w, 190, 30, f"warp {w}: 32 threads", "c" if w == 2 else "a")
+    p.box(415, 196, 190, 30, "shared memory", "d")
+    p.arrow(605, 131, 680, 131)
     p.text(680, 28, "warp: lanes, shuffles")
     for lane in range(32):
         p.box(680 + 25 * (lane % 8), 60 + 34 * (lane // 8), 22, 28, "", "c")

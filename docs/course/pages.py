@@ -12,7 +12,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parent
@@ -73,7 +73,12 @@ def prepare(cuda: bool) -> None:
             os.environ[SIMULATOR] = "1"
             print("no GPU: the kernels run in Numba's CUDA simulator", file=sys.stderr)
     if cuda and os.environ.get(SIMULATOR) == "1":
-        from course import simulator  # noqa: F401 (replaces what kernels import)
+        try:
+            from course import simulator  # noqa: F401 (replaces what kernels import)
+        except ModuleNotFoundError as error:
+            if error.name != "numba_cuda":
+                raise
+            sys.exit(str(error))
 
 
 def run(page: Path) -> None:
@@ -87,6 +92,16 @@ def run(page: Path) -> None:
             os.chdir(before)
 
 
+def numbered(numbers: Sequence[str]) -> list[Path]:
+    """The pages with these numbers, in order; 2 and 02 are the same. Ends the process if there is no such page."""
+    pages = {page.name[:2]: page for page in english()}
+    wrong = [number for number in numbers if number.zfill(2) not in pages]
+    if wrong or not numbers:
+        found = ", ".join(wrong) or "none"
+        sys.exit(f"run takes numbers of pages, {min(pages)} to {max(pages)}, such as `run 02 12`; found {found}")
+    return [pages[number] for number in sorted({number.zfill(2) for number in numbers})]
+
+
 def main() -> None:
     command, *numbers = sys.argv[1:] or ["help"]
     if command == "copy":
@@ -94,7 +109,7 @@ def main() -> None:
             other = chinese(page)
             other.write_text(with_code_of(page, other.read_text(encoding="utf-8")), encoding="utf-8")
     elif command == "run":
-        chosen = [page for page in english() if page.name[:2] in numbers]
+        chosen = numbered(numbers)
         prepare(any(needs_cuda(page) for page in chosen))
         for page in chosen:
             print(f"== {page.name}", flush=True)

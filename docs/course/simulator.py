@@ -9,10 +9,17 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
+from importlib.util import find_spec
 from types import FunctionType
 from typing import Any
 
 import numpy as np
+
+if find_spec("numba_cuda") is None:
+    raise ModuleNotFoundError(
+        "kernels for CUDA need numba-cuda, in its simulator too: pip install -e '.[cuda,test]' (on Linux)",
+        name="numba_cuda",
+    )
 
 from tests.cuda.simulator import _Module, numba_simulator, simulation  # isort: skip (it replaces what kernels import)
 from numba import cuda

@@ -44,33 +44,34 @@ def script(parser: Parser, shell: str) -> str:
     except ImportError:
         raise Error('completion needs shtab: pip install "numballama[completion]"') from None
     choices = _choices()
-    for action in _actions(parser):
+    for command, action in _actions(parser):
         if action.dest in choices:
-            action.choices = choices[action.dest]
+            action.choices = choices.get(f"{command} {action.dest}", choices[action.dest])
         elif action.metavar == "FILE" or action.dest in FILES:
             action.complete = shtab.FILE  # type: ignore[attr-defined]
     return str(shtab.complete(parser, shell=shell))
 
 
 def _choices() -> dict[str, Sequence[str]]:
-    """Argument → values that a shell offers. The command checks them when it runs."""
-    from ..export import WRITERS
+    """Argument → values that a shell offers, of one command or of all. The command checks them when it runs."""
+    from ..export import QUANTS, WRITERS
     from ..quantization.policy import DTYPES
     from ..quantization.types import KV_TYPES, ActivationType
 
     return {
         "device": ("auto", "cpu", "cuda", "reference"),
         "dtype": DTYPES,
+        "export dtype": tuple(dict.fromkeys(name for names in QUANTS.values() for name in names)),
         "kv_dtype": KV_TYPES,
         "activations": get_args(ActivationType),
         "to": tuple(WRITERS),
     }
 
 
-def _actions(parser: Parser) -> Iterator[argparse.Action]:
-    """All arguments of a parser and of its commands."""
+def _actions(parser: Parser, name: str = "") -> Iterator[tuple[str, argparse.Action]]:
+    """(command, argument) of a parser and of its commands."""
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
-            for command in action.choices.values():
-                yield from _actions(command)
-        yield action
+            for command, own in action.choices.items():
+                yield from _actions(own, command)
+        yield name, action

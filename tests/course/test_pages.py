@@ -6,6 +6,7 @@ Numba's simulator stands in for a GPU.
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -50,6 +51,21 @@ def test_cuda_pages_and_their_solutions_run_in_the_simulator() -> None:
         assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
 
 
+@pytest.mark.parametrize("numbers", [["99"], ["02", "x"], []])
+def test_a_page_that_is_not_there_is_named(numbers: list[str]) -> None:
+    with pytest.raises(SystemExit, match=r"numbers of pages, 01 to 23.* found (99|x|none)$"):
+        pages.numbered(numbers)
+    assert [page.name[:2] for page in pages.numbered(["12", "2"])] == ["02", "12"]
+
+
+def test_what_the_simulator_needs_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """numba-cuda, which the extra `test` does not install."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv(pages.SIMULATOR, "1")
+    with pytest.raises(SystemExit, match=r"numba-cuda.*pip install -e '\.\[cuda,test\]'"):
+        pages.prepare(cuda=True)
+
+
 @pytest.mark.parametrize("page", ALL, ids=lambda page: page.name)
 def test_chinese_page_has_the_same_code(page: Path) -> None:
     """`python docs/course/pages.py copy` makes it so."""
@@ -88,7 +104,9 @@ def test_pictures_are_drawn_by_their_script() -> None:
     found = {path.name: path.read_text(encoding="utf-8") for path in draw.FOLDER.glob("*.svg")}
     assert drawn == found
     for page in pages.english():
-        assert f"pictures/{page.stem}.svg" in page.read_text(encoding="utf-8"), page.name
+        for text, folder in ((page, "pictures"), (pages.chinese(page), "../pictures")):
+            shown = re.findall(r"^!\[(.+)\]\((.+)\)$", text.read_text(encoding="utf-8"), re.M)
+            assert [file for _, file in shown] == [f"{folder}/{page.stem}.svg"], text
 
 
 @pytest.mark.parametrize("page", pages.english(), ids=lambda page: page.name)

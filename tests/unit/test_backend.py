@@ -17,9 +17,7 @@ from numballama.backend import Backend, Program, backend_class, choose_device, o
 from numballama.bench.debug import WatchedProgram
 from numballama.config import ModelConfig
 from numballama.cpu.backend import CpuBackend, CpuProgram
-from numballama.cuda.backend import CudaBackend
-from numballama.cuda.program import CudaProgram
-from numballama.errors import DeviceError, Error
+from numballama.errors import DOCTOR, NEXT_STEP, DeviceError, Error
 from numballama.graph import PAGE_TABLE, KVLayout, Logits, build
 from numballama.model import Model
 from numballama.parallel.backend import ParallelBackend, ParallelProgram
@@ -27,6 +25,7 @@ from numballama.parallel.processes import ProcessBackend, ProcessProgram
 from numballama.quantization.types import KV_TYPES
 from numballama.reference import ReferenceBackend, ReferenceProgram
 from numballama.sampling import SamplerTable, SamplingParams
+from tests.helpers.cuda_host import missing_packages
 from tests.helpers.paging import give_pages
 from tests.helpers.random_models import random_checkpoint, save
 from tests.helpers.sampling import choose_token, likeliest, log_softmax
@@ -51,19 +50,31 @@ def test_the_protocols_are_fulfilled(backend: Backend) -> None:
     assert type(backend) is backend_class(backend.name)
 
 
-PROGRAMS = (CpuProgram, CudaProgram, ReferenceProgram, WatchedProgram, ParallelProgram, ProcessProgram)
-BACKENDS = (CpuBackend, CudaBackend, ReferenceBackend, ParallelBackend, ProcessBackend)
+PROGRAMS = (CpuProgram, ReferenceProgram, WatchedProgram, ParallelProgram, ProcessProgram)
+BACKENDS = (CpuBackend, ReferenceBackend, ParallelBackend, ProcessBackend)
 
 
-@pytest.mark.parametrize("kind", [*PROGRAMS, *BACKENDS], ids=lambda kind: kind.__name__)
-def test_methods_take_what_the_protocols_say(kind: type) -> None:
-    """`isinstance` compares names only, and mypy only what is passed as a protocol."""
-    protocol: type = Program if kind in PROGRAMS else Backend
+def takes_what_it_says(kind: type, protocol: type) -> None:
     for name, method in inspect.getmembers(protocol, inspect.isfunction):
         if not name.startswith("_"):
             declared, found = (inspect.signature(each).parameters for each in (method, getattr(kind, name)))
             assert list(found) == list(declared), f"{kind.__name__}.{name}"
             assert [each.default for each in found.values()] == [each.default for each in declared.values()], name
+
+
+@pytest.mark.parametrize("kind", [*PROGRAMS, *BACKENDS], ids=lambda kind: kind.__name__)
+def test_methods_take_what_the_protocols_say(kind: type) -> None:
+    """`isinstance` compares names only, and mypy only what is passed as a protocol."""
+    takes_what_it_says(kind, Program if kind in PROGRAMS else Backend)
+
+
+@pytest.mark.skipif(bool(missing_packages()), reason=missing_packages())
+def test_methods_on_a_gpu_take_what_the_protocols_say() -> None:
+    from numballama.cuda.backend import CudaBackend
+    from numballama.cuda.program import CudaProgram
+
+    takes_what_it_says(CudaBackend, Backend)
+    takes_what_it_says(CudaProgram, Program)
 
 
 def test_what_a_backend_says_of_itself(backend: Backend) -> None:
@@ -247,6 +258,20 @@ def test_unknown_devices(open_: object) -> None:
 def test_a_device_is_named_by_a_string() -> None:
     with pytest.raises(DeviceError, match="must be a string, found 0"):
         choose_device(0)  # type: ignore[arg-type]
+
+
+def test_auto_asks_for_no_packages_where_no_driver_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """They are of no use there; where a driver is loaded, the note names what is missing."""
+    from numballama.cuda import driver
+
+    def missing(*_: object) -> None:
+        raise DeviceError(f"packages are missing; {NEXT_STEP}")
+
+    monkeypatch.setattr(driver, "Device", missing)
+    named = f"packages are missing; {DOCTOR}"
+    for loaded, expected in ((tmp_path, named), (tmp_path / "none", "no NVIDIA driver is loaded")):
+        monkeypatch.setattr(backends, "LOADED_DRIVER", (str(loaded),))
+        assert choose_device("auto") == ("cpu", expected)
 
 
 def test_auto_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

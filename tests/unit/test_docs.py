@@ -4,6 +4,7 @@ The blocks of docs/cuda.md do what a machine without a GPU can, and the rest whe
 blocks, the words are checked.
 """
 
+import os
 import re
 import shlex
 import shutil
@@ -179,6 +180,38 @@ def test_notebook_runs(
     assert all(parsed(piece).text for piece in pieces if piece)
     if name == "inside":
         assert "length; 120 tokens" in displayed[-1]["text/html"], "a stream has shown itself"
+
+
+WITHOUT_EXTRAS = """
+import sys
+
+class Hiding:
+    def __init__(self, finder):
+        self.finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self.finder, name)
+
+    def find_spec(self, name, path=None, target=None):
+        hidden = name.partition(".")[0] in ("cuda", "numba_cuda", "mkdocs", "ray", "mypy")
+        return None if hidden else self.finder.find_spec(name, path, target)
+
+sys.meta_path[:] = map(Hiding, sys.meta_path)
+"""
+"""A plugin for pytest: packages of other extras than `test` are not found."""
+
+
+@pytest.mark.slow
+def test_the_tests_are_collected_with_the_extra_test_alone(tmp_path: Path) -> None:
+    """As README says: `pip install ".[test]" && pytest`. A module that needs another extra is skipped."""
+    (tmp_path / "without_extras.py").write_text(WITHOUT_EXTRAS)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])}
+    options = ["-p", "without_extras", "-p", "no:cacheprovider", "-p", "no:xdist", "--collect-only", "-q"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options], capture_output=True, text=True, timeout=300, cwd=ROOT,
+        env=environment,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
 
 
 def test_there_are_blocks() -> None:

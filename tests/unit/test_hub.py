@@ -221,9 +221,12 @@ class FakeHub:
     def __init__(self, folder: Path, online: bool = True) -> None:
         self.folder, self.online, self.asked = folder, online, list[list[str]]()
 
-    def list_repo_tree(self, _: object, name: str, **options: Any) -> Any:
+    def repo_info(self, _: object, name: str, **options: Any) -> Any:
         if not self.online:
             raise ConnectionError("no network")
+
+    def list_repo_tree(self, _: object, name: str, **options: Any) -> Any:
+        assert self.online, "without a network a listing is tried six times, which takes 23 seconds"
         files = [path for path in self.folder.rglob("*") if path.is_file()]
         return [SimpleNamespace(path=str(p.relative_to(self.folder)), size=p.stat().st_size) for p in sorted(files)]
 
@@ -240,6 +243,7 @@ def fake(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHub:
     folder.mkdir()
     hub_ = FakeHub(folder)
     monkeypatch.setattr(library, "snapshot_download", hub_.snapshot_download)
+    monkeypatch.setattr(library.HfApi, "repo_info", lambda *a, **o: hub_.repo_info(*a, **o))
     monkeypatch.setattr(library.HfApi, "list_repo_tree", lambda *a, **o: hub_.list_repo_tree(*a, **o))
     monkeypatch.chdir(tmp_path)
     return hub_

@@ -35,6 +35,8 @@ def test_bash_completes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         "generate mo": "model.gguf",
         "serve --tls-cert mo": "model.gguf",
         "completion z": "zsh",
+        "export a.gguf b.gguf --dtype q4_": "q4_k q4_1 q4_0",
+        "generate a.gguf --dtype q": "q8_0 q4_0",
     }
     code = COMPLETE + "".join(f"complete_words numballama {line}\n" for line in words)
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, cwd=tmp_path)

@@ -25,6 +25,7 @@ from numballama.quantization.types import (
     KVType,
     WeightType,
 )
+from tests.helpers.cuda_host import missing_packages
 
 IN_GGUF = [name for name, traits in TYPE_TRAITS.items() if traits.gguf_id is not None]
 RUNNABLE_BLOCKS = [name for name in LINEAR_TYPES if name in BLOCKS]
@@ -114,9 +115,9 @@ def test_every_runnable_type_has_a_device_layout(name: str) -> None:
     assert (name in LAYOUTS) == (name in BLOCKS)
 
 
+@pytest.mark.skipif(bool(missing_packages()), reason=missing_packages())
 @pytest.mark.parametrize("name", LINEAR_TYPES)
 def test_every_payload_has_an_element_type_on_the_device(name: str) -> None:
-    pytest.importorskip("numba.cuda.extending")
     from numballama.cuda.quant_traits import ELEMENT_TYPES, PER_16_BYTES, SCALED
 
     payload = PAYLOAD_TYPE[name]
