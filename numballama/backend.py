@@ -197,7 +197,7 @@ def choose_device(device: str, gpus: int = 1) -> tuple[str, str]:
     if gpus > 1:
         if _backend_name(chosen) != "cuda":
             if device == "auto":
-                raise DeviceError(f"gpus={gpus}: {why}")
+                raise DeviceError(f"gpus={gpus} is for GPUs: {why}; {NEXT_STEP}")
             raise UnsupportedError(
                 f"gpus={gpus} is for GPUs: on device={device!r} all cores share the model, threads= says how many"
             )
@@ -224,7 +224,7 @@ def _choose_device(device: str) -> tuple[str, str]:
             cuda_cache_directory()
             return "cuda", f"this machine has {found}"
         except DeviceError as error:
-            if not any(map(os.path.exists, LOADED_DRIVER)):  # NVIDIA's packages would be of no use
+            if os.name == "posix" and not any(map(os.path.exists, LOADED_DRIVER)):  # packages would be of no use
                 return "cpu", "no NVIDIA driver is loaded"
             return "cpu", str(error).replace(NEXT_STEP, DOCTOR)
     if _backend_name(device) == "cuda":

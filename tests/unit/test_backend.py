@@ -13,7 +13,7 @@ import pytest
 
 import numballama
 from numballama import backend as backends
-from numballama.backend import Backend, Program, backend_class, choose_device, open_backend
+from numballama.backend import Backend, Program, backend_class, choose_device, gpus_from, open_backend
 from numballama.bench.debug import WatchedProgram
 from numballama.config import ModelConfig
 from numballama.cpu.backend import CpuBackend, CpuProgram
@@ -272,6 +272,29 @@ def test_auto_asks_for_no_packages_where_no_driver_is_loaded(monkeypatch: pytest
     for loaded, expected in ((tmp_path, named), (tmp_path / "none", "no NVIDIA driver is loaded")):
         monkeypatch.setattr(backends, "LOADED_DRIVER", (str(loaded),))
         assert choose_device("auto") == ("cpu", expected)
+    with pytest.raises(DeviceError, match="gpus=2 is for GPUs: no NVIDIA driver is loaded; run `numballama doctor`"):
+        choose_device("auto", 2)
+
+
+def test_several_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All are looked at before a file is opened."""
+    from numballama.cuda import driver
+
+    asked: list[str] = []
+
+    def device(name: str) -> None:
+        asked.append(name)
+        if name == "cuda:3":
+            raise DeviceError("device 'cuda:3': this machine has 3 CUDA devices")
+
+    monkeypatch.setattr(driver, "Device", device)
+    assert choose_device("cuda", 3) == ("cuda", "") and asked == ["cuda", "cuda:1", "cuda:2"]
+    assert gpus_from("cuda:1", 2) == ["cuda:1", "cuda:2"]
+    with pytest.raises(DeviceError, match="this machine has 3"):
+        choose_device("cuda:1", 3)
+    for other in ("cpu", "reference"):
+        with pytest.raises(UnsupportedError, match=f"gpus=2 is for GPUs: on device='{other}'"):
+            choose_device(other, 2)
 
 
 def test_auto_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
