@@ -17,7 +17,7 @@ from numballama.backend import Backend, Program, backend_class, choose_device, g
 from numballama.bench.debug import WatchedProgram
 from numballama.config import ModelConfig
 from numballama.cpu.backend import CpuBackend, CpuProgram
-from numballama.errors import DOCTOR, NEXT_STEP, DeviceError, Error
+from numballama.errors import DOCTOR, NEXT_STEP, DeviceError, Error, UnsupportedError
 from numballama.graph import PAGE_TABLE, KVLayout, Logits, build
 from numballama.model import Model
 from numballama.parallel.backend import ParallelBackend, ParallelProgram
