@@ -65,8 +65,11 @@ def open_checkpoint(
     rope_pairing: RopePairing | None = None,
     rope_theta: float | None = None,
     norm_eps: float | None = None,
+    with_tokenizer: bool = True,
 ) -> Checkpoint:
     """Open the model at `path` with its own tokenizer, or with the one at `tokenizer`. No weight is read yet.
+
+    Without `with_tokenizer` the model's own is not read: for a caller that wants weights only.
 
     `path` is a file, a directory of Hugging Face or Meta, or a model of the hub ("owner/name", "owner/name:Q4_K_M" or
     "owner/name/file.gguf"), which is downloaded unless a file or directory has that name; None is the story model of
@@ -78,7 +81,7 @@ def open_checkpoint(
     """
     notes: list[str] = []
     found = STORY_MODEL if path is None else hub.locate(path, notes)
-    opened = _read(found, load_tokenizer=tokenizer is None)
+    opened = _read(found, load_tokenizer=tokenizer is None and with_tokenizer)
     opened.notes[:0] = notes
     overrides = {"rope_pairing": rope_pairing, "rope_theta": rope_theta, "norm_eps": norm_eps}
     opened.config = opened.config.with_overrides(rope_pairing, rope_theta, norm_eps)

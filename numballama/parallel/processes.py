@@ -180,11 +180,16 @@ class RankGroup:
         self._patience_s = LOADING_HANG_S if kind == Kind.PREPARE else HANG_S
 
     @contextlib.contextmanager
-    def together(self) -> Iterator[None]:
-        """For rank 0's part of a run. If it fails because another rank has, that is the error; else all are ended."""
+    def together(self, interruptible: bool = False) -> Iterator[None]:
+        """For rank 0's part of a run. If it fails because another rank has, that is the error; else all are ended.
+
+        `interruptible`: nobody waits for what the block does, so Ctrl-C in it leaves all ranks in step.
+        """
         try:
             yield
         except BaseException as error:
+            if interruptible and isinstance(error, KeyboardInterrupt):
+                raise
             if isinstance(error, Error):
                 self._await_cause()
                 self.check()
@@ -278,7 +283,7 @@ class ProcessProgram:
 
     def collect(self, ticket: int) -> Sampled:
         """Wait for a run and return what it sampled. Raises `DeviceError` if a rank has failed."""
-        with self._backend.group.together():
+        with self._backend.group.together(interruptible=True):
             sampled = self.first.collect(ticket)
         self._confirm()
         return sampled

@@ -104,8 +104,10 @@ class GpuRank(RankDevice):
         program.submit(tokens, rows, None)
 
     def close(self) -> None:
-        super().close()
-        self._peers.free()
+        try:
+            super().close()  # first: kernels may still poll or write what the ranks share
+        finally:  # also where the device has failed
+            self._peers.free()
 
 
 def open_rank(

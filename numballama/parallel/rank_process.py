@@ -61,7 +61,7 @@ class Rank:
     """A rank with its part of the weights. Opening it reads no weight."""
 
     def __init__(self, settings: Settings, memory: RankMemory) -> None:
-        checkpoint = loader.open_checkpoint(settings.path)
+        checkpoint = loader.open_checkpoint(settings.path, with_tokenizer=False)
         config, weights = checkpoint.config, checkpoint.weights
         targets = policy.fallback_types(weights) | policy.types_to_convert(config, weights, settings.dtype)
         types = {name: weight.type for name, weight in weights.items()} | targets

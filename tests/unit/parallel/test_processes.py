@@ -363,6 +363,25 @@ def test_ctrl_c_leaves_the_ranks_in_step(open_ranks: Callable[..., Opened]) -> N
     assert all(map(is_alive, several.pids))
 
 
+def test_ctrl_c_while_tokens_are_awaited_ends_no_rank(
+    open_ranks: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a session, or a second Ctrl-C: what the ranks were sent is whole."""
+    several = open_ranks(2)
+    want = several.model.generate("Once", params=GREEDY)
+    program: Any = several.model.program
+
+    def interrupt(ticket: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(program.first, "collect", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            program.collect(0)
+    assert all(map(is_alive, several.pids))
+    assert several.model.generate("Once", params=GREEDY) == want
+
+
 def test_a_forked_child_leaves_the_ranks_alone(open_ranks: Callable[..., Opened]) -> None:
     several = open_ranks(2)
     want = several.model.generate("Once", params=GREEDY)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from unittest.mock import Mock, call
+
 import pytest
 
 from numballama import loader
@@ -10,7 +12,7 @@ from numballama.cpu.collectives import STOPPED
 from numballama.cpu.workers import WorkerThreads
 from numballama.errors import DeviceError, Error
 from numballama.ops import STOPPED as STOPPED_OF_OPS
-from numballama.parallel.rank_device import open_rank
+from numballama.parallel.rank_device import GpuRank, open_rank
 from numballama.parallel.rank_memory import RankMemory, Sizes
 from tests.helpers.cuda_host import missing_gpu
 
@@ -39,6 +41,16 @@ def test_too_few_workers(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rank_on_a_gpu_that_is_not_there() -> None:
     with pytest.raises(DeviceError, match=r"packages are missing|no usable NVIDIA driver"):
         open_rank("cuda:1", 1, 2, {}, None, False)
+
+
+def test_what_ranks_share_is_freed_where_the_device_has_failed() -> None:
+    """After all else: kernels may still poll it."""
+    rank, calls = GpuRank.__new__(GpuRank), Mock()
+    rank.backend, rank._peers = calls.backend, calls.peers
+    calls.backend.close.side_effect = DeviceError("the device has failed")
+    with pytest.raises(DeviceError, match="has failed"):
+        rank.close()
+    assert calls.mock_calls == [call.backend.close(), call.peers.free()]
 
 
 def test_waits_end_by_the_same_element() -> None:

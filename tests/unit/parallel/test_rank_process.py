@@ -11,8 +11,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from numballama import loader
 from numballama.checkpoint import Weight
 from numballama.cpu.backend import CpuBackend
+from numballama.errors import Error
+from numballama.export import export_model
 from numballama.graph import KVLayout, build
 from numballama.ir import Graph
 from numballama.parallel.graph_json import dump_graph
@@ -64,6 +67,18 @@ def test_a_rank_runs_what_the_memory_says(tmp_path: Path) -> None:
         rank.obey()
     assert calls == [(2, 0, end, 1) for end in (0, fused.prefill_end, None)]
     assert 0 < fused.prefill_end < len(fused.plan.steps)
+
+
+def test_a_rank_needs_no_tokenizer(tmp_path: Path) -> None:
+    """The model's own may be one that is not read: the caller has given another."""
+    path, _ = save(tmp_path, "llama2c-v1")
+    folder = tmp_path / "hf"
+    export_model(path, folder, "safetensors", "f32")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(Error):
+        loader.open_checkpoint(folder)
+    settings = settings_of(folder)
+    assert Rank(settings, RankMemory.create(settings.sizes)).programs == []
 
 
 def test_settings_come_back_from_json(tmp_path: Path) -> None:
