@@ -204,9 +204,13 @@ class RankGroup:
             raise DeviceError("the ranks have been stopped; the model must be compiled again")
 
     def _await_cause(self) -> None:
-        """A moment for `_watch`: a rank that has stopped the others is about to end."""
+        """A moment for `_watch`: a rank that has stopped the others is about to end. If that takes long, as where a GPU
+        frees its memory, what the rank has written is the cause.
+        """
         end = time.monotonic() + END_S
-        while self._failure is None and (self.memory.done[1:, FAILED] != 0).any() and time.monotonic() < end:
+        while self._failure is None and (failed := np.flatnonzero(self.memory.done[:, FAILED])).size:
+            if time.monotonic() >= end:
+                self._failure = f"rank {failed[0]} has failed: {self.memory.failure(int(failed[0]))}"
             time.sleep(POLL_S)
 
     def close(self) -> None:
@@ -391,7 +395,8 @@ class ProcessBackend(RanksBackend):
 
     def prepare(self, decode: Program, report: Report | None = None) -> None:
         """Compile or load what would delay the first token: here, then on the other ranks, for which it is cached."""
-        assert isinstance(decode, ProcessProgram)
+        if not isinstance(decode, ProcessProgram):
+            raise Error("steps of several ranks cannot be printed one at a time: set NUMBALLAMA_DEBUG to 2 at most")
         self._device.backend.prepare(decode.first, report)
         self.group.command(Kind.PREPARE, decode.number, data={})
         self.group.wait()
@@ -415,11 +420,12 @@ class ProcessBackend(RanksBackend):
     ) -> ProcessProgram:
         refuse_forked()
         own = self._device.backend.program(shards[0].graph, fusions, report)
-        self.group.wait()
-        self.group.send([_graph_message(part.graph, fusions) for part in shards[1:]])
-        with self.group.together():
+        with interrupts.deferred():  # a message that was sent must be counted
             self.group.wait()
-        self._programs += 1
+            self.group.send([_graph_message(part.graph, fusions) for part in shards[1:]])
+            with self.group.together():
+                self.group.wait()
+            self._programs += 1
         return ProcessProgram(self, self._programs - 1, own, shards[0].layouts)
 
     def set_pages(self, slot: int, first: int, pages: Sequence[int]) -> None:

@@ -123,8 +123,9 @@ class Generation:
             self.cancel()
             if not isinstance(error, Exception) or isinstance(error, ApiError):
                 raise
-            if (stats := service.stats) is not None and stats.failure is not None:
-                raise ApiError("the engine has failed; the server's log says why", 503, code="engine_failed") from None
+            if service.failure is not None or not service.loaded:
+                what = "the engine has failed; the server's log says why"
+                raise ApiError(what, 503, code="engine_failed", retry_after=5) from None
             answer = refused(error, param, fields)
             if answer.status >= 500:
                 service.report_failure(error)

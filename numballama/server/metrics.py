@@ -35,9 +35,15 @@ class Metrics:
         self.http = Counter(
             f"{PREFIX}http_requests", "HTTP requests answered", ["path", "status"], registry=self._registry
         )
+        self.reloads = Counter(
+            f"{PREFIX}model_reloads", "Times that the model was loaded again", registry=self._registry
+        )
+        self.begun = False
+        """Whether `begin` was called."""
 
     def begin(self, name: str) -> None:
         """Create what requests for the model are counted with, now that it is loaded and has a name."""
+        self.begun = True
 
         def histogram(what: str, text: str, buckets: Iterable[float]) -> Histogram:
             return Histogram(

@@ -9,7 +9,6 @@ import os
 import socket
 import ssl
 import sys
-import threading
 import time
 from asyncio import BaseTransport, Protocol, TimerHandle
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from .app import create_app
 from .errors import ApiError
 from .guard import JsonFormatter
 from .http import dumps
+from .loader import ModelLoader
 from .service import Service
 from .settings import Settings
 
@@ -156,7 +156,8 @@ def serve(
 ) -> None:
     """Serve the model that `load` returns until SIGTERM or Ctrl-C.
 
-    The port is open from the beginning: /health says 503 until the model is loaded. `show` prints a line for the user.
+    The port is open from the beginning: /health says 503 until the model is loaded. It is loaded again after its device
+    has failed for good. `show` prints a line for the user.
     Raises `Error` for an address that cannot be used, and what `load` raises.
     """
     prepare_log(log_json)
@@ -166,36 +167,22 @@ def serve(
     app = create_app(None, settings)
     service: Service = app.state.service
     server = Server(server_config(app, address, settings.body_timeout_s), service)
-    found: list[Model] = []
-    errors: list[BaseException] = []
     url = replace(address, port=listener.getsockname()[1]).url
-    done = threading.Event()
 
-    def load_model() -> None:
-        try:
-            model = load()
-            found.append(model)
-            if not service.draining:
-                service.ready(model)
-                show(f"numballama serves {service.name} at {url}")
-                show(curl_line(url, settings))
-        except BaseException as error:
-            errors.append(error)
-            server.drain()
-        finally:
-            done.set()
+    def announce() -> None:
+        show(f"numballama serves {service.name} at {url}")
+        show(curl_line(url, settings))
 
+    loader = ModelLoader(load, service, announce, server.drain)
     show(f"loading the model; {url}/health says when it is ready")
-    threading.Thread(target=load_model, name="numballama loader", daemon=True).start()
+    loader.start()
     server.run(sockets=[listener])
-    if not done.wait(LOADED_WITHIN_S):  # a compiler cannot be interrupted
+    if not loader.stop(LOADED_WITHIN_S):
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(0)
-    for model in found:
-        model.close()
-    if errors:
-        raise errors[0]
+    if loader.error is not None:
+        raise loader.error
 
 
 def protected(settings: Settings, address: Address) -> Settings:

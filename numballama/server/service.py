@@ -94,6 +94,8 @@ class Service:
         """Generations that have not ended."""
         self.logits_lock = asyncio.Lock()
         """One request at a time has the logits of its whole prompt in memory."""
+        self._waits_for = LOADING
+        """Why there is no model."""
         self._model: Model | None = None
         self._engine: TextEngine | None = None
         self.admission = Admission(0, 1, 0)
@@ -113,8 +115,16 @@ class Service:
         self.admission = Admission(slots + waiting, slots, tokens)
         engine = model.engine()
         engine.__enter__()
-        self.metrics.begin(settings.model_name or model.path.name)
+        if not self.metrics.begun:
+            self.metrics.begin(settings.model_name or model.path.name)
         self._engine, self._model = engine, model
+
+    def unload(self, why: str) -> None:
+        """The model cannot be used any more: requests are answered with 503 and this reason until `ready`."""
+        self._waits_for = why
+        engine, self._engine, self._model = self._engine, None, None
+        if engine is not None:
+            engine.__exit__(None, None, None)
 
     def close(self) -> None:
         """End the engine's thread and the pool. The model stays open."""
@@ -136,7 +146,7 @@ class Service:
     def model(self) -> Model:
         """The model. Raises `ApiError` 503 while it is being loaded."""
         if self._model is None:
-            raise ApiError(LOADING, 503, code="loading", retry_after=5)
+            raise ApiError(self._waits_for, 503, code="loading", retry_after=5)
         return self._model
 
     @property
@@ -168,13 +178,19 @@ class Service:
     def engine(self) -> TextEngine:
         """The model's engine. Raises `ApiError` 503 while the model is being loaded and after `close`."""
         if self._engine is None:
-            raise ApiError(DRAINING if self.loaded else LOADING, 503, code="unavailable", retry_after=5)
+            raise ApiError(DRAINING if self.loaded else self._waits_for, 503, code="unavailable", retry_after=5)
         return self._engine
 
     @property
     def stats(self) -> EngineStats | None:
         """What the engine does. None while the model is being loaded."""
         return None if self._engine is None else self._engine.stats()
+
+    @property
+    def failure(self) -> BaseException | None:
+        """Why the engine has ended, if its device has failed for good."""
+        stats = self.stats
+        return None if stats is None else stats.failure
 
     def enter(self, sequences: int, tokens: int) -> Ticket:
         """Let a request in, see `Admission`."""
@@ -196,12 +212,12 @@ class Service:
     def unhealthy(self) -> str | None:
         """Why the server cannot answer requests now; None if it can."""
         if not self.loaded:
-            return LOADING
+            return self._waits_for
         if self.draining:
             return DRAINING
+        if (failure := self.failure) is not None:
+            return f"the engine has failed: {failure}"
         stats = self.stats
-        if stats is not None and stats.failure is not None:
-            return f"the engine has failed: {stats.failure}"
         if stats is not None and stats.stalled_s > self.settings.stall_s:
             return f"requests wait and no step of the engine has ended for {stats.stalled_s:.0f} s"
         return None

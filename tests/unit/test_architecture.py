@@ -73,7 +73,7 @@ ORDER = """
     server: settings errors tools.definitions tools.events tools.custom fields tool_fields protocol params http \
             metrics tools.scanner tools.call tools.parser tools.grammar tools.messages tools.formats page.markdown \
             service generation logprobs call completions content_tokens custom_tools chat_core chat \
-            responses_protocol responses messages tokens answers openapi guard app run affinity ray_app
+            responses_protocol responses messages tokens answers openapi guard app loader run affinity ray_app
     cli: streams parser args completion doctor inspect explain batch generate remote chat serve bench perplexity \
          export main
     __main__

@@ -298,6 +298,27 @@ def test_an_error_of_a_rank_is_told(open_ranks: Callable[..., Opened]) -> None:
     assert_gone(several.pids)
 
 
+def test_a_rank_that_fails_and_takes_long_to_end(
+    open_ranks: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a GPU's memory is freed: its own words are the cause."""
+    several = open_ranks(2)
+    several.backend.group.memory.fail(1, "MemoryError: no more")
+    several.backend.group.memory.stop()
+    monkeypatch.setattr(processes, "END_S", 0.1)
+    with pytest.raises(DeviceError, match="rank 1 has failed: MemoryError: no more; the model must be compiled again"):
+        several.backend.group.check_results()
+
+
+def test_steps_of_ranks_are_not_watched(
+    open_ranks: Callable[..., Opened], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("NUMBALLAMA_DEBUG", "3")
+    with pytest.raises(Error, match="cannot be printed one at a time: set NUMBALLAMA_DEBUG to 2 at most"):
+        open_ranks(2)
+    assert "rank 0 of 2" in capsys.readouterr().err
+
+
 def test_a_model_that_a_rank_cannot_open(tmp_path: Path) -> None:
     checkpoint = loader.open_checkpoint(None)
     started = time.monotonic()
