@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from ..sampling import SamplingParams
 from .errors import ApiError
@@ -15,6 +15,8 @@ from .http import DONE, EventStream, dumps, event
 from .params import restriction_fields
 from .protocol import Generation as GenerationRequest
 from .service import Service
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -28,6 +30,12 @@ class Call:
     created: int = field(default_factory=lambda: int(time.time()))
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
     """A part of the ids of its answers."""
+    is_large: bool = False
+    """Whether the body is so large that work on it takes long."""
+
+    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
+        """As `Service.run`, for work that grows with the body."""
+        return await self.service.run(work, *arguments, slow=self.is_large)
 
     async def generate(
         self,

@@ -163,15 +163,15 @@ async def start(
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     offered = offered_tools(request)
     callable_ = callable_tools(request, offered)
-    ids = await service.run(prompt_ids, service, request, messages_field)
+    ids = await call.run(prompt_ids, service, request, messages_field)
     form = service.tool_format
     thinking = form.opens_reasoning("".join(token_text(service.tokenizer, token) for token in ids[-TAIL:]))
-    forced = await service.run(forced_call, form, request, offered, thinking)
+    forced = await call.run(forced_call, form, request, offered, thinking)
     params = sampling_params(request, getattr(request, named), logprobs, named, **forced)
     if params.is_constrained and not forced:
         thinking = False  # the grammar holds from the first token on, so the answer has no reasoning
     try:
-        parsers = [form.parser(plain_tools(callable_), thinking) for _ in range(n)]
+        parsers = await call.run(form.parsers, plain_tools(callable_), n, thinking)
     except Error as error:
         raise refused(error, "tools") from None
     fields = dict.fromkeys(forced, "tools")
@@ -182,7 +182,8 @@ async def start(
     except ApiError as error:
         if not forced or error.param != "tools":
             raise
-        raise await service.run(_with_place, error, service, request, offered or [], callable_ or []) from None
+        work = service.run(_with_place, error, service, request, offered or [], callable_ or [], slow=True)
+        raise await work from None
     one_call, custom = request.parallel_tool_calls is False, custom_names(request.tools)
     return Chat(generation, parsers, one_call, content_tokens, must_call(request), custom)
 

@@ -39,7 +39,7 @@ async def answer(call: Call, request: CompletionRequest) -> Response:
     named = "max_tokens" if request.max_completion_tokens is None else "max_completion_tokens"
     limit = getattr(request, named)
     params = sampling_params(request, DEFAULT_MAX_TOKENS if limit is None else limit, request.logprobs, named)
-    prompts = await service.run(_encode, call, request)
+    prompts = await call.run(_encode, call, request)
     echo = None
     if request.echo:
         echo = await _echo(call, request, prompts)
@@ -90,7 +90,7 @@ async def _echo(call: Call, request: CompletionRequest, prompts: list[list[int]]
     given = [prompt] if isinstance(prompt, str) else prompt
     try:
         texts = [
-            one if isinstance(one, str) else await service.run(tokenizer.decode, ids)
+            one if isinstance(one, str) else await call.run(tokenizer.decode, ids)
             for one, ids in zip(given if isinstance(given[0], str | list) else [given], prompts, strict=True)
         ]
         echo = Echo(texts, prompts)

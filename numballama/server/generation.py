@@ -120,7 +120,7 @@ class Generation:
 
         try:
             for number in range(len(prompts)):
-                self._requests.append(await service.run(submit, number))
+                self._requests.append(await service.run(submit, number, slow=params.is_constrained))
         except BaseException as error:
             self.cancel()
             if not isinstance(error, Exception) or isinstance(error, ApiError):

@@ -127,7 +127,7 @@ async def answer(call: Call, request: MessagesRequest) -> Response:
 async def count_tokens(call: Call, request: CountRequest) -> Response:
     """How many tokens a request's prompt has."""
     asked = chat_request(request)
-    ids = await call.service.run(chat_core.prompt_ids, call.service, asked)
+    ids = await call.run(chat_core.prompt_ids, call.service, asked)
     return JsonResponse({"input_tokens": len(ids)})
 
 
