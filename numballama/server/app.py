@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound=Request)
 Handler = Callable[[Call, Any], Awaitable[Response]]
 
+LARGE_BODY = 1 << 16
+"""Bytes of a body from which on work on it is done where others do not wait."""
+
 POSTS: dict[str, tuple[type[Request], Handler]] = {
     "/v1/chat/completions": (ChatRequest, chat.answer),
     "/v1/completions": (CompletionRequest, completions.answer),
@@ -123,7 +126,8 @@ async def _post(service: Service, kind: type[Request], handler: Handler, request
 
 async def _answer(call: Call, kind: type[Request], handler: Handler, body: bytes) -> Response:
     _ = call.service.model  # 503 before the body is looked at
-    parsed = await call.service.run(parse, kind, body) if len(body) > 1 << 16 else parse(kind, body)
+    call.is_large = len(body) > LARGE_BODY
+    parsed = await call.run(parse, kind, body) if call.is_large else parse(kind, body)
     found = await handler(call, parsed)
     if parsed.ignored:
         plain = (name for name in parsed.ignored if name.isascii() and name.replace(".", "").isidentifier())

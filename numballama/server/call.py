@@ -6,7 +6,7 @@ import time
 import uuid
 from collections.abc import AsyncGenerator, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 from ..sampling import SamplingParams
 from .errors import ApiError
@@ -15,6 +15,9 @@ from .http import DONE, EventStream, dumps, event
 from .params import restriction_fields
 from .protocol import GenerationRequest
 from .service import Service
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass
@@ -28,6 +31,13 @@ class Call:
     created: int = field(default_factory=lambda: int(time.time()))
     key: str = field(default_factory=lambda: uuid.uuid4().hex)
     """A part of the ids of its answers."""
+    is_large: bool = False
+    """Whether the body is so large that work on it takes long."""
+
+    async def run(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+        """As `Service.run`, or `run_slowly` for a large body: for work that grows with it."""
+        run = self.service.run_slowly if self.is_large else self.service.run
+        return await run(work, *arguments, **options)
 
     async def generate(
         self,

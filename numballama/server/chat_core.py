@@ -167,15 +167,15 @@ async def start(
     logprobs = (request.top_logprobs or 0) if request.logprobs else None
     offered = offered_tools(request)
     callable_ = callable_tools(request, offered)
-    ids = await service.run(prompt_ids, service, request, messages_field)
+    ids = await call.run(prompt_ids, service, request, messages_field)
     form = service.tool_format
     thinking = form.opens_reasoning("".join(token_text(service.tokenizer, token) for token in ids[-TAIL:]))
-    forced = await service.run(forced_call, form, request, offered, thinking)
+    forced = await call.run(forced_call, form, request, offered, thinking)
     params = sampling_params(request, limit, logprobs, limit_field, **forced)
     if params.is_constrained and not forced:
         thinking = False  # the grammar holds from the first token on, so the answer has no reasoning
     try:
-        parsers = [form.parser(plain_tools(callable_), thinking) for _ in range(n)]
+        parsers = await call.run(form.parsers, plain_tools(callable_), n, thinking)
     except Error as error:
         raise refused(error, "tools") from None
     fields = dict.fromkeys(forced, "tools")
@@ -186,7 +186,8 @@ async def start(
     except ApiError as error:
         if not forced or error.param != "tools":
             raise
-        raise await service.run(_with_place, error, service, request, offered or [], callable_ or []) from None
+        work = service.run_slowly(_with_place, error, service, request, offered or [], callable_ or [])
+        raise await work from None
     return ChatAnswers(
         generation,
         parsers,

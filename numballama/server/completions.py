@@ -38,7 +38,7 @@ async def answer(call: Call, request: CompletionRequest) -> Response:
         raise ApiError(f"best_of must be n, {n}, found {request.best_of}", param="best_of", code="unsupported_value")
     limit_field, limit = token_limit(request)
     params = sampling_params(request, DEFAULT_MAX_TOKENS if limit is None else limit, request.logprobs, limit_field)
-    prompts = await service.run(_encode, call, request)
+    prompts = await call.run(_encode, call, request)
     echo = await _echo(call, request, prompts) if request.echo else None
     generation = await call.generate(request, prompts, params, "prompt")
     try:
@@ -87,7 +87,7 @@ async def _echo(call: Call, request: CompletionRequest, prompts: list[list[int]]
     given = [prompt] if isinstance(prompt, str) else prompt
     try:
         texts = [
-            one if isinstance(one, str) else await service.run(tokenizer.decode, ids)
+            one if isinstance(one, str) else await call.run(tokenizer.decode, ids)
             for one, ids in zip(given if isinstance(given[0], str | list) else [given], prompts, strict=True)
         ]
         echo = Echo(texts, prompts)

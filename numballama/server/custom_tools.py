@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from .errors import ApiError
 from .tool_fields import Custom, CustomTool, Function, Tool
-from .tools.custom import custom_parameters
+from .tools.custom import closes_too_much, custom_parameters
 
 
 def as_functions(tools: Sequence[Tool | CustomTool] | None) -> list[Tool] | None:
@@ -32,4 +32,7 @@ def _function(tool: Custom, place: str) -> Function:
         param = f"{place}.format.grammar.syntax"
         raise ApiError(f"{param}: {message}", param=param, code="unsupported_value")
     pattern = None if grammar is None else grammar.definition
+    if pattern is not None and closes_too_much(pattern):
+        param = f"{place}.format.grammar.definition"
+        raise ApiError(f"{param}: a parenthesis closes no group", param=param, code="invalid_value")
     return Function(name=tool.name, description=tool.description, parameters=custom_parameters(pattern))

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, ValidationError
 from pydantic_core import PydanticCustomError
 
 from .errors import ApiError, invalid_request
@@ -99,6 +99,17 @@ def _choices(value: list[str]) -> list[str]:
     return value
 
 
+def at_most(count: int) -> BeforeValidator:
+    """Refuses a longer object before its items are looked at: each wrong one would be an error, which takes memory."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > count:
+            raise PydanticCustomError("too_long", f"Object should have at most {count:,} items, not {len(value):,}")
+        return value
+
+    return BeforeValidator(check)
+
+
 def _text_part(value: str) -> str:
     if value not in ("text", "input_text", "output_text"):
         raise PydanticCustomError("part_type", "Only parts of text are supported")
@@ -106,6 +117,7 @@ def _text_part(value: str) -> str:
 
 
 Text = Annotated[str, Field(max_length=MAX_TEXT)]
+Description = Annotated[str, Field(max_length=MAX_SCHEMA)]
 Name = Annotated[str, Field(max_length=512)]
 Count = Annotated[int, Field(ge=0, le=MAX_INT)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]

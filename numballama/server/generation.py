@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from ..engine.request import FinishReason, Request, TokenLogprobs
 from ..generate import GenerationResponse
 from ..sampling import MAX_N, SamplingParams
+from ..structured.constraint import GrammarError
 from .errors import ApiError, failed, refused
 from .service import DRAINING, Service, Ticket
 
@@ -53,6 +54,7 @@ class Generation:
         self._service, self._arrived = service, arrived
         self._lengths, self._n = [len(prompt) for prompt in prompts], n
         self._requests: list[Request[GenerationResponse]] = []
+        self._fields: Mapping[str, str] = {}
         self._ticket: Ticket | None = None
         self._choices = [_Choice() for _ in range(n * len(prompts))]
         self._begun: set[int] = set()  # prompts whose first token has come
@@ -97,6 +99,7 @@ class Generation:
         engine refuses, 429 when the queue is full.
         """
         self = cls(service, prompts, params.n, arrived)
+        self._fields = fields or {}
         engine = service.engine
         most = max(service.admission.token_limit, MAX_N * service.model.context)
         if params.n * self.prompt_tokens > most:  # each text has a copy of its prompt
@@ -116,9 +119,10 @@ class Generation:
                 shown_tokens=shown_tokens,
             )
 
+        run = service.run_slowly if params.is_constrained else service.run
         try:
             for number in range(len(prompts)):
-                self._requests.append(await service.run(submit, number))
+                self._requests.append(await run(submit, number))
         except BaseException as error:
             self.cancel()
             if not isinstance(error, Exception) or isinstance(error, ApiError):
@@ -153,7 +157,8 @@ class Generation:
     async def pieces(self) -> AsyncGenerator[list[Piece], None]:
         """Yield what is known of the texts as soon as it is: at most one piece of each at a time.
 
-        Ends when all texts have ended. Raises `ApiError` 500 when the engine fails, 503 after `end`.
+        Ends when all texts have ended. Raises `ApiError`: 400 when a text cannot follow its grammar further,
+        500 when the engine fails, 503 after `end`.
         """
         try:
             if len(self._requests) == 1:
@@ -170,6 +175,8 @@ class Generation:
                 yield [Piece(choice, finish_reason="length") for choice in left]
         except ApiError:
             raise
+        except GrammarError as error:
+            raise refused(error, None, self._fields) from None
         except Exception as error:
             self._service.report_failure(error)
             raise failed(error) from error

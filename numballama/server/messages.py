@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -20,6 +21,7 @@ from .fields import (
     MAX_PARTS,
     MAX_STOPS,
     MAX_TOOLS,
+    Description,
     FunctionName,
     Name,
     Object,
@@ -29,7 +31,7 @@ from .fields import (
     Text,
 )
 from .http import JsonResponse, event
-from .protocol import NO_CODE, ChatRequest, Message, ResponseFormat, Schema
+from .protocol import NO_CODE, ChatRequest, Message, ResponseFormat, Schema, check_count
 from .tool_fields import CustomCall, CustomTool, Function, FunctionCall, FunctionChoice, NamedTool, Tool, ToolCall
 from .tools.events import CallArguments, CallStart, Content, Event, Reasoning, merge
 
@@ -60,7 +62,7 @@ class Turn(RequestPart):
 class MessagesTool(RequestPart):
     type: Literal["custom"] | None = None
     name: FunctionName
-    description: Text | None = None
+    description: Description | None = None
     input_schema: Object
 
 
@@ -87,7 +89,7 @@ class CountRequest(Request):
     """/v1/messages/count_tokens."""
 
     refused: ClassVar[dict[str, str]] = {**NO_CODE, "mcp_servers": "the server calls no tools"}
-    messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES)]
+    messages: Annotated[list[Turn], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     model: Name | None = None
     system: Text | Annotated[list[ResultPart], Field(max_length=MAX_PARTS)] | None = None
     tools: Annotated[list[MessagesTool], Field(max_length=MAX_TOOLS)] | None = None
@@ -125,7 +127,7 @@ async def answer(call: Call, request: MessagesRequest) -> Response:
 async def count_tokens(call: Call, request: CountRequest) -> Response:
     """How many tokens a request's prompt has."""
     asked = chat_request(request)
-    ids = await call.service.run(chat_core.prompt_ids, call.service, asked)
+    ids = await call.run(chat_core.prompt_ids, call.service, asked)
     return JsonResponse({"input_tokens": len(ids)})
 
 
@@ -136,6 +138,7 @@ def chat_request(request: CountRequest) -> ChatRequest:
         messages.append(Message(role="system", content=_joined(request.system)))
     for index, turn in enumerate(request.messages):
         _add(messages, turn, f"messages.{index}.content")
+        check_count(messages, "messages")
     goes_on = messages[-1].role == "assistant" and not messages[-1].tool_calls  # the answer continues it
     config = request.output_config
     form = request.output_format if config is None or config.format is None else config.format
@@ -193,6 +196,10 @@ def _add(messages: list[Message], turn: Turn, place: str) -> None:
             reasoning.append(block.thinking or "")
         elif block.type == "tool_use":
             name = _required(block.name, f"{place}.{index}.name")
+            if len(calls) == MAX_TOOLS:
+                raise ApiError(
+                    f"{place}: at most {MAX_TOOLS} tool_use blocks are possible", param=place, code="invalid_value"
+                )
             arguments = json.dumps(block.input or {}, ensure_ascii=False)
             calls.append(ToolCall(id=block.id or "", function=FunctionCall(name=name, arguments=arguments)))
         elif block.type == "tool_result":
@@ -259,12 +266,20 @@ def _content(message: WholeMessage) -> list[dict[str, Any]]:
 
 
 def _object(text: str) -> dict[str, Any]:
-    """The arguments of a call. A text that is no object of JSON, cut off by max_tokens, gives none."""
+    """The arguments of a call. A text that is no object of JSON, cut off by max_tokens, gives none.
+
+    Models write NaN now and then, which JSON does not have: it becomes null, as in JavaScript.
+    """
     try:
-        found = json.loads(text or "{}")
+        found = json.loads(text or "{}", parse_constant=lambda name: None, parse_float=_finite)
     except (ValueError, RecursionError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def _finite(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
 
 
 class _Writer:

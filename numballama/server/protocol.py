@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
 from ..sampling import MAX_BIASES, MAX_LOGPROBS, MAX_N
+from .errors import ApiError
 from .fields import (
     MAX_INT,
     MAX_MESSAGES,
@@ -33,6 +35,7 @@ from .fields import (
     TextPart,
     TokenId,
     TokenIds,
+    at_most,
 )
 from .tool_fields import AnyCall, CustomCall, ToolCall, ToolChoice, Tools
 from .tools.custom import INPUT
@@ -47,7 +50,7 @@ class Message(RequestPart):
     tool_call_id: Name | None = None
 
 
-Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES)]
+Messages = Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
 
 
 class Schema(RequestPart):
@@ -127,6 +130,7 @@ class GenerationRequest(Request):
                 Annotated[float, Field(ge=-100, le=100)],
             ],
             Field(max_length=MAX_BIASES),
+            at_most(MAX_BIASES),
         ]
         | None
     ) = None
@@ -215,7 +219,7 @@ class DetokenizeRequest(Request):
     """/detokenize."""
 
     model: Name | None = None
-    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS)]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_TOKENS, fail_fast=True)]
 
 
 class TemplateRequest(Request):
@@ -227,6 +231,13 @@ class TemplateRequest(Request):
     continue_final_message: bool | None = None
     tools: Tools | None = None
     chat_template_kwargs: Object | None = None
+
+
+def check_count(messages: Sequence[Message], place: str) -> None:
+    """Raise `ApiError` 400 for more messages than a chat may have. `place`: the request's field that they are from."""
+    if len(messages) > MAX_MESSAGES:
+        what = f"a system message and each result of a tool are one, and at most {MAX_MESSAGES:,} are possible"
+        raise ApiError(f"{place}: too many messages; {what}", param=place, code="invalid_value")
 
 
 def plain_text(content: str | list[TextPart] | None) -> str | None:

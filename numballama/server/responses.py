@@ -18,7 +18,7 @@ from .errors import ApiError
 from .fields import RequestPart
 from .http import JsonResponse, event
 from .logprobs import chat_logprobs
-from .protocol import ChatRequest, Message, ResponseFormat, Schema
+from .protocol import ChatRequest, Message, ResponseFormat, Schema, check_count
 from .responses_protocol import (
     LOGPROBS,
     AllowedFunctions,
@@ -77,6 +77,7 @@ def chat_request(request: ResponsesRequest) -> ChatRequest:
     items = [Item(role="user", content=request.input)] if isinstance(request.input, str) else request.input
     for index, item in enumerate(items):
         _add(messages, item, f"input.{index}")
+    check_count(messages, "input")
     if not messages:
         raise ApiError("input: there is no message", param="input", code="invalid_value")
     form = None

@@ -13,6 +13,7 @@ from .fields import (
     MAX_MESSAGES,
     MAX_PARTS,
     MAX_TOOLS,
+    Description,
     FunctionName,
     Name,
     Object,
@@ -21,6 +22,7 @@ from .fields import (
     RequestPart,
     Text,
     TextPart,
+    at_most,
 )
 from .protocol import NO_CODE
 from .tool_fields import Mode, ToolType, choice_kind, tool_kind
@@ -44,7 +46,7 @@ class Item(RequestPart):
 class FunctionTool(RequestPart):
     type: ToolType
     name: FunctionName
-    description: Text | None = None
+    description: Description | None = None
     parameters: Object | None = None
     strict: bool | None = None
 
@@ -60,7 +62,7 @@ class FlatCustomTool(RequestPart):
 
     type: Literal["custom"]
     name: FunctionName
-    description: Text | None = None
+    description: Description | None = None
     format: InputFormat | None = None
 
 
@@ -112,6 +114,7 @@ class TextOptions(RequestPart):
     format: TextFormat | None = None
 
 
+MAX_METADATA = 64
 LOGPROBS = "message.output_text.logprobs"
 Include = Literal[
     "message.output_text.logprobs", "reasoning.encrypted_content", "message.input_image.image_url",
@@ -132,7 +135,7 @@ class ResponsesRequest(Request):
         "prompt": "send instructions and input",
         "max_tool_calls": "the server calls no tools",
     }
-    input: Text | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES)]
+    input: Text | Annotated[list[Item], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     model: Name | None = None
     instructions: Text | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=MAX_INT)] | None = None
@@ -146,7 +149,7 @@ class ResponsesRequest(Request):
     tools: Annotated[list[AnyTool], Field(max_length=MAX_TOOLS)] | None = None
     tool_choice: ResponsesToolChoice | None = None
     parallel_tool_calls: bool | None = None
-    metadata: Annotated[dict[str, str], Field(max_length=64)] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=MAX_METADATA), at_most(MAX_METADATA)] | None = None
     include: Annotated[list[Include], Field(max_length=64)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     user: Name | None = None

@@ -29,6 +29,8 @@ T = TypeVar("T")
 
 THREADS = 4
 """Threads that tokenise and render templates."""
+SLOW_THREADS = 2
+"""Threads for what may take seconds: grammars and large bodies. Other requests do not wait for them."""
 EVENTS_PER_S = 2000
 """Events that all streams together send: 64 streams have one every 32 ms."""
 SHORTEST_PAUSE_S = 0.001
@@ -100,6 +102,7 @@ class Service:
         self._engine: TextEngine | None = None
         self.admission = Admission(0, 1, 0)
         self._pool = ThreadPoolExecutor(THREADS, "numballama server")
+        self._slow_pool = ThreadPoolExecutor(SLOW_THREADS, "numballama server, slow")
 
     def ready(self, model: Model) -> None:
         """The model is loaded: start its engine's thread, and answer requests from now on.
@@ -131,7 +134,8 @@ class Service:
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.__exit__(None, None, None)
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._pool, self._slow_pool):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def end(self) -> None:
         """The time to drain is over: what still runs ends with an error."""
@@ -208,6 +212,10 @@ class Service:
     async def run(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
         """The result of a function, called in a thread: the event loop must not wait for a tokenizer or a template."""
         return await asyncio.get_running_loop().run_in_executor(self._pool, partial(work, *arguments, **options))
+
+    async def run_slowly(self, work: Callable[P, T], *arguments: P.args, **options: P.kwargs) -> T:
+        """The same for what may take seconds: it waits for a thread of the few that others do not need."""
+        return await asyncio.get_running_loop().run_in_executor(self._slow_pool, partial(work, *arguments, **options))
 
     def unhealthy(self) -> str | None:
         """Why the server cannot answer requests now; None if it can."""

@@ -21,7 +21,7 @@ async def tokenize(call: Call, request: TokenizeRequest) -> Response:
     if len(given) != 1:
         found = " and ".join(given) or "none"
         raise ApiError(f"one of content, prompt and messages is needed, found {found}", param="content")
-    return JsonResponse(await call.service.run(_tokenize, call, request))
+    return JsonResponse(await call.run(_tokenize, call, request))
 
 
 def _tokenize(call: Call, request: TokenizeRequest) -> dict[str, Any]:
@@ -59,7 +59,7 @@ async def detokenize(call: Call, request: DetokenizeRequest) -> Response:
     """The text of token ids. `content` is llama.cpp's name for it, `prompt` vLLM's."""
     service = call.service
     try:
-        text = await service.run(service.tokenizer.decode, request.tokens)
+        text = await call.run(service.tokenizer.decode, request.tokens)
     except Error as error:
         raise refused(error, "tokens") from None
     return JsonResponse({"content": text, "prompt": text})
@@ -67,7 +67,7 @@ async def detokenize(call: Call, request: DetokenizeRequest) -> Response:
 
 async def apply_chat_template(call: Call, request: TemplateRequest) -> Response:
     """A conversation as text."""
-    text = await call.service.run(_render, call, request)
+    text = await call.run(_render, call, request)
     return JsonResponse({"prompt": text})
 
 

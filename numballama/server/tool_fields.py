@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Discriminator, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
-from .fields import MAX_SCHEMA, MAX_TOOLS, FunctionName, Name, Object, Pattern, RequestPart, Text
+from .fields import MAX_TOOLS, Description, FunctionName, Name, Object, Pattern, RequestPart, Text
 
 
 def _function_tool(value: str) -> str:
@@ -53,7 +53,7 @@ AnyCall = Annotated[Annotated[ToolCall, Tag("Function")] | Annotated[CustomCall,
 
 class Function(RequestPart):
     name: FunctionName
-    description: Annotated[str, Field(max_length=MAX_SCHEMA)] | None = None
+    description: Description | None = None
     parameters: Object | None = None
     strict: bool | None = None
 
@@ -81,7 +81,7 @@ class CustomFormat(RequestPart):
 
 class Custom(RequestPart):
     name: FunctionName
-    description: Annotated[str, Field(max_length=MAX_SCHEMA)] | None = None
+    description: Description | None = None
     format: CustomFormat | None = None
 
     @property

@@ -30,6 +30,10 @@ COPIES = 8
 after the other."""
 
 
+class GrammarError(Error):
+    """A text has come to a place where its grammar cannot be followed further."""
+
+
 class MaskBlocks:
     """Memory for the masks of a vocabulary: blocks of BLOCK rows, which constraints borrow."""
 
@@ -188,7 +192,7 @@ class GrammarConstraint:
     def _result(self) -> bool | Exception:
         if self._matcher.is_error():
             self._grammar.failed = True
-            return Error(f"{self._grammar.what} is too complex to follow here, or allows no further token")
+            return GrammarError(f"{self._grammar.what} is too complex to follow here, or allows no further token")
         return self._matcher.is_stopped() or self._finish_mask()
 
     def _finish_mask(self) -> bool:

@@ -12,14 +12,14 @@ from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
 
-from .rewrite import KINDS
+from .rewrite import KINDS, size_of
 
 MAX_OPTIONS = 64
 """Most options of a `oneOf` that are compared with each other."""
 MAX_PARTS = 32
 """Most schemas behind `$ref` and `allOf` that are read for one."""
 MAX_READ = 200_000
-"""Most properties and constants that are read for all `oneOf`s of a schema; the rest stays as it is."""
+"""Most properties, and values in constants, that are read for all `oneOf`s of a schema; the rest stays as it is."""
 MAX_LEVELS = 3
 """Most levels of properties in properties that are compared."""
 
@@ -130,7 +130,7 @@ class Options:
                 continue  # drafts differ in whether what stands beside $ref counts
             properties, required = part.get("properties", {}), part.get("required", ())
             values = part["enum"] if "enum" in part else [part["const"]] if "const" in part else None
-            self._left -= 1 + len(properties) + len(required) + len(values or ())
+            self._left -= 1 + len(properties) + len(required) + size_of(values or [], MAX_READ)
             if "type" in part:
                 names = [part["type"]] if isinstance(part["type"], str) else part["type"]
                 found.kinds &= {"number" if name == "integer" else name for name in names}

@@ -27,6 +27,8 @@ REFUSED_ATTRIBUTES = {"temperature", "max_tokens", "stop"}
 """Attributes of rules that change sampling or take tokens back."""
 
 NEWLINE = "\n"
+_IS_LARK = re.compile(r"^[^\S\n]*(?:%llguidance\b|start\s*:)", re.MULTILINE)
+"""What only Lark has. llguidance looks for the same in a time that is the square of the number of empty lines."""
 _TOKEN = re.compile(
     r"""(?P<comment>(?:\#|//)[^\n]*)
     | (?P<string>"(?:\\.|[^"\\\n])*"i?)
@@ -61,9 +63,9 @@ def regex_grammar(expression: str) -> str:
 
 def to_lark(grammar: str) -> str:
     """The grammar in Lark's syntax: itself, or converted from GBNF. Raises `Error` for neither."""
-    from llguidance.gbnf_to_lark import gbnf_to_lark, is_lark_syntax
+    from llguidance.gbnf_to_lark import gbnf_to_lark
 
-    if is_lark_syntax(grammar):
+    if _IS_LARK.search(grammar) is not None:
         return grammar
     try:
         return gbnf_to_lark(grammar)
@@ -90,6 +92,8 @@ def check_grammar(grammar: str) -> tuple[str, str]:
         place = f"grammar: line {grammar.count(NEWLINE, 0, at) + 1}:" if kind not in ("space", "other", "name") else ""
         if kind in ("string", "regex", "special") and "%" in text and re.search(r"%(json|regex|llguidance)", text):
             raise Error(f"{place} {text!r:.100} spells a keyword; write its % as \\x25")
+        if kind == "other" and text in ('"', "/"):  # what follows each quote would be read to the end
+            raise Error(f"grammar: line {grammar.count(NEWLINE, 0, at) + 1}: what begins with {text} has no end")
         if kind == "attribute" and text in REFUSED_ATTRIBUTES:
             raise Error(f"{place} the attribute {text!r} is not supported; suffix and lazy are")
         if kind == "keyword" and text in ("%json", "%regex", "%llguidance"):

@@ -4,28 +4,33 @@ from __future__ import annotations
 
 import re
 
-NEVER = "\\x01"
-"""A control character without a short escape, as an expression writes it. No text has it, so none is lost with it."""
-_WIDE = re.compile(r"[\x00-\x1f]|\\[xuUpPDWSHVcC0abefnrtv]")
+UNWRITTEN = r"\x00-\x07\x0b\x0e-\x1f\x7f"
+"""The control characters without a short escape, as a class has them. No text has them, so none is lost with them."""
+_WIDE = re.compile(r"[\x00-\x1f\x7f]|\\[xuUpPDWSHVcC0abefnrtv]")
 """What a character class may have that holds control characters."""
-_LITERAL = re.compile(r"\x01|\\x01|\\u0001|\\U00000001|\\[xuU]\{0*1\}")
-"""Spellings of `NEVER` as a character of its own."""
+_LITERAL = re.compile(
+    r"[\x00-\x1f\x7f]|\\[av]"
+    r"|\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|[xuU]\{([0-9a-fA-F]{1,8})\})"
+)
+"""A character of its own that may be a control character."""
+_UNWRITTEN = re.compile(f"[{UNWRITTEN}]")
 _PROPERTY = re.compile(r"\\[pP](?:\{[^}]*\}|.)", re.DOTALL)
 
 
 def without_control(pattern: str) -> str:
-    """The expression with character classes that lack one control character.
+    """The expression without the control characters that no text has.
 
     llguidance lets a string have \\" and \\\\ wherever a class has all control characters: `[^"]` would allow a quote.
+    And it leaves one out that stands alone: `a\\x02b` would allow "ab".
     """
     parts: list[str] = []
     at = 0
     while at < len(pattern):
         if (found := _PROPERTY.match(pattern, at)) is not None:
-            parts.append(f"[{found[0]}&&[^{NEVER}]]")
+            parts.append(f"[{found[0]}&&[^{UNWRITTEN}]]")
             at = found.end()
         elif (found := _LITERAL.match(pattern, at)) is not None:
-            parts.append(r"[^\s\S]")  # matches nothing
+            parts.append(r"[^\s\S]" if _is_unwritten(found) else found[0])  # a class that matches nothing
             at = found.end()
         elif pattern[at] == "\\":
             parts.append(pattern[at : at + 2])
@@ -40,6 +45,14 @@ def without_control(pattern: str) -> str:
     return "".join(parts)
 
 
+def _is_unwritten(literal: re.Match[str]) -> bool:
+    if literal[0] in (r"\a", r"\v"):
+        return True
+    digits = next(filter(None, literal.groups()), None)
+    code = ord(literal[0]) if digits is None else int(digits, 16)
+    return code < 0x80 and _UNWRITTEN.match(chr(code)) is not None
+
+
 def _end_of_class(pattern: str, at: int) -> int:
     """Where the `]` of a class is that begins at `at`. `unclear_class` has refused classes inside classes."""
     at += 1
@@ -49,15 +62,15 @@ def _end_of_class(pattern: str, at: int) -> int:
 
 
 def _narrow(inside: str) -> str:
-    """A class, given what is between its brackets, without `NEVER`."""
+    """A class, given what is between its brackets, without `UNWRITTEN`."""
     if inside.startswith("^"):
         escape = "\\" if inside.startswith("^-") else ""  # a hyphen at the beginning is no range
-        return f"[^{NEVER}{escape}{inside[1:]}]"
+        return f"[^{UNWRITTEN}{escape}{inside[1:]}]"
     if not _WIDE.search(inside):
         return f"[{inside}]"
     if inside.endswith("-") and not inside.endswith("\\-"):
         inside = f"{inside[:-1]}\\-"
-    return f"[{inside}&&[^{NEVER}]]"
+    return f"[{inside}&&[^{UNWRITTEN}]]"
 
 
 def unclear_class(pattern: str) -> str | None:

@@ -253,6 +253,7 @@ class _Checker:
     def _check_refs(self, root: Mapping[str, Any], found: dict[str, Any]) -> None:
         """Check that each $ref points to a schema. One where no keyword has it is moved to `$defs` of `found`."""
         moved: dict[str, str] = {}
+        numbers = count()
         for schema, place in self._refs:  # which a schema that is moved makes longer
             ref = schema["$ref"]
             if ref in self._places:
@@ -260,16 +261,16 @@ class _Checker:
             if (value := _target(root, ref)) is None:
                 _fail(place, "$ref", f"points to {ref!r}, where there is no schema")
             defs = found.setdefault("$defs", {})
-            name = next(name for number in count() if (name := f"moved-{number}") not in defs)
+            name = next(name for number in numbers if (name := f"moved-{number}") not in defs)
             defs[name] = True  # the name is taken
             moved[ref] = f"#/$defs/{name}"
             defs[name] = self.schema(value, ref, 1)
         for schema, _ in self._refs:
-            ref = schema["$ref"]
-            for old in sorted(moved, key=len, reverse=True):
-                if ref == old or ref.startswith(f"{old}/"):
-                    schema["$ref"] = moved[old] + ref[len(old) :]
-                    break
+            ref = old = schema["$ref"]
+            while old and old not in moved:
+                old = old.rpartition("/")[0]
+            if old:
+                schema["$ref"] = moved[old] + ref[len(old) :]
         for keyword, place in self._bases if self._refs else ():
             _fail(place, keyword, "is supported at the top only in a schema with $ref")
 

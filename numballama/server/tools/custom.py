@@ -14,6 +14,8 @@ INPUT = "input"
 """Name of the argument."""
 _OPENS = re.compile(rf'\s*\{{\s*"{INPUT}"\s*:\s*"')
 _PIECE = re.compile(r'[^"\\]+|\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|\\u[0-9a-fA-F]{4}|\\[^u]')
+_GROUPS = re.compile(r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|[()]", re.DOTALL)
+"""An escape, a class, or a parenthesis."""
 _BEGUN = re.compile(r"\\(u[0-9a-fA-F]{0,3})?|\\u[dD][89abAB][0-9a-fA-F]{2}(\\(u[0-9a-fA-F]{0,3})?)?")
 """The beginning of an escape, or of a pair of them, which the next piece may complete."""
 
@@ -22,6 +24,19 @@ def custom_parameters(pattern: str | None) -> dict[str, Any]:
     """JSON schema of the arguments, with an input that matches the regular expression `pattern` as a whole."""
     text = {"type": "string"} if pattern is None else {"type": "string", "pattern": f"^(?:{pattern})$"}
     return {"type": "object", "properties": {INPUT: text}, "required": [INPUT], "additionalProperties": False}
+
+
+def closes_too_much(pattern: str) -> bool:
+    """Whether a regular expression closes a group that it has not opened, such as `a)|(b`.
+
+    It would be a valid one with a group around it, as `custom_parameters` writes it, and match other texts.
+    """
+    depth = 0
+    for found in _GROUPS.finditer(pattern):
+        depth += {"(": 1, ")": -1}.get(found[0], 0)
+        if depth < 0:
+            return True
+    return False
 
 
 class InputText:

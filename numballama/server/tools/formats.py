@@ -52,8 +52,14 @@ class ToolFormat:
 
         `in_reasoning`: the prompt ends inside reasoning, see `opens_reasoning`. Raises `Error` as `check_tools`.
         """
+        return self.parsers(tools, 1, in_reasoning)[0]
+
+    def parsers(
+        self, tools: Sequence[Mapping[str, Any]] | None, count: int, in_reasoning: bool = False
+    ) -> list[Parser]:
+        """Parsers of `count` answers, as `parser`. The tools are checked once."""
         names = {tool.name for tool in check_tools(tools)}
-        return Parser(self.dialect, names, self.reasoning, in_reasoning)
+        return [Parser(self.dialect, names, self.reasoning, in_reasoning) for _ in range(count)]
 
     def opens_reasoning(self, prompt: str) -> bool:
         """Whether a rendered prompt ends inside reasoning: its template writes `<think>` for the model."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import socket
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +20,11 @@ from numballama.model import Model
 from numballama.server.answers import ErrorAnswer
 from numballama.server.app import ALIASES, GETS, POSTS, create_app
 from numballama.server.generation import Generation, Piece
+from numballama.server.service import SLOW_THREADS, THREADS
 from numballama.server.settings import Settings
+from numballama.server.tools import formats
+from numballama.server.tools.definitions import check_tools
+from numballama.structured import compiler
 from tests.helpers.http_server import LONG, Running, eventually, read_until, serving
 
 PATHS = [("GET", path.replace("{name:path}", "x")) for path in GETS] + [("POST", path) for path in POSTS]
@@ -465,3 +471,42 @@ def test_no_prompt_in_the_log(model: Model, caplog: pytest.LogCaptureFixture) ->
     with serving(model, Settings(log_prompts=True)) as server:
         server.post("/v1/completions", body)
     assert "secret" in caplog.text
+
+
+# What is slow
+
+
+def test_nobody_waits_for_grammars_of_others(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More of them than there are threads, and each takes seconds to compile."""
+    go_on = threading.Event()
+    monkeypatch.setattr(compiler._checker, "check", lambda grammar, what: go_on.wait(LONG))
+    body = {"prompt": "Once", "max_tokens": 2}
+    with ThreadPoolExecutor(THREADS + SLOW_THREADS + 2) as pool:
+        try:
+            slow = [
+                pool.submit(server.post, "/v1/completions", body | {"regex": f"x{n}|[^y]+"})
+                for n in range(THREADS + SLOW_THREADS)
+            ]
+            eventually(lambda: server.service.active == len(slow), "the arrival of all grammars")
+            assert pool.submit(server.post, "/v1/completions", body).result(10).status == 200
+            assert not any(each.done() for each in slow)
+        finally:
+            go_on.set()
+        assert [each.result().status for each in slow] == [200] * len(slow)
+
+
+def test_tools_are_not_checked_on_the_event_loop(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which would take seconds for many answers with large tools."""
+    places: list[bool] = []
+
+    def checked(tools: Any) -> Any:
+        places.append(asyncio._get_running_loop() is not None)
+        return check_tools(tools)
+
+    monkeypatch.setattr(formats, "check_tools", checked)
+    tool = {"type": "function", "function": {"name": "look"}}
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2, "tools": [tool]}
+    assert server.post("/v1/chat/completions", body).status == 200
+    count = len(places)
+    assert server.post("/v1/chat/completions", body | {"n": 4}).status == 200
+    assert count and places == [False] * 2 * count

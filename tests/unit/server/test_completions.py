@@ -223,3 +223,14 @@ def test_wrong_fields(server: Running, body: dict[str, Any], param: str | None) 
 def test_a_prompt_that_does_not_fit_is_named_so(server: Running) -> None:
     """vLLM #35541, #40926: such a request hung."""
     assert server.post(PATH, GREEDY | {"prompt": [1] * 513}).error["code"] == "context_length_exceeded"
+
+
+@pytest.mark.parametrize("field", ["regex", "structured_outputs"])
+def test_a_text_that_cannot_follow_its_grammar_is_the_requests_fault(server: Running, field: str) -> None:
+    """Its states grow with each vowel, which the trial of the grammar does not reach."""
+    regex = r"[\s\S]*[aeiou][\s\S]{60}y"
+    body = GREEDY | {"max_tokens": 200, field: regex if field == "regex" else {"regex": regex}}
+    answer = server.post(PATH, body)
+    assert answer.status == 400 and answer.error["param"] == field
+    assert answer.error["message"].startswith(f"{field} is too complex to follow here")
+    assert server.post(PATH, body | {"stream": True}).events[-1]["error"]["param"] == field

@@ -147,3 +147,11 @@ def test_responses(server: Running) -> None:
 def test_wrong_fields(server: Running, path: str, body: dict[str, Any], param: str) -> None:
     given = GREEDY | body if path == CHAT else {"input": "a"} | body
     assert server.post(path, given).error["param"] == param
+
+
+def test_an_expression_cannot_leave_its_group(server: Running) -> None:
+    """`^(?:a)|(?:b)$` is valid: the input would only begin with "a"."""
+    grammar = {"syntax": "regex", "definition": "a)|(?:b"}
+    tool = {"type": "custom", "custom": {"name": "code", "format": {"type": "grammar", "grammar": grammar}}}
+    answer = server.post(CHAT, GREEDY | {"tools": [tool], "tool_choice": "required"})
+    assert answer.status == 400 and answer.error["param"] == "tools.0.custom.format.grammar.definition"

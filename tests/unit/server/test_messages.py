@@ -11,7 +11,8 @@ from numballama.model import Model
 from numballama.server.answers import MessagesAnswer
 from numballama.server.chat import WholeMessage
 from numballama.server.chat_core import ChatPiece
-from numballama.server.fields import parse
+from numballama.server.errors import ApiError
+from numballama.server.fields import MAX_MESSAGES, MAX_SCHEMA, MAX_TOOLS, parse
 from numballama.server.http import dumps
 from numballama.server.messages import MessagesRequest, _content, _Writer, chat_request
 from numballama.server.protocol import template_message
@@ -173,3 +174,33 @@ def test_events_of_reasoning_and_calls() -> None:
     assert [event["index"] for event in events if event["type"] == "content_block_stop"] == [0, 1, 2, 3]
     deltas = [event["delta"]["type"] for event in events if event["type"] == "content_block_delta"]
     assert deltas == ["thinking_delta", "text_delta", "input_json_delta", "input_json_delta"]
+
+
+TURN = {"role": "user", "content": "Tell me."}
+CALLS = [{"type": "tool_use", "id": str(number), "name": "f", "input": {}} for number in range(MAX_TOOLS + 1)]
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"messages": [TURN, {"role": "assistant", "content": CALLS}]}, "messages.1.content"),
+        ({"messages": [{"role": "user", "content": 900 * [{"type": "tool_result", "content": "1"}]}] * 3}, "messages"),
+        ({"messages": [TURN] * MAX_MESSAGES, "system": "Be brief."}, "messages"),
+        (
+            {"tools": [{"name": "f", "description": "d" * (MAX_SCHEMA + 1), "input_schema": {}}]},
+            "tools.0.description",
+        ),
+    ],
+)
+def test_more_than_a_chat_may_have_is_refused(body: dict[str, Any], param: str) -> None:
+    """Each part keeps its limit, and the chat that they become does not."""
+    with pytest.raises(ApiError) as refused:
+        converted(**body)
+    assert refused.value.status == 400 and refused.value.param == param
+
+
+def test_numbers_that_json_does_not_have_are_null() -> None:
+    message = WholeMessage()
+    message.add(ChatPiece(0, [CallStart(0, "call_1", "f"), CallArguments(0, '{"a": [NaN, 1e999, -Infinity, 1.5]}')]))
+    (block,) = json.loads(dumps(_content(message)))
+    assert block["input"] == {"a": [None, None, None, 1.5]}

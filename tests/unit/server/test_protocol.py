@@ -9,14 +9,17 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from numballama.model import Model
 from numballama.server.answers import ANSWERS, ErrorAnswer
 from numballama.server.app import POSTS
 from numballama.server.errors import ApiError
-from numballama.server.fields import parse
+from numballama.server.fields import Request, parse
 from numballama.server.http import dumps
-from numballama.server.protocol import ChatRequest, CompletionRequest, Message, template_message
+from numballama.server.messages import MessagesRequest
+from numballama.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Message, template_message
+from numballama.server.responses_protocol import ResponsesRequest
 from numballama.server.settings import Settings
 from tests.helpers.http_server import Running, eventually, serving
 
@@ -233,3 +236,39 @@ def test_no_request_makes_the_server_fail(fuzzed: Running, request: tuple[str, d
         assert answer.events and not [event for event in answer.events if event.get("error")]
     else:
         ANSWERS[path].model_validate(answer.json, strict=True)
+
+
+WRONG = b"[" + b"{}," * 1023 + b"{}]"
+
+
+@pytest.mark.parametrize(
+    ("kind", "body", "param"),
+    [
+        (DetokenizeRequest, b'{"tokens": [' + b'"a",' * 200_000 + b'"a"]}', "tokens.0"),
+        (ChatRequest, b'{"messages": [' + b'{"role": "user", "content": %b},' % WRONG * 100 + b"{}]}", "messages.0"),
+        (ResponsesRequest, b'{"input": [' + b'{"content": %b},' % WRONG * 100 + b"{}]}", "input.0"),
+        (
+            MessagesRequest,
+            b'{"messages": [' + b'{"role": "user", "content": %b},' % WRONG * 100 + b"{}]}",
+            "messages.0",
+        ),
+        (
+            CompletionRequest,
+            b'{"prompt": "a", "logit_bias": {' + b",".join(b'"x%d": 1' % n for n in range(100_000)) + b"}}",
+            "logit_bias",
+        ),
+        (
+            ResponsesRequest,
+            b'{"input": "a", "metadata": {' + b",".join(b'"x%d": 1' % n for n in range(100_000)) + b"}}",
+            "metadata",
+        ),
+    ],
+)
+def test_what_is_wrong_many_times_is_one_error(kind: type[Request], body: bytes, param: str) -> None:
+    """Pydantic would make an error of each wrong item: 8 MB of them took a minute and 4 GB."""
+    with pytest.raises(ValidationError) as found:
+        kind.model_validate_json(body)
+    assert found.value.error_count() < 5000
+    with pytest.raises(ApiError) as refused:
+        parse(kind, body)
+    assert refused.value.status == 400 and (refused.value.param or "").startswith(param)

@@ -8,7 +8,7 @@ import pytest
 
 from numballama.server.answers import ResponsesAnswer
 from numballama.server.errors import ApiError
-from numballama.server.fields import parse
+from numballama.server.fields import MAX_MESSAGES, MAX_SCHEMA, parse
 from numballama.server.http import dumps
 from numballama.server.protocol import template_message
 from numballama.server.responses import _Writer, chat_request
@@ -222,3 +222,13 @@ def test_events_of_reasoning_and_calls() -> None:
 def test_input_without_a_message() -> None:
     with pytest.raises(ApiError, match="no message"):
         converted(input=[{"type": "reasoning"}])
+
+
+@pytest.mark.parametrize("kind", ["function", "custom"])
+def test_more_than_a_chat_may_have_is_refused(kind: str) -> None:
+    """Each part keeps its limit, and the chat that they become does not."""
+    with pytest.raises(ApiError, match="input: too many messages") as refused:
+        converted(instructions="Be brief.", input=[{"role": "user", "content": "Tell me."}] * MAX_MESSAGES)
+    assert refused.value.status == 400 and refused.value.param == "input"
+    with pytest.raises(ApiError, match=r"tools\.0\.description: String should have at most"):
+        converted(tools=[{"type": kind, "name": "f", "description": "d" * (MAX_SCHEMA + 1)}])

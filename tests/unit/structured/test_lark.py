@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+import time
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from numballama.errors import Error
-from numballama.structured.lark import check_grammar, regex_grammar, to_lark
+from numballama.structured.lark import _IS_LARK, check_grammar, regex_grammar, to_lark
 from tests.helpers.structured import accepts, random_text
 
 pytest.importorskip("llguidance")
@@ -103,3 +104,21 @@ def test_any_text_is_read_or_refused(text: str) -> None:
     except Error:
         return
     assert "x-guidance" in grammar or "%json" not in grammar
+
+
+@given(
+    st.lists(st.sampled_from(["start", "%llguidance", ":", " ", "\n", "\r", "\t", "a", "\v", "\u2028"]), max_size=12)
+)
+def test_what_is_lark_is_what_llguidance_says(parts: list[str]) -> None:
+    from llguidance.gbnf_to_lark import is_lark_syntax
+
+    assert (_IS_LARK.search("".join(parts)) is not None) == is_lark_syntax("".join(parts))
+
+
+@pytest.mark.parametrize("grammar", ['start: "a"\n"' + '\\"' * 31_000, 'start: "a"\n/' + "\\/" * 31_000, "\n" * 60_000])
+def test_a_hostile_grammar_is_refused_at_once(grammar: str) -> None:
+    """Each of these took 20 seconds and more, some with all threads of the process waiting."""
+    started = time.monotonic()
+    with pytest.raises(Error, match=r"line 2: what begins with . has no end|No 'root' rule"):
+        check_grammar(to_lark(grammar))
+    assert time.monotonic() - started < 5

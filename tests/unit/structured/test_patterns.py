@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from numballama.structured.checker import _try_out
 from numballama.structured.lark import schema_grammar
-from numballama.structured.patterns import without_control
+from numballama.structured.patterns import UNWRITTEN, without_control
 from numballama.structured.schema import check_schema
-from tests.helpers.structured import accepts, random_text
+from tests.helpers.structured import accepts, byte_vocabulary, random_text
 
 pytest.importorskip("llguidance")
 
@@ -60,11 +61,12 @@ def test_names_have_the_characters_of_their_pattern() -> None:
     [
         ("^[a-z]+[.]$", "^[a-z]+[.]$"),
         (r"\[^a\]", r"\[^a\]"),
-        ('[^"]', r'[^\x01"]'),
-        ("[^-a]", r"[^\x01\-a]"),
-        (r"[\n-]x", r"[\n\-&&[^\x01]]x"),
+        ('[^"]', rf'[^{UNWRITTEN}"]'),
+        ("[^-a]", rf"[^{UNWRITTEN}\-a]"),
+        (r"[\n-]x", rf"[\n\-&&[^{UNWRITTEN}]]x"),
         (r"[\w\-]", r"[\w\-]"),
-        (r"\pL\P{L}", r"[\pL&&[^\x01]][\P{L}&&[^\x01]]"),
+        (r"\pL\P{L}", rf"[\pL&&[^{UNWRITTEN}]][\P{{L}}&&[^{UNWRITTEN}]]"),
+        (r"\x09\x61\u{7f}?", r"\x09\x61[^\s\S]?"),
         ("[a", "[a"),
         ("a\\", "a\\"),
     ],
@@ -93,3 +95,16 @@ def test_every_text_fits_the_expression(classes: list[str], seed: int) -> None:
         return
     if text is not None and text.isascii():  # Python's \s and \d know more characters
         jsonschema.Draft202012Validator(schema).validate(json.loads(text))
+
+
+@pytest.mark.parametrize(
+    "control",
+    ["\x02", "\x7f", r"\x02", r"\u0002", r"\U00000002", r"\x{2}", r"\x7F", r"\v", r"\a", "[\x7f]", r"[\x01\x02]"],
+)
+def test_a_character_that_is_never_written_is_not_left_out(control: str) -> None:
+    """ "ab" would fit the grammar of `a\\x02b` otherwise, and the text of `\\x02` would have no end."""
+    assert not allows({"type": "string", "pattern": f"^(?:a{control}b|c)$"}, "ab")
+    assert allows({"type": "string", "pattern": f"^(?:a{control}b|c)$"}, "c")
+    assert allows({"type": "string", "pattern": f"^a{control}?b$"}, "ab")
+    grammar = schema_grammar(check_schema({"type": "string", "pattern": f"^{control}$"}))
+    assert "Regex is empty" in _try_out(byte_vocabulary(), f'start: "x" {grammar[7:]}')

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from numballama.server.tools.custom import CustomCalls, InputText, custom_parameters
+from numballama.server.tools.custom import CustomCalls, InputText, closes_too_much, custom_parameters
 from numballama.server.tools.events import CallArguments, CallStart, Content, Event
 
 
@@ -73,3 +73,23 @@ def test_calls_of_custom_tools_among_others() -> None:
         CallStart(1, "c1", "look"), CallArguments(1, '{"x": 1}'), CallStart(2, "c2", "run", custom=True),
         CallArguments(2, '{"y"', True),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("pattern", "found"),
+    [
+        (")", True),
+        ("a)|(?:b", True),
+        (r"(\))", False),
+        ("([)])", False),
+        ("[])]", False),
+        (r"[^]\])]", False),
+        ("((a)b)", False),
+        ("(", False),
+        (r"\\)", True),
+        ("[a])", True),
+        ("[)", True),
+    ],
+)
+def test_groups_that_are_not_open(pattern: str, found: bool) -> None:
+    assert closes_too_much(pattern) is found
