@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 import numballama.cpu.ops  # noqa: F401 (registers the kernels)
 from numballama import reference
 from numballama.cpu.backend import CpuProgram, aligned_zeros
-from numballama.cpu.collectives import stop
 from numballama.cpu.executor import ADDRESS, OPERANDS
 from numballama.ir import Graph
 from numballama.ops import CELL
+from numballama.parallel.rank_memory import stop
 from tests.helpers.bounds import compiled, cpu_backend
 
 _STEP = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_int64] * 4)
