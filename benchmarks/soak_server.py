@@ -3,9 +3,10 @@
 python benchmarks/soak_server.py http://127.0.0.1:8000 --pid PID [--minutes 60] [--clients 12] [--out FILE]
 
 Each client sends one request after the other. Most are greedy ones whose answers are known from before the load: a
-wrong byte is a failure. Others are broken (JSON, fields, paths, half a request), are left by their client at a random
-moment, or restrict the text to a schema. Every minute prints counts and the resident memory of the server's process
-(Linux). In the end the server must be idle: no running, no waiting request.
+wrong byte is a failure. They are texts, chats, responses and messages, with tools, custom tools, schemas, several
+choices and log probabilities. Others are broken (JSON, fields, paths, half a request), are left by their client at a
+random moment, or restrict the text to a schema. Every minute prints counts, and the resident memory and the open files
+of the server's process (Linux). In the end the server must be idle: no running or waiting request, no page in use.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Soak:
 
     url: str
     key: str | None
-    expected: dict[tuple[str, int], str] = field(default_factory=dict)
-    """(prompt, max_tokens) → the greedy text."""
+    expected: list[tuple[str, dict[str, Any], Any]] = field(default_factory=list)
+    """(path, greedy request, what is always the same of its answer)."""
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
 
@@ -77,17 +78,20 @@ class Soak:
     # What clients do. Each is one request.
 
     async def known(self, chosen: random.Random) -> str:
-        (prompt, tokens), text = chosen.choice(list(self.expected.items()))
-        stream = chosen.random() < 0.5
-        status, data = await self.ask("/v1/completions", greedy(prompt, tokens) | {"stream": stream})
+        path, body, expected = chosen.choice(self.expected)
+        stream = path == "/v1/completions" and "n" not in body and chosen.random() < 0.5
+        status, data = await self.ask(path, body | {"stream": stream})
         if status == 429:
             return "429"
         if status != 200:
-            raise WrongAnswerError(f"{status}: {data[:300]!r}")
-        found = _streamed(data) if stream else json.loads(data)["choices"][0]["text"]
-        if found != text:
-            raise WrongAnswerError(f"{prompt!r}, {tokens} tokens: {found!r} instead of {text!r}")
-        return "known"
+            raise WrongAnswerError(f"{path} {body!r:.300}: {status}: {data[:300]!r}")
+        if stream:
+            found, expected = _streamed(data), expected["choices"][0]["text"]
+        else:
+            found = same_always(json.loads(data))
+        if found != expected:
+            raise WrongAnswerError(f"{path} {body!r:.300}: {found!r} instead of {expected!r}")
+        return f"known {path}"
 
     async def restricted(self, chosen: random.Random) -> str:
         form = {"type": "json_schema", "json_schema": {"schema": SCHEMA}}
@@ -106,8 +110,11 @@ class Soak:
 
     async def left(self, chosen: random.Random) -> str:
         """A client that goes away: before, while or after it is answered."""
-        body = greedy(chosen.choice(PROMPTS), 200) | {"stream": chosen.random() < 0.7, "n": chosen.choice((1, 1, 3))}
-        reader, writer = await self.send("/v1/completions", json.dumps(body).encode())
+        path, body = chosen.choice([("/v1/completions", greedy(chosen.choice(PROMPTS), 200)), *KNOWN])
+        body = body | {"stream": chosen.random() < 0.7}
+        if path.endswith("completions"):
+            body["n"] = chosen.choice((1, 1, 3))
+        reader, writer = await self.send(path, json.dumps(body).encode())
         try:
             if chosen.random() < 0.7:
                 await asyncio.wait_for(reader.read(chosen.randrange(1, 4000)), chosen.random() * 2)
@@ -134,14 +141,18 @@ class Soak:
         """A request that is wrong: 400 to 499 in OpenAI's shape."""
         path, body = chosen.choice(BROKEN)
         status, data = await self.ask(path, body)
+        if status == 429:
+            return "429"
         if not 400 <= status < 500 or not json.loads(data)["error"]["message"]:
             raise WrongAnswerError(f"{path} {body!r:.100}: {status} {data[:300]!r}")
         return "broken"
 
     async def figures(self) -> dict[str, float]:
-        """Running and waiting requests, from /metrics."""
+        """Running and waiting requests and the share of pages in use, from /metrics."""
         _, data = await self.ask("/metrics", b"", "GET")
-        pattern = r"^numballama:num_requests_(running|waiting)(?:\{[^}]*\})? (\S+)$"
+        pattern = (
+            r"^numballama:(?:num_requests_(?=[rw])|kv_cache_(?=u))(running|waiting|usage_perc)(?:\{[^}]*\})? (\S+)$"
+        )
         return {name: float(value) for name, value in re.findall(pattern, data.decode(), re.MULTILINE)}
 
     async def client(self, end: float, seed: int) -> None:
@@ -169,7 +180,71 @@ def greedy(prompt: str, tokens: int) -> dict[str, Any]:
     return {"model": "any", "prompt": prompt, "max_tokens": tokens, "temperature": 0}
 
 
+def chat(text: str, **more: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": 60, "temperature": 0, **more}
+
+
+FUNCTION = {"name": "look", "parameters": SCHEMA}
+GRAMMAR = {"type": "grammar", "syntax": "regex", "definition": r"[a-c]{2}\d{3}(, \w+)?"}
+LOOK = {"type": "function", "function": FUNCTION}
+CODE = {"type": "custom", "custom": {"name": "code", "format": {"type": "grammar", "grammar": GRAMMAR}}}
+CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
+KNOWN: list[tuple[str, dict[str, Any]]] = [
+    *(("/v1/completions", greedy(prompt, tokens)) for prompt in PROMPTS for tokens in (1, 17, 60)),
+    ("/v1/completions", greedy(PROMPTS[0], 30) | {"n": 3, "logprobs": 3, "echo": True}),
+    ("/v1/completions", greedy(PROMPTS[1], 30) | {"prompt": [[1, 403], [1, 338, 407]], "n": 2}),
+    (CHAT, chat("Tell me of a dog.", n=2, logprobs=True, top_logprobs=3)),
+    (CHAT, chat("Tell me of a cat.", tools=[LOOK, CODE])),
+    (CHAT, chat("Look.", tools=[LOOK, CODE], tool_choice="required", n=2)),
+    (CHAT, chat("Code.", tools=[LOOK, CODE], tool_choice={"type": "custom", "custom": {"name": "code"}})),
+    (CHAT, chat("Who?", response_format={"type": "json_schema", "json_schema": {"name": "who", "schema": SCHEMA}})),
+    (
+        RESPONSES,
+        {
+            "input": "Tell me of a bird.",
+            "temperature": 0,
+            "max_output_tokens": 60,
+            "tools": [{"type": "function", **FUNCTION}, {"type": "custom", "name": "code", "format": GRAMMAR}],
+            "tool_choice": "required",
+        },
+    ),
+    (RESPONSES, {"input": "Tell me of a fish.", "temperature": 0, "max_output_tokens": 40}),
+    (MESSAGES, chat("Tell me of a fox.")),
+    (
+        MESSAGES,
+        chat("Look there.", tools=[{"name": "look", "input_schema": SCHEMA}], tool_choice={"type": "any"}),
+    ),
+]
+"""Greedy requests."""
+CHANGES = ("id", "created", "created_at", "completed_at", "call_id", "usage", "logprob", "token_logprobs")
+"""Fields of answers that differ each time: ids and times, what was cached, the last bits of log probabilities."""
+
+
+def same_always(value: Any) -> Any:
+    """What is the same in each answer to a greedy request."""
+    if isinstance(value, dict):
+        left = {name: each for name, each in value.items() if name not in CHANGES}
+        if isinstance(top := left.get("top_logprobs"), list):
+            left["top_logprobs"] = len(top)
+        return {name: same_always(each) for name, each in left.items()}
+    return [same_always(each) for each in value] if isinstance(value, list) else value
+
+
 BROKEN: list[tuple[str, Any]] = [
+    (CHAT, {"messages": [{}] * 2000}),
+    (CHAT, chat("a", tools=[LOOK, LOOK])),
+    (CHAT, chat("a", tools=[CODE], tool_choice={"type": "custom", "custom": {"name": "look"}})),
+    (CHAT, chat("a", tools=[{"type": "custom", "custom": {"name": "code", "format": {"type": "grammar"}}}])),
+    (RESPONSES, {"input": [{"role": "user", "content": "a"}] * 2048, "instructions": "b"}),
+    (RESPONSES, {"input": "a", "metadata": {str(number): 1 for number in range(5000)}}),
+    (MESSAGES, chat("a", tools=[{"name": "f", "input_schema": {"type": "array"}}])),
+    (
+        MESSAGES,
+        {"max_tokens": 5, "messages": [{"role": "assistant", "content": [{"type": "tool_use", "name": "f"}] * 200}]},
+    ),
+    ("/v1/completions", {"prompt": "a", "grammar": 'start: "a"\n"' + '\\"' * 20_000}),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 200, "temperature": 0, "regex": r"[\s\S]*[aeiou][\s\S]{60}y"}),
+    ("/detokenize", {"tokens": ["a"] * 10_000}),
     ("/v1/completions", b"{"),
     ("/v1/completions", b"\xff\xfe" * 500),
     ("/v1/completions", {"prompt": [[]]}),
@@ -209,25 +284,36 @@ def resident_mb(pid: int) -> float:
     return int(re.findall(r"VmRSS:\s+(\d+)", text)[0]) / 1024
 
 
+def open_files(pid: int) -> int:
+    """Open files of a process, its sockets included."""
+    return sum(1 for _ in Path(f"/proc/{pid}/fd").iterdir())
+
+
 async def soak(args: argparse.Namespace) -> dict[str, Any]:
     state = Soak(args.url, args.key)
-    for prompt in PROMPTS:
-        for tokens in (1, 17, 60):
-            _, data = await state.ask("/v1/completions", greedy(prompt, tokens))
-            state.expected[prompt, tokens] = json.loads(data)["choices"][0]["text"]
+    for path, body in KNOWN:
+        status, data = await state.ask(path, body)
+        if status != 200:
+            raise WrongAnswerError(f"{path} {body}: {status} {data!r:.300}")
+        state.expected.append((path, body, same_always(json.loads(data))))
     begin = time.monotonic()
     end = begin + 60 * args.minutes
     clients = [asyncio.create_task(state.client(end, seed)) for seed in range(args.clients)]
-    memory = [resident_mb(args.pid)]
+    memory, files = [resident_mb(args.pid)], [open_files(args.pid)]
     while any(not client.done() for client in clients):
         await asyncio.wait(clients, timeout=60)
         memory.append(resident_mb(args.pid))
+        files.append(open_files(args.pid))
         counts = ", ".join(f"{name} {count:,}" for name, count in sorted(state.counts.items()))
-        print(f"{(time.monotonic() - begin) / 60:.0f} min: {memory[-1]:.0f} MB, {counts}", *state.wrong, flush=True)
+        print(
+            f"{(time.monotonic() - begin) / 60:.0f} min: {memory[-1]:.0f} MB, {files[-1]} files, {counts}",
+            *state.wrong,
+            flush=True,
+        )
     await asyncio.gather(*clients)
     for _ in range(60):
         left = await state.figures()
-        if left == {"running": 0, "waiting": 0}:
+        if left == {"running": 0, "waiting": 0, "usage_perc": 0}:
             break
         await asyncio.sleep(0.5)
     else:
@@ -240,7 +326,9 @@ async def soak(args: argparse.Namespace) -> dict[str, Any]:
         "minutes": minutes,
         "requests": dict(state.counts),
         "wrong": state.wrong,
-        "resident_mb": memory,
+        "resident_mb": [*memory, resident_mb(args.pid)],
+        "open_files": [*files, open_files(args.pid)],
+        "left": left,
     }
 
 
