@@ -216,16 +216,17 @@ def _choose_device(device: str) -> tuple[str, str]:
     if not isinstance(device, str):
         raise DeviceError(f"device must be a string, found {device!r}")
     if device == "auto":
+        has_gpu = False
         try:
             from .cuda.driver import Device
 
-            found = Device()
+            found, has_gpu = Device(), True
             environment.refuse_simulator()
             cuda_cache_directory()
             return "cuda", f"this machine has {found}"
         except DeviceError as error:
-            if os.name == "posix" and not any(map(os.path.exists, LOADED_DRIVER)):  # packages would be of no use
-                return "cpu", "no NVIDIA driver is loaded"
+            if not has_gpu and os.name == "posix" and not any(map(os.path.exists, LOADED_DRIVER)):
+                return "cpu", "no NVIDIA driver is loaded"  # NVIDIA's packages would be of no use
             return "cpu", str(error).replace(NEXT_STEP, DOCTOR)
     if _backend_name(device) == "cuda":
         try:

@@ -258,7 +258,7 @@ def test_damaged_weights_show(tmp_path: Path, damage: float) -> None:
 def test_arguments(mixed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedError, match="activations 'int4' is not supported; choose from f32, int8"):
         numballama.compile(mixed, device="cpu", activations="int4")
-    monkeypatch.setattr(model, "choose_device", lambda device: ("cuda", "of a test"))
+    monkeypatch.setattr(model, "choose_device", lambda device, gpus: ("cuda", "of a test"))
     backend = SimpleNamespace(activation_types=("f32",))
     monkeypatch.setattr(model, "backend_class", lambda device, batch_invariant: backend)
     with pytest.raises(UnsupportedError, match="activations 'int8' are for the CPU, not for cuda"):
