@@ -120,6 +120,12 @@ def refused(error: Exception, param: str | None = None, fields: Mapping[str, str
     return ApiError(message, param=param, code=code)
 
 
+def engine_failed(error: BaseException) -> ApiError:
+    """What to answer when the model's device has failed for good: the model is loaded again, so a client may retry."""
+    message = str(error) if isinstance(error, Error) else "the engine has failed; the server's log says why"
+    return ApiError(message, 503, code="engine_failed", retry_after=5)
+
+
 def failed(error: BaseException) -> ApiError:
     """What to answer when a generation fails that was accepted."""
     if isinstance(error, ApiError):

@@ -11,7 +11,7 @@ from ..engine.request import FinishReason, Request, TokenLogprobs
 from ..generate import GenerationResponse
 from ..sampling import MAX_N, SamplingParams
 from ..structured.constraint import GrammarError
-from .errors import ApiError, failed, refused
+from .errors import ApiError, engine_failed, failed, refused
 from .service import DRAINING, Service, Ticket
 
 
@@ -127,9 +127,8 @@ class Generation:
             self.cancel()
             if not isinstance(error, Exception) or isinstance(error, ApiError):
                 raise
-            if service.failure is not None or not service.loaded:
-                what = "the engine has failed; the server's log says why"
-                raise ApiError(what, 503, code="engine_failed", retry_after=5) from None
+            if self._engine_failed:
+                raise engine_failed(error) from None
             answer = refused(error, param, fields)
             if answer.status >= 500:
                 service.report_failure(error)
@@ -139,6 +138,10 @@ class Generation:
     def report_failure(self, error: BaseException) -> None:
         """Log that it failed after it was accepted."""
         self._service.report_failure(error)
+
+    @property
+    def _engine_failed(self) -> bool:
+        return self._service.failure is not None or not self._service.loaded
 
     def end(self) -> None:
         """Like `cancel`, and whoever reads `pieces` gets an error: the server is shutting down."""
@@ -158,7 +161,7 @@ class Generation:
         """Yield what is known of the texts as soon as it is: at most one piece of each at a time.
 
         Ends when all texts have ended. Raises `ApiError`: 400 when a text cannot follow its grammar further,
-        500 when the engine fails, 503 after `end`.
+        503 when the device fails for good or after `end`, 500 for other errors.
         """
         try:
             if len(self._requests) == 1:
@@ -179,7 +182,7 @@ class Generation:
             raise refused(error, None, self._fields) from None
         except Exception as error:
             self._service.report_failure(error)
-            raise failed(error) from error
+            raise (engine_failed if self._engine_failed else failed)(error) from error
         finally:
             if self._finished < len(self._choices) and any(not request.finished for request in self._requests):
                 self._service.metrics.aborted.inc()

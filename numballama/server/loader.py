@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..errors import Error
 from .service import Service, log
 
 if TYPE_CHECKING:
@@ -72,12 +71,14 @@ class ModelLoader:
             return
         while not self._stopped.wait(WATCH_S):
             if self._goes_on and (failure := self._service.failure) is not None:
-                self._load_again(failure)
+                cause = str(failure)
+                del failure  # its traceback holds the model's arrays
+                self._load_again(cause)
 
-    def _load_again(self, failure: BaseException) -> None:
+    def _load_again(self, cause: str) -> None:
         service, pause_s = self._service, FIRST_PAUSE_S
-        log.error("the model is loaded again: %s", failure)
-        service.unload(f"the model is being loaded again: {failure}")
+        log.error("the model is loaded again: %s", cause)
+        service.unload(f"the model is being loaded again: {cause}")
         self._close()
         while self._goes_on:
             try:
@@ -100,5 +101,5 @@ class ModelLoader:
         try:
             if model is not None:
                 model.close()
-        except Error as error:
+        except Exception as error:
             log.error("the model could not be closed: %s", error)
