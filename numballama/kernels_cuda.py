@@ -26,7 +26,17 @@ import math
 import numpy as np
 from numba import cuda
 
-from .cuda.intrinsics import address, atom_add_1, dp4a, ex2_approx, float_as_uint, ld_global_u32, uint_as_float
+from .cuda.intrinsics import (
+    address,
+    atom_add_1,
+    dp4a,
+    ex2_approx,
+    float_as_uint,
+    griddepcontrol_launch_dependents,
+    griddepcontrol_wait,
+    ld_global_u32,
+    uint_as_float,
+)
 from .cuda.kernels.common import (
     FULL_MASK,
     LOG2_E,
@@ -193,7 +203,8 @@ def rope_kv_write_kernel(tokens, q, angles, k, k_cache, positions, sequences, pa
     """Write RoPE of queries to `out`, RoPE of keys and unchanged values to the caches. One thread per pair."""
     if is_padding_token(tokens):
         return
-    pdl_sync()
+    griddepcontrol_launch_dependents()  # at once: attention copies keys of earlier runs
+    griddepcontrol_wait()
     t, pair, half = cuda.blockIdx.y, cuda.blockIdx.x * THREADS + cuda.threadIdx.x, head_dim // 2
     head = pair // half
     i = pair - head * half

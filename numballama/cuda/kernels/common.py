@@ -46,6 +46,8 @@ def pdl_sync():
     """Wait for the previous kernel's results, then let the next kernel start (programmatic dependent launch).
 
     Every kernel calls this, or its two halves, before it reads what another kernel wrote or writes anything itself.
+    A kernel may let the next one start before it waits: then kernels further on begin while those before still run.
+    All that a kernel may read before it waits is what nothing of this run writes: weights, keys of earlier runs.
     """
     griddepcontrol_wait()
     griddepcontrol_launch_dependents()

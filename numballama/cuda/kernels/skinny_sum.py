@@ -20,7 +20,7 @@ from ..intrinsics import (
     ld_v4_f32,
     no_unroll,
 )
-from .common import device, pdl_sync, silu_and_mul
+from .common import device, silu_and_mul
 from .params import SKINNY_UNIT as UNIT
 from .params import SKINNY_WARPS as WARPS
 
@@ -117,11 +117,11 @@ def skinny_sum_kernel(tokens, partials, scales, squares, capacity, normed, eps, 
     """Add up the slices' sums and finish the results. A warp has a unit: blockIdx.x counts eight groups of 32 rows,
     blockIdx.y units of 8 tokens.
     """
+    griddepcontrol_launch_dependents()  # at once: what comes next copies weights, which nothing here writes
     lane, group = cuda.threadIdx.x & 31, cuda.blockIdx.x * WARPS + (cuda.threadIdx.x >> 5)
     token = 8 * cuda.blockIdx.y + 2 * (lane & 3)
     if 8 * cuda.blockIdx.y >= tokens[0] or group >= groups:
         griddepcontrol_wait()  # a kernel must not end before the preceding one
-        griddepcontrol_launch_dependents()
         return
     units, row_warps = 1 << log2_units, 1 << log2_row_warps
     token_tile, unit = cuda.blockIdx.y >> log2_units, cuda.blockIdx.y & (units - 1)
@@ -139,7 +139,7 @@ def skinny_sum_kernel(tokens, partials, scales, squares, capacity, normed, eps, 
         old_row(row + 16, token, here, rows, residual, added), old_row(row + 24, token, here, rows, residual, added),
     )  # fmt: skip
     a, b = min(token, capacity - 1), min(token + 1, capacity - 1)
-    pdl_sync()
+    griddepcontrol_wait()
     for s in range(0, slices, 4):
         no_unroll()
         first = load_slice(partials, s, slices, at, distance, scales, squares, a, b, capacity)
