@@ -83,9 +83,12 @@ class Bench:
         x = self.array(np.random.default_rng(1).standard_normal((tokens, columns)).astype(np.float32), "f32")
         norm = self.array(np.ones(columns, np.float32), "f32")
         out = self.array(np.zeros((tokens, rows // halves), np.float32), "f32")
+        counts, tiles = np.array([tokens], np.int32), np.zeros((1 + tokens, 2), np.int32)
+        newer = self.device.capability >= (9, 0)
         ctx = LaunchContext(
-            self.device.n_sms, self.device.shared_limit, self.array(np.array([tokens], np.int32), "i32"), self.zeros
-        )
+            self.device.n_sms, self.device.shared_limit, self.array(counts, "i32"), self.array(tiles, "i32"),
+            self.zeros, self.device.capability == (9, 0), newer,
+        )  # fmt: skip
         types = ["f32", "f32", kind, kind] if halves == 2 else ["f32", kind]
         shapes = [x.shape, *([norm.shape] if halves == 2 else []), *[(rows // halves, columns)] * halves]
         found = registry.find(op, "cuda", types)

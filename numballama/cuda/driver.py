@@ -315,6 +315,24 @@ class DeviceMap:
         weakref.finalize(self, free.append, self.address)
 
 
+def _early_start() -> Any:
+    """The attribute of a launch that may begin before the one before it has ended."""
+    attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+    value.programmaticStreamSerializationAllowed = 1
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value = value
+    return attribute
+
+
+def _cluster(blocks: int) -> Any:
+    """The attribute of a launch in clusters of so many blocks, along z."""
+    attribute, value = driver.CUlaunchAttribute(), driver.CUlaunchAttributeValue()
+    value.clusterDim.x, value.clusterDim.y, value.clusterDim.z = 1, 1, blocks
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+    attribute.value = value
+    return attribute
+
+
 class PreparedLaunch:
     """A launch with the driver's structures, which are built once."""
 
@@ -339,12 +357,8 @@ class PreparedLaunch:
         config.sharedMemBytes = launch.shared_bytes
         config.hStream = device.stream
         if device.capability >= (9, 0):
-            attribute = driver.CUlaunchAttribute()
-            attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-            value = driver.CUlaunchAttributeValue()
-            value.programmaticStreamSerializationAllowed = 1
-            attribute.value = value
-            config.attrs, config.numAttrs = [attribute], 1
+            attributes = [_early_start()] + [_cluster(launch.cluster)] * (launch.cluster > 1)
+            config.attrs, config.numAttrs = attributes, len(attributes)
         self._config = config
 
     def __call__(self) -> None:

@@ -191,6 +191,26 @@ def cvt_f32_s8(typingctx, word):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def div_full(typingctx, a, b):  # type: ignore[no-untyped-def]
+    """div.full.f32: a / b, off by at most two units in the last place. A division with `/` is a function call."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return call_asm(builder, F32, "div.full.f32 $0, $1, $2;", "=f,f,f", args)
+
+    return types.float32(types.float32, types.float32), codegen
+
+
+@intrinsic
+def rsqrt_approx(typingctx, x):  # type: ignore[no-untyped-def]
+    """rsqrt.approx.f32: 1 / sqrt(x), off by at most two units in the last place."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        return call_asm(builder, F32, "rsqrt.approx.f32 $0, $1;", "=f,f", args)
+
+    return types.float32(types.float32), codegen
+
+
+@intrinsic
 def ex2_approx(typingctx, x):  # type: ignore[no-untyped-def]
     """ex2.approx.f32: 2^x by the special function unit, off by at most two units in the last place."""
 

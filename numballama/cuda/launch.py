@@ -178,6 +178,9 @@ class Launch:
     """
     only_for: RowKind | None = None
     """The launch is left out of runs that have no such rows."""
+    cluster: int = 1
+    """Blocks of a cluster, neighbours along blockIdx.z; at most 8 (`clusters`). Only sm_90 and newer have more than 1.
+    """
 
     @cached_property
     def specialization(self) -> Specialization:

@@ -243,18 +243,18 @@ fence_proxy_async = instruction("fence.proxy.async.shared::cta;", "")
 
 
 @intrinsic
-def st_global_parts(typingctx, sums, at, distance, count):  # type: ignore[no-untyped-def]
-    """Store four numbers of `sums` to each of the first `count` places in global memory, `distance` bytes apart."""
+def st_shared_parts(typingctx, sums, at, distance):  # type: ignore[no-untyped-def]
+    """Store all numbers of `sums` to shared memory, four to each place, `distance` bytes apart."""
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         parts = _parts(builder, sums, args[0])
         for i in range(0, len(parts), 4):
-            text = f"{{.reg .pred p; setp.gt.s64 p, $1, {i // 4}; @p st.global.v4.f32 [$0], {{$2, $3, $4, $5}};}}"
-            to = builder.add(args[1], builder.mul(args[2], ir.Constant(I64, i // 4)))
-            call_asm(builder, VOID, text, "l,l,f,f,f,f,~{memory}", [to, args[3], *parts[i : i + 4]])
+            to = builder.trunc(builder.add(args[1], builder.mul(args[2], ir.Constant(I64, i // 4))), I32)
+            call_asm(builder, VOID, "st.shared.v4.f32 [$0], {$1, $2, $3, $4};", "r,f,f,f,f,~{memory}",
+                     [to, *parts[i : i + 4]])  # fmt: skip
         return context.get_dummy_value()
 
-    return types.void(sums, types.int64, types.int64, types.int64), codegen
+    return types.void(sums, types.int64, types.int64), codegen
 
 
 # Attention: scores = Q · Kᵀ and sums += P · V

@@ -111,7 +111,9 @@ class Emulated:
                 self.memory.put_map(a) if isinstance(a, TensorMap) else a.address if isinstance(a, Array) else a
                 for a in launch.arguments.values()
             ]
-            counts = run(program, self.memory, launch.grid, launch.threads, arguments, launch.shared_bytes)
+            counts = run(
+                program, self.memory, launch.grid, launch.threads, arguments, launch.shared_bytes, launch.cluster
+            )
             self.executed = {k: self.executed.get(k, 0) + counts.get(k, 0) for k in self.executed | counts}
 
 
@@ -383,9 +385,9 @@ def attention(machine: Any, cache: str, T: int, heads: tuple[int, int], head_dim
     return compare(f"attention {cache}", got, want, error, tokens)
 
 
-def not_finite(machine: Any, kind: str) -> float:
+def not_finite(machine: Any, kind: str, T: int = 12) -> float:
     """A NaN or an infinity in x shows in its row of the result, and in no other row."""
-    T, K, N = 12, 64, 16
+    K, N = 64, 16
     rng = np.random.default_rng(4)
     x = rng.standard_normal((T, K)).astype(np.float32)
     x[2, 5], x[7, 0] = np.nan, np.inf

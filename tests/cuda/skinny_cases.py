@@ -18,6 +18,7 @@ from tests.cuda.gemm_cases import (
     EPS,
     QUANTISED,
     Case,
+    Emulated,
     check_all,
     gate_up,
     launches_of,
@@ -93,7 +94,7 @@ def cases(kinds: Sequence[str]) -> list[Case]:
 
 
 def wide_cases() -> list[Case]:
-    """Cases of more tokens, for the kernels of `wide`, which are not emulated."""
+    """Cases of more tokens, for the kernels of `wide`."""
     made: list[Case] = []
 
     def add(name: str, tokens: int, check: Callable[..., float], *arguments: Any, **named: Any) -> None:
@@ -105,6 +106,26 @@ def wide_cases() -> list[Case]:
         add(f"gate_up {kind}, 128", 128, gate_up, kind, 128, 512, 200, normed=True)
         add(f"linear {kind}, 250 of 256", 250, linear, kind, 256, 1536, 392, residual=True, normed=False)
         add(f"qkv {kind}, 150 of 160", 150, qkv_rope, kind, 160, 256, (4, 2), 64, 0, "f16")
+    return made
+
+
+def small_wide_cases() -> list[Case]:
+    """The same for the emulator: each kernel, each kind of weight, and a slice that is longer than a warp's registers
+    hold.
+    """
+    made: list[Case] = []
+
+    def add(name: str, tokens: int, check: Callable[..., float], *arguments: Any, **named: Any) -> None:
+        made.append((name, tokens, lambda machine: check(machine, *arguments, tokens=tokens, **named)))
+
+    add("wide linear f16, 34 of 40", 34, linear, "f16", 40, 312, 140, residual=True, normed=False)
+    add("wide norm_linear bf16, long slices", 33, linear, "bf16", 36, 8448, 40, residual=False, normed=True)
+    add("wide gate_up f16, 50 of 64", 50, gate_up, "f16", 64, 192, 72, normed=True)
+    add("wide qkv f16, 41", 41, qkv_rope, "f16", 48, 128, (2, 1), 64, 0, "f16")
+    add("wide gate_up q4_0, 70 of 72", 70, gate_up, "q4_0", 72, 256, 40, normed=True)
+    add("wide linear q4_k, 66 of 128", 66, linear, "q4_k", 128, 512, 72, residual=True, normed=False)
+    add("wide linear q8_0, one slice", 65, linear, "q8_0", 66, 32, 36, residual=True, normed=False)
+    made.append(("wide, not finite numbers", 40, lambda machine: not_finite(machine, "f16", 40)))
     return made
 
 
@@ -121,6 +142,8 @@ def main(arguments: list[str]) -> int:
     hopper, some = machine_of(1).ctx.wgmma, bool(arguments) and "all" not in arguments
     to_check = [case for case in cases(kinds) if case[0] not in left_out(arguments)]
     failed = check_all(machine_of, to_check + wide_cases() * hopper)
+    if arguments[:1] == ["9.0"]:
+        failed |= check_all(lambda tokens: Emulated((9, 0), tokens, wgmma=True), small_wide_cases())
     for kind in kinds:
         counts = COUNTS.get(kind, COUNTS["others"])
         wide_counts, many_counts = WIDE_COUNTS, MANY_COUNTS

@@ -7,20 +7,21 @@ memory as lanes had them, so all loads are 16 bytes. T · N · slices · 4 bytes
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numba import cuda
 
 from ..fragments import st_global_f32
 from ..intrinsics import (
     address,
+    div_full,
+    ex2_approx,
     griddepcontrol_launch_dependents,
     griddepcontrol_wait,
     ld_v4_f32,
     no_unroll,
+    rsqrt_approx,
 )
-from .common import device, silu_and_mul
+from .common import LOG2_E, device
 from .params import SKINNY_UNIT as UNIT
 from .params import SKINNY_WARPS as WARPS
 
@@ -53,6 +54,12 @@ def put_row(row, token, here, a, b, rows, kv_rows, outs):
 
 
 @device
+def silu_and_mul_full(gate, up):
+    """silu(gate) · up without a function call, beside which wgmma runs one at a time."""
+    return div_full(gate, np.float32(1) + ex2_approx(-gate * LOG2_E)) * up
+
+
+@device
 def finish_unit(paired, row, token, here, factors, upper, lower, olds, rows, kv_rows, outs):
     """Write a unit's sums times the tokens' factors, plus their residuals: `upper` of `row` and 8 more, `lower` of rows
     16 further, for two tokens from `token` on, of which `here` exist.
@@ -61,7 +68,7 @@ def finish_unit(paired, row, token, here, factors, upper, lower, olds, rows, kv_
     a, b, c, d = upper[0] * scale, upper[1] * scale2, upper[2] * scale, upper[3] * scale2
     e, f, g, h = lower[0] * scale, lower[1] * scale2, lower[2] * scale, lower[3] * scale2
     if paired:
-        a, b, c, d = silu_and_mul(a, e), silu_and_mul(b, f), silu_and_mul(c, g), silu_and_mul(d, h)
+        a, b, c, d = silu_and_mul_full(a, e), silu_and_mul_full(b, f), silu_and_mul_full(c, g), silu_and_mul_full(d, h)
     first, second, third, fourth = olds
     put_row(row, token, here, a + first[0], b + first[1], rows, kv_rows, outs)
     put_row(row + 8, token, here, c + second[0], d + second[1], rows, kv_rows, outs)
@@ -108,7 +115,7 @@ def add_slice(sums, here, part):
 @device
 def norm_factor(square, normed, columns, eps):
     """1 / sqrt(mean(x²) + eps), or 1 without a norm."""
-    return np.float32(1) / np.float32(math.sqrt(square / np.float32(columns) + eps)) if normed else np.float32(1)
+    return rsqrt_approx(div_full(square, np.float32(columns)) + eps) if normed else np.float32(1)
 
 
 @cuda.jit

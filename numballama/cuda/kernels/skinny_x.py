@@ -23,6 +23,7 @@ from ..intrinsics import (
 from ..mma import cvt_rn_x2, st_global_v2_u32, st_shared_v4_u32
 from .common import FULL_MASK, device, magnitude_bits
 from .dot import squared
+from .params import SKINNY_SLICE_COLUMNS as SLICE_COLUMNS
 from .params import SKINNY_WARPS as WARPS
 from .reduce import warp_sum
 from .rounding import load4
@@ -68,6 +69,17 @@ def rounded_piece(rounded, v, up, pieces):
 
 
 @device
+def scales_for(largest):
+    """(the power of two that brings a warp's largest magnitude to [2^14, 2^15), its inverse), from each lane's bits."""
+    for i in range(5):
+        largest = max(largest, np.int32(cuda.shfl_xor_sync(FULL_MASK, largest, 16 >> i)))
+    shift = 0
+    if largest < 0x7F800000:  # else it is infinity or NaN, which must show in the results
+        shift = min(14 - ((largest >> 23) - 127), 126)
+    return uint_as_float(np.uint32((127 + shift) << 23)), uint_as_float(np.uint32((127 - shift) << 23))
+
+
+@device
 def round_slice(x, start, norm, normed, first_column, row_pieces, columns, rounded, pieces):
     """Round a warp's slice of a row: up to four pieces per lane, number `lane` and every 32nd after it.
 
@@ -85,13 +97,7 @@ def round_slice(x, start, norm, normed, first_column, row_pieces, columns, round
     squares2, v2, largest2 = normed_piece(piece2, normed)
     squares3, v3, largest3 = normed_piece(piece3, normed)
     squares = warp_sum((squares0 + squares1) + (squares2 + squares3))
-    largest = max(max(largest0, largest1), max(largest2, largest3))
-    for i in range(5):
-        largest = max(largest, np.int32(cuda.shfl_xor_sync(FULL_MASK, largest, 16 >> i)))
-    shift = 0
-    if largest < 0x7F800000:  # else it is infinity or NaN, which must show in the results
-        shift = min(14 - ((largest >> 23) - 127), 126)
-    up, down = uint_as_float(np.uint32((127 + shift) << 23)), uint_as_float(np.uint32((127 - shift) << 23))
+    up, down = scales_for(max(max(largest0, largest1), max(largest2, largest3)))
     words = (
         rounded_piece(rounded, v0, up, pieces), rounded_piece(rounded, v1, up, pieces),
         rounded_piece(rounded, v2, up, pieces), rounded_piece(rounded, v3, up, pieces),
@@ -108,6 +114,27 @@ def put_words(rounded, at, padded_left, words, here):
         st_global_v2_u32(to + 8, words[2], words[3])
 
 
+@device
+def round_long_slice(x, start, norm, normed, first_column, row_pieces, columns, rounded, pieces, at, padded_left):
+    """Round a warp's slice of a row that its registers do not hold, to `rounded` at `at`: it is read twice.
+
+    Returns (the factor that undoes the scale, the sum of squares).
+    """
+    lane = cuda.threadIdx.x & 31
+    squares, largest = np.float32(0), np.int32(0)
+    for i in range(lane, row_pieces, 32):
+        piece = piece_of(x, start, norm, normed, first_column + 8 * i, True, columns)
+        more, _, found = normed_piece(piece, normed)
+        squares, largest = squares + more, max(largest, found)
+    squares = warp_sum(squares)
+    up, down = scales_for(largest)
+    for i in range(lane, row_pieces, 32):
+        piece = piece_of(x, start, norm, normed, first_column + 8 * i, True, columns)
+        _, v, _ = normed_piece(piece, normed)
+        put_words(rounded, at + 8 * i, padded_left - 8 * i, rounded_piece(rounded, v, up, pieces), True)
+    return down, squares
+
+
 @cuda.jit
 def skinny_round_kernel(
     tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, slice_columns, pieces
@@ -122,6 +149,14 @@ def skinny_round_kernel(
     if t >= tokens[0]:
         return
     first, row_pieces = cuda.blockIdx.y * slice_columns, slice_columns >> 3
+    if slice_columns > SLICE_COLUMNS:
+        down, total = round_long_slice(
+            x, t * columns, norm, normed, first, row_pieces, columns, rounded, pieces, t * padded + first,
+            padded - first,
+        )  # fmt: skip
+        if lane == 0:
+            scales[cuda.blockIdx.y * capacity + t], squares[cuda.blockIdx.y * capacity + t] = down, total
+        return
     words, down, total = round_slice(x, t * columns, norm, normed, first, row_pieces, columns, rounded, pieces)
     if lane == 0:
         scales[cuda.blockIdx.y * capacity + t], squares[cuda.blockIdx.y * capacity + t] = down, total

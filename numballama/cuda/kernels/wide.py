@@ -1,7 +1,7 @@
 """Linear layers of 33 to 128 tokens on sm_90, Y[T, N] = X[T, K] · W[N, K]ᵀ, by wgmma.
 
-A kernel here takes the place of those in `skinny.py`: it reads X as `skinny_round_kernel` leaves it, and leaves sums as
-`skinny_sum_kernel` reads them. W is A of wgmma and X is B, so that all tokens of a run are one product and W is read
+A kernel here takes the place of those in `skinny.py` and of `skinny_sum_kernel`: it reads X as `skinny_round_kernel`
+leaves it. W is A of wgmma and X is B, so that all tokens of a run are one product and W is read
 once. A block has 128 rows of W, 64 a warpgroup, and a slice of K. Tiles of 64 columns of W and X are copied to a ring
 of `stages` in shared memory, `stages` - 2 steps ahead; the first of W before the kernel waits for its predecessor. Of a
 quantised W a thread loads 32 columns of a row to registers, four steps ahead, and decodes them to shared memory while
@@ -9,6 +9,9 @@ the products of the step before are being computed.
 
 Why. mma.sync, as `skinny` and `gemm` use it, multiplies half as fast. At 64 tokens the floor is memory: weights of
 11264 × 2048 in bfloat16 are 46 MB, 11 µs at 4.05 TB/s. From 129 tokens on `wgmma_gemm` is faster.
+
+The blocks with a tile's slices of K are a cluster. At the end each leaves its sums in its shared memory, all add up
+those of a part of the tile in the order of the slices, from each other's memory, and finish it.
 
 How K is divided depends on the weight alone, so a row's bits are the same in runs of any number of tokens.
 """
@@ -18,6 +21,7 @@ from __future__ import annotations
 import numpy as np
 from numba import cuda
 
+from ..clusters import barrier_cluster_arrive, barrier_cluster_wait, ld_cluster_v4_f32, map_to_rank
 from ..fragments import is_float32, splat_half, st_shared_decoded
 from ..intrinsics import (
     address,
@@ -34,7 +38,7 @@ from ..intrinsics import (
     shared_address,
 )
 from ..quant_traits import has_mins, has_scales, is_int8, is_q4_1, is_q5_k, is_q6_k, scale_bytes
-from ..wgmma import DESCRIPTOR, fence_proxy_async, st_global_parts, wgmma_end, wgmma_tile, zeros_of
+from ..wgmma import DESCRIPTOR, fence_proxy_async, st_shared_parts, wgmma_end, wgmma_tile, zeros_of
 from .common import device, launch_bounds
 from .dequant import (
     FIVE_HIGH,
@@ -48,8 +52,10 @@ from .dequant import (
 )
 from .params import SKINNY_ROWS as GROUP
 from .params import SKINNY_UNIT as UNIT
+from .params import SKINNY_WARPS as WARPS
 from .params import WIDE_ROWS as ROWS
 from .params import WIDE_THREADS as THREADS
+from .skinny_sum import add_slice, finish_unit, norm_factor, old_row
 
 ROW_BYTES = 128
 """A row of a tile: 64 columns of 16 bits."""
@@ -284,8 +290,48 @@ def wait_for_tokens(stages):
 
 
 @device
-def wide(zeros, tokens, rounded, padded, weights, scales, scale_stride, shift, stride, paired, rows, kv_rows, partials,
-         tiles, slices, steps_here, row_steps, stages, bias):  # fmt: skip
+def load_part(at, s, slices, scales, squares, token, last, capacity):
+    """A slice's part of a unit from its block's memory, as `skinny_sum.load_slice` returns it."""
+    s = min(s, slices - 1)
+    where, a, b = map_to_rank(at, s), s * capacity + token, s * capacity + last
+    return ld_cluster_v4_f32(where), ld_cluster_v4_f32(where + 2 * UNIT), scales[a], scales[b], squares[a], squares[b]
+
+
+@device
+def finish_part(base, unit, group, first_token, tokens, slices, factors_of_x, paired, rows, kv_rows, residual, added,
+                outs):  # fmt: skip
+    """Add up a unit's sums of all slices, of 32 rows and 8 tokens, and write the results."""
+    scales, squares, capacity, normed, eps, columns, units = factors_of_x
+    lane = cuda.threadIdx.x & 31
+    token = first_token + 8 * unit + 2 * (lane & 3)
+    here, row = tokens - token, ((cuda.blockIdx.x * (ROWS // GROUP) + group) << (4 if paired else 5)) + (lane >> 2)
+    olds = (
+        old_row(row, token, here, rows, residual, added), old_row(row + 8, token, here, rows, residual, added),
+        old_row(row + 16, token, here, rows, residual, added), old_row(row + 24, token, here, rows, residual, added),
+    )  # fmt: skip
+    at = base + 4 * UNIT * (group * units + unit) + 16 * lane
+    a, b = min(token, capacity - 1), min(token + 1, capacity - 1)
+    zero = np.float32(0)
+    sums = (zero, zero, zero, zero), (zero, zero, zero, zero), zero, zero
+    for s in range(0, slices, 4):
+        no_unroll()
+        first = load_part(at, s, slices, scales, squares, a, b, capacity)
+        second = load_part(at, s + 1, slices, scales, squares, a, b, capacity)
+        third = load_part(at, s + 2, slices, scales, squares, a, b, capacity)
+        fourth = load_part(at, s + 3, slices, scales, squares, a, b, capacity)
+        sums = add_slice(sums, True, first)
+        sums = add_slice(sums, s + 1 < slices, second)
+        sums = add_slice(sums, s + 2 < slices, third)
+        sums = add_slice(sums, s + 3 < slices, fourth)
+    upper, lower, square, square2 = sums
+    factors = norm_factor(square, normed, columns, eps), norm_factor(square2, normed, columns, eps)
+    finish_unit(paired, row, token, here, factors, upper, lower, olds, rows, kv_rows, outs)
+
+
+@device
+def wide(zeros, tokens, rounded, padded, x_scales, squares, capacity, normed, eps, columns, weights, scales,
+         scale_stride, shift, stride, paired, rows, kv_rows, residual, added, outs, slices, steps_here, row_steps,
+         stages, bias):  # fmt: skip
     """The body of the kernels here: blockIdx.x is the tile of rows, blockIdx.y that of tokens, blockIdx.z the slice."""
     width = 2 * len(zeros)
     first_token = cuda.blockIdx.y * width
@@ -307,27 +353,43 @@ def wide(zeros, tokens, rounded, padded, weights, scales, scale_stride, shift, s
                                stride, first, steps, stages)  # fmt: skip
     cp_async_wait_all()
     lane, warp, units = cuda.threadIdx.x & 31, cuda.threadIdx.x >> 5, width >> 3
-    slot = ((cuda.blockIdx.y * tiles + cuda.blockIdx.x) * slices + cuda.blockIdx.z) * (ROWS // GROUP) + (warp >> 1)
-    at = slot * units * UNIT + (warp & 1) * (UNIT // 2) + 4 * lane
-    st_global_parts(sums, address(partials, at), 4 * UNIT, (tokens[0] - first_token + 7) >> 3)
+    cuda.syncthreads()  # all products have ended, and sums take the place of the tiles
+    at = base + 4 * UNIT * units * (warp >> 1) + 2 * UNIT * (warp & 1) + 16 * lane
+    st_shared_parts(sums, at, 4 * UNIT)
+    barrier_cluster_arrive()
+    barrier_cluster_wait()
+    part, parts = cuda.blockIdx.z * WARPS + warp, (ROWS // GROUP) * min(units, (tokens[0] - first_token + 7) >> 3)
+    factors_of_x = x_scales, squares, capacity, normed, eps, columns, units
+    while part < parts:
+        no_unroll()
+        finish_part(base, part >> 2, part & 3, first_token, tokens[0], slices, factors_of_x, paired, rows, kv_rows,
+                    residual, added, outs)  # fmt: skip
+        part += slices * WARPS
+    barrier_cluster_arrive()
+    barrier_cluster_wait()
 
 
 @launch_bounds(min_blocks=2)
 @cuda.jit
-def wide_64_kernel(tokens, rounded, padded, w0, w1, w2, stride, s0, s1, s2, scale_stride, shift, paired, rows, kv_rows,
-                   partials, tiles, slices, steps, row_steps, stages, bias):  # fmt: skip
-    """Sums of x · Wᵀ of up to 64 tokens."""
-    wide(zeros_of(32), tokens, rounded, padded, (w0, w1, w2), (s0, s1, s2), scale_stride, shift, stride, paired, rows,
-         kv_rows, partials, tiles, slices, steps, row_steps, stages, bias)  # fmt: skip
+def wide_64_kernel(tokens, rounded, padded, x_scales, squares, capacity, normed, eps, columns, w0, w1, w2, stride, s0,
+                   s1, s2, scale_stride, shift, paired, rows, kv_rows, residual, added, q, k, v, slices, steps,
+                   row_steps, stages, bias):  # fmt: skip
+    """x · Wᵀ of up to 64 tokens, finished as by `skinny_sum_kernel`."""
+    wide(zeros_of(32), tokens, rounded, padded, x_scales, squares, capacity, normed, eps, columns, (w0, w1, w2),
+         (s0, s1, s2), scale_stride, shift, stride, paired, rows, kv_rows, residual, added, (q, k, v), slices, steps,
+         row_steps, stages, bias)  # fmt: skip
 
 
 @launch_bounds(min_blocks=1)
 @cuda.jit
-def wide_128_kernel(tokens, rounded, padded, w0, w1, w2, stride, s0, s1, s2, scale_stride, shift, paired, rows, kv_rows,
-                    partials, tiles, slices, steps, row_steps, stages, bias):  # fmt: skip
-    """Sums of x · Wᵀ of up to 128 tokens."""
-    wide(zeros_of(64), tokens, rounded, padded, (w0, w1, w2), (s0, s1, s2), scale_stride, shift, stride, paired, rows,
-         kv_rows, partials, tiles, slices, steps, row_steps, stages, bias)  # fmt: skip
+def wide_128_kernel(tokens, rounded, padded, x_scales, squares, capacity, normed, eps, columns, w0, w1, w2, stride, s0,
+                    s1, s2, scale_stride, shift, paired, rows, kv_rows, residual, added, q, k, v, slices, steps,
+                    row_steps, stages, bias):  # fmt: skip
+    """x · Wᵀ of up to 128 tokens, finished as by `skinny_sum_kernel`."""
+    wide(zeros_of(64), tokens, rounded, padded, x_scales, squares, capacity, normed, eps, columns, (w0, w1, w2),
+         (s0, s1, s2), scale_stride, shift, stride, paired, rows, kv_rows, residual, added, (q, k, v), slices, steps,
+         row_steps, stages, bias)  # fmt: skip
 
 
+assert ROWS == 4 * GROUP, "`part` counts groups of a unit"
 assert THREADS == 2 * ROWS, "a warpgroup for each 64 rows; a thread copies 16 bytes of every 32nd row"

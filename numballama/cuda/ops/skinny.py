@@ -1,7 +1,7 @@
 """Linear layers for 2 to 128 tokens: how the kernels of `kernels/skinny.py` are launched. `linear` registers them.
 
-An operator is a kernel that streams the weights and one that adds up the slices of K and finishes the results. Before
-them, for more tokens than a unit or two, a kernel rounds X to 16 bits.
+An operator is a kernel that streams the weights and one that adds up the slices of K and finishes the results; those
+of `wide` do both. Before them, for more tokens than a unit or two, a kernel rounds X to 16 bits.
 
 How K is divided (`Division`) depends on the weight and on the number of multiprocessors, never on the number of tokens.
 """
@@ -120,7 +120,6 @@ def _launch(
     token_tiles = ceil_div(tokens, 8 * units)
     rounded, padded = Array(x.address, (0,), _operand_type(first)), _padded(columns)
     scales, squares = (workspace.allocate((division.slices, tokens), "f32") for _ in range(2))
-    partials = workspace.allocate((_partial_floats(division, token_tiles * units),), "f32")
     given = named(tokens=ctx.tokens, x=x, norm=norm or x, normed=int(norm is not None))
     launches = []
     if units > SKINNY_FUSED_UNITS:
@@ -131,33 +130,33 @@ def _launch(
         )  # fmt: skip
         launches.append(Launch(ROUND, (ceil_div(tokens, SKINNY_WARPS), division.slices), SKINNY_THREADS, arguments))
     w, out = [*weights, first, first][:3], [*outs, outs[0], outs[0]][:3]
+    of_x = named(scales=scales, squares=squares, capacity=tokens)
+    of_norm = named(normed=int(norm is not None), eps=eps, columns=columns)
+    of_results = named(residual=residual or x, added=int(residual is not None), q=out[0], k=out[1], v=out[2])
     if by_wgmma:
-        launches.append(
-            wide.launch(ctx, rounded, padded, w, paired, rows, kv_rows, partials, division, token_tiles, units)
-        )
-    else:
-        arguments = named(
-            **given, rounded=rounded, padded=padded, scales=scales, squares=squares, capacity=tokens, columns=columns,
-            w0=w[0].payload, w1=w[1].payload, w2=w[2].payload, stride=first.stride, s0=w[0].scales, s1=w[1].scales,
-            s2=w[2].scales, scale_stride=first.scale_stride, shift=first.shift, paired=int(paired), rows=rows,
-            kv_rows=kv_rows, partials=partials, tiles=division.tiles, slices=division.slices,
-            slice_steps=division.slice_steps, log2_k_warps=division.k_warps.bit_length() - 1, stages=stages,
-            slot_bytes=slot, bias=0x64006400,
-        )  # fmt: skip
-        shared = _shared_bytes(units, stages, slot, width)
-        per_sm = (
-            2
-            if units <= SKINNY_FUSED_UNITS and 2 * (shared + RESERVED_BYTES) <= ctx.shared_limit + RESERVED_BYTES
-            else 1
-        )
-        per_slice = min(division.tiles, max(1, per_sm * ctx.n_sms // division.slices))
-        grid = per_slice, token_tiles, division.slices
-        launches.append(Launch(SKINNY[units], grid, SKINNY_THREADS, arguments, shared))
+        of_x = named(x_scales=scales, squares=squares, capacity=tokens, **of_norm)
+        return [
+            *launches,
+            wide.launch(ctx, rounded, padded, w, paired, rows, kv_rows, of_x, of_results, division, token_tiles, units),
+        ]
+    partials = workspace.allocate((_partial_floats(division, token_tiles * units),), "f32")
     arguments = named(
-        tokens=ctx.tokens, partials=partials, scales=scales, squares=squares, capacity=tokens,
-        normed=int(norm is not None), eps=eps, columns=columns, paired=int(paired), residual=residual or x,
-        added=int(residual is not None), q=out[0], k=out[1], v=out[2], rows=rows, kv_rows=kv_rows,
-        slices=division.slices, groups=groups, log2_units=units.bit_length() - 1,
+        **given, rounded=rounded, padded=padded, **of_x, columns=columns,
+        w0=w[0].payload, w1=w[1].payload, w2=w[2].payload, stride=first.stride, s0=w[0].scales, s1=w[1].scales,
+        s2=w[2].scales, scale_stride=first.scale_stride, shift=first.shift, paired=int(paired), rows=rows,
+        kv_rows=kv_rows, partials=partials, tiles=division.tiles, slices=division.slices,
+        slice_steps=division.slice_steps, log2_k_warps=division.k_warps.bit_length() - 1, stages=stages,
+        slot_bytes=slot, bias=0x64006400,
+    )  # fmt: skip
+    shared = _shared_bytes(units, stages, slot, width)
+    two_fit = 2 * (shared + RESERVED_BYTES) <= ctx.shared_limit + RESERVED_BYTES
+    per_sm = 2 if units <= SKINNY_FUSED_UNITS and two_fit else 1
+    per_slice = min(division.tiles, max(1, per_sm * ctx.n_sms // division.slices))
+    grid = per_slice, token_tiles, division.slices
+    launches.append(Launch(SKINNY[units], grid, SKINNY_THREADS, arguments, shared))
+    arguments = named(
+        tokens=ctx.tokens, partials=partials, **of_x, **of_norm, paired=int(paired), **of_results, rows=rows,
+        kv_rows=kv_rows, slices=division.slices, groups=groups, log2_units=units.bit_length() - 1,
         log2_row_warps=division.row_warps.bit_length() - 1,
     )  # fmt: skip
     launches.append(Launch(SUM, (ceil_div(groups, SKINNY_WARPS), ceil_div(tokens, 8)), SKINNY_THREADS, arguments))
@@ -242,15 +241,9 @@ def workspace_shape(
         for n in rows if apart else [rows[0] if paired else sum(rows)]:
             groups = ceil_div(n, 16 if paired else SKINNY_ROWS)
             division = divide(PAYLOAD_TYPE[dtype], "f32" if dtype == "int8" else "f16", groups, columns, workers)
-            found = [(division, round_up(tokens, 8 * _units(tokens)) // 8)]
-            if PAYLOAD_TYPE[dtype] in wide.LEAST:  # for the larger of the two, whatever the device has
-                found.append((wide.divide(groups, columns, workers), wide.width_for(tokens) // 8))
-            sums.append(
-                max(
-                    2 * round_up(4 * division.slices * tokens, 64) + 4 * _partial_floats(division, units)
-                    for division, units in found
-                )
-            )
+            units = round_up(tokens, 8 * _units(tokens)) // 8
+            slices = max(division.slices, wide.divide(groups, columns, workers).slices)  # whatever the device has
+            sums.append(2 * round_up(4 * slices * tokens, 64) + 4 * _partial_floats(division, units))
         sizes.append(max(sums))
         # int8 with groups that no kernel reads is stored as float32
         other = larger(*operands, workers=workers) if dtype == "int8" else (0,)

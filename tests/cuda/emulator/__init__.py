@@ -10,7 +10,7 @@ are waited for, and warps must be whole at instructions that need whole warps. N
 timing.
 
 `program.py` parses PTX and holds global memory; `block.py` executes a block; `wgmma.py` has a warpgroup's products;
-`barriers.py` has named barriers and mbarriers.
+`barriers.py` has named barriers and mbarriers; `cluster.py` runs the blocks of a cluster.
 
 To add an instruction: one that computes a result from operands of one type goes to `OPERATIONS` in `block.py`, under
 the first part of its opcode. Any other is a method `_<first part of the opcode>(modifiers, operands, mask)` of `Block`:
@@ -24,22 +24,32 @@ from collections.abc import Sequence
 from typing import Any
 
 from tests.cuda.emulator.block import Block
+from tests.cuda.emulator.cluster import Cluster
 from tests.cuda.emulator.program import Memory, Program, from_16, round_16
 
 __all__ = ["Memory", "Program", "from_16", "round_16", "run"]
 
 
 def run(
-    program: Program, memory: Memory, grid: Sequence[int], threads: int, arguments: Sequence[Any], shared_bytes: int = 0
-) -> dict[str, int]:
-    """Run all blocks of a launch, one after the other. Returns how often each instruction was executed."""
+    program: Program, memory: Memory, grid: Sequence[int], threads: int, arguments: Sequence[Any],
+    shared_bytes: int = 0, cluster: int = 1,
+) -> dict[str, int]:  # fmt: skip
+    """Run all blocks of a launch, one after the other; those of a cluster, which are neighbours along z, together.
+
+    Returns how often each instruction was executed.
+    """
     grid = (*grid, 1, 1)[:3]
+    assert grid[2] % cluster == 0, "a grid has whole clusters"
     total: dict[str, int] = {}
-    for z in range(grid[2]):
+    for z in range(0, grid[2], cluster):
         for y in range(grid[1]):
             for x in range(grid[0]):
-                block = Block(program, memory, arguments, threads, (x, y, z), grid, shared_bytes)
-                block.run()
-                for name, count in block.executed.items():
-                    total[name] = total.get(name, 0) + count
+                blocks = [
+                    Block(program, memory, arguments, threads, (x, y, z + i), grid, shared_bytes)
+                    for i in range(cluster)
+                ]
+                Cluster(blocks).run()
+                for block in blocks:
+                    for name, count in block.executed.items():
+                        total[name] = total.get(name, 0) + count
     return total

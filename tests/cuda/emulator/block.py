@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tests.cuda.emulator.barriers import Barriers
+from tests.cuda.emulator.cluster import CLUSTER_SHIFT, Cluster
 from tests.cuda.emulator.program import (
     BASE,
     NUMPY,
@@ -57,6 +58,7 @@ class Block:
         self.warpgroups = [Warpgroup(self, number) for number in range(threads // LANES)]
         self.everyone: np.ndarray | None = None  # the mask of the running threads, if these are all
         self.executed: dict[str, int] = {}
+        self.cluster: Cluster | None = None
 
     def run(self) -> None:
         statements = self.program.statements
@@ -98,6 +100,13 @@ class Block:
         if name in ("ret", "exit"):
             self.counter[mask] = at + 1
             self.done |= active
+            return True
+        if name == "barrier" and modifiers[0] == "cluster":
+            self.counter[mask] = at + 1
+            if modifiers[1] == "arrive":
+                return False
+            assert self.cluster is not None and mask.all(), "a cluster's barrier wants all threads of its blocks"
+            self.cluster.meet()
             return True
         if name in ("bar", "barrier"):
             self.counter[mask] = at + 1
@@ -206,6 +215,9 @@ class Block:
         if "param" in modifiers:
             self._set(operands[0], np.full(self.threads, self.parameters[operands[1][1:-1]]), mask)
             return
+        if "shared::cluster" in modifiers:
+            self._ld_cluster(kind, operands, mask)
+            return
         names = operands[0] if isinstance(operands[0], tuple) else (operands[0],)
         width = WIDTHS[kind]
         raw = self._load(self._address(operands[1])[mask], width * len(names), "shared" in modifiers)
@@ -218,6 +230,24 @@ class Block:
             held = self.registers.get(name)
             if held is not None and held.dtype.itemsize > whole.dtype.itemsize:
                 whole = whole.astype(f"{'i' if kind[0] == 's' else 'u'}{held.dtype.itemsize}")
+            self._set(name, whole, mask)
+
+    def _mapa(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        to, where, rank = operands
+        self._set(to, self._value(where, "u32") | (self._value(rank, "u32") + 1) << CLUSTER_SHIFT, mask)
+
+    def _ld_cluster(self, kind: str, operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        assert self.cluster is not None, "no cluster"
+        where = self._address(operands[1])[mask]
+        ranks, inside = (where >> CLUSTER_SHIFT) - 1, where & ((1 << CLUSTER_SHIFT) - 1)
+        assert (ranks >= 0).all() and (ranks < len(self.cluster.blocks)).all(), "no such block in the cluster"
+        width = WIDTHS[kind]
+        found = np.empty((where.size, width * len(operands[0])), np.uint8)
+        for rank in np.unique(ranks):
+            found[ranks == rank] = self.cluster.blocks[rank]._load(inside[ranks == rank], found.shape[1], True)
+        for i, name in enumerate(operands[0]):
+            whole = np.zeros(self.threads, NUMPY[kind])
+            whole[mask] = np.ascontiguousarray(found[:, i * width : (i + 1) * width]).view(NUMPY[kind]).reshape(-1)
             self._set(name, whole, mask)
 
     def _st(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
@@ -546,8 +576,13 @@ def _not(a: np.ndarray) -> np.ndarray:
     return ~a
 
 
+def _rsqrt(a: np.ndarray) -> np.ndarray:
+    return np.reciprocal(np.sqrt(a))
+
+
 OPERATIONS: dict[str, Callable[..., Any]] = {
     "add": np.add, "sub": np.subtract, "mul": np.multiply, "fma": _fma, "div": _divide, "rem": _remainder,
     "min": np.fmin, "max": np.fmax, "and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor, "not": _not,
     "neg": np.negative, "abs": np.abs, "sqrt": np.sqrt, "rcp": np.reciprocal, "ex2": np.exp2,
+    "rsqrt": _rsqrt,
 }  # fmt: skip
