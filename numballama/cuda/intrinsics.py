@@ -358,6 +358,24 @@ def ld_global_u32(typingctx, where):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
+def ld_shared_v4_f32(typingctx, where):  # type: ignore[no-untyped-def]
+    """ld.shared.v4.f32: four float32 from a 16-byte aligned shared address."""
+
+    def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
+        loaded = call_asm(
+            builder,
+            ir.LiteralStructType([F32] * 4),
+            "ld.shared.v4.f32 {$0, $1, $2, $3}, [$4];",
+            "=f,=f,=f,=f,r,~{memory}",
+            [builder.trunc(args[0], I32)],
+        )
+        parts = [builder.extract_value(loaded, i) for i in range(4)]
+        return context.make_tuple(builder, signature.return_type, parts)
+
+    return types.UniTuple(types.float32, 4)(types.int64), codegen
+
+
+@intrinsic
 def ld_global_v4_u32(typingctx, where):  # type: ignore[no-untyped-def]
     """ld.global.v4.u32: four words from a 16-byte aligned global address."""
 

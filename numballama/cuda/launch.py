@@ -180,6 +180,7 @@ class Launch:
     """The launch is left out of runs that have no such rows."""
     cluster: int = 1
     """Blocks of a cluster, neighbours along blockIdx.z; at most 8 (`clusters`). Only sm_90 and newer have more than 1.
+    Clusters share their work whatever their number: fewer are launched along x if the device cannot run all at once.
     """
 
     @cached_property

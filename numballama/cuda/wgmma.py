@@ -243,18 +243,33 @@ fence_proxy_async = instruction("fence.proxy.async.shared::cta;", "")
 
 
 @intrinsic
-def st_shared_parts(typingctx, sums, at, distance):  # type: ignore[no-untyped-def]
-    """Store all numbers of `sums` to shared memory, four to each place, `distance` bytes apart."""
+def st_async_units(typingctx, sums, at, barrier, group, slices):  # type: ignore[no-untyped-def]
+    """Send four numbers of `sums` for each 8 columns to a block of the cluster, whose mbarrier counts their bytes.
+
+    Of 8 columns number u, part 4 · u + `group` belongs to block part mod `slices`; its place there is `at`, and 1,024
+    bytes · `slices` further for each part that the block has before it.
+    """
 
     def codegen(context, builder, signature, args):  # type: ignore[no-untyped-def]
         parts = _parts(builder, sums, args[0])
-        for i in range(0, len(parts), 4):
-            to = builder.trunc(builder.add(args[1], builder.mul(args[2], ir.Constant(I64, i // 4))), I32)
-            call_asm(builder, VOID, "st.shared.v4.f32 [$0], {$1, $2, $3, $4};", "r,f,f,f,f,~{memory}",
-                     [to, *parts[i : i + 4]])  # fmt: skip
+        at, barrier, group, slices = (as_integer(context, builder, a, t, types.int32) for a, t in
+                                      zip(args[1:], signature.args[1:], strict=True))  # fmt: skip
+        for unit in range(len(parts) // 4):
+            part = builder.add(group, ir.Constant(I32, 4 * unit))
+            number = builder.udiv(part, slices)
+            rank = builder.sub(part, builder.mul(number, slices))
+            to = builder.add(at, builder.mul(builder.mul(number, slices), ir.Constant(I32, 1024)))
+            text = (
+                "{.reg .b32 there, counted; mapa.shared::cluster.u32 there, $0, $2; "
+                "mapa.shared::cluster.u32 counted, $1, $2; "
+                "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 "
+                "[there], {$3, $4, $5, $6}, [counted];}"
+            )
+            call_asm(builder, VOID, text, "r,r,r,f,f,f,f,~{memory}",
+                     [to, barrier, rank, *parts[4 * unit : 4 * unit + 4]])  # fmt: skip
         return context.get_dummy_value()
 
-    return types.void(sums, types.int64, types.int64), codegen
+    return types.void(sums, at, barrier, group, slices), codegen
 
 
 # Attention: scores = Q · Kᵀ and sums += P · V

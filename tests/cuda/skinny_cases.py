@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -109,6 +110,12 @@ def wide_cases() -> list[Case]:
     return made
 
 
+def few_sms(machine: Any, check: Callable[..., float], *arguments: Any, **named: Any) -> float:
+    """A check on a device with two clusters at most."""
+    machine.ctx = replace(machine.ctx, n_sms=4)
+    return check(machine, *arguments, **named)
+
+
 def small_wide_cases() -> list[Case]:
     """The same for the emulator: each kernel, each kind of weight, and a slice that is longer than a warp's registers
     hold.
@@ -125,6 +132,20 @@ def small_wide_cases() -> list[Case]:
     add("wide gate_up q4_0, 70 of 72", 70, gate_up, "q4_0", 72, 256, 40, normed=True)
     add("wide linear q4_k, 66 of 128", 66, linear, "q4_k", 128, 512, 72, residual=True, normed=False)
     add("wide linear q8_0, one slice", 65, linear, "q8_0", 66, 32, 36, residual=True, normed=False)
+    add("wide gate_up bf16, tiles in turn", 35, few_sms, gate_up, "bf16", 40, 448, 150, normed=True)
+    add(
+        "wide linear f16, tiles in turn, X with W",
+        70,
+        few_sms,
+        linear,
+        "f16",
+        80,
+        584,
+        300,
+        residual=True,
+        normed=False,
+    )
+    add("wide linear q4_0, tiles in turn", 65, few_sms, linear, "q4_0", 66, 512, 260, residual=True, normed=False)
     made.append(("wide, not finite numbers", 40, lambda machine: not_finite(machine, "f16", 40)))
     return made
 

@@ -57,6 +57,8 @@ SKINNY_FUSED_UNITS = 2
 """Up to this number of units each block rounds its part of X itself."""
 SKINNY_SLICE_COLUMNS = 1024
 """Most columns of a slice: a lane rounds up to 32 of them."""
+SKINNY_ROUND_LONG_THREADS = 128
+"""Threads that round a longer slice."""
 SKINNY_UNIT = 256
 """Sums of a unit of 8 tokens, as float32."""
 SKINNY_PLANE_BYTES = 4 * SKINNY_ROWS
@@ -64,12 +66,14 @@ SKINNY_PLANE_BYTES = 4 * SKINNY_ROWS
 
 # The same by wgmma (`wide`)
 
-WIDE_ROWS, WIDE_THREADS = 128, 256
-"""Rows of W and threads of a block."""
+WIDE_ROWS, WIDE_WIDTHS = 128, (64, 128)
+"""Rows of W of a tile; tokens of a block."""
+WIDE_CONSUMERS, WIDE_LOADERS = 256, 256
+"""Threads of a block that multiply; threads that load weights which must be decoded. Of other weights it is a warp."""
 WIDE_STEP_COLUMNS = 64
 """Columns of W and X that are copied together."""
-WIDE_STAGES = {64: 4, 128: 6}
-"""Tokens of a block → stages of its ring: 4 or 6, whose waits are compiled in. Of 64 tokens, two blocks fit."""
+WIDE_SLICES = 8
+"""Most blocks that divide K: those of a cluster that every device with clusters has."""
 
 # Linear layers for many tokens by wgmma (`wgmma_gemm`)
 

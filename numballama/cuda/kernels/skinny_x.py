@@ -23,9 +23,8 @@ from ..intrinsics import (
 from ..mma import cvt_rn_x2, st_global_v2_u32, st_shared_v4_u32
 from .common import FULL_MASK, device, magnitude_bits
 from .dot import squared
-from .params import SKINNY_SLICE_COLUMNS as SLICE_COLUMNS
 from .params import SKINNY_WARPS as WARPS
-from .reduce import warp_sum
+from .reduce import block_sum, warp_sum
 from .rounding import load4
 
 
@@ -69,10 +68,16 @@ def rounded_piece(rounded, v, up, pieces):
 
 
 @device
-def scales_for(largest):
-    """(the power of two that brings a warp's largest magnitude to [2^14, 2^15), its inverse), from each lane's bits."""
+def largest_of_warp(largest):
+    """The largest of bits over the 32 lanes, in every lane."""
     for i in range(5):
         largest = max(largest, np.int32(cuda.shfl_xor_sync(FULL_MASK, largest, 16 >> i)))
+    return largest
+
+
+@device
+def scales_for(largest):
+    """(the power of two that brings the magnitude with these bits to [2^14, 2^15), its inverse)."""
     shift = 0
     if largest < 0x7F800000:  # else it is infinity or NaN, which must show in the results
         shift = min(14 - ((largest >> 23) - 127), 126)
@@ -97,7 +102,7 @@ def round_slice(x, start, norm, normed, first_column, row_pieces, columns, round
     squares2, v2, largest2 = normed_piece(piece2, normed)
     squares3, v3, largest3 = normed_piece(piece3, normed)
     squares = warp_sum((squares0 + squares1) + (squares2 + squares3))
-    up, down = scales_for(max(max(largest0, largest1), max(largest2, largest3)))
+    up, down = scales_for(largest_of_warp(max(max(largest0, largest1), max(largest2, largest3))))
     words = (
         rounded_piece(rounded, v0, up, pieces), rounded_piece(rounded, v1, up, pieces),
         rounded_piece(rounded, v2, up, pieces), rounded_piece(rounded, v3, up, pieces),
@@ -114,27 +119,6 @@ def put_words(rounded, at, padded_left, words, here):
         st_global_v2_u32(to + 8, words[2], words[3])
 
 
-@device
-def round_long_slice(x, start, norm, normed, first_column, row_pieces, columns, rounded, pieces, at, padded_left):
-    """Round a warp's slice of a row that its registers do not hold, to `rounded` at `at`: it is read twice.
-
-    Returns (the factor that undoes the scale, the sum of squares).
-    """
-    lane = cuda.threadIdx.x & 31
-    squares, largest = np.float32(0), np.int32(0)
-    for i in range(lane, row_pieces, 32):
-        piece = piece_of(x, start, norm, normed, first_column + 8 * i, True, columns)
-        more, _, found = normed_piece(piece, normed)
-        squares, largest = squares + more, max(largest, found)
-    squares = warp_sum(squares)
-    up, down = scales_for(largest)
-    for i in range(lane, row_pieces, 32):
-        piece = piece_of(x, start, norm, normed, first_column + 8 * i, True, columns)
-        _, v, _ = normed_piece(piece, normed)
-        put_words(rounded, at + 8 * i, padded_left - 8 * i, rounded_piece(rounded, v, up, pieces), True)
-    return down, squares
-
-
 @cuda.jit
 def skinny_round_kernel(
     tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, slice_columns, pieces
@@ -149,14 +133,6 @@ def skinny_round_kernel(
     if t >= tokens[0]:
         return
     first, row_pieces = cuda.blockIdx.y * slice_columns, slice_columns >> 3
-    if slice_columns > SLICE_COLUMNS:
-        down, total = round_long_slice(
-            x, t * columns, norm, normed, first, row_pieces, columns, rounded, pieces, t * padded + first,
-            padded - first,
-        )  # fmt: skip
-        if lane == 0:
-            scales[cuda.blockIdx.y * capacity + t], squares[cuda.blockIdx.y * capacity + t] = down, total
-        return
     words, down, total = round_slice(x, t * columns, norm, normed, first, row_pieces, columns, rounded, pieces)
     if lane == 0:
         scales[cuda.blockIdx.y * capacity + t], squares[cuda.blockIdx.y * capacity + t] = down, total
@@ -166,6 +142,44 @@ def skinny_round_kernel(
     put_words(rounded, at + 256, left - 256, words[1], lane + 32 < row_pieces)
     put_words(rounded, at + 512, left - 512, words[2], lane + 64 < row_pieces)
     put_words(rounded, at + 768, left - 768, words[3], lane + 96 < row_pieces)
+
+
+@cuda.jit
+def skinny_round_long_kernel(
+    tokens, x, norm, normed, rounded, padded, scales, squares, capacity, columns, slice_columns, pieces
+):
+    """The same for slices that a warp's registers do not hold: a slice of a row per block, which reads it twice.
+
+    blockIdx.x counts tokens, blockIdx.y slices.
+    """
+    griddepcontrol_launch_dependents()  # at once: the next kernel's copies of weights can start
+    scratch, found = cuda.shared.array(32, np.float32), cuda.shared.array(32, np.int32)
+    t, thread, threads = cuda.blockIdx.x, cuda.threadIdx.x, cuda.blockDim.x
+    griddepcontrol_wait()
+    if t >= tokens[0]:
+        return
+    first, row_pieces, start = cuda.blockIdx.y * slice_columns, slice_columns >> 3, t * columns
+    total, largest, i = np.float32(0), np.int32(0), thread
+    while i < row_pieces:
+        piece = piece_of(x, start, norm, normed, first + 8 * i, True, columns)
+        more, _, bits = normed_piece(piece, normed)
+        total, largest = total + more, max(largest, bits)
+        i += threads
+    largest = largest_of_warp(largest)
+    if thread & 31 == 0:
+        found[thread >> 5] = largest
+    total = block_sum(total, scratch)  # all threads have met
+    for warp in range(threads >> 5):
+        largest = max(largest, found[warp])
+    up, down = scales_for(largest)
+    if thread == 0:
+        scales[cuda.blockIdx.y * capacity + t], squares[cuda.blockIdx.y * capacity + t] = down, total
+    at, left, i = t * padded + first, padded - first, thread
+    while i < row_pieces:
+        piece = piece_of(x, start, norm, normed, first + 8 * i, True, columns)
+        _, v, _ = normed_piece(piece, normed)
+        put_words(rounded, at + 8 * i, left - 8 * i, rounded_piece(rounded, v, up, pieces), True)
+        i += threads
 
 
 @device

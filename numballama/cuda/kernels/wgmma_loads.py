@@ -15,11 +15,11 @@ from ..intrinsics import griddepcontrol_wait, no_unroll
 from ..quant_traits import has_scales
 from ..tma import copy_box, div_u32, fence_tensormap, mbarrier_expect_tx
 from ..wgmma import fence_proxy_async
+from .block_decode import decode_block, load_block
 from .common import device
 from .params import WGMMA_CONSUMERS as CONSUMERS
 from .params import WGMMA_ROWS as ROWS
 from .params import WGMMA_STEP_COLUMNS as STEP
-from .wide import decode_block, load_block
 
 ROW_BYTES = 2 * STEP
 X_BYTES = ROWS * ROW_BYTES

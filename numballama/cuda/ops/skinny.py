@@ -9,6 +9,7 @@ How K is divided (`Division`) depends on the weight and on the number of multipr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 from ...memory import ceil_div, round_up
@@ -16,6 +17,7 @@ from ...registry import KernelRef
 from ..kernels.params import (
     SKINNY_FUSED_UNITS,
     SKINNY_PLANE_BYTES,
+    SKINNY_ROUND_LONG_THREADS,
     SKINNY_ROWS,
     SKINNY_SLICE_COLUMNS,
     SKINNY_STEP_BYTES,
@@ -23,19 +25,18 @@ from ..kernels.params import (
     SKINNY_UNIT,
     SKINNY_UNITS,
     SKINNY_WARPS,
-    WIDE_STEP_COLUMNS,
     units_together,
 )
 from ..launch import PAYLOAD_TYPE, Array, Launch, LaunchContext, Matrix, named
 from . import elementwise, wide
 from .gemm import _operand_type, _padded, _Workspace
-from .wide import Division
 
 KERNELS = "numballama.cuda.kernels.skinny"
 SKINNY = {units: KernelRef(KERNELS, f"skinny_{8 * units}_kernel") for units in (1, 2, 4, 8)}
 """Units of 8 tokens of a block → the kernel for them."""
 
 ROUND = KernelRef(f"{KERNELS}_x", "skinny_round_kernel")
+ROUND_LONG = KernelRef(f"{KERNELS}_x", "skinny_round_long_kernel")
 SUM = KernelRef(f"{KERNELS}_sum", "skinny_sum_kernel")
 
 MOST = 128
@@ -47,6 +48,25 @@ SHARED_BYTES = 227 << 10
 RESERVED_BYTES = 1 << 10
 """Shared memory that the system keeps of each block."""
 STAGES = 4
+
+
+@dataclass(frozen=True)
+class Division:
+    """How W is divided among blocks and warps."""
+
+    k_warps: int
+    """Warps of a block that share their rows and divide K; a power of two."""
+    slice_steps: int
+    """Steps of K of a block: 64 bytes of a row."""
+    slices: int
+    """Blocks that divide K."""
+    tiles: int
+    """Tiles of rows; a tile is what the warps of a block have."""
+
+    @property
+    def row_warps(self) -> int:
+        """Groups of 32 rows of a tile."""
+        return SKINNY_WARPS // self.k_warps
 
 
 def slot_bytes(payload: str, scales: str) -> int:
@@ -102,49 +122,42 @@ def _launch(
 ) -> list[Launch]:  # fmt: skip
     """The launches for weights of one type: one, a gate and up (`paired`), or queries, keys and values."""
     first, tokens, columns = weights[0], x.shape[0], x.shape[1]
-    payload, slot = first.payload.dtype, slot_bytes(first.payload.dtype, first.scales.dtype)
     rows, kv_rows = first.shape[0], 0 if paired or len(weights) == 1 else weights[1].shape[0]
+    w, out = [*weights, first, first][:3], [*outs, outs[0], outs[0]][:3]
+    of_norm = named(normed=int(norm is not None), eps=eps, columns=columns)
+    of_results = named(residual=residual or x, added=int(residual is not None), q=out[0], k=out[1], v=out[2])
+    if wide.wanted(ctx, tokens, first.payload.dtype):
+        row_tiles, kv_tiles = wide.tiles_of(rows, kv_rows, paired)
+        by_wgmma = wide.divide(row_tiles + 2 * kv_tiles, columns, ctx.n_sms)
+        scales, squares = _of_slices(workspace, by_wgmma.slices, tokens)
+        rounded = workspace.allocate((tokens, _padded(columns)), _operand_type(first))
+        of_x = named(x_scales=scales, squares=squares, capacity=tokens, **of_norm)
+        return [
+            _round(ctx, x, norm, first, rounded, scales, squares, by_wgmma.slice_columns),
+            wide.launch(ctx, rounded, of_x, w, paired, rows, kv_rows, of_results, by_wgmma),
+        ]
+    payload, slot = first.payload.dtype, slot_bytes(first.payload.dtype, first.scales.dtype)
     groups = ceil_div(rows, 16) if paired else ceil_div(rows + 2 * kv_rows, SKINNY_ROWS)
-    by_wgmma = wide.wanted(ctx, tokens, payload)
-    if by_wgmma:
-        division, units = wide.divide(groups, columns, ctx.n_sms), wide.width_for(tokens) // 8
-        width = division.slice_steps * WIDE_STEP_COLUMNS
-    else:
-        division, units = divide(payload, first.scales.dtype, groups, columns, ctx.n_sms), _units(tokens)
-        width = division.slice_steps * step_columns(payload)
-    stages = STAGES
-    while not by_wgmma and units > 1 and _shared_bytes(units, stages, slot, width) > ctx.shared_limit:
+    division, units = divide(payload, first.scales.dtype, groups, columns, ctx.n_sms), _units(tokens)
+    width, stages = division.slice_steps * step_columns(payload), STAGES
+    while units > 1 and _shared_bytes(units, stages, slot, width) > ctx.shared_limit:
         units //= 2
-    while not by_wgmma and stages > 1 and _shared_bytes(units, stages, slot, width) > ctx.shared_limit:
+    while stages > 1 and _shared_bytes(units, stages, slot, width) > ctx.shared_limit:
         stages //= 2
     token_tiles = ceil_div(tokens, 8 * units)
     rounded, padded = Array(x.address, (0,), _operand_type(first)), _padded(columns)
-    scales, squares = (workspace.allocate((division.slices, tokens), "f32") for _ in range(2))
-    given = named(tokens=ctx.tokens, x=x, norm=norm or x, normed=int(norm is not None))
+    scales, squares = _of_slices(workspace, division.slices, tokens)
     launches = []
     if units > SKINNY_FUSED_UNITS:
         rounded = workspace.allocate((tokens, padded), rounded.dtype)
-        arguments = named(
-            **given, rounded=rounded, padded=padded, scales=scales, squares=squares, capacity=tokens, columns=columns,
-            slice_columns=width, pieces=step_columns(payload) // 32,
-        )  # fmt: skip
-        launches.append(Launch(ROUND, (ceil_div(tokens, SKINNY_WARPS), division.slices), SKINNY_THREADS, arguments))
-    w, out = [*weights, first, first][:3], [*outs, outs[0], outs[0]][:3]
-    of_x = named(scales=scales, squares=squares, capacity=tokens)
-    of_norm = named(normed=int(norm is not None), eps=eps, columns=columns)
-    of_results = named(residual=residual or x, added=int(residual is not None), q=out[0], k=out[1], v=out[2])
-    if by_wgmma:
-        of_x = named(x_scales=scales, squares=squares, capacity=tokens, **of_norm)
-        return [
-            *launches,
-            wide.launch(ctx, rounded, padded, w, paired, rows, kv_rows, of_x, of_results, division, token_tiles, units),
-        ]
+        launches.append(_round(ctx, x, norm, first, rounded, scales, squares, width))
     partials = workspace.allocate((_partial_floats(division, token_tiles * units),), "f32")
+    of_x = named(scales=scales, squares=squares, capacity=tokens)
     arguments = named(
-        **given, rounded=rounded, padded=padded, **of_x, columns=columns,
-        w0=w[0].payload, w1=w[1].payload, w2=w[2].payload, stride=first.stride, s0=w[0].scales, s1=w[1].scales,
-        s2=w[2].scales, scale_stride=first.scale_stride, shift=first.shift, paired=int(paired), rows=rows,
-        kv_rows=kv_rows, partials=partials, tiles=division.tiles, slices=division.slices,
+        tokens=ctx.tokens, x=x, norm=norm or x, normed=int(norm is not None), rounded=rounded, padded=padded, **of_x,
+        columns=columns, w0=w[0].payload, w1=w[1].payload, w2=w[2].payload, stride=first.stride, s0=w[0].scales,
+        s1=w[1].scales, s2=w[2].scales, scale_stride=first.scale_stride, shift=first.shift, paired=int(paired),
+        rows=rows, kv_rows=kv_rows, partials=partials, tiles=division.tiles, slices=division.slices,
         slice_steps=division.slice_steps, log2_k_warps=division.k_warps.bit_length() - 1, stages=stages,
         slot_bytes=slot, bias=0x64006400,
     )  # fmt: skip
@@ -161,6 +174,27 @@ def _launch(
     )  # fmt: skip
     launches.append(Launch(SUM, (ceil_div(groups, SKINNY_WARPS), ceil_div(tokens, 8)), SKINNY_THREADS, arguments))
     return launches
+
+
+def _of_slices(workspace: _Workspace, slices: int, tokens: int) -> tuple[Array, Array]:
+    """Memory for a scale and a sum of squares of each token and slice."""
+    return workspace.allocate((slices, tokens), "f32"), workspace.allocate((slices, tokens), "f32")
+
+
+def _round(
+    ctx: LaunchContext, x: Array, norm: Array | None, weight: Matrix, rounded: Array, scales: Array, squares: Array,
+    slice_columns: int,
+) -> Launch:  # fmt: skip
+    """The launch that rounds X to 16 bits, slice by slice, in the order of columns that the weight's type wants."""
+    slices, tokens = scales.shape
+    arguments = named(
+        tokens=ctx.tokens, x=x, norm=norm or x, normed=int(norm is not None), rounded=rounded, padded=rounded.shape[1],
+        scales=scales, squares=squares, capacity=tokens, columns=x.shape[1], slice_columns=slice_columns,
+        pieces=step_columns(weight.payload.dtype) // 32,
+    )  # fmt: skip
+    if slice_columns > SKINNY_SLICE_COLUMNS:
+        return Launch(ROUND_LONG, (tokens, slices), SKINNY_ROUND_LONG_THREADS, arguments)
+    return Launch(ROUND, (ceil_div(tokens, SKINNY_WARPS), slices), SKINNY_THREADS, arguments)
 
 
 def linear(
@@ -238,11 +272,14 @@ def workspace_shape(
         sizes = [4 * tokens * n for n in rows] if results else []
         sizes.append(2 * tokens * _padded(columns))
         sums = []
-        for n in rows if apart else [rows[0] if paired else sum(rows)]:
+        for some in [[n] for n in rows] if apart else [rows[:1] if paired else rows]:
+            n = sum(some)
             groups = ceil_div(n, 16 if paired else SKINNY_ROWS)
             division = divide(PAYLOAD_TYPE[dtype], "f32" if dtype == "int8" else "f16", groups, columns, workers)
             units = round_up(tokens, 8 * _units(tokens)) // 8
-            slices = max(division.slices, wide.divide(groups, columns, workers).slices)  # whatever the device has
+            row_tiles, kv_tiles = wide.tiles_of(some[0], some[1] if len(some) > 1 else 0, paired)
+            by_wgmma = wide.divide(row_tiles + 2 * kv_tiles, columns, workers)  # whatever the device has
+            slices = max(division.slices, by_wgmma.slices)
             sums.append(2 * round_up(4 * slices * tokens, 64) + 4 * _partial_floats(division, units))
         sizes.append(max(sums))
         # int8 with groups that no kernel reads is stored as float32

@@ -9,42 +9,40 @@ from functools import lru_cache
 from ...memory import ceil_div
 from ...registry import KernelRef
 from ..kernels.params import (
-    SKINNY_ROWS,
-    SKINNY_WARPS,
+    SKINNY_UNIT,
+    WIDE_CONSUMERS,
+    WIDE_LOADERS,
     WIDE_ROWS,
-    WIDE_STAGES,
+    WIDE_SLICES,
     WIDE_STEP_COLUMNS,
-    WIDE_THREADS,
+    WIDE_WIDTHS,
 )
-from ..launch import Argument, Array, Launch, LaunchContext, Matrix, named
+from ..launch import Argument, Array, Launch, LaunchContext, Matrix, TensorMap, named
 
-WIDE = {width: KernelRef("numballama.cuda.kernels.wide", f"wide_{width}_kernel") for width in WIDE_STAGES}
+WIDE = {width: KernelRef("numballama.cuda.kernels.wide", f"wide_{width}_kernel") for width in WIDE_WIDTHS}
 """Tokens of a block → the kernel for them."""
 LEAST = {"f16": 33, "bf16": 33, "int8": 65, "q4_0": 65, "q4_1": 65, "q4_k": 65, "q5_k": 65, "q6_k": 65}
 """Type of a payload → from this number of tokens on, these kernels are faster than `skinny`."""
-MOST_SLICES = 8
-"""Blocks of a cluster that every device with clusters has."""
 MOST = 128
 """Up to this number of tokens they are faster than `wgmma_gemm`."""
+END_STEPS = 1
+"""What the end of a tile costs, in steps: the ring fills meanwhile."""
+MOST_STAGES, RESIDENT_STAGES = 16, 6
+"""Stages of a ring that are enough; with fewer than these a slice of X does not stay in shared memory."""
+COLUMN_BYTES = 2 * WIDE_STEP_COLUMNS
 
 
 @dataclass(frozen=True)
 class Division:
-    """How W is divided among blocks and warps."""
+    """How K is divided among the blocks of a cluster."""
 
-    k_warps: int
-    """Warps of a block that share their rows and divide K; a power of two."""
     slice_steps: int
-    """Steps of K of a block: 64 bytes of a row in `skinny`, 64 columns in `wide`."""
+    """Steps of 64 columns of a block; the last may have fewer."""
     slices: int
-    """Blocks that divide K."""
-    tiles: int
-    """Tiles of rows; a tile is what the warps of a block have."""
 
     @property
-    def row_warps(self) -> int:
-        """Groups of 32 rows of a tile."""
-        return SKINNY_WARPS // self.k_warps
+    def slice_columns(self) -> int:
+        return self.slice_steps * WIDE_STEP_COLUMNS
 
 
 def wanted(ctx: LaunchContext, tokens: int, payload: str) -> bool:
@@ -57,37 +55,54 @@ def width_for(tokens: int) -> int:
     return next((width for width in WIDE if width >= tokens), max(WIDE))
 
 
+def tiles_of(rows: int, kv_rows: int, paired: bool) -> tuple[int, int]:
+    """Tiles of the first weight, with those of up if `paired`, and of each of two more."""
+    return ceil_div(rows, WIDE_ROWS // 2 if paired else WIDE_ROWS), ceil_div(kv_rows, WIDE_ROWS)
+
+
 @lru_cache
-def divide(groups: int, columns: int, n_sms: int) -> Division:
-    """The division of `groups` · 32 rows of `columns` columns that takes the least time at 128 tokens, by a model."""
-    tiles, steps = ceil_div(groups, WIDE_ROWS // SKINNY_ROWS), ceil_div(columns, WIDE_STEP_COLUMNS)
-    k_warps = SKINNY_WARPS * SKINNY_ROWS // WIDE_ROWS  # which share 32 rows, as in `skinny`
-    candidates = []
-    for wanted in range(1, min(MOST_SLICES, steps) + 1):
+def divide(tiles: int, columns: int, n_sms: int) -> Division:
+    """The division of K for which all clusters end first."""
+    steps, candidates = ceil_div(columns, WIDE_STEP_COLUMNS), []
+    for wanted in range(1, min(WIDE_SLICES, steps, n_sms) + 1):
         each = ceil_div(steps, wanted)
-        slices = ceil_div(steps, each)
-        multiplied = 0.3 * ceil_div(tiles * slices, n_sms) * (each + 2)  # us
-        division = Division(k_warps, each, slices, tiles)
-        candidates.append((multiplied, division))
-    return min(candidates, key=lambda pair: pair[0])[1]
+        division = Division(each, ceil_div(steps, each))
+        rounds = ceil_div(tiles, n_sms // division.slices)
+        candidates.append((rounds * (each + END_STEPS), -division.slices, division))
+    return min(candidates, key=lambda found: found[:2])[2]
 
 
 def launch(
-    ctx: LaunchContext, rounded: Array, padded: int, w: Sequence[Matrix], paired: bool, rows: int, kv_rows: int,
-    of_x: Mapping[str, Argument], of_results: Mapping[str, Argument], division: Division, token_tiles: int, units: int,
+    ctx: LaunchContext, rounded: Array, of_x: Mapping[str, Argument], w: Sequence[Matrix], paired: bool, rows: int,
+    kv_rows: int, of_results: Mapping[str, Argument], division: Division,
 ) -> Launch:  # fmt: skip
     """The launch of a weight, of a gate and up (`paired`), or of queries, keys and values.
 
-    `of_x` are the arguments about X after `padded`, `of_results` those about what is written.
+    `of_x` are the arguments about X from `x_scales` to `columns`, `of_results` those from `residual` to `v`.
     """
-    width = 8 * units
+    width, first, slices = width_for(rounded.shape[0]), w[0], division.slices
+    row_tiles, kv_tiles = tiles_of(rows, kv_rows, paired)
+    parts = ceil_div(WIDE_ROWS // 32 * (width // 8), slices) * slices
+    fixed = 1024 + 32 + 4 * SKINNY_UNIT * parts
+    x_bytes, w_bytes = width * COLUMN_BYTES, WIDE_ROWS * COLUMN_BYTES
+    resident = 0 if first.quantized else division.slice_steps * x_bytes
+    if resident > ctx.shared_limit - fixed - RESIDENT_STAGES * (w_bytes + 16):
+        resident = 0
+    stage_bytes = w_bytes + (0 if resident else x_bytes)
+    stages = min(MOST_STAGES, (ctx.shared_limit - fixed - resident) // (stage_bytes + 16))
+    box = WIDE_ROWS // 2 if paired else WIDE_ROWS
+    maps: list[Argument] = [0 if m.quantized else TensorMap(m.payload.address, m.payload.dtype, m.shape, m.stride, box)
+                            for m in w]  # fmt: skip
+    x_map = TensorMap(rounded.address, rounded.dtype, rounded.shape, 2 * rounded.shape[1], width)
     arguments = named(
-        tokens=ctx.tokens, rounded=rounded, padded=padded, **of_x, w0=w[0].payload, w1=w[1].payload, w2=w[2].payload,
-        stride=w[0].stride, s0=w[0].scales, s1=w[1].scales, s2=w[2].scales, scale_stride=w[0].scale_stride,
-        shift=w[0].shift, paired=int(paired), rows=rows, kv_rows=kv_rows, **of_results, slices=division.slices,
-        steps=division.slice_steps,
-        row_steps=ceil_div(w[0].shape[1], WIDE_STEP_COLUMNS), stages=WIDE_STAGES[width], bias=0x64006400,
+        tokens=ctx.tokens, x=rounded, x_map=x_map, **of_x, w0=w[0].payload, w1=w[1].payload, w2=w[2].payload,
+        m0=maps[0], m1=maps[1], m2=maps[2], stride=first.stride, s0=w[0].scales, s1=w[1].scales, s2=w[2].scales,
+        scale_stride=first.scale_stride, shift=first.shift, paired=int(paired), rows=rows, kv_rows=kv_rows,
+        row_tiles=row_tiles, kv_tiles=kv_tiles, **of_results, steps=division.slice_steps,
+        row_steps=ceil_div(first.shape[1], WIDE_STEP_COLUMNS), stages=stages, resident=int(resident > 0),
+        bias=0x64006400,
     )  # fmt: skip
-    shared = 1024 + WIDE_STAGES[width] * (WIDE_ROWS + width) * 2 * WIDE_STEP_COLUMNS
-    grid = division.tiles, token_tiles, division.slices
-    return Launch(WIDE[width], grid, WIDE_THREADS, arguments, shared, cluster=division.slices)
+    clusters = min(row_tiles + 2 * kv_tiles, max(1, ctx.n_sms // slices))
+    grid = clusters, ceil_div(rounded.shape[0], width), slices
+    threads = WIDE_CONSUMERS + (WIDE_LOADERS if first.quantized else 32)
+    return Launch(WIDE[width], grid, threads, arguments, fixed + resident + stages * (stage_bytes + 16), cluster=slices)

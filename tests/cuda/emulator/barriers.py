@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from threading import Condition
 
 import numpy as np
 
@@ -24,6 +25,8 @@ class Barriers:
         self._named: dict[int, tuple[int, np.ndarray]] = {}  # number: threads that came, of which these wait
         self._mbarriers: dict[int, MBarrier] = {}
         self._at_named, self._at_mbarrier = np.zeros(threads, bool), np.zeros(threads, bool)
+        self.changed = Condition()
+        """Held while mbarriers are used; other blocks of a cluster share it."""
 
     @property
     def blocked(self) -> np.ndarray:
@@ -55,32 +58,37 @@ class Barriers:
             del self._mbarriers[int(addresses[thread])]
 
     def arrive(self, addresses: np.ndarray, mask: np.ndarray) -> None:
-        for thread in np.flatnonzero(mask):
-            barrier = self._mbarriers[int(addresses[thread])]
-            barrier.missing -= 1
-            assert barrier.missing >= 0, "more threads arrive than the mbarrier was made for"
-            self._end_phase(barrier)
+        with self.changed:
+            for thread in np.flatnonzero(mask):
+                barrier = self._mbarriers[int(addresses[thread])]
+                barrier.missing -= 1
+                assert barrier.missing >= 0, "more threads arrive than the mbarrier was made for"
+                self._end_phase(barrier)
 
     def expect(self, addresses: np.ndarray, counts: np.ndarray, mask: np.ndarray) -> None:
         """Threads expect bytes of copies, before they arrive."""
-        for thread in np.flatnonzero(mask):
-            self._mbarriers[int(addresses[thread])].copying += int(counts[thread])
+        with self.changed:
+            for thread in np.flatnonzero(mask):
+                self._mbarriers[int(addresses[thread])].copying += int(counts[thread])
 
     def copied(self, address: int, count: int) -> None:
         """The copy engine reports bytes."""
-        barrier = self._mbarriers[address]
-        barrier.copying -= count
-        self._end_phase(barrier)
+        with self.changed:
+            barrier = self._mbarriers[address]
+            barrier.copying -= count
+            self._end_phase(barrier)
 
     def _end_phase(self, barrier: MBarrier) -> None:
         if barrier.missing == 0 and barrier.copying == 0:
             barrier.missing, barrier.phase = barrier.count, barrier.phase + 1
             self._at_mbarrier[:] = False  # they look again
+            self.changed.notify_all()
 
     def ended(self, addresses: np.ndarray, parities: np.ndarray, mask: np.ndarray) -> np.ndarray:
         """For each thread whether the phase of its parity has ended. The others wait until any phase ends."""
         ended = np.zeros(len(mask), bool)
-        for thread in np.flatnonzero(mask):
-            ended[thread] = self._mbarriers[int(addresses[thread])].phase & 1 != parities[thread]
-        self._at_mbarrier |= mask & ~ended
+        with self.changed:
+            for thread in np.flatnonzero(mask):
+                ended[thread] = self._mbarriers[int(addresses[thread])].phase & 1 != parities[thread]
+            self._at_mbarrier |= mask & ~ended
         return ended

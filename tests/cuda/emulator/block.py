@@ -60,16 +60,28 @@ class Block:
         self.executed: dict[str, int] = {}
         self.cluster: Cluster | None = None
 
+    def join(self, cluster: Cluster) -> None:
+        """Run as a block of a cluster."""
+        self.cluster, self.barriers.changed = cluster, cluster.changed
+
+    @property
+    def _ready(self) -> np.ndarray:
+        """Threads that can go on."""
+        return ~self.done & ~self.waiting & ~self.barriers.blocked
+
     def run(self) -> None:
         statements = self.program.statements
         with np.errstate(all="ignore"):
             while True:
-                ready = ~self.done & ~self.waiting & ~self.barriers.blocked
+                ready = self._ready
                 if not ready.any():
                     if self.done.all():
                         return
-                    assert not self.barriers.blocked.any(), "threads that wait for each other"
-                    self.waiting[:] = False
+                    if self.barriers.blocked.any():
+                        assert self.cluster is not None, "threads that wait for each other"
+                        self.cluster.wait_for(lambda: bool(self._ready.any()))
+                    else:
+                        self.waiting[:] = False
                     continue
                 at = int(self.counter[ready].min())
                 mask = ready & (self.counter == at)
@@ -215,9 +227,6 @@ class Block:
         if "param" in modifiers:
             self._set(operands[0], np.full(self.threads, self.parameters[operands[1][1:-1]]), mask)
             return
-        if "shared::cluster" in modifiers:
-            self._ld_cluster(kind, operands, mask)
-            return
         names = operands[0] if isinstance(operands[0], tuple) else (operands[0],)
         width = WIDTHS[kind]
         raw = self._load(self._address(operands[1])[mask], width * len(names), "shared" in modifiers)
@@ -236,22 +245,25 @@ class Block:
         to, where, rank = operands
         self._set(to, self._value(where, "u32") | (self._value(rank, "u32") + 1) << CLUSTER_SHIFT, mask)
 
-    def _ld_cluster(self, kind: str, operands: tuple[Any, ...], mask: np.ndarray) -> None:
+    def _st_async(self, kind: str, operands: tuple[Any, ...], mask: np.ndarray) -> None:
+        """Words to another block's shared memory, whose mbarrier counts their bytes: at once."""
         assert self.cluster is not None, "no cluster"
-        where = self._address(operands[1])[mask]
-        ranks, inside = (where >> CLUSTER_SHIFT) - 1, where & ((1 << CLUSTER_SHIFT) - 1)
-        assert (ranks >= 0).all() and (ranks < len(self.cluster.blocks)).all(), "no such block in the cluster"
-        width = WIDTHS[kind]
-        found = np.empty((where.size, width * len(operands[0])), np.uint8)
-        for rank in np.unique(ranks):
-            found[ranks == rank] = self.cluster.blocks[rank]._load(inside[ranks == rank], found.shape[1], True)
-        for i, name in enumerate(operands[0]):
-            whole = np.zeros(self.threads, NUMPY[kind])
-            whole[mask] = np.ascontiguousarray(found[:, i * width : (i + 1) * width]).view(NUMPY[kind]).reshape(-1)
-            self._set(name, whole, mask)
+        to, barrier = self._address(operands[0]), self._address(operands[2])
+        values = np.stack([self._value(name, kind) for name in operands[1]], axis=1)
+        with self.cluster.changed:
+            for thread in np.flatnonzero(mask):
+                block, at = self.cluster.block_at(int(to[thread]))
+                same, counted = self.cluster.block_at(int(barrier[thread]))
+                data = np.ascontiguousarray(values[thread]).view(np.uint8)
+                assert same is block and at % data.size == 0 and at + data.size <= block.shared.size
+                block.shared[at : at + data.size] = data
+                block.barriers.copied(counted, data.size)
 
     def _st(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
         kind = self._kind(modifiers)
+        if modifiers[0] == "async":
+            self._st_async(kind, operands, mask)
+            return
         names = operands[1] if isinstance(operands[1], tuple) else (operands[1],)
         width = WIDTHS[kind]
         memory, indices = self._bytes(self._address(operands[0])[mask], width * len(names), "shared" in modifiers)
@@ -460,9 +472,19 @@ class Block:
             self.barriers.remove(self._address(operands[0]), mask)
         else:
             assert modifiers[0] == "arrive" and operands[0] == "_", modifiers
+            if "shared::cluster" in modifiers:
+                self._arrive_at(self._address(operands[1]), mask)
+                return
             if modifiers[1] == "expect_tx":
                 self.barriers.expect(self._address(operands[1]), self._value(operands[2], "u32"), mask)
             self.barriers.arrive(self._address(operands[1]), mask)
+
+    def _arrive_at(self, addresses: np.ndarray, mask: np.ndarray) -> None:
+        """At mbarriers of blocks of the cluster."""
+        assert self.cluster is not None, "no cluster"
+        for thread in np.flatnonzero(mask):
+            block, at = self.cluster.block_at(int(addresses[thread]))
+            block.barriers.arrive(np.array([at]), np.array([True]))
 
     def _wgmma(self, modifiers: list[str], operands: tuple[Any, ...], mask: np.ndarray) -> None:
         groups = len(self.warpgroups)

@@ -1,10 +1,10 @@
-"""Blocks of a cluster, which run at the same time and read each other's shared memory."""
+"""Blocks of a cluster, which run at the same time and write to each other's shared memory."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from threading import Barrier, BrokenBarrierError
+from threading import Barrier, BrokenBarrierError, Condition
 from typing import Any
 
 CLUSTER_SHIFT = 24
@@ -14,19 +14,38 @@ WAIT_S = 600.0
 
 
 class Cluster:
-    """Blocks (`Block`), each run in a thread."""
+    """Blocks (`Block`), each run in a thread. `changed` is held by who uses an mbarrier or another block's memory."""
 
     def __init__(self, blocks: Sequence[Any]) -> None:
-        self.blocks, self._barrier = blocks, Barrier(len(blocks))
+        self.blocks, self._barrier, self.changed = blocks, Barrier(len(blocks)), Condition()
+        self._running = self._waiting = 0
+        self._failed = False
         for block in blocks:
-            block.cluster = self
+            block.join(self)
 
     def meet(self) -> None:
         """Wait until all blocks are here."""
         self._barrier.wait(WAIT_S)
 
+    def wait_for(self, ready: Callable[[], bool]) -> None:
+        """Wait until other blocks have made `ready` true."""
+        with self.changed:
+            self._waiting += 1
+            while not ready():
+                assert self._waiting < self._running, "blocks that wait for each other"
+                assert not self._failed and self.changed.wait(WAIT_S), "a block that nobody wakes"
+            self._waiting -= 1
+
+    def block_at(self, address: int) -> tuple[Any, int]:
+        """The block with an address of the cluster's memory, and its own address for it."""
+        number = (address >> CLUSTER_SHIFT) - 1
+        assert 0 <= number < len(self.blocks), "no such block in the cluster"
+        assert not self.blocks[number].done.all(), "the block has ended"
+        return self.blocks[number], address & ((1 << CLUSTER_SHIFT) - 1)
+
     def run(self) -> None:
         """Run all blocks. Raises what the first that fails raises."""
+        self._running = len(self.blocks)
         with ThreadPoolExecutor(len(self.blocks)) as pool:
             pending = [pool.submit(self._run, block) for block in self.blocks]
         errors = [error for each in pending if (error := each.exception()) is not None]
@@ -37,5 +56,10 @@ class Cluster:
         try:
             block.run()
         except BaseException:
+            self._failed = True
             self._barrier.abort()  # else the others would wait for it
             raise
+        finally:
+            with self.changed:
+                self._running -= 1
+                self.changed.notify_all()
