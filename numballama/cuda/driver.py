@@ -357,9 +357,9 @@ class PreparedLaunch:
         config.sharedMemBytes = launch.shared_bytes
         config.hStream = device.stream
         if device.capability >= (9, 0):
-            attributes = [_early_start()] + [_cluster(launch.cluster)] * (launch.cluster > 1)
+            attributes = [_early_start()] + [_cluster(launch.cluster)] * (launch.cluster > 0)
             config.attrs, config.numAttrs = attributes, len(attributes)
-        if launch.cluster > 1:  # more would begin when the others have done all work
+        if launch.cluster > 0:  # more would begin when the others have done all work
             most = check(driver.cuOccupancyMaxActiveClusters(kernel.handle, config))
             config.gridDimX = max(1, min(config.gridDimX, most // config.gridDimY))
         self._config = config

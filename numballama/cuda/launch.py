@@ -178,8 +178,8 @@ class Launch:
     """
     only_for: RowKind | None = None
     """The launch is left out of runs that have no such rows."""
-    cluster: int = 1
-    """Blocks of a cluster, neighbours along blockIdx.z; at most 8 (`clusters`). Only sm_90 and newer have more than 1.
+    cluster: int = 0
+    """Blocks of a cluster, neighbours along blockIdx.z; at most 8, on sm_90 and newer (`clusters`). 0: no clusters.
     Clusters share their work whatever their number: fewer are launched along x if the device cannot run all at once.
     """
 
